@@ -1,0 +1,61 @@
+"""Variational autoencoders as probabilistic programs in Pyro, with likelihoods that can be trusted.
+
+Every name below is imported when it is first used, so that a script's ``--help`` needs no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ppl_vae.build import load
+    from ppl_vae.conditional import Conditional
+    from ppl_vae.evidence import Estimate, importance, log_evidence
+    from ppl_vae.training import fit
+    from ppl_vae.vae import VAE
+    from ppl_vae.weights import log_weights
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "VAE": "vae",
+    "Conditional": "conditional",
+    "Estimate": "evidence",
+    "fit": "training",
+    "importance": "evidence",
+    "load": "build",
+    "log_evidence": "evidence",
+    "log_weights": "weights",
+}
+_MODULES = ("data", "likelihoods", "networks", "objectives", "posteriors", "priors", "runs")
+
+__all__ = [
+    "VAE",
+    "Conditional",
+    "Estimate",
+    "data",
+    "fit",
+    "importance",
+    "likelihoods",
+    "load",
+    "log_evidence",
+    "log_weights",
+    "networks",
+    "objectives",
+    "posteriors",
+    "priors",
+    "runs",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f"ppl_vae.{_HOME[name]}"), name)
+    if name in _MODULES:
+        return import_module(f"ppl_vae.{name}")
+    raise AttributeError(f"module 'ppl_vae' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,39 @@
+"""p(y | c) = family(net(c)): a network that ends in a distribution. The decoder is one, and so is the encoder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class Conditional(nn.Module):
+    """p(y | c) = family(net(c)).
+
+    Args:
+        net: tensors (..., *C) -> features (..., F).
+        family: features (..., F) -> a distribution with batch shape (...); it has ``num_features`` F and ``event_shape``.
+
+    ``forward(c)`` returns the distribution.
+
+    Raises:
+        ValueError: where the network's features are not as many as the family asks for.
+    """
+
+    def __init__(self, net: nn.Module, family: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        self.family = family
+
+    @property
+    def event_shape(self) -> tuple[int, ...]:
+        """The shape of one y."""
+        return tuple(self.family.event_shape)
+
+    def forward(self, c: Tensor) -> Any:
+        h = self.net(c)
+        if h.shape[-1] != self.family.num_features:
+            raise ValueError(
+                f"net: expected {self.family.num_features} features for {type(self.family).__name__}, got {h.shape[-1]}"
+            )
+        return self.family(h)

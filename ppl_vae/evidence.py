@@ -1,0 +1,182 @@
+"""log p(x) from log-weights, with everything needed to know how far it can be trusted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import pyro
+import torch
+from torch import Tensor
+
+from ppl_vae.numerics import LogWeightSummary
+from ppl_vae.vae import VAE
+from ppl_vae.weights import Program, log_weight_terms
+
+# An image is called unreliable where its bound is expected to lie more than this below log p(x). Source: ours.
+UNRELIABLE_BIAS = 0.5
+
+# The most bytes that one pass through the decoder may take for features, logits and log-probabilities, about six
+# numbers a pixel. Small enough to stay near the processor's cache: larger passes were slower, not faster.
+_PASS_BYTES = 32e6
+_NUMBERS_A_PIXEL = 6
+
+
+class NotFinite(ArithmeticError):
+    """A number that must be finite is not."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over images and its standard error, nats an image.
+
+    Args:
+        mean: the mean over the images.
+        stderr: the standard deviation over the images / sqrt(n): how far another sample of images would move the
+            mean. The Monte Carlo error of each image is kept apart. NaN for one image.
+        n: the number of images.
+        num_particles: S, the particles behind each image's number.
+    """
+
+    mean: float
+    stderr: float
+    n: int
+    num_particles: int
+
+    @classmethod
+    def of(cls, values: Tensor, num_particles: int) -> Estimate:
+        """From one number an image, (N,) nats."""
+        values = values.double()
+        stderr = float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
+        return cls(float(values.mean()), stderr, len(values), num_particles)
+
+    def __str__(self) -> str:
+        return f"{self.mean:.2f} ± {self.stderr:.2f}"
+
+
+class Importance(NamedTuple):
+    """What S particles say of each image; every field is (N,), float64.
+
+    ``log_evidence`` is L_S, whose expectation is a lower bound on log p(x) that rises with S; ``elbo`` is
+    ``reconstruction`` - ``kl``, with reconstruction = E_q[log p(x | z)] and kl = E_q[log q(z | x) - log p(z)], means
+    over the same particles, all in nats. ``ess`` is from 1 to S. ``pareto_k`` is NaN below 25 particles.
+    ``monte_carlo_stderr`` (nats) is what another draw of the particles would change. ``bias`` (nats, not below 0) is
+    the jackknife's estimate of what the bound still lacks; both are NaN for one particle.
+    """
+
+    log_evidence: Tensor
+    elbo: Tensor
+    reconstruction: Tensor
+    kl: Tensor
+    ess: Tensor
+    pareto_k: Tensor
+    monte_carlo_stderr: Tensor
+    bias: Tensor
+
+    def unreliable(self) -> Tensor:
+        """(N,) bool: where the bound is expected to lie more than 0.5 nats below log p(x)."""
+        return self.bias > UNRELIABLE_BIAS
+
+
+def particles_a_pass(x: Tensor) -> int:
+    """How many (particle, image) pairs go through the decoder at once, by the size of an image. x: (N, *E)."""
+    bytes_a_pair = _NUMBERS_A_PIXEL * x[:1].numel() * max(4, x.element_size())
+    return max(1, int(_PASS_BYTES / max(1, bytes_a_pair)))
+
+
+@torch.no_grad()
+def importance(
+    model: Program,
+    guide: Program,
+    x: Tensor,
+    *,
+    num_particles: int,
+    chunk: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Importance:
+    """L_S = log (1/S) sum_s p(x, z_s) / q(z_s | x), z_s ~ q(z | x), for each image, with its errors.
+
+    Log-weights are streamed, so memory depends on neither S nor N (but for the results). Draws come from torch's
+    global generator, fresh at every call. Nothing is changed: no gradients, no weights, no modes. Whether values are
+    checked against supports follows Pyro's validation switch.
+
+    Args:
+        model: a Pyro program over x with one data plate at dim=-1.
+        guide: a Pyro program over x that samples every latent site of the model.
+        x: images (N, *E).
+        num_particles: S.
+        chunk: the most particles an image that are held at once; by default what suits the size of an image.
+        progress: called with the number of images after each group of them.
+
+    Returns:
+        ``Importance``, each field (N,).
+
+    Raises:
+        ValueError: as ``log_weights``, or an argument out of its range.
+        NotFinite: a log-weight is NaN.
+
+    Reference: Burda et al. 2016, arXiv 1509.00519, equation 8.
+    """
+    if num_particles < 1:
+        raise ValueError(f"num_particles: expected at least 1, got {num_particles}")
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk: expected at least 1, got {chunk}")
+    if len(x) == 0:
+        raise ValueError("x: expected at least one image, got none")
+    pairs = particles_a_pass(x)
+    chunk = min(num_particles, chunk or pairs)
+    parts = []
+    for images in x.split(max(1, pairs // chunk)):
+        parts.append(_importance_of_group(model, guide, images, num_particles, chunk))
+        if progress is not None:
+            progress(len(images))
+    return Importance(*(torch.cat(field) for field in zip(*parts, strict=True)))
+
+
+def _importance_of_group(model: Program, guide: Program, x: Tensor, num_particles: int, chunk: int) -> Importance:
+    summary = LogWeightSummary(num_particles, len(x), device=x.device)
+    reconstruction = torch.zeros(len(x), dtype=torch.double, device=x.device)
+    kl = torch.zeros_like(reconstruction)
+    for start in range(0, num_particles, chunk):
+        S = min(chunk, num_particles - start)
+        log_p_x_given_z, log_p_z_over_q_z = log_weight_terms(model, guide, x, S)
+        log_w = log_p_x_given_z + log_p_z_over_q_z
+        if log_w.isnan().any():
+            raise NotFinite("log-weights: expected numbers, got NaN; the weights or the data hold values that are not finite")
+        summary.update(log_w)
+        reconstruction += log_p_x_given_z.double().sum(0) / num_particles
+        kl -= log_p_z_over_q_z.double().sum(0) / num_particles
+    return Importance(
+        log_evidence=summary.log_mean_exp(),
+        elbo=reconstruction - kl,
+        reconstruction=reconstruction,
+        kl=kl,
+        ess=summary.effective_sample_size(),
+        pareto_k=summary.pareto_k(),
+        monte_carlo_stderr=summary.monte_carlo_stderr(),
+        bias=summary.bias(),
+    )
+
+
+def log_evidence(model: Program, guide: Program, x: Tensor, *, num_particles: int, chunk: int | None = None) -> Tensor:
+    """The bound L_S for each image: (N,) nats. Arguments, errors and source as ``importance``."""
+    return importance(model, guide, x, num_particles=num_particles, chunk=chunk).log_evidence
+
+
+def evaluate(
+    vae: VAE, x: Tensor, *, num_particles: int, seed: int, progress: Callable[[int], None] | None = None
+) -> Importance:
+    """``importance`` of a VAE in evaluation mode, with draws of their own seed and values taken as already checked.
+
+    The VAE's weights, buffers and mode and the global generators are afterwards as they were before.
+    """
+    was_training = vae.training
+    with torch.random.fork_rng(devices=[x.device] if x.device.type == "cuda" else []), pyro.validation_enabled(False):
+        torch.manual_seed(seed)
+        vae.eval()
+        try:
+            return importance(vae.model, vae.guide, x, num_particles=num_particles, progress=progress)
+        finally:
+            vae.train(was_training)

@@ -1,0 +1,45 @@
+"""Likelihoods p(x | h): features to a distribution over pixels. One class a distribution.
+
+Each has ``event_shape``, ``num_features`` (what the network's last layer must give), ``support`` (the values a pixel
+can take), ``measure`` ("mass" or "density": they are on different scales, and never compared), ``forward(h)``, which
+returns a distribution with batch shape ``h.shape[:-1]`` and the event shape, and ``marginal_features(x)``, the h that
+fits the pixels' marginals, from which training starts. ``to_event`` makes pixels independent and *summed*.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import pyro.distributions as dist
+from torch import Tensor, nn
+from torch.distributions import constraints
+
+
+class Bernoulli(nn.Module):
+    """p(x | h) = prod_d sigmoid(h_d)^{x_d} (1 - sigmoid(h_d))^{1 - x_d}, for x in {0, 1}^E.
+
+    Features are logits: probabilities would saturate in float32 and lose both value and gradient. Grey pixels are not
+    on the support: a Bernoulli of a fraction is no density (its integral is below one), and they are refused.
+
+    Args:
+        event_shape: E, the shape of an image, such as (1, 28, 28).
+    """
+
+    support = constraints.boolean
+    measure = "mass"
+
+    def __init__(self, event_shape: Sequence[int]) -> None:
+        super().__init__()
+        self.event_shape = tuple(event_shape)
+        self.num_features = math.prod(self.event_shape)
+
+    def forward(self, h: Tensor) -> dist.Independent:
+        """h: (..., prod(E)) logits -> batch shape (...), event shape E."""
+        logits = h.reshape(*h.shape[:-1], *self.event_shape)
+        return dist.Bernoulli(logits=logits).to_event(len(self.event_shape))
+
+    def marginal_features(self, x: Tensor) -> Tensor:
+        """h_d = logit((1 + sum_n x_nd) / (2 + N)): the rate of each pixel, Laplace-smoothed. x: (N, *E) -> (prod(E),)."""
+        rate = (1 + x.double().flatten(1).sum(0)) / (2 + len(x))
+        return rate.logit().float()

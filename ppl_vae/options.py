@@ -1,0 +1,212 @@
+"""Every word and default of the command line and of config.json. Standard library only, so that --help needs no torch."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from typing import Any, NoReturn
+
+BINARIZATIONS = ("dynamic", "fixed", "threshold", "none")
+LIKELIHOODS = ("bernoulli",)
+NETWORKS = ("mlp", "gated")
+PRIORS = ("standard-normal",)
+POSTERIORS = ("diagonal",)
+OBJECTIVES = ("elbo",)
+KLS = ("sampled", "analytic")
+SPLITS = ("test", "validation", "train")
+
+
+@dataclass(frozen=True)
+class Check:
+    """What a value must be, in words and as a test."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+
+POSITIVE_INTEGER = Check("a whole number, at least 1", lambda v: 1 <= v <= 2**31)
+NON_NEGATIVE_INTEGER = Check("a whole number, 0 to 2^31 - 1", lambda v: 0 <= v < 2**31)
+POSITIVE = Check("a finite number above 0", lambda v: 0 < v < math.inf)
+NON_NEGATIVE = Check("a finite number, at least 0", lambda v: 0 <= v < math.inf)
+NOT_EMPTY = Check("a word", lambda v: bool(v))
+
+
+def one_of(words: Sequence[str]) -> Check:
+    """One of these words."""
+    return Check(f"one of {', '.join(words)}", lambda v: v in words)
+
+
+def option(default: Any, kind: type, check: Check, text: str) -> Any:
+    """A dataclass field that is an option: its default, the type of one value, what holds of it, its help."""
+    metadata = {"kind": kind, "check": check, "help": text}
+    if isinstance(default, tuple):
+        return field(default=default, metadata=metadata | {"several": True})
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """All that decides a run. config.json holds every field."""
+
+    dataset: str = option("mnist", str, NOT_EMPTY, "mnist, or the path of your own .npz or .npy file")
+    binarization: str | None = option(
+        None,
+        str,
+        one_of(BINARIZATIONS),
+        f"how grey becomes black and white: {', '.join(BINARIZATIONS)} (default: none for binary data, else dynamic)",
+    )
+    likelihood: str = option("bernoulli", str, one_of(LIKELIHOODS), f"p(x | z): {', '.join(LIKELIHOODS)}")
+    network: str = option("gated", str, one_of(NETWORKS), f"encoder and decoder: {', '.join(NETWORKS)}")
+    hidden: tuple[int, ...] = option((300, 300), int, POSITIVE_INTEGER, "widths of the encoder's hidden layers; the decoder's in reverse")
+    prior: str = option("standard-normal", str, one_of(PRIORS), f"p(z): {', '.join(PRIORS)}")
+    posterior: str = option("diagonal", str, one_of(POSTERIORS), f"q(z | x): {', '.join(POSTERIORS)}")
+    objective: str = option("elbo", str, one_of(OBJECTIVES), f"what is maximised: {', '.join(OBJECTIVES)}")
+    kl: str = option("sampled", str, one_of(KLS), "the KL in the objective: sampled (Trace_ELBO), analytic (TraceMeanField_ELBO)")
+    beta: float = option(1.0, float, NON_NEGATIVE, "weight of the KL in training; reports are always at 1")
+    warmup_epochs: int = option(15, int, NON_NEGATIVE_INTEGER, "epochs over which that weight rises linearly from 0")
+    latent_dim: int = option(40, int, POSITIVE_INTEGER, "dimensions of z")
+    epochs: int = option(50, int, POSITIVE_INTEGER, "passes through the training images")
+    batch_size: int = option(100, int, POSITIVE_INTEGER, "images a step")
+    learning_rate: float = option(1e-3, float, POSITIVE, "Adam's, at the start; it falls to 0 on a cosine")
+    clip_norm: float = option(100.0, float, POSITIVE, "largest norm of the whole gradient")
+    num_particles: int = option(1, int, POSITIVE_INTEGER, "draws of z an image and step, in training")
+    seed: int = option(0, int, NON_NEGATIVE_INTEGER, "of the weights, the noise and the order of the images")
+    device: str = option("cpu", str, NOT_EMPTY, "cpu, cuda, cuda:1, ...")
+    checkpoint_seconds: float = option(60.0, float, NON_NEGATIVE, "longest time between two checkpoints")
+    images: int = option(5000, int, POSITIVE_INTEGER, "test images of the quick evaluation at the end; a fixed random subset")
+    evaluation_particles: int = option(200, int, POSITIVE_INTEGER, "importance samples an image of the quick evaluation")
+
+    def __post_init__(self) -> None:
+        for spec in fields(self):
+            _check(spec, getattr(self, spec.name))
+
+
+def _check(spec: Any, value: Any) -> None:
+    if value is None and spec.default is None:
+        return
+    kind, check, several = spec.metadata["kind"], spec.metadata["check"], spec.metadata.get("several", False)
+    for one in value if several and isinstance(value, tuple) else (value,):
+        right_type = isinstance(one, (int, float) if kind is float else kind) and not isinstance(one, bool)
+        if not right_type or not check.holds(one):
+            raise ValueError(f"{flag(spec.name)}: expected {check.words}, got {one!r}")
+
+
+def flag(name: str) -> str:
+    """The field's name as it is typed."""
+    return "--" + name.replace("_", "-")
+
+
+def to_json(options: Options) -> dict[str, Any]:
+    """Every field, as config.json holds it."""
+    return json.loads(json.dumps(asdict(options)))
+
+
+def from_json(values: Any) -> Options:
+    """Back from config.json.
+
+    Raises:
+        ValueError: a field that is missing, unknown, or out of its range.
+    """
+    if not isinstance(values, dict):
+        raise ValueError(f"expected an object of options, got {type(values).__name__}")
+    known = {spec.name for spec in fields(Options)}
+    if set(values) != known:
+        odd = sorted(set(values) ^ known)
+        raise ValueError(f"expected exactly the options of this version; missing or unknown: {', '.join(odd)}")
+    return Options(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+
+
+# --- The command line --------------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with one clear line for an error."""
+
+    def __init__(self, description: str) -> None:
+        super().__init__(description=description, argument_default=argparse.SUPPRESS, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message.removeprefix('argument ')} (--help lists the options)\n")
+
+    def add(self, name: str, kind: type, check: Check, text: str, *, several: bool = False) -> None:
+        """An option whose value is checked while it is read."""
+
+        def read(word: str) -> Any:
+            try:
+                value = kind(word)
+            except ValueError:
+                value = None
+            if value is None or not check.holds(value):
+                raise argparse.ArgumentTypeError(f"expected {check.words}, got {word!r}")
+            return value
+
+        metavar = {int: "N", float: "X", str: "WORD"}[kind]
+        self.add_argument(flag(name), type=read, help=text, metavar=metavar, nargs="+" if several else None)
+
+    def add_run(self) -> None:
+        """A run folder as the first argument."""
+        self.add_argument("run_dir", metavar="RUN", help="a run folder")
+
+
+def parse_train(argv: Sequence[str] | None = None) -> tuple[Options | None, str | None, str | None, int | None]:
+    """(options, run_dir, None, None) for a new run; (None, None, run_dir, epochs or None) to resume one."""
+    parser = Parser("Train a VAE, estimate its log-likelihood, and draw its figures, in one run folder.")
+    for spec in fields(Options):
+        several = spec.metadata.get("several", False)
+        default = "" if spec.default in (None, MISSING) else f" (default: {_words(spec.default)})"
+        parser.add(spec.name, spec.metadata["kind"], spec.metadata["check"], spec.metadata["help"] + default, several=several)
+    parser.add("run_dir", str, NOT_EMPTY, "the run's new folder (default: one under runs/, by data, likelihood and time)")
+    parser.add("resume", str, NOT_EMPTY, "go on with this run folder; only --epochs may stand beside it, to extend it")
+    given = vars(parser.parse_args(argv))
+    run_dir, resume = given.pop("run_dir", None), given.pop("resume", None)
+    if resume is not None:
+        others = [flag(name) for name in given if name != "epochs"] + ([flag("run_dir")] if run_dir else [])
+        if others:
+            parser.error(f"--resume: the run keeps its own options; only --epochs may stand beside it, got {', '.join(others)}")
+        return None, None, resume, given.get("epochs")
+    return replace(Options(), **{name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}), run_dir, None, None
+
+
+def parse_evaluate(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """run_dir, split, num_particles, images (or None), device, seed."""
+    parser = Parser("Importance-sampled log p(x) of a run, with its errors; written to the run's evaluation.json.")
+    parser.add_run()
+    parser.add("split", str, one_of(SPLITS), f"{', '.join(SPLITS)} (default: test)")
+    parser.add("num_particles", int, POSITIVE_INTEGER, "importance samples an image (default: 5000)")
+    parser.add("images", int, POSITIVE_INTEGER, "a fixed random subset of that many images (default: all)")
+    parser.add("device", str, NOT_EMPTY, "cpu, cuda, cuda:1, ... (default: cpu)")
+    parser.add("seed", int, NON_NEGATIVE_INTEGER, "of the importance samples (default: 0)")
+    parser.set_defaults(split="test", num_particles=5000, images=None, device="cpu", seed=0)
+    return parser.parse_args(argv)
+
+
+def parse_run(description: str, argv: Sequence[str] | None = None) -> str:
+    """The run folder, for a script that takes nothing else."""
+    parser = Parser(description)
+    parser.add_run()
+    return parser.parse_args(argv).run_dir
+
+
+def _words(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def command(main: Callable[[], None]) -> None:
+    """Runs a script's main: what users can cause ends in one line and a non-zero exit, without a traceback.
+
+    Set PPL_VAE_TRACEBACK=1 to see where it came from.
+    """
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, OSError, ArithmeticError) as error:
+        if os.environ.get("PPL_VAE_TRACEBACK"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)

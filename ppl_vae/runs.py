@@ -1,0 +1,203 @@
+"""The run folder: config, environment, metrics, weights, training state, evaluation. Written atomically, never pickled."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+CONFIG, ENVIRONMENT, METRICS, EVALUATION = "config.json", "environment.json", "metrics.jsonl", "evaluation.json"
+MODEL, TRAINING_STATE, FIGURES = "model.safetensors", "training_state.safetensors", "figures"
+
+
+def new_run_dir(run_dir: str | None, *, dataset: str, likelihood: str) -> Path:
+    """Makes the folder of a new run: as asked for, or one under runs/ by data set, likelihood, date and time.
+
+    Raises:
+        ValueError: the folder exists and holds something.
+    """
+    if run_dir is None:
+        stem = f"{Path(dataset).stem}-{likelihood}-{time.strftime('%Y%m%d-%H%M%S')}"
+        taken = [stem] + [f"{stem}-{i}" for i in range(2, 100)]
+        path = next(p for p in (Path("runs") / name for name in taken) if not p.exists())
+    else:
+        path = Path(run_dir)
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise ValueError(f"--run-dir: expected a new or empty folder, but {path} exists (--resume {path} goes on with it)")
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+# --- Bytes -------------------------------------------------------------------------------------------------------------
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replaces the file as a whole or not at all, and returns when it is on disk."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+# --- JSON --------------------------------------------------------------------------------------------------------------
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become null."""
+    if isinstance(value, dict):
+        return {key: _finite(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Strict JSON, numbers that are not finite as null."""
+    write_bytes(path, (json.dumps(_finite(value), indent=2, allow_nan=False) + "\n").encode())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises ValueError where the file is missing or is no JSON object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file; is {path.parent} a run folder?") from None
+    except NotADirectoryError:
+        raise ValueError(f"{path.parent}: expected a run folder, got a file") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path}: damaged: not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: damaged: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def read_evaluations(run_dir: Path) -> dict[str, Any]:
+    """evaluation.json, or nothing where there is none yet."""
+    path = run_dir / EVALUATION
+    return read_json(path) if path.exists() else {}
+
+
+# --- Metrics -----------------------------------------------------------------------------------------------------------
+
+
+def append_metrics(run_dir: Path, record: dict[str, Any]) -> None:
+    """One more line of metrics.jsonl, on disk when this returns."""
+    with (run_dir / METRICS).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _metrics(path: Path) -> Iterator[dict[str, Any]]:
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            record["step"] + 0
+        except (json.JSONDecodeError, KeyError, TypeError):
+            if number == len(lines):
+                return  # the line that was being written when the run was killed
+            raise ValueError(f"{path}: damaged: line {number} is no record with a step") from None
+        yield record
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The records of metrics.jsonl; a half-written last line is left out."""
+    return list(_metrics(run_dir / METRICS))
+
+
+def cut_metrics(run_dir: Path, step: int) -> None:
+    """Removes every record after this step: those of work that a resumed run does again."""
+    kept = [record for record in read_metrics(run_dir) if record["step"] <= step]
+    write_bytes(run_dir / METRICS, "".join(json.dumps(record) + "\n" for record in kept).encode())
+
+
+# --- Tensors -----------------------------------------------------------------------------------------------------------
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], scalars: dict[str, Any]) -> None:
+    """Named tensors and a JSON object beside them, as one safetensors file."""
+    own = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+    write_bytes(path, save(own, metadata={"json": json.dumps(scalars)}))
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Back from ``save_tensors``. Raises ValueError where the file is missing or damaged."""
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            scalars = json.loads((file.metadata() or {}).get("json", "{}"))
+            return {name: file.get_tensor(name) for name in file.keys()}, scalars  # noqa: SIM118 (it is no dict)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file; the run in {path.parent} has no weights yet") from None
+    except (SafetensorError, json.JSONDecodeError, OSError) as error:
+        raise ValueError(f"{path}: damaged: {error}") from None
+
+
+# --- Environment -------------------------------------------------------------------------------------------------------
+
+
+def _git(*words: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), *words], capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Versions, device, threads, git commit and whether dirty, argv, time."""
+    commit = _git("rev-parse", "HEAD")
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "argv": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in ("ppl_vae", "torch", "pyro-ppl", "numpy", "safetensors")},
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.processor() or device,
+        "threads": torch.get_num_threads(),
+        "git_commit": commit,
+        "git_dirty": bool(_git("status", "--porcelain")) if commit else None,
+    }
+
+
+def record_environment(run_dir: Path, device: str) -> None:
+    """environment.json at the start; each later start of the same run goes into its list "resumed"."""
+    path = run_dir / ENVIRONMENT
+    now = environment(device)
+    if path.exists():
+        first = read_json(path)
+        now = first | {"resumed": [*first.get("resumed", []), now]}
+    write_json(path, now)

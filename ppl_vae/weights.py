@@ -1,0 +1,78 @@
+"""log w = log p(x, z) - log q(z | x): the one quantity of which every reported number is a functional."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+from pyro import poutine
+from pyro.distributions.util import scale_and_mask
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+Program = Callable[[Tensor], Any]
+
+
+def _log_prob(name: str, site: dict[str, Any], shape: tuple[int, int]) -> Tensor:
+    """(S, B): the site's log-density as its distribution gives it, masked where a mask says so, never scaled."""
+    log_prob = scale_and_mask(site["fn"].log_prob(site["value"]), mask=site["mask"])
+    if tuple(log_prob.shape) != shape:
+        raise ValueError(
+            f"site {name!r}: expected one log-probability a particle and image, {shape}, got {tuple(log_prob.shape)}; "
+            "every site belongs in the images' plate at dim=-1, with all other dimensions in its event (to_event)"
+        )
+    return log_prob
+
+
+def latent_sites(trace: poutine.Trace) -> list[str]:
+    """The names of a trace's sampled sites in alphabetical order; a plate's own site is none."""
+    return sorted(name for name in trace.stochastic_nodes if not site_is_subsample(trace.nodes[name]))
+
+
+def log_weight_terms(model: Program, guide: Program, x: Tensor, num_particles: int) -> tuple[Tensor, Tensor]:
+    """log p(x | z) and log p(z) - log q(z | x), for z ~ q(z | x); their sum is log w.
+
+    ``poutine.scale`` and a plate's subsampling scale do not enter: a log-weight is that of the bare programs.
+
+    Args:
+        model: a Pyro program over x with one data plate at dim=-1.
+        guide: a Pyro program over x that samples every latent site of the model.
+        x: images (B, *E).
+        num_particles: S.
+
+    Returns:
+        Two tensors (S, B), nats.
+
+    Raises:
+        ValueError: where a latent site of one program is missing in the other, or a site is not one number an image.
+    """
+    if num_particles < 1:
+        raise ValueError(f"num_particles: expected at least 1, got {num_particles}")
+    particles = pyro.plate("particles", num_particles, dim=-2)
+    q = poutine.trace(particles(guide)).get_trace(x)
+    p = poutine.trace(poutine.replay(particles(model), trace=q)).get_trace(x)
+    latents, proposed = latent_sites(p), latent_sites(q)
+    if latents != proposed:
+        raise ValueError(
+            f"guide: expected the model's latent sites {latents}, got {proposed}; "
+            "a latent site of only one of them would leave its density out of the weight"
+        )
+    shape = (num_particles, len(x))
+    log_p_x_given_z = sum((_log_prob(name, p.nodes[name], shape) for name in p.observation_nodes), x.new_zeros(shape))
+    log_p_z = sum(_log_prob(name, p.nodes[name], shape) for name in latents)
+    log_q_z = sum(_log_prob(name, q.nodes[name], shape) for name in latents)
+    return log_p_x_given_z, log_p_z - log_q_z
+
+
+def log_weights(model: Program, guide: Program, x: Tensor, num_particles: int) -> Tensor:
+    """log w_s = log p(x, z_s) - log q(z_s | x), for z_s ~ q(z | x), s = 1..S.
+
+    Fresh draws from torch's global generator at every call. The encoder runs once an image, never once a particle.
+    Arguments and errors as ``log_weight_terms``.
+
+    Returns:
+        (S, B) nats, one row a particle.
+    """
+    log_p_x_given_z, log_p_z_over_q_z = log_weight_terms(model, guide, x, num_particles)
+    return log_p_x_given_z + log_p_z_over_q_z

@@ -1,0 +1,22 @@
+"""Estimate log p(x) of a run by importance sampling, with its errors, into the run's evaluation.json."""
+
+from ppl_vae.options import command, parse_evaluate
+
+
+def main() -> None:
+    asked = parse_evaluate()
+    from ppl_vae import experiment  # torch is imported here, so that --help answers at once
+
+    experiment.evaluate_run(
+        asked.run_dir,
+        split=asked.split,
+        num_particles=asked.num_particles,
+        images=asked.images,
+        device=asked.device,
+        seed=asked.seed,
+        say=print,
+    )
+
+
+if __name__ == "__main__":
+    command(main)

@@ -39,7 +39,7 @@ def start_from_marginals(vae: VAE, x: Tensor) -> None:
 
     Source: Burda et al. 2016, arXiv 1509.00519, released code (output bias from the training pixels' means).
     """
-    decoder = vae.likelihood
+    decoder: Any = vae.likelihood
     with torch.no_grad():
         decoder.net.output.bias.copy_(decoder.family.marginal_features(x))
 
@@ -75,7 +75,11 @@ def read_config(run_dir: Path) -> tuple[Options, dict[str, Any]]:
         shape = data["event_shape"]
         if not (shape and all(type(size) is int and size > 0 for size in shape)):
             raise ValueError(f"event_shape: expected whole numbers, got {shape}")
-        return from_json(config["options"]), {"kind": data["kind"], "sha256": data["sha256"], "event_shape": tuple(shape)}
+        return from_json(config["options"]), {
+            "kind": data["kind"],
+            "sha256": data["sha256"],
+            "event_shape": tuple(shape),
+        }
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path}: damaged: missing {error}") from None
     except ValueError as error:

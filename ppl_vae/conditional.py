@@ -12,7 +12,8 @@ class Conditional(nn.Module):
 
     Args:
         net: tensors (..., *C) -> features (..., F).
-        family: features (..., F) -> a distribution with batch shape (...); it has ``num_features`` F and ``event_shape``.
+        family: features (..., F) -> a distribution with batch shape (...); it has ``num_features`` (F) and
+            ``event_shape``.
 
     ``forward(c)`` returns the distribution.
 
@@ -20,7 +21,7 @@ class Conditional(nn.Module):
         ValueError: where the network's features are not as many as the family asks for.
     """
 
-    def __init__(self, net: nn.Module, family: nn.Module) -> None:
+    def __init__(self, net: nn.Module, family: Any) -> None:
         super().__init__()
         self.net = net
         self.family = family

@@ -78,7 +78,7 @@ def load(dataset: str) -> Splits:
     return _own(path)
 
 
-# --- MNIST, embedded ---------------------------------------------------------------------------------------------------
+# --- MNIST, embedded ---
 
 
 def _mnist() -> Splits:
@@ -100,7 +100,9 @@ def _mnist_images(name: str) -> Tensor:
     try:
         raw = lzma.decompress(resource.read_bytes())
     except (OSError, lzma.LZMAError) as error:
-        raise ValueError(f"{resource}: the embedded MNIST cannot be read ({error}); install the package again") from None
+        raise ValueError(
+            f"{resource}: the embedded MNIST cannot be read ({error}); install the package again"
+        ) from None
     if hashlib.sha256(raw).hexdigest() != _MNIST_SHA256[name]:
         raise ValueError(f"{resource}: the checksum is not that of MNIST; install the package again")
     _, num_images, height, width = struct.unpack(">4I", raw[:16])
@@ -108,7 +110,7 @@ def _mnist_images(name: str) -> Tensor:
     return torch.from_numpy(pixels.copy())
 
 
-# --- A person's own file -----------------------------------------------------------------------------------------------
+# --- A person's own file ---
 
 
 def _own(path: Path) -> Splits:
@@ -185,7 +187,8 @@ def _images(path: Path, split: str, array: np.ndarray, kind: str) -> Tensor:
         array = array.transpose(0, 3, 1, 2)
     elif array.ndim != 2:
         raise ValueError(
-            f"{path}: expected (N, D), (N, H, W) or (N, H, W, C) with 1 or 3 channels, got shape {array.shape} in {split}"
+            f"{path}: expected (N, D), (N, H, W) or (N, H, W, C) with 1 or 3 channels, "
+            f"got shape {array.shape} in {split}"
         )
     if 0 in array.shape:
         raise ValueError(f"{path}: expected at least one pixel, got shape {array.shape} in {split}")
@@ -201,7 +204,7 @@ def _complete_splits(path: Path, given: dict[str, Tensor]) -> tuple[dict[str, Te
     tenth = len(train) // 10
     if tenth == 0:
         raise ValueError(f"{path}: expected at least 10 images to split, got {len(train)}")
-    order = torch.from_numpy(np.random.RandomState(_PUBLISHED_SEED).permutation(len(train)))  # noqa: NPY002 (a frozen stream)
+    order = torch.from_numpy(np.random.RandomState(_PUBLISHED_SEED).permutation(len(train)))  # a frozen stream
     completed = dict(given)
     for split in missing:
         completed[split], order = train[order[-tenth:]], order[:-tenth]
@@ -209,7 +212,7 @@ def _complete_splits(path: Path, given: dict[str, Tensor]) -> tuple[dict[str, Te
     return completed, f"{' and '.join(missing)}: a tenth of the images each, by a fixed permutation"
 
 
-# --- What a model sees -------------------------------------------------------------------------------------------------
+# --- What a model sees ---
 
 
 def resolve_binarization(splits: Splits, binarization: str | None) -> str:
@@ -251,7 +254,7 @@ def evaluation_images(splits: Splits, split: str, binarization: str) -> Tensor:
     if split not in _KEYS:
         raise ValueError(f"split: expected one of {', '.join(_KEYS)}, got {split!r}")
     if binarization in ("dynamic", "fixed"):
-        stream = np.random.RandomState(_PUBLISHED_SEED)  # noqa: NPY002 (the published protocol's generator)
+        stream = np.random.RandomState(_PUBLISHED_SEED)  # the published generator
         for name in ("validation", "test", "train"):
             drawn = stream.binomial(1, _probabilities(getattr(splits, name)).numpy())
             if name == split:
@@ -271,5 +274,5 @@ def subset(num_images: int, most: int | None) -> Tensor:
     """
     if most is None or most >= num_images:
         return torch.arange(num_images)
-    order = np.random.RandomState(_PUBLISHED_SEED).permutation(num_images)  # noqa: NPY002 (a frozen stream)
+    order = np.random.RandomState(_PUBLISHED_SEED).permutation(num_images)  # a frozen stream
     return torch.from_numpy(np.sort(order[:most]))

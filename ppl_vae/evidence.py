@@ -144,7 +144,9 @@ def _importance_of_group(model: Program, guide: Program, x: Tensor, num_particle
         log_p_x_given_z, log_p_z_over_q_z = log_weight_terms(model, guide, x, S)
         log_w = log_p_x_given_z + log_p_z_over_q_z
         if log_w.isnan().any():
-            raise NotFinite("log-weights: expected numbers, got NaN; the weights or the data hold values that are not finite")
+            raise NotFinite(
+                "log-weights: expected numbers, got NaN; the weights or the data hold values that are not finite"
+            )
         summary.update(log_w)
         reconstruction += log_p_x_given_z.double().sum(0) / num_particles
         kl -= log_p_z_over_q_z.double().sum(0) / num_particles

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from ppl_vae import build, data, plots, runs
 from ppl_vae.evidence import UNRELIABLE_BIAS, Estimate, Importance, evaluate
-from ppl_vae.options import Options, to_json
+from ppl_vae.options import Options, default_warmup, to_json
 from ppl_vae.training import TrainingState, fit
 from ppl_vae.vae import VAE
 
@@ -34,7 +34,7 @@ _CURVES, _RECONSTRUCTIONS, _SAMPLES, _INTERPOLATIONS = (
 )
 
 
-# --- Training ----------------------------------------------------------------------------------------------------------
+# --- Training ---
 
 
 def train(options: Options, run_dir: str | None, *, say: Say) -> Path:
@@ -49,6 +49,8 @@ def train(options: Options, run_dir: str | None, *, say: Say) -> Path:
     build.device(options.device)
     splits = data.load(options.dataset)
     options = replace(options, binarization=data.resolve_binarization(splits, options.binarization))
+    if options.warmup_epochs is None:
+        options = replace(options, warmup_epochs=default_warmup(options.epochs))
     if Path(options.dataset).suffix:
         options = replace(options, dataset=str(Path(options.dataset).resolve()))
     _check_support(options, splits)
@@ -142,7 +144,7 @@ def _train(folder: Path, options: Options, splits: data.Splits, *, say: Say) -> 
                 batch_size=options.batch_size,
                 learning_rate=options.learning_rate,
                 beta=options.beta,
-                warmup_epochs=options.warmup_epochs,
+                warmup_epochs=options.warmup_epochs or 0,
                 clip_norm=options.clip_norm,
                 seed=options.seed,
                 saved=saved,
@@ -163,13 +165,20 @@ def _train(folder: Path, options: Options, splits: data.Splits, *, say: Say) -> 
 
 def _check_support(options: Options, splits: data.Splits) -> None:
     """Refuses, before anything is written, data that the likelihood has no probability for."""
-    likelihood = build.LIKELIHOODS[options.likelihood](splits.event_shape)
+    likelihood = _likelihood(options, splits)
     for split in ("train", "validation", "test"):
-        if options.binarization == "none" and not likelihood.support.check(_probabilities(getattr(splits, split))).all():
+        if (
+            options.binarization == "none"
+            and not likelihood.support.check(_probabilities(getattr(splits, split))).all()
+        ):
             raise ValueError(
                 f"--likelihood {options.likelihood}: expected pixels that are {_SUPPORT_WORDS[options.likelihood]}, "
                 f"got {splits.kind} in {split}; another --binarization makes them so"
             )
+
+
+def _likelihood(options: Options, splits: data.Splits) -> Any:
+    return build.LIKELIHOODS[options.likelihood](splits.event_shape)
 
 
 _SUPPORT_WORDS = {"bernoulli": "0 or 1"}
@@ -182,11 +191,13 @@ def _probabilities(values: Tensor) -> Tensor:
 def _same_data(folder: Path, options: Options, seen: dict[str, Any]) -> data.Splits:
     splits = data.load(options.dataset)
     if splits.sha256 != seen["sha256"]:
-        raise ValueError(f"{options.dataset}: the file has changed since {folder} was trained on it (its SHA-256 differs)")
+        raise ValueError(
+            f"{options.dataset}: the file has changed since {folder} was trained on it (its SHA-256 differs)"
+        )
     return splits
 
 
-# --- Where a run stands ------------------------------------------------------------------------------------------------
+# --- Where a run stands ---
 
 
 def _total_steps(options: Options, splits: data.Splits) -> int:
@@ -221,7 +232,7 @@ def _is_finished(folder: Path, options: Options, splits: data.Splits) -> bool:
     )
 
 
-# --- Evaluation --------------------------------------------------------------------------------------------------------
+# --- Evaluation ---
 
 
 def evaluate_run(
@@ -274,7 +285,7 @@ def write_evaluation(
         "num_particles": num_particles,
         "seed": seed,
         "likelihood": options.likelihood,
-        "measure": vae.likelihood.family.measure,
+        "measure": _likelihood(options, splits).measure,
         **_summary(result, num_particles),
         "bits_per_dim": None,  # binarised pixels are no 8-bit data
         "step": runs.load_tensors(folder / runs.MODEL)[1]["step"],
@@ -317,7 +328,8 @@ def describe_evaluation(entry: dict[str, Any]) -> list[str]:
     ll, elbo, rec, kl = (entry[key] for key in ("log_likelihood", "elbo", "reconstruction", "kl"))
     lines = [
         f"log-likelihood {_pm(ll)} nats an image: the importance-weighted bound L_{S}, a lower bound on log p(x)",
-        f"  {entry['split']} split, {n:,} images, binarization {entry['binarization']}; ± is the standard error over images",
+        f"  {entry['split']} split, {n:,} images, binarization {entry['binarization']}; "
+        "± is the standard error over images",
         f"  ELBO (beta = 1) {_pm(elbo)} = reconstruction {_pm(rec)} - KL {_pm(kl)}",
     ]
     if S == 1:
@@ -343,7 +355,7 @@ def _pm(estimate: dict[str, float]) -> str:
     return f"{_number(estimate['mean'], 2)} ± {_number(estimate['stderr'], 2)}"
 
 
-# --- Figures -----------------------------------------------------------------------------------------------------------
+# --- Figures ---
 
 
 def draw_run(run_dir: str, *, say: Say) -> None:

@@ -40,6 +40,6 @@ class Bernoulli(nn.Module):
         return dist.Bernoulli(logits=logits).to_event(len(self.event_shape))
 
     def marginal_features(self, x: Tensor) -> Tensor:
-        """h_d = logit((1 + sum_n x_nd) / (2 + N)): the rate of each pixel, Laplace-smoothed. x: (N, *E) -> (prod(E),)."""
+        """h_d = logit((1 + sum_n x_nd) / (2 + N)), each pixel's rate, Laplace-smoothed. x: (N, *E) -> (prod(E),)."""
         rate = (1 + x.double().flatten(1).sum(0)) / (2 + len(x))
         return rate.logit().float()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 from torch import Tensor, nn
 
@@ -12,7 +13,9 @@ def _flatten_event(x: Tensor, event_shape: tuple[int, ...]) -> Tensor:
     """(..., *E) -> (..., prod(E)); raises where the trailing dimensions are not E."""
     leading = x.dim() - len(event_shape)
     if leading < 0 or tuple(x.shape[leading:]) != event_shape:
-        raise ValueError(f"network input: expected shape (..., {', '.join(map(str, event_shape))}), got {tuple(x.shape)}")
+        raise ValueError(
+            f"network input: expected shape (..., {', '.join(map(str, event_shape))}), got {tuple(x.shape)}"
+        )
     return x.reshape(*x.shape[:leading], math.prod(event_shape))
 
 
@@ -43,7 +46,7 @@ class MLP(nn.Module):
         self.event_shape = (event_shape,) if isinstance(event_shape, int) else tuple(event_shape)
         widths = [math.prod(self.event_shape), *hidden]
         layers: list[nn.Module] = []
-        for width_in, width_out in zip(widths, widths[1:], strict=False):
+        for width_in, width_out in pairwise(widths):
             layers += [nn.Linear(width_in, width_out), activation()]
         self.layers = nn.Sequential(*layers)
         self.output = nn.Linear(widths[-1], num_features)
@@ -66,7 +69,7 @@ class GatedMLP(nn.Module):
         self.event_shape = (event_shape,) if isinstance(event_shape, int) else tuple(event_shape)
         widths = [math.prod(self.event_shape), *hidden]
         layers: list[nn.Module] = []
-        for width_in, width_out in zip(widths, widths[1:], strict=False):
+        for width_in, width_out in pairwise(widths):
             layers += [nn.Linear(width_in, 2 * width_out), nn.GLU(dim=-1)]
         self.layers = nn.Sequential(*layers)
         self.output = nn.Linear(widths[-1], num_features)

@@ -26,7 +26,7 @@ def log_mean_exp(log_w: Tensor, dim: int = 0) -> Tensor:
 
 
 def tail_length(num_particles: int) -> int:
-    """M = min(S / 5, 3 sqrt(S)): how many of the largest weights the Pareto fit reads (Vehtari et al. 2024, 1507.02646)."""
+    """M = min(S / 5, 3 sqrt(S)): the largest weights, which the Pareto fit reads (Vehtari et al. 2024, 1507.02646)."""
     return math.ceil(min(num_particles / 5, 3 * math.sqrt(num_particles)))
 
 
@@ -66,7 +66,7 @@ class LogWeightSummary:
     - ``pareto_k``: see ``pareto_k``
 
     The M largest log-weights are kept as they are, the others as two sums. That is exact for all but the bias, where
-    log(1 - v) of a kept-as-sum weight is -v - v^2/2; such weights are below 1/M, which bounds the error by 1/(3 M^2) nats.
+    log(1 - v) of a summed weight is taken as -v - v^2/2; such a v is below 1/M, so the error is below 1/(3 M^2) nats.
 
     Args:
         num_particles: S, how many particles will be streamed in all.

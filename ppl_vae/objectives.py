@@ -1,4 +1,4 @@
-"""Objectives: (model, guide, x) -> loss, nats an image. What changes only training lives here, never in the programs."""
+"""Objectives: (model, guide, x) -> loss, nats an image. What changes only training is here, never in the programs."""
 
 from __future__ import annotations
 

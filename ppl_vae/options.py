@@ -1,4 +1,4 @@
-"""Every word and default of the command line and of config.json. Standard library only, so that --help needs no torch."""
+"""Every word and default of the command line and of config.json. Standard library only: --help needs no torch."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
-from typing import Any, NoReturn
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from typing import Any, NamedTuple, NoReturn
 
 BINARIZATIONS = ("dynamic", "fixed", "threshold", "none")
 LIKELIHOODS = ("bernoulli",)
@@ -62,13 +62,22 @@ class Options:
     )
     likelihood: str = option("bernoulli", str, one_of(LIKELIHOODS), f"p(x | z): {', '.join(LIKELIHOODS)}")
     network: str = option("gated", str, one_of(NETWORKS), f"encoder and decoder: {', '.join(NETWORKS)}")
-    hidden: tuple[int, ...] = option((300, 300), int, POSITIVE_INTEGER, "widths of the encoder's hidden layers; the decoder's in reverse")
+    hidden: tuple[int, ...] = option(
+        (300, 300), int, POSITIVE_INTEGER, "widths of the encoder's hidden layers; the decoder's in reverse"
+    )
     prior: str = option("standard-normal", str, one_of(PRIORS), f"p(z): {', '.join(PRIORS)}")
     posterior: str = option("diagonal", str, one_of(POSTERIORS), f"q(z | x): {', '.join(POSTERIORS)}")
     objective: str = option("elbo", str, one_of(OBJECTIVES), f"what is maximised: {', '.join(OBJECTIVES)}")
-    kl: str = option("sampled", str, one_of(KLS), "the KL in the objective: sampled (Trace_ELBO), analytic (TraceMeanField_ELBO)")
+    kl: str = option(
+        "sampled", str, one_of(KLS), "the KL in the objective: sampled (Trace_ELBO), analytic (TraceMeanField_ELBO)"
+    )
     beta: float = option(1.0, float, NON_NEGATIVE, "weight of the KL in training; reports are always at 1")
-    warmup_epochs: int = option(15, int, NON_NEGATIVE_INTEGER, "epochs over which that weight rises linearly from 0")
+    warmup_epochs: int | None = option(
+        None,
+        int,
+        NON_NEGATIVE_INTEGER,
+        "epochs over which that weight rises linearly from 0 (default: three tenths of the epochs, at most 15)",
+    )
     latent_dim: int = option(40, int, POSITIVE_INTEGER, "dimensions of z")
     epochs: int = option(50, int, POSITIVE_INTEGER, "passes through the training images")
     batch_size: int = option(100, int, POSITIVE_INTEGER, "images a step")
@@ -78,8 +87,12 @@ class Options:
     seed: int = option(0, int, NON_NEGATIVE_INTEGER, "of the weights, the noise and the order of the images")
     device: str = option("cpu", str, NOT_EMPTY, "cpu, cuda, cuda:1, ...")
     checkpoint_seconds: float = option(60.0, float, NON_NEGATIVE, "longest time between two checkpoints")
-    images: int = option(5000, int, POSITIVE_INTEGER, "test images of the quick evaluation at the end; a fixed random subset")
-    evaluation_particles: int = option(200, int, POSITIVE_INTEGER, "importance samples an image of the quick evaluation")
+    images: int = option(
+        5000, int, POSITIVE_INTEGER, "test images of the quick evaluation at the end; a fixed random subset"
+    )
+    evaluation_particles: int = option(
+        200, int, POSITIVE_INTEGER, "importance samples an image of the quick evaluation"
+    )
 
     def __post_init__(self) -> None:
         for spec in fields(self):
@@ -101,6 +114,11 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def default_warmup(epochs: int) -> int:
+    """Three tenths of the epochs, at most 15: without a warm-up latents collapse early, and stay collapsed."""
+    return min(15, 3 * epochs // 10)
+
+
 def to_json(options: Options) -> dict[str, Any]:
     """Every field, as config.json holds it."""
     return json.loads(json.dumps(asdict(options)))
@@ -118,10 +136,11 @@ def from_json(values: Any) -> Options:
     if set(values) != known:
         odd = sorted(set(values) ^ known)
         raise ValueError(f"expected exactly the options of this version; missing or unknown: {', '.join(odd)}")
-    return Options(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+    fixed: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+    return Options(**fixed)
 
 
-# --- The command line --------------------------------------------------------------------------------------------------
+# --- The command line ---
 
 
 class Parser(argparse.ArgumentParser):
@@ -153,23 +172,39 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("run_dir", metavar="RUN", help="a run folder")
 
 
-def parse_train(argv: Sequence[str] | None = None) -> tuple[Options | None, str | None, str | None, int | None]:
-    """(options, run_dir, None, None) for a new run; (None, None, run_dir, epochs or None) to resume one."""
+class TrainCommand(NamedTuple):
+    """What train_svi.py was asked: options (and a folder) for a new run, or a folder to resume (and more epochs)."""
+
+    options: Options | None = None
+    run_dir: str | None = None
+    resume: str | None = None
+    epochs: int | None = None
+
+
+def parse_train(argv: Sequence[str] | None = None) -> TrainCommand:
+    """Reads train_svi.py's command line; exits with one line where it is wrong."""
     parser = Parser("Train a VAE, estimate its log-likelihood, and draw its figures, in one run folder.")
     for spec in fields(Options):
         several = spec.metadata.get("several", False)
         default = "" if spec.default in (None, MISSING) else f" (default: {_words(spec.default)})"
-        parser.add(spec.name, spec.metadata["kind"], spec.metadata["check"], spec.metadata["help"] + default, several=several)
-    parser.add("run_dir", str, NOT_EMPTY, "the run's new folder (default: one under runs/, by data, likelihood and time)")
+        parser.add(
+            spec.name, spec.metadata["kind"], spec.metadata["check"], spec.metadata["help"] + default, several=several
+        )
+    parser.add(
+        "run_dir", str, NOT_EMPTY, "the run's new folder (default: one under runs/, by data, likelihood and time)"
+    )
     parser.add("resume", str, NOT_EMPTY, "go on with this run folder; only --epochs may stand beside it, to extend it")
     given = vars(parser.parse_args(argv))
     run_dir, resume = given.pop("run_dir", None), given.pop("resume", None)
     if resume is not None:
         others = [flag(name) for name in given if name != "epochs"] + ([flag("run_dir")] if run_dir else [])
         if others:
-            parser.error(f"--resume: the run keeps its own options; only --epochs may stand beside it, got {', '.join(others)}")
-        return None, None, resume, given.get("epochs")
-    return replace(Options(), **{name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}), run_dir, None, None
+            parser.error(
+                f"--resume: the run keeps its own options; only --epochs may stand beside it, got {', '.join(others)}"
+            )
+        return TrainCommand(resume=resume, epochs=given.get("epochs"))
+    fixed: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
+    return TrainCommand(options=Options(**fixed), run_dir=run_dir)
 
 
 def parse_evaluate(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -1,4 +1,4 @@
-"""The run folder: config, environment, metrics, weights, training state, evaluation. Written atomically, never pickled."""
+"""The run folder: config, environment, metrics, weights, state, evaluation. Written atomically, never pickled."""
 
 from __future__ import annotations
 
@@ -36,12 +36,14 @@ def new_run_dir(run_dir: str | None, *, dataset: str, likelihood: str) -> Path:
     else:
         path = Path(run_dir)
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise ValueError(f"--run-dir: expected a new or empty folder, but {path} exists (--resume {path} goes on with it)")
+            raise ValueError(
+                f"--run-dir: expected a new or empty folder, but {path} exists (--resume {path} goes on with it)"
+            )
     path.mkdir(parents=True, exist_ok=True)
     return path
 
 
-# --- Bytes -------------------------------------------------------------------------------------------------------------
+# --- Bytes ---
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -63,7 +65,7 @@ def write_bytes(path: Path, content: bytes) -> None:
         os.close(folder)
 
 
-# --- JSON --------------------------------------------------------------------------------------------------------------
+# --- JSON ---
 
 
 def _finite(value: Any) -> Any:
@@ -101,7 +103,7 @@ def read_evaluations(run_dir: Path) -> dict[str, Any]:
     return read_json(path) if path.exists() else {}
 
 
-# --- Metrics -----------------------------------------------------------------------------------------------------------
+# --- Metrics ---
 
 
 def append_metrics(run_dir: Path, record: dict[str, Any]) -> None:
@@ -136,7 +138,7 @@ def cut_metrics(run_dir: Path, step: int) -> None:
     write_bytes(run_dir / METRICS, "".join(json.dumps(record) + "\n" for record in kept).encode())
 
 
-# --- Tensors -----------------------------------------------------------------------------------------------------------
+# --- Tensors ---
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], scalars: dict[str, Any]) -> None:
@@ -157,7 +159,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise ValueError(f"{path}: damaged: {error}") from None
 
 
-# --- Environment -------------------------------------------------------------------------------------------------------
+# --- Environment ---
 
 
 def _git(*words: str) -> str | None:

@@ -1,4 +1,4 @@
-"""Training by SVI: schedules, one step, the guard against NaN, validation, and a state from which a run goes on exactly."""
+"""Training by SVI: schedules, one step, the NaN guard, validation, and a state from which a run goes on exactly."""
 
 from __future__ import annotations
 
@@ -261,6 +261,8 @@ def _step(
 
 def _site_that_is_not_finite(vae: VAE, x: Tensor, beta: float, rng: Tensor) -> str | None:
     """Runs the two programs again with the same noise, and names the first site with a number that is not finite."""
+    if not x.isfinite().all():
+        return "site 'x': the images of this batch hold values that are not finite"
     torch.set_rng_state(rng)
     with torch.no_grad(), pyro.validation_enabled(False):
         q = poutine.trace(Temper(beta)(vae.guide)).get_trace(x)
@@ -292,4 +294,3 @@ def _validate(state: TrainingState, validation: Tensor | None) -> dict[str, floa
         "validation_reconstruction_nats_per_image": float(result.reconstruction.mean()),
         "validation_kl_nats_per_image": float(result.kl.mean()),
     }
-

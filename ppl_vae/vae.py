@@ -9,6 +9,13 @@ import pyro
 from torch import Tensor, nn
 
 
+def _one_an_image(posterior: Any, x: Tensor) -> Any:
+    """The posterior as it is, once it is one distribution an image."""
+    if tuple(posterior.batch_shape) != (len(x),):
+        raise ValueError(f"x: expected shape (B, *E), one posterior an image, got {tuple(x.shape)}")
+    return posterior
+
+
 def _over_event(likelihood: Any, x: Tensor) -> Any:
     """The likelihood as it is, once its event shape is that of an image: a wrong one would broadcast, and be summed."""
     if tuple(likelihood.event_shape) != tuple(x.shape[1:]):
@@ -53,4 +60,4 @@ class VAE(nn.Module):
     def guide(self, x: Tensor) -> None:
         """z ~ q(z | x). x: (B, *E)."""
         with pyro.plate("images", len(x), dim=-1):
-            pyro.sample("z", self.posterior(x))
+            pyro.sample("z", _one_an_image(self.posterior(x), x))

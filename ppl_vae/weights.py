@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pyro
+import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.util import site_is_subsample
@@ -23,6 +24,12 @@ def _log_prob(name: str, site: dict[str, Any], shape: tuple[int, int]) -> Tensor
             "every site belongs in the images' plate at dim=-1, with all other dimensions in its event (to_event)"
         )
     return log_prob
+
+
+def _log_joint(trace: poutine.Trace, names: list[str], shape: tuple[int, int]) -> Tensor:
+    """(S, B): the sum over these sites."""
+    zero = torch.zeros(shape, device=trace.nodes["_INPUT"]["args"][0].device)
+    return sum((_log_prob(name, trace.nodes[name], shape) for name in names), zero)
 
 
 def latent_sites(trace: poutine.Trace) -> list[str]:
@@ -59,9 +66,8 @@ def log_weight_terms(model: Program, guide: Program, x: Tensor, num_particles: i
             "a latent site of only one of them would leave its density out of the weight"
         )
     shape = (num_particles, len(x))
-    log_p_x_given_z = sum((_log_prob(name, p.nodes[name], shape) for name in p.observation_nodes), x.new_zeros(shape))
-    log_p_z = sum(_log_prob(name, p.nodes[name], shape) for name in latents)
-    log_q_z = sum(_log_prob(name, q.nodes[name], shape) for name in latents)
+    log_p_x_given_z = _log_joint(p, p.observation_nodes, shape)
+    log_p_z, log_q_z = _log_joint(p, latents, shape), _log_joint(q, latents, shape)
     return log_p_x_given_z, log_p_z - log_q_z
 
 

@@ -4,13 +4,13 @@ from ppl_vae.options import command, parse_train
 
 
 def main() -> None:
-    options, run_dir, resume_dir, epochs = parse_train()
+    asked = parse_train()
     from ppl_vae import experiment  # torch is imported here, so that --help answers at once
 
-    if options is not None:
-        experiment.train(options, run_dir, say=print)
-    elif resume_dir is not None:
-        experiment.resume(resume_dir, epochs=epochs, say=print)
+    if asked.options is not None:
+        experiment.train(asked.options, asked.run_dir, say=print)
+    elif asked.resume is not None:
+        experiment.resume(asked.resume, epochs=asked.epochs, say=print)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,256 @@
+"""log p(x) and its errors, against closed forms and quadrature."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from oracles import LinearGaussian, bernoulli_vae, quadrature_log_evidence
+from torch import nn
+from torch.testing import assert_close
+
+from ppl_vae import VAE, Conditional, Estimate, importance, log_evidence
+from ppl_vae.evidence import NotFinite, evaluate
+from ppl_vae.likelihoods import Bernoulli
+from ppl_vae.posteriors import DiagonalNormal
+from ppl_vae.priors import StandardNormal
+
+
+@pytest.fixture
+def oracle():
+    return LinearGaussian.random()
+
+
+@pytest.mark.parametrize("num_particles", [1, 3, 50])
+@pytest.mark.parametrize("chunk", [None, 1, 7])
+def test_the_exact_posterior_gives_the_evidence_for_every_number_of_particles(oracle, num_particles, chunk):
+    vae, x = oracle.vae(), oracle.draw(5)
+    bound = log_evidence(vae.model, vae.guide, x, num_particles=num_particles, chunk=chunk)
+    assert_close(bound, oracle.log_evidence(x), rtol=1e-9, atol=0)
+
+
+def test_with_the_exact_posterior_elbo_bound_and_evidence_are_one_number(oracle):
+    vae, x = oracle.vae(), oracle.draw(5)
+    result = importance(vae.model, vae.guide, x, num_particles=10)
+    assert_close(result.elbo, result.log_evidence, rtol=1e-9, atol=0)
+    assert_close(result.ess, torch.full((5,), 10.0, dtype=torch.double), rtol=1e-9, atol=0)
+    assert (result.monte_carlo_stderr < 1e-6).all()
+    assert (result.bias < 1e-9).all()
+
+
+@pytest.mark.parametrize(("widen", "shift"), [(1.4, 0.0), (0.6, 0.0), (1.0, 0.8), (1.2, -0.5)])
+def test_a_wrong_guide_lowers_the_elbo_by_its_divergence_from_the_posterior(oracle, widen, shift):
+    vae, x = oracle.vae(widen=widen, shift=shift), oracle.draw(5)
+    gap = 3 * (widen**2 + shift**2 - 1 - math.log(widen**2)) / 2  # KL(q || p(z | x)), three latents
+    torch.manual_seed(0)
+    draws = torch.stack([importance(vae.model, vae.guide, x, num_particles=200).elbo for _ in range(50)])
+    error = draws.std(0) / math.sqrt(50)
+    assert ((draws.mean(0) - (oracle.log_evidence(x) - gap)).abs() < 5 * error).all()
+
+
+def test_reconstruction_and_kl_are_their_closed_forms(oracle):
+    vae, x = oracle.vae(widen=1.3, shift=0.3), oracle.draw(5)
+    torch.manual_seed(0)
+    draws = [importance(vae.model, vae.guide, x, num_particles=200) for _ in range(50)]
+    for name, exact in (
+        ("reconstruction", oracle.reconstruction(x, widen=1.3, shift=0.3)),
+        ("kl", oracle.kl(x, widen=1.3, shift=0.3)),
+    ):
+        values = torch.stack([getattr(draw, name) for draw in draws])
+        assert ((values.mean(0) - exact).abs() < 5 * values.std(0) / math.sqrt(50)).all(), name
+
+
+def test_bounds_of_a_wide_guide_rise_with_particles_and_stay_below_the_evidence():
+    oracle = LinearGaussian.random(D=12, L=8)
+    vae, x = oracle.vae(widen=1.5), oracle.draw(1000)
+    exact = oracle.log_evidence(x)
+    torch.manual_seed(0)
+    gaps = [log_evidence(vae.model, vae.guide, x, num_particles=S) - exact for S in (1, 4, 16, 64, 256, 1024)]
+
+    def error(values):
+        return float(values.std()) / math.sqrt(len(values))
+
+    assert all(float(gap.mean()) < 5 * error(gap) for gap in gaps)
+    rises = [later - earlier for earlier, later in pairwise(gaps)]
+    assert all(float(rise.mean()) > -5 * error(rise) for rise in rises)
+    assert all(float(rise.mean()) > 5 * error(rise) for rise in rises[:2])
+    assert abs(float(gaps[-1].mean())) < 0.02
+
+
+def test_the_weights_of_a_wide_guide_average_to_the_evidence_without_bias():
+    oracle = LinearGaussian.random()
+    vae, x = oracle.vae(widen=1.5), oracle.draw(4)
+    torch.manual_seed(0)
+    ratios = torch.stack(
+        [(log_evidence(vae.model, vae.guide, x, num_particles=100) - oracle.log_evidence(x)).exp() for _ in range(100)]
+    )
+    assert ((ratios.mean(0) - 1).abs() < 5 * ratios.std(0) / 10).all()
+
+
+@pytest.mark.parametrize("latent_dim", [1, 2])
+def test_a_bernoulli_decoder_agrees_with_quadrature(latent_dim):
+    vae = bernoulli_vae(latent_dim=latent_dim)
+    torch.manual_seed(1)
+    x = torch.bernoulli(torch.full((12, 12), 0.5, dtype=torch.double))
+    exact = quadrature_log_evidence(vae, x, latent_dim=latent_dim)
+    assert_close(exact, quadrature_log_evidence(vae, x, latent_dim=latent_dim, points=300), rtol=0, atol=1e-9)
+    result = importance(vae.model, vae.guide, x, num_particles=20_000)
+    assert ((result.log_evidence - exact).abs() < 5 * result.monte_carlo_stderr).all()
+    assert (result.monte_carlo_stderr < 0.05).all()
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 64, 100, 1000])
+def test_the_chunk_changes_nothing_but_noise(chunk):
+    vae = bernoulli_vae(latent_dim=2)
+    torch.manual_seed(1)
+    x = torch.bernoulli(torch.full((7, 12), 0.5, dtype=torch.double))
+    exact = quadrature_log_evidence(vae, x, latent_dim=2)
+    draws = torch.stack([log_evidence(vae.model, vae.guide, x, num_particles=100, chunk=chunk) for _ in range(30)])
+    unbiased = (draws - exact).exp()
+    assert ((unbiased.mean(0) - 1).abs() < 5 * unbiased.std(0) / math.sqrt(30)).all()
+
+
+def test_no_more_pairs_of_particle_and_image_are_held_than_a_pass_takes(monkeypatch):
+    vae = bernoulli_vae(latent_dim=2)
+    x = torch.bernoulli(torch.full((7, 12), 0.5, dtype=torch.double))
+    monkeypatch.setattr("ppl_vae.evidence.particles_a_pass", lambda x: 20)
+    held = []
+    vae.likelihood.net.register_forward_hook(lambda module, inputs, output: held.append(inputs[0].shape[:-1].numel()))
+    for num_particles in (1, 6, 20, 21, 500):
+        log_evidence(vae.model, vae.guide, x, num_particles=num_particles)
+        assert max(held) <= 20
+        assert sum(held) == num_particles * len(x)
+        held.clear()
+
+
+def test_the_monte_carlo_error_is_the_spread_over_repeated_draws():
+    oracle = LinearGaussian.random()
+    vae, x = oracle.vae(widen=1.4), oracle.draw(6)
+    torch.manual_seed(0)
+    draws = [importance(vae.model, vae.guide, x, num_particles=400) for _ in range(200)]
+    spread = torch.stack([draw.log_evidence for draw in draws]).std(0)
+    claimed = torch.stack([draw.monte_carlo_stderr for draw in draws]).mean(0)
+    # The spread of 200 draws has a relative standard error of 5%.
+    assert ((claimed / spread - 1).abs() < 0.25).all()
+
+
+def test_the_jackknife_predicts_what_the_bound_still_lacks():
+    oracle = LinearGaussian.random(D=12, L=8)
+    vae, x = oracle.vae(widen=1.6), oracle.draw(6)
+    exact = oracle.log_evidence(x)
+    torch.manual_seed(0)
+    draws = [importance(vae.model, vae.guide, x, num_particles=50) for _ in range(400)]
+    lacking = exact - torch.stack([draw.log_evidence for draw in draws])
+    predicted = torch.stack([draw.bias for draw in draws])
+    difference = (lacking - predicted).flatten()
+    assert lacking.mean() > 0.01
+    assert abs(difference.mean()) < 5 * difference.std() / math.sqrt(len(difference)) + 0.1 * lacking.mean()
+
+
+def test_an_image_is_unreliable_where_the_guide_misses_its_posterior():
+    oracle = LinearGaussian.random()
+    x = oracle.draw(200)
+    near_vae, far_vae = oracle.vae(widen=1.1), oracle.vae(shift=6.0)
+    torch.manual_seed(0)
+    near = importance(near_vae.model, near_vae.guide, x, num_particles=1000)
+    far = importance(far_vae.model, far_vae.guide, x, num_particles=1000)
+    assert not near.unreliable().any()
+    assert far.unreliable().double().mean() > 0.3  # with a weight or two that matter the jackknife is noisy itself
+    assert far.ess.median() < 4
+
+
+def test_one_particle_claims_no_error_of_its_own(oracle):
+    vae = oracle.vae()
+    result = importance(vae.model, vae.guide, oracle.draw(3), num_particles=1)
+    assert result.monte_carlo_stderr.isnan().all()
+    assert result.bias.isnan().all()
+    assert not result.unreliable().any()
+
+
+def test_draws_are_fresh_at_every_call():
+    oracle = LinearGaussian.random()
+    vae, x = oracle.vae(widen=1.5), oracle.draw(3)
+    first, second = (log_evidence(vae.model, vae.guide, x, num_particles=5) for _ in range(2))
+    assert (first != second).all()
+
+
+def test_no_gradient_is_kept(oracle):
+    vae = oracle.vae()
+    assert not log_evidence(vae.model, vae.guide, oracle.draw(2), num_particles=3).requires_grad
+
+
+def test_weights_that_are_not_finite_are_refused(oracle):
+    vae = oracle.vae()
+    with torch.no_grad():
+        vae.likelihood.net.output.bias[0] = math.nan
+    with pytest.raises(NotFinite, match="log-weights: expected numbers, got NaN"):
+        evaluate(vae, oracle.draw(2), num_particles=3, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"), [("num_particles", 0), ("num_particles", -3), ("chunk", 0), ("chunk", -1)]
+)
+def test_numbers_out_of_range_are_refused(oracle, argument, value):
+    vae = oracle.vae()
+    options = {"num_particles": 3, "chunk": None} | {argument: value}
+    with pytest.raises(ValueError, match=f"{argument}: expected at least 1, got {value}"):
+        importance(vae.model, vae.guide, oracle.draw(2), **options)
+
+
+def test_no_images_are_refused(oracle):
+    vae = oracle.vae()
+    with pytest.raises(ValueError, match="x: expected at least one image"):
+        importance(vae.model, vae.guide, oracle.draw(2)[:0], num_particles=3)
+
+
+def test_an_estimate_is_the_mean_over_images_with_its_standard_error():
+    values = torch.tensor([1.0, 2.0, 6.0])
+    estimate = Estimate.of(values, 5)
+    assert (estimate.mean, estimate.n, estimate.num_particles) == (3.0, 3, 5)
+    assert estimate.stderr == pytest.approx(math.sqrt(7.0 / 3))
+
+
+def test_a_ragged_last_group_weighs_by_its_images_and_not_as_a_group():
+    vae = bernoulli_vae(latent_dim=1)
+    x = torch.ones(5, 12, dtype=torch.double)
+    x[4] = 0.0
+    exact = quadrature_log_evidence(vae, x, latent_dim=1)
+    together = log_evidence(vae.model, vae.guide, x, num_particles=4000, chunk=4000)
+    assert Estimate.of(together, 4000).mean == pytest.approx(float(exact.sum() / 5), abs=0.05)
+
+
+def test_one_image_has_no_standard_error():
+    assert math.isnan(Estimate.of(torch.tensor([1.0]), 5).stderr)
+
+
+class _BatchNormNet(nn.Module):
+    """A network that an evaluation would change if it ran in training mode."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.norm, self.dropout, self.linear = nn.BatchNorm1d(inputs), nn.Dropout(0.5), nn.Linear(inputs, outputs)
+
+    def forward(self, x):
+        flat = self.norm(x.reshape(-1, x.shape[-1]))
+        return self.linear(self.dropout(flat)).reshape(*x.shape[:-1], -1)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_evaluation_leaves_weights_buffers_mode_and_random_numbers_as_they_were(training):
+    vae = VAE(
+        StandardNormal(2),
+        Conditional(_BatchNormNet(2, 12), Bernoulli((12,))),
+        Conditional(_BatchNormNet(12, 4), DiagonalNormal(2)),
+    ).train(training)
+    x = torch.bernoulli(torch.full((9, 12), 0.5))
+    before = {name: value.clone() for name, value in vae.state_dict().items()}
+    rng = torch.get_rng_state()
+    first = evaluate(vae, x, num_particles=10, seed=3)
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert vae.training == training
+    assert all(module.training == training for module in vae.modules())
+    assert all(torch.equal(value, before[name]) for name, value in vae.state_dict().items())
+    assert all(parameter.grad is None for parameter in vae.parameters())
+    assert torch.equal(evaluate(vae, x, num_particles=10, seed=3).log_evidence, first.log_evidence)

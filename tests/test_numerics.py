@@ -1,0 +1,110 @@
+"""Streamed log-weights against the same numbers computed at once, and k-hat against its known value."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from oracles import LinearGaussian
+from torch.testing import assert_close
+
+from ppl_vae import importance
+from ppl_vae.numerics import LogWeightSummary, log_mean_exp, pareto_k, tail_length
+
+
+def test_log_mean_exp_neither_overflows_nor_underflows():
+    log_w = torch.tensor([[1000.0, -2000.0], [1000.0, -2000.0 + math.log(3)]])
+    assert_close(log_mean_exp(log_w), torch.tensor([1000.0, -2000.0 + math.log(2)]))
+
+
+def _summary(log_w, sizes):
+    summary = LogWeightSummary(len(log_w), log_w.shape[1])
+    for part in log_w.split(sizes):
+        summary.update(part)
+    return summary
+
+
+def _exact(log_w):
+    """Every statistic from its definition, at once, the jackknife by leaving each particle out in turn."""
+    S = len(log_w)
+    bound = log_w.logsumexp(0) - math.log(S)
+    v = (log_w - log_w.logsumexp(0)).exp()
+    without = torch.stack([torch.cat([log_w[:s], log_w[s + 1 :]]).logsumexp(0) for s in range(S)]) - math.log(S - 1)
+    return {
+        "log_mean_exp": bound,
+        "effective_sample_size": 1 / v.square().sum(0),
+        "monte_carlo_stderr": (v.square().sum(0) - 1 / S).clamp(min=0).sqrt(),
+        "bias": (S - 1) * (bound - without.mean(0)),
+    }
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 300])
+@pytest.mark.parametrize("spread", [0.01, 1.0, 5.0, 30.0])
+def test_a_streamed_statistic_is_the_one_computed_at_once(chunk, spread):
+    generator = torch.Generator().manual_seed(0)
+    log_w = -90 + spread * torch.randn(300, 4, generator=generator, dtype=torch.double)
+    summary = _summary(log_w, chunk)
+    for name, exact in _exact(log_w).items():
+        M = tail_length(300)
+        assert_close(getattr(summary, name)(), exact, rtol=1e-9, atol=1 / (3 * M**2), msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_one_weight_that_dwarfs_all_others_keeps_the_bias_exact():
+    log_w = torch.zeros(10, 1, dtype=torch.double)
+    log_w[3] = 60.0  # 1 - v is 1e-25: it rounds to zero where it is not computed from the others
+    exact = _exact(log_w)["bias"]
+    assert_close(_summary(log_w, 4).bias(), exact, rtol=1e-9, atol=0)
+    assert exact > 50
+
+
+def test_memory_grows_with_the_root_of_the_particles():
+    summary = LogWeightSummary(100_000, 2)
+    for _ in range(100):
+        summary.update(torch.randn(1000, 2))
+    assert len(summary._largest) == tail_length(100_000) + 1 < 1000
+
+
+def test_the_tail_is_that_of_the_paper():
+    assert [tail_length(S) for S in (25, 100, 225, 5000)] == [5, 20, 45, 213]
+
+
+@pytest.mark.parametrize("num_particles", [1, 2, 20])
+def test_too_few_particles_have_no_k(num_particles):
+    assert _summary(torch.randn(num_particles, 3), num_particles).pareto_k().isnan().all()
+
+
+def test_equal_weights_have_no_k():
+    assert _summary(torch.zeros(100, 3), 10).pareto_k().isnan().all()
+
+
+@pytest.mark.parametrize("k", [0.2, 0.5, 0.9])
+def test_k_of_pareto_weights_is_their_shape(k):
+    generator = torch.Generator().manual_seed(0)
+    uniform = torch.rand(20_000, 40, generator=generator, dtype=torch.double)
+    log_w = -k * uniform.log()  # w = u^-k has a Pareto tail of shape k
+    fitted = _summary(log_w, 5000).pareto_k()
+    # The fit shrinks towards 0.5 with the weight of ten observations among M = 425.
+    expected = (425 * k + 5) / 435
+    assert abs(fitted.mean() - expected) < 5 * fitted.std() / math.sqrt(40)
+
+
+@pytest.mark.parametrize("narrow", [0.3, 0.5, 0.7])
+def test_k_of_a_narrow_guide_is_one_minus_its_squared_scale(narrow):
+    oracle = LinearGaussian.random(D=4, L=1)
+    vae, x = oracle.vae(widen=narrow), oracle.draw(60)
+    torch.manual_seed(0)
+    k = importance(vae.model, vae.guide, x, num_particles=50_000).pareto_k
+    # The normal's tail approaches its power law like 1 / log S: the fit is a little below the limit.
+    assert abs(k.mean() - (1 - narrow**2)) < 0.12
+
+
+def test_k_is_one_number_an_image():
+    good, bad = torch.randn(1000, 1) * 0.1, -2.0 * torch.rand(1000, 1).log()
+    k = _summary(torch.cat([good, bad], dim=1), 100).pareto_k()
+    assert k[0] < 0.5 < 1 < k[1]
+
+
+def test_k_does_not_depend_on_the_scale_of_the_weights():
+    log_w = torch.randn(500, 3, dtype=torch.double).sort(dim=0, descending=True).values[:60]
+    assert_close(pareto_k(log_w), pareto_k(log_w - 5000.0), rtol=1e-6, atol=1e-6)

@@ -1,0 +1,374 @@
+"""Training: schedules, steps, the NaN guard, validation, exact resume in one process, and a closed-form optimum."""
+
+from __future__ import annotations
+
+import math
+from itertools import chain
+
+import pyro
+import pytest
+import torch
+from oracles import LinearGaussian, NormalFixed, bernoulli_vae, quadrature_log_evidence
+from pyro import poutine
+from torch import nn
+
+from ppl_vae import VAE, Conditional, data, fit, objectives
+from ppl_vae.evidence import NotFinite, log_evidence
+from ppl_vae.likelihoods import Bernoulli
+from ppl_vae.networks import MLP
+from ppl_vae.posteriors import DiagonalNormal
+from ppl_vae.priors import StandardNormal
+from ppl_vae.training import TrainingState, cosine, warmup
+
+
+def _vae(*, seed=0, D=12, L=2):
+    pyro.set_rng_seed(seed)
+    return VAE(
+        StandardNormal(L),
+        Conditional(MLP(L, D, hidden=(6,)), Bernoulli((D,))),
+        Conditional(MLP(D, 2 * L, hidden=(6,)), DiagonalNormal(L)),
+    )
+
+
+def _levels(num_images=50, D=12):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (num_images, D), generator=generator, dtype=torch.uint8)
+
+
+def _fit(vae, train, validation=None, *, num_particles=1, **options):
+    options = {"epochs": 3, "batch_size": 8, "observe": data.bernoulli_draw, "warmup_epochs": 1} | options
+
+    def objective(model, guide, x, *, beta):
+        return objectives.elbo(model, guide, x, beta=beta, num_particles=num_particles)
+
+    return fit(vae, train, validation, objective=objective, **options)
+
+
+# --- Schedules ---
+
+
+def test_warm_up_rises_linearly_from_nothing_to_beta():
+    betas = [warmup(step, beta=4.0, warmup_steps=8) for step in (0, 2, 4, 8, 100)]
+    assert betas == [0.0, 1.0, 2.0, 4.0, 4.0]
+
+
+def test_without_warm_up_beta_is_whole_from_the_first_step():
+    assert warmup(0, beta=4.0, warmup_steps=0) == 4.0
+
+
+def test_the_learning_rate_falls_on_a_cosine_by_steps():
+    rates = [cosine(step, learning_rate=2.0, total_steps=60) for step in (0, 20, 30, 40, 60)]
+    assert rates == pytest.approx([2.0, 1.5, 1.0, 0.5, 0.0])
+
+
+def test_every_step_gets_the_beta_and_the_rate_of_its_number():
+    seen = []
+
+    def objective(model, guide, x, *, beta):
+        seen.append(beta)
+        return objectives.elbo(model, guide, x, beta=beta)
+
+    vae = _vae()
+    rates = []
+    fit(
+        vae,
+        _levels(),
+        epochs=2,
+        batch_size=8,
+        objective=objective,
+        observe=data.bernoulli_draw,
+        beta=3.0,
+        warmup_epochs=1,
+        learning_rate=0.01,
+        on_step=lambda state: rates.append(state.optimizer.param_groups[0]["lr"]),
+    )
+    assert seen == pytest.approx([3.0 * min(1, step / 7) for step in range(14)])
+    assert rates == pytest.approx([0.005 * (1 + math.cos(math.pi * step / 14)) for step in range(14)])
+
+
+# --- Steps ---
+
+
+def test_one_optimizer_holds_all_parameters():
+    vae = _vae()
+    state = TrainingState(vae, device=torch.device("cpu"), seed=0)
+    assert [p for group in state.optimizer.param_groups for p in group["params"]] == list(vae.parameters())
+
+
+def test_the_gradient_is_clipped_by_its_global_norm():
+    vae = _vae()
+    norms = []
+
+    def on_step(state):
+        norms.append(float(torch.stack([p.grad.norm() for p in vae.parameters()]).norm()))
+
+    _fit(vae, _levels(), clip_norm=0.5, on_step=on_step)
+    assert norms == pytest.approx([0.5] * len(norms), rel=1e-4)
+
+
+def test_a_second_model_in_one_process_trains_too():
+    for seed in (0, 1):
+        vae = _vae(seed=seed)
+        before = [p.detach().clone() for p in vae.parameters()]
+        _fit(vae, _levels(), epochs=1, warmup_epochs=0)
+        assert all((p != b).any() for p, b in zip(vae.parameters(), before, strict=True))
+    assert len(pyro.get_param_store()) == 0
+
+
+def test_the_reported_loss_is_the_mean_over_images_with_a_ragged_last_batch():
+    """Five images in batches of four and one: the mean of the batches' means would weigh the last image four times."""
+    x = torch.zeros(5, 12)
+    x[0] = 1.0
+
+    def objective(model, guide, x, *, beta):
+        # A loss that is known for each image; the parameters enter with weight zero.
+        return x.sum(-1).mean() + 0 * sum(p.sum() for p in vae.parameters())
+
+    vae, records = _vae(), []
+    fit(vae, x, epochs=3, batch_size=4, objective=objective, on_epoch=records.append)
+    assert [record["train_loss_nats_per_image"] for record in records] == pytest.approx([12 / 5] * 3)
+
+
+def test_every_image_is_seen_once_an_epoch_in_an_order_of_its_own():
+    seen = []
+
+    def observe(values, generator):
+        seen.append(values[:, 0].tolist())
+        return (values > 50).float()
+
+    train = torch.arange(50, dtype=torch.uint8)[:, None].expand(50, 12).contiguous()
+    _fit(_vae(), train, observe=observe, epochs=2)
+    first, second = list(chain(*seen[:7])), list(chain(*seen[7:]))
+    assert sorted(first) == sorted(second) == list(range(50))
+    assert first != second
+
+
+def test_the_validation_elbo_is_at_beta_one_whatever_is_trained():
+    vae, x = _vae(), (_levels() > 127).float()
+    records = []
+    _fit(vae, _levels(), x, beta=20.0, epochs=1, warmup_epochs=0, learning_rate=1e-9, on_epoch=records.append)
+    with torch.no_grad():
+        torch.manual_seed(0)
+        draws = torch.stack([-objectives.elbo(vae.model, vae.guide, x) for _ in range(200)])
+    assert abs(records[0]["validation_elbo_nats_per_image"] - draws.mean()) < 5 * draws.std()
+
+
+def test_validation_neither_trains_nor_draws_from_the_global_generator():
+    plain, validated = _vae(), _vae()
+    _fit(plain, _levels(), epochs=1)
+    state = torch.get_rng_state()
+    pyro.set_rng_seed(0)
+    validated = _vae()
+    _fit(validated, _levels(), (_levels() > 127).float(), epochs=1)
+    assert torch.equal(torch.get_rng_state(), state)
+    for a, b in zip(plain.parameters(), validated.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_best_weights_by_validation_are_left_in_the_model():
+    vae = _vae()
+    snapshots, records = [], []
+
+    def on_epoch(record):
+        records.append(record["validation_elbo_nats_per_image"])
+        snapshots.append([p.detach().clone() for p in vae.parameters()])
+
+    # Trained on white images and validated on black ones, it gets worse.
+    white, black = torch.full((40, 12), 255, dtype=torch.uint8), torch.zeros(40, 12)
+    state = _fit(vae, white, black, epochs=12, learning_rate=0.05, on_epoch=on_epoch)
+    best = max(range(12), key=records.__getitem__)
+    assert best != 11
+    assert state.best_elbo == records[best]
+    assert all(torch.equal(p, b) for p, b in zip(vae.parameters(), snapshots[best], strict=True))
+
+
+# --- The NaN guard ---
+
+
+def _poison(vae, site):
+    with torch.no_grad():
+        {"z": vae.posterior, "x": vae.likelihood}[site].net.output.weight.fill_(math.nan)
+
+
+@pytest.mark.parametrize("site", ["z", "x"])
+@pytest.mark.parametrize("at_step", [0, 4])
+def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_site(site, at_step):
+    vae = _vae()
+
+    def on_step(state):
+        if state.step == at_step:
+            _poison(vae, site)
+
+    if at_step == 0:
+        _poison(vae, site)
+    with pytest.raises(NotFinite, match=rf"step {at_step}: .*site '{site}'"):
+        _fit(vae, _levels(), on_step=on_step)
+
+
+def test_the_images_themselves_are_named_where_they_are_not_finite():
+    x = torch.rand(20, 12)
+    x[7, 3] = math.nan
+    with pytest.raises(NotFinite, match=r"step 0: site 'x': the images of this batch"):
+        _fit(_vae(), x, observe=data.as_floats, batch_size=20)
+
+
+def test_a_gradient_that_is_not_finite_stops_before_it_reaches_the_weights():
+    vae = _vae()
+    weights = []
+
+    class Explode(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, value):
+            return value.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient * math.inf
+
+    def objective(model, guide, x, *, beta):
+        loss = objectives.elbo(model, guide, x, beta=beta)
+        return Explode.apply(loss) if len(weights) == 3 else loss
+
+    with pytest.raises(NotFinite, match=r"step 3: the gradient is not finite, in .*net"):
+        fit(
+            vae,
+            _levels(),
+            epochs=1,
+            batch_size=8,
+            objective=objective,
+            observe=data.bernoulli_draw,
+            on_step=lambda state: weights.append([p.detach().clone() for p in vae.parameters()]),
+        )
+    assert all(torch.equal(p, w) for p, w in zip(vae.parameters(), weights[-1], strict=True))
+
+
+def test_a_nan_never_reaches_a_checkpoint():
+    vae, saved = _vae(), []
+
+    def on_step(state):
+        if state.step == 4:
+            _poison(vae, "x")
+
+    with pytest.raises(NotFinite):
+        _fit(vae, _levels(), on_step=on_step, on_checkpoint=saved.append, checkpoint_seconds=math.inf)
+    assert saved == []
+
+
+def test_values_off_the_support_stop_the_first_step():
+    with pytest.raises(ValueError, match="support"):
+        _fit(_vae(), _levels(), observe=lambda values, generator: values.float() / 255)
+
+
+# --- Exact resume ---
+
+
+@pytest.mark.parametrize("num_particles", [1, 3])
+@pytest.mark.parametrize("with_validation", [True, False])
+def test_a_run_resumed_from_any_step_ends_bit_for_bit_where_the_undisturbed_one_does(num_particles, with_validation):
+    validation = (_levels(20) > 127).float() if with_validation else None
+    states = {}
+
+    def keep(state):
+        tensors, scalars = state.to_tensors()
+        states[state.step] = {name: t.clone() for name, t in tensors.items()}, scalars
+
+    vae = _vae()
+    end = _fit(vae, _levels(), validation, num_particles=num_particles, on_checkpoint=keep, checkpoint_seconds=0.0)
+    assert sorted(states) == list(range(1, 22))
+    final, scalars = end.to_tensors()
+    for step in (1, 6, 7, 8, 13, 20, 21):
+        again = _vae(seed=99)
+        torch.manual_seed(12345)
+        resumed = _fit(again, _levels(), validation, num_particles=num_particles, saved=states[step])
+        tensors, numbers = resumed.to_tensors()
+        assert tensors.keys() == final.keys()
+        assert all(torch.equal(tensors[name], final[name]) for name in final), step
+        assert {k: v for k, v in numbers.items() if k != "seconds"} == {
+            k: v for k, v in scalars.items() if k != "seconds"
+        }
+
+
+def test_buffers_are_part_of_the_state():
+    vae = VAE(
+        StandardNormal(2),
+        Conditional(MLP(2, 12, hidden=(6,)), Bernoulli((12,))),
+        Conditional(nn.Sequential(nn.BatchNorm1d(12), MLP(12, 4, hidden=())), DiagonalNormal(2)),
+    )
+    _fit(vae, _levels(), epochs=1)
+    running = vae.posterior.net[0].running_mean.clone()
+    assert running.abs().sum() > 0
+    live, scalars = TrainingState(vae, device=torch.device("cpu"), seed=0).to_tensors()
+    tensors = {name: tensor.clone() for name, tensor in live.items()}
+    vae.posterior.net[0].running_mean.zero_()
+    TrainingState(vae, device=torch.device("cpu"), seed=0).restore(tensors, scalars)
+    assert torch.equal(vae.posterior.net[0].running_mean, running)
+
+
+@pytest.mark.parametrize("lost", ["weights/", "adam/", "rng/torch", "rng/data"])
+def test_a_state_that_lacks_something_is_refused(lost):
+    vae = _vae()
+    tensors, scalars = _fit(vae, _levels(), epochs=1).to_tensors()
+    with pytest.raises(ValueError, match="damaged"):
+        _fit(_vae(), _levels(), saved=({n: t for n, t in tensors.items() if not n.startswith(lost)}, scalars))
+
+
+def test_a_state_of_another_architecture_is_refused():
+    saved = _fit(_vae(), _levels(), epochs=1).to_tensors()
+    with pytest.raises(ValueError, match="size mismatch"):
+        _fit(_vae(L=3), _levels(), saved=saved)
+
+
+# --- A closed form ---
+
+
+def test_the_linear_vae_reaches_the_maximum_likelihood_of_probabilistic_pca():
+    """Tipping and Bishop 1999, equation 8: ln L from the eigenvalues of the sample covariance, the noise their mean."""
+    oracle = LinearGaussian.random(D=6, L=2, scale=0.5)
+    x = oracle.draw(400)
+    N, D, L = 400, 6, 2
+    eigenvalues = torch.linalg.eigvalsh((x - x.mean(0)).T @ (x - x.mean(0)) / N).flip(0)
+    noise = eigenvalues[L:].mean()
+    exact = -0.5 * (D * math.log(2 * math.pi) + eigenvalues[:L].log().sum() + (D - L) * noise.log() + D)
+
+    pyro.set_rng_seed(0)
+    likelihood = NormalFixed((D,), 1.0, learned=True)
+    vae = VAE(
+        StandardNormal(L),
+        Conditional(MLP(L, D, hidden=()), likelihood),
+        Conditional(MLP(D, 2 * L, hidden=()), DiagonalNormal(L)),
+    ).double()
+    fit(
+        vae,
+        x,
+        epochs=400,
+        batch_size=100,
+        learning_rate=0.02,
+        observe=lambda values, generator: values,
+        objective=lambda model, guide, x, *, beta: objectives.elbo(model, guide, x, beta=beta, kl="analytic"),
+    )
+    W, b = vae.likelihood.net.output.weight.detach(), vae.likelihood.net.output.bias.detach()
+    reached = LinearGaussian(W, b, float(likelihood.log_scale.exp())).log_evidence(x).mean()
+    assert exact - 0.02 < reached <= exact + 1e-9
+    assert float(likelihood.log_scale.exp()) == pytest.approx(float(noise.sqrt()), rel=0.03)
+    torch.manual_seed(0)
+    bound = log_evidence(vae.model, vae.guide, x, num_particles=100).mean()
+    assert abs(bound - reached) < 0.02
+
+
+def test_training_beta_leaks_into_no_reported_number():
+    """Two trainings that differ in beta alone end with different weights, each reported by its own exact evidence."""
+    x = torch.bernoulli(torch.full((60, 12), 0.3))
+    for beta in (0.5, 4.0):
+        vae = bernoulli_vae(latent_dim=1).float()
+        for parameter in vae.parameters():
+            parameter.requires_grad_(True)
+        _fit(vae, x, observe=data.as_floats, beta=beta, epochs=2)
+        vae.double()
+        torch.manual_seed(0)
+        bare = log_evidence(vae.model, vae.guide, x.double(), num_particles=500)
+        scaled = log_evidence(
+            poutine.scale(vae.model, beta), poutine.scale(vae.guide, beta), x.double(), num_particles=500
+        )
+        exact = quadrature_log_evidence(vae, x.double(), latent_dim=1)
+        assert (bare.mean() - exact.mean()).abs() < 0.05
+        assert (scaled.mean() - exact.mean()).abs() < 0.05

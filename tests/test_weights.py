@@ -1,0 +1,195 @@
+"""log w = log p(x, z) - log q(z | x), against exact answers and Pyro's own programs."""
+
+from __future__ import annotations
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from oracles import LinearGaussian
+from pyro import poutine
+from torch.testing import assert_close
+
+from ppl_vae import log_weights
+from ppl_vae.objectives import Temper
+from ppl_vae.weights import log_weight_terms
+
+
+@pytest.fixture
+def oracle():
+    return LinearGaussian.random()
+
+
+@pytest.mark.parametrize("num_particles", [1, 2, 7])
+@pytest.mark.parametrize("num_images", [1, 5])
+def test_weights_of_the_exact_posterior_are_the_evidence_with_zero_variance(oracle, num_particles, num_images):
+    vae, x = oracle.vae(), oracle.draw(num_images)
+    log_w = log_weights(vae.model, vae.guide, x, num_particles)
+    assert_close(log_w, oracle.log_evidence(x).expand(num_particles, num_images), rtol=1e-9, atol=0)
+
+
+def test_weights_of_a_batch_are_those_of_its_images_one_by_one(oracle):
+    vae, x = oracle.vae(), oracle.draw(8)
+    together = log_weights(vae.model, vae.guide, x, 3)
+    alone = torch.cat([log_weights(vae.model, vae.guide, image[None], 3) for image in x], dim=1)
+    assert_close(together, alone, rtol=1e-9, atol=0)
+
+
+def test_weights_are_the_densities_of_the_draws_written_out(oracle):
+    vae, x = oracle.vae(widen=1.3, shift=0.4), oracle.draw(4)
+    torch.manual_seed(0)
+    log_w = log_weights(vae.model, vae.guide, x, 5)
+    A, _ = oracle.posterior_map()
+    loc = (x - oracle.b) @ A.T + 0.4 * oracle.guide_scale()
+    scale = 1.3 * oracle.guide_scale()
+    torch.manual_seed(0)
+    z = loc + scale * torch.randn(5, 4, 3, dtype=torch.double)
+    normal = torch.distributions.Normal
+    written_out = (
+        normal(z @ oracle.W.T + oracle.b, oracle.scale).log_prob(x).sum(-1)
+        + normal(0.0, 1.0).log_prob(z).sum(-1)
+        - normal(loc, scale).log_prob(z).sum(-1)
+    )
+    assert_close(log_w, written_out, rtol=1e-10, atol=1e-10)
+
+
+def test_terms_sum_to_the_weights_and_split_at_the_observed_site(oracle):
+    vae, x = oracle.vae(), oracle.draw(4)
+    torch.manual_seed(3)
+    log_p_x_given_z, log_p_z_over_q_z = log_weight_terms(vae.model, vae.guide, x, 2000)
+    error = log_p_x_given_z.std(0) / 2000**0.5
+    assert ((log_p_x_given_z.mean(0) - oracle.reconstruction(x)).abs() < 5 * error).all()
+    assert_close(log_p_x_given_z + log_p_z_over_q_z, oracle.log_evidence(x).expand(2000, 4), rtol=1e-9, atol=0)
+
+
+def test_the_encoder_runs_once_an_image_and_not_once_a_particle(oracle):
+    vae, x = oracle.vae(), oracle.draw(4)
+    seen = []
+    vae.posterior.net.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape))
+    log_weights(vae.model, vae.guide, x, 50)
+    assert seen == [x.shape]
+
+
+@pytest.mark.parametrize("beta", [0.0, 4.0])
+def test_a_training_beta_around_the_programs_does_not_enter_a_weight(oracle, beta):
+    vae, x = oracle.vae(), oracle.draw(4)
+    log_w = log_weights(Temper(beta)(vae.model), Temper(beta)(vae.guide), x, 3)
+    assert_close(log_w, oracle.log_evidence(x).expand(3, 4), rtol=1e-9, atol=0)
+
+
+def test_a_scaled_program_has_the_weights_of_the_bare_one(oracle):
+    vae, x = oracle.vae(), oracle.draw(4)
+    log_w = log_weights(poutine.scale(vae.model, 7.0), poutine.scale(vae.guide, 7.0), x, 3)
+    assert_close(log_w, oracle.log_evidence(x).expand(3, 4), rtol=1e-9, atol=0)
+
+
+def test_the_scale_of_a_subsampled_plate_does_not_enter_a_weight(oracle):
+    vae, x = oracle.vae(), oracle.draw(8)
+    N = 80
+
+    def model(x):
+        with pyro.plate("images", N, subsample_size=len(x), dim=-1):
+            z = pyro.sample("z", vae.prior())
+            pyro.sample("x", vae.likelihood(z), obs=x)
+
+    def guide(x):
+        with pyro.plate("images", N, subsample_size=len(x), dim=-1):
+            pyro.sample("z", vae.posterior(x))
+
+    log_w = log_weights(model, guide, x, 3)
+    exact = oracle.log_evidence(x)
+    assert_close(log_w, exact.expand(3, 8), rtol=1e-9, atol=0)
+    assert_close(N / 8 * (log_w.logsumexp(0) - math.log(3)).sum(), N / 8 * exact.sum(), rtol=1e-9, atol=0)
+
+
+def test_a_mask_in_the_program_leaves_its_images_out(oracle):
+    vae, x = oracle.vae(), oracle.draw(4)
+    kept = torch.tensor([True, False, True, False])
+    log_w = log_weights(poutine.mask(vae.model, kept), poutine.mask(vae.guide, kept), x, 3)
+    assert_close(log_w, torch.where(kept, oracle.log_evidence(x), 0.0).expand(3, 4), rtol=1e-9, atol=0)
+
+
+def test_a_site_outside_the_images_plate_is_refused(oracle):
+    vae, x = oracle.vae(), oracle.draw(4)
+
+    def model(x):
+        u = pyro.sample("u", dist.Normal(torch.zeros((), dtype=torch.double), 1.0))
+        with pyro.plate("images", len(x), dim=-1):
+            z = pyro.sample("z", vae.prior())
+            pyro.sample("x", dist.Normal(vae.likelihood(z).mean + u[..., None], 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        pyro.sample("u", dist.Normal(torch.zeros((), dtype=torch.double), 1.0))
+        vae.guide(x)
+
+    with pytest.raises(ValueError, match=r"site 'u': expected one log-probability a particle and image"):
+        log_weights(model, guide, x, 3)
+
+
+def test_pixels_that_are_not_in_the_event_are_refused(oracle):
+    x = oracle.draw(4)
+
+    def model(x):
+        with pyro.plate("images", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            with pyro.plate("pixels", 6, dim=-3):
+                pyro.sample("x", dist.Normal(z, 1.0), obs=x.T[:, None])
+
+    def guide(x):
+        with pyro.plate("images", len(x), dim=-1):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(ValueError, match=r"site 'x': .*\(3, 4\), got \(6, 3, 4\)"):
+        log_weights(model, guide, x, 3)
+
+
+@pytest.mark.parametrize("extra_in", ["model", "guide"])
+def test_a_latent_of_only_one_program_is_refused(oracle, extra_in):
+    vae, x = oracle.vae(), oracle.draw(4)
+
+    def with_extra(program):
+        def longer(x):
+            program(x)
+            with pyro.plate("more", len(x), dim=-1):
+                pyro.sample("extra", dist.Normal(0.0, 1.0))
+
+        return longer
+
+    programs = {"model": vae.model, "guide": vae.guide}
+    programs[extra_in] = with_extra(programs[extra_in])
+    with pytest.raises(ValueError, match=r"guide: expected the model's latent sites .*extra"):
+        log_weights(programs["model"], programs["guide"], x, 3)
+
+
+def test_several_latent_sites_are_summed(oracle):
+    x = oracle.draw(4)[:, :1]
+
+    def model(x):
+        with pyro.plate("images", len(x), dim=-1):
+            z1 = pyro.sample("z1", dist.Normal(0.0, 1.0))
+            z2 = pyro.sample("z2", dist.Normal(z1, 2.0))
+            pyro.sample("x", dist.Normal(z2[..., None], 1.0).to_event(1), obs=x)
+
+    def guide(x):  # the exact posterior, factorised from the top down
+        with pyro.plate("images", len(x), dim=-1):
+            z1 = pyro.sample("z1", dist.Normal(x[:, 0] / 6, (5 / 6) ** 0.5))
+            pyro.sample("z2", dist.Normal((z1 / 4 + x[:, 0]) / (1 / 4 + 1), (1 / (1 / 4 + 1)) ** 0.5))
+
+    exact = torch.distributions.Normal(0.0, 6**0.5).log_prob(x[:, 0])
+    assert_close(log_weights(model, guide, x, 5), exact.expand(5, 4), rtol=1e-6, atol=1e-6, check_dtype=False)
+
+
+@pytest.mark.parametrize("num_particles", [0, -1])
+def test_fewer_than_one_particle_is_refused(oracle, num_particles):
+    vae = oracle.vae()
+    with pytest.raises(ValueError, match="num_particles: expected at least 1"):
+        log_weights(vae.model, vae.guide, oracle.draw(2), num_particles)
+
+
+@pytest.mark.parametrize("shape", [(6,), (1, 7), (4, 1), (4, 2, 6)])
+def test_images_of_the_wrong_shape_are_refused_and_never_broadcast(oracle, shape):
+    vae = oracle.vae()
+    with pytest.raises(ValueError, match="expected shape"):
+        log_weights(vae.model, vae.guide, torch.zeros(shape, dtype=torch.double), 2)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import lzma
 import struct
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files
@@ -119,7 +118,7 @@ def _own(path: Path) -> Splits:
     except OSError as error:
         raise ValueError(f"dataset: {path} cannot be read: {error.strerror}") from None
     arrays, ignored = _read_arrays(path)
-    if any(len(array) == 0 for array in arrays.values()):
+    if any(array.ndim > 0 and len(array) == 0 for array in arrays.values()):
         raise ValueError(f"{path}: expected at least one image in every split, got an empty array")
     kind = _kind(path, arrays["train"])
     tensors = {split: _images(path, split, array, kind) for split, array in arrays.items()}
@@ -147,12 +146,14 @@ def _read_arrays(path: Path) -> tuple[dict[str, np.ndarray], list[str]]:
                 raise ValueError(f"expected one array, or arrays named train, valid and test, got {names or 'none'}")
             taken = {split: keys[0] for split, keys in found.items() if keys}
             return {s: loaded[key] for s, key in taken.items()}, [n for n in names if n not in taken.values()]
-    except (ValueError, EOFError, OSError, zipfile.BadZipFile, KeyError, MemoryError, NotImplementedError) as error:
-        # numpy's own words for an object array speak of allow_pickle, which nobody should be told to switch on.
-        why = "object arrays are not read" if "allow_pickle" in str(error) or "Object arrays" in str(error) else error
+    except Exception as error:  # beside ValueError and OSError, a damaged zip raises zlib.error, struct.error and more
+        # numpy's own words for whatever is no array speak of allow_pickle, which nobody should be told to switch on.
+        why: object = error
+        if "Object arrays" in str(error):
+            why = "object arrays are not read"
+        elif "allow_pickle" in str(error):
+            why = "it is neither an .npy nor an .npz file"
         raise ValueError(f"{path}: not a readable array file: {why}") from None
-    except Exception as error:  # a damaged zip member can raise zlib.error, struct.error and others
-        raise ValueError(f"{path}: not a readable array file: {error}") from None
 
 
 def _kind(path: Path, train: np.ndarray) -> str:
@@ -237,10 +238,10 @@ def bernoulli_draw(values: Tensor, generator: torch.Generator) -> Tensor:
 
 def training_images(splits: Splits, binarization: str) -> tuple[Tensor, Callable[[Tensor, torch.Generator], Tensor]]:
     """The stored training set (N, *E), and how a batch of it becomes what the model sees, at every access."""
+    if binarization == "none" or splits.kind == BINARY:
+        return splits.train, as_floats
     if binarization == "dynamic":
         return splits.train, bernoulli_draw
-    if binarization == "none":
-        return splits.train, as_floats
     return evaluation_images(splits, "train", binarization).to(torch.uint8), as_floats
 
 
@@ -253,18 +254,20 @@ def evaluation_images(splits: Splits, split: str, binarization: str) -> Tensor:
     """
     if split not in _KEYS:
         raise ValueError(f"split: expected one of {', '.join(_KEYS)}, got {split!r}")
-    if binarization in ("dynamic", "fixed"):
+    if binarization in ("dynamic", "fixed") and splits.kind != BINARY:
         stream = np.random.RandomState(_PUBLISHED_SEED)  # the published generator
         for name in ("validation", "test", "train"):
-            drawn = stream.binomial(1, _probabilities(getattr(splits, name)).numpy())
+            drawn = stream.binomial(1, probabilities(splits, name).numpy())
             if name == split:
                 return torch.from_numpy(drawn).float()
-    values = _probabilities(getattr(splits, split)) if splits.kind != BINARY else getattr(splits, split).float()
+    values = probabilities(splits, split)
     return (values >= 0.5).float() if binarization == "threshold" else values
 
 
-def _probabilities(values: Tensor) -> Tensor:
-    return values.float() / 255 if values.dtype == torch.uint8 else values
+def probabilities(splits: Splits, split: str) -> Tensor:
+    """A split as the probability that a pixel is white: levels / 255, the others as they are. (N, *E) float32."""
+    values = getattr(splits, split).float()
+    return values / 255 if splits.kind == LEVELS else values
 
 
 def subset(num_images: int, most: int | None) -> Tensor:

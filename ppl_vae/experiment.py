@@ -112,7 +112,7 @@ def _train(folder: Path, options: Options, splits: data.Splits, *, say: Say) -> 
     validation = data.evaluation_images(splits, "validation", options.binarization or "")
     pyro.set_rng_seed(options.seed)
     vae = build.vae(options, splits.event_shape)
-    build.start_from_marginals(vae, _probabilities(splits.train))
+    build.start_from_marginals(vae, data.probabilities(splits, "train"))
     vae.to(device)
     saved = None
     if (folder / runs.TRAINING_STATE).exists():
@@ -167,10 +167,7 @@ def _check_support(options: Options, splits: data.Splits) -> None:
     """Refuses, before anything is written, data that the likelihood has no probability for."""
     likelihood = _likelihood(options, splits)
     for split in ("train", "validation", "test"):
-        if (
-            options.binarization == "none"
-            and not likelihood.support.check(_probabilities(getattr(splits, split))).all()
-        ):
+        if options.binarization == "none" and not likelihood.support.check(data.probabilities(splits, split)).all():
             raise ValueError(
                 f"--likelihood {options.likelihood}: expected pixels that are {_SUPPORT_WORDS[options.likelihood]}, "
                 f"got {splits.kind} in {split}; another --binarization makes them so"
@@ -182,10 +179,6 @@ def _likelihood(options: Options, splits: data.Splits) -> Any:
 
 
 _SUPPORT_WORDS = {"bernoulli": "0 or 1"}
-
-
-def _probabilities(values: Tensor) -> Tensor:
-    return values.float() / 255 if values.dtype == torch.uint8 and values.max() > 1 else values.float()
 
 
 def _same_data(folder: Path, options: Options, seen: dict[str, Any]) -> data.Splits:

@@ -81,7 +81,7 @@ class Options:
     latent_dim: int = option(40, int, POSITIVE_INTEGER, "dimensions of z")
     epochs: int = option(50, int, POSITIVE_INTEGER, "passes through the training images")
     batch_size: int = option(100, int, POSITIVE_INTEGER, "images a step")
-    learning_rate: float = option(1e-3, float, POSITIVE, "Adam's, at the start; it falls to 0 on a cosine")
+    learning_rate: float = option(3e-3, float, POSITIVE, "Adam's, at the start; it falls to 0 on a cosine")
     clip_norm: float = option(100.0, float, POSITIVE, "largest norm of the whole gradient")
     num_particles: int = option(1, int, POSITIVE_INTEGER, "draws of z an image and step, in training")
     seed: int = option(0, int, NON_NEGATIVE_INTEGER, "of the weights, the noise and the order of the images")
@@ -103,7 +103,9 @@ def _check(spec: Any, value: Any) -> None:
     if value is None and spec.default is None:
         return
     kind, check, several = spec.metadata["kind"], spec.metadata["check"], spec.metadata.get("several", False)
-    for one in value if several and isinstance(value, tuple) else (value,):
+    if several and (not isinstance(value, tuple) or not value):
+        raise ValueError(f"{flag(spec.name)}: expected a list, each {check.words}, got {value!r}")
+    for one in value if several else (value,):
         right_type = isinstance(one, (int, float) if kind is float else kind) and not isinstance(one, bool)
         if not right_type or not check.holds(one):
             raise ValueError(f"{flag(spec.name)}: expected {check.words}, got {one!r}")
@@ -217,6 +219,16 @@ def parse_evaluate(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add("device", str, NOT_EMPTY, "cpu, cuda, cuda:1, ... (default: cpu)")
     parser.add("seed", int, NON_NEGATIVE_INTEGER, "of the importance samples (default: 0)")
     parser.set_defaults(split="test", num_particles=5000, images=None, device="cpu", seed=0)
+    return parser.parse_args(argv)
+
+
+def parse_benchmark(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """images, num_particles, rounds."""
+    parser = Parser("Time log p(x) against the decoder's bare matrix products, in turn; writes scripts/results/.")
+    parser.add("images", int, POSITIVE_INTEGER, "test images (default: 1000)")
+    parser.add("num_particles", int, POSITIVE_INTEGER, "importance samples an image (default: 5000)")
+    parser.add("rounds", int, POSITIVE_INTEGER, "times that each is timed (default: 3)")
+    parser.set_defaults(images=1000, num_particles=5000, rounds=3)
     return parser.parse_args(argv)
 
 

@@ -30,17 +30,26 @@ def new_run_dir(run_dir: str | None, *, dataset: str, likelihood: str) -> Path:
         ValueError: the folder exists and holds something.
     """
     if run_dir is None:
-        stem = f"{Path(dataset).stem}-{likelihood}-{time.strftime('%Y%m%d-%H%M%S')}"
-        taken = [stem] + [f"{stem}-{i}" for i in range(2, 100)]
-        path = next(p for p in (Path("runs") / name for name in taken) if not p.exists())
-    else:
-        path = Path(run_dir)
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise ValueError(
-                f"--run-dir: expected a new or empty folder, but {path} exists (--resume {path} goes on with it)"
-            )
+        return _new_default(f"{Path(dataset).stem}-{likelihood}-{time.strftime('%Y%m%d-%H%M%S')}")
+    path = Path(run_dir)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(
+            f"--run-dir: expected a new or empty folder, but {path} exists (--resume {path} goes on with it)"
+        )
     path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def _new_default(stem: str) -> Path:
+    """runs/stem, or runs/stem-2 and so on: making the folder is what takes the name, also beside other processes."""
+    for suffix in ("", *(f"-{i}" for i in range(2, 1000))):
+        path = Path("runs") / f"{stem}{suffix}"
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return path
+    raise ValueError(f"--run-dir: expected a name, since runs/{stem} and a thousand like it are taken")
 
 
 # --- Bytes ---
@@ -115,12 +124,12 @@ def append_metrics(run_dir: Path, record: dict[str, Any]) -> None:
 
 
 def _metrics(path: Path) -> Iterator[dict[str, Any]]:
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    lines = path.read_bytes().splitlines() if path.exists() else []
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
             record["step"] + 0
-        except (json.JSONDecodeError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError):
             if number == len(lines):
                 return  # the line that was being written when the run was killed
             raise ValueError(f"{path}: damaged: line {number} is no record with a step") from None
@@ -152,11 +161,14 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             scalars = json.loads((file.metadata() or {}).get("json", "{}"))
-            return {name: file.get_tensor(name) for name in file.keys()}, scalars  # noqa: SIM118 (it is no dict)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; the run in {path.parent} has no weights yet") from None
     except (SafetensorError, json.JSONDecodeError, OSError) as error:
         raise ValueError(f"{path}: damaged: {error}") from None
+    if not isinstance(scalars, dict):
+        raise ValueError(f"{path}: damaged: expected a JSON object in its header, got {type(scalars).__name__}")
+    return tensors, scalars
 
 
 # --- Environment ---

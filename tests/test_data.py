@@ -1,0 +1,655 @@
+"""Data: the embedded MNIST, a person's own files, splits, binarisation, subsets."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import lzma
+import math
+from importlib.resources import files
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from ppl_vae import data
+
+PIXELS = np.random.default_rng(0)
+
+
+def raw_mnist(name: str) -> bytes:
+    return lzma.decompress((files("ppl_vae") / "mnist" / f"{name}.xz").read_bytes())
+
+
+def own(path: Path, array: np.ndarray | None = None, **arrays: np.ndarray) -> data.Splits:
+    """What the package reads from a file of these arrays."""
+    if array is not None:
+        path = path / "own.npy"
+        np.save(path, array)
+    else:
+        path = path / "own.npz"
+        np.savez(path, **arrays)
+    return data.load(str(path))
+
+
+@pytest.fixture(scope="module")
+def mnist() -> data.Splits:
+    return data.load("mnist")
+
+
+@pytest.fixture(scope="module")
+def idx() -> SimpleNamespace:
+    """MNIST's images by a second reading of the IDX format: 16 bytes of header, then the pixels in row order."""
+    pixels = {
+        name: np.frombuffer(raw_mnist(f"{name}-images-idx3-ubyte"), np.uint8)[16:].reshape(-1, 1, 28, 28)
+        for name in ("train", "t10k")
+    }
+    return SimpleNamespace(train=pixels["train"], test=pixels["t10k"])
+
+
+@pytest.fixture
+def grey() -> data.Splits:
+    """Small and grey, with every level present."""
+    levels = torch.arange(256, dtype=torch.uint8)
+    images = torch.stack([levels.roll(i).reshape(1, 16, 16) for i in range(40)])
+    return data.Splits("grey", data.LEVELS, images[:20], images[20:30], images[30:], sha256="", split="")
+
+
+# --- MNIST ---
+
+
+@pytest.mark.parametrize(("split", "count"), [("train", 50_000), ("validation", 10_000), ("test", 10_000)])
+def test_mnist_has_the_protocols_sizes(mnist: data.Splits, split: str, count: int) -> None:
+    images = getattr(mnist, split)
+    assert (tuple(images.shape), images.dtype) == ((count, 1, 28, 28), torch.uint8)
+
+
+def test_mnist_is_8_bit_levels_of_one_28x28_channel(mnist: data.Splits) -> None:
+    assert (mnist.kind, mnist.event_shape) == ("8-bit levels", (1, 28, 28))
+
+
+def test_mnist_validation_is_the_last_10000_training_images(mnist: data.Splits, idx: SimpleNamespace) -> None:
+    np.testing.assert_array_equal(mnist.validation.numpy(), idx.train[50_000:])
+
+
+def test_mnist_training_is_the_first_50000_training_images(mnist: data.Splits, idx: SimpleNamespace) -> None:
+    np.testing.assert_array_equal(mnist.train.numpy(), idx.train[:50_000])
+
+
+def test_mnist_test_is_the_published_test_set(mnist: data.Splits, idx: SimpleNamespace) -> None:
+    np.testing.assert_array_equal(mnist.test.numpy(), idx.test)
+
+
+def test_mnist_says_its_sizes(mnist: data.Splits) -> None:
+    assert "mnist: 8-bit levels, 1x28x28; train / validation / test 50,000 / 10,000 / 10,000" in mnist.describe()
+
+
+def embed(monkeypatch: pytest.MonkeyPatch, folder: Path, name: str, content: bytes | None) -> None:
+    """Puts a copy of the package's data in the place of it, with one file replaced (None: missing)."""
+    copies = folder / "mnist"
+    copies.mkdir()
+    for file in ("train-images-idx3-ubyte.xz", "t10k-images-idx3-ubyte.xz"):
+        genuine = (files("ppl_vae") / "mnist" / file).read_bytes()
+        replaced = content if file == name else genuine
+        if replaced is not None:
+            (copies / file).write_bytes(replaced)
+    monkeypatch.setattr(data, "files", lambda package: folder)
+
+
+def flipped(content: bytes, at: int) -> bytes:
+    return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
+
+
+def test_an_embedded_file_with_one_wrong_pixel_bit_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    wrong = lzma.compress(flipped(raw_mnist("t10k-images-idx3-ubyte"), 500_000), preset=0)
+    embed(monkeypatch, tmp_path, "t10k-images-idx3-ubyte.xz", wrong)
+    with pytest.raises(ValueError, match=r"t10k-images-idx3-ubyte.xz: the checksum is not that of MNIST"):
+        data.load("mnist")
+
+
+def test_an_embedded_file_with_a_flipped_byte_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    genuine = (files("ppl_vae") / "mnist" / "train-images-idx3-ubyte.xz").read_bytes()
+    embed(monkeypatch, tmp_path, "train-images-idx3-ubyte.xz", flipped(genuine, 100_000))
+    with pytest.raises(ValueError, match=r"train-images-idx3-ubyte.xz: the embedded MNIST cannot be read"):
+        data.load("mnist")
+
+
+def test_a_missing_embedded_file_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    embed(monkeypatch, tmp_path, "train-images-idx3-ubyte.xz", None)
+    with pytest.raises(ValueError, match="the embedded MNIST cannot be read"):
+        data.load("mnist")
+
+
+# --- Binarisation ---
+
+
+@pytest.mark.parametrize("binarization", ["dynamic", "fixed"])
+def test_mnist_is_evaluated_on_the_published_draw(mnist: data.Splits, idx: SimpleNamespace, binarization: str) -> None:
+    """The protocol as its authors' code has it: seed 777, one binomial draw over validation, then one over test."""
+    before = np.random.get_state()  # noqa: NPY002 (the published generator is numpy's global one)
+    try:
+        np.random.seed(777)  # noqa: NPY002
+        validation = np.random.binomial(1, idx.train[50_000:].astype(np.float32) / 255)  # noqa: NPY002
+        test = np.random.binomial(1, idx.test.astype(np.float32) / 255)  # noqa: NPY002
+    finally:
+        np.random.set_state(before)  # noqa: NPY002
+    np.testing.assert_array_equal(data.evaluation_images(mnist, "validation", binarization).numpy(), validation)
+    np.testing.assert_array_equal(data.evaluation_images(mnist, "test", binarization).numpy(), test)
+
+
+def test_a_fixed_training_set_is_the_third_draw_of_the_published_stream(grey: data.Splits) -> None:
+    stream = np.random.RandomState(777)
+    validation, test, train = (
+        stream.binomial(1, x.numpy().astype(np.float32) / 255) for x in (grey.validation, grey.test, grey.train)
+    )
+    stored, observe = data.training_images(grey, "fixed")
+    np.testing.assert_array_equal(observe(stored, torch.Generator()).numpy(), train)
+    assert validation.shape[0] == len(grey.validation)
+    assert test.shape[0] == len(grey.test)
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+@pytest.mark.parametrize("binarization", ["dynamic", "fixed", "threshold", "none"])
+def test_evaluated_images_do_not_depend_on_global_seeds(grey: data.Splits, split: str, binarization: str) -> None:
+    np.random.seed(1)  # noqa: NPY002 (the global generator is what must not matter)
+    torch.manual_seed(1)
+    first = data.evaluation_images(grey, split, binarization)
+    np.random.seed(2)  # noqa: NPY002
+    torch.manual_seed(2)
+    assert torch.equal(first, data.evaluation_images(grey, split, binarization))
+
+
+@pytest.mark.parametrize("binarization", ["dynamic", "fixed"])
+def test_evaluated_images_leave_global_generators_alone(grey: data.Splits, binarization: str) -> None:
+    torch_before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    data.evaluation_images(grey, "test", binarization)
+    assert torch.equal(torch_before, torch.get_rng_state())
+    np.testing.assert_array_equal(numpy_before, np.random.get_state()[1])  # noqa: NPY002
+
+
+@pytest.mark.parametrize("split", ["valid", "all", ""])
+def test_an_unknown_split_is_refused(grey: data.Splits, split: str) -> None:
+    with pytest.raises(ValueError, match="split: expected one of train, validation, test"):
+        data.evaluation_images(grey, split, "dynamic")
+
+
+def test_each_level_is_drawn_at_its_own_rate() -> None:
+    num_draws = 20_000
+    levels = torch.arange(256, dtype=torch.uint8).expand(num_draws, 256)
+    rate = levels[0].double() / 255
+    drawn = data.bernoulli_draw(levels, torch.Generator().manual_seed(0)).double().mean(0)
+    stderr = (rate * (1 - rate) / num_draws).sqrt()
+    grey_only = slice(1, 255)
+    in_standard_errors = ((drawn - rate)[grey_only] / stderr[grey_only]).abs()
+    assert in_standard_errors.max() < 4.5
+    assert in_standard_errors.square().mean() == pytest.approx(1, abs=5 * math.sqrt(2 / 254))
+
+
+def test_each_probability_is_drawn_at_its_own_rate() -> None:
+    num_draws, rate = 40_000, torch.tensor([0.01, 0.1, 0.5, 0.77, 0.999])
+    drawn = data.bernoulli_draw(rate.expand(num_draws, 5), torch.Generator().manual_seed(1)).double().mean(0)
+    stderr = (rate * (1 - rate) / num_draws).sqrt()
+    assert ((drawn - rate) / stderr).abs().max() < 4
+
+
+@pytest.mark.parametrize("black", [torch.tensor(0, dtype=torch.uint8), torch.tensor(0.0)])
+def test_black_is_never_drawn_white(black: torch.Tensor) -> None:
+    assert data.bernoulli_draw(black.expand(1_000_000), torch.Generator().manual_seed(2)).sum() == 0
+
+
+@pytest.mark.parametrize("white", [torch.tensor(255, dtype=torch.uint8), torch.tensor(1.0)])
+def test_white_is_always_drawn_white(white: torch.Tensor) -> None:
+    assert data.bernoulli_draw(white.expand(1_000_000), torch.Generator().manual_seed(3)).mean() == 1
+
+
+# torch.rand gives multiples of 2^-24 from 0 on, and never 1.
+@pytest.mark.parametrize(("uniform", "level"), [(0.0, 0), (1 - 2.0**-24, 255)], ids=["black at 0", "white at almost 1"])
+def test_black_and_white_are_certain_at_the_ends_of_the_uniform_numbers(
+    monkeypatch: pytest.MonkeyPatch, uniform: float, level: int
+) -> None:
+    monkeypatch.setattr(data.torch, "rand", lambda shape, **_: torch.full(shape, uniform))
+    stored = torch.full((1,), level, dtype=torch.uint8)
+    assert data.bernoulli_draw(stored, torch.Generator()) == stored / 255
+    assert data.bernoulli_draw(stored / 255, torch.Generator()) == stored / 255
+
+
+def test_training_images_are_drawn_anew_at_each_access(grey: data.Splits) -> None:
+    stored, observe = data.training_images(grey, "dynamic")
+    generator = torch.Generator().manual_seed(0)
+    assert not torch.equal(observe(stored, generator), observe(stored, generator))
+
+
+def test_a_training_draw_is_zeros_and_ones_in_float32(grey: data.Splits) -> None:
+    stored, observe = data.training_images(grey, "dynamic")
+    drawn = observe(stored, torch.Generator().manual_seed(0))
+    assert (drawn.dtype, set(drawn.unique().tolist())) == (torch.float32, {0.0, 1.0})
+
+
+def test_a_training_draw_comes_from_its_generator_alone(grey: data.Splits) -> None:
+    stored, observe = data.training_images(grey, "dynamic")
+    torch.manual_seed(1)
+    first = observe(stored, torch.Generator().manual_seed(7))
+    torch.manual_seed(2)
+    assert torch.equal(first, observe(stored, torch.Generator().manual_seed(7)))
+
+
+@pytest.mark.parametrize("binarization", ["fixed", "threshold", "none"])
+def test_other_training_images_are_the_same_at_each_access(grey: data.Splits, binarization: str) -> None:
+    stored, observe = data.training_images(grey, binarization)
+    generator = torch.Generator().manual_seed(0)
+    assert torch.equal(observe(stored, generator), observe(stored, generator))
+
+
+@pytest.mark.parametrize("binarization", ["fixed", "threshold"])
+def test_fixed_training_images_are_those_that_an_evaluation_of_train_sees(grey: data.Splits, binarization: str) -> None:
+    stored, observe = data.training_images(grey, binarization)
+    assert torch.equal(observe(stored, torch.Generator()), data.evaluation_images(grey, "train", binarization))
+
+
+def test_threshold_is_white_from_level_128(grey: data.Splits) -> None:
+    expected = (grey.test.int() >= 128).float()  # 127/255 is below a half, 128/255 above
+    assert torch.equal(data.evaluation_images(grey, "test", "threshold"), expected)
+
+
+def test_without_binarization_levels_become_fractions(grey: data.Splits) -> None:
+    expected = grey.test.numpy().astype(np.float64) / 255
+    np.testing.assert_allclose(data.evaluation_images(grey, "test", "none").numpy(), expected, atol=1e-7)
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_binary_data_is_taken_as_it_is(tmp_path: Path, split: str) -> None:
+    splits = own(tmp_path, PIXELS.integers(0, 2, (50, 6)).astype(np.uint8))
+    assert torch.equal(data.evaluation_images(splits, split, "none"), getattr(splits, split).float())
+
+
+def test_binary_training_images_are_taken_as_they_are(tmp_path: Path) -> None:
+    splits = own(tmp_path, PIXELS.integers(0, 2, (50, 6)).astype(np.uint8))
+    stored, observe = data.training_images(splits, "none")
+    assert torch.equal(observe(stored, torch.Generator()), splits.train.float())
+
+
+@pytest.mark.parametrize("binarization", ["dynamic", "fixed", "threshold"])
+def test_a_binarization_of_binary_data_is_refused(tmp_path: Path, binarization: str) -> None:
+    splits = own(tmp_path, PIXELS.integers(0, 2, (50, 6)).astype(np.uint8))
+    with pytest.raises(ValueError, match=f"binarization: expected none for binary data .*, got {binarization}"):
+        data.resolve_binarization(splits, binarization)
+
+
+@pytest.mark.parametrize("binarization", ["dynamic", "fixed"])
+def test_a_draw_from_binary_data_is_that_data(tmp_path: Path, binarization: str) -> None:
+    """Stored ones are ones, not the level 1 of 255."""
+    splits = own(tmp_path, np.ones((50, 6), np.uint8))
+    stored, observe = data.training_images(splits, binarization)
+    assert observe(stored, torch.Generator().manual_seed(0)).mean() == 1
+    assert data.evaluation_images(splits, "test", binarization).mean() == 1
+
+
+def test_binary_data_resolves_to_no_binarization(tmp_path: Path) -> None:
+    splits = own(tmp_path, PIXELS.integers(0, 2, (50, 6)).astype(np.uint8))
+    assert data.resolve_binarization(splits, None) == "none"
+
+
+def test_grey_data_resolves_to_a_dynamic_binarization(grey: data.Splits) -> None:
+    assert data.resolve_binarization(grey, None) == "dynamic"
+
+
+@pytest.mark.parametrize("binarization", ["dynamic", "fixed", "threshold", "none"])
+def test_grey_data_takes_each_binarization(grey: data.Splits, binarization: str) -> None:
+    assert data.resolve_binarization(grey, binarization) == binarization
+
+
+# --- A person's own file: layouts and kinds ---
+
+LAYOUTS = {  # stored event shape -> E
+    (12,): (12,),
+    (3, 4): (1, 3, 4),
+    (3, 4, 1): (1, 3, 4),
+    (3, 4, 3): (3, 3, 4),
+}
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".npz"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_each_layout_becomes_channels_first(tmp_path: Path, layout: tuple[int, ...], suffix: str) -> None:
+    """The pixel at (row, column, channel) of the file is at (channel, row, column) of the tensor."""
+    stored = PIXELS.integers(0, 256, (20, *layout)).astype(np.uint8)
+    read = own(tmp_path, stored) if suffix == ".npy" else own(tmp_path, train=stored, valid=stored, test=stored)
+    image = {tuple(x.flatten().tolist()) for x in read.train}
+    expected = set()
+    for one in stored:
+        pixels = one.reshape(1, -1) if one.ndim == 1 else one.reshape(*one.shape[:2], -1)
+        channels = [pixels] if one.ndim == 1 else [pixels[:, :, c] for c in range(pixels.shape[2])]
+        expected.add(tuple(np.concatenate([channel.flatten() for channel in channels]).tolist()))
+    assert read.event_shape == LAYOUTS[layout]
+    assert image <= expected
+
+
+def test_a_red_image_is_red(tmp_path: Path) -> None:
+    red = np.zeros((20, 4, 5, 3), np.uint8)
+    red[..., 0] = 200
+    read = own(tmp_path, red)
+    assert [int(read.train[:, channel].float().mean()) for channel in range(3)] == [200, 0, 0]
+
+
+KINDS = {
+    "bool": (np.array([[False, True]] * 20), "binary", torch.uint8),
+    "uint8 zeros and ones": (np.array([[0, 1]] * 20, np.uint8), "binary", torch.uint8),
+    "int64 zeros and ones": (np.array([[0, 1]] * 20, np.int64), "binary", torch.uint8),
+    "float64 zeros and ones": (np.array([[0.0, 1.0]] * 20), "binary", torch.uint8),
+    "uint8 levels": (np.array([[0, 255]] * 20, np.uint8), "8-bit levels", torch.uint8),
+    "float16 probabilities": (np.array([[0.25, 1.0]] * 20, np.float16), "probabilities", torch.float32),
+    "float32 probabilities": (np.array([[0.25, 1.0]] * 20, np.float32), "probabilities", torch.float32),
+    "float64 probabilities": (np.array([[0.25, 1.0]] * 20, np.float64), "probabilities", torch.float32),
+    "big-endian probabilities": (np.array([[0.25, 1.0]] * 20, ">f4"), "probabilities", torch.float32),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_is_recognized(tmp_path: Path, kind: str) -> None:
+    stored, word, dtype = KINDS[kind]
+    read = own(tmp_path, stored)
+    assert (read.kind, read.train.dtype) == (word, dtype)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_keeps_its_values(tmp_path: Path, kind: str) -> None:
+    stored, _, _ = KINDS[kind]
+    read = own(tmp_path, stored)
+    np.testing.assert_array_equal(read.train[0].numpy().astype(np.float64), stored[0].astype(np.float64))
+
+
+def test_the_checksum_is_that_of_the_file(tmp_path: Path) -> None:
+    read = own(tmp_path, PIXELS.random((20, 3)))
+    assert read.sha256 == hashlib.sha256((tmp_path / "own.npy").read_bytes()).hexdigest()
+
+
+def test_a_description_says_kind_shape_sizes_and_split(tmp_path: Path) -> None:
+    grey = PIXELS.integers(0, 256, (20, 4, 5, 3)).astype(np.uint8)
+    read = own(tmp_path, train=grey, valid=grey[:7], test=grey[:9])
+    assert read.describe() == (
+        "own.npz: 8-bit levels, 3x4x5; train / validation / test 20 / 7 / 9 (as the file gives them)"
+    )
+
+
+# --- Splits of a person's own file ---
+
+
+def numbered(start: int, stop: int) -> np.ndarray:
+    """(N, 1) images that can be told apart: image i is the probability (i + 1) / 1024, exact in float32."""
+    return (np.arange(start, stop)[:, None] + 1) / 1024
+
+
+def numbers(images: torch.Tensor) -> list[int]:
+    return [round(value * 1024) - 1 for value in images.flatten().tolist()]
+
+
+@pytest.mark.parametrize("key", ["valid", "validation", "val"])
+def test_each_key_of_a_file_is_its_split(tmp_path: Path, key: str) -> None:
+    read = own(tmp_path, **{"test": numbered(50, 60), key: numbered(40, 50), "train": numbered(0, 40)})
+    assert numbers(read.train) == list(range(40))
+    assert numbers(read.validation) == list(range(40, 50))
+    assert numbers(read.test) == list(range(50, 60))
+
+
+@pytest.mark.parametrize("name", ["arr_0", "images", "train"])
+def test_a_single_array_of_any_name_is_split_80_10_10(tmp_path: Path, name: str) -> None:
+    read = own(tmp_path, **{name: numbered(0, 200)})
+    assert [len(x) for x in (read.train, read.validation, read.test)] == [160, 20, 20]
+
+
+@pytest.mark.parametrize("count", [10, 19, 200])
+def test_missing_splits_are_disjoint_and_cover_the_file(tmp_path: Path, count: int) -> None:
+    read = own(tmp_path, numbered(0, count))
+    seen = [*numbers(read.train), *numbers(read.validation), *numbers(read.test)]
+    assert sorted(seen) == list(range(count))
+
+
+def test_missing_splits_are_the_same_at_every_load(tmp_path: Path) -> None:
+    np.random.seed(1)  # noqa: NPY002 (the global generator is what must not matter)
+    first = own(tmp_path, numbered(0, 200))
+    np.random.seed(2)  # noqa: NPY002
+    assert torch.equal(first.test, data.load(str(tmp_path / "own.npy")).test)
+
+
+def test_missing_splits_of_a_sorted_file_hold_every_class(tmp_path: Path) -> None:
+    read = own(tmp_path, numbered(0, 1000))
+    for split in (read.validation, read.test):
+        assert {number // 100 for number in numbers(split)} == set(range(10))
+
+
+@pytest.mark.parametrize(("given", "missing"), [("test", "validation"), ("valid", "test")])
+def test_a_split_that_the_file_has_is_kept_and_the_other_is_taken_from_train(
+    tmp_path: Path, given: str, missing: str
+) -> None:
+    read = own(tmp_path, **{"train": numbered(0, 100), given: numbered(100, 130)})
+    kept = read.test if given == "test" else read.validation
+    assert numbers(kept) == list(range(100, 130))
+    assert sorted([*numbers(read.train), *numbers(getattr(read, missing))]) == list(range(100))
+    assert len(getattr(read, missing)) == 10
+
+
+def test_a_description_names_the_splits_that_were_made(tmp_path: Path) -> None:
+    assert "validation and test: a tenth of the images each" in own(tmp_path, numbered(0, 100)).describe()
+
+
+def test_a_description_names_the_arrays_that_were_ignored(tmp_path: Path) -> None:
+    read = own(tmp_path, train=numbered(0, 100), labels=np.arange(100), notes=np.arange(3))
+    assert "other arrays ignored: labels, notes" in read.describe()
+
+
+# --- Files that are refused ---
+
+GREY = PIXELS.integers(0, 256, (20, 4, 5)).astype(np.uint8)
+BITS = PIXELS.integers(0, 2, (20, 4, 5)).astype(np.uint8)
+FLOATS = PIXELS.random((20, 4, 5))
+
+
+def saved(name: str, **arrays: np.ndarray) -> bytes:
+    """The bytes of an .npy file (one array, called array) or an .npz file."""
+    buffer = io.BytesIO()
+    if name.endswith(".npy"):
+        np.save(buffer, arrays["array"])
+    else:
+        np.savez(buffer, **arrays)
+    return buffer.getvalue()
+
+
+def with_value(array: np.ndarray, value: float) -> np.ndarray:
+    changed = array.copy()
+    changed[3, 2, 1] = value
+    return changed
+
+
+def objects(name: str) -> bytes:
+    array = np.array([{"pixels": 1}] * 20, dtype=object)
+    buffer = io.BytesIO()
+    if name.endswith(".npy"):
+        np.save(buffer, array, allow_pickle=True)
+    else:
+        np.savez(buffer, train=array)
+    return buffer.getvalue()
+
+
+BAD_FILES = {
+    "an empty file": ("own.npy", b"", "own.npy: not a readable array file"),
+    "an empty archive file": ("own.npz", b"", "own.npz: not a readable array file"),
+    "a truncated npz": ("own.npz", saved("own.npz", train=GREY)[:-60], "own.npz: not a readable array file"),
+    "half an npz": ("own.npz", saved("own.npz", train=GREY)[:200], "own.npz: not a readable array file"),
+    "an npz with a flipped byte": (
+        "own.npz",
+        flipped(saved("own.npz", train=GREY), 300),
+        "own.npz: not a readable array file",
+    ),
+    "a truncated npy": ("own.npy", saved("own.npy", array=GREY)[:-10], "own.npy: not a readable array file"),
+    "a truncated npy header": ("own.npy", saved("own.npy", array=GREY)[:40], "own.npy: not a readable array file"),
+    "text": ("own.npy", b"0 1 1 0\n1 0 0 1\n", "own.npy: not a readable array file"),
+    "objects": ("own.npy", objects("own.npy"), "not a readable array file: object arrays are not read"),
+    "objects in an npz": ("own.npz", objects("own.npz"), "not a readable array file: object arrays are not read"),
+}
+
+BAD_ARRAYS = {
+    "strings": (np.array(["a", "b"] * 10), "expected numbers, got dtype <U1"),
+    "complex numbers": (FLOATS.astype(np.complex128), "expected numbers, got dtype complex128"),
+    "records": (np.zeros(20, dtype=[("x", "f4")]), "expected numbers, got dtype"),
+    "dates": (np.zeros((20, 4), "datetime64[s]"), "expected numbers, got dtype"),
+    "NaN": (with_value(FLOATS, np.nan), "expected finite values, got NaN or infinity in train"),
+    "infinity": (with_value(FLOATS, np.inf), "expected finite values, got NaN or infinity in train"),
+    "minus infinity": (with_value(FLOATS, -np.inf), "expected finite values, got NaN or infinity in train"),
+    "negative floats": (with_value(FLOATS, -0.5), "floats in .0, 1., got float64 from -0.5"),
+    "floats above 1": (with_value(FLOATS, 1.5), "floats in .0, 1., got float64 from .* to 1.5"),
+    "floats from 0 to 255": (GREY.astype(np.float32), "floats in .0, 1., got float32 from"),
+    "int64 levels": (GREY.astype(np.int64), "uint8 levels, .* got int64 from"),
+    "uint16 levels": (GREY.astype(np.uint16), "uint8 levels, .* got uint16 from"),
+    "int8 below 0": (BITS.astype(np.int8) - 1, "zeros and ones, .* got int8 from -1 to 0"),
+    "five dimensions": (np.zeros((20, 1, 4, 5, 1), np.uint8), r"got shape \(20, 1, 4, 5, 1\) in train"),
+    "one dimension": (np.zeros(20, np.uint8), r"got shape \(20,\) in train"),
+    "no dimension": (np.array(1, np.uint8), r"got shape \(\)"),
+    "two channels": (np.zeros((20, 4, 5, 2), np.uint8), r"with 1 or 3 channels, got shape \(20, 4, 5, 2\)"),
+    "channels first": (np.zeros((20, 3, 8, 9), np.uint8), r"with 1 or 3 channels, got shape \(20, 3, 8, 9\)"),
+    "no images": (np.zeros((0, 4, 5), np.uint8), "expected at least one image in every split, got an empty array"),
+    "no width": (np.zeros((20, 4, 0), np.uint8), r"expected at least one pixel, got shape \(20, .*4, 0\) in train"),
+    "nine images": (np.zeros((9, 4, 5), np.uint8), "expected at least 10 images to split, got 9"),
+}
+
+BAD_SPLITS = {
+    "no train": ({"valid": GREY, "test": GREY}, r"arrays named train, valid and test, got \['valid', 'test'\]"),
+    "only labels and names": ({"a": GREY, "b": GREY}, r"expected one array, or arrays named .* got \['a', 'b'\]"),
+    "no arrays": ({}, "expected one array, or arrays named train, valid and test, got none"),
+    "images of two shapes": (
+        {"train": GREY, "test": GREY[:, :, :4]},
+        r"expected images of one shape in all splits, got \[\(1, 4, 4\), \(1, 4, 5\)\]",
+    ),
+    "images and a table": (
+        {"train": GREY, "test": GREY.reshape(20, 20)},
+        r"expected images of one shape in all splits, got \[\(1, 4, 5\), \(20,\)\]",
+    ),
+    "binary train, grey test": ({"train": BITS, "test": GREY}, "expected binary in test as in train"),
+    "binary train, fractions in validation": (
+        {"train": BITS, "valid": FLOATS},
+        "expected binary in validation as in train",
+    ),
+    "uint8 train, float test": ({"train": GREY, "test": FLOATS}, "expected 8-bit levels in test as in train"),
+    "float train, uint8 test": ({"train": FLOATS, "test": GREY}, "expected probabilities in test as in train"),
+    "NaN in test": (
+        {"train": FLOATS, "test": with_value(FLOATS, np.nan)},
+        "expected probabilities in test as in train",
+    ),
+    "strings in test": ({"train": BITS, "test": np.array(["a"] * 20)}, "expected binary in test as in train"),
+    "an empty test split": (
+        {"train": GREY, "test": GREY[:0]},
+        "expected at least one image in every split, got an empty array",
+    ),
+    "a test split without dimensions": ({"train": BITS, "test": np.array(1)}, r"got shape \(\)"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_FILES)
+def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path, what: str) -> None:
+    name, content, message = BAD_FILES[what]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        data.load(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("what", BAD_ARRAYS)
+def test_an_array_that_is_no_images_is_refused(tmp_path: Path, what: str) -> None:
+    array, message = BAD_ARRAYS[what]
+    with pytest.raises(ValueError, match=f"own.npy: .*{message}"):
+        own(tmp_path, array)
+
+
+@pytest.mark.parametrize("what", BAD_SPLITS)
+def test_splits_that_do_not_belong_together_are_refused(tmp_path: Path, what: str) -> None:
+    arrays, message = BAD_SPLITS[what]
+    with pytest.raises(ValueError, match=f"own.npz: .*{message}"):
+        own(tmp_path, **arrays)
+
+
+def test_a_text_file_is_not_called_an_object_array(tmp_path: Path) -> None:
+    (tmp_path / "own.npy").write_text("0 1 1 0\n1 0 0 1\n")
+    with pytest.raises(ValueError, match="not a readable array file") as refused:
+        data.load(str(tmp_path / "own.npy"))
+    assert "object" not in str(refused.value)
+
+
+@pytest.mark.parametrize("what", ["objects", "objects in an npz", "text"])
+def test_nobody_is_told_to_allow_pickles(tmp_path: Path, what: str) -> None:
+    name, content, _ = BAD_FILES[what]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=name) as refused:
+        data.load(str(tmp_path / name))
+    assert "pickle" not in str(refused.value)
+
+
+def test_a_pickle_is_never_run(tmp_path: Path) -> None:
+    class Touches:
+        def __reduce__(self) -> tuple:
+            return (Path.touch, (tmp_path / "was_run",))
+
+    np.save(tmp_path / "own.npy", np.array([Touches()], dtype=object), allow_pickle=True)
+    with pytest.raises(ValueError, match="object arrays are not read"):
+        data.load(str(tmp_path / "own.npy"))
+    assert not (tmp_path / "was_run").exists()
+
+
+@pytest.mark.parametrize("name", ["missing.npz", "no/such/folder.npy"])
+def test_a_missing_file_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=f"dataset: .*{name} cannot be read: No such file"):
+        data.load(str(tmp_path / name))
+
+
+def test_a_directory_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "own.npz").mkdir()
+    with pytest.raises(ValueError, match=r"own\.npz cannot be read"):
+        data.load(str(tmp_path / "own.npz"))
+
+
+@pytest.mark.parametrize("word", ["MNIST", "cifar", "own.csv", "own", ""])
+def test_an_unknown_data_set_is_refused(word: str) -> None:
+    with pytest.raises(ValueError, match=r"dataset: expected mnist or the path of an \.npz or \.npy file, got"):
+        data.load(word)
+
+
+# --- Subsets ---
+
+
+@pytest.mark.parametrize(("num_images", "most"), [(10_000, 20), (10_000, 5_000), (50, 49), (3, 1)])
+def test_a_subset_has_the_size_that_was_asked_for(num_images: int, most: int) -> None:
+    assert len(data.subset(num_images, most)) == most
+
+
+@pytest.mark.parametrize(("num_images", "most"), [(10_000, 20), (10_000, 5_000), (50, 49)])
+def test_a_subset_is_ascending_and_so_without_repeats(num_images: int, most: int) -> None:
+    index = data.subset(num_images, most)
+    assert (index.diff() > 0).all()
+    assert index[0] >= 0
+    assert index[-1] < num_images
+
+
+def test_a_subset_is_the_same_at_every_call() -> None:
+    np.random.seed(1)  # noqa: NPY002 (the global generators are what must not matter)
+    torch.manual_seed(1)
+    first = data.subset(10_000, 100)
+    np.random.seed(2)  # noqa: NPY002
+    torch.manual_seed(2)
+    assert torch.equal(first, data.subset(10_000, 100))
+
+
+@pytest.mark.parametrize("most", [None, 50, 51, 10_000])
+def test_a_subset_is_all_images_where_there_are_no_more(most: int | None) -> None:
+    assert data.subset(50, most).tolist() == list(range(50))
+
+
+@pytest.mark.parametrize("most", [10, 100, 1_000])
+def test_a_subset_is_not_the_first_images(most: int) -> None:
+    """Image i of a random subset of n among N lies near i N / n: the mean index is (N - 1) / 2, within its error."""
+    num_images = 10_000
+    index = data.subset(num_images, most).double()
+    stderr = math.sqrt((num_images**2 - 1) / 12 / most)
+    assert (index.mean() - (num_images - 1) / 2).abs() < 4 * stderr
+
+
+def test_a_subset_of_a_sorted_file_holds_every_class() -> None:
+    assert (data.subset(10_000, 500) // 1_000).unique().tolist() == list(range(10))

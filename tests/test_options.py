@@ -1,0 +1,379 @@
+"""Options: the command line and config.json, their words, defaults and refusals."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ppl_vae import build, objectives, options
+
+SCRIPTS = sorted((Path(__file__).parent.parent / "scripts").glob("*.py"))
+
+
+def refused(capsys: pytest.CaptureFixture[str], parse: Any, words: Sequence[str]) -> str:
+    """What is said of a command line that is refused: one line on stderr, exit code 2."""
+    with pytest.raises(SystemExit, match=r"^2$"):
+        parse(list(words))
+    captured = capsys.readouterr()
+    lines = captured.err.splitlines()
+    assert (len(lines), captured.out) == (1, "")
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+# --- Help ---
+
+# Runs a script as python would, then says which of the slow packages it took.
+IMPORTED = """
+import runpy, sys
+try:
+    runpy.run_path(sys.argv[1], run_name="__main__")
+except SystemExit as done:
+    code = done.code
+slow = sorted({"torch", "pyro", "numpy", "matplotlib", "safetensors", "tqdm", "torchvision"} & set(sys.modules))
+print("IMPORTED", code, slow)
+"""
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_help_answers_without_torch(script: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORTED, str(script), "--help"], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "IMPORTED 0 []"
+
+
+@pytest.mark.parametrize("name", [spec.name for spec in fields(options.Options)])
+def test_help_names_each_option(capsys: pytest.CaptureFixture[str], name: str) -> None:
+    with pytest.raises(SystemExit, match=r"^0$"):
+        options.parse_train(["--help"])
+    assert f"{options.flag(name)} " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_an_unknown_option_ends_a_script_with_code_2_and_one_line(script: Path) -> None:
+    done = subprocess.run([sys.executable, str(script), "run", "--sparkle"], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("error: ")
+
+
+# --- Words ---
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (options.LIKELIHOODS, build.LIKELIHOODS),
+        (options.NETWORKS, build.NETWORKS),
+        (options.PRIORS, build.PRIORS),
+        (options.POSTERIORS, build.POSTERIORS),
+        (options.OBJECTIVES, build.OBJECTIVES),
+    ],
+    ids=["likelihoods", "networks", "priors", "posteriors", "objectives"],
+)
+def test_the_words_are_those_that_build_knows(words: tuple[str, ...], parts: dict[str, Any]) -> None:
+    assert list(words) == list(parts)
+
+
+def test_the_words_of_kl_are_those_that_the_objective_knows() -> None:
+    assert list(options.KLS) == list(objectives._ESTIMATORS)
+
+
+@pytest.mark.parametrize("network", options.NETWORKS)
+@pytest.mark.parametrize("prior", options.PRIORS)
+@pytest.mark.parametrize("posterior", options.POSTERIORS)
+@pytest.mark.parametrize("likelihood", options.LIKELIHOODS)
+def test_every_combination_of_words_builds(network: str, prior: str, posterior: str, likelihood: str) -> None:
+    asked = options.Options(
+        network=network, prior=prior, posterior=posterior, likelihood=likelihood, hidden=(5, 4), latent_dim=3
+    )
+    assert build.vae(asked, (1, 2, 3)).likelihood.event_shape == (1, 2, 3)
+
+
+# --- Defaults and the round trip ---
+
+
+def test_no_arguments_ask_for_the_defaults() -> None:
+    assert options.parse_train([]) == options.TrainCommand(options=options.Options())
+
+
+def test_the_default_likelihood_is_bernoulli() -> None:
+    assert options.Options().likelihood == "bernoulli"
+
+
+@pytest.mark.parametrize(
+    ("epochs", "warmup"), [(1, 0), (2, 0), (3, 0), (4, 1), (10, 3), (49, 14), (50, 15), (100, 15), (2000, 15)]
+)
+def test_the_default_warmup_is_three_tenths_of_the_epochs_and_at_most_15(epochs: int, warmup: int) -> None:
+    assert options.default_warmup(epochs) == warmup
+
+
+OTHER = options.Options(
+    dataset="own.npz",
+    binarization="threshold",
+    network="mlp",
+    hidden=(7, 5, 3),
+    kl="analytic",
+    beta=0.1,
+    warmup_epochs=0,
+    latent_dim=2,
+    epochs=3,
+    batch_size=11,
+    learning_rate=1e-5,
+    clip_norm=0.5,
+    num_particles=4,
+    seed=2**31 - 1,
+    device="cuda:1",
+    checkpoint_seconds=0.25,
+    images=8,
+    evaluation_particles=9,
+)
+
+
+@pytest.mark.parametrize("asked", [options.Options(), OTHER], ids=["defaults", "others"])
+def test_options_come_back_from_json_as_they_were(asked: options.Options) -> None:
+    assert options.from_json(json.loads(json.dumps(options.to_json(asked)))) == asked
+
+
+def test_json_holds_every_field() -> None:
+    assert set(options.to_json(OTHER)) == {spec.name for spec in fields(options.Options)}
+
+
+@pytest.mark.parametrize("asked", [options.Options(), OTHER], ids=["defaults", "others"])
+def test_options_come_back_from_the_command_line_as_they_were(asked: options.Options) -> None:
+    words: list[str] = []
+    for name, value in options.to_json(asked).items():
+        if value is not None:
+            words += [options.flag(name), *map(str, value if isinstance(value, list) else [value])]
+    assert options.parse_train(words).options == asked
+
+
+@pytest.mark.parametrize("name", [spec.name for spec in fields(options.Options)])
+def test_a_missing_field_of_json_is_named_and_refused(name: str) -> None:
+    values = options.to_json(options.Options())
+    del values[name]
+    with pytest.raises(ValueError, match=f"missing or unknown: {name}$"):
+        options.from_json(values)
+
+
+def test_unknown_fields_of_json_are_named_and_refused() -> None:
+    with pytest.raises(ValueError, match=r"missing or unknown: glitter, sparkle$"):
+        options.from_json(options.to_json(options.Options()) | {"sparkle": 1, "glitter": 2})
+
+
+@pytest.mark.parametrize("values", [[], None, 3, "text"])
+def test_json_that_is_no_object_is_refused(values: Any) -> None:
+    with pytest.raises(ValueError, match="expected an object of options, got"):
+        options.from_json(values)
+
+
+BAD_JSON = [
+    ("hidden", 5),
+    ("hidden", []),
+    ("hidden", "300"),
+    ("hidden", [[300]]),
+    ("hidden", [300.0]),
+    ("hidden", None),
+    ("epochs", 2.0),
+    ("epochs", "2"),
+    ("epochs", True),
+    ("epochs", None),
+    ("epochs", [2]),
+    ("epochs", 0),
+    ("beta", "1"),
+    ("beta", math.nan),
+    ("learning_rate", math.inf),
+    ("likelihood", "gaussian"),
+    ("likelihood", 3),
+    ("binarization", ""),
+    ("warmup_epochs", -1),
+    ("device", 0),
+    ("dataset", ""),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), BAD_JSON, ids=str)
+def test_a_field_of_json_of_the_wrong_type_or_range_is_refused(name: str, value: Any) -> None:
+    values = options.to_json(options.Options()) | {name: value}
+    with pytest.raises(ValueError, match=f"{options.flag(name)}: expected .*, got "):
+        options.from_json(values)
+
+
+def test_a_whole_number_is_a_float_too() -> None:
+    assert options.from_json(options.to_json(options.Options()) | {"beta": 4}).beta == 4
+
+
+# --- Refusals on the command line ---
+
+_INTEGER_WORDS = ("1.5", "1e3", "nan", "inf", "many", "", "99999999999999999999")
+_FLOAT_WORDS = ("-0.5", "nan", "inf", "1e400", "much", "", "0x10")
+AT_LEAST_1 = ("0", "-1", "2147483649", *_INTEGER_WORDS)
+AT_LEAST_0 = ("-1", "2147483648", *_INTEGER_WORDS)
+ABOVE_0 = ("0", "-0.0", "1e-400", *_FLOAT_WORDS)
+NOT_BELOW_0 = ("-1", *_FLOAT_WORDS)
+A_WORD = ("sparkle", "", "BERNOULLI", "None")
+
+BAD_WORDS = {
+    "hidden": AT_LEAST_1,
+    "latent_dim": AT_LEAST_1,
+    "epochs": AT_LEAST_1,
+    "batch_size": AT_LEAST_1,
+    "num_particles": AT_LEAST_1,
+    "images": AT_LEAST_1,
+    "evaluation_particles": AT_LEAST_1,
+    "warmup_epochs": AT_LEAST_0,
+    "seed": AT_LEAST_0,
+    "learning_rate": ABOVE_0,
+    "clip_norm": ABOVE_0,
+    "beta": NOT_BELOW_0,
+    "checkpoint_seconds": NOT_BELOW_0,
+    "binarization": A_WORD,
+    "likelihood": A_WORD,
+    "network": A_WORD,
+    "prior": A_WORD,
+    "posterior": A_WORD,
+    "objective": A_WORD,
+    "kl": A_WORD,
+    "dataset": ("",),
+    "device": ("",),
+}
+
+
+def test_every_option_is_refused_something() -> None:
+    assert set(BAD_WORDS) == {spec.name for spec in fields(options.Options)}
+
+
+@pytest.mark.parametrize(("name", "word"), [(name, word) for name, words in BAD_WORDS.items() for word in words])
+def test_a_value_out_of_range_is_refused_in_one_line(capsys: pytest.CaptureFixture[str], name: str, word: str) -> None:
+    line = refused(capsys, options.parse_train, [f"{options.flag(name)}={word}"])
+    assert line.startswith(f"error: {options.flag(name)}: expected ")
+    assert f"got {word!r}" in line
+
+
+@pytest.mark.parametrize(("name", "word"), [(name, word) for name, words in BAD_WORDS.items() for word in words])
+def test_a_value_out_of_range_after_a_space_is_refused_in_one_line(
+    capsys: pytest.CaptureFixture[str], name: str, word: str
+) -> None:
+    assert options.flag(name) in refused(capsys, options.parse_train, [options.flag(name), word])
+
+
+EVALUATE_WORDS = {
+    "num_particles": AT_LEAST_1,
+    "images": AT_LEAST_1,
+    "seed": AT_LEAST_0,
+    "split": ("valid", "", "all"),
+    "device": ("",),
+}
+
+
+@pytest.mark.parametrize(("name", "word"), [(name, word) for name, words in EVALUATE_WORDS.items() for word in words])
+def test_a_value_out_of_range_is_refused_by_evaluate(capsys: pytest.CaptureFixture[str], name: str, word: str) -> None:
+    line = refused(capsys, options.parse_evaluate, ["run", f"{options.flag(name)}={word}"])
+    assert line.startswith(f"error: {options.flag(name)}: expected ")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--latent", "3"],
+        ["--sparkle"],
+        ["stray"],
+        ["--epochs"],
+        ["--hidden"],
+        ["--hidden", "3", "x"],
+        ["--hidden", "300,300"],
+        ["--run-dir", ""],
+        ["--resume", ""],
+        ["--resume"],
+    ],
+    ids=" ".join,
+)
+def test_a_wrong_command_line_is_refused_in_one_line(capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
+    refused(capsys, options.parse_train, words)
+
+
+@pytest.mark.parametrize("parse", [options.parse_evaluate, lambda argv: options.parse_run("text", argv)])
+def test_a_missing_run_folder_is_refused_in_one_line(capsys: pytest.CaptureFixture[str], parse: Any) -> None:
+    assert "RUN" in refused(capsys, parse, [])
+
+
+@pytest.mark.parametrize("name", [spec.name for spec in fields(options.Options)])
+def test_a_wrong_type_is_refused_from_python(name: str) -> None:
+    """An object is no value of any option."""
+    with pytest.raises(ValueError, match=f"{options.flag(name)}: expected .*, got <object"):
+        replace(options.Options(), **{name: object()})
+
+
+# --- Resume ---
+
+
+def test_resume_alone_asks_for_its_folder() -> None:
+    assert options.parse_train(["--resume", "runs/x"]) == options.TrainCommand(resume="runs/x")
+
+
+def test_resume_takes_more_epochs() -> None:
+    asked = options.parse_train(["--resume", "runs/x", "--epochs", "7"])
+    assert asked == options.TrainCommand(resume="runs/x", epochs=7)
+
+
+OTHERS = {spec.name: spec.default for spec in fields(options.Options) if spec.name != "epochs"} | {"run_dir": "runs/y"}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_resume_with_another_option_is_refused(capsys: pytest.CaptureFixture[str], name: str) -> None:
+    """Even where the value is the one that the run has: a run keeps its own options."""
+    given = {"binarization": "fixed", "warmup_epochs": 3}.get(name, OTHERS[name])
+    values = given if isinstance(given, tuple) else (given,)
+    line = refused(
+        capsys, options.parse_train, ["--resume", "runs/x", "--epochs", "7", options.flag(name), *map(str, values)]
+    )
+    assert line.startswith("error: --resume: the run keeps its own options; only --epochs may stand beside it, got ")
+    assert f"got {options.flag(name)} " in line
+
+
+# --- What ends a script ---
+
+
+@pytest.mark.parametrize("error", [ValueError("x: bad"), OSError(28, "disk full"), ArithmeticError("x: NaN")])
+def test_what_a_user_can_cause_ends_in_one_line(capsys: pytest.CaptureFixture[str], error: Exception) -> None:
+    def main() -> None:
+        raise error
+
+    with pytest.raises(SystemExit, match=r"^1$"):
+        options.command(main)
+    assert capsys.readouterr().err == f"error: {error}\n"
+
+
+def test_an_interrupt_ends_with_code_130_and_without_a_word(capsys: pytest.CaptureFixture[str]) -> None:
+    def main() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit, match=r"^130$"):
+        options.command(main)
+    assert capsys.readouterr().err == ""
+
+
+def test_our_own_bugs_keep_their_traceback() -> None:
+    def main() -> None:
+        raise TypeError("a bug")
+
+    with pytest.raises(TypeError, match="a bug"):
+        options.command(main)
+
+
+def test_a_traceback_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def main() -> None:
+        raise ValueError("x: bad")
+
+    monkeypatch.setenv("PPL_VAE_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="x: bad"):
+        options.command(main)

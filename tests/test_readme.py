@@ -1,0 +1,59 @@
+"""The README tells the truth: its Python runs, its commands and options exist."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pyro
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PYTHON = [
+    block for block in re.findall(r"```python\n(.*?)```", README, re.S) if re.search(r"^(import|from) ", block, re.M)
+]
+COMMANDS = sorted(set(re.findall(r"python (scripts/\w+\.py)((?: [^\s`|#\]]+)*)", README)))
+
+
+def test_the_python_of_the_readme_runs_as_it_stands(capsys):
+    pyro.clear_param_store()
+    names: dict = {}
+    assert len(PYTHON) >= 2
+    for block in PYTHON:
+        exec(compile(block, "README.md", "exec"), names)
+    assert names["result"].log_evidence.shape == (100,)
+    before = names["vae"].likelihood.net.output.weight.detach().clone()
+    names["svi"].step(names["x"])
+    assert not torch.equal(names["vae"].likelihood.net.output.weight, before)
+    pyro.clear_param_store()
+
+
+@pytest.mark.parametrize("script", sorted({script for script, _ in COMMANDS}))
+def test_every_script_of_the_readme_answers_to_help(script):
+    done = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0
+    assert "usage:" in done.stdout
+
+
+def test_every_script_is_in_the_readme():
+    assert {path.name for path in (ROOT / "scripts").glob("*.py")} == {Path(script).name for script, _ in COMMANDS}
+
+
+def test_every_option_of_the_readme_exists():
+    known = set()
+    for script in (ROOT / "scripts").glob("*.py"):
+        done = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, timeout=60)
+        known |= set(re.findall(r"--[a-z][a-z-]+", done.stdout))
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README))
+    assert named <= known
+
+
+def test_the_readme_mentions_every_module_of_the_package():
+    layout = README[README.index("## Layout") :]
+    for path in (ROOT / "ppl_vae").glob("*.py"):
+        if path.stem != "__init__":
+            assert f"`{path.stem}`" in layout, path.stem

@@ -1,0 +1,419 @@
+"""The run folder: atomic writes, strict JSON, damaged files, metrics, environment, new folders."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from ppl_vae import runs
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+# --- Bytes ---
+
+
+def fail_to_sync(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fsync(descriptor: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(runs.os, "fsync", fsync)
+
+
+def fail_to_replace(monkeypatch: pytest.MonkeyPatch) -> None:
+    def replace(source: Path, target: Path) -> None:
+        raise OSError(13, "Permission denied")
+
+    monkeypatch.setattr(runs.os, "replace", replace)
+
+
+def fail_to_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that is full after the file was opened."""
+    genuine = Path.open
+
+    def opened(path: Path, mode: str = "r", **options: Any) -> Any:
+        if "w" not in mode:
+            return genuine(path, mode, **options)
+        path.touch()
+        return genuine(Path("/dev/full"), "wb", buffering=0)
+
+    monkeypatch.setattr(Path, "open", opened)
+
+
+FAILURES: dict[str, Any] = {
+    "write": pytest.param(
+        fail_to_write, marks=pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+    ),
+    "fsync": fail_to_sync,
+    "replace": fail_to_replace,
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES.values(), ids=FAILURES.keys())
+def test_a_write_that_fails_leaves_the_old_content(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, failure: Callable[[pytest.MonkeyPatch], None]
+) -> None:
+    (tmp_path / "file").write_bytes(b"old")
+    with monkeypatch.context() as patched:
+        failure(patched)
+        with pytest.raises(OSError, match=r"denied|Input/output|space"):
+            runs.write_bytes(tmp_path / "file", b"new")
+    assert (tmp_path / "file").read_bytes() == b"old"
+
+
+@pytest.mark.parametrize("failure", FAILURES.values(), ids=FAILURES.keys())
+def test_a_write_that_fails_leaves_no_partial_file(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, failure: Callable[[pytest.MonkeyPatch], None]
+) -> None:
+    with monkeypatch.context() as patched:
+        failure(patched)
+        with pytest.raises(OSError, match=r"denied|Input/output|space"):
+            runs.write_bytes(tmp_path / "file", b"new")
+    assert names(tmp_path) == []
+
+
+def test_a_write_that_is_killed_before_the_replacement_leaves_the_old_content(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def killed(source: Path, target: Path) -> None:
+        raise KeyboardInterrupt
+
+    (tmp_path / "file").write_bytes(b"old")
+    monkeypatch.setattr(runs.os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        runs.write_bytes(tmp_path / "file", b"new")
+    assert (tmp_path / "file").read_bytes() == b"old"
+
+
+def test_a_write_replaces_the_old_content_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"a longer old content")
+    runs.write_bytes(tmp_path / "file", b"new")
+    assert ((tmp_path / "file").read_bytes(), names(tmp_path)) == (b"new", ["file"])
+
+
+def test_a_write_takes_the_place_of_what_a_killed_one_left(tmp_path: Path) -> None:
+    (tmp_path / ".file.partial").write_bytes(b"half of something that was lon")
+    runs.write_bytes(tmp_path / "file", b"new")
+    assert ((tmp_path / "file").read_bytes(), names(tmp_path)) == (b"new", ["file"])
+
+
+# --- JSON ---
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_number_that_is_not_finite_is_written_as_null(tmp_path: Path, value: float) -> None:
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is no JSON")
+
+    runs.write_json(tmp_path / "file.json", {"a": value, "b": [1.5, {"c": value}], "d": (value,)})
+    read = json.loads((tmp_path / "file.json").read_text(), parse_constant=refuse)
+    assert read == {"a": None, "b": [1.5, {"c": None}], "d": [None]}
+
+
+def test_json_comes_back_as_it_was(tmp_path: Path) -> None:
+    value = {"name": "gr\u00fcn \u00b1", "number": 0.1, "whole": 3, "none": None, "list": [True, "x"], "empty": {}}
+    runs.write_json(tmp_path / "file.json", value)
+    assert runs.read_json(tmp_path / "file.json") == value
+
+
+DAMAGED_JSON = {
+    "empty": (b"", "file.json: damaged: not JSON"),
+    "half": (b'{"a": 1, "b"', "file.json: damaged: not JSON"),
+    "text": (b"hello", "file.json: damaged: not JSON"),
+    "bytes": (b"\xff\xfe\x00{}", "file.json: damaged: not JSON"),
+    "too deep": (b"[" * 200_000, "file.json: damaged: not JSON"),
+    "list": (b"[]", "file.json: damaged: expected a JSON object, got list"),
+    "number": (b"3", "file.json: damaged: expected a JSON object, got int"),
+    "null": (b"null", "file.json: damaged: expected a JSON object, got NoneType"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED_JSON)
+def test_damaged_json_is_named_and_refused(tmp_path: Path, damage: str) -> None:
+    content, message = DAMAGED_JSON[damage]
+    (tmp_path / "file.json").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        runs.read_json(tmp_path / "file.json")
+
+
+def test_missing_json_asks_whether_this_is_a_run_folder(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"config\.json: no such file; is .* a run folder\?"):
+        runs.read_json(tmp_path / "config.json")
+
+
+def test_json_below_a_file_says_that_a_run_is_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="file: expected a run folder, got a file"):
+        runs.read_json(tmp_path / "file" / "config.json")
+
+
+def test_a_run_without_evaluations_has_none(tmp_path: Path) -> None:
+    assert runs.read_evaluations(tmp_path) == {}
+
+
+def test_damaged_evaluations_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "evaluation.json").write_text("{")
+    with pytest.raises(ValueError, match=r"evaluation\.json: damaged"):
+        runs.read_evaluations(tmp_path)
+
+
+# --- Metrics ---
+
+RECORDS = [{"step": step, "epoch": step // 10, "loss_nats_per_image": 100.5 - step} for step in (10, 20, 30)]
+
+
+@pytest.fixture
+def metrics(tmp_path: Path) -> Path:
+    for record in RECORDS:
+        runs.append_metrics(tmp_path, record)
+    return tmp_path
+
+
+def test_metrics_are_one_json_object_a_line(metrics: Path) -> None:
+    assert [json.loads(line) for line in (metrics / "metrics.jsonl").read_text().splitlines()] == RECORDS
+
+
+def test_metrics_come_back_as_they_were(metrics: Path) -> None:
+    assert runs.read_metrics(metrics) == RECORDS
+
+
+def test_a_metric_that_is_not_finite_is_written_as_null(tmp_path: Path) -> None:
+    runs.append_metrics(tmp_path, {"step": 1, "stderr": math.nan})
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "stderr": null}\n'
+
+
+def test_a_run_without_metrics_has_none(tmp_path: Path) -> None:
+    assert runs.read_metrics(tmp_path) == []
+
+
+@pytest.mark.parametrize("kept", [1, 10, 40])
+def test_a_half_written_last_line_is_left_out(metrics: Path, kept: int) -> None:
+    """Whatever part of the line reached the disk."""
+    path = metrics / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:-1]) + lines[-1][:kept])
+    assert runs.read_metrics(metrics) == RECORDS[:-1]
+
+
+DAMAGED_LINES = {
+    "half a line": b'{"step": 20, "epo',
+    "an empty line": b"",
+    "a number": b"20",
+    "a list": b"[20]",
+    "null": b"null",
+    "no step": b'{"epoch": 2}',
+    "a step that is no number": b'{"step": "20"}',
+    "no text": b"\xff\xfe\x00\x80",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED_LINES)
+def test_a_damaged_line_in_the_middle_is_named_and_refused(metrics: Path, damage: str) -> None:
+    path = metrics / "metrics.jsonl"
+    lines = path.read_bytes().splitlines()
+    path.write_bytes(b"\n".join([lines[0], DAMAGED_LINES[damage], lines[2]]) + b"\n")
+    with pytest.raises(ValueError, match=r"metrics\.jsonl: damaged"):
+        runs.read_metrics(metrics)
+
+
+@pytest.mark.parametrize("step", [0, 9, 10, 15, 20, 30, 31])
+def test_cut_metrics_keeps_what_lies_up_to_the_step(metrics: Path, step: int) -> None:
+    runs.cut_metrics(metrics, step)
+    assert runs.read_metrics(metrics) == [record for record in RECORDS if record["step"] <= step]
+
+
+def test_cut_metrics_makes_a_half_written_file_whole(metrics: Path) -> None:
+    path = metrics / "metrics.jsonl"
+    path.write_text(path.read_text()[:-10])
+    runs.cut_metrics(metrics, 30)
+    runs.append_metrics(metrics, RECORDS[2])
+    assert runs.read_metrics(metrics) == RECORDS
+
+
+# --- Tensors ---
+
+TENSORS = {
+    "float": torch.linspace(-1, 1, 5),
+    "double": torch.tensor([[math.pi]], dtype=torch.double),
+    "bytes": torch.arange(256, dtype=torch.uint8),
+    "number": torch.tensor(7, dtype=torch.int64),
+    "transposed": torch.arange(6.0).reshape(2, 3).T,
+    "empty": torch.zeros(0, 3),
+}
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_a_tensor_comes_back_bit_for_bit(tmp_path: Path, name: str) -> None:
+    runs.save_tensors(tmp_path / "file.safetensors", TENSORS, {})
+    read = runs.load_tensors(tmp_path / "file.safetensors")[0][name]
+    assert (read.dtype, read.shape) == (TENSORS[name].dtype, TENSORS[name].shape)
+    assert torch.equal(read, TENSORS[name])
+
+
+def test_scalars_come_back_beside_the_tensors(tmp_path: Path) -> None:
+    scalars = {"step": 3, "best_elbo": -101.25, "none": None}
+    runs.save_tensors(tmp_path / "file.safetensors", {"w": torch.ones(2)}, scalars)
+    assert runs.load_tensors(tmp_path / "file.safetensors")[1] == scalars
+
+
+def test_tensors_that_share_memory_are_saved(tmp_path: Path) -> None:
+    weight = torch.arange(3.0)
+    runs.save_tensors(tmp_path / "file.safetensors", {"a": weight, "b": weight}, {})
+    read, _ = runs.load_tensors(tmp_path / "file.safetensors")
+    assert torch.equal(read["a"], read["b"])
+
+
+def test_a_parameter_is_saved_without_its_graph(tmp_path: Path) -> None:
+    runs.save_tensors(tmp_path / "file.safetensors", {"w": torch.nn.Parameter(torch.ones(2))}, {})
+    assert not runs.load_tensors(tmp_path / "file.safetensors")[0]["w"].requires_grad
+
+
+def test_tensors_of_another_program_have_no_scalars(tmp_path: Path) -> None:
+    save_file({"w": torch.ones(2)}, tmp_path / "file.safetensors")
+    assert runs.load_tensors(tmp_path / "file.safetensors")[1] == {}
+
+
+@pytest.mark.parametrize("metadata", ["{", "[]", "3"])
+def test_scalars_that_are_no_json_object_are_refused(tmp_path: Path, metadata: str) -> None:
+    save_file({"w": torch.ones(2)}, tmp_path / "file.safetensors", metadata={"json": metadata})
+    with pytest.raises(ValueError, match=r"file\.safetensors: damaged"):
+        runs.load_tensors(tmp_path / "file.safetensors")
+
+
+@pytest.mark.parametrize("kept", [0, 4, 100, -1])
+def test_a_truncated_tensor_file_is_named_and_refused(tmp_path: Path, kept: int) -> None:
+    path = tmp_path / "file.safetensors"
+    runs.save_tensors(path, TENSORS, {})
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(ValueError, match=r"file\.safetensors: damaged"):
+        runs.load_tensors(path)
+
+
+def test_a_tensor_file_with_a_damaged_header_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "file.safetensors"
+    runs.save_tensors(path, TENSORS, {})
+    content = path.read_bytes()
+    path.write_bytes(content[:8] + b"x" * 20 + content[28:])
+    with pytest.raises(ValueError, match=r"file\.safetensors: damaged"):
+        runs.load_tensors(path)
+
+
+def test_a_folder_in_the_place_of_a_tensor_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file.safetensors").mkdir()
+    with pytest.raises(ValueError, match=r"file\.safetensors: damaged"):
+        runs.load_tensors(tmp_path / "file.safetensors")
+
+
+def test_missing_weights_say_that_the_run_has_none_yet(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"model\.safetensors: no such file; the run in .* has no weights yet"):
+        runs.load_tensors(tmp_path / "model.safetensors")
+
+
+# --- Environment ---
+
+
+@pytest.mark.parametrize("package", ["torch", "numpy", "pyro-ppl", "safetensors"])
+def test_the_environment_holds_each_packages_version(package: str) -> None:
+    module = __import__(package.removesuffix("-ppl"))
+    assert runs.environment("cpu")["packages"][package].split("+")[0] == module.__version__.split("+")[0]
+
+
+def test_the_environment_holds_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["train_svi.py", "--seed", "3"])
+    assert runs.environment("cpu")["argv"] == ["train_svi.py", "--seed", "3"]
+
+
+def test_the_environment_holds_the_number_of_threads() -> None:
+    assert runs.environment("cpu")["threads"] == torch.get_num_threads()
+
+
+def test_the_environment_holds_the_commit() -> None:
+    folder = Path(runs.__file__).parent
+    asked = subprocess.run(["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True)
+    assert runs.environment("cpu")["git_commit"] == (asked.stdout.strip() if asked.returncode == 0 else None)
+
+
+def test_the_environment_without_git_has_no_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found = runs.environment("cpu")
+    assert (found["git_commit"], found["git_dirty"]) == (None, None)
+
+
+def test_each_later_start_is_recorded_as_resumed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for word in ("first", "second", "third"):
+        monkeypatch.setattr(sys, "argv", [word])
+        runs.record_environment(tmp_path, "cpu")
+    recorded = runs.read_json(tmp_path / "environment.json")
+    assert recorded["argv"] == ["first"]
+    assert [start["argv"] for start in recorded["resumed"]] == [["second"], ["third"]]
+
+
+def test_a_run_that_was_started_once_has_not_been_resumed(tmp_path: Path) -> None:
+    runs.record_environment(tmp_path, "cpu")
+    assert "resumed" not in runs.read_json(tmp_path / "environment.json")
+
+
+# --- New folders ---
+
+
+def test_a_new_folder_is_made_with_its_parents(tmp_path: Path) -> None:
+    made = runs.new_run_dir(str(tmp_path / "a" / "b"), dataset="mnist", likelihood="bernoulli")
+    assert made == tmp_path / "a" / "b"
+    assert made.is_dir()
+
+
+def test_an_empty_folder_is_taken(tmp_path: Path) -> None:
+    assert runs.new_run_dir(str(tmp_path), dataset="mnist", likelihood="bernoulli") == tmp_path
+
+
+def test_a_folder_that_holds_something_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(ValueError, match=r"--run-dir: expected a new or empty folder, but .* exists \(--resume"):
+        runs.new_run_dir(str(tmp_path), dataset="mnist", likelihood="bernoulli")
+
+
+def test_a_file_in_the_place_of_a_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"--run-dir: expected a new or empty folder, but .*file exists"):
+        runs.new_run_dir(str(tmp_path / "file"), dataset="mnist", likelihood="bernoulli")
+
+
+@pytest.fixture
+def one_second(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A working folder in which the clock stands still."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(runs.time, "strftime", lambda form: "20300102-030405")
+    return tmp_path
+
+
+@pytest.mark.parametrize("dataset", ["mnist", "/some/where/mnist.npz"])
+def test_a_default_name_is_data_likelihood_date_and_time(one_second: Path, dataset: str) -> None:
+    made = runs.new_run_dir(None, dataset=dataset, likelihood="bernoulli")
+    assert made == Path("runs/mnist-bernoulli-20300102-030405")
+    assert made.is_dir()
+
+
+def test_default_names_in_one_second_differ(one_second: Path) -> None:
+    made = {runs.new_run_dir(None, dataset="mnist", likelihood="bernoulli") for _ in range(5)}
+    assert len(made) == 5
+
+
+def test_two_processes_that_take_a_default_name_at_once_get_two_folders(
+    monkeypatch: pytest.MonkeyPatch, one_second: Path
+) -> None:
+    """A folder may appear after its name was found to be free: as if none existed while names are looked at."""
+    monkeypatch.setattr(Path, "exists", lambda path, **_: False)
+    made = {runs.new_run_dir(None, dataset="mnist", likelihood="bernoulli") for _ in range(2)}
+    assert len(made) == 2

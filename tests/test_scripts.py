@@ -1,0 +1,948 @@
+"""The scripts end to end, as a user runs them, on a small part of MNIST: runs, resumptions, and what goes wrong."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.image import imread
+from safetensors.torch import load_file, save_file
+
+import ppl_vae
+from ppl_vae import data
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+TRAIN, EVALUATE, FIGURES = "train_svi.py", "evaluate_log_likelihood.py", "make_figures.py"
+SMALL = ["--hidden", "16", "--latent-dim", "2", "--epochs", "2", "--images", "20", "--evaluation-particles", "10"]
+IMAGE_FIGURES = ["interpolations.png", "prior_samples.png", "reconstructions.png"]
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PPL_VAE_TRACEBACK"} | {
+    "OMP_NUM_THREADS": "1",
+    "PYTHONUTF8": "1",
+}
+
+
+class Done(NamedTuple):
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def said(self) -> list[str]:
+        """The lines of stderr without those of progress bars."""
+        parts = [part.strip() for part in re.split(r"[\r\n]+", self.err)]
+        return [part for part in parts if part and not re.search(r"\d+%\|", part)]
+
+
+# --- Running a script ---
+
+
+def run_alone(script: str, *words: object, cwd: Path) -> Done:
+    """A script in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, str(SCRIPTS / script), *map(str, words)],
+        cwd=cwd,
+        env=ENVIRONMENT,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=300,
+    )
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+# Most of a short run is the import of torch. This process has done it, and forks for each command, which so has a
+# process of its own, with nothing of an earlier command in it.
+SERVER = """
+import json, os, runpy, sys, traceback
+import matplotlib.backends.backend_agg, torch._dynamo, ppl_vae.experiment
+for line in sys.stdin:
+    asked = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        replace, left = os.replace, asked["dies_after"]
+
+        def replace_and_count(*paths):
+            global left
+            replace(*paths)
+            left -= 1
+            if left == 0:
+                os._exit(9)
+
+        os.replace = replace_and_count
+        for number, path in ((1, asked["out"]), (2, asked["err"])):
+            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        os.chdir(asked["cwd"])
+        sys.argv = asked["argv"]
+        code = 0
+        try:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        except SystemExit as done:
+            code = done.code or 0
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+Run = Callable[..., Done]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    """Runs a script with these words in an empty folder, or in cwd; where asked, it dies once n files are in place."""
+    empty = tmp_path_factory.mktemp("cwd")
+    if not sys.platform.startswith("linux"):  # elsewhere a fork after the import of torch is not safe
+        yield lambda script, *words, cwd=empty: run_alone(script, *words, cwd=cwd)
+        return
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    outputs = tmp_path_factory.mktemp("outputs")
+    with subprocess.Popen([sys.executable, "-c", SERVER], env=ENVIRONMENT, encoding="utf-8", **pipes) as server:
+
+        def forked(script: str, *words: object, cwd: Path = empty, dies_after: int = 0) -> Done:
+            out, err = outputs / "out", outputs / "err"
+            argv = [str(SCRIPTS / script), *map(str, words)]
+            asked = {"argv": argv, "cwd": str(cwd), "out": str(out), "err": str(err), "dies_after": dies_after}
+            server.stdin.write(json.dumps(asked) + "\n")
+            server.stdin.flush()
+            code = int(server.stdout.readline())
+            return Done(code, out.read_text(encoding="utf-8"), err.read_text(encoding="utf-8"))
+
+        yield forked
+
+
+# --- Runs that several tests share: they copy them, and change only their copies ---
+
+
+@pytest.fixture(scope="module")
+def datasets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with small.npz, a few of MNIST's images, and bits.npy and grey.npy, tables."""
+    folder = tmp_path_factory.mktemp("data")
+    mnist = data.load("mnist")
+    np.savez(
+        folder / "small.npz",
+        train=mnist.train[:300, 0].numpy(),
+        valid=mnist.validation[:40, 0].numpy(),
+        test=mnist.test[:50, 0].numpy(),
+    )
+    np.save(folder / "bits.npy", np.random.default_rng(0).integers(0, 2, (100, 16)).astype(np.uint8))
+    np.save(folder / "grey.npy", (mnist.train[:400, 0, 6:22:2, 6:22:2].flatten(1)).numpy())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def first(datasets: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Done]:
+    """A run from start to end in a process of its own, its data given by a relative path; and how it ended."""
+    folder = tmp_path_factory.mktemp("runs") / "first"
+    return folder, run_alone(TRAIN, "--dataset", "small.npz", "--run-dir", folder, *SMALL, cwd=datasets)
+
+
+@pytest.fixture(scope="module")
+def table(datasets: Path, run: Run, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Done]:
+    """A run on a binary table, with more evaluation images asked for than there are; and how it ended."""
+    folder = tmp_path_factory.mktemp("runs") / "table"
+    options = ["--hidden", "16", "--latent-dim", "2", "--epochs", "1", "--evaluation-particles", "10"]
+    return folder, run(TRAIN, "--dataset", datasets / "bits.npy", "--run-dir", folder, *options, "--images", "4000")
+
+
+@pytest.fixture(scope="module")
+def weights_of_another_architecture(datasets: Path, run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "other"
+    assert run(TRAIN, "--dataset", datasets / "small.npz", "--run-dir", folder, *SMALL, "--hidden", "8").code == 0
+    return folder / "model.safetensors"
+
+
+@pytest.fixture
+def copy(first: tuple[Path, Done], tmp_path: Path) -> Path:
+    """A finished run, to be changed."""
+    return Path(shutil.copytree(first[0], tmp_path / "copy"))
+
+
+def read(path: Path) -> Any:
+    """Strict JSON: NaN and Infinity are not."""
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{path.name} holds {word}")
+
+    return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def contents(folder: Path, *, but: Sequence[str] = ()) -> dict[str, bytes]:
+    """Every file below a folder."""
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.name not in but]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+def pictures(folder: Path) -> dict[str, np.ndarray]:
+    return {path.name: imread(path) for path in (folder / "figures").iterdir()}
+
+
+def without_times(value: dict[str, Any]) -> dict[str, Any]:
+    return {key: v for key, v in value.items() if "second" not in key}
+
+
+# --- A run ---
+
+
+def test_a_run_ends_well(first: tuple[Path, Done]) -> None:
+    assert first[1].code == 0
+
+
+def test_a_run_writes_nothing_but_progress_bars_on_stderr(first: tuple[Path, Done]) -> None:
+    assert first[1].said == []
+
+
+def test_a_run_leaves_the_files_of_a_run_folder(first: tuple[Path, Done]) -> None:
+    assert set(contents(first[0])) == {
+        "config.json",
+        "environment.json",
+        "metrics.jsonl",
+        "model.safetensors",
+        "training_state.safetensors",
+        "evaluation.json",
+        "figures/training_curves.png",
+        *(f"figures/{name}" for name in IMAGE_FIGURES),
+    }
+
+
+def test_a_run_says_what_it_saw_where_it_is_and_how_to_go_on(first: tuple[Path, Done]) -> None:
+    folder, done = first
+    assert f"--resume {folder} goes on" in done.out
+    assert "small.npz: 8-bit levels, 1x28x28; train / validation / test 300 / 40 / 50" in done.out
+
+
+def test_config_holds_what_was_asked_for(first: tuple[Path, Done], datasets: Path) -> None:
+    options = read(first[0] / "config.json")["options"]
+    asked = {"hidden": [16], "latent_dim": 2, "epochs": 2, "images": 20, "evaluation_particles": 10}
+    assert asked.items() <= options.items()
+    assert options["dataset"] == str(datasets / "small.npz")
+
+
+def test_config_leaves_no_choice_open(first: tuple[Path, Done]) -> None:
+    assert None not in read(first[0] / "config.json")["options"].values()
+
+
+@pytest.mark.parametrize("name", ["argv", "python", "packages", "device", "threads", "git_commit", "git_dirty", "time"])
+def test_environment_holds_where_the_run_was_made(first: tuple[Path, Done], name: str) -> None:
+    assert name in read(first[0] / "environment.json")
+
+
+def test_metrics_hold_each_epoch(first: tuple[Path, Done]) -> None:
+    """300 images in batches of 100 are 3 steps an epoch."""
+    assert [(record["step"], record["epoch"]) for record in records(first[0])] == [(3, 1), (6, 2)]
+
+
+@pytest.mark.parametrize("name", ["train_loss", "validation_elbo", "validation_reconstruction", "validation_kl"])
+def test_metrics_are_finite_nats_an_image(first: tuple[Path, Done], name: str) -> None:
+    assert all(math.isfinite(record[f"{name}_nats_per_image"]) for record in records(first[0]))
+
+
+@pytest.mark.parametrize("name", [*IMAGE_FIGURES, "training_curves.png"])
+def test_a_figure_shows_something(first: tuple[Path, Done], name: str) -> None:
+    assert pictures(first[0])[name].std() > 0.01
+
+
+def test_a_runs_weights_load_from_python(first: tuple[Path, Done]) -> None:
+    x = data.evaluation_images(data.load(read(first[0] / "config.json")["options"]["dataset"]), "test", "dynamic")
+    assert ppl_vae.load(first[0]).posterior(x).sample().shape == (50, 2)
+
+
+# --- Evaluation ---
+
+ENTRY = {
+    "dataset": str,
+    "split": str,
+    "binarization": str,
+    "num_images": int,
+    "num_particles": int,
+    "likelihood": str,
+    "measure": str,
+    "log_likelihood": {"mean": float, "stderr": float},
+    "elbo": {"mean": float, "stderr": float},
+    "bits_per_dim": type(None),  # the images are binarised
+    "reconstruction": {"mean": float, "stderr": float},
+    "kl": {"mean": float, "stderr": float},
+    "monte_carlo_stderr": float,
+    "bias": float,
+    "ess": {"median": float, "q05": float, "q95": float},
+    "pareto_k": {"median": type(None), "q05": type(None), "q95": type(None)},  # unknown below 25 particles
+    "unreliable_images": int,
+    "seconds": float,
+}
+
+
+@pytest.fixture(scope="module")
+def evaluated(
+    first: tuple[Path, Done], run: Run, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Any], Done]:
+    """The first run with its whole test split evaluated by 3,000 particles; the new entry; and how the script ended."""
+    folder = Path(shutil.copytree(first[0], tmp_path_factory.mktemp("runs") / "evaluated"))
+    done = run(EVALUATE, folder, "--num-particles", "3000")
+    return folder, read(folder / "evaluation.json")["test"], done
+
+
+@pytest.mark.parametrize("name", ENTRY)
+def test_an_evaluation_holds_each_field_of_the_design(first: tuple[Path, Done], name: str) -> None:
+    value, kind = read(first[0] / "evaluation.json")["test"][name], ENTRY[name]
+    if isinstance(kind, dict):
+        assert {key: type(v) for key, v in value.items()} == kind
+    else:
+        assert type(value) is kind
+
+
+def test_an_evaluation_says_what_was_measured(first: tuple[Path, Done], datasets: Path) -> None:
+    expected = {
+        "dataset": str(datasets / "small.npz"),
+        "split": "test",
+        "binarization": "dynamic",
+        "num_images": 20,
+        "num_particles": 10,
+        "likelihood": "bernoulli",
+        "measure": "mass",
+    }
+    assert expected.items() <= read(first[0] / "evaluation.json")["test"].items()
+
+
+def test_k_hat_is_known_for_enough_particles(evaluated: tuple[Path, dict[str, Any], Done]) -> None:
+    quantiles = evaluated[1]["pareto_k"]
+    assert quantiles["q05"] <= quantiles["median"] <= quantiles["q95"]
+
+
+def test_the_log_likelihood_that_is_written_is_the_integral_over_z(
+    evaluated: tuple[Path, dict[str, Any], Done], datasets: Path
+) -> None:
+    """log p(x) = log int N(z; 0, I) p(x | z) dz by the midpoint rule over two dimensions, on the published draw."""
+    folder, entry, _ = evaluated
+    stream = np.random.RandomState(777)
+    with np.load(datasets / "small.npz") as arrays:
+        stream.binomial(1, arrays["valid"].astype(np.float32) / 255)
+        x = torch.from_numpy(stream.binomial(1, arrays["test"].astype(np.float32) / 255)).float()[:, None]
+    width = 0.1
+    axis = torch.arange(-6 + width / 2, 6, width)
+    z = torch.cartesian_prod(axis, axis)
+    log_p_z = -z.double().square().sum(-1) / 2 - math.log(2 * math.pi)
+    with torch.no_grad():
+        logits = ppl_vae.load(folder).likelihood(z).base_dist.logits.double().flatten(1)
+    x = x.double().flatten(1)
+    log_p_x_given_z = x @ logits.T - torch.nn.functional.softplus(logits).sum(-1)
+    exact = (log_p_z + log_p_x_given_z).logsumexp(-1) + 2 * math.log(width)
+    assert entry["num_images"] == len(exact)
+    error = entry["log_likelihood"]["mean"] - float(exact.mean())
+    assert abs(error) < 4 * entry["monte_carlo_stderr"] + entry["bias"]
+    assert entry["log_likelihood"]["stderr"] == pytest.approx(float(exact.std() / math.sqrt(len(exact))), rel=0.02)
+
+
+def test_the_bound_is_not_below_the_elbo_of_the_same_particles(first: tuple[Path, Done]) -> None:
+    entry = read(first[0] / "evaluation.json")["test"]
+    assert entry["log_likelihood"]["mean"] >= entry["elbo"]["mean"]
+
+
+def test_the_elbo_is_reconstruction_minus_kl(first: tuple[Path, Done]) -> None:
+    entry = read(first[0] / "evaluation.json")["test"]
+    assert entry["elbo"]["mean"] == pytest.approx(entry["reconstruction"]["mean"] - entry["kl"]["mean"])
+
+
+def test_an_evaluation_of_another_split_replaces_only_its_own_key(copy: Path, run: Run) -> None:
+    before = read(copy / "evaluation.json")
+    for particles in (5, 7):
+        assert run(EVALUATE, copy, "--split", "validation", "--num-particles", particles).code == 0
+    after = read(copy / "evaluation.json")
+    assert set(after) == {"test", "validation"}
+    assert after["test"] == before["test"]
+    assert (after["validation"]["num_particles"], after["validation"]["num_images"]) == (7, 40)
+
+
+def test_an_evaluation_of_train_takes_the_training_images(copy: Path, run: Run) -> None:
+    assert run(EVALUATE, copy, "--split", "train", "--num-particles", "2").code == 0
+    assert read(copy / "evaluation.json")["train"]["num_images"] == 300
+
+
+def test_an_evaluation_changes_evaluation_json_alone(first: tuple[Path, Done], copy: Path, run: Run) -> None:
+    run(EVALUATE, copy, "--num-particles", "7")
+    assert contents(copy, but=["evaluation.json"]) == contents(first[0], but=["evaluation.json"])
+
+
+def test_an_evaluation_with_the_same_seed_gives_the_same_numbers(copy: Path, run: Run) -> None:
+    entries = []
+    for seed in (3, 3, 4):
+        run(EVALUATE, copy, "--num-particles", "7", "--seed", seed)
+        entries.append(read(copy / "evaluation.json")["test"]["log_likelihood"])
+    assert entries[0] == entries[1] != entries[2]
+
+
+def test_more_images_than_there_are_means_all_of_them_and_a_line(copy: Path, run: Run) -> None:
+    done = run(EVALUATE, copy, "--num-particles", "2", "--images", "51")
+    assert "--images 51: the test split has 50, and all are taken." in done.out.splitlines()
+    assert (done.code, read(copy / "evaluation.json")["test"]["num_images"]) == (0, 50)
+
+
+def test_one_particle_has_no_monte_carlo_error(copy: Path, run: Run) -> None:
+    assert run(EVALUATE, copy, "--num-particles", "1").code == 0
+    entry = read(copy / "evaluation.json")["test"]
+    assert (entry["monte_carlo_stderr"], entry["bias"]) == (None, None)
+
+
+def test_one_image_has_no_standard_error(copy: Path, run: Run) -> None:
+    assert run(EVALUATE, copy, "--num-particles", "2", "--images", "1").code == 0
+    assert read(copy / "evaluation.json")["test"]["log_likelihood"]["stderr"] is None
+
+
+def test_an_evaluation_says_the_number_its_error_and_what_it_is(evaluated: tuple[Path, dict[str, Any], Done]) -> None:
+    _, entry, done = evaluated
+    mean, stderr = entry["log_likelihood"]["mean"], entry["log_likelihood"]["stderr"]
+    assert f"log-likelihood {mean:.2f} ± {stderr:.2f} nats an image: the importance-weighted bound L_3000" in done.out
+    assert "test split, 50 images, binarization dynamic" in done.out
+
+
+def test_an_evaluation_writes_nothing_but_a_progress_bar_on_stderr(
+    evaluated: tuple[Path, dict[str, Any], Done],
+) -> None:
+    assert evaluated[2].said == []
+
+
+# --- Figures ---
+
+
+def test_figures_are_drawn_again_the_same(first: tuple[Path, Done], copy: Path, tmp_path: Path) -> None:
+    shutil.rmtree(copy / "figures")
+    done = run_alone(FIGURES, copy, cwd=tmp_path)
+    assert (done.code, done.err) == (0, "")
+    again, before = pictures(copy), pictures(first[0])
+    assert set(again) == set(before)
+    for name, picture in before.items():
+        np.testing.assert_array_equal(again[name], picture, err_msg=name)
+
+
+def test_drawing_changes_figures_alone(first: tuple[Path, Done], copy: Path, run: Run) -> None:
+    run(FIGURES, copy)
+    figures = [*IMAGE_FIGURES, "training_curves.png"]
+    assert contents(copy, but=figures) == contents(first[0], but=figures)
+
+
+# --- Resumption ---
+
+
+def test_a_finished_run_says_so_and_is_left_as_it_is(first: tuple[Path, Done], copy: Path, tmp_path: Path) -> None:
+    done = run_alone(TRAIN, "--resume", copy, cwd=tmp_path)
+    assert (done.code, done.err) == (0, "")
+    assert done.out == f"{copy} is finished: 2 epochs, evaluated and drawn. --epochs extends it.\n"
+    assert contents(copy) == contents(first[0])
+
+
+def test_a_finished_run_asked_for_its_own_epochs_is_left_as_it_is(
+    first: tuple[Path, Done], copy: Path, run: Run
+) -> None:
+    assert "is finished" in run(TRAIN, "--resume", copy, "--epochs", "2").out
+    assert contents(copy) == contents(first[0])
+
+
+def test_fewer_epochs_than_a_run_has_are_refused(first: tuple[Path, Done], copy: Path, run: Run) -> None:
+    done = run(TRAIN, "--resume", copy, "--epochs", "1")
+    assert (done.code, done.said) == (1, ["error: --epochs: expected at least the run's 2, got 1"])
+    assert contents(copy) == contents(first[0])
+
+
+@pytest.fixture(scope="module")
+def extended(first: tuple[Path, Done], run: Run, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Done]:
+    """The first run, extended by two epochs; and how that ended."""
+    folder = Path(shutil.copytree(first[0], tmp_path_factory.mktemp("runs") / "extended"))
+    return folder, run(TRAIN, "--resume", folder, "--epochs", "4")
+
+
+def test_an_extended_run_ends_well_and_says_what_it_does(extended: tuple[Path, Done]) -> None:
+    assert (extended[1].code, extended[1].said) == (0, [])
+    assert "Extended to 4 epochs" in extended[1].out
+    assert "Going on from step 6." in extended[1].out
+
+
+def test_an_extended_run_keeps_what_it_had_and_goes_on(first: tuple[Path, Done], extended: tuple[Path, Done]) -> None:
+    assert records(extended[0])[:2] == records(first[0])
+    assert [record["step"] for record in records(extended[0])] == [3, 6, 9, 12]
+
+
+def test_an_extended_run_has_its_new_epochs_in_its_config(
+    first: tuple[Path, Done], extended: tuple[Path, Done]
+) -> None:
+    expected = read(first[0] / "config.json")
+    expected["options"]["epochs"] = 4
+    assert read(extended[0] / "config.json") == expected
+
+
+def test_an_extended_run_is_evaluated_with_its_new_weights(extended: tuple[Path, Done]) -> None:
+    best = max(records(extended[0]), key=lambda record: record["validation_elbo_nats_per_image"])
+    assert read(extended[0] / "evaluation.json")["test"]["step"] == best["step"]
+
+
+def test_an_extended_run_is_recorded_in_its_environment(extended: tuple[Path, Done]) -> None:
+    assert [start["argv"][1:] for start in read(extended[0] / "environment.json")["resumed"]] == [
+        ["--resume", str(extended[0]), "--epochs", "4"]
+    ]
+
+
+def test_an_extended_run_is_then_finished(extended: tuple[Path, Done], run: Run) -> None:
+    assert "is finished: 4 epochs" in run(TRAIN, "--resume", extended[0]).out
+
+
+def test_a_run_killed_before_its_evaluation_is_evaluated_without_training(
+    first: tuple[Path, Done], copy: Path, run: Run
+) -> None:
+    (copy / "evaluation.json").unlink()
+    done = run(TRAIN, "--resume", copy)
+    assert (done.code, done.said, "Trained" in done.out) == (0, [], False)
+    expected = read(first[0] / "evaluation.json")["test"]
+    assert without_times(read(copy / "evaluation.json")["test"]) == without_times(expected)
+    changed = ["evaluation.json", "environment.json"]
+    assert contents(copy, but=changed) == contents(first[0], but=changed)
+
+
+@pytest.mark.parametrize("name", [*IMAGE_FIGURES, "training_curves.png"])
+def test_a_run_killed_before_a_figure_is_drawn_without_training(
+    first: tuple[Path, Done], copy: Path, run: Run, name: str
+) -> None:
+    (copy / "figures" / name).unlink()
+    done = run(TRAIN, "--resume", copy)
+    assert (done.code, done.said, "Trained" in done.out) == (0, [], False)
+    np.testing.assert_array_equal(pictures(copy)[name], pictures(first[0])[name])
+    unchanged = ["evaluation.json", "model.safetensors", "training_state.safetensors", "metrics.jsonl"]
+    assert all((copy / file).read_bytes() == (first[0] / file).read_bytes() for file in unchanged)
+
+
+def test_a_run_killed_between_evaluation_and_figures_draws_them_all(
+    first: tuple[Path, Done], copy: Path, run: Run
+) -> None:
+    shutil.rmtree(copy / "figures")
+    assert run(TRAIN, "--resume", copy).code == 0
+    assert set(pictures(copy)) == set(pictures(first[0]))
+
+
+def same_as_uninterrupted(folder: Path, whole: Path) -> None:
+    """The same weights bit for bit, metrics, evaluation and figures."""
+    assert (folder / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert [without_times(r) for r in records(folder)] == [without_times(r) for r in records(whole)]
+    evaluations = [without_times(read(where / "evaluation.json")["test"]) for where in (folder, whole)]
+    assert evaluations[0] == evaluations[1]
+    assert set(pictures(folder)) == set(pictures(whole))
+    for name in set(pictures(folder)) & set(IMAGE_FIGURES):
+        np.testing.assert_array_equal(pictures(folder)[name], pictures(whole)[name], err_msg=name)
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_from_step_0(
+    first: tuple[Path, Done], copy: Path, run: Run
+) -> None:
+    for path in copy.iterdir():
+        if path.name not in ("config.json", "environment.json"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    done = run(TRAIN, "--resume", copy)
+    assert (done.code, done.said, "Going on" in done.out) == (0, [], False)
+    same_as_uninterrupted(copy, first[0])
+
+
+def test_a_run_killed_right_after_its_config_starts_from_step_0(
+    first: tuple[Path, Done], run: Run, tmp_path: Path
+) -> None:
+    shutil.copy(first[0] / "config.json", tmp_path)
+    assert run(TRAIN, "--resume", tmp_path).code == 0
+    same_as_uninterrupted(tmp_path, first[0])
+
+
+LEARNS = ["--hidden", "16", "--latent-dim", "2", "--epochs", "2", "--warmup-epochs", "0", "--learning-rate", "0.02"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(datasets: Path, run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on a grey table whose weights are the best at its end, so that older ones are wrong."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    assert run(TRAIN, "--dataset", datasets / "grey.npy", "--run-dir", folder, *LEARNS).code == 0
+    assert read(folder / "evaluation.json")["test"]["step"] == records(folder)[-1]["step"]
+    return folder
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="commands are not forked")
+@pytest.mark.parametrize("files", range(1, 10))
+def test_a_run_killed_once_any_number_of_its_files_is_in_place_goes_on_as_if_it_was_not(
+    uninterrupted: Path, datasets: Path, run: Run, tmp_path: Path, files: int
+) -> None:
+    """Config, environment, metrics, two checkpoints of two files each, evaluation, figure."""
+    words = ["--dataset", datasets / "grey.npy", "--run-dir", tmp_path / "run", *LEARNS]
+    assert run(TRAIN, *words, dies_after=files).code == 9
+    done = run(TRAIN, "--resume", tmp_path / "run")
+    assert (done.code, done.said) == (0, [])
+    same_as_uninterrupted(tmp_path / "run", uninterrupted)
+
+
+def test_an_interrupted_run_stops_without_a_traceback_and_has_its_weights(datasets: Path, tmp_path: Path) -> None:
+    words = ["--dataset", "bits.npy", "--run-dir", str(tmp_path / "run"), *SMALL, "--epochs", "1000000"]
+    with subprocess.Popen(
+        [sys.executable, str(SCRIPTS / TRAIN), *words],
+        cwd=datasets,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+    ) as process:
+        patience = time.monotonic() + 120
+        while not (tmp_path / "run" / "model.safetensors").exists() and time.monotonic() < patience:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, Done(process.returncode, out, err).said) == (130, [])
+    assert ppl_vae.load(tmp_path / "run").likelihood.event_shape == (16,)
+
+
+# --- Other data and folders ---
+
+
+def test_a_binary_table_trains(table: tuple[Path, Done]) -> None:
+    assert (table[1].code, table[1].said) == (0, [])
+    assert "bits.npy: binary, 16; train / validation / test 80 / 10 / 10" in table[1].out
+    assert read(table[0] / "evaluation.json")["test"]["binarization"] == "none"
+
+
+def test_a_table_has_no_figures_of_images_and_a_line_that_says_so(table: tuple[Path, Done]) -> None:
+    assert "The data is a table, (N, D): figures of images are skipped." in table[1].out.splitlines()
+    assert list(pictures(table[0])) == ["training_curves.png"]
+
+
+def test_a_finished_run_on_a_table_says_so(table: tuple[Path, Done], run: Run) -> None:
+    assert "is finished" in run(TRAIN, "--resume", table[0]).out
+
+
+def test_the_quick_evaluation_takes_all_images_where_there_are_no_more(table: tuple[Path, Done]) -> None:
+    assert "--images 4,000: the test split has 10, and all are taken." in table[1].out.splitlines()
+    assert read(table[0] / "evaluation.json")["test"]["num_images"] == 10
+
+
+def test_runs_without_a_name_that_start_together_get_a_folder_each(datasets: Path, tmp_path: Path) -> None:
+    words = ["--dataset", str(datasets / "bits.npy"), *SMALL]
+    started = [
+        subprocess.Popen(
+            [sys.executable, str(SCRIPTS / TRAIN), *words],
+            cwd=tmp_path,
+            env=ENVIRONMENT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        for _ in range(2)
+    ]
+    assert [process.wait(timeout=300) for process in started] == [0, 0]
+    folders = list((tmp_path / "runs").iterdir())
+    assert len(folders) == 2
+    assert all(
+        folder.name.startswith("bits-bernoulli-") and (folder / "evaluation.json").exists() for folder in folders
+    )
+
+
+def test_a_default_folder_does_not_take_the_place_of_another(
+    table: tuple[Path, Done], run: Run, tmp_path: Path
+) -> None:
+    dataset = read(table[0] / "config.json")["options"]["dataset"]
+    for _ in range(2):
+        assert run(TRAIN, "--dataset", dataset, *SMALL, cwd=tmp_path).code == 0
+    assert len(list((tmp_path / "runs").iterdir())) == 2
+
+
+def test_a_channel_of_color_is_drawn(run: Run, tmp_path: Path) -> None:
+    colored = np.random.default_rng(1).integers(0, 256, (30, 5, 6, 3)).astype(np.uint8)
+    np.save(tmp_path / "colored.npy", colored)
+    done = run(TRAIN, "--dataset", tmp_path / "colored.npy", "--run-dir", tmp_path / "run", *SMALL)
+    assert (done.code, done.said) == (0, [])
+    assert set(pictures(tmp_path / "run")) == {*IMAGE_FIGURES, "training_curves.png"}
+
+
+# --- What goes wrong: one line, a non-zero exit, no traceback ---
+
+
+def refusal(done: Done) -> str:
+    """The one line that a command that was refused says."""
+    assert "Traceback" not in done.err
+    assert (len(done.said), done.code) == (1, 1), done.err
+    assert done.said[0].startswith("error: ")
+    return done.said[0]
+
+
+def change_json(path: Path, change: Callable[[Any], None]) -> None:
+    value = read(path)
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+def remove(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).unlink()
+
+
+def write(name: str, text: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).write_text(text)
+
+
+def truncate(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:-1000])
+
+
+def set_option(name: str, value: Any) -> Callable[[Path], None]:
+    return lambda folder: change_json(folder / "config.json", lambda config: config["options"].update({name: value}))
+
+
+def set_data(name: str, value: Any) -> Callable[[Path], None]:
+    return lambda folder: change_json(folder / "config.json", lambda config: config["data"].update({name: value}))
+
+
+def drop(*keys: str) -> Callable[[Path], None]:
+    def change(config: Any) -> None:
+        for key in keys[:-1]:
+            config = config[key]
+        del config[keys[-1]]
+
+    return lambda folder: change_json(folder / "config.json", change)
+
+
+def scale_weights(factor: float) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        weights = {name: factor * weight for name, weight in load_file(folder / "model.safetensors").items()}
+        save_file(weights, folder / "model.safetensors", metadata={"json": json.dumps({"step": 6})})
+
+    return change
+
+
+def rewrite(name: str, metadata: dict[str, str] | None) -> Callable[[Path], None]:
+    """The same tensors with other metadata."""
+    return lambda folder: save_file(load_file(folder / name), folder / name, metadata=metadata)
+
+
+def become_a_file(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.write_text("no run")
+
+
+def become_empty(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+RESUME = "train_svi.py --resume"
+EVERY = (EVALUATE, FIGURES, RESUME)
+BAD_RUNS: dict[str, tuple[Callable[[Path], Any], tuple[str, ...], str]] = {
+    "missing": (shutil.rmtree, EVERY, r"config\.json: no such file; is .* a run folder\?"),
+    "empty": (become_empty, EVERY, r"config\.json: no such file; is .* a run folder\?"),
+    "a file": (become_a_file, EVERY, "copy: expected a run folder, got a file"),
+    "no config": (remove("config.json"), EVERY, r"config\.json: no such file"),
+    "config no JSON": (write("config.json", "{'options'"), EVERY, r"config\.json: damaged: not JSON"),
+    "config empty": (write("config.json", ""), EVERY, r"config\.json: damaged: not JSON"),
+    "config a list": (write("config.json", "[]"), EVERY, r"config\.json: damaged: expected a JSON object, got list"),
+    "config without data": (drop("data"), EVERY, r"config\.json: damaged: missing 'data'"),
+    "config without options": (drop("options"), EVERY, r"config\.json: damaged: missing 'options'"),
+    "config without an option": (drop("options", "kl"), EVERY, r"config\.json: .*missing or unknown: kl"),
+    "config without a checksum": (drop("data", "sha256"), EVERY, r"config\.json: damaged: missing 'sha256'"),
+    "an unknown option": (set_option("sparkle", 1), EVERY, r"config\.json: .*missing or unknown: sparkle"),
+    "an option out of range": (set_option("latent_dim", 0), EVERY, r"config\.json: --latent-dim: expected .*, got 0"),
+    "an option of a wrong type": (set_option("hidden", 16), EVERY, r"config\.json: --hidden: expected .*, got 16"),
+    "no event shape": (set_data("event_shape", []), EVERY, r"config\.json: event_shape: expected whole numbers"),
+    "a wrong event shape": (set_data("event_shape", [784]), (EVALUATE, FIGURES), r"(?i)shape"),
+    "no weights yet": (remove("model.safetensors"), (EVALUATE, FIGURES), r"the run in .* has no weights yet"),
+    "truncated weights": (truncate("model.safetensors"), EVERY, r"model\.safetensors: damaged"),
+    "empty weights": (write("model.safetensors", ""), EVERY, r"model\.safetensors: damaged"),
+    "weights without a step": (rewrite("model.safetensors", None), (EVALUATE,), r"model\.safetensors: damaged"),
+    "weights that are not finite": (scale_weights(math.nan), (EVALUATE,), "expected numbers, got NaN"),
+    "truncated state": (truncate("training_state.safetensors"), (RESUME,), r"training_state\.safetensors: damaged"),
+    "state without a step": (
+        rewrite("training_state.safetensors", None),
+        (RESUME,),
+        r"training_state\.safetensors: damaged",
+    ),
+    "evaluation damaged": (write("evaluation.json", "{"), (EVALUATE, RESUME), r"evaluation\.json: damaged: not JSON"),
+    "evaluation a list": (
+        write("evaluation.json", "[]"),
+        (EVALUATE, RESUME),
+        r"evaluation\.json: damaged: expected a JSON object, got list",
+    ),
+    "evaluation with a damaged split": (
+        write("evaluation.json", '{"test": []}'),
+        (RESUME,),
+        r"evaluation\.json: damaged",
+    ),
+    "damaged metrics": (
+        lambda folder: write("metrics.jsonl", "oops\n" + (folder / "metrics.jsonl").read_text())(folder),
+        (FIGURES,),
+        r"metrics\.jsonl: damaged: line 1",
+    ),
+    "no metrics": (remove("metrics.jsonl"), (FIGURES,), r"metrics\.jsonl: expected the record of at least one epoch"),
+    "data gone": (set_option("dataset", "/no/such.npz"), EVERY, r"dataset: /no/such\.npz cannot be read: No such file"),
+}
+
+
+def words(command: str, folder: Path) -> list[str]:
+    return [*command.split(), str(folder)]
+
+
+@pytest.mark.parametrize(
+    ("what", "command"), [(what, command) for what, (_, commands, _) in BAD_RUNS.items() for command in commands]
+)
+def test_a_bad_run_folder_is_refused_in_one_line(copy: Path, run: Run, what: str, command: str) -> None:
+    damage, _, message = BAD_RUNS[what]
+    damage(copy)
+    assert re.search(message, refusal(run(*words(command, copy))))
+
+
+@pytest.mark.parametrize("command", [EVALUATE, FIGURES])
+def test_weights_of_another_architecture_are_refused_in_one_line(
+    copy: Path, run: Run, weights_of_another_architecture: Path, command: str
+) -> None:
+    shutil.copy(weights_of_another_architecture, copy / "model.safetensors")
+    line = refusal(run(*words(command, copy)))
+    assert "model.safetensors: the weights do not fit the run's config: " in line
+
+
+def test_a_training_state_of_another_architecture_is_refused_in_one_line(
+    copy: Path, run: Run, weights_of_another_architecture: Path
+) -> None:
+    shutil.copy(weights_of_another_architecture.with_name("training_state.safetensors"), copy)
+    line = refusal(run(TRAIN, "--resume", copy, "--epochs", "4"))
+    assert "training_state.safetensors: " in line
+
+
+@pytest.mark.parametrize("damage", ["evaluation damaged", "evaluation a list"])
+def test_a_damaged_evaluation_is_found_before_the_work(copy: Path, run: Run, damage: str) -> None:
+    BAD_RUNS[damage][0](copy)
+    assert "log p(x)" not in run(EVALUATE, copy).err
+
+
+def test_a_damaged_evaluation_is_left_for_its_owner(copy: Path, run: Run) -> None:
+    (copy / "evaluation.json").write_text('{"test": ')
+    run(EVALUATE, copy)
+    assert (copy / "evaluation.json").read_text() == '{"test": '
+
+
+@pytest.mark.parametrize("command", EVERY)
+def test_data_that_has_changed_since_training_is_refused(
+    copy: Path, run: Run, datasets: Path, tmp_path: Path, command: str
+) -> None:
+    with np.load(datasets / "small.npz") as arrays:
+        changed = {name: arrays[name].copy() for name in arrays.files}
+    changed["test"][0, 0, 0] ^= 1
+    np.savez(tmp_path / "small.npz", **changed)
+    set_option("dataset", str(tmp_path / "small.npz"))(copy)
+    line = refusal(run(*words(command, copy)))
+    assert "the file has changed since" in line
+
+
+@pytest.mark.parametrize("command", [FIGURES, RESUME, EVALUATE])
+def test_data_that_was_copied_is_the_same_data(
+    copy: Path, run: Run, datasets: Path, tmp_path: Path, command: str
+) -> None:
+    shutil.copy(datasets / "small.npz", tmp_path / "moved.npz")
+    set_option("dataset", str(tmp_path / "moved.npz"))(copy)
+    particles = ["--num-particles", "2"] if command == EVALUATE else []
+    assert run(*words(command, copy), *particles).code == 0
+
+
+DEVICES = ["cuda:99", "gpu", "meta", "hpu", "privateuseone", "CPU"]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_device_that_is_not_here_is_refused_by_evaluate(copy: Path, run: Run, device: str) -> None:
+    assert "error: --device: expected a device" in refusal(run(EVALUATE, copy, "--device", device))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_device_that_is_not_here_is_refused_before_a_folder_is_made(
+    datasets: Path, run: Run, tmp_path: Path, device: str
+) -> None:
+    done = run(TRAIN, "--dataset", datasets / "small.npz", "--run-dir", tmp_path / "run", "--device", device)
+    assert "error: --device: expected a device" in refusal(done)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_a_missing_gpu_is_refused_with_what_there_is(copy: Path, run: Run) -> None:
+    line = refusal(run(EVALUATE, copy, "--device", "cuda"))
+    assert line == "error: --device: expected a device of this machine (cpu), got 'cuda'"
+
+
+def test_grey_data_without_binarization_is_refused_before_a_folder_is_made(
+    datasets: Path, run: Run, tmp_path: Path
+) -> None:
+    done = run(
+        TRAIN, "--dataset", datasets / "small.npz", "--run-dir", tmp_path / "a" / "run", "--binarization", "none"
+    )
+    line = refusal(done)
+    assert re.search("--likelihood bernoulli: expected pixels that are 0 or 1, got 8-bit levels in train; .*", line)
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_binarization_of_binary_data_is_refused_before_a_folder_is_made(
+    datasets: Path, run: Run, tmp_path: Path
+) -> None:
+    done = run(TRAIN, "--dataset", datasets / "bits.npy", "--run-dir", tmp_path / "run", "--binarization", "fixed")
+    assert "binarization: expected none for binary data" in refusal(done)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("dataset", ["no/such.npz", "cifar", "small.csv"])
+def test_bad_data_is_refused_before_a_folder_is_made(run: Run, tmp_path: Path, dataset: str) -> None:
+    assert "dataset: " in refusal(run(TRAIN, "--dataset", dataset, cwd=tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_data_file_is_refused_before_a_folder_is_made(datasets: Path, tmp_path: Path) -> None:
+    """In a process of its own: whatever Python says at its end counts too."""
+    (tmp_path / "half.npz").write_bytes((datasets / "small.npz").read_bytes()[:5000])
+    done = run_alone(TRAIN, "--dataset", "half.npz", "--run-dir", "run", cwd=tmp_path)
+    assert refusal(done).startswith("error: half.npz: not a readable array file: ")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_folder_that_holds_a_run_is_refused_and_left_as_it_is(
+    first: tuple[Path, Done], copy: Path, datasets: Path, run: Run
+) -> None:
+    line = refusal(run(TRAIN, "--dataset", datasets / "small.npz", "--run-dir", copy))
+    assert f"--run-dir: expected a new or empty folder, but {copy} exists (--resume {copy} goes on with it)" in line
+    assert contents(copy) == contents(first[0])
+
+
+@contextlib.contextmanager
+def closed(folder: Path) -> Iterator[Path]:
+    """A folder in which nothing can be made; the superuser is not held back by its mode."""
+    folder.chmod(0o500)
+    try:
+        yield Path("/proc/self") if os.access(folder, os.W_OK) else folder
+    finally:
+        folder.chmod(0o700)
+
+
+def test_a_run_folder_below_a_closed_folder_is_refused_in_one_line(datasets: Path, run: Run, tmp_path: Path) -> None:
+    with closed(tmp_path) as folder:
+        line = refusal(run(TRAIN, "--dataset", datasets / "small.npz", "--run-dir", folder / "run", *SMALL))
+    assert str(folder / "run") in line
+
+
+def test_a_run_folder_below_a_file_is_refused_in_one_line(datasets: Path, run: Run) -> None:
+    parent = datasets / "small.npz"
+    line = refusal(run(TRAIN, "--dataset", datasets / "small.npz", "--run-dir", parent / "run", *SMALL))
+    assert str(parent) in line
+
+
+def test_a_training_that_diverges_ends_in_one_line(datasets: Path, run: Run, tmp_path: Path) -> None:
+    done = run(
+        TRAIN, "--dataset", datasets / "small.npz", "--run-dir", tmp_path / "run", *SMALL, "--learning-rate", "1e30"
+    )
+    assert re.search("error: step [0-9]+: ", refusal(done))

@@ -54,7 +54,7 @@ def device(word: str) -> torch.device:
     try:
         found = torch.device(word)
         torch.empty(0, device=found)
-    except (RuntimeError, AssertionError, NotImplementedError):
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError):
         choices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
         raise ValueError(f"--device: expected a device of this machine ({', '.join(choices)}), got {word!r}") from None
     if found.type == "meta":
@@ -75,13 +75,14 @@ def read_config(run_dir: Path) -> tuple[Options, dict[str, Any]]:
         shape = data["event_shape"]
         if not (shape and all(type(size) is int and size > 0 for size in shape)):
             raise ValueError(f"event_shape: expected whole numbers, got {shape}")
-        return from_json(config["options"]), {
-            "kind": data["kind"],
-            "sha256": data["sha256"],
-            "event_shape": tuple(shape),
-        }
-    except (KeyError, TypeError) as error:
+        options = from_json(config["options"])
+        if options.binarization is None or options.warmup_epochs is None:
+            raise ValueError("expected binarization and warmup_epochs as they were resolved, got null")
+        return options, {"kind": data["kind"], "sha256": data["sha256"], "event_shape": tuple(shape)}
+    except KeyError as error:
         raise ValueError(f"{path}: damaged: missing {error}") from None
+    except TypeError:
+        raise ValueError(f"{path}: damaged: expected the objects options and data") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 

@@ -252,6 +252,8 @@ def evaluation_images(splits: Splits, split: str, binarization: str) -> Tensor:
     after seeding numpy's legacy generator with 777, one binomial draw over the validation images, then one over test;
     a draw over train follows. "threshold" is p >= 0.5. "none" takes the values as they are: levels become x / 255.
     """
+    if binarization not in ("dynamic", "fixed", "threshold", "none"):
+        raise ValueError(f"binarization: expected dynamic, fixed, threshold or none, got {binarization!r}")
     if split not in _KEYS:
         raise ValueError(f"split: expected one of {', '.join(_KEYS)}, got {split!r}")
     if binarization in ("dynamic", "fixed") and splits.kind != BINARY:

@@ -128,10 +128,10 @@ def _train(folder: Path, options: Options, splits: data.Splits, *, say: Say) -> 
             bar.set_postfix_str(f"epoch {record['epoch']}/{options.epochs}, validation ELBO {elbo:.2f} nats")
 
         def on_checkpoint(state: TrainingState) -> None:
-            tensors, scalars = state.to_tensors()
-            runs.save_tensors(folder / runs.TRAINING_STATE, tensors, scalars)
+            # The state last: a run killed between the two goes on from the older state, and writes both again.
             if state.best_weights:
                 runs.save_tensors(folder / runs.MODEL, state.best_weights, {"step": state.best_step})
+            runs.save_tensors(folder / runs.TRAINING_STATE, *state.to_tensors())
 
         try:
             state = fit(
@@ -187,6 +187,10 @@ def _same_data(folder: Path, options: Options, seen: dict[str, Any]) -> data.Spl
         raise ValueError(
             f"{options.dataset}: the file has changed since {folder} was trained on it (its SHA-256 differs)"
         )
+    if splits.event_shape != seen["event_shape"]:
+        raise ValueError(
+            f"{folder / runs.CONFIG}: damaged: event_shape {seen['event_shape']}, but the data has {splits.event_shape}"
+        )
     return splits
 
 
@@ -199,13 +203,13 @@ def _total_steps(options: Options, splits: data.Splits) -> int:
 
 def _saved_step(folder: Path) -> int:
     path = folder / runs.TRAINING_STATE
-    return TrainingState.step_of(runs.load_tensors(path)[1]) if path.exists() else 0
+    return runs.load_step(path) if path.exists() else 0
 
 
 def _is_evaluated(folder: Path) -> bool:
     """The test split was evaluated with the weights that the run has now."""
     entry = runs.read_evaluations(folder).get("test", {})
-    return entry.get("step") == runs.load_tensors(folder / runs.MODEL)[1].get("step")
+    return entry.get("step") == runs.load_step(folder / runs.MODEL)
 
 
 def _is_drawn(folder: Path, splits: data.Splits) -> bool:
@@ -260,6 +264,7 @@ def write_evaluation(
 ) -> dict[str, Any]:
     """``evaluate_run``, for data that is already loaded."""
     runs.read_evaluations(folder)  # a damaged file is found before the work, not after it
+    step = runs.load_step(folder / runs.MODEL)
     options, _ = build.read_config(folder)
     place = build.device(device)
     vae = build.load(folder).to(place)
@@ -281,7 +286,7 @@ def write_evaluation(
         "measure": _likelihood(options, splits).measure,
         **_summary(result, num_particles),
         "bits_per_dim": None,  # binarised pixels are no 8-bit data
-        "step": runs.load_tensors(folder / runs.MODEL)[1]["step"],
+        "step": step,
         "seconds": time.monotonic() - started,
     }
     runs.write_json(folder / runs.EVALUATION, runs.read_evaluations(folder) | {split: entry})

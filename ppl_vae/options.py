@@ -30,6 +30,7 @@ class Check:
 
 
 POSITIVE_INTEGER = Check("a whole number, at least 1", lambda v: 1 <= v <= 2**31)
+WIDTH = Check("a whole number, 1 to 65,536", lambda v: 1 <= v <= 2**16)
 NON_NEGATIVE_INTEGER = Check("a whole number, 0 to 2^31 - 1", lambda v: 0 <= v < 2**31)
 POSITIVE = Check("a finite number above 0", lambda v: 0 < v < math.inf)
 NON_NEGATIVE = Check("a finite number, at least 0", lambda v: 0 <= v < math.inf)
@@ -63,7 +64,7 @@ class Options:
     likelihood: str = option("bernoulli", str, one_of(LIKELIHOODS), f"p(x | z): {', '.join(LIKELIHOODS)}")
     network: str = option("gated", str, one_of(NETWORKS), f"encoder and decoder: {', '.join(NETWORKS)}")
     hidden: tuple[int, ...] = option(
-        (300, 300), int, POSITIVE_INTEGER, "widths of the encoder's hidden layers; the decoder's in reverse"
+        (300, 300), int, WIDTH, "widths of the encoder's hidden layers; the decoder's in reverse"
     )
     prior: str = option("standard-normal", str, one_of(PRIORS), f"p(z): {', '.join(PRIORS)}")
     posterior: str = option("diagonal", str, one_of(POSTERIORS), f"q(z | x): {', '.join(POSTERIORS)}")
@@ -78,7 +79,7 @@ class Options:
         NON_NEGATIVE_INTEGER,
         "epochs over which that weight rises linearly from 0 (default: three tenths of the epochs, at most 15)",
     )
-    latent_dim: int = option(40, int, POSITIVE_INTEGER, "dimensions of z")
+    latent_dim: int = option(40, int, WIDTH, "dimensions of z")
     epochs: int = option(50, int, POSITIVE_INTEGER, "passes through the training images")
     batch_size: int = option(100, int, POSITIVE_INTEGER, "images a step")
     learning_rate: float = option(3e-3, float, POSITIVE, "Adam's, at the start; it falls to 0 on a cosine")
@@ -255,5 +256,14 @@ def command(main: Callable[[], None]) -> None:
     except (ValueError, OSError, ArithmeticError) as error:
         if os.environ.get("PPL_VAE_TRACEBACK"):
             raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        _end_with(error)
+    except (MemoryError, RuntimeError) as error:
+        if "memory" not in str(error) and not isinstance(error, MemoryError):
+            raise
+        _end_with(f"out of memory: {error}; a smaller batch, network or set of images needs less")
+
+
+def _end_with(error: object) -> NoReturn:
+    first = (str(error).splitlines() or ["unknown"])[0]  # Pyro appends the shapes of a whole trace
+    print(f"error: {first}", file=sys.stderr)
+    sys.exit(1)

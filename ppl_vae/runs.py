@@ -109,7 +109,11 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_evaluations(run_dir: Path) -> dict[str, Any]:
     """evaluation.json, or nothing where there is none yet."""
     path = run_dir / EVALUATION
-    return read_json(path) if path.exists() else {}
+    evaluations = read_json(path) if path.exists() else {}
+    for key, entry in evaluations.items():
+        if not isinstance(entry, dict):
+            raise ValueError(f"{path}: damaged: expected an object under {key!r}, got {type(entry).__name__}")
+    return evaluations
 
 
 # --- Metrics ---
@@ -169,6 +173,14 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not isinstance(scalars, dict):
         raise ValueError(f"{path}: damaged: expected a JSON object in its header, got {type(scalars).__name__}")
     return tensors, scalars
+
+
+def load_step(path: Path) -> int:
+    """The training step that a file by ``save_tensors`` was written at. Raises ValueError as ``load_tensors``."""
+    step = load_tensors(path)[1].get("step")
+    if type(step) is not int or step < 0:
+        raise ValueError(f"{path}: damaged: expected the number of a step in its header, got {step!r}")
+    return step
 
 
 # --- Environment ---

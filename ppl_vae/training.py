@@ -89,9 +89,9 @@ class TrainingState:
             moments = {}
             for index, (name, parameter) in enumerate(self.vae.named_parameters()):
                 moments[index] = _under(f"adam/{name}/", tensors)
-                if self.step_of(scalars) and moments[index]["exp_avg"].shape != parameter.shape:
+                if scalars["step"] and moments[index]["exp_avg"].shape != parameter.shape:
                     raise ValueError(f"the optimiser's moments of {name} have the wrong shape")
-            if self.step_of(scalars):
+            if scalars["step"]:
                 self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
             torch.set_rng_state(tensors["rng/torch"])
             self.generator.set_state(tensors["rng/data"])
@@ -105,11 +105,6 @@ class TrainingState:
             raise ValueError(f"damaged: no {error} in it") from None
         except (RuntimeError, TypeError) as error:
             raise ValueError(f"damaged: {str(error).splitlines()[-1].strip()}") from None
-
-    @staticmethod
-    def step_of(scalars: dict[str, Any]) -> int:
-        """The step at which a saved state was taken."""
-        return scalars["step"]
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

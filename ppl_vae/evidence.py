@@ -127,12 +127,14 @@ def importance(
         raise ValueError("x: expected at least one image, got none")
     pairs = particles_a_pass(x)
     chunk = min(num_particles, chunk or pairs)
-    parts = []
-    for images in x.split(max(1, pairs // chunk)):
-        parts.append(_importance_of_group(model, guide, images, num_particles, chunk))
+    # Results have their place before the work: small tensors kept between large ones would fragment memory for good.
+    results = torch.empty(len(Importance._fields), len(x), dtype=torch.double, device=x.device)
+    group = max(1, pairs // chunk)
+    for images, place in zip(x.split(group), results.split(group, dim=1), strict=True):
+        torch.stack(_importance_of_group(model, guide, images, num_particles, chunk), out=place)
         if progress is not None:
             progress(len(images))
-    return Importance(*(torch.cat(field) for field in zip(*parts, strict=True)))
+    return Importance(*results)
 
 
 def _importance_of_group(model: Program, guide: Program, x: Tensor, num_particles: int, chunk: int) -> Importance:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from itertools import pairwise
 
 import pytest
@@ -123,6 +125,25 @@ def test_no_more_pairs_of_particle_and_image_are_held_than_a_pass_takes(monkeypa
         assert max(held) <= 20
         assert sum(held) == num_particles * len(x)
         held.clear()
+
+
+def test_memory_grows_neither_with_particles_nor_with_images():
+    """In a process of its own: the default decoder, 100 times the particles, then 60 times the images."""
+    program = """
+import resource, torch
+from ppl_vae import build
+from ppl_vae.evidence import evaluate
+from ppl_vae.options import Options
+vae = build.vae(Options(), (1, 28, 28)).eval()
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+evaluate(vae, torch.zeros(5, 1, 28, 28), num_particles=2000, seed=0)
+before = peak()
+evaluate(vae, torch.zeros(1, 1, 28, 28), num_particles=200_000, seed=0)
+evaluate(vae, torch.zeros(300, 1, 28, 28), num_particles=2000, seed=0)
+print(peak() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=True)
+    assert float(done.stdout) < 150  # MB
 
 
 def test_the_monte_carlo_error_is_the_spread_over_repeated_draws():

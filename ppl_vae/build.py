@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pyro.infer import ELBO, Trace_ELBO, TraceMeanField_ELBO
 from torch import Tensor, nn
 
 from ppl_vae import likelihoods, networks, objectives, posteriors, priors, runs
@@ -19,7 +20,14 @@ LIKELIHOODS: dict[str, Callable[..., Any]] = {"bernoulli": likelihoods.Bernoulli
 NETWORKS: dict[str, Callable[..., nn.Module]] = {"mlp": networks.MLP, "gated": networks.GatedMLP}
 PRIORS: dict[str, Callable[..., Any]] = {"standard-normal": priors.StandardNormal}
 POSTERIORS: dict[str, Callable[..., Any]] = {"diagonal": posteriors.DiagonalNormal}
-OBJECTIVES: dict[str, Callable[..., Tensor]] = {"elbo": objectives.elbo}
+KLS: dict[str, type[ELBO]] = {"sampled": Trace_ELBO, "analytic": TraceMeanField_ELBO}
+
+
+def _elbo(options: Options) -> Callable[..., Tensor]:
+    return partial(objectives.elbo, estimator=KLS[options.kl], num_particles=options.num_particles)
+
+
+OBJECTIVES: dict[str, Callable[[Options], Callable[..., Tensor]]] = {"elbo": _elbo}
 
 
 def vae(options: Options, event_shape: Sequence[int]) -> VAE:
@@ -35,7 +43,10 @@ def vae(options: Options, event_shape: Sequence[int]) -> VAE:
 
 
 def start_from_marginals(vae: VAE, x: Tensor) -> None:
-    """Sets the decoder's output bias so that training starts from the pixels' marginals. x: training images (N, *E).
+    """Sets the decoder's output bias so that training starts from the pixels' marginals.
+
+    Args:
+        x: (N, *E) training images as the model sees them, or their expectation.
 
     Source: Burda et al. 2016, arXiv 1509.00519, released code (output bias from the training pixels' means).
     """
@@ -46,24 +57,24 @@ def start_from_marginals(vae: VAE, x: Tensor) -> None:
 
 def objective(options: Options) -> Callable[..., Tensor]:
     """(model, guide, x, *, beta) -> loss, nats an image."""
-    return partial(OBJECTIVES[options.objective], kl=options.kl, num_particles=options.num_particles)
+    return OBJECTIVES[options.objective](options)
 
 
 def device(word: str) -> torch.device:
-    """Raises ValueError where there is no such device here."""
+    """Raises ValueError where there is no such device here, or one whose random numbers are not kept for resuming."""
     try:
         found = torch.device(word)
+        if found.type not in ("cpu", "cuda"):
+            raise RuntimeError
         torch.empty(0, device=found)
-    except (RuntimeError, AssertionError, NotImplementedError, ImportError):
+    except (RuntimeError, AssertionError):
         choices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
         raise ValueError(f"--device: expected a device of this machine ({', '.join(choices)}), got {word!r}") from None
-    if found.type == "meta":
-        raise ValueError(f"--device: expected a device that holds numbers, got {word!r}")
     return found
 
 
 def read_config(run_dir: Path) -> tuple[Options, dict[str, Any]]:
-    """A run's options, and what its data was (event_shape, kind, binarization, sha256).
+    """A run's options, and what its data was: event_shape (a tuple) and sha256.
 
     Raises:
         ValueError: the folder is no run, or its config is damaged.
@@ -78,7 +89,7 @@ def read_config(run_dir: Path) -> tuple[Options, dict[str, Any]]:
         options = from_json(config["options"])
         if options.binarization is None or options.warmup_epochs is None:
             raise ValueError("expected binarization and warmup_epochs as they were resolved, got null")
-        return options, {"kind": data["kind"], "sha256": data["sha256"], "event_shape": tuple(shape)}
+        return options, {"sha256": data["sha256"], "event_shape": tuple(shape)}
     except KeyError as error:
         raise ValueError(f"{path}: damaged: missing {error}") from None
     except TypeError:

@@ -1,4 +1,4 @@
-"""Checked bytes to tensors: data sets, splits, binarisation. Knows of no model.
+"""Checked bytes to tensors: data sets, splits, binarization. Knows of no model.
 
 Every split, draw and subset here comes from a constant, never from a run's seed, so that two runs are measured on the
 same images.
@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ppl_vae.options import BINARIZATIONS, SPLITS
+
 BINARY, LEVELS, PROBABILITIES = "binary", "8-bit levels", "probabilities"
 
 _MNIST_SHA256 = {
@@ -25,7 +27,7 @@ _MNIST_SHA256 = {
     "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
 }
 _NUM_VALIDATION = 10_000
-_PUBLISHED_SEED = 777  # the binarisation of Tomczak and Welling 2018; also the splits of a user's own data
+_PUBLISHED_SEED = 777  # the binarization of Tomczak and Welling 2018; also the splits of a user's own data
 
 # What a user's file may call its splits.
 _KEYS = {"train": ("train",), "validation": ("valid", "validation", "val"), "test": ("test",)}
@@ -60,7 +62,8 @@ class Splits:
         """One line that says what was seen."""
         shape = "x".join(map(str, self.event_shape))
         sizes = " / ".join(f"{len(x):,}" for x in (self.train, self.validation, self.test))
-        return f"{self.name}: {self.kind}, {shape}; train / validation / test {sizes} ({self.split})"
+        seen = f" from {int(self.train.min())} to {int(self.train.max())}" if self.kind == LEVELS else ""
+        return f"{self.name}: {self.kind}{seen}, {shape}; train / validation / test {sizes} ({self.split})"
 
 
 def load(dataset: str) -> Splits:
@@ -69,11 +72,12 @@ def load(dataset: str) -> Splits:
     Raises:
         ValueError: an unknown name, a missing or damaged file, or values that are no images.
     """
-    if dataset == "mnist":
-        return _mnist()
+    if dataset in DATASETS:
+        return DATASETS[dataset]()
     path = Path(dataset)
     if path.suffix not in (".npz", ".npy"):
-        raise ValueError(f"dataset: expected mnist or the path of an .npz or .npy file, got {dataset!r}")
+        names = ", ".join(DATASETS)
+        raise ValueError(f"dataset: expected {names} or the path of an .npz or .npy file, got {dataset!r}")
     return _own(path)
 
 
@@ -109,6 +113,9 @@ def _mnist_images(name: str) -> Tensor:
     return torch.from_numpy(pixels.copy())
 
 
+DATASETS: dict[str, Callable[[], Splits]] = {"mnist": _mnist}
+
+
 # --- A person's own file ---
 
 
@@ -138,14 +145,12 @@ def _read_arrays(path: Path) -> tuple[dict[str, np.ndarray], list[str]]:
         if isinstance(loaded, np.ndarray):
             return {"train": loaded}, []
         with loaded:
-            names = loaded.files
+            names = list(loaded.files)
             found = {split: [key for key in keys if key in names] for split, keys in _KEYS.items()}
-            if not any(found.values()) and len(names) == 1:
-                return {"train": loaded[names[0]]}, []
-            if not found["train"]:
-                raise ValueError(f"expected one array, or arrays named train, valid and test, got {names or 'none'}")
             taken = {split: keys[0] for split, keys in found.items() if keys}
-            return {s: loaded[key] for s, key in taken.items()}, [n for n in names if n not in taken.values()]
+            if not taken and len(names) == 1:
+                taken = {"train": names[0]}
+            arrays = {split: loaded[key] for split, key in taken.items()} if "train" in taken else {}
     except Exception as error:  # beside ValueError and OSError, a damaged zip raises zlib.error, struct.error and more
         # numpy's own words for whatever is no array speak of allow_pickle, which nobody should be told to switch on.
         why: object = error
@@ -154,6 +159,9 @@ def _read_arrays(path: Path) -> tuple[dict[str, np.ndarray], list[str]]:
         elif "allow_pickle" in str(error):
             why = "it is neither an .npy nor an .npz file"
         raise ValueError(f"{path}: not a readable array file: {why}") from None
+    if not arrays:
+        raise ValueError(f"{path}: expected one array, or arrays named train, valid and test, got {names or 'none'}")
+    return arrays, [name for name in names if name not in taken.values()]
 
 
 def _kind(path: Path, train: np.ndarray) -> str:
@@ -164,6 +172,11 @@ def _kind(path: Path, train: np.ndarray) -> str:
     if ((train == 0) | (train == 1)).all():
         return BINARY
     if train.dtype == np.uint8:
+        if train.max() < 128:
+            raise ValueError(
+                f"{path}: expected uint8 levels up to 255, got {train.max()} at most: a scale of its own would be read "
+                "as nearly black; divide by its maximum and store floats"
+            )
         return LEVELS
     if train.dtype.kind == "f" and train.min() >= 0 and train.max() <= 1:
         return PROBABILITIES
@@ -188,7 +201,7 @@ def _images(path: Path, split: str, array: np.ndarray, kind: str) -> Tensor:
         array = array.transpose(0, 3, 1, 2)
     elif array.ndim != 2:
         raise ValueError(
-            f"{path}: expected (N, D), (N, H, W) or (N, H, W, C) with 1 or 3 channels, "
+            f"{path}: expected (N, D), (N, H, W) or (N, H, W, C) with 1 or 3 channels (last), "
             f"got shape {array.shape} in {split}"
         )
     if 0 in array.shape:
@@ -217,7 +230,7 @@ def _complete_splits(path: Path, given: dict[str, Tensor]) -> tuple[dict[str, Te
 
 
 def resolve_binarization(splits: Splits, binarization: str | None) -> str:
-    """The binarisation by its word; None is "none" for binary data, which is taken as it is, and else "dynamic"."""
+    """The binarization by its word; None is "none" for binary data, which is taken as it is, and else "dynamic"."""
     if splits.kind == BINARY:
         if binarization not in (None, "none"):
             raise ValueError(f"binarization: expected none for binary data ({splits.name}), got {binarization}")
@@ -230,6 +243,11 @@ def as_floats(values: Tensor, generator: torch.Generator) -> Tensor:
     return values.float()
 
 
+def as_fractions(values: Tensor, generator: torch.Generator) -> Tensor:
+    """8-bit levels / 255."""
+    return values.float() / 255
+
+
 def bernoulli_draw(values: Tensor, generator: torch.Generator) -> Tensor:
     """x_d ~ Bernoulli(p_d), p = level / 255 or the stored probability: (B, *E) -> (B, *E) in {0, 1}, drawn anew."""
     uniform = torch.rand(values.shape, generator=generator, device=values.device)
@@ -238,11 +256,22 @@ def bernoulli_draw(values: Tensor, generator: torch.Generator) -> Tensor:
 
 def training_images(splits: Splits, binarization: str) -> tuple[Tensor, Callable[[Tensor, torch.Generator], Tensor]]:
     """The stored training set (N, *E), and how a batch of it becomes what the model sees, at every access."""
+    if binarization == "dynamic" and splits.kind != BINARY:
+        return splits.train, bernoulli_draw
+    if binarization == "none" and splits.kind == LEVELS:
+        return splits.train, as_fractions
     if binarization == "none" or splits.kind == BINARY:
         return splits.train, as_floats
-    if binarization == "dynamic":
-        return splits.train, bernoulli_draw
     return evaluation_images(splits, "train", binarization).to(torch.uint8), as_floats
+
+
+def expected_images(splits: Splits, binarization: str) -> Tensor:
+    """(N, *E) the mean, over all that training draws, of what the model sees of each training image."""
+    return (
+        probabilities(splits, "train")
+        if binarization == "dynamic"
+        else evaluation_images(splits, "train", binarization)
+    )
 
 
 def evaluation_images(splits: Splits, split: str, binarization: str) -> Tensor:
@@ -252,10 +281,9 @@ def evaluation_images(splits: Splits, split: str, binarization: str) -> Tensor:
     after seeding numpy's legacy generator with 777, one binomial draw over the validation images, then one over test;
     a draw over train follows. "threshold" is p >= 0.5. "none" takes the values as they are: levels become x / 255.
     """
-    if binarization not in ("dynamic", "fixed", "threshold", "none"):
-        raise ValueError(f"binarization: expected dynamic, fixed, threshold or none, got {binarization!r}")
-    if split not in _KEYS:
-        raise ValueError(f"split: expected one of {', '.join(_KEYS)}, got {split!r}")
+    for argument, words, word in (("binarization", BINARIZATIONS, binarization), ("split", SPLITS, split)):
+        if word not in words:
+            raise ValueError(f"{argument}: expected one of {', '.join(words)}, got {word!r}")
     if binarization in ("dynamic", "fixed") and splits.kind != BINARY:
         stream = np.random.RandomState(_PUBLISHED_SEED)  # the published generator
         for name in ("validation", "test", "train"):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import math
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,13 +19,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ppl_vae import build, data, plots, runs
-from ppl_vae.evidence import UNRELIABLE_BIAS, Estimate, Importance, evaluate
+from ppl_vae.evidence import UNRELIABLE_BIAS, Estimate, Importance, NotFinite, evaluate, seeded
 from ppl_vae.options import Options, default_warmup, to_json
 from ppl_vae.training import TrainingState, fit
 from ppl_vae.vae import VAE
 
 Say = Callable[[str], None]
 
+# Below this Pareto k the weights have a variance, which the delta method and the jackknife assume.
+_K_WITH_VARIANCE = 0.5
 _QUICK_EVALUATION_SEED = 0
 _FIGURE_SEED = 0
 _NUM_SHOWN = 10
@@ -51,9 +56,12 @@ def train(options: Options, run_dir: str | None, *, say: Say) -> Path:
     options = replace(options, binarization=data.resolve_binarization(splits, options.binarization))
     if options.warmup_epochs is None:
         options = replace(options, warmup_epochs=default_warmup(options.epochs))
+    if (options.warmup_epochs or 0) >= options.epochs:
+        say(f"The warm-up of {options.warmup_epochs} epochs outlasts the training: beta never reaches {options.beta}.")
     if Path(options.dataset).suffix:
         options = replace(options, dataset=str(Path(options.dataset).resolve()))
     _check_support(options, splits)
+    build.vae(options, splits.event_shape)  # what cannot be built, or does not fit into memory, leaves no folder
     folder = runs.new_run_dir(run_dir, dataset=options.dataset, likelihood=options.likelihood)
     seen = {"kind": splits.kind, "event_shape": list(splits.event_shape), "sha256": splits.sha256}
     runs.write_json(folder / runs.CONFIG, {"options": to_json(options), "data": seen})
@@ -89,8 +97,8 @@ def _go_on(folder: Path, options: Options, splits: data.Splits, *, say: Say) -> 
     runs.record_environment(folder, options.device)
     say(splits.describe())
     say(f"binarization {options.binarization}, likelihood {options.likelihood}")
-    if _saved_step(folder) < _total_steps(options, splits):
-        _train(folder, options, splits, say=say)
+    if _saved_step(folder) < _total_steps(options, splits) or not (folder / runs.MODEL).exists():
+        _train(folder, options, splits, say=say)  # of a finished run without its weights, this writes them again
     if not _is_evaluated(folder):
         write_evaluation(
             folder,
@@ -112,15 +120,19 @@ def _train(folder: Path, options: Options, splits: data.Splits, *, say: Say) -> 
     validation = data.evaluation_images(splits, "validation", options.binarization or "")
     pyro.set_rng_seed(options.seed)
     vae = build.vae(options, splits.event_shape)
-    build.start_from_marginals(vae, data.probabilities(splits, "train"))
-    vae.to(device)
-    saved = None
+    saved, step = None, _saved_step(folder)
     if (folder / runs.TRAINING_STATE).exists():
         saved = runs.load_tensors(folder / runs.TRAINING_STATE)
-        say(f"Going on from step {_saved_step(folder):,}.")
-    runs.cut_metrics(folder, _saved_step(folder))
+        say(f"Going on from step {step:,}.")
+    else:
+        build.start_from_marginals(vae, data.expected_images(splits, options.binarization or ""))
+    vae.to(device)
+    runs.cut_metrics(folder, step)
 
-    with tqdm(total=_total_steps(options, splits), initial=_saved_step(folder), unit="step", desc="training") as bar:
+    with (
+        tqdm(total=_total_steps(options, splits), initial=step, unit="step", desc="training") as bar,
+        quiet_about_nan(),
+    ):
 
         def on_epoch(record: dict[str, Any]) -> None:
             runs.append_metrics(folder, record)
@@ -153,14 +165,30 @@ def _train(folder: Path, options: Options, splits: data.Splits, *, say: Say) -> 
                 on_checkpoint=on_checkpoint,
                 checkpoint_seconds=options.checkpoint_seconds,
             )
+            on_checkpoint(state)
         except ValueError as error:
             if saved is None:
                 raise
             raise ValueError(f"{folder / runs.TRAINING_STATE}: {error}") from None
+        except NotFinite as error:
+            raise NotFinite(f"{error}; a new run with a smaller --learning-rate or --beta may pass it") from None
     say(
         f"Trained {options.epochs} epochs in {state.seconds:.0f} s; best validation ELBO {state.best_elbo:.2f} nats, "
         f"at step {state.best_step:,} of {state.step:,}."
     )
+    if options.beta != 1 and state.best_step < state.step:
+        say(
+            f"The weights of step {state.best_step:,} are kept: from then on, training with beta = {options.beta} "
+            "lowered the ELBO at beta = 1, by which they are chosen."
+        )
+
+
+@contextmanager
+def quiet_about_nan() -> Iterator[None]:
+    """Without Pyro's own warning: the error that follows says the same, with the step and the site."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Encountered NaN")
+        yield
 
 
 def _check_support(options: Options, splits: data.Splits) -> None:
@@ -169,16 +197,13 @@ def _check_support(options: Options, splits: data.Splits) -> None:
     for split in ("train", "validation", "test"):
         if options.binarization == "none" and not likelihood.support.check(data.probabilities(splits, split)).all():
             raise ValueError(
-                f"--likelihood {options.likelihood}: expected pixels that are {_SUPPORT_WORDS[options.likelihood]}, "
+                f"--likelihood {options.likelihood}: expected pixels that are {likelihood.support_words}, "
                 f"got {splits.kind} in {split}; another --binarization makes them so"
             )
 
 
 def _likelihood(options: Options, splits: data.Splits) -> Any:
     return build.LIKELIHOODS[options.likelihood](splits.event_shape)
-
-
-_SUPPORT_WORDS = {"bernoulli": "0 or 1"}
 
 
 def _same_data(folder: Path, options: Options, seen: dict[str, Any]) -> data.Splits:
@@ -215,7 +240,7 @@ def _is_evaluated(folder: Path) -> bool:
 def _is_drawn(folder: Path, splits: data.Splits) -> bool:
     """Every figure is there, and is newer than what it was drawn from."""
     sources = [folder / runs.MODEL, folder / runs.METRICS]
-    newest = max(path.stat().st_mtime_ns for path in sources)
+    newest = max(path.stat().st_mtime_ns for path in sources if path.exists())
     drawn = [folder / runs.FIGURES / name for name in figure_names(splits)]
     return all(path.exists() and path.stat().st_mtime_ns >= newest for path in drawn)
 
@@ -276,7 +301,7 @@ def write_evaluation(
     with tqdm(total=len(x), unit="image", desc=f"log p(x), {split}") as bar:
         result = evaluate(vae, x, num_particles=num_particles, seed=seed, progress=bar.update)
     entry = {
-        "dataset": options.dataset,
+        "dataset": splits.name,
         "split": split,
         "binarization": options.binarization,
         "num_images": len(x),
@@ -285,11 +310,16 @@ def write_evaluation(
         "likelihood": options.likelihood,
         "measure": _likelihood(options, splits).measure,
         **_summary(result, num_particles),
-        "bits_per_dim": None,  # binarised pixels are no 8-bit data
+        "bits_per_dim": None,  # binarized pixels are no 8-bit data
         "step": step,
         "seconds": time.monotonic() - started,
     }
-    runs.write_json(folder / runs.EVALUATION, runs.read_evaluations(folder) | {split: entry})
+    # What was measured with weights that the run has no longer says nothing of the run.
+    kept = {key: old for key, old in runs.read_evaluations(folder).items() if old.get("step") == step}
+    if split in kept:
+        old = kept[split]
+        say(f"Replaces the {split} split's estimate of {old['num_images']:,} images with S = {old['num_particles']:,}.")
+    runs.write_json(folder / runs.EVALUATION, kept | {split: entry})
     for line in describe_evaluation(entry):
         say(line)
     return entry
@@ -301,10 +331,13 @@ def _summary(result: Importance, num_particles: int) -> dict[str, Any]:
         return {"mean": estimate.mean, "stderr": estimate.stderr}
 
     def quantiles(values: Tensor) -> dict[str, float | None]:
-        known = values[values.isfinite()]
+        known = values[~values.isnan()]
         if not len(known):
             return {"median": None, "q05": None, "q95": None}
-        return {name: float(known.quantile(q)) for name, q in (("median", 0.5), ("q05", 0.05), ("q95", 0.95))}
+        return {
+            name: float(known.quantile(q, interpolation="lower"))
+            for name, q in (("median", 0.5), ("q05", 0.05), ("q95", 0.95))
+        }
 
     count = len(result.log_evidence)
     return {
@@ -314,9 +347,10 @@ def _summary(result: Importance, num_particles: int) -> dict[str, Any]:
         "kl": mean(result.kl),
         "monte_carlo_stderr": float(result.monte_carlo_stderr.square().sum().sqrt()) / count,
         "bias": float(result.bias.mean()),
+        "rise": float(result.rise.mean()),
         "ess": quantiles(result.ess),
         "pareto_k": quantiles(result.pareto_k),
-        "unreliable_images": int(result.unreliable().sum()),
+        "unreliable_images": int(result.unreliable().sum()) if num_particles > 1 else None,
     }
 
 
@@ -325,32 +359,37 @@ def describe_evaluation(entry: dict[str, Any]) -> list[str]:
     S, n = entry["num_particles"], entry["num_images"]
     ll, elbo, rec, kl = (entry[key] for key in ("log_likelihood", "elbo", "reconstruction", "kl"))
     lines = [
-        f"log-likelihood {_pm(ll)} nats an image: the importance-weighted bound L_{S}, a lower bound on log p(x)",
+        f"log-likelihood {_pm(ll)} nats an image: the importance-weighted bound L_{S}, in expectation below log p(x)",
         f"  {entry['split']} split, {n:,} images, binarization {entry['binarization']}; "
         "± is the standard error over images",
         f"  ELBO (beta = 1) {_pm(elbo)} = reconstruction {_pm(rec)} - KL {_pm(kl)}",
     ]
     if S == 1:
-        return [*lines, "  one particle says nothing of its own error: take more with --num-particles"]
+        return [*lines, "  one importance sample says nothing of its own error: take more"]
+    k = entry["pareto_k"]["median"]
+    fitted = "not estimated" if k is None else f"median {k:.2f}"
     lines.append(
-        f"  Monte Carlo error {_number(entry['monte_carlo_stderr'], 3)}; the bound still lacks about "
-        f"{_number(entry['bias'], 3)} nats (jackknife)"
+        f"  effective particles: median {_number(entry['ess']['median'], 1)} of {S:,}; Pareto k-hat: {fitted} "
+        "(above 0.7 is normal for a healthy VAE)"
     )
+    seen = "see" if k is not None and k < _K_WITH_VARIANCE else "see, as a floor since k-hat is not below 0.5,"
     lines.append(
-        f"  effective particles: median {_number(entry['ess']['median'], 1)} of {S:,}; "
-        f"Pareto k-hat: median {_number(entry['pareto_k']['median'], 2)} (above 0.7 is normal for a healthy VAE)"
+        f"  delta method and jackknife {seen} a Monte Carlo error of {_number(entry['monte_carlo_stderr'], 3)} "
+        f"and {_number(entry['bias'], 3)} nats still lacking"
     )
-    bad = entry["unreliable_images"]
-    verdict = f"unreliable images (more than {UNRELIABLE_BIAS} nats still lacking): {bad:,} of {n:,}"
-    return [*lines, "  " + verdict + ("; more particles would raise the bound" if bad else "")]
+    lines.append(f"  ten times the particles, S = {S // 10:,} to {S:,}, gained {_number(entry['rise'], 3)} nats")
+    return [
+        *lines,
+        f"  unreliable images (jackknife above {UNRELIABLE_BIAS} nats): {entry['unreliable_images']:,} of {n:,}",
+    ]
 
 
 def _number(value: float | None, digits: int) -> str:
-    return "unknown" if value is None or math.isnan(value) else f"{value:.{digits}f}"
+    return "unknown" if value is None or math.isnan(value) else f"{value + 0.0:.{digits}f}"
 
 
 def _pm(estimate: dict[str, float]) -> str:
-    return f"{_number(estimate['mean'], 2)} ± {_number(estimate['stderr'], 2)}"
+    return f"{_number(estimate['mean'], 2)} ± {_number(estimate['stderr'], 2)}"  # unknown for one image
 
 
 # --- Figures ---
@@ -375,20 +414,22 @@ def write_figures(folder: Path, splits: data.Splits, *, say: Say) -> None:
     metrics = runs.read_metrics(folder)
     if not metrics:
         raise ValueError(f"{folder / runs.METRICS}: expected the record of at least one epoch, got none")
-    figures = {_CURVES: plots.training_curves(metrics, title=f"{splits.name}: training")}
+    try:
+        figures = {_CURVES: plots.training_curves(metrics, title=f"{splits.name}: training")}
+    except KeyError as error:
+        raise ValueError(f"{folder / runs.METRICS}: damaged: a record is missing {error}") from None
     if len(splits.event_shape) == 1:
         say("The data is a table, (N, D): figures of images are skipped.")
     else:
         x = data.evaluation_images(splits, "test", options.binarization or "")
-        with torch.random.fork_rng(), torch.no_grad():
-            torch.manual_seed(_FIGURE_SEED)
+        with seeded(_FIGURE_SEED, x.device), torch.no_grad():
             figures |= _image_figures(vae, x[data.subset(len(x), 2 * _NUM_SHOWN)])
     for name, figure in figures.items():
         path = folder / runs.FIGURES / name
         path.parent.mkdir(exist_ok=True)
-        partial = path.with_name(f".{name}.partial")
-        figure.savefig(partial, format="png", dpi=130)
-        partial.replace(path)
+        png = io.BytesIO()
+        figure.savefig(png, format="png", dpi=130)
+        runs.write_bytes(path, png.getvalue())
     say(f"Figures in {folder / runs.FIGURES}: {', '.join(figures)}")
 
 

@@ -1,9 +1,10 @@
 """Likelihoods p(x | h): features to a distribution over pixels. One class a distribution.
 
 Each has ``event_shape``, ``num_features`` (what the network's last layer must give), ``support`` (the values a pixel
-can take), ``measure`` ("mass" or "density": they are on different scales, and never compared), ``forward(h)``, which
-returns a distribution with batch shape ``h.shape[:-1]`` and the event shape, and ``marginal_features(x)``, the h that
-fits the pixels' marginals, from which training starts. ``to_event`` makes pixels independent and *summed*.
+can take) and ``support_words`` (the same for a person), ``measure`` ("mass" or "density": they are on different scales,
+and never compared), ``forward(h)``, which returns a distribution with batch shape ``h.shape[:-1]`` and the event shape,
+and ``marginal_features(x)``, the h that fits the pixels' marginals, from which training starts. ``to_event`` makes
+pixels independent and *summed*.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import math
 from collections.abc import Sequence
 
 import pyro.distributions as dist
+import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
 
@@ -19,7 +21,7 @@ from torch.distributions import constraints
 class Bernoulli(nn.Module):
     """p(x | h) = prod_d sigmoid(h_d)^{x_d} (1 - sigmoid(h_d))^{1 - x_d}, for x in {0, 1}^E.
 
-    Features are logits: probabilities would saturate in float32 and lose both value and gradient. Grey pixels are not
+    Features are logits: probabilities would saturate in float32 and lose both value and gradient. Gray pixels are not
     on the support: a Bernoulli of a fraction is no density (its integral is below one), and they are refused.
 
     Args:
@@ -27,6 +29,7 @@ class Bernoulli(nn.Module):
     """
 
     support = constraints.boolean
+    support_words = "0 or 1"
     measure = "mass"
 
     def __init__(self, event_shape: Sequence[int]) -> None:
@@ -41,5 +44,5 @@ class Bernoulli(nn.Module):
 
     def marginal_features(self, x: Tensor) -> Tensor:
         """h_d = logit((1 + sum_n x_nd) / (2 + N)), each pixel's rate, Laplace-smoothed. x: (N, *E) -> (prod(E),)."""
-        rate = (1 + x.double().flatten(1).sum(0)) / (2 + len(x))
+        rate = (1 + x.flatten(1).sum(0, dtype=torch.double)) / (2 + len(x))
         return rate.logit().float()

@@ -11,6 +11,8 @@ from torch import Tensor
 # Below this many exceedances the Pareto fit says nothing (Vehtari et al. 2024, arXiv 1507.02646, section 6).
 _SMALLEST_TAIL = 5
 
+_TENTHS = 10
+
 
 def log_mean_exp(log_w: Tensor, dim: int = 0) -> Tensor:
     """log (1/S) sum_s exp(log w_s), without overflow.
@@ -30,39 +32,48 @@ def tail_length(num_particles: int) -> int:
     return math.ceil(min(num_particles / 5, 3 * math.sqrt(num_particles)))
 
 
+def _pareto_k(exceedances: Tensor) -> float:
+    if not exceedances[0] > 0:
+        return math.nan
+    if exceedances[3 * len(exceedances) // 4] < torch.finfo(torch.double).tiny:  # the fit divides by a lower quartile
+        return math.inf
+    return fit_generalized_pareto(exceedances)[0]
+
+
 def pareto_k(largest_log_w: Tensor) -> Tensor:
-    """k-hat, the shape of a generalised Pareto distribution fitted to the largest weights.
+    """k-hat, the shape of a generalized Pareto distribution fitted to the largest weights.
 
     1 / k is the number of moments that the weights have: above 0.5 their variance is infinite, above 0.7 an estimate
-    from a practical number of particles is called unreliable in general (Vehtari et al. 2024, arXiv 1507.02646). For a
-    log-likelihood of images that alarm is too shrill: a healthy VAE at S = 5,000 is above 0.7 for nearly every image,
-    while its bound is within a nat of the truth. So k-hat is reported, and ``LogWeightSummary.bias`` decides.
+    from a practical number of particles is called unreliable in general (Vehtari et al. 2024, arXiv 1507.02646). A
+    healthy VAE at S = 5,000 is above 0.7 for nearly every image: its bound is a bound, but not a tight one.
 
     Args:
         largest_log_w: (M + 1, B) the largest log-weights in descending order; the last is the threshold.
 
     Returns:
-        (B,) k-hat; NaN where there are fewer than 5 exceedances or all are equal.
+        (B,) k-hat; NaN where there are fewer than 5 exceedances or all are equal, infinity where the largest weight
+        exceeds a quarter of the others beyond float64's range.
     """
+    if len(largest_log_w) <= _SMALLEST_TAIL:
+        return largest_log_w.new_full(largest_log_w.shape[1:], math.nan, dtype=torch.double)
     exceedances = (largest_log_w - largest_log_w[0]).double().exp()
     exceedances = (exceedances[:-1] - exceedances[-1]).T
-    fitted = [
-        fit_generalized_pareto(image)[0] if len(image) >= _SMALLEST_TAIL and image[-1] > 0 else math.nan
-        for image in exceedances.cpu()
-    ]
+    fitted = [_pareto_k(image) for image in exceedances.cpu()]
     return torch.tensor(fitted, dtype=torch.double, device=largest_log_w.device)
 
 
 class LogWeightSummary:
     """Streams log-weights, and keeps per image what is needed of them: memory grows with sqrt(S), not with S.
 
-    With normalised weights v_s = w_s / sum_t w_t:
+    With normalized weights v_s = w_s / sum_t w_t:
 
     - ``log_mean_exp``: L_S = log (1/S) sum_s w_s
     - ``effective_sample_size``: 1 / sum_s v_s^2
     - ``monte_carlo_stderr``: sqrt(sum_s v_s^2 - 1/S), the delta method's standard error of L_S over repeated draws
-    - ``bias``: the nats by which E[L_S] is expected to lie below log p(x); the jackknife's estimate,
-      (S - 1) (L_S - (1/S) sum_s L_{-s}), L_{-s} the bound without particle s. Never negative.
+    - ``bias``: the jackknife's estimate of the nats by which E[L_S] lies below log p(x), never negative:
+      (S - 1) (L_S - (1/S) sum_s L_{-s}), L_{-s} the bound without particle s. It takes the bias to fall like 1/S.
+      Weights without a variance (k above 0.5) have one that falls more slowly, of which it sees a fraction.
+    - ``rise``: L_S - (1/10) sum_g L_{S/10}, the g-th over the g-th tenth of the particles
     - ``pareto_k``: see ``pareto_k``
 
     The M largest log-weights are kept as they are, the others as two sums. That is exact for all but the bias, where
@@ -78,9 +89,12 @@ class LogWeightSummary:
         nothing = torch.full((num_images,), -math.inf, dtype=torch.double, device=device)
         self._log_sum, self._log_sum_squares = nothing, nothing
         self._largest = nothing.new_empty((0, num_images))
+        self._log_sums_of_tenths = [nothing] * _TENTHS
+        self._seen = 0
 
     def update(self, log_w: Tensor) -> None:
         """Takes (s, B) further log-weights, nats."""
+        self._update_tenths(log_w.double())
         pool = torch.cat([self._largest, log_w.double()])
         kept = min(tail_length(self.num_particles) + 1, len(pool))
         pool = pool.sort(dim=0, descending=True).values
@@ -88,6 +102,22 @@ class LogWeightSummary:
         if len(rest):
             self._log_sum = torch.logaddexp(self._log_sum, rest.logsumexp(0))
             self._log_sum_squares = torch.logaddexp(self._log_sum_squares, (2 * rest).logsumexp(0))
+
+    def _update_tenths(self, log_w: Tensor) -> None:
+        ends = [self.num_particles * (g + 1) // _TENTHS for g in range(_TENTHS)]
+        while len(log_w):
+            g = next(g for g, end in enumerate(ends) if self._seen < end)
+            part, log_w = log_w[: ends[g] - self._seen], log_w[ends[g] - self._seen :]
+            self._log_sums_of_tenths[g] = torch.logaddexp(self._log_sums_of_tenths[g], part.logsumexp(0))
+            self._seen += len(part)
+
+    def rise(self) -> Tensor:
+        """(B,) nats; NaN for fewer than 10 particles."""
+        if self.num_particles < _TENTHS:
+            return torch.full_like(self._log_sum, math.nan)
+        sizes = [self.num_particles * (g + 1) // _TENTHS - self.num_particles * g // _TENTHS for g in range(_TENTHS)]
+        bounds = [log_sum - math.log(size) for log_sum, size in zip(self._log_sums_of_tenths, sizes, strict=True)]
+        return self.log_mean_exp() - torch.stack(bounds).mean(0)
 
     def _log_total(self) -> Tensor:
         return torch.logaddexp(self._largest.logsumexp(0), self._log_sum)
@@ -121,5 +151,5 @@ class LogWeightSummary:
         return (-(S - 1) * (mean_log_without + math.log(S / (S - 1)))).clamp(min=0)
 
     def pareto_k(self) -> Tensor:
-        """(B,) k-hat; NaN for fewer than 25 particles, or where the largest weights are all equal."""
+        """(B,) k-hat; NaN for fewer than 21 particles, or where the largest weights are all equal."""
         return pareto_k(self._largest)

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer import ELBO, Trace_ELBO
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.scale_messenger import ScaleMessenger
 from torch import Tensor
 
 from ppl_vae.weights import Program
-
-_ESTIMATORS = {"sampled": Trace_ELBO, "analytic": TraceMeanField_ELBO}
 
 
 class Temper(ScaleMessenger):
@@ -40,7 +38,7 @@ def elbo(
     x: Tensor,
     *,
     beta: float | Tensor = 1.0,
-    kl: str = "sampled",
+    estimator: type[ELBO] = Trace_ELBO,
     num_particles: int = 1,
 ) -> Tensor:
     """-(E_q[log p(x | z)] - beta KL(q(z | x) || p(z))) an image: Pyro's ELBO between two tempered programs.
@@ -51,14 +49,16 @@ def elbo(
         model, guide: Pyro programs over x with one data plate at dim=-1.
         x: images (B, *E).
         beta: the weight of the KL, a number or a 0-d tensor, 0 included.
-        kl: "sampled" is ``Trace_ELBO``. "analytic" is ``TraceMeanField_ELBO``, which falls back to sampling, without
-            a word, where no closed form is registered for the pair of distributions.
+        estimator: Pyro's ``Trace_ELBO`` samples the KL. ``TraceMeanField_ELBO`` takes it in closed form, and falls back
+            to sampling, without a word, where none is registered for the pair of distributions.
         num_particles: draws of z an image.
 
     Returns:
-        A 0-d tensor to minimise, nats an image (the mean over the batch; pixels are summed).
+        A 0-d tensor to minimize, nats an image (the mean over the batch; pixels are summed). A plate of the user's
+        that subsamples, of size N, multiplies it by N / B.
 
     Reference: Higgins et al. 2017 (beta-VAE), equation 4; Sønderby et al. 2016 (warm-up), arXiv 1602.02282.
     """
-    estimator = _ESTIMATORS[kl](num_particles=num_particles, vectorize_particles=True, max_plate_nesting=1)
-    return estimator.differentiable_loss(Temper(beta)(model), Temper(beta)(guide), x) / len(x)
+    # The nesting is given: to guess it, Pyro would run the guide once more, and exact resuming would be lost.
+    bound = estimator(num_particles=num_particles, vectorize_particles=True, max_plate_nesting=1)
+    return bound.differentiable_loss(Temper(beta)(model), Temper(beta)(guide), x) / len(x)

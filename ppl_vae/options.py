@@ -59,7 +59,7 @@ class Options:
         None,
         str,
         one_of(BINARIZATIONS),
-        f"how grey becomes black and white: {', '.join(BINARIZATIONS)} (default: none for binary data, else dynamic)",
+        f"how gray becomes black and white: {', '.join(BINARIZATIONS)} (default: none for binary data, else dynamic)",
     )
     likelihood: str = option("bernoulli", str, one_of(LIKELIHOODS), f"p(x | z): {', '.join(LIKELIHOODS)}")
     network: str = option("gated", str, one_of(NETWORKS), f"encoder and decoder: {', '.join(NETWORKS)}")
@@ -68,7 +68,7 @@ class Options:
     )
     prior: str = option("standard-normal", str, one_of(PRIORS), f"p(z): {', '.join(PRIORS)}")
     posterior: str = option("diagonal", str, one_of(POSTERIORS), f"q(z | x): {', '.join(POSTERIORS)}")
-    objective: str = option("elbo", str, one_of(OBJECTIVES), f"what is maximised: {', '.join(OBJECTIVES)}")
+    objective: str = option("elbo", str, one_of(OBJECTIVES), f"what is maximized: {', '.join(OBJECTIVES)}")
     kl: str = option(
         "sampled", str, one_of(KLS), "the KL in the objective: sampled (Trace_ELBO), analytic (TraceMeanField_ELBO)"
     )
@@ -224,12 +224,13 @@ def parse_evaluate(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def parse_benchmark(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """images, num_particles, rounds."""
-    parser = Parser("Time log p(x) against the decoder's bare matrix products, in turn; writes scripts/results/.")
+    """images, num_particles, rounds, output (or None)."""
+    parser = Parser("Time log p(x) against the decoder's bare matrix products, in turn.")
     parser.add("images", int, POSITIVE_INTEGER, "test images (default: 1000)")
     parser.add("num_particles", int, POSITIVE_INTEGER, "importance samples an image (default: 5000)")
     parser.add("rounds", int, POSITIVE_INTEGER, "times that each is timed (default: 3)")
-    parser.set_defaults(images=1000, num_particles=5000, rounds=3)
+    parser.add("output", str, NOT_EMPTY, "a JSON file for the result (scripts/results/benchmark.json: the README's)")
+    parser.set_defaults(images=1000, num_particles=5000, rounds=3, output=None)
     return parser.parse_args(argv)
 
 
@@ -252,6 +253,7 @@ def command(main: Callable[[], None]) -> None:
     try:
         main()
     except KeyboardInterrupt:
+        print("\ninterrupted; --resume and its run folder go on with a training", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError, ArithmeticError) as error:
         if os.environ.get("PPL_VAE_TRACEBACK"):
@@ -260,7 +262,8 @@ def command(main: Callable[[], None]) -> None:
     except (MemoryError, RuntimeError) as error:
         if "memory" not in str(error) and not isinstance(error, MemoryError):
             raise
-        _end_with(f"out of memory: {error}; a smaller batch, network or set of images needs less")
+        first = str(error).splitlines()[:1]
+        _end_with(f"out of memory; a smaller batch, network, or number of particles needs less {first}")
 
 
 def _end_with(error: object) -> NoReturn:

@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 Images = NDArray[Any]
 
 
 def _tiles(images: Images, columns: int) -> Images:
-    """(N, C, H, W) in [0, 1] -> one picture (rows (H + 1), columns (W + 1), C), with thin grey lines between images."""
+    """(N, C, H, W) in [0, 1] -> one picture (rows (H + 1), columns (W + 1), C), with thin gray lines between images."""
     count, channels, height, width = images.shape
     rows = -(-count // columns)
     sheet = np.full((rows * (height + 1) - 1, columns * (width + 1) - 1, channels), 0.5)
@@ -30,7 +31,7 @@ def image_rows(rows: Mapping[str, Images], *, title: str) -> Figure:
         rows: a label and images (N, C, H, W) with 1 or 3 channels, values in [0, 1]; the same N in each row.
     """
     count = len(next(iter(rows.values())))
-    figure = Figure(figsize=(0.7 * count + 1.2, 0.75 * len(rows) + 0.6), layout="constrained")
+    figure = Figure(figsize=(max(4.0, 0.7 * count + 1.2), 0.75 * len(rows) + 0.6), layout="constrained")
     for i, (label, images) in enumerate(rows.items()):
         axes = figure.add_subplot(len(rows), 1, i + 1)
         _show(axes, _tiles(images, count))
@@ -69,19 +70,42 @@ def training_curves(metrics: Sequence[Mapping[str, float]], *, title: str) -> Fi
     epochs = [record["epoch"] for record in metrics]
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
+    marker = "." if len(metrics) < 5 else ""
+    for axes in (left, right):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     annealed = any(record["beta"] != 1 for record in metrics)
     label = "training objective" + (" (beta = 1 is the ELBO)" if annealed else " (the ELBO)")
-    left.plot(epochs, [-record["train_loss_nats_per_image"] for record in metrics], label=label, color="tab:gray")
-    left.plot(epochs, [r["validation_elbo_nats_per_image"] for r in metrics], label="validation ELBO", color="tab:blue")
+    left.plot(
+        epochs,
+        [-record["train_loss_nats_per_image"] for record in metrics],
+        label=label,
+        color="tab:gray",
+        marker=marker,
+    )
+    left.plot(
+        epochs,
+        [r["validation_elbo_nats_per_image"] for r in metrics],
+        label="validation ELBO",
+        color="tab:blue",
+        marker=marker,
+    )
     best = max(metrics, key=lambda record: record["validation_elbo_nats_per_image"])
     left.plot(best["epoch"], best["validation_elbo_nats_per_image"], "o", color="tab:blue", label="best, kept")
-    # The first epochs would squeeze everything that matters into a line.
-    floor = min(r["validation_elbo_nats_per_image"] for r in metrics[len(metrics) // 5 :])
-    left.set_ylim(bottom=floor - 5)
+    if len(metrics) > 5:  # the first epochs would squeeze everything that matters into a line
+        shown = metrics[len(metrics) // 5 :]
+        floor = min(min(r["validation_elbo_nats_per_image"], -r["train_loss_nats_per_image"]) for r in shown)
+        left.set_ylim(bottom=floor - 5)
     left.set(xlabel="epoch", ylabel="nats an image")
     left.legend(fontsize=8)
-    right.plot(epochs, [-r["validation_reconstruction_nats_per_image"] for r in metrics], label="-E_q[log p(x | z)]")
-    right.plot(epochs, [r["validation_kl_nats_per_image"] for r in metrics], label="KL(q(z | x) || p(z))")
+    right.plot(
+        epochs,
+        [-r["validation_reconstruction_nats_per_image"] for r in metrics],
+        label="-E_q[log p(x | z)]",
+        marker=marker,
+    )
+    right.plot(
+        epochs, [r["validation_kl_nats_per_image"] for r in metrics], label="KL(q(z | x) || p(z))", marker=marker
+    )
     right.set(xlabel="epoch", ylabel="nats an image (validation)", ylim=(0, None))
     right.legend(fontsize=8)
     figure.suptitle(title, fontsize=10)

@@ -12,10 +12,11 @@ MAX_LOG_SCALE = 7.0
 def bounded_log_scale(h: Tensor) -> Tensor:
     """log sigma = 7 tanh(h / 7): the map from a feature to a latent's log-scale.
 
-    It has slope one at h = 0, where it gives sigma = 1, the prior's scale; it is smooth, so every feature has a
-    gradient; and it is bounded. An unbounded exp(h) overflows the KL after one bad step (h = 50 gives sigma^2 = 10^43),
-    and lets a scale vanish, where log q(z | x) is infinite; softplus cannot overflow, but its slope makes small scales
-    slow to learn and needs an epsilon at the bottom. No posterior of interest is narrower than 0.0009 prior scales.
+    It has slope one at h = 0, where it gives sigma = 1, the prior's scale; it is smooth, with a gradient for every
+    feature up to |h| = 60 in float32; and it is bounded. An unbounded exp(h) overflows the KL after one bad step (at
+    h = 50, sigma^2 = 10^43), and lets a scale vanish, where log q(z | x) is infinite; softplus cannot overflow, but its
+    slope makes small scales slow to learn and needs an epsilon at the bottom. A posterior narrower than 0.0009 prior
+    scales cannot be expressed.
 
     Source: ours.
     """

@@ -33,10 +33,12 @@ def new_run_dir(run_dir: str | None, *, dataset: str, likelihood: str) -> Path:
         return _new_default(f"{Path(dataset).stem}-{likelihood}-{time.strftime('%Y%m%d-%H%M%S')}")
     path = Path(run_dir)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(
-            f"--run-dir: expected a new or empty folder, but {path} exists (--resume {path} goes on with it)"
-        )
-    path.mkdir(parents=True, exist_ok=True)
+        advice = f" (--resume {path} goes on with it)" if (path / CONFIG).exists() else ""
+        raise ValueError(f"--run-dir: expected a new or empty folder, but {path} exists{advice}")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--run-dir: {path} cannot be made: {error.strerror}") from None
     return path
 
 
@@ -162,10 +164,14 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], scalars: dict[str, Any]
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Back from ``save_tensors``. Raises ValueError where the file is missing or damaged."""
+    return _read_tensors(path, headers_only=False)
+
+
+def _read_tensors(path: Path, *, headers_only: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             scalars = json.loads((file.metadata() or {}).get("json", "{}"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+            tensors = {name: file.get_tensor(name) for name in ([] if headers_only else file.keys())}
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; the run in {path.parent} has no weights yet") from None
     except (SafetensorError, json.JSONDecodeError, OSError) as error:
@@ -177,7 +183,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def load_step(path: Path) -> int:
     """The training step that a file by ``save_tensors`` was written at. Raises ValueError as ``load_tensors``."""
-    step = load_tensors(path)[1].get("step")
+    step = _read_tensors(path, headers_only=True)[1].get("step")
     if type(step) is not int or step < 0:
         raise ValueError(f"{path}: damaged: expected the number of a step in its header, got {step!r}")
     return step
@@ -203,6 +209,16 @@ def _version(package: str) -> str | None:
         return None
 
 
+def _processor() -> str:
+    """The CPU's name and what of its vector instructions torch uses."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
+
+
 def environment(device: str) -> dict[str, Any]:
     """Versions, device, threads, git commit and whether dirty, argv, time."""
     commit = _git("rev-parse", "HEAD")
@@ -212,7 +228,7 @@ def environment(device: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: _version(name) for name in ("ppl_vae", "torch", "pyro-ppl", "numpy", "safetensors")},
-        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.processor() or device,
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else _processor(),
         "threads": torch.get_num_threads(),
         "git_commit": commit,
         "git_dirty": bool(_git("status", "--porcelain")) if commit else None,

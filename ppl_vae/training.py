@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +15,6 @@ from torch.nn.utils import clip_grad_norm_
 
 from ppl_vae import data, objectives
 from ppl_vae.evidence import Estimate, NotFinite, evaluate
-from ppl_vae.objectives import Temper
 from ppl_vae.vae import VAE
 from ppl_vae.weights import latent_sites
 
@@ -34,9 +32,9 @@ def cosine(step: int, *, learning_rate: float, total_steps: int) -> float:
 
 
 class TrainingState:
-    """All that the next step depends on: weights, optimiser, random numbers, the place in the epoch, the best so far.
+    """All that the next step depends on: weights, optimizer, random numbers, the place in the epoch, the best so far.
 
-    Adam is torch's, one optimiser over all parameters, fused. The noise of Pyro's sites comes from torch's global
+    Adam is torch's, one optimizer over all parameters, fused. The noise of Pyro's sites comes from torch's global
     generator; the data has one of its own, and the order of the images depends on (seed, epoch) alone.
     """
 
@@ -52,27 +50,28 @@ class TrainingState:
         self.best_step = 0
         self.best_weights: dict[str, Tensor] = {}
 
-    def keep_best(self, elbo: float) -> None:
-        """Remembers these weights where their validation ELBO is the highest yet."""
-        if elbo > self.best_elbo:
-            self.best_elbo, self.best_step = elbo, self.step
-            self.best_weights = {name: w.detach().clone() for name, w in self.vae.state_dict().items()}
+    def keep_weights(self) -> None:
+        """Remembers these weights as the best."""
+        self.best_step = self.step
+        self.best_weights = {name: w.detach().clone() for name, w in self.vae.state_dict().items()}
 
     def to_tensors(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Everything, as named tensors and a JSON object."""
+        """Everything, as named tensors (which share memory with this state) and a JSON object."""
         tensors = {f"weights/{name}": w for name, w in self.vae.state_dict().items()}
         tensors |= {f"best/{name}": w for name, w in self.best_weights.items()}
         names = [name for name, _ in self.vae.named_parameters()]
-        for index, moments in self.optimizer.state_dict()["state"].items():
+        moments_of = self.optimizer.state_dict()["state"]
+        for index, moments in moments_of.items():
             tensors |= {f"adam/{names[index]}/{key}": value for key, value in moments.items()}
         tensors |= {"rng/torch": torch.get_rng_state(), "rng/data": self.generator.get_state()}
         if self.device.type == "cuda":
             tensors["rng/cuda"] = torch.cuda.get_rng_state(self.device)
         scalars = {
             "step": self.step,
+            "trained": [names[index] for index in moments_of],
             "epoch_loss": self.epoch_loss,
             "seconds": self.seconds,
-            "best_elbo": self.best_elbo if self.best_weights else None,
+            "best_elbo": self.best_elbo if math.isfinite(self.best_elbo) else None,
             "best_step": self.best_step,
         }
         return tensors, scalars
@@ -85,17 +84,18 @@ class TrainingState:
         """
         try:
             self.vae.load_state_dict(_under("weights/", tensors))
-            groups = self.optimizer.state_dict()["param_groups"]
             moments = {}
             for index, (name, parameter) in enumerate(self.vae.named_parameters()):
-                moments[index] = _under(f"adam/{name}/", tensors)
-                if scalars["step"] and moments[index]["exp_avg"].shape != parameter.shape:
-                    raise ValueError(f"the optimiser's moments of {name} have the wrong shape")
-            if scalars["step"]:
-                self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+                if name not in scalars["trained"]:  # it never had a gradient, so Adam holds nothing of it
+                    continue
+                moments[index] = {key: tensors[f"adam/{name}/{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+                if moments[index]["exp_avg"].shape != parameter.shape:
+                    raise ValueError(f"damaged: the optimizer's moments of {name} have the wrong shape")
+            groups = self.optimizer.state_dict()["param_groups"]
+            self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
             torch.set_rng_state(tensors["rng/torch"])
             self.generator.set_state(tensors["rng/data"])
-            if self.device.type == "cuda" and "rng/cuda" in tensors:
+            if self.device.type == "cuda":
                 torch.cuda.set_rng_state(tensors["rng/cuda"], self.device)
             self.best_weights = {name: w.to(self.device) for name, w in _under("best/", tensors).items()}
             self.step, self.epoch_loss = scalars["step"], scalars["epoch_loss"]
@@ -131,10 +131,10 @@ def fit(
     on_checkpoint: Callable[[TrainingState], None] | None = None,
     checkpoint_seconds: float = math.inf,
 ) -> TrainingState:
-    """Maximises the objective by SVI, and leaves the best weights by the validation ELBO (at beta = 1) in the VAE.
+    """Trains the VAE by SVI, and leaves it in evaluation mode with the best weights by the validation ELBO (beta = 1).
 
     Adam with a cosine learning rate by step count; beta rises linearly from 0 over the warm-up; the gradient's global
-    norm is clipped. The first step runs with Pyro's validation on, the others without. Seed torch's global generator
+    norm is clipped. The first epoch runs with Pyro's validation on, the others without. Seed torch's global generator
     before the VAE is built (``pyro.set_rng_seed``): the weights and the noise of the sites come from it.
 
     Args:
@@ -157,8 +157,16 @@ def fit(
     Raises:
         NotFinite: a loss or gradient is NaN or infinite; names the step and the site. The VAE keeps the weights of
             the step before.
-        ValueError: a saved state that does not fit.
+        ValueError: an argument out of its range, an image off the likelihood's support, or a saved state that does
+            not fit.
     """
+    least = {"train": len(train), "epochs": epochs, "batch_size": batch_size}
+    for argument, value in least.items():
+        if value < 1:
+            raise ValueError(f"{argument}: expected at least 1, got {value}")
+    for argument, number in {"learning_rate": learning_rate, "clip_norm": clip_norm}.items():
+        if not 0 < number < math.inf:
+            raise ValueError(f"{argument}: expected a finite number above 0, got {number}")
     device = next(vae.parameters()).device
     state = TrainingState(vae, device=device, seed=seed)
     if saved is not None:
@@ -170,7 +178,7 @@ def fit(
     vae.train()
     started = last_checkpoint = time.monotonic()
     earlier = state.seconds
-    validate = True
+    first_epoch = state.step // steps_an_epoch
     while state.step < total_steps:
         epoch, place = divmod(state.step, steps_an_epoch)
         epoch_started, images_seen = time.monotonic(), 0
@@ -178,8 +186,8 @@ def fit(
             x = observe(train[index], state.generator)
             at_beta = warmup(state.step, beta=beta, warmup_steps=warmup_steps)
             rate = cosine(state.step, learning_rate=learning_rate, total_steps=total_steps)
+            validate = epoch == first_epoch
             loss = _step(state, objective, x, beta=at_beta, learning_rate=rate, clip_norm=clip_norm, validate=validate)
-            validate = False
             state.step += 1
             state.epoch_loss += loss * len(x)
             images_seen += len(x)
@@ -198,7 +206,7 @@ def fit(
             "learning_rate": rate,
             "train_images_per_second": images_seen / (time.monotonic() - epoch_started),
         }
-        record |= _validate(state, validation)
+        record |= _validate(state, validation, check=epoch == first_epoch)
         state.epoch_loss = 0.0
         record["seconds"] = state.seconds = earlier + time.monotonic() - started
         if on_epoch is not None:
@@ -207,6 +215,7 @@ def fit(
             on_checkpoint(state)
         last_checkpoint = time.monotonic()
     vae.load_state_dict(state.best_weights)
+    vae.eval()
     return state
 
 
@@ -230,19 +239,17 @@ def _step(
     vae, optimizer = state.vae, state.optimizer
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
-    rng = torch.get_rng_state()
-    with pyro.validation_enabled(validate), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Encountered NaN")  # said below, with the step and the site
+    with pyro.validation_enabled(validate):
         try:
             loss = objective(vae.model, vae.guide, x, beta=beta)
         except ValueError:
-            site = _site_that_is_not_finite(vae, x, beta, rng)
+            site = _site_that_is_not_finite(vae, x)
             if site is None:
                 raise
             raise NotFinite(f"step {state.step}: {site}") from None
     value = loss.item()
     if not math.isfinite(value):
-        site = _site_that_is_not_finite(vae, x, beta, rng) or "every site is finite, so their sum overflowed"
+        site = _site_that_is_not_finite(vae, x) or "every site is finite when z is drawn again"
         raise NotFinite(f"step {state.step}: the loss is {value}: {site}")
     optimizer.zero_grad()
     loss.backward()
@@ -254,14 +261,13 @@ def _step(
     return value
 
 
-def _site_that_is_not_finite(vae: VAE, x: Tensor, beta: float, rng: Tensor) -> str | None:
-    """Runs the two programs again with the same noise, and names the first site with a number that is not finite."""
+def _site_that_is_not_finite(vae: VAE, x: Tensor) -> str | None:
+    """Runs the two programs again, and names the first site with a number that is not finite."""
     if not x.isfinite().all():
         return "site 'x': the images of this batch hold values that are not finite"
-    torch.set_rng_state(rng)
     with torch.no_grad(), pyro.validation_enabled(False):
-        q = poutine.trace(Temper(beta)(vae.guide)).get_trace(x)
-        p = poutine.trace(poutine.replay(Temper(beta)(vae.model), trace=q)).get_trace(x)
+        q = poutine.trace(vae.guide).get_trace(x)
+        p = poutine.trace(poutine.replay(vae.model, trace=q)).get_trace(x)
         for program, trace in (("guide", q), ("model", p)):
             for name in [*latent_sites(trace), *trace.observation_nodes]:
                 site = trace.nodes[name]
@@ -272,17 +278,18 @@ def _site_that_is_not_finite(vae: VAE, x: Tensor, beta: float, rng: Tensor) -> s
     return None
 
 
-def _validate(state: TrainingState, validation: Tensor | None) -> dict[str, float]:
+def _validate(state: TrainingState, validation: Tensor | None, *, check: bool) -> dict[str, float]:
     """Validation ELBO at beta = 1, and its two terms; keeps the best weights."""
     if validation is None:
-        state.best_elbo = -math.inf
-        state.keep_best(state.step)
+        state.keep_weights()
         return {}
-    result = evaluate(state.vae, validation, num_particles=1, seed=_VALIDATION_SEED)
+    result = evaluate(state.vae, validation, num_particles=1, seed=_VALIDATION_SEED, check=check)
     elbo = Estimate.of(result.elbo, 1)
     if not math.isfinite(elbo.mean):
         raise NotFinite(f"step {state.step}: the validation ELBO is {elbo.mean}")
-    state.keep_best(elbo.mean)
+    if elbo.mean > state.best_elbo:
+        state.best_elbo = elbo.mean
+        state.keep_weights()
     return {
         "validation_elbo_nats_per_image": elbo.mean,
         "validation_elbo_stderr_nats_per_image": elbo.stderr,

@@ -17,6 +17,9 @@ Program = Callable[[Tensor], Any]
 
 def _log_prob(name: str, site: dict[str, Any], shape: tuple[int, int]) -> Tensor:
     """(S, B): the site's log-density as its distribution gives it, masked where a mask says so, never scaled."""
+    if not any(frame.dim == -1 and frame.size == shape[1] for frame in site["cond_indep_stack"]):
+        # Checked by the plate and not by the shape alone, which one image would satisfy.
+        raise ValueError(f"site {name!r}: expected it in the images' plate, of size {shape[1]} at dim=-1")
     log_prob = scale_and_mask(site["fn"].log_prob(site["value"]), mask=site["mask"])
     if tuple(log_prob.shape) != shape:
         raise ValueError(
@@ -26,10 +29,15 @@ def _log_prob(name: str, site: dict[str, Any], shape: tuple[int, int]) -> Tensor
     return log_prob
 
 
-def _log_joint(trace: poutine.Trace, names: list[str], shape: tuple[int, int]) -> Tensor:
+def _log_joint(trace: poutine.Trace, names: list[str], shape: tuple[int, int], device: torch.device) -> Tensor:
     """(S, B): the sum over these sites."""
-    zero = torch.zeros(shape, device=trace.nodes["_INPUT"]["args"][0].device)
+    zero = torch.zeros(shape, device=device)
     return sum((_log_prob(name, trace.nodes[name], shape) for name in names), zero)
+
+
+def _observed_sites(trace: poutine.Trace) -> list[str]:
+    """The names of observed sites and factors; a pyro.deterministic site has no density and is none."""
+    return [name for name in trace.observation_nodes if not trace.nodes[name]["infer"].get("_deterministic")]
 
 
 def latent_sites(trace: poutine.Trace) -> list[str]:
@@ -52,11 +60,12 @@ def log_weight_terms(model: Program, guide: Program, x: Tensor, num_particles: i
         Two tensors (S, B), nats.
 
     Raises:
-        ValueError: where a latent site of one program is missing in the other, or a site is not one number an image.
+        ValueError: where a latent site of one program is missing in the other, a site is not one number an image in
+            the images' plate, or the guide observes or holds a factor.
     """
     if num_particles < 1:
         raise ValueError(f"num_particles: expected at least 1, got {num_particles}")
-    particles = pyro.plate("particles", num_particles, dim=-2)
+    particles = pyro.plate("_importance_particles", num_particles, dim=-2)
     q = poutine.trace(particles(guide)).get_trace(x)
     p = poutine.trace(poutine.replay(particles(model), trace=q)).get_trace(x)
     latents, proposed = latent_sites(p), latent_sites(q)
@@ -65,9 +74,13 @@ def log_weight_terms(model: Program, guide: Program, x: Tensor, num_particles: i
             f"guide: expected the model's latent sites {latents}, got {proposed}; "
             "a latent site of only one of them would leave its density out of the weight"
         )
+    stray = _observed_sites(q)
+    if stray:
+        raise ValueError(f"guide: expected sampled sites only, got observed sites or factors {stray}")
     shape = (num_particles, len(x))
-    log_p_x_given_z = _log_joint(p, p.observation_nodes, shape)
-    log_p_z, log_q_z = _log_joint(p, latents, shape), _log_joint(q, latents, shape)
+    log_p_x_given_z = _log_joint(p, _observed_sites(p), shape, x.device)
+    log_p_z = _log_joint(p, latents, shape, x.device)
+    log_q_z = _log_joint(q, latents, shape, x.device)
     return log_p_x_given_z, log_p_z - log_q_z
 
 

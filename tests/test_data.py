@@ -1,4 +1,4 @@
-"""Data: the embedded MNIST, a person's own files, splits, binarisation, subsets."""
+"""Data: the embedded MNIST, a person's own files, splits, binarization, subsets."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import io
 import lzma
 import math
+import re
 from importlib.resources import files
 from pathlib import Path
 from types import SimpleNamespace
@@ -50,11 +51,11 @@ def idx() -> SimpleNamespace:
 
 
 @pytest.fixture
-def grey() -> data.Splits:
-    """Small and grey, with every level present."""
+def gray() -> data.Splits:
+    """Small and gray, with every level present."""
     levels = torch.arange(256, dtype=torch.uint8)
     images = torch.stack([levels.roll(i).reshape(1, 16, 16) for i in range(40)])
-    return data.Splits("grey", data.LEVELS, images[:20], images[20:30], images[30:], sha256="", split="")
+    return data.Splits("gray", data.LEVELS, images[:20], images[20:30], images[30:], sha256="", split="")
 
 
 # --- MNIST ---
@@ -83,7 +84,10 @@ def test_mnist_test_is_the_published_test_set(mnist: data.Splits, idx: SimpleNam
 
 
 def test_mnist_says_its_sizes(mnist: data.Splits) -> None:
-    assert "mnist: 8-bit levels, 1x28x28; train / validation / test 50,000 / 10,000 / 10,000" in mnist.describe()
+    assert (
+        "mnist: 8-bit levels from 0 to 255, 1x28x28; train / validation / test 50,000 / 10,000 / 10,000"
+        in mnist.describe()
+    )
 
 
 def embed(monkeypatch: pytest.MonkeyPatch, folder: Path, name: str, content: bytes | None) -> None:
@@ -122,7 +126,7 @@ def test_a_missing_embedded_file_is_refused(monkeypatch: pytest.MonkeyPatch, tmp
         data.load("mnist")
 
 
-# --- Binarisation ---
+# --- Binarization ---
 
 
 @pytest.mark.parametrize("binarization", ["dynamic", "fixed"])
@@ -139,40 +143,40 @@ def test_mnist_is_evaluated_on_the_published_draw(mnist: data.Splits, idx: Simpl
     np.testing.assert_array_equal(data.evaluation_images(mnist, "test", binarization).numpy(), test)
 
 
-def test_a_fixed_training_set_is_the_third_draw_of_the_published_stream(grey: data.Splits) -> None:
+def test_a_fixed_training_set_is_the_third_draw_of_the_published_stream(gray: data.Splits) -> None:
     stream = np.random.RandomState(777)
     validation, test, train = (
-        stream.binomial(1, x.numpy().astype(np.float32) / 255) for x in (grey.validation, grey.test, grey.train)
+        stream.binomial(1, x.numpy().astype(np.float32) / 255) for x in (gray.validation, gray.test, gray.train)
     )
-    stored, observe = data.training_images(grey, "fixed")
+    stored, observe = data.training_images(gray, "fixed")
     np.testing.assert_array_equal(observe(stored, torch.Generator()).numpy(), train)
-    assert validation.shape[0] == len(grey.validation)
-    assert test.shape[0] == len(grey.test)
+    assert validation.shape[0] == len(gray.validation)
+    assert test.shape[0] == len(gray.test)
 
 
 @pytest.mark.parametrize("split", ["train", "validation", "test"])
 @pytest.mark.parametrize("binarization", ["dynamic", "fixed", "threshold", "none"])
-def test_evaluated_images_do_not_depend_on_global_seeds(grey: data.Splits, split: str, binarization: str) -> None:
+def test_evaluated_images_do_not_depend_on_global_seeds(gray: data.Splits, split: str, binarization: str) -> None:
     np.random.seed(1)  # noqa: NPY002 (the global generator is what must not matter)
     torch.manual_seed(1)
-    first = data.evaluation_images(grey, split, binarization)
+    first = data.evaluation_images(gray, split, binarization)
     np.random.seed(2)  # noqa: NPY002
     torch.manual_seed(2)
-    assert torch.equal(first, data.evaluation_images(grey, split, binarization))
+    assert torch.equal(first, data.evaluation_images(gray, split, binarization))
 
 
 @pytest.mark.parametrize("binarization", ["dynamic", "fixed"])
-def test_evaluated_images_leave_global_generators_alone(grey: data.Splits, binarization: str) -> None:
+def test_evaluated_images_leave_global_generators_alone(gray: data.Splits, binarization: str) -> None:
     torch_before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
-    data.evaluation_images(grey, "test", binarization)
+    data.evaluation_images(gray, "test", binarization)
     assert torch.equal(torch_before, torch.get_rng_state())
     np.testing.assert_array_equal(numpy_before, np.random.get_state()[1])  # noqa: NPY002
 
 
 @pytest.mark.parametrize("split", ["valid", "all", ""])
-def test_an_unknown_split_is_refused(grey: data.Splits, split: str) -> None:
-    with pytest.raises(ValueError, match="split: expected one of train, validation, test"):
-        data.evaluation_images(grey, split, "dynamic")
+def test_an_unknown_split_is_refused(gray: data.Splits, split: str) -> None:
+    with pytest.raises(ValueError, match="split: expected one of test, validation, train"):
+        data.evaluation_images(gray, split, "dynamic")
 
 
 def test_each_level_is_drawn_at_its_own_rate() -> None:
@@ -215,20 +219,20 @@ def test_black_and_white_are_certain_at_the_ends_of_the_uniform_numbers(
     assert data.bernoulli_draw(stored / 255, torch.Generator()) == stored / 255
 
 
-def test_training_images_are_drawn_anew_at_each_access(grey: data.Splits) -> None:
-    stored, observe = data.training_images(grey, "dynamic")
+def test_training_images_are_drawn_anew_at_each_access(gray: data.Splits) -> None:
+    stored, observe = data.training_images(gray, "dynamic")
     generator = torch.Generator().manual_seed(0)
     assert not torch.equal(observe(stored, generator), observe(stored, generator))
 
 
-def test_a_training_draw_is_zeros_and_ones_in_float32(grey: data.Splits) -> None:
-    stored, observe = data.training_images(grey, "dynamic")
+def test_a_training_draw_is_zeros_and_ones_in_float32(gray: data.Splits) -> None:
+    stored, observe = data.training_images(gray, "dynamic")
     drawn = observe(stored, torch.Generator().manual_seed(0))
     assert (drawn.dtype, set(drawn.unique().tolist())) == (torch.float32, {0.0, 1.0})
 
 
-def test_a_training_draw_comes_from_its_generator_alone(grey: data.Splits) -> None:
-    stored, observe = data.training_images(grey, "dynamic")
+def test_a_training_draw_comes_from_its_generator_alone(gray: data.Splits) -> None:
+    stored, observe = data.training_images(gray, "dynamic")
     torch.manual_seed(1)
     first = observe(stored, torch.Generator().manual_seed(7))
     torch.manual_seed(2)
@@ -236,26 +240,26 @@ def test_a_training_draw_comes_from_its_generator_alone(grey: data.Splits) -> No
 
 
 @pytest.mark.parametrize("binarization", ["fixed", "threshold", "none"])
-def test_other_training_images_are_the_same_at_each_access(grey: data.Splits, binarization: str) -> None:
-    stored, observe = data.training_images(grey, binarization)
+def test_other_training_images_are_the_same_at_each_access(gray: data.Splits, binarization: str) -> None:
+    stored, observe = data.training_images(gray, binarization)
     generator = torch.Generator().manual_seed(0)
     assert torch.equal(observe(stored, generator), observe(stored, generator))
 
 
 @pytest.mark.parametrize("binarization", ["fixed", "threshold"])
-def test_fixed_training_images_are_those_that_an_evaluation_of_train_sees(grey: data.Splits, binarization: str) -> None:
-    stored, observe = data.training_images(grey, binarization)
-    assert torch.equal(observe(stored, torch.Generator()), data.evaluation_images(grey, "train", binarization))
+def test_fixed_training_images_are_those_that_an_evaluation_of_train_sees(gray: data.Splits, binarization: str) -> None:
+    stored, observe = data.training_images(gray, binarization)
+    assert torch.equal(observe(stored, torch.Generator()), data.evaluation_images(gray, "train", binarization))
 
 
-def test_threshold_is_white_from_level_128(grey: data.Splits) -> None:
-    expected = (grey.test.int() >= 128).float()  # 127/255 is below a half, 128/255 above
-    assert torch.equal(data.evaluation_images(grey, "test", "threshold"), expected)
+def test_threshold_is_white_from_level_128(gray: data.Splits) -> None:
+    expected = (gray.test.int() >= 128).float()  # 127/255 is below a half, 128/255 above
+    assert torch.equal(data.evaluation_images(gray, "test", "threshold"), expected)
 
 
-def test_without_binarization_levels_become_fractions(grey: data.Splits) -> None:
-    expected = grey.test.numpy().astype(np.float64) / 255
-    np.testing.assert_allclose(data.evaluation_images(grey, "test", "none").numpy(), expected, atol=1e-7)
+def test_without_binarization_levels_become_fractions(gray: data.Splits) -> None:
+    expected = gray.test.numpy().astype(np.float64) / 255
+    np.testing.assert_allclose(data.evaluation_images(gray, "test", "none").numpy(), expected, atol=1e-7)
 
 
 @pytest.mark.parametrize("split", ["train", "validation", "test"])
@@ -291,13 +295,13 @@ def test_binary_data_resolves_to_no_binarization(tmp_path: Path) -> None:
     assert data.resolve_binarization(splits, None) == "none"
 
 
-def test_grey_data_resolves_to_a_dynamic_binarization(grey: data.Splits) -> None:
-    assert data.resolve_binarization(grey, None) == "dynamic"
+def test_grey_data_resolves_to_a_dynamic_binarization(gray: data.Splits) -> None:
+    assert data.resolve_binarization(gray, None) == "dynamic"
 
 
 @pytest.mark.parametrize("binarization", ["dynamic", "fixed", "threshold", "none"])
-def test_grey_data_takes_each_binarization(grey: data.Splits, binarization: str) -> None:
-    assert data.resolve_binarization(grey, binarization) == binarization
+def test_grey_data_takes_each_binarization(gray: data.Splits, binarization: str) -> None:
+    assert data.resolve_binarization(gray, binarization) == binarization
 
 
 # --- A person's own file: layouts and kinds ---
@@ -366,10 +370,10 @@ def test_the_checksum_is_that_of_the_file(tmp_path: Path) -> None:
 
 
 def test_a_description_says_kind_shape_sizes_and_split(tmp_path: Path) -> None:
-    grey = PIXELS.integers(0, 256, (20, 4, 5, 3)).astype(np.uint8)
-    read = own(tmp_path, train=grey, valid=grey[:7], test=grey[:9])
+    gray = PIXELS.integers(0, 256, (20, 4, 5, 3)).astype(np.uint8)
+    read = own(tmp_path, train=gray, valid=gray[:7], test=gray[:9])
     assert read.describe() == (
-        "own.npz: 8-bit levels, 3x4x5; train / validation / test 20 / 7 / 9 (as the file gives them)"
+        "own.npz: 8-bit levels from 0 to 255, 3x4x5; train / validation / test 20 / 7 / 9 (as the file gives them)"
     )
 
 
@@ -506,8 +510,8 @@ BAD_ARRAYS = {
     "five dimensions": (np.zeros((20, 1, 4, 5, 1), np.uint8), r"got shape \(20, 1, 4, 5, 1\) in train"),
     "one dimension": (np.zeros(20, np.uint8), r"got shape \(20,\) in train"),
     "no dimension": (np.array(1, np.uint8), r"got shape \(\)"),
-    "two channels": (np.zeros((20, 4, 5, 2), np.uint8), r"with 1 or 3 channels, got shape \(20, 4, 5, 2\)"),
-    "channels first": (np.zeros((20, 3, 8, 9), np.uint8), r"with 1 or 3 channels, got shape \(20, 3, 8, 9\)"),
+    "two channels": (np.zeros((20, 4, 5, 2), np.uint8), r"with 1 or 3 channels \(last\), got shape \(20, 4, 5, 2\)"),
+    "channels first": (np.zeros((20, 3, 8, 9), np.uint8), r"with 1 or 3 channels \(last\), got shape \(20, 3, 8, 9\)"),
     "no images": (np.zeros((0, 4, 5), np.uint8), "expected at least one image in every split, got an empty array"),
     "no width": (np.zeros((20, 4, 0), np.uint8), r"expected at least one pixel, got shape \(20, .*4, 0\) in train"),
     "nine images": (np.zeros((9, 4, 5), np.uint8), "expected at least 10 images to split, got 9"),
@@ -525,7 +529,7 @@ BAD_SPLITS = {
         {"train": GREY, "test": GREY.reshape(20, 20)},
         r"expected images of one shape in all splits, got \[\(1, 4, 5\), \(20,\)\]",
     ),
-    "binary train, grey test": ({"train": BITS, "test": GREY}, "expected binary in test as in train"),
+    "binary train, gray test": ({"train": BITS, "test": GREY}, "expected binary in test as in train"),
     "binary train, fractions in validation": (
         {"train": BITS, "valid": FLOATS},
         "expected binary in validation as in train",
@@ -653,3 +657,50 @@ def test_a_subset_is_not_the_first_images(most: int) -> None:
 
 def test_a_subset_of_a_sorted_file_holds_every_class() -> None:
     assert (data.subset(10_000, 500) // 1_000).unique().tolist() == list(range(10))
+
+
+@pytest.mark.parametrize("binarization", ["fixed", "threshold", "none"])
+@pytest.mark.parametrize("values", ["binary", "levels", "probabilities"])
+def test_what_training_sees_once_and_for_all_is_what_evaluation_sees(
+    binarization: str, values: str, tmp_path: Path
+) -> None:
+    generator = np.random.default_rng(0)
+    array = {
+        "binary": generator.integers(0, 2, (40, 6), dtype=np.uint8),
+        "levels": generator.integers(0, 256, (40, 6), dtype=np.uint8),
+        "probabilities": generator.random((40, 6), dtype=np.float32),
+    }[values]
+    np.save(tmp_path / "own.npy", array)
+    splits = data.load(str(tmp_path / "own.npy"))
+    stored, observe = data.training_images(splits, binarization)
+    seen = observe(stored, torch.Generator())
+    assert torch.equal(seen, data.evaluation_images(splits, "train", binarization))
+    assert torch.equal(seen, data.expected_images(splits, binarization))
+
+
+def test_a_dynamic_draw_is_the_expected_image_on_average(tmp_path: Path) -> None:
+    levels = np.random.default_rng(0).integers(0, 256, (40, 6), dtype=np.uint8)
+    np.save(tmp_path / "own.npy", levels)
+    splits = data.load(str(tmp_path / "own.npy"))
+    stored, observe = data.training_images(splits, "dynamic")
+    generator = torch.Generator().manual_seed(0)
+    mean = torch.stack([observe(stored, generator) for _ in range(2000)]).mean(0)
+    expected = data.expected_images(splits, "dynamic")
+    error = (expected * (1 - expected) / 2000).sqrt()
+    assert ((mean - expected).abs() <= 5 * error + 1e-6).all()
+
+
+def test_uint8_that_never_comes_near_255_is_refused(tmp_path: Path) -> None:
+    np.save(tmp_path / "own.npy", np.random.default_rng(0).integers(0, 17, (40, 8, 8), dtype=np.uint8))
+    with pytest.raises(ValueError, match=r"expected uint8 levels up to 255, got 16 at most"):
+        data.load(str(tmp_path / "own.npy"))
+
+
+def test_the_label_files_are_the_published_ones_too() -> None:
+    folder = Path(data.__file__).parent / "mnist"
+    notice = (folder / "NOTICE.md").read_text()
+    files = sorted(folder.glob("*.xz"))
+    assert len(files) == 4
+    for path in files:
+        checksum = hashlib.sha256(lzma.decompress(path.read_bytes())).hexdigest()
+        assert re.search(rf"{path.stem}\s+{checksum}", notice)

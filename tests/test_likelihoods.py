@@ -10,12 +10,17 @@ import scipy.stats
 import torch
 from torch.testing import assert_close
 
+from ppl_vae import build
 from ppl_vae.likelihoods import Bernoulli
 
 EVENT = (1, 2, 3)
 
 # Each likelihood with its event, and all values that an image of a few pixels can take.
 LIKELIHOODS = {"bernoulli": (Bernoulli(EVENT), [0.0, 1.0])}
+
+
+def test_every_likelihood_of_the_command_line_is_in_the_list():
+    assert LIKELIHOODS.keys() == build.LIKELIHOODS.keys()
 
 
 @pytest.fixture(params=LIKELIHOODS)

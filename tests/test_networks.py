@@ -6,9 +6,14 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from ppl_vae import build
 from ppl_vae.networks import MLP, GatedMLP
 
 NETWORKS = {"mlp": MLP, "gated": GatedMLP}
+
+
+def test_every_network_of_the_command_line_is_in_the_list():
+    assert NETWORKS == build.NETWORKS
 
 
 @pytest.fixture(params=NETWORKS)

@@ -36,6 +36,7 @@ def _exact(log_w):
         "effective_sample_size": 1 / v.square().sum(0),
         "monte_carlo_stderr": (v.square().sum(0) - 1 / S).clamp(min=0).sqrt(),
         "bias": (S - 1) * (bound - without.mean(0)),
+        "rise": bound - torch.stack([part.logsumexp(0) - math.log(len(part)) for part in log_w.chunk(10)]).mean(0),
     }
 
 
@@ -46,8 +47,9 @@ def test_a_streamed_statistic_is_the_one_computed_at_once(chunk, spread):
     log_w = -90 + spread * torch.randn(300, 4, generator=generator, dtype=torch.double)
     summary = _summary(log_w, chunk)
     for name, exact in _exact(log_w).items():
-        M = tail_length(300)
-        assert_close(getattr(summary, name)(), exact, rtol=1e-9, atol=1 / (3 * M**2), msg=lambda m, n=name: f"{n}: {m}")
+        streamed = getattr(summary, name)()
+        summed_weights = 1 / (3 * tail_length(300) ** 2) if name == "bias" else 0.0
+        assert_close(streamed, exact, rtol=1e-7, atol=1e-12 + summed_weights, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_one_weight_that_dwarfs_all_others_keeps_the_bias_exact():
@@ -67,6 +69,24 @@ def test_memory_grows_with_the_root_of_the_particles():
 
 def test_the_tail_is_that_of_the_paper():
     assert [tail_length(S) for S in (25, 100, 225, 5000)] == [5, 20, 45, 213]
+
+
+def test_tenths_of_unequal_size_are_means_of_their_own():
+    summary = _summary(torch.zeros(57, 2), 8)
+    assert_close(summary.rise(), torch.zeros(2, dtype=torch.double), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("num_particles", [21, 24])
+def test_twenty_one_particles_are_enough_for_a_k(num_particles):
+    generator = torch.Generator().manual_seed(0)
+    assert _summary(torch.randn(num_particles, 3, generator=generator), 7).pareto_k().isfinite().all()
+
+
+@pytest.mark.parametrize("spread", [1e3, 1e4])
+def test_k_is_infinite_where_one_weight_is_beyond_all_others(spread):
+    generator = torch.Generator().manual_seed(0)
+    log_w = spread * torch.randn(5000, 4, generator=generator, dtype=torch.double)
+    assert (_summary(log_w, 1000).pareto_k() > 10).all()
 
 
 @pytest.mark.parametrize("num_particles", [1, 2, 20])

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from ppl_vae import build, objectives, options
+from ppl_vae import build, options
 
 SCRIPTS = sorted((Path(__file__).parent.parent / "scripts").glob("*.py"))
 
@@ -84,8 +84,8 @@ def test_the_words_are_those_that_build_knows(words: tuple[str, ...], parts: dic
     assert list(words) == list(parts)
 
 
-def test_the_words_of_kl_are_those_that_the_objective_knows() -> None:
-    assert list(options.KLS) == list(objectives._ESTIMATORS)
+def test_the_words_of_kl_are_those_that_build_knows() -> None:
+    assert list(options.KLS) == list(build.KLS)
 
 
 @pytest.mark.parametrize("network", options.NETWORKS)
@@ -353,13 +353,13 @@ def test_what_a_user_can_cause_ends_in_one_line(capsys: pytest.CaptureFixture[st
     assert capsys.readouterr().err == f"error: {error}\n"
 
 
-def test_an_interrupt_ends_with_code_130_and_without_a_word(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_interrupt_ends_with_code_130_and_says_how_to_go_on(capsys: pytest.CaptureFixture[str]) -> None:
     def main() -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(SystemExit, match=r"^130$"):
         options.command(main)
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr().err.strip() == "interrupted; --resume and its run folder go on with a training"
 
 
 def test_our_own_bugs_keep_their_traceback() -> None:

@@ -380,6 +380,12 @@ def test_an_empty_folder_is_taken(tmp_path: Path) -> None:
 
 def test_a_folder_that_holds_something_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").touch()
+    with pytest.raises(ValueError, match=r"--run-dir: expected a new or empty folder, but .* exists$"):
+        runs.new_run_dir(str(tmp_path), dataset="mnist", likelihood="bernoulli")
+
+
+def test_a_folder_that_holds_a_run_is_refused_with_the_way_to_go_on(tmp_path: Path) -> None:
+    (tmp_path / "config.json").touch()
     with pytest.raises(ValueError, match=r"--run-dir: expected a new or empty folder, but .* exists \(--resume"):
         runs.new_run_dir(str(tmp_path), dataset="mnist", likelihood="bernoulli")
 

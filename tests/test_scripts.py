@@ -133,7 +133,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
 
 @pytest.fixture(scope="module")
 def datasets(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with small.npz, a few of MNIST's images, and bits.npy and grey.npy, tables."""
+    """A folder with small.npz, a few of MNIST's images, and bits.npy and gray.npy, tables."""
     folder = tmp_path_factory.mktemp("data")
     mnist = data.load("mnist")
     np.savez(
@@ -143,7 +143,7 @@ def datasets(tmp_path_factory: pytest.TempPathFactory) -> Path:
         test=mnist.test[:50, 0].numpy(),
     )
     np.save(folder / "bits.npy", np.random.default_rng(0).integers(0, 2, (100, 16)).astype(np.uint8))
-    np.save(folder / "grey.npy", (mnist.train[:400, 0, 6:22:2, 6:22:2].flatten(1)).numpy())
+    np.save(folder / "gray.npy", (mnist.train[:400, 0, 6:22:2, 6:22:2].flatten(1)).numpy())
     return folder
 
 
@@ -229,7 +229,7 @@ def test_a_run_leaves_the_files_of_a_run_folder(first: tuple[Path, Done]) -> Non
 def test_a_run_says_what_it_saw_where_it_is_and_how_to_go_on(first: tuple[Path, Done]) -> None:
     folder, done = first
     assert f"--resume {folder} goes on" in done.out
-    assert "small.npz: 8-bit levels, 1x28x28; train / validation / test 300 / 40 / 50" in done.out
+    assert "small.npz: 8-bit levels from 0 to 255, 1x28x28; train / validation / test 300 / 40 / 50" in done.out
 
 
 def test_config_holds_what_was_asked_for(first: tuple[Path, Done], datasets: Path) -> None:
@@ -280,7 +280,7 @@ ENTRY = {
     "measure": str,
     "log_likelihood": {"mean": float, "stderr": float},
     "elbo": {"mean": float, "stderr": float},
-    "bits_per_dim": type(None),  # the images are binarised
+    "bits_per_dim": type(None),  # the images are binarized
     "reconstruction": {"mean": float, "stderr": float},
     "kl": {"mean": float, "stderr": float},
     "monte_carlo_stderr": float,
@@ -313,7 +313,7 @@ def test_an_evaluation_holds_each_field_of_the_design(first: tuple[Path, Done], 
 
 def test_an_evaluation_says_what_was_measured(first: tuple[Path, Done], datasets: Path) -> None:
     expected = {
-        "dataset": str(datasets / "small.npz"),
+        "dataset": "small.npz",
         "split": "test",
         "binarization": "dynamic",
         "num_images": 20,
@@ -571,9 +571,9 @@ LEARNS = ["--hidden", "16", "--latent-dim", "2", "--epochs", "2", "--warmup-epoc
 
 @pytest.fixture(scope="module")
 def uninterrupted(datasets: Path, run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run on a grey table whose weights are the best at its end, so that older ones are wrong."""
+    """A run on a gray table whose weights are the best at its end, so that older ones are wrong."""
     folder = tmp_path_factory.mktemp("runs") / "run"
-    assert run(TRAIN, "--dataset", datasets / "grey.npy", "--run-dir", folder, *LEARNS).code == 0
+    assert run(TRAIN, "--dataset", datasets / "gray.npy", "--run-dir", folder, *LEARNS).code == 0
     assert read(folder / "evaluation.json")["test"]["step"] == records(folder)[-1]["step"]
     return folder
 
@@ -584,7 +584,7 @@ def test_a_run_killed_once_any_number_of_its_files_is_in_place_goes_on_as_if_it_
     uninterrupted: Path, datasets: Path, run: Run, tmp_path: Path, files: int
 ) -> None:
     """Config, environment, metrics, two checkpoints of two files each, evaluation, figure."""
-    words = ["--dataset", datasets / "grey.npy", "--run-dir", tmp_path / "run", *LEARNS]
+    words = ["--dataset", datasets / "gray.npy", "--run-dir", tmp_path / "run", *LEARNS]
     assert run(TRAIN, *words, dies_after=files).code == 9
     done = run(TRAIN, "--resume", tmp_path / "run")
     assert (done.code, done.said) == (0, [])
@@ -606,7 +606,10 @@ def test_an_interrupted_run_stops_without_a_traceback_and_has_its_weights(datase
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
-    assert (process.returncode, Done(process.returncode, out, err).said) == (130, [])
+    assert (process.returncode, Done(process.returncode, out, err).said) == (
+        130,
+        ["interrupted; --resume and its run folder go on with a training"],
+    )
     assert ppl_vae.load(tmp_path / "run").likelihood.event_shape == (16,)
 
 

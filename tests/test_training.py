@@ -10,6 +10,7 @@ import pytest
 import torch
 from oracles import LinearGaussian, NormalFixed, bernoulli_vae, quadrature_log_evidence
 from pyro import poutine
+from pyro.infer import TraceMeanField_ELBO
 from torch import nn
 
 from ppl_vae import VAE, Conditional, data, fit, objectives
@@ -150,7 +151,10 @@ def test_the_validation_elbo_is_at_beta_one_whatever_is_trained():
     with torch.no_grad():
         torch.manual_seed(0)
         draws = torch.stack([-objectives.elbo(vae.model, vae.guide, x) for _ in range(200)])
+    # Both have the noise of one draw an image; the objective at beta = 20 is far outside.
     assert abs(records[0]["validation_elbo_nats_per_image"] - draws.mean()) < 5 * draws.std()
+    at_twenty = -objectives.elbo(vae.model, vae.guide, x, beta=20.0).detach()
+    assert abs(at_twenty - draws.mean()) > 10 * draws.std()
 
 
 def test_validation_neither_trains_nor_draws_from_the_global_generator():
@@ -190,9 +194,9 @@ def _poison(vae, site):
         {"z": vae.posterior, "x": vae.likelihood}[site].net.output.weight.fill_(math.nan)
 
 
-@pytest.mark.parametrize("site", ["z", "x"])
-@pytest.mark.parametrize("at_step", [0, 4])
-def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_site(site, at_step):
+@pytest.mark.parametrize(("site", "program"), [("z", "guide"), ("x", "model")])
+@pytest.mark.parametrize("at_step", [0, 10])
+def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_site(site, program, at_step):
     vae = _vae()
 
     def on_step(state):
@@ -201,7 +205,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_site(site, at_ste
 
     if at_step == 0:
         _poison(vae, site)
-    with pytest.raises(NotFinite, match=rf"step {at_step}: .*site '{site}'"):
+    with pytest.raises(NotFinite, match=rf"step {at_step}: .*site '{site}' of the {program}"):
         _fit(vae, _levels(), on_step=on_step)
 
 
@@ -259,6 +263,32 @@ def test_values_off_the_support_stop_the_first_step():
         _fit(_vae(), _levels(), observe=lambda values, generator: values.float() / 255)
 
 
+@pytest.mark.parametrize("where", ["train", "validation"])
+def test_one_image_off_the_support_is_found_wherever_it_is(where):
+    images = {"train": torch.zeros(50, 12), "validation": torch.zeros(20, 12)}
+    images[where][17] = 0.5
+    with pytest.raises(ValueError, match="support"):
+        _fit(_vae(), images["train"], images["validation"], observe=data.as_floats)
+
+
+@pytest.mark.parametrize("argument", ["epochs", "batch_size", "learning_rate", "clip_norm"])
+@pytest.mark.parametrize("value", [0, -1])
+def test_arguments_out_of_range_are_refused_by_name(argument, value):
+    with pytest.raises(ValueError, match=f"{argument}: expected .* got {value}"):
+        _fit(_vae(), _levels(), **{argument: value})
+
+
+def test_no_training_images_are_refused():
+    with pytest.raises(ValueError, match="train: expected at least 1, got 0"):
+        _fit(_vae(), _levels()[:0])
+
+
+def test_a_trained_model_is_left_in_evaluation_mode():
+    vae = _vae()
+    _fit(vae, _levels(), epochs=1)
+    assert not any(module.training for module in vae.modules())
+
+
 # --- Exact resume ---
 
 
@@ -286,6 +316,42 @@ def test_a_run_resumed_from_any_step_ends_bit_for_bit_where_the_undisturbed_one_
         assert {k: v for k, v in numbers.items() if k != "seconds"} == {
             k: v for k, v in scalars.items() if k != "seconds"
         }
+
+
+def test_a_parameter_that_never_has_a_gradient_does_not_stand_in_the_way_of_resuming():
+    def frozen(seed):
+        vae = _vae(seed=seed)
+        vae.likelihood.net.output.bias.requires_grad_(False)
+        return vae
+
+    vae, states = frozen(0), {}
+
+    def keep(state):
+        tensors, scalars = state.to_tensors()
+        states[state.step] = {name: t.clone() for name, t in tensors.items()}, scalars
+
+    end, _ = _fit(vae, _levels(), on_checkpoint=keep, checkpoint_seconds=0.0).to_tensors()
+    tensors, _ = _fit(frozen(9), _levels(), saved=states[5]).to_tensors()
+    assert all(torch.equal(tensors[name], end[name]) for name in end)
+
+
+def test_validation_that_starts_later_still_chooses_the_best():
+    vae, black = _vae(), torch.zeros(20, 12)
+    saved = _fit(vae, _levels(), epochs=1, observe=lambda values, generator: torch.zeros(len(values), 12)).to_tensors()
+    saved = {name: t.clone() for name, t in saved[0].items()}, saved[1]
+    records = []
+    state = _fit(
+        _vae(),
+        _levels(),
+        black,
+        epochs=30,
+        learning_rate=0.05,
+        saved=saved,
+        observe=lambda values, generator: torch.zeros(len(values), 12),
+        on_epoch=records.append,
+    )
+    assert state.best_elbo == max(record["validation_elbo_nats_per_image"] for record in records)
+    assert state.best_step > 7
 
 
 def test_buffers_are_part_of_the_state():
@@ -344,7 +410,9 @@ def test_the_linear_vae_reaches_the_maximum_likelihood_of_probabilistic_pca():
         batch_size=100,
         learning_rate=0.02,
         observe=lambda values, generator: values,
-        objective=lambda model, guide, x, *, beta: objectives.elbo(model, guide, x, beta=beta, kl="analytic"),
+        objective=lambda model, guide, x, *, beta: objectives.elbo(
+            model, guide, x, beta=beta, estimator=TraceMeanField_ELBO
+        ),
     )
     W, b = vae.likelihood.net.output.weight.detach(), vae.likelihood.net.output.bias.detach()
     reached = LinearGaussian(W, b, float(likelihood.log_scale.exp())).log_evidence(x).mean()
@@ -358,11 +426,14 @@ def test_the_linear_vae_reaches_the_maximum_likelihood_of_probabilistic_pca():
 def test_training_beta_leaks_into_no_reported_number():
     """Two trainings that differ in beta alone end with different weights, each reported by its own exact evidence."""
     x = torch.bernoulli(torch.full((60, 12), 0.3))
+    weights = []
     for beta in (0.5, 4.0):
+        torch.manual_seed(0)
         vae = bernoulli_vae(latent_dim=1).float()
         for parameter in vae.parameters():
             parameter.requires_grad_(True)
         _fit(vae, x, observe=data.as_floats, beta=beta, epochs=2)
+        weights.append(vae.likelihood.net.output.weight.detach().clone())
         vae.double()
         torch.manual_seed(0)
         bare = log_evidence(vae.model, vae.guide, x.double(), num_particles=500)
@@ -372,3 +443,4 @@ def test_training_beta_leaks_into_no_reported_number():
         exact = quadrature_log_evidence(vae, x.double(), latent_dim=1)
         assert (bare.mean() - exact.mean()).abs() < 0.05
         assert (scaled.mean() - exact.mean()).abs() < 0.05
+    assert not torch.equal(*weights)

@@ -124,8 +124,61 @@ def test_a_site_outside_the_images_plate_is_refused(oracle):
         pyro.sample("u", dist.Normal(torch.zeros((), dtype=torch.double), 1.0))
         vae.guide(x)
 
-    with pytest.raises(ValueError, match=r"site 'u': expected one log-probability a particle and image"):
+    with pytest.raises(ValueError, match=r"site 'u': expected it in the images' plate, of size 4 at dim=-1"):
         log_weights(model, guide, x, 3)
+
+
+@pytest.mark.parametrize("num_images", [1, 2])
+def test_a_site_of_the_whole_batch_is_refused_for_a_batch_of_one_too(oracle, num_images):
+    """With one image the shapes agree: only the plate tells."""
+    vae, x = oracle.vae(), oracle.draw(num_images)
+
+    def with_global(program):
+        def longer(x):
+            pyro.sample("u", dist.Normal(torch.zeros((), dtype=torch.double), 1.0))
+            program(x)
+
+        return longer
+
+    with pytest.raises(ValueError, match="site 'u': expected it in the images' plate"):
+        log_weights(with_global(vae.model), with_global(vae.guide), x, 3)
+
+
+@pytest.mark.parametrize("kind", ["factor", "observation"])
+def test_a_density_in_the_guide_that_is_no_sample_is_refused(oracle, kind):
+    vae, x = oracle.vae(), oracle.draw(4)
+
+    def guide(x):
+        vae.guide(x)
+        with pyro.plate("more", len(x), dim=-1):
+            if kind == "factor":
+                pyro.factor("f", torch.full((len(x),), 3.0), has_rsample=False)
+            else:
+                pyro.sample("f", dist.Normal(0.0, 1.0), obs=torch.zeros(len(x)))
+
+    with pytest.raises(ValueError, match=r"guide: expected sampled sites only, got observed sites or factors \['f'\]"):
+        log_weights(vae.model, guide, x, 3)
+
+
+def test_a_factor_in_the_model_is_part_of_its_joint(oracle):
+    vae, x = oracle.vae(), oracle.draw(4)
+
+    def model(x):
+        vae.model(x)
+        with pyro.plate("more", len(x), dim=-1):
+            pyro.factor("f", torch.full((len(x),), 3.0))
+
+    assert_close(log_weights(model, vae.guide, x, 3), (oracle.log_evidence(x) + 3).expand(3, 4), rtol=1e-9, atol=0)
+
+
+def test_a_deterministic_site_has_no_density(oracle):
+    vae, x = oracle.vae(), oracle.draw(4)
+
+    def model(x):
+        pyro.deterministic("constant", torch.ones(7))
+        vae.model(x)
+
+    assert_close(log_weights(model, vae.guide, x, 3), oracle.log_evidence(x).expand(3, 4), rtol=1e-9, atol=0)
 
 
 def test_pixels_that_are_not_in_the_event_are_refused(oracle):
@@ -172,7 +225,7 @@ def test_several_latent_sites_are_summed(oracle):
             z2 = pyro.sample("z2", dist.Normal(z1, 2.0))
             pyro.sample("x", dist.Normal(z2[..., None], 1.0).to_event(1), obs=x)
 
-    def guide(x):  # the exact posterior, factorised from the top down
+    def guide(x):  # the exact posterior, factorized from the top down
         with pyro.plate("images", len(x), dim=-1):
             z1 = pyro.sample("z1", dist.Normal(x[:, 0] / 6, (5 / 6) ** 0.5))
             pyro.sample("z2", dist.Normal((z1 / 4 + x[:, 0]) / (1 / 4 + 1), (1 / (1 / 4 + 1)) ** 0.5))

@@ -35,7 +35,7 @@ class TrainingState:
     """All that the next step depends on: weights, optimizer, random numbers, the place in the epoch, the best so far.
 
     Adam is torch's, one optimizer over all parameters, fused. The noise of Pyro's sites comes from torch's global
-    generator; the data has one of its own, and the order of the images depends on (seed, epoch) alone.
+    generator; the data has a generator of its own, and the order of the images depends on (seed, epoch) alone.
     """
 
     def __init__(self, vae: VAE, *, device: torch.device, seed: int) -> None:
@@ -152,7 +152,7 @@ def fit(
         on_checkpoint: called after every epoch, and after any step once ``checkpoint_seconds`` have passed.
 
     Returns:
-        The last state.
+        The last state. Its VAE holds the best weights by now: a state to go on from is taken in ``on_checkpoint``.
 
     Raises:
         NotFinite: a loss or gradient is NaN or infinite; names the step and the site. The VAE keeps the weights of
@@ -160,13 +160,8 @@ def fit(
         ValueError: an argument out of its range, an image off the likelihood's support, or a saved state that does
             not fit.
     """
-    least = {"train": len(train), "epochs": epochs, "batch_size": batch_size}
-    for argument, value in least.items():
-        if value < 1:
-            raise ValueError(f"{argument}: expected at least 1, got {value}")
-    for argument, number in {"learning_rate": learning_rate, "clip_norm": clip_norm}.items():
-        if not 0 < number < math.inf:
-            raise ValueError(f"{argument}: expected a finite number above 0, got {number}")
+    _check_counts(train=len(train), epochs=epochs, batch_size=batch_size)
+    _check_positive(learning_rate=learning_rate, clip_norm=clip_norm)
     device = next(vae.parameters()).device
     state = TrainingState(vae, device=device, seed=seed)
     if saved is not None:
@@ -217,6 +212,18 @@ def fit(
     vae.load_state_dict(state.best_weights)
     vae.eval()
     return state
+
+
+def _check_counts(**arguments: int) -> None:
+    for name, value in arguments.items():
+        if value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}")
+
+
+def _check_positive(**arguments: float) -> None:
+    for name, value in arguments.items():
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name}: expected a finite number above 0, got {value}")
 
 
 def _batches(num_images: int, batch_size: int, *, seed: int, epoch: int, device: torch.device) -> tuple[Tensor, ...]:

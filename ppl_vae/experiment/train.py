@@ -1,0 +1,201 @@
+"""A run folder from its options to its figures, and on from wherever it stands."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyro
+from tqdm import tqdm
+
+from ppl_vae import build, data, runs
+from ppl_vae.evidence import NotFinite
+from ppl_vae.experiment.evaluation import is_evaluated, write_evaluation
+from ppl_vae.experiment.figures import is_drawn, write_figures
+from ppl_vae.experiment.opening import Run, Say, open_run
+from ppl_vae.options import Options, default_warmup, to_json
+from ppl_vae.training import TrainingState, fit
+
+_QUICK_EVALUATION_SEED = 0
+
+
+def train(options: Options, run_dir: str | None, *, say: Say) -> Path:
+    """Trains a new run from options to figures; returns its folder.
+
+    config.json is written first, so that a run can be resumed from the moment its folder exists.
+
+    Raises:
+        ValueError: bad options, data or folder; nothing is written.
+        NotFinite: training met a NaN or an infinity; the last checkpoint is kept.
+    """
+    build.device(options.device)
+    splits = data.load(options.dataset)
+    options = replace(options, binarization=data.resolve_binarization(splits, options.binarization))
+    if options.warmup_epochs is None:
+        options = replace(options, warmup_epochs=default_warmup(options.epochs))
+    if (options.warmup_epochs or 0) >= options.epochs:
+        say(f"The warm-up of {options.warmup_epochs} epochs outlasts the training: beta never reaches {options.beta}.")
+    if Path(options.dataset).suffix:
+        options = replace(options, dataset=str(Path(options.dataset).resolve()))
+    _check_support(options, splits)
+    build.vae(options, splits.event_shape)  # what cannot be built, or does not fit into memory, leaves no folder
+    folder = runs.new_run_dir(run_dir, dataset=options.dataset, likelihood=options.likelihood)
+    seen = {"kind": splits.kind, "event_shape": list(splits.event_shape), "sha256": splits.sha256}
+    runs.write_json(folder / runs.CONFIG, {"options": to_json(options), "data": seen})
+    say(f"Run folder {folder}; --resume {folder} goes on if it is interrupted.")
+    _go_on(Run(folder, options, splits), say=say)
+    return folder
+
+
+def resume(run_dir: str, *, epochs: int | None, say: Say) -> None:
+    """Goes on with a run, bit for bit; finishes its evaluation and figures; or extends it to more epochs.
+
+    Raises:
+        ValueError: no run, a damaged one, other data than it was trained on, or fewer epochs than it was given.
+    """
+    run = open_run(run_dir)
+    folder, options, _ = run
+    build.device(options.device)
+    if epochs is not None and epochs < options.epochs:
+        raise ValueError(f"--epochs: expected at least the run's {options.epochs}, got {epochs}")
+    if epochs is not None and epochs > options.epochs:
+        run = run._replace(options=replace(options, epochs=epochs))
+        config = runs.read_json(folder / runs.CONFIG)
+        runs.write_json(folder / runs.CONFIG, config | {"options": to_json(run.options)})
+        say(f"Extended to {epochs} epochs; the learning rate's cosine now ends there, so it rises again at first.")
+    if _is_trained(run) and is_evaluated(folder) and is_drawn(run):
+        say(f"{folder} is finished: {run.options.epochs} epochs, evaluated and drawn. --epochs extends it.")
+        return
+    _go_on(run, say=say)
+
+
+def _go_on(run: Run, *, say: Say) -> None:
+    """Whatever is left to do of training, the quick evaluation and the figures."""
+    folder, options, splits = run
+    runs.record_environment(folder, options.device)
+    say(splits.describe())
+    say(f"binarization {options.binarization}, likelihood {options.likelihood}")
+    if not _is_trained(run):
+        _train(run, say=say)
+    if not is_evaluated(folder):
+        write_evaluation(
+            run,
+            split="test",
+            num_particles=options.evaluation_particles,
+            images=options.images,
+            device=options.device,
+            seed=_QUICK_EVALUATION_SEED,
+            say=say,
+        )
+    if not is_drawn(run):
+        write_figures(run, say=say)
+
+
+def _train(run: Run, *, say: Say) -> None:
+    folder, options, splits = run
+    device = build.device(options.device)
+    stored, observe = data.training_images(splits, run.binarization)
+    validation = data.evaluation_images(splits, "validation", run.binarization)
+    pyro.set_rng_seed(options.seed)
+    vae = build.vae(options, splits.event_shape)
+    saved, step = None, _saved_step(run)
+    if (folder / runs.TRAINING_STATE).exists():
+        saved = runs.load_tensors(folder / runs.TRAINING_STATE)
+        say(f"Going on from step {step:,}.")
+    else:
+        build.start_from_marginals(vae, data.expected_images(splits, run.binarization))
+    vae.to(device)
+    runs.cut_metrics(folder, step)
+
+    with (
+        tqdm(total=_total_steps(run), initial=step, unit="step", desc="training") as bar,
+        quiet_about_nan(),
+    ):
+
+        def save_best(state: TrainingState) -> None:
+            runs.save_tensors(folder / runs.MODEL, state.best_weights, {"step": state.best_step})
+
+        def on_epoch(record: dict[str, Any]) -> None:
+            runs.append_metrics(folder, record)
+            elbo = record["validation_elbo_nats_per_image"]
+            bar.set_postfix_str(f"epoch {record['epoch']}/{options.epochs}, validation ELBO {elbo:.2f} nats")
+
+        def on_checkpoint(state: TrainingState) -> None:
+            # The state last: a run killed between the two goes on from the older state, and writes both again.
+            if state.best_weights:
+                save_best(state)
+            runs.save_tensors(folder / runs.TRAINING_STATE, *state.to_tensors())
+
+        try:
+            state = fit(
+                vae,
+                stored,
+                validation,
+                epochs=options.epochs,
+                objective=build.objective(options),
+                observe=observe,
+                batch_size=options.batch_size,
+                learning_rate=options.learning_rate,
+                beta=options.beta,
+                warmup_epochs=options.warmup_epochs or 0,
+                clip_norm=options.clip_norm,
+                seed=options.seed,
+                saved=saved,
+                on_step=lambda state: bar.update(),
+                on_epoch=on_epoch,
+                on_checkpoint=on_checkpoint,
+                checkpoint_seconds=options.checkpoint_seconds,
+            )
+            save_best(state)  # once more: the file may have been lost since
+        except ValueError as error:
+            if saved is None:
+                raise
+            raise ValueError(f"{folder / runs.TRAINING_STATE}: {error}") from None
+        except NotFinite as error:
+            raise NotFinite(f"{error}; a new run with a smaller --learning-rate or --beta may pass it") from None
+    say(
+        f"Trained {options.epochs} epochs in {state.seconds:.0f} s; best validation ELBO {state.best_elbo:.2f} nats, "
+        f"at step {state.best_step:,} of {state.step:,}."
+    )
+    if options.beta != 1 and state.best_step < state.step:
+        say(
+            f"The weights of step {state.best_step:,} are kept: from then on, training with beta = {options.beta} "
+            "lowered the ELBO at beta = 1, by which they are chosen."
+        )
+
+
+@contextmanager
+def quiet_about_nan() -> Iterator[None]:
+    """Without Pyro's own warning: the error that follows says the same, with the step and the site."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Encountered NaN")
+        yield
+
+
+def _check_support(options: Options, splits: data.Splits) -> None:
+    """Refuses, before anything is written, data that the likelihood has no probability for."""
+    likelihood = build.LIKELIHOODS[options.likelihood](splits.event_shape)
+    for split in ("train", "validation", "test"):
+        if options.binarization == "none" and not likelihood.support.check(data.probabilities(splits, split)).all():
+            raise ValueError(
+                f"--likelihood {options.likelihood}: expected pixels that are {likelihood.support_words}, "
+                f"got {splits.kind} in {split}; another --binarization makes them so"
+            )
+
+
+def _total_steps(run: Run) -> int:
+    return run.options.epochs * math.ceil(len(run.splits.train) / run.options.batch_size)
+
+
+def _saved_step(run: Run) -> int:
+    path = run.folder / runs.TRAINING_STATE
+    return runs.load_step(path) if path.exists() else 0
+
+
+def _is_trained(run: Run) -> bool:
+    return _saved_step(run) >= _total_steps(run) and (run.folder / runs.MODEL).exists()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,8 @@ from pathlib import Path
 import pyro
 import pytest
 import torch
+
+from ppl_vae.experiment.evaluation import describe_evaluation
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -57,3 +61,23 @@ def test_the_readme_mentions_every_module_of_the_package():
     for path in (ROOT / "ppl_vae").glob("*.py"):
         if path.stem != "__init__":
             assert f"`{path.stem}`" in layout, path.stem
+
+
+def test_the_readmes_speed_is_the_stored_measurement():
+    result = json.loads((ROOT / "scripts" / "results" / "benchmark.json").read_text())
+    assert (result["images"], result["num_particles"], len(result["seconds"]["evaluation"])) == (1000, 5000, 3)
+    ours, bare = (statistics.median(result["seconds"][name]) for name in ("evaluation", "matrix_products"))
+    stated = [
+        f"{ours:.1f} s",
+        f"{bare:.1f} s",
+        f"{result['ratio_of_medians']:.2f}",
+        f"{result['peak_memory_gb']:.2f} GB",
+    ]
+    text = " ".join(README[README.index("## How fast") :].split())
+    assert all(number in text for number in stated)
+
+
+def test_the_readmes_log_likelihood_is_the_stored_measurement():
+    entry = json.loads((ROOT / "scripts" / "results" / "default_run.json").read_text())["test"]
+    for line in describe_evaluation(entry):
+        assert line.strip() in README

@@ -62,7 +62,11 @@ class Splits:
         """One line that says what was seen."""
         shape = "x".join(map(str, self.event_shape))
         sizes = " / ".join(f"{len(x):,}" for x in (self.train, self.validation, self.test))
-        seen = f" from {int(self.train.min())} to {int(self.train.max())}" if self.kind == LEVELS else ""
+        seen = ""
+        if self.kind == LEVELS:
+            seen = f" from {int(self.train.min())} to {int(self.train.max())}"
+            if self.train.max() < 128:
+                seen += " (read as level / 255, so nearly black: floats in [0, 1] have a scale of their own)"
         return f"{self.name}: {self.kind}{seen}, {shape}; train / validation / test {sizes} ({self.split})"
 
 
@@ -172,11 +176,6 @@ def _kind(path: Path, train: np.ndarray) -> str:
     if ((train == 0) | (train == 1)).all():
         return BINARY
     if train.dtype == np.uint8:
-        if train.max() < 128:
-            raise ValueError(
-                f"{path}: expected uint8 levels up to 255, got {train.max()} at most: a scale of its own would be read "
-                "as nearly black; divide by its maximum and store floats"
-            )
         return LEVELS
     if train.dtype.kind == "f" and train.min() >= 0 and train.max() <= 1:
         return PROBABILITIES

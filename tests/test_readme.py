@@ -63,6 +63,25 @@ def test_the_readme_mentions_every_module_of_the_package():
             assert f"`{path.stem}`" in layout, path.stem
 
 
+def test_the_benchmark_runs_and_writes_only_what_it_is_asked_to(tmp_path):
+    before = (ROOT / "scripts" / "results" / "benchmark.json").read_bytes()
+    words = [
+        sys.executable,
+        ROOT / "scripts" / "benchmark.py",
+        "--images",
+        "1",
+        "--num-particles",
+        "100",
+        "--rounds",
+        "1",
+    ]
+    subprocess.run(words, check=True, timeout=300)
+    assert (ROOT / "scripts" / "results" / "benchmark.json").read_bytes() == before
+    subprocess.run([*words, "--output", tmp_path / "result.json"], check=True, timeout=300)
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["ratio_of_medians"] == result["seconds"]["evaluation"][0] / result["seconds"]["matrix_products"][0]
+
+
 def test_the_readmes_speed_is_the_stored_measurement():
     result = json.loads((ROOT / "scripts" / "results" / "benchmark.json").read_text())
     assert (result["images"], result["num_particles"], len(result["seconds"]["evaluation"])) == (1000, 5000, 3)

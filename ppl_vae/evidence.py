@@ -80,7 +80,7 @@ class Importance(NamedTuple):
     def unreliable(self) -> Tensor:
         """(N,) bool: where the jackknife sees more than 0.5 nats still lacking, or sees nothing (a bias of NaN).
 
-        What it flags does lack; with k-hat above 0.5 an image that it passes may lack as much.
+        With k-hat above 0.5 that is a rough sieve: a flagged image may be fine, and a passed one may lack as much.
         """
         return ~(self.bias <= UNRELIABLE_BIAS)
 

@@ -14,8 +14,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from scipy.stats import bernoulli
 
 from ppl_vae import data
+from ppl_vae.data import embedded
 
 PIXELS = np.random.default_rng(0)
 
@@ -94,12 +96,11 @@ def embed(monkeypatch: pytest.MonkeyPatch, folder: Path, name: str, content: byt
     """Puts a copy of the package's data in the place of it, with one file replaced (None: missing)."""
     copies = folder / "mnist"
     copies.mkdir()
-    for file in ("train-images-idx3-ubyte.xz", "t10k-images-idx3-ubyte.xz"):
-        genuine = (files("ppl_vae") / "mnist" / file).read_bytes()
-        replaced = content if file == name else genuine
+    for genuine in (path for path in (files("ppl_vae") / "mnist").iterdir() if path.name.endswith(".xz")):
+        replaced = content if genuine.name == name else genuine.read_bytes()
         if replaced is not None:
-            (copies / file).write_bytes(replaced)
-    monkeypatch.setattr(data, "files", lambda package: folder)
+            (copies / genuine.name).write_bytes(replaced)
+    monkeypatch.setattr(embedded, "files", lambda package: folder)
 
 
 def flipped(content: bytes, at: int) -> bytes:
@@ -213,7 +214,7 @@ def test_white_is_always_drawn_white(white: torch.Tensor) -> None:
 def test_black_and_white_are_certain_at_the_ends_of_the_uniform_numbers(
     monkeypatch: pytest.MonkeyPatch, uniform: float, level: int
 ) -> None:
-    monkeypatch.setattr(data.torch, "rand", lambda shape, **_: torch.full(shape, uniform))
+    monkeypatch.setattr(torch, "rand", lambda shape, **_: torch.full(shape, uniform))
     stored = torch.full((1,), level, dtype=torch.uint8)
     assert data.bernoulli_draw(stored, torch.Generator()) == stored / 255
     assert data.bernoulli_draw(stored / 255, torch.Generator()) == stored / 255
@@ -347,6 +348,9 @@ KINDS = {
     "float32 probabilities": (np.array([[0.25, 1.0]] * 20, np.float32), "probabilities", torch.float32),
     "float64 probabilities": (np.array([[0.25, 1.0]] * 20, np.float64), "probabilities", torch.float32),
     "big-endian probabilities": (np.array([[0.25, 1.0]] * 20, ">f4"), "probabilities", torch.float32),
+    "negative floats": (np.array([[-0.5, 1.0]] * 20), "real values", torch.float32),
+    "floats above 1": (np.array([[0.0, 1.5]] * 20, np.float16), "real values", torch.float32),
+    "floats from 0 to 255": (np.array([[0.0, 255.0]] * 20, np.float32), "real values", torch.float32),
 }
 
 
@@ -439,8 +443,8 @@ def test_a_description_names_the_splits_that_were_made(tmp_path: Path) -> None:
 
 
 def test_a_description_names_the_arrays_that_were_ignored(tmp_path: Path) -> None:
-    read = own(tmp_path, train=numbered(0, 100), labels=np.arange(100), notes=np.arange(3))
-    assert "other arrays ignored: labels, notes" in read.describe()
+    read = own(tmp_path, train=numbered(0, 100), valid_labels=np.arange(100), notes=np.arange(3))
+    assert "other arrays ignored: valid_labels, notes" in read.describe()
 
 
 # --- Files that are refused ---
@@ -501,11 +505,9 @@ BAD_ARRAYS = {
     "NaN": (with_value(FLOATS, np.nan), "expected finite values, got NaN or infinity in train"),
     "infinity": (with_value(FLOATS, np.inf), "expected finite values, got NaN or infinity in train"),
     "minus infinity": (with_value(FLOATS, -np.inf), "expected finite values, got NaN or infinity in train"),
-    "negative floats": (with_value(FLOATS, -0.5), "floats in .0, 1., got float64 from -0.5"),
-    "floats above 1": (with_value(FLOATS, 1.5), "floats in .0, 1., got float64 from .* to 1.5"),
-    "floats from 0 to 255": (GREY.astype(np.float32), "floats in .0, 1., got float32 from"),
-    "int64 levels": (GREY.astype(np.int64), "uint8 levels, .* got int64 from"),
-    "uint16 levels": (GREY.astype(np.uint16), "uint8 levels, .* got uint16 from"),
+    "floats beyond float32": (with_value(FLOATS, 1e39), "expected finite values, got NaN or infinity in train"),
+    "int64 levels": (GREY.astype(np.int64), "uint8 levels, .* got int64 from .*as uint8 for 8-bit levels"),
+    "uint16 levels": (GREY.astype(np.uint16), "uint8 levels, .* got uint16 from .*as float32 for real values"),
     "int8 below 0": (BITS.astype(np.int8) - 1, "zeros and ones, .* got int8 from -1 to 0"),
     "five dimensions": (np.zeros((20, 1, 4, 5, 1), np.uint8), r"got shape \(20, 1, 4, 5, 1\) in train"),
     "one dimension": (np.zeros(20, np.uint8), r"got shape \(20,\) in train"),
@@ -539,6 +541,14 @@ BAD_SPLITS = {
     "NaN in test": (
         {"train": FLOATS, "test": with_value(FLOATS, np.nan)},
         "expected probabilities in test as in train",
+    ),
+    "infinity in a test of real values": (
+        {"train": 3 * FLOATS, "test": with_value(FLOATS, np.inf)},
+        "expected real values in test as in train",
+    ),
+    "integers in a test of real values": (
+        {"train": 3 * FLOATS, "test": GREY},
+        "expected real values in test as in train",
     ),
     "strings in test": ({"train": BITS, "test": np.array(["a"] * 20)}, "expected binary in test as in train"),
     "an empty test split": (
@@ -612,7 +622,9 @@ def test_a_directory_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("word", ["MNIST", "cifar", "own.csv", "own", ""])
 def test_an_unknown_data_set_is_refused(word: str) -> None:
-    with pytest.raises(ValueError, match=r"dataset: expected mnist or the path of an \.npz or \.npy file, got"):
+    with pytest.raises(
+        ValueError, match=r"dataset: expected mnist, .*svhn, or the path of an \.npz or \.npy file or of a"
+    ):
         data.load(word)
 
 
@@ -699,10 +711,236 @@ def test_uint8_that_never_comes_near_255_is_said_to_be_nearly_black(tmp_path: Pa
 
 
 def test_the_label_files_are_the_published_ones_too() -> None:
-    folder = Path(data.__file__).parent / "mnist"
+    folder = Path(data.__file__).parent.parent / "mnist"
     notice = (folder / "NOTICE.md").read_text()
-    files = sorted(folder.glob("*.xz"))
-    assert len(files) == 4
-    for path in files:
+    archives = sorted(folder.glob("*.xz"))
+    assert len(archives) == 4
+    for path in archives:
         checksum = hashlib.sha256(lzma.decompress(path.read_bytes())).hexdigest()
         assert re.search(rf"{path.stem}\s+{checksum}", notice)
+
+
+# --- Labels ---
+
+
+def test_mnist_labels_follow_the_published_files(mnist: data.Splits) -> None:
+    """One byte a label after 8 bytes of header."""
+    train = np.frombuffer(raw_mnist("train-labels-idx1-ubyte")[8:], np.uint8)
+    test = np.frombuffer(raw_mnist("t10k-labels-idx1-ubyte")[8:], np.uint8)
+    expected = {"train": train[:50_000], "validation": train[50_000:], "test": test}
+    for split, labels in expected.items():
+        np.testing.assert_array_equal(mnist.labels[split].numpy(), labels)
+
+
+def test_mnist_says_its_classes(mnist: data.Splits) -> None:
+    assert mnist.describe().endswith("; 10 classes: 0, 1, 2, 3, 4 and 5 more")
+
+
+def test_an_embedded_label_file_with_one_wrong_bit_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    wrong = lzma.compress(flipped(raw_mnist("t10k-labels-idx1-ubyte"), 500), preset=0)
+    embed(monkeypatch, tmp_path, "t10k-labels-idx1-ubyte.xz", wrong)
+    with pytest.raises(ValueError, match=r"t10k-labels-idx1-ubyte.xz: the checksum is not that of MNIST"):
+        data.load("mnist")
+
+
+def test_mnist_keeps_the_checksum_of_its_images_alone(mnist: data.Splits) -> None:
+    """Run folders hold it: it is that of the two published checksums, one after the other."""
+    published = (hashlib.sha256(raw_mnist(f"{name}-images-idx3-ubyte")).hexdigest() for name in ("train", "t10k"))
+    assert mnist.sha256 == hashlib.sha256("".join(published).encode()).hexdigest()
+
+
+def test_labels_follow_their_images_through_the_permutation(tmp_path: Path) -> None:
+    read = own(tmp_path, images=numbered(0, 200), labels=np.arange(200) + 1000)
+    for split in ("train", "validation", "test"):
+        assert [label - 1000 for label in read.labels[split].tolist()] == numbers(getattr(read, split))
+
+
+LABEL_KEYS = {
+    "train_labels": ("train", "valid", "test", "{}_labels"),
+    "y_train": ("x_train", "x_val", "x_test", "y_{}"),
+    "train_images": ("train_images", "validation_images", "test_images", "{}_labels"),
+}
+
+
+@pytest.mark.parametrize("form", LABEL_KEYS)
+def test_each_name_of_labels_is_read(tmp_path: Path, form: str) -> None:
+    *images, of_labels = LABEL_KEYS[form]
+    arrays = {}
+    for start, key in zip((0, 40, 60), images, strict=True):
+        arrays[key] = numbered(start, start + 20)
+        word = key.removeprefix("x_").removesuffix("_images")
+        arrays[of_labels.format(word)] = np.arange(start, start + 20, dtype=np.uint16)[:, None]
+    read = own(tmp_path, **arrays)
+    for split in ("train", "validation", "test"):
+        assert read.labels[split].tolist() == numbers(getattr(read, split))
+
+
+@pytest.mark.parametrize("key", ["labels", "y"])
+def test_labels_beside_one_array_are_its_labels(tmp_path: Path, key: str) -> None:
+    read = own(tmp_path, **{"x": numbered(0, 50), key: np.arange(50)})
+    assert read.labels["test"].tolist() == numbers(read.test)
+
+
+def test_labels_are_int64(tmp_path: Path) -> None:
+    assert own(tmp_path, x=numbered(0, 50), y=np.arange(50, dtype=np.uint8)).labels["train"].dtype == torch.int64
+
+
+def test_a_file_without_labels_has_none(tmp_path: Path) -> None:
+    assert own(tmp_path, numbered(0, 50)).labels == {}
+
+
+def test_a_description_counts_classes_without_names(tmp_path: Path) -> None:
+    assert own(tmp_path, x=numbered(0, 50), y=np.arange(50) % 7).describe().endswith("; 7 classes")
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [np.arange(49), np.arange(50) / 2, np.arange(100).reshape(50, 2), np.array(["a"] * 50)],
+    ids=["too few", "fractions", "two an image", "words"],
+)
+def test_labels_that_are_none_are_refused(tmp_path: Path, labels: np.ndarray) -> None:
+    with pytest.raises(ValueError, match=r"own.npz: train labels: expected 50 whole numbers, one an image, got shape"):
+        own(tmp_path, x=numbered(0, 50), y=labels)
+
+
+# --- Real values ---
+
+
+@pytest.fixture
+def real(tmp_path: Path) -> data.Splits:
+    return own(tmp_path, np.random.default_rng(3).normal(size=(50, 6)))
+
+
+def test_real_values_resolve_to_no_binarization(real: data.Splits) -> None:
+    assert data.resolve_binarization(real, None) == "none"
+
+
+@pytest.mark.parametrize("binarization", ["dynamic", "fixed", "threshold"])
+def test_a_binarization_of_real_values_is_refused(real: data.Splits, binarization: str) -> None:
+    with pytest.raises(ValueError, match=f"binarization: expected none for real values .*, got {binarization}"):
+        data.resolve_binarization(real, binarization)
+
+
+def test_real_values_are_seen_as_they_are(real: data.Splits) -> None:
+    stored, observe = data.training_images(real, "none")
+    assert torch.equal(observe(stored, torch.Generator()), real.train)
+    assert torch.equal(data.evaluation_images(real, "test", "none"), real.test)
+
+
+def test_a_description_says_the_range_of_real_values(tmp_path: Path) -> None:
+    assert "real values from -1.25 to 3.5, 2;" in own(tmp_path, np.array([[-1.25, 3.5]] * 20)).describe()
+
+
+def test_floats_that_look_like_levels_are_said_to(tmp_path: Path) -> None:
+    assert "as uint8 they would be 8-bit levels" in own(tmp_path, GREY.astype(np.float32)).describe()
+
+
+@pytest.mark.parametrize(("default", "expected"), [("none", "none"), ("threshold", "threshold")])
+def test_gray_data_resolves_to_the_default_that_is_given(gray: data.Splits, default: str, expected: str) -> None:
+    assert data.resolve_binarization(gray, None, default=default) == expected
+
+
+# --- The entropy of a draw ---
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+@pytest.mark.parametrize("binarization", ["dynamic", "fixed"])
+def test_the_entropy_of_a_draw_is_that_of_its_bernoullis(gray: data.Splits, split: str, binarization: str) -> None:
+    entropy = data.binarization_entropy(gray, split, binarization)
+    expected = bernoulli.entropy(getattr(gray, split).double().numpy() / 255).sum(axis=(1, 2, 3))
+    assert entropy is not None
+    np.testing.assert_allclose(entropy.numpy(), expected, rtol=1e-12)
+
+
+def test_the_entropy_of_probabilities_is_theirs(tmp_path: Path) -> None:
+    read = own(tmp_path, np.array([[0.5, 0.25, 0.0, 1.0]] * 20))
+    entropy = data.binarization_entropy(read, "test", "dynamic")
+    assert entropy is not None
+    assert entropy.tolist() == pytest.approx([math.log(2) + 0.25 * math.log(4) + 0.75 * math.log(4 / 3)] * 2, rel=1e-14)
+
+
+def test_the_entropy_of_mnists_test_set_is_45_53_nats(mnist: data.Splits) -> None:
+    entropy = data.binarization_entropy(mnist, "test", "dynamic")
+    assert entropy is not None
+    assert (tuple(entropy.shape), entropy.dtype) == ((10_000,), torch.float64)
+    assert entropy.mean().item() == pytest.approx(45.53, abs=0.005)
+
+
+@pytest.mark.parametrize("binarization", ["threshold", "none"])
+def test_where_nothing_is_drawn_there_is_no_entropy(gray: data.Splits, binarization: str) -> None:
+    assert data.binarization_entropy(gray, "test", binarization) is None
+
+
+@pytest.mark.parametrize("values", [BITS.reshape(20, 20), 3 * FLOATS], ids=["binary", "real values"])
+def test_data_that_is_never_drawn_has_no_entropy(tmp_path: Path, values: np.ndarray) -> None:
+    assert data.binarization_entropy(own(tmp_path, values), "train", "dynamic") is None
+
+
+# --- The protocol of Burda et al. (2015) ---
+
+
+@pytest.fixture(scope="module")
+def iwae() -> data.Splits:
+    return data.load("mnist", protocol="iwae")
+
+
+def test_under_iwae_all_training_images_train(iwae: data.Splits, idx: SimpleNamespace) -> None:
+    np.testing.assert_array_equal(iwae.train.numpy(), idx.train)
+
+
+def test_under_iwae_all_training_labels_train(iwae: data.Splits) -> None:
+    np.testing.assert_array_equal(
+        iwae.labels["train"].numpy(), np.frombuffer(raw_mnist("train-labels-idx1-ubyte")[8:], np.uint8)
+    )
+
+
+def test_under_iwae_no_image_validates(iwae: data.Splits) -> None:
+    assert tuple(iwae.validation.shape) == (0, 1, 28, 28)
+    with pytest.raises(ValueError, match="mnist: has no validation images under the iwae protocol"):
+        data.evaluation_images(iwae, "validation", "dynamic")
+
+
+def test_under_iwae_the_test_set_is_drawn_from_the_seed(iwae: data.Splits, idx: SimpleNamespace) -> None:
+    expected = np.random.RandomState(5).binomial(1, idx.test.astype(np.float32) / 255)
+    np.testing.assert_array_equal(data.evaluation_images(iwae, "test", "dynamic", seed=5).numpy(), expected)
+
+
+def test_under_iwae_another_seed_is_another_draw(iwae: data.Splits) -> None:
+    first, second = (data.evaluation_images(iwae, "test", "dynamic", seed=seed) for seed in (0, 1))
+    assert not torch.equal(first, second)
+
+
+def test_under_iwae_a_fixed_draw_is_fixed(iwae: data.Splits) -> None:
+    first, second = (data.evaluation_images(iwae, "test", "fixed", seed=seed) for seed in (0, 1))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("binarization", ["dynamic", "fixed", "threshold", "none"])
+def test_otherwise_the_seed_changes_nothing(gray: data.Splits, binarization: str) -> None:
+    first, second = (data.evaluation_images(gray, "test", binarization, seed=seed) for seed in (0, 1))
+    assert torch.equal(first, second)
+
+
+def test_a_description_says_the_iwae_protocol(iwae: data.Splits) -> None:
+    assert "60,000 / 0 / 10,000 (iwae protocol: all training images train, and test is drawn anew" in iwae.describe()
+
+
+@pytest.mark.parametrize("dataset", ["static-mnist", "caltech-silhouettes", "cifar10", "svhn", "own.npz"])
+def test_the_iwae_protocol_is_for_the_gray_sets_alone(dataset: str) -> None:
+    with pytest.raises(
+        ValueError, match=rf"protocol: expected vampprior for {dataset} \(iwae is for mnist, fashion-mnist"
+    ):
+        data.load(dataset, protocol="iwae")
+
+
+@pytest.mark.parametrize("argument", [{"image_size": (8, 8)}, {"color": "gray"}], ids=str)
+@pytest.mark.parametrize("dataset", ["mnist", "own.npy"])
+def test_what_is_for_folders_is_refused_elsewhere(dataset: str, argument: dict) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(argument))}: expected none for {dataset}"):
+        data.load(dataset, **argument)
+
+
+@pytest.mark.parametrize("argument", ["protocol", "fit", "color"])
+def test_a_word_of_no_meaning_is_refused(argument: str) -> None:
+    with pytest.raises(ValueError, match=f"{argument}: expected one of .*, got 'sepia'"):
+        data.load("mnist", **{argument: "sepia"})

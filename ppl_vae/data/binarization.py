@@ -1,0 +1,122 @@
+"""What a model sees of the stored images: drawn, thresholded or scaled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ppl_vae.data.splits import BINARY, LEVELS, PUBLISHED_SEED, REAL, Splits
+from ppl_vae.options import BINARIZATIONS, SPLITS
+
+_TAKEN_AS_THEY_ARE = {BINARY: "binary data", REAL: "real values"}
+_CHUNK = 1000  # images whose entropy is taken at once, for their memory in float64
+
+
+def resolve_binarization(splits: Splits, binarization: str | None, *, default: str = "dynamic") -> str:
+    """The binarization by its word; None is "none" for binary data and real values, and else ``default``.
+
+    Raises:
+        ValueError: a binarization of binary data or of real values, which are taken as they are.
+    """
+    if splits.kind in _TAKEN_AS_THEY_ARE:
+        if binarization not in (None, "none"):
+            what = _TAKEN_AS_THEY_ARE[splits.kind]
+            raise ValueError(f"binarization: expected none for {what} ({splits.name}), got {binarization}")
+        return "none"
+    return binarization or default
+
+
+def as_floats(values: Tensor, generator: torch.Generator) -> Tensor:
+    """The stored values themselves."""
+    return values.float()
+
+
+def as_fractions(values: Tensor, generator: torch.Generator) -> Tensor:
+    """8-bit levels / 255."""
+    return values.float() / 255
+
+
+def bernoulli_draw(values: Tensor, generator: torch.Generator) -> Tensor:
+    """x_d ~ Bernoulli(p_d), p = level / 255 or the stored probability: (B, *E) -> (B, *E) in {0, 1}, drawn anew."""
+    uniform = torch.rand(values.shape, generator=generator, device=values.device)
+    return (uniform.mul_(255) < values if values.dtype == torch.uint8 else uniform < values).float()
+
+
+def training_images(splits: Splits, binarization: str) -> tuple[Tensor, Callable[[Tensor, torch.Generator], Tensor]]:
+    """The stored training set (N, *E), and how a batch of it becomes what the model sees, at every access."""
+    if binarization == "none" or splits.kind in _TAKEN_AS_THEY_ARE:
+        return splits.train, as_fractions if splits.kind == LEVELS else as_floats
+    if binarization == "dynamic":
+        return splits.train, bernoulli_draw
+    return evaluation_images(splits, "train", binarization).to(torch.uint8), as_floats
+
+
+def expected_images(splits: Splits, binarization: str) -> Tensor:
+    """(N, *E) the mean, over all that training draws, of what the model sees of each training image."""
+    return (
+        probabilities(splits, "train")
+        if binarization == "dynamic"
+        else evaluation_images(splits, "train", binarization)
+    )
+
+
+def evaluation_images(splits: Splits, split: str, binarization: str, *, seed: int = 0) -> Tensor:
+    """A split as it is evaluated: (N, *E) float32, the same at every call.
+
+    "dynamic" and "fixed" draw it once, as in the protocol of Tomczak and Welling (2018, arXiv 1705.07120; their code):
+    after seeding numpy's legacy generator with 777, one binomial draw over the validation images, then one over test;
+    a draw over train follows. "threshold" is p >= 0.5. "none" takes the values as they are: levels become x / 255.
+    Under the protocol of Burda et al. (2015, arXiv 1509.00519), "dynamic" draws the split anew for each ``seed``,
+    which nothing else depends on.
+
+    Raises:
+        ValueError: an unknown word, or a split without images.
+    """
+    for argument, words, word in (("binarization", BINARIZATIONS, binarization), ("split", SPLITS, split)):
+        if word not in words:
+            raise ValueError(f"{argument}: expected one of {', '.join(words)}, got {word!r}")
+    if not len(getattr(splits, split)):
+        raise ValueError(f"{splits.name}: has no {split} images under the {splits.protocol} protocol")
+    if is_drawn(splits, binarization):
+        if splits.protocol == "iwae" and binarization == "dynamic":
+            return binomial_draw(np.random.RandomState(seed), probabilities(splits, split))
+        stream = np.random.RandomState(PUBLISHED_SEED)  # the published generator
+        for name in ("validation", "test", "train"):
+            drawn = binomial_draw(stream, probabilities(splits, name))
+            if name == split:
+                return drawn
+    values = probabilities(splits, split)
+    return (values >= 0.5).float() if binarization == "threshold" else values
+
+
+def is_drawn(splits: Splits, binarization: str) -> bool:
+    """Whether what the model sees is a random draw."""
+    return binarization in ("dynamic", "fixed") and splits.kind not in _TAKEN_AS_THEY_ARE
+
+
+def binomial_draw(stream: np.random.RandomState, rates: Tensor) -> Tensor:
+    """x_d ~ Bernoulli(p_d) by numpy's legacy generator, as published: (N, *E) float32."""
+    return torch.from_numpy(stream.binomial(1, rates.numpy())).float()
+
+
+def probabilities(splits: Splits, split: str) -> Tensor:
+    """A split as the probability that a pixel is white: levels / 255, the others as they are. (N, *E) float32."""
+    values = getattr(splits, split).float()
+    return values / 255 if splits.kind == LEVELS else values
+
+
+def binarization_entropy(splits: Splits, split: str, binarization: str) -> Tensor | None:
+    """H = -sum_d [p_d log p_d + (1 - p_d) log(1 - p_d)]: (N,) nats, float64; None where nothing is drawn.
+
+    The entropy of the draw that made the evaluated images. Over such draws of an image, the mean of any model's
+    log p(x) is at most -H (Gibbs' inequality).
+    """
+    if not is_drawn(splits, binarization):
+        return None
+    stored = getattr(splits, split)
+    scale = 255 if splits.kind == LEVELS else 1
+    rates = (chunk.double().flatten(1) / scale for chunk in stored.split(_CHUNK))
+    return torch.cat([(torch.special.entr(p) + torch.special.entr(1 - p)).sum(1) for p in rates])

@@ -1,0 +1,168 @@
+"""Published sets of black and white images: static MNIST and Caltech-101 Silhouettes, found in the data folder."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from os.path import isfile  # False, where pathlib would raise, in a folder that is closed
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ppl_vae.data.own import read_arrays
+from ppl_vae.data.splits import BINARY, Splits
+
+_NUM_PIXELS = 28 * 28
+
+# SHA-256 of each split's pixels, one byte each, row by row.
+_STATIC_MNIST_SHA256 = {
+    "train": "43490d4d6ac9002727af4426d8748609fdb7e4094fa65ad8d681ea60082a7a5a",
+    "validation": "069b4f0beb389b776478c3e872b4df71c95ac4be64d7cbe6d32e24ebac8e6d5e",
+    "test": "ca0294c3b8d984c7a1dc891015a8eea6f37bae59a34e35ea0fc8c47110a8dd86",
+}
+_CALTECH_SHA256 = {
+    "train": "4e667900732526e6c757b385151c31812ec071b1e833dcad1f10cbe9c12e9a96",
+    "validation": "d31899cd9a8421bad5500bdfa166ea93b6490c6f67abbd09826603751801628d",
+    "test": "caf9bfb9732aced2ed6d7cfb7bf678eb933622574c87a3ce159a3c76dcb2b722",
+}
+
+_STATIC_NPZ = "static_mnist.npz"
+_STATIC_AMAT = {
+    "train": "binarized_mnist_train.amat",
+    "validation": "binarized_mnist_valid.amat",
+    "test": "binarized_mnist_test.amat",
+}
+_CALTECH_NPZ, _CALTECH_MAT = "caltech101_silhouettes.npz", "caltech101_silhouettes_28_split1.mat"
+
+_IN_NPZ = {"train": "train", "validation": "valid", "test": "test"}
+_IN_MAT = {"train": "train", "validation": "val", "test": "test"}
+
+
+def static_mnist(data_dir: Path) -> Splits:
+    """MNIST binarized once (Larochelle and Murray 2011): 50,000 / 10,000 / 10,000 images (1, 28, 28) in {0, 1}.
+
+    Read from static_mnist.npz (np.packbits of each split) or the published binarized_mnist_{train,valid,test}.amat, in
+    ``data_dir`` or its folder static_mnist. There are no labels, and the test set is sorted by class.
+
+    Raises:
+        ValueError: files that are missing or damaged.
+    """
+    folders = (data_dir, data_dir / "static_mnist")
+    for folder in folders:
+        if isfile(path := folder / _STATIC_NPZ):
+            pixels = {split: _unpacked(path, bits) for split, bits in _read_npz(path, _IN_NPZ).items()}
+            return _checked("static-mnist", path, pixels, _STATIC_MNIST_SHA256)
+        if all(isfile(folder / name) for name in _STATIC_AMAT.values()):
+            pixels = {split: _read_amat(folder / name) for split, name in _STATIC_AMAT.items()}
+            return _checked("static-mnist", folder, pixels, _STATIC_MNIST_SHA256)
+    raise _missing("static-mnist", folders, f"{_STATIC_NPZ} or {', '.join(_STATIC_AMAT.values())}")
+
+
+def caltech_silhouettes(data_dir: Path) -> Splits:
+    """Caltech-101 Silhouettes, split 1 (Marlin et al. 2010): 4,100 / 2,264 / 2,307 images (1, 28, 28) in {0, 1}.
+
+    Read from caltech101_silhouettes.npz or the published caltech101_silhouettes_28_split1.mat, in ``data_dir`` or its
+    folder caltech101_silhouettes. Upright; the object is 0 and the background 1, as published.
+
+    Raises:
+        ValueError: files that are missing or damaged, or a .mat file without scipy to read it.
+    """
+    folders = (data_dir, data_dir / "caltech101_silhouettes")
+    for folder in folders:
+        if isfile(path := folder / _CALTECH_NPZ):
+            names = {split: f"{word}_images" for split, word in _IN_NPZ.items()}
+            names |= {f"{split} labels": f"{word}_labels" for split, word in _IN_NPZ.items()}
+            arrays = _read_npz(path, names | {"class names": "classnames"})
+        elif isfile(path := folder / _CALTECH_MAT):
+            arrays = _read_mat(path)
+        else:
+            continue
+        pixels = {split: arrays[split] for split in _IN_NPZ}
+        labels = {split: arrays[f"{split} labels"].reshape(-1).astype(np.int64) - 1 for split in _IN_NPZ}  # from 1 on
+        class_names = tuple(map(str, arrays["class names"]))
+        return _checked("caltech-silhouettes", path, pixels, _CALTECH_SHA256, labels, class_names)
+    raise _missing("caltech-silhouettes", folders, f"{_CALTECH_NPZ} or {_CALTECH_MAT}")
+
+
+def _checked(
+    name: str,
+    where: Path,
+    pixels: Mapping[str, np.ndarray],
+    checksums: Mapping[str, str],
+    labels: Mapping[str, np.ndarray] | None = None,
+    class_names: tuple[str, ...] = (),
+) -> Splits:
+    """The splits, if their pixels are the published ones, whichever kind of file they came in."""
+    for split, array in pixels.items():
+        if hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest() != checksums[split]:
+            raise ValueError(f"{where}: the checksum of {split} is not that of {name}; fetch the file again")
+    for split, numbers in (labels or {}).items():
+        if len(numbers) != len(pixels[split]) or numbers.min() < 0 or numbers.max() >= len(class_names):
+            raise ValueError(f"{where}: the labels of {split} are not those of {name}; fetch the file again")
+    images = {split: torch.from_numpy(array.reshape(-1, 1, 28, 28)) for split, array in pixels.items()}
+    return Splits(
+        name=name,
+        kind=BINARY,
+        sha256=hashlib.sha256("".join(checksums.values()).encode()).hexdigest(),
+        split="as published",
+        labels={split: torch.from_numpy(numbers) for split, numbers in (labels or {}).items()},
+        class_names=class_names,
+        train=images["train"],
+        validation=images["validation"],
+        test=images["test"],
+    )
+
+
+def _missing(name: str, folders: tuple[Path, ...], what: str) -> ValueError:
+    where = " or ".join(map(str, folders))
+    return ValueError(
+        f"dataset: {name}: expected {what} in {where}, got no such file; "
+        "--data-dir or the environment variable PPL_VAE_DATA_DIR says where the data is"
+    )
+
+
+def _read_npz(path: Path, names: Mapping[str, str]) -> dict[str, np.ndarray]:
+    """{role: array} from {role: name}."""
+    arrays, _ = read_arrays(path, lambda present: {role: name for role, name in names.items() if name in present})
+    if lacking := [name for role, name in names.items() if role not in arrays]:
+        raise ValueError(f"{path}: expected the arrays {', '.join(names.values())}, got no {', '.join(lacking)}")
+    return arrays
+
+
+def _unpacked(path: Path, bits: np.ndarray) -> np.ndarray:
+    """(N, 784) of the bits (N, 98)."""
+    if bits.dtype != np.uint8 or bits.shape[1:] != (_NUM_PIXELS // 8,):
+        raise ValueError(f"{path}: expected bytes (N, {_NUM_PIXELS // 8}), got {bits.dtype} {bits.shape}")
+    return np.unpackbits(bits, axis=1)
+
+
+def _read_amat(path: Path) -> np.ndarray:
+    """(N, 784) of a text file, one image a line, a 0 or 1 a pixel, with spaces between them."""
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    digits = np.frombuffer(text.translate(None, b" \t\r\n"), np.uint8)
+    if digits.size % _NUM_PIXELS or not np.isin(digits, (ord("0"), ord("1"))).all():
+        raise ValueError(f"{path}: expected lines of {_NUM_PIXELS} zeros and ones, got {digits.size:,} characters")
+    return (digits - ord("0")).reshape(-1, _NUM_PIXELS)
+
+
+def _read_mat(path: Path) -> dict[str, np.ndarray]:
+    """{role: array} of the published MATLAB file, whose pixels go down the columns; here they go along the rows."""
+    try:
+        from scipy.io import loadmat  # type: ignore[import-untyped]
+    except ImportError:
+        raise ValueError(f"{path}: a .mat file needs scipy, which is not installed: pip install scipy") from None
+    try:
+        stored = loadmat(path)
+        arrays = {f"{split} labels": stored[f"{word}_labels"] for split, word in _IN_MAT.items()}
+        arrays["class names"] = np.array([str(np.squeeze(cell)) for cell in stored["classnames"].reshape(-1)])
+        for split, word in _IN_MAT.items():
+            columns = stored[f"{word}_data"].astype(np.uint8).reshape(-1, 28, 28)
+            arrays[split] = columns.transpose(0, 2, 1).reshape(-1, _NUM_PIXELS)
+    except Exception as error:  # loadmat raises nearly every type for a damaged file
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"{path}: not the published file, or damaged ({why})") from None
+    return arrays

@@ -1,0 +1,165 @@
+"""A person's further images for a trained model, brought to the shape and the scale of what it was trained on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ppl_vae.data.binarization import binomial_draw, is_drawn
+from ppl_vae.data.image_folder import Found, checked_size, find_images, label_by_folder, read_images
+from ppl_vae.data.own import LABELS_ALONE, as_labels, read_arrays
+from ppl_vae.data.splits import BINARY, LEVELS, PROBABILITIES, REAL, Splits, first_few
+
+_IMAGES = ("test", "images", "x")
+_LABELS = (*LABELS_ALONE, "test_labels", "y_test")
+
+
+class OwnImages(NamedTuple):
+    """x: (N, *E) float32, NaN where a pixel is missing; labels: (N,) int64 or None; names: of files, or indices."""
+
+    x: Tensor
+    labels: Tensor | None
+    names: tuple[str, ...]
+
+
+def own_images(
+    path: str,
+    splits: Splits,
+    binarization: str,
+    *,
+    seed: int = 0,
+    image_size: Sequence[int] | None = None,
+    fit: str = "crop",
+    color: str | None = None,
+) -> OwnImages:
+    """Images as a model that was trained on ``splits`` sees them: (N, *E) float32.
+
+    An .npz or .npy file holds (N, *E), (N, H, W) or (N, H, W, C): {0, 1} for binary training data, floats for real
+    values, floats in [0, 1] for probabilities. For 8-bit levels, uint8 is levels (unless all are 0 or 1: then black and
+    white), and floats in [0, 1] are probabilities, level / 255. A NaN is a missing pixel and stays NaN. Image files are
+    resized to E and become gray or rgb as E is; labels by folder are given where all are class names of ``splits``.
+    "dynamic" and "fixed" draw gray images once, from numpy's RandomState(seed).
+
+    Args:
+        path: an .npz file with one array, or one named test, images or x (labels: labels, y, test_labels or y_test);
+            an .npy file; an image; a folder of images.
+        image_size, color: of image files; None, or what E already says.
+        fit: as in ``load``.
+
+    Raises:
+        ValueError: files that cannot be read, or images of another shape or scale.
+    """
+    file = Path(path)
+    if file.suffix in (".npz", ".npy"):
+        values, labels = _from_arrays(file, splits)
+        names = tuple(map(str, range(len(values))))
+    elif os.path.exists(file):
+        values, labels, names = _from_files(file, splits, image_size, fit, color)
+    else:
+        raise ValueError(f"images: expected an .npz or .npy file, an image or a folder, got {path!r}: no such file")
+    if binarization == "threshold":
+        values = torch.where(values.isnan(), values, (values >= 0.5).float())
+    elif is_drawn(splits, binarization):
+        drawn = binomial_draw(np.random.RandomState(seed), values.nan_to_num(0.0))
+        values = torch.where(values.isnan(), values, drawn)
+    return OwnImages(values, labels, names)
+
+
+# --- Arrays ---
+
+
+def _from_arrays(file: Path, splits: Splits) -> tuple[Tensor, Tensor | None]:
+    if not os.path.isfile(file):
+        raise ValueError(f"images: {file}: no such file")
+    arrays, others = read_arrays(file, _roles)
+    if "images" not in arrays:
+        raise ValueError(f"{file}: expected one array, or one named {', '.join(_IMAGES)}, got {others or 'none'}")
+    images = _event_shaped(file, arrays["images"], splits.event_shape)
+    labels = as_labels(f"{file}:", arrays["labels"], len(images)) if "labels" in arrays else None
+    return torch.from_numpy(_scaled(file, images, splits.kind)), labels
+
+
+def _roles(names: list[str]) -> dict[str, str]:
+    no_labels = [name for name in names if name not in _LABELS]
+    named = [name for name in _IMAGES if name in names] or (no_labels if len(no_labels) == 1 else [])
+    named = named or (names if len(names) == 1 else [])
+    labels = [name for name in _LABELS if name in names and name not in named]
+    return {role: found[0] for role, found in (("images", named), ("labels", labels)) if found and named}
+
+
+def _event_shaped(file: Path, array: np.ndarray, event_shape: tuple[int, ...]) -> np.ndarray:
+    """(N, *E), from channels last or without a channel as well."""
+    if array.ndim > 0 and len(array) and len(event_shape) == 3:
+        channels, height, width = event_shape
+        if array.shape[1:] == (height, width, channels):
+            return array.transpose(0, 3, 1, 2)
+        if channels == 1 and array.shape[1:] == (height, width):
+            return array[:, None]
+    if array.ndim == 0 or array.shape[1:] != event_shape or not len(array):
+        raise ValueError(f"{file}: expected images of event shape {event_shape}, got an array of shape {array.shape}")
+    return array
+
+
+def _scaled(file: Path, array: np.ndarray, kind: str) -> np.ndarray:
+    """The array as float32 on the scale of the training data, if it is of that kind."""
+    if array.dtype.kind not in "buif":
+        raise ValueError(f"{file}: expected numbers, got dtype {array.dtype}")
+    seen = array[~np.isnan(array)] if array.dtype.kind == "f" else array
+    black_and_white = bool(((seen == 0) | (seen == 1)).all())
+    expected = {
+        BINARY: ("zeros and ones", black_and_white),
+        LEVELS: ("uint8 levels, or floats in [0, 1]", black_and_white or array.dtype == np.uint8 or _fractions(seen)),
+        PROBABILITIES: ("floats in [0, 1]", black_and_white or _fractions(seen)),
+        REAL: ("finite floats", seen.dtype.kind == "f" and bool((np.abs(seen) <= np.finfo(np.float32).max).all())),
+    }
+    words, holds = expected[kind]
+    if not holds:
+        raise ValueError(
+            f"{file}: expected {words} (the model was trained on {kind}), "
+            f"got {array.dtype} from {seen.min()} to {seen.max()}"
+        )
+    scale = 255 if array.dtype == np.uint8 and not black_and_white else 1
+    return np.ascontiguousarray(array, dtype=np.float32) / np.float32(scale)
+
+
+def _fractions(seen: np.ndarray) -> bool:
+    return seen.dtype.kind == "f" and bool(((seen >= 0) & (seen <= 1)).all())
+
+
+# --- Image files ---
+
+
+def _from_files(
+    path: Path, splits: Splits, image_size: Sequence[int] | None, fit: str, color: str | None
+) -> tuple[Tensor, Tensor | None, tuple[str, ...]]:
+    if len(splits.event_shape) != 3 or splits.event_shape[0] not in (1, 3) or splits.kind == REAL:
+        trained_on = f"{splits.kind} of shape {splits.event_shape}"
+        raise ValueError(f"{path}: expected an .npz or .npy file, since the model was trained on {trained_on}")
+    channels, height, width = splits.event_shape
+    own_color = {1: "gray", 3: "rgb"}[channels]
+    if checked_size(image_size) not in (None, (height, width)):
+        raise ValueError(f"image_size: expected {height} {width}, as the model has it, got {list(image_size or ())}")
+    if color not in (None, own_color):
+        raise ValueError(f"color: expected {own_color}, as the model has it, got {color}")
+    found = find_images(path) if path.is_dir() else Found((path.name,), (), 0)
+    if not found.images:
+        raise ValueError(f"images: {path}: expected images, got none in that folder")
+    root = path if path.is_dir() else path.parent
+    pictures = read_images(root, found.images, size=(height, width), fit=fit, color=own_color)
+    if unreadable := found.unreadable + pictures.unreadable:  # refused: each of these images was asked for
+        raise ValueError(f"images: {path}: {len(unreadable):,} cannot be read: {first_few(unreadable)}")
+    values = pictures.pixels.float() / 255
+    if splits.kind == BINARY and not ((values == 0) | (values == 1)).all():
+        raise ValueError(
+            f"images: {path}: expected black and white alone (the model was trained on {splits.kind} data)"
+        )
+    numbers, classes = label_by_folder(pictures.names)
+    known = bool(classes) and set(classes) <= set(splits.class_names)
+    of_classes = torch.tensor([splits.class_names.index(name) for name in classes]) if known else None
+    return values, None if of_classes is None else of_classes[numbers], pictures.names

@@ -1,0 +1,128 @@
+"""What a data set is once it has been read: its splits, their kind, their labels, and fixed subsets of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+BINARY, LEVELS, PROBABILITIES, REAL = "binary", "8-bit levels", "probabilities", "real values"
+
+PUBLISHED_SEED = 777  # the binarization of Tomczak and Welling 2018; also the splits of a user's own data
+
+_NAMED_AT_MOST = 5
+
+
+@dataclass(frozen=True)
+class Splits:
+    """One data set, as it is stored: uint8 for binary data and 8-bit levels, else float32.
+
+    Args:
+        name: what was asked for.
+        kind: "binary" ({0, 1}), "8-bit levels" ({0..255}), "probabilities" ([0, 1]) or "real values".
+        train, validation, test: (N, *E); images are (N, C, H, W), tables (N, D).
+        sha256: of the bytes that were read.
+        split: in words, how the splits came about.
+        labels: (N,) int64 of each split that has any.
+        class_names: the name of each label, where they have one.
+        unreadable: files that were left out because they could not be read.
+        protocol: "vampprior", or "iwae" (no validation images; test drawn anew at each evaluation).
+    """
+
+    name: str
+    kind: str
+    train: Tensor
+    validation: Tensor
+    test: Tensor
+    sha256: str
+    split: str
+    labels: Mapping[str, Tensor] = field(default_factory=dict)
+    class_names: tuple[str, ...] = ()
+    unreadable: tuple[str, ...] = ()
+    protocol: str = "vampprior"
+
+    @property
+    def event_shape(self) -> tuple[int, ...]:
+        """E, the shape of one image."""
+        return tuple(self.train.shape[1:])
+
+    def describe(self) -> str:
+        """One line that says what was seen, and a second one where files could not be read."""
+        shape = "x".join(map(str, self.event_shape))
+        sizes = " / ".join(f"{len(x):,}" for x in (self.train, self.validation, self.test))
+        seen = f"{self.name}: {self.kind}{self._range()}, {shape}; train / validation / test {sizes} ({self.split})"
+        if self.class_names:
+            seen += f"; {len(self.class_names)} classes: {first_few(self.class_names)}"
+        elif self.labels:
+            seen += f"; {len(torch.cat([*self.labels.values()]).unique())} classes"
+        if self.unreadable:
+            count = f"{len(self.unreadable):,} file" + "s" * (len(self.unreadable) > 1)
+            seen += f"\n{self.name}: {count} could not be read and left out: {first_few(self.unreadable)}"
+        return seen
+
+    def _range(self) -> str:
+        low, high = self.train.min(), self.train.max()
+        if self.kind == LEVELS:
+            dark = " (read as level / 255, so nearly black: floats in [0, 1] have a scale of their own)"
+            return f" from {int(low)} to {int(high)}" + dark * bool(high < 128)
+        if self.kind == REAL:
+            whole = bool((self.train == self.train.round()).all())
+            levels = " (whole numbers of 8 bits: as uint8 they would be 8-bit levels)"
+            return f" from {low:.4g} to {high:.4g}" + levels * bool(whole and low >= 0 and high <= 255)
+        return ""
+
+
+def first_few(names: Iterable[str]) -> str:
+    """The first five by name, and how many more there are."""
+    names = list(names)
+    more = len(names) - _NAMED_AT_MOST
+    return ", ".join(names[:_NAMED_AT_MOST]) + (f" and {more:,} more" if more > 0 else "")
+
+
+def complete(
+    where: str, given: Mapping[str, Tensor], labels: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor], str]:
+    """Whatever of validation and test is lacking is taken from train: a tenth each, by a fixed permutation.
+
+    Args:
+        where: the file or folder, for an error.
+        given: (N, *E) of each split that there is, train among them.
+        labels: (N,) of each split that has any; they follow their images.
+
+    Returns:
+        All three splits, their labels, and in words how they came about.
+
+    Raises:
+        ValueError: too few training images.
+    """
+    images, numbers = dict(given), dict(labels)
+    missing = [split for split in ("validation", "test") if split not in given]
+    if not missing:
+        return images, numbers, "as given"
+    train = given["train"]
+    tenth = len(train) // 10
+    if tenth == 0:
+        raise ValueError(f"{where}: expected at least 10 images to split, got {len(train)}")
+    order = torch.from_numpy(np.random.RandomState(PUBLISHED_SEED).permutation(len(train)))  # a frozen stream
+    parts = {}
+    for split in missing:
+        parts[split], order = order[-tenth:], order[:-tenth]
+    parts["train"] = order
+    images |= {split: train[index] for split, index in parts.items()}
+    if "train" in labels:
+        numbers |= {split: labels["train"][index] for split, index in parts.items()}
+    return images, numbers, f"{' and '.join(missing)}: a tenth of the images each, by a fixed permutation"
+
+
+def subset(num_images: int, most: int | None) -> Tensor:
+    """Indices of a random subset, the same at every call and in ascending order; all of them where there are no more.
+
+    Never the first N: files are often sorted by class.
+    """
+    if most is None or most >= num_images:
+        return torch.arange(num_images)
+    order = np.random.RandomState(PUBLISHED_SEED).permutation(num_images)  # a frozen stream
+    return torch.from_numpy(np.sort(order[:most]))

@@ -1,0 +1,446 @@
+"""Data: folders of image files, their sizes, colors, splits and classes, and the files among them that are broken."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ppl_vae import data
+
+SIZE = (5, 6)
+
+
+def encoded(pixels: np.ndarray, suffix: str = ".png", **options: object) -> bytes:
+    buffer = BytesIO()
+    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+    image.save(buffer, Image.registered_extensions()[suffix], **options)
+    return buffer.getvalue()
+
+
+def write(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+
+
+def fill(folder: Path, levels: Iterable[int], *, name: str = "{:03}.png", size: tuple[int, int] = SIZE) -> None:
+    """One gray image of one level each, named by it."""
+    for level in levels:
+        write(folder / name.format(level), encoded(np.full(size, level, np.uint8)))
+
+
+def levels(images: torch.Tensor) -> list[int]:
+    """Of images of one level each."""
+    assert (images == images[:, :1, :1, :1]).all()
+    return images[:, 0, 0, 0].tolist()
+
+
+def one(folder: Path, content: bytes, name: str = "own.png", **options: object) -> torch.Tensor:
+    """(C, H, W) of that file, read as a folder of ten."""
+    for i in range(10):
+        write(folder / f"{i}{name}", content)
+    return data.load(str(folder), **options).train[0]
+
+
+# --- Splits ---
+
+
+def test_a_folder_is_split_80_10_10(tmp_path: Path) -> None:
+    fill(tmp_path, range(50))
+    read = data.load(str(tmp_path))
+    assert [len(x) for x in (read.train, read.validation, read.test)] == [40, 5, 5]
+
+
+def test_the_splits_of_a_folder_are_disjoint_and_cover_it(tmp_path: Path) -> None:
+    fill(tmp_path, range(50))
+    read = data.load(str(tmp_path))
+    assert sorted([*levels(read.train), *levels(read.validation), *levels(read.test)]) == list(range(50))
+
+
+def test_the_splits_of_a_folder_depend_on_names_alone(tmp_path: Path) -> None:
+    fill(tmp_path / "a", range(50))
+    fill(tmp_path / "b", reversed(range(50)))
+    assert torch.equal(data.load(str(tmp_path / "a")).test, data.load(str(tmp_path / "b")).test)
+
+
+def test_a_folder_is_8_bit_levels_with_channels_first(tmp_path: Path) -> None:
+    fill(tmp_path, range(10))
+    read = data.load(str(tmp_path))
+    assert (read.kind, read.event_shape, read.train.dtype) == ("8-bit levels", (1, *SIZE), torch.uint8)
+
+
+@pytest.mark.parametrize("word", ["valid", "validation", "val", "Val"])
+def test_folders_named_as_splits_are_splits(tmp_path: Path, word: str) -> None:
+    for start, folder in ((0, "train"), (20, word), (30, "test")):
+        fill(tmp_path / folder, range(start, start + 4))
+    read = data.load(str(tmp_path))
+    assert [levels(x) for x in (read.train, read.validation, read.test)] == [
+        [*range(4)],
+        [*range(20, 24)],
+        [*range(30, 34)],
+    ]
+
+
+def test_images_beside_a_test_folder_train(tmp_path: Path) -> None:
+    fill(tmp_path / "any", range(20))
+    fill(tmp_path / "test", range(100, 103))
+    read = data.load(str(tmp_path))
+    assert levels(read.test) == [100, 101, 102]
+    assert sorted([*levels(read.train), *levels(read.validation)]) == list(range(20))
+    assert len(read.validation) == 2
+
+
+def test_images_beside_a_train_folder_are_refused(tmp_path: Path) -> None:
+    fill(tmp_path / "train", range(20))
+    fill(tmp_path / "cars", range(3))
+    with pytest.raises(ValueError, match=r"expected every image in train, valid or test, got 3 outside: cars/000.png"):
+        data.load(str(tmp_path))
+
+
+def test_a_split_without_a_readable_image_is_refused(tmp_path: Path) -> None:
+    fill(tmp_path / "train", range(20))
+    write(tmp_path / "test" / "broken.png", b"no image")
+    with pytest.raises(ValueError, match="expected at least one image that can be read in test, got none"):
+        data.load(str(tmp_path))
+
+
+def test_a_folder_of_test_images_alone_is_refused(tmp_path: Path) -> None:
+    fill(tmp_path / "test", range(20))
+    with pytest.raises(ValueError, match="expected at least one image that can be read in train, got none"):
+        data.load(str(tmp_path))
+
+
+def test_nine_images_are_too_few_to_split(tmp_path: Path) -> None:
+    fill(tmp_path, range(9))
+    with pytest.raises(ValueError, match="expected at least 10 images to split, got 9"):
+        data.load(str(tmp_path))
+
+
+# --- Classes ---
+
+
+def test_subfolders_are_classes_in_the_order_of_their_names(tmp_path: Path) -> None:
+    for start, name in ((100, "cat"), (0, "ant"), (200, "dog")):
+        fill(tmp_path / name, range(start, start + 10))
+    read = data.load(str(tmp_path))
+    assert read.class_names == ("ant", "cat", "dog")
+    for split in ("train", "validation", "test"):
+        assert read.labels[split].tolist() == [level // 100 for level in levels(getattr(read, split))]
+
+
+def test_subfolders_of_splits_are_classes(tmp_path: Path) -> None:
+    for split, start in (("train", 0), ("valid", 20), ("test", 40)):
+        fill(tmp_path / split / "ant", range(start, start + 2))
+        fill(tmp_path / split / "cat" / "deeper", range(start + 100, start + 102))
+    read = data.load(str(tmp_path))
+    assert read.class_names == ("ant", "cat")
+    for split in ("train", "validation", "test"):
+        assert read.labels[split].tolist() == [level // 100 for level in levels(getattr(read, split))]
+
+
+def test_a_class_that_the_training_images_lack_keeps_its_number(tmp_path: Path) -> None:
+    for split, name in (("train", "ant"), ("train", "dog"), ("valid", "ant"), ("test", "cat")):
+        fill(tmp_path / split / name, [1])
+    read = data.load(str(tmp_path))
+    assert (read.labels["train"].tolist(), read.labels["test"].tolist()) == ([0, 2], [1])
+
+
+@pytest.mark.parametrize("stray", ["stray.png", "train/stray.png"])
+def test_an_image_outside_the_classes_leaves_all_without_labels(tmp_path: Path, stray: str) -> None:
+    root = tmp_path / "train" if "/" in stray else tmp_path
+    for name in ("ant", "cat"):
+        fill(root / name, range(10))
+    write(tmp_path / stray, encoded(np.zeros(SIZE, np.uint8)))
+    read = data.load(str(tmp_path))
+    assert (read.labels, read.class_names) == ({}, ())
+
+
+def test_one_subfolder_is_no_class(tmp_path: Path) -> None:
+    fill(tmp_path / "images", range(10))
+    assert data.load(str(tmp_path)).class_names == ()
+
+
+def test_a_description_names_the_classes(tmp_path: Path) -> None:
+    for i in range(50):
+        write(tmp_path / "own" / ("ant", "cat")[i % 2] / f"{i}.png", encoded(np.array([[0, i, 255]], np.uint8)))
+    assert data.load(str(tmp_path / "own")).describe() == (
+        "own: 8-bit levels from 0 to 255, 1x1x3; train / validation / test 40 / 5 / 5 "
+        "(validation and test: a tenth of the images each, by a fixed permutation); 2 classes: ant, cat"
+    )
+
+
+# --- Sizes ---
+
+WIDE = np.array([[10, 20, 30, 40, 50, 60, 70, 80]] * 4, np.uint8)  # (4, 8): each column has its level
+
+
+def test_crop_keeps_the_middle(tmp_path: Path) -> None:
+    assert one(tmp_path, encoded(WIDE), image_size=(4, 4))[0, 0].tolist() == [30, 40, 50, 60]
+
+
+def test_crop_keeps_the_middle_of_a_tall_image(tmp_path: Path) -> None:
+    assert one(tmp_path, encoded(WIDE.T), image_size=(4, 4))[0, :, 0].tolist() == [30, 40, 50, 60]
+
+
+def test_crop_keeps_the_aspect_ratio_while_it_shrinks(tmp_path: Path) -> None:
+    """The outer quarters are cut (but for what the filter still sees of them): of black, white, black white is left."""
+    banded = np.zeros((20, 40), np.uint8)
+    banded[:, 7:33] = 255
+    assert (one(tmp_path, encoded(banded), image_size=(5, 5)) == 255).all()
+
+
+def test_stretch_keeps_all_of_the_image(tmp_path: Path) -> None:
+    """Half black and half white in every row, at either size."""
+    halves = np.zeros((20, 40), np.uint8)
+    halves[:, 20:] = 255
+    stretched = one(tmp_path, encoded(halves), image_size=(4, 4), fit="stretch").float()
+    assert stretched.shape == (1, 4, 4)
+    assert (stretched.mean(-1) - 127.5).abs().max() <= 1
+    assert (stretched[0, :, 0] == 0).all()
+    assert (stretched[0, :, 3] == 255).all()
+
+
+@pytest.mark.parametrize("fit", ["crop", "stretch"])
+def test_an_image_of_the_right_size_keeps_each_pixel(tmp_path: Path, fit: str) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (7, 9), np.uint8)
+    assert one(tmp_path, encoded(pixels), image_size=(7, 9), fit=fit)[0].tolist() == pixels.tolist()
+
+
+def test_an_image_without_a_size_keeps_each_pixel(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (7, 9, 3), np.uint8)
+    assert one(tmp_path, encoded(pixels)).permute(1, 2, 0).tolist() == pixels.tolist()
+
+
+def test_one_number_is_height_and_width(tmp_path: Path) -> None:
+    assert one(tmp_path, encoded(WIDE), image_size=(3,)).shape == (1, 3, 3)
+
+
+def test_images_of_several_sizes_are_brought_to_one(tmp_path: Path) -> None:
+    for i in range(10):
+        fill(tmp_path, [i], size=(4 + i, 12 - i))
+    read = data.load(str(tmp_path), image_size=(4, 5))
+    assert read.event_shape == (1, 4, 5)
+    assert sorted(levels(torch.cat([read.train, read.validation, read.test]))) == list(range(10))
+
+
+def test_several_sizes_without_an_image_size_are_refused(tmp_path: Path) -> None:
+    fill(tmp_path, range(8))
+    fill(tmp_path, range(8, 10), size=(3, 4))
+    fill(tmp_path, range(10, 12), size=(3, 2))
+    with pytest.raises(ValueError, match=r"got 3 sizes \(3x2, 3x4, 5x6\); --image-size H W brings them to one"):
+        data.load(str(tmp_path))
+
+
+@pytest.mark.parametrize("size", [(), (0,), (4, -1), (1, 2, 3), (2.5,), (True,)], ids=str)
+def test_a_wrong_image_size_is_refused(tmp_path: Path, size: tuple) -> None:
+    fill(tmp_path, range(10))
+    with pytest.raises(ValueError, match="image_size: expected height and width, or one number for both, got"):
+        data.load(str(tmp_path), image_size=size)
+
+
+# --- Modes and formats ---
+
+GRAY_IMAGES = {
+    "8 bits": (Image.new("L", (6, 5), 77), 77),
+    "1 bit, white": (Image.new("1", (6, 5), 1), 255),
+    "16 bits": (Image.fromarray(np.full(SIZE, 257 * 77, np.uint16)), 77),
+    "16 bits, white": (Image.fromarray(np.full(SIZE, 65_535, np.uint16)), 255),
+    "opaque": (Image.new("LA", (6, 5), (77, 255)), 77),
+    "transparent": (Image.new("LA", (6, 5), (77, 0)), 255),
+    "of opacity 1 / 5": (Image.new("LA", (6, 5), (0, 51)), 204),
+}
+COLOR_IMAGES = {
+    "red, green, blue": (Image.new("RGB", (6, 5), (10, 20, 30)), (10, 20, 30)),
+    "opaque": (Image.new("RGBA", (6, 5), (10, 20, 30, 255)), (10, 20, 30)),
+    "transparent": (Image.new("RGBA", (6, 5), (10, 20, 30, 0)), (255, 255, 255)),
+    "palette": (Image.new("RGB", (6, 5), (10, 20, 30)).convert("P", palette=Image.Palette.ADAPTIVE), (10, 20, 30)),
+}
+
+
+@pytest.mark.parametrize("what", GRAY_IMAGES)
+def test_each_gray_image_is_one_channel_of_8_bits(tmp_path: Path, what: str) -> None:
+    image, level = GRAY_IMAGES[what]
+    read = one(tmp_path, encoded(image))
+    assert read.shape == (1, *SIZE)
+    assert set(read.flatten().tolist()) == {level}
+
+
+@pytest.mark.parametrize("what", COLOR_IMAGES)
+def test_each_color_image_is_red_green_and_blue(tmp_path: Path, what: str) -> None:
+    image, channels = COLOR_IMAGES[what]
+    assert [set(channel.flatten().tolist()) for channel in one(tmp_path, encoded(image))] == [{v} for v in channels]
+
+
+@pytest.mark.parametrize("suffix", [".png", ".bmp", ".tif", ".gif", ".pgm", ".PNG", ".jpg", ".webp"])
+def test_each_format_is_read(tmp_path: Path, suffix: str) -> None:
+    options = {"lossless": True} if suffix == ".webp" else {}
+    content = encoded(np.full(SIZE, 77, np.uint8), suffix.lower(), **options)
+    assert set(one(tmp_path, content, f"own{suffix}", color="gray").flatten().tolist()) == {77}
+
+
+def test_one_color_image_makes_all_of_them_color(tmp_path: Path) -> None:
+    fill(tmp_path, range(9))
+    write(tmp_path / "red.png", encoded(Image.new("RGB", (6, 5), (200, 0, 0))))
+    read = data.load(str(tmp_path))
+    images = torch.cat([read.train, read.validation, read.test])
+    assert images.shape == (10, 3, *SIZE)
+    assert sorted(images[:, :, 0, 0].tolist()) == [*([i] * 3 for i in range(9)), [200, 0, 0]]
+
+
+def test_color_becomes_gray_where_asked(tmp_path: Path) -> None:
+    """ITU-R 601: 0.299 R + 0.587 G + 0.114 B."""
+    read = one(tmp_path, encoded(Image.new("RGB", (6, 5), (200, 100, 50))), color="gray")
+    assert read.shape == (1, *SIZE)
+    assert abs(read.float().mean() - (0.299 * 200 + 0.587 * 100 + 0.114 * 50)) <= 0.5
+
+
+def test_gray_becomes_color_where_asked(tmp_path: Path) -> None:
+    read = one(tmp_path, encoded(np.full(SIZE, 77, np.uint8)), color="rgb")
+    assert read.shape == (3, *SIZE)
+    assert set(read.flatten().tolist()) == {77}
+
+
+def test_the_orientation_that_a_camera_noted_is_honored(tmp_path: Path) -> None:
+    """Orientation 6 of the EXIF standard: what is stored as the first column is the top row of the picture."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    stored = np.zeros((4, 8), np.uint8)
+    stored[:, 0] = 255
+    read = one(tmp_path, encoded(stored, exif=exif))
+    assert read.shape == (1, 8, 4)
+    assert (read[0, 0] == 255).all()
+    assert (read[0, 1:] == 0).all()
+
+
+def test_an_animation_is_its_first_frame(tmp_path: Path) -> None:
+    frames = [Image.new("L", (6, 5), level) for level in (0, 255)]
+    content = encoded(frames[0], ".gif", save_all=True, append_images=frames[1:])
+    assert set(one(tmp_path, content, "own.gif", color="gray").flatten().tolist()) == {0}
+
+
+# --- What is no image ---
+
+
+def truncated(suffix: str) -> bytes:
+    content = encoded(np.random.default_rng(0).integers(0, 256, (40, 40), np.uint8), suffix)
+    return content[: len(content) // 2]
+
+
+BROKEN = {
+    "truncated.png": truncated(".png"),
+    "truncated.jpg": truncated(".jpg"),
+    "truncated.tif": truncated(".tif"),
+    "empty.png": b"",
+    "text.jpg": b"no image at all",
+    "float.tif": encoded(Image.fromarray(np.full((40, 40), 0.5, np.float32)), ".tif"),
+    "postscript.png": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 40\n%%EOF\n",
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_image_is_left_out_and_named(tmp_path: Path, name: str) -> None:
+    fill(tmp_path, range(10))
+    write(tmp_path / "deep" / name, BROKEN[name])
+    read = data.load(str(tmp_path))
+    assert read.unreadable == (f"deep/{name}",)
+    assert sorted(levels(torch.cat([read.train, read.validation, read.test]))) == list(range(10))
+
+
+def test_a_link_to_nothing_is_left_out_and_named(tmp_path: Path) -> None:
+    fill(tmp_path, range(10))
+    (tmp_path / "dangling.png").symlink_to(tmp_path / "nowhere.png")
+    assert data.load(str(tmp_path)).unreadable == ("dangling.png",)
+
+
+def test_an_image_too_large_to_decode_safely_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(tmp_path, range(10))
+    fill(tmp_path, [10], name="bomb.png", size=(50, 50))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    assert data.load(str(tmp_path)).unreadable == ("bomb.png",)
+
+
+def test_a_description_counts_the_broken_and_names_the_first(tmp_path: Path) -> None:
+    fill(tmp_path / "own", range(10))
+    for i in range(8):
+        write(tmp_path / "own" / f"broken{i}.png", b"")
+    named = ", ".join(f"broken{i}.png" for i in range(5))
+    expected = f"own: 8 files could not be read and left out: {named} and 3 more"
+    assert data.load(str(tmp_path / "own")).describe().splitlines()[1:] == [expected]
+
+
+def test_hidden_files_are_no_images(tmp_path: Path) -> None:
+    fill(tmp_path, range(10))
+    fill(tmp_path / ".thumbnails", range(10))
+    fill(tmp_path, [99], name="._{}.png")
+    read = data.load(str(tmp_path))
+    assert len(read.train) + len(read.validation) + len(read.test) == 10
+    assert read.unreadable == ()
+
+
+def test_other_files_are_ignored_and_counted(tmp_path: Path) -> None:
+    fill(tmp_path, range(10))
+    for name in ("labels.csv", "notes.txt", "README"):
+        write(tmp_path / "about" / name, b"0,1")
+    read = data.load(str(tmp_path))
+    assert read.unreadable == ()
+    assert "; 3 files that are no images ignored)" in read.describe()
+
+
+def test_a_folder_of_broken_images_is_refused(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png"):
+        write(tmp_path / name, b"")
+    with pytest.raises(ValueError, match=r"expected images, got 2 that cannot be read: a.png, b.png"):
+        data.load(str(tmp_path))
+
+
+def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"dataset: {re.escape(str(tmp_path))}: expected images, got an empty folder"):
+        data.load(str(tmp_path))
+
+
+def test_a_folder_without_images_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "notes.txt", b"")
+    with pytest.raises(ValueError, match="expected images, got 1 other files"):
+        data.load(str(tmp_path))
+
+
+def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"or of a folder of images, got .*no/folder"):
+        data.load(str(tmp_path / "no" / "folder"))
+
+
+# --- The checksum ---
+
+
+def test_the_checksum_is_of_names_and_bytes(tmp_path: Path) -> None:
+    fill(tmp_path / "a", range(10))
+    expected = hashlib.sha256()
+    for path in sorted((tmp_path / "a").iterdir()):
+        content = path.read_bytes()
+        expected.update(path.name.encode() + b"\0" + str(len(content)).encode() + b"\0" + content)
+    assert data.load(str(tmp_path / "a")).sha256 == expected.hexdigest()
+
+
+def test_a_folder_that_moved_keeps_its_checksum(tmp_path: Path) -> None:
+    fill(tmp_path / "a", range(10))
+    before = data.load(str(tmp_path / "a")).sha256
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert data.load(str(tmp_path / "b")).sha256 == before
+
+
+@pytest.mark.parametrize("change", ["content", "name"])
+def test_another_folder_has_another_checksum(tmp_path: Path, change: str) -> None:
+    fill(tmp_path, range(10))
+    before = data.load(str(tmp_path)).sha256
+    if change == "name":
+        (tmp_path / "003.png").rename(tmp_path / "0030.png")
+    else:
+        fill(tmp_path, [99], name="003.png")
+    assert data.load(str(tmp_path)).sha256 != before

@@ -1,0 +1,320 @@
+"""Data: a person's further images for a trained model, from arrays and from image files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ppl_vae import data
+
+GENERATOR = np.random.default_rng(0)
+E = (1, 4, 5)
+GREY = GENERATOR.integers(0, 256, (6, *E[1:]), np.uint8)
+BITS = GENERATOR.integers(0, 2, (6, *E[1:]), np.uint8)
+FRACTIONS = GENERATOR.random((6, *E[1:]))
+REALS = GENERATOR.normal(size=(6, *E[1:])) * 3
+
+
+def trained_on(kind: str, event_shape: tuple[int, ...] = E, class_names: tuple[str, ...] = ()) -> data.Splits:
+    """What a model was trained on, of which only kind, shape and classes matter here."""
+    dtype = torch.uint8 if kind in (data.BINARY, data.LEVELS) else torch.float32
+    none = torch.zeros((0, *event_shape), dtype=dtype)
+    return data.Splits("own", kind, none, none, none, sha256="", split="", class_names=class_names)
+
+
+def saved(folder: Path, array: np.ndarray | None = None, **arrays: np.ndarray) -> str:
+    if array is not None:
+        np.save(folder / "own.npy", array)
+        return str(folder / "own.npy")
+    np.savez(folder / "own.npz", **arrays)
+    return str(folder / "own.npz")
+
+
+def picture(path: Path, pixels: np.ndarray) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+    return str(path)
+
+
+# --- Arrays: scale ---
+
+SCALES = {  # training data, array -> what the model sees without binarization
+    "levels for levels": (data.LEVELS, GREY, GREY / 255),
+    "black and white bytes for levels": (data.LEVELS, BITS, BITS),
+    "fractions for levels": (data.LEVELS, FRACTIONS, FRACTIONS),
+    "fractions for probabilities": (data.PROBABILITIES, FRACTIONS, FRACTIONS),
+    "bits for probabilities": (data.PROBABILITIES, BITS, BITS),
+    "bits for bits": (data.BINARY, BITS, BITS),
+    "truth values for bits": (data.BINARY, BITS.astype(bool), BITS),
+    "floats of bits for bits": (data.BINARY, BITS.astype(np.float64), BITS),
+    "reals for reals": (data.REAL, REALS, REALS),
+    "fractions for reals": (data.REAL, FRACTIONS, FRACTIONS),
+}
+
+
+@pytest.mark.parametrize("what", SCALES)
+def test_each_array_is_brought_to_the_scale_of_the_training_data(tmp_path: Path, what: str) -> None:
+    kind, array, expected = SCALES[what]
+    x = data.own_images(saved(tmp_path, array), trained_on(kind), "none").x
+    assert (x.dtype, tuple(x.shape)) == (torch.float32, (6, *E))
+    np.testing.assert_allclose(x[:, 0].numpy(), expected, rtol=2e-7)
+
+
+OFF_SCALE = {
+    "levels for bits": (data.BINARY, GREY, "expected zeros and ones .*trained on binary"),
+    "fractions for bits": (data.BINARY, FRACTIONS, "expected zeros and ones .*trained on binary"),
+    "reals for levels": (data.LEVELS, REALS, r"expected uint8 levels, or floats in \[0, 1\] .*trained on 8-bit levels"),
+    "int64 levels for levels": (data.LEVELS, GREY.astype(np.int64), "expected uint8 levels, .* got int64 from"),
+    "levels for probabilities": (data.PROBABILITIES, GREY, r"expected floats in \[0, 1\] .*got uint8 from"),
+    "levels for reals": (data.REAL, GREY, "expected finite floats .*trained on real values.*, got uint8 from"),
+    "infinity for reals": (data.REAL, np.where(REALS > 0, np.inf, REALS), "expected finite floats .* to inf"),
+    "words": (data.LEVELS, np.full((6, *E[1:]), "a"), "expected numbers, got dtype <U1"),
+}
+
+
+@pytest.mark.parametrize("what", OFF_SCALE)
+def test_an_array_of_another_scale_is_refused(tmp_path: Path, what: str) -> None:
+    kind, array, message = OFF_SCALE[what]
+    with pytest.raises(ValueError, match=f"own.npy: {message}"):
+        data.own_images(saved(tmp_path, array), trained_on(kind), "none")
+
+
+# --- Arrays: shape ---
+
+COLOR = GENERATOR.integers(0, 256, (6, 3, 4, 5), np.uint8)
+LAYOUTS = {
+    "without a channel": ((1, 4, 5), GREY, GREY[:, None]),
+    "channel last": ((1, 4, 5), GREY[..., None], GREY[:, None]),
+    "channel first": ((1, 4, 5), GREY[:, None], GREY[:, None]),
+    "colors last": ((3, 4, 5), COLOR.transpose(0, 2, 3, 1), COLOR),
+    "colors first": ((3, 4, 5), COLOR, COLOR),
+    "a table": ((20,), GREY.reshape(6, 20), GREY.reshape(6, 20)),
+}
+
+
+@pytest.mark.parametrize("what", LAYOUTS)
+def test_each_layout_becomes_the_event_shape(tmp_path: Path, what: str) -> None:
+    event_shape, array, expected = LAYOUTS[what]
+    x = data.own_images(saved(tmp_path, array), trained_on(data.LEVELS, event_shape), "none").x
+    np.testing.assert_array_equal((x * 255).round().numpy(), expected)
+
+
+WRONG_SHAPES = {
+    "another size": (GREY[:, :3], r"got an array of shape \(6, 3, 5\)"),
+    "colors": (COLOR, r"got an array of shape \(6, 3, 4, 5\)"),
+    "one image": (GREY[0], r"got an array of shape \(4, 5\)"),
+    "a table": (GREY.reshape(6, 20), r"got an array of shape \(6, 20\)"),
+    "no image": (GREY[:0], r"got an array of shape \(0, 4, 5\)"),
+    "a number": (np.array(1, np.uint8), r"got an array of shape \(\)"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG_SHAPES)
+def test_another_event_shape_is_refused(tmp_path: Path, what: str) -> None:
+    array, message = WRONG_SHAPES[what]
+    with pytest.raises(ValueError, match=rf"own.npy: expected images of event shape \(1, 4, 5\), {message}"):
+        data.own_images(saved(tmp_path, array), trained_on(data.LEVELS), "none")
+
+
+# --- Arrays: names and labels ---
+
+
+@pytest.mark.parametrize("key", ["test", "images", "x"])
+def test_each_name_of_images_is_read(tmp_path: Path, key: str) -> None:
+    path = saved(tmp_path, **{"other": COLOR, key: GREY})
+    np.testing.assert_allclose(data.own_images(path, trained_on(data.LEVELS), "none").x[:, 0], GREY / 255, rtol=2e-7)
+
+
+def test_a_lone_array_of_any_name_is_the_images(tmp_path: Path) -> None:
+    assert len(data.own_images(saved(tmp_path, mine=GREY, y=np.arange(6)), trained_on(data.LEVELS), "none").x) == 6
+
+
+def test_several_arrays_of_other_names_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"expected one array, or one named test, images, x, got \['a', 'b'\]"):
+        data.own_images(saved(tmp_path, a=GREY, b=GREY), trained_on(data.LEVELS), "none")
+
+
+@pytest.mark.parametrize("key", ["labels", "y", "test_labels", "y_test"])
+def test_each_name_of_labels_is_read_beside_images(tmp_path: Path, key: str) -> None:
+    read = data.own_images(saved(tmp_path, **{"test": GREY, key: np.arange(6)}), trained_on(data.LEVELS), "none")
+    assert read.labels is not None
+    assert read.labels.tolist() == list(range(6))
+
+
+def test_an_array_without_labels_has_none(tmp_path: Path) -> None:
+    assert data.own_images(saved(tmp_path, GREY), trained_on(data.LEVELS), "none").labels is None
+
+
+def test_labels_of_another_length_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="labels: expected 6 whole numbers, one an image, got shape"):
+        data.own_images(saved(tmp_path, x=GREY, y=np.arange(5)), trained_on(data.LEVELS), "none")
+
+
+def test_images_of_an_array_are_named_by_their_index(tmp_path: Path) -> None:
+    assert data.own_images(saved(tmp_path, GREY), trained_on(data.LEVELS), "none").names == tuple("012345")
+
+
+# --- Binarization ---
+
+
+@pytest.mark.parametrize("binarization", ["dynamic", "fixed"])
+@pytest.mark.parametrize(("kind", "array"), [(data.LEVELS, GREY), (data.PROBABILITIES, FRACTIONS)])
+def test_gray_images_are_one_draw_from_the_seed(
+    tmp_path: Path, kind: str, array: np.ndarray, binarization: str
+) -> None:
+    rates = array.astype(np.float32) / np.float32(255 if array.dtype == np.uint8 else 1)
+    expected = np.random.RandomState(3).binomial(1, rates)
+    x = data.own_images(saved(tmp_path, array), trained_on(kind), binarization, seed=3).x
+    np.testing.assert_array_equal(x[:, 0].numpy(), expected)
+
+
+def test_another_seed_is_another_draw(tmp_path: Path) -> None:
+    path = saved(tmp_path, GREY)
+    first, second = (data.own_images(path, trained_on(data.LEVELS), "dynamic", seed=seed).x for seed in (0, 1))
+    assert not torch.equal(first, second)
+
+
+def test_threshold_is_white_from_a_half(tmp_path: Path) -> None:
+    x = data.own_images(saved(tmp_path, GREY), trained_on(data.LEVELS), "threshold").x
+    np.testing.assert_array_equal(x[:, 0].numpy(), GREY >= 128)
+
+
+@pytest.mark.parametrize("binarization", ["dynamic", "fixed"])
+def test_black_and_white_survives_a_draw(tmp_path: Path, binarization: str) -> None:
+    x = data.own_images(saved(tmp_path, BITS), trained_on(data.LEVELS), binarization).x
+    np.testing.assert_array_equal(x[:, 0].numpy(), BITS)
+
+
+# --- Missing pixels ---
+
+HOLES = np.zeros((6, *E[1:]), bool)
+HOLES[:, 1:3, 2:] = True
+
+
+@pytest.mark.parametrize("binarization", ["dynamic", "fixed", "threshold", "none"])
+@pytest.mark.parametrize("kind", [data.LEVELS, data.PROBABILITIES])
+def test_a_missing_pixel_stays_missing_and_no_other_is(tmp_path: Path, kind: str, binarization: str) -> None:
+    path = saved(tmp_path, np.where(HOLES, np.nan, FRACTIONS))
+    x = data.own_images(path, trained_on(kind), binarization).x
+    np.testing.assert_array_equal(x[:, 0].isnan().numpy(), HOLES)
+
+
+@pytest.mark.parametrize(("kind", "array"), [(data.BINARY, BITS), (data.REAL, REALS)])
+def test_observed_pixels_beside_missing_ones_keep_their_values(tmp_path: Path, kind: str, array: np.ndarray) -> None:
+    x = data.own_images(saved(tmp_path, np.where(HOLES, np.nan, array)), trained_on(kind), "none").x[:, 0]
+    np.testing.assert_allclose(x.numpy(), np.where(HOLES, np.nan, array), rtol=2e-7)
+
+
+def test_a_missing_pixel_in_training_data_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="expected finite values, got NaN or infinity"):
+        data.load(saved(tmp_path, np.where(HOLES, np.nan, FRACTIONS)))
+
+
+# --- Image files ---
+
+
+def test_a_folder_is_brought_to_size_and_gray(tmp_path: Path) -> None:
+    for i, size in enumerate([(8, 10), (4, 5), (40, 5)]):
+        picture(tmp_path / f"{i}.png", np.full((*size, 3), 50 * (i + 1), np.uint8))
+    read = data.own_images(str(tmp_path), trained_on(data.LEVELS), "none")
+    assert read.names == ("0.png", "1.png", "2.png")
+    expected = np.array([50, 100, 150])[:, None, None, None] / 255
+    np.testing.assert_allclose(read.x.numpy(), np.broadcast_to(expected, (3, *E)), rtol=2e-7)
+
+
+def test_gray_files_become_color_for_a_model_of_color(tmp_path: Path) -> None:
+    path = picture(tmp_path / "own.png", np.full((4, 5), 77, np.uint8))
+    assert data.own_images(path, trained_on(data.LEVELS, (3, 4, 5)), "none").x.shape == (1, 3, 4, 5)
+
+
+def test_a_single_image_file_is_one_image(tmp_path: Path) -> None:
+    path = picture(tmp_path / "own.png", GREY[0])
+    picture(tmp_path / "other.png", GREY[1])
+    read = data.own_images(path, trained_on(data.LEVELS), "none")
+    assert read.names == ("own.png",)
+    np.testing.assert_allclose(read.x[0, 0].numpy(), GREY[0] / 255, rtol=2e-7)
+
+
+def test_image_files_are_drawn_as_well(tmp_path: Path) -> None:
+    path = picture(tmp_path / "own.png", GREY[0])
+    expected = np.random.RandomState(4).binomial(1, GREY[0].astype(np.float32) / 255)
+    x = data.own_images(path, trained_on(data.LEVELS), "dynamic", seed=4).x
+    np.testing.assert_array_equal(x[0, 0].numpy(), expected)
+
+
+def test_black_and_white_files_suit_a_model_of_bits(tmp_path: Path) -> None:
+    path = picture(tmp_path / "own.png", BITS[0] * np.uint8(255))
+    np.testing.assert_array_equal(data.own_images(path, trained_on(data.BINARY), "none").x[0, 0].numpy(), BITS[0])
+
+
+def test_gray_files_do_not_suit_a_model_of_bits(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"expected black and white alone \(the model was trained on binary data\)"):
+        data.own_images(picture(tmp_path / "own.png", GREY[0]), trained_on(data.BINARY), "none")
+
+
+@pytest.mark.parametrize(("kind", "event_shape"), [(data.REAL, E), (data.LEVELS, (20,))])
+def test_image_files_do_not_suit_a_model_of_other_things(
+    tmp_path: Path, kind: str, event_shape: tuple[int, ...]
+) -> None:
+    path = picture(tmp_path / "own.png", GREY[0])
+    with pytest.raises(ValueError, match=r"expected an .npz or .npy file, since the model was trained on"):
+        data.own_images(path, trained_on(kind, event_shape), "none")
+
+
+def test_files_in_folders_of_known_classes_have_their_labels(tmp_path: Path) -> None:
+    for name in ("dog", "cat"):
+        picture(tmp_path / name / "own.png", GREY[0])
+    read = data.own_images(str(tmp_path), trained_on(data.LEVELS, class_names=("ant", "cat", "dog")), "none")
+    assert read.names == ("cat/own.png", "dog/own.png")
+    assert read.labels is not None
+    assert read.labels.tolist() == [1, 2]
+
+
+def test_files_in_folders_of_unknown_classes_have_no_labels(tmp_path: Path) -> None:
+    for name in ("dog", "wolf"):
+        picture(tmp_path / name / "own.png", GREY[0])
+    read = data.own_images(str(tmp_path), trained_on(data.LEVELS, class_names=("ant", "cat", "dog")), "none")
+    assert read.labels is None
+
+
+def test_a_broken_file_among_them_is_refused_by_name(tmp_path: Path) -> None:
+    picture(tmp_path / "own.png", GREY[0])
+    (tmp_path / "broken.png").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"1 cannot be read: broken.png"):
+        data.own_images(str(tmp_path), trained_on(data.LEVELS), "none")
+
+
+@pytest.mark.parametrize("name", ["text.txt", "broken.png"])
+def test_a_single_file_that_is_no_image_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("no image")
+    with pytest.raises(ValueError, match=f"cannot be read: {name}"):
+        data.own_images(str(tmp_path / name), trained_on(data.LEVELS), "none")
+
+
+@pytest.mark.parametrize("name", ["missing.npz", "missing.png", "missing"])
+def test_a_missing_path_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=rf"images: .*{name}.*: no such file"):
+        data.own_images(str(tmp_path / name), trained_on(data.LEVELS), "none")
+
+
+def test_a_folder_without_images_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="expected images, got none in that folder"):
+        data.own_images(str(tmp_path), trained_on(data.LEVELS), "none")
+
+
+OTHER_OPTIONS = {
+    "image_size": ((8, 8), r"image_size: expected 4 5, as the model has it, got \[8, 8\]"),
+    "color": ("rgb", "color: expected gray, as the model has it, got rgb"),
+}
+
+
+@pytest.mark.parametrize("option", OTHER_OPTIONS)
+def test_another_size_or_color_than_the_models_is_refused(tmp_path: Path, option: str) -> None:
+    value, message = OTHER_OPTIONS[option]
+    path = picture(tmp_path / "own.png", GREY[0])
+    with pytest.raises(ValueError, match=message):
+        data.own_images(path, trained_on(data.LEVELS), "none", **{option: value})

@@ -3,21 +3,72 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pyro.infer import ELBO, Trace_ELBO, TraceMeanField_ELBO
 from torch import Tensor, nn
+from torch.distributions import constraints
 
-from ppl_vae import likelihoods, networks, objectives, posteriors, priors, runs
+from ppl_vae import data, likelihoods, networks, objectives, posteriors, priors, runs
 from ppl_vae.conditional import Conditional
-from ppl_vae.options import Options, from_json
+from ppl_vae.options import Options, default_hidden, default_warmup, from_json, to_json
 from ppl_vae.vae import VAE
 
-LIKELIHOODS: dict[str, Callable[..., Any]] = {"bernoulli": likelihoods.Bernoulli}
-NETWORKS: dict[str, Callable[..., nn.Module]] = {"mlp": networks.MLP, "gated": networks.GatedMLP}
+LIKELIHOODS: dict[str, Callable[..., Any]] = {"bernoulli": likelihoods.Bernoulli, "normal": likelihoods.Normal}
+
+
+class Network(NamedTuple):
+    """An encoder and its decoder.
+
+    Args:
+        encoder: (event_shape, num_features, *, channels, hidden) -> network, images to features.
+        decoder: (latent_dim, event_shape, num_features, *, channels, hidden) -> network, latents to features; hidden
+            in the encoder's order.
+    """
+
+    encoder: Callable[..., nn.Module]
+    decoder: Callable[..., nn.Module]
+
+
+def _dense(network: Callable[..., nn.Module]) -> Network:
+    """The same network both ways; it sees neither channels nor positions."""
+
+    def encoder(event_shape: Any, num_features: int, *, channels: Any, hidden: Sequence[int]) -> nn.Module:
+        return network(event_shape, num_features, hidden=hidden)
+
+    def decoder(latent_dim: int, event_shape: Any, num_features: int, *, channels: Any, hidden: Any) -> nn.Module:
+        return network(latent_dim, num_features, hidden=hidden[::-1])
+
+    return Network(encoder, decoder)
+
+
+def _convolutional(*, gated: bool, num_blocks: int) -> Network:
+    def decoder(latent_dim: int, event_shape: Any, num_features: int, *, channels: Any, hidden: Any) -> nn.Module:
+        return networks.ConvDecoder(
+            latent_dim,
+            event_shape,
+            num_features,
+            channels=channels,
+            hidden=hidden[::-1],
+            gated=gated,
+            num_blocks=num_blocks,
+        )
+
+    return Network(partial(networks.ConvEncoder, gated=gated, num_blocks=num_blocks), decoder)
+
+
+NETWORKS: dict[str, Network] = {
+    "mlp": _dense(networks.MLP),
+    "gated": _dense(networks.GatedMLP),
+    "conv": _convolutional(gated=False, num_blocks=0),
+    "gated-conv": _convolutional(gated=True, num_blocks=0),
+    "residual": _convolutional(gated=False, num_blocks=1),
+    "gated-residual": _convolutional(gated=True, num_blocks=1),
+}
 PRIORS: dict[str, Callable[..., Any]] = {"standard-normal": priors.StandardNormal}
 POSTERIORS: dict[str, Callable[..., Any]] = {"diagonal": posteriors.DiagonalNormal}
 KLS: dict[str, type[ELBO]] = {"sampled": Trace_ELBO, "analytic": TraceMeanField_ELBO}
@@ -32,18 +83,67 @@ OBJECTIVES: dict[str, Callable[[Options], Callable[..., Tensor]]] = {"elbo": _el
 
 def vae(options: Options, event_shape: Sequence[int]) -> VAE:
     """The VAE that the options describe, for images of that shape, with fresh weights from torch's global generator."""
-    network = NETWORKS[options.network]
-    likelihood = LIKELIHOODS[options.likelihood](event_shape)
-    posterior = POSTERIORS[options.posterior](options.latent_dim)
+    network, L = NETWORKS[options.network], options.latent_dim
+    sizes = {"channels": options.channels, "hidden": options.hidden or default_hidden(options.network)}
+    family = likelihood(options, event_shape)
+    posterior = POSTERIORS[options.posterior](L)
+    encoder = network.encoder(event_shape, posterior.num_features, **sizes)
+    if family.support is constraints.real:  # pixels in a unit of their own
+        encoder = networks.Standardized(encoder, event_shape)
     return VAE(
-        PRIORS[options.prior](options.latent_dim),
-        Conditional(network(options.latent_dim, likelihood.num_features, hidden=options.hidden[::-1]), likelihood),
-        Conditional(network(event_shape, posterior.num_features, hidden=options.hidden), posterior),
+        PRIORS[options.prior](L),
+        Conditional(network.decoder(L, event_shape, family.num_features, **sizes), family),
+        Conditional(encoder, posterior),
     )
 
 
+def likelihood(options: Options, event_shape: Sequence[int]) -> Any:
+    """The likelihood that the options name, with fresh parameters."""
+    return LIKELIHOODS[options.likelihood](event_shape)
+
+
+def splits(options: Options) -> data.Splits:
+    """The data set that the options ask for. Raises ValueError as ``data.load``."""
+    return data.load(
+        options.dataset,
+        data_dir=options.data_dir,
+        protocol=options.protocol,
+        image_size=options.image_size,
+        fit=options.fit,
+        color=options.color,
+    )
+
+
+def resolve(options: Options, seen: data.Splits) -> Options:
+    """The options with every default that depends on others or on the data decided, and with absolute paths.
+
+    Raises:
+        ValueError: a binarization that the data cannot have.
+    """
+    binary = LIKELIHOODS[options.likelihood].support is constraints.boolean  # type: ignore[attr-defined]
+    found = data.resolve_binarization(seen, options.binarization, default="dynamic" if binary else "none")
+    warmup = default_warmup(options.epochs) if options.warmup_epochs is None else options.warmup_epochs
+    named = options.dataset in data.DATASETS
+    return replace(
+        options,
+        binarization=found,
+        warmup_epochs=warmup,
+        hidden=options.hidden or default_hidden(options.network),
+        dataset=options.dataset if named else str(Path(options.dataset).resolve()),
+        data_dir=str(Path(options.data_dir).resolve()) if options.data_dir else None,
+    )
+
+
+def config(options: Options, seen: data.Splits) -> dict[str, Any]:
+    """What config.json holds of a run with these options (resolved) on this data."""
+    return {
+        "options": to_json(options),
+        "data": {"kind": seen.kind, "event_shape": list(seen.event_shape), "sha256": seen.sha256},
+    }
+
+
 def start_from_marginals(vae: VAE, x: Tensor) -> None:
-    """Sets the decoder's output bias so that training starts from the pixels' marginals.
+    """Sets the decoder's output bias, and units where there are any, so that training starts from the marginals.
 
     Args:
         x: (N, *E) training images as the model sees them, or their expectation.
@@ -51,8 +151,11 @@ def start_from_marginals(vae: VAE, x: Tensor) -> None:
     Source: Burda et al. 2016, arXiv 1509.00519, released code (output bias from the training pixels' means).
     """
     decoder: Any = vae.likelihood
+    encoder: Any = vae.posterior
     with torch.no_grad():
-        decoder.net.output.bias.copy_(decoder.family.marginal_features(x))
+        decoder.net.output.bias.copy_(decoder.family.fit_marginals(x))
+        if isinstance(encoder.net, networks.Standardized):
+            encoder.net.fit_marginals(x)
 
 
 def objective(options: Options) -> Callable[..., Tensor]:
@@ -105,6 +208,38 @@ def load_weights(vae: VAE, path: Path, weights: dict[str, Tensor]) -> None:
     except RuntimeError as error:
         first = str(error).splitlines()[-1].strip()
         raise ValueError(f"{path}: the weights do not fit the run's config: {first}") from None
+
+
+def save(trained: VAE, run_dir: str | Path, options: Options, *, metrics: Sequence[dict[str, Any]] = ()) -> Path:
+    """Makes a run folder of a VAE that was trained from Python; ``load`` and the scripts take it, but for resuming.
+
+    Args:
+        trained: as ``build.vae(options, event_shape)`` makes it, with whatever weights.
+        run_dir: a new or empty folder.
+        options: what the VAE is made of, and the data that it is evaluated on.
+        metrics: the records that ``fit`` gave to ``on_epoch``, for the training curves.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: options that describe another VAE, data that cannot be read, or a folder that is not empty;
+            nothing is written.
+    """
+    seen = splits(options)
+    options = resolve(options, seen)
+    with torch.device("meta"):  # shapes without numbers
+        fresh = vae(options, seen.event_shape).state_dict()
+    weights = trained.state_dict()
+    if {name: w.shape for name, w in fresh.items()} != {name: w.shape for name, w in weights.items()}:
+        raise ValueError("options: expected those that the VAE was built with, got others (weights differ in shape)")
+    folder = runs.new_run_dir(str(run_dir), dataset=options.dataset, likelihood=options.likelihood)
+    runs.write_json(folder / runs.CONFIG, config(options, seen) | {"trained": "from Python"})
+    runs.record_environment(folder, options.device)
+    for record in metrics:
+        runs.append_metrics(folder, record)
+    runs.save_tensors(folder / runs.MODEL, weights, {"step": metrics[-1]["step"] if metrics else 0})
+    return folder
 
 
 def load(run_dir: str | Path) -> VAE:

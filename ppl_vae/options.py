@@ -11,14 +11,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, NamedTuple, NoReturn
 
+DATASETS = ("mnist", "static-mnist", "fashion-mnist", "kmnist", "caltech-silhouettes", "cifar10", "svhn")
+PROTOCOLS = ("vampprior", "iwae")
+FITS = ("crop", "stretch")
+COLORS = ("gray", "rgb")
 BINARIZATIONS = ("dynamic", "fixed", "threshold", "none")
-LIKELIHOODS = ("bernoulli",)
-NETWORKS = ("mlp", "gated")
+LIKELIHOODS = ("bernoulli", "normal")
+NETWORKS = ("mlp", "gated", "conv", "gated-conv", "residual", "gated-residual")
+DENSE_NETWORKS = ("mlp", "gated")
 PRIORS = ("standard-normal",)
 POSTERIORS = ("diagonal",)
 OBJECTIVES = ("elbo",)
 KLS = ("sampled", "analytic")
 SPLITS = ("test", "validation", "train")
+SIDES = ("top", "bottom", "left", "right")
 
 
 @dataclass(frozen=True)
@@ -42,11 +48,12 @@ def one_of(words: Sequence[str]) -> Check:
     return Check(f"one of {', '.join(words)}", lambda v: v in words)
 
 
-def option(default: Any, kind: type, check: Check, text: str) -> Any:
-    """A dataclass field that is an option: its default, the type of one value, what holds of it, its help."""
-    metadata = {"kind": kind, "check": check, "help": text}
-    if isinstance(default, tuple):
-        return field(default=default, metadata=metadata | {"several": True})
+def option(default: Any, kind: type, check: Check, text: str, *, several: bool = False, later: bool = False) -> Any:
+    """A dataclass field that is an option: its default, the type of one value, what holds of it, its help.
+
+    ``several`` values make a list. A ``later`` option is younger than some config.json, which then means its default.
+    """
+    metadata = {"kind": kind, "check": check, "help": text, "several": several, "later": later}
     return field(default=default, metadata=metadata)
 
 
@@ -54,17 +61,72 @@ def option(default: Any, kind: type, check: Check, text: str) -> Any:
 class Options:
     """All that decides a run. config.json holds every field."""
 
-    dataset: str = option("mnist", str, NOT_EMPTY, "mnist, or the path of your own .npz or .npy file")
+    dataset: str = option(
+        "mnist",
+        str,
+        NOT_EMPTY,
+        f"{', '.join(DATASETS)}, or the path of your own .npz or .npy file, or of a folder of images",
+    )
+    data_dir: str | None = option(
+        None,
+        str,
+        NOT_EMPTY,
+        "folder of the named data sets (default: the environment variable PPL_VAE_DATA_DIR, else data)",
+        later=True,
+    )
+    protocol: str = option(
+        "vampprior",
+        str,
+        one_of(PROTOCOLS),
+        "vampprior: validation split, test drawn once; iwae: all 60,000 train, test drawn by the evaluation's seed",
+        later=True,
+    )
+    image_size: tuple[int, ...] | None = option(
+        None,
+        int,
+        WIDTH,
+        "of a folder of images: height and width (or one number for both) to which each is brought",
+        several=True,
+        later=True,
+    )
+    fit: str = option(
+        "crop",
+        str,
+        one_of(FITS),
+        "how: crop (cover the size, cut the middle) or stretch (lose the aspect ratio)",
+        later=True,
+    )
+    color: str | None = option(
+        None,
+        str,
+        one_of(COLORS),
+        "of a folder of images: gray or rgb (default: gray where all of them are)",
+        later=True,
+    )
     binarization: str | None = option(
         None,
         str,
         one_of(BINARIZATIONS),
-        f"how gray becomes black and white: {', '.join(BINARIZATIONS)} (default: none for binary data, else dynamic)",
+        f"how gray becomes black and white: {', '.join(BINARIZATIONS)} "
+        "(default: dynamic for gray data under a likelihood of zeros and ones, else none)",
     )
     likelihood: str = option("bernoulli", str, one_of(LIKELIHOODS), f"p(x | z): {', '.join(LIKELIHOODS)}")
     network: str = option("gated", str, one_of(NETWORKS), f"encoder and decoder: {', '.join(NETWORKS)}")
-    hidden: tuple[int, ...] = option(
-        (300, 300), int, WIDTH, "widths of the encoder's hidden layers; the decoder's in reverse"
+    hidden: tuple[int, ...] | None = option(
+        None,
+        int,
+        WIDTH,
+        "widths of the encoder's dense hidden layers, the decoder's in reverse "
+        "(default: 300 300 for mlp and gated, 256 for the others, between convolutions and latents)",
+        several=True,
+    )
+    channels: tuple[int, ...] = option(
+        (16, 32),
+        int,
+        WIDTH,
+        "of convolutional networks: channels of each stage, which halves height and width",
+        several=True,
+        later=True,
     )
     prior: str = option("standard-normal", str, one_of(PRIORS), f"p(z): {', '.join(PRIORS)}")
     posterior: str = option("diagonal", str, one_of(POSTERIORS), f"q(z | x): {', '.join(POSTERIORS)}")
@@ -103,7 +165,7 @@ class Options:
 def _check(spec: Any, value: Any) -> None:
     if value is None and spec.default is None:
         return
-    kind, check, several = spec.metadata["kind"], spec.metadata["check"], spec.metadata.get("several", False)
+    kind, check, several = spec.metadata["kind"], spec.metadata["check"], spec.metadata["several"]
     if several and (not isinstance(value, tuple) or not value):
         raise ValueError(f"{flag(spec.name)}: expected a list, each {check.words}, got {value!r}")
     for one in value if several else (value,):
@@ -115,6 +177,11 @@ def _check(spec: Any, value: Any) -> None:
 def flag(name: str) -> str:
     """The field's name as it is typed."""
     return "--" + name.replace("_", "-")
+
+
+def default_hidden(network: str) -> tuple[int, ...]:
+    """Two layers of 300 as in Tomczak and Welling 2018; one of 256 where convolutions do most of the work."""
+    return (300, 300) if network in DENSE_NETWORKS else (256,)
 
 
 def default_warmup(epochs: int) -> int:
@@ -135,6 +202,7 @@ def from_json(values: Any) -> Options:
     """
     if not isinstance(values, dict):
         raise ValueError(f"expected an object of options, got {type(values).__name__}")
+    values = {spec.name: spec.default for spec in fields(Options) if spec.metadata["later"]} | values
     known = {spec.name for spec in fields(Options)}
     if set(values) != known:
         odd = sorted(set(values) ^ known)
@@ -174,6 +242,26 @@ class Parser(argparse.ArgumentParser):
         """A run folder as the first argument."""
         self.add_argument("run_dir", metavar="RUN", help="a run folder")
 
+    def add_data(self) -> None:
+        """Where the run's data is now, should it have moved; its SHA-256 must be the same."""
+        self.add("dataset", str, NOT_EMPTY, "the run's own data file or folder, where it has moved")
+        self.add("data_dir", str, NOT_EMPTY, "folder of the named data sets, where it has moved")
+        self.set_defaults(dataset=None, data_dir=None)
+
+    def add_device_and_seed(self, of_what: str) -> None:
+        """--device and --seed."""
+        self.add("device", str, NOT_EMPTY, "cpu, cuda, cuda:1, ... (default: cpu)")
+        self.add("seed", int, NON_NEGATIVE_INTEGER, f"{of_what} (default: 0)")
+        self.set_defaults(device="cpu", seed=0)
+
+    def add_images(self) -> None:
+        """Images as the second argument."""
+        self.add_argument(
+            "images_path",
+            metavar="IMAGES",
+            help="an .npz or .npy file, an image, a folder of images; or test, validation or train: that split",
+        )
+
 
 class TrainCommand(NamedTuple):
     """What train_svi.py was asked: options (and a folder) for a new run, or a folder to resume (and more epochs)."""
@@ -182,13 +270,15 @@ class TrainCommand(NamedTuple):
     run_dir: str | None = None
     resume: str | None = None
     epochs: int | None = None
+    dataset: str | None = None
+    data_dir: str | None = None
 
 
 def parse_train(argv: Sequence[str] | None = None) -> TrainCommand:
     """Reads train_svi.py's command line; exits with one line where it is wrong."""
     parser = Parser("Train a VAE, estimate its log-likelihood, and draw its figures, in one run folder.")
     for spec in fields(Options):
-        several = spec.metadata.get("several", False)
+        several = spec.metadata["several"]
         default = "" if spec.default in (None, MISSING) else f" (default: {_words(spec.default)})"
         parser.add(
             spec.name, spec.metadata["kind"], spec.metadata["check"], spec.metadata["help"] + default, several=several
@@ -196,30 +286,113 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainCommand:
     parser.add(
         "run_dir", str, NOT_EMPTY, "the run's new folder (default: one under runs/, by data, likelihood and time)"
     )
-    parser.add("resume", str, NOT_EMPTY, "go on with this run folder; only --epochs may stand beside it, to extend it")
+    parser.add(
+        "resume",
+        str,
+        NOT_EMPTY,
+        "go on with this run folder; beside it only --epochs, to extend it, "
+        "and --dataset and --data-dir, where its data has moved",
+    )
     given = vars(parser.parse_args(argv))
     run_dir, resume = given.pop("run_dir", None), given.pop("resume", None)
     if resume is not None:
-        others = [flag(name) for name in given if name != "epochs"] + ([flag("run_dir")] if run_dir else [])
+        beside = ("epochs", "dataset", "data_dir")
+        others = [flag(name) for name in given if name not in beside] + ([flag("run_dir")] if run_dir else [])
         if others:
-            parser.error(
-                f"--resume: the run keeps its own options; only --epochs may stand beside it, got {', '.join(others)}"
-            )
-        return TrainCommand(resume=resume, epochs=given.get("epochs"))
+            allowed = ", ".join(map(flag, beside))
+            parser.error(f"--resume: the run keeps its own options; beside it only {allowed}, got {', '.join(others)}")
+        return TrainCommand(resume=resume, **given)
     fixed: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
     return TrainCommand(options=Options(**fixed), run_dir=run_dir)
 
 
 def parse_evaluate(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """run_dir, split, num_particles, images (or None), device, seed."""
+    """run_dir, split, num_particles, images (or None), device, seed, dataset, data_dir."""
     parser = Parser("Importance-sampled log p(x) of a run, with its errors; written to the run's evaluation.json.")
     parser.add_run()
     parser.add("split", str, one_of(SPLITS), f"{', '.join(SPLITS)} (default: test)")
     parser.add("num_particles", int, POSITIVE_INTEGER, "importance samples an image (default: 5000)")
     parser.add("images", int, POSITIVE_INTEGER, "a fixed random subset of that many images (default: all)")
-    parser.add("device", str, NOT_EMPTY, "cpu, cuda, cuda:1, ... (default: cpu)")
-    parser.add("seed", int, NON_NEGATIVE_INTEGER, "of the importance samples (default: 0)")
-    parser.set_defaults(split="test", num_particles=5000, images=None, device="cpu", seed=0)
+    parser.add_device_and_seed("of the importance samples, and of the test set's draw under --protocol iwae")
+    parser.add_data()
+    parser.set_defaults(split="test", num_particles=5000, images=None)
+    return parser.parse_args(argv)
+
+
+def parse_compare(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """run_dirs, split, num_particles, images (or None), device, seed, dataset, data_dir, output (or None)."""
+    parser = Parser("Paired differences of log p(x) between runs: the same images, binarization and noise.")
+    parser.add_argument("run_dirs", metavar="RUN", nargs="+", help="run folders; each is compared with the first")
+    parser.add("split", str, one_of(SPLITS), f"{', '.join(SPLITS)} (default: test)")
+    parser.add("num_particles", int, POSITIVE_INTEGER, "importance samples an image (default: 200)")
+    parser.add("images", int, POSITIVE_INTEGER, "a fixed random subset of that many images (default: 5000)")
+    parser.add_device_and_seed("of the importance samples")
+    parser.add_data()
+    parser.add("output", str, NOT_EMPTY, "a new folder for the result (default: one under runs/, by the time)")
+    parser.set_defaults(split="test", num_particles=200, images=5000, output=None)
+    return parser.parse_args(argv)
+
+
+def parse_sample(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """run_dir, num_samples, device, seed, output (or None)."""
+    parser = Parser("Draw images from a run: z ~ p(z), x ~ p(x | z), as arrays and as pictures.")
+    parser.add_run()
+    parser.add("num_samples", int, POSITIVE_INTEGER, "images (default: 64)")
+    parser.add_device_and_seed("of the samples")
+    parser.add_data()
+    parser.add("output", str, NOT_EMPTY, "folder of the results (default: samples in the run's folder)")
+    parser.set_defaults(num_samples=64, output=None)
+    return parser.parse_args(argv)
+
+
+def parse_encode(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """run_dir, images_path, num_particles, images (or None), device, seed, dataset, data_dir, output (or None)."""
+    parser = Parser("Latents and log p(x) of images under a run: of your own, or of a split of its data.")
+    parser.add_run()
+    parser.add_images()
+    parser.add("num_particles", int, POSITIVE_INTEGER, "importance samples an image (default: 200)")
+    parser.add("images", int, POSITIVE_INTEGER, "a fixed random subset of that many images (default: all)")
+    parser.add_device_and_seed("of the importance samples, and of the images' binarization")
+    parser.add_data()
+    parser.add("output", str, NOT_EMPTY, "folder of the results (default: encodings/IMAGES in the run's folder)")
+    parser.set_defaults(num_particles=200, images=None, output=None)
+    return parser.parse_args(argv)
+
+
+def parse_impute(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """run_dir, images_path, mask, hide, num_particles, num_draws, images, device, seed, dataset, data_dir, output."""
+    parser = Parser("log p of the pixels that are observed, and draws of those that are missing.")
+    parser.add_run()
+    parser.add_images()
+    parser.add("mask", str, NOT_EMPTY, "an .npy file, 1 where a pixel is observed and 0 where it is missing")
+    parser.add("hide", str, one_of(SIDES), f"hide half of each image: {', '.join(SIDES)}")
+    parser.add("num_particles", int, POSITIVE_INTEGER, "importance samples an image (default: 1000)")
+    parser.add("num_draws", int, POSITIVE_INTEGER, "draws of the missing pixels of each image (default: 10)")
+    parser.add("images", int, POSITIVE_INTEGER, "a fixed random subset of that many images (default: all)")
+    parser.add_device_and_seed("of the particles and draws, and of the images' binarization")
+    parser.add_data()
+    parser.add("output", str, NOT_EMPTY, "folder of the results (default: imputations in the run's folder)")
+    parser.set_defaults(mask=None, hide=None, num_particles=1000, num_draws=10, images=None, output=None)
+    return parser.parse_args(argv)
+
+
+def parse_networks(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """dataset, data_dir, networks, minutes, images, num_particles, run_dir (or None), output (or None)."""
+    parser = Parser(
+        "One table: each network's weights, seconds an epoch, and log p(x) after the same time of training."
+    )
+    parser.add("dataset", str, NOT_EMPTY, "as for train_svi.py (default: mnist)")
+    parser.add("data_dir", str, NOT_EMPTY, "as for train_svi.py")
+    parser.add("networks", str, one_of(NETWORKS), f"which (default: {' '.join(NETWORKS)})", several=True)
+    parser.add("minutes", float, POSITIVE, "of training, each; epochs are planned to fill them (default: 2)")
+    parser.add("images", int, POSITIVE_INTEGER, "test images of the estimate (default: 5000)")
+    parser.add("num_particles", int, POSITIVE_INTEGER, "importance samples an image of the estimate (default: 100)")
+    parser.add("run_dir", str, NOT_EMPTY, "folder of the run folders (default: runs/networks-DATASET)")
+    parser.add("output", str, NOT_EMPTY, "a JSON file for the table (the README's are in scripts/results)")
+    parser.set_defaults(
+        dataset="mnist", data_dir=None, networks=list(NETWORKS), minutes=2.0, images=5000, num_particles=100
+    )
+    parser.set_defaults(run_dir=None, output=None)
     return parser.parse_args(argv)
 
 
@@ -234,11 +407,12 @@ def parse_benchmark(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def parse_run(description: str, argv: Sequence[str] | None = None) -> str:
-    """The run folder, for a script that takes nothing else."""
-    parser = Parser(description)
+def parse_figures(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """run_dir, dataset, data_dir."""
+    parser = Parser("Draw a run's figures again from its files, into its folder figures/.")
     parser.add_run()
-    return parser.parse_args(argv).run_dir
+    parser.add_data()
+    return parser.parse_args(argv)
 
 
 def _words(value: Any) -> str:

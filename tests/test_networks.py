@@ -2,35 +2,121 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch.testing import assert_close
 
 from ppl_vae import build
-from ppl_vae.networks import MLP, GatedMLP
+from ppl_vae.networks import MLP, ConvDecoder, ConvEncoder, GatedMLP, PixelOutput, ResidualBlock, Standardized
 
-NETWORKS = {"mlp": MLP, "gated": GatedMLP}
+SIZES = {"channels": (3, 4), "hidden": (6, 5)}
+DENSE = {"mlp": MLP, "gated": GatedMLP}
+CONVOLUTIONAL = ["conv", "gated-conv", "residual", "gated-residual"]
+IMAGES = [(1, 8, 8), (1, 28, 28), (3, 8, 8), (1, 7, 5), (3, 1, 9), (1, 2, 13), (2, 1, 1)]
 
 
-def test_every_network_of_the_command_line_is_in_the_list():
-    assert NETWORKS == build.NETWORKS
+def test_every_network_of_the_command_line_is_in_the_lists():
+    assert [*DENSE, *CONVOLUTIONAL] == list(build.NETWORKS)
 
 
-@pytest.fixture(params=NETWORKS)
+@pytest.fixture(params=build.NETWORKS)
+def word(request):
+    torch.manual_seed(0)
+    return request.param
+
+
+@pytest.fixture(params=DENSE)
 def network(request):
     torch.manual_seed(0)
-    return NETWORKS[request.param]
+    return DENSE[request.param]
 
 
-@pytest.mark.parametrize("event_shape", [(5,), (1, 4, 3), (3, 2, 2), (2, 3)])
-@pytest.mark.parametrize("leading", [(), (4,), (3, 4), (2, 3, 4)])
-def test_leading_dimensions_pass_through_and_equal_a_loop(network, event_shape, leading):
-    net = network(event_shape, 7, hidden=(6, 5)).double()
+def encoder(word, event_shape, num_features):
+    return build.NETWORKS[word].encoder(event_shape, num_features, **SIZES)
+
+
+def decoder(word, latent_dim, event_shape, num_features):
+    return build.NETWORKS[word].decoder(latent_dim, event_shape, num_features, **SIZES)
+
+
+def equals_a_loop(net, event_shape, leading):
     x = torch.randn(*leading, *event_shape, dtype=torch.double)
     h = net(x)
-    assert h.shape == (*leading, 7)
-    loop = torch.stack([net(one) for one in x.reshape(-1, *event_shape)]).reshape(*leading, 7)
-    assert_close(h, loop, rtol=1e-12, atol=1e-12)
+    loop = torch.stack([net(one) for one in x.reshape(-1, *event_shape)]).reshape(*leading, h.shape[-1])
+    assert_close(h, loop, rtol=1e-10, atol=1e-12)
+    return h
+
+
+# --- Every network ---
+
+
+@pytest.mark.parametrize("event_shape", [(1, 4, 3), (3, 2, 2), (1, 7, 9)])
+@pytest.mark.parametrize("leading", [(), (4,), (3, 4), (2, 3, 4)])
+def test_leading_dimensions_pass_through_an_encoder_and_equal_a_loop(word, event_shape, leading):
+    net = encoder(word, event_shape, 7).double()
+    assert equals_a_loop(net, event_shape, leading).shape == (*leading, 7)
+
+
+@pytest.mark.parametrize("event_shape", [(1, 4, 3), (3, 2, 2), (1, 7, 9)])
+@pytest.mark.parametrize("leading", [(), (4,), (3, 4), (2, 3, 4)])
+def test_leading_dimensions_pass_through_a_decoder_and_equal_a_loop(word, event_shape, leading):
+    num_features = event_shape[0] * event_shape[1] * event_shape[2]
+    net = decoder(word, 2, event_shape, num_features).double()
+    assert equals_a_loop(net, (2,), leading).shape == (*leading, num_features)
+
+
+@pytest.mark.parametrize("event_shape", IMAGES)
+@pytest.mark.parametrize("latent_dim", [2, 40])
+def test_any_size_of_image_is_encoded_and_decoded(word, event_shape, latent_dim):
+    x = torch.randn(2, *event_shape)
+    h = encoder(word, event_shape, 2 * latent_dim)(x)
+    features = decoder(word, latent_dim, event_shape, x[0].numel())(h[:, :latent_dim])
+    assert (h.shape, features.shape) == ((2, 2 * latent_dim), (2, x[0].numel()))
+
+
+def test_every_parameter_of_an_encoder_has_a_gradient(word):
+    net = encoder(word, (2, 6, 5), 4)
+    net(torch.randn(32, 2, 6, 5)).square().sum().backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in net.parameters())
+
+
+def test_every_parameter_of_a_decoder_has_a_gradient(word):
+    net = decoder(word, 3, (2, 6, 5), 60)
+    net(torch.randn(32, 3)).square().sum().backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in net.parameters())
+
+
+def test_the_last_layer_has_a_bias_for_every_feature(word):
+    """Training starts from the pixels' marginals through it: adding to the bias adds to the features."""
+    for net, x, num_features in (
+        (encoder(word, (2, 6, 5), 4), torch.randn(3, 2, 6, 5), 4),
+        (decoder(word, 3, (2, 6, 5), 60), torch.randn(3, 3), 60),
+    ):
+        before, step = net(x), torch.arange(num_features) / 7
+        with torch.no_grad():
+            net.output.bias.add_(step)
+        assert_close(net(x), before + step, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(6,), (4, 6), (6, 5, 2), (4, 2, 6, 1), (3, 6, 5)])
+def test_an_image_of_another_shape_is_refused(word, shape):
+    with pytest.raises(ValueError, match=r"network input: expected shape \(\.\.\., 2, 6, 5\), got"):
+        encoder(word, (2, 6, 5), 4)(torch.zeros(shape))
+
+
+def test_a_latent_of_another_length_is_refused(word):
+    with pytest.raises(ValueError, match=r"network input: expected shape \(\.\.\., 3\), got \(2, 4\)"):
+        decoder(word, 3, (2, 6, 5), 60)(torch.zeros(2, 4))
+
+
+# --- Dense networks ---
+
+
+def test_a_table_passes_through(network):
+    net = network((5,), 7, hidden=(6, 5)).double()
+    assert equals_a_loop(net, (5,), (3, 4)).shape == (3, 4, 7)
 
 
 def test_a_number_stands_for_a_vector(network):
@@ -41,18 +127,6 @@ def test_no_hidden_layers_are_an_affine_map(network):
     net = network((2, 3), 4, hidden=()).double()
     x = torch.randn(5, 2, 3, dtype=torch.double)
     assert_close(net(x), x.reshape(5, 6) @ net.output.weight.T + net.output.bias)
-
-
-@pytest.mark.parametrize("shape", [(5,), (4, 6), (6, 1), (4, 2, 1), (3, 2)])
-def test_an_input_of_another_event_shape_is_refused(network, shape):
-    with pytest.raises(ValueError, match=r"network input: expected shape \(\.\.\., 2, 3\), got"):
-        network((2, 3), 4, hidden=(3,))(torch.zeros(shape))
-
-
-def test_every_parameter_has_a_gradient(network):
-    net = network((2, 3), 4, hidden=(6, 5))
-    net(torch.randn(8, 2, 3)).square().sum().backward()
-    assert all(parameter.grad.abs().sum() > 0 for parameter in net.parameters())
 
 
 def test_an_mlp_is_its_equation():
@@ -69,3 +143,152 @@ def test_a_gated_layer_is_its_equation():
     first = net.layers[0]
     a, gate = (x @ first.weight.T + first.bias).split(4, dim=-1)
     assert_close(net(x), (a / (1 + torch.exp(-gate))) @ net.output.weight.T + net.output.bias)
+
+
+# --- Convolutions, against dense networks of the same function ---
+
+
+def windows(height, width, small):
+    """(pixel y, pixel x, kernel row, kernel column) for each place in a stage of half the size, by its definition."""
+    for i, j, u, v in itertools.product(range(small[0]), range(small[1]), range(5), range(5)):
+        y, x = 2 * i + u - 2, 2 * j + v - 2
+        if 0 <= y < height and 0 <= x < width:
+            yield i, j, y, x, u, v
+
+
+def halving_matrix(weight, height, width):
+    """The matrix of a 5x5 convolution of stride 2 and padding 2: rows are outputs, columns inputs, both flattened."""
+    planes_out, planes_in = weight.shape[:2]
+    small = (-(-height // 2), -(-width // 2))
+    matrix = torch.zeros(planes_out, *small, planes_in, height, width, dtype=weight.dtype)
+    for i, j, y, x, u, v in windows(height, width, small):
+        matrix[:, i, j, :, y, x] = weight[:, :, u, v]
+    return matrix.reshape(planes_out * small[0] * small[1], -1)
+
+
+def doubling_matrix(weight, height, width):
+    """The matrix of the transposed convolution: what each small place writes into the image (..., height, width)."""
+    return halving_matrix(weight, height, width).T
+
+
+@pytest.mark.parametrize(("channels", "height", "width"), [(1, 6, 6), (3, 5, 8), (2, 7, 3)])
+@torch.no_grad()
+def test_a_convolutional_encoder_is_an_mlp_whose_matrix_repeats_its_weights(channels, height, width):
+    torch.manual_seed(0)
+    conv = ConvEncoder((channels, height, width), 4, channels=(3,), hidden=()).double()
+    first = conv.stages[0]
+    small = -(-height // 2) * -(-width // 2)
+    mlp = MLP((channels, height, width), 4, hidden=(3 * small,), activation=torch.nn.SiLU).double()
+    mlp.layers[0].weight.copy_(halving_matrix(first.weight, height, width))
+    mlp.layers[0].bias.copy_(first.bias.repeat_interleave(small))
+    mlp.output.load_state_dict(conv.output.state_dict())
+    x = torch.randn(5, channels, height, width, dtype=torch.double)
+    assert_close(conv(x), mlp(x), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(("channels", "height", "width"), [(1, 6, 6), (3, 5, 8), (2, 7, 3)])
+@torch.no_grad()
+def test_a_convolutional_decoder_is_an_mlp_whose_matrix_repeats_its_weights(channels, height, width):
+    torch.manual_seed(0)
+    num_features = channels * height * width
+    conv = ConvDecoder(2, (channels, height, width), num_features, channels=(3,), hidden=()).double()
+    small = -(-height // 2) * -(-width // 2)
+    mlp = MLP(2, num_features, hidden=(3 * small,), activation=torch.nn.SiLU).double()
+    mlp.layers[0].load_state_dict(conv.dense.output.state_dict())
+    mlp.output.weight.copy_(doubling_matrix(conv.output.up.weight, height, width))
+    conv.output.bias.normal_()
+    mlp.output.bias.copy_(conv.output.bias)
+    z = torch.randn(5, 2, dtype=torch.double)
+    assert_close(conv(z), mlp(z), rtol=1e-10, atol=1e-12)
+
+
+@torch.no_grad()
+def test_two_stages_with_residual_blocks_are_the_composition_of_their_parts():
+    torch.manual_seed(0)
+    conv = ConvEncoder((1, 6, 5), 4, channels=(2, 3), hidden=(), num_blocks=1).double()
+    x = torch.randn(5, 1, 6, 5, dtype=torch.double)
+    h, size = x, (6, 5)
+    for stage, block in ((conv.stages[0], conv.stages[2]), (conv.stages[3], conv.stages[5])):
+        small = (-(-size[0] // 2), -(-size[1] // 2))
+        flat = h.reshape(5, -1) @ halving_matrix(stage.weight, *size).T
+        h = torch.nn.functional.silu(flat.reshape(5, -1, *small) + stage.bias[:, None, None])
+        h, size = h + block.branch(h), small
+    assert_close(conv(x), h.reshape(5, -1) @ conv.output.weight.T + conv.output.bias, rtol=1e-10, atol=1e-12)
+
+
+def test_a_gated_residual_block_is_its_equation():
+    torch.manual_seed(0)
+    block = ResidualBlock(3, gated=True).double()
+    x = torch.randn(2, 3, 4, 5, dtype=torch.double)
+    u, v = block.branch(x).split(3, dim=1)
+    assert_close(block(x), x + u / (1 + torch.exp(-v)))
+
+
+def test_a_stage_moves_with_the_image():
+    """Shifting the input by two pixels shifts the stage's output by one: the weights are the same everywhere."""
+    torch.manual_seed(0)
+    stage = ConvEncoder((1, 16, 16), 4, channels=(3,), hidden=()).double().stages
+    x = torch.zeros(1, 1, 16, 16, dtype=torch.double)
+    x[..., 4:8, 4:8] = torch.randn(4, 4, dtype=torch.double)
+    assert_close(stage(x.roll((2, 2), (-2, -1))), stage(x).roll((1, 1), (-2, -1)))
+
+
+def test_planes_come_before_pixels():
+    """Two features a pixel: the first half of the output is the first feature of every pixel, in the image's order."""
+    output = PixelOutput(2, 2, size=(4, 3)).double()
+    with torch.no_grad():
+        output.up.weight.zero_()
+        output.up.weight[:, 1].fill_(1)
+    h = output(torch.ones(1, 2, 2, 2, dtype=torch.double)).detach()
+    assert float(h[:, :12].abs().max()) == 0
+    assert float(h[:, 12:].min()) > 0
+
+
+@pytest.mark.parametrize("word", CONVOLUTIONAL)
+@pytest.mark.parametrize("event_shape", [(12,), (3, 4), (1, 1, 3, 4)])
+def test_a_convolution_of_what_is_no_image_is_refused(word, event_shape):
+    with pytest.raises(ValueError, match=r"event_shape: expected images \(C, H, W\) for a convolutional network"):
+        encoder(word, event_shape, 4)
+
+
+def test_features_that_are_no_planes_are_refused():
+    with pytest.raises(ValueError, match="num_features: expected a multiple of 4 x 3 pixels, got 13"):
+        ConvDecoder(2, (1, 4, 3), 13, channels=(3,), hidden=())
+
+
+def test_a_decoder_without_stages_is_refused():
+    with pytest.raises(ValueError, match="channels: expected at least one stage, got none"):
+        ConvDecoder(2, (1, 4, 3), 12, channels=(), hidden=())
+
+
+# --- Units ---
+
+
+def test_a_standardized_network_sees_pixels_without_their_unit():
+    torch.manual_seed(0)
+    x = torch.randn(200, 2, 3, dtype=torch.double)
+    seen: list[torch.Tensor] = []
+
+    class Look(torch.nn.Module):
+        def forward(self, x):
+            seen.append(x)
+            return x
+
+    for unit, offset in ((1.0, 0.0), (1000.0, 77.0)):
+        net = Standardized(Look(), (2, 3)).double()
+        net.fit_marginals(unit * x + offset)
+        net(unit * x + offset)
+    assert_close(seen[0], seen[1], rtol=1e-6, atol=1e-6)
+    assert_close(seen[0].mean(0), torch.zeros(2, 3, dtype=torch.double), rtol=0, atol=1e-6)
+    assert float(seen[0].square().mean()) == pytest.approx(1, rel=1e-6)
+
+
+def test_a_standardized_network_of_constant_images_stays_finite():
+    net = Standardized(torch.nn.Identity(), (2,))
+    net.fit_marginals(torch.ones(5, 2))
+    assert_close(net(torch.ones(3, 2)), torch.zeros(3, 2))
+
+
+def test_a_standardized_network_refuses_another_event_shape():
+    with pytest.raises(ValueError, match=r"network input: expected shape \(\.\.\., 2\), got \(4, 1\)"):
+        Standardized(torch.nn.Identity(), (2,))(torch.ones(4, 1))

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from ppl_vae import build, options
+from ppl_vae import build, data, options
 
 SCRIPTS = sorted((Path(__file__).parent.parent / "scripts").glob("*.py"))
 
@@ -72,13 +72,14 @@ def test_an_unknown_option_ends_a_script_with_code_2_and_one_line(script: Path) 
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
+        (options.DATASETS, data.DATASETS),
         (options.LIKELIHOODS, build.LIKELIHOODS),
         (options.NETWORKS, build.NETWORKS),
         (options.PRIORS, build.PRIORS),
         (options.POSTERIORS, build.POSTERIORS),
         (options.OBJECTIVES, build.OBJECTIVES),
     ],
-    ids=["likelihoods", "networks", "priors", "posteriors", "objectives"],
+    ids=["datasets", "likelihoods", "networks", "priors", "posteriors", "objectives"],
 )
 def test_the_words_are_those_that_build_knows(words: tuple[str, ...], parts: dict[str, Any]) -> None:
     assert list(words) == list(parts)
@@ -119,6 +120,12 @@ def test_the_default_warmup_is_three_tenths_of_the_epochs_and_at_most_15(epochs:
 
 OTHER = options.Options(
     dataset="own.npz",
+    data_dir="elsewhere",
+    protocol="iwae",
+    image_size=(28, 20),
+    fit="stretch",
+    color="rgb",
+    channels=(3, 4, 5),
     binarization="threshold",
     network="mlp",
     hidden=(7, 5, 3),
@@ -157,7 +164,17 @@ def test_options_come_back_from_the_command_line_as_they_were(asked: options.Opt
     assert options.parse_train(words).options == asked
 
 
-@pytest.mark.parametrize("name", [spec.name for spec in fields(options.Options)])
+LATER = ["data_dir", "protocol", "image_size", "fit", "color", "channels"]
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_a_field_of_json_that_came_later_means_its_default(name: str) -> None:
+    values = options.to_json(OTHER)
+    del values[name]
+    assert options.from_json(values) == replace(OTHER, **{name: getattr(options.Options(), name)})
+
+
+@pytest.mark.parametrize("name", [spec.name for spec in fields(options.Options) if spec.name not in LATER])
 def test_a_missing_field_of_json_is_named_and_refused(name: str) -> None:
     values = options.to_json(options.Options())
     del values[name]
@@ -182,7 +199,9 @@ BAD_JSON = [
     ("hidden", "300"),
     ("hidden", [[300]]),
     ("hidden", [300.0]),
-    ("hidden", None),
+    ("channels", []),
+    ("channels", None),
+    ("image_size", [28.5]),
     ("epochs", 2.0),
     ("epochs", "2"),
     ("epochs", True),
@@ -224,6 +243,12 @@ A_WORD = ("sparkle", "", "BERNOULLI", "None")
 
 BAD_WORDS = {
     "hidden": AT_LEAST_1,
+    "channels": AT_LEAST_1,
+    "image_size": AT_LEAST_1,
+    "protocol": A_WORD,
+    "fit": A_WORD,
+    "color": A_WORD,
+    "data_dir": ("",),
     "latent_dim": AT_LEAST_1,
     "epochs": AT_LEAST_1,
     "batch_size": AT_LEAST_1,
@@ -301,7 +326,17 @@ def test_a_wrong_command_line_is_refused_in_one_line(capsys: pytest.CaptureFixtu
     refused(capsys, options.parse_train, words)
 
 
-@pytest.mark.parametrize("parse", [options.parse_evaluate, lambda argv: options.parse_run("text", argv)])
+PARSERS = [
+    options.parse_evaluate,
+    options.parse_figures,
+    options.parse_sample,
+    options.parse_encode,
+    options.parse_impute,
+    options.parse_compare,
+]
+
+
+@pytest.mark.parametrize("parse", PARSERS)
 def test_a_missing_run_folder_is_refused_in_one_line(capsys: pytest.CaptureFixture[str], parse: Any) -> None:
     assert "RUN" in refused(capsys, parse, [])
 
@@ -325,18 +360,35 @@ def test_resume_takes_more_epochs() -> None:
     assert asked == options.TrainCommand(resume="runs/x", epochs=7)
 
 
-OTHERS = {spec.name: spec.default for spec in fields(options.Options) if spec.name != "epochs"} | {"run_dir": "runs/y"}
+def test_resume_takes_where_the_data_is_now() -> None:
+    asked = options.parse_train(["--resume", "runs/x", "--dataset", "moved.npz", "--data-dir", "there"])
+    assert asked == options.TrainCommand(resume="runs/x", dataset="moved.npz", data_dir="there")
+
+
+BESIDE = ("epochs", "dataset", "data_dir")
+OTHERS = {spec.name: spec.default for spec in fields(options.Options) if spec.name not in BESIDE} | {
+    "run_dir": "runs/y"
+}
+
+
+@pytest.mark.parametrize("parse", PARSERS)
+def test_every_script_of_a_run_takes_where_the_data_is_now(parse: Any) -> None:
+    run = ["run", "other"] if parse in (options.parse_encode, options.parse_impute, options.parse_compare) else ["run"]
+    asked = parse([*run, "--dataset", "moved.npz", "--data-dir", "there"])
+    assert (asked.dataset, asked.data_dir) == ("moved.npz", "there")
 
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_resume_with_another_option_is_refused(capsys: pytest.CaptureFixture[str], name: str) -> None:
     """Even where the value is the one that the run has: a run keeps its own options."""
-    given = {"binarization": "fixed", "warmup_epochs": 3}.get(name, OTHERS[name])
+    given = {"binarization": "fixed", "warmup_epochs": 3, "hidden": 5, "image_size": 28, "color": "gray"}.get(
+        name, OTHERS[name]
+    )
     values = given if isinstance(given, tuple) else (given,)
     line = refused(
         capsys, options.parse_train, ["--resume", "runs/x", "--epochs", "7", options.flag(name), *map(str, values)]
     )
-    assert line.startswith("error: --resume: the run keeps its own options; only --epochs may stand beside it, got ")
+    assert line.startswith("error: --resume: the run keeps its own options; beside it only --epochs, --dataset, ")
     assert f"got {options.flag(name)} " in line
 
 

@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ppl_vae.build import load
+    from ppl_vae.build import load, save
     from ppl_vae.conditional import Conditional
     from ppl_vae.evidence import Estimate, importance, log_evidence
     from ppl_vae.training import fit
@@ -27,8 +27,9 @@ _HOME = {
     "load": "build",
     "log_evidence": "evidence",
     "log_weights": "weights",
+    "save": "build",
 }
-_MODULES = ("data", "likelihoods", "networks", "objectives", "posteriors", "priors", "runs")
+_MODULES = ("data", "likelihoods", "missing", "networks", "objectives", "posteriors", "priors", "runs")
 
 __all__ = [
     "VAE",
@@ -41,11 +42,13 @@ __all__ = [
     "load",
     "log_evidence",
     "log_weights",
+    "missing",
     "networks",
     "objectives",
     "posteriors",
     "priors",
     "runs",
+    "save",
 ]
 
 

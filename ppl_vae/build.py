@@ -210,6 +210,9 @@ def load_weights(vae: VAE, path: Path, weights: dict[str, Tensor]) -> None:
         raise ValueError(f"{path}: the weights do not fit the run's config: {first}") from None
 
 
+_FROM_PYTHON = "from Python"  # in config.json, of a run folder that ``save`` made
+
+
 def save(trained: VAE, run_dir: str | Path, options: Options, *, metrics: Sequence[dict[str, Any]] = ()) -> Path:
     """Makes a run folder of a VAE that was trained from Python; ``load`` and the scripts take it, but for resuming.
 
@@ -234,12 +237,17 @@ def save(trained: VAE, run_dir: str | Path, options: Options, *, metrics: Sequen
     if {name: w.shape for name, w in fresh.items()} != {name: w.shape for name, w in weights.items()}:
         raise ValueError("options: expected those that the VAE was built with, got others (weights differ in shape)")
     folder = runs.new_run_dir(str(run_dir), dataset=options.dataset, likelihood=options.likelihood)
-    runs.write_json(folder / runs.CONFIG, config(options, seen) | {"trained": "from Python"})
+    runs.write_json(folder / runs.CONFIG, config(options, seen) | {"trained": _FROM_PYTHON})
     runs.record_environment(folder, options.device)
     for record in metrics:
         runs.append_metrics(folder, record)
     runs.save_tensors(folder / runs.MODEL, weights, {"step": metrics[-1]["step"] if metrics else 0})
     return folder
+
+
+def is_from_python(run_dir: Path) -> bool:
+    """The folder was made by ``save``: there is no training to go on with."""
+    return runs.read_json(run_dir / runs.CONFIG).get("trained") == _FROM_PYTHON
 
 
 def load(run_dir: str | Path) -> VAE:

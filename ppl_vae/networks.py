@@ -223,7 +223,7 @@ class ConvEncoder(nn.Module):
         small = _sizes(height, width, len(channels))[-1]
         dense = GatedMLP if gated else MLP
         self.dense = dense(([planes, *channels][-1], *small), num_features, hidden=hidden)
-        self.to(memory_format=torch.channels_last)  # the layout of convolutions' weights; up to twice as fast on CPUs
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # up to twice as fast on CPUs
 
     @property
     def output(self) -> nn.Linear:
@@ -305,7 +305,7 @@ class ConvDecoder(nn.Module):
         self.dense = dense(latent_dim, math.prod(self.small), hidden=hidden)
         self.stages = nn.Sequential(*stages)
         self.output = PixelOutput(widths[-1], num_features // (height * width), size=(height, width))
-        self.to(memory_format=torch.channels_last)  # as in the encoder
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # as in the encoder
 
     def forward(self, z: Tensor) -> Tensor:
         leading = _leading(z, self.event_shape)

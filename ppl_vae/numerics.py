@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from pyro.ops.stats import fit_generalized_pareto
@@ -25,6 +26,30 @@ def log_mean_exp(log_w: Tensor, dim: int = 0) -> Tensor:
         The shape of ``log_w`` without ``dim``, nats.
     """
     return log_w.logsumexp(dim) - math.log(log_w.shape[dim])
+
+
+def bound_by_particles(log_w: Tensor, sizes: Sequence[int]) -> Tensor:
+    """E[L_s], L_s = log (1/s) sum_{t <= s} w_t, estimated by the mean of L_s over the S // s disjoint blocks of s.
+
+    Each block is a draw of L_s of its own, so the estimate is unbiased for every s; s = 1 is the ELBO. E[L_s] never
+    falls with s (Burda et al. 2016, arXiv 1509.00519, theorem 1); the estimates share particles, and can by noise.
+
+    Args:
+        log_w: (S, B) log-weights of independent particles, nats.
+        sizes: the numbers s, each from 1 to S.
+
+    Returns:
+        (len(sizes), B) nats, float64.
+
+    Raises:
+        ValueError: a size out of its range.
+    """
+    S = len(log_w)
+    for s in sizes:
+        if not 1 <= s <= S:
+            raise ValueError(f"sizes: expected numbers from 1 to {S}, got {s}")
+    blocks = (log_w[: S // s * s].double().unflatten(0, (-1, s)) for s in sizes)
+    return torch.stack([log_mean_exp(block, dim=1).mean(0) for block in blocks])
 
 
 def tail_length(num_particles: int) -> int:

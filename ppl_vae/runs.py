@@ -23,6 +23,11 @@ CONFIG, ENVIRONMENT, METRICS, EVALUATION = "config.json", "environment.json", "m
 MODEL, TRAINING_STATE, FIGURES = "model.safetensors", "training_state.safetensors", "figures"
 
 
+def per_image(split: str) -> str:
+    """The file of one split's evaluation that has a number for each image."""
+    return f"evaluation-{split}.safetensors"
+
+
 def new_run_dir(run_dir: str | None, *, dataset: str, likelihood: str) -> Path:
     """Makes the folder of a new run: as asked for, or one under runs/ by data set, likelihood, date and time.
 

@@ -14,6 +14,8 @@ def main() -> None:
         images=asked.images,
         device=asked.device,
         seed=asked.seed,
+        dataset=asked.dataset,
+        data_dir=asked.data_dir,
         say=print,
     )
 

@@ -1,13 +1,13 @@
-"""Draw a run's figures again from its files: training curves, reconstructions, prior samples, interpolations."""
+"""Draw a run's figures again from its files: curves, images, latents, and what its log-likelihood is made of."""
 
-from ppl_vae.options import command, parse_run
+from ppl_vae.options import command, parse_figures
 
 
 def main() -> None:
-    run_dir = parse_run("Draw a run's figures again from its files, into its folder figures/.")
+    asked = parse_figures()
     from ppl_vae import experiment  # torch is imported here, so that --help answers at once
 
-    experiment.draw_run(run_dir, say=print)
+    experiment.draw_run(asked.run_dir, dataset=asked.dataset, data_dir=asked.data_dir, say=print)
 
 
 if __name__ == "__main__":

@@ -9,13 +9,68 @@ import torch
 from oracles import LinearGaussian
 from torch.testing import assert_close
 
-from ppl_vae import importance
-from ppl_vae.numerics import LogWeightSummary, log_mean_exp, pareto_k, tail_length
+from ppl_vae import importance, log_weights
+from ppl_vae.numerics import LogWeightSummary, bound_by_particles, log_mean_exp, pareto_k, tail_length
 
 
 def test_log_mean_exp_neither_overflows_nor_underflows():
     log_w = torch.tensor([[1000.0, -2000.0], [1000.0, -2000.0 + math.log(3)]])
     assert_close(log_mean_exp(log_w), torch.tensor([1000.0, -2000.0 + math.log(2)]))
+
+
+# --- The bound by its number of particles ---
+
+
+def test_a_bound_is_the_mean_over_disjoint_blocks():
+    """Seven particles make three blocks of two, and the seventh is left out."""
+    w = torch.tensor([1.0, 3.0, 2.0, 6.0, 5.0, 7.0, 100.0], dtype=torch.double)
+    bounds = bound_by_particles(w.log()[:, None], [1, 2, 7])
+    expected = [w.log().mean(), (math.log(2) + math.log(4) + math.log(6)) / 3, math.log(124 / 7)]
+    assert_close(bounds, torch.tensor(expected, dtype=torch.double)[:, None], rtol=1e-14, atol=0)
+
+
+def _linear_gaussian_weights(*, widen, num_particles, num_images):
+    oracle = LinearGaussian.random()
+    vae, x = oracle.vae(widen=widen), oracle.draw(num_images)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        return log_weights(vae.model, vae.guide, x, num_particles), oracle.log_evidence(x)
+
+
+def test_an_exact_guide_gives_log_evidence_at_every_number_of_particles():
+    log_w, exact = _linear_gaussian_weights(widen=1.0, num_particles=100, num_images=5)
+    assert_close(bound_by_particles(log_w, [1, 2, 5, 10, 100]), exact.expand(5, 5), rtol=0, atol=1e-9)
+
+
+def test_the_bound_of_a_wide_guide_rises_with_particles_towards_log_evidence():
+    log_w, exact = _linear_gaussian_weights(widen=1.5, num_particles=2000, num_images=50)
+    bounds = bound_by_particles(log_w, [1, 2, 5, 10, 20, 50, 100]).mean(1)
+    assert (bounds.diff() > 0).all()
+    assert (bounds < exact.mean()).all()
+
+
+def test_a_bound_with_one_particle_is_the_elbo_of_a_wide_guide():
+    """Against reconstruction - KL in closed form."""
+    oracle = LinearGaussian.random()
+    x = oracle.draw(50)
+    log_w, _ = _linear_gaussian_weights(widen=1.5, num_particles=2000, num_images=50)
+    elbo = oracle.reconstruction(x, widen=1.5) - oracle.kl(x, widen=1.5)
+    stderr = log_w.std(0) / math.sqrt(2000)
+    assert ((bound_by_particles(log_w, [1])[0] - elbo).abs() < 5 * stderr).all()
+
+
+def test_weights_beyond_a_float_are_no_trouble():
+    log_w = torch.full((4, 1), -3000.0)
+    assert_close(bound_by_particles(log_w, [1, 4]), torch.full((2, 1), -3000.0, dtype=torch.double))
+
+
+@pytest.mark.parametrize("size", [0, 5])
+def test_a_size_out_of_range_is_refused(size):
+    with pytest.raises(ValueError, match=f"sizes: expected numbers from 1 to 4, got {size}"):
+        bound_by_particles(torch.zeros(4, 2), [1, size])
+
+
+# --- Streamed statistics ---
 
 
 def _summary(log_w, sizes):

@@ -28,7 +28,9 @@ from ppl_vae import data
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 TRAIN, EVALUATE, FIGURES = "train_svi.py", "evaluate_log_likelihood.py", "make_figures.py"
 SMALL = ["--hidden", "16", "--latent-dim", "2", "--epochs", "2", "--images", "20", "--evaluation-particles", "10"]
-IMAGE_FIGURES = ["interpolations.png", "prior_samples.png", "reconstructions.png"]
+TABLE_FIGURES = ["latents.png", "log_likelihoods.png", "particles.png", "training_curves.png"]
+IMAGE_FIGURES = ["interpolations.png", "manifold.png", "prior_samples.png", "reconstructions.png", "traversals.png"]
+EVALUATION = ["evaluation.json", "evaluation-test.safetensors"]
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PPL_VAE_TRACEBACK"} | {
     "OMP_NUM_THREADS": "1",
     "PYTHONUTF8": "1",
@@ -220,9 +222,8 @@ def test_a_run_leaves_the_files_of_a_run_folder(first: tuple[Path, Done]) -> Non
         "metrics.jsonl",
         "model.safetensors",
         "training_state.safetensors",
-        "evaluation.json",
-        "figures/training_curves.png",
-        *(f"figures/{name}" for name in IMAGE_FIGURES),
+        *EVALUATION,
+        *(f"figures/{name}" for name in [*IMAGE_FIGURES, *TABLE_FIGURES]),
     }
 
 
@@ -240,7 +241,9 @@ def test_config_holds_what_was_asked_for(first: tuple[Path, Done], datasets: Pat
 
 
 def test_config_leaves_no_choice_open(first: tuple[Path, Done]) -> None:
-    assert None not in read(first[0] / "config.json")["options"].values()
+    """But for those that a file of arrays has no use for."""
+    options = read(first[0] / "config.json")["options"]
+    assert {name for name, value in options.items() if value is None} == {"data_dir", "image_size", "color"}
 
 
 @pytest.mark.parametrize("name", ["argv", "python", "packages", "device", "threads", "git_commit", "git_dirty", "time"])
@@ -258,7 +261,7 @@ def test_metrics_are_finite_nats_an_image(first: tuple[Path, Done], name: str) -
     assert all(math.isfinite(record[f"{name}_nats_per_image"]) for record in records(first[0]))
 
 
-@pytest.mark.parametrize("name", [*IMAGE_FIGURES, "training_curves.png"])
+@pytest.mark.parametrize("name", [*IMAGE_FIGURES, *TABLE_FIGURES])
 def test_a_figure_shows_something(first: tuple[Path, Done], name: str) -> None:
     assert pictures(first[0])[name].std() > 0.01
 
@@ -378,9 +381,9 @@ def test_an_evaluation_of_train_takes_the_training_images(copy: Path, run: Run) 
     assert read(copy / "evaluation.json")["train"]["num_images"] == 300
 
 
-def test_an_evaluation_changes_evaluation_json_alone(first: tuple[Path, Done], copy: Path, run: Run) -> None:
+def test_an_evaluation_changes_its_own_files_alone(first: tuple[Path, Done], copy: Path, run: Run) -> None:
     run(EVALUATE, copy, "--num-particles", "7")
-    assert contents(copy, but=["evaluation.json"]) == contents(first[0], but=["evaluation.json"])
+    assert contents(copy, but=EVALUATION) == contents(first[0], but=EVALUATION)
 
 
 def test_an_evaluation_with_the_same_seed_gives_the_same_numbers(copy: Path, run: Run) -> None:
@@ -436,7 +439,7 @@ def test_figures_are_drawn_again_the_same(first: tuple[Path, Done], copy: Path, 
 
 def test_drawing_changes_figures_alone(first: tuple[Path, Done], copy: Path, run: Run) -> None:
     run(FIGURES, copy)
-    figures = [*IMAGE_FIGURES, "training_curves.png"]
+    figures = [*IMAGE_FIGURES, *TABLE_FIGURES]
     assert contents(copy, but=figures) == contents(first[0], but=figures)
 
 
@@ -507,16 +510,17 @@ def test_an_extended_run_is_then_finished(extended: tuple[Path, Done], run: Run)
 def test_a_run_killed_before_its_evaluation_is_evaluated_without_training(
     first: tuple[Path, Done], copy: Path, run: Run
 ) -> None:
-    (copy / "evaluation.json").unlink()
+    for name in EVALUATION:
+        (copy / name).unlink()
     done = run(TRAIN, "--resume", copy)
     assert (done.code, done.said, "Trained" in done.out) == (0, [], False)
     expected = read(first[0] / "evaluation.json")["test"]
     assert without_times(read(copy / "evaluation.json")["test"]) == without_times(expected)
-    changed = ["evaluation.json", "environment.json"]
+    changed = [*EVALUATION, *TABLE_FIGURES, "environment.json"]
     assert contents(copy, but=changed) == contents(first[0], but=changed)
 
 
-@pytest.mark.parametrize("name", [*IMAGE_FIGURES, "training_curves.png"])
+@pytest.mark.parametrize("name", [*IMAGE_FIGURES, *TABLE_FIGURES])
 def test_a_run_killed_before_a_figure_is_drawn_without_training(
     first: tuple[Path, Done], copy: Path, run: Run, name: str
 ) -> None:
@@ -624,7 +628,7 @@ def test_a_binary_table_trains(table: tuple[Path, Done]) -> None:
 
 def test_a_table_has_no_figures_of_images_and_a_line_that_says_so(table: tuple[Path, Done]) -> None:
     assert "The data is a table, (N, D): figures of images are skipped." in table[1].out.splitlines()
-    assert list(pictures(table[0])) == ["training_curves.png"]
+    assert sorted(pictures(table[0])) == TABLE_FIGURES
 
 
 def test_a_finished_run_on_a_table_says_so(table: tuple[Path, Done], run: Run) -> None:
@@ -670,7 +674,7 @@ def test_a_channel_of_color_is_drawn(run: Run, tmp_path: Path) -> None:
     np.save(tmp_path / "colored.npy", colored)
     done = run(TRAIN, "--dataset", tmp_path / "colored.npy", "--run-dir", tmp_path / "run", *SMALL)
     assert (done.code, done.said) == (0, [])
-    assert set(pictures(tmp_path / "run")) == {*IMAGE_FIGURES, "training_curves.png"}
+    assert set(pictures(tmp_path / "run")) == {*IMAGE_FIGURES, *TABLE_FIGURES}
 
 
 # --- What goes wrong: one line, a non-zero exit, no traceback ---
@@ -845,7 +849,8 @@ def test_data_that_has_changed_since_training_is_refused(
     np.savez(tmp_path / "small.npz", **changed)
     set_option("dataset", str(tmp_path / "small.npz"))(copy)
     line = refusal(run(*words(command, copy)))
-    assert "the file has changed since" in line
+    assert "expected the data that" in line
+    assert "SHA-256 differs" in line
 
 
 @pytest.mark.parametrize("command", [FIGURES, RESUME, EVALUATE])

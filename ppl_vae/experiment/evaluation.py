@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -24,18 +26,64 @@ def is_evaluated(folder: Path) -> bool:
     return entry.get("step") == runs.load_step(folder / runs.MODEL)
 
 
+@dataclass(frozen=True)
+class PerImage:
+    """What an evaluation says of each image.
+
+    Args:
+        index: (n,) int64, the images' places in their split, ascending.
+        result: ``Importance``, each field (n,) float64.
+        num_particles: S.
+        seed: of the importance samples.
+        step: of the weights.
+    """
+
+    index: Tensor
+    result: Importance
+    num_particles: int
+    seed: int
+    step: int
+
+
+def read_per_image(folder: Path, split: str) -> PerImage | None:
+    """The stored evaluation of a split, image by image; None where there is none of the weights that the run has now.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    path = folder / runs.per_image(split)
+    if not path.exists():
+        return None
+    tensors, scalars = runs.load_tensors(path)
+    try:
+        result = Importance(*(tensors[name] for name in Importance._fields))
+        stored = PerImage(tensors["index"], result, scalars["num_particles"], scalars["seed"], scalars["step"])
+    except KeyError as error:
+        raise ValueError(f"{path}: damaged: no {error} in it") from None
+    return stored if stored.step == runs.load_step(folder / runs.MODEL) else None
+
+
 def evaluate_run(
-    run_dir: str, *, split: str, num_particles: int, images: int | None, device: str, seed: int, say: Say
+    run_dir: str,
+    *,
+    split: str,
+    num_particles: int,
+    images: int | None,
+    device: str,
+    seed: int,
+    say: Say,
+    dataset: str | None = None,
+    data_dir: str | None = None,
 ) -> dict[str, Any]:
     """Estimates log p(x) of a split, writes it into evaluation.json under the split's name, and says it.
 
     Returns:
-        The entry, as evaluation.json holds it.
+        The entry, as evaluation.json holds it. The numbers of each image are in evaluation-SPLIT.safetensors.
 
     Raises:
         ValueError: no run, a damaged one, or other data than it was trained on.
     """
-    run = open_run(run_dir)
+    run = open_run(run_dir, dataset=dataset, data_dir=data_dir)
     return write_evaluation(
         run, split=split, num_particles=num_particles, images=images, device=device, seed=seed, say=say
     )
@@ -52,28 +100,31 @@ def write_evaluation(
     say: Say,
 ) -> dict[str, Any]:
     """``evaluate_run``, for a run that is already open."""
-    folder, options, splits = run
+    folder, options, splits = run.folder, run.options, run.splits
     runs.read_evaluations(folder)  # a damaged file is found before the work, not after it
     step = runs.load_step(folder / runs.MODEL)
     place = build.device(device)
     vae = build.load(folder).to(place)
-    x = data.evaluation_images(splits, split, run.binarization)
+    x = data.evaluation_images(splits, split, run.binarization, seed=seed)
     if images is not None and images > len(x):
         say(f"--images {images:,}: the {split} split has {len(x):,}, and all are taken.")
-    x = x[data.subset(len(x), images)].to(place)
+    index = data.subset(len(x), images)
+    x = x[index].to(place)
     started = time.monotonic()
     with tqdm(total=len(x), unit="image", desc=f"log p(x), {split}") as bar:
         result = evaluate(vae, x, num_particles=num_particles, seed=seed, progress=bar.update)
     entry = {
         "dataset": splits.name,
         "split": split,
+        "protocol": splits.protocol,
         "binarization": options.binarization,
         "num_images": len(x),
         "num_particles": num_particles,
         "seed": seed,
         "likelihood": options.likelihood,
-        "measure": build.LIKELIHOODS[options.likelihood](splits.event_shape).measure,
+        "measure": build.likelihood(options, splits.event_shape).measure,
         **_summary(result, num_particles),
+        **scale(run, split, x.cpu(), index),
         "bits_per_dim": None,  # binarized pixels are no 8-bit data
         "step": step,
         "seconds": time.monotonic() - started,
@@ -83,10 +134,34 @@ def write_evaluation(
     if split in kept:
         old = kept[split]
         say(f"Replaces the {split} split's estimate of {old['num_images']:,} images with S = {old['num_particles']:,}.")
+    tensors = {"index": index} | result._asdict()
+    runs.save_tensors(
+        folder / runs.per_image(split), tensors, {"num_particles": num_particles, "seed": seed, "step": step}
+    )
     runs.write_json(folder / runs.EVALUATION, kept | {split: entry})
     for line in describe_evaluation(entry):
         say(line)
     return entry
+
+
+def scale(run: Run, split: str, x: Tensor, index: Tensor) -> dict[str, Any]:
+    """What a log-likelihood can be held against: independent pixels below it, the binarization's entropy above.
+
+    "floor" is log prod_d p(x_d) of the likelihood's own family with each pixel's marginal fitted to the training
+    images: a model that does not pass it has learned nothing of how pixels go together. "binarization_entropy" is the
+    mean entropy of what was drawn to binarize these images, None where nothing was: no model gets above minus it in
+    expectation.
+    """
+    options, splits = run.options, run.splits
+    likelihood = build.likelihood(options, splits.event_shape)
+    with torch.no_grad():
+        marginals = likelihood(likelihood.fit_marginals(data.expected_images(splits, run.binarization)))
+        floor = Estimate.of(marginals.log_prob(x), 1)
+    entropy = data.binarization_entropy(splits, split, run.binarization)
+    return {
+        "floor": {"mean": floor.mean, "stderr": floor.stderr},
+        "binarization_entropy": None if entropy is None else float(entropy[index].mean()),
+    }
 
 
 def _summary(result: Importance, num_particles: int) -> dict[str, Any]:
@@ -121,11 +196,16 @@ def _summary(result: Importance, num_particles: int) -> dict[str, Any]:
 def describe_evaluation(entry: dict[str, Any]) -> list[str]:
     """The numbers of one evaluation, in words."""
     S, n = entry["num_particles"], entry["num_images"]
+    scale = [f"independent pixels (marginals of the training images) {_pm(entry['floor'])}"]
+    if entry["binarization_entropy"] is not None:
+        scale.append(f"no model expects above {-entry['binarization_entropy']:.2f}, the binarization's own entropy")
+    measured = "" if entry["measure"] == "mass" else ", a density: never comparable with a mass"
     ll, elbo, rec, kl = (entry[key] for key in ("log_likelihood", "elbo", "reconstruction", "kl"))
     lines = [
         f"log-likelihood {_pm(ll)} nats an image: the importance-weighted bound L_{S}, in expectation below log p(x)",
-        f"  {entry['split']} split, {n:,} images, binarization {entry['binarization']}; "
+        f"  {entry['split']} split, {n:,} images, binarization {entry['binarization']}{measured}; "
         "± is the standard error over images",
+        f"  for scale: {'; '.join(scale)}",
         f"  ELBO (beta = 1) {_pm(elbo)} = reconstruction {_pm(rec)} - KL {_pm(kl)}",
     ]
     if S == 1:

@@ -1,96 +1,412 @@
-"""The figures of a run, drawn from its files."""
+"""The figures of a run, drawn from its files: config, weights, metrics, evaluation, data."""
 
 from __future__ import annotations
 
-import io
-from typing import Any
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from ppl_vae import build, data, plots, runs
-from ppl_vae.evidence import seeded
+from ppl_vae.evidence import Estimate, seeded
+from ppl_vae.experiment.display import Display, display_of
+from ppl_vae.experiment.evaluation import PerImage, read_per_image
+from ppl_vae.experiment.exploration import (
+    UNUSED_NATS,
+    Codes,
+    encode,
+    gather_log_weights,
+    kl_by_latent,
+    manifold,
+    mean_or_draw,
+    moments,
+    normal_quantiles,
+    traversals,
+)
 from ppl_vae.experiment.opening import Run, Say, open_run
+from ppl_vae.experiment.outputs import write_figure
+from ppl_vae.numerics import bound_by_particles
 from ppl_vae.vae import VAE
 
 _FIGURE_SEED = 0
-_NUM_SHOWN = 10
-_CURVES, _RECONSTRUCTIONS, _SAMPLES, _INTERPOLATIONS = (
-    "training_curves.png",
-    "reconstructions.png",
-    "prior_samples.png",
-    "interpolations.png",
-)
+_NUM_SHOWN = 10  # images in a row, latents in a column
+_NUM_PAIRS = 5
+_NUM_SAMPLES = 64
+_NUM_STEPS = 11  # of a traversal: odd, so that the middle one is the prior's mean
+_MANIFOLD = 15
+
+# Images whose latents are drawn: those of a pass over two thousand 28 x 28 images.
+_LATENT_PIXELS = 2000 * 784
+_MOST_LATENTS = 2000
+
+# The particles figure: its images, its most particles, and how much the decoder may compute for it. On one core a
+# default run takes all 1,000 in 1.5 s, a convolutional decoder of 2.2 MFLOP an image in 7 s; one of 8.9 MFLOP gets 200.
+_PARTICLE_IMAGES = 100
+_MOST_PARTICLES = 1000
+_DECODER_FLOP = 3e11
+_FLOP_A_PIXEL = 200  # the log-probability's, which the counter does not see
+
+
+# --- Which figures there are ---
 
 
 def is_drawn(run: Run) -> bool:
     """Every figure is there, and is newer than what it was drawn from."""
-    sources = [run.folder / runs.MODEL, run.folder / runs.METRICS]
+    sources = [run.folder / name for name in (runs.MODEL, runs.METRICS, runs.per_image("test"))]
     newest = max(path.stat().st_mtime_ns for path in sources if path.exists())
-    drawn = [run.folder / runs.FIGURES / name for name in figure_names(run.splits)]
+    drawn = [run.folder / runs.FIGURES / name for name in figure_names(run)]
     return all(path.exists() and path.stat().st_mtime_ns >= newest for path in drawn)
 
 
-def draw_run(run_dir: str, *, say: Say) -> None:
-    """Draws a run's figures again, from its files."""
-    write_figures(open_run(run_dir), say=say)
+def figure_names(run: Run) -> list[str]:
+    """The figures that this run has: by its data, its latents, and whether its test images were evaluated."""
+    return [name for name, drawing in _FIGURES.items() if drawing.applies(run)]
 
 
-def figure_names(splits: data.Splits) -> list[str]:
-    """The figures that a run on this data has: tables are no images."""
-    return [_CURVES] if len(splits.event_shape) == 1 else [_CURVES, _RECONSTRUCTIONS, _SAMPLES, _INTERPOLATIONS]
+def draw_run(run_dir: str, *, say: Say, dataset: str | None = None, data_dir: str | None = None) -> None:
+    """Draws a run's figures again, from its files.
+
+    Raises:
+        ValueError: no run, a damaged one, or other data than it was trained on.
+    """
+    write_figures(open_run(run_dir, dataset=dataset, data_dir=data_dir), say=say)
 
 
 def write_figures(run: Run, *, say: Say) -> None:
-    """Training curves, reconstructions, prior samples and interpolations, into the run's figures/."""
-    folder, _, splits = run
-    vae = build.load(folder)
-    metrics = runs.read_metrics(folder)
-    if not metrics:
-        raise ValueError(f"{folder / runs.METRICS}: expected the record of at least one epoch, got none")
-    try:
-        figures = {_CURVES: plots.training_curves(metrics, title=f"{splits.name}: training")}
-    except KeyError as error:
-        raise ValueError(f"{folder / runs.METRICS}: damaged: a record is missing {error}") from None
-    if len(splits.event_shape) == 1:
-        say("The data is a table, (N, D): figures of images are skipped.")
-    else:
-        x = data.evaluation_images(splits, "test", run.binarization)
-        with seeded(_FIGURE_SEED, x.device), torch.no_grad():
-            figures |= _image_figures(vae, x[data.subset(len(x), 2 * _NUM_SHOWN)])
+    """Every figure that this run has, into its figures/. Weights, evaluation and random state stay as they are."""
+    metrics = runs.read_metrics(run.folder)
+    if not metrics and _has_curves(run):
+        raise ValueError(f"{run.folder / runs.METRICS}: expected the record of at least one epoch, got none")
+    scene = _Scene(run, metrics)
+    for line in _left_out(run):
+        say(line)
+    figures = {}
+    for name in figure_names(run):
+        with seeded(_FIGURE_SEED, torch.device("cpu")), torch.no_grad():
+            figures[name] = _FIGURES[name].draw(scene)
+    folder = run.folder / runs.FIGURES
+    folder.mkdir(exist_ok=True)
     for name, figure in figures.items():
-        path = folder / runs.FIGURES / name
-        path.parent.mkdir(exist_ok=True)
-        png = io.BytesIO()
-        figure.savefig(png, format="png", dpi=130)
-        runs.write_bytes(path, png.getvalue())
-    say(f"Figures in {folder / runs.FIGURES}: {', '.join(figures)}")
+        write_figure(folder / name, figure)
+    say(f"Figures in {folder}: {', '.join(figures)}")
 
 
-def _image_figures(vae: VAE, x: Tensor) -> dict[str, Any]:
-    """x: 2 N test images (2 N, C, H, W), as the model sees them."""
-    x = x[torch.randperm(len(x))]
-    half = x[: max(1, len(x) // 2)]
-    decoded = vae.likelihood(vae.posterior(half).rsample())
-    rows = {"test image x": half, "E[x | z]": decoded.mean, "x ~ p(x | z)": decoded.sample()}
-    prior = vae.likelihood(vae.prior().expand((64,)).sample())
-    start, end = (vae.posterior(ends).mean for ends in (half[: len(half) // 2 or 1], half[-(len(half) // 2 or 1) :]))
-    weight = torch.linspace(0, 1, _NUM_SHOWN).reshape(-1, 1, 1)
-    path = vae.likelihood((1 - weight) * start + weight * end).mean
-    return {
-        _RECONSTRUCTIONS: plots.image_rows(_arrays(rows), title="Reconstructions, z ~ q(z | x)"),
-        _SAMPLES: plots.image_grids(
-            _arrays({"means E[x | z]": prior.mean, "images x ~ p(x | z)": prior.sample()}),
-            columns=8,
-            title="Samples from the prior, z ~ p(z)",
-        ),
-        _INTERPOLATIONS: plots.image_rows(
-            _arrays({f"pair {i + 1}": path[:, i] for i in range(path.shape[1])}),
-            title="E[x | z] on the line between two posterior means",
-        ),
+def _left_out(run: Run) -> list[str]:
+    """What a reader might look for in vain, and why."""
+    lines = []
+    if not _has_images(run):
+        lines.append("The data is a table, (N, D): figures of images are skipped.")
+    elif not _has_pairs(run):
+        lines.append("There is one test image: interpolations between two are skipped.")
+    if not _is_evaluated(run):
+        lines.append("There is no evaluation of single test images: log_likelihoods.png is skipped.")
+    return lines
+
+
+def _has_curves(run: Run) -> bool:
+    """It was trained by a script, or its records came with it from Python."""
+    return not run.from_python or bool(runs.read_metrics(run.folder))
+
+
+def _always(run: Run) -> bool:
+    return True
+
+
+def _has_images(run: Run) -> bool:
+    return len(run.splits.event_shape) > 1
+
+
+def _has_pairs(run: Run) -> bool:
+    return _has_images(run) and len(run.splits.test) > 1
+
+
+def _has_a_plane(run: Run) -> bool:
+    return _has_images(run) and run.options.latent_dim == 2
+
+
+def _is_evaluated(run: Run) -> bool:
+    return read_per_image(run.folder, "test") is not None
+
+
+# --- What they are drawn from ---
+
+
+@dataclass(frozen=True)
+class _Scene:
+    """A run, and what several of its figures need of it, found once."""
+
+    run: Run
+    metrics: list[dict[str, Any]]
+
+    @cached_property
+    def vae(self) -> VAE:
+        with seeded(
+            _FIGURE_SEED, torch.device("cpu")
+        ):  # fresh weights are drawn before the stored ones take their place
+            return build.load(self.run.folder)
+
+    @cached_property
+    def x(self) -> Tensor:
+        """(N, *E) the test images, as the model sees them."""
+        return data.evaluation_images(self.run.splits, "test", self.run.binarization)
+
+    @cached_property
+    def shown(self) -> Tensor:
+        """Places of some test images, not sorted: the file may be, by class."""
+        index = data.subset(len(self.x), _NUM_SHOWN)
+        return index[torch.randperm(len(index), generator=torch.Generator().manual_seed(_FIGURE_SEED))]
+
+    @cached_property
+    def display(self) -> Display:
+        return display_of(self.run)
+
+    @cached_property
+    def encoded(self) -> tuple[Tensor, Codes]:
+        """Places of a subset of the test images, and their latents."""
+        pixels = math.prod(self.run.splits.event_shape)
+        index = data.subset(len(self.x), min(_MOST_LATENTS, max(_NUM_SHOWN, _LATENT_PIXELS // pixels)))
+        with seeded(_FIGURE_SEED, torch.device("cpu")):
+            return index, encode(self.vae, self.x[index])
+
+    @cached_property
+    def kl(self) -> Tensor:
+        """(L,) nats."""
+        return kl_by_latent(self.encoded[1], self.vae.prior())
+
+
+# --- The figures ---
+
+
+def _training_curves(scene: _Scene) -> Figure:
+    try:
+        return plots.training_curves(scene.metrics, title=f"{scene.run.splits.name}: training")
+    except KeyError as error:
+        raise ValueError(f"{scene.run.folder / runs.METRICS}: damaged: a record is missing {error}") from None
+
+
+def _reconstructions(scene: _Scene) -> Figure:
+    x = scene.x[scene.shown]
+    decoded = scene.vae.likelihood(scene.vae.posterior(x).sample())
+    rows = {"test image x": x, "E[x | z]": decoded.mean, "x ~ p(x | z)": decoded.sample()}
+    return plots.image_rows(
+        {label: scene.display(images) for label, images in rows.items()},
+        title="Reconstructions, z ~ q(z | x)" + scene.display.words,
+    )
+
+
+def _prior_samples(scene: _Scene) -> Figure:
+    decoded = scene.vae.likelihood(scene.vae.prior().expand((_NUM_SAMPLES,)).sample())
+    return samples_figure(scene.display, decoded.mean, decoded.sample())
+
+
+def samples_figure(display: Display, means: Tensor, images: Tensor) -> Figure:
+    """Means E[x | z] beside draws x ~ p(x | z), for z ~ p(z). means, images: (N, *E)."""
+    return plots.image_grids(
+        {"means E[x | z]": display(means), "images x ~ p(x | z)": display(images)},
+        columns=math.ceil(math.sqrt(len(means))),
+        title="Samples from the prior, z ~ p(z)" + display.words,
+    )
+
+
+def _interpolations(scene: _Scene) -> Figure:
+    pairs = min(_NUM_PAIRS, len(scene.shown) // 2)
+    ends = mean_or_draw(scene.vae.posterior(scene.x[scene.shown[: 2 * pairs]]))
+    weight = torch.linspace(0, 1, _NUM_SHOWN).reshape(-1, 1)
+    rows = {
+        f"pair {i + 1}": scene.display(scene.vae.likelihood((1 - weight) * ends[i] + weight * ends[pairs + i]).mean)
+        for i in range(pairs)
     }
+    title = "E[x | z] on the line between the posterior means of two test images" + scene.display.words
+    return plots.image_rows(rows, title=title)
 
 
-def _arrays(images: dict[str, Tensor]) -> dict[str, np.ndarray]:
-    return {label: x.float().clamp(0, 1).numpy() for label, x in images.items()}
+def _traversals(scene: _Scene) -> Figure:
+    most_used = scene.kl.argsort(descending=True)[:_NUM_SHOWN].tolist()
+    middle = _NUM_STEPS // 2
+    steps = 3 * torch.arange(-middle, middle + 1) / middle
+    place = int(scene.shown[0])
+    z = mean_or_draw(scene.vae.posterior(scene.x[place : place + 1]))[0]
+    images = traversals(scene.vae, z, most_used, steps)
+    labels = [f"z{latent}, {_few_digits(scene.kl[latent])} nats" for latent in most_used]
+    rows = {label: scene.display(row) for label, row in zip(labels, images, strict=True)}
+    title = (
+        "E[x | z] as one latent moves, in scales of the prior; "
+        f"the others stay at the posterior mean of test image no. {place}\n"
+        f"{_most_used_in_words(scene)}\n{_unused_in_words(scene)}"
+    )
+    return plots.image_rows(rows, columns=[f"{t:.1f}" for t in steps], title=title + scene.display.words)
+
+
+def _most_used_in_words(scene: _Scene) -> str:
+    count, all_of_them = min(_NUM_SHOWN, len(scene.kl)), len(scene.kl) <= _NUM_SHOWN
+    which = "the latents" if all_of_them else f"the {count} most used of {len(scene.kl)} latents"
+    return f"rows: {which}, by KL(q(z_l | x) || p(z_l)), the mean over {_several(len(scene.encoded[0]), 'test image')}"
+
+
+def _unused_in_words(scene: _Scene) -> str:
+    unused = int((scene.kl < UNUSED_NATS).sum())
+    return f"unused latents, with a mean KL below {UNUSED_NATS} nats: {unused} of {len(scene.kl)}"
+
+
+def _several(count: int, what: str) -> str:
+    return f"{count:,} {what}" + "s" * (count != 1)
+
+
+def _few_digits(nats: Tensor) -> str:
+    return f"{nats:.2f}" if nats >= 0.1 else f"{nats:.3f}"
+
+
+def _manifold(scene: _Scene) -> Figure:
+    steps = normal_quantiles(_MANIFOLD)
+    p = moments(scene.vae.prior())
+    x, y = (p.mean + steps[:, None] * p.scale).T.tolist()
+    return plots.image_plane(
+        scene.display(manifold(scene.vae, steps)),
+        x=x,
+        y=y,
+        names=("z0", "z1"),
+        title="E[x | z] over the plane of the two latents,\n"
+        "each step of the same probability under normals of the prior's means and scales" + scene.display.words,
+    )
+
+
+def _latents(scene: _Scene) -> Figure:
+    index, codes = scene.encoded
+    labels = scene.run.splits.labels.get("test")
+    return latents_figure(
+        codes,
+        scene.vae.prior(),
+        classes=None if labels is None else labels[index],
+        class_names=scene.run.splits.class_names,
+        what="test image",
+    )
+
+
+def latents_figure(
+    codes: Codes, prior: Any, *, what: str, classes: Tensor | None = None, class_names: tuple[str, ...] = ()
+) -> Figure:
+    """Posterior means in the two latents of the highest KL, of two in their own order, or in the only one.
+
+    Args:
+        codes: of N images.
+        prior: p(z), event (L,).
+        what: one of the images, in words.
+        classes: (N,) int64, where they are known.
+        class_names: the word for each class.
+    """
+    L = codes.mean.shape[1]
+    kl = kl_by_latent(codes, prior)
+    order = list(range(L)) if L <= 2 else kl.argsort(descending=True)[:2].tolist()
+    p = moments(prior)
+    names = [f"z{latent}, KL {_few_digits(kl[latent])} nats" for latent in order]
+    points, mean, scale = codes.mean[:, order].numpy(), p.mean[order].tolist(), p.scale[order].tolist()
+    title = f"Posterior means of {_several(len(points), what)}"
+    colored: dict[str, Any] = {
+        "classes": None if classes is None else classes.numpy(),
+        "class_names": class_names,
+    }
+    if L == 1:
+        return plots.latent_line(
+            points[:, 0], name=names[0], prior_mean=mean[0], prior_scale=scale[0], title=title, **colored
+        )
+    if L > 2:
+        title += f",\nin the two of {L} latents with the highest mean KL"
+    return plots.latent_plane(
+        points, names=(names[0], names[1]), prior_mean=mean, prior_scale=scale, title=title, **colored
+    )
+
+
+def _log_likelihoods(scene: _Scene) -> Figure:
+    stored = read_per_image(scene.run.folder, "test")
+    assert stored is not None
+    values = stored.result.log_evidence
+    estimate = Estimate.of(values, stored.num_particles)
+    name = "ELBO" if stored.num_particles == 1 else f"log p(x), the bound L_{stored.num_particles:,}"
+    return plots.likelihood_histogram(
+        values.numpy(),
+        mean=estimate.mean,
+        stderr=estimate.stderr,
+        name=name,
+        title=f"{scene.run.splits.name}: log p(x) of {_several(len(values), 'test image')}",
+        examples=_extremes(scene, stored) if _has_images(scene.run) else None,
+    )
+
+
+def _extremes(scene: _Scene, stored: PerImage) -> dict[str, tuple[Any, list[str]]]:
+    """The images of the highest and of the lowest bound, and below each its nats and its place in the split."""
+    x = data.evaluation_images(scene.run.splits, "test", scene.run.binarization, seed=stored.seed)
+    values = stored.result.log_evidence
+    ascending = values.argsort()
+    count = min(_NUM_SHOWN, len(values) // 2)
+    chosen = {"highest": ascending.flip(0)[:count], "lowest": ascending[:count]} if count else {"the image": ascending}
+    rows = {}
+    for label, places in chosen.items():
+        captions = [f"{values[i]:.1f}\nno. {int(stored.index[i])}" for i in places.tolist()]
+        rows[label] = (scene.display(x[stored.index[places]]), captions)
+    return rows
+
+
+def _particles(scene: _Scene) -> Figure:
+    x = scene.x[data.subset(len(scene.x), _PARTICLE_IMAGES)]
+    num_particles = _affordable_particles(scene.vae, len(x))
+    sizes = [s for s in _round_numbers() if s <= num_particles]
+    bounds = bound_by_particles(gather_log_weights(scene.vae, x, num_particles), sizes)
+    return plots.bound_by_particles(
+        sizes,
+        bound=_mean_and_stderr(bounds),
+        gain=_mean_and_stderr(bounds - bounds[0]),
+        title=f"The bound L_s on log p(x) by its number of importance samples s\n"
+        f"{_several(len(x), 'test image')}, means over {num_particles:,} samples an image; "
+        "bars are standard errors over images",
+    )
+
+
+def _mean_and_stderr(values: Tensor) -> tuple[Any, Any]:
+    """(K, N) -> the mean over N and its standard error, each (K,); no error of one image."""
+    estimates = [Estimate.of(row, 1) for row in values]
+    stderr = [0.0 if math.isnan(e.stderr) else e.stderr for e in estimates]
+    return [e.mean for e in estimates], stderr
+
+
+def _round_numbers() -> list[int]:
+    """1, 2, 5, 10, ... up to the most particles."""
+    numbers = [digit * 10**power for power in range(10) for digit in (1, 2, 5)]
+    return [number for number in numbers if number <= _MOST_PARTICLES]
+
+
+def _affordable_particles(vae: VAE, num_images: int) -> int:
+    """The largest round number of particles, from 10 on, for which the decoder computes no more than it may.
+
+    By counted operations, never by a clock: the same run is drawn the same on every machine.
+    """
+    with FlopCounterMode(display=False) as counter:
+        decoded = vae.likelihood(vae.prior().expand((1,)).sample())
+    cost = counter.get_total_flops() + _FLOP_A_PIXEL * math.prod(decoded.event_shape)
+    most = _DECODER_FLOP / (cost * num_images)
+    return max(number for number in _round_numbers() if number <= max(10, most))
+
+
+class _Drawing(NamedTuple):
+    """Which runs have a figure, and how it is drawn."""
+
+    applies: Callable[[Run], bool]
+    draw: Callable[[_Scene], Figure]
+
+
+_FIGURES = {
+    "training_curves.png": _Drawing(_has_curves, _training_curves),
+    "reconstructions.png": _Drawing(_has_images, _reconstructions),
+    "prior_samples.png": _Drawing(_has_images, _prior_samples),
+    "interpolations.png": _Drawing(_has_pairs, _interpolations),
+    "traversals.png": _Drawing(_has_images, _traversals),
+    "manifold.png": _Drawing(_has_a_plane, _manifold),
+    "latents.png": _Drawing(_always, _latents),
+    "log_likelihoods.png": _Drawing(_is_evaluated, _log_likelihoods),
+    "particles.png": _Drawing(_always, _particles),
+}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,11 +14,12 @@ Say = Callable[[str], None]
 
 
 class Run(NamedTuple):
-    """A run folder, its options, and its data set."""
+    """A run folder, its options, its data set, and whether its weights were saved from Python."""
 
     folder: Path
     options: Options
     splits: data.Splits
+    from_python: bool = False
 
     @property
     def binarization(self) -> str:
@@ -26,17 +28,27 @@ class Run(NamedTuple):
         return self.options.binarization
 
 
-def open_run(run_dir: str) -> Run:
-    """Raises ValueError where it is no run, a damaged one, or its data is not what it was trained on."""
+def open_run(run_dir: str, *, dataset: str | None = None, data_dir: str | None = None) -> Run:
+    """A run with its data.
+
+    Args:
+        run_dir: the run's folder.
+        dataset: where the run's own data file or folder is now, should it have moved.
+        data_dir: where the folder of the named data sets is now, should it have moved.
+
+    Raises:
+        ValueError: no run, a damaged one, or other data than it was trained on.
+    """
     folder = Path(run_dir)
     options, seen = build.read_config(folder)
-    splits = data.load(options.dataset)
+    options = replace(options, dataset=dataset or options.dataset, data_dir=data_dir or options.data_dir)
+    splits = build.splits(options)
     if splits.sha256 != seen["sha256"]:
         raise ValueError(
-            f"{options.dataset}: the file has changed since {folder} was trained on it (its SHA-256 differs)"
+            f"{options.dataset}: expected the data that {folder} was trained on, got other bytes (its SHA-256 differs)"
         )
     if splits.event_shape != seen["event_shape"]:
         raise ValueError(
             f"{folder / runs.CONFIG}: damaged: event_shape {seen['event_shape']}, but the data has {splits.event_shape}"
         )
-    return Run(folder, options, splits)
+    return Run(folder, options, splits, from_python=build.is_from_python(folder))

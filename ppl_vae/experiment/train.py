@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pyro
+import torch
 from tqdm import tqdm
 
 from ppl_vae import build, data, runs
@@ -18,7 +19,7 @@ from ppl_vae.evidence import NotFinite
 from ppl_vae.experiment.evaluation import is_evaluated, write_evaluation
 from ppl_vae.experiment.figures import is_drawn, write_figures
 from ppl_vae.experiment.opening import Run, Say, open_run
-from ppl_vae.options import Options, default_warmup, to_json
+from ppl_vae.options import Options
 from ppl_vae.training import TrainingState, fit
 
 _QUICK_EVALUATION_SEED = 0
@@ -34,39 +35,39 @@ def train(options: Options, run_dir: str | None, *, say: Say) -> Path:
         NotFinite: training met a NaN or an infinity; the last checkpoint is kept.
     """
     build.device(options.device)
-    splits = data.load(options.dataset)
-    options = replace(options, binarization=data.resolve_binarization(splits, options.binarization))
-    if options.warmup_epochs is None:
-        options = replace(options, warmup_epochs=default_warmup(options.epochs))
+    splits = build.splits(options)
+    options = build.resolve(options, splits)
     if (options.warmup_epochs or 0) >= options.epochs:
         say(f"The warm-up of {options.warmup_epochs} epochs outlasts the training: beta never reaches {options.beta}.")
-    if Path(options.dataset).suffix:
-        options = replace(options, dataset=str(Path(options.dataset).resolve()))
     _check_support(options, splits)
     build.vae(options, splits.event_shape)  # what cannot be built, or does not fit into memory, leaves no folder
     folder = runs.new_run_dir(run_dir, dataset=options.dataset, likelihood=options.likelihood)
-    seen = {"kind": splits.kind, "event_shape": list(splits.event_shape), "sha256": splits.sha256}
-    runs.write_json(folder / runs.CONFIG, {"options": to_json(options), "data": seen})
+    runs.write_json(folder / runs.CONFIG, build.config(options, splits))
     say(f"Run folder {folder}; --resume {folder} goes on if it is interrupted.")
     _go_on(Run(folder, options, splits), say=say)
     return folder
 
 
-def resume(run_dir: str, *, epochs: int | None, say: Say) -> None:
+def resume(
+    run_dir: str, *, epochs: int | None, say: Say, dataset: str | None = None, data_dir: str | None = None
+) -> None:
     """Goes on with a run, bit for bit; finishes its evaluation and figures; or extends it to more epochs.
 
     Raises:
-        ValueError: no run, a damaged one, other data than it was trained on, or fewer epochs than it was given.
+        ValueError: no run, a damaged one, one saved from Python, other data than it was trained on, or fewer epochs
+            than it was given.
     """
-    run = open_run(run_dir)
-    folder, options, _ = run
+    run = open_run(run_dir, dataset=dataset, data_dir=data_dir)
+    folder, options = run.folder, run.options
     build.device(options.device)
+    if run.from_python:
+        raise ValueError(f"--resume: expected a run of train_svi.py, but {folder} was saved from Python")
     if epochs is not None and epochs < options.epochs:
         raise ValueError(f"--epochs: expected at least the run's {options.epochs}, got {epochs}")
     if epochs is not None and epochs > options.epochs:
         run = run._replace(options=replace(options, epochs=epochs))
         config = runs.read_json(folder / runs.CONFIG)
-        runs.write_json(folder / runs.CONFIG, config | {"options": to_json(run.options)})
+        runs.write_json(folder / runs.CONFIG, config | {"options": config["options"] | {"epochs": epochs}})
         say(f"Extended to {epochs} epochs; the learning rate's cosine now ends there, so it rises again at first.")
     if _is_trained(run) and is_evaluated(folder) and is_drawn(run):
         say(f"{folder} is finished: {run.options.epochs} epochs, evaluated and drawn. --epochs extends it.")
@@ -76,10 +77,11 @@ def resume(run_dir: str, *, epochs: int | None, say: Say) -> None:
 
 def _go_on(run: Run, *, say: Say) -> None:
     """Whatever is left to do of training, the quick evaluation and the figures."""
-    folder, options, splits = run
+    folder, options, splits = run.folder, run.options, run.splits
     runs.record_environment(folder, options.device)
     say(splits.describe())
-    say(f"binarization {options.binarization}, likelihood {options.likelihood}")
+    for line in _what_is_modelled(run):
+        say(line)
     if not _is_trained(run):
         _train(run, say=say)
     if not is_evaluated(folder):
@@ -97,10 +99,10 @@ def _go_on(run: Run, *, say: Say) -> None:
 
 
 def _train(run: Run, *, say: Say) -> None:
-    folder, options, splits = run
+    folder, options, splits = run.folder, run.options, run.splits
     device = build.device(options.device)
     stored, observe = data.training_images(splits, run.binarization)
-    validation = data.evaluation_images(splits, "validation", run.binarization)
+    validation = data.evaluation_images(splits, "validation", run.binarization) if len(splits.validation) else None
     pyro.set_rng_seed(options.seed)
     vae = build.vae(options, splits.event_shape)
     saved, step = None, _saved_step(run)
@@ -122,8 +124,9 @@ def _train(run: Run, *, say: Say) -> None:
 
         def on_epoch(record: dict[str, Any]) -> None:
             runs.append_metrics(folder, record)
-            elbo = record["validation_elbo_nats_per_image"]
-            bar.set_postfix_str(f"epoch {record['epoch']}/{options.epochs}, validation ELBO {elbo:.2f} nats")
+            elbo = record.get("validation_elbo_nats_per_image")
+            seen = "no validation images" if elbo is None else f"validation ELBO {elbo:.2f} nats"
+            bar.set_postfix_str(f"epoch {record['epoch']}/{options.epochs}, {seen}")
 
         def on_checkpoint(state: TrainingState) -> None:
             # The state last: a run killed between the two goes on from the older state, and writes both again.
@@ -158,15 +161,33 @@ def _train(run: Run, *, say: Say) -> None:
             raise ValueError(f"{folder / runs.TRAINING_STATE}: {error}") from None
         except NotFinite as error:
             raise NotFinite(f"{error}; a new run with a smaller --learning-rate or --beta may pass it") from None
-    say(
-        f"Trained {options.epochs} epochs in {state.seconds:.0f} s; best validation ELBO {state.best_elbo:.2f} nats, "
-        f"at step {state.best_step:,} of {state.step:,}."
-    )
+    kept = f"best validation ELBO {state.best_elbo:.2f} nats, at step {state.best_step:,} of {state.step:,}"
+    if validation is None:
+        kept = "no validation images, so the last weights are kept"
+    say(f"Trained {options.epochs} epochs in {state.seconds:.0f} s; {kept}.")
     if options.beta != 1 and state.best_step < state.step:
         say(
             f"The weights of step {state.best_step:,} are kept: from then on, training with beta = {options.beta} "
             "lowered the ELBO at beta = 1, by which they are chosen."
         )
+
+
+def _what_is_modelled(run: Run) -> list[str]:
+    """The network, the binarization and the likelihood, and on what scale its numbers will be."""
+    options, splits = run.options, run.splits
+    likelihood = build.likelihood(options, splits.event_shape)
+    with torch.device("meta"):  # shapes without numbers
+        num_weights = sum(w.numel() for w in build.vae(options, splits.event_shape).parameters())
+    lines = [
+        f"network {options.network} ({num_weights:,} weights), latents {options.latent_dim}, "
+        f"binarization {options.binarization}, likelihood {options.likelihood} (a {likelihood.measure})"
+    ]
+    if likelihood.measure == "density" and splits.kind == data.LEVELS:
+        lines.append(
+            "Pixels are levels / 255 here: a density of values on a grid has no upper bound, and its nats compare "
+            "only with densities of the same pixels."
+        )
+    return lines
 
 
 @contextmanager
@@ -179,12 +200,16 @@ def quiet_about_nan() -> Iterator[None]:
 
 def _check_support(options: Options, splits: data.Splits) -> None:
     """Refuses, before anything is written, data that the likelihood has no probability for."""
-    likelihood = build.LIKELIHOODS[options.likelihood](splits.event_shape)
+    likelihood = build.likelihood(options, splits.event_shape)
+    if options.binarization != "none":
+        return  # zeros and ones are on the support of every likelihood that there is
     for split in ("train", "validation", "test"):
-        if options.binarization == "none" and not likelihood.support.check(data.probabilities(splits, split)).all():
+        pixels = data.probabilities(splits, split)
+        if not likelihood.support.check(pixels).all():
+            cure = "" if splits.kind == data.REAL else "; another --binarization makes them so"
             raise ValueError(
                 f"--likelihood {options.likelihood}: expected pixels that are {likelihood.support_words}, "
-                f"got {splits.kind} in {split}; another --binarization makes them so"
+                f"got {splits.kind} in {split}{cure}"
             )
 
 

@@ -1,0 +1,109 @@
+"""New images from a trained run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ppl_vae import build
+from ppl_vae.evidence import particles_a_pass, seeded
+from ppl_vae.experiment.display import display_of
+from ppl_vae.experiment.figures import samples_figure
+from ppl_vae.experiment.opening import Say, open_run
+from ppl_vae.experiment.outputs import output_folder, write_arrays, write_figure, write_picture
+from ppl_vae.vae import VAE
+
+_MOST_DRAWN = 256  # in samples.png
+
+
+class Samples(NamedTuple):
+    """z ~ p(z), and the x of each.
+
+    Args:
+        z: (N, L).
+        mean: (N, *E) E[x | z].
+        images: (N, *E) x ~ p(x | z).
+    """
+
+    z: Tensor
+    mean: Tensor
+    images: Tensor
+
+
+@torch.no_grad()
+def sample(vae: VAE, num_samples: int) -> Samples:
+    """z ~ p(z), x ~ p(x | z), by torch's global generator, in passes that fit into memory."""
+    z = vae.prior().expand((num_samples,)).sample()
+    one = vae.likelihood(z[:1]).mean
+    decoded = [vae.likelihood(part) for part in z.split(particles_a_pass(one))]
+    return Samples(z, torch.cat([d.mean for d in decoded]), torch.cat([d.sample() for d in decoded]))
+
+
+def sample_run(
+    run_dir: str,
+    *,
+    num_samples: int,
+    seed: int,
+    device: str,
+    output: str | None,
+    say: Say,
+    dataset: str | None = None,
+    data_dir: str | None = None,
+) -> Path:
+    """Draws images from a run: samples.npz (``Samples``), samples.png, and images/0000.png and so on.
+
+    The single pictures are of the means, in 8 bits: what the decoder is sure of, without the noise of single pixels
+    that p(x | z) draws independently. The draws themselves are in samples.npz. Tables have no pictures.
+
+    Args:
+        run_dir: the run's folder.
+        num_samples: N.
+        seed: of the draws.
+        device: where they are computed.
+        output: a new or empty folder; by default samples in the run's folder, which is written again.
+        say: takes each line for the reader.
+        dataset, data_dir: where the run's data is now, should it have moved.
+
+    Returns:
+        The folder that was written.
+
+    Raises:
+        ValueError: no run, a damaged one, other data than it was trained on, or a folder that holds something.
+    """
+    run = open_run(run_dir, dataset=dataset, data_dir=data_dir)
+    place = build.device(device)
+    with seeded(seed, place):
+        vae = build.load(run.folder).to(place)
+    folder = output_folder(output, run.folder / "samples")
+    with seeded(seed, place):
+        samples = Samples(*(values.cpu() for values in sample(vae, num_samples)))
+    write_arrays(folder / "samples.npz", {name: values.numpy() for name, values in samples._asdict().items()})
+    say(f"{num_samples:,} samples, z ~ p(z), x ~ p(x | z), seed {seed}, in {folder}:")
+    say("  samples.npz: z, mean E[x | z], and images x ~ p(x | z)")
+    if len(run.splits.event_shape) == 1:
+        say("The data is a table, (N, D): there are no pictures.")
+        return folder
+    display = display_of(run)
+    shown = Samples(*(values[:_MOST_DRAWN] for values in samples))
+    write_figure(folder / "samples.png", samples_figure(display, shown.mean, shown.images))
+    _write_pictures(folder / "images", display.levels(samples.mean))
+    first = f" of the first {_MOST_DRAWN}" if num_samples > _MOST_DRAWN else ""
+    say(f"  samples.png: means and images{first}; images/: a picture of each mean")
+    return folder
+
+
+def _write_pictures(folder: Path, levels: NDArray[np.uint8]) -> None:
+    """0000.png and so on; those of an earlier call that drew more go."""
+    folder.mkdir(exist_ok=True)
+    digits = max(4, len(str(len(levels) - 1)))
+    names = {f"{i:0{digits}d}.png" for i in range(len(levels))}
+    for old in folder.glob("[0-9]*.png"):
+        if old.name not in names and old.stem.isdigit():
+            old.unlink()
+    for name, image in zip(sorted(names), levels, strict=True):
+        write_picture(folder / name, image)

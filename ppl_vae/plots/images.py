@@ -1,0 +1,140 @@
+"""Images in rows, grids and planes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+Images = NDArray[Any]
+
+# Pixels of a tile's shorter side, at least: below it the lines between tiles would be as wide as the images.
+_SMALLEST_TILE = 56
+
+# Images more elongated than this are stretched to it: a row of 1 x 100 pixels would be a line.
+_MOST_ELONGATED = 5.0
+
+_INCHES_A_TITLE_LETTER = 0.08
+_LARGEST = 15.0  # inches
+
+
+def image_rows(rows: Mapping[str, Images], *, title: str, columns: Sequence[str] = ()) -> Figure:
+    """One labelled row of images for each entry, aligned by column.
+
+    Args:
+        rows: a label and images (N, C, H, W) with 1 or 3 channels, values in [0, 1]; the same N in each row.
+        title: over the figure; it may have several lines.
+        columns: a heading for each of the N columns, or none.
+    """
+    channels = max(images.shape[1] for images in rows.values())
+    table = np.stack([np.repeat(images, channels // images.shape[1], axis=1) for images in rows.values()])
+    width, height = _inches(table, tile=0.75)
+    label_width = 0.08 * max(len(line) for label in rows for line in label.splitlines())
+    figure = _figure(width + label_width, height + 0.2 * bool(columns), title)
+    axes = figure.add_subplot()
+    show_tiles(axes, table)
+    axes.set_yticks([i + 0.5 for i in range(len(rows))], list(rows), fontsize=8)
+    if columns:
+        axes.xaxis.tick_top()
+        axes.set_xticks([i + 0.5 for i in range(len(columns))], columns, fontsize=8)
+    return figure
+
+
+def image_grids(grids: Mapping[str, Images], *, columns: int, title: str) -> Figure:
+    """Grids of images side by side, a heading over each. Values and shapes as ``image_rows``."""
+    tables = {label: _in_columns(images, columns) for label, images in grids.items()}
+    sizes = [_inches(table, tile=0.52) for table in tables.values()]
+    figure = _figure(sum(width for width, _ in sizes) + 0.2, max(height for _, height in sizes) + 0.25, title)
+    for axes, (label, table) in zip(figure.subplots(1, len(tables), squeeze=False)[0], tables.items(), strict=True):
+        show_tiles(axes, table)
+        axes.set_title(label, fontsize=9)
+    return figure
+
+
+def image_plane(
+    images: Images, *, x: Sequence[float], y: Sequence[float], names: tuple[str, str], title: str
+) -> Figure:
+    """Images over two coordinates, the first to the right and the second upwards.
+
+    Args:
+        images: (len(y), len(x), C, H, W), values in [0, 1]; the first row is the lowest.
+        x, y: the coordinates of the columns and of the rows.
+        names: of the two coordinates.
+        title: over the figure.
+    """
+    width, height = _inches(images, tile=0.5)
+    figure = _figure(width + 0.6, height + 0.5, title)
+    axes = figure.add_subplot()
+    show_tiles(axes, images[::-1])
+    axes.set_xticks([i + 0.5 for i in range(len(x))], [f"{value:.1f}" for value in x], fontsize=7)
+    axes.set_yticks([i + 0.5 for i in range(len(y))], [f"{value:.1f}" for value in reversed(y)], fontsize=7)
+    axes.set_xlabel(names[0], fontsize=9)
+    axes.set_ylabel(names[1], fontsize=9)
+    return figure
+
+
+def show_tiles(axes: Any, table: Images) -> None:
+    """Draws images (rows, columns, C, H, W) into axes, the image of row i and column j around (j + 0.5, i + 0.5).
+
+    A NaN is drawn white: where a table has no image.
+    """
+    rows, columns = table.shape[:2]
+    axes.imshow(
+        _sheet(table), cmap="gray", vmin=0, vmax=1, extent=(0, columns, rows, 0), aspect=1 / elongation(table.shape)
+    )
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.tick_params(length=0)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def elongation(shape: Sequence[int]) -> float:
+    """Width over height of an image (..., H, W) as it is drawn: its own, but within 1/5 to 5."""
+    return float(np.clip(shape[-1] / shape[-2], 1 / _MOST_ELONGATED, _MOST_ELONGATED))
+
+
+def _sheet(table: Images) -> Images:
+    """(rows, columns, C, H, W) -> one picture (height, width) or (height, width, 3), thin gray lines between images."""
+    rows, columns, channels, height, width = table.shape
+    # Each pixel becomes several, so that a tile has the shape in which it is drawn and lines are of one width.
+    drawn = elongation(table.shape)
+    across = math.ceil(_SMALLEST_TILE * max(1.0, drawn) / width)
+    down = max(1, round(width * across / drawn / height))
+    tiles = table.astype(float).repeat(down, axis=3).repeat(across, axis=4)
+    frame = np.where(np.isnan(table[:, :, :1, :1, :1]), 1.0, 0.5)
+    framed = np.broadcast_to(frame, (rows, columns, channels, tiles.shape[3] + 2, tiles.shape[4] + 2)).copy()
+    framed[..., 1:-1, 1:-1] = np.nan_to_num(tiles, nan=1.0)
+    sheet = framed.transpose(0, 3, 1, 4, 2).reshape(rows * framed.shape[3], columns * framed.shape[4], channels)
+    return sheet.squeeze(-1) if channels == 1 else sheet
+
+
+def _in_columns(images: Images, columns: int) -> Images:
+    """(N, C, H, W) -> (rows, columns, C, H, W), row by row, NaN where there are no more images."""
+    columns = min(columns, len(images))
+    missing = np.full((-len(images) % columns, *images.shape[1:]), np.nan)
+    return np.concatenate([images, missing]).reshape(-1, columns, *images.shape[1:])
+
+
+def _inches(table: Images, *, tile: float) -> tuple[float, float]:
+    """Width and height of a table of images, each of them of tile^2 square inches, unless all would be too large."""
+    shape = math.sqrt(elongation(table.shape))
+    width, height = table.shape[1] * tile * shape, table.shape[0] * tile / shape
+    shrink = min(1.0, _LARGEST / width, _LARGEST / height)
+    return shrink * width, shrink * height
+
+
+def _figure(width: float, height: float, title: str) -> Figure:
+    """An empty figure with room for images of that size and the title."""
+    lines = title.splitlines()
+    size = (
+        max(3.0, width + 0.2, _INCHES_A_TITLE_LETTER * max(map(len, lines))),
+        max(1.0, height + 0.2) + 0.2 * len(lines),
+    )
+    figure = Figure(figsize=size, layout="constrained")
+    figure.suptitle(title, fontsize=10)
+    return figure

@@ -1,0 +1,64 @@
+"""Training over epochs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+Records = Sequence[Mapping[str, float]]
+
+
+def training_curves(metrics: Records, *, title: str) -> Figure:
+    """Over epochs: the training objective beside the validation ELBO, and the ELBO's two terms.
+
+    The objective is minus the training loss, at the beta of the step: an ELBO only once beta is 1, and labelled so.
+    Where no epoch was validated, the objective stands alone.
+
+    Args:
+        metrics: the records of metrics.jsonl, at least one.
+        title: over the figure.
+    """
+    validated = any("validation_elbo_nats_per_image" in record for record in metrics)
+    figure = Figure(figsize=(9 if validated else 5, 3.4), layout="constrained")
+    panels = figure.subplots(1, 2 if validated else 1, squeeze=False)[0]
+    marker = "." if len(metrics) < 5 else ""
+    _bounds(panels[0], metrics, validated=validated, marker=marker)
+    if validated:
+        _terms(panels[1], metrics, marker=marker)
+    for axes in panels:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlabel("epoch")
+        axes.legend(fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def _bounds(axes: Any, metrics: Records, *, validated: bool, marker: str) -> None:
+    epochs = [record["epoch"] for record in metrics]
+    annealed = any(record["beta"] != 1 for record in metrics)
+    label = "training objective" + (" (beta = 1 is the ELBO)" if annealed else " (the ELBO)")
+    curves = [[-record["train_loss_nats_per_image"] for record in metrics]]
+    axes.plot(epochs, curves[0], label=label, color="tab:gray", marker=marker)
+    if validated:
+        curves.append([record["validation_elbo_nats_per_image"] for record in metrics])
+        axes.plot(epochs, curves[1], label="validation ELBO", color="tab:blue", marker=marker)
+        best, epoch = max(zip(curves[1], epochs, strict=True), key=lambda pair: pair[0])
+        axes.plot(epoch, best, "o", color="tab:blue", label="best, kept")
+    if len(metrics) > 5:  # the first epochs would squeeze everything that matters into a line
+        shown = [value for curve in curves for value in curve[len(metrics) // 5 :]]
+        axes.set_ylim(bottom=min(shown) - 0.3 * (max(shown) - min(shown)))
+    axes.set_ylabel("nats an image")
+
+
+def _terms(axes: Any, metrics: Records, *, marker: str) -> None:
+    epochs = [record["epoch"] for record in metrics]
+    reconstruction = [-record["validation_reconstruction_nats_per_image"] for record in metrics]
+    axes.plot(epochs, reconstruction, label="-E_q[log p(x | z)]", marker=marker)
+    kl = [record["validation_kl_nats_per_image"] for record in metrics]
+    axes.plot(epochs, kl, label="KL(q(z | x) || p(z))", marker=marker)
+    axes.set_ylabel("nats an image (validation)")
+    if min(reconstruction) >= 0:  # a density can be above 1
+        axes.set_ylim(bottom=0)

@@ -1,0 +1,25 @@
+"""Compare runs on the same images: the paired differences of their bounds on log p(x), with errors, in words."""
+
+from ppl_vae.options import command, parse_compare
+
+
+def main() -> None:
+    asked = parse_compare()
+    from ppl_vae import experiment  # torch is imported here, so that --help answers at once
+
+    experiment.compare_runs(
+        asked.run_dirs,
+        split=asked.split,
+        num_particles=asked.num_particles,
+        images=asked.images,
+        device=asked.device,
+        seed=asked.seed,
+        output=asked.output,
+        dataset=asked.dataset,
+        data_dir=asked.data_dir,
+        say=print,
+    )
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,45 @@
+"""A run on 8 x 8 images that trains in a second: bars that lie or stand, in two classes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from ppl_vae import experiment
+from ppl_vae.options import Options
+
+SMALL = Options(
+    network="mlp",
+    hidden=(8,),
+    latent_dim=2,
+    epochs=2,
+    batch_size=20,
+    images=25,
+    evaluation_particles=10,
+    checkpoint_seconds=1e6,
+)
+
+
+def bars(num_images: int, *, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """(N, 8, 8) uint8 in {0, 1}, and (N,) which of them stand."""
+    generator = np.random.default_rng(seed)
+    stands = generator.integers(0, 2, num_images)
+    images = np.zeros((num_images, 8, 8), dtype=np.uint8)
+    for image, upright, place in zip(images, stands, generator.integers(0, 7, num_images), strict=True):
+        (image.T if upright else image)[place : place + 2] = 1
+    return images, stands
+
+
+def save_bars(path: Path) -> Path:
+    """An .npz file of 100, 20 and 40 images with labels."""
+    arrays = {}
+    for seed, (split, count) in enumerate((("train", 100), ("valid", 20), ("test", 40))):
+        arrays[split], arrays[f"{split}_labels"] = bars(count, seed=seed)
+    np.savez(path, **arrays)
+    return path
+
+
+def train_small(folder: Path, options: Options) -> Path:
+    """Trains in silence; returns the run's folder."""
+    return experiment.train(options, str(folder), say=lambda line: None)

@@ -1,0 +1,590 @@
+"""Paired comparisons of trained models: against exact log p(x), scipy, and the rates that they promise."""
+
+from __future__ import annotations
+
+import json
+import math
+import runpy
+import shutil
+import sys
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.image import imread
+from oracles import LinearGaussian
+from scipy import stats
+
+from ppl_vae import experiment, plots, runs
+from ppl_vae.evidence import Importance, evaluate
+from ppl_vae.experiment import comparison
+from ppl_vae.experiment.paired import bound_difference, paired_difference, student_t_quantile
+from ppl_vae.options import Options
+
+# --- The statistics ---
+
+
+@pytest.mark.parametrize("degrees", [1, 2, 3, 4, 5, 8, 31, 100, 999, 4999])
+@pytest.mark.parametrize("confidence", [0.5, 0.95, 0.99, 0.9995])
+def test_the_quantile_is_that_of_student(confidence, degrees):
+    expected = stats.t.ppf((1 + confidence) / 2, degrees)
+    assert student_t_quantile(confidence, degrees) == pytest.approx(expected, rel=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("confidence", "degrees", "words"),
+    [(1.0, 5, "confidence: expected a number between 0 and 1, got 1.0"), (0.95, 0, "degrees: expected at least 1")],
+)
+def test_a_quantile_that_does_not_exist_is_refused(confidence, degrees, words):
+    with pytest.raises(ValueError, match=words):
+        student_t_quantile(confidence, degrees)
+
+
+def _correlated(n, *, shift=0.0, noise=1.0, seed=0):
+    """Images of which some are hard for both models (scale 20), and on which the models differ little (noise)."""
+    generator = torch.Generator().manual_seed(seed)
+    hard, ours, theirs = torch.randn(3, n, generator=generator, dtype=torch.double)
+    return -90 + 20 * hard + noise * ours, -90 + 20 * hard + noise * theirs + shift
+
+
+def test_the_interval_is_that_of_scipy():
+    a, b = _correlated(60, shift=0.3)
+    found = paired_difference(a, b)
+    expected = stats.ttest_rel(b.numpy(), a.numpy()).confidence_interval(0.95)
+    assert (found.lower, found.upper) == pytest.approx((expected.low, expected.high), rel=1e-9)
+
+
+def test_the_interval_of_one_of_four_comparisons_has_confidence_one_minus_a_fourth_of_five_percent():
+    a, b = _correlated(60, shift=0.3)
+    found = paired_difference(a, b, comparisons=4)
+    expected = stats.ttest_rel(b.numpy(), a.numpy()).confidence_interval(0.9875)
+    assert (found.lower, found.upper) == pytest.approx((expected.low, expected.high), rel=1e-9)
+
+
+def test_pairing_takes_out_what_both_models_find_hard():
+    a, b = _correlated(500)
+    found = paired_difference(a, b)
+    assert found.stderr == pytest.approx(stats.sem((b - a).numpy()), rel=1e-12)
+    assert found.stderr < found.unpaired_stderr / 10
+
+
+def test_the_unpaired_error_is_that_of_two_samples():
+    a, b = _correlated(500)
+    expected = math.hypot(stats.sem(a.numpy()), stats.sem(b.numpy()))
+    assert paired_difference(a, b).unpaired_stderr == pytest.approx(expected, rel=1e-12)
+
+
+def test_exchanging_the_models_exchanges_better_and_worse():
+    a, b = _correlated(500, shift=0.5)
+    assert (paired_difference(a, b).word, paired_difference(b, a).word) == ("better", "worse")
+
+
+def test_models_that_agree_on_every_image_are_not_distinguishable():
+    a, _ = _correlated(10)
+    found = paired_difference(a, a)
+    assert (found.mean, found.stderr, found.word) == (0, 0, "not distinguishable")
+
+
+@pytest.mark.parametrize("n", [2, 5, 50])
+def test_of_equal_models_five_percent_are_called_different(n):
+    """The t interval is exact for normal differences, whatever n: 3,000 repetitions, 4 binomial standard errors."""
+    repetitions, rate = 3000, 0.05
+    alarms = sum(
+        paired_difference(*_correlated(n, seed=seed)).word != "not distinguishable" for seed in range(repetitions)
+    )
+    assert abs(alarms / repetitions - rate) < 4 * math.sqrt(rate * (1 - rate) / repetitions)
+
+
+def test_of_five_equal_models_beside_a_first_at_most_five_percent_of_the_comparisons_raise_any_alarm():
+    """All five share the first model's noise, as in a comparison of runs."""
+    repetitions, rate, alarms = 1000, 0.05, 0
+    for seed in range(repetitions):
+        generator = torch.Generator().manual_seed(seed)
+        first, *others = torch.randn(6, 40, generator=generator, dtype=torch.double)
+        found = [paired_difference(first, other, comparisons=5) for other in others]
+        alarms += any(difference.word != "not distinguishable" for difference in found)
+    assert alarms / repetitions < rate + 4 * math.sqrt(rate * (1 - rate) / repetitions)
+
+
+def test_the_interval_covers_the_true_difference_as_often_as_it_says():
+    repetitions, rate, true = 3000, 0.95, 0.7
+    covered = 0
+    for seed in range(repetitions):
+        found = paired_difference(*_correlated(20, shift=true, seed=seed))
+        covered += found.lower <= true <= found.upper
+    assert abs(covered / repetitions - rate) < 4 * math.sqrt(rate * (1 - rate) / repetitions)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "comparisons", "words"),
+    [
+        (torch.zeros(3), torch.zeros(4), 1, r"b: expected one number for each image of a, \(3,\), got \(4,\)"),
+        (torch.zeros(3, 1), torch.zeros(3, 1), 1, r"b: expected one number for each image"),
+        (torch.zeros(1), torch.zeros(1), 1, "a: expected at least 2 images, for a standard error, got 1"),
+        (torch.zeros(3), torch.zeros(3), 0, "comparisons: expected at least 1, got 0"),
+        (torch.zeros(3), torch.tensor([0.0, -math.inf, math.nan]), 1, "b: expected finite numbers, got 2 that are not"),
+    ],
+)
+def test_what_has_no_difference_is_refused(a, b, comparisons, words):
+    with pytest.raises(ValueError, match=words):
+        paired_difference(a, b, comparisons=comparisons)
+
+
+# --- Models whose log p(x) is known ---
+
+FIRST = LinearGaussian.random(D=6, L=3, scale=0.7)
+
+
+def _bounds(model, x, *, num_particles, seed=0, **guide):
+    return evaluate(model.vae(**guide), x, num_particles=num_particles, seed=seed)
+
+
+@pytest.mark.parametrize(
+    ("second", "word"),
+    [
+        (replace(FIRST, scale=0.9), "worse"),
+        (replace(FIRST, b=FIRST.b + 0.3), "worse"),
+        (replace(FIRST, W=1.2 * FIRST.W), "worse"),
+    ],
+    ids=["scale", "mean", "loadings"],
+)
+def test_with_exact_guides_the_difference_is_that_of_log_p_x(second, word):
+    """x is drawn from the first model, which no other can beat in expectation."""
+    x = FIRST.draw(400)
+    exact = second.log_evidence(x) - FIRST.log_evidence(x)
+    found = bound_difference(_bounds(FIRST, x, num_particles=20), _bounds(second, x, num_particles=20))
+    assert found.bounds.mean == pytest.approx(float(exact.mean()), abs=1e-9)
+    assert found.bounds.stderr == pytest.approx(stats.sem(exact.numpy()), abs=1e-9)
+    assert (found.bounds.word, found.ranks_log_evidence) == (word, True)
+
+
+def test_with_wider_guides_the_difference_is_that_of_log_p_x_within_the_monte_carlo_error():
+    """At S = 2,000 the bounds lack about 0.0005 nats, the Monte Carlo error is about 0.003."""
+    x, second = FIRST.draw(200), replace(FIRST, scale=0.9)
+    exact = float((second.log_evidence(x) - FIRST.log_evidence(x)).mean())
+    results = [
+        _bounds(model, x, num_particles=2000, widen=1.3, seed=seed) for seed, model in enumerate((FIRST, second))
+    ]
+    found = bound_difference(*results)
+    assert 0 < found.monte_carlo_stderr < 0.01
+    assert abs(found.bounds.mean - exact) < 5 * found.monte_carlo_stderr
+
+
+def test_the_monte_carlo_error_is_how_much_other_particles_move_the_difference():
+    x, second = FIRST.draw(30), replace(FIRST, scale=0.9)
+    found = []
+    for seed in range(60):
+        results = [
+            _bounds(model, x, num_particles=200, widen=1.3, seed=2 * seed + i)
+            for i, model in enumerate((FIRST, second))
+        ]
+        found.append(bound_difference(*results))
+    moved = np.std([each.bounds.mean for each in found], ddof=1)
+    # A standard deviation of 60 has a relative error of 1 / sqrt(118).
+    assert np.mean([each.monte_carlo_stderr for each in found]) == pytest.approx(moved, rel=4 / math.sqrt(118))
+
+
+def test_nearly_equal_models_are_not_distinguishable():
+    x = FIRST.draw(200)
+    second = replace(FIRST, b=FIRST.b + 1e-3)
+    found = bound_difference(_bounds(FIRST, x, num_particles=20), _bounds(second, x, num_particles=20))
+    assert (found.bounds.word, found.ranks_log_evidence) == ("not distinguishable", False)
+
+
+def test_one_model_under_a_bad_guide_has_the_worse_bound_but_log_p_x_is_not_ranked():
+    """log p(x) is the same to the last digit; only the bounds differ, and the rise shows that they may."""
+    x = FIRST.draw(400)
+    found = bound_difference(_bounds(FIRST, x, num_particles=20), _bounds(FIRST, x, num_particles=20, widen=3.0))
+    assert (found.bounds.word, found.ranks_log_evidence) == ("worse", False)
+
+
+def test_a_guide_much_narrower_than_the_posterior_fools_the_rise():
+    """The limit of the rule: one model again, but weights of a Pareto k of 0.88 show about half of what is lacking."""
+    x = FIRST.draw(400)
+    found = bound_difference(_bounds(FIRST, x, num_particles=20), _bounds(FIRST, x, num_particles=20, widen=0.35))
+    assert found.bounds.mean == pytest.approx(-1.06, abs=0.15)
+    assert found.rise == pytest.approx(0.55, abs=0.1)
+    assert found.ranks_log_evidence
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_the_rise_is_the_larger_of_the_two(swapped):
+    x = FIRST.draw(50)
+    results = [_bounds(FIRST, x, num_particles=50), _bounds(FIRST, x, num_particles=50, widen=1.6)]
+    found = bound_difference(*(results[::-1] if swapped else results))
+    assert found.rise == float(results[1].rise.mean())
+    assert found.rise > 10 * abs(float(results[0].rise.mean()))
+
+
+def test_too_few_particles_for_a_rise_rank_no_log_p_x():
+    x, second = FIRST.draw(200), replace(FIRST, scale=1.5)
+    found = bound_difference(_bounds(FIRST, x, num_particles=9), _bounds(second, x, num_particles=9))
+    assert math.isnan(found.rise)
+    assert (found.bounds.word, found.ranks_log_evidence) == ("worse", False)
+
+
+# --- Run folders ---
+
+SMALL = Options(
+    network="mlp",
+    hidden=(8,),
+    latent_dim=2,
+    epochs=2,
+    batch_size=10,
+    images=30,
+    evaluation_particles=20,
+    checkpoint_seconds=1e6,
+)
+ASKED = {"split": "test", "num_particles": 20, "images": 30, "device": "cpu", "seed": 0}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Runs on the same binary table, in which pixels go together: "a", "b" (learns much faster), "wide" (3 latents)."""
+    place = tmp_path_factory.mktemp("runs")
+    generator = np.random.default_rng(0)
+    halves = generator.integers(0, 2, (400, 2), dtype=np.uint8)
+    np.save(place / "table.npy", np.repeat(halves, 6, axis=1))
+    np.save(place / "other.npy", generator.integers(0, 2, (400, 12), dtype=np.uint8))
+    np.save(place / "gray.npy", generator.random((400, 12), dtype=np.float32))
+    changed = {
+        "a": {"learning_rate": 1e-4},
+        "b": {"learning_rate": 0.03, "epochs": 4},
+        "wide": {"latent_dim": 3},
+        "other": {"dataset": str(place / "other.npy")},
+        "dynamic": {"dataset": str(place / "gray.npy"), "binarization": "dynamic"},
+        "threshold": {"dataset": str(place / "gray.npy"), "binarization": "threshold"},
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        # They take most of the time. By its name: the package's "train" is the function.
+        patch.setattr(import_module("ppl_vae.experiment.train"), "write_figures", lambda run, *, say: None)
+        return {
+            name: experiment.train(
+                replace(SMALL, **({"dataset": str(place / "table.npy")} | changes)),
+                str(place / name),
+                say=lambda line: None,
+            )
+            for name, changes in changed.items()
+        }
+
+
+def _compare(folders, names, output, **changes):
+    said = []
+    entry = experiment.compare_runs(
+        [str(folders[name]) for name in names], **(ASKED | changes), output=str(output), say=said.append
+    )
+    return entry, "\n".join(said)
+
+
+@pytest.fixture
+def no_evaluation(monkeypatch):
+    """What evaluates fails."""
+
+    def evaluated(*arguments, **options):
+        raise AssertionError("evaluated")
+
+    monkeypatch.setattr(comparison, "evaluate", evaluated)
+
+
+def _contents(folder):
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_result_is_three_files(folders, tmp_path):
+    _compare(folders, ["a", "b"], tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "comparison.json",
+        "comparison.png",
+        "comparison.safetensors",
+    }
+
+
+@pytest.mark.parametrize(("names", "word"), [(["a", "b"], "better"), (["b", "a"], "worse")])
+def test_the_run_that_learned_more_is_the_better_one(folders, tmp_path, names, word):
+    entry, said = _compare(folders, names, tmp_path / "out")
+    assert entry["comparisons"][0]["bound"] == word
+    assert f"{names[1]} is {word} than {names[0]}" in said
+
+
+def test_the_stored_numbers_of_each_image_give_the_difference(folders, tmp_path):
+    entry, _ = _compare(folders, ["a", "b"], tmp_path / "out")
+    tensors, scalars = runs.load_tensors(tmp_path / "out" / "comparison.safetensors")
+    difference = (tensors["log_evidence/b"] - tensors["log_evidence/a"]).numpy()
+    assert entry["comparisons"][0]["difference"]["mean"] == pytest.approx(difference.mean(), rel=1e-12)
+    assert entry["comparisons"][0]["difference"]["stderr"] == pytest.approx(stats.sem(difference), rel=1e-12)
+    assert scalars == {"split": "test", "num_particles": 20, "seed": 0}
+
+
+def test_the_file_holds_what_is_returned(folders, tmp_path):
+    entry, _ = _compare(folders, ["a", "b", "wide"], tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "comparison.json").read_text(encoding="utf-8")) == entry
+
+
+def test_each_further_run_is_compared_with_the_first(folders, tmp_path):
+    entry, _ = _compare(folders, ["b", "a", "wide"], tmp_path / "out")
+    assert [(each["baseline"], each["name"]) for each in entry["comparisons"]] == [("b", "a"), ("b", "wide")]
+    assert {each["confidence"] for each in entry["comparisons"]} == {0.975}
+
+
+def test_stored_evaluations_of_the_same_kind_are_taken(folders, tmp_path, no_evaluation):
+    entry, said = _compare(folders, ["a", "b"], tmp_path / "out")
+    assert entry["stored_evaluations"]
+    assert "stored evaluations" in said
+    stored = [runs.read_evaluations(folders[name])["test"]["log_likelihood"] for name in ("a", "b")]
+    assert [run["log_likelihood"] for run in entry["runs"]] == stored
+
+
+@pytest.mark.parametrize("change", [{"num_particles": 19}, {"images": 29}, {"seed": 1}, {"split": "validation"}])
+def test_stored_evaluations_of_another_kind_are_not_taken(folders, tmp_path, change):
+    entry, _ = _compare(folders, ["a", "b"], tmp_path / "out", **change)
+    assert not entry["stored_evaluations"]
+
+
+def test_a_stored_evaluation_of_former_weights_is_not_taken(folders, tmp_path):
+    copy = Path(shutil.copytree(folders["b"], tmp_path / "copy"))
+    weights, scalars = runs.load_tensors(copy / runs.MODEL)
+    runs.save_tensors(copy / runs.MODEL, weights, scalars | {"step": scalars["step"] + 1})
+    entry, _ = _compare({"a": folders["a"], "b": copy}, ["a", "b"], tmp_path / "out")
+    assert not entry["stored_evaluations"]
+
+
+def test_evaluating_gives_what_was_stored(folders, tmp_path, monkeypatch):
+    stored, _ = _compare(folders, ["a", "b"], tmp_path / "stored")
+    monkeypatch.setattr(comparison, "read_per_image", lambda folder, split: None)
+    evaluated, _ = _compare(folders, ["a", "b"], tmp_path / "evaluated")
+    assert evaluated["comparisons"] == stored["comparisons"]
+
+
+def test_the_run_folders_are_left_as_they_are(folders, tmp_path):
+    before = [_contents(folders[name]) for name in ("a", "b")]
+    _compare(folders, ["a", "b"], tmp_path / "out", num_particles=7, images=None)
+    assert [_contents(folders[name]) for name in ("a", "b")] == before
+
+
+def test_a_copy_of_a_run_draws_the_same_noise_and_differs_by_nothing(folders, tmp_path):
+    copy = Path(shutil.copytree(folders["a"], tmp_path / "copy"))
+    entry, said = _compare({"a": folders["a"], "copy": copy}, ["a", "copy"], tmp_path / "out", seed=5)
+    found = entry["comparisons"][0]
+    assert (found["difference"]["mean"], found["bound"]) == (0, "not distinguishable")
+    assert "noise of the particles matched" in said
+    assert "the two are one model" in said
+
+
+def test_guides_with_other_latents_do_not_claim_matched_noise(folders, tmp_path):
+    entry, said = _compare(folders, ["a", "wide"], tmp_path / "out")
+    assert not entry["same_noise"]
+    assert "not matched" in said
+
+
+def test_two_runs_with_one_name_go_by_their_paths(folders, tmp_path):
+    copy = Path(shutil.copytree(folders["b"], tmp_path / "a"))
+    entry, _ = _compare({"a": folders["a"], "b": copy}, ["a", "b"], tmp_path / "out")
+    assert [run["name"] for run in entry["runs"]] == [str(folders["a"]), str(copy)]
+
+
+def test_the_words_warn_of_one_training_each(folders, tmp_path):
+    _, said = _compare(folders, ["a", "b"], tmp_path / "out")
+    assert "several seeds" in said
+
+
+def test_few_images_are_said(folders, tmp_path):
+    _, said = _compare(folders, ["a", "b"], tmp_path / "out", images=10)
+    assert "Fewer than 30 images" in said
+
+
+@pytest.mark.parametrize(("num_particles", "advice"), [(1, 200), (9, 200)])
+def test_where_nothing_shows_what_the_bounds_lack_it_is_said_and_more_particles_are_asked_for(
+    folders, tmp_path, num_particles, advice
+):
+    _, said = _compare(folders, ["a", "b"], tmp_path / "out", num_particles=num_particles)
+    assert f"log p(x) is not: S = {num_particles} shows nothing" in said
+    assert f"--num-particles {advice}" in said
+
+
+def test_one_particle_leaves_the_monte_carlo_error_unknown(folders, tmp_path):
+    _, said = _compare(folders, ["a", "b"], tmp_path / "out", num_particles=1)
+    saved = json.loads((tmp_path / "out" / "comparison.json").read_text(encoding="utf-8"))
+    assert saved["comparisons"][0]["monte_carlo_stderr"] is saved["comparisons"][0]["rise"] is None
+    assert "not known at S = 1" in said
+
+
+def _constant(bounds, rise):
+    """Importance results with these bounds and this rise for each image, and no error otherwise."""
+    zero = torch.zeros_like(bounds)
+    return Importance(bounds, bounds, bounds, zero, zero + 1, zero, zero, zero, zero + rise)
+
+
+@pytest.mark.parametrize(
+    ("rise", "ranked", "words"),
+    [(0.1, True, "log p(x) ranks so too"), (5.0, False, "--num-particles 200 says more")],
+)
+def test_a_difference_below_the_rise_ranks_the_bounds_alone(folders, tmp_path, monkeypatch, rise, ranked, words):
+    """The second run is 2 ± 0.01 nats above the first."""
+    a, b = _correlated(30, shift=2.0, noise=0.02)
+    results = iter([_constant(a, rise), _constant(b, 0.0)])
+    monkeypatch.setattr(comparison, "read_per_image", lambda folder, split: None)
+    monkeypatch.setattr(comparison, "evaluate", lambda *arguments, **options: next(results))
+    entry, said = _compare(folders, ["a", "b"], tmp_path / "out")
+    assert entry["comparisons"][0]["bound"] == "better"
+    assert entry["comparisons"][0]["ranks_log_likelihood"] is ranked
+    assert words in said
+
+
+def test_a_bound_that_is_not_finite_is_refused_by_the_name_of_its_run(folders, tmp_path, monkeypatch):
+    a, _ = _correlated(30)
+    results = iter([_constant(a, 0.0), _constant(torch.where(torch.arange(30) < 2, -math.inf, a), 0.0)])
+    monkeypatch.setattr(comparison, "read_per_image", lambda folder, split: None)
+    monkeypatch.setattr(comparison, "evaluate", lambda *arguments, **options: next(results))
+    with pytest.raises(ValueError, match="b: expected a finite bound for every image, got 2 that are not"):
+        _compare(folders, ["a", "b"], tmp_path / "out")
+
+
+# --- What is refused, before any evaluation ---
+
+
+@pytest.mark.parametrize(
+    ("names", "changes", "words"),
+    [
+        (["a"], {}, "RUN: expected at least two run folders, got 1"),
+        (["a", "b", "a"], {}, "RUN: expected different run folders, got .*a and .*a, which are one"),
+        (["a", "b"], {"images": 1}, "--images: expected at least 2, for a standard error, got 1"),
+        (["a", "other"], {}, r"data: expected one for all runs, got SHA-256 \w+ in .*a and SHA-256 \w+ in .*other$"),
+        (
+            ["dynamic", "threshold"],
+            {},
+            "binarization: expected one for all runs, got dynamic in .*dynamic and threshold in .*threshold$",
+        ),
+        (["a", "b"], {"device": "toaster"}, "--device: expected a device of this machine"),
+    ],
+)
+@pytest.mark.usefixtures("no_evaluation")
+def test_what_cannot_be_compared_is_refused_and_leaves_no_folder(folders, tmp_path, names, changes, words):
+    with pytest.raises(ValueError, match=words):
+        _compare(folders, names, tmp_path / "out", **changes)
+    assert not (tmp_path / "out").exists()
+
+
+def _refusal_of_changed(folders, tmp_path, monkeypatch, change):
+    """What is said where the second run opens as another one."""
+    opened = comparison.open_run
+
+    def changed(run_dir, **options):
+        run = opened(run_dir, **options)
+        return change(run) if run.folder == folders["b"] else run
+
+    monkeypatch.setattr(comparison, "open_run", changed)
+    with pytest.raises(ValueError, match="expected") as refused:
+        _compare(folders, ["a", "b"], tmp_path / "out")
+    return str(refused.value)
+
+
+@pytest.mark.usefixtures("no_evaluation")
+def test_a_mass_is_never_compared_with_a_density(folders, tmp_path, monkeypatch):
+    said = _refusal_of_changed(
+        folders, tmp_path, monkeypatch, lambda run: run._replace(options=replace(run.options, likelihood="normal"))
+    )
+    assert said.startswith("scale: expected one for all runs, got the mass of binary pixels in ")
+    assert "the density of binary pixels in " in said
+
+
+@pytest.mark.usefixtures("no_evaluation")
+def test_other_protocols_are_refused(folders, tmp_path, monkeypatch):
+    said = _refusal_of_changed(
+        folders, tmp_path, monkeypatch, lambda run: run._replace(splits=replace(run.splits, protocol="iwae"))
+    )
+    assert said.startswith("protocol: expected one for all runs, got vampprior in ")
+
+
+@pytest.mark.usefixtures("no_evaluation")
+def test_images_that_differ_in_a_pixel_are_refused(folders, tmp_path, monkeypatch):
+    """As of one folder of images that was cropped for one run and stretched for the other: the same bytes."""
+
+    def change(run):
+        test = run.splits.test.clone()
+        test[0, 0] = 1 - test[0, 0]
+        return run._replace(splits=replace(run.splits, test=test))
+
+    said = _refusal_of_changed(folders, tmp_path, monkeypatch, change)
+    assert said.startswith("test images: expected the same in all runs, got others in ")
+
+
+@pytest.mark.usefixtures("no_evaluation")
+def test_a_split_of_one_image_is_refused(folders, tmp_path, monkeypatch):
+    opened = comparison.open_run
+
+    def of_one_image(run_dir, **options):
+        run = opened(run_dir, **options)
+        return run._replace(splits=replace(run.splits, test=run.splits.test[:1]))
+
+    monkeypatch.setattr(comparison, "open_run", of_one_image)
+    with pytest.raises(ValueError, match="test: expected at least 2 images, for a standard error, got 1"):
+        _compare(folders, ["a", "b"], tmp_path / "out")
+
+
+@pytest.mark.usefixtures("no_evaluation")
+def test_a_run_without_weights_is_refused(folders, tmp_path):
+    copy = Path(shutil.copytree(folders["b"], tmp_path / "copy"))
+    (copy / runs.MODEL).unlink()
+    with pytest.raises(ValueError, match="has no weights yet"):
+        _compare({"a": folders["a"], "b": copy}, ["a", "b"], tmp_path / "out")
+
+
+def test_a_folder_that_holds_something_is_refused_and_kept(folders, tmp_path):
+    (tmp_path / "note.txt").write_text("mine", encoding="utf-8")
+    with pytest.raises(ValueError, match="--output: expected a new or empty folder"):
+        _compare(folders, ["a", "b"], tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["note.txt"]
+
+
+# --- The script and the figure ---
+
+
+def _run_script(monkeypatch, *words):
+    script = Path(__file__).parent.parent / "scripts" / "compare_runs.py"
+    monkeypatch.setattr(sys, "argv", [str(script), *map(str, words)])
+    runpy.run_path(str(script), run_name="__main__")
+
+
+def test_the_script_compares_what_it_is_given(folders, tmp_path, monkeypatch, capsys):
+    _run_script(
+        monkeypatch, folders["a"], folders["b"], "--num-particles", 20, "--images", 30, "--output", tmp_path / "out"
+    )
+    assert "b is better than a" in capsys.readouterr().out
+    assert (tmp_path / "out" / "comparison.json").exists()
+
+
+def test_without_an_output_the_script_makes_a_folder_of_its_own_each_time(folders, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        _run_script(monkeypatch, folders["a"], folders["b"], "--num-particles", 20, "--images", 30)
+    made = list((tmp_path / "runs").iterdir())
+    assert len(made) == 2
+    assert all(folder.name.startswith("compare-") and (folder / "comparison.json").exists() for folder in made)
+
+
+def test_the_script_ends_a_refusal_in_one_line(folders, monkeypatch, capsys):
+    with pytest.raises(SystemExit, match="1"):
+        _run_script(monkeypatch, folders["a"])
+    assert capsys.readouterr().err == "error: RUN: expected at least two run folders, got 1\n"
+
+
+def test_the_figure_shows_every_image_and_the_interval():
+    a, b = (values.numpy() for values in _correlated(40, shift=0.5))
+    shown = plots.PairShown(("one", "two"), a, b, b - a, 0.5, 0.2, 0.8, "two is better than one")
+    figure = plots.paired_bounds([shown, shown], bound="L_200", title="a title")
+    axes = [axes for row in figure.subfigs for axes in row.axes]
+    assert len(axes) == 4
+    np.testing.assert_array_equal(axes[2].collections[0].get_offsets(), np.stack([a, b], 1))
+    histogram = axes[3]
+    assert sum(bar.get_height() for bar in histogram.patches if bar.get_height() != 1 or bar.get_x() != 0.2) == 40
+    assert [line.get_xdata()[0] for line in histogram.lines] == [0, 0.5]
+
+
+def test_the_written_figure_is_a_picture(folders, tmp_path):
+    _compare(folders, ["a", "b"], tmp_path / "out")
+    picture = imread(tmp_path / "out" / "comparison.png")
+    assert picture.shape[0] > 400
+    assert picture.std() > 0.05

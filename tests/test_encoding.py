@@ -1,0 +1,193 @@
+"""Images under a run: the latents and log p(x) that are written are those of the model, and are said in words."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from small_run import SMALL, bars, save_bars, train_small
+
+from ppl_vae import experiment, load, runs
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    place = tmp_path_factory.mktemp("encoding")
+    return train_small(place / "run", replace(SMALL, dataset=str(save_bars(place / "bars.npz")), epochs=1))
+
+
+@pytest.fixture
+def encode(folder, tmp_path):
+    """Encodes into a new folder; returns its arrays, its summary, and what was said."""
+
+    def call(images_path, *, run_dir=folder, num_particles=10, images=None, seed=0, output=tmp_path / "out"):
+        said = []
+        words = {"device": "cpu", "output": None if output is None else str(output), "say": said.append}
+        written = experiment.encode_images(
+            str(run_dir), str(images_path), num_particles=num_particles, images=images, seed=seed, **words
+        )
+        with np.load(written / "encoded.npz", allow_pickle=False) as stored:
+            return dict(stored), json.loads((written / "encoded.json").read_text()), said
+
+    return call
+
+
+def exact_log_evidence(folder, x):
+    """(N,) nats by the trapezoidal rule over the plane of the two latents, the Bernoulli mass written out."""
+    nodes = torch.linspace(-8, 8, 321)
+    z = torch.cartesian_prod(nodes, nodes)
+    with torch.no_grad():
+        logits = load(folder).likelihood.net(z).double()
+    x = torch.as_tensor(x, dtype=torch.double).flatten(1)
+    log_p = x @ torch.nn.functional.logsigmoid(logits).T + (1 - x) @ torch.nn.functional.logsigmoid(-logits).T
+    log_prior = -z.square().sum(1).double() / 2 - math.log(2 * math.pi)
+    return (log_p + log_prior + 2 * math.log(0.05)).logsumexp(1)
+
+
+# --- The numbers ---
+
+
+def test_log_p_of_an_image_is_its_integral(encode, folder, tmp_path):
+    images, _ = bars(12, seed=9)
+    np.save(tmp_path / "mine.npy", images)
+    stored, _, _ = encode(tmp_path / "mine.npy", num_particles=3000)
+    exact = exact_log_evidence(folder, images)
+    stderr = np.sqrt(1 / stored["ess"])
+    assert (np.abs(stored["log_likelihood"] - exact.numpy()) < 5 * stderr + 1e-3).all()
+
+
+def test_latents_are_the_runs_own_posterior(encode, folder, tmp_path):
+    images, _ = bars(12, seed=9)
+    np.save(tmp_path / "mine.npy", images)
+    stored, _, _ = encode(tmp_path / "mine.npy")
+    with torch.no_grad():
+        q = load(folder).posterior(torch.from_numpy(images)[:, None].float())
+    np.testing.assert_allclose(stored["mean"], q.mean, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(stored["scale"], q.variance.sqrt(), rtol=1e-5)
+
+
+def test_a_split_gives_the_numbers_of_the_runs_evaluation(encode, folder):
+    """The same images, particles and seed: the file that training's own evaluation wrote."""
+    evaluated, _ = runs.load_tensors(folder / runs.per_image("test"))
+    stored, _, _ = encode("test", images=25, num_particles=10, seed=0)
+    assert stored["names"].tolist() == [str(i) for i in evaluated["index"].tolist()]
+    np.testing.assert_array_equal(stored["log_likelihood"], evaluated["log_evidence"])
+    np.testing.assert_array_equal(stored["ess"], evaluated["ess"])
+
+
+def test_the_summary_is_of_the_arrays(encode, folder):
+    stored, summary, _ = encode("validation", seed=4)
+    values = stored["log_likelihood"]
+    assert summary["log_likelihood"]["mean"] == pytest.approx(values.mean())
+    assert summary["log_likelihood"]["stderr"] == pytest.approx(values.std(ddof=1) / math.sqrt(20))
+    assert summary["elbo"]["mean"] == pytest.approx(stored["elbo"].mean())
+    assert (summary["num_images"], summary["num_particles"], summary["seed"]) == (20, 10, 4)
+    assert (summary["images"], summary["step"]) == ("validation", runs.load_step(folder / runs.MODEL))
+
+
+def test_labels_stand_beside_their_images(encode, folder, tmp_path):
+    _, labels = bars(40, seed=2)
+    np.testing.assert_array_equal(encode("test", output=tmp_path / "a")[0]["labels"], labels)
+
+
+def test_images_without_labels_have_none(encode, tmp_path):
+    np.save(tmp_path / "mine.npy", bars(5)[0])
+    assert "labels" not in encode(tmp_path / "mine.npy")[0]
+
+
+def test_a_subset_keeps_names_beside_their_images(encode, folder, tmp_path):
+    every, _, _ = encode("train", output=tmp_path / "all")
+    some, _, _ = encode("train", images=10, output=tmp_path / "some")
+    places = some["names"].astype(int)
+    assert len(places) == 10
+    np.testing.assert_allclose(some["mean"], every["mean"][places], rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(some["labels"], every["labels"][places])
+
+
+# --- The words ---
+
+
+def test_the_mean_is_said_with_its_error(encode):
+    stored, _, said = encode("test")
+    values = stored["log_likelihood"]
+    stderr = values.std(ddof=1) / math.sqrt(len(values))
+    assert said[0].startswith(f"log-likelihood {values.mean():.2f} ± {stderr:.2f} nats an image: the bound L_10")
+
+
+def test_the_lowest_are_said_by_name_with_what_that_does_not_mean(encode, tmp_path):
+    """An image of noise among the bars is the first of them."""
+    images, _ = bars(8, seed=9)
+    images[3] = np.random.default_rng(0).integers(0, 2, (8, 8))
+    np.save(tmp_path / "mine.npy", images)
+    stored, summary, said = encode(tmp_path / "mine.npy")
+    order = stored["log_likelihood"].argsort()[:5]
+    assert [entry["name"] for entry in summary["lowest"]] == [stored["names"][i] for i in order]
+    assert summary["lowest"][0]["name"] == "3"
+    (line,) = [line for line in said if "lowest log p(x)" in line]
+    assert f"training images: 3 {stored['log_likelihood'][3]:.2f}" in line
+    assert any("does not find outliers" in line and "1810.09136" in line for line in said)
+
+
+def test_one_image_has_no_error_and_is_no_outlier(encode, tmp_path):
+    np.save(tmp_path / "mine.npy", bars(1)[0])
+    _, summary, said = encode(tmp_path / "mine.npy")
+    assert summary["log_likelihood"]["stderr"] is None
+    assert not any("±" in line or "lowest" in line for line in said)
+
+
+# --- The files ---
+
+
+def test_the_runs_own_folder_is_named_after_the_images(encode, folder, tmp_path):
+    np.save(tmp_path / "mine.npy", bars(5)[0])
+    encode(tmp_path / "mine.npy", output=None)
+    names = sorted(path.name for path in (folder / "encodings" / "mine").iterdir())
+    assert names == ["encoded.json", "encoded.npz", "latents.png"]
+
+
+def test_encoding_leaves_the_random_state_and_the_run(encode, folder):
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    encode("test")
+    assert torch.equal(torch.get_rng_state(), state)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+# --- What is refused ---
+
+
+def test_missing_pixels_are_refused(encode, tmp_path):
+    place = tmp_path / "levels.npz"
+    images = [255 * bars(count, seed=seed)[0] for seed, count in enumerate((60, 20, 20))]
+    images[0][0, 0, 0] = 7
+    np.savez(place, **dict(zip(("train", "valid", "test"), images, strict=True)))
+    run = train_small(tmp_path / "run", replace(SMALL, dataset=str(place), epochs=1))
+    holes = bars(5)[0].astype(np.float32)
+    holes[2, 0, 0] = np.nan
+    np.save(tmp_path / "holes.npy", holes)
+    with pytest.raises(
+        ValueError, match=r"holes\.npy: expected every pixel, got missing ones \(NaN\) in 1 of 5 images"
+    ):
+        encode(tmp_path / "holes.npy", run_dir=run)
+
+
+def test_images_of_another_shape_are_refused(encode, tmp_path):
+    np.save(tmp_path / "wide.npy", np.zeros((5, 8, 9), dtype=np.uint8))
+    with pytest.raises(ValueError, match=r"wide\.npy.*8"):
+        encode(tmp_path / "wide.npy")
+
+
+def test_a_file_that_is_missing_is_refused(encode, tmp_path):
+    with pytest.raises(ValueError, match=r"none\.npy"):
+        encode(tmp_path / "none.npy")
+
+
+def test_a_folder_that_holds_something_is_refused_before_the_work(encode, tmp_path):
+    (tmp_path / "note.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"--output: expected a new or empty folder, but .* exists"):
+        encode("test", output=tmp_path)

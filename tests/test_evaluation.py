@@ -1,0 +1,241 @@
+"""What an evaluation writes beside the log-likelihood: its scale, and the numbers of each image."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+
+from ppl_vae import build, data, experiment, fit, load, runs, save
+from ppl_vae.evidence import Estimate, evaluate
+from ppl_vae.experiment.evaluation import describe_evaluation, read_per_image, scale
+from ppl_vae.experiment.opening import Run
+from ppl_vae.options import Options
+
+DATA_DIR = os.environ.get("PPL_VAE_DATA_DIR")
+
+# Test log-likelihood of independent pixels, nats, computed apart from this program on the verified files.
+FLOORS = {"mnist": -205.81, "static-mnist": -205.79, "caltech-silhouettes": -380.05, "fashion-mnist": -385.02}
+
+
+def scale_of(options: Options, splits: data.Splits) -> dict:
+    binarization = data.resolve_binarization(splits, None)
+    run = Run(Path(), replace(options, binarization=binarization), splits)
+    x = data.evaluation_images(splits, "test", binarization)
+    return scale(run, "test", x, torch.arange(len(x)))
+
+
+@pytest.mark.parametrize("dataset", FLOORS)
+def test_the_floor_is_the_known_log_likelihood_of_independent_pixels(dataset):
+    if dataset != "mnist" and DATA_DIR is None:
+        pytest.skip(f"{dataset} is not embedded: set PPL_VAE_DATA_DIR to its folder")
+    try:
+        splits = data.load(dataset)
+    except ValueError as error:
+        pytest.skip(str(error))
+    assert scale_of(Options(dataset=dataset), splits)["floor"]["mean"] == pytest.approx(FLOORS[dataset], abs=0.011)
+
+
+def test_mnists_binarization_has_its_known_entropy():
+    found = scale_of(Options(), data.load("mnist"))["binarization_entropy"]
+    assert found == pytest.approx(45.53, abs=0.006)
+
+
+def table(path: Path, array: np.ndarray) -> Path:
+    np.save(path / "table.npy", array)
+    return path / "table.npy"
+
+
+SMALL = Options(network="mlp", hidden=(8,), latent_dim=2, epochs=2, batch_size=50, images=20, evaluation_particles=10)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run on real numbers under a normal likelihood: (folder, data, what was said)."""
+    folder = tmp_path_factory.mktemp("real")
+    generator = np.random.default_rng(0)
+    array = (generator.normal(size=(400, 2)) @ generator.normal(size=(2, 6)) * 3 + 10).astype(np.float32)
+    said: list[str] = []
+    options = replace(SMALL, dataset=str(table(folder, array)), likelihood="normal")
+    return experiment.train(options, str(folder / "run"), say=said.append), array, said
+
+
+def test_real_numbers_are_taken_as_they_are(run):
+    folder, array, _ = run
+    assert runs.read_json(folder / runs.CONFIG)["options"]["binarization"] == "none"
+    seen = data.evaluation_images(data.load(str(folder.parent / "table.npy")), "test", "none")
+    assert {tuple(row) for row in seen.tolist()} <= {tuple(row) for row in array.tolist()}
+
+
+def test_the_floor_of_a_normal_is_that_of_scipy(run):
+    folder, _, _ = run
+    splits = data.load(str(folder.parent / "table.npy"))
+    train, test = splits.train.double().numpy(), splits.test.double().numpy()
+    loc = train.mean(0)
+    spread = math.sqrt(((train - loc) ** 2).mean())
+    log_p = scipy.stats.norm(loc, spread).logpdf(test[data.subset(len(test), 20).numpy()]).sum(1)
+    entry = runs.read_evaluations(folder)["test"]
+    assert entry["floor"]["mean"] == pytest.approx(log_p.mean(), rel=1e-5)
+    assert entry["floor"]["stderr"] == pytest.approx(log_p.std(ddof=1) / math.sqrt(20), rel=1e-4)
+
+
+def test_a_density_is_called_one_and_has_no_entropy_of_binarization(run):
+    folder, _, said = run
+    entry = runs.read_evaluations(folder)["test"]
+    assert (entry["measure"], entry["binarization_entropy"], entry["bits_per_dim"]) == ("density", None, None)
+    assert any("a density: never comparable with a mass" in line for line in said)
+    assert not any("entropy" in line for line in said)
+
+
+def test_training_beats_the_floor_of_a_normal_whose_scale_it_learned(run):
+    """Six pixels of rank two: a trained decoder must explain what independent pixels cannot."""
+    folder, _, _ = run
+    folder_2 = folder.parent / "longer"
+    options = replace(
+        SMALL, dataset=str(folder.parent / "table.npy"), likelihood="normal", epochs=60, learning_rate=0.03
+    )
+    experiment.train(options, str(folder_2), say=lambda line: None)
+    entry = runs.read_evaluations(folder_2)["test"]
+    assert entry["log_likelihood"]["mean"] > entry["floor"]["mean"] + 3
+    assert load(folder_2).likelihood.family.log_scale < load(folder).likelihood.family.log_scale < 0.1
+
+
+def test_real_numbers_under_a_bernoulli_are_refused_and_leave_nothing(run, tmp_path):
+    folder, _, _ = run
+    options = replace(SMALL, dataset=str(folder.parent / "table.npy"))
+    with pytest.raises(ValueError, match="--likelihood bernoulli: expected pixels that are 0 or 1, got real values"):
+        experiment.train(options, str(tmp_path / "run"), say=print)
+    assert not (tmp_path / "run").exists()
+
+
+def test_gray_levels_under_a_normal_are_said_to_be_on_a_grid(tmp_path):
+    levels = np.random.default_rng(0).integers(0, 256, (100, 4, 3), dtype=np.uint8)
+    said: list[str] = []
+    options = replace(SMALL, dataset=str(table(tmp_path, levels)), likelihood="normal", epochs=1)
+    folder = experiment.train(options, str(tmp_path / "run"), say=said.append)
+    assert runs.read_json(folder / runs.CONFIG)["options"]["binarization"] == "none"
+    assert any("Pixels are levels / 255 here" in line for line in said)
+
+
+# --- The numbers of each image ---
+
+
+def test_the_stored_numbers_of_the_images_give_the_stored_means(run):
+    folder, _, _ = run
+    stored, entry = read_per_image(folder, "test"), runs.read_evaluations(folder)["test"]
+    for name, key in (("log_evidence", "log_likelihood"), ("elbo", "elbo"), ("kl", "kl")):
+        values = getattr(stored.result, name).numpy()
+        assert entry[key]["mean"] == pytest.approx(values.mean(), rel=1e-12)
+        assert entry[key]["stderr"] == pytest.approx(values.std(ddof=1) / math.sqrt(len(values)), rel=1e-9)
+    assert (stored.num_particles, stored.seed, stored.step) == (10, 0, entry["step"])
+
+
+def test_the_stored_index_says_which_images_they_are(run):
+    """Evaluating those images again, one by one in the same order of draws, gives the same numbers."""
+    folder, _, _ = run
+    stored = read_per_image(folder, "test")
+    x = data.evaluation_images(data.load(str(folder.parent / "table.npy")), "test", "none")
+    again = evaluate(load(folder), x[stored.index], num_particles=10, seed=0)
+    torch.testing.assert_close(again.log_evidence, stored.result.log_evidence, rtol=1e-6, atol=1e-6)
+
+
+def test_numbers_of_other_weights_are_not_given(run, tmp_path):
+    folder, _, _ = run
+    stale = tmp_path / "run"
+    stale.mkdir()
+    for path in folder.glob("*.*"):
+        (stale / path.name).write_bytes(path.read_bytes())
+    weights, _ = runs.load_tensors(stale / runs.MODEL)
+    runs.save_tensors(stale / runs.MODEL, weights, {"step": 3})
+    assert read_per_image(stale, "test") is None
+
+
+def test_a_split_that_was_not_evaluated_has_no_numbers(run):
+    assert read_per_image(run[0], "validation") is None
+
+
+def test_a_damaged_file_of_the_images_numbers_is_refused(run, tmp_path):
+    path = tmp_path / runs.per_image("test")
+    runs.save_tensors(path, {"index": torch.arange(3)}, {"num_particles": 1, "seed": 0, "step": 1})
+    with pytest.raises(ValueError, match=r"evaluation-test\.safetensors: damaged: no 'log_evidence' in it"):
+        read_per_image(tmp_path, "test")
+
+
+# --- A VAE that was trained from Python ---
+
+
+@pytest.fixture
+def from_python(run, tmp_path):
+    """A run folder by ``save``, and the VAE in it."""
+    folder, _, _ = run
+    options = replace(SMALL, dataset=str(folder.parent / "table.npy"), likelihood="normal")
+    splits, records = data.load(options.dataset), []
+    torch.manual_seed(0)
+    vae = build.vae(options, splits.event_shape)
+    build.start_from_marginals(vae, splits.train)
+    fit(vae, splits.train, splits.validation, epochs=3, on_epoch=records.append)
+    return save(vae, tmp_path / "saved", options, metrics=records), vae
+
+
+def test_what_python_saved_is_loaded_with_its_weights(from_python):
+    folder, vae = from_python
+    loaded = load(folder).state_dict()
+    assert loaded.keys() == vae.state_dict().keys()
+    assert all(torch.equal(loaded[name], w) for name, w in vae.state_dict().items())
+
+
+def test_what_python_saved_can_be_evaluated_and_drawn(from_python):
+    folder, vae = from_python
+    entry = experiment.evaluate_run(
+        str(folder), split="test", num_particles=5, images=None, device="cpu", seed=3, say=lambda line: None
+    )
+    x = data.load(_dataset(folder)).test
+    expected = Estimate.of(evaluate(vae, x, num_particles=5, seed=3).log_evidence, 5)
+    assert entry["log_likelihood"]["mean"] == pytest.approx(expected.mean, rel=1e-9)
+    experiment.draw_run(str(folder), say=lambda line: None)
+    assert (folder / runs.FIGURES / "training_curves.png").exists()
+
+
+def _dataset(folder: Path) -> str:
+    return runs.read_json(folder / runs.CONFIG)["options"]["dataset"]
+
+
+def test_what_python_saved_cannot_be_resumed_and_stays(from_python):
+    folder, _ = from_python
+    before = (folder / runs.MODEL).read_bytes()
+    with pytest.raises(ValueError, match=r"--resume: expected a run of train_svi.py, but .* was saved from Python"):
+        experiment.resume(str(folder), epochs=10, say=print)
+    assert (folder / runs.MODEL).read_bytes() == before
+
+
+def test_options_of_another_vae_are_refused_and_leave_nothing(from_python, tmp_path):
+    folder, vae = from_python
+    with pytest.raises(ValueError, match="options: expected those that the VAE was built with, got others"):
+        save(vae, tmp_path / "other", replace(SMALL, dataset=_dataset(folder), likelihood="normal", latent_dim=3))
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_folder_that_holds_something_is_refused(from_python):
+    folder, vae = from_python
+    with pytest.raises(ValueError, match="--run-dir: expected a new or empty folder"):
+        save(vae, folder, replace(SMALL, dataset=_dataset(folder), likelihood="normal"))
+
+
+def test_every_mean_of_an_evaluation_is_said_with_its_error(run):
+    entry = runs.read_evaluations(run[0])["test"]
+    words = "\n".join(describe_evaluation(entry))
+    for key in ("log_likelihood", "elbo", "reconstruction", "kl", "floor"):
+        assert f"{entry[key]['mean']:.2f} ± {entry[key]['stderr']:.2f}" in words
+
+
+def test_what_python_saved_without_records_has_no_training_curves(from_python, tmp_path):
+    folder, vae = from_python
+    bare = save(vae, tmp_path / "bare", replace(SMALL, dataset=_dataset(folder), likelihood="normal"))
+    experiment.draw_run(str(bare), say=lambda line: None)
+    assert {path.name for path in (bare / runs.FIGURES).iterdir()} == {"latents.png", "particles.png"}

@@ -1,0 +1,160 @@
+"""Latents of images, their KL, traversals and planes, on linear Gaussian models where each has a closed form."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pyro.distributions as dist
+import pytest
+import scipy.integrate
+import scipy.stats
+import torch
+from oracles import LinearGaussian
+from torch.testing import assert_close
+
+from ppl_vae.experiment import exploration
+from ppl_vae.experiment.exploration import (
+    Codes,
+    encode,
+    gather_log_weights,
+    kl_by_latent,
+    manifold,
+    mean_or_draw,
+    moments,
+    normal_quantiles,
+    traversals,
+)
+
+
+@pytest.fixture
+def oracle():
+    return LinearGaussian.random()
+
+
+@pytest.fixture
+def small_passes(monkeypatch):
+    monkeypatch.setattr(exploration, "particles_a_pass", lambda x: 7)
+
+
+def without_moments(loc, scale):
+    """Normal(loc, scale), of which nothing but draws is known."""
+    base = dist.Normal(torch.zeros(()), torch.ones(()))
+    affine = dist.transforms.AffineTransform(torch.tensor(loc), torch.tensor(scale))
+    return dist.TransformedDistribution(base.expand([len(loc)]).to_event(1), [affine])
+
+
+# --- Codes ---
+
+
+def test_images_are_where_the_exact_posterior_puts_them(oracle, small_passes):
+    x = oracle.draw(20)
+    A, _ = oracle.posterior_map()
+    codes = encode(oracle.vae(), x)
+    assert_close(codes.mean, (x - oracle.b) @ A.T)
+    assert_close(codes.scale, oracle.guide_scale().expand(20, -1))
+
+
+def test_a_mean_that_is_known_is_taken():
+    assert_close(mean_or_draw(dist.Normal(torch.tensor([1.0, 2.0]), 1.0).to_event(1)), torch.tensor([1.0, 2.0]))
+
+
+def test_a_mean_that_is_not_known_is_a_draw():
+    torch.manual_seed(0)
+    draw = mean_or_draw(without_moments([3.0, -1.0], [1e-3, 2e-3]))
+    assert_close(draw, torch.tensor([3.0, -1.0]), rtol=0, atol=0.01)
+    assert draw[0] != 3.0
+
+
+def test_moments_that_are_not_known_are_those_of_draws():
+    torch.manual_seed(0)
+    loc, scale = torch.tensor([3.0, -1.0]), torch.tensor([0.5, 2.0])
+    estimated = moments(without_moments(loc.tolist(), scale.tolist()))
+    assert ((estimated.mean - loc).abs() < 5 * scale / math.sqrt(200)).all()
+    assert ((estimated.scale - scale).abs() < 5 * scale / math.sqrt(400)).all()
+
+
+# --- KL ---
+
+
+@pytest.mark.parametrize(("widen", "shift"), [(1.0, 0.0), (1.5, 0.5)])
+def test_the_kls_of_the_latents_sum_to_the_kl(oracle, widen, shift):
+    vae, x = oracle.vae(widen=widen, shift=shift), oracle.draw(20)
+    kl = kl_by_latent(encode(vae, x), vae.prior())
+    assert_close(kl.sum(), oracle.kl(x, widen=widen, shift=shift).mean())
+
+
+def test_the_kl_of_a_latent_is_its_integral():
+    codes = Codes(torch.tensor([[0.5, -2.0]]), torch.tensor([[0.3, 1.5]]))
+    prior = dist.Normal(torch.tensor([0.0, 1.0]), torch.tensor([1.0, 2.0])).to_event(1)
+    expected = []
+    for m, s, m0, s0 in ((0.5, 0.3, 0.0, 1.0), (-2.0, 1.5, 1.0, 2.0)):
+        q, p = scipy.stats.norm(m, s), scipy.stats.norm(m0, s0)
+        integrand = lambda z, q=q, p=p: q.pdf(z) * (q.logpdf(z) - p.logpdf(z))  # noqa: E731
+        expected.append(scipy.integrate.quad(integrand, m - 12 * s, m + 12 * s)[0])
+    assert_close(kl_by_latent(codes, prior), torch.tensor(expected, dtype=torch.float), rtol=1e-5, atol=1e-5)
+
+
+def test_a_latent_whose_posterior_is_the_prior_has_no_kl():
+    codes = Codes(torch.tensor([[0.0, 1.0]] * 3), torch.ones(3, 2))
+    assert kl_by_latent(codes, dist.Normal(torch.zeros(2), 1.0).to_event(1)).tolist() == [0.0, 0.5]
+
+
+# --- What latents move ---
+
+
+def test_a_traversal_moves_one_latent_and_keeps_the_others(oracle):
+    z, steps = torch.tensor([0.3, -0.2, 1.1], dtype=torch.double), torch.tensor([-3.0, 0.0, 3.0], dtype=torch.double)
+    images = traversals(oracle.vae(), z, [2, 0], steps)
+    for row, latent in enumerate((2, 0)):
+        for column, step in enumerate(steps):
+            moved = z.clone()
+            moved[latent] = step
+            assert_close(images[row, column], oracle.W @ moved + oracle.b)
+
+
+def test_an_unused_latent_changes_nothing(oracle):
+    W = oracle.W.clone()
+    W[:, 1] = 0
+    vae = LinearGaussian(W, oracle.b, oracle.scale).vae()
+    images = traversals(vae, torch.zeros(3, dtype=torch.double), [1], torch.linspace(-3, 3, 5, dtype=torch.double))
+    assert_close(images, images[:, :1].expand_as(images), rtol=0, atol=0)
+    codes = encode(vae, oracle.draw(10))
+    assert kl_by_latent(codes, vae.prior())[1] < 1e-12
+
+
+def test_a_traversal_is_in_scales_of_the_prior(oracle):
+    vae = oracle.vae()
+    loc, scale = torch.tensor([1.0, 2.0, 3.0]).double(), torch.tensor([0.5, 2.0, 1.0]).double()
+    vae.prior.loc, vae.prior.scale = loc, scale
+    images = traversals(vae, torch.zeros(3).double(), [1], torch.tensor([-1.0, 2.0]).double())
+    assert_close(images[0], torch.stack([oracle.W[:, 1] * 0.0, oracle.W[:, 1] * 6.0]) + oracle.b)
+
+
+def test_quantiles_are_normal_and_stand_for_equal_probabilities():
+    np.testing.assert_allclose(normal_quantiles(15), scipy.stats.norm.ppf((np.arange(15) + 0.5) / 15), atol=1e-6)
+
+
+def test_a_plane_has_the_first_latent_along_its_columns():
+    oracle = LinearGaussian.random(L=2)
+    steps = torch.tensor([-1.0, 0.5, 2.0], dtype=torch.double)
+    images = manifold(oracle.vae(), steps)
+    for row in range(3):
+        for column in range(3):
+            z = torch.stack([steps[column], steps[row]])
+            assert_close(images[row, column], oracle.W @ z + oracle.b)
+
+
+# --- Log-weights ---
+
+
+def test_log_weights_gathered_in_passes_are_those_of_each_image(oracle, small_passes):
+    x = oracle.draw(10)
+    log_w = gather_log_weights(oracle.vae(), x, 12)
+    assert_close(log_w, oracle.log_evidence(x).expand(12, 10), rtol=0, atol=1e-9)
+
+
+def test_particles_of_different_passes_differ(oracle, monkeypatch):
+    monkeypatch.setattr(exploration, "particles_a_pass", lambda x: 20)
+    log_w = gather_log_weights(oracle.vae(widen=1.5), oracle.draw(10), 9)
+    assert len(log_w.unique()) == 90

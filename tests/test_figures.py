@@ -1,0 +1,311 @@
+"""A run's figures: which there are, that they hold the run's numbers, and that drawing changes nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+from small_run import SMALL, save_bars, train_small
+
+from ppl_vae import VAE, Conditional, data, importance, load, runs
+from ppl_vae.experiment import figures
+from ppl_vae.experiment.display import Display, display_of
+from ppl_vae.experiment.figures import draw_run, figure_names, is_drawn
+from ppl_vae.experiment.opening import Run, open_run
+from ppl_vae.likelihoods import Bernoulli
+from ppl_vae.networks import MLP
+from ppl_vae.options import Options
+from ppl_vae.priors import StandardNormal
+
+ALL = {
+    "training_curves.png",
+    "reconstructions.png",
+    "prior_samples.png",
+    "interpolations.png",
+    "traversals.png",
+    "manifold.png",
+    "latents.png",
+    "log_likelihoods.png",
+    "particles.png",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A trained run on labelled images, with two latents."""
+    place = tmp_path_factory.mktemp("figures")
+    return train_small(place / "run", replace(SMALL, dataset=str(save_bars(place / "bars.npz"))))
+
+
+@pytest.fixture
+def run(folder):
+    return open_run(str(folder))
+
+
+@pytest.fixture
+def draw(run) -> Figure:
+    """Draws one figure of a run, which may be changed first."""
+
+    def figure(name, **splits):
+        changed = run._replace(splits=replace(run.splits, **splits))
+        scene = figures._Scene(changed, runs.read_metrics(run.folder))
+        with torch.no_grad():
+            return figures._FIGURES[name].draw(scene)
+
+    return figure
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def splits_of(shape, *, num_test=5, kind=data.BINARY):
+    x = torch.zeros(5, *shape)
+    return data.Splits(name="x", kind=kind, train=x, validation=x, test=x[:num_test], sha256="", split="")
+
+
+def unsaved(tmp_path, shape, *, num_test=5, **options):
+    return Run(tmp_path, Options(binarization="none", **options), splits_of(shape, num_test=num_test))
+
+
+# --- Which figures there are ---
+
+
+def test_a_run_on_images_with_two_latents_has_every_figure(run):
+    assert set(figure_names(run)) == ALL
+    assert {path.name for path in (run.folder / "figures").iterdir()} == ALL
+
+
+@pytest.mark.parametrize(
+    ("shape", "num_test", "latent_dim", "missing"),
+    [
+        ((1, 8, 8), 5, 2, set()),
+        ((3, 8, 9), 5, 3, {"manifold.png"}),
+        ((1, 8, 8), 1, 2, {"interpolations.png"}),
+        (
+            (8,),
+            5,
+            2,
+            {"reconstructions.png", "prior_samples.png", "interpolations.png", "traversals.png", "manifold.png"},
+        ),
+    ],
+)
+def test_the_data_and_the_latents_decide_which_figures_there_are(tmp_path, shape, num_test, latent_dim, missing):
+    names = figure_names(unsaved(tmp_path, shape, num_test=num_test, latent_dim=latent_dim))
+    assert set(names) == ALL - missing - {"log_likelihoods.png"}
+
+
+@pytest.mark.parametrize(
+    ("shape", "num_test", "words"),
+    [
+        ((8,), 5, "The data is a table, (N, D): figures of images are skipped."),
+        ((1, 8, 8), 1, "There is one test image: interpolations between two are skipped."),
+        ((1, 8, 8), 5, "There is no evaluation of single test images: log_likelihoods.png is skipped."),
+    ],
+)
+def test_what_is_left_out_is_said(tmp_path, shape, num_test, words):
+    assert words in figures._left_out(unsaved(tmp_path, shape, num_test=num_test))
+
+
+def test_nothing_is_said_where_nothing_is_left_out(run):
+    assert figures._left_out(run) == []
+
+
+def test_no_validation_split_changes_nothing(draw, run):
+    empty = run.splits.validation[:0]
+    for name in ("reconstructions.png", "traversals.png", "latents.png", "particles.png", "log_likelihoods.png"):
+        assert isinstance(draw(name, validation=empty), Figure)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "metrics.jsonl", "evaluation-test.safetensors"])
+def test_figures_older_than_what_they_show_are_not_drawn(run, name):
+    assert is_drawn(run)
+    stamp = (run.folder / name).stat()
+    try:
+        os.utime(run.folder / name, ns=(stamp.st_atime_ns, stamp.st_mtime_ns + 10**12))
+        assert not is_drawn(run)
+    finally:
+        os.utime(run.folder / name, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+
+
+# --- Drawing changes nothing ---
+
+
+def test_drawing_again_gives_the_same_files_and_touches_no_other(folder):
+    before = contents(folder)
+    draw_run(str(folder), say=lambda line: None)
+    assert contents(folder) == before
+
+
+def test_drawing_leaves_the_random_state(folder):
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    draw_run(str(folder), say=lambda line: None)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# --- What they show ---
+
+
+def test_latents_are_the_posterior_means_by_class(draw, folder, run):
+    axes = draw("latents.png").axes[0]
+    with torch.no_grad():
+        mean = load(folder).posterior(run.splits.test.float()).mean.numpy()
+    labels = run.splits.labels["test"].numpy()
+    shown = {part.get_label(): np.asarray(part.get_offsets()) for part in axes.collections}
+    assert shown.keys() == {"0", "1"}
+    for word, points in shown.items():
+        np.testing.assert_allclose(points, mean[labels == int(word)], rtol=1e-5, atol=1e-6)
+
+
+def test_latents_without_labels_are_of_one_color(draw):
+    assert len(draw("latents.png", labels={}).axes[0].collections) == 1
+
+
+def test_the_latents_of_the_highest_kl_are_shown_and_named():
+    torch.manual_seed(0)
+    mean = torch.randn(500, 4) * torch.tensor([0.1, 3.0, 0.0, 2.0])
+    codes = figures.Codes(mean, torch.ones(500, 4))
+    prior = torch.distributions.Independent(torch.distributions.Normal(torch.zeros(4), torch.ones(4)), 1)
+    axes = figures.latents_figure(codes, prior, what="image").axes[0]
+    kl = mean.square().mean(0) / 2  # of normals with the prior's scale
+    assert axes.get_xlabel() == f"z1, KL {kl[1]:.2f} nats"
+    assert axes.get_ylabel() == f"z3, KL {kl[3]:.2f} nats"
+    np.testing.assert_array_equal(axes.collections[0].get_offsets(), mean[:, [1, 3]])
+
+
+def test_one_latent_is_shown_on_a_line():
+    codes = figures.Codes(torch.randn(30, 1), torch.ones(30, 1))
+    prior = torch.distributions.Independent(torch.distributions.Normal(torch.zeros(1), torch.ones(1)), 1)
+    axes = figures.latents_figure(codes, prior, what="image").axes[0]
+    assert sum(bar.get_height() for bar in axes.patches) == 30
+
+
+def test_the_histograms_mean_is_the_stored_evaluation(draw, folder):
+    stored = json.loads((folder / "evaluation.json").read_text())["test"]["log_likelihood"]
+    axes = draw("log_likelihoods.png").axes[0]
+    assert axes.lines[0].get_xdata()[0] == pytest.approx(stored["mean"])
+    assert axes.get_legend().get_texts()[0].get_text() == f"mean {stored['mean']:.2f} ± {stored['stderr']:.2f}"
+    assert axes.get_xlabel().startswith("log p(x), the bound L_10")
+    assert sum(bar.get_height() for bar in axes.patches) == 25
+
+
+def test_the_extremes_are_the_images_of_their_places_in_the_split(draw, folder, run):
+    """Captions against the stored numbers, and the pixels in the middle of each tile against the data."""
+    tensors, _ = runs.load_tensors(folder / runs.per_image("test"))
+    by_place = dict(zip(tensors["index"].tolist(), tensors["log_evidence"].tolist(), strict=True))
+    order = sorted(by_place, key=by_place.get)
+    for axes, places in zip(draw("log_likelihoods.png").axes[1:], (order[::-1][:10], order[:10]), strict=True):
+        captions = [label.get_text() for label in axes.get_xticklabels()]
+        assert captions == [f"{by_place[i]:.1f}\nno. {i}" for i in places]
+        picture = axes.get_images()[0].get_array()
+        width = picture.shape[1] // 10
+        for column, i in enumerate(places):
+            tile = picture[1:-1, column * width + 1 : (column + 1) * width - 1]
+            step = len(tile) // 8
+            np.testing.assert_array_equal(tile[step // 2 :: step, step // 2 :: step], run.splits.test[i, 0])
+
+
+def test_a_table_has_a_histogram_alone(draw, run, monkeypatch):
+    monkeypatch.setattr(figures, "_has_images", lambda run: False)
+    assert len(draw("log_likelihoods.png").axes) == 1
+
+
+def test_the_bound_starts_at_the_elbo_and_ends_at_the_evaluations_bound(draw, folder, run):
+    """s = 1 and s = 1,000 against ELBO and L_S of the same images, drawn anew, within Monte Carlo errors."""
+    axes = draw("particles.png").axes[0]
+    curve = axes.containers[0][0]
+    assert curve.get_xdata().tolist() == [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000]
+    vae = load(folder)
+    torch.manual_seed(1)
+    again = importance(vae.model, vae.guide, run.splits.test.float(), num_particles=1000)
+    first, last = curve.get_ydata()[[0, -1]]
+    assert first == pytest.approx(float(again.elbo.mean()), abs=0.1)
+    assert last == pytest.approx(float(again.log_evidence.mean()), abs=0.1)
+    assert last > first
+
+
+def test_the_gain_is_the_bound_less_the_elbo(draw):
+    left, right = draw("particles.png").axes
+    bound, gain = (np.array(axes.containers[0][0].get_ydata(), dtype=float) for axes in (left, right))
+    np.testing.assert_allclose(gain, bound - bound[0], atol=1e-9)
+
+
+def test_traversals_are_sorted_by_kl_and_count_the_unused(draw, folder, run):
+    figure = draw("traversals.png")
+    with torch.no_grad():
+        q = load(folder).posterior(run.splits.test.float())
+    kl = ((q.mean.square() + q.variance - 1 - q.variance.log()) / 2).mean(0)
+    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert [label.split(",")[0] for label in labels] == [f"z{i}" for i in kl.argsort(descending=True).tolist()]
+    unused = int((kl < 0.01).sum())
+    assert f"unused latents, with a mean KL below 0.01 nats: {unused} of 2" in figure._suptitle.get_text()
+    headings = [label.get_text() for label in figure.axes[0].get_xticklabels()]
+    assert (headings[0], headings[5], headings[-1]) == ("-3.0", "0.0", "3.0")
+
+
+def test_the_plane_has_fifteen_quantiles_each_way(draw):
+    axes = draw("manifold.png").axes[0]
+    assert list(axes.get_images()[0].get_extent()) == [0, 15, 15, 0]
+    assert [label.get_text() for label in axes.get_yticklabels()][::7] == ["1.8", "0.0", "-1.8"]
+
+
+def test_reconstructions_begin_with_the_test_images(draw, run):
+    picture = draw("reconstructions.png").axes[0].get_images()[0].get_array()
+    width = picture.shape[1] // 10
+    test = {image.numpy().tobytes() for image in run.splits.test[:, 0].to(torch.uint8)}
+    for column in range(10):
+        tile = picture[1 : width - 1, column * width + 1 : (column + 1) * width - 1]
+        step = len(tile) // 8
+        assert tile[step // 2 :: step, step // 2 :: step].astype(np.uint8).tobytes() in test
+
+
+# --- How much is computed ---
+
+
+@pytest.mark.parametrize(("latent_dim", "pixels", "expected"), [(2, 100, 1000), (100, 10_000, 500), (5000, 20_000, 10)])
+def test_a_costly_decoder_gets_fewer_particles(latent_dim, pixels, expected):
+    """One dense layer is 2 L D operations and 200 a pixel more: 3e11 / 100 images / (4e6) is 750, rounded to 500."""
+    decoder = Conditional(MLP(latent_dim, pixels, hidden=()), Bernoulli((pixels,)))
+    vae = VAE(StandardNormal(latent_dim), decoder, lambda x: None)
+    with torch.no_grad():
+        assert figures._affordable_particles(vae, 100) == expected
+
+
+# --- How pixels are shown ---
+
+
+def test_a_display_is_linear_between_black_and_white():
+    shown = Display(-2.0, 2.0)(torch.tensor([-3.0, -2.0, -1.0, 0.0, 2.0, 5.0]))
+    np.testing.assert_allclose(shown, [0.0, 0.0, 0.25, 0.5, 1.0, 1.0])
+
+
+def test_eight_bits_are_rounded():
+    assert Display().levels(torch.tensor([0.0, 0.5, 1.0, 100.4 / 255])).tolist() == [0, 128, 255, 100]
+
+
+def test_real_values_are_shown_by_the_range_of_the_training_images(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    x = 3 + 2 * torch.randn(100, 1, 8, 8, generator=generator)
+    splits = replace(splits_of((1, 8, 8), kind=data.REAL), train=x)
+    display = display_of(Run(tmp_path, Options(binarization="none", likelihood="normal"), splits))
+    low, high = np.percentile(x.numpy(), [0.5, 99.5])
+    assert (display.low, display.high) == pytest.approx((low, high))
+    assert f"black is {low:.3g} and below, white {high:.3g} and above" in display.words
+
+
+@pytest.mark.parametrize(("kind", "binarization"), [(data.BINARY, "none"), (data.LEVELS, "dynamic")])
+def test_black_and_white_is_shown_as_it_is(tmp_path, kind, binarization):
+    splits = splits_of((1, 8, 8), kind=kind)
+    assert display_of(Run(tmp_path, Options(binarization=binarization), splits)) == Display(0.0, 1.0, "")
+
+
+def test_pixels_that_are_all_alike_can_be_shown(tmp_path):
+    splits = replace(splits_of((1, 8, 8), kind=data.REAL), train=torch.full((5, 1, 8, 8), 7.0))
+    display = display_of(Run(tmp_path, Options(binarization="none", likelihood="normal"), splits))
+    assert np.isfinite(display(torch.full((1, 8, 8), 7.0))).all()

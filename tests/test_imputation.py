@@ -1,0 +1,382 @@
+"""Missing pixels of a run's images: what is hidden, what is written, and what is said."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from small_run import SMALL, bars, save_bars, train_small
+
+from ppl_vae import experiment, load, runs
+from ppl_vae.experiment.display import Display
+from ppl_vae.experiment.imputation import hide_half, imputations_figure, read_mask
+from ppl_vae.missing import Imputation
+
+NAN = math.nan
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    place = tmp_path_factory.mktemp("imputation")
+    return train_small(place / "run", replace(SMALL, dataset=str(save_bars(place / "bars.npz")), epochs=1))
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    """A run on rows of 12 bits, which are no images."""
+    place = tmp_path_factory.mktemp("table")
+    np.save(place / "bits.npy", np.random.default_rng(0).integers(0, 2, (60, 12)).astype(np.uint8))
+    return train_small(place / "run", replace(SMALL, dataset=str(place / "bits.npy"), epochs=1))
+
+
+@pytest.fixture
+def impute(folder, tmp_path):
+    """Imputes into a new folder; returns its arrays, its JSON, and what was said."""
+
+    def call(images_path, *, run_dir=folder, mask=None, hide=None, num_particles=20, images=None, seed=0, output="out"):
+        said = []
+        written = experiment.impute_images(
+            str(run_dir),
+            str(images_path),
+            mask=None if mask is None else str(mask),
+            hide=hide,
+            num_particles=num_particles,
+            num_draws=3,
+            images=images,
+            seed=seed,
+            device="cpu",
+            output=output and str(tmp_path / output),
+            say=said.append,
+        )
+        with np.load(written / "imputed.npz", allow_pickle=False) as stored:
+            return dict(stored), json.loads((written / "imputations.json").read_text()), "\n".join(said)
+
+    return call
+
+
+@pytest.fixture
+def images(tmp_path):
+    """Saves images as a file of one's own; returns its path."""
+
+    def save(array, name="mine.npy"):
+        np.save(tmp_path / name, array)
+        return tmp_path / name
+
+    return save
+
+
+def exact_log_p(folder, x):
+    """(N,) log p of the pixels (N, D) that are no NaN, by the trapezoidal rule over the two latents' plane."""
+    nodes = torch.linspace(-8, 8, 321)
+    z = torch.cartesian_prod(nodes, nodes)
+    with torch.no_grad():
+        logits = load(folder).likelihood.net(z).double()
+    x = torch.as_tensor(x, dtype=torch.double).flatten(1)
+    white, black = (x == 1).double(), (x == 0).double()  # neither of a NaN
+    log_p = white @ torch.nn.functional.logsigmoid(logits).T + black @ torch.nn.functional.logsigmoid(-logits).T
+    log_prior = -z.square().sum(1).double() / 2 - math.log(2 * math.pi)
+    return (log_p + log_prior + 2 * math.log(0.05)).logsumexp(1).numpy()
+
+
+# --- The numbers ---
+
+
+def test_log_p_of_the_observed_pixels_is_their_integral(impute, images, folder):
+    x = bars(8, seed=9)[0].astype(float)
+    x[np.random.default_rng(0).random(x.shape) < 0.5] = NAN
+    stored, _, _ = impute(images(x), num_particles=3000)
+    error = stored["log_likelihood_observed"] - exact_log_p(folder, x)
+    assert (np.abs(error) < 5 * np.sqrt(1 / stored["ess"]) + 1e-3).all()
+
+
+def test_log_p_of_the_hidden_pixels_is_the_ratio_of_two_integrals(impute, images, folder):
+    x = bars(8, seed=9)[0].astype(float)
+    stored, _, _ = impute(images(x), hide="left", num_particles=3000)
+    seen = x.copy()
+    seen[:, :, :4] = NAN
+    exact = exact_log_p(folder, x) - exact_log_p(folder, seen)
+    np.testing.assert_allclose(stored["log_likelihood_hidden"], exact, atol=0.15)
+
+
+def test_the_summary_is_the_mean_over_images_and_its_standard_error(impute):
+    stored, summary, _ = impute("test", hide="top")
+    values = stored["log_likelihood_observed"]
+    assert summary["log_likelihood_observed"]["mean"] == pytest.approx(values.mean())
+    assert summary["log_likelihood_observed"]["stderr"] == pytest.approx(values.std(ddof=1) / math.sqrt(40))
+
+
+def test_each_image_has_its_numbers_by_name(impute):
+    stored, summary, _ = impute("test", hide="top", images=5)
+    entries = summary["per_image"]
+    assert [entry["name"] for entry in entries] == stored["names"].tolist()
+    assert [entry["ess"] for entry in entries] == pytest.approx(stored["ess"].tolist())
+    assert [entry["log_likelihood_hidden"] for entry in entries] == pytest.approx(
+        stored["log_likelihood_hidden"].tolist()
+    )
+    assert {entry["missing_pixels"] for entry in entries} == {32}
+
+
+def test_observed_pixels_are_written_as_they_were_given(impute, images):
+    x = bars(6, seed=9)[0].astype(float)
+    x[:, 2, 3:6] = NAN
+    stored, _, _ = impute(images(x))
+    mask = ~np.isnan(x[:, None])
+    np.testing.assert_array_equal(stored["mask"], mask)
+    for filled in (*stored["draws"], stored["mean"]):
+        np.testing.assert_array_equal(filled[mask], x[:, None][mask])
+
+
+def test_the_same_seed_gives_the_same_draws_and_another_others(impute):
+    first, again, other = (
+        impute("test", hide="left", images=8, seed=seed, output=name)[0]["draws"]
+        for seed, name in ((3, "a"), (3, "b"), (4, "c"))
+    )
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any()
+
+
+# --- What is hidden ---
+
+
+@pytest.mark.parametrize(
+    ("side", "hidden"),
+    [
+        ("top", (slice(0, 2), slice(None))),
+        ("bottom", (slice(3, 5), slice(None))),
+        ("left", (slice(None), slice(0, 3))),
+        ("right", (slice(None), slice(3, 6))),
+    ],
+)
+def test_half_of_each_channel_is_hidden(side, hidden):
+    expected = np.ones((1, 2, 5, 6), dtype=bool)
+    expected[:, :, hidden[0], hidden[1]] = False
+    np.testing.assert_array_equal(hide_half(side, (2, 5, 6)), expected)
+
+
+@pytest.mark.parametrize(
+    ("shape", "event_shape", "count"),
+    [
+        ((3, 4), (1, 3, 4), 1),
+        ((1, 3, 4), (1, 3, 4), 1),
+        ((7, 3, 4), (1, 3, 4), 7),
+        ((7, 1, 3, 4), (1, 3, 4), 7),
+        ((7, 3, 4, 1), (1, 3, 4), 7),
+        ((3, 4), (3, 3, 4), 1),
+        ((7, 3, 4), (3, 3, 4), 7),
+        ((7, 3, 4, 3), (3, 3, 4), 7),
+        ((12,), (12,), 1),
+        ((7, 12), (12,), 7),
+    ],
+)
+def test_a_mask_is_read_in_each_of_its_shapes(images, shape, event_shape, count):
+    array = np.random.default_rng(0).integers(0, 2, shape)
+    observed = read_mask(str(images(array, "mask.npy")), 7, event_shape)
+    assert tuple(observed.shape) == (count, *event_shape)
+    channels_last = shape[-1:] == event_shape[:1] and len(shape) == 4
+    expected = np.moveaxis(array, -1, 1) if channels_last else array
+    if len(event_shape) == 3 and shape in ((3, 4), (7, 3, 4)):
+        expected = np.broadcast_to(array[..., None, :, :], (*shape[:-2], *event_shape))
+    np.testing.assert_array_equal(observed, expected.reshape(observed.shape))
+
+
+def test_a_mask_belongs_to_the_images_before_a_subset_is_taken(impute, images):
+    """Image i of the test split has its first i pixels masked."""
+    mask = (np.arange(64) >= np.arange(40)[:, None]).reshape(40, 8, 8)
+    stored, summary, _ = impute("test", mask=images(mask, "mask.npy"), images=6)
+    assert [entry["missing_pixels"] for entry in summary["per_image"]] == [int(name) for name in stored["names"]]
+
+
+@pytest.mark.parametrize(
+    ("array", "words"),
+    [
+        (np.ones((5, 5)), r"expected the shape of an image \(1, 8, 8\) or of 40 images .* got \(5, 5\)"),
+        (np.ones((7, 8, 8)), r"got \(7, 8, 8\)"),
+        (np.full((8, 8), 0.5), "expected zeros .missing. and ones .observed. alone, got other values"),
+        (np.full((8, 8), NAN), "expected zeros .missing. and ones .observed. alone, got other values"),
+        (np.full((8, 8), "1"), "expected zeros .missing. and ones .observed. alone, got other values"),
+    ],
+    ids=["shape", "count", "gray", "nan", "words"],
+)
+def test_a_mask_that_is_none_is_refused(images, array, words):
+    with pytest.raises(ValueError, match=words):
+        read_mask(str(images(array, "mask.npy")), 40, (1, 8, 8))
+
+
+def test_a_mask_file_that_is_no_array_is_refused(tmp_path):
+    (tmp_path / "mask.npy").write_text("1 0 1")
+    with pytest.raises(ValueError, match=r"mask\.npy: expected an \.npy file of zeros and ones, got something else"):
+        read_mask(str(tmp_path / "mask.npy"), 40, (1, 8, 8))
+
+
+def test_a_mask_file_that_is_missing_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"--mask: .*none\.npy cannot be read: No such file"):
+        read_mask(str(tmp_path / "none.npy"), 40, (1, 8, 8))
+
+
+def test_a_mask_and_a_side_together_are_refused(impute, images):
+    with pytest.raises(ValueError, match="--hide: expected one of --mask and --hide, got both"):
+        impute("test", mask=images(np.ones((8, 8)), "mask.npy"), hide="top")
+
+
+def test_a_table_has_no_side_to_hide(impute, table):
+    with pytest.raises(ValueError, match=r"--hide: expected images .C, H, W., got a table of shape \(12,\)"):
+        impute("test", run_dir=table, hide="top")
+
+
+def test_a_refused_mask_leaves_no_folder(impute, images, tmp_path):
+    with pytest.raises(ValueError, match="--mask"):
+        impute("test", mask=images(np.ones((5, 5)), "mask.npy"))
+    assert not (tmp_path / "out").exists()
+
+
+# --- What is said ---
+
+
+def test_how_much_is_missing_is_said(impute, images):
+    x = bars(10, seed=9)[0].astype(float)
+    x[:4, :4] = NAN
+    said = impute(images(x))[2]
+    assert "128 of 640 pixels are missing (20%), in 10 images." in said
+    assert "Without a missing pixel: 6, imputed as they are." in said
+
+
+def test_that_nothing_is_missing_is_said(impute):
+    stored, summary, said = impute("test", images=4)
+    assert "No pixel is missing in 4 images" in said
+    assert stored["mask"].all()
+    assert summary["log_likelihood_hidden"] is None
+
+
+def test_that_nothing_is_observed_is_said(impute, images):
+    x = np.full((3, 8, 8), NAN)
+    x[2] = 0
+    stored, _, said = impute(images(x))
+    assert "Without an observed pixel: 2, imputed by draws of the model" in said
+    np.testing.assert_allclose(stored["log_likelihood_observed"][:2], 0, atol=1e-6)
+
+
+def test_few_effective_particles_are_a_warning(impute):
+    """With two particles an image has at most two effective ones, and with pixels missing all are counted."""
+    _, summary, said = impute("test", hide="top", images=6, num_particles=2)
+    assert summary["few_particles"] == 6
+    assert "Unreliable: 6 of 6 images with missing pixels have fewer than 5 effective particles of 2." in said
+
+
+def test_many_effective_particles_are_no_warning(impute, images):
+    """An image of holes alone has weights of one: as many effective particles as there are."""
+    assert "Unreliable" not in impute(images(np.full((2, 8, 8), NAN)))[2]
+
+
+def test_hidden_pixels_have_no_score_where_an_image_has_other_holes(impute, images):
+    x = bars(4, seed=9)[0].astype(float)
+    x[1, 7, 7] = NAN
+    stored, summary, _ = impute(images(x), hide="top")
+    np.testing.assert_array_equal(np.isnan(stored["log_likelihood_hidden"]), [False, True, False, False])
+    assert summary["per_image"][1]["log_likelihood_hidden"] is None
+    assert summary["log_likelihood_hidden"]["num_images"] == 3
+
+
+# --- What is written ---
+
+
+def test_the_picture_is_written_beside_the_numbers(impute, tmp_path):
+    impute("test", hide="right", images=3)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "imputed.npz",
+        "imputations.json",
+        "imputations.png",
+    }
+    assert Image.open(tmp_path / "out" / "imputations.png").size > (100, 100)
+
+
+def test_a_table_is_imputed_without_a_picture(impute, table, images, tmp_path):
+    x = np.random.default_rng(1).integers(0, 2, (5, 12)).astype(float)
+    x[:, ::2] = NAN
+    stored, _, said = impute(images(x), run_dir=table)
+    assert stored["draws"].shape == (3, 5, 12)
+    assert "there is no picture" in said
+    assert not (tmp_path / "out" / "imputations.png").exists()
+
+
+def test_nothing_of_the_run_changes_but_its_folder_imputations(impute, folder):
+    def contents():
+        files = (path for path in folder.rglob("*") if path.is_file() and "imputations" not in path.parts)
+        return {path: path.read_bytes() for path in files}
+
+    before = contents()
+    impute("test", hide="left", images=3, output=None)
+    assert contents() == before
+    assert (folder / "imputations" / "imputed.npz").exists()
+
+
+def test_the_step_of_the_weights_is_written(impute, folder):
+    assert impute("test", hide="left", images=2)[1]["step"] == runs.load_step(folder / runs.MODEL)
+
+
+# --- The figure ---
+
+
+def sheet(figure):
+    """The picture that was drawn, and the names of its rows."""
+    axes = figure.axes[0]
+    return np.asarray(axes.images[0].get_array()), [label.get_text() for label in axes.get_yticklabels()]
+
+
+def figure_of(x, truth):
+    n = len(x)
+    filled = x.nan_to_num(0.5)
+    result = Imputation(filled.expand(4, *x.shape), filled, torch.zeros(n).double(), torch.ones(n).double())
+    return imputations_figure(Display(), x, truth, result)
+
+
+def test_the_truth_is_drawn_where_it_is_known():
+    truth = torch.zeros(2, 1, 4, 4)
+    x = truth.clone()
+    x[:, :, :2] = NAN
+    assert sheet(figure_of(x, truth))[1][-1] == "truth"
+    assert "truth" not in sheet(figure_of(x, x))[1]
+
+
+def test_missing_pixels_alone_have_a_color():
+    truth = torch.ones(1, 1, 4, 4)
+    x = truth.clone()
+    x[:, :, :2] = NAN
+    drawn, rows = sheet(figure_of(x, truth))
+    tiles = np.split(drawn, len(rows), axis=0)
+    half = len(tiles[0]) // 2
+    inside = slice(half // 2, half - 2), slice(4, -4)
+    red, green, blue = np.moveaxis(tiles[0][inside], -1, 0)
+    assert (blue > red).all()
+    assert (blue > green).all()
+    np.testing.assert_array_equal(tiles[0][half + 2 : -4, 4:-4], 1)
+    assert all((tile[..., 0] == tile[..., 2]).all() for tile in tiles[1:])
+
+
+def test_images_with_holes_are_drawn_first():
+    truth = torch.rand(30, 1, 4, 4)
+    x = truth.clone()
+    x[25, 0, 0] = NAN
+    assert len(figure_of(x, truth).axes[0].get_xticklabels()) == 1
+
+
+# --- The script ---
+
+
+def test_the_script_imputes_from_its_command_line(folder, tmp_path):
+    script = Path(__file__).parent.parent / "scripts" / "impute.py"
+    words = ["validation", "--hide", "bottom", "--images", "3", "--num-draws", "2", "--output", str(tmp_path / "out")]
+    done = subprocess.run(
+        [sys.executable, str(script), str(folder), *words], capture_output=True, encoding="utf-8", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert "96 of 192 pixels are missing (50%), in 3 images." in done.stdout
+    with np.load(tmp_path / "out" / "imputed.npz") as stored:
+        assert stored["draws"].shape == (2, 3, 1, 8, 8)

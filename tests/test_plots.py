@@ -1,0 +1,262 @@
+"""Figures hold the data they were given, in its place: read back from matplotlib's axes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from ppl_vae import plots
+
+
+def gray(*levels, shape=(1, 4, 4)):
+    """Images of one gray level each."""
+    return np.stack([np.full(shape, level) for level in levels])
+
+
+def tile(axes, row, column):
+    """The pixel in the middle of a tile."""
+    picture = axes.get_images()[0]
+    left, right, bottom, top = picture.get_extent()
+    values = picture.get_array()
+    height, width = values.shape[:2]
+    return values[int((row + 0.5) / (bottom - top) * height), int((column + 0.5) / (right - left) * width)]
+
+
+def words(labels):
+    return [label.get_text() for label in labels]
+
+
+# --- Rows and grids ---
+
+
+def test_a_row_shows_its_images_from_left_to_right():
+    axes = plots.image_rows({"a": gray(0.1, 0.2, 0.3), "b": gray(0.4, 0.5, 0.6)}, title="t").axes[0]
+    shown = [[tile(axes, row, column) for column in range(3)] for row in range(2)]
+    np.testing.assert_allclose(shown, [[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]])
+
+
+def test_a_row_has_its_label_at_its_height():
+    axes = plots.image_rows({"a": gray(0.1), "b": gray(0.4)}, title="t").axes[0]
+    assert dict(zip(words(axes.get_yticklabels()), axes.get_yticks(), strict=True)) == {"a": 0.5, "b": 1.5}
+
+
+def test_a_column_has_its_heading_over_it():
+    axes = plots.image_rows({"a": gray(0.1, 0.2)}, columns=["left", "right"], title="t").axes[0]
+    assert dict(zip(words(axes.get_xticklabels()), axes.get_xticks(), strict=True)) == {"left": 0.5, "right": 1.5}
+
+
+def test_an_image_is_not_turned_or_mirrored():
+    image = np.arange(12.0).reshape(1, 1, 3, 4) / 12
+    picture = plots.image_rows({"a": image}, title="t").axes[0].get_images()[0].get_array()
+    inside = picture[1:-1, 1:-1]
+    step = [inside.shape[0] // 3, inside.shape[1] // 4]
+    np.testing.assert_allclose(inside[step[0] // 2 :: step[0], step[1] // 2 :: step[1]], image[0, 0])
+
+
+def test_colors_keep_their_channels():
+    image = np.stack([np.full((4, 4), level) for level in (0.1, 0.5, 0.9)])[None]
+    np.testing.assert_allclose(tile(plots.image_rows({"a": image}, title="t").axes[0], 0, 0), [0.1, 0.5, 0.9])
+
+
+def test_a_gray_row_stands_beside_one_in_color():
+    axes = plots.image_rows({"a": gray(0.3), "b": gray(0.6, shape=(3, 4, 4))}, title="t").axes[0]
+    np.testing.assert_allclose([tile(axes, 0, 0), tile(axes, 1, 0)], [[0.3] * 3, [0.6] * 3])
+
+
+def test_a_grid_is_read_by_rows_and_white_where_images_end():
+    axes = plots.image_grids({"a": gray(0.1, 0.2, 0.3, 0.4, 0.5)}, columns=3, title="t").axes[0]
+    shown = [[tile(axes, row, column) for column in range(3)] for row in range(2)]
+    np.testing.assert_allclose(shown, [[0.1, 0.2, 0.3], [0.4, 0.5, 1.0]])
+
+
+def test_fewer_images_than_columns_make_one_row():
+    assert plots.image_grids({"a": gray(0.1, 0.2)}, columns=8, title="t").axes[0].get_images()[0].get_extent()[1] == 2
+
+
+def test_grids_stand_side_by_side_under_their_headings():
+    figure = plots.image_grids({"a": gray(0.1), "b": gray(0.2)}, columns=1, title="t")
+    assert [(axes.get_title(), float(tile(axes, 0, 0))) for axes in figure.axes] == [("a", 0.1), ("b", 0.2)]
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "drawn"),
+    [(28, 28, 1.0), (10, 30, 3.0), (30, 10, 1 / 3), (1, 60, 5.0), (60, 1, 1 / 5), (1, 1, 1.0)],
+)
+def test_an_image_is_drawn_in_its_shape_and_never_as_a_line(height, width, drawn):
+    axes = plots.image_rows({"a": gray(0.1, 0.2, shape=(1, height, width))}, title="t").axes[0]
+    assert 1 / axes.get_aspect() == pytest.approx(drawn)
+
+
+@pytest.mark.parametrize(("height", "width"), [(2, 2), (1, 60), (60, 1), (28, 28), (12, 30)])
+def test_lines_between_images_are_thin_in_both_directions(height, width):
+    picture = plots.image_rows({"a": gray(0.0, 0.0, shape=(1, height, width))}, title="t").axes[0].get_images()[0]
+    values = picture.get_array()
+    assert (values[0] == 0.5).all()
+    assert min(values.shape) >= 50
+    assert (values == 0.5).mean() < 0.1
+
+
+@pytest.mark.parametrize("shape", [(1, 28, 28), (1, 1, 300), (3, 300, 1), (3, 256, 256)])
+def test_a_figure_fits_on_a_screen(shape):
+    rows = {f"row {i}": gray(*[0.5] * 12, shape=shape) for i in range(10)}
+    width, height = plots.image_rows(rows, title="t").get_size_inches()
+    assert max(width, height) < 18
+
+
+def test_a_long_title_is_not_cut():
+    figure = plots.image_rows({"a": gray(0.1)}, title=60 * "word ")
+    figure.canvas.draw()
+    box = figure._suptitle.get_window_extent()
+    assert 0 <= box.x0 < box.x1 <= figure.bbox.width
+
+
+def test_a_planes_second_coordinate_points_upwards():
+    images = np.stack([gray(0.1, 0.2), gray(0.3, 0.4)])
+    axes = plots.image_plane(images, x=[-1, 1], y=[-2, 2], names=("a", "b"), title="t").axes[0]
+    np.testing.assert_allclose(
+        [[tile(axes, row, column) for column in range(2)] for row in range(2)], [[0.3, 0.4], [0.1, 0.2]]
+    )
+    assert words(axes.get_yticklabels()) == ["2.0", "-2.0"]
+    assert words(axes.get_xticklabels()) == ["-1.0", "1.0"]
+
+
+# --- Latents ---
+
+POINTS = np.array([[0.0, 1.0], [2.0, -1.0], [0.5, 0.5], [-4.0, 0.0]])
+PLANE = {"names": ("z0", "z1"), "prior_mean": [0.0, 1.0], "prior_scale": [1.0, 2.0], "title": "t"}
+
+
+def test_every_class_has_its_points_and_its_name():
+    axes = plots.latent_plane(POINTS, classes=np.array([1, 0, 1, 0]), class_names=("cat", "dog"), **PLANE).axes[0]
+    shown = {part.get_label(): np.asarray(part.get_offsets()) for part in axes.collections}
+    assert shown.keys() == {"cat", "dog"}
+    np.testing.assert_array_equal(shown["cat"], POINTS[[1, 3]])
+    np.testing.assert_array_equal(shown["dog"], POINTS[[0, 2]])
+
+
+def test_classes_without_names_are_their_numbers():
+    axes = plots.latent_plane(POINTS, classes=np.array([7, 7, 3, 3]), **PLANE).axes[0]
+    assert [part.get_label() for part in axes.collections] == ["3", "7"]
+
+
+def test_classes_have_different_colors():
+    points = np.zeros((20, 2))
+    axes = plots.latent_plane(points, classes=np.arange(20), **PLANE).axes[0]
+    assert len({tuple(part.get_facecolor()[0]) for part in axes.collections}) == 20
+
+
+def test_without_classes_all_points_are_of_one_color():
+    axes = plots.latent_plane(POINTS, **PLANE).axes[0]
+    (part,) = axes.collections
+    np.testing.assert_array_equal(part.get_offsets(), POINTS)
+
+
+def test_more_classes_than_colors_have_no_legend_of_names():
+    axes = plots.latent_plane(np.zeros((40, 2)), classes=np.arange(40), **PLANE).axes[0]
+    assert words(axes.get_legend().get_texts()) == ["prior: 1, 2, 3 scales"]
+
+
+def test_the_priors_scales_are_drawn_around_its_mean():
+    axes = plots.latent_plane(POINTS, **PLANE).axes[0]
+    drawn = [(ellipse.get_center(), ellipse.width, ellipse.height) for ellipse in axes.patches]
+    assert drawn == [((0.0, 1.0), 2.0, 4.0), ((0.0, 1.0), 4.0, 8.0), ((0.0, 1.0), 6.0, 12.0)]
+
+
+def test_no_point_is_outside_of_the_axes():
+    axes = plots.latent_plane(100 * POINTS, **PLANE).axes[0]
+    (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
+    assert left < -400 < 200 < right
+    assert low < -100 < 100 < high
+
+
+def test_a_line_of_one_latent_counts_every_image():
+    points = np.linspace(-5, 2, 50)
+    line = {"name": "z0", "prior_mean": 0.0, "prior_scale": 1.0, "title": "t"}
+    axes = plots.latent_line(points, classes=np.arange(50) % 2, **line).axes[0]
+    counts = sum(bar.get_height() for bar in axes.patches)
+    assert counts == 50
+    assert [line.get_xdata()[0] for line in axes.lines] == [-3, -2, -1, 0, 1, 2, 3]
+
+
+# --- Likelihoods ---
+
+
+def test_a_histogram_counts_every_image_and_marks_the_mean():
+    values = np.array([-90.0, -80.0, -100.0, -70.0])
+    axes = plots.likelihood_histogram(values, mean=-85.0, stderr=6.45, name="L_10", title="t").axes[0]
+    assert sum(bar.get_height() for bar in axes.patches) == 4
+    assert list(axes.lines[0].get_xdata()) == [-85.0, -85.0]
+    assert words(axes.get_legend().get_texts()) == ["mean -85.00 ± 6.45"]
+
+
+def test_a_mean_of_one_image_has_no_error():
+    axes = plots.likelihood_histogram(np.array([-1.0]), mean=-1.0, stderr=np.nan, name="L", title="t").axes[0]
+    assert words(axes.get_legend().get_texts()) == ["mean -1.00"]
+
+
+def test_examples_stand_above_their_captions():
+    examples = {"highest": (gray(0.1, 0.2), ["one", "two"]), "lowest": (gray(0.3, 0.4), ["three", "four"])}
+    figure = plots.likelihood_histogram(np.zeros(4), mean=0, stderr=0, name="L", title="t", examples=examples)
+    for axes, (label, (_, captions)), levels in zip(
+        figure.axes[1:], examples.items(), [(0.1, 0.2), (0.3, 0.4)], strict=True
+    ):
+        assert words(axes.get_yticklabels()) == [label]
+        assert words(axes.get_xticklabels()) == captions
+        np.testing.assert_allclose([tile(axes, 0, 0), tile(axes, 0, 1)], levels)
+
+
+def test_a_bound_is_drawn_over_its_particles_with_its_errors():
+    bound, gain = ([-90.0, -88.0, -87.5], [1.0, 1.1, 1.2]), ([0.0, 2.0, 2.5], [0.0, 0.1, 0.2])
+    left, right = plots.bound_by_particles([1, 10, 100], bound=bound, gain=gain, title="t").axes
+    for axes, (mean, stderr) in ((left, bound), (right, gain)):
+        curve, _, (bars,) = axes.containers[0]
+        np.testing.assert_allclose(curve.get_xydata(), np.stack([[1, 10, 100], mean], axis=1))
+        lengths = [segment[1, 1] - segment[0, 1] for segment in bars.get_segments()]
+        np.testing.assert_allclose(lengths, 2 * np.array(stderr), atol=1e-12)
+        assert axes.get_xscale() == "log"
+    assert list(left.lines[-1].get_ydata()) == [-90.0, -90.0]
+
+
+# --- Training ---
+
+
+def record(epoch, loss, elbo=None):
+    base = {"epoch": epoch, "beta": 1.0, "train_loss_nats_per_image": loss}
+    if elbo is None:
+        return base
+    terms = {"validation_reconstruction_nats_per_image": elbo + 20, "validation_kl_nats_per_image": 20.0}
+    return base | {"validation_elbo_nats_per_image": elbo} | terms
+
+
+def curves(axes):
+    return {line.get_label(): line.get_ydata().tolist() for line in axes.lines}
+
+
+def test_training_curves_are_the_records():
+    left, right = plots.training_curves([record(1, 130.0, -120.0), record(2, 110.0, -105.0)], title="t").axes
+    shown = {label: values for label, values in curves(left).items() if label != "best, kept"}
+    assert shown == {"training objective (the ELBO)": [-130.0, -110.0], "validation ELBO": [-120.0, -105.0]}
+    assert curves(right) == {"-E_q[log p(x | z)]": [100.0, 85.0], "KL(q(z | x) || p(z))": [20.0, 20.0]}
+
+
+def test_the_best_epoch_is_marked():
+    records = [record(1, 130.0, -120.0), record(2, 110.0, -104.0), record(3, 100.0, -105.0)]
+    best = plots.training_curves(records, title="t").axes[0].lines[-1]
+    assert best.get_xydata().tolist() == [[2.0, -104.0]]
+
+
+def test_without_validation_the_objective_stands_alone():
+    (axes,) = plots.training_curves([record(1, 130.0), record(2, 110.0)], title="t").axes
+    assert curves(axes) == {"training objective (the ELBO)": [-130.0, -110.0]}
+
+
+def test_an_annealed_objective_is_not_called_the_elbo():
+    records = [record(1, 130.0) | {"beta": 0.5}, record(2, 110.0)]
+    assert "training objective (beta = 1 is the ELBO)" in curves(plots.training_curves(records, title="t").axes[0])
+
+
+def test_a_record_that_lacks_a_number_is_no_curve():
+    damaged = record(1, 130.0, -120.0)
+    del damaged["validation_kl_nats_per_image"]
+    with pytest.raises(KeyError, match="validation_kl_nats_per_image"):
+        plots.training_curves([damaged], title="t")

@@ -1,0 +1,147 @@
+"""Samples of a run: drawn from its model, seeded, and written as arrays and pictures."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from oracles import LinearGaussian
+from PIL import Image
+from small_run import SMALL, bars, save_bars, train_small
+from torch.testing import assert_close
+
+from ppl_vae import experiment, load
+from ppl_vae.experiment import sampling
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    place = tmp_path_factory.mktemp("sampling")
+    return train_small(place / "run", replace(SMALL, dataset=str(save_bars(place / "bars.npz")), epochs=1))
+
+
+@pytest.fixture
+def sample(folder, tmp_path):
+    """Samples into a new folder; returns it, and what was said."""
+
+    def call(run_dir=folder, *, num_samples=5, seed=0, output=tmp_path / "out"):
+        said = []
+        words = {"device": "cpu", "output": None if output is None else str(output), "say": said.append}
+        return experiment.sample_run(str(run_dir), num_samples=num_samples, seed=seed, **words), said
+
+    return call
+
+
+def arrays(folder):
+    with np.load(folder / "samples.npz", allow_pickle=False) as stored:
+        return dict(stored)
+
+
+# --- The draws ---
+
+
+def test_samples_have_the_models_mean_and_covariance():
+    """x ~ N(b, W W' + scale^2 I): the sums of squares of 20,000 draws within 5 standard errors."""
+    oracle = LinearGaussian.random()
+    torch.manual_seed(0)
+    x = sampling.sample(oracle.vae(), 20_000).images
+    covariance = oracle.W @ oracle.W.T + oracle.scale**2 * torch.eye(6, dtype=torch.double)
+    variance = covariance.diagonal()
+    assert ((x.mean(0) - oracle.b).abs() < 5 * (variance / 20_000).sqrt()).all()
+    error = ((variance[:, None] * variance + covariance.square()) / 20_000).sqrt()
+    assert ((x.T.cov() - covariance).abs() < 5 * error).all()
+
+
+def test_the_mean_is_that_of_its_own_latent(monkeypatch):
+    monkeypatch.setattr(sampling, "particles_a_pass", lambda x: 4)
+    oracle = LinearGaussian.random()
+    samples = sampling.sample(oracle.vae(), 10)
+    assert_close(samples.mean, samples.z @ oracle.W.T + oracle.b)
+    residual = (samples.images - samples.mean) / oracle.scale
+    assert 0.5 < residual.std() < 1.5
+
+
+def test_latents_are_standard_normal(sample):
+    z = arrays(sample(num_samples=5000)[0])["z"]
+    assert z.shape == (5000, 2)
+    assert (np.abs(z.mean(0)) < 5 / math.sqrt(5000)).all()
+    assert (np.abs(z.std(0) - 1) < 5 / math.sqrt(2 * 5000)).all()
+
+
+# --- The files ---
+
+
+def test_the_arrays_are_the_runs_own_decoder(sample, folder):
+    stored = arrays(sample()[0])
+    with torch.no_grad():
+        mean = load(folder).likelihood(torch.from_numpy(stored["z"])).mean
+    assert_close(torch.from_numpy(stored["mean"]), mean)
+    assert stored["images"].shape == (5, 1, 8, 8)
+    assert set(np.unique(stored["images"])) <= {0.0, 1.0}
+
+
+def test_the_pictures_are_the_means_in_eight_bits(sample):
+    folder, _ = sample()
+    mean = arrays(folder)["mean"]
+    assert sorted(path.name for path in (folder / "images").iterdir()) == [f"{i:04d}.png" for i in range(5)]
+    for i in range(5):
+        with Image.open(folder / "images" / f"{i:04d}.png") as picture:
+            assert picture.mode == "L"
+            np.testing.assert_array_equal(np.asarray(picture), np.rint(255 * mean[i, 0]).astype(np.uint8))
+
+
+def test_a_picture_in_color_keeps_its_channels(tmp_path):
+    sampling._write_pictures(tmp_path / "images", np.array([[[[10]], [[20]], [[30]]]], dtype=np.uint8))
+    with Image.open(tmp_path / "images" / "0000.png") as picture:
+        assert (picture.mode, picture.getpixel((0, 0))) == ("RGB", (10, 20, 30))
+
+
+def test_the_same_seed_draws_the_same(sample, tmp_path):
+    one, two = (arrays(sample(output=tmp_path / name)[0]) for name in "ab")
+    for name in one:
+        np.testing.assert_array_equal(one[name], two[name])
+
+
+def test_another_seed_draws_others(sample, tmp_path):
+    one, two = (arrays(sample(output=tmp_path / name, seed=seed)[0]) for seed, name in enumerate("ab"))
+    assert (one["z"] != two["z"]).all()
+
+
+def test_sampling_leaves_the_random_state_and_the_run(sample, folder):
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    sample()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_the_runs_own_folder_is_written_again_without_pictures_of_before(sample, folder):
+    sample(num_samples=7, output=None)
+    (folder / "samples" / "images" / "mine.png").write_bytes(b"")
+    sample(num_samples=3, output=None)
+    names = sorted(path.name for path in (folder / "samples" / "images").iterdir())
+    assert names == ["0000.png", "0001.png", "0002.png", "mine.png"]
+
+
+def test_a_folder_that_holds_something_is_refused(sample, tmp_path):
+    (tmp_path / "note.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"--output: expected a new or empty folder, but .* exists"):
+        sample(output=tmp_path)
+
+
+def test_an_output_under_a_file_is_refused(sample, tmp_path):
+    (tmp_path / "note.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"--output: .* cannot be made"):
+        sample(output=tmp_path / "note.txt" / "out")
+
+
+def test_a_table_has_arrays_and_no_pictures(sample, tmp_path):
+    np.save(tmp_path / "table.npy", bars(60)[0].reshape(60, 64))
+    table = train_small(tmp_path / "table", replace(SMALL, dataset=str(tmp_path / "table.npy"), epochs=1))
+    folder, said = sample(table)
+    assert [path.name for path in folder.iterdir()] == ["samples.npz"]
+    assert "The data is a table, (N, D): there are no pictures." in said

@@ -258,7 +258,8 @@ def load(run_dir: str | Path) -> VAE:
     """
     folder = Path(run_dir)
     options, seen = read_config(folder)
-    model = vae(options, seen["event_shape"])
+    with torch.random.fork_rng(devices=[]):  # fresh weights are drawn, and replaced
+        model = vae(options, seen["event_shape"])
     weights, _ = runs.load_tensors(folder / runs.MODEL)
     load_weights(model, folder / runs.MODEL, weights)
     return model.eval()

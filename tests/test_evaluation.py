@@ -239,3 +239,9 @@ def test_what_python_saved_without_records_has_no_training_curves(from_python, t
     bare = save(vae, tmp_path / "bare", replace(SMALL, dataset=_dataset(folder), likelihood="normal"))
     experiment.draw_run(str(bare), say=lambda line: None)
     assert {path.name for path in (bare / runs.FIGURES).iterdir()} == {"latents.png", "particles.png"}
+
+
+def test_loading_draws_nothing_from_the_global_generator(run):
+    before = torch.get_rng_state()
+    load(run[0])
+    assert torch.equal(torch.get_rng_state(), before)

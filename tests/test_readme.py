@@ -13,6 +13,7 @@ import pyro
 import pytest
 import torch
 
+from ppl_vae import load
 from ppl_vae.experiment.evaluation import describe_evaluation
 
 ROOT = Path(__file__).parent.parent
@@ -23,7 +24,8 @@ PYTHON = [
 COMMANDS = sorted(set(re.findall(r"python (scripts/\w+\.py)((?: [^\s`|#\]]+)*)", README)))
 
 
-def test_the_python_of_the_readme_runs_as_it_stands(capsys):
+def test_the_python_of_the_readme_runs_as_it_stands(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     pyro.clear_param_store()
     names: dict = {}
     assert len(PYTHON) >= 2
@@ -31,6 +33,7 @@ def test_the_python_of_the_readme_runs_as_it_stands(capsys):
         exec(compile(block, "README.md", "exec"), names)
     assert names["result"].log_evidence.shape == (100,)
     before = names["vae"].likelihood.net.output.weight.detach().clone()
+    assert load("runs/mine").likelihood.event_shape == (1, 28, 28)
     names["svi"].step(names["x"])
     assert not torch.equal(names["vae"].likelihood.net.output.weight, before)
     pyro.clear_param_store()
@@ -58,8 +61,8 @@ def test_every_option_of_the_readme_exists():
 
 def test_the_readme_mentions_every_module_of_the_package():
     layout = README[README.index("## Layout") :]
-    for path in (ROOT / "ppl_vae").glob("*.py"):
-        if path.stem != "__init__":
+    for path in (ROOT / "ppl_vae").iterdir():
+        if (path.suffix == ".py" and path.stem != "__init__") or (path / "__init__.py").exists():
             assert f"`{path.stem}`" in layout, path.stem
 
 

@@ -256,6 +256,7 @@ def folders(tmp_path_factory):
         "wide": {"latent_dim": 3},
         "other": {"dataset": str(place / "other.npy")},
         "dynamic": {"dataset": str(place / "gray.npy"), "binarization": "dynamic"},
+        "fixed": {"dataset": str(place / "gray.npy"), "binarization": "fixed"},
         "threshold": {"dataset": str(place / "gray.npy"), "binarization": "threshold"},
     }
     with pytest.MonkeyPatch.context() as patch:
@@ -442,6 +443,11 @@ def test_a_bound_that_is_not_finite_is_refused_by_the_name_of_its_run(folders, t
         _compare(folders, ["a", "b"], tmp_path / "out")
 
 
+def test_training_on_dynamic_or_fixed_draws_leaves_one_test_set(folders, tmp_path):
+    entry, _ = _compare(folders, ["dynamic", "fixed"], tmp_path / "out")
+    assert (entry["num_images"], len(entry["comparisons"])) == (30, 1)
+
+
 # --- What is refused, before any evaluation ---
 
 
@@ -455,7 +461,7 @@ def test_a_bound_that_is_not_finite_is_refused_by_the_name_of_its_run(folders, t
         (
             ["dynamic", "threshold"],
             {},
-            "binarization: expected one for all runs, got dynamic in .*dynamic and threshold in .*threshold$",
+            "binarization: expected one for all runs, got dynamic or fixed in .*dynamic and threshold in .*thr",
         ),
         (["a", "b"], {"device": "toaster"}, "--device: expected a device of this machine"),
     ],

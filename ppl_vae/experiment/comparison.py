@@ -135,11 +135,12 @@ def _scale(run: Run) -> dict[str, str]:
     """What must be the same for two runs, so that their nats are on one scale: its name, and its value in words."""
     splits = run.splits
     pixels = splits.kind if run.binarization == "none" else data.BINARY
+    drawn = run.binarization in ("dynamic", "fixed")  # which differ in training only: both are evaluated on one draw
     return {
         "data": f"SHA-256 {splits.sha256}",
         "shape of an image": "x".join(map(str, splits.event_shape)),
         "protocol": splits.protocol,
-        "binarization": run.binarization,
+        "binarization": "dynamic or fixed" if drawn else run.binarization,
         "scale": f"the {build.likelihood(run.options, splits.event_shape).measure} of {pixels} pixels",
     }
 

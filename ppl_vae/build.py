@@ -102,16 +102,41 @@ def likelihood(options: Options, event_shape: Sequence[int]) -> Any:
     return LIKELIHOODS[options.likelihood](event_shape)
 
 
+def data_options(options: Options) -> dict[str, Any]:
+    """What decides the data set, as ``data.load`` takes it."""
+    names = ("dataset", "data_dir", "protocol", "image_size", "fit", "color")
+    return {name: getattr(options, name) for name in names}
+
+
 def splits(options: Options) -> data.Splits:
     """The data set that the options ask for. Raises ValueError as ``data.load``."""
-    return data.load(
-        options.dataset,
-        data_dir=options.data_dir,
-        protocol=options.protocol,
-        image_size=options.image_size,
-        fit=options.fit,
-        color=options.color,
-    )
+    return data.load(**data_options(options))
+
+
+def check_support(options: Options, seen: data.Splits) -> None:
+    """Refuses data that the likelihood has no probability for, as the options (resolved) bring it to the model.
+
+    Raises:
+        ValueError: pixels off the support, zeros and ones that were drawn under a density, or, for a density, one
+            image again and again.
+    """
+    family = likelihood(options, seen.event_shape)
+    word = f"--likelihood {options.likelihood}"
+    if options.binarization != "none":
+        if family.measure == "density":
+            raise ValueError(
+                f"{word}: expected --binarization none, got {options.binarization}: a density has no use for pixels "
+                "that were made zeros and ones"
+            )
+        return
+    for split in ("train", "validation", "test"):
+        if not family.support.check(data.probabilities(seen, split)).all():
+            cure = "" if seen.kind == data.REAL else "; another --binarization makes them so"
+            raise ValueError(
+                f"{word}: expected pixels that are {family.support_words}, got {seen.kind} in {split}{cure}"
+            )
+    if family.measure == "density" and bool((seen.train == seen.train[:1]).all()):
+        raise ValueError(f"{word}: expected training images that differ, got {len(seen.train):,} of one image")
 
 
 def resolve(options: Options, seen: data.Splits) -> Options:
@@ -226,11 +251,14 @@ def save(trained: VAE, run_dir: str | Path, options: Options, *, metrics: Sequen
         The folder.
 
     Raises:
-        ValueError: options that describe another VAE, data that cannot be read, or a folder that is not empty;
-            nothing is written.
+        ValueError: options that describe another VAE, data that cannot be read or is off the likelihood's support,
+            records without a step, or a folder that is not empty; nothing is written.
     """
     seen = splits(options)
     options = resolve(options, seen)
+    check_support(options, seen)
+    if not all(type(record.get("step")) is int for record in metrics):
+        raise ValueError("metrics: expected records with a whole number under 'step', as fit gives them to on_epoch")
     with torch.device("meta"):  # shapes without numbers
         fresh = vae(options, seen.event_shape).state_dict()
     weights = trained.state_dict()

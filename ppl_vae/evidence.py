@@ -53,6 +53,10 @@ class Estimate:
         stderr = float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
         return cls(float(values.mean()), stderr, len(values), num_particles)
 
+    def to_json(self) -> dict[str, float]:
+        """The mean and its standard error, as reports hold them; n and S stand beside them there."""
+        return {"mean": self.mean, "stderr": self.stderr}
+
 
 class Importance(NamedTuple):
     """What S particles say of each image; every field is (N,), float64.

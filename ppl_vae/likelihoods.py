@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
 
+from ppl_vae.numerics import location_and_spread
+
 
 class Bernoulli(nn.Module):
     """p(x | h) = prod_d sigmoid(h_d)^{x_d} (1 - sigmoid(h_d))^{1 - x_d}, for x in {0, 1}^E.
@@ -87,12 +89,10 @@ class Normal(nn.Module):
         Raises:
             ValueError: every pixel is constant, so that no scale is small enough.
         """
-        pixels = x.flatten(1).double()
-        loc = pixels.mean(0)
-        spread = (pixels - loc).square().mean().sqrt()
+        loc, spread = location_and_spread(x)
         if not spread > 0:
             raise ValueError("x: expected pixels that vary, got the same image every time: no scale fits")
         with torch.no_grad():
             self.unit.copy_(spread)
             self.log_scale.zero_()
-        return (loc / spread).to(self.log_scale.dtype)
+        return (loc.flatten() / spread).to(self.log_scale.dtype)

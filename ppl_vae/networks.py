@@ -12,6 +12,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from ppl_vae.numerics import location_and_spread
+
 
 def _leading(x: Tensor, event_shape: tuple[int, ...]) -> torch.Size:
     """The dimensions before the event; raises where the trailing dimensions are not E."""
@@ -50,9 +52,7 @@ class Standardized(nn.Module):
 
     def fit_marginals(self, x: Tensor) -> None:
         """Takes location and scale from images x, (N, *E). Constant images keep the scale."""
-        pixels = x.double()
-        loc = pixels.mean(0)
-        scale = (pixels - loc).square().mean().sqrt()
+        loc, scale = location_and_spread(x)
         self.loc.copy_(loc)
         if scale > 0:
             self.scale.copy_(scale)

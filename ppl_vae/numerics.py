@@ -178,3 +178,18 @@ class LogWeightSummary:
     def pareto_k(self) -> Tensor:
         """(B,) k-hat; NaN for fewer than 21 particles, or where the largest weights are all equal."""
         return pareto_k(self._largest)
+
+
+def location_and_spread(x: Tensor, *, chunk: int = 1000) -> tuple[Tensor, Tensor]:
+    """mean_n x_n and sqrt(mean_nd (x_nd - mean_n x_nd)^2): the mean image, and one deviation from it for all pixels.
+
+    Args:
+        x: (N, *E).
+        chunk: images that are held in double precision at once.
+
+    Returns:
+        (*E) and (), both float64.
+    """
+    mean = x.sum(0, dtype=torch.double) / len(x)
+    squares = sum(((part.double() - mean).square().sum() for part in x.split(chunk)), mean.new_zeros(()))
+    return mean, (squares / x.numel()).sqrt()

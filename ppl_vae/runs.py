@@ -35,7 +35,7 @@ def new_run_dir(run_dir: str | None, *, dataset: str, likelihood: str) -> Path:
         ValueError: the folder exists and holds something.
     """
     if run_dir is None:
-        return _new_default(f"{Path(dataset).stem}-{likelihood}-{time.strftime('%Y%m%d-%H%M%S')}")
+        return new_folder(f"{Path(dataset).stem}-{likelihood}")
     path = Path(run_dir)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         advice = f" (--resume {path} goes on with it)" if (path / CONFIG).exists() else ""
@@ -47,16 +47,20 @@ def new_run_dir(run_dir: str | None, *, dataset: str, likelihood: str) -> Path:
     return path
 
 
-def _new_default(stem: str) -> Path:
-    """runs/stem, or runs/stem-2 and so on: making the folder is what takes the name, also beside other processes."""
+def new_folder(stem: str) -> Path:
+    """Makes runs/STEM-DATE-TIME, or runs/STEM-DATE-TIME-2 and so on.
+
+    Making the folder is what takes the name, also beside other processes.
+    """
+    name = f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     for suffix in ("", *(f"-{i}" for i in range(2, 1000))):
-        path = Path("runs") / f"{stem}{suffix}"
+        path = Path("runs") / f"{name}{suffix}"
         try:
             path.mkdir(parents=True)
         except FileExistsError:
             continue
         return path
-    raise ValueError(f"--run-dir: expected a name, since runs/{stem} and a thousand like it are taken")
+    raise ValueError(f"runs/{name}: expected a free name, but a thousand like it are taken; name a folder yourself")
 
 
 # --- Bytes ---

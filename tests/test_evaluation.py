@@ -14,7 +14,7 @@ import torch
 
 from ppl_vae import build, data, experiment, fit, load, runs, save
 from ppl_vae.evidence import Estimate, evaluate
-from ppl_vae.experiment.evaluation import describe_evaluation, read_per_image, scale
+from ppl_vae.experiment.evaluation import describe_evaluation, floor_and_entropy, read_per_image
 from ppl_vae.experiment.opening import Run
 from ppl_vae.options import Options
 
@@ -24,11 +24,11 @@ DATA_DIR = os.environ.get("PPL_VAE_DATA_DIR")
 FLOORS = {"mnist": -205.81, "static-mnist": -205.79, "caltech-silhouettes": -380.05, "fashion-mnist": -385.02}
 
 
-def scale_of(options: Options, splits: data.Splits) -> dict:
+def reference_of(options: Options, splits: data.Splits) -> dict:
     binarization = data.resolve_binarization(splits, None)
     run = Run(Path(), replace(options, binarization=binarization), splits)
     x = data.evaluation_images(splits, "test", binarization)
-    return scale(run, "test", x, torch.arange(len(x)))
+    return floor_and_entropy(run, "test", x, torch.arange(len(x)))
 
 
 @pytest.mark.parametrize("dataset", FLOORS)
@@ -39,11 +39,11 @@ def test_the_floor_is_the_known_log_likelihood_of_independent_pixels(dataset):
         splits = data.load(dataset)
     except ValueError as error:
         pytest.skip(str(error))
-    assert scale_of(Options(dataset=dataset), splits)["floor"]["mean"] == pytest.approx(FLOORS[dataset], abs=0.011)
+    assert reference_of(Options(dataset=dataset), splits)["floor"]["mean"] == pytest.approx(FLOORS[dataset], abs=0.011)
 
 
 def test_mnists_binarization_has_its_known_entropy():
-    found = scale_of(Options(), data.load("mnist"))["binarization_entropy"]
+    found = reference_of(Options(), data.load("mnist"))["binarization_entropy"]
     assert found == pytest.approx(45.53, abs=0.006)
 
 
@@ -123,6 +123,26 @@ def test_gray_levels_under_a_normal_are_said_to_be_on_a_grid(tmp_path):
     assert any("Pixels are levels / 255 here" in line for line in said)
 
 
+@pytest.mark.parametrize("binarization", ["dynamic", "fixed", "threshold"])
+def test_a_density_of_pixels_that_were_made_zeros_and_ones_is_refused(tmp_path, binarization):
+    levels = np.random.default_rng(0).integers(0, 256, (100, 4, 3), dtype=np.uint8)
+    options = replace(
+        SMALL, dataset=str(table(tmp_path, levels)), likelihood="normal", binarization=binarization, epochs=1
+    )
+    with pytest.raises(ValueError, match=f"--likelihood normal: expected --binarization none, got {binarization}"):
+        experiment.train(options, str(tmp_path / "run"), say=print)
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_image_again_and_again_has_no_density_and_leaves_nothing(tmp_path):
+    options = replace(
+        SMALL, dataset=str(table(tmp_path, np.full((100, 4), 2.5, dtype=np.float32))), likelihood="normal"
+    )
+    with pytest.raises(ValueError, match="expected training images that differ, got 80 of one image"):
+        experiment.train(options, str(tmp_path / "run"), say=print)
+    assert not (tmp_path / "run").exists()
+
+
 # --- The numbers of each image ---
 
 
@@ -152,8 +172,21 @@ def test_numbers_of_other_weights_are_not_given(run, tmp_path):
     for path in folder.glob("*.*"):
         (stale / path.name).write_bytes(path.read_bytes())
     weights, _ = runs.load_tensors(stale / runs.MODEL)
+    assert read_per_image(stale, "test") is not None
     runs.save_tensors(stale / runs.MODEL, weights, {"step": 3})
     assert read_per_image(stale, "test") is None
+
+
+def test_numbers_that_evaluation_json_does_not_tell_of_are_not_given(run, tmp_path):
+    """As a full disk leaves them between the two writes."""
+    folder, _, _ = run
+    torn = tmp_path / "run"
+    torn.mkdir()
+    for path in folder.glob("*.*"):
+        (torn / path.name).write_bytes(path.read_bytes())
+    evaluations = runs.read_evaluations(torn)
+    runs.write_json(torn / runs.EVALUATION, {"test": evaluations["test"] | {"num_particles": 11}})
+    assert read_per_image(torn, "test") is None
 
 
 def test_a_split_that_was_not_evaluated_has_no_numbers(run):
@@ -162,6 +195,7 @@ def test_a_split_that_was_not_evaluated_has_no_numbers(run):
 
 def test_a_damaged_file_of_the_images_numbers_is_refused(run, tmp_path):
     path = tmp_path / runs.per_image("test")
+    runs.write_json(tmp_path / runs.EVALUATION, {"test": {}})
     runs.save_tensors(path, {"index": torch.arange(3)}, {"num_particles": 1, "seed": 0, "step": 1})
     with pytest.raises(ValueError, match=r"evaluation-test\.safetensors: damaged: no 'log_evidence' in it"):
         read_per_image(tmp_path, "test")
@@ -218,6 +252,22 @@ def test_options_of_another_vae_are_refused_and_leave_nothing(from_python, tmp_p
     folder, vae = from_python
     with pytest.raises(ValueError, match="options: expected those that the VAE was built with, got others"):
         save(vae, tmp_path / "other", replace(SMALL, dataset=_dataset(folder), likelihood="normal", latent_dim=3))
+    assert not (tmp_path / "other").exists()
+
+
+def test_saving_what_the_likelihood_has_no_probability_for_is_refused(from_python, tmp_path):
+    """Gray pixels under a Bernoulli, which train_svi.py refuses as well."""
+    gray = np.random.default_rng(0).random((100, 6), dtype=np.float32)
+    options = replace(SMALL, dataset=str(table(tmp_path, gray)), binarization="none")
+    with pytest.raises(ValueError, match="--likelihood bernoulli: expected pixels that are 0 or 1, got probabilities"):
+        save(build.vae(options, (6,)), tmp_path / "other", options)
+    assert not (tmp_path / "other").exists()
+
+
+def test_records_without_a_step_are_refused_and_leave_nothing(from_python, tmp_path):
+    folder, vae = from_python
+    with pytest.raises(ValueError, match="metrics: expected records with a whole number under 'step'"):
+        save(vae, tmp_path / "other", replace(SMALL, dataset=_dataset(folder), likelihood="normal"), metrics=[{}])
     assert not (tmp_path / "other").exists()
 
 

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from oracles import LinearGaussian
 from torch.testing import assert_close
 
 from ppl_vae import importance, log_weights
-from ppl_vae.numerics import LogWeightSummary, bound_by_particles, log_mean_exp, pareto_k, tail_length
+from ppl_vae.numerics import (
+    LogWeightSummary,
+    bound_by_particles,
+    location_and_spread,
+    log_mean_exp,
+    pareto_k,
+    tail_length,
+)
 
 
 def test_log_mean_exp_neither_overflows_nor_underflows():
@@ -183,3 +191,12 @@ def test_k_is_one_number_an_image():
 def test_k_does_not_depend_on_the_scale_of_the_weights():
     log_w = torch.randn(500, 3, dtype=torch.double).sort(dim=0, descending=True).values[:60]
     assert_close(pareto_k(log_w), pareto_k(log_w - 5000.0), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1000])
+def test_location_and_spread_are_numpys(chunk):
+    x = torch.randn(20, 2, 3, generator=torch.Generator().manual_seed(0)) * 3 + 5
+    mean, spread = location_and_spread(x, chunk=chunk)
+    expected = x.double().numpy()
+    np.testing.assert_allclose(mean.numpy(), expected.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(float(spread), np.sqrt(expected.var(0).mean()), rtol=1e-12)

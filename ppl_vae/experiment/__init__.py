@@ -5,10 +5,12 @@ from ppl_vae.experiment.encoding import encode_images
 from ppl_vae.experiment.evaluation import evaluate_run
 from ppl_vae.experiment.figures import draw_run
 from ppl_vae.experiment.imputation import impute_images
+from ppl_vae.experiment.network_table import compare_networks
 from ppl_vae.experiment.sampling import sample_run
 from ppl_vae.experiment.train import resume, train
 
 __all__ = [
+    "compare_networks",
     "compare_runs",
     "draw_run",
     "encode_images",

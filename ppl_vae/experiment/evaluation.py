@@ -46,13 +46,16 @@ class PerImage:
 
 
 def read_per_image(folder: Path, split: str) -> PerImage | None:
-    """The stored evaluation of a split, image by image; None where there is none of the weights that the run has now.
+    """The stored evaluation of a split, image by image, that evaluation.json tells of.
+
+    None where there is none, where it is of weights that the run has no longer, or where a write that failed has left
+    the two files with different evaluations.
 
     Raises:
-        ValueError: the file is damaged.
+        ValueError: a file is damaged.
     """
-    path = folder / runs.per_image(split)
-    if not path.exists():
+    path, entry = folder / runs.per_image(split), runs.read_evaluations(folder).get(split)
+    if entry is None or not path.exists():
         return None
     tensors, scalars = runs.load_tensors(path)
     try:
@@ -60,7 +63,9 @@ def read_per_image(folder: Path, split: str) -> PerImage | None:
         stored = PerImage(tensors["index"], result, scalars["num_particles"], scalars["seed"], scalars["step"])
     except KeyError as error:
         raise ValueError(f"{path}: damaged: no {error} in it") from None
-    return stored if stored.step == runs.load_step(folder / runs.MODEL) else None
+    told = tuple(entry.get(key) for key in ("num_images", "num_particles", "seed", "step"))
+    same = told == (len(stored.index), stored.num_particles, stored.seed, stored.step)
+    return stored if same and stored.step == runs.load_step(folder / runs.MODEL) else None
 
 
 def evaluate_run(
@@ -124,8 +129,8 @@ def write_evaluation(
         "likelihood": options.likelihood,
         "measure": build.likelihood(options, splits.event_shape).measure,
         **_summary(result, num_particles),
-        **scale(run, split, x.cpu(), index),
-        "bits_per_dim": None,  # binarized pixels are no 8-bit data
+        **floor_and_entropy(run, split, x.cpu(), index),
+        "bits_per_dim": None,  # no likelihood here is a mass of 8-bit levels
         "step": step,
         "seconds": time.monotonic() - started,
     }
@@ -144,30 +149,29 @@ def write_evaluation(
     return entry
 
 
-def scale(run: Run, split: str, x: Tensor, index: Tensor) -> dict[str, Any]:
+def floor_and_entropy(run: Run, split: str, x: Tensor, index: Tensor) -> dict[str, Any]:
     """What a log-likelihood can be held against: independent pixels below it, the binarization's entropy above.
 
     "floor" is log prod_d p(x_d) of the likelihood's own family with each pixel's marginal fitted to the training
     images: a model that does not pass it has learned nothing of how pixels go together. "binarization_entropy" is the
-    mean entropy of what was drawn to binarize these images, None where nothing was: no model gets above minus it in
-    expectation.
+    mean entropy of what was drawn to binarize these images, None where nothing was: no model of them, which is a mass,
+    gets above minus it in expectation.
     """
     options, splits = run.options, run.splits
     likelihood = build.likelihood(options, splits.event_shape)
     with torch.no_grad():
         marginals = likelihood(likelihood.fit_marginals(data.expected_images(splits, run.binarization)))
-        floor = Estimate.of(marginals.log_prob(x), 1)
+        floor = Estimate.of(marginals.log_prob(x), 1).to_json()
     entropy = data.binarization_entropy(splits, split, run.binarization)
     return {
-        "floor": {"mean": floor.mean, "stderr": floor.stderr},
+        "floor": floor,
         "binarization_entropy": None if entropy is None else float(entropy[index].mean()),
     }
 
 
 def _summary(result: Importance, num_particles: int) -> dict[str, Any]:
     def mean(values: Tensor) -> dict[str, float]:
-        estimate = Estimate.of(values, num_particles)
-        return {"mean": estimate.mean, "stderr": estimate.stderr}
+        return Estimate.of(values, num_particles).to_json()
 
     def quantiles(values: Tensor) -> dict[str, float | None]:
         known = values[~values.isnan()]
@@ -196,41 +200,44 @@ def _summary(result: Importance, num_particles: int) -> dict[str, Any]:
 def describe_evaluation(entry: dict[str, Any]) -> list[str]:
     """The numbers of one evaluation, in words."""
     S, n = entry["num_particles"], entry["num_images"]
-    scale = [f"independent pixels (marginals of the training images) {_pm(entry['floor'])}"]
+    scale = [f"independent pixels (marginals of the training images) {plus_minus(entry['floor'])}"]
     if entry["binarization_entropy"] is not None:
         scale.append(f"no model expects above {-entry['binarization_entropy']:.2f}, the binarization's own entropy")
     measured = "" if entry["measure"] == "mass" else ", a density: never comparable with a mass"
     ll, elbo, rec, kl = (entry[key] for key in ("log_likelihood", "elbo", "reconstruction", "kl"))
     lines = [
-        f"log-likelihood {_pm(ll)} nats an image: the importance-weighted bound L_{S}, in expectation below log p(x)",
+        f"log-likelihood {plus_minus(ll)} nats an image: the importance-weighted bound L_{S}, "
+        "in expectation below log p(x)",
         f"  {entry['split']} split, {n:,} images, binarization {entry['binarization']}{measured}; "
         "± is the standard error over images",
         f"  for scale: {'; '.join(scale)}",
-        f"  ELBO (beta = 1) {_pm(elbo)} = reconstruction {_pm(rec)} - KL {_pm(kl)}",
+        f"  ELBO (beta = 1) {plus_minus(elbo)} = reconstruction {plus_minus(rec)} - KL {plus_minus(kl)}",
     ]
     if S == 1:
         return [*lines, "  one importance sample says nothing of its own error: take more"]
     k = entry["pareto_k"]["median"]
     fitted = "not estimated" if k is None else f"median {k:.2f}"
     lines.append(
-        f"  effective particles: median {_number(entry['ess']['median'], 1)} of {S:,}; Pareto k-hat: {fitted} "
+        f"  effective particles: median {number(entry['ess']['median'], 1)} of {S:,}; Pareto k-hat: {fitted} "
         "(above 0.7 is normal for a healthy VAE)"
     )
     seen = "see" if k is not None and k < _K_WITH_VARIANCE else "see, as a floor since k-hat is not below 0.5,"
     lines.append(
-        f"  delta method and jackknife {seen} a Monte Carlo error of {_number(entry['monte_carlo_stderr'], 3)} "
-        f"and {_number(entry['bias'], 3)} nats still lacking"
+        f"  delta method and jackknife {seen} a Monte Carlo error of {number(entry['monte_carlo_stderr'], 3)} "
+        f"and {number(entry['bias'], 3)} nats still lacking"
     )
-    lines.append(f"  ten times the particles, S = {S // 10:,} to {S:,}, gained {_number(entry['rise'], 3)} nats")
+    lines.append(f"  ten times the particles, S = {S // 10:,} to {S:,}, gained {number(entry['rise'], 3)} nats")
     return [
         *lines,
         f"  unreliable images (jackknife above {UNRELIABLE_BIAS} nats): {entry['unreliable_images']:,} of {n:,}",
     ]
 
 
-def _number(value: float | None, digits: int) -> str:
+def number(value: float | None, digits: int) -> str:
+    """Rounded; "unknown" for what is not known."""
     return "unknown" if value is None or math.isnan(value) else f"{value + 0.0:.{digits}f}"
 
 
-def _pm(estimate: dict[str, float]) -> str:
-    return f"{_number(estimate['mean'], 2)} ± {_number(estimate['stderr'], 2)}"  # unknown for one image
+def plus_minus(estimate: dict[str, float]) -> str:
+    """A mean ± its standard error, nats."""
+    return f"{number(estimate['mean'], 2)} ± {number(estimate['stderr'], 2)}"  # unknown for one image

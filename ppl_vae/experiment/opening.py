@@ -28,13 +28,14 @@ class Run(NamedTuple):
         return self.options.binarization
 
 
-def open_run(run_dir: str, *, dataset: str | None = None, data_dir: str | None = None) -> Run:
+def open_run(run_dir: str, *, dataset: str | None = None, data_dir: str | None = None, like: Run | None = None) -> Run:
     """A run with its data.
 
     Args:
         run_dir: the run's folder.
         dataset: where the run's own data file or folder is now, should it have moved.
         data_dir: where the folder of the named data sets is now, should it have moved.
+        like: a run that is open already, whose data is taken where both ask for the same.
 
     Raises:
         ValueError: no run, a damaged one, or other data than it was trained on.
@@ -42,7 +43,8 @@ def open_run(run_dir: str, *, dataset: str | None = None, data_dir: str | None =
     folder = Path(run_dir)
     options, seen = build.read_config(folder)
     options = replace(options, dataset=dataset or options.dataset, data_dir=data_dir or options.data_dir)
-    splits = build.splits(options)
+    same = like is not None and build.data_options(like.options) == build.data_options(options)
+    splits = like.splits if like is not None and same else build.splits(options)
     if splits.sha256 != seen["sha256"]:
         raise ValueError(
             f"{options.dataset}: expected the data that {folder} was trained on, got other bytes (its SHA-256 differs)"
@@ -51,4 +53,5 @@ def open_run(run_dir: str, *, dataset: str | None = None, data_dir: str | None =
         raise ValueError(
             f"{folder / runs.CONFIG}: damaged: event_shape {seen['event_shape']}, but the data has {splits.event_shape}"
         )
+    build.check_support(options, splits)
     return Run(folder, options, splits, from_python=build.is_from_python(folder))

@@ -39,7 +39,7 @@ def train(options: Options, run_dir: str | None, *, say: Say) -> Path:
     options = build.resolve(options, splits)
     if (options.warmup_epochs or 0) >= options.epochs:
         say(f"The warm-up of {options.warmup_epochs} epochs outlasts the training: beta never reaches {options.beta}.")
-    _check_support(options, splits)
+    build.check_support(options, splits)
     build.vae(options, splits.event_shape)  # what cannot be built, or does not fit into memory, leaves no folder
     folder = runs.new_run_dir(run_dir, dataset=options.dataset, likelihood=options.likelihood)
     runs.write_json(folder / runs.CONFIG, build.config(options, splits))
@@ -182,10 +182,11 @@ def _what_is_modelled(run: Run) -> list[str]:
         f"network {options.network} ({num_weights:,} weights), latents {options.latent_dim}, "
         f"binarization {options.binarization}, likelihood {options.likelihood} (a {likelihood.measure})"
     ]
-    if likelihood.measure == "density" and splits.kind == data.LEVELS:
+    if likelihood.measure == "density" and splits.kind in (data.LEVELS, data.BINARY):
+        pixels = "levels / 255" if splits.kind == data.LEVELS else "zeros and ones"
         lines.append(
-            "Pixels are levels / 255 here: a density of values on a grid has no upper bound, and its nats compare "
-            "only with densities of the same pixels."
+            f"Pixels are {pixels} here: a density of values on a grid has no upper bound, and its nats compare only "
+            "with densities of the same pixels."
         )
     return lines
 
@@ -196,21 +197,6 @@ def quiet_about_nan() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Encountered NaN")
         yield
-
-
-def _check_support(options: Options, splits: data.Splits) -> None:
-    """Refuses, before anything is written, data that the likelihood has no probability for."""
-    likelihood = build.likelihood(options, splits.event_shape)
-    if options.binarization != "none":
-        return  # zeros and ones are on the support of every likelihood that there is
-    for split in ("train", "validation", "test"):
-        pixels = data.probabilities(splits, split)
-        if not likelihood.support.check(pixels).all():
-            cure = "" if splits.kind == data.REAL else "; another --binarization makes them so"
-            raise ValueError(
-                f"--likelihood {options.likelihood}: expected pixels that are {likelihood.support_words}, "
-                f"got {splits.kind} in {split}{cure}"
-            )
 
 
 def _total_steps(run: Run) -> int:

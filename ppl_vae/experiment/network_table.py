@@ -1,0 +1,142 @@
+"""One table of networks: weights, seconds an epoch, and log p(x) after the same time of training."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ppl_vae import build, data, runs
+from ppl_vae.experiment.evaluation import is_evaluated
+from ppl_vae.experiment.opening import Say
+from ppl_vae.experiment.train import resume, train
+from ppl_vae.options import Options
+from ppl_vae.training import fit
+
+_CALIBRATION_STEPS = 40
+
+
+def compare_networks(
+    networks: Sequence[str], options: Options, *, minutes: float, run_dir: str, output: str | None, say: Say
+) -> list[dict[str, Any]]:
+    """Trains each network for about the same time, in run folders of their own; writes and says one table.
+
+    Epochs are planned from the measured time of a few steps, so that each training, with its validation, takes about
+    that long when nothing else runs. A table that was interrupted goes on; its finished runs are taken as they are.
+
+    Args:
+        networks: words of ``--network``.
+        options: all others; their network and epochs do not count.
+        minutes: of training, for each.
+        run_dir: the folder of the run folders.
+        output: a JSON file for the table, or None.
+
+    Returns:
+        The table's rows.
+
+    Raises:
+        ValueError: as ``train``, or a folder that holds a run with other options.
+    """
+    rows = []
+    for network in networks:
+        asked = replace(options, network=network)
+        folder = Path(run_dir) / network
+        if (folder / runs.CONFIG).exists():
+            _check_same(folder, asked)
+            resume(str(folder), epochs=None, say=say)
+        else:
+            seconds = seconds_an_epoch(asked)
+            epochs = max(1, math.floor(60 * minutes / seconds))
+            say(f"{network}: an epoch takes about {seconds:.2g} s, so {minutes:g} minutes are {epochs} of them.")
+            train(replace(asked, epochs=epochs), str(folder), say=say)
+        rows.append(row(folder, network))
+    if output is not None:
+        table = {"dataset": options.dataset, "minutes": minutes, "rows": rows}
+        runs.write_json(Path(output), table | {"environment": runs.environment(options.device)})
+    for line in describe(rows):
+        say(line)
+    return rows
+
+
+def _check_same(folder: Path, asked: Options) -> None:
+    """A run that is taken as it is must be what is asked for, but for its epochs."""
+    stored, _ = build.read_config(folder)
+    if asked.dataset not in data.DATASETS:
+        asked = replace(asked, dataset=str(Path(asked.dataset).resolve()))
+    planned = ("epochs", "data_dir")  # the one from a measured time, the other safe to differ: SHA-256 decides
+    resolved = [name for name in ("warmup_epochs", "binarization", "hidden") if getattr(asked, name) is None]
+    names = asdict(stored).keys() - {*planned, *resolved}
+    differ = sorted(name for name in names if getattr(stored, name) != getattr(asked, name))
+    if differ:
+        raise ValueError(
+            f"{folder}: expected a run with the options that are asked for, got others in {', '.join(differ)}; "
+            "name another --run-dir"
+        )
+
+
+def seconds_an_epoch(options: Options) -> float:
+    """What an epoch of training and validation takes here, from a few steps of a throw-away VAE."""
+    splits = build.splits(options)
+    options = build.resolve(options, splits)
+    assert options.binarization is not None
+    build.check_support(options, splits)
+    stored, observe = data.training_images(splits, options.binarization)
+    some = stored[: _CALIBRATION_STEPS * options.batch_size]
+    share = len(some) / len(stored)
+    validation = None
+    if len(splits.validation):
+        validation = data.evaluation_images(splits, "validation", options.binarization)
+        validation = validation[: max(1, round(share * len(validation)))]
+    with torch.random.fork_rng(devices=[]):
+        vae = build.vae(options, splits.event_shape).to(build.device(options.device))
+        ended: list[float] = []
+        fit(
+            vae,
+            some,
+            validation,
+            epochs=3,  # the first runs with Pyro's validation on, and warms up
+            observe=observe,
+            batch_size=options.batch_size,
+            learning_rate=1e-12,
+            on_epoch=lambda record: ended.append(time.perf_counter()),
+        )
+    return min(after - before for before, after in pairwise(ended)) / share
+
+
+def row(folder: Path, network: str) -> dict[str, Any]:
+    """A trained run's line of the table, from its files."""
+    assert is_evaluated(folder)
+    entry, metrics = runs.read_evaluations(folder)["test"], runs.read_metrics(folder)
+    weights, _ = runs.load_tensors(folder / runs.MODEL)
+    elbo = "validation_elbo_nats_per_image"
+    keys = ("split", "binarization", "num_images", "num_particles", "log_likelihood", "elbo", "kl", "rise", "floor")
+    return {
+        "network": network,
+        "weights": sum(w.numel() for w in weights.values()),
+        "epochs": metrics[-1]["epoch"],
+        "best_epoch": max(metrics, key=lambda record: record.get(elbo, record["step"]))["epoch"],
+        "seconds": metrics[-1]["seconds"],
+        "seconds_an_epoch": metrics[-1]["seconds"] / metrics[-1]["epoch"],
+        **{key: entry[key] for key in keys},
+    }
+
+
+def describe(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The table in words, a line a network."""
+    S = ", ".join(sorted({f"S = {row['num_particles']:,}" for row in rows}))
+    lines = [
+        f"{'network':15} {'weights':>10} {'s/epoch':>8} {'epochs':>6} {'best':>5} {'log p(x), ' + S:>20} {'ELBO':>8}"
+    ]
+    for found in rows:
+        nats = f"{found['log_likelihood']['mean']:.2f} ± {found['log_likelihood']['stderr']:.2f}"
+        lines.append(
+            f"{found['network']:15} {found['weights']:>10,} {found['seconds_an_epoch']:>8.1f} {found['epochs']:>6} "
+            f"{found['best_epoch']:>5} {nats:>20} {found['elbo']['mean']:>8.2f}"
+        )
+    return lines

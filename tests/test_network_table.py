@@ -1,0 +1,91 @@
+"""The table of networks: what it says is what its runs hold, and it takes no run that is another."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from ppl_vae import experiment, load, runs
+from ppl_vae.experiment import network_table
+from ppl_vae.options import Options
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "images.npy"
+    np.save(path, np.random.default_rng(0).integers(0, 2, (300, 6, 5), dtype=np.uint8))
+    return Options(
+        dataset=str(path), hidden=(5,), channels=(2,), latent_dim=2, images=20, evaluation_particles=10, batch_size=50
+    )
+
+
+def compare(options, folder, *, networks=("mlp", "conv"), **changes):
+    said = []
+    asked = {"minutes": 0.01, "run_dir": str(folder / "runs"), "output": str(folder / "table.json")} | changes
+    return experiment.compare_networks(networks, options, say=said.append, **asked), said
+
+
+@pytest.fixture(scope="module")
+def table(options, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("table")
+    rows, said = compare(options, folder)
+    return folder, rows, said
+
+
+def test_each_row_is_what_its_run_holds(table):
+    folder, rows, _ = table
+    for row, network in zip(rows, ("mlp", "conv"), strict=True):
+        run = folder / "runs" / network
+        assert row["network"] == network == runs.read_json(run / runs.CONFIG)["options"]["network"]
+        assert row["log_likelihood"] == runs.read_evaluations(run)["test"]["log_likelihood"]
+        assert row["weights"] == sum(w.numel() for w in load(run).parameters())
+        assert row["epochs"] == len(runs.read_metrics(run))
+
+
+def test_the_table_is_written_and_said(table):
+    folder, rows, said = table
+    assert json.loads((folder / "table.json").read_text())["rows"] == json.loads(json.dumps(rows))
+    assert all(any(line.startswith(row["network"]) and str(row["epochs"]) in line for line in said) for row in rows)
+
+
+@pytest.mark.parametrize(("seconds", "epochs"), [(0.2, 3), (0.31, 1), (50.0, 1)])
+def test_epochs_fill_the_minutes_that_were_asked_for(options, tmp_path, monkeypatch, seconds, epochs):
+    monkeypatch.setattr(network_table, "seconds_an_epoch", lambda options: seconds)
+    rows, _ = compare(options, tmp_path, networks=("mlp",), minutes=0.01)
+    assert rows[0]["epochs"] == epochs
+
+
+def test_an_epochs_time_is_that_of_all_its_images(options, monkeypatch):
+    """A clock that ticks a second at every reading: a few steps are scaled up to the whole training set."""
+    ticks = itertools.count()
+    monkeypatch.setattr(network_table.time, "perf_counter", lambda: float(next(ticks)))
+    monkeypatch.setattr(network_table, "_CALIBRATION_STEPS", 2)
+    num_train, num_timed = 240, 2 * options.batch_size
+    assert network_table.seconds_an_epoch(options) == pytest.approx(num_train / num_timed)
+
+
+def test_a_table_that_is_asked_for_again_takes_its_runs_as_they_are(table, options):
+    folder, rows, _ = table
+    before = {path: path.read_bytes() for path in (folder / "runs").rglob("*.safetensors")}
+    again, said = compare(options, folder)
+    assert again == rows
+    assert sum("is finished" in line for line in said) == 2
+    assert {path: path.read_bytes() for path in (folder / "runs").rglob("*.safetensors")} == before
+
+
+@pytest.mark.parametrize("name", ["images", "latent_dim", "evaluation_particles"])
+def test_a_folder_with_other_options_is_refused(table, options, name):
+    folder, _, _ = table
+    with pytest.raises(ValueError, match=f"expected a run with the options that are asked for, got others in {name};"):
+        compare(replace(options, **{name: 3}), folder)
+
+
+def test_a_folder_of_another_data_set_is_refused(table, options, tmp_path):
+    folder, _, _ = table
+    np.save(tmp_path / "other.npy", np.random.default_rng(1).integers(0, 2, (300, 6, 5), dtype=np.uint8))
+    with pytest.raises(ValueError, match="got others in dataset;"):
+        compare(replace(options, dataset=str(tmp_path / "other.npy")), folder)

@@ -52,7 +52,7 @@ def test_the_table_is_written_and_said(table):
     assert all(any(line.startswith(row["network"]) and str(row["epochs"]) in line for line in said) for row in rows)
 
 
-@pytest.mark.parametrize(("seconds", "epochs"), [(0.2, 3), (0.31, 1), (50.0, 1)])
+@pytest.mark.parametrize(("seconds", "epochs"), [(0.19, 3), (0.31, 1), (50.0, 1)])
 def test_epochs_fill_the_minutes_that_were_asked_for(options, tmp_path, monkeypatch, seconds, epochs):
     monkeypatch.setattr(network_table, "seconds_an_epoch", lambda options: seconds)
     rows, _ = compare(options, tmp_path, networks=("mlp",), minutes=0.01)

@@ -15,6 +15,7 @@ from torch.distributions import constraints
 
 from ppl_vae import data, likelihoods, networks, objectives, posteriors, priors, runs
 from ppl_vae.conditional import Conditional
+from ppl_vae.numerics import location_and_spread
 from ppl_vae.options import Options, default_hidden, default_warmup, from_json, to_json
 from ppl_vae.vae import VAE
 
@@ -113,6 +114,9 @@ def splits(options: Options) -> data.Splits:
     return data.load(**data_options(options))
 
 
+_LEAST_SPREAD = 1e-15  # of real pixels: a density squares deviations and scales, in float32
+
+
 def check_support(options: Options, seen: data.Splits) -> None:
     """Refuses data that the likelihood has no probability for, as the options (resolved) bring it to the model.
 
@@ -135,18 +139,27 @@ def check_support(options: Options, seen: data.Splits) -> None:
             raise ValueError(
                 f"{word}: expected pixels that are {family.support_words}, got {seen.kind} in {split}{cure}"
             )
-    if family.measure == "density" and bool((seen.train == seen.train[:1]).all()):
-        raise ValueError(f"{word}: expected training images that differ, got {len(seen.train):,} of one image")
+    if family.measure == "density":
+        _, spread = location_and_spread(data.probabilities(seen, "train"))
+        if spread == 0:
+            raise ValueError(f"{word}: expected training images that differ, got {len(seen.train):,} of one image")
+        if not _LEAST_SPREAD <= spread <= 1 / _LEAST_SPREAD:
+            raise ValueError(
+                f"{word}: expected pixels that spread by {_LEAST_SPREAD:g} to {1 / _LEAST_SPREAD:g}, got "
+                f"{float(spread):.3g}; in another unit their squares can be computed in single precision"
+            )
 
 
 def resolve(options: Options, seen: data.Splits) -> Options:
     """The options with every default that depends on others or on the data decided, and with absolute paths.
 
     Raises:
-        ValueError: a binarization that the data cannot have.
+        ValueError: a binarization that the data or the protocol cannot have.
     """
     binary = LIKELIHOODS[options.likelihood].support is constraints.boolean  # type: ignore[attr-defined]
     found = data.resolve_binarization(seen, options.binarization, default="dynamic" if binary else "none")
+    if options.protocol == "iwae" and found != "dynamic":
+        raise ValueError(f"--protocol iwae: expected --binarization dynamic, which it is a protocol of, got {found}")
     warmup = default_warmup(options.epochs) if options.warmup_epochs is None else options.warmup_epochs
     named = options.dataset in data.DATASETS
     return replace(

@@ -88,9 +88,10 @@ class TrainingState:
             for index, (name, parameter) in enumerate(self.vae.named_parameters()):
                 if name not in scalars["trained"]:  # it never had a gradient, so Adam holds nothing of it
                     continue
-                moments[index] = {key: tensors[f"adam/{name}/{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-                if moments[index]["exp_avg"].shape != parameter.shape:
-                    raise ValueError(f"damaged: the optimizer's moments of {name} have the wrong shape")
+                moments[index] = {"step": tensors[f"adam/{name}/step"]} | {
+                    key: _laid_out_as(parameter, tensors[f"adam/{name}/{key}"], f"the optimizer's moments of {name}")
+                    for key in ("exp_avg", "exp_avg_sq")
+                }
             groups = self.optimizer.state_dict()["param_groups"]
             self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
             torch.set_rng_state(tensors["rng/torch"])
@@ -105,6 +106,13 @@ class TrainingState:
             raise ValueError(f"damaged: no {error} in it") from None
         except (RuntimeError, TypeError) as error:
             raise ValueError(f"damaged: {str(error).splitlines()[-1].strip()}") from None
+
+
+def _laid_out_as(parameter: Tensor, tensor: Tensor, words: str) -> Tensor:
+    """A copy with the parameter's strides: fused Adam takes its moments place by place, whatever their layout says."""
+    if tensor.shape != parameter.shape:
+        raise ValueError(f"damaged: {words} have the wrong shape")
+    return torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

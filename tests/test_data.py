@@ -944,3 +944,10 @@ def test_what_is_for_folders_is_refused_elsewhere(dataset: str, argument: dict) 
 def test_a_word_of_no_meaning_is_refused(argument: str) -> None:
     with pytest.raises(ValueError, match=f"{argument}: expected one of .*, got 'sepia'"):
         data.load("mnist", **{argument: "sepia"})
+
+
+def test_values_that_single_precision_cannot_tell_apart_are_refused(tmp_path: Path) -> None:
+    far = 1e6 + 0.05 * np.random.default_rng(0).normal(size=(40, 3))
+    with pytest.raises(ValueError, match=r"expected values that single precision can tell apart, got float64 around"):
+        own(tmp_path, far)
+    assert own(tmp_path, far - 1e6).kind == data.REAL

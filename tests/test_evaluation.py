@@ -143,6 +143,33 @@ def test_one_image_again_and_again_has_no_density_and_leaves_nothing(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("unit", [1e25, 1e-25])
+def test_pixels_whose_squares_float32_cannot_hold_are_refused_and_leave_nothing(tmp_path, unit):
+    pixels = (unit * np.random.default_rng(0).normal(size=(100, 4))).astype(np.float32)
+    options = replace(SMALL, dataset=str(table(tmp_path, pixels)), likelihood="normal")
+    with pytest.raises(ValueError, match="--likelihood normal: expected pixels that spread by 1e-15 to 1e"):
+        experiment.train(options, str(tmp_path / "run"), say=print)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("binarization", ["fixed", "threshold", "none"])
+def test_the_iwae_protocol_is_one_of_dynamic_binarization(binarization):
+    with pytest.raises(ValueError, match=f"--protocol iwae: expected --binarization dynamic, .*, got {binarization}"):
+        build.resolve(Options(protocol="iwae", binarization=binarization), data.load("mnist", protocol="iwae"))
+
+
+@pytest.mark.parametrize(
+    ("split", "binarization", "known"), [("train", "fixed", False), ("train", "dynamic", True), ("test", "fixed", True)]
+)
+def test_a_draw_that_training_saw_sets_no_ceiling(split, binarization, known):
+    levels = torch.arange(256, dtype=torch.uint8).reshape(16, 1, 4, 4)
+    splits = data.Splits("gray", data.LEVELS, levels, levels, levels, sha256="", split="")
+    run = Run(Path(), replace(Options(), binarization=binarization), splits)
+    x = data.evaluation_images(splits, split, binarization)
+    found = floor_and_entropy(run, split, x, torch.arange(16))["binarization_entropy"]
+    assert (found is not None) == known
+
+
 # --- The numbers of each image ---
 
 

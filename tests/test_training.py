@@ -13,10 +13,11 @@ from pyro import poutine
 from pyro.infer import TraceMeanField_ELBO
 from torch import nn
 
-from ppl_vae import VAE, Conditional, data, fit, objectives
+from ppl_vae import VAE, Conditional, build, data, fit, objectives, runs
 from ppl_vae.evidence import NotFinite, log_evidence
 from ppl_vae.likelihoods import Bernoulli
 from ppl_vae.networks import MLP
+from ppl_vae.options import Options
 from ppl_vae.posteriors import DiagonalNormal
 from ppl_vae.priors import StandardNormal
 from ppl_vae.training import TrainingState, cosine, warmup
@@ -316,6 +317,29 @@ def test_a_run_resumed_from_any_step_ends_bit_for_bit_where_the_undisturbed_one_
         assert {k: v for k, v in numbers.items() if k != "seconds"} == {
             k: v for k, v in scalars.items() if k != "seconds"
         }
+
+
+@pytest.mark.parametrize("network", ["conv", "gated-residual"])
+@pytest.mark.parametrize("likelihood", ["bernoulli", "normal"])
+def test_a_convolutional_run_resumes_bit_for_bit_from_what_a_file_holds_of_it(network, likelihood, tmp_path):
+    """Weights of convolutions are laid out in memory otherwise than in a file, and Adam's moments must be as they are."""
+    options = Options(network=network, likelihood=likelihood, channels=(2, 3), hidden=(4,), latent_dim=2)
+
+    def built(seed):
+        torch.manual_seed(seed)
+        return build.vae(options, (1, 6, 5))
+
+    def keep(state):
+        runs.save_tensors(tmp_path / str(state.step), *state.to_tensors())
+
+    images = torch.bernoulli(torch.full((40, 1, 6, 5), 0.5))
+    asked = {"epochs": 4, "batch_size": 10, "learning_rate": 0.01}
+    end = fit(built(0), images, on_checkpoint=keep, checkpoint_seconds=0.0, **asked)
+    final, _ = end.to_tensors()
+    for step in (1, 7, 13):
+        saved = runs.load_tensors(tmp_path / str(step))
+        tensors, _ = fit(built(99), images, saved=saved, **asked).to_tensors()
+        assert all(torch.equal(tensors[name], final[name]) for name in final), step
 
 
 def test_a_parameter_that_never_has_a_gradient_does_not_stand_in_the_way_of_resuming():

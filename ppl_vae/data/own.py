@@ -18,6 +18,9 @@ _IMAGES, _LABELS = ("{}", "x_{}", "{}_images"), ("{}_labels", "y_{}")
 LABELS_ALONE = ("labels", "y")
 
 
+_MOST_ROUNDING = 0.01  # of the spread of real values
+
+
 def own_arrays(path: Path) -> Splits:
     """The splits of an .npz or .npy file: (N, D), (N, H, W) or (N, H, W, C), C = 1 or 3.
 
@@ -148,6 +151,18 @@ def _finite(array: np.ndarray) -> bool:
     return bool((np.abs(array) <= np.finfo(np.float32).max).all())
 
 
+def _check_precision(path: Path, split: str, array: np.ndarray) -> None:
+    """Refuses values that float32, in which they are stored, cannot tell apart: a density would be of a grid."""
+    rounding = float(np.abs(array.astype(np.float32).astype(np.float64) - array).max())
+    spread = float(array.std(dtype=np.float64))
+    if rounding > _MOST_ROUNDING * spread > 0:
+        raise ValueError(
+            f"{path}: expected values that single precision can tell apart, got {array.dtype} around "
+            f"{float(array.mean(dtype=np.float64)):.7g} with a spread of {spread:.2g} in {split}; "
+            "subtract the mean first"
+        )
+
+
 def _images(path: Path, split: str, array: np.ndarray, kind: str) -> Tensor:
     """One split as (N, D) or (N, C, H, W), its values checked against the kind of the training split."""
     on_kind = {
@@ -158,6 +173,8 @@ def _images(path: Path, split: str, array: np.ndarray, kind: str) -> Tensor:
     }
     if not on_kind[kind]():
         raise ValueError(f"{path}: expected {kind} in {split} as in train, got other values (dtype {array.dtype})")
+    if kind == REAL:
+        _check_precision(path, split, array)
     if array.ndim == 3:
         array = array[:, None]
     elif array.ndim == 4 and array.shape[3] in (1, 3):

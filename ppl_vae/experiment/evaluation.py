@@ -154,15 +154,16 @@ def floor_and_entropy(run: Run, split: str, x: Tensor, index: Tensor) -> dict[st
 
     "floor" is log prod_d p(x_d) of the likelihood's own family with each pixel's marginal fitted to the training
     images: a model that does not pass it has learned nothing of how pixels go together. "binarization_entropy" is the
-    mean entropy of what was drawn to binarize these images, None where nothing was: no model of them, which is a mass,
-    gets above minus it in expectation.
+    mean entropy of what was drawn to binarize these images: no model that has not seen the draw gets above minus it in
+    expectation. None where nothing was drawn, or where training saw the draw.
     """
     options, splits = run.options, run.splits
     likelihood = build.likelihood(options, splits.event_shape)
     with torch.no_grad():
         marginals = likelihood(likelihood.fit_marginals(data.expected_images(splits, run.binarization)))
         floor = Estimate.of(marginals.log_prob(x), 1).to_json()
-    entropy = data.binarization_entropy(splits, split, run.binarization)
+    seen = split == "train" and run.binarization == "fixed"
+    entropy = None if seen else data.binarization_entropy(splits, split, run.binarization)
     return {
         "floor": floor,
         "binarization_entropy": None if entropy is None else float(entropy[index].mean()),

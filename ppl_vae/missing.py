@@ -78,8 +78,10 @@ class Particles(NamedTuple):
 class Observed(nn.Module):
     """p(x_observed, z) = p(z) prod_{d observed} p(x_d | z), with a guide for what the encoder has never seen: holes.
 
-    ``model`` and ``guide`` go wherever a VAE's do: ``log_evidence(observed.model, observed.guide, x, ...)`` bounds
-    log p(x_observed). The guide is a mixture of what the encoder says of K fillings of an image, and of the prior,
+    ``model`` and ``guide`` are for evaluation: ``log_evidence(observed.model, observed.guide, x, ...)`` bounds
+    log p(x_observed). They are not to train with: the guide is a mixture without reparametrized draws, so ``fit`` would
+    take score-function gradients, of high variance, and none through the fillings. It is one of what the encoder says
+    of K fillings of an image, and of the prior,
 
         q(z | x_observed) = (1 - a) (1/K) sum_k q(z | x_observed, x_missing^k) + a p(z),
 
@@ -99,7 +101,8 @@ class Observed(nn.Module):
     Args:
         vae: a VAE whose likelihood's pixels are independent given z (``to_event`` over the whole image).
         rounds: of refilling, at least 1.
-        num_fillings: K. A pass of the guide holds K fillings of each image.
+        num_fillings: K. Each pass of the guide computes them anew for each of its images, and holds them all: where the
+            particles of an image take several passes, so do its fillings.
         prior_share: a, above 0 and below 1.
 
     Raises:

@@ -18,9 +18,10 @@ from matplotlib.image import imread
 from oracles import LinearGaussian
 from scipy import stats
 
-from ppl_vae import experiment, plots, runs
+from ppl_vae import build, data, experiment, plots, runs
 from ppl_vae.evidence import Importance, evaluate
 from ppl_vae.experiment import comparison
+from ppl_vae.experiment.opening import open_run
 from ppl_vae.experiment.paired import bound_difference, paired_difference, student_t_quantile
 from ppl_vae.options import Options
 
@@ -441,11 +442,50 @@ def test_a_bound_that_is_not_finite_is_refused_by_the_name_of_its_run(folders, t
     monkeypatch.setattr(comparison, "evaluate", lambda *arguments, **options: next(results))
     with pytest.raises(ValueError, match="b: expected a finite bound for every image, got 2 that are not"):
         _compare(folders, ["a", "b"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
-def test_training_on_dynamic_or_fixed_draws_leaves_one_test_set(folders, tmp_path):
-    entry, _ = _compare(folders, ["dynamic", "fixed"], tmp_path / "out")
-    assert (entry["num_images"], len(entry["comparisons"])) == (30, 1)
+def test_training_on_dynamic_or_fixed_draws_leaves_one_test_set(folders, tmp_path, monkeypatch):
+    """What each run was itself evaluated on, and what both are compared on, is the published draw: by numpy alone."""
+    opened = {name: open_run(str(folders[name])) for name in ("dynamic", "fixed")}
+    splits, stream = opened["fixed"].splits, np.random.RandomState(777)
+    stream.binomial(1, splits.validation.numpy())
+    expected = torch.from_numpy(stream.binomial(1, splits.test.numpy())).float()
+    for name, run in opened.items():
+        assert torch.equal(data.evaluation_images(run.splits, "test", name), expected)
+    seen = []
+
+    def evaluated(vae, x, **options):
+        seen.append(x)
+        return evaluate(vae, x, **options)
+
+    monkeypatch.setattr(comparison, "evaluate", evaluated)
+    entry, _ = _compare(folders, ["dynamic", "fixed"], tmp_path / "out", images=None, num_particles=7)
+    assert [torch.equal(x, expected) for x in seen] == [True, True]
+    assert entry["num_images"] == len(splits.test)
+
+
+def test_each_run_is_stored_with_its_own_binarization(folders, tmp_path):
+    entry, said = _compare(folders, ["fixed", "dynamic"], tmp_path / "out")
+    assert [run["binarization"] for run in entry["runs"]] == ["fixed", "dynamic"]
+    assert entry["binarization"] == "dynamic or fixed"
+    assert "binarization dynamic or fixed, S = 20" in said
+
+
+def test_the_data_is_read_and_drawn_once_for_runs_on_the_same(folders, tmp_path, monkeypatch):
+    read, drawn = [], []
+
+    def counted(calls, function):
+        def call(*arguments, **options):
+            calls.append(arguments)
+            return function(*arguments, **options)
+
+        return call
+
+    monkeypatch.setattr(build, "splits", counted(read, build.splits))
+    monkeypatch.setattr(data, "evaluation_images", counted(drawn, data.evaluation_images))
+    _compare(folders, ["a", "b", "wide"], tmp_path / "out")
+    assert (len(read), len(drawn)) == (1, 1)
 
 
 # --- What is refused, before any evaluation ---
@@ -502,6 +542,19 @@ def test_other_protocols_are_refused(folders, tmp_path, monkeypatch):
         folders, tmp_path, monkeypatch, lambda run: run._replace(splits=replace(run.splits, protocol="iwae"))
     )
     assert said.startswith("protocol: expected one for all runs, got vampprior in ")
+
+
+@pytest.mark.usefixtures("no_evaluation")
+def test_under_the_iwae_protocol_dynamic_and_fixed_draws_are_two_test_sets(folders, tmp_path, monkeypatch):
+    opened = comparison.open_run
+
+    def under_iwae(run_dir, **options):
+        run = opened(run_dir, **options)
+        return run._replace(splits=replace(run.splits, protocol="iwae"))
+
+    monkeypatch.setattr(comparison, "open_run", under_iwae)
+    with pytest.raises(ValueError, match=r"binarization: expected one for all runs, got dynamic in .* and fixed in .*"):
+        _compare(folders, ["dynamic", "fixed"], tmp_path / "out")
 
 
 @pytest.mark.usefixtures("no_evaluation")
@@ -568,7 +621,7 @@ def test_without_an_output_the_script_makes_a_folder_of_its_own_each_time(folder
         _run_script(monkeypatch, folders["a"], folders["b"], "--num-particles", 20, "--images", 30)
     made = list((tmp_path / "runs").iterdir())
     assert len(made) == 2
-    assert all(folder.name.startswith("compare-") and (folder / "comparison.json").exists() for folder in made)
+    assert all(folder.name.startswith("compare-table-") and (folder / "comparison.json").exists() for folder in made)
 
 
 def test_the_script_ends_a_refusal_in_one_line(folders, monkeypatch, capsys):

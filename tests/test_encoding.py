@@ -12,6 +12,8 @@ import torch
 from small_run import SMALL, bars, save_bars, train_small
 
 from ppl_vae import experiment, load, runs
+from ppl_vae.evidence import NotFinite
+from ppl_vae.experiment import encoding
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +149,60 @@ def test_the_runs_own_folder_is_named_after_the_images(encode, folder, tmp_path)
     encode(tmp_path / "mine.npy", output=None)
     names = sorted(path.name for path in (folder / "encodings" / "mine").iterdir())
     assert names == ["encoded.json", "encoded.npz", "latents.png"]
+
+
+def test_the_path_of_the_images_is_written_as_an_absolute_one(encode, tmp_path, monkeypatch):
+    np.save(tmp_path / "mine.npy", bars(5)[0])
+    monkeypatch.chdir(tmp_path)
+    assert encode("mine.npy")[1]["images"] == str(tmp_path / "mine.npy")
+
+
+def test_what_is_replaced_is_said_by_the_path_that_it_was_made_of(encode, tmp_path):
+    """Two files of one stem share their folder."""
+    said = []
+    for number, place in enumerate(("a", "b")):
+        (tmp_path / place).mkdir()
+        np.save(tmp_path / place / "same.npy", bars(5, seed=number)[0])
+        said.append(encode(tmp_path / place / "same.npy", output=None)[2])
+    assert not any("Replaces" in line for line in said[0])
+    (line,) = [line for line in said[1] if "Replaces" in line]
+    assert line.endswith(f"same, of {tmp_path / 'a' / 'same.npy'}.")
+
+
+def test_results_of_which_the_record_is_damaged_are_replaced(encode, folder, tmp_path):
+    np.save(tmp_path / "torn.npy", bars(5)[0])
+    encode(tmp_path / "torn.npy", output=None)
+    (folder / "encodings" / "torn" / "encoded.json").write_text("{")
+    said = encode(tmp_path / "torn.npy", output=None)[2]
+    assert any("Replaces" in line and "not known" in line for line in said)
+
+
+def test_no_record_stands_beside_the_files_of_other_images(encode, folder, tmp_path, monkeypatch):
+    """A second encoding ends between its files: encoded.json, which says what they are of, is gone."""
+
+    def fails(path, figure):
+        raise OSError("disk full")
+
+    np.save(tmp_path / "half.npy", bars(5)[0])
+    encode(tmp_path / "half.npy", output=None)
+    monkeypatch.setattr(encoding, "write_figure", fails)
+    with pytest.raises(OSError, match="disk full"):
+        encode(tmp_path / "half.npy", output=None, images=3)
+    assert {path.name for path in (folder / "encodings" / "half").iterdir()} == {"encoded.npz", "latents.png"}
+
+
+def test_results_of_before_stay_where_the_work_on_others_fails(encode, folder, tmp_path, monkeypatch):
+    def fails(*arguments, **options):
+        raise NotFinite("log-weights")
+
+    np.save(tmp_path / "kept.npy", bars(5)[0])
+    encode(tmp_path / "kept.npy", output=None)
+    place = folder / "encodings" / "kept"
+    before = {path.name: path.read_bytes() for path in place.iterdir()}
+    monkeypatch.setattr(encoding, "evaluate", fails)
+    with pytest.raises(NotFinite, match="log-weights"):
+        encode(tmp_path / "kept.npy", output=None)
+    assert {path.name: path.read_bytes() for path in place.iterdir()} == before
 
 
 def test_encoding_leaves_the_random_state_and_the_run(encode, folder):

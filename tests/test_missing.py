@@ -111,7 +111,7 @@ def test_an_image_without_holes_keeps_its_guide_beside_one_with_holes():
     vae = bernoulli_vae(latent_dim=2)
     x = binary_images(2)
     x[1, :5] = NAN
-    z = torch.randn(40, 2, 2, dtype=torch.double)
+    z = torch.randn(40, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.double)
     log_q = Observed(vae).posterior(x).log_prob(z)[:, 0]
     torch.testing.assert_close(log_q, vae.posterior(x[0]).log_prob(z[:, 0]))
 
@@ -148,7 +148,7 @@ def test_missing_pixels_of_an_image_with_channels_leave_the_sum():
 def test_gradients_of_the_masked_likelihood_are_those_of_the_observed_pixels():
     vae = bernoulli_vae(latent_dim=2)
     x = with_holes(binary_images(3))
-    z = torch.randn(3, 2, dtype=torch.double)
+    z = torch.randn(3, 2, generator=torch.Generator().manual_seed(0), dtype=torch.double)
     trace = poutine.trace(poutine.condition(Observed(vae).model, data={"z": z})).get_trace(x)
     weights = list(vae.likelihood.parameters())
     gradients = torch.autograd.grad(trace.nodes["x"]["fn"].log_prob(trace.nodes["x"]["value"]).sum(), weights)
@@ -200,7 +200,8 @@ def test_no_weight_exceeds_the_likelihood_over_the_priors_share():
 
 
 def test_the_guide_is_a_function_of_the_image_alone():
-    x, z = with_holes(binary_images(4)), torch.randn(30, 4, 2, dtype=torch.double)
+    x = with_holes(binary_images(4))
+    z = torch.randn(30, 4, 2, generator=torch.Generator().manual_seed(0), dtype=torch.double)
     observed = Observed(bernoulli_vae(latent_dim=2))
     together = observed.posterior(x).log_prob(z)
     torch.manual_seed(7)

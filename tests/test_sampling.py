@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -13,8 +14,8 @@ from PIL import Image
 from small_run import SMALL, bars, save_bars, train_small
 from torch.testing import assert_close
 
-from ppl_vae import experiment, load
-from ppl_vae.experiment import sampling
+from ppl_vae import VAE, experiment, load
+from ppl_vae.experiment import outputs, sampling
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +65,22 @@ def test_the_mean_is_that_of_its_own_latent(monkeypatch):
     assert 0.5 < residual.std() < 1.5
 
 
+def test_no_distribution_outlives_its_pass(monkeypatch):
+    """Each holds its logits, as large as an image: kept to the end, they would take as much memory as the results."""
+    monkeypatch.setattr(sampling, "particles_a_pass", lambda x: 4)
+    vae, made, alive = LinearGaussian.random().vae(), [], []
+    decode = vae.likelihood
+
+    def likelihood(z):
+        alive.append(sum(each() is not None for each in made))
+        made.append(weakref.ref(decoded := decode(z)))
+        return decoded
+
+    sampling.sample(VAE(vae.prior, likelihood, vae.posterior), 40)
+    assert len(alive) == 11
+    assert max(alive) <= 1
+
+
 def test_latents_are_standard_normal(sample):
     z = arrays(sample(num_samples=5000)[0])["z"]
     assert z.shape == (5000, 2)
@@ -97,6 +114,23 @@ def test_a_picture_in_color_keeps_its_channels(tmp_path):
     sampling._write_pictures(tmp_path / "images", np.array([[[[10]], [[20]], [[30]]]], dtype=np.uint8))
     with Image.open(tmp_path / "images" / "0000.png") as picture:
         assert (picture.mode, picture.getpixel((0, 0))) == ("RGB", (10, 20, 30))
+
+
+def test_a_picture_that_cannot_be_put_in_its_place_leaves_nothing(tmp_path):
+    (tmp_path / "0000.png").mkdir()
+    with pytest.raises(OSError, match="directory"):
+        outputs.write_picture(tmp_path / "0000.png", np.zeros((1, 2, 2), dtype=np.uint8))
+    assert [path.name for path in tmp_path.iterdir()] == ["0000.png"]
+
+
+def test_a_failure_leaves_no_empty_folder(sample, tmp_path, monkeypatch):
+    def fails(vae, num_samples):
+        raise MemoryError("too many samples")
+
+    monkeypatch.setattr(sampling, "sample", fails)
+    with pytest.raises(MemoryError, match="too many samples"):
+        sample()
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_same_seed_draws_the_same(sample, tmp_path):

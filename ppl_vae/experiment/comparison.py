@@ -15,9 +15,9 @@ from tqdm import tqdm
 
 from ppl_vae import build, data, plots, runs
 from ppl_vae.evidence import Estimate, Importance, evaluate, seeded
-from ppl_vae.experiment.evaluation import read_per_image
+from ppl_vae.experiment.evaluation import plus_minus, read_per_image
 from ppl_vae.experiment.opening import Run, Say, open_run
-from ppl_vae.experiment.outputs import output_folder, write_figure
+from ppl_vae.experiment.outputs import output_folder, removed_if_empty, write_figure
 from ppl_vae.experiment.paired import CONFIDENCE, INDISTINCT, SEED_NATS, BoundDifference, bound_difference
 from ppl_vae.vae import VAE
 
@@ -82,7 +82,7 @@ def compare_runs(
             protocol, binarization, images or measure. All of that is found before any evaluation.
     """
     _check_asked(run_dirs, images)
-    opened = [open_run(run_dir, dataset=dataset, data_dir=data_dir) for run_dir in run_dirs]
+    opened = _opened(run_dirs, dataset, data_dir)
     _check_one_scale(opened)
     asked = Asked(split, *_same_images(opened, split, images, seed), num_particles, seed)
     entrants = [
@@ -91,28 +91,22 @@ def compare_runs(
     ]
     stored, place = _stored(opened, asked), build.device(device)
     folder = _output_folder(output, opened[0].splits.name)
-    started = time.monotonic()
-    results = stored or [_evaluated(entrant, asked, place) for entrant in entrants]
-    _check_finite(entrants, results)
-    differences = [bound_difference(results[0], result, comparisons=len(results) - 1) for result in results[1:]]
-    noises = [_noise(entrant.vae, asked.x) for entrant in entrants]
-    entry = {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        **_conditions(opened[0], asked),
-        "stored_evaluations": stored is not None,
-        "same_noise": all(noise == noises[0] for noise in noises),
-        "runs": [_run_entry(*pair, num_particles) for pair in zip(entrants, results, strict=True)],
-        "comparisons": [
-            _comparison_entry(entrants[0].name, entrant.name, found)
-            for entrant, found in zip(entrants[1:], differences, strict=True)
-        ],
-        "seconds": time.monotonic() - started,
-    }
-    _write(folder, entry, asked.places, {e.name: r.log_evidence for e, r in zip(entrants, results, strict=True)})
+    with removed_if_empty(folder):
+        started = time.monotonic()
+        results = stored or [_evaluated(entrant, asked, place) for entrant in entrants]
+        _check_finite(entrants, results)
+        entry = _entry(entrants, results, asked, stored=stored is not None) | {"seconds": time.monotonic() - started}
+        _write(folder, entry, asked.places, {e.name: r.log_evidence for e, r in zip(entrants, results, strict=True)})
     for line in describe_comparison(entry):
         say(line)
     say(f"Written to {folder}: {COMPARISON}, {FIGURE}, {PER_IMAGE}")
     return entry
+
+
+def _opened(run_dirs: Sequence[str], dataset: str | None, data_dir: str | None) -> list[Run]:
+    """The runs, with the first one's data where they ask for the same: it is read once."""
+    first = open_run(run_dirs[0], dataset=dataset, data_dir=data_dir)
+    return [first, *(open_run(path, dataset=dataset, data_dir=data_dir, like=first) for path in run_dirs[1:])]
 
 
 # --- What is refused ---
@@ -135,12 +129,13 @@ def _scale(run: Run) -> dict[str, str]:
     """What must be the same for two runs, so that their nats are on one scale: its name, and its value in words."""
     splits = run.splits
     pixels = splits.kind if run.binarization == "none" else data.BINARY
-    drawn = run.binarization in ("dynamic", "fixed")  # which differ in training only: both are evaluated on one draw
+    # Under the vampprior protocol they differ in training only: both are evaluated on one draw.
+    one_draw = run.binarization in ("dynamic", "fixed") and splits.protocol == "vampprior"
     return {
         "data": f"SHA-256 {splits.sha256}",
         "shape of an image": "x".join(map(str, splits.event_shape)),
         "protocol": splits.protocol,
-        "binarization": "dynamic or fixed" if drawn else run.binarization,
+        "binarization": "dynamic or fixed" if one_draw else run.binarization,
         "scale": f"the {build.likelihood(run.options, splits.event_shape).measure} of {pixels} pixels",
     }
 
@@ -157,11 +152,14 @@ def _check_one_scale(opened: Sequence[Run]) -> None:
 
 def _same_images(opened: Sequence[Run], split: str, images: int | None, seed: int) -> tuple[Tensor, Tensor]:
     """Places in the split (n,) and the images (n, *E). What every run would see is compared pixel by pixel."""
-    x = data.evaluation_images(opened[0].splits, split, opened[0].binarization, seed=seed)
+    first = opened[0]
+    x = data.evaluation_images(first.splits, split, first.binarization, seed=seed)
     for run in opened[1:]:
+        if run.splits is first.splits and run.binarization == first.binarization:
+            continue
         if not torch.equal(x, data.evaluation_images(run.splits, split, run.binarization, seed=seed)):
             raise ValueError(
-                f"{split} images: expected the same in all runs, got others in {opened[0].folder} and {run.folder}; "
+                f"{split} images: expected the same in all runs, got others in {first.folder} and {run.folder}; "
                 "were they brought to their size or color in another way?"
             )
     places = data.subset(len(x), images)
@@ -180,7 +178,7 @@ def _check_finite(entrants: Sequence[Entrant], results: Sequence[Importance]) ->
 def _output_folder(output: str | None, dataset: str) -> Path:
     """The result's folder, made now: a place that cannot be written to is found before the work."""
     if output is None:
-        return runs.new_run_dir(None, dataset="compare", likelihood=Path(dataset).stem)
+        return runs.new_folder(f"compare-{Path(dataset).stem}")
     return output_folder(output, Path(output))
 
 
@@ -230,12 +228,31 @@ def _noise(vae: VAE, x: Tensor) -> list[tuple[str, tuple[int, ...]]]:
 # --- What is written ---
 
 
-def _conditions(run: Run, asked: Asked) -> dict[str, Any]:
+def _entry(entrants: Sequence[Entrant], results: Sequence[Importance], asked: Asked, *, stored: bool) -> dict[str, Any]:
+    """What comparison.json holds, but for the seconds."""
+    differences = [bound_difference(results[0], result, comparisons=len(results) - 1) for result in results[1:]]
+    noises = [_noise(entrant.vae, asked.x) for entrant in entrants]
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        **_conditions([entrant.run for entrant in entrants], asked),
+        "stored_evaluations": stored,
+        "same_noise": all(noise == noises[0] for noise in noises),
+        "runs": [_run_entry(*pair, asked.num_particles) for pair in zip(entrants, results, strict=True)],
+        "comparisons": [
+            _comparison_entry(entrants[0].name, entrant.name, found)
+            for entrant, found in zip(entrants[1:], differences, strict=True)
+        ],
+    }
+
+
+def _conditions(opened: Sequence[Run], asked: Asked) -> dict[str, Any]:
+    """What is one for all: the binarization of the images, by each word that leads to it."""
+    run = opened[0]
     return {
         "dataset": run.splits.name,
         "split": asked.split,
         "protocol": run.splits.protocol,
-        "binarization": run.binarization,
+        "binarization": " or ".join(sorted({run.binarization for run in opened})),
         "measure": build.likelihood(run.options, run.splits.event_shape).measure,
         "num_images": len(asked.places),
         "num_particles": asked.num_particles,
@@ -250,8 +267,9 @@ def _run_entry(entrant: Entrant, result: Importance, num_particles: int) -> dict
         "folder": str(entrant.run.folder),
         "step": entrant.step,
         "training_seed": entrant.run.options.seed,
-        "log_likelihood": {"mean": own.mean, "stderr": own.stderr},
-        "elbo": {"mean": elbo.mean, "stderr": elbo.stderr},
+        "binarization": entrant.run.binarization,
+        "log_likelihood": own.to_json(),
+        "elbo": elbo.to_json(),
         "monte_carlo_stderr": float(result.monte_carlo_stderr.square().sum().sqrt()) / own.n,
         "rise": float(result.rise.mean()),
     }
@@ -307,7 +325,7 @@ def describe_comparison(entry: dict[str, Any]) -> list[str]:
     for run in entry["runs"]:
         own, rise = run["log_likelihood"], run["rise"]
         gained = "" if math.isnan(rise) else f"; ten times the particles gained {rise:.3f}"
-        lines.append(f"  {run['name']}: bound L_{S} {own['mean']:.2f} ± {own['stderr']:.2f} nats an image{gained}")
+        lines.append(f"  {run['name']}: bound L_{S} {plus_minus(own)} nats an image{gained}")
     for compared in comparisons:
         lines += [compared["verdict"], _about_errors(compared), _about_log_p(compared, S)]
     if len(comparisons) > 1:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -57,11 +58,16 @@ _FLOP_A_PIXEL = 200  # the log-probability's, which the counter does not see
 
 
 def is_drawn(run: Run) -> bool:
-    """Every figure is there, and is newer than what it was drawn from."""
+    """Every figure is there and none beside them, and they are newer than what they were drawn from."""
     sources = [run.folder / name for name in (runs.MODEL, runs.METRICS, runs.per_image("test"))]
     newest = max(path.stat().st_mtime_ns for path in sources if path.exists())
-    drawn = [run.folder / runs.FIGURES / name for name in figure_names(run)]
-    return all(path.exists() and path.stat().st_mtime_ns >= newest for path in drawn)
+    drawn = {path.name: path.stat().st_mtime_ns for path in _drawn(run.folder)}
+    return drawn.keys() == set(figure_names(run)) and all(time >= newest for time in drawn.values())
+
+
+def _drawn(folder: Path) -> list[Path]:
+    """The run's figures that are there."""
+    return [path for name in _FIGURES if (path := folder / runs.FIGURES / name).exists()]
 
 
 def figure_names(run: Run) -> list[str]:
@@ -79,7 +85,10 @@ def draw_run(run_dir: str, *, say: Say, dataset: str | None = None, data_dir: st
 
 
 def write_figures(run: Run, *, say: Say) -> None:
-    """Every figure that this run has, into its figures/. Weights, evaluation and random state stay as they are."""
+    """Every figure that this run has, into its figures/, and those that it has no longer out of there.
+
+    Weights, evaluation and random state stay as they are.
+    """
     metrics = runs.read_metrics(run.folder)
     if not metrics and _has_curves(run):
         raise ValueError(f"{run.folder / runs.METRICS}: expected the record of at least one epoch, got none")
@@ -92,6 +101,9 @@ def write_figures(run: Run, *, say: Say) -> None:
             figures[name] = _FIGURES[name].draw(scene)
     folder = run.folder / runs.FIGURES
     folder.mkdir(exist_ok=True)
+    for path in _drawn(run.folder):
+        if path.name not in figures:
+            path.unlink()
     for name, figure in figures.items():
         write_figure(folder / name, figure)
     say(f"Figures in {folder}: {', '.join(figures)}")
@@ -146,10 +158,7 @@ class _Scene:
 
     @cached_property
     def vae(self) -> VAE:
-        with seeded(
-            _FIGURE_SEED, torch.device("cpu")
-        ):  # fresh weights are drawn before the stored ones take their place
-            return build.load(self.run.folder)
+        return build.load(self.run.folder)
 
     @cached_property
     def x(self) -> Tensor:

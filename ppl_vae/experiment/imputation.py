@@ -11,13 +11,15 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
-from ppl_vae import build, data, plots, runs
+from ppl_vae import build, plots, runs
 from ppl_vae.evidence import Estimate, evaluate, seeded
 from ppl_vae.experiment.display import Display, display_of
+from ppl_vae.experiment.evaluation import plus_minus
+from ppl_vae.experiment.images import Images, images_of
 from ppl_vae.experiment.opening import Run, Say, open_run
-from ppl_vae.experiment.outputs import output_folder, write_arrays, write_figure
+from ppl_vae.experiment.outputs import drop_record, output_folder, removed_if_empty, write_arrays, write_figure
 from ppl_vae.missing import Imputation, Observed, impute
-from ppl_vae.options import SIDES, SPLITS
+from ppl_vae.options import SIDES
 from ppl_vae.vae import VAE
 
 # Below this many effective particles, draws are nearly all of one or two z. Source: ours.
@@ -28,8 +30,9 @@ _MISSING_COLOR = (0.36, 0.55, 0.80)
 
 
 class _Images(NamedTuple):
-    """x (n, *E), NaN where missing; truth (n, *E), NaN where nobody knows; and a name for each image."""
+    """x (n, *E), NaN where missing; truth (n, *E), NaN where nobody knows; a name for each; and where they are of."""
 
+    source: str
     x: Tensor
     truth: Tensor
     names: tuple[str, ...]
@@ -68,7 +71,8 @@ def impute_images(
         images: a fixed random subset of that many images; None takes all.
         seed: of the particles and draws, and of the binarization of images from a file.
         device: where it is computed.
-        output: a new or empty folder; by default imputations in the run's folder, which is written again.
+        output: a new or empty folder; by default imputations in the run's folder, whose results of before are replaced,
+            which is said.
         say: takes each line for the reader.
         dataset, data_dir: where the run's data is now, should it have moved.
 
@@ -82,30 +86,52 @@ def impute_images(
     run = open_run(run_dir, dataset=dataset, data_dir=data_dir)
     place = build.device(device)
     vae = build.load(run.folder).to(place)
-    given = _images(run, images_path, mask, hide, images, seed)
+    given = _holed(images_of(run, images_path, most=images, seed=seed), mask, hide)
     folder = output_folder(output, run.folder / "imputations")
-    with seeded(seed, place), tqdm(total=len(given.x), unit="image", desc=f"imputing {images_path}") as bar:
+    with removed_if_empty(folder):
+        result = _imputed(vae, given, num_particles, num_draws, seed, place)
+        hidden = _log_p_hidden(vae, given, result, place, num_particles, seed)
+    summary = _summary(run, given, result, hidden, num_particles) | {
+        "mask": None if mask is None else str(Path(mask).resolve()),
+        "hide": hide,
+        "num_draws": num_draws,
+        "seed": seed,
+        "step": runs.load_step(run.folder / runs.MODEL),
+    }
+    _write(folder, run, given, result, hidden, summary, say)
+    return folder
+
+
+def _imputed(
+    vae: VAE, given: _Images, num_particles: int, num_draws: int, seed: int, place: torch.device
+) -> Imputation:
+    """On the CPU."""
+    title = f"imputing {Path(given.source).name}"
+    with seeded(seed, place), tqdm(total=len(given.x), unit="image", desc=title) as bar:
         result = impute(
             Observed(vae), given.x.to(place), num_particles=num_particles, num_draws=num_draws, progress=bar.update
         )
-    result = Imputation(*(values.cpu() for values in result))
-    hidden = _log_p_hidden(vae, given, result, place, num_particles, seed)
+    return Imputation(*(values.cpu() for values in result))
+
+
+def _write(
+    folder: Path, run: Run, given: _Images, result: Imputation, hidden: Tensor, summary: dict[str, Any], say: Say
+) -> None:
+    """The arrays, the picture, and last imputations.json; and the words."""
+    table, picture = len(run.splits.event_shape) == 1, folder / "imputations.png"
+    figure = None if table else imputations_figure(display_of(run), given.x, given.truth, result)
+    if replaced := drop_record(folder / "imputations.json"):
+        say(replaced)
     write_arrays(folder / "imputed.npz", _arrays(given, result, hidden))
-    summary = _summary(run, given, result, hidden, num_particles)
-    summary |= {"images": images_path, "mask": mask, "hide": hide, "num_draws": num_draws, "seed": seed}
-    summary["step"] = runs.load_step(run.folder / runs.MODEL)
-    runs.write_json(folder / "imputations.json", summary | {"per_image": _per_image(given, result, hidden)})
-    written = "imputed.npz (draws, means, mask), imputations.json"
-    if len(run.splits.event_shape) == 1:
+    if figure is None:
+        picture.unlink(missing_ok=True)
         say("The data is a table, (N, D): there is no picture.")
-        (folder / "imputations.png").unlink(missing_ok=True)  # of an earlier call
     else:
-        write_figure(folder / "imputations.png", imputations_figure(display_of(run), given.x, given.truth, result))
-        written += ", imputations.png"
+        write_figure(picture, figure)
+    runs.write_json(folder / "imputations.json", summary | {"per_image": _per_image(given, result, hidden)})
     for line in _in_words(summary):
         say(line)
-    say(f"In {folder}: {written}")
-    return folder
+    say(f"In {folder}: imputed.npz (draws, means, mask), imputations.json{', imputations.png' * (not table)}")
 
 
 # --- What is missing ---
@@ -162,23 +188,18 @@ def hide_half(side: str, event_shape: tuple[int, ...]) -> Tensor:
     return observed
 
 
-def _images(run: Run, images_path: str, mask: str | None, hide: str | None, most: int | None, seed: int) -> _Images:
+def _holed(found: Images, mask: str | None, hide: str | None) -> _Images:
+    """The images, and the same with what is to be hidden as NaN. A mask belongs to all images that were found."""
     if mask is not None and hide is not None:
         raise ValueError("--hide: expected one of --mask and --hide, got both")
-    if images_path in SPLITS:
-        truth = data.evaluation_images(run.splits, images_path, run.binarization, seed=seed)
-        names = tuple(str(i) for i in range(len(truth)))
-    else:
-        truth, _, names = data.own_images(images_path, run.splits, run.binarization, seed=seed)
-    event_shape = run.splits.event_shape
+    event_shape = tuple(found.x.shape[1:])
     observed = torch.ones(1, *event_shape, dtype=torch.bool)
     if mask is not None:
-        observed = read_mask(mask, len(truth), event_shape)
+        observed = read_mask(mask, found.num_found, event_shape)
     elif hide is not None:
         observed = hide_half(hide, event_shape)
-    index = data.subset(len(truth), most)
-    x = torch.where(observed, truth, torch.nan)[index]
-    return _Images(x, truth[index], tuple(names[i] for i in index.tolist()))
+    observed = observed.expand(found.num_found, *event_shape)[found.places]
+    return _Images(found.source, torch.where(observed, found.x, torch.nan), found.x, found.names)
 
 
 # --- Numbers ---
@@ -220,13 +241,13 @@ def _per_image(given: _Images, result: Imputation, hidden: Tensor) -> list[dict[
 
 def _summary(run: Run, given: _Images, result: Imputation, hidden: Tensor, num_particles: int) -> dict[str, Any]:
     def mean(values: Tensor) -> dict[str, float]:
-        estimate = Estimate.of(values, num_particles)
-        return {"mean": estimate.mean, "stderr": estimate.stderr}
+        return Estimate.of(values, num_particles).to_json()
 
     missing = given.x.isnan().flatten(1)
     known = hidden[~hidden.isnan()]
     incomplete = missing.any(1)
     return {
+        "images": given.source,
         "dataset": run.splits.name,
         "binarization": run.binarization,
         "likelihood": run.options.likelihood,
@@ -259,12 +280,12 @@ def _in_words(summary: dict[str, Any]) -> list[str]:
         )
     density = "" if summary["measure"] == "mass" else "; a density: never comparable with a mass"
     lines.append(
-        f"log p(x_observed) {_pm(summary['log_likelihood_observed'])} nats an image: the bound L_{S}, in expectation "
-        f"below it{density}"
+        f"log p(x_observed) {plus_minus(summary['log_likelihood_observed'])} nats an image: the bound L_{S}, in "
+        f"expectation below it{density}"
     )
     if summary["log_likelihood_hidden"] is not None:
         lines.append(
-            f"log p(x_hidden | x_observed) {_pm(summary['log_likelihood_hidden'])} nats an image: log p(x) - "
+            f"log p(x_hidden | x_observed) {plus_minus(summary['log_likelihood_hidden'])} nats an image: log p(x) - "
             "log p(x_observed), two such bounds, so no bound; where the second is looser, it flatters"
         )
     lines.append(f"  ± is the standard error over images; effective particles: median {summary['ess']['median']:.1f}")
@@ -275,11 +296,6 @@ def _in_words(summary: dict[str, Any]) -> list[str]:
             "show less than what is possible, and log p(x_observed) may lie above its bound; more --num-particles help."
         )
     return lines
-
-
-def _pm(estimate: dict[str, float]) -> str:
-    known = estimate["stderr"] == estimate["stderr"]
-    return f"{estimate['mean'] + 0.0:.2f} ± " + (f"{estimate['stderr']:.2f}" if known else "unknown")  # of one image
 
 
 # --- The figure ---

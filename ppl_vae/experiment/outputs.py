@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,35 @@ def output_folder(output: str | None, default: Path) -> Path:
     return folder
 
 
+@contextmanager
+def removed_if_empty(folder: Path) -> Iterator[None]:
+    """If the work on a folder's results fails before the first of them is written, the folder goes too."""
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):  # it holds something
+            folder.rmdir()
+        raise
+
+
+def drop_record(path: Path) -> str | None:
+    """Removes the JSON that says what a folder's other files are, as they are about to be replaced.
+
+    It is written anew as the last of them, so that it never stands beside files of something else.
+
+    Returns:
+        In words, what is replaced; None where there was no such file.
+    """
+    if not path.exists():
+        return None
+    try:
+        former = runs.read_json(path).get("images", "images that it does not name")
+    except ValueError:
+        former = "images that are not known, since its record is damaged"
+    path.unlink()
+    return f"Replaces the results in {path.parent}, of {former}."
+
+
 def write_figure(path: Path, figure: Figure) -> None:
     """A figure as PNG."""
     png = io.BytesIO()
@@ -45,8 +76,12 @@ def write_picture(path: Path, levels: NDArray[np.uint8]) -> None:
     Renamed once it is whole, but not waited for until it is on disk, which took 11 ms each.
     """
     partial = path.with_name(f".{path.name}.partial")
-    Image.fromarray(levels[0] if len(levels) == 1 else levels.transpose(1, 2, 0)).save(partial, format="png")
-    partial.replace(path)
+    try:
+        Image.fromarray(levels[0] if len(levels) == 1 else levels.transpose(1, 2, 0)).save(partial, format="png")
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def write_arrays(path: Path, arrays: dict[str, Any]) -> None:

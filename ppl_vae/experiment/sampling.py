@@ -15,7 +15,7 @@ from ppl_vae.evidence import particles_a_pass, seeded
 from ppl_vae.experiment.display import display_of
 from ppl_vae.experiment.figures import samples_figure
 from ppl_vae.experiment.opening import Say, open_run
-from ppl_vae.experiment.outputs import output_folder, write_arrays, write_figure, write_picture
+from ppl_vae.experiment.outputs import output_folder, removed_if_empty, write_arrays, write_figure, write_picture
 from ppl_vae.vae import VAE
 
 _MOST_DRAWN = 256  # in samples.png
@@ -40,8 +40,12 @@ def sample(vae: VAE, num_samples: int) -> Samples:
     """z ~ p(z), x ~ p(x | z), by torch's global generator, in passes that fit into memory."""
     z = vae.prior().expand((num_samples,)).sample()
     one = vae.likelihood(z[:1]).mean
-    decoded = [vae.likelihood(part) for part in z.split(particles_a_pass(one))]
-    return Samples(z, torch.cat([d.mean for d in decoded]), torch.cat([d.sample() for d in decoded]))
+    samples = Samples(z, *(one.new_empty((num_samples, *one.shape[1:])) for _ in range(2)))
+    for part, mean, images in zip(*(values.split(particles_a_pass(one)) for values in samples), strict=True):
+        decoded = vae.likelihood(part)
+        mean.copy_(decoded.mean)
+        images.copy_(decoded.sample())
+    return samples
 
 
 def sample_run(
@@ -77,10 +81,9 @@ def sample_run(
     """
     run = open_run(run_dir, dataset=dataset, data_dir=data_dir)
     place = build.device(device)
-    with seeded(seed, place):
-        vae = build.load(run.folder).to(place)
+    vae = build.load(run.folder).to(place)
     folder = output_folder(output, run.folder / "samples")
-    with seeded(seed, place):
+    with removed_if_empty(folder), seeded(seed, place):
         samples = Samples(*(values.cpu() for values in sample(vae, num_samples)))
     write_arrays(folder / "samples.npz", {name: values.numpy() for name, values in samples._asdict().items()})
     say(f"{num_samples:,} samples, z ~ p(z), x ~ p(x | z), seed {seed}, in {folder}:")

@@ -1,0 +1,54 @@
+"""The images that a run is asked about, as that run sees them: one of its splits, or a person's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ppl_vae import data
+from ppl_vae.experiment.opening import Run
+from ppl_vae.options import SPLITS
+
+
+class Images(NamedTuple):
+    """Some of the N images of a split or a path.
+
+    Args:
+        source: the split's name, or the path as an absolute one.
+        x: (n, *E) as the model sees them, NaN where a pixel is missing.
+        labels: (n,) int64, or None where there are none.
+        names: (n), of files, or places among the N.
+        places: (n,) int64, their places among the N, ascending.
+        num_found: N.
+    """
+
+    source: str
+    x: Tensor
+    labels: Tensor | None
+    names: tuple[str, ...]
+    places: Tensor
+    num_found: int
+
+
+def images_of(run: Run, images_path: str, *, most: int | None, seed: int) -> Images:
+    """A split by its name, or a file or folder of images brought to the run's shape by its own --fit.
+
+    Args:
+        most: a fixed random subset of that many; None takes all.
+        seed: of the binarization, where it draws anew.
+
+    Raises:
+        ValueError: a split without images, files that cannot be read, or images that do not fit the run's data.
+    """
+    if images_path in SPLITS:
+        source, labels = images_path, run.splits.labels.get(images_path)
+        x = data.evaluation_images(run.splits, images_path, run.binarization, seed=seed)
+        names = tuple(str(i) for i in range(len(x)))
+    else:
+        source = str(Path(images_path).resolve())
+        x, labels, names = data.own_images(images_path, run.splits, run.binarization, seed=seed, fit=run.options.fit)
+    places = data.subset(len(x), most)
+    kept = tuple(names[i] for i in places.tolist())
+    return Images(source, x[places], None if labels is None else labels[places], kept, places, len(x))

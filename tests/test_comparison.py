@@ -376,9 +376,9 @@ def test_a_copy_of_a_run_draws_the_same_noise_and_differs_by_nothing(folders, tm
 
 
 def test_guides_with_other_latents_do_not_claim_matched_noise(folders, tmp_path):
-    entry, said = _compare(folders, ["a", "wide"], tmp_path / "out")
-    assert not entry["same_noise"]
-    assert "not matched" in said
+    entry, said = _compare(folders, ["a", "b", "wide"], tmp_path / "out")
+    assert [compared["same_noise"] for compared in entry["comparisons"]] == [True, False]
+    assert "not matched for wide:" in said
 
 
 def test_two_runs_with_one_name_go_by_their_paths(folders, tmp_path):
@@ -486,6 +486,13 @@ def test_the_data_is_read_and_drawn_once_for_runs_on_the_same(folders, tmp_path,
     monkeypatch.setattr(data, "evaluation_images", counted(drawn, data.evaluation_images))
     _compare(folders, ["a", "b", "wide"], tmp_path / "out")
     assert (len(read), len(drawn)) == (1, 1)
+
+
+@pytest.mark.usefixtures("no_evaluation")
+def test_on_training_images_dynamic_and_fixed_are_not_one_condition(folders, tmp_path):
+    """The one has learned the draw that both would be evaluated on."""
+    with pytest.raises(ValueError, match="binarization: expected one for all runs, got dynamic in"):
+        _compare(folders, ["dynamic", "fixed"], tmp_path / "out", split="train")
 
 
 # --- What is refused, before any evaluation ---

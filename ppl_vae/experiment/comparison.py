@@ -83,7 +83,7 @@ def compare_runs(
     """
     _check_asked(run_dirs, images)
     opened = _opened(run_dirs, dataset, data_dir)
-    _check_one_scale(opened)
+    _check_one_scale(opened, split)
     asked = Asked(split, *_same_images(opened, split, images, seed), num_particles, seed)
     entrants = [
         Entrant(name, run, build.load(run.folder), runs.load_step(run.folder / runs.MODEL))
@@ -125,12 +125,13 @@ def _check_asked(run_dirs: Sequence[str], images: int | None) -> None:
         seen[place] = run_dir
 
 
-def _scale(run: Run) -> dict[str, str]:
+def _scale(run: Run, split: str) -> dict[str, str]:
     """What must be the same for two runs, so that their nats are on one scale: its name, and its value in words."""
     splits = run.splits
     pixels = splits.kind if run.binarization == "none" else data.BINARY
-    # Under the vampprior protocol they differ in training only: both are evaluated on one draw.
-    one_draw = run.binarization in ("dynamic", "fixed") and splits.protocol == "vampprior"
+    # Under the vampprior protocol they differ in training only: both are evaluated on one draw, which is new to both
+    # but on the training images, where "fixed" has learned it.
+    one_draw = run.binarization in ("dynamic", "fixed") and splits.protocol == "vampprior" and split != "train"
     return {
         "data": f"SHA-256 {splits.sha256}",
         "shape of an image": "x".join(map(str, splits.event_shape)),
@@ -140,10 +141,10 @@ def _scale(run: Run) -> dict[str, str]:
     }
 
 
-def _check_one_scale(opened: Sequence[Run]) -> None:
+def _check_one_scale(opened: Sequence[Run], split: str) -> None:
     first = opened[0]
     for run in opened[1:]:
-        for (name, expected), got in zip(_scale(first).items(), _scale(run).values(), strict=True):
+        for (name, expected), got in zip(_scale(first, split).items(), _scale(run, split).values(), strict=True):
             if got != expected:
                 raise ValueError(
                     f"{name}: expected one for all runs, got {expected} in {first.folder} and {got} in {run.folder}"
@@ -236,11 +237,10 @@ def _entry(entrants: Sequence[Entrant], results: Sequence[Importance], asked: As
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         **_conditions([entrant.run for entrant in entrants], asked),
         "stored_evaluations": stored,
-        "same_noise": all(noise == noises[0] for noise in noises),
         "runs": [_run_entry(*pair, asked.num_particles) for pair in zip(entrants, results, strict=True)],
         "comparisons": [
-            _comparison_entry(entrants[0].name, entrant.name, found)
-            for entrant, found in zip(entrants[1:], differences, strict=True)
+            _comparison_entry(entrants[0].name, entrant.name, found) | {"same_noise": noise == noises[0]}
+            for entrant, found, noise in zip(entrants[1:], differences, noises[1:], strict=True)
         ],
     }
 
@@ -348,8 +348,9 @@ def _title(entry: dict[str, Any]) -> str:
 
 
 def _about_source(entry: dict[str, Any]) -> list[str]:
-    if not entry["same_noise"]:
-        noise = "not matched: the guides draw other numbers from the same seed"
+    unmatched = [compared["name"] for compared in entry["comparisons"] if not compared["same_noise"]]
+    if unmatched:
+        noise = f"not matched for {', '.join(unmatched)}: the guide draws other numbers from the same seed"
     elif entry["stored_evaluations"]:
         noise = "matched, where all were evaluated on one kind of device: the guides draw the same numbers"
     else:

@@ -322,7 +322,7 @@ def test_a_run_resumed_from_any_step_ends_bit_for_bit_where_the_undisturbed_one_
 @pytest.mark.parametrize("network", ["conv", "gated-residual"])
 @pytest.mark.parametrize("likelihood", ["bernoulli", "normal"])
 def test_a_convolutional_run_resumes_bit_for_bit_from_what_a_file_holds_of_it(network, likelihood, tmp_path):
-    """Weights of convolutions are laid out in memory otherwise than in a file, and Adam's moments must be as they are."""
+    """Convolutions' weights are laid out in memory otherwise than in a file; Adam's moments must be as they are."""
     options = Options(network=network, likelihood=likelihood, channels=(2, 3), hidden=(4,), latent_dim=2)
 
     def built(seed):

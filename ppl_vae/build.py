@@ -135,9 +135,11 @@ def check_support(options: Options, seen: data.Splits) -> None:
         return
     for split in ("train", "validation", "test"):
         if not family.support.check(data.probabilities(seen, split)).all():
-            cure = "" if seen.kind == data.REAL else "; another --binarization makes them so"
+            cure = (
+                "--likelihood normal takes them" if seen.kind == data.REAL else "another --binarization makes them so"
+            )
             raise ValueError(
-                f"{word}: expected pixels that are {family.support_words}, got {seen.kind} in {split}{cure}"
+                f"{word}: expected pixels that are {family.support_words}, got {seen.kind} in {split}; {cure}"
             )
     if family.measure == "density":
         _, spread = location_and_spread(data.probabilities(seen, "train"))

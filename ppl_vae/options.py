@@ -377,12 +377,16 @@ def parse_impute(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def parse_networks(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """dataset, data_dir, networks, minutes, images, num_particles, run_dir (or None), output (or None)."""
+    """The data set's options, likelihood, networks, minutes, images, num_particles, run_dir and output (or None)."""
     parser = Parser(
         "One table: each network's weights, seconds an epoch, and log p(x) after the same time of training."
     )
     parser.add("dataset", str, NOT_EMPTY, "as for train_svi.py (default: mnist)")
     parser.add("data_dir", str, NOT_EMPTY, "as for train_svi.py")
+    parser.add("image_size", int, WIDTH, "as for train_svi.py", several=True)
+    parser.add("fit", str, one_of(FITS), "as for train_svi.py (default: crop)")
+    parser.add("color", str, one_of(COLORS), "as for train_svi.py")
+    parser.add("likelihood", str, one_of(LIKELIHOODS), "as for train_svi.py (default: bernoulli)")
     parser.add("networks", str, one_of(NETWORKS), f"which (default: {' '.join(NETWORKS)})", several=True)
     parser.add("minutes", float, POSITIVE, "of training, each; epochs are planned to fill them (default: 2)")
     parser.add("images", int, POSITIVE_INTEGER, "test images of the estimate (default: 5000)")
@@ -392,7 +396,7 @@ def parse_networks(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.set_defaults(
         dataset="mnist", data_dir=None, networks=list(NETWORKS), minutes=2.0, images=5000, num_particles=100
     )
-    parser.set_defaults(run_dir=None, output=None)
+    parser.set_defaults(image_size=None, fit="crop", color=None, likelihood="bernoulli", run_dir=None, output=None)
     return parser.parse_args(argv)
 
 
@@ -427,7 +431,7 @@ def command(main: Callable[[], None]) -> None:
     try:
         main()
     except KeyboardInterrupt:
-        print("\ninterrupted; --resume and its run folder go on with a training", file=sys.stderr)
+        print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError, ArithmeticError) as error:
         if os.environ.get("PPL_VAE_TRACEBACK"):

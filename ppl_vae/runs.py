@@ -38,7 +38,9 @@ def new_run_dir(run_dir: str | None, *, dataset: str, likelihood: str) -> Path:
         return new_folder(f"{Path(dataset).stem}-{likelihood}")
     path = Path(run_dir)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        advice = f" (--resume {path} goes on with it)" if (path / CONFIG).exists() else ""
+        saved_from_python = (path / MODEL).exists() and not (path / TRAINING_STATE).exists()
+        trained = (path / CONFIG).exists() and not saved_from_python
+        advice = f" (--resume {path} goes on with it)" if trained else ""
         raise ValueError(f"--run-dir: expected a new or empty folder, but {path} exists{advice}")
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -59,8 +61,16 @@ def new_folder(stem: str) -> Path:
             path.mkdir(parents=True)
         except FileExistsError:
             continue
+        except OSError as error:
+            raise ValueError(f"{path}: expected a folder that can be made, got: {error.strerror}") from None
         return path
     raise ValueError(f"runs/{name}: expected a free name, but a thousand like it are taken; name a folder yourself")
+
+
+def check_writable(folder: Path) -> None:
+    """Raises ValueError where nothing can be written into the folder: before the work, not after it."""
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"{folder}: expected a folder that can be written to, got one that is read-only")
 
 
 # --- Bytes ---

@@ -12,6 +12,10 @@ def main() -> None:
     options = Options(
         dataset=asked.dataset,
         data_dir=asked.data_dir,
+        image_size=None if asked.image_size is None else tuple(asked.image_size),
+        fit=asked.fit,
+        color=asked.color,
+        likelihood=asked.likelihood,
         images=asked.images,
         evaluation_particles=asked.num_particles,
     )

@@ -228,6 +228,23 @@ def test_a_damaged_file_of_the_images_numbers_is_refused(run, tmp_path):
         read_per_image(tmp_path, "test")
 
 
+def test_the_iwae_protocol_and_the_seed_of_its_draw_are_said(run):
+    entry = runs.read_evaluations(run[0])["test"] | {"protocol": "iwae", "seed": 7}
+    assert "iwae protocol, drawn by seed 7" in "\n".join(describe_evaluation(entry))
+
+
+def test_fewer_than_ten_particles_say_nothing_of_ten_times_as_many(run):
+    entry = runs.read_evaluations(run[0])["test"] | {"num_particles": 5}
+    assert not any("ten times" in line for line in describe_evaluation(entry))
+
+
+def test_a_folder_that_cannot_be_written_to_is_found_before_the_work(run, monkeypatch):
+    monkeypatch.setattr(runs.os, "access", lambda path, mode: False)
+    options = {"num_particles": 5, "images": None, "device": "cpu", "seed": 3, "say": print}
+    with pytest.raises(ValueError, match="expected a folder that can be written to, got one that is read-only"):
+        experiment.evaluate_run(str(run[0]), split="validation", **options)
+
+
 # --- A VAE that was trained from Python ---
 
 
@@ -300,7 +317,7 @@ def test_records_without_a_step_are_refused_and_leave_nothing(from_python, tmp_p
 
 def test_a_folder_that_holds_something_is_refused(from_python):
     folder, vae = from_python
-    with pytest.raises(ValueError, match="--run-dir: expected a new or empty folder"):
+    with pytest.raises(ValueError, match=r"--run-dir: expected a new or empty folder, but .* exists$"):
         save(vae, folder, replace(SMALL, dataset=_dataset(folder), likelihood="normal"))
 
 

@@ -89,3 +89,10 @@ def test_a_folder_of_another_data_set_is_refused(table, options, tmp_path):
     np.save(tmp_path / "other.npy", np.random.default_rng(1).integers(0, 2, (300, 6, 5), dtype=np.uint8))
     with pytest.raises(ValueError, match="got others in dataset;"):
         compare(replace(options, dataset=str(tmp_path / "other.npy")), folder)
+
+
+def test_a_network_that_cannot_be_built_is_found_before_any_training(options, tmp_path):
+    np.save(tmp_path / "table.npy", np.random.default_rng(1).integers(0, 2, (300, 6), dtype=np.uint8))
+    with pytest.raises(ValueError, match=r"expected images \(C, H, W\) for a convolutional network"):
+        compare(replace(options, dataset=str(tmp_path / "table.npy")), tmp_path)
+    assert not (tmp_path / "runs").exists()

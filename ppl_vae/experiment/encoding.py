@@ -11,11 +11,11 @@ from tqdm import tqdm
 
 from ppl_vae import build, runs
 from ppl_vae.evidence import Estimate, Importance, evaluate, seeded
-from ppl_vae.experiment.evaluation import plus_minus
+from ppl_vae.experiment.evaluation import plus_minus, scale_in_words, what_is_measured
 from ppl_vae.experiment.exploration import Codes, encode
 from ppl_vae.experiment.figures import latents_figure
 from ppl_vae.experiment.images import Images, images_of
-from ppl_vae.experiment.opening import Say, open_run
+from ppl_vae.experiment.opening import Run, Say, open_run
 from ppl_vae.experiment.outputs import drop_record, output_folder, removed_if_empty, write_arrays, write_figure
 from ppl_vae.options import SPLITS
 from ppl_vae.vae import VAE
@@ -68,7 +68,7 @@ def encode_images(
     folder = output_folder(output, run.folder / "encodings" / _folder_name(images_path))
     with removed_if_empty(folder):
         codes, result = _measured(vae.to(place), given, num_particles, seed, place)
-    summary = _summary(given, result, num_particles) | {
+    summary = _summary(run, given, result, num_particles) | {
         "binarization": run.binarization,
         "seed": seed,
         "step": runs.load_step(run.folder / runs.MODEL),
@@ -121,10 +121,11 @@ def _arrays(given: Images, codes: Codes, result: Importance) -> dict[str, Any]:
     return arrays if given.labels is None else arrays | {"labels": given.labels.numpy()}
 
 
-def _summary(given: Images, result: Importance, num_particles: int) -> dict[str, Any]:
+def _summary(run: Run, given: Images, result: Importance, num_particles: int) -> dict[str, Any]:
     lowest = result.log_evidence.argsort()[:_NUM_LOWEST].tolist()
     return {
         "images": given.source,
+        **what_is_measured(run),
         "num_images": len(given.x),
         "num_particles": num_particles,
         "log_likelihood": Estimate.of(result.log_evidence, num_particles).to_json(),
@@ -144,7 +145,8 @@ def _in_words(summary: dict[str, Any]) -> list[str]:
     return [
         f"log-likelihood {plus_minus(summary['log_likelihood'])} nats an image: the bound L_{S}, in expectation below "
         "log p(x)",
-        f"  {n:,} images ({summary['images']}), seed {summary['seed']}; ± is the standard error over images",
+        f"  {n:,} images ({summary['images']}), seed {summary['seed']}, {scale_in_words(summary)}; "
+        "± is the standard error over images",
         f"  effective particles: median {summary['ess']['median']:.1f} of {S:,}",
         f"  lowest log p(x), perhaps unlike the training images: {', '.join(lowest)}",
         "  That alone does not find outliers: smooth and simple images of another kind can score higher than the "

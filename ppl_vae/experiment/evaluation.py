@@ -105,8 +105,9 @@ def write_evaluation(
     say: Say,
 ) -> dict[str, Any]:
     """``evaluate_run``, for a run that is already open."""
-    folder, options, splits = run.folder, run.options, run.splits
+    folder, splits = run.folder, run.splits
     runs.read_evaluations(folder)  # a damaged file is found before the work, not after it
+    runs.check_writable(folder)
     step = runs.load_step(folder / runs.MODEL)
     place = build.device(device)
     vae = build.load(folder).to(place)
@@ -119,15 +120,11 @@ def write_evaluation(
     with tqdm(total=len(x), unit="image", desc=f"log p(x), {split}") as bar:
         result = evaluate(vae, x, num_particles=num_particles, seed=seed, progress=bar.update)
     entry = {
-        "dataset": splits.name,
+        **what_is_measured(run),
         "split": split,
-        "protocol": splits.protocol,
-        "binarization": options.binarization,
         "num_images": len(x),
         "num_particles": num_particles,
         "seed": seed,
-        "likelihood": options.likelihood,
-        "measure": build.likelihood(options, splits.event_shape).measure,
         **_summary(result, num_particles),
         **floor_and_entropy(run, split, x.cpu(), index),
         "bits_per_dim": None,  # no likelihood here is a mass of 8-bit levels
@@ -147,6 +144,27 @@ def write_evaluation(
     for line in describe_evaluation(entry):
         say(line)
     return entry
+
+
+def what_is_measured(run: Run) -> dict[str, Any]:
+    """What a number depends on beside the model: data, protocol, binarization, likelihood and its measure."""
+    return {
+        "dataset": run.splits.name,
+        "protocol": run.splits.protocol,
+        "binarization": run.binarization,
+        "likelihood": run.options.likelihood,
+        "measure": build.likelihood(run.options, run.splits.event_shape).measure,
+    }
+
+
+def scale_in_words(entry: dict[str, Any]) -> str:
+    """On what scale an entry's nats are: what a reader must know before comparing them with others."""
+    words = [f"binarization {entry['binarization']}"]
+    if entry["protocol"] == "iwae":
+        words.append(f"iwae protocol, drawn by seed {entry['seed']}")
+    if entry["measure"] == "density":
+        words.append("a density: never comparable with a mass")
+    return ", ".join(words)
 
 
 def floor_and_entropy(run: Run, split: str, x: Tensor, index: Tensor) -> dict[str, Any]:
@@ -204,13 +222,11 @@ def describe_evaluation(entry: dict[str, Any]) -> list[str]:
     scale = [f"independent pixels (marginals of the training images) {plus_minus(entry['floor'])}"]
     if entry["binarization_entropy"] is not None:
         scale.append(f"no model expects above {-entry['binarization_entropy']:.2f}, the binarization's own entropy")
-    measured = "" if entry["measure"] == "mass" else ", a density: never comparable with a mass"
     ll, elbo, rec, kl = (entry[key] for key in ("log_likelihood", "elbo", "reconstruction", "kl"))
     lines = [
         f"log-likelihood {plus_minus(ll)} nats an image: the importance-weighted bound L_{S}, "
         "in expectation below log p(x)",
-        f"  {entry['split']} split, {n:,} images, binarization {entry['binarization']}{measured}; "
-        "± is the standard error over images",
+        f"  {entry['split']} split, {n:,} images, {scale_in_words(entry)}; ± is the standard error over images",
         f"  for scale: {'; '.join(scale)}",
         f"  ELBO (beta = 1) {plus_minus(elbo)} = reconstruction {plus_minus(rec)} - KL {plus_minus(kl)}",
     ]
@@ -227,7 +243,8 @@ def describe_evaluation(entry: dict[str, Any]) -> list[str]:
         f"  delta method and jackknife {seen} a Monte Carlo error of {number(entry['monte_carlo_stderr'], 3)} "
         f"and {number(entry['bias'], 3)} nats still lacking"
     )
-    lines.append(f"  ten times the particles, S = {S // 10:,} to {S:,}, gained {number(entry['rise'], 3)} nats")
+    if S >= 10:
+        lines.append(f"  ten times the particles, S = {S // 10:,} to {S:,}, gained {number(entry['rise'], 3)} nats")
     return [
         *lines,
         f"  unreliable images (jackknife above {UNRELIABLE_BIAS} nats): {entry['unreliable_images']:,} of {n:,}",

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from ppl_vae import build, plots, runs
 from ppl_vae.evidence import Estimate, evaluate, seeded
 from ppl_vae.experiment.display import Display, display_of
-from ppl_vae.experiment.evaluation import plus_minus
+from ppl_vae.experiment.evaluation import plus_minus, what_is_measured
 from ppl_vae.experiment.images import Images, images_of
 from ppl_vae.experiment.opening import Run, Say, open_run
 from ppl_vae.experiment.outputs import drop_record, output_folder, removed_if_empty, write_arrays, write_figure
@@ -248,10 +248,7 @@ def _summary(run: Run, given: _Images, result: Imputation, hidden: Tensor, num_p
     incomplete = missing.any(1)
     return {
         "images": given.source,
-        "dataset": run.splits.name,
-        "binarization": run.binarization,
-        "likelihood": run.options.likelihood,
-        "measure": build.likelihood(run.options, run.splits.event_shape).measure,
+        **what_is_measured(run),
         "num_images": len(given.x),
         "num_particles": num_particles,
         "missing_pixels": int(missing.sum()),

@@ -43,6 +43,10 @@ def compare_networks(
     Raises:
         ValueError: as ``train``, or a folder that holds a run with other options.
     """
+    shape = build.splits(options).event_shape
+    for network in networks:  # what cannot be built is found before hours of training
+        with torch.device("meta"):
+            build.vae(replace(options, network=network), shape)
     rows = []
     for network in networks:
         asked = replace(options, network=network)

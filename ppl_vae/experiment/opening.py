@@ -43,6 +43,8 @@ def open_run(run_dir: str, *, dataset: str | None = None, data_dir: str | None =
     folder = Path(run_dir)
     options, seen = build.read_config(folder)
     options = replace(options, dataset=dataset or options.dataset, data_dir=data_dir or options.data_dir)
+    if options.dataset not in data.DATASETS and not Path(options.dataset).exists():
+        raise ValueError(f"{folder}: its data, {options.dataset}, is not there; --dataset says where it is now")
     same = like is not None and build.data_options(like.options) == build.data_options(options)
     splits = like.splits if like is not None and same else build.splits(options)
     if splits.sha256 != seen["sha256"]:

@@ -182,6 +182,11 @@ def _what_is_modelled(run: Run) -> list[str]:
         f"network {options.network} ({num_weights:,} weights), latents {options.latent_dim}, "
         f"binarization {options.binarization}, likelihood {options.likelihood} (a {likelihood.measure})"
     ]
+    if len(splits.event_shape) == 3 and splits.event_shape[0] == 3 and run.binarization != "none":
+        lines.append(
+            "Each color channel becomes 0 or 1 here, which is not how photos look; --likelihood normal takes colors "
+            "as they are."
+        )
     if likelihood.measure == "density" and splits.kind in (data.LEVELS, data.BINARY):
         pixels = "levels / 255" if splits.kind == data.LEVELS else "zeros and ones"
         lines.append(

@@ -12,8 +12,9 @@ from oracles import LinearGaussian
 from pyro import poutine
 from torch.testing import assert_close
 
-from ppl_vae import log_weights
+from ppl_vae import build, log_weights
 from ppl_vae.objectives import Temper
+from ppl_vae.options import Options
 from ppl_vae.weights import log_weight_terms
 
 
@@ -246,3 +247,28 @@ def test_images_of_the_wrong_shape_are_refused_and_never_broadcast(oracle, shape
     vae = oracle.vae()
     with pytest.raises(ValueError, match="expected shape"):
         log_weights(vae.model, vae.guide, torch.zeros(shape, dtype=torch.double), 2)
+
+
+@pytest.mark.parametrize("likelihood", build.LIKELIHOODS)
+@pytest.mark.parametrize("network", build.NETWORKS)
+def test_vectorized_particles_are_those_of_a_loop_for_every_network(network, likelihood):
+    """The same draws, decoded one particle and one image at a time, with each density written out."""
+    torch.manual_seed(0)
+    options = Options(network=network, likelihood=likelihood, channels=(2, 3), hidden=(4,), latent_dim=2)
+    vae = build.vae(options, (3, 5, 4)).double()
+    x = torch.bernoulli(torch.full((2, 3, 5, 4), 0.5, dtype=torch.double))
+    drawn = []
+
+    def guide(x):
+        with pyro.plate("images", len(x), dim=-1):
+            drawn.append(pyro.sample("z", vae.posterior(x)))
+
+    with torch.no_grad():
+        log_w = log_weights(vae.model, guide, x, 4)
+        for b, image in enumerate(x):
+            loc, scale = (getattr(vae.posterior(image).base_dist, name) for name in ("loc", "scale"))
+            for s, z in enumerate(drawn[0][:, b]):
+                log_q = torch.distributions.Normal(loc, scale).log_prob(z).sum()
+                log_p_z = torch.distributions.Normal(0.0, 1.0).log_prob(z).sum()
+                log_p_x = vae.likelihood(z).base_dist.log_prob(image).sum()
+                assert_close(log_w[s, b], log_p_x + log_p_z - log_q, rtol=1e-10, atol=1e-10)

@@ -793,6 +793,10 @@ def test_a_description_counts_classes_without_names(tmp_path: Path) -> None:
     assert own(tmp_path, x=numbered(0, 50), y=np.arange(50) % 7).describe().endswith("; 7 classes")
 
 
+def test_a_description_counts_one_class_in_the_singular(tmp_path: Path) -> None:
+    assert own(tmp_path, x=numbered(0, 50), y=np.zeros(50, int)).describe().endswith("; 1 class")
+
+
 @pytest.mark.parametrize(
     "labels",
     [np.arange(49), np.arange(50) / 2, np.arange(100).reshape(50, 2), np.array(["a"] * 50)],

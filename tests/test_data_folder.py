@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Iterable
 from io import BytesIO
@@ -121,6 +122,104 @@ def test_nine_images_are_too_few_to_split(tmp_path: Path) -> None:
     fill(tmp_path, range(9))
     with pytest.raises(ValueError, match="expected at least 10 images to split, got 9"):
         data.load(str(tmp_path))
+
+
+NEARLY_SPLITS = ["training", "Testing", "tests", "validate", "eval", "dev", "test_set", "train-images", "val images"]
+
+
+@pytest.mark.parametrize("word", NEARLY_SPLITS)
+@pytest.mark.parametrize("beside", ["train", "ant", "."])
+def test_a_folder_whose_name_is_nearly_a_splits_is_refused_beside_others(
+    tmp_path: Path, word: str, beside: str
+) -> None:
+    fill(tmp_path / beside, range(20))
+    fill(tmp_path / word, range(20))
+    known = "train; valid, validation or val; test"
+    with pytest.raises(ValueError, match=f"^{re.escape(str(tmp_path))}: .*named {known}, got {word}$"):
+        data.load(str(tmp_path))
+
+
+def test_all_folders_whose_names_are_nearly_splits_are_named(tmp_path: Path) -> None:
+    for word in ("training", "testing"):
+        fill(tmp_path / word, range(20))
+    with pytest.raises(ValueError, match=r"got testing, training$"):
+        data.load(str(tmp_path))
+
+
+@pytest.mark.parametrize("word", ["trains", "devices", "testudo", "valley"])
+def test_a_class_whose_name_begins_as_a_splits_is_a_class(tmp_path: Path, word: str) -> None:
+    for name in ("ant", word):
+        fill(tmp_path / name, range(10))
+    assert data.load(str(tmp_path)).class_names == ("ant", word)
+
+
+def test_a_lone_folder_of_images_may_have_any_name(tmp_path: Path) -> None:
+    fill(tmp_path / "training", range(10))
+    assert len(data.load(str(tmp_path)).train) == 8
+
+
+@pytest.mark.parametrize(
+    ("folders", "words"),
+    [
+        (("train",), "(validation and test: a tenth of the images each, by a fixed permutation)"),
+        (("train", "test"), "(validation: a tenth of the images, by a fixed permutation)"),
+        (("train", "valid"), "(test: a tenth of the images, by a fixed permutation)"),
+    ],
+)
+def test_the_words_say_which_splits_were_drawn(tmp_path: Path, folders: tuple[str, ...], words: str) -> None:
+    for folder in folders:
+        fill(tmp_path / folder, range(20))
+    assert words in data.load(str(tmp_path)).describe()
+
+
+def closed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if its mode were 000, which would not keep root out."""
+    listing = os.scandir
+
+    def refuse(path: str | os.PathLike[str] = ".") -> os._ScandirIterator[str]:
+        if Path(path) == folder:
+            raise PermissionError(13, "Permission denied", str(path))
+        return listing(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+
+
+@pytest.mark.parametrize("name", ["test", "train/ant"])
+def test_a_folder_that_cannot_be_opened_is_refused(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder in ("train/ant", "train/cat", "test/ant", "test/cat"):
+        fill(tmp_path / folder, range(10))
+    closed(tmp_path / name, monkeypatch)
+    with pytest.raises(ValueError, match=f"^{re.escape(str(tmp_path))}: {name} cannot be opened: Permission denied$"):
+        data.load(str(tmp_path))
+
+
+def test_a_data_set_that_cannot_be_opened_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(tmp_path, range(10))
+    closed(tmp_path, monkeypatch)
+    with pytest.raises(ValueError, match="the folder cannot be opened: Permission denied"):
+        data.load(str(tmp_path))
+
+
+# --- Links ---
+
+
+def test_a_linked_folder_of_a_class_is_read(tmp_path: Path) -> None:
+    for start, name in ((0, "ant"), (100, "cat")):
+        fill(tmp_path / "elsewhere" / name, range(start, start + 10))
+        (tmp_path / "own").mkdir(exist_ok=True)
+        (tmp_path / "own" / name).symlink_to(tmp_path / "elsewhere" / name)
+    read = data.load(str(tmp_path / "own"))
+    assert read.class_names == ("ant", "cat")
+    assert sorted(levels(torch.cat([read.train, read.validation, read.test]))) == [*range(10), *range(100, 110)]
+
+
+@pytest.mark.parametrize("target", [".", "ant", ".."])
+def test_a_link_that_leads_back_is_not_followed(tmp_path: Path, target: str) -> None:
+    for start, name in ((0, "ant"), (100, "cat")):
+        fill(tmp_path / "own" / name, range(start, start + 10))
+    (tmp_path / "own" / "ant" / "loop").symlink_to(tmp_path / "own" / target)
+    read = data.load(str(tmp_path / "own"))
+    assert len(read.train) + len(read.validation) + len(read.test) == 20
 
 
 # --- Classes ---
@@ -393,6 +492,12 @@ def test_other_files_are_ignored_and_counted(tmp_path: Path) -> None:
     assert "; 3 files that are no images ignored)" in read.describe()
 
 
+def test_a_single_other_file_is_counted_in_the_singular(tmp_path: Path) -> None:
+    fill(tmp_path, range(10))
+    write(tmp_path / "notes.txt", b"")
+    assert "; 1 file that is no image ignored)" in data.load(str(tmp_path)).describe()
+
+
 def test_a_folder_of_broken_images_is_refused(tmp_path: Path) -> None:
     for name in ("a.png", "b.png"):
         write(tmp_path / name, b"")
@@ -401,13 +506,13 @@ def test_a_folder_of_broken_images_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=f"dataset: {re.escape(str(tmp_path))}: expected images, got an empty folder"):
+    with pytest.raises(ValueError, match=f"^{re.escape(str(tmp_path))}: expected images, got an empty folder"):
         data.load(str(tmp_path))
 
 
 def test_a_folder_without_images_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "notes.txt", b"")
-    with pytest.raises(ValueError, match="expected images, got 1 other files"):
+    with pytest.raises(ValueError, match=r"expected images, got 1 other file$"):
         data.load(str(tmp_path))
 
 

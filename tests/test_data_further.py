@@ -83,6 +83,29 @@ def test_an_array_of_another_scale_is_refused(tmp_path: Path, what: str) -> None
         data.own_images(saved(tmp_path, array), trained_on(kind), "none")
 
 
+LEVELS_AS_NUMBERS = {
+    "floats": GREY.astype(np.float64),
+    "floats with holes": np.where(GREY > 200, np.nan, GREY),
+    "whole numbers": GREY.astype(np.int32),
+}
+
+
+@pytest.mark.parametrize("what", LEVELS_AS_NUMBERS)
+@pytest.mark.parametrize("kind", [data.LEVELS, data.PROBABILITIES])
+def test_levels_that_are_no_bytes_are_refused_with_a_remedy_that_helps(tmp_path: Path, what: str, kind: str) -> None:
+    array = LEVELS_AS_NUMBERS[what]
+    with pytest.raises(ValueError, match=r"; if these are levels from 0 to 255, divide by 255$"):
+        data.own_images(saved(tmp_path, array), trained_on(kind), "none")
+    x = data.own_images(saved(tmp_path, array / 255), trained_on(kind), "none").x[:, 0]
+    np.testing.assert_allclose(x.numpy(), array / 255, rtol=2e-7)
+
+
+@pytest.mark.parametrize("array", [REALS, 1000 * FRACTIONS, np.where(REALS > 0, np.inf, 0.0)])
+def test_what_are_no_levels_is_refused_without_that_remedy(tmp_path: Path, array: np.ndarray) -> None:
+    with pytest.raises(ValueError, match=r"got float64 from \S+ to \S+$"):
+        data.own_images(saved(tmp_path, array), trained_on(data.LEVELS), "none")
+
+
 # --- Arrays: shape ---
 
 COLOR = GENERATOR.integers(0, 256, (6, 3, 4, 5), np.uint8)
@@ -152,6 +175,11 @@ def test_an_array_without_labels_has_none(tmp_path: Path) -> None:
 def test_labels_of_another_length_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="labels: expected 6 whole numbers, one an image, got shape"):
         data.own_images(saved(tmp_path, x=GREY, y=np.arange(5)), trained_on(data.LEVELS), "none")
+
+
+def test_one_label_is_asked_for_in_the_singular(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="labels: expected 1 whole number, one an image, got shape"):
+        data.own_images(saved(tmp_path, x=GREY[:1], y=np.arange(2)), trained_on(data.LEVELS), "none")
 
 
 def test_images_of_an_array_are_named_by_their_index(tmp_path: Path) -> None:
@@ -284,7 +312,7 @@ def test_files_in_folders_of_unknown_classes_have_no_labels(tmp_path: Path) -> N
 def test_a_broken_file_among_them_is_refused_by_name(tmp_path: Path) -> None:
     picture(tmp_path / "own.png", GREY[0])
     (tmp_path / "broken.png").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"1 cannot be read: broken.png"):
+    with pytest.raises(ValueError, match=r"^.*: expected images, got 1 that cannot be read: broken.png$"):
         data.own_images(str(tmp_path), trained_on(data.LEVELS), "none")
 
 

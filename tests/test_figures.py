@@ -233,7 +233,7 @@ def test_the_extremes_are_the_images_of_their_places_in_the_split(draw, folder, 
         picture = axes.get_images()[0].get_array()
         width = picture.shape[1] // 10
         for column, i in enumerate(places):
-            tile = picture[1:-1, column * width + 1 : (column + 1) * width - 1]
+            tile = picture[2:-2, column * width + 2 : (column + 1) * width - 2]
             step = len(tile) // 8
             np.testing.assert_array_equal(tile[step // 2 :: step, step // 2 :: step], run.splits.test[i, 0])
 
@@ -267,13 +267,34 @@ def test_the_gain_is_the_bound_less_the_elbo(draw):
     np.testing.assert_allclose(gain, bound - bound[0], atol=1e-9)
 
 
-def test_traversals_are_sorted_by_kl_and_count_the_unused(draw, folder, run):
-    figure = draw("traversals.png")
+@pytest.fixture
+def kl(folder, run):
+    """(2,) nats of the run's latents."""
     with torch.no_grad():
         q = load(folder).posterior(run.splits.test.float())
-    kl = ((q.mean.square() + q.variance - 1 - q.variance.log()) / 2).mean(0)
-    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
-    assert [label.split(",")[0] for label in labels] == [f"z{i}" for i in kl.argsort(descending=True).tolist()]
+    return ((q.mean.square() + q.variance - 1 - q.variance.log()) / 2).mean(0)
+
+
+def rows(figure):
+    return [label.get_text().split(",")[0] for label in figure.axes[0].get_yticklabels()]
+
+
+@pytest.mark.parametrize("num_used", [0, 1, 2])
+def test_traversals_are_of_the_used_latents_but_of_one_at_least(draw, kl, num_used, monkeypatch):
+    above, below = kl.max().item(), kl.min().item()
+    threshold = {0: 2 * above, 1: (above + below) / 2, 2: below / 2}[num_used]
+    monkeypatch.setattr(figures, "UNUSED_NATS", threshold)
+    figure = draw("traversals.png")
+    assert rows(figure) == [f"z{i}" for i in kl.argsort(descending=True).tolist()][: max(1, num_used)]
+    title = figure._suptitle.get_text()
+    assert f"unused latents, with a mean KL below {threshold} nats: {2 - num_used} of 2" in title
+    assert ("rows: the latents, by" if num_used == 2 else "rows: the most used of 2 latents, by") in title
+
+
+def test_traversals_are_sorted_by_kl_and_count_the_unused(draw, kl):
+    figure = draw("traversals.png")
+    used = [i for i in kl.argsort(descending=True).tolist() if kl[i] >= 0.01]
+    assert rows(figure) == [f"z{i}" for i in used]
     unused = int((kl < 0.01).sum())
     assert f"unused latents, with a mean KL below 0.01 nats: {unused} of 2" in figure._suptitle.get_text()
     headings = [label.get_text() for label in figure.axes[0].get_xticklabels()]
@@ -286,12 +307,20 @@ def test_the_plane_has_fifteen_quantiles_each_way(draw):
     assert [label.get_text() for label in axes.get_yticklabels()][::7] == ["1.8", "0.0", "-1.8"]
 
 
+@pytest.mark.parametrize(("from_python", "words"), [(False, ""), (True, ", as if it were normal")])
+def test_the_plane_says_how_its_grid_was_chosen(run, from_python, words):
+    scene = figures._Scene(run._replace(from_python=from_python), [])
+    with torch.no_grad():
+        title = figures._FIGURES["manifold.png"].draw(scene)._suptitle.get_text()
+    assert title.endswith(f"on a grid at equal steps of the prior's probability{words}")
+
+
 def test_reconstructions_begin_with_the_test_images(draw, run):
     picture = draw("reconstructions.png").axes[0].get_images()[0].get_array()
     width = picture.shape[1] // 10
     test = {image.numpy().tobytes() for image in run.splits.test[:, 0].to(torch.uint8)}
     for column in range(10):
-        tile = picture[1 : width - 1, column * width + 1 : (column + 1) * width - 1]
+        tile = picture[2 : width - 2, column * width + 2 : (column + 1) * width - 2]
         step = len(tile) // 8
         assert tile[step // 2 :: step, step // 2 :: step].astype(np.uint8).tobytes() in test
 

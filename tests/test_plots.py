@@ -48,9 +48,11 @@ def test_a_column_has_its_heading_over_it():
 def test_an_image_is_not_turned_or_mirrored():
     image = np.arange(12.0).reshape(1, 1, 3, 4) / 12
     picture = plots.image_rows({"a": image}, title="t").axes[0].get_images()[0].get_array()
-    inside = picture[1:-1, 1:-1]
-    step = [inside.shape[0] // 3, inside.shape[1] // 4]
-    np.testing.assert_allclose(inside[step[0] // 2 :: step[0], step[1] // 2 :: step[1]], image[0, 0])
+    places = [
+        [int((i + 0.5) / count * (length - 4)) + 2 for i in range(count)]  # a line and a margin of 1 pixel on each side
+        for count, length in zip((3, 4), picture.shape, strict=True)
+    ]
+    np.testing.assert_allclose(picture[np.ix_(*places)], image[0, 0])
 
 
 def test_colors_keep_their_channels():
@@ -87,13 +89,36 @@ def test_an_image_is_drawn_in_its_shape_and_never_as_a_line(height, width, drawn
     assert 1 / axes.get_aspect() == pytest.approx(drawn)
 
 
-@pytest.mark.parametrize(("height", "width"), [(2, 2), (1, 60), (60, 1), (28, 28), (12, 30)])
-def test_lines_between_images_are_thin_in_both_directions(height, width):
-    picture = plots.image_rows({"a": gray(0.0, 0.0, shape=(1, height, width))}, title="t").axes[0].get_images()[0]
-    values = picture.get_array()
-    assert (values[0] == 0.5).all()
-    assert min(values.shape) >= 50
-    assert (values == 0.5).mean() < 0.1
+def two_tiles(level, height, width):
+    """The picture of two images of one level beside each other."""
+    axes = plots.image_rows({"a": gray(level, level, shape=(1, height, width))}, title="t").axes[0]
+    return np.asarray(axes.get_images()[0].get_array())
+
+
+@pytest.mark.parametrize(("height", "width"), [(2, 2), (1, 60), (60, 1), (28, 28), (12, 30), (4, 200), (256, 256)])
+def test_margins_between_images_are_white_and_thin_in_both_directions(height, width):
+    picture = two_tiles(0.0, height, width)
+    middle = picture.shape[1] // 2
+    assert (picture[[0, -1]] == 1).all()
+    assert (picture[:, [0, middle - 1, middle, -1]] == 1).all()
+    assert min(picture.shape) >= 50
+    assert (picture > 0).mean() < 0.15
+
+
+@pytest.mark.parametrize("size", [(28, 28), (4, 200), (300, 300)])
+@pytest.mark.parametrize("level", [0.0, 0.5, 0.75, 1.0])
+def test_images_of_any_level_are_told_apart(level, size):
+    """Somewhere between two of them the picture is a fifth of the range away from both."""
+    row = two_tiles(level, *size)
+    row = row[len(row) // 2]
+    between = row[len(row) // 4 : 3 * len(row) // 4]
+    assert np.abs(between - level).max() >= 0.2
+
+
+def test_margins_grow_with_the_pixels_of_an_image():
+    """Else they would vanish where the picture is made smaller: at least a hundredth of an image in all."""
+    picture = two_tiles(0.0, 600, 600)
+    assert (picture[300] > 0).mean() >= 0.01
 
 
 @pytest.mark.parametrize("shape", [(1, 28, 28), (1, 1, 300), (3, 300, 1), (3, 256, 256)])
@@ -105,7 +130,7 @@ def test_a_figure_fits_on_a_screen(shape):
 
 def test_a_long_title_is_not_cut():
     figure = plots.image_rows({"a": gray(0.1)}, title=60 * "word ")
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     box = figure._suptitle.get_window_extent()
     assert 0 <= box.x0 < box.x1 <= figure.bbox.width
 
@@ -123,6 +148,7 @@ def test_a_planes_second_coordinate_points_upwards():
 # --- Latents ---
 
 POINTS = np.array([[0.0, 1.0], [2.0, -1.0], [0.5, 0.5], [-4.0, 0.0]])
+LINE = {"name": "z0", "prior_mean": 0.0, "prior_scale": 1.0, "title": "t"}
 PLANE = {"names": ("z0", "z1"), "prior_mean": [0.0, 1.0], "prior_scale": [1.0, 2.0], "title": "t"}
 
 
@@ -151,9 +177,23 @@ def test_without_classes_all_points_are_of_one_color():
     np.testing.assert_array_equal(part.get_offsets(), POINTS)
 
 
-def test_more_classes_than_colors_have_no_legend_of_names():
-    axes = plots.latent_plane(np.zeros((40, 2)), classes=np.arange(40), **PLANE).axes[0]
-    assert words(axes.get_legend().get_texts()) == ["prior: 1, 2, 3 scales"]
+def test_more_classes_than_colors_are_only_counted():
+    for figure in (
+        plots.latent_plane(np.zeros((40, 2)), classes=np.arange(40), **PLANE),
+        plots.latent_line(np.zeros(40), classes=np.arange(40), **LINE),
+    ):
+        counted, prior = words(figure.legends[0].get_texts())
+        assert counted == "40 classes,\none color each"
+        assert prior.startswith("prior: ")
+
+
+@pytest.mark.parametrize("letters", [1, 20, 25, 40])
+def test_names_of_classes_and_of_latents_are_not_cut(letters):
+    figure = plots.latent_plane(POINTS, classes=np.zeros(4, int), class_names=[letters * "x"], **PLANE)
+    figure.draw_without_rendering()
+    box = figure.legends[0].get_window_extent()
+    assert figure.axes[0].get_window_extent().x1 <= box.x0 < box.x1 <= figure.bbox.width
+    assert figure.axes[0].yaxis.label.get_window_extent().x0 >= 0
 
 
 def test_the_priors_scales_are_drawn_around_its_mean():
@@ -171,8 +211,7 @@ def test_no_point_is_outside_of_the_axes():
 
 def test_a_line_of_one_latent_counts_every_image():
     points = np.linspace(-5, 2, 50)
-    line = {"name": "z0", "prior_mean": 0.0, "prior_scale": 1.0, "title": "t"}
-    axes = plots.latent_line(points, classes=np.arange(50) % 2, **line).axes[0]
+    axes = plots.latent_line(points, classes=np.arange(50) % 2, **LINE).axes[0]
     counts = sum(bar.get_height() for bar in axes.patches)
     assert counts == 50
     assert [line.get_xdata()[0] for line in axes.lines] == [-3, -2, -1, 0, 1, 2, 3]
@@ -192,6 +231,29 @@ def test_a_histogram_counts_every_image_and_marks_the_mean():
 def test_a_mean_of_one_image_has_no_error():
     axes = plots.likelihood_histogram(np.array([-1.0]), mean=-1.0, stderr=np.nan, name="L", title="t").axes[0]
     assert words(axes.get_legend().get_texts()) == ["mean -1.00"]
+
+
+def differences():
+    one = np.array([-1.0])
+    pair = plots.PairShown(("a", "b"), one, one + 1, one + 2, mean=1.0, lower=0.5, upper=1.5, words="w")
+    return plots.paired_bounds([pair], bound="L", title="t").axes
+
+
+HISTOGRAMS = {
+    "likelihoods": lambda: plots.likelihood_histogram(np.array([-1.0]), mean=-1, stderr=0, name="L", title="t").axes[0],
+    "latents": lambda: plots.latent_line(np.array([0.5]), **LINE).axes[0],
+    "differences": lambda: differences()[1],
+}
+
+
+@pytest.mark.parametrize("what", HISTOGRAMS)
+def test_counts_of_images_are_whole_numbers(what):
+    ticks = HISTOGRAMS[what]().get_yticks()
+    assert ticks.tolist() == np.round(ticks).tolist()
+
+
+def test_of_two_models_the_vertical_axis_is_named_as_such():
+    assert words(differences()[0].texts) == ["above the line: the vertical axis has the better run"]
 
 
 def test_examples_stand_above_their_captions():
@@ -217,6 +279,16 @@ def test_a_bound_is_drawn_over_its_particles_with_its_errors():
     assert list(left.lines[-1].get_ydata()) == [-90.0, -90.0]
 
 
+def test_the_legend_of_a_bound_covers_nothing():
+    bound = ([-90.0, -88.0, -87.5], [9.0, 9.0, 9.0])
+    figure = plots.bound_by_particles([1, 10, 100], bound=bound, gain=bound, title="t")
+    figure.draw_without_rendering()
+    axes = figure.axes[0]
+    legend, title = (part.get_window_extent() for part in (axes.get_legend(), figure._suptitle))
+    assert legend.y0 >= axes.get_window_extent().y1
+    assert legend.y1 <= title.y0
+
+
 # --- Training ---
 
 
@@ -237,6 +309,14 @@ def test_training_curves_are_the_records():
     shown = {label: values for label, values in curves(left).items() if label != "best, kept"}
     assert shown == {"training objective (the ELBO)": [-130.0, -110.0], "validation ELBO": [-120.0, -105.0]}
     assert curves(right) == {"-E_q[log p(x | z)]": [100.0, 85.0], "KL(q(z | x) || p(z))": [20.0, 20.0]}
+
+
+@pytest.mark.parametrize("epoch", [1, 7])
+def test_one_epoch_has_a_tick_of_its_own_on_an_axis_of_one_epoch(epoch):
+    for axes in plots.training_curves([record(epoch, 130.0, -120.0)], title="t").axes:
+        low, high = axes.get_xlim()
+        assert (low, high) == (epoch - 0.5, epoch + 0.5)
+        assert [tick for tick in axes.get_xticks() if low <= tick <= high] == [epoch]
 
 
 def test_the_best_epoch_is_marked():

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ppl_vae.data.binarization import binomial_draw, is_drawn
-from ppl_vae.data.image_folder import Found, checked_size, find_images, label_by_folder, read_images
+from ppl_vae.data.image_folder import checked_size, find_images, label_by_folder, read_images
 from ppl_vae.data.own import LABELS_ALONE, as_labels, read_arrays
 from ppl_vae.data.splits import BINARY, LEVELS, PROBABILITIES, REAL, Splits, first_few
 
@@ -120,9 +120,12 @@ def _scaled(file: Path, array: np.ndarray, kind: str) -> np.ndarray:
     }
     words, holds = expected[kind]
     if not holds:
+        levels = kind in (LEVELS, PROBABILITIES) and bool(seen.min() >= 0 and 1 < seen.max() <= 255)
         raise ValueError(
             f"{file}: expected {words} (the model was trained on {kind}), "
             f"got {array.dtype} from {seen.min()} to {seen.max()}"
+            + "; if these are levels from 0 to 255, divide by 255"
+            * levels
         )
     scale = 255 if array.dtype == np.uint8 and not black_and_white else 1
     return np.ascontiguousarray(array, dtype=np.float32) / np.float32(scale)
@@ -147,18 +150,18 @@ def _from_files(
         raise ValueError(f"image_size: expected {height} {width}, as the model has it, got {list(image_size or ())}")
     if color not in (None, own_color):
         raise ValueError(f"color: expected {own_color}, as the model has it, got {color}")
-    found = find_images(path) if path.is_dir() else Found((path.name,), (), 0)
-    if not found.images:
-        raise ValueError(f"images: {path}: expected images, got none in that folder")
+    files = find_images(path).images if path.is_dir() else (path.name,)
+    if not files:
+        raise ValueError(f"{path}: expected images, got none in that folder")
     root = path if path.is_dir() else path.parent
-    pictures = read_images(root, found.images, size=(height, width), fit=fit, color=own_color)
-    if unreadable := found.unreadable + pictures.unreadable:  # refused: each of these images was asked for
-        raise ValueError(f"images: {path}: {len(unreadable):,} cannot be read: {first_few(unreadable)}")
+    pictures = read_images(root, files, size=(height, width), fit=fit, color=own_color)
+    if unreadable := pictures.unreadable:  # refused: each of these images was asked for
+        raise ValueError(
+            f"{path}: expected images, got {len(unreadable):,} that cannot be read: {first_few(unreadable)}"
+        )
     values = pictures.pixels.float() / 255
     if splits.kind == BINARY and not ((values == 0) | (values == 1)).all():
-        raise ValueError(
-            f"images: {path}: expected black and white alone (the model was trained on {splits.kind} data)"
-        )
+        raise ValueError(f"{path}: expected black and white alone (the model was trained on {splits.kind} data)")
     numbers, classes = label_by_folder(pictures.names)
     known = bool(classes) and set(classes) <= set(splits.class_names)
     of_classes = torch.tensor([splits.class_names.index(name) for name in classes]) if known else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path, PurePosixPath
@@ -14,7 +15,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ppl_vae.data.splits import LEVELS, Splits, complete, first_few
+from ppl_vae.data.splits import LEVELS, Splits, complete, first_few, several
 
 _SPLIT_FOLDERS = {
     "train": "train",
@@ -23,15 +24,18 @@ _SPLIT_FOLDERS = {
     "val": "validation",
     "test": "test",
 }
+_NEARLY_A_SPLIT = re.compile(
+    r"(train|training|test|testing|tests|val|valid|validate|validation|eval|evaluation|dev|devel|development)"
+    r"[ _-]?(set|images|data)?"
+)
 _GRAY_MODES = ("1", "L", "LA", "La")
 _NOT_PIXELS = ("EPS", "WMF", "PDF", "MPEG", "HDF5", "GRIB", "BUFR")  # no images, or read by starting another program
 
 
 class Found(NamedTuple):
-    """The image files below a folder, by their names from there on, sorted; what could not be listed; other files."""
+    """The image files below a folder, by their names from there on, sorted; how many other files."""
 
     images: tuple[str, ...]
-    unreadable: tuple[str, ...]
     num_others: int
 
 
@@ -47,7 +51,8 @@ class Pictures(NamedTuple):
 def image_folder(path: Path, *, image_size: Sequence[int] | None, fit: str, color: str | None) -> Splits:
     """The images below a folder, as 8-bit levels: (N, 1, H, W) gray or (N, 3, H, W) red, green, blue.
 
-    Every format that Pillow decodes; hidden files are skipped, and so are those whose extension is no image's. Folders
+    Every format that Pillow decodes; hidden files are skipped, and so are those whose extension is no image's; links
+    to folders are followed, but for those that lead back to a folder that they lie in. Folders
     named train, valid (or validation, val) and test are splits, and images beside these train where there is no folder
     train; what is lacking is a tenth each, by a fixed permutation of the sorted names. Two or more subfolders (of the
     splits, where there are splits) are classes if every image lies in one; labels count the sorted names of them all.
@@ -60,13 +65,14 @@ def image_folder(path: Path, *, image_size: Sequence[int] | None, fit: str, colo
         color: "gray", "rgb", or None: gray where every image is.
 
     Raises:
-        ValueError: no folder, no images, none that can be read, or images of several sizes.
+        ValueError: no folder, one that cannot be opened or whose name is nearly a split's, no images, none that can be
+            read, or images of several sizes.
     """
     found = find_images(path)
     if not found.images:
-        others = f"{found.num_others:,} other files" if found.num_others else "an empty folder"
-        unlisted = f" ({first_few(found.unreadable)} cannot be opened)" if found.unreadable else ""
-        raise ValueError(f"dataset: {path}: expected images, got {others}{unlisted}")
+        others = several(found.num_others, "other file") if found.num_others else "an empty folder"
+        raise ValueError(f"{path}: expected images, got {others}")
+    _check_names_of_splits(path, found.images)
     pictures = read_images(path, found.images, size=checked_size(image_size), fit=fit, color=color)
     index = _index_of_splits(path, found.images, pictures.names)
     given = {split: pictures.pixels[rows] for split, rows in index.items()}
@@ -75,7 +81,8 @@ def image_folder(path: Path, *, image_size: Sequence[int] | None, fit: str, colo
     given, labels, words = complete(str(path), given, labels)
     words = "by their folders" if words == "as given" else words
     if found.num_others:
-        words += f"; {found.num_others:,} files that are no images ignored"
+        are_no_images = "that is no image" if found.num_others == 1 else "that are no images"
+        words += f"; {several(found.num_others, 'file')} {are_no_images} ignored"
     return Splits(
         name=path.resolve().name,
         kind=LEVELS,
@@ -83,7 +90,7 @@ def image_folder(path: Path, *, image_size: Sequence[int] | None, fit: str, colo
         split=words,
         labels=labels,
         class_names=class_names,
-        unreadable=tuple(sorted(found.unreadable + pictures.unreadable)),
+        unreadable=pictures.unreadable,
         train=given["train"],
         validation=given["validation"],
         test=given["test"],
@@ -104,19 +111,32 @@ def checked_size(image_size: Sequence[int] | None) -> tuple[int, int] | None:
 
 
 def find_images(root: Path) -> Found:
-    """Image files by their extension, recursively, sorted by name; links to folders are not followed."""
+    """Image files by their extension, recursively, sorted by name; links to folders are followed, never in circles.
+
+    Raises:
+        ValueError: a folder that cannot be opened: a whole split or class could be missing.
+    """
     extensions = {end for end, name in Image.registered_extensions().items() if name in _formats()}
     images, others = [], 0
-    closed: list[OSError] = []
-    for folder, below, names in os.walk(root, onerror=closed.append):
-        below[:] = [name for name in below if not name.startswith(".")]
+
+    def refuse(error: OSError) -> None:
+        name = Path(error.filename).relative_to(root).as_posix()
+        which = "the folder" if name == "." else name
+        raise ValueError(f"{root}: {which} cannot be opened: {error.strerror}") from None
+
+    for folder, below, names in os.walk(root, onerror=refuse, followlinks=True):
+        below[:] = [name for name in below if not name.startswith(".") and not _leads_back(Path(folder, name))]
         for name in names:
             if Path(name).suffix.lower() in extensions and not name.startswith("."):
                 images.append((Path(folder) / name).relative_to(root).as_posix())
             else:
                 others += not name.startswith(".")
-    unreadable = (Path(error.filename).relative_to(root).as_posix() for error in closed)
-    return Found(tuple(sorted(images)), tuple(unreadable), others)
+    return Found(tuple(sorted(images)), others)
+
+
+def _leads_back(folder: Path) -> bool:
+    """It is one of the folders that it lies in, by way of a link: to follow it would never end."""
+    return os.path.realpath(folder) in map(os.path.realpath, Path(os.path.abspath(folder)).parents)
 
 
 def read_images(
@@ -207,6 +227,25 @@ def _split_of(name: str) -> str | None:
     """The split that an image's first folder names."""
     folders = PurePosixPath(name).parts[:-1]
     return _SPLIT_FOLDERS.get(folders[0].lower()) if folders else None
+
+
+def _check_names_of_splits(root: Path, names: Sequence[str]) -> None:
+    """Refuses folders such as "testing" beside others: taken as a class, its images would train.
+
+    Raises:
+        ValueError: there is one.
+    """
+    folders = {PurePosixPath(name).parts[0] if "/" in name else "" for name in names}
+    nearly = [
+        name
+        for name in sorted(folders)
+        if name.lower() not in _SPLIT_FOLDERS and _NEARLY_A_SPLIT.fullmatch(name.lower())
+    ]
+    if nearly and len(folders) > 1:
+        raise ValueError(
+            f"{root}: expected folders of splits to be named train; valid, validation or val; test, "
+            f"got {first_few(nearly)}"
+        )
 
 
 def _index_of_splits(root: Path, names: Sequence[str], read: Sequence[str]) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ppl_vae.data.splits import BINARY, LEVELS, PROBABILITIES, REAL, Splits, complete
+from ppl_vae.data.splits import BINARY, LEVELS, PROBABILITIES, REAL, Splits, complete, several
 
 # What a user's file may call its splits, and the labels of each.
 _WORDS = {"train": ("train",), "validation": ("valid", "validation", "val"), "test": ("test",)}
@@ -124,7 +124,7 @@ def as_labels(where: str, array: np.ndarray, num_images: int) -> Tensor:
     """
     if array.dtype.kind not in "iu" or array.shape not in ((num_images,), (num_images, 1)):
         got = f"shape {array.shape} and dtype {array.dtype}"
-        raise ValueError(f"{where} labels: expected {num_images:,} whole numbers, one an image, got {got}")
+        raise ValueError(f"{where} labels: expected {several(num_images, 'whole number')}, one an image, got {got}")
     return torch.from_numpy(array.reshape(-1).astype(np.int64))
 
 

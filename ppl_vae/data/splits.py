@@ -57,10 +57,11 @@ class Splits:
         if self.class_names:
             seen += f"; {len(self.class_names)} classes: {first_few(self.class_names)}"
         elif self.labels:
-            seen += f"; {len(torch.cat([*self.labels.values()]).unique())} classes"
+            num_classes = len(torch.cat([*self.labels.values()]).unique())
+            seen += f"; {num_classes:,} class" + "es" * (num_classes != 1)
         if self.unreadable:
-            count = f"{len(self.unreadable):,} file" + "s" * (len(self.unreadable) > 1)
-            seen += f"\n{self.name}: {count} could not be read and left out: {first_few(self.unreadable)}"
+            files = several(len(self.unreadable), "file")
+            seen += f"\n{self.name}: {files} could not be read and left out: {first_few(self.unreadable)}"
         return seen
 
     def _range(self) -> str:
@@ -73,6 +74,11 @@ class Splits:
             levels = " (whole numbers of 8 bits: as uint8 they would be 8-bit levels)"
             return f" from {low:.4g} to {high:.4g}" + levels * bool(whole and low >= 0 and high <= 255)
         return ""
+
+
+def several(count: int, what: str) -> str:
+    """The count and its noun: 1 file, 2 files."""
+    return f"{count:,} {what}" + "s" * (count != 1)
 
 
 def first_few(names: Iterable[str]) -> str:
@@ -114,7 +120,8 @@ def complete(
     images |= {split: train[index] for split, index in parts.items()}
     if "train" in labels:
         numbers |= {split: labels["train"][index] for split, index in parts.items()}
-    return images, numbers, f"{' and '.join(missing)}: a tenth of the images each, by a fixed permutation"
+    each = " each" * (len(missing) > 1)
+    return images, numbers, f"{' and '.join(missing)}: a tenth of the images{each}, by a fixed permutation"
 
 
 def subset(num_images: int, most: int | None) -> Tensor:

@@ -236,7 +236,7 @@ def _interpolations(scene: _Scene) -> Figure:
 
 
 def _traversals(scene: _Scene) -> Figure:
-    most_used = scene.kl.argsort(descending=True)[:_NUM_SHOWN].tolist()
+    most_used = scene.kl.argsort(descending=True)[: _num_traversed(scene.kl)].tolist()
     middle = _NUM_STEPS // 2
     steps = 3 * torch.arange(-middle, middle + 1) / middle
     place = int(scene.shown[0])
@@ -253,9 +253,15 @@ def _traversals(scene: _Scene) -> Figure:
 
 
 def _most_used_in_words(scene: _Scene) -> str:
-    count, all_of_them = min(_NUM_SHOWN, len(scene.kl)), len(scene.kl) <= _NUM_SHOWN
-    which = "the latents" if all_of_them else f"the {count} most used of {len(scene.kl)} latents"
+    count, all_of_them = _num_traversed(scene.kl), len(scene.kl)
+    few = "most used" if count == 1 else f"{count} most used"
+    which = "the latents" if count == all_of_them else f"the {few} of {all_of_them} latents"
     return f"rows: {which}, by KL(q(z_l | x) || p(z_l)), the mean over {_several(len(scene.encoded[0]), 'test image')}"
+
+
+def _num_traversed(kl: Tensor) -> int:
+    """Rows: a latent that is not used moves nothing, but there is at least one. kl: (L,) nats."""
+    return max(1, min(_NUM_SHOWN, int((kl >= UNUSED_NATS).sum())))
 
 
 def _unused_in_words(scene: _Scene) -> str:
@@ -281,7 +287,10 @@ def _manifold(scene: _Scene) -> Figure:
         y=y,
         names=("z0", "z1"),
         title="E[x | z] over the plane of the two latents,\n"
-        "each step of the same probability under normals of the prior's means and scales" + scene.display.words,
+        "on a grid at equal steps of the prior's probability"
+        # A program in Python may have any prior, of which only the means and the scales are known here.
+        + ", as if it were normal" * scene.run.from_python
+        + scene.display.words,
     )
 
 

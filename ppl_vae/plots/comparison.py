@@ -7,6 +7,7 @@ from textwrap import fill
 from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 
@@ -60,7 +61,7 @@ def _draw_scatter(axes: Any, pair: PairShown, bound: str) -> None:
     x_label, y_label = (fill(f"{bound} of an image under {name}, nats", 45) for name in pair.names)
     axes.set(xlabel=x_label, ylabel=y_label)
     axes.annotate(
-        "above the line: the upright axis has the better run",
+        "above the line: the vertical axis has the better run",
         (0.03, 0.97),
         xycoords="axes fraction",
         va="top",
@@ -74,4 +75,5 @@ def _draw_differences(axes: Any, pair: PairShown) -> None:
     axes.axvspan(pair.lower, pair.upper, color="tab:red", alpha=0.3, linewidth=0, label="interval of the mean")
     axes.axvline(pair.mean, color="tab:red", linewidth=1.2, label=f"mean {pair.mean:+.3g}")
     axes.set(xlabel=fill(f"{pair.names[1]} minus {pair.names[0]}, nats an image", 55), ylabel="images")
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.legend(fontsize=8)

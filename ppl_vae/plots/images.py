@@ -18,6 +18,7 @@ _SMALLEST_TILE = 56
 # Images more elongated than this are stretched to it: a row of 1 x 100 pixels would be a line.
 _MOST_ELONGATED = 5.0
 
+_LINE = 0.75  # the gray of the line around an image
 _INCHES_A_TITLE_LETTER = 0.08
 _LARGEST = 15.0  # inches
 
@@ -99,16 +100,21 @@ def elongation(shape: Sequence[int]) -> float:
 
 
 def _sheet(table: Images) -> Images:
-    """(rows, columns, C, H, W) -> one picture (height, width) or (height, width, 3), thin gray lines between images."""
+    """(rows, columns, C, H, W) -> one picture (height, width) or (height, width, 3), thin margins between images.
+
+    A margin is white, for black images and gray ones; a light line around each image bounds those that are white.
+    """
     rows, columns, channels, height, width = table.shape
     # Each pixel becomes several, so that a tile has the shape in which it is drawn and lines are of one width.
     drawn = elongation(table.shape)
     across = math.ceil(_SMALLEST_TILE * max(1.0, drawn) / width)
     down = max(1, round(width * across / drawn / height))
     tiles = table.astype(float).repeat(down, axis=3).repeat(across, axis=4)
-    frame = np.where(np.isnan(table[:, :, :1, :1, :1]), 1.0, 0.5)
-    framed = np.broadcast_to(frame, (rows, columns, channels, tiles.shape[3] + 2, tiles.shape[4] + 2)).copy()
-    framed[..., 1:-1, 1:-1] = np.nan_to_num(tiles, nan=1.0)
+    line = max(1, round(min(tiles.shape[3:]) / _SMALLEST_TILE))
+    margin = 2 * line
+    framed = np.ones((rows, columns, channels, tiles.shape[3] + 2 * margin, tiles.shape[4] + 2 * margin))
+    framed[..., line:-line, line:-line] = np.where(np.isnan(table[:, :, :1, :1, :1]), 1.0, _LINE)
+    framed[..., margin:-margin, margin:-margin] = np.nan_to_num(tiles, nan=1.0)
     sheet = framed.transpose(0, 3, 1, 4, 2).reshape(rows * framed.shape[3], columns * framed.shape[4], channels)
     return sheet.squeeze(-1) if channels == 1 else sheet
 

@@ -8,14 +8,16 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Ellipse
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from ppl_vae.plots.likelihoods import number_of_bins
 
 Array = NDArray[Any]
 
-# More classes than this have no legend: their colors could not be told apart.
+# More classes than this are only counted in the legend: their colors could not be told apart.
 _MOST_CLASSES = 20
 
 
@@ -52,10 +54,11 @@ def latent_plane(
         xlabel=names[0],
         ylabel=names[1],
         aspect="equal",
+        anchor="W",  # the layout knows the labels on the left only if the square stays there
         xlim=(prior_mean[0] - reach, prior_mean[0] + reach),
         ylim=(prior_mean[1] - reach, prior_mean[1] + reach),
     )
-    _legend(axes)
+    _legend(axes, classes)
     return figure
 
 
@@ -92,7 +95,8 @@ def latent_line(
         label = "prior: mean, and 1, 2, 3 scales" if position == 0 else None
         axes.axvline(prior_mean + position * prior_scale, color="0.4", linewidth=0.8, label=label)
     axes.set(xlabel=name, ylabel="images")
-    _legend(axes)
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    _legend(axes, classes)
     return figure
 
 
@@ -113,9 +117,14 @@ def _by_class(classes: Array | None, count: int, class_names: Sequence[str]) -> 
     for i, value in enumerate(present):
         word = class_names[value] if 0 <= value < len(class_names) else str(value)
         color = palette(i if few else i / (len(present) - 1))
-        parts.append((classes == value, {"color": color, "label": word if few else None}))
+        parts.append((classes == value, {"color": color, "label": word if few else f"_{word}"}))
     return parts
 
 
-def _legend(axes: Any) -> None:
-    axes.legend(fontsize=8, markerscale=2, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+def _legend(axes: Any, classes: Array | None) -> None:
+    """Beside the axes; one entry counts the classes where there are too many for one each."""
+    handles, _ = axes.get_legend_handles_labels()
+    count = 0 if classes is None else len(np.unique(classes))
+    if count > _MOST_CLASSES:
+        handles.insert(0, Line2D([], [], linestyle="none", label=f"{count:,} classes,\none color each"))
+    axes.figure.legend(handles=handles, fontsize=8, markerscale=2, loc="outside right upper", frameon=False)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from ppl_vae.plots.images import Images, elongation, show_tiles
@@ -42,6 +43,7 @@ def likelihood_histogram(
     error = "" if math.isnan(stderr) else f" ± {stderr:.2f}"
     top.axvline(mean, color="black", linewidth=1, label=f"mean {mean:.2f}{error}")
     top.set(xlabel=f"{name}, nats an image", ylabel="images")
+    top.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     top.legend(fontsize=8)
     for axes, (label, (images, captions)) in zip(below, examples.items(), strict=True):
         show_tiles(axes, images[None])
@@ -80,7 +82,8 @@ def bound_by_particles(
         axes.minorticks_off()
         axes.set_xlabel("s, importance samples an image")
     left.axhline(bound[0][0], color="tab:gray", linestyle="--", linewidth=1, label=f"ELBO, s = 1: {bound[0][0]:.2f}")
-    left.legend(fontsize=8, loc="lower right")
+    # Above the axes: the curve rises from the lower left to the upper right, and bars are long, so no corner is free.
+    left.legend(fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2, borderpad=0, frameon=False)
     left.set_ylabel("L_s, nats an image")
     right.set_ylabel("L_s - ELBO on the same images, nats")
     figure.suptitle(title, fontsize=10)

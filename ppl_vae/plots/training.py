@@ -29,7 +29,9 @@ def training_curves(metrics: Records, *, title: str) -> Figure:
     if validated:
         _terms(panels[1], metrics, marker=marker)
     for axes in panels:
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        if len(metrics) == 1:  # else the axis is a twentieth of an epoch wide
+            axes.set_xlim(metrics[0]["epoch"] - 0.5, metrics[0]["epoch"] + 0.5)
         axes.set_xlabel("epoch")
         axes.legend(fontsize=8)
     figure.suptitle(title, fontsize=10)

@@ -654,3 +654,13 @@ def test_the_written_figure_is_a_picture(folders, tmp_path):
     picture = imread(tmp_path / "out" / "comparison.png")
     assert picture.shape[0] > 400
     assert picture.std() > 0.05
+
+
+def test_a_few_images_far_out_do_not_squeeze_the_histogram_of_many():
+    difference = np.append(np.linspace(-1, 1, 1000), [500.0, -500.0])
+    shown = plots.PairShown(("a", "b"), -difference, np.zeros(1002), difference, 0.0, -0.1, 0.1, "words")
+    axes = plots.paired_bounds([shown], bound="L_200", title="a title").subfigs[0].axes[1]
+    bars = [bar for bar in axes.patches if bar.get_height() > 1]
+    assert max(bar.get_x() + bar.get_width() for bar in bars) < 1.01
+    assert sum(bar.get_height() for bar in bars) == 990
+    assert axes.get_title() == "12 of 1,002 lie beyond"

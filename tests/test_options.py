@@ -112,9 +112,11 @@ def test_the_default_likelihood_is_bernoulli() -> None:
 
 
 @pytest.mark.parametrize(
-    ("epochs", "warmup"), [(1, 0), (2, 0), (3, 0), (4, 1), (10, 3), (49, 14), (50, 15), (100, 15), (2000, 15)]
+    ("epochs", "warmup"), [(1, 0), (2, 1), (3, 1), (4, 1), (10, 3), (49, 14), (50, 15), (100, 15), (2000, 15)]
 )
-def test_the_default_warmup_is_three_tenths_of_the_epochs_and_at_most_15(epochs: int, warmup: int) -> None:
+def test_the_default_warmup_is_three_tenths_of_the_epochs_at_most_15_and_at_least_one_of_several(
+    epochs: int, warmup: int
+) -> None:
     assert options.default_warmup(epochs) == warmup
 
 

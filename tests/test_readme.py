@@ -15,6 +15,7 @@ import torch
 
 from ppl_vae import load
 from ppl_vae.experiment.evaluation import describe_evaluation
+from ppl_vae.options import NETWORKS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -103,3 +104,33 @@ def test_the_readmes_log_likelihood_is_the_stored_measurement():
     entry = json.loads((ROOT / "scripts" / "results" / "default_run.json").read_text())["test"]
     for line in describe_evaluation(entry):
         assert line.strip() in README
+
+
+def test_the_readmes_fifteen_minutes_are_the_stored_measurement():
+    result = json.loads((ROOT / "scripts" / "results" / "fifteen_minutes.json").read_text())
+    assert result.keys() == {"static-mnist", "fashion-mnist"}
+    for dataset, found in result.items():
+        for network, row in found["networks"].items():
+            assert (row["test"]["num_images"], row["test"]["num_particles"]) == (10_000, 500)
+            ll, elbo, floor = (row["test"][name] for name in ("log_likelihood", "elbo", "floor"))
+            assert (
+                f"| {dataset} | `{network}` | {row['epochs']} | {row['seconds'] / 60:.1f} | {ll['mean']:.2f} ± "
+                f"{ll['stderr']:.2f} | {elbo['mean']:.2f} ± {elbo['stderr']:.2f} | {floor['mean']:.2f} |"
+            ) in README
+        paired = found["comparison"]["difference"]
+        assert f"{paired['mean']:.2f} ± {paired['stderr']:.2f} nats" in README
+
+
+def test_the_readmes_table_of_networks_is_the_stored_measurement():
+    result = json.loads((ROOT / "scripts" / "results" / "networks.json").read_text())
+    assert [row["network"] for row in result["rows"]] == list(NETWORKS)
+    for row in result["rows"]:
+        ll = row["log_likelihood"]
+        assert (
+            f"| `{row['network']}` | {row['weights']:,} | {row['seconds_an_epoch']:.1f} | {row['epochs']} | "
+            f"{ll['mean']:.2f} ± {ll['stderr']:.2f} | {row['elbo']['mean']:.2f} |"
+        ) in README
+
+
+def test_nothing_in_the_readme_waits_to_be_filled_in():
+    assert re.findall(r"\b[A-Z]+_[A-Z_]+\b", README.replace("PPL_VAE_DATA_DIR", "")) == []

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from textwrap import fill
 from typing import Any, NamedTuple
 
+import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
@@ -70,7 +71,13 @@ def _draw_scatter(axes: Any, pair: PairShown, bound: str) -> None:
 
 
 def _draw_differences(axes: Any, pair: PairShown) -> None:
-    axes.hist(pair.difference, bins="auto" if len(pair.difference) < 300 else 60, color="tab:blue", alpha=0.6)
+    """The middle 99% of many differences: a few images far out would squeeze the others into one bar."""
+    few = len(pair.difference) < 300
+    low, high = np.quantile(pair.difference, [0, 1] if few else [0.005, 0.995])
+    shown = pair.difference[(pair.difference >= low) & (pair.difference <= high)]
+    axes.hist(shown, bins="auto" if few else 60, color="tab:blue", alpha=0.6)
+    if len(shown) < len(pair.difference):
+        axes.set_title(f"{len(pair.difference) - len(shown):,} of {len(pair.difference):,} lie beyond", fontsize=8)
     axes.axvline(0, color="black", linewidth=0.8, label="no difference")
     axes.axvspan(pair.lower, pair.upper, color="tab:red", alpha=0.3, linewidth=0, label="interval of the mean")
     axes.axvline(pair.mean, color="tab:red", linewidth=1.2, label=f"mean {pair.mean:+.3g}")

@@ -133,4 +133,4 @@ def test_the_readmes_table_of_networks_is_the_stored_measurement():
 
 
 def test_nothing_in_the_readme_waits_to_be_filled_in():
-    assert re.findall(r"\b[A-Z]+_[A-Z_]+\b", README.replace("PPL_VAE_DATA_DIR", "")) == []
+    assert set(re.findall(r"\b[A-Z]{3,}_[A-Z_]+\b", README)) == {"PPL_VAE_DATA_DIR", "OMP_NUM_THREADS"}

@@ -88,14 +88,11 @@ def vae(options: Options, event_shape: Sequence[int]) -> VAE:
     sizes = {"channels": options.channels, "hidden": options.hidden or default_hidden(options.network)}
     family = likelihood(options, event_shape)
     posterior = POSTERIORS[options.posterior](L)
+    decoder = network.decoder(L, event_shape, family.num_features, **sizes)
     encoder = network.encoder(event_shape, posterior.num_features, **sizes)
     if family.support is constraints.real:  # pixels in a unit of their own
         encoder = networks.Standardized(encoder, event_shape)
-    return VAE(
-        PRIORS[options.prior](L),
-        Conditional(network.decoder(L, event_shape, family.num_features, **sizes), family),
-        Conditional(encoder, posterior),
-    )
+    return VAE(PRIORS[options.prior](L), Conditional(decoder, family), Conditional(encoder, posterior))
 
 
 def likelihood(options: Options, event_shape: Sequence[int]) -> Any:

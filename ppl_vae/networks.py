@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -157,6 +158,11 @@ def _up(width_in: int, width_out: int, *, size: tuple[int, int], bias: bool = Tr
     )
 
 
+def _channels_last(network: Any) -> None:
+    """Lays weights out with the channels innermost: up to twice as fast on CPUs. (torch's stubs differ by version.)"""
+    network.to(memory_format=torch.channels_last)
+
+
 class ResidualBlock(nn.Module):
     """x + W_2 * a(W_1 * a(x)): two 3x3 convolutions beside an identity; gated: x + u sigmoid(v), (u, v) = W_2 * ...
 
@@ -223,7 +229,7 @@ class ConvEncoder(nn.Module):
         small = _sizes(height, width, len(channels))[-1]
         dense = GatedMLP if gated else MLP
         self.dense = dense(([planes, *channels][-1], *small), num_features, hidden=hidden)
-        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # up to twice as fast on CPUs
+        _channels_last(self)
 
     @property
     def output(self) -> nn.Linear:
@@ -305,7 +311,7 @@ class ConvDecoder(nn.Module):
         self.dense = dense(latent_dim, math.prod(self.small), hidden=hidden)
         self.stages = nn.Sequential(*stages)
         self.output = PixelOutput(widths[-1], num_features // (height * width), size=(height, width))
-        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # as in the encoder
+        _channels_last(self)
 
     def forward(self, z: Tensor) -> Tensor:
         leading = _leading(z, self.event_shape)

@@ -32,7 +32,7 @@ class Conditional(nn.Module):
         return tuple(self.family.event_shape)
 
     def forward(self, c: Tensor) -> Any:
-        h = self.net(c)
+        h = self.net(c).to(c.dtype)  # under autocast it comes narrower; a distribution's parameters are not
         if h.shape[-1] != self.family.num_features:
             raise ValueError(
                 f"net: expected {self.family.num_features} features for {type(self.family).__name__}, got {h.shape[-1]}"

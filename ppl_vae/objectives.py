@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from pyro.infer import ELBO, Trace_ELBO
+import torch
+from pyro.distributions.util import scale_and_mask
+from pyro.infer import ELBO, Trace_ELBO, TraceMeanField_ELBO
+from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.scale_messenger import ScaleMessenger
 from torch import Tensor
+from torch.distributions import kl_divergence
 
+from ppl_vae.capture import CannotCapture, is_capturing
 from ppl_vae.weights import Program
 
 
@@ -61,4 +67,66 @@ def elbo(
     """
     # The nesting is given: to guess it, Pyro would run the guide once more, and exact resuming would be lost.
     bound = estimator(num_particles=num_particles, vectorize_particles=True, max_plate_nesting=1)
-    return bound.differentiable_loss(Temper(beta)(model), Temper(beta)(guide), x) / len(x)
+    programs = Temper(beta)(model), Temper(beta)(guide)
+    if is_capturing():
+        return _loss_of_traces(bound, *programs, x) / len(x)
+    return bound.differentiable_loss(*programs, x) / len(x)
+
+
+def _loss_of_traces(bound: ELBO, model: Program, guide: Program, x: Tensor) -> Tensor:
+    """What ``bound.differentiable_loss`` returns, from the same two traces, without reading a number on the way.
+
+    Pyro's losses read one of every site, which no graph can hold; and they add the score-function terms of sites that
+    are not reparametrized, which are refused here.
+    """
+    if type(bound) not in (Trace_ELBO, TraceMeanField_ELBO):
+        raise CannotCapture(f"estimator: expected Trace_ELBO or TraceMeanField_ELBO, got {type(bound).__name__}")
+    analytic = isinstance(bound, TraceMeanField_ELBO)
+    total = torch.zeros((), dtype=x.dtype, device=x.device)
+    for p, q in bound._get_traces(model, guide, (x,), {}):
+        for name, site in [*p.nodes.items(), *q.nodes.items()]:
+            if site["type"] == "param":
+                raise CannotCapture(f"pyro.param {name!r}: parameters belong to modules")
+        for name, site in q.nodes.items():
+            if site["type"] == "sample" and not site["is_observed"] and not site["fn"].has_rsample:
+                raise CannotCapture(f"site {name!r}: {type(site['fn']).__name__} is not reparametrized")
+        total = total + _elbo_of_traces(p, q, analytic=analytic)
+    return -total / bound.num_particles
+
+
+def _elbo_of_traces(p: Trace, q: Trace, *, analytic: bool) -> Tensor:
+    """Sum over sites of log p - log q, or of log p of observed sites and minus the KL of latent ones."""
+    sites = {name: site for name, site in p.nodes.items() if site["type"] == "sample"}
+    proposed = {name: site for name, site in q.nodes.items() if site["type"] == "sample"}
+    terms = []
+    for name, site in sites.items():
+        kl = _kl(proposed[name], site) if analytic and name in proposed and not site["is_observed"] else None
+        if kl is not None:
+            terms.append(-kl)
+            del proposed[name]
+        else:
+            terms.append(site["log_prob_sum"])
+    terms += [-site["score_parts"].entropy_term.sum() for site in proposed.values()]
+    return torch.stack([torch.as_tensor(term) for term in terms]).sum()
+
+
+def _kl(q: dict[str, Any], p: dict[str, Any]) -> Tensor | None:
+    """KL(q || p), scaled and masked as the guide's site is; None where no formula is registered."""
+    try:
+        kl = kl_divergence(q["fn"], p["fn"])
+    except NotImplementedError:
+        return None
+    return scale_and_mask(kl, scale=q["scale"], mask=q["mask"]).sum()
+
+
+def autocast(objective: Callable[..., Tensor], dtype: torch.dtype) -> Callable[..., Tensor]:
+    """The objective with matrix products and convolutions in a narrower type: its gradients are rounded, too.
+
+    Distributions stay in the type of the data (see ``Conditional``). Only training sees it.
+    """
+
+    def narrowed(model: Program, guide: Program, x: Tensor, *, beta: float | Tensor) -> Tensor:
+        with torch.autocast(x.device.type, dtype=dtype):
+            return objective(model, guide, x, beta=beta)
+
+    return narrowed

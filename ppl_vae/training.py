@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pyro
@@ -14,7 +15,8 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from ppl_vae import data, objectives
-from ppl_vae.evidence import Estimate, NotFinite, evaluate
+from ppl_vae.capture import CapturedStep
+from ppl_vae.evidence import Estimate, NotFinite, evaluate, seeded
 from ppl_vae.vae import VAE
 from ppl_vae.weights import latent_sites
 
@@ -31,24 +33,45 @@ def cosine(step: int, *, learning_rate: float, total_steps: int) -> float:
     return learning_rate * (1 + math.cos(math.pi * step / total_steps)) / 2
 
 
+def averaging(step: int, *, decay: float) -> float:
+    """min(decay, (1 + step) / (10 + step)): while few weights were seen, the average forgets the first ones faster."""
+    return min(decay, (1 + step) / (10 + step))
+
+
 class TrainingState:
     """All that the next step depends on: weights, optimizer, random numbers, the place in the epoch, the best so far.
 
-    Adam is torch's, one optimizer over all parameters, fused. The noise of Pyro's sites comes from torch's global
-    generator; the data has a generator of its own, and the order of the images depends on (seed, epoch) alone.
+    Adam is torch's, one optimizer over all parameters, fused. The noise of Pyro's sites and of the data comes from
+    torch's global generator; the order of the images depends on (seed, epoch) alone. ``averages`` are the exponential
+    moving averages of the parameters, where they are kept.
     """
 
-    def __init__(self, vae: VAE, *, device: torch.device, seed: int) -> None:
+    def __init__(self, vae: VAE, *, device: torch.device, averaged: bool = False) -> None:
         self.vae = vae
         self.device = device
         self.optimizer = torch.optim.Adam(vae.parameters(), fused=True)
-        self.generator = torch.Generator(device).manual_seed(seed)
+        self.averages = {name: w.detach().clone() for name, w in vae.named_parameters()} if averaged else {}
         self.step = 0
         self.epoch_loss = 0.0  # summed over the images of this epoch so far, nats
         self.seconds = 0.0  # of training and validation, over all sessions
         self.best_elbo = -math.inf
         self.best_step = 0
         self.best_weights: dict[str, Tensor] = {}
+
+    @contextmanager
+    def evaluated_weights(self) -> Iterator[None]:
+        """The averages in the place of the weights, where there are averages."""
+        weights = {name: w.detach().clone() for name, w in self.vae.named_parameters()} if self.averages else {}
+        with torch.no_grad():
+            self._put(self.averages)
+            try:
+                yield
+            finally:
+                self._put(weights)
+
+    def _put(self, values: dict[str, Tensor]) -> None:
+        for name, value in values.items():
+            self.vae.get_parameter(name).copy_(value)
 
     def keep_weights(self) -> None:
         """Remembers these weights as the best."""
@@ -63,7 +86,8 @@ class TrainingState:
         moments_of = self.optimizer.state_dict()["state"]
         for index, moments in moments_of.items():
             tensors |= {f"adam/{names[index]}/{key}": value for key, value in moments.items()}
-        tensors |= {"rng/torch": torch.get_rng_state(), "rng/data": self.generator.get_state()}
+        tensors |= {f"average/{name}": w for name, w in self.averages.items()}
+        tensors |= {"rng/torch": torch.get_rng_state()}
         if self.device.type == "cuda":
             tensors["rng/cuda"] = torch.cuda.get_rng_state(self.device)
         scalars = {
@@ -84,6 +108,8 @@ class TrainingState:
         """
         try:
             self.vae.load_state_dict(_under("weights/", tensors))
+            for name, average in self.averages.items():
+                average.copy_(tensors[f"average/{name}"])
             moments = {}
             for index, (name, parameter) in enumerate(self.vae.named_parameters()):
                 if name not in scalars["trained"]:  # it never had a gradient, so Adam holds nothing of it
@@ -95,7 +121,6 @@ class TrainingState:
             groups = self.optimizer.state_dict()["param_groups"]
             self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
             torch.set_rng_state(tensors["rng/torch"])
-            self.generator.set_state(tensors["rng/data"])
             if self.device.type == "cuda":
                 torch.cuda.set_rng_state(tensors["rng/cuda"], self.device)
             self.best_weights = {name: w.to(self.device) for name, w in _under("best/", tensors).items()}
@@ -126,14 +151,17 @@ def fit(
     *,
     epochs: int,
     objective: Callable[..., Tensor] = objectives.elbo,
-    observe: Callable[[Tensor, torch.Generator], Tensor] = data.as_floats,
+    observe: Callable[[Tensor, torch.Generator | None], Tensor] = data.as_floats,
     batch_size: int = 100,
     learning_rate: float = 1e-3,
     beta: float = 1.0,
     warmup_epochs: int = 0,
     clip_norm: float = 100.0,
+    average_decay: float = 0.0,
+    compile: bool = False,
     seed: int = 0,
     saved: tuple[dict[str, Tensor], dict[str, Any]] | None = None,
+    on_compiled: Callable[[float], None] | None = None,
     on_step: Callable[[TrainingState], None] | None = None,
     on_epoch: Callable[[dict[str, Any]], None] | None = None,
     on_checkpoint: Callable[[TrainingState], None] | None = None,
@@ -142,8 +170,9 @@ def fit(
     """Trains the VAE by SVI, and leaves it in evaluation mode with the best weights by the validation ELBO (beta = 1).
 
     Adam with a cosine learning rate by step count; beta rises linearly from 0 over the warm-up; the gradient's global
-    norm is clipped. The first epoch runs with Pyro's validation on, the others without. Seed torch's global generator
-    before the VAE is built (``pyro.set_rng_seed``): the weights and the noise of the sites come from it.
+    norm is clipped. Values are checked against supports in the first epoch, or, with ``compile``, before it. Seed
+    torch's global generator before the VAE is built (``pyro.set_rng_seed``): the weights, the noise of the sites and
+    that of the data come from it.
 
     Args:
         vae: the VAE to train, on its device.
@@ -151,10 +180,16 @@ def fit(
         validation: (M, *E), as evaluated; without it the last weights are the best.
         epochs: passes through ``train``. The last batch of a pass may be smaller.
         objective: (model, guide, x, *, beta) -> loss, nats an image.
-        observe: what a batch of stored images becomes at every access, with the data's own generator.
+        observe: what a batch of stored images becomes at every access; (values, generator), None for torch's global
+            generator.
         beta: the weight of the KL, after the warm-up.
-        seed: of the images' order and of ``observe``.
+        average_decay: of an exponential moving average of the weights, which then is what is validated and kept; 0 for
+            none. See ``averaging``.
+        compile: whether the whole step, from the batch to the new weights, runs as one compiled graph. It computes the
+            same to rounding, and takes some seconds to compile.
+        seed: of the images' order.
         saved: a state by ``TrainingState.to_tensors``, from which to go on bit for bit.
+        on_compiled: called with the seconds that tracing and compiling took.
         on_step: called after every step.
         on_epoch: called after every epoch with a record of named numbers.
         on_checkpoint: called after every epoch, and after any step once ``checkpoint_seconds`` have passed.
@@ -165,13 +200,18 @@ def fit(
     Raises:
         NotFinite: a loss or gradient is NaN or infinite; names the step and the site. The VAE keeps the weights of
             the step before.
+        CannotCapture: a ValueError: ``compile`` is asked for and impossible; says why. Nothing was trained.
         ValueError: an argument out of its range, an image off the likelihood's support, or a saved state that does
             not fit.
+
+    Reference: Polyak and Juditsky 1992 (averages); the rest as in ``objectives``.
     """
     _check_counts(train=len(train), epochs=epochs, batch_size=batch_size)
     _check_positive(learning_rate=learning_rate, clip_norm=clip_norm)
+    if not 0 <= average_decay < 1:
+        raise ValueError(f"average_decay: expected a number from 0 to below 1, got {average_decay}")
     device = next(vae.parameters()).device
-    state = TrainingState(vae, device=device, seed=seed)
+    state = TrainingState(vae, device=device, averaged=average_decay > 0)
     if saved is not None:
         state.restore(*saved)
     train = train.to(device)
@@ -182,34 +222,47 @@ def fit(
     started = last_checkpoint = time.monotonic()
     earlier = state.seconds
     first_epoch = state.step // steps_an_epoch
+    stepper: EagerSteps | CapturedSteps
+    if compile:
+        _check_images(vae, objective, train, observe, batch_size=batch_size)
+        stepper = CapturedSteps(state, objective, train, observe, batch_size=batch_size, clip_norm=clip_norm)
+        if on_compiled is not None:
+            on_compiled(stepper.compile_seconds)
+    else:
+        stepper = EagerSteps(state, objective, train, observe, clip_norm=clip_norm)
     while state.step < total_steps:
         epoch, place = divmod(state.step, steps_an_epoch)
         epoch_started, images_seen = time.monotonic(), 0
-        for index in _batches(len(train), batch_size, seed=seed, epoch=epoch, device=device)[place:]:
-            x = observe(train[index], state.generator)
-            at_beta = warmup(state.step, beta=beta, warmup_steps=warmup_steps)
-            rate = cosine(state.step, learning_rate=learning_rate, total_steps=total_steps)
-            validate = epoch == first_epoch
-            loss = _step(state, objective, x, beta=at_beta, learning_rate=rate, clip_norm=clip_norm, validate=validate)
-            state.step += 1
-            state.epoch_loss += loss * len(x)
-            images_seen += len(x)
+        schedule = [
+            (
+                warmup(step, beta=beta, warmup_steps=warmup_steps),
+                cosine(step, learning_rate=learning_rate, total_steps=total_steps),
+                averaging(step, decay=average_decay),
+            )
+            for step in range(state.step, (epoch + 1) * steps_an_epoch)
+        ]
+        batches = _batches(len(train), batch_size, seed=seed, epoch=epoch, device=device)[place:]
+        for index in stepper.epoch(batches, schedule, validate=epoch == first_epoch):
+            images_seen += len(index)
             if on_step is not None:
                 on_step(state)
             if state.step % steps_an_epoch and time.monotonic() - last_checkpoint >= checkpoint_seconds:
+                stepper.settle()
                 state.seconds = earlier + time.monotonic() - started
                 if on_checkpoint is not None:
                     on_checkpoint(state)
                 last_checkpoint = time.monotonic()
+        stepper.settle()
         record = {
             "step": state.step,
             "epoch": epoch + 1,
             "train_loss_nats_per_image": state.epoch_loss / len(train),
-            "beta": at_beta,
-            "learning_rate": rate,
+            "beta": schedule[-1][0],
+            "learning_rate": schedule[-1][1],
             "train_images_per_second": images_seen / (time.monotonic() - epoch_started),
         }
-        record |= _validate(state, validation, check=epoch == first_epoch)
+        with state.evaluated_weights():
+            record |= _validate(state, validation, check=epoch == first_epoch)
         state.epoch_loss = 0.0
         record["seconds"] = state.seconds = earlier + time.monotonic() - started
         if on_epoch is not None:
@@ -220,6 +273,160 @@ def fit(
     vae.load_state_dict(state.best_weights)
     vae.eval()
     return state
+
+
+Schedule = list[tuple[float, float, float]]  # beta, learning rate and the averages' decay of each step
+
+
+class EagerSteps:
+    """Steps by Pyro's own loss and torch's own optimizer, one operation at a time."""
+
+    def __init__(
+        self,
+        state: TrainingState,
+        objective: Callable[..., Tensor],
+        train: Tensor,
+        observe: Callable[..., Tensor],
+        *,
+        clip_norm: float,
+    ) -> None:
+        self._state, self._objective, self._train, self._observe = state, objective, train, observe
+        self._clip_norm = clip_norm
+
+    def epoch(self, batches: tuple[Tensor, ...], schedule: Schedule, *, validate: bool) -> Iterator[Tensor]:
+        """Yields each batch's index after its step."""
+        state = self._state
+        for index, (beta, rate, decay) in zip(batches, schedule, strict=True):
+            x = self._observe(self._train[index], None)
+            loss = _step(
+                state,
+                self._objective,
+                x,
+                beta=beta,
+                learning_rate=rate,
+                clip_norm=self._clip_norm,
+                validate=validate,
+            )
+            with torch.no_grad():
+                for name, average in state.averages.items():
+                    average.lerp_(state.vae.get_parameter(name), 1 - decay)
+            state.step += 1
+            state.epoch_loss += loss * len(x)
+            yield index
+
+    def settle(self) -> None:
+        """Brings the state up to date."""
+
+
+class CapturedSteps:
+    """Steps as one compiled graph; see ``CapturedStep``. On a GPU the host waits for it only in ``settle``."""
+
+    def __init__(
+        self,
+        state: TrainingState,
+        objective: Callable[..., Tensor],
+        train: Tensor,
+        observe: Callable[..., Tensor],
+        *,
+        batch_size: int,
+        clip_norm: float,
+    ) -> None:
+        self._state, self._objective, self._train, self._observe = state, objective, train, observe
+        vae = state.vae
+        self._step = CapturedStep(
+            lambda x, beta: objective(vae.model, vae.guide, x, beta=beta),
+            vae,
+            state.optimizer,
+            train,
+            lambda values: observe(values, None),
+            batch_size=min(batch_size, len(train)),
+            clip_norm=clip_norm,
+            averages=state.averages,
+        )
+        self.compile_seconds = self._step.compile_seconds
+        self._settled = state.step  # the step that ``_recent`` begins with
+        self._recent: list[tuple[Tensor, float]] = []
+
+    def epoch(self, batches: tuple[Tensor, ...], schedule: Schedule, *, validate: bool) -> Iterator[Tensor]:
+        """Yields each batch's index after its step, which on a GPU has only begun by then."""
+        state, step = self._state, self._step
+        step.total.fill_(state.epoch_loss)
+        rows = step.schedule([(state.step + i, *values) for i, values in enumerate(schedule)])
+        on_host = state.device.type == "cpu"
+        for index, row, (beta, _, _) in zip(batches, rows.unbind(), schedule, strict=True):
+            step(index, row)
+            self._recent.append((index, beta))
+            state.step += 1
+            if on_host:
+                self._check()
+            yield index
+
+    def settle(self) -> None:
+        """Waits for the device, and brings the state up to date."""
+        self._check()
+        self._state.epoch_loss = float(self._step.total)
+        self._step.count(self._state.step)
+
+    def _check(self) -> None:
+        """Raises where a step was not finite; the graph changed nothing from there on."""
+        if not self._step.is_finite:
+            self._state.step = self._settled + int(self._step.taken)
+            index, beta = self._recent[self._state.step - self._settled]
+            raise NotFinite(
+                _what_is_not_finite(self._state, self._objective, self._observe(self._train[index], None), beta)
+            )
+        self._settled += len(self._recent)
+        self._recent.clear()
+        self._step.taken.zero_()
+
+
+def _what_is_not_finite(state: TrainingState, objective: Callable[..., Tensor], x: Tensor, beta: float) -> str:
+    """Takes the step that failed once more, with other noise and without its update, and says what is not finite."""
+    vae = state.vae
+    vae.zero_grad()
+    with pyro.validation_enabled(False):
+        loss = objective(vae.model, vae.guide, x, beta=beta)
+    site = _site_that_is_not_finite(vae, x)
+    if not loss.isfinite():
+        return f"step {state.step}: the loss is {loss.item()}: {site or 'every site is finite when z is drawn again'}"
+    if site is not None:
+        return f"step {state.step}: {site}"
+    loss.backward()
+    bad = [name for name, w in vae.named_parameters() if w.grad is not None and not w.grad.isfinite().all()]
+    if bad:
+        return f"step {state.step}: the gradient is not finite, in {', '.join(bad)}"
+    return f"step {state.step}: the loss or its gradient is not finite; both are when z is drawn again"
+
+
+_CHECKED_AT_ONCE = 1000  # images
+
+
+def _check_images(
+    vae: VAE, objective: Callable[..., Tensor], train: Tensor, observe: Callable[..., Tensor], *, batch_size: int
+) -> None:
+    """What Pyro's validation would say of the training images, without their way through the networks.
+
+    The programs run once, with validation; then every image is compared with the support of the sites that observe it.
+
+    Raises:
+        ValueError: a value off its support, a wrong shape.
+    """
+    with seeded(0, train.device), torch.no_grad():
+        x = observe(train[:batch_size], None)
+        with pyro.validation_enabled(True):
+            objective(vae.model, vae.guide, x, beta=1.0)
+            q = poutine.trace(vae.guide).get_trace(x)
+            p = poutine.trace(poutine.replay(vae.model, trace=q)).get_trace(x)
+        supports = {
+            name: site["fn"].support
+            for name, site in p.nodes.items()
+            if name in p.observation_nodes and site["value"] is x
+        }
+        for part in train.split(_CHECKED_AT_ONCE):
+            x = observe(part, None)
+            for name, support in supports.items():
+                if not support.check(x).all():
+                    raise ValueError(f"site {name!r}: expected images within the support {support}, got others")
 
 
 def _check_counts(**arguments: int) -> None:

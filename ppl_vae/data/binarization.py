@@ -29,23 +29,26 @@ def resolve_binarization(splits: Splits, binarization: str | None, *, default: s
     return binarization or default
 
 
-def as_floats(values: Tensor, generator: torch.Generator) -> Tensor:
+def as_floats(values: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """The stored values themselves."""
     return values.float()
 
 
-def as_fractions(values: Tensor, generator: torch.Generator) -> Tensor:
+def as_fractions(values: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """8-bit levels / 255."""
     return values.float() / 255
 
 
-def bernoulli_draw(values: Tensor, generator: torch.Generator) -> Tensor:
-    """x_d ~ Bernoulli(p_d), p = level / 255 or the stored probability: (B, *E) -> (B, *E) in {0, 1}, drawn anew."""
+def bernoulli_draw(values: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """x_d ~ Bernoulli(p_d), p = level / 255 or the stored probability: (B, *E) -> (B, *E) in {0, 1}, drawn anew.
+
+    Without a generator of its own the noise is torch's global one's.
+    """
     uniform = torch.rand(values.shape, generator=generator, device=values.device)
     return (uniform.mul_(255) < values if values.dtype == torch.uint8 else uniform < values).float()
 
 
-def training_images(splits: Splits, binarization: str) -> tuple[Tensor, Callable[[Tensor, torch.Generator], Tensor]]:
+def training_images(splits: Splits, binarization: str) -> tuple[Tensor, Callable[..., Tensor]]:
     """The stored training set (N, *E), and how a batch of it becomes what the model sees, at every access."""
     if binarization == "none" or splits.kind in _TAKEN_AS_THEY_ARE:
         return splits.train, as_fractions if splits.kind == LEVELS else as_floats

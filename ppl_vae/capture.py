@@ -1,0 +1,307 @@
+"""A tensor function, its backward pass and an optimizer as one compiled graph. Knows nothing of VAEs.
+
+A Pyro program runs through its effect handlers once, on tensors without numbers, and what it did to them is written
+down as a graph of tensor operations (``make_fx``), which torch's inductor compiles. The program stays the only source
+of truth: nothing is derived by hand, and nothing of Python is left in the compiled step.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor, nn
+
+# Adam's, as torch.optim.Adam has them by default.
+_BETA_1, _BETA_2, _EPSILON = 0.9, 0.999, 1e-8
+
+# A first moment smaller than this moves no weight (it is divided by at least 1e-8 and added to a weight), but on its
+# way down it becomes denormal, and arithmetic with denormal numbers is many times slower.
+_SMALLEST_MOMENT = 1e-30
+
+
+class CannotCapture(ValueError):
+    """The function cannot be written down as one graph, or the graph cannot be compiled; the message says why."""
+
+
+_is_capturing = False
+
+
+def is_capturing() -> bool:
+    """Whether the code that asks is being written down. It then sees tensors without numbers, and cannot read one."""
+    return _is_capturing
+
+
+@contextmanager
+def _capturing() -> Iterator[None]:
+    global _is_capturing
+    before, _is_capturing = _is_capturing, True
+    try:
+        with pyro.validation_enabled(False):  # checking a value means reading it
+            yield
+    finally:
+        _is_capturing = before
+
+
+def why_not(device: torch.device) -> str | None:
+    """Why nothing can be compiled for this device on this machine; None where it can."""
+    if device.type == "cpu":
+        candidates = [os.environ.get("CXX") or "g++", "clang++"]
+        return None if any(map(shutil.which, candidates)) else "no C++ compiler (g++ or clang++) is installed"
+    from torch.utils._triton import has_triton
+
+    return None if has_triton() else "no Triton for this device is installed"
+
+
+def compiled(
+    function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]
+) -> Callable[[Sequence[Tensor]], tuple[Tensor, ...]]:
+    """The function as one compiled graph.
+
+    It is called once, on stand-ins of the inputs that have shapes but no numbers. Random numbers come from torch's
+    global generators, the same ones as if the function ran as it stands. What is a Python number or a branch when it is
+    called stays so in the graph; what shall vary must be a tensor among the inputs.
+
+    Args:
+        function: tensors -> tensors. It may change its inputs in place.
+        inputs: what it will be called with: these shapes, strides, types and devices.
+
+    Returns:
+        inputs -> the function's outputs. It may not be differentiated.
+
+    Raises:
+        CannotCapture: the function reads a number of a tensor, or uses a tensor that is neither an input nor made by
+            itself; or the compiler fails.
+    """
+    from torch._guards import TracingContext, tracing
+    from torch._inductor import config
+    from torch._inductor.compile_fx import compile_fx_inner
+    from torch._inductor.decomposition import select_decomp_table
+    from torch._subclasses import FakeTensorMode
+    from torch.func import functionalize
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    mode = FakeTensorMode(shape_env=ShapeEnv())  # with symbols for shapes, though none occurs: else nothing is cached
+    stand_ins = [mode.from_tensor(tensor.detach(), static_shapes=True) for tensor in inputs]
+    with config.patch(_OPTIONS):
+        try:
+            with _capturing():
+                graph = make_fx(
+                    functionalize(lambda *tensors: tuple(function(*tensors)), remove="mutations"),
+                    decomposition_table=select_decomp_table(),
+                    tracing_mode="fake",
+                )(*stand_ins)
+        except CannotCapture:
+            raise
+        except Exception as error:
+            raise CannotCapture(_in_words(error)) from error
+        graph.graph.eliminate_dead_code()
+        graph.recompile()
+        stand_ins = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
+        try:
+            with tracing(TracingContext(mode)):
+                run: Any = compile_fx_inner(graph, stand_ins)
+        except Exception as error:
+            raise CannotCapture(f"the compiler failed: {_first_line(error)}") from error
+    return lambda tensors: tuple(run(list(tensors)))
+
+
+_OPTIONS = {
+    "fallback_random": True,  # else the compiler's random numbers are others than torch's own for the same seed
+    "size_asserts": False,  # the inputs are always the same tensors
+    "cpp.vec_isa_ok": True,  # the processor's flags tell; to try each instruction set takes a second at each start
+}
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+
+
+def _in_words(error: Exception) -> str:
+    name = type(error).__name__
+    if name in ("DataDependentOutputException", "GuardOnDataDependentSymNode", "DynamicOutputShapeException"):
+        return f"it reads a number or a shape that depends on a tensor's values while it runs ({_first_line(error)})"
+    if "FakeTensor" in str(error):
+        return "it uses a tensor that is neither an argument nor made by itself, such as a pyro.param"
+    return _first_line(error)
+
+
+class CapturedStep:
+    """One step of stochastic gradient descent as one compiled graph, from the choice of the batch to the new weights.
+
+        x = observe(stored[index]);  g = d loss(x, beta) / d weights;  g <- g min(1, clip_norm / |g|)
+        Adam's update of the weights;  average <- average + (1 - decay) (weights - average)
+
+    It works on the module's parameters and the optimizer's moments in place, and computes what
+    ``torch.nn.utils.clip_grad_norm_`` and ``torch.optim.Adam`` do, to rounding. beta, the learning rate and the decay
+    are tensors: one graph for all their values. Once a loss or a gradient is not finite, that step and all later ones
+    change nothing. A batch of another size runs the same function without the compiler.
+
+    Args:
+        loss: (x, beta) -> a 0-d tensor, by way of the module's parameters and buffers.
+        module: what is trained.
+        optimizer: Adam with torch's default constants, over the module's parameters; its moments are used and kept.
+        stored: (N, *E) the data, on the module's device.
+        observe: (B, *E) of it -> x.
+        batch_size: B.
+        clip_norm: the largest global norm of the gradient.
+        averages: a running average for each parameter, by name; None for none.
+
+    Attributes:
+        total: 0-d float64, the sum of loss * B over all steps since it was last set.
+        is_finite: 0-d bool, whether all steps so far were.
+        taken: 0-d int64, how many were since it was last set.
+        compile_seconds: what tracing and compiling took.
+
+    Raises:
+        CannotCapture: as ``compiled``.
+    """
+
+    def __init__(
+        self,
+        loss: Callable[[Tensor, Tensor], Tensor],
+        module: nn.Module,
+        optimizer: torch.optim.Adam,
+        stored: Tensor,
+        observe: Callable[[Tensor], Tensor],
+        *,
+        batch_size: int,
+        clip_norm: float,
+        averages: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        started = time.monotonic()
+        weights = {name: w.detach() for name, w in module.named_parameters()}
+        some = next(iter(weights.values()))
+        self._loss = _WithItsModule(module, loss)
+        self._observe = observe
+        self._clip_norm = clip_norm
+        self._optimizer = optimizer
+        self._index = torch.zeros(batch_size, dtype=torch.long, device=some.device)
+        self._scalars = torch.zeros(4, dtype=some.dtype, device=some.device)
+        self.total = torch.zeros((), dtype=torch.double, device=some.device)
+        self.is_finite = torch.ones((), dtype=torch.bool, device=some.device)
+        self.taken = torch.zeros((), dtype=torch.long, device=some.device)
+        self._state = {
+            "weights": weights,
+            "moments": {name: _moments(optimizer, w) for name, w in module.named_parameters()},
+            "averages": dict(averages or {}),
+            "buffers": dict(module.named_buffers()),
+            "stored": stored,
+            "total": self.total,
+            "is_finite": self.is_finite,
+            "taken": self.taken,
+            "scalars": self._scalars,
+        }
+        flat, self._structure = torch.utils._pytree.tree_flatten(self._state)
+        self._inputs = [*flat, self._index]
+        self._run = compiled(self._step, self._inputs)
+        self._replay: Any = None
+        if some.device.type == "cuda":
+            self._replay = _as_cuda_graph(lambda: self._run(self._inputs), self._inputs)
+        self.compile_seconds = time.monotonic() - started
+
+    def __call__(self, index: Tensor, scalars: Tensor) -> None:
+        """One step on the images of that index, (B,), with the scalars of that step, a row of ``schedule``."""
+        self._scalars.copy_(scalars)
+        if len(index) != len(self._index):
+            with pyro.validation_enabled(False):
+                self._step(*self._inputs[:-1], index)
+            return
+        self._index.copy_(index)
+        if self._replay is not None:
+            self._replay()
+        else:
+            self._run(self._inputs)
+
+    def schedule(self, steps: Sequence[tuple[int, float, float, float]]) -> Tensor:
+        """(n, 4): for each (step, beta, learning rate, decay of the averages) what the graph needs; steps from 0."""
+        rows = [
+            (beta, rate / (1 - _BETA_1 ** (step + 1)), (1 - _BETA_2 ** (step + 1)) ** 0.5, 1 - decay)
+            for step, beta, rate, decay in steps
+        ]
+        return torch.tensor(rows, dtype=torch.double).to(self._scalars)
+
+    def count(self, steps: int) -> None:
+        """Tells the optimizer how many steps it has taken."""
+        for moments in self._optimizer.state.values():
+            moments["step"].fill_(steps)
+
+    def _step(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        s = torch.utils._pytree.tree_unflatten(inputs[:-1], self._structure)
+        index, (beta, rate, root_of_correction, towards) = inputs[-1], s["scalars"].unbind()
+        x = self._observe(s["stored"][index])
+
+        def loss_of(weights: dict[str, Tensor]) -> Tensor:
+            values = {f"module.{name}": value for name, value in (weights | s["buffers"]).items()}
+            return torch.func.functional_call(self._loss, values, (x, beta))
+
+        gradients, loss = torch.func.grad_and_value(loss_of)(s["weights"])
+        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients.values()]))
+        shrink = (self._clip_norm / (norm + 1e-6)).clamp(max=1.0)
+        good = s["is_finite"] & loss.isfinite() & norm.isfinite()
+        s["is_finite"].copy_(good)
+        s["taken"].copy_(s["taken"] + good)
+        s["total"].copy_(torch.where(good, s["total"] + loss.double() * len(index), s["total"]))
+        for name, w in s["weights"].items():
+            first, second = s["moments"][name]
+            g = gradients[name] * shrink
+            m = first + (1 - _BETA_1) * (g - first)
+            m = torch.where(m.abs() < _SMALLEST_MOMENT, torch.zeros_like(m), m)
+            v = _BETA_2 * second + (1 - _BETA_2) * g * g
+            new = w - rate * m / (v.sqrt() / root_of_correction + _EPSILON)
+            if name in s["averages"]:
+                average = s["averages"][name]
+                average.copy_(torch.where(good, average + towards * (new - average), average))
+            w.copy_(torch.where(good, new, w))
+            first.copy_(torch.where(good, m, first))
+            second.copy_(torch.where(good, v, second))
+        return (loss.detach(),)
+
+
+class _WithItsModule(nn.Module):
+    """A loss beside the module that it reads, so that the module's parameters can be put in its place."""
+
+    def __init__(self, module: nn.Module, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.module = module
+        self.loss = loss
+
+    def forward(self, x: Tensor, beta: Tensor) -> Tensor:
+        return self.loss(x, beta)
+
+
+def _moments(optimizer: torch.optim.Adam, parameter: nn.Parameter) -> tuple[Tensor, Tensor]:
+    """Adam's two moments of a parameter, as they are or zero."""
+    state = optimizer.state[parameter]
+    if not state:
+        state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+    return state["exp_avg"], state["exp_avg_sq"]
+
+
+def _as_cuda_graph(run: Callable[[], Any], inputs: Sequence[Tensor]) -> Callable[[], None]:
+    """The launches of ``run`` recorded once, to be replayed as one; the inputs are afterwards as they were before."""
+    device = inputs[0].device
+    with torch.cuda.device(device):
+        before = [tensor.clone() for tensor in inputs]
+        random_state = torch.cuda.get_rng_state(device)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            run()  # what is made lazily at a first call must not be recorded
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        for tensor, value in zip(inputs, before, strict=True):
+            tensor.copy_(value)
+        torch.cuda.set_rng_state(random_state, device)
+    return graph.replay

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,10 +15,10 @@ from pyro.infer import ELBO, Trace_ELBO, TraceMeanField_ELBO
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from ppl_vae import data, likelihoods, networks, objectives, posteriors, priors, runs
+from ppl_vae import capture, data, likelihoods, networks, objectives, posteriors, priors, runs
 from ppl_vae.conditional import Conditional
 from ppl_vae.numerics import location_and_spread
-from ppl_vae.options import Options, default_hidden, default_warmup, from_json, to_json
+from ppl_vae.options import Options, compiling_pays, default_hidden, default_warmup, from_json, to_json
 from ppl_vae.vae import VAE
 
 LIKELIHOODS: dict[str, Callable[..., Any]] = {"bernoulli": likelihoods.Bernoulli, "normal": likelihoods.Normal}
@@ -153,7 +155,8 @@ def resolve(options: Options, seen: data.Splits) -> Options:
     """The options with every default that depends on others or on the data decided, and with absolute paths.
 
     Raises:
-        ValueError: a binarization that the data or the protocol cannot have.
+        ValueError: a binarization that the data or the protocol cannot have, or a compiler or a precision that this
+            machine has not.
     """
     binary = LIKELIHOODS[options.likelihood].support is constraints.boolean  # type: ignore[attr-defined]
     found = data.resolve_binarization(seen, options.binarization, default="dynamic" if binary else "none")
@@ -161,14 +164,47 @@ def resolve(options: Options, seen: data.Splits) -> Options:
         raise ValueError(f"--protocol iwae: expected --binarization dynamic, which it is a protocol of, got {found}")
     warmup = default_warmup(options.epochs) if options.warmup_epochs is None else options.warmup_epochs
     named = options.dataset in data.DATASETS
+    check_precision(options)
+    if options.compile == "on":
+        check_compiler(device(options.device))
     return replace(
         options,
+        compile=_compile(options, len(seen.train)),
         binarization=found,
         warmup_epochs=warmup,
         hidden=options.hidden or default_hidden(options.network),
         dataset=options.dataset if named else str(Path(options.dataset).resolve()),
         data_dir=str(Path(options.data_dir).resolve()) if options.data_dir else None,
     )
+
+
+def _compile(options: Options, num_images: int) -> str:
+    """--compile, with auto decided from the number of steps that are planned."""
+    if options.compile != "auto":
+        return options.compile
+    planned = options.epochs * math.ceil(num_images / options.batch_size)
+    return "on" if compiling_pays(planned) and capture.why_not(device(options.device)) is None else "off"
+
+
+def check_compiler(place: torch.device) -> None:
+    """Raises ValueError where nothing can be compiled for that device."""
+    reason = capture.why_not(place)
+    if reason is not None:
+        raise ValueError(f"--compile on: {reason}; --compile off does without")
+
+
+def check_precision(options: Options) -> None:
+    """Raises ValueError where the device has no arithmetic of that precision, and would emulate it at a crawl."""
+    place = device(options.device)
+    recent_gpu = place.type == "cuda" and torch.cuda.get_device_capability(place) >= (8, 0)
+    bf16_cpu = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if options.precision == "tf32" and not recent_gpu:
+        raise ValueError(f"--precision tf32: expected an NVIDIA GPU since Ampere, got {place}")
+    if options.precision == "bf16" and not (recent_gpu or (place.type == "cpu" and bf16_cpu)):
+        raise ValueError(
+            "--precision bf16: expected hardware for it (a CPU with AVX512-BF16 or AMX, or a recent GPU), "
+            f"got {place} without"
+        )
 
 
 def config(options: Options, seen: data.Splits) -> dict[str, Any]:
@@ -197,7 +233,22 @@ def start_from_marginals(vae: VAE, x: Tensor) -> None:
 
 def objective(options: Options) -> Callable[..., Tensor]:
     """(model, guide, x, *, beta) -> loss, nats an image."""
-    return OBJECTIVES[options.objective](options)
+    found = OBJECTIVES[options.objective](options)
+    return objectives.autocast(found, torch.bfloat16) if options.precision == "bf16" else found
+
+
+@contextmanager
+def products_in(precision: str) -> Iterator[None]:
+    """TF32 for the matrix products and convolutions of a GPU, where that is the word; before and after, as it was."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    if precision == "tf32":
+        torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 def device(word: str) -> torch.device:

@@ -17,6 +17,8 @@ from typing import Any
 import pyro
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits, softplus
+from torch.overrides import TorchFunctionMode
 
 # Adam's, as torch.optim.Adam has them by default.
 _BETA_1, _BETA_2, _EPSILON = 0.9, 0.999, 1e-8
@@ -43,7 +45,7 @@ def _capturing() -> Iterator[None]:
     global _is_capturing
     before, _is_capturing = _is_capturing, True
     try:
-        with pyro.validation_enabled(False):  # checking a value means reading it
+        with pyro.validation_enabled(False), _Rewritten():  # to check a value is to read it
             yield
     finally:
         _is_capturing = before
@@ -95,7 +97,7 @@ def compiled(
             with _capturing():
                 graph = make_fx(
                     functionalize(lambda *tensors: tuple(function(*tensors)), remove="mutations"),
-                    decomposition_table=select_decomp_table(),
+                    decomposition_table=select_decomp_table() | {torch.ops.aten.addmm.default: _addmm},
                     tracing_mode="fake",
                 )(*stand_ins)
         except CannotCapture:
@@ -118,6 +120,27 @@ _OPTIONS = {
     "size_asserts": False,  # the inputs are always the same tensors
     "cpp.vec_isa_ok": True,  # the processor's flags tell; to try each instruction set takes a second at each start
 }
+
+
+def _addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    """bias + a b. The library's product with a bias copies the bias over the whole output first.
+
+    A subtraction, so that the compiler does not find the sum and make that product of it again: the bias joins the
+    operations that follow.
+    """
+    product = torch.mm(a, b)
+    return (product if alpha == 1 else alpha * product) - (-bias if beta == 1 else -beta * bias)
+
+
+class _Rewritten(TorchFunctionMode):
+    """-log Bernoulli(x; logits h) as log(1 + e^h) - h x, which takes one exponential; the library's form takes two."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function is binary_cross_entropy_with_logits and len(args) == 2 and kwargs == {"reduction": "none"}:
+            logits, x = args
+            return softplus(logits) - logits * x
+        return function(*args, **kwargs)
 
 
 def _first_line(error: Exception) -> str:

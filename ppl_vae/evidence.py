@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,8 +11,9 @@ from typing import NamedTuple
 
 import pyro
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ppl_vae.capture import compiled
 from ppl_vae.numerics import LogWeightSummary
 from ppl_vae.vae import VAE
 from ppl_vae.weights import Program, log_weight_terms
@@ -95,6 +97,53 @@ def particles_a_pass(x: Tensor) -> int:
     return max(1, int(_PASS_BYTES / max(1, bytes_a_pair)))
 
 
+Terms = Callable[[Program, Program, Tensor, int], tuple[Tensor, Tensor]]
+
+
+class CapturedTerms:
+    """``log_weight_terms`` of one VAE as a compiled graph, for batches of one size; others run as they are.
+
+    Args:
+        vae: in evaluation mode. Its weights may change later, its structure may not.
+        x: a batch (B, *E) like those to come.
+        num_particles: S of a batch.
+
+    Raises:
+        CannotCapture: see ``capture.compiled``.
+    """
+
+    def __init__(self, vae: VAE, x: Tensor, num_particles: int) -> None:
+        self._shape = (tuple(x.shape), num_particles)
+        self._values = {**dict(vae.named_parameters()), **dict(vae.named_buffers())}
+        module, names = _TermsOf(vae, num_particles), [f"vae.{name}" for name in self._values]
+
+        def function(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+            return torch.func.functional_call(module, dict(zip(names, tensors[:-1], strict=True)), (tensors[-1],))
+
+        self._run = compiled(function, [*self._tensors(), x])
+
+    def _tensors(self) -> list[Tensor]:
+        return [value.detach() for value in self._values.values()]
+
+    def __call__(self, model: Program, guide: Program, x: Tensor, num_particles: int) -> tuple[Tensor, Tensor]:
+        if (tuple(x.shape), num_particles) != self._shape:
+            return log_weight_terms(model, guide, x, num_particles)
+        log_p_x_given_z, log_p_z_over_q_z = self._run([*self._tensors(), x.contiguous()])
+        return log_p_x_given_z, log_p_z_over_q_z
+
+
+class _TermsOf(nn.Module):
+    """log_weight_terms beside its VAE, so that the VAE's parameters can be put in its place."""
+
+    def __init__(self, vae: VAE, num_particles: int) -> None:
+        super().__init__()
+        self.vae = vae
+        self.num_particles = num_particles
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return log_weight_terms(self.vae.model, self.vae.guide, x, self.num_particles)
+
+
 @torch.no_grad()
 def importance(
     model: Program,
@@ -104,6 +153,7 @@ def importance(
     num_particles: int,
     chunk: int | None = None,
     progress: Callable[[int], None] | None = None,
+    terms: Terms = log_weight_terms,
 ) -> Importance:
     """L_S = log (1/S) sum_s p(x, z_s) / q(z_s | x), z_s ~ q(z | x), for each image, with its errors.
 
@@ -119,6 +169,7 @@ def importance(
         num_particles: S.
         chunk: the most particles an image that are held at once; by default what suits the size of an image.
         progress: called with the number of images after each group of them.
+        terms: what gives the two parts of the log-weights; see ``CapturedTerms`` for another.
 
     Returns:
         ``Importance``, each field (N,).
@@ -141,19 +192,21 @@ def importance(
     results = torch.empty(len(Importance._fields), len(x), dtype=torch.double, device=x.device)
     group = max(1, pairs // chunk)
     for images, place in zip(x.split(group), results.split(group, dim=1), strict=True):
-        torch.stack(_importance_of_group(model, guide, images, num_particles, chunk), out=place)
+        torch.stack(_importance_of_group(model, guide, images, num_particles, chunk, terms), out=place)
         if progress is not None:
             progress(len(images))
     return Importance(*results)
 
 
-def _importance_of_group(model: Program, guide: Program, x: Tensor, num_particles: int, chunk: int) -> Importance:
+def _importance_of_group(
+    model: Program, guide: Program, x: Tensor, num_particles: int, chunk: int, terms: Terms
+) -> Importance:
     summary = LogWeightSummary(num_particles, len(x), device=x.device)
     reconstruction = torch.zeros(len(x), dtype=torch.double, device=x.device)
     kl = torch.zeros_like(reconstruction)
     for start in range(0, num_particles, chunk):
         S = min(chunk, num_particles - start)
-        log_p_x_given_z, log_p_z_over_q_z = log_weight_terms(model, guide, x, S)
+        log_p_x_given_z, log_p_z_over_q_z = terms(model, guide, x, S)
         log_w = log_p_x_given_z + log_p_z_over_q_z
         if log_w.isnan().any() or log_w.isposinf().any():
             raise NotFinite(
@@ -181,6 +234,17 @@ def log_evidence(model: Program, guide: Program, x: Tensor, *, num_particles: in
     return importance(model, guide, x, num_particles=num_particles, chunk=chunk).log_evidence
 
 
+def even_chunk(num_particles: int, most: int) -> int:
+    """The largest number of particles, not above ``most``, that divides S, or else ``most`` itself.
+
+    A compiled graph is for one number; a remainder would run without it. Divisors below half of ``most`` are too small.
+    """
+    if num_particles <= most:
+        return num_particles
+    divisors = (size for size in range(most, most // 2, -1) if num_particles % size == 0)
+    return next(divisors, most)
+
+
 def evaluate(
     vae: VAE,
     x: Tensor,
@@ -188,17 +252,39 @@ def evaluate(
     num_particles: int,
     seed: int,
     check: bool = False,
+    compile: bool = False,
+    on_compiled: Callable[[float], None] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Importance:
     """``importance`` of a VAE in evaluation mode, with draws of their own seed; values are validated if ``check``.
 
+    With ``compile`` the log-weights of a pass are one compiled graph; ``on_compiled`` is told the seconds that this
+    took. It computes the same to rounding, after one pass as it stands, with values validated.
+
     The VAE's weights, buffers and mode and the global generators are afterwards as they were before.
+
+    Raises:
+        CannotCapture: a ValueError: ``compile`` is asked for and impossible; says why.
     """
     modes = [(module, module.training) for module in vae.modules()]
     with seeded(seed, x.device), pyro.validation_enabled(check):
         vae.eval()
         try:
-            return importance(vae.model, vae.guide, x, num_particles=num_particles, progress=progress)
+            if len(x) == 0:
+                raise ValueError("x: expected at least one image, got none")
+            pairs = particles_a_pass(x)
+            chunk = even_chunk(num_particles, pairs)  # with and without compiling, so that the noise is the same
+            terms: Terms = log_weight_terms
+            if compile:
+                started = time.monotonic()
+                with seeded(seed, x.device), pyro.validation_enabled(True), torch.no_grad():
+                    log_weight_terms(vae.model, vae.guide, x[:1], 1)
+                    terms = CapturedTerms(vae, x[: max(1, pairs // chunk)], chunk)
+                if on_compiled is not None:
+                    on_compiled(time.monotonic() - started)
+            return importance(
+                vae.model, vae.guide, x, num_particles=num_particles, chunk=chunk, progress=progress, terms=terms
+            )
         finally:
             for module, training in modes:
                 module.training = training

@@ -23,6 +23,8 @@ PRIORS = ("standard-normal",)
 POSTERIORS = ("diagonal",)
 OBJECTIVES = ("elbo",)
 KLS = ("sampled", "analytic")
+COMPILES = ("auto", "on", "off")
+PRECISIONS = ("float32", "tf32", "bf16")
 SPLITS = ("test", "validation", "train")
 SIDES = ("top", "bottom", "left", "right")
 
@@ -40,6 +42,7 @@ WIDTH = Check("a whole number, 1 to 65,536", lambda v: 1 <= v <= 2**16)
 NON_NEGATIVE_INTEGER = Check("a whole number, 0 to 2^31 - 1", lambda v: 0 <= v < 2**31)
 POSITIVE = Check("a finite number above 0", lambda v: 0 < v < math.inf)
 NON_NEGATIVE = Check("a finite number, at least 0", lambda v: 0 <= v < math.inf)
+BELOW_ONE = Check("a number, 0 or more and below 1", lambda v: 0 <= v < 1)
 NOT_EMPTY = Check("a word", lambda v: bool(v))
 
 
@@ -146,6 +149,27 @@ class Options:
     batch_size: int = option(100, int, POSITIVE_INTEGER, "images a step")
     learning_rate: float = option(3e-3, float, POSITIVE, "Adam's, at the start; it falls to 0 on a cosine")
     clip_norm: float = option(100.0, float, POSITIVE, "largest norm of the whole gradient")
+    average_decay: float = option(
+        0.0,
+        float,
+        BELOW_ONE,
+        "of a moving average of the weights, which is then what is validated, kept and evaluated; 0: none",
+        later=True,
+    )
+    compile: str = option(
+        "auto",
+        str,
+        one_of(COMPILES),
+        "the training step as one compiled graph: on, off, or auto (for many steps, where there is a compiler)",
+        later=True,
+    )
+    precision: str = option(
+        "float32",
+        str,
+        one_of(PRECISIONS),
+        "of products in training: float32, tf32 (NVIDIA GPUs), bf16; the final evaluation is always in float32",
+        later=True,
+    )
     num_particles: int = option(1, int, POSITIVE_INTEGER, "draws of z an image and step, in training")
     seed: int = option(0, int, NON_NEGATIVE_INTEGER, "of the weights, the noise and the order of the images")
     device: str = option("cpu", str, NOT_EMPTY, "cpu, cuda, cuda:1, ...")
@@ -191,6 +215,15 @@ def default_warmup(epochs: int) -> int:
     -121.0 nats without one and -107.9 with one epoch of it (residual network: -204.8, that of no latents, and -102.2).
     """
     return 0 if epochs == 1 else max(1, min(15, 3 * epochs // 10))
+
+
+# A graph compiles in about 10 s, and each run of it saves some milliseconds.
+_RUNS_THAT_PAY = 5000
+
+
+def compiling_pays(runs: int) -> bool:
+    """Whether ``--compile auto`` compiles a graph that will run so many times."""
+    return runs >= _RUNS_THAT_PAY
 
 
 def to_json(options: Options) -> dict[str, Any]:
@@ -258,6 +291,12 @@ class Parser(argparse.ArgumentParser):
         self.add("seed", int, NON_NEGATIVE_INTEGER, f"{of_what} (default: 0)")
         self.set_defaults(device="cpu", seed=0)
 
+    def add_compile(self) -> None:
+        """--compile."""
+        text = "the passes of the evaluation as one compiled graph (default: auto, where there are many of them)"
+        self.add("compile", str, one_of(COMPILES), text)
+        self.set_defaults(compile="auto")
+
     def add_images(self) -> None:
         """Images as the second argument."""
         self.add_argument(
@@ -276,6 +315,7 @@ class TrainCommand(NamedTuple):
     epochs: int | None = None
     dataset: str | None = None
     data_dir: str | None = None
+    compile: str | None = None
 
 
 def parse_train(argv: Sequence[str] | None = None) -> TrainCommand:
@@ -294,13 +334,13 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainCommand:
         "resume",
         str,
         NOT_EMPTY,
-        "go on with this run folder; beside it only --epochs, to extend it, "
-        "and --dataset and --data-dir, where its data has moved",
+        "go on with this run folder; beside it only --epochs, to extend it, --dataset and --data-dir, where its data "
+        "has moved, and --compile, to change that",
     )
     given = vars(parser.parse_args(argv))
     run_dir, resume = given.pop("run_dir", None), given.pop("resume", None)
     if resume is not None:
-        beside = ("epochs", "dataset", "data_dir")
+        beside = ("epochs", "dataset", "data_dir", "compile")
         others = [flag(name) for name in given if name not in beside] + ([flag("run_dir")] if run_dir else [])
         if others:
             allowed = ", ".join(map(flag, beside))
@@ -311,26 +351,28 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainCommand:
 
 
 def parse_evaluate(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """run_dir, split, num_particles, images (or None), device, seed, dataset, data_dir."""
+    """run_dir, split, num_particles, images (or None), device, seed, compile, dataset, data_dir."""
     parser = Parser("Importance-sampled log p(x) of a run, with its errors; written to the run's evaluation.json.")
     parser.add_run()
     parser.add("split", str, one_of(SPLITS), f"{', '.join(SPLITS)} (default: test)")
     parser.add("num_particles", int, POSITIVE_INTEGER, "importance samples an image (default: 5000)")
     parser.add("images", int, POSITIVE_INTEGER, "a fixed random subset of that many images (default: all)")
     parser.add_device_and_seed("of the importance samples, and of the test set's draw under --protocol iwae")
+    parser.add_compile()
     parser.add_data()
     parser.set_defaults(split="test", num_particles=5000, images=None)
     return parser.parse_args(argv)
 
 
 def parse_compare(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """run_dirs, split, num_particles, images (or None), device, seed, dataset, data_dir, output (or None)."""
+    """run_dirs, split, num_particles, images (or None), device, seed, compile, dataset, data_dir, output (or None)."""
     parser = Parser("Paired differences of log p(x) between runs: the same images, binarization and noise.")
     parser.add_argument("run_dirs", metavar="RUN", nargs="+", help="run folders; each is compared with the first")
     parser.add("split", str, one_of(SPLITS), f"{', '.join(SPLITS)} (default: test)")
     parser.add("num_particles", int, POSITIVE_INTEGER, "importance samples an image (default: 200)")
     parser.add("images", int, POSITIVE_INTEGER, "a fixed random subset of that many images (default: 5000)")
     parser.add_device_and_seed("of the importance samples")
+    parser.add_compile()
     parser.add_data()
     parser.add("output", str, NOT_EMPTY, "a new folder for the result (default: one under runs/, by the time)")
     parser.set_defaults(split="test", num_particles=200, images=5000, output=None)
@@ -404,14 +446,36 @@ def parse_networks(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+BENCHMARK_MODELS = ("mlp128", "iwae20", "iwae100", "conv128", "default")
+BENCHMARK_PARTS = ("training", "evaluation", "start")
+
+
 def parse_benchmark(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """images, num_particles, rounds, output (or None)."""
-    parser = Parser("Time log p(x) against the decoder's bare matrix products, in turn.")
-    parser.add("images", int, POSITIVE_INTEGER, "test images (default: 1000)")
+    """models, parts, rounds, images, num_particles, device, output (or None)."""
+    parser = Parser(
+        "Time training steps and log p(x) beside other programs that compute the same, in turn, and a fresh start."
+    )
+    parser.add(
+        "models",
+        str,
+        one_of(BENCHMARK_MODELS),
+        f"which of {' '.join(BENCHMARK_MODELS)} (default: all; default is what train_svi.py builds)",
+        several=True,
+    )
+    parser.add(
+        "parts",
+        str,
+        one_of(BENCHMARK_PARTS),
+        f"what is timed: {' '.join(BENCHMARK_PARTS)} (default: all)",
+        several=True,
+    )
+    parser.add("rounds", int, POSITIVE_INTEGER, "times that each is timed (default: 7)")
+    parser.add("images", int, POSITIVE_INTEGER, "test images whose log p(x) is estimated (default: 100)")
     parser.add("num_particles", int, POSITIVE_INTEGER, "importance samples an image (default: 5000)")
-    parser.add("rounds", int, POSITIVE_INTEGER, "times that each is timed (default: 3)")
+    parser.add("device", str, NOT_EMPTY, "cpu, cuda, cuda:1, ... (default: cpu)")
     parser.add("output", str, NOT_EMPTY, "a JSON file for the result (scripts/results/benchmark.json: the README's)")
-    parser.set_defaults(images=1000, num_particles=5000, rounds=3, output=None)
+    parser.set_defaults(models=list(BENCHMARK_MODELS), parts=list(BENCHMARK_PARTS), rounds=7)
+    parser.set_defaults(images=100, num_particles=5000, device="cpu", output=None)
     return parser.parse_args(argv)
 
 

@@ -14,6 +14,7 @@ def main() -> None:
         images=asked.images,
         device=asked.device,
         seed=asked.seed,
+        compile=asked.compile,
         output=asked.output,
         dataset=asked.dataset,
         data_dir=asked.data_dir,

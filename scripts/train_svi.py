@@ -10,7 +10,14 @@ def main() -> None:
     if asked.options is not None:
         experiment.train(asked.options, asked.run_dir, say=print)
     elif asked.resume is not None:
-        experiment.resume(asked.resume, epochs=asked.epochs, dataset=asked.dataset, data_dir=asked.data_dir, say=print)
+        experiment.resume(
+            asked.resume,
+            epochs=asked.epochs,
+            dataset=asked.dataset,
+            data_dir=asked.data_dir,
+            compile=asked.compile,
+            say=print,
+        )
 
 
 if __name__ == "__main__":

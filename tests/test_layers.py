@@ -41,7 +41,11 @@ LAYERS = (
 )
 
 SOURCES = {str(path.relative_to(ROOT)): path for path in sorted(PACKAGE.rglob("*.py"))}
-SCRIPTS = {str(path.relative_to(ROOT)): path for path in sorted((ROOT / "scripts").rglob("*.py"))}
+SCRIPTS = {
+    str(path.relative_to(ROOT)): path
+    for path in sorted((ROOT / "scripts").rglob("*.py"))
+    if "__main__" in path.read_text(encoding="utf-8")
+}
 MODULES = {name: path for name, path in SOURCES.items() if path != PACKAGE / "__init__.py"}
 
 # What would run a program that a file holds, or write such a file.

@@ -15,7 +15,11 @@ import pytest
 
 from ppl_vae import build, data, options
 
-SCRIPTS = sorted((Path(__file__).parent.parent / "scripts").glob("*.py"))
+SCRIPTS = sorted(
+    path
+    for path in (Path(__file__).parent.parent / "scripts").glob("*.py")
+    if "__main__" in path.read_text(encoding="utf-8")
+)
 
 
 def refused(capsys: pytest.CaptureFixture[str], parse: Any, words: Sequence[str]) -> str:
@@ -166,7 +170,7 @@ def test_options_come_back_from_the_command_line_as_they_were(asked: options.Opt
     assert options.parse_train(words).options == asked
 
 
-LATER = ["data_dir", "protocol", "image_size", "fit", "color", "channels"]
+LATER = ["data_dir", "protocol", "image_size", "fit", "color", "channels", "average_decay", "compile", "precision"]
 
 
 @pytest.mark.parametrize("name", LATER)
@@ -248,6 +252,9 @@ BAD_WORDS = {
     "channels": AT_LEAST_1,
     "image_size": AT_LEAST_1,
     "protocol": A_WORD,
+    "compile": A_WORD,
+    "precision": A_WORD,
+    "average_decay": ("1", "-0.1", *_FLOAT_WORDS),
     "fit": A_WORD,
     "color": A_WORD,
     "data_dir": ("",),
@@ -367,7 +374,7 @@ def test_resume_takes_where_the_data_is_now() -> None:
     assert asked == options.TrainCommand(resume="runs/x", dataset="moved.npz", data_dir="there")
 
 
-BESIDE = ("epochs", "dataset", "data_dir")
+BESIDE = ("epochs", "dataset", "data_dir", "compile")
 OTHERS = {spec.name: spec.default for spec in fields(options.Options) if spec.name not in BESIDE} | {
     "run_dir": "runs/y"
 }

@@ -11,11 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from pyro import poutine
 from torch import Tensor
-from tqdm import tqdm
 
 from ppl_vae import build, data, plots, runs
-from ppl_vae.evidence import Estimate, Importance, evaluate, seeded
-from ppl_vae.experiment.evaluation import plus_minus, read_per_image
+from ppl_vae.evidence import Estimate, Importance, seeded
+from ppl_vae.experiment.evaluation import plus_minus, read_per_image, with_a_bar
 from ppl_vae.experiment.opening import Run, Say, open_run
 from ppl_vae.experiment.outputs import output_folder, removed_if_empty, write_figure
 from ppl_vae.experiment.paired import CONFIDENCE, INDISTINCT, SEED_NATS, BoundDifference, bound_difference
@@ -56,6 +55,7 @@ def compare_runs(
     seed: int,
     output: str | None,
     say: Say,
+    compile: str = "auto",
     dataset: str | None = None,
     data_dir: str | None = None,
 ) -> dict[str, Any]:
@@ -93,7 +93,7 @@ def compare_runs(
     folder = _output_folder(output, opened[0].splits.name)
     with removed_if_empty(folder):
         started = time.monotonic()
-        results = stored or [_evaluated(entrant, asked, place) for entrant in entrants]
+        results = stored or [_evaluated(entrant, asked, place, compile, say) for entrant in entrants]
         _check_finite(entrants, results)
         entry = _entry(entrants, results, asked, stored=stored is not None) | {"seconds": time.monotonic() - started}
         _write(folder, entry, asked.places, {e.name: r.log_evidence for e, r in zip(entrants, results, strict=True)})
@@ -205,10 +205,17 @@ def _stored(opened: Sequence[Run], asked: Asked) -> list[Importance] | None:
     return found
 
 
-def _evaluated(entrant: Entrant, asked: Asked, place: torch.device) -> Importance:
-    vae, x = entrant.vae.to(place), asked.x.to(place)
-    with tqdm(total=len(x), unit="image", desc=f"log p(x), {entrant.name}") as bar:
-        result = evaluate(vae, x, num_particles=asked.num_particles, seed=asked.seed, progress=bar.update)
+def _evaluated(entrant: Entrant, asked: Asked, place: torch.device, compile: str, say: Say) -> Importance:
+    vae = entrant.vae.to(place)
+    result = with_a_bar(
+        vae,
+        asked.x.to(place),
+        num_particles=asked.num_particles,
+        seed=asked.seed,
+        compile=compile,
+        say=say,
+        words=f"log p(x), {entrant.name}",
+    )
     vae.cpu()
     return Importance(*(values.cpu() for values in result))
 

@@ -13,8 +13,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ppl_vae import build, data, runs
-from ppl_vae.evidence import UNRELIABLE_BIAS, Estimate, Importance, evaluate
+from ppl_vae.capture import CannotCapture, why_not
+from ppl_vae.evidence import UNRELIABLE_BIAS, Estimate, Importance, evaluate, particles_a_pass
 from ppl_vae.experiment.opening import Run, Say, open_run
+from ppl_vae.options import compiling_pays
+from ppl_vae.vae import VAE
 
 # Below this Pareto k the weights have a variance, which the delta method and the jackknife assume.
 _K_WITH_VARIANCE = 0.5
@@ -77,6 +80,7 @@ def evaluate_run(
     device: str,
     seed: int,
     say: Say,
+    compile: str = "auto",
     dataset: str | None = None,
     data_dir: str | None = None,
 ) -> dict[str, Any]:
@@ -90,7 +94,14 @@ def evaluate_run(
     """
     run = open_run(run_dir, dataset=dataset, data_dir=data_dir)
     return write_evaluation(
-        run, split=split, num_particles=num_particles, images=images, device=device, seed=seed, say=say
+        run,
+        split=split,
+        num_particles=num_particles,
+        images=images,
+        device=device,
+        seed=seed,
+        compile=compile,
+        say=say,
     )
 
 
@@ -103,6 +114,7 @@ def write_evaluation(
     device: str,
     seed: int,
     say: Say,
+    compile: str = "auto",
 ) -> dict[str, Any]:
     """``evaluate_run``, for a run that is already open."""
     folder, splits = run.folder, run.splits
@@ -117,8 +129,9 @@ def write_evaluation(
     index = data.subset(len(x), images)
     x = x[index].to(place)
     started = time.monotonic()
-    with tqdm(total=len(x), unit="image", desc=f"log p(x), {split}") as bar:
-        result = evaluate(vae, x, num_particles=num_particles, seed=seed, progress=bar.update)
+    result = with_a_bar(
+        vae, x, num_particles=num_particles, seed=seed, compile=compile, say=say, words=f"log p(x), {split}"
+    )
     entry = {
         **what_is_measured(run),
         "split": split,
@@ -144,6 +157,30 @@ def write_evaluation(
     for line in describe_evaluation(entry):
         say(line)
     return entry
+
+
+def with_a_bar(vae: VAE, x: Tensor, *, num_particles: int, seed: int, compile: str, say: Say, words: str) -> Importance:
+    """``evaluate`` with a progress bar, compiled where the word says so and it is possible.
+
+    Raises:
+        ValueError: compile is "on", and it is impossible.
+    """
+    passes = math.ceil(len(x) * num_particles / particles_a_pass(x))
+    compiled = compile == "on" or (compile == "auto" and compiling_pays(passes) and why_not(x.device) is None)
+    if compile == "on":
+        build.check_compiler(x.device)
+    with tqdm(total=len(x), unit="image", desc=words) as bar:
+
+        def run(compiled: bool) -> Importance:
+            return evaluate(vae, x, num_particles=num_particles, seed=seed, compile=compiled, progress=bar.update)
+
+        try:
+            return run(compiled)
+        except CannotCapture as error:
+            if compile == "on":
+                raise ValueError(f"--compile on: {error}") from None
+            say(f"Not compiled: {error}.")
+            return run(False)
 
 
 def what_is_measured(run: Run) -> dict[str, Any]:

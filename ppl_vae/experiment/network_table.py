@@ -57,6 +57,9 @@ def compare_networks(
         else:
             seconds = seconds_an_epoch(asked)
             epochs = max(1, math.floor(60 * minutes / seconds))
+            if asked.compile == "auto" and _compiles(replace(asked, epochs=epochs)):
+                seconds = seconds_an_epoch(replace(asked, compile="on"))
+                epochs = max(1, math.floor(60 * minutes / seconds))
             say(f"{network}: an epoch takes about {seconds:.2g} s, so {minutes:g} minutes are {epochs} of them.")
             train(replace(asked, epochs=epochs), str(folder), say=say)
         rows.append(row(folder, network))
@@ -75,6 +78,7 @@ def _check_same(folder: Path, asked: Options) -> None:
         asked = replace(asked, dataset=str(Path(asked.dataset).resolve()))
     planned = ("epochs", "data_dir")  # the one from a measured time, the other safe to differ: SHA-256 decides
     resolved = [name for name in ("warmup_epochs", "binarization", "hidden") if getattr(asked, name) is None]
+    resolved += ["compile"] if asked.compile == "auto" else []
     names = asdict(stored).keys() - {*planned, *resolved}
     differ = sorted(name for name in names if getattr(stored, name) != getattr(asked, name))
     if differ:
@@ -84,8 +88,13 @@ def _check_same(folder: Path, asked: Options) -> None:
         )
 
 
+def _compiles(options: Options) -> bool:
+    return build.resolve(options, build.splits(options)).compile == "on"
+
+
 def seconds_an_epoch(options: Options) -> float:
-    """What an epoch of training and validation takes here, from a few steps of a throw-away VAE."""
+    """What an epoch of training and validation takes here, from a few steps of a throw-away VAE; compiled if "on"."""
+    compile = options.compile == "on"
     splits = build.splits(options)
     options = build.resolve(options, splits)
     assert options.binarization is not None
@@ -108,6 +117,7 @@ def seconds_an_epoch(options: Options) -> float:
             observe=observe,
             batch_size=options.batch_size,
             learning_rate=1e-12,
+            compile=compile,
             on_epoch=lambda record: ended.append(time.perf_counter()),
         )
     return min(after - before for before, after in pairwise(ended)) / share

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 from ppl_vae import build, data, runs
+from ppl_vae.capture import CannotCapture
 from ppl_vae.evidence import NotFinite
 from ppl_vae.experiment.evaluation import is_evaluated, write_evaluation
 from ppl_vae.experiment.figures import is_drawn, write_figures
@@ -36,6 +38,7 @@ def train(options: Options, run_dir: str | None, *, say: Say) -> Path:
     """
     build.device(options.device)
     splits = build.splits(options)
+    if_possible = options.compile == "auto"
     options = build.resolve(options, splits)
     if (options.warmup_epochs or 0) >= options.epochs:
         say(f"The warm-up of {options.warmup_epochs} epochs outlasts the training: beta never reaches {options.beta}.")
@@ -44,12 +47,18 @@ def train(options: Options, run_dir: str | None, *, say: Say) -> Path:
     folder = runs.new_run_dir(run_dir, dataset=options.dataset, likelihood=options.likelihood)
     runs.write_json(folder / runs.CONFIG, build.config(options, splits))
     say(f"Run folder {folder}; --resume {folder} goes on if it is interrupted.")
-    _go_on(Run(folder, options, splits), say=say)
+    _go_on(Run(folder, options, splits), say=say, compile_if_possible=if_possible)
     return folder
 
 
 def resume(
-    run_dir: str, *, epochs: int | None, say: Say, dataset: str | None = None, data_dir: str | None = None
+    run_dir: str,
+    *,
+    epochs: int | None,
+    say: Say,
+    dataset: str | None = None,
+    data_dir: str | None = None,
+    compile: str | None = None,
 ) -> None:
     """Goes on with a run, bit for bit; finishes its evaluation and figures; or extends it to more epochs.
 
@@ -65,17 +74,28 @@ def resume(
     if epochs is not None and epochs < options.epochs:
         raise ValueError(f"--epochs: expected at least the run's {options.epochs}, got {epochs}")
     if epochs is not None and epochs > options.epochs:
-        run = run._replace(options=replace(options, epochs=epochs))
-        config = runs.read_json(folder / runs.CONFIG)
-        runs.write_json(folder / runs.CONFIG, config | {"options": config["options"] | {"epochs": epochs}})
+        run = _with_option(run, "epochs", epochs)
         say(f"Extended to {epochs} epochs; the learning rate's cosine now ends there, so it rises again at first.")
+    if compile is not None and compile != "auto" and compile != run.options.compile:
+        if compile == "on":
+            build.check_compiler(build.device(options.device))
+        run = _with_option(run, "compile", compile)
+        say(f"From here on --compile {compile}: the same to rounding, and no longer bit for bit.")
     if _is_trained(run) and is_evaluated(folder) and is_drawn(run):
         say(f"{folder} is finished: {run.options.epochs} epochs, evaluated and drawn. --epochs extends it.")
         return
     _go_on(run, say=say)
 
 
-def _go_on(run: Run, *, say: Say) -> None:
+def _with_option(run: Run, name: str, value: Any) -> Run:
+    """The run with another value of an option, in its config too."""
+    path = run.folder / runs.CONFIG
+    config = runs.read_json(path)
+    runs.write_json(path, config | {"options": config["options"] | {name: value}})
+    return run._replace(options=replace(run.options, **{name: value}))
+
+
+def _go_on(run: Run, *, say: Say, compile_if_possible: bool = False) -> None:
     """Whatever is left to do of training, the quick evaluation and the figures."""
     folder, options, splits = run.folder, run.options, run.splits
     runs.record_environment(folder, options.device)
@@ -83,7 +103,9 @@ def _go_on(run: Run, *, say: Say) -> None:
     for line in _what_is_modelled(run):
         say(line)
     if not _is_trained(run):
-        _train(run, say=say)
+        build.check_precision(options)
+        with build.products_in(options.precision):
+            _train(run, say=say, compile_if_possible=compile_if_possible)
     if not is_evaluated(folder):
         write_evaluation(
             run,
@@ -98,7 +120,7 @@ def _go_on(run: Run, *, say: Say) -> None:
         write_figures(run, say=say)
 
 
-def _train(run: Run, *, say: Say) -> None:
+def _train(run: Run, *, say: Say, compile_if_possible: bool) -> None:
     folder, options, splits = run.folder, run.options, run.splits
     device = build.device(options.device)
     stored, observe = data.training_images(splits, run.binarization)
@@ -113,6 +135,7 @@ def _train(run: Run, *, say: Say) -> None:
         build.start_from_marginals(vae, data.expected_images(splits, run.binarization))
     vae.to(device)
     runs.cut_metrics(folder, step)
+    speeds: list[float] = []
 
     with (
         tqdm(total=_total_steps(run), initial=step, unit="step", desc="training") as bar,
@@ -124,6 +147,7 @@ def _train(run: Run, *, say: Say) -> None:
 
         def on_epoch(record: dict[str, Any]) -> None:
             runs.append_metrics(folder, record)
+            speeds.append(record["train_images_per_second"])
             elbo = record.get("validation_elbo_nats_per_image")
             seen = "no validation images" if elbo is None else f"validation ELBO {elbo:.2f} nats"
             bar.set_postfix_str(f"epoch {record['epoch']}/{options.epochs}, {seen}")
@@ -134,8 +158,8 @@ def _train(run: Run, *, say: Say) -> None:
                 save_best(state)
             runs.save_tensors(folder / runs.TRAINING_STATE, *state.to_tensors())
 
-        try:
-            state = fit(
+        def trained(compile: bool) -> TrainingState:
+            return fit(
                 vae,
                 stored,
                 validation,
@@ -147,16 +171,29 @@ def _train(run: Run, *, say: Say) -> None:
                 beta=options.beta,
                 warmup_epochs=options.warmup_epochs or 0,
                 clip_norm=options.clip_norm,
+                average_decay=options.average_decay,
+                compile=compile,
                 seed=options.seed,
                 saved=saved,
+                on_compiled=lambda seconds: say(f"Compiled the training step in {seconds:.1f} s."),
                 on_step=lambda state: bar.update(),
                 on_epoch=on_epoch,
                 on_checkpoint=on_checkpoint,
                 checkpoint_seconds=options.checkpoint_seconds,
             )
+
+        try:
+            try:
+                state = trained(options.compile == "on")  # "auto" is of a run from before there was a choice
+            except CannotCapture as error:
+                if not compile_if_possible:
+                    raise ValueError(f"--compile on: {error}; --compile off does without") from None
+                say(f"Not compiled, training goes step by step: {error}.")
+                _with_option(run, "compile", "off")
+                state = trained(False)
             save_best(state)  # once more: the file may have been lost since
         except ValueError as error:
-            if saved is None:
+            if saved is None or str(error).startswith("--compile"):
                 raise
             raise ValueError(f"{folder / runs.TRAINING_STATE}: {error}") from None
         except NotFinite as error:
@@ -164,7 +201,8 @@ def _train(run: Run, *, say: Say) -> None:
     kept = f"best validation ELBO {state.best_elbo:.2f} nats, at step {state.best_step:,} of {state.step:,}"
     if validation is None:
         kept = "no validation images, so the last weights are kept"
-    say(f"Trained {options.epochs} epochs in {state.seconds:.0f} s; {kept}.")
+    speed = f", {statistics.median(speeds):,.0f} training images a second" if speeds else ""
+    say(f"Trained {options.epochs} epochs in {state.seconds:.0f} s{speed}; {kept}.")
     if options.beta != 1 and state.best_step < state.step:
         say(
             f"The weights of step {state.best_step:,} are kept: from then on, training with beta = {options.beta} "

@@ -45,7 +45,7 @@ def _capturing() -> Iterator[None]:
     global _is_capturing
     before, _is_capturing = _is_capturing, True
     try:
-        with pyro.validation_enabled(False), _Rewritten():  # to check a value is to read it
+        with pyro.validation_enabled(False), _AsGraph():  # to check a value is to read it
             yield
     finally:
         _is_capturing = before
@@ -90,6 +90,9 @@ def compiled(
     from torch.fx.experimental.proxy_tensor import make_fx
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+    reason = why_not(inputs[0].device)
+    if reason is not None:
+        raise CannotCapture(reason)
     mode = FakeTensorMode(shape_env=ShapeEnv())  # with symbols for shapes, though none occurs: else nothing is cached
     stand_ins = [mode.from_tensor(tensor.detach(), static_shapes=True) for tensor in inputs]
     with config.patch(_OPTIONS):
@@ -132,11 +135,23 @@ def _addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float 
     return (product if alpha == 1 else alpha * product) - (-bias if beta == 1 else -beta * bias)
 
 
-class _Rewritten(TorchFunctionMode):
-    """-log Bernoulli(x; logits h) as log(1 + e^h) - h x, which takes one exponential; the library's form takes two."""
+# What makes a Python number of a tensor: it would stay in the graph for good, whatever the tensor holds later.
+_READERS = {
+    getattr(Tensor, name)
+    for name in ("item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "__complex__", "__array__")
+}
+
+
+class _AsGraph(TorchFunctionMode):
+    """Refuses to read a number, and takes the form of a Bernoulli's log-probability that compiles best.
+
+    -log Bernoulli(x; logits h) = log(1 + e^h) - h x takes one exponential; the library's own form takes two.
+    """
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if function in _READERS:
+            raise CannotCapture(f"it reads a number of a tensor ({function.__name__}), which a graph cannot")
         if function is binary_cross_entropy_with_logits and len(args) == 2 and kwargs == {"reduction": "none"}:
             logits, x = args
             return softplus(logits) - logits * x
@@ -152,6 +167,8 @@ def _in_words(error: Exception) -> str:
     name = type(error).__name__
     if name in ("DataDependentOutputException", "GuardOnDataDependentSymNode", "DynamicOutputShapeException"):
         return f"it reads a number or a shape that depends on a tensor's values while it runs ({_first_line(error)})"
+    if "in-place" in str(error):
+        return f"it changes a buffer in-place, as batch normalization does in training ({_first_line(error)})"
     if "FakeTensor" in str(error):
         return "it uses a tensor that is neither an argument nor made by itself, such as a pyro.param"
     return _first_line(error)
@@ -201,7 +218,11 @@ class CapturedStep:
         averages: Mapping[str, Tensor] | None = None,
     ) -> None:
         started = time.monotonic()
-        weights = {name: w.detach() for name, w in module.named_parameters()}
+        trained = {name: w for name, w in module.named_parameters() if w.requires_grad}
+        fixed = {name: w.detach() for name, w in module.named_parameters() if not w.requires_grad}
+        weights = {name: w.detach() for name, w in trained.items()}
+        if not weights:
+            raise CannotCapture("no parameter of the module is trained")
         some = next(iter(weights.values()))
         self._loss = _WithItsModule(module, loss)
         self._observe = observe
@@ -214,9 +235,9 @@ class CapturedStep:
         self.taken = torch.zeros((), dtype=torch.long, device=some.device)
         self._state = {
             "weights": weights,
-            "moments": {name: _moments(optimizer, w) for name, w in module.named_parameters()},
+            "moments": {name: _moments(optimizer, w) for name, w in trained.items()},
             "averages": dict(averages or {}),
-            "buffers": dict(module.named_buffers()),
+            "buffers": dict(module.named_buffers()) | fixed,
             "stored": stored,
             "total": self.total,
             "is_finite": self.is_finite,
@@ -235,7 +256,7 @@ class CapturedStep:
         """One step on the images of that index, (B,), with the scalars of that step, a row of ``schedule``."""
         self._scalars.copy_(scalars)
         if len(index) != len(self._index):
-            with pyro.validation_enabled(False):
+            with _capturing():  # on numbers, but without reading one, as in the graph
                 self._step(*self._inputs[:-1], index)
             return
         self._index.copy_(index)

@@ -27,6 +27,9 @@ _PASS_BYTES = 32e6
 _NUMBERS_A_PIXEL = 6
 
 
+_SUMMARIZED_AT_ONCE = 10_000  # log-weights
+
+
 class NotFinite(ArithmeticError):
     """A number that must be finite is not."""
 
@@ -198,15 +201,21 @@ def importance(
     return Importance(*results)
 
 
+def _together(starts: range, numbers: int) -> Iterator[range]:
+    """Passes whose log-weights are summarized at once, since that costs nearly the same for one as for several."""
+    passes = max(1, _SUMMARIZED_AT_ONCE // numbers)
+    return (starts[i : i + passes] for i in range(0, len(starts), passes))
+
+
 def _importance_of_group(
     model: Program, guide: Program, x: Tensor, num_particles: int, chunk: int, terms: Terms
 ) -> Importance:
     summary = LogWeightSummary(num_particles, len(x), device=x.device)
     reconstruction = torch.zeros(len(x), dtype=torch.double, device=x.device)
     kl = torch.zeros_like(reconstruction)
-    for start in range(0, num_particles, chunk):
-        S = min(chunk, num_particles - start)
-        log_p_x_given_z, log_p_z_over_q_z = terms(model, guide, x, S)
+    for starts in _together(range(0, num_particles, chunk), len(x) * chunk):
+        parts = [terms(model, guide, x, min(chunk, num_particles - start)) for start in starts]
+        log_p_x_given_z, log_p_z_over_q_z = (torch.cat(part) for part in zip(*parts, strict=True))
         log_w = log_p_x_given_z + log_p_z_over_q_z
         if log_w.isnan().any() or log_w.isposinf().any():
             raise NotFinite(

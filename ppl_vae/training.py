@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from ppl_vae import data, objectives
-from ppl_vae.capture import CapturedStep
+from ppl_vae.capture import CannotCapture, CapturedStep
 from ppl_vae.evidence import Estimate, NotFinite, evaluate, seeded
 from ppl_vae.vae import VAE
 from ppl_vae.weights import latent_sites
@@ -224,8 +224,12 @@ def fit(
     first_epoch = state.step // steps_an_epoch
     stepper: EagerSteps | CapturedSteps
     if compile:
-        _check_images(vae, objective, train, observe, batch_size=batch_size)
-        stepper = CapturedSteps(state, objective, train, observe, batch_size=batch_size, clip_norm=clip_norm)
+        _check_images(state, train, observe, batch_size=batch_size)
+        try:
+            stepper = CapturedSteps(state, objective, train, observe, batch_size=batch_size, clip_norm=clip_norm)
+        except CannotCapture:
+            vae.eval()
+            raise
         if on_compiled is not None:
             on_compiled(stepper.compile_seconds)
     else:
@@ -401,22 +405,32 @@ def _what_is_not_finite(state: TrainingState, objective: Callable[..., Tensor], 
 _CHECKED_AT_ONCE = 1000  # images
 
 
-def _check_images(
-    vae: VAE, objective: Callable[..., Tensor], train: Tensor, observe: Callable[..., Tensor], *, batch_size: int
-) -> None:
+def _check_images(state: TrainingState, train: Tensor, observe: Callable[..., Tensor], *, batch_size: int) -> None:
     """What Pyro's validation would say of the training images, without their way through the networks.
 
     The programs run once, with validation; then every image is compared with the support of the sites that observe it.
 
     Raises:
+        NotFinite: the weights or images hold values that are not finite.
         ValueError: a value off its support, a wrong shape.
     """
+    vae = state.vae
     with seeded(0, train.device), torch.no_grad():
         x = observe(train[:batch_size], None)
-        with pyro.validation_enabled(True):
-            objective(vae.model, vae.guide, x, beta=1.0)
-            q = poutine.trace(vae.guide).get_trace(x)
-            p = poutine.trace(poutine.replay(vae.model, trace=q)).get_trace(x)
+        vae.eval()  # statistics of a batch, where networks take some, are not to move
+        try:
+            with pyro.validation_enabled(True):
+                q = poutine.trace(vae.guide).get_trace(x)
+                p = poutine.trace(poutine.replay(vae.model, trace=q)).get_trace(x)
+                q.compute_log_prob()
+                p.compute_log_prob()
+        except ValueError:
+            site = _site_that_is_not_finite(vae, x)
+            if site is None:
+                raise
+            raise NotFinite(f"step {state.step}: {site}") from None
+        finally:
+            vae.train()
         supports = {
             name: site["fn"].support
             for name, site in p.nodes.items()
@@ -424,6 +438,8 @@ def _check_images(
         }
         for part in train.split(_CHECKED_AT_ONCE):
             x = observe(part, None)
+            if not x.isfinite().all():
+                raise NotFinite(f"step {state.step}: site 'x': the training images hold values that are not finite")
             for name, support in supports.items():
                 if not support.check(x).all():
                     raise ValueError(f"site {name!r}: expected images within the support {support}, got others")

@@ -1,85 +1,356 @@
-"""Time evaluation side by side with the bare matrix products that it cannot do without; print and store the ratio."""
+"""Time training steps and log p(x) side by side with other programs that compute the same; print tables, store all.
+
+Of training, one step is from a batch of resident data to new weights. Contestants take turns of about 0.3 s, round by
+round, after each has warmed up (compilation is not in the times, but in those of the first step) and shown that it
+computes the same loss. Of evaluation, the time is that of log p(x) of all images, with its errors, without compilation.
+The start is a process of its own: from nothing to the end of its first compiled training step, twice. Compilers begin
+with an empty cache (but where TORCHINDUCTOR_CACHE_DIR names one).
+"""
 
 from __future__ import annotations
 
-import resource
+import os
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ppl_vae.options import Options, command, parse_benchmark
 
 if TYPE_CHECKING:
+    import torch
+    from benchmark_contestants import Task
     from torch import Tensor
 
     from ppl_vae import VAE
 
+TURN_SECONDS = 0.3
+CHECKED_STEPS, WARM_UP_STEPS = 20, 20
+TOLERANCE = 0.05  # of the mean loss of 20 steps with fresh noise, relative
+REFERENCE = "PyTorch, eager, default Adam"
+FLOOR = "matrix products alone (sgemm floor)"
+BARE = "decoder's matrix products alone"
+EAGER, CAPTURED = "ppl_vae, eager", "ppl_vae, captured"
+EVALUATED = ("mlp128", "iwae20", "default")
+FIRST_STEP = """
+import torch
+from ppl_vae import build, data, objectives
+from ppl_vae.options import Options
+from ppl_vae.training import CapturedSteps, TrainingState
 
-def matrix_products(vae: VAE, *, pairs: int, total: int) -> float:
-    """Seconds for the decoder's matrix products alone, on (total) particle-image pairs, (pairs) at a time."""
-    import torch
+options = Options()
+device = torch.device({device!r})
+stored, observe = data.training_images(data.load(options.dataset), "dynamic")
+state = TrainingState(build.vae(options, (1, 28, 28)).to(device), device=device)
+steps = CapturedSteps(
+    state, objectives.elbo, stored.to(device), observe, batch_size=options.batch_size, clip_norm=options.clip_norm
+)
+index = torch.arange(options.batch_size, device=device)
+next(steps.epoch((index,), [(1.0, options.learning_rate, 0.0)], validate=False))
+steps.settle()
+"""
 
-    pairs = min(pairs, total)
-    weights = [layer.weight for layer in vae.likelihood.modules() if isinstance(layer, torch.nn.Linear)]  # type: ignore[attr-defined]
-    inputs = [torch.randn(pairs, weight.shape[1]) for weight in weights]
-    outputs = [torch.empty(pairs, weight.shape[0]) for weight in weights]
+
+def say(line: str) -> None:
+    print(line, flush=True)
+
+
+# --- Training ---
+
+
+def contestants(task: Task) -> Iterator[tuple[str, Callable[[], Callable[[int], Any]]]]:
+    """Names, and what makes each ready to take steps."""
+    import benchmark_contestants as by
+
+    yield REFERENCE, lambda: by.pytorch_eager(task, fused=False)
+    yield "PyTorch, eager, fused Adam", lambda: by.pytorch_eager(task, fused=True)
+    yield "PyTorch, whole step compiled", lambda: by.pytorch_whole_step(task)
+    yield EAGER, lambda: by.ppl_vae(task, captured=False)
+    yield CAPTURED, lambda: by.ppl_vae(task, captured=True)
+    yield "Pyro's example loop", lambda: by.pyro_example(task)
+    if why_no_numpyro(task.device) is None:
+        yield "NumPyro, fori_loop", lambda: by.numpyro_steps(task, as_loop=True)
+        yield "NumPyro, jitted steps", lambda: by.numpyro_steps(task, as_loop=False)
+    yield FLOOR, lambda: by.matrix_products(task)
+
+
+def why_no_numpyro(device: torch.device) -> str | None:
+    """Why NumPyro is left out; None where it takes part."""
+    if find_spec("numpyro") is None:
+        return 'NumPyro is not installed and left out; pip install -e ".[benchmark]" brings it.'
+    import jax
+
+    if (jax.default_backend() == "gpu") != (device.type == "cuda"):
+        return f"NumPyro is left out: its arrays are on {jax.default_backend()}, the others' on {device.type}."
+    return None
+
+
+def checked_losses(steps: Callable[[int], Any], first: float) -> list[float]:
+    """The mean losses of the first steps and of as many some steps later; the first of all has been taken."""
+    beginning = (first + (CHECKED_STEPS - 1) * steps(CHECKED_STEPS - 1)) / CHECKED_STEPS
+    steps(WARM_UP_STEPS)
+    return [beginning, steps(CHECKED_STEPS)]
+
+
+def training(name: str, images: Tensor, *, rounds: int) -> dict[str, Any]:
+    """Times the training steps of one model by all contestants: a record of each, by name."""
+    from benchmark_contestants import MODELS, Task
+
+    task = Task(MODELS[name], images)
+    ready: dict[str, Callable[[int], Any]] = {}
+    records: dict[str, dict[str, Any]] = {}
+    for contestant, prepare in contestants(task):
+        started = time.perf_counter()
+        steps = prepare()
+        first = steps(1)
+        record: dict[str, Any] = {"first_seconds": time.perf_counter() - started}
+        if contestant == FLOOR:
+            steps(WARM_UP_STEPS)
+        else:
+            losses = record["checked_losses"] = checked_losses(steps, first)
+            expected = records[REFERENCE]["checked_losses"] if records else losses
+            if any(not abs(a - b) <= TOLERANCE * b for a, b in zip(losses, expected, strict=True)):
+                say(f"  {contestant} is left out of {name}: expected losses {expected}, got {losses}")
+                continue
+        ready[contestant], records[contestant] = steps, record
+        say(f"  {name}: {contestant} is ready ({record['first_seconds']:.1f} s to the end of its first step)")
+    for contestant, steps in ready.items():
+        probe = 3
+        seconds = timed(partial(steps, probe))
+        records[contestant] |= {"steps_a_turn": max(1, round(TURN_SECONDS * probe / seconds)), "ms": []}
+    for _ in range(rounds):
+        for contestant, steps in ready.items():
+            n = records[contestant]["steps_a_turn"]
+            records[contestant]["ms"].append(timed(partial(steps, n)) * 1e3 / n)
+    return summarized(records, reference=REFERENCE, floor=FLOOR)
+
+
+def timed(work: Callable[[], Any]) -> float:
+    """Seconds. The work returns when it is done, on a GPU too."""
     started = time.perf_counter()
-    with torch.no_grad():
-        for _ in range(total // pairs):
-            for h, weight, output in zip(inputs, weights, outputs, strict=True):
-                torch.mm(h, weight.T, out=output)
-    return (time.perf_counter() - started) * total / (total // pairs * pairs)
-
-
-def evaluation(vae: VAE, x: Tensor, *, num_particles: int) -> float:
-    """Seconds for log p(x) of the images x, with all its errors."""
-    from ppl_vae.evidence import evaluate
-
-    started = time.perf_counter()
-    evaluate(vae, x, num_particles=num_particles, seed=0)
+    work()
     return time.perf_counter() - started
 
 
-def describe(seconds: list[float]) -> str:
-    """Median and range."""
-    return f"{statistics.median(seconds):7.2f} s ({min(seconds):.2f} to {max(seconds):.2f})"
+def summarized(records: dict[str, dict[str, Any]], *, reference: str, floor: str) -> dict[str, Any]:
+    """The records with the median of the rounds, and its ratio to two others'."""
+    for record in records.values():
+        record["median_ms"] = statistics.median(record["ms"])
+    for record in records.values():
+        record["ratio"] = record["median_ms"] / records[reference]["median_ms"]
+        record["ratio_to_floor"] = record["median_ms"] / records[floor]["median_ms"]
+    return records
+
+
+# --- Evaluation ---
+
+
+def matrix_products(vae: VAE, x: Tensor, *, num_particles: int) -> Callable[[], None]:
+    """The decoder's matrix products alone, for as many pairs of image and particle, as many at a time."""
+    import torch
+
+    from ppl_vae.evidence import particles_a_pass
+
+    total = len(x) * num_particles
+    pairs = min(particles_a_pass(x), total)
+    weights = [layer.weight.detach() for layer in vae.likelihood.modules() if isinstance(layer, torch.nn.Linear)]  # type: ignore[attr-defined]
+    inputs = [torch.randn(pairs, weight.shape[1], device=x.device) for weight in weights]
+    outputs = [torch.empty(pairs, weight.shape[0], device=x.device) for weight in weights]
+
+    def run() -> None:
+        for start in range(0, total, pairs):
+            n = min(pairs, total - start)
+            for h, weight, output in zip(inputs, weights, outputs, strict=True):
+                torch.mm(h[:n], weight.T, out=output[:n])
+        if x.is_cuda:
+            torch.cuda.synchronize(x.device)
+
+    return run
+
+
+def evaluation(name: str, x: Tensor, *, num_particles: int, rounds: int) -> dict[str, Any]:
+    """Times log p(x) of the images, with all its errors, under one model with fresh weights."""
+    import torch
+    from benchmark_contestants import MODELS, Task
+
+    from ppl_vae import build
+    from ppl_vae.evidence import evaluate
+
+    torch.manual_seed(0)
+    vae = Task(MODELS[name], x.to(torch.uint8)).vae() if name in MODELS else build.vae(Options(), x.shape[1:])
+    vae = vae.to(x.device).eval()
+    estimates: dict[str, float] = {}
+
+    def estimate(contestant: str, compile: bool) -> float:
+        """Seconds without compilation, which every call begins with; its own seconds are in ``compile_seconds``."""
+        compile_seconds[contestant] = []
+        started = time.perf_counter()
+        result = evaluate(
+            vae,
+            x,
+            num_particles=num_particles,
+            seed=0,
+            compile=compile,
+            on_compiled=compile_seconds[contestant].append,
+        )
+        estimates[contestant] = result.log_evidence.mean().item()
+        return time.perf_counter() - started - sum(compile_seconds[contestant])
+
+    compile_seconds: dict[str, list[float]] = {}
+    work: dict[str, Callable[[], float]] = {
+        BARE: partial(timed, matrix_products(vae, x, num_particles=num_particles)),
+        EAGER: partial(estimate, EAGER, False),
+        CAPTURED: partial(estimate, CAPTURED, True),
+    }
+    records: dict[str, dict[str, Any]] = {}
+    for contestant, run in work.items():
+        records[contestant] = {"first_seconds": timed(run), "ms": []}
+    if compile_seconds[CAPTURED]:
+        records[CAPTURED]["compile_seconds"] = sum(compile_seconds[CAPTURED])
+    eager, captured = estimates[EAGER], estimates[CAPTURED]
+    if not abs(eager - captured) <= TOLERANCE * abs(eager):
+        say(f"  {CAPTURED} is left out of {name}: expected log p(x) = {eager:.2f} nats an image, got {captured:.2f}")
+        del work[CAPTURED], records[CAPTURED]
+    for _ in range(rounds):
+        for contestant, run in work.items():
+            records[contestant]["ms"].append(run() * 1e3)
+    if compile_seconds[CAPTURED] and CAPTURED in records:
+        records[CAPTURED]["compile_again_seconds"] = sum(compile_seconds[CAPTURED])
+    return summarized(records, reference=EAGER, floor=BARE)
+
+
+# --- Start ---
+
+
+def start(device: str) -> list[float]:
+    """Seconds from the start of a process to the end of its first compiled step: empty caches, then filled ones."""
+    with tempfile.TemporaryDirectory() as cache:
+        words = [sys.executable, "-c", FIRST_STEP.format(device=device)]
+        environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache}
+        return [timed(lambda: subprocess.run(words, env=environment, check=True)) for _ in range(2)]
+
+
+# --- Tables ---
+
+
+def table(title: str, results: dict[str, Any], ratio: str) -> list[str]:
+    """Contestants as rows, models as columns: the median in ms, and a ratio."""
+    names = list(dict.fromkeys(name for records in results.values() for name in records))
+    lines = [f"| {title} | {' | '.join(results)} |", "|---" * (len(results) + 1) + "|"]
+    for name in names:
+        cells = [cell(records[name], ratio) if name in records else "–" for records in results.values()]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
+def cell(record: dict[str, Any], ratio: str) -> str:
+    """The median and a ratio of medians."""
+    return f"{record['median_ms']:.3g} ({record[ratio]:.2f})"
+
+
+def ranges(results: dict[str, Any]) -> list[str]:
+    """The rounds' range for each, in ms, its ratio to the floor, and the seconds of its first time, compilation too."""
+    lines: list[str] = []
+    for model, records in results.items():
+        for name, record in records.items():
+            lines.append(
+                f"  {model:8} {name:36} {min(record['ms']):9.3f} to {max(record['ms']):9.3f} ms, "
+                f"{record['ratio_to_floor']:6.2f} times the floor, first {record['first_seconds']:5.1f} s"
+            )
+    return lines
+
+
+# --- All of it ---
+
+
+def environment(device: str) -> dict[str, Any]:
+    """``runs.environment``, with the other programs' versions."""
+    from ppl_vae import runs
+
+    found = runs.environment(device)
+    for name in ("jax", "jaxlib", "numpyro"):
+        try:
+            found["packages"][name] = version(name)
+        except PackageNotFoundError:
+            found["packages"][name] = None
+    return found | {"cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()}
+
+
+def measure(asked: Any) -> dict[str, Any]:
+    """Everything that was asked for, as the JSON file holds it."""
+    import torch
+
+    from ppl_vae import build, data
+
+    device = build.device(asked.device)
+    left_out = why_no_numpyro(device) if "training" in asked.parts else None
+    if left_out:
+        say(left_out)
+    digits = data.load("mnist")
+    result: dict[str, Any] = {"rounds": asked.rounds, "training": {}, "evaluation": {}, "start_seconds": []}
+    result |= {"images": asked.images, "num_particles": asked.num_particles, "left_out": left_out}
+    if "training" in asked.parts:
+        images = data.training_images(digits, "fixed")[0].to(device)
+        for name in asked.models:
+            if name != "default":
+                result["training"][name] = training(name, images, rounds=asked.rounds)
+    if "evaluation" in asked.parts:
+        x = data.evaluation_images(digits, "test", "dynamic")
+        x = x[data.subset(len(x), asked.images)].to(device)
+        result["images"] = len(x)
+        for name in asked.models:
+            if name in EVALUATED:
+                say(f"  {name}: log p(x)")
+                result["evaluation"][name] = evaluation(name, x, num_particles=asked.num_particles, rounds=asked.rounds)
+    if "start" in asked.parts:
+        say("  start")
+        result["start_seconds"] = start(asked.device)
+    return result | {"threads": torch.get_num_threads(), "environment": environment(asked.device)}
+
+
+def report(result: dict[str, Any]) -> Iterator[str]:
+    """What is printed, line by line."""
+    rounds = f"{result['rounds']} rounds, {result['threads']} threads"
+    if result["training"]:
+        yield f"\nA training step, ms, median of {rounds} (ratio to {REFERENCE})\n"
+        yield from table("training", result["training"], "ratio")
+        yield ""
+        yield from ranges(result["training"])
+    if result["evaluation"]:
+        S, n = result["num_particles"], result["images"]
+        yield f"\nlog p(x), S = {S:,}, {n:,} images, ms, median of {rounds} (ratio to the matrix products)\n"
+        yield from table("log p(x)", result["evaluation"], "ratio_to_floor")
+        yield ""
+        yield from ranges(result["evaluation"])
+    if result["start_seconds"]:
+        cold, warm = result["start_seconds"]
+        cold, warm = result["start_seconds"]
+        yield "\nFrom a fresh process to the end of its first compiled step, the default model:"
+        yield f"  {cold:.1f} s; again, with the compiler's cache filled, {warm:.1f} s"
 
 
 def main() -> None:
     asked = parse_benchmark()
-    import torch
-
-    from ppl_vae import build, data, runs
-    from ppl_vae.evidence import particles_a_pass
-
-    torch.manual_seed(0)
-    vae = build.vae(Options(), (1, 28, 28)).eval()
-    x = data.evaluation_images(data.load("mnist"), "test", "dynamic")
-    x = x[data.subset(len(x), asked.images)]
-    pairs, total = particles_a_pass(x), len(x) * asked.num_particles
-    timed: dict[str, list[float]] = {"matrix_products": [], "evaluation": []}
-    evaluation(vae, x[:2], num_particles=asked.num_particles)
-    for round_number in range(asked.rounds):
-        timed["matrix_products"].append(matrix_products(vae, pairs=pairs, total=total))
-        timed["evaluation"].append(evaluation(vae, x, num_particles=asked.num_particles))
-        print(f"round {round_number + 1} of {asked.rounds}: {timed['evaluation'][-1]:.1f} s", flush=True)
-    medians = {name: statistics.median(seconds) for name, seconds in timed.items()}
-    result: dict[str, Any] = {
-        "images": len(x),
-        "num_particles": asked.num_particles,
-        "seconds": timed,
-        "ratio_of_medians": medians["evaluation"] / medians["matrix_products"],
-        "peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
-        "environment": runs.environment("cpu"),
-    }
+    if asked.output is not None and not Path(asked.output).parent.is_dir():
+        raise ValueError(f"--output: expected a file in a folder that exists, got {asked.output}")
+    if not asked.device.startswith("cuda"):
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    with tempfile.TemporaryDirectory() as cache:  # so that what compilation takes does not depend on earlier runs
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", cache)
+        result = measure(asked)
     if asked.output is not None:
+        from ppl_vae import runs
+
         runs.write_json(Path(asked.output), result)
-    threads = torch.get_num_threads()
-    print(f"log p(x), S = {asked.num_particles:,}, {len(x):,} images, the default decoder, {threads} threads")
-    print(f"  decoder's matrix products alone {describe(timed['matrix_products'])}")
-    print(f"  evaluation                      {describe(timed['evaluation'])}")
-    print(f"  ratio of medians {result['ratio_of_medians']:.2f}; peak memory {result['peak_memory_gb']:.2f} GB")
+    for line in report(result):
+        print(line)
 
 
 if __name__ == "__main__":

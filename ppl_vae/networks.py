@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -158,9 +157,12 @@ def _up(width_in: int, width_out: int, *, size: tuple[int, int], bias: bool = Tr
     )
 
 
-def _channels_last(network: Any) -> None:
-    """Lays weights out with the channels innermost: up to twice as fast on CPUs. (torch's stubs differ by version.)"""
-    network.to(memory_format=torch.channels_last)
+def _channels_last(x: Tensor) -> Tensor:
+    """Lays images out with the channels innermost, as convolutions on CPUs are fastest, and returns the same numbers.
+
+    Weights keep torch's own layout: of others ``pyro.module`` makes copies, which plain SVI then trains in their place.
+    """
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 class ResidualBlock(nn.Module):
@@ -229,7 +231,6 @@ class ConvEncoder(nn.Module):
         small = _sizes(height, width, len(channels))[-1]
         dense = GatedMLP if gated else MLP
         self.dense = dense(([planes, *channels][-1], *small), num_features, hidden=hidden)
-        _channels_last(self)
 
     @property
     def output(self) -> nn.Linear:
@@ -238,7 +239,7 @@ class ConvEncoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         leading = _leading(x, self.event_shape)
-        h = self.dense(self.stages(x.reshape(-1, *self.event_shape)))
+        h = self.dense(self.stages(_channels_last(x.reshape(-1, *self.event_shape))))
         return h.reshape(*leading, h.shape[-1])
 
 
@@ -311,9 +312,9 @@ class ConvDecoder(nn.Module):
         self.dense = dense(latent_dim, math.prod(self.small), hidden=hidden)
         self.stages = nn.Sequential(*stages)
         self.output = PixelOutput(widths[-1], num_features // (height * width), size=(height, width))
-        _channels_last(self)
 
     def forward(self, z: Tensor) -> Tensor:
         leading = _leading(z, self.event_shape)
-        h = self.output(self.stages(self.dense(z.reshape(-1, *self.event_shape)).reshape(-1, *self.small)))
+        small = _channels_last(self.dense(z.reshape(-1, *self.event_shape)).reshape(-1, *self.small))
+        h = self.output(self.stages(small))
         return h.reshape(*leading, h.shape[-1])

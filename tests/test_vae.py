@@ -11,9 +11,10 @@ from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
 from torch.testing import assert_close
 
-from ppl_vae import VAE, Conditional
+from ppl_vae import VAE, Conditional, build
 from ppl_vae.likelihoods import Bernoulli
 from ppl_vae.networks import MLP
+from ppl_vae.options import NETWORKS, Options
 from ppl_vae.posteriors import MAX_LOG_SCALE, DiagonalNormal, bounded_log_scale
 from ppl_vae.priors import StandardNormal
 
@@ -111,4 +112,25 @@ def test_plain_pyro_svi_trains_the_same_pair():
     losses = [svi.step(x) / len(x) for _ in range(300)]
     assert all((dict(vae.named_parameters())[name] != weights).any() for name, weights in before.items())
     assert sum(losses[-20:]) / 20 < losses[0] - 5.0
+    pyro.clear_param_store()
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_plain_pyro_svi_moves_every_weight_of_every_network(network):
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    vae = build.vae(Options(network=network, hidden=(6,), channels=(3, 4), latent_dim=2), (2, 8, 8))
+    x = (torch.rand(16, 2, 8, 8) < 0.5).float()
+
+    def model(x):
+        pyro.module("vae", vae)
+        return vae.model(x)
+
+    def guide(x):
+        pyro.module("vae", vae)
+        return vae.guide(x)
+
+    before = {name: weights.clone() for name, weights in vae.named_parameters()}
+    SVI(model, guide, pyro.optim.Adam({"lr": 0.02}), Trace_ELBO()).step(x)
+    assert [name for name, w in vae.named_parameters() if torch.equal(w, before[name])] == []
     pyro.clear_param_store()

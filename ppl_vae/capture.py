@@ -152,9 +152,11 @@ class _AsGraph(TorchFunctionMode):
         kwargs = kwargs or {}
         if function in _READERS:
             raise CannotCapture(f"it reads a number of a tensor ({function.__name__}), which a graph cannot")
-        if function is binary_cross_entropy_with_logits and len(args) == 2 and kwargs == {"reduction": "none"}:
-            logits, x = args
-            return softplus(logits) - logits * x
+        if function is binary_cross_entropy_with_logits and len(args) == 2:
+            given = {name: value for name, value in kwargs.items() if value is not None}
+            if given == {"reduction": "none"}:
+                logits, x = args
+                return softplus(logits) - logits * x
         return function(*args, **kwargs)
 
 

@@ -1289,6 +1289,72 @@ def test_a_step_reads_no_number(graphs, kl, size):
     assert read.count == 1  # the one above: the count works
 
 
+# --- One logarithm for many pixels ---
+
+
+def _bernoulli_sum(logits, x):
+    return (dist.Bernoulli(logits=logits).to_event(3).log_prob(x),)
+
+
+def _uses(graph, target):
+    return sum(node.target is target for node in graph.graph.nodes)
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0, 5.0, 30.0, 90.0])
+@pytest.mark.parametrize("event", [(1, 28, 28), (3, 5, 7), (1, 1, 64)])
+def test_joined_logarithms_lose_no_more_than_they_may(graphs, scale, event):
+    """The loss that is stated: 6e-8 a pixel for a lost exponential, and rounding."""
+    generator = torch.Generator().manual_seed(0)
+    logits = scale * torch.randn(50, *event, generator=generator)
+    x = (torch.rand(50, *event, generator=generator) < 0.3).float()
+    softplus = torch.logaddexp(logits.double(), torch.zeros(()).double())
+    exact = (x.double() * logits.double() - softplus).sum((-3, -2, -1))
+    D = math.prod(event)
+    with torch.no_grad():
+        (joined,) = capture.compiled(_bernoulli_sum, [logits, x])([logits, x])
+        (in_double,) = capture.compiled(_bernoulli_sum, [logits.double(), x.double()])([logits.double(), x.double()])
+    assert _uses(graphs[0], torch.ops.aten.prod.dim_int) == _uses(graphs[1], torch.ops.aten.prod.dim_int) == 1
+    assert ((joined - exact).abs() <= 6e-8 * D + 1e-6 * exact.abs()).all()
+    assert_close(in_double, exact, rtol=1e-12, atol=1e-12 * D)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda h: (h.log1p().sum(-1),),  # not of an exponential
+        lambda h: (h.exp().log1p().sum(-1),),  # of one that may be large
+        lambda h: ((-h.abs()).exp().log1p().sum(),),  # over everything
+        lambda h: ((2 * (-h.abs()).exp().log1p()).sum(-1),),  # weighted
+        lambda h: ((-h.abs()).exp().log1p().sum(-1, keepdim=True),),
+    ],
+)
+def test_other_sums_stay_as_they_are(graphs, function):
+    h = 3 * torch.rand(5, 28, dtype=torch.double)
+    (value,) = capture.compiled(function, [h])([h])
+    assert _uses(graphs[0], torch.ops.aten.prod.dim_int) == 0
+    assert_close(value, function(h)[0], rtol=1e-12, atol=0)
+
+
+def test_a_logarithm_that_is_used_twice_is_kept(graphs):
+    def function(h):
+        logarithm = (-h.abs()).exp().log1p()
+        return (h - logarithm).sum(-1), logarithm
+
+    h = torch.randn(5, 28, dtype=torch.double)
+    for value, expected in zip(capture.compiled(function, [h])([h]), function(h), strict=True):
+        assert_close(value, expected, rtol=1e-12, atol=0)
+
+
+def test_a_subtracted_logarithm_keeps_its_sign(graphs):
+    def function(h):
+        return ((h - (h.square() - (-h.abs()).exp().log1p())).sum(-1), (h - (-h.abs()).exp().log1p()).sum(-1))
+
+    h = torch.randn(5, 28, dtype=torch.double)
+    for value, expected in zip(capture.compiled(function, [h])([h]), function(h), strict=True):
+        assert_close(value, expected, rtol=1e-12, atol=0)
+    assert _uses(graphs[0], torch.ops.aten.prod.dim_int) == 2
+
+
 # --- On a GPU ---
 
 

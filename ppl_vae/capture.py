@@ -161,7 +161,7 @@ class _AsGraph(TorchFunctionMode):
             if given == {"reduction": "none"}:
                 logits, x = args
                 if torch.is_grad_enabled():
-                    return softplus(logits) - logits * x
+                    return softplus(logits, threshold=40) - logits * x
                 return logits.clamp(min=0) + (-logits.abs()).exp().log1p() - logits * x
         return function(*args, **kwargs)
 
@@ -177,7 +177,7 @@ def _join_logarithms(graph: torch.fx.Graph) -> None:
     """
     aten = torch.ops.aten
     for total in graph.find_nodes(op="call_function", target=aten.sum.dim_IntList):
-        if len(total.args) != 2 or total.kwargs or list(total.args[1]) != [-1]:
+        if len(total.args) != 2 or total.kwargs or total.args[1] is None or list(total.args[1]) != [-1]:
             continue
         terms: Any = total.args[0]
         shape = list(terms.meta["val"].shape)

@@ -124,7 +124,7 @@ class CapturedTerms:
         def function(*tensors: Tensor) -> tuple[Tensor, Tensor]:
             return torch.func.functional_call(module, dict(zip(names, tensors[:-1], strict=True)), (tensors[-1],))
 
-        self._run = compiled(function, [*self._tensors(), x])
+        self._run = compiled(function, [*self._tensors(), x.contiguous()])
 
     def _tensors(self) -> list[Tensor]:
         return [value.detach() for value in self._values.values()]
@@ -269,7 +269,7 @@ def evaluate(
     """``importance`` of a VAE in evaluation mode, with draws of their own seed; values are validated if ``check``.
 
     With ``compile`` the log-weights of a pass are one compiled graph; ``on_compiled`` is told the seconds that this
-    took. It computes the same to rounding, after one pass as it stands, with values validated.
+    took. It computes the same to rounding. A graph validates nothing: ``check`` then sees the first image alone.
 
     The VAE's weights, buffers and mode and the global generators are afterwards as they were before.
 
@@ -287,8 +287,9 @@ def evaluate(
             terms: Terms = log_weight_terms
             if compile:
                 started = time.monotonic()
-                with seeded(seed, x.device), pyro.validation_enabled(True), torch.no_grad():
-                    log_weight_terms(vae.model, vae.guide, x[:1], 1)
+                with seeded(seed, x.device), torch.no_grad():
+                    if check:
+                        log_weight_terms(vae.model, vae.guide, x[:1], 1)
                     terms = CapturedTerms(vae, x[: max(1, pairs // chunk)], chunk)
                 if on_compiled is not None:
                     on_compiled(time.monotonic() - started)

@@ -73,12 +73,12 @@ def resume(
         raise ValueError(f"--resume: expected a run of train_svi.py, but {folder} was saved from Python")
     if epochs is not None and epochs < options.epochs:
         raise ValueError(f"--epochs: expected at least the run's {options.epochs}, got {epochs}")
+    if compile == "on":
+        build.check_compiler(build.device(options.device))
     if epochs is not None and epochs > options.epochs:
         run = _with_option(run, "epochs", epochs)
         say(f"Extended to {epochs} epochs; the learning rate's cosine now ends there, so it rises again at first.")
     if compile is not None and compile != "auto" and compile != run.options.compile:
-        if compile == "on":
-            build.check_compiler(build.device(options.device))
         run = _with_option(run, "compile", compile)
         say(f"From here on --compile {compile}: the same to rounding, and no longer bit for bit.")
     if _is_trained(run) and is_evaluated(folder) and is_drawn(run):

@@ -1,0 +1,419 @@
+"""The words --compile, --precision and --average-decay, from the command line to a run's files."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch._inductor.compile_fx as compiler
+from small_run import SMALL, save_bars
+
+from ppl_vae import build, capture, experiment, runs, training
+from ppl_vae.capture import CannotCapture
+from ppl_vae.experiment import evaluation
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+NO_COMPILER = r"^--compile on: no C\+\+ compiler \(g\+\+ or clang\+\+\) is installed; --compile off does without$"
+STEPS_AN_EPOCH = 5  # 100 images, 20 a step
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Every graph that is written down, which then runs as it is: no compiler is needed, nor its time."""
+    seen = []
+
+    def run_as_it_is(graph, inputs, **_):
+        seen.append(graph)
+        return lambda tensors: graph(*tensors)
+
+    monkeypatch.setattr(compiler, "compile_fx_inner", run_as_it_is)
+    for module in (capture, evaluation):
+        monkeypatch.setattr(module, "why_not", lambda device: None)
+    return seen
+
+
+@pytest.fixture
+def no_compiler(monkeypatch):
+    monkeypatch.setattr(capture.shutil, "which", lambda *_, **__: None)
+
+
+@pytest.fixture
+def always_pays(monkeypatch):
+    monkeypatch.setattr("ppl_vae.options._RUNS_THAT_PAY", 1)
+
+
+@pytest.fixture
+def no_figures(monkeypatch):
+    """Most of a small run's time; figures have tests of their own."""
+    monkeypatch.setattr(sys.modules["ppl_vae.experiment.train"], "is_drawn", lambda run: True)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    return replace(SMALL, dataset=str(save_bars(tmp_path_factory.mktemp("data") / "bars.npz")))
+
+
+def _train(options, folder):
+    said = []
+    experiment.train(options, str(folder), say=said.append)
+    return said
+
+
+def _resume(folder, **changes):
+    said = []
+    experiment.resume(str(folder), **({"epochs": None} | changes), say=said.append)
+    return said
+
+
+def _config(folder):
+    return runs.read_json(folder / runs.CONFIG)["options"]
+
+
+def _tensors(folder):
+    return {name: runs.load_tensors(folder / name)[0] for name in (runs.MODEL, runs.TRAINING_STATE)}
+
+
+def _assert_same_bits(folder, other):
+    found, expected = _tensors(folder), _tensors(other)
+    for name in expected:
+        assert found[name].keys() == expected[name].keys()
+        assert [key for key in expected[name] if not torch.equal(found[name][key], expected[name][key])] == [], name
+
+
+def _told(said):
+    return [line for line in said if "ompile" in line]
+
+
+# --- auto, on, off ---
+
+
+@pytest.mark.parametrize(("batch_size", "epochs", "word"), [(20, 1000, "on"), (20, 999, "off"), (30, 1250, "on")])
+def test_auto_compiles_where_five_thousand_steps_are_planned(graphs, small, batch_size, epochs, word):
+    """100 images: 5 steps an epoch of 20 each, 4 of 30."""
+    asked = replace(small, epochs=epochs, batch_size=batch_size)
+    assert build.resolve(asked, build.splits(asked)).compile == word
+
+
+def test_auto_is_off_without_a_compiler_and_words_stay_as_they_are(monkeypatch, small):
+    monkeypatch.setattr(capture, "why_not", lambda device: "none")
+    splits = build.splits(small)
+    for asked in ("auto", "off"):
+        assert build.resolve(replace(small, epochs=100_000, compile=asked), splits).compile == "off"
+    monkeypatch.setattr(capture, "why_not", lambda device: None)
+    for asked in ("on", "off"):
+        assert build.resolve(replace(small, epochs=1, compile=asked), splits).compile == asked
+
+
+@pytest.mark.parametrize(("asked", "found"), [("auto", "on"), ("on", "on"), ("off", "off")])
+def test_the_config_holds_what_was_decided(graphs, always_pays, no_figures, small, tmp_path, asked, found):
+    said = _train(replace(small, compile=asked), tmp_path / "run")
+    assert _config(tmp_path / "run")["compile"] == found
+    assert [line.startswith("Compiled the training step") for line in _told(said)] == [True] * (found == "on")
+
+
+def test_on_without_a_compiler_is_refused_before_anything_is_written(no_compiler, small, tmp_path):
+    with pytest.raises(ValueError, match=NO_COMPILER):
+        _train(replace(small, compile="on"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_auto_without_a_compiler_trains_as_off_does(no_compiler, always_pays, no_figures, small, tmp_path):
+    for word in ("auto", "off"):
+        _train(replace(small, compile=word), tmp_path / word)
+        assert _config(tmp_path / word)["compile"] == "off"
+    _assert_same_bits(tmp_path / "auto", tmp_path / "off")
+
+
+@pytest.fixture
+def cannot(monkeypatch):
+    def refuse(*_, **__):
+        raise CannotCapture("it is written in water")
+
+    monkeypatch.setattr(training, "CapturedSteps", refuse)
+
+
+def test_where_the_capture_fails_auto_says_why_and_trains_as_off_does(
+    cannot, graphs, always_pays, no_figures, small, tmp_path
+):
+    said = _train(replace(small, compile="auto"), tmp_path / "auto")
+    _train(replace(small, compile="off"), tmp_path / "off")
+    assert _told(said) == ["Not compiled, training goes step by step: it is written in water."]
+    assert _config(tmp_path / "auto") == _config(tmp_path / "off")
+    _assert_same_bits(tmp_path / "auto", tmp_path / "off")
+
+
+def test_where_the_capture_fails_on_is_refused_in_one_line(cannot, graphs, small, tmp_path):
+    with pytest.raises(ValueError, match=r"^--compile on: it is written in water; --compile off does without$"):
+        _train(replace(small, compile="on"), tmp_path / "run")
+
+
+# --- Resuming ---
+
+
+@contextmanager
+def _interrupted_after(monkeypatch, checkpoints):
+    """As by Ctrl-C, just after that many checkpoints are written."""
+    left, save = checkpoints, runs.save_tensors
+
+    def save_and_count(path, *content):
+        nonlocal left
+        save(path, *content)
+        left -= path.name == runs.TRAINING_STATE
+        if left == 0:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(runs, "save_tensors", save_and_count)
+        yield
+
+
+def _assert_resumes_bit_for_bit(options, tmp_path, monkeypatch):
+    options = replace(options, checkpoint_seconds=0.0)
+    _train(options, tmp_path / "undisturbed")
+    for checkpoints in (2, 5, 8):  # within an epoch, between two, within the last
+        folder = tmp_path / f"after-{checkpoints}"
+        with _interrupted_after(monkeypatch, checkpoints), pytest.raises(KeyboardInterrupt):
+            _train(options, folder)
+        assert runs.load_step(folder / runs.TRAINING_STATE) == checkpoints
+        torch.manual_seed(12345)
+        assert f"Going on from step {checkpoints}." in _resume(folder)
+        _assert_same_bits(folder, tmp_path / "undisturbed")
+        one, other = (runs.read_evaluations(run)["test"] for run in (folder, tmp_path / "undisturbed"))
+        assert one | {"seconds": 0} == other | {"seconds": 0}
+
+
+@pytest.mark.parametrize("average_decay", [0.0, 0.99])
+@pytest.mark.parametrize("compile", ["on", "off"])
+def test_an_interrupted_run_ends_bit_for_bit_where_the_undisturbed_one_does(
+    graphs, no_figures, small, tmp_path, monkeypatch, compile, average_decay
+):
+    options = replace(small, compile=compile, average_decay=average_decay)
+    _assert_resumes_bit_for_bit(options, tmp_path, monkeypatch)
+    assert bool(graphs) == (compile == "on")
+
+
+def test_so_does_one_through_the_real_compiler(no_figures, small, tmp_path, monkeypatch):
+    if (reason := capture.why_not(torch.device("cpu"))) is not None:
+        pytest.skip(reason)
+    _assert_resumes_bit_for_bit(replace(small, compile="on"), tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("word", ["on", "off"])
+def test_an_extension_keeps_the_mode(graphs, no_figures, small, tmp_path, word):
+    _train(replace(small, compile=word), tmp_path)
+    graphs.clear()
+    _resume(tmp_path, epochs=3, compile="auto")
+    assert _config(tmp_path)["compile"] == word
+    assert len(graphs) == (word == "on")
+    assert runs.load_step(tmp_path / runs.TRAINING_STATE) == 3 * STEPS_AN_EPOCH
+
+
+@pytest.mark.parametrize(("before", "after"), [("on", "off"), ("off", "on")])
+def test_resuming_with_the_other_word_changes_the_config_and_says_so(
+    graphs, no_figures, small, tmp_path, before, after
+):
+    _train(replace(small, compile=before), tmp_path)
+    graphs.clear()
+    said = _resume(tmp_path, epochs=3, compile=after)
+    assert f"From here on --compile {after}: the same to rounding, and no longer bit for bit." in said
+    assert _config(tmp_path)["compile"] == after
+    assert len(graphs) == (after == "on")
+
+
+@pytest.mark.parametrize("epochs", [None, 3])
+def test_resuming_with_on_without_a_compiler_is_refused_and_changes_nothing(
+    no_compiler, no_figures, small, tmp_path, epochs
+):
+    _train(replace(small, compile="off"), tmp_path)
+    before = _config(tmp_path)
+    with pytest.raises(ValueError, match=NO_COMPILER):
+        _resume(tmp_path, epochs=epochs, compile="on")
+    assert _config(tmp_path) == before
+
+
+def test_a_config_from_before_there_was_a_choice_goes_on_eagerly(graphs, always_pays, no_figures, small, tmp_path):
+    """As many steps as it may be: bit for bit is what such a run was promised."""
+    for name in ("old", "new"):
+        _train(replace(small, compile="off"), tmp_path / name)
+    config = runs.read_json(tmp_path / "old" / runs.CONFIG)
+    for name in ("compile", "precision", "average_decay"):
+        del config["options"][name]
+    runs.write_json(tmp_path / "old" / runs.CONFIG, config)
+    steps = []
+    graphs.clear()
+    for name in ("old", "new"):
+        steps += _told(_resume(tmp_path / name, epochs=3))
+    assert steps == []
+    _assert_same_bits(tmp_path / "old", tmp_path / "new")
+
+
+# --- Precision ---
+
+
+@pytest.fixture
+def no_bf16(monkeypatch):
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: False)
+
+
+@pytest.mark.parametrize(
+    ("precision", "words"),
+    [
+        ("tf32", r"^--precision tf32: expected an NVIDIA GPU since Ampere, got cpu$"),
+        ("bf16", r"^--precision bf16: expected hardware for it \(.*\), got cpu without$"),
+    ],
+)
+def test_a_precision_that_this_machine_has_not_is_refused_before_anything_is_written(
+    no_bf16, small, tmp_path, precision, words
+):
+    with pytest.raises(ValueError, match=words):
+        _train(replace(small, precision=precision), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("compile", ["on", "off"])
+def test_bf16_multiplies_in_training_and_never_in_the_final_evaluation(
+    graphs, no_figures, small, tmp_path, monkeypatch, compile
+):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)  # elsewhere it is emulated
+    products, place, evaluate = {"training": set(), "evaluation": set()}, "training", evaluation.evaluate
+
+    def in_evaluation(*args, **asked):
+        nonlocal place
+        place = "evaluation"
+        return evaluate(*args, **asked)
+
+    def record(module, _, output):
+        if isinstance(module, torch.nn.Linear) and module.training:
+            products["training"].add(output.dtype)
+        elif isinstance(module, torch.nn.Linear) and place == "evaluation":
+            products["evaluation"].add(output.dtype)
+
+    monkeypatch.setattr(evaluation, "evaluate", in_evaluation)
+    hook = torch.nn.modules.module.register_module_forward_hook(record)
+    try:
+        _train(replace(small, precision="bf16", compile=compile), tmp_path)
+    finally:
+        hook.remove()
+    assert products == {"training": {torch.bfloat16}, "evaluation": {torch.float}}
+    assert {weights.dtype for weights in _tensors(tmp_path)[runs.MODEL].values()} == {torch.float}
+
+
+@pytest.mark.parametrize("before", [("highest", True), ("high", False), ("medium", True)])
+@pytest.mark.parametrize("precision", ["float32", "tf32", "bf16"])
+def test_the_settings_of_products_are_put_back_even_after_an_error(precision, before):
+    def settings():
+        return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+
+    def put(values):
+        torch.set_float32_matmul_precision(values[0])
+        torch.backends.cudnn.allow_tf32 = values[1]
+
+    at_first = settings()
+    try:
+        put(before)
+        products = build.products_in(precision)
+        products.__enter__()
+        assert settings() == ("high" if precision == "tf32" else before[0], precision == "tf32")
+        assert not products.__exit__(KeyError, KeyError(), None)
+        assert settings() == before
+    finally:
+        put(at_first)
+
+
+# --- Averages of the weights ---
+
+
+@pytest.mark.parametrize("compile", ["on", "off"])
+def test_what_is_kept_are_the_averages(graphs, no_figures, small, tmp_path, compile):
+    _train(replace(small, average_decay=0.99, compile=compile), tmp_path)
+    state, scalars = runs.load_tensors(tmp_path / runs.TRAINING_STATE)
+    assert scalars["best_step"] == scalars["step"] == 2 * STEPS_AN_EPOCH
+    model = _tensors(tmp_path)[runs.MODEL]
+    averages = {name.removeprefix("average/"): w for name, w in state.items() if name.startswith("average/")}
+    assert averages.keys() <= model.keys()
+    assert len(averages) > 4
+    for name, average in averages.items():
+        assert torch.equal(model[name], average)
+        assert not torch.equal(model[name], state[f"weights/{name}"])
+
+
+# --- The scripts of the evaluation ---
+
+
+def _run(monkeypatch, script, *words):
+    monkeypatch.setattr(sys, "argv", [script, *map(str, words)])
+    runpy.run_path(str(SCRIPTS / script), run_name="__main__")
+
+
+def test_the_evaluation_is_the_same_for_each_word_of_compile(
+    graphs, always_pays, no_figures, small, tmp_path, monkeypatch
+):
+    _train(replace(small, compile="off"), tmp_path)
+    found, captured = {}, {}
+    for word in ("off", "on", "auto"):
+        graphs.clear()
+        _run(monkeypatch, "evaluate_log_likelihood.py", tmp_path, "--num-particles", 30, "--compile", word)
+        found[word] = evaluation.read_per_image(tmp_path, "test").result.log_evidence
+        captured[word] = len(graphs)
+    assert captured == {"off": 0, "on": 1, "auto": 1}
+    for word in ("on", "auto"):
+        torch.testing.assert_close(found[word], found["off"], rtol=1e-6, atol=0)
+
+
+def test_the_comparison_is_the_same_for_each_word_of_compile(
+    graphs, always_pays, no_figures, small, tmp_path, monkeypatch
+):
+    for seed in (0, 1):
+        _train(replace(small, compile="off", seed=seed), tmp_path / str(seed))
+    found, captured = {}, {}
+    for word in ("off", "on", "auto"):
+        graphs.clear()
+        asked = ("--num-particles", 30, "--compile", word, "--output", tmp_path / word)
+        _run(monkeypatch, "compare_runs.py", tmp_path / "0", tmp_path / "1", *asked)
+        entry = runs.read_json(tmp_path / word / "comparison.json")
+        found[word] = [run["log_likelihood"]["mean"] for run in entry["runs"]]
+        captured[word] = len(graphs)
+    assert captured == {"off": 0, "on": 2, "auto": 2}
+    for word in ("on", "auto"):
+        assert found[word] == pytest.approx(found["off"], rel=1e-6)
+
+
+def test_an_evaluation_that_cannot_be_compiled_is_refused_by_on_and_done_by_auto(
+    no_compiler, always_pays, no_figures, small, tmp_path, monkeypatch, capsys
+):
+    _train(replace(small, compile="off"), tmp_path)
+    before = runs.read_evaluations(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        _run(monkeypatch, "evaluate_log_likelihood.py", tmp_path, "--num-particles", 30, "--compile", "on")
+    assert ended.value.code == 1
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(said) == 1
+    assert said[0].startswith("error: --compile on: no C++ compiler")
+    assert runs.read_evaluations(tmp_path) == before
+    _run(monkeypatch, "evaluate_log_likelihood.py", tmp_path, "--num-particles", 30, "--compile", "auto")
+    assert runs.read_evaluations(tmp_path)["test"]["num_particles"] == 30
+
+
+def test_an_evaluation_whose_capture_fails_goes_on_as_it_is_with_the_reason(
+    graphs, always_pays, no_figures, small, tmp_path, monkeypatch
+):
+    def refuse(*_, **__):
+        raise CannotCapture("it is written in water")
+
+    _train(replace(small, compile="off"), tmp_path)
+    monkeypatch.setattr("ppl_vae.evidence.CapturedTerms", refuse)
+    asked = {"split": "test", "num_particles": 30, "images": None, "device": "cpu", "seed": 0}
+    results, said = {}, []
+    for word in ("auto", "off"):
+        experiment.evaluate_run(str(tmp_path), **asked, compile=word, say=said.append)
+        results[word] = evaluation.read_per_image(tmp_path, "test").result.log_evidence
+    assert _told(said) == ["Not compiled: it is written in water."]
+    assert torch.equal(results["auto"], results["off"])
+    with pytest.raises(ValueError, match=r"^--compile on: it is written in water"):
+        experiment.evaluate_run(str(tmp_path), **asked, compile="on", say=said.append)

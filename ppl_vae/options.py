@@ -423,7 +423,7 @@ def parse_impute(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def parse_networks(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The data set's options, likelihood, networks, minutes, images, num_particles, run_dir and output (or None)."""
+    """The data set's options, likelihood, networks, minutes, compile, images, num_particles, run_dir, output (or None)."""
     parser = Parser(
         "One table: each network's weights, seconds an epoch, and log p(x) after the same time of training."
     )
@@ -435,6 +435,7 @@ def parse_networks(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add("likelihood", str, one_of(LIKELIHOODS), "as for train_svi.py (default: bernoulli)")
     parser.add("networks", str, one_of(NETWORKS), f"which (default: {' '.join(NETWORKS)})", several=True)
     parser.add("minutes", float, POSITIVE, "of training, each; epochs are planned to fill them (default: 2)")
+    parser.add("compile", str, one_of(COMPILES), "as for train_svi.py (default: auto)")
     parser.add("images", int, POSITIVE_INTEGER, "test images of the estimate (default: 5000)")
     parser.add("num_particles", int, POSITIVE_INTEGER, "importance samples an image of the estimate (default: 100)")
     parser.add("run_dir", str, NOT_EMPTY, "folder of the run folders (default: runs/networks-DATASET)")
@@ -442,7 +443,9 @@ def parse_networks(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.set_defaults(
         dataset="mnist", data_dir=None, networks=list(NETWORKS), minutes=2.0, images=5000, num_particles=100
     )
-    parser.set_defaults(image_size=None, fit="crop", color=None, likelihood="bernoulli", run_dir=None, output=None)
+    parser.set_defaults(
+        compile="auto", image_size=None, fit="crop", color=None, likelihood="bernoulli", run_dir=None, output=None
+    )
     return parser.parse_args(argv)
 
 

@@ -16,6 +16,7 @@ def main() -> None:
         fit=asked.fit,
         color=asked.color,
         likelihood=asked.likelihood,
+        compile=asked.compile,
         images=asked.images,
         evaluation_particles=asked.num_particles,
     )

@@ -423,7 +423,7 @@ def parse_impute(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def parse_networks(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The data set's options, likelihood, networks, minutes, compile, images, num_particles, run_dir, output (or None)."""
+    """The data's options, likelihood, networks, minutes, compile, images, num_particles, run_dir, output or None."""
     parser = Parser(
         "One table: each network's weights, seconds an epoch, and log p(x) after the same time of training."
     )

@@ -239,10 +239,9 @@ def objective(options: Options) -> Callable[..., Tensor]:
 
 @contextmanager
 def products_in(precision: str) -> Iterator[None]:
-    """TF32 for the matrix products and convolutions of a GPU, where that is the word; before and after, as it was."""
+    """TF32 for the matrix products and convolutions of a GPU where that is the word, else float32; then as before."""
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    if precision == "tf32":
-        torch.set_float32_matmul_precision("high")
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
     try:
         yield

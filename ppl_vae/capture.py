@@ -54,7 +54,7 @@ def _capturing() -> Iterator[None]:
 def why_not(device: torch.device) -> str | None:
     """Why nothing can be compiled for this device on this machine; None where it can."""
     if device.type == "cpu":
-        candidates = [os.environ.get("CXX") or "g++", "clang++"]
+        candidates = [(os.environ.get("CXX") or "g++").split()[0], "clang++"]
         return None if any(map(shutil.which, candidates)) else "no C++ compiler (g++ or clang++) is installed"
     from torch.utils._triton import has_triton
 
@@ -104,8 +104,8 @@ def compiled(
                     decomposition_table=select_decomp_table() | {torch.ops.aten.addmm.default: _addmm},
                     tracing_mode="fake",
                 )(*stand_ins)
-        except CannotCapture:
-            raise
+        except CannotCapture as error:
+            raise CannotCapture(str(error).splitlines()[0]) from error  # Pyro adds lines of its own to any error
         except Exception as error:
             raise CannotCapture(_in_words(error)) from error
         _join_logarithms(graph.graph)
@@ -180,6 +180,8 @@ def _join_logarithms(graph: torch.fx.Graph) -> None:
         if len(total.args) != 2 or total.kwargs or total.args[1] is None or list(total.args[1]) != [-1]:
             continue
         terms: Any = total.args[0]
+        if terms.meta["val"].dtype not in (torch.float32, torch.float64):
+            continue  # 2^64 is too large for half precision, and its rounding too coarse
         shape = list(terms.meta["val"].shape)
         size = next(size for size in range(_MOST_FACTORS, 0, -1) if shape[-1] % size == 0)
         found = _summand(terms, 1, terms.meta["val"].numel()) if size > 1 else None
@@ -293,6 +295,7 @@ class CapturedStep:
         weights = {name: w.detach() for name, w in trained.items()}
         if not weights:
             raise CannotCapture("no parameter of the module is trained")
+        _check_apart(weights)
         some = next(iter(weights.values()))
         self._loss = _WithItsModule(module, loss)
         self._observe = observe
@@ -319,7 +322,8 @@ class CapturedStep:
         self._run = compiled(self._step, self._inputs)
         self._replay: Any = None
         if some.device.type == "cuda":
-            self._replay = _as_cuda_graph(lambda: self._run(self._inputs), self._inputs)
+            changing = [tensor for tensor in self._inputs if tensor is not stored]
+            self._replay = _as_cuda_graph(lambda: self._run(self._inputs), changing)
         self.compile_seconds = time.monotonic() - started
 
     def __call__(self, index: Tensor, scalars: Tensor) -> None:
@@ -389,7 +393,12 @@ class _WithItsModule(nn.Module):
         self.loss = loss
 
     def forward(self, x: Tensor, beta: Tensor) -> Tensor:
-        return self.loss(x, beta)
+        before = dict(self.module.named_buffers())
+        loss = self.loss(x, beta)
+        replaced = [name for name, buffer in self.module.named_buffers() if before.get(name) is not buffer]
+        if replaced:
+            raise CannotCapture(f"it replaces a buffer of the module, {replaced[0]}, which the graph would forget")
+        return loss
 
 
 def _moments(optimizer: torch.optim.Adam, parameter: nn.Parameter) -> tuple[Tensor, Tensor]:
@@ -401,21 +410,39 @@ def _moments(optimizer: torch.optim.Adam, parameter: nn.Parameter) -> tuple[Tens
     return state["exp_avg"], state["exp_avg_sq"]
 
 
-def _as_cuda_graph(run: Callable[[], Any], inputs: Sequence[Tensor]) -> Callable[[], None]:
-    """The launches of ``run`` recorded once, to be replayed as one; the inputs are afterwards as they were before."""
-    device = inputs[0].device
+def _check_apart(weights: Mapping[str, Tensor]) -> None:
+    """Refuses parameters over one memory that are not one parameter: of their updates the graph would keep the last."""
+    owners: dict[int, str] = {}
+    for name, w in weights.items():
+        place = w.untyped_storage().data_ptr()
+        if w.numel() and place in owners:
+            raise CannotCapture(f"the parameters {owners[place]} and {name} share their memory")
+        owners[place] = name
+
+
+def _as_cuda_graph(run: Callable[[], Any], changing: Sequence[Tensor]) -> Callable[[], None]:
+    """The launches of ``run`` recorded once, to be replayed as one; what it changes is afterwards as it was before.
+
+    Raises:
+        CannotCapture: something in it cannot be recorded, such as a copy to the host.
+    """
+    device = changing[0].device
     with torch.cuda.device(device):
-        before = [tensor.clone() for tensor in inputs]
+        before = [tensor.clone() for tensor in changing]
         random_state = torch.cuda.get_rng_state(device)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            run()  # what is made lazily at a first call must not be recorded
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            run()
-        for tensor, value in zip(inputs, before, strict=True):
-            tensor.copy_(value)
-        torch.cuda.set_rng_state(random_state, device)
+        try:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                run()  # what is made lazily at a first call must not be recorded
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                run()
+        except RuntimeError as error:
+            raise CannotCapture(f"no CUDA graph: {_first_line(error)}") from error
+        finally:
+            for tensor, value in zip(changing, before, strict=True):
+                tensor.copy_(value)
+            torch.cuda.set_rng_state(random_state, device)
     return graph.replay

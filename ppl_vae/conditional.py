@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -32,7 +33,9 @@ class Conditional(nn.Module):
         return tuple(self.family.event_shape)
 
     def forward(self, c: Tensor) -> Any:
-        h = self.net(c).to(c.dtype)  # under autocast it comes narrower; a distribution's parameters are not
+        h = self.net(c)
+        if torch.is_autocast_enabled(h.device.type):  # it comes narrower then; a distribution's parameters are not
+            h = h.to(c.dtype if c.is_floating_point() else torch.float32)
         if h.shape[-1] != self.family.num_features:
             raise ValueError(
                 f"net: expected {self.family.num_features} features for {type(self.family).__name__}, got {h.shape[-1]}"

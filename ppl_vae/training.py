@@ -114,7 +114,7 @@ class TrainingState:
             for index, (name, parameter) in enumerate(self.vae.named_parameters()):
                 if name not in scalars["trained"]:  # it never had a gradient, so Adam holds nothing of it
                     continue
-                moments[index] = {"step": tensors[f"adam/{name}/step"]} | {
+                moments[index] = {"step": tensors[f"adam/{name}/step"].clone()} | {
                     key: _laid_out_as(parameter, tensors[f"adam/{name}/{key}"], f"the optimizer's moments of {name}")
                     for key in ("exp_avg", "exp_avg_sq")
                 }
@@ -186,7 +186,8 @@ def fit(
         average_decay: of an exponential moving average of the weights, which then is what is validated and kept; 0 for
             none. See ``averaging``.
         compile: whether the whole step, from the batch to the new weights, runs as one compiled graph. It computes the
-            same to rounding, and takes some seconds to compile.
+            same to rounding, and takes some seconds to compile. What changes in Python from step to step (a counter in
+            a network, ``requires_grad``) stays as it was at the first.
         seed: of the images' order.
         saved: a state by ``TrainingState.to_tensors``, from which to go on bit for bit.
         on_compiled: called with the seconds that tracing and compiling took.
@@ -223,7 +224,7 @@ def fit(
     earlier = state.seconds
     first_epoch = state.step // steps_an_epoch
     stepper: EagerSteps | CapturedSteps
-    if compile:
+    if compile and state.step < total_steps:
         _check_images(state, train, observe, batch_size=batch_size)
         try:
             stepper = CapturedSteps(state, objective, train, observe, batch_size=batch_size, clip_norm=clip_norm)
@@ -438,7 +439,7 @@ def _check_images(state: TrainingState, train: Tensor, observe: Callable[..., Te
         }
         for part in train.split(_CHECKED_AT_ONCE):
             x = observe(part, None)
-            if not x.isfinite().all():
+            if supports and not x.isfinite().all():
                 raise NotFinite(f"step {state.step}: site 'x': the training images hold values that are not finite")
             for name, support in supports.items():
                 if not support.check(x).all():

@@ -1289,6 +1289,55 @@ def test_a_step_reads_no_number(graphs, kl, size):
     assert read.count == 1  # the one above: the count works
 
 
+def test_a_buffer_that_is_replaced_is_refused(graphs):
+    """In its own place a buffer changes for good; another in its place is forgotten when the module is put back."""
+
+    class Mean(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("mean", torch.zeros(12, dtype=torch.double))
+
+        def forward(self, x):
+            self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
+            return x - self.mean
+
+    vae = _vae()
+    vae.posterior.net = nn.Sequential(Mean(), vae.posterior.net)
+    with pytest.raises(CannotCapture, match=r"replaces a buffer of the module, posterior\.net\.0\.mean"):
+        _fit(vae, _images())
+
+
+def test_two_parameters_over_one_memory_are_refused(graphs):
+    vae = _vae(D=12, L=12)
+    vae.posterior.net.layers[0].weight = nn.Parameter(vae.likelihood.net.layers[0].weight.data)
+    with pytest.raises(CannotCapture, match="share their memory"):
+        _fit(vae, _images())
+
+
+def test_a_reason_is_one_line(graphs):
+    """Pyro adds the shapes of a trace's sites to any error."""
+    vae = _vae()
+
+    def objective(m, g, x, *, beta):
+        def model(x):
+            m(x)
+            float(x.sum())
+
+        return _elbo(model, g, x, beta)
+
+    with pytest.raises(CannotCapture) as refused:
+        _fit(vae, _images(), objective=objective)
+    assert str(refused.value).startswith("it reads a number")
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("command", ["ccache g++", "g++ -m64"])
+def test_a_compiler_may_have_arguments(monkeypatch, command):
+    monkeypatch.setenv("CXX", command)
+    monkeypatch.setattr(capture.shutil, "which", lambda name: name if name in ("g++", "ccache") else None)
+    assert capture.why_not(torch.device("cpu")) is None
+
+
 # --- One logarithm for many pixels ---
 
 
@@ -1333,6 +1382,14 @@ def test_other_sums_stay_as_they_are(graphs, function):
     (value,) = capture.compiled(function, [h])([h])
     assert _uses(graphs[0], torch.ops.aten.prod.dim_int) == 0
     assert_close(value, function(h)[0], rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_keeps_its_logarithms(graphs, dtype):
+    logits, x = torch.zeros(3, 1, 28, 28, dtype=dtype), torch.ones(3, 1, 28, 28, dtype=dtype)
+    with torch.no_grad():
+        (value,) = capture.compiled(_bernoulli_sum, [logits, x])([logits, x])
+    assert_close(value.float(), torch.full((3,), -784 * math.log(2)), rtol=0.01, atol=0)
 
 
 def test_a_logarithm_that_is_used_twice_is_kept(graphs):

@@ -394,6 +394,23 @@ def test_buffers_are_part_of_the_state():
     assert torch.equal(vae.posterior.net[0].running_mean, running)
 
 
+def test_a_state_to_go_on_from_is_left_as_it_is():
+    saved, ends = {}, []
+    _fit(_vae(), _levels(), on_checkpoint=lambda state: saved.setdefault("state", _copied(state)))
+    before = {name: tensor.clone() for name, tensor in saved["state"][0].items()}
+    for _ in range(2):
+        vae = _vae(seed=1)
+        _fit(vae, _levels(), saved=saved["state"])
+        ends.append(torch.cat([p.detach().flatten() for p in vae.parameters()]))
+    assert [name for name, tensor in saved["state"][0].items() if not torch.equal(tensor, before[name])] == []
+    assert torch.equal(*ends)
+
+
+def _copied(state):
+    tensors, scalars = state.to_tensors()
+    return {name: tensor.clone() for name, tensor in tensors.items()}, scalars
+
+
 @pytest.mark.parametrize("lost", ["weights/", "adam/", "rng/torch"])
 def test_a_state_that_lacks_something_is_refused(lost):
     vae = _vae()

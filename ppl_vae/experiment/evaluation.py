@@ -169,7 +169,7 @@ def with_a_bar(vae: VAE, x: Tensor, *, num_particles: int, seed: int, compile: s
     compiled = compile == "on" or (compile == "auto" and compiling_pays(passes) and why_not(x.device) is None)
     if compile == "on":
         build.check_compiler(x.device)
-    with tqdm(total=len(x), unit="image", desc=words) as bar:
+    with tqdm(total=len(x), unit="image", desc=words) as bar, build.products_in("float32"):
 
         def run(compiled: bool) -> Importance:
             return evaluate(vae, x, num_particles=num_particles, seed=seed, compile=compiled, progress=bar.update)

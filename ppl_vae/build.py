@@ -186,6 +186,13 @@ def _compile(options: Options, num_images: int) -> str:
     return "on" if compiling_pays(planned) and capture.why_not(device(options.device)) is None else "off"
 
 
+def why_not_compiled(options: Options, num_images: int) -> str | None:
+    """Why ``--compile auto`` became off although compiling would pay; None where it did not, or would not."""
+    planned = options.epochs * math.ceil(num_images / options.batch_size)
+    pays = options.compile == "off" and compiling_pays(planned)
+    return capture.why_not(device(options.device)) if pays else None
+
+
 def check_compiler(place: torch.device) -> None:
     """Raises ValueError where nothing can be compiled for that device."""
     reason = capture.why_not(place)

@@ -54,8 +54,11 @@ def _capturing() -> Iterator[None]:
 def why_not(device: torch.device) -> str | None:
     """Why nothing can be compiled for this device on this machine; None where it can."""
     if device.type == "cpu":
-        candidates = [(os.environ.get("CXX") or "g++").split()[0], "clang++"]
-        return None if any(map(shutil.which, candidates)) else "no C++ compiler (g++ or clang++) is installed"
+        named = os.environ.get("CXX")
+        if named:
+            return None if shutil.which(named.split()[0]) else f"CXX names {named}, which is not there"
+        found = any(map(shutil.which, ("g++", "clang++")))
+        return None if found else "no C++ compiler (g++ or clang++) is installed"
     from torch.utils._triton import has_triton
 
     return None if has_triton() else "no Triton for this device is installed"
@@ -81,6 +84,16 @@ def compiled(
         CannotCapture: the function reads a number of a tensor, or uses a tensor that is neither an input nor made by
             itself; or the compiler fails.
     """
+    try:
+        return _compiled(function, inputs)
+    except OSError as error:
+        where = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "its default place")
+        raise CannotCapture(f"the compiler's cache, {where}, cannot be used: {_first_line(error)}") from error
+
+
+def _compiled(
+    function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]
+) -> Callable[[Sequence[Tensor]], tuple[Tensor, ...]]:
     from torch._guards import TracingContext, tracing
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx_inner

@@ -209,6 +209,8 @@ def fit(
     """
     _check_counts(train=len(train), epochs=epochs, batch_size=batch_size)
     _check_positive(learning_rate=learning_rate, clip_norm=clip_norm)
+    if not isinstance(compile, bool):
+        raise ValueError(f"compile: expected True or False, got {compile!r}")
     if not 0 <= average_decay < 1:
         raise ValueError(f"average_decay: expected a number from 0 to below 1, got {average_decay}")
     device = next(vae.parameters()).device

@@ -24,6 +24,8 @@ def main() -> None:
     experiment.compare_networks(
         asked.networks, options, minutes=asked.minutes, run_dir=parent, output=asked.output, say=print
     )
+    if len(asked.networks) == 1:
+        return
     folders = " ".join(f"{parent}/{network}" for network in asked.networks)
     print(f"Paired differences: python scripts/compare_runs.py {folders}")
 

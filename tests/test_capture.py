@@ -934,6 +934,7 @@ def test_observations_that_hold_a_tensor_are_refused(graphs):
 
 def test_a_machine_without_a_compiler_says_so(monkeypatch):
     assert capture.why_not(torch.device("cpu")) is None or "installed" in capture.why_not(torch.device("cpu"))
+    monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr(capture.shutil, "which", lambda name: None)
     assert capture.why_not(torch.device("cpu")) == "no C++ compiler (g++ or clang++) is installed"
 
@@ -1336,6 +1337,27 @@ def test_a_compiler_may_have_arguments(monkeypatch, command):
     monkeypatch.setenv("CXX", command)
     monkeypatch.setattr(capture.shutil, "which", lambda name: name if name in ("g++", "ccache") else None)
     assert capture.why_not(torch.device("cpu")) is None
+
+
+def test_a_compiler_that_is_named_and_not_there_is_named_again(monkeypatch):
+    monkeypatch.setenv("CXX", "/nonexistent/c++")
+    assert capture.why_not(torch.device("cpu")) == "CXX names /nonexistent/c++, which is not there"
+
+
+def test_a_cache_that_cannot_be_used_is_a_reason(monkeypatch):
+    def fail(graph, inputs, **_):
+        raise FileNotFoundError(2, "No such file or directory", "/proc/nope")
+
+    monkeypatch.setattr(capture, "_compiled", lambda *arguments: fail(None, None))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/proc/nope")
+    with pytest.raises(CannotCapture, match="the compiler's cache, /proc/nope, cannot be used"):
+        capture.compiled(lambda x: (x + 1,), [torch.ones(2)])
+
+
+@pytest.mark.parametrize("word", ["on", "off", 1])
+def test_whether_to_compile_is_yes_or_no(word):
+    with pytest.raises(ValueError, match="compile: expected True or False"):
+        fit(_vae(), _images(), epochs=1, compile=word)
 
 
 # --- One logarithm for many pixels ---

@@ -171,8 +171,13 @@ def with_a_bar(vae: VAE, x: Tensor, *, num_particles: int, seed: int, compile: s
         build.check_compiler(x.device)
     with tqdm(total=len(x), unit="image", desc=words) as bar, build.products_in("float32"):
 
+        def told(seconds: float) -> None:
+            say(f"Compiled the passes of the evaluation in {seconds:.1f} s.")
+
         def run(compiled: bool) -> Importance:
-            return evaluate(vae, x, num_particles=num_particles, seed=seed, compile=compiled, progress=bar.update)
+            return evaluate(
+                vae, x, num_particles=num_particles, seed=seed, compile=compiled, on_compiled=told, progress=bar.update
+            )
 
         try:
             return run(compiled)

@@ -47,6 +47,9 @@ def train(options: Options, run_dir: str | None, *, say: Say) -> Path:
     folder = runs.new_run_dir(run_dir, dataset=options.dataset, likelihood=options.likelihood)
     runs.write_json(folder / runs.CONFIG, build.config(options, splits))
     say(f"Run folder {folder}; --resume {folder} goes on if it is interrupted.")
+    reason = build.why_not_compiled(options, len(splits.train)) if if_possible else None
+    if reason is not None:
+        say(f"Not compiled, training goes step by step: {reason}.")
     _go_on(Run(folder, options, splits), say=say, compile_if_possible=if_possible)
     return folder
 
@@ -73,7 +76,8 @@ def resume(
         raise ValueError(f"--resume: expected a run of train_svi.py, but {folder} was saved from Python")
     if epochs is not None and epochs < options.epochs:
         raise ValueError(f"--epochs: expected at least the run's {options.epochs}, got {epochs}")
-    if compile == "on":
+    extended = epochs is not None and epochs > options.epochs
+    if compile == "on" or (extended and compile != "off" and options.compile == "on"):
         build.check_compiler(build.device(options.device))
     if epochs is not None and epochs > options.epochs:
         run = _with_option(run, "epochs", epochs)
@@ -114,6 +118,7 @@ def _go_on(run: Run, *, say: Say, compile_if_possible: bool = False) -> None:
             images=options.images,
             device=options.device,
             seed=_QUICK_EVALUATION_SEED,
+            compile="off" if options.compile == "off" else "auto",
             say=say,
         )
     if not is_drawn(run):

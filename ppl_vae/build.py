@@ -165,11 +165,10 @@ def resolve(options: Options, seen: data.Splits) -> Options:
     warmup = default_warmup(options.epochs) if options.warmup_epochs is None else options.warmup_epochs
     named = options.dataset in data.DATASETS
     check_precision(options)
-    if options.compile == "on":
-        check_compiler(device(options.device))
+    compiled = compiles(options.compile, planned_steps(options, len(seen.train)), device(options.device))
     return replace(
         options,
-        compile=_compile(options, len(seen.train)),
+        compile="on" if compiled else "off",
         binarization=found,
         warmup_epochs=warmup,
         hidden=options.hidden or default_hidden(options.network),
@@ -178,18 +177,25 @@ def resolve(options: Options, seen: data.Splits) -> Options:
     )
 
 
-def _compile(options: Options, num_images: int) -> str:
-    """--compile, with auto decided from the number of steps that are planned."""
-    if options.compile != "auto":
-        return options.compile
-    planned = options.epochs * math.ceil(num_images / options.batch_size)
-    return "on" if compiling_pays(planned) and capture.why_not(device(options.device)) is None else "off"
+def planned_steps(options: Options, num_images: int) -> int:
+    """The steps of a training on so many images."""
+    return options.epochs * math.ceil(num_images / options.batch_size)
+
+
+def compiles(word: str, num_runs: int, place: torch.device) -> bool:
+    """Whether a graph that will run so many times is compiled, by the word of --compile.
+
+    Raises:
+        ValueError: it is "on", and nothing can be compiled for that device.
+    """
+    if word == "on":
+        check_compiler(place)
+    return word == "on" or (word == "auto" and compiling_pays(num_runs) and capture.why_not(place) is None)
 
 
 def why_not_compiled(options: Options, num_images: int) -> str | None:
     """Why ``--compile auto`` became off although compiling would pay; None where it did not, or would not."""
-    planned = options.epochs * math.ceil(num_images / options.batch_size)
-    pays = options.compile == "off" and compiling_pays(planned)
+    pays = options.compile == "off" and compiling_pays(planned_steps(options, num_images))
     return capture.why_not(device(options.device)) if pays else None
 
 

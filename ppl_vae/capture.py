@@ -283,7 +283,7 @@ class CapturedStep:
     Attributes:
         total: 0-d float64, the sum of loss * B over all steps since it was last set.
         is_finite: 0-d bool, whether all steps so far were.
-        taken: 0-d int64, how many were since it was last set.
+        taken: 0-d int64, how many were.
         compile_seconds: what tracing and compiling took.
 
     Raises:

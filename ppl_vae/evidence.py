@@ -23,7 +23,7 @@ UNRELIABLE_BIAS = 0.5
 
 # The most bytes that one pass through the decoder may take for features, logits and log-probabilities, about six
 # numbers a pixel. Measured on two cores: passes of a quarter took 1.3 times as long, larger ones were no faster.
-# A GPU has more places to work at once.
+# A GPU has more places to work at once; its number has not been measured.
 _PASS_BYTES = {"cpu": 32e6, "cuda": 1e9}
 _NUMBERS_A_PIXEL = 6
 
@@ -118,21 +118,19 @@ class CapturedTerms:
 
     def __init__(self, vae: VAE, x: Tensor, num_particles: int) -> None:
         self._shape = (tuple(x.shape), num_particles)
-        self._values = {**dict(vae.named_parameters()), **dict(vae.named_buffers())}
-        module, names = _TermsOf(vae, num_particles), [f"vae.{name}" for name in self._values]
+        values = dict(vae.named_parameters()) | dict(vae.named_buffers())
+        module, names = _TermsOf(vae, num_particles), [f"vae.{name}" for name in values]
+        self._tensors = [value.detach() for value in values.values()]  # the same memory: changes in place are seen
 
         def function(*tensors: Tensor) -> tuple[Tensor, Tensor]:
             return torch.func.functional_call(module, dict(zip(names, tensors[:-1], strict=True)), (tensors[-1],))
 
-        self._run = compiled(function, [*self._tensors(), x.contiguous()])
-
-    def _tensors(self) -> list[Tensor]:
-        return [value.detach() for value in self._values.values()]
+        self._run = compiled(function, [*self._tensors, x.contiguous()])
 
     def __call__(self, model: Program, guide: Program, x: Tensor, num_particles: int) -> tuple[Tensor, Tensor]:
         if (tuple(x.shape), num_particles) != self._shape:
             return log_weight_terms(model, guide, x, num_particles)
-        log_p_x_given_z, log_p_z_over_q_z = self._run([*self._tensors(), x.contiguous()])
+        log_p_x_given_z, log_p_z_over_q_z = self._run([*self._tensors, x.contiguous()])
         return log_p_x_given_z, log_p_z_over_q_z
 
 

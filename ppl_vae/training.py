@@ -351,7 +351,7 @@ class CapturedSteps:
             averages=state.averages,
         )
         self.compile_seconds = self._step.compile_seconds
-        self._settled = state.step  # the step that ``_recent`` begins with
+        self._started = self._settled = state.step  # what ``taken`` counts from, and what ``_recent`` begins with
         self._recent: list[tuple[Tensor, float]] = []
 
     def epoch(self, batches: tuple[Tensor, ...], schedule: Schedule, *, validate: bool) -> Iterator[Tensor]:
@@ -377,14 +377,13 @@ class CapturedSteps:
     def _check(self) -> None:
         """Raises where a step was not finite; the graph changed nothing from there on."""
         if not self._step.is_finite:
-            self._state.step = self._settled + int(self._step.taken)
+            self._state.step = self._started + int(self._step.taken)
             index, beta = self._recent[self._state.step - self._settled]
             raise NotFinite(
                 _what_is_not_finite(self._state, self._objective, self._observe(self._train[index], None), beta)
             )
         self._settled += len(self._recent)
         self._recent.clear()
-        self._step.taken.zero_()
 
 
 def _what_is_not_finite(state: TrainingState, objective: Callable[..., Tensor], x: Tensor, beta: float) -> str:
@@ -399,7 +398,7 @@ def _what_is_not_finite(state: TrainingState, objective: Callable[..., Tensor], 
     if site is not None:
         return f"step {state.step}: {site}"
     loss.backward()
-    bad = [name for name, w in vae.named_parameters() if w.grad is not None and not w.grad.isfinite().all()]
+    bad = _gradients_that_are_not_finite(vae)
     if bad:
         return f"step {state.step}: the gradient is not finite, in {', '.join(bad)}"
     return f"step {state.step}: the loss or its gradient is not finite; both are when z is drawn again"
@@ -496,10 +495,14 @@ def _step(
     loss.backward()
     norm = clip_grad_norm_(vae.parameters(), clip_norm)
     if not norm.isfinite():
-        bad = [name for name, w in vae.named_parameters() if w.grad is not None and not w.grad.isfinite().all()]
+        bad = _gradients_that_are_not_finite(vae)
         raise NotFinite(f"step {state.step}: the gradient is not finite, in {', '.join(bad) or 'its norm'}")
     optimizer.step()
     return value
+
+
+def _gradients_that_are_not_finite(vae: VAE) -> list[str]:
+    return [name for name, w in vae.named_parameters() if w.grad is not None and not w.grad.isfinite().all()]
 
 
 def _site_that_is_not_finite(vae: VAE, x: Tensor) -> str | None:

@@ -339,7 +339,6 @@ def report(result: dict[str, Any]) -> Iterator[str]:
         yield from ranges(result["evaluation"])
     if result["start_seconds"]:
         cold, warm = result["start_seconds"]
-        cold, warm = result["start_seconds"]
         yield "\nFrom a fresh process to the end of its first compiled step, the default model:"
         yield f"  {cold:.1f} s; again, with the compiler's cache filled, {warm:.1f} s"
 

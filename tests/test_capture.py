@@ -35,19 +35,6 @@ SHAPE = (1, 8, 8)
 NEVER_CLIP = 1e30
 
 
-@pytest.fixture
-def graphs(monkeypatch):
-    """Every graph that is written down, which then runs as it is: the compiler is left out, and with it its time."""
-    seen = []
-
-    def run_as_it_is(graph, inputs, **_):
-        seen.append(graph)
-        return lambda tensors: graph(*tensors)
-
-    monkeypatch.setattr(compiler, "compile_fx_inner", run_as_it_is)
-    return seen
-
-
 def _vae(kind=VAE, *, seed=0, D=12, L=2):
     pyro.set_rng_seed(seed)
     return kind(

@@ -25,20 +25,6 @@ NUM_IMAGES = 5
 
 
 @pytest.fixture
-def graphs(monkeypatch):
-    """Every graph that is written down, which then runs as it is: no compiler is needed, nor its time."""
-    seen = []
-
-    def run_as_it_is(graph, inputs, **_):
-        seen.append(graph)
-        return lambda tensors: graph(*tensors)
-
-    monkeypatch.setattr(compiler, "compile_fx_inner", run_as_it_is)
-    monkeypatch.setattr(capture, "why_not", lambda device: None)
-    return seen
-
-
-@pytest.fixture
 def small_passes(monkeypatch):
     monkeypatch.setattr(evidence, "particles_a_pass", lambda x: PAIRS)
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch._inductor.compile_fx as compiler
 from small_run import SMALL, save_bars
 
 from ppl_vae import build, capture, experiment, runs, training
@@ -20,21 +19,6 @@ from ppl_vae.experiment import evaluation
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 NO_COMPILER = r"^--compile on: no C\+\+ compiler \(g\+\+ or clang\+\+\) is installed; --compile off does without$"
 STEPS_AN_EPOCH = 5  # 100 images, 20 a step
-
-
-@pytest.fixture
-def graphs(monkeypatch):
-    """Every graph that is written down, which then runs as it is: no compiler is needed, nor its time."""
-    seen = []
-
-    def run_as_it_is(graph, inputs, **_):
-        seen.append(graph)
-        return lambda tensors: graph(*tensors)
-
-    monkeypatch.setattr(compiler, "compile_fx_inner", run_as_it_is)
-    for module in (capture, evaluation):
-        monkeypatch.setattr(module, "why_not", lambda device: None)
-    return seen
 
 
 @pytest.fixture

@@ -199,7 +199,7 @@ def test_results_of_before_stay_where_the_work_on_others_fails(encode, folder, t
     encode(tmp_path / "kept.npy", output=None)
     place = folder / "encodings" / "kept"
     before = {path.name: path.read_bytes() for path in place.iterdir()}
-    monkeypatch.setattr(encoding, "evaluate", fails)
+    monkeypatch.setattr(encoding, "with_a_bar", fails)
     with pytest.raises(NotFinite, match="log-weights"):
         encode(tmp_path / "kept.npy", output=None)
     assert {path.name: path.read_bytes() for path in place.iterdir()} == before

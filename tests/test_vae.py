@@ -92,13 +92,9 @@ def test_the_posterior_scale_has_a_gradient_at_every_usual_feature(feature):
     assert gradient > 0
 
 
-def test_plain_pyro_svi_trains_the_same_pair():
-    pyro.clear_param_store()
-    pyro.set_rng_seed(0)
-    oracle = LinearGaussian.random()
-    vae, x = oracle.vae(shift=2.0).float(), oracle.draw(64).float()
+def _registered(vae):
+    """The README's lines: SVI finds parameters in the store, where pyro.module puts them."""
 
-    # The README's lines: SVI finds parameters in the store, where pyro.module puts them.
     def model(x):
         pyro.module("vae", vae)
         return vae.model(x)
@@ -107,7 +103,16 @@ def test_plain_pyro_svi_trains_the_same_pair():
         pyro.module("vae", vae)
         return vae.guide(x)
 
-    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.02}), Trace_ELBO())
+    return model, guide
+
+
+def test_plain_pyro_svi_trains_the_same_pair():
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    oracle = LinearGaussian.random()
+    vae, x = oracle.vae(shift=2.0).float(), oracle.draw(64).float()
+
+    svi = SVI(*_registered(vae), pyro.optim.Adam({"lr": 0.02}), Trace_ELBO())
     before = {name: weights.clone() for name, weights in vae.named_parameters() if weights.requires_grad}
     losses = [svi.step(x) / len(x) for _ in range(300)]
     assert all((dict(vae.named_parameters())[name] != weights).any() for name, weights in before.items())
@@ -122,16 +127,8 @@ def test_plain_pyro_svi_moves_every_weight_of_every_network(network):
     vae = build.vae(Options(network=network, hidden=(6,), channels=(3, 4), latent_dim=2), (2, 8, 8))
     x = (torch.rand(16, 2, 8, 8) < 0.5).float()
 
-    def model(x):
-        pyro.module("vae", vae)
-        return vae.model(x)
-
-    def guide(x):
-        pyro.module("vae", vae)
-        return vae.guide(x)
-
     before = {name: weights.clone() for name, weights in vae.named_parameters()}
-    SVI(model, guide, pyro.optim.Adam({"lr": 0.02}), Trace_ELBO()).step(x)
+    SVI(*_registered(vae), pyro.optim.Adam({"lr": 0.02}), Trace_ELBO()).step(x)
     assert [name for name, w in vae.named_parameters() if torch.equal(w, before[name])] == []
     pyro.clear_param_store()
 

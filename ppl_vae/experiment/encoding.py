@@ -7,11 +7,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from ppl_vae import build, runs
-from ppl_vae.evidence import Estimate, Importance, evaluate, seeded
-from ppl_vae.experiment.evaluation import plus_minus, scale_in_words, what_is_measured
+from ppl_vae.evidence import Estimate, Importance, seeded
+from ppl_vae.experiment.evaluation import plus_minus, scale_in_words, what_is_measured, with_a_bar
 from ppl_vae.experiment.exploration import Codes, encode
 from ppl_vae.experiment.figures import latents_figure
 from ppl_vae.experiment.images import Images, images_of
@@ -67,7 +66,7 @@ def encode_images(
     _check_whole(given)
     folder = output_folder(output, run.folder / "encodings" / _folder_name(images_path))
     with removed_if_empty(folder):
-        codes, result = _measured(vae.to(place), given, num_particles, seed, place)
+        codes, result = _measured(vae.to(place), given, num_particles, seed, place, say)
     summary = _summary(run, given, result, num_particles) | {
         "binarization": run.binarization,
         "seed": seed,
@@ -94,13 +93,15 @@ def _check_whole(given: Images) -> None:
         )
 
 
-def _measured(vae: VAE, given: Images, num_particles: int, seed: int, place: torch.device) -> tuple[Codes, Importance]:
+def _measured(
+    vae: VAE, given: Images, num_particles: int, seed: int, place: torch.device, say: Say
+) -> tuple[Codes, Importance]:
     """The latents and the numbers of each image, on the CPU."""
     x = given.x.to(place)
     with seeded(seed, place):
         codes = encode(vae, x)
-    with tqdm(total=len(x), unit="image", desc=f"log p(x), {Path(given.source).name}") as bar:
-        result = evaluate(vae, x, num_particles=num_particles, seed=seed, progress=bar.update)
+    words = f"log p(x), {Path(given.source).name}"
+    result = with_a_bar(vae, x, num_particles=num_particles, seed=seed, compile="auto", say=say, words=words)
     return Codes(*(values.cpu() for values in codes)), Importance(*(values.cpu() for values in result))
 
 

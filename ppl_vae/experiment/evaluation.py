@@ -13,10 +13,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ppl_vae import build, data, runs
-from ppl_vae.capture import CannotCapture, why_not
+from ppl_vae.capture import CannotCapture
 from ppl_vae.evidence import UNRELIABLE_BIAS, Estimate, Importance, evaluate, particles_a_pass
 from ppl_vae.experiment.opening import Run, Say, open_run
-from ppl_vae.options import compiling_pays
 from ppl_vae.vae import VAE
 
 # Below this Pareto k the weights have a variance, which the delta method and the jackknife assume.
@@ -165,10 +164,7 @@ def with_a_bar(vae: VAE, x: Tensor, *, num_particles: int, seed: int, compile: s
     Raises:
         ValueError: compile is "on", and it is impossible.
     """
-    passes = math.ceil(len(x) * num_particles / particles_a_pass(x))
-    compiled = compile == "on" or (compile == "auto" and compiling_pays(passes) and why_not(x.device) is None)
-    if compile == "on":
-        build.check_compiler(x.device)
+    compiled = build.compiles(compile, math.ceil(len(x) * num_particles / particles_a_pass(x)), x.device)
     with tqdm(total=len(x), unit="image", desc=words) as bar, build.products_in("float32"):
 
         def told(seconds: float) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 import warnings
 from collections.abc import Iterator
@@ -192,13 +191,15 @@ def _train(run: Run, *, say: Say, compile_if_possible: bool) -> None:
                 state = trained(options.compile == "on")  # "auto" is of a run from before there was a choice
             except CannotCapture as error:
                 if not compile_if_possible:
-                    raise ValueError(f"--compile on: {error}; --compile off does without") from None
+                    raise
                 say(f"Not compiled, training goes step by step: {error}.")
                 _with_option(run, "compile", "off")
                 state = trained(False)
             save_best(state)  # once more: the file may have been lost since
+        except CannotCapture as error:
+            raise ValueError(f"--compile on: {error}; --compile off does without") from None
         except ValueError as error:
-            if saved is None or str(error).startswith("--compile"):
+            if saved is None:
                 raise
             raise ValueError(f"{folder / runs.TRAINING_STATE}: {error}") from None
         except NotFinite as error:
@@ -248,7 +249,7 @@ def quiet_about_nan() -> Iterator[None]:
 
 
 def _total_steps(run: Run) -> int:
-    return run.options.epochs * math.ceil(len(run.splits.train) / run.options.batch_size)
+    return build.planned_steps(run.options, len(run.splits.train))
 
 
 def _saved_step(run: Run) -> int:

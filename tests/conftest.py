@@ -1,0 +1,22 @@
+"""What several files of tests share."""
+
+from __future__ import annotations
+
+import pytest
+import torch._inductor.compile_fx as compiler
+
+from ppl_vae import capture
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Every graph that is written down, which then runs as it is: no compiler is needed, nor its time."""
+    seen = []
+
+    def run_as_it_is(graph, inputs, **_):
+        seen.append(graph)
+        return lambda tensors: graph(*tensors)
+
+    monkeypatch.setattr(compiler, "compile_fx_inner", run_as_it_is)
+    monkeypatch.setattr(capture, "why_not", lambda device: None)
+    return seen

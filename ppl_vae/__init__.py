@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ppl_vae.build import load, save
     from ppl_vae.conditional import Conditional
+    from ppl_vae.dequantization import dequantized
     from ppl_vae.evidence import Estimate, importance, log_evidence
     from ppl_vae.training import fit
     from ppl_vae.vae import VAE
@@ -22,6 +23,7 @@ _HOME = {
     "VAE": "vae",
     "Conditional": "conditional",
     "Estimate": "evidence",
+    "dequantized": "dequantization",
     "fit": "training",
     "importance": "evidence",
     "load": "build",
@@ -36,6 +38,7 @@ __all__ = [
     "Conditional",
     "Estimate",
     "data",
+    "dequantized",
     "fit",
     "importance",
     "likelihoods",

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 from pyro.infer import ELBO, Trace_ELBO, TraceMeanField_ELBO
 from torch import Tensor, nn
-from torch.distributions import constraints
 
 from ppl_vae import capture, data, likelihoods, networks, objectives, posteriors, priors, runs
 from ppl_vae.conditional import Conditional
@@ -21,7 +20,24 @@ from ppl_vae.numerics import location_and_spread
 from ppl_vae.options import Options, compiling_pays, default_hidden, default_warmup, from_json, to_json
 from ppl_vae.vae import VAE
 
-LIKELIHOODS: dict[str, Callable[..., Any]] = {"bernoulli": likelihoods.Bernoulli, "normal": likelihoods.Normal}
+LIKELIHOODS: dict[str, Callable[..., Any]] = {
+    "bernoulli": likelihoods.Bernoulli,
+    "categorical": likelihoods.Categorical,
+    "discretized-logistic": likelihoods.DiscretizedLogistic,
+    "discretized-logistic-mixture": likelihoods.DiscretizedLogisticMixture,
+    "binomial": likelihoods.Binomial,
+    "continuous-bernoulli": likelihoods.ContinuousBernoulli,
+    "beta": likelihoods.Beta,
+    "logit-normal": likelihoods.LogitNormal,
+    "normal": likelihoods.Normal,
+    "normal-fixed": likelihoods.NormalFixed,
+    "normal-optimal": likelihoods.NormalOptimal,
+    "normal-per-pixel": likelihoods.NormalPerPixel,
+    "laplace": likelihoods.Laplace,
+    "student-t": likelihoods.StudentT,
+    "poisson": likelihoods.Poisson,
+    "negative-binomial": likelihoods.NegativeBinomial,
+}
 
 
 class Network(NamedTuple):
@@ -92,14 +108,30 @@ def vae(options: Options, event_shape: Sequence[int]) -> VAE:
     posterior = POSTERIORS[options.posterior](L)
     decoder = network.decoder(L, event_shape, family.num_features, **sizes)
     encoder = network.encoder(event_shape, posterior.num_features, **sizes)
-    if family.support is constraints.real:  # pixels in a unit of their own
+    if family.asks_for != data.BINARY:  # pixels in a unit of their own
         encoder = networks.Standardized(encoder, event_shape)
     return VAE(PRIORS[options.prior](L), Conditional(decoder, family), Conditional(encoder, posterior))
 
 
 def likelihood(options: Options, event_shape: Sequence[int]) -> Any:
-    """The likelihood that the options name, with fresh parameters."""
-    return LIKELIHOODS[options.likelihood](event_shape)
+    """The likelihood that the options name, with fresh parameters.
+
+    Raises:
+        ValueError: a transform that it cannot have.
+    """
+    own: dict[str, dict[str, Any]] = {
+        "normal-fixed": {"scale": options.likelihood_scale},
+        "discretized-logistic-mixture": {"components": options.likelihood_components},
+    }
+    family = LIKELIHOODS[options.likelihood](event_shape, **own.get(options.likelihood, {}))
+    if options.transform == "none":
+        return family
+    if family.asks_for != data.REAL:
+        raise ValueError(
+            f"--transform logit: expected a density of real numbers, got --likelihood {options.likelihood}, of "
+            f"{family.asks_for}"
+        )
+    return likelihoods.Logit(family)
 
 
 def data_options(options: Options) -> dict[str, Any]:
@@ -113,6 +145,36 @@ def splits(options: Options) -> data.Splits:
     return data.load(**data_options(options))
 
 
+def pixels(options: Options, seen: data.Splits) -> str:
+    """How the model sees pixels: the word of ``data.PIXELS`` for the options (resolved) and the data."""
+    assert options.binarization is not None
+    if options.binarization != "none" or seen.kind != data.LEVELS:
+        return options.binarization
+    if options.dequantization == "uniform":
+        return "dequantized"
+    family = LIKELIHOODS[options.likelihood]
+    return "levels" if family.measure == "mass" and family.asks_for != data.BINARY else "none"  # type: ignore[attr-defined]
+
+
+def evaluated_pixels(options: Options, seen: data.Splits) -> str:
+    """How images are evaluated: as the model sees them, but for dequantized levels, whose mass is evaluated."""
+    word = pixels(options, seen)
+    return "levels" if word == "dequantized" else word
+
+
+def scale(options: Options, seen: data.Splits) -> str:
+    """What the reported nats are of, in words: numbers with other words are on another scale, and never compared."""
+    word = evaluated_pixels(options, seen)
+    if word == "levels":
+        return "mass of 8-bit levels"
+    measure = likelihood(options, seen.event_shape).measure
+    if word != "none" or seen.kind == data.BINARY:
+        return f"{measure} of binary pixels"
+    if seen.kind == data.LEVELS:
+        return f"{measure} of level / 255"
+    return f"{measure} of {seen.kind}"
+
+
 _LEAST_SPREAD = 1e-15  # of real pixels: a density squares deviations and scales, in float32
 
 
@@ -120,25 +182,24 @@ def check_support(options: Options, seen: data.Splits) -> None:
     """Refuses data that the likelihood has no probability for, as the options (resolved) bring it to the model.
 
     Raises:
-        ValueError: pixels off the support, zeros and ones that were drawn under a density, or, for a density, one
-            image again and again.
+        ValueError: pixels off the support, zeros and ones under anything that asks for gray or real pixels, or, for a
+            density, one image again and again.
     """
     family = likelihood(options, seen.event_shape)
     word = f"--likelihood {options.likelihood}"
     if options.binarization != "none":
-        if family.measure == "density":
+        if family.asks_for != data.BINARY:
             raise ValueError(
-                f"{word}: expected --binarization none, got {options.binarization}: a density has no use for pixels "
-                "that were made zeros and ones"
+                f"{word}: expected --binarization none, got {options.binarization}: it asks for {family.asks_for}, and "
+                "has no use for pixels that were made zeros and ones"
             )
         return
+    _check_kind(word, family, seen)
     for split in ("train", "validation", "test"):
-        if not family.support.check(data.probabilities(seen, split)).all():
-            cure = (
-                "--likelihood normal takes them" if seen.kind == data.REAL else "another --binarization makes them so"
-            )
+        # Levels are on the support of whatever takes levels, and dequantized ones are between 0 and 1.
+        if pixels(options, seen) == "none" and not family.support.check(data.probabilities(seen, split)).all():
             raise ValueError(
-                f"{word}: expected pixels that are {family.support_words}, got {seen.kind} in {split}; {cure}"
+                f"{word}: expected pixels that are {family.support_words}, got {seen.kind} in {split}; {_cure(seen)}"
             )
     if family.measure == "density":
         _, spread = location_and_spread(data.probabilities(seen, "train"))
@@ -151,14 +212,45 @@ def check_support(options: Options, seen: data.Splits) -> None:
             )
 
 
+def _check_kind(word: str, family: Any, seen: data.Splits) -> None:
+    """Refuses data whose values may lie on the support, but are of something else."""
+    if family.asks_for == data.LEVELS and seen.kind != data.LEVELS:
+        raise ValueError(f"{word}: expected {data.LEVELS} (uint8, or pictures), got {seen.kind}; {_cure(seen)}")
+    if family.asks_for == data.UNIT_INTERVAL and seen.kind == data.BINARY:
+        raise ValueError(f"{word}: expected {data.UNIT_INTERVAL}, got zeros and ones, which no density is of")
+
+
+def _cure(seen: data.Splits) -> str:
+    return {
+        data.BINARY: "--likelihood bernoulli takes them",
+        data.LEVELS: "another --binarization makes them so",
+        data.PROBABILITIES: "another --binarization makes them zeros and ones",
+        data.REAL: "--likelihood normal takes them",
+        data.COUNTS: "--likelihood negative-binomial takes them",
+    }[seen.kind]
+
+
+def _resolve_dequantization(options: Options, seen: data.Splits, binarization: str) -> str:
+    family = likelihood(options, seen.event_shape)
+    if seen.kind == data.LEVELS and binarization == "none" and family.measure == "density":
+        return options.dequantization or "uniform"
+    if options.dequantization == "uniform":
+        kind = seen.kind if binarization == "none" else data.BINARY
+        raise ValueError(
+            f"--dequantization: expected none for a {family.measure} of {kind}, got uniform: it makes 8-bit levels "
+            "fit for a density"
+        )
+    return "none"
+
+
 def resolve(options: Options, seen: data.Splits) -> Options:
     """The options with every default that depends on others or on the data decided, and with absolute paths.
 
     Raises:
-        ValueError: a binarization that the data or the protocol cannot have, or a compiler or a precision that this
-            machine has not.
+        ValueError: a binarization, dequantization or transform that the data, the likelihood or the protocol cannot
+            have, or a compiler or a precision that this machine has not.
     """
-    binary = LIKELIHOODS[options.likelihood].support is constraints.boolean  # type: ignore[attr-defined]
+    binary = likelihood(options, seen.event_shape).asks_for == data.BINARY
     found = data.resolve_binarization(seen, options.binarization, default="dynamic" if binary else "none")
     if options.protocol == "iwae" and found != "dynamic":
         raise ValueError(f"--protocol iwae: expected --binarization dynamic, which it is a protocol of, got {found}")
@@ -170,6 +262,7 @@ def resolve(options: Options, seen: data.Splits) -> Options:
         options,
         compile="on" if compiled else "off",
         binarization=found,
+        dequantization=_resolve_dequantization(options, seen, found),
         warmup_epochs=warmup,
         hidden=options.hidden or default_hidden(options.network),
         dataset=options.dataset if named else str(Path(options.dataset).resolve()),
@@ -292,6 +385,8 @@ def read_config(run_dir: Path) -> tuple[Options, dict[str, Any]]:
         options = from_json(config["options"])
         if options.binarization is None or options.warmup_epochs is None:
             raise ValueError("expected binarization and warmup_epochs as they were resolved, got null")
+        if options.dequantization is None:
+            raise ValueError("expected dequantization as it was resolved, got null")
         return options, {"sha256": data["sha256"], "event_shape": tuple(shape)}
     except KeyError as error:
         raise ValueError(f"{path}: damaged: missing {error}") from None

@@ -22,11 +22,10 @@ from ppl_vae.weights import Program, log_weight_terms
 UNRELIABLE_BIAS = 0.5
 
 # The most bytes that one pass through the decoder may take for features, logits and log-probabilities, about six
-# numbers a pixel. Measured on two cores: passes of a quarter took 1.3 times as long, larger ones were no faster.
-# A GPU has more places to work at once; its number has not been measured.
+# numbers a pixel unless the likelihood says otherwise. Measured on two cores: passes of a quarter took 1.3 times as
+# long, larger ones were no faster. A GPU has more places to work at once; its number has not been measured.
 _PASS_BYTES = {"cpu": 32e6, "cuda": 1e9}
 _NUMBERS_A_PIXEL = 6
-
 
 _SUMMARIZED_AT_ONCE = 10_000  # log-weights
 
@@ -95,9 +94,18 @@ class Importance(NamedTuple):
         return ~(self.bias <= UNRELIABLE_BIAS)
 
 
-def particles_a_pass(x: Tensor) -> int:
+def numbers_a_pixel(vae: VAE) -> int:
+    """How many numbers a pixel the likelihood holds at once, by its own or its family's word, or else six."""
+    for part in (vae.likelihood, getattr(vae.likelihood, "family", None)):
+        found = getattr(part, "numbers_a_pixel", None)
+        if isinstance(found, int):
+            return found
+    return _NUMBERS_A_PIXEL
+
+
+def particles_a_pass(x: Tensor, numbers_a_pixel: int = _NUMBERS_A_PIXEL) -> int:
     """How many (particle, image) pairs go through the decoder at once, by the size of an image. x: (N, *E)."""
-    bytes_a_pair = _NUMBERS_A_PIXEL * x[:1].numel() * max(4, x.element_size())
+    bytes_a_pair = numbers_a_pixel * x[:1].numel() * max(4, x.element_size())
     return max(1, int(_PASS_BYTES[x.device.type] / max(1, bytes_a_pair)))
 
 
@@ -156,6 +164,7 @@ def importance(
     chunk: int | None = None,
     progress: Callable[[int], None] | None = None,
     terms: Terms = log_weight_terms,
+    pairs: int | None = None,
 ) -> Importance:
     """L_S = log (1/S) sum_s p(x, z_s) / q(z_s | x), z_s ~ q(z | x), for each image, with its errors.
 
@@ -172,6 +181,7 @@ def importance(
         chunk: the most particles an image that are held at once; by default what suits the size of an image.
         progress: called with the number of images after each group of them.
         terms: what gives the two parts of the log-weights; see ``CapturedTerms`` for another.
+        pairs: the most (particle, image) pairs that are held at once; by default what suits the size of an image.
 
     Returns:
         ``Importance``, each field (N,).
@@ -188,7 +198,7 @@ def importance(
         raise ValueError(f"chunk: expected at least 1, got {chunk}")
     if len(x) == 0:
         raise ValueError("x: expected at least one image, got none")
-    pairs = particles_a_pass(x)
+    pairs = pairs or particles_a_pass(x)
     chunk = min(num_particles, chunk or pairs)
     # Results have their place before the work: small tensors kept between large ones would fragment memory for good.
     results = torch.empty(len(Importance._fields), len(x), dtype=torch.double, device=x.device)
@@ -280,7 +290,7 @@ def evaluate(
         try:
             if len(x) == 0:
                 raise ValueError("x: expected at least one image, got none")
-            pairs = particles_a_pass(x)
+            pairs = particles_a_pass(x, numbers_a_pixel(vae))
             chunk = even_chunk(num_particles, pairs)  # with and without compiling, so that the noise is the same
             terms: Terms = log_weight_terms
             if compile:
@@ -292,7 +302,14 @@ def evaluate(
                 if on_compiled is not None:
                     on_compiled(time.monotonic() - started)
             return importance(
-                vae.model, vae.guide, x, num_particles=num_particles, chunk=chunk, progress=progress, terms=terms
+                vae.model,
+                vae.guide,
+                x,
+                num_particles=num_particles,
+                chunk=chunk,
+                progress=progress,
+                terms=terms,
+                pairs=pairs,
             )
         finally:
             for module, training in modes:

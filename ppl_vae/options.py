@@ -16,7 +16,26 @@ PROTOCOLS = ("vampprior", "iwae")
 FITS = ("crop", "stretch")
 COLORS = ("gray", "rgb")
 BINARIZATIONS = ("dynamic", "fixed", "threshold", "none")
-LIKELIHOODS = ("bernoulli", "normal")
+DEQUANTIZATIONS = ("uniform", "none")
+TRANSFORMS = ("none", "logit")
+LIKELIHOODS = (
+    "bernoulli",
+    "categorical",
+    "discretized-logistic",
+    "discretized-logistic-mixture",
+    "binomial",
+    "continuous-bernoulli",
+    "beta",
+    "logit-normal",
+    "normal",
+    "normal-fixed",
+    "normal-optimal",
+    "normal-per-pixel",
+    "laplace",
+    "student-t",
+    "poisson",
+    "negative-binomial",
+)
 NETWORKS = ("mlp", "gated", "conv", "gated-conv", "residual", "gated-residual")
 DENSE_NETWORKS = ("mlp", "gated")
 PRIORS = ("standard-normal",)
@@ -51,12 +70,23 @@ def one_of(words: Sequence[str]) -> Check:
     return Check(f"one of {', '.join(words)}", lambda v: v in words)
 
 
-def option(default: Any, kind: type, check: Check, text: str, *, several: bool = False, later: bool = False) -> Any:
+def option(
+    default: Any,
+    kind: type,
+    check: Check,
+    text: str,
+    *,
+    several: bool = False,
+    later: bool = False,
+    before: Any = None,
+) -> Any:
     """A dataclass field that is an option: its default, the type of one value, what holds of it, its help.
 
-    ``several`` values make a list. A ``later`` option is younger than some config.json, which then means its default.
+    ``several`` values make a list. A ``later`` option is younger than some config.json, which then means ``before``, or
+    its default.
     """
-    metadata = {"kind": kind, "check": check, "help": text, "several": several, "later": later}
+    meant = default if before is None else before
+    metadata = {"kind": kind, "check": check, "help": text, "several": several, "later": later, "before": meant}
     return field(default=default, metadata=metadata)
 
 
@@ -113,7 +143,40 @@ class Options:
         f"how gray becomes black and white: {', '.join(BINARIZATIONS)} "
         "(default: dynamic for gray data under a likelihood of zeros and ones, else none)",
     )
+    dequantization: str | None = option(
+        None,
+        str,
+        one_of(DEQUANTIZATIONS),
+        "of 8-bit levels under a density: uniform, (level + u) / 256; or none, level / 255, whose density has no bound "
+        "and compares with nothing else (default: uniform)",
+        later=True,
+        before="none",
+    )
+    dequantization_draws: int = option(
+        16,
+        int,
+        POSITIVE_INTEGER,
+        "draws of u a pixel, in the quick evaluation: the bound on the levels' mass is tighter with more",
+        later=True,
+    )
     likelihood: str = option("bernoulli", str, one_of(LIKELIHOODS), f"p(x | z): {', '.join(LIKELIHOODS)}")
+    likelihood_scale: float = option(
+        0.5,
+        float,
+        POSITIVE,
+        "of normal-fixed: its scale, as a share of the training pixels' spread",
+        later=True,
+    )
+    likelihood_components: int = option(
+        5, int, WIDTH, "of discretized-logistic-mixture: logistic distributions a pixel", later=True
+    )
+    transform: str = option(
+        "none",
+        str,
+        one_of(TRANSFORMS),
+        "of pixels between 0 and 1 under a density of real numbers: none, or logit (its Jacobian is counted)",
+        later=True,
+    )
     network: str = option("gated", str, one_of(NETWORKS), f"encoder and decoder: {', '.join(NETWORKS)}")
     hidden: tuple[int, ...] | None = option(
         None,
@@ -239,7 +302,7 @@ def from_json(values: Any) -> Options:
     """
     if not isinstance(values, dict):
         raise ValueError(f"expected an object of options, got {type(values).__name__}")
-    values = {spec.name: spec.default for spec in fields(Options) if spec.metadata["later"]} | values
+    values = {spec.name: spec.metadata["before"] for spec in fields(Options) if spec.metadata["later"]} | values
     known = {spec.name for spec in fields(Options)}
     if set(values) != known:
         odd = sorted(set(values) ^ known)
@@ -297,6 +360,12 @@ class Parser(argparse.ArgumentParser):
         self.add("compile", str, one_of(COMPILES), text)
         self.set_defaults(compile="auto")
 
+    def add_draws(self) -> None:
+        """--dequantization-draws."""
+        text = "M, draws of u a pixel for a density of 8-bit levels (default: each run's own, 16)"
+        self.add("dequantization_draws", int, POSITIVE_INTEGER, text)
+        self.set_defaults(dequantization_draws=None)
+
     def add_images(self) -> None:
         """Images as the second argument."""
         self.add_argument(
@@ -351,12 +420,13 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainCommand:
 
 
 def parse_evaluate(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """run_dir, split, num_particles, images (or None), device, seed, compile, dataset, data_dir."""
+    """run_dir, split, num_particles, images, dequantization_draws, device, seed, compile, dataset, data_dir."""
     parser = Parser("Importance-sampled log p(x) of a run, with its errors; written to the run's evaluation.json.")
     parser.add_run()
     parser.add("split", str, one_of(SPLITS), f"{', '.join(SPLITS)} (default: test)")
     parser.add("num_particles", int, POSITIVE_INTEGER, "importance samples an image (default: 5000)")
     parser.add("images", int, POSITIVE_INTEGER, "a fixed random subset of that many images (default: all)")
+    parser.add_draws()
     parser.add_device_and_seed("of the importance samples, and of the test set's draw under --protocol iwae")
     parser.add_compile()
     parser.add_data()
@@ -365,12 +435,13 @@ def parse_evaluate(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def parse_compare(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """run_dirs, split, num_particles, images (or None), device, seed, compile, dataset, data_dir, output (or None)."""
+    """run_dirs, split, num_particles, images, dequantization_draws, device, seed, compile, the data's, and output."""
     parser = Parser("Paired differences of log p(x) between runs: the same images, binarization and noise.")
     parser.add_argument("run_dirs", metavar="RUN", nargs="+", help="run folders; each is compared with the first")
     parser.add("split", str, one_of(SPLITS), f"{', '.join(SPLITS)} (default: test)")
     parser.add("num_particles", int, POSITIVE_INTEGER, "importance samples an image (default: 200)")
     parser.add("images", int, POSITIVE_INTEGER, "a fixed random subset of that many images (default: 5000)")
+    parser.add_draws()
     parser.add_device_and_seed("of the importance samples")
     parser.add_compile()
     parser.add_data()
@@ -449,12 +520,53 @@ def parse_networks(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+class LikelihoodsCommand(NamedTuple):
+    """What compare_likelihoods.py was asked: the likelihoods (None: all that fit), all else of a run, and two paths."""
+
+    likelihoods: list[str] | None
+    options: Options
+    run_dir: str | None
+    output: str | None
+
+
+def parse_likelihoods(argv: Sequence[str] | None = None) -> LikelihoodsCommand:
+    """Reads compare_likelihoods.py's command line; exits with one line where it is wrong."""
+    parser = Parser(
+        "One table: the same network under each likelihood, trained for the same epochs, compared on one scale."
+    )
+    parser.add(
+        "likelihoods",
+        str,
+        one_of(LIKELIHOODS),
+        "which; they must be on one scale (default: all that fit the data and have its own, as of 8-bit levels all but "
+        "bernoulli)",
+        several=True,
+    )
+    of_data = ("dataset", "data_dir", "image_size", "fit", "color")
+    of_training = ("network", "hidden", "channels", "latent_dim", "epochs", "batch_size", "learning_rate", "compile")
+    of_both = ("images", "dequantization_draws", "device", "seed")
+    specs = {spec.name: spec for spec in fields(Options)}
+    for name in (*of_data, *of_training, *of_both):
+        spec, default = specs[name], 10 if name == "epochs" else specs[name].default
+        known = "" if default is None else f" (default: {_words(default)})"
+        kind, check, several = (spec.metadata[key] for key in ("kind", "check", "several"))
+        parser.add(name, kind, check, f"as for train_svi.py{known}", several=several)
+    parser.add("num_particles", int, POSITIVE_INTEGER, "importance samples an image of the estimate (default: 100)")
+    parser.add("run_dir", str, NOT_EMPTY, "folder of the run folders (default: runs/likelihoods-DATASET)")
+    parser.add("output", str, NOT_EMPTY, "a JSON file for the table (the README's are in scripts/results)")
+    given: dict[str, Any] = {"epochs": 10, "num_particles": 100} | vars(parser.parse_args(argv))
+    own = [given.pop(name, None) for name in ("likelihoods", "run_dir", "output")]
+    given["evaluation_particles"] = given.pop("num_particles")
+    fixed: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
+    return LikelihoodsCommand(own[0], Options(**fixed), own[1], own[2])
+
+
 BENCHMARK_MODELS = ("mlp128", "iwae20", "iwae100", "conv128", "default")
-BENCHMARK_PARTS = ("training", "evaluation", "start")
+BENCHMARK_PARTS = ("training", "evaluation", "likelihoods", "start")
 
 
 def parse_benchmark(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """models, parts, rounds, images, num_particles, device, output (or None)."""
+    """models, parts, likelihoods, rounds, images, num_particles, device, output (or None)."""
     parser = Parser(
         "Time training steps and log p(x) beside other programs that compute the same, in turn, and a fresh start."
     )
@@ -472,12 +584,20 @@ def parse_benchmark(argv: Sequence[str] | None = None) -> argparse.Namespace:
         f"what is timed: {' '.join(BENCHMARK_PARTS)} (default: all)",
         several=True,
     )
+    parser.add(
+        "likelihoods",
+        str,
+        one_of(LIKELIHOODS),
+        f"which, beside {LIKELIHOODS[0]}, in the part likelihoods (default: all)",
+        several=True,
+    )
     parser.add("rounds", int, POSITIVE_INTEGER, "times that each is timed (default: 7)")
     parser.add("images", int, POSITIVE_INTEGER, "test images whose log p(x) is estimated (default: 100)")
     parser.add("num_particles", int, POSITIVE_INTEGER, "importance samples an image (default: 5000)")
     parser.add("device", str, NOT_EMPTY, "cpu, cuda, cuda:1, ... (default: cpu)")
     parser.add("output", str, NOT_EMPTY, "a JSON file for the result (scripts/results/benchmark.json: the README's)")
     parser.set_defaults(models=list(BENCHMARK_MODELS), parts=list(BENCHMARK_PARTS), rounds=7)
+    parser.set_defaults(likelihoods=list(LIKELIHOODS))
     parser.set_defaults(images=100, num_particles=5000, device="cpu", output=None)
     return parser.parse_args(argv)
 

@@ -170,9 +170,10 @@ def fit(
     """Trains the VAE by SVI, and leaves it in evaluation mode with the best weights by the validation ELBO (beta = 1).
 
     Adam with a cosine learning rate by step count; beta rises linearly from 0 over the warm-up; the gradient's global
-    norm is clipped. Values are checked against supports in the first epoch, or, with ``compile``, before it. Seed
-    torch's global generator before the VAE is built (``pyro.set_rng_seed``): the weights, the noise of the sites and
-    that of the data come from it.
+    norm is clipped. A likelihood with a method ``refit(h, x)`` is given a batch every tenth step, for what it fits to
+    the data in closed form. Values are checked against supports in the first epoch, or, with ``compile``, before it.
+    Seed torch's global generator before the VAE is built (``pyro.set_rng_seed``): the weights, the noise of the sites
+    and that of the data come from it.
 
     Args:
         vae: the VAE to train, on its device.
@@ -225,6 +226,7 @@ def fit(
     started = last_checkpoint = time.monotonic()
     earlier = state.seconds
     first_epoch = state.step // steps_an_epoch
+    refits = hasattr(getattr(vae.likelihood, "family", None), "refit")
     stepper: EagerSteps | CapturedSteps
     if compile and state.step < total_steps:
         _check_images(state, train, observe, batch_size=batch_size)
@@ -251,6 +253,8 @@ def fit(
         batches = _batches(len(train), batch_size, seed=seed, epoch=epoch, device=device)[place:]
         for index in stepper.epoch(batches, schedule, validate=epoch == first_epoch):
             images_seen += len(index)
+            if refits and state.step % _REFIT_STEPS == 0:
+                _refit(vae, observe(train[index], None))
             if on_step is not None:
                 on_step(state)
             if state.step % steps_an_epoch and time.monotonic() - last_checkpoint >= checkpoint_seconds:
@@ -280,6 +284,16 @@ def fit(
     vae.load_state_dict(state.best_weights)
     vae.eval()
     return state
+
+
+_REFIT_STEPS = 10
+
+
+@torch.no_grad()
+def _refit(vae: VAE, x: Tensor) -> None:
+    """Gives the likelihood's family a batch to fit in closed form: x, and the features of z ~ q(z | x)."""
+    decoder: Any = vae.likelihood
+    decoder.family.refit(decoder.net(vae.posterior(x).sample()), x)
 
 
 Schedule = list[tuple[float, float, float]]  # beta, learning rate and the averages' decay of each step

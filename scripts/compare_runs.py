@@ -15,6 +15,7 @@ def main() -> None:
         device=asked.device,
         seed=asked.seed,
         compile=asked.compile,
+        dequantization_draws=asked.dequantization_draws,
         output=asked.output,
         dataset=asked.dataset,
         data_dir=asked.data_dir,

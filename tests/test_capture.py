@@ -13,6 +13,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 import torch._inductor.compile_fx as compiler
+from grids import LIKELIHOODS_AND_NETWORKS
 from pyro import poutine
 from pyro.infer import JitTrace_ELBO, RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 from torch import nn
@@ -25,7 +26,7 @@ from ppl_vae.capture import CannotCapture, CapturedStep
 from ppl_vae.evidence import NotFinite, evaluate
 from ppl_vae.likelihoods import Bernoulli
 from ppl_vae.networks import MLP
-from ppl_vae.options import KLS, LIKELIHOODS, NETWORKS, Options
+from ppl_vae.options import KLS, Options
 from ppl_vae.posteriors import DiagonalNormal
 from ppl_vae.priors import StandardNormal
 from ppl_vae.training import CapturedSteps, TrainingState, averaging
@@ -155,8 +156,7 @@ def _assert_captured_is_eager(case, *, relative):
     [(torch.double, (2, 3), 3, 1e-10), (torch.float, (2,), 1, 1e-5)],
     ids=["double", "single"],
 )
-@pytest.mark.parametrize("network", NETWORKS)
-@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+@pytest.mark.parametrize(("likelihood", "network"), LIKELIHOODS_AND_NETWORKS)
 @pytest.mark.parametrize("kl", KLS)
 def test_a_captured_step_has_the_loss_and_the_gradient_of_the_eager_one(
     graphs, kl, likelihood, network, dtype, channels, num_particles, relative

@@ -8,13 +8,15 @@ import pyro
 import pytest
 import torch
 import torch._inductor.compile_fx as compiler
+from grids import LIKELIHOODS_AND_NETWORKS, images_for
 from oracles import LinearGaussian
 from torch.testing import assert_close
 
 from ppl_vae import VAE, build, capture, evidence
 from ppl_vae.capture import CannotCapture
+from ppl_vae.dequantization import dequantized
 from ppl_vae.evidence import CapturedTerms, NotFinite, evaluate, even_chunk
-from ppl_vae.options import LIKELIHOODS, NETWORKS, Options
+from ppl_vae.options import Options
 from ppl_vae.weights import log_weight_terms
 
 SHAPE = (1, 8, 8)
@@ -26,7 +28,7 @@ NUM_IMAGES = 5
 
 @pytest.fixture
 def small_passes(monkeypatch):
-    monkeypatch.setattr(evidence, "particles_a_pass", lambda x: PAIRS)
+    monkeypatch.setattr(evidence, "particles_a_pass", lambda x, numbers=6: PAIRS)
 
 
 @pytest.fixture
@@ -61,13 +63,22 @@ def _both(vae, x, *, num_particles, **asked):
 
 @pytest.mark.parametrize("num_particles", REMAINDERS.values(), ids=REMAINDERS)
 @pytest.mark.parametrize(("dtype", "relative"), [(torch.double, 1e-10), (torch.float, 1e-6)], ids=["double", "single"])
-@pytest.mark.parametrize("network", NETWORKS)
-@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+@pytest.mark.parametrize(("likelihood", "network"), LIKELIHOODS_AND_NETWORKS)
 def test_the_captured_estimate_is_the_plain_one(
     graphs, small_passes, likelihood, network, dtype, relative, num_particles
 ):
-    vae, x = _vae(dtype, network=network, likelihood=likelihood), _images(dtype)
+    vae = _vae(dtype, network=network, likelihood=likelihood)
+    x = images_for(vae.likelihood.family, NUM_IMAGES, dtype=dtype)
     _assert_same(*_both(vae, x, num_particles=num_particles), relative=relative)
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize(("dtype", "relative"), [(torch.double, 1e-10), (torch.float, 1e-6)], ids=["double", "single"])
+@pytest.mark.parametrize("likelihood", ["normal", "beta"])
+def test_so_is_the_mass_of_levels_under_a_density(graphs, small_passes, likelihood, dtype, relative):
+    vae = dequantized(_vae(dtype, likelihood=likelihood), num_draws=3)
+    x = (256 * torch.rand(NUM_IMAGES, *SHAPE, generator=torch.Generator().manual_seed(1))).floor().to(dtype)
+    _assert_same(*_both(vae, x, num_particles=4), relative=relative)
     assert len(graphs) == 1
 
 

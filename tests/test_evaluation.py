@@ -28,7 +28,7 @@ def reference_of(options: Options, splits: data.Splits) -> dict:
     binarization = data.resolve_binarization(splits, None)
     run = Run(Path(), replace(options, binarization=binarization), splits)
     x = data.evaluation_images(splits, "test", binarization)
-    return floor_and_entropy(run, "test", x, torch.arange(len(x)))
+    return floor_and_entropy(run, "test", x, torch.arange(len(x)), None)
 
 
 @pytest.mark.parametrize("dataset", FLOORS)
@@ -89,7 +89,7 @@ def test_a_density_is_called_one_and_has_no_entropy_of_binarization(run):
     folder, _, said = run
     entry = runs.read_evaluations(folder)["test"]
     assert (entry["measure"], entry["binarization_entropy"], entry["bits_per_dim"]) == ("density", None, None)
-    assert any("a density: never comparable with a mass" in line for line in said)
+    assert any("a density of real values: never comparable with a mass" in line for line in said)
     assert not any("entropy" in line for line in said)
 
 
@@ -114,13 +114,22 @@ def test_real_numbers_under_a_bernoulli_are_refused_and_leave_nothing(run, tmp_p
     assert not (tmp_path / "run").exists()
 
 
-def test_gray_levels_under_a_normal_are_said_to_be_on_a_grid(tmp_path):
+@pytest.mark.parametrize(
+    ("dequantization", "words"),
+    [
+        (None, "Pixels are (level + u) / 256, u uniform"),
+        ("none", "Pixels are levels / 255 here: a density of values on"),
+    ],
+    ids=["dequantized", "on a grid"],
+)
+def test_gray_levels_under_a_normal_are_said_to_be_what_they_are(tmp_path, dequantization, words):
     levels = np.random.default_rng(0).integers(0, 256, (100, 4, 3), dtype=np.uint8)
     said: list[str] = []
-    options = replace(SMALL, dataset=str(table(tmp_path, levels)), likelihood="normal", epochs=1)
+    path = str(table(tmp_path, levels))
+    options = replace(SMALL, dataset=path, likelihood="normal", epochs=1, dequantization=dequantization)
     folder = experiment.train(options, str(tmp_path / "run"), say=said.append)
     assert runs.read_json(folder / runs.CONFIG)["options"]["binarization"] == "none"
-    assert any("Pixels are levels / 255 here" in line for line in said)
+    assert any(words in line for line in said)
 
 
 @pytest.mark.parametrize("binarization", ["dynamic", "fixed", "threshold"])
@@ -166,7 +175,7 @@ def test_a_draw_that_training_saw_sets_no_ceiling(split, binarization, known):
     splits = data.Splits("gray", data.LEVELS, levels, levels, levels, sha256="", split="")
     run = Run(Path(), replace(Options(), binarization=binarization), splits)
     x = data.evaluation_images(splits, split, binarization)
-    found = floor_and_entropy(run, split, x, torch.arange(16))["binarization_entropy"]
+    found = floor_and_entropy(run, split, x, torch.arange(16), None)["binarization_entropy"]
     assert (found is not None) == known
 
 

@@ -34,7 +34,7 @@ def oracle():
 
 @pytest.fixture
 def small_passes(monkeypatch):
-    monkeypatch.setattr(exploration, "particles_a_pass", lambda x: 7)
+    monkeypatch.setattr(exploration, "particles_a_pass", lambda x, numbers=6: 7)
 
 
 def without_moments(loc, scale):
@@ -155,6 +155,6 @@ def test_log_weights_gathered_in_passes_are_those_of_each_image(oracle, small_pa
 
 
 def test_particles_of_different_passes_differ(oracle, monkeypatch):
-    monkeypatch.setattr(exploration, "particles_a_pass", lambda x: 20)
+    monkeypatch.setattr(exploration, "particles_a_pass", lambda x, numbers=6: 20)
     log_w = gather_log_weights(oracle.vae(widen=1.5), oracle.draw(10), 9)
     assert len(log_w.unique()) == 90

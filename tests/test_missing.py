@@ -269,7 +269,7 @@ def test_defended_draws_follow_the_density(share):
 def passes(request, monkeypatch):
     """Particles are decoded at once, or seven at a time."""
     if request.param == "many passes":
-        monkeypatch.setattr(missing, "particles_a_pass", lambda x: 7)
+        monkeypatch.setattr(missing, "particles_a_pass", lambda x, numbers=6: 7)
 
 
 def test_the_mean_and_covariance_of_draws_are_those_of_the_conditional_normal(passes):

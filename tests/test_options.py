@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from ppl_vae import build, data, options
 
@@ -104,6 +105,19 @@ def test_every_combination_of_words_builds(network: str, prior: str, posterior: 
     assert build.vae(asked, (1, 2, 3)).likelihood.event_shape == (1, 2, 3)
 
 
+@pytest.mark.parametrize("transform", options.TRANSFORMS)
+@pytest.mark.parametrize("likelihood", options.LIKELIHOODS)
+def test_every_likelihood_builds_without_numbers_where_it_builds_at_all(likelihood: str, transform: str) -> None:
+    """On the meta device, where shapes are counted before anything is trained."""
+    asked = options.Options(likelihood=likelihood, transform=transform, hidden=(5,), latent_dim=3)
+    try:
+        build.vae(asked, (1, 2, 3))
+    except ValueError:
+        return
+    with torch.device("meta"):
+        assert build.vae(asked, (1, 2, 3)).likelihood.event_shape == (1, 2, 3)
+
+
 # --- Defaults and the round trip ---
 
 
@@ -133,6 +147,11 @@ OTHER = options.Options(
     color="rgb",
     channels=(3, 4, 5),
     binarization="threshold",
+    dequantization="uniform",
+    dequantization_draws=3,
+    likelihood_scale=0.25,
+    likelihood_components=2,
+    transform="logit",
     network="mlp",
     hidden=(7, 5, 3),
     kl="analytic",
@@ -170,7 +189,21 @@ def test_options_come_back_from_the_command_line_as_they_were(asked: options.Opt
     assert options.parse_train(words).options == asked
 
 
-LATER = ["data_dir", "protocol", "image_size", "fit", "color", "channels", "average_decay", "compile", "precision"]
+LATER = [
+    "data_dir",
+    "protocol",
+    "image_size",
+    "fit",
+    "color",
+    "channels",
+    "average_decay",
+    "compile",
+    "precision",
+    "dequantization_draws",
+    "likelihood_scale",
+    "likelihood_components",
+    "transform",
+]
 
 
 @pytest.mark.parametrize("name", LATER)
@@ -180,7 +213,16 @@ def test_a_field_of_json_that_came_later_means_its_default(name: str) -> None:
     assert options.from_json(values) == replace(OTHER, **{name: getattr(options.Options(), name)})
 
 
-@pytest.mark.parametrize("name", [spec.name for spec in fields(options.Options) if spec.name not in LATER])
+def test_json_from_before_there_was_dequantization_means_none():
+    """Such a run saw level / 255, whatever the default is by now."""
+    values = options.to_json(options.Options())
+    del values["dequantization"]
+    assert options.from_json(values).dequantization == "none"
+
+
+@pytest.mark.parametrize(
+    "name", [spec.name for spec in fields(options.Options) if spec.name not in (*LATER, "dequantization")]
+)
 def test_a_missing_field_of_json_is_named_and_refused(name: str) -> None:
     values = options.to_json(options.Options())
     del values[name]
@@ -254,6 +296,11 @@ BAD_WORDS = {
     "protocol": A_WORD,
     "compile": A_WORD,
     "precision": A_WORD,
+    "dequantization": A_WORD,
+    "dequantization_draws": AT_LEAST_1,
+    "likelihood_scale": ABOVE_0,
+    "likelihood_components": AT_LEAST_1,
+    "transform": A_WORD,
     "average_decay": ("1", "-0.1", *_FLOAT_WORDS),
     "fit": A_WORD,
     "color": A_WORD,
@@ -303,6 +350,7 @@ def test_a_value_out_of_range_after_a_space_is_refused_in_one_line(
 EVALUATE_WORDS = {
     "num_particles": AT_LEAST_1,
     "images": AT_LEAST_1,
+    "dequantization_draws": AT_LEAST_1,
     "seed": AT_LEAST_0,
     "split": ("valid", "", "all"),
     "device": ("",),
@@ -390,9 +438,14 @@ def test_every_script_of_a_run_takes_where_the_data_is_now(parse: Any) -> None:
 @pytest.mark.parametrize("name", OTHERS)
 def test_resume_with_another_option_is_refused(capsys: pytest.CaptureFixture[str], name: str) -> None:
     """Even where the value is the one that the run has: a run keeps its own options."""
-    given = {"binarization": "fixed", "warmup_epochs": 3, "hidden": 5, "image_size": 28, "color": "gray"}.get(
-        name, OTHERS[name]
-    )
+    given = {
+        "binarization": "fixed",
+        "warmup_epochs": 3,
+        "hidden": 5,
+        "image_size": 28,
+        "color": "gray",
+        "dequantization": "none",
+    }.get(name, OTHERS[name])
     values = given if isinstance(given, tuple) else (given,)
     line = refused(
         capsys, options.parse_train, ["--resume", "runs/x", "--epochs", "7", options.flag(name), *map(str, values)]

@@ -1,30 +1,36 @@
-"""Checked bytes to tensors: data sets, splits, labels, binarization. Knows of no model.
+"""Checked bytes to tensors: data sets, splits, labels, what a model sees of pixels. Knows of no model.
 
 Every split, draw and subset here comes from a constant, never from a run's seed, so that two runs are measured on the
 same images; the iwae protocol alone draws its test images from the seed of an evaluation.
 """
 
-from ppl_vae.data.binarization import (
+from ppl_vae.data.further_images import OwnImages, own_images
+from ppl_vae.data.loading import DATASETS, load
+from ppl_vae.data.pixels import (
+    PIXELS,
     as_floats,
     as_fractions,
     bernoulli_draw,
     binarization_entropy,
     evaluation_images,
     expected_images,
+    inside_unit_interval,
     probabilities,
     resolve_binarization,
     training_images,
+    uniform_dequantization,
 )
-from ppl_vae.data.further_images import OwnImages, own_images
-from ppl_vae.data.loading import DATASETS, load
-from ppl_vae.data.splits import BINARY, LEVELS, PROBABILITIES, REAL, Splits, subset
+from ppl_vae.data.splits import BINARY, COUNTS, LEVELS, PROBABILITIES, REAL, UNIT_INTERVAL, Splits, subset
 
 __all__ = [
     "BINARY",
+    "COUNTS",
     "DATASETS",
     "LEVELS",
+    "PIXELS",
     "PROBABILITIES",
     "REAL",
+    "UNIT_INTERVAL",
     "OwnImages",
     "Splits",
     "as_floats",
@@ -33,10 +39,12 @@ __all__ = [
     "binarization_entropy",
     "evaluation_images",
     "expected_images",
+    "inside_unit_interval",
     "load",
     "own_images",
     "probabilities",
     "resolve_binarization",
     "subset",
     "training_images",
+    "uniform_dequantization",
 ]

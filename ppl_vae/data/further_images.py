@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ppl_vae.data.binarization import binomial_draw, is_drawn
 from ppl_vae.data.image_folder import checked_size, find_images, label_by_folder, read_images
-from ppl_vae.data.own import LABELS_ALONE, as_labels, read_arrays
-from ppl_vae.data.splits import BINARY, LEVELS, PROBABILITIES, REAL, Splits, first_few
+from ppl_vae.data.own import LABELS_ALONE, LARGEST_COUNT, as_labels, read_arrays
+from ppl_vae.data.pixels import binomial_draw, is_drawn
+from ppl_vae.data.splits import BINARY, COUNTS, LEVELS, PROBABILITIES, REAL, Splits, first_few
 
 _IMAGES = ("test", "images", "x")
 _LABELS = (*LABELS_ALONE, "test_labels", "y_test")
@@ -31,7 +31,7 @@ class OwnImages(NamedTuple):
 def own_images(
     path: str,
     splits: Splits,
-    binarization: str,
+    pixels: str,
     *,
     seed: int = 0,
     image_size: Sequence[int] | None = None,
@@ -44,7 +44,7 @@ def own_images(
     values, floats in [0, 1] for probabilities. For 8-bit levels, uint8 is levels (unless all are 0 or 1: then black and
     white), and floats in [0, 1] are probabilities, level / 255. A NaN is a missing pixel and stays NaN. Image files are
     resized to E and become gray or rgb as E is; labels by folder are given where all are class names of ``splits``.
-    "dynamic" and "fixed" draw gray images once, from numpy's RandomState(seed).
+    "dynamic" and "fixed" draw gray images once, from numpy's RandomState(seed); "levels" wants uint8 or level / 255.
 
     Args:
         path: an .npz file with one array, or one named test, images or x (labels: labels, y, test_labels or y_test);
@@ -63,12 +63,29 @@ def own_images(
         values, labels, names = _from_files(file, splits, image_size, fit, color)
     else:
         raise ValueError(f"images: expected an .npz or .npy file, an image or a folder, got {path!r}: no such file")
-    if binarization == "threshold":
+    if pixels == "levels":
+        values = _as_levels(path, values)
+    elif pixels == "threshold":
         values = torch.where(values.isnan(), values, (values >= 0.5).float())
-    elif is_drawn(splits, binarization):
+    elif is_drawn(splits, pixels):
         drawn = binomial_draw(np.random.RandomState(seed), values.nan_to_num(0.0))
         values = torch.where(values.isnan(), values, drawn)
     return OwnImages(values, labels, names)
+
+
+_LEVEL_ROUNDING = 1e-3  # of 255 times level / 255 in single precision, and of files with four decimals
+
+
+def _as_levels(path: str, values: Tensor) -> Tensor:
+    """level / 255 -> level, NaN where it is missing."""
+    levels = (255 * values).round()
+    off = (255 * values - levels).abs().nan_to_num(0.0)
+    if off.max() > 255 * _LEVEL_ROUNDING / 2:
+        raise ValueError(
+            f"{path}: expected uint8 levels, or level / 255, got fractions between the levels (such as "
+            f"{float(values.flatten()[off.argmax()]):.4g})"
+        )
+    return levels
 
 
 # --- Arrays ---
@@ -116,6 +133,7 @@ def _scaled(file: Path, array: np.ndarray, kind: str) -> np.ndarray:
         BINARY: ("zeros and ones", black_and_white),
         LEVELS: ("uint8 levels, or floats in [0, 1]", black_and_white or array.dtype == np.uint8 or _fractions(seen)),
         PROBABILITIES: ("floats in [0, 1]", black_and_white or _fractions(seen)),
+        COUNTS: ("whole numbers from 0", _whole(seen)),
         REAL: ("finite floats", seen.dtype.kind == "f" and bool((np.abs(seen) <= np.finfo(np.float32).max).all())),
     }
     words, holds = expected[kind]
@@ -127,8 +145,12 @@ def _scaled(file: Path, array: np.ndarray, kind: str) -> np.ndarray:
             + "; if these are levels from 0 to 255, divide by 255"
             * levels
         )
-    scale = 255 if array.dtype == np.uint8 and not black_and_white else 1
+    scale = 255 if array.dtype == np.uint8 and kind in (LEVELS, PROBABILITIES) and not black_and_white else 1
     return np.ascontiguousarray(array, dtype=np.float32) / np.float32(scale)
+
+
+def _whole(seen: np.ndarray) -> bool:
+    return bool(((seen >= 0) & (seen <= LARGEST_COUNT) & (seen == np.round(seen))).all())
 
 
 def _fractions(seen: np.ndarray) -> bool:
@@ -141,7 +163,7 @@ def _fractions(seen: np.ndarray) -> bool:
 def _from_files(
     path: Path, splits: Splits, image_size: Sequence[int] | None, fit: str, color: str | None
 ) -> tuple[Tensor, Tensor | None, tuple[str, ...]]:
-    if len(splits.event_shape) != 3 or splits.event_shape[0] not in (1, 3) or splits.kind == REAL:
+    if len(splits.event_shape) != 3 or splits.event_shape[0] not in (1, 3) or splits.kind in (REAL, COUNTS):
         trained_on = f"{splits.kind} of shape {splits.event_shape}"
         raise ValueError(f"{path}: expected an .npz or .npy file, since the model was trained on {trained_on}")
     channels, height, width = splits.event_shape

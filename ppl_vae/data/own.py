@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ppl_vae.data.splits import BINARY, LEVELS, PROBABILITIES, REAL, Splits, complete, several
+from ppl_vae.data.splits import BINARY, COUNTS, LEVELS, PROBABILITIES, REAL, Splits, complete, several
 
 # What a user's file may call its splits, and the labels of each.
 _WORDS = {"train": ("train",), "validation": ("valid", "validation", "val"), "test": ("test",)}
@@ -19,6 +19,7 @@ LABELS_ALONE = ("labels", "y")
 
 
 _MOST_ROUNDING = 0.01  # of the spread of real values
+LARGEST_COUNT = 2**24  # to here single precision holds every whole number
 
 
 def own_arrays(path: Path) -> Splits:
@@ -26,7 +27,8 @@ def own_arrays(path: Path) -> Splits:
 
     The arrays are named train, valid, test (also x_train, train_images and the like), or there is one of any name;
     labels are train_labels or y_train and the like, or labels or y beside one array of images. Zeros and ones are
-    binary, uint8 is 8-bit levels, floats in [0, 1] are probabilities, and other floats are real values.
+    binary, uint8 is 8-bit levels, other integers from 0 are counts, floats in [0, 1] are probabilities, and other
+    floats are real values.
 
     Raises:
         ValueError: a file that cannot be read, or arrays that are no images.
@@ -139,11 +141,16 @@ def _kind(path: Path, train: np.ndarray) -> str:
         return LEVELS
     if train.dtype.kind == "f":
         return PROBABILITIES if train.min() >= 0 and train.max() <= 1 else REAL
+    if _counts(train):
+        return COUNTS
     raise ValueError(
-        f"{path}: expected zeros and ones, uint8 levels, or floats, "
-        f"got {train.dtype} from {train.min()} to {train.max()} in train "
-        "(save as uint8 for 8-bit levels, as float32 for real values)"
+        f"{path}: expected zeros and ones, uint8 levels, counts from 0 to {LARGEST_COUNT:,}, or floats, "
+        f"got {train.dtype} from {train.min()} to {train.max()} in train (save as float32 for real values)"
     )
+
+
+def _counts(array: np.ndarray) -> bool:
+    return array.dtype.kind in "bui" and bool((array >= 0).all() and (array <= LARGEST_COUNT).all())
 
 
 def _finite(array: np.ndarray) -> bool:
@@ -170,6 +177,7 @@ def _images(path: Path, split: str, array: np.ndarray, kind: str) -> Tensor:
         LEVELS: lambda: array.dtype == np.uint8,
         PROBABILITIES: lambda: array.dtype.kind == "f" and bool(((array >= 0) & (array <= 1)).all()),
         REAL: lambda: array.dtype.kind == "f" and _finite(array),
+        COUNTS: lambda: _counts(array),
     }
     if not on_kind[kind]():
         raise ValueError(f"{path}: expected {kind} in {split} as in train, got other values (dtype {array.dtype})")

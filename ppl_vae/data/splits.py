@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-BINARY, LEVELS, PROBABILITIES, REAL = "binary", "8-bit levels", "probabilities", "real values"
+BINARY, LEVELS, PROBABILITIES, REAL, COUNTS = "binary", "8-bit levels", "probabilities", "real values", "counts"
+UNIT_INTERVAL = "values between 0 and 1"  # no kind of data: what a likelihood may ask for
 
 PUBLISHED_SEED = 777  # the binarization of Tomczak and Welling 2018; also the splits of a user's own data
 
@@ -22,7 +23,8 @@ class Splits:
 
     Args:
         name: what was asked for.
-        kind: "binary" ({0, 1}), "8-bit levels" ({0..255}), "probabilities" ([0, 1]) or "real values".
+        kind: "binary" ({0, 1}), "8-bit levels" ({0..255}), "counts" ({0, 1, ...}), "probabilities" ([0, 1]) or "real
+            values".
         train, validation, test: (N, *E); images are (N, C, H, W), tables (N, D).
         sha256: of the bytes that were read.
         split: in words, how the splits came about.
@@ -69,10 +71,11 @@ class Splits:
         if self.kind == LEVELS:
             dark = " (read as level / 255, so nearly black: floats in [0, 1] have a scale of their own)"
             return f" from {int(low)} to {int(high)}" + dark * bool(high < 128)
-        if self.kind == REAL:
+        if self.kind in (REAL, COUNTS):
             whole = bool((self.train == self.train.round()).all())
             levels = " (whole numbers of 8 bits: as uint8 they would be 8-bit levels)"
-            return f" from {low:.4g} to {high:.4g}" + levels * bool(whole and low >= 0 and high <= 255)
+            digits = ".4g" if self.kind == REAL else ".0f"
+            return f" from {low:{digits}} to {high:{digits}}" + levels * bool(whole and low >= 0 and high <= 255)
         return ""
 
 

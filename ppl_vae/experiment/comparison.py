@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ppl_vae import build, data, plots, runs
 from ppl_vae.evidence import Estimate, Importance, seeded
-from ppl_vae.experiment.evaluation import plus_minus, read_per_image, with_a_bar
-from ppl_vae.experiment.opening import Run, Say, open_run
+from ppl_vae.experiment.evaluation import bits_per_dim, plus_minus, read_per_image, with_a_bar
+from ppl_vae.experiment.opening import Run, Say, draws_of, evaluated_vae, open_run
 from ppl_vae.experiment.outputs import output_folder, removed_if_empty, write_figure
 from ppl_vae.experiment.paired import CONFIDENCE, INDISTINCT, SEED_NATS, BoundDifference, bound_difference
 from ppl_vae.vae import VAE
@@ -27,12 +27,13 @@ _FEW_IMAGES = 30
 
 
 class Entrant(NamedTuple):
-    """One of the runs: its name, which no other has, its trained VAE, and the step of its weights."""
+    """One of the runs: a name that no other has, its trained VAE, the step of its weights, and draws of u a pixel."""
 
     name: str
     run: Run
     vae: VAE
     step: int
+    num_draws: int | None
 
 
 class Asked(NamedTuple):
@@ -56,6 +57,7 @@ def compare_runs(
     output: str | None,
     say: Say,
     compile: str = "auto",
+    dequantization_draws: int | None = None,
     dataset: str | None = None,
     data_dir: str | None = None,
 ) -> dict[str, Any]:
@@ -71,6 +73,7 @@ def compare_runs(
         split: of the data.
         num_particles: S.
         images: a fixed random subset of that many, or None for all.
+        dequantization_draws: M of a density of 8-bit levels; None takes each run's own.
         output: the folder of the result, new or empty; None makes one under runs/, by the time.
         dataset, data_dir: where the data is now, should it have moved.
 
@@ -86,10 +89,16 @@ def compare_runs(
     _check_one_scale(opened, split)
     asked = Asked(split, *_same_images(opened, split, images, seed), num_particles, seed)
     entrants = [
-        Entrant(name, run, build.load(run.folder), runs.load_step(run.folder / runs.MODEL))
+        Entrant(
+            name,
+            run,
+            evaluated_vae(run, num_draws=dequantization_draws),
+            runs.load_step(run.folder / runs.MODEL),
+            draws_of(run, dequantization_draws),
+        )
         for name, run in zip(_names(opened), opened, strict=True)
     ]
-    stored, place = _stored(opened, asked), build.device(device)
+    stored, place = _stored(entrants, asked), build.device(device)
     folder = _output_folder(output, opened[0].splits.name)
     with removed_if_empty(folder):
         started = time.monotonic()
@@ -128,7 +137,6 @@ def _check_asked(run_dirs: Sequence[str], images: int | None) -> None:
 def _scale(run: Run, split: str) -> dict[str, str]:
     """What must be the same for two runs, so that their nats are on one scale: its name, and its value in words."""
     splits = run.splits
-    pixels = splits.kind if run.binarization == "none" else data.BINARY
     # Under the vampprior protocol they differ in training only: both are evaluated on one draw, which is new to both
     # but on the training images, where "fixed" has learned it.
     one_draw = run.binarization in ("dynamic", "fixed") and splits.protocol == "vampprior" and split != "train"
@@ -137,7 +145,7 @@ def _scale(run: Run, split: str) -> dict[str, str]:
         "shape of an image": "x".join(map(str, splits.event_shape)),
         "protocol": splits.protocol,
         "binarization": "dynamic or fixed" if one_draw else run.binarization,
-        "scale": f"the {build.likelihood(run.options, splits.event_shape).measure} of {pixels} pixels",
+        "scale": f"the {run.scale}",
     }
 
 
@@ -154,11 +162,11 @@ def _check_one_scale(opened: Sequence[Run], split: str) -> None:
 def _same_images(opened: Sequence[Run], split: str, images: int | None, seed: int) -> tuple[Tensor, Tensor]:
     """Places in the split (n,) and the images (n, *E). What every run would see is compared pixel by pixel."""
     first = opened[0]
-    x = data.evaluation_images(first.splits, split, first.binarization, seed=seed)
+    x = data.evaluation_images(first.splits, split, first.evaluated_pixels, seed=seed)
     for run in opened[1:]:
-        if run.splits is first.splits and run.binarization == first.binarization:
+        if run.splits is first.splits and run.evaluated_pixels == first.evaluated_pixels:
             continue
-        if not torch.equal(x, data.evaluation_images(run.splits, split, run.binarization, seed=seed)):
+        if not torch.equal(x, data.evaluation_images(run.splits, split, run.evaluated_pixels, seed=seed)):
             raise ValueError(
                 f"{split} images: expected the same in all runs, got others in {first.folder} and {run.folder}; "
                 "were they brought to their size or color in another way?"
@@ -192,12 +200,14 @@ def _names(opened: Sequence[Run]) -> list[str]:
     return names if len(set(names)) == len(names) else [str(run.folder) for run in opened]
 
 
-def _stored(opened: Sequence[Run], asked: Asked) -> list[Importance] | None:
+def _stored(entrants: Sequence[Entrant], asked: Asked) -> list[Importance] | None:
     """The runs' own evaluations, if every run has one of exactly what is asked."""
     found = []
-    for run in opened:
-        stored = read_per_image(run.folder, asked.split)
+    for entrant in entrants:
+        stored = read_per_image(entrant.run.folder, asked.split)
         if stored is None or (stored.num_particles, stored.seed) != (asked.num_particles, asked.seed):
+            return None
+        if stored.dequantization_draws != entrant.num_draws:
             return None
         if not torch.equal(stored.index, asked.places):
             return None
@@ -239,7 +249,7 @@ def _noise(vae: VAE, x: Tensor) -> list[tuple[str, tuple[int, ...]]]:
 def _entry(entrants: Sequence[Entrant], results: Sequence[Importance], asked: Asked, *, stored: bool) -> dict[str, Any]:
     """What comparison.json holds, but for the seconds."""
     differences = [bound_difference(results[0], result, comparisons=len(results) - 1) for result in results[1:]]
-    noises = [_noise(entrant.vae, asked.x) for entrant in entrants]
+    noises = [(entrant.num_draws, _noise(entrant.vae, asked.x)) for entrant in entrants]
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         **_conditions([entrant.run for entrant in entrants], asked),
@@ -260,7 +270,7 @@ def _conditions(opened: Sequence[Run], asked: Asked) -> dict[str, Any]:
         "split": asked.split,
         "protocol": run.splits.protocol,
         "binarization": " or ".join(sorted({run.binarization for run in opened})),
-        "measure": build.likelihood(run.options, run.splits.event_shape).measure,
+        "scale": run.scale,
         "num_images": len(asked.places),
         "num_particles": asked.num_particles,
         "seed": asked.seed,
@@ -275,6 +285,9 @@ def _run_entry(entrant: Entrant, result: Importance, num_particles: int) -> dict
         "step": entrant.step,
         "training_seed": entrant.run.options.seed,
         "binarization": entrant.run.binarization,
+        "likelihood": entrant.run.options.likelihood,
+        "dequantization_draws": entrant.num_draws,
+        "bits_per_dim": bits_per_dim(entrant.run, result.log_evidence, num_particles),
         "log_likelihood": own.to_json(),
         "elbo": elbo.to_json(),
         "monte_carlo_stderr": float(result.monte_carlo_stderr.square().sum().sqrt()) / own.n,
@@ -332,7 +345,7 @@ def describe_comparison(entry: dict[str, Any]) -> list[str]:
     for run in entry["runs"]:
         own, rise = run["log_likelihood"], run["rise"]
         gained = "" if math.isnan(rise) else f"; ten times the particles gained {rise:.3f}"
-        lines.append(f"  {run['name']}: bound L_{S} {plus_minus(own)} nats an image{gained}")
+        lines.append(f"  {run['name']}: bound L_{S} {plus_minus(own)} nats an image{_bits(run)}{gained}")
     for compared in comparisons:
         lines += [compared["verdict"], _about_errors(compared), _about_log_p(compared, S)]
     if len(comparisons) > 1:
@@ -352,6 +365,15 @@ def _title(entry: dict[str, Any]) -> str:
         f"{entry['dataset']}, {entry['split']} split, the same {entry['num_images']:,} images for all, "
         f"binarization {entry['binarization']}, S = {entry['num_particles']:,}, seed {entry['seed']}"
     )
+
+
+def _bits(run: dict[str, Any]) -> str:
+    """Bits per dimension, and by how many draws of u they are bounded from above, where there are any."""
+    if run["bits_per_dim"] is None:
+        return ""
+    M = run["dequantization_draws"]
+    bound = "" if M is None else f", at most: a density, by M = {M} draws a pixel"
+    return f" ({run['bits_per_dim']['mean']:.4f} bits per dimension{bound})"
 
 
 def _about_source(entry: dict[str, Any]) -> list[str]:

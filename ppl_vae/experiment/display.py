@@ -38,14 +38,16 @@ class Display(NamedTuple):
 
 
 def display_of(run: Run) -> Display:
-    """Pixels in [0, 1] as they are, all others by the range of the training images.
+    """Pixels in [0, 1] as they are, levels by 0 and 255, all others by the range of the training images.
 
     Densities are over real numbers, and so are their means: for them, and for pixels beyond [0, 1], black and white
     are where 0.5% of the training pixels lie below and above (of 500 images).
     """
     if run.binarization != "none":
         return Display()
-    stored, observe = data.training_images(run.splits, run.binarization)
+    if run.evaluated_pixels == "levels":
+        return Display(0, 255)
+    stored, observe = data.training_images(run.splits, run.pixels)
     generator: Any = torch.Generator().manual_seed(0)
     pixels = observe(stored[data.subset(len(stored), _NUM_IMAGES)], generator)
     density = build.likelihood(run.options, run.splits.event_shape).measure == "density"

@@ -14,7 +14,7 @@ from ppl_vae.experiment.evaluation import plus_minus, scale_in_words, what_is_me
 from ppl_vae.experiment.exploration import Codes, encode
 from ppl_vae.experiment.figures import latents_figure
 from ppl_vae.experiment.images import Images, images_of
-from ppl_vae.experiment.opening import Run, Say, open_run
+from ppl_vae.experiment.opening import Run, Say, draws_of, evaluated_vae, open_run
 from ppl_vae.experiment.outputs import drop_record, output_folder, removed_if_empty, write_arrays, write_figure
 from ppl_vae.options import SPLITS
 from ppl_vae.vae import VAE
@@ -61,7 +61,7 @@ def encode_images(
     """
     run = open_run(run_dir, dataset=dataset, data_dir=data_dir)
     place = build.device(device)
-    vae = build.load(run.folder)
+    vae = evaluated_vae(run)
     given = images_of(run, images_path, most=images, seed=seed)
     _check_whole(given)
     folder = output_folder(output, run.folder / "encodings" / _folder_name(images_path))
@@ -69,6 +69,7 @@ def encode_images(
         codes, result = _measured(vae.to(place), given, num_particles, seed, place, say)
     summary = _summary(run, given, result, num_particles) | {
         "binarization": run.binarization,
+        "dequantization_draws": draws_of(run),
         "seed": seed,
         "step": runs.load_step(run.folder / runs.MODEL),
     }

@@ -14,9 +14,21 @@ from tqdm import tqdm
 
 from ppl_vae import build, data, runs
 from ppl_vae.capture import CannotCapture
-from ppl_vae.evidence import UNRELIABLE_BIAS, Estimate, Importance, evaluate, particles_a_pass
-from ppl_vae.experiment.opening import Run, Say, open_run
+from ppl_vae.dequantization import of_levels
+from ppl_vae.evidence import (
+    UNRELIABLE_BIAS,
+    Estimate,
+    Importance,
+    evaluate,
+    numbers_a_pixel,
+    particles_a_pass,
+    seeded,
+)
+from ppl_vae.experiment.opening import Run, Say, draws_of, evaluated_vae, open_run
 from ppl_vae.vae import VAE
+
+_AT_ONCE = 100  # images whose floor is taken, for the memory of 256 levels or M draws a pixel
+_FLOOR_SEED = 0
 
 # Below this Pareto k the weights have a variance, which the delta method and the jackknife assume.
 _K_WITH_VARIANCE = 0.5
@@ -38,6 +50,7 @@ class PerImage:
         num_particles: S.
         seed: of the importance samples.
         step: of the weights.
+        dequantization_draws: M, or None where nothing is dequantized.
     """
 
     index: Tensor
@@ -45,6 +58,7 @@ class PerImage:
     num_particles: int
     seed: int
     step: int
+    dequantization_draws: int | None = None
 
 
 def read_per_image(folder: Path, split: str) -> PerImage | None:
@@ -62,12 +76,13 @@ def read_per_image(folder: Path, split: str) -> PerImage | None:
     tensors, scalars = runs.load_tensors(path)
     try:
         result = Importance(*(tensors[name] for name in Importance._fields))
-        stored = PerImage(tensors["index"], result, scalars["num_particles"], scalars["seed"], scalars["step"])
+        numbers = {name: scalars[name] for name in ("num_particles", "seed", "step")}
+        stored = PerImage(tensors["index"], result, **numbers, dequantization_draws=scalars.get("dequantization_draws"))
     except KeyError as error:
         raise ValueError(f"{path}: damaged: no {error} in it") from None
-    told = tuple(entry.get(key) for key in ("num_images", "num_particles", "seed", "step"))
-    same = told == (len(stored.index), stored.num_particles, stored.seed, stored.step)
-    return stored if same and stored.step == runs.load_step(folder / runs.MODEL) else None
+    told = tuple(entry.get(key) for key in ("num_images", "num_particles", "seed", "step", "dequantization_draws"))
+    found = (len(stored.index), stored.num_particles, stored.seed, stored.step, stored.dequantization_draws)
+    return stored if told == found and stored.step == runs.load_step(folder / runs.MODEL) else None
 
 
 def evaluate_run(
@@ -80,10 +95,13 @@ def evaluate_run(
     seed: int,
     say: Say,
     compile: str = "auto",
+    dequantization_draws: int | None = None,
     dataset: str | None = None,
     data_dir: str | None = None,
 ) -> dict[str, Any]:
     """Estimates log p(x) of a split, writes it into evaluation.json under the split's name, and says it.
+
+    Of a density of 8-bit levels it is log P(levels), by ``dequantization_draws`` a pixel, the run's own by default.
 
     Returns:
         The entry, as evaluation.json holds it. The numbers of each image are in evaluation-SPLIT.safetensors.
@@ -100,6 +118,7 @@ def evaluate_run(
         device=device,
         seed=seed,
         compile=compile,
+        dequantization_draws=dequantization_draws,
         say=say,
     )
 
@@ -114,6 +133,7 @@ def write_evaluation(
     seed: int,
     say: Say,
     compile: str = "auto",
+    dequantization_draws: int | None = None,
 ) -> dict[str, Any]:
     """``evaluate_run``, for a run that is already open."""
     folder, splits = run.folder, run.splits
@@ -121,8 +141,9 @@ def write_evaluation(
     runs.check_writable(folder)
     step = runs.load_step(folder / runs.MODEL)
     place = build.device(device)
-    vae = build.load(folder).to(place)
-    x = data.evaluation_images(splits, split, run.binarization, seed=seed)
+    M = draws_of(run, dequantization_draws)
+    vae = evaluated_vae(run, num_draws=M).to(place)
+    x = data.evaluation_images(splits, split, run.evaluated_pixels, seed=seed)
     if images is not None and images > len(x):
         say(f"--images {images:,}: the {split} split has {len(x):,}, and all are taken.")
     index = data.subset(len(x), images)
@@ -137,9 +158,10 @@ def write_evaluation(
         "num_images": len(x),
         "num_particles": num_particles,
         "seed": seed,
+        "dequantization_draws": M,
         **_summary(result, num_particles),
-        **floor_and_entropy(run, split, x.cpu(), index),
-        "bits_per_dim": None,  # no likelihood here is a mass of 8-bit levels
+        **floor_and_entropy(run, split, x.cpu(), index, M),
+        "bits_per_dim": bits_per_dim(run, result.log_evidence, num_particles),
         "step": step,
         "seconds": time.monotonic() - started,
     }
@@ -149,9 +171,8 @@ def write_evaluation(
         old = kept[split]
         say(f"Replaces the {split} split's estimate of {old['num_images']:,} images with S = {old['num_particles']:,}.")
     tensors = {"index": index} | result._asdict()
-    runs.save_tensors(
-        folder / runs.per_image(split), tensors, {"num_particles": num_particles, "seed": seed, "step": step}
-    )
+    scalars = {"num_particles": num_particles, "seed": seed, "step": step, "dequantization_draws": M}
+    runs.save_tensors(folder / runs.per_image(split), tensors, scalars)
     runs.write_json(folder / runs.EVALUATION, kept | {split: entry})
     for line in describe_evaluation(entry):
         say(line)
@@ -164,7 +185,8 @@ def with_a_bar(vae: VAE, x: Tensor, *, num_particles: int, seed: int, compile: s
     Raises:
         ValueError: compile is "on", and it is impossible.
     """
-    compiled = build.compiles(compile, math.ceil(len(x) * num_particles / particles_a_pass(x)), x.device)
+    passes = math.ceil(len(x) * num_particles / particles_a_pass(x, numbers_a_pixel(vae)))
+    compiled = build.compiles(compile, passes, x.device)
     with tqdm(total=len(x), unit="image", desc=words) as bar, build.products_in("float32"):
 
         def told(seconds: float) -> None:
@@ -191,7 +213,10 @@ def what_is_measured(run: Run) -> dict[str, Any]:
         "protocol": run.splits.protocol,
         "binarization": run.binarization,
         "likelihood": run.options.likelihood,
+        "transform": run.options.transform,
         "measure": build.likelihood(run.options, run.splits.event_shape).measure,
+        "pixels": run.pixels,
+        "scale": run.scale,
     }
 
 
@@ -200,26 +225,42 @@ def scale_in_words(entry: dict[str, Any]) -> str:
     words = [f"binarization {entry['binarization']}"]
     if entry["protocol"] == "iwae":
         words.append(f"iwae protocol, drawn by seed {entry['seed']}")
-    if entry["measure"] == "density":
-        words.append("a density: never comparable with a mass")
+    pixels = entry.get("pixels")  # not in an entry from before there were levels
+    if pixels == "levels":
+        words.append("mass of 8-bit levels")
+    elif pixels == "dequantized":
+        M = entry["dequantization_draws"]
+        words.append(f"bound on the mass of 8-bit levels (uniform dequantization, M = {M} draws a pixel)")
+    elif entry["measure"] == "density":
+        words.append(f"a {entry.get('scale', 'density')}: never comparable with a mass")
     return ", ".join(words)
 
 
-def floor_and_entropy(run: Run, split: str, x: Tensor, index: Tensor) -> dict[str, Any]:
+def bits_per_dim(run: Run, log_p: Tensor, num_particles: int) -> dict[str, float] | None:
+    """-log2 P(x) / D of 8-bit levels and its standard error, from (n,) nats; None on any other scale."""
+    if run.evaluated_pixels != "levels":
+        return None
+    num_pixels = math.prod(run.splits.event_shape)
+    return Estimate.of(-log_p / (num_pixels * math.log(2)), num_particles).to_json()
+
+
+def floor_and_entropy(run: Run, split: str, x: Tensor, index: Tensor, num_draws: int | None) -> dict[str, Any]:
     """What a log-likelihood can be held against: independent pixels below it, the binarization's entropy above.
 
     "floor" is log prod_d p(x_d) of the likelihood's own family with each pixel's marginal fitted to the training
-    images: a model that does not pass it has learned nothing of how pixels go together. "binarization_entropy" is the
+    images (see its ``fit_marginals``; of a density of levels their mass, by M draws a pixel): a model that does not
+    pass it has learned nothing of how pixels go together. "binarization_entropy" is the
     mean entropy of what was drawn to binarize these images: no model that has not seen the draw gets above minus it in
     expectation. None where nothing was drawn, or where training saw the draw.
     """
     options, splits = run.options, run.splits
     likelihood = build.likelihood(options, splits.event_shape)
-    with torch.no_grad():
-        marginals = likelihood(likelihood.fit_marginals(data.expected_images(splits, run.binarization)))
-        floor = Estimate.of(marginals.log_prob(x), 1).to_json()
-    seen = split == "train" and run.binarization == "fixed"
-    entropy = None if seen else data.binarization_entropy(splits, split, run.binarization)
+    with torch.no_grad(), seeded(_FLOOR_SEED, x.device):
+        marginals = likelihood(likelihood.fit_marginals(data.expected_images(splits, run.pixels)))
+        marginals = marginals if num_draws is None else of_levels(marginals, num_draws)
+        floor = Estimate.of(torch.cat([marginals.log_prob(part) for part in x.split(_AT_ONCE)]), 1).to_json()
+    seen = split == "train" and run.pixels == "fixed"
+    entropy = None if seen else data.binarization_entropy(splits, split, run.pixels)
     return {
         "floor": floor,
         "binarization_entropy": None if entropy is None else float(entropy[index].mean()),
@@ -264,6 +305,7 @@ def describe_evaluation(entry: dict[str, Any]) -> list[str]:
     lines = [
         f"log-likelihood {plus_minus(ll)} nats an image: the importance-weighted bound L_{S}, "
         "in expectation below log p(x)",
+        *_bits_in_words(entry),
         f"  {entry['split']} split, {n:,} images, {scale_in_words(entry)}; ± is the standard error over images",
         f"  for scale: {'; '.join(scale)}",
         f"  ELBO (beta = 1) {plus_minus(elbo)} = reconstruction {plus_minus(rec)} - KL {plus_minus(kl)}",
@@ -287,6 +329,14 @@ def describe_evaluation(entry: dict[str, Any]) -> list[str]:
         *lines,
         f"  unreliable images (jackknife above {UNRELIABLE_BIAS} nats): {entry['unreliable_images']:,} of {n:,}",
     ]
+
+
+def _bits_in_words(entry: dict[str, Any]) -> list[str]:
+    if entry["bits_per_dim"] is None:
+        return []
+    bits = entry["bits_per_dim"]
+    bound = "at most " if entry["pixels"] == "dequantized" else ""
+    return [f"  {bound}{number(bits['mean'], 4)} ± {number(bits['stderr'], 4)} bits per dimension"]
 
 
 def number(value: float | None, digits: int) -> str:

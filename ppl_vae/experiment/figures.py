@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from ppl_vae import build, data, plots, runs
+from ppl_vae import data, plots, runs
 from ppl_vae.evidence import Estimate, seeded
 from ppl_vae.experiment.display import Display, display_of
 from ppl_vae.experiment.evaluation import PerImage, read_per_image
@@ -30,7 +30,7 @@ from ppl_vae.experiment.exploration import (
     normal_quantiles,
     traversals,
 )
-from ppl_vae.experiment.opening import Run, Say, open_run
+from ppl_vae.experiment.opening import Run, Say, evaluated_vae, open_run
 from ppl_vae.experiment.outputs import write_figure
 from ppl_vae.numerics import bound_by_particles
 from ppl_vae.vae import VAE
@@ -158,12 +158,12 @@ class _Scene:
 
     @cached_property
     def vae(self) -> VAE:
-        return build.load(self.run.folder)
+        return evaluated_vae(self.run)
 
     @cached_property
     def x(self) -> Tensor:
         """(N, *E) the test images, as the model sees them."""
-        return data.evaluation_images(self.run.splits, "test", self.run.binarization)
+        return data.evaluation_images(self.run.splits, "test", self.run.evaluated_pixels)
 
     @cached_property
     def shown(self) -> Tensor:
@@ -358,7 +358,7 @@ def _log_likelihoods(scene: _Scene) -> Figure:
 
 def _extremes(scene: _Scene, stored: PerImage) -> dict[str, tuple[Any, list[str]]]:
     """The images of the highest and of the lowest bound, and below each its nats and its place in the split."""
-    x = data.evaluation_images(scene.run.splits, "test", scene.run.binarization, seed=stored.seed)
+    x = data.evaluation_images(scene.run.splits, "test", scene.run.evaluated_pixels, seed=stored.seed)
     values = stored.result.log_evidence
     ascending = values.argsort()
     count = min(_NUM_SHOWN, len(values) // 2)

@@ -44,11 +44,13 @@ def images_of(run: Run, images_path: str, *, most: int | None, seed: int) -> Ima
     """
     if images_path in SPLITS:
         source, labels = images_path, run.splits.labels.get(images_path)
-        x = data.evaluation_images(run.splits, images_path, run.binarization, seed=seed)
+        x = data.evaluation_images(run.splits, images_path, run.evaluated_pixels, seed=seed)
         names = tuple(str(i) for i in range(len(x)))
     else:
         source = str(Path(images_path).resolve())
-        x, labels, names = data.own_images(images_path, run.splits, run.binarization, seed=seed, fit=run.options.fit)
+        x, labels, names = data.own_images(
+            images_path, run.splits, run.evaluated_pixels, seed=seed, fit=run.options.fit
+        )
     places = data.subset(len(x), most)
     kept = tuple(names[i] for i in places.tolist())
     return Images(source, x[places], None if labels is None else labels[places], kept, places, len(x))

@@ -16,7 +16,7 @@ from ppl_vae.evidence import Estimate, evaluate, seeded
 from ppl_vae.experiment.display import Display, display_of
 from ppl_vae.experiment.evaluation import plus_minus, what_is_measured
 from ppl_vae.experiment.images import Images, images_of
-from ppl_vae.experiment.opening import Run, Say, open_run
+from ppl_vae.experiment.opening import Run, Say, evaluated_vae, open_run
 from ppl_vae.experiment.outputs import drop_record, output_folder, removed_if_empty, write_arrays, write_figure
 from ppl_vae.missing import Imputation, Observed, impute
 from ppl_vae.options import SIDES
@@ -85,7 +85,7 @@ def impute_images(
     """
     run = open_run(run_dir, dataset=dataset, data_dir=data_dir)
     place = build.device(device)
-    vae = build.load(run.folder).to(place)
+    vae = evaluated_vae(run).to(place)
     given = _holed(images_of(run, images_path, most=images, seed=seed), mask, hide)
     folder = output_folder(output, run.folder / "imputations")
     with removed_if_empty(folder):
@@ -275,7 +275,7 @@ def _in_words(summary: dict[str, Any]) -> list[str]:
         lines.append(
             f"  Without an observed pixel: {summary['empty_images']:,}, imputed by draws of the model, with log p of 0."
         )
-    density = "" if summary["measure"] == "mass" else "; a density: never comparable with a mass"
+    density = "" if summary["scale"].startswith("mass") else f"; a {summary['scale']}: never comparable with a mass"
     lines.append(
         f"log p(x_observed) {plus_minus(summary['log_likelihood_observed'])} nats an image: the bound L_{S}, in "
         f"expectation below it{density}"

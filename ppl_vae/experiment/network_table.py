@@ -77,7 +77,9 @@ def _check_same(folder: Path, asked: Options) -> None:
     if asked.dataset not in data.DATASETS:
         asked = replace(asked, dataset=str(Path(asked.dataset).resolve()))
     planned = ("epochs", "data_dir")  # the one from a measured time, the other safe to differ: SHA-256 decides
-    resolved = [name for name in ("warmup_epochs", "binarization", "hidden") if getattr(asked, name) is None]
+    resolved = [
+        name for name in ("warmup_epochs", "binarization", "dequantization", "hidden") if getattr(asked, name) is None
+    ]
     resolved += ["compile"] if asked.compile == "auto" else []
     names = asdict(stored).keys() - {*planned, *resolved}
     differ = sorted(name for name in names if getattr(stored, name) != getattr(asked, name))
@@ -97,14 +99,13 @@ def seconds_an_epoch(options: Options) -> float:
     compile = options.compile == "on"
     splits = build.splits(options)
     options = build.resolve(options, splits)
-    assert options.binarization is not None
     build.check_support(options, splits)
-    stored, observe = data.training_images(splits, options.binarization)
+    stored, observe = data.training_images(splits, build.pixels(options, splits))
     some = stored[: _CALIBRATION_STEPS * options.batch_size]
     share = len(some) / len(stored)
     validation = None
     if len(splits.validation):
-        validation = data.evaluation_images(splits, "validation", options.binarization)
+        validation = data.evaluation_images(splits, "validation", build.pixels(options, splits))
         validation = validation[: max(1, round(share * len(validation)))]
     with torch.random.fork_rng(devices=[]):
         vae = build.vae(options, splits.event_shape).to(build.device(options.device))

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ppl_vae import build, data, runs
+from ppl_vae.dequantization import dequantized
 from ppl_vae.options import Options
+from ppl_vae.vae import VAE
 
 Say = Callable[[str], None]
 
@@ -26,6 +28,38 @@ class Run(NamedTuple):
         """The word, as it was resolved when the run began."""
         assert self.options.binarization is not None
         return self.options.binarization
+
+    @property
+    def pixels(self) -> str:
+        """How training saw pixels, a word of ``data.PIXELS``."""
+        return build.pixels(self.options, self.splits)
+
+    @property
+    def evaluated_pixels(self) -> str:
+        """How ``evaluated_vae`` sees pixels, a word of ``data.PIXELS``."""
+        return build.evaluated_pixels(self.options, self.splits)
+
+    @property
+    def scale(self) -> str:
+        """What its nats are of, in words."""
+        return build.scale(self.options, self.splits)
+
+
+def evaluated_vae(run: Run, *, num_draws: int | None = None) -> VAE:
+    """The trained VAE as it is evaluated and shown, on the CPU, in evaluation mode.
+
+    A density that was trained on dequantized levels is that of the levels' mass (``dequantization.dequantized``), with
+    ``num_draws`` draws a pixel, the run's own number by default; every other is ``build.load``'s.
+    """
+    vae, M = build.load(run.folder), draws_of(run, num_draws)
+    return vae if M is None else dequantized(vae, num_draws=M)
+
+
+def draws_of(run: Run, num_draws: int | None = None) -> int | None:
+    """M, the draws of u a pixel behind its numbers; None where nothing is dequantized."""
+    if run.pixels != "dequantized":
+        return None
+    return num_draws or run.options.dequantization_draws
 
 
 def open_run(run_dir: str, *, dataset: str | None = None, data_dir: str | None = None, like: Run | None = None) -> Run:

@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ppl_vae import build
-from ppl_vae.evidence import particles_a_pass, seeded
+from ppl_vae.evidence import numbers_a_pixel, particles_a_pass, seeded
 from ppl_vae.experiment.display import display_of
 from ppl_vae.experiment.figures import samples_figure
-from ppl_vae.experiment.opening import Say, open_run
+from ppl_vae.experiment.opening import Say, evaluated_vae, open_run
 from ppl_vae.experiment.outputs import output_folder, removed_if_empty, write_arrays, write_figure, write_picture
 from ppl_vae.vae import VAE
 
@@ -41,7 +41,8 @@ def sample(vae: VAE, num_samples: int) -> Samples:
     z = vae.prior().expand((num_samples,)).sample()
     one = vae.likelihood(z[:1]).mean
     samples = Samples(z, *(one.new_empty((num_samples, *one.shape[1:])) for _ in range(2)))
-    for part, mean, images in zip(*(values.split(particles_a_pass(one)) for values in samples), strict=True):
+    chunk = particles_a_pass(one, numbers_a_pixel(vae))
+    for part, mean, images in zip(*(values.split(chunk) for values in samples), strict=True):
         decoded = vae.likelihood(part)
         mean.copy_(decoded.mean)
         images.copy_(decoded.sample())
@@ -81,7 +82,7 @@ def sample_run(
     """
     run = open_run(run_dir, dataset=dataset, data_dir=data_dir)
     place = build.device(device)
-    vae = build.load(run.folder).to(place)
+    vae = evaluated_vae(run).to(place)
     folder = output_folder(output, run.folder / "samples")
     with removed_if_empty(folder), seeded(seed, place):
         samples = Samples(*(values.cpu() for values in sample(vae, num_samples)))

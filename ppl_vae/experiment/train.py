@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import warnings
 from collections.abc import Iterator
@@ -127,8 +128,8 @@ def _go_on(run: Run, *, say: Say, compile_if_possible: bool = False) -> None:
 def _train(run: Run, *, say: Say, compile_if_possible: bool) -> None:
     folder, options, splits = run.folder, run.options, run.splits
     device = build.device(options.device)
-    stored, observe = data.training_images(splits, run.binarization)
-    validation = data.evaluation_images(splits, "validation", run.binarization) if len(splits.validation) else None
+    stored, observe = data.training_images(splits, run.pixels)
+    validation = data.evaluation_images(splits, "validation", run.pixels) if len(splits.validation) else None
     pyro.set_rng_seed(options.seed)
     vae = build.vae(options, splits.event_shape)
     saved, step = None, _saved_step(run)
@@ -136,7 +137,7 @@ def _train(run: Run, *, say: Say, compile_if_possible: bool) -> None:
         saved = runs.load_tensors(folder / runs.TRAINING_STATE)
         say(f"Going on from step {step:,}.")
     else:
-        build.start_from_marginals(vae, data.expected_images(splits, run.binarization))
+        build.start_from_marginals(vae, data.expected_images(splits, run.pixels))
     vae.to(device)
     runs.cut_metrics(folder, step)
     speeds: list[float] = []
@@ -224,15 +225,22 @@ def _what_is_modelled(run: Run) -> list[str]:
         num_weights = sum(w.numel() for w in build.vae(options, splits.event_shape).parameters())
     lines = [
         f"network {options.network} ({num_weights:,} weights), latents {options.latent_dim}, "
-        f"binarization {options.binarization}, likelihood {options.likelihood} (a {likelihood.measure})"
+        f"binarization {options.binarization}, likelihood {options.likelihood}"
+        f"{', transform logit' * (options.transform == 'logit')} (a {likelihood.measure})"
     ]
     if len(splits.event_shape) == 3 and splits.event_shape[0] == 3 and run.binarization != "none":
         lines.append(
-            "Each color channel becomes 0 or 1 here, which is not how photos look; --likelihood normal takes colors "
-            "as they are."
+            "Each color channel becomes 0 or 1 here, which is not how photos look; --likelihood "
+            "discretized-logistic-mixture takes colors as they are."
         )
-    if likelihood.measure == "density" and splits.kind in (data.LEVELS, data.BINARY):
-        pixels = "levels / 255" if splits.kind == data.LEVELS else "zeros and ones"
+    if run.pixels == "dequantized":
+        constant = math.prod(splits.event_shape) * math.log(256)
+        lines.append(
+            "Pixels are (level + u) / 256, u uniform and drawn anew at every access. Training and validation are of "
+            f"that density; {constant:,.1f} nats (D log 256) less, and it bounds the levels' mass, which is evaluated."
+        )
+    elif likelihood.measure == "density" and splits.kind in (data.LEVELS, data.BINARY, data.COUNTS):
+        pixels = {data.LEVELS: "levels / 255", data.BINARY: "zeros and ones", data.COUNTS: "counts"}[splits.kind]
         lines.append(
             f"Pixels are {pixels} here: a density of values on a grid has no upper bound, and its nats compare only "
             "with densities of the same pixels."

@@ -1,0 +1,170 @@
+"""What a model sees of the stored images: binarized, as levels, dequantized, or as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ppl_vae.data.splits import BINARY, COUNTS, LEVELS, PUBLISHED_SEED, REAL, Splits
+from ppl_vae.options import BINARIZATIONS, SPLITS
+
+# How pixels are seen: binarized by one of these words; as they are, levels as level / 255 ("none"); as levels from 0 to
+# 255; or as (level + u) / 256.
+PIXELS = (*BINARIZATIONS, "levels", "dequantized")
+
+_TAKEN_AS_THEY_ARE = {BINARY: "binary data", REAL: "real values", COUNTS: "counts"}
+_CHUNK = 1000  # images whose entropy is taken at once, for their memory in float64
+
+
+def resolve_binarization(splits: Splits, binarization: str | None, *, default: str = "dynamic") -> str:
+    """The binarization by its word; None is "none" for binary data and real values, and else ``default``.
+
+    Raises:
+        ValueError: a binarization of binary data or of real values, which are taken as they are.
+    """
+    if splits.kind in _TAKEN_AS_THEY_ARE:
+        if binarization not in (None, "none"):
+            what = _TAKEN_AS_THEY_ARE[splits.kind]
+            raise ValueError(f"binarization: expected none for {what} ({splits.name}), got {binarization}")
+        return "none"
+    return binarization or default
+
+
+def as_floats(values: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """The stored values themselves."""
+    return values.float()
+
+
+def as_fractions(values: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """8-bit levels / 255."""
+    return values.float() / 255
+
+
+def bernoulli_draw(values: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """x_d ~ Bernoulli(p_d), p = level / 255 or the stored probability: (B, *E) -> (B, *E) in {0, 1}, drawn anew.
+
+    Without a generator of its own the noise is torch's global one's.
+    """
+    uniform = torch.rand(values.shape, generator=generator, device=values.device)
+    return (uniform.mul_(255) < values if values.dtype == torch.uint8 else uniform < values).float()
+
+
+# In single precision (255 + u) / 256 rounds to 1, and u to 0, a few times an epoch of 28 x 28 images. What comes of the
+# generator next to them is 2^-32 and 1 - 2^-24.
+_LEAST, _MOST = 2.0**-33, 1 - 2.0**-24
+
+
+def inside_unit_interval(x: Tensor) -> Tensor:
+    """x strictly between 0 and 1: what rounding brought to an end goes to the nearest number that is inside."""
+    return x.clamp(_LEAST, _MOST)
+
+
+def uniform_dequantization(values: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """x = (level + u) / 256, u ~ Uniform(0, 1) for each pixel, drawn anew: (B, *E) levels -> strictly inside (0, 1).
+
+    For a density p of x, P(level) = int_0^1 p((level + u) / 256) du / 256^D is a mass of the levels.
+
+    Reference: Theis et al. 2016, arXiv 1511.01844, section 3.1.
+    """
+    u = torch.rand(values.shape, generator=generator, device=values.device)
+    return inside_unit_interval((values.float() + u) / 256)
+
+
+def training_images(splits: Splits, pixels: str) -> tuple[Tensor, Callable[..., Tensor]]:
+    """The stored training set (N, *E), and how a batch of it becomes what the model sees, at every access.
+
+    Args:
+        pixels: a word of ``PIXELS``.
+    """
+    _check_pixels(splits, pixels)
+    if pixels in ("none", "levels") or splits.kind in _TAKEN_AS_THEY_ARE:
+        return splits.train, as_fractions if splits.kind == LEVELS and pixels == "none" else as_floats
+    if pixels == "dequantized":
+        return splits.train, uniform_dequantization
+    if pixels == "dynamic":
+        return splits.train, bernoulli_draw
+    return evaluation_images(splits, "train", pixels).to(torch.uint8), as_floats
+
+
+def _check_pixels(splits: Splits, pixels: str) -> None:
+    if pixels not in PIXELS:
+        raise ValueError(f"pixels: expected one of {', '.join(PIXELS)}, got {pixels!r}")
+    if pixels in ("levels", "dequantized") and splits.kind != LEVELS:
+        raise ValueError(f"pixels: expected {LEVELS} for {pixels!r}, got {splits.kind} ({splits.name})")
+
+
+def expected_images(splits: Splits, pixels: str) -> Tensor:
+    """(N, *E) what the training images' marginals are fitted to.
+
+    The mean over what "dynamic" draws of each image; for every other word the images themselves, "dequantized" by one
+    draw of u.
+    """
+    return probabilities(splits, "train") if pixels == "dynamic" else evaluation_images(splits, "train", pixels)
+
+
+def evaluation_images(splits: Splits, split: str, pixels: str, *, seed: int = 0) -> Tensor:
+    """A split as it is evaluated: (N, *E) float32, the same at every call.
+
+    "dynamic" and "fixed" draw it once, as in the protocol of Tomczak and Welling (2018, arXiv 1705.07120; their code):
+    after seeding numpy's legacy generator with 777, one binomial draw over the validation images, then one over test;
+    a draw over train follows. "threshold" is p >= 0.5. "none" takes the values as they are: levels become level / 255.
+    "levels" are 0 to 255; "dequantized" is one draw of (level + u) / 256, u a constant's for each split.
+    Under the protocol of Burda et al. (2015, arXiv 1509.00519), "dynamic" draws the split anew for each ``seed``,
+    which nothing else depends on.
+
+    Raises:
+        ValueError: an unknown word, or a split without images.
+    """
+    _check_pixels(splits, pixels)
+    if split not in SPLITS:
+        raise ValueError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
+    if not len(getattr(splits, split)):
+        raise ValueError(f"{splits.name}: has no {split} images under the {splits.protocol} protocol")
+    if pixels == "levels":
+        return as_floats(getattr(splits, split))
+    if pixels == "dequantized":
+        generator = torch.Generator().manual_seed(PUBLISHED_SEED + SPLITS.index(split))
+        return uniform_dequantization(getattr(splits, split), generator)
+    if is_drawn(splits, pixels):
+        if splits.protocol == "iwae" and pixels == "dynamic":
+            return binomial_draw(np.random.RandomState(seed), probabilities(splits, split))
+        stream = np.random.RandomState(PUBLISHED_SEED)  # the published generator
+        for name in ("validation", "test", "train"):
+            drawn = binomial_draw(stream, probabilities(splits, name))
+            if name == split:
+                return drawn
+    values = probabilities(splits, split)
+    return (values >= 0.5).float() if pixels == "threshold" else values
+
+
+def is_drawn(splits: Splits, pixels: str) -> bool:
+    """Whether what the model sees is a random draw of zeros and ones."""
+    return pixels in ("dynamic", "fixed") and splits.kind not in _TAKEN_AS_THEY_ARE
+
+
+def binomial_draw(stream: np.random.RandomState, rates: Tensor) -> Tensor:
+    """x_d ~ Bernoulli(p_d) by numpy's legacy generator, as published: (N, *E) float32."""
+    return torch.from_numpy(stream.binomial(1, rates.numpy())).float()
+
+
+def probabilities(splits: Splits, split: str) -> Tensor:
+    """A split as the probability that a pixel is white: levels / 255, the others as they are. (N, *E) float32."""
+    values = getattr(splits, split).float()
+    return values / 255 if splits.kind == LEVELS else values
+
+
+def binarization_entropy(splits: Splits, split: str, pixels: str) -> Tensor | None:
+    """H = -sum_d [p_d log p_d + (1 - p_d) log(1 - p_d)]: (N,) nats, float64; None where nothing is drawn.
+
+    The entropy of the draw that made the evaluated images. Over such draws of an image, the mean of any model's
+    log p(x) is at most -H (Gibbs' inequality).
+    """
+    if not is_drawn(splits, pixels):
+        return None
+    stored = getattr(splits, split)
+    scale = 255 if splits.kind == LEVELS else 1
+    rates = (chunk.double().flatten(1) / scale for chunk in stored.split(_CHUNK))
+    return torch.cat([(torch.special.entr(p) + torch.special.entr(1 - p)).sum(1) for p in rates])

@@ -1,0 +1,318 @@
+"""What each likelihood asks of the data, how the data obeys, on what scale the nats are, and what is refused."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from small_run import SMALL, train_small
+from torch.testing import assert_close
+
+from ppl_vae import build, data, experiment, runs
+from ppl_vae.experiment.evaluation import describe_evaluation
+from ppl_vae.experiment.opening import evaluated_vae, open_run
+from ppl_vae.options import LIKELIHOODS, Options
+
+GENERATOR = np.random.default_rng(0)
+ARRAYS = {
+    data.BINARY: GENERATOR.integers(0, 2, (60, 4, 4)).astype(np.uint8),
+    data.LEVELS: GENERATOR.integers(0, 256, (60, 4, 4)).astype(np.uint8),
+    data.PROBABILITIES: GENERATOR.uniform(0.01, 0.99, (60, 4, 4)),
+    data.REAL: GENERATOR.normal(size=(60, 4, 4)),
+    data.COUNTS: GENERATOR.poisson(3, (60, 4, 4)),
+}
+
+# How the model sees each kind of data under a likelihood that asks for this, and the scale of its nats.
+SEEN = {
+    ("bernoulli", data.BINARY): ("none", "none", "mass of binary pixels"),
+    ("bernoulli", data.LEVELS): ("dynamic", "dynamic", "mass of binary pixels"),
+    ("bernoulli", data.PROBABILITIES): ("dynamic", "dynamic", "mass of binary pixels"),
+    ("discretized-logistic", data.LEVELS): ("levels", "levels", "mass of 8-bit levels"),
+    ("beta", data.LEVELS): ("dequantized", "levels", "mass of 8-bit levels"),
+    ("beta", data.PROBABILITIES): ("none", "none", "density of probabilities"),
+    ("normal", data.LEVELS): ("dequantized", "levels", "mass of 8-bit levels"),
+    ("normal", data.BINARY): ("none", "none", "density of binary pixels"),
+    ("normal", data.PROBABILITIES): ("none", "none", "density of probabilities"),
+    ("normal", data.REAL): ("none", "none", "density of real values"),
+    ("normal", data.COUNTS): ("none", "none", "density of counts"),
+    ("poisson", data.LEVELS): ("levels", "levels", "mass of 8-bit levels"),
+    ("poisson", data.COUNTS): ("none", "none", "mass of counts"),
+}
+
+# What is refused, and what the line says.
+REFUSED = {
+    ("bernoulli", data.REAL): "expected pixels that are 0 or 1, got real values in train; --likelihood normal takes",
+    ("bernoulli", data.COUNTS): "expected pixels that are 0 or 1, got counts in train; --likelihood negative-binomial",
+    ("categorical", data.BINARY): "expected 8-bit levels .*, got binary; --likelihood bernoulli takes them",
+    ("binomial", data.COUNTS): "expected 8-bit levels .*, got counts",
+    ("discretized-logistic", data.PROBABILITIES): "expected 8-bit levels .*, got probabilities",
+    ("discretized-logistic-mixture", data.REAL): "expected 8-bit levels .*, got real values; --likelihood normal",
+    ("beta", data.BINARY): "expected values between 0 and 1, got zeros and ones, which no density is of",
+    ("continuous-bernoulli", data.REAL): "expected pixels that are .*, got real values in train",
+    ("logit-normal", data.COUNTS): "expected pixels that are .*, got counts in train",
+    ("poisson", data.REAL): "expected pixels that are .*, got real values in train",
+}
+
+
+def read(tmp_path: Path, kind: str) -> tuple[str, data.Splits]:
+    path = tmp_path / "own.npy"
+    np.save(path, ARRAYS[kind])
+    splits = data.load(str(path))
+    assert splits.kind == kind
+    return str(path), splits
+
+
+def resolved(tmp_path: Path, kind: str, **options: object) -> tuple[Options, data.Splits]:
+    path, splits = read(tmp_path, kind)
+    return build.resolve(replace(SMALL, dataset=path, **options), splits), splits
+
+
+@pytest.mark.parametrize(("likelihood", "kind"), SEEN)
+def test_pixels_are_brought_to_what_the_likelihood_asks_for(tmp_path, likelihood, kind):
+    options, splits = resolved(tmp_path, kind, likelihood=likelihood)
+    build.check_support(options, splits)
+    found = build.pixels(options, splits), build.evaluated_pixels(options, splits), build.scale(options, splits)
+    assert found == SEEN[likelihood, kind]
+
+
+@pytest.mark.parametrize(("likelihood", "kind"), REFUSED)
+def test_data_off_the_support_is_refused_before_anything_is_written(tmp_path, likelihood, kind):
+    path, _ = read(tmp_path, kind)
+    with pytest.raises(ValueError, match=rf"--likelihood {likelihood}: {REFUSED[likelihood, kind]}"):
+        train_small(tmp_path / "run", replace(SMALL, dataset=path, likelihood=likelihood))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("likelihood", [word for word in LIKELIHOODS if word != "bernoulli"])
+def test_binarized_pixels_are_refused_by_all_that_ask_for_others(tmp_path, likelihood):
+    options, splits = resolved(tmp_path, data.LEVELS, likelihood=likelihood, binarization="dynamic")
+    with pytest.raises(ValueError, match=rf"--likelihood {likelihood}: expected --binarization none, got dynamic"):
+        build.check_support(options, splits)
+
+
+@pytest.mark.parametrize("likelihood", ["bernoulli", "categorical", "poisson"])
+def test_a_mass_is_not_dequantized(tmp_path, likelihood):
+    with pytest.raises(ValueError, match=r"--dequantization: expected none for a mass of .*, got uniform"):
+        resolved(tmp_path, data.LEVELS, likelihood=likelihood, dequantization="uniform")
+
+
+def test_real_values_are_not_dequantized(tmp_path):
+    with pytest.raises(ValueError, match=r"--dequantization: expected none for a density of real values, got"):
+        resolved(tmp_path, data.REAL, likelihood="normal", dequantization="uniform")
+
+
+def test_levels_without_dequantization_are_on_a_scale_of_their_own(tmp_path):
+    options, splits = resolved(tmp_path, data.LEVELS, likelihood="normal", dequantization="none")
+    assert (build.pixels(options, splits), build.scale(options, splits)) == ("none", "density of level / 255")
+
+
+# --- The logit transform ---
+
+
+@pytest.mark.parametrize("likelihood", ["bernoulli", "beta", "categorical", "poisson"])
+def test_a_transform_is_refused_by_all_but_densities_of_real_numbers(tmp_path, likelihood):
+    with pytest.raises(ValueError, match=r"--transform logit: expected a density of real numbers, got --likelihood"):
+        resolved(tmp_path, data.LEVELS, likelihood=likelihood, transform="logit")
+
+
+def test_a_transformed_density_refuses_pixels_beyond_the_unit_interval(tmp_path):
+    path, _ = read(tmp_path, data.REAL)
+    with pytest.raises(ValueError, match=r"--likelihood normal: expected pixels that are .*, got real values"):
+        train_small(tmp_path / "run", replace(SMALL, dataset=path, likelihood="normal", transform="logit"))
+
+
+def test_the_jacobian_of_the_logit_is_counted():
+    """log p(x) = log Normal(logit x) - log x - log(1 - x), for each pixel."""
+    torch.manual_seed(0)
+    plain = build.likelihood(Options(likelihood="normal"), (5,)).double()
+    logit = build.likelihood(Options(likelihood="normal", transform="logit"), (5,)).double()
+    h, x = torch.randn(7, 5).double(), torch.rand(7, 5).double()
+    expected = plain(h).log_prob(x.logit()) - (x.log() + (1 - x).log()).sum(-1)
+    assert_close(logit(h).log_prob(x), expected)
+
+
+# --- What the model is given ---
+
+
+@pytest.fixture
+def levels(tmp_path):
+    return read(tmp_path, data.LEVELS)[1]
+
+
+def test_levels_are_given_as_they_are(levels):
+    stored, observe = data.training_images(levels, "levels")
+    assert torch.equal(observe(stored), levels.train.float())
+    assert torch.equal(data.evaluation_images(levels, "test", "levels"), levels.test.float())
+    assert torch.equal(data.expected_images(levels, "levels"), levels.train.float())
+
+
+def test_dequantized_pixels_are_drawn_anew_and_stay_in_their_level(levels):
+    stored, observe = data.training_images(levels, "dequantized")
+    first, second = observe(stored), observe(stored)
+    assert not torch.equal(first, second)
+    assert torch.equal((256 * first).floor(), levels.train.float())
+
+
+def test_dequantized_pixels_of_an_evaluation_are_the_same_at_every_call(levels):
+    first = data.evaluation_images(levels, "validation", "dequantized")
+    torch.manual_seed(1)
+    assert torch.equal(first, data.evaluation_images(levels, "validation", "dequantized"))
+    assert torch.equal((256 * first).floor(), levels.validation.float())
+
+
+def test_the_splits_are_dequantized_by_other_noise(levels):
+    same = replace(levels, validation=levels.test)
+    noise = [256 * data.evaluation_images(same, split, "dequantized") % 1 for split in ("validation", "test")]
+    assert not torch.allclose(*noise)
+
+
+@pytest.mark.parametrize("pixels", ["levels", "dequantized"])
+def test_only_8_bit_data_has_levels(tmp_path, pixels):
+    splits = read(tmp_path, data.REAL)[1]
+    with pytest.raises(ValueError, match=rf"pixels: expected 8-bit levels for '{pixels}', got real values"):
+        data.evaluation_images(splits, "test", pixels)
+
+
+def test_an_unknown_word_is_refused(levels):
+    with pytest.raises(ValueError, match=r"pixels: expected one of .*, got 'soft'"):
+        data.training_images(levels, "soft")
+
+
+def test_own_images_become_levels(tmp_path, levels):
+    path = tmp_path / "more.npy"
+    np.save(path, ARRAYS[data.LEVELS][:5] / 255)
+    found = data.own_images(str(path), levels, "levels").x
+    assert torch.equal(found[:, 0], torch.from_numpy(ARRAYS[data.LEVELS][:5]).float())
+
+
+def test_own_images_with_holes_become_levels_with_holes(tmp_path, levels):
+    values = ARRAYS[data.LEVELS][:5] / 255
+    values[0, 0] = np.nan
+    np.save(tmp_path / "more.npy", values)
+    found = data.own_images(str(tmp_path / "more.npy"), levels, "levels").x
+    assert torch.equal(found.isnan()[:, 0], torch.from_numpy(np.isnan(values)))
+
+
+def test_own_images_between_the_levels_are_refused(tmp_path, levels):
+    np.save(tmp_path / "more.npy", np.full((5, 4, 4), 0.5))
+    with pytest.raises(ValueError, match=r"expected uint8 levels, or level / 255, got fractions between the levels"):
+        data.own_images(str(tmp_path / "more.npy"), levels, "levels")
+
+
+# --- Whole runs on 8-bit levels ---
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """A run of a mass and one of a density, on the same levels."""
+    folder = tmp_path_factory.mktemp("levels")
+    np.save(folder / "own.npy", ARRAYS[data.LEVELS])
+    words = ("discretized-logistic", "normal")
+    asked = {word: replace(SMALL, dataset=str(folder / "own.npy"), likelihood=word) for word in words}
+    return {word: train_small(folder / word, options) for word, options in asked.items()}
+
+
+def entry_of(folder: Path) -> dict:
+    return runs.read_evaluations(folder)["test"]
+
+
+@pytest.mark.parametrize("word", ["discretized-logistic", "normal"])
+def test_bits_per_dimension_are_the_nats_of_the_levels(two, word):
+    entry = entry_of(two[word])
+    assert entry["scale"] == "mass of 8-bit levels"
+    expected = {
+        key: sign * entry["log_likelihood"][key] / (16 * math.log(2)) for key, sign in (("mean", -1), ("stderr", 1))
+    }
+    assert entry["bits_per_dim"] == pytest.approx(expected)
+
+
+def test_an_entry_says_by_how_many_draws_a_density_is_bounded(two):
+    assert entry_of(two["normal"])["dequantization_draws"] == 16
+    assert entry_of(two["discretized-logistic"])["dequantization_draws"] is None
+
+
+def test_a_mass_and_a_bound_of_the_same_levels_compare(two, tmp_path):
+    entry = experiment.compare_runs(
+        [str(folder) for folder in two.values()],
+        split="test",
+        num_particles=20,
+        images=None,
+        device="cpu",
+        seed=0,
+        output=str(tmp_path / "out"),
+        say=lambda line: None,
+    )
+    assert entry["scale"] == "mass of 8-bit levels"
+    assert [run["dequantization_draws"] for run in entry["runs"]] == [None, 16]
+    assert not entry["comparisons"][0]["same_noise"]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"likelihood": "bernoulli"}, {"likelihood": "normal", "dequantization": "none"}],
+    ids=["binary", "density"],
+)
+def test_other_scales_are_refused_in_words(two, tmp_path, other):
+    folder = two["normal"]
+    options = replace(SMALL, dataset=str(folder.parent / "own.npy"), epochs=1, **other)
+    run = train_small(tmp_path / "other", options)
+    with pytest.raises(ValueError, match=r"expected one for all runs, got .* in .* and .* in"):
+        experiment.compare_runs(
+            [str(folder), str(run)],
+            split="test",
+            num_particles=2,
+            images=None,
+            device="cpu",
+            seed=0,
+            output=str(tmp_path / "out"),
+            say=lambda line: None,
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_more_draws_are_asked_for_by_name(two, tmp_path):
+    entry = experiment.evaluate_run(
+        str(two["normal"]),
+        split="validation",
+        num_particles=10,
+        images=None,
+        device="cpu",
+        seed=0,
+        dequantization_draws=3,
+        say=lambda line: None,
+    )
+    assert entry["dequantization_draws"] == 3
+
+
+def test_the_words_of_an_evaluation_say_mass_or_bound(two):
+    said = {word: "\n".join(describe_evaluation(entry_of(folder))) for word, folder in two.items()}
+    assert "bound on the mass of 8-bit levels (uniform dequantization, M = 16 draws a pixel)" in said["normal"]
+    assert "at most" in said["normal"]
+    assert "mass of 8-bit levels" in said["discretized-logistic"]
+    assert "at most" not in said["discretized-logistic"]
+
+
+def test_a_run_is_evaluated_as_a_model_of_levels(two):
+    run = open_run(str(two["normal"]))
+    vae = evaluated_vae(run)
+    x = data.evaluation_images(run.splits, "test", run.evaluated_pixels)
+    torch.manual_seed(0)
+    drawn = vae.likelihood(vae.posterior(x).sample()).sample()
+    assert torch.equal(drawn, drawn.round())
+    assert drawn.min() >= 0
+    assert drawn.max() <= 255
+
+
+def test_an_optimal_scale_is_fitted_while_it_trains_and_left_alone_by_an_evaluation(tmp_path):
+    path, _ = read(tmp_path, data.REAL)
+    folder = train_small(tmp_path / "run", replace(SMALL, dataset=path, likelihood="normal-optimal", batch_size=2))
+    before = build.load(folder).likelihood.family.log_scale.clone()
+    assert before != 0
+    experiment.evaluate_run(
+        str(folder), split="test", num_particles=5, images=None, device="cpu", seed=0, say=lambda line: None
+    )
+    assert torch.equal(before, build.load(folder).likelihood.family.log_scale)

@@ -1,5 +1,6 @@
 """Figures: arrays in, a matplotlib Figure out. Runs no model, saves nothing."""
 
+from ppl_vae.plots.calibration import PixelHistogram, pixel_calibration
 from ppl_vae.plots.comparison import PairShown, paired_bounds
 from ppl_vae.plots.images import image_grids, image_plane, image_rows
 from ppl_vae.plots.latents import latent_line, latent_plane
@@ -8,6 +9,7 @@ from ppl_vae.plots.training import training_curves
 
 __all__ = [
     "PairShown",
+    "PixelHistogram",
     "bound_by_particles",
     "image_grids",
     "image_plane",
@@ -16,5 +18,6 @@ __all__ = [
     "latent_plane",
     "likelihood_histogram",
     "paired_bounds",
+    "pixel_calibration",
     "training_curves",
 ]

@@ -1,0 +1,29 @@
+"""A run of a table: the one that is asked for, or refused."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+from ppl_vae import build, data
+from ppl_vae.options import Options
+
+
+def check_same(folder: Path, asked: Options, splits: data.Splits, *, free: frozenset[str] = frozenset()) -> None:
+    """A run that is taken as it is must be what is asked for, in every option but those that are free.
+
+    Where the data lies is always free, since its SHA-256 decides, and so is whether it was compiled, where that was
+    left to the program.
+
+    Raises:
+        ValueError: a folder that is no run, or one with other options.
+    """
+    stored, _ = build.read_config(folder)
+    resolved = build.resolve(asked, splits)
+    free |= {"data_dir"} | ({"compile"} if asked.compile == "auto" else set())
+    differ = sorted(name for name in asdict(stored) if getattr(stored, name) != getattr(resolved, name))
+    if set(differ) - free:
+        raise ValueError(
+            f"{folder}: expected a run with the options that are asked for, got others in "
+            f"{', '.join(name for name in differ if name not in free)}; name another --run-dir"
+        )

@@ -1,0 +1,347 @@
+"""The table of likelihoods: what it says is what its runs hold, on one scale; interrupted, it goes on."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy import stats
+from small_run import SMALL, bars
+
+from ppl_vae import build, experiment, options, plots, runs
+from ppl_vae.evidence import NotFinite
+from ppl_vae.experiment import likelihood_table
+
+WORDS = ("binomial", "normal", "beta")
+PIXELS = 64
+
+
+@pytest.fixture(scope="module")
+def levels(tmp_path_factory):
+    """8-bit images: bars of 200 on a ground of 20, each pixel a few levels off."""
+    path = tmp_path_factory.mktemp("data") / "levels.npz"
+    noise = np.random.default_rng(5)
+    arrays = {}
+    for seed, (split, count) in enumerate((("train", 100), ("valid", 20), ("test", 40))):
+        images, _ = bars(count, seed=seed)
+        arrays[split] = (20 + 180 * images + noise.integers(0, 20, images.shape)).astype(np.uint8)
+    np.savez(path, **arrays)
+    return replace(SMALL, dataset=str(path), dequantization_draws=4)
+
+
+def compare(asked, folder, words=WORDS):
+    said = []
+    rows = experiment.compare_likelihoods(
+        words, asked, run_dir=str(folder / "runs"), output=str(folder / "results" / "table.json"), say=said.append
+    )
+    return rows, said
+
+
+@pytest.fixture(scope="module")
+def table(levels, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("table")
+    rows, said = compare(levels, folder)
+    return folder, rows, said
+
+
+def weights_of(folder):
+    return {path: path.read_bytes() for path in (folder / "runs").rglob("model.safetensors")}
+
+
+def measured(rows):
+    """What a run's row holds, but for its time: nothing that depends on the other rows."""
+    compared = ("seconds", "rank", "bound", "difference_nats", "difference_bits_per_dim", "ranks_log_likelihood")
+    return {row["likelihood"]: {key: row[key] for key in row.keys() - {*compared}} for row in rows}
+
+
+# --- What the table holds ---
+
+
+def test_each_row_is_what_its_run_holds(table):
+    folder, rows, _ = table
+    assert sorted(row["likelihood"] for row in rows) == sorted(WORDS)
+    for row in rows:
+        run = folder / "runs" / row["likelihood"]
+        entry = runs.read_evaluations(run)["test"]
+        for key in ("bits_per_dim", "log_likelihood", "elbo", "reconstruction", "kl", "floor", "scale"):
+            assert row[key] == entry[key]
+        assert row["weights"] == sum(w.numel() for w in build.load(run).state_dict().values())
+        assert row["epochs"] == len(runs.read_metrics(run)) == 2
+        assert row["likelihood"] == runs.read_json(run / runs.CONFIG)["options"]["likelihood"]
+
+
+def test_bits_are_minus_nats_over_pixels_and_log_2(table):
+    for row in table[1]:
+        assert row["bits_per_dim"]["mean"] == pytest.approx(-row["log_likelihood"]["mean"] / (PIXELS * math.log(2)))
+        assert row["floor_bits_per_dim"] == pytest.approx(-row["floor"]["mean"] / (PIXELS * math.log(2)))
+
+
+def test_densities_are_bounds_and_masses_are_masses(table):
+    kinds = {row["likelihood"]: (row["kind"], row["dequantization_draws"]) for row in table[1]}
+    assert kinds == {"binomial": ("mass", None), "normal": ("bound", 4), "beta": ("bound", 4)}
+
+
+def test_the_best_row_is_the_first(table):
+    bits = [row["bits_per_dim"]["mean"] for row in table[1]]
+    assert bits == sorted(bits)
+    assert [row["rank"] for row in table[1]] == [1, 2, 3]
+
+
+def test_differences_from_the_best_are_paired_on_the_same_images(table):
+    folder, rows, _ = table
+    nats = {
+        word: runs.load_tensors(folder / "runs" / word / runs.per_image("test"))[0]["log_evidence"].numpy()
+        for word in WORDS
+    }
+    for row in rows[1:]:
+        bits = (nats[rows[0]["likelihood"]] - nats[row["likelihood"]]) / (PIXELS * math.log(2))
+        found = row["difference_bits_per_dim"]
+        assert found["mean"] == pytest.approx(bits.mean())
+        assert found["stderr"] == pytest.approx(bits.std(ddof=1) / math.sqrt(len(bits)))
+        assert found["interval"][0] < found["mean"] < found["interval"][1]
+        assert row["difference_nats"]["mean"] == pytest.approx(-bits.mean() * PIXELS * math.log(2))
+        assert row["bound"] == ("worse" if found["interval"][0] > 0 else "not distinguishable")
+
+
+def test_intervals_hold_for_all_rows_at_once(table):
+    """Student's at 1 - 0.05 / 2 each, as two rows are compared with the first."""
+    for row in table[1][1:]:
+        found = row["difference_bits_per_dim"]
+        half = stats.t.ppf(1 - 0.05 / 2 / 2, row["num_images"] - 1) * found["stderr"]
+        assert found["interval"] == pytest.approx([found["mean"] - half, found["mean"] + half])
+
+
+def test_the_table_is_written_and_said(table):
+    folder, rows, said = table
+    stored = json.loads((folder / "results" / "table.json").read_text())
+    assert stored["rows"] == json.loads(json.dumps(rows))
+    assert stored["scale"] == "mass of 8-bit levels"
+    assert "git_commit" in stored["environment"]
+    for row in rows:
+        line = next(line for line in said if line.startswith(f"{row['likelihood']} "))
+        assert f"{row['bits_per_dim']['mean']:.4f}" in line
+
+
+def test_it_says_that_a_bound_may_be_better_than_it_looks(table):
+    _, _, said = table
+    assert any(line.startswith("bound: ") and "M = 4" in line and "better than it looks" in line for line in said)
+
+
+def test_the_calibration_of_each_is_said_in_a_line(table):
+    _, rows, said = table
+    for row in rows:
+        share = 100 * row["calibration"]["above_90_percent_quantile"]["mean"]
+        assert any(line.startswith(f"{row['likelihood']}: {share:.1f} ±") and "10%" in line for line in said)
+
+
+@pytest.mark.parametrize("name", ["reconstructions.png", "samples.png", "calibration.png"])
+def test_figures_are_drawn(table, name):
+    picture = np.asarray(Image.open(table[0] / "runs" / runs.FIGURES / name).convert("L"))
+    assert picture.std() > 10
+
+
+# --- Going on ---
+
+
+def test_a_table_that_is_asked_for_again_takes_its_runs_as_they_are(table, levels, monkeypatch):
+    folder, rows, _ = table
+    before = weights_of(folder)
+    monkeypatch.setattr("ppl_vae.experiment.pixel_calibration.calibration", None)
+    again, said = compare(levels, folder)
+    assert again == rows
+    assert sum("is finished" in line for line in said) == len(WORDS)
+    assert weights_of(folder) == before
+
+
+def test_an_interrupted_table_goes_on_with_what_is_left(table, levels, tmp_path, monkeypatch):
+    """Killed before the second training: the first is not trained again, and rows are those of no interruption."""
+    trained = []
+    train = likelihood_table.train
+
+    def interrupted(asked, folder, *, say):
+        if len(trained) == 1:
+            raise KeyboardInterrupt
+        trained.append(asked.likelihood)
+        return train(asked, folder, say=say)
+
+    monkeypatch.setattr(likelihood_table, "train", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        compare(levels, tmp_path, WORDS[:2])
+    monkeypatch.undo()
+    assert trained == [WORDS[0]]
+    before = weights_of(tmp_path)
+    rows, _ = compare(levels, tmp_path, WORDS[:2])
+    assert before.items() <= weights_of(tmp_path).items()
+    assert measured(rows).items() <= measured(table[1]).items()
+
+
+def test_a_normal_does_not_expect_black_as_often_as_it_falls_below(tmp_path):
+    """Seven columns of eight are always black, and half of a normal around black lies below: cut, it would be black."""
+    table = np.zeros((60, 8), dtype=np.uint8)
+    table[:, 0] = np.random.default_rng(0).integers(0, 256, len(table))
+    np.save(tmp_path / "black.npy", table)
+    rows, _ = compare(replace(SMALL, dataset=str(tmp_path / "black.npy")), tmp_path, ("normal-fixed",))
+    assert rows[0]["calibration"]["below_10_percent_quantile"]["mean"] < 0.05
+
+
+def test_a_calibration_of_other_weights_is_measured_anew(table, levels, tmp_path):
+    folder, _, _ = table
+    run = experiment.likelihood_table.open_run(str(folder / "runs" / "binomial"))
+    path = run.folder / "calibration.json"
+    right = path.read_bytes()
+    path.write_text(json.dumps(json.loads(right) | {"step": 1, "verdict": "old"}))
+    assert likelihood_table.calibrate_run(run)["verdict"] != "old"
+    assert path.read_bytes() == right
+
+
+def test_a_likelihood_whose_training_meets_a_nan_is_left_out_and_told_of(levels, tmp_path, monkeypatch):
+    train = likelihood_table.train
+
+    def broken(asked, folder, *, say):
+        if asked.likelihood == "normal":
+            raise NotFinite("loss: expected a number, got NaN")
+        return train(asked, folder, say=say)
+
+    monkeypatch.setattr(likelihood_table, "train", broken)
+    rows, said = compare(levels, tmp_path, ("normal", "binomial"))
+    assert [row["likelihood"] for row in rows] == ["binomial"]
+    assert any(line.startswith("normal is left out: loss") for line in said)
+    assert "normal" in json.loads((tmp_path / "results" / "table.json").read_text())["failed"]
+
+
+# --- What is refused, before anything is written ---
+
+
+def refused(asked, folder, words, match):
+    with pytest.raises(ValueError, match=match):
+        compare(asked, folder, words)
+    assert not (folder / "runs").exists()
+    assert not (folder / "results").exists()
+
+
+def test_scales_are_never_mixed(levels, tmp_path):
+    match = "mass of 8-bit levels for binomial, normal; mass of binary pixels for bernoulli"
+    refused(levels, tmp_path, ("binomial", "bernoulli", "normal"), match)
+
+
+def test_a_likelihood_that_the_data_does_not_fit_is_found_before_any_training(levels, tmp_path):
+    np.save(tmp_path / "real.npy", np.random.default_rng(0).normal(size=(60, 5)))
+    asked = replace(levels, dataset=str(tmp_path / "real.npy"))
+    refused(asked, tmp_path, ("normal", "binomial"), "--likelihood binomial: expected 8-bit levels")
+
+
+def test_a_network_that_cannot_be_built_is_found_before_any_training(levels, tmp_path):
+    np.save(tmp_path / "table.npy", np.random.default_rng(0).integers(0, 200, (60, 5), dtype=np.uint8))
+    asked = replace(levels, dataset=str(tmp_path / "table.npy"), network="conv")
+    refused(asked, tmp_path, ("binomial", "normal"), r"expected images \(C, H, W\) for a convolutional network")
+
+
+@pytest.mark.parametrize(
+    ("words", "changes", "match"),
+    [
+        (("normal", "normal"), {}, "--likelihoods: expected each once, got normal normal"),
+        (("normal",), {"images": 1}, "--images: expected at least 2 test images"),
+        ((), {}, "--likelihoods: expected one that fits 8-bit levels"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(levels, tmp_path, words, changes, match):
+    refused(replace(levels, **changes), tmp_path, words, match)
+
+
+@pytest.mark.parametrize("name", ["images", "latent_dim", "evaluation_particles", "epochs", "seed"])
+def test_a_folder_with_other_options_is_refused(table, levels, name):
+    folder, _, _ = table
+    before = weights_of(folder)
+    with pytest.raises(ValueError, match=f"expected a run with the options that are asked for, got others in {name};"):
+        compare(replace(levels, **{name: 3}), folder)
+    assert weights_of(folder) == before
+
+
+def test_a_run_that_was_evaluated_otherwise_since_is_refused(table, levels, tmp_path):
+    folder, _, _ = table
+    run = folder / "runs" / "beta"
+    kept = {path: path.read_bytes() for path in (run / runs.EVALUATION, run / runs.per_image("test"))}
+    experiment.evaluate_run(
+        str(run), split="test", num_particles=20, images=None, device="cpu", seed=0, say=lambda line: None
+    )
+    try:
+        with pytest.raises(
+            ValueError, match="num_images 40 instead of 25, num_particles 20 instead of 10; evaluate_log"
+        ):
+            compare(levels, folder)
+    finally:
+        for path, content in kept.items():
+            path.write_bytes(content)
+
+
+# --- Which likelihoods ---
+
+
+def fitting(folder, array, **changes):
+    np.save(folder / "data.npy", array)
+    asked = replace(SMALL, dataset=str(folder / "data.npy"), **changes)
+    return likelihood_table.fitting_likelihoods(asked, build.splits(asked))
+
+
+def test_levels_are_compared_under_all_likelihoods_but_bernoulli(tmp_path):
+    found = fitting(tmp_path, np.random.default_rng(0).integers(0, 256, (60, 4, 4), dtype=np.uint8))
+    assert found == [word for word in options.LIKELIHOODS if word != "bernoulli"]
+
+
+def test_real_values_are_compared_under_densities_of_real_numbers(tmp_path):
+    found = fitting(tmp_path, np.random.default_rng(0).normal(size=(60, 5)))
+    assert found == [
+        word for word in options.LIKELIHOODS if word.startswith("normal") or word in ("laplace", "student-t")
+    ]
+
+
+def test_zeros_and_ones_are_compared_under_masses(tmp_path):
+    found = fitting(tmp_path, np.random.default_rng(0).integers(0, 2, (60, 4, 4), dtype=np.uint8))
+    assert "bernoulli" in found
+    assert "normal" not in found
+
+
+def test_real_values_are_ranked_in_nats(tmp_path):
+    np.save(tmp_path / "data.npy", np.random.default_rng(0).normal(size=(60, 5)))
+    rows, said = compare(replace(SMALL, dataset=str(tmp_path / "data.npy")), tmp_path, ("normal", "laplace"))
+    assert [row["kind"] for row in rows] == ["density", "density"]
+    assert all(row["bits_per_dim"] is None and row["difference_bits_per_dim"] is None for row in rows)
+    assert rows[1]["difference_nats"]["mean"] <= 0
+    assert not any(line.startswith("bound: ") for line in said)
+    assert not (tmp_path / "runs" / runs.FIGURES / "samples.png").exists()
+
+
+# --- The figure ---
+
+
+def test_each_model_has_a_histogram_of_its_shares():
+    shares = np.linspace(0.03, 0.07, 20)
+    drawn = {name: plots.PixelHistogram(shares, np.full(20, 0.001), "calibrated") for name in "abcde"}
+    figure = plots.pixel_calibration(drawn, title="Calibration")
+    panels = [axes for axes in figure.axes if axes.patches]
+    assert [axes.get_title().splitlines()[0] for axes in panels] == list("abcde")
+    for axes in panels:
+        assert [bar.get_height() for bar in axes.patches] == pytest.approx((20 * shares).tolist())
+
+
+def test_a_histogram_without_errors_is_drawn():
+    drawn = {"one image": plots.PixelHistogram(np.full(20, 0.05), np.full(20, np.nan), "calibrated")}
+    assert plots.pixel_calibration(drawn, title="Calibration").axes[0].patches
+
+
+def test_samples_of_all_models_are_from_the_same_latents(table):
+    folder, _, _ = table
+    drawn = []
+    for word in ("binomial", "normal"):
+        vae = likelihood_table.evaluated_vae(likelihood_table.open_run(str(folder / "runs" / word)))
+        seen = []
+        vae.likelihood.register_forward_pre_hook(lambda module, inputs, seen=seen: seen.append(inputs[0]))
+        with torch.no_grad():
+            likelihood_table._sampled(vae)
+        drawn.append(seen[0])
+    assert torch.equal(*drawn)

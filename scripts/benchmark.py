@@ -3,6 +3,7 @@
 Of training, one step is from a batch of resident data to new weights. Contestants take turns of about 0.3 s, round by
 round, after each has warmed up (compilation is not in the times, but in those of the first step) and shown that it
 computes the same loss. Of evaluation, the time is that of log p(x) of all images, with its errors, without compilation.
+Of likelihoods, it is ppl_vae's own step, compiled and not, of the default network under each of them.
 The start is a process of its own: from nothing to the end of its first compiled training step, twice. Compilers begin
 with an empty cache (but where TORCHINDUCTOR_CACHE_DIR names one).
 """
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ppl_vae import VAE
+    from ppl_vae.data import Splits
 
 TURN_SECONDS = 0.3
 CHECKED_STEPS, WARM_UP_STEPS = 20, 20
@@ -38,6 +40,8 @@ REFERENCE = "PyTorch, eager, default Adam"
 FLOOR = "matrix products alone (sgemm floor)"
 BARE = "decoder's matrix products alone"
 EAGER, CAPTURED = "ppl_vae, eager", "ppl_vae, captured"
+FIRST_LOSS_TOLERANCE = 1e-3  # of the first step's loss with the same noise, relative, and of a nat
+LIKELIHOOD_REFERENCE = "bernoulli"
 EVALUATED = ("mlp128", "iwae20", "default")
 FIRST_STEP = """
 import time
@@ -124,15 +128,20 @@ def training(name: str, images: Tensor, *, rounds: int) -> dict[str, Any]:
                 continue
         ready[contestant], records[contestant] = steps, record
         say(f"  {name}: {contestant} is ready ({record['first_seconds']:.1f} s to the end of its first step)")
-    for contestant, steps in ready.items():
+    take_turns([(steps, records[contestant]) for contestant, steps in ready.items()], rounds=rounds)
+    return summarized(records, reference=REFERENCE, floor=FLOOR)
+
+
+def take_turns(contestants: list[tuple[Callable[[int], Any], dict[str, Any]]], *, rounds: int) -> None:
+    """Times steps, each for ``TURN_SECONDS`` a round: the milliseconds of one step, round by round, in its record."""
+    for steps, record in contestants:
         probe = 3
         seconds = timed(partial(steps, probe))
-        records[contestant] |= {"steps_a_turn": max(1, round(TURN_SECONDS * probe / seconds)), "ms": []}
+        record |= {"steps_a_turn": max(1, round(TURN_SECONDS * probe / seconds)), "ms": []}
     for _ in range(rounds):
-        for contestant, steps in ready.items():
-            n = records[contestant]["steps_a_turn"]
-            records[contestant]["ms"].append(timed(partial(steps, n)) * 1e3 / n)
-    return summarized(records, reference=REFERENCE, floor=FLOOR)
+        for steps, record in contestants:
+            n = record["steps_a_turn"]
+            record["ms"].append(timed(partial(steps, n)) * 1e3 / n)
 
 
 def timed(work: Callable[[], Any]) -> float:
@@ -142,13 +151,14 @@ def timed(work: Callable[[], Any]) -> float:
     return time.perf_counter() - started
 
 
-def summarized(records: dict[str, dict[str, Any]], *, reference: str, floor: str) -> dict[str, Any]:
-    """The records with the median of the rounds, and its ratio to two others'."""
+def summarized(records: dict[str, dict[str, Any]], *, reference: str, floor: str | None) -> dict[str, Any]:
+    """The records with the median of the rounds, and its ratio to that of the reference and of the floor."""
     for record in records.values():
         record["median_ms"] = statistics.median(record["ms"])
     for record in records.values():
         record["ratio"] = record["median_ms"] / records[reference]["median_ms"]
-        record["ratio_to_floor"] = record["median_ms"] / records[floor]["median_ms"]
+        if floor is not None:
+            record["ratio_to_floor"] = record["median_ms"] / records[floor]["median_ms"]
     return records
 
 
@@ -229,6 +239,43 @@ def evaluation(name: str, x: Tensor, *, num_particles: int, rounds: int) -> dict
     return summarized(records, reference=EAGER, floor=BARE)
 
 
+# --- Likelihoods ---
+
+
+def under_likelihoods(words: list[str], splits: Splits, device: torch.device, *, rounds: int) -> dict[str, Any]:
+    """Times ppl_vae's training steps of the default network under each likelihood: a record of each, by way and word.
+
+    All of them, captured and eager, take turns. Ratios are to the reference, which takes part whatever is asked for.
+    """
+    import torch
+    from benchmark_contestants import Setting
+
+    results: dict[str, dict[str, Any]] = {CAPTURED: {}, EAGER: {}}
+    contestants = []
+    for word in dict.fromkeys([LIKELIHOOD_REFERENCE, *words]):
+        setting = Setting(word, splits, device=device)
+        for name, records in results.items():
+            torch.manual_seed(0)  # the same noise for both: their first losses differ by rounding alone
+            started = time.perf_counter()
+            steps = setting.steps(captured=name == CAPTURED)
+            first = steps(1)
+            records[word] = {
+                "first_seconds": time.perf_counter() - started,
+                "first_loss": first,
+                "features_a_pixel": setting.features_a_pixel,
+            }
+            contestants.append((steps, records[word]))
+        a, b = (records[word]["first_loss"] for records in results.values())
+        if not abs(a - b) <= FIRST_LOSS_TOLERANCE * (abs(b) + 1):
+            raise ValueError(f"{word}: expected the same first loss captured and eager, got {a} and {b}")
+        for steps, _ in contestants[-2:]:
+            steps(WARM_UP_STEPS)
+        seconds = results[CAPTURED][word]["first_seconds"]
+        say(f"  {word} is ready ({seconds:.1f} s to the end of its first captured step)")
+    take_turns(contestants, rounds=rounds)
+    return {name: summarized(r, reference=LIKELIHOOD_REFERENCE, floor=None) for name, r in results.items()}
+
+
 # --- Start ---
 
 
@@ -258,6 +305,15 @@ def table(title: str, results: dict[str, Any], ratio: str) -> list[str]:
     return lines
 
 
+def likelihood_table(results: dict[str, Any]) -> list[str]:
+    """Likelihoods as rows: the features a pixel, and for a step captured and eager the median in ms and a ratio."""
+    lines = [f"| likelihood | features a pixel | {' | '.join(results)} |", "|---" * (len(results) + 2) + "|"]
+    for word, record in results[CAPTURED].items():
+        cells = [cell(records[word], "ratio") for records in results.values()]
+        lines.append(f"| `{word}` | {record['features_a_pixel']} | {' | '.join(cells)} |")
+    return lines
+
+
 def cell(record: dict[str, Any], ratio: str) -> str:
     """The median and a ratio of medians."""
     return f"{record['median_ms']:.3g} ({record[ratio]:.2f})"
@@ -268,9 +324,10 @@ def ranges(results: dict[str, Any]) -> list[str]:
     lines: list[str] = []
     for model, records in results.items():
         for name, record in records.items():
+            to_floor = f"{record['ratio_to_floor']:6.2f} times the floor, " if "ratio_to_floor" in record else ""
             lines.append(
                 f"  {model:8} {name:36} {min(record['ms']):9.3f} to {max(record['ms']):9.3f} ms, "
-                f"{record['ratio_to_floor']:6.2f} times the floor, first {record['first_seconds']:5.1f} s"
+                f"{to_floor}first {record['first_seconds']:5.1f} s"
             )
     return lines
 
@@ -303,6 +360,7 @@ def measure(asked: Any) -> dict[str, Any]:
         say(left_out)
     digits = data.load("mnist")
     result: dict[str, Any] = {"rounds": asked.rounds, "training": {}, "evaluation": {}, "start_seconds": []}
+    result["likelihoods"] = {}
     result |= {"images": asked.images, "num_particles": asked.num_particles, "left_out": left_out}
     if "training" in asked.parts:
         images = data.training_images(digits, "fixed")[0].to(device)
@@ -317,6 +375,8 @@ def measure(asked: Any) -> dict[str, Any]:
             if name in EVALUATED:
                 say(f"  {name}: log p(x)")
                 result["evaluation"][name] = evaluation(name, x, num_particles=asked.num_particles, rounds=asked.rounds)
+    if "likelihoods" in asked.parts:
+        result["likelihoods"] = under_likelihoods(asked.likelihoods, digits, device, rounds=asked.rounds)
     if "start" in asked.parts:
         say("  start")
         result["start_seconds"] = start(asked.device)
@@ -337,6 +397,11 @@ def report(result: dict[str, Any]) -> Iterator[str]:
         yield from table("log p(x)", result["evaluation"], "ratio_to_floor")
         yield ""
         yield from ranges(result["evaluation"])
+    if result["likelihoods"]:
+        yield f"\nA training step of the default network, ms, median of {rounds} (ratio to {LIKELIHOOD_REFERENCE})\n"
+        yield from likelihood_table(result["likelihoods"])
+        yield ""
+        yield from ranges(result["likelihoods"])
     if result["start_seconds"]:
         cold, warm = result["start_seconds"]
         yield "\nFrom a fresh process to the end of its first compiled step, the default model:"

@@ -2,13 +2,14 @@
 
 Every contestant but the floor minimizes E_q[log q(z | x) - log p(x, z)], with one draw of z an image (a sampled KL), by
 Adam with a learning rate of 1e-3, and adds up the loss of its steps. p(z) is a standard Normal, p(x | z) 784 Bernoullis
-and q(z | x) a diagonal Normal.
+and q(z | x) a diagonal Normal. ``Setting`` has other likelihoods, for ppl_vae's own steps alone.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from itertools import cycle, islice, pairwise
 from typing import Any, NamedTuple
 
@@ -20,8 +21,9 @@ from pyro.infer import SVI, Trace_ELBO
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from ppl_vae import data, likelihoods, networks, objectives, posteriors, priors
+from ppl_vae import build, data, likelihoods, networks, objectives, posteriors, priors
 from ppl_vae.conditional import Conditional
+from ppl_vae.options import Options
 from ppl_vae.training import CapturedSteps, EagerSteps, TrainingState
 from ppl_vae.vae import VAE
 
@@ -61,8 +63,7 @@ class Task:
         self.model = model
         self.images = images
         self.device = images.device
-        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).to(self.device)
-        self.batches = [index for index in order.split(model.batch_size) if len(index) == model.batch_size]
+        self.batches = _batches(images, model.batch_size)
         torch.manual_seed(0)
         self._weights = [[w.detach().clone() for w in net.parameters()] for net in self.vae_networks()]
 
@@ -107,6 +108,12 @@ class Task:
             Conditional(decoder, likelihoods.Bernoulli(EVENT_SHAPE)),
             Conditional(encoder, posteriors.DiagonalNormal(self.model.latent_dim)),
         ).to(self.device)
+
+
+def _batches(images: Tensor, batch_size: int) -> list[Tensor]:
+    """The images in an order of their own, as indices on their device, without a last batch that is smaller."""
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).to(images.device)
+    return [index for index in order.split(batch_size) if len(index) == batch_size]
 
 
 Steps = Callable[[int], float]
@@ -199,20 +206,56 @@ def pytorch_whole_step(task: Task) -> Steps:
 
 def ppl_vae(task: Task, *, captured: bool) -> Steps:
     """The steps of ``training.fit``, which also clip the gradient and stop where a number is not finite."""
-    state = TrainingState(task.vae(), device=task.device)
+    return _ppl_vae_steps(task.vae(), task.images, data.as_floats, task.batches, captured=captured)
+
+
+def _ppl_vae_steps(
+    vae: VAE, images: Tensor, observe: Callable[..., Tensor], batches: list[Tensor], *, captured: bool
+) -> Steps:
+    batch_size = len(batches[0])
+    state = TrainingState(vae, device=images.device)
     kind = CapturedSteps if captured else EagerSteps
-    more: Any = {"batch_size": task.model.batch_size} if captured else {}
-    stepper = kind(state, objectives.elbo, task.images, data.as_floats, clip_norm=CLIP_NORM, **more)
-    batches = cycle(task.batches)
+    more: Any = {"batch_size": batch_size} if captured else {}
+    stepper = kind(state, objectives.elbo, images, observe, clip_norm=CLIP_NORM, **more)
+    endless = cycle(batches)
 
     def steps(n: int) -> float:
         state.epoch_loss = 0.0
-        for _ in stepper.epoch(tuple(islice(batches, n)), [(1.0, LEARNING_RATE, 0.0)] * n, validate=False):
+        for _ in stepper.epoch(tuple(islice(endless, n)), [(1.0, LEARNING_RATE, 0.0)] * n, validate=False):
             pass
         stepper.settle()
-        return state.epoch_loss / (n * task.model.batch_size)
+        return state.epoch_loss / (n * batch_size)
 
     return steps
+
+
+class Setting:
+    """The network that train_svi.py builds by default, under a likelihood, with 8-bit images brought to what it takes.
+
+    Training starts from the pixels' marginals, as it does there. What a likelihood refits in closed form between steps
+    (``normal-optimal``, every tenth) is no part of a step.
+
+    Args:
+        likelihood: a word of the command line.
+        splits: 8-bit images.
+    """
+
+    def __init__(self, likelihood: str, splits: data.Splits, *, device: torch.device) -> None:
+        options = build.resolve(Options(likelihood=likelihood, compile="off"), splits)
+        pixels = build.pixels(options, splits)
+        torch.manual_seed(0)
+        vae = build.vae(options, splits.event_shape)
+        build.start_from_marginals(vae, data.expected_images(splits, pixels))
+        stored, self._observe = data.training_images(splits, pixels)
+        self._vae = vae.to(device)
+        self._images = stored.to(device)
+        self._batches = _batches(self._images, options.batch_size)
+        decoder: Any = vae.likelihood
+        self.features_a_pixel = decoder.family.num_features // math.prod(splits.event_shape)
+
+    def steps(self, *, captured: bool) -> Steps:
+        """Steps from the first weights, by a copy of them."""
+        return _ppl_vae_steps(deepcopy(self._vae), self._images, self._observe, self._batches, captured=captured)
 
 
 # --- Pyro's example ---

@@ -1,0 +1,79 @@
+"""The benchmark's part ``likelihoods``: what it times, and what it says of it."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from ppl_vae import data
+from ppl_vae.options import LIKELIHOODS, parse_benchmark
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+
+
+@pytest.fixture
+def benchmark(monkeypatch, graphs):
+    """scripts/benchmark.py as a module, its graphs run without the compiler."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    import benchmark
+
+    monkeypatch.setattr(benchmark, "TURN_SECONDS", 0.0)
+    monkeypatch.setattr(benchmark, "WARM_UP_STEPS", 1)
+    yield benchmark
+    for name in ("benchmark", "benchmark_contestants"):
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture(scope="module")
+def few_digits():
+    """MNIST with 300 training images."""
+    digits = data.load("mnist")
+    return replace(digits, train=digits.train[:300])
+
+
+def test_the_reference_takes_part_whatever_is_asked_for(benchmark, few_digits):
+    results = benchmark.under_likelihoods(["laplace"], few_digits, torch.device("cpu"), rounds=2)
+    assert {name: list(records) for name, records in results.items()} == {
+        "ppl_vae, captured": ["bernoulli", "laplace"],
+        "ppl_vae, eager": ["bernoulli", "laplace"],
+    }
+
+
+def test_a_ratio_is_that_of_medians_captured_to_captured_and_eager_to_eager(benchmark, few_digits):
+    results = benchmark.under_likelihoods(["laplace"], few_digits, torch.device("cpu"), rounds=3)
+    for records in results.values():
+        middle = {word: sorted(record["ms"])[1] for word, record in records.items()}
+        assert records["laplace"]["ratio"] == middle["laplace"] / middle["bernoulli"]
+
+
+def test_the_table_gives_the_features_a_pixel(benchmark, few_digits):
+    results = benchmark.under_likelihoods(["discretized-logistic"], few_digits, torch.device("cpu"), rounds=1)
+    captured, eager = (records["discretized-logistic"] for records in results.values())
+    cells = [f"{record['median_ms']:.3g} ({record['ratio']:.2f})" for record in (captured, eager)]
+    assert f"| `discretized-logistic` | 2 | {' | '.join(cells)} |" in benchmark.likelihood_table(results)
+
+
+def test_the_parts_record_is_json(benchmark, few_digits):
+    results = benchmark.under_likelihoods([], few_digits, torch.device("cpu"), rounds=1)
+    assert json.loads(json.dumps(results)) == results
+
+
+def test_a_captured_step_that_computes_another_loss_is_no_contestant(benchmark, few_digits, monkeypatch):
+    import benchmark_contestants as by
+
+    honest = by.Setting.steps
+
+    def steps(setting, *, captured):
+        take = honest(setting, captured=captured)
+        return (lambda n: 1.01 * take(n)) if captured else take
+
+    monkeypatch.setattr(by.Setting, "steps", steps)
+    with pytest.raises(ValueError, match="bernoulli: expected the same first loss captured and eager"):
+        benchmark.under_likelihoods([], few_digits, torch.device("cpu"), rounds=1)
+
+
+def test_all_likelihoods_are_timed_by_default():
+    assert parse_benchmark([]).likelihoods == list(LIKELIHOODS)

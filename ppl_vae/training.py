@@ -452,6 +452,8 @@ def _check_images(state: TrainingState, train: Tensor, observe: Callable[..., Te
             for name, site in p.nodes.items()
             if name in p.observation_nodes and site["value"] is x
         }
+        # A support that depends on parameters is this batch's own: it was checked with it, and says nothing of others.
+        supports = {name: support for name, support in supports.items() if len(support.check(x[:1])) == 1}
         for part in train.split(_CHECKED_AT_ONCE):
             x = observe(part, None)
             if supports and not x.isfinite().all():

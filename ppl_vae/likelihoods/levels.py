@@ -292,8 +292,11 @@ class DiscretizedLogistic(nn.Module):
 class LevelBinomial(dist.Binomial):
     """Pyro's Binomial of 255, whose log-mass is as exact in float32 as float32 allows.
 
-    The library subtracts log-gamma functions up to 1,167, of which float32 knows 0.0001.
+    The library subtracts log-gamma functions up to 1,167, of which float32 knows 0.0001, and has the support of its
+    total count, a tensor of the batch's shape.
     """
+
+    support = LEVELS
 
     def log_prob(self, value: Tensor) -> Tensor:
         """log C(255, x) + x log sigmoid(h) + (255 - x) log sigmoid(-h), (*sample_shape, *batch_shape), nats."""

@@ -124,6 +124,7 @@ def likelihood(options: Options, event_shape: Sequence[int]) -> Any:
         "discretized-logistic-mixture": {"components": options.likelihood_components},
     }
     family = LIKELIHOODS[options.likelihood](event_shape, **own.get(options.likelihood, {}))
+    _check_own(options)
     if options.transform == "none":
         return family
     if family.asks_for != data.REAL:
@@ -132,6 +133,15 @@ def likelihood(options: Options, event_shape: Sequence[int]) -> Any:
             f"{family.asks_for}"
         )
     return likelihoods.Logit(family)
+
+
+def _check_own(options: Options) -> None:
+    """Refuses an option of one likelihood beside another, where it would do nothing."""
+    of = {"likelihood_scale": "normal-fixed", "likelihood_components": "discretized-logistic-mixture"}
+    for name, word in of.items():
+        if getattr(options, name) != getattr(Options(), name) and options.likelihood != word:
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"{flag}: expected --likelihood {word}, which it is of, got {options.likelihood}")
 
 
 def data_options(options: Options) -> dict[str, Any]:
@@ -199,7 +209,8 @@ def check_support(options: Options, seen: data.Splits) -> None:
         # Levels are on the support of whatever takes levels, and dequantized ones are between 0 and 1.
         if pixels(options, seen) == "none" and not family.support.check(data.probabilities(seen, split)).all():
             raise ValueError(
-                f"{word}: expected pixels that are {family.support_words}, got {seen.kind} in {split}; {_cure(seen)}"
+                f"{word}: expected pixels that are {family.support_words}, got {seen.kind} in {split}; "
+                f"{_cure(seen, family)}"
             )
     if family.measure == "density":
         _, spread = location_and_spread(data.probabilities(seen, "train"))
@@ -215,19 +226,24 @@ def check_support(options: Options, seen: data.Splits) -> None:
 def _check_kind(word: str, family: Any, seen: data.Splits) -> None:
     """Refuses data whose values may lie on the support, but are of something else."""
     if family.asks_for == data.LEVELS and seen.kind != data.LEVELS:
-        raise ValueError(f"{word}: expected {data.LEVELS} (uint8, or pictures), got {seen.kind}; {_cure(seen)}")
+        raise ValueError(f"{word}: expected {data.LEVELS} (uint8, or pictures), got {seen.kind}; {_cure(seen, family)}")
     if family.asks_for == data.UNIT_INTERVAL and seen.kind == data.BINARY:
         raise ValueError(f"{word}: expected {data.UNIT_INTERVAL}, got zeros and ones, which no density is of")
 
 
-def _cure(seen: data.Splits) -> str:
-    return {
+def _cure(seen: data.Splits, family: Any) -> str:
+    """What takes such pixels, or brings them where this likelihood takes them."""
+    if family.asks_for == data.BINARY and seen.kind in (data.LEVELS, data.PROBABILITIES):
+        return "another --binarization makes them so"
+    cures = {
         data.BINARY: "--likelihood bernoulli takes them",
-        data.LEVELS: "another --binarization makes them so",
-        data.PROBABILITIES: "another --binarization makes them zeros and ones",
+        data.LEVELS: "--dequantization uniform makes them so",
+        data.PROBABILITIES: "--likelihood continuous-bernoulli or normal takes them",
         data.REAL: "--likelihood normal takes them",
         data.COUNTS: "--likelihood negative-binomial takes them",
-    }[seen.kind]
+    }
+    as_bytes = "; saved as uint8 they are 8-bit levels" if seen.kind == data.COUNTS and seen.train.max() <= 255 else ""
+    return cures[seen.kind] + as_bytes
 
 
 def _resolve_dequantization(options: Options, seen: data.Splits, binarization: str) -> str:
@@ -414,7 +430,8 @@ def save(trained: VAE, run_dir: str | Path, options: Options, *, metrics: Sequen
     Args:
         trained: as ``build.vae(options, event_shape)`` makes it, with whatever weights.
         run_dir: a new or empty folder.
-        options: what the VAE is made of, and the data that it is evaluated on.
+        options: what the VAE is made of, and the data that it is evaluated on, as it was trained: a density of 8-bit
+            levels is taken for one of (level + u) / 256 unless ``dequantization`` is "none".
         metrics: the records that ``fit`` gave to ``on_epoch``, for the training curves.
 
     Returns:
@@ -450,6 +467,9 @@ def is_from_python(run_dir: Path) -> bool:
 
 def load(run_dir: str | Path) -> VAE:
     """The trained VAE of a run folder, on the CPU, in evaluation mode.
+
+    It sees pixels as its training did. One of a density of 8-bit levels is a density of (level + u) / 256, which takes
+    any numbers without a word: ``dequantized(load(run))`` is the mass of levels, and what the run's evaluation reports.
 
     Raises:
         ValueError: the folder is no run, has no weights yet, or is damaged.

@@ -29,7 +29,9 @@ class Dequantized(dist.TorchDistribution):
     exp(log P^ summed) may stand in an importance weight in the place of the mass. By Jensen's inequality
     E[log P^] <= log P, and E[log (1/S) sum_s w_s] <= log P(image): every bound stays a bound for every M, and is
     tighter for a larger one. M = 1 is the bound of uniform dequantization. A density over all real numbers has mass
-    outside (0, 1) too, which no level gets: then the masses sum to less than one, and the bound holds all the more.
+    outside (0, 1) too, which no level gets: then the masses sum to less than one, and the bound holds all the more. So
+    it is with a pole at 0 or 1: what lies nearer to it than single precision can tell (2^-33, 1 - 2^-24) is never
+    drawn.
 
     Args:
         base: the density of a pixel (x + u) / 256: batch shape (..., *E), event shape ().
@@ -104,7 +106,8 @@ class LevelsLikelihood(_OfLevels):
     def __init__(self, likelihood: Callable[[Tensor], Any], num_draws: int) -> None:
         super().__init__(likelihood)
         self.num_draws = num_draws
-        self.numbers_a_pixel = 6 + 3 * num_draws
+        own = getattr(getattr(likelihood, "family", None), "numbers_a_pixel", 6)
+        self.numbers_a_pixel = own + 3 * num_draws
 
     def forward(self, z: Tensor) -> dist.Independent:
         return of_levels(self.part(z), self.num_draws)
@@ -138,9 +141,15 @@ def dequantized(vae: VAE, *, num_draws: int = 16) -> VAE:
         num_draws: M, draws of u a pixel and particle, in the likelihood.
 
     Raises:
-        ValueError: M below 1; from the likelihood: pixels that are not independent.
+        ValueError: M below 1, or a likelihood that says it is a mass; from the likelihood: pixels that are not
+            independent.
     """
     if num_draws < 1:
         raise ValueError(f"num_draws: expected at least 1, got {num_draws}")
+    family = getattr(vae.likelihood, "family", None)
+    if getattr(family, "measure", "density") != "density":
+        raise ValueError(
+            f"vae: expected a density of pixels, got {type(family).__name__}, a mass, which needs no draws"
+        )
     levels = VAE(vae.prior, LevelsLikelihood(vae.likelihood, num_draws), LevelsPosterior(vae.posterior))
     return levels.train(vae.training)

@@ -181,7 +181,8 @@ def importance(
         chunk: the most particles an image that are held at once; by default what suits the size of an image.
         progress: called with the number of images after each group of them.
         terms: what gives the two parts of the log-weights; see ``CapturedTerms`` for another.
-        pairs: the most (particle, image) pairs that are held at once; by default what suits the size of an image.
+        pairs: the most (particle, image) pairs that are held at once; by default what suits the size of an image, and
+            the likelihood's ``numbers_a_pixel`` where the model is a VAE's.
 
     Returns:
         ``Importance``, each field (N,).
@@ -198,7 +199,8 @@ def importance(
         raise ValueError(f"chunk: expected at least 1, got {chunk}")
     if len(x) == 0:
         raise ValueError("x: expected at least one image, got none")
-    pairs = pairs or particles_a_pass(x)
+    whose = getattr(model, "__self__", None)
+    pairs = pairs or particles_a_pass(x, numbers_a_pixel(whose) if isinstance(whose, VAE) else _NUMBERS_A_PIXEL)
     chunk = min(num_particles, chunk or pairs)
     # Results have their place before the work: small tensors kept between large ones would fragment memory for good.
     results = torch.empty(len(Importance._fields), len(x), dtype=torch.double, device=x.device)

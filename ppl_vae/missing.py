@@ -88,8 +88,9 @@ class Observed(nn.Module):
     after p(z | x_observed) = E[p(z | x_observed, x_missing)]. Fillings come of pseudo-Gibbs sampling (encode, decode,
     refill) that is corrected in each round: K particles z of the mixture so far (at first of the prior), K of them
     drawn again by their importance weights, and x_missing ~ p(x | z). Fillings hold no gradient. They are as if drawn
-    with the same noise for each image, whatever else is in x, and are no draws of torch's global generator. Where all
-    of x is observed, both programs are the VAE's own; for an image without a pixel the guide is the prior.
+    with the same noise for each image, whatever else is in x, and are no draws of torch's global generator (of which
+    the encoder of a dequantized VAE draws its u). Where all of x is observed, both programs are the VAE's own; for an
+    image without a pixel the guide is the prior.
 
     Measured on MNIST (15 epochs, 50 validation images, S = 500), L_S in nats with the lower half missing, and with nine
     pixels of ten: the encoder on means as fillings -59.5 and -32.6; ten rounds of plain pseudo-Gibbs -55.4 and -31.5,

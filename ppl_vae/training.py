@@ -254,7 +254,8 @@ def fit(
         for index in stepper.epoch(batches, schedule, validate=epoch == first_epoch):
             images_seen += len(index)
             if refits and state.step % _REFIT_STEPS == 0:
-                _refit(vae, observe(train[index], None))
+                with state.evaluated_weights():
+                    _refit(vae, observe(train[index], None))
             if on_step is not None:
                 on_step(state)
             if state.step % steps_an_epoch and time.monotonic() - last_checkpoint >= checkpoint_seconds:
@@ -293,7 +294,8 @@ _REFIT_STEPS = 10
 def _refit(vae: VAE, x: Tensor) -> None:
     """Gives the likelihood's family a batch to fit in closed form: x, and the features of z ~ q(z | x)."""
     decoder: Any = vae.likelihood
-    decoder.family.refit(decoder.net(vae.posterior(x).sample()), x)
+    with pyro.validation_enabled(False):  # weights that are not finite are the next step's to find
+        decoder.family.refit(decoder.net(vae.posterior(x).sample()), x)
 
 
 Schedule = list[tuple[float, float, float]]  # beta, learning rate and the averages' decay of each step

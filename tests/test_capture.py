@@ -13,7 +13,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 import torch._inductor.compile_fx as compiler
-from grids import LIKELIHOODS_AND_NETWORKS
+from grids import LIKELIHOODS_AND_NETWORKS, images_for
 from pyro import poutine
 from pyro.infer import JitTrace_ELBO, RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 from torch import nn
@@ -26,7 +26,7 @@ from ppl_vae.capture import CannotCapture, CapturedStep
 from ppl_vae.evidence import NotFinite, evaluate
 from ppl_vae.likelihoods import Bernoulli
 from ppl_vae.networks import MLP
-from ppl_vae.options import KLS, Options
+from ppl_vae.options import KLS, LIKELIHOODS, Options
 from ppl_vae.posteriors import DiagonalNormal
 from ppl_vae.priors import StandardNormal
 from ppl_vae.training import CapturedSteps, TrainingState, averaging
@@ -209,6 +209,39 @@ def test_pixels_that_are_all_but_certain_cost_what_they_cost_eagerly(graphs, dty
         captured = _loss_and_gradient(vae, step, optimizer, INDEX, beta=1.0, seed=0)
         eager = _eager_loss_and_gradient(vae, lambda x: objectives.elbo(vae.model, vae.guide, x), stored[INDEX], seed=0)
         _assert_same(captured, eager, relative=relative)
+
+
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+def test_every_likelihood_trains_as_one_graph_on_more_images_than_a_batch(graphs, likelihood):
+    """Before the first step all images are compared with its support, several batches of them at once."""
+    pyro.set_rng_seed(0)
+    vae = build.vae(Options(likelihood=likelihood, network="mlp", hidden=(5,), latent_dim=3), SHAPE)
+    images = images_for(vae.likelihood.family, 30, dtype=torch.float)
+    build.start_from_marginals(vae, images)
+    before = _flat(vae)
+    _fit(vae, images, epochs=1)
+    assert _flat(vae).isfinite().all()
+    assert not torch.equal(_flat(vae), before)
+    assert len(graphs) == 1
+
+
+def test_a_support_with_parameters_of_its_own_is_checked_on_its_batch_alone(graphs):
+    """Pixels from 0 to what the decoder says of each image."""
+
+    class Within(nn.Module):
+        event_shape, num_features = (12,), 12
+
+        def forward(self, h):
+            return dist.Uniform(torch.zeros_like(h) - 1, 2 + h.sigmoid()).to_event(1)
+
+    pyro.set_rng_seed(0)
+    vae = VAE(
+        StandardNormal(3),
+        Conditional(MLP(3, 12, hidden=(6,)), Within()),
+        Conditional(MLP(12, 6, hidden=(6,)), DiagonalNormal(3)),
+    ).double()
+    _fit(vae, _images(), epochs=1)
+    assert _flat(vae).isfinite().all()
 
 
 # --- Programs of the user's ---

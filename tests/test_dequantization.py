@@ -14,6 +14,7 @@ from torch.testing import assert_close
 
 from ppl_vae import VAE, Conditional, data, log_evidence
 from ppl_vae.dequantization import Dequantized, dequantized, of_levels
+from ppl_vae.likelihoods import Bernoulli
 from ppl_vae.networks import MLP
 from ppl_vae.posteriors import DiagonalNormal
 from ppl_vae.priors import StandardNormal
@@ -80,6 +81,16 @@ def test_sixteen_draws_are_within_two_thousandths_of_a_nat_of_the_exact_mass(nam
     assert abs(gap) < 2e-3
 
 
+@pytest.mark.parametrize("num_draws", [1, 16])
+def test_next_to_a_pole_the_bound_lacks_more_and_stays_one(num_draws):
+    """Beta(0.025, 0.025) has half its mass nearer to 0 or 1 than single precision can tell, and no draw finds that."""
+    pole = dist.Beta(torch.full((20_000,), 0.025, dtype=torch.double), 0.025)
+    torch.manual_seed(0)
+    mass = Dequantized(pole, num_draws).log_prob(torch.zeros(20_000, dtype=torch.double)).exp()
+    exact = float(scipy.stats.beta(0.025, 0.025).cdf(1 / 256))
+    assert mass.mean() < exact - 5 * mass.std() / math.sqrt(len(mass))
+
+
 def test_a_flat_density_gives_each_level_one_in_256_exactly():
     x = LEVELS.reshape(16, 16)
     flat = of_levels(dist.Uniform(torch.zeros(16, 16).double(), 1.0).to_event(2), 3)
@@ -120,6 +131,16 @@ def test_samples_are_the_levels_of_the_density():
     kept = expected > 5
     statistic = float(((counts - expected).square() / expected)[kept].sum())
     assert scipy.stats.chi2(int(kept.sum())).sf(statistic) > 1e-4
+
+
+def test_a_mass_is_not_dequantized_again():
+    vae = VAE(
+        StandardNormal(1),
+        Conditional(MLP(1, 2, hidden=()), Bernoulli((2,))),
+        Conditional(MLP(2, 2, hidden=()), DiagonalNormal(1)),
+    )
+    with pytest.raises(ValueError, match="vae: expected a density of pixels, got Bernoulli, a mass"):
+        dequantized(vae)
 
 
 # --- A whole VAE, whose mass of levels is known by quadrature ---

@@ -15,7 +15,7 @@ from small_run import SMALL, bars
 
 from ppl_vae import build, experiment, options, plots, runs
 from ppl_vae.evidence import NotFinite
-from ppl_vae.experiment import likelihood_table
+from ppl_vae.experiment import likelihood_figures, likelihood_table
 
 WORDS = ("binomial", "normal", "beta")
 PIXELS = 64
@@ -55,7 +55,7 @@ def weights_of(folder):
 
 def measured(rows):
     """What a run's row holds, but for its time: nothing that depends on the other rows."""
-    compared = ("seconds", "rank", "bound", "difference_nats", "difference_bits_per_dim", "ranks_log_likelihood")
+    compared = ("seconds", "rank", "verdict", "difference_nats", "difference_bits_per_dim", "ranks_log_likelihood")
     return {row["likelihood"]: {key: row[key] for key in row.keys() - {*compared}} for row in rows}
 
 
@@ -70,7 +70,7 @@ def test_each_row_is_what_its_run_holds(table):
         entry = runs.read_evaluations(run)["test"]
         for key in ("bits_per_dim", "log_likelihood", "elbo", "reconstruction", "kl", "floor", "scale"):
             assert row[key] == entry[key]
-        assert row["weights"] == sum(w.numel() for w in build.load(run).state_dict().values())
+        assert row["weights"] == sum(w.numel() for w in build.load(run).parameters())
         assert row["epochs"] == len(runs.read_metrics(run)) == 2
         assert row["likelihood"] == runs.read_json(run / runs.CONFIG)["options"]["likelihood"]
 
@@ -105,7 +105,7 @@ def test_differences_from_the_best_are_paired_on_the_same_images(table):
         assert found["stderr"] == pytest.approx(bits.std(ddof=1) / math.sqrt(len(bits)))
         assert found["interval"][0] < found["mean"] < found["interval"][1]
         assert row["difference_nats"]["mean"] == pytest.approx(-bits.mean() * PIXELS * math.log(2))
-        assert row["bound"] == ("worse" if found["interval"][0] > 0 else "not distinguishable")
+        assert row["verdict"] == ("worse" if found["interval"][0] > 0 else "not distinguishable")
 
 
 def test_intervals_hold_for_all_rows_at_once(table):
@@ -338,10 +338,10 @@ def test_samples_of_all_models_are_from_the_same_latents(table):
     folder, _, _ = table
     drawn = []
     for word in ("binomial", "normal"):
-        vae = likelihood_table.evaluated_vae(likelihood_table.open_run(str(folder / "runs" / word)))
+        vae = likelihood_figures.evaluated_vae(likelihood_table.open_run(str(folder / "runs" / word)))
         seen = []
         vae.likelihood.register_forward_pre_hook(lambda module, inputs, seen=seen: seen.append(inputs[0]))
         with torch.no_grad():
-            likelihood_table._sampled(vae)
+            likelihood_figures._sampled(vae)
         drawn.append(seen[0])
     assert torch.equal(*drawn)

@@ -12,7 +12,8 @@ import torch
 from small_run import SMALL, train_small
 from torch.testing import assert_close
 
-from ppl_vae import build, data, experiment, runs
+from ppl_vae import build, data, experiment, runs, training
+from ppl_vae.experiment.comparison import _about_log_p
 from ppl_vae.experiment.evaluation import describe_evaluation
 from ppl_vae.experiment.opening import evaluated_vae, open_run
 from ppl_vae.options import LIKELIHOODS, Options
@@ -48,7 +49,7 @@ REFUSED = {
     ("bernoulli", data.REAL): "expected pixels that are 0 or 1, got real values in train; --likelihood normal takes",
     ("bernoulli", data.COUNTS): "expected pixels that are 0 or 1, got counts in train; --likelihood negative-binomial",
     ("categorical", data.BINARY): "expected 8-bit levels .*, got binary; --likelihood bernoulli takes them",
-    ("binomial", data.COUNTS): "expected 8-bit levels .*, got counts",
+    ("binomial", data.COUNTS): "expected 8-bit levels .*, got counts; .* saved as uint8 they are 8-bit levels",
     ("discretized-logistic", data.PROBABILITIES): "expected 8-bit levels .*, got probabilities",
     ("discretized-logistic-mixture", data.REAL): "expected 8-bit levels .*, got real values; --likelihood normal",
     ("beta", data.BINARY): "expected values between 0 and 1, got zeros and ones, which no density is of",
@@ -291,9 +292,8 @@ def test_more_draws_are_asked_for_by_name(two, tmp_path):
 def test_the_words_of_an_evaluation_say_mass_or_bound(two):
     said = {word: "\n".join(describe_evaluation(entry_of(folder))) for word, folder in two.items()}
     assert "bound on the mass of 8-bit levels (uniform dequantization, M = 16 draws a pixel)" in said["normal"]
-    assert "at most" in said["normal"]
-    assert "mass of 8-bit levels" in said["discretized-logistic"]
-    assert "at most" not in said["discretized-logistic"]
+    assert "binarization none, mass of 8-bit levels;" in said["discretized-logistic"]
+    assert all("bits per dimension, by that bound" in words for words in said.values())
 
 
 def test_a_run_is_evaluated_as_a_model_of_levels(two):
@@ -316,3 +316,56 @@ def test_an_optimal_scale_is_fitted_while_it_trains_and_left_alone_by_an_evaluat
         str(folder), split="test", num_particles=5, images=None, device="cpu", seed=0, say=lambda line: None
     )
     assert torch.equal(before, build.load(folder).likelihood.family.log_scale)
+
+
+def test_a_scale_in_closed_form_resumes_bit_for_bit(tmp_path):
+    """Extended by one epoch in between, as by an interruption: weights, scale and random numbers go on from there."""
+    path, _ = read(tmp_path, data.REAL)
+    options = replace(SMALL, dataset=path, likelihood="normal-optimal", batch_size=4, checkpoint_seconds=0.0)
+    whole = train_small(tmp_path / "whole", options)
+    step, stops = training.EagerSteps.epoch, []
+
+    class Interrupted(Exception):
+        pass
+
+    def interrupted(self, *arguments, **options):
+        for index in step(self, *arguments, **options):
+            yield index
+            stops.append(1)
+            if len(stops) == 15:
+                raise Interrupted
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training.EagerSteps, "epoch", interrupted)
+        with pytest.raises(Interrupted):
+            train_small(tmp_path / "parts", options)
+    experiment.resume(str(tmp_path / "parts"), epochs=None, say=lambda line: None)
+    one, other = (runs.load_tensors(folder / runs.TRAINING_STATE)[0] for folder in (whole, tmp_path / "parts"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "word"),
+    [("likelihood_scale", 0.2, "normal-fixed"), ("likelihood_components", 3, "discretized-logistic-mixture")],
+)
+def test_an_option_of_one_likelihood_is_refused_beside_another(tmp_path, name, value, word):
+    flag = "--" + name.replace("_", "-")
+    with pytest.raises(ValueError, match=f"{flag}: expected --likelihood {word}, which it is of, got normal"):
+        resolved(tmp_path, data.LEVELS, likelihood="normal", **{name: value})
+    resolved(tmp_path, data.LEVELS, likelihood=word, **{name: value})
+
+
+def test_fractions_on_the_grid_of_levels_are_said_to_be_so(tmp_path):
+    np.save(tmp_path / "own.npy", ARRAYS[data.LEVELS] / 255)
+    said: list[str] = []
+    experiment.train(
+        replace(SMALL, dataset=str(tmp_path / "own.npy"), likelihood="normal"), str(tmp_path / "run"), say=said.append
+    )
+    assert any("multiples of 1 / 255" in line for line in said)
+
+
+def test_a_worse_density_leaves_open_whether_log_p_ranks_so(two, tmp_path):
+    """Its draws of u lack something that no particle shows."""
+    compared = {"rise": 0.1, "interval": [-9.0, -5.0], "bound": "worse", "ranks_log_likelihood": None}
+    assert "what its draws of u lack is not in that" in _about_log_p(compared, 100)

@@ -249,6 +249,7 @@ def _noise(vae: VAE, x: Tensor) -> list[tuple[str, tuple[int, ...]]]:
 def _entry(entrants: Sequence[Entrant], results: Sequence[Importance], asked: Asked, *, stored: bool) -> dict[str, Any]:
     """What comparison.json holds, but for the seconds."""
     differences = [bound_difference(results[0], result, comparisons=len(results) - 1) for result in results[1:]]
+    of_draws = [entrant.num_draws is not None for entrant in entrants]
     noises = [(entrant.num_draws, _noise(entrant.vae, asked.x)) for entrant in entrants]
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -256,8 +257,13 @@ def _entry(entrants: Sequence[Entrant], results: Sequence[Importance], asked: As
         "stored_evaluations": stored,
         "runs": [_run_entry(*pair, asked.num_particles) for pair in zip(entrants, results, strict=True)],
         "comparisons": [
-            _comparison_entry(entrants[0].name, entrant.name, found) | {"same_noise": noise == noises[0]}
-            for entrant, found, noise in zip(entrants[1:], differences, noises[1:], strict=True)
+            _comparison_entry(
+                entrants[0].name, entrant.name, found, hides=is_of_draws if found.bounds.mean < 0 else of_draws[0]
+            )
+            | {"same_noise": noise == noises[0]}
+            for entrant, found, noise, is_of_draws in zip(
+                entrants[1:], differences, noises[1:], of_draws[1:], strict=True
+            )
         ],
     }
 
@@ -295,7 +301,8 @@ def _run_entry(entrant: Entrant, result: Importance, num_particles: int) -> dict
     }
 
 
-def _comparison_entry(baseline: str, name: str, found: BoundDifference) -> dict[str, Any]:
+def _comparison_entry(baseline: str, name: str, found: BoundDifference, *, hides: bool) -> dict[str, Any]:
+    """One comparison. ``hides``: the worse bound is of a dequantized density, and what its draws lack is in no rise."""
     bounds = found.bounds
     entry = {
         "name": name,
@@ -307,7 +314,7 @@ def _comparison_entry(baseline: str, name: str, found: BoundDifference) -> dict[
         "monte_carlo_stderr": found.monte_carlo_stderr,
         "rise": found.rise,
         "bound": bounds.word,
-        "ranks_log_likelihood": found.ranks_log_evidence,
+        "ranks_log_likelihood": None if hides and found.ranks_log_evidence else found.ranks_log_evidence,
     }
     return entry | {"verdict": _verdict(entry)}
 
@@ -417,6 +424,11 @@ def _about_log_p(compared: dict[str, Any], num_particles: int) -> str:
         return "  every image has the same bound, to the last bit: the two are one model"
     if compared["bound"] == INDISTINCT:
         return "  that is not the same as equal: a difference within the interval would not have been seen"
+    if compared["ranks_log_likelihood"] is None:
+        return (
+            f"  the whole interval is beyond what ten times the particles gained ({rise:.3f} nats), but the worse one "
+            "is a density: what its draws of u lack is not in that; more --dequantization-draws show it"
+        )
     if compared["ranks_log_likelihood"]:
         return (
             f"  the whole interval is beyond what ten times the particles gained ({rise:.3f} nats): log p(x) ranks so "

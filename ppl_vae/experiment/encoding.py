@@ -38,7 +38,8 @@ def encode_images(
     """Latents and log p(x) of images: encoded.npz, encoded.json and latents.png; the lowest log p(x) by name.
 
     encoded.npz holds, image by image, ``mean`` and ``scale`` of q(z | x) (n, L), ``log_likelihood`` (the bound L_S),
-    ``elbo``, ``ess``, ``pareto_k`` (n,), ``names`` and, where they are known, ``labels``.
+    ``elbo``, ``ess``, ``pareto_k`` (n,), ``names`` and, where they are known, ``labels``. Of dequantized levels the
+    first two are of q(z | (x + u) / 256), with one draw of u.
 
     Args:
         run_dir: the run's folder.

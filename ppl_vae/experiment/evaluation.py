@@ -27,7 +27,6 @@ from ppl_vae.evidence import (
 from ppl_vae.experiment.opening import Run, Say, draws_of, evaluated_vae, open_run
 from ppl_vae.vae import VAE
 
-_AT_ONCE = 100  # images whose floor is taken, for the memory of 256 levels or M draws a pixel
 _FLOOR_SEED = 0
 
 # Below this Pareto k the weights have a variance, which the delta method and the jackknife assume.
@@ -258,7 +257,8 @@ def floor_and_entropy(run: Run, split: str, x: Tensor, index: Tensor, num_draws:
     with torch.no_grad(), seeded(_FLOOR_SEED, x.device):
         marginals = likelihood(likelihood.fit_marginals(data.expected_images(splits, run.pixels)))
         marginals = marginals if num_draws is None else of_levels(marginals, num_draws)
-        floor = Estimate.of(torch.cat([marginals.log_prob(part) for part in x.split(_AT_ONCE)]), 1).to_json()
+        at_once = particles_a_pass(x, likelihood.numbers_a_pixel + 3 * (num_draws or 0))
+        floor = Estimate.of(torch.cat([marginals.log_prob(part) for part in x.split(at_once)]), 1).to_json()
     seen = split == "train" and run.pixels == "fixed"
     entropy = None if seen else data.binarization_entropy(splits, split, run.pixels)
     return {
@@ -335,8 +335,7 @@ def _bits_in_words(entry: dict[str, Any]) -> list[str]:
     if entry["bits_per_dim"] is None:
         return []
     bits = entry["bits_per_dim"]
-    bound = "at most " if entry["pixels"] == "dequantized" else ""
-    return [f"  {bound}{number(bits['mean'], 4)} ± {number(bits['stderr'], 4)} bits per dimension"]
+    return [f"  at most {number(bits['mean'], 4)} ± {number(bits['stderr'], 4)} bits per dimension, by that bound"]
 
 
 def number(value: float | None, digits: int) -> str:

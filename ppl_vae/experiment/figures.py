@@ -194,7 +194,8 @@ class _Scene:
 
 def _training_curves(scene: _Scene) -> Figure:
     try:
-        return plots.training_curves(scene.metrics, title=f"{scene.run.splits.name}: training")
+        of = " of the density of (level + u) / 256" if scene.run.pixels == "dequantized" else ""
+        return plots.training_curves(scene.metrics, title=f"{scene.run.splits.name}: training{of}")
     except KeyError as error:
         raise ValueError(f"{scene.run.folder / runs.METRICS}: damaged: a record is missing {error}") from None
 

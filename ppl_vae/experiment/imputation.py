@@ -16,7 +16,7 @@ from ppl_vae.evidence import Estimate, evaluate, seeded
 from ppl_vae.experiment.display import Display, display_of
 from ppl_vae.experiment.evaluation import plus_minus, what_is_measured
 from ppl_vae.experiment.images import Images, images_of
-from ppl_vae.experiment.opening import Run, Say, evaluated_vae, open_run
+from ppl_vae.experiment.opening import Run, Say, draws_of, evaluated_vae, open_run
 from ppl_vae.experiment.outputs import drop_record, output_folder, removed_if_empty, write_arrays, write_figure
 from ppl_vae.missing import Imputation, Observed, impute
 from ppl_vae.options import SIDES
@@ -95,6 +95,7 @@ def impute_images(
         "mask": None if mask is None else str(Path(mask).resolve()),
         "hide": hide,
         "num_draws": num_draws,
+        "dequantization_draws": draws_of(run),
         "seed": seed,
         "step": runs.load_step(run.folder / runs.MODEL),
     }
@@ -276,6 +277,8 @@ def _in_words(summary: dict[str, Any]) -> list[str]:
             f"  Without an observed pixel: {summary['empty_images']:,}, imputed by draws of the model, with log p of 0."
         )
     density = "" if summary["scale"].startswith("mass") else f"; a {summary['scale']}: never comparable with a mass"
+    if summary["dequantization_draws"] is not None:
+        density = f"; of the mass of 8-bit levels, by uniform dequantization, M = {summary['dequantization_draws']}"
     lines.append(
         f"log p(x_observed) {plus_minus(summary['log_likelihood_observed'])} nats an image: the bound L_{S}, in "
         f"expectation below it{density}"

@@ -8,23 +8,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from ppl_vae import build, data, plots, runs
-from ppl_vae.evidence import NotFinite, seeded
+from ppl_vae import build, data, runs
+from ppl_vae.evidence import NotFinite
 from ppl_vae.experiment.asked_run import check_same
-from ppl_vae.experiment.display import display_of
 from ppl_vae.experiment.evaluation import PerImage, is_evaluated, plus_minus, read_per_image
-from ppl_vae.experiment.opening import Run, Say, draws_of, evaluated_vae, open_run
-from ppl_vae.experiment.outputs import write_figure
+from ppl_vae.experiment.likelihood_figures import write_likelihood_figures
+from ppl_vae.experiment.opening import Run, Say, draws_of, open_run
 from ppl_vae.experiment.paired import CONFIDENCE, INDISTINCT, SEED_NATS, bound_difference
 from ppl_vae.experiment.pixel_calibration import calibrate_run, describe_calibration
-from ppl_vae.experiment.train import resume, train
+from ppl_vae.experiment.train import QUICK_EVALUATION_SEED, resume, train
 from ppl_vae.options import LIKELIHOODS, Options
-from ppl_vae.vae import VAE
 
 # What the likelihoods that fit the data are compared by, where none are named, in the words of ``build.scale``.
 _SCALES = {
@@ -35,11 +31,7 @@ _SCALES = {
     data.REAL: "density of real values",
 }
 
-MASS, BOUND, DENSITY = "mass", "bound", "density"
-
-_FIGURE_SEED = 0
-_EVALUATION_SEED = 0  # that of the evaluation at the end of a training
-_NUM_SHOWN = 10
+BOUND = "bound"  # the kind of a density of dequantized levels; of the others it is their measure
 
 
 def compare_likelihoods(
@@ -70,7 +62,7 @@ def compare_likelihoods(
     """
     splits = build.splits(options)
     words = fitting_likelihoods(options, splits) if likelihoods is None else list(likelihoods)
-    parent, scale = Path(run_dir), _check(words, options, splits, Path(run_dir))
+    parent, scale = Path(run_dir), _check(words, options, splits, Path(run_dir), output)
     say(f"{len(words)} likelihoods, compared by the {scale}: {', '.join(words)}")
     if output is not None:
         Path(output).parent.mkdir(parents=True, exist_ok=True)
@@ -101,7 +93,7 @@ def compare_likelihoods(
         runs.write_json(Path(output), table | {"environment": runs.environment(options.device)})
     for line in describe(rows, scale):
         say(line)
-    _write_figures(parent / runs.FIGURES, opened, rows, say)
+    write_likelihood_figures(parent / runs.FIGURES, opened, rows, say)
     return rows
 
 
@@ -127,7 +119,7 @@ def _scale_of(asked: Options, splits: data.Splits) -> str:
     return build.scale(resolved, splits)
 
 
-def _check(words: Sequence[str], options: Options, splits: data.Splits, parent: Path) -> str:
+def _check(words: Sequence[str], options: Options, splits: data.Splits, parent: Path, output: str | None) -> str:
     """The one scale of all, once there is nothing that could end the table after hours of training.
 
     Raises:
@@ -155,6 +147,12 @@ def _check(words: Sequence[str], options: Options, splits: data.Splits, parent: 
         if (parent / word / runs.CONFIG).exists():
             check_same(parent / word, asked, splits)
             _check_evaluation(parent / word, asked, splits)
+        elif (parent / word).exists() and (not (parent / word).is_dir() or any((parent / word).iterdir())):
+            raise ValueError(
+                f"{parent / word}: expected a run, a new or an empty folder, got another; name another --run-dir"
+            )
+    if output is not None and Path(output).is_dir():
+        raise ValueError(f"--output: expected a JSON file, got the folder {output}")
     return next(iter(scales))
 
 
@@ -165,9 +163,10 @@ def _check_evaluation(folder: Path, asked: Options, splits: data.Splits) -> None
     run = Run(folder, build.resolve(asked, splits), splits)
     entry = runs.read_evaluations(folder)["test"]
     expected = {
+        "scale": run.scale,
         "num_images": min(asked.images, len(splits.test)),
         "num_particles": asked.evaluation_particles,
-        "seed": _EVALUATION_SEED,
+        "seed": QUICK_EVALUATION_SEED,
         "dequantization_draws": draws_of(run),
     }
     differ = [
@@ -214,14 +213,15 @@ def _per_image(run: Run) -> PerImage:
 def row(run: Run) -> dict[str, Any]:
     """A trained run's line of the table, from its files."""
     entry, metrics = runs.read_evaluations(run.folder)["test"], runs.read_metrics(run.folder)
-    weights, _ = runs.load_tensors(run.folder / runs.MODEL)
+    with torch.device("meta"):  # shapes without numbers
+        weights = build.vae(run.options, run.splits.event_shape).parameters()
     elbo = "validation_elbo_nats_per_image"
     conditions = ("split", "binarization", "scale", "dequantization_draws", "num_images", "num_particles")
     numbers = ("bits_per_dim", "log_likelihood", "elbo", "reconstruction", "kl", "rise", "floor")
     return {
         "likelihood": run.options.likelihood,
         "kind": BOUND if run.pixels == "dequantized" else entry["measure"],
-        "weights": sum(w.numel() for w in weights.values()),
+        "weights": sum(w.numel() for w in weights),
         "epochs": metrics[-1]["epoch"],
         "best_epoch": max(metrics, key=lambda record: record.get(elbo, record["step"]))["epoch"],
         "seconds": metrics[-1]["seconds"],
@@ -238,8 +238,8 @@ def _minus_bit(run: Run) -> float:
 def ranked(rows: Sequence[dict[str, Any]], opened: Sequence[Run]) -> list[dict[str, Any]]:
     """The rows by their bound, the best first, each with its paired difference from the best, in nats and in bits.
 
-    "difference_nats" is below 0 and "difference_bits_per_dim" above 0 where a row is worse than the best. "bound" is
-    the verdict of the paired interval. "ranks_log_likelihood" is the rule of ``paired.BoundDifference``: whether
+    "difference_nats" is below 0 and "difference_bits_per_dim" above 0 where a row is worse than the best. "verdict" is
+    that of the paired interval. "ranks_log_likelihood" is the rule of ``paired.BoundDifference``: whether
     log p(x) ranks so as well. Of a density of dequantized levels it is None: what its draws of u lack is not in it.
 
     Raises:
@@ -253,7 +253,7 @@ def ranked(rows: Sequence[dict[str, Any]], opened: Sequence[Run]) -> list[dict[s
     found, first = [], results[order[0]].result
     for rank, i in enumerate(order, start=1):
         entry = {"rank": rank, **rows[i], "difference_nats": None, "difference_bits_per_dim": None}
-        entry |= {"bound": "best", "ranks_log_likelihood": None}
+        entry |= {"verdict": "best", "ranks_log_likelihood": None}
         if rank > 1:
             difference = bound_difference(first, results[i].result, comparisons=len(rows) - 1)
             bounds = difference.bounds
@@ -265,7 +265,7 @@ def ranked(rows: Sequence[dict[str, Any]], opened: Sequence[Run]) -> list[dict[s
                     -bounds.stderr / minus_bit,
                     [bounds.upper / minus_bit, bounds.lower / minus_bit],
                 )
-            entry["bound"] = bounds.word
+            entry["verdict"] = bounds.word
             entry["ranks_log_likelihood"] = None if rows[i]["kind"] == BOUND else difference.ranks_log_evidence
         found.append(entry)
     return found
@@ -292,7 +292,7 @@ def describe(rows: Sequence[dict[str, Any]], scale: str) -> list[str]:
         behind = found["difference_bits_per_dim" if bits else "difference_nats"]
         digits = 4 if bits else 2
         lacks = "-" if behind is None else f"{behind['mean']:+.{digits}f} ± {behind['stderr']:.{digits}f}"
-        mark = " ~" if found["bound"] == INDISTINCT else "  "
+        mark = " ~" if found["verdict"] == INDISTINCT else "  "
         lines.append(
             f"{found['likelihood']:29} {found['kind']:8} {own:>16} {lacks + mark:>18} "
             f"{plus_minus(found['log_likelihood']):>20} {found['elbo']['mean']:>10.2f} "
@@ -333,72 +333,3 @@ def _about(rows: Sequence[dict[str, Any]]) -> list[str]:
         "the same epochs are not the same time: see seconds. One training each: these trained models are compared, and "
         f"another seed moves a VAE by {low} to {high} nats on binary pixels, often more on others",
     ]
-
-
-# --- Figures ---
-
-
-def _write_figures(folder: Path, opened: Sequence[Run], rows: Sequence[dict[str, Any]], say: Say) -> None:
-    """calibration.png, and for images reconstructions.png and samples.png, the best likelihood first."""
-    folder.mkdir(exist_ok=True)
-    by_word = {run.options.likelihood: run for run in opened}
-    ordered = [by_word[found["likelihood"]] for found in rows]
-    figures = {"calibration.png": _calibration_figure(rows, opened[0])}
-    if len(opened[0].splits.event_shape) > 1:
-        figures |= _picture_figures(ordered)
-    for name, figure in figures.items():
-        write_figure(folder / name, figure)
-    say(f"Figures in {folder}: {', '.join(figures)}")
-
-
-def _calibration_figure(rows: Sequence[dict[str, Any]], run: Run) -> Any:
-    histograms = {}
-    for found in rows:
-        shares = found["calibration"]["histogram"]
-        histograms[found["likelihood"]] = plots.PixelHistogram(
-            shares=np.array([share["mean"] for share in shares]),
-            stderr=np.array([share["stderr"] for share in shares], dtype=float),
-            words=found["calibration"]["verdict"],
-        )
-    entry = rows[0]["calibration"]
-    return plots.pixel_calibration(
-        histograms,
-        title=f"{run.splits.name}: where pixels of {entry['num_images']:,} test images lie in p(x | z), z ~ q(z | x)\n"
-        "(probability integral transform; uniform if the model were right; bars are standard errors over images)",
-    )
-
-
-@torch.no_grad()
-def _picture_figures(opened: Sequence[Run]) -> dict[str, Any]:
-    first = opened[0]
-    display, x = display_of(first), data.evaluation_images(first.splits, "test", first.evaluated_pixels)
-    x = x[data.subset(len(x), _NUM_SHOWN)]
-    reconstructions, samples = {"test image x": display(x)}, dict[str, Any]()
-    for run in opened:
-        word, vae = run.options.likelihood, evaluated_vae(run)
-        reconstructions[word] = display(_reconstructed(vae, x))
-        means, draws = _sampled(vae)
-        samples |= {f"{word}\nE[x | z]": display(means), f"{word}\nx ~ p(x | z)": display(draws)}
-    name = first.splits.name
-    return {
-        "reconstructions.png": plots.image_rows(
-            reconstructions, title=f"{name}: reconstructions E[x | z], z ~ q(z | x)" + display.words
-        ),
-        "samples.png": plots.image_rows(
-            samples,
-            title=f"{name}: samples, z ~ p(z) by one seed, in the latents of each model" + display.words,
-        ),
-    }
-
-
-def _reconstructed(vae: VAE, x: Tensor) -> Tensor:
-    """(n, *E) E[x | z], z ~ q(z | x)."""
-    with seeded(_FIGURE_SEED, torch.device("cpu")):
-        return vae.likelihood(vae.posterior(x).sample()).mean
-
-
-def _sampled(vae: VAE) -> tuple[Tensor, Tensor]:
-    """E[x | z] and x ~ p(x | z), z ~ p(z): each (n, *E)."""
-    with seeded(_FIGURE_SEED, torch.device("cpu")):
-        decoded = vae.likelihood(vae.prior().expand((_NUM_SHOWN,)).sample())
-        return decoded.mean, decoded.sample()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ppl_vae import build, data, runs
+from ppl_vae.experiment.asked_run import check_same
 from ppl_vae.experiment.evaluation import is_evaluated
 from ppl_vae.experiment.opening import Say
 from ppl_vae.experiment.train import resume, train
@@ -43,16 +44,16 @@ def compare_networks(
     Raises:
         ValueError: as ``train``, or a folder that holds a run with other options.
     """
-    shape = build.splits(options).event_shape
+    splits = build.splits(options)
     for network in networks:  # what cannot be built is found before hours of training
         with torch.device("meta"):
-            build.vae(replace(options, network=network), shape)
+            build.vae(replace(options, network=network), splits.event_shape)
     rows = []
     for network in networks:
         asked = replace(options, network=network)
         folder = Path(run_dir) / network
         if (folder / runs.CONFIG).exists():
-            _check_same(folder, asked)
+            check_same(folder, asked, splits, free=frozenset({"epochs", "warmup_epochs"}))
             resume(str(folder), epochs=None, say=say)
         else:
             seconds = seconds_an_epoch(asked)
@@ -69,25 +70,6 @@ def compare_networks(
     for line in describe(rows):
         say(line)
     return rows
-
-
-def _check_same(folder: Path, asked: Options) -> None:
-    """A run that is taken as it is must be what is asked for, but for its epochs."""
-    stored, _ = build.read_config(folder)
-    if asked.dataset not in data.DATASETS:
-        asked = replace(asked, dataset=str(Path(asked.dataset).resolve()))
-    planned = ("epochs", "data_dir")  # the one from a measured time, the other safe to differ: SHA-256 decides
-    resolved = [
-        name for name in ("warmup_epochs", "binarization", "dequantization", "hidden") if getattr(asked, name) is None
-    ]
-    resolved += ["compile"] if asked.compile == "auto" else []
-    names = asdict(stored).keys() - {*planned, *resolved}
-    differ = sorted(name for name in names if getattr(stored, name) != getattr(asked, name))
-    if differ:
-        raise ValueError(
-            f"{folder}: expected a run with the options that are asked for, got others in {', '.join(differ)}; "
-            "name another --run-dir"
-        )
 
 
 def _compiles(options: Options) -> bool:

@@ -26,7 +26,8 @@ def calibrate_run(run: Run) -> dict[str, Any]:
     """``calibration`` on a fixed random 1,000 of the test images, or what calibration.json has of the same weights.
 
     A density of dequantized levels is calibrated as the mass that it gives to levels, and to the whole numbers beyond
-    0 and 255, where no pixel can be.
+    0 and 255, where no pixel can be. Its guide sees (x + u) / 256 with a uniform u, not one of p(u | x): what is said
+    of an exact posterior then holds but for what a density varies within a level.
 
     Returns:
         What calibration.json holds.

@@ -13,6 +13,7 @@ from typing import Any
 
 import pyro
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from ppl_vae import build, data, runs
@@ -24,7 +25,7 @@ from ppl_vae.experiment.opening import Run, Say, open_run
 from ppl_vae.options import Options
 from ppl_vae.training import TrainingState, fit
 
-_QUICK_EVALUATION_SEED = 0
+QUICK_EVALUATION_SEED = 0
 
 
 def train(options: Options, run_dir: str | None, *, say: Say) -> Path:
@@ -117,7 +118,7 @@ def _go_on(run: Run, *, say: Say, compile_if_possible: bool = False) -> None:
             num_particles=options.evaluation_particles,
             images=options.images,
             device=options.device,
-            seed=_QUICK_EVALUATION_SEED,
+            seed=QUICK_EVALUATION_SEED,
             compile="off" if options.compile == "off" else "auto",
             say=say,
         )
@@ -245,7 +246,17 @@ def _what_is_modelled(run: Run) -> list[str]:
             f"Pixels are {pixels} here: a density of values on a grid has no upper bound, and its nats compare only "
             "with densities of the same pixels."
         )
+    elif likelihood.measure == "density" and splits.kind == data.PROBABILITIES and _are_levels(splits.train):
+        lines.append(
+            "All pixels are multiples of 1 / 255: a density of values on a grid has no upper bound. As uint8 they are "
+            "8-bit levels, of which it bounds the mass."
+        )
     return lines
+
+
+def _are_levels(x: Tensor) -> bool:
+    """Whether every number is a multiple of 1 / 255, to single precision."""
+    return all(bool(((255 * part).round() - 255 * part).abs().max() < 1e-4) for part in x.split(1000))
 
 
 @contextmanager

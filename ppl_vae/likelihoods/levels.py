@@ -50,7 +50,9 @@ class LevelCategorical(dist.Categorical):
         if self._validate_args:
             self._validate_sample(value)
         levels = torch.arange(self.logits.shape[-1], dtype=value.dtype, device=value.device)
-        return torch.where(value[..., None] == levels, self.logits, 0.0).sum(-1)
+        picked = torch.where(value[..., None] == levels, self.logits, 0.0).sum(-1)
+        is_level = (value == value.floor()) & (value >= 0) & (value < self.logits.shape[-1])
+        return torch.where(is_level, picked, torch.nan)  # never zero, the mass of what is certain
 
 
 def _cosines(num: int) -> Tensor:
@@ -125,8 +127,9 @@ _LOG_SCALE_CENTER, _LOG_SCALE_LIMIT = -3.0, 4.0
 def logistic_log_scale(feature: Tensor) -> Tensor:
     """log scale = -3 + 4 tanh(feature / 4), in units of t = level / 127.5 - 1, between -7 and 1.
 
-    At -7 a level is 8.6 scales wide and holds 0.973 of the mass in its middle, so nothing is gained below; at 1 all
-    levels together are 0.7 scales wide, and the mass is at the two ends. Both exp and its inverse stay in range.
+    At -7 a level is 8.6 scales wide and holds 0.973 of the mass in its middle, so that a pixel which never varies costs
+    0.027 nats; at 1 all levels together are 0.7 scales wide, and the mass is at the two ends. Both exp and its inverse
+    stay in range.
     """
     return _LOG_SCALE_CENTER + bounded(feature, _LOG_SCALE_LIMIT)
 
@@ -303,9 +306,7 @@ class LevelBinomial(dist.Binomial):
         if self._validate_args:
             self._validate_sample(value)
         n = torch.arange(NUM_LEVELS, dtype=torch.double, device=value.device)
-        log_factorial = (
-            n.clamp(min=1).log().cumsum(0)
-        )  # a sum is computed once; log Gamma(n + 1) would be at each pixel
+        log_factorial = n.clamp(min=1).log().cumsum(0)  # a sum is taken once; log Gamma(n + 1) would be at each pixel
         log_choose = log_factorial[TOP] - log_factorial - log_factorial.flip(0)
         h = self.logits
         return log_choose.to(h.dtype)[value.long()] + value * logsigmoid(h) + (TOP - value) * logsigmoid(-h)

@@ -124,13 +124,14 @@ class NormalFixed(nn.Module):
 
 
 class NormalOptimal(nn.Module):
-    """p(x | h) = prod_d Normal(x_d; unit h_d, scale), the scale the one that maximizes it over the training data.
+    """p(x | h) = prod_d Normal(x_d; unit h_d, scale), the scale in closed form of the training data.
 
-    For given means the best scale is known, scale^2 = mean (x - loc)^2. ``refit`` moves there by a running mean, and
-    no gradient trains it: ``log_scale`` is a buffer, which stands still in evaluation. That matters. A scale computed
-    from the x that is scored makes p(x | h) depend on x by its scale as well: max_scale Normal(x; loc, scale) does not
-    integrate to one over x (over one pixel it is 1 / (|x - loc| sqrt(2 pi e)), whose integral is infinite), and what it
-    gives is no log-likelihood.
+    For given means the best scale is known, scale^2 = mean (x - loc)^2. ``refit`` follows it by a running mean (of
+    about ten batches; ``fit`` gives it every tenth, so it lags by a hundred steps), and no gradient trains it:
+    ``log_scale`` is a buffer, which stands still in evaluation. That matters. A scale computed from the x that is
+    scored makes p(x | h) depend on x by its scale as well: max_scale Normal(x; loc, scale) does not integrate to one
+    over x (over one pixel it is 1 / (|x - loc| sqrt(2 pi e)), whose integral is infinite), and what it gives is no
+    log-likelihood.
 
     Args:
         event_shape: E, the shape of an image.
@@ -163,6 +164,8 @@ class NormalOptimal(nn.Module):
     def refit(self, h: Tensor, x: Tensor, *, rate: float = 0.1) -> None:
         """scale^2 <- (1 - rate) scale^2 + rate mean (x - loc)^2, over the batch and its pixels, in place.
 
+        It stays as it is where that is no number, as with a weight that is not finite.
+
         Args:
             h: (..., prod(E)) features of training images.
             x: (..., *E) those images.
@@ -176,7 +179,8 @@ class NormalOptimal(nn.Module):
         residual = x / self.unit - h.reshape(*h.shape[:-1], *self.event_shape)
         square = (1 - rate) * (2 * self.log_scale).exp() + rate * residual.square().mean()
         # Where the decoder reproduces every pixel the best scale is zero, and its logarithm no number.
-        self.log_scale.copy_(square.clamp(min=torch.finfo(square.dtype).tiny).log() / 2)
+        log_scale = square.clamp(min=torch.finfo(square.dtype).tiny).log() / 2
+        self.log_scale.copy_(torch.where(log_scale.isfinite(), log_scale, self.log_scale))
 
     def fit_marginals(self, x: Tensor) -> Tensor:
         """h_d = mean_n x_nd / unit, with unit^2 = scale^2 = mean_nd (x_nd - mean_n x_nd)^2. x: (N, *E) -> (prod(E),).

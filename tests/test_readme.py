@@ -17,7 +17,7 @@ import torch
 
 from ppl_vae import load
 from ppl_vae.experiment.evaluation import describe_evaluation
-from ppl_vae.options import NETWORKS
+from ppl_vae.options import LIKELIHOODS, NETWORKS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -169,6 +169,35 @@ def test_the_readmes_table_of_networks_is_the_stored_measurement():
         assert (
             f"| `{row['network']}` | {row['weights']:,} | {row['seconds_an_epoch']:.1f} | {row['epochs']} | "
             f"{ll['mean']:.2f} ± {ll['stderr']:.2f} | {row['elbo']['mean']:.2f} |"
+        ) in README
+
+
+def _likelihood_row(row):
+    """A line of the README's table of likelihoods, from a row of scripts/results/likelihoods.json."""
+    bits, behind, nats = row["bits_per_dim"], row["difference_bits_per_dim"], row["log_likelihood"]
+    brighter = row["calibration"]["above_90_percent_quantile"]["mean"]
+    lead = "" if behind is None else f"{behind['mean']:+.3f} ± {behind['stderr']:.3f}"
+    return (
+        f"| `{row['likelihood']}` | {row['kind']} | {bits['mean']:.3f} ± {bits['stderr']:.3f} | {lead} | "
+        f"{nats['mean']:,.1f} ± {nats['stderr']:.1f} | {row['reconstruction']['mean']:,.1f} | "
+        f"{row['kl']['mean']:.1f} | {row['floor_bits_per_dim']:.3f} | {brighter:.0%} | {row['seconds']:,.0f} |"
+    )
+
+
+def test_the_readmes_table_of_likelihoods_is_the_stored_measurement():
+    result = json.loads((ROOT / "scripts" / "results" / "likelihoods.json").read_text())
+    lines = [_likelihood_row(row) for row in result["rows"]]
+    assert len(lines) >= 10
+    assert "\n".join(lines) in README
+
+
+def test_the_readmes_cost_of_a_likelihood_is_the_stored_measurement():
+    result = json.loads((ROOT / "scripts" / "results" / "likelihood_steps.json").read_text())["likelihoods"]
+    captured, eager = (result[f"ppl_vae, {how}"] for how in ("captured", "eager"))
+    for word in LIKELIHOODS:
+        assert (
+            f"| `{word}` | {captured[word]['features_a_pixel']} | {captured[word]['median_ms']:.3g} "
+            f"({captured[word]['ratio']:.2f}) | {eager[word]['median_ms']:.3g} ({eager[word]['ratio']:.2f}) |"
         ) in README
 
 

@@ -127,10 +127,10 @@ def likelihood(options: Options, event_shape: Sequence[int]) -> Any:
     _check_own(options)
     if options.transform == "none":
         return family
-    if family.asks_for != data.REAL:
+    if family.asks_for != data.REAL or options.likelihood == "student-t":  # whose quantiles have no formula
         raise ValueError(
-            f"--transform logit: expected a density of real numbers, got --likelihood {options.likelihood}, of "
-            f"{family.asks_for}"
+            "--transform logit: expected a density of real numbers with quantiles (a normal, or laplace), got "
+            f"--likelihood {options.likelihood}"
         )
     return likelihoods.Logit(family)
 
@@ -235,6 +235,8 @@ def _cure(seen: data.Splits, family: Any) -> str:
     """What takes such pixels, or brings them where this likelihood takes them."""
     if family.asks_for == data.BINARY and seen.kind in (data.LEVELS, data.PROBABILITIES):
         return "another --binarization makes them so"
+    if isinstance(family, likelihoods.Logit):
+        return "--transform none takes them"
     cures = {
         data.BINARY: "--likelihood bernoulli takes them",
         data.LEVELS: "--dequantization uniform makes them so",
@@ -242,7 +244,8 @@ def _cure(seen: data.Splits, family: Any) -> str:
         data.REAL: "--likelihood normal takes them",
         data.COUNTS: "--likelihood negative-binomial takes them",
     }
-    as_bytes = "; saved as uint8 they are 8-bit levels" if seen.kind == data.COUNTS and seen.train.max() <= 255 else ""
+    is_bytes = seen.kind == data.COUNTS and seen.train.max() <= 255 and family.asks_for == data.LEVELS
+    as_bytes = "; saved as uint8 they are 8-bit levels" if is_bytes else ""
     return cures[seen.kind] + as_bytes
 
 

@@ -114,15 +114,19 @@ def test_levels_without_dequantization_are_on_a_scale_of_their_own(tmp_path):
 # --- The logit transform ---
 
 
-@pytest.mark.parametrize("likelihood", ["bernoulli", "beta", "categorical", "poisson"])
+@pytest.mark.parametrize("likelihood", ["bernoulli", "beta", "categorical", "poisson", "student-t"])
 def test_a_transform_is_refused_by_all_but_densities_of_real_numbers(tmp_path, likelihood):
-    with pytest.raises(ValueError, match=r"--transform logit: expected a density of real numbers, got --likelihood"):
+    with pytest.raises(
+        ValueError, match=r"--transform logit: expected a density of real numbers with quantiles .*, got"
+    ):
         resolved(tmp_path, data.LEVELS, likelihood=likelihood, transform="logit")
 
 
 def test_a_transformed_density_refuses_pixels_beyond_the_unit_interval(tmp_path):
     path, _ = read(tmp_path, data.REAL)
-    with pytest.raises(ValueError, match=r"--likelihood normal: expected pixels that are .*, got real values"):
+    with pytest.raises(
+        ValueError, match=r"--likelihood normal: expected pixels that are .*; --transform none takes them"
+    ):
         train_small(tmp_path / "run", replace(SMALL, dataset=path, likelihood="normal", transform="logit"))
 
 
@@ -369,3 +373,20 @@ def test_a_worse_density_leaves_open_whether_log_p_ranks_so(two, tmp_path):
     """Its draws of u lack something that no particle shows."""
     compared = {"rise": 0.1, "interval": [-9.0, -5.0], "bound": "worse", "ranks_log_likelihood": None}
     assert "what its draws of u lack is not in that" in _about_log_p(compared, 100)
+
+
+def test_own_images_at_the_open_ends_of_a_density_are_refused(tmp_path):
+    path, _ = read(tmp_path, data.PROBABILITIES)
+    folder = train_small(tmp_path / "run", replace(SMALL, dataset=path, likelihood="beta"))
+    np.save(tmp_path / "ends.npy", np.where(ARRAYS[data.PROBABILITIES] > 0.9, 1.0, ARRAYS[data.PROBABILITIES]))
+    with pytest.raises(ValueError, match=r"ends.npy: expected pixels that are numbers between 0 and 1, neither"):
+        experiment.encode_images(
+            str(folder),
+            str(tmp_path / "ends.npy"),
+            num_particles=5,
+            images=None,
+            seed=0,
+            device="cpu",
+            output=None,
+            say=lambda line: None,
+        )

@@ -230,6 +230,8 @@ def scale_in_words(entry: dict[str, Any]) -> str:
     elif pixels == "dequantized":
         M = entry["dequantization_draws"]
         words.append(f"bound on the mass of 8-bit levels (uniform dequantization, M = {M} draws a pixel)")
+    elif entry["measure"] == "mass" and entry.get("scale") == "mass of counts":
+        words.append("mass of counts")
     elif entry["measure"] == "density":
         words.append(f"a {entry.get('scale', 'density')}: never comparable with a mass")
     return ", ".join(words)

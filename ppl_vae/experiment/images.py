@@ -7,9 +7,20 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ppl_vae import data
+from ppl_vae import build, data
 from ppl_vae.experiment.opening import Run
 from ppl_vae.options import SPLITS
+
+
+def _check_support(run: Run, source: str, x: Tensor) -> None:
+    """Refuses pixels that the run's likelihood has no probability for; levels and binarized pixels always fit."""
+    family = build.likelihood(run.options, run.splits.event_shape)
+    seen = x[~x.isnan()]
+    if run.evaluated_pixels == "none" and not family.support.check(seen).all():
+        raise ValueError(
+            f"{source}: expected pixels that are {family.support_words}, got values from {float(seen.min()):.4g} to "
+            f"{float(seen.max()):.4g}"
+        )
 
 
 class Images(NamedTuple):
@@ -51,6 +62,7 @@ def images_of(run: Run, images_path: str, *, most: int | None, seed: int) -> Ima
         x, labels, names = data.own_images(
             images_path, run.splits, run.evaluated_pixels, seed=seed, fit=run.options.fit
         )
+        _check_support(run, source, x)
     places = data.subset(len(x), most)
     kept = tuple(names[i] for i in places.tolist())
     return Images(source, x[places], None if labels is None else labels[places], kept, places, len(x))

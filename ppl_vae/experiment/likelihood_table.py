@@ -101,9 +101,17 @@ def compare_likelihoods(
 
 
 def fitting_likelihoods(options: Options, splits: data.Splits) -> list[str]:
-    """Every likelihood that the data fits, and whose numbers are on the scale of that kind of data."""
+    """Every likelihood that the data fits, and whose numbers are on the scale of that kind of data.
+
+    Of zeros and ones that is the Bernoulli alone: as counts they would be taken, and nobody means that.
+    """
 
     def fits(word: str) -> bool:
+        if (
+            splits.kind == data.BINARY
+            and build.likelihood(replace(options, likelihood=word), splits.event_shape).asks_for != data.BINARY
+        ):
+            return False
         try:
             return _scale_of(replace(options, likelihood=word), splits) == _SCALES[splits.kind]
         except ValueError:
@@ -290,8 +298,8 @@ def describe(rows: Sequence[dict[str, Any]], scale: str) -> list[str]:
     for found in rows:
         own = f"{found['bits_per_dim']['mean']:.4f} ± {found['bits_per_dim']['stderr']:.4f}" if bits else "-"
         behind = found["difference_bits_per_dim" if bits else "difference_nats"]
-        digits = 4 if bits else 2
-        lacks = "-" if behind is None else f"{behind['mean']:+.{digits}f} ± {behind['stderr']:.{digits}f}"
+        digits, sign = (4, 1) if bits else (2, -1)
+        lacks = "-" if behind is None else f"{sign * behind['mean']:+.{digits}f} ± {behind['stderr']:.{digits}f}"
         mark = " ~" if found["verdict"] == INDISTINCT else "  "
         lines.append(
             f"{found['likelihood']:29} {found['kind']:8} {own:>16} {lacks + mark:>18} "

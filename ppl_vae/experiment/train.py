@@ -206,7 +206,8 @@ def _train(run: Run, *, say: Say, compile_if_possible: bool) -> None:
             raise ValueError(f"{folder / runs.TRAINING_STATE}: {error}") from None
         except NotFinite as error:
             raise NotFinite(f"{error}; a new run with a smaller --learning-rate or --beta may pass it") from None
-    kept = f"best validation ELBO {state.best_elbo:.2f} nats, at step {state.best_step:,} of {state.step:,}"
+    of = " of the density of (level + u) / 256" if run.pixels == "dequantized" else ""
+    kept = f"best validation ELBO{of} {state.best_elbo:.2f} nats, at step {state.best_step:,} of {state.step:,}"
     if validation is None:
         kept = "no validation images, so the last weights are kept"
     speed = f", {statistics.median(speeds):,.0f} training images a second" if speeds else ""

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from ppl_vae import capture, data, likelihoods, networks, objectives, posteriors, priors, runs
 from ppl_vae.conditional import Conditional
-from ppl_vae.numerics import location_and_spread
-from ppl_vae.options import Options, compiling_pays, default_hidden, default_warmup, from_json, to_json
+from ppl_vae.options import Options, compiling_pays, default_hidden, default_warmup, flag, from_json, to_json
 from ppl_vae.vae import VAE
 
 LIKELIHOODS: dict[str, Callable[..., Any]] = {
@@ -113,35 +112,34 @@ def vae(options: Options, event_shape: Sequence[int]) -> VAE:
     return VAE(PRIORS[options.prior](L), Conditional(decoder, family), Conditional(encoder, posterior))
 
 
+# An option of one likelihood alone, and that class's argument.
+OWN_OPTIONS = {
+    "normal-fixed": ("likelihood_scale", "scale"),
+    "discretized-logistic-mixture": ("likelihood_components", "components"),
+}
+
+
 def likelihood(options: Options, event_shape: Sequence[int]) -> Any:
     """The likelihood that the options name, with fresh parameters.
 
     Raises:
-        ValueError: a transform that it cannot have.
+        ValueError: a transform that it cannot have, or an option of another likelihood.
     """
-    own: dict[str, dict[str, Any]] = {
-        "normal-fixed": {"scale": options.likelihood_scale},
-        "discretized-logistic-mixture": {"components": options.likelihood_components},
-    }
-    family = LIKELIHOODS[options.likelihood](event_shape, **own.get(options.likelihood, {}))
-    _check_own(options)
+    own = {}
+    for word, (name, argument) in OWN_OPTIONS.items():
+        if options.likelihood == word:
+            own[argument] = getattr(options, name)
+        elif getattr(options, name) != getattr(Options(), name):
+            raise ValueError(f"{flag(name)}: expected --likelihood {word}, which it is of, got {options.likelihood}")
+    family = LIKELIHOODS[options.likelihood](event_shape, **own)
     if options.transform == "none":
         return family
-    if family.asks_for != data.REAL or options.likelihood == "student-t":  # whose quantiles have no formula
+    if family.asks_for != data.REAL or not likelihoods.has_quantiles(family):
         raise ValueError(
             "--transform logit: expected a density of real numbers with quantiles (a normal, or laplace), got "
             f"--likelihood {options.likelihood}"
         )
     return likelihoods.Logit(family)
-
-
-def _check_own(options: Options) -> None:
-    """Refuses an option of one likelihood beside another, where it would do nothing."""
-    of = {"likelihood_scale": "normal-fixed", "likelihood_components": "discretized-logistic-mixture"}
-    for name, word in of.items():
-        if getattr(options, name) != getattr(Options(), name) and options.likelihood != word:
-            flag = "--" + name.replace("_", "-")
-            raise ValueError(f"{flag}: expected --likelihood {word}, which it is of, got {options.likelihood}")
 
 
 def data_options(options: Options) -> dict[str, Any]:
@@ -162,8 +160,7 @@ def pixels(options: Options, seen: data.Splits) -> str:
         return options.binarization
     if options.dequantization == "uniform":
         return "dequantized"
-    family = LIKELIHOODS[options.likelihood]
-    return "levels" if family.measure == "mass" and family.asks_for != data.BINARY else "none"  # type: ignore[attr-defined]
+    return "levels" if likelihood(options, seen.event_shape).asks_for in (data.LEVELS, data.COUNTS) else "none"
 
 
 def evaluated_pixels(options: Options, seen: data.Splits) -> str:
@@ -205,21 +202,21 @@ def check_support(options: Options, seen: data.Splits) -> None:
             )
         return
     _check_kind(word, family, seen)
-    for split in ("train", "validation", "test"):
-        # Levels are on the support of whatever takes levels, and dequantized ones are between 0 and 1.
-        if pixels(options, seen) == "none" and not family.support.check(data.probabilities(seen, split)).all():
+    # Levels are on the support of whatever takes levels, and dequantized ones are between 0 and 1.
+    for split in ("train", "validation", "test") if pixels(options, seen) == "none" else ():
+        if not family.support.check(data.probabilities(seen, split)).all():
             raise ValueError(
                 f"{word}: expected pixels that are {family.support_words}, got {seen.kind} in {split}; "
                 f"{_cure(seen, family)}"
             )
     if family.measure == "density":
-        _, spread = location_and_spread(data.probabilities(seen, "train"))
+        spread = seen.spread
         if spread == 0:
             raise ValueError(f"{word}: expected training images that differ, got {len(seen.train):,} of one image")
         if not _LEAST_SPREAD <= spread <= 1 / _LEAST_SPREAD:
             raise ValueError(
                 f"{word}: expected pixels that spread by {_LEAST_SPREAD:g} to {1 / _LEAST_SPREAD:g}, got "
-                f"{float(spread):.3g}; in another unit their squares can be computed in single precision"
+                f"{spread:.3g}; in another unit their squares can be computed in single precision"
             )
 
 
@@ -249,14 +246,13 @@ def _cure(seen: data.Splits, family: Any) -> str:
     return cures[seen.kind] + as_bytes
 
 
-def _resolve_dequantization(options: Options, seen: data.Splits, binarization: str) -> str:
-    family = likelihood(options, seen.event_shape)
-    if seen.kind == data.LEVELS and binarization == "none" and family.measure == "density":
+def _resolve_dequantization(options: Options, seen: data.Splits, binarization: str, measure: str) -> str:
+    if seen.kind == data.LEVELS and binarization == "none" and measure == "density":
         return options.dequantization or "uniform"
     if options.dequantization == "uniform":
         kind = seen.kind if binarization == "none" else data.BINARY
         raise ValueError(
-            f"--dequantization: expected none for a {family.measure} of {kind}, got uniform: it makes 8-bit levels "
+            f"--dequantization: expected none for a {measure} of {kind}, got uniform: it makes 8-bit levels "
             "fit for a density"
         )
     return "none"
@@ -269,8 +265,9 @@ def resolve(options: Options, seen: data.Splits) -> Options:
         ValueError: a binarization, dequantization or transform that the data, the likelihood or the protocol cannot
             have, or a compiler or a precision that this machine has not.
     """
-    binary = likelihood(options, seen.event_shape).asks_for == data.BINARY
-    found = data.resolve_binarization(seen, options.binarization, default="dynamic" if binary else "none")
+    family = likelihood(options, seen.event_shape)
+    default = "dynamic" if family.asks_for == data.BINARY else "none"
+    found = data.resolve_binarization(seen, options.binarization, default=default)
     if options.protocol == "iwae" and found != "dynamic":
         raise ValueError(f"--protocol iwae: expected --binarization dynamic, which it is a protocol of, got {found}")
     warmup = default_warmup(options.epochs) if options.warmup_epochs is None else options.warmup_epochs
@@ -281,7 +278,7 @@ def resolve(options: Options, seen: data.Splits) -> Options:
         options,
         compile="on" if compiled else "off",
         binarization=found,
-        dequantization=_resolve_dequantization(options, seen, found),
+        dequantization=_resolve_dequantization(options, seen, found, family.measure),
         warmup_epochs=warmup,
         hidden=options.hidden or default_hidden(options.network),
         dataset=options.dataset if named else str(Path(options.dataset).resolve()),

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppl_vae.evidence import numbers_a_pixel, particles_a_pass
+from ppl_vae.conditional import numbers_a_pixel
+from ppl_vae.evidence import particles_a_pass
 from ppl_vae.vae import VAE
 
 BINS = 20
@@ -144,8 +145,8 @@ def calibration(
         vae: in evaluation mode.
         x: images (N, *E) as the VAE sees them.
         num_draws: J.
-        observe: what makes of the draws of p(x | z) pixels as they are in x, such as ``levels_of`` where p is a density
-            of dequantized levels; by default they are.
+        observe: what makes of the draws of p(x | z) pixels as they are in x, such as ``dequantization.levels_of`` where
+            p is a density of dequantized levels; by default they are.
         progress: called with the number of images after each group of them.
 
     Raises:
@@ -162,7 +163,7 @@ def calibration(
     sums = torch.zeros(BINS, dtype=torch.double, device=x.device)
     products = torch.zeros(BINS, BINS, dtype=torch.double, device=x.device)
     draws = particles_a_pass(x)
-    images_a_pass = max(1, min(draws // num_draws, particles_a_pass(x, numbers_a_pixel(vae))))
+    images_a_pass = max(1, min(draws // num_draws, particles_a_pass(x, numbers_a_pixel(vae.likelihood))))
     for images in x.split(images_a_pass):
         shares = _histograms(_transformed(vae, images, num_draws, observe, chunk=draws))
         sums += shares.sum(0)
@@ -173,14 +174,6 @@ def calibration(
     mean = sums / N
     covariance = (products / N - torch.outer(mean, mean)) / (N - 1) if N > 1 else torch.full_like(products, math.nan)
     return Calibration(mean.cpu(), covariance.cpu(), N, num_draws)
-
-
-def levels_of(y: Tensor) -> Tensor:
-    """floor(256 y): the level of y in (0, 1), and whole numbers below 0 and above 255 for y beyond.
-
-    Not cut at the ends: a density that puts half its mass below 0 does not expect black half of the time.
-    """
-    return (256 * y).floor()
 
 
 def _transformed(

@@ -7,6 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+NUMBERS_A_PIXEL = 6  # that a likelihood holds at once, unless it says otherwise: features, values, log-probabilities
+
+
+def numbers_a_pixel(likelihood: Any) -> int:
+    """How many numbers a pixel p(x | z) holds at once, by its own or its family's word, or else six."""
+    family = getattr(likelihood, "family", None)
+    return getattr(likelihood, "numbers_a_pixel", getattr(family, "numbers_a_pixel", NUMBERS_A_PIXEL))
+
 
 class Conditional(nn.Module):
     """p(y | c) = family(net(c)).

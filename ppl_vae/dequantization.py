@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from ppl_vae.data import inside_unit_interval
+from ppl_vae.conditional import numbers_a_pixel
+from ppl_vae.data import NUM_LEVELS, inside_unit_interval, uniform_dequantization
+from ppl_vae.likelihoods.family import independent_pixels
 from ppl_vae.vae import VAE
-
-LEVELS = 256
 
 
 class Dequantized(dist.TorchDistribution):
@@ -48,7 +48,7 @@ class Dequantized(dist.TorchDistribution):
     """
 
     arg_constraints: dict[str, Any] = {}  # noqa: RUF012, the name and type that torch asks for
-    support = constraints.integer_interval(0, LEVELS - 1)
+    support = constraints.integer_interval(0, NUM_LEVELS - 1)
 
     def __init__(self, base: Any, num_draws: int, validate_args: bool | None = None) -> None:
         if num_draws < 1:
@@ -67,36 +67,29 @@ class Dequantized(dist.TorchDistribution):
         shape = torch.broadcast_shapes(value.shape, self.batch_shape)
         v = torch.rand((1, *shape), dtype=value.dtype, device=value.device)
         m = torch.arange(M, dtype=value.dtype, device=value.device).reshape(M, *[1] * len(shape))
-        y = inside_unit_interval((value + (m + v) / M) / LEVELS)
+        y = inside_unit_interval((value + (m + v) / M) / NUM_LEVELS)
         log_p = self.base.log_prob(y)
-        return log_p.logsumexp(0) - math.log(M * LEVELS)
+        return log_p.logsumexp(0) - math.log(M * NUM_LEVELS)
 
     @torch.no_grad()
     def sample(self, sample_shape: Any = ()) -> Tensor:
-        return _levels_of(self.base.sample(torch.Size(sample_shape)))
+        return levels_of(self.base.sample(torch.Size(sample_shape))).clamp(0, NUM_LEVELS - 1)
 
     @property
     def mean(self) -> Tensor:
-        return (LEVELS * self.base.mean - 0.5).clamp(0, LEVELS - 1)
+        return (NUM_LEVELS * self.base.mean - 0.5).clamp(0, NUM_LEVELS - 1)
 
     @property
     def mode(self) -> Tensor:
-        return _levels_of(self.base.mode)
+        return levels_of(self.base.mode).clamp(0, NUM_LEVELS - 1)
 
 
-def _levels_of(y: Tensor) -> Tensor:
-    return (LEVELS * y).floor().clamp(0, LEVELS - 1)
+def levels_of(y: Tensor) -> Tensor:
+    """floor(256 y): the level of y in (0, 1), and whole numbers below 0 and above 255 for y beyond."""
+    return (NUM_LEVELS * y).floor()
 
 
-class _OfLevels(nn.Module):
-    """p(levels | z) or q(z | levels) from the same of pixels in (0, 1)."""
-
-    def __init__(self, part: Callable[[Tensor], Any]) -> None:
-        super().__init__()
-        self.part = part
-
-
-class LevelsLikelihood(_OfLevels):
+class LevelsLikelihood(nn.Module):
     """p(x | z) of levels x: every pixel's density, ``Dequantized``. z (..., L) -> batch (...), event E.
 
     Raises:
@@ -104,10 +97,10 @@ class LevelsLikelihood(_OfLevels):
     """
 
     def __init__(self, likelihood: Callable[[Tensor], Any], num_draws: int) -> None:
-        super().__init__(likelihood)
+        super().__init__()
+        self.part = likelihood
         self.num_draws = num_draws
-        own = getattr(getattr(likelihood, "family", None), "numbers_a_pixel", 6)
-        self.numbers_a_pixel = own + 3 * num_draws
+        self.numbers_a_pixel = numbers_a_pixel(likelihood) + 3 * num_draws
 
     def forward(self, z: Tensor) -> dist.Independent:
         return of_levels(self.part(z), self.num_draws)
@@ -115,19 +108,19 @@ class LevelsLikelihood(_OfLevels):
 
 def of_levels(p_x: Any, num_draws: int) -> dist.Independent:
     """A density of images in (0, 1)^E with independent pixels -> the mass of their levels, by M draws a pixel."""
-    if not isinstance(p_x, dist.Independent) or p_x.base_dist.event_shape:
-        raise ValueError(
-            f"likelihood: expected pixels that are independent given z (Independent over the whole image), got "
-            f"{type(p_x).__name__} with event shape {tuple(p_x.event_shape)}; each pixel is dequantized by itself"
-        )
+    p_x = independent_pixels(p_x, "each pixel is dequantized by itself")
     return Dequantized(p_x.base_dist, num_draws).to_event(p_x.reinterpreted_batch_ndims)
 
 
-class LevelsPosterior(_OfLevels):
+class LevelsPosterior(nn.Module):
     """q(z | x) of levels x: q(z | (x + u) / 256) with one draw of u, whose choice no bound depends on."""
 
+    def __init__(self, posterior: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.part = posterior
+
     def forward(self, x: Tensor) -> Any:
-        return self.part(inside_unit_interval((x + torch.rand_like(x)) / LEVELS))
+        return self.part(uniform_dequantization(x))
 
 
 def dequantized(vae: VAE, *, num_draws: int = 16) -> VAE:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ppl_vae.capture import compiled
+from ppl_vae.conditional import NUMBERS_A_PIXEL, numbers_a_pixel
 from ppl_vae.numerics import LogWeightSummary
 from ppl_vae.vae import VAE
 from ppl_vae.weights import Program, log_weight_terms
@@ -25,8 +26,6 @@ UNRELIABLE_BIAS = 0.5
 # numbers a pixel unless the likelihood says otherwise. Measured on two cores: passes of a quarter took 1.3 times as
 # long, larger ones were no faster. A GPU has more places to work at once; its number has not been measured.
 _PASS_BYTES = {"cpu": 32e6, "cuda": 1e9}
-_NUMBERS_A_PIXEL = 6
-
 _SUMMARIZED_AT_ONCE = 10_000  # log-weights
 
 
@@ -94,16 +93,7 @@ class Importance(NamedTuple):
         return ~(self.bias <= UNRELIABLE_BIAS)
 
 
-def numbers_a_pixel(vae: VAE) -> int:
-    """How many numbers a pixel the likelihood holds at once, by its own or its family's word, or else six."""
-    for part in (vae.likelihood, getattr(vae.likelihood, "family", None)):
-        found = getattr(part, "numbers_a_pixel", None)
-        if isinstance(found, int):
-            return found
-    return _NUMBERS_A_PIXEL
-
-
-def particles_a_pass(x: Tensor, numbers_a_pixel: int = _NUMBERS_A_PIXEL) -> int:
+def particles_a_pass(x: Tensor, numbers_a_pixel: int = NUMBERS_A_PIXEL) -> int:
     """How many (particle, image) pairs go through the decoder at once, by the size of an image. x: (N, *E)."""
     bytes_a_pair = numbers_a_pixel * x[:1].numel() * max(4, x.element_size())
     return max(1, int(_PASS_BYTES[x.device.type] / max(1, bytes_a_pair)))
@@ -164,7 +154,6 @@ def importance(
     chunk: int | None = None,
     progress: Callable[[int], None] | None = None,
     terms: Terms = log_weight_terms,
-    pairs: int | None = None,
 ) -> Importance:
     """L_S = log (1/S) sum_s p(x, z_s) / q(z_s | x), z_s ~ q(z | x), for each image, with its errors.
 
@@ -178,11 +167,10 @@ def importance(
         guide: a Pyro program over x that samples every latent site of the model.
         x: images (N, *E).
         num_particles: S.
-        chunk: the most particles an image that are held at once; by default what suits the size of an image.
+        chunk: the most particles an image that are held at once; by default what suits the size of an image, and, where
+            the model is a VAE's, what its likelihood holds of a pixel.
         progress: called with the number of images after each group of them.
         terms: what gives the two parts of the log-weights; see ``CapturedTerms`` for another.
-        pairs: the most (particle, image) pairs that are held at once; by default what suits the size of an image, and
-            the likelihood's ``numbers_a_pixel`` where the model is a VAE's.
 
     Returns:
         ``Importance``, each field (N,).
@@ -200,7 +188,7 @@ def importance(
     if len(x) == 0:
         raise ValueError("x: expected at least one image, got none")
     whose = getattr(model, "__self__", None)
-    pairs = pairs or particles_a_pass(x, numbers_a_pixel(whose) if isinstance(whose, VAE) else _NUMBERS_A_PIXEL)
+    pairs = particles_a_pass(x, numbers_a_pixel(getattr(whose, "likelihood", None)))
     chunk = min(num_particles, chunk or pairs)
     # Results have their place before the work: small tensors kept between large ones would fragment memory for good.
     results = torch.empty(len(Importance._fields), len(x), dtype=torch.double, device=x.device)
@@ -292,7 +280,7 @@ def evaluate(
         try:
             if len(x) == 0:
                 raise ValueError("x: expected at least one image, got none")
-            pairs = particles_a_pass(x, numbers_a_pixel(vae))
+            pairs = particles_a_pass(x, numbers_a_pixel(vae.likelihood))
             chunk = even_chunk(num_particles, pairs)  # with and without compiling, so that the noise is the same
             terms: Terms = log_weight_terms
             if compile:
@@ -311,7 +299,6 @@ def evaluate(
                 chunk=chunk,
                 progress=progress,
                 terms=terms,
-                pairs=pairs,
             )
         finally:
             for module, training in modes:

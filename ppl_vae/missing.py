@@ -14,7 +14,9 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from ppl_vae.evidence import NotFinite, numbers_a_pixel, particles_a_pass, seeded
+from ppl_vae.conditional import numbers_a_pixel
+from ppl_vae.evidence import NotFinite, particles_a_pass, seeded
+from ppl_vae.likelihoods.family import independent_pixels
 from ppl_vae.numerics import log_mean_exp
 from ppl_vae.vae import VAE
 
@@ -140,11 +142,7 @@ class Observed(nn.Module):
     def likelihood(self, z: Tensor, x: Tensor) -> Any:
         """p(x_observed | z), batch (..., B), event E; it draws and averages over all pixels. z: (..., B, L)."""
         p_x = self.vae.likelihood(z)
-        if not isinstance(p_x, dist.Independent) or p_x.base_dist.event_shape:
-            raise ValueError(
-                f"likelihood: expected pixels that are independent given z (Independent over the whole image), got "
-                f"{type(p_x).__name__} with event shape {tuple(p_x.event_shape)}; missing pixels cannot be left out"
-            )
+        p_x = independent_pixels(p_x, "missing pixels cannot be left out")
         if tuple(p_x.event_shape) != tuple(x.shape[1:]):
             raise ValueError(f"x: expected shape (B, {', '.join(map(str, p_x.event_shape))}), got {tuple(x.shape)}")
         observed = ~x.isnan()
@@ -280,7 +278,7 @@ def _impute_one(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Draws (M, *E), the mean (*E), log evidence and effective sample size of one image (1, *E)."""
     q = observed.posterior(x)
-    chunk = particles_a_pass(x, numbers_a_pixel(observed.vae))
+    chunk = particles_a_pass(x, numbers_a_pixel(observed.vae.likelihood))
     z = x.new_empty(num_particles, 1, *q.event_shape)
     log_w = torch.empty(num_particles, dtype=torch.double, device=x.device)
     top = log_w.new_full((), -torch.inf)

@@ -180,16 +180,41 @@ class LogWeightSummary:
         return pareto_k(self._largest)
 
 
-def location_and_spread(x: Tensor, *, chunk: int = 1000) -> tuple[Tensor, Tensor]:
-    """mean_n x_n and sqrt(mean_nd (x_nd - mean_n x_nd)^2): the mean image, and one deviation from it for all pixels.
+def mean_and_variance(x: Tensor, *, chunk: int = 1000) -> tuple[Tensor, Tensor]:
+    """mean_n x_n and mean_n (x_n - mean_n x_n)^2.
 
     Args:
         x: (N, *E).
         chunk: images that are held in double precision at once.
 
     Returns:
-        (*E) and (), both float64.
+        (*E) and (*E), both float64.
     """
     mean = x.sum(0, dtype=torch.double) / len(x)
-    squares = sum(((part.double() - mean).square().sum() for part in x.split(chunk)), mean.new_zeros(()))
-    return mean, (squares / x.numel()).sqrt()
+    squares = sum(((part.double() - mean).square().sum(0) for part in x.split(chunk)), torch.zeros_like(mean))
+    return mean, squares / len(x)
+
+
+def location_and_spread(x: Tensor, *, chunk: int = 1000) -> tuple[Tensor, Tensor]:
+    """mean_n x_n and sqrt(mean_nd (x_nd - mean_n x_nd)^2): the mean image, and one deviation from it for all pixels.
+
+    Arguments as ``mean_and_variance``.
+
+    Returns:
+        (*E) and (), both float64.
+    """
+    mean, variance = mean_and_variance(x, chunk=chunk)
+    return mean, variance.mean().sqrt()
+
+
+def polynomial(coefficients: Sequence[float], x: Tensor) -> Tensor:
+    """sum_n coefficients[n] x^n, by Horner's rule."""
+    total = torch.full_like(x, coefficients[-1])
+    for coefficient in coefficients[-2::-1]:
+        total = total * x + coefficient
+    return total
+
+
+def bounded(h: Tensor, limit: float) -> Tensor:
+    """limit tanh(h / limit): smooth, of slope one at h = 0, and between -limit and limit."""
+    return limit * (h / limit).tanh()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pyro.distributions as dist
 from torch import Tensor, nn
 
+from ppl_vae.numerics import bounded
+
 # |log scale| never exceeds this: scales lie between 0.0009 and 1,097.
 MAX_LOG_SCALE = 7.0
 
@@ -20,7 +22,7 @@ def bounded_log_scale(h: Tensor) -> Tensor:
 
     Source: ours.
     """
-    return MAX_LOG_SCALE * (h / MAX_LOG_SCALE).tanh()
+    return bounded(h, MAX_LOG_SCALE)
 
 
 class DiagonalNormal(nn.Module):

@@ -11,6 +11,7 @@ from oracles import LinearGaussian
 
 from ppl_vae import VAE, calibration
 from ppl_vae.calibration import BINS, Calibration
+from ppl_vae.dequantization import levels_of
 from ppl_vae.evidence import seeded
 
 CPU = torch.device("cpu")
@@ -102,11 +103,11 @@ def test_a_density_of_dequantized_levels_is_uniform_by_its_levels_beyond_the_end
     """Scaled to levels, a tenth of the exact model's pixels are whole numbers below 0."""
     oracle = LinearGaussian.random()
     vae, y = oracle.vae(), oracle.draw(NUM_IMAGES)
-    x = calibration.levels_of(y)
+    x = levels_of(y)
     assert (x < 0).double().mean() > 0.1
     dequantized = VAE(vae.prior, vae.likelihood, lambda images: vae.posterior(y[: len(images)]))
     with seeded(0, CPU):
-        pit = calibration._transformed(dequantized, x, 99, calibration.levels_of, chunk=99)
+        pit = calibration._transformed(dequantized, x, 99, levels_of, chunk=99)
     expected = torch.full((BINS,), 1 / BINS, dtype=torch.double)
     shares = calibration._histograms(pit)
     assert ((shares.mean(0) - expected).abs() < STDERRS * shares.std(0) / math.sqrt(NUM_IMAGES)).all()
@@ -114,7 +115,7 @@ def test_a_density_of_dequantized_levels_is_uniform_by_its_levels_beyond_the_end
 
 @pytest.mark.parametrize(("level", "expected"), [(-1e-9, -1), (0.0, 0), (255.5 / 256, 255), (1.0, 256), (2.0, 512)])
 def test_a_level_is_the_cell_that_holds_the_density_s_value(level, expected):
-    assert calibration.levels_of(torch.tensor(level, dtype=torch.double)) == expected
+    assert levels_of(torch.tensor(level, dtype=torch.double)) == expected
 
 
 @pytest.mark.parametrize(("shift", "word"), [(0.5, "bright"), (-0.5, "dark")])

@@ -14,7 +14,8 @@ import torch
 from torch.testing import assert_close
 
 from ppl_vae import likelihoods
-from ppl_vae.likelihoods.features import bounded, planes, unbounded
+from ppl_vae.likelihoods.features import planes, unbounded
+from ppl_vae.numerics import bounded
 
 EVENT = (1, 2, 3)
 D = 6

@@ -20,13 +20,14 @@ from ppl_vae.data.pixels import (
     training_images,
     uniform_dequantization,
 )
-from ppl_vae.data.splits import BINARY, COUNTS, LEVELS, PROBABILITIES, REAL, UNIT_INTERVAL, Splits, subset
+from ppl_vae.data.splits import BINARY, COUNTS, LEVELS, NUM_LEVELS, PROBABILITIES, REAL, UNIT_INTERVAL, Splits, subset
 
 __all__ = [
     "BINARY",
     "COUNTS",
     "DATASETS",
     "LEVELS",
+    "NUM_LEVELS",
     "PIXELS",
     "PROBABILITIES",
     "REAL",

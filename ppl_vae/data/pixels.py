@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ppl_vae.data.splits import BINARY, COUNTS, LEVELS, PUBLISHED_SEED, REAL, Splits
+from ppl_vae.data.splits import BINARY, COUNTS, LEVELS, NUM_LEVELS, PUBLISHED_SEED, REAL, Splits
 from ppl_vae.options import BINARIZATIONS, SPLITS
 
 # How pixels are seen: binarized by one of these words; as they are, levels as level / 255 ("none"); as levels from 0 to
@@ -69,8 +69,9 @@ def uniform_dequantization(values: Tensor, generator: torch.Generator | None = N
 
     Reference: Theis et al. 2016, arXiv 1511.01844, section 3.1.
     """
-    u = torch.rand(values.shape, generator=generator, device=values.device)
-    return inside_unit_interval((values.float() + u) / 256)
+    levels = values if values.is_floating_point() else values.float()
+    u = torch.rand(levels.shape, generator=generator, dtype=levels.dtype, device=levels.device)
+    return inside_unit_interval((levels + u) / NUM_LEVELS)
 
 
 def training_images(splits: Splits, pixels: str) -> tuple[Tensor, Callable[..., Tensor]]:

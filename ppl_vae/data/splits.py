@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ppl_vae.numerics import location_and_spread
+
 BINARY, LEVELS, PROBABILITIES, REAL, COUNTS = "binary", "8-bit levels", "probabilities", "real values", "counts"
+NUM_LEVELS = 256
 UNIT_INTERVAL = "values between 0 and 1"  # no kind of data: what a likelihood may ask for
 
 PUBLISHED_SEED = 777  # the binarization of Tomczak and Welling 2018; also the splits of a user's own data
@@ -50,6 +54,12 @@ class Splits:
     def event_shape(self) -> tuple[int, ...]:
         """E, the shape of one image."""
         return tuple(self.train.shape[1:])
+
+    @cached_property
+    def spread(self) -> float:
+        """sqrt(mean_nd (x_nd - mean_n x_nd)^2) of the training pixels, 8-bit levels as level / 255."""
+        unit = 255 if self.kind == LEVELS else 1
+        return float(location_and_spread(self.train)[1]) / unit
 
     def describe(self) -> str:
         """One line that says what was seen, and a second one where files could not be read."""

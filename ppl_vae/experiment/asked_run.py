@@ -21,9 +21,9 @@ def check_same(folder: Path, asked: Options, splits: data.Splits, *, free: froze
     stored, _ = build.read_config(folder)
     resolved = build.resolve(asked, splits)
     free |= {"data_dir"} | ({"compile"} if asked.compile == "auto" else set())
-    differ = sorted(name for name in asdict(stored) if getattr(stored, name) != getattr(resolved, name))
-    if set(differ) - free:
+    differ = sorted(name for name in asdict(stored).keys() - free if getattr(stored, name) != getattr(resolved, name))
+    if differ:
         raise ValueError(
-            f"{folder}: expected a run with the options that are asked for, got others in "
-            f"{', '.join(name for name in differ if name not in free)}; name another --run-dir"
+            f"{folder}: expected a run with the options that are asked for, got others in {', '.join(differ)}; "
+            "name another --run-dir"
         )

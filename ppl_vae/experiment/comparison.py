@@ -143,9 +143,9 @@ def _scale(run: Run, split: str) -> dict[str, str]:
     return {
         "data": f"SHA-256 {splits.sha256}",
         "shape of an image": "x".join(map(str, splits.event_shape)),
+        "scale": f"the {run.scale}",
         "protocol": splits.protocol,
         "binarization": "dynamic or fixed" if one_draw else run.binarization,
-        "scale": f"the {run.scale}",
     }
 
 

@@ -14,13 +14,13 @@ from tqdm import tqdm
 
 from ppl_vae import build, data, runs
 from ppl_vae.capture import CannotCapture
+from ppl_vae.conditional import numbers_a_pixel
 from ppl_vae.dequantization import of_levels
 from ppl_vae.evidence import (
     UNRELIABLE_BIAS,
     Estimate,
     Importance,
     evaluate,
-    numbers_a_pixel,
     particles_a_pass,
     seeded,
 )
@@ -28,6 +28,7 @@ from ppl_vae.experiment.opening import Run, Say, draws_of, evaluated_vae, open_r
 from ppl_vae.vae import VAE
 
 _FLOOR_SEED = 0
+BINARY_SCALE = "mass of binary pixels"  # as ``build.scale`` says it
 
 # Below this Pareto k the weights have a variance, which the delta method and the jackknife assume.
 _K_WITH_VARIANCE = 0.5
@@ -184,7 +185,7 @@ def with_a_bar(vae: VAE, x: Tensor, *, num_particles: int, seed: int, compile: s
     Raises:
         ValueError: compile is "on", and it is impossible.
     """
-    passes = math.ceil(len(x) * num_particles / particles_a_pass(x, numbers_a_pixel(vae)))
+    passes = math.ceil(len(x) * num_particles / particles_a_pass(x, numbers_a_pixel(vae.likelihood)))
     compiled = build.compiles(compile, passes, x.device)
     with tqdm(total=len(x), unit="image", desc=words) as bar, build.products_in("float32"):
 
@@ -224,17 +225,18 @@ def scale_in_words(entry: dict[str, Any]) -> str:
     words = [f"binarization {entry['binarization']}"]
     if entry["protocol"] == "iwae":
         words.append(f"iwae protocol, drawn by seed {entry['seed']}")
-    pixels = entry.get("pixels")  # not in an entry from before there were levels
-    if pixels == "levels":
-        words.append("mass of 8-bit levels")
-    elif pixels == "dequantized":
-        M = entry["dequantization_draws"]
-        words.append(f"bound on the mass of 8-bit levels (uniform dequantization, M = {M} draws a pixel)")
-    elif entry["measure"] == "mass" and entry.get("scale") == "mass of counts":
-        words.append("mass of counts")
-    elif entry["measure"] == "density":
-        words.append(f"a {entry.get('scale', 'density')}: never comparable with a mass")
-    return ", ".join(words)
+    words.append(kind_in_words(entry))
+    return ", ".join(filter(None, words))
+
+
+def kind_in_words(entry: dict[str, Any]) -> str:
+    """Mass, bound or density, and of what; nothing for binary pixels, whose binarization says it."""
+    scale = entry.get("scale", "density" if entry["measure"] == "density" else BINARY_SCALE)  # of before there was one
+    if entry.get("dequantization_draws") is not None:
+        return f"bound on the {scale} (uniform dequantization, M = {entry['dequantization_draws']} draws a pixel)"
+    if entry["measure"] == "density":
+        return f"a {scale}: never comparable with a mass"
+    return "" if scale == BINARY_SCALE else scale
 
 
 def bits_per_dim(run: Run, log_p: Tensor, num_particles: int) -> dict[str, float] | None:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
-from ppl_vae.evidence import numbers_a_pixel, particles_a_pass
+from ppl_vae.conditional import numbers_a_pixel
+from ppl_vae.evidence import particles_a_pass
 from ppl_vae.vae import VAE
 from ppl_vae.weights import log_weights
 
@@ -123,7 +124,7 @@ def manifold(vae: VAE, steps: Tensor) -> Tensor:
 @torch.no_grad()
 def gather_log_weights(vae: VAE, x: Tensor, num_particles: int) -> Tensor:
     """(S, N) log-weights, nats, in passes that fit into memory. x: (N, *E)."""
-    pairs = particles_a_pass(x, numbers_a_pixel(vae))
+    pairs = particles_a_pass(x, numbers_a_pixel(vae.likelihood))
     chunk = max(1, pairs // len(x))
     parts = []
     with pyro.validation_enabled(False):

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from ppl_vae import build, plots, runs
 from ppl_vae.evidence import Estimate, evaluate, seeded
 from ppl_vae.experiment.display import Display, display_of
-from ppl_vae.experiment.evaluation import plus_minus, what_is_measured
+from ppl_vae.experiment.evaluation import kind_in_words, plus_minus, what_is_measured
 from ppl_vae.experiment.images import Images, images_of
 from ppl_vae.experiment.opening import Run, Say, draws_of, evaluated_vae, open_run
 from ppl_vae.experiment.outputs import drop_record, output_folder, removed_if_empty, write_arrays, write_figure
@@ -276,12 +276,10 @@ def _in_words(summary: dict[str, Any]) -> list[str]:
         lines.append(
             f"  Without an observed pixel: {summary['empty_images']:,}, imputed by draws of the model, with log p of 0."
         )
-    density = "" if summary["scale"].startswith("mass") else f"; a {summary['scale']}: never comparable with a mass"
-    if summary["dequantization_draws"] is not None:
-        density = f"; of the mass of 8-bit levels, by uniform dequantization, M = {summary['dequantization_draws']}"
+    kind = kind_in_words(summary)
     lines.append(
         f"log p(x_observed) {plus_minus(summary['log_likelihood_observed'])} nats an image: the bound L_{S}, in "
-        f"expectation below it{density}"
+        f"expectation below it{kind and f'; {kind}'}"
     )
     if summary["log_likelihood_hidden"] is not None:
         lines.append(

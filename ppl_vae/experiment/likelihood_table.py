@@ -74,8 +74,9 @@ def compare_likelihoods(
             was_finished = _is_finished(parent / word)
             bar.set_description(f"{word}: training")
             try:
-                _train(parent / word, replace(options, likelihood=word), say)
-                run = open_run(str(parent / word), data_dir=options.data_dir, like=opened[0] if opened else None)
+                like = opened[0] if opened else None  # whose data is taken, and not read again
+                _train(parent / word, replace(options, likelihood=word), like, say)
+                run = open_run(str(parent / word), data_dir=options.data_dir, like=like)
                 _check_finite(run)
             except NotFinite as error:
                 failed[word] = str(error)
@@ -203,10 +204,10 @@ def _is_finished(folder: Path) -> bool:
 # --- What is measured ---
 
 
-def _train(folder: Path, options: Options, say: Say) -> None:
+def _train(folder: Path, options: Options, like: Run | None, say: Say) -> None:
     """A run that is new, or goes on from where it stands."""
     if (folder / runs.CONFIG).exists():
-        resume(str(folder), epochs=None, say=say, data_dir=options.data_dir)
+        resume(str(folder), epochs=None, say=say, data_dir=options.data_dir, like=like)
     else:
         train(options, str(folder), say=say)
 

@@ -9,8 +9,8 @@ import torch
 from tqdm import tqdm
 
 from ppl_vae import build, data, runs
-from ppl_vae.calibration import calibration, levels_of
-from ppl_vae.dequantization import LevelsPosterior
+from ppl_vae.calibration import calibration
+from ppl_vae.dequantization import LevelsPosterior, levels_of
 from ppl_vae.evidence import seeded
 from ppl_vae.experiment.opening import Run
 from ppl_vae.vae import VAE
@@ -26,7 +26,8 @@ def calibrate_run(run: Run) -> dict[str, Any]:
     """``calibration`` on a fixed random 1,000 of the test images, or what calibration.json has of the same weights.
 
     A density of dequantized levels is calibrated as the mass that it gives to levels, and to the whole numbers beyond
-    0 and 255, where no pixel can be. Its guide sees (x + u) / 256 with a uniform u, not one of p(u | x): what is said
+    0 and 255, where no pixel can be: cut at the ends, one that puts half its mass below 0 would seem to expect black
+    half of the time. Its guide sees (x + u) / 256 with a uniform u, not one of p(u | x): what is said
     of an exact posterior then holds but for what a density varies within a level.
 
     Returns:

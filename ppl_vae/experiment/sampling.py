@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ppl_vae import build
-from ppl_vae.evidence import numbers_a_pixel, particles_a_pass, seeded
+from ppl_vae.conditional import numbers_a_pixel
+from ppl_vae.evidence import particles_a_pass, seeded
 from ppl_vae.experiment.display import display_of
 from ppl_vae.experiment.figures import samples_figure
 from ppl_vae.experiment.opening import Say, evaluated_vae, open_run
@@ -41,7 +42,7 @@ def sample(vae: VAE, num_samples: int) -> Samples:
     z = vae.prior().expand((num_samples,)).sample()
     one = vae.likelihood(z[:1]).mean
     samples = Samples(z, *(one.new_empty((num_samples, *one.shape[1:])) for _ in range(2)))
-    chunk = particles_a_pass(one, numbers_a_pixel(vae))
+    chunk = particles_a_pass(one, numbers_a_pixel(vae.likelihood))
     for part, mean, images in zip(*(values.split(chunk) for values in samples), strict=True):
         decoded = vae.likelihood(part)
         mean.copy_(decoded.mean)

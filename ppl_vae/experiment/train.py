@@ -63,14 +63,17 @@ def resume(
     dataset: str | None = None,
     data_dir: str | None = None,
     compile: str | None = None,
+    like: Run | None = None,
 ) -> None:
     """Goes on with a run, bit for bit; finishes its evaluation and figures; or extends it to more epochs.
+
+    ``like`` is a run that is open, whose data is taken where it is the same.
 
     Raises:
         ValueError: no run, a damaged one, one saved from Python, other data than it was trained on, or fewer epochs
             than it was given.
     """
-    run = open_run(run_dir, dataset=dataset, data_dir=data_dir)
+    run = open_run(run_dir, dataset=dataset, data_dir=data_dir, like=like)
     folder, options = run.folder, run.options
     build.device(options.device)
     if run.from_python:

@@ -13,7 +13,7 @@ second.
 from ppl_vae.likelihoods.binary import Bernoulli
 from ppl_vae.likelihoods.counts import NegativeBinomial, Poisson
 from ppl_vae.likelihoods.levels import Binomial, Categorical, DiscretizedLogistic
-from ppl_vae.likelihoods.logit import Logit, LogitNormal
+from ppl_vae.likelihoods.logit import Logit, LogitNormal, has_quantiles
 from ppl_vae.likelihoods.mixture import DiscretizedLogisticMixture
 from ppl_vae.likelihoods.real import Laplace, Normal, NormalFixed, NormalOptimal, NormalPerPixel, StudentT
 from ppl_vae.likelihoods.unit_interval import Beta, ContinuousBernoulli
@@ -36,4 +36,5 @@ __all__ = [
     "NormalPerPixel",
     "Poisson",
     "StudentT",
+    "has_quantiles",
 ]

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-
 import pyro.distributions as dist
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributions import constraints
 
 from ppl_vae import data
+from ppl_vae.likelihoods.family import Pixels
 
 
-class Bernoulli(nn.Module):
+class Bernoulli(Pixels):
     """p(x | h) = prod_d sigmoid(h_d)^{x_d} (1 - sigmoid(h_d))^{1 - x_d}, for x in {0, 1}^E.
 
     Features are logits: probabilities would saturate in float32 and lose both value and gradient. Gray pixels are not
@@ -27,17 +25,10 @@ class Bernoulli(nn.Module):
     support_words = "0 or 1"
     measure = "mass"
     asks_for = data.BINARY
-    numbers_a_pixel = 6
 
-    def __init__(self, event_shape: Sequence[int]) -> None:
-        super().__init__()
-        self.event_shape = tuple(event_shape)
-        self.num_features = math.prod(self.event_shape)
-
-    def forward(self, h: Tensor) -> dist.Independent:
-        """h: (..., prod(E)) logits -> batch shape (...), event shape E."""
-        logits = h.reshape(*h.shape[:-1], *self.event_shape)
-        return dist.Bernoulli(logits=logits).to_event(len(self.event_shape))
+    def pixel(self, logits: Tensor) -> dist.Bernoulli:
+        """Of logits."""
+        return dist.Bernoulli(logits=logits)
 
     def fit_marginals(self, x: Tensor) -> Tensor:
         """h_d = logit((1 + sum_n x_nd) / (2 + N)), each pixel's rate, Laplace-smoothed. x: (N, *E) -> (prod(E),)."""

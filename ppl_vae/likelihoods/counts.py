@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from typing import Any
 
 import pyro.distributions as dist
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributions import constraints
 
 from ppl_vae import data
-from ppl_vae.likelihoods.features import bounded, planes, unbounded
-from ppl_vae.likelihoods.marginals import mean_and_variance
+from ppl_vae.likelihoods.family import Pixels
+from ppl_vae.likelihoods.features import unbounded
 from ppl_vae.likelihoods.pixel import Pixel
 from ppl_vae.likelihoods.stirling import stirling_remainder
+from ppl_vae.numerics import bounded, mean_and_variance
 
 _LOG_MEAN_LIMIT = 15.0
 _LOG_TOTAL_LIMIT = 9.0
@@ -27,7 +26,7 @@ def _log_mean(mean: Tensor) -> Tensor:
     return unbounded(mean.clamp(min=1e-6).log(), _LOG_MEAN_LIMIT)
 
 
-class Poisson(nn.Module):
+class Poisson(Pixels):
     """P(x | h) = prod_d Poisson(x_d; exp(15 tanh(h_d / 15))), for counts x in {0, 1, ...}^E.
 
     One feature says both how many and how sure: the variance is the mean. The bound keeps rates between 3e-7 and 3
@@ -43,15 +42,9 @@ class Poisson(nn.Module):
     asks_for = data.COUNTS
     numbers_a_pixel = 8
 
-    def __init__(self, event_shape: Sequence[int]) -> None:
-        super().__init__()
-        self.event_shape = tuple(event_shape)
-        self.num_features = math.prod(self.event_shape)
-
-    def forward(self, h: Tensor) -> dist.Independent:
-        """h: (..., prod(E)) log-rates -> batch shape (...), event shape E."""
-        log_rate = bounded(h.reshape(*h.shape[:-1], *self.event_shape), _LOG_MEAN_LIMIT)
-        return dist.Poisson(log_rate.exp()).to_event(len(self.event_shape))
+    def pixel(self, feature: Tensor) -> dist.Poisson:
+        """Of what gives the log-rate."""
+        return dist.Poisson(bounded(feature, _LOG_MEAN_LIMIT).exp())
 
     def fit_marginals(self, x: Tensor) -> Tensor:
         """rate_d = (1/2 + sum_n x_nd) / (1 + N), each pixel's mean, smoothed. x: (N, *E) -> (prod(E),)."""
@@ -105,7 +98,7 @@ class StableNegativeBinomial(Pixel):
         return (r + x) * log_quotient + remainders + x * self.log_mean - (x + (x + 1).lgamma())
 
 
-class NegativeBinomial(nn.Module):
+class NegativeBinomial(Pixels):
     """P(x | h) = prod_d NegativeBinomial(x_d; mean m_d, total count r_d), for counts x in {0, 1, ...}^E.
 
     The variance is m + m^2 / r: counts that spread more than a Poisson's. h = (a, b), log m = 15 tanh(a / 15), as in
@@ -120,26 +113,19 @@ class NegativeBinomial(nn.Module):
     support_words = _COUNTS_WORDS
     measure = "mass"
     asks_for = data.COUNTS
+    features_a_pixel = 2
     numbers_a_pixel = 24
 
-    def __init__(self, event_shape: Sequence[int]) -> None:
-        super().__init__()
-        self.event_shape = tuple(event_shape)
-        self.num_features = 2 * math.prod(self.event_shape)
-
-    def forward(self, h: Tensor) -> dist.Independent:
-        """h: (..., 2 prod(E)), all means and then all total counts -> batch shape (...), event shape E."""
-        a, b = planes(h, 2, self.event_shape)
-        return StableNegativeBinomial(bounded(a, _LOG_MEAN_LIMIT), bounded(b, _LOG_TOTAL_LIMIT)).to_event(
-            len(self.event_shape)
-        )
+    def pixel(self, a: Tensor, b: Tensor) -> StableNegativeBinomial:
+        """Of what gives the mean, and the total count."""
+        return StableNegativeBinomial(bounded(a, _LOG_MEAN_LIMIT), bounded(b, _LOG_TOTAL_LIMIT))
 
     def fit_marginals(self, x: Tensor) -> Tensor:
         """Each pixel's mean m, smoothed as in ``Poisson``, and r = m^2 / (variance - m). x: (N, *E) -> (2 prod(E),).
 
         A pixel that spreads no more than a Poisson gets an r of 6,800.
         """
-        mean, variance = mean_and_variance(x)
+        mean, variance = mean_and_variance(x.flatten(1))
         smoothed = (0.5 + len(x) * mean) / (1 + len(x))
         total = smoothed.square() / (variance - smoothed).clamp(min=0)
         return torch.cat([_log_mean(smoothed), unbounded(total.log(), _LOG_TOTAL_LIMIT)]).to(x.dtype)

@@ -18,11 +18,6 @@ def planes(h: Tensor, num: int, event_shape: Sequence[int]) -> tuple[Tensor, ...
     return tuple(plane.unflatten(-1, tuple(event_shape)) for plane in h.chunk(num, dim=-1))
 
 
-def bounded(h: Tensor, limit: float) -> Tensor:
-    """limit tanh(h / limit): smooth, of slope one at h = 0, and between -limit and limit."""
-    return limit * (h / limit).tanh()
-
-
 def unbounded(value: Tensor, limit: float) -> Tensor:
-    """The h of which ``bounded`` makes that value; a value beyond 0.98 of the limit is brought there first."""
+    """The h of which ``numerics.bounded`` makes that value; a value beyond 0.98 of the limit is brought there first."""
     return limit * (value / limit).clamp(-_LARGEST_SHARE, _LARGEST_SHARE).atanh()

@@ -13,9 +13,12 @@ from torch.distributions import constraints
 from torch.nn.functional import logsigmoid
 
 from ppl_vae import data
-from ppl_vae.likelihoods.features import bounded, planes, unbounded
-from ppl_vae.likelihoods.marginals import NUM_LEVELS, ascend, level_counts
+from ppl_vae.data import NUM_LEVELS
+from ppl_vae.likelihoods.family import Pixels
+from ppl_vae.likelihoods.features import unbounded
+from ppl_vae.likelihoods.marginals import ascend, level_counts
 from ppl_vae.likelihoods.pixel import Pixel
+from ppl_vae.numerics import bounded
 
 TOP = NUM_LEVELS - 1  # the highest level
 PIXELS_AT_ONCE = 2048  # whose levels are fitted together, for their memory
@@ -244,7 +247,7 @@ class LevelLogistic(Pixel):
         return discretized_logistic_log_mass(value, self.loc, self.log_scale)
 
 
-class DiscretizedLogistic(nn.Module):
+class DiscretizedLogistic(Pixels):
     """P(x | h) = prod_d [sigmoid((x_d + 1/2 - loc_d) / scale_d) - sigmoid((x_d - 1/2 - loc_d) / scale_d)], levels x.
 
     A logistic distribution rounded to the nearest level; what is beyond 0 or 255 belongs to them. h = (loc, feature),
@@ -261,17 +264,12 @@ class DiscretizedLogistic(nn.Module):
     support_words = LEVELS_WORDS
     measure = "mass"
     asks_for = data.LEVELS
+    features_a_pixel = 2
     numbers_a_pixel = 13
 
-    def __init__(self, event_shape: Sequence[int]) -> None:
-        super().__init__()
-        self.event_shape = tuple(event_shape)
-        self.num_features = 2 * math.prod(self.event_shape)
-
-    def forward(self, h: Tensor) -> dist.Independent:
-        """h: (..., 2 prod(E)), all locations and then all scales -> batch shape (...), event shape E."""
-        loc, feature = planes(h, 2, self.event_shape)
-        return LevelLogistic(loc, logistic_log_scale(feature)).to_event(len(self.event_shape))
+    def pixel(self, loc: Tensor, feature: Tensor) -> LevelLogistic:
+        """Of a location and of what gives the scale."""
+        return LevelLogistic(loc, logistic_log_scale(feature))
 
     def fit_marginals(self, x: Tensor) -> Tensor:
         """The most likely h of each pixel, from its mean and spread on. x: (N, *E) -> (2 prod(E),)."""
@@ -312,7 +310,7 @@ class LevelBinomial(dist.Binomial):
         return log_choose.to(h.dtype)[value.long()] + value * logsigmoid(h) + (TOP - value) * logsigmoid(-h)
 
 
-class Binomial(nn.Module):
+class Binomial(Pixels):
     """P(x | h) = prod_d Binomial(x_d; 255, sigmoid(h_d)), for levels x in {0, ..., 255}^E.
 
     One feature a pixel says both where the level is and how sure: the spread is sqrt(255 p (1 - p)), at most 8 levels.
@@ -328,15 +326,9 @@ class Binomial(nn.Module):
     asks_for = data.LEVELS
     numbers_a_pixel = 8
 
-    def __init__(self, event_shape: Sequence[int]) -> None:
-        super().__init__()
-        self.event_shape = tuple(event_shape)
-        self.num_features = math.prod(self.event_shape)
-
-    def forward(self, h: Tensor) -> dist.Independent:
-        """h: (..., prod(E)) logits -> batch shape (...), event shape E."""
-        logits = h.reshape(*h.shape[:-1], *self.event_shape)
-        return LevelBinomial(TOP, logits=logits).to_event(len(self.event_shape))
+    def pixel(self, logits: Tensor) -> LevelBinomial:
+        """Of logits."""
+        return LevelBinomial(TOP, logits=logits)
 
     def fit_marginals(self, x: Tensor) -> Tensor:
         """h_d = logit((1 + sum_n x_nd) / (2 + 255 N)), Laplace-smoothed. x: (N, *E) -> (prod(E),)."""

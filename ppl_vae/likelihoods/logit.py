@@ -105,6 +105,14 @@ class Sigmoid(dist.TorchDistribution):
         return self.base.log_prob(log_x - log_one_minus_x) - (log_x + log_one_minus_x)
 
 
+def has_quantiles(family: Any) -> bool:
+    """Whether the distribution of a pixel has quantiles (``icdf``): a Student's t has none in closed form."""
+    some = next(iter(family.state_dict().values()), torch.zeros(()))
+    with torch.no_grad(), pyro.validation_enabled(False):  # it may be on the meta device, without numbers
+        of_pixel = family(torch.zeros(family.num_features).to(some)).base_dist
+    return type(of_pixel).icdf is not torch.distributions.Distribution.icdf
+
+
 class Logit(nn.Module):
     """p(x | h) = prod_d p_base(logit(x_d) | h) / (x_d (1 - x_d)), for x in (0, 1)^E.
 
@@ -128,10 +136,7 @@ class Logit(nn.Module):
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
         family: Any = base
-        some = next(iter(base.state_dict().values()), torch.zeros(()))
-        with torch.no_grad(), pyro.validation_enabled(False):  # it may be on the meta device, without numbers
-            of_pixel = family(torch.zeros(family.num_features).to(some)).base_dist
-        if type(of_pixel).icdf is torch.distributions.Distribution.icdf:
+        if not has_quantiles(family):
             raise ValueError(f"base: expected a likelihood whose distribution has quantiles, got {type(base).__name__}")
         self.base = family
         self.event_shape: tuple[int, ...] = family.event_shape

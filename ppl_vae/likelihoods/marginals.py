@@ -7,19 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-NUM_LEVELS = 256
-
-
-def mean_and_variance(x: Tensor, *, chunk: int = 1000) -> tuple[Tensor, Tensor]:
-    """mean_n x_nd and mean_n (x_nd - mean_n x_nd)^2. x: (N, *E) -> (prod(E),) and (prod(E),), float64.
-
-    Args:
-        chunk: images that are held in double precision at once.
-    """
-    x = x.flatten(1)
-    mean = x.sum(0, dtype=torch.double) / len(x)
-    squares = sum(((part.double() - mean).square().sum(0) for part in x.split(chunk)), torch.zeros_like(mean))
-    return mean, squares / len(x)
+from ppl_vae.data import NUM_LEVELS
 
 
 def mean_logs(x: Tensor, *, chunk: int = 1000) -> tuple[Tensor, Tensor]:

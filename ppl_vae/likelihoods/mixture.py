@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from ppl_vae import data
+from ppl_vae.data import NUM_LEVELS
 from ppl_vae.likelihoods.features import planes
 from ppl_vae.likelihoods.levels import (
     CENTER,
@@ -27,7 +28,7 @@ from ppl_vae.likelihoods.levels import (
     logistic_log_scale,
     logistic_moments,
 )
-from ppl_vae.likelihoods.marginals import NUM_LEVELS, level_counts
+from ppl_vae.likelihoods.marginals import level_counts
 
 _EM_STEPS = 20
 _SMALLEST_WEIGHT = 1e-4  # of a component, so that it stays one that can be trained

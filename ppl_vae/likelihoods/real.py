@@ -11,21 +11,45 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from ppl_vae import data
-from ppl_vae.likelihoods.features import bounded, planes, unbounded
-from ppl_vae.likelihoods.marginals import mean_and_variance
-from ppl_vae.numerics import location_and_spread
+from ppl_vae.likelihoods.family import Pixels
+from ppl_vae.likelihoods.features import unbounded
+from ppl_vae.numerics import bounded, location_and_spread, mean_and_variance
 
-MAX_LOG_SCALE = 7.0
-
-
-def _checked_spread(spread: Tensor) -> Tensor:
-    """The spread of the data, where it has any."""
-    if not spread > 0:
-        raise ValueError("x: expected pixels that vary, got the same image every time: no scale fits")
-    return spread
+MAX_LOG_SCALE = 7.0  # of ``NormalPerPixel``, in units
 
 
-class Normal(nn.Module):
+class _InUnits(Pixels):
+    """A density of real numbers whose features are in ``unit``, the spread of the data: abstract.
+
+    The unit is a buffer, 1 until ``fit_marginals`` has seen the data, so that features and learning rates mean the same
+    in whatever unit the pixels are.
+    """
+
+    support = constraints.real
+    support_words = "real numbers"
+    measure = "density"
+    asks_for = data.REAL
+    unit: Tensor
+
+    def __init__(self, event_shape: Sequence[int]) -> None:
+        super().__init__(event_shape)
+        self.register_buffer("unit", torch.ones(()))
+
+    @torch.no_grad()
+    def _take_unit(self, spread: Tensor) -> None:
+        """Raises ValueError where the data has no spread, and so no unit."""
+        if not spread > 0:
+            raise ValueError("x: expected pixels that vary, got the same image every time: no scale fits")
+        self.unit.copy_(spread)
+
+    def _mean_in_units(self, x: Tensor) -> Tensor:
+        """mean_n x_nd / unit, with unit^2 = mean_nd (x_nd - mean_n x_nd)^2. x: (N, *E) -> (prod(E),)."""
+        loc, spread = location_and_spread(x)
+        self._take_unit(spread)
+        return (loc.flatten() / spread).to(self.unit.dtype)
+
+
+class Normal(_InUnits):
     """p(x | h) = prod_d Normal(x_d; unit h_d, scale), with one learned scale for all pixels, for real x.
 
     The scale is unit exp(``log_scale``), a parameter that is trained with the network by the same objective. Unlike
@@ -41,24 +65,13 @@ class Normal(nn.Module):
     Reference: Rybkin et al. 2021, arXiv 2006.13202 (a shared, learned scale); the unit is ours.
     """
 
-    support = constraints.real
-    support_words = "real numbers"
-    measure = "density"
-    asks_for = data.REAL
-    numbers_a_pixel = 6
-    unit: Tensor
-
     def __init__(self, event_shape: Sequence[int]) -> None:
-        super().__init__()
-        self.event_shape = tuple(event_shape)
-        self.num_features = math.prod(self.event_shape)
+        super().__init__(event_shape)
         self.log_scale = nn.Parameter(torch.zeros(()))
-        self.register_buffer("unit", torch.ones(()))
 
-    def forward(self, h: Tensor) -> dist.Independent:
-        """h: (..., prod(E)) means in units of ``unit`` -> batch shape (...), event shape E."""
-        loc = self.unit * h.reshape(*h.shape[:-1], *self.event_shape)
-        return dist.Normal(loc, self.unit * self.log_scale.exp()).to_event(len(self.event_shape))
+    def pixel(self, loc: Tensor) -> dist.Normal:
+        """Of a mean in units."""
+        return dist.Normal(self.unit * loc, self.unit * self.log_scale.exp())
 
     def fit_marginals(self, x: Tensor) -> Tensor:
         """h_d = mean_n x_nd / unit, with unit^2 = scale^2 = mean_nd (x_nd - mean_n x_nd)^2. x: (N, *E) -> (prod(E),).
@@ -66,15 +79,12 @@ class Normal(nn.Module):
         Raises:
             ValueError: every pixel is constant, so that no scale is small enough.
         """
-        loc, spread = location_and_spread(x)
-        _checked_spread(spread)
         with torch.no_grad():
-            self.unit.copy_(spread)
             self.log_scale.zero_()
-        return (loc.flatten() / spread).to(self.log_scale.dtype)
+        return self._mean_in_units(x)
 
 
-class NormalFixed(nn.Module):
+class NormalFixed(_InUnits):
     """p(x | h) = prod_d Normal(x_d; unit h_d, unit scale), the scale a constant, for real x.
 
     Up to a constant its log is squared error over 2 scale^2, so the scale is the weight of the reconstruction against
@@ -89,26 +99,15 @@ class NormalFixed(nn.Module):
         ValueError: a scale that is not above 0.
     """
 
-    support = constraints.real
-    support_words = "real numbers"
-    measure = "density"
-    asks_for = data.REAL
-    numbers_a_pixel = 6
-    unit: Tensor
-
     def __init__(self, event_shape: Sequence[int], *, scale: float = 0.5) -> None:
-        super().__init__()
+        super().__init__(event_shape)
         if not scale > 0:
             raise ValueError(f"scale: expected a number above 0, got {scale}")
-        self.event_shape = tuple(event_shape)
-        self.num_features = math.prod(self.event_shape)
         self.scale = scale
-        self.register_buffer("unit", torch.ones(()))
 
-    def forward(self, h: Tensor) -> dist.Independent:
-        """h: (..., prod(E)) means in units of ``unit`` -> batch shape (...), event shape E."""
-        loc = self.unit * h.reshape(*h.shape[:-1], *self.event_shape)
-        return dist.Normal(loc, self.unit * self.scale).to_event(len(self.event_shape))
+    def pixel(self, loc: Tensor) -> dist.Normal:
+        """Of a mean in units."""
+        return dist.Normal(self.unit * loc, self.unit * self.scale)
 
     def fit_marginals(self, x: Tensor) -> Tensor:
         """h_d = mean_n x_nd / unit, with unit^2 = mean_nd (x_nd - mean_n x_nd)^2. x: (N, *E) -> (prod(E),).
@@ -116,14 +115,10 @@ class NormalFixed(nn.Module):
         Raises:
             ValueError: every pixel is constant, so that the data has no unit.
         """
-        loc, spread = location_and_spread(x)
-        _checked_spread(spread)
-        with torch.no_grad():
-            self.unit.copy_(spread)
-        return (loc.flatten() / spread).to(self.unit.dtype)
+        return self._mean_in_units(x)
 
 
-class NormalOptimal(nn.Module):
+class NormalOptimal(_InUnits):
     """p(x | h) = prod_d Normal(x_d; unit h_d, scale), the scale in closed form of the training data.
 
     For given means the best scale is known, scale^2 = mean (x - loc)^2. ``refit`` follows it by a running mean (of
@@ -140,25 +135,15 @@ class NormalOptimal(nn.Module):
     The running mean is ours.
     """
 
-    support = constraints.real
-    support_words = "real numbers"
-    measure = "density"
-    asks_for = data.REAL
-    numbers_a_pixel = 6
-    unit: Tensor
     log_scale: Tensor
 
     def __init__(self, event_shape: Sequence[int]) -> None:
-        super().__init__()
-        self.event_shape = tuple(event_shape)
-        self.num_features = math.prod(self.event_shape)
+        super().__init__(event_shape)
         self.register_buffer("log_scale", torch.zeros(()))
-        self.register_buffer("unit", torch.ones(()))
 
-    def forward(self, h: Tensor) -> dist.Independent:
-        """h: (..., prod(E)) means in units of ``unit`` -> batch shape (...), event shape E."""
-        loc = self.unit * h.reshape(*h.shape[:-1], *self.event_shape)
-        return dist.Normal(loc, self.unit * self.log_scale.exp()).to_event(len(self.event_shape))
+    def pixel(self, loc: Tensor) -> dist.Normal:
+        """Of a mean in units."""
+        return dist.Normal(self.unit * loc, self.unit * self.log_scale.exp())
 
     @torch.no_grad()
     def refit(self, h: Tensor, x: Tensor, *, rate: float = 0.1) -> None:
@@ -188,14 +173,11 @@ class NormalOptimal(nn.Module):
         Raises:
             ValueError: every pixel is constant, so that no scale is small enough.
         """
-        loc, spread = location_and_spread(x)
-        _checked_spread(spread)
-        self.unit.copy_(spread)
         self.log_scale.zero_()
-        return (loc.flatten() / spread).to(self.unit.dtype)
+        return self._mean_in_units(x)
 
 
-class NormalPerPixel(nn.Module):
+class NormalPerPixel(_InUnits):
     """p(x | h) = prod_d Normal(x_d; unit loc_d, unit scale_d), h = (loc, feature), log scale = 7 tanh(feature / 7).
 
     The decoder says of every pixel of every image how far it may be off. Scales lie between 0.0009 and 1,097 units:
@@ -208,24 +190,12 @@ class NormalPerPixel(nn.Module):
     Reference: Kingma and Welling 2014, arXiv 1312.6114, appendix C.2; the bounds are ours.
     """
 
-    support = constraints.real
-    support_words = "real numbers"
-    measure = "density"
-    asks_for = data.REAL
+    features_a_pixel = 2
     numbers_a_pixel = 9
-    unit: Tensor
 
-    def __init__(self, event_shape: Sequence[int]) -> None:
-        super().__init__()
-        self.event_shape = tuple(event_shape)
-        self.num_features = 2 * math.prod(self.event_shape)
-        self.register_buffer("unit", torch.ones(()))
-
-    def forward(self, h: Tensor) -> dist.Independent:
-        """h: (..., 2 prod(E)), all locations and then all scales -> batch shape (...), event shape E."""
-        loc, feature = planes(h, 2, self.event_shape)
-        scale = self.unit * bounded(feature, MAX_LOG_SCALE).exp()
-        return dist.Normal(self.unit * loc, scale).to_event(len(self.event_shape))
+    def pixel(self, loc: Tensor, feature: Tensor) -> dist.Normal:
+        """Of a mean in units, and of what gives the scale."""
+        return dist.Normal(self.unit * loc, self.unit * bounded(feature, MAX_LOG_SCALE).exp())
 
     def fit_marginals(self, x: Tensor) -> Tensor:
         """Each pixel's mean and spread, in units. x: (N, *E) -> (2 prod(E),).
@@ -235,15 +205,14 @@ class NormalPerPixel(nn.Module):
         Raises:
             ValueError: every pixel is constant, so that the data has no unit.
         """
-        mean, variance = mean_and_variance(x)
-        spread = _checked_spread(variance.mean().sqrt())
-        with torch.no_grad():
-            self.unit.copy_(spread)
+        mean, variance = mean_and_variance(x.flatten(1))
+        spread = variance.mean().sqrt()
+        self._take_unit(spread)
         log_scale = (variance / spread.square()).log() / 2  # -inf for a constant pixel, which ``unbounded`` brings up
         return torch.cat([mean / spread, unbounded(log_scale, MAX_LOG_SCALE)]).to(self.unit.dtype)
 
 
-class Laplace(nn.Module):
+class Laplace(_InUnits):
     """p(x | h) = prod_d Laplace(x_d; unit h_d, scale), with one learned scale for all pixels, for real x.
 
     Up to the scale its log is absolute error: what is far off counts less than under a Normal, and the location is a
@@ -253,24 +222,13 @@ class Laplace(nn.Module):
         event_shape: E, the shape of an image.
     """
 
-    support = constraints.real
-    support_words = "real numbers"
-    measure = "density"
-    asks_for = data.REAL
-    numbers_a_pixel = 6
-    unit: Tensor
-
     def __init__(self, event_shape: Sequence[int]) -> None:
-        super().__init__()
-        self.event_shape = tuple(event_shape)
-        self.num_features = math.prod(self.event_shape)
+        super().__init__(event_shape)
         self.log_scale = nn.Parameter(torch.zeros(()))
-        self.register_buffer("unit", torch.ones(()))
 
-    def forward(self, h: Tensor) -> dist.Independent:
-        """h: (..., prod(E)) medians in units of ``unit`` -> batch shape (...), event shape E."""
-        loc = self.unit * h.reshape(*h.shape[:-1], *self.event_shape)
-        return dist.Laplace(loc, self.unit * self.log_scale.exp()).to_event(len(self.event_shape))
+    def pixel(self, loc: Tensor) -> dist.Laplace:
+        """Of a median in units."""
+        return dist.Laplace(self.unit * loc, self.unit * self.log_scale.exp())
 
     def fit_marginals(self, x: Tensor) -> Tensor:
         """h_d = median_n x_nd / unit, with unit = scale = mean_nd |x_nd - median_n x_nd|. x: (N, *E) -> (prod(E),).
@@ -279,9 +237,8 @@ class Laplace(nn.Module):
             ValueError: every pixel is constant, so that no scale is small enough.
         """
         loc, spread = _median_and_deviation(x)
-        _checked_spread(spread)
+        self._take_unit(spread)
         with torch.no_grad():
-            self.unit.copy_(spread)
             self.log_scale.zero_()
         return (loc / spread).to(self.log_scale.dtype)
 
@@ -299,7 +256,7 @@ def _median_and_deviation(x: Tensor, *, chunk: int = 64) -> tuple[Tensor, Tensor
     return torch.cat(medians).flatten().double(), torch.as_tensor(total / x.numel(), dtype=torch.double)
 
 
-class StudentT(nn.Module):
+class StudentT(_InUnits):
     """p(x | h) = prod_d StudentT(x_d; df, unit h_d, scale), scale and df shared by all pixels and learned, for real x.
 
     Its tails fall like |x|^-(df + 1): an outlier pulls at the location the less, the further it is off, and df learns
@@ -311,30 +268,21 @@ class StudentT(nn.Module):
         event_shape: E, the shape of an image.
     """
 
-    support = constraints.real
-    support_words = "real numbers"
-    measure = "density"
-    asks_for = data.REAL
     numbers_a_pixel = 10
-    unit: Tensor
 
     def __init__(self, event_shape: Sequence[int]) -> None:
-        super().__init__()
-        self.event_shape = tuple(event_shape)
-        self.num_features = math.prod(self.event_shape)
+        super().__init__(event_shape)
         self.log_scale = nn.Parameter(torch.zeros(()))
         self.feature = nn.Parameter(torch.zeros(()))
-        self.register_buffer("unit", torch.ones(()))
 
     @property
     def df(self) -> Tensor:
         """Degrees of freedom, ()."""
         return 1 + bounded(self.feature, math.log(100)).exp()
 
-    def forward(self, h: Tensor) -> dist.Independent:
-        """h: (..., prod(E)) locations in units of ``unit`` -> batch shape (...), event shape E."""
-        loc = self.unit * h.reshape(*h.shape[:-1], *self.event_shape)
-        return dist.StudentT(self.df, loc, self.unit * self.log_scale.exp()).to_event(len(self.event_shape))
+    def pixel(self, loc: Tensor) -> dist.StudentT:
+        """Of a location in units."""
+        return dist.StudentT(self.df, self.unit * loc, self.unit * self.log_scale.exp())
 
     def fit_marginals(self, x: Tensor) -> Tensor:
         """h_d = mean_n x_nd / unit, df = 5, and the scale at which the variance is unit^2. x: (N, *E) -> (prod(E),).
@@ -344,10 +292,7 @@ class StudentT(nn.Module):
         Raises:
             ValueError: every pixel is constant, so that no scale is small enough.
         """
-        loc, spread = location_and_spread(x)
-        _checked_spread(spread)
         with torch.no_grad():
-            self.unit.copy_(spread)
             self.log_scale.fill_(math.log(3 / 5) / 2)
-            self.feature.copy_(unbounded(spread.new_tensor(math.log(4)), math.log(100)))
-        return (loc.flatten() / spread).to(self.log_scale.dtype)
+            self.feature.copy_(unbounded(self.feature.new_tensor(math.log(4)), math.log(100)))
+        return self._mean_in_units(x)

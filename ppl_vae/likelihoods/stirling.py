@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from ppl_vae.numerics import polynomial
+
 HALF_LOG_TWO_PI = math.log(2 * math.pi) / 2
 
 _SERIES_FROM = 8.0
@@ -30,12 +32,9 @@ def stirling_remainder(z: Tensor) -> Tensor:
     small = z < _SERIES_FROM
     inverse = 1 / torch.where(small, z + _SERIES_FROM, z)
     square = inverse.square()
-    series = torch.full_like(square, _SERIES[-1])
-    for coefficient in _SERIES[-2::-1]:
-        series = series * square + coefficient
     near = torch.where(small, z, _SERIES_FROM)  # both branches have gradients everywhere
     unit = 1 / (near + 8)
     middle, step = ((near + 4) * unit).square(), unit.square()  # (z + 1) (z + 7) = (z + 4)^2 - 9, and so on
     product = (near + 4) * unit * (middle - step) * (middle - 4 * step) * (middle - 9 * step)
     shift = (near + 0.5) * (near * unit).log() + product.log() + 8
-    return series * inverse - torch.where(small, shift, 0.0)
+    return inverse * polynomial(_SERIES, square) - torch.where(small, shift, 0.0)

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import pyro.distributions as dist
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributions import constraints
 from torch.nn.functional import logsigmoid
 
 from ppl_vae import data
-from ppl_vae.likelihoods.features import bounded, planes, unbounded
-from ppl_vae.likelihoods.marginals import ascend, mean_and_variance, mean_logs
+from ppl_vae.likelihoods.family import Pixels
+from ppl_vae.likelihoods.features import unbounded
+from ppl_vae.likelihoods.marginals import ascend, mean_logs
 from ppl_vae.likelihoods.pixel import Pixel
 from ppl_vae.likelihoods.stirling import HALF_LOG_TWO_PI, stirling_remainder
+from ppl_vae.numerics import bounded, mean_and_variance, polynomial
 
 
 class _OpenUnitInterval(constraints.Constraint):
@@ -39,14 +40,6 @@ _LOG_SINHC = tuple(c / (2 * n) for n, c in enumerate(_COTH, 1))  # log [sinh(h /
 _SERIES_BELOW = 0.5
 
 
-def _polynomial(coefficients: Sequence[float], x: Tensor) -> Tensor:
-    """sum_n coefficients[n] x^n."""
-    total = torch.full_like(x, coefficients[-1])
-    for coefficient in coefficients[-2::-1]:
-        total = total * x + coefficient
-    return total
-
-
 class StableContinuousBernoulli(Pixel):
     """p(x) = e^{h x} h / (e^h - 1), 0 <= x <= 1, for every logit h.
 
@@ -66,7 +59,7 @@ class StableContinuousBernoulli(Pixel):
         h = self.logits
         small = h.abs() < _SERIES_BELOW
         near, far = torch.where(small, h, 0.0), torch.where(small, 1.0, h)
-        return torch.where(small, 0.5 + near * _polynomial(_COTH, near.square()), -1 / torch.expm1(-far) - 1 / far)
+        return torch.where(small, 0.5 + near * polynomial(_COTH, near.square()), -1 / torch.expm1(-far) - 1 / far)
 
     @property
     def mode(self) -> Tensor:
@@ -98,7 +91,7 @@ class StableContinuousBernoulli(Pixel):
         near = torch.where(small, h, 0.0)  # each branch on its own side, so that both have gradients
         a = torch.where(small, 1.0, h.abs())
         square = near.square()
-        log_sinhc = square * _polynomial(_LOG_SINHC, square)
+        log_sinhc = square * polynomial(_LOG_SINHC, square)
         steep = -a * torch.where(h > 0, 1 - value, value) - (-torch.expm1(-a) / a).log()
         return torch.where(small, near * (value - 0.5) - log_sinhc, steep)
 
@@ -113,7 +106,7 @@ def _natural_parameter(mean: Tensor) -> Tensor:
     return (low + high) / 2
 
 
-class ContinuousBernoulli(nn.Module):
+class ContinuousBernoulli(Pixels):
     """p(x | h) = prod_d e^{h_d x_d} h_d / (e^{h_d} - 1), for x in [0, 1]^E.
 
     What a Bernoulli's formula becomes on gray pixels once it is divided by its integral: a density, with one feature a
@@ -131,22 +124,16 @@ class ContinuousBernoulli(nn.Module):
     asks_for = data.UNIT_INTERVAL
     numbers_a_pixel = 10
 
-    def __init__(self, event_shape: Sequence[int]) -> None:
-        super().__init__()
-        self.event_shape = tuple(event_shape)
-        self.num_features = math.prod(self.event_shape)
-
-    def forward(self, h: Tensor) -> dist.Independent:
-        """h: (..., prod(E)) logits -> batch shape (...), event shape E."""
-        logits = h.reshape(*h.shape[:-1], *self.event_shape)
-        return StableContinuousBernoulli(logits).to_event(len(self.event_shape))
+    def pixel(self, logits: Tensor) -> StableContinuousBernoulli:
+        """Of logits."""
+        return StableContinuousBernoulli(logits)
 
     def fit_marginals(self, x: Tensor) -> Tensor:
         """The h_d whose mean is the pixel's, which is brought to between 0.001 and 0.999. x: (N, *E) -> (prod(E),).
 
         At 0 and 1 h would be infinite, and at 1e-5 too large for a gradient step to matter.
         """
-        mean, _ = mean_and_variance(x)
+        mean, _ = mean_and_variance(x.flatten(1))
         return _natural_parameter(mean.clamp(0.001, 0.999)).to(x.dtype)
 
 
@@ -214,7 +201,7 @@ class StableBeta(Pixel):
         return fit + (normalizer + remainders) - (log_x + log_rest)
 
 
-class Beta(nn.Module):
+class Beta(Pixels):
     """p(x | h) = prod_d Beta(x_d; mu_d kappa_d, (1 - mu_d) kappa_d), for x in (0, 1)^E.
 
     h = (a, b): the mean is mu = sigmoid(10 tanh(a / 10)), between 5e-5 and 1 - 5e-5, a hundredth of a level from the
@@ -233,16 +220,13 @@ class Beta(nn.Module):
     support_words = "numbers between 0 and 1, neither of them"
     measure = "density"
     asks_for = data.UNIT_INTERVAL
+    features_a_pixel = 2
     numbers_a_pixel = 24
 
-    def __init__(self, event_shape: Sequence[int]) -> None:
-        super().__init__()
-        self.event_shape = tuple(event_shape)
-        self.num_features = 2 * math.prod(self.event_shape)
-
-    def forward(self, h: Tensor) -> dist.Independent:
-        """h: (..., 2 prod(E)), all means and then all concentrations -> batch shape (...), event shape E."""
-        return _beta(*planes(h, 2, self.event_shape)).to_event(len(self.event_shape))
+    def pixel(self, a: Tensor, b: Tensor) -> StableBeta:
+        """Of what gives the mean, and the concentration."""
+        log_concentration = _LOG_CONCENTRATION_CENTER + bounded(b, _LOG_CONCENTRATION_LIMIT)
+        return StableBeta(bounded(a, _MEAN_LOGIT_LIMIT), log_concentration)
 
     def fit_marginals(self, x: Tensor) -> Tensor:
         """The most likely h of each pixel, by its means of log x and log(1 - x). x: (N, *E) -> (2 prod(E),).
@@ -250,15 +234,9 @@ class Beta(nn.Module):
         From its mean m and spread on, kappa = m (1 - m) / spread^2 - 1.
         """
         x = data.inside_unit_interval(x)
-        mean, variance = mean_and_variance(x)
+        mean, variance = mean_and_variance(x.flatten(1))
         log_x, log_rest = mean_logs(x)
         kappa = mean * (1 - mean) / variance - 1  # infinite for a constant pixel, which ``unbounded`` brings down
         b = unbounded(kappa.clamp(min=0).log() - _LOG_CONCENTRATION_CENTER, _LOG_CONCENTRATION_LIMIT)
         start = torch.stack([unbounded(mean.logit(), _MEAN_LOGIT_LIMIT), b])
-        return ascend(lambda h: _beta(*h).log_density(log_x, log_rest), start).flatten().to(x.dtype)
-
-
-def _beta(a: Tensor, b: Tensor) -> StableBeta:
-    """The distribution of the two features of ``Beta``."""
-    log_concentration = _LOG_CONCENTRATION_CENTER + bounded(b, _LOG_CONCENTRATION_LIMIT)
-    return StableBeta(bounded(a, _MEAN_LOGIT_LIMIT), log_concentration)
+        return ascend(lambda h: self.pixel(*h).log_density(log_x, log_rest), start).flatten().to(x.dtype)

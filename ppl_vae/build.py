@@ -88,7 +88,12 @@ NETWORKS: dict[str, Network] = {
     "gated-residual": _convolutional(gated=True, num_blocks=1),
 }
 PRIORS: dict[str, Callable[..., Any]] = {"standard-normal": priors.StandardNormal}
-POSTERIORS: dict[str, Callable[..., Any]] = {"diagonal": posteriors.DiagonalNormal}
+POSTERIORS: dict[str, Callable[..., Any]] = {"diagonal": posteriors.DiagonalNormal, "delta": posteriors.Delta}
+SCALE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
+    "bounded": posteriors.bounded_log_scale,
+    "exp": posteriors.exponential_log_scale,
+    "softplus": posteriors.softplus_log_scale,
+}
 KLS: dict[str, type[ELBO]] = {"sampled": Trace_ELBO, "analytic": TraceMeanField_ELBO}
 
 
@@ -96,7 +101,11 @@ def _elbo(options: Options) -> Callable[..., Tensor]:
     return partial(objectives.elbo, estimator=KLS[options.kl], num_particles=options.num_particles)
 
 
-OBJECTIVES: dict[str, Callable[[Options], Callable[..., Tensor]]] = {"elbo": _elbo}
+def _free_bits(options: Options) -> Callable[..., Tensor]:
+    return partial(objectives.free_bits, free_nats=options.free_bits, num_particles=options.num_particles)
+
+
+OBJECTIVES: dict[str, Callable[[Options], Callable[..., Tensor]]] = {"elbo": _elbo, "free-bits": _free_bits}
 
 
 def vae(options: Options, event_shape: Sequence[int]) -> VAE:
@@ -104,12 +113,45 @@ def vae(options: Options, event_shape: Sequence[int]) -> VAE:
     network, L = NETWORKS[options.network], options.latent_dim
     sizes = {"channels": options.channels, "hidden": options.hidden or default_hidden(options.network)}
     family = likelihood(options, event_shape)
-    posterior = POSTERIORS[options.posterior](L)
+    posterior = POSTERIORS[options.posterior](L, **_posterior_arguments(options))
     decoder = network.decoder(L, event_shape, family.num_features, **sizes)
     encoder = network.encoder(event_shape, posterior.num_features, **sizes)
     if family.asks_for != data.BINARY:  # pixels in a unit of their own
         encoder = networks.Standardized(encoder, event_shape)
     return VAE(PRIORS[options.prior](L), Conditional(decoder, family), Conditional(encoder, posterior))
+
+
+def _posterior_arguments(options: Options) -> dict[str, Any]:
+    """What the posterior's class takes beside L.
+
+    Raises:
+        ValueError: a scale map for a posterior without a scale.
+    """
+    if options.posterior == "diagonal":
+        return {"log_scale": SCALE_MAPS[options.scale_map]}
+    if options.scale_map != Options().scale_map:
+        raise ValueError(f"--scale-map: expected --posterior diagonal, which it is of, got {options.posterior}")
+    return {}
+
+
+def is_autoencoder(options: Options) -> bool:
+    """A deterministic guide: there are reconstructions, and no ELBO, KL or log-likelihood."""
+    return options.posterior == "delta"
+
+
+def _check_objective(options: Options) -> None:
+    """Raises ValueError for an objective that the posterior cannot have, or an option of another objective."""
+    if options.objective != "free-bits" and options.free_bits != Options().free_bits:
+        raise ValueError(f"--free-bits: expected --objective free-bits, which it is of, got {options.objective}")
+    if options.objective == "free-bits" and options.kl != Options().kl:
+        raise ValueError("--kl: free-bits takes the KL of each latent in closed form; expected no --kl beside it")
+    if is_autoencoder(options) and options.objective != "elbo":
+        raise ValueError(f"--objective {options.objective}: expected --posterior diagonal, got {options.posterior}")
+    if is_autoencoder(options) and options.beta != 0:
+        raise ValueError(
+            "--posterior delta: expected --beta 0 (a deterministic guide has no KL: it makes a plain autoencoder), got "
+            f"--beta {options.beta:g}"
+        )
 
 
 # An option of one likelihood alone, and that class's argument.
@@ -273,6 +315,7 @@ def resolve(options: Options, seen: data.Splits) -> Options:
     warmup = default_warmup(options.epochs) if options.warmup_epochs is None else options.warmup_epochs
     named = options.dataset in data.DATASETS
     check_precision(options)
+    _check_objective(options)
     compiled = compiles(options.compile, planned_steps(options, len(seen.train)), device(options.device))
     return replace(
         options,
@@ -280,6 +323,7 @@ def resolve(options: Options, seen: data.Splits) -> Options:
         binarization=found,
         dequantization=_resolve_dequantization(options, seen, found, family.measure),
         warmup_epochs=warmup,
+        keep=options.keep or ("best" if options.beta == 1 or is_autoencoder(options) else "last"),
         hidden=options.hidden or default_hidden(options.network),
         dataset=options.dataset if named else str(Path(options.dataset).resolve()),
         data_dir=str(Path(options.data_dir).resolve()) if options.data_dir else None,

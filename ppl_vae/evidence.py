@@ -17,7 +17,7 @@ from ppl_vae.capture import compiled
 from ppl_vae.conditional import NUMBERS_A_PIXEL, numbers_a_pixel
 from ppl_vae.numerics import LogWeightSummary
 from ppl_vae.vae import VAE
-from ppl_vae.weights import Program, log_weight_terms
+from ppl_vae.weights import Program, log_reconstruction, log_weight_terms
 
 # An image is called unreliable where its bound is expected to lie more than this below log p(x). Source: ours.
 UNRELIABLE_BIAS = 0.5
@@ -176,7 +176,8 @@ def importance(
         ``Importance``, each field (N,).
 
     Raises:
-        ValueError: as ``log_weights``, or an argument out of its range.
+        ValueError: as ``log_weights``, or an argument out of its range. ``weights.Deterministic`` is one: a guide
+            without a density.
         NotFinite: a log-weight is NaN.
 
     Reference: Burda et al. 2016, arXiv 1509.00519, equation 8.
@@ -273,36 +274,80 @@ def evaluate(
 
     Raises:
         CannotCapture: a ValueError: ``compile`` is asked for and impossible; says why.
+        Deterministic: a ValueError: the guide has no density; ``reconstruction`` needs none.
     """
+    with seeded(seed, x.device), pyro.validation_enabled(check), in_evaluation_mode(vae):
+        if len(x) == 0:
+            raise ValueError("x: expected at least one image, got none")
+        pairs = particles_a_pass(x, numbers_a_pixel(vae.likelihood))
+        chunk = even_chunk(num_particles, pairs)  # with and without compiling, so that the noise is the same
+        terms: Terms = log_weight_terms
+        if compile:
+            started = time.monotonic()
+            with seeded(seed, x.device), torch.no_grad():
+                log_weight_terms(vae.model, vae.guide, x[:1], 1)  # what is wrong is said as it is without compiling
+                terms = CapturedTerms(vae, x[: max(1, pairs // chunk)], chunk)
+            if on_compiled is not None:
+                on_compiled(time.monotonic() - started)
+        return importance(
+            vae.model,
+            vae.guide,
+            x,
+            num_particles=num_particles,
+            chunk=chunk,
+            progress=progress,
+            terms=terms,
+        )
+
+
+@torch.no_grad()
+def reconstruction(
+    vae: VAE, x: Tensor, *, seed: int, check: bool = False, progress: Callable[[int], None] | None = None
+) -> Tensor:
+    """log p(x | z), one z ~ q(z | x) an image: what an autoencoder, whose z is a function of x, is measured by.
+
+    It is no log-likelihood and no bound on one: neither how probable z is, nor how many values of z would do, is in
+    it. More latents raise it without end. Draws have their own seed, in passes that fit into memory. The VAE's
+    weights, buffers and mode and the global generators are afterwards as they were before.
+
+    Args:
+        vae: with or without a density q(z | x).
+        x: images (N, *E).
+        seed: of z, where it is drawn, and of whatever else the programs draw.
+        check: whether values are validated.
+        progress: called with the number of images after each group of them.
+
+    Returns:
+        (N,) nats, float64.
+
+    Raises:
+        ValueError: no images, or as ``log_weights``.
+        NotFinite: a value is NaN or +infinity.
+    """
+    if len(x) == 0:
+        raise ValueError("x: expected at least one image, got none")
+    results = torch.empty(len(x), dtype=torch.double, device=x.device)
+    group = particles_a_pass(x, numbers_a_pixel(vae.likelihood))
+    with seeded(seed, x.device), pyro.validation_enabled(check), in_evaluation_mode(vae):
+        for images, place in zip(x.split(group), results.split(group), strict=True):
+            place.copy_(log_reconstruction(vae.model, vae.guide, images))
+            if progress is not None:
+                progress(len(images))
+    if results.isnan().any() or results.isposinf().any():
+        raise NotFinite("log p(x | z): expected numbers, got NaN or +infinity")
+    return results
+
+
+@contextmanager
+def in_evaluation_mode(vae: nn.Module) -> Iterator[None]:
+    """Every module in evaluation mode, then each as it was."""
     modes = [(module, module.training) for module in vae.modules()]
-    with seeded(seed, x.device), pyro.validation_enabled(check):
-        vae.eval()
-        try:
-            if len(x) == 0:
-                raise ValueError("x: expected at least one image, got none")
-            pairs = particles_a_pass(x, numbers_a_pixel(vae.likelihood))
-            chunk = even_chunk(num_particles, pairs)  # with and without compiling, so that the noise is the same
-            terms: Terms = log_weight_terms
-            if compile:
-                started = time.monotonic()
-                with seeded(seed, x.device), torch.no_grad():
-                    if check:
-                        log_weight_terms(vae.model, vae.guide, x[:1], 1)
-                    terms = CapturedTerms(vae, x[: max(1, pairs // chunk)], chunk)
-                if on_compiled is not None:
-                    on_compiled(time.monotonic() - started)
-            return importance(
-                vae.model,
-                vae.guide,
-                x,
-                num_particles=num_particles,
-                chunk=chunk,
-                progress=progress,
-                terms=terms,
-            )
-        finally:
-            for module, training in modes:
-                module.training = training
+    vae.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 @contextmanager

@@ -39,9 +39,11 @@ LIKELIHOODS = (
 NETWORKS = ("mlp", "gated", "conv", "gated-conv", "residual", "gated-residual")
 DENSE_NETWORKS = ("mlp", "gated")
 PRIORS = ("standard-normal",)
-POSTERIORS = ("diagonal",)
-OBJECTIVES = ("elbo",)
+POSTERIORS = ("diagonal", "delta")
+SCALE_MAPS = ("bounded", "exp", "softplus")
+OBJECTIVES = ("elbo", "free-bits")
 KLS = ("sampled", "analytic")
+KEEPS = ("best", "last")
 COMPILES = ("auto", "on", "off")
 PRECISIONS = ("float32", "tf32", "bf16")
 SPLITS = ("test", "validation", "train")
@@ -195,8 +197,27 @@ class Options:
         later=True,
     )
     prior: str = option("standard-normal", str, one_of(PRIORS), f"p(z): {', '.join(PRIORS)}")
-    posterior: str = option("diagonal", str, one_of(POSTERIORS), f"q(z | x): {', '.join(POSTERIORS)}")
+    posterior: str = option(
+        "diagonal",
+        str,
+        one_of(POSTERIORS),
+        "q(z | x): diagonal, or delta, which with --beta 0 makes a plain autoencoder (no log-likelihood)",
+    )
+    scale_map: str = option(
+        "bounded",
+        str,
+        one_of(SCALE_MAPS),
+        "of a diagonal posterior, from a feature to a scale: bounded (exp of 7 tanh(h / 7)), exp, softplus",
+        later=True,
+    )
     objective: str = option("elbo", str, one_of(OBJECTIVES), f"what is maximized: {', '.join(OBJECTIVES)}")
+    free_bits: float = option(
+        0.1,
+        float,
+        NON_NEGATIVE,
+        "of the objective free-bits: nats a latent below which its mean KL costs nothing",
+        later=True,
+    )
     kl: str = option(
         "sampled", str, one_of(KLS), "the KL in the objective: sampled (Trace_ELBO), analytic (TraceMeanField_ELBO)"
     )
@@ -212,6 +233,15 @@ class Options:
     batch_size: int = option(100, int, POSITIVE_INTEGER, "images a step")
     learning_rate: float = option(3e-3, float, POSITIVE, "Adam's, at the start; it falls to 0 on a cosine")
     clip_norm: float = option(100.0, float, POSITIVE, "largest norm of the whole gradient")
+    keep: str | None = option(
+        None,
+        str,
+        one_of(KEEPS),
+        "the weights that are kept: best, by the validation ELBO (at beta = 1), or last (default: best where beta is "
+        "1, else last, since that ELBO would choose weights from before beta had its effect)",
+        later=True,
+        before="best",
+    )
     average_decay: float = option(
         0.0,
         float,
@@ -602,11 +632,50 @@ def parse_benchmark(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def parse_diagnose(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """run_dir, split, images, device, seed, dataset, data_dir."""
+    parser = Parser("What a run does and why, in numbers and in words, and which command would change it.")
+    parser.add_run()
+    parser.add("split", str, one_of(SPLITS), f"{', '.join(SPLITS)} (default: test)")
+    parser.add("images", int, POSITIVE_INTEGER, "a fixed random subset of that many images (default: 2000)")
+    parser.add_device_and_seed("of every draw")
+    parser.add_data()
+    parser.set_defaults(split="test", images=2000)
+    return parser.parse_args(argv)
+
+
+STUDY_DATASETS = ("mnist", "fashion-mnist")
+
+
+def parse_study(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """quick, output, datasets, data_dir (or None)."""
+    parser = Parser("Train and measure some fifty VAEs and autoencoders, and write what they show as one report.")
+    parser.add_argument("--quick", action="store_true", help="fewer and shorter runs: minutes, and not an hour")
+    parser.add("output", str, NOT_EMPTY, "the study's folder (default: runs/study, or runs/study-quick)")
+    names = " ".join(STUDY_DATASETS)
+    parser.add("datasets", str, NOT_EMPTY, f"the first has every part (default: {names})", several=True)
+    parser.add("data_dir", str, NOT_EMPTY, "as for train_svi.py")
+    parser.set_defaults(quick=False, output=None, datasets=list(STUDY_DATASETS), data_dir=None)
+    asked = parser.parse_args(argv)
+    asked.output = asked.output or ("runs/study-quick" if asked.quick else "runs/study")
+    return asked
+
+
 def parse_figures(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """run_dir, dataset, data_dir."""
     parser = Parser("Draw a run's figures again from its files, into its folder figures/.")
     parser.add_run()
     parser.add_data()
+    return parser.parse_args(argv)
+
+
+def parse_report(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """run_dir, output (or None), dataset, data_dir."""
+    parser = Parser("One self-contained HTML page of a run: likelihood, verdicts, figures, a live latent explorer.")
+    parser.add_run()
+    parser.add("output", str, NOT_EMPTY, "the page's file (default: report.html in the run's folder)")
+    parser.add_data()
+    parser.set_defaults(output=None)
     return parser.parse_args(argv)
 
 

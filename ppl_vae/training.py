@@ -16,9 +16,9 @@ from torch.nn.utils import clip_grad_norm_
 
 from ppl_vae import data, objectives
 from ppl_vae.capture import CannotCapture, CapturedStep
-from ppl_vae.evidence import Estimate, NotFinite, evaluate, seeded
+from ppl_vae.evidence import Estimate, NotFinite, evaluate, in_evaluation_mode, reconstruction, seeded
 from ppl_vae.vae import VAE
-from ppl_vae.weights import latent_sites
+from ppl_vae.weights import is_autoencoder, latent_sites
 
 _VALIDATION_SEED = 20140501
 
@@ -43,7 +43,8 @@ class TrainingState:
 
     Adam is torch's, one optimizer over all parameters, fused. The noise of Pyro's sites and of the data comes from
     torch's global generator; the order of the images depends on (seed, epoch) alone. ``averages`` are the exponential
-    moving averages of the parameters, where they are kept.
+    moving averages of the parameters, where they are kept. ``best_validation`` is the highest validation ELBO so far,
+    or, where the guide is deterministic, the highest validation reconstruction, nats an image.
     """
 
     def __init__(self, vae: VAE, *, device: torch.device, averaged: bool = False) -> None:
@@ -54,7 +55,7 @@ class TrainingState:
         self.step = 0
         self.epoch_loss = 0.0  # summed over the images of this epoch so far, nats
         self.seconds = 0.0  # of training and validation, over all sessions
-        self.best_elbo = -math.inf
+        self.best_validation = -math.inf
         self.best_step = 0
         self.best_weights: dict[str, Tensor] = {}
 
@@ -95,7 +96,7 @@ class TrainingState:
             "trained": [names[index] for index in moments_of],
             "epoch_loss": self.epoch_loss,
             "seconds": self.seconds,
-            "best_elbo": self.best_elbo if math.isfinite(self.best_elbo) else None,
+            "best_validation": self.best_validation if math.isfinite(self.best_validation) else None,
             "best_step": self.best_step,
         }
         return tensors, scalars
@@ -126,7 +127,8 @@ class TrainingState:
             self.best_weights = {name: w.to(self.device) for name, w in _under("best/", tensors).items()}
             self.step, self.epoch_loss = scalars["step"], scalars["epoch_loss"]
             self.seconds, self.best_step = scalars["seconds"], scalars["best_step"]
-            self.best_elbo = -math.inf if scalars["best_elbo"] is None else scalars["best_elbo"]
+            best = scalars["best_elbo" if "best_elbo" in scalars else "best_validation"]  # the first is of old files
+            self.best_validation = -math.inf if best is None else best
         except KeyError as error:
             raise ValueError(f"damaged: no {error} in it") from None
         except (RuntimeError, TypeError) as error:
@@ -158,6 +160,7 @@ def fit(
     warmup_epochs: int = 0,
     clip_norm: float = 100.0,
     average_decay: float = 0.0,
+    keep_last: bool = False,
     compile: bool = False,
     seed: int = 0,
     saved: tuple[dict[str, Tensor], dict[str, Any]] | None = None,
@@ -168,6 +171,9 @@ def fit(
     checkpoint_seconds: float = math.inf,
 ) -> TrainingState:
     """Trains the VAE by SVI, and leaves it in evaluation mode with the best weights by the validation ELBO (beta = 1).
+
+    With a deterministic guide (``posteriors.Delta``) and beta = 0 it trains a plain autoencoder; then there is no ELBO,
+    and the best weights are those of the highest validation reconstruction log p(x | z(x)).
 
     Adam with a cosine learning rate by step count; beta rises linearly from 0 over the warm-up; the gradient's global
     norm is clipped. A likelihood with a method ``refit(h, x)`` is given a batch every tenth step, for what it fits to
@@ -186,6 +192,7 @@ def fit(
         beta: the weight of the KL, after the warm-up.
         average_decay: of an exponential moving average of the weights, which then is what is validated and kept; 0 for
             none. See ``averaging``.
+        keep_last: whether the last weights are kept, whatever validation says of them.
         compile: whether the whole step, from the batch to the new weights, runs as one compiled graph. It computes the
             same to rounding, and takes some seconds to compile. What changes in Python from step to step (a counter in
             a network, ``requires_grad``) stays as it was at the first.
@@ -275,6 +282,9 @@ def fit(
         }
         with state.evaluated_weights():
             record |= _validate(state, validation, check=epoch == first_epoch)
+        if keep_last:
+            with state.evaluated_weights():
+                state.keep_weights()
         state.epoch_loss = 0.0
         record["seconds"] = state.seconds = earlier + time.monotonic() - started
         if on_epoch is not None:
@@ -541,20 +551,38 @@ def _site_that_is_not_finite(vae: VAE, x: Tensor) -> str | None:
 
 
 def _validate(state: TrainingState, validation: Tensor | None, *, check: bool) -> dict[str, float]:
-    """Validation ELBO at beta = 1, and its two terms; keeps the best weights."""
+    """Validation ELBO at beta = 1 and its two terms, or an autoencoder's reconstruction; keeps the best weights."""
     if validation is None:
         state.keep_weights()
         return {}
+    if _is_autoencoder(state.vae, validation):
+        log_p_x_given_z = reconstruction(state.vae, validation, seed=_VALIDATION_SEED, check=check)
+        found = Estimate.of(log_p_x_given_z, 1)
+        _keep_if_best(state, found.mean, "reconstruction")
+        return {
+            "validation_reconstruction_nats_per_image": found.mean,
+            "validation_reconstruction_stderr_nats_per_image": found.stderr,
+        }
     result = evaluate(state.vae, validation, num_particles=1, seed=_VALIDATION_SEED, check=check)
     elbo = Estimate.of(result.elbo, 1)
-    if not math.isfinite(elbo.mean):
-        raise NotFinite(f"step {state.step}: the validation ELBO is {elbo.mean}")
-    if elbo.mean > state.best_elbo:
-        state.best_elbo = elbo.mean
-        state.keep_weights()
+    _keep_if_best(state, elbo.mean, "ELBO")
     return {
         "validation_elbo_nats_per_image": elbo.mean,
         "validation_elbo_stderr_nats_per_image": elbo.stderr,
         "validation_reconstruction_nats_per_image": float(result.reconstruction.mean()),
         "validation_kl_nats_per_image": float(result.kl.mean()),
     }
+
+
+def _is_autoencoder(vae: VAE, x: Tensor) -> bool:
+    with seeded(_VALIDATION_SEED, x.device), torch.no_grad(), in_evaluation_mode(vae):
+        return is_autoencoder(vae.guide, x)
+
+
+def _keep_if_best(state: TrainingState, value: float, word: str) -> None:
+    """value: nats an image, higher is better; word: what it is of the validation images."""
+    if not math.isfinite(value):
+        raise NotFinite(f"step {state.step}: the validation {word} is {value}")
+    if value > state.best_validation:
+        state.best_validation = value
+        state.keep_weights()

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pyro
+import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
@@ -13,6 +14,10 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 Program = Callable[[Tensor], Any]
+
+
+class Deterministic(ValueError):
+    """A deterministic guide was asked for what only a density has."""
 
 
 def _log_prob(name: str, site: dict[str, Any], shape: tuple[int, int]) -> Tensor:
@@ -40,9 +45,40 @@ def _observed_sites(trace: poutine.Trace) -> list[str]:
     return [name for name in trace.observation_nodes if not trace.nodes[name]["infer"].get("_deterministic")]
 
 
+def is_deterministic(distribution: Any) -> bool:
+    """A point mass (Delta), whatever it is wrapped in: it has no density that a log-weight could hold."""
+    while hasattr(distribution, "base_dist"):
+        distribution = distribution.base_dist
+    return isinstance(distribution, dist.Delta)
+
+
 def latent_sites(trace: poutine.Trace) -> list[str]:
     """The names of a trace's sampled sites in alphabetical order; a plate's own site is none."""
     return sorted(name for name in trace.stochastic_nodes if not site_is_subsample(trace.nodes[name]))
+
+
+def is_autoencoder(guide: Program, x: Tensor) -> bool:
+    """The guide is deterministic at a latent site: there are reconstructions, and no log-weights.
+
+    The guide runs once, on the first image, and draws from torch's global generator. x: (B, *E).
+    """
+    trace = poutine.trace(guide).get_trace(x[:1])
+    return any(is_deterministic(trace.nodes[name]["fn"]) for name in latent_sites(trace))
+
+
+def log_reconstruction(model: Program, guide: Program, x: Tensor) -> Tensor:
+    """log p(x | z) for one z ~ q(z | x) an image. It needs no density of the guide, and bounds nothing.
+
+    Arguments as ``log_weight_terms``.
+
+    Returns:
+        (B,) nats.
+
+    Raises:
+        ValueError: as ``log_weight_terms``, but for what is deterministic.
+    """
+    _, p, _ = _traces(model, guide, x, 1)
+    return _log_joint(p, _observed_sites(p), (1, len(x)), x.device)[0]
 
 
 def log_weight_terms(model: Program, guide: Program, x: Tensor, num_particles: int) -> tuple[Tensor, Tensor]:
@@ -62,7 +98,26 @@ def log_weight_terms(model: Program, guide: Program, x: Tensor, num_particles: i
     Raises:
         ValueError: where a latent site of one program is missing in the other, a site is not one number an image in
             the images' plate, or the guide observes or holds a factor.
+        Deterministic: a ValueError: the guide is deterministic at a latent site.
     """
+    q, p, latents = _traces(model, guide, x, num_particles)
+    for name in latents:
+        if is_deterministic(q.nodes[name]["fn"]):
+            raise Deterministic(
+                f"guide: expected a density at site {name!r}, got a deterministic one (Delta): an autoencoder has "
+                "reconstructions, and neither an ELBO nor a log-likelihood"
+            )
+    shape = (num_particles, len(x))
+    log_p_x_given_z = _log_joint(p, _observed_sites(p), shape, x.device)
+    log_p_z = _log_joint(p, latents, shape, x.device)
+    log_q_z = _log_joint(q, latents, shape, x.device)
+    return log_p_x_given_z, log_p_z - log_q_z
+
+
+def _traces(
+    model: Program, guide: Program, x: Tensor, num_particles: int
+) -> tuple[poutine.Trace, poutine.Trace, list[str]]:
+    """The guide's trace, the model's on the same draws, and the latent sites that both have."""
     if num_particles < 1:
         raise ValueError(f"num_particles: expected at least 1, got {num_particles}")
     particles = pyro.plate("_importance_particles", num_particles, dim=-2)
@@ -77,11 +132,7 @@ def log_weight_terms(model: Program, guide: Program, x: Tensor, num_particles: i
     stray = _observed_sites(q)
     if stray:
         raise ValueError(f"guide: expected sampled sites only, got observed sites or factors {stray}")
-    shape = (num_particles, len(x))
-    log_p_x_given_z = _log_joint(p, _observed_sites(p), shape, x.device)
-    log_p_z = _log_joint(p, latents, shape, x.device)
-    log_q_z = _log_joint(q, latents, shape, x.device)
-    return log_p_x_given_z, log_p_z - log_q_z
+    return q, p, latents
 
 
 def log_weights(model: Program, guide: Program, x: Tensor, num_particles: int) -> Tensor:

@@ -32,6 +32,7 @@ LAYERS = (
     "evidence",
     "missing",
     "calibration",
+    "exploration",
     "ais",
     "diagnostics",
     "recipes",
@@ -40,6 +41,7 @@ LAYERS = (
     "plots",
     "report",
     "experiment",
+    "study",
 )
 
 SOURCES = {str(path.relative_to(ROOT)): path for path in sorted(PACKAGE.rglob("*.py"))}

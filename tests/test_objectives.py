@@ -1,19 +1,23 @@
-"""Training objectives against closed forms: beta, both KLs, particles."""
+"""Training objectives against closed forms: beta, both KLs, particles, free bits."""
 
 from __future__ import annotations
 
 import math
 
+import numpy as np
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from oracles import LinearGaussian
 from pyro import poutine
+from pyro.distributions.testing.fakes import NonreparameterizedNormal
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from torch.testing import assert_close
 
-from ppl_vae import objectives
+from ppl_vae import build, fit, objectives
 from ppl_vae.objectives import Temper
+from ppl_vae.options import Options
 
 KLS = {"sampled": Trace_ELBO, "analytic": TraceMeanField_ELBO}
 BETAS = (0.0, 0.3, 1.0, 4.0)
@@ -130,3 +134,135 @@ def test_the_global_parameter_store_stays_empty(oracle, kl):
     pyro.clear_param_store()
     objectives.elbo(oracle.vae().model, oracle.vae().guide, oracle.draw(3), estimator=KLS[kl])
     assert len(pyro.get_param_store()) == 0
+
+
+# --- Free bits ---
+
+
+def _kl_by_latent(oracle, x, *, widen, shift):
+    """(L,) nats: mean_n (mu_l^2 + s_l^2 - 1 - log s_l^2) / 2, by numpy from the guide's own formula."""
+    A, covariance = (values.numpy() for values in oracle.posterior_map())
+    scales = np.sqrt(np.diag(covariance))
+    loc = (x.numpy() - oracle.b.numpy()) @ A.T + shift * scales
+    variance = (widen * scales) ** 2
+    return ((loc**2 + variance - 1 - np.log(variance)) / 2).mean(0)
+
+
+def _free_kl(vae, x, free_nats):
+    """What the KL adds to the loss at beta = 1: the same draw with and without it."""
+    losses = []
+    for beta in (1.0, 0.0):
+        torch.manual_seed(0)
+        losses.append(objectives.free_bits(vae.model, vae.guide, x, beta=beta, free_nats=free_nats))
+    return losses[0] - losses[1]
+
+
+@pytest.mark.parametrize("num_particles", [1, 3])
+@pytest.mark.parametrize("beta", BETAS)
+def test_free_bits_of_nothing_are_the_elbo_with_its_kl_in_closed_form(oracle, beta, num_particles):
+    vae, x = oracle.vae(widen=1.3, shift=0.4), oracle.draw(5)
+    asked = {"beta": beta, "num_particles": num_particles}
+    torch.manual_seed(0)
+    expected = objectives.elbo(vae.model, vae.guide, x, estimator=TraceMeanField_ELBO, **asked)
+    torch.manual_seed(0)
+    assert_close(objectives.free_bits(vae.model, vae.guide, x, free_nats=0.0, **asked), expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("place", [0.5, 1.5, 2.5, 3.5])
+def test_each_latent_costs_its_mean_kl_or_what_is_free_if_that_is_more(oracle, place):
+    """lambda below, between and above the three KLs, which are known of this guide in closed form."""
+    x = oracle.draw(5)
+    kl = np.sort(_kl_by_latent(oracle, x, widen=1.3, shift=0.4))
+    edges = np.concatenate([[0.0], kl, [2 * kl[-1]]])
+    free_nats = float(edges[int(place) : int(place) + 2].mean())
+    assert (kl < free_nats).sum() == int(place)
+    expected = np.maximum(kl, free_nats).sum()
+    assert float(_free_kl(oracle.vae(widen=1.3, shift=0.4), x, free_nats)) == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_latent_below_its_free_bits_is_not_pushed(oracle):
+    vae, x = oracle.vae(widen=1.3, shift=0.4), oracle.draw(5)
+    weight = vae.posterior.net.output.weight.requires_grad_(True)
+    kl = _kl_by_latent(oracle, x, widen=1.3, shift=0.4)
+    free_nats = float(np.sort(kl)[:2].mean())
+    gradient = torch.autograd.grad(_free_kl(vae, x, free_nats), weight)[0].reshape(2, 3, -1).abs().amax((0, 2))
+    assert [bool(g == 0) for g in gradient] == list(kl < free_nats)
+    assert sorted(kl < free_nats) == [False, False, True]
+
+
+def test_free_bits_are_of_the_mean_over_the_batch_and_not_of_single_images(oracle):
+    """One image far above lambda pays for those below it."""
+    vae, x = oracle.vae(widen=1.3), oracle.draw(5)
+    x[0] += 10.0
+    kl, of_others = (_kl_by_latent(oracle, part, widen=1.3, shift=0.0) for part in (x, x[1:]))
+    free_nats = float((of_others.max() + kl.min()) / 2)
+    assert (of_others < free_nats).all()
+    assert (kl > free_nats).all()
+    assert float(_free_kl(vae, x, free_nats)) == pytest.approx(kl.sum(), rel=1e-12)
+
+
+@pytest.mark.parametrize("num_particles", [1, 3])
+def test_a_captured_step_of_free_bits_ends_where_the_eager_one_does(graphs, num_particles):
+    """lambda lies between the KLs of the latents, so that both branches are in the one graph."""
+    x = torch.bernoulli(torch.full((9, 1, 4, 4), 0.4), generator=torch.Generator().manual_seed(0)).double()
+    weights = {}
+    for compile in (True, False):
+        pyro.set_rng_seed(0)
+        asked = Options(objective="free-bits", free_bits=0.5, num_particles=num_particles, hidden=(5,), latent_dim=3)
+        vae = build.vae(asked, (1, 4, 4)).double()
+        with torch.no_grad():
+            vae.posterior.net.output.bias[0] = 2.0  # a mean that costs 2 nats, in one latent of the three
+        fit(
+            vae,
+            x,
+            epochs=4,
+            batch_size=4,
+            objective=build.objective(asked),
+            observe=lambda values, generator: values,
+            learning_rate=0.01,
+            warmup_epochs=1,
+            compile=compile,
+        )
+        weights[compile] = vae.state_dict()
+        spread = vae.posterior(x)
+        kl = torch.distributions.kl_divergence(spread.base_dist, torch.distributions.Normal(0, 1)).mean(0)
+        assert kl.min() < 0.5 < kl.max()
+    assert len(graphs) > 0
+    for name, expected in weights[False].items():
+        assert_close(weights[True][name], expected, rtol=1e-7, atol=1e-9)
+
+
+def _guide(distribution):
+    def guide(x):
+        with pyro.plate("images", len(x), dim=-1):
+            pyro.sample("z", distribution(len(x)))
+
+    return guide
+
+
+GUIDES = {
+    "correlated latents": (
+        lambda B: dist.MultivariateNormal(torch.zeros(B, 3), torch.eye(3)),
+        "expected independent latents whose KL has a formula, got MultivariateNormal and Normal",
+    ),
+    "no formula": (
+        lambda B: dist.StudentT(5.0, torch.zeros(B, 3), 1.0).to_event(1),
+        "expected independent latents whose KL has a formula, got StudentT and Normal",
+    ),
+    "not reparametrized": (
+        lambda B: NonreparameterizedNormal(torch.zeros(B, 3), torch.ones(3)).to_event(1),
+        "expected a reparametrized guide, got Independent",
+    ),
+    "deterministic": (
+        lambda B: dist.Delta(torch.zeros(B, 3), event_dim=1),
+        r"expected a guide with a density, got a deterministic one \(Delta\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+def test_free_bits_refuse_a_guide_whose_latents_have_no_kl_of_their_own(oracle, guide):
+    distribution, words = GUIDES[guide]
+    vae, x = oracle.vae().float(), oracle.draw(4).float()
+    with pytest.raises(ValueError, match=f"site 'z': {words}"):
+        objectives.free_bits(vae.model, _guide(distribution), x, free_nats=0.1)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from ppl_vae import build, data, options
+from ppl_vae import build, data, experiment, options
 
 SCRIPTS = sorted(
     path
@@ -82,9 +82,10 @@ def test_an_unknown_option_ends_a_script_with_code_2_and_one_line(script: Path) 
         (options.NETWORKS, build.NETWORKS),
         (options.PRIORS, build.PRIORS),
         (options.POSTERIORS, build.POSTERIORS),
+        (options.SCALE_MAPS, build.SCALE_MAPS),
         (options.OBJECTIVES, build.OBJECTIVES),
     ],
-    ids=["datasets", "likelihoods", "networks", "priors", "posteriors", "objectives"],
+    ids=["datasets", "likelihoods", "networks", "priors", "posteriors", "scale maps", "objectives"],
 )
 def test_the_words_are_those_that_build_knows(words: tuple[str, ...], parts: dict[str, Any]) -> None:
     assert list(words) == list(parts)
@@ -154,6 +155,9 @@ OTHER = options.Options(
     transform="logit",
     network="mlp",
     hidden=(7, 5, 3),
+    scale_map="softplus",
+    objective="free-bits",
+    free_bits=0.5,
     kl="analytic",
     beta=0.1,
     warmup_epochs=0,
@@ -203,7 +207,12 @@ LATER = [
     "likelihood_scale",
     "likelihood_components",
     "transform",
+    "scale_map",
+    "free_bits",
 ]
+
+# What a field that came later means where its default would be wrong: such a run was made otherwise.
+OTHERWISE = {"dequantization": "none", "keep": "best"}
 
 
 @pytest.mark.parametrize("name", LATER)
@@ -213,15 +222,16 @@ def test_a_field_of_json_that_came_later_means_its_default(name: str) -> None:
     assert options.from_json(values) == replace(OTHER, **{name: getattr(options.Options(), name)})
 
 
-def test_json_from_before_there_was_dequantization_means_none():
-    """Such a run saw level / 255, whatever the default is by now."""
+@pytest.mark.parametrize("name", OTHERWISE)
+def test_a_field_of_json_that_came_later_means_what_was_done_before(name: str) -> None:
+    """Without dequantization a run saw level / 255, and every run kept its best weights, whatever the default is."""
     values = options.to_json(options.Options())
-    del values["dequantization"]
-    assert options.from_json(values).dequantization == "none"
+    del values[name]
+    assert getattr(options.from_json(values), name) == OTHERWISE[name]
 
 
 @pytest.mark.parametrize(
-    "name", [spec.name for spec in fields(options.Options) if spec.name not in (*LATER, "dequantization")]
+    "name", [spec.name for spec in fields(options.Options) if spec.name not in (*LATER, *OTHERWISE)]
 )
 def test_a_missing_field_of_json_is_named_and_refused(name: str) -> None:
     values = options.to_json(options.Options())
@@ -256,6 +266,9 @@ BAD_JSON = [
     ("epochs", None),
     ("epochs", [2]),
     ("epochs", 0),
+    ("scale_map", "log"),
+    ("free_bits", -0.1),
+    ("keep", "first"),
     ("beta", "1"),
     ("beta", math.nan),
     ("learning_rate", math.inf),
@@ -322,7 +335,10 @@ BAD_WORDS = {
     "network": A_WORD,
     "prior": A_WORD,
     "posterior": A_WORD,
+    "scale_map": A_WORD,
     "objective": A_WORD,
+    "free_bits": NOT_BELOW_0,
+    "keep": A_WORD,
     "kl": A_WORD,
     "dataset": ("",),
     "device": ("",),
@@ -405,6 +421,58 @@ def test_a_wrong_type_is_refused_from_python(name: str) -> None:
         replace(options.Options(), **{name: object()})
 
 
+# --- What does not go together ---
+
+TOGETHER = {
+    "delta, beta 1": (
+        {"posterior": "delta"},
+        r"--posterior delta: expected --beta 0 \(a deterministic guide has no KL: .*, got --beta 1$",
+    ),
+    "delta, beta 0.5": (
+        {"posterior": "delta", "beta": 0.5},
+        r"--posterior delta: expected --beta 0 .*, got --beta 0\.5$",
+    ),
+    "delta, free bits": (
+        {"posterior": "delta", "beta": 0.0, "objective": "free-bits"},
+        "--objective free-bits: expected --posterior diagonal, got delta$",
+    ),
+    "free bits without their objective": (
+        {"free_bits": 0.5},
+        "--free-bits: expected --objective free-bits, which it is of, got elbo$",
+    ),
+    "free bits, a KL": (
+        {"objective": "free-bits", "kl": "analytic"},
+        "--kl: free-bits takes the KL of each latent in closed form; expected no --kl beside it$",
+    ),
+    "delta, a scale map": (
+        {"posterior": "delta", "beta": 0.0, "scale_map": "exp"},
+        "--scale-map: expected --posterior diagonal, which it is of, got delta$",
+    ),
+}
+
+
+@pytest.mark.parametrize("words", TOGETHER)
+def test_options_that_do_not_go_together_are_refused_and_leave_nothing(tmp_path: Path, words: str) -> None:
+    asked, expected = TOGETHER[words]
+    with pytest.raises(ValueError, match=expected):
+        experiment.train(options.Options(**asked), str(tmp_path / "run"), say=print)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"posterior": "delta", "beta": 0.0},
+        {"objective": "free-bits", "free_bits": 0.5},
+        {"objective": "free-bits", "beta": 4.0, "scale_map": "exp"},
+    ],
+    ids=str,
+)
+def test_options_that_go_together_are_taken_as_they_are(asked: dict[str, Any]) -> None:
+    resolved = build.resolve(options.Options(**asked), data.load("mnist"))
+    assert {name: getattr(resolved, name) for name in asked} == asked
+
+
 # --- Resume ---
 
 
@@ -445,6 +513,7 @@ def test_resume_with_another_option_is_refused(capsys: pytest.CaptureFixture[str
         "image_size": 28,
         "color": "gray",
         "dequantization": "none",
+        "keep": "last",
     }.get(name, OTHERS[name])
     values = given if isinstance(given, tuple) else (given,)
     line = refused(

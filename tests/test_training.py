@@ -183,7 +183,7 @@ def test_the_best_weights_by_validation_are_left_in_the_model():
     state = _fit(vae, white, black, epochs=12, learning_rate=0.05, on_epoch=on_epoch)
     best = max(range(12), key=records.__getitem__)
     assert best != 11
-    assert state.best_elbo == records[best]
+    assert state.best_validation == records[best]
     assert all(torch.equal(p, b) for p, b in zip(vae.parameters(), snapshots[best], strict=True))
 
 
@@ -374,7 +374,7 @@ def test_validation_that_starts_later_still_chooses_the_best():
         observe=lambda values, generator: torch.zeros(len(values), 12),
         on_epoch=records.append,
     )
-    assert state.best_elbo == max(record["validation_elbo_nats_per_image"] for record in records)
+    assert state.best_validation == max(record["validation_elbo_nats_per_image"] for record in records)
     assert state.best_step > 7
 
 

@@ -9,6 +9,14 @@ from ppl_vae import build, data
 from ppl_vae.options import Options
 
 
+def check_comparable(options: Options) -> None:
+    """Raises ValueError for an autoencoder: it has no log p(x), by which a table is ranked."""
+    if build.is_autoencoder(options):
+        raise ValueError(
+            f"--posterior {options.posterior}: expected a density q(z | x) for a table of log p(x), got an autoencoder"
+        )
+
+
 def check_same(folder: Path, asked: Options, splits: data.Splits, *, free: frozenset[str] = frozenset()) -> None:
     """A run that is taken as it is must be what is asked for, in every option but those that are free.
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from ppl_vae import build, data, plots, runs
 from ppl_vae.evidence import Estimate, Importance, seeded
 from ppl_vae.experiment.evaluation import bits_per_dim, plus_minus, read_per_image, with_a_bar
-from ppl_vae.experiment.opening import Run, Say, draws_of, evaluated_vae, open_run
+from ppl_vae.experiment.opening import Run, Say, check_density, draws_of, evaluated_vae, open_run
 from ppl_vae.experiment.outputs import output_folder, removed_if_empty, write_figure
 from ppl_vae.experiment.paired import CONFIDENCE, INDISTINCT, SEED_NATS, BoundDifference, bound_difference
 from ppl_vae.vae import VAE
@@ -81,11 +81,13 @@ def compare_runs(
         What comparison.json holds.
 
     Raises:
-        ValueError: fewer than two runs or images, a run twice, or runs whose numbers are not on one scale: other data,
-            protocol, binarization, images or measure. All of that is found before any evaluation.
+        ValueError: fewer than two runs or images, a run twice, an autoencoder, or runs whose numbers are not on one
+            scale: other data, protocol, binarization, images or measure. All of that is found before any evaluation.
     """
     _check_asked(run_dirs, images)
     opened = _opened(run_dirs, dataset, data_dir)
+    for run in opened:
+        check_density(run, "bound on log p(x) to compare")
     _check_one_scale(opened, split)
     asked = Asked(split, *_same_images(opened, split, images, seed), num_particles, seed)
     entrants = [

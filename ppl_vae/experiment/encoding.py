@@ -1,4 +1,4 @@
-"""A trained run on images: their latents, and their log p(x)."""
+"""A trained run on images: their latents, and their log p(x), or an autoencoder's reconstructions."""
 
 from __future__ import annotations
 
@@ -7,15 +7,25 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+from tqdm import tqdm
 
 from ppl_vae import build, runs
-from ppl_vae.evidence import Estimate, Importance, seeded
-from ppl_vae.experiment.evaluation import plus_minus, scale_in_words, what_is_measured, with_a_bar
-from ppl_vae.experiment.exploration import Codes, encode
+from ppl_vae.data import uniform_dequantization
+from ppl_vae.evidence import Estimate, Importance, reconstruction, seeded
+from ppl_vae.experiment.evaluation import (
+    NOT_A_LOG_LIKELIHOOD,
+    plus_minus,
+    reconstruction_scale,
+    scale_in_words,
+    what_is_measured,
+    with_a_bar,
+)
 from ppl_vae.experiment.figures import latents_figure
 from ppl_vae.experiment.images import Images, images_of
 from ppl_vae.experiment.opening import Run, Say, draws_of, evaluated_vae, open_run
 from ppl_vae.experiment.outputs import drop_record, output_folder, removed_if_empty, write_arrays, write_figure
+from ppl_vae.exploration import Codes, encode
 from ppl_vae.options import SPLITS
 from ppl_vae.vae import VAE
 
@@ -40,6 +50,9 @@ def encode_images(
     encoded.npz holds, image by image, ``mean`` and ``scale`` of q(z | x) (n, L), ``log_likelihood`` (the bound L_S),
     ``elbo``, ``ess``, ``pareto_k`` (n,), ``names`` and, where they are known, ``labels``. Of dequantized levels the
     first two are of q(z | (x + u) / 256), with one draw of u.
+
+    An autoencoder has no density: there ``mean`` is z(x), and ``reconstruction``, log p(x | z(x)), is the only other
+    number of an image. Of dequantized levels both are of the same (x + u) / 256.
 
     Args:
         run_dir: the run's folder.
@@ -66,11 +79,14 @@ def encode_images(
     given = images_of(run, images_path, most=images, seed=seed)
     _check_whole(given)
     folder = output_folder(output, run.folder / "encodings" / _folder_name(images_path))
+    result: Importance | Tensor
     with removed_if_empty(folder):
-        codes, result = _measured(vae.to(place), given, num_particles, seed, place, say)
+        if build.is_autoencoder(run.options):
+            codes, result = _reconstructed(run, given, seed, place)
+        else:
+            codes, result = _measured(vae.to(place), given, num_particles, seed, place, say)
     summary = _summary(run, given, result, num_particles) | {
         "binarization": run.binarization,
-        "dequantization_draws": draws_of(run),
         "seed": seed,
         "step": runs.load_step(run.folder / runs.MODEL),
     }
@@ -83,7 +99,8 @@ def encode_images(
     runs.write_json(folder / "encoded.json", summary)
     for line in _in_words(summary):
         say(line)
-    say(f"In {folder}: encoded.npz (latents and log p(x) of each image), encoded.json, latents.png")
+    numbers = "log p(x)" if isinstance(result, Importance) else "reconstruction"
+    say(f"In {folder}: encoded.npz (latents and {numbers} of each image), encoded.json, latents.png")
     return folder
 
 
@@ -107,30 +124,53 @@ def _measured(
     return Codes(*(values.cpu() for values in codes)), Importance(*(values.cpu() for values in result))
 
 
+def _reconstructed(run: Run, given: Images, seed: int, place: torch.device) -> tuple[Codes, Tensor]:
+    """An autoencoder's codes, and log p(x | z(x)) of each image (n,) nats, on the CPU; x as its training saw images."""
+    vae, x = build.load(run.folder).to(place), given.x.to(place)
+    with seeded(seed, place):
+        x = uniform_dequantization(x) if run.pixels == "dequantized" else x
+    codes = encode(vae, x)
+    with tqdm(total=len(x), unit="image", desc=f"log p(x | z), {Path(given.source).name}") as bar:
+        log_p_x_given_z = reconstruction(vae, x, seed=seed, progress=bar.update)
+    return Codes(*(values.cpu() for values in codes)), log_p_x_given_z.cpu()
+
+
 def _folder_name(images_path: str) -> str:
     return images_path if images_path in SPLITS else Path(images_path).resolve().stem or "images"
 
 
-def _arrays(given: Images, codes: Codes, result: Importance) -> dict[str, Any]:
-    arrays: dict[str, Any] = {
-        "mean": codes.mean.numpy(),
-        "scale": codes.scale.numpy(),
-        "log_likelihood": result.log_evidence.numpy(),
-        "elbo": result.elbo.numpy(),
-        "ess": result.ess.numpy(),
-        "pareto_k": result.pareto_k.numpy(),
-        "names": np.array(given.names),
-    }
+def _arrays(given: Images, codes: Codes, result: Importance | Tensor) -> dict[str, Any]:
+    arrays: dict[str, Any] = {"mean": codes.mean.numpy()}
+    if isinstance(result, Importance):
+        arrays |= {
+            "scale": codes.scale.numpy(),
+            "log_likelihood": result.log_evidence.numpy(),
+            "elbo": result.elbo.numpy(),
+            "ess": result.ess.numpy(),
+            "pareto_k": result.pareto_k.numpy(),
+        }
+    else:
+        arrays |= {"reconstruction": result.numpy()}
+    arrays |= {"names": np.array(given.names)}
     return arrays if given.labels is None else arrays | {"labels": given.labels.numpy()}
 
 
-def _summary(run: Run, given: Images, result: Importance, num_particles: int) -> dict[str, Any]:
+def _summary(run: Run, given: Images, result: Importance | Tensor, num_particles: int) -> dict[str, Any]:
+    of_images = {"images": given.source, **what_is_measured(run), "num_images": len(given.x)}
+    if not isinstance(result, Importance):
+        lowest = result.argsort()[:_NUM_LOWEST].tolist()
+        return of_images | {
+            "scale": reconstruction_scale(run),
+            "num_particles": None,
+            "log_likelihood": None,
+            "dequantization_draws": None,
+            "reconstruction": Estimate.of(result, 1).to_json(),
+            "lowest": [{"name": given.names[i], "reconstruction": float(result[i])} for i in lowest],
+        }
     lowest = result.log_evidence.argsort()[:_NUM_LOWEST].tolist()
-    return {
-        "images": given.source,
-        **what_is_measured(run),
-        "num_images": len(given.x),
+    return of_images | {
         "num_particles": num_particles,
+        "dequantization_draws": draws_of(run),
         "log_likelihood": Estimate.of(result.log_evidence, num_particles).to_json(),
         "elbo": Estimate.of(result.elbo, num_particles).to_json(),
         "ess": {"median": float(result.ess.median())},
@@ -140,6 +180,8 @@ def _summary(run: Run, given: Images, result: Importance, num_particles: int) ->
 
 
 def _in_words(summary: dict[str, Any]) -> list[str]:
+    if summary["log_likelihood"] is None:
+        return _reconstructions_in_words(summary)
     n, S = summary["num_images"], summary["num_particles"]
     if n == 1:
         mean = summary["log_likelihood"]["mean"]
@@ -154,4 +196,17 @@ def _in_words(summary: dict[str, Any]) -> list[str]:
         f"  lowest log p(x), perhaps unlike the training images: {', '.join(lowest)}",
         "  That alone does not find outliers: smooth and simple images of another kind can score higher than the "
         "training data's own (Nalisnick et al. 2019, arXiv 1810.09136).",
+    ]
+
+
+def _reconstructions_in_words(summary: dict[str, Any]) -> list[str]:
+    found = summary["reconstruction"]
+    if summary["num_images"] == 1:
+        return [f"reconstruction log p(x | z(x)) {found['mean']:.2f} nats of one image: {NOT_A_LOG_LIKELIHOOD}"]
+    lowest = [f"{entry['name']} {entry['reconstruction']:.2f}" for entry in summary["lowest"]]
+    return [
+        f"reconstruction log p(x | z(x)) {plus_minus(found)} nats an image: {NOT_A_LOG_LIKELIHOOD}",
+        f"  {summary['num_images']:,} images ({summary['images']}), seed {summary['seed']}, {scale_in_words(summary)}; "
+        "± is the standard error over images",
+        f"  lowest log p(x | z(x)), the worst reconstructed: {', '.join(lowest)}",
     ]

@@ -22,9 +22,10 @@ from ppl_vae.evidence import (
     Importance,
     evaluate,
     particles_a_pass,
+    reconstruction,
     seeded,
 )
-from ppl_vae.experiment.opening import Run, Say, draws_of, evaluated_vae, open_run
+from ppl_vae.experiment.opening import Run, Say, check_density, draws_of, evaluated_vae, open_run
 from ppl_vae.vae import VAE
 
 _FLOOR_SEED = 0
@@ -64,14 +65,14 @@ class PerImage:
 def read_per_image(folder: Path, split: str) -> PerImage | None:
     """The stored evaluation of a split, image by image, that evaluation.json tells of.
 
-    None where there is none, where it is of weights that the run has no longer, or where a write that failed has left
-    the two files with different evaluations.
+    None where there is none, where it is an autoencoder's, which has reconstructions alone, where it is of weights that
+    the run has no longer, or where a write that failed has left the two files with different evaluations.
 
     Raises:
         ValueError: a file is damaged.
     """
     path, entry = folder / runs.per_image(split), runs.read_evaluations(folder).get(split)
-    if entry is None or not path.exists():
+    if entry is None or not path.exists() or _has_no_density(entry):
         return None
     tensors, scalars = runs.load_tensors(path)
     try:
@@ -107,9 +108,10 @@ def evaluate_run(
         The entry, as evaluation.json holds it. The numbers of each image are in evaluation-SPLIT.safetensors.
 
     Raises:
-        ValueError: no run, a damaged one, or other data than it was trained on.
+        ValueError: no run, a damaged one, an autoencoder, or other data than it was trained on.
     """
     run = open_run(run_dir, dataset=dataset, data_dir=data_dir)
+    check_density(run, "log-likelihood")
     return write_evaluation(
         run,
         split=split,
@@ -135,19 +137,16 @@ def write_evaluation(
     compile: str = "auto",
     dequantization_draws: int | None = None,
 ) -> dict[str, Any]:
-    """``evaluate_run``, for a run that is already open."""
-    folder, splits = run.folder, run.splits
+    """``evaluate_run``, for a run that is already open, and not an autoencoder's."""
+    folder = run.folder
     runs.read_evaluations(folder)  # a damaged file is found before the work, not after it
     runs.check_writable(folder)
     step = runs.load_step(folder / runs.MODEL)
     place = build.device(device)
     M = draws_of(run, dequantization_draws)
     vae = evaluated_vae(run, num_draws=M).to(place)
-    x = data.evaluation_images(splits, split, run.evaluated_pixels, seed=seed)
-    if images is not None and images > len(x):
-        say(f"--images {images:,}: the {split} split has {len(x):,}, and all are taken.")
-    index = data.subset(len(x), images)
-    x = x[index].to(place)
+    index, x = _images_of_split(run, split, run.evaluated_pixels, images, seed, say)
+    x = x.to(place)
     started = time.monotonic()
     result = with_a_bar(
         vae, x, num_particles=num_particles, seed=seed, compile=compile, say=say, words=f"log p(x), {split}"
@@ -165,18 +164,107 @@ def write_evaluation(
         "step": step,
         "seconds": time.monotonic() - started,
     }
-    # What was measured with weights that the run has no longer says nothing of the run.
-    kept = {key: old for key, old in runs.read_evaluations(folder).items() if old.get("step") == step}
-    if split in kept:
-        old = kept[split]
+    old = _of_these_weights(folder, step).get(split)
+    if old is not None:
         say(f"Replaces the {split} split's estimate of {old['num_images']:,} images with S = {old['num_particles']:,}.")
-    tensors = {"index": index} | result._asdict()
-    scalars = {"num_particles": num_particles, "seed": seed, "step": step, "dequantization_draws": M}
-    runs.save_tensors(folder / runs.per_image(split), tensors, scalars)
-    runs.write_json(folder / runs.EVALUATION, kept | {split: entry})
+    _write(run, entry, {"index": index} | result._asdict(), say)
+    return entry
+
+
+def write_reconstructions(
+    run: Run, *, split: str, images: int | None, device: str, seed: int, say: Say
+) -> dict[str, Any]:
+    """An autoencoder's entry of evaluation.json: log p(x | z(x)), and null for whatever takes a density.
+
+    Images are as its training saw them: of a density of 8-bit levels it is that of (level + u) / 256, with one draw of
+    u an image.
+
+    Returns:
+        The entry. The number of each image is in evaluation-SPLIT.safetensors, as "reconstruction".
+
+    Raises:
+        ValueError: as ``evaluate_run``.
+    """
+    folder, place = run.folder, build.device(device)
+    runs.read_evaluations(folder)
+    runs.check_writable(folder)
+    vae = build.load(folder).to(place)
+    index, x = _images_of_split(run, split, run.pixels, images, seed, say)
+    started = time.monotonic()
+    with tqdm(total=len(x), unit="image", desc=f"log p(x | z), {split}") as bar, build.products_in("float32"):
+        log_p_x_given_z = reconstruction(vae, x.to(place), seed=seed, progress=bar.update).cpu()
+    entry = {
+        **what_is_measured(run),
+        "scale": reconstruction_scale(run),
+        "split": split,
+        "num_images": len(x),
+        "num_particles": None,
+        "seed": seed,
+        "dequantization_draws": None,
+        **dict.fromkeys(_OF_A_DENSITY),
+        "reconstruction": Estimate.of(log_p_x_given_z, 1).to_json(),
+        "step": runs.load_step(folder / runs.MODEL),
+        "seconds": time.monotonic() - started,
+    }
+    _write(run, entry, {"index": index, "reconstruction": log_p_x_given_z}, say)
+    return entry
+
+
+NOT_A_LOG_LIKELIHOOD = "not a log-likelihood; the guide is deterministic, an autoencoder has no density"
+
+
+def reconstruction_scale(run: Run) -> str:
+    """What an autoencoder's nats are of, in words: what its training saw, dequantized levels included."""
+    return "density of (level + u) / 256" if run.pixels == "dequantized" else run.scale
+
+
+# What an autoencoder's entry has no number for. Independent pixels ("floor") and the binarization's entropy are there
+# to hold a log-likelihood against.
+_OF_A_DENSITY = (
+    "log_likelihood",
+    "elbo",
+    "kl",
+    "monte_carlo_stderr",
+    "bias",
+    "rise",
+    "ess",
+    "pareto_k",
+    "unreliable_images",
+    "floor",
+    "binarization_entropy",
+    "bits_per_dim",
+)
+
+
+def _has_no_density(entry: dict[str, Any]) -> bool:
+    """The entry is an autoencoder's."""
+    return "log_likelihood" in entry and entry["log_likelihood"] is None
+
+
+def _images_of_split(
+    run: Run, split: str, pixels: str, images: int | None, seed: int, say: Say
+) -> tuple[Tensor, Tensor]:
+    """Places in the split (n,) and the images (n, *E): all, or a fixed random subset."""
+    x = data.evaluation_images(run.splits, split, pixels, seed=seed)
+    if images is not None and images > len(x):
+        say(f"--images {images:,}: the {split} split has {len(x):,}, and all are taken.")
+    index = data.subset(len(x), images)
+    return index, x[index]
+
+
+def _of_these_weights(folder: Path, step: int) -> dict[str, Any]:
+    """What was measured with weights that the run has no longer says nothing of the run, and is left out."""
+    return {key: old for key, old in runs.read_evaluations(folder).items() if old.get("step") == step}
+
+
+def _write(run: Run, entry: dict[str, Any], tensors: dict[str, Tensor], say: Say) -> None:
+    """The numbers of each image, then the entry, in files and in words."""
+    scalars = {name: entry[name] for name in ("num_particles", "seed", "step", "dequantization_draws")}
+    kept = _of_these_weights(run.folder, entry["step"])
+    runs.save_tensors(run.folder / runs.per_image(entry["split"]), tensors, scalars)
+    runs.write_json(run.folder / runs.EVALUATION, kept | {entry["split"]: entry})
     for line in describe_evaluation(entry):
         say(line)
-    return entry
 
 
 def with_a_bar(vae: VAE, x: Tensor, *, num_particles: int, seed: int, compile: str, say: Say, words: str) -> Importance:
@@ -301,6 +389,8 @@ def _summary(result: Importance, num_particles: int) -> dict[str, Any]:
 
 def describe_evaluation(entry: dict[str, Any]) -> list[str]:
     """The numbers of one evaluation, in words."""
+    if _has_no_density(entry):
+        return _describe_reconstructions(entry)
     S, n = entry["num_particles"], entry["num_images"]
     scale = [f"independent pixels (marginals of the training images) {plus_minus(entry['floor'])}"]
     if entry["binarization_entropy"] is not None:
@@ -332,6 +422,15 @@ def describe_evaluation(entry: dict[str, Any]) -> list[str]:
     return [
         *lines,
         f"  unreliable images (jackknife above {UNRELIABLE_BIAS} nats): {entry['unreliable_images']:,} of {n:,}",
+    ]
+
+
+def _describe_reconstructions(entry: dict[str, Any]) -> list[str]:
+    return [
+        f"reconstruction log p(x | z(x)) {plus_minus(entry['reconstruction'])} nats an image: {NOT_A_LOG_LIKELIHOOD}",
+        f"  {entry['split']} split, {entry['num_images']:,} images, {scale_in_words(entry)}; "
+        "± is the standard error over images",
+        "  no floor and no entropy beside it: they are for log-likelihoods, which pay for what z says of x",
     ]
 
 

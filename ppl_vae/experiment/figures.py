@@ -14,11 +14,13 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from ppl_vae import data, plots, runs
+from ppl_vae import build, data, plots, runs
 from ppl_vae.evidence import Estimate, seeded
 from ppl_vae.experiment.display import Display, display_of
 from ppl_vae.experiment.evaluation import PerImage, read_per_image
-from ppl_vae.experiment.exploration import (
+from ppl_vae.experiment.opening import Run, Say, evaluated_vae, open_run
+from ppl_vae.experiment.outputs import write_figure
+from ppl_vae.exploration import (
     UNUSED_NATS,
     Codes,
     encode,
@@ -30,10 +32,11 @@ from ppl_vae.experiment.exploration import (
     normal_quantiles,
     traversals,
 )
-from ppl_vae.experiment.opening import Run, Say, evaluated_vae, open_run
-from ppl_vae.experiment.outputs import write_figure
 from ppl_vae.numerics import bound_by_particles
 from ppl_vae.vae import VAE
+
+# Said of every figure that decodes what the prior says.
+OF_AN_AUTOENCODER = "on which an autoencoder was never trained"
 
 _FIGURE_SEED = 0
 _NUM_SHOWN = 10  # images in a row, latents in a column
@@ -116,7 +119,9 @@ def _left_out(run: Run) -> list[str]:
         lines.append("The data is a table, (N, D): figures of images are skipped.")
     elif not _has_pairs(run):
         lines.append("There is one test image: interpolations between two are skipped.")
-    if not _is_evaluated(run):
+    if not _has_a_density(run):
+        lines.append("An autoencoder has no log p(x): log_likelihoods.png and particles.png are skipped.")
+    elif not _is_evaluated(run):
         lines.append("There is no evaluation of single test images: log_likelihoods.png is skipped.")
     return lines
 
@@ -140,6 +145,10 @@ def _has_pairs(run: Run) -> bool:
 
 def _has_a_plane(run: Run) -> bool:
     return _has_images(run) and run.options.latent_dim == 2
+
+
+def _has_a_density(run: Run) -> bool:
+    return not build.is_autoencoder(run.options)
 
 
 def _is_evaluated(run: Run) -> bool:
@@ -184,9 +193,41 @@ class _Scene:
             return index, encode(self.vae, self.x[index])
 
     @cached_property
-    def kl(self) -> Tensor:
-        """(L,) nats."""
-        return kl_by_latent(self.encoded[1], self.vae.prior())
+    def use(self) -> _Use:
+        return _use_of_latents(self.encoded[1], self.vae.prior())
+
+    @cached_property
+    def untrained_words(self) -> str:
+        """What is to be said over a figure that decodes what the prior says."""
+        return "" if _has_a_density(self.run) else f",\n{OF_AN_AUTOENCODER}"
+
+
+class _Use(NamedTuple):
+    """How much each latent says of an image.
+
+    Args:
+        values: (L,).
+        what: they are, in words.
+        unit: after a number.
+        least: below it, a latent is called unused.
+    """
+
+    values: Tensor
+    what: str
+    unit: str
+    least: float
+
+
+# A latent of an autoencoder whose variance over images is below this is called unused. Source: the threshold of
+# Burda et al. 2016, arXiv 1509.00519, for the variance of posterior means.
+_UNUSED_VARIANCE = 0.01
+
+
+def _use_of_latents(codes: Codes, prior: Any) -> _Use:
+    """The mean KL of each, or, of a deterministic guide, whose KL is infinite, the variance over images."""
+    if bool((codes.scale == 0).any()):
+        return _Use(codes.mean.var(0, correction=0), "the variance of z_l", "", _UNUSED_VARIANCE)
+    return _Use(kl_by_latent(codes, prior), "KL(q(z_l | x) || p(z_l)), the mean", " nats", UNUSED_NATS)
 
 
 # --- The figures ---
@@ -195,7 +236,11 @@ class _Scene:
 def _training_curves(scene: _Scene) -> Figure:
     try:
         of = " of the density of (level + u) / 256" if scene.run.pixels == "dequantized" else ""
-        return plots.training_curves(scene.metrics, title=f"{scene.run.splits.name}: training{of}")
+        return plots.training_curves(
+            scene.metrics,
+            title=f"{scene.run.splits.name}: training{of}",
+            autoencoder=not _has_a_density(scene.run),
+        )
     except KeyError as error:
         raise ValueError(f"{scene.run.folder / runs.METRICS}: damaged: a record is missing {error}") from None
 
@@ -206,21 +251,27 @@ def _reconstructions(scene: _Scene) -> Figure:
     rows = {"test image x": x, "E[x | z]": decoded.mean, "x ~ p(x | z)": decoded.sample()}
     return plots.image_rows(
         {label: scene.display(images) for label, images in rows.items()},
-        title="Reconstructions, z ~ q(z | x)" + scene.display.words,
+        title=("Reconstructions, z ~ q(z | x)" if _has_a_density(scene.run) else "Reconstructions, z = z(x)")
+        + scene.display.words,
     )
 
 
 def _prior_samples(scene: _Scene) -> Figure:
     decoded = scene.vae.likelihood(scene.vae.prior().expand((_NUM_SAMPLES,)).sample())
-    return samples_figure(scene.display, decoded.mean, decoded.sample())
+    return samples_figure(scene.display, decoded.mean, decoded.sample(), autoencoder=not _has_a_density(scene.run))
 
 
-def samples_figure(display: Display, means: Tensor, images: Tensor) -> Figure:
-    """Means E[x | z] beside draws x ~ p(x | z), for z ~ p(z). means, images: (N, *E)."""
+def samples_figure(display: Display, means: Tensor, images: Tensor, *, autoencoder: bool = False) -> Figure:
+    """Means E[x | z] beside draws x ~ p(x | z), for z ~ p(z). means, images: (N, *E).
+
+    Of an autoencoder p(z) has no part in training, and no sample of it is the model's: the title says so.
+    """
+    of_model = "Samples from the prior, z ~ p(z)"
+    of_decoder = f"No samples of a model: decoded draws of the prior, z ~ N(0, I),\n{OF_AN_AUTOENCODER}"
     return plots.image_grids(
         {"means E[x | z]": display(means), "images x ~ p(x | z)": display(images)},
         columns=math.ceil(math.sqrt(len(means))),
-        title="Samples from the prior, z ~ p(z)" + display.words,
+        title=(of_decoder if autoencoder else of_model) + display.words,
     )
 
 
@@ -232,42 +283,47 @@ def _interpolations(scene: _Scene) -> Figure:
         f"pair {i + 1}": scene.display(scene.vae.likelihood((1 - weight) * ends[i] + weight * ends[pairs + i]).mean)
         for i in range(pairs)
     }
-    title = "E[x | z] on the line between the posterior means of two test images" + scene.display.words
+    ends_in_words = "posterior means" if _has_a_density(scene.run) else "codes z(x)"
+    title = f"E[x | z] on the line between the {ends_in_words} of two test images" + scene.display.words
     return plots.image_rows(rows, title=title)
 
 
 def _traversals(scene: _Scene) -> Figure:
-    most_used = scene.kl.argsort(descending=True)[: _num_traversed(scene.kl)].tolist()
+    use = scene.use
+    most_used = use.values.argsort(descending=True)[: _num_traversed(use)].tolist()
     middle = _NUM_STEPS // 2
     steps = 3 * torch.arange(-middle, middle + 1) / middle
     place = int(scene.shown[0])
     z = mean_or_draw(scene.vae.posterior(scene.x[place : place + 1]))[0]
     images = traversals(scene.vae, z, most_used, steps)
-    labels = [f"z{latent}, {_few_digits(scene.kl[latent])} nats" for latent in most_used]
+    labels = [f"z{latent}, {_few_digits(use.values[latent])}{use.unit}" for latent in most_used]
     rows = {label: scene.display(row) for label, row in zip(labels, images, strict=True)}
+    where = "posterior mean" if _has_a_density(scene.run) else "code z(x)"
     title = (
         "E[x | z] as one latent moves, in scales of the prior; "
-        f"the others stay at the posterior mean of test image no. {place}\n"
+        f"the others stay at the {where} of test image no. {place}\n"
         f"{_most_used_in_words(scene)}\n{_unused_in_words(scene)}"
     )
     return plots.image_rows(rows, columns=[f"{t:.1f}" for t in steps], title=title + scene.display.words)
 
 
 def _most_used_in_words(scene: _Scene) -> str:
-    count, all_of_them = _num_traversed(scene.kl), len(scene.kl)
+    count, all_of_them = _num_traversed(scene.use), len(scene.use.values)
     few = "most used" if count == 1 else f"{count} most used"
     which = "the latents" if count == all_of_them else f"the {few} of {all_of_them} latents"
-    return f"rows: {which}, by KL(q(z_l | x) || p(z_l)), the mean over {_several(len(scene.encoded[0]), 'test image')}"
+    return f"rows: {which}, by {scene.use.what} over {_several(len(scene.encoded[0]), 'test image')}"
 
 
-def _num_traversed(kl: Tensor) -> int:
-    """Rows: a latent that is not used moves nothing, but there is at least one. kl: (L,) nats."""
-    return max(1, min(_NUM_SHOWN, int((kl >= UNUSED_NATS).sum())))
+def _num_traversed(use: _Use) -> int:
+    """Rows: a latent that is not used moves nothing, but there is at least one."""
+    return max(1, min(_NUM_SHOWN, int((use.values >= use.least).sum())))
 
 
 def _unused_in_words(scene: _Scene) -> str:
-    unused = int((scene.kl < UNUSED_NATS).sum())
-    return f"unused latents, with a mean KL below {UNUSED_NATS} nats: {unused} of {len(scene.kl)}"
+    use = scene.use
+    what = "mean KL" if use.unit else "variance"
+    unused = int((use.values < use.least).sum())
+    return f"unused latents, with a {what} below {use.least}{use.unit}: {unused} of {len(use.values)}"
 
 
 def _several(count: int, what: str) -> str:
@@ -291,6 +347,7 @@ def _manifold(scene: _Scene) -> Figure:
         "on a grid at equal steps of the prior's probability"
         # A program in Python may have any prior, of which only the means and the scales are known here.
         + ", as if it were normal" * scene.run.from_python
+        + scene.untrained_words
         + scene.display.words,
     )
 
@@ -312,6 +369,8 @@ def latents_figure(
 ) -> Figure:
     """Posterior means in the two latents of the highest KL, of two in their own order, or in the only one.
 
+    Of a deterministic guide, codes in the two latents of the highest variance.
+
     Args:
         codes: of N images.
         prior: p(z), event (L,).
@@ -320,12 +379,13 @@ def latents_figure(
         class_names: the word for each class.
     """
     L = codes.mean.shape[1]
-    kl = kl_by_latent(codes, prior)
-    order = list(range(L)) if L <= 2 else kl.argsort(descending=True)[:2].tolist()
+    use = _use_of_latents(codes, prior)
+    order = list(range(L)) if L <= 2 else use.values.argsort(descending=True)[:2].tolist()
     p = moments(prior)
-    names = [f"z{latent}, KL {_few_digits(kl[latent])} nats" for latent in order]
+    means, word = ("Posterior means", "KL") if use.unit else ("Codes z(x)", "variance")
+    names = [f"z{latent}, {word} {_few_digits(use.values[latent])}{use.unit}" for latent in order]
     points, mean, scale = codes.mean[:, order].numpy(), p.mean[order].tolist(), p.scale[order].tolist()
-    title = f"Posterior means of {_several(len(points), what)}"
+    title = f"{means} of {_several(len(points), what)}"
     colored: dict[str, Any] = {
         "classes": None if classes is None else classes.numpy(),
         "class_names": class_names,
@@ -335,7 +395,7 @@ def latents_figure(
             points[:, 0], name=names[0], prior_mean=mean[0], prior_scale=scale[0], title=title, **colored
         )
     if L > 2:
-        title += f",\nin the two of {L} latents with the highest mean KL"
+        title += f",\nin the two of {L} latents with the highest {'mean KL' if use.unit else 'variance'}"
     return plots.latent_plane(
         points, names=(names[0], names[1]), prior_mean=mean, prior_scale=scale, title=title, **colored
     )
@@ -427,5 +487,5 @@ _FIGURES = {
     "manifold.png": _Drawing(_has_a_plane, _manifold),
     "latents.png": _Drawing(_always, _latents),
     "log_likelihoods.png": _Drawing(_is_evaluated, _log_likelihoods),
-    "particles.png": _Drawing(_always, _particles),
+    "particles.png": _Drawing(_has_a_density, _particles),
 }

@@ -16,7 +16,7 @@ from ppl_vae.evidence import Estimate, evaluate, seeded
 from ppl_vae.experiment.display import Display, display_of
 from ppl_vae.experiment.evaluation import kind_in_words, plus_minus, what_is_measured
 from ppl_vae.experiment.images import Images, images_of
-from ppl_vae.experiment.opening import Run, Say, draws_of, evaluated_vae, open_run
+from ppl_vae.experiment.opening import Run, Say, check_density, draws_of, evaluated_vae, open_run
 from ppl_vae.experiment.outputs import drop_record, output_folder, removed_if_empty, write_arrays, write_figure
 from ppl_vae.missing import Imputation, Observed, impute
 from ppl_vae.options import SIDES
@@ -80,10 +80,11 @@ def impute_images(
         The folder that was written.
 
     Raises:
-        ValueError: no run, a damaged one, other data than it was trained on, images or a mask that do not fit it, or
-            an output folder that holds something.
+        ValueError: no run, a damaged one, an autoencoder, other data than it was trained on, images or a mask that do
+            not fit it, or an output folder that holds something.
     """
     run = open_run(run_dir, dataset=dataset, data_dir=data_dir)
+    check_density(run, "p(x_missing | x_observed) to draw from")
     place = build.device(device)
     vae = evaluated_vae(run).to(place)
     given = _holed(images_of(run, images_path, most=images, seed=seed), mask, hide)

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from ppl_vae import build, data, runs
 from ppl_vae.evidence import NotFinite
-from ppl_vae.experiment.asked_run import check_same
+from ppl_vae.experiment.asked_run import check_comparable, check_same
 from ppl_vae.experiment.evaluation import PerImage, is_evaluated, plus_minus, read_per_image
 from ppl_vae.experiment.likelihood_figures import write_likelihood_figures
 from ppl_vae.experiment.opening import Run, Say, draws_of, open_run
@@ -57,9 +57,10 @@ def compare_likelihoods(
         The table's rows, the best first.
 
     Raises:
-        ValueError: likelihoods that are not on one scale or do not fit the data, what cannot be built, or a folder that
-            holds a run with other options; all of that before any training, and nothing is written.
+        ValueError: an autoencoder, likelihoods that are not on one scale or do not fit the data, what cannot be built,
+            or a folder that holds a run with other options; all of that before any training, and nothing is written.
     """
+    check_comparable(options)
     splits = build.splits(options)
     words = fitting_likelihoods(options, splits) if likelihoods is None else list(likelihoods)
     parent, scale = Path(run_dir), _check(words, options, splits, Path(run_dir), output)

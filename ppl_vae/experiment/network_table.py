@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ppl_vae import build, data, runs
-from ppl_vae.experiment.asked_run import check_same
+from ppl_vae.experiment.asked_run import check_comparable, check_same
 from ppl_vae.experiment.evaluation import is_evaluated
 from ppl_vae.experiment.opening import Say
 from ppl_vae.experiment.train import resume, train
@@ -42,8 +42,9 @@ def compare_networks(
         The table's rows.
 
     Raises:
-        ValueError: as ``train``, or a folder that holds a run with other options.
+        ValueError: as ``train``, an autoencoder, or a folder that holds a run with other options.
     """
+    check_comparable(options)
     splits = build.splits(options)
     for network in networks:  # what cannot be built is found before hours of training
         with torch.device("meta"):

@@ -55,6 +55,24 @@ def evaluated_vae(run: Run, *, num_draws: int | None = None) -> VAE:
     return vae if M is None else dequantized(vae, num_draws=M)
 
 
+def check_density(run: Run, what: str) -> None:
+    """Refuses an autoencoder where something takes a density q(z | x).
+
+    Args:
+        what: that something, in words.
+
+    Raises:
+        ValueError: the run's guide is deterministic.
+    """
+    if build.is_autoencoder(run.options):
+        stored = "its reconstructions are in evaluation.json"
+        there = "test" in runs.read_evaluations(run.folder)
+        raise ValueError(
+            f"{run.folder}: expected a run with a density q(z | x), got an autoencoder (--posterior "
+            f"{run.options.posterior}), which has no {what}" + f"; {stored}" * there
+        )
+
+
 def draws_of(run: Run, num_draws: int | None = None) -> int | None:
     """M, the draws of u a pixel behind its numbers; None where nothing is dequantized."""
     if run.pixels != "dequantized":

@@ -14,7 +14,7 @@ from ppl_vae import build
 from ppl_vae.conditional import numbers_a_pixel
 from ppl_vae.evidence import particles_a_pass, seeded
 from ppl_vae.experiment.display import display_of
-from ppl_vae.experiment.figures import samples_figure
+from ppl_vae.experiment.figures import OF_AN_AUTOENCODER, samples_figure
 from ppl_vae.experiment.opening import Say, evaluated_vae, open_run
 from ppl_vae.experiment.outputs import output_folder, removed_if_empty, write_arrays, write_figure, write_picture
 from ppl_vae.vae import VAE
@@ -84,6 +84,8 @@ def sample_run(
     run = open_run(run_dir, dataset=dataset, data_dir=data_dir)
     place = build.device(device)
     vae = evaluated_vae(run).to(place)
+    if build.is_autoencoder(run.options):
+        say(f"No samples of a model: these are decoded draws of N(0, I), {OF_AN_AUTOENCODER}.")
     folder = output_folder(output, run.folder / "samples")
     with removed_if_empty(folder), seeded(seed, place):
         samples = Samples(*(values.cpu() for values in sample(vae, num_samples)))
@@ -95,7 +97,8 @@ def sample_run(
         return folder
     display = display_of(run)
     shown = Samples(*(values[:_MOST_DRAWN] for values in samples))
-    write_figure(folder / "samples.png", samples_figure(display, shown.mean, shown.images))
+    figure = samples_figure(display, shown.mean, shown.images, autoencoder=build.is_autoencoder(run.options))
+    write_figure(folder / "samples.png", figure)
     _write_pictures(folder / "images", display.levels(samples.mean))
     first = f" of the first {_MOST_DRAWN}" if num_samples > _MOST_DRAWN else ""
     say(f"  samples.png: means and images{first}; images/: a picture of each mean")

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from ppl_vae import build, data, runs
 from ppl_vae.capture import CannotCapture
 from ppl_vae.evidence import NotFinite
-from ppl_vae.experiment.evaluation import is_evaluated, write_evaluation
+from ppl_vae.experiment.evaluation import is_evaluated, write_evaluation, write_reconstructions
 from ppl_vae.experiment.figures import is_drawn, write_figures
 from ppl_vae.experiment.opening import Run, Say, open_run
 from ppl_vae.options import Options
@@ -28,8 +28,8 @@ from ppl_vae.training import TrainingState, fit
 QUICK_EVALUATION_SEED = 0
 
 
-def train(options: Options, run_dir: str | None, *, say: Say) -> Path:
-    """Trains a new run from options to figures; returns its folder.
+def train(options: Options, run_dir: str | None, *, say: Say, draw: bool = True) -> Path:
+    """Trains a new run from options to figures, or to its evaluation unless ``draw``; returns its folder.
 
     config.json is written first, so that a run can be resumed from the moment its folder exists.
 
@@ -41,7 +41,7 @@ def train(options: Options, run_dir: str | None, *, say: Say) -> Path:
     splits = build.splits(options)
     if_possible = options.compile == "auto"
     options = build.resolve(options, splits)
-    if (options.warmup_epochs or 0) >= options.epochs:
+    if (options.warmup_epochs or 0) >= options.epochs and options.beta > 0:
         say(f"The warm-up of {options.warmup_epochs} epochs outlasts the training: beta never reaches {options.beta}.")
     build.check_support(options, splits)
     build.vae(options, splits.event_shape)  # what cannot be built, or does not fit into memory, leaves no folder
@@ -51,7 +51,7 @@ def train(options: Options, run_dir: str | None, *, say: Say) -> Path:
     reason = build.why_not_compiled(options, len(splits.train)) if if_possible else None
     if reason is not None:
         say(f"Not compiled, training goes step by step: {reason}.")
-    _go_on(Run(folder, options, splits), say=say, compile_if_possible=if_possible)
+    _go_on(Run(folder, options, splits), say=say, compile_if_possible=if_possible, draw=draw)
     return folder
 
 
@@ -64,6 +64,7 @@ def resume(
     data_dir: str | None = None,
     compile: str | None = None,
     like: Run | None = None,
+    draw: bool = True,
 ) -> None:
     """Goes on with a run, bit for bit; finishes its evaluation and figures; or extends it to more epochs.
 
@@ -89,10 +90,11 @@ def resume(
     if compile is not None and compile != "auto" and compile != run.options.compile:
         run = _with_option(run, "compile", compile)
         say(f"From here on --compile {compile}: the same to rounding, and no longer bit for bit.")
-    if _is_trained(run) and is_evaluated(folder) and is_drawn(run):
-        say(f"{folder} is finished: {run.options.epochs} epochs, evaluated and drawn. --epochs extends it.")
+    if _is_trained(run) and is_evaluated(folder) and (not draw or is_drawn(run)):
+        done = "evaluated and drawn" if draw else "and evaluated"
+        say(f"{folder} is finished: {run.options.epochs} epochs, {done}. --epochs extends it.")
         return
-    _go_on(run, say=say)
+    _go_on(run, say=say, draw=draw)
 
 
 def _with_option(run: Run, name: str, value: Any) -> Run:
@@ -103,7 +105,7 @@ def _with_option(run: Run, name: str, value: Any) -> Run:
     return run._replace(options=replace(run.options, **{name: value}))
 
 
-def _go_on(run: Run, *, say: Say, compile_if_possible: bool = False) -> None:
+def _go_on(run: Run, *, say: Say, compile_if_possible: bool = False, draw: bool = True) -> None:
     """Whatever is left to do of training, the quick evaluation and the figures."""
     folder, options, splits = run.folder, run.options, run.splits
     runs.record_environment(folder, options.device)
@@ -115,18 +117,29 @@ def _go_on(run: Run, *, say: Say, compile_if_possible: bool = False) -> None:
         with build.products_in(options.precision):
             _train(run, say=say, compile_if_possible=compile_if_possible)
     if not is_evaluated(folder):
-        write_evaluation(
-            run,
-            split="test",
-            num_particles=options.evaluation_particles,
-            images=options.images,
-            device=options.device,
-            seed=QUICK_EVALUATION_SEED,
-            compile="off" if options.compile == "off" else "auto",
-            say=say,
-        )
-    if not is_drawn(run):
+        _evaluate(run, say=say)
+    if draw and not is_drawn(run):
         write_figures(run, say=say)
+
+
+def _evaluate(run: Run, *, say: Say) -> None:
+    """The quick evaluation on test images."""
+    options = run.options
+    if build.is_autoencoder(options):
+        write_reconstructions(
+            run, split="test", images=options.images, device=options.device, seed=QUICK_EVALUATION_SEED, say=say
+        )
+        return
+    write_evaluation(
+        run,
+        split="test",
+        num_particles=options.evaluation_particles,
+        images=options.images,
+        device=options.device,
+        seed=QUICK_EVALUATION_SEED,
+        compile="off" if options.compile == "off" else "auto",
+        say=say,
+    )
 
 
 def _train(run: Run, *, say: Say, compile_if_possible: bool) -> None:
@@ -144,6 +157,7 @@ def _train(run: Run, *, say: Say, compile_if_possible: bool) -> None:
         build.start_from_marginals(vae, data.expected_images(splits, run.pixels))
     vae.to(device)
     runs.cut_metrics(folder, step)
+    criterion = "reconstruction" if build.is_autoencoder(options) else "ELBO"  # what the best weights are chosen by
     speeds: list[float] = []
 
     with (
@@ -157,8 +171,8 @@ def _train(run: Run, *, say: Say, compile_if_possible: bool) -> None:
         def on_epoch(record: dict[str, Any]) -> None:
             runs.append_metrics(folder, record)
             speeds.append(record["train_images_per_second"])
-            elbo = record.get("validation_elbo_nats_per_image")
-            seen = "no validation images" if elbo is None else f"validation ELBO {elbo:.2f} nats"
+            value = record.get(f"validation_{criterion.lower()}_nats_per_image")
+            seen = "no validation images" if value is None else f"validation {criterion} {value:.2f} nats"
             bar.set_postfix_str(f"epoch {record['epoch']}/{options.epochs}, {seen}")
 
         def on_checkpoint(state: TrainingState) -> None:
@@ -181,6 +195,7 @@ def _train(run: Run, *, say: Say, compile_if_possible: bool) -> None:
                 warmup_epochs=options.warmup_epochs or 0,
                 clip_norm=options.clip_norm,
                 average_decay=options.average_decay,
+                keep_last=options.keep == "last",
                 compile=compile,
                 seed=options.seed,
                 saved=saved,
@@ -210,12 +225,15 @@ def _train(run: Run, *, say: Say, compile_if_possible: bool) -> None:
         except NotFinite as error:
             raise NotFinite(f"{error}; a new run with a smaller --learning-rate or --beta may pass it") from None
     of = " of the density of (level + u) / 256" if run.pixels == "dequantized" else ""
-    kept = f"best validation ELBO{of} {state.best_elbo:.2f} nats, at step {state.best_step:,} of {state.step:,}"
+    best = f"best validation {criterion}{of} {state.best_validation:.2f} nats"
+    kept = f"{best}, at step {state.best_step:,} of {state.step:,}"
+    if options.keep == "last":
+        kept = "the last weights are kept, as --keep last asks"
     if validation is None:
         kept = "no validation images, so the last weights are kept"
     speed = f", {statistics.median(speeds):,.0f} training images a second" if speeds else ""
     say(f"Trained {options.epochs} epochs in {state.seconds:.0f} s{speed}; {kept}.")
-    if options.beta != 1 and state.best_step < state.step:
+    if options.beta != 1 and state.best_step < state.step and not build.is_autoencoder(options):
         say(
             f"The weights of step {state.best_step:,} are kept: from then on, training with beta = {options.beta} "
             "lowered the ELBO at beta = 1, by which they are chosen."
@@ -238,7 +256,14 @@ def _what_is_modelled(run: Run) -> list[str]:
             "Each color channel becomes 0 or 1 here, which is not how photos look; --likelihood "
             "discretized-logistic-mixture takes colors as they are."
         )
-    if run.pixels == "dequantized":
+    if build.is_autoencoder(options):
+        lines.append(
+            "A plain autoencoder: the guide is deterministic and has no density, so that every number is a "
+            "reconstruction, log p(x | z(x)), and none a log-likelihood."
+        )
+    if run.pixels == "dequantized" and build.is_autoencoder(options):
+        lines.append("Pixels are (level + u) / 256, u uniform and drawn anew; its reconstructions are of that density.")
+    elif run.pixels == "dequantized":
         constant = math.prod(splits.event_shape) * math.log(256)
         lines.append(
             "Pixels are (level + u) / 256, u uniform and drawn anew at every access. Training and validation are of "

@@ -11,16 +11,22 @@ from matplotlib.ticker import MaxNLocator
 Records = Sequence[Mapping[str, float]]
 
 
-def training_curves(metrics: Records, *, title: str) -> Figure:
+def training_curves(metrics: Records, *, title: str, autoencoder: bool = False) -> Figure:
     """Over epochs: the training objective beside the validation ELBO, and the ELBO's two terms.
 
     The objective is minus the training loss, at the beta of the step: an ELBO only once beta is 1, and labelled so.
-    Where no epoch was validated, the objective stands alone.
+    Where no epoch was validated, the objective stands alone. Of an autoencoder there are reconstructions, in one panel.
 
     Args:
         metrics: the records of metrics.jsonl, at least one.
         title: over the figure.
+        autoencoder: whether they are an autoencoder's.
     """
+    if autoencoder:
+        figure = Figure(figsize=(5, 3.4), layout="constrained")
+        panels = [figure.subplots()]
+        _reconstructions(panels[0], metrics, marker="." if len(metrics) < 5 else "")
+        return _finished(figure, panels, metrics, title)
     validated = any("validation_elbo_nats_per_image" in record for record in metrics)
     figure = Figure(figsize=(9 if validated else 5, 3.4), layout="constrained")
     panels = figure.subplots(1, 2 if validated else 1, squeeze=False)[0]
@@ -28,6 +34,11 @@ def training_curves(metrics: Records, *, title: str) -> Figure:
     _bounds(panels[0], metrics, validated=validated, marker=marker)
     if validated:
         _terms(panels[1], metrics, marker=marker)
+    return _finished(figure, panels, metrics, title)
+
+
+def _finished(figure: Figure, panels: Any, metrics: Records, title: str) -> Figure:
+    """With axes of whole epochs, legends and the title."""
     for axes in panels:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         if len(metrics) == 1:  # else the axis is a twentieth of an epoch wide
@@ -46,9 +57,29 @@ def _bounds(axes: Any, metrics: Records, *, validated: bool, marker: str) -> Non
     axes.plot(epochs, curves[0], label=label, color="tab:gray", marker=marker)
     if validated:
         curves.append([record["validation_elbo_nats_per_image"] for record in metrics])
-        axes.plot(epochs, curves[1], label="validation ELBO", color="tab:blue", marker=marker)
-        best, epoch = max(zip(curves[1], epochs, strict=True), key=lambda pair: pair[0])
-        axes.plot(epoch, best, "o", color="tab:blue", label="best, kept")
+        _validation(axes, epochs, curves[1], label="validation ELBO", marker=marker)
+    _limited(axes, metrics, curves)
+
+
+def _reconstructions(axes: Any, metrics: Records, *, marker: str) -> None:
+    """log p(x | z(x)) in training, and of the validation images where there are any."""
+    epochs, key = [record["epoch"] for record in metrics], "validation_reconstruction_nats_per_image"
+    curves = [[-record["train_loss_nats_per_image"] for record in metrics]]
+    axes.plot(epochs, curves[0], label="training: log p(x | z(x))", color="tab:gray", marker=marker)
+    if any(key in record for record in metrics):
+        curves.append([record[key] for record in metrics])
+        _validation(axes, epochs, curves[1], label="validation: log p(x | z(x))", marker=marker)
+    _limited(axes, metrics, curves)
+
+
+def _validation(axes: Any, epochs: list[float], curve: list[float], *, label: str, marker: str) -> None:
+    """The curve, and its highest point."""
+    axes.plot(epochs, curve, label=label, color="tab:blue", marker=marker)
+    best, epoch = max(zip(curve, epochs, strict=True), key=lambda pair: pair[0])
+    axes.plot(epoch, best, "o", color="tab:blue", label="best, kept")
+
+
+def _limited(axes: Any, metrics: Records, curves: list[list[float]]) -> None:
     if len(metrics) > 5:  # the first epochs would squeeze everything that matters into a line
         shown = [value for curve in curves for value in curve[len(metrics) // 5 :]]
         axes.set_ylim(bottom=min(shown) - 0.3 * (max(shown) - min(shown)))

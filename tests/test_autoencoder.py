@@ -1,0 +1,572 @@
+"""The plain autoencoder, a VAE with a deterministic guide: closed forms, training, and what is refused of it."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyro
+import pytest
+import scipy.stats
+import torch
+from oracles import NormalFixed
+from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
+from small_run import SMALL, save_bars
+from torch import nn
+from torch.testing import assert_close
+
+from ppl_vae import VAE, Conditional, build, data, evidence, experiment, fit, load, log_evidence, objectives, runs, save
+from ppl_vae.dequantization import dequantized
+from ppl_vae.evidence import NotFinite, evaluate, importance, reconstruction
+from ppl_vae.experiment import figures
+from ppl_vae.experiment.encoding import encode_images
+from ppl_vae.experiment.evaluation import read_per_image
+from ppl_vae.experiment.imputation import impute_images
+from ppl_vae.experiment.likelihood_table import compare_likelihoods
+from ppl_vae.experiment.network_table import compare_networks
+from ppl_vae.experiment.opening import open_run
+from ppl_vae.experiment.sampling import sample_run
+from ppl_vae.likelihoods import Bernoulli
+from ppl_vae.networks import MLP
+from ppl_vae.options import Options
+from ppl_vae.posteriors import Delta
+from ppl_vae.priors import StandardNormal
+from ppl_vae.weights import Deterministic, log_weights
+
+D, L, SCALE = 6, 2, 0.5
+KLS = {"sampled": Trace_ELBO, "analytic": TraceMeanField_ELBO}
+
+
+def _linear(*, seed: int = 0) -> VAE:
+    """x = W z + b + SCALE e, z(x) = A x + a."""
+    pyro.set_rng_seed(seed)
+    return VAE(
+        StandardNormal(L),
+        Conditional(MLP(L, D, hidden=()), NormalFixed((D,), SCALE)),
+        Conditional(MLP(D, L, hidden=()), Delta(L)),
+    ).double()
+
+
+def _bernoulli(*, seed: int = 0) -> VAE:
+    pyro.set_rng_seed(seed)
+    return VAE(
+        StandardNormal(L),
+        Conditional(MLP(L, 12, hidden=(6,), activation=nn.Tanh), Bernoulli((12,))),
+        Conditional(MLP(12, L, hidden=(6,), activation=nn.Tanh), Delta(L)),
+    ).double()
+
+
+def _points(num_images: int = 200) -> torch.Tensor:
+    """(N, D) float64 with three strong directions, so that two latents leave something."""
+    generator = np.random.default_rng(0)
+    spread = generator.normal(size=(num_images, 3)) @ generator.normal(size=(3, D))
+    return torch.from_numpy(spread + 0.3 * generator.normal(size=(num_images, D)) + 1.0)
+
+
+def _binary(num_images: int = 37) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.bernoulli(torch.linspace(0.1, 0.9, 12, dtype=torch.double).expand(num_images, 12), generator=generator)
+
+
+def _as_stored(values: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+    return values
+
+
+def _fit(vae: VAE, train: torch.Tensor, validation: torch.Tensor | None = None, **options: Any) -> Any:
+    asked = {"epochs": 4, "batch_size": 8, "observe": _as_stored, "beta": 0.0, "learning_rate": 0.02}
+    return fit(vae, train, validation, **(asked | options))
+
+
+def _by_hand(vae: VAE, x: torch.Tensor) -> np.ndarray:
+    """(N,) log p(x | z(x)) of a linear one, by scipy from its four arrays."""
+    with torch.no_grad():
+        encoder, decoder = vae.posterior.net.output, vae.likelihood.net.output
+        A, a, W, b = (w.numpy() for w in (encoder.weight, encoder.bias, decoder.weight, decoder.bias))
+    decoded = (x.numpy() @ A.T + a) @ W.T + b
+    return scipy.stats.norm(decoded, SCALE).logpdf(x.numpy()).sum(1)
+
+
+# --- Closed forms ---
+
+
+@pytest.mark.parametrize("kl", KLS)
+@pytest.mark.parametrize("num_particles", [1, 3])
+def test_the_loss_at_beta_zero_is_minus_log_p_of_x_given_its_own_code(kl, num_particles):
+    vae, x = _linear(), _points(5)
+    loss = objectives.elbo(vae.model, vae.guide, x, beta=0.0, estimator=KLS[kl], num_particles=num_particles)
+    assert float(loss) == pytest.approx(-_by_hand(vae, x).mean(), rel=1e-12)
+
+
+def test_the_trained_linear_autoencoder_reconstructs_as_pca_does():
+    """Baldi and Hornik 1989: the least squared error of L latents is what the other principal directions hold."""
+    vae, x = _linear(), _points()
+    centered = x.numpy() - x.numpy().mean(0)
+    least = (np.linalg.svd(centered, compute_uv=False)[L:] ** 2).sum() / len(x)
+    _fit(vae, x, epochs=500, batch_size=len(x), learning_rate=0.1)
+    with torch.no_grad():
+        decoded = vae.likelihood(vae.posterior(x).mean).mean
+    reached = float((x - decoded).square().sum(1).mean())
+    assert least <= reached < 1.001 * least
+
+
+def test_reconstruction_is_the_log_probability_of_each_image_given_its_code():
+    vae, x = _linear(), _points(7)
+    np.testing.assert_allclose(reconstruction(vae, x, seed=0).numpy(), _by_hand(vae, x), rtol=1e-12)
+
+
+def test_reconstruction_in_passes_is_that_of_all_at_once(monkeypatch):
+    vae, x, told = _linear(), _points(7), []
+    monkeypatch.setattr(evidence, "particles_a_pass", lambda *_: 3)
+    found = reconstruction(vae, x, seed=0, progress=told.append)
+    np.testing.assert_allclose(found.numpy(), _by_hand(vae, x), rtol=1e-12)
+    assert told == [3, 3, 1]
+
+
+def test_reconstruction_leaves_the_mode_and_the_random_numbers_as_they_are():
+    vae = _linear().train()
+    before = torch.get_rng_state()
+    reconstruction(vae, _points(5), seed=3)
+    assert vae.training
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_reconstruction_of_a_guide_with_a_density_is_that_of_one_draw_by_the_seed():
+    options = Options(network="mlp", hidden=(5,), latent_dim=2)
+    pyro.set_rng_seed(0)
+    vae, x = build.vae(options, (1, 4, 4)).eval(), torch.bernoulli(torch.full((6, 1, 4, 4), 0.5))
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(7)
+        logits = vae.likelihood.net(vae.posterior(x).sample()).reshape(x.shape).double().numpy()
+    expected = scipy.stats.bernoulli(1 / (1 + np.exp(-logits))).logpmf(x.numpy()).sum((1, 2, 3))
+    np.testing.assert_allclose(reconstruction(vae, x, seed=7).numpy(), expected, rtol=1e-5)
+
+
+def test_reconstruction_of_no_images_is_refused():
+    with pytest.raises(ValueError, match="x: expected at least one image, got none"):
+        reconstruction(_linear(), _points(5)[:0], seed=0)
+
+
+def test_a_reconstruction_that_is_no_number_stops():
+    x = _points(5)
+    x[2, 1] = math.nan
+    with pytest.raises(NotFinite, match=r"log p\(x \| z\): expected numbers, got NaN"):
+        reconstruction(_linear(), x, seed=0)
+
+
+# --- No number of it is a log-likelihood ---
+
+OF_A_DENSITY = {
+    "log_weights": lambda vae, x: log_weights(vae.model, vae.guide, x, 2),
+    "log_evidence": lambda vae, x: log_evidence(vae.model, vae.guide, x, num_particles=2),
+    "importance": lambda vae, x: importance(vae.model, vae.guide, x, num_particles=2),
+    "evaluate": lambda vae, x: evaluate(vae, x, num_particles=2, seed=0),
+    "evaluate, compiled": lambda vae, x: evaluate(vae, x, num_particles=2, seed=0, compile=True),
+}
+REFUSAL = (
+    r"guide: expected a density at site 'z', got a deterministic one \(Delta\): an autoencoder has reconstructions, "
+    "and neither an ELBO nor a log-likelihood"
+)
+
+
+@pytest.mark.parametrize("name", OF_A_DENSITY)
+def test_what_takes_a_density_refuses_a_deterministic_guide(graphs, name):
+    with pytest.raises(Deterministic, match=REFUSAL):
+        OF_A_DENSITY[name](_linear(), _points(5))
+
+
+def test_a_refused_evaluation_leaves_the_mode_and_the_random_numbers_as_they_are():
+    vae = _linear().train()
+    before = torch.get_rng_state()
+    with pytest.raises(Deterministic):
+        evaluate(vae, _points(5), num_particles=2, seed=0)
+    assert vae.training
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_levels_of_a_dequantized_autoencoder_have_no_density_either():
+    options = Options(likelihood="normal", posterior="delta", beta=0.0, network="mlp", hidden=(5,), latent_dim=2)
+    vae, x = dequantized(build.vae(options, (1, 4, 4))), torch.full((3, 1, 4, 4), 7.0)
+    with pytest.raises(Deterministic, match=REFUSAL):
+        evaluate(vae, x, num_particles=2, seed=0)
+
+
+# --- Training ---
+
+
+def test_an_epochs_record_holds_the_validation_reconstruction_and_neither_elbo_nor_kl():
+    vae, x, records = _linear(), _points(20), []
+    _fit(vae, _points(), x, epochs=1, on_epoch=records.append)
+    expected = _by_hand(vae, x)
+    of_validation = {name: value for name, value in records[0].items() if name.startswith("validation")}
+    assert of_validation == pytest.approx(
+        {
+            "validation_reconstruction_nats_per_image": expected.mean(),
+            "validation_reconstruction_stderr_nats_per_image": expected.std(ddof=1) / math.sqrt(20),
+        },
+        rel=1e-12,
+    )
+    assert not [name for name in records[0] if "elbo" in name or "kl" in name]
+
+
+def test_the_best_weights_by_validation_reconstruction_are_left_in_the_model():
+    vae, snapshots, values = _bernoulli(), [], []
+
+    def on_epoch(record):
+        values.append(record["validation_reconstruction_nats_per_image"])
+        snapshots.append([w.detach().clone() for w in vae.parameters()])
+
+    # Trained on white images and validated on black ones, it gets worse.
+    white, black = torch.ones(40, 12, dtype=torch.double), torch.zeros(40, 12, dtype=torch.double)
+    state = _fit(vae, white, black, epochs=6, on_epoch=on_epoch)
+    best = max(range(6), key=values.__getitem__)
+    assert best != 5
+    assert state.best_validation == values[best]
+    assert all(torch.equal(w, b) for w, b in zip(vae.parameters(), snapshots[best], strict=True))
+
+
+def test_validation_draws_nothing_from_the_global_generator():
+    ends = []
+    for validation in (None, _binary(20)):
+        _fit(_bernoulli(), _binary(), validation, epochs=2)
+        ends.append(torch.get_rng_state())
+    assert torch.equal(*ends)
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_run_resumed_from_any_step_ends_bit_for_bit_where_the_undisturbed_one_does(graphs, compile):
+    """Images are drawn anew at every access, so that the random numbers must go on as well."""
+    states = {}
+
+    def keep(state):
+        tensors, scalars = state.to_tensors()
+        states[state.step] = {name: t.clone() for name, t in tensors.items()}, scalars
+
+    def observe(values, generator):
+        return torch.bernoulli(0.2 + 0.6 * values)
+
+    asked = {"validation": _binary(20), "observe": observe, "compile": compile}
+    end = _fit(_bernoulli(), _binary(), on_checkpoint=keep, checkpoint_seconds=0.0, **asked)
+    assert sorted(states) == list(range(1, 21))
+    final, numbers = end.to_tensors()
+    for step in (4, 13, 20):
+        torch.manual_seed(12345)
+        tensors, scalars = _fit(_bernoulli(seed=99), _binary(), saved=states[step], **asked).to_tensors()
+        assert [name for name in final if not torch.equal(tensors[name], final[name])] == [], step
+        assert scalars | {"seconds": 0} == numbers | {"seconds": 0}
+
+
+def test_a_state_that_was_saved_under_the_older_name_still_goes_on():
+    """Of before there were autoencoders: the best validation ELBO was best_elbo."""
+    saved = {}
+    options = Options(network="mlp", hidden=(5,), latent_dim=2)
+
+    def vae(seed):
+        pyro.set_rng_seed(seed)
+        return build.vae(options, (12,)).double()
+
+    def keep(state):
+        tensors, scalars = state.to_tensors()
+        saved.setdefault("state", ({name: t.clone() for name, t in tensors.items()}, scalars))
+
+    end = _fit(vae(0), _binary(), _binary(20), beta=1.0, on_checkpoint=keep)
+    tensors, scalars = saved["state"]
+    scalars = {"best_elbo" if name == "best_validation" else name: value for name, value in scalars.items()}
+    resumed = _fit(vae(9), _binary(), _binary(20), beta=1.0, saved=(tensors, scalars))
+    assert resumed.best_validation == end.best_validation
+    assert_close(resumed.best_weights, end.best_weights, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kl", KLS)
+def test_captured_steps_end_where_the_eager_ones_do(graphs, kl):
+    ends, records = {}, {True: [], False: []}
+    for compile in (True, False):
+        vae = _bernoulli()
+        _fit(
+            vae,
+            _binary(),
+            _binary(20),
+            compile=compile,
+            on_epoch=records[compile].append,
+            objective=lambda model, guide, x, *, beta: objectives.elbo(model, guide, x, beta=beta, estimator=KLS[kl]),
+        )
+        ends[compile] = vae.state_dict()
+    assert len(graphs) > 0
+    assert_close(ends[True], ends[False], rtol=1e-8, atol=1e-10)
+    key = "validation_reconstruction_nats_per_image"
+    assert [r[key] for r in records[True]] == pytest.approx([r[key] for r in records[False]], rel=1e-9)
+
+
+def test_a_code_that_is_not_finite_stops_with_the_step_and_the_site():
+    vae = _bernoulli()
+    with torch.no_grad():
+        vae.posterior.net.output.weight.fill_(math.nan)
+    with pytest.raises(NotFinite, match="step 0: site 'z' of the guide has a value that is not finite"):
+        _fit(vae, _binary())
+
+
+# --- A run ---
+
+AUTOENCODER = replace(SMALL, posterior="delta", beta=0.0)
+
+
+class Trained:
+    """A run, and what was said of it."""
+
+    def __init__(self, folder: Path, options: Options) -> None:
+        self.said: list[str] = []
+        self.folder = experiment.train(options, str(folder), say=self.said.append)
+        self.entry = runs.read_evaluations(self.folder)["test"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """On labelled images, with three latents."""
+    place = tmp_path_factory.mktemp("autoencoder")
+    options = replace(AUTOENCODER, dataset=str(save_bars(place / "bars.npz")), latent_dim=3)
+    return Trained(place / "run", options)
+
+
+@pytest.fixture(scope="module")
+def gray(tmp_path_factory):
+    """On 8-bit levels under a density, with two latents."""
+    place = tmp_path_factory.mktemp("gray")
+    np.save(place / "gray.npy", np.random.default_rng(0).integers(0, 256, (60, 4, 4), dtype=np.uint8))
+    return Trained(place / "run", replace(AUTOENCODER, dataset=str(place / "gray.npy"), likelihood="normal"))
+
+
+def test_the_evaluation_is_the_log_mass_of_each_image_given_its_code(trained):
+    vae, splits = load(trained.folder), open_run(str(trained.folder)).splits
+    x = splits.test[data.subset(len(splits.test), 25)].float()
+    with torch.no_grad():
+        logits = vae.likelihood.net(vae.posterior.net(x)).reshape(x.shape).double().numpy()
+    expected = scipy.stats.bernoulli(1 / (1 + np.exp(-logits))).logpmf(x.numpy()).sum((1, 2, 3))
+    found = trained.entry["reconstruction"]
+    assert found["mean"] == pytest.approx(expected.mean(), rel=1e-5)
+    assert found["stderr"] == pytest.approx(expected.std(ddof=1) / 5, rel=1e-4)
+    tensors, _ = runs.load_tensors(trained.folder / runs.per_image("test"))
+    np.testing.assert_allclose(tensors["reconstruction"].numpy(), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["trained", "gray"])
+def test_the_evaluation_holds_no_number_that_only_a_density_has(request, name):
+    entry = request.getfixturevalue(name).entry
+    numbers = {
+        "log_likelihood", "elbo", "kl", "monte_carlo_stderr", "bias", "rise", "ess", "pareto_k", "bits_per_dim",
+        "unreliable_images", "floor", "binarization_entropy", "num_particles", "dequantization_draws",
+    }  # fmt: skip
+    assert {key for key, value in entry.items() if value is None} == numbers
+
+
+@pytest.mark.parametrize("name", ["trained", "gray"])
+def test_no_record_of_the_run_names_a_number_as_what_it_is_not(request, name):
+    folder = request.getfixturevalue(name).folder
+    records = runs.read_metrics(folder)
+    assert len(records) == 2
+    assert not [key for record in records for key in record if "elbo" in key or "kl" in key or "likelihood" in key]
+    tensors, _ = runs.load_tensors(folder / runs.per_image("test"))
+    assert set(tensors) == {"index", "reconstruction"}
+
+
+def test_the_numbers_are_said_to_be_no_log_likelihood(trained):
+    found = trained.entry["reconstruction"]
+    words = f"reconstruction log p(x | z(x)) {found['mean']:.2f} ± {found['stderr']:.2f} nats an image: "
+    words += "not a log-likelihood; the guide is deterministic, an autoencoder has no density"
+    assert words in trained.said
+    assert not [line for line in trained.said if "ELBO" in line or line.startswith("log-likelihood")]
+
+
+def test_the_training_is_said_to_keep_the_best_validation_reconstruction(trained):
+    best = max(r["validation_reconstruction_nats_per_image"] for r in runs.read_metrics(trained.folder))
+    assert any(f"best validation reconstruction {best:.2f} nats" in line for line in trained.said)
+
+
+def test_dequantized_levels_are_reconstructed_as_training_saw_them(gray):
+    """(level + u) / 256 with the u of the evaluation's seed; its scale says so, and is not that of the levels' mass."""
+    vae, splits = load(gray.folder), open_run(str(gray.folder)).splits
+    x = data.evaluation_images(splits, "test", "dequantized", seed=0)
+    with torch.no_grad():
+        decoded = vae.likelihood(vae.posterior(x).mean)
+    loc, scale = decoded.base_dist.loc.double().numpy(), decoded.base_dist.scale.double().numpy()
+    expected = scipy.stats.norm(loc, scale).logpdf(x.double().numpy()).sum((1, 2, 3))
+    assert gray.entry["reconstruction"]["mean"] == pytest.approx(expected.mean(), rel=1e-5)
+    assert gray.entry["scale"] == "density of (level + u) / 256"
+    assert any("a density of (level + u) / 256: never comparable with a mass" in line for line in gray.said)
+
+
+@pytest.mark.parametrize("name", ["trained", "gray"])
+def test_a_finished_run_is_said_to_be_finished(request, name):
+    said: list[str] = []
+    experiment.resume(str(request.getfixturevalue(name).folder), epochs=None, say=said.append)
+    assert len(said) == 1
+    assert "is finished: 2 epochs, evaluated" in said[0]
+
+
+def test_an_extended_run_is_evaluated_again(trained, tmp_path):
+    options = open_run(str(trained.folder)).options
+    folder = experiment.train(options, str(tmp_path / "run"), say=lambda line: None, draw=False)
+    experiment.resume(str(folder), epochs=3, say=lambda line: None, draw=False)
+    assert runs.read_evaluations(folder)["test"]["step"] == 15
+
+
+def test_there_is_no_bound_of_single_images_to_read(trained):
+    assert read_per_image(trained.folder, "test") is None
+
+
+def _ask(**more):
+    return {"num_particles": 5, "images": None, "device": "cpu", "seed": 0, "say": lambda line: None} | more
+
+
+REFUSED = {
+    "evaluate": (lambda run, place: experiment.evaluate_run(run, **_ask(split="test")), "log-likelihood"),
+    "compare": (
+        lambda run, place: experiment.compare_runs([run, _copy(run, place)], **_ask(split="test", output=None)),
+        "bound on log p\\(x\\) to compare",
+    ),
+    "impute": (
+        lambda run, place: impute_images(run, "test", **_ask(mask=None, hide="top", num_draws=2, output=None)),
+        "p\\(x_missing \\| x_observed\\) to draw from",
+    ),
+}  # fmt: skip
+
+
+def _copy(run: str, place: Path) -> str:
+    for path in Path(run).glob("*.*"):
+        (place / path.name).write_bytes(path.read_bytes())
+    return str(place)
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_takes_a_density_refuses_the_run_in_one_line_and_writes_nothing(trained, tmp_path, what):
+    call, words = REFUSED[what]
+    before = {path: path.stat().st_mtime_ns for path in trained.folder.rglob("*")}
+    with pytest.raises(ValueError, match=words) as refusal:
+        call(str(trained.folder), tmp_path)
+    assert "expected a run with a density q(z | x), got an autoencoder (--posterior delta)" in str(refusal.value)
+    assert str(refusal.value).endswith("its reconstructions are in evaluation.json")
+    assert "\n" not in str(refusal.value)
+    assert {path: path.stat().st_mtime_ns for path in trained.folder.rglob("*")} == before
+
+
+TABLES = {
+    "likelihoods": lambda options, place: compare_likelihoods(None, options, run_dir=place, output=None, say=print),
+    "networks": lambda options, place: compare_networks(
+        ["mlp"], options, minutes=0.01, run_dir=place, output=None, say=print
+    ),
+}
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_a_table_of_log_likelihoods_refuses_an_autoencoder(trained, tmp_path, table):
+    options = open_run(str(trained.folder)).options
+    with pytest.raises(ValueError, match=r"--posterior delta: expected a density .* got an autoencoder"):
+        TABLES[table](options, str(tmp_path / "table"))
+    assert not (tmp_path / "table").exists()
+
+
+def test_encoding_gives_codes_and_reconstructions(trained, tmp_path):
+    said: list[str] = []
+    folder = encode_images(str(trained.folder), "test", **_ask(output=str(tmp_path / "codes"), say=said.append))
+    arrays = np.load(folder / "encoded.npz")
+    assert set(arrays) == {"mean", "reconstruction", "names", "labels"}
+    vae, x = load(trained.folder), open_run(str(trained.folder)).splits.test.float()
+    with torch.no_grad():
+        np.testing.assert_allclose(arrays["mean"], vae.posterior.net(x).numpy(), atol=1e-6)
+    np.testing.assert_allclose(arrays["reconstruction"], reconstruction(vae, x, seed=5).numpy(), rtol=1e-6)
+    written = json.loads((folder / "encoded.json").read_text(encoding="utf-8"))
+    assert written["log_likelihood"] is None
+    assert written["reconstruction"]["mean"] == pytest.approx(arrays["reconstruction"].mean(), rel=1e-9)
+    assert "not a log-likelihood" in said[0]
+
+
+def test_encoding_dequantized_levels_says_on_what_scale_its_numbers_are(gray, tmp_path):
+    folder = encode_images(str(gray.folder), "test", **_ask(output=str(tmp_path / "codes")))
+    written = json.loads((folder / "encoded.json").read_text(encoding="utf-8"))
+    assert written["scale"] == "density of (level + u) / 256"
+
+
+def test_samples_are_said_to_be_none_of_a_model(trained, tmp_path):
+    said: list[str] = []
+    sample_run(
+        str(trained.folder), num_samples=3, seed=0, device="cpu", output=str(tmp_path / "samples"), say=said.append
+    )
+    assert said[0] == (
+        "No samples of a model: these are decoded draws of N(0, I), on which an autoencoder was never trained."
+    )
+
+
+# --- Figures ---
+
+
+def _figure(folder: Path, name: str) -> Any:
+    run = open_run(str(folder))
+    with torch.no_grad():
+        return figures._FIGURES[name].draw(figures._Scene(run, runs.read_metrics(folder)))
+
+
+def _texts(figure: Any) -> str:
+    legends = [text.get_text() for axes in figure.axes if axes.get_legend() for text in axes.get_legend().get_texts()]
+    of_axes = [words for axes in figure.axes for words in (axes.get_title(), axes.get_xlabel(), axes.get_ylabel())]
+    return "\n".join([figure.get_suptitle(), *of_axes, *legends])
+
+
+def test_figures_of_log_likelihoods_are_left_out_and_that_is_said(trained):
+    drawn = {path.name for path in (trained.folder / runs.FIGURES).iterdir()}
+    assert drawn == {
+        "training_curves.png", "reconstructions.png", "prior_samples.png", "interpolations.png", "traversals.png",
+        "latents.png",
+    }  # fmt: skip
+    assert "An autoencoder has no log p(x): log_likelihoods.png and particles.png are skipped." in trained.said
+
+
+@pytest.mark.parametrize("name", ["prior_samples.png", "manifold.png"])
+def test_what_the_decoder_makes_of_the_prior_is_not_called_a_sample(gray, name):
+    words = _texts(_figure(gray.folder, name))
+    assert "on which an autoencoder was never trained" in words
+    assert "Samples from" not in words
+
+
+def test_a_vaes_samples_are_still_called_samples():
+    pixels = torch.zeros(4, 1, 2, 2)
+    display: Any = type("Display", (), {"__call__": lambda self, x: x.numpy(), "words": ""})()
+    assert "Samples from the prior" in _texts(figures.samples_figure(display, pixels, pixels))
+
+
+def test_training_curves_are_of_reconstructions_and_of_nothing_else(trained):
+    figure = _figure(trained.folder, "training_curves.png")
+    assert len(figure.axes) == 1
+    words = _texts(figure)
+    assert "validation: log p(x | z(x))" in words
+    assert "ELBO" not in words
+    drawn = [list(line.get_ydata()) for line in figure.axes[0].get_lines()]
+    assert [r["validation_reconstruction_nats_per_image"] for r in runs.read_metrics(trained.folder)] in drawn
+
+
+def test_latents_are_in_the_order_of_their_variance(trained):
+    """Their KL is infinite."""
+    codes = load(trained.folder).posterior.net(open_run(str(trained.folder)).splits.test.float()).detach().numpy()
+    variance = codes.var(0)
+    first, second = np.argsort(-variance)[:2]
+    axes = _figure(trained.folder, "latents.png").axes[0]
+    assert axes.get_xlabel().startswith(f"z{first}, variance ")
+    assert axes.get_ylabel().startswith(f"z{second}, variance ")
+
+
+@pytest.mark.parametrize("name", ["latents.png", "traversals.png"])
+def test_no_figure_of_latents_speaks_of_a_kl(trained, name):
+    assert "KL" not in _texts(_figure(trained.folder, name))
+
+
+# --- From Python ---
+
+
+def test_what_python_saved_comes_back_with_its_weights_and_refuses_a_log_likelihood(trained, tmp_path):
+    options = open_run(str(trained.folder)).options
+    vae = load(trained.folder)
+    folder = save(vae, tmp_path / "saved", options)
+    assert_close(load(folder).state_dict(), vae.state_dict(), rtol=0, atol=0)
+    with pytest.raises(ValueError, match=r"got an autoencoder .*, which has no log-likelihood$"):
+        experiment.evaluate_run(str(folder), **_ask(split="test"))

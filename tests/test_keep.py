@@ -1,0 +1,83 @@
+"""Which weights a run keeps: the best by validation, or the last."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyro
+import pytest
+import torch
+from small_run import SMALL, save_bars, train_small
+
+from ppl_vae import build, runs
+from ppl_vae.options import Options
+from ppl_vae.training import fit
+from ppl_vae.vae import VAE
+
+
+def trained(*, keep_last: bool, average_decay: float = 0.0) -> tuple[VAE, Any, dict[str, torch.Tensor]]:
+    """Four epochs, with the inverse of the training images for validation: the more is learned, the worse it is."""
+    pyro.set_rng_seed(0)
+    vae = build.vae(replace(SMALL, binarization="none"), (1, 4, 4))
+    x = (torch.rand(60, 1, 4, 4, generator=torch.Generator().manual_seed(0)) > 0.5).float()
+    x[:30] = 0  # something to be learned
+    last: dict[str, torch.Tensor] = {}
+
+    def on_checkpoint(state: Any) -> None:
+        values = state.averages or dict(state.vae.named_parameters())
+        last.update({name: w.detach().clone() for name, w in values.items()})
+
+    state = fit(
+        vae,
+        x,
+        1 - x,
+        epochs=4,
+        batch_size=10,
+        learning_rate=0.03,
+        average_decay=average_decay,
+        keep_last=keep_last,
+        on_checkpoint=on_checkpoint,
+    )
+    return vae, state, last
+
+
+def test_the_best_weights_are_kept_where_nothing_else_is_asked() -> None:
+    _, state, _ = trained(keep_last=False)
+    assert state.best_step < state.step
+
+
+@pytest.mark.parametrize("average_decay", [0.0, 0.9])
+def test_the_last_weights_are_kept_where_they_are_asked_for(average_decay: float) -> None:
+    vae, state, last = trained(keep_last=True, average_decay=average_decay)
+    assert state.best_step == state.step
+    for name, w in vae.named_parameters():
+        torch.testing.assert_close(w, last[name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ({}, "best"),
+        ({"beta": 4.0}, "last"),
+        ({"beta": 4.0, "keep": "best"}, "best"),
+        ({"keep": "last"}, "last"),
+        ({"beta": 0.0, "posterior": "delta"}, "best"),
+    ],
+    ids=str,
+)
+def test_a_beta_is_shown_as_it_ends_unless_asked_otherwise(
+    tmp_path: Path, asked: dict[str, Any], expected: str
+) -> None:
+    options = replace(SMALL, dataset=str(save_bars(tmp_path / "bars.npz")), **asked)
+    assert build.resolve(options, build.splits(options)).keep == expected
+
+
+def test_a_run_that_keeps_the_last_weights_holds_those_of_its_last_step(tmp_path: Path) -> None:
+    options: Options = replace(SMALL, dataset=str(save_bars(tmp_path / "bars.npz")), keep="last", epochs=3)
+    folder = train_small(tmp_path / "run", options)
+    weights, _ = runs.load_tensors(folder / runs.MODEL)
+    state, scalars = runs.load_tensors(folder / runs.TRAINING_STATE)
+    assert runs.load_step(folder / runs.MODEL) == scalars["step"] == 15
+    assert all(torch.equal(w, state[f"weights/{name}"]) for name, w in weights.items())

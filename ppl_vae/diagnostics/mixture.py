@@ -1,0 +1,128 @@
+"""The aggregate posterior q(z) = (1/N) sum_n q(z | x_n): a mixture with one component an image."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import Independent, Normal
+
+from ppl_vae.evidence import particles_a_pass
+from ppl_vae.vae import VAE
+
+# Numbers that one pass may hold: 64 MB in float64.
+_PASS_NUMBERS = 8_000_000
+
+
+def factors(distribution: Any) -> Any:
+    """The distribution of each latent, batch shape (..., L), where they are independent by construction; else None."""
+    is_product = isinstance(distribution, Independent) and distribution.reinterpreted_batch_ndims == 1
+    return distribution.base_dist if is_product and not distribution.base_dist.event_shape else None
+
+
+def normal_factors(distribution: Any) -> Normal | None:
+    """The same, where they are normals."""
+    found = factors(distribution)
+    return found if isinstance(found, Normal) else None
+
+
+class AggregatePosterior:
+    """q(z) = (1/N) sum_n q(z | x_n), over exactly these N images.
+
+    A product of normals for each image is evaluated by two matrix products in float64, -2 log q(z | x_n) =
+    z^2 @ s_n^-2 - 2 z @ (m_n s_n^-2) + constant; any other posterior by its own ``log_prob``. Pairs go in chunks, and
+    memory does not grow with N^2.
+
+    Args:
+        groups: q(z | x_n), batch (B,) and event (L,), one distribution for each group of images.
+
+    Raises:
+        ValueError: no image.
+    """
+
+    def __init__(self, groups: Sequence[Any]) -> None:
+        if not groups:
+            raise ValueError("x: expected at least one image, got none")
+        self.groups = list(groups)
+        self.num_images = sum(int(q.batch_shape[0]) for q in self.groups)
+        self.latent_dim = int(self.groups[0].event_shape[0])
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, vae: VAE, x: Tensor) -> AggregatePosterior:
+        """Of images (N, *E) under the VAE's guide, in passes that fit into memory."""
+        return cls([vae.posterior(group) for group in x.split(particles_a_pass(x))] if len(x) else [])
+
+    @property
+    def is_factorized(self) -> bool:
+        """Whether each q(z | x_n) is a product over latents by construction, so that the latents have densities."""
+        return all(factors(q) is not None for q in self.groups)
+
+    @torch.no_grad()
+    def sample(self) -> Tensor:
+        """(N, L): one z ~ q(z | x_n) an image."""
+        return torch.cat([q.sample() for q in self.groups])
+
+    @torch.no_grad()
+    def own_log_prob(self, z: Tensor) -> Tensor:
+        """(N,) log q(z_n | x_n), nats, float64. z: (N, L), in the order of the images."""
+        parts = zip(self.groups, self._split(z), strict=True)
+        return torch.cat([q.log_prob(part).double() for q, part in parts])
+
+    @torch.no_grad()
+    def own_log_prob_by_latent(self, z: Tensor) -> Tensor:
+        """(N, L) log q(z_nl | x_n), nats, float64, of a factorized guide. z: (N, L)."""
+        parts = zip(self.groups, self._split(z), strict=True)
+        return torch.cat([factors(q).log_prob(part).double() for q, part in parts])
+
+    @torch.no_grad()
+    def log_prob(self, z: Tensor) -> Tensor:
+        """(M,) log q(z), nats, float64. z: (M, L)."""
+        parts = [self._log_sum(q, z) for q in self.groups]
+        return torch.stack(parts).logsumexp(0) - math.log(self.num_images)
+
+    @torch.no_grad()
+    def log_prob_by_latent(self, z: Tensor) -> Tensor:
+        """(M, L) log q(z_l) of each latent's own marginal, nats, float64, of a factorized guide. z: (M, L)."""
+        parts = [self._log_sum_by_latent(factors(q), z) for q in self.groups]
+        return torch.stack(parts).logsumexp(0) - math.log(self.num_images)
+
+    @torch.no_grad()
+    def smoothed(self, bandwidth: float) -> AggregatePosterior | None:
+        """(1/N) sum_n prod_l Normal(m_nl, s_nl^2 + h^2 Var_n m_nl), h the bandwidth: between the images, by a kernel.
+
+        A latent whose posterior is the same for every image stays as it is. None unless the guide is normal.
+        """
+        found = [normal_factors(q) for q in self.groups]
+        normals = [q for q in found if q is not None]
+        if len(normals) < len(found):
+            return None
+        added = bandwidth**2 * torch.cat([q.loc for q in normals]).var(0, correction=0)
+        return AggregatePosterior([Independent(Normal(q.loc, (q.scale.square() + added).sqrt()), 1) for q in normals])
+
+    def _split(self, z: Tensor) -> tuple[Tensor, ...]:
+        return z.split([int(q.batch_shape[0]) for q in self.groups])
+
+    @staticmethod
+    def _log_sum(q: Any, z: Tensor) -> Tensor:
+        """(M,) log sum_n q(z | x_n) over the images of one group."""
+        B, normals = int(q.batch_shape[0]), normal_factors(q)
+        if normals is None:
+            chunk = max(1, _PASS_NUMBERS // (B * z.shape[-1]))
+            return torch.cat([q.log_prob(part[:, None]).double().logsumexp(1) for part in z.split(chunk)])
+        loc, precision = normals.loc.double(), normals.scale.double().pow(-2)
+        constant = (loc.square() * precision - precision.log() + math.log(2 * math.pi)).sum(-1)
+
+        def log_prob(part: Tensor) -> Tensor:
+            return -(part.square() @ precision.T - 2 * part @ (loc * precision).T + constant) / 2
+
+        return torch.cat([log_prob(part).logsumexp(1) for part in z.double().split(max(1, _PASS_NUMBERS // B))])
+
+    @staticmethod
+    def _log_sum_by_latent(q: Any, z: Tensor) -> Tensor:
+        """(M, L) log sum_n q(z_l | x_n) over the images of one group."""
+        chunk = max(1, _PASS_NUMBERS // (4 * math.prod(q.batch_shape)))
+        return torch.cat([q.log_prob(part[:, None]).logsumexp(1).double() for part in z.split(chunk)])

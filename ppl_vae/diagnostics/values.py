@@ -1,0 +1,68 @@
+"""A number and its standard error: what every diagnostic returns."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Value:
+    """A mean over images and its standard error.
+
+    Args:
+        mean: in the unit of whoever returns it.
+        stderr: how far another sample of images would move it; NaN for one image.
+    """
+
+    mean: float
+    stderr: float
+
+    @classmethod
+    def of(cls, values: Tensor) -> Value:
+        """(1/N) sum_n v_n, with the standard deviation of the v_n over sqrt(N). values: (N,), one an image."""
+        each = PerLatent.of(values[:, None])
+        return cls(float(each.mean), float(each.stderr))
+
+    def to_json(self) -> dict[str, float]:
+        """As reports hold it."""
+        return {"mean": self.mean, "stderr": self.stderr}
+
+
+@dataclass(frozen=True)
+class PerLatent:
+    """A mean over images and its standard error for each latent.
+
+    Args:
+        mean: (L,) float64, on the CPU.
+        stderr: (L,) float64, likewise; NaN for one image.
+    """
+
+    mean: Tensor
+    stderr: Tensor
+
+    @classmethod
+    def of(cls, values: Tensor) -> PerLatent:
+        """From one number an image and latent, (N, L)."""
+        values = values.double().cpu()
+        N = len(values)
+        stderr = values.std(0) / math.sqrt(N) if N > 1 else values.new_full(values.shape[1:], math.nan)
+        return cls(values.mean(0), stderr)
+
+    def to_json(self) -> dict[str, list[float]]:
+        """As reports hold it."""
+        return {"mean": self.mean.tolist(), "stderr": self.stderr.tolist()}
+
+
+def ratio_of_means(numerator: Tensor, denominator: Tensor) -> Value:
+    """r = mean_n a_n / mean_n b_n, with the delta method's error: the a_n - r b_n, over mean_n b_n, have its spread.
+
+    Args:
+        numerator: (N,) the a_n.
+        denominator: (N,) the b_n, of the same images.
+    """
+    a, b = numerator.double().cpu(), denominator.double().cpu()
+    r = a.mean() / b.mean()
+    return Value(float(r), Value.of((a - r * b) / b.mean()).stderr)

@@ -1,0 +1,239 @@
+"""The aggregate posterior against the prior: exact samples, shifted ones, and holes made on purpose."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pyro.distributions as dist
+import pytest
+import scipy.special
+import scipy.stats
+import torch
+from oracles import LinearGaussian
+
+from ppl_vae import VAE
+from ppl_vae.diagnostics import aggregate, classifier_test, holes, kolmogorov_smirnov, latent_moments
+from ppl_vae.evidence import seeded
+from ppl_vae.priors import StandardNormal
+
+CPU = torch.device("cpu")
+
+
+def standard(L):
+    return StandardNormal(L).double()()
+
+
+def normal(N, L, seed=0):
+    return torch.randn(N, L, generator=torch.Generator().manual_seed(seed), dtype=torch.double)
+
+
+class OnlyDraws:
+    """A prior with neither moments nor distribution function."""
+
+    def __init__(self, L):
+        self.L = L
+
+    @property
+    def mean(self):
+        raise NotImplementedError
+
+    def sample(self, shape):
+        return torch.randn(*shape, self.L, dtype=torch.double)
+
+
+# --- Moments ---
+
+
+def test_moments_are_in_units_of_the_prior():
+    z = normal(500, 2)
+    prior = dist.Normal(torch.tensor([1.0, -2.0]).double(), torch.tensor([2.0, 0.5]).double()).to_event(1)
+    found = latent_moments(z, prior)
+    exact = (z.numpy() - [1.0, -2.0]) / [2.0, 0.5]
+    np.testing.assert_allclose(found.mean, exact.mean(0))
+    np.testing.assert_allclose(found.mean_stderr, scipy.stats.sem(exact))
+    np.testing.assert_allclose(found.log_scale, np.log(exact.std(0, ddof=1)))
+
+
+def test_the_error_of_a_log_scale_is_that_of_repetitions():
+    """Of a uniform law, whose fourth moment is not a normal's."""
+    generator = torch.Generator().manual_seed(0)
+    samples = torch.empty(400, 500, 1, dtype=torch.double).uniform_(-2, 2, generator=generator)
+    found = [latent_moments(z, standard(1)) for z in samples]
+    spread = np.std([float(moments.log_scale) for moments in found])
+    assert np.mean([float(moments.log_scale_stderr) for moments in found]) == pytest.approx(spread, rel=0.1)
+
+
+def test_the_effect_is_the_larger_of_shift_and_stretch():
+    z = (normal(20_000, 3) * torch.tensor([1.0, 1.0, 0.5])) + torch.tensor([0.0, 0.7, 0.1])
+    effect = latent_moments(z, standard(3)).effect
+    np.testing.assert_allclose(effect, [0.0, 0.7, math.log(2)], atol=0.03)
+
+
+def test_a_prior_known_by_its_draws_has_their_moments():
+    with seeded(0, CPU):
+        found = latent_moments(normal(5000, 2) + 0.5, OnlyDraws(2))
+    np.testing.assert_allclose(found.mean, 0.5, atol=0.06)
+
+
+# --- Kolmogorov-Smirnov ---
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.05, 0.3])
+def test_the_statistic_and_its_p_value_are_scipys(shift):
+    z = normal(800, 3, seed=4) + shift
+    found = kolmogorov_smirnov(z, standard(3))
+    for latent in range(3):
+        exact = scipy.stats.kstest(z[:, latent].numpy(), "norm")
+        assert float(found.statistic[latent]) == pytest.approx(exact.statistic, abs=1e-12)
+        assert float(found.p_value[latent]) == pytest.approx(exact.pvalue, rel=0.05, abs=2e-3)
+
+
+def test_the_tail_is_kolmogorovs():
+    t = np.linspace(0.01, 4, 400)
+    np.testing.assert_allclose(aggregate.kolmogorov_tail(torch.from_numpy(t)), scipy.special.kolmogorov(t), atol=1e-12)
+
+
+def test_p_values_of_an_exact_sample_are_uniform():
+    p_values = kolmogorov_smirnov(normal(300, 500, seed=1), standard(500)).p_value
+    assert scipy.stats.kstest(p_values.numpy(), "uniform").pvalue > 0.01
+
+
+def test_a_prior_known_by_its_draws_is_compared_with_them():
+    with seeded(0, CPU):
+        z, drawn = normal(700, 1, seed=2), torch.randn(20_000, 1, dtype=torch.double)
+    with seeded(0, CPU):
+        found = kolmogorov_smirnov(z, OnlyDraws(1))
+    exact = scipy.stats.ks_2samp(z[:, 0].numpy(), drawn[:, 0].numpy())
+    assert float(found.statistic) == pytest.approx(exact.statistic, abs=1e-12)
+    assert float(found.p_value) == pytest.approx(exact.pvalue, rel=0.05, abs=2e-3)
+
+
+# --- The classifier ---
+
+
+@pytest.mark.parametrize(("k", "n"), [(0, 10), (50, 100), (60, 100), (2600, 5000), (100, 100)])
+def test_the_chance_of_a_count_is_the_binomials(k, n):
+    assert aggregate.binomial_tail(k, n) == pytest.approx(scipy.stats.binom.sf(k - 1, n, 0.5), rel=1e-9)
+
+
+def test_p_values_of_equal_samples_are_uniform(monkeypatch):
+    monkeypatch.setattr(aggregate, "_EPOCHS", 3)
+    p_values = []
+    for seed in range(100):
+        a, b = normal(1000, 2, seed=2 * seed), normal(1000, 2, seed=2 * seed + 1)
+        p_values.append(classifier_test(a, b, seed=seed).p_value)
+    assert scipy.stats.kstest(p_values, "uniform").pvalue > 0.01
+
+
+@pytest.mark.parametrize("shift", [0.5, 1.5])
+def test_a_shifted_aggregate_is_told_apart_as_well_as_can_be(shift):
+    """The best accuracy between N(0, I) and N(shift, I) in one of three latents is Phi(shift / 2)."""
+    best = scipy.stats.norm.cdf(shift / 2)
+    z = normal(4000, 3, seed=1)
+    z[:, 0] += shift
+    found = classifier_test(z, normal(4000, 3, seed=2))
+    assert found.p_value < 1e-6
+    assert best - 0.03 < found.accuracy.mean < best + 4 * found.accuracy.stderr
+    assert found.effect == pytest.approx(2 * found.accuracy.mean - 1)
+
+
+def test_a_difference_that_no_latent_shows_alone_is_seen():
+    """A ring of the prior's own moments in two latents."""
+    z = normal(4000, 2, seed=1)
+    ring = z / z.norm(dim=1, keepdim=True) * math.sqrt(2)
+    assert classifier_test(ring, normal(4000, 2, seed=2)).effect > 0.5
+
+
+def test_the_classifier_leaves_the_global_generator_alone():
+    state = torch.get_rng_state()
+    first, second = (classifier_test(normal(40, 2), normal(40, 2, seed=1), seed=3) for _ in range(2))
+    assert first == second
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_samples_of_different_sizes_are_refused():
+    with pytest.raises(ValueError, match="two samples"):
+        classifier_test(normal(40, 2), normal(50, 2))
+
+
+# --- Holes ---
+
+
+def images_and_draws(oracle, vae, N):
+    """N reference images, and a draw of the posterior of each of N others."""
+    return oracle.draw(N, seed=1), vae.posterior(oracle.draw(N, seed=2)).sample()
+
+
+@pytest.mark.parametrize("L", [2, 10])
+def test_an_aggregate_that_is_the_prior_has_a_hundredth_in_holes(L):
+    """The exact posterior of images drawn from the model, also in ten dimensions of narrow posteriors."""
+    oracle = LinearGaussian.random(D=12, L=L, scale=0.3)
+    vae = oracle.vae()
+    with seeded(0, CPU):
+        x, held_out = images_and_draws(oracle, vae, 2000)
+        found = holes(vae, x, held_out, vae.prior().sample((2000,)))
+    assert abs(found.share.mean - 0.01) < 4 * found.share.stderr
+    assert found.share.stderr < 0.006
+
+
+def test_the_share_of_a_prior_that_is_too_wide_is_the_one_outside():
+    """Posteriors near 0 alone: the prior's draws beyond the radius that holds 99% of them are in holes."""
+    N = 2000
+    loc = normal(N, 1) * 0.2
+
+    def posterior(x):
+        return dist.Normal(loc[x[..., 0].long()], 0.1).to_event(1)
+
+    vae = VAE(StandardNormal(1).double(), lambda z: dist.Normal(z, 1.0).to_event(1), posterior)
+    with seeded(0, CPU):
+        held_out = dist.Normal(torch.zeros(N, 1).double(), math.sqrt(0.05)).sample()
+        found = holes(vae, torch.arange(N).double()[:, None], held_out, vae.prior().sample((N,)))
+    outside = 2 * scipy.stats.norm.sf(2.576 * math.sqrt(0.05))
+    assert abs(found.share.mean - outside) < 4 * found.share.stderr
+    assert outside > 0.5
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1e-2])
+def test_holes_are_seen_between_posteriors_that_miss_each_other(scale):
+    """Means uniform on a ring about the prior's middle, in 6 more latents standard normal: its middle is a hole."""
+    N, L = 2000, 8
+    loc = normal(2 * N, L, seed=5)
+    loc[:, :2] *= 3 / loc[:, :2].norm(dim=1, keepdim=True)
+
+    def posterior(x):
+        widths = scale * (1 + 9 * (x[..., :1] % 7) / 6)  # some ten times wider than others
+        return dist.Normal(loc[x[..., 0].long()], widths).to_event(1)
+
+    vae = VAE(StandardNormal(L).double(), lambda z: dist.Normal(z, 1.0).to_event(1), posterior)
+    index = torch.arange(2 * N).double()[:, None]
+    with seeded(0, CPU):
+        held_out, z = vae.posterior(index[N:]).sample(), vae.prior().sample((N,))
+        found = holes(vae, index[:N], held_out, z)
+    assert found.bandwidth > 0
+    assert found.share.mean > 0.5
+    assert (z[found.worst[:50], :2].norm(dim=1) < 2.5).all()
+
+
+def test_the_worst_draws_come_first():
+    oracle = LinearGaussian.random(L=2)
+    vae = oracle.vae()
+    z = normal(100, 2)
+    z[17] = 9.0
+    x, held_out = images_and_draws(oracle, vae, 100)
+    found = holes(vae, x, held_out, z)
+    assert found.worst[0] == 17
+    assert (found.prior_scores[found.worst].diff() >= 0).all()
+
+
+def test_the_error_of_a_share_is_that_of_repetitions():
+    oracle = LinearGaussian.random(L=2, scale=1.0)
+    vae = oracle.vae()
+    x = oracle.draw(500)
+    with seeded(0, CPU):
+        found = [
+            holes(vae, x, vae.posterior(oracle.draw(500, seed=10 + seed)).sample(), vae.prior().sample((500,))).share
+            for seed in range(60)
+        ]
+    spread = np.std([share.mean for share in found])
+    assert np.sqrt(np.mean([share.stderr**2 for share in found])) == pytest.approx(spread, rel=0.4)

@@ -1,0 +1,303 @@
+"""Effective noise: eigenvalues in its units against numpy, and predicted directions against trained linear VAEs."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pyro.distributions as dist
+import pytest
+import torch
+from likelihood_cases import CASES
+from oracles import NormalFixed as UserNormal
+from torch import nn
+from torch.testing import assert_close
+
+from ppl_vae import VAE, Conditional, likelihoods
+from ppl_vae.diagnostics import (
+    eigenvalues_in_noise_units,
+    gaussian_variance,
+    has_location,
+    latent_kl,
+    live_directions,
+    predicted_live,
+    threshold,
+    variance_of_mean_squared_error,
+)
+from ppl_vae.networks import MLP
+from ppl_vae.posteriors import DiagonalNormal
+from ppl_vae.priors import StandardNormal
+
+EIGENVALUES = torch.tensor([2.0, 1.4, 1.0, 0.7, 0.45, 0.3, 0.2, 0.12]).double()
+D = len(EIGENVALUES)
+SIGMA2 = 0.16
+
+
+def rotation():
+    generator = torch.Generator().manual_seed(0)
+    return torch.linalg.qr(torch.randn(D, D, generator=generator, dtype=torch.double)).Q
+
+
+def gaussian_data(N=64):
+    """(N, D) images of mean 0.3 whose covariance has exactly these eigenvalues, in the directions of ``rotation``."""
+    noise = torch.randn(N, D, generator=torch.Generator().manual_seed(1), dtype=torch.double)
+    white = torch.linalg.qr(noise - noise.mean(0)).Q * math.sqrt(N)
+    return white * EIGENVALUES.sqrt() @ rotation().T + 0.3
+
+
+def binary_data(N=2000, pixels=6, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    z = torch.randn(N, 1, generator=generator, dtype=torch.double)
+    logits = 1.5 * z + torch.linspace(-1, 1, pixels).double()
+    return torch.bernoulli(logits.sigmoid(), generator=generator)
+
+
+# --- Eigenvalues in units of the noise ---
+
+
+def test_of_a_normal_they_are_those_of_the_covariance_over_sigma_squared():
+    found = eigenvalues_in_noise_units(UserNormal((D,), math.sqrt(SIGMA2)), gaussian_data(), features=torch.zeros(D))
+    assert_close(found, EIGENVALUES / SIGMA2)
+
+
+def test_a_unit_that_was_fitted_is_part_of_the_noise():
+    x = gaussian_data()
+    found = eigenvalues_in_noise_units(likelihoods.NormalFixed((D,), scale=0.5), x)
+    assert_close(found, EIGENVALUES / (0.25 * EIGENVALUES.mean()), rtol=1e-6, atol=1e-6)
+
+
+def test_a_learned_scale_is_the_one_of_the_collapsed_state():
+    x, family = gaussian_data(), likelihoods.Normal((D,))
+    with torch.no_grad():
+        family.log_scale.fill_(-3.0)
+    assert float(eigenvalues_in_noise_units(family, x).sum()) == pytest.approx(D, rel=1e-6)
+    assert float(family.log_scale.detach()) == -3.0
+    assert float(family.unit) == 1.0
+
+
+def test_of_a_bernoulli_they_are_those_of_the_correlation_matrix():
+    x = binary_data(20_000)
+    exact = np.linalg.eigvalsh(np.corrcoef(x.numpy().T))[::-1]
+    np.testing.assert_allclose(eigenvalues_in_noise_units(likelihoods.Bernoulli((6,)), x), exact, rtol=1e-3)
+
+
+def test_of_a_normal_with_a_scale_a_pixel_they_are_those_of_the_correlation_matrix():
+    x = gaussian_data() * torch.linspace(0.5, 2, D)
+    exact = np.linalg.eigvalsh(np.corrcoef(x.numpy().T))[::-1]
+    np.testing.assert_allclose(eigenvalues_in_noise_units(likelihoods.NormalPerPixel((D,)), x), exact, rtol=1e-5)
+
+
+def test_of_a_laplace_they_are_those_of_the_signs():
+    x, family = gaussian_data(2001), likelihoods.Laplace((D,))
+    signs = np.sign(x.numpy() - np.median(x.numpy(), axis=0))
+    exact = np.linalg.eigvalsh(np.cov(signs.T, bias=True))[::-1]
+    np.testing.assert_allclose(eigenvalues_in_noise_units(family, x), exact, atol=0.05)
+
+
+def test_pixels_that_never_vary_are_left_out():
+    x = binary_data(500)
+    padded = torch.cat([x, torch.zeros(500, 2).double(), torch.ones(500, 1).double()], dim=1)
+    found = eigenvalues_in_noise_units(likelihoods.Bernoulli((9,)), padded)
+    assert_close(found, eigenvalues_in_noise_units(likelihoods.Bernoulli((6,)), x))
+
+
+def test_fewer_images_than_pixels_give_the_same_eigenvalues():
+    x = gaussian_data()[:5]
+    found = eigenvalues_in_noise_units(UserNormal((D,), 1.0), x, features=torch.zeros(D))
+    exact = np.linalg.eigvalsh(np.cov(x.numpy().T, bias=True))[::-1]
+    np.testing.assert_allclose(found, exact[:5], atol=1e-12)
+
+
+def test_images_keep_their_shape_through_the_expansion():
+    x = binary_data(300)
+    flat = eigenvalues_in_noise_units(likelihoods.Bernoulli((6,)), x)
+    assert_close(eigenvalues_in_noise_units(likelihoods.Bernoulli((1, 2, 3)), x.reshape(300, 1, 2, 3)), flat)
+
+
+WITH_LOCATION = [word for word, case in CASES.items() if has_location(case.make(case.event))]
+FITTED = [word for word in WITH_LOCATION if CASES[word].fits_peak and word != "normal-fixed"]
+
+
+def drawn(case, N=2000):
+    """A likelihood, and images (N, *E) of its own pixels, the same features for every image."""
+    family = case.make(case.event).double()
+    torch.manual_seed(0)
+    return family, family(case.draw(1).expand(N, -1)).sample().detach()
+
+
+@pytest.mark.parametrize("word", WITH_LOCATION)
+def test_pixels_of_the_likelihood_itself_are_noise_of_one(word):
+    """E[s^2] = -E[d2 log p / dh2] (Fisher's information), whatever the likelihood."""
+    case = CASES[word]
+    family, x = drawn(case)
+    assert_noise_of_one(eigenvalues_in_noise_units(family, x, features=case.draw(1)[0]))
+
+
+@pytest.mark.parametrize("word", FITTED)
+def test_pixels_that_the_likelihood_was_fitted_to_are_noise_of_one(word):
+    family, x = drawn(CASES[word])
+    assert_noise_of_one(eigenvalues_in_noise_units(family, x))
+
+
+def assert_noise_of_one(eigenvalues, N=2000):
+    """Those of a sample covariance are within (1 +- sqrt(D / N))^2, and curvatures of skewed pixels are noisy too."""
+    assert (eigenvalues.diff() <= 0).all()
+    assert ((eigenvalues > 0.75) & (eigenvalues < 1.3)).all()
+
+
+@pytest.mark.parametrize("family", [likelihoods.Categorical((2,)), likelihoods.DiscretizedLogisticMixture((2,))])
+def test_a_likelihood_without_location_is_refused(family):
+    with pytest.raises(ValueError, match="family: expected a location"):
+        eigenvalues_in_noise_units(family, torch.zeros(4, 2))
+
+
+def test_images_that_are_all_the_same_are_refused():
+    with pytest.raises(ValueError, match="x: expected pixels that vary"):
+        eigenvalues_in_noise_units(likelihoods.Bernoulli((6,)), torch.ones(10, 6))
+
+
+# --- Thresholds ---
+
+
+def test_a_mean_over_pixels_multiplies_the_threshold_by_their_number():
+    assert threshold(beta=2.0, reduction="mean", num_pixels=784) == 2 * 784
+    assert threshold(beta=2.0, num_pixels=784) == 2
+
+
+def test_directions_above_the_threshold_are_counted():
+    eigenvalues = torch.tensor([900.0, 50.0, 3.0, 1.5, 0.5])
+    assert live_directions(eigenvalues) == 4
+    assert live_directions(eigenvalues, beta=2) == 3
+    assert live_directions(eigenvalues, reduction="mean", num_pixels=784) == 1
+
+
+def test_another_reduction_is_refused():
+    with pytest.raises(ValueError, match="reduction: expected"):
+        threshold(reduction="median")
+
+
+def test_a_mean_squared_error_is_a_gaussian_of_half_the_pixels():
+    x, y = torch.randn(2, 784, generator=torch.Generator().manual_seed(0), dtype=torch.double)
+    p = dist.Normal(y, math.sqrt(variance_of_mean_squared_error(784)))
+    difference = p.log_prob(y).sum() - p.log_prob(x).sum()
+    assert float(difference) == pytest.approx(float((x - y).square().mean()))
+
+
+# --- The noise as a Gaussian's ---
+
+
+def test_a_normals_noise_is_its_present_scale_squared():
+    family = likelihoods.Normal((D,))
+    family.fit_marginals(gaussian_data())
+    with torch.no_grad():
+        family.log_scale.fill_(-1.0)
+    exact = float(EIGENVALUES.mean()) * math.exp(-2)
+    assert gaussian_variance(family, gaussian_data()) == pytest.approx(exact, rel=1e-6)
+
+
+def test_a_bernoullis_noise_is_that_of_its_marginals():
+    x = binary_data(20_000)
+    rate = x.mean(0)
+    found = gaussian_variance(likelihoods.Bernoulli((6,)), x)
+    assert found == pytest.approx(float((rate * (1 - rate)).mean()), rel=1e-3)
+
+
+def test_a_likelihood_without_variance_has_no_gaussian():
+    assert gaussian_variance(*drawn(CASES["discretized-logistic"], 100)) is None
+
+
+# --- Predicted, and trained ---
+
+
+def linear_vae(x, L=D):
+    """A linear VAE with a decoder, an encoder, and log-scales that are the same for every image."""
+    torch.manual_seed(0)
+    decoder, encoder = MLP(L, D, hidden=()).double(), MLP(D, 2 * L, hidden=()).double()
+    with torch.no_grad():
+        decoder.output.weight.copy_(0.3 * torch.randn(D, L))
+        decoder.output.bias.copy_(x.mean(0))
+        encoder.output.weight[:L] = 0.3 * torch.randn(L, D)
+        encoder.output.weight[L:] = 0
+    likelihood = Conditional(decoder, UserNormal((D,), math.sqrt(SIGMA2)).double())
+    return VAE(StandardNormal(L).double(), likelihood, Conditional(encoder, DiagonalNormal(L)))
+
+
+def trained(x, *, beta, reduction):
+    """By full batches, reconstruction in closed form: E_q |x - y(z)|^2 = |x - y(m)|^2 + sum_l s_l^2 |w_l|^2."""
+    vae, steps = linear_vae(x), 2500 if beta == 1.0 and reduction == "sum" else 1200  # more live, and slower to part
+    output = vae.likelihood.net.output
+    pixels = D if reduction == "mean" else 1
+    optimizer = torch.optim.Adam(vae.parameters(), lr=0.03)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        q = vae.posterior(x).base_dist
+        s2 = q.scale.square()
+        error = (x - output(q.loc)).square().sum(-1) + s2 @ output.weight.square().sum(0)
+        kl = (q.loc.square() + s2 - 1 - s2.log()).sum(-1) / 2
+        (error / (2 * SIGMA2 * pixels) + beta * kl).mean().backward()
+        optimizer.step()
+        schedule.step()
+    return vae
+
+
+TRAININGS = {
+    "beta 1": {"beta": 1.0, "reduction": "sum", "live": 7},
+    "beta 2.3": {"beta": 2.3, "reduction": "sum", "live": 5},
+    "beta 5.3": {"beta": 5.3, "reduction": "sum", "live": 3},
+    "mean over pixels": {"beta": 1.0, "reduction": "mean", "live": 2},
+    "mean over pixels, beta 2": {"beta": 2.0, "reduction": "mean", "live": 0},
+}
+
+
+@pytest.fixture(scope="module", params=TRAININGS)
+def training(request):
+    case = TRAININGS[request.param]
+    options = {"beta": case["beta"], "reduction": case["reduction"]}
+    return options, case["live"], trained(gaussian_data(), **options)
+
+
+def test_the_prediction_counts_the_live_latents_of_a_trained_linear_vae(training):
+    options, live, vae = training
+    x = gaussian_data()
+    eigenvalues = eigenvalues_in_noise_units(vae.likelihood.family, x, features=x.mean(0))
+    assert live_directions(eigenvalues, **options, num_pixels=D) == live
+    assert int((latent_kl(vae, x).mean > 0.01).sum()) == live
+
+
+def test_the_prediction_names_the_live_directions_of_a_trained_linear_vae(training):
+    """W W' = sum over live d of (lambda_d - t sigma^2) u_d u_d', t the threshold: direction by direction."""
+    options, _, vae = training
+    t = threshold(**options, num_pixels=D)
+    live = predicted_live(EIGENVALUES, sigma2=SIGMA2, beta=t)
+    W, U = vae.likelihood.net.output.weight.detach(), rotation()
+    expected = torch.where(live, EIGENVALUES - t * SIGMA2, torch.zeros(D).double())
+    assert_close(U.T @ W @ W.T @ U, expected.diag(), rtol=0, atol=0.02)
+
+
+def best_kl_of_a_bernoulli_vae(x, beta, steps=500):
+    """The mean KL at the optimum of a VAE with one latent and a linear decoder; E_q by Gauss and Hermite's 16 nodes."""
+    torch.manual_seed(0)
+    nodes, weights = (torch.from_numpy(part) for part in np.polynomial.hermite_e.hermegauss(16))
+    weights = weights / weights.sum()
+    decoder, encoder = nn.Linear(1, 6).double(), nn.Linear(6, 1).double()
+    log_scale = torch.zeros((), dtype=torch.double, requires_grad=True)
+    optimizer = torch.optim.Adam([*decoder.parameters(), *encoder.parameters(), log_scale], lr=0.02)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        m, s = encoder(x), log_scale.exp()
+        h = decoder((m + s * nodes)[..., None])  # (N, 16, 6)
+        log_p = -torch.nn.functional.softplus(torch.where(x[:, None] > 0.5, -h, h)).sum(-1)
+        kl = (m.square() + s.square() - 1 - 2 * log_scale).squeeze(-1) / 2
+        (beta * kl - log_p @ weights).mean().backward()
+        optimizer.step()
+    return float(kl.mean().detach())
+
+
+@pytest.mark.parametrize("ratio", [0.75, 1.25])
+def test_a_bernoulli_vae_leaves_the_collapsed_state_where_predicted(ratio):
+    x = binary_data(400)
+    largest = float(eigenvalues_in_noise_units(likelihoods.Bernoulli((6,)), x)[0])
+    kl = best_kl_of_a_bernoulli_vae(x, ratio * largest)
+    assert (kl > 0.02) == (ratio < 1)
+    assert (kl < 1e-3) == (ratio > 1)

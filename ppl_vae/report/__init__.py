@@ -1,0 +1,37 @@
+"""A page that people want to read: text, figures, sliders and a live decoder, as one HTML file without a network.
+
+Strings and arrays in, a string out. Runs no model, and writes no file.
+"""
+
+from ppl_vae.report.blocks import (
+    Answer,
+    Block,
+    Explorer,
+    Picture,
+    Section,
+    Slider,
+    SliderStop,
+    Table,
+    Text,
+    Verdict,
+)
+from ppl_vae.report.decoder import DecoderWeights, Layer, Link, decoder_weights
+from ppl_vae.report.page import page
+
+__all__ = [
+    "Answer",
+    "Block",
+    "DecoderWeights",
+    "Explorer",
+    "Layer",
+    "Link",
+    "Picture",
+    "Section",
+    "Slider",
+    "SliderStop",
+    "Table",
+    "Text",
+    "Verdict",
+    "decoder_weights",
+    "page",
+]

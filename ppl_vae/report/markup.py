@@ -1,0 +1,70 @@
+"""Words to HTML: everything escaped but three marks, and bytes that are embedded."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import re
+from numbers import Integral
+from typing import Any
+
+_MARKS = re.compile(r"`([^`]+)`|\*\*(.+?)\*\*|\[([^\]]+)\]\(#([\w-]+)\)")
+_NUMBER = re.compile(r"\s*[<>≤≥≈~]?\s*[-+−]?[\d.][\d.,eE+−–\- ±()\[\]×^%/]*[a-zA-Z%]{0,5}\s*")
+_NOTHING = "–"
+
+
+def escape(words: str) -> str:
+    """As text or between quotes."""
+    return html.escape(words, quote=True)
+
+
+def inline(words: str) -> str:
+    """``**bold**``, ```code``` and ``[words](#anchor)``; everything else is escaped."""
+    done, parts = 0, []
+    for mark in _MARKS.finditer(words):
+        parts.append(escape(words[done : mark.start()]))
+        code, bold, link, anchor = mark.groups()
+        if code is not None:
+            parts.append(f"<code>{escape(code)}</code>")
+        elif bold is not None:
+            parts.append(f"<strong>{inline(bold)}</strong>")
+        else:
+            parts.append(f'<a href="#{anchor}">{inline(link)}</a>')
+        done = mark.end()
+    return "".join([*parts, escape(words[done:])])
+
+
+def paragraphs(words: str) -> str:
+    """A blank line starts a new one."""
+    return "\n".join(f"<p>{inline(part.strip())}</p>" for part in re.split(r"\n\s*\n", words) if part.strip())
+
+
+def slug(words: str) -> str:
+    """What a link to a heading is called: its letters and digits, joined by hyphens."""
+    return re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-") or "section"
+
+
+def cell(value: Any) -> str:
+    """A table's cell: numbers to four digits, whole and large ones in full, with a true minus."""
+    if value is None:
+        return _NOTHING
+    if isinstance(value, str):
+        return inline(value)
+    in_full = isinstance(value, Integral) or abs(value) >= 1e4
+    return (f"{value:,.0f}" if in_full else f"{value:.4g}").replace("-", "−")
+
+
+def is_number(value: Any) -> bool:
+    """Whether a cell is one, also as text such as "-86.1 ± 0.2"; an empty cell may stand among them."""
+    return value in (None, "", _NOTHING) or not isinstance(value, str) or _NUMBER.fullmatch(value) is not None
+
+
+def png_address(png: bytes) -> str:
+    """The picture as an address that needs no network."""
+    return f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}"
+
+
+def json_script(value: Any) -> str:
+    """JSON that can stand inside a script element: no "<" is left that could close it."""
+    return json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")

@@ -1,0 +1,542 @@
+"""The page, in a real browser: it needs no network, shows what it is given, and draws what torch would."""
+
+from __future__ import annotations
+
+import base64
+import math
+import re
+import struct
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from browser import Visit, chromium  # noqa: F401, a fixture
+
+from ppl_vae import likelihoods, networks
+from ppl_vae.conditional import Conditional
+from ppl_vae.report import (
+    Answer,
+    Explorer,
+    Picture,
+    Section,
+    Slider,
+    SliderStop,
+    Table,
+    Text,
+    Verdict,
+    decoder_weights,
+    page,
+)
+
+SHAPE = (1, 7, 5)  # higher than wide, so that rows and columns cannot be mistaken
+
+
+def png(gray: int, width: int = 8, height: int = 4) -> bytes:
+    """A picture of one gray, by the format's own definition."""
+    rows = (b"\0" + bytes([gray] * width)) * height
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def decoder(
+    latent_dim: int = 2,
+    *,
+    network: Callable[..., Any] = networks.MLP,
+    family: Callable[..., Any] = likelihoods.Bernoulli,
+    shape: tuple[int, ...] = SHAPE,
+    spread: float = 2.0,
+) -> Conditional:
+    """Of random weights, large enough that the means are not all alike."""
+    torch.manual_seed(0)
+    pixels = family(shape)
+    likelihood = Conditional(network(latent_dim, pixels.num_features, hidden=[24, 16]), pixels)
+    with torch.no_grad():
+        for weight in likelihood.net.parameters():
+            weight.mul_(spread)
+    return likelihood
+
+
+def explorer(likelihood: Conditional | None = None, **options: Any) -> Explorer:
+    return Explorer(decoder_weights(likelihood or decoder()), "Caption of the explorer", **options)
+
+
+def slider() -> Slider:
+    stops = [
+        SliderStop(f"{10**k:g}", [("reconstructions", png(20 * k)), ("samples", png(9 * k + 1))], {"KL": f"{k}.5 nats"})
+        for k in range(3)
+    ]
+    return Slider("beta", stops, "Caption of the slider", fixed=("originals", png(255)), start=1)
+
+
+def everything() -> list[Section]:
+    long_word = "runs/" + "a-very-long-name-of-a-run-folder" * 4
+    wide = [[f"row {k}", *(-86.125 * k,) * 9, "−86.1 ± 0.2"] for k in range(3)]
+    rng = np.random.default_rng(0)
+    return [
+        Section(
+            "First words", [Text("A **bold** word, some `code`, a [link](#numbers).\n\nAnother paragraph."), slider()]
+        ),
+        Section(
+            "Numbers",
+            [
+                Table(["name", *(f"column {k}" for k in range(9)), "bound"], wide, "Caption of the table", highlight=1),
+                Answer("Why is that?", "Because of **this**, as `measured`."),
+                Verdict("over-regularized", f"KL 0.1 nats in {long_word}", f"python scripts/x.py {long_word} --beta 1"),
+                Verdict("healthy", "All is well.", severity="healthy", figure=Picture(png(90), "A figure", "gray")),
+            ],
+        ),
+        Section(
+            "The plane",
+            [
+                Picture(png(200, 900, 30), "Light and dark", "a band", dark_png=png(30, 900, 30)),
+                Picture(png(200, 900, 30), "Light alone", "a band"),
+                explorer(points=rng.normal(size=(50, 2)), labels=np.arange(50) % 10),
+            ],
+        ),
+    ]
+
+
+@pytest.fixture
+def visit(chromium: Any, tmp_path: Path) -> Callable[..., Visit]:  # noqa: F811, the fixture
+    """Writes a page to disk and opens it there."""
+
+    def opened(*blocks: Any, title: str = "A page", **options: Any) -> Visit:
+        sections = [Section("Only one", blocks)] if blocks else everything()
+        path = tmp_path / "page.html"
+        path.write_text(page(title, sections, subtitle="What it says."), encoding="utf-8")
+        return Visit(chromium, path, **options)
+
+    return opened
+
+
+# --- Complete in itself ---
+
+
+def test_opening_and_using_a_page_asks_for_no_other_file_and_logs_nothing(visit) -> None:
+    with visit() as seen:
+        seen.tab.locator("input[type=range]").press("ArrowRight")
+        seen.tab.locator("canvas.pad").hover()
+        seen.tab.locator("button.theme").click()
+        seen.frame()
+        asked = [address for address in seen.requests if not address.startswith("data:")]
+        assert (asked, seen.complaints) == ([seen.tab.url], [])
+        assert seen.tab.url.startswith("file:")
+
+
+def test_a_page_names_no_address_of_a_network() -> None:
+    without_data = re.sub(r"data:image/png;base64,[\w+/=]*", "", page("A page", everything()))
+    assert re.findall(r"(?:https?:)?//[\w.]+\.\w+/|\burl\(|@import|\bsrc=[\"'](?!\")", without_data) == []
+
+
+@pytest.mark.parametrize(
+    "words", ["<script>window.hit = 1</script>", '"><img src=x onerror=window.hit=1>', "</style>&amp;"]
+)
+def test_markup_in_words_is_shown_as_it_was_written(visit, words: str) -> None:
+    stop = SliderStop(words, [(words, png(1))], {words: words})
+    blocks = [
+        Text(words),
+        Answer(words, words),
+        Verdict(words, words, words),
+        Table([words], [[words]], words),
+        Picture(png(2), words, words),
+        Slider(words, [stop], words),
+        explorer(points=np.zeros((1, 2)), labels=np.zeros(1, dtype=int), label_names=[words]),
+    ]
+    with visit(*blocks, title=words) as seen:
+        assert seen.tab.title() == words
+        assert seen.tab.locator("h1").inner_text() == words
+        assert seen.tab.evaluate("window.hit") is None
+        assert seen.tab.locator(f"[alt={words!r}]" if '"' in words else f'[alt="{words}"]').count() == 1
+        assert seen.complaints == []
+
+
+def test_words_cannot_close_the_data_of_an_explorer(visit) -> None:
+    """What stands in a script element is escaped otherwise than text."""
+    with visit(
+        explorer(label_names=["</script>"] * 10, points=np.zeros((1, 2)), labels=np.zeros(1, dtype=int))
+    ) as seen:
+        assert seen.tab.locator(".legend").inner_text().strip() == "</script>"
+
+
+# --- What is shown ---
+
+
+def test_the_slider_changes_all_pictures_and_numbers_together(visit) -> None:
+    def shown(tab: Any) -> tuple[list[str], str, str]:
+        pictures = tab.locator("figure.slider img:visible").evaluate_all("(all) => all.map((one) => one.src)")
+        numbers = tab.locator("figure.slider dd:visible").inner_text()
+        return pictures, numbers, tab.locator("figure.slider output").inner_text()
+
+    def address(gray: int) -> str:
+        return "data:image/png;base64," + base64.b64encode(png(gray)).decode()
+
+    with visit(slider()) as seen:
+        assert shown(seen.tab) == ([address(255), address(20), address(10)], "1.5 nats", "10")
+        seen.tab.locator("input[type=range]").press("ArrowRight")
+        assert shown(seen.tab) == ([address(255), address(40), address(19)], "2.5 nats", "100")
+        seen.tab.locator("input[type=range]").fill("0")
+        assert shown(seen.tab) == ([address(255), address(0), address(1)], "0.5 nats", "1")
+
+
+def test_without_scripts_every_stop_of_the_slider_is_shown(visit) -> None:
+    with visit(slider(), runs_scripts=False) as seen:
+        assert [seen.tab.locator(".stop").nth(k).is_visible() for k in range(3)] == [True] * 3
+
+
+def test_what_can_be_moved_is_reached_with_the_tab_key(visit) -> None:
+    with visit(slider(), Table(["a"], [[1]]), explorer()) as seen:
+        reached = []
+        for _ in range(4):
+            seen.tab.keyboard.press("Tab")
+            reached.append(seen.tab.evaluate("document.activeElement.className || document.activeElement.type"))
+        assert reached == ["theme", "range", "scroll", "pad"]
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(1204500, "1,204,500"), (-86.1254, "−86.13"), (12345.6, "12,346"), (None, "–"), (np.int64(20000), "20,000")],
+)
+def test_a_number_is_written_as_people_read_it(value: object, shown: str) -> None:
+    assert f'<td class="number">{shown}</td>' in page("t", [Section("s", [Table(["n"], [[value]])])])  # type: ignore[list-item]
+
+
+def test_every_picture_can_be_decoded(visit) -> None:
+    with visit() as seen:
+        widths = seen.tab.locator("img").evaluate_all(
+            "(all) => Promise.all(all.map((one) => one.decode().then(() => one.naturalWidth)))"
+        )
+        assert sorted(set(widths)) == [8, 900]
+
+
+def test_marks_become_bold_code_and_links(visit) -> None:
+    with visit() as seen:
+        first = seen.tab.locator("#first-words > p").first
+        assert first.inner_text() == "A bold word, some code, a link."
+        assert [first.locator(kind).inner_text() for kind in ("strong", "code", "a")] == ["bold", "code", "link"]
+        assert seen.tab.locator(first.locator("a").get_attribute("href")).count() == 1
+
+
+def test_only_columns_of_numbers_are_set_to_the_right(visit) -> None:
+    rows = [["12", -3.25, "−86.1 ± 0.2", "12 of the 30"], ["a4", None, "0.5 [0.4, 0.6]", "7"]]
+    with visit(Table(["text", "number", "error bar", "words"], rows)) as seen:
+        sides = seen.tab.locator("tbody tr:first-child td").evaluate_all(
+            "(all) => all.map((one) => getComputedStyle(one).textAlign)"
+        )
+        assert sides == ["left", "right", "right", "left"]
+
+
+@pytest.mark.parametrize(("scheme", "gray"), [("light", 200), ("dark", 30)])
+def test_a_picture_of_two_versions_shows_the_one_of_the_scheme(visit, scheme: str, gray: int) -> None:
+    with visit(Picture(png(200), "Two", "two", dark_png=png(30)), scheme=scheme) as seen:
+        assert seen.tab.locator("figure img:visible").evaluate_all("(all) => all.map((one) => one.src)") == [
+            "data:image/png;base64," + base64.b64encode(png(gray)).decode()
+        ]
+
+
+def test_the_button_turns_light_to_dark(visit) -> None:
+    with visit(Text("words")) as seen:
+        paper = "getComputedStyle(document.documentElement).backgroundColor"
+        before = seen.tab.evaluate(paper)
+        seen.tab.locator("button.theme").click()
+        assert (before, seen.tab.evaluate(paper)) == ("rgb(255, 255, 255)", "rgb(20, 22, 26)")
+
+
+# --- Readable ---
+
+_CONTRASTS = """() => {
+  const canvas = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
+  const rgba = (color) => {
+    canvas.clearRect(0, 0, 1, 1);
+    canvas.fillStyle = color;
+    canvas.fillRect(0, 0, 1, 1);
+    const [r, g, b, a] = canvas.getImageData(0, 0, 1, 1).data;
+    return [r, g, b, a / 255];
+  };
+  const luminance = (rgb) => {
+    const shares = rgb.slice(0, 3).map((c) => c / 255);
+    const linear = shares.map((c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4));
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2];
+  };
+  const behind = (element) => {
+    for (let at = element; at; at = at.parentElement) {
+      const color = rgba(getComputedStyle(at).backgroundColor);
+      if (color[3] > 0.99) return color;
+    }
+    return [255, 255, 255, 1];
+  };
+  const found = [];
+  for (const element of document.querySelectorAll("body *")) {
+    const words = [...element.childNodes].some((node) => node.nodeType === 3 && node.textContent.trim());
+    if (!words || !element.checkVisibility() || ["SCRIPT", "NOSCRIPT"].includes(element.tagName)) continue;
+    const pair = [luminance(rgba(getComputedStyle(element).color)), luminance(behind(element))].sort((a, b) => b - a);
+    found.push([(pair[0] + 0.05) / (pair[1] + 0.05), element.tagName + "." + element.className]);
+  }
+  return found;
+}"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_all_words_have_the_contrast_that_wcag_asks_for(visit, scheme: str) -> None:
+    """(L1 + 0.05) / (L2 + 0.05) >= 4.5, relative luminances. Reference: WCAG 2.2, success criterion 1.4.3."""
+    with visit(scheme=scheme) as seen:
+        contrasts = seen.tab.evaluate(_CONTRASTS)
+        assert len(contrasts) > 50
+        assert [(round(ratio, 2), where) for ratio, where in contrasts if ratio < 4.5] == []
+
+
+def test_nothing_is_wider_than_the_window(visit) -> None:
+    with visit() as seen:
+        for width in (320, 400, 768, 1200, 1600):
+            seen.tab.set_viewport_size({"width": width, "height": 900})
+            assert seen.tab.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_a_wide_table_scrolls_in_its_own_box(visit) -> None:
+    with visit(width=400) as seen:
+        inside, outside = seen.tab.locator(".table .scroll").evaluate("(box) => [box.scrollWidth, box.clientWidth]")
+        assert inside > outside
+
+
+def test_text_is_at_least_sixteen_pixels_at_the_width_of_a_phone(visit) -> None:
+    with visit(width=400) as seen:
+        size = seen.tab.locator("main p").first.evaluate("(one) => parseFloat(getComputedStyle(one).fontSize)")
+        assert size >= 16
+
+
+# --- The explorer ---
+
+_PIXELS = """([k, z]) => {
+  window.pplExplorer.explorerSet(k, ...z);
+  return window.pplExplorer.explorerPixels(k);
+}"""
+
+
+def shown_pixels(seen: Visit, z: tuple[float, float], *, k: int = 0) -> torch.Tensor:
+    """(C H W), of the k-th explorer once it is moved to z."""
+    return torch.tensor(seen.tab.evaluate(_PIXELS, [k, list(z)]), dtype=torch.float)
+
+
+NETWORKS = {
+    "mlp": networks.MLP,
+    "gated": networks.GatedMLP,
+    "tanh": lambda *sizes, **options: networks.MLP(*sizes, activation=torch.nn.Tanh, **options),
+    "silu": lambda *sizes, **options: networks.MLP(*sizes, activation=torch.nn.SiLU, **options),
+}
+PLACES = [(0.0, 0.0), (1.5, -0.5), (-2.75, 2.25), (3.0, 3.0)]
+
+
+DECODERS = {
+    (name, latent_dim): decoder(latent_dim, network=NETWORKS[name]) for name in NETWORKS for latent_dim in (2, 5)
+}
+
+
+@dataclass(frozen=True)
+class Moved:
+    """Which latents an explorer moves, and where the others stay."""
+
+    axes: tuple[int, int]
+    base: torch.Tensor
+
+    def z(self, place: tuple[float, float]) -> torch.Tensor:
+        z = self.base.clone()
+        z[list(self.axes)] = torch.tensor(place)
+        return z
+
+
+def moved(latent_dim: int) -> Moved:
+    return Moved((latent_dim - 1, 0), torch.linspace(-1, 1, latent_dim))
+
+
+@pytest.fixture(scope="module")
+def all_decoders(chromium: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Visit]:  # noqa: F811, the fixture
+    """One page with an explorer of each network, and then of each likelihood."""
+    path = tmp_path_factory.mktemp("page") / "page.html"
+    by_network = [
+        explorer(likelihood, base=moved(latent_dim).base.numpy(), axes=moved(latent_dim).axes)
+        for (_, latent_dim), likelihood in DECODERS.items()
+    ]
+    by_family = [explorer(of_family(family)) for family in FAMILIES]
+    path.write_text(page("All", [Section("All", [*by_network, *by_family])]), encoding="utf-8")
+    with Visit(chromium, path) as seen:
+        yield seen
+
+
+@pytest.mark.parametrize("key", DECODERS, ids=str)
+def test_the_explorer_draws_the_mean_that_torch_computes(all_decoders: Visit, key: tuple[str, int]) -> None:
+    likelihood = DECODERS[key]
+    for place in PLACES:
+        exact = likelihood(moved(key[1]).z(place)).mean
+        assert exact.std() > 0.05
+        shown = shown_pixels(all_decoders, place, k=list(DECODERS).index(key))
+        torch.testing.assert_close(shown, exact.flatten(), rtol=0, atol=1e-2)
+
+
+FAMILIES = {  # and the mean that is white
+    likelihoods.ContinuousBernoulli: 1.0,
+    likelihoods.Beta: 1.0,
+    likelihoods.Binomial: 255.0,
+    likelihoods.Poisson: 255.0,
+    likelihoods.NegativeBinomial: 255.0,
+    likelihoods.Normal: 1.0,
+    likelihoods.NormalFixed: 1.0,
+    likelihoods.NormalOptimal: 1.0,
+    likelihoods.NormalPerPixel: 1.0,
+    likelihoods.Laplace: 1.0,
+    likelihoods.StudentT: 1.0,
+}
+
+
+def of_family(family: type) -> Conditional:
+    likelihood = decoder(family=family, spread=2.5)
+    if hasattr(likelihood.family, "unit"):
+        likelihood.family.unit.fill_(0.1)
+    return likelihood
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_explorer_draws_the_mean_of_every_likelihood_that_it_takes(all_decoders: Visit, family: type) -> None:
+    likelihood = of_family(family)
+    for place in PLACES:
+        exact = (likelihood(torch.tensor(place)).mean / FAMILIES[family]).clamp(0, 1)
+        assert ((exact > 0) & (exact < 1)).float().mean() > 0.2
+        shown = shown_pixels(all_decoders, place, k=len(DECODERS) + list(FAMILIES).index(family))
+        torch.testing.assert_close(shown, exact.flatten(), rtol=0, atol=1e-2)
+
+
+def test_the_canvas_shows_the_pixels_in_their_rows_and_colors(visit) -> None:
+    likelihood = decoder(shape=(3, 7, 5))
+    with visit(explorer(likelihood)) as seen:
+        shown_pixels(seen, (1.0, 2.0))
+        canvas = seen.tab.locator("canvas.drawn").evaluate(
+            "(one) => [...one.getContext('2d').getImageData(0, 0, one.width, one.height).data]"
+        )
+        image = torch.tensor(canvas).reshape(7, 5, 4)[..., :3].permute(2, 0, 1) / 255
+        torch.testing.assert_close(image, likelihood(torch.tensor([1.0, 2.0])).mean, rtol=0, atol=1e-2)
+
+
+def test_the_picture_follows_the_pointer(visit) -> None:
+    likelihood = decoder()
+    with visit(explorer(likelihood, extent=2.0)) as seen:
+        box = seen.tab.locator("canvas.pad").bounding_box()
+        seen.tab.mouse.move(box["x"] + 0.75 * box["width"], box["y"] + 0.25 * box["height"])
+        seen.frame()
+        shown = torch.tensor(seen.tab.evaluate("window.pplExplorer.explorerPixels(0)"))
+        torch.testing.assert_close(shown, likelihood(torch.tensor([1.0, 1.0])).mean.flatten(), rtol=0, atol=0.03)
+
+
+def test_the_picture_follows_a_finger(visit) -> None:
+    likelihood = decoder()
+    with visit(explorer(likelihood, extent=2.0), width=400) as seen:
+        pad = seen.tab.locator("canvas.pad")
+        pad.scroll_into_view_if_needed()
+        box = pad.bounding_box()
+        seen.tab.touchscreen.tap(box["x"] + 0.25 * box["width"], box["y"] + 0.25 * box["height"])
+        seen.frame()
+        shown = torch.tensor(seen.tab.evaluate("window.pplExplorer.explorerPixels(0)"))
+        torch.testing.assert_close(shown, likelihood(torch.tensor([-1.0, 1.0])).mean.flatten(), rtol=0, atol=0.03)
+
+
+def test_the_picture_follows_the_arrow_keys(visit) -> None:
+    likelihood = decoder()
+    with visit(explorer(likelihood, start=(0.5, 0.0), extent=4.0)) as seen:
+        pad = seen.tab.locator("canvas.pad")
+        for key in ("ArrowLeft", "ArrowUp", "Shift+ArrowUp"):  # by a fortieth of the extent, and by five
+            pad.press(key)
+            seen.frame()
+        shown = torch.tensor(seen.tab.evaluate("window.pplExplorer.explorerPixels(0)"))
+        torch.testing.assert_close(shown, likelihood(torch.tensor([0.4, 0.6])).mean.flatten(), rtol=0, atol=1e-2)
+        assert seen.tab.locator(".readout").inner_text().split() == ["z0", "=", "0.40", "z1", "=", "0.60"]
+
+
+def test_two_explorers_on_a_page_do_not_mix(visit) -> None:
+    first, second = decoder(), decoder(network=networks.GatedMLP)
+    with visit(explorer(first), explorer(second)) as seen:
+        seen.tab.evaluate("window.pplExplorer.explorerSet(1, 2, -1)")
+        shown = [torch.tensor(seen.tab.evaluate(f"window.pplExplorer.explorerPixels({k})")) for k in (0, 1)]
+        torch.testing.assert_close(shown[0], first(torch.zeros(2)).mean.flatten(), rtol=0, atol=1e-2)
+        torch.testing.assert_close(shown[1], second(torch.tensor([2.0, -1.0])).mean.flatten(), rtol=0, atol=1e-2)
+
+
+def test_the_points_lie_where_their_codes_are(visit) -> None:
+    """A point darkens the plane at its place, and not at its mirror image."""
+    with visit(explorer(points=np.array([[1.5, 0.5]] * 50), extent=2.0)) as seen:
+        seen.frame()
+        ink = """(pad, at) => {
+          const [x, y] = [(at[0] / 2 + 1) / 2 * pad.width, (1 - at[1] / 2) / 2 * pad.height];
+          return pad.getContext("2d").getImageData(Math.round(x), Math.round(y), 1, 1).data[3];
+        }"""
+        pad = seen.tab.locator("canvas.pad")
+        assert pad.evaluate(ink, [1.5, 0.5]) > 150
+        assert pad.evaluate(ink, [0.5, 1.5]) < 50
+
+
+# --- What is refused, in words ---
+
+
+def _large() -> Conditional:
+    likelihood = decoder()
+    with torch.no_grad():
+        likelihood.net.output.weight[0, 0] = 1e5
+    return likelihood
+
+
+def _convolutional() -> Conditional:
+    net = networks.ConvDecoder(2, (1, 8, 8), 64, channels=[4], hidden=[8])
+    return Conditional(net, likelihoods.Bernoulli((1, 8, 8)))
+
+
+REFUSED = {
+    "dense networks": _convolutional,
+    "one feature a pixel, got DiscretizedLogistic": lambda: decoder(family=likelihoods.DiscretizedLogistic),
+    "ends in a likelihood, got Linear": lambda: torch.nn.Linear(2, 35),
+    "images": lambda: decoder(shape=(9,)),
+    "half precision": _large,
+    "got Softplus": lambda: decoder(
+        network=lambda *sizes, **options: networks.MLP(*sizes, activation=torch.nn.Softplus, **options)
+    ),
+}
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_a_decoder_that_a_page_cannot_draw_is_refused_in_words(words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        decoder_weights(REFUSED[words]())
+
+
+WRONG = {
+    "expected 2 cells": lambda: Table(["a", "b"], [[1]]),
+    "bytes of a PNG": lambda: page("t", [Section("s", [Picture(b"GIF89a", "c", "a")])]),
+    "same rows and numbers": lambda: Slider("b", [SliderStop("1", [], {"a": "1"}), SliderStop("2", [])], "c"),
+    "start: expected one of 0": lambda: Slider("b", [], "c"),
+    "more than one same": lambda: page("t", [Section("Same", []), Section("same!", [])]),
+    "expected one of": lambda: page("t", [Section("s", ["text"])]),  # type: ignore[list-item]
+    "two different latents of 2": lambda: explorer(axes=(0, 2)),
+    r"base: expected shape \(2,\)": lambda: explorer(base=np.zeros(3)),
+    "extent: expected a number above 0": lambda: explorer(extent=0.0),
+    r"points: expected shape \(N, 2\)": lambda: explorer(points=np.zeros((3, 3))),
+    "whole numbers from 0 to 1": lambda: explorer(
+        points=np.zeros((1, 2)), labels=np.array([2]), label_names=["a", "b"]
+    ),
+    "labels: expected one for each": lambda: explorer(points=np.zeros((3, 2)), labels=np.zeros(2, dtype=int)),
+}
+
+
+@pytest.mark.parametrize("words", WRONG)
+def test_what_makes_no_page_is_refused_in_words(words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        WRONG[words]()
+
+
+def test_half_precision_halves_the_weights_of_the_decoder() -> None:
+    weights = decoder_weights(decoder())
+    assert {part.dtype for layer in weights.layers for part in (layer.weight, layer.bias)} == {np.dtype(np.float16)}
+    assert weights.layers[-1].weight.shape == (math.prod(SHAPE), 16)

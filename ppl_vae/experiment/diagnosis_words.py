@@ -1,0 +1,138 @@
+"""A diagnosis in words: a line for each group of numbers, and the verdicts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Numbers = Mapping[str, Any]
+
+
+def describe_numbers(numbers: Numbers) -> list[str]:
+    """One line for each group of numbers; a group that this run has not is left out."""
+    lines = [_terms(numbers), _latents(numbers), _split(numbers), _aggregate(numbers)]
+    return [
+        f"  {line}"
+        for line in [*lines, _noise(numbers), *_pictures(numbers), _pixels(numbers), _estimate(numbers)]
+        if line
+    ]
+
+
+def describe_verdicts(entries: Sequence[Numbers]) -> list[str]:
+    """Each verdict with its evidence, its figure, and the command that would change it."""
+    lines = ["Verdicts:"]
+    for entry in entries:
+        severity = f" ({entry['severity']})" if entry["severity"] != "note" else ""
+        lines.append(f"  {entry['word']}{severity}: {entry['evidence']}")
+        if entry["figure"] is not None:
+            lines.append(f"    see figures/{entry['figure']}")
+        if entry["command"] is not None:
+            lines.append(f"    to change it: {entry['command']}")
+    return lines
+
+
+def plus_minus(value: Numbers, digits: int, *, sign: int = 1) -> str:
+    """A mean ± its standard error; "unknown" for what is not known."""
+    mean, stderr = value["mean"], value["stderr"]
+    if mean is None or math.isnan(mean):
+        return "unknown"
+    known = stderr is not None and not math.isnan(stderr)
+    return f"{round(sign * mean, digits) + 0.0:.{digits}f}" + (f" ± {stderr:.{digits}f}" if known else "")
+
+
+def _digits(value: Numbers) -> int:
+    """Those after the point, to the second of its error."""
+    stderr = value["stderr"] or math.nan
+    return 3 if math.isnan(stderr) else max(0, 1 - math.floor(math.log10(stderr)))
+
+
+def _terms(numbers: Numbers) -> str:
+    distortion = f"distortion -E_q[log p(x | z)] {plus_minus(numbers['reconstruction'], 2, sign=-1)} nats"
+    if numbers["kl"] is None:
+        return distortion
+    implied = numbers["implied_beta"]
+    beta = "unknown (the latents carry nothing)" if implied is None else plus_minus(implied, _digits(implied))
+    return f"rate KL {plus_minus(numbers['kl'], 2)} nats, {distortion}; the weights imply beta = {beta}"
+
+
+def _latents(numbers: Numbers) -> str:
+    return f"latents: {numbers['active']['count']} of {numbers['latent_dim']} are active"
+
+
+def _split(numbers: Numbers) -> str:
+    split = numbers["elbo_split"]
+    if split is None:
+        return ""
+    parts = [f"mutual information {plus_minus(split['mutual_information'], 2)}"]
+    if split["total_correlation"] is None:
+        parts.append(f"KL(q(z) || p(z)) {plus_minus(split['marginal_kl'], 2)}")
+    else:
+        parts.append(f"total correlation {plus_minus(split['total_correlation'], 2)}")
+        parts.append(f"sum of KL(q(z_l) || p(z_l)) {plus_minus(split['sum_of_dimension_kl'], 2)}")
+    capped = f" (cap log N = {split['cap']:.2f}" + (
+        ": reached, so that the next is overstated)" if split["saturated"] else ")"
+    )
+    return f"KL = {parts[0]}{capped} + {' + '.join(parts[1:])} nats"
+
+
+def _aggregate(numbers: Numbers) -> str:
+    found = numbers["aggregate"]
+    largest = max(found["kolmogorov_smirnov"]["statistic"], default=math.nan)
+    line = (
+        f"aggregate posterior against prior: a classifier's effect {plus_minus(found['classifier']['effect'], 2)}, "
+        f"largest Kolmogorov-Smirnov distance of a latent {largest:.2f}"
+    )
+    holes = found["holes"]
+    return line if holes is None else f"{line}, prior draws in holes {plus_minus(holes['share'], 3)}"
+
+
+def _noise(numbers: Numbers) -> str:
+    noise, beta = numbers["noise"], (numbers["trained_with"] or {}).get("beta")
+    if noise is None or numbers["autoencoder"]:  # nothing is weighed against it there
+        return ""
+    words = [f"{noise['live_by_sum']:,} of {len(noise['eigenvalues']):,} directions of the data exceed it at beta = 1"]
+    if beta not in (None, 1):
+        words.append(f"{sum(value > beta for value in noise['eigenvalues']):,} at beta = {beta:g}")
+    words.append(f"{noise['live_by_mean']:,} had pixels been averaged")
+    return f"effective noise: {', '.join(words)}"
+
+
+def _pictures(numbers: Numbers) -> list[str]:
+    found = numbers["pictures"]
+    lines = [f"reconstructions vary {plus_minus(found['variation'], 3)} of what the images do"]
+    blur = found["blur"]
+    if blur is not None:
+        steps = ("at_mean", "at_draw", "averaged")
+        sharp = ", ".join(
+            f"{plus_minus(blur[name], 3)} {words}"
+            for name, words in zip(steps, ("at the posterior's mean", "at a draw", "averaged over draws"), strict=True)
+        )
+        lines[0] += f"; sharpness against the data's {sharp}"
+        lines.append(
+            f"squared error a pixel {plus_minus(blur['error'], 5)} = posterior noise "
+            f"{plus_minus(blur['posterior_noise'], 5)} + the rest {plus_minus(blur['bias'], 5)}"
+        )
+    return lines
+
+
+def _pixels(numbers: Numbers) -> str:
+    found = numbers["calibration"]
+    if found is None:
+        return ""
+    return (
+        f"pixels in p(x | z): {found['verdict']}, cumulative histogram off by up to "
+        f"{100 * found['largest_deviation']:.1f} points"
+    )
+
+
+def _estimate(numbers: Numbers) -> str:
+    found = numbers["importance"]
+    if found is None:
+        return ""
+    S = found["num_particles"]
+    return (
+        f"log p(x): L_{S} = {plus_minus(found['log_likelihood'], 2)} nats ({found['num_images']:,} images); ten times "
+        f"the particles gained {plus_minus(found['rise'], 2)}, unreliable images "
+        f"{plus_minus(found['unreliable'], 2)} of all"
+    )

@@ -1,0 +1,239 @@
+"""Diagnosing a run: small trainings broken on purpose get the right verdict, healthy ones none."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from broken_runs import Runs
+from small_run import SMALL, save_bars, train_small
+
+from ppl_vae import build, experiment, likelihoods, load, runs
+from ppl_vae.evidence import Importance
+from ppl_vae.experiment.diagnosis import DIAGNOSIS, diagnose_run
+from ppl_vae.experiment.diagnosis_numbers import importance_numbers, measure, noise_numbers
+from ppl_vae.options import Options, parse_diagnose, parse_evaluate, parse_train
+
+EXPECTED = {
+    "digits": {"healthy"},
+    "factors": {"healthy"},
+    "beta 10": {"over-regularized"},
+    "beta 0.1": {"under-regularized"},
+    "beta 0.001": {"under-regularized", "holes"},
+    "beta 1000 at once": {"decoder ignores z"},
+    "mean over pixels": {"decoder ignores z"},
+    "far too many latents": {"dead units"},
+    "scale fixed too small": {"likelihood mismatch"},
+    "scale fixed too large": {"likelihood mismatch"},
+    "guide beside the posterior": {"unreliable estimate"},
+    "autoencoder": {"autoencoder"},
+}
+OF_A_DENSITY = ("kl", "kl_by_latent", "implied_beta", "elbo_split", "calibration", "importance")
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    return Runs(tmp_path_factory.mktemp("broken"))
+
+
+@pytest.fixture(scope="session")
+def diagnosed(trained):
+    """The diagnosis of a run by its name, made once."""
+    made = {}
+
+    def call(name):
+        if name not in made:
+            said = []
+            images = 1000 if "holes" in EXPECTED[name] else 600
+            made[name] = diagnose_run(str(trained.folder(name)), images=images, say=said.append), said
+        return made[name]
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A run on 8 x 8 images that trains in a second."""
+    place = tmp_path_factory.mktemp("small")
+    return train_small(place / "run", replace(SMALL, dataset=str(save_bars(place / "bars.npz"))))
+
+
+# --- Broken on purpose ---
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_a_run_gets_the_verdicts_of_how_it_was_made_and_no_others(name, diagnosed):
+    entry, _ = diagnosed(name)
+    assert {verdict["word"] for verdict in entry["verdicts"]} == EXPECTED[name]
+
+
+@pytest.mark.parametrize(("name", "beta"), [("factors", 1.0), ("far too many latents", 1.0), ("beta 10", 10.0)])
+def test_the_beta_of_training_is_read_from_the_weights(name, beta, diagnosed):
+    """Within a fifth: these trainings are short."""
+    implied = diagnosed(name)[0]["numbers"]["implied_beta"]
+    assert implied["mean"] == pytest.approx(beta, rel=0.2)
+
+
+def test_a_mean_over_pixels_is_told_from_a_collapse_by_noise(diagnosed):
+    (by_mean,), (by_beta,) = (diagnosed(name)[0]["verdicts"] for name in ("mean over pixels", "beta 1000 at once"))
+    assert "look for a mean over pixels" in by_mean["evidence"]
+    assert "the noise predicts it" in by_beta["evidence"]
+
+
+def test_four_factors_are_four_directions_above_the_noise(diagnosed):
+    """Of x = W z + 0.5 e at marginal scale s, four eigenvalues (|w|^2 + 0.25) / s^2 exceed 1, and 60 are 0.25 / s^2."""
+    noise = diagnosed("factors")[0]["numbers"]["noise"]
+    assert (len(noise["eigenvalues"]), noise["live_by_sum"], noise["live_by_mean"]) == (64, 4, 0)
+
+
+def test_of_an_autoencoder_nothing_is_measured_that_needs_a_density(diagnosed):
+    numbers = diagnosed("autoencoder")[0]["numbers"]
+    assert [numbers[name] for name in OF_A_DENSITY] == [None] * len(OF_A_DENSITY)
+    assert numbers["aggregate"]["holes"] is None
+
+
+# --- What is written and said ---
+
+
+@pytest.mark.parametrize("name", ["digits", "autoencoder", "mean over pixels"])
+def test_the_file_holds_what_is_returned(name, diagnosed, trained):
+    entry, folder = diagnosed(name)[0], trained.folder(name)
+    assert runs.read_json(folder / DIAGNOSIS) == json.loads(json.dumps(runs._finite(entry)))
+    assert entry["step"] == runs.load_step(folder / runs.MODEL)
+
+
+@pytest.mark.parametrize("name", ["digits", "autoencoder", "beta 1000 at once"])
+def test_every_figure_that_is_named_is_there(name, diagnosed, trained):
+    entry, said = diagnosed(name)
+    folder = trained.folder(name) / runs.FIGURES
+    drawn = {path.name for path in folder.glob("diagnosis-*.png")}
+    assert {verdict["figure"] for verdict in entry["verdicts"]} - {None} <= drawn
+    assert drawn == {word.strip(",").split("/")[-1] for word in said[-1].split() if word.strip(",").endswith(".png")}
+
+
+def test_each_verdict_is_said_with_its_evidence_and_its_command(diagnosed):
+    entry, said = diagnosed("beta 0.001")
+    text = "\n".join(said)
+    for verdict in entry["verdicts"]:
+        assert verdict["evidence"] in text
+        assert verdict["command"] in text
+
+
+TRAININGS = [name for name, words in EXPECTED.items() if words.isdisjoint({"healthy", "unreliable estimate"})]
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+def test_the_command_is_the_runs_own_but_for_what_is_changed(name, diagnosed, trained):
+    for verdict in diagnosed(name)[0]["verdicts"]:
+        script, *words = shlex.split(verdict["command"])[1:]
+        asked = parse_train(words)
+        changed = build.resolve(asked.options, build.splits(asked.options))
+        freed = {"likelihood_scale": Options().likelihood_scale} if "likelihood" in verdict["change"] else {}
+        expected = replace(trained.options[name], **(freed | verdict["change"]))
+        again = build.resolve(expected, build.splits(asked.options))
+        assert script == "scripts/train_svi.py"
+        assert replace(changed, compile="off") == replace(again, compile="off")
+        assert asked.run_dir is not None
+        assert not (trained.place / asked.run_dir).exists()
+
+
+def test_the_command_for_an_estimate_evaluates_this_run(diagnosed, trained):
+    (verdict,) = diagnosed("guide beside the posterior")[0]["verdicts"]
+    script, *words = shlex.split(verdict["command"])[1:]
+    asked = parse_evaluate(words)
+    assert script == "scripts/evaluate_log_likelihood.py"
+    assert (asked.run_dir, asked.num_particles) == (str(trained.folder("guide beside the posterior")), 5000)
+
+
+# --- Kinds of data ---
+
+
+def test_a_table_has_no_figures_of_images(tmp_path):
+    x = np.random.default_rng(0).normal(size=(200, 5)).astype(np.float32)
+    np.savez(tmp_path / "table.npz", train=x[:120], valid=x[120:150], test=x[150:])
+    options = replace(SMALL, dataset=str(tmp_path / "table.npz"), likelihood="normal", epochs=1)
+    folder = experiment.train(options, str(tmp_path / "run"), say=lambda line: None, draw=False)
+    entry = diagnose_run(str(folder), say=lambda line: None)
+    assert entry["numbers"]["pictures"]["blur"] is None
+    assert not (folder / runs.FIGURES / "diagnosis-holes.png").exists()
+
+
+def test_dequantized_levels_are_measured_as_their_density(tmp_path):
+    x = np.random.default_rng(0).integers(0, 256, size=(200, 8, 8), dtype=np.uint8)
+    np.savez(tmp_path / "levels.npz", train=x[:120], valid=x[120:150], test=x[150:])
+    options = replace(SMALL, dataset=str(tmp_path / "levels.npz"), likelihood="normal", epochs=1)
+    folder = experiment.train(options, str(tmp_path / "run"), say=lambda line: None, draw=False)
+    entry = diagnose_run(str(folder), say=lambda line: None)
+    assert entry["pixels"] == "dequantized"
+    assert entry["numbers"]["noise"]["gaussian_variance"] == pytest.approx(1 / 12, rel=0.1)
+
+
+# --- What it leaves as it was, and what it refuses ---
+
+
+def test_measuring_moves_neither_weights_nor_generators(small):
+    vae, x = load(small), torch.rand(30, 1, 8, 8).round()
+    before = {name: tensor.clone() for name, tensor in vae.state_dict().items()}
+    state = torch.get_rng_state()
+    first, second = measure(vae, x), measure(vae, x)
+    assert json.dumps(first) == json.dumps(second)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(before[name], tensor) for name, tensor in vae.state_dict().items())
+
+
+def test_the_noise_is_measured_without_moving_the_likelihood():
+    family = likelihoods.Normal((6,))
+    before = {name: tensor.clone() for name, tensor in family.state_dict().items()}
+    noise = noise_numbers(family, torch.randn(50, 6, generator=torch.Generator().manual_seed(0)))
+    assert len(noise["eigenvalues"]) == 6
+    assert all(torch.equal(before[name], tensor) for name, tensor in family.state_dict().items())
+
+
+def test_a_likelihood_without_a_location_has_no_noise():
+    assert noise_numbers(likelihoods.Categorical((6,)), torch.zeros(50, 6)) is None
+
+
+def test_one_particle_tells_nothing_of_its_estimate(small):
+    vae, x = load(small), torch.rand(30, 1, 8, 8).round()
+    assert measure(vae, x, num_particles=1)["importance"]["unreliable"]["mean"] == 1
+
+
+def test_an_estimate_is_summarized_by_its_images():
+    values = torch.arange(4, dtype=torch.double)
+    result = Importance(*[values] * len(Importance._fields))
+    found = importance_numbers(result, 100)
+    assert found["rise"] == {"mean": 1.5, "stderr": pytest.approx(values.std().item() / 2)}
+    assert found["unreliable"]["mean"] == 0.75  # a bias of 1, 2 and 3 nats
+
+
+def test_a_second_diagnosis_replaces_the_first(small):
+    first = diagnose_run(str(small), images=20, say=lambda line: None)
+    stale = small / runs.FIGURES / "diagnosis-of-before.png"
+    stale.touch()
+    second = diagnose_run(str(small), images=25, say=lambda line: None)
+    assert not stale.exists()
+    assert (first["numbers"]["num_images"], second["numbers"]["num_images"]) == (20, 25)
+    assert runs.read_json(small / DIAGNOSIS)["numbers"]["num_images"] == 25
+
+
+def test_too_few_images_are_refused_and_nothing_is_written(small):
+    before = (small / DIAGNOSIS).read_bytes() if (small / DIAGNOSIS).exists() else None
+    with pytest.raises(ValueError, match="--images: expected at least 4"):
+        diagnose_run(str(small), images=3, say=lambda line: None)
+    assert ((small / DIAGNOSIS).read_bytes() if (small / DIAGNOSIS).exists() else None) == before
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"no such file; is .* a run folder"):
+        diagnose_run(str(tmp_path), say=lambda line: None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_diagnosis_is_asked():
+    asked = parse_diagnose(["runs/x", "--split", "validation", "--images", "500", "--seed", "3"])
+    assert (asked.run_dir, asked.split, asked.images, asked.seed) == ("runs/x", "validation", 500, 3)
+    assert (asked.device, asked.dataset, asked.data_dir) == ("cpu", None, None)

@@ -1,0 +1,321 @@
+"""One run as one HTML page: what it is, its likelihood, what stands out, its figures, and its decoder to play with."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ppl_vae import build, data, report, runs
+from ppl_vae.conditional import Conditional
+from ppl_vae.evidence import seeded
+from ppl_vae.experiment.diagnosis import DIAGNOSIS, diagnose_run
+from ppl_vae.experiment.evaluation import describe_evaluation, is_evaluated, plus_minus
+from ppl_vae.experiment.figures import figure_names, is_drawn, write_figures
+from ppl_vae.experiment.opening import Run, Say, open_run
+from ppl_vae.exploration import Codes, encode, kl_by_latent
+from ppl_vae.options import flag, to_json
+from ppl_vae.report import Block, Explorer, Picture, Section, Table, Text, Verdict
+
+REPORT = "report.html"
+
+_SEED = 0
+_NUM_POINTS = 1000  # codes in the explorer's plane
+_EXTENT = 3.0  # of a standard normal prior; of an autoencoder, what holds nearly all codes
+_MOST_CODES = 0.99
+_FEWEST_DIAGNOSED = 4
+
+_MINUS = re.compile(r"(?<![\w-])-(?=[\d.])")
+
+
+def true_minus(words: str) -> str:
+    """With a true minus before numbers, but not within words, options or ranges."""
+    return _MINUS.sub("−", words)
+
+
+def report_run(
+    run_dir: str, *, output: str | None = None, say: Say, dataset: str | None = None, data_dir: str | None = None
+) -> Path:
+    """Writes one self-contained page of a run; draws and diagnoses it first, where that is not done.
+
+    Args:
+        run_dir: the run's folder.
+        output: the page's file; by default report.html in the run's folder.
+        say: takes each line for the reader.
+        dataset, data_dir: where the run's data is now, should it have moved.
+
+    Returns:
+        The page.
+
+    Raises:
+        ValueError: no run, a damaged one, other data than it was trained on, or a file that cannot be written; then
+            there is no page.
+    """
+    run = open_run(run_dir, dataset=dataset, data_dir=data_dir)
+    path = run.folder / REPORT if output is None else Path(output)
+    _check_file(path)
+    step = runs.load_step(run.folder / runs.MODEL)
+    if not is_drawn(run):
+        write_figures(run, say=say)
+    diagnosis = _diagnosis(run, step, say=say, dataset=dataset, data_dir=data_dir)
+    runs.write_bytes(path, _page(run, step, diagnosis).encode())
+    say(f"The page of this run: {path}")
+    return path
+
+
+def _check_file(path: Path) -> None:
+    """Before the work, not after it."""
+    if path.is_dir():
+        raise ValueError(f"--output: expected a file, but {path} is a folder")
+    if not path.parent.is_dir():
+        raise ValueError(f"--output: expected a file in a folder that is there, but {path.parent} is not")
+    runs.check_writable(path.parent)
+
+
+def _diagnosis(run: Run, step: int, *, say: Say, dataset: str | None, data_dir: str | None) -> dict[str, Any] | None:
+    """diagnosis.json of these weights, measured now where there is none; None where the images are too few."""
+    path = run.folder / DIAGNOSIS
+    stored = runs.read_json(path) if path.exists() else {}
+    if stored.get("step") == step:
+        return stored
+    if len(run.splits.test) < _FEWEST_DIAGNOSED:
+        return None
+    return diagnose_run(str(run.folder), say=say, dataset=dataset, data_dir=data_dir)
+
+
+def _page(run: Run, step: int, diagnosis: dict[str, Any] | None) -> str:
+    what = "autoencoder" if build.is_autoencoder(run.options) else "VAE"
+    sections = [
+        _likelihood(run),
+        _verdicts(run, diagnosis),
+        _exploration(run),
+        _drawn("Training and pictures", run, figure_names(run), "figures"),
+        _drawn("Behind the verdicts", run, list(_DIAGNOSIS_CAPTIONS), "diagnosis") if diagnosis else None,
+        _setup(run, step),
+    ]
+    return report.page(
+        f"{run.folder.resolve().name}: one {what} of {run.splits.name}",
+        [section for section in sections if section is not None and section.blocks],
+        subtitle=_in_words(run),
+    )
+
+
+# --- What it is ---
+
+
+def _in_words(run: Run) -> str:
+    """The run in a sentence or two."""
+    options = run.options
+    latents = f"{options.latent_dim:,} latent" + "s" * (options.latent_dim != 1)
+    if build.is_autoencoder(options):
+        how = "a plain autoencoder: a deterministic code and no prior in its training"
+    else:
+        how = f"objective {options.objective} at beta = {options.beta:g}"
+    return (
+        f"A {options.network} network with {latents} and a {options.likelihood} likelihood, trained for "
+        f"{options.epochs} epochs; {how}."
+    )
+
+
+def _setup(run: Run, step: int) -> Section:
+    """Every option that the run has, and what its data is."""
+    words = f"{run.splits.describe()}\n\nThe weights are those of step {step:,}; its folder is `{run.folder}`."
+    words += " It was saved from Python." if run.from_python else ""
+    rows = [[f"`{flag(name)}`", _option(value)] for name, value in to_json(run.options).items() if value is not None]
+    table = Table(["option", "value"], rows, "Every option of the run; config.json holds the same.")
+    return Section("What was trained", [Text(words), table], anchor="setup")
+
+
+def _option(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+# --- Its likelihood ---
+
+
+def _likelihood(run: Run) -> Section:
+    autoencoder = build.is_autoencoder(run.options)
+    title = "How well it reconstructs" if autoencoder else "How likely it finds test images"
+    entry = runs.read_evaluations(run.folder).get("test") if is_evaluated(run.folder) else None
+    if entry is None:
+        command = "" if autoencoder else f"`python scripts/evaluate_log_likelihood.py {run.folder}` makes one."
+        words = f"There is no evaluation of the test images with these weights. {command}".strip()
+        return Section(title, [Text(words)], anchor="likelihood")
+    keys = ("reconstruction",) if entry["log_likelihood"] is None else tuple(_MEANINGS)
+    rows = [[_name(key, entry), true_minus(plus_minus(entry[key])), _MEANINGS[key]] for key in keys]
+    table = Table(
+        ["nats an image", "mean ± standard error", "what it is"],
+        rows,
+        f"{entry['num_images']:,} test images. The standard error is over images: how far the mean would move with "
+        "other test images. It does not know what another training would give.",
+        highlight=None if autoencoder else 0,
+    )
+    return Section(title, [table, Text(_details(entry))], anchor="likelihood")
+
+
+def _details(entry: dict[str, Any]) -> str:
+    """What else the evaluation says, but for the numbers of the table: how it was measured and how far to trust it."""
+    lines = [line.strip() for line in describe_evaluation(entry)]
+    others = [line for line in lines if not line.startswith(("log-likelihood ", "ELBO "))]
+    return true_minus(" ".join(map(_sentence, others)))
+
+
+_MEANINGS = {
+    "log_likelihood": "a lower bound on log p(x), tighter with more importance samples: the number to compare by",
+    "elbo": "the bound of one sample, which training maximizes at beta = 1: reconstruction minus KL",
+    "reconstruction": "log p(x | z) with z drawn from the guide: how well the code's image fits",
+    "kl": "KL(q(z | x) || p(z)): what the code costs, more than which it cannot tell of the image",
+}
+
+
+def _name(key: str, entry: dict[str, Any]) -> str:
+    names = {"log_likelihood": f"log p(x): L_{entry.get('num_particles')}", "elbo": "ELBO", "kl": "KL"}
+    return names.get(key, key)
+
+
+# --- What stands out ---
+
+
+def _verdicts(run: Run, diagnosis: dict[str, Any] | None) -> Section:
+    if diagnosis is None:
+        few = f"There are fewer than {_FEWEST_DIAGNOSED} test images: too few for a diagnosis."
+        return Section("What stands out", [Text(few)], anchor="verdicts")
+    count = diagnosis["numbers"]["num_images"]
+    text = Text(
+        f"Measured on {count:,} images of the {diagnosis['split']} split. Where something is to be changed, a command "
+        "stands below it that trains a new run with that one change."
+    )
+    blocks: list[Block] = [text]
+    for entry in diagnosis["verdicts"]:
+        blocks.append(
+            Verdict(
+                entry["word"],
+                true_minus(_sentence(entry["evidence"])),
+                entry["command"] or "",
+                figure=_picture(run, entry["figure"]) if entry["figure"] else None,
+                severity="healthy" if entry["severity"] == "note" else "warning",
+            )
+        )
+    return Section("What stands out", blocks, anchor="verdicts")
+
+
+def _sentence(words: str) -> str:
+    return words[:1].upper() + words[1:] + ("" if words.endswith(".") else ".")
+
+
+# --- Figures ---
+
+_CAPTIONS = {
+    "training_curves.png": "Training. Look whether the validation curve still rises at the end (train longer) or falls "
+    "behind the training curve (the network learns the training images by heart).",
+    "reconstructions.png": "Test images, and what is left of them after the code. Look for strokes and textures that "
+    "are lost.",
+    "prior_samples.png": "What the decoder makes of draws from the prior. They should look like the data, and differ "
+    "from each other.",
+    "interpolations.png": "Straight lines between the codes of two images. Each step should be one image, not two laid "
+    "over each other.",
+    "traversals.png": "One latent at a time is moved. A row in which nothing changes is a latent that is not used.",
+    "manifold.png": "The whole plane of two latents, decoded.",
+    "latents.png": "Codes of test images. They should fill the circles of the prior, without gaps or far outliers.",
+    "log_likelihoods.png": "log p(x) is a mean over images that differ much. Look at the least likely ones.",
+    "particles.png": "The bound rises with importance samples. Where it is flat at its right end, it has settled.",
+}
+_DIAGNOSIS_CAPTIONS = {
+    "diagnosis-latents.png": "What each latent tells, and how much its mean varies over images; those near zero are "
+    "unused.",
+    "diagnosis-aggregate.png": "All codes together against the prior, latent by latent: the bars should be short.",
+    "diagnosis-elbo.png": "The ELBO in parts: reconstruction, information about the image, and the distance of "
+    "all codes from the prior.",
+    "diagnosis-noise.png": "The data's directions in units of the likelihood's noise; those above the line live.",
+    "diagnosis-holes.png": "Decoded prior draws that are far from any code, beside ordinary ones and reconstructions.",
+    "diagnosis-pictures.png": "How sharp reconstructions are, and how much they differ, against the data.",
+    "diagnosis-pixels.png": "Whether pixels are distributed as the likelihood says: the bars should be level.",
+}
+
+
+def _picture(run: Run, name: str) -> Picture | None:
+    """A figure of the run's folder with its caption; None where it is not there."""
+    path = run.folder / runs.FIGURES / name
+    if not path.is_file():
+        return None
+    caption = (_CAPTIONS | _DIAGNOSIS_CAPTIONS).get(name, "")
+    return Picture(path.read_bytes(), caption, caption or Path(name).stem)
+
+
+def _drawn(title: str, run: Run, names: list[str], anchor: str) -> Section:
+    pictures = [picture for name in names if (picture := _picture(run, name)) is not None]
+    return Section(title, pictures, anchor=anchor)
+
+
+# --- The explorer ---
+
+
+def _exploration(run: Run) -> Section:
+    title = "Move through its latent space"
+    try:
+        block: Block = _explorer(run)
+    except ValueError as error:
+        block = Text(f"There is no live picture here. {_sentence(str(error))}")
+    return Section(title, [block], anchor="explore")
+
+
+def _explorer(run: Run) -> Explorer:
+    """The two most used latents, the others in the middle.
+
+    Raises:
+        ValueError: a decoder that a page cannot draw, in words.
+    """
+    vae = build.load(run.folder)
+    if not isinstance(vae.likelihood, Conditional):
+        raise ValueError("decoder: a page can draw dense networks that end in a likelihood, got a program of its own")
+    decoder = report.decoder_weights(vae.likelihood)
+    if decoder.latent_dim < 2:
+        raise ValueError("decoder: a page shows a plane of two latents, got one latent")
+    x = data.evaluation_images(run.splits, "test", run.pixels)
+    index = data.subset(len(x), _NUM_POINTS)
+    with seeded(_SEED, torch.device("cpu")), torch.no_grad():
+        codes = encode(vae, x[index])
+        use = _use(vae, codes)
+    order = use.argsort(descending=True)[:2].tolist()
+    axes = (min(order), max(order))
+    autoencoder = build.is_autoencoder(run.options)
+    points = codes.mean[:, list(axes)].numpy()
+    labels = run.splits.labels.get("test")
+    classes = None if labels is None else labels[index].numpy()
+    few = classes is not None and classes.min() >= 0 and classes.max() < 10
+    center = codes.mean.mean(0) if autoencoder else torch.zeros(decoder.latent_dim)
+    return Explorer(
+        decoder,
+        _explorer_caption(run, axes, autoencoder),
+        start=(float(points[0, 0]), float(points[0, 1])),
+        extent=max(_EXTENT, float(np.quantile(np.abs(points), _MOST_CODES))),
+        points=points,
+        labels=classes if few else None,
+        label_names=run.splits.class_names if few else (),
+        axes=axes,
+        base=center.numpy(),
+    )
+
+
+def _use(vae: Any, codes: Codes) -> Any:
+    """(L,) the mean KL of each latent, or, of a deterministic guide, the variance of its code."""
+    if bool((codes.scale == 0).any()):
+        return codes.mean.var(0, correction=0)
+    return kl_by_latent(codes, vae.prior())
+
+
+def _explorer_caption(run: Run, axes: tuple[int, int], autoencoder: bool) -> str:
+    L = run.options.latent_dim
+    words = "Each point is a test image, where the encoder puts it; the picture is the decoder's mean."
+    if L > 2:
+        middle = "at the mean of all codes" if autoencoder else "at the prior's mean"
+        words += (
+            f" Moved are z{axes[0]} and z{axes[1]}, the two of {L} that tell most; the others stay "
+            f"{middle}, so a point's picture is not the reconstruction of its image."
+        )
+    if autoencoder:
+        words += " Nothing asked these codes to lie together: between them the decoder was never trained."
+    return words

@@ -1,0 +1,201 @@
+"""The measurement of one run: what its evaluation says, every diagnostic, its samples, and its pictures."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ppl_vae import build, runs
+from ppl_vae.conditional import numbers_a_pixel
+from ppl_vae.diagnostics import Value
+from ppl_vae.diagnostics.verdicts import MOST_RISE, MOST_UNRELIABLE
+from ppl_vae.evidence import Importance, particles_a_pass
+from ppl_vae.experiment.diagnosis_numbers import importance_numbers, measure
+from ppl_vae.experiment.evaluation import read_per_image
+from ppl_vae.exploration import encode
+from ppl_vae.study.material import Material
+from ppl_vae.study.pictures import write_pictures
+from ppl_vae.study.plan import Planned
+from ppl_vae.study.quality import sample_quality
+from ppl_vae.study.training import FAILURE
+from ppl_vae.vae import VAE
+
+MEASUREMENT = "measurement.json"
+
+_TOLD = (
+    *("network", "latent_dim", "beta", "objective", "free_bits", "warmup_epochs", "epochs", "seed", "scale_map"),
+    *("posterior", "learning_rate", "likelihood"),
+)
+_MOST_CODES = 1000
+_IN_HOLES_SHOWN = 6
+_VERSION = 1  # of what a measurement holds; another is measured again
+
+
+def measured(planned: Planned, folder: Path, material: Material, *, in_full: bool, pictures: Path) -> dict[str, Any]:
+    """A trained run's record: the one in its folder where that is of these weights and images, else measured now.
+
+    Args:
+        planned: the run.
+        folder: its own.
+        material: its data.
+        in_full: with diagnostics and pictures; else what its own files say.
+        pictures: the study's folder of pictures.
+    """
+    if (folder / FAILURE).exists():
+        return _told(planned, material) | {"failed": runs.read_json(folder / FAILURE)["error"]} | _NOTHING
+    entry = runs.read_evaluations(folder)["test"]
+    key = {
+        "version": _VERSION,
+        "images": material.num_images,
+        "in_full": in_full,
+        **{name: entry[name] for name in ("step", "num_images", "num_particles", "seed")},
+    }
+    path = folder / MEASUREMENT
+    stored = runs.read_json(path) if path.exists() else {}
+    if stored.get("key") == key and all((pictures.parent / name).exists() for name in _files(stored["record"])):
+        return stored["record"]
+    started = time.monotonic()
+    record = _told(planned, material) | _from_files(planned, folder)
+    record |= _from_weights(planned, folder, material, pictures / planned.name, in_full=in_full)
+    record["seconds_measuring"] = time.monotonic() - started
+    runs.write_json(path, {"key": key, "record": record})
+    return runs.read_json(path)["record"]  # as it will be read: what is not finite is None
+
+
+def _files(record: dict[str, Any]) -> list[str]:
+    return list(record["pictures"].values())
+
+
+_NOTHING: dict[str, Any] = {
+    **dict.fromkeys(("parameters", "seconds", "step", "evaluation", "active", "implied_beta", "variation")),
+    **dict.fromkeys(("diagnosis", "samples", "fitted_samples", "codes", "seconds_evaluation")),
+    "pictures": {},
+    "seconds_measuring": 0.0,
+}
+
+
+def _told(planned: Planned, material: Material) -> dict[str, Any]:
+    return {
+        "name": planned.name,
+        "dataset": material.word,
+        "averaged": planned.averaged,
+        "autoencoder": build.is_autoencoder(planned.options),
+        "failed": None,
+        "options": {name: getattr(planned.options, name) for name in _TOLD},
+    }
+
+
+# --- What the run's files say ---
+
+
+def _from_files(planned: Planned, folder: Path) -> dict[str, Any]:
+    entry, metrics = runs.read_evaluations(folder)["test"], runs.read_metrics(folder)
+    stored = read_per_image(folder, "test")
+    return {
+        "seconds": metrics[-1].get("seconds"),
+        "seconds_evaluation": entry["seconds"],
+        "step": entry["step"],
+        "evaluation": _evaluation(entry, None if stored is None else stored.result),
+    }
+
+
+def _evaluation(entry: dict[str, Any], result: Importance | None) -> dict[str, Any]:
+    same = ("log_likelihood", "elbo", "reconstruction", "kl", "num_images", "num_particles", "rise", "bias")
+    found = {name: entry[name] for name in (*same, "monte_carlo_stderr")}
+    if result is None:
+        return found | {"unreliable": None, "pareto_k": None, "reliable": None}
+    unreliable = Value.of(result.unreliable().double())
+    return found | {
+        "unreliable": unreliable.to_json(),
+        "pareto_k": entry["pareto_k"]["median"],
+        "reliable": bool(entry["rise"] <= MOST_RISE and unreliable.mean <= MOST_UNRELIABLE),
+    }
+
+
+# --- What its weights do ---
+
+
+def _from_weights(
+    planned: Planned, folder: Path, material: Material, pictures: Path, *, in_full: bool
+) -> dict[str, Any]:
+    vae = build.load(folder)
+    found = {**_NOTHING, "parameters": sum(w.numel() for w in vae.parameters())}
+    for name in ("seconds", "seconds_evaluation", "step", "evaluation", "seconds_measuring"):
+        del found[name]
+    if not in_full:
+        return found
+    with torch.no_grad():
+        diagnosis = _diagnosis(planned, vae, folder, material)
+        codes = encode(vae, material.x).mean
+        samples = decoded(vae, material.prior_draws(vae.prior()))
+        fitted = _fitted_draws(vae, material) if _shows_more(planned) else None
+        of_fitted = None if fitted is None else decoded(vae, fitted)
+    found |= {
+        "active": diagnosis["active"]["count"],
+        "implied_beta": diagnosis["implied_beta"],
+        "variation": diagnosis["pictures"]["variation"],
+        "diagnosis": diagnosis,
+        "samples": sample_quality(samples, material.gray, material.components),
+        "fitted_samples": None if of_fitted is None else sample_quality(of_fitted, material.gray, material.components),
+        "codes": _codes(codes, material.labels) if codes.shape[1] == 2 else None,
+    }
+    holes = _holes(diagnosis)
+    found["pictures"] = write_pictures(pictures, vae, material, codes, samples=samples, fitted=of_fitted, holes=holes)
+    return found
+
+
+def _diagnosis(planned: Planned, vae: VAE, folder: Path, material: Material) -> dict[str, Any]:
+    stored = read_per_image(folder, "test")
+    importance = None if stored is None else importance_numbers(stored.result, stored.num_particles)
+    trained_with = {
+        "beta": planned.options.beta,
+        "likelihood": planned.options.likelihood,
+        "data": material.splits.kind,
+    }
+    return measure(vae, material.x, gray=material.gray, trained_with=trained_with, importance=importance)
+
+
+def _shows_more(planned: Planned) -> bool:
+    """Autoencoders, and the beta that they are compared with."""
+    return build.is_autoencoder(planned.options) or planned.options.beta == 1
+
+
+@torch.no_grad()
+def decoded(vae: VAE, z: Tensor) -> Tensor:
+    """(N, *E) E[x | z] in passes that fit into memory. z: (N, L)."""
+    one = vae.likelihood(z[:1]).mean
+    chunk = particles_a_pass(one, numbers_a_pixel(vae.likelihood))
+    return torch.cat([vae.likelihood(part).mean for part in z.split(chunk)])
+
+
+def _fitted_draws(vae: VAE, material: Material) -> Tensor:
+    """(N, L) draws of the normal with the mean and covariance of z ~ q(z | x) over validation images.
+
+    What a prior would have to be, at its simplest, for a guide that was never told of one.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        x = material.other
+        z = torch.cat([vae.posterior(part).sample() for part in x.split(particles_a_pass(x))]).double()
+        values, vectors = torch.linalg.eigh(torch.cov(z.T).reshape(z.shape[1], -1))
+        noise = torch.randn(material.num_images, z.shape[1], dtype=z.dtype)
+    return (z.mean(0) + noise * values.clamp(min=0).sqrt() @ vectors.T).float()
+
+
+def _codes(codes: Tensor, labels: Tensor | None) -> list[list[Any]]:
+    """[z_1, z_2, class] of the first test images."""
+    classes = [None] * len(codes) if labels is None else labels.tolist()
+    pairs = zip(codes[:_MOST_CODES].tolist(), classes, strict=False)
+    return [[round(a, 4), round(b, 4), label] for (a, b), label in pairs]
+
+
+def _holes(diagnosis: dict[str, Any]) -> list[list[float]] | None:
+    found = diagnosis["aggregate"]["holes"]
+    if found is None:
+        return None
+    count = min(_IN_HOLES_SHOWN, len(found["worst"]), len(found["ordinary"]))
+    return found["worst"][:count] + found["ordinary"][:count]

@@ -1,0 +1,206 @@
+"""What the study trains: each run's name and options, and the one thing that it changes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ppl_vae.options import Options, default_warmup
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is trained and measured.
+
+    Args:
+        epochs: of most runs.
+        collapse_epochs: of the residual networks that collapse without a warm-up.
+        stress_epochs: of the scale maps at ten times the learning rate.
+        betas: of the sweep, by data set.
+        seeds: further seeds, for the betas between which the likelihood peaks.
+        close_betas: those betas.
+        latent_dims: beside that of the base.
+        networks: beside that of the base.
+        images: test images that are evaluated and measured.
+        num_particles: S of log p(x).
+    """
+
+    epochs: int
+    collapse_epochs: int
+    stress_epochs: int
+    betas: dict[str, tuple[float, ...]]
+    seeds: tuple[int, ...]
+    close_betas: tuple[float, ...]
+    latent_dims: tuple[int, ...]
+    networks: tuple[str, ...]
+    images: int
+    num_particles: int
+
+    def betas_of(self, dataset: str) -> tuple[float, ...]:
+        """Of the sweep on that data set; on one that is not named, those of the last that is."""
+        return self.betas.get(dataset, [*self.betas.values()][-1])
+
+
+DEFAULT = Size(
+    epochs=10,
+    collapse_epochs=4,
+    stress_epochs=2,
+    betas={
+        "mnist": (0.001, 0.01, 0.1, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 5.0, 20.0, 100.0),
+        "fashion-mnist": (0.001, 0.01, 0.1, 0.3, 0.7, 1.0, 2.0, 10.0, 100.0),
+    },
+    seeds=(1, 2),
+    close_betas=(0.5, 0.7, 1.0),
+    latent_dims=(2, 8, 20, 128),
+    networks=("mlp", "conv", "residual"),
+    images=2000,
+    num_particles=500,
+)
+QUICK = Size(
+    epochs=2,
+    collapse_epochs=2,  # of one there is no warm-up
+    stress_epochs=1,
+    betas={
+        "mnist": (0.001, 0.01, 0.1, 0.3, 1.0, 2.0, 5.0, 20.0, 100.0),
+        "fashion-mnist": (0.01, 0.1, 1.0, 10.0, 100.0),
+    },
+    seeds=(),
+    close_betas=(),
+    latent_dims=(2, 10),
+    networks=("mlp", "conv"),
+    images=500,
+    num_particles=200,
+)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One run of the study.
+
+    Args:
+        name: of its folder.
+        options: of it.
+        averaged: whether the study's handler scales the observed site by 1/D: a mean over pixels in training.
+        stressed: whether it is trained to see if it ends at all.
+    """
+
+    name: str
+    options: Options
+    averaged: bool = False
+    stressed: bool = False
+
+
+def base(size: Size, dataset: str, **changed: Any) -> Options:
+    """The run that every other one differs from in one thing: gated network, 40 latents, dynamic binarization."""
+    return Options(
+        dataset=dataset,
+        epochs=size.epochs,
+        warmup_epochs=default_warmup(size.epochs),
+        images=size.images,
+        evaluation_particles=size.num_particles,
+        keep="last",  # of all runs, so that a beta is seen as it ends, and not where the ELBO liked it best
+        **changed,
+    )
+
+
+def dataset_word(dataset: str) -> str:
+    """What a data set is called in the names of runs: a name as it is, a path by its file."""
+    return Path(dataset).stem
+
+
+def sweep_name(dataset: str, beta: float, seed: int = 0) -> str:
+    """The run of the sweep with that beta."""
+    return f"{dataset_word(dataset)}-beta-{beta:g}" + (f"-seed-{seed}" if seed else "")
+
+
+def mean_name(dataset: str) -> str:
+    """The run whose pixels are averaged."""
+    return f"{dataset_word(dataset)}-mean-over-pixels"
+
+
+def beta_of_mean_name(dataset: str) -> str:
+    """The run with pixels summed and beta = D."""
+    return f"{dataset_word(dataset)}-beta-of-mean"
+
+
+def autoencoder_name(dataset: str) -> str:
+    """The run with a deterministic guide."""
+    return f"{dataset_word(dataset)}-autoencoder"
+
+
+def latents_name(dataset: str, latent_dim: int) -> str:
+    """The base with another number of latents."""
+    return f"{dataset_word(dataset)}-latents-{latent_dim}"
+
+
+def network_name(dataset: str, network: str) -> str:
+    """The base with another network."""
+    return f"{dataset_word(dataset)}-network-{network}"
+
+
+# (c): the way of training, and what it changes. "residual" collapses without help; "gated" loses some units.
+REMEDIES: dict[str, dict[str, Any]] = {
+    "none": {"warmup_epochs": 0},
+    "warm-up": {},
+    "free-bits": {"warmup_epochs": 0, "objective": "free-bits", "free_bits": 0.25},
+    "both": {"objective": "free-bits", "free_bits": 0.25},
+}
+REMEDIED_NETWORKS = ("gated", "residual")
+
+
+def remedy_name(dataset: str, network: str, remedy: str) -> str:
+    """The network, trained in that way."""
+    return f"{dataset_word(dataset)}-{network}-remedy-{remedy}"
+
+
+STRESS_RATE = 0.03  # ten times the default learning rate, and no clipping to speak of
+_NO_CLIPPING = 1e9
+
+
+def stress_name(dataset: str, scale_map: str) -> str:
+    """The base under stress, with that map from features to the guide's scales."""
+    return f"{dataset_word(dataset)}-stress-{scale_map}"
+
+
+def plan(size: Size, datasets: Sequence[str], *, num_pixels: Mapping[str, int] | None = None) -> list[Planned]:
+    """Every run of the study, in the order in which they are trained; the first data set has all parts.
+
+    Args:
+        size: how much.
+        datasets: the first has every part; others have the sweep, the mean over pixels and the autoencoder.
+        num_pixels: D of each, the beta that equals a mean over pixels; by default 784.
+    """
+    runs = []
+    for dataset in datasets:
+        betas, D = size.betas_of(dataset_word(dataset)), (num_pixels or {}).get(dataset, 784)
+        runs += [Planned(sweep_name(dataset, beta), base(size, dataset, beta=beta)) for beta in betas]
+        runs.append(Planned(mean_name(dataset), base(size, dataset), averaged=True))
+        runs.append(Planned(beta_of_mean_name(dataset), base(size, dataset, beta=float(D))))
+        runs.append(Planned(autoencoder_name(dataset), base(size, dataset, posterior="delta", beta=0.0)))
+    return runs + _further(size, datasets[0])
+
+
+def _further(size: Size, dataset: str) -> list[Planned]:
+    """The parts that one data set suffices for."""
+    runs = [
+        Planned(sweep_name(dataset, beta, seed), base(size, dataset, beta=beta, seed=seed))
+        for seed in size.seeds
+        for beta in size.close_betas
+    ]
+    runs += [Planned(latents_name(dataset, L), base(size, dataset, latent_dim=L)) for L in size.latent_dims]
+    two = base(size, dataset, latent_dim=2, posterior="delta", beta=0.0)
+    runs.append(Planned(f"{autoencoder_name(dataset)}-2", two))
+    runs += [Planned(network_name(dataset, word), base(size, dataset, network=word)) for word in size.networks]
+    for network in REMEDIED_NETWORKS:
+        for remedy, changed in REMEDIES.items():
+            epochs = size.collapse_epochs if network == "residual" else size.epochs
+            options = replace(base(size, dataset, network=network), epochs=epochs, warmup_epochs=default_warmup(epochs))
+            if network != "gated" or remedy != "warm-up":  # which is the base itself
+                runs.append(Planned(remedy_name(dataset, network, remedy), replace(options, **changed)))
+    for word in ("bounded", "exp", "softplus"):
+        stressed = base(size, dataset, scale_map=word, learning_rate=STRESS_RATE, clip_norm=_NO_CLIPPING)
+        stressed = replace(stressed, epochs=size.stress_epochs, warmup_epochs=0)
+        runs.append(Planned(stress_name(dataset, word), stressed, stressed=True))
+    return runs

@@ -1,0 +1,120 @@
+"""Training the study's runs, one after the other, each in a run folder like any other."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyro
+from pyro.poutine.scale_messenger import ScaleMessenger
+from torch import Tensor
+
+from ppl_vae import build, data, runs
+from ppl_vae.evidence import NotFinite
+from ppl_vae.experiment import resume, train
+from ppl_vae.experiment.evaluation import is_evaluated, write_evaluation
+from ppl_vae.experiment.opening import Say, open_run
+from ppl_vae.experiment.train import QUICK_EVALUATION_SEED
+from ppl_vae.study.plan import Planned
+from ppl_vae.training import TrainingState, fit
+
+FAILURE = "failure.json"
+
+
+class MeanOverPixels(ScaleMessenger):
+    """log p(x | z) / D: what a loss that is averaged over pixels does to a model, as an effect handler.
+
+    It scales the observed site by 1 / D, so that the objective is rec / D - KL, which has the optimum of beta = D. The
+    library itself never averages; this is here to show what happens.
+    """
+
+    def __init__(self, num_pixels: int) -> None:
+        super().__init__(1 / num_pixels)
+
+    def _process_message(self, msg: Any) -> None:
+        if msg["type"] == "sample" and msg["is_observed"]:
+            super()._process_message(msg)
+
+
+def averaged(objective: Callable[..., Tensor], num_pixels: int) -> Callable[..., Tensor]:
+    """The objective of a model whose pixels are averaged: one line, and the only one that differs."""
+
+    def of_means(model: Any, guide: Any, x: Tensor, *, beta: float | Tensor) -> Tensor:
+        return objective(MeanOverPixels(num_pixels)(model), guide, x, beta=beta)
+
+    return of_means
+
+
+def train_planned(planned: Planned, folder: Path, *, say: Say) -> bool:
+    """Trains a run, or what is left of it, and evaluates it; returns whether it ended with finite numbers.
+
+    A training that meets a NaN leaves ``failure.json`` in its folder, with what was said: that too is a result.
+    """
+    run_dir = folder / planned.name
+    if (run_dir / FAILURE).exists():
+        return False
+    try:
+        if planned.averaged:
+            _train_averaged(planned, run_dir, say=say)
+        elif (run_dir / runs.CONFIG).exists():
+            resume(str(run_dir), epochs=None, say=say, draw=False)
+        else:
+            train(planned.options, str(run_dir), say=say, draw=False)
+    except NotFinite as error:
+        runs.write_json(run_dir / FAILURE, {"error": str(error)})
+        say(f"{planned.name}: {error}")
+        return False
+    return True
+
+
+def _train_averaged(planned: Planned, run_dir: Path, *, say: Say) -> None:
+    """As ``train`` does it, but for the objective, and saved from Python, for no option asks for a mean."""
+    if not (run_dir / runs.MODEL).exists():
+        _fit_averaged(planned, run_dir, say=say)
+    if not is_evaluated(run_dir):
+        options = planned.options
+        write_evaluation(
+            open_run(str(run_dir)),
+            split="test",
+            num_particles=options.evaluation_particles,
+            images=options.images,
+            device=options.device,
+            seed=QUICK_EVALUATION_SEED,
+            say=say,
+        )
+
+
+def _fit_averaged(planned: Planned, run_dir: Path, *, say: Say) -> None:
+    seen = build.splits(planned.options)
+    options = build.resolve(planned.options, seen)
+    pixels = build.pixels(options, seen)
+    stored, observe = data.training_images(seen, pixels)
+    pyro.set_rng_seed(options.seed)
+    vae = build.vae(options, seen.event_shape)
+    build.start_from_marginals(vae, data.expected_images(seen, pixels))
+    metrics: list[dict[str, Any]] = []
+    state: TrainingState = fit(
+        vae,
+        stored,
+        data.evaluation_images(seen, "validation", pixels),
+        epochs=options.epochs,
+        objective=averaged(build.objective(options), math.prod(seen.event_shape)),
+        observe=observe,
+        batch_size=options.batch_size,
+        learning_rate=options.learning_rate,
+        beta=options.beta,
+        warmup_epochs=options.warmup_epochs or 0,
+        clip_norm=options.clip_norm,
+        keep_last=options.keep == "last",
+        compile=options.compile == "on",
+        seed=options.seed,
+        on_epoch=metrics.append,
+    )
+    say(f"Trained {planned.name}, its pixels averaged, in {state.seconds:.0f} s.")
+    partial = run_dir.with_name(f".{run_dir.name}.partial")  # a folder that is there is a run that is whole
+    shutil.rmtree(partial, ignore_errors=True)
+    build.save(vae, partial, options, metrics=metrics)
+    partial.replace(run_dir)

@@ -134,8 +134,9 @@ def free_bits(
     """-(E_q[log p(x | z)] - beta sum_l max(lambda, KL_l)), KL_l = mean_n KL(q(z_l | x_n) || p(z_l)) over the batch.
 
     A latent whose mean KL is below lambda is not pushed further down, so that it is not lost early in training. What
-    it learns to carry costs nothing until then. lambda = 0 is the ELBO with its KL in closed form. It is no bound on
-    log p(x) otherwise, and reports never use it.
+    it learns to carry costs nothing until then. lambda = 0 at beta = 1 is the ELBO with its KL in closed form. At
+    beta >= 1 minus the loss is a lower bound on the mean log p(x) that is never tighter than the ELBO, as max(lambda,
+    KL_l) >= KL_l; only beta < 1 can break the bound. Reports never use it.
 
     Args:
         model, guide: Pyro programs over x with one data plate at dim=-1; every latent site is a vector (L,) of

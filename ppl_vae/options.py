@@ -633,14 +633,15 @@ def parse_benchmark(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def parse_diagnose(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """run_dir, split, images, device, seed, dataset, data_dir."""
+    """run_dir, split (or None), images, device, seed, dataset, data_dir."""
     parser = Parser("What a run does and why, in numbers and in words, and which command would change it.")
     parser.add_run()
-    parser.add("split", str, one_of(SPLITS), f"{', '.join(SPLITS)} (default: test)")
+    default = "default: validation, or test where there is none"
+    parser.add("split", str, one_of(SPLITS), f"{', '.join(SPLITS)} ({default})")
     parser.add("images", int, POSITIVE_INTEGER, "a fixed random subset of that many images (default: 2000)")
     parser.add_device_and_seed("of every draw")
     parser.add_data()
-    parser.set_defaults(split="test", images=2000)
+    parser.set_defaults(split=None, images=2000)
     return parser.parse_args(argv)
 
 

@@ -32,23 +32,23 @@ FACTORS = replace(DIGITS, likelihood="normal", hidden=(64,), latent_dim=4, epoch
 
 
 def save_digits(path: Path) -> Path:
-    """4,000 / 500 / 1,000 MNIST images as 8-bit levels."""
+    """4,000 / 1,000 / 500 MNIST images as 8-bit levels."""
     whole = data.load("mnist")
     arrays = {
         "train": whole.train[:4000, 0].numpy(),
-        "valid": whole.validation[:500, 0].numpy(),
-        "test": whole.test[:1000, 0].numpy(),
+        "valid": whole.validation[:1000, 0].numpy(),
+        "test": whole.test[:500, 0].numpy(),
     }
     np.savez(path, **arrays)
     return path
 
 
 def save_factors(path: Path) -> Path:
-    """x = W z + 0.5 e, four factors in 8 x 8 real pixels: 4,000 / 500 / 1,000."""
+    """x = W z + 0.5 e, four factors in 8 x 8 real pixels: 4,000 / 1,000 / 500."""
     generator = np.random.default_rng(0)
     W = generator.normal(size=(4, 64)).astype(np.float32) / 2
     arrays = {}
-    for split, count in (("train", 4000), ("valid", 500), ("test", 1000)):
+    for split, count in (("train", 4000), ("valid", 1000), ("test", 500)):
         z, e = generator.normal(size=(count, 4)), generator.normal(size=(count, 64))
         arrays[split] = (z @ W + 0.5 * e).astype(np.float32).reshape(count, 8, 8)
     np.savez(path, **arrays)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch._inductor.compile_fx as compiler
+from browser import chromium  # noqa: F401, a fixture, of which one process can start one
 
 from ppl_vae import capture
 

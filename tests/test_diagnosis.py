@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from dataclasses import replace
 
@@ -14,8 +15,11 @@ from small_run import SMALL, save_bars, train_small
 
 from ppl_vae import build, experiment, likelihoods, load, runs
 from ppl_vae.evidence import Importance
+from ppl_vae.experiment import diagnosis
 from ppl_vae.experiment.diagnosis import DIAGNOSIS, diagnose_run
 from ppl_vae.experiment.diagnosis_numbers import importance_numbers, measure, noise_numbers
+from ppl_vae.experiment.diagnosis_words import describe_numbers
+from ppl_vae.experiment.opening import open_run
 from ppl_vae.options import Options, parse_diagnose, parse_evaluate, parse_train
 
 EXPECTED = {
@@ -115,6 +119,14 @@ def test_every_figure_that_is_named_is_there(name, diagnosed, trained):
     assert drawn == {word.strip(",").split("/")[-1] for word in said[-1].split() if word.strip(",").endswith(".png")}
 
 
+@pytest.mark.parametrize(("saturated", "said"), [(True, " (cap"), (False, " ± ")])
+def test_an_information_at_its_cap_is_said_without_an_error(saturated, said, small):
+    numbers = measure(load(small), torch.rand(8, 1, 8, 8).round(), num_particles=2)
+    given = numbers | {"elbo_split": numbers["elbo_split"] | {"saturated": saturated}}
+    (line,) = [line for line in describe_numbers(given) if "mutual information" in line]
+    assert re.search(r"mutual information -?[\d.]+" + re.escape(said), line)
+
+
 def test_each_verdict_is_said_with_its_evidence_and_its_command(diagnosed):
     entry, said = diagnosed("beta 0.001")
     text = "\n".join(said)
@@ -193,6 +205,14 @@ def test_the_noise_is_measured_without_moving_the_likelihood():
     assert all(torch.equal(before[name], tensor) for name, tensor in family.state_dict().items())
 
 
+def test_of_independent_pixels_no_direction_is_counted_that_chance_makes():
+    x = torch.bernoulli(torch.full((500, 50), 0.5), generator=torch.Generator().manual_seed(0))
+    noise = noise_numbers(likelihoods.Bernoulli((50,)), x)
+    assert sum(value > 1 for value in noise["eigenvalues"]) > 15
+    assert noise["live_by_sum"] <= 2
+    assert noise["edge"] > 1
+
+
 def test_a_likelihood_without_a_location_has_no_noise():
     assert noise_numbers(likelihoods.Categorical((6,)), torch.zeros(50, 6)) is None
 
@@ -210,11 +230,23 @@ def test_an_estimate_is_summarized_by_its_images():
     assert found["unreliable"]["mean"] == 0.75  # a bias of 1, 2 and 3 nats
 
 
+def test_validation_is_measured_unless_another_split_is_asked_for(small):
+    assert diagnose_run(str(small), images=4, say=lambda line: None)["split"] == "validation"
+
+
+def test_where_there_are_no_validation_images_test_is_measured_and_said(small, monkeypatch):
+    run, said = open_run(str(small)), []
+    splits = replace(run.splits, validation=run.splits.validation[:0])
+    monkeypatch.setattr(diagnosis, "open_run", lambda *_, **__: run._replace(splits=splits))
+    assert diagnose_run(str(small), images=4, say=said.append)["split"] == "test"
+    assert "which has no validation split" in said[0]
+
+
 def test_a_second_diagnosis_replaces_the_first(small):
-    first = diagnose_run(str(small), images=20, say=lambda line: None)
+    first = diagnose_run(str(small), split="test", images=20, say=lambda line: None)
     stale = small / runs.FIGURES / "diagnosis-of-before.png"
     stale.touch()
-    second = diagnose_run(str(small), images=25, say=lambda line: None)
+    second = diagnose_run(str(small), split="test", images=25, say=lambda line: None)
     assert not stale.exists()
     assert (first["numbers"]["num_images"], second["numbers"]["num_images"]) == (20, 25)
     assert runs.read_json(small / DIAGNOSIS)["numbers"]["num_images"] == 25
@@ -237,3 +269,4 @@ def test_what_a_diagnosis_is_asked():
     asked = parse_diagnose(["runs/x", "--split", "validation", "--images", "500", "--seed", "3"])
     assert (asked.run_dir, asked.split, asked.images, asked.seed) == ("runs/x", "validation", 500, 3)
     assert (asked.device, asked.dataset, asked.data_dir) == ("cpu", None, None)
+    assert parse_diagnose(["runs/x"]).split is None

@@ -215,6 +215,50 @@ def test_holes_are_seen_between_posteriors_that_miss_each_other(scale):
     assert (z[found.worst[:50], :2].norm(dim=1) < 2.5).all()
 
 
+def test_the_draws_that_choose_the_bandwidth_set_no_threshold(monkeypatch):
+    monkeypatch.setattr(aggregate, "_BANDWIDTHS", (0.0,))
+    oracle = LinearGaussian.random(L=2)
+    vae = oracle.vae()
+    with seeded(0, CPU):
+        x, held_out = images_and_draws(oracle, vae, 200)
+        z = vae.prior().sample((200,))
+    moved = held_out.clone()
+    moved[::2] = 9.0
+    assert holes(vae, x, moved, z).threshold == holes(vae, x, held_out, z).threshold
+
+
+def test_the_bandwidth_is_of_draws_from_all_of_a_file_that_is_sorted():
+    """Images of two classes one after the other: every 500 of 2,000 draws have both."""
+    loc = torch.cat([normal(1000, 1), normal(1000, 1, seed=1) * 1e-3 + 5])
+
+    def posterior(x):
+        return dist.Normal(loc[x[..., 0].long()], 1e-3).to_event(1)
+
+    vae = VAE(StandardNormal(1).double(), lambda z: dist.Normal(z, 1.0).to_event(1), posterior)
+    index = torch.arange(2000).double()[:, None]
+    with seeded(0, CPU):
+        held_out, z = vae.posterior(index).sample(), vae.prior().sample((500,))
+        found, turned = (holes(vae, index, draws, z).bandwidth for draws in (held_out, held_out.flip(0)))
+    assert found == turned
+
+
+def test_a_share_of_no_draw_at_all_still_has_an_error():
+    """Of 100 draws, none in a hole: the exact 95% bound on the share is 3 / 100."""
+    oracle = LinearGaussian.random(L=2)
+    vae = oracle.vae()
+    with seeded(0, CPU):
+        x, held_out = images_and_draws(oracle, vae, 400)
+        found = holes(vae, x, held_out, torch.zeros(100, 2).double())
+    assert found.share.mean == 0
+    assert 2 * found.share.stderr == pytest.approx(0.03, rel=0.15)
+
+
+def test_a_classifier_that_never_errs_still_has_an_error():
+    found = classifier_test(normal(100, 2) + 20, normal(100, 2, seed=1))
+    assert found.accuracy.mean == 1
+    assert 2 * found.accuracy.stderr == pytest.approx(3 / found.num_held_out, rel=0.15)
+
+
 def test_the_worst_draws_come_first():
     oracle = LinearGaussian.random(L=2)
     vae = oracle.vae()

@@ -20,6 +20,7 @@ from ppl_vae.diagnostics import (
     has_location,
     latent_kl,
     live_directions,
+    noise_edge,
     predicted_live,
     threshold,
     variance_of_mean_squared_error,
@@ -169,6 +170,59 @@ def test_directions_above_the_threshold_are_counted():
     assert live_directions(eigenvalues) == 4
     assert live_directions(eigenvalues, beta=2) == 3
     assert live_directions(eigenvalues, reduction="mean", num_pixels=784) == 1
+
+
+# --- The edge of chance ---
+
+
+def coins(N=2000, pixels=200):
+    return torch.bernoulli(torch.full((N, pixels), 0.5).double(), generator=torch.Generator().manual_seed(0))
+
+
+def test_the_edge_of_independent_pixels_is_marchenkos_and_pasturs():
+    """(1 + sqrt(D / N))^2, the largest eigenvalue of a sample covariance of the identity."""
+    for x in (coins(), coins(400, 800)):
+        exact = (1 + math.sqrt(x.shape[1] / len(x))) ** 2
+        assert noise_edge(likelihoods.Bernoulli(x.shape[1:]), x) == pytest.approx(exact, rel=0.04)
+
+
+def test_of_independent_pixels_hardly_any_direction_is_above_the_edge():
+    """Though about half of them are above 1, the threshold."""
+    x, family = coins(), likelihoods.Bernoulli((200,))
+    eigenvalues = eigenvalues_in_noise_units(family, x)
+    assert live_directions(eigenvalues) > 60
+    assert live_directions(eigenvalues, edge=noise_edge(family, x, seed=3)) <= 2
+
+
+def test_one_factor_of_many_pixels_is_one_direction_above_the_edge():
+    x, family = binary_data(2000, pixels=100), likelihoods.Bernoulli((100,))
+    eigenvalues = eigenvalues_in_noise_units(family, x)
+    assert live_directions(eigenvalues, edge=noise_edge(family, x)) == 1
+    assert live_directions(eigenvalues) > 1
+
+
+def test_a_pixel_louder_than_the_noise_does_not_lift_the_edge():
+    """Tied to no other, it is a direction all the same: the edge is that of pixels at the noise, near 1.21."""
+    x = torch.randn(2000, 20, generator=torch.Generator().manual_seed(0), dtype=torch.double)
+    x[:, 3] *= 3
+    family, features = UserNormal((20,), 1.0), torch.zeros(20)
+    assert float(eigenvalues_in_noise_units(family, x, features=features)[0]) > 8
+    assert noise_edge(family, x, features=features) == pytest.approx((1 + math.sqrt(20 / 2000)) ** 2, rel=0.08)
+
+
+def test_the_edge_counts_where_it_is_above_the_threshold():
+    eigenvalues = torch.tensor([900.0, 50.0, 3.0, 1.5, 0.5])
+    assert [live_directions(eigenvalues, edge=edge) for edge in (0.7, 2.0)] == [4, 3]
+    assert live_directions(eigenvalues, beta=10, edge=2.0) == 2
+
+
+def test_the_edge_leaves_the_images_and_the_global_generator_alone():
+    x, state = coins(50, 6), torch.get_rng_state()
+    before = x.clone()
+    family = likelihoods.Bernoulli((6,))
+    assert noise_edge(family, x, seed=1) == noise_edge(family, x, seed=1)
+    assert torch.equal(x, before)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_another_reduction_is_refused():

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from browser import Visit, chromium  # noqa: F401, a fixture
+from browser import Visit
 from PIL import Image
 from small_run import SMALL, save_bars, train_small
 from study_numbers import BETAS, study_numbers, write_pictures
@@ -80,7 +80,7 @@ def test_numbers_have_a_true_minus(study_folder):
     assert re.findall(r"(?<![\w-])-\d", shown) == []
 
 
-def test_beta_moves_pictures_and_numbers_together(study_folder, chromium):  # noqa: F811, the fixture
+def test_beta_moves_pictures_and_numbers_together(study_folder, chromium):
     with Visit(chromium, study_folder / "report.html") as visit:
         slider = visit.tab.locator("figure.slider").first
         seen = []
@@ -95,7 +95,7 @@ def test_beta_moves_pictures_and_numbers_together(study_folder, chromium):  # no
     assert all(seen[k][part] != seen[k + 1][part] for k in range(len(seen) - 1) for part in (0, 1))
 
 
-def test_the_report_shows_the_planes_of_two_latents(study_folder, chromium):  # noqa: F811, the fixture
+def test_the_report_shows_the_planes_of_two_latents(study_folder, chromium):
     with Visit(chromium, study_folder / "report.html") as visit:
         before = visit.tab.evaluate("() => window.pplExplorer.explorerPixels(0)")
         visit.tab.evaluate("() => window.pplExplorer.explorerSet(0, 2.0, -2.0)")
@@ -107,7 +107,7 @@ def test_the_report_shows_the_planes_of_two_latents(study_folder, chromium):  # 
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_report_reads_on_a_phone(study_folder, chromium, scheme):  # noqa: F811, the fixture
+def test_the_report_reads_on_a_phone(study_folder, chromium, scheme):
     with Visit(chromium, study_folder / "report.html", width=400, scheme=scheme) as visit:
         assert visit.tab.evaluate("() => document.documentElement.scrollWidth") <= 400
         assert visit.complaints == []
@@ -223,7 +223,7 @@ def test_a_decoder_that_cannot_be_drawn_live_is_explained(page_of, kind, words):
 
 
 @pytest.mark.parametrize("kind", ["vae", "autoencoder"])
-def test_a_dense_decoder_draws_on_the_page(runs_of, page_of, chromium, kind):  # noqa: F811, the fixture
+def test_a_dense_decoder_draws_on_the_page(runs_of, page_of, chromium, kind):
     page_of(kind)
     with Visit(chromium, runs_of[kind] / "report.html", width=400) as visit:
         assert len(visit.tab.evaluate("() => window.pplExplorer.explorerPixels(0)")) == 64

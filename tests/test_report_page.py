@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from browser import Visit, chromium  # noqa: F401, a fixture
+from browser import Visit
 
 from ppl_vae import likelihoods, networks
 from ppl_vae.conditional import Conditional
@@ -106,7 +106,7 @@ def everything() -> list[Section]:
 
 
 @pytest.fixture
-def visit(chromium: Any, tmp_path: Path) -> Callable[..., Visit]:  # noqa: F811, the fixture
+def visit(chromium: Any, tmp_path: Path) -> Callable[..., Visit]:
     """Writes a page to disk and opens it there."""
 
     def opened(*blocks: Any, title: str = "A page", **options: Any) -> Visit:
@@ -357,7 +357,7 @@ def moved(latent_dim: int) -> Moved:
 
 
 @pytest.fixture(scope="module")
-def all_decoders(chromium: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Visit]:  # noqa: F811, the fixture
+def all_decoders(chromium: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Visit]:
     """One page with an explorer of each network, and then of each likelihood."""
     path = tmp_path_factory.mktemp("page") / "page.html"
     by_network = [

@@ -19,20 +19,21 @@ from small_run import bars
 from torch import Tensor, nn
 from torch.distributions import Normal
 
-from ppl_vae import VAE, Conditional, capture, data, objectives, runs
-from ppl_vae.experiment.evaluation import read_per_image
+from ppl_vae import VAE, Conditional, build, capture, data, objectives, runs
+from ppl_vae.evidence import Importance, NotFinite
+from ppl_vae.experiment.evaluation import PerImage, read_per_image
 from ppl_vae.likelihoods import Bernoulli
 from ppl_vae.networks import MLP
 from ppl_vae.options import Options
 from ppl_vae.posteriors import DiagonalNormal
 from ppl_vae.priors import StandardNormal
-from ppl_vae.study import plan, run
-from ppl_vae.study.material import components
+from ppl_vae.study import measuring, pairs, plan, run, sections, training
+from ppl_vae.study.material import components, material
 from ppl_vae.study.plan import DEFAULT, QUICK, Size
-from ppl_vae.study.quality import frechet, frechet_distance
+from ppl_vae.study.quality import frechet, frechet_distance, frechet_excess_ratio, frechet_ratio, jackknife
 from ppl_vae.study.run import collect
-from ppl_vae.study.scale_maps import gradients_at_start
-from ppl_vae.study.training import FAILURE, MeanOverPixels, averaged
+from ppl_vae.study.scale_maps import _of_one, gradients_at_start
+from ppl_vae.study.training import FAILURE, MeanOverPixels, averaged, train_planned
 
 TINY = Size(
     epochs=1,
@@ -54,9 +55,9 @@ def silent(line: str) -> None:
 
 
 def save_gray_bars(path: Path) -> Path:
-    """8 x 8 images of 8-bit levels: bars on a gray ground, in two classes."""
+    """8 x 8 images of 8-bit levels: bars on a gray ground, in two classes; fewer for validation than are measured."""
     arrays = {}
-    for seed, (split, count) in enumerate((("train", 300), ("valid", 100), ("test", 120))):
+    for seed, (split, count) in enumerate((("train", 300), ("valid", 80), ("test", 120))):
         images, labels = bars(count, seed=seed)
         noise = np.random.default_rng(seed).integers(0, 40, images.shape)
         arrays[split], arrays[f"{split}_labels"] = (200 * images + noise).astype(np.uint8), labels
@@ -203,19 +204,126 @@ def test_a_paired_difference_is_that_of_the_images(study: tuple[Path, dict[str, 
     assert found["stderr"] == pytest.approx(d.std(ddof=1) / math.sqrt(len(d)), rel=1e-9)
 
 
-def test_the_peak_is_the_highest_mean(numbers: dict[str, Any]) -> None:
-    sweep = numbers["sweep"]["bars"]
-    for of in ("log_likelihood", "elbo"):
-        best = max(sweep["rows"], key=lambda row: row[of]["mean"])
-        assert sweep["peaks"][of]["beta"] == best["beta"]
-        assert best["beta"] in sweep["peaks"][of]["not_distinguishable"]
+N = 400
 
 
-def test_a_condition_is_as_predicted_where_all_latents_die_below_the_threshold(numbers: dict[str, Any]) -> None:
-    for each in numbers["mean"]["bars"]["conditions"]:
-        live = sum(value > each["threshold"] for value in numbers["mean"]["bars"]["eigenvalues"])
-        assert each["predicted_live"] == live
-        assert each["as_predicted"] == ((live == 0) == (each["active"] == 0))
+def evaluated(mean: float, *, rise: float, spread: float = 0.1, **changed: Any) -> PerImage:
+    """L_S and the ELBO of N images, hard ones for all runs alike, which more particles would still raise."""
+    torch.manual_seed(round(1000 * abs(mean)))
+    noise = spread * torch.randn(N, dtype=torch.double)
+    bound = torch.linspace(-150, -50, N, dtype=torch.double) + mean + noise - noise.mean()
+    zero = torch.zeros(N, dtype=torch.double)
+    fields = dict.fromkeys(Importance._fields, zero)
+    fields |= {"log_evidence": bound, "elbo": bound - 1, "rise": zero + rise}
+    return PerImage(torch.arange(N), Importance(**fields), **{"num_particles": 100, "seed": 0, "step": 1} | changed)
+
+
+def peak_of(stored: dict[float, PerImage], of: str, patch: pytest.MonkeyPatch) -> pairs.Peak:
+    folders = {beta: Path(f"{beta}") for beta in stored}
+    patch.setattr(pairs, "per_image", lambda folder: stored[float(folder.name)])
+    values = {beta: float(each.result.log_evidence.mean()) for beta, each in stored.items()}
+    return pairs.peak(folders, values, of)
+
+
+@pytest.fixture
+def along_beta() -> dict[float, PerImage]:
+    """A best one, one as good, one that its own rise may lift above the best, one that it may not, and one far off."""
+    return {
+        0.1: evaluated(-2, rise=3),
+        0.5: evaluated(-2.001, rise=0.1),
+        0.7: evaluated(0, rise=0.1),
+        1.0: evaluated(-0.001, rise=0.1),
+        2.0: evaluated(-10, rise=3),
+    }
+
+
+def test_a_run_that_may_still_rise_above_the_best_is_not_ranked_below_it(
+    along_beta: dict[float, PerImage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert peak_of(along_beta, "log_likelihood", monkeypatch) == pairs.Peak(0.7, [0.7, 1.0], [0.1])
+
+
+def test_elbos_are_ranked_whatever_more_particles_would_gain(
+    along_beta: dict[float, PerImage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert peak_of(along_beta, "elbo", monkeypatch) == pairs.Peak(0.7, [0.7, 1.0], [])
+
+
+def records_of(stored: dict[float, PerImage]) -> dict[float, Any]:
+    return {
+        beta: {
+            "name": f"{beta}",
+            "evaluation": {"reliable": True, "log_likelihood": {"mean": float(each.result.log_evidence.mean())}},
+        }
+        for beta, each in stored.items()
+    }
+
+
+@pytest.mark.parametrize("betas", [(0.1, 0.5, 0.7, 1.0, 2.0), (0.5, 0.7, 1.0, 2.0)])
+def test_a_peak_is_reliable_only_where_all_others_are_ranked(
+    along_beta: dict[float, PerImage], betas: tuple[float, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pairs, "per_image", lambda folder: along_beta[float(folder.name)])
+    records = records_of({beta: along_beta[beta] for beta in betas})
+    found = sections._peak({beta: Path(f"{beta}") for beta in betas}, records, "log_likelihood")
+    assert found["reliable"] == found["ranks_log_likelihood"] == (0.1 not in betas)
+
+
+@pytest.mark.parametrize("changed", [{"num_particles": 1000}, {"seed": 1}])
+def test_evaluations_with_other_particles_or_another_seed_are_not_subtracted(
+    changed: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = {"a": evaluated(0, rise=0), "b": evaluated(1, rise=0, **changed)}
+    monkeypatch.setattr(pairs, "per_image", lambda folder: stored[folder.name])
+    with pytest.raises(ValueError, match=f"b: expected an evaluation with {next(iter(changed))}"):
+        pairs.difference(Path("b"), Path("a"), "elbo")
+
+
+def seen_and_gray(bars_file: Path) -> tuple[np.ndarray, np.ndarray]:
+    splits = data.load(str(bars_file))
+    seen, gray = data.evaluation_images(splits, "train", "dynamic"), data.probabilities(splits, "train")
+    return seen.flatten(1).double().numpy(), gray.flatten(1).double().numpy()
+
+
+def test_directions_are_live_above_what_permuted_pixels_show(numbers: dict[str, Any], bars_file: Path) -> None:
+    x, _ = seen_and_gray(bars_file)
+    generator = np.random.default_rng(0)
+    edge = np.linalg.eigvalsh(np.corrcoef(generator.permuted(x, axis=0).T))[-1]
+    found = numbers["mean"]["bars"]
+    assert found["edge"] == pytest.approx(edge, rel=0.1)
+    live = int((np.linalg.eigvalsh(np.corrcoef(x.T)) > edge).sum())
+    assert [each["predicted_live"] for each in found["conditions"] if each["condition"] == "sum"] == [live]
+
+
+def test_no_direction_is_predicted_to_live_under_a_mean_over_pixels(numbers: dict[str, Any]) -> None:
+    conditions = {each["condition"]: each for each in numbers["mean"]["bars"]["conditions"]}
+    for name in ("mean", "beta-of-mean"):  # eigenvalues of correlations add up to D
+        assert (conditions[name]["predicted_live"], conditions[name]["predicted_collapse"]) == (0, True)
+
+
+def test_the_largest_eigenvalue_is_of_gray_pixels(numbers: dict[str, Any], bars_file: Path) -> None:
+    seen, gray = seen_and_gray(bars_file)
+    found = numbers["mean"]["bars"]["gaussian_variance"]
+    assert found["largest_eigenvalue"] == pytest.approx(np.linalg.eigvalsh(np.cov(gray.T))[-1], rel=1e-6)
+    assert found["largest_eigenvalue_as_seen"] == pytest.approx(np.linalg.eigvalsh(np.cov(seen.T))[-1], rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["likelihood", "binarization", "version", "sha256"])
+def test_eigenvalues_of_another_likelihood_or_binarization_are_not_taken(
+    study: tuple[Path, dict[str, Any]], tmp_path: Path, bars_file: Path, name: str
+) -> None:
+    file = "noise-bars.json"
+    stored = runs.read_json(study[0] / file)
+    runs.write_json(tmp_path / file, stored | {"key": stored["key"] | {name: "other"}, "eigenvalues": [1.0]})
+    options = plan.base(TINY, str(bars_file))
+    anew: Any = SimpleNamespace(folder=tmp_path)
+    found = sections.noise_of(anew, material(options, build.splits(options), TINY.images))
+    assert found["eigenvalues"] == pytest.approx(stored["eigenvalues"])
+
+
+def test_of_ten_tests_each_has_a_tenth_of_the_level() -> None:
+    found = sections._rejected([0.004, 0.006, *[0.04] * 8])
+    assert found == {"rejected": 1, "level": pytest.approx(0.005), "latent_dim": 10}
 
 
 def test_eigenvalues_in_noise_units_are_those_of_the_pixels_correlations(
@@ -233,10 +341,32 @@ def test_an_autoencoder_has_no_likelihood(numbers: dict[str, Any]) -> None:
     assert record["evaluation"]["reconstruction"]["mean"] < 0
 
 
-def test_the_parts_of_the_blur_add_up(numbers: dict[str, Any]) -> None:
+@pytest.mark.parametrize("part", ["error", "posterior_noise", "bias"])
+def test_the_parts_of_the_error_are_those_of_the_diagnosis_but_for_the_draws(
+    numbers: dict[str, Any], part: str
+) -> None:
+    found = numbers["autoencoder"]["bars"]
+    expected = found["vae"]["blur"][part]
+    assert found["decomposition"][part]["mean"] == pytest.approx(expected["mean"], abs=2 * expected["stderr"])
+
+
+def test_the_autoencoders_error_is_that_of_its_diagnosis(numbers: dict[str, Any]) -> None:
+    found = numbers["autoencoder"]["bars"]
+    expected = found["autoencoder"]["blur"]["error"]
+    assert found["decomposition"]["autoencoder_error"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_error_of_what_is_lost_knows_that_the_images_are_the_same(numbers: dict[str, Any]) -> None:
     parts = numbers["autoencoder"]["bars"]["decomposition"]
-    error = parts["posterior_noise"]["mean"] + parts["autoencoder_error"]["mean"] + parts["lost"]["mean"]
-    assert parts["error"]["mean"] == pytest.approx(error, rel=1e-6)
+    apart = math.hypot(parts["bias"]["stderr"], parts["autoencoder_error"]["stderr"])
+    assert 0 < parts["lost"]["stderr"] < 0.9 * apart
+
+
+def test_a_binary_image_has_the_variance_of_its_pixels_as_its_error(numbers: dict[str, Any], bars_file: Path) -> None:
+    gray = data.probabilities(data.load(str(bars_file)), "test").double()
+    found = numbers["autoencoder"]["bars"]["binarized"]
+    assert abs(found["error"]["mean"] - float((gray * (1 - gray)).mean())) < 5 * found["error"]["stderr"]
+    assert found["sharpness"]["mean"] > 1  # of noise
 
 
 def test_every_picture_that_is_named_is_there_in_its_size(study: tuple[Path, dict[str, Any]]) -> None:
@@ -264,6 +394,52 @@ def test_a_training_that_met_a_nan_is_told_of_and_not_done_again(
     runs.write_json(failed / FAILURE, {"error": "step 2: site 'z': NaN"})
     row = made(copy, bars_file)["scale_maps"]["stressed"][1]
     assert (row["finished"], row["step"], row["failure"]) == (False, 2, "step 2: site 'z': NaN")
+    assert row["failure_phase"] == "training"
+
+
+def test_a_nan_of_an_evaluation_is_no_failure_of_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def evaluates_to_nan(*args: Any, **kwargs: Any) -> None:
+        (tmp_path / "mnist-beta-1").mkdir()
+        raise NotFinite("log p(x | z): expected numbers, got NaN or +infinity")
+
+    monkeypatch.setattr(training, "train", evaluates_to_nan)
+    planned = plan.Planned("mnist-beta-1", plan.base(TINY, "mnist"))
+    assert not train_planned(planned, tmp_path, say=silent)
+    found = training.read_failure(tmp_path / planned.name)
+    assert found == ("log p(x | z): expected numbers, got NaN or +infinity", "evaluation")
+
+
+def measured_again(study: Path, bars_file: Path) -> dict[str, Any]:
+    options = plan.base(TINY, str(bars_file), beta=1.0)
+    planned = plan.Planned("bars-beta-1", options)
+    of_bars = material(options, build.splits(options), TINY.images)
+    return measuring.measured(
+        planned, study / "runs" / planned.name, of_bars, in_full=True, pictures=study / "pictures"
+    )
+
+
+def test_a_measurement_with_other_constants_is_not_taken(
+    study: tuple[Path, dict[str, Any]], bars_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def again(*args: Any, **kwargs: Any) -> None:
+        raise Killed
+
+    monkeypatch.setattr(measuring, "measure", again)
+    assert measured_again(study[0], bars_file)["name"] == "bars-beta-1"
+    monkeypatch.setitem(measuring._CONSTANTS, "unreliable_bias", 0.25)
+    with pytest.raises(Killed):
+        measured_again(study[0], bars_file)
+
+
+def test_whether_a_run_is_reliable_is_judged_by_the_thresholds_of_today(
+    study: tuple[Path, dict[str, Any]], bars_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for most in (1e3, -1e3):
+        monkeypatch.setattr(measuring, "MOST_RISE", most)
+        monkeypatch.setattr(measuring, "MOST_UNRELIABLE", 1.0)
+        found.append(measured_again(study[0], bars_file)["evaluation"]["reliable"])
+    assert found == [True, False]
 
 
 # --- A mean over pixels ---
@@ -343,6 +519,42 @@ def test_the_frechet_distances_error_is_that_over_repetitions() -> None:
     assert float(told / spread) == pytest.approx(1, abs=0.25)  # the spread of 100 is known to 7%, its jackknife alike
 
 
+def test_the_jackknife_of_a_mean_is_its_standard_error() -> None:
+    x = torch.from_numpy(np.random.default_rng(0).normal(size=(20, 1)))
+    found = jackknife(lambda x: float(x.mean()), x)
+    assert found.stderr == pytest.approx(float(x.std()) / math.sqrt(20), rel=1e-9)
+
+
+def test_the_jackknife_knows_what_samples_share() -> None:
+    x = torch.from_numpy(np.random.default_rng(0).normal(size=(200, 1)))
+    assert jackknife(lambda a, b: float(a.mean() - b.mean()), x, x + 1).stderr == pytest.approx(0, abs=1e-12)
+
+
+def normal_points(seed: int, shift: float) -> Tensor:
+    x = torch.from_numpy(np.random.default_rng(seed).normal(size=(200, 30)))
+    x[:, 0] += shift
+    return x
+
+
+def test_a_ratio_of_frechet_distances_is_right_less_the_floor() -> None:
+    a, b, other, real = (normal_points(seed, shift) for seed, shift in enumerate((4.0, 2.0, 0.0, 0.0)))
+    found = frechet_excess_ratio(a, b, other, real)
+    assert found is not None
+    assert abs(found.mean - 4) < 3 * found.stderr  # squares of the shifts
+    assert found.stderr < 1
+
+
+def test_a_ratio_of_frechet_distances_is_too_near_to_one_with_the_floor() -> None:
+    a, b, _, real = (normal_points(seed, shift) for seed, shift in enumerate((4.0, 2.0, 0.0, 0.0)))
+    found = frechet_ratio(a, b, real)
+    assert 1 < found.mean < 4 - 3 * found.stderr
+
+
+def test_nothing_is_divided_by_a_distance_that_is_not_above_the_floor() -> None:
+    a, b, other, real = (normal_points(seed, shift) for seed, shift in enumerate((4.0, 0.0, 0.0, 0.0)))
+    assert frechet_excess_ratio(a, b, other, real) is None
+
+
 def test_principal_components_are_those_of_numpy() -> None:
     x = np.random.default_rng(0).normal(size=(50, 6)) * np.arange(1, 7)
     found = components(torch.from_numpy(x).reshape(50, 1, 2, 3), most=4)
@@ -366,6 +578,25 @@ def test_a_gradient_that_is_finite_has_a_norm() -> None:
     finite = [row for row in rows if row["not_finite"] == 0]
     assert len(finite) >= 9  # all maps but at 100
     assert all(math.isfinite(row["gradient_norm"]["mean"]) for row in finite)
+
+
+def test_gradients_of_both_kls_are_their_closed_forms_where_the_decoder_ignores_z() -> None:
+    D, L = 12, 3
+    vae, x = linear_vae(D, L), torch.rand(5, D).round()
+    encoder: Any = vae.posterior
+    decoder: Any = vae.likelihood
+    for weights in decoder.parameters():
+        nn.init.zeros_(weights)
+    found = _of_one(vae, x, 2.0)
+    loc, feature = (each.detach().double() for each in encoder.net(x).chunk(2, -1))
+    feature = feature * 2 / feature.abs().max()
+    scale, slope = (7 * (feature / 7).tanh()).exp(), 1 - (feature / 7).tanh().square()
+    torch.manual_seed(0)
+    noise = torch.randn(5, L).double()
+    z = loc + scale * noise
+    analytic, sampled = slope * (scale.square() - 1), slope * (z * scale * noise - 1)
+    assert found["gradient_norm"]["mean"] == pytest.approx(float(analytic.norm(dim=-1).mean()), rel=1e-4)
+    assert found["sampled"]["gradient_norm"]["mean"] == pytest.approx(float(sampled.norm(dim=-1).mean()), rel=1e-4)
 
 
 def test_short_runs_are_compiled_where_many_share_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -178,6 +178,37 @@ def test_a_collapse_by_a_fixed_scale_is_changed_by_one_that_is_learned():
     assert only(given).change == {"likelihood": "normal"}
 
 
+NOISE = {"eigenvalues": [1.3, 1.1, 0.9], "live_by_mean": 0}
+
+
+@pytest.mark.parametrize(("edge", "said"), [(1.45, "the noise predicts it"), (1.2, "1 directions exceed it")])
+def test_a_direction_that_independent_pixels_reach_does_not_stand_against_a_collapse(edge, said):
+    assert said in only(numbers(kl=value(0.0), noise=NOISE | {"edge": edge})).evidence
+
+
+@pytest.mark.parametrize(
+    ("objective", "beta", "implied", "expected"),
+    [
+        ("free-bits", 1.0, 0.3, "healthy"),
+        ("elbo", 1.0, 0.3, "under-regularized"),
+        ("free-bits", 0.1, 0.05, "under-regularized"),
+        ("free-bits", 1.0, 3.0, "over-regularized"),
+    ],
+)
+def test_free_bits_imply_less_than_their_beta_without_being_under_regularized(objective, beta, implied, expected):
+    trained = {"objective": objective, "beta": beta}
+    assert words(numbers(implied_beta=value(implied, 0.01), trained_with=trained)) == [expected]
+
+
+def test_holes_of_free_bits_are_not_changed_to_the_beta_that_they_have():
+    given = numbers(
+        implied_beta=value(0.3),
+        aggregate=EDGES["holes"][0](0.99)["aggregate"],
+        trained_with={"objective": "free-bits", "beta": 1.0},
+    )
+    assert only(given).change == {"beta": 2.0}
+
+
 def test_another_beta_goes_back_to_one():
     assert only(numbers(implied_beta=value(20.0), trained_with={"beta": 20.0})).change == {"beta": 1.0}
 

@@ -108,14 +108,14 @@ class TwoSample:
 
 @dataclass(frozen=True)
 class Holes:
-    """Prior draws that no posterior covers.
+    """Prior draws that the smoothed aggregate posterior covers less than it does 99% of other images' draws.
 
     Args:
         share: of the prior draws that are in holes; 0.01 is expected where the aggregate posterior is the prior.
         threshold: nats, the score below which a draw is in a hole.
         bandwidth: h, by which the posteriors were smoothed.
         prior_scores: (M,) log q(z) - log p(z), nats, at the prior draws.
-        held_out_scores: (M',) the same at draws of q(z | x) of held-out images.
+        held_out_scores: (M',) the same at draws of q(z | x) of held-out images, those that did not choose h.
         worst: (M,) indices of the prior draws, the lowest score first.
     """
 
@@ -251,11 +251,9 @@ def classifier_test(z_posterior: Tensor, z_prior: Tensor, *, seed: int = 0) -> T
         classifier = _trained(z, label)
     held_out, truth = _labeled(posterior_halves[1], prior_halves[1])
     with torch.no_grad():
-        right = int(((classifier(held_out) > 0) == (truth > 0.5)).sum())
+        right = (classifier(held_out) > 0) == (truth > 0.5)
     n = len(truth)
-    accuracy = right / n
-    error = math.sqrt(accuracy * (1 - accuracy) / n)
-    return TwoSample(Value(accuracy, error), binomial_tail(right, n), n)
+    return TwoSample(Value.of_share(right), binomial_tail(int(right.sum()), n), n)
 
 
 def _halves(z: Tensor) -> tuple[Tensor, Tensor]:
@@ -299,10 +297,10 @@ def _trained(z: Tensor, label: Tensor) -> _Classifier:
 
 
 def _likeliest(q: AggregatePosterior, z: Tensor) -> tuple[float, AggregatePosterior]:
-    """The bandwidth of the highest mean log q_h(z), over the first 500 draws, and q_h."""
+    """The bandwidth of the highest mean log q_h(z), over 500 draws at equal steps, and q_h."""
     smoothed = [(bandwidth, q.smoothed(bandwidth)) for bandwidth in _BANDWIDTHS]
     candidates = [(bandwidth, mixture) for bandwidth, mixture in smoothed if mixture is not None]
-    some = z[:_DRAWS_FOR_BANDWIDTH]
+    some = z[:: math.ceil(len(z) / _DRAWS_FOR_BANDWIDTH)]
     if not candidates:
         return 0.0, q
     return max(candidates, key=lambda candidate: float(candidate[1].log_prob(some).mean()))
@@ -318,7 +316,9 @@ def holes(vae: VAE, x: Tensor, z_held_out: Tensor, z_prior: Tensor) -> Holes:
     are of one distribution, and 1% of the latter are in holes, whatever q is. But a good q sees more: posteriors so
     narrow that they miss each other say only how narrow the nearest is. So a normal guide's variances s^2 grow to
     s^2 + h^2 Var_n m_n, with the h, 0 among them, at which held-out draws are likeliest; other guides stay as they are.
-    The error is that of the share, and of the threshold as the quantile of so many draws.
+    Every other held-out draw chooses h, and the rest set t: of draws that h was fitted to it would be too high. A hole
+    is thus where q covers less than it does 99% of other images' codes, and not a place without any code. The error is
+    that of the share, and of the threshold as the quantile of so many draws.
 
     Args:
         vae: the VAE, whose guide has a density.
@@ -338,15 +338,15 @@ def holes(vae: VAE, x: Tensor, z_held_out: Tensor, z_prior: Tensor) -> Holes:
     _samples("z_held_out", z_held_out)
     _samples("z_prior", z_prior)
     prior = vae.prior()
-    bandwidth, q = _likeliest(AggregatePosterior.of(vae, x), z_held_out)
-    held_out, at_prior = ((q.log_prob(z) - prior.log_prob(z).double()).cpu() for z in (z_held_out, z_prior))
+    bandwidth, q = _likeliest(AggregatePosterior.of(vae, x), z_held_out[::2])
+    held_out, at_prior = ((q.log_prob(z) - prior.log_prob(z).double()).cpu() for z in (z_held_out[1::2], z_prior))
     wobble = math.sqrt(HOLE_QUANTILE * (1 - HOLE_QUANTILE) / len(held_out))
 
-    def share_below(quantile: float) -> float:
-        return float((at_prior < held_out.quantile(min(1.0, max(0.0, quantile)))).double().mean())
+    def share_below(quantile: float) -> Value:
+        return Value.of_share(at_prior < held_out.quantile(min(1.0, max(0.0, quantile))))
 
     share = share_below(HOLE_QUANTILE)
-    of_threshold = (share_below(HOLE_QUANTILE + wobble) - share_below(HOLE_QUANTILE - wobble)) / 2
-    stderr = math.sqrt(share * (1 - share) / len(at_prior) + of_threshold**2)
+    of_threshold = (share_below(HOLE_QUANTILE + wobble).mean - share_below(HOLE_QUANTILE - wobble).mean) / 2
     threshold = float(held_out.quantile(HOLE_QUANTILE))
-    return Holes(Value(share, stderr), threshold, bandwidth, at_prior, held_out, at_prior.argsort())
+    found = Value(share.mean, math.hypot(share.stderr, of_threshold))
+    return Holes(found, threshold, bandwidth, at_prior, held_out, at_prior.argsort())

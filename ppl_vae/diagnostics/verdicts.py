@@ -145,15 +145,17 @@ def _why_ignored(numbers: Numbers) -> tuple[str, dict[str, Any]]:
         return "", {"posterior": "diagonal", "beta": 1.0}
     if noise is None or beta is None:
         return "", {"objective": "free-bits"}
-    live = sum(value > beta for value in noise["eigenvalues"])
+    edge = noise.get("edge") or 0.0
+    live = sum(value > max(beta, edge) for value in noise["eigenvalues"])
     if live == 0:
+        by_chance = f", and independent pixels reach {edge:.3g}" if edge > beta else ""
         words = (
             f"; the noise predicts it: at beta = {beta:g} no direction of the data exceeds it (the largest eigenvalue "
-            f"is {_largest(noise):.3g} in its units)"
+            f"is {_largest(noise):.3g} in its units{by_chance})"
         )
         return words, _with_warmup({"beta": 1.0}, trained) if beta > 1 else _other_likelihood(trained)
     words = (
-        f"; the noise does not predict it: at beta = {beta:g} {live} directions should live, so look for a mean over "
+        f"; the noise does not predict it: at beta = {beta:g} {live} directions exceed it, so look for a mean over "
         f"pixels in the loss (with which {noise['live_by_mean']} would), or for training without a warm-up"
     )
     return words, {"objective": "free-bits"}
@@ -177,7 +179,7 @@ def _regularization(numbers: Numbers) -> Verdict | None:
     implied = numbers["implied_beta"]
     if implied is None:
         return None
-    over, under = _above(implied, OVER_BETA), _below(implied, UNDER_BETA)
+    over, under = _above(implied, OVER_BETA), _is_under(numbers)
     if not (over or under):
         return None
     rate, distortion = _nats(numbers["kl"]), _nats(numbers["reconstruction"], sign=-1)
@@ -195,6 +197,13 @@ def _regularization(numbers: Numbers) -> Verdict | None:
         "diagnosis-elbo.png",
         change,
     )
+
+
+def _is_under(numbers: Numbers) -> bool:
+    """Below the beta of a default run; not of free bits at such a beta, which imply less however long they train."""
+    trained = numbers.get("trained_with") or {}
+    freed = trained.get("objective") == "free-bits" and trained.get("beta", 1.0) >= UNDER_BETA
+    return not freed and _below(numbers["implied_beta"], UNDER_BETA)
 
 
 def _back_to_one(trained: Numbers, implied: float) -> tuple[str, dict[str, Any]]:
@@ -229,9 +238,10 @@ def _holes(numbers: Numbers) -> Verdict | None:
     return Verdict(
         "holes",
         "warning",
-        f"{_plus_minus(found['share'], 3)} of prior draws lie where hardly any image's posterior is (threshold "
-        f"{MOST_HOLES}, {found['expected']} if the aggregate posterior were the prior); a classifier tells the two "
-        f"apart with an effect of {_plus_minus(effect, 2)} (0 if alike, 1 if apart)",
+        f"{_plus_minus(found['share'], 3)} of prior draws are covered by the images' smoothed posteriors less than "
+        f"{1 - found['expected']:.0%} of other images' codes are (threshold {MOST_HOLES}, {found['expected']} if the "
+        f"aggregate posterior were the prior); a classifier tells the two apart with an effect of "
+        f"{_plus_minus(effect, 2)} (0 if alike, 1 if apart)",
         "diagnosis-holes.png",
         _more_regularized(numbers),
     )
@@ -240,7 +250,7 @@ def _holes(numbers: Numbers) -> Verdict | None:
 def _more_regularized(numbers: Numbers) -> dict[str, Any]:
     """beta = 1 for a run below it, a learned scale for a fixed one, which weighs as beta does, else twice the beta."""
     implied, trained = numbers["implied_beta"], numbers.get("trained_with") or {}
-    if implied is None or _below(implied, UNDER_BETA):
+    if implied is None or _is_under(numbers):
         return {"beta": 1.0}
     if trained.get("likelihood") == "normal-fixed":
         return {"likelihood": "normal"}

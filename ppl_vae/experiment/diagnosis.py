@@ -30,6 +30,8 @@ _NOISE_PIXELS = 20_000 * 784
 _MOST_PIXELS = 4096
 _NOISE_SEED = 0
 
+_PARTICLES = "particles.png"  # a figure of the run's test images
+
 # A stored evaluation by fewer is of its own haste, not of the run; the quick one that ends a training has as many.
 _FEWEST_PARTICLES = 200
 
@@ -37,7 +39,7 @@ _FEWEST_PARTICLES = 200
 def diagnose_run(
     run_dir: str,
     *,
-    split: str = "test",
+    split: str | None = None,
     images: int | None = 2000,
     device: str = "cpu",
     seed: int = 0,
@@ -47,11 +49,12 @@ def diagnose_run(
 ) -> dict[str, Any]:
     """Measures a run, says what stands out and what would change it: diagnosis.json, and figures/diagnosis-*.png.
 
-    Of dequantized levels the numbers are of the density of (level + u) / 256, with one draw of u.
+    Of dequantized levels the numbers are of the density of (level + u) / 256, with one draw of u. What it recommends is
+    chosen by the images that it measures, so they are not those that results are reported on.
 
     Args:
         run_dir: the run's folder.
-        split: whose images.
+        split: whose images; by default ``split_diagnosed``'s.
         images: a fixed random subset of that many; None takes all.
         device: where it is computed.
         seed: of every draw.
@@ -69,6 +72,7 @@ def diagnose_run(
     runs.check_writable(run.folder)
     step = runs.load_step(run.folder / runs.MODEL)
     place = build.device(device)
+    split = split_diagnosed(run) if split is None else split
     x, gray = _images(run, split, images, seed)
     numbers = measure(
         build.load(run.folder).to(place),
@@ -96,10 +100,15 @@ def diagnose_run(
     return entry
 
 
+def split_diagnosed(run: Run) -> str:
+    """The split that a diagnosis takes by itself: validation, or test where there are no validation images."""
+    return "validation" if len(run.splits.validation) else "test"
+
+
 def trained_with(run: Run) -> dict[str, Any]:
     """What the verdicts take of a run's options."""
     options = run.options
-    names = ("beta", "likelihood", "epochs", "warmup_epochs")
+    names = ("beta", "likelihood", "epochs", "warmup_epochs", "objective")
     return {name: getattr(options, name) for name in names} | {"data": run.splits.kind}
 
 
@@ -142,12 +151,15 @@ def _stored_importance(run: Run, split: str) -> dict[str, Any] | None:
 
 def _verdict_entry(run: Run, verdict: Verdict, split: str, figures: list[str]) -> dict[str, Any]:
     """A verdict as JSON, with the figure where there is one and the command line that would change it."""
-    found = verdict if verdict.figure in figures or _is_drawn(run, verdict) else replace(verdict, figure=None)
+    shown = verdict.figure in figures or _is_drawn(run, verdict, split)
+    found = verdict if shown else replace(verdict, figure=None)
     return found.to_json() | {"command": command_line(run, verdict, split)}
 
 
-def _is_drawn(run: Run, verdict: Verdict) -> bool:
-    return verdict.figure is not None and (run.folder / runs.FIGURES / verdict.figure).exists()
+def _is_drawn(run: Run, verdict: Verdict, split: str) -> bool:
+    if verdict.figure is None or (verdict.figure == _PARTICLES and split != "test"):
+        return False
+    return (run.folder / runs.FIGURES / verdict.figure).exists()
 
 
 def _write(run: Run, entry: dict[str, Any], x: Tensor) -> None:
@@ -165,8 +177,9 @@ def _write(run: Run, entry: dict[str, Any], x: Tensor) -> None:
 
 
 def _measured_in_words(run: Run, entry: dict[str, Any]) -> str:
-    n = entry["numbers"]["num_images"]
+    n, split = entry["numbers"]["num_images"], entry["split"]
+    lacking = "" if len(run.splits.validation) or split != "test" else " (which has no validation split)"
     return (
-        f"{run.folder}: {n:,} images of the {entry['split']} split of {run.splits.name}, {scale_in_words(entry)}; "
+        f"{run.folder}: {n:,} images of the {split} split of {run.splits.name}{lacking}, {scale_in_words(entry)}; "
         "± is the standard error over images"
     )

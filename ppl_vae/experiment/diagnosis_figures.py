@@ -110,17 +110,22 @@ def _split(numbers: dict[str, Any]) -> Figure:
 
 def _noise(numbers: dict[str, Any]) -> Figure:
     noise, beta = numbers["noise"], (numbers["trained_with"] or {}).get("beta")
-    thresholds = {"beta = 1": 1.0}
+    edge = noise.get("edge") or 0.0
+    thresholds = {_above_chance("beta = 1", 1.0, edge): max(1.0, edge)}
     if beta not in (None, 0, 1):
-        thresholds[f"beta = {beta:g}, as trained"] = beta
+        thresholds[_above_chance(f"beta = {beta:g}, as trained", beta, edge)] = max(beta, edge)
     thresholds["a mean over pixels"] = float(numbers["num_pixels"])
     return plots.noise_spectrum(
         _array(noise["eigenvalues"]),
         thresholds=thresholds,
         active=numbers["active"]["count"],
         title="Which directions of the data rise above the likelihood's noise\n"
-        "A linear decoder that ignores z learns those above the line, and no others",
+        "A linear decoder near the state that ignores z learns those above the line",
     )
+
+
+def _above_chance(name: str, threshold: float, edge: float) -> str:
+    return f"{name}, above what independent pixels reach" if edge > threshold else name
 
 
 def _holes(run: Run, numbers: dict[str, Any], x: Tensor) -> Figure:

@@ -49,7 +49,7 @@ def measure(
             where x was binarized. By default x.
         noise: what ``noise_numbers`` says of the likelihood and the training images; it depends on no weight.
         trained_with: what is known of the training, for the verdicts: its "beta", "likelihood", "epochs",
-            "warmup_epochs", and "data" (the kind of data, as ``data.Splits`` says it).
+            "warmup_epochs", "objective", and "data" (the kind of data, as ``data.Splits`` says it).
         importance: what ``importance_numbers`` says, where it is known; by default it is measured here on 300 images.
         num_particles: S of that.
         seed: of every draw.
@@ -214,7 +214,7 @@ def importance_numbers(result: Importance, num_particles: int) -> dict[str, Any]
         "log_likelihood": Value.of(result.log_evidence).to_json(),
         "elbo": Value.of(result.elbo).to_json(),
         "rise": Value.of(result.rise).to_json(),
-        "unreliable": Value.of(result.unreliable()).to_json(),
+        "unreliable": Value.of_share(result.unreliable()).to_json(),
         "pareto_k": float(known.median()) if len(known) else None,
         "num_images": len(result.rise),
         "num_particles": num_particles,
@@ -232,7 +232,8 @@ def noise_numbers(family: Any, train: Tensor) -> dict[str, Any] | None:
         train: training images (N, *E) as the model sees them.
 
     Returns:
-        JSON-able, or None where the likelihood's first feature is no location.
+        JSON-able, or None where the likelihood's first feature is no location. "edge" is what independent pixels reach
+        by chance, and "live_by_sum" and "live_by_mean" count above it.
     """
     if not diagnostics.has_location(family):
         return None
@@ -240,12 +241,14 @@ def noise_numbers(family: Any, train: Tensor) -> dict[str, Any] | None:
     with torch.no_grad(), seeded(0, train.device):
         fitted.fit_marginals(train)
         eigenvalues = diagnostics.eigenvalues_in_noise_units(fitted, train)
+        edge = diagnostics.noise_edge(fitted, train)
         variance = diagnostics.gaussian_variance(fitted, train)
     D = math.prod(train.shape[1:])
     return {
         "eigenvalues": eigenvalues.tolist(),
+        "edge": edge,
         "num_images": len(train),
         "gaussian_variance": variance,
-        "live_by_sum": diagnostics.live_directions(eigenvalues),
-        "live_by_mean": diagnostics.live_directions(eigenvalues, reduction="mean", num_pixels=D),
+        "live_by_sum": diagnostics.live_directions(eigenvalues, edge=edge),
+        "live_by_mean": diagnostics.live_directions(eigenvalues, reduction="mean", num_pixels=D, edge=edge),
     }

@@ -52,8 +52,10 @@ def _terms(numbers: Numbers) -> str:
     if numbers["kl"] is None:
         return distortion
     implied = numbers["implied_beta"]
-    beta = "unknown (the latents carry nothing)" if implied is None else plus_minus(implied, _digits(implied))
-    return f"rate KL {plus_minus(numbers['kl'], 2)} nats, {distortion}; the weights imply beta = {beta}"
+    beta = "unknown (the latents carry next to nothing)" if implied is None else plus_minus(implied, _digits(implied))
+    freed = (numbers["trained_with"] or {}).get("objective") == "free-bits" and implied is not None
+    words = " (free bits imply less than their own)" if freed else ""
+    return f"rate KL {plus_minus(numbers['kl'], 2)} nats, {distortion}; the weights imply beta = {beta}{words}"
 
 
 def _latents(numbers: Numbers) -> str:
@@ -64,7 +66,10 @@ def _split(numbers: Numbers) -> str:
     split = numbers["elbo_split"]
     if split is None:
         return ""
-    parts = [f"mutual information {plus_minus(split['mutual_information'], 2)}"]
+    information = split["mutual_information"]
+    if split["saturated"]:  # at the cap its spread is small, whatever is not known of it
+        information = information | {"stderr": None}
+    parts = [f"mutual information {plus_minus(information, 2)}"]
     if split["total_correlation"] is None:
         parts.append(f"KL(q(z) || p(z)) {plus_minus(split['marginal_kl'], 2)}")
     else:
@@ -84,17 +89,23 @@ def _aggregate(numbers: Numbers) -> str:
         f"largest Kolmogorov-Smirnov distance of a latent {largest:.2f}"
     )
     holes = found["holes"]
-    return line if holes is None else f"{line}, prior draws in holes {plus_minus(holes['share'], 3)}"
+    if holes is None:
+        return line
+    covered = f"covered less than {1 - holes['expected']:.0%} of other images' codes are"
+    return f"{line}, prior draws in holes ({covered}) {plus_minus(holes['share'], 3)}"
 
 
 def _noise(numbers: Numbers) -> str:
     noise, beta = numbers["noise"], (numbers["trained_with"] or {}).get("beta")
     if noise is None or numbers["autoencoder"]:  # nothing is weighed against it there
         return ""
+    edge = noise.get("edge") or 0.0
     words = [f"{noise['live_by_sum']:,} of {len(noise['eigenvalues']):,} directions of the data exceed it at beta = 1"]
     if beta not in (None, 1):
-        words.append(f"{sum(value > beta for value in noise['eigenvalues']):,} at beta = {beta:g}")
+        words.append(f"{sum(value > max(beta, edge) for value in noise['eigenvalues']):,} at beta = {beta:g}")
     words.append(f"{noise['live_by_mean']:,} had pixels been averaged")
+    if edge > min(1.0, 1.0 if beta is None else beta):
+        words.append(f"counted above {edge:.2f}, which independent pixels reach by chance")
     return f"effective noise: {', '.join(words)}"
 
 

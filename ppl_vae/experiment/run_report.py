@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,13 @@ import torch
 from ppl_vae import build, data, report, runs
 from ppl_vae.conditional import Conditional
 from ppl_vae.evidence import seeded
-from ppl_vae.experiment.diagnosis import DIAGNOSIS, diagnose_run
+from ppl_vae.experiment.diagnosis import DIAGNOSIS, diagnose_run, split_diagnosed
 from ppl_vae.experiment.evaluation import describe_evaluation, is_evaluated, plus_minus
 from ppl_vae.experiment.figures import figure_names, is_drawn, write_figures
 from ppl_vae.experiment.opening import Run, Say, open_run
 from ppl_vae.exploration import Codes, encode, kl_by_latent
 from ppl_vae.options import flag, to_json
-from ppl_vae.report import Block, Explorer, Picture, Section, Table, Text, Verdict
+from ppl_vae.report import Block, Explorer, Picture, Section, Table, Text, Verdict, true_minus
 
 REPORT = "report.html"
 
@@ -27,13 +26,6 @@ _NUM_POINTS = 1000  # codes in the explorer's plane
 _EXTENT = 3.0  # of a standard normal prior; of an autoencoder, what holds nearly all codes
 _MOST_CODES = 0.99
 _FEWEST_DIAGNOSED = 4
-
-_MINUS = re.compile(r"(?<![\w-])-(?=[\d.])")
-
-
-def true_minus(words: str) -> str:
-    """With a true minus before numbers, but not within words, options or ranges."""
-    return _MINUS.sub("−", words)
 
 
 def report_run(
@@ -81,7 +73,7 @@ def _diagnosis(run: Run, step: int, *, say: Say, dataset: str | None, data_dir: 
     stored = runs.read_json(path) if path.exists() else {}
     if stored.get("step") == step:
         return stored
-    if len(run.splits.test) < _FEWEST_DIAGNOSED:
+    if len(getattr(run.splits, split_diagnosed(run))) < _FEWEST_DIAGNOSED:
         return None
     return diagnose_run(str(run.folder), say=say, dataset=dataset, data_dir=data_dir)
 
@@ -181,7 +173,7 @@ def _name(key: str, entry: dict[str, Any]) -> str:
 
 def _verdicts(run: Run, diagnosis: dict[str, Any] | None) -> Section:
     if diagnosis is None:
-        few = f"There are fewer than {_FEWEST_DIAGNOSED} test images: too few for a diagnosis."
+        few = f"There are fewer than {_FEWEST_DIAGNOSED} {split_diagnosed(run)} images: too few for a diagnosis."
         return Section("What stands out", [Text(few)], anchor="verdicts")
     count = diagnosis["numbers"]["num_images"]
     text = Text(
@@ -221,7 +213,8 @@ _CAPTIONS = {
     "manifold.png": "The whole plane of two latents, decoded.",
     "latents.png": "Codes of test images. They should fill the circles of the prior, without gaps or far outliers.",
     "log_likelihoods.png": "log p(x) is a mean over images that differ much. Look at the least likely ones.",
-    "particles.png": "The bound rises with importance samples. Where it is flat at its right end, it has settled.",
+    "particles.png": "The bound rises with importance samples. Flat at its right end, it may have settled; with a "
+    "k-hat above 0.7 rare particles carry it, and it can be flat and still too low.",
 }
 _DIAGNOSIS_CAPTIONS = {
     "diagnosis-latents.png": "What each latent tells, and how much its mean varies over images; those near zero are "
@@ -229,10 +222,28 @@ _DIAGNOSIS_CAPTIONS = {
     "diagnosis-aggregate.png": "All codes together against the prior, latent by latent: the bars should be short.",
     "diagnosis-elbo.png": "The ELBO in parts: reconstruction, information about the image, and the distance of "
     "all codes from the prior.",
-    "diagnosis-noise.png": "The data's directions in units of the likelihood's noise; those above the line live.",
-    "diagnosis-holes.png": "Decoded prior draws that are far from any code, beside ordinary ones and reconstructions.",
+    "diagnosis-noise.png": "The data's directions in units of the likelihood's noise; a linear "
+    "decoder near the state that ignores z learns those above the line.",
+    "diagnosis-holes.png": "Decoded prior draws that the images' smoothed posteriors cover least, beside ordinary ones "
+    "and reconstructions.",
     "diagnosis-pictures.png": "How sharp reconstructions are, and how much they differ, against the data.",
     "diagnosis-pixels.png": "Whether pixels are distributed as the likelihood says: the bars should be level.",
+}
+
+# Of what a plain autoencoder is not: its training has no prior, and asks codes for nothing but reconstructions.
+_AUTOENCODER_CAPTIONS = {
+    "training_curves.png": "Training. The reconstruction term alone: look whether the validation curve still rises at "
+    "the end (train longer) or falls behind the training curve (the network learns the training images by heart).",
+    "prior_samples.png": "Draws of a standard normal, decoded: no samples of a model. Training asked no codes to lie "
+    "where these are, so they need not look like the data.",
+    "interpolations.png": "Straight lines between the codes of two images. Between codes the decoder was not trained, "
+    "and what stands there may be no image.",
+    "manifold.png": "The whole plane of two latents, decoded, most of it perhaps far from any code.",
+    "latents.png": "Codes of test images, and the circles of a standard normal for scale: training asked no code to "
+    "lie within them.",
+    "diagnosis-latents.png": "How much each latent varies over images; those near zero are unused.",
+    "diagnosis-aggregate.png": "All codes together against a standard normal, latent by latent. No prior was in the "
+    "training, so long bars are no fault.",
 }
 
 
@@ -241,7 +252,8 @@ def _picture(run: Run, name: str) -> Picture | None:
     path = run.folder / runs.FIGURES / name
     if not path.is_file():
         return None
-    caption = (_CAPTIONS | _DIAGNOSIS_CAPTIONS).get(name, "")
+    by_kind = _AUTOENCODER_CAPTIONS if build.is_autoencoder(run.options) else {}
+    caption = (_CAPTIONS | _DIAGNOSIS_CAPTIONS | by_kind).get(name, "")
     return Picture(path.read_bytes(), caption, caption or Path(name).stem)
 
 

@@ -16,6 +16,7 @@ from ppl_vae.report.blocks import (
     Verdict,
 )
 from ppl_vae.report.decoder import DecoderWeights, Layer, Link, decoder_weights
+from ppl_vae.report.markup import true_minus
 from ppl_vae.report.page import page
 
 __all__ = [
@@ -34,4 +35,5 @@ __all__ = [
     "Verdict",
     "decoder_weights",
     "page",
+    "true_minus",
 ]

@@ -11,6 +11,7 @@ from typing import Any
 
 _MARKS = re.compile(r"`([^`]+)`|\*\*(.+?)\*\*|\[([^\]]+)\]\(#([\w-]+)\)")
 _NUMBER = re.compile(r"\s*[<>≤≥≈~]?\s*[-+−]?[\d.][\d.,eE+−–\- ±()\[\]×^%/]*[a-zA-Z%]{0,5}\s*")
+_MINUS = re.compile(r"(?<![\w-])-(?=[\d.])")
 _NOTHING = "–"
 
 
@@ -38,6 +39,11 @@ def inline(words: str) -> str:
 def paragraphs(words: str) -> str:
     """A blank line starts a new one."""
     return "\n".join(f"<p>{inline(part.strip())}</p>" for part in re.split(r"\n\s*\n", words) if part.strip())
+
+
+def true_minus(words: str) -> str:
+    """With a true minus before numbers, but not within words, options or ranges."""
+    return _MINUS.sub("−", words)
 
 
 def slug(words: str) -> str:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ppl_vae import build, data, diagnostics, runs
+from ppl_vae import build, diagnostics, runs
 from ppl_vae.diagnostics import Value, ratio_of_means
+from ppl_vae.evidence import particles_a_pass, seeded
 from ppl_vae.experiment.paired import paired_difference
 from ppl_vae.exploration import encode
 from ppl_vae.study import plan
@@ -18,16 +18,17 @@ from ppl_vae.study.material import NUM_COMPONENTS, Material
 from ppl_vae.study.measuring import decoded
 from ppl_vae.study.pairs import as_json, per_image
 from ppl_vae.study.pictures import ORIGINALS
-from ppl_vae.study.quality import sample_quality
+from ppl_vae.study.quality import frechet_excess_ratio, frechet_ratio, sample_quality
 from ppl_vae.vae import VAE
 
 NUM_NEIGHBORS = 20
 _MOST_NEIGHBORS_OF = 20_000  # training images among which they are
 _NEIGHBORED = 500  # test images
+_DRAWS = 8  # of q(z | x) an image, for the parts of its squared error
 
 
 def autoencoder_section(study: Study) -> dict[str, Any]:
-    """VAE against autoencoder, by data set: reconstructions, samples, and the parts of the blur."""
+    """VAE against autoencoder, by data set: reconstructions, samples, and the parts of the squared error."""
     return {word: _of_dataset(study, material) for word, material in study.materials.items()}
 
 
@@ -37,17 +38,22 @@ def _of_dataset(study: Study, material: Material) -> dict[str, Any] | None:
     if vae is None or autoencoder is None:
         return None
     latents = _by_latents(study, word) if word == study.first else []
+    both = _Both(*(build.load(study.run(name)) for name in (vae["name"], autoencoder["name"])))
     return {
         "vae": _one(vae),
         "autoencoder": _one(autoencoder),
-        "sharper": _sharper(study, material).to_json(),
+        "sharper": _sharper(both, material).to_json(),
         "reconstruction_difference": _reconstruction_difference(study, word),
-        "samples_worse": _samples_worse(vae["samples"], autoencoder["samples"]),
-        "floor": _floor(study, material),
+        "samples_worse": {
+            **_frechet_ratios(both, material),
+            "classifier": _minus(autoencoder["samples"]["classifier"], vae["samples"]["classifier"]),
+        },
+        "floor": _floor(material),
         "num_samples": material.num_images,
         "num_components": min(NUM_COMPONENTS, material.num_pixels),
         "latents": latents,
-        "decomposition": _decomposition(vae, autoencoder),
+        "binarized": _binarized(material),
+        "decomposition": _decomposition(both, material),
         "same_code": _same_code(study, material, latents),
         "pictures": {
             "originals": f"{PICTURES}/{word}/{ORIGINALS}",
@@ -55,6 +61,13 @@ def _of_dataset(study: Study, material: Material) -> dict[str, Any] | None:
             "autoencoder": autoencoder["pictures"],
         },
     }
+
+
+class _Both(NamedTuple):
+    """The two that are compared."""
+
+    vae: VAE
+    autoencoder: VAE
 
 
 def _one(record: dict[str, Any]) -> dict[str, Any]:
@@ -74,10 +87,9 @@ def _one(record: dict[str, Any]) -> dict[str, Any]:
 # --- Reconstructions ---
 
 
-def _sharper(study: Study, material: Material) -> Value:
-    """Power in fine detail of the autoencoder's reconstructions over that of the VAE's, of the same images."""
-    names = plan.autoencoder_name(material.word), plan.sweep_name(material.word, 1.0)
-    autoencoder, vae = (_reconstructed(build.load(study.run(name)), material.x) for name in names)
+def _sharper(both: _Both, material: Material) -> Value:
+    """High-frequency power of the autoencoder's reconstructions over that of the VAE's, of the same images."""
+    vae, autoencoder = (_reconstructed(each, material.x) for each in both)
     return diagnostics.sharpness(autoencoder, vae)
 
 
@@ -91,54 +103,96 @@ def _reconstruction_difference(study: Study, word: str) -> dict[str, Any] | None
     path = study.run(plan.autoencoder_name(word)) / runs.per_image("test")
     vae = per_image(study.run(plan.sweep_name(word, 1.0)))
     tensors = runs.load_tensors(path)[0] if path.exists() else {}
-    if vae is None or not torch.equal(tensors.get("index", torch.empty(0)), vae[0]):
+    if vae is None or not torch.equal(tensors.get("index", torch.empty(0)), vae.index):
         return None
-    return as_json(paired_difference(vae[1].reconstruction, tensors["reconstruction"]))
+    return as_json(paired_difference(vae.result.reconstruction, tensors["reconstruction"]))
 
 
 # --- Samples ---
 
 
-def _samples_worse(vae: dict[str, Any], autoencoder: dict[str, Any]) -> dict[str, Any]:
-    """How many times as far, and how much better told apart; the samples are drawn apart, so that errors add up."""
-    a, b = autoencoder["frechet"], vae["frechet"]
-    factor = a["mean"] / b["mean"]
-    error = factor * math.hypot(a["stderr"] / a["mean"], b["stderr"] / b["mean"])
+def _frechet_ratios(both: _Both, material: Material) -> dict[str, Any]:
+    """How many times as far from real images the autoencoder's samples are, less the floor in both, and as it stands.
+
+    Their samples are of the same prior draws and are held against the same images, which are left out together.
+    """
+    count = min(len(material.other_gray), len(material.gray))
+    images = [decoded(vae, material.prior_draws(vae.prior())) for vae in both] + [material.other_gray, material.gray]
+    vae, autoencoder, other, real = (material.components.of(each[:count]) for each in images)
+    excess = frechet_excess_ratio(autoencoder, vae, other, real)
     return {
-        "frechet": {"mean": factor, "stderr": error},
-        "classifier": _minus(autoencoder["classifier"], vae["classifier"]),
+        "frechet": None if excess is None else excess.to_json(),
+        "frechet_uncorrected": frechet_ratio(autoencoder, vae, real).to_json(),
     }
 
 
 def _minus(a: dict[str, float], b: dict[str, float]) -> dict[str, float]:
-    return {"mean": a["mean"] - b["mean"], "stderr": math.hypot(a["stderr"], b["stderr"])}
+    """a - b with the error of independent values; of values that share images that is, if anything, too large."""
+    return Value(a["mean"] - b["mean"], (a["stderr"] ** 2 + b["stderr"] ** 2) ** 0.5).to_json()
 
 
-def _floor(study: Study, material: Material) -> dict[str, Any]:
+def _floor(material: Material) -> dict[str, Any]:
     """What validation images would be measured as, in the samples' place."""
     return sample_quality(material.other_gray, material.gray, material.components)
 
 
-# --- Blur ---
+# --- The squared error ---
 
 
-def _decomposition(vae: dict[str, Any], autoencoder: dict[str, Any]) -> dict[str, Any]:
-    """E|x - E[x | z]|^2 = Var_q E[x | z] + |x - E_q E[x | z]|^2, the second the autoencoder's and what is lost beside.
+def _binarized(material: Material) -> dict[str, Any] | None:
+    """|gray - x|^2 / D, x the binary image that networks see, and its power beside gray's: p (1 - p) a pixel is noise.
 
-    The errors of differences are added as if images were different ones, which makes them too large.
+    What returned its input unchanged would have this error. None where nothing is binarized.
     """
-    blur, other = (record["diagnosis"]["pictures"]["blur"] for record in (vae, autoencoder))
+    if torch.equal(material.x, material.gray):
+        return None
     return {
-        **{name: blur[name] for name in ("error", "posterior_noise", "bias")},
-        "autoencoder_error": other["error"],
-        "lost": _minus(blur["bias"], other["error"]),
+        "error": Value.of(_squared_error(material.x, material.gray)).to_json(),
+        "sharpness": diagnostics.sharpness(material.x, material.gray).to_json(),
     }
+
+
+def _squared_error(images: Tensor, other: Tensor) -> Tensor:
+    """(N,) |x - y|^2 / D, float64."""
+    return (images.double() - other.double()).square().flatten(1).mean(1)
+
+
+def _decomposition(both: _Both, material: Material) -> dict[str, Any]:
+    """E_q|x - y|^2 = Var_q y + |x - E_q y|^2, y = E[x | z]: the second as the autoencoder's error, and what is beside.
+
+    The autoencoder has as many latents and neither noise nor a KL, but it has what binary inputs, its network and its
+    training do to it. All errors are of the same images, pair by pair.
+    """
+    error, noise = _error_and_noise(both.vae, material)
+    autoencoder = _squared_error(_reconstructed(both.autoencoder, material.x), material.gray)
+    lost = error - noise - autoencoder
+    shares = {"posterior_noise": noise, "autoencoder_error": autoencoder, "lost": lost}
+    parts = {"error": error, "bias": error - noise} | shares
+    return {name: Value.of(part).to_json() for name, part in parts.items()} | {
+        "shares": {name: ratio_of_means(part, error).to_json() for name, part in shares.items()}
+    }
+
+
+@torch.no_grad()
+def _error_and_noise(vae: VAE, material: Material) -> tuple[Tensor, Tensor]:
+    """(N,) each: mean_j |x - y_j|^2 / D and sum_j |y_j - Y|^2 / ((J - 1) D), of J draws with mean Y; float64."""
+    error, square = torch.zeros(len(material.x), dtype=torch.double), torch.zeros(len(material.x), dtype=torch.double)
+    total = torch.zeros_like(material.gray, dtype=torch.double)
+    with seeded(0, material.x.device):
+        for _ in range(_DRAWS):
+            z = torch.cat([vae.posterior(group).sample() for group in material.x.split(particles_a_pass(material.x))])
+            y = decoded(vae, z).double()
+            error += _squared_error(y, material.gray) / _DRAWS
+            square += y.square().flatten(1).mean(1)
+            total += y
+    noise = (square - _DRAWS * (total / _DRAWS).square().flatten(1).mean(1)) / (_DRAWS - 1)
+    return error, noise
 
 
 def _by_latents(study: Study, word: str) -> list[dict[str, Any]]:
     """Each number of latents, with and without a density."""
     names = [plan.sweep_name(word, 1.0), *(plan.latents_name(word, L) for L in study.size.latent_dims)]
-    names += [plan.autoencoder_name(word), f"{plan.autoencoder_name(word)}-2"]
+    names += [plan.autoencoder_name(word), plan.autoencoder_name(word, 2)]
     ended = [record for name in names if (record := study.ended(name)) is not None]
     return sorted((_with_latents(record) for record in ended), key=lambda row: (row["latent_dim"], row["posterior"]))
 
@@ -161,7 +215,7 @@ def _with_latents(record: dict[str, Any]) -> dict[str, Any]:
 def _same_code(study: Study, material: Material, latents: list[dict[str, Any]]) -> dict[str, Any]:
     """The best reconstruction from a code is the mean of the images that share it: fewer latents, more of them."""
     of_autoencoders = [row for row in latents if row["posterior"] == "delta"]
-    two = f"{plan.autoencoder_name(material.word)}-2"
+    two = plan.autoencoder_name(material.word, 2)
     return {
         "latent_dims": [row["latent_dim"] for row in of_autoencoders],
         "sharpness": [row["sharpness"] for row in of_autoencoders],
@@ -177,9 +231,7 @@ def _neighbors(vae: VAE, material: Material) -> dict[str, Any]:
     """
     x, gray = material.x[:_NEIGHBORED], material.gray[:_NEIGHBORED]
     train = material.train_as_seen(_MOST_NEIGHBORS_OF)
-    train_gray = data.probabilities(material.splits, "train")[
-        data.subset(len(material.splits.train), _MOST_NEIGHBORS_OF)
-    ]
+    train_gray = material.train_gray(_MOST_NEIGHBORS_OF)
     codes = encode(vae, x).mean
     nearest = torch.cdist(codes, encode(vae, train).mean).topk(min(NUM_NEIGHBORS, len(train)), largest=False).indices
     means = torch.stack([train_gray[index].mean(0) for index in nearest])

@@ -10,7 +10,7 @@ from typing import Any
 from ppl_vae.study.material import Material
 from ppl_vae.study.plan import Planned, Size
 
-RUNS, PICTURES = "runs", "pictures"
+STUDY, RUNS, PICTURES = "study.json", "runs", "pictures"
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ Row = Mapping[str, Any]
 
 _DOTS_AN_INCH = 144
 _BACKGROUNDS = {"light": (255, 255, 255), "dark": (20, 22, 26)}  # the page's, into which letters fade
+_SWEEP_SEED = 0  # of the curve itself
 _COLORS = 128  # of a figure's palette: lines and letters need no more, and the file is a third
 
 
@@ -133,16 +134,18 @@ def _differences(rows: Sequence[Row], bound: str) -> Curve:
 
 
 def _seed_gains(part: Mapping[str, Any], bound: str) -> list[tuple[float, float]]:
-    """Of each further seed: its value minus that of the same seed at beta = 1."""
-    by_beta = {row["beta"]: row[bound]["values"] for row in part.get("seeds") or () if row.get(bound)}
-    at_one = by_beta.get(1.0)
-    if not at_one:
-        return []
+    """Of each further seed than the sweep's: its value minus that of the same seed at beta = 1."""
+    by_beta = {
+        row["beta"]: dict(zip(row["seeds"], row[bound]["values"], strict=True))
+        for row in part.get("seeds") or ()
+        if row.get(bound)
+    }
+    at_one = by_beta.get(1.0, {})
     return [
-        (value, theirs - ones)
-        for value, values in by_beta.items()
-        for theirs, ones in list(zip(values, at_one, strict=False))[1:]
-        if theirs is not None and ones is not None
+        (value, theirs - at_one[seed])
+        for value, by_seed in by_beta.items()
+        for seed, theirs in by_seed.items()
+        if seed != _SWEEP_SEED and theirs is not None and at_one.get(seed) is not None
     ]
 
 
@@ -224,6 +227,9 @@ def _bar(name: str, value: Any) -> list[Bar]:
     return [Bar(name, value["mean"], value.get("stderr"))] if _known(value) else []
 
 
+_POWER = "high-frequency power of reconstructions"
+
+
 def _sharpness(study: Study) -> Figure | None:
     """Sharpness of reconstructions and distances of samples, of the first data set that has both."""
     for part in _parts(study, "autoencoder").values():
@@ -235,10 +241,10 @@ def _sharpness(study: Study) -> Figure | None:
             for name, of in both
             for bar in _bar(f"{name}, fitted normal", (of.get("fitted_samples") or {}).get("frechet"))
         ]
-        panels = {"sharpness of reconstructions": sharp, "Fréchet distance of samples": distance}
+        panels = {_POWER: sharp, "Fréchet distance of samples": distance}
         panels = {quantity: bars for quantity, bars in panels.items() if bars}
         if panels:
-            marks = {"sharpness of reconstructions": ("the test images", 1.0)}
+            marks = {_POWER: ("the test images", 1.0)}
             floor = _mean((part.get("floor") or {}).get("frechet"))
             if floor is not None:
                 marks["Fréchet distance of samples"] = ("other real images", floor)
@@ -247,9 +253,9 @@ def _sharpness(study: Study) -> Figure | None:
 
 
 _BLUR_PARTS = {
-    "autoencoder_error": "there in the autoencoder: averaging",
+    "autoencoder_error": "the autoencoder's error",
     "posterior_noise": "posterior noise",
-    "lost": "lost to the KL beside",
+    "lost": "the rest",
 }
 
 
@@ -293,16 +299,23 @@ def _architectures(study: Study) -> Figure | None:
     return plots.nats_of_models(models, bound="log p(x)") if len(models) > 1 else None
 
 
+def _norm(row: Row) -> float | None:
+    norm = row["gradient_norm"]
+    return _mean(norm) if isinstance(norm, Mapping) else norm
+
+
 def _scale_maps(study: Study) -> Figure | None:
     rows = (study.get("scale_maps") or {}).get("gradients") or ()
     maps = {}
     for word in dict.fromkeys(row["scale_map"] for row in rows):
         own = sorted((row for row in rows if row["scale_map"] == word), key=lambda row: row["largest_feature"])
-        norms = [row["gradient_norm"] for row in own]
+        sampled = [row["sampled"] for row in own if row.get("sampled")]
         maps[word] = plots.ScaleMap(
             [row["largest_feature"] for row in own],
-            [_mean(norm) if isinstance(norm, Mapping) else norm for norm in norms],
+            [_norm(row) for row in own],
             [row["not_finite"] for row in own],
+            [_norm(row) for row in sampled] if len(sampled) == len(own) else None,
+            [row["not_finite"] for row in sampled] if len(sampled) == len(own) else None,
         )
     finite = [n for of_map in maps.values() for n in of_map.gradient_norm if n is not None and math.isfinite(n)]
     return plots.scale_map_gradients(maps) if finite else None

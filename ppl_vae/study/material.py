@@ -103,25 +103,14 @@ class Material:
         return None if found is None else found[self.index]
 
     @cached_property
-    def other(self) -> Tensor:
-        """(M, *E) validation images as the model sees them, at most N: real ones that nothing was fitted to."""
-        return self._seen("validation")[self._others]
-
-    @cached_property
     def other_gray(self) -> Tensor:
-        """(M, *E) the same before they were binarized."""
-        return data.probabilities(self.splits, "validation")[self._others]
-
-    @property
-    def _others(self) -> Tensor:
-        return data.subset(len(self.splits.validation), self.num_images)
+        """(M, *E) validation images before they were binarized, at most N: real ones that no run was fitted to."""
+        return data.probabilities(self.splits, "validation")[data.subset(len(self.splits.validation), self.num_images)]
 
     @cached_property
     def components(self) -> Components:
         """Of the gray training images."""
-        return components(
-            data.probabilities(self.splits, "train")[data.subset(len(self.splits.train), _MOST_FOR_COMPONENTS)]
-        )
+        return components(self.train_gray(_MOST_FOR_COMPONENTS))
 
     @cached_property
     def shown(self) -> Tensor:
@@ -144,6 +133,10 @@ class Material:
     def train_as_seen(self, most: int) -> Tensor:
         """(n, *E) training images as the model sees them, a fixed subset."""
         return self._seen("train")[data.subset(len(self.splits.train), most)]
+
+    def train_gray(self, most: int) -> Tensor:
+        """(n, *E) the same before they were binarized."""
+        return data.probabilities(self.splits, "train")[data.subset(len(self.splits.train), most)]
 
     def _seen(self, split: str) -> Tensor:
         return data.evaluation_images(self.splits, split, build.evaluated_pixels(self.options, self.splits))

@@ -11,17 +11,17 @@ from torch import Tensor
 
 from ppl_vae import build, runs
 from ppl_vae.conditional import numbers_a_pixel
-from ppl_vae.diagnostics import Value
-from ppl_vae.diagnostics.verdicts import MOST_RISE, MOST_UNRELIABLE
-from ppl_vae.evidence import Importance, particles_a_pass
+from ppl_vae.diagnostics import ACTIVE_VARIANCE, HOLE_QUANTILE, Value
+from ppl_vae.diagnostics.verdicts import MOST_RISE, MOST_UNRELIABLE, STDERRS
+from ppl_vae.evidence import UNRELIABLE_BIAS, Importance, particles_a_pass
 from ppl_vae.experiment.diagnosis_numbers import importance_numbers, measure
 from ppl_vae.experiment.evaluation import read_per_image
 from ppl_vae.exploration import encode
-from ppl_vae.study.material import Material
+from ppl_vae.study.material import NUM_COMPONENTS, Material
 from ppl_vae.study.pictures import write_pictures
 from ppl_vae.study.plan import Planned
-from ppl_vae.study.quality import sample_quality
-from ppl_vae.study.training import FAILURE
+from ppl_vae.study.quality import GROUPS, sample_quality
+from ppl_vae.study.training import read_failure
 from ppl_vae.vae import VAE
 
 MEASUREMENT = "measurement.json"
@@ -32,7 +32,18 @@ _TOLD = (
 )
 _MOST_CODES = 1000
 _IN_HOLES_SHOWN = 6
-_VERSION = 1  # of what a measurement holds; another is measured again
+# Of what a measurement holds; another is measured again, and so is one with other constants. To be raised where the
+# code of a diagnostic comes to another number.
+_VERSION = 2
+_CONSTANTS = {
+    "active_variance": ACTIVE_VARIANCE,
+    "hole_quantile": HOLE_QUANTILE,
+    "unreliable_bias": UNRELIABLE_BIAS,
+    "num_components": NUM_COMPONENTS,
+    "groups": GROUPS,
+    "most_codes": _MOST_CODES,
+    "in_holes_shown": _IN_HOLES_SHOWN,
+}
 
 
 def measured(planned: Planned, folder: Path, material: Material, *, in_full: bool, pictures: Path) -> dict[str, Any]:
@@ -45,11 +56,21 @@ def measured(planned: Planned, folder: Path, material: Material, *, in_full: boo
         in_full: with diagnostics and pictures; else what its own files say.
         pictures: the study's folder of pictures.
     """
-    if (folder / FAILURE).exists():
-        return _told(planned, material) | {"failed": runs.read_json(folder / FAILURE)["error"]} | _NOTHING
+    failure = read_failure(folder)
+    if failure is not None:
+        return _told(planned, material) | dict(zip(("failed", "failed_phase"), failure, strict=True)) | _NOTHING
+    record = _stored_or_new(planned, folder, material, in_full=in_full, pictures=pictures)
+    record["evaluation"]["reliable"] = _is_reliable(record["evaluation"])  # of today's thresholds
+    return record
+
+
+def _stored_or_new(
+    planned: Planned, folder: Path, material: Material, *, in_full: bool, pictures: Path
+) -> dict[str, Any]:
     entry = runs.read_evaluations(folder)["test"]
     key = {
         "version": _VERSION,
+        "constants": _CONSTANTS,
         "images": material.num_images,
         "in_full": in_full,
         **{name: entry[name] for name in ("step", "num_images", "num_particles", "seed")},
@@ -85,6 +106,7 @@ def _told(planned: Planned, material: Material) -> dict[str, Any]:
         "averaged": planned.averaged,
         "autoencoder": build.is_autoencoder(planned.options),
         "failed": None,
+        "failed_phase": None,
         "options": {name: getattr(planned.options, name) for name in _TOLD},
     }
 
@@ -107,13 +129,26 @@ def _evaluation(entry: dict[str, Any], result: Importance | None) -> dict[str, A
     same = ("log_likelihood", "elbo", "reconstruction", "kl", "num_images", "num_particles", "rise", "bias")
     found = {name: entry[name] for name in (*same, "monte_carlo_stderr")}
     if result is None:
-        return found | {"unreliable": None, "pareto_k": None, "reliable": None}
-    unreliable = Value.of(result.unreliable().double())
+        return found | dict.fromkeys(("rise_stderr", "unreliable", "pareto_k"))
     return found | {
-        "unreliable": unreliable.to_json(),
+        "rise_stderr": Value.of(result.rise).stderr,
+        "unreliable": Value.of_share(result.unreliable()).to_json(),
         "pareto_k": entry["pareto_k"]["median"],
-        "reliable": bool(entry["rise"] <= MOST_RISE and unreliable.mean <= MOST_UNRELIABLE),
     }
+
+
+def _is_reliable(evaluation: dict[str, Any]) -> bool | None:
+    """Whether neither the rise nor the share of unreliable images is beyond its threshold by three standard errors.
+
+    That is where ``diagnostics.verdicts`` has no "unreliable estimate". None of an autoencoder; not of an unknown rise.
+    """
+    rise, unreliable = evaluation["rise"], evaluation["unreliable"]
+    if unreliable is None:
+        return None
+    if rise is None:
+        return False
+    few = unreliable["mean"] - STDERRS * unreliable["stderr"] <= MOST_UNRELIABLE
+    return few and rise - STDERRS * (evaluation["rise_stderr"] or 0.0) <= MOST_RISE
 
 
 # --- What its weights do ---
@@ -152,8 +187,7 @@ def _diagnosis(planned: Planned, vae: VAE, folder: Path, material: Material) -> 
     stored = read_per_image(folder, "test")
     importance = None if stored is None else importance_numbers(stored.result, stored.num_particles)
     trained_with = {
-        "beta": planned.options.beta,
-        "likelihood": planned.options.likelihood,
+        **{name: getattr(planned.options, name) for name in ("beta", "likelihood", "objective")},
         "data": material.splits.kind,
     }
     return measure(vae, material.x, gray=material.gray, trained_with=trained_with, importance=importance)
@@ -173,13 +207,13 @@ def decoded(vae: VAE, z: Tensor) -> Tensor:
 
 
 def _fitted_draws(vae: VAE, material: Material) -> Tensor:
-    """(N, L) draws of the normal with the mean and covariance of z ~ q(z | x) over validation images.
+    """(N, L) draws of the normal with the mean and covariance of z ~ q(z | x) over as many training images.
 
     What a prior would have to be, at its simplest, for a guide that was never told of one.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        x = material.other
+        x = material.train_as_seen(material.num_images)
         z = torch.cat([vae.posterior(part).sample() for part in x.split(particles_a_pass(x))]).double()
         values, vectors = torch.linalg.eigh(torch.cov(z.T).reshape(z.shape[1], -1))
         noise = torch.randn(material.num_images, z.shape[1], dtype=z.dtype)

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ppl_vae import runs
-from ppl_vae.evidence import Importance
-from ppl_vae.experiment.evaluation import read_per_image
+from ppl_vae.experiment.evaluation import PerImage, read_per_image
 from ppl_vae.experiment.paired import INDISTINCT, PairedDifference, bound_difference, paired_difference
 
 BOUNDS = ("log_likelihood", "elbo")
 
 
-def per_image(folder: Path) -> tuple[Tensor, Importance] | None:
-    """(n,) places in the test split, and the numbers of each; None of an autoencoder and of what was not evaluated."""
-    stored = read_per_image(folder, "test") if (folder / runs.MODEL).exists() else None
-    return None if stored is None else (stored.index, stored.result)
+def per_image(folder: Path) -> PerImage | None:
+    """The numbers of each test image; None of an autoencoder and of what was not evaluated."""
+    return read_per_image(folder, "test") if (folder / runs.MODEL).exists() else None
 
 
 def difference(folder: Path, reference: Path, of: str, *, comparisons: int = 1) -> dict[str, Any] | None:
@@ -35,18 +33,29 @@ def difference(folder: Path, reference: Path, of: str, *, comparisons: int = 1) 
         Nats an image; None where one of the two has no such number, or they are one run.
 
     Raises:
-        ValueError: evaluations of other images.
+        ValueError: evaluations of other images, or with another S or seed, so that more than the weights differs.
     """
     a, b = per_image(reference), per_image(folder)
     if folder == reference or a is None or b is None:
         return None
-    if not torch.equal(a[0], b[0]):
-        raise ValueError(f"{folder}: expected an evaluation of the same images as {reference}, got others")
+    _check_alike(folder, b, reference, a)
     if of == "log_likelihood":
-        found = bound_difference(a[1], b[1], comparisons=comparisons)
+        found = bound_difference(a.result, b.result, comparisons=comparisons)
         more = {"rise": found.rise, "ranks_log_likelihood": found.ranks_log_evidence}
         return as_json(found.bounds) | more
-    return as_json(paired_difference(getattr(a[1], of), getattr(b[1], of), comparisons=comparisons))
+    return as_json(paired_difference(getattr(a.result, of), getattr(b.result, of), comparisons=comparisons))
+
+
+def _check_alike(folder: Path, found: PerImage, reference: Path, other: PerImage) -> None:
+    hint = "; evaluate it again as that one was"
+    if not torch.equal(found.index, other.index):
+        raise ValueError(f"{folder}: expected an evaluation of the same images as {reference}, got others{hint}")
+    for name in ("num_particles", "seed", "dequantization_draws"):  # another S is another bound
+        expected, got = getattr(other, name), getattr(found, name)
+        if expected != got:
+            raise ValueError(
+                f"{folder}: expected an evaluation with {name} {expected}, as {reference}, got {got}{hint}"
+            )
 
 
 def as_json(found: PairedDifference) -> dict[str, Any]:
@@ -60,23 +69,42 @@ def differences(folder: Path, reference: Path, *, comparisons: int) -> dict[str,
     return {f"difference_{of}": difference(folder, reference, of, comparisons=max(1, comparisons)) for of in BOUNDS}
 
 
-def peak(folders: Mapping[float, Path], values: Mapping[float, float], of: str) -> tuple[float, list[float]]:
-    """Which key has the highest value, and all that cannot be told from it: 95% for all of them together.
+@dataclass(frozen=True)
+class Peak:
+    """Where a number is highest among runs, and what the others may still be.
+
+    Args:
+        best: the key of the highest mean.
+        alike: keys of the runs that chance over images cannot tell from it, the best included, ascending.
+        unranked: of L_S, the keys of runs whose L_S is lower beyond chance, while their log p(x) may be as high: the
+            interval of the difference is not wholly beyond the larger rise of the two.
+    """
+
+    best: float
+    alike: list[float]
+    unranked: list[float]
+
+
+def peak(folders: Mapping[float, Path], values: Mapping[float, float], of: str) -> Peak:
+    """The highest mean, and every other one against it: 95% for all of them together.
 
     Args:
         folders: of the runs.
         values: the mean of each, nats.
         of: "log_likelihood" or "elbo".
 
-    Reference: Hsu 1984, Constrained simultaneous confidence intervals for multiple comparisons with the best.
+    Reference: Hsu 1984, Constrained simultaneous confidence intervals for multiple comparisons with the best; when a
+    difference in L_S ranks log p(x), see ``experiment.paired.BoundDifference``.
     """
     best = max(values, key=lambda key: values[key])
-    alike = []
+    alike, unranked = [], []
     for key in sorted(values):
         found = difference(folders[key], folders[best], of, comparisons=max(1, len(values) - 1))
         if found is None or found["word"] == INDISTINCT:
             alike.append(key)
-    return best, alike
+        elif found["ranks_log_likelihood"] is False:
+            unranked.append(key)
+    return Peak(best, alike, unranked)
 
 
 def mean_and_spread(values: Sequence[float]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ppl_vae.options import Options, default_warmup
+from ppl_vae.options import SCALE_MAPS, Options, default_warmup
 
 
 @dataclass(frozen=True)
@@ -125,9 +125,9 @@ def beta_of_mean_name(dataset: str) -> str:
     return f"{dataset_word(dataset)}-beta-of-mean"
 
 
-def autoencoder_name(dataset: str) -> str:
-    """The run with a deterministic guide."""
-    return f"{dataset_word(dataset)}-autoencoder"
+def autoencoder_name(dataset: str, latent_dim: int | None = None) -> str:
+    """The run with a deterministic guide, and where it is said another number of latents than the base's."""
+    return f"{dataset_word(dataset)}-autoencoder" + ("" if latent_dim is None else f"-{latent_dim}")
 
 
 def latents_name(dataset: str, latent_dim: int) -> str:
@@ -191,7 +191,7 @@ def _further(size: Size, dataset: str) -> list[Planned]:
     ]
     runs += [Planned(latents_name(dataset, L), base(size, dataset, latent_dim=L)) for L in size.latent_dims]
     two = base(size, dataset, latent_dim=2, posterior="delta", beta=0.0)
-    runs.append(Planned(f"{autoencoder_name(dataset)}-2", two))
+    runs.append(Planned(autoencoder_name(dataset, 2), two))
     runs += [Planned(network_name(dataset, word), base(size, dataset, network=word)) for word in size.networks]
     for network in REMEDIED_NETWORKS:
         for remedy, changed in REMEDIES.items():
@@ -199,7 +199,7 @@ def _further(size: Size, dataset: str) -> list[Planned]:
             options = replace(base(size, dataset, network=network), epochs=epochs, warmup_epochs=default_warmup(epochs))
             if network != "gated" or remedy != "warm-up":  # which is the base itself
                 runs.append(Planned(remedy_name(dataset, network, remedy), replace(options, **changed)))
-    for word in ("bounded", "exp", "softplus"):
+    for word in SCALE_MAPS:
         stressed = base(size, dataset, scale_map=word, learning_rate=STRESS_RATE, clip_norm=_NO_CLIPPING)
         stressed = replace(stressed, epochs=size.stress_epochs, warmup_epochs=0)
         runs.append(Planned(stress_name(dataset, word), stressed, stressed=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from ppl_vae import diagnostics
 from ppl_vae.diagnostics import Value
 from ppl_vae.study.material import Components
 
-_GROUPS = 20  # of the jackknife
+GROUPS = 20  # of the jackknife
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
@@ -40,25 +41,62 @@ def _square_root(matrix: Tensor) -> Tensor:
     return vectors * values.clamp(min=0).sqrt() @ vectors.T
 
 
-def frechet(a: Tensor, b: Tensor) -> Value:
-    """``frechet_distance`` with the error of a jackknife over 20 groups of both samples.
+def jackknife(statistic: Callable[..., float], *samples: Tensor) -> Value:
+    """T with stderr^2 = (G - 1) / G sum_g (T_-g - mean T_-g)^2, T_-g without the g-th of 20 groups of every sample.
 
-    stderr^2 = (G - 1) / G sum_g (d_-g - mean d_-g)^2, d_-g without the g-th group.
+    Samples that share rows, in the same places, leave them out together, so that the error knows of what they share.
 
     Args:
-        a, b: points (N, K) and (M, K).
+        statistic: of the samples.
+        samples: rows (N, K), (M, K), ...
 
     Reference: Quenouille 1956; Tukey 1958.
     """
-    G = min(_GROUPS, len(a), len(b))
-    left = [frechet_distance(_without(a, g, G), _without(b, g, G)) for g in range(G)]
+    G = min(GROUPS, *map(len, samples))
+    left = [statistic(*(_without(sample, g, G) for sample in samples)) for g in range(G)]
     each = torch.tensor(left, dtype=torch.double)
-    return Value(frechet_distance(a, b), float(math.sqrt((G - 1) / G) * (each - each.mean()).norm()))
+    return Value(statistic(*samples), float(math.sqrt((G - 1) / G) * (each - each.mean()).norm()))
 
 
 def _without(points: Tensor, group: int, groups: int) -> Tensor:
     keep = torch.arange(len(points)) % groups != group
     return points[keep]
+
+
+def frechet(a: Tensor, b: Tensor) -> Value:
+    """``frechet_distance`` with the error of a ``jackknife`` over both samples. a, b: points (N, K) and (M, K)."""
+    return jackknife(frechet_distance, a, b)
+
+
+def frechet_ratio(a: Tensor, b: Tensor, real: Tensor) -> Value:
+    """d(a, real) / d(b, real), which of finite samples is biased toward 1: either has the floor's part in it.
+
+    Args:
+        a, b, real: points (N, K) each.
+    """
+    return jackknife(lambda a, b, real: frechet_distance(a, real) / frechet_distance(b, real), a, b, real)
+
+
+def frechet_excess_ratio(a: Tensor, b: Tensor, other: Tensor, real: Tensor) -> Value | None:
+    """(d(a, real) - d_0) / (d(b, real) - d_0), d_0 = d(other, real) the floor: what other real images come to.
+
+    Args:
+        a, b, other, real: points (N, K) each; ``other`` are real images too.
+
+    Returns:
+        None where d(b, real) is not above the floor by two standard errors: there is then nothing to divide by.
+
+    Source: ours.
+    """
+
+    def excess(points: Tensor, other: Tensor, real: Tensor) -> float:
+        return frechet_distance(points, real) - frechet_distance(other, real)
+
+    def ratio(a: Tensor, b: Tensor, other: Tensor, real: Tensor) -> float:
+        return excess(a, other, real) / excess(b, other, real)
+
+    above = jackknife(excess, b, other, real)
+    return jackknife(ratio, a, b, other, real) if above.mean > 2 * above.stderr else None
 
 
 def sample_quality(images: Tensor, real: Tensor, components: Components, *, seed: int = 0) -> dict[str, Any]:
@@ -71,19 +109,18 @@ def sample_quality(images: Tensor, real: Tensor, components: Components, *, seed
 
     Args:
         images: (N, C, H, W).
-        real: (M, C, H, W), real images of the same unit.
+        real: (M, C, H, W), real images of the same unit. Of the larger sample only the first min(N, M) count.
         components: of the training images.
         seed: of the classifier.
 
     Source: the measures are theirs (see ``diagnostics.sharpness``, ``frechet``, ``diagnostics.classifier_test``); the
     choice is ours, since the usual features are of a network that was trained on photos.
     """
+    count = min(len(images), len(real))
+    images, real = images[:count], real[:count]
     points, real_points = components.of(images), components.of(real)
-    count = min(len(points), len(real_points))
     scale = components.scale.clamp(min=1e-6)  # of a component in which nothing varies
-    told = diagnostics.classifier_test(
-        (points / scale)[:count].float(), (real_points / scale)[:count].float(), seed=seed
-    )
+    told = diagnostics.classifier_test((points / scale).float(), (real_points / scale).float(), seed=seed)
     return {
         "sharpness": diagnostics.sharpness(images, real).to_json(),
         "frechet": frechet(points, real_points).to_json(),

@@ -17,7 +17,7 @@ from ppl_vae.experiment.evaluation import is_evaluated, plus_minus
 from ppl_vae.experiment.opening import Say
 from ppl_vae.options import compiling_pays
 from ppl_vae.study.autoencoder_section import autoencoder_section
-from ppl_vae.study.context import PICTURES, RUNS, Study
+from ppl_vae.study.context import PICTURES, RUNS, STUDY, Study
 from ppl_vae.study.material import Material, material
 from ppl_vae.study.measuring import measured
 from ppl_vae.study.page import write_report
@@ -33,8 +33,8 @@ from ppl_vae.study.sections import (
 )
 from ppl_vae.study.training import FAILURE, train_planned
 
-STUDY, PLAN = "study.json", "plan.json"
-_VERSION = 1
+PLAN = "plan.json"
+_VERSION = 2
 
 
 def run_study(

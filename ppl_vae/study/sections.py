@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -13,11 +14,13 @@ from ppl_vae.experiment.diagnosis_numbers import noise_numbers
 from ppl_vae.study import plan
 from ppl_vae.study.context import Study
 from ppl_vae.study.material import Material
-from ppl_vae.study.pairs import BOUNDS, difference, differences, mean_and_spread, peak, per_image
+from ppl_vae.study.pairs import BOUNDS, Peak, difference, differences, mean_and_spread, peak, per_image
 from ppl_vae.study.scale_maps import gradients_at_start
 
 _MOST_EIGENVALUES = 200  # that are kept
 _MOST_FOR_NOISE = 20_000  # training images
+_NOISE_VERSION = 2  # of what is kept of it; another is measured again
+_LEVEL = 0.05  # of all tests of one run's latents together
 _STEP = "step "
 
 
@@ -25,19 +28,18 @@ _STEP = "step "
 
 
 def mean_section(study: Study) -> dict[str, Any]:
-    """What averaging over pixels does: the collapse that eigenvalues predict, and the one that was trained."""
+    """What averaging over pixels does: the collapse that eigenvalues suggest, and the one that was trained."""
     return {word: _mean_of(study, material) for word, material in study.materials.items()}
 
 
 def _mean_of(study: Study, material: Material) -> dict[str, Any]:
     word, D = material.word, material.num_pixels
     noise = noise_of(study, material)
-    eigenvalues = torch.tensor(noise["eigenvalues"], dtype=torch.double)
     found = [
-        _condition(study, eigenvalues, "sum", plan.sweep_name(word, 1.0), 1.0, 1),
-        _condition(study, eigenvalues, "mean", plan.mean_name(word), 1.0, D),
-        _condition(study, eigenvalues, "beta-of-mean", plan.beta_of_mean_name(word), float(D), 1),
-        *(_condition(study, eigenvalues, "beta", plan.sweep_name(word, b), b, 1) for b in study.betas(word)),
+        _condition(study, noise, "sum", plan.sweep_name(word, 1.0), 1.0, 1),
+        _condition(study, noise, "mean", plan.mean_name(word), 1.0, D),
+        _condition(study, noise, "beta-of-mean", plan.beta_of_mean_name(word), float(D), 1),
+        *(_condition(study, noise, "beta", plan.sweep_name(word, b), b, 1) for b in study.betas(word)),
     ]
     conditions = [each for each in found if each is not None]
     sum_variance = noise["gaussian_variance"]
@@ -46,13 +48,14 @@ def _mean_of(study: Study, material: Material) -> dict[str, Any]:
         "num_pixels": D,
         "likelihood": material.options.likelihood,
         "eigenvalues": noise["eigenvalues"][:_MOST_EIGENVALUES],
-        "num_eigenvalues": len(eigenvalues),
+        "num_eigenvalues": len(noise["eigenvalues"]),
+        "edge": noise["edge"],
         "num_images": noise["num_images"],
         "gaussian_variance": {
             "sum": sum_variance,
             "mean": None if sum_variance is None else D * sum_variance,
             "mean_squared_error": diagnostics.variance_of_mean_squared_error(D),
-            "largest_eigenvalue": noise["largest_eigenvalue"],
+            **{name: noise[name] for name in ("largest_eigenvalue", "largest_eigenvalue_as_seen")},
         },
         "conditions": conditions,
         "collapse_as_predicted": all(each["as_predicted"] for each in conditions),
@@ -62,17 +65,25 @@ def _mean_of(study: Study, material: Material) -> dict[str, Any]:
 
 def noise_of(study: Study, material: Material) -> dict[str, Any]:
     """The data's eigenvalues in units of the likelihood's noise, kept beside the study: they depend on no run."""
-    path = study.folder / f"noise-{material.word}.json"
+    path, options = study.folder / f"noise-{material.word}.json", material.options
+    key = {
+        "version": _NOISE_VERSION,
+        "images": _MOST_FOR_NOISE,
+        "sha256": material.splits.sha256,
+        **{name: getattr(options, name) for name in ("likelihood", "binarization", "transform")},
+    }
     stored = runs.read_json(path) if path.exists() else {}
-    if stored.get("sha256") == material.splits.sha256:
+    if stored.get("key") == key:
         return stored
     x = material.train_as_seen(_MOST_FOR_NOISE)
-    family = build.likelihood(material.options, material.splits.event_shape)
-    found = noise_numbers(family, x)
+    found = noise_numbers(build.likelihood(options, material.splits.event_shape), x)
     if found is None:
-        raise ValueError(f"--likelihood {material.options.likelihood}: expected one with a location, for the study")
-    found |= {"largest_eigenvalue": _largest_eigenvalue(x), "sha256": material.splits.sha256}
-    runs.write_json(path, found)
+        raise ValueError(f"--likelihood {options.likelihood}: expected one with a location, for the study")
+    found |= {
+        "largest_eigenvalue": _largest_eigenvalue(material.train_gray(_MOST_FOR_NOISE)),
+        "largest_eigenvalue_as_seen": _largest_eigenvalue(x),
+    }
+    runs.write_json(path, {"key": key} | found)
     return found
 
 
@@ -82,19 +93,21 @@ def _largest_eigenvalue(x: Tensor) -> float:
 
 
 def _condition(
-    study: Study, eigenvalues: Tensor, condition: str, name: str, beta: float, divisor: int
+    study: Study, noise: dict[str, Any], condition: str, name: str, beta: float, divisor: int
 ) -> dict[str, Any] | None:
     """One training, what was predicted of it, and what it came to.
 
-    The prediction is of the linear VAE: a direction leaves the collapsed state where its eigenvalue is above the
-    threshold, beta, or beta D for a mean over D pixels. How many latents are then used is another matter, since one
-    latent of a network carries what takes several linear ones; but that none is used is exactly where no eigenvalue is
-    above it.
+    The prediction is of a linear decoder near the collapsed state, which keeps a direction where its eigenvalue is
+    above the threshold, beta, or beta D for a mean over D pixels; and eigenvalues below the edge are what so many
+    images show of independent pixels. How many latents are then used is another matter, since one latent of a network
+    carries what takes several linear ones; and a deep decoder may have a better optimum away from collapse, so that
+    "none" is a prediction, which the training confirms or not.
     """
     record = study.ended(name)
     if record is None:
         return None
-    live = diagnostics.live_directions(eigenvalues, beta=beta * divisor)
+    eigenvalues = torch.tensor(noise["eigenvalues"], dtype=torch.double)
+    live = diagnostics.live_directions(eigenvalues, beta=beta * divisor, edge=noise["edge"])
     L, active, evaluation = record["options"]["latent_dim"], record["active"], record["evaluation"]
     return {
         "condition": condition,
@@ -131,15 +144,18 @@ def _sweep_of(study: Study, word: str) -> dict[str, Any]:
         | differences(study.run(names[beta]), study.run(reference), comparisons=len(records) - 1)
         for beta, record in records.items()
     ]
-    peaks = {of: _peak(study, names, records, of) for of in BOUNDS} if records else dict.fromkeys(BOUNDS)
-    sets = [set(found["not_distinguishable"]) for found in peaks.values() if found is not None]
+    folders = {beta: study.run(names[beta]) for beta in records}
+    peaks = {of: _peak(folders, records, of) for of in BOUNDS} if records else {}
+    alike = [set(found["not_distinguishable"]) for found in peaks.values()]
+    may_be_best = [{*found["not_distinguishable"], *found["unranked"]} for found in peaks.values()]
     seeds = _over_seeds(study, word)
     return {
         "reference": reference,
         "rows": rows,
-        "peaks": peaks,
-        "same_peak": len({found["beta"] for found in peaks.values() if found is not None}) == 1,
-        "peaks_distinguishable": bool(sets) and not set.intersection(*sets),
+        "peaks": {of: peaks.get(of) for of in BOUNDS},
+        "same_peak": len({found["beta"] for found in peaks.values()}) == 1,
+        "peaks_distinguishable": bool(peaks) and not set.intersection(*alike),
+        "peaks_ranked": bool(peaks) and not set.intersection(*may_be_best),
         "unreliable_betas": [row["beta"] for row in rows if not row["reliable"]],
         "seeds": seeds,
         "seed_peaks": {of: _peaks_by_seed(seeds, of) for of in BOUNDS},
@@ -151,7 +167,7 @@ def _along_beta(study: Study, beta: float, record: dict[str, Any]) -> dict[str, 
     distortion = evaluation["reconstruction"]
     found = per_image(study.run(record["name"]))
     assert found is not None  # it ended, and has a density
-    gap = diagnostics.Value.of(found[1].log_evidence - found[1].elbo)
+    gap = diagnostics.Value.of(found.result.log_evidence - found.result.elbo)
     return {
         "beta": beta,
         "run": record["name"],
@@ -165,24 +181,30 @@ def _along_beta(study: Study, beta: float, record: dict[str, Any]) -> dict[str, 
     }
 
 
-def _peak(study: Study, names: dict[float, str], records: dict[float, Any], of: str) -> dict[str, Any]:
+def _peak(folders: dict[float, Path], records: dict[float, Any], of: str) -> dict[str, Any]:
+    """Where one bound is highest, and of L_S, whether log p(x) ranks as it does."""
     values = {beta: record["evaluation"][of]["mean"] for beta, record in records.items()}
-    folders = {beta: study.run(names[beta]) for beta in values}
-    best, alike = peak(folders, values, of)
-    comparisons = max(1, len(values) - 1)
+    found = peak(folders, values, of)
     to_reference = None
     if 1.0 in folders:
-        to_reference = difference(folders[best], folders[1.0], of, comparisons=comparisons)
+        to_reference = difference(folders[found.best], folders[1.0], of, comparisons=max(1, len(values) - 1))
     return {
-        "beta": best,
-        "run": names[best],
-        "value": records[best]["evaluation"][of],
-        "not_distinguishable": alike,
-        "is_reference": best == 1.0,
+        "beta": found.best,
+        "run": records[found.best]["name"],
+        "value": records[found.best]["evaluation"][of],
+        "not_distinguishable": found.alike,
+        "unranked": found.unranked,
+        "ranks_log_likelihood": not found.unranked if of == "log_likelihood" else None,
+        "is_reference": found.best == 1.0,
         "difference_to_reference": to_reference,
-        # An ELBO is the mean of its own draws, and needs no weights.
-        "reliable": of == "elbo" or all(records[beta]["evaluation"]["reliable"] for beta in alike),
+        "reliable": _is_reliable(found, records, of),
     }
+
+
+def _is_reliable(found: Peak, records: dict[float, Any], of: str) -> bool:
+    """Of L_S: all others are ranked, and those alike are settled. An ELBO is the mean of its draws: no weights."""
+    settled = all(records[beta]["evaluation"]["reliable"] for beta in found.alike)
+    return of == "elbo" or (settled and not found.unranked)
 
 
 def _over_seeds(study: Study, word: str) -> list[dict[str, Any]]:
@@ -276,14 +298,22 @@ def _aggregate(record: dict[str, Any]) -> dict[str, Any]:
         "run": record["name"],
         "active": record["active"],
         "moments": {name: _sizes(aggregate["moments"][name]["mean"]) for name in ("mean", "log_scale")},
-        "kolmogorov_smirnov": _sizes(distance["statistic"])
-        | {"rejected": sum(p < 0.05 for p in distance["p_value"]), "latent_dim": len(distance["p_value"])},
+        "kolmogorov_smirnov": _sizes(distance["statistic"]) | _rejected(distance["p_value"]),
         "classifier": {name: aggregate["classifier"][name] for name in ("effect", "p_value")},
         "holes": None if holes is None else holes["share"],
         "expected_holes": None if holes is None else holes["expected"],
         "kl": numbers["kl"],
         **{name: split.get(name) for name in parts},
     }
+
+
+def _rejected(p_values: list[float]) -> dict[str, Any]:
+    """#{l: p_l < 0.05 / L}: one latent or more by chance in 5% of runs whose aggregate posterior is the prior.
+
+    Reference: Dunn 1961, Multiple comparisons among means.
+    """
+    level = _LEVEL / len(p_values)
+    return {"rejected": sum(p < level for p in p_values), "level": level, "latent_dim": len(p_values)}
 
 
 def _sizes(values: list[float | None]) -> dict[str, float | None]:
@@ -350,6 +380,7 @@ def _stressed(study: Study, scale_map: str, record: dict[str, Any]) -> dict[str,
         "run": record["name"],
         "finished": failure is None,
         "failure": failure,
+        "failure_phase": record["failed_phase"],
         "step": record["step"] if failure is None else _step_in(failure),
         "num_steps": build.planned_steps(options, len(study.materials[study.first].splits.train)),
         "elbo": evaluation.get("elbo"),
@@ -358,6 +389,6 @@ def _stressed(study: Study, scale_map: str, record: dict[str, Any]) -> dict[str,
 
 
 def _step_in(failure: str) -> int | None:
-    """Of a failure's words, "step 12: site 'z' ...", the number."""
+    """Of a failed training's words, "step 12: site 'z' ...", the number; None of a failed evaluation's."""
     number = failure.removeprefix(_STEP).partition(":")[0]
     return int(number) if failure.startswith(_STEP) and number.isdigit() else None

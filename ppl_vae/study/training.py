@@ -22,6 +22,7 @@ from ppl_vae.study.plan import Planned
 from ppl_vae.training import TrainingState, fit
 
 FAILURE = "failure.json"
+TRAINING, EVALUATION = "training", "evaluation"  # where a run met a number that is not finite
 
 
 class MeanOverPixels(ScaleMessenger):
@@ -51,7 +52,8 @@ def averaged(objective: Callable[..., Tensor], num_pixels: int) -> Callable[...,
 def train_planned(planned: Planned, folder: Path, *, say: Say) -> bool:
     """Trains a run, or what is left of it, and evaluates it; returns whether it ended with finite numbers.
 
-    A training that meets a NaN leaves ``failure.json`` in its folder, with what was said: that too is a result.
+    One that meets a NaN leaves ``failure.json`` in its folder, with what was said, and in which phase: that too is a
+    result.
     """
     run_dir = folder / planned.name
     if (run_dir / FAILURE).exists():
@@ -64,10 +66,24 @@ def train_planned(planned: Planned, folder: Path, *, say: Say) -> bool:
         else:
             train(planned.options, str(run_dir), say=say, draw=False)
     except NotFinite as error:
-        runs.write_json(run_dir / FAILURE, {"error": str(error)})
+        runs.write_json(run_dir / FAILURE, {"error": str(error), "phase": _phase(str(error))})
         say(f"{planned.name}: {error}")
         return False
     return True
+
+
+def read_failure(run_dir: Path) -> tuple[str, str] | None:
+    """What was said of the number that ended a run, and the phase, "training" or "evaluation"; None where none did."""
+    path = run_dir / FAILURE
+    if not path.exists():
+        return None
+    stored = runs.read_json(path)
+    return stored["error"], stored.get("phase") or _phase(stored["error"])
+
+
+def _phase(error: str) -> str:
+    """Training names the step first, its look at validation images too; an evaluation has none to name."""
+    return TRAINING if error.startswith("step ") else EVALUATION
 
 
 def _train_averaged(planned: Planned, run_dir: Path, *, say: Say) -> None:

@@ -8,7 +8,9 @@ from typing import Any
 
 Value = Mapping[str, float]
 
-_MOST_DECIMALS = 4
+_MOST_DECIMALS = 6  # of an error; a finer one is given with a power of ten
+_MOST_ZEROS = 4  # after the point, of a number without an error
+_LEAST_PERCENT = 1e-4
 _TWO_DIGITS = 3.55  # an error that begins so, or lower, is given to two digits. Source: the Particle Data Group's rule
 _NAMES = {
     "mnist": "MNIST",
@@ -21,11 +23,13 @@ _NAMES = {
 
 
 def plus_minus(value: Value) -> str:
-    """mean ± stderr, with one digit of the error, or two up to 35; the mean alone where no error is known."""
+    """mean ± stderr, with one digit of the error, or two up to 35; the mean alone where there is no error."""
     mean, stderr = value["mean"], value.get("stderr")
-    if stderr is None or not math.isfinite(stderr):
+    if not stderr or not math.isfinite(stderr):
         return number(mean)
     decimals = _decimals(stderr)
+    if decimals > _MOST_DECIMALS:
+        return f"{number(mean)} ± {stderr:.1g}"
     return f"{_no_minus_zero(mean, decimals)} ± {stderr:,.{decimals}f}"
 
 
@@ -44,7 +48,7 @@ def number(value: float, digits: int = 3) -> str:
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
     decimals = digits - 1 - math.floor(math.log10(abs(value)))
-    if decimals > _MOST_DECIMALS + digits:
+    if decimals > _MOST_ZEROS + digits:
         return f"{value:.{digits}g}"
     text = f"{round(value, decimals):,.{max(0, decimals)}f}"
     return text.rstrip("0").rstrip(".") if "." in text else text
@@ -59,6 +63,8 @@ def percent(share: float) -> str:
 def percent_plus_minus(share: Value) -> str:
     """A share with its error, as percent."""
     stderr = share.get("stderr")
+    if 0 < 100 * (abs(share["mean"]) + 2 * (stderr or 0.0)) < _LEAST_PERCENT:
+        return f"less than {_LEAST_PERCENT:.4f}%"
     hundredth = {"mean": 100 * share["mean"], "stderr": None if stderr is None else 100 * stderr}
     return plus_minus(hundredth) + "%"  # type: ignore[arg-type]
 
@@ -90,17 +96,15 @@ def data_name(dataset: str) -> str:
 
 
 def differs(value: Value, from_what: float, stderrs: float = 2.0) -> int:
-    """1 above, -1 below, 0 within so many standard errors."""
+    """1 above, -1 below, 0 within so many standard errors, which proves no equality."""
     away = stderrs * (value.get("stderr") or 0.0)
     return int(value["mean"] > from_what + away) - int(value["mean"] < from_what - away)
 
 
 def _decimals(stderr: float) -> int:
-    if stderr <= 0:
-        return 2
     power = math.floor(math.log10(stderr))
     digits = 2 if stderr / 10**power < _TWO_DIGITS else 1
-    return min(_MOST_DECIMALS, max(0, digits - 1 - power))
+    return max(0, digits - 1 - power)
 
 
 def _no_minus_zero(mean: float, decimals: int) -> str:

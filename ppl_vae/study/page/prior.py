@@ -1,0 +1,68 @@
+"""All codes together against the prior."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ppl_vae.report import Block, Picture, Section
+from ppl_vae.study.page.source import Row, Source
+from ppl_vae.study.page.tables import known_table, mean_cell, number_cell, share_cell
+from ppl_vae.study.words import data_name
+
+
+def prior_section(source: Source) -> Section:
+    """Four measures along beta, holes as pictures, and all numbers."""
+    parts = source.parts("regularization")
+    if not parts:
+        return Section("Was the regularization successful?", [])
+    blocks = source.long("check")
+    blocks += source.figure(
+        "aggregate",
+        "How far all codes together are from the prior, along beta; dashed: the autoencoder. The first three should be "
+        "low and the last, what codes tell about images, should not be zero. It cannot exceed the logarithm of the "
+        "number of images.",
+        "Four measures of codes against prior, along beta",
+    )
+    for dataset in parts:
+        blocks += _holes(source, dataset)
+    for dataset, part in parts.items():
+        blocks += _codes_table(dataset, part["rows"])
+    return Section("Was the regularization successful?", blocks, anchor="prior")
+
+
+def _holes(source: Source, dataset: str) -> list[Block]:
+    """Of the run at beta = 1."""
+    run = (((source.study.get("sweep") or {}).get(dataset) or {}).get("reference")) or None
+    png = source.picture_of(run, "holes")
+    if png is None:
+        return []
+    caption = (
+        f"{data_name(dataset)}, beta = 1: above, the prior draws furthest from any code, decoded; below, ordinary ones."
+    )
+    return [Picture(png, caption, "Decoded prior draws: worst holes and ordinary ones", dark_png=png)]
+
+
+def _codes_table(dataset: str, entries: Sequence[Row]) -> list[Block]:
+    rows = [
+        [
+            "autoencoder" if row["autoencoder"] else f"{row['beta']:g}",
+            row["active"],
+            number_cell(((row.get("moments") or {}).get("mean") or {}).get("max")),
+            number_cell(((row.get("moments") or {}).get("log_scale") or {}).get("max")),
+            number_cell((row.get("kolmogorov_smirnov") or {}).get("max")),
+            (row.get("kolmogorov_smirnov") or {}).get("rejected"),
+            mean_cell((row.get("classifier") or {}).get("effect")),
+            share_cell(row.get("holes")),
+            mean_cell(row.get("mutual_information")),
+            mean_cell(row.get("marginal_kl")),
+            mean_cell(row.get("total_correlation")),
+        ]
+        for row in entries
+    ]
+    columns = ["beta", "active", "largest |mean|", "largest |log scale|", "largest KS", "rejected", "classifier"]
+    caption = (
+        f"{data_name(dataset)}: codes of test images, one draw each, against the prior. Means and scales are in "
+        "scales of the prior. Rejected: latents whose Kolmogorov-Smirnov test has p below five percent. KL to "
+        "prior: of all codes together; it and the mutual information add up to the mean KL."
+    )
+    return known_table([*columns, "holes", "mutual information", "KL to prior", "total correlation"], rows, caption)

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 BETAS = (0.01, 0.3, 1.0, 5.0, 100.0)
+EDGE = 1.25  # the largest eigenvalue of sampling noise
 
 
 def value(mean: float, stderr: float = 0.25) -> dict[str, float]:
@@ -67,6 +68,7 @@ def _sweep_row(dataset: str, beta: float) -> dict[str, Any]:
         "gap": value(4 + 0.05 * rate, 0.05),
         "active": _active(beta),
         "implied_beta": None if beta > 5 else value(beta * 1.01, beta * 0.01),
+        "variation": value(0.75 * _active(beta) / 40, 0.004),
         "rise": 0.6,
         "unreliable": value(0.1, 0.01),
         "pareto_k": 1.0,
@@ -76,12 +78,14 @@ def _sweep_row(dataset: str, beta: float) -> dict[str, Any]:
     }
 
 
-def _peak(dataset: str, beta: float, alike: list[float]) -> dict[str, Any]:
+def _peak(dataset: str, beta: float, alike: list[float], *, ranks: bool | None) -> dict[str, Any]:
     return {
         "beta": beta,
         "run": f"{dataset}-beta-{beta:g}",
         "value": value(-86.25),
         "not_distinguishable": alike,
+        "unranked": [],
+        "ranks_log_likelihood": ranks,
         "is_reference": beta == 1.0,
         "difference_to_reference": None if beta == 1.0 else paired(1.25, likelihood=True),
         "reliable": True,
@@ -92,9 +96,13 @@ def _sweep(dataset: str) -> dict[str, Any]:
     return {
         "reference": f"{dataset}-beta-1",
         "rows": [_sweep_row(dataset, beta) for beta in BETAS],
-        "peaks": {"log_likelihood": _peak(dataset, 0.3, [0.3]), "elbo": _peak(dataset, 1.0, [1.0])},
+        "peaks": {
+            "log_likelihood": _peak(dataset, 0.3, [0.3], ranks=True),
+            "elbo": _peak(dataset, 1.0, [1.0], ranks=None),
+        },
         "same_peak": False,
         "peaks_distinguishable": True,
+        "peaks_ranked": True,
         "unreliable_betas": [0.01],
         "seeds": [
             {
@@ -111,7 +119,7 @@ def _sweep(dataset: str) -> dict[str, Any]:
 
 
 def _condition(dataset: str, word: str, run: str, beta: float, threshold: float, active: int) -> dict[str, Any]:
-    predicted = sum(40 / k > threshold for k in range(1, 101))
+    predicted = sum(40 / k > max(threshold, EDGE) for k in range(1, 101))
     return {
         "condition": word,
         "run": run,
@@ -148,8 +156,10 @@ def _mean(dataset: str) -> dict[str, Any]:
         "likelihood": "bernoulli",
         "eigenvalues": [40 / k for k in range(1, 101)],
         "num_eigenvalues": 717,
+        "edge": EDGE,
         "num_images": 50_000,
-        "gaussian_variance": {"sum": 0.066, "mean": 51.7, "mean_squared_error": 392.0, "largest_eigenvalue": 5.1},
+        "gaussian_variance": {"sum": 0.066, "mean": 51.7, "mean_squared_error": 392.0}
+        | {"largest_eigenvalue": 5.1, "largest_eigenvalue_as_seen": 6.1},
         "conditions": conditions,
         "collapse_as_predicted": True,
         "mean_equals_beta_of_mean": {"kl": paired(0.0, 0.001), "reconstruction": paired(0.01, 0.02)},
@@ -168,7 +178,7 @@ def _remedy(network: str, remedy: str, active: int, gain: float | None) -> dict[
         "reliable": True,
         "collapsed": active == 0,
         "warmup_epochs": 3,
-        "free_bits": None,
+        "free_bits": 0.25 if remedy in ("free-bits", "both") else None,
         "failed": None,
         "difference_log_likelihood": None if gain is None else paired(gain, likelihood=True),
         "difference_elbo": None if gain is None else paired(gain),
@@ -212,7 +222,12 @@ def _autoencoder(dataset: str) -> dict[str, Any]:
         "autoencoder": plain,
         "sharper": value(1.36, 0.02),
         "reconstruction_difference": paired(12.0),
-        "samples_worse": {"frechet": value(8.0, 0.3), "classifier": value(0.375, 0.02)},
+        "samples_worse": {
+            "frechet": value(8.0, 0.3),
+            "frechet_uncorrected": value(5.0, 0.2),
+            "classifier": value(0.375, 0.02),
+        },
+        "binarized": {"error": value(0.0186, 0.0001), "sharpness": value(2.625, 0.02)},
         "floor": {"frechet": value(0.25, 0.02), "sharpness": value(1.0, 0.02), "classifier": value(0.01, 0.02)},
         "num_samples": 500,
         "num_components": 50,
@@ -226,6 +241,11 @@ def _autoencoder(dataset: str) -> dict[str, Any]:
             "bias": value(0.01, 0.0001),
             "autoencoder_error": value(0.0075, 0.0001),
             "lost": value(0.0025, 0.0001),
+            "shares": {
+                "posterior_noise": value(0.2, 0.01),
+                "autoencoder_error": value(0.6, 0.01),
+                "lost": value(0.2, 0.01),
+            },
         },
     }
 
@@ -240,7 +260,7 @@ def _regularization(dataset: str) -> dict[str, Any]:
             "run": f"{dataset}-autoencoder" if autoencoder else f"{dataset}-beta-{beta:g}",
             "active": active,
             "moments": {"mean": {"max": 0.0625, "median": 0.01}, "log_scale": {"max": 0.125, "median": 0.02}},
-            "kolmogorov_smirnov": {"max": 0.046, "median": 0.02, "rejected": 38, "latent_dim": 40},
+            "kolmogorov_smirnov": {"max": 0.046, "median": 0.02, "rejected": 38, "latent_dim": 40} | {"level": 0.00125},
             "classifier": {"effect": value(effect, 0.02), "p_value": 0.0},
             "holes": None if autoencoder else value(0.015, 0.004),
             "expected_holes": 0.01,
@@ -293,6 +313,12 @@ def _scale_maps() -> dict[str, Any]:
             "kl_overflow": 0.0,
             "largest_scale": 2.0 * h,
             "vanished": 0.125 if word == "bounded" and h > 50 else 0.0,
+            "sampled": {
+                "gradient_norm": h**power,
+                "not_finite": 0.5 if word == "exp" and h > 50 else 0.0,
+                "kl_overflow": 0.0,
+                "vanished": 0.0,
+            },
         }
         for word, power in (("bounded", 0.5), ("exp", 3), ("softplus", 1))
         for h in (1.0, 10.0, 100.0)
@@ -302,6 +328,7 @@ def _scale_maps() -> dict[str, Any]:
             "scale_map": word,
             "run": f"mnist-stress-{word}",
             "finished": word != "exp",
+            "failure_phase": "training" if word == "exp" else None,
             "failure": "step 12: the loss is NaN" if word == "exp" else None,
             "step": 12 if word == "exp" else None,
             "num_steps": 1000,
@@ -333,7 +360,7 @@ def study_numbers(datasets: tuple[str, ...] = ("mnist", "fashion-mnist")) -> dic
     }
     settings = {"epochs": 10, "collapse_epochs": 4, "stress_epochs": 2, "seeds": [1], "close_betas": [0.3, 1.0]}
     return {
-        "version": 1,
+        "version": 2,
         "size": "default",
         "settings": settings | {"images": 500, "num_particles": 200},
         "datasets": list(datasets),

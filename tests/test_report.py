@@ -12,12 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 from browser import Visit
+from matplotlib.figure import Figure
 from PIL import Image
 from small_run import SMALL, save_bars, train_small
 from study_numbers import BETAS, study_numbers, write_pictures
 
 from ppl_vae import experiment
 from ppl_vae.options import parse_report
+from ppl_vae.plots import study as plots
+from ppl_vae.study.figures import draw
 from ppl_vae.study.page import compose, write_report
 
 FIGURES = ("spectrum", "active", "rate-distortion", "bounds", "remedies", "sharpness", "blur", "aggregate")
@@ -132,6 +135,17 @@ def test_a_section_that_was_not_measured_is_named_as_missing(tmp_path, section, 
     assert title not in headings(html)
     assert title in html.split("Not measured in it: ")[1].split("</p>")[0]
     assert "the quick study" in html
+
+
+def test_seeds_are_compared_with_themselves(monkeypatch):
+    study = study_numbers(("mnist",))
+    seeds = study["sweep"]["mnist"]["seeds"]
+    seeds[0] |= {"seeds": [0, 2]} | {key: {"values": [-86.0, -84.0]} for key in ("log_likelihood", "elbo")}
+    seeds[1] |= {"seeds": [0, 1, 2]} | {key: {"values": [-87.0, -90.0, -85.5]} for key in ("log_likelihood", "elbo")}
+    drawn: list[Any] = []
+    monkeypatch.setattr(plots, "bounds_along_beta", lambda shown: drawn.append(shown) or Figure())
+    draw({"datasets": ["mnist"], "sweep": study["sweep"]})
+    assert sorted(drawn[0]["MNIST"].seeds["log_likelihood"]) == [(0.3, 1.5), (1.0, 0.0), (1.0, 0.0)]
 
 
 def test_links_of_the_short_answers_lead_somewhere(tmp_path):

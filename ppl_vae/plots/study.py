@@ -177,7 +177,7 @@ class Bounds(NamedTuple):
     seeds: Mapping[str, Sequence[tuple[float, float]]] = {}
 
 
-BOUNDS = {"log_likelihood": "log p(x), importance-sampled", "elbo": "ELBO"}
+BOUNDS = {"log_likelihood": "L_S, the bound on log p(x)", "elbo": "ELBO"}
 
 
 def bounds_along_beta(bounds: Mapping[str, Bounds], *, near: float = 3.0) -> Figure:
@@ -455,20 +455,27 @@ class ScaleMap(NamedTuple):
         largest_feature: (K,) ascending.
         gradient_norm: (K,), None where no gradient is finite.
         not_finite: (K,) share of images with NaN or infinity in the gradient.
+        sampled_norm, sampled_not_finite: the same of the objective with a sampled KL; None where it was not measured.
     """
 
     largest_feature: Sequence[float]
     gradient_norm: Sequence[float | None]
     not_finite: Sequence[float | None]
+    sampled_norm: Sequence[float | None] | None = None
+    sampled_not_finite: Sequence[float | None] | None = None
 
 
 def scale_map_gradients(maps: Mapping[str, ScaleMap]) -> Figure:
-    """The gradient's norm, and how often it is not finite, over the largest feature."""
+    """The gradient's norm, and how often it is not finite, over the largest feature; dashed where KL is sampled."""
     figure, (left, right) = _panels(2)
     for place, (word, of_map) in enumerate(maps.items()):
-        norm = [value or None for value in of_map.gradient_norm]  # zero has no place on a log scale
-        _draw(left, Curve(of_map.largest_feature, norm), label=word, color=_color(place))
-        _draw(right, Curve(of_map.largest_feature, of_map.not_finite), label=word, color=_color(place))
+        kinds = [(word, "-", of_map.gradient_norm, of_map.not_finite)]
+        if of_map.sampled_norm is not None and of_map.sampled_not_finite is not None:
+            kinds.append((f"{word}, sampled KL", "--", of_map.sampled_norm, of_map.sampled_not_finite))
+        for label, style, norms, not_finite in kinds:
+            norm = [value or None for value in norms]  # zero has no place on a log scale
+            _draw(left, Curve(of_map.largest_feature, norm), label=label, color=_color(place), style=style)
+            _draw(right, Curve(of_map.largest_feature, not_finite), label=label, color=_color(place), style=style)
     for axes in (left, right):
         axes.set(xscale="log", xlabel="largest feature |h|")
         axes.xaxis.set_major_formatter(FuncFormatter(_plain))

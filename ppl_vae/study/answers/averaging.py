@@ -12,11 +12,27 @@ from ppl_vae.study.answers.sentences import (
     introduced,
     part_of,
 )
-from ppl_vae.study.words import beta, count, data_name, listed, number, percent_plus_minus, several, signed
+from ppl_vae.study.words import (
+    beta,
+    count,
+    data_name,
+    listed,
+    number,
+    percent,
+    percent_plus_minus,
+    several,
+    signed,
+)
+
+# Reconstructions that vary less than this share of what the images do are nearly one picture. Source: ours.
+ONE_PICTURE = 0.01
+# A difference of a smaller share of the reconstruction term than this is a small one. Source: ours.
+SMALL = 0.001
+FAR_ABOVE = 10.0
 
 
 def averaging_answer(study: Study) -> Answer:
-    """The mean over pixels as another beta: what must follow from it, and what did."""
+    """The mean over pixels as another beta: what a linear theory predicts of it, and what came."""
     dataset = first_dataset(study)
     return answer_from(
         "averaging",
@@ -31,7 +47,8 @@ def averaging_answer(study: Study) -> Answer:
         [_squared_error(study, dataset)],
         *([_predicted(study, d), _shown(study, d)] for d in study["datasets"][1:]),
         introduced(
-            "How many latents live is predicted by a theory of linear networks, and these are not linear.",
+            "That theory is one of linear networks and of small steps away from collapse; these are not linear, and "
+            "may use fewer latents, or find an optimum that it does not see.",
             each_dataset(study, _counts),
         ),
     )
@@ -58,12 +75,14 @@ def _predicted(study: Study, dataset: str) -> str | None:
     if not part or not mean or not sums or not part["eigenvalues"]:
         return None
     live = mean["predicted_live"]
-    so = "so none can live" if live == 0 else f"so only {count(live)} can live"
+    keeps = "none" if live == 0 else f"only {count(live)}"
+    edge = part.get("edge")
+    noise = f", and what sampling noise alone reaches, {number(edge)}" if edge else ""
     return (
-        "What must follow can be computed before training: the largest eigenvalue of "
-        f"{data_name(dataset)}, in units of the likelihood's noise, is {number(part['eigenvalues'][0])}; "
-        f"{count(sums['predicted_live'])} of {count(part['num_eigenvalues'])} directions exceed the threshold of a "
-        f"sum, {number(sums['threshold'])}, but that of a mean is {number(mean['threshold'])}, {so}."
+        f"A linear decoder near collapse keeps a direction of the data only if its eigenvalue is above beta: of "
+        f"{data_name(dataset)} the largest, in units of the likelihood's noise, is {number(part['eigenvalues'][0])}; "
+        f"{count(sums['predicted_live'])} of {count(part['num_eigenvalues'])} exceed the threshold of a sum, "
+        f"{number(sums['threshold'])}{noise}, but that of a mean is {number(mean['threshold'])}, which keeps {keeps}."
     )
 
 
@@ -80,8 +99,8 @@ def _shown(study: Study, dataset: str) -> str | None:
             f", and its reconstructions vary {percent_plus_minus(mean['variation'])} of what the images do, against "
             f"{percent_plus_minus(sums['variation'])}"
         )
-        if mean["shown_collapse"]:
-            text += ": they are all the same"
+        if mean["variation"]["mean"] < ONE_PICTURE:
+            text += ": they are all nearly the same"
     return text + "."
 
 
@@ -94,12 +113,12 @@ def _all_as_predicted(study: Study) -> str | None:
     right = sum(row["as_predicted"] for row in rows)
     if right == len(rows):
         return (
-            f"In all {several(len(rows), 'condition')} of sums, means and betas, what was predicted to collapse did, "
-            "and nothing else."
+            f"In all {several(len(rows), 'condition')} of sums, means and betas, those that this predicts to collapse "
+            "did, and no others."
         )
     wrong = [row["run"] for row in rows if not row["as_predicted"]]
     return (
-        f"The prediction of who collapses was right in {count(right)} of {several(len(rows), 'condition')}; wrong for "
+        f"This prediction of who collapses was right in {count(right)} of {several(len(rows), 'condition')}; wrong for "
         f"{listed(wrong)}."
     )
 
@@ -113,8 +132,22 @@ def _same_optimum(study: Study, dataset: str) -> str | None:
     if paired["word"] == "not distinguishable":
         end = f"cannot be told apart in reconstruction ({signed(paired)} nats, on the same images)"
     else:
-        end = f"differ by {signed(paired)} nats in reconstruction, for an optimizer takes other paths to one optimum"
+        end = (
+            f"differ by {signed(paired)} nats in reconstruction{_share_of_term(study, dataset, paired)}: one objective "
+            "but for a factor, which clipping the gradient's norm (it can act on the larger gradient alone) and the "
+            "optimizer's small constants do not leave without effect"
+        )
     return f"On {data_name(dataset)} the run of a mean over pixels and the run of beta = {D} {end}."
+
+
+def _share_of_term(study: Study, dataset: str, paired: Row) -> str:
+    """A difference's size beside the reconstruction term itself."""
+    term = (_condition(study, dataset, "mean") or {}).get("reconstruction")
+    if not term or not term["mean"]:
+        return ""
+    share = abs(paired["mean"] / term["mean"])
+    word = "a small" if share < SMALL else "no small"
+    return f", beyond chance of the images and {word} share of that term ({percent(share)})"
 
 
 def _squared_error(study: Study, dataset: str) -> str | None:
@@ -123,12 +156,13 @@ def _squared_error(study: Study, dataset: str) -> str | None:
     if not part or not variance or not variance.get("mean_squared_error") or not variance.get("largest_eigenvalue"):
         return None
     noise, largest = variance["mean_squared_error"], variance["largest_eigenvalue"]
-    verdict = "far above" if noise > 10 * largest else "above" if noise > largest else "below"
-    end = "no direction survives" if noise > largest else "some directions survive"
+    verdict = "far above" if noise > FAR_ABOVE * largest else "above" if noise > largest else "below"
+    end = "no direction" if noise > largest else "some directions"
+    pixels = "gray images'" if variance.get("largest_eigenvalue_as_seen") else "pixels'"
     return (
         f"The same holds of squared errors. A mean squared error over {count(part['num_pixels'])} pixels is a normal "
-        f"likelihood with a variance of {number(noise)} a pixel, {verdict} the largest eigenvalue of the data's "
-        f"covariance, {number(largest)}: {end}."
+        f"likelihood with a variance of {number(noise)} a pixel, {verdict} the largest eigenvalue of the {pixels} "
+        f"covariance, {number(largest)}: a linear decoder near collapse keeps {end}."
     )
 
 
@@ -137,5 +171,5 @@ def _counts(study: Study, dataset: str) -> str | None:
     rows = [row for row in rows if row["active"] is not None]
     if not rows:
         return None
-    pairs = [f"{count(row['active'])} for {count(row['predicted'])} at {beta(row['beta'])}" for row in rows]
-    return f"Measured for predicted on {data_name(dataset)}: {listed(pairs)}."
+    pairs = [f"{count(row['active'])} ({count(row['predicted'])}) at {beta(row['beta'])}" for row in rows]
+    return f"Active latents, and in brackets those that it predicts, on {data_name(dataset)}: {listed(pairs)}."

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from ppl_vae.study.answers.sentences import (
     Answer,
     Study,
@@ -12,9 +15,17 @@ from ppl_vae.study.answers.sentences import (
     introduced,
     part_of,
 )
-from ppl_vae.study.words import count, data_name, differs, percent, plus_minus, signed, size_of
+from ppl_vae.study.words import (
+    Value,
+    count,
+    data_name,
+    differs,
+    percent_plus_minus,
+    plus_minus,
+    size_of,
+)
 
-# Reconstructions this sharp, and sharper, are as sharp as the images. Source: ours.
+# Reconstructions with this share of the images' high-frequency power, or more, are not said to blur. Source: ours.
 AS_SHARP = 0.95
 
 _BOTH = (("VAE", "vae"), ("autoencoder", "autoencoder"))
@@ -28,15 +39,16 @@ def blur_answer(study: Study) -> Answer:
         "blur",
         "Why do VAEs blur, and autoencoders too?",
         [
-            "What is shown as a reconstruction is a mean: of all images that the decoder holds possible for a code. "
-            "A mean of sharp images that differ is not sharp.",
+            "What is shown as a reconstruction is a mean, of all images that the decoder holds possible for a code; a "
+            "mean of sharp images that differ is not sharp.",
             _sharpness(study, dataset),
             _factor(study, dataset),
             _decomposition(study, dataset),
             _samples(study, dataset),
         ],
         *([_sharpness(study, d), _factor(study, d), _samples(study, d)] for d in study["datasets"][1:]),
-        [_few_codes(study, dataset)],
+        each_dataset(study, _binarized),
+        [_few_codes(study, dataset), _neighbors(study, dataset)],
         [
             *each_dataset(study, _reconstructed_nats),
             "That is no log-likelihood, for nothing is paid for the code."
@@ -45,6 +57,7 @@ def blur_answer(study: Study) -> Answer:
         ],
         *([_decomposition(study, d)] for d in study["datasets"][1:]),
         introduced("One may also draw from a normal distribution fitted to the codes.", each_dataset(study, _fitted)),
+        each_dataset(study, _uncorrected),
     )
 
 
@@ -53,18 +66,22 @@ def _sharpness(study: Study, dataset: str) -> str | None:
     if not part or not (part["vae"] or {}).get("sharpness") or not (part["autoencoder"] or {}).get("sharpness"):
         return None
     said = [f"the {who}'s {plus_minus(part[key]['sharpness'])}" for who, key in _BOTH]
-    blurred = [who for who, key in _BOTH if differs(part[key]["sharpness"], AS_SHARP) < 0]
-    end = "" if blurred else ": neither blurs"
-    if blurred == ["autoencoder"]:
-        end = ": only the autoencoder blurs"
-    elif blurred == ["VAE"]:
-        end = ": the autoencoder does not blur"
-    elif blurred:
-        end = ": both blur"
     return (
         f"On {data_name(dataset)} the VAE's reconstructions have {said[0].removeprefix(_OF_VAE)} of the test images' "
-        f"high-frequency power, and {said[1]}{end}."
+        f"high-frequency power, and {said[1]}: {_who_blurs(part)}."
     )
+
+
+def _who_blurs(part: Mapping[str, Any]) -> str:
+    blurred = [who for who, key in _BOTH if differs(part[key]["sharpness"], AS_SHARP) < 0]
+    noisy = [who for who, key in _BOTH if differs(part[key]["sharpness"], 1.0) > 0]
+    if len(blurred) == len(_BOTH):
+        words = "both blur"
+    elif blurred:
+        words = f"only the {blurred[0]} measurably loses power"
+    else:
+        words = "neither measurably loses power"
+    return words + (f" (what the {' and the '.join(noisy)} has beyond one is noise, not detail)" if noisy else "")
 
 
 def _factor(study: Study, dataset: str) -> str | None:
@@ -75,11 +92,30 @@ def _factor(study: Study, dataset: str) -> str | None:
     side = differs(factor, 1.0)
     if side == 0:
         return (
-            f"The autoencoder is not measurably sharper or blurrier than the VAE (factor {plus_minus(factor)} on "
+            f"The autoencoder's power is not measurably more or less than the VAE's (factor {plus_minus(factor)} on "
             f"{data_name(dataset)})."
         )
-    word = "sharper" if side > 0 else "blurrier"
-    return f"The autoencoder is {word}, by a factor of {plus_minus(factor)} on {data_name(dataset)}."
+    word = "more" if side > 0 else "less"
+    return f"The autoencoder has {word} of it, by a factor of {plus_minus(factor)} on {data_name(dataset)}."
+
+
+def _binarized(study: Study, dataset: str) -> str | None:
+    """What a reconstruction that is the network's own input would have."""
+    binarized = (part_of(study, "autoencoder", dataset) or {}).get("binarized")
+    if not binarized or not binarized.get("error") or not binarized.get("sharpness"):
+        return None
+    return (
+        f"On {data_name(dataset)} the networks see binarized images, and are compared with the gray ones: the binary "
+        f"image itself has an error of {plus_minus(binarized['error'])} a pixel, and "
+        f"{plus_minus(binarized['sharpness'])} times the gray image's high-frequency power. What a network fits of "
+        "that noise adds to its error and counts as power, so power measures detail only where little noise is fitted."
+    )
+
+
+def _share(part: Mapping[str, Any], name: str) -> Value:
+    """A part of the error, with its error where it is known."""
+    known = (part.get("shares") or {}).get(name)
+    return known or {"mean": part[name]["mean"] / part["error"]["mean"]}
 
 
 def _decomposition(study: Study, dataset: str) -> str | None:
@@ -88,18 +124,19 @@ def _decomposition(study: Study, dataset: str) -> str | None:
     names = ("error", "posterior_noise", "autoencoder_error", "lost")
     if not part or not all(part.get(name) for name in names) or part["error"]["mean"] <= 0:
         return None
-    total = part["error"]["mean"]
-    noise, averaging, lost = (part[name]["mean"] / total for name in names[1:])
-    rest = (
-        f"and {percent(lost)} is what the KL's price took from the code beside that"
-        if lost > 0
-        else "and no more is lost: the VAE's mean reconstruction is nearer to the image than the autoencoder's "
-        f"({percent(-lost)} of the error)"
-    )
+    noise, autoencoder, lost = (_share(part, name) for name in names[1:])
+    rest = {
+        1: f"and {percent_plus_minus(lost)} is what the VAE's mean reconstruction lacks beside that",
+        0: f"and what the VAE's mean reconstruction lacks beside that cannot be told from none "
+        f"({percent_plus_minus(lost)})",
+        -1: "and no more is lost: the VAE's mean reconstruction is nearer to the image than the autoencoder's (by "
+        f"{percent_plus_minus({**lost, 'mean': -lost['mean']})} of the error)",
+    }[differs(part["lost"], 0.0)]
     return (
-        f"Of the VAE's squared error on {data_name(dataset)}, {percent(noise)} is the posterior's noise (each draw of "
-        f"a code decodes a little differently), {percent(averaging)} is there in the autoencoder already, the "
-        f"likelihood's averaging over what the code leaves open, {rest}."
+        f"Of the VAE's squared error on {data_name(dataset)}, {percent_plus_minus(noise)} is the posterior's noise "
+        f"(each draw of a code decodes a little differently), {percent_plus_minus(autoencoder)} is the "
+        "autoencoder's error (averaging over what the code leaves open, fitted pixel noise, a limited network and a "
+        f"short training together), {rest}."
     )
 
 
@@ -108,26 +145,52 @@ def _samples(study: Study, dataset: str) -> str | None:
     worse = None if not part else part.get("samples_worse")
     if not part or not worse or not worse.get("frechet"):
         return None
-    factor = worse["frechet"]
-    side = differs(factor, 1.0)
+    factor, corrected = worse["frechet"], "frechet_uncorrected" in worse
+    ratio = f"is{', less what other real images have,' if corrected else ''} {plus_minus(factor)} times the VAE's"
     words = {
-        1: f"is paid for in prior samples, whose Fréchet distance from real images is {plus_minus(factor)} times the "
-        "VAE's",
-        -1: f"has no price in prior samples here: their Fréchet distance is {plus_minus(factor)} times the VAE's",
-        0: f"has no price in prior samples that can be told: a Fréchet distance {plus_minus(factor)} times the VAE's",
-    }[side]
-    text = f"Doing without a prior {words}"
-    if worse.get("classifier"):
-        text += f" (a classifier against real images: effect {signed(worse['classifier'])} against the VAE's)"
+        1: f"is paid for in prior samples: their Fréchet distance from real images {ratio}",
+        -1: f"has no price in prior samples here: their Fréchet distance from real images {ratio}",
+        0: f"has no price in prior samples that can be told: their Fréchet distance from real images {ratio}",
+    }[differs(factor, 1.0)]
+    return f"Doing without a prior {words}{_distances(part, dataset)}{_told_apart(worse)}."
+
+
+def _distances(part: Mapping[str, Any], dataset: str) -> str:
     floor = (part.get("floor") or {}).get("frechet")
-    vae = ((part["vae"] or {}).get("samples") or {}).get("frechet")
-    auto = ((part["autoencoder"] or {}).get("samples") or {}).get("frechet")
-    if floor and vae and auto:
-        text += (
-            f": {plus_minus(auto)} against {plus_minus(vae)} on {data_name(dataset)}, where other real images have "
-            f"{plus_minus(floor)}"
-        )
-    return text + "."
+    vae, auto = (((part[key] or {}).get("samples") or {}).get("frechet") for key in ("vae", "autoencoder"))
+    if not floor or not vae or not auto:
+        return ""
+    return (
+        f" ({plus_minus(auto)} against {plus_minus(vae)} on {data_name(dataset)}, where other real images have "
+        f"{plus_minus(floor)})"
+    )
+
+
+def _told_apart(worse: Mapping[str, Any]) -> str:
+    """How much better a classifier tells the autoencoder's samples from real images than the VAE's."""
+    effect = worse.get("classifier")
+    if not effect:
+        return ""
+    side = differs(effect, 0.0)
+    if side == 0:
+        return f", and a classifier does not measurably tell them better or worse ({plus_minus(effect)} in its effect)"
+    word = "higher" if side > 0 else "lower"
+    return f", and the effect of a classifier against real images is {word} by {size_of(effect)}"
+
+
+def _uncorrected(study: Study, dataset: str) -> str | None:
+    """The plain ratio, and why it is not the one that is spoken of; all that there is where the VAE is at the floor."""
+    worse = (part_of(study, "autoencoder", dataset) or {}).get("samples_worse") or {}
+    plain = worse.get("frechet_uncorrected")
+    if not plain:
+        return None
+    end = (
+        "" if worse.get("frechet") else "; the VAE's own is not measurably above what real images have, so no other is"
+    )
+    return (
+        f"The plain ratio of the two Fréchet distances on {data_name(dataset)}, {plus_minus(plain)}, is biased toward "
+        f"one, for both hold what so few images alone make of it{end}."
+    )
 
 
 def _few_codes(study: Study, dataset: str) -> str | None:
@@ -148,8 +211,21 @@ def _few_codes(study: Study, dataset: str) -> str | None:
     }[side]
     return (
         f"{what}: an autoencoder of {count(few['latent_dim'])} latents reaches {plus_minus(few['sharpness'])} of the "
-        f"images' sharpness, one of {count(many['latent_dim'])} {plus_minus(many['sharpness'])}. No noise and no prior "
-        "is involved there: this blur is the likelihood's."
+        f"images' high-frequency power, one of {count(many['latent_dim'])} {plus_minus(many['sharpness'])}, each "
+        "trained once. No noise of codes and no prior is involved there."
+    )
+
+
+def _neighbors(study: Study, dataset: str) -> str | None:
+    """Whether a reconstruction is a mean of images with nearly its code."""
+    near = ((part_of(study, "autoencoder", dataset) or {}).get("same_code") or {}).get("neighbors")
+    if not near or not near.get("ratio"):
+        return None
+    where = {1: "further from {} than from", 0: "not measurably nearer to {} than to", -1: "nearer to {} than to"}
+    mean = f"the mean of the {count(near['count'])} training images with the nearest codes"
+    return (
+        f"With the shortest code a reconstruction is {where[differs(near['ratio'], 1.0)].format(mean)} its own image: "
+        f"its squared distances have the ratio {plus_minus(near['ratio'])}."
     )
 
 

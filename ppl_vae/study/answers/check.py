@@ -16,10 +16,26 @@ from ppl_vae.study.answers.sentences import (
     part_of,
     row_at,
 )
-from ppl_vae.study.words import beta, count, data_name, differs, number, percent, percent_plus_minus, plus_minus
+from ppl_vae.study.words import (
+    Value,
+    beta,
+    count,
+    data_name,
+    differs,
+    number,
+    percent,
+    percent_plus_minus,
+    plus_minus,
+)
 
 # A classifier that tells codes from prior draws by less than this effect finds them alike. Source: ours.
 ALIKE = 0.1
+# The p-value below which a single test rejects, where study.json does not say it.
+_UNCORRECTED = 0.05
+# Standard errors beyond which the most and the fewest of many values, which were picked, differ. Source: ours.
+_OF_MANY = 3.0
+
+_NOT, _LITTLE, _CLEARLY = "not measurably", "only a little", "clearly"
 
 
 def check_answer(study: Study) -> Answer:
@@ -53,11 +69,33 @@ def _rejected(study: Study, dataset: str) -> str | None:
         return None
     images = (part_of(study, "regularization", dataset) or {}).get("images") or study["regularization"].get("images")
     of = f" of {count(images)} images" if images else ""
+    test = f"at {beta(1.0)} on {data_name(dataset)} a Kolmogorov-Smirnov test{of} rejects"
+    size = f"the gap between the two distribution functions is {_gap(distance)}"
+    if distance["rejected"] == 0:
+        return f"A p-value answers another question: {test} none of {_tested(distance)}, which proves no match; {size}."
+    return f"A p-value answers another question: {test} {count(distance['rejected'])} of {_tested(distance)}; {size}."
+
+
+def _told(effect: Value) -> str:
+    """How well the classifier tells codes from the prior."""
+    if differs(effect, 0.0) <= 0:
+        return _NOT
+    return _LITTLE if differs(effect, ALIKE) <= 0 else _CLEARLY
+
+
+def _tested(distance: Row) -> str:
+    """The latents, and what chance alone would reject of them."""
+    L, level = distance["latent_dim"], distance.get("level")
+    if level is not None:
+        return f"{count(L)} latents (p below {number(level)} each, corrected for their number)"
     return (
-        f"A p-value answers another question: at {beta(1.0)} on {data_name(dataset)} a Kolmogorov-Smirnov test{of} "
-        f"rejects {count(distance['rejected'])} of {count(distance['latent_dim'])} latents, while the largest gap "
-        f"between the two distribution functions is {number(distance['max'])}."
+        f"{count(L)} latents (p below {number(_UNCORRECTED)} each: {number(_UNCORRECTED * L)} are expected by chance)"
     )
+
+
+def _gap(distance: Row) -> str:
+    most = f"{number(distance['max'])} in the worst latent"
+    return f"{number(distance['median'])} in the median latent and {most}" if distance.get("median") else most
 
 
 def _effects(study: Study, dataset: str) -> str | None:
@@ -65,15 +103,15 @@ def _effects(study: Study, dataset: str) -> str | None:
     if row is None or not row.get("classifier"):
         return None
     effect = row["classifier"]["effect"]
-    verdict = "barely tells" if effect["mean"] < ALIKE else "tells"
     text = (
-        f"So look at sizes: at {beta(1.0)} a classifier {verdict} codes from prior draws (effect {plus_minus(effect)}; "
-        "none if alike, one if told apart always)"
+        f"So look at sizes: at {beta(1.0)} a classifier tells codes from prior draws {_told(effect)} (effect "
+        f"{plus_minus(effect)}; none if alike, one if told apart always)"
     )
     if row.get("holes"):
         text += (
-            f", and {percent_plus_minus(row['holes'])} of the prior's draws fall where no code lies "
-            f"({percent(row['expected_holes'])} would if nothing were wrong)"
+            f", and {percent_plus_minus(row['holes'])} of the prior's draws are in holes: covered by the codes less "
+            f"than all but {percent(row['expected_holes'])} of other images' codes are "
+            f"({percent(row['expected_holes'])} would be if nothing were wrong)"
         )
     return text + "."
 
@@ -85,10 +123,10 @@ def _alike_but_empty(study: Study, dataset: str) -> str | None:
         return None
     row = dead[0]
     effect = row["classifier"]["effect"]
-    like = "passes" if effect["mean"] < ALIKE else "does not even pass"
+    like = {_NOT: "passes", _LITTLE: "nearly passes", _CLEARLY: "does not even pass"}[_told(effect)]
     return (
-        f"A match alone proves nothing: the run of {beta(row['beta'])}, whose latents are all dead, {like} the same "
-        f"test (effect {plus_minus(effect)}), so count the active latents as well."
+        f"A match alone proves nothing: the run of {beta(row['beta'])}, none of whose latents is active, {like} the "
+        f"same test (effect {plus_minus(effect)}), so count the active latents as well."
     )
 
 
@@ -96,16 +134,17 @@ def _information(study: Study, dataset: str) -> str | None:
     row = row_at(_regular_rows(study, dataset), 1.0)
     if row is None or not row.get("mutual_information") or not row.get("kl"):
         return None
-    text = (
-        f"Of the KL at {beta(1.0)} on {data_name(dataset)}, {plus_minus(row['kl'])} nats, "
-        f"{plus_minus(row['mutual_information'])} tell which of the images it is"
-    )
+    text = f"Of the KL at {beta(1.0)} on {data_name(dataset)}, {plus_minus(row['kl'])} nats,"
     if row.get("saturated"):
         return text + (
-            f", and that is all that so many images can show (the logarithm of their number is {number(row['cap'])}): "
-            "the rest cannot be split between information and distance from the prior."
+            f" at least about {number(row['mutual_information']['mean'])} tell which of the images it is, and that is "
+            f"all that so many images can show (the logarithm of their number is {number(row['cap'])}): the rest "
+            "cannot be split between information and distance from the prior."
         )
-    return text + f", and {plus_minus(row['marginal_kl'])} are the distance of all codes together from the prior."
+    return text + (
+        f" {plus_minus(row['mutual_information'])} tell which of the images it is, and "
+        f"{plus_minus(row['marginal_kl'])} are the distance of all codes together from the prior."
+    )
 
 
 def _autoencoder_codes(study: Study, dataset: str) -> str | None:
@@ -115,9 +154,11 @@ def _autoencoder_codes(study: Study, dataset: str) -> str | None:
         return None
     theirs, ours = row["classifier"]["effect"], one["classifier"]["effect"]
     apart = differs(difference_of(theirs, ours), 0.0)
-    word = {1: "further from the prior than", -1: "nearer to the prior than", 0: "no further from the prior than"}[
-        apart
-    ]
+    word = {
+        1: "further from the prior than",
+        -1: "nearer to the prior than",
+        0: "not measurably further from the prior, or nearer to it, than",
+    }[apart]
     return (
         f"On {data_name(dataset)} its codes are {word} those of the VAE: the classifier's effect is "
         f"{plus_minus(theirs)}, against {plus_minus(ours)}."
@@ -130,9 +171,9 @@ def _holes_along(study: Study, dataset: str) -> str | None:
         return None
     worst = max(rows, key=lambda row: row["holes"]["mean"])
     least = min(rows, key=lambda row: row["holes"]["mean"])
-    if differs(difference_of(worst["holes"], least["holes"]), 0.0) == 0:
+    if differs(difference_of(worst["holes"], least["holes"]), 0.0, _OF_MANY) == 0:
         return (
-            f"Holes on {data_name(dataset)} are as many at every beta that was measured "
+            f"The share of holes on {data_name(dataset)} does not measurably change along beta "
             f"({percent_plus_minus(worst['holes'])} of prior draws at most)."
         )
     return (

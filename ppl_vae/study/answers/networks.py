@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ppl_vae.study.answers.sentences import Answer, Row, Study, answer_from, gained, part_of, row_at
-from ppl_vae.study.words import count, number, plus_minus, several
+from ppl_vae.study.answers.sentences import Answer, Row, Study, answer_from, difference_of, gained, part_of, row_at
+from ppl_vae.study.words import count, differs, number, plus_minus, several
+
+_DIGITS = 2  # of times and spreads
 
 
 def architectures_answer(study: Study) -> Answer:
-    """The best network, fewer and more latents, and what training takes."""
+    """The network with the highest bound, fewer and more latents, and what training takes."""
     part = study.get("architectures") or {}
     rows = [row for row in part.get("rows", ()) if row.get("log_likelihood") and row.get("parameters")]
     return answer_from(
@@ -33,7 +35,7 @@ def _seed_spread(study: Study) -> str | None:
         return None
     return (
         f"The base itself, trained with {several(len(entry['seeds']), 'seed')}, has a spread of "
-        f"{number(entry['log_likelihood']['spread'], 2)} nats in log p(x)."
+        f"{number(entry['log_likelihood']['spread'], _DIGITS)} nats in L_S."
     )
 
 
@@ -42,12 +44,29 @@ def _name(row: Row) -> str:
 
 
 def _best(rows: Sequence[Row]) -> str:
-    best = max(rows, key=lambda row: row["log_likelihood"]["mean"])
+    """The highest bound, against the base and against the next one."""
+    ordered = sorted(rows, key=lambda row: row["log_likelihood"]["mean"], reverse=True)
+    best, second = ordered[0], ordered[1]
     base = next((row for row in rows if row["varied"] == "base"), None)
-    text = f"Best in log p(x) is {_name(best)}: {plus_minus(best['log_likelihood'])} nats"
-    if base is None or base is best:
-        return text + (", which is the base itself." if base is best else ".")
-    return text + f" (the base, {_name(base)}: {plus_minus(base['log_likelihood'])}){gained(best)}."
+    text = (
+        f"Highest in the bound L_S on log p(x), of those trained, is {_name(best)}: "
+        f"{plus_minus(best['log_likelihood'])} nats"
+    )
+    if base is best:
+        text += ", which is the base itself"
+    elif base is not None:
+        text += f" (the base, {_name(base)}: {plus_minus(base['log_likelihood'])}){gained(best)}"
+    if best.get("reliable") is False:
+        text += "; its estimate has not settled"
+    return text + _against_the_next(best, second) + "."
+
+
+def _against_the_next(best: Row, second: Row) -> str:
+    """By what both gain on the base, on the same images; the errors as if these gains were independent."""
+    gains = [row.get("difference_log_likelihood") or {"mean": 0.0} for row in (best, second)]
+    if differs(difference_of(*gains), 0.0) == 0:
+        return f"; {_name(second)} cannot be told from it"
+    return ""
 
 
 def _of_latents(rows: Sequence[Row]) -> list[Row]:
@@ -72,11 +91,12 @@ def _most_latents(rows: Sequence[Row]) -> str | None:
     if base is None or series[-1] is base or series[-1]["active"] is None:
         return None
     most = series[-1]
+    if most["active"] == most["latent_dim"]:
+        return f"Of {count(most['latent_dim'])} latents all are active{gained(most)}."
+    words = "More latents than the base's stay unused" if most["active"] <= base["active"] else "Not all are used"
     return (
-        f"More latents than needed stay unused: of {count(most['latent_dim'])}, {count(most['active'])} are active "
+        f"{words}: of {count(most['latent_dim'])}, {count(most['active'])} are active "
         f"(of {count(base['latent_dim'])}, {count(base['active'])}){gained(most)}."
-        if most["active"] < most["latent_dim"]
-        else f"Of {count(most['latent_dim'])} latents all are active{gained(most)}."
     )
 
 
@@ -86,6 +106,6 @@ def _quickest(rows: Sequence[Row]) -> str | None:
         return None
     quick, slow = (choose(timed, key=lambda row: row["seconds"]) for choose in (min, max))
     return (
-        f"Training took from {number(quick['seconds'], 2)} seconds ({_name(quick)}, {count(quick['parameters'])} "
-        f"weights) to {number(slow['seconds'], 2)} ({_name(slow)}, {count(slow['parameters'])})."
+        f"Training took from {number(quick['seconds'], _DIGITS)} seconds ({_name(quick)}, {count(quick['parameters'])} "
+        f"weights) to {number(slow['seconds'], _DIGITS)} ({_name(slow)}, {count(slow['parameters'])})."
     )

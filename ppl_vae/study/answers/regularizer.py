@@ -9,12 +9,16 @@ from ppl_vae.study.answers.sentences import (
     answer_from,
     each_dataset,
     first_dataset,
+    gain,
     gained,
     introduced,
     part_of,
     row_at,
 )
-from ppl_vae.study.words import beta, count, data_name, listed, plus_minus
+from ppl_vae.study.words import beta, count, data_name, listed, number, percent_plus_minus, plus_minus
+
+# A difference of at least this share of the latents is one that is spoken of. Source: ours.
+MANY = 0.1
 
 
 def regularizer_answer(study: Study) -> Answer:
@@ -25,7 +29,7 @@ def regularizer_answer(study: Study) -> Answer:
         "Why is the regularizer troublesome?",
         [
             "The KL term is a price on information: each nat that a code tells about its image costs beta nats, and "
-            "must earn more than that in the reconstruction.",
+            "pays only if it earns more than that in the reconstruction.",
             _rate_and_distortion(study, dataset),
             _all_collapsed(study, dataset),
             _unused_at_one(study, dataset),
@@ -35,7 +39,7 @@ def regularizer_answer(study: Study) -> Answer:
         each_dataset(study, lambda s, d: _all_collapsed(s, d) if d != dataset else None),
         [
             "The price is the same for all latents, so those that would earn least go first; a latent that is unused "
-            "says the same of every image (its KL is zero), and the decoder learns not to listen to it.",
+            "says nearly the same of every image (its KL is next to zero), and the decoder learns not to listen to it.",
             *introduced(
                 "The price can be read off finished weights, at which no small change of the guide's scales pays.",
                 each_dataset(study, _implied),
@@ -69,10 +73,9 @@ def _all_collapsed(study: Study, dataset: str) -> str | None:
         return f"On {data_name(dataset)} no beta of the sweep is high enough to silence all latents."
     living = [row["beta"] for row in rows if row["beta"] < min(dead)]
     until = f"; at {beta(max(living))} some still are" if living else ""
-    return (
-        f"On {data_name(dataset)} the price is too high at {beta(min(dead))}: no latent is active, and every "
-        f"reconstruction is the same{until}."
-    )
+    variation = next(row.get("variation") for row in rows if row["beta"] == min(dead))
+    vary = f", and reconstructions vary {percent_plus_minus(variation)} of what the images do" if variation else ""
+    return f"On {data_name(dataset)} the price is too high at {beta(min(dead))}: no latent is active{vary}{until}."
 
 
 def _unused_at_one(study: Study, dataset: str) -> str | None:
@@ -83,7 +86,7 @@ def _unused_at_one(study: Study, dataset: str) -> str | None:
     active, L = row["active"], run["options"]["latent_dim"]
     if active == L:
         return f"At {beta(1.0)} all {count(L)} latents are active."
-    return f"At {beta(1.0)}, {count(active)} of {count(L)} latents are active; the others tell nothing."
+    return f"At {beta(1.0)}, {count(active)} of {count(L)} latents are active; the others tell next to nothing."
 
 
 def _implied(study: Study, dataset: str) -> str | None:
@@ -101,15 +104,16 @@ def _warmup_matters(study: Study) -> str | None:
     if not known:
         return None
     network, without, with_ = max(known, key=lambda item: abs(item[2]["active"] - item[1]["active"]))
-    if without["active"] == with_["active"]:
+    if abs(with_["active"] - without["active"]) < MANY * with_["latent_dim"]:
         return (
-            f"Whether beta was warmed up changed nothing in the number of active latents ({count(with_['active'])} of "
-            f"{count(with_['latent_dim'])})."
+            "Whether beta was warmed up changed the number of active latents little or not at all "
+            f"({count(without['active'])} without and {count(with_['active'])} with it, of "
+            f"{count(with_['latent_dim'])}, in the {network} network)."
         )
     return (
-        f"And the outcome depends on how training begins: a {network} network ends with {count(without['active'])} of "
-        f"{count(without['latent_dim'])} latents active if beta acts at once, and with {count(with_['active'])} if it "
-        f"is warmed up{gained(with_)}."
+        f"And the outcome can depend on how training begins: a {network} network, trained once each way, ended with "
+        f"{count(without['active'])} of {count(without['latent_dim'])} latents active where beta acted at once, and "
+        f"with {count(with_['active'])} where it was warmed up{gained(with_)}."
     )
 
 
@@ -118,11 +122,11 @@ def collapse_answer(study: Study) -> Answer:
     return answer_from(
         "collapse",
         "What helps against collapse?",
-        _with_and_without(study),
+        [*_with_and_without(study), _by_construction(study)],
         [
             "A warm-up lets the decoder learn to use codes before they cost anything; free bits make the first part of "
-            "each latent's KL cost nothing for good. Neither changes what is reported: every number here is at "
-            f"{beta(1.0)}."
+            "each latent's KL cost nothing for good. Each way was trained once, so small differences may be chance. "
+            f"Neither changes what is reported: every number here is at {beta(1.0)}."
             if _networks(study)
             else None
         ],
@@ -135,12 +139,28 @@ def _with_and_without(study: Study) -> list[str | None]:
         none = _remedy(study, network, "none")
         if none is None:
             continue
-        said.append(f"The {network} network without help has {count(none['active'])} active latents.")
-        for remedy, words in (("warm-up", "With a warm-up"), ("free-bits", "With free bits"), ("both", "With both")):
+        ways = [f"{count(none['active'])} active latents without help"]
+        for remedy, words in (("warm-up", "a warm-up"), ("free-bits", "free bits"), ("both", "both")):
             row = _remedy(study, network, remedy)
             if row is not None:
-                said.append(f"{words} it has {count(row['active'])}{gained(row)}.")
+                found = gain(row)
+                ways.append(f"{count(row['active'])} with {words}" + (f" ({found})" if found else ""))
+        said.append(f"The {network} network has {listed(ways)}.")
     return said
+
+
+def _by_construction(study: Study) -> str | None:
+    """What a count of latents is worth where each was given nats for nothing."""
+    rows = [_remedy(study, network, remedy) for network in _networks(study) for remedy in ("free-bits", "both")]
+    known = [row for row in rows if row is not None]
+    if not known:
+        return None
+    bits = next((row["free_bits"] for row in known if row.get("free_bits")), None)
+    each = f" ({number(bits)} nats each)" if bits else ""
+    return (
+        f"With free bits{each} nearly every latent counts as active by construction, so there look at the bound and "
+        "not at the count."
+    )
 
 
 def _remedy(study: Study, network: str, remedy: str) -> Row | None:

@@ -65,18 +65,24 @@ def row_at(rows: Sequence[Row], value: float) -> Row | None:
 
 
 def difference_of(first: Row, second: Row) -> dict[str, float]:
-    """first - second, of independent values: their standard errors add in squares."""
+    """first - second, with the error as if they were independent: too large a one where images are shared."""
     spread = (first.get("stderr") or 0.0) ** 2 + (second.get("stderr") or 0.0) ** 2
     return {"mean": first["mean"] - second["mean"], "stderr": spread**0.5}
 
 
-def gained(row: Row) -> str:
-    """What the row gains in log p(x), or else in the ELBO, on its reference."""
+def gain(row: Row) -> str:
+    """What the row gains on its reference: in log p(x) where the estimates rank it, or else in the ELBO."""
     bound, difference = "log p(x)", row.get("difference_log_likelihood")
     if difference is None or difference.get("ranks_log_likelihood") is False:
         bound, difference = "the ELBO", row.get("difference_elbo")
     if difference is None:
         return ""
     if difference["word"] == "not distinguishable":
-        return f", though {bound} is not distinguishable ({signed(difference)} nats)"
-    return f", which is {difference['word']} by {size_of(difference)} nats in {bound}"
+        return f"not distinguishable in {bound}, {signed(difference)} nats"
+    return f"{difference['word']} by {size_of(difference)} nats in {bound}"
+
+
+def gained(row: Row) -> str:
+    """The same at the end of a sentence."""
+    words = gain(row)
+    return f", which is {words}" if words else ""

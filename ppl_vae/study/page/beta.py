@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from ppl_vae.report import Block, Section, Slider, SliderStop
 from ppl_vae.study.page.source import Row, Source
 from ppl_vae.study.page.tables import known_table, mean_cell, paired_cell
-from ppl_vae.study.words import count, data_name
+from ppl_vae.study.words import count, data_name, listed
 
 
 def beta_section(source: Source) -> Section:
@@ -28,10 +28,10 @@ def beta_section(source: Source) -> Section:
     blocks += source.long("peak")
     blocks += source.figure(
         "bounds",
-        "What each beta gains or loses on beta = 1, on the same test images; bars are standard errors of the paired "
-        "difference, small dots are further seeds, hollow marks are estimates that have not settled. Look at where "
-        "each curve peaks.",
-        "Differences of log p(x) and ELBO to beta = 1, along beta",
+        "What each beta gains or loses on beta = 1, on the same test images: L_S is the importance-weighted bound on "
+        "log p(x). Bars are standard errors of the paired difference and say nothing of another training; small dots "
+        "are further seeds, and hollow marks are estimates that have not settled. Look at each curve's peak.",
+        "Differences of L_S and ELBO to beta = 1, along beta",
     )
     for dataset, part in parts.items():
         blocks += _sweep_table(dataset, part)
@@ -59,7 +59,7 @@ def _slider(source: Source, dataset: str, rows: Sequence[Row]) -> list[Block]:
 
 def _numbers(row: Row) -> dict[str, str]:
     values = {
-        "log p(x), nats": mean_cell(row["log_likelihood"]),
+        "L_S, nats": mean_cell(row["log_likelihood"]),
         "ELBO, nats": mean_cell(row["elbo"]),
         "rate, nats": mean_cell(row["rate"]),
         "distortion, nats": mean_cell(row["distortion"]),
@@ -69,7 +69,7 @@ def _numbers(row: Row) -> dict[str, str]:
 
 
 def _sweep_table(dataset: str, part: Row) -> list[Block]:
-    columns = ["beta", "rate", "distortion", "ELBO", "log p(x)", "log p(x) - that of beta = 1", "gap", "active"]
+    columns = ["beta", "rate", "distortion", "ELBO", "L_S", "L_S - that of beta = 1", "L_S - ELBO", "active"]
     rows = [
         [
             f"{row['beta']:g}" + ("" if row["reliable"] is not False else " *"),
@@ -84,12 +84,15 @@ def _sweep_table(dataset: str, part: Row) -> list[Block]:
         ]
         for row in part["rows"]
     ]
-    peak = ((part.get("peaks") or {}).get("log_likelihood") or {}).get("beta")
-    places = [k for k, row in enumerate(part["rows"]) if row["beta"] == peak]
+    peak = (part.get("peaks") or {}).get("log_likelihood") or {}
+    places = [k for k, row in enumerate(part["rows"]) if row["beta"] == peak.get("beta")]
     caption = (
         f"{data_name(dataset)}, nats an image ± standard error over images; differences are paired. The row of the "
-        "highest log p(x) is marked. Gap: log p(x) - ELBO, at least. Implied beta: read off the finished weights."
+        "highest L_S, the importance-weighted bound on log p(x), is marked. L_S - ELBO is the guide's gap at least. "
+        "Implied beta: read off the finished weights."
     )
+    if peak.get("unranked"):
+        caption += f" Of beta = {listed(peak['unranked'])} log p(x) itself may be as high as at the marked row."
     if any(row["reliable"] is False for row in part["rows"]):
         caption += " *: the importance estimate has not settled."
     return known_table([*columns, "implied beta"], rows, caption, places)

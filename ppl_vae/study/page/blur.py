@@ -25,15 +25,15 @@ def blur_section(source: Source) -> Section:
         blocks += _interpolations(source, dataset, vae, autoencoder)
     blocks += source.figure(
         "sharpness",
-        "Left: high-frequency power of reconstructions, the test images' being one. Right: Fréchet distance between "
-        "decoded draws and test images in their principal components, less is better; the line is what other real "
-        "images have.",
+        "Left: high-frequency power of reconstructions, the test images' being one; fitted pixel noise counts as "
+        "power, too. Right: Fréchet distance between decoded draws and test images in their principal components, "
+        "less is better; the line is what other real images have.",
         "Bars of sharpness and of samples' distance",
     )
     blocks += source.figure(
         "blur",
-        "The squared error of one drawn reconstruction, in parts that add up: what an autoencoder of as many latents "
-        "has already, the noise of the posterior, and the rest.",
+        "The squared error of one drawn reconstruction, in parts that add up: an autoencoder's error with as many "
+        "latents (of averaging, fitted noise and short training together), the noise of the posterior, and the rest.",
         "Stacked bars of the parts of the error",
     )
     blocks += _quality_table(parts)
@@ -87,6 +87,10 @@ def _quality_table(parts: Mapping[str, Any]) -> list[Block]:
                     mean_cell(fitted.get("frechet")),
                 ]
             )
+        binarized = part.get("binarized") or {}
+        if binarized:
+            cells = [mean_cell(binarized.get("sharpness")), mean_cell(binarized.get("error")), None, None, None]
+            rows.append([data_name(dataset), "the binary image itself", None, *cells])
         floor = part.get("floor") or {}
         real = [
             mean_cell(floor.get("sharpness")),
@@ -96,10 +100,12 @@ def _quality_table(parts: Mapping[str, Any]) -> list[Block]:
             None,
         ]
         rows.append([data_name(dataset), "other real images", None, *real])
-    columns = ["data", "model", "reconstruction, nats", "sharpness", "squared error", "samples: Fréchet"]
+    columns = ["data", "model", "reconstruction, nats", "power", "squared error", "samples: Fréchet"]
     caption = (
-        "Reconstructions and samples. The autoencoder's nats are of its reconstructions, never a log-likelihood. "
-        "Classifier: none where samples cannot be told from real images, one where they always can."
+        "Reconstructions and samples. Power: of high frequencies, the gray test images' being one; more than one is "
+        "noise, not detail. Squared errors are against gray images, of which the networks see binarized ones. The "
+        "autoencoder's nats are of its reconstructions, never a log-likelihood. Classifier: none where samples "
+        "cannot be told from real images, one where they always can."
     )
     return known_table([*columns, "samples: classifier", "fitted: Fréchet"], rows, caption)
 
@@ -118,7 +124,7 @@ def _latents_table(parts: Mapping[str, Any]) -> list[Block]:
         for row in part.get("latents") or ()
     ]
     caption = (
-        "Sharpness and squared error a pixel by the number of latents. A short code leaves more open: look at what the "
-        "autoencoder, which has no noise, loses with it."
+        "High-frequency power and squared error a pixel by the number of latents. A short code leaves more open: "
+        "look at what the autoencoder, which has no noise, loses with it."
     )
-    return known_table(["model", "latents", "sharpness", "error", "posterior noise", "the rest"], rows, caption)
+    return known_table(["model", "latents", "power", "error", "posterior noise", "the rest"], rows, caption)

@@ -14,7 +14,8 @@ def collapse_section(source: Source) -> Section:
     blocks = source.long("collapse")
     blocks += source.figure(
         "remedies",
-        "Active latents after the same training, by what was done against collapse.",
+        "Active latents after the same training, by what was done against collapse. Free bits give each latent nats "
+        "for nothing, so that it counts as active nearly by construction.",
         "Bars of active latents by network and remedy",
     )
     rows = [
@@ -30,7 +31,11 @@ def collapse_section(source: Source) -> Section:
         for network, of_network in (part.get("networks") or {}).items()
         for row in of_network["rows"]
     ]
-    columns = ["network", "remedy", "active", "KL", "ELBO", "log p(x)", "log p(x) - that of none"]
-    caption = f"{data_name(part['dataset'])}, nats an image; differences are paired." if rows else ""
+    columns = ["network", "remedy", "active", "KL", "ELBO", "L_S", "L_S - that of none"]
+    caption = (
+        f"{data_name(part['dataset'])}, nats an image; L_S is the bound on log p(x), differences are paired."
+        if rows
+        else ""
+    )
     blocks += known_table(columns, rows, caption)
     return Section("Against collapse: warm-up and free bits", blocks if rows else [], anchor="collapse")

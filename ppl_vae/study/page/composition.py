@@ -8,6 +8,7 @@ from pathlib import Path
 from ppl_vae import report, runs
 from ppl_vae.report import Block, Section
 from ppl_vae.study.answers import answers
+from ppl_vae.study.context import STUDY
 from ppl_vae.study.figures import Drawn, draw
 from ppl_vae.study.page.beta import beta_section
 from ppl_vae.study.page.blur import blur_section
@@ -22,7 +23,7 @@ from ppl_vae.study.page.source import Source, Study
 from ppl_vae.study.page.typesetting import typeset
 from ppl_vae.study.words import data_name, listed, several
 
-STUDY, REPORT = "study.json", "report.html"
+REPORT = "report.html"
 
 
 def write_report(folder: Path) -> Path:

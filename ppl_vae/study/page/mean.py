@@ -21,8 +21,9 @@ def mean_section(source: Source) -> Section:
     blocks = source.long("averaging")
     blocks += source.figure(
         "spectrum",
-        "Eigenvalues of the training images' covariance, each in units of the likelihood's noise. A direction is worth "
-        "its price where it is above the dashed line: count those above that of a sum, and above that of a mean.",
+        "Eigenvalues of the training images' covariance, each in units of the likelihood's noise. A linear "
+        "decoder near collapse keeps a direction where it is above the dashed line: count those above that of a sum, "
+        "and above that of a mean. Values near one are partly sampling noise.",
         "Eigenvalues by rank on logarithmic axes, with the thresholds of sum and mean",
     )
     blocks += source.figure(

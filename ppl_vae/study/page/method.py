@@ -20,15 +20,20 @@ def method_section(source: Source) -> Section:
     paragraphs = [
         f"Every run is {base} unless its name says otherwise, trained for {several(settings['epochs'], 'epoch')} "
         f"(residual networks of the collapse section {settings['collapse_epochs']}, stressed runs "
-        f"{settings['stress_epochs']}), and its last weights are kept. beta is a matter of training alone: every "
-        "reported number is at beta = 1.",
-        f"log p(x) is the importance-weighted bound L_{S}, with {S} samples an image, on {n} test images drawn at "
-        "random once; errors are standard errors over images, and say nothing of what another training would give. "
-        "Differences are between the same images, with 95% intervals that are corrected for the number of comparisons "
-        "of their table; what such an interval does not part is called not distinguishable.",
+        f"{settings['stress_epochs']} and without a warm-up), and its last weights are kept. beta is a matter of "
+        "training alone: every reported number is at beta = 1.",
+        f"log p(x) is estimated from below by the importance-weighted bound L_S, with S = {S} samples an image, on {n} "
+        "test images drawn at random once. Runs are ranked by log p(x) only where their difference in L_S exceeds what "
+        "either may still rise with more samples.",
+        "What stands behind ± is one standard error over images, and says nothing of what another training would give. "
+        "Between two bounds on the same images, the words better, worse and not distinguishable follow a 95% interval "
+        "that is corrected for the number of comparisons of its table. All other words of more and less ask for two "
+        "standard errors, not corrected (three between the most and the fewest of many), of the paired difference "
+        "where it is known and else as if both were independent. What cannot be told apart is not thereby equal.",
+        "Peaks along beta are chosen on the test images that they are reported on, which favors them a little.",
         _seed_words(settings),
         "What is not shown: other data, other priors and guides, longer training. A bound that has not settled is "
-        "marked, and no peak is claimed there.",
+        "marked, and of its peak nothing is claimed for log p(x).",
     ]
     if seconds:
         parts = [f"{number(value / 60, 2)} minutes of {name}" for name, value in seconds.items() if value]
@@ -71,8 +76,8 @@ def _base_words(study: Study) -> str:
 def _seed_words(settings: Mapping[str, Any]) -> str:
     seeds = settings.get("seeds") or ()
     if not seeds:
-        return "Each run was trained once, with one seed."
+        return "Each run was trained once, with one seed, and another seed may order close ones differently."
     return (
         f"Each run was trained with one seed, those at beta = {listed(list(settings['close_betas']))} of the first "
-        f"data set with {several(len(seeds) + 1, 'seed')}."
+        f"data set with {several(len(seeds) + 1, 'seed')}; how far these agree is said with the peaks."
     )

@@ -9,7 +9,7 @@ from ppl_vae.study.words import data_name
 
 
 def networks_section(source: Source) -> Section:
-    """log p(x) by network, latents, time and weights."""
+    """L_S by network, latents, time and weights."""
     part = source.study.get("architectures") or {}
     rows = [
         [
@@ -29,12 +29,15 @@ def networks_section(source: Source) -> Section:
     blocks = source.long("architectures")
     blocks += source.figure(
         "architectures",
-        "log p(x) by the number of latents, the time that training took, and the number of weights. Numbers beside "
-        "points are latents of the gated network.",
-        "log p(x) against latents, seconds and weights",
+        "L_S, the bound on log p(x), by the number of latents, the time that training took, and the number of "
+        "weights. Numbers beside points are latents of the gated network.",
+        "L_S against latents, seconds and weights",
     )
-    columns = ["network", "latents", "active", "weights", "seconds", "ELBO", "log p(x)", "log p(x) - that of the base"]
-    caption = f"{data_name(part['dataset'])}, the same epochs each; nats an image, differences are paired."
+    columns = ["network", "latents", "active", "weights", "seconds", "ELBO", "L_S", "L_S - that of the base"]
+    caption = (
+        f"{data_name(part['dataset'])}, the same epochs and one training each; nats an image, L_S is the bound on "
+        "log p(x), differences are paired."
+    )
     places = [k for k, row in enumerate(part["rows"]) if row["varied"] == "base"]
     blocks += known_table(columns, rows, caption, places)
     return Section("Networks and numbers of latents", blocks, anchor="architectures")

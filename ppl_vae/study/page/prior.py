@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from ppl_vae.report import Block, Picture, Section
 from ppl_vae.study.page.source import Row, Source
 from ppl_vae.study.page.tables import known_table, mean_cell, number_cell, share_cell
-from ppl_vae.study.words import data_name
+from ppl_vae.study.words import data_name, number
 
 
 def prior_section(source: Source) -> Section:
@@ -37,9 +37,22 @@ def _holes(source: Source, dataset: str) -> list[Block]:
     if png is None:
         return []
     caption = (
-        f"{data_name(dataset)}, beta = 1: above, the prior draws furthest from any code, decoded; below, ordinary ones."
+        f"{data_name(dataset)}, beta = 1: above, the prior draws that the codes cover least, decoded; below, ordinary "
+        "ones."
     )
     return [Picture(png, caption, "Decoded prior draws: worst holes and ordinary ones", dark_png=png)]
+
+
+def _information_cell(row: Row) -> str | None:
+    """Without an error where it is at its cap, of which an error says nothing."""
+    value = row.get("mutual_information")
+    return f"{number(value['mean'])} (cap)" if value and row.get("saturated") else mean_cell(value)
+
+
+def _level(entries: Sequence[Row]) -> str:
+    levels = [(row.get("kolmogorov_smirnov") or {}).get("level") for row in entries]
+    known = [level for level in levels if level is not None]
+    return f"{number(known[0])}, corrected for the number of latents" if known else "five percent, uncorrected"
 
 
 def _codes_table(dataset: str, entries: Sequence[Row]) -> list[Block]:
@@ -53,7 +66,7 @@ def _codes_table(dataset: str, entries: Sequence[Row]) -> list[Block]:
             (row.get("kolmogorov_smirnov") or {}).get("rejected"),
             mean_cell((row.get("classifier") or {}).get("effect")),
             share_cell(row.get("holes")),
-            mean_cell(row.get("mutual_information")),
+            _information_cell(row),
             mean_cell(row.get("marginal_kl")),
             mean_cell(row.get("total_correlation")),
         ]
@@ -62,7 +75,8 @@ def _codes_table(dataset: str, entries: Sequence[Row]) -> list[Block]:
     columns = ["beta", "active", "largest |mean|", "largest |log scale|", "largest KS", "rejected", "classifier"]
     caption = (
         f"{data_name(dataset)}: codes of test images, one draw each, against the prior. Means and scales are in "
-        "scales of the prior. Rejected: latents whose Kolmogorov-Smirnov test has p below five percent. KL to "
-        "prior: of all codes together; it and the mutual information add up to the mean KL."
+        f"scales of the prior. Rejected: latents whose Kolmogorov-Smirnov test has p below {_level(entries)}. Holes: "
+        "prior draws that the codes cover less than all but one percent of other images' codes. KL to prior: of all "
+        "codes together; it and the mutual information add up to the mean KL."
     )
     return known_table([*columns, "holes", "mutual information", "KL to prior", "total correlation"], rows, caption)

@@ -16,8 +16,10 @@ import pytest
 import torch
 
 from ppl_vae import load
+from ppl_vae.experiment.diagnosis_words import describe_numbers, describe_verdicts
 from ppl_vae.experiment.evaluation import describe_evaluation
 from ppl_vae.options import LIKELIHOODS, NETWORKS
+from ppl_vae.study.answers import answers
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -199,6 +201,25 @@ def test_the_readmes_cost_of_a_likelihood_is_the_stored_measurement():
             f"| `{word}` | {captured[word]['features_a_pixel']} | {captured[word]['median_ms']:.3g} "
             f"({captured[word]['ratio']:.2f}) | {eager[word]['median_ms']:.3g} ({eager[word]['ratio']:.2f}) |"
         ) in README
+
+
+def test_the_readmes_answers_are_those_of_the_stored_study():
+    study = json.loads((ROOT / "scripts" / "results" / "study.json").read_text())
+    found = answers(study)
+    assert len(found) == 8
+    for answer in found:
+        assert f"**{answer.question}** {answer.short}\n" in README
+    assert f"# {len(study['runs'])} trainings" in README
+    for part in ("training", "evaluation", "measuring"):
+        assert f"{study['seconds'][part] / 60:.0f}" in README.split("Training took")[1].split("each run")[0]
+
+
+def test_the_readmes_diagnosis_is_the_stored_one():
+    diagnosis = json.loads((ROOT / "scripts" / "results" / "diagnosis.json").read_text())
+    lines = [*describe_numbers(diagnosis["numbers"]), *describe_verdicts(diagnosis["verdicts"])]
+    assert len(lines) >= 10
+    for line in lines:
+        assert line.strip() in README
 
 
 def test_nothing_in_the_readme_waits_to_be_filled_in():

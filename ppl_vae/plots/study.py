@@ -293,7 +293,7 @@ def eigenvalue_spectrum(spectra: Mapping[str, Sequence[float]], thresholds: Mapp
     axes.set(xscale="log", yscale="log", xlabel="direction, by eigenvalue", ylabel="eigenvalue / noise")
     axes.xaxis.set_major_formatter(FuncFormatter(_plain))
     axes.set_ylim(top=2.2 * max([*thresholds.values(), *(max(values) for values in spectra.values())]))
-    axes.legend(loc="lower left")
+    axes.legend(loc="center right")
     return figure
 
 

@@ -54,7 +54,7 @@ def _resume(folder, epochs=None):
 
 def test_the_state_holds_the_last_weights_where_the_best_are_others(train):
     """At beta = 0 the ELBO at beta = 1 falls while training succeeds: the first weights are kept, and it is said."""
-    folder, said = train(beta=0.0, learning_rate=0.1, epochs=12)
+    folder, said = train(beta=0.0, learning_rate=0.1, epochs=12, keep="best")
     tensors, scalars = runs.load_tensors(folder / runs.TRAINING_STATE)
     assert scalars["best_step"] < scalars["step"]
     name = "likelihood.net.output.weight"
@@ -64,7 +64,7 @@ def test_the_state_holds_the_last_weights_where_the_best_are_others(train):
 
 
 def test_a_run_that_was_extended_starts_from_its_last_weights(train):
-    folder, _ = train(beta=0.0, learning_rate=0.1, epochs=12)
+    folder, _ = train(beta=0.0, learning_rate=0.1, epochs=12, keep="best")
     before, _ = runs.load_tensors(folder / runs.TRAINING_STATE)
     config = runs.read_json(folder / runs.CONFIG)
     # A rate of next to nothing: what it ends with is what it started from.

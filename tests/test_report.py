@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -259,6 +260,28 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"is .* a run folder"):
         experiment.report_run(str(tmp_path), say=silent)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "own.npz"])
+def test_a_page_takes_the_place_of_a_page_alone(runs_of, tmp_path, name):
+    place = (tmp_path if name == "own.npz" else runs_of["conv"]) / name
+    if name == "own.npz":
+        place.write_bytes(b"numbers")
+    before = place.read_bytes()
+    with pytest.raises(ValueError, match="expected a new file, or an earlier page"):
+        experiment.report_run(str(runs_of["conv"]), output=str(place), say=silent)
+    assert place.read_bytes() == before
+
+
+@pytest.mark.parametrize("damage", ["numbers", "verdicts", "split"])
+def test_a_damaged_diagnosis_is_named_in_one_line(runs_of, tmp_path, damage):
+    folder = tmp_path / "run"
+    shutil.copytree(runs_of["vae"], folder)
+    stored = json.loads((folder / "diagnosis.json").read_text())
+    del stored[damage]
+    (folder / "diagnosis.json").write_text(json.dumps(stored))
+    with pytest.raises(ValueError, match=r"diagnosis\.json: damaged: expected split, numbers, verdicts"):
+        experiment.report_run(str(folder), say=silent)
 
 
 @pytest.mark.parametrize(

@@ -245,3 +245,10 @@ def test_a_mismatch_is_changed_by_another_likelihood_than_the_runs():
 def test_an_unreliable_estimate_is_evaluated_again():
     verdict = only(numbers(importance=numbers()["importance"] | {"rise": value(5.0)}))
     assert (verdict.script, verdict.change) == (EVALUATE, {"num_particles": 5000})
+
+
+def test_more_particles_are_not_asked_for_where_the_guide_is_the_cause():
+    loose = {"rise": value(4.0, 0.1), "unreliable": value(0.9, 0.02), "num_particles": 200}
+    narrow = {v.word: v for v in verdicts(numbers(implied_beta=value(0.01, 0.001), importance=loose))}
+    assert narrow["unreliable estimate"].change == {"beta": 1.0}
+    assert only(numbers(importance=loose)).change == {"num_particles": 5000}

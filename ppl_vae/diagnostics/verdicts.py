@@ -310,14 +310,16 @@ def _unreliable(numbers: Numbers) -> Verdict | None:
             f"ten times the particles, S = {S // 10:,} to {S:,}, still gained {_plus_minus(found['rise'], 2)} nats "
             f"(threshold {MOST_RISE:g})"
         )
+    narrow = numbers["implied_beta"] is not None and _is_under(numbers)
+    first = "; its guide is under-regularized, and more particles help little until that is mended" if narrow else ""
     return Verdict(
         "unreliable estimate",
         "warning",
         f"of log p(x): {gained}, and {_plus_minus(found['unreliable'], 2)} of the images lack more than half a nat "
-        f"(threshold {MOST_UNRELIABLE})",
+        f"(threshold {MOST_UNRELIABLE}){first}",
         "particles.png",
-        {"num_particles": max(5000, 10 * S)},
-        EVALUATE,
+        {"beta": 1.0} if first else {"num_particles": max(5000, 10 * S)},
+        TRAIN if first else EVALUATE,
     )
 
 

@@ -93,11 +93,25 @@ def diagnose_run(
         "numbers": numbers,
         "verdicts": [_verdict_entry(run, verdict, split, figures) for verdict in verdicts(numbers)],
     }
+    replaced = _replaced(run, step)
     _write(run, entry, x)
+    if replaced is not None:
+        say(f"Replaces the diagnosis of {replaced:,} images.")
     for line in [_measured_in_words(run, entry), *describe_numbers(numbers), *describe_verdicts(entry["verdicts"])]:
         say(line)
     say(f"In {run.folder}: {DIAGNOSIS}; {runs.FIGURES}/{', '.join(figures)}")
     return entry
+
+
+def _replaced(run: Run, step: int) -> int | None:
+    """How many images a diagnosis of the same weights, which goes, was measured on."""
+    path = run.folder / DIAGNOSIS
+    try:
+        stored = runs.read_json(path) if path.exists() else {}
+    except ValueError:  # damaged: it is made again
+        return None
+    found = stored.get("numbers", {}).get("num_images") if stored.get("step") == step else None
+    return found if isinstance(found, int) else None
 
 
 def split_diagnosed(run: Run) -> str:
@@ -109,7 +123,17 @@ def trained_with(run: Run) -> dict[str, Any]:
     """What the verdicts take of a run's options."""
     options = run.options
     names = ("beta", "likelihood", "epochs", "warmup_epochs", "objective")
-    return {name: getattr(options, name) for name in names} | {"data": run.splits.kind}
+    found = {name: getattr(options, name) for name in names}
+    return found | {"data": run.splits.kind, "last_rise": _last_rise(run)}
+
+
+def _last_rise(run: Run) -> float | None:
+    """What the last epoch added to the validation ELBO, nats; None where that was not measured twice."""
+    path = run.folder / runs.METRICS
+    records = runs.read_metrics(run.folder) if path.exists() else []
+    key = "validation_elbo_nats_per_image"
+    last = [record[key] for record in records[-2:] if key in record]
+    return last[1] - last[0] if len(last) == 2 else None
 
 
 def _scale(run: Run) -> str:

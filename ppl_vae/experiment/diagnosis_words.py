@@ -8,10 +8,13 @@ from typing import Any
 
 Numbers = Mapping[str, Any]
 
+# A last epoch that raises the validation ELBO by more nats than this had not settled. Source: ours.
+SETTLED_RISE = 1.0
+
 
 def describe_numbers(numbers: Numbers) -> list[str]:
     """One line for each group of numbers; a group that this run has not is left out."""
-    lines = [_terms(numbers), _latents(numbers), _split(numbers), _aggregate(numbers)]
+    lines = [_training(numbers), _terms(numbers), _latents(numbers), _split(numbers), _aggregate(numbers)]
     return [
         f"  {line}"
         for line in [*lines, _noise(numbers), *_pictures(numbers), _pixels(numbers), _estimate(numbers)]
@@ -58,6 +61,17 @@ def _terms(numbers: Numbers) -> str:
     return f"rate KL {plus_minus(numbers['kl'], 2)} nats, {distortion}; the weights imply beta = {beta}{words}"
 
 
+def _training(numbers: Numbers) -> str:
+    """Said where the run had not settled: what else is measured may change with it."""
+    rise = (numbers["trained_with"] or {}).get("last_rise")
+    if rise is None or rise <= SETTLED_RISE:
+        return ""
+    return (
+        f"training had not settled: the last epoch still raised the validation ELBO by {rise:.1f} nats; more --epochs "
+        "come before any other change, and the beta that the weights imply is not yet what they were trained with"
+    )
+
+
 def _latents(numbers: Numbers) -> str:
     return f"latents: {numbers['active']['count']} of {numbers['latent_dim']} are active"
 
@@ -76,7 +90,7 @@ def _split(numbers: Numbers) -> str:
         parts.append(f"total correlation {plus_minus(split['total_correlation'], 2)}")
         parts.append(f"sum of KL(q(z_l) || p(z_l)) {plus_minus(split['sum_of_dimension_kl'], 2)}")
     capped = f" (cap log N = {split['cap']:.2f}" + (
-        ": reached, so that the next is overstated)" if split["saturated"] else ")"
+        ": nearly reached, so that the next is overstated)" if split["saturated"] else ")"
     )
     return f"KL = {parts[0]}{capped} + {' + '.join(parts[1:])} nats"
 

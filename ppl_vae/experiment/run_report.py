@@ -48,7 +48,7 @@ def report_run(
     """
     run = open_run(run_dir, dataset=dataset, data_dir=data_dir)
     path = run.folder / REPORT if output is None else Path(output)
-    _check_file(path)
+    _check_file(path, ours=output is None)
     step = runs.load_step(run.folder / runs.MODEL)
     if not is_drawn(run):
         write_figures(run, say=say)
@@ -58,10 +58,15 @@ def report_run(
     return path
 
 
-def _check_file(path: Path) -> None:
-    """Before the work, not after it."""
+_HEAD = 1000  # bytes of a page, within which its generator stands
+
+
+def _check_file(path: Path, *, ours: bool) -> None:
+    """Before the work, not after it. What is there is written over where it is a page, or the name is ``ours``."""
     if path.is_dir():
         raise ValueError(f"--output: expected a file, but {path} is a folder")
+    if path.exists() and not ours and report.GENERATOR.encode() not in path.read_bytes()[:_HEAD]:
+        raise ValueError(f"--output: expected a new file, or an earlier page, but {path} is neither")
     if not path.parent.is_dir():
         raise ValueError(f"--output: expected a file in a folder that is there, but {path.parent} is not")
     runs.check_writable(path.parent)
@@ -72,10 +77,17 @@ def _diagnosis(run: Run, step: int, *, say: Say, dataset: str | None, data_dir: 
     path = run.folder / DIAGNOSIS
     stored = runs.read_json(path) if path.exists() else {}
     if stored.get("step") == step:
+        _check_diagnosis(path, stored)
         return stored
     if len(getattr(run.splits, split_diagnosed(run))) < _FEWEST_DIAGNOSED:
         return None
     return diagnose_run(str(run.folder), say=say, dataset=dataset, data_dir=data_dir)
+
+
+def _check_diagnosis(path: Path, stored: dict[str, Any]) -> None:
+    kinds = {"split": str, "numbers": dict, "verdicts": list}
+    if not all(isinstance(stored.get(name), kind) for name, kind in kinds.items()):
+        raise ValueError(f"{path}: damaged: expected {', '.join(kinds)}; scripts/diagnose.py makes it again")
 
 
 def _page(run: Run, step: int, diagnosis: dict[str, Any] | None) -> str:
@@ -178,7 +190,7 @@ def _verdicts(run: Run, diagnosis: dict[str, Any] | None) -> Section:
     count = diagnosis["numbers"]["num_images"]
     text = Text(
         f"Measured on {count:,} images of the {diagnosis['split']} split. Where something is to be changed, a command "
-        "stands below it that trains a new run with that one change."
+        "stands below it that would change it."
     )
     blocks: list[Block] = [text]
     for entry in diagnosis["verdicts"]:

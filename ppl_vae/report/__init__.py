@@ -17,9 +17,10 @@ from ppl_vae.report.blocks import (
 )
 from ppl_vae.report.decoder import DecoderWeights, Layer, Link, decoder_weights
 from ppl_vae.report.markup import true_minus
-from ppl_vae.report.page import page
+from ppl_vae.report.page import GENERATOR, page
 
 __all__ = [
+    "GENERATOR",
     "Answer",
     "Block",
     "DecoderWeights",

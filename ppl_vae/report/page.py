@@ -249,6 +249,9 @@ def _contents(sections: Sequence[Section], anchors: Sequence[str]) -> str:
     return f'<nav class="contents" aria-label="Contents"><h2>Contents</h2><ol>{items}</ol></nav>'
 
 
+GENERATOR = '<meta name="generator" content="ppl_vae">'  # by which a page is known as one that may be written again
+
+
 def page(title: str, sections: Sequence[Section], *, subtitle: str = "") -> str:
     """One HTML page, complete in itself: it reads from disk as from a server, in the light and in the dark.
 
@@ -279,6 +282,7 @@ def page(title: str, sections: Sequence[Section], *, subtitle: str = "") -> str:
 <html lang="en">
 <head>
 <meta charset="utf-8">
+{GENERATOR}
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <title>{escape(title)}</title>

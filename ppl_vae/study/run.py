@@ -88,7 +88,11 @@ def collect(
     say(f"The {name} study of {', '.join(materials)}: {len(planned)} runs, in {folder}; asked for again, it goes on.")
     for word, each in materials.items():
         write_strip(folder / PICTURES / word / ORIGINALS, each.gray[each.shown], columns=len(each.shown))
-    records = _train_and_measure(folder, planned, materials, say)
+    try:
+        records = _train_and_measure(folder, planned, materials, say)
+    except KeyboardInterrupt:
+        say(f"Interrupted; what is finished is in {folder}, and the same command goes on from there.")
+        raise
     study = Study(folder, size, {each.name: each for each in planned}, records, materials)
     runs.write_json(folder / STUDY, _as_json(study, name, say))
     return folder / STUDY
@@ -117,7 +121,8 @@ def _materials(size: Size, datasets: Sequence[str], data_dir: str | None) -> dic
         except ValueError as error:
             others = [other for other in datasets if other != dataset]
             hint = f"; --datasets {' '.join(others)} does without" if others else ""
-            raise ValueError(f"--datasets {dataset}: {error}{hint}") from None
+            why = str(error).removeprefix("--datasets: ").removeprefix("dataset: ")
+            raise ValueError(f"--datasets {dataset}: {why}{hint}") from None
         if dataset_word(dataset) in found:
             raise ValueError(f"--datasets: expected different names, got {dataset_word(dataset)} twice")
         found[dataset_word(dataset)] = each

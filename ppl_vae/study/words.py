@@ -17,6 +17,7 @@ _NAMES = {
     "static-mnist": "static MNIST",
     "fashion-mnist": "Fashion-MNIST",
     "kmnist": "KMNIST",
+    "caltech-silhouettes": "Caltech silhouettes",
     "cifar10": "CIFAR-10",
     "svhn": "SVHN",
 }
@@ -91,8 +92,9 @@ def beta(value: float) -> str:
 
 
 def data_name(dataset: str) -> str:
-    """As its authors write it; of an own file, its name."""
-    return _NAMES.get(dataset, dataset.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1])
+    """As its authors write it; a person's own images by their file's name, and called so."""
+    own = dataset.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1]
+    return _NAMES.get(dataset, f"your data ({own})")
 
 
 def differs(value: Value, from_what: float, stderrs: float = 2.0) -> int:

@@ -105,9 +105,12 @@ def _shown(study: Study, dataset: str) -> str | None:
 
 
 def _all_as_predicted(study: Study) -> str | None:
-    parts = [part for part in (study.get("mean") or {}).values() if part]
-    known = (row for part in parts for row in part["conditions"] if row["as_predicted"] is not None)
-    rows = list({row["run"]: row for row in known}.values())  # the sum is a run of the sweep, too
+    parts = {word: part for word, part in (study.get("mean") or {}).items() if part}
+    known = [
+        (word, row) for word, part in parts.items() for row in part["conditions"] if row["as_predicted"] is not None
+    ]
+    named = {row["run"]: (word, row) for word, row in known}  # the sum is a run of the sweep, too
+    rows = [row for _, row in named.values()]
     if not rows:
         return None
     right = sum(row["as_predicted"] for row in rows)
@@ -116,11 +119,19 @@ def _all_as_predicted(study: Study) -> str | None:
             f"In all {several(len(rows), 'condition')} of sums, means and betas, those that this predicts to collapse "
             "did, and no others."
         )
-    wrong = [row["run"] for row in rows if not row["as_predicted"]]
+    wrong = [_wrong(word, row) for word, row in named.values() if not row["as_predicted"]]
     return (
-        f"This prediction of who collapses was right in {count(right)} of {several(len(rows), 'condition')}; wrong for "
+        f"This prediction of who collapses was right in {count(right)} of {several(len(rows), 'condition')}; wrong "
         f"{listed(wrong)}."
     )
+
+
+def _wrong(dataset: str, row: Row) -> str:
+    """Where a prediction failed, what it was, and what came."""
+    where = "with the mean over pixels" if row["condition"] == "mean" else f"at {beta(row['beta'])}"
+    predicted = "collapse" if row["predicted_collapse"] else "keep latents"
+    shown = f"{count(row['active'])} of {several(row['latent_dim'], 'latent')} active"
+    return f"{where} on {data_name(dataset)} (predicted to {predicted}, shown {shown})"
 
 
 def _same_optimum(study: Study, dataset: str) -> str | None:

@@ -28,7 +28,7 @@ from ppl_vae.study.words import (
     plus_minus,
 )
 
-# A classifier that tells codes from prior draws by less than this effect finds them alike. Source: ours.
+# A classifier's effect below this is a small one, and one that is no smaller is spoken of as clear. Source: ours.
 ALIKE = 0.1
 # The p-value below which a single test rejects, where study.json does not say it.
 _UNCORRECTED = 0.05
@@ -36,6 +36,7 @@ _UNCORRECTED = 0.05
 _OF_MANY = 3.0
 
 _NOT, _LITTLE, _CLEARLY = "not measurably", "only a little", "clearly"
+_UNCERTAIN = "by an effect that is not small, but cannot be told from none"
 
 
 def check_answer(study: Study) -> Answer:
@@ -77,10 +78,11 @@ def _rejected(study: Study, dataset: str) -> str | None:
 
 
 def _told(effect: Value) -> str:
-    """How well the classifier tells codes from the prior."""
+    """How well the classifier tells codes from the prior: by the effect's size, if it can be told from none."""
+    small = effect["mean"] < ALIKE
     if differs(effect, 0.0) <= 0:
-        return _NOT
-    return _LITTLE if differs(effect, ALIKE) <= 0 else _CLEARLY
+        return _NOT if small else _UNCERTAIN
+    return _LITTLE if small else _CLEARLY
 
 
 def _tested(distance: Row) -> str:
@@ -123,7 +125,12 @@ def _alike_but_empty(study: Study, dataset: str) -> str | None:
         return None
     row = dead[0]
     effect = row["classifier"]["effect"]
-    like = {_NOT: "passes", _LITTLE: "nearly passes", _CLEARLY: "does not even pass"}[_told(effect)]
+    like = {
+        _NOT: "passes",
+        _LITTLE: "nearly passes",
+        _CLEARLY: "does not even pass",
+        _UNCERTAIN: "cannot be said to fail",
+    }[_told(effect)]
     return (
         f"A match alone proves nothing: the run of {beta(row['beta'])}, none of whose latents is active, {like} the "
         f"same test (effect {plus_minus(effect)}), so count the active latents as well."

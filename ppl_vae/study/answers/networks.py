@@ -4,8 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ppl_vae.study.answers.sentences import Answer, Row, Study, answer_from, difference_of, gained, part_of, row_at
-from ppl_vae.study.words import count, differs, number, plus_minus, several
+from ppl_vae.study.answers.sentences import (
+    Answer,
+    Row,
+    Study,
+    answer_from,
+    difference_of,
+    floor_of,
+    gained,
+    part_of,
+    row_at,
+    useless,
+)
+from ppl_vae.study.words import count, differs, number, plus_minus, several, signed, size_of
 
 _DIGITS = 2  # of times and spreads
 
@@ -13,11 +24,12 @@ _DIGITS = 2  # of times and spreads
 def architectures_answer(study: Study) -> Answer:
     """The network with the highest bound, fewer and more latents, and what training takes."""
     part = study.get("architectures") or {}
+    floor = floor_of(study, part.get("dataset"))
     rows = [row for row in part.get("rows", ()) if row.get("log_likelihood") and row.get("parameters")]
     return answer_from(
         "architectures",
         "Which network, and how many latents?",
-        [_best(rows), _two_latents(rows), _most_latents(rows), _quickest(rows)] if len(rows) > 1 else [],
+        [_best(rows, floor), _two_latents(rows, floor), _most_latents(rows), _quickest(rows)] if len(rows) > 1 else [],
         [
             "All of them are trained for as many epochs as the base, so a slower network has had more time; the errors "
             "are of the test images, and do not know what another training would give."
@@ -43,8 +55,8 @@ def _name(row: Row) -> str:
     return f"the {row['network']} network with {several(row['latent_dim'], 'latent')}"
 
 
-def _best(rows: Sequence[Row]) -> str:
-    """The highest bound, against the base and against the next one."""
+def _best(rows: Sequence[Row], floor: Row | None) -> str:
+    """The highest bound, against pixels on their own, against the base and against the next one."""
     ordered = sorted(rows, key=lambda row: row["log_likelihood"]["mean"], reverse=True)
     best, second = ordered[0], ordered[1]
     base = next((row for row in rows if row["varied"] == "base"), None)
@@ -55,10 +67,22 @@ def _best(rows: Sequence[Row]) -> str:
     if base is best:
         text += ", which is the base itself"
     elif base is not None:
-        text += f" (the base, {_name(base)}: {plus_minus(base['log_likelihood'])}){gained(best)}"
+        text += f" (the base, {_name(base)}: {plus_minus(base['log_likelihood'])}){_beside_base(best)}"
     if best.get("reliable") is False:
         text += "; its estimate has not settled"
+    if words := useless(best["log_likelihood"], floor):
+        text += f"; {words}"
     return text + _against_the_next(best, second) + "."
+
+
+def _beside_base(best: Row) -> str:
+    """What it gains on the base in the bound that it is the highest in, where the estimates rank no log p(x)."""
+    difference = best.get("difference_log_likelihood")
+    if difference is None or difference.get("ranks_log_likelihood") is not False:
+        return gained(best)
+    if difference["word"] == "not distinguishable":
+        return f", which is not distinguishable in L_S ({signed(difference)} nats)"
+    return f", which is {difference['word']} by {size_of(difference)} nats in L_S; log p(x) is not ranked by that"
 
 
 def _against_the_next(best: Row, second: Row) -> str:
@@ -74,14 +98,15 @@ def _of_latents(rows: Sequence[Row]) -> list[Row]:
     return sorted((row for row in rows if row["varied"] in ("base", "latents")), key=lambda row: row["latent_dim"])
 
 
-def _two_latents(rows: Sequence[Row]) -> str | None:
+def _two_latents(rows: Sequence[Row], floor: Row | None) -> str | None:
     series = _of_latents(rows)
     if len(series) < 2:
         return None
     few = series[0]
+    words = useless(few["log_likelihood"], floor)
     return (
         f"With {several(few['latent_dim'], 'latent')} the same network reaches {plus_minus(few['log_likelihood'])} nats"
-        f"{gained(few)}."
+        f"{gained(few)}{'; ' if words else ''}{words}."
     )
 
 

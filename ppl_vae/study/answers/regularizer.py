@@ -9,13 +9,15 @@ from ppl_vae.study.answers.sentences import (
     answer_from,
     each_dataset,
     first_dataset,
+    floor_of,
     gain,
     gained,
     introduced,
     part_of,
     row_at,
+    useless,
 )
-from ppl_vae.study.words import beta, count, data_name, listed, number, percent_plus_minus, plus_minus
+from ppl_vae.study.words import beta, count, data_name, listed, number, percent_plus_minus, plus_minus, several
 
 # A difference of at least this share of the latents is one that is spoken of. Source: ours.
 MANY = 0.1
@@ -71,11 +73,21 @@ def _all_collapsed(study: Study, dataset: str) -> str | None:
         return f"On {data_name(dataset)} no latent is active at any beta of the sweep."
     if not dead:
         return f"On {data_name(dataset)} no beta of the sweep is high enough to silence all latents."
-    living = [row["beta"] for row in rows if row["beta"] < min(dead)]
-    until = f"; at {beta(max(living))} some still are" if living else ""
+    living = [row for row in rows if row["beta"] < min(dead)]
+    until = f"; at {_still_active(study, living[-1])}" if living else ""
     variation = next(row.get("variation") for row in rows if row["beta"] == min(dead))
     vary = f", and reconstructions vary {percent_plus_minus(variation)} of what the images do" if variation else ""
     return f"On {data_name(dataset)} the price is too high at {beta(min(dead))}: no latent is active{vary}{until}."
+
+
+def _still_active(study: Study, row: Row) -> str:
+    """A beta, and how many latents are active there."""
+    L = ((study["runs"].get(row["run"]) or {}).get("options") or {}).get("latent_dim")
+    if L is None:
+        return f"{beta(row['beta'])}, {count(row['active'])} still are"
+    if row["active"] == L:
+        return f"{beta(row['beta'])} all {count(L)} still are"
+    return f"{beta(row['beta'])}, {count(row['active'])} of {count(L)} still are"
 
 
 def _unused_at_one(study: Study, dataset: str) -> str | None:
@@ -139,14 +151,24 @@ def _with_and_without(study: Study) -> list[str | None]:
         none = _remedy(study, network, "none")
         if none is None:
             continue
-        ways = [f"{count(none['active'])} active latents without help"]
+        floor = floor_of(study, study["collapse"].get("dataset"))
+        ways = [f"{several(none['active'], 'active latent')} without help{_bracketed(useless(_bound(none), floor))}"]
         for remedy, words in (("warm-up", "a warm-up"), ("free-bits", "free bits"), ("both", "both")):
             row = _remedy(study, network, remedy)
             if row is not None:
-                found = gain(row)
-                ways.append(f"{count(row['active'])} with {words}" + (f" ({found})" if found else ""))
+                found = [gain(row), useless(_bound(row), floor)]
+                ways.append(f"{count(row['active'])} with {words}{_bracketed(*found)}")
         said.append(f"The {network} network has {listed(ways)}.")
     return said
+
+
+def _bound(row: Row) -> Row | None:
+    return row.get("log_likelihood")
+
+
+def _bracketed(*words: str) -> str:
+    known = "; ".join(word for word in words if word)
+    return f" ({known})" if known else ""
 
 
 def _by_construction(study: Study) -> str | None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ppl_vae.study.answers.sentences import Answer, Row, Study, answer_from, difference_of
-from ppl_vae.study.words import count, differs, listed, number, percent, plus_minus
+from ppl_vae.study.answers.sentences import Answer, Row, Study, answer_from, floor_of, useless
+from ppl_vae.study.words import count, listed, number, percent, plus_minus
 
 
 def scale_maps_answer(study: Study) -> Answer:
@@ -15,7 +15,10 @@ def scale_maps_answer(study: Study) -> Answer:
     return answer_from(
         "scale_maps",
         "Does it matter how the guide's scales are kept positive?",
-        [_extremes(part.get("gradients") or ()), _stressed(part.get("stressed") or (), _floor(study, part))],
+        [
+            _extremes(part.get("gradients") or ()),
+            _stressed(part.get("stressed") or (), floor_of(study, part.get("dataset"))),
+        ],
         [_vanishing(part.get("gradients") or ())],
     )
 
@@ -44,11 +47,6 @@ def _broken(rows: Sequence[Row], share_of: Callable[[Row], Any]) -> str:
     return listed([f"{word} {percent(share)}" for word, share in known])
 
 
-def _floor(study: Study, part: Row) -> Row | None:
-    """The log-likelihood without latents, of the same data."""
-    return ((study.get("data") or {}).get(part.get("dataset")) or {}).get("floor")
-
-
 def _stressed(rows: Sequence[Row], floor: Row | None) -> str | None:
     if not rows:
         return None
@@ -70,9 +68,8 @@ def _at_elbo(row: Row, floor: Row | None) -> str:
     elbo = row.get("elbo")
     if not elbo:
         return ""
-    useless = bool(floor) and differs(difference_of(elbo, floor or {}), 0.0) < 0
-    worse = f", worse than pixels on their own without latents ({plus_minus(floor or {})})" if useless else ""
-    return f" at an ELBO of {plus_minus(elbo)} nats{worse}"
+    words = useless(elbo, floor)
+    return f" at an ELBO of {plus_minus(elbo)} nats{', ' if words else ''}{words}"
 
 
 def _vanishing(rows: Sequence[Row]) -> str | None:

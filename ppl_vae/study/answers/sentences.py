@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ppl_vae.study.words import signed, size_of
+from ppl_vae.study.words import differs, plus_minus, signed, size_of
 
 Study = Mapping[str, Any]
 Row = Mapping[str, Any]
@@ -68,6 +68,20 @@ def difference_of(first: Row, second: Row) -> dict[str, float]:
     """first - second, with the error as if they were independent: too large a one where images are shared."""
     spread = (first.get("stderr") or 0.0) ** 2 + (second.get("stderr") or 0.0) ** 2
     return {"mean": first["mean"] - second["mean"], "stderr": spread**0.5}
+
+
+def floor_of(study: Study, dataset: str | None) -> Row | None:
+    """The log-likelihood of a data set's test images without latents."""
+    return ((study.get("data") or {}).get(dataset) or {}).get("floor")
+
+
+def useless(bound: Row | None, floor: Row | None) -> str:
+    """What is to be said of a bound that is not measurably above pixels on their own; empty where it is above."""
+    if not bound or not floor:
+        return ""
+    above = differs(difference_of(bound, floor), 0.0)
+    word = {1: "", 0: "no better", -1: "worse"}[above]
+    return f"{word} than pixels on their own without latents ({plus_minus(floor)})" if word else ""
 
 
 def gain(row: Row) -> str:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 from ppl_vae import report, runs
-from ppl_vae.report import Block, Section
+from ppl_vae.report import Block, Section, Text
 from ppl_vae.study.answers import answers
+from ppl_vae.study.answers.sentences import floor_of, part_of, row_at
 from ppl_vae.study.context import STUDY
 from ppl_vae.study.figures import Drawn, draw
 from ppl_vae.study.page.beta import beta_section
@@ -21,9 +23,11 @@ from ppl_vae.study.page.prior import prior_section
 from ppl_vae.study.page.scale_maps import scales_section
 from ppl_vae.study.page.source import Source, Study
 from ppl_vae.study.page.typesetting import typeset
-from ppl_vae.study.words import data_name, listed, several
+from ppl_vae.study.words import beta, count, data_name, listed, plus_minus, several
 
 REPORT = "report.html"
+# A base that gains less than this share of the floor on it has learned too little to speak of. Source: ours.
+LEAST_GAIN = 0.1
 
 
 def write_report(folder: Path) -> Path:
@@ -84,9 +88,14 @@ def compose(study: Study, folder: Path, drawn: Mapping[str, Drawn]) -> str:
     return report.page(
         "What a VAE does and why",
         sections,
-        subtitle=f"{several(len(study['runs']), 'model')} trained on {names}, to answer what everyone who trains one "
-        f"asks. Every number below was measured by one command.{quick}{left_out}",
+        subtitle=f"{several(len(study['runs']), 'training')} on {names}{_without_result(study)}, to answer what "
+        f"everyone who trains one asks. Every number below was measured by one command.{quick}{left_out}",
     )
+
+
+def _without_result(study: Study) -> str:
+    failed = sum(record.get("failed") is not None for record in study["runs"].values())
+    return f" ({count(failed)} of them ended without a result)" if failed else ""
 
 
 _PLACES = {
@@ -103,7 +112,24 @@ _PLACES = {
 
 def _short_answers(source: Source) -> Section:
     blocks: list[Block] = [
+        Text(words) for words in map(partial(_too_little, source.study), source.study["datasets"]) if words
+    ]
+    blocks += [
         report.Answer(answer.question, f"{answer.short} [How it was found](#{_PLACES[key]}).")
         for key, answer in source.answers.items()
     ]
     return Section("The answers, in short", blocks, anchor="answers")
+
+
+def _too_little(study: Study, dataset: str) -> str | None:
+    """A warning where even the base is hardly better than pixels on their own."""
+    floor = floor_of(study, dataset)
+    row = row_at((part_of(study, "sweep", dataset) or {}).get("rows", ()), 1.0)
+    reached = None if row is None else row.get("log_likelihood")
+    if not floor or not reached or reached["mean"] - floor["mean"] >= LEAST_GAIN * abs(floor["mean"]):
+        return None
+    return (
+        f"**Trained too little.** On {data_name(dataset)} even the run of {beta(1.0)} reaches "
+        f"{plus_minus(reached)} nats in L_S, where pixels on their own, without latents, have {plus_minus(floor)}. "
+        "What follows says little of trained models: more images or more epochs are needed first."
+    )

@@ -49,7 +49,7 @@ def _explorer(source: Source, entry: Row) -> Explorer | None:
     names = source.study["data"][source.study["runs"][entry["run"]]["dataset"]].get("classes") or ()
     return Explorer(
         decoder,
-        _of_autoencoder_plane(points) if entry["autoencoder"] else _of_vae_plane(points),
+        _of_autoencoder_plane(points) if entry["autoencoder"] else _of_vae_plane(points, labeled=labels is not None),
         extent=_extent(points) if entry["autoencoder"] else _EXTENT,
         points=points,
         labels=labels,
@@ -57,14 +57,15 @@ def _explorer(source: Source, entry: Row) -> Explorer | None:
     )
 
 
-def _of_vae_plane(points: Any) -> str:
+def _of_vae_plane(points: Any, *, labeled: bool) -> str:
     spread = ""
     if len(points) > 1:
         scales = [number(float(scale), 2) for scale in points.std(axis=0)]
         spread = f" Their spread is {listed(scales)}; the prior's is 1 in both."
+    between = "; between classes the decoder may draw what is neither" if labeled else ""
     return (
-        f"A VAE with two latents: the prior asks the codes to lie around the origin.{spread} Neighbors are alike; "
-        "between classes the decoder draws what is neither."
+        f"A VAE with two latents: the prior asks the codes to lie around the origin.{spread} Neighbors are "
+        f"alike{between}."
     )
 
 

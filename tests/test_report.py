@@ -274,7 +274,8 @@ def test_a_page_takes_the_place_of_a_page_alone(runs_of, tmp_path, name):
 
 
 @pytest.mark.parametrize("damage", ["numbers", "verdicts", "split"])
-def test_a_damaged_diagnosis_is_named_in_one_line(runs_of, tmp_path, damage):
+def test_a_damaged_diagnosis_is_named_in_one_line(runs_of, page_of, tmp_path, damage):
+    page_of("vae")  # which diagnoses it
     folder = tmp_path / "run"
     shutil.copytree(runs_of["vae"], folder)
     stored = json.loads((folder / "diagnosis.json").read_text())

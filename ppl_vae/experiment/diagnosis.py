@@ -95,10 +95,10 @@ def diagnose_run(
     }
     replaced = _replaced(run, step)
     _write(run, entry, x)
-    if replaced is not None:
-        say(f"Replaces the diagnosis of {replaced:,} images.")
     for line in [_measured_in_words(run, entry), *describe_numbers(numbers), *describe_verdicts(entry["verdicts"])]:
         say(line)
+    if replaced is not None:
+        say(f"Replaces the diagnosis of {replaced:,} images.")
     say(f"In {run.folder}: {DIAGNOSIS}; {runs.FIGURES}/{', '.join(figures)}")
     return entry
 

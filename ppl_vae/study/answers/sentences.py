@@ -81,7 +81,7 @@ def useless(bound: Row | None, floor: Row | None) -> str:
         return ""
     above = differs(difference_of(bound, floor), 0.0)
     word = {1: "", 0: "no better", -1: "worse"}[above]
-    return f"{word} than pixels on their own without latents ({plus_minus(floor)})" if word else ""
+    return f"{word} than pixels on their own without latents, {plus_minus(floor)}" if word else ""
 
 
 def gain(row: Row) -> str:

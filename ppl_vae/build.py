@@ -403,6 +403,21 @@ def objective(options: Options) -> Callable[..., Tensor]:
     return objectives.autocast(found, torch.bfloat16) if options.precision == "bf16" else found
 
 
+def schedule(options: Options) -> dict[str, Any]:
+    """What ``fit`` takes of the options (resolved), beside the objective, the images and whether it is compiled."""
+    return {
+        "epochs": options.epochs,
+        "batch_size": options.batch_size,
+        "learning_rate": options.learning_rate,
+        "beta": options.beta,
+        "warmup_epochs": options.warmup_epochs or 0,
+        "clip_norm": options.clip_norm,
+        "average_decay": options.average_decay,
+        "keep_last": options.keep == "last",
+        "seed": options.seed,
+    }
+
+
 @contextmanager
 def products_in(precision: str) -> Iterator[None]:
     """TF32 for the matrix products and convolutions of a GPU where that is the word, else float32; then as before."""

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pyro
 import torch
-from pyro.poutine.scale_messenger import ScaleMessenger
 
 from ppl_vae import build, data, experiment, objectives
 from ppl_vae.options import Options
+from ppl_vae.study.training import averaged
 from ppl_vae.training import fit
 
 DIGITS = Options(
@@ -55,19 +55,6 @@ def save_factors(path: Path) -> Path:
     return path
 
 
-class MeanOverPixels(ScaleMessenger):
-    """Scales observed sites by 1 / D: what a loss with a mean over pixels does."""
-
-    def _process_message(self, msg: dict[str, Any]) -> None:
-        if msg["type"] == "sample" and msg["is_observed"]:
-            super()._process_message(msg)
-
-
-def averaged_elbo(model: Any, guide: Any, x: Any, *, beta: Any = 1.0) -> Any:
-    """The ELBO of a log-likelihood that is averaged over pixels."""
-    return objectives.elbo(MeanOverPixels(1 / math.prod(x.shape[1:]))(model), guide, x, beta=beta)
-
-
 def _trained(options: Options) -> Callable[[Path], None]:
     def make(folder: Path) -> None:
         experiment.train(options, str(folder), say=lambda line: None, draw=False)
@@ -82,7 +69,14 @@ def _mean_over_pixels(options: Options) -> Callable[[Path], None]:
         pyro.set_rng_seed(0)
         vae = build.vae(options, splits.event_shape)
         build.start_from_marginals(vae, data.expected_images(splits, "dynamic"))
-        fit(vae, stored, epochs=options.epochs, objective=averaged_elbo, observe=observe, learning_rate=3e-3)
+        fit(
+            vae,
+            stored,
+            epochs=options.epochs,
+            objective=averaged(objectives.elbo, math.prod(splits.event_shape)),
+            observe=observe,
+            learning_rate=3e-3,
+        )
         build.save(vae, folder, options)
 
     return make

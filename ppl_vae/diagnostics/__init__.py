@@ -37,7 +37,7 @@ from ppl_vae.diagnostics.noise import (
     variance_of_mean_squared_error,
 )
 from ppl_vae.diagnostics.pictures import Blur, blur, reconstruction_variation, sharpness
-from ppl_vae.diagnostics.values import PerLatent, Value, ratio_of_means
+from ppl_vae.diagnostics.values import PerLatent, Value, plus_minus, ratio_of_means
 
 __all__ = [
     "ACTIVE_VARIANCE",
@@ -67,6 +67,7 @@ __all__ = [
     "latent_moments",
     "live_directions",
     "noise_edge",
+    "plus_minus",
     "predicted_live",
     "ratio_of_means",
     "reconstruction_variation",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -78,6 +79,23 @@ class PerLatent:
     def to_json(self) -> dict[str, list[float]]:
         """As reports hold it."""
         return {"mean": self.mean.tolist(), "stderr": self.stderr.tolist()}
+
+
+def plus_minus(value: Mapping[str, float | None], digits: int | None = None, *, sign: int = 1) -> str:
+    """A value of ``to_json`` as mean ± stderr; the mean alone where no error is known, "unknown" without a mean.
+
+    Args:
+        value: "mean" and "stderr", each a number, NaN or None.
+        digits: after the point; None goes to the second digit of the error, or to the third without one.
+        sign: -1 for what falls as the mean rises.
+    """
+    mean, stderr = (math.nan if value[name] is None else float(value[name] or 0.0) for name in ("mean", "stderr"))
+    if math.isnan(mean):
+        return "unknown"
+    if digits is None:
+        digits = max(0, 1 - math.floor(math.log10(stderr))) if stderr > 0 else 3
+    words = f"{round(sign * mean, digits) + 0.0:.{digits}f}"
+    return words if math.isnan(stderr) else f"{words} ± {stderr:.{digits}f}"
 
 
 def ratio_of_means(numerator: Tensor, denominator: Tensor) -> Value:

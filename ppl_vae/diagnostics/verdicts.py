@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ppl_vae.diagnostics.values import plus_minus
 from ppl_vae.options import default_warmup
 
 # A number is called different from a threshold where it lies beyond it by so many standard errors. Source: ours.
@@ -95,7 +96,7 @@ def verdicts(numbers: Numbers) -> list[Verdict]:
 
 
 def _healthy(numbers: Numbers) -> Verdict:
-    rate, distortion = _nats(numbers["kl"]), _nats(numbers["reconstruction"], sign=-1)
+    rate, distortion = plus_minus(numbers["kl"], 2), plus_minus(numbers["reconstruction"], 2, sign=-1)
     active, L = numbers["active"]["count"], numbers["latent_dim"]
     text = f"nothing stands out: rate {rate}, distortion {distortion} nats, {active} of {L} latents active"
     return Verdict("healthy", "note", text)
@@ -113,7 +114,7 @@ def _autoencoder(numbers: Numbers) -> Verdict | None:
         "note",
         "a deterministic guide and no prior: a plain autoencoder has reconstructions, and neither a density nor a "
         f"log-likelihood; samples of the prior mean nothing (a classifier tells its codes from the prior, with an "
-        f"effect of {_plus_minus(effect, 2)}: 0 if alike, 1 if apart)",
+        f"effect of {plus_minus(effect, 2)}: 0 if alike, 1 if apart)",
         "diagnosis-aggregate.png",
         {"posterior": "diagonal", "beta": 1.0},
     )
@@ -125,12 +126,12 @@ def _ignores_z(numbers: Numbers) -> Verdict | None:
     silent = rate is not None and _below(rate, SAME_RATE)
     if not (same or silent):
         return None
-    told = "" if rate is None else f", rate {_nats(rate)} nats (threshold {SAME_RATE})"
+    told = "" if rate is None else f", rate {plus_minus(rate, 2)} nats (threshold {SAME_RATE})"
     why, change = _why_ignored(numbers)
     return Verdict(
         "decoder ignores z",
         "broken",
-        f"reconstructions vary {_plus_minus(variation, 4)} of what the images do (threshold {SAME_VARIATION}){told}"
+        f"reconstructions vary {plus_minus(variation, 4)} of what the images do (threshold {SAME_VARIATION}){told}"
         f"{why}",
         "diagnosis-pictures.png" if same else "diagnosis-latents.png",
         change,
@@ -182,7 +183,7 @@ def _regularization(numbers: Numbers) -> Verdict | None:
     over, under = _above(implied, OVER_BETA), _is_under(numbers)
     if not (over or under):
         return None
-    rate, distortion = _nats(numbers["kl"]), _nats(numbers["reconstruction"], sign=-1)
+    rate, distortion = plus_minus(numbers["kl"], 2), plus_minus(numbers["reconstruction"], 2, sign=-1)
     if over:
         active = f"{numbers['active']['count']} of {numbers['latent_dim']} latents are active"
         cost = f"the latents carry only {rate} nats ({active}), and the distortion is {distortion}"
@@ -192,8 +193,8 @@ def _regularization(numbers: Numbers) -> Verdict | None:
     return Verdict(
         "over-regularized" if over else "under-regularized",
         "warning",
-        f"the weights are stationary at beta = {_rounded(implied)} (threshold {OVER_BETA if over else UNDER_BETA:g}): "
-        f"{cost}{words}",
+        f"the weights are stationary at beta = {plus_minus(implied)} (threshold "
+        f"{OVER_BETA if over else UNDER_BETA:g}): {cost}{words}",
         "diagnosis-elbo.png",
         change,
     )
@@ -238,10 +239,10 @@ def _holes(numbers: Numbers) -> Verdict | None:
     return Verdict(
         "holes",
         "warning",
-        f"{_plus_minus(found['share'], 3)} of prior draws are covered by the images' smoothed posteriors less than "
+        f"{plus_minus(found['share'], 3)} of prior draws are covered by the images' smoothed posteriors less than "
         f"{1 - found['expected']:.0%} of other images' codes are (threshold {MOST_HOLES}, {found['expected']} if the "
         f"aggregate posterior were the prior); a classifier tells the two apart with an effect of "
-        f"{_plus_minus(effect, 2)} (0 if alike, 1 if apart)",
+        f"{plus_minus(effect, 2)} (0 if alike, 1 if apart)",
         "diagnosis-holes.png",
         _more_regularized(numbers),
     )
@@ -307,7 +308,7 @@ def _unreliable(numbers: Numbers) -> Verdict | None:
         gained = "with so few particles nothing tells how far it has to rise"
     else:
         gained = (
-            f"ten times the particles, S = {S // 10:,} to {S:,}, still gained {_plus_minus(found['rise'], 2)} nats "
+            f"ten times the particles, S = {S // 10:,} to {S:,}, still gained {plus_minus(found['rise'], 2)} nats "
             f"(threshold {MOST_RISE:g})"
         )
     narrow = numbers["implied_beta"] is not None and _is_under(numbers)
@@ -315,7 +316,7 @@ def _unreliable(numbers: Numbers) -> Verdict | None:
     return Verdict(
         "unreliable estimate",
         "warning",
-        f"of log p(x): {gained}, and {_plus_minus(found['unreliable'], 2)} of the images lack more than half a nat "
+        f"of log p(x): {gained}, and {plus_minus(found['unreliable'], 2)} of the images lack more than half a nat "
         f"(threshold {MOST_UNRELIABLE}){first}",
         "particles.png",
         {"beta": 1.0} if first else {"num_particles": max(5000, 10 * S)},
@@ -352,17 +353,3 @@ def _above(value: Numbers, threshold: float) -> bool:
 
 def _below(value: Numbers, threshold: float) -> bool:
     return _known(value) and value["mean"] + STDERRS * _error(value) < threshold
-
-
-def _plus_minus(value: Numbers, digits: int) -> str:
-    return f"{value['mean']:.{digits}f} ± {_error(value):.{digits}f}"
-
-
-def _rounded(value: Numbers) -> str:
-    """To the second digit of its error."""
-    error = _error(value)
-    return _plus_minus(value, max(0, 1 - math.floor(math.log10(error))) if error > 0 else 3)
-
-
-def _nats(value: Numbers, *, sign: int = 1) -> str:
-    return f"{sign * value['mean']:.2f} ± {_error(value):.2f}"

@@ -14,8 +14,8 @@ from torch import Tensor
 from ppl_vae import diagnostics
 from ppl_vae.calibration import calibration
 from ppl_vae.diagnostics import PerLatent, Value
-from ppl_vae.evidence import Importance, evaluate, particles_a_pass, seeded
-from ppl_vae.exploration import encode
+from ppl_vae.evidence import Importance, evaluate, particles_a_pass, reconstruction, seeded
+from ppl_vae.exploration import Codes, encode
 from ppl_vae.vae import VAE
 from ppl_vae.weights import is_deterministic
 
@@ -65,9 +65,10 @@ def measure(
     with torch.no_grad(), pyro.validation_enabled(False):
         with seeded(seed, x.device):
             autoencoder = is_deterministic(vae.posterior(x[:1]))
-            found = _latent_numbers(vae, x, autoencoder) | {
+            codes = encode(vae, x)
+            found = _latent_numbers(vae, x, codes, autoencoder) | {
                 "aggregate": _aggregate_numbers(vae, x, autoencoder, seed),
-                "pictures": _picture_numbers(vae, x, x if gray is None else gray),
+                "pictures": _picture_numbers(vae, x, codes, x if gray is None else gray),
                 "calibration": None if autoencoder else _calibration_numbers(vae, x),
             }
         if not autoencoder and importance is None:
@@ -92,16 +93,16 @@ def _some(x: Tensor, most: int) -> Tensor:
 # --- What the latents carry ---
 
 
-def _latent_numbers(vae: VAE, x: Tensor, autoencoder: bool) -> dict[str, Any]:
-    codes = encode(vae, x)
+def _latent_numbers(vae: VAE, x: Tensor, codes: Codes, autoencoder: bool) -> dict[str, Any]:
     active = diagnostics.active_units(codes)
     found: dict[str, Any] = {
         "latent_dim": codes.mean.shape[1],
         "active": {"count": active.count} | _per_latent(active.variance, active.stderr),
     }
     if autoencoder:
-        reconstruction = _reconstruction(vae, x)
-        return found | {"reconstruction": reconstruction, "kl": None, "kl_by_latent": None} | dict.fromkeys(_OF_DENSITY)
+        log_p_x_given_z = Value.of(reconstruction(vae, x, seed=0))  # z is no draw, whatever the seed
+        of_density = dict.fromkeys(("kl", "kl_by_latent", "implied_beta", "elbo_split"))
+        return found | {"reconstruction": log_p_x_given_z.to_json()} | of_density
     some = _some(x, _MOST_PAIRED)
     split = diagnostics.elbo_split(vae, some)
     by_latent = diagnostics.latent_kl(vae, x)
@@ -122,15 +123,6 @@ def _latent_numbers(vae: VAE, x: Tensor, autoencoder: bool) -> dict[str, Any]:
             "saturated": split.saturated,
         },
     }
-
-
-_OF_DENSITY = ("implied_beta", "elbo_split")
-
-
-def _reconstruction(vae: VAE, x: Tensor) -> dict[str, float]:
-    """log p(x | z), z ~ q(z | x), nats."""
-    groups = x.split(particles_a_pass(x))
-    return Value.of(torch.cat([vae.likelihood(vae.posterior(g).sample()).log_prob(g) for g in groups])).to_json()
 
 
 def _per_latent(mean: Tensor, stderr: Tensor) -> dict[str, list[float]]:
@@ -192,9 +184,8 @@ def _latents(z: Tensor, index: Tensor) -> list[list[float]]:
 # --- Pictures, pixels, and the estimate ---
 
 
-def _picture_numbers(vae: VAE, x: Tensor, gray: Tensor) -> dict[str, Any]:
-    groups = x.split(particles_a_pass(x))
-    reconstructed = torch.cat([vae.likelihood(mean).mean for mean in encode(vae, x).mean.split(len(groups[0]))])
+def _picture_numbers(vae: VAE, x: Tensor, codes: Codes, gray: Tensor) -> dict[str, Any]:
+    reconstructed = torch.cat([vae.likelihood(mean).mean for mean in codes.mean.split(particles_a_pass(x))])
     found: dict[str, Any] = {"variation": diagnostics.reconstruction_variation(reconstructed, gray).to_json()}
     if x.dim() != 4:
         return found | {"blur": None}

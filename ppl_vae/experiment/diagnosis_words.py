@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ppl_vae.diagnostics import plus_minus
+
 Numbers = Mapping[str, Any]
 
 # A last epoch that raises the validation ELBO by more nats than this had not settled. Source: ours.
@@ -35,27 +37,12 @@ def describe_verdicts(entries: Sequence[Numbers]) -> list[str]:
     return lines
 
 
-def plus_minus(value: Numbers, digits: int, *, sign: int = 1) -> str:
-    """A mean ± its standard error; "unknown" for what is not known."""
-    mean, stderr = value["mean"], value["stderr"]
-    if mean is None or math.isnan(mean):
-        return "unknown"
-    known = stderr is not None and not math.isnan(stderr)
-    return f"{round(sign * mean, digits) + 0.0:.{digits}f}" + (f" ± {stderr:.{digits}f}" if known else "")
-
-
-def _digits(value: Numbers) -> int:
-    """Those after the point, to the second of its error."""
-    stderr = value["stderr"] or math.nan
-    return 3 if math.isnan(stderr) else max(0, 1 - math.floor(math.log10(stderr)))
-
-
 def _terms(numbers: Numbers) -> str:
     distortion = f"distortion -E_q[log p(x | z)] {plus_minus(numbers['reconstruction'], 2, sign=-1)} nats"
     if numbers["kl"] is None:
         return distortion
     implied = numbers["implied_beta"]
-    beta = "unknown (the latents carry next to nothing)" if implied is None else plus_minus(implied, _digits(implied))
+    beta = "unknown (the latents carry next to nothing)" if implied is None else plus_minus(implied)
     freed = (numbers["trained_with"] or {}).get("objective") == "free-bits" and implied is not None
     words = " (free bits imply less than their own)" if freed else ""
     return f"rate KL {plus_minus(numbers['kl'], 2)} nats, {distortion}; the weights imply beta = {beta}{words}"

@@ -116,17 +116,10 @@ def _fit_averaged(planned: Planned, run_dir: Path, *, say: Say) -> None:
         vae,
         stored,
         data.evaluation_images(seen, "validation", pixels),
-        epochs=options.epochs,
+        **build.schedule(options),
         objective=averaged(build.objective(options), math.prod(seen.event_shape)),
         observe=observe,
-        batch_size=options.batch_size,
-        learning_rate=options.learning_rate,
-        beta=options.beta,
-        warmup_epochs=options.warmup_epochs or 0,
-        clip_norm=options.clip_norm,
-        keep_last=options.keep == "last",
         compile=options.compile == "on",
-        seed=options.seed,
         on_epoch=metrics.append,
     )
     say(f"Trained {planned.name}, its pixels averaged, in {state.seconds:.0f} s.")

@@ -66,6 +66,20 @@ def encode(vae: VAE, x: Tensor) -> Codes:
 
 
 @torch.no_grad()
+def drawn(vae: VAE, x: Tensor) -> Tensor:
+    """(N, L) one z ~ q(z | x) an image, in passes that fit into memory. x: (N, *E)."""
+    return torch.cat([vae.posterior(group).sample() for group in x.split(particles_a_pass(x))])
+
+
+@torch.no_grad()
+def decoded(vae: VAE, z: Tensor) -> Tensor:
+    """(N, *E) E[x | z], in passes that fit into memory. z: (N, L)."""
+    first = vae.likelihood(z[:1]).mean
+    chunk = particles_a_pass(first, numbers_a_pixel(vae.likelihood))
+    return torch.cat([vae.likelihood(part).mean for part in z.split(chunk)])
+
+
+@torch.no_grad()
 def kl_by_latent(codes: Codes, prior: Any) -> Tensor:
     """(1/N) sum_n KL(q(z_l | x_n) || p(z_l)), both taken as normals of their mean and scale: for normals, exactly that.
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 
 from ppl_vae import VAE, Conditional, build, capture, data, objectives, runs
+from ppl_vae.diagnostics import verdicts
 from ppl_vae.evidence import Importance, NotFinite
 from ppl_vae.experiment.evaluation import PerImage, read_per_image
 from ppl_vae.likelihoods import Bernoulli
@@ -436,8 +437,8 @@ def test_whether_a_run_is_reliable_is_judged_by_the_thresholds_of_today(
 ) -> None:
     found = []
     for most in (1e3, -1e3):
-        monkeypatch.setattr(measuring, "MOST_RISE", most)
-        monkeypatch.setattr(measuring, "MOST_UNRELIABLE", 1.0)
+        monkeypatch.setattr(verdicts, "MOST_RISE", most)
+        monkeypatch.setattr(verdicts, "MOST_UNRELIABLE", 1.0)
         found.append(measured_again(study[0], bars_file)["evaluation"]["reliable"])
     assert found == [True, False]
 

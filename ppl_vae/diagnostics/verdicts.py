@@ -296,13 +296,17 @@ def _other_likelihood(trained: Numbers) -> dict[str, Any]:
     return {"likelihood": next((other for other in best if other != word), best[0])}
 
 
+def is_reliable(rise: Numbers, unreliable: Numbers) -> bool:
+    """Neither the rise nor the share of unreliable images is beyond its threshold by three standard errors."""
+    return not _above(rise, MOST_RISE) and not _above(unreliable, MOST_UNRELIABLE)
+
+
 def _unreliable(numbers: Numbers) -> Verdict | None:
     found = numbers["importance"]
     if found is None:
         return None
     S = found["num_particles"]
-    settled = not _above(found["rise"], MOST_RISE)
-    if settled and not _above(found["unreliable"], MOST_UNRELIABLE):
+    if is_reliable(found["rise"], found["unreliable"]):
         return None
     if S < 10:
         gained = "with so few particles nothing tells how far it has to rise"

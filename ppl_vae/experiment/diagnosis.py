@@ -89,7 +89,7 @@ def diagnose_run(
         "split": split,
         "seed": seed,
         **what_is_measured(run),
-        "scale": _scale(run),
+        "scale": run.trained_scale,
         "numbers": numbers,
         "verdicts": [_verdict_entry(run, verdict, split, figures) for verdict in verdicts(numbers)],
     }
@@ -134,11 +134,6 @@ def _last_rise(run: Run) -> float | None:
     key = "validation_elbo_nats_per_image"
     last = [record[key] for record in records[-2:] if key in record]
     return last[1] - last[0] if len(last) == 2 else None
-
-
-def _scale(run: Run) -> str:
-    """What the nats are of: as an evaluation's, but of dequantized levels, whose density is measured here."""
-    return "density of (level + u) / 256" if run.pixels == "dequantized" else run.scale
 
 
 def noise_of(run: Run) -> dict[str, Any] | None:

@@ -14,8 +14,8 @@ from torch import Tensor
 from ppl_vae import diagnostics
 from ppl_vae.calibration import calibration
 from ppl_vae.diagnostics import PerLatent, Value
-from ppl_vae.evidence import Importance, evaluate, particles_a_pass, reconstruction, seeded
-from ppl_vae.exploration import Codes, encode
+from ppl_vae.evidence import Importance, evaluate, reconstruction, seeded
+from ppl_vae.exploration import Codes, decoded, drawn, encode
 from ppl_vae.vae import VAE
 from ppl_vae.weights import is_deterministic
 
@@ -136,7 +136,7 @@ def _aggregate_numbers(vae: VAE, x: Tensor, autoencoder: bool, seed: int) -> dic
     """Every other image makes the aggregate posterior that holes are holes of; the rest say how well it covers."""
     reference, held_out = x[::2], x[1::2]
     prior = vae.prior()
-    z, z_prior = _draws(vae, x), prior.expand((len(x),)).sample()
+    z, z_prior = drawn(vae, x), prior.expand((len(x),)).sample()
     moments = diagnostics.latent_moments(z, prior)
     distance = diagnostics.kolmogorov_smirnov(z, prior)
     classified = diagnostics.classifier_test(z, z_prior, seed=seed)
@@ -150,11 +150,6 @@ def _aggregate_numbers(vae: VAE, x: Tensor, autoencoder: bool, seed: int) -> dic
         "classifier": {"effect": effect, "p_value": classified.p_value, "num_held_out": classified.num_held_out},
         "holes": None if autoencoder else _hole_numbers(vae, reference, z[1::2], z_prior[: len(held_out)]),
     }
-
-
-def _draws(vae: VAE, x: Tensor) -> Tensor:
-    """(N, L) one z ~ q(z | x) an image."""
-    return torch.cat([vae.posterior(group).sample() for group in x.split(particles_a_pass(x))])
 
 
 def _hole_numbers(vae: VAE, reference: Tensor, z_held_out: Tensor, z_prior: Tensor) -> dict[str, Any]:
@@ -185,8 +180,8 @@ def _latents(z: Tensor, index: Tensor) -> list[list[float]]:
 
 
 def _picture_numbers(vae: VAE, x: Tensor, codes: Codes, gray: Tensor) -> dict[str, Any]:
-    reconstructed = torch.cat([vae.likelihood(mean).mean for mean in codes.mean.split(particles_a_pass(x))])
-    found: dict[str, Any] = {"variation": diagnostics.reconstruction_variation(reconstructed, gray).to_json()}
+    variation = diagnostics.reconstruction_variation(decoded(vae, codes.mean), gray)
+    found: dict[str, Any] = {"variation": variation.to_json()}
     if x.dim() != 4:
         return found | {"blur": None}
     parts = diagnostics.blur(vae, x, gray=gray)

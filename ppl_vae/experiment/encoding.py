@@ -16,7 +16,6 @@ from ppl_vae.evidence import Estimate, Importance, reconstruction, seeded
 from ppl_vae.experiment.evaluation import (
     NOT_A_LOG_LIKELIHOOD,
     plus_minus,
-    reconstruction_scale,
     scale_in_words,
     what_is_measured,
     with_a_bar,
@@ -160,7 +159,7 @@ def _summary(run: Run, given: Images, result: Importance | Tensor, num_particles
     if not isinstance(result, Importance):
         lowest = result.argsort()[:_NUM_LOWEST].tolist()
         return of_images | {
-            "scale": reconstruction_scale(run),
+            "scale": run.trained_scale,
             "num_particles": None,
             "log_likelihood": None,
             "dequantization_draws": None,

@@ -195,7 +195,7 @@ def write_reconstructions(
         log_p_x_given_z = reconstruction(vae, x.to(place), seed=seed, progress=bar.update).cpu()
     entry = {
         **what_is_measured(run),
-        "scale": reconstruction_scale(run),
+        "scale": run.trained_scale,
         "split": split,
         "num_images": len(x),
         "num_particles": None,
@@ -211,11 +211,6 @@ def write_reconstructions(
 
 
 NOT_A_LOG_LIKELIHOOD = "not a log-likelihood; the guide is deterministic, an autoencoder has no density"
-
-
-def reconstruction_scale(run: Run) -> str:
-    """What an autoencoder's nats are of, in words: what its training saw, dequantized levels included."""
-    return "density of (level + u) / 256" if run.pixels == "dequantized" else run.scale
 
 
 # What an autoencoder's entry has no number for. Independent pixels ("floor") and the binarization's entropy are there

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from ppl_vae import build, data, plots, runs
+from ppl_vae.diagnostics import ACTIVE_VARIANCE
 from ppl_vae.evidence import Estimate, seeded
 from ppl_vae.experiment.display import Display, display_of
 from ppl_vae.experiment.evaluation import PerImage, read_per_image
@@ -218,15 +219,10 @@ class _Use(NamedTuple):
     least: float
 
 
-# A latent of an autoencoder whose variance over images is below this is called unused. Source: the threshold of
-# Burda et al. 2016, arXiv 1509.00519, for the variance of posterior means.
-_UNUSED_VARIANCE = 0.01
-
-
 def _use_of_latents(codes: Codes, prior: Any) -> _Use:
     """The mean KL of each, or, of a deterministic guide, whose KL is infinite, the variance over images."""
     if bool((codes.scale == 0).any()):
-        return _Use(codes.mean.var(0, correction=0), "the variance of z_l", "", _UNUSED_VARIANCE)
+        return _Use(codes.mean.var(0, correction=0), "the variance of z_l", "", ACTIVE_VARIANCE)
     return _Use(kl_by_latent(codes, prior), "KL(q(z_l | x) || p(z_l)), the mean", " nats", UNUSED_NATS)
 
 

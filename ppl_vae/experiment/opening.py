@@ -44,6 +44,11 @@ class Run(NamedTuple):
         """What its nats are of, in words."""
         return build.scale(self.options, self.splits)
 
+    @property
+    def trained_scale(self) -> str:
+        """What the nats of its training are of: where levels are dequantized, their density and not their mass."""
+        return "density of (level + u) / 256" if self.pixels == "dequantized" else self.scale
+
 
 def evaluated_vae(run: Run, *, num_draws: int | None = None) -> VAE:
     """The trained VAE as it is evaluated and shown, on the CPU, in evaluation mode.

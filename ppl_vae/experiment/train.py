@@ -91,7 +91,7 @@ def resume(
         run = _with_option(run, "compile", compile)
         say(f"From here on --compile {compile}: the same to rounding, and no longer bit for bit.")
     if _is_trained(run) and is_evaluated(folder) and (not draw or is_drawn(run)):
-        done = "evaluated and drawn" if draw else "and evaluated"
+        done = "evaluated and drawn" if draw else "evaluated"
         say(f"{folder} is finished: {run.options.epochs} epochs, {done}. --epochs extends it.")
         return
     _go_on(run, say=say, draw=draw)

@@ -9,13 +9,12 @@ from torch import Tensor
 
 from ppl_vae import build, diagnostics, runs
 from ppl_vae.diagnostics import Value, ratio_of_means
-from ppl_vae.evidence import particles_a_pass, seeded
+from ppl_vae.evidence import seeded
 from ppl_vae.experiment.paired import paired_difference
-from ppl_vae.exploration import encode
+from ppl_vae.exploration import decoded, drawn, encode
 from ppl_vae.study import plan
 from ppl_vae.study.context import PICTURES, Study
 from ppl_vae.study.material import NUM_COMPONENTS, Material
-from ppl_vae.study.measuring import decoded
 from ppl_vae.study.pairs import as_json, per_image
 from ppl_vae.study.pictures import ORIGINALS
 from ppl_vae.study.quality import frechet_excess_ratio, frechet_ratio, sample_quality
@@ -180,7 +179,7 @@ def _error_and_noise(vae: VAE, material: Material) -> tuple[Tensor, Tensor]:
     total = torch.zeros_like(material.gray, dtype=torch.double)
     with seeded(0, material.x.device):
         for _ in range(_DRAWS):
-            z = torch.cat([vae.posterior(group).sample() for group in material.x.split(particles_a_pass(material.x))])
+            z = drawn(vae, material.x)
             y = decoded(vae, z).double()
             error += _squared_error(y, material.gray) / _DRAWS
             square += y.square().flatten(1).mean(1)

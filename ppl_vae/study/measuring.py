@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from ppl_vae import build, runs
-from ppl_vae.conditional import numbers_a_pixel
 from ppl_vae.diagnostics import ACTIVE_VARIANCE, HOLE_QUANTILE, Value
-from ppl_vae.diagnostics.verdicts import MOST_RISE, MOST_UNRELIABLE, STDERRS
-from ppl_vae.evidence import UNRELIABLE_BIAS, Importance, particles_a_pass
+from ppl_vae.diagnostics.verdicts import is_reliable
+from ppl_vae.evidence import UNRELIABLE_BIAS, Importance
 from ppl_vae.experiment.diagnosis_numbers import importance_numbers, measure
 from ppl_vae.experiment.evaluation import read_per_image
-from ppl_vae.exploration import encode
+from ppl_vae.exploration import decoded, drawn, encode
 from ppl_vae.study.material import NUM_COMPONENTS, Material
 from ppl_vae.study.pictures import write_pictures
 from ppl_vae.study.plan import Planned
@@ -138,17 +137,13 @@ def _evaluation(entry: dict[str, Any], result: Importance | None) -> dict[str, A
 
 
 def _is_reliable(evaluation: dict[str, Any]) -> bool | None:
-    """Whether neither the rise nor the share of unreliable images is beyond its threshold by three standard errors.
-
-    That is where ``diagnostics.verdicts`` has no "unreliable estimate". None of an autoencoder; not of an unknown rise.
-    """
+    """``is_reliable``; None of an autoencoder, and not of an unknown rise."""
     rise, unreliable = evaluation["rise"], evaluation["unreliable"]
     if unreliable is None:
         return None
     if rise is None:
         return False
-    few = unreliable["mean"] - STDERRS * unreliable["stderr"] <= MOST_UNRELIABLE
-    return few and rise - STDERRS * (evaluation["rise_stderr"] or 0.0) <= MOST_RISE
+    return is_reliable({"mean": rise, "stderr": evaluation["rise_stderr"]}, unreliable)
 
 
 # --- What its weights do ---
@@ -198,14 +193,6 @@ def _shows_more(planned: Planned) -> bool:
     return build.is_autoencoder(planned.options) or planned.options.beta == 1
 
 
-@torch.no_grad()
-def decoded(vae: VAE, z: Tensor) -> Tensor:
-    """(N, *E) E[x | z] in passes that fit into memory. z: (N, L)."""
-    one = vae.likelihood(z[:1]).mean
-    chunk = particles_a_pass(one, numbers_a_pixel(vae.likelihood))
-    return torch.cat([vae.likelihood(part).mean for part in z.split(chunk)])
-
-
 def _fitted_draws(vae: VAE, material: Material) -> Tensor:
     """(N, L) draws of the normal with the mean and covariance of z ~ q(z | x) over as many training images.
 
@@ -214,7 +201,7 @@ def _fitted_draws(vae: VAE, material: Material) -> Tensor:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         x = material.train_as_seen(material.num_images)
-        z = torch.cat([vae.posterior(part).sample() for part in x.split(particles_a_pass(x))]).double()
+        z = drawn(vae, x).double()
         values, vectors = torch.linalg.eigh(torch.cov(z.T).reshape(z.shape[1], -1))
         noise = torch.randn(material.num_images, z.shape[1], dtype=z.dtype)
     return (z.mean(0) + noise * values.clamp(min=0).sqrt() @ vectors.T).float()

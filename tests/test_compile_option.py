@@ -28,7 +28,7 @@ def no_compiler(monkeypatch):
 
 @pytest.fixture
 def always_pays(monkeypatch):
-    monkeypatch.setattr("ppl_vae.options._RUNS_THAT_PAY", 1)
+    monkeypatch.setattr("ppl_vae.options.run._RUNS_THAT_PAY", 1)
 
 
 @pytest.fixture

@@ -1,0 +1,338 @@
+"""Every word, and all that decides a run: its options, their defaults and checks, and how config.json holds them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+DATASETS = ("mnist", "static-mnist", "fashion-mnist", "kmnist", "caltech-silhouettes", "cifar10", "svhn")
+PROTOCOLS = ("vampprior", "iwae")
+FITS = ("crop", "stretch")
+COLORS = ("gray", "rgb")
+BINARIZATIONS = ("dynamic", "fixed", "threshold", "none")
+DEQUANTIZATIONS = ("uniform", "none")
+TRANSFORMS = ("none", "logit")
+LIKELIHOODS = (
+    "bernoulli",
+    "categorical",
+    "discretized-logistic",
+    "discretized-logistic-mixture",
+    "binomial",
+    "continuous-bernoulli",
+    "beta",
+    "logit-normal",
+    "normal",
+    "normal-fixed",
+    "normal-optimal",
+    "normal-per-pixel",
+    "laplace",
+    "student-t",
+    "poisson",
+    "negative-binomial",
+)
+NETWORKS = ("mlp", "gated", "conv", "gated-conv", "residual", "gated-residual")
+DENSE_NETWORKS = ("mlp", "gated")
+PRIORS = ("standard-normal",)
+POSTERIORS = ("diagonal", "delta")
+SCALE_MAPS = ("bounded", "exp", "softplus")
+OBJECTIVES = ("elbo", "free-bits")
+KLS = ("sampled", "analytic")
+KEEPS = ("best", "last")
+COMPILES = ("auto", "on", "off")
+PRECISIONS = ("float32", "tf32", "bf16")
+SPLITS = ("test", "validation", "train")
+SIDES = ("top", "bottom", "left", "right")
+
+
+@dataclass(frozen=True)
+class Check:
+    """What a value must be, in words and as a test."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+
+POSITIVE_INTEGER = Check("a whole number, at least 1", lambda v: 1 <= v <= 2**31)
+WIDTH = Check("a whole number, 1 to 65,536", lambda v: 1 <= v <= 2**16)
+NON_NEGATIVE_INTEGER = Check("a whole number, 0 to 2^31 - 1", lambda v: 0 <= v < 2**31)
+POSITIVE = Check("a finite number above 0", lambda v: 0 < v < math.inf)
+NON_NEGATIVE = Check("a finite number, at least 0", lambda v: 0 <= v < math.inf)
+BELOW_ONE = Check("a number, 0 or more and below 1", lambda v: 0 <= v < 1)
+NOT_EMPTY = Check("a word", lambda v: bool(v))
+
+
+def one_of(words: Sequence[str]) -> Check:
+    """One of these words."""
+    return Check(f"one of {', '.join(words)}", lambda v: v in words)
+
+
+def option(
+    default: Any,
+    kind: type,
+    check: Check,
+    text: str,
+    *,
+    several: bool = False,
+    later: bool = False,
+    before: Any = None,
+) -> Any:
+    """A dataclass field that is an option: its default, the type of one value, what holds of it, its help.
+
+    ``several`` values make a list. A ``later`` option is younger than some config.json, which then means ``before``, or
+    its default.
+    """
+    meant = default if before is None else before
+    metadata = {"kind": kind, "check": check, "help": text, "several": several, "later": later, "before": meant}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """All that decides a run. config.json holds every field."""
+
+    dataset: str = option(
+        "mnist",
+        str,
+        NOT_EMPTY,
+        f"{', '.join(DATASETS)}, or the path of your own .npz or .npy file, or of a folder of images",
+    )
+    data_dir: str | None = option(
+        None,
+        str,
+        NOT_EMPTY,
+        "folder of the named data sets (default: the environment variable PPL_VAE_DATA_DIR, else data)",
+        later=True,
+    )
+    protocol: str = option(
+        "vampprior",
+        str,
+        one_of(PROTOCOLS),
+        "vampprior: validation split, test drawn once; iwae: all 60,000 train, test drawn by the evaluation's seed",
+        later=True,
+    )
+    image_size: tuple[int, ...] | None = option(
+        None,
+        int,
+        WIDTH,
+        "of a folder of images: height and width (or one number for both) to which each is brought",
+        several=True,
+        later=True,
+    )
+    fit: str = option(
+        "crop",
+        str,
+        one_of(FITS),
+        "how: crop (cover the size, cut the middle) or stretch (lose the aspect ratio)",
+        later=True,
+    )
+    color: str | None = option(
+        None,
+        str,
+        one_of(COLORS),
+        "of a folder of images: gray or rgb (default: gray where all of them are)",
+        later=True,
+    )
+    binarization: str | None = option(
+        None,
+        str,
+        one_of(BINARIZATIONS),
+        f"how gray becomes black and white: {', '.join(BINARIZATIONS)} "
+        "(default: dynamic for gray data under a likelihood of zeros and ones, else none)",
+    )
+    dequantization: str | None = option(
+        None,
+        str,
+        one_of(DEQUANTIZATIONS),
+        "of 8-bit levels under a density: uniform, (level + u) / 256; or none, level / 255, whose density has no bound "
+        "and compares with nothing else (default: uniform)",
+        later=True,
+        before="none",
+    )
+    dequantization_draws: int = option(
+        16,
+        int,
+        POSITIVE_INTEGER,
+        "draws of u a pixel, in the quick evaluation: the bound on the levels' mass is tighter with more",
+        later=True,
+    )
+    likelihood: str = option("bernoulli", str, one_of(LIKELIHOODS), f"p(x | z): {', '.join(LIKELIHOODS)}")
+    likelihood_scale: float = option(
+        0.5,
+        float,
+        POSITIVE,
+        "of normal-fixed: its scale, as a share of the training pixels' spread",
+        later=True,
+    )
+    likelihood_components: int = option(
+        5, int, WIDTH, "of discretized-logistic-mixture: logistic distributions a pixel", later=True
+    )
+    transform: str = option(
+        "none",
+        str,
+        one_of(TRANSFORMS),
+        "of pixels between 0 and 1 under a density of real numbers: none, or logit (its Jacobian is counted)",
+        later=True,
+    )
+    network: str = option("gated", str, one_of(NETWORKS), f"encoder and decoder: {', '.join(NETWORKS)}")
+    hidden: tuple[int, ...] | None = option(
+        None,
+        int,
+        WIDTH,
+        "widths of the encoder's dense hidden layers, the decoder's in reverse "
+        "(default: 300 300 for mlp and gated, 256 for the others, between convolutions and latents)",
+        several=True,
+    )
+    channels: tuple[int, ...] = option(
+        (16, 32),
+        int,
+        WIDTH,
+        "of convolutional networks: channels of each stage, which halves height and width",
+        several=True,
+        later=True,
+    )
+    prior: str = option("standard-normal", str, one_of(PRIORS), f"p(z): {', '.join(PRIORS)}")
+    posterior: str = option(
+        "diagonal",
+        str,
+        one_of(POSTERIORS),
+        "q(z | x): diagonal, or delta, which with --beta 0 makes a plain autoencoder (no log-likelihood)",
+    )
+    scale_map: str = option(
+        "bounded",
+        str,
+        one_of(SCALE_MAPS),
+        "of a diagonal posterior, from a feature to a scale: bounded (exp of 7 tanh(h / 7)), exp, softplus",
+        later=True,
+    )
+    objective: str = option("elbo", str, one_of(OBJECTIVES), f"what is maximized: {', '.join(OBJECTIVES)}")
+    free_bits: float = option(
+        0.1,
+        float,
+        NON_NEGATIVE,
+        "of the objective free-bits: nats a latent below which its mean KL costs nothing",
+        later=True,
+    )
+    kl: str = option(
+        "sampled", str, one_of(KLS), "the KL in the objective: sampled (Trace_ELBO), analytic (TraceMeanField_ELBO)"
+    )
+    beta: float = option(1.0, float, NON_NEGATIVE, "weight of the KL in training; reports are always at 1")
+    warmup_epochs: int | None = option(
+        None,
+        int,
+        NON_NEGATIVE_INTEGER,
+        "epochs over which that weight rises linearly from 0 (default: three tenths of the epochs, 1 to 15)",
+    )
+    latent_dim: int = option(40, int, WIDTH, "dimensions of z")
+    epochs: int = option(50, int, POSITIVE_INTEGER, "passes through the training images")
+    batch_size: int = option(100, int, POSITIVE_INTEGER, "images a step")
+    learning_rate: float = option(3e-3, float, POSITIVE, "Adam's, at the start; it falls to 0 on a cosine")
+    clip_norm: float = option(100.0, float, POSITIVE, "largest norm of the whole gradient")
+    keep: str | None = option(
+        None,
+        str,
+        one_of(KEEPS),
+        "the weights that are kept: best, by the validation ELBO (at beta = 1), or last (default: best where beta is "
+        "1, else last, since that ELBO would choose weights from before beta had its effect)",
+        later=True,
+        before="best",
+    )
+    average_decay: float = option(
+        0.0,
+        float,
+        BELOW_ONE,
+        "of a moving average of the weights, which is then what is validated, kept and evaluated; 0: none",
+        later=True,
+    )
+    compile: str = option(
+        "auto",
+        str,
+        one_of(COMPILES),
+        "the training step as one compiled graph: on, off, or auto (for many steps, where there is a compiler)",
+        later=True,
+    )
+    precision: str = option(
+        "float32",
+        str,
+        one_of(PRECISIONS),
+        "of products in training: float32, tf32 (NVIDIA GPUs), bf16; the final evaluation is always in float32",
+        later=True,
+    )
+    num_particles: int = option(1, int, POSITIVE_INTEGER, "draws of z an image and step, in training")
+    seed: int = option(0, int, NON_NEGATIVE_INTEGER, "of the weights, the noise and the order of the images")
+    device: str = option("cpu", str, NOT_EMPTY, "cpu, cuda, cuda:1, ...")
+    checkpoint_seconds: float = option(60.0, float, NON_NEGATIVE, "longest time between two checkpoints")
+    images: int = option(
+        5000, int, POSITIVE_INTEGER, "test images of the quick evaluation at the end; a fixed random subset"
+    )
+    evaluation_particles: int = option(
+        200, int, POSITIVE_INTEGER, "importance samples an image of the quick evaluation"
+    )
+
+    def __post_init__(self) -> None:
+        for spec in fields(self):
+            _check(spec, getattr(self, spec.name))
+
+
+def _check(spec: Any, value: Any) -> None:
+    if value is None and spec.default is None:
+        return
+    kind, check, several = spec.metadata["kind"], spec.metadata["check"], spec.metadata["several"]
+    if several and (not isinstance(value, tuple) or not value):
+        raise ValueError(f"{flag(spec.name)}: expected a list, each {check.words}, got {value!r}")
+    for one in value if several else (value,):
+        right_type = isinstance(one, (int, float) if kind is float else kind) and not isinstance(one, bool)
+        if not right_type or not check.holds(one):
+            raise ValueError(f"{flag(spec.name)}: expected {check.words}, got {one!r}")
+
+
+def flag(name: str) -> str:
+    """The field's name as it is typed."""
+    return "--" + name.replace("_", "-")
+
+
+def default_hidden(network: str) -> tuple[int, ...]:
+    """Two layers of 300 as in Tomczak and Welling 2018; one of 256 where convolutions do most of the work."""
+    return (300, 300) if network in DENSE_NETWORKS else (256,)
+
+
+def default_warmup(epochs: int) -> int:
+    """Three tenths of the epochs, at most 15 and at least one of several.
+
+    Without a warm-up latents collapse early, and stay collapsed: after two epochs on MNIST the validation ELBO was
+    -121.0 nats without one and -107.9 with one epoch of it (residual network: -204.8, that of no latents, and -102.2).
+    """
+    return 0 if epochs == 1 else max(1, min(15, 3 * epochs // 10))
+
+
+# A graph compiles in about 10 s, and each run of it saves some milliseconds.
+_RUNS_THAT_PAY = 5000
+
+
+def compiling_pays(runs: int) -> bool:
+    """Whether ``--compile auto`` compiles a graph that will run so many times."""
+    return runs >= _RUNS_THAT_PAY
+
+
+def to_json(options: Options) -> dict[str, Any]:
+    """Every field, as config.json holds it."""
+    return json.loads(json.dumps(asdict(options)))
+
+
+def from_json(values: Any) -> Options:
+    """Back from config.json.
+
+    Raises:
+        ValueError: a field that is missing, unknown, or out of its range.
+    """
+    if not isinstance(values, dict):
+        raise ValueError(f"expected an object of options, got {type(values).__name__}")
+    values = {spec.name: spec.metadata["before"] for spec in fields(Options) if spec.metadata["later"]} | values
+    known = {spec.name for spec in fields(Options)}
+    if set(values) != known:
+        odd = sorted(set(values) ^ known)
+        raise ValueError(f"expected exactly the options of this version; missing or unknown: {', '.join(odd)}")
+    fixed: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+    return Options(**fixed)

@@ -7,15 +7,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from pyro.infer import ELBO, Trace_ELBO, TraceMeanField_ELBO
 from torch import Tensor, nn
 
-from ppl_vae import capture, data, likelihoods, networks, objectives, posteriors, priors, runs
+from ppl_vae import capture, data, flows, likelihoods, networks, objectives, posteriors, priors, runs, schedules
 from ppl_vae.conditional import Conditional
+from ppl_vae.hierarchy import BottomUp, HierarchicalVAE, LayeredPrior, OfBottomLayer, TopDown
 from ppl_vae.options import Options, compiling_pays, default_hidden, default_warmup, flag, from_json, to_json
 from ppl_vae.vae import VAE
 
@@ -81,14 +83,57 @@ def _convolutional(*, gated: bool, num_blocks: int) -> Network:
 
 NETWORKS: dict[str, Network] = {
     "mlp": _dense(networks.MLP),
+    "tanh": _dense(partial(networks.MLP, activation=nn.Tanh)),
     "gated": _dense(networks.GatedMLP),
     "conv": _convolutional(gated=False, num_blocks=0),
     "gated-conv": _convolutional(gated=True, num_blocks=0),
     "residual": _convolutional(gated=False, num_blocks=1),
     "gated-residual": _convolutional(gated=True, num_blocks=1),
 }
-PRIORS: dict[str, Callable[..., Any]] = {"standard-normal": priors.StandardNormal}
-POSTERIORS: dict[str, Callable[..., Any]] = {"diagonal": posteriors.DiagonalNormal, "delta": posteriors.Delta}
+
+
+def _standard_normal(options: Options, L: int, posterior: Any, event_shape: Sequence[int]) -> nn.Module:
+    return priors.StandardNormal(L)
+
+
+def _mixture(options: Options, L: int, posterior: Any, event_shape: Sequence[int]) -> nn.Module:
+    return priors.Mixture(L, components=options.prior_components)
+
+
+def _vamp(options: Options, L: int, posterior: Any, event_shape: Sequence[int]) -> nn.Module:
+    return priors.VampPrior(posterior, event_shape, components=options.prior_components)
+
+
+def _flow(options: Options, L: int, posterior: Any, event_shape: Sequence[int]) -> nn.Module:
+    coupling = flows.COUPLINGS[options.prior_flow]
+    found = flows.Flow.of_couplings(L, coupling=coupling, num_layers=options.prior_layers, hidden=options.prior_hidden)
+    return priors.Flow(L, flow=found)
+
+
+# (options, L, the guide's posterior, event_shape) -> the prior
+PRIORS: dict[str, Callable[..., nn.Module]] = {
+    "standard-normal": _standard_normal,
+    "mixture": _mixture,
+    "vamp": _vamp,
+    "flow": _flow,
+}
+
+
+def _flow_posterior(options: Options, L: int, **scale_map: Any) -> nn.Module:
+    kinds = {"iaf": posteriors.inverse_autoregressive_flow, "spline": posteriors.spline_flow}
+    hidden = options.posterior_hidden
+    return kinds[options.posterior_flow](
+        L, context_dim=hidden[0], num_layers=options.posterior_layers, hidden=hidden, **scale_map
+    )
+
+
+# (options, L, scale map) -> the family of q(z | h)
+POSTERIORS: dict[str, Callable[..., Any]] = {
+    "diagonal": lambda options, L, **scale_map: posteriors.DiagonalNormal(L, **scale_map),
+    "full": lambda options, L, **scale_map: posteriors.FullNormal(L, **scale_map),
+    "flow": _flow_posterior,
+    "delta": lambda options, L, **scale_map: posteriors.Delta(L),
+}
 SCALE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
     "bounded": posteriors.bounded_log_scale,
     "exp": posteriors.exponential_log_scale,
@@ -105,33 +150,142 @@ def _free_bits(options: Options) -> Callable[..., Tensor]:
     return partial(objectives.free_bits, free_nats=options.free_bits, num_particles=options.num_particles)
 
 
-OBJECTIVES: dict[str, Callable[[Options], Callable[..., Tensor]]] = {"elbo": _elbo, "free-bits": _free_bits}
+def _cosine(options: Options) -> Callable[..., float]:
+    return partial(schedules.cosine, start=options.decay_start)
+
+
+def _stages(options: Options) -> Callable[..., float]:
+    return schedules.stages
+
+
+RATES: dict[str, Callable[[Options], Callable[..., float]]] = {"cosine": _cosine, "stages": _stages}
+
+
+def _importance(objective: Callable[..., Tensor]) -> Callable[[Options], Callable[..., Tensor]]:
+    return lambda options: partial(objective, num_particles=options.num_particles)
+
+
+OBJECTIVES: dict[str, Callable[[Options], Callable[..., Tensor]]] = {
+    "elbo": _elbo,
+    "free-bits": _free_bits,
+    "iwae": _importance(objectives.iwae),
+    "dreg": _importance(objectives.dreg),
+    "stl": _importance(objectives.stl),
+}
 
 
 def vae(options: Options, event_shape: Sequence[int]) -> VAE:
-    """The VAE that the options describe, for images of that shape, with fresh weights from torch's global generator."""
+    """The VAE that the options describe, for images of that shape, with fresh weights from torch's global generator.
+
+    With several layers of latents it is a ``HierarchicalVAE``, which has the same parts and the same two programs.
+
+    Raises:
+        ValueError: an option of a part that was not chosen, or parts that do not go together.
+    """
+    _check_own_options(options)
     network, L = NETWORKS[options.network], options.latent_dim
     sizes = {"channels": options.channels, "hidden": options.hidden or default_hidden(options.network)}
     family = likelihood(options, event_shape)
-    posterior = POSTERIORS[options.posterior](L, **_posterior_arguments(options))
-    decoder = network.decoder(L, event_shape, family.num_features, **sizes)
-    encoder = network.encoder(event_shape, posterior.num_features, **sizes)
-    if family.asks_for != data.BINARY:  # pixels in a unit of their own
-        encoder = networks.Standardized(encoder, event_shape)
-    return VAE(PRIORS[options.prior](L), Conditional(decoder, family), Conditional(encoder, posterior))
+
+    def encoder(num_features: int) -> nn.Module:
+        net = network.encoder(event_shape, num_features, **sizes)
+        # Pixels may be in a unit of their own.
+        return net if family.asks_for == data.BINARY else networks.Standardized(net, event_shape)
+
+    def decoder(num_latents: int) -> nn.Module:
+        return network.decoder(num_latents, event_shape, family.num_features, **sizes)
+
+    if options.upper_latents:
+        built = cast(VAE, _hierarchy(options, event_shape, encoder, decoder, family))
+    else:
+        posterior = POSTERIORS[options.posterior](options, L, **_scale_map(options))
+        likelihood_of_z, guide = (
+            Conditional(decoder(L), family),
+            Conditional(encoder(posterior.num_features), posterior),
+        )
+        built = VAE(PRIORS[options.prior](options, L, guide, event_shape), likelihood_of_z, guide)
+    if options.initialization == "wide":
+        for part in (built.likelihood, built.posterior):
+            networks.start_wide(cast(nn.Module, part))
+    return built
 
 
-def _posterior_arguments(options: Options) -> dict[str, Any]:
-    """What the posterior's class takes beside L.
+def _hierarchy(
+    options: Options,
+    event_shape: Sequence[int],
+    encoder: Callable[[int], nn.Module],
+    decoder: Callable[[int], nn.Module],
+    family: Any,
+) -> HierarchicalVAE:
+    """Several layers of latents, z_1 next to the image: see ``hierarchy``."""
+    assert options.upper_latents is not None
+    dims, hidden = (options.latent_dim, *options.upper_latents), options.upper_hidden
+    dense = _DENSE.get(options.network, networks.MLP)
 
-    Raises:
-        ValueError: a scale map for a posterior without a scale.
-    """
-    if options.posterior == "diagonal":
-        return {"log_scale": SCALE_MAPS[options.scale_map]}
-    if options.scale_map != Options().scale_map:
-        raise ValueError(f"--scale-map: expected --posterior diagonal, which it is of, got {options.posterior}")
-    return {}
+    def family_of(latent_dim: int) -> nn.Module:
+        return posteriors.DiagonalNormal(latent_dim, **_scale_map(options))
+
+    def conditional(num_inputs: int, latent_dim: int, widths: Sequence[int]) -> Conditional:
+        return Conditional(dense(num_inputs, 2 * latent_dim, hidden=widths), family_of(latent_dim))
+
+    top = PRIORS[options.prior](options, dims[-1], None, event_shape)
+    prior = LayeredPrior(top, [conditional(above, L, hidden[::-1]) for L, above in pairwise(dims)])
+    if options.inference == "bottom-up":
+        first = Conditional(encoder(2 * dims[0]), family_of(dims[0]))
+        guide: Any = BottomUp([first, *(conditional(L, above, hidden) for L, above in pairwise(dims))])
+    else:
+        widths = [(options.hidden or default_hidden(options.network))[-1]] + [hidden[-1]] * (len(dims) - 1)
+        features = [encoder(widths[0]), *(dense(F, G, hidden=hidden[:-1]) for F, G in pairwise(widths))]
+        guide = TopDown(features, [conditional(F, L, ()) for F, L in zip(widths, dims, strict=True)], prior)
+    net = decoder(sum(dims)) if options.decoder_input == "all" else OfBottomLayer(decoder(dims[0]), dims)
+    return HierarchicalVAE(prior, Conditional(net, family), guide)
+
+
+_DENSE: dict[str, Callable[..., nn.Module]] = {
+    "tanh": partial(networks.MLP, activation=nn.Tanh),
+    "gated": networks.GatedMLP,
+    "gated-conv": networks.GatedMLP,
+    "gated-residual": networks.GatedMLP,
+}  # of further layers of latents, by the network next to the image; rectified MLPs beside the others
+
+# An option that is of some words of another option alone: the other, its words, and what they are called.
+_OF_WORDS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "prior_components": ("prior", ("mixture", "vamp")),
+    "prior_flow": ("prior", ("flow",)),
+    "prior_layers": ("prior", ("flow",)),
+    "prior_hidden": ("prior", ("flow",)),
+    "posterior_flow": ("posterior", ("flow",)),
+    "posterior_layers": ("posterior", ("flow",)),
+    "posterior_hidden": ("posterior", ("flow",)),
+    "scale_map": ("posterior", ("diagonal", "full", "flow")),
+    "decay_start": ("schedule", ("cosine",)),
+    "free_bits": ("objective", ("free-bits",)),
+}
+
+
+def _check_own_options(options: Options) -> None:
+    """Raises ValueError for an option of a part that was not chosen, which would do nothing, and for parts at odds."""
+    for name, (of, words) in _OF_WORDS.items():
+        if getattr(options, name) != getattr(Options(), name) and getattr(options, of) not in words:
+            raise ValueError(
+                f"{flag(name)}: expected {flag(of)} {' or '.join(words)}, which it is of, got {getattr(options, of)}"
+            )
+    if options.upper_latents is None:
+        for name in ("upper_hidden", "inference", "decoder_input"):
+            if getattr(options, name) != getattr(Options(), name):
+                raise ValueError(f"{flag(name)}: expected --upper-latents beside it, which it is of, got none")
+        return
+    if options.posterior != "diagonal":
+        raise ValueError(f"--upper-latents: expected --posterior diagonal at every layer, got {options.posterior}")
+    if options.prior == "vamp":
+        raise ValueError(
+            "--upper-latents: expected a --prior with a density of its own, got vamp (the guide's density of the top "
+            "layer alone has no formula)"
+        )
+
+
+def _scale_map(options: Options) -> dict[str, Any]:
+    return {"log_scale": SCALE_MAPS[options.scale_map]}
 
 
 def is_autoencoder(options: Options) -> bool:
@@ -141,8 +295,8 @@ def is_autoencoder(options: Options) -> bool:
 
 def _check_objective(options: Options) -> None:
     """Raises ValueError for an objective that the posterior cannot have, or an option of another objective."""
-    if options.objective != "free-bits" and options.free_bits != Options().free_bits:
-        raise ValueError(f"--free-bits: expected --objective free-bits, which it is of, got {options.objective}")
+    if options.objective in ("iwae", "dreg", "stl") and options.kl != Options().kl:
+        raise ValueError(f"--kl: {options.objective} samples the KL; expected no --kl beside it")
     if options.objective == "free-bits" and options.kl != Options().kl:
         raise ValueError("--kl: free-bits takes the KL of each latent in closed form; expected no --kl beside it")
     if is_autoencoder(options) and options.objective != "elbo":
@@ -312,7 +466,9 @@ def resolve(options: Options, seen: data.Splits) -> Options:
     found = data.resolve_binarization(seen, options.binarization, default=default)
     if options.protocol == "iwae" and found != "dynamic":
         raise ValueError(f"--protocol iwae: expected --binarization dynamic, which it is a protocol of, got {found}")
-    warmup = default_warmup(options.epochs) if options.warmup_epochs is None else options.warmup_epochs
+    warmup = options.warmup_epochs
+    if warmup is None:
+        warmup = 0 if options.start_from else default_warmup(options.epochs)
     named = options.dataset in data.DATASETS
     check_precision(options)
     _check_objective(options)
@@ -327,6 +483,7 @@ def resolve(options: Options, seen: data.Splits) -> Options:
         hidden=options.hidden or default_hidden(options.network),
         dataset=options.dataset if named else str(Path(options.dataset).resolve()),
         data_dir=str(Path(options.data_dir).resolve()) if options.data_dir else None,
+        start_from=str(Path(options.start_from).resolve()) if options.start_from else None,
     )
 
 
@@ -391,10 +548,20 @@ def start_from_marginals(vae: VAE, x: Tensor) -> None:
     """
     decoder: Any = vae.likelihood
     encoder: Any = vae.posterior
+    prior: Any = vae.prior
     with torch.no_grad():
         decoder.net.output.bias.copy_(decoder.family.fit_marginals(x))
         if isinstance(encoder.net, networks.Standardized):
             encoder.net.fit_marginals(x)
+        if isinstance(prior, priors.VampPrior):
+            prior.start_from(x)
+
+
+def start_from_run(vae: VAE, run_dir: str) -> None:
+    """Puts another run's evaluated weights into a VAE of the same model. Raises ValueError where they do not fit."""
+    path = Path(run_dir) / runs.MODEL
+    weights, _ = runs.load_tensors(path)
+    load_weights(vae, path, weights)
 
 
 def objective(options: Options) -> Callable[..., Tensor]:
@@ -409,6 +576,7 @@ def schedule(options: Options) -> dict[str, Any]:
         "epochs": options.epochs,
         "batch_size": options.batch_size,
         "learning_rate": options.learning_rate,
+        "rate": RATES[options.schedule](options),
         "beta": options.beta,
         "warmup_epochs": options.warmup_epochs or 0,
         "clip_norm": options.clip_norm,
@@ -480,7 +648,8 @@ def load_weights(vae: VAE, path: Path, weights: dict[str, Tensor]) -> None:
         raise ValueError(f"{path}: the weights do not fit the run's config: {first}") from None
 
 
-_FROM_PYTHON = "from Python"  # in config.json, of a run folder that ``save`` made
+# In config.json, of a run folder without its training: what ``save`` made, and what came with the package.
+_FROM_PYTHON, SHIPPED = "from Python", "shipped"
 
 
 def save(trained: VAE, run_dir: str | Path, options: Options, *, metrics: Sequence[dict[str, Any]] = ()) -> Path:
@@ -520,12 +689,30 @@ def save(trained: VAE, run_dir: str | Path, options: Options, *, metrics: Sequen
 
 
 def is_from_python(run_dir: Path) -> bool:
-    """The folder was made by ``save``: there is no training to go on with."""
-    return runs.read_json(run_dir / runs.CONFIG).get("trained") == _FROM_PYTHON
+    """The folder was made by ``save``, or is a pretrained run: there is no training to go on with."""
+    return runs.read_json(run_dir / runs.CONFIG).get("trained") in (_FROM_PYTHON, SHIPPED)
+
+
+PRETRAINED = Path(__file__).parent / "pretrained"
+
+
+def run_folder(run_dir: str | Path) -> Path:
+    """The folder itself, or where there is none, that of the pretrained run with this name, in the package.
+
+    Raises:
+        ValueError: a single word that is neither.
+    """
+    folder = Path(run_dir)
+    names = sorted(path.parent.name for path in PRETRAINED.glob(f"*/{runs.CONFIG}"))
+    if folder.exists() or len(folder.parts) > 1 or not names:
+        return folder
+    if folder.name not in names:
+        raise ValueError(f"{folder}: expected a run folder, or a pretrained run ({', '.join(names)}), got neither")
+    return PRETRAINED / folder.name
 
 
 def load(run_dir: str | Path) -> VAE:
-    """The trained VAE of a run folder, on the CPU, in evaluation mode.
+    """The trained VAE of a run folder, or of a pretrained run by its name, on the CPU, in evaluation mode.
 
     It sees pixels as its training did. One of a density of 8-bit levels is a density of (level + u) / 256, which takes
     any numbers without a word: ``dequantized(load(run))`` is the mass of levels, and what the run's evaluation reports.
@@ -533,7 +720,7 @@ def load(run_dir: str | Path) -> VAE:
     Raises:
         ValueError: the folder is no run, has no weights yet, or is damaged.
     """
-    folder = Path(run_dir)
+    folder = run_folder(run_dir)
     options, seen = read_config(folder)
     with torch.random.fork_rng(devices=[]):  # fresh weights are drawn, and replaced
         model = vae(options, seen["event_shape"])

@@ -7,6 +7,7 @@ of truth: nothing is derived by hand, and nothing of Python is left in the compi
 
 from __future__ import annotations
 
+import operator
 import os
 import shutil
 import time
@@ -122,6 +123,7 @@ def _compiled(
         except Exception as error:
             raise CannotCapture(_in_words(error)) from error
         _join_logarithms(graph.graph)
+        _compute_once(graph.graph)
         graph.graph.eliminate_dead_code()
         graph.recompile()
         FakeTensorProp(graph, mode).propagate_dont_convert_inputs(*stand_ins)
@@ -241,6 +243,35 @@ def _summand(node: torch.fx.Node, sign: int, size: int) -> tuple[torch.fx.Node, 
         if found is not None:
             return found
     return None
+
+
+def _compute_once(graph: torch.fx.Graph) -> None:
+    """One operation for all of the same kind and inputs: what a program computes again costs nothing.
+
+    Random draws stay apart, and so does what comes before and after a change of an input. A detached tensor is the
+    tensor itself: the graph is differentiated already.
+    """
+    known: dict[Any, torch.fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.target in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
+            first: Any = node.args[0]
+        elif node.target is operator.getitem or _is_pure(node.target):
+            # Written out, 1 and 1.0, of which tensors of different types are made, are not equal.
+            first = known.setdefault((node.target, repr(node.args), repr(node.kwargs)), node)
+        else:
+            first = node
+            if getattr(getattr(node.target, "_schema", None), "is_mutable", True):
+                known.clear()
+        if first is not node:
+            node.replace_all_uses_with(first)
+            graph.erase_node(node)
+
+
+def _is_pure(target: Any) -> bool:
+    """Whether it is an operation that gives the same for the same inputs, and changes none of them."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    return torch.Tag.nondeterministic_seeded not in target.tags and not target._schema.is_mutable
 
 
 def _first_line(error: Exception) -> str:

@@ -15,6 +15,20 @@ from torch import Tensor, nn
 from ppl_vae.numerics import location_and_spread
 
 
+def start_wide(net: nn.Module) -> None:
+    """W ~ N(0, 1 / fan-in), b = 0, of every linear layer but the last: signals keep their size from layer to layer.
+
+    Torch's own start has a third of that variance, so that each layer shrinks its input.
+
+    Reference: LeCun et al. 1998, Efficient BackProp, section 4.6; He et al. 2015, arXiv 1502.01852, equation 10, has
+    twice that variance, for ReLU.
+    """
+    for name, layer in net.named_modules():
+        if isinstance(layer, nn.Linear) and name.rpartition(".")[2] != "output":
+            nn.init.normal_(layer.weight, 0.0, layer.in_features**-0.5)
+            nn.init.zeros_(layer.bias)
+
+
 def _leading(x: Tensor, event_shape: tuple[int, ...]) -> torch.Size:
     """The dimensions before the event; raises where the trailing dimensions are not E."""
     leading = x.dim() - len(event_shape)

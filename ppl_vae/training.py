@@ -17,25 +17,11 @@ from torch.nn.utils import clip_grad_norm_
 from ppl_vae import data, objectives
 from ppl_vae.capture import CannotCapture, CapturedStep
 from ppl_vae.evidence import Estimate, NotFinite, evaluate, in_evaluation_mode, reconstruction, seeded
+from ppl_vae.schedules import averaging, cosine, warmup
 from ppl_vae.vae import VAE
 from ppl_vae.weights import is_autoencoder, latent_sites
 
 _VALIDATION_SEED = 20140501
-
-
-def warmup(step: int, *, beta: float, warmup_steps: int) -> float:
-    """beta min(1, step / warmup_steps): from 0 at the first step, linearly."""
-    return beta * min(1.0, step / warmup_steps) if warmup_steps else beta
-
-
-def cosine(step: int, *, learning_rate: float, total_steps: int) -> float:
-    """learning_rate (1 + cos(pi step / total_steps)) / 2, from the whole rate at step 0 to nothing at the end."""
-    return learning_rate * (1 + math.cos(math.pi * step / total_steps)) / 2
-
-
-def averaging(step: int, *, decay: float) -> float:
-    """min(decay, (1 + step) / (10 + step)): while few weights were seen, the average forgets the first ones faster."""
-    return min(decay, (1 + step) / (10 + step))
 
 
 class TrainingState:
@@ -156,6 +142,7 @@ def fit(
     observe: Callable[[Tensor, torch.Generator | None], Tensor] = data.as_floats,
     batch_size: int = 100,
     learning_rate: float = 1e-3,
+    rate: Callable[..., float] = cosine,
     beta: float = 1.0,
     warmup_epochs: int = 0,
     clip_norm: float = 100.0,
@@ -175,7 +162,7 @@ def fit(
     With a deterministic guide (``posteriors.Delta``) and beta = 0 it trains a plain autoencoder; then there is no ELBO,
     and the best weights are those of the highest validation reconstruction log p(x | z(x)).
 
-    Adam with a cosine learning rate by step count; beta rises linearly from 0 over the warm-up; the gradient's global
+    Adam with a learning rate by step count; beta rises linearly from 0 over the warm-up; the gradient's global
     norm is clipped. A likelihood with a method ``refit(h, x)`` is given a batch every tenth step, for what it fits to
     the data in closed form. Values are checked against supports in the first epoch, or, with ``compile``, before it.
     Seed torch's global generator before the VAE is built (``pyro.set_rng_seed``): the weights, the noise of the sites
@@ -189,6 +176,8 @@ def fit(
         objective: (model, guide, x, *, beta) -> loss, nats an image.
         observe: what a batch of stored images becomes at every access; (values, generator), None for torch's global
             generator.
+        learning_rate: Adam's, at the start.
+        rate: (step, *, learning_rate, total_steps) -> the rate of that step; see ``schedules``.
         beta: the weight of the KL, after the warm-up.
         average_decay: of an exponential moving average of the weights, which then is what is validated and kept; 0 for
             none. See ``averaging``.
@@ -252,7 +241,7 @@ def fit(
         schedule = [
             (
                 warmup(step, beta=beta, warmup_steps=warmup_steps),
-                cosine(step, learning_rate=learning_rate, total_steps=total_steps),
+                rate(step, learning_rate=learning_rate, total_steps=total_steps),
                 averaging(step, decay=average_decay),
             )
             for step in range(state.step, (epoch + 1) * steps_an_epoch)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from ppl_vae import build, data, experiment, options
+from ppl_vae import build, data, experiment, flows, options
 
 SCRIPTS = sorted(
     path
@@ -84,8 +84,20 @@ def test_an_unknown_option_ends_a_script_with_code_2_and_one_line(script: Path) 
         (options.POSTERIORS, build.POSTERIORS),
         (options.SCALE_MAPS, build.SCALE_MAPS),
         (options.OBJECTIVES, build.OBJECTIVES),
+        (options.SCHEDULES, build.RATES),
+        (options.COUPLINGS, flows.COUPLINGS),
     ],
-    ids=["datasets", "likelihoods", "networks", "priors", "posteriors", "scale maps", "objectives"],
+    ids=[
+        "datasets",
+        "likelihoods",
+        "networks",
+        "priors",
+        "posteriors",
+        "scale-maps",
+        "objectives",
+        "schedules",
+        "couplings",
+    ],
 )
 def test_the_words_are_those_that_build_knows(words: tuple[str, ...], parts: dict[str, Any]) -> None:
     assert list(words) == list(parts)
@@ -101,7 +113,13 @@ def test_the_words_of_kl_are_those_that_build_knows() -> None:
 @pytest.mark.parametrize("likelihood", options.LIKELIHOODS)
 def test_every_combination_of_words_builds(network: str, prior: str, posterior: str, likelihood: str) -> None:
     asked = options.Options(
-        network=network, prior=prior, posterior=posterior, likelihood=likelihood, hidden=(5, 4), latent_dim=3
+        network=network,
+        prior=prior,
+        prior_components=3 if prior in ("mixture", "vamp") else options.Options().prior_components,
+        posterior=posterior,
+        likelihood=likelihood,
+        hidden=(5, 4),
+        latent_dim=3,
     )
     assert build.vae(asked, (1, 2, 3)).likelihood.event_shape == (1, 2, 3)
 
@@ -147,6 +165,22 @@ OTHER = options.Options(
     fit="stretch",
     color="rgb",
     channels=(3, 4, 5),
+    prior="mixture",
+    prior_components=7,
+    prior_flow="spline",
+    prior_layers=3,
+    prior_hidden=(9, 8),
+    posterior="full",
+    posterior_flow="spline",
+    posterior_layers=4,
+    posterior_hidden=(6,),
+    upper_latents=(5, 2),
+    upper_hidden=(4,),
+    inference="bottom-up",
+    decoder_input="all",
+    initialization="wide",
+    schedule="stages",
+    decay_start=0.5,
     binarization="threshold",
     dequantization="uniform",
     dequantization_draws=3,
@@ -209,6 +243,21 @@ LATER = [
     "transform",
     "scale_map",
     "free_bits",
+    "prior_components",
+    "prior_flow",
+    "prior_layers",
+    "prior_hidden",
+    "posterior_flow",
+    "posterior_layers",
+    "posterior_hidden",
+    "upper_latents",
+    "upper_hidden",
+    "inference",
+    "decoder_input",
+    "initialization",
+    "schedule",
+    "decay_start",
+    "start_from",
 ]
 
 # What a field that came later means where its default would be wrong: such a run was made otherwise.
@@ -335,6 +384,21 @@ BAD_WORDS = {
     "network": A_WORD,
     "prior": A_WORD,
     "posterior": A_WORD,
+    "prior_components": AT_LEAST_1,
+    "prior_flow": A_WORD,
+    "prior_layers": AT_LEAST_1,
+    "prior_hidden": AT_LEAST_1,
+    "posterior_flow": A_WORD,
+    "posterior_layers": AT_LEAST_1,
+    "posterior_hidden": AT_LEAST_1,
+    "upper_latents": AT_LEAST_1,
+    "upper_hidden": AT_LEAST_1,
+    "inference": A_WORD,
+    "decoder_input": A_WORD,
+    "initialization": A_WORD,
+    "schedule": A_WORD,
+    "decay_start": ("1", "-0.1", *_FLOAT_WORDS),
+    "start_from": ("",),
     "scale_map": A_WORD,
     "objective": A_WORD,
     "free_bits": NOT_BELOW_0,

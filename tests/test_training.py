@@ -20,7 +20,8 @@ from ppl_vae.networks import MLP
 from ppl_vae.options import Options
 from ppl_vae.posteriors import DiagonalNormal
 from ppl_vae.priors import StandardNormal
-from ppl_vae.training import TrainingState, cosine, warmup
+from ppl_vae.schedules import cosine, warmup
+from ppl_vae.training import TrainingState
 
 
 def _vae(*, seed=0, D=12, L=2):

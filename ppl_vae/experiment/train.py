@@ -44,7 +44,9 @@ def train(options: Options, run_dir: str | None, *, say: Say, draw: bool = True)
     if (options.warmup_epochs or 0) >= options.epochs and options.beta > 0:
         say(f"The warm-up of {options.warmup_epochs} epochs outlasts the training: beta never reaches {options.beta}.")
     build.check_support(options, splits)
-    build.vae(options, splits.event_shape)  # what cannot be built, or does not fit into memory, leaves no folder
+    built = build.vae(options, splits.event_shape)  # what cannot be built, or needs too much memory, leaves no folder
+    if options.start_from:
+        build.start_from_run(built, options.start_from)
     folder = runs.new_run_dir(run_dir, dataset=options.dataset, likelihood=options.likelihood)
     runs.write_json(folder / runs.CONFIG, build.config(options, splits))
     say(f"Run folder {folder}; --resume {folder} goes on if it is interrupted.")
@@ -78,7 +80,7 @@ def resume(
     folder, options = run.folder, run.options
     build.device(options.device)
     if run.from_python:
-        raise ValueError(f"--resume: expected a run of train_svi.py, but {folder} was saved from Python")
+        raise ValueError(f"--resume: expected a run of train_svi.py, but {folder} was saved from Python, or shipped")
     if epochs is not None and epochs < options.epochs:
         raise ValueError(f"--epochs: expected at least the run's {options.epochs}, got {epochs}")
     extended = epochs is not None and epochs > options.epochs
@@ -153,6 +155,9 @@ def _train(run: Run, *, say: Say, compile_if_possible: bool) -> None:
     if (folder / runs.TRAINING_STATE).exists():
         saved = runs.load_tensors(folder / runs.TRAINING_STATE)
         say(f"Going on from step {step:,}.")
+    elif options.start_from:
+        build.start_from_run(vae, options.start_from)
+        say(f"Starting from the weights of {options.start_from}.")
     else:
         build.start_from_marginals(vae, data.expected_images(splits, run.pixels))
     vae.to(device)

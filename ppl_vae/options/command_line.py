@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
+from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from ppl_vae.options.run import (
@@ -19,6 +21,7 @@ from ppl_vae.options.run import (
     NOT_EMPTY,
     POSITIVE,
     POSITIVE_INTEGER,
+    PRECISIONS,
     SIDES,
     SPLITS,
     WIDTH,
@@ -26,6 +29,7 @@ from ppl_vae.options.run import (
     Options,
     flag,
     one_of,
+    started_from,
 )
 
 
@@ -131,7 +135,17 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainCommand:
             parser.error(f"--resume: the run keeps its own options; beside it only {allowed}, got {', '.join(others)}")
         return TrainCommand(resume=resume, **given)
     fixed: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
-    return TrainCommand(options=Options(**fixed), run_dir=run_dir)
+    return TrainCommand(options=_from_other_run(fixed) if "start_from" in fixed else Options(**fixed), run_dir=run_dir)
+
+
+def _from_other_run(given: dict[str, Any]) -> Options:
+    path = Path(given["start_from"]) / "config.json"
+    try:
+        return started_from(json.loads(path.read_text(encoding="utf-8")), given)
+    except (OSError, NotADirectoryError):
+        raise ValueError(f"--start-from: expected a run folder, but {path} cannot be read") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: damaged: not JSON ({error})") from None
 
 
 def parse_evaluate(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -233,6 +247,29 @@ def parse_networks(argv: Sequence[str] | None = None) -> argparse.Namespace:
         compile="auto", image_size=None, fit="crop", color=None, likelihood="bernoulli", run_dir=None, output=None
     )
     return parser.parse_args(argv)
+
+
+def parse_reproduce(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """name (or None), epochs, epochs_share, precision, seed, device, data_dir, run_dir, output, list, table."""
+    parser = Parser("Train a published model stage by stage, evaluate it, and add a row beside the published number.")
+    parser.add_argument("name", metavar="NAME", nargs="?", help="a recipe; --list names them", default=None)
+    parser.add_argument("--list", action="store_true", help="say what recipes there are, and end")
+    parser.add_argument("--table", action="store_true", help="print the rows so far as the README's table, and end")
+    parser.add("epochs_share", float, POSITIVE, "a share of the recipe's epochs, which the row then says (default: 1)")
+    parser.add("epochs", int, POSITIVE_INTEGER, "the same as a number, of all stages together; each has one at least")
+    parser.add("precision", str, one_of(PRECISIONS), "as for train_svi.py (default: the recipe's, float32)")
+    parser.add_device_and_seed("of the training")
+    parser.add("data_dir", str, NOT_EMPTY, "as for train_svi.py")
+    parser.add("run_dir", str, NOT_EMPTY, "folder of the stages' run folders (default: runs/reproduce/NAME-seedN)")
+    parser.add("output", str, NOT_EMPTY, "the JSON file of the rows (default: scripts/results/reproductions.json)")
+    parser.set_defaults(list=False, table=False, epochs=None, epochs_share=None, precision=None, data_dir=None)
+    parser.set_defaults(run_dir=None, output="scripts/results/reproductions.json")
+    asked = parser.parse_args(argv)
+    if asked.name is None and not (asked.list or asked.table):
+        parser.error("NAME: expected a recipe, got none; --list names them")
+    if asked.epochs is not None and asked.epochs_share is not None:
+        parser.error("--epochs: expected it without --epochs-share, got both")
+    return asked
 
 
 class LikelihoodsCommand(NamedTuple):

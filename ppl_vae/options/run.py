@@ -33,12 +33,18 @@ LIKELIHOODS = (
     "poisson",
     "negative-binomial",
 )
-NETWORKS = ("mlp", "gated", "conv", "gated-conv", "residual", "gated-residual")
-DENSE_NETWORKS = ("mlp", "gated")
-PRIORS = ("standard-normal",)
-POSTERIORS = ("diagonal", "delta")
+NETWORKS = ("mlp", "tanh", "gated", "conv", "gated-conv", "residual", "gated-residual")
+DENSE_NETWORKS = ("mlp", "tanh", "gated")
+PRIORS = ("standard-normal", "mixture", "vamp", "flow")
+COUPLINGS = ("affine", "spline")
+POSTERIORS = ("diagonal", "full", "flow", "delta")
+POSTERIOR_FLOWS = ("iaf", "spline")
+INFERENCES = ("top-down", "bottom-up")
+DECODER_INPUTS = ("bottom", "all")
+INITIALIZATIONS = ("shrinking", "wide")
 SCALE_MAPS = ("bounded", "exp", "softplus")
-OBJECTIVES = ("elbo", "free-bits")
+OBJECTIVES = ("elbo", "free-bits", "iwae", "dreg", "stl")
+SCHEDULES = ("cosine", "stages")
 KLS = ("sampled", "analytic")
 KEEPS = ("best", "last")
 COMPILES = ("auto", "on", "off")
@@ -182,7 +188,7 @@ class Options:
         int,
         WIDTH,
         "widths of the encoder's dense hidden layers, the decoder's in reverse "
-        "(default: 300 300 for mlp and gated, 256 for the others, between convolutions and latents)",
+        "(default: 300 300 for dense networks, 256 for the others, between convolutions and latents)",
         several=True,
     )
     channels: tuple[int, ...] = option(
@@ -194,11 +200,59 @@ class Options:
         later=True,
     )
     prior: str = option("standard-normal", str, one_of(PRIORS), f"p(z): {', '.join(PRIORS)}")
+    prior_components: int = option(
+        500, int, WIDTH, "of the priors mixture and vamp: normals, or pseudo-images", later=True
+    )
+    prior_flow: str = option(
+        "affine", str, one_of(COUPLINGS), "of the prior flow: its couplings, affine or spline", later=True
+    )
+    prior_layers: int = option(10, int, WIDTH, "of the prior flow: couplings", later=True)
+    prior_hidden: tuple[int, ...] = option(
+        (256,), int, WIDTH, "of the prior flow: widths of each coupling's hidden layers", several=True, later=True
+    )
     posterior: str = option(
         "diagonal",
         str,
         one_of(POSTERIORS),
-        "q(z | x): diagonal, or delta, which with --beta 0 makes a plain autoencoder (no log-likelihood)",
+        "q(z | x): diagonal or full normal, flow, or delta, which with --beta 0 makes a plain autoencoder (no "
+        "log-likelihood)",
+    )
+    posterior_flow: str = option(
+        "iaf", str, one_of(POSTERIOR_FLOWS), "of the posterior flow: its layers, iaf or spline", later=True
+    )
+    posterior_layers: int = option(2, int, WIDTH, "of the posterior flow: layers", later=True)
+    posterior_hidden: tuple[int, ...] = option(
+        (256,), int, WIDTH, "of the posterior flow: widths of each layer's hidden layers", several=True, later=True
+    )
+    upper_latents: tuple[int, ...] | None = option(
+        None,
+        int,
+        WIDTH,
+        "dimensions of further layers of latents above z, from the bottom to the top (default: none)",
+        several=True,
+        later=True,
+    )
+    upper_hidden: tuple[int, ...] = option(
+        (100, 100),
+        int,
+        WIDTH,
+        "of each further layer: widths of the hidden layers to and from it",
+        several=True,
+        later=True,
+    )
+    inference: str = option(
+        "top-down",
+        str,
+        one_of(INFERENCES),
+        "of several layers of latents: top-down (a ladder, q(z_l | x, z_l+1)) or bottom-up, q(z_l+1 | z_l)",
+        later=True,
+    )
+    decoder_input: str = option(
+        "bottom",
+        str,
+        one_of(DECODER_INPUTS),
+        "of several layers of latents: what the decoder sees, bottom (the layer next to the image) or all",
+        later=True,
     )
     scale_map: str = option(
         "bounded",
@@ -228,7 +282,36 @@ class Options:
     latent_dim: int = option(40, int, WIDTH, "dimensions of z")
     epochs: int = option(50, int, POSITIVE_INTEGER, "passes through the training images")
     batch_size: int = option(100, int, POSITIVE_INTEGER, "images a step")
-    learning_rate: float = option(3e-3, float, POSITIVE, "Adam's, at the start; it falls to 0 on a cosine")
+    learning_rate: float = option(3e-3, float, POSITIVE, "Adam's, at the start")
+    initialization: str = option(
+        "shrinking",
+        str,
+        one_of(INITIALIZATIONS),
+        "of the networks' hidden layers: wide keeps the size of signals; shrinking, torch's own, has a third of that "
+        "variance",
+        later=True,
+    )
+    schedule: str = option(
+        "cosine",
+        str,
+        one_of(SCHEDULES),
+        "how it falls: to 0 on a cosine, or in the eight stages of Burda et al., each three times as long as the last",
+        later=True,
+    )
+    decay_start: float = option(
+        0.0,
+        float,
+        BELOW_ONE,
+        "share of the steps after which the cosine begins; the rate is flat until then",
+        later=True,
+    )
+    start_from: str | None = option(
+        None,
+        str,
+        NOT_EMPTY,
+        "run folder whose weights training starts from, a trained run of the same model (default: fresh weights)",
+        later=True,
+    )
     clip_norm: float = option(100.0, float, POSITIVE, "largest norm of the whole gradient")
     keep: str | None = option(
         None,
@@ -276,6 +359,16 @@ class Options:
             _check(spec, getattr(self, spec.name))
 
 
+# What a model and its data are, beside how it is trained: a run that starts from another takes these from it.
+MODEL_OPTIONS = (
+    *("dataset", "data_dir", "protocol", "image_size", "fit", "color", "binarization", "dequantization"),
+    *("likelihood", "likelihood_scale", "likelihood_components", "transform", "network", "hidden", "channels"),
+    *("prior", "prior_components", "prior_flow", "prior_layers", "prior_hidden"),
+    *("posterior", "posterior_flow", "posterior_layers", "posterior_hidden", "scale_map", "latent_dim"),
+    *("upper_latents", "upper_hidden", "inference", "decoder_input"),
+)
+
+
 def _check(spec: Any, value: Any) -> None:
     if value is None and spec.default is None:
         return
@@ -314,6 +407,22 @@ _RUNS_THAT_PAY = 5000
 def compiling_pays(runs: int) -> bool:
     """Whether ``--compile auto`` compiles a graph that will run so many times."""
     return runs >= _RUNS_THAT_PAY
+
+
+def started_from(config: Any, given: dict[str, Any]) -> Options:
+    """The options of a training that starts from another run's weights: that run's model and data, and what is given.
+
+    Args:
+        config: the other run's config.json.
+        given: options that are asked for, ``start_from`` among them.
+
+    Raises:
+        ValueError: the config is damaged.
+    """
+    if not isinstance(config, dict) or "options" not in config:
+        raise ValueError("damaged: expected an object with options")
+    other = from_json(config["options"])
+    return Options(**({name: getattr(other, name) for name in MODEL_OPTIONS} | given))
 
 
 def to_json(options: Options) -> dict[str, Any]:

@@ -1,12 +1,10 @@
-"""Posteriors q(z | h): features to a distribution over latents. One class a distribution."""
+"""Maps from a feature to a latent's log-scale."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
-import pyro.distributions as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import softplus
 
 from ppl_vae.numerics import bounded
@@ -51,45 +49,3 @@ def softplus_log_scale(h: Tensor) -> Tensor:
     Source: common practice; the offset is ours, so that h = 0 gives sigma = 1 as the other maps do.
     """
     return softplus(h + _SOFTPLUS_OFFSET).clamp(min=_LEAST_SOFTPLUS).log()
-
-
-class DiagonalNormal(nn.Module):
-    """q(z | h) = prod_l Normal(z_l; loc_l, scale_l), with h = (loc, feature) and log scale = g(feature).
-
-    Args:
-        latent_dim: L.
-        log_scale: g, from features to log-scales, elementwise; by default 7 tanh(feature / 7).
-    """
-
-    def __init__(self, latent_dim: int, *, log_scale: Callable[[Tensor], Tensor] = bounded_log_scale) -> None:
-        super().__init__()
-        self.log_scale = log_scale
-        self.event_shape = (latent_dim,)
-        self.num_features = 2 * latent_dim
-
-    def forward(self, h: Tensor) -> dist.Independent:
-        """h: (..., 2 L) -> batch shape (...), event shape (L,)."""
-        loc, feature = h.chunk(2, dim=-1)
-        return dist.Normal(loc, self.log_scale(feature).exp()).to_event(1)
-
-
-class Delta(nn.Module):
-    """q(z | h) = delta(z - h): the deterministic guide of a plain autoencoder.
-
-    It has no density: a model with it has reconstructions, and neither an ELBO nor a log-likelihood. Trained with the
-    latent sites' weight 0, the loss is -log p(x | z(x)).
-
-    Args:
-        latent_dim: L.
-
-    Reference: Hinton and Salakhutdinov 2006.
-    """
-
-    def __init__(self, latent_dim: int) -> None:
-        super().__init__()
-        self.event_shape = (latent_dim,)
-        self.num_features = latent_dim
-
-    def forward(self, h: Tensor) -> dist.Delta:
-        """h: (..., L) -> batch shape (...), event shape (L,)."""
-        return dist.Delta(h, event_dim=1)

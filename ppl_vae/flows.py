@@ -1,0 +1,278 @@
+"""Normalizing flows: invertible maps with the logarithm of their volume, and the distribution that a map makes.
+
+A layer maps u to y one way (``forward``, to draw) and back (``inverse``, for a density), each in one pass and each with
+log |det dy/du| or log |det du/dy|, for any leading dimensions. Pyro's own transforms keep a tensor from call to call
+(their cache) and its splines choose by values, which a compiled graph cannot; these hold nothing but their weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from pyro.distributions import TorchDistribution
+from torch import Tensor, nn
+from torch.distributions import constraints
+from torch.nn.functional import softmax, softplus
+
+from ppl_vae.networks import MLP
+from ppl_vae.numerics import bounded
+
+MAX_LOG_SCALE = 2.0  # of one affine coupling: a factor between 0.14 and 7.4
+SPLINE_BOUND = 5.0
+_LEAST_SHARE = 1e-3  # of a spline's interval that a bin takes, and the least slope at a knot
+
+
+class ElementwiseAffine(nn.Module):
+    """y = loc + exp(log_scale) u, each latent by itself: an activation norm that starts as the identity.
+
+    Args:
+        dim: L.
+
+    Reference: Kingma and Dhariwal 2018, arXiv 1807.03039, section 3.1 (there it starts from a batch's statistics).
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.loc = nn.Parameter(torch.zeros(dim))
+        self.log_scale = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """u: (..., L) -> y (..., L) and log |det dy/du|, ()."""
+        return self.loc + self.log_scale.exp() * u, self.log_scale.sum()
+
+    def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """y: (..., L) -> u (..., L) and log |det du/dy|, ()."""
+        return (y - self.loc) * (-self.log_scale).exp(), -self.log_scale.sum()
+
+
+class Permutation(nn.Module):
+    """y_l = u_{pi(l)}: a fixed order, drawn once from torch's global generator.
+
+    Args:
+        dim: L.
+    """
+
+    order: Tensor
+    back: Tensor
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        order = torch.randperm(dim)
+        self.register_buffer("order", order)
+        self.register_buffer("back", order.argsort())
+
+    def forward(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """u: (..., L) -> y (..., L) and 0."""
+        return u[..., self.order], u.new_zeros(())
+
+    def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """y: (..., L) -> u (..., L) and 0."""
+        return y[..., self.back], y.new_zeros(())
+
+
+class AffineCoupling(nn.Module):
+    """y = (a, exp(s(a)) b + t(a)) for u = (a, b), s = 2 tanh(h / 2), (h, t) = net(a): the identity at first.
+
+    The scale is bounded, so that no step of training can make one coupling explode.
+
+    Args:
+        dim: L, of which the first half, rounded up, is a.
+        hidden: widths of the network's hidden layers.
+
+    Reference: Dinh et al. 2017 (RealNVP), arXiv 1605.08803, equations 7 and 8; the bound on s is common practice.
+    """
+
+    def __init__(self, dim: int, *, hidden: Sequence[int]) -> None:
+        super().__init__()
+        self.kept = (dim + 1) // 2
+        self.net = _zero_at_first(MLP(self.kept, 2 * (dim - self.kept), hidden=hidden))
+
+    def _log_scale_and_shift(self, a: Tensor) -> tuple[Tensor, Tensor]:
+        h, shift = self.net(a).to(a.dtype).chunk(2, dim=-1)
+        return bounded(h, MAX_LOG_SCALE), shift
+
+    def forward(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """u: (..., L) -> y (..., L) and log |det dy/du|, (...)."""
+        a, b = u[..., : self.kept], u[..., self.kept :]
+        log_scale, shift = self._log_scale_and_shift(a)
+        return torch.cat([a, log_scale.exp() * b + shift], dim=-1), log_scale.sum(-1)
+
+    def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """y: (..., L) -> u (..., L) and log |det du/dy|, (...)."""
+        a, b = y[..., : self.kept], y[..., self.kept :]
+        log_scale, shift = self._log_scale_and_shift(a)
+        return torch.cat([a, (b - shift) * (-log_scale).exp()], dim=-1), -log_scale.sum(-1)
+
+
+class SplineCoupling(nn.Module):
+    """y = (a, g^-1(b; net(a))) for u = (a, b), g a monotone rational-quadratic spline: the identity at first.
+
+    g is the direction of the density; to draw takes the root of a quadratic equation. Outside [-5, 5] it is the
+    identity.
+
+    Args:
+        dim: L, of which the first half, rounded up, is a.
+        hidden: widths of the network's hidden layers.
+        bins: of each spline.
+
+    Reference: Durkan et al. 2019 (neural spline flows), arXiv 1906.04032, section 3.
+    """
+
+    def __init__(self, dim: int, *, hidden: Sequence[int], bins: int = 8) -> None:
+        super().__init__()
+        self.kept = (dim + 1) // 2
+        self.bins = bins
+        self.net = _zero_at_first(MLP(self.kept, (dim - self.kept) * (3 * bins - 1), hidden=hidden))
+
+    def _spline(self, a: Tensor, b: Tensor, *, inverse: bool) -> tuple[Tensor, Tensor]:
+        h = self.net(a).to(a.dtype).unflatten(-1, (-1, 3 * self.bins - 1))
+        found, log_slope = rational_quadratic_spline(b, h, bound=SPLINE_BOUND, inverse=inverse)
+        return torch.cat([a, found], dim=-1), log_slope.sum(-1)
+
+    def forward(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """u: (..., L) -> y (..., L) and log |det dy/du|, (...)."""
+        return self._spline(u[..., : self.kept], u[..., self.kept :], inverse=True)
+
+    def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """y: (..., L) -> u (..., L) and log |det du/dy|, (...)."""
+        return self._spline(y[..., : self.kept], y[..., self.kept :], inverse=False)
+
+
+def _zero_at_first(net: MLP) -> MLP:
+    """The network with its last layer set to 0: what it parametrizes starts as the identity."""
+    with torch.no_grad():
+        net.output.weight.zero_()
+        net.output.bias.zero_()
+    return net
+
+
+def rational_quadratic_spline(x: Tensor, h: Tensor, *, bound: float, inverse: bool = False) -> tuple[Tensor, Tensor]:
+    """A monotone map of [-bound, bound] onto itself, a ratio of quadratics between knots, and the identity outside.
+
+    K bins of widths softmax(h[:K]) and heights softmax(h[K:2K]); slopes at the inner knots softplus(h[2K:] + log(e-1)),
+    and 1 at the two ends. h = 0 is the identity.
+
+    Args:
+        x: (...), the argument; with ``inverse`` the value.
+        h: (..., 3 K - 1) features.
+        bound: half of the interval.
+        inverse: whether the inverse map is taken.
+
+    Returns:
+        The value (...), and the logarithm of its derivative with respect to x, (...).
+
+    Reference: Gregory and Delbourgo 1982; Durkan et al. 2019, arXiv 1906.04032, equations 4 to 8 and appendix A.1.
+    """
+    K = (h.shape[-1] + 1) // 3
+    widths, left = _bins(h[..., :K], bound)
+    heights, bottom = _bins(h[..., K : 2 * K], bound)
+    inner = _LEAST_SHARE + (1 - _LEAST_SHARE) * softplus(h[..., 2 * K :] + math.log(math.e - 1))
+    ends = torch.ones_like(h[..., :1])
+    slopes = torch.cat([ends, inner, ends], dim=-1)
+    inside = x.clamp(-bound, bound)
+    starts = bottom if inverse else left
+    below_end = torch.cat([inside[..., None] < starts[..., 1:], torch.ones_like(ends).bool()], dim=-1)
+    is_bin = (inside[..., None] >= starts) & below_end
+
+    def of_bin(values: Tensor) -> Tensor:
+        return torch.where(is_bin, values, torch.zeros_like(values)).sum(-1)
+
+    w, hgt = of_bin(widths), of_bin(heights)
+    x_0, y_0 = of_bin(left), of_bin(bottom)
+    d_0, d_1, s = of_bin(slopes[..., :-1]), of_bin(slopes[..., 1:]), hgt / w
+    bend = d_0 + d_1 - 2 * s
+    if inverse:
+        rise = inside - y_0
+        a = hgt * (s - d_0) + rise * bend
+        b = hgt * d_0 - rise * bend
+        c = -s * rise
+        t = 2 * c / (-b - (b * b - 4 * a * c).clamp(min=0).sqrt())
+    else:
+        t = (inside - x_0) / w
+    t = t.clamp(0, 1)
+    denominator = s + bend * t * (1 - t)
+    value = t * w + x_0 if inverse else y_0 + hgt * (s * t * t + d_0 * t * (1 - t)) / denominator
+    slope = s * s * (d_1 * t * t + 2 * s * t * (1 - t) + d_0 * (1 - t) * (1 - t)) / (denominator * denominator)
+    log_slope = -slope.log() if inverse else slope.log()
+    is_outside = x.abs() >= bound
+    return torch.where(is_outside, x, value), torch.where(is_outside, torch.zeros_like(x), log_slope)
+
+
+def _bins(h: Tensor, bound: float) -> tuple[Tensor, Tensor]:
+    """Lengths of K bins of [-bound, bound], and where each begins. h: (..., K) -> (..., K) twice."""
+    shares = _LEAST_SHARE + (1 - _LEAST_SHARE * h.shape[-1]) * softmax(h, dim=-1)
+    lengths = 2 * bound * shares
+    return lengths, lengths.cumsum(-1) - lengths - bound
+
+
+COUPLINGS: dict[str, Any] = {"affine": AffineCoupling, "spline": SplineCoupling}
+
+
+class Flow(nn.Module):
+    """y = f_n(... f_1(u)): layers one after the other; the volumes' logarithms add up.
+
+    Args:
+        layers: each with ``forward`` and ``inverse``.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    @classmethod
+    def of_couplings(cls, dim: int, *, coupling: type[nn.Module], num_layers: int, hidden: Sequence[int]) -> Flow:
+        """num_layers times an elementwise affine map, a coupling and a permutation, and an affine map at the end."""
+        layers: list[nn.Module] = []
+        for _ in range(num_layers):
+            layers += [ElementwiseAffine(dim), coupling(dim, hidden=hidden), Permutation(dim)]
+        return cls([*layers, ElementwiseAffine(dim)])
+
+    def forward(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """u: (..., L) -> y (..., L) and log |det dy/du|, (...)."""
+        total = u.new_zeros(u.shape[:-1])
+        for layer in self.layers:
+            u, log_volume = layer(u)
+            total = total + log_volume
+        return u, total
+
+    def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """y: (..., L) -> u (..., L) and log |det du/dy|, (...)."""
+        total = y.new_zeros(y.shape[:-1])
+        for layer in reversed(self.layers):
+            y, log_volume = layer.inverse(y)  # type: ignore[operator]
+            total = total + log_volume
+        return y, total
+
+
+class Pushforward(TorchDistribution):
+    """The distribution of z = f(u), u ~ base: log p(z) = log base(f^-1(z)) + log |det df^-1/dz|.
+
+    Args:
+        base: a reparametrized distribution of u, event (L,).
+        flow: f, with ``forward`` and ``inverse``.
+    """
+
+    arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012 (torch's name and form)
+    support = constraints.real_vector
+    has_rsample = True
+
+    def __init__(self, base: Any, flow: Any) -> None:
+        self.base = base
+        self.flow = flow
+        super().__init__(base.batch_shape, base.event_shape, validate_args=False)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> Pushforward:
+        """With another batch shape."""
+        return Pushforward(self.base.expand(batch_shape), self.flow)
+
+    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008 (torch's signature)
+        """sample_shape + batch shape + (L,)."""
+        return self.flow(self.base.rsample(sample_shape))[0]
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """value: (..., L) -> (...) nats."""
+        u, log_volume = self.flow.inverse(value)
+        return self.base.log_prob(u) + log_volume

@@ -1,0 +1,333 @@
+"""Several stochastic layers: p(x, z_1..z_n) = p(z_n) prod_l p(z_l | z_{l+1}) p(x | z), and guides of as many layers.
+
+    prior = LayeredPrior(StandardNormal(10), [Conditional(MLP(10, 2 * 40, hidden=(100,)), DiagonalNormal(40))])
+    posterior = TopDown([MLP(E, 200, hidden=(200,)), MLP(200, 100, hidden=(100,))], [to_40, to_10], prior)
+    vae = HierarchicalVAE(prior, Conditional(OfBottomLayer(decoder, prior.latent_dims), Bernoulli(E)), posterior)
+
+Layer 1 is next to the image, layer n on top. The latents of all layers side by side, z = (z_1, ..., z_n), are one
+vector, of which prior, posterior and likelihood speak as those of a VAE of one layer do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.distributions import TorchDistribution, constraints
+from torch import Size, Tensor, nn
+
+from ppl_vae.conditional import Conditional
+from ppl_vae.vae import _one_an_image, _over_event
+
+
+class Chain(TorchDistribution):
+    """p(z_1, ..., z_n) = p(z_a) p(z_b | z_a) p(z_c | z_b) ...: layers drawn one from another, as one vector.
+
+    Whichever way they are drawn, layer 1 comes first in the vector. Mean and variance have no formula.
+
+    Args:
+        first: p(z_a), batch (...), of layer 1 or n.
+        links: for each further layer, z of the layer before (..., L) -> its distribution, reparametrized if ``first``
+            is.
+        latent_dims: (L_1, ..., L_n).
+        upward: drawn from layer 1 up to n, or else from n down to 1.
+
+    Raises:
+        ValueError: where ``log_prob`` is asked for vectors that are not (..., L_1 + ... + L_n).
+    """
+
+    arg_constraints: dict[str, Any] = {}  # noqa: RUF012, the name and type that torch asks for
+    support = constraints.real_vector
+
+    def __init__(
+        self, first: Any, links: Sequence[Callable[[Tensor], Any]], *, latent_dims: Sequence[int], upward: bool
+    ) -> None:
+        self.first, self.links, self.latent_dims, self.upward = first, tuple(links), tuple(latent_dims), upward
+        super().__init__(first.batch_shape, Size((sum(self.latent_dims),)))
+
+    @property
+    def has_rsample(self) -> bool:
+        return self.first.has_rsample
+
+    def draw(self, sample: Callable[[str, Any], Tensor]) -> Tensor:
+        """z (..., L_1 + ... + L_n), one sample("z_l", p(z_l | ...)) a layer: ``pyro.sample`` makes a site of each."""
+        names = [f"z_{layer + 1}" for layer in range(len(self.latent_dims))]
+        first, *further = names if self.upward else names[::-1]
+        z = [sample(first, self.first)]
+        for name, link in zip(further, self.links, strict=True):
+            z.append(sample(name, link(z[-1])))
+        return torch.cat(z if self.upward else z[::-1], dim=-1)
+
+    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """(*sample_shape, ..., L_1 + ... + L_n), with gradients."""
+        return self._expanded_by(sample_shape).draw(lambda name, distribution: distribution.rsample())
+
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """(*sample_shape, ..., L_1 + ... + L_n)."""
+        with torch.no_grad():
+            return self._expanded_by(sample_shape).draw(lambda name, distribution: distribution.sample())
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """The sum over the layers. z: (..., L_1 + ... + L_n) -> (...), nats."""
+        if z.shape[-1:] != self.event_shape:
+            raise ValueError(f"z: expected shape (..., {self.event_shape[0]}), got {tuple(z.shape)}")
+        given = {f"z_{i + 1}": z_l for i, z_l in enumerate(z.split(self.latent_dims, dim=-1))}
+        log_p = []
+
+        def look_up(name: str, distribution: Any) -> Tensor:
+            log_p.append(distribution.log_prob(given[name]))
+            return given[name]
+
+        self.draw(look_up)
+        return sum(log_p[1:], log_p[0])
+
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> Chain:
+        first = self.first.expand(Size(batch_shape))
+        return Chain(first, self.links, latent_dims=self.latent_dims, upward=self.upward)
+
+    def _expanded_by(self, sample_shape: Sequence[int]) -> Chain:
+        return self.expand(Size(sample_shape) + self.batch_shape) if len(sample_shape) else self
+
+
+class LayeredPrior(nn.Module):
+    """p(z_1, ..., z_n) = p(z_n) p(z_{n-1} | z_n) ... p(z_1 | z_2).
+
+    Args:
+        top: () -> p(z_n), event (L_n,); it has ``event_shape``. Any prior of a VAE of one layer.
+        layers: p(z_1 | z_2), ..., p(z_{n-1} | z_n), each (..., L_{l+1}) -> event (L_l,).
+
+    Reference: Rezende et al. 2014, arXiv 1401.4082; Burda et al. 2016, 1509.00519; Sønderby et al. 2016, 1602.02282.
+    """
+
+    def __init__(self, top: nn.Module, layers: Sequence[Conditional]) -> None:
+        super().__init__()
+        self.top = top
+        self.layers = nn.ModuleList(layers)
+
+    @property
+    def latent_dims(self) -> tuple[int, ...]:
+        """(L_1, ..., L_n)."""
+        return _latent_dims([*self.layers, self.top])
+
+    @property
+    def event_shape(self) -> tuple[int, ...]:
+        """(L_1 + ... + L_n,)."""
+        return (sum(self.latent_dims),)
+
+    def forward(self) -> Chain:
+        """-> batch shape (), event shape (L_1 + ... + L_n,)."""
+        return Chain(self.top(), [*self.layers][::-1], latent_dims=self.latent_dims, upward=False)
+
+
+class BottomUp(nn.Module):
+    """q(z_1, ..., z_n | x) = q(z_1 | x) q(z_2 | z_1) ... q(z_n | z_{n-1}).
+
+    It draws against the order of the model, so its KL must be sampled: E_q[log q(z_1 | x) - log p(z_1 | z_2)] is not
+    the mean of KL(q(z_1 | x) || p(z_1 | z_2)), since z_2 depends on z_1. With a ``TopDown`` the KL of a layer may be
+    taken in closed form.
+
+    Args:
+        layers: q(z_1 | x), q(z_2 | z_1), ..., each with event (L_l,).
+
+    Reference: Burda et al. 2016, arXiv 1509.00519 (their models of two layers).
+    """
+
+    def __init__(self, layers: Sequence[Conditional]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    @property
+    def latent_dims(self) -> tuple[int, ...]:
+        """(L_1, ..., L_n)."""
+        return _latent_dims([*self.layers])
+
+    @property
+    def net(self) -> Any:
+        """The network that sees the image."""
+        return self.layers[0].net
+
+    def forward(self, x: Tensor) -> Chain:
+        """x: (B, *E) -> batch shape (B,), event shape (L_1 + ... + L_n,)."""
+        first, *further = self.layers
+        return Chain(first(x), further, latent_dims=self.latent_dims, upward=True)
+
+
+class TopDown(nn.Module):
+    """q(z_1, ..., z_n | x) = q(z_n | x) prod_l q(z_l | x, z_{l+1}): the ladder, in the order of the model.
+
+        d_0 = x,  d_l = a(f_l(d_{l-1}))                                        # upward, deterministic
+        q(z_n | x) = r_n(d_n)
+        q(z_l | x, z_{l+1}) proportional to r_l(d_l) p(z_l | z_{l+1})          # downward; both diagonal normals
+
+    What the image says of a layer, r_l = N(loc_l(d_l), scale_l(d_l)^2), is weighed against what the layers above say
+    by their precisions.
+
+    Args:
+        features: f_1, ..., f_n, networks (..., F_{l-1}) -> (..., F_l); f_1 takes images.
+        readouts: r_1, ..., r_n, each (..., F_l) -> a diagonal normal, event (L_l,).
+        prior: the prior of the same VAE. Its weights are used here, and registered there alone.
+        activation: a, elementwise, after every f_l.
+
+    Raises:
+        ValueError: where the numbers of features, readouts and layers of the prior are not the same.
+
+    Reference: Sønderby et al. 2016, arXiv 1602.02282 (the ladder VAE); here without their batch normalization, whose
+    statistics would let images see each other.
+    """
+
+    def __init__(
+        self,
+        features: Sequence[nn.Module],
+        readouts: Sequence[Conditional],
+        prior: LayeredPrior,
+        *,
+        activation: type[nn.Module] = nn.LeakyReLU,
+    ) -> None:
+        super().__init__()
+        if not len(features) == len(readouts) == len(prior.latent_dims):
+            raise ValueError(
+                f"features, readouts: expected {len(prior.latent_dims)} of each, one a layer of the prior, "
+                f"got {len(features)} and {len(readouts)}"
+            )
+        self.features = nn.ModuleList(features)
+        self.readouts = nn.ModuleList(readouts)
+        self.activation = activation()
+        self._prior = (prior,)  # in a tuple, for else its weights were registered, and stored, twice
+
+    @property
+    def latent_dims(self) -> tuple[int, ...]:
+        """(L_1, ..., L_n)."""
+        return _latent_dims([*self.readouts])
+
+    @property
+    def net(self) -> Any:
+        """The network that sees the image."""
+        return self.features[0]
+
+    def forward(self, x: Tensor) -> Chain:
+        """x: (B, *E) -> batch shape (B,), event shape (L_1 + ... + L_n,)."""
+        from_x, d = [], x
+        for feature, readout in zip(self.features, self.readouts, strict=True):
+            d = _as_precise(self.activation(feature(d)), x)
+            from_x.append(readout(d))
+        links = [partial(_weighed, r_l, layer) for r_l, layer in zip(from_x, self._prior[0].layers, strict=False)]
+        return Chain(from_x[-1], links[::-1], latent_dims=self.latent_dims, upward=False)
+
+
+def _as_precise(d: Tensor, x: Tensor) -> Tensor:
+    """Features in the type that they have without autocast, which readouts give to their distributions."""
+    if not torch.is_autocast_enabled(d.device.type):
+        return d
+    return d.to(x.dtype if x.is_floating_point() else torch.float32)
+
+
+def _weighed(r: Any, layer: Callable[[Tensor], Any], z_above: Tensor) -> dist.Independent:
+    """q(z_l | x, z_{l+1}) proportional to r(z_l) p(z_l | z_{l+1})."""
+    return product_of_normals(layer(z_above), r)
+
+
+def product_of_normals(p: Any, q: Any) -> dist.Independent:
+    """The normal proportional to p q: 1 / s^2 = 1 / s_p^2 + 1 / s_q^2 and m / s^2 = m_p / s_p^2 + m_q / s_q^2.
+
+    Written with s_p / sqrt(s_p^2 + s_q^2), from 0 to 1: a precision, which overflows where a scale is small, is never
+    formed.
+
+    Args:
+        p, q: diagonal normals, batches (...), event (L,).
+
+    Returns:
+        The same, with the batch to which both broadcast.
+
+    Raises:
+        ValueError: where one of them is no diagonal normal.
+    """
+    p, q = _normal(p), _normal(q)
+    both = torch.hypot(p.scale, q.scale)
+    loc = p.loc + (p.scale / both).square() * (q.loc - p.loc)
+    return dist.Normal(loc, p.scale * (q.scale / both)).to_event(1)
+
+
+def _normal(distribution: Any) -> Any:
+    base = getattr(distribution, "base_dist", None)
+    if not isinstance(base, torch.distributions.Normal):
+        raise ValueError(f"ladder: expected diagonal normals at every layer, got {type(distribution).__name__}")
+    return base
+
+
+def _latent_dims(parts: Sequence[Any]) -> tuple[int, ...]:
+    return tuple(part.event_shape[0] for part in parts)
+
+
+class OfBottomLayer(nn.Module):
+    """h = net(z_1), of z = (z_1, ..., z_n): a decoder that sees the layer next to the image, p(x | z) = p(x | z_1).
+
+    A network of all of z, (..., L_1 + ... + L_n), in its place is a decoder p(x | z_1, ..., z_n), with a way from every
+    layer to the image; a layer that can act on it by itself is lost less easily.
+
+    Args:
+        net: (..., L_1) -> (..., F).
+        latent_dims: (L_1, ..., L_n).
+
+    Raises:
+        ValueError: where z is not (..., L_1 + ... + L_n).
+    """
+
+    def __init__(self, net: nn.Module, latent_dims: Sequence[int]) -> None:
+        super().__init__()
+        self.net = net
+        self.latent_dims = tuple(latent_dims)
+
+    @property
+    def output(self) -> Any:
+        """The network's last layer."""
+        return self.net.output
+
+    def forward(self, z: Tensor) -> Tensor:
+        if z.shape[-1:] != (sum(self.latent_dims),):
+            raise ValueError(f"z: expected shape (..., {sum(self.latent_dims)}), got {tuple(z.shape)}")
+        return self.net(z[..., : self.latent_dims[0]])
+
+
+class HierarchicalVAE(nn.Module):
+    """p(x, z_1..z_n) = p(z_n) prod_l p(z_l | z_{l+1}) p(x | z_1..z_n), with the guide q(z_1..z_n | x).
+
+    The programs are those of ``VAE``, with a site ``z_l`` for each layer in the place of one site for all. x is
+    (B, *E), images are the plate at dim -1.
+
+    Args:
+        prior: () -> p(z_1..z_n), a ``LayeredPrior``.
+        likelihood: z (..., L_1 + ... + L_n) -> p(x | z), batch (...), event E; see ``OfBottomLayer``.
+        posterior: x (B, *E) -> q(z_1..z_n | x), ``BottomUp`` or ``TopDown``.
+
+    Raises:
+        ValueError: where prior and posterior have not the same layers, or the shape of an image is not the
+            likelihood's event shape.
+
+    Reference: Burda et al. 2016, arXiv 1509.00519; Sønderby et al. 2016, arXiv 1602.02282.
+    """
+
+    def __init__(self, prior: LayeredPrior, likelihood: Callable[[Tensor], Any], posterior: BottomUp | TopDown) -> None:
+        super().__init__()
+        if posterior.latent_dims != prior.latent_dims:
+            raise ValueError(
+                f"posterior: expected layers of {prior.latent_dims} latents, as the prior's, "
+                f"got {posterior.latent_dims}"
+            )
+        self.prior = prior
+        self.likelihood = likelihood
+        self.posterior = posterior
+
+    def model(self, x: Tensor) -> None:
+        """z_n ~ p(z_n), z_l ~ p(z_l | z_{l+1}), x ~ p(x | z). x: (B, *E), observed."""
+        with pyro.plate("images", len(x), dim=-1):
+            z = self.prior().draw(pyro.sample)
+            pyro.sample("x", _over_event(self.likelihood(z), x), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        """z_1..z_n ~ q(z_1..z_n | x), layer by layer. x: (B, *E)."""
+        with pyro.plate("images", len(x), dim=-1):
+            _one_an_image(self.posterior(x), x).draw(pyro.sample)

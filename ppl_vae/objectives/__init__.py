@@ -1,0 +1,8 @@
+"""Objectives: (model, guide, x) -> loss, nats an image. What changes only training is here, never in the programs."""
+
+from ppl_vae.objectives.free_kl import free_bits
+from ppl_vae.objectives.importance import dreg, iwae, stl
+from ppl_vae.objectives.precision import autocast
+from ppl_vae.objectives.tempered import Temper, elbo
+
+__all__ = ["Temper", "autocast", "dreg", "elbo", "free_bits", "iwae", "stl"]

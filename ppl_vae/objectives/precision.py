@@ -1,0 +1,23 @@
+"""An objective computed in a narrower type."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ppl_vae.weights import Program
+
+
+def autocast(objective: Callable[..., Tensor], dtype: torch.dtype) -> Callable[..., Tensor]:
+    """The objective with matrix products and convolutions in a narrower type: its gradients are rounded, too.
+
+    Distributions stay in the type of the data (see ``Conditional``). Only training sees it.
+    """
+
+    def narrowed(model: Program, guide: Program, x: Tensor, *, beta: float | Tensor) -> Tensor:
+        with torch.autocast(x.device.type, dtype=dtype):
+            return objective(model, guide, x, beta=beta)
+
+    return narrowed

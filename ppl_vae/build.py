@@ -580,6 +580,7 @@ def schedule(options: Options) -> dict[str, Any]:
         "beta": options.beta,
         "warmup_epochs": options.warmup_epochs or 0,
         "clip_norm": options.clip_norm,
+        "skip_norm": options.skip_norm,
         "average_decay": options.average_decay,
         "keep_last": options.keep == "last",
         "seed": options.seed,

@@ -260,7 +260,7 @@ def _compute_once(graph: torch.fx.Graph) -> None:
             first = known.setdefault((node.target, repr(node.args), repr(node.kwargs)), node)
         else:
             first = node
-            if getattr(getattr(node.target, "_schema", None), "is_mutable", True):
+            if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
                 known.clear()
         if first is not node:
             node.replace_all_uses_with(first)
@@ -309,10 +309,14 @@ class CapturedStep:
         observe: (B, *E) of it -> x.
         batch_size: B.
         clip_norm: the largest global norm of the gradient.
+        skip_norm: a step whose gradient's norm is above it, or whose loss or gradient is not finite, changes nothing
+            but ``skipped``; None for no such step.
         averages: a running average for each parameter, by name; None for none.
 
     Attributes:
-        total: 0-d float64, the sum of loss * B over all steps since it was last set.
+        total: 0-d float64, the sum of loss * B over all steps since it was last set, but for those left out.
+        counted: 0-d int64, the images behind it.
+        skipped: 0-d int64, how many steps were left out.
         is_finite: 0-d bool, whether all steps so far were.
         taken: 0-d int64, how many were.
         compile_seconds: what tracing and compiling took.
@@ -331,6 +335,7 @@ class CapturedStep:
         *,
         batch_size: int,
         clip_norm: float,
+        skip_norm: float | None = None,
         averages: Mapping[str, Tensor] | None = None,
     ) -> None:
         started = time.monotonic()
@@ -341,13 +346,16 @@ class CapturedStep:
             raise CannotCapture("no parameter of the module is trained")
         _check_apart(weights)
         some = next(iter(weights.values()))
-        self._loss = _WithItsModule(module, loss)
+        self._module = module
+        self._loss = loss
         self._observe = observe
-        self._clip_norm = clip_norm
+        self._clip_norm, self._skip_norm = clip_norm, skip_norm
         self._optimizer = optimizer
         self._index = torch.zeros(batch_size, dtype=torch.long, device=some.device)
         self._scalars = torch.zeros(4, dtype=some.dtype, device=some.device)
         self.total = torch.zeros((), dtype=torch.double, device=some.device)
+        self.counted = torch.zeros((), dtype=torch.long, device=some.device)
+        self.skipped = torch.zeros((), dtype=torch.long, device=some.device)
         self.is_finite = torch.ones((), dtype=torch.bool, device=some.device)
         self.taken = torch.zeros((), dtype=torch.long, device=some.device)
         self._state = {
@@ -357,6 +365,8 @@ class CapturedStep:
             "buffers": dict(module.named_buffers()) | fixed,
             "stored": stored,
             "total": self.total,
+            "counted": self.counted,
+            "skipped": self.skipped,
             "is_finite": self.is_finite,
             "taken": self.taken,
             "scalars": self._scalars,
@@ -402,15 +412,21 @@ class CapturedStep:
         x = self._observe(s["stored"][index])
 
         def loss_of(weights: dict[str, Tensor]) -> Tensor:
-            values = {f"module.{name}": value for name, value in (weights | s["buffers"]).items()}
-            return torch.func.functional_call(self._loss, values, (x, beta))
+            with replaced(self._module, weights | s["buffers"]), _buffers_kept(self._module):
+                return self._loss(x, beta)
 
         gradients, loss = torch.func.grad_and_value(loss_of)(s["weights"])
         norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients.values()]))
         shrink = (self._clip_norm / (norm + 1e-6)).clamp(max=1.0)
-        good = s["is_finite"] & loss.isfinite() & norm.isfinite()
-        s["is_finite"].copy_(good)
-        s["taken"].copy_(s["taken"] + good)
+        good = loss.isfinite() & norm.isfinite()
+        if self._skip_norm is None:
+            good = s["is_finite"] & good
+            s["is_finite"].copy_(good)
+            s["taken"].copy_(s["taken"] + good)
+        else:
+            good = good & (norm <= self._skip_norm)
+            s["skipped"].copy_(s["skipped"] + ~good)
+        s["counted"].copy_(s["counted"] + good * len(index))
         s["total"].copy_(torch.where(good, s["total"] + loss.double() * len(index), s["total"]))
         for name, w in s["weights"].items():
             first, second = s["moments"][name]
@@ -428,21 +444,39 @@ class CapturedStep:
         return (loss.detach(),)
 
 
-class _WithItsModule(nn.Module):
-    """A loss beside the module that it reads, so that the module's parameters can be put in its place."""
+@contextmanager
+def replaced(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Within it, these tensors are the module's parameters and buffers of these names, wherever it uses them.
 
-    def __init__(self, module: nn.Module, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
-        super().__init__()
-        self.module = module
-        self.loss = loss
+    ``torch.func.functional_call`` does not put back what a module that is registered twice holds, as the posterior is
+    that a VampPrior holds, too.
+    """
+    named = dict(module.named_parameters()) | dict(module.named_buffers())
+    new = {id(named[name]): value for name, value in values.items()}
+    slots: list[tuple[dict[str, Any], str, Any]] = [
+        (slot, name, tensor)
+        for part in module.modules()
+        for slot in (part._parameters, part._buffers)
+        for name, tensor in slot.items()
+        if id(tensor) in new
+    ]
+    try:
+        for slot, name, tensor in slots:
+            slot[name] = new[id(tensor)]
+        yield
+    finally:
+        for slot, name, tensor in slots:
+            slot[name] = tensor
 
-    def forward(self, x: Tensor, beta: Tensor) -> Tensor:
-        before = dict(self.module.named_buffers())
-        loss = self.loss(x, beta)
-        replaced = [name for name, buffer in self.module.named_buffers() if before.get(name) is not buffer]
-        if replaced:
-            raise CannotCapture(f"it replaces a buffer of the module, {replaced[0]}, which the graph would forget")
-        return loss
+
+@contextmanager
+def _buffers_kept(module: nn.Module) -> Iterator[None]:
+    """Refuses that a buffer is replaced by another."""
+    before = dict(module.named_buffers())
+    yield
+    others = [name for name, buffer in module.named_buffers() if before.get(name) is not buffer]
+    if others:
+        raise CannotCapture(f"it replaces a buffer of the module, {others[0]}, which the graph would forget")
 
 
 def _moments(optimizer: torch.optim.Adam, parameter: nn.Parameter) -> tuple[Tensor, Tensor]:

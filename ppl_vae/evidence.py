@@ -7,14 +7,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyro
 import torch
 from torch import Tensor, nn
 
-from ppl_vae.capture import compiled
-from ppl_vae.conditional import NUMBERS_A_PIXEL, numbers_a_pixel
+from ppl_vae.capture import compiled, replaced
+from ppl_vae.conditional import NUMBERS_A_PIXEL, numbers_a_pixel, numbers_a_vector
 from ppl_vae.numerics import LogWeightSummary
 from ppl_vae.vae import VAE
 from ppl_vae.weights import Program, log_reconstruction, log_weight_terms
@@ -99,6 +99,27 @@ def particles_a_pass(x: Tensor, numbers_a_pixel: int = NUMBERS_A_PIXEL) -> int:
     return max(1, int(_PASS_BYTES[x.device.type] / max(1, bytes_a_pair)))
 
 
+def vectors_a_pass(distribution: Any, *, device: str = "cpu") -> int:
+    """How many z are drawn of a distribution at once, or have their densities taken: one tensor of them fills a pass.
+
+    A mixture of 500 normals in 40 dimensions holds 20,000 numbers of each z, many more than a decoder holds of a digit.
+    """
+    return max(1, int(_PASS_BYTES[device] / (4 * max(1, numbers_a_vector(distribution)))))
+
+
+@torch.no_grad()
+def weighed_a_pass(vae: Any, x: Tensor) -> int:
+    """How many (particle, image) pairs have their log-weights taken at once, by the likelihood and by the prior.
+
+    Args:
+        vae: with ``likelihood`` and ``prior``; what has neither, such as a user's program, is taken to hold little.
+        x: images (N, *E).
+    """
+    pairs = particles_a_pass(x, numbers_a_pixel(getattr(vae, "likelihood", None)))
+    prior = getattr(vae, "prior", None)
+    return pairs if prior is None else min(pairs, vectors_a_pass(prior(), device=x.device.type))
+
+
 Terms = Callable[[Program, Program, Tensor, int], tuple[Tensor, Tensor]]
 
 
@@ -117,11 +138,12 @@ class CapturedTerms:
     def __init__(self, vae: VAE, x: Tensor, num_particles: int) -> None:
         self._shape = (tuple(x.shape), num_particles)
         values = dict(vae.named_parameters()) | dict(vae.named_buffers())
-        module, names = _TermsOf(vae, num_particles), [f"vae.{name}" for name in values]
+        names = list(values)
         self._tensors = [value.detach() for value in values.values()]  # the same memory: changes in place are seen
 
         def function(*tensors: Tensor) -> tuple[Tensor, Tensor]:
-            return torch.func.functional_call(module, dict(zip(names, tensors[:-1], strict=True)), (tensors[-1],))
+            with replaced(vae, dict(zip(names, tensors[:-1], strict=True))):
+                return log_weight_terms(vae.model, vae.guide, tensors[-1], num_particles)
 
         self._run = compiled(function, [*self._tensors, x.contiguous()])
 
@@ -130,18 +152,6 @@ class CapturedTerms:
             return log_weight_terms(model, guide, x, num_particles)
         log_p_x_given_z, log_p_z_over_q_z = self._run([*self._tensors, x.contiguous()])
         return log_p_x_given_z, log_p_z_over_q_z
-
-
-class _TermsOf(nn.Module):
-    """log_weight_terms beside its VAE, so that the VAE's parameters can be put in its place."""
-
-    def __init__(self, vae: VAE, num_particles: int) -> None:
-        super().__init__()
-        self.vae = vae
-        self.num_particles = num_particles
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return log_weight_terms(self.vae.model, self.vae.guide, x, self.num_particles)
 
 
 @torch.no_grad()
@@ -168,7 +178,7 @@ def importance(
         x: images (N, *E).
         num_particles: S.
         chunk: the most particles an image that are held at once; by default what suits the size of an image, and, where
-            the model is a VAE's, what its likelihood holds of a pixel.
+            the model is a VAE's, what its likelihood holds of a pixel and its prior of a z.
         progress: called with the number of images after each group of them.
         terms: what gives the two parts of the log-weights; see ``CapturedTerms`` for another.
 
@@ -188,8 +198,7 @@ def importance(
         raise ValueError(f"chunk: expected at least 1, got {chunk}")
     if len(x) == 0:
         raise ValueError("x: expected at least one image, got none")
-    whose = getattr(model, "__self__", None)
-    pairs = particles_a_pass(x, numbers_a_pixel(getattr(whose, "likelihood", None)))
+    pairs = weighed_a_pass(getattr(model, "__self__", None), x)
     chunk = min(num_particles, chunk or pairs)
     # Results have their place before the work: small tensors kept between large ones would fragment memory for good.
     results = torch.empty(len(Importance._fields), len(x), dtype=torch.double, device=x.device)
@@ -279,7 +288,7 @@ def evaluate(
     with seeded(seed, x.device), pyro.validation_enabled(check), in_evaluation_mode(vae):
         if len(x) == 0:
             raise ValueError("x: expected at least one image, got none")
-        pairs = particles_a_pass(x, numbers_a_pixel(vae.likelihood))
+        pairs = weighed_a_pass(vae, x)
         chunk = even_chunk(num_particles, pairs)  # with and without compiling, so that the noise is the same
         terms: Terms = log_weight_terms
         if compile:

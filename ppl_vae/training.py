@@ -40,6 +40,8 @@ class TrainingState:
         self.averages = {name: w.detach().clone() for name, w in vae.named_parameters()} if averaged else {}
         self.step = 0
         self.epoch_loss = 0.0  # summed over the images of this epoch so far, nats
+        self.epoch_images = 0  # how many those are: without those of the steps that were left out
+        self.skipped = 0  # steps that were left out, of all
         self.seconds = 0.0  # of training and validation, over all sessions
         self.best_validation = -math.inf
         self.best_step = 0
@@ -81,6 +83,8 @@ class TrainingState:
             "step": self.step,
             "trained": [names[index] for index in moments_of],
             "epoch_loss": self.epoch_loss,
+            "epoch_images": self.epoch_images,
+            "skipped": self.skipped,
             "seconds": self.seconds,
             "best_validation": self.best_validation if math.isfinite(self.best_validation) else None,
             "best_step": self.best_step,
@@ -112,6 +116,7 @@ class TrainingState:
                 torch.cuda.set_rng_state(tensors["rng/cuda"], self.device)
             self.best_weights = {name: w.to(self.device) for name, w in _under("best/", tensors).items()}
             self.step, self.epoch_loss = scalars["step"], scalars["epoch_loss"]
+            self.epoch_images, self.skipped = scalars.get("epoch_images", 0), scalars.get("skipped", 0)
             self.seconds, self.best_step = scalars["seconds"], scalars["best_step"]
             best = scalars["best_elbo" if "best_elbo" in scalars else "best_validation"]  # the first is of old files
             self.best_validation = -math.inf if best is None else best
@@ -146,6 +151,7 @@ def fit(
     beta: float = 1.0,
     warmup_epochs: int = 0,
     clip_norm: float = 100.0,
+    skip_norm: float | None = None,
     average_decay: float = 0.0,
     keep_last: bool = False,
     compile: bool = False,
@@ -179,6 +185,8 @@ def fit(
         learning_rate: Adam's, at the start.
         rate: (step, *, learning_rate, total_steps) -> the rate of that step; see ``schedules``.
         beta: the weight of the KL, after the warm-up.
+        skip_norm: a step whose gradient's norm is above it, or not finite, is left out: rare draws of z can lie where a
+            flow's density is astronomically small. None for no such step; more than one in a hundred end the training.
         average_decay: of an exponential moving average of the weights, which then is what is validated and kept; 0 for
             none. See ``averaging``.
         keep_last: whether the last weights are kept, whatever validation says of them.
@@ -205,7 +213,8 @@ def fit(
     Reference: Polyak and Juditsky 1992 (averages); the rest as in ``objectives``.
     """
     _check_counts(train=len(train), epochs=epochs, batch_size=batch_size)
-    _check_positive(learning_rate=learning_rate, clip_norm=clip_norm)
+    _check_positive(learning_rate=learning_rate, clip_norm=clip_norm, **{"skip_norm": skip_norm} if skip_norm else {})
+    norms: dict[str, Any] = {"clip_norm": clip_norm, "skip_norm": skip_norm}
     if not isinstance(compile, bool):
         raise ValueError(f"compile: expected True or False, got {compile!r}")
     if not 0 <= average_decay < 1:
@@ -217,6 +226,8 @@ def fit(
     train = train.to(device)
     validation = None if validation is None else validation.to(device)
     steps_an_epoch = math.ceil(len(train) / batch_size)
+    if saved is not None and "epoch_images" not in saved[1]:  # of before there were steps to leave out
+        state.epoch_images = state.step % steps_an_epoch * batch_size
     total_steps, warmup_steps = epochs * steps_an_epoch, warmup_epochs * steps_an_epoch
     vae.train()
     started = last_checkpoint = time.monotonic()
@@ -227,14 +238,14 @@ def fit(
     if compile and state.step < total_steps:
         _check_images(state, train, observe, batch_size=batch_size)
         try:
-            stepper = CapturedSteps(state, objective, train, observe, batch_size=batch_size, clip_norm=clip_norm)
+            stepper = CapturedSteps(state, objective, train, observe, batch_size=batch_size, **norms)
         except CannotCapture:
             vae.eval()
             raise
         if on_compiled is not None:
             on_compiled(stepper.compile_seconds)
     else:
-        stepper = EagerSteps(state, objective, train, observe, clip_norm=clip_norm)
+        stepper = EagerSteps(state, objective, train, observe, **norms)
     while state.step < total_steps:
         epoch, place = divmod(state.step, steps_an_epoch)
         epoch_started, images_seen = time.monotonic(), 0
@@ -261,10 +272,11 @@ def fit(
                     on_checkpoint(state)
                 last_checkpoint = time.monotonic()
         stepper.settle()
+        _check_skipped(state)
         record = {
             "step": state.step,
             "epoch": epoch + 1,
-            "train_loss_nats_per_image": state.epoch_loss / len(train),
+            "train_loss_nats_per_image": state.epoch_loss / state.epoch_images if state.epoch_images else math.nan,
             "beta": schedule[-1][0],
             "learning_rate": schedule[-1][1],
             "train_images_per_second": images_seen / (time.monotonic() - epoch_started),
@@ -274,7 +286,9 @@ def fit(
         if keep_last:
             with state.evaluated_weights():
                 state.keep_weights()
-        state.epoch_loss = 0.0
+        if state.skipped:
+            record["skipped_steps"] = state.skipped
+        state.epoch_loss, state.epoch_images = 0.0, 0
         record["seconds"] = state.seconds = earlier + time.monotonic() - started
         if on_epoch is not None:
             on_epoch(record)
@@ -284,6 +298,18 @@ def fit(
     vae.load_state_dict(state.best_weights)
     vae.eval()
     return state
+
+
+_MOST_SKIPPED = 0.01  # of all steps
+_FEW_SKIPPED = 10
+
+
+def _check_skipped(state: TrainingState) -> None:
+    """Raises NotFinite where too many steps were left out for what is left to be a training."""
+    if state.skipped > max(_FEW_SKIPPED, _MOST_SKIPPED * state.step):
+        raise NotFinite(
+            f"step {state.step}: {state.skipped} steps so far had a gradient above skip_norm, or none that is finite"
+        )
 
 
 _REFIT_STEPS = 10
@@ -311,9 +337,10 @@ class EagerSteps:
         observe: Callable[..., Tensor],
         *,
         clip_norm: float,
+        skip_norm: float | None,
     ) -> None:
         self._state, self._objective, self._train, self._observe = state, objective, train, observe
-        self._clip_norm = clip_norm
+        self._norms: dict[str, Any] = {"clip_norm": clip_norm, "skip_norm": skip_norm}
 
     def epoch(self, batches: tuple[Tensor, ...], schedule: Schedule, *, validate: bool) -> Iterator[Tensor]:
         """Yields each batch's index after its step."""
@@ -326,14 +353,18 @@ class EagerSteps:
                 x,
                 beta=beta,
                 learning_rate=rate,
-                clip_norm=self._clip_norm,
                 validate=validate,
+                **self._norms,
             )
-            with torch.no_grad():
-                for name, average in state.averages.items():
-                    average.lerp_(state.vae.get_parameter(name), 1 - decay)
             state.step += 1
-            state.epoch_loss += loss * len(x)
+            if loss is None:
+                state.skipped += 1
+            else:
+                with torch.no_grad():
+                    for name, average in state.averages.items():
+                        average.lerp_(state.vae.get_parameter(name), 1 - decay)
+                state.epoch_loss += loss * len(x)
+                state.epoch_images += len(x)
             yield index
 
     def settle(self) -> None:
@@ -352,6 +383,7 @@ class CapturedSteps:
         *,
         batch_size: int,
         clip_norm: float,
+        skip_norm: float | None,
     ) -> None:
         self._state, self._objective, self._train, self._observe = state, objective, train, observe
         vae = state.vae
@@ -363,6 +395,7 @@ class CapturedSteps:
             lambda values: observe(values, None),
             batch_size=min(batch_size, len(train)),
             clip_norm=clip_norm,
+            skip_norm=skip_norm,
             averages=state.averages,
         )
         self.compile_seconds = self._step.compile_seconds
@@ -373,6 +406,8 @@ class CapturedSteps:
         """Yields each batch's index after its step, which on a GPU has only begun by then."""
         state, step = self._state, self._step
         step.total.fill_(state.epoch_loss)
+        step.counted.fill_(state.epoch_images)
+        step.skipped.fill_(state.skipped)
         rows = step.schedule([(state.step + i, *values) for i, values in enumerate(schedule)])
         on_host = state.device.type == "cpu"
         for index, row, (beta, _, _) in zip(batches, rows.unbind(), schedule, strict=True):
@@ -386,7 +421,8 @@ class CapturedSteps:
     def settle(self) -> None:
         """Waits for the device, and brings the state up to date."""
         self._check()
-        self._state.epoch_loss = float(self._step.total)
+        self._state.epoch_loss, self._state.epoch_images = float(self._step.total), int(self._step.counted)
+        self._state.skipped = int(self._step.skipped)
         self._step.count(self._state.step)
 
     def _check(self) -> None:
@@ -490,9 +526,10 @@ def _step(
     beta: float,
     learning_rate: float,
     clip_norm: float,
+    skip_norm: float | None,
     validate: bool,
-) -> float:
-    """One step of SVI; returns the loss before it, nats an image."""
+) -> float | None:
+    """One step of SVI; returns the loss before it, nats an image, or None where the step was left out."""
     vae, optimizer = state.vae, state.optimizer
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
@@ -506,11 +543,15 @@ def _step(
             raise NotFinite(f"step {state.step}: {site}") from None
     value = loss.item()
     if not math.isfinite(value):
+        if skip_norm is not None:
+            return None
         site = _site_that_is_not_finite(vae, x) or "every site is finite when z is drawn again"
         raise NotFinite(f"step {state.step}: the loss is {value}: {site}")
     optimizer.zero_grad()
     loss.backward()
     norm = clip_grad_norm_(vae.parameters(), clip_norm)
+    if skip_norm is not None and not norm <= skip_norm:
+        return None
     if not norm.isfinite():
         bad = _gradients_that_are_not_finite(vae)
         raise NotFinite(f"step {state.step}: the gradient is not finite, in {', '.join(bad) or 'its norm'}")

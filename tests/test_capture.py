@@ -26,7 +26,7 @@ from ppl_vae.capture import CannotCapture, CapturedStep
 from ppl_vae.evidence import NotFinite, evaluate
 from ppl_vae.likelihoods import Bernoulli
 from ppl_vae.networks import MLP
-from ppl_vae.options import KLS, LIKELIHOODS, Options
+from ppl_vae.options import KLS, LIKELIHOODS, PLAIN, Options
 from ppl_vae.posteriors import DiagonalNormal
 from ppl_vae.priors import StandardNormal
 from ppl_vae.training import CapturedSteps, TrainingState, averaging
@@ -121,7 +121,7 @@ class Case(NamedTuple):
 
     @classmethod
     def of(cls, dtype, **words):
-        small = {"hidden": (5,), "channels": (2, 3), "latent_dim": 3}
+        small = PLAIN | {"hidden": (5,), "channels": (2, 3), "latent_dim": 3}
         options = Options(**(small | words))
         pyro.set_rng_seed(0)
         vae = build.vae(options, SHAPE).to(dtype)
@@ -215,7 +215,7 @@ def test_pixels_that_are_all_but_certain_cost_what_they_cost_eagerly(graphs, dty
 def test_every_likelihood_trains_as_one_graph_on_more_images_than_a_batch(graphs, likelihood):
     """Before the first step all images are compared with its support, several batches of them at once."""
     pyro.set_rng_seed(0)
-    vae = build.vae(Options(likelihood=likelihood, network="mlp", hidden=(5,), latent_dim=3), SHAPE)
+    vae = build.vae(Options(**PLAIN, likelihood=likelihood, network="mlp", hidden=(5,), latent_dim=3), SHAPE)
     images = images_for(vae.likelihood.family, 30, dtype=torch.float)
     build.start_from_marginals(vae, images)
     before = _flat(vae)
@@ -1452,6 +1452,141 @@ def test_a_subtracted_logarithm_keeps_its_sign(graphs):
     for value, expected in zip(capture.compiled(function, [h])([h]), function(h), strict=True):
         assert_close(value, expected, rtol=1e-12, atol=0)
     assert _uses(graphs[0], torch.ops.aten.prod.dim_int) == 2
+
+
+# --- What a program computes again ---
+
+
+OF_LOG_WEIGHTS = {"iwae": objectives.iwae, "dreg": objectives.dreg, "stl": objectives.stl}
+
+
+class SharedPosterior(nn.Module):
+    """p(z) = q(z | u): one module at two places of the VAE, as in a VampPrior."""
+
+    def __init__(self, posterior, D=12):
+        super().__init__()
+        self.posterior = posterior
+        self.u = nn.Parameter(torch.linspace(0.1, 0.9, D, dtype=torch.double))
+
+    def forward(self):
+        return self.posterior(self.u)
+
+
+def _with_shared_posterior():
+    vae = _vae()
+    vae.prior = SharedPosterior(vae.posterior)
+    return vae
+
+
+PRIORS = {"normal": _vae, "shared": _with_shared_posterior}
+
+
+@pytest.mark.parametrize("prior", PRIORS)
+@pytest.mark.parametrize("num_particles", [1, 3])
+@pytest.mark.parametrize("name", OF_LOG_WEIGHTS)
+def test_a_captured_step_on_log_weights_has_the_loss_and_the_gradient_of_the_eager_one(
+    graphs, name, num_particles, prior
+):
+    vae, x = PRIORS[prior](), _images()
+    objective = partial(OF_LOG_WEIGHTS[name], num_particles=num_particles)
+    step, optimizer = _step_of(vae, objective, x, batch_size=4)
+    for seed, beta in enumerate((0.0, 0.3, 1.0)):
+        captured = _loss_and_gradient(vae, step, optimizer, INDEX, beta=beta, seed=seed)
+        eager = _eager_loss_and_gradient(
+            vae, lambda x, beta=beta: objective(vae.model, vae.guide, x, beta=beta), x[INDEX], seed=seed
+        )
+        _assert_same(captured, eager, relative=1e-10)
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("prior", PRIORS)
+@pytest.mark.parametrize("name", OF_LOG_WEIGHTS)
+def test_a_captured_run_on_log_weights_ends_where_the_eager_one_does(graphs, name, prior):
+    weights = {}
+    for compile in (True, False):
+        vae = PRIORS[prior]()
+        pyro.set_rng_seed(5)
+        _fit(vae, _images(), objective=partial(OF_LOG_WEIGHTS[name], num_particles=3), compile=compile)
+        weights[compile] = _flat(vae)
+    assert len(graphs) > 0
+    assert_close(weights[True], weights[False], rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("objective", [objectives.elbo, partial(objectives.dreg, num_particles=2)])
+def test_a_module_at_two_places_has_its_parameters_back(graphs, objective):
+    vae = _with_shared_posterior()
+    before = dict(vae.named_parameters())
+    step, _ = _step_of(vae, objective, _images(), batch_size=4)
+    step(INDEX[:3], step.schedule([(0, 1.0, 0.01, 0.0)])[0])
+    after = dict(vae.named_parameters())
+    assert after.keys() == before.keys()
+    assert all(after[name] is w for name, w in before.items())
+
+
+PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default)
+
+
+@pytest.mark.parametrize(("name", "plain", "num_particles"), [("stl", "elbo", 1), ("dreg", "iwae", 3)])
+def test_the_second_pass_adds_no_matrix_product(graphs, name, plain, num_particles):
+    vae = _vae()
+    for objective in (name, plain):
+        _step_of(vae, partial(getattr(objectives, objective), num_particles=num_particles), _images(), batch_size=4)
+    second, once = (sum(_uses(graph, product) for product in PRODUCTS) for graph in graphs)
+    assert second == once > 0
+
+
+def test_what_is_computed_twice_is_computed_once(graphs):
+    def function(x):
+        return (x @ x).exp() + 1, (x.detach() @ x).exp().sum()
+
+    x = torch.rand(3, 3, dtype=torch.double)
+    values = capture.compiled(function, [x])([x])
+    assert _uses(graphs[0], torch.ops.aten.mm.default) == _uses(graphs[0], torch.ops.aten.exp.default) == 1
+    for value, expected in zip(values, function(x), strict=True):
+        assert torch.equal(value, expected)
+
+
+def test_of_several_results_the_same_is_computed_once(graphs):
+    x = torch.rand(3, 4, dtype=torch.double)
+    (value,) = capture.compiled(lambda x: (x.max(0)[1].double().exp() + x.max(0)[1].double().exp(),), [x])([x])
+    assert _uses(graphs[0], torch.ops.aten.exp.default) == 1
+    assert torch.equal(value, 2 * x.argmax(0).double().exp())
+
+
+def test_draws_stay_apart(graphs):
+    def function(x):
+        return torch.randn_like(x), torch.randn_like(x), torch.rand_like(x), torch.rand_like(x)
+
+    x = torch.zeros(100, dtype=torch.double)
+    torch.manual_seed(0)
+    drawn = capture.compiled(function, [x])([x])
+    torch.manual_seed(0)
+    for value, expected in zip(drawn, function(x), strict=True):
+        assert torch.equal(value, expected)
+    assert not torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[2], drawn[3])
+
+
+def test_what_is_read_before_a_change_is_not_what_is_read_after(graphs):
+    def function(x):
+        before = x.exp()
+        x.add_(1)
+        return before, x.exp()
+
+    x = torch.rand(3, dtype=torch.double)
+    expected = function(x.clone())
+    for value, other in zip(capture.compiled(function, [x])([x]), expected, strict=True):
+        assert torch.equal(value, other)
+
+
+def test_numbers_that_are_equal_and_of_other_types_stay_apart(graphs):
+    def function(x):
+        return x + 1, x + 1.0, x * True, torch.full((2,), 1), torch.full((2,), 1.0), torch.full((2,), True)
+
+    x = torch.arange(3)
+    for value, expected in zip(capture.compiled(function, [x])([x]), function(x), strict=True):
+        assert value.dtype == expected.dtype
+        assert torch.equal(value, expected)
 
 
 # --- On a GPU ---

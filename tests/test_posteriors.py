@@ -1,4 +1,4 @@
-"""Guides: maps from a feature to a scale, against float64 and the closed forms that they stand for."""
+"""Guides: maps from a feature to a scale, and the normal ones, against float64 and their closed forms."""
 
 from __future__ import annotations
 
@@ -7,10 +7,15 @@ import math
 import numpy as np
 import pytest
 import torch
+from oracles import LinearGaussian
+from scipy.stats import multivariate_normal
 from torch.testing import assert_close
 
+from ppl_vae import VAE, Conditional, log_weights
 from ppl_vae.build import SCALE_MAPS
-from ppl_vae.posteriors import MAX_LOG_SCALE, Delta, DiagonalNormal
+from ppl_vae.networks import MLP
+from ppl_vae.posteriors import MAX_LOG_SCALE, Delta, DiagonalNormal, FullNormal
+from ppl_vae.priors import StandardNormal
 
 FEATURES = [-80.0, -30.0, -5.0, -1e-3, 0.0, 0.5, 3.0, 20.0, 80.0]
 
@@ -104,3 +109,101 @@ def test_a_deterministic_guide_passes_gradients_to_its_features():
     h = torch.randn(4, 3, requires_grad=True)
     Delta(3)(h).rsample().sum().backward()
     assert torch.equal(h.grad, torch.ones(4, 3))
+
+
+# --- A full covariance ---
+
+
+def _features(T, loc):
+    """The features of N(loc, T T'), T (L, L) lower triangular: the inverse of what the docstring says."""
+    L, scale = len(T), T.diagonal()
+    row, column = torch.tril_indices(L, L, offset=-1)
+    feature = MAX_LOG_SCALE * (scale.log() / MAX_LOG_SCALE).atanh()
+    return torch.cat([loc, feature, math.sqrt(L) * (T / scale[:, None])[row, column]])
+
+
+def _random_factor(L, *, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    T = torch.randn(L, L, generator=generator, dtype=torch.double).tril()
+    return T - T.diagonal().diag() + T.diagonal().abs().add(0.1).diag()
+
+
+@pytest.mark.parametrize("L", [1, 2, 5])
+def test_a_full_normal_has_the_covariance_of_its_features(L):
+    T, loc = _random_factor(L), torch.arange(L, dtype=torch.double)
+    z = torch.randn(50, L, dtype=torch.double, generator=torch.Generator().manual_seed(1))
+    q = FullNormal(L).double()(_features(T, loc))
+    expected = multivariate_normal(loc.numpy(), (T @ T.T).numpy()).logpdf(z.numpy())
+    np.testing.assert_allclose(q.log_prob(z).numpy(), expected, rtol=1e-9)
+
+
+def test_a_full_normal_has_as_many_features_as_it_says():
+    assert [FullNormal(L).num_features for L in (1, 2, 40)] == [2, 5, 860]
+
+
+@pytest.mark.parametrize("L", [1, 4])
+def test_a_full_normal_of_no_features_is_the_prior(L):
+    q = FullNormal(L)(torch.zeros(3, FullNormal(L).num_features))
+    assert_close(q.covariance_matrix, torch.eye(L).expand(3, L, L), rtol=0, atol=0)
+    assert torch.equal(q.mean, torch.zeros(3, L))
+
+
+def test_the_draws_of_a_full_normal_have_its_covariance():
+    """Each entry of the sample covariance in its standard error, sqrt((C_ij^2 + C_ii C_jj) / n)."""
+    T = _random_factor(3)
+    C = T @ T.T
+    torch.manual_seed(0)
+    z = FullNormal(3).double()(_features(T, torch.zeros(3, dtype=torch.double))).sample((200_000,))
+    stderr = ((C.square() + C.diagonal()[:, None] * C.diagonal()) / len(z)).sqrt()
+    assert ((z.T @ z / len(z) - C).abs() < 4.5 * stderr).all()
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (3, 7)])
+def test_the_density_of_an_own_draw_of_a_full_normal_is_that_of_its_value(shape):
+    posterior = FullNormal(4).double()
+    h = torch.randn(7, posterior.num_features, dtype=torch.double, generator=torch.Generator().manual_seed(0))
+    q = posterior(h).expand(shape) if len(shape) > 1 else posterior(h if shape else h[0])
+    z = q.rsample((2,))
+    assert z.shape == (2, *shape, 4)
+    assert_close(q.log_prob(z), torch.distributions.MultivariateNormal(q.loc, scale_tril=q.scale_tril).log_prob(z))
+
+
+def test_a_full_normal_close_to_singular_knows_the_density_of_its_draws_in_single_precision():
+    """The triangular system that the value alone leaves loses every digit: its answer is not finite."""
+    L = 40
+    h = 30 * torch.randn(8, FullNormal(L).num_features, generator=torch.Generator().manual_seed(0))
+    q = FullNormal(L)(h)
+    torch.manual_seed(0)
+    z = q.rsample()
+    u = torch.distributions.Normal(0.0, 1.0)
+    torch.manual_seed(0)
+    noise = torch.normal(torch.zeros(8, L), torch.ones(8, L))
+    expected = u.log_prob(noise).double().sum(-1) - 7 * (h[:, L : 2 * L].double() / 7).tanh().sum(-1)
+    assert_close(q.log_prob(z).double(), expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(q.log_prob(z.clone()).double(), expected, rtol=0.1)
+
+
+def test_gradients_of_a_full_normal_are_finite_for_whatever_feature():
+    h = torch.tensor([-1e4, -88.0, 0.0, 88.0, 1e4])[torch.randint(5, (20, 65), generator=torch.manual_seed(0))]
+    h.requires_grad_()
+    q = FullNormal(10)(h)
+    z = q.rsample()
+    (q.log_prob(z).sum() + z.sum()).backward()
+    assert z.isfinite().all()
+    assert h.grad.isfinite().all()
+
+
+def test_a_full_normal_reaches_the_exact_evidence_where_the_posterior_is_correlated():
+    """Every log-weight is then log p(x)."""
+    exact = LinearGaussian.random(D=6, L=3, orthogonal=False)
+    A, C = exact.posterior_map()
+    encoder = MLP(6, FullNormal(3).num_features, hidden=()).double()
+    with torch.no_grad():
+        encoder.output.weight.zero_()[:3] = A
+        encoder.output.bias.copy_(_features(torch.linalg.cholesky(C), -A @ exact.b))
+    vae = exact.vae()
+    full = VAE(StandardNormal(3).double(), vae.likelihood, Conditional(encoder, FullNormal(3)))
+    x = exact.draw(20)
+    log_w = log_weights(full.model, full.guide, x, 50)
+    assert_close(log_w, exact.log_evidence(x).expand(50, 20), rtol=0, atol=1e-12)
+    assert log_weights(vae.model, vae.guide, x, 50).std(0).min() > 0.01  # which no diagonal one does

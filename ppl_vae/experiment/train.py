@@ -220,7 +220,9 @@ def _train(run: Run, *, say: Say, compile_if_possible: bool) -> None:
                 raise
             raise ValueError(f"{folder / runs.TRAINING_STATE}: {error}") from None
         except NotFinite as error:
-            raise NotFinite(f"{error}; a new run with a smaller --learning-rate or --beta may pass it") from None
+            raise NotFinite(
+                f"{error}; a new run with a smaller --learning-rate or --beta may pass it, or one with --skip-norm"
+            ) from None
     of = " of the density of (level + u) / 256" if run.pixels == "dequantized" else ""
     best = f"best validation {criterion}{of} {state.best_validation:.2f} nats"
     kept = f"{best}, at step {state.best_step:,} of {state.step:,}"
@@ -230,6 +232,8 @@ def _train(run: Run, *, say: Say, compile_if_possible: bool) -> None:
         kept = "no validation images, so the last weights are kept"
     speed = f", {statistics.median(speeds):,.0f} training images a second" if speeds else ""
     say(f"Trained {options.epochs} epochs in {state.seconds:.0f} s{speed}; {kept}.")
+    if state.skipped:
+        say(f"{state.skipped:,} of {state.step:,} steps were left out: their gradient's norm was above --skip-norm.")
     if options.beta != 1 and state.best_step < state.step and not build.is_autoencoder(options):
         say(
             f"The weights of step {state.best_step:,} are kept: from then on, training with beta = {options.beta} "

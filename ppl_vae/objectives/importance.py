@@ -12,6 +12,7 @@ from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
+from ppl_vae.capture import replaced
 from ppl_vae.numerics import log_mean_exp
 from ppl_vae.weights import Program, latent_sites, log_weight_terms
 
@@ -36,7 +37,7 @@ def iwae(model: Program, guide: Program, x: Tensor, *, beta: float | Tensor = 1.
         ValueError: a latent site of the guide that is not reparametrized, and all that ``log_weights`` refuses, such as
             a deterministic one.
 
-    Reference: Burda et al. 2016, arXiv 1509.00519, equations 8 and 14.
+    Reference: Burda et al. 2016, arXiv 1509.00519, equation 8.
     """
     drawn = poutine.trace(guide)
     log_w = _log_w(model, drawn, x, beta, num_particles)
@@ -69,7 +70,7 @@ def dreg(model: Program, guide: Program, x: Tensor, *, beta: float | Tensor = 1.
     Raises:
         ValueError: as ``iwae``, and for a guide whose parameters are not those of a module that it belongs to.
 
-    Reference: Tucker et al. 2019, arXiv 1810.04152, equation 8.
+    Reference: Tucker et al. 2019, arXiv 1810.04152 (IWAE-DReG); Bauer and Mnih 2021, arXiv 2101.11046 (several sites).
     """
     held, z = _held(guide), _draws(guide, x, num_particles)
 
@@ -106,7 +107,7 @@ def stl(model: Program, guide: Program, x: Tensor, *, beta: float | Tensor = 1.0
     Raises:
         ValueError: as ``dreg``.
 
-    Reference: Roeder et al. 2017, arXiv 1703.09194, equation 8; the bias inside a bound: Tucker et al. 2019.
+    Reference: Roeder et al. 2017, arXiv 1703.09194; the bias inside a bound: Tucker et al. 2019, arXiv 1810.04152.
     """
     held, z = _held(guide), _draws(guide, x, num_particles)
     # Other tensors of the same numbers: a transform that knows z again would give its inverse without a gradient.
@@ -151,18 +152,6 @@ class _At(Messenger):
             msg["value"], msg["done"] = self.values[msg["name"]], True
 
 
-class _Called(nn.Module):
-    """A program beside the module that it reads, so that other parameters can be put in place of the module's."""
-
-    def __init__(self, module: nn.Module, program: Program) -> None:
-        super().__init__()
-        self.module = module
-        self.program = program
-
-    def forward(self, x: Tensor) -> Any:
-        return self.program(x)
-
-
 def _held(guide: Program) -> Program:
     """The guide with its module's parameters as constants: gradients pass through values of its sites alone."""
     module = guide if isinstance(guide, nn.Module) else getattr(guide, "__self__", None)
@@ -171,9 +160,12 @@ def _held(guide: Program) -> Program:
             "guide: expected a module or a method of one, whose parameters can be held, got "
             f"{getattr(guide, '__name__', type(guide).__name__)}"
         )
-    called = _Called(module, guide)
-    constants = {f"module.{name}": w.detach() for name, w in module.named_parameters()}
-    return lambda x: torch.func.functional_call(called, constants, (x,))
+
+    def held(x: Tensor) -> None:
+        with replaced(module, {name: w.detach() for name, w in module.named_parameters()}):
+            guide(x)
+
+    return held
 
 
 def _left(tensor: Tensor, like: Tensor) -> Tensor:

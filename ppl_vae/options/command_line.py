@@ -19,6 +19,7 @@ from ppl_vae.options.run import (
     NETWORKS,
     NON_NEGATIVE_INTEGER,
     NOT_EMPTY,
+    PLAIN,
     POSITIVE,
     POSITIVE_INTEGER,
     PRECISIONS,
@@ -225,7 +226,7 @@ def parse_impute(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def parse_networks(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The data's options, likelihood, networks, minutes, compile, images, num_particles, run_dir, output or None."""
     parser = Parser(
-        "One table: each network's weights, seconds an epoch, and log p(x) after the same time of training."
+        "One table: a plain VAE of each network, its weights, seconds an epoch, and log p(x) after the same time."
     )
     parser.add("dataset", str, NOT_EMPTY, "as for train_svi.py (default: mnist)")
     parser.add("data_dir", str, NOT_EMPTY, "as for train_svi.py")
@@ -284,7 +285,7 @@ class LikelihoodsCommand(NamedTuple):
 def parse_likelihoods(argv: Sequence[str] | None = None) -> LikelihoodsCommand:
     """Reads compare_likelihoods.py's command line; exits with one line where it is wrong."""
     parser = Parser(
-        "One table: the same network under each likelihood, trained for the same epochs, compared on one scale."
+        "One table: the same plain VAE under each likelihood, trained for the same epochs, compared on one scale."
     )
     parser.add(
         "likelihoods",
@@ -297,16 +298,16 @@ def parse_likelihoods(argv: Sequence[str] | None = None) -> LikelihoodsCommand:
     of_data = ("dataset", "data_dir", "image_size", "fit", "color")
     of_training = ("network", "hidden", "channels", "latent_dim", "epochs", "batch_size", "learning_rate", "compile")
     of_both = ("images", "dequantization_draws", "device", "seed")
-    specs = {spec.name: spec for spec in fields(Options)}
+    specs, usual = {spec.name: spec for spec in fields(Options)}, PLAIN | {"epochs": 10}
     for name in (*of_data, *of_training, *of_both):
-        spec, default = specs[name], 10 if name == "epochs" else specs[name].default
+        spec, default = specs[name], usual.get(name, specs[name].default)
         known = "" if default is None else f" (default: {_words(default)})"
         kind, check, several = (spec.metadata[key] for key in ("kind", "check", "several"))
         parser.add(name, kind, check, f"as for train_svi.py{known}", several=several)
     parser.add("num_particles", int, POSITIVE_INTEGER, "importance samples an image of the estimate (default: 100)")
     parser.add("run_dir", str, NOT_EMPTY, "folder of the run folders (default: runs/likelihoods-DATASET)")
     parser.add("output", str, NOT_EMPTY, "a JSON file for the table (the README's are in scripts/results)")
-    given: dict[str, Any] = {"epochs": 10, "num_particles": 100} | vars(parser.parse_args(argv))
+    given: dict[str, Any] = usual | {"num_particles": 100} | vars(parser.parse_args(argv))
     own = [given.pop(name, None) for name in ("likelihoods", "run_dir", "output")]
     given["evaluation_particles"] = given.pop("num_particles")
     fixed: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
@@ -326,7 +327,7 @@ def parse_benchmark(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "models",
         str,
         one_of(BENCHMARK_MODELS),
-        f"which of {' '.join(BENCHMARK_MODELS)} (default: all; default is what train_svi.py builds)",
+        f"which of {' '.join(BENCHMARK_MODELS)} (default: all; default is the network of train_svi.py)",
         several=True,
     )
     parser.add(

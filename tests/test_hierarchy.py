@@ -1,0 +1,634 @@
+"""Several stochastic layers against a two-layer linear-Gaussian model, quadrature, and Pyro's own traces."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import pyro
+import pytest
+import torch
+from oracles import NormalFixed
+from pyro import poutine
+from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
+from safetensors.torch import load_file, save_file
+from scipy import integrate, stats
+from torch import Tensor, nn
+from torch.distributions import MultivariateNormal
+from torch.testing import assert_close
+
+from ppl_vae import Conditional, fit, importance, log_weights, objectives
+from ppl_vae.exploration import moments
+from ppl_vae.hierarchy import BottomUp, HierarchicalVAE, LayeredPrior, OfBottomLayer, TopDown, product_of_normals
+from ppl_vae.likelihoods import Bernoulli
+from ppl_vae.networks import MLP
+from ppl_vae.posteriors import DiagonalNormal, exponential_log_scale
+from ppl_vae.priors import Mixture, StandardNormal
+
+GUIDES = ["bottom-up", "top-down"]
+
+
+# --- A model whose evidence and posterior are known ---
+
+
+def _affine(W: Tensor, b: Tensor) -> MLP:
+    """W c + b."""
+    net = MLP(W.shape[1], W.shape[0], hidden=()).double()
+    with torch.no_grad():
+        net.output.weight.copy_(W)
+        net.output.bias.copy_(b)
+    return net
+
+
+def _normal(W: Tensor, b: Tensor, scale: Tensor) -> Conditional:
+    """N(W c + b, diag(scale^2))."""
+    features = _affine(torch.cat([W, torch.zeros_like(W)]), torch.cat([b, scale.log()]))
+    return Conditional(features, DiagonalNormal(len(b), log_scale=exponential_log_scale))
+
+
+@dataclass(frozen=True)
+class TwoLayers:
+    """z_2 ~ N(0, I), z_1 = a z_2 + c + s e (elementwise), x = W z_1 + b + sigma e, W with orthogonal columns.
+
+    y = W'(x - b) / |w|^2 is N(z_1, t^2) given z_1, t = sigma / |w|, and holds all that x says; so every conditional
+    of the posterior is a diagonal normal.
+    """
+
+    W: Tensor
+    b: Tensor
+    a: Tensor
+    c: Tensor
+    s: Tensor
+    sigma: float
+
+    @classmethod
+    def random(cls) -> TwoLayers:
+        generator = torch.Generator().manual_seed(0)
+        draw = torch.randn(7, 3, generator=generator, dtype=torch.double)
+        W = torch.linalg.qr(draw[:6]).Q[:, :2] * torch.tensor([0.9, 1.7], dtype=torch.double)
+        a, c, s = (torch.tensor(pair, dtype=torch.double) for pair in ([0.8, -1.5], [0.3, -0.6], [0.7, 0.4]))
+        return cls(W, draw[:6, 2], a, c, s, 0.6)
+
+    def draw(self, num_images: int) -> Tensor:
+        """(N, D) images from the model."""
+        e = torch.randn(num_images, 4 + len(self.b), generator=torch.Generator().manual_seed(1), dtype=torch.double)
+        z_1 = self.a * e[:, :2] + self.c + self.s * e[:, 2:4]
+        return z_1 @ self.W.T + self.b + self.sigma * e[:, 4:]
+
+    def log_evidence(self, x: Tensor) -> Tensor:
+        """(N,) nats, log N(x; b + W c, W (a^2 + s^2) W' + sigma^2 I)."""
+        noise = self.sigma**2 * torch.eye(len(self.b), dtype=torch.double)
+        covariance = (self.W * (self.a**2 + self.s**2)) @ self.W.T + noise
+        return MultivariateNormal(self.b + self.W @ self.c, covariance).log_prob(x)
+
+    def _y(self) -> tuple[Tensor, Tensor, Tensor]:
+        """P and p of y = P x + p, and t."""
+        P = self.W.T / self.W.square().sum(0)[:, None]
+        return P, -P @ self.b, self.sigma / self.W.square().sum(0).sqrt()
+
+    def posterior_of_z_1(self) -> tuple[Tensor, Tensor, Tensor]:
+        """M, m and s of p(z_1 | x) = N(M x + m, s^2)."""
+        P, p, t = self._y()
+        prior = self.a**2 + self.s**2
+        variance = 1 / (1 / prior + 1 / t**2)
+        weight = variance / t**2
+        return weight[:, None] * P, weight * p + variance * self.c / prior, variance.sqrt()
+
+    def _posterior_of_z_2(self, variance_of_z_1: Tensor) -> tuple[Tensor, Tensor]:
+        """The weight of (z_1 - c), known up to that variance, and the scale."""
+        variance = 1 / (1 + self.a**2 / variance_of_z_1)
+        return variance * self.a / variance_of_z_1, variance.sqrt()
+
+    def prior(self) -> LayeredPrior:
+        return LayeredPrior(StandardNormal(2).double(), [_normal(torch.diag(self.a), self.c, self.s)])
+
+    def bottom_up(self, widen: float) -> BottomUp:
+        M, m, scale = self.posterior_of_z_1()
+        weight, scale_2 = self._posterior_of_z_2(self.s**2)
+        return BottomUp([_normal(M, m, widen * scale), _normal(torch.diag(weight), -weight * self.c, widen * scale_2)])
+
+    def top_down(self, prior: LayeredPrior, widen: float) -> TopDown:
+        P, p, t = self._y()
+        weight, scale_2 = self._posterior_of_z_2(self.s**2 + t**2)
+        same = torch.eye(2, dtype=torch.double)
+        return TopDown(
+            [_affine(P, p), _affine(same, torch.zeros(2))],
+            [_normal(same, torch.zeros(2), widen * t), _normal(torch.diag(weight), -weight * self.c, widen * scale_2)],
+            prior,
+            activation=nn.Identity,
+        )
+
+    def vae(self, guide: str, *, widen: float = 1.0) -> HierarchicalVAE:
+        """The model with its exact posterior as the guide, or one with scales ``widen`` times as wide."""
+        prior = self.prior()
+        decoder = OfBottomLayer(_affine(self.W, self.b), prior.latent_dims)
+        posterior = self.bottom_up(widen) if guide == "bottom-up" else self.top_down(prior, widen)
+        return HierarchicalVAE(
+            prior, Conditional(decoder, NormalFixed((len(self.b),), self.sigma).double()), posterior
+        ).double()
+
+    def reconstruction(self, x: Tensor) -> Tensor:
+        """(N,) E[log p(x | z_1)] under the exact posterior."""
+        M, m, scale = self.posterior_of_z_1()
+        residual = x - self.b - (x @ M.T + m) @ self.W.T
+        spread = (self.W.square() @ scale.square()).sum()
+        normalizer = len(self.b) / 2 * math.log(2 * math.pi * self.sigma**2)
+        return -(residual.square().sum(-1) + spread) / (2 * self.sigma**2) - normalizer
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+def test_with_the_exact_posterior_every_log_weight_is_the_log_evidence(guide):
+    oracle = TwoLayers.random()
+    vae, x = oracle.vae(guide), oracle.draw(20)
+    log_w = log_weights(vae.model, vae.guide, x, 5)
+    assert_close(log_w, oracle.log_evidence(x).expand(5, 20), rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+def test_the_bound_rises_with_particles_and_never_exceeds_the_evidence(guide):
+    """Each gap is a mean over 2,000 independent bounds of one image or another, in float64."""
+    oracle = TwoLayers.random()
+    vae, x = oracle.vae(guide, widen=1.5), oracle.draw(20).repeat(100, 1)
+    pyro.set_rng_seed(0)
+    gaps = []
+    for num_particles in (1, 10, 100):
+        bound = importance(vae.model, vae.guide, x, num_particles=num_particles).log_evidence
+        gap = oracle.log_evidence(x) - bound
+        gaps.append((float(gap.mean()), float(gap.std()) / math.sqrt(len(gap))))
+    for (gap, stderr), (next_gap, next_stderr) in pairwise(gaps):
+        assert gap - next_gap > 5 * math.hypot(stderr, next_stderr)
+    assert gaps[0][0] > 0.3
+    assert all(gap > -5 * stderr for gap, stderr in gaps)
+    assert gaps[-1][0] < 0.02
+
+
+def test_a_bottom_up_guide_that_is_too_wide_loses_the_divergence_of_each_layer():
+    """KL(N(m, c^2 s^2) || N(m, s^2)) = (c^2 - 1) / 2 - log c for each of the four latents, whatever x is."""
+    oracle, widen = TwoLayers.random(), 1.5
+    vae, x = oracle.vae("bottom-up", widen=widen), oracle.draw(20)
+    pyro.set_rng_seed(0)
+    lost = (oracle.log_evidence(x) - log_weights(vae.model, vae.guide, x, 2000)).detach()
+    expected = 4 * ((widen**2 - 1) / 2 - math.log(widen))
+    assert abs(float(lost.mean()) - expected) < 5 * float(lost.std()) / math.sqrt(lost.numel())
+
+
+CASES = [("bottom-up", Trace_ELBO), ("top-down", Trace_ELBO), ("top-down", TraceMeanField_ELBO)]
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0, 4.0])
+@pytest.mark.parametrize(("guide", "estimator"), CASES)
+def test_beta_scales_every_latent_site_and_no_image(guide, estimator, beta):
+    """At the exact posterior the KL of all layers is E[log p(x | z)] - log p(x), both known."""
+    oracle = TwoLayers.random()
+    vae, x = oracle.vae(guide), oracle.draw(20)
+    pyro.set_rng_seed(0)
+    asked = {"beta": beta, "estimator": estimator, "num_particles": 100}
+    losses = torch.stack([objectives.elbo(vae.model, vae.guide, x, **asked).detach() for _ in range(30)])
+    rec = oracle.reconstruction(x)
+    expected = -(rec - beta * (rec - oracle.log_evidence(x))).mean()
+    assert abs(float(losses.mean() - expected)) < 5 * float(losses.std()) / math.sqrt(30) + 1e-10
+
+
+def test_free_bits_of_none_is_the_ladders_bound():
+    oracle = TwoLayers.random()
+    vae, x = oracle.vae("top-down"), oracle.draw(20)
+    pyro.set_rng_seed(0)
+    losses = torch.stack(
+        [objectives.free_bits(vae.model, vae.guide, x, free_nats=0.0, num_particles=100).detach() for _ in range(30)]
+    )
+    error = float(losses.mean() + oracle.log_evidence(x).mean())
+    assert abs(error) < 5 * float(losses.std()) / math.sqrt(30)
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+def test_the_importance_weighted_objective_is_the_evidence_at_the_exact_posterior(guide):
+    oracle = TwoLayers.random()
+    vae, x = oracle.vae(guide), oracle.draw(20)
+    loss = objectives.iwae(vae.model, vae.guide, x, num_particles=7)
+    assert_close(loss, -oracle.log_evidence(x).mean(), rtol=0, atol=1e-11)
+
+
+def test_the_prior_of_affine_layers_is_one_normal_over_all_latents():
+    """z_2 ~ N(0, I), z_1 = A z_2 + c + s e, A any matrix: covariance [[A A' + s^2, A], [A', I]]."""
+    generator = torch.Generator().manual_seed(0)
+    A, c = (torch.randn(*shape, generator=generator, dtype=torch.double) for shape in ((3, 2), (3,)))
+    s = torch.tensor([0.5, 1.0, 2.0], dtype=torch.double)
+    prior = LayeredPrior(StandardNormal(2).double(), [_normal(A, c, s)])
+    top = np.block([[(A @ A.T + torch.diag(s**2)).numpy(), A.numpy()], [A.T.numpy(), np.eye(2)]])
+    joint = stats.multivariate_normal(np.concatenate([c.numpy(), np.zeros(2)]), top)
+    z = 2 * torch.randn(50, 5, generator=generator, dtype=torch.double)
+    np.testing.assert_allclose(prior().log_prob(z).detach().numpy(), joint.logpdf(z.numpy()), rtol=1e-11)
+
+
+# --- The weighing of two normals ---
+
+
+def test_the_ladder_multiplies_two_densities():
+    """Against the product of scipy's densities, normalized by the trapezoidal rule."""
+    (m_p, s_p), (m_q, s_q) = (-1.0, 0.7), (2.0, 1.9)
+    nodes = np.linspace(-15, 15, 6001)
+    product = stats.norm(m_p, s_p).pdf(nodes) * stats.norm(m_q, s_q).pdf(nodes)
+    expected = product / integrate.trapezoid(product, nodes)
+    both = product_of_normals(*(_standing(m, s, torch.double) for m, s in ((m_p, s_p), (m_q, s_q))))
+    found = both.log_prob(torch.from_numpy(nodes)[:, None]).exp().numpy()
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12)
+
+
+def _standing(loc, scale, dtype):
+    return pyro.distributions.Normal(torch.tensor([loc], dtype=dtype), torch.tensor([scale], dtype=dtype)).to_event(1)
+
+
+@pytest.mark.parametrize(
+    ("p", "q"),
+    [
+        ((0.5, 1.0), (-2.0, 1e-25)),
+        ((0.5, 1e-25), (-2.0, 1.0)),
+        ((0.5, 1e-25), (0.5, 1e-25)),
+        ((0.5, 1e25), (-2.0, 1.0)),
+        ((0.5, 1e25), (-2.0, 1e25)),
+        ((0.5, 0.001), (-2.0, 1000.0)),
+    ],
+)
+def test_weighing_takes_scales_whose_precision_is_no_float(p, q):
+    """In float32 against float64, where the squares of these scales still exist."""
+    (m_p, s_p), (m_q, s_q) = p, q
+    precision = s_p**-2 + s_q**-2
+    expected = ((m_p / s_p**2 + m_q / s_q**2) / precision, precision**-0.5)
+    both = product_of_normals(_standing(*p, torch.float), _standing(*q, torch.float)).base_dist
+    assert float(both.loc) == pytest.approx(expected[0], rel=1e-6)
+    assert float(both.scale) == pytest.approx(expected[1], rel=1e-6)
+
+
+def test_the_ladder_refuses_what_is_no_diagonal_normal():
+    with pytest.raises(ValueError, match="ladder: expected diagonal normals at every layer, got MixtureSameFamily"):
+        product_of_normals(Mixture(2, components=3)(), StandardNormal(2)())
+
+
+# --- Chains: layers as one distribution ---
+
+E = (1, 3, 4)
+
+
+def _bent(width_in, latent_dim):
+    """A nonlinear conditional."""
+    return Conditional(MLP(width_in, 2 * latent_dim, hidden=(6,), activation=nn.Tanh), DiagonalNormal(latent_dim))
+
+
+def _vae(guide, dims=(3, 2, 1), *, top=None, sees_all=False, dtype=torch.double, seed=0):
+    """Nonlinear, with Bernoulli pixels; dims from the bottom to the top."""
+    pyro.set_rng_seed(seed)
+    top = top or StandardNormal(dims[-1])
+    prior = LayeredPrior(top, [_bent(above, here) for here, above in pairwise(dims)])
+    net = MLP(sum(dims) if sees_all else dims[0], math.prod(E), hidden=(6,), activation=nn.Tanh)
+    likelihood = Conditional(net if sees_all else OfBottomLayer(net, prior.latent_dims), Bernoulli(E))
+    if guide == "bottom-up":
+        below = [E, *dims]
+        posterior = BottomUp([_bent(c, L) for c, L in zip(below, dims, strict=False)])
+    else:
+        widths = [E, *[7 - layer for layer in range(len(dims))]]
+        features = [MLP(c, d, hidden=(6,)) for c, d in pairwise(widths)]
+        posterior = TopDown(features, [_bent(d, L) for d, L in zip(widths[1:], dims, strict=True)], prior)
+    return HierarchicalVAE(prior, likelihood, posterior).to(dtype)
+
+
+def _images(num_images=6, dtype=torch.double):
+    return torch.bernoulli(torch.full((num_images, *E), 0.4, dtype=dtype), generator=torch.Generator().manual_seed(0))
+
+
+def _traces(vae, x, num_particles=None):
+    particles = pyro.plate("particles", num_particles, dim=-2) if num_particles else (lambda program: program)
+    q = poutine.trace(particles(vae.guide)).get_trace(x)
+    p = poutine.trace(poutine.replay(particles(vae.model), trace=q)).get_trace(x)
+    p.compute_log_prob()
+    q.compute_log_prob()
+    return q, p
+
+
+@pytest.mark.parametrize("sees_all", [False, True])
+@pytest.mark.parametrize("num_particles", [None, 4])
+@pytest.mark.parametrize("dims", [(3,), (3, 2), (3, 2, 1), (2, 2, 2, 2)])
+@pytest.mark.parametrize("guide", GUIDES)
+def test_the_joint_density_is_the_sum_of_pyros_sites(guide, dims, num_particles, sees_all):
+    vae, x = _vae(guide, dims, sees_all=sees_all), _images()
+    q, p = _traces(vae, x, num_particles)
+    names = [f"z_{layer + 1}" for layer in range(len(dims))]
+    z = torch.cat([q.nodes[name]["value"] for name in names], dim=-1)
+    shape = (6,) if num_particles is None else (num_particles, 6)
+    assert z.shape == (*shape, sum(dims))
+    for trace, joint in ((q, vae.posterior(x)), (p, vae.prior())):
+        sites = sum(trace.nodes[name]["log_prob"] for name in names)
+        assert sites.shape == shape
+        assert_close(joint.log_prob(z), sites, rtol=1e-12, atol=1e-12)
+    assert_close(vae.likelihood(z).log_prob(x), p.nodes["x"]["log_prob"], rtol=1e-12, atol=1e-12)
+
+
+def _chains():
+    """Two layers of one latent each, every kind of chain."""
+    return {
+        "prior": _vae("top-down", (1, 1)).prior(),
+        "bottom-up": _vae("bottom-up", (1, 1)).posterior(_images(1)),
+        "top-down": _vae("top-down", (1, 1)).posterior(_images(1)),
+    }
+
+
+def _quadrature(chain):
+    """Nodes (M, 2), the weights of the trapezoidal rule with the density, (M,)."""
+    nodes = torch.linspace(-14, 14, 500, dtype=torch.double)
+    grid = torch.cartesian_prod(nodes, nodes)
+    return grid, chain.log_prob(grid[:, None] if chain.batch_shape else grid).exp().flatten() * (28 / 499) ** 2
+
+
+@pytest.mark.parametrize("name", _chains())
+@torch.no_grad()
+def test_the_density_of_a_chain_integrates_to_one(name):
+    _, mass = _quadrature(_chains()[name])
+    assert float(mass.sum()) == pytest.approx(1.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", _chains())
+@torch.no_grad()
+def test_draws_of_a_chain_have_the_moments_of_its_density(name):
+    chain = _chains()[name]
+    grid, mass = _quadrature(chain)
+    pyro.set_rng_seed(0)
+    z = chain.sample((40_000,)).reshape(-1, 2)
+    for function in (lambda z: z[:, 0], lambda z: z[:, 1], lambda z: z[:, 0] * z[:, 1], lambda z: z[:, 0].square()):
+        values = function(z)
+        stderr = float(values.std()) / math.sqrt(len(values))
+        assert abs(float(values.mean() - (mass * function(grid)).sum())) < 5 * stderr
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+def test_a_chain_draws_and_expands_as_any_distribution_does(guide):
+    vae, x = _vae(guide), _images()
+    for chain, batch in ((vae.prior(), ()), (vae.posterior(x), (6,))):
+        assert (tuple(chain.batch_shape), tuple(chain.event_shape)) == (batch, (6,))
+        assert chain.sample().shape == (*batch, 6)
+        assert chain.sample((4, 5)).shape == (4, 5, *batch, 6)
+        wide = chain.expand((3, 6))
+        assert (tuple(wide.batch_shape), wide.sample((2,)).shape) == ((3, 6), (2, 3, 6, 6))
+        assert wide.log_prob(wide.sample((2,))).shape == (2, 3, 6)
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+def test_the_draws_of_one_seed_are_the_same_as_sites_and_as_a_vector(guide):
+    vae, x = _vae(guide), _images()
+    torch.manual_seed(0)
+    sites = poutine.trace(vae.guide).get_trace(x)
+    torch.manual_seed(0)
+    expected = torch.cat([sites.nodes[f"z_{layer}"]["value"] for layer in (1, 2, 3)], dim=-1)
+    assert torch.equal(vae.posterior(x).rsample(), expected)
+
+
+def test_gradients_pass_through_rsample_and_not_through_sample():
+    chain = _vae("top-down").posterior(_images())
+    assert chain.has_rsample
+    assert chain.rsample().requires_grad
+    assert not chain.sample().requires_grad
+
+
+def test_moments_of_a_chain_are_those_of_draws():
+    """It has none in closed form, and says so as torch does."""
+    chain = _vae("top-down").posterior(_images())
+    for name in ("mean", "variance"):
+        with pytest.raises(NotImplementedError):
+            getattr(chain, name)
+    codes = moments(chain)
+    assert codes.mean.shape == codes.scale.shape == (6, 6)
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+def test_a_batch_is_as_many_batches_of_one(guide):
+    vae, x = _vae(guide), _images()
+    q, p = _traces(vae, x)
+    for image in range(len(x)):
+        z = {name: q.nodes[name]["value"][image : image + 1] for name in LATENTS}
+        for program, whole in ((vae.guide, q), (vae.model, p)):
+            alone = poutine.trace(poutine.condition(program, z)).get_trace(x[image : image + 1])
+            expected = sum(whole.nodes[name]["log_prob"][image] for name in whole.nodes if name in (*LATENTS, "x"))
+            assert_close(alone.log_prob_sum(), expected, rtol=1e-12, atol=1e-12)
+
+
+LATENTS = ("z_1", "z_2", "z_3")
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+def test_the_encoder_runs_once_an_image_and_never_once_a_particle(guide):
+    vae, x = _vae(guide), _images()
+    seen = []
+    vae.posterior.net.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape))
+    log_weights(vae.model, vae.guide, x, 5)
+    assert seen == [x.shape]
+
+
+def test_a_decoder_of_the_bottom_layer_sees_no_other():
+    z = torch.randn(4, 6, dtype=torch.double, requires_grad=True)
+    for sees_all in (False, True):
+        log_p = _vae("top-down", sees_all=sees_all).likelihood(z).log_prob(_images(4))
+        moved = torch.autograd.grad(log_p.sum(), z)[0].abs().sum(0)
+        assert (moved[:3] > 0).all()
+        assert ((moved[3:] > 0) == sees_all).all()
+
+
+# --- Training ---
+
+
+@pytest.mark.parametrize("sees_all", [False, True])
+@pytest.mark.parametrize("guide", GUIDES)
+def test_every_named_parameter_has_a_gradient(guide, sees_all):
+    vae = _vae(guide, sees_all=sees_all, top=Mixture(1, components=2))
+    objectives.elbo(vae.model, vae.guide, _images()).backward()
+    assert [name for name, w in vae.named_parameters() if w.grad is None or not w.grad.any()] == []
+
+
+OBJECTIVES = {
+    "elbo": lambda m, g, x, *, beta: objectives.elbo(m, g, x, beta=beta),
+    "analytic": lambda m, g, x, *, beta: objectives.elbo(m, g, x, beta=beta, estimator=TraceMeanField_ELBO),
+    "dreg": lambda m, g, x, *, beta: objectives.dreg(m, g, x, beta=beta, num_particles=3),
+}
+CAPTURED = [("top-down", "analytic"), ("top-down", "dreg"), ("bottom-up", "elbo")]
+
+
+def _as_stored(values, generator=None):
+    return values
+
+
+def _fitted(vae, x, objective, **options):
+    asked = {"epochs": 2, "batch_size": 8, "learning_rate": 0.01, "warmup_epochs": 1, "observe": _as_stored}
+    fit(vae, x, objective=objective, **(asked | options))
+    return {name: w.detach().clone() for name, w in vae.named_parameters()}
+
+
+@pytest.mark.parametrize(("guide", "name"), CAPTURED)
+def test_a_captured_training_ends_where_the_eager_one_does(graphs, guide, name):
+    """In float64, with a ragged last batch: six steps."""
+    start = {name: w.detach().clone() for name, w in _vae(guide, (2, 1)).named_parameters()}
+    ends = []
+    for compile in (False, True):
+        pyro.set_rng_seed(7)
+        ends.append(_fitted(_vae(guide, (2, 1)), _images(21), OBJECTIVES[name], compile=compile))
+    assert len(graphs) == 1
+    for weight, expected in ends[0].items():
+        assert_close(ends[1][weight], expected, rtol=0, atol=1e-10)
+        assert (expected - start[weight]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+def test_doubly_reparametrized_gradients_have_the_expectation_of_the_plain_ones(guide):
+    """Also for what a ladder shares with its prior. Means of 30 gradients of 1,000 images, entry by entry."""
+    oracle = TwoLayers.random()
+    vae, x = oracle.vae(guide, widen=1.4), oracle.draw(10).repeat(100, 1)
+    pyro.set_rng_seed(0)
+    weights = [w for w in vae.parameters() if w.requires_grad]
+    means, errors = [], []
+    for objective in (objectives.iwae, objectives.dreg):
+        found = []
+        for _ in range(30):
+            loss = objective(vae.model, vae.guide, x, num_particles=3)
+            found.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, weights)]))
+        gradients = torch.stack(found)
+        means.append(gradients.mean(0))
+        errors.append(gradients.std(0) / math.sqrt(30))
+    assert float(means[0].abs().max()) > 0.05  # else there is nothing to compare
+    assert ((means[0] - means[1]).abs() <= 5 * torch.hypot(*errors) + 1e-12).all()
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+def test_training_from_a_wrong_posterior_comes_near_the_evidence(guide):
+    """The guide starts at zero weights; the model is held at the truth, whose evidence is the best that can be had."""
+    oracle = TwoLayers.random()
+    vae, x = oracle.vae(guide), oracle.draw(200)
+    for w in [*vae.prior.parameters(), *vae.likelihood.parameters()]:
+        w.requires_grad_(False)
+    with torch.no_grad():
+        for w in vae.posterior.parameters():
+            w.mul_(0.3)
+    pyro.set_rng_seed(0)
+    before = _gap(vae, x, oracle)
+    _fitted(vae, x, OBJECTIVES["elbo"], epochs=40, batch_size=50, learning_rate=0.03, warmup_epochs=0)
+    after = _gap(vae, x, oracle)
+    assert before > 1.0
+    assert -1e-2 < after < 0.05
+
+
+@torch.no_grad()
+def _gap(vae, x, oracle):
+    """log p(x) - ELBO, nats an image."""
+    return float((oracle.log_evidence(x) - log_weights(vae.model, vae.guide, x, 50)).mean())
+
+
+def test_plain_pyro_svi_moves_every_weight_of_the_ladder_and_of_its_prior():
+    pyro.clear_param_store()
+    vae, x = _vae("top-down", dtype=torch.float), _images(dtype=torch.float)
+
+    def model(x):
+        pyro.module("vae", vae)
+        return vae.model(x)
+
+    def guide(x):
+        pyro.module("vae", vae)
+        return vae.guide(x)
+
+    before = {name: w.clone() for name, w in vae.named_parameters()}
+    SVI(model, guide, pyro.optim.Adam({"lr": 0.02}), Trace_ELBO()).step(x)
+    assert [name for name, w in vae.named_parameters() if torch.equal(w, before[name])] == []
+    pyro.clear_param_store()
+
+
+def test_under_autocast_every_layer_stays_in_the_type_of_the_data():
+    vae, x = _vae("top-down", dtype=torch.float), _images(dtype=torch.float)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert vae.posterior.net(x).dtype == torch.bfloat16  # else nothing was narrowed
+        q, p = _traces(vae, x)
+    for trace in (q, p):
+        assert {trace.nodes[name]["fn"].base_dist.scale.dtype for name in LATENTS} == {torch.float}
+
+
+# --- Weights in their places ---
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+def test_weights_are_stored_once_and_come_back(guide, tmp_path):
+    vae, x = _vae(guide), _images()
+    places = [w.data_ptr() for w in vae.state_dict().values()]
+    assert len(set(places)) == len(places)
+    save_file(vae.state_dict(), tmp_path / "weights.safetensors")
+    other = _vae(guide, seed=1)
+    z = vae.posterior(x).sample()
+    assert not torch.equal(other.posterior(x).log_prob(z), vae.posterior(x).log_prob(z))
+    other.load_state_dict(load_file(tmp_path / "weights.safetensors"))
+    for ours, theirs in ((vae.posterior(x), other.posterior(x)), (vae.prior(), other.prior())):
+        assert torch.equal(ours.log_prob(z), theirs.log_prob(z))
+
+
+def test_a_copy_of_a_ladder_weighs_with_its_own_prior():
+    vae, x = _vae("top-down"), _images()
+    z = vae.posterior(x).sample()
+    before = vae.posterior(x).log_prob(z)
+    other = copy.deepcopy(vae)
+    with torch.no_grad():
+        other.prior.layers[0].net.output.bias.add_(1.0)
+    assert torch.equal(vae.posterior(x).log_prob(z), before)
+    assert not torch.equal(other.posterior(x).log_prob(z), before)
+
+
+def test_parameters_put_in_the_place_of_the_priors_reach_the_ladder():
+    """As captured steps and held guides put them."""
+    vae, x = _vae("top-down"), _images()
+    z = vae.posterior(x).sample()
+    moved = {name: w + 1.0 for name, w in vae.named_parameters() if name.startswith("prior.layers")}
+    found = torch.func.functional_call(_LogQ(vae), {f"vae.{name}": w for name, w in moved.items()}, (x, z))
+    with torch.no_grad():
+        for name, w in moved.items():
+            vae.get_parameter(name).copy_(w)
+    assert_close(found, vae.posterior(x).log_prob(z), rtol=1e-12, atol=0)
+
+
+class _LogQ(nn.Module):
+    def __init__(self, vae):
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, x, z):
+        return self.vae.posterior(x).log_prob(z)
+
+
+# --- What is refused ---
+
+
+@pytest.mark.parametrize(
+    "shape", [(12,), (6, 12), (1, 12), (6, 1), (6, 4, 3), (6, 1, 3, 1), (1, 1, 4, 3), (2, 6, 1, 3, 4)]
+)
+@pytest.mark.parametrize("program", ["model", "guide"])
+@pytest.mark.parametrize("guide", GUIDES)
+def test_images_of_another_shape_are_refused_and_never_broadcast(guide, program, shape):
+    with pytest.raises(ValueError, match="expected shape"):
+        getattr(_vae(guide), program)(torch.zeros(shape, dtype=torch.double))
+
+
+@pytest.mark.parametrize("of", ["prior", "likelihood"])
+def test_latents_of_another_length_are_refused(of):
+    vae, z = _vae("top-down"), torch.zeros(4, 5, dtype=torch.double)
+    with pytest.raises(ValueError, match=r"z: expected shape \(\.\.\., 6\), got \(4, 5\)"):
+        vae.prior().log_prob(z) if of == "prior" else vae.likelihood(z)
+
+
+def test_a_guide_of_other_layers_than_the_priors_is_refused():
+    a, b = _vae("bottom-up", (3, 2)), _vae("bottom-up", (2, 3))
+    with pytest.raises(ValueError, match=r"posterior: expected layers of \(3, 2\) latents.*got \(2, 3\)"):
+        HierarchicalVAE(a.prior, a.likelihood, b.posterior)
+
+
+def test_a_ladder_of_too_few_rungs_is_refused():
+    posterior = _vae("top-down").posterior
+    with pytest.raises(ValueError, match="features, readouts: expected 3 of each, one a layer of the prior, got 2 and"):
+        TopDown(list(posterior.features)[:2], list(posterior.readouts), _vae("top-down").prior)
+
+
+def test_a_layer_that_does_not_take_what_is_above_it_is_refused():
+    prior = LayeredPrior(StandardNormal(2), [_bent(3, 4)])
+    with pytest.raises(ValueError, match=r"network input: expected shape \(\.\.\., 3\), got \(2,\)"):
+        prior().sample()

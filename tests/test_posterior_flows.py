@@ -1,0 +1,520 @@
+"""Flow guides: against quadrature, automatic Jacobians and models of known evidence, with weights far from 0."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import numpy as np
+import pyro
+import pytest
+import torch
+from oracles import LinearGaussian, bernoulli_vae, quadrature_log_evidence
+from pyro.distributions import Categorical, MixtureSameFamily
+from safetensors.torch import load_file, save_file
+from scipy.stats import kstest
+from torch.testing import assert_close
+
+from ppl_vae import VAE, Conditional, fit, log_evidence, log_weights
+from ppl_vae.diagnostics.mixture import AggregatePosterior
+from ppl_vae.networks import MLP
+from ppl_vae.posteriors import DiagonalNormal, inverse_autoregressive_flow, spline_flow
+from ppl_vae.priors import StandardNormal
+
+FLOWS = {"iaf": inverse_autoregressive_flow, "spline": spline_flow}
+C = 4  # features of the context
+
+
+def _at_random(module, *, size=0.4, seed=0):
+    """In float64, every parameter moved by a random number of this size, so that nothing is at its start."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.double().parameters():
+            parameter.add_(size * torch.randn(parameter.shape, generator=generator, dtype=torch.double))
+    return module
+
+
+def _posterior(name, L, *, num_layers=3, hidden=(8, 8), size=0.4):
+    torch.manual_seed(0)
+    return _at_random(FLOWS[name](L, context_dim=C, num_layers=num_layers, hidden=hidden), size=size)
+
+
+def _h(posterior, *shape, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, posterior.num_features, generator=generator, dtype=torch.double)
+
+
+def _grid(q, *, points):
+    """Points z (points^L, L) that reach half as far again as many draws, and the volume that each stands for."""
+    torch.manual_seed(3)
+    draws = q.sample((20_000,))
+    middle, radius = draws.mean(0), 1.5 * (draws - draws.mean(0)).abs().amax(0)
+    nodes = [torch.linspace(-1, 1, points, dtype=torch.double)] * len(middle)
+    cell = (2 * radius / (points - 1)).prod()
+    return middle + radius * torch.cartesian_prod(*nodes).reshape(-1, len(middle)), cell
+
+
+POINTS = {1: 20_001, 2: 241}
+MODERATE = {1: 0.4, 2: 0.15}  # so that in two dimensions, too, the points lie closer than the density bends
+
+
+# --- The density ---
+
+
+@pytest.mark.parametrize("L", POINTS)
+@pytest.mark.parametrize("name", FLOWS)
+@torch.no_grad()
+def test_a_density_integrates_to_one(name, L):
+    """By the trapezoidal rule, which a spline's kinks leave with an error of second order in the distance of points."""
+    posterior = _posterior(name, L, size=MODERATE[L])
+    q = posterior(_h(posterior))
+    z, cell = _grid(q, points=POINTS[L])
+    assert float(q.log_prob(z).exp().sum() * cell) == pytest.approx(1.0, abs={1: 1e-5, 2: 1e-3}[L])
+
+
+@pytest.mark.parametrize("L", POINTS)
+@pytest.mark.parametrize("name", FLOWS)
+@torch.no_grad()
+def test_draws_have_the_moments_of_the_density(name, L):
+    """Six expectations by quadrature, in their standard errors."""
+    posterior = _posterior(name, L, size=MODERATE[L])
+    q = posterior(_h(posterior))
+
+    def functions(z):
+        a, b = z[..., 0], z[..., -1]
+        return torch.stack([a, b, a * b, a.square(), (2 * a).cos(), (a - b).sin().abs()], dim=-1)
+
+    z, cell = _grid(q, points=POINTS[L])
+    exact = (q.log_prob(z).exp()[:, None] * functions(z)).sum(0) * cell
+    torch.manual_seed(0)
+    found = functions(q.sample((50_000,)))
+    stderr = found.std(0) / math.sqrt(len(found))
+    assert ((found.mean(0) - exact).abs() <= 4.5 * stderr + 1e-3 * exact.abs()).all()
+
+
+@pytest.mark.parametrize("name", FLOWS)
+@torch.no_grad()
+def test_draws_have_the_distribution_function_of_the_density(name):
+    posterior = _posterior(name, 1)
+    q = posterior(_h(posterior))
+    z, cell = _grid(q, points=50_001)
+    below = (q.log_prob(z).exp().cumsum(0) * cell).numpy()
+    torch.manual_seed(0)
+    draws = q.sample((20_000,))[:, 0].numpy()
+    assert kstest(draws, lambda at: np.interp(at, z[:, 0].numpy(), below)).pvalue > 1e-3
+
+
+@torch.no_grad()
+def test_a_spline_flow_of_one_latent_is_not_a_normal():
+    """Of which the logarithm would bend everywhere the same; else the tests above would prove nothing of splines."""
+    posterior = _posterior("spline", 1)
+    q = posterior(_h(posterior))
+    bend = q.log_prob(_grid(q, points=401)[0]).diff(n=2)[100:300]
+    assert bend.max() - bend.min() > 0.5 * bend.abs().mean()
+
+
+@pytest.mark.parametrize("L", [1, 2, 5])
+@pytest.mark.parametrize("name", FLOWS)
+def test_a_density_is_that_of_the_noise_over_the_volume_of_the_map(name, L):
+    """The volume by automatic differentiation of the draw by its noise, whose density is a standard normal's."""
+    posterior = _posterior(name, L)
+    h, u = _h(posterior), torch.randn(L, dtype=torch.double, generator=torch.Generator().manual_seed(2))
+
+    def draw(noise):
+        y, context = noise, h[2 * L :]
+        for layer in posterior.layers:
+            y, _ = layer(y, context)
+        return h[:L] + (7 * (h[L : 2 * L] / 7).tanh()).exp() * y
+
+    log_volume = torch.autograd.functional.jacobian(draw, u).slogdet().logabsdet
+    exact = -(u.square() + math.log(2 * math.pi)).sum() / 2 - log_volume
+    assert_close(posterior(h).log_prob(draw(u)), exact, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("L", [1, 2, 7])
+@pytest.mark.parametrize("name", FLOWS)
+def test_a_flow_starts_as_the_diagonal_normal(name, L):
+    posterior = FLOWS[name](L, context_dim=C, num_layers=3, hidden=(8,)).double()
+    h, z = 2 * _h(posterior, 6), 3 * torch.randn(9, 1, L, dtype=torch.double)
+    exact = torch.distributions.Normal(h[:, :L], (7 * (h[:, L : 2 * L] / 7).tanh()).exp()).log_prob(z).sum(-1)
+    assert_close(posterior(h).log_prob(z), exact)
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_a_flow_starts_with_the_draws_of_the_diagonal_normal(name):
+    posterior = FLOWS[name](3, context_dim=C, num_layers=2, hidden=(8,)).double()
+    h = _h(posterior, 6)
+    torch.manual_seed(0)
+    z = posterior(h).rsample((4,))
+    torch.manual_seed(0)
+    assert_close(z, DiagonalNormal(3)(h[:, :6]).rsample((4,)))
+
+
+# --- Both directions ---
+
+
+@pytest.mark.parametrize("L", [1, 2, 5, 8])
+@pytest.mark.parametrize("name", FLOWS)
+@torch.no_grad()
+def test_every_layer_inverts(name, L):
+    """With the volume of the one way minus that of the other."""
+    posterior = _posterior(name, L)
+    generator = torch.Generator().manual_seed(0)
+    u = 2 * torch.randn(50, L, dtype=torch.double, generator=generator)
+    context = torch.randn(50, C, dtype=torch.double, generator=generator)
+    for layer in posterior.layers:
+        y, log_volume = layer(u, context)
+        back, log_volume_back = layer.inverse(y, context)
+        assert_close(back, u, rtol=0, atol=1e-7)
+        assert_close(log_volume_back, -log_volume, rtol=0, atol=1e-5)
+        assert (y - u).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_the_density_of_an_own_draw_is_that_of_its_value(name):
+    posterior = _posterior(name, 4)
+    h = _h(posterior, 7)
+    q = posterior(h).expand((3, 7))
+    z = q.rsample((2,))
+    assert z.shape == (2, 3, 7, 4)
+    assert_close(q.log_prob(z), posterior(h).log_prob(z.clone()), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_an_own_draw_takes_one_pass_a_layer_and_its_density_none(name):
+    posterior, passes = _posterior(name, 6, num_layers=2), []
+    for layer in posterior.layers:
+        layer.net.register_forward_hook(lambda *_: passes.append(1))
+    q = posterior(_h(posterior, 3))
+    q.log_prob(q.rsample())
+    assert len(passes) == 2
+
+
+@pytest.mark.parametrize("name", FLOWS)
+@torch.no_grad()
+def test_draws_and_densities_take_any_leading_dimensions(name):
+    posterior = _posterior(name, 3)
+    h = _h(posterior, 2, 5)
+    z = torch.randn(4, 2, 5, 3, dtype=torch.double)
+    one_by_one = [[[posterior(h[b, c]).log_prob(z[a, b, c]) for c in range(5)] for b in range(2)] for a in range(4)]
+    assert_close(posterior(h).log_prob(z), torch.tensor(one_by_one))
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_a_wrong_value_is_refused(name):
+    posterior = _posterior(name, 3)
+    with pytest.raises(ValueError, match="support"):
+        posterior(_h(posterior, 2)).log_prob(torch.full((2, 3), math.nan, dtype=torch.double))
+
+
+# --- What a latent is mapped by ---
+
+
+def _seen(layer, L):
+    """(L, L) whether y_l changes with u_m, at one of six places: a unit that is off at one of them passes nothing."""
+    u = torch.randn(6, L, dtype=torch.double, generator=torch.Generator().manual_seed(0))
+    context = torch.ones(C, dtype=torch.double)
+    slopes = [torch.autograd.functional.jacobian(lambda u: layer(u, context)[0], one) for one in u]
+    return (torch.stack(slopes) != 0).any(0)
+
+
+@pytest.mark.parametrize("L", [2, 5])
+def test_in_an_autoregressive_layer_every_latent_is_mapped_by_all_before_it_in_turns_from_either_end(L):
+    posterior = _posterior("iaf", L, hidden=(40, 40))
+    for index, layer in enumerate(posterior.layers):
+        expected = torch.ones(L, L).triu() if index % 2 else torch.ones(L, L).tril()
+        assert torch.equal(_seen(layer, L), expected.bool())
+
+
+@pytest.mark.parametrize("L", [2, 3, 13])
+def test_couplings_let_every_latent_be_mapped_by_every_other(L):
+    """By log2(L) pairs of layers, each latent by those of the other half at once."""
+    posterior = _posterior("spline", L, num_layers=2 * math.ceil(math.log2(L)), hidden=(16,))
+    seen = torch.stack([_seen(layer, L) for layer in posterior.layers])
+    assert seen.any(0).all()
+    assert all(((one.double() - torch.eye(L)) @ (one.double() - torch.eye(L)) == 0).all() for one in seen)
+
+
+@pytest.mark.parametrize("name", FLOWS)
+@pytest.mark.parametrize("L", [1, 3])
+def test_the_shape_of_a_posterior_is_the_contexts(name, L):
+    """Of two images with the same place and width, and not the same context."""
+    posterior = _posterior(name, L)
+    h = _h(posterior, 2)
+    h[1, : 2 * L] = h[0, : 2 * L]
+    z = torch.randn(20, 1, L, dtype=torch.double, generator=torch.Generator().manual_seed(0))
+    log_q = posterior(h).log_prob(z)
+    assert (log_q[:, 0] - log_q[:, 1]).abs().median() > 0.05
+
+
+# --- Gradients ---
+
+
+@pytest.mark.parametrize("of", ["draw", "own density", "density"])
+@pytest.mark.parametrize("name", FLOWS)
+def test_a_gradient_reaches_every_parameter_and_feature(name, of):
+    posterior = _posterior(name, 4)
+    h = _h(posterior, 5).requires_grad_()
+    q = posterior(h)
+    z = q.rsample()
+    total = {
+        "draw": lambda: z.square(),
+        "own density": lambda: q.log_prob(z),
+        "density": lambda: q.log_prob(z.detach()),
+    }
+    total[of]().sum().backward()
+    without = [name for name, w in posterior.named_parameters() if w.grad is None or not w.grad.any()]
+    if of != "density":  # of which alone the place is part
+        assert not h.grad[:, 4:].eq(0).any()
+    else:
+        assert not h.grad.eq(0).any()
+    assert without == []
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_the_slope_of_a_density_is_that_of_finite_differences(name):
+    posterior = _posterior(name, 3)
+    h = _h(posterior, 4).requires_grad_()
+    z = torch.randn(4, 3, dtype=torch.double, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    assert torch.autograd.gradcheck(lambda z, h: posterior(h).log_prob(z), (z, h), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_the_slope_of_an_own_draws_density_is_the_whole_one(name):
+    """Along the parameters and along z: as from the value, by the chain rule of automatic differentiation."""
+    posterior = _posterior(name, 3)
+    h = _h(posterior, 4).requires_grad_()
+    q = posterior(h)
+    z = q.rsample()
+    (own,) = torch.autograd.grad(q.log_prob(z).sum(), h, retain_graph=True)
+    (whole,) = torch.autograd.grad(posterior(h).log_prob(z).sum(), h)
+    assert_close(own, whole, rtol=1e-5, atol=1e-5)
+
+
+# --- What is remembered of a draw ---
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_a_draw_without_gradients_has_a_density_with_gradients(name):
+    posterior = _posterior(name, 3)
+    q = posterior(_h(posterior, 4))
+    z = q.sample()
+    q.log_prob(z).sum().backward()
+    expected = [w.grad.clone() for w in posterior.parameters()]
+    posterior.zero_grad()
+    posterior(_h(posterior, 4)).log_prob(z.clone()).sum().backward()
+    for w, g in zip(posterior.parameters(), expected, strict=True):
+        assert_close(w.grad, g)
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_a_draw_that_becomes_an_input_has_a_slope(name):
+    posterior = _posterior(name, 3).requires_grad_(False)
+    q = posterior(_h(posterior, 4))
+    z = q.rsample().requires_grad_()
+    (slope,) = torch.autograd.grad(q.log_prob(z).sum(), z)
+    assert (slope != 0).all()
+
+
+@pytest.mark.parametrize("name", FLOWS)
+@torch.no_grad()
+def test_the_density_of_a_draw_that_was_written_to_is_that_of_what_it_is_now(name):
+    posterior = _posterior(name, 3)
+    q = posterior(_h(posterior, 4))
+    z = q.sample()
+    before = q.log_prob(z)
+    z.add_(1.0)
+    assert_close(q.log_prob(z), posterior(_h(posterior, 4)).log_prob(z.clone()))
+    assert (q.log_prob(z) - before).abs().min() > 1e-6
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_draws_in_inference_mode_have_densities(name):
+    posterior = _posterior(name, 3)
+    with torch.inference_mode():
+        q = posterior(_h(posterior, 4))
+        z = q.sample()
+        assert_close(q.log_prob(z), q.log_prob(z.clone()), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_a_draw_leaves_nothing_in_the_module(name):
+    posterior = _posterior(name, 3)
+    before = {key: type(value) for module in posterior.modules() for key, value in vars(module).items()}
+    q = posterior(_h(posterior, 4))
+    q.log_prob(q.rsample())
+    after = {key: type(value) for module in posterior.modules() for key, value in vars(module).items()}
+    assert before == after
+    q = copy.deepcopy(posterior)(_h(posterior, 4))
+    assert q.rsample().isfinite().all()
+
+
+# --- Numbers of whatever size ---
+
+
+@pytest.mark.parametrize("size", [1e2, 1e4])
+@pytest.mark.parametrize("name", FLOWS)
+def test_extreme_features_give_finite_draws_densities_and_gradients_in_single_precision(name, size):
+    posterior = _posterior(name, 10, num_layers=4).float()
+    h = size * torch.randn(20, posterior.num_features, generator=torch.Generator().manual_seed(0))
+    h.requires_grad_()
+    q = posterior(h)
+    z = q.rsample()
+    log_q = q.log_prob(z)
+    (log_q.sum() + z.sum()).backward()
+    values = [z, log_q, h.grad, *(w.grad for w in posterior.parameters())]
+    assert all(value.isfinite().all() for value in values)
+    posterior.zero_grad()
+    log_q = posterior(h).log_prob(torch.randn(20, 10))
+    log_q.clamp(min=-1e30).sum().backward()
+    assert not log_q.isnan().any()
+
+
+@pytest.mark.parametrize("name", FLOWS)
+@torch.no_grad()
+def test_a_density_in_single_precision_is_that_of_double_precision(name):
+    posterior = _posterior(name, 8, size=0.2)
+    h = _h(posterior, 200)
+    single = copy.deepcopy(posterior).float()(h.float())
+    z = single.rsample()
+    exact = posterior(h).log_prob(z.double())
+    assert_close(single.log_prob(z).double(), exact, rtol=0, atol=2e-3)
+    assert_close(single.log_prob(z.clone()).double(), exact, rtol=0, atol=2e-3)
+
+
+def test_a_layer_without_a_hidden_layer_is_refused():
+    with pytest.raises(ValueError, match="hidden: expected at least one width"):
+        inverse_autoregressive_flow(2, context_dim=1, num_layers=1, hidden=())
+
+
+# --- In a VAE ---
+
+
+def _flow_vae(name, exact):
+    """The linear-Gaussian model with a guide of random weights, wider than its posterior at first."""
+    D, L = exact.W.shape
+    vae, wide = exact.vae(widen=1.5), exact.vae(widen=1.5).posterior.net.output
+    posterior = _at_random(FLOWS[name](L, context_dim=C, num_layers=2, hidden=(8,)), size=0.15)
+    encoder = _at_random(MLP(D, posterior.num_features, hidden=()))
+    with torch.no_grad():
+        encoder.output.weight[: 2 * L] = wide.weight
+        encoder.output.bias[: 2 * L] = wide.bias
+    return VAE(StandardNormal(L).double(), vae.likelihood, Conditional(encoder, posterior))
+
+
+@pytest.mark.parametrize("name", FLOWS)
+@torch.no_grad()
+def test_weights_of_a_flow_guide_average_to_the_evidence(name):
+    """E[w] = p(x) whatever the guide; per image, in standard errors of the mean weight."""
+    exact = LinearGaussian.random(D=4, L=3, orthogonal=False)
+    vae, x = _flow_vae(name, exact), exact.draw(10)
+    torch.manual_seed(0)
+    w = (log_weights(vae.model, vae.guide, x, 5000) - exact.log_evidence(x)).exp()
+    assert (w.std(0) > 0.05).all()
+    assert ((w.mean(0) - 1).abs() < 4.5 * w.std(0) / math.sqrt(len(w))).all()
+
+
+@pytest.mark.parametrize("name", FLOWS)
+@torch.no_grad()
+def test_a_batch_has_the_densities_of_its_images_one_by_one(name):
+    exact = LinearGaussian.random(D=4, L=3)
+    vae, x = _flow_vae(name, exact), exact.draw(5)
+    z = torch.randn(5, 3, dtype=torch.double)
+    one_by_one = torch.cat([vae.posterior(x[n : n + 1]).log_prob(z[n : n + 1]) for n in range(5)])
+    assert_close(vae.posterior(x).log_prob(z), one_by_one)
+
+
+@pytest.mark.parametrize("name", FLOWS)
+@torch.no_grad()
+def test_a_mixture_of_flow_posteriors_is_the_mean_of_their_densities(name):
+    exact = LinearGaussian.random(D=4, L=3)
+    vae, x = _flow_vae(name, exact), exact.draw(5)
+    z = torch.randn(6, 3, dtype=torch.double)
+    parts = torch.stack([vae.posterior(x[n : n + 1]).log_prob(z) for n in range(5)])
+    mixture = MixtureSameFamily(Categorical(logits=torch.zeros(5, dtype=torch.double)), vae.posterior(x))
+    assert_close(mixture.log_prob(z), parts.logsumexp(0) - math.log(5))
+    assert_close(AggregatePosterior.of(vae, x).log_prob(z), parts.logsumexp(0) - math.log(5))
+    assert mixture.sample((4,)).shape == (4, 3)
+
+
+def _as_stored(values, generator=None):
+    return values
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_a_trained_flow_guide_is_nearer_to_the_evidence_than_the_best_diagonal_one(name):
+    """Two correlated latents: the diagonal guide's least gap is known, KL = sum_l log(s_l / t_l), t_l^2 = 1 / P_ll."""
+    W = torch.tensor([[1.0, 1.0], [1.0, 0.8], [0.0, 0.3]], dtype=torch.double)
+    exact = LinearGaussian(W, torch.zeros(3, dtype=torch.double), 0.5)
+    _, covariance = exact.posterior_map()
+    precision = torch.linalg.inv(covariance)
+    least_gap = (precision.diagonal().log().sum() - precision.logdet()).item() / 2
+    x = exact.draw(1000)
+    torch.manual_seed(0)
+    posterior = FLOWS[name](2, context_dim=C, num_layers=2, hidden=(16,)).double()
+    encoder = MLP(3, posterior.num_features, hidden=()).double()
+    vae = VAE(StandardNormal(2).double(), exact.vae().likelihood.requires_grad_(False), Conditional(encoder, posterior))
+    fit(vae, x, epochs=30, batch_size=100, learning_rate=1e-2, observe=_as_stored)
+    with torch.no_grad():
+        gap = (exact.log_evidence(x) - log_weights(vae.model, vae.guide, x, 20)).mean().item()
+    assert least_gap > 0.3
+    assert gap < least_gap / 4
+
+
+def _images(num_images=20):
+    rates = torch.linspace(0.1, 0.9, 12, dtype=torch.double).expand(num_images, 12)
+    return torch.bernoulli(rates, generator=torch.Generator().manual_seed(0))
+
+
+def _bernoulli_flow_vae(name):
+    vae = bernoulli_vae(latent_dim=2)
+    torch.manual_seed(0)
+    posterior = _at_random(FLOWS[name](2, context_dim=C, num_layers=2, hidden=(6,)), size=0.1)
+    encoder = MLP(12, posterior.num_features, hidden=()).double()
+    with torch.no_grad():
+        encoder.output.weight.mul_(0.2)
+        encoder.output.bias.zero_()
+    return VAE(vae.prior, vae.likelihood, Conditional(encoder, posterior))
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_the_bound_with_a_flow_guide_is_the_evidence_by_quadrature(name):
+    vae, x = _bernoulli_flow_vae(name), _images()
+    torch.manual_seed(0)
+    found = log_evidence(vae.model, vae.guide, x, num_particles=10_000)
+    assert_close(found, quadrature_log_evidence(vae, x, latent_dim=2), rtol=0, atol=0.05)
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_captured_steps_are_the_eager_ones(graphs, name):
+    trained = {}
+    for compile in (True, False):
+        vae = _bernoulli_flow_vae(name)
+        pyro.set_rng_seed(0)
+        fit(vae, _images(), epochs=3, batch_size=8, warmup_epochs=1, observe=_as_stored, compile=compile)
+        trained[compile] = vae.state_dict()
+    start = _bernoulli_flow_vae(name).state_dict()
+    for key, expected in trained[False].items():
+        assert_close(trained[True][key], expected, rtol=1e-9, atol=1e-11)
+        assert (expected - start[key]).abs().max() > 1e-6
+    assert len(graphs) > 0
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_after_a_captured_run_the_same_module_has_numbers(graphs, name):
+    vae, x = _bernoulli_flow_vae(name), _images()
+    fit(vae, x, epochs=1, batch_size=8, observe=_as_stored, compile=True)
+    assert log_weights(vae.model, vae.guide, x, 3).isfinite().all()
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_the_weights_of_a_flow_guide_are_saved_and_read(tmp_path, name):
+    vae = _bernoulli_flow_vae(name)
+    save_file(vae.state_dict(), tmp_path / "weights.safetensors")
+    other = _bernoulli_flow_vae(name)
+    with torch.no_grad():
+        for w in other.parameters():
+            w.zero_()
+    other.load_state_dict(load_file(tmp_path / "weights.safetensors"))
+    x, z = _images(), torch.randn(20, 2, dtype=torch.double)
+    assert_close(other.posterior(x).log_prob(z), vae.posterior(x).log_prob(z), rtol=0, atol=0)

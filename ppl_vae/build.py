@@ -299,6 +299,12 @@ def _check_objective(options: Options) -> None:
         raise ValueError(f"--kl: {options.objective} samples the KL; expected no --kl beside it")
     if options.objective == "free-bits" and options.kl != Options().kl:
         raise ValueError("--kl: free-bits takes the KL of each latent in closed form; expected no --kl beside it")
+    closed = options.objective == "free-bits" or options.kl == "analytic"
+    if closed and options.upper_latents and options.inference == "bottom-up":
+        raise ValueError(
+            "--inference bottom-up: expected a sampled KL (no --kl analytic, no free-bits), got one in closed form, "
+            "which a guide that draws against the model's order has not"
+        )
     if is_autoencoder(options) and options.objective != "elbo":
         raise ValueError(f"--objective {options.objective}: expected --posterior diagonal, got {options.posterior}")
     if is_autoencoder(options) and options.beta != 0:

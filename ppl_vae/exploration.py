@@ -11,17 +11,18 @@ from typing import Any, NamedTuple
 import pyro
 import torch
 from torch import Tensor
-from torch.distributions import Normal, kl_divergence
+from torch.distributions import Independent, Normal, kl_divergence
 
 from ppl_vae.conditional import numbers_a_pixel
-from ppl_vae.evidence import particles_a_pass
+from ppl_vae.evidence import particles_a_pass, vectors_a_pass
 from ppl_vae.vae import VAE
 from ppl_vae.weights import log_weights
 
 # A latent whose mean KL is below this many nats is called unused. Source: ours.
 UNUSED_NATS = 0.01
 
-_DRAWS_FOR_MOMENTS = 200
+_DRAWS_FOR_MOMENTS = 200  # of each of many distributions
+PRIOR_DRAWS = 20_000  # of a prior that says its moments or its distribution function only by draws
 
 
 class Codes(NamedTuple):
@@ -30,10 +31,13 @@ class Codes(NamedTuple):
     Args:
         mean: (N, L).
         scale: (N, L), the square roots of the variances.
+        num_draws: of how many draws an image they are, so that each mean has an error of scale / sqrt(num_draws); None
+            where they are exact.
     """
 
     mean: Tensor
     scale: Tensor
+    num_draws: int | None = None
 
 
 def mean_or_draw(distribution: Any) -> Tensor:
@@ -44,13 +48,25 @@ def mean_or_draw(distribution: Any) -> Tensor:
         return distribution.sample()
 
 
+@torch.no_grad()
+def sampled(distribution: Any, count: int) -> Tensor:
+    """(count, *batch, L) draws of a distribution over latents, in passes that fit into memory."""
+    chunk = max(1, vectors_a_pass(distribution) // max(1, distribution.batch_shape.numel()))
+    sizes = [min(chunk, count - start) for start in range(0, count, chunk)]
+    return torch.cat([distribution.sample((size,)) for size in sizes])
+
+
 def moments(distribution: Any) -> Codes:
-    """Mean and scale of each latent: in closed form where the distribution has them, else of 200 draws."""
+    """Mean and scale of each latent: in closed form where the distribution has them, else of draws.
+
+    200 of each distribution of a batch, and 20,000 of a prior, which is one.
+    """
     try:
         return Codes(distribution.mean, distribution.variance.sqrt())
     except NotImplementedError:
-        draws = distribution.sample((_DRAWS_FOR_MOMENTS,))
-        return Codes(draws.mean(0), draws.std(0))
+        count = _DRAWS_FOR_MOMENTS if len(distribution.batch_shape) else PRIOR_DRAWS
+        draws = sampled(distribution, count)
+        return Codes(draws.mean(0), draws.std(0), count)
 
 
 @torch.no_grad()
@@ -62,7 +78,8 @@ def encode(vae: VAE, x: Tensor) -> Codes:
         x: images (N, *E), as the model sees them.
     """
     parts = [moments(vae.posterior(group)) for group in x.split(particles_a_pass(x))]
-    return Codes(torch.cat([part.mean for part in parts]), torch.cat([part.scale for part in parts]))
+    mean, scale = torch.cat([part.mean for part in parts]), torch.cat([part.scale for part in parts])
+    return Codes(mean, scale, parts[0].num_draws)
 
 
 @torch.no_grad()
@@ -81,7 +98,9 @@ def decoded(vae: VAE, z: Tensor) -> Tensor:
 
 @torch.no_grad()
 def kl_by_latent(codes: Codes, prior: Any) -> Tensor:
-    """(1/N) sum_n KL(q(z_l | x_n) || p(z_l)), both taken as normals of their mean and scale: for normals, exactly that.
+    """(1/N) sum_n KL(q(z_l | x_n) || p(z_l)) of normals that are products over latents, by their means and scales.
+
+    Of a guide or a prior that is none a latent has no KL of its own, or another one: see ``diagnostics.latent_kl``.
 
     Args:
         codes: of N images.
@@ -97,6 +116,8 @@ def kl_by_latent(codes: Codes, prior: Any) -> Tensor:
 @torch.no_grad()
 def traversals(vae: VAE, z: Tensor, latents: Sequence[int], steps: Tensor) -> Tensor:
     """E[x | z] as one latent at a time moves to m_l + t s_l, the prior's mean and scale, the others as they are in z.
+
+    Under a prior whose latents depend on each other, some of these places may be where it puts nothing.
 
     Args:
         vae: the VAE.
@@ -114,31 +135,43 @@ def traversals(vae: VAE, z: Tensor, latents: Sequence[int], steps: Tensor) -> Te
     return vae.likelihood(moved).mean
 
 
-def normal_quantiles(count: int) -> Tensor:
-    """(count,) Phi^-1 of the middles of as many equal parts of [0, 1]: each stands for the same prior probability."""
-    return torch.special.ndtri((torch.arange(count, dtype=torch.double) + 0.5) / count).float()
+@torch.no_grad()
+def quantiles(prior: Any, count: int) -> Tensor:
+    """(count, L) F_l^-1 of the middles of as many equal parts of [0, 1]: each stands for the same probability of z_l.
+
+    F_l is the distribution function of latent l by itself. Where the prior is no product over latents that have one,
+    its place is taken by 20,000 draws.
+    """
+    middles = (torch.arange(count, dtype=torch.double) + 0.5) / count
+    try:
+        if not isinstance(prior, Independent):
+            raise NotImplementedError
+        marginals = prior.base_dist
+        return marginals.icdf(middles.to(marginals.mean)[:, None])
+    except NotImplementedError:
+        z = sampled(prior, PRIOR_DRAWS)
+        return torch.stack([z[:, latent].quantile(middles.to(z)) for latent in range(z.shape[1])], dim=-1)
 
 
 @torch.no_grad()
-def manifold(vae: VAE, steps: Tensor) -> Tensor:
-    """E[x | z] over the plane of two latents, z = m + t s with the prior's mean m and scale s, each t in steps.
+def manifold(vae: VAE, grid: Tensor) -> Tensor:
+    """E[x | z] over the plane of two latents.
 
     Args:
         vae: the VAE, L = 2.
-        steps: (K,).
+        grid: (K, 2) the places of each latent.
 
     Returns:
         (K, K, *E): the second latent along the first dimension, the first along the second.
     """
-    p = moments(vae.prior())
-    second, first = torch.meshgrid(steps, steps, indexing="ij")
-    return vae.likelihood(p.mean + torch.stack([first, second], dim=-1) * p.scale).mean
+    second, first = torch.meshgrid(grid[:, 1], grid[:, 0], indexing="ij")
+    return vae.likelihood(torch.stack([first, second], dim=-1)).mean
 
 
 @torch.no_grad()
 def gather_log_weights(vae: VAE, x: Tensor, num_particles: int) -> Tensor:
     """(S, N) log-weights, nats, in passes that fit into memory. x: (N, *E)."""
-    pairs = particles_a_pass(x, numbers_a_pixel(vae.likelihood))
+    pairs = min(particles_a_pass(x, numbers_a_pixel(vae.likelihood)), vectors_a_pass(vae.prior()))
     chunk = max(1, pairs // len(x))
     parts = []
     with pyro.validation_enabled(False):

@@ -82,12 +82,15 @@ class AffineCoupling(nn.Module):
         dim: L, of which the first half, rounded up, is a.
         hidden: widths of the network's hidden layers.
 
+    Raises:
+        ValueError: fewer than two latents, which have no halves.
+
     Reference: Dinh et al. 2017 (RealNVP), arXiv 1605.08803, equations 7 and 8; the bound on s is common practice.
     """
 
     def __init__(self, dim: int, *, hidden: Sequence[int]) -> None:
         super().__init__()
-        self.kept = (dim + 1) // 2
+        self.kept = _half(dim)
         self.net = _zero_at_first(MLP(self.kept, 2 * (dim - self.kept), hidden=hidden))
 
     def _log_scale_and_shift(self, a: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,12 +121,15 @@ class SplineCoupling(nn.Module):
         hidden: widths of the network's hidden layers.
         bins: of each spline.
 
+    Raises:
+        ValueError: fewer than two latents, which have no halves.
+
     Reference: Durkan et al. 2019 (neural spline flows), arXiv 1906.04032, section 3.
     """
 
     def __init__(self, dim: int, *, hidden: Sequence[int], bins: int = 8) -> None:
         super().__init__()
-        self.kept = (dim + 1) // 2
+        self.kept = _half(dim)
         self.bins = bins
         self.net = _zero_at_first(MLP(self.kept, (dim - self.kept) * (3 * bins - 1), hidden=hidden))
 
@@ -139,6 +145,13 @@ class SplineCoupling(nn.Module):
     def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """y: (..., L) -> u (..., L) and log |det du/dy|, (...)."""
         return self._spline(y[..., : self.kept], y[..., self.kept :], inverse=False)
+
+
+def _half(dim: int) -> int:
+    """Half of the latents, rounded up."""
+    if dim < 2:
+        raise ValueError(f"latents of a coupling flow: expected at least 2, one half mapped by the other, got {dim}")
+    return (dim + 1) // 2
 
 
 def _zero_at_first(net: MLP) -> MLP:
@@ -183,22 +196,32 @@ def rational_quadratic_spline(x: Tensor, h: Tensor, *, bound: float, inverse: bo
     w, hgt = of_bin(widths), of_bin(heights)
     x_0, y_0 = of_bin(left), of_bin(bottom)
     d_0, d_1, s = of_bin(slopes[..., :-1]), of_bin(slopes[..., 1:]), hgt / w
-    bend = d_0 + d_1 - 2 * s
     if inverse:
-        rise = inside - y_0
-        a = hgt * (s - d_0) + rise * bend
-        b = hgt * d_0 - rise * bend
-        c = -s * rise
-        t = 2 * c / (-b - (b * b - 4 * a * c).clamp(min=0).sqrt())
+        t, rest = _place_in_bin(((inside - y_0) / hgt).clamp(0, 1), s, d_0, d_1)
     else:
-        t = (inside - x_0) / w
-    t = t.clamp(0, 1)
-    denominator = s + bend * t * (1 - t)
-    value = t * w + x_0 if inverse else y_0 + hgt * (s * t * t + d_0 * t * (1 - t)) / denominator
-    slope = s * s * (d_1 * t * t + 2 * s * t * (1 - t) + d_0 * (1 - t) * (1 - t)) / (denominator * denominator)
+        t = ((inside - x_0) / w).clamp(0, 1)
+        rest = 1 - t
+    denominator = s * (t * t + rest * rest) + (d_0 + d_1) * t * rest
+    value = t * w + x_0 if inverse else y_0 + hgt * (s * t * t + d_0 * t * rest) / denominator
+    slope = s * s * (d_1 * t * t + 2 * s * t * rest + d_0 * rest * rest) / (denominator * denominator)
     log_slope = -slope.log() if inverse else slope.log()
     is_outside = x.abs() >= bound
     return torch.where(is_outside, x, value), torch.where(is_outside, torch.zeros_like(x), log_slope)
+
+
+def _place_in_bin(r: Tensor, s: Tensor, d_0: Tensor, d_1: Tensor) -> tuple[Tensor, Tensor]:
+    """t and 1 - t of r = (s t^2 + d_0 t (1 - t)) / (s (t^2 + (1 - t)^2) + (d_0 + d_1) t (1 - t)).
+
+    The root of a quadratic equation, without a difference of numbers that are alike: such a one is 0 in float32 where
+    slopes are far apart, and its root has no gradient there.
+
+    Source: Durkan et al. 2019, arXiv 1906.04032, equations 6 to 8, of which this form is ours.
+    """
+    e = d_0 * (1 - r) - d_1 * r
+    is_rising = e >= 0
+    g = (e * e + 4 * s * s * r * (1 - r)).sqrt() + torch.where(is_rising, e, -e)
+    low, high = torch.where(is_rising, 2 * s * r, g), torch.where(is_rising, g, 2 * s * (1 - r))
+    return low / (low + high), high / (low + high)
 
 
 def _bins(h: Tensor, bound: float) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ppl_vae.conditional import numbers_a_pixel
-from ppl_vae.evidence import NotFinite, particles_a_pass, seeded
+from ppl_vae.evidence import NotFinite, particles_a_pass, seeded, vectors_a_pass
 from ppl_vae.likelihoods.family import independent_pixels
 from ppl_vae.numerics import log_mean_exp
 from ppl_vae.vae import VAE
@@ -278,7 +278,7 @@ def _impute_one(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Draws (M, *E), the mean (*E), log evidence and effective sample size of one image (1, *E)."""
     q = observed.posterior(x)
-    chunk = particles_a_pass(x, numbers_a_pixel(observed.vae.likelihood))
+    chunk = min(particles_a_pass(x, numbers_a_pixel(observed.vae.likelihood)), vectors_a_pass(q))
     z = x.new_empty(num_particles, 1, *q.event_shape)
     log_w = torch.empty(num_particles, dtype=torch.double, device=x.device)
     top = log_w.new_full((), -torch.inf)

@@ -94,11 +94,8 @@ class Flow(nn.Module):
     """p(z) of z = f(u), u ~ N(0, I), f a normalizing flow: log p(z) = log N(f^-1(z)) + log |det df^-1/dz|.
 
     Args:
-        latent_dim: L, at least 2.
-        flow: f; see ``flows.Flow.of_couplings``.
-
-    Raises:
-        ValueError: fewer than two latents, of which no coupling has a half.
+        latent_dim: L.
+        flow: f of L latents; see ``flows.Flow.of_couplings``.
 
     Reference: Dinh et al. 2017, arXiv 1605.08803; as a prior Chen et al. 2017, arXiv 1611.02731, Xu et al. 2019,
     arXiv 1905.13452.

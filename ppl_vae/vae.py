@@ -9,14 +9,14 @@ import pyro
 from torch import Tensor, nn
 
 
-def _one_an_image(posterior: Any, x: Tensor) -> Any:
+def one_an_image(posterior: Any, x: Tensor) -> Any:
     """The posterior as it is, once it is one distribution an image."""
     if tuple(posterior.batch_shape) != (len(x),):
         raise ValueError(f"x: expected shape (B, *E), one posterior an image, got {tuple(x.shape)}")
     return posterior
 
 
-def _over_event(likelihood: Any, x: Tensor) -> Any:
+def over_event(likelihood: Any, x: Tensor) -> Any:
     """The likelihood as it is, once its event shape is that of an image: a wrong one would broadcast, and be summed."""
     if tuple(likelihood.event_shape) != tuple(x.shape[1:]):
         raise ValueError(f"x: expected shape (B, {', '.join(map(str, likelihood.event_shape))}), got {tuple(x.shape)}")
@@ -55,9 +55,9 @@ class VAE(nn.Module):
         """z ~ p(z), x ~ p(x | z). x: (B, *E), observed."""
         with pyro.plate("images", len(x), dim=-1):
             z = pyro.sample("z", self.prior())
-            pyro.sample("x", _over_event(self.likelihood(z), x), obs=x)
+            pyro.sample("x", over_event(self.likelihood(z), x), obs=x)
 
     def guide(self, x: Tensor) -> None:
         """z ~ q(z | x). x: (B, *E)."""
         with pyro.plate("images", len(x), dim=-1):
-            pyro.sample("z", _one_an_image(self.posterior(x), x))
+            pyro.sample("z", one_an_image(self.posterior(x), x))

@@ -13,6 +13,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from ppl_vae.diagnostics.mixture import AggregatePosterior, factors
 from ppl_vae.diagnostics.values import Value
 from ppl_vae.evidence import seeded
+from ppl_vae.exploration import PRIOR_DRAWS, moments, sampled
 from ppl_vae.vae import VAE
 
 # A prior draw is in a hole where the aggregate posterior covers it less than this share of held-out images' draws.
@@ -22,9 +23,6 @@ HOLE_QUANTILE = 0.01
 # By which the posteriors may be widened, in spreads of their means over images, to cover held-out images' draws best.
 _BANDWIDTHS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0)
 _DRAWS_FOR_BANDWIDTH = 500
-
-# Of a prior that says its moments or its distribution function only by draws.
-_PRIOR_DRAWS = 20_000
 
 # The classifier: enough for a difference that matters, seconds on one core at 5,000 draws of 40 latents. Source: ours.
 _HIDDEN, _EPOCHS, _BATCH, _RATE, _DECAY = 64, 20, 250, 3e-3, 1e-2
@@ -153,12 +151,8 @@ def latent_moments(z: Tensor, prior: Any) -> LatentMoments:
         ValueError: fewer than two draws.
     """
     z = _samples("z", z)
-    try:
-        loc, scale = prior.mean, prior.variance.sqrt()
-    except NotImplementedError:
-        drawn = prior.sample((_PRIOR_DRAWS,))
-        loc, scale = drawn.mean(0), drawn.std(0)
-    z = (z - loc.double().cpu()) / scale.double().cpu()
+    p = moments(prior)
+    z = (z - p.mean.double().cpu()) / p.scale.double().cpu()
     N = len(z)
     squares = (z - z.mean(0)).square()
     variance = z.var(0)
@@ -193,9 +187,9 @@ def kolmogorov_smirnov(z: Tensor, prior: Any) -> KolmogorovSmirnov:
         at = marginals.cdf(in_order.to(z.device)).cpu().double()
         size = float(N)
     except NotImplementedError:
-        drawn = prior.sample((_PRIOR_DRAWS,)).double().cpu().T.contiguous().sort(-1).values
-        at = torch.searchsorted(drawn, in_order.T.contiguous(), right=True).T.double() / _PRIOR_DRAWS
-        size = N * _PRIOR_DRAWS / (N + _PRIOR_DRAWS)
+        drawn = sampled(prior, PRIOR_DRAWS).double().cpu().T.contiguous().sort(-1).values
+        at = torch.searchsorted(drawn, in_order.T.contiguous(), right=True).T.double() / PRIOR_DRAWS
+        size = N * PRIOR_DRAWS / (N + PRIOR_DRAWS)
     rank = torch.arange(1, N + 1, dtype=torch.double)[:, None] / N
     D = torch.maximum((rank - at).amax(0), (at - rank + 1 / N).amax(0))
     return KolmogorovSmirnov(D, kolmogorov_tail((math.sqrt(size) + 0.12 + 0.11 / math.sqrt(size)) * D))

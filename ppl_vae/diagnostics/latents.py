@@ -13,11 +13,14 @@ from torch.distributions import Normal, kl_divergence
 from ppl_vae.conditional import numbers_a_pixel
 from ppl_vae.diagnostics.mixture import AggregatePosterior, factors, normal_factors
 from ppl_vae.diagnostics.values import PerLatent, Value, ratio_of_means
-from ppl_vae.evidence import particles_a_pass
+from ppl_vae.evidence import particles_a_pass, weighed_a_pass
 from ppl_vae.exploration import Codes, moments
+from ppl_vae.hierarchy import Chain
+from ppl_vae.priors import VampPrior
 from ppl_vae.vae import VAE
 
-# A latent is active where the variance of its posterior mean over images exceeds this (Burda et al. 2016, section 5).
+# A latent is active where the variance of its posterior mean over images exceeds this, in the prior's unit (Burda et
+# al. 2016, section 5).
 ACTIVE_VARIANCE = 0.01
 
 # The mutual information of N images' empirical distribution cannot exceed log N; above this share of it, it says
@@ -49,10 +52,10 @@ class LatentKL(PerLatent):
 
 @dataclass(frozen=True)
 class ActiveUnits:
-    """Var_n E[z_l | x_n], and whether it is above 0.01.
+    """Var_n E[z_l | x_n] / Var p(z_l), and whether it is above 0.01.
 
     Args:
-        variance: (L,) float64, on the CPU.
+        variance: (L,) float64, on the CPU; in variances of the prior, 1 each where that is a standard normal.
         stderr: (L,) float64; NaN for one image.
         active: (L,) bool.
         count: how many are active.
@@ -155,19 +158,25 @@ def _kl_or_draws(q: Any, prior: Any, draws: int) -> Tensor:
     return (factors(q).log_prob(z).double() - factors(prior).log_prob(z).double()).mean(0)
 
 
-def active_units(codes: Codes) -> ActiveUnits:
-    """A_l = Var_n E[z_l | x_n], active where above 0.01.
+def active_units(codes: Codes, prior_scale: Tensor | None = None) -> ActiveUnits:
+    """A_l = Var_n E[z_l | x_n] / Var p(z_l), active where above 0.01.
 
-    The error is sqrt((mean_n d_n^4 - A^2) / N), d_n the deviation from the mean: that of a variance of independent
-    images, whatever their distribution.
+    A prior that is learned sets the unit of its latents, so a variance says something in its unit alone. Where means
+    are those of draws, what their error adds to the variance is taken off. The error is sqrt((mean_n d_n^4 - A^2) / N),
+    d_n the deviation from the mean: that of a variance of independent images, whatever their distribution.
 
     Args:
         codes: of N images, as ``exploration.encode`` gives them.
+        prior_scale: (L,) of each latent under p(z), such as ``exploration.moments`` gives it; None for ones.
 
-    Reference: Burda et al. 2016, arXiv 1509.00519, section 5.
+    Reference: Burda et al. 2016, arXiv 1509.00519, section 5, for a standard normal prior; its unit: ours.
     """
-    squares = (codes.mean.double() - codes.mean.double().mean(0)).square()
-    each = PerLatent.of(squares * len(squares) / max(1, len(squares) - 1))
+    unit = codes.mean.new_ones(()).double() if prior_scale is None else prior_scale.double()
+    squares = ((codes.mean.double() - codes.mean.double().mean(0)) / unit).square()
+    squares = squares * len(squares) / max(1, len(squares) - 1)
+    if codes.num_draws is not None:
+        squares = squares - (codes.scale.double() / unit).square() / codes.num_draws
+    each = PerLatent.of(squares)
     active = each.mean > ACTIVE_VARIANCE
     return ActiveUnits(each.mean, each.stderr, active, int(active.sum()))
 
@@ -256,7 +265,7 @@ def implied_beta(vae: VAE, x: Tensor, *, draws: int = 8) -> Value | None:
     were trained with, in the unit of the likelihood's nats: a mean over D pixels implies D. It is a statement of the
     guide's widths alone. Where training was cut short, or the guide cannot express other widths, it is not the beta
     asked for; free bits, which stop the KL's pressure, imply less. A latent whose posterior is the prior adds nothing
-    to either derivative.
+    to either derivative. A VampPrior is made of the guide's posteriors, so its components widen with them.
 
     d log p(x | z) / d log c is by autograd at the draws, in pairs z_0 and 2 m - z_0, whose linear terms cancel. The
     KL's is in closed form for normals (for a standard normal prior sum_l s_l^2 - 1), else -L - E[d log p(z) / d log c]
@@ -269,8 +278,8 @@ def implied_beta(vae: VAE, x: Tensor, *, draws: int = 8) -> Value | None:
 
     Returns:
         The implied beta, or None where the KL is not above 0.1 nats or does not respond to the widths by more than 0.05
-        nats and three standard errors (the decoder ignores z, or nearly), and where the guide has no width (an
-        autoencoder).
+        nats and three standard errors (the decoder ignores z, or nearly), where the guide has no width (an
+        autoencoder), and where it has several layers, each with a width of its own.
 
     Raises:
         ValueError: no image, or no draw.
@@ -282,7 +291,9 @@ def implied_beta(vae: VAE, x: Tensor, *, draws: int = 8) -> Value | None:
     if len(x) == 0:
         raise ValueError("x: expected at least one image, got none")
     prior = vae.prior()
-    passes = x.split(max(1, particles_a_pass(x, numbers_a_pixel(vae.likelihood)) // (2 * draws)))
+    if isinstance(prior, Chain):
+        return None
+    passes = x.split(max(1, weighed_a_pass(vae, x) // (2 * draws)))
     parts = [_slopes(vae, images, prior, draws) for images in passes]
     gain, rate, width, kl = (torch.cat(part) for part in zip(*parts, strict=True))
     slope = Value.of(rate)
@@ -299,6 +310,30 @@ def _derivative(total: Tensor, log_c: Tensor) -> Tensor:
     return torch.zeros_like(log_c) if found is None else found
 
 
+def _log_prior(part: Any, prior: Any, z: Tensor, log_c: Tensor) -> Tensor:
+    """log p(z) once all of the guide's scales are c times as wide, each about its own mean.
+
+    Of a VampPrior, (1/K) sum_k q_k(m_k + (z - m_k) / c) / c^L; no other prior has the guide's scales.
+
+    Args:
+        part: the VAE's prior.
+        prior: what it returns.
+        z: (S, B, L).
+        log_c: (B,).
+
+    Returns:
+        (S, B) nats.
+    """
+    if not isinstance(part, VampPrior):
+        return prior.log_prob(z)
+    components = prior.component_distribution
+    with torch.no_grad():
+        mean = moments(components).mean
+    nearer = mean + (z[..., None, :] - mean) * (-log_c).exp()[:, None, None]
+    log_p = components.log_prob(nearer) + prior.mixture_distribution.logits.log_softmax(-1)
+    return log_p.logsumexp(-1) - z.shape[-1] * log_c
+
+
 def _slopes(vae: VAE, x: Tensor, prior: Any, draws: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(B,) each: d/dlog c of the reconstruction and of the KL, the draws' mean distance from m, and the KL itself."""
     with torch.no_grad():
@@ -313,8 +348,9 @@ def _slopes(vae: VAE, x: Tensor, prior: Any, draws: int) -> tuple[Tensor, Tensor
         z = mean + log_c.exp()[:, None] * away
         gain = _derivative(vae.likelihood(z).log_prob(x).sum(), log_c) / len(z)
         if normals is None or p is None:
-            rate = -z.shape[-1] - _derivative(prior.log_prob(z).sum(), log_c) / len(z)
-            kl = (q.log_prob(z) - prior.log_prob(z)).mean(0)
+            log_p = _log_prior(vae.prior, prior, z, log_c)
+            rate = -z.shape[-1] - _derivative(log_p.sum(), log_c) / len(z)
+            kl = (q.log_prob(z) - log_p).mean(0)
         else:
             widened = Normal(normals.loc, log_c.exp()[:, None] * normals.scale)
             kl = kl_divergence(widened, p).sum(-1)

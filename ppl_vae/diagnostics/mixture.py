@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Independent, Normal
 
+from ppl_vae.conditional import numbers_a_vector
 from ppl_vae.evidence import particles_a_pass
 from ppl_vae.vae import VAE
 
@@ -111,7 +112,7 @@ class AggregatePosterior:
         """(M,) log sum_n q(z | x_n) over the images of one group."""
         B, normals = int(q.batch_shape[0]), normal_factors(q)
         if normals is None:
-            chunk = max(1, _PASS_NUMBERS // (B * z.shape[-1]))
+            chunk = max(1, _PASS_NUMBERS // (B * numbers_a_vector(q)))
             return torch.cat([q.log_prob(part[:, None]).double().logsumexp(1) for part in z.split(chunk)])
         loc, precision = normals.loc.double(), normals.scale.double().pow(-2)
         constant = (loc.square() * precision - precision.log() + math.log(2 * math.pi)).sum(-1)

@@ -48,6 +48,8 @@ MOST_UNRELIABLE = 0.5
 
 SEVERITIES = ("broken", "warning", "note")
 
+_NORMAL = "standard-normal"
+
 TRAIN, EVALUATE = "train_svi.py", "evaluate_log_likelihood.py"
 
 
@@ -145,7 +147,7 @@ def _why_ignored(numbers: Numbers) -> tuple[str, dict[str, Any]]:
     if numbers["autoencoder"]:
         return "", {"posterior": "diagonal", "beta": 1.0}
     if noise is None or beta is None:
-        return "", {"objective": "free-bits"}
+        return "", _against_collapse(trained)
     edge = noise.get("edge") or 0.0
     live = sum(value > max(beta, edge) for value in noise["eigenvalues"])
     if live == 0:
@@ -159,7 +161,14 @@ def _why_ignored(numbers: Numbers) -> tuple[str, dict[str, Any]]:
         f"; the noise does not predict it: at beta = {beta:g} {live} directions exceed it, so look for a mean over "
         f"pixels in the loss (with which {noise['live_by_mean']} would), or for training without a warm-up"
     )
-    return words, {"objective": "free-bits"}
+    return words, _against_collapse(trained)
+
+
+def _against_collapse(trained: Numbers) -> dict[str, Any]:
+    """Free bits, which need the KL of each latent in closed form; else a warm-up of twice the default's epochs."""
+    if trained.get("prior", _NORMAL) == _NORMAL and trained.get("posterior", "diagonal") == "diagonal":
+        return {"objective": "free-bits"}
+    return {"warmup_epochs": 2 * default_warmup(trained.get("epochs", 1)) or 1}
 
 
 def _with_warmup(change: dict[str, Any], trained: Numbers) -> dict[str, Any]:
@@ -178,7 +187,7 @@ def _largest(noise: Numbers) -> float:
 
 def _regularization(numbers: Numbers) -> Verdict | None:
     implied = numbers["implied_beta"]
-    if implied is None:
+    if implied is None or is_importance_weighted(numbers):
         return None
     over, under = _above(implied, OVER_BETA), _is_under(numbers)
     if not (over or under):
@@ -200,9 +209,17 @@ def _regularization(numbers: Numbers) -> Verdict | None:
     )
 
 
+def is_importance_weighted(numbers: Numbers) -> bool:
+    """Trained on a bound of several particles, where guides come to rest at widths that say nothing of beta."""
+    trained = numbers.get("trained_with") or {}
+    return trained.get("objective") in ("iwae", "dreg") and trained.get("num_particles", 1) > 1
+
+
 def _is_under(numbers: Numbers) -> bool:
     """Below the beta of a default run; not of free bits at such a beta, which imply less however long they train."""
     trained = numbers.get("trained_with") or {}
+    if is_importance_weighted(numbers):
+        return False
     freed = trained.get("objective") == "free-bits" and trained.get("beta", 1.0) >= UNDER_BETA
     return not freed and _below(numbers["implied_beta"], UNDER_BETA)
 
@@ -249,12 +266,18 @@ def _holes(numbers: Numbers) -> Verdict | None:
 
 
 def _more_regularized(numbers: Numbers) -> dict[str, Any]:
-    """beta = 1 for a run below it, a learned scale for a fixed one, which weighs as beta does, else twice the beta."""
+    """What brings prior and codes together.
+
+    beta = 1 for a run below it, a learned scale for a fixed one, which weighs as beta does, a prior that learns where
+    the codes are for a standard normal, else twice the beta.
+    """
     implied, trained = numbers["implied_beta"], numbers.get("trained_with") or {}
-    if implied is None or _is_under(numbers):
+    if trained.get("beta", 1.0 if implied else 0.0) < UNDER_BETA or _is_under(numbers):
         return {"beta": 1.0}
     if trained.get("likelihood") == "normal-fixed":
         return {"likelihood": "normal"}
+    if trained.get("prior") == _NORMAL and trained.get("objective") != "free-bits" and numbers["latent_dim"] > 1:
+        return {"prior": "flow"}
     return {"beta": 2 * float(trained.get("beta") or 1.0)}
 
 

@@ -9,8 +9,10 @@ from ppl_vae.experiment.figures import draw_run
 from ppl_vae.experiment.imputation import impute_images
 from ppl_vae.experiment.likelihood_table import compare_likelihoods
 from ppl_vae.experiment.network_table import compare_networks
+from ppl_vae.experiment.reproduction import read_rows, reproduce, reproduction_table
 from ppl_vae.experiment.run_report import report_run
 from ppl_vae.experiment.sampling import sample_run
+from ppl_vae.experiment.shipped import ship
 from ppl_vae.experiment.train import resume, train
 
 __all__ = [
@@ -25,8 +27,12 @@ __all__ = [
     "impute_images",
     "measure",
     "noise_numbers",
+    "read_rows",
     "report_run",
+    "reproduce",
+    "reproduction_table",
     "resume",
     "sample_run",
+    "ship",
     "train",
 ]

@@ -122,7 +122,7 @@ def split_diagnosed(run: Run) -> str:
 def trained_with(run: Run) -> dict[str, Any]:
     """What the verdicts take of a run's options."""
     options = run.options
-    names = ("beta", "likelihood", "epochs", "warmup_epochs", "objective")
+    names = ("beta", "likelihood", "epochs", "warmup_epochs", "objective", "num_particles", "prior", "posterior")
     found = {name: getattr(options, name) for name in names}
     return found | {"data": run.splits.kind, "last_rise": _last_rise(run)}
 

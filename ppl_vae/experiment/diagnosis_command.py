@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,18 @@ from ppl_vae.options import Options, flag
 # What another word leaves without meaning: its own options go back to their defaults.
 _OF_A_WORD = {
     "likelihood": ("likelihood_scale", "likelihood_components", "transform", "dequantization"),
-    "objective": ("kl", "free_bits"),
-    "posterior": ("scale_map", "objective", "free_bits", "kl"),
+    "objective": ("kl", "free_bits", "num_particles"),
+    "posterior": (
+        "scale_map",
+        "objective",
+        "free_bits",
+        "kl",
+        "num_particles",
+        "posterior_flow",
+        "posterior_layers",
+        "posterior_hidden",
+    ),
+    "prior": ("kl", "prior_components", "prior_flow", "prior_layers", "prior_hidden"),
 }
 _DECIDED_BY_OTHERS = ("binarization", "dequantization", "warmup_epochs", "hidden", "keep")
 
@@ -35,15 +46,17 @@ def command_line(run: Run, verdict: Verdict, split: str) -> str | None:
 def _training(run: Run, change: dict[str, Any]) -> list[str]:
     default = Options()
     freed = {name: getattr(default, name) for word in change for name in _OF_A_WORD.get(word, ())}
-    asked = _shortened(run, replace(run.options, **(freed | change)))
+    asked = _shortened(
+        run, replace(run.options, **(freed | change)), [n for n in _DECIDED_BY_OTHERS if n not in change]
+    )
     told = {spec.name: getattr(asked, spec.name) for spec in fields(Options)}
     others = {name: value for name, value in told.items() if name in change or value != getattr(default, name)}
     return [*_flags(others), *_words("run_dir", str(_new_folder(run.folder, change)))]
 
 
-def _shortened(run: Run, asked: Options) -> Options:
-    """Without what was left to the program: it decides it again, for the changed options."""
-    for name in _DECIDED_BY_OTHERS:
+def _shortened(run: Run, asked: Options, names: Sequence[str]) -> Options:
+    """Without those of the names that were left to the program: it decides them again, for the changed options."""
+    for name in names:
         left_out: dict[str, Any] = {name: None}
         try:
             resolved = build.resolve(replace(run.options, compile="off", **left_out), run.splits)

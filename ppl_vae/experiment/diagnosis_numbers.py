@@ -15,12 +15,13 @@ from ppl_vae import diagnostics
 from ppl_vae.calibration import calibration
 from ppl_vae.diagnostics import PerLatent, Value
 from ppl_vae.evidence import Importance, evaluate, reconstruction, seeded
-from ppl_vae.exploration import Codes, decoded, drawn, encode
+from ppl_vae.exploration import Codes, decoded, drawn, encode, moments, sampled
 from ppl_vae.vae import VAE
 from ppl_vae.weights import is_deterministic
 
 # What a number needs more images for costs more than it tells: the pairs of the ELBO's split grow with the square.
 _MOST_PAIRED = 2000
+_MOST_PAIRED_BY_A_FLOW = 500  # of a guide whose density at another image's draws takes many passes of a network
 _MOST_CALIBRATED = 300
 _MOST_WEIGHED = 300
 _SHOWN = 12  # latents of prior draws that are kept for a picture
@@ -49,7 +50,8 @@ def measure(
             where x was binarized. By default x.
         noise: what ``noise_numbers`` says of the likelihood and the training images; it depends on no weight.
         trained_with: what is known of the training, for the verdicts: its "beta", "likelihood", "epochs",
-            "warmup_epochs", "objective", and "data" (the kind of data, as ``data.Splits`` says it).
+            "warmup_epochs", "objective", "num_particles", "prior", "posterior", and "data" (the kind of data, as
+            ``data.Splits`` says it).
         importance: what ``importance_numbers`` says, where it is known; by default it is measured here on 300 images.
         num_particles: S of that.
         seed: of every draw.
@@ -67,7 +69,7 @@ def measure(
             autoencoder = is_deterministic(vae.posterior(x[:1]))
             codes = encode(vae, x)
             found = _latent_numbers(vae, x, codes, autoencoder) | {
-                "aggregate": _aggregate_numbers(vae, x, autoencoder, seed),
+                "aggregate": _aggregate_numbers(vae, x, codes, autoencoder, seed),
                 "pictures": _picture_numbers(vae, x, codes, x if gray is None else gray),
                 "calibration": None if autoencoder else _calibration_numbers(vae, x),
             }
@@ -94,7 +96,7 @@ def _some(x: Tensor, most: int) -> Tensor:
 
 
 def _latent_numbers(vae: VAE, x: Tensor, codes: Codes, autoencoder: bool) -> dict[str, Any]:
-    active = diagnostics.active_units(codes)
+    active = diagnostics.active_units(codes, moments(vae.prior()).scale)
     found: dict[str, Any] = {
         "latent_dim": codes.mean.shape[1],
         "active": {"count": active.count} | _per_latent(active.variance, active.stderr),
@@ -103,7 +105,7 @@ def _latent_numbers(vae: VAE, x: Tensor, codes: Codes, autoencoder: bool) -> dic
         log_p_x_given_z = Value.of(reconstruction(vae, x, seed=0))  # z is no draw, whatever the seed
         of_density = dict.fromkeys(("kl", "kl_by_latent", "implied_beta", "elbo_split"))
         return found | {"reconstruction": log_p_x_given_z.to_json()} | of_density
-    some = _some(x, _MOST_PAIRED)
+    some = _some(x, _most_paired(codes))
     split = diagnostics.elbo_split(vae, some)
     by_latent = diagnostics.latent_kl(vae, x)
     implied = diagnostics.implied_beta(vae, x)
@@ -125,6 +127,10 @@ def _latent_numbers(vae: VAE, x: Tensor, codes: Codes, autoencoder: bool) -> dic
     }
 
 
+def _most_paired(codes: Codes) -> int:
+    return _MOST_PAIRED if codes.num_draws is None else _MOST_PAIRED_BY_A_FLOW
+
+
 def _per_latent(mean: Tensor, stderr: Tensor) -> dict[str, list[float]]:
     return PerLatent(mean.double().cpu(), stderr.double().cpu()).to_json()
 
@@ -132,11 +138,12 @@ def _per_latent(mean: Tensor, stderr: Tensor) -> dict[str, list[float]]:
 # --- The aggregate posterior against the prior ---
 
 
-def _aggregate_numbers(vae: VAE, x: Tensor, autoencoder: bool, seed: int) -> dict[str, Any]:
+def _aggregate_numbers(vae: VAE, x: Tensor, codes: Codes, autoencoder: bool, seed: int) -> dict[str, Any]:
     """Every other image makes the aggregate posterior that holes are holes of; the rest say how well it covers."""
-    reference, held_out = x[::2], x[1::2]
     prior = vae.prior()
-    z, z_prior = drawn(vae, x), prior.expand((len(x),)).sample()
+    z, z_prior = drawn(vae, x), sampled(prior, len(x))
+    paired, z_paired = (_some(values, 2 * _most_paired(codes)) for values in (x, z))
+    reference, held_out = paired[::2], z_paired[1::2]
     moments = diagnostics.latent_moments(z, prior)
     distance = diagnostics.kolmogorov_smirnov(z, prior)
     classified = diagnostics.classifier_test(z, z_prior, seed=seed)
@@ -148,7 +155,7 @@ def _aggregate_numbers(vae: VAE, x: Tensor, autoencoder: bool, seed: int) -> dic
         },
         "kolmogorov_smirnov": {"statistic": distance.statistic.tolist(), "p_value": distance.p_value.tolist()},
         "classifier": {"effect": effect, "p_value": classified.p_value, "num_held_out": classified.num_held_out},
-        "holes": None if autoencoder else _hole_numbers(vae, reference, z[1::2], z_prior[: len(held_out)]),
+        "holes": None if autoencoder else _hole_numbers(vae, reference, held_out, z_prior[: len(held_out)]),
     }
 
 

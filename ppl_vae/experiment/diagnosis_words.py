@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ppl_vae.diagnostics import plus_minus
+from ppl_vae.diagnostics.verdicts import is_importance_weighted
 
 Numbers = Mapping[str, Any]
 
@@ -42,10 +43,18 @@ def _terms(numbers: Numbers) -> str:
     if numbers["kl"] is None:
         return distortion
     implied = numbers["implied_beta"]
-    beta = "unknown (the latents carry next to nothing)" if implied is None else plus_minus(implied)
-    freed = (numbers["trained_with"] or {}).get("objective") == "free-bits" and implied is not None
-    words = " (free bits imply less than their own)" if freed else ""
+    beta = "unknown (too little is carried, or by several layers)" if implied is None else plus_minus(implied)
+    words = "" if implied is None else _other_than_beta(numbers)
     return f"rate KL {plus_minus(numbers['kl'], 2)} nats, {distortion}; the weights imply beta = {beta}{words}"
+
+
+def _other_than_beta(numbers: Numbers) -> str:
+    """What else than beta sets a guide's widths in this training."""
+    if is_importance_weighted(numbers):
+        return " (of an ELBO; a bound of several particles asks for other widths)"
+    return " (free bits imply less than their own)" * (
+        (numbers["trained_with"] or {}).get("objective") == "free-bits"
+    )
 
 
 def _training(numbers: Numbers) -> str:

@@ -20,7 +20,7 @@ from ppl_vae.experiment.evaluation import (
     what_is_measured,
     with_a_bar,
 )
-from ppl_vae.experiment.figures import latents_figure
+from ppl_vae.experiment.figures import latents_figure, use_of_latents
 from ppl_vae.experiment.images import Images, images_of
 from ppl_vae.experiment.opening import Run, Say, draws_of, evaluated_vae, open_run
 from ppl_vae.experiment.outputs import drop_record, output_folder, removed_if_empty, write_arrays, write_figure
@@ -89,8 +89,11 @@ def encode_images(
         "seed": seed,
         "step": runs.load_step(run.folder / runs.MODEL),
     }
-    prior = vae.cpu().prior()
-    figure = latents_figure(codes, prior, what="image", classes=given.labels, class_names=run.splits.class_names)
+    with seeded(seed, torch.device("cpu")), torch.no_grad():
+        use = use_of_latents(vae.cpu(), given.x, codes)
+        figure = latents_figure(
+            codes, use, vae.prior(), what="image", classes=given.labels, class_names=run.splits.class_names
+        )
     if replaced := drop_record(folder / "encoded.json"):
         say(replaced)
     write_arrays(folder / "encoded.npz", _arrays(given, codes, result))
@@ -120,7 +123,7 @@ def _measured(
         codes = encode(vae, x)
     words = f"log p(x), {Path(given.source).name}"
     result = with_a_bar(vae, x, num_particles=num_particles, seed=seed, compile="auto", say=say, words=words)
-    return Codes(*(values.cpu() for values in codes)), Importance(*(values.cpu() for values in result))
+    return _on_cpu(codes), Importance(*(values.cpu() for values in result))
 
 
 def _reconstructed(run: Run, given: Images, seed: int, place: torch.device) -> tuple[Codes, Tensor]:
@@ -131,7 +134,11 @@ def _reconstructed(run: Run, given: Images, seed: int, place: torch.device) -> t
     codes = encode(vae, x)
     with tqdm(total=len(x), unit="image", desc=f"log p(x | z), {Path(given.source).name}") as bar:
         log_p_x_given_z = reconstruction(vae, x, seed=seed, progress=bar.update)
-    return Codes(*(values.cpu() for values in codes)), log_p_x_given_z.cpu()
+    return _on_cpu(codes), log_p_x_given_z.cpu()
+
+
+def _on_cpu(codes: Codes) -> Codes:
+    return codes._replace(mean=codes.mean.cpu(), scale=codes.scale.cpu())
 
 
 def _folder_name(images_path: str) -> str:

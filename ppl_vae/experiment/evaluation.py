@@ -14,7 +14,6 @@ from tqdm import tqdm
 
 from ppl_vae import build, data, runs
 from ppl_vae.capture import CannotCapture
-from ppl_vae.conditional import numbers_a_pixel
 from ppl_vae.dequantization import of_levels
 from ppl_vae.evidence import (
     UNRELIABLE_BIAS,
@@ -24,6 +23,7 @@ from ppl_vae.evidence import (
     particles_a_pass,
     reconstruction,
     seeded,
+    weighed_a_pass,
 )
 from ppl_vae.experiment.opening import Run, Say, check_density, draws_of, evaluated_vae, open_run
 from ppl_vae.vae import VAE
@@ -268,7 +268,7 @@ def with_a_bar(vae: VAE, x: Tensor, *, num_particles: int, seed: int, compile: s
     Raises:
         ValueError: compile is "on", and it is impossible.
     """
-    passes = math.ceil(len(x) * num_particles / particles_a_pass(x, numbers_a_pixel(vae.likelihood)))
+    passes = math.ceil(len(x) * num_particles / weighed_a_pass(vae, x))
     compiled = build.compiles(compile, passes, x.device)
     with tqdm(total=len(x), unit="image", desc=words) as bar, build.products_in("float32"):
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from ppl_vae import build, data, plots, runs
-from ppl_vae.diagnostics import ACTIVE_VARIANCE
+from ppl_vae.diagnostics import ACTIVE_VARIANCE, active_units
+from ppl_vae.diagnostics.mixture import normal_factors
 from ppl_vae.evidence import Estimate, seeded
 from ppl_vae.experiment.display import Display, display_of
 from ppl_vae.experiment.evaluation import PerImage, read_per_image
@@ -30,7 +31,8 @@ from ppl_vae.exploration import (
     manifold,
     mean_or_draw,
     moments,
-    normal_quantiles,
+    quantiles,
+    sampled,
     traversals,
 )
 from ppl_vae.numerics import bound_by_particles
@@ -45,6 +47,7 @@ _NUM_PAIRS = 5
 _NUM_SAMPLES = 64
 _NUM_STEPS = 11  # of a traversal: odd, so that the middle one is the prior's mean
 _MANIFOLD = 15
+_PRIOR_SHOWN = 2000  # draws of a prior that no circle describes
 
 # Images whose latents are drawn: those of a pass over two thousand 28 x 28 images.
 _LATENT_PIXELS = 2000 * 784
@@ -145,7 +148,7 @@ def _has_pairs(run: Run) -> bool:
 
 
 def _has_a_plane(run: Run) -> bool:
-    return _has_images(run) and run.options.latent_dim == 2
+    return _has_images(run) and run.options.latent_dim == 2 and not run.options.upper_latents
 
 
 def _has_a_density(run: Run) -> bool:
@@ -194,8 +197,10 @@ class _Scene:
             return index, encode(self.vae, self.x[index])
 
     @cached_property
-    def use(self) -> _Use:
-        return _use_of_latents(self.encoded[1], self.vae.prior())
+    def use(self) -> Use:
+        index, codes = self.encoded
+        with seeded(_FIGURE_SEED, torch.device("cpu")):
+            return use_of_latents(self.vae, self.x[index], codes)
 
     @cached_property
     def untrained_words(self) -> str:
@@ -203,27 +208,43 @@ class _Scene:
         return "" if _has_a_density(self.run) else f",\n{OF_AN_AUTOENCODER}"
 
 
-class _Use(NamedTuple):
+class Use(NamedTuple):
     """How much each latent says of an image.
 
     Args:
         values: (L,).
         what: they are, in words.
+        word: the same, short.
         unit: after a number.
         least: below it, a latent is called unused.
     """
 
     values: Tensor
     what: str
+    word: str
     unit: str
     least: float
 
 
-def _use_of_latents(codes: Codes, prior: Any) -> _Use:
-    """The mean KL of each, or, of a deterministic guide, whose KL is infinite, the variance over images."""
+def use_of_latents(vae: VAE, x: Tensor, codes: Codes) -> Use:
+    """The mean KL of each latent where guide and prior are products of normals, else the variance of E[z_l | x].
+
+    A latent of another guide or prior has no KL of its own in closed form, and of a deterministic guide it is infinite.
+
+    Args:
+        vae: the VAE.
+        x: images (N, *E).
+        codes: theirs.
+    """
+    prior = vae.prior()
     if bool((codes.scale == 0).any()):
-        return _Use(codes.mean.var(0, correction=0), "the variance of z_l", "", ACTIVE_VARIANCE)
-    return _Use(kl_by_latent(codes, prior), "KL(q(z_l | x) || p(z_l)), the mean", " nats", UNUSED_NATS)
+        return Use(codes.mean.var(0, correction=0), "the variance of z_l", "variance", "", ACTIVE_VARIANCE)
+    if normal_factors(prior) is not None and normal_factors(vae.posterior(x[:1])) is not None:
+        kl = kl_by_latent(codes, prior)
+        return Use(kl, "KL(q(z_l | x) || p(z_l)), the mean", "mean KL", " nats", UNUSED_NATS)
+    variance = active_units(codes, moments(prior).scale).variance
+    what = "the variance of E[z_l | x] in variances of the prior, taken"
+    return Use(variance, what, "variance", "", ACTIVE_VARIANCE)
 
 
 # --- The figures ---
@@ -295,8 +316,9 @@ def _traversals(scene: _Scene) -> Figure:
     labels = [f"z{latent}, {_few_digits(use.values[latent])}{use.unit}" for latent in most_used]
     rows = {label: scene.display(row) for label, row in zip(labels, images, strict=True)}
     where = "posterior mean" if _has_a_density(scene.run) else "code z(x)"
+    dependent = "" if normal_factors(scene.vae.prior()) is not None else ", which may itself put nothing there"
     title = (
-        "E[x | z] as one latent moves, in scales of the prior; "
+        f"E[x | z] as one latent moves, in scales of the prior{dependent};{_break(dependent)}"
         f"the others stay at the {where} of test image no. {place}\n"
         f"{_most_used_in_words(scene)}\n{_unused_in_words(scene)}"
     )
@@ -310,16 +332,20 @@ def _most_used_in_words(scene: _Scene) -> str:
     return f"rows: {which}, by {scene.use.what} over {_several(len(scene.encoded[0]), 'test image')}"
 
 
-def _num_traversed(use: _Use) -> int:
+def _break(words: str) -> str:
+    """Before what would make a line with these words too long."""
+    return "\n" if words else " "
+
+
+def _num_traversed(use: Use) -> int:
     """Rows: a latent that is not used moves nothing, but there is at least one."""
     return max(1, min(_NUM_SHOWN, int((use.values >= use.least).sum())))
 
 
 def _unused_in_words(scene: _Scene) -> str:
     use = scene.use
-    what = "mean KL" if use.unit else "variance"
     unused = int((use.values < use.least).sum())
-    return f"unused latents, with a {what} below {use.least}{use.unit}: {unused} of {len(use.values)}"
+    return f"unused latents, with a {use.word} below {use.least}{use.unit}: {unused} of {len(use.values)}"
 
 
 def _several(count: int, what: str) -> str:
@@ -331,20 +357,17 @@ def _few_digits(nats: Tensor) -> str:
 
 
 def _manifold(scene: _Scene) -> Figure:
-    steps = normal_quantiles(_MANIFOLD)
-    p = moments(scene.vae.prior())
-    x, y = (p.mean + steps[:, None] * p.scale).T.tolist()
+    prior = scene.vae.prior()
+    grid = quantiles(prior, _MANIFOLD)
+    x, y = grid.T.tolist()
+    whose = "the prior's probability" if normal_factors(prior) is not None else "each latent's own prior probability"
     return plots.image_plane(
-        scene.display(manifold(scene.vae, steps)),
+        scene.display(manifold(scene.vae, grid)),
         x=x,
         y=y,
         names=("z0", "z1"),
         title="E[x | z] over the plane of the two latents,\n"
-        "on a grid at equal steps of the prior's probability"
-        # A program in Python may have any prior, of which only the means and the scales are known here.
-        + ", as if it were normal" * scene.run.from_python
-        + scene.untrained_words
-        + scene.display.words,
+        f"on a grid at equal steps of {whose}" + scene.untrained_words + scene.display.words,
     )
 
 
@@ -353,6 +376,7 @@ def _latents(scene: _Scene) -> Figure:
     labels = scene.run.splits.labels.get("test")
     return latents_figure(
         codes,
+        scene.use,
         scene.vae.prior(),
         classes=None if labels is None else labels[index],
         class_names=scene.run.splits.class_names,
@@ -361,40 +385,45 @@ def _latents(scene: _Scene) -> Figure:
 
 
 def latents_figure(
-    codes: Codes, prior: Any, *, what: str, classes: Tensor | None = None, class_names: tuple[str, ...] = ()
+    codes: Codes, use: Use, prior: Any, *, what: str, classes: Tensor | None = None, class_names: tuple[str, ...] = ()
 ) -> Figure:
-    """Posterior means in the two latents of the highest KL, of two in their own order, or in the only one.
+    """Posterior means in the two latents that are used most, of two in their own order, or in the only one.
 
-    Of a deterministic guide, codes in the two latents of the highest variance.
+    A normal prior is drawn by its circles, any other by draws, from torch's global generator.
 
     Args:
         codes: of N images.
+        use: how much each latent is used.
         prior: p(z), event (L,).
         what: one of the images, in words.
         classes: (N,) int64, where they are known.
         class_names: the word for each class.
     """
     L = codes.mean.shape[1]
-    use = _use_of_latents(codes, prior)
     order = list(range(L)) if L <= 2 else use.values.argsort(descending=True)[:2].tolist()
-    p = moments(prior)
-    means, word = ("Posterior means", "KL") if use.unit else ("Codes z(x)", "variance")
+    means = "Codes z(x)" if bool((codes.scale == 0).any()) else "Posterior means"
+    word = use.word.removeprefix("mean ")
     names = [f"z{latent}, {word} {_few_digits(use.values[latent])}{use.unit}" for latent in order]
-    points, mean, scale = codes.mean[:, order].numpy(), p.mean[order].tolist(), p.scale[order].tolist()
+    points = codes.mean[:, order].numpy()
     title = f"{means} of {_several(len(points), what)}"
     colored: dict[str, Any] = {
         "classes": None if classes is None else classes.numpy(),
         "class_names": class_names,
+        "prior": _prior_beside(prior, order),
     }
     if L == 1:
-        return plots.latent_line(
-            points[:, 0], name=names[0], prior_mean=mean[0], prior_scale=scale[0], title=title, **colored
-        )
+        return plots.latent_line(points[:, 0], name=names[0], title=title, **colored)
     if L > 2:
-        title += f",\nin the two of {L} latents with the highest {'mean KL' if use.unit else 'variance'}"
-    return plots.latent_plane(
-        points, names=(names[0], names[1]), prior_mean=mean, prior_scale=scale, title=title, **colored
-    )
+        title += f",\nin the two of {L} latents with the highest {use.word}"
+    return plots.latent_plane(points, names=(names[0], names[1]), title=title, **colored)
+
+
+def _prior_beside(prior: Any, order: list[int]) -> plots.Scales | Any:
+    """Mean and scale of these latents where the prior is a product of normals, else draws of them (n, R)."""
+    if normal_factors(prior) is None:
+        return sampled(prior, _PRIOR_SHOWN)[:, order].cpu().numpy()
+    p = moments(prior)
+    return plots.Scales(p.mean[order].tolist(), p.scale[order].tolist())
 
 
 def _log_likelihoods(scene: _Scene) -> Figure:
@@ -460,8 +489,9 @@ def _affordable_particles(vae: VAE, num_images: int) -> int:
 
     By counted operations, never by a clock: the same run is drawn the same on every machine.
     """
+    z = vae.prior().sample((1,))
     with FlopCounterMode(display=False) as counter:
-        decoded = vae.likelihood(vae.prior().expand((1,)).sample())
+        decoded = vae.likelihood(z)
     cost = counter.get_total_flops() + _FLOP_A_PIXEL * math.prod(decoded.event_shape)
     most = _DECODER_FLOP / (cost * num_images)
     return max(number for number in _round_numbers() if number <= max(10, most))

@@ -7,8 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+from tqdm import tqdm
+
 from ppl_vae import build, data, runs
 from ppl_vae.dequantization import dequantized
+from ppl_vae.experiment.shipped import own_copy
 from ppl_vae.options import Options
 from ppl_vae.vae import VAE
 
@@ -85,19 +88,27 @@ def draws_of(run: Run, num_draws: int | None = None) -> int | None:
     return num_draws or run.options.dequantization_draws
 
 
-def open_run(run_dir: str, *, dataset: str | None = None, data_dir: str | None = None, like: Run | None = None) -> Run:
+def open_run(
+    run_dir: str,
+    *,
+    dataset: str | None = None,
+    data_dir: str | None = None,
+    like: Run | None = None,
+    say: Say = tqdm.write,
+) -> Run:
     """A run with its data.
 
     Args:
-        run_dir: the run's folder.
+        run_dir: the run's folder, or the name of a pretrained run, of which runs/NAME is made and opened.
         dataset: where the run's own data file or folder is now, should it have moved.
         data_dir: where the folder of the named data sets is now, should it have moved.
         like: a run that is open already, whose data is taken where both ask for the same.
+        say: is told of a pretrained run's new folder.
 
     Raises:
         ValueError: no run, a damaged one, or other data than it was trained on.
     """
-    folder = Path(run_dir)
+    folder = own_copy(run_dir, say)
     options, seen = build.read_config(folder)
     options = replace(options, dataset=dataset or options.dataset, data_dir=data_dir or options.data_dir)
     if options.dataset not in data.DATASETS and not Path(options.dataset).exists():

@@ -13,19 +13,22 @@ from ppl_vae.conditional import Conditional
 from ppl_vae.evidence import seeded
 from ppl_vae.experiment.diagnosis import DIAGNOSIS, diagnose_run, split_diagnosed
 from ppl_vae.experiment.evaluation import describe_evaluation, is_evaluated, plus_minus
-from ppl_vae.experiment.figures import figure_names, is_drawn, write_figures
+from ppl_vae.experiment.figures import figure_names, is_drawn, use_of_latents, write_figures
 from ppl_vae.experiment.opening import Run, Say, open_run
-from ppl_vae.exploration import Codes, encode, kl_by_latent
-from ppl_vae.options import flag, to_json
+from ppl_vae.exploration import encode, sampled
+from ppl_vae.options import Options, flag, to_json
 from ppl_vae.report import Block, Explorer, Picture, Section, Table, Text, Verdict, true_minus
 
 REPORT = "report.html"
 
 _SEED = 0
 _NUM_POINTS = 1000  # codes in the explorer's plane
-_EXTENT = 3.0  # of a standard normal prior; of an autoencoder, what holds nearly all codes
+_EXTENT = 3.0  # of a standard normal prior; of others and of an autoencoder, what holds nearly all draws and codes
 _MOST_CODES = 0.99
+_PRIOR_POINTS = 1000
+_NORMAL = "standard-normal"
 _FEWEST_DIAGNOSED = 4
+_LEAST_EXTENT = 1e-3
 
 
 def report_run(
@@ -114,12 +117,19 @@ def _in_words(run: Run) -> str:
     """The run in a sentence or two."""
     options = run.options
     latents = f"{options.latent_dim:,} latent" + "s" * (options.latent_dim != 1)
+    if options.upper_latents:
+        above = " and ".join(f"{count:,}" for count in options.upper_latents)
+        latents = f"{latents} next to the image, {above} in the layers above them"
     if build.is_autoencoder(options):
         how = "a plain autoencoder: a deterministic code and no prior in its training"
     else:
         how = f"objective {options.objective} at beta = {options.beta:g}"
+    default = Options()
+    parts = [f"a {options.likelihood} likelihood"]
+    parts += [f"a {options.prior} prior"] * (options.prior != default.prior)
+    parts += [f"a {options.posterior} posterior"] * (options.posterior not in (default.posterior, "delta"))
     return (
-        f"A {options.network} network with {latents} and a {options.likelihood} likelihood, trained for "
+        f"A {options.network} network with {latents}, {' and '.join(parts)}, trained for "
         f"{options.epochs} epochs; {how}."
     )
 
@@ -127,7 +137,7 @@ def _in_words(run: Run) -> str:
 def _setup(run: Run, step: int) -> Section:
     """Every option that the run has, and what its data is."""
     words = f"{run.splits.describe()}\n\nThe weights are those of step {step:,}; its folder is `{run.folder}`."
-    words += " It was saved from Python." if run.from_python else ""
+    words += " Its training is elsewhere: in Python, or before it was shipped." if run.from_python else ""
     rows = [[f"`{flag(name)}`", _option(value)] for name, value in to_json(run.options).items() if value is not None]
     table = Table(["option", "value"], rows, "Every option of the run; config.json holds the same.")
     return Section("What was trained", [Text(words), table], anchor="setup")
@@ -242,6 +252,13 @@ _DIAGNOSIS_CAPTIONS = {
     "diagnosis-pixels.png": "Whether pixels are distributed as the likelihood says: the bars should be level.",
 }
 
+# Of priors that circles do not describe.
+_LEARNED_CAPTIONS = {
+    "latents.png": "Codes of test images, and draws of the prior in gray. Each should be where the other is.",
+    "traversals.png": "One latent at a time is moved, over scales of the prior. A row in which nothing changes is a "
+    "latent that is not used; where the prior itself puts nothing, there may be no image.",
+}
+
 # Of what a plain autoencoder is not: its training has no prior, and asks codes for nothing but reconstructions.
 _AUTOENCODER_CAPTIONS = {
     "training_curves.png": "Training. The reconstruction term alone: look whether the validation curve still rises at "
@@ -259,12 +276,18 @@ _AUTOENCODER_CAPTIONS = {
 }
 
 
+def _has_a_standard_normal(run: Run) -> bool:
+    """For a prior of all of z; with several layers of latents it is that of the top alone."""
+    return run.options.prior == _NORMAL and not run.options.upper_latents
+
+
 def _picture(run: Run, name: str) -> Picture | None:
     """A figure of the run's folder with its caption; None where it is not there."""
     path = run.folder / runs.FIGURES / name
     if not path.is_file():
         return None
-    by_kind = _AUTOENCODER_CAPTIONS if build.is_autoencoder(run.options) else {}
+    by_kind = {} if _has_a_standard_normal(run) else _LEARNED_CAPTIONS
+    by_kind = _AUTOENCODER_CAPTIONS if build.is_autoencoder(run.options) else by_kind
     caption = (_CAPTIONS | _DIAGNOSIS_CAPTIONS | by_kind).get(name, "")
     return Picture(path.read_bytes(), caption, caption or Path(name).stem)
 
@@ -302,20 +325,24 @@ def _explorer(run: Run) -> Explorer:
     index = data.subset(len(x), _NUM_POINTS)
     with seeded(_SEED, torch.device("cpu")), torch.no_grad():
         codes = encode(vae, x[index])
-        use = _use(vae, codes)
-    order = use.argsort(descending=True)[:2].tolist()
+        use = use_of_latents(vae, x[index], codes)
+        z = sampled(vae.prior(), _PRIOR_POINTS)
+    order = use.values.argsort(descending=True)[:2].tolist()
     axes = (min(order), max(order))
     autoencoder = build.is_autoencoder(run.options)
     points = codes.mean[:, list(axes)].numpy()
     labels = run.splits.labels.get("test")
     classes = None if labels is None else labels[index].numpy()
     few = classes is not None and classes.min() >= 0 and classes.max() < 10
-    center = codes.mean.mean(0) if autoencoder else torch.zeros(decoder.latent_dim)
+    normal = _has_a_standard_normal(run) and not autoencoder
+    center = torch.zeros(decoder.latent_dim) if normal else codes.mean.mean(0) if autoencoder else codes.mean[0]
+    seen = points if normal or autoencoder else np.concatenate([points, z[:, list(axes)].numpy()])
+    reach = float(np.quantile(np.abs(seen), _MOST_CODES))
     return Explorer(
         decoder,
         _explorer_caption(run, axes, autoencoder),
         start=(float(points[0, 0]), float(points[0, 1])),
-        extent=max(_EXTENT, float(np.quantile(np.abs(points), _MOST_CODES))),
+        extent=max(_EXTENT, reach) if normal or autoencoder else max(_LEAST_EXTENT, reach),
         points=points,
         labels=classes if few else None,
         label_names=run.splits.class_names if few else (),
@@ -324,21 +351,15 @@ def _explorer(run: Run) -> Explorer:
     )
 
 
-def _use(vae: Any, codes: Codes) -> Any:
-    """(L,) the mean KL of each latent, or, of a deterministic guide, the variance of its code."""
-    if bool((codes.scale == 0).any()):
-        return codes.mean.var(0, correction=0)
-    return kl_by_latent(codes, vae.prior())
-
-
 def _explorer_caption(run: Run, axes: tuple[int, int], autoencoder: bool) -> str:
     L = run.options.latent_dim
     words = "Each point is a test image, where the encoder puts it; the picture is the decoder's mean."
     if L > 2:
-        middle = "at the mean of all codes" if autoencoder else "at the prior's mean"
+        middle = "at the prior's mean" if _has_a_standard_normal(run) else "as they are of the first picture's image"
         words += (
             f" Moved are z{axes[0]} and z{axes[1]}, the two of {L} that tell most; the others stay "
-            f"{middle}, so a point's picture is not the reconstruction of its image."
+            f"{'at the mean of all codes' if autoencoder else middle}, so a point's picture is not the reconstruction "
+            "of its image."
         )
     if autoencoder:
         words += " Nothing asked these codes to lie together: between them the decoder was never trained."

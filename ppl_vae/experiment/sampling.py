@@ -17,6 +17,7 @@ from ppl_vae.experiment.display import display_of
 from ppl_vae.experiment.figures import OF_AN_AUTOENCODER, samples_figure
 from ppl_vae.experiment.opening import Say, evaluated_vae, open_run
 from ppl_vae.experiment.outputs import output_folder, removed_if_empty, write_arrays, write_figure, write_picture
+from ppl_vae.exploration import sampled
 from ppl_vae.vae import VAE
 
 _MOST_DRAWN = 256  # in samples.png
@@ -39,7 +40,7 @@ class Samples(NamedTuple):
 @torch.no_grad()
 def sample(vae: VAE, num_samples: int) -> Samples:
     """z ~ p(z), x ~ p(x | z), by torch's global generator, in passes that fit into memory."""
-    z = vae.prior().expand((num_samples,)).sample()
+    z = sampled(vae.prior(), num_samples)
     one = vae.likelihood(z[:1]).mean
     samples = Samples(z, *(one.new_empty((num_samples, *one.shape[1:])) for _ in range(2)))
     chunk = particles_a_pass(one, numbers_a_pixel(vae.likelihood))

@@ -43,17 +43,29 @@ def free_bits(
 
     Raises:
         ValueError: a guide with a site whose latents are not independent, not reparametrized, deterministic, or without
-            such a KL.
+            such a KL; or several sites that the guide draws in another order than the model.
 
     Reference: Kingma et al. 2016, arXiv 1606.04934, equation 15, with each latent a group of its own.
     """
     particles = pyro.plate("_particles", num_particles, dim=-2)
     q = poutine.trace(particles(guide)).get_trace(x)
     p = poutine.trace(poutine.replay(particles(model), trace=q)).get_trace(x)
+    _check_order(q, p)
     p.compute_log_prob(lambda name, site: site["is_observed"])
     reconstruction = torch.stack([p.nodes[name]["log_prob_sum"] for name in p.observation_nodes]).sum()
     kl = torch.stack([_free_kl(name, q, p, free_nats) for name in latent_sites(p)]).sum()
     return -(reconstruction / (num_particles * len(x)) - beta * kl)
+
+
+def _check_order(q: Trace, p: Trace) -> None:
+    """Raises ValueError where a site of the model may hang on one that the guide draws later: its KL is then no mean.
+
+    E_q[log q(z_1 | x) - log p(z_1 | z_2)] is that of KL(q(z_1 | x) || p(z_1 | z_2)) where z_2 does not depend on z_1.
+    """
+    latents = set(latent_sites(p))
+    of_model, of_guide = ([name for name in trace.nodes if name in latents] for trace in (p, q))
+    if of_model != of_guide:
+        raise ValueError(f"guide: expected latent sites in the model's order {of_model}, got {of_guide}")
 
 
 def _free_kl(name: str, q: Trace, p: Trace, free_nats: float) -> Tensor:

@@ -56,6 +56,7 @@ def elbo(
         beta: the weight of the KL, a number or a 0-d tensor, 0 included.
         estimator: Pyro's ``Trace_ELBO`` samples the KL. ``TraceMeanField_ELBO`` takes it in closed form, and falls back
             to sampling, without a word, where none is registered for the pair of distributions.
+            It needs a guide that draws several sites in the model's order, of which Pyro warns.
         num_particles: draws of z an image.
 
     Returns:

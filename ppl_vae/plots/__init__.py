@@ -11,7 +11,7 @@ from ppl_vae.plots.diagnosis import (
     split_bars,
 )
 from ppl_vae.plots.images import image_grids, image_plane, image_rows
-from ppl_vae.plots.latents import latent_line, latent_plane
+from ppl_vae.plots.latents import Scales, latent_line, latent_plane
 from ppl_vae.plots.likelihoods import bound_by_particles, likelihood_histogram
 from ppl_vae.plots.training import training_curves
 
@@ -19,6 +19,7 @@ __all__ = [
     "Bar",
     "PairShown",
     "PixelHistogram",
+    "Scales",
     "aggregate_against_prior",
     "bound_by_particles",
     "image_grids",

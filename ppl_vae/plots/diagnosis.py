@@ -36,7 +36,7 @@ def latents_used(
     """KL and variance of the posterior mean of each latent, the most used first.
 
     Args:
-        variance, variance_stderr: (L,) of the posterior mean over images.
+        variance, variance_stderr: (L,) of the posterior mean over images, in variances of the prior.
         threshold: above which a latent is active.
         kl, kl_stderr: (L,) nats, or None where there is none.
         title: over the figure; it may have several lines.
@@ -53,7 +53,7 @@ def latents_used(
     panels[-1].set_yscale("log")
     panels[-1].set_ylim(bottom=min(threshold / 100, max(1e-6, float(variance.min()) / 2)))
     panels[-1].axhline(threshold, color="black", linewidth=1, linestyle="--", label=f"active above {threshold}")
-    panels[-1].set_ylabel("variance over images of E[z_l | x]")
+    panels[-1].set_ylabel("variance over images of E[z_l | x] / the prior's", fontsize=9)
     panels[-1].legend(fontsize=8)
     for axes in panels:
         axes.set_xlabel("latents, the most used first (gray: inactive)", fontsize=8)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ppl_vae.options import SCALE_MAPS, Options, default_warmup
+from ppl_vae.options import PLAIN, SCALE_MAPS, Options, default_warmup
 
 
 @dataclass(frozen=True)
@@ -93,16 +93,16 @@ class Planned:
 
 
 def base(size: Size, dataset: str, **changed: Any) -> Options:
-    """The run that every other one differs from in one thing: gated network, 40 latents, dynamic binarization."""
-    return Options(
-        dataset=dataset,
-        epochs=size.epochs,
-        warmup_epochs=default_warmup(size.epochs),
-        images=size.images,
-        evaluation_particles=size.num_particles,
-        keep="last",  # of all runs, so that a beta is seen as it ends, and not where the ELBO liked it best
-        **changed,
-    )
+    """The plain VAE that every other one differs from in one thing: gated, 40 latents, dynamic binarization."""
+    common = PLAIN | {
+        "dataset": dataset,
+        "epochs": size.epochs,
+        "warmup_epochs": default_warmup(size.epochs),
+        "images": size.images,
+        "evaluation_particles": size.num_particles,
+        "keep": "last",  # of all runs, so that a beta is seen as it ends, and not where the ELBO liked it best
+    }
+    return Options(**(common | changed))
 
 
 def dataset_word(dataset: str) -> str:
@@ -155,7 +155,7 @@ def remedy_name(dataset: str, network: str, remedy: str) -> str:
     return f"{dataset_word(dataset)}-{network}-remedy-{remedy}"
 
 
-STRESS_RATE = 0.03  # ten times the default learning rate, and no clipping to speak of
+STRESS_RATE = 0.03  # ten times the others' learning rate, and no clipping to speak of
 _NO_CLIPPING = 1e9
 
 

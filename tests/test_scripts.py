@@ -24,11 +24,25 @@ from safetensors.torch import load_file, save_file
 
 import ppl_vae
 from ppl_vae import data
+from ppl_vae.options import PLAIN, flag
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 TRAIN, EVALUATE, FIGURES = "train_svi.py", "evaluate_log_likelihood.py", "make_figures.py"
+PLAIN_WORDS = [word for name, value in PLAIN.items() for word in (flag(name), str(value))]
 # Without a warm-up the guide of so short a run stays wide, and importance weights keep a variance.
-SMALL = ["--hidden", "16", "--latent-dim", "2", "--epochs", "2", "--images", "20", "--evaluation-particles", "10"]
+SMALL = [
+    *PLAIN_WORDS,
+    "--hidden",
+    "16",
+    "--latent-dim",
+    "2",
+    "--epochs",
+    "2",
+    "--images",
+    "20",
+    "--evaluation-particles",
+    "10",
+]
 SMALL += ["--warmup-epochs", "0"]
 TABLE_FIGURES = ["latents.png", "log_likelihoods.png", "particles.png", "training_curves.png"]
 IMAGE_FIGURES = ["interpolations.png", "manifold.png", "prior_samples.png", "reconstructions.png", "traversals.png"]
@@ -162,7 +176,7 @@ def first(datasets: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
 def table(datasets: Path, run: Run, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Done]:
     """A run on a binary table, with more evaluation images asked for than there are; and how it ended."""
     folder = tmp_path_factory.mktemp("runs") / "table"
-    options = ["--hidden", "16", "--latent-dim", "2", "--epochs", "1", "--evaluation-particles", "10"]
+    options = [*PLAIN_WORDS, "--hidden", "16", "--latent-dim", "2", "--epochs", "1", "--evaluation-particles", "10"]
     return folder, run(TRAIN, "--dataset", datasets / "bits.npy", "--run-dir", folder, *options, "--images", "4000")
 
 
@@ -572,7 +586,8 @@ def test_a_run_killed_right_after_its_config_starts_from_step_0(
     same_as_uninterrupted(tmp_path, first[0])
 
 
-LEARNS = ["--hidden", "16", "--latent-dim", "2", "--epochs", "2", "--warmup-epochs", "0", "--learning-rate", "0.02"]
+LEARNS = [*PLAIN_WORDS, "--hidden", "16", "--latent-dim", "2", "--epochs", "2", "--warmup-epochs", "0"]
+LEARNS += ["--learning-rate", "0.02"]
 
 
 @pytest.fixture(scope="module")

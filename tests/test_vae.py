@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from ppl_vae import VAE, Conditional, build
 from ppl_vae.likelihoods import Bernoulli
 from ppl_vae.networks import MLP
-from ppl_vae.options import NETWORKS, Options
+from ppl_vae.options import NETWORKS, PLAIN, Options
 from ppl_vae.posteriors import MAX_LOG_SCALE, DiagonalNormal, bounded_log_scale
 from ppl_vae.priors import StandardNormal
 
@@ -124,7 +124,7 @@ def test_plain_pyro_svi_trains_the_same_pair():
 def test_plain_pyro_svi_moves_every_weight_of_every_network(network):
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
-    vae = build.vae(Options(network=network, hidden=(6,), channels=(3, 4), latent_dim=2), (2, 8, 8))
+    vae = build.vae(Options(**PLAIN, network=network, hidden=(6,), channels=(3, 4), latent_dim=2), (2, 8, 8))
     x = (torch.rand(16, 2, 8, 8) < 0.5).float()
 
     before = {name: weights.clone() for name, weights in vae.named_parameters()}

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ppl_vae import build, data, runs
+from ppl_vae.build import stored
 from ppl_vae.options import to_json
 
 _PLACES = ("data_dir", "start_from")  # of the machine that trained it
@@ -33,7 +34,7 @@ def ship(run_dir: str, name: str) -> Path:
         raise ValueError(f"{folder}: expected an evaluation of its weights on the test split, got none")
     config = runs.read_json(folder / runs.CONFIG)
     config |= {"options": to_json(options) | dict.fromkeys(_PLACES), "trained": build.SHIPPED}
-    shipped = build.PRETRAINED / name
+    shipped = stored.PRETRAINED / name
     shipped.mkdir(parents=True, exist_ok=True)
     runs.write_bytes(shipped / runs.MODEL, (folder / runs.MODEL).read_bytes())
     runs.write_json(shipped / runs.EVALUATION, entries)
@@ -48,7 +49,7 @@ def own_copy(run_dir: str, say: Callable[[str], None]) -> Path:
         ValueError: a word that is neither a folder nor a pretrained run, or runs/NAME is another run.
     """
     folder = build.run_folder(run_dir)
-    if folder.resolve().parent != build.PRETRAINED.resolve():
+    if folder.resolve().parent != stored.PRETRAINED.resolve():
         return folder
     copy = Path("runs") / folder.name
     if not (copy / runs.CONFIG).exists():

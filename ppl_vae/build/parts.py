@@ -1,0 +1,287 @@
+"""Words to parts: p(z), p(x | z) and q(z | x), and the VAE that they make."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import pairwise
+from typing import Any, NamedTuple, cast
+
+from torch import Tensor, nn
+
+from ppl_vae import data, flows, likelihoods, networks, posteriors, priors
+from ppl_vae.conditional import Conditional
+from ppl_vae.hierarchy import BottomUp, HierarchicalVAE, LayeredPrior, OfBottomLayer, TopDown
+from ppl_vae.options import Options, default_hidden, flag
+from ppl_vae.vae import VAE
+
+LIKELIHOODS: dict[str, Callable[..., Any]] = {
+    "bernoulli": likelihoods.Bernoulli,
+    "categorical": likelihoods.Categorical,
+    "discretized-logistic": likelihoods.DiscretizedLogistic,
+    "discretized-logistic-mixture": likelihoods.DiscretizedLogisticMixture,
+    "binomial": likelihoods.Binomial,
+    "continuous-bernoulli": likelihoods.ContinuousBernoulli,
+    "beta": likelihoods.Beta,
+    "logit-normal": likelihoods.LogitNormal,
+    "normal": likelihoods.Normal,
+    "normal-fixed": likelihoods.NormalFixed,
+    "normal-optimal": likelihoods.NormalOptimal,
+    "normal-per-pixel": likelihoods.NormalPerPixel,
+    "laplace": likelihoods.Laplace,
+    "student-t": likelihoods.StudentT,
+    "poisson": likelihoods.Poisson,
+    "negative-binomial": likelihoods.NegativeBinomial,
+}
+
+
+class Network(NamedTuple):
+    """An encoder and its decoder.
+
+    Args:
+        encoder: (event_shape, num_features, *, channels, hidden) -> network, images to features.
+        decoder: (latent_dim, event_shape, num_features, *, channels, hidden) -> network, latents to features; hidden
+            in the encoder's order.
+    """
+
+    encoder: Callable[..., nn.Module]
+    decoder: Callable[..., nn.Module]
+
+
+def _dense(network: Callable[..., nn.Module]) -> Network:
+    """The same network both ways; it sees neither channels nor positions."""
+
+    def encoder(event_shape: Any, num_features: int, *, channels: Any, hidden: Sequence[int]) -> nn.Module:
+        return network(event_shape, num_features, hidden=hidden)
+
+    def decoder(latent_dim: int, event_shape: Any, num_features: int, *, channels: Any, hidden: Any) -> nn.Module:
+        return network(latent_dim, num_features, hidden=hidden[::-1])
+
+    return Network(encoder, decoder)
+
+
+def _convolutional(*, gated: bool, num_blocks: int) -> Network:
+    def decoder(latent_dim: int, event_shape: Any, num_features: int, *, channels: Any, hidden: Any) -> nn.Module:
+        return networks.ConvDecoder(
+            latent_dim,
+            event_shape,
+            num_features,
+            channels=channels,
+            hidden=hidden[::-1],
+            gated=gated,
+            num_blocks=num_blocks,
+        )
+
+    return Network(partial(networks.ConvEncoder, gated=gated, num_blocks=num_blocks), decoder)
+
+
+NETWORKS: dict[str, Network] = {
+    "mlp": _dense(networks.MLP),
+    "tanh": _dense(partial(networks.MLP, activation=nn.Tanh)),
+    "gated": _dense(networks.GatedMLP),
+    "conv": _convolutional(gated=False, num_blocks=0),
+    "gated-conv": _convolutional(gated=True, num_blocks=0),
+    "residual": _convolutional(gated=False, num_blocks=1),
+    "gated-residual": _convolutional(gated=True, num_blocks=1),
+}
+
+
+def _standard_normal(options: Options, L: int, posterior: Any, event_shape: Sequence[int]) -> nn.Module:
+    return priors.StandardNormal(L)
+
+
+def _mixture(options: Options, L: int, posterior: Any, event_shape: Sequence[int]) -> nn.Module:
+    return priors.Mixture(L, components=options.prior_components)
+
+
+def _vamp(options: Options, L: int, posterior: Any, event_shape: Sequence[int]) -> nn.Module:
+    return priors.VampPrior(posterior, event_shape, components=options.prior_components)
+
+
+def _flow(options: Options, L: int, posterior: Any, event_shape: Sequence[int]) -> nn.Module:
+    coupling = flows.COUPLINGS[options.prior_flow]
+    found = flows.Flow.of_couplings(L, coupling=coupling, num_layers=options.prior_layers, hidden=options.prior_hidden)
+    return priors.Flow(L, flow=found)
+
+
+# (options, L, the guide's posterior, event_shape) -> the prior
+PRIORS: dict[str, Callable[..., nn.Module]] = {
+    "standard-normal": _standard_normal,
+    "mixture": _mixture,
+    "vamp": _vamp,
+    "flow": _flow,
+}
+
+
+def _flow_posterior(options: Options, L: int, **scale_map: Any) -> nn.Module:
+    kinds = {"iaf": posteriors.inverse_autoregressive_flow, "spline": posteriors.spline_flow}
+    hidden = options.posterior_hidden
+    return kinds[options.posterior_flow](
+        L, context_dim=hidden[0], num_layers=options.posterior_layers, hidden=hidden, **scale_map
+    )
+
+
+# (options, L, scale map) -> the family of q(z | h)
+POSTERIORS: dict[str, Callable[..., Any]] = {
+    "diagonal": lambda options, L, **scale_map: posteriors.DiagonalNormal(L, **scale_map),
+    "full": lambda options, L, **scale_map: posteriors.FullNormal(L, **scale_map),
+    "flow": _flow_posterior,
+    "delta": lambda options, L, **scale_map: posteriors.Delta(L),
+}
+
+
+SCALE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
+    "bounded": posteriors.bounded_log_scale,
+    "exp": posteriors.exponential_log_scale,
+    "softplus": posteriors.softplus_log_scale,
+}
+
+
+def vae(options: Options, event_shape: Sequence[int]) -> VAE:
+    """The VAE that the options describe, for images of that shape, with fresh weights from torch's global generator.
+
+    With several layers of latents it is a ``HierarchicalVAE``, which has the same parts and the same two programs.
+
+    Raises:
+        ValueError: an option of a part that was not chosen, or parts that do not go together.
+    """
+    _check_own_options(options)
+    network, L = NETWORKS[options.network], options.latent_dim
+    sizes = {"channels": options.channels, "hidden": options.hidden or default_hidden(options.network)}
+    family = likelihood(options, event_shape)
+
+    def encoder(num_features: int) -> nn.Module:
+        net = network.encoder(event_shape, num_features, **sizes)
+        # Pixels may be in a unit of their own.
+        return net if family.asks_for == data.BINARY else networks.Standardized(net, event_shape)
+
+    def decoder(num_latents: int) -> nn.Module:
+        return network.decoder(num_latents, event_shape, family.num_features, **sizes)
+
+    if options.upper_latents:
+        built = cast(VAE, _hierarchy(options, event_shape, encoder, decoder, family))
+    else:
+        posterior = POSTERIORS[options.posterior](options, L, **_scale_map(options))
+        likelihood_of_z, guide = (
+            Conditional(decoder(L), family),
+            Conditional(encoder(posterior.num_features), posterior),
+        )
+        built = VAE(PRIORS[options.prior](options, L, guide, event_shape), likelihood_of_z, guide)
+    if options.initialization == "wide":
+        for part in (built.likelihood, built.posterior):
+            networks.start_wide(cast(nn.Module, part))
+    return built
+
+
+def _hierarchy(
+    options: Options,
+    event_shape: Sequence[int],
+    encoder: Callable[[int], nn.Module],
+    decoder: Callable[[int], nn.Module],
+    family: Any,
+) -> HierarchicalVAE:
+    """Several layers of latents, z_1 next to the image: see ``hierarchy``."""
+    assert options.upper_latents is not None
+    dims, hidden = (options.latent_dim, *options.upper_latents), options.upper_hidden
+    dense = _DENSE.get(options.network, networks.MLP)
+
+    def family_of(latent_dim: int) -> nn.Module:
+        return posteriors.DiagonalNormal(latent_dim, **_scale_map(options))
+
+    def conditional(num_inputs: int, latent_dim: int, widths: Sequence[int]) -> Conditional:
+        return Conditional(dense(num_inputs, 2 * latent_dim, hidden=widths), family_of(latent_dim))
+
+    top = PRIORS[options.prior](options, dims[-1], None, event_shape)
+    prior = LayeredPrior(top, [conditional(above, L, hidden[::-1]) for L, above in pairwise(dims)])
+    if options.inference == "bottom-up":
+        first = Conditional(encoder(2 * dims[0]), family_of(dims[0]))
+        guide: Any = BottomUp([first, *(conditional(L, above, hidden) for L, above in pairwise(dims))])
+    else:
+        widths = [(options.hidden or default_hidden(options.network))[-1]] + [hidden[-1]] * (len(dims) - 1)
+        features = [encoder(widths[0]), *(dense(F, G, hidden=hidden[:-1]) for F, G in pairwise(widths))]
+        guide = TopDown(features, [conditional(F, L, ()) for F, L in zip(widths, dims, strict=True)], prior)
+    net = decoder(sum(dims)) if options.decoder_input == "all" else OfBottomLayer(decoder(dims[0]), dims)
+    return HierarchicalVAE(prior, Conditional(net, family), guide)
+
+
+_DENSE: dict[str, Callable[..., nn.Module]] = {
+    "tanh": partial(networks.MLP, activation=nn.Tanh),
+    "gated": networks.GatedMLP,
+    "gated-conv": networks.GatedMLP,
+    "gated-residual": networks.GatedMLP,
+}  # of further layers of latents, by the network next to the image; rectified MLPs beside the others
+
+
+# An option that is of some words of another option alone: the other, its words, and what they are called.
+_OF_WORDS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "prior_components": ("prior", ("mixture", "vamp")),
+    "prior_flow": ("prior", ("flow",)),
+    "prior_layers": ("prior", ("flow",)),
+    "prior_hidden": ("prior", ("flow",)),
+    "posterior_flow": ("posterior", ("flow",)),
+    "posterior_layers": ("posterior", ("flow",)),
+    "posterior_hidden": ("posterior", ("flow",)),
+    "scale_map": ("posterior", ("diagonal", "full", "flow")),
+    "decay_start": ("schedule", ("cosine",)),
+    "free_bits": ("objective", ("free-bits",)),
+}
+
+
+def _check_own_options(options: Options) -> None:
+    """Raises ValueError for an option of a part that was not chosen, which would do nothing, and for parts at odds."""
+    for name, (of, words) in _OF_WORDS.items():
+        if getattr(options, name) != getattr(Options(), name) and getattr(options, of) not in words:
+            raise ValueError(
+                f"{flag(name)}: expected {flag(of)} {' or '.join(words)}, which it is of, got {getattr(options, of)}"
+            )
+    if options.upper_latents is None:
+        for name in ("upper_hidden", "inference", "decoder_input"):
+            if getattr(options, name) != getattr(Options(), name):
+                raise ValueError(f"{flag(name)}: expected --upper-latents beside it, which it is of, got none")
+        return
+    if options.posterior != "diagonal":
+        raise ValueError(f"--upper-latents: expected --posterior diagonal at every layer, got {options.posterior}")
+    if options.prior == "vamp":
+        raise ValueError(
+            "--upper-latents: expected a --prior with a density of its own, got vamp (the guide's density of the top "
+            "layer alone has no formula)"
+        )
+
+
+def _scale_map(options: Options) -> dict[str, Any]:
+    return {"log_scale": SCALE_MAPS[options.scale_map]}
+
+
+def is_autoencoder(options: Options) -> bool:
+    """A deterministic guide: there are reconstructions, and no ELBO, KL or log-likelihood."""
+    return options.posterior == "delta"
+
+
+# An option of one likelihood alone, and that class's argument.
+OWN_OPTIONS = {
+    "normal-fixed": ("likelihood_scale", "scale"),
+    "discretized-logistic-mixture": ("likelihood_components", "components"),
+}
+
+
+def likelihood(options: Options, event_shape: Sequence[int]) -> Any:
+    """The likelihood that the options name, with fresh parameters.
+
+    Raises:
+        ValueError: a transform that it cannot have, or an option of another likelihood.
+    """
+    own = {}
+    for word, (name, argument) in OWN_OPTIONS.items():
+        if options.likelihood == word:
+            own[argument] = getattr(options, name)
+        elif getattr(options, name) != getattr(Options(), name):
+            raise ValueError(f"{flag(name)}: expected --likelihood {word}, which it is of, got {options.likelihood}")
+    family = LIKELIHOODS[options.likelihood](event_shape, **own)
+    if options.transform == "none":
+        return family
+    if family.asks_for != data.REAL or not likelihoods.has_quantiles(family):
+        raise ValueError(
+            "--transform logit: expected a density of real numbers with quantiles (a normal, or laplace), got "
+            f"--likelihood {options.likelihood}"
+        )
+    return likelihoods.Logit(family)

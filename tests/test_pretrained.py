@@ -1,0 +1,202 @@
+"""Pretrained runs: a name gives the model, every script takes it, and nothing is written into the package."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from small_run import save_bars
+
+from ppl_vae import build, data, experiment, load, runs, save
+from ppl_vae.build import stored
+from ppl_vae.experiment.opening import open_run
+from ppl_vae.options import Options
+
+ROOT = Path(__file__).parent.parent
+OPTIONS = Options(network="mlp", hidden=(8,), latent_dim=2)
+ASKED = {"split": "test", "num_particles": 10, "images": 30, "device": "cpu", "seed": 0}
+SHIPPED = sorted(path.parent for path in (ROOT / "ppl_vae" / "pretrained").glob("*/config.json"))
+
+
+def silent(line):
+    pass
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run on MNIST, evaluated on a few images, whose config knows a place."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    torch.manual_seed(0)
+    save(build.vae(OPTIONS, (1, 28, 28)), folder, replace(OPTIONS, data_dir="somewhere"))
+    experiment.evaluate_run(str(folder), **ASKED, say=silent)
+    return folder
+
+
+@pytest.fixture
+def shipped(trained, tmp_path, monkeypatch):
+    """The run as the pretrained run "small", in a package of its own; the folder of work is another, and empty."""
+    monkeypatch.setattr(stored, "PRETRAINED", tmp_path / "package")
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    return experiment.ship(str(trained), "small")
+
+
+# --- What ships ---
+
+
+def test_weights_options_and_evaluation_ship_and_no_more(shipped):
+    assert sorted(contents(shipped)) == [Path("config.json"), Path("evaluation.json"), Path("model.safetensors")]
+
+
+def test_what_ships_knows_no_place_of_the_machine(trained, shipped):
+    assert "somewhere" in (trained / runs.CONFIG).read_text()
+    assert "somewhere" not in (shipped / runs.CONFIG).read_text()
+    options = runs.read_json(shipped / runs.CONFIG)["options"]
+    assert (options["data_dir"], options["start_from"]) == (None, None)
+
+
+def test_shipping_again_replaces_what_was_there(trained, shipped):
+    before = contents(shipped)
+    (shipped / runs.EVALUATION).write_text("{}")
+    experiment.ship(str(trained), "small")
+    assert contents(shipped) == before
+
+
+@pytest.mark.parametrize("name", ["", "Small", "a/b", "..", "a--b", "a b"])
+def test_a_name_that_is_no_plain_word_is_refused(trained, shipped, name):
+    with pytest.raises(ValueError, match="name: expected small letters and digits"):
+        experiment.ship(str(trained), name)
+
+
+def test_a_run_without_an_evaluation_of_its_weights_does_not_ship(trained, shipped, tmp_path):
+    folder = tmp_path / "other"
+    folder.mkdir()
+    for name, content in contents(trained).items():
+        (folder / name).write_bytes(content)
+    entry = runs.read_evaluations(folder)["test"]
+    runs.write_json(folder / runs.EVALUATION, {"test": entry | {"step": entry["step"] + 1}})
+    with pytest.raises(ValueError, match="expected an evaluation of its weights on the test split, got none"):
+        experiment.ship(str(folder), "other")
+    assert not (shipped.parent / "other").exists()
+
+
+def test_a_run_on_a_file_of_ones_own_does_not_ship(shipped, tmp_path):
+    options = replace(OPTIONS, dataset=str(save_bars(tmp_path / "bars.npz")))
+    save(build.vae(options, (8, 8)), tmp_path / "bars", options)
+    with pytest.raises(ValueError, match=r"expected a run on one of mnist, .*, got .*bars\.npz"):
+        experiment.ship(str(tmp_path / "bars"), "bars")
+
+
+# --- What takes it ---
+
+
+def test_a_name_gives_the_model(trained, shipped):
+    expected = load(trained).state_dict()
+    found = load("small").state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def test_a_folder_of_that_name_goes_before_it(trained, shipped):
+    other = replace(OPTIONS, latent_dim=3)
+    save(build.vae(other, (1, 28, 28)), "small", other)
+    assert load("small").prior().event_shape == (3,)
+    assert open_run("small").folder == Path("small")
+
+
+def test_a_name_of_neither_a_folder_nor_a_pretrained_run_is_refused_with_those_there_are(shipped):
+    with pytest.raises(ValueError, match=r"^smal: expected a run folder, or a pretrained run \(small\), got neither$"):
+        load("smal")
+
+
+@pytest.mark.parametrize("path", ["runs/smal", "/no/small"])
+def test_a_path_is_no_name(shipped, path):
+    with pytest.raises(ValueError, match=r"config\.json: no such file; is .* a run folder"):
+        load(path)
+
+
+def test_its_evaluation_makes_the_number_again_beside_the_package(trained, shipped):
+    before = contents(shipped)
+    entry = experiment.evaluate_run("small", **ASKED, say=silent)
+    assert entry["log_likelihood"] == runs.read_evaluations(trained)["test"]["log_likelihood"]
+    assert runs.read_evaluations(Path("runs/small"))["test"]["seconds"] == entry["seconds"]
+    assert contents(shipped) == before
+
+
+def test_a_script_that_writes_takes_it(shipped):
+    before = contents(shipped)
+    experiment.sample_run("small", num_samples=2, device="cpu", seed=0, output=None, say=silent)
+    assert any((Path("runs/small") / "samples").iterdir())
+    assert contents(shipped) == before
+
+
+def test_its_copy_is_made_and_told_of_once(shipped):
+    said: list[str] = []
+    assert open_run("small", say=said.append).folder == Path("runs/small")
+    runs.write_json(Path("runs/small") / runs.EVALUATION, {"mine": {}})
+    open_run("small", say=said.append)
+    assert said == ["small is a pretrained run of the package; its copy runs/small takes what is made of it."]
+    assert runs.read_evaluations(Path("runs/small")) == {"mine": {}}
+
+
+def test_the_packages_own_folder_is_copied_too(shipped):
+    assert open_run(str(shipped), say=silent).folder == Path("runs/small")
+
+
+def test_a_copy_that_was_interrupted_is_made_whole(shipped, monkeypatch):
+    genuine = runs.write_bytes
+
+    def interrupted(path, content):
+        if path.name == runs.CONFIG:
+            raise KeyboardInterrupt
+        genuine(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "write_bytes", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            open_run("small", say=silent)
+    assert open_run("small", say=silent).folder == Path("runs/small")
+    assert contents(Path("runs/small")) == contents(shipped)
+
+
+def test_another_run_in_the_copys_place_is_left_as_it_is(shipped):
+    save(build.vae(OPTIONS, (1, 28, 28)), "runs/small", OPTIONS)
+    before = contents(Path("runs/small"))
+    with pytest.raises(ValueError, match="runs/small: expected a copy of the pretrained run small, got another run"):
+        open_run("small", say=silent)
+    assert contents(Path("runs/small")) == before
+
+
+def test_its_training_cannot_be_gone_on_with(shipped):
+    with pytest.raises(ValueError, match=r"--resume: expected a run of train_svi\.py, but runs/small was .* shipped"):
+        experiment.resume("small", epochs=10, say=silent)
+    assert contents(Path("runs/small")) == contents(shipped)
+
+
+# --- What is in the package now ---
+
+
+@pytest.mark.parametrize("folder", SHIPPED, ids=lambda folder: folder.name)
+def test_a_shipped_run_is_whole_and_evaluated_on_the_whole_test_set(folder):
+    assert sorted(contents(folder)) == [Path("config.json"), Path("evaluation.json"), Path("model.safetensors")]
+    entry = json.loads((folder / runs.EVALUATION).read_text())["test"]
+    options, _ = build.read_config(folder)
+    assert (entry["num_images"], entry["num_particles"]) == (10_000, 5000)
+    assert entry["step"] == runs.load_step(folder / runs.MODEL)
+    assert (options.data_dir, options.start_from) == (None, None)
+    assert options.dataset in data.DATASETS
+    assert all(weight.dtype == torch.float32 for weight in load(folder).parameters())
+
+
+def test_the_package_takes_the_files_of_pretrained_runs_along(shipped):
+    patterns = re.findall(r'"(pretrained/.*)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    for name in contents(shipped):
+        assert any((Path("pretrained") / "small" / name).match(pattern) for pattern in patterns)

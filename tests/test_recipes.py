@@ -1,0 +1,86 @@
+"""The recipes: each can be built and trained as it says, and is held against the number that its source prints."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ppl_vae import build, data, recipes
+from ppl_vae.options import MODEL_OPTIONS
+from ppl_vae.recipes import RECIPES, recipe
+
+# Read in the papers' tables, in nats and negative there.
+PRINTED = {
+    "iwae_vae_1": [(86.76, None)],
+    "iwae_1": [(85.54, None), (84.78, None)],
+    "vae_gaussian": [(84.45, 0.12)],
+    "vae_flow": [(82.43, 0.06), (82.09, 0.18)],
+    "vae_flow_wide": [(82.43, 0.06), (82.09, 0.18)],
+    "ladder": [(81.22, 0.05), (81.20, None)],
+    "static_flow": [(85.57, None)],
+}
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return data.load("mnist")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_each_published_number_is_the_printed_one(name):
+    assert [(-found.log_likelihood, found.stderr) for found in recipe(name).published] == PRINTED[name]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_each_recipe_cites_where_its_numbers_are_from(name):
+    assert RECIPES[name].__name__ == name
+    for found in recipe(name).published:
+        number = found.source.partition("arXiv ")[2][:10]
+        assert number in " ".join((RECIPES[name].__doc__ or "").split())
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_each_recipe_says_for_how_long_it_trains_where_that_differs(name):
+    found = recipe(name)
+    for stage in found.stages:
+        assert f"{stage.epochs:,} epochs" in found.differs
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_stages_of_a_recipe_train_one_model(name):
+    first, *later = recipe(name).stages
+    for stage in later:
+        assert [getattr(stage, option) for option in MODEL_OPTIONS] == [getattr(first, o) for o in MODEL_OPTIONS]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_each_stage_can_be_built_and_has_an_objective_at_beta_one(name, digits):
+    for stage in recipe(name).stages:
+        options = build.resolve(replace(stage, dataset="mnist"), digits)
+        with torch.device("meta"):
+            vae = build.vae(options, digits.event_shape)
+        assert sum(w.numel() for w in vae.parameters()) > 100_000
+        assert callable(build.objective(options))
+        assert (options.beta, build.schedule(options)["epochs"]) == (1, stage.epochs)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_no_recipe_chooses_its_weights_by_test_images(name):
+    """Kept weights are the best by validation, of a protocol that has validation images."""
+    for stage in recipe(name).stages:
+        assert (stage.protocol, stage.keep, stage.start_from) == ("vampprior", None, None)
+
+
+def test_a_recipe_that_is_not_there_is_refused_with_the_names_of_those_that_are():
+    with pytest.raises(ValueError, match=rf"NAME: expected one of {', '.join(RECIPES)}, got 'vae'"):
+        recipe("vae")
+
+
+def test_the_list_says_each_name_and_each_published_number():
+    lines = recipes.describe()
+    for name, numbers in PRINTED.items():
+        place = next(i for i, line in enumerate(lines) if line.startswith(f"{name}: "))
+        for line, (number, _) in zip(lines[place + 1 :], numbers, strict=False):
+            assert f"published -{number:.2f}" in line

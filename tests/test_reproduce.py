@@ -1,0 +1,430 @@
+"""A recipe made again: rows hold what the runs hold, an interruption changes nothing, and what is short is said."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from small_run import SMALL, save_bars
+
+from ppl_vae import experiment, recipes, runs
+from ppl_vae.experiment import reproduction
+from ppl_vae.experiment.reproduction import (
+    describe,
+    read_rows,
+    reproduction_table,
+    shortened,
+    validation_curve,
+    write_row,
+)
+from ppl_vae.options import Options, parse_reproduce
+from ppl_vae.recipes import Published, Recipe
+
+ROOT = Path(__file__).parent.parent
+EPOCHS = (10, 3)
+
+
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory):
+    path = save_bars(tmp_path_factory.mktemp("data") / "bars.npz")
+    first = replace(SMALL, dataset=str(path), epochs=EPOCHS[0], warmup_epochs=4, checkpoint_seconds=0.0)
+    return first, replace(first, epochs=EPOCHS[1], warmup_epochs=0, learning_rate=1e-12)
+
+
+@pytest.fixture(autouse=True)
+def tiny(stages, monkeypatch):
+    """A recipe of bars in two stages, the second of which can hardly move the weights; its figures take no time."""
+    monkeypatch.setattr(reproduction, "write_figures", lambda run, say: None)
+    published = (Published(-20.0, 0.5, "bars: nobody"),)
+    recipe = Recipe("bars", stages, published, "nothing", particles=10)
+    monkeypatch.setitem(recipes.RECIPES, "tiny", lambda: recipe)
+    return recipe
+
+
+def reproduced(folder, **asked):
+    """The row, and what was said."""
+    said: list[str] = []
+    places = {"run_dir": str(folder / "runs"), "output": str(folder / "results" / "rows.json")}
+    return experiment.reproduce(asked.pop("name", "tiny"), **places | asked, say=said.append), said
+
+
+@pytest.fixture(scope="module")
+def undisturbed(stages, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(recipes.RECIPES, "tiny", lambda: Recipe("bars", stages, (), "nothing", particles=10))
+        row, said = reproduced(folder)
+    return folder, row, said
+
+
+def weights_of(folder):
+    return {
+        f"{path.parent.name} {name}": tensor
+        for path in sorted((folder / "runs").glob("*/model.safetensors"))
+        for name, tensor in runs.load_tensors(path)[0].items()
+    }
+
+
+def measured(row):
+    """What does not depend on time, place and interruptions."""
+    timed = ("seconds", "environment", "commits", "published")
+    return {key: value for key, value in row.items() if key not in timed}
+
+
+# --- What a row holds ---
+
+
+def test_a_row_is_what_the_last_stages_run_holds(undisturbed):
+    folder, row, _ = undisturbed
+    entry = runs.read_evaluations(folder / "runs" / "2")["test"]
+    assert row["ours"] == entry["log_likelihood"]
+    assert row["elbo"] == entry["elbo"]
+    assert row["seconds"]["evaluation"] == entry["seconds"]
+    assert (entry["num_images"], entry["num_particles"], entry["split"]) == (40, 10, "test")
+    assert row["protocol"].items() <= entry.items()
+    metrics = runs.read_metrics(folder / "runs" / "2")
+    assert row["validation"]["elbo"] == max(record["validation_elbo_nats_per_image"] for record in metrics)
+    assert row["budget"] == {"share": 1.0, "epochs": list(EPOCHS), "recipe_epochs": list(EPOCHS)}
+    assert len(row["seconds"]["training"]) == 2
+
+
+def test_a_row_is_written_and_says_with_what_it_was_made(undisturbed):
+    folder, row, _ = undisturbed
+    assert read_rows(str(folder / "results" / "rows.json")) == [json.loads(json.dumps(row))]
+    assert row["environment"]["packages"]["torch"] == torch.__version__
+    assert row["environment"]["device"]
+    assert len(row["commits"]) >= 1
+    assert len(row["commits"][0].removesuffix("-dirty")) == 40
+
+
+def test_a_row_holds_no_place_of_this_machine(undisturbed):
+    folder, row, _ = undisturbed
+    assert str(folder) not in json.dumps(row)
+    assert "argv" not in row["environment"]
+
+
+def test_a_rows_command_asks_for_the_same_again(tmp_path):
+    row, _ = reproduced(tmp_path, epochs_share=0.1, seed=3)
+    script, *words = row["command"].split()[1:]
+    assert (ROOT / script).exists()
+    asked = parse_reproduce(words)
+    assert (asked.name, asked.epochs_share, asked.seed, asked.epochs) == ("tiny", 0.1, 3, None)
+
+
+def test_a_later_stage_starts_from_the_weights_of_the_one_before(undisturbed):
+    weights = weights_of(undisturbed[0])
+    for name in (name for name in weights if name.startswith("2 ")):
+        torch.testing.assert_close(weights[name], weights["1" + name[1:]], rtol=0, atol=1e-6)
+
+
+def test_active_latents_are_those_whose_means_vary(undisturbed, tmp_path):
+    """By numpy, from the means that encode.py writes."""
+    folder, row, _ = undisturbed
+    given = {"num_particles": 2, "images": None, "device": "cpu", "seed": 0, "output": str(tmp_path / "z")}
+    experiment.encode_images(str(folder / "runs" / "2"), "test", **given, say=lambda line: None)
+    means = np.load(tmp_path / "z" / "encoded.npz")["mean"]
+    assert row["active_units"] == int((means.var(0, ddof=1) > 0.01).sum())
+
+
+def test_figures_of_the_last_stage_are_drawn_after_its_evaluation(undisturbed):
+    run = undisturbed[0] / "runs" / "2"
+    drawn = (run / runs.FIGURES / "log_likelihoods.png").stat().st_mtime_ns
+    assert drawn >= (run / runs.EVALUATION).stat().st_mtime_ns
+    assert not (undisturbed[0] / "runs" / "1" / runs.FIGURES).exists()
+
+
+# --- Going on ---
+
+
+@pytest.mark.parametrize(
+    ("where", "calls"),
+    [
+        ("ppl_vae.runs.append_metrics", 4),
+        ("ppl_vae.runs.append_metrics", EPOCHS[0] + 1),
+        ("ppl_vae.experiment.reproduction.train", 1),
+        ("ppl_vae.experiment.reproduction.write_evaluation", 0),
+        ("ppl_vae.experiment.reproduction.write_row", 0),
+    ],
+    ids=["in stage 1", "in stage 2", "between the stages", "before the evaluation", "before the row"],
+)
+def test_an_interrupted_recipe_goes_on_and_ends_as_if_it_had_not_been(undisturbed, tmp_path, monkeypatch, where, calls):
+    module, _, name = where.rpartition(".")
+    genuine, left = getattr(sys.modules[module], name), calls
+
+    def interrupted(*words, **named):
+        nonlocal left
+        if left == 0:
+            raise KeyboardInterrupt
+        left -= 1
+        return genuine(*words, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(where, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            reproduced(tmp_path)
+    assert not (tmp_path / "results" / "rows.json").exists()
+    row, _ = reproduced(tmp_path)
+    weights, expected = weights_of(tmp_path), weights_of(undisturbed[0])
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[key], expected[key]) for key in weights)
+    assert measured(row) == measured(undisturbed[1])
+
+
+def test_a_finished_recipe_is_taken_as_it_is(undisturbed, monkeypatch):
+    folder, row, _ = undisturbed
+    files = {path: path.read_bytes() for path in (folder / "runs").rglob("*.safetensors")}
+    monkeypatch.setattr(reproduction, "train", None)
+    monkeypatch.setattr(reproduction, "write_evaluation", None)
+    again, said = reproduced(folder)
+    assert measured(again) == measured(row)
+    assert again["seconds"] == row["seconds"]
+    assert sum("is finished" in line for line in said) == 2
+    assert {path: path.read_bytes() for path in (folder / "runs").rglob("*.safetensors")} == files
+
+
+def test_an_evaluation_with_other_particles_is_made_again(undisturbed, tiny, tmp_path, monkeypatch):
+    shutil.copytree(undisturbed[0], tmp_path / "copy")
+    monkeypatch.setitem(recipes.RECIPES, "tiny", lambda: tiny._replace(particles=12))
+    row, _ = reproduced(tmp_path / "copy")
+    assert row["protocol"]["num_particles"] == 12
+
+
+# --- Budgets ---
+
+
+@pytest.mark.parametrize(
+    ("share", "epochs", "warmups"),
+    [(1.0, [10, 3], [4, 0]), (0.5, [5, 2], [2, 0]), (0.01, [1, 1], [0, 0]), (2.0, [20, 6], [8, 0])],
+)
+def test_a_share_is_of_each_stages_epochs_and_warmup(stages, share, epochs, warmups):
+    found = shortened(stages, share)
+    assert [stage.epochs for stage in found] == epochs
+    assert [stage.warmup_epochs for stage in found] == warmups
+
+
+def test_a_warmup_by_default_stays_one():
+    assert shortened([Options(epochs=10)], 0.5)[0].warmup_epochs is None
+
+
+def test_a_shortened_budget_is_in_the_row_in_its_words_and_in_the_table(tmp_path):
+    row, said = reproduced(tmp_path, epochs=1)
+    assert row["budget"] == {"share": 1 / 13, "epochs": [1, 1], "recipe_epochs": [10, 3]}
+    assert any("0.0769 of the recipe's epochs: 1 + 1 (of 10 + 3)" in line for line in said)
+    assert "| 1 + 1 (of 10 + 3) |" in reproduction_table([row])
+
+
+@pytest.mark.parametrize(
+    ("elbos", "step", "expected"),
+    [
+        ([-9.0, -7.0, -8.0], 2, {"elbo": -7.0, "epoch": 2, "last_tenth_gain": -1.0}),
+        ([-9.0, -8.0, -7.5], 3, {"elbo": -7.5, "epoch": 3, "last_tenth_gain": 0.5}),
+        ([float(e) for e in range(20)], 20, {"elbo": 19.0, "epoch": 20, "last_tenth_gain": 2.0}),
+        ([-9.0], 1, {"elbo": -9.0, "epoch": 1, "last_tenth_gain": None}),
+    ],
+)
+def test_the_end_of_a_validation_curve_is_its_last_tenth_over_the_rest(elbos, step, expected):
+    metrics = [
+        {"step": epoch, "epoch": epoch, "validation_elbo_nats_per_image": elbo}
+        for epoch, elbo in enumerate(elbos, start=1)
+    ]
+    assert validation_curve(metrics, step) == expected
+
+
+def test_without_validation_images_there_is_no_validation_curve():
+    assert validation_curve([{"step": 5, "epoch": 1}], 5) is None
+
+
+# --- The results file ---
+
+
+def made_up(**changes):
+    row = {
+        "recipe": "vae_gaussian",
+        "seed": 0,
+        "precision": "float32",
+        "budget": {"share": 1.0, "epochs": [400], "recipe_epochs": [400]},
+        "ours": {"mean": -84.404, "stderr": 0.221, "n": 10_000, "num_particles": 5000},
+        "elbo": {"mean": -88.1, "stderr": 0.23},
+        "published": [{"log_likelihood": -84.45, "stderr": 0.12, "source": "VAE: there"}],
+        "protocol": {"dataset": "mnist", "binarization": "dynamic", "num_images": 10_000, "num_particles": 5000},
+        "validation": {"elbo": -88.0, "epoch": 399, "last_tenth_gain": 0.0123},
+        "seconds": {"training": [3600.0], "evaluation": 240.0},
+    }
+    return row | changes
+
+
+SHORT = {"share": 0.5, "epochs": [200], "recipe_epochs": [400]}
+
+
+@pytest.mark.parametrize("change", [{}, {"ours": {"mean": -1.0, "stderr": 0.1}}, {"published": []}])
+def test_a_row_of_the_same_recipe_seed_budget_and_precision_is_replaced(tmp_path, change):
+    path = str(tmp_path / "rows.json")
+    write_row(path, made_up())
+    write_row(path, made_up(**change))
+    assert read_rows(path) == [made_up(**change)]
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"budget": SHORT}, {"precision": "bf16"}, {"recipe": "ladder"}])
+def test_any_other_row_stands_beside_it(tmp_path, change):
+    path = str(tmp_path / "rows.json")
+    write_row(path, made_up())
+    write_row(path, made_up(**change))
+    assert read_rows(path) == [made_up(), made_up(**change)]
+
+
+def test_rows_are_in_the_order_of_the_recipes_and_seeds(tmp_path):
+    path = str(tmp_path / "rows.json")
+    for change in ({"recipe": "ladder"}, {"seed": 2}, {"recipe": "iwae_1"}, {"seed": 1}):
+        write_row(path, made_up(**change))
+    assert [(row["recipe"], row["seed"]) for row in read_rows(path)] == [
+        ("iwae_1", 0),
+        ("vae_gaussian", 1),
+        ("vae_gaussian", 2),
+        ("ladder", 0),
+    ]
+
+
+def test_a_write_that_fails_leaves_the_rows_that_were_there(tmp_path, monkeypatch):
+    path = tmp_path / "rows.json"
+    write_row(str(path), made_up())
+    before = path.read_bytes()
+
+    def fail(source, target):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(runs.os, "replace", fail)
+    with pytest.raises(OSError, match="No space left"):
+        write_row(str(path), made_up(seed=1))
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == {"rows.json": before}
+
+
+# --- In words ---
+
+
+def test_a_row_is_told_beside_what_is_published():
+    lines = describe(made_up(), "rows.json")
+    assert lines[0] == "vae_gaussian, seed 0: log p(x) -84.40 ± 0.22 nats an image, L_5000 of 10,000 test images"
+    assert lines[1] == "  +0.05 nats against the published -84.45 ± 0.12 (VAE: there)"
+    assert "gained +0.012 nats of validation ELBO" in lines[2]
+
+
+def test_the_table_has_a_line_a_row():
+    head, rule, *lines = reproduction_table([made_up(), made_up(budget=SHORT, precision="bf16")]).splitlines()
+    assert head.count("|") == rule.count("|") == lines[0].count("|") == lines[1].count("|")
+    assert lines[0] == (
+        "| `vae_gaussian` | mnist, dynamic | -84.40 ± 0.22 | -88.10 ± 0.23 | -84.45 ± 0.12 (VAE: there) | 400 | 64 | 0 "
+        "| +0.012 |"
+    )
+    assert "| 200 (of 400), bf16 |" in lines[1]
+
+
+def test_the_readmes_table_is_that_of_the_stored_rows():
+    rows = read_rows(str(ROOT / "scripts" / "results" / "reproductions.json"))
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## Published results\n")[1].split("\n## ")[0]
+    assert f"\n\n{reproduction_table(rows)}\n\n" in section
+    assert section.count("\n|") == 2 + len(rows)
+
+
+# --- What is refused, before any training ---
+
+BOTH = "--epochs: expected it without --epochs-share, got both"
+
+
+def refused(folder, match, **asked):
+    before = {path for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=match):
+        reproduced(folder, **asked)
+    assert {path for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_name_of_no_recipe_is_refused(tmp_path):
+    refused(tmp_path, r"NAME: expected one of iwae_vae_1, .*, tiny, got 'vae_gauss'", name="vae_gauss")
+
+
+def test_two_budgets_are_refused(tmp_path):
+    refused(tmp_path, BOTH, epochs=1, epochs_share=0.5)
+
+
+@pytest.mark.parametrize(("asked", "what"), [({"seed": 1}, "seed"), ({"epochs": 1}, "epochs, warmup_epochs")])
+def test_run_folders_of_another_training_are_refused(undisturbed, asked, what):
+    refused(undisturbed[0], f"1: expected a run with the options that are asked for, got others in {what};", **asked)
+
+
+def test_a_recipe_that_has_changed_since_is_refused(undisturbed, tiny, stages, monkeypatch):
+    changed = tiny._replace(stages=(stages[0], replace(stages[1], batch_size=30)))
+    monkeypatch.setitem(recipes.RECIPES, "tiny", lambda: changed)
+    refused(undisturbed[0], "2: expected a run with the options that are asked for, got others in batch_size;")
+
+
+def test_a_folder_of_something_else_in_a_later_stages_place_is_found_before_the_first(tmp_path):
+    (tmp_path / "runs" / "2").mkdir(parents=True)
+    (tmp_path / "runs" / "2" / "notes.txt").write_text("mine")
+    refused(tmp_path, "2: expected a run, a new or an empty folder, got another; name another --run-dir")
+
+
+def test_a_later_stage_that_cannot_be_trained_is_found_before_the_first(tiny, stages, tmp_path, monkeypatch):
+    changed = tiny._replace(stages=(stages[0], replace(stages[1], free_bits=0.5)))
+    monkeypatch.setitem(recipes.RECIPES, "tiny", lambda: changed)
+    refused(tmp_path, "--free-bits: expected --objective free-bits")
+
+
+@pytest.mark.parametrize(("content", "match"), [("{", "not JSON"), ('{"rows": [1]}', "expected a list of rows")])
+def test_a_damaged_results_file_is_refused(tmp_path, content, match):
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "rows.json").write_text(content)
+    refused(tmp_path, f"rows.json: damaged: {match}")
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ([], "NAME: expected a recipe, got none; --list names them"),
+        (
+            ["ladder", "--epochs", "1", "--epochs-share", "0.1"],
+            "--epochs: expected it without --epochs-share, got both",
+        ),
+        (["ladder", "--epochs-share", "0"], "--epochs-share: expected a finite number above 0, got '0'"),
+        (["ladder", "--precision", "half"], "--precision: expected one of float32, tf32, bf16, got 'half'"),
+    ],
+)
+def test_a_wrong_command_line_ends_in_one_line(words, line, capsys):
+    with pytest.raises(SystemExit):
+        parse_reproduce(words)
+    assert capsys.readouterr().err == f"error: {line} (--help lists the options)\n"
+
+
+# --- The script ---
+
+
+def script(*words):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "reproduce.py"), *words], capture_output=True, text=True, timeout=60
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_the_script_lists_the_recipes():
+    code, out, _ = script("--list")
+    assert code == 0
+    assert [line.partition(":")[0] for line in out.splitlines() if line[0] != " "] == [
+        name for name in recipes.RECIPES if name != "tiny"
+    ]
+
+
+def test_the_script_prints_the_table(tmp_path):
+    write_row(str(tmp_path / "rows.json"), made_up())
+    assert script("--table", "--output", str(tmp_path / "rows.json")) == (0, reproduction_table([made_up()]) + "\n", "")
+
+
+def test_the_script_says_in_one_line_that_there_is_no_such_recipe():
+    code, _, err = script("vae")
+    assert code == 1
+    assert err.startswith("error: NAME: expected one of iwae_vae_1, iwae_1, ")
+    assert len(err.splitlines()) == 1

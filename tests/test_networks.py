@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import itertools
+import math
+from functools import partial
 
 import pytest
 import torch
 from torch.testing import assert_close
 
 from ppl_vae import build
-from ppl_vae.networks import MLP, ConvDecoder, ConvEncoder, GatedMLP, PixelOutput, ResidualBlock, Standardized
+from ppl_vae.networks import (
+    MLP,
+    ConvDecoder,
+    ConvEncoder,
+    GatedMLP,
+    PixelOutput,
+    ResidualBlock,
+    Standardized,
+    start_wide,
+)
+from ppl_vae.options import Options
 
 SIZES = {"channels": (3, 4), "hidden": (6, 5)}
-DENSE = {"mlp": MLP, "gated": GatedMLP}
+DENSE = {"mlp": MLP, "tanh": partial(MLP, activation=torch.nn.Tanh), "gated": GatedMLP}
 CONVOLUTIONAL = ["conv", "gated-conv", "residual", "gated-residual"]
 IMAGES = [(1, 8, 8), (1, 28, 28), (3, 8, 8), (1, 7, 5), (3, 1, 9), (1, 2, 13), (2, 1, 1)]
 
@@ -292,3 +304,56 @@ def test_a_standardized_network_of_constant_images_stays_finite():
 def test_a_standardized_network_refuses_another_event_shape():
     with pytest.raises(ValueError, match=r"network input: expected shape \(\.\.\., 2\), got \(4, 1\)"):
         Standardized(torch.nn.Identity(), (2,))(torch.ones(4, 1))
+
+
+# --- Where training starts ---
+
+
+def wide(net):
+    torch.manual_seed(0)
+    start_wide(net)
+    return net
+
+
+@torch.no_grad()
+def test_a_wide_start_keeps_the_size_of_signals_in_a_linear_network():
+    """Mean squares of a layer's output and input are alike: within 4.5 standard errors of 2 / width."""
+    net, x = wide(MLP(1000, 3, hidden=(1000, 1000), activation=torch.nn.Identity)), torch.randn(20, 1000)
+    for linear in (net.layers[0], net.layers[2]):
+        y = linear(x)
+        ratio = y.square().sum(-1) / x.square().sum(-1)
+        assert ((ratio - 1).abs() < 4.5 * math.sqrt(2 / 1000)).all()
+        x = y
+
+
+@pytest.mark.parametrize("word", build.NETWORKS)
+def test_a_wide_start_is_of_every_dense_layer_but_the_last(word):
+    """Of a standard deviation of the square root of 1 / fan-in, and no bias; convolutions stay as they are."""
+    torch.manual_seed(0)
+    net = encoder(word, (1, 12, 12), 7)
+    before = {name: w.clone() for name, w in net.named_parameters()}
+    wide(net)
+    for name, layer in net.named_modules():
+        if not list(layer.parameters(recurse=False)):
+            continue
+        starts_wide = isinstance(layer, torch.nn.Linear) and name.rpartition(".")[2] != "output"
+        assert torch.equal(layer.weight, before[f"{name}.weight"]) != starts_wide
+        if starts_wide:
+            spread = layer.weight.std() * math.sqrt(layer.in_features)
+            assert abs(spread - 1) < 4.5 / math.sqrt(2 * layer.weight.numel())
+            assert not layer.bias.any()
+
+
+def test_a_wide_start_is_an_option_of_both_networks_and_not_of_the_prior():
+    """A coupling's first layer keeps torch's own start; its last is 0."""
+    words = {"network": "mlp", "hidden": (200,), "latent_dim": 4, "prior": "flow", "prior_hidden": (200,)}
+    built = {}
+    for word in ("wide", "shrinking"):
+        torch.manual_seed(0)
+        built[word] = build.vae(Options(**words, prior_layers=1, initialization=word), (100,))
+    for part, fan_in in (("likelihood", 4), ("posterior", 100)):
+        one, other = (getattr(vae, part).net.layers[0].weight for vae in (built["wide"], built["shrinking"]))
+        assert float(one.std()) == pytest.approx(fan_in**-0.5, rel=0.15)
+        assert float(other.std()) == pytest.approx((3 * fan_in) ** -0.5, rel=0.15)
+    one, other = (dict(vae.prior.named_parameters()) for vae in (built["wide"], built["shrinking"]))
+    assert all(torch.equal(one[name], other[name]) for name in other)

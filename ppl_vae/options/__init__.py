@@ -66,9 +66,9 @@ from ppl_vae.options.run import (
     default_warmup,
     flag,
     from_json,
+    model_options,
     one_of,
     option,
-    started_from,
     to_json,
 )
 
@@ -122,6 +122,7 @@ __all__ = [
     "default_warmup",
     "flag",
     "from_json",
+    "model_options",
     "one_of",
     "option",
     "parse_benchmark",
@@ -138,6 +139,5 @@ __all__ = [
     "parse_sample",
     "parse_study",
     "parse_train",
-    "started_from",
     "to_json",
 ]

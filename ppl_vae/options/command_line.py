@@ -29,8 +29,8 @@ from ppl_vae.options.run import (
     Check,
     Options,
     flag,
+    model_options,
     one_of,
-    started_from,
 )
 
 
@@ -142,11 +142,12 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainCommand:
 def _from_other_run(given: dict[str, Any]) -> Options:
     path = Path(given["start_from"]) / "config.json"
     try:
-        return started_from(json.loads(path.read_text(encoding="utf-8")), given)
-    except (OSError, NotADirectoryError):
+        other = model_options(json.loads(path.read_text(encoding="utf-8")))
+    except OSError:
         raise ValueError(f"--start-from: expected a run folder, but {path} cannot be read") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: damaged: not JSON ({error})") from None
+    except ValueError as error:  # of JSON and of bytes that are no text, too
+        raise ValueError(f"{path}: damaged: {error}") from None
+    return Options(**(other | given))
 
 
 def parse_evaluate(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -427,20 +427,16 @@ def compiling_pays(runs: int) -> bool:
     return runs >= _RUNS_THAT_PAY
 
 
-def started_from(config: Any, given: dict[str, Any]) -> Options:
-    """The options of a training that starts from another run's weights: that run's model and data, and what is given.
-
-    Args:
-        config: the other run's config.json.
-        given: options that are asked for, ``start_from`` among them.
+def model_options(config: Any) -> dict[str, Any]:
+    """What a run's model and its data are, of its config.json: what a training that starts from its weights takes over.
 
     Raises:
-        ValueError: the config is damaged.
+        ValueError: no options in it, or such as ``from_json`` refuses.
     """
     if not isinstance(config, dict) or "options" not in config:
-        raise ValueError("damaged: expected an object with options")
+        raise ValueError("expected an object with options")
     other = from_json(config["options"])
-    return Options(**({name: getattr(other, name) for name in MODEL_OPTIONS} | given))
+    return {name: getattr(other, name) for name in MODEL_OPTIONS}
 
 
 def to_json(options: Options) -> dict[str, Any]:

@@ -61,7 +61,7 @@ class MaskedNetwork(nn.Module):
     is multiplied once an image and not once a particle. At first h = 0.
 
     Args:
-        order: (L,) integers from 0.
+        order: L integers from 0.
         num_features: F, of each latent.
         context_dim: C.
         hidden: widths of the hidden layers, at least one.
@@ -73,15 +73,15 @@ class MaskedNetwork(nn.Module):
     Papamakarios et al. 2017, arXiv 1705.07057, section 3.4.
     """
 
-    def __init__(self, order: Tensor, *, num_features: int, context_dim: int, hidden: Sequence[int]) -> None:
+    def __init__(self, order: Sequence[int], *, num_features: int, context_dim: int, hidden: Sequence[int]) -> None:
         super().__init__()
         if not hidden:
             raise ValueError("hidden: expected at least one width, got none")
-        passes = int(order.max()) + 1
+        passes, of_latents = max(order) + 1, torch.tensor(order)
         degrees = [torch.arange(width) * passes // width for width in hidden]
-        masks = [degrees[0][:, None] > order]
+        masks = [degrees[0][:, None] > of_latents]
         masks += [after[:, None] >= before for before, after in pairwise(degrees)]
-        masks += [order.repeat_interleave(num_features)[:, None] >= degrees[-1]]
+        masks += [of_latents.repeat_interleave(num_features)[:, None] >= degrees[-1]]
         self.num_features = num_features
         self.context = nn.Linear(context_dim, hidden[0], bias=False)
         self.first = MaskedLinear(masks[0])
@@ -104,7 +104,7 @@ class Autoregressive(nn.Module):
     each latent has its own, 2 where one half is mapped by the other (a coupling). At first y = u.
 
     Args:
-        order: (L,) integers from 0: what each latent is mapped by is of a lower order.
+        order: L integers from 0: what each latent is mapped by is of a lower order.
         univariate: t, of ``num_features`` features, monotone in its argument.
         num_features: F.
         context_dim: C.
@@ -118,7 +118,7 @@ class Autoregressive(nn.Module):
 
     def __init__(
         self,
-        order: Tensor,
+        order: Sequence[int],
         *,
         univariate: Univariate,
         num_features: int,
@@ -127,8 +127,8 @@ class Autoregressive(nn.Module):
     ) -> None:
         super().__init__()
         self.univariate = univariate
-        self.passes = int(order.max()) + 1
-        self.register_buffer("order", order, persistent=False)
+        self.passes = max(order) + 1
+        self.register_buffer("order", torch.tensor(order), persistent=False)
         self.net = MaskedNetwork(order, num_features=num_features, context_dim=context_dim, hidden=hidden)
 
     def forward(self, u: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:

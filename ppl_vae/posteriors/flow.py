@@ -141,10 +141,10 @@ def inverse_autoregressive_flow(
 
     Reference: Kingma et al. 2016, arXiv 1606.04934, section 4.
     """
-    order = torch.arange(latent_dim)
+    order = range(latent_dim)
     layers = [
         Autoregressive(
-            order.flip(0) if index % 2 else order,
+            order[::-1] if index % 2 else order,
             univariate=affine,
             num_features=2,
             context_dim=context_dim,
@@ -194,7 +194,7 @@ def spline_flow(
     return Flow(latent_dim, layers, context_dim=context_dim, log_scale=log_scale)
 
 
-def _half(latent_dim: int, index: int) -> Tensor:
-    """(L,) the half, 0 or 1, of each latent in the layer of this index."""
+def _half(latent_dim: int, index: int) -> list[int]:
+    """The half, 0 or 1, of each latent in the layer of this index."""
     bit = index // 2 % max(1, (latent_dim - 1).bit_length())
-    return (torch.arange(latent_dim) >> bit & 1) ^ (index % 2)
+    return [(latent >> bit & 1) ^ (index % 2) for latent in range(latent_dim)]

@@ -1,0 +1,183 @@
+"""Schedules against their published tables and closed forms, and that training follows them."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from oracles import bernoulli_vae
+
+from ppl_vae import build, fit
+from ppl_vae.options import Options
+from ppl_vae.schedules import averaging, cosine, stages, warmup
+
+STEPS = 1000
+
+
+def _cosine(step, *, start=0.0):
+    return cosine(step, learning_rate=2e-3, total_steps=STEPS, start=start)
+
+
+# --- The cosine ---
+
+
+@pytest.mark.parametrize("start", [0.0, 0.25, 0.6])
+def test_a_cosine_starts_at_the_learning_rate_and_ends_at_0(start):
+    assert _cosine(0, start=start) == 2e-3
+    assert _cosine(STEPS, start=start) == pytest.approx(0.0, abs=1e-18)
+
+
+@pytest.mark.parametrize("start", [0.25, 0.6])
+def test_a_cosine_is_flat_until_it_begins_and_falls_from_there_on(start):
+    begin = int(start * STEPS)
+    rates = np.array([_cosine(step, start=start) for step in range(STEPS + 1)])
+    assert (rates[: begin + 1] == 2e-3).all()
+    assert (np.diff(rates[begin:]) < 0).all()
+
+
+@pytest.mark.parametrize("start", [0.0, 0.25, 0.6])
+def test_a_cosine_has_half_the_rate_in_the_middle_of_its_fall(start):
+    assert _cosine(int(STEPS * (1 + start) / 2), start=start) == pytest.approx(1e-3)
+
+
+@pytest.mark.parametrize("start", [0.0, 0.25, 0.6])
+def test_a_cosine_has_no_jump(start):
+    """No step is larger than the steepest slope of a cosine of that length, pi / 2 of its mean slope."""
+    rates = np.array([_cosine(step, start=start) for step in range(STEPS + 1)])
+    assert np.abs(np.diff(rates)).max() <= math.pi / 2 * 2e-3 / (STEPS * (1 - start)) * (1 + 1e-9)
+
+
+def test_a_cosine_is_torchs_annealing():
+    optimizer = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))], lr=2e-3)
+    annealing = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+    for step in range(STEPS):
+        assert _cosine(step) == pytest.approx(annealing.get_last_lr()[0], rel=1e-9, abs=1e-15)
+        optimizer.step()
+        annealing.step()
+
+
+# --- The stages ---
+
+STEPS_AN_EPOCH, EPOCHS = 600, 3280
+# Burda et al. 2016, section 5: 3^i passes at 0.001 * 10^(-i / 7), i = 0 to 7, with 600 batches of 100 a pass.
+TABLE = [(3**i * STEPS_AN_EPOCH, 0.001 * 10 ** (-i / 7)) for i in range(8)]
+
+
+@pytest.mark.parametrize("stage", range(8))
+def test_each_stage_has_its_published_rate_from_its_first_step_to_its_last(stage):
+    first = sum(length for length, _ in TABLE[:stage])
+    length, rate = TABLE[stage]
+    for step in (first, first + 1, first + length // 2, first + length - 1):
+        assert stages(step, learning_rate=0.001, total_steps=EPOCHS * STEPS_AN_EPOCH) == pytest.approx(rate, rel=1e-12)
+
+
+def test_the_stages_are_as_long_as_published():
+    found = [stages(step, learning_rate=0.001, total_steps=EPOCHS * 6) for step in range(EPOCHS * 6)]
+    rates, counts = np.unique(found, return_counts=True)
+    assert list(counts[::-1]) == [6 * 3**i for i in range(8)]
+    np.testing.assert_allclose(rates[::-1], [rate for _, rate in TABLE])
+
+
+@pytest.mark.parametrize("total_steps", [7, 100, 4999])
+def test_the_stages_of_another_length_keep_their_shares(total_steps):
+    found = np.array([stages(step, learning_rate=1.0, total_steps=total_steps) for step in range(total_steps)])
+    assert (np.diff(found) <= 0).all()
+    assert found[-1] == pytest.approx(0.1)
+    for stage in range(8):
+        share = 3**stage / 3280
+        assert abs((np.isclose(found, 10 ** (-stage / 7))).sum() - share * total_steps) < 1
+
+
+def test_the_rate_stays_that_of_the_last_stage_after_the_last_step():
+    assert stages(EPOCHS, learning_rate=0.001, total_steps=EPOCHS) == pytest.approx(1e-4)
+
+
+# --- The weight of the KL, and the averages ---
+
+
+@pytest.mark.parametrize(
+    ("step", "expected"), [(0, 0.0), (1, 0.04), (50, 2.0), (99, 3.96), (100, 4.0), (101, 4.0), (9999, 4.0)]
+)
+def test_a_warm_up_rises_linearly_from_0_and_stays(step, expected):
+    assert warmup(step, beta=4.0, warmup_steps=100) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("step", [0, 1, 1000])
+def test_without_a_warm_up_beta_is_there_from_the_first_step(step):
+    assert warmup(step, beta=4.0, warmup_steps=0) == 4.0
+
+
+def test_an_average_forgets_its_first_weights_fast_and_then_no_faster_than_asked():
+    decays = [averaging(step, decay=0.999) for step in range(20_000)]
+    assert decays[0] == 0.1
+    assert decays[90] == pytest.approx(0.91)
+    assert decays[8989] < decays[8990] + 1e-12
+    assert decays[-1] == 0.999
+    assert (np.diff(decays) >= 0).all()
+
+
+def test_an_average_is_the_mean_of_what_was_seen_as_long_as_few_were():
+    """With decay (1 + t) / (10 + t) alone the weight of the start falls as t^-9: 3e-5 of it after 20 steps."""
+    left = math.prod(averaging(step, decay=0.9999) for step in range(20))
+    exact = math.factorial(20) * math.factorial(9) / math.factorial(29)
+    assert left == pytest.approx(exact)
+
+
+# --- In training ---
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ({}, lambda step: (1 + math.cos(math.pi * step / 20)) / 2),
+        ({"decay_start": 0.5}, lambda step: 1.0 if step <= 10 else (1 + math.cos(math.pi * (step - 10) / 10)) / 2),
+        ({"schedule": "stages"}, lambda step: 10 ** (-sum(step >= 20 * (3**i - 1) / 6560 for i in range(1, 8)) / 7)),
+    ],
+    ids=["cosine", "flat, then a cosine", "stages"],
+)
+@pytest.mark.parametrize("compile", [False, True])
+def test_training_takes_the_rate_of_the_schedule_at_every_step(graphs, compile, asked, expected):
+    """The record of an epoch names the rate of its last step; and Adam moves no weight by much more than the rate."""
+    options = Options(
+        **({"decay_start": 0.0} | asked),
+        epochs=5,
+        batch_size=5,
+        learning_rate=0.01,
+        warmup_epochs=0,
+        average_decay=0.0,
+        keep="last",
+        beta=1.0,
+    )
+    records, vae = [], bernoulli_vae(latent_dim=2)
+    x = torch.bernoulli(torch.full((20, 12), 0.3, dtype=torch.double), generator=torch.Generator().manual_seed(0))
+    moved = [torch.cat([w.detach().flatten() for w in vae.parameters()])]
+    fit(
+        vae,
+        x,
+        **build.schedule(options),
+        observe=lambda values, generator: values,
+        compile=compile,
+        on_epoch=records.append,
+        on_step=lambda state: moved.append(torch.cat([w.detach().flatten() for w in state.vae.parameters()])),
+    )
+    rates = [0.01 * expected(step) for step in range(20)]
+    assert [record["learning_rate"] for record in records] == pytest.approx(rates[3::4])
+    largest = [float((after - before).abs().max()) for before, after in pairwise(moved)]
+    assert largest[0] == pytest.approx(rates[0], rel=1e-3)  # |m / sqrt(v)| = 1 at Adam's first step
+    # It is at most 1.2 in the first twenty, by Cauchy and Schwarz.
+    assert all(step <= 1.2 * rate for step, rate in zip(largest, rates, strict=True))
+
+
+def test_the_flat_part_of_a_cosine_is_an_option():
+    rate = build.schedule(Options(decay_start=0.6, warmup_epochs=0))["rate"]
+    found = [rate(step, learning_rate=1.0, total_steps=10) for step in (0, 6, 8, 10)]
+    assert found == pytest.approx([1.0, 1.0, 0.5, 0.0])
+
+
+@pytest.mark.parametrize("rate", [cosine, partial(cosine, start=0.6), stages])
+def test_the_last_step_still_moves_the_weights(rate):
+    assert rate(99, learning_rate=1.0, total_steps=100) > 0

@@ -56,6 +56,12 @@ def sampled(distribution: Any, count: int) -> Tensor:
     return torch.cat([distribution.sample((size,)) for size in sizes])
 
 
+@torch.no_grad()
+def log_density(distribution: Any, z: Tensor) -> Tensor:
+    """(M,) log p(z), nats, float64, in passes that fit into memory. z: (M, L)."""
+    return torch.cat([distribution.log_prob(part).double() for part in z.split(vectors_a_pass(distribution))])
+
+
 def moments(distribution: Any) -> Codes:
     """Mean and scale of each latent: in closed form where the distribution has them, else of draws.
 

@@ -139,6 +139,10 @@ class Observed(nn.Module):
         with pyro.plate("images", len(x), dim=-1):
             pyro.sample("z", self.posterior(x))
 
+    def prior(self) -> Any:
+        """p(z), the VAE's."""
+        return self.vae.prior()
+
     def likelihood(self, z: Tensor, x: Tensor) -> Any:
         """p(x_observed | z), batch (..., B), event E; it draws and averages over all pixels. z: (..., B, L)."""
         p_x = self.vae.likelihood(z)
@@ -278,7 +282,8 @@ def _impute_one(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Draws (M, *E), the mean (*E), log evidence and effective sample size of one image (1, *E)."""
     q = observed.posterior(x)
-    chunk = min(particles_a_pass(x, numbers_a_pixel(observed.vae.likelihood)), vectors_a_pass(q))
+    held = [vectors_a_pass(distribution, device=x.device.type) for distribution in (q, observed.prior())]
+    chunk = min(particles_a_pass(x, numbers_a_pixel(observed.vae.likelihood)), *held)
     z = x.new_empty(num_particles, 1, *q.event_shape)
     log_w = torch.empty(num_particles, dtype=torch.double, device=x.device)
     top = log_w.new_full((), -torch.inf)

@@ -31,8 +31,11 @@ def normal(N, L, seed=0):
 class OnlyDraws:
     """A prior with neither moments nor distribution function."""
 
+    batch_shape = torch.Size()
+
     def __init__(self, L):
         self.L = L
+        self.event_shape = torch.Size([L])
 
     @property
     def mean(self):

@@ -10,10 +10,10 @@ import pytest
 import scipy.special
 import scipy.stats
 import torch
-from oracles import LinearGaussian
+from oracles import LinearGaussian, NormalFixed
 from torch.testing import assert_close
 
-from ppl_vae import VAE
+from ppl_vae import VAE, Conditional
 from ppl_vae.diagnostics import (
     AggregatePosterior,
     active_units,
@@ -25,7 +25,10 @@ from ppl_vae.diagnostics import (
 )
 from ppl_vae.evidence import seeded
 from ppl_vae.exploration import Codes, encode
-from ppl_vae.priors import StandardNormal
+from ppl_vae.hierarchy import BottomUp, HierarchicalVAE, LayeredPrior, OfBottomLayer
+from ppl_vae.networks import MLP
+from ppl_vae.posteriors import DiagonalNormal
+from ppl_vae.priors import StandardNormal, VampPrior
 
 CPU = torch.device("cpu")
 
@@ -103,6 +106,21 @@ def test_a_latent_is_active_where_its_means_vary_by_more_than_a_hundredth():
     assert_close(found.variance, scales.square())
     assert found.active.tolist() == [True, True, False, False]
     assert found.count == 2
+
+
+def test_a_latent_is_active_in_the_unit_of_the_prior():
+    mean = torch.tensor([[-1.0, -1.0], [1.0, 1.0]] * 50).double()
+    found = active_units(Codes(mean, torch.ones(100, 2)), torch.tensor([0.5, 20.0]))
+    assert_close(found.variance, 100 / 99 * torch.tensor([4.0, 1 / 400]).double())
+    assert found.active.tolist() == [True, False]
+
+
+def test_the_error_of_means_that_are_drawn_is_not_counted_as_activity():
+    torch.manual_seed(0)
+    codes = Codes(2 + 3 * torch.randn(20_000, 2).double() / math.sqrt(50), torch.full((20_000, 2), 3.0), 50)
+    found = active_units(codes)
+    assert (found.variance.abs() < 4 * found.stderr).all()
+    assert (active_units(codes._replace(num_draws=None)).variance > 0.1).all()
 
 
 def test_the_error_of_a_variance_is_that_of_repetitions():
@@ -236,6 +254,38 @@ def tempered(oracle, beta, *, widen=1.0):
     """The decoder of the oracle with the diagonal guide that is best for reconstruction - beta KL."""
     hot = LinearGaussian(oracle.W, oracle.b, oracle.scale * math.sqrt(beta)).vae(widen=widen)
     return VAE(hot.prior, oracle.vae().likelihood, hot.posterior)
+
+
+def _widened_kl(c, m, s, m_k, s_k):
+    """KL(q_c || p_c) by quadrature, q_c = N(m, (c s)^2) and p_c = mean_k N(m_k, (c s_k)^2)."""
+    q, p = scipy.stats.norm(m, c * s), [scipy.stats.norm(*part) for part in zip(m_k, c * s_k, strict=True)]
+    z = np.linspace(m - 10 * c * s, m + 10 * c * s, 4001)
+    log_p = scipy.special.logsumexp([part.logpdf(z) for part in p], axis=0) - math.log(len(p))
+    return scipy.integrate.simpson(q.pdf(z) * (q.logpdf(z) - log_p), x=z)
+
+
+def test_the_components_of_a_vamp_prior_widen_with_the_guide():
+    """x = 2 z + 0.8 e: the gain is -(2 s)^2 / 0.8^2, and the rate's slope a difference quotient of integrals."""
+    loc, scale = np.array([-1.5, -0.4, 0.3, 1.2]), np.array([0.3, 0.6, 0.5, 0.2])
+    m_k, s_k = loc[[0, 3]], scale[[0, 3]]
+    gain = -np.square(2 * scale / 0.8).mean()
+    steps = [[_widened_kl(c, m, s, m_k, s_k) for m, s in zip(loc, scale, strict=True)] for c in (0.999, 1.001)]
+    slope = (np.mean(steps[1]) - np.mean(steps[0])) / (math.log(1.001) - math.log(0.999))
+    vae = guided(loc[:, None], scale[:, None])
+    vae.prior = VampPrior(vae.posterior, (1,), components=2).double()
+    with torch.no_grad():
+        vae.prior.pseudo_images.copy_(torch.tensor([[0.0], [3.0]]))
+    vae.likelihood = lambda z: dist.Normal(2 * z, 0.8).to_event(1)
+    with seeded(0, CPU):
+        found = implied_beta(vae, indices(4).repeat(100, 1), draws=200)
+    assert found.mean == pytest.approx(gain / slope, rel=0.02)
+
+
+def test_several_layers_imply_no_beta():
+    prior = LayeredPrior(StandardNormal(1), [Conditional(MLP(1, 2, hidden=()), DiagonalNormal(1))])
+    guide = BottomUp([Conditional(MLP(1, 2, hidden=()), DiagonalNormal(1)) for _ in range(2)])
+    decoder = Conditional(OfBottomLayer(MLP(1, 1, hidden=()), (1, 1)), NormalFixed((1,), 0.1))
+    assert implied_beta(HierarchicalVAE(prior, decoder, guide).double(), indices(5)) is None
 
 
 @pytest.mark.parametrize("beta", [0.01, 0.5, 1.0, 4.0, 10.0])

@@ -22,7 +22,8 @@ from ppl_vae.exploration import (
     manifold,
     mean_or_draw,
     moments,
-    normal_quantiles,
+    quantiles,
+    sampled,
     traversals,
 )
 
@@ -64,6 +65,15 @@ def test_a_mean_that_is_not_known_is_a_draw():
     draw = mean_or_draw(without_moments([3.0, -1.0], [1e-3, 2e-3]))
     assert_close(draw, torch.tensor([3.0, -1.0]), rtol=0, atol=0.01)
     assert draw[0] != 3.0
+
+
+def test_draws_in_passes_are_as_many_as_asked(monkeypatch):
+    monkeypatch.setattr(exploration, "vectors_a_pass", lambda distribution: 7)
+    torch.manual_seed(0)
+    z = sampled(dist.Normal(torch.tensor([1.0, 2.0]), 0.1).to_event(1), 100)
+    assert z.shape == (100, 2)
+    assert len(z.unique()) == 200
+    assert_close(z.mean(0), torch.tensor([1.0, 2.0]), rtol=0, atol=5 * 0.1 / 10)
 
 
 def test_moments_that_are_not_known_are_those_of_draws():
@@ -131,17 +141,29 @@ def test_a_traversal_is_in_scales_of_the_prior(oracle):
     assert_close(images[0], torch.stack([oracle.W[:, 1] * 0.0, oracle.W[:, 1] * 6.0]) + oracle.b)
 
 
-def test_quantiles_are_normal_and_stand_for_equal_probabilities():
-    np.testing.assert_allclose(normal_quantiles(15), scipy.stats.norm.ppf((np.arange(15) + 0.5) / 15), atol=1e-6)
+def test_quantiles_of_a_normal_prior_are_exact():
+    prior = dist.Normal(torch.tensor([0.0, 2.0]), torch.tensor([1.0, 3.0])).to_event(1)
+    exact = scipy.stats.norm.ppf((np.arange(15)[:, None] + 0.5) / 15, [0.0, 2.0], [1.0, 3.0])
+    np.testing.assert_allclose(quantiles(prior, 15), exact, atol=1e-5)
+
+
+def test_quantiles_of_another_prior_are_those_of_each_latent_by_itself():
+    torch.manual_seed(0)
+    normals = dist.Normal(torch.tensor([[-3.0, 0.0], [1.0, 5.0]]), torch.tensor([[0.5, 1.0], [1.0, 0.2]])).to_event(1)
+    weights = (0.3, 0.7)
+    found = quantiles(dist.MixtureSameFamily(dist.Categorical(torch.tensor(weights)), normals), 5)
+    for latent, parts in enumerate((((-3.0, 0.5), (1.0, 1.0)), ((0.0, 1.0), (5.0, 0.2)))):
+        each = [w * scipy.stats.norm.cdf(found[:, latent], *part) for w, part in zip(weights, parts, strict=True)]
+        np.testing.assert_allclose(sum(each), (np.arange(5) + 0.5) / 5, atol=5 * 0.5 / math.sqrt(20_000))
 
 
 def test_a_plane_has_the_first_latent_along_its_columns():
     oracle = LinearGaussian.random(L=2)
-    steps = torch.tensor([-1.0, 0.5, 2.0], dtype=torch.double)
-    images = manifold(oracle.vae(), steps)
+    grid = torch.tensor([[-1.0, 3.0], [0.5, 1.0], [2.0, -2.0]], dtype=torch.double)
+    images = manifold(oracle.vae(), grid)
     for row in range(3):
         for column in range(3):
-            z = torch.stack([steps[column], steps[row]])
+            z = torch.stack([grid[column, 0], grid[row, 1]])
             assert_close(images[row, column], oracle.W @ z + oracle.b)
 
 

@@ -23,7 +23,11 @@ from ppl_vae.experiment.opening import Run, open_run
 from ppl_vae.likelihoods import Bernoulli
 from ppl_vae.networks import MLP
 from ppl_vae.options import Options
-from ppl_vae.priors import StandardNormal
+from ppl_vae.priors import Mixture, StandardNormal
+
+with torch.random.fork_rng(devices=[]):
+    torch.manual_seed(0)
+    MIXTURE = Mixture(2, components=3)
 
 ALL = {
     "training_curves.png",
@@ -199,7 +203,8 @@ def test_the_latents_of_the_highest_kl_are_shown_and_named():
     mean = torch.randn(500, 4) * torch.tensor([0.1, 3.0, 0.0, 2.0])
     codes = figures.Codes(mean, torch.ones(500, 4))
     prior = torch.distributions.Independent(torch.distributions.Normal(torch.zeros(4), torch.ones(4)), 1)
-    axes = figures.latents_figure(codes, prior, what="image").axes[0]
+    use = figures.use_of_latents(VAE(lambda: prior, None, lambda x: prior), mean, codes)
+    axes = figures.latents_figure(codes, use, prior, what="image").axes[0]
     kl = mean.square().mean(0) / 2  # of normals with the prior's scale
     assert axes.get_xlabel() == f"z1, KL {kl[1]:.2f} nats"
     assert axes.get_ylabel() == f"z3, KL {kl[3]:.2f} nats"
@@ -209,7 +214,8 @@ def test_the_latents_of_the_highest_kl_are_shown_and_named():
 def test_one_latent_is_shown_on_a_line():
     codes = figures.Codes(torch.randn(30, 1, generator=torch.Generator().manual_seed(0)), torch.ones(30, 1))
     prior = torch.distributions.Independent(torch.distributions.Normal(torch.zeros(1), torch.ones(1)), 1)
-    axes = figures.latents_figure(codes, prior, what="image").axes[0]
+    use = figures.use_of_latents(VAE(lambda: prior, None, lambda x: prior), codes.mean, codes)
+    axes = figures.latents_figure(codes, use, prior, what="image").axes[0]
     assert sum(bar.get_height() for bar in axes.patches) == 30
 
 
@@ -307,12 +313,35 @@ def test_the_plane_has_fifteen_quantiles_each_way(draw):
     assert [label.get_text() for label in axes.get_yticklabels()][::7] == ["1.8", "0.0", "-1.8"]
 
 
-@pytest.mark.parametrize(("from_python", "words"), [(False, ""), (True, ", as if it were normal")])
-def test_the_plane_says_how_its_grid_was_chosen(run, from_python, words):
-    scene = figures._Scene(run._replace(from_python=from_python), [])
+@pytest.mark.parametrize(
+    ("prior", "words"),
+    [(StandardNormal(2), "the prior's probability"), (MIXTURE, "each latent's own prior probability")],
+)
+def test_the_plane_says_how_its_grid_was_chosen(run, prior, words):
+    scene = figures._Scene(run, [])
+    scene.vae.prior = prior
     with torch.no_grad():
         title = figures._FIGURES["manifold.png"].draw(scene)._suptitle.get_text()
-    assert title.endswith(f"on a grid at equal steps of the prior's probability{words}")
+    assert title.endswith(f"on a grid at equal steps of {words}")
+
+
+def test_latents_under_a_prior_that_is_no_normal_are_ranked_by_their_variance_in_its_unit():
+    codes = figures.Codes(torch.tensor([[-1.0, -1.0], [1.0, 1.0]]), torch.ones(2, 2))
+    q = torch.distributions.Independent(torch.distributions.Normal(codes.mean, codes.scale), 1)
+    found = figures.use_of_latents(VAE(MIXTURE, None, lambda x: q), codes.mean, codes)
+    np.testing.assert_allclose(found.values, 2 / MIXTURE().variance.detach().numpy(), rtol=1e-5)
+    assert (found.word, found.unit) == ("variance", "")
+
+
+def test_a_prior_that_is_no_normal_is_drawn_by_its_draws():
+    codes = figures.Codes(torch.tensor([[-1.0, -1.0], [1.0, 1.0]]), torch.ones(2, 2))
+    use = figures.Use(torch.tensor([0.3, 0.2]), "", "variance", "", 0.01)
+    torch.manual_seed(0)
+    axes = figures.latents_figure(codes, use, MIXTURE(), what="image").axes[0]
+    assert not list(axes.patches)
+    z = np.asarray(axes.collections[0].get_offsets())
+    error = MIXTURE().variance.detach().sqrt().numpy() / math.sqrt(len(z))
+    assert (np.abs(z.mean(0) - MIXTURE().mean.detach().numpy()) < 5 * error).all()
 
 
 def test_reconstructions_begin_with_the_test_images(draw, run):

@@ -148,8 +148,8 @@ def test_a_planes_second_coordinate_points_upwards():
 # --- Latents ---
 
 POINTS = np.array([[0.0, 1.0], [2.0, -1.0], [0.5, 0.5], [-4.0, 0.0]])
-LINE = {"name": "z0", "prior_mean": 0.0, "prior_scale": 1.0, "title": "t"}
-PLANE = {"names": ("z0", "z1"), "prior_mean": [0.0, 1.0], "prior_scale": [1.0, 2.0], "title": "t"}
+LINE = {"name": "z0", "prior": plots.Scales([0.0], [1.0]), "title": "t"}
+PLANE = {"names": ("z0", "z1"), "prior": plots.Scales([0.0, 1.0], [1.0, 2.0]), "title": "t"}
 
 
 def test_every_class_has_its_points_and_its_name():

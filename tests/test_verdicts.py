@@ -235,6 +235,26 @@ def test_holes_are_changed_by_what_weighs_the_latents(implied, likelihood, chang
     assert holes.change == change
 
 
+def test_holes_of_a_standard_normal_prior_are_changed_by_one_that_learns_where_codes_are():
+    trained = {"beta": 1.0, "likelihood": "bernoulli", "prior": "standard-normal"}
+    holes = EDGES["holes"][0](0.99)["aggregate"]
+    assert only(numbers(aggregate=holes, trained_with=trained)).change == {"prior": "flow"}
+    assert only(numbers(aggregate=holes, trained_with=trained | {"prior": "flow"})).change == {"beta": 2.0}
+
+
+@pytest.mark.parametrize("part", [{"prior": "flow"}, {"posterior": "full"}])
+def test_free_bits_are_not_asked_of_parts_without_a_kl_of_each_latent(part):
+    trained = {"beta": 1.0, "epochs": 10} | part
+    assert "objective" not in only(numbers(kl=value(0.0), trained_with=trained)).change
+
+
+@pytest.mark.parametrize("implied", [0.1, 5.0])
+def test_widths_of_a_bound_of_several_particles_are_no_sign_of_beta(implied):
+    trained = {"beta": 1.0, "objective": "dreg", "num_particles": 8}
+    assert words(numbers(implied_beta=value(implied, 0.01), trained_with=trained)) == ["healthy"]
+    assert words(numbers(implied_beta=value(implied, 0.01), trained_with=trained | {"num_particles": 1})) != ["healthy"]
+
+
 def test_a_mismatch_is_changed_by_another_likelihood_than_the_runs():
     wrong = {"calibration": {"verdict": "scales are too wide", "largest_deviation": 0.3}}
     assert only(numbers(**wrong)).change == {"likelihood": "normal-per-pixel"}

@@ -13,7 +13,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from ppl_vae.diagnostics.mixture import AggregatePosterior, factors
 from ppl_vae.diagnostics.values import Value
 from ppl_vae.evidence import seeded
-from ppl_vae.exploration import PRIOR_DRAWS, moments, sampled
+from ppl_vae.exploration import PRIOR_DRAWS, log_density, moments, sampled
 from ppl_vae.vae import VAE
 
 # A prior draw is in a hole where the aggregate posterior covers it less than this share of held-out images' draws.
@@ -333,7 +333,7 @@ def holes(vae: VAE, x: Tensor, z_held_out: Tensor, z_prior: Tensor) -> Holes:
     _samples("z_prior", z_prior)
     prior = vae.prior()
     bandwidth, q = _likeliest(AggregatePosterior.of(vae, x), z_held_out[::2])
-    held_out, at_prior = ((q.log_prob(z) - prior.log_prob(z).double()).cpu() for z in (z_held_out[1::2], z_prior))
+    held_out, at_prior = ((q.log_prob(z) - log_density(prior, z)).cpu() for z in (z_held_out[1::2], z_prior))
     wobble = math.sqrt(HOLE_QUANTILE * (1 - HOLE_QUANTILE) / len(held_out))
 
     def share_below(quantile: float) -> Value:

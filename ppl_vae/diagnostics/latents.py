@@ -14,7 +14,7 @@ from ppl_vae.conditional import numbers_a_pixel
 from ppl_vae.diagnostics.mixture import AggregatePosterior, factors, normal_factors
 from ppl_vae.diagnostics.values import PerLatent, Value, ratio_of_means
 from ppl_vae.evidence import particles_a_pass, weighed_a_pass
-from ppl_vae.exploration import Codes, moments
+from ppl_vae.exploration import Codes, log_density, moments
 from ppl_vae.hierarchy import Chain
 from ppl_vae.priors import VampPrior
 from ppl_vae.vae import VAE
@@ -241,7 +241,7 @@ def _one_draw(vae: VAE, x: Tensor, q: AggregatePosterior, prior: Any, *, by_late
     information = own - q.log_prob(z)
     reconstruction = _log_likelihood(vae, x, z)
     if not by_latent:
-        return reconstruction, own - prior.log_prob(z).double(), information
+        return reconstruction, own - log_density(prior, z), information
     own_by_latent = q.own_log_prob_by_latent(z)
     closed = [_kl_by_latent(group, prior) for group in q.groups]
     found = [kl for kl in closed if kl is not None]

@@ -21,7 +21,7 @@ from ppl_vae.weights import is_deterministic
 
 # What a number needs more images for costs more than it tells: the pairs of the ELBO's split grow with the square.
 _MOST_PAIRED = 2000
-_MOST_PAIRED_BY_A_FLOW = 500  # of a guide whose density at another image's draws takes many passes of a network
+_MOST_PAIRED_BY_A_FLOW = 250  # of a guide whose density at another image's draws takes many passes of a network
 _MOST_CALIBRATED = 300
 _MOST_WEIGHED = 300
 _SHOWN = 12  # latents of prior draws that are kept for a picture

@@ -52,9 +52,7 @@ def _other_than_beta(numbers: Numbers) -> str:
     """What else than beta sets a guide's widths in this training."""
     if is_importance_weighted(numbers):
         return " (of an ELBO; a bound of several particles asks for other widths)"
-    return " (free bits imply less than their own)" * (
-        (numbers["trained_with"] or {}).get("objective") == "free-bits"
-    )
+    return " (free bits imply less than their own)" * ((numbers["trained_with"] or {}).get("objective") == "free-bits")
 
 
 def _training(numbers: Numbers) -> str:

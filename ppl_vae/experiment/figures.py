@@ -203,6 +203,11 @@ class _Scene:
             return use_of_latents(self.vae, self.x[index], codes)
 
     @cached_property
+    def traversed(self) -> Use:
+        """The same of the latents next to the image: the decoder may see no others."""
+        return self.use._replace(values=self.use.values[: self.run.options.latent_dim])
+
+    @cached_property
     def untrained_words(self) -> str:
         """What is to be said over a figure that decodes what the prior says."""
         return "" if _has_a_density(self.run) else f",\n{OF_AN_AUTOENCODER}"
@@ -226,6 +231,7 @@ class Use(NamedTuple):
     least: float
 
 
+@torch.no_grad()
 def use_of_latents(vae: VAE, x: Tensor, codes: Codes) -> Use:
     """The mean KL of each latent where guide and prior are products of normals, else the variance of E[z_l | x].
 
@@ -306,7 +312,7 @@ def _interpolations(scene: _Scene) -> Figure:
 
 
 def _traversals(scene: _Scene) -> Figure:
-    use = scene.use
+    use = scene.traversed
     most_used = use.values.argsort(descending=True)[: _num_traversed(use)].tolist()
     middle = _NUM_STEPS // 2
     steps = 3 * torch.arange(-middle, middle + 1) / middle
@@ -326,10 +332,12 @@ def _traversals(scene: _Scene) -> Figure:
 
 
 def _most_used_in_words(scene: _Scene) -> str:
-    count, all_of_them = _num_traversed(scene.use), len(scene.use.values)
+    use = scene.traversed
+    count, all_of_them = _num_traversed(use), len(use.values)
     few = "most used" if count == 1 else f"{count} most used"
     which = "the latents" if count == all_of_them else f"the {few} of {all_of_them} latents"
-    return f"rows: {which}, by {scene.use.what} over {_several(len(scene.encoded[0]), 'test image')}"
+    which += " next to the image" * (all_of_them < len(scene.use.values))
+    return f"rows: {which}, by {use.what} over {_several(len(scene.encoded[0]), 'test image')}"
 
 
 def _break(words: str) -> str:
@@ -343,7 +351,7 @@ def _num_traversed(use: Use) -> int:
 
 
 def _unused_in_words(scene: _Scene) -> str:
-    use = scene.use
+    use = scene.traversed
     unused = int((use.values < use.least).sum())
     return f"unused latents, with a {use.word} below {use.least}{use.unit}: {unused} of {len(use.values)}"
 

@@ -29,8 +29,8 @@ class TrainingState:
 
     Adam is torch's, one optimizer over all parameters, fused. The noise of Pyro's sites and of the data comes from
     torch's global generator; the order of the images depends on (seed, epoch) alone. ``averages`` are the exponential
-    moving averages of the parameters, where they are kept. ``best_validation`` is the highest validation ELBO so far,
-    or, where the guide is deterministic, the highest validation reconstruction, nats an image.
+    moving averages of the parameters, where they are kept. ``best_validation`` is the highest validation ELBO (or
+    L_S) so far, or, where the guide is deterministic, the highest validation reconstruction, nats an image.
     """
 
     def __init__(self, vae: VAE, *, device: torch.device, averaged: bool = False) -> None:
@@ -154,6 +154,7 @@ def fit(
     skip_norm: float | None = None,
     average_decay: float = 0.0,
     keep_last: bool = False,
+    validation_particles: int = 1,
     compile: bool = False,
     seed: int = 0,
     saved: tuple[dict[str, Tensor], dict[str, Any]] | None = None,
@@ -163,7 +164,7 @@ def fit(
     on_checkpoint: Callable[[TrainingState], None] | None = None,
     checkpoint_seconds: float = math.inf,
 ) -> TrainingState:
-    """Trains the VAE by SVI, and leaves it in evaluation mode with the best weights by the validation ELBO (beta = 1).
+    """Trains the VAE by SVI, and leaves it in evaluation mode with the best weights by validation, the ELBO or L_S.
 
     With a deterministic guide (``posteriors.Delta``) and beta = 0 it trains a plain autoencoder; then there is no ELBO,
     and the best weights are those of the highest validation reconstruction log p(x | z(x)).
@@ -189,6 +190,8 @@ def fit(
             flow's density is astronomically small. None for no such step; more than one in a hundred end the training.
         average_decay: of an exponential moving average of the weights, which then is what is validated and kept; 0 for
             none. See ``averaging``.
+        validation_particles: S of the bound L_S that chooses the best weights; 1 is the ELBO. An importance-weighted
+            objective raises L_S and lowers the ELBO, which would then keep the weights of the first epoch.
         keep_last: whether the last weights are kept, whatever validation says of them.
         compile: whether the whole step, from the batch to the new weights, runs as one compiled graph. It computes the
             same to rounding, and takes some seconds to compile. What changes in Python from step to step (a counter in
@@ -212,7 +215,7 @@ def fit(
 
     Reference: Polyak and Juditsky 1992 (averages); the rest as in ``objectives``.
     """
-    _check_counts(train=len(train), epochs=epochs, batch_size=batch_size)
+    _check_counts(train=len(train), epochs=epochs, batch_size=batch_size, validation_particles=validation_particles)
     _check_positive(learning_rate=learning_rate, clip_norm=clip_norm, **{"skip_norm": skip_norm} if skip_norm else {})
     norms: dict[str, Any] = {"clip_norm": clip_norm, "skip_norm": skip_norm}
     if not isinstance(compile, bool):
@@ -282,7 +285,7 @@ def fit(
             "train_images_per_second": images_seen / (time.monotonic() - epoch_started),
         }
         with state.evaluated_weights():
-            record |= _validate(state, validation, check=epoch == first_epoch)
+            record |= _validate(state, validation, num_particles=validation_particles, check=epoch == first_epoch)
         if keep_last:
             with state.evaluated_weights():
                 state.keep_weights()
@@ -580,8 +583,11 @@ def _site_that_is_not_finite(vae: VAE, x: Tensor) -> str | None:
     return None
 
 
-def _validate(state: TrainingState, validation: Tensor | None, *, check: bool) -> dict[str, float]:
-    """Validation ELBO at beta = 1 and its two terms, or an autoencoder's reconstruction; keeps the best weights."""
+def _validate(state: TrainingState, validation: Tensor | None, *, num_particles: int, check: bool) -> dict[str, float]:
+    """Validation ELBO at beta = 1, its two terms, and L_S of several particles; or an autoencoder's reconstruction.
+
+    Keeps the best weights, by L_S.
+    """
     if validation is None:
         state.keep_weights()
         return {}
@@ -593,14 +599,23 @@ def _validate(state: TrainingState, validation: Tensor | None, *, check: bool) -
             "validation_reconstruction_nats_per_image": found.mean,
             "validation_reconstruction_stderr_nats_per_image": found.stderr,
         }
-    result = evaluate(state.vae, validation, num_particles=1, seed=_VALIDATION_SEED, check=check)
-    elbo = Estimate.of(result.elbo, 1)
-    _keep_if_best(state, elbo.mean, "ELBO")
-    return {
+    result = evaluate(state.vae, validation, num_particles=num_particles, seed=_VALIDATION_SEED, check=check)
+    elbo = Estimate.of(result.elbo, num_particles)
+    record = {
         "validation_elbo_nats_per_image": elbo.mean,
         "validation_elbo_stderr_nats_per_image": elbo.stderr,
         "validation_reconstruction_nats_per_image": float(result.reconstruction.mean()),
         "validation_kl_nats_per_image": float(result.kl.mean()),
+    }
+    if num_particles == 1:
+        _keep_if_best(state, elbo.mean, "ELBO")
+        return record
+    bound = Estimate.of(result.log_evidence, num_particles)
+    _keep_if_best(state, bound.mean, f"bound L_{num_particles}")
+    return record | {
+        "validation_particles": num_particles,
+        "validation_bound_nats_per_image": bound.mean,
+        "validation_bound_stderr_nats_per_image": bound.stderr,
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import subprocess
@@ -107,21 +108,57 @@ def test_the_words_of_kl_are_those_that_build_knows() -> None:
     assert list(options.KLS) == list(build.KLS)
 
 
-@pytest.mark.parametrize("network", options.NETWORKS)
-@pytest.mark.parametrize("prior", options.PRIORS)
-@pytest.mark.parametrize("posterior", options.POSTERIORS)
-@pytest.mark.parametrize("likelihood", options.LIKELIHOODS)
-def test_every_combination_of_words_builds(network: str, prior: str, posterior: str, likelihood: str) -> None:
-    asked = options.Options(
-        network=network,
-        prior=prior,
-        prior_components=3 if prior in ("mixture", "vamp") else options.Options().prior_components,
-        posterior=posterior,
-        likelihood=likelihood,
-        hidden=(5, 4),
-        latent_dim=3,
-    )
-    assert build.vae(asked, (1, 2, 3)).likelihood.event_shape == (1, 2, 3)
+# Every pair of words of two parts is in one of these at least, as the test after them holds.
+TOGETHER_BUILT = [
+    (network, likelihood, options.PRIORS[(i + j) % 4], options.POSTERIORS[(i + j // 4) % 4])
+    for i, network in enumerate(options.NETWORKS)
+    for j, likelihood in enumerate(options.LIKELIHOODS)
+]
+PARTS_OF_ONE = (options.NETWORKS, options.LIKELIHOODS, options.PRIORS, options.POSTERIORS)
+FEW_COMPONENTS = {"prior_components": 3}
+FEW_COUPLINGS: dict[str, Any] = {"prior_layers": 2, "prior_hidden": (4,)}
+SMALL_PRIORS = {"mixture": FEW_COMPONENTS, "vamp": FEW_COMPONENTS, "flow": FEW_COUPLINGS}
+
+
+def small(**words: Any) -> options.Options:
+    """Three latents, narrow networks, and a small prior."""
+    sizes = {"hidden": (5, 4), "latent_dim": 3} | SMALL_PRIORS.get(words.get("prior", ""), {})
+    return options.Options(**(sizes | words))
+
+
+@pytest.mark.parametrize(("one", "other"), itertools.combinations(range(4), 2))
+def test_every_pair_of_words_is_built(one: int, other: int) -> None:
+    seen = {(words[one], words[other]) for words in TOGETHER_BUILT}
+    assert seen == set(itertools.product(PARTS_OF_ONE[one], PARTS_OF_ONE[other]))
+
+
+@pytest.mark.parametrize(("network", "likelihood", "prior", "posterior"), TOGETHER_BUILT)
+def test_a_combination_of_words_builds(network: str, likelihood: str, prior: str, posterior: str) -> None:
+    asked = small(network=network, likelihood=likelihood, prior=prior, posterior=posterior)
+    vae = build.vae(asked, (1, 2, 3))
+    assert vae.likelihood.event_shape == (1, 2, 3)
+    assert vae.prior().event_shape == vae.posterior(torch.rand(5, 1, 2, 3)).event_shape == (3,)
+
+
+FLOWS = [{"prior": "flow", "prior_flow": word} for word in options.COUPLINGS]
+FLOWS += [{"posterior": "flow", "posterior_flow": word, "prior": "vamp"} for word in options.POSTERIOR_FLOWS]
+LAYERED = [
+    {"upper_latents": upper, "upper_hidden": (6, 5), "inference": inference, "decoder_input": seen, "prior": prior}
+    for upper in ((2,), (4, 2))
+    for inference in options.INFERENCES
+    for seen in options.DECODER_INPUTS
+    for prior in options.PRIORS
+    if prior != "vamp"
+]
+
+
+@pytest.mark.parametrize("place", ["cpu", "meta"])
+@pytest.mark.parametrize("words", FLOWS + LAYERED, ids=lambda words: " ".join(map(str, words.values())))
+def test_flows_and_several_layers_build_with_and_without_numbers(words: dict[str, Any], place: str) -> None:
+    with torch.device(place):
+        vae = build.vae(small(**words), (1, 2, 3))
+    assert {w.device.type for w in vae.parameters()} == {place}
+    assert tuple(vae.likelihood.event_shape) == (1, 2, 3)
 
 
 @pytest.mark.parametrize("transform", options.TRANSFORMS)
@@ -157,6 +194,51 @@ def test_the_default_warmup_is_three_tenths_of_the_epochs_at_most_15_and_at_leas
     assert options.default_warmup(epochs) == warmup
 
 
+@pytest.mark.parametrize(
+    ("asked", "prior", "objective"),
+    [
+        ({}, "flow", "stl"),
+        ({"latent_dim": 2}, "flow", "stl"),
+        ({"latent_dim": 1}, "standard-normal", "stl"),
+        ({"latent_dim": 1, "upper_latents": (2,)}, "flow", "stl"),
+        ({"upper_latents": (5, 1)}, "standard-normal", "stl"),
+        ({"posterior": "full"}, "flow", "stl"),
+        ({"posterior": "delta", "beta": 0.0}, "standard-normal", "elbo"),
+        ({"kl": "analytic"}, "standard-normal", "elbo"),
+        ({"objective": "free-bits"}, "standard-normal", "free-bits"),
+        ({"objective": "iwae", "num_particles": 5}, "flow", "iwae"),
+        ({"prior": "vamp"}, "vamp", "stl"),
+        (options.PLAIN, "standard-normal", "elbo"),
+    ],
+    ids=str,
+)
+def test_a_prior_and_an_objective_that_were_left_open_are_those_that_go_with_the_rest(
+    asked: dict[str, Any], prior: str, objective: str
+) -> None:
+    resolved = build.resolve(options.Options(**asked), data.load("mnist"))
+    assert (resolved.prior, resolved.objective) == (prior, objective)
+    assert build.resolve(resolved, data.load("mnist")) == resolved
+
+
+@pytest.mark.parametrize("decay_start", [options.Options().decay_start, options.PLAIN["decay_start"]])
+def test_a_start_of_the_cosine_that_nobody_asked_for_stands_beside_stages(decay_start: float) -> None:
+    asked = options.Options(schedule="stages", decay_start=decay_start, hidden=(5,), latent_dim=2)
+    assert build.vae(asked, (1, 2, 3)).likelihood.event_shape == (1, 2, 3)
+
+
+def test_a_config_of_before_there_was_a_choice_is_of_the_plain_vae() -> None:
+    """The fields that came later are left out, and the others of it had the same words."""
+    plain = options.Options(**options.PLAIN, keep="best", dequantization="none")
+    later = {*LATER, *OTHERWISE}
+    values = {name: value for name, value in options.to_json(plain).items() if name not in later}
+    assert options.from_json(values) == plain
+
+
+def test_the_table_of_likelihoods_is_of_plain_vaes() -> None:
+    expected = options.Options(**options.PLAIN, epochs=10, evaluation_particles=100)
+    assert options.parse_likelihoods([]).options == expected
+
+
 OTHER = options.Options(
     dataset="own.npz",
     data_dir="elsewhere",
@@ -178,9 +260,9 @@ OTHER = options.Options(
     upper_hidden=(4,),
     inference="bottom-up",
     decoder_input="all",
-    initialization="wide",
+    initialization="shrinking",
     schedule="stages",
-    decay_start=0.5,
+    decay_start=0.25,
     binarization="threshold",
     dequantization="uniform",
     dequantization_draws=3,
@@ -234,7 +316,6 @@ LATER = [
     "fit",
     "color",
     "channels",
-    "average_decay",
     "compile",
     "precision",
     "dequantization_draws",
@@ -254,15 +335,19 @@ LATER = [
     "upper_hidden",
     "inference",
     "decoder_input",
-    "initialization",
     "skip_norm",
     "schedule",
-    "decay_start",
     "start_from",
 ]
 
 # What a field that came later means where its default would be wrong: such a run was made otherwise.
-OTHERWISE = {"dequantization": "none", "keep": "best"}
+OTHERWISE = {
+    "dequantization": "none",
+    "keep": "best",
+    "initialization": "shrinking",
+    "decay_start": 0.0,
+    "average_decay": 0.0,
+}
 
 
 @pytest.mark.parametrize("name", LATER)
@@ -274,7 +359,7 @@ def test_a_field_of_json_that_came_later_means_its_default(name: str) -> None:
 
 @pytest.mark.parametrize("name", OTHERWISE)
 def test_a_field_of_json_that_came_later_means_what_was_done_before(name: str) -> None:
-    """Without dequantization a run saw level / 255, and every run kept its best weights, whatever the default is."""
+    """Whatever the default is: a run saw level / 255, kept its best weights, and averaged none of them."""
     values = options.to_json(options.Options())
     del values[name]
     assert getattr(options.from_json(values), name) == OTHERWISE[name]
@@ -490,6 +575,14 @@ def test_a_wrong_type_is_refused_from_python(name: str) -> None:
 # --- What does not go together ---
 
 TOGETHER = {
+    "delta, a prior that nothing trains": (
+        {"posterior": "delta", "beta": 0.0, "prior": "flow", "objective": "elbo"},
+        "--posterior delta: expected --prior standard-normal, got flow",
+    ),
+    "bottom-up, an analytic KL": (
+        {"upper_latents": (3,), "inference": "bottom-up", "kl": "analytic", "prior": "standard-normal"},
+        "--inference bottom-up: expected a sampled KL",
+    ),
     "delta, beta 1": (
         {"posterior": "delta"},
         r"--posterior delta: expected --beta 0 \(a deterministic guide has no KL: .*, got --beta 1$",
@@ -504,17 +597,79 @@ TOGETHER = {
     ),
     "free bits without their objective": (
         {"free_bits": 0.5},
-        "--free-bits: expected --objective free-bits, which it is of, got elbo$",
+        "--free-bits: expected --objective free-bits, which it is of, got stl$",
     ),
     "free bits, a KL": (
         {"objective": "free-bits", "kl": "analytic"},
         "--kl: free-bits takes the KL of each latent in closed form; expected no --kl beside it$",
     ),
-    "delta, a scale map": (
-        {"posterior": "delta", "beta": 0.0, "scale_map": "exp"},
-        "--scale-map: expected --posterior diagonal, which it is of, got delta$",
+    "delta, an objective on log-weights": (
+        {"posterior": "delta", "beta": 0.0, "objective": "dreg"},
+        "--objective dreg: expected --posterior diagonal, got delta$",
+    ),
+    "an objective on log-weights, a KL": (
+        {"objective": "stl", "kl": "analytic"},
+        "--kl: stl samples the KL; expected no --kl beside it$",
+    ),
+    "a flow of one latent": (
+        {"prior": "flow", "latent_dim": 1},
+        "coupling flow: expected at least 2, one half mapped by the other, got 1$",
+    ),
+    "several layers, a flow of one latent at the top": (
+        {"prior": "flow", "upper_latents": (3, 1)},
+        "coupling flow: expected at least 2, one half mapped by the other, got 1$",
+    ),
+    "several layers, another posterior": (
+        {"prior": "standard-normal", "upper_latents": (3,), "posterior": "full"},
+        "--upper-latents: expected --posterior diagonal at every layer, got full$",
+    ),
+    "several layers, a VampPrior": (
+        {"upper_latents": (3,), "prior": "vamp"},
+        "--upper-latents: expected a --prior with a density of its own, got vamp ",
     ),
 }
+
+# Each option that is of some words of another: a value that is no default, the other, a word of it that has no such
+# option, and those that have.
+OF_WORDS: dict[str, tuple[Any, str, str, str]] = {
+    "prior_components": (7, "prior", "flow", "mixture or vamp"),
+    "prior_flow": ("spline", "prior", "mixture", "flow"),
+    "prior_layers": (3, "prior", "standard-normal", "flow"),
+    "prior_hidden": ((9,), "prior", "vamp", "flow"),
+    "posterior_flow": ("spline", "posterior", "diagonal", "flow"),
+    "posterior_layers": (4, "posterior", "full", "flow"),
+    "posterior_hidden": ((6,), "posterior", "diagonal", "flow"),
+    "scale_map": ("exp", "posterior", "delta", "diagonal or full or flow"),
+    "decay_start": (0.3, "schedule", "stages", "cosine"),
+    "free_bits": (0.7, "objective", "iwae", "free-bits"),
+}
+OF_SEVERAL_LAYERS = {"upper_hidden": (4,), "inference": "bottom-up", "decoder_input": "all"}
+
+TOGETHER |= {
+    f"{name} of another {of}": (
+        {name: value, of: word} | ({"beta": 0.0, "objective": "elbo"} if word == "delta" else {}),
+        f"{options.flag(name)}: expected {options.flag(of)} {words}, which it is of, got {word}$",
+    )
+    for name, (value, of, word, words) in OF_WORDS.items()
+}
+TOGETHER |= {
+    f"{name} of one layer": (
+        {name: value},
+        f"{options.flag(name)}: expected --upper-latents beside it, which it is of, got none$",
+    )
+    for name, value in OF_SEVERAL_LAYERS.items()
+}
+
+
+@pytest.mark.parametrize("name", [*OF_WORDS, *OF_SEVERAL_LAYERS])
+def test_an_option_of_its_own_word_is_taken(name: str) -> None:
+    """What is refused above is refused for the other word alone."""
+    if name in OF_SEVERAL_LAYERS:
+        asked = {name: OF_SEVERAL_LAYERS[name], "upper_latents": (2,), "prior": "standard-normal"}
+    else:
+        value, of, _, words = OF_WORDS[name]
+        asked = {name: value, of: words.split(" or ")[0]}
+    build.vae(options.Options(**({"hidden": (5,)} | asked)), (1, 2, 3))
 
 
 @pytest.mark.parametrize("words", TOGETHER)
@@ -580,6 +735,10 @@ def test_resume_with_another_option_is_refused(capsys: pytest.CaptureFixture[str
         "color": "gray",
         "dequantization": "none",
         "keep": "last",
+        "prior": "flow",
+        "objective": "stl",
+        "upper_latents": 3,
+        "skip_norm": 1e6,
     }.get(name, OTHERS[name])
     values = given if isinstance(given, tuple) else (given,)
     line = refused(

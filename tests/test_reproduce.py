@@ -312,7 +312,7 @@ def test_a_row_is_told_beside_what_is_published():
     lines = describe(made_up(), "rows.json")
     assert lines[0] == "vae_gaussian, seed 0: log p(x) -84.40 ± 0.22 nats an image, L_5000 of 10,000 test images"
     assert lines[1] == "  +0.05 nats against the published -84.45 ± 0.12 (VAE: there)"
-    assert "gained +0.012 nats of validation ELBO" in lines[2]
+    assert "gained +0.012 nats of validation bound" in lines[2]
 
 
 def test_the_table_has_a_line_a_row():

@@ -16,6 +16,7 @@ from ppl_vae.build.fitting import (
     products_in,
     schedule,
     start_from_marginals,
+    validation_particles,
     why_not_compiled,
 )
 from ppl_vae.build.parts import (
@@ -85,5 +86,6 @@ __all__ = [
     "start_from_marginals",
     "start_from_run",
     "vae",
+    "validation_particles",
     "why_not_compiled",
 ]

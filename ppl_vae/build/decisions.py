@@ -7,8 +7,8 @@ from pathlib import Path
 
 from ppl_vae import data
 from ppl_vae.build.fitting import check_objective, check_precision, compiles, device, planned_steps
-from ppl_vae.build.parts import is_autoencoder, likelihood
-from ppl_vae.options import Options, default_hidden, default_warmup
+from ppl_vae.build.parts import decided, is_autoencoder, likelihood
+from ppl_vae.options import Options, default_warmup
 
 
 def resolve(options: Options, seen: data.Splits) -> Options:
@@ -18,6 +18,7 @@ def resolve(options: Options, seen: data.Splits) -> Options:
         ValueError: a binarization, dequantization or transform that the data, the likelihood or the protocol cannot
             have, or a compiler or a precision that this machine has not.
     """
+    options = decided(options)
     family = likelihood(options, seen.event_shape)
     default = "dynamic" if family.asks_for == data.BINARY else "none"
     found = data.resolve_binarization(seen, options.binarization, default=default)
@@ -37,7 +38,6 @@ def resolve(options: Options, seen: data.Splits) -> Options:
         dequantization=_resolve_dequantization(options, seen, found, family.measure),
         warmup_epochs=warmup,
         keep=options.keep or ("best" if options.beta == 1 or is_autoencoder(options) else "last"),
-        hidden=options.hidden or default_hidden(options.network),
         dataset=options.dataset if named else str(Path(options.dataset).resolve()),
         data_dir=str(Path(options.data_dir).resolve()) if options.data_dir else None,
         start_from=str(Path(options.start_from).resolve()) if options.start_from else None,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ppl_vae import capture, networks, objectives, priors, schedules
 from ppl_vae.build.parts import is_autoencoder
-from ppl_vae.options import Options, compiling_pays
+from ppl_vae.options import Options, compiling_pays, default_objective
 from ppl_vae.vae import VAE
 
 KLS: dict[str, type[ELBO]] = {"sampled": Trace_ELBO, "analytic": TraceMeanField_ELBO}
@@ -54,7 +54,7 @@ OBJECTIVES: dict[str, Callable[[Options], Callable[..., Tensor]]] = {
 
 def objective(options: Options) -> Callable[..., Tensor]:
     """(model, guide, x, *, beta) -> loss, nats an image."""
-    found = OBJECTIVES[options.objective](options)
+    found = OBJECTIVES[options.objective or default_objective(options)](options)
     return objectives.autocast(found, torch.bfloat16) if options.precision == "bf16" else found
 
 
@@ -92,8 +92,14 @@ def schedule(options: Options) -> dict[str, Any]:
         "skip_norm": options.skip_norm,
         "average_decay": options.average_decay,
         "keep_last": options.keep == "last",
+        "validation_particles": validation_particles(options),
         "seed": options.seed,
     }
+
+
+def validation_particles(options: Options) -> int:
+    """S of the bound by which the best weights are chosen: that of an importance-weighted objective, else 1."""
+    return options.num_particles if options.objective in ("iwae", "dreg") else 1
 
 
 def start_from_marginals(vae: VAE, x: Tensor) -> None:

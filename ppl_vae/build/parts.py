@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple, cast
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from ppl_vae import data, flows, likelihoods, networks, posteriors, priors
 from ppl_vae.conditional import Conditional
 from ppl_vae.hierarchy import BottomUp, HierarchicalVAE, LayeredPrior, OfBottomLayer, TopDown
-from ppl_vae.options import Options, default_hidden, flag
+from ppl_vae.options import PLAIN, Options, default_hidden, default_objective, default_prior, flag
 from ppl_vae.vae import VAE
 
 LIKELIHOODS: dict[str, Callable[..., Any]] = {
@@ -166,7 +167,8 @@ def vae(options: Options, event_shape: Sequence[int]) -> VAE:
             Conditional(decoder(L), family),
             Conditional(encoder(posterior.num_features), posterior),
         )
-        built = VAE(PRIORS[options.prior](options, L, guide, event_shape), likelihood_of_z, guide)
+        prior = PRIORS[options.prior or default_prior(options)](options, L, guide, event_shape)
+        built = VAE(prior, likelihood_of_z, guide)
     if options.initialization == "wide":
         for part in (built.likelihood, built.posterior):
             networks.start_wide(cast(nn.Module, part))
@@ -191,7 +193,7 @@ def _hierarchy(
     def conditional(num_inputs: int, latent_dim: int, widths: Sequence[int]) -> Conditional:
         return Conditional(dense(num_inputs, 2 * latent_dim, hidden=widths), family_of(latent_dim))
 
-    top = PRIORS[options.prior](options, dims[-1], None, event_shape)
+    top = PRIORS[options.prior or default_prior(options)](options, dims[-1], None, event_shape)
     prior = LayeredPrior(top, [conditional(above, L, hidden[::-1]) for L, above in pairwise(dims)])
     if options.inference == "bottom-up":
         first = Conditional(encoder(2 * dims[0]), family_of(dims[0]))
@@ -229,11 +231,18 @@ _OF_WORDS: dict[str, tuple[str, tuple[str, ...]]] = {
 
 def _check_own_options(options: Options) -> None:
     """Raises ValueError for an option of a part that was not chosen, which would do nothing, and for parts at odds."""
+    options = decided(options)
     for name, (of, words) in _OF_WORDS.items():
-        if getattr(options, name) != getattr(Options(), name) and getattr(options, of) not in words:
+        unsaid = (getattr(Options(), name), PLAIN.get(name))
+        if getattr(options, name) not in unsaid and getattr(options, of) not in words:
             raise ValueError(
                 f"{flag(name)}: expected {flag(of)} {' or '.join(words)}, which it is of, got {getattr(options, of)}"
             )
+    if is_autoencoder(options) and options.prior not in (None, "standard-normal"):
+        raise ValueError(
+            f"--posterior delta: expected --prior standard-normal, got {options.prior}: without a KL nothing trains a "
+            "prior"
+        )
     if options.upper_latents is None:
         for name in ("upper_hidden", "inference", "decoder_input"):
             if getattr(options, name) != getattr(Options(), name):
@@ -250,6 +259,16 @@ def _check_own_options(options: Options) -> None:
 
 def _scale_map(options: Options) -> dict[str, Any]:
     return {"log_scale": SCALE_MAPS[options.scale_map]}
+
+
+def decided(options: Options) -> Options:
+    """The options with the words that depend on others alone, where they were left open."""
+    return replace(
+        options,
+        hidden=options.hidden or default_hidden(options.network),
+        prior=options.prior or default_prior(options),
+        objective=options.objective or default_objective(options),
+    )
 
 
 def is_autoencoder(options: Options) -> bool:

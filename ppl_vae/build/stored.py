@@ -39,10 +39,9 @@ def read_config(run_dir: Path) -> tuple[Options, dict[str, Any]]:
         if not (shape and all(type(size) is int and size > 0 for size in shape)):
             raise ValueError(f"event_shape: expected whole numbers, got {shape}")
         options = from_json(config["options"])
-        if options.binarization is None or options.warmup_epochs is None:
-            raise ValueError("expected binarization and warmup_epochs as they were resolved, got null")
-        if options.dequantization is None:
-            raise ValueError("expected dequantization as it was resolved, got null")
+        for name in ("binarization", "warmup_epochs", "dequantization", "prior", "objective"):
+            if getattr(options, name) is None:
+                raise ValueError(f"expected {name} as it was resolved, got null")
         return options, {"sha256": data["sha256"], "event_shape": tuple(shape)}
     except KeyError as error:
         raise ValueError(f"{path}: damaged: missing {error}") from None

@@ -23,7 +23,7 @@ from ppl_vae.recipes import RECIPES, Published, Recipe, in_words, recipe
 
 EVALUATION_SEED = 0
 
-_ELBO = "validation_elbo_nats_per_image"
+_ELBO, _BOUND = "validation_elbo_nats_per_image", "validation_bound_nats_per_image"
 _WHERE = ("data_dir", "start_from")  # places on a machine, of which a row says nothing
 
 
@@ -223,7 +223,7 @@ def _active_units(run: Run, vae: Any) -> int | None:
 
 
 def validation_curve(metrics: Sequence[dict[str, Any]], step: int) -> dict[str, Any] | None:
-    """max of the last tenth of ELBOs - max of those before: whether the validation curve had ended.
+    """max of the last tenth - max before, of validation ELBOs, or bounds L_S where those choose: had the curve ended?
 
     Args:
         metrics: the records of the last stage, one an epoch.
@@ -239,9 +239,9 @@ def validation_curve(metrics: Sequence[dict[str, Any]], step: int) -> dict[str, 
     if not seen:
         return None
     kept = next((record for record in seen if record["step"] == step), seen[-1])
-    elbos = [record[_ELBO] for record in seen]
-    tenth = math.ceil(len(elbos) / 10)
-    gain = max(elbos[-tenth:]) - max(elbos[:-tenth]) if len(elbos) > 1 else None
+    curve = [record.get(_BOUND, record[_ELBO]) for record in seen]
+    tenth = math.ceil(len(curve) / 10)
+    gain = max(curve[-tenth:]) - max(curve[:-tenth]) if len(curve) > 1 else None
     return {"elbo": kept[_ELBO], "epoch": kept["epoch"], "last_tenth_gain": gain}
 
 
@@ -302,7 +302,7 @@ def describe(row: dict[str, Any], output: str) -> list[str]:
     if row["budget"]["share"] != 1:
         lines.append(f"  {row['budget']['share']:.3g} of the recipe's epochs: {_epochs(row)}")
     if seen is not None and seen["last_tenth_gain"] is not None:
-        lines.append(f"  the last tenth of the epochs gained {seen['last_tenth_gain']:+.3f} nats of validation ELBO")
+        lines.append(f"  the last tenth of the epochs gained {seen['last_tenth_gain']:+.3f} nats of validation bound")
     return [*lines, f"  {output} has its row."]
 
 

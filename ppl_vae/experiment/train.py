@@ -162,7 +162,7 @@ def _train(run: Run, *, say: Say, compile_if_possible: bool) -> None:
         build.start_from_marginals(vae, data.expected_images(splits, run.pixels))
     vae.to(device)
     runs.cut_metrics(folder, step)
-    criterion = "reconstruction" if build.is_autoencoder(options) else "ELBO"  # what the best weights are chosen by
+    criterion, key = _criterion(options)
     speeds: list[float] = []
 
     with (
@@ -176,7 +176,7 @@ def _train(run: Run, *, say: Say, compile_if_possible: bool) -> None:
         def on_epoch(record: dict[str, Any]) -> None:
             runs.append_metrics(folder, record)
             speeds.append(record["train_images_per_second"])
-            value = record.get(f"validation_{criterion.lower()}_nats_per_image")
+            value = record.get(f"validation_{key}_nats_per_image")
             seen = "no validation images" if value is None else f"validation {criterion} {value:.2f} nats"
             bar.set_postfix_str(f"epoch {record['epoch']}/{options.epochs}, {seen}")
 
@@ -239,6 +239,14 @@ def _train(run: Run, *, say: Say, compile_if_possible: bool) -> None:
             f"The weights of step {state.best_step:,} are kept: from then on, training with beta = {options.beta} "
             "lowered the ELBO at beta = 1, by which they are chosen."
         )
+
+
+def _criterion(options: Options) -> tuple[str, str]:
+    """What the best weights are chosen by, in words, and in the names of metrics.jsonl."""
+    if build.is_autoencoder(options):
+        return "reconstruction", "reconstruction"
+    S = build.validation_particles(options)
+    return ("ELBO", "elbo") if S == 1 else (f"bound L_{S}", "bound")
 
 
 def _what_is_modelled(run: Run) -> list[str]:

@@ -52,12 +52,16 @@ def _finished(figure: Figure, panels: Any, metrics: Records, title: str) -> Figu
 def _bounds(axes: Any, metrics: Records, *, validated: bool, marker: str) -> None:
     epochs = [record["epoch"] for record in metrics]
     annealed = any(record["beta"] != 1 for record in metrics)
-    label = "training objective" + (" (beta = 1 is the ELBO)" if annealed else " (the ELBO)")
+    several = {record.get("validation_particles", 1) for record in metrics} - {1}
+    bound = f"L_{max(several)}" if several else "the ELBO"
+    label = "training objective" + (f" (beta = 1 is {bound})" if annealed else f" ({bound})")
     curves = [[-record["train_loss_nats_per_image"] for record in metrics]]
     axes.plot(epochs, curves[0], label=label, color="tab:gray", marker=marker)
     if validated:
-        curves.append([record["validation_elbo_nats_per_image"] for record in metrics])
-        _validation(axes, epochs, curves[1], label="validation ELBO", marker=marker)
+        key = "bound" if several else "elbo"
+        curves.append([record[f"validation_{key}_nats_per_image"] for record in metrics])
+        label = f"validation {bound}" if several else "validation ELBO"
+        _validation(axes, epochs, curves[1], label=label, marker=marker)
     _limited(axes, metrics, curves)
 
 

@@ -26,7 +26,8 @@ def start_wide(net: nn.Module) -> None:
     for name, layer in net.named_modules():
         if isinstance(layer, nn.Linear) and name.rpartition(".")[2] != "output":
             nn.init.normal_(layer.weight, 0.0, layer.in_features**-0.5)
-            nn.init.zeros_(layer.bias)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
 
 
 def _leading(x: Tensor, event_shape: tuple[int, ...]) -> torch.Size:

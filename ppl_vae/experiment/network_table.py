@@ -98,9 +98,11 @@ def seconds_an_epoch(options: Options) -> float:
             some,
             validation,
             epochs=3,  # the first runs with Pyro's validation on, and warms up
+            objective=build.objective(options),
             observe=observe,
             batch_size=options.batch_size,
             learning_rate=1e-12,
+            average_decay=options.average_decay,
             compile=compile,
             on_epoch=lambda record: ended.append(time.perf_counter()),
         )

@@ -235,16 +235,15 @@ def parse_networks(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add("fit", str, one_of(FITS), "as for train_svi.py (default: crop)")
     parser.add("color", str, one_of(COLORS), "as for train_svi.py")
     parser.add("likelihood", str, one_of(LIKELIHOODS), "as for train_svi.py (default: bernoulli)")
-    parser.add("networks", str, one_of(NETWORKS), f"which (default: {' '.join(NETWORKS)})", several=True)
+    usual = [word for word in NETWORKS if word != "tanh"]  # which is mlp with the activation of older papers
+    parser.add("networks", str, one_of(NETWORKS), f"which (default: {' '.join(usual)})", several=True)
     parser.add("minutes", float, POSITIVE, "of training, each; epochs are planned to fill them (default: 2)")
     parser.add("compile", str, one_of(COMPILES), "as for train_svi.py (default: auto)")
     parser.add("images", int, POSITIVE_INTEGER, "test images of the estimate (default: 5000)")
     parser.add("num_particles", int, POSITIVE_INTEGER, "importance samples an image of the estimate (default: 100)")
     parser.add("run_dir", str, NOT_EMPTY, "folder of the run folders (default: runs/networks-DATASET)")
     parser.add("output", str, NOT_EMPTY, "a JSON file for the table (the README's are in scripts/results)")
-    parser.set_defaults(
-        dataset="mnist", data_dir=None, networks=list(NETWORKS), minutes=2.0, images=5000, num_particles=100
-    )
+    parser.set_defaults(dataset="mnist", data_dir=None, networks=usual, minutes=2.0, images=5000, num_particles=100)
     parser.set_defaults(
         compile="auto", image_size=None, fit="crop", color=None, likelihood="bernoulli", run_dir=None, output=None
     )

@@ -210,7 +210,13 @@ class Options:
         several=True,
         later=True,
     )
-    prior: str = option("standard-normal", str, one_of(PRIORS), f"p(z): {', '.join(PRIORS)}")
+    prior: str | None = option(
+        None,
+        str,
+        one_of(PRIORS),
+        f"p(z): {', '.join(PRIORS)} (default: flow; standard-normal where the objective takes the KL in closed form, "
+        "beside a delta posterior, and of one latent)",
+    )
     prior_components: int = option(
         500, int, WIDTH, "of the priors mixture and vamp: normals, or pseudo-images", later=True
     )
@@ -272,7 +278,13 @@ class Options:
         "of a diagonal posterior, from a feature to a scale: bounded (exp of 7 tanh(h / 7)), exp, softplus",
         later=True,
     )
-    objective: str = option("elbo", str, one_of(OBJECTIVES), f"what is maximized: {', '.join(OBJECTIVES)}")
+    objective: str | None = option(
+        None,
+        str,
+        one_of(OBJECTIVES),
+        f"what is maximized: {', '.join(OBJECTIVES)} (default: stl, the ELBO by a gradient of less noise; elbo with "
+        "--kl analytic, and of a delta posterior)",
+    )
     free_bits: float = option(
         0.1,
         float,
@@ -293,14 +305,15 @@ class Options:
     latent_dim: int = option(40, int, WIDTH, "dimensions of z")
     epochs: int = option(50, int, POSITIVE_INTEGER, "passes through the training images")
     batch_size: int = option(100, int, POSITIVE_INTEGER, "images a step")
-    learning_rate: float = option(3e-3, float, POSITIVE, "Adam's, at the start")
+    learning_rate: float = option(2e-3, float, POSITIVE, "Adam's, at the start")
     initialization: str = option(
-        "shrinking",
+        "wide",
         str,
         one_of(INITIALIZATIONS),
         "of the networks' hidden layers: wide keeps the size of signals; shrinking, torch's own, has a third of that "
         "variance",
         later=True,
+        before="shrinking",
     )
     schedule: str = option(
         "cosine",
@@ -310,11 +323,12 @@ class Options:
         later=True,
     )
     decay_start: float = option(
-        0.0,
+        0.5,
         float,
         BELOW_ONE,
         "share of the steps after which the cosine begins; the rate is flat until then",
         later=True,
+        before=0.0,
     )
     start_from: str | None = option(
         None,
@@ -341,11 +355,12 @@ class Options:
         before="best",
     )
     average_decay: float = option(
-        0.0,
+        0.999,
         float,
         BELOW_ONE,
         "of a moving average of the weights, which is then what is validated, kept and evaluated; 0: none",
         later=True,
+        before=0.0,
     )
     compile: str = option(
         "auto",
@@ -407,6 +422,18 @@ def flag(name: str) -> str:
 def default_hidden(network: str) -> tuple[int, ...]:
     """Two layers of 300 as in Tomczak and Welling 2018; one of 256 where convolutions do most of the work."""
     return (300, 300) if network in DENSE_NETWORKS else (256,)
+
+
+def default_prior(options: Options) -> str:
+    """A flow; N(0, I) where the KL is in closed form or there is none, and of one latent, which has no halves."""
+    in_closed_form = options.kl == "analytic" or options.objective == "free-bits"
+    top = (options.upper_latents or (options.latent_dim,))[-1]
+    return "standard-normal" if in_closed_form or options.posterior == "delta" or top == 1 else "flow"
+
+
+def default_objective(options: Options) -> str:
+    """The ELBO without the score of q in its gradient; with it where the KL is in closed form, or there is none."""
+    return "elbo" if options.kl == "analytic" or options.posterior == "delta" else "stl"
 
 
 def default_warmup(epochs: int) -> int:

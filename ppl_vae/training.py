@@ -304,7 +304,7 @@ def fit(
 
 
 _MOST_SKIPPED = 0.01  # of all steps
-_FEW_SKIPPED = 10
+_FEW_SKIPPED = 100  # a start from fresh weights has some
 
 
 def _check_skipped(state: TrainingState) -> None:

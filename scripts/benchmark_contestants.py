@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from ppl_vae import build, data, likelihoods, networks, objectives, posteriors, priors
 from ppl_vae.conditional import Conditional
-from ppl_vae.options import Options
+from ppl_vae.options import PLAIN, Options
 from ppl_vae.training import CapturedSteps, EagerSteps, TrainingState
 from ppl_vae.vae import VAE
 
@@ -216,7 +216,7 @@ def _ppl_vae_steps(
     state = TrainingState(vae, device=images.device)
     kind = CapturedSteps if captured else EagerSteps
     more: Any = {"batch_size": batch_size} if captured else {}
-    stepper = kind(state, objectives.elbo, images, observe, clip_norm=CLIP_NORM, **more)
+    stepper = kind(state, objectives.elbo, images, observe, clip_norm=CLIP_NORM, skip_norm=None, **more)
     endless = cycle(batches)
 
     def steps(n: int) -> float:
@@ -230,7 +230,7 @@ def _ppl_vae_steps(
 
 
 class Setting:
-    """The network that train_svi.py builds by default, under a likelihood, with 8-bit images brought to what it takes.
+    """A plain VAE of train_svi.py's own network, under a likelihood, with 8-bit images brought to what it takes.
 
     Training starts from the pixels' marginals, as it does there. What a likelihood refits in closed form between steps
     (``normal-optimal``, every tenth) is no part of a step.
@@ -241,7 +241,7 @@ class Setting:
     """
 
     def __init__(self, likelihood: str, splits: data.Splits, *, device: torch.device) -> None:
-        options = build.resolve(Options(likelihood=likelihood, compile="off"), splits)
+        options = build.resolve(Options(**PLAIN, likelihood=likelihood, compile="off"), splits)
         pixels = build.pixels(options, splits)
         torch.manual_seed(0)
         vae = build.vae(options, splits.event_shape)

@@ -1,4 +1,4 @@
-"""One table: the same network under each likelihood, trained for the same epochs, compared on one scale."""
+"""One table: the same plain VAE under each likelihood, trained for the same epochs, compared on one scale."""
 
 from pathlib import Path
 

@@ -1,8 +1,8 @@
-"""One table: each network's weights, seconds an epoch, and log p(x) after the same time of training."""
+"""One table: a plain VAE of each network, its weights, seconds an epoch, and log p(x) after the same time."""
 
 from pathlib import Path
 
-from ppl_vae.options import Options, command, parse_networks
+from ppl_vae.options import PLAIN, Options, command, parse_networks
 
 
 def main() -> None:
@@ -19,6 +19,7 @@ def main() -> None:
         compile=asked.compile,
         images=asked.images,
         evaluation_particles=asked.num_particles,
+        **PLAIN,
     )
     parent = asked.run_dir or f"runs/networks-{Path(asked.dataset).stem}"
     experiment.compare_networks(

@@ -13,16 +13,16 @@ import pyro
 import torch
 
 from ppl_vae import build, data, experiment, objectives
-from ppl_vae.options import Options
+from ppl_vae.options import PLAIN, Options
 from ppl_vae.study.training import averaged
 from ppl_vae.training import fit
 
 DIGITS = Options(
+    **PLAIN,
     network="mlp",
     hidden=(128,),
     latent_dim=8,
     epochs=6,
-    learning_rate=3e-3,
     images=100,
     evaluation_particles=20,
     compile="off",

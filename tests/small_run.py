@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 
 from ppl_vae import experiment
-from ppl_vae.options import Options
+from ppl_vae.options import PLAIN, Options
 
 SMALL = Options(
+    **PLAIN,
     network="mlp",
     hidden=(8,),
     latent_dim=2,

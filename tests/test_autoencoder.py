@@ -32,7 +32,7 @@ from ppl_vae.experiment.opening import open_run
 from ppl_vae.experiment.sampling import sample_run
 from ppl_vae.likelihoods import Bernoulli
 from ppl_vae.networks import MLP
-from ppl_vae.options import Options
+from ppl_vae.options import PLAIN, Options
 from ppl_vae.posteriors import Delta
 from ppl_vae.priors import StandardNormal
 from ppl_vae.weights import Deterministic, log_weights
@@ -135,7 +135,7 @@ def test_reconstruction_leaves_the_mode_and_the_random_numbers_as_they_are():
 
 
 def test_reconstruction_of_a_guide_with_a_density_is_that_of_one_draw_by_the_seed():
-    options = Options(network="mlp", hidden=(5,), latent_dim=2)
+    options = Options(**PLAIN, network="mlp", hidden=(5,), latent_dim=2)
     pyro.set_rng_seed(0)
     vae, x = build.vae(options, (1, 4, 4)).eval(), torch.bernoulli(torch.full((6, 1, 4, 4), 0.5))
     with torch.no_grad(), torch.random.fork_rng():
@@ -262,7 +262,7 @@ def test_a_run_resumed_from_any_step_ends_bit_for_bit_where_the_undisturbed_one_
 def test_a_state_that_was_saved_under_the_older_name_still_goes_on():
     """Of before there were autoencoders: the best validation ELBO was best_elbo."""
     saved = {}
-    options = Options(network="mlp", hidden=(5,), latent_dim=2)
+    options = Options(**PLAIN, network="mlp", hidden=(5,), latent_dim=2)
 
     def vae(seed):
         pyro.set_rng_seed(seed)

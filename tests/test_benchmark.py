@@ -10,6 +10,7 @@ import torch
 
 from ppl_vae import data
 from ppl_vae.options import LIKELIHOODS, parse_benchmark
+from ppl_vae.priors import StandardNormal
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
@@ -32,6 +33,14 @@ def few_digits():
     """MNIST with 300 training images."""
     digits = data.load("mnist")
     return replace(digits, train=digits.train[:300])
+
+
+def test_what_is_timed_under_each_likelihood_is_a_plain_vae(benchmark, few_digits):
+    import benchmark_contestants as by
+
+    vae = by.Setting("laplace", few_digits, device=torch.device("cpu"))._vae
+    assert isinstance(vae.prior, StandardNormal)
+    assert sum(weights.numel() for weights in vae.parameters()) == 1_116_865  # 300 300, 40 latents, and one scale
 
 
 def test_the_reference_takes_part_whatever_is_asked_for(benchmark, few_digits):

@@ -16,7 +16,7 @@ from ppl_vae import VAE, build, capture, evidence
 from ppl_vae.capture import CannotCapture
 from ppl_vae.dequantization import dequantized
 from ppl_vae.evidence import CapturedTerms, NotFinite, evaluate, even_chunk
-from ppl_vae.options import Options
+from ppl_vae.options import PLAIN, Options
 from ppl_vae.weights import log_weight_terms
 
 SHAPE = (1, 8, 8)
@@ -38,7 +38,7 @@ def real_compiler():
 
 
 def _vae(dtype=torch.double, **words):
-    small = {"hidden": (5,), "channels": (2, 3), "latent_dim": 3, "network": "mlp"}
+    small = PLAIN | {"hidden": (5,), "channels": (2, 3), "latent_dim": 3, "network": "mlp"}
     pyro.set_rng_seed(0)
     return build.vae(Options(**(small | words)), SHAPE).to(dtype)
 

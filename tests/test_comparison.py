@@ -23,7 +23,7 @@ from ppl_vae.evidence import Importance, evaluate
 from ppl_vae.experiment import comparison
 from ppl_vae.experiment.opening import open_run
 from ppl_vae.experiment.paired import bound_difference, paired_difference, student_t_quantile
-from ppl_vae.options import Options
+from ppl_vae.options import PLAIN, Options
 
 # --- The statistics ---
 
@@ -230,6 +230,7 @@ def test_too_few_particles_for_a_rise_rank_no_log_p_x():
 # --- Run folders ---
 
 SMALL = Options(
+    **PLAIN,
     network="mlp",
     hidden=(8,),
     latent_dim=2,

@@ -145,6 +145,7 @@ def test_the_command_is_the_runs_own_but_for_what_is_changed(name, diagnosed, tr
         asked = parse_train(words)
         changed = build.resolve(asked.options, build.splits(asked.options))
         freed = {"likelihood_scale": Options().likelihood_scale} if "likelihood" in verdict["change"] else {}
+        freed |= {"objective": None} if "posterior" in verdict["change"] else {}
         expected = replace(trained.options[name], **(freed | verdict["change"]))
         again = build.resolve(expected, build.splits(asked.options))
         assert script == "scripts/train_svi.py"

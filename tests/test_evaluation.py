@@ -16,7 +16,7 @@ from ppl_vae import build, data, experiment, fit, load, runs, save
 from ppl_vae.evidence import Estimate, evaluate
 from ppl_vae.experiment.evaluation import describe_evaluation, floor_and_entropy, read_per_image
 from ppl_vae.experiment.opening import Run
-from ppl_vae.options import Options
+from ppl_vae.options import PLAIN, Options
 
 DATA_DIR = os.environ.get("PPL_VAE_DATA_DIR")
 
@@ -52,7 +52,9 @@ def table(path: Path, array: np.ndarray) -> Path:
     return path / "table.npy"
 
 
-SMALL = Options(network="mlp", hidden=(8,), latent_dim=2, epochs=2, batch_size=50, images=20, evaluation_particles=10)
+SMALL = Options(
+    **PLAIN, network="mlp", hidden=(8,), latent_dim=2, epochs=2, batch_size=50, images=20, evaluation_particles=10
+)
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -10,9 +11,11 @@ import pytest
 import torch
 
 from ppl_vae import build, experiment, load, runs
-from ppl_vae.options import Options
+from ppl_vae.options import PLAIN, Options, parse_train
+from ppl_vae.options.run import MODEL_OPTIONS
 
 SMALL = Options(
+    **PLAIN,
     network="mlp",
     hidden=(8,),
     latent_dim=2,
@@ -152,3 +155,161 @@ def test_training_starts_from_the_marginals_of_the_pixels(table):
         vae.likelihood.net.output.weight.zero_()
     rate = vae.likelihood(torch.zeros(2)).mean
     torch.testing.assert_close(rate, (x.sum(0) + 1) / (len(x) + 2))
+
+
+# --- From another run's weights ---
+
+FLOW = {"prior": "flow", "prior_layers": 2, "prior_hidden": (4,), "prior_flow": "spline"}
+FURTHER = ["--objective", "dreg", "--num-particles", "3", "--epochs", "2", "--batch-size", "10", "--beta", "1"]
+FURTHER += ["--average-decay", "0.9", "--images", "20", "--evaluation-particles", "10", "--learning-rate", "0.003"]
+
+
+def from_run(folder, *words):
+    """What a command asks for that starts from that run."""
+    return parse_train(["--start-from", str(folder), *FURTHER, *words]).options
+
+
+def train_further(options, folder):
+    """Without figures; what was said."""
+    said = []
+    experiment.train(options, str(folder), say=said.append, draw=False)
+    return said
+
+
+def records(folder):
+    """What each epoch measured, without the time that it took."""
+    lines = [json.loads(line) for line in (folder / runs.METRICS).read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "train_images_per_second")} for line in lines]
+
+
+@pytest.fixture
+def other(table, tmp_path):
+    """A run with a flow prior whose kept weights are not its last."""
+    changes = {"beta": 0.0, "learning_rate": 0.1, "epochs": 8, "keep": "best"}
+    train_further(replace(SMALL, dataset=str(table), **FLOW, **changes), tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_a_run_from_another_has_its_model_and_data_and_of_the_rest_what_is_given(other):
+    options, theirs = from_run(other, "--seed", "3"), build.read_config(other)[0]
+    assert all(getattr(options, name) == getattr(theirs, name) for name in MODEL_OPTIONS)
+    assert (options.prior, options.prior_layers, options.latent_dim) == ("flow", 2, 2)
+    assert (options.objective, options.num_particles, options.epochs, options.seed) == ("dreg", 3, 2, 3)
+    rest = ("clip_norm", "checkpoint_seconds", "precision", "schedule", "warmup_epochs", "keep")
+    assert all(getattr(options, name) == getattr(Options(), name) for name in rest)
+
+
+def test_what_is_given_wins_over_the_other_runs_model_and_data(other, tmp_path):
+    options = from_run(other, "--dataset", str(tmp_path / "elsewhere.npy"), "--prior", "mixture", "--latent-dim", "7")
+    assert (options.dataset, options.prior, options.latent_dim) == (str(tmp_path / "elsewhere.npy"), "mixture", 7)
+
+
+def test_a_run_from_another_starts_at_the_elbo_of_its_kept_weights(other, tmp_path):
+    """At a rate of next to nothing, and without a warm-up; its last weights are far from there."""
+    said = train_further(from_run(other, "--learning-rate", "1e-12"), tmp_path / "further")
+    elbos = [record["validation_elbo_nats_per_image"] for record in records(other)]
+    assert max(elbos) - elbos[-1] > 0.1
+    first = records(tmp_path / "further")[0]
+    assert first["validation_elbo_nats_per_image"] == pytest.approx(max(elbos), abs=1e-4)
+    assert first["beta"] == 1.0
+    assert f"Starting from the weights of {other}." in said
+
+
+def test_a_run_from_another_takes_all_of_its_weights(other, tmp_path):
+    train_further(from_run(other, "--learning-rate", "1e-12"), tmp_path / "further")
+    theirs, ours = load(other).state_dict(), load(tmp_path / "further").state_dict()
+    assert theirs.keys() == ours.keys()
+    for name, expected in theirs.items():
+        torch.testing.assert_close(ours[name], expected, rtol=0, atol=1e-6)
+
+
+def test_the_config_says_where_the_weights_came_from_wherever_it_was_asked(other, tmp_path, monkeypatch):
+    monkeypatch.chdir(other.parent)
+    train_further(from_run(other.name), tmp_path / "further")
+    assert runs.read_json(tmp_path / "further" / runs.CONFIG)["options"]["start_from"] == str(other.resolve())
+
+
+class Killed(BaseException):
+    """Nothing of the program runs after it."""
+
+
+@pytest.mark.parametrize("compile", ["off", "on"])
+def test_a_run_from_another_goes_on_bit_for_bit_and_without_it(graphs, other, tmp_path, monkeypatch, compile):
+    """With a flow prior, DReG and moving averages; the training is killed at its last step but one."""
+    options = from_run(other, "--compile", compile, "--checkpoint-seconds", "0")
+    train_further(options, tmp_path / "undisturbed")
+    saves, save_tensors = [], runs.save_tensors
+
+    def save_and_die(path, *rest):
+        save_tensors(path, *rest)
+        saves.append(path.name)
+        if saves.count(runs.TRAINING_STATE) == 2 * 16 - 1:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "save_tensors", save_and_die)
+        with pytest.raises(Killed):
+            train_further(options, tmp_path / "killed")
+    assert runs.load_step(tmp_path / "killed" / runs.TRAINING_STATE) == 2 * 16 - 1
+    shutil.rmtree(other)
+    said = []
+    experiment.resume(str(tmp_path / "killed"), epochs=None, say=said.append, draw=False)
+    assert "Going on from step 31." in said
+    for name in (runs.MODEL, runs.TRAINING_STATE):
+        one, expected = (runs.load_tensors(tmp_path / run / name)[0] for run in ("killed", "undisturbed"))
+        assert one.keys() == expected.keys()
+        assert all(torch.equal(one[key], expected[key]) for key in expected), name
+    assert any(key.startswith("average/prior.flow") for key in expected)
+    assert records(tmp_path / "killed") == records(tmp_path / "undisturbed")
+    one, expected = (runs.read_evaluations(tmp_path / run)["test"] for run in ("killed", "undisturbed"))
+    assert one | {"seconds": 0} == expected | {"seconds": 0}
+
+
+def test_a_run_that_was_killed_before_its_first_step_still_asks_for_the_other(other, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "record_environment", _killed)
+        with pytest.raises(Killed):
+            train_further(from_run(other), tmp_path / "killed")
+    other.rename(other.with_name("moved"))
+    with pytest.raises(ValueError, match=rf"^{other}.*: no such file; the run in .* has no weights yet$"):
+        _resume(tmp_path / "killed")
+    other.with_name("moved").rename(other)
+    assert f"Starting from the weights of {other}." in _resume(tmp_path / "killed")
+
+
+def _killed(*arguments):
+    raise Killed
+
+
+def _without_weights(folder):
+    (folder / runs.MODEL).unlink()
+
+
+def _with_config(text):
+    return lambda folder: (folder / runs.CONFIG).write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("harm", "words", "expected"),
+    [
+        (shutil.rmtree, (), r"--start-from: expected a run folder, but .*config\.json cannot be read$"),
+        (_without_weights, (), r"model\.safetensors: no such file; the run in .* has no weights yet$"),
+        (_with_config("{"), (), r"config\.json: damaged: not JSON"),
+        (_with_config("[]"), (), "damaged: expected an object with options$"),
+        (_with_config('{"options": 3}'), (), "expected an object of options, got int$"),
+        (_with_config('{"options": {"glitter": 1}}'), (), "missing or unknown: .*glitter"),
+        (None, ("--latent-dim", "3"), r"the weights do not fit the run's config: size mismatch for .*"),
+        (None, ("--prior", "standard-normal"), r"--prior-flow: expected --prior flow, which it is of"),
+        (None, ("--network", "gated"), r"model\.safetensors: the weights do not fit the run's config: "),
+    ],
+    ids=["no folder", "no weights", "not JSON", "no object", "no options", "unknown", "latents", "prior", "network"],
+)
+def test_a_run_that_cannot_be_started_from_is_refused_in_one_line_and_leaves_nothing(
+    other, tmp_path, harm, words, expected
+):
+    if harm is not None:
+        harm(other)
+    with pytest.raises(ValueError, match=expected) as refused:
+        train_further(from_run(other, *words), tmp_path / "further")
+    assert len(str(refused.value).splitlines()) == 1
+    assert not (tmp_path / "further").exists()

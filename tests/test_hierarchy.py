@@ -636,7 +636,6 @@ def test_a_layer_that_does_not_take_what_is_above_it_is_refused():
 
 def test_free_bits_refuses_a_guide_that_draws_against_the_models_order() -> None:
     """KL(q(z_1 | x) || p(z_1 | z_2)) is then no term of the ELBO: z_2 depends on z_1."""
-    E
     vae = _vae("bottom-up", (3, 2))
     with pytest.raises(ValueError, match=r"guide: expected latent sites in the model's order \['z_2', 'z_1'\], got"):
         objectives.free_bits(vae.model, vae.guide, _images(), free_nats=0.1)

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import itertools
 import json
+import runpy
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from ppl_vae import experiment, load, runs
 from ppl_vae.experiment import network_table
-from ppl_vae.options import Options
+from ppl_vae.options import PLAIN, Options
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "compare_networks.py"
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +24,14 @@ def options(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "images.npy"
     np.save(path, np.random.default_rng(0).integers(0, 2, (300, 6, 5), dtype=np.uint8))
     return Options(
-        dataset=str(path), hidden=(5,), channels=(2,), latent_dim=2, images=20, evaluation_particles=10, batch_size=50
+        **PLAIN,
+        dataset=str(path),
+        hidden=(5,),
+        channels=(2,),
+        latent_dim=2,
+        images=20,
+        evaluation_particles=10,
+        batch_size=50,
     )
 
 
@@ -89,6 +101,14 @@ def test_a_folder_of_another_data_set_is_refused(table, options, tmp_path):
     np.save(tmp_path / "other.npy", np.random.default_rng(1).integers(0, 2, (300, 6, 5), dtype=np.uint8))
     with pytest.raises(ValueError, match="got others in dataset;"):
         compare(replace(options, dataset=str(tmp_path / "other.npy")), folder)
+
+
+def test_the_command_is_of_plain_vaes(monkeypatch):
+    asked = []
+    monkeypatch.setattr(experiment, "compare_networks", lambda networks, options, **_: asked.append(options))
+    monkeypatch.setattr(sys, "argv", ["compare_networks.py"])
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert asked == [Options(**PLAIN, evaluation_particles=100)]
 
 
 def test_a_network_that_cannot_be_built_is_found_before_any_training(options, tmp_path):

@@ -22,6 +22,18 @@ PRINTED = {
     "static_flow": [(85.57, None)],
 }
 
+# p(z), and what each stage maximizes.
+_LEARNED = [("flow", "stl"), ("flow", "dreg")]
+TRAINED = {
+    "iwae_vae_1": [("standard-normal", "stl")],
+    "iwae_1": [("standard-normal", "dreg")],
+    "vae_gaussian": [("standard-normal", "stl")],
+    "vae_flow": _LEARNED,
+    "vae_flow_wide": _LEARNED,
+    "ladder": _LEARNED,
+    "static_flow": _LEARNED,
+}
+
 
 @pytest.fixture(scope="module")
 def digits():
@@ -31,6 +43,11 @@ def digits():
 @pytest.mark.parametrize("name", RECIPES)
 def test_each_published_number_is_the_printed_one(name):
     assert [(-found.log_likelihood, found.stderr) for found in recipe(name).published] == PRINTED[name]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_each_recipe_has_the_prior_and_the_objectives_of_its_model_whatever_the_defaults_are(name):
+    assert [(stage.prior, stage.objective) for stage in recipe(name).stages] == TRAINED[name]
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -19,7 +19,8 @@ from ppl_vae import data
 
 TRAIN = Path(__file__).parent.parent / "scripts" / "train_svi.py"
 SMALL = """
-    --epochs 3 --batch-size 16 --hidden 24 --latent-dim 4 --num-particles 2 --checkpoint-seconds 0
+    --epochs 3 --batch-size 16 --hidden 24 --latent-dim 4 --prior-layers 2 --prior-hidden 24 --num-particles 2
+    --checkpoint-seconds 0
     --images 40 --evaluation-particles 20
 """.split()  # noqa: SIM905 (read as it is typed)
 

@@ -25,7 +25,7 @@ from ppl_vae.evidence import Importance, NotFinite
 from ppl_vae.experiment.evaluation import PerImage, read_per_image
 from ppl_vae.likelihoods import Bernoulli
 from ppl_vae.networks import MLP
-from ppl_vae.options import Options
+from ppl_vae.options import PLAIN, STUDY_DATASETS, Options
 from ppl_vae.posteriors import DiagonalNormal
 from ppl_vae.priors import StandardNormal
 from ppl_vae.study import measuring, pairs, plan, run, sections, training
@@ -121,6 +121,17 @@ def test_every_section_is_there(numbers: dict[str, Any], section: str) -> None:
 
 def test_every_planned_run_has_its_record(numbers: dict[str, Any]) -> None:
     assert list(numbers["runs"]) == [each.name for each in plan.plan(TINY, ["bars"])]
+
+
+def test_the_stored_study_is_of_the_plain_vaes_that_are_planned() -> None:
+    path = Path(__file__).parents[1] / "scripts" / "results" / "study.json"
+    stored = {name: record["options"] for name, record in json.loads(path.read_text(encoding="utf-8"))["runs"].items()}
+    planned = {each.name: each.options for each in plan.plan(DEFAULT, STUDY_DATASETS)}
+    assert planned.keys() == stored.keys()
+    for name, options in planned.items():
+        assert {word: getattr(options, word) for word in stored[name]} == stored[name]
+        untold = PLAIN.keys() - stored[name].keys()
+        assert {word: getattr(options, word) for word in untold} == {word: PLAIN[word] for word in untold}
 
 
 @pytest.fixture(scope="module")
@@ -565,7 +576,7 @@ def test_principal_components_are_those_of_numpy() -> None:
 
 def test_exp_overflows_where_the_bounded_map_does_not() -> None:
     x = torch.rand(20, 1, 8, 8).round()
-    rows = gradients_at_start(Options(network="mlp", hidden=(16,), latent_dim=4), x)
+    rows = gradients_at_start(Options(**PLAIN, network="mlp", hidden=(16,), latent_dim=4), x)
     at_most = {row["scale_map"]: row for row in rows if row["largest_feature"] == 100}
     assert at_most["exp"]["kl_overflow"] > 0
     assert at_most["exp"]["largest_scale"] is math.inf or at_most["exp"]["largest_scale"] > 1e30
@@ -575,7 +586,7 @@ def test_exp_overflows_where_the_bounded_map_does_not() -> None:
 
 def test_a_gradient_that_is_finite_has_a_norm() -> None:
     x = torch.rand(20, 1, 8, 8).round()
-    rows = gradients_at_start(Options(network="mlp", hidden=(16,), latent_dim=4), x)
+    rows = gradients_at_start(Options(**PLAIN, network="mlp", hidden=(16,), latent_dim=4), x)
     finite = [row for row in rows if row["not_finite"] == 0]
     assert len(finite) >= 9  # all maps but at 100
     assert all(math.isfinite(row["gradient_norm"]["mean"]) for row in finite)

@@ -17,7 +17,7 @@ from ppl_vae import VAE, Conditional, build, data, fit, objectives, runs
 from ppl_vae.evidence import NotFinite, log_evidence
 from ppl_vae.likelihoods import Bernoulli
 from ppl_vae.networks import MLP
-from ppl_vae.options import Options
+from ppl_vae.options import PLAIN, Options
 from ppl_vae.posteriors import DiagonalNormal
 from ppl_vae.priors import StandardNormal
 from ppl_vae.schedules import cosine, warmup
@@ -324,7 +324,7 @@ def test_a_run_resumed_from_any_step_ends_bit_for_bit_where_the_undisturbed_one_
 @pytest.mark.parametrize("likelihood", ["bernoulli", "normal"])
 def test_a_convolutional_run_resumes_bit_for_bit_from_what_a_file_holds_of_it(network, likelihood, tmp_path):
     """Convolutions' weights are laid out in memory otherwise than in a file; Adam's moments must be as they are."""
-    options = Options(network=network, likelihood=likelihood, channels=(2, 3), hidden=(4,), latent_dim=2)
+    options = Options(**PLAIN, network=network, likelihood=likelihood, channels=(2, 3), hidden=(4,), latent_dim=2)
 
     def built(seed):
         torch.manual_seed(seed)

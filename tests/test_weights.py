@@ -15,7 +15,7 @@ from torch.testing import assert_close
 
 from ppl_vae import build, log_weights
 from ppl_vae.objectives import Temper
-from ppl_vae.options import Options
+from ppl_vae.options import PLAIN, Options
 from ppl_vae.weights import log_weight_terms
 
 
@@ -254,7 +254,7 @@ def test_images_of_the_wrong_shape_are_refused_and_never_broadcast(oracle, shape
 def test_vectorized_particles_are_those_of_a_loop_for_every_network(network, likelihood):
     """The same draws, decoded one particle and one image at a time, with each density written out."""
     torch.manual_seed(0)
-    options = Options(network=network, likelihood=likelihood, channels=(2, 3), hidden=(4,), latent_dim=2)
+    options = Options(**PLAIN, network=network, likelihood=likelihood, channels=(2, 3), hidden=(4,), latent_dim=2)
     vae = build.vae(options, (3, 5, 4)).double()
     x = images_for(vae.likelihood.family, 2)
     drawn = []

@@ -27,11 +27,11 @@ SAME_RATE = 0.1
 OVER_BETA, UNDER_BETA = 2.0, 0.5
 
 # Healthy models have inactive latents: 19 of 50 are active in Burda et al. 2016 (arXiv 1509.00519), table 1, and 18 of
-# 40 in the default run on MNIST. Source of the cut: ours.
+# 40 in a plain run on MNIST. Source of the cut: ours.
 FEWEST_ACTIVE = 0.25
 
 # 1% of prior draws are in holes where the aggregate posterior is the prior. No trained VAE reaches that, and most draws
-# of a useful one look right. Source: ours, on MNIST validation (2,000 images): 0.13 in the default run after 10 epochs,
+# of a useful one look right. Source: ours, on MNIST validation (2,000 images): 0.13 in a plain run after 10 epochs,
 # 0.67 under a normal likelihood at beta = 1; 0.92 and 0.99 in runs trained at beta = 0.1 and 0.01.
 MOST_HOLES = 0.8
 

@@ -32,7 +32,7 @@ def gradients_at_start(options: Options, x: Tensor) -> list[dict[str, Any]]:
         norm of the (L,) gradient, nats a unit of h, of those images where it is finite (None where there is none);
         "not_finite", the share of images where it is not; "kl_overflow", the share whose KL is not finite; and
         "vanished", the share of the gradient's entries that are exactly 0. The same four under "sampled", with the KL's
-        estimate log q(z | x) - log p(z) at the draw, which is what trains by default; and "largest_scale".
+        estimate log q(z | x) - log p(z) at the draw, which is what trains in the study; and "largest_scale".
     """
     found = []
     for word in SCALE_MAPS:

@@ -16,12 +16,12 @@ from ppl_vae.numerics import location_and_spread
 
 
 def start_wide(net: nn.Module) -> None:
-    """W ~ N(0, 1 / fan-in), b = 0, of every linear layer but the last: signals keep their size from layer to layer.
+    """W ~ N(0, 1 / fan-in), b = 0, of every linear layer but the last: three times the variance of torch's own start.
 
-    Torch's own start has a third of that variance, so that each layer shrinks its input.
+    Signals then shrink less from layer to layer; of rectified and gated layers they still do.
 
-    Reference: LeCun et al. 1998, Efficient BackProp, section 4.6; He et al. 2015, arXiv 1502.01852, equation 10, has
-    twice that variance, for ReLU.
+    Reference: LeCun et al. 1998, Efficient BackProp, section 4.6. What keeps the size of rectified signals is twice
+    that variance: He et al. 2015, arXiv 1502.01852, equation 10.
     """
     for name, layer in net.named_modules():
         if isinstance(layer, nn.Linear) and name.rpartition(".")[2] != "output":

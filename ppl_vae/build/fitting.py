@@ -65,6 +65,8 @@ def check_objective(options: Options) -> None:
     if options.objective == "free-bits" and options.kl != Options().kl:
         raise ValueError("--kl: free-bits takes the KL of each latent in closed form; expected no --kl beside it")
     closed = options.objective == "free-bits" or options.kl == "analytic"
+    if closed:
+        _check_closed_form(options)
     if closed and options.upper_latents and options.inference == "bottom-up":
         raise ValueError(
             "--inference bottom-up: expected a sampled KL (no --kl analytic, no free-bits), got one in closed form, "
@@ -76,6 +78,18 @@ def check_objective(options: Options) -> None:
         raise ValueError(
             "--posterior delta: expected --beta 0 (a deterministic guide has no KL: it makes a plain autoencoder), got "
             f"--beta {options.beta:g}"
+        )
+
+
+def _check_closed_form(options: Options) -> None:
+    """Raises ValueError where the KL of the guide and the prior has no formula: it would be sampled without a word."""
+    asked = "--objective free-bits" if options.objective == "free-bits" else "--kl analytic"
+    guides = ("diagonal",) if options.objective == "free-bits" else ("diagonal", "full", "delta")
+    if options.prior not in (None, "standard-normal"):
+        raise ValueError(f"{asked}: expected --prior standard-normal, whose KL has a formula, got {options.prior}")
+    if options.posterior not in guides:
+        raise ValueError(
+            f"{asked}: expected --posterior {' or '.join(guides[:2])}, whose KL has a formula, got {options.posterior}"
         )
 
 

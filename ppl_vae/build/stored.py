@@ -60,7 +60,6 @@ def load_weights(vae: VAE, path: Path, weights: dict[str, Tensor]) -> None:
         raise ValueError(f"{path}: the weights do not fit the run's config: {first}") from None
 
 
-# In config.json, of a run folder without its training: what ``save`` made, and what came with the package.
 def start_from_run(vae: VAE, run_dir: str) -> None:
     """Puts another run's evaluated weights into a VAE of the same model. Raises ValueError where they do not fit."""
     path = Path(run_dir) / runs.MODEL
@@ -68,6 +67,7 @@ def start_from_run(vae: VAE, run_dir: str) -> None:
     load_weights(vae, path, weights)
 
 
+# In config.json, of a run folder without its training: what ``save`` made, and what came with the package.
 _FROM_PYTHON, SHIPPED = "from Python", "shipped"
 
 

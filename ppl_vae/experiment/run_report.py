@@ -124,10 +124,9 @@ def _in_words(run: Run) -> str:
         how = "a plain autoencoder: a deterministic code and no prior in its training"
     else:
         how = f"objective {options.objective} at beta = {options.beta:g}"
-    default = Options()
     parts = [f"a {options.likelihood} likelihood"]
-    parts += [f"a {options.prior} prior"] * (options.prior != default.prior)
-    parts += [f"a {options.posterior} posterior"] * (options.posterior not in (default.posterior, "delta"))
+    parts += [f"a {options.prior} prior"] * (not build.is_autoencoder(options))
+    parts += [f"a {options.posterior} posterior"] * (options.posterior not in (Options().posterior, "delta"))
     return (
         f"A {options.network} network with {latents}, {' and '.join(parts)}, trained for "
         f"{options.epochs} epochs; {how}."

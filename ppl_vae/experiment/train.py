@@ -88,7 +88,7 @@ def resume(
         build.check_compiler(build.device(options.device))
     if epochs is not None and epochs > options.epochs:
         run = _with_option(run, "epochs", epochs)
-        say(f"Extended to {epochs} epochs; the learning rate's cosine now ends there, so it rises again at first.")
+        say(f"Extended to {epochs} epochs; the learning rate falls until then, so it rises again at first.")
     if compile is not None and compile != "auto" and compile != run.options.compile:
         run = _with_option(run, "compile", compile)
         say(f"From here on --compile {compile}: the same to rounding, and no longer bit for bit.")

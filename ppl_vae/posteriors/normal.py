@@ -81,7 +81,7 @@ class DrawnNormal(dist.MultivariateNormal):
         T = self._unbroadcasted_scale_tril
         noise = dist.Normal(torch.zeros_like(self.loc), 1.0).to_event(1)
         u = noise.rsample(sample_shape)
-        z = self.loc + (T @ u[..., None])[..., 0]
+        z = self.loc + (T * u[..., None, :]).sum(-1)  # no product of matrices, which autocast would round
         self._own = OwnDraw(z, noise.log_prob(u) - T.diagonal(dim1=-2, dim2=-1).log().sum(-1))
         return z
 

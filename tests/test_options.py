@@ -127,7 +127,7 @@ def small(**words: Any) -> options.Options:
     return options.Options(**(sizes | words))
 
 
-@pytest.mark.parametrize(("one", "other"), itertools.combinations(range(4), 2))
+@pytest.mark.parametrize(("one", "other"), list(itertools.combinations(range(4), 2)))
 def test_every_pair_of_words_is_built(one: int, other: int) -> None:
     seen = {(words[one], words[other]) for words in TOGETHER_BUILT}
     assert seen == set(itertools.product(PARTS_OF_ONE[one], PARTS_OF_ONE[other]))
@@ -580,6 +580,14 @@ def test_a_wrong_type_is_refused_from_python(name: str) -> None:
 # --- What does not go together ---
 
 TOGETHER = {
+    "an analytic KL of a flow": (
+        {"kl": "analytic", "prior": "flow"},
+        "--kl analytic: expected --prior standard-normal, whose KL has a formula, got flow$",
+    ),
+    "free bits of a full guide": (
+        {"objective": "free-bits", "posterior": "full"},
+        "--objective free-bits: expected --posterior diagonal, whose KL has a formula, got full$",
+    ),
     "delta, a prior that nothing trains": (
         {"posterior": "delta", "beta": 0.0, "prior": "flow", "objective": "elbo"},
         "--posterior delta: expected --prior standard-normal, got flow",
@@ -598,7 +606,7 @@ TOGETHER = {
     ),
     "delta, free bits": (
         {"posterior": "delta", "beta": 0.0, "objective": "free-bits"},
-        "--objective free-bits: expected --posterior diagonal, got delta$",
+        "--objective free-bits: expected --posterior diagonal, whose KL has a formula, got delta$",
     ),
     "free bits without their objective": (
         {"free_bits": 0.5},

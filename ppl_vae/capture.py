@@ -360,7 +360,7 @@ class CapturedStep:
         self.taken = torch.zeros((), dtype=torch.long, device=some.device)
         self._state = {
             "weights": weights,
-            "moments": {name: _moments(optimizer, w) for name, w in trained.items()},
+            "moments": {name: adam_moments(optimizer, w) for name, w in trained.items()},
             "averages": dict(averages or {}),
             "buffers": dict(module.named_buffers()) | fixed,
             "stored": stored,
@@ -402,7 +402,7 @@ class CapturedStep:
         return torch.tensor(rows, dtype=torch.double).to(self._scalars)
 
     def count(self, steps: int) -> None:
-        """Tells the optimizer how many steps it has taken."""
+        """Tells the optimizer how many steps there were, with those that were left out."""
         for moments in self._optimizer.state.values():
             moments["step"].fill_(steps)
 
@@ -479,7 +479,7 @@ def _buffers_kept(module: nn.Module) -> Iterator[None]:
         raise CannotCapture(f"it replaces a buffer of the module, {others[0]}, which the graph would forget")
 
 
-def _moments(optimizer: torch.optim.Adam, parameter: nn.Parameter) -> tuple[Tensor, Tensor]:
+def adam_moments(optimizer: torch.optim.Adam, parameter: nn.Parameter) -> tuple[Tensor, Tensor]:
     """Adam's two moments of a parameter, as they are or zero."""
     state = optimizer.state[parameter]
     if not state:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from ppl_vae import data, objectives
-from ppl_vae.capture import CannotCapture, CapturedStep
+from ppl_vae.capture import CannotCapture, CapturedStep, adam_moments
 from ppl_vae.evidence import Estimate, NotFinite, evaluate, in_evaluation_mode, reconstruction, seeded
 from ppl_vae.schedules import averaging, cosine, warmup
 from ppl_vae.vae import VAE
@@ -171,7 +171,8 @@ def fit(
 
     Adam with a learning rate by step count; beta rises linearly from 0 over the warm-up; the gradient's global
     norm is clipped. A likelihood with a method ``refit(h, x)`` is given a batch every tenth step, for what it fits to
-    the data in closed form. Values are checked against supports in the first epoch, or, with ``compile``, before it.
+    the data in closed form. Values are checked against supports in the first epoch, or, with ``compile`` or
+    ``skip_norm``, before it.
     Seed torch's global generator before the VAE is built (``pyro.set_rng_seed``): the weights, the noise of the sites
     and that of the data come from it.
 
@@ -187,7 +188,9 @@ def fit(
         rate: (step, *, learning_rate, total_steps) -> the rate of that step; see ``schedules``.
         beta: the weight of the KL, after the warm-up.
         skip_norm: a step whose gradient's norm is above it, or not finite, is left out: rare draws of z can lie where a
-            flow's density is astronomically small. None for no such step; more than one in a hundred end the training.
+            flow's density is astronomically small. Adam's bias correction counts it all the same. None for no such
+            step. The training ends where more than a hundred, and more than one in a hundred of all, were left out, or
+            all of an epoch.
         average_decay: of an exponential moving average of the weights, which then is what is validated and kept; 0 for
             none. See ``averaging``.
         validation_particles: S of the bound L_S that chooses the best weights; 1 is the ELBO. An importance-weighted
@@ -208,7 +211,7 @@ def fit(
 
     Raises:
         NotFinite: a loss or gradient is NaN or infinite; names the step and the site. The VAE keeps the weights of
-            the step before.
+            the step before. With ``skip_norm``: too many steps were left out.
         CannotCapture: a ValueError: ``compile`` is asked for and impossible; says why. Nothing was trained.
         ValueError: an argument out of its range, an image off the likelihood's support, or a saved state that does
             not fit.
@@ -238,8 +241,9 @@ def fit(
     first_epoch = state.step // steps_an_epoch
     refits = hasattr(getattr(vae.likelihood, "family", None), "refit")
     stepper: EagerSteps | CapturedSteps
-    if compile and state.step < total_steps:
+    if (compile or skip_norm is not None) and state.step < total_steps:
         _check_images(state, train, observe, batch_size=batch_size)
+    if compile and state.step < total_steps:
         try:
             stepper = CapturedSteps(state, objective, train, observe, batch_size=batch_size, **norms)
         except CannotCapture:
@@ -261,7 +265,9 @@ def fit(
             for step in range(state.step, (epoch + 1) * steps_an_epoch)
         ]
         batches = _batches(len(train), batch_size, seed=seed, epoch=epoch, device=device)[place:]
-        for index in stepper.epoch(batches, schedule, validate=epoch == first_epoch):
+        # A step that is not finite would be an error of Pyro's validation, and is to be left out.
+        validate = epoch == first_epoch and skip_norm is None
+        for index in stepper.epoch(batches, schedule, validate=validate):
             images_seen += len(index)
             if refits and state.step % _REFIT_STEPS == 0:
                 with state.evaluated_weights():
@@ -275,11 +281,11 @@ def fit(
                     on_checkpoint(state)
                 last_checkpoint = time.monotonic()
         stepper.settle()
-        _check_skipped(state)
+        _check_skipped(state, epoch + 1)
         record = {
             "step": state.step,
             "epoch": epoch + 1,
-            "train_loss_nats_per_image": state.epoch_loss / state.epoch_images if state.epoch_images else math.nan,
+            "train_loss_nats_per_image": state.epoch_loss / state.epoch_images,
             "beta": schedule[-1][0],
             "learning_rate": schedule[-1][1],
             "train_images_per_second": images_seen / (time.monotonic() - epoch_started),
@@ -307,8 +313,12 @@ _MOST_SKIPPED = 0.01  # of all steps
 _FEW_SKIPPED = 100  # a start from fresh weights has some
 
 
-def _check_skipped(state: TrainingState) -> None:
+def _check_skipped(state: TrainingState, epoch: int) -> None:
     """Raises NotFinite where too many steps were left out for what is left to be a training."""
+    if not state.epoch_images:
+        raise NotFinite(
+            f"step {state.step}: every step of epoch {epoch} had a gradient above skip_norm, or none that is finite"
+        )
     if state.skipped > max(_FEW_SKIPPED, _MOST_SKIPPED * state.step):
         raise NotFinite(
             f"step {state.step}: {state.skipped} steps so far had a gradient above skip_norm, or none that is finite"
@@ -558,8 +568,18 @@ def _step(
     if not norm.isfinite():
         bad = _gradients_that_are_not_finite(vae)
         raise NotFinite(f"step {state.step}: the gradient is not finite, in {', '.join(bad) or 'its norm'}")
+    if state.skipped:
+        _count_skipped(state)
     optimizer.step()
     return value
+
+
+def _count_skipped(state: TrainingState) -> None:
+    """Adam's bias correction counts the steps that were left out too, as the captured step does."""
+    for w in state.vae.parameters():
+        if w.grad is not None:
+            adam_moments(state.optimizer, w)  # there are none before the first step that is taken
+            state.optimizer.state[w]["step"].fill_(state.step)
 
 
 def _gradients_that_are_not_finite(vae: VAE) -> list[str]:

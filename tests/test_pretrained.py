@@ -14,7 +14,7 @@ from small_run import save_bars
 from ppl_vae import build, data, experiment, load, runs, save
 from ppl_vae.build import stored
 from ppl_vae.experiment.opening import open_run
-from ppl_vae.options import Options
+from ppl_vae.options import Options, command_line, parse_train
 
 ROOT = Path(__file__).parent.parent
 OPTIONS = Options(network="mlp", hidden=(8,), latent_dim=2)
@@ -179,6 +179,34 @@ def test_its_training_cannot_be_gone_on_with(shipped):
     with pytest.raises(ValueError, match=r"--resume: expected a run of train_svi\.py, but runs/small was .* shipped"):
         experiment.resume("small", epochs=10, say=silent)
     assert contents(Path("runs/small")) == contents(shipped)
+
+
+@pytest.mark.parametrize("folder_of_that_name", [False, True])
+def test_a_training_starts_from_its_name_or_from_a_folder_of_that_name(shipped, monkeypatch, folder_of_that_name):
+    """The command line, the weights and what config.json records mean one run."""
+    monkeypatch.setattr(command_line, "_PRETRAINED", stored.PRETRAINED)
+    expected = shipped
+    if folder_of_that_name:
+        save(build.vae(replace(OPTIONS, latent_dim=3), (1, 28, 28)), "small", replace(OPTIONS, latent_dim=3))
+        expected = Path("small").resolve()
+    options = parse_train(["--start-from", "small"]).options
+    assert options.latent_dim == (3 if folder_of_that_name else 2)
+    options = build.resolve(options, data.load("mnist"))
+    assert options.start_from == str(expected)
+    vae = build.vae(options, (1, 28, 28))
+    build.start_from_run(vae, options.start_from)
+    theirs = load("small").state_dict()
+    assert all(torch.equal(w, theirs[name]) for name, w in vae.state_dict().items())
+
+
+def test_its_weights_are_taken_by_its_name_from_python(shipped):
+    vae = build.vae(OPTIONS, (1, 28, 28))
+    build.start_from_run(vae, "small")
+    assert all(torch.equal(w, load("small").state_dict()[name]) for name, w in vae.state_dict().items())
+
+
+def test_the_command_line_knows_the_folder_of_pretrained_runs():
+    assert command_line._PRETRAINED.resolve() == stored.PRETRAINED.resolve()
 
 
 # --- What is in the package now ---

@@ -101,3 +101,9 @@ def test_the_list_says_each_name_and_each_published_number():
         place = next(i for i, line in enumerate(lines) if line.startswith(f"{name}: "))
         for line, (number, _) in zip(lines[place + 1 :], numbers, strict=False):
             assert f"published -{number:.2f}" in line
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_whose_source_tests_on_another_draw_says_so(name):
+    elsewhere = any(who in found.source for who in ("Burda", "Sønderby") for found in recipe(name).published)
+    assert ("tested on the draw of Tomczak and Welling" in recipe(name).differs) == elsewhere

@@ -10,12 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyro
 import pytest
 import torch
 from small_run import SMALL, save_bars
 
 from ppl_vae import experiment, recipes, runs
 from ppl_vae.experiment import reproduction
+from ppl_vae.experiment.opening import evaluated_vae, open_run
 from ppl_vae.experiment.reproduction import (
     describe,
     read_rows,
@@ -133,6 +135,18 @@ def test_active_latents_are_those_whose_means_vary(undisturbed, tmp_path):
     assert row["active_units"] == int((means.var(0, ddof=1) > 0.01).sum())
 
 
+def test_active_latents_are_counted_in_variances_of_the_prior(undisturbed, tmp_path, monkeypatch):
+    """Of a prior that is as wide as it takes for one latent to be just active, and for the other not to be."""
+    run = open_run(str(undisturbed[0] / "runs" / "2"))
+    vae = evaluated_vae(run)
+    given = {"num_particles": 2, "images": None, "device": "cpu", "seed": 0, "output": str(tmp_path / "z")}
+    experiment.encode_images(str(run.folder), "test", **given, say=lambda line: None)
+    means = torch.as_tensor(np.load(tmp_path / "z" / "encoded.npz")["mean"])
+    scale = (means.var(0) / 0.01).sqrt() * torch.tensor([0.9, 1.1])
+    monkeypatch.setattr(type(vae.prior), "forward", lambda self: pyro.distributions.Normal(0, scale).to_event(1))
+    assert reproduction._active_units(run, vae) == 1
+
+
 def test_figures_of_the_last_stage_are_drawn_after_its_evaluation(undisturbed):
     run = undisturbed[0] / "runs" / "2"
     drawn = (run / runs.FIGURES / "log_likelihoods.png").stat().st_mtime_ns
@@ -223,10 +237,10 @@ def test_a_shortened_budget_is_in_the_row_in_its_words_and_in_the_table(tmp_path
 @pytest.mark.parametrize(
     ("elbos", "step", "expected"),
     [
-        ([-9.0, -7.0, -8.0], 2, {"elbo": -7.0, "epoch": 2, "last_tenth_gain": -1.0}),
-        ([-9.0, -8.0, -7.5], 3, {"elbo": -7.5, "epoch": 3, "last_tenth_gain": 0.5}),
-        ([float(e) for e in range(20)], 20, {"elbo": 19.0, "epoch": 20, "last_tenth_gain": 2.0}),
-        ([-9.0], 1, {"elbo": -9.0, "epoch": 1, "last_tenth_gain": None}),
+        ([-9.0, -7.0, -8.0], 2, {"elbo": -7.0, "epoch": 2, "last_tenth_gains": [-1.0]}),
+        ([-9.0, -8.0, -7.5], 3, {"elbo": -7.5, "epoch": 3, "last_tenth_gains": [0.5]}),
+        ([float(e) for e in range(20)], 20, {"elbo": 19.0, "epoch": 20, "last_tenth_gains": [2.0]}),
+        ([-9.0], 1, {"elbo": -9.0, "epoch": 1, "last_tenth_gains": [None]}),
     ],
 )
 def test_the_end_of_a_validation_curve_is_its_last_tenth_over_the_rest(elbos, step, expected):
@@ -234,11 +248,28 @@ def test_the_end_of_a_validation_curve_is_its_last_tenth_over_the_rest(elbos, st
         {"step": epoch, "epoch": epoch, "validation_elbo_nats_per_image": elbo}
         for epoch, elbo in enumerate(elbos, start=1)
     ]
-    assert validation_curve(metrics, step) == expected
+    assert validation_curve([metrics], step) == expected
 
 
 def test_without_validation_images_there_is_no_validation_curve():
-    assert validation_curve([{"step": 5, "epoch": 1}], 5) is None
+    assert validation_curve([[{"step": 5, "epoch": 1}]], 5) is None
+
+
+def test_each_stage_has_the_end_of_its_own_curve():
+    elbo, bound = "validation_elbo_nats_per_image", "validation_bound_nats_per_image"
+    first = [{"step": e, "epoch": e, elbo: float(e)} for e in range(1, 21)]
+    second = [{"step": e, "epoch": e, elbo: -float(e), bound: value} for e, value in ((1, 30.0), (2, 30.25))]
+    assert validation_curve([first, second], 2) == {"elbo": -2.0, "epoch": 2, "last_tenth_gains": [2.0, 0.25]}
+
+
+def test_the_end_of_each_stages_curve_is_told_and_in_the_table():
+    seen = {"elbo": -88.0, "epoch": 30, "last_tenth_gains": [0.021, 0.0004]}
+    budget = {"share": 1.0, "epochs": [300, 30], "recipe_epochs": [300, 30]}
+    row = made_up(validation=seen, budget=budget)
+    assert "  the last tenth of each stage's epochs gained +0.02, +0.00 nats of validation bound" in describe(row, "")
+    assert reproduction_table([row]).endswith("| +0.02, +0.00 |")
+    short = made_up(validation=seen | {"last_tenth_gains": [0.021, None]}, budget=budget)
+    assert reproduction_table([short]).endswith("| +0.02, - |")
 
 
 # --- The results file ---
@@ -254,7 +285,7 @@ def made_up(**changes):
         "elbo": {"mean": -88.1, "stderr": 0.23},
         "published": [{"log_likelihood": -84.45, "stderr": 0.12, "source": "VAE: there"}],
         "protocol": {"dataset": "mnist", "binarization": "dynamic", "num_images": 10_000, "num_particles": 5000},
-        "validation": {"elbo": -88.0, "epoch": 399, "last_tenth_gain": 0.0123},
+        "validation": {"elbo": -88.0, "epoch": 399, "last_tenth_gains": [0.0123]},
         "seconds": {"training": [3600.0], "evaluation": 240.0},
     }
     return row | changes
@@ -312,7 +343,7 @@ def test_a_row_is_told_beside_what_is_published():
     lines = describe(made_up(), "rows.json")
     assert lines[0] == "vae_gaussian, seed 0: log p(x) -84.40 ± 0.22 nats an image, L_5000 of 10,000 test images"
     assert lines[1] == "  +0.05 nats against the published -84.45 ± 0.12 (VAE: there)"
-    assert "gained +0.012 nats of validation bound" in lines[2]
+    assert lines[2] == "  the last tenth of the epochs gained +0.01 nats of validation bound"
 
 
 def test_the_table_has_a_line_a_row():
@@ -320,7 +351,7 @@ def test_the_table_has_a_line_a_row():
     assert head.count("|") == rule.count("|") == lines[0].count("|") == lines[1].count("|")
     assert lines[0] == (
         "| `vae_gaussian` | mnist, dynamic | -84.40 ± 0.22 | -88.10 ± 0.23 | -84.45 ± 0.12 (VAE: there) | 400 | 64 | 0 "
-        "| +0.012 |"
+        "| +0.01 |"
     )
     assert "| 200 (of 400), bf16 |" in lines[1]
 

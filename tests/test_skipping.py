@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from ppl_vae import build, experiment, objectives, runs
 from ppl_vae.evidence import NotFinite, evaluate
 from ppl_vae.options import Options
-from ppl_vae.training import _VALIDATION_SEED, TrainingState, fit
+from ppl_vae.training import _VALIDATION_SEED, TrainingState, _batches, fit
 from ppl_vae.vae import VAE
 
 STEPS = 6  # an epoch of 60 images, ten a step
@@ -91,8 +92,115 @@ def test_a_step_that_is_not_finite_ends_a_training_that_leaves_none_out(monkeypa
 
 
 @pytest.mark.parametrize("compile", [False, True], ids=["eager", "captured"])
+@pytest.mark.parametrize("first", [True, False], ids=["the first step too", "not the first"])
+def test_after_steps_that_are_left_out_the_weights_are_those_of_adam_with_a_count_of_all_steps(
+    graphs: Any, first: bool, compile: bool
+) -> None:
+    """Adam written out, in float64."""
+    left_out = {0, 1, 4} if first else {2, 4}
+    x = torch.ones(STEPS, 1, 4, 4)
+    order = _batches(STEPS, 1, seed=0, epoch=0, device=torch.device("cpu"))
+    for step in left_out:
+        x[order[step]] = 0
+    vae = fresh().double()
+    name, w = next(iter(vae.named_parameters()))
+    for other in vae.parameters():
+        other.requires_grad_(other is w)
+
+    def objective(model: Any, guide: Any, x: Tensor, *, beta: Any) -> Tensor:
+        """(w + w^2) summed, and infinite for images of zeros."""
+        w = attrgetter(name)(vae)
+        return (w + w * w).sum() / x.mean()
+
+    weights = w.detach().clone()
+    state = fit(
+        vae,
+        x,
+        epochs=1,
+        batch_size=1,
+        skip_norm=1e3,
+        objective=objective,
+        observe=lambda values, _: values.double(),
+        rate=lambda step, **_: 0.1,
+        clip_norm=1e9,
+        compile=compile,
+    )
+    m, v = torch.zeros_like(weights), torch.zeros_like(weights)
+    for step in range(STEPS):
+        if step in left_out:
+            continue
+        g = 1 + 2 * weights
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+        corrected = m / (1 - 0.9 ** (step + 1)), v / (1 - 0.999 ** (step + 1))
+        weights = weights - 0.1 * corrected[0] / (corrected[1].sqrt() + 1e-8)
+    assert state.skipped == len(left_out)
+    torch.testing.assert_close(w.detach(), weights, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("factor", [1e6, torch.inf, torch.nan], ids=str)
+@pytest.mark.parametrize("where", [0, 3])
+def test_captured_training_is_eager_training_where_steps_are_left_out(
+    graphs: Any, monkeypatch: pytest.MonkeyPatch, where: int, factor: float
+) -> None:
+    """In the first epoch the step ``where``, and another one in each of two more."""
+    monkeypatch.setitem(globals(), "FACTOR", factor)
+    x = images()
+    x[_batches(60, 10, seed=0, epoch=0, device=torch.device("cpu"))[where][2]] = 1
+    (eager, state), (captured, other) = (
+        trained(x, skip_norm=1e3, objective=steep, epochs=3, compile=compile) for compile in (False, True)
+    )
+    assert state.skipped == other.skipped == 3
+    for name, w in state.vae.state_dict().items():
+        torch.testing.assert_close(other.vae.state_dict()[name], w, rtol=1e-4, atol=1e-6)
+    for ours, theirs in zip(eager, captured, strict=True):
+        assert ours["train_loss_nats_per_image"] == pytest.approx(theirs["train_loss_nats_per_image"], rel=1e-5)
+
+
+class Fragile(torch.nn.Module):
+    """A guide's parameters, NaN for a batch with an image of ones: what Pyro's validation raises on."""
+
+    def __init__(self, posterior: torch.nn.Module) -> None:
+        super().__init__()
+        self.posterior = posterior
+
+    def forward(self, x: Tensor) -> Any:
+        mark = (x == 1).all(dim=(1, 2, 3)).any()
+        return self.posterior(torch.where(mark, torch.nan, x))
+
+
+@pytest.mark.parametrize("compile", [False, True], ids=["eager", "captured"])
+def test_a_value_that_is_not_finite_in_the_first_epoch_is_left_out_and_no_error(graphs: Any, compile: bool) -> None:
+    vae = fresh()
+    x = images()
+    order = _batches(60, 10, seed=0, epoch=0, device=torch.device("cpu"))
+    x[next(i for i in order[2].tolist() if i >= 10)] = 1  # the first ten are checked before any step
+    state = fit(
+        VAE(vae.prior, vae.likelihood, Fragile(vae.posterior)),
+        x,
+        epochs=1,
+        batch_size=10,
+        skip_norm=1e3,
+        compile=compile,
+    )
+    assert state.skipped == 1
+    assert all(w.isfinite().all() for w in state.vae.parameters())
+
+
+def all_but_one(model: Any, guide: Any, x: Tensor, *, beta: Any) -> Tensor:
+    """The ELBO of a batch with the mark; of all others a loss that is steep."""
+    loss = objectives.elbo(model, guide, x, beta=beta)
+    return loss * torch.where((x == 1).all(dim=(1, 2, 3)).any(), 1.0, 1e9)
+
+
+@pytest.mark.parametrize("compile", [False, True], ids=["eager", "captured"])
 def test_a_training_that_leaves_too_much_out_ends(graphs: Any, compile: bool) -> None:
-    with pytest.raises(NotFinite, match=r"step 102: 102 steps so far had a gradient above skip_norm"):
+    with pytest.raises(NotFinite, match=r"step 126: 105 steps so far had a gradient above skip_norm"):
+        trained(marked(), skip_norm=1e3, objective=all_but_one, epochs=30, compile=compile)
+
+
+@pytest.mark.parametrize("compile", [False, True], ids=["eager", "captured"])
+def test_a_training_that_leaves_out_an_epoch_ends(graphs: Any, compile: bool) -> None:
+    with pytest.raises(NotFinite, match=r"step 6: every step of epoch 1 had a gradient above skip_norm"):
         trained(images(), skip_norm=1e-9, epochs=30, compile=compile)
 
 

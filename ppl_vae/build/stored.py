@@ -61,8 +61,12 @@ def load_weights(vae: VAE, path: Path, weights: dict[str, Tensor]) -> None:
 
 
 def start_from_run(vae: VAE, run_dir: str) -> None:
-    """Puts another run's evaluated weights into a VAE of the same model. Raises ValueError where they do not fit."""
-    path = Path(run_dir) / runs.MODEL
+    """Puts a run's evaluated weights into a VAE of the same model; the run is as ``run_folder`` takes it.
+
+    Raises:
+        ValueError: no such run, or weights that do not fit.
+    """
+    path = run_folder(run_dir) / runs.MODEL
     weights, _ = runs.load_tensors(path)
     load_weights(vae, path, weights)
 

@@ -47,7 +47,7 @@ def load(
         data_dir: where the named data sets are, or are downloaded to; None: the environment variable PPL_VAE_DATA_DIR,
             else the folder data.
         protocol: "vampprior" (Tomczak and Welling 2018, arXiv 1705.07120), or for the gray named sets "iwae" (Burda et
-            al. 2015, arXiv 1509.00519): all 60,000 images train, none validate, test is drawn anew at each evaluation.
+            al. 2016, arXiv 1509.00519): all 60,000 images train, none validate, test is drawn anew at each evaluation.
         image_size, fit, color: of a folder of images: see ``image_folder``.
 
     Raises:

@@ -113,7 +113,7 @@ def evaluation_images(splits: Splits, split: str, pixels: str, *, seed: int = 0)
     after seeding numpy's legacy generator with 777, one binomial draw over the validation images, then one over test;
     a draw over train follows. "threshold" is p >= 0.5. "none" takes the values as they are: levels become level / 255.
     "levels" are 0 to 255; "dequantized" is one draw of (level + u) / 256, u a constant's for each split.
-    Under the protocol of Burda et al. (2015, arXiv 1509.00519), "dynamic" draws the split anew for each ``seed``,
+    Under the protocol of Burda et al. (2016, arXiv 1509.00519), "dynamic" draws the split anew for each ``seed``,
     which nothing else depends on.
 
     Raises:

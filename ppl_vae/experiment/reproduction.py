@@ -17,7 +17,7 @@ from ppl_vae.experiment.evaluation import plus_minus, write_evaluation
 from ppl_vae.experiment.figures import is_drawn, write_figures
 from ppl_vae.experiment.opening import Run, Say, evaluated_vae, open_run
 from ppl_vae.experiment.train import resume, train
-from ppl_vae.exploration import encode
+from ppl_vae.exploration import encode, moments
 from ppl_vae.options import Options, flag, to_json
 from ppl_vae.recipes import RECIPES, Published, Recipe, in_words, recipe
 
@@ -207,42 +207,49 @@ def _measured(run: Run, found: Recipe, folders: Sequence[Path]) -> dict[str, Any
         "protocol": {key: entry[key] for key in keys},
         "weights": sum(w.numel() for w in vae.parameters()),
         "active_units": _active_units(run, vae),
-        "validation": validation_curve(metrics[-1], entry["step"]),
+        "validation": validation_curve(metrics, entry["step"]),
         "seconds": {"training": [records[-1]["seconds"] for records in metrics], "evaluation": entry["seconds"]},
     }
 
 
 def _active_units(run: Run, vae: Any) -> int | None:
-    """How many latents' posterior means vary by more than 0.01 over test images; None with several layers of them."""
+    """How many latents' posterior means vary over test images by more than 0.01, in variances of the prior.
+
+    None with several layers of latents.
+    """
     if run.options.upper_latents is not None:
         return None
     x = data.evaluation_images(run.splits, "test", run.evaluated_pixels, seed=EVALUATION_SEED)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(EVALUATION_SEED)
-        return active_units(encode(vae, x)).count
+        return active_units(encode(vae, x), moments(vae.prior()).scale).count
 
 
-def validation_curve(metrics: Sequence[dict[str, Any]], step: int) -> dict[str, Any] | None:
-    """max of the last tenth - max before, of validation ELBOs, or bounds L_S where those choose: had the curve ended?
+def validation_curve(stages: Sequence[Sequence[dict[str, Any]]], step: int) -> dict[str, Any] | None:
+    """max of the last tenth - max before, of each stage's validation ELBOs, or bounds L_S where those choose.
 
     Args:
-        metrics: the records of the last stage, one an epoch.
-        step: of the weights that are kept.
+        stages: the records of each stage, one an epoch.
+        step: of the weights that are kept, in the last stage.
 
     Returns:
-        ``elbo`` of the kept weights and their ``epoch``, and what the last tenth of the epochs gained over the best
-        before, nats an image (None for a single epoch); None where there are no validation images.
+        ``elbo`` of the kept weights and their ``epoch`` in the last stage, and ``last_tenth_gains``: what the last
+        tenth of each stage's epochs gained over the best before, nats an image (None for a single epoch); None where
+        there are no validation images.
 
     Source: ours.
     """
-    seen = [record for record in metrics if record.get(_ELBO) is not None]
-    if not seen:
+    seen = [[record for record in records if record.get(_ELBO) is not None] for records in stages]
+    if not all(seen):
         return None
-    kept = next((record for record in seen if record["step"] == step), seen[-1])
-    curve = [record.get(_BOUND, record[_ELBO]) for record in seen]
+    kept = next((record for record in seen[-1] if record["step"] == step), seen[-1][-1])
+    return {"elbo": kept[_ELBO], "epoch": kept["epoch"], "last_tenth_gains": list(map(_last_tenth_gain, seen))}
+
+
+def _last_tenth_gain(records: Sequence[dict[str, Any]]) -> float | None:
+    curve = [record.get(_BOUND, record[_ELBO]) for record in records]
     tenth = math.ceil(len(curve) / 10)
-    gain = max(curve[-tenth:]) - max(curve[:-tenth]) if len(curve) > 1 else None
-    return {"elbo": kept[_ELBO], "epoch": kept["epoch"], "last_tenth_gain": gain}
+    return max(curve[-tenth:]) - max(curve[:-tenth]) if len(curve) > 1 else None
 
 
 def _command(name: str, asked: dict[str, Any]) -> str:
@@ -291,7 +298,7 @@ def write_row(output: str, row: dict[str, Any]) -> None:
 
 def describe(row: dict[str, Any], output: str) -> list[str]:
     """A row in words."""
-    seen, protocol = row["validation"], row["protocol"]
+    protocol = row["protocol"]
     lines = [
         f"{row['recipe']}, seed {row['seed']}: log p(x) {plus_minus(row['ours'])} nats an image, "
         f"L_{protocol['num_particles']} of {protocol['num_images']:,} test images"
@@ -301,8 +308,10 @@ def describe(row: dict[str, Any], output: str) -> list[str]:
         lines.append(f"  {ahead:+.2f} nats against the published {in_words(Published(**published))}")
     if row["budget"]["share"] != 1:
         lines.append(f"  {row['budget']['share']:.3g} of the recipe's epochs: {_epochs(row)}")
-    if seen is not None and seen["last_tenth_gain"] is not None:
-        lines.append(f"  the last tenth of the epochs gained {seen['last_tenth_gain']:+.3f} nats of validation bound")
+    gains = _gains(row)
+    if gains:
+        of = "the epochs" if len(row["budget"]["epochs"]) == 1 else "each stage's epochs"
+        lines.append(f"  the last tenth of {of} gained {gains} nats of validation bound")
     return [*lines, f"  {output} has its row."]
 
 
@@ -315,9 +324,8 @@ def reproduction_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
-    protocol, seen = row["protocol"], row["validation"]
+    protocol = row["protocol"]
     drawn = "" if protocol["binarization"] == "none" else f", {protocol['binarization']}"
-    gain = None if seen is None else seen["last_tenth_gain"]
     return [
         f"`{row['recipe']}`",
         f"{protocol['dataset']}{drawn}",
@@ -327,8 +335,16 @@ def _cells(row: dict[str, Any]) -> list[str]:
         _epochs(row) + (f", {row['precision']}" if row["precision"] != "float32" else ""),
         f"{(sum(row['seconds']['training']) + row['seconds']['evaluation']) / 60:.0f}",
         str(row["seed"]),
-        "" if gain is None else f"{gain:+.3f}",
+        _gains(row),
     ]
+
+
+def _gains(row: dict[str, Any]) -> str:
+    """Of the last tenth of each stage, a dash for a stage of one epoch; empty where no stage has one."""
+    gains = [] if row["validation"] is None else row["validation"]["last_tenth_gains"]
+    if all(gain is None for gain in gains):
+        return ""
+    return ", ".join("-" if gain is None else f"{gain:+.2f}" for gain in gains)
 
 
 def _epochs(row: dict[str, Any]) -> str:

@@ -233,7 +233,10 @@ def _train(run: Run, *, say: Say, compile_if_possible: bool) -> None:
     speed = f", {statistics.median(speeds):,.0f} training images a second" if speeds else ""
     say(f"Trained {options.epochs} epochs in {state.seconds:.0f} s{speed}; {kept}.")
     if state.skipped:
-        say(f"{state.skipped:,} of {state.step:,} steps were left out: their gradient's norm was above --skip-norm.")
+        say(
+            f"{state.skipped:,} of {state.step:,} steps were left out: their gradient's norm was above --skip-norm, or "
+            "not finite."
+        )
     if options.beta != 1 and state.best_step < state.step and not build.is_autoencoder(options):
         say(
             f"The weights of step {state.best_step:,} are kept: from then on, training with beta = {options.beta} "

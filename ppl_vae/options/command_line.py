@@ -139,8 +139,16 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainCommand:
     return TrainCommand(options=_from_other_run(fixed) if "start_from" in fixed else Options(**fixed), run_dir=run_dir)
 
 
+_PRETRAINED = Path(__file__).parents[1] / "pretrained"
+
+
 def _from_other_run(given: dict[str, Any]) -> Options:
-    path = Path(given["start_from"]) / "config.json"
+    """The model and the data of the run that training starts from, a folder or a pretrained run by its name."""
+    folder = Path(given["start_from"])
+    shipped = _PRETRAINED / folder
+    if len(folder.parts) == 1 and not folder.exists() and (shipped / "config.json").exists():
+        folder, given = shipped, given | {"start_from": str(shipped)}
+    path = folder / "config.json"
     try:
         other = model_options(json.loads(path.read_text(encoding="utf-8")))
     except OSError:

@@ -87,7 +87,29 @@ class VampPrior(nn.Module):
     def forward(self) -> dist.MixtureSameFamily:
         """-> batch shape (), event shape (L,)."""
         equal = self.pseudo_images.new_zeros(len(self.pseudo_images))
-        return dist.MixtureSameFamily(dist.Categorical(logits=equal), self._posterior[0](self.pseudo_images))
+        mixture = _OfPseudoImages(dist.Categorical(logits=equal), self._posterior[0](self.pseudo_images))
+        mixture.posterior, mixture.pseudo_images = self._posterior[0], self.pseudo_images
+        return mixture
+
+
+class _OfPseudoImages(dist.MixtureSameFamily):
+    """(1/K) sum_k q(z | u_k), which draws k first, and then z of that one component alone: torch draws of all K."""
+
+    posterior: Callable[[Tensor], Any]
+    pseudo_images: Tensor
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> Any:
+        """With another batch shape."""
+        mixture = super().expand(batch_shape, _instance)
+        mixture.posterior, mixture.pseudo_images = self.posterior, self.pseudo_images
+        return mixture
+
+    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008 (torch's signature)
+        """sample_shape + batch shape + (L,)."""
+        with torch.no_grad():
+            shape = self._extended_shape(sample_shape)
+            index = torch.randint(len(self.pseudo_images), (shape[:-1].numel(),), device=self.pseudo_images.device)
+            return self.posterior(self.pseudo_images[index]).sample().reshape(shape)
 
 
 class Flow(nn.Module):

@@ -298,9 +298,13 @@ def _with_config(text):
         (_with_config("[]"), (), "damaged: expected an object with options$"),
         (_with_config('{"options": 3}'), (), "expected an object of options, got int$"),
         (_with_config('{"options": {"glitter": 1}}'), (), "missing or unknown: .*glitter"),
-        (None, ("--latent-dim", "3"), r"the weights do not fit the run's config: size mismatch for .*"),
-        (None, ("--prior", "standard-normal"), r"--prior-flow: expected --prior flow, which it is of"),
-        (None, ("--network", "gated"), r"model\.safetensors: the weights do not fit the run's config: "),
+        (
+            None,
+            ("--latent-dim", "3"),
+            r"--start-from: expected a run of the same model, got .*, whose weights are of another$",
+        ),
+        (None, ("--prior", "standard-normal"), r"--start-from: expected a run of the same model"),
+        (None, ("--network", "gated"), r"--start-from: expected a run of the same model"),
     ],
     ids=["no folder", "no weights", "not JSON", "no object", "no options", "unknown", "latents", "prior", "network"],
 )

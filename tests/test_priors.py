@@ -444,3 +444,19 @@ def test_a_training_goes_on_bit_for_bit_from_any_step(graphs, name, objective, c
         assert any(key.startswith("average/") for key in tensors)
         assert all(torch.equal(tensors[key], expected[key]) for key in tensors)
         assert scalars["step"] == 12
+
+
+def test_draws_of_a_vampprior_are_of_its_own_density() -> None:
+    """Of one component each: the mean of log p over them is minus the entropy, by quadrature of one latent."""
+    torch.manual_seed(0)
+    posterior = Conditional(MLP((3,), 2, hidden=(4,)), DiagonalNormal(1)).double()
+    prior = VampPrior(posterior, (3,), components=4).double()
+    with torch.no_grad():
+        prior.pseudo_images.mul_(6)
+        z = torch.linspace(-40, 40, 400_001, dtype=torch.double)[:, None]
+        log_p = prior().log_prob(z)
+        entropy = -torch.trapezoid(log_p.exp() * log_p, z[:, 0])
+        for drawn in (prior().sample((40_000,)), prior().expand((40_000,)).sample()):
+            found = -prior().log_prob(drawn)
+            assert drawn.shape == (40_000, 1)
+            assert abs(found.mean() - entropy) < 4.5 * found.std() / 200

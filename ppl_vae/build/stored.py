@@ -68,6 +68,9 @@ def start_from_run(vae: VAE, run_dir: str) -> None:
     """
     path = run_folder(run_dir) / runs.MODEL
     weights, _ = runs.load_tensors(path)
+    shapes = {name: w.shape for name, w in vae.state_dict().items()}
+    if {name: w.shape for name, w in weights.items()} != shapes:
+        raise ValueError(f"--start-from: expected a run of the same model, got {run_dir}, whose weights are of another")
     load_weights(vae, path, weights)
 
 

@@ -252,6 +252,13 @@ def _criterion(options: Options) -> tuple[str, str]:
     return ("ELBO", "elbo") if S == 1 else (f"bound L_{S}", "bound")
 
 
+def _latents(options: Options) -> str:
+    """How many latents there are, layer by layer, and the families of prior and guide."""
+    counts = [str(options.latent_dim), *map(str, options.upper_latents or ())]
+    guide = options.inference if options.upper_latents else options.posterior
+    return f"latents {' + '.join(counts)}, prior {options.prior}, posterior {guide}"
+
+
 def _what_is_modelled(run: Run) -> list[str]:
     """The network, the binarization and the likelihood, and on what scale its numbers will be."""
     options, splits = run.options, run.splits
@@ -259,7 +266,7 @@ def _what_is_modelled(run: Run) -> list[str]:
     with torch.device("meta"):  # shapes without numbers
         num_weights = sum(w.numel() for w in build.vae(options, splits.event_shape).parameters())
     lines = [
-        f"network {options.network} ({num_weights:,} weights), latents {options.latent_dim}, "
+        f"network {options.network} ({num_weights:,} weights), {_latents(options)}, objective {options.objective}, "
         f"binarization {options.binarization}, likelihood {options.likelihood}"
         f"{', transform logit' * (options.transform == 'logit')} (a {likelihood.measure})"
     ]

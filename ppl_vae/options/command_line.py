@@ -155,6 +155,9 @@ def _from_other_run(given: dict[str, Any]) -> Options:
         raise ValueError(f"--start-from: expected a run folder, but {path} cannot be read") from None
     except ValueError as error:  # of JSON and of bytes that are no text, too
         raise ValueError(f"{path}: damaged: {error}") from None
+    for part in ("prior", "posterior"):  # another one has other options
+        if given.get(part, other[part]) != other[part]:
+            other = {name: value for name, value in other.items() if not name.startswith(f"{part}_")}
     return Options(**(other | given))
 
 

@@ -1105,7 +1105,7 @@ def test_a_failure_that_the_host_sees_late_is_told_with_its_own_step_and_images(
     batches = torch.arange(37).split(8)
     train[batches[2][0], 3] = math.nan
     state = TrainingState(vae, device=torch.device("cpu"))
-    steps = CapturedSteps(state, objectives.elbo, train, _as_stored, batch_size=8, clip_norm=NEVER_CLIP)
+    steps = CapturedSteps(state, objectives.elbo, train, _as_stored, batch_size=8, clip_norm=NEVER_CLIP, skip_norm=None)
     state.device = torch.device("cuda")  # as it is there: the host looks only in settle
     weights = [_flat(vae) for _ in steps.epoch(batches, [(1.0, 0.01, 0.0)] * 5, validate=False)]
     with pytest.raises(NotFinite, match=r"step 2: .*the images of this batch"):
@@ -1445,11 +1445,11 @@ def test_a_logarithm_that_is_used_twice_is_kept(graphs):
 
 
 def test_a_subtracted_logarithm_keeps_its_sign(graphs):
-    def function(h):
-        return ((h - (h.square() - (-h.abs()).exp().log1p())).sum(-1), (h - (-h.abs()).exp().log1p()).sum(-1))
+    def function(h, k):
+        return ((h - (h.square() - (-h.abs()).exp().log1p())).sum(-1), (k - (-k.abs()).exp().log1p()).sum(-1))
 
-    h = torch.randn(5, 28, dtype=torch.double)
-    for value, expected in zip(capture.compiled(function, [h])([h]), function(h), strict=True):
+    h, k = torch.randn(2, 5, 28, dtype=torch.double)
+    for value, expected in zip(capture.compiled(function, [h, k])([h, k]), function(h, k), strict=True):
         assert_close(value, expected, rtol=1e-12, atol=0)
     assert _uses(graphs[0], torch.ops.aten.prod.dim_int) == 2
 

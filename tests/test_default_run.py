@@ -79,10 +79,10 @@ def test_it_is_evaluated_drawn_and_diagnosed(run):
 
 
 @pytest.mark.slow
-def test_the_default_run_is_better_than_89_nats(tmp_path):
+def test_the_default_run_is_better_than_84_nats(tmp_path):
     subprocess.run([sys.executable, TRAIN, "--run-dir", tmp_path / "run"], check=True, timeout=3600)
     entry = json.loads((tmp_path / "run" / "evaluation.json").read_text())["test"]
     assert (entry["num_images"], entry["num_particles"], entry["binarization"]) == (5000, 200, "dynamic")
     bound = entry["log_likelihood"]
-    assert bound["mean"] - 2 * bound["stderr"] > -89
+    assert bound["mean"] - 2 * bound["stderr"] > -84
     assert bound["mean"] < -45.53  # the entropy of the binarization itself: no model can be better in expectation

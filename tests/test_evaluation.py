@@ -249,6 +249,11 @@ def test_fewer_than_ten_particles_say_nothing_of_ten_times_as_many(run):
     assert not any("ten times" in line for line in describe_evaluation(entry))
 
 
+def test_a_k_hat_that_is_not_known_is_not_said_to_be_large(run):
+    entry = runs.read_evaluations(run[0])["test"] | {"num_particles": 15, "pareto_k": {"median": None}}
+    assert "as a floor since k-hat is not known at so few samples," in "\n".join(describe_evaluation(entry))
+
+
 def test_a_folder_that_cannot_be_written_to_is_found_before_the_work(run, monkeypatch):
     monkeypatch.setattr(runs.os, "access", lambda path, mode: False)
     options = {"num_particles": 5, "images": None, "device": "cpu", "seed": 3, "say": print}

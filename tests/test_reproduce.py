@@ -379,6 +379,11 @@ def test_a_name_of_no_recipe_is_refused(tmp_path):
     refused(tmp_path, r"NAME: expected one of iwae_vae_1, .*, tiny, got 'vae_gauss'", name="vae_gauss")
 
 
+def test_an_output_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    refused(tmp_path / "run", "--output: .*file cannot be made: ", output=str(tmp_path / "file" / "rows.json"))
+
+
 def test_two_budgets_are_refused(tmp_path):
     refused(tmp_path, BOTH, epochs=1, epochs_share=0.5)
 

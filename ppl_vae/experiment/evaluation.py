@@ -407,7 +407,8 @@ def describe_evaluation(entry: dict[str, Any]) -> list[str]:
         f"  effective particles: median {number(entry['ess']['median'], 1)} of {S:,}; Pareto k-hat: {fitted} "
         "(above 0.7 is normal for a healthy VAE)"
     )
-    seen = "see" if k is not None and k < _K_WITH_VARIANCE else "see, as a floor since k-hat is not below 0.5,"
+    why = "is not known at so few samples" if k is None else "is not below 0.5"
+    seen = "see" if k is not None and k < _K_WITH_VARIANCE else f"see, as a floor since k-hat {why},"
     lines.append(
         f"  delta method and jackknife {seen} a Monte Carlo error of {number(entry['monte_carlo_stderr'], 3)} "
         f"and {number(entry['bias'], 3)} nats still lacking"

@@ -71,7 +71,10 @@ def reproduce(
     stages[1:] = [replace(stage, start_from=str(before)) for before, stage in zip(folders, stages[1:], strict=False)]
     read_rows(output)
     _check(folders, stages)
-    Path(output).parent.mkdir(parents=True, exist_ok=True)
+    try:
+        Path(output).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--output: {Path(output).parent} cannot be made: {error.strerror}") from None
     run = None
     for folder, stage in zip(folders, stages, strict=True):
         say(f"{name}, stage {folder.name} of {len(stages)}: {stage.epochs:,} epochs.")

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributions import Independent, Normal, kl_divergence
 
 from ppl_vae.conditional import numbers_a_pixel
-from ppl_vae.evidence import particles_a_pass, vectors_a_pass
+from ppl_vae.evidence import particles_a_pass, vectors_a_pass, weighed_a_pass
 from ppl_vae.vae import VAE
 from ppl_vae.weights import log_weights
 
@@ -177,7 +177,7 @@ def manifold(vae: VAE, grid: Tensor) -> Tensor:
 @torch.no_grad()
 def gather_log_weights(vae: VAE, x: Tensor, num_particles: int) -> Tensor:
     """(S, N) log-weights, nats, in passes that fit into memory. x: (N, *E)."""
-    pairs = min(particles_a_pass(x, numbers_a_pixel(vae.likelihood)), vectors_a_pass(vae.prior()))
+    pairs = weighed_a_pass(vae, x)
     chunk = max(1, pairs // len(x))
     parts = []
     with pyro.validation_enabled(False):

@@ -8,7 +8,7 @@ log |det dy/du| or log |det du/dy|, for any leading dimensions. Pyro's own trans
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,8 +20,8 @@ from torch.nn.functional import softmax, softplus
 from ppl_vae.networks import MLP
 from ppl_vae.numerics import bounded
 
-MAX_LOG_SCALE = 2.0  # of one affine coupling: a factor between 0.14 and 7.4
-MAX_INPUT = 10.0  # of its network, in the unit of the base's scale
+MAX_LOG_SCALE = 2.0  # of one affine layer: a factor between 0.14 and 7.4
+MAX_INPUT = 10.0  # of a coupling's network, in the unit of the base's scale
 SPLINE_BOUND = 5.0
 _LEAST_SHARE = 1e-3  # of a spline's interval that a bin takes, and the least slope at a knot
 
@@ -74,81 +74,88 @@ class Permutation(nn.Module):
         return y[..., self.back], y.new_zeros(())
 
 
-class AffineCoupling(nn.Module):
-    """y = (a, exp(s) b + t) for u = (a, b), s = 2 tanh(h / 2), (h, t) = net(10 tanh(a / 10)): the identity at first.
+# (argument, features, inverse) -> the value and the logarithm of its slope
+Univariate = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor]]
 
-    The scale is bounded, so that no step of training can make one coupling explode; and so is what the network sees.
-    Else a shift grows with a, the next coupling's with that, and ten of them carry a draw a little outside the codes
-    off to 10^9: of 50 million draws of a trained guide a few had a log-density of -10^13 nats, and with them the ELBO.
 
-    Args:
-        dim: L, of which the first half, rounded up, is a.
-        hidden: widths of the network's hidden layers.
+def affine(u: Tensor, h: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+    """y = exp(2 tanh(h_1 / 2)) u + h_2. u: (...), h: (..., 2) -> y and log dy/du, or u and log du/dy; h = 0 is y = u.
 
-    Raises:
-        ValueError: fewer than two latents, which have no halves.
+    The scale is bounded, so that no step of training can make one layer explode.
 
-    Reference: Dinh et al. 2017 (RealNVP), arXiv 1605.08803, equations 7 and 8; the bound on s is common practice, that
-    on the network's input ours.
+    Reference: Dinh et al. 2017 (RealNVP), arXiv 1605.08803, equation 7; Kingma et al. 2016, arXiv 1606.04934, equation
+    10; the bound on the log-scale is common practice.
     """
-
-    def __init__(self, dim: int, *, hidden: Sequence[int]) -> None:
-        super().__init__()
-        self.kept = _half(dim)
-        self.net = _zero_at_first(MLP(self.kept, 2 * (dim - self.kept), hidden=hidden))
-
-    def _log_scale_and_shift(self, a: Tensor) -> tuple[Tensor, Tensor]:
-        h, shift = self.net(bounded(a, MAX_INPUT)).to(a.dtype).chunk(2, dim=-1)
-        return bounded(h, MAX_LOG_SCALE), shift
-
-    def forward(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """u: (..., L) -> y (..., L) and log |det dy/du|, (...)."""
-        a, b = u[..., : self.kept], u[..., self.kept :]
-        log_scale, shift = self._log_scale_and_shift(a)
-        return torch.cat([a, log_scale.exp() * b + shift], dim=-1), log_scale.sum(-1)
-
-    def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """y: (..., L) -> u (..., L) and log |det du/dy|, (...)."""
-        a, b = y[..., : self.kept], y[..., self.kept :]
-        log_scale, shift = self._log_scale_and_shift(a)
-        return torch.cat([a, (b - shift) * (-log_scale).exp()], dim=-1), -log_scale.sum(-1)
+    log_scale, shift = bounded(h[..., 0], MAX_LOG_SCALE), h[..., 1]
+    if inverse:
+        return (u - shift) * (-log_scale).exp(), -log_scale
+    return log_scale.exp() * u + shift, log_scale
 
 
-class SplineCoupling(nn.Module):
-    """y = (a, g^-1(b; net(a))) for u = (a, b), g a monotone rational-quadratic spline: the identity at first.
-
-    g is the direction of the density; to draw takes the root of a quadratic equation. Outside [-5, 5] it is the
-    identity.
-
-    Args:
-        dim: L, of which the first half, rounded up, is a.
-        hidden: widths of the network's hidden layers.
-        bins: of each spline.
-
-    Raises:
-        ValueError: fewer than two latents, which have no halves.
+def spline(u: Tensor, h: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+    """A monotone rational-quadratic spline on [-5, 5], the identity outside. u: (...), h: (..., 3 K - 1), h = 0: y = u.
 
     Reference: Durkan et al. 2019 (neural spline flows), arXiv 1906.04032, section 3.
     """
+    return rational_quadratic_spline(u, h, bound=SPLINE_BOUND, inverse=inverse)
 
-    def __init__(self, dim: int, *, hidden: Sequence[int], bins: int = 8) -> None:
+
+class Coupling(nn.Module):
+    """y = (a, t(b; h)) for u = (a, b), t monotone in each b_l, h_l = net_l(10 tanh(a / 10)): the identity at first.
+
+    What the network sees is bounded. Else an affine map's shift grows with a, the next coupling's with that, and ten of
+    them carry a draw a little outside the codes off to 10^9: of 50 million draws of a trained guide a few, nearly all
+    of it one, had a log-density of -10^17 nats, and with them the ELBO.
+
+    Args:
+        dim: L, of which the first half, rounded up, is a.
+        univariate: t, of ``num_features`` features for each b_l.
+        num_features: F.
+        hidden: widths of the network's hidden layers.
+
+    Raises:
+        ValueError: fewer than two latents, which have no halves.
+
+    Reference: Dinh et al. 2017, arXiv 1605.08803, section 3.2; the bound on the network's input is ours.
+    """
+
+    def __init__(self, dim: int, *, univariate: Univariate, num_features: int, hidden: Sequence[int]) -> None:
         super().__init__()
         self.kept = _half(dim)
-        self.bins = bins
-        self.net = _zero_at_first(MLP(self.kept, (dim - self.kept) * (3 * bins - 1), hidden=hidden))
-
-    def _spline(self, a: Tensor, b: Tensor, *, inverse: bool) -> tuple[Tensor, Tensor]:
-        h = self.net(a).to(a.dtype).unflatten(-1, (-1, 3 * self.bins - 1))
-        found, log_slope = rational_quadratic_spline(b, h, bound=SPLINE_BOUND, inverse=inverse)
-        return torch.cat([a, found], dim=-1), log_slope.sum(-1)
+        self.univariate = univariate
+        self.num_features = num_features
+        self.net = _zero_at_first(MLP(self.kept, num_features * (dim - self.kept), hidden=hidden))
 
     def forward(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """u: (..., L) -> y (..., L) and log |det dy/du|, (...)."""
-        return self._spline(u[..., : self.kept], u[..., self.kept :], inverse=True)
+        return self._mapped(u, False)
 
     def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """y: (..., L) -> u (..., L) and log |det du/dy|, (...)."""
-        return self._spline(y[..., : self.kept], y[..., self.kept :], inverse=False)
+        return self._mapped(y, True)
+
+    def _mapped(self, u: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+        a, b = u[..., : self.kept], u[..., self.kept :]
+        h = self.net(bounded(a, MAX_INPUT)).to(a.dtype).unflatten(-1, (self.num_features, -1)).transpose(-1, -2)
+        found, log_slope = self.univariate(b, h, inverse)
+        return torch.cat([a, found], dim=-1), log_slope.sum(-1)
+
+
+def affine_coupling(dim: int, *, hidden: Sequence[int]) -> Coupling:
+    """b is scaled and shifted. Arguments and errors as ``Coupling``."""
+    return Coupling(dim, univariate=affine, num_features=2, hidden=hidden)
+
+
+def spline_coupling(dim: int, *, hidden: Sequence[int], bins: int = 8) -> Coupling:
+    """b goes through splines of so many bins. Arguments and errors as ``Coupling``.
+
+    The spline is the direction of the density; to draw takes the root of a quadratic equation.
+    """
+    return Coupling(dim, univariate=_spline_of_the_density, num_features=3 * bins - 1, hidden=hidden)
+
+
+def _spline_of_the_density(u: Tensor, h: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+    return spline(u, h, not inverse)
 
 
 def _half(dim: int) -> int:
@@ -235,7 +242,7 @@ def _bins(h: Tensor, bound: float) -> tuple[Tensor, Tensor]:
     return lengths, lengths.cumsum(-1) - lengths - bound
 
 
-COUPLINGS: dict[str, Any] = {"affine": AffineCoupling, "spline": SplineCoupling}
+COUPLINGS: dict[str, Callable[..., Coupling]] = {"affine": affine_coupling, "spline": spline_coupling}
 
 
 class Flow(nn.Module):
@@ -250,7 +257,9 @@ class Flow(nn.Module):
         self.layers = nn.ModuleList(layers)
 
     @classmethod
-    def of_couplings(cls, dim: int, *, coupling: type[nn.Module], num_layers: int, hidden: Sequence[int]) -> Flow:
+    def of_couplings(
+        cls, dim: int, *, coupling: Callable[..., nn.Module], num_layers: int, hidden: Sequence[int]
+    ) -> Flow:
         """num_layers times an elementwise affine map, a coupling and a permutation, and an affine map at the end."""
         layers: list[nn.Module] = []
         for _ in range(num_layers):

@@ -10,18 +10,17 @@ import pyro
 import pytest
 import torch
 from pyro.distributions.transforms.spline import _monotonic_rational_spline
+from random_weights import at_random
 from scipy.stats import kstest
 from torch.testing import assert_close
 
 from ppl_vae.flows import (
     COUPLINGS,
     SPLINE_BOUND,
-    AffineCoupling,
     ElementwiseAffine,
     Flow,
     Permutation,
     Pushforward,
-    SplineCoupling,
     rational_quadratic_spline,
 )
 from ppl_vae.priors import StandardNormal
@@ -34,8 +33,8 @@ def _of_couplings(name, dim, *, num_layers=3, hidden=(8,)):
 LAYERS = {
     "elementwise": ElementwiseAffine,
     "permutation": Permutation,
-    "affine": lambda dim: AffineCoupling(dim, hidden=(8, 8)),
-    "spline": lambda dim: SplineCoupling(dim, hidden=(8,)),
+    "affine": lambda dim: COUPLINGS["affine"](dim, hidden=(8, 8)),
+    "spline": lambda dim: COUPLINGS["spline"](dim, hidden=(8,)),
     "flow of affine": lambda dim: _of_couplings("affine", dim),
     "flow of spline": lambda dim: _of_couplings("spline", dim),
 }
@@ -43,18 +42,9 @@ HALVED = [name for name in LAYERS if name not in ("elementwise", "permutation")]
 SHAPES = [(name, dim) for name in LAYERS for dim in (1, 2, 3, 8) if dim > 1 or name not in HALVED]
 
 
-def _at_random(module, *, size=0.4, seed=0):
-    """In float64, every parameter moved by a random number of this size, so that nothing is at its start."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in module.double().parameters():
-            parameter.add_(size * torch.randn(parameter.shape, generator=generator, dtype=torch.double))
-    return module
-
-
 def _layer(name, dim, *, size=0.4):
     torch.manual_seed(0)
-    return _at_random(LAYERS[name](dim), size=size)
+    return at_random(LAYERS[name](dim), size=size)
 
 
 def _randn(*shape, seed=0, dtype=torch.double):
@@ -202,7 +192,7 @@ def test_a_layer_stays_finite_far_outside_in_single_precision(name, way):
 def test_a_flow_of_many_layers_inverts_in_single_precision(name):
     """Ten couplings of 40 latents, as the prior's defaults have them."""
     torch.manual_seed(0)
-    flow = _at_random(_of_couplings(name, 40, num_layers=10, hidden=(256,)), size=0.02).float()
+    flow = at_random(_of_couplings(name, 40, num_layers=10, hidden=(256,)), size=0.02).float()
     u = torch.randn(500, 40)
     y, log_volume = flow(u)
     back, log_volume_back = flow.inverse(y)
@@ -348,7 +338,7 @@ SMALL = {"affine": 0.3, "spline": 0.25}  # so that points of a grid lie closer t
 
 def _pushforward(name, *, dim=2):
     torch.manual_seed(0)
-    flow = _at_random(_of_couplings(name, dim, num_layers=2), size=SMALL[name])
+    flow = at_random(_of_couplings(name, dim, num_layers=2), size=SMALL[name])
     return Pushforward(StandardNormal(dim).double()(), flow)
 
 

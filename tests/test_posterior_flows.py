@@ -11,6 +11,7 @@ import pytest
 import torch
 from oracles import LinearGaussian, bernoulli_vae, quadrature_log_evidence
 from pyro.distributions import Categorical, MixtureSameFamily
+from random_weights import at_random
 from safetensors.torch import load_file, save_file
 from scipy.stats import kstest
 from torch.testing import assert_close
@@ -25,18 +26,9 @@ FLOWS = {"iaf": inverse_autoregressive_flow, "spline": spline_flow}
 C = 4  # features of the context
 
 
-def _at_random(module, *, size=0.4, seed=0):
-    """In float64, every parameter moved by a random number of this size, so that nothing is at its start."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in module.double().parameters():
-            parameter.add_(size * torch.randn(parameter.shape, generator=generator, dtype=torch.double))
-    return module
-
-
 def _posterior(name, L, *, num_layers=3, hidden=(8, 8), size=0.4):
     torch.manual_seed(0)
-    return _at_random(FLOWS[name](L, context_dim=C, num_layers=num_layers, hidden=hidden), size=size)
+    return at_random(FLOWS[name](L, context_dim=C, num_layers=num_layers, hidden=hidden), size=size)
 
 
 def _h(posterior, *shape, seed=1):
@@ -394,8 +386,8 @@ def _flow_vae(name, exact):
     """The linear-Gaussian model with a guide of random weights, wider than its posterior at first."""
     D, L = exact.W.shape
     vae, wide = exact.vae(widen=1.5), exact.vae(widen=1.5).posterior.net.output
-    posterior = _at_random(FLOWS[name](L, context_dim=C, num_layers=2, hidden=(8,)), size=0.15)
-    encoder = _at_random(MLP(D, posterior.num_features, hidden=()))
+    posterior = at_random(FLOWS[name](L, context_dim=C, num_layers=2, hidden=(8,)), size=0.15)
+    encoder = at_random(MLP(D, posterior.num_features, hidden=()))
     with torch.no_grad():
         encoder.output.weight[: 2 * L] = wide.weight
         encoder.output.bias[: 2 * L] = wide.bias
@@ -469,7 +461,7 @@ def _images(num_images=20):
 def _bernoulli_flow_vae(name):
     vae = bernoulli_vae(latent_dim=2)
     torch.manual_seed(0)
-    posterior = _at_random(FLOWS[name](2, context_dim=C, num_layers=2, hidden=(6,)), size=0.1)
+    posterior = at_random(FLOWS[name](2, context_dim=C, num_layers=2, hidden=(6,)), size=0.1)
     encoder = MLP(12, posterior.num_features, hidden=()).double()
     with torch.no_grad():
         encoder.output.weight.mul_(0.2)

@@ -59,7 +59,11 @@ def objective(options: Options) -> Callable[..., Tensor]:
 
 
 def check_objective(options: Options) -> None:
-    """Raises ValueError for an objective that the posterior cannot have, or an option of another objective."""
+    """Raises ValueError for an objective that the parts cannot have, or an option of another.
+
+    Args:
+        options: ``decided``.
+    """
     if options.objective in ("iwae", "dreg", "stl") and options.kl != Options().kl:
         raise ValueError(f"--kl: {options.objective} samples the KL; expected no --kl beside it")
     if options.objective == "free-bits" and options.kl != Options().kl:
@@ -85,7 +89,7 @@ def _check_closed_form(options: Options) -> None:
     """Raises ValueError where the KL of the guide and the prior has no formula: it would be sampled without a word."""
     asked = "--objective free-bits" if options.objective == "free-bits" else "--kl analytic"
     guides = ("diagonal",) if options.objective == "free-bits" else ("diagonal", "full", "delta")
-    if options.prior not in (None, "standard-normal"):
+    if options.prior != "standard-normal":
         raise ValueError(f"{asked}: expected --prior standard-normal, whose KL has a formula, got {options.prior}")
     if options.posterior not in guides:
         raise ValueError(

@@ -37,16 +37,18 @@ LIKELIHOODS: dict[str, Callable[..., Any]] = {
 
 
 class Network(NamedTuple):
-    """An encoder and its decoder.
+    """An encoder, its decoder, and what goes with them between further layers of latents.
 
     Args:
         encoder: (event_shape, num_features, *, channels, hidden) -> network, images to features.
         decoder: (latent_dim, event_shape, num_features, *, channels, hidden) -> network, latents to features; hidden
             in the encoder's order.
+        dense: (num_inputs, num_features, *, hidden) -> network, vectors to features.
     """
 
     encoder: Callable[..., nn.Module]
     decoder: Callable[..., nn.Module]
+    dense: Callable[..., nn.Module]
 
 
 def _dense(network: Callable[..., nn.Module]) -> Network:
@@ -58,7 +60,7 @@ def _dense(network: Callable[..., nn.Module]) -> Network:
     def decoder(latent_dim: int, event_shape: Any, num_features: int, *, channels: Any, hidden: Any) -> nn.Module:
         return network(latent_dim, num_features, hidden=hidden[::-1])
 
-    return Network(encoder, decoder)
+    return Network(encoder, decoder, network)
 
 
 def _convolutional(*, gated: bool, num_blocks: int) -> Network:
@@ -73,7 +75,8 @@ def _convolutional(*, gated: bool, num_blocks: int) -> Network:
             num_blocks=num_blocks,
         )
 
-    return Network(partial(networks.ConvEncoder, gated=gated, num_blocks=num_blocks), decoder)
+    encoder = partial(networks.ConvEncoder, gated=gated, num_blocks=num_blocks)
+    return Network(encoder, decoder, networks.GatedMLP if gated else networks.MLP)
 
 
 NETWORKS: dict[str, Network] = {
@@ -146,9 +149,11 @@ def vae(options: Options, event_shape: Sequence[int]) -> VAE:
     Raises:
         ValueError: an option of a part that was not chosen, or parts that do not go together.
     """
+    options = decided(options)
+    assert options.prior is not None
     _check_own_options(options)
     network, L = NETWORKS[options.network], options.latent_dim
-    sizes = {"channels": options.channels, "hidden": options.hidden or default_hidden(options.network)}
+    sizes = {"channels": options.channels, "hidden": options.hidden}
     family = likelihood(options, event_shape)
 
     def encoder(num_features: int) -> nn.Module:
@@ -163,12 +168,9 @@ def vae(options: Options, event_shape: Sequence[int]) -> VAE:
         built = cast(VAE, _hierarchy(options, event_shape, encoder, decoder, family))
     else:
         posterior = POSTERIORS[options.posterior](options, L, **_scale_map(options))
-        likelihood_of_z, guide = (
-            Conditional(decoder(L), family),
-            Conditional(encoder(posterior.num_features), posterior),
-        )
-        prior = PRIORS[options.prior or default_prior(options)](options, L, guide, event_shape)
-        built = VAE(prior, likelihood_of_z, guide)
+        p_x_given_z = Conditional(decoder(L), family)
+        q_z_given_x = Conditional(encoder(posterior.num_features), posterior)
+        built = VAE(PRIORS[options.prior](options, L, q_z_given_x, event_shape), p_x_given_z, q_z_given_x)
     if options.initialization == "wide":
         for part in (built.likelihood, built.posterior):
             networks.start_wide(cast(nn.Module, part))
@@ -182,10 +184,12 @@ def _hierarchy(
     decoder: Callable[[int], nn.Module],
     family: Any,
 ) -> HierarchicalVAE:
-    """Several layers of latents, z_1 next to the image: see ``hierarchy``."""
+    """Several layers of latents, z_1 next to the image: see ``hierarchy``. The options are ``decided``."""
     assert options.upper_latents is not None
+    assert options.hidden is not None
+    assert options.prior is not None
     dims, hidden = (options.latent_dim, *options.upper_latents), options.upper_hidden
-    dense = _DENSE.get(options.network, networks.MLP)
+    dense = NETWORKS[options.network].dense
 
     def family_of(latent_dim: int) -> nn.Module:
         return posteriors.DiagonalNormal(latent_dim, **_scale_map(options))
@@ -193,25 +197,17 @@ def _hierarchy(
     def conditional(num_inputs: int, latent_dim: int, widths: Sequence[int]) -> Conditional:
         return Conditional(dense(num_inputs, 2 * latent_dim, hidden=widths), family_of(latent_dim))
 
-    top = PRIORS[options.prior or default_prior(options)](options, dims[-1], None, event_shape)
+    top = PRIORS[options.prior](options, dims[-1], None, event_shape)
     prior = LayeredPrior(top, [conditional(above, L, hidden[::-1]) for L, above in pairwise(dims)])
     if options.inference == "bottom-up":
         first = Conditional(encoder(2 * dims[0]), family_of(dims[0]))
         guide: Any = BottomUp([first, *(conditional(L, above, hidden) for L, above in pairwise(dims))])
     else:
-        widths = [(options.hidden or default_hidden(options.network))[-1]] + [hidden[-1]] * (len(dims) - 1)
+        widths = [options.hidden[-1]] + [hidden[-1]] * (len(dims) - 1)
         features = [encoder(widths[0]), *(dense(F, G, hidden=hidden[:-1]) for F, G in pairwise(widths))]
         guide = TopDown(features, [conditional(F, L, ()) for F, L in zip(widths, dims, strict=True)], prior)
     net = decoder(sum(dims)) if options.decoder_input == "all" else OfBottomLayer(decoder(dims[0]), dims)
     return HierarchicalVAE(prior, Conditional(net, family), guide)
-
-
-_DENSE: dict[str, Callable[..., nn.Module]] = {
-    "tanh": partial(networks.MLP, activation=nn.Tanh),
-    "gated": networks.GatedMLP,
-    "gated-conv": networks.GatedMLP,
-    "gated-residual": networks.GatedMLP,
-}  # of further layers of latents, by the network next to the image; rectified MLPs beside the others
 
 
 # An option that is of some words of another option alone: the other, its words, and what they are called.
@@ -230,22 +226,26 @@ _OF_WORDS: dict[str, tuple[str, tuple[str, ...]]] = {
 
 
 def _check_own_options(options: Options) -> None:
-    """Raises ValueError for an option of a part that was not chosen, which would do nothing, and for parts at odds."""
-    options = decided(options)
+    """Raises ValueError for an option of a part that was not chosen, which would do nothing, and for parts at odds.
+
+    Args:
+        options: ``decided``.
+    """
+    usual = Options()
     for name, (of, words) in _OF_WORDS.items():
-        unsaid = (getattr(Options(), name), PLAIN.get(name))
+        unsaid = (getattr(usual, name), PLAIN.get(name))
         if getattr(options, name) not in unsaid and getattr(options, of) not in words:
             raise ValueError(
                 f"{flag(name)}: expected {flag(of)} {' or '.join(words)}, which it is of, got {getattr(options, of)}"
             )
-    if is_autoencoder(options) and options.prior not in (None, "standard-normal"):
+    if is_autoencoder(options) and options.prior != "standard-normal":
         raise ValueError(
             f"--posterior delta: expected --prior standard-normal, got {options.prior}: without a KL nothing trains a "
             "prior"
         )
     if options.upper_latents is None:
         for name in ("upper_hidden", "inference", "decoder_input"):
-            if getattr(options, name) != getattr(Options(), name):
+            if getattr(options, name) != getattr(usual, name):
                 raise ValueError(f"{flag(name)}: expected --upper-latents beside it, which it is of, got none")
         return
     if options.posterior != "diagonal":

@@ -179,7 +179,6 @@ def _evaluate(run: Run, num_particles: int, device: str, say: Say) -> bool:
 
 def _head(name: str, found: Recipe, seed: int, share: float, stages: Sequence[Options]) -> dict[str, Any]:
     """What was asked for, and what it is held against."""
-    usual = to_json(Options())
     return {
         "recipe": name,
         "model": found.model,
@@ -192,9 +191,7 @@ def _head(name: str, found: Recipe, seed: int, share: float, stages: Sequence[Op
             "recipe_epochs": [stage.epochs for stage in found.stages],
         },
         "precision": stages[-1].precision,
-        "options": [
-            {key: v for key, v in to_json(stage).items() if v != usual[key] and key not in _WHERE} for stage in stages
-        ],
+        "options": [{key: v for key, v in to_json(stage).items() if key not in _WHERE} for stage in stages],
     }
 
 

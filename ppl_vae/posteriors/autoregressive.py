@@ -2,37 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from ppl_vae import flows
-from ppl_vae.numerics import bounded
-
-# (argument, features, inverse) -> the value and the logarithm of its slope
-Univariate = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor]]
-
-
-def affine(u: Tensor, h: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-    """y = exp(2 tanh(h_1 / 2)) u + h_2. u: (...), h: (..., 2) -> y and log dy/du, or u and log du/dy; h = 0 is y = u.
-
-    Reference: Kingma et al. 2016, arXiv 1606.04934, equation 10; the bound on the log-scale is common practice.
-    """
-    log_scale, shift = bounded(h[..., 0], flows.MAX_LOG_SCALE), h[..., 1]
-    if inverse:
-        return (u - shift) * (-log_scale).exp(), -log_scale
-    return log_scale.exp() * u + shift, log_scale
-
-
-def spline(u: Tensor, h: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-    """A monotone rational-quadratic spline on [-5, 5], the identity outside. u: (...), h: (..., 3 K - 1), h = 0: y = u.
-
-    Reference: Durkan et al. 2019, arXiv 1906.04032.
-    """
-    return flows.rational_quadratic_spline(u, h, bound=flows.SPLINE_BOUND, inverse=inverse)
+from ppl_vae.flows import Univariate
 
 
 class MaskedLinear(nn.Linear):

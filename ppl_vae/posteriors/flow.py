@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from ppl_vae.posteriors.autoregressive import Autoregressive, affine, spline
+from ppl_vae.flows import affine, spline
+from ppl_vae.posteriors.autoregressive import Autoregressive
 from ppl_vae.posteriors.own_draw import OwnDraw
 from ppl_vae.posteriors.scales import bounded_log_scale
 

@@ -29,7 +29,8 @@ from ppl_vae.networks import MLP
 from ppl_vae.options import KLS, LIKELIHOODS, PLAIN, Options
 from ppl_vae.posteriors import DiagonalNormal
 from ppl_vae.priors import StandardNormal
-from ppl_vae.training import CapturedSteps, TrainingState, averaging
+from ppl_vae.schedules import averaging
+from ppl_vae.training import CapturedSteps, TrainingState
 
 ESTIMATORS = {"sampled": Trace_ELBO, "analytic": TraceMeanField_ELBO}
 SHAPE = (1, 8, 8)
@@ -617,7 +618,7 @@ def test_what_is_validated_and_kept_are_the_averages(graphs, compile):
     other = _vae(seed=1)
     for record, values in zip(records, averages, strict=True):
         other.load_state_dict(values)
-        exact = evaluate(other, validation, num_particles=1, seed=training._VALIDATION_SEED, check=False).elbo.mean()
+        exact = evaluate(other, validation, num_particles=1, seed=training.VALIDATION_SEED, check=False).elbo.mean()
         assert record["validation_elbo_nats_per_image"] == pytest.approx(float(exact), rel=1e-12)
     best = state.best_step // 5 - 1
     assert best != len(records) - 1

@@ -12,9 +12,10 @@ import pytest
 import torch
 from small_run import SMALL, save_bars
 
-from ppl_vae import build, capture, experiment, runs, training
+from ppl_vae import build, capture, experiment, runs
 from ppl_vae.capture import CannotCapture
 from ppl_vae.experiment import evaluation
+from ppl_vae.training import loop
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 NO_COMPILER = r"^--compile on: no C\+\+ compiler \(g\+\+ or clang\+\+\) is installed; --compile off does without$"
@@ -119,7 +120,7 @@ def cannot(monkeypatch):
     def refuse(*_, **__):
         raise CannotCapture("it is written in water")
 
-    monkeypatch.setattr(training, "CapturedSteps", refuse)
+    monkeypatch.setattr(loop, "CapturedSteps", refuse)
 
 
 def test_where_the_capture_fails_auto_says_why_and_trains_as_off_does(

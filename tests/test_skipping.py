@@ -17,7 +17,7 @@ from torch import Tensor
 from ppl_vae import build, experiment, objectives, runs
 from ppl_vae.evidence import NotFinite, evaluate
 from ppl_vae.options import Options
-from ppl_vae.training import _VALIDATION_SEED, TrainingState, _batches, fit
+from ppl_vae.training import VALIDATION_SEED, TrainingState, batches_of, fit
 from ppl_vae.vae import VAE
 
 STEPS = 6  # an epoch of 60 images, ten a step
@@ -99,7 +99,7 @@ def test_after_steps_that_are_left_out_the_weights_are_those_of_adam_with_a_coun
     """Adam written out, in float64."""
     left_out = {0, 1, 4} if first else {2, 4}
     x = torch.ones(STEPS, 1, 4, 4)
-    order = _batches(STEPS, 1, seed=0, epoch=0, device=torch.device("cpu"))
+    order = batches_of(STEPS, 1, seed=0, epoch=0, device=torch.device("cpu"))
     for step in left_out:
         x[order[step]] = 0
     vae = fresh().double()
@@ -145,7 +145,7 @@ def test_captured_training_is_eager_training_where_steps_are_left_out(
     """In the first epoch the step ``where``, and another one in each of two more."""
     monkeypatch.setitem(globals(), "FACTOR", factor)
     x = images()
-    x[_batches(60, 10, seed=0, epoch=0, device=torch.device("cpu"))[where][2]] = 1
+    x[batches_of(60, 10, seed=0, epoch=0, device=torch.device("cpu"))[where][2]] = 1
     (eager, state), (captured, other) = (
         trained(x, skip_norm=1e3, objective=steep, epochs=3, compile=compile) for compile in (False, True)
     )
@@ -172,7 +172,7 @@ class Fragile(torch.nn.Module):
 def test_a_value_that_is_not_finite_in_the_first_epoch_is_left_out_and_no_error(graphs: Any, compile: bool) -> None:
     vae = fresh()
     x = images()
-    order = _batches(60, 10, seed=0, epoch=0, device=torch.device("cpu"))
+    order = batches_of(60, 10, seed=0, epoch=0, device=torch.device("cpu"))
     x[next(i for i in order[2].tolist() if i >= 10)] = 1  # the first ten are checked before any step
     state = fit(
         VAE(vae.prior, vae.likelihood, Fragile(vae.posterior)),
@@ -249,7 +249,7 @@ def test_the_weights_of_an_importance_weighted_training_are_chosen_by_its_bound(
     assert state.best_step == STEPS * (1 + bounds.index(max(bounds)))
     assert all(r["validation_particles"] == 5 for r in records)
     assert all(r["validation_bound_nats_per_image"] > r["validation_elbo_nats_per_image"] for r in records)
-    again = evaluate(vae, 1 - x, num_particles=5, seed=_VALIDATION_SEED).log_evidence.mean()
+    again = evaluate(vae, 1 - x, num_particles=5, seed=VALIDATION_SEED).log_evidence.mean()
     assert float(again) == pytest.approx(max(bounds), abs=1e-5)
 
 

@@ -1,0 +1,114 @@
+"""What ends a training: numbers that are not finite, images off their support, too many steps left out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from ppl_vae.evidence import NotFinite, seeded
+from ppl_vae.training.state import TrainingState
+from ppl_vae.vae import VAE
+from ppl_vae.weights import latent_sites
+
+_MOST_SKIPPED = 0.01  # of all steps
+_FEW_SKIPPED = 100  # a start from fresh weights has some
+
+
+def check_skipped(state: TrainingState, epoch: int) -> None:
+    """Raises NotFinite where too many steps were left out for what is left to be a training."""
+    if not state.epoch_images:
+        raise NotFinite(
+            f"step {state.step}: every step of epoch {epoch} had a gradient above skip_norm, or none that is finite"
+        )
+    if state.skipped > max(_FEW_SKIPPED, _MOST_SKIPPED * state.step):
+        raise NotFinite(
+            f"step {state.step}: {state.skipped} steps so far had a gradient above skip_norm, or none that is finite"
+        )
+
+
+_CHECKED_AT_ONCE = 1000  # images
+
+
+def check_images(state: TrainingState, train: Tensor, observe: Callable[..., Tensor], *, batch_size: int) -> None:
+    """What Pyro's validation would say of the training images, without their way through the networks.
+
+    The programs run once, with validation; then every image is compared with the support of the sites that observe it.
+
+    Raises:
+        NotFinite: the weights or images hold values that are not finite.
+        ValueError: a value off its support, a wrong shape.
+    """
+    vae = state.vae
+    with seeded(0, train.device), torch.no_grad():
+        x = observe(train[:batch_size], None)
+        vae.eval()  # statistics of a batch, where networks take some, are not to move
+        try:
+            with pyro.validation_enabled(True):
+                q = poutine.trace(vae.guide).get_trace(x)
+                p = poutine.trace(poutine.replay(vae.model, trace=q)).get_trace(x)
+                q.compute_log_prob()
+                p.compute_log_prob()
+        except ValueError:
+            site = site_that_is_not_finite(vae, x)
+            if site is None:
+                raise
+            raise NotFinite(f"step {state.step}: {site}") from None
+        finally:
+            vae.train()
+        supports = {
+            name: site["fn"].support
+            for name, site in p.nodes.items()
+            if name in p.observation_nodes and site["value"] is x
+        }
+        # A support that depends on parameters is this batch's own: it was checked with it, and says nothing of others.
+        supports = {name: support for name, support in supports.items() if len(support.check(x[:1])) == 1}
+        for part in train.split(_CHECKED_AT_ONCE):
+            x = observe(part, None)
+            if supports and not x.isfinite().all():
+                raise NotFinite(f"step {state.step}: site 'x': the training images hold values that are not finite")
+            for name, support in supports.items():
+                if not support.check(x).all():
+                    raise ValueError(f"site {name!r}: expected images within the support {support}, got others")
+
+
+def what_is_not_finite(state: TrainingState, objective: Callable[..., Tensor], x: Tensor, beta: float) -> str:
+    """Takes the step that failed once more, with other noise and without its update, and says what is not finite."""
+    vae = state.vae
+    vae.zero_grad()
+    with pyro.validation_enabled(False):
+        loss = objective(vae.model, vae.guide, x, beta=beta)
+    site = site_that_is_not_finite(vae, x)
+    if not loss.isfinite():
+        return f"step {state.step}: the loss is {loss.item()}: {site or 'every site is finite when z is drawn again'}"
+    if site is not None:
+        return f"step {state.step}: {site}"
+    loss.backward()
+    bad = gradients_that_are_not_finite(vae)
+    if bad:
+        return f"step {state.step}: the gradient is not finite, in {', '.join(bad)}"
+    return f"step {state.step}: the loss or its gradient is not finite; both are when z is drawn again"
+
+
+def gradients_that_are_not_finite(vae: VAE) -> list[str]:
+    return [name for name, w in vae.named_parameters() if w.grad is not None and not w.grad.isfinite().all()]
+
+
+def site_that_is_not_finite(vae: VAE, x: Tensor) -> str | None:
+    """Runs the two programs again, and names the first site with a number that is not finite."""
+    if not x.isfinite().all():
+        return "site 'x': the images of this batch hold values that are not finite"
+    with torch.no_grad(), pyro.validation_enabled(False):
+        q = poutine.trace(vae.guide).get_trace(x)
+        p = poutine.trace(poutine.replay(vae.model, trace=q)).get_trace(x)
+        for program, trace in (("guide", q), ("model", p)):
+            for name in [*latent_sites(trace), *trace.observation_nodes]:
+                site = trace.nodes[name]
+                if not torch.as_tensor(site["value"]).isfinite().all():
+                    return f"site {name!r} of the {program} has a value that is not finite"
+                if not site["fn"].log_prob(site["value"]).isfinite().all():
+                    return f"site {name!r} of the {program} has a log-probability that is not finite"
+    return None

@@ -100,7 +100,8 @@ def test_a_row_is_what_the_last_stages_run_holds(undisturbed):
 def test_a_row_is_written_and_says_with_what_it_was_made(undisturbed):
     folder, row, _ = undisturbed
     assert read_rows(str(folder / "results" / "rows.json")) == [json.loads(json.dumps(row))]
-    assert row["environment"]["packages"]["torch"] == torch.__version__
+    release = row["environment"]["packages"]["torch"].split("+")[0]  # torch itself adds how it was built
+    assert release == torch.__version__.split("+")[0]
     assert row["environment"]["device"]
     assert len(row["commits"]) >= 1
     assert len(row["commits"][0].removesuffix("-dirty")) == 40

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pyro
@@ -93,7 +93,9 @@ def stl(model: Program, guide: Program, x: Tensor, *, beta: float | Tensor = 1.0
     as the guide nears the exact posterior, where log w no longer depends on z. Inside an importance-weighted bound of
     more than one particle the score's expectation is not 0, and leaving it out would be biased: there ``dreg`` serves.
 
-    The guide runs a second time on the same draws, with its parameters held, as in ``dreg``.
+    The guide runs a second time on the same draws, with its parameters held, as in ``dreg``; but not those of a prior
+    of which it makes its density, as a top-down guide does. Their score in log q is what cancels the one in log p where
+    the guide adds nothing to the prior; each alone has a noise of 1 / scale (ours).
 
     Args:
         model, guide: as ``iwae``; the guide is a module or a method of one.
@@ -109,7 +111,7 @@ def stl(model: Program, guide: Program, x: Tensor, *, beta: float | Tensor = 1.0
 
     Reference: Roeder et al. 2017, arXiv 1703.09194; the bias inside a bound: Tucker et al. 2019, arXiv 1810.04152.
     """
-    held, z = _held(guide), _draws(guide, x, num_particles)
+    held, z = _held(guide, but=_of_the_prior_alone), _draws(guide, x, num_particles)
     # Other tensors of the same numbers: a transform that knows z again would give its inverse without a gradient.
     at = {name: value.view_as(value) for name, value in z.items()}
     return -_log_w(model, _At(at)(held), x, beta, num_particles).mean()
@@ -152,8 +154,17 @@ class _At(Messenger):
             msg["value"], msg["done"] = self.values[msg["name"]], True
 
 
-def _held(guide: Program) -> Program:
-    """The guide with its module's parameters as constants: gradients pass through values of its sites alone."""
+def _nothing(module: nn.Module) -> set[int]:
+    return set()
+
+
+def _held(guide: Program, *, but: Callable[[nn.Module], set[int]] = _nothing) -> Program:
+    """The guide with its module's parameters as constants: gradients pass through values of its sites alone.
+
+    Args:
+        guide: a module or a method of one.
+        but: a module -> the identities of those of its parameters that stay as they are.
+    """
     module = guide if isinstance(guide, nn.Module) else getattr(guide, "__self__", None)
     if not isinstance(module, nn.Module):
         raise ValueError(
@@ -162,10 +173,19 @@ def _held(guide: Program) -> Program:
         )
 
     def held(x: Tensor) -> None:
-        with replaced(module, {name: w.detach() for name, w in module.named_parameters()}):
+        free = but(module)
+        with replaced(module, {name: w.detach() for name, w in module.named_parameters() if id(w) not in free}):
             guide(x)
 
     return held
+
+
+def _of_the_prior_alone(module: nn.Module) -> set[int]:
+    """The parameters of a VAE's prior that are not its posterior's as well."""
+    prior, posterior = getattr(module, "prior", None), getattr(module, "posterior", None)
+    if not isinstance(prior, nn.Module) or not isinstance(posterior, nn.Module):
+        return set()
+    return {id(w) for w in prior.parameters()} - {id(w) for w in posterior.parameters()}
 
 
 def _left(tensor: Tensor, like: Tensor) -> Tensor:

@@ -92,6 +92,13 @@ class Importance(NamedTuple):
         """
         return ~(self.bias <= UNRELIABLE_BIAS)
 
+    def jackknife_estimate(self) -> Tensor:
+        """(N,) L_S + the jackknife's bias, nats: an estimate of log p(x), and no bound. It may lie above log p(x).
+
+        Reference: Nowozin 2018, ICLR (JVI-1).
+        """
+        return self.log_evidence + self.bias
+
 
 def particles_a_pass(x: Tensor, numbers_a_pixel: int = NUMBERS_A_PIXEL) -> int:
     """How many (particle, image) pairs go through the decoder at once, by the size of an image. x: (N, *E)."""

@@ -12,6 +12,9 @@ from torch import Tensor
 # Below this many exceedances the Pareto fit says nothing (Vehtari et al. 2024, arXiv 1507.02646, section 6).
 _SMALLEST_TAIL = 5
 
+# Weights that differ by less than this share of the largest have no tail: the fit would divide by zero.
+_ROUNDING = 1e-12
+
 _TENTHS = 10
 
 
@@ -57,12 +60,13 @@ def tail_length(num_particles: int) -> int:
     return math.ceil(min(num_particles / 5, 3 * math.sqrt(num_particles)))
 
 
-def _pareto_k(exceedances: Tensor) -> float:
-    if not exceedances[0] > 0:
-        return math.nan
+def _pareto_fit(exceedances: Tensor) -> tuple[float, float]:
+    """Shape k and scale of a generalized Pareto distribution; NaN or infinity where there is no fit."""
+    if not exceedances[0] > _ROUNDING:
+        return math.nan, math.nan
     if exceedances[3 * len(exceedances) // 4] < torch.finfo(torch.double).tiny:  # the fit divides by a lower quartile
-        return math.inf
-    return fit_generalized_pareto(exceedances)[0]
+        return math.inf, math.inf
+    return fit_generalized_pareto(exceedances)
 
 
 def pareto_k(largest_log_w: Tensor) -> Tensor:
@@ -83,8 +87,47 @@ def pareto_k(largest_log_w: Tensor) -> Tensor:
         return largest_log_w.new_full(largest_log_w.shape[1:], math.nan, dtype=torch.double)
     exceedances = (largest_log_w - largest_log_w[0]).double().exp()
     exceedances = (exceedances[:-1] - exceedances[-1]).T
-    fitted = [_pareto_k(image) for image in exceedances.cpu()]
+    fitted = [_pareto_fit(image)[0] for image in exceedances.cpu()]
     return torch.tensor(fitted, dtype=torch.double, device=largest_log_w.device)
+
+
+def smoothed_log_mean_exp(log_w: Tensor) -> Tensor:
+    """log (1/S) sum_s w~_s, the M largest of the w_s replaced by quantiles of the Pareto tail that is fitted to them.
+
+        w~_(m) = min(u + F^-1((m - 1/2) / M; k-hat, scale), max_s w_s), m = 1..M, u the largest of the other weights
+
+    It is an estimate of log E[w], and no bound. The mean of weights with a heavy tail hangs on the largest few, and
+    their quantiles vary less: the squared error is smaller where k is below about 0.7. As no quantile exceeds the
+    largest weight that was seen, it is most often below the plain mean: it does not make up for what was never seen.
+
+    Args:
+        log_w: (S, B) log-weights of independent particles, nats.
+
+    Returns:
+        (B,) nats, float64. The plain log-mean where k-hat has no number, as for fewer than 21 particles.
+
+    Reference: Vehtari et al. 2024, arXiv 1507.02646, section 2.4, with its weakly informed k-hat; M as in section 6.
+    """
+    S = len(log_w)
+    M = tail_length(S)
+    log_w = log_w.double().sort(dim=0, descending=True).values
+    if M < _SMALLEST_TAIL or S <= M:
+        return log_mean_exp(log_w)
+    w = (log_w - log_w[0]).exp()
+    tails = [_smoothed_tail(image) for image in w[: M + 1].T.cpu()]
+    tail = torch.stack(tails, dim=1).to(w)
+    return log_w[0] + (torch.cat([tail, w[M:]]).sum(0) / S).log()
+
+
+def _smoothed_tail(largest: Tensor) -> Tensor:
+    """(M + 1,) the largest weights in descending order, of which the last is the threshold -> (M,) their quantiles."""
+    tail, threshold = largest[:-1], largest[-1]
+    k, scale = _pareto_fit(tail - threshold)
+    if not math.isfinite(k):
+        return tail
+    log_beyond = ((torch.arange(1, len(tail) + 1, dtype=torch.double) - 0.5) / len(tail)).log()  # log (1 - F)
+    excess = torch.expm1(-k * log_beyond) / k if k != 0 else -log_beyond
+    return (threshold + scale * excess).clamp(max=float(tail[0]))
 
 
 class LogWeightSummary:

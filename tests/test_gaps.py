@@ -1,0 +1,77 @@
+"""The gaps of linear-Gaussian VAEs, in closed form: what the family cannot express, and what the encoder loses."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from oracles import LinearGaussian, bernoulli_vae
+from test_proposals import _hierarchical
+from torch.testing import assert_close
+
+from ppl_vae.gaps import Gaps, gaps
+
+
+def _mean_field_gap(oracle):
+    """KL(q* || p(z | x)), q* = N(mean, 1 / diag(C^-1)): (log |C| + sum_l log (C^-1)_ll) / 2, the same for every x."""
+    _, C = oracle.posterior_map()
+    return float(C.logdet() + C.inverse().diagonal().log().sum()) / 2
+
+
+def _guides_gap(oracle, widen, shift):
+    """KL(N(mean + shift s, diag(widen s)^2) || N(mean, C)), s_l^2 = C_ll."""
+    _, C = oracle.posterior_map()
+    s, P = C.diagonal().sqrt(), C.inverse()
+    trace = (P.diagonal() * (widen * s).square()).sum()
+    return float(trace + shift**2 * s @ P @ s - len(s) + C.logdet() - 2 * (widen * s).log().sum()) / 2
+
+
+@pytest.mark.parametrize(("widen", "shift"), [(1.0, 0.0), (1.5, 0.0), (0.6, 0.0), (1.0, 1.0)])
+def test_the_gaps_of_a_correlated_posterior_are_those_in_closed_form(widen, shift):
+    oracle = LinearGaussian.random(orthogonal=False, seed=3)
+    vae, x = oracle.vae(widen=widen, shift=shift), oracle.draw(20)
+    torch.manual_seed(0)
+    found = gaps(vae, x, oracle.log_evidence(x), steps=200, num_particles=8, evaluation_particles=4000)
+    approximation, total = _mean_field_gap(oracle), _guides_gap(oracle, widen, shift)
+    assert approximation > 0.1  # there is one to be found
+    for gap, exact in (
+        (found.approximation, approximation),
+        (found.amortization, total - approximation),
+        (found.total, total),
+    ):
+        assert abs(gap.mean() - exact) < 5 * float(gap.std()) / math.sqrt(20) + 1e-3
+
+
+def test_an_exact_guide_has_no_gap():
+    oracle = LinearGaussian.random()
+    vae, x = oracle.vae(), oracle.draw(5)
+    torch.manual_seed(0)
+    found = gaps(vae, x, oracle.log_evidence(x), steps=100, num_particles=4)
+    for gap in (found.approximation, found.amortization, found.total):
+        assert_close(gap, torch.zeros(5, dtype=torch.double), rtol=0, atol=1e-4)
+
+
+def test_a_shifted_guide_of_an_orthogonal_model_loses_by_amortization_alone():
+    oracle = LinearGaussian.random()
+    vae, x = oracle.vae(widen=1.3, shift=1.0), oracle.draw(10)
+    torch.manual_seed(0)
+    found = gaps(vae, x, oracle.log_evidence(x), steps=200, num_particles=8)
+    assert (found.approximation.abs() < 1e-3).all()
+    assert found.amortization.mean() > 1
+
+
+def test_the_two_gaps_add_up():
+    found = Gaps(torch.tensor([-80.0]), torch.tensor([-85.0]), torch.tensor([-82.0]))
+    assert_close(found.approximation + found.amortization, found.total)
+    assert_close(found.approximation, torch.tensor([2.0]))
+
+
+def test_a_guide_of_several_layers_has_only_a_total_gap():
+    with pytest.raises(ValueError, match=r"expected a guide Conditional\(net, family\)"):
+        gaps(_hierarchical(), torch.ones(2, 6, dtype=torch.double), torch.zeros(2), steps=2, num_particles=1)
+
+
+def test_an_evidence_of_other_images_is_refused():
+    with pytest.raises(ValueError, match=r"log_evidence: expected shape \(3,\), got \(2,\)"):
+        gaps(bernoulli_vae(latent_dim=2), torch.ones(3, 12), torch.zeros(2), steps=2, num_particles=1)

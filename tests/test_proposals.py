@@ -1,0 +1,420 @@
+"""Refined, fitted and defended proposals against exact posteriors and evidences, and bounds that stay bounds."""
+
+from __future__ import annotations
+
+import math
+
+import pyro.distributions as dist
+import pytest
+import torch
+from oracles import LinearGaussian, bernoulli_vae, quadrature_log_evidence
+from torch import nn
+from torch.distributions import MultivariateNormal
+from torch.testing import assert_close
+
+from ppl_vae import VAE, Conditional, importance, log_weights
+from ppl_vae.evidence import NotFinite, evaluate
+from ppl_vae.hierarchy import BottomUp, HierarchicalVAE, LayeredPrior, OfBottomLayer
+from ppl_vae.likelihoods import Bernoulli
+from ppl_vae.networks import MLP
+from ppl_vae.numerics import bound_by_particles
+from ppl_vae.posteriors import Delta, DiagonalNormal, FullNormal, exponential_log_scale, spline_flow
+from ppl_vae.priors import StandardNormal, VampPrior
+from ppl_vae.proposals import Proposal, defensive, fitted, refined, with_guide
+
+
+def _correlated():
+    return LinearGaussian.random(orthogonal=False)
+
+
+def _log_evidence(vae, q, num_particles=1000):
+    """L_S with q, float64, whose particles are drawn after q."""
+    proposed = with_guide(vae, q)
+    return importance(proposed.model, proposed.guide, q.x, num_particles=num_particles)
+
+
+# --- Refined ---
+
+
+@pytest.fixture(scope="module")
+def full():
+    """A full normal for each of eight images, from a guide that is shifted and too wide."""
+    oracle = _correlated()
+    vae, x = oracle.vae(widen=1.5, shift=1.0), oracle.draw(8)
+    torch.manual_seed(0)
+    return oracle, vae, x, refined(vae, x, steps=300, family=FullNormal(3).double(), learning_rate=0.1)
+
+
+def test_a_full_normal_is_refined_to_the_exact_posterior(full):
+    oracle, _, x, q = full
+    A, C = oracle.posterior_map()
+    T = q.family(q.h).scale_tril
+    assert_close(q.family(q.h).loc, (x - oracle.b) @ A.T, rtol=0, atol=1e-3)
+    assert_close(T @ T.mT, C.expand(8, 3, 3), rtol=0, atol=1e-3)
+
+
+def test_a_full_normals_refined_elbo_is_log_evidence(full):
+    oracle, vae, x, q = full
+    torch.manual_seed(1)
+    assert_close(_log_evidence(vae, q).elbo, oracle.log_evidence(x), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("objective", ["elbo", "importance"])
+def test_refining_raises_what_it_maximizes(objective):
+    oracle = _correlated()
+    vae, x = oracle.vae(widen=1.5, shift=1.5), oracle.draw(40)
+    torch.manual_seed(0)
+    q = refined(vae, x, steps=100, objective=objective)
+    S, bounds = (1 if objective == "elbo" else 8), []
+    with torch.no_grad():
+        for guided in (vae, with_guide(vae, q)):
+            bounds.append(bound_by_particles(log_weights(guided.model, guided.guide, x, 1000), [S])[0])
+    gain = bounds[1] - bounds[0]
+    assert gain.mean() > 5 * gain.std() / math.sqrt(40)
+
+
+def test_a_refined_elbo_is_never_above_log_evidence():
+    vae = bernoulli_vae(latent_dim=2)
+    x = torch.bernoulli(torch.full((20, 12), 0.5, dtype=torch.double), generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    q = refined(vae, x, steps=100, family=FullNormal(2).double(), learning_rate=0.1)
+    torch.manual_seed(1)
+    proposed = with_guide(vae, q)
+    log_w = log_weights(proposed.model, proposed.guide, x, 4000).detach()
+    stderr = log_w.std(0) / math.sqrt(4000)
+    assert (log_w.mean(0) < quadrature_log_evidence(vae, x, latent_dim=2) + 5 * stderr).all()
+
+
+def test_the_bound_of_a_refined_guide_is_unbiased_as_an_evidence():
+    """E[w] = p(x), against quadrature, for each image."""
+    vae = bernoulli_vae(latent_dim=2)
+    x = torch.bernoulli(torch.full((10, 12), 0.5, dtype=torch.double), generator=torch.Generator().manual_seed(1))
+    torch.manual_seed(0)
+    result = _log_evidence(vae, defensive(refined(vae, x, steps=100, objective="importance")), 20_000)
+    error = result.log_evidence - quadrature_log_evidence(vae, x, latent_dim=2)
+    assert (error.abs() < 5 * result.monte_carlo_stderr).all()
+
+
+def test_refining_for_importance_leads_to_a_wider_guide():
+    """The best of mean field for KL(q || p) takes the conditionals' scales; importance sampling asks for more."""
+    oracle = _correlated()
+    vae, x = oracle.vae(), oracle.draw(10)
+    torch.manual_seed(0)
+    scales = [
+        refined(vae, x, steps=150, objective=objective).sample((4000,)).std(0).log().mean()
+        for objective in ("elbo", "importance")
+    ]
+    assert scales[1] > scales[0] + 0.05
+
+
+def test_an_exact_guide_stays_exact():
+    oracle = LinearGaussian.random()
+    vae, x = oracle.vae(), oracle.draw(5)
+    torch.manual_seed(0)
+    q = refined(vae, x, steps=100)
+    assert_close(_log_evidence(vae, q).elbo, oracle.log_evidence(x), rtol=0, atol=1e-4)
+
+
+def test_refining_too_fast_never_makes_an_image_worse():
+    """At a rate of 30 the features are thrown far away, and each image keeps its start."""
+    oracle = LinearGaussian.random()
+    vae, x = oracle.vae(widen=1.1), oracle.draw(5)
+    torch.manual_seed(0)
+    q = refined(vae, x, steps=3, learning_rate=30.0)
+    assert torch.equal(q.h, vae.posterior.net(x).detach())
+
+
+def test_the_vae_and_its_gradients_are_left_as_they_were():
+    oracle = _correlated()
+    vae, x = oracle.vae(widen=1.5), oracle.draw(4)
+    before = {name: value.clone() for name, value in vae.state_dict().items()}
+    vae.train()
+    refined(vae, x, steps=3)
+    assert all(torch.equal(value, before[name]) for name, value in vae.state_dict().items())
+    assert vae.training
+    assert all(parameter.grad is None for parameter in vae.parameters())
+
+
+def test_images_are_refined_in_groups_of_one_size(monkeypatch):
+    oracle = _correlated()
+    vae, x = oracle.vae(widen=1.5, shift=1.0), oracle.draw(7)
+    monkeypatch.setattr("ppl_vae.proposals.weighed_a_pass", lambda vae, x: 3 * 4)
+    counted = []
+    torch.manual_seed(0)
+    q = refined(
+        vae,
+        x,
+        steps=100,
+        num_particles=4,
+        family=FullNormal(3).double(),
+        learning_rate=0.1,
+        progress=counted.append,
+    )
+    assert counted == [3] * 100 + [3] * 100 + [1] * 100
+    assert_close(_log_evidence(vae, q).elbo, oracle.log_evidence(x), rtol=0, atol=0.05)
+
+
+def test_a_captured_step_computes_what_the_plain_one_does(graphs):
+    oracle = _correlated()
+    vae, x = oracle.vae(widen=1.5, shift=1.0), oracle.draw(4)
+    found = []
+    for compile in (False, True):
+        torch.manual_seed(0)
+        found.append(refined(vae, x, steps=30, objective="importance", family=FullNormal(3).double(), compile=compile))
+    assert len(graphs) == 1
+    assert_close(found[1].h, found[0].h, rtol=0, atol=1e-9)
+
+
+def test_a_flow_guides_features_are_refined_and_its_layers_are_not():
+    torch.manual_seed(0)
+    vae = bernoulli_vae(latent_dim=2)
+    family = spline_flow(2, context_dim=3, num_layers=2, hidden=(8,))
+    vae.posterior = Conditional(MLP(12, family.num_features, hidden=()), family).double()
+    x = torch.bernoulli(torch.full((5, 12), 0.5, dtype=torch.double))
+    layers = {name: value.clone() for name, value in family.state_dict().items()}
+    q = refined(vae, x, steps=60, num_particles=4, learning_rate=0.1)
+    assert all(torch.equal(value, layers[name]) for name, value in family.state_dict().items())
+    before = importance(vae.model, vae.guide, x, num_particles=2000).elbo
+    exact = quadrature_log_evidence(vae, x, latent_dim=2)
+    assert ((exact - _log_evidence(vae, q, 2000).elbo) < (exact - before) / 2).all()
+
+
+def _hierarchical():
+    torch.manual_seed(0)
+    prior = LayeredPrior(StandardNormal(2), [Conditional(MLP(2, 6, hidden=(4,)), DiagonalNormal(3))])
+    posterior = BottomUp(
+        [
+            Conditional(MLP(6, 6, hidden=(4,)), DiagonalNormal(3)),
+            Conditional(MLP(3, 4, hidden=(4,)), DiagonalNormal(2)),
+        ]
+    )
+    decoder = Conditional(OfBottomLayer(MLP(3, 6, hidden=(4,)), prior.latent_dims), Bernoulli((6,)))
+    return HierarchicalVAE(prior, decoder, posterior).double()
+
+
+def test_a_guide_of_several_layers_has_no_features_to_refine():
+    with pytest.raises(ValueError, match=r"expected a guide Conditional\(net, family\).*got BottomUp"):
+        refined(_hierarchical(), torch.ones(2, 6, dtype=torch.double))
+
+
+def test_a_normal_over_all_layers_bounds_the_same_evidence():
+    """Against the mean of p(x | z) over 100,000 draws of the prior."""
+    vae = _hierarchical()
+    x = torch.bernoulli(torch.full((4, 6), 0.5, dtype=torch.double))
+    q = refined(vae, x, steps=60, family=FullNormal(5).double())
+    with torch.no_grad():
+        p = vae.likelihood(vae.prior().sample((100_000, 1))).log_prob(x).exp()
+    result = _log_evidence(vae, q, 5000)
+    error = torch.hypot(result.monte_carlo_stderr, p.std(0) / p.mean(0) / math.sqrt(100_000))
+    assert ((result.log_evidence - p.mean(0).log()).abs() < 5 * error).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"objective": "iwae"}, "objective: expected one of elbo, importance, got 'iwae'"),
+        ({"steps": 0}, "steps: expected at least 1, got 0"),
+        ({"num_particles": 0}, "num_particles: expected at least 1, got 0"),
+        ({"family": FullNormal(4)}, "family: expected 3 latents, as the guide has, got 4"),
+        ({"family": Delta(3)}, "family: expected DiagonalNormal or FullNormal"),
+    ],
+)
+def test_what_cannot_be_refined_is_refused(arguments, message):
+    oracle = _correlated()
+    with pytest.raises(ValueError, match=message):
+        refined(oracle.vae(), oracle.draw(2), **arguments)
+
+
+def test_a_deterministic_guide_is_refused():
+    vae = bernoulli_vae(latent_dim=2)
+    vae.posterior = Conditional(MLP(12, 2, hidden=()), Delta(2)).double()
+    with pytest.raises(ValueError, match="expected a guide with a density"):
+        refined(vae, torch.ones(2, 12, dtype=torch.double))
+
+
+# --- For its images only ---
+
+
+def test_images_may_come_in_any_order_and_groups(full):
+    _, vae, x, q = full
+    posterior = with_guide(vae, q).posterior
+    order = torch.tensor([5, 0, 0, 7, 2])
+    assert torch.equal(posterior(x[order]).loc, q.family(q.h).loc[order])
+
+
+def test_another_image_is_refused(full):
+    _, vae, x, q = full
+    others = torch.cat([x[:2], x[:3] + 1e-9])
+    with pytest.raises(ValueError, match="got 3 of 5 that are not among its 8"):
+        with_guide(vae, q).guide(others)
+
+
+def test_an_image_of_another_size_is_refused(full):
+    _, vae, x, q = full
+    with pytest.raises(ValueError, match="expected images of 6 pixels, got 5"):
+        with_guide(vae, q).posterior(x[:, :5])
+
+
+def test_a_captured_evaluation_finds_the_same(full, graphs):
+    oracle, vae, x, q = full
+    proposed = with_guide(vae, q)
+    results = [evaluate(proposed, x, num_particles=100, seed=0, compile=compile) for compile in (False, True)]
+    assert len(graphs) == 1
+    assert_close(results[1].log_evidence, results[0].log_evidence)
+    assert_close(results[1].log_evidence, oracle.log_evidence(x), rtol=0, atol=1e-4)
+
+
+def test_another_image_in_a_captured_evaluation_is_not_finite(full, graphs):
+    _, vae, x, q = full
+    others = torch.cat([x[:4], x[4:] + 1])
+    with pytest.raises(NotFinite):
+        evaluate(with_guide(vae, q), others, num_particles=100, seed=0, compile=True)
+
+
+def test_a_prior_of_the_guides_own_posteriors_stays_what_it_was(graphs):
+    """A VampPrior holds the guide that the proposal takes the place of, in a captured evaluation too."""
+    vae = bernoulli_vae(latent_dim=2)
+    vae = VAE(VampPrior(vae.posterior, (12,), components=3), vae.likelihood, vae.posterior).double()
+    x = torch.bernoulli(torch.full((4, 12), 0.5, dtype=torch.double))
+    torch.manual_seed(0)
+    q = refined(vae, x, steps=20, compile=True)
+    own = evaluate(vae, x, num_particles=20_000, seed=0)
+    other = evaluate(with_guide(vae, q), x, num_particles=20_000, seed=1, compile=True)
+    error = torch.hypot(own.monte_carlo_stderr, other.monte_carlo_stderr)
+    assert ((own.log_evidence - other.log_evidence).abs() < 5 * error).all()
+
+
+def test_a_distribution_without_images_is_no_guide():
+    with pytest.raises(ValueError, match="q: expected a Proposal, which knows its images, got Independent"):
+        with_guide(_correlated().vae(), dist.Normal(torch.zeros(2, 3), 1.0).to_event(1))
+
+
+# --- Fitted ---
+
+
+def _posterior_draws(oracle, x, count):
+    A, C = oracle.posterior_map()
+    torch.manual_seed(0)
+    return MultivariateNormal((x - oracle.b) @ A.T, C).sample((count,))
+
+
+def test_a_proposal_fitted_to_many_draws_is_nearly_exact():
+    oracle = _correlated()
+    vae, x = oracle.vae(), oracle.draw(6)
+    q = fitted(_posterior_draws(oracle, x, 20_000), x)
+    gap = oracle.log_evidence(x) - _log_evidence(vae, q, 2000).elbo
+    assert (gap.abs() < 0.005).all()
+
+
+def test_shrinkage_moves_correlations_and_leaves_scales():
+    oracle = _correlated()
+    x = oracle.draw(2)
+    z = _posterior_draws(oracle, x, 50)
+    covariance = torch.stack([z[:, image].T.cov() for image in range(2)])
+    for a in (0.0, 0.4, 1.0):
+        T = fitted(z, x, shrinkage=a).family(fitted(z, x, shrinkage=a).h).scale_tril
+        diagonal = torch.diag_embed(covariance.diagonal(dim1=-2, dim2=-1))
+        assert_close(T @ T.mT, (1 - a) * covariance + a * diagonal, rtol=0, atol=1e-5)
+
+
+def test_fewer_draws_than_latents_make_a_proposal_that_is_nearer_to_the_posterior_than_without_shrinkage():
+    oracle = LinearGaussian.random(D=30, L=20, orthogonal=False, scale=2.0)
+    vae, x = oracle.vae(), oracle.draw(10)
+    z = _posterior_draws(oracle, x, 24)
+    bounds = [_log_evidence(vae, fitted(z, x, shrinkage=a), 500).elbo for a in (0.0, None)]
+    assert (bounds[1] > bounds[0]).all()
+
+
+def test_draws_that_do_not_fit_the_images_are_refused():
+    with pytest.raises(ValueError, match=r"z: expected shape \(M, 4, L\) with at least 3 draws"):
+        fitted(torch.randn(10, 3, 2), torch.ones(4, 6))
+
+
+# --- Defended ---
+
+
+FAMILIES = {
+    "diagonal": lambda: DiagonalNormal(1, log_scale=exponential_log_scale),
+    "full": lambda: FullNormal(1, log_scale=exponential_log_scale),
+    "flow": lambda: spline_flow(1, context_dim=1, num_layers=2, hidden=(4,)),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_defended_density_integrates_to_one(name):
+    torch.manual_seed(0)
+    family = FAMILIES[name]().double()
+    for parameter in family.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    q = defensive(family(0.5 * torch.randn(3, family.num_features, dtype=torch.double)), share=0.3, widen=3.0)
+    z = torch.linspace(-50, 50, 100_001, dtype=torch.double)
+    with torch.no_grad():
+        total = q.log_prob(z[:, None, None].expand(-1, 3, 1)).exp().sum(0) * (z[1] - z[0])
+    assert_close(total, torch.ones(3, dtype=torch.double), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_draws_of_a_defended_proposal_have_its_density(name):
+    """E_q'[f / q'] = 1 for a known density f: the draws and the density are of one distribution."""
+    torch.manual_seed(0)
+    family = FAMILIES[name]().double()
+    h = 0.3 * torch.randn(3, family.num_features, dtype=torch.double)
+    q = defensive(family(h), share=0.3, widen=3.0)
+    f = dist.Normal(torch.zeros(1, dtype=torch.double), 1.0).to_event(1)
+    with torch.no_grad():
+        z = q.sample((40_000,))
+        ratio = (f.log_prob(z) - q.log_prob(z)).exp()
+    assert ((ratio.mean(0) - 1).abs() < 5 * ratio.std(0) / 200).all()
+
+
+def test_weights_of_a_narrow_guide_are_bounded_once_it_is_defended():
+    """c = 0.5: sup p / q' in closed form, where p / q has none. Each of the 100,000 weights is below it."""
+    oracle = LinearGaussian.random(D=4, L=1)
+    vae, x = oracle.vae(widen=0.5), oracle.draw(3)
+    q = Proposal(vae.posterior.family, vae.posterior.net(x).detach(), x)
+    proposed = with_guide(vae, defensive(q, share=0.1, widen=4.0))  # as wide as two posteriors
+    torch.manual_seed(0)
+    with torch.no_grad():
+        defended, plain = (log_weights(v.model, v.guide, x, 100_000) for v in (proposed, vae))
+    most = oracle.log_evidence(x) + math.log(2 / 0.1)  # p(z | x) <= 2 N(z; mean, (2 s)^2)
+    assert (defended < most).all()
+    assert (plain.max(0).values > most).any()
+
+
+def test_defending_a_narrow_guide_takes_the_heavy_tail_of_its_weights_away():
+    """True k of the guide: 1 - 0.5^2 = 0.75, so that its weights have no variance."""
+    oracle = LinearGaussian.random(D=4, L=1)
+    vae, x = oracle.vae(widen=0.5), oracle.draw(30)
+    q = Proposal(vae.posterior.family, vae.posterior.net(x).detach(), x)
+    torch.manual_seed(0)
+    plain, defended = _log_evidence(vae, q, 10_000), _log_evidence(vae, defensive(q, widen=4.0), 10_000)
+    assert plain.pareto_k.mean() > 0.5
+    assert (defended.pareto_k < 0.2).all()
+    error = defended.log_evidence - oracle.log_evidence(x)
+    assert (error.abs() < 5 * defended.monte_carlo_stderr).all()
+
+
+def test_a_defended_flow_keeps_one_pass_for_a_draw_and_its_density():
+    torch.manual_seed(0)
+    family = spline_flow(3, context_dim=1, num_layers=2, hidden=(4,)).double()
+    q = defensive(family(torch.randn(2, family.num_features, dtype=torch.double)))
+    with torch.no_grad():
+        z = q.rsample((50,))
+        assert_close(q.log_prob(z), q.log_prob(z.clone()))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"share": 0.0}, "share: expected a number between 0 and 1"),
+        ({"widen": 1.0}, "widen: expected a number above 1"),
+    ],
+)
+def test_a_mixture_that_defends_nothing_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        defensive(dist.Normal(torch.zeros(2, 3), 1.0).to_event(1), **arguments)
+
+
+def test_what_has_no_width_of_its_own_cannot_be_widened():
+    with pytest.raises(ValueError, match="q: expected a normal or a flow of one, which can be widened"):
+        defensive(dist.Laplace(torch.zeros(2, 3), 1.0).to_event(1))

@@ -1,0 +1,188 @@
+"""What log p(x) says of another data set, against normals, scipy, and counts by hand."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from oracles import LinearGaussian, bernoulli_vae, quadrature_log_evidence
+from scipy import stats
+from torch.testing import assert_close
+
+from ppl_vae import evidence
+from ppl_vae.plots.certificate import against
+from ppl_vae.typicality import auroc, guarded, share_above, typicality
+
+ERRORS = 4.5
+
+
+def normal(count, *, loc=0.0, scale=1.0, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return loc + scale * torch.randn(count, generator=generator, dtype=torch.double)
+
+
+def within(found, right):
+    return abs(found.mean - right) < ERRORS * found.stderr
+
+
+def is_claimed_error(values, errors):
+    """Of repeated estimates: their spread is what each of them claims, up to 15%."""
+    return abs(np.mean(errors) / np.std(values) - 1) < 0.15
+
+
+# --- The scores ---
+
+
+def scored(vae, x, *, num_particles=2000, **options):
+    return evidence.evaluate(vae, x, num_particles=num_particles, seed=0, **options)
+
+
+def test_a_guarded_guide_scores_images_that_the_guide_sends_elsewhere():
+    """Of a guide 30 scales off the posterior alone the bound lacks hundreds of nats, and of a guarded one little."""
+    vae = bernoulli_vae(latent_dim=1)
+    x = torch.bernoulli(torch.full((20, 12), 0.5, dtype=torch.double), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        vae.posterior.net.output.bias[0] += 30.0
+        right = quadrature_log_evidence(vae, x, latent_dim=1)
+    assert (scored(vae, x).log_evidence < right - 100).all()
+    assert_close(scored(guarded(vae), x).log_evidence, right, atol=0.3, rtol=0)
+
+
+def test_weights_of_a_guarded_guide_are_unbiased():
+    """log p(x) in closed form, within errors of 20,000 particles, though neither part of the guide is the posterior."""
+    oracle = LinearGaussian.random()
+    x = oracle.draw(5)
+    found = scored(guarded(oracle.vae(widen=1.5, shift=0.5)), x, num_particles=20_000)
+    assert ((found.log_evidence - oracle.log_evidence(x)).abs() < ERRORS * found.monte_carlo_stderr).all()
+
+
+def test_a_guarded_guide_has_the_weights_of_the_vae():
+    vae = bernoulli_vae(latent_dim=2)
+    assert {id(each) for each in guarded(vae).parameters()} == {id(each) for each in vae.parameters()}
+
+
+# --- AUROC ---
+
+
+def test_auroc_is_mann_whitneys_statistic():
+    low, high = normal(300, seed=1).round(decimals=1), normal(170, loc=0.4, seed=2).round(decimals=1)  # with ties
+    right = stats.mannwhitneyu(high, low).statistic / (300 * 170)
+    assert auroc(low, high).mean == pytest.approx(right, abs=1e-12)
+
+
+@pytest.mark.parametrize("loc", [-1.0, 0.0, 0.7, 2.0])
+def test_auroc_of_two_normals_is_phi_of_their_distance(loc):
+    found = auroc(normal(3000, seed=3), normal(2000, loc=loc, scale=2.0, seed=4))
+    assert within(found, stats.norm.cdf(loc / math.sqrt(1 + 4)))
+
+
+@pytest.mark.parametrize("loc", [0.0, 1.5])
+def test_aurocs_error_is_that_of_repeated_samples(loc):
+    found = [auroc(normal(80, seed=2 * i), normal(200, loc=loc, seed=2 * i + 1)) for i in range(400)]
+    assert is_claimed_error([one.mean for one in found], [one.stderr for one in found])
+
+
+def test_sets_that_do_not_overlap_have_an_auroc_of_one_with_an_error():
+    found = auroc(normal(100), normal(50, loc=100.0))
+    assert found.mean == 1
+    assert found.stderr == pytest.approx(1 / 51)
+
+
+# --- Shares ---
+
+
+@pytest.mark.parametrize("quantile", [0.05, 0.5])
+def test_the_share_above_a_quantile_is_that_of_two_normals(quantile):
+    found = share_above(normal(4000, seed=5), normal(3000, loc=0.5, seed=6), quantile=quantile)
+    assert within(found, stats.norm.sf(stats.norm.ppf(quantile), loc=0.5))
+
+
+@pytest.mark.parametrize("count", [50, 1000])
+def test_a_shares_error_holds_that_of_the_quantile(count):
+    """Of few own images the quantile moves most; of many the share alone does."""
+    found = [
+        share_above(normal(count, seed=2 * i), normal(200, loc=0.5, seed=2 * i + 1), quantile=0.5) for i in range(400)
+    ]
+    assert is_claimed_error([one.mean for one in found], [one.stderr for one in found])
+
+
+# --- Both sets ---
+
+
+def test_means_and_their_errors_are_those_of_the_two_sets():
+    own, other = normal(400, loc=-90.0, seed=7), normal(100, loc=-200.0, scale=30.0, seed=8)
+    found = typicality(own, other, num_particles=50)
+    for estimate, values in ((found.own, own), (found.other, other)):
+        assert estimate.mean == pytest.approx(float(values.mean()), abs=1e-9)
+        assert estimate.stderr == pytest.approx(stats.sem(values), rel=1e-9)
+        assert estimate.num_particles == 50
+
+
+def test_distance_tells_a_narrow_set_from_a_wide_one_where_density_does_not():
+    """P(|a| < |b|) of normals of scales 1 and s about one mean is 2 atan(s) / pi."""
+    found = typicality(normal(4000, seed=9), normal(4000, scale=3.0, seed=10), num_particles=1)
+    assert within(found.distance, 2 * math.atan(3.0) / math.pi)
+    assert within(found.density, 0.5)
+
+
+def words(own, other):
+    return " | ".join(typicality(own, other, num_particles=1).words)
+
+
+def test_a_higher_density_elsewhere_is_said_to_be_no_typicality():
+    assert "density is not typicality" in words(normal(500), normal(500, loc=2.0, seed=1))
+
+
+def test_a_lower_density_elsewhere_is_said_to_prove_nothing_of_other_sets():
+    said = words(normal(500), normal(500, loc=-8.0, seed=1))
+    assert "tells these two sets apart" in said
+    assert "does not follow that it would be low for every other set" in said
+
+
+def test_a_lower_bound_elsewhere_is_said_to_be_partly_the_guides():
+    assert "these are bounds" in words(normal(500), normal(500, loc=-8.0, seed=1))
+
+
+def test_overlap_is_said():
+    assert "the sets overlap" in words(normal(500), normal(500, loc=-0.7, seed=1))
+
+
+def test_sets_that_are_alike_are_not_said_to_be_told_apart():
+    said = words(normal(500), normal(500, seed=1))
+    assert said.startswith("log p(x) does not tell the two sets apart")
+    assert "distance" not in said
+
+
+def test_a_narrow_set_inside_the_own_one_is_said_to_look_typical():
+    assert "no test of this one number" in words(normal(500), normal(500, scale=0.2, seed=1))
+
+
+@pytest.mark.parametrize("values", [torch.empty(0), torch.tensor([1.0, math.nan])])
+def test_what_is_no_number_is_refused(values):
+    with pytest.raises(ValueError, match="other: expected numbers"):
+        typicality(normal(5), values, num_particles=1)
+
+
+# --- The figure ---
+
+
+def test_the_figures_bars_are_the_shares_of_each_set():
+    own, other = normal(200, loc=-80.0, scale=10.0).numpy(), normal(50, loc=-4000.0, scale=900.0).numpy()
+    axes = against(own, other, name="L_1", names=("a", "b"), median=-80.0, title="t").axes[0]
+    for container, values in zip(axes.containers, (own, other), strict=True):
+        for bar in container.patches[:-1]:  # the last bin holds its upper edge, too
+            inside = (values >= bar.get_x()) & (values < bar.get_x() + bar.get_width())
+            assert bar.get_height() == pytest.approx(100 * inside.mean())
+        assert sum(bar.get_height() for bar in container.patches) == pytest.approx(100)
+
+
+def test_the_figures_ticks_can_be_read_over_many_orders_of_magnitude():
+    own = normal(200, loc=-80.0, scale=10.0).numpy()
+    axes = against(own, np.array([-5e13, 3e4]), name="L_1", names=("a", "b"), median=-80.0, title="t").axes[0]
+    places = np.sort(axes.transData.transform([(tick, 0.0) for tick in axes.get_xticks()])[:, 0])
+    width = axes.transData.transform([(end, 0.0) for end in axes.get_xlim()])[:, 0]
+    far = np.diff(places) / (width[1] - width[0])
+    assert 5 < len(places) < 25
+    assert (np.sort(far)[2:] > 0.04).all()  # but for the own quantiles, which lie where they lie

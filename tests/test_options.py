@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from ppl_vae import build, data, experiment, flows, options
+from ppl_vae import ais, build, data, experiment, flows, options
 
 SCRIPTS = sorted(
     path
@@ -535,6 +535,36 @@ def test_a_value_out_of_range_is_refused_by_evaluate(capsys: pytest.CaptureFixtu
     assert line.startswith(f"error: {options.flag(name)}: expected ")
 
 
+CERTIFY_WORDS = {
+    "images": AT_LEAST_1,
+    "simulated": AT_LEAST_0,
+    "temperatures": AT_LEAST_1,
+    "leapfrogs": AT_LEAST_1,
+    "chains": AT_LEAST_1,
+    "start": A_WORD,
+    "num_particles": AT_LEAST_1,
+    "gap_images": AT_LEAST_0,
+    "simulations": AT_LEAST_0,
+    "draws": AT_LEAST_1,
+    "against": ("",),
+    "against_data_dir": ("",),
+    "seed": AT_LEAST_0,
+    "split": ("valid", "", "all"),
+    "compile": A_WORD,
+    "device": ("",),
+}
+
+
+@pytest.mark.parametrize(("name", "word"), [(name, word) for name, words in CERTIFY_WORDS.items() for word in words])
+def test_a_value_out_of_range_is_refused_by_certify(capsys: pytest.CaptureFixture[str], name: str, word: str) -> None:
+    line = refused(capsys, options.parse_certify, ["run", f"{options.flag(name)}={word}"])
+    assert line.startswith(f"error: {options.flag(name)}: expected ")
+
+
+def test_the_starts_of_annealing_are_those_that_it_knows() -> None:
+    assert options.AIS_STARTS == ais.STARTS
+
+
 @pytest.mark.parametrize(
     "words",
     [
@@ -562,6 +592,7 @@ PARSERS = [
     options.parse_encode,
     options.parse_impute,
     options.parse_compare,
+    options.parse_certify,
 ]
 
 

@@ -1,5 +1,6 @@
 """One run folder: train it, go on with it, evaluate it, draw it. What every script that needs a run calls."""
 
+from ppl_vae.experiment.certificate import certify_run
 from ppl_vae.experiment.comparison import compare_runs
 from ppl_vae.experiment.diagnosis import diagnose_run
 from ppl_vae.experiment.diagnosis_numbers import importance_numbers, measure, noise_numbers
@@ -16,6 +17,7 @@ from ppl_vae.experiment.shipped import ship
 from ppl_vae.experiment.train import resume, train
 
 __all__ = [
+    "certify_run",
     "compare_likelihoods",
     "compare_networks",
     "compare_runs",

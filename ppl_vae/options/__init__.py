@@ -1,6 +1,7 @@
 """Every word and default of the command line and of config.json. Standard library only: --help needs no torch."""
 
 from ppl_vae.options.command_line import (
+    AIS_STARTS,
     BENCHMARK_MODELS,
     BENCHMARK_PARTS,
     STUDY_DATASETS,
@@ -9,6 +10,7 @@ from ppl_vae.options.command_line import (
     TrainCommand,
     command,
     parse_benchmark,
+    parse_certify,
     parse_compare,
     parse_diagnose,
     parse_encode,
@@ -75,6 +77,7 @@ from ppl_vae.options.run import (
 )
 
 __all__ = [
+    "AIS_STARTS",
     "BELOW_ONE",
     "BENCHMARK_MODELS",
     "BENCHMARK_PARTS",
@@ -130,6 +133,7 @@ __all__ = [
     "one_of",
     "option",
     "parse_benchmark",
+    "parse_certify",
     "parse_compare",
     "parse_diagnose",
     "parse_encode",

@@ -176,6 +176,36 @@ def parse_evaluate(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+AIS_STARTS = ("guide", "prior", "normal")
+
+
+def parse_certify(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """run_dir, split, images, and of each part of a certificate what it takes; device, seed, compile, the data's."""
+    parser = Parser("log p(x) of a run from both sides, how far each number can be trusted, and where nats are lost.")
+    parser.add_run()
+    parser.add("split", str, one_of(SPLITS), f"{', '.join(SPLITS)} (default: test)")
+    parser.add("images", int, POSITIVE_INTEGER, "a fixed random subset of that many images (default: 200)")
+    parser.add("simulated", int, NON_NEGATIVE_INTEGER, "images of the model's own for the upper bound (default: 50)")
+    parser.add("temperatures", int, POSITIVE_INTEGER, "of annealed importance sampling (default: 1000)")
+    parser.add("leapfrogs", int, POSITIVE_INTEGER, "steps of a Hamiltonian transition (default: 2)")
+    parser.add("chains", int, POSITIVE_INTEGER, "an image (default: 16)")
+    starts = f"{', '.join(AIS_STARTS)} (default: guide)"
+    parser.add("start", str, one_of(AIS_STARTS), f"what is annealed to p(z | x): {starts}")
+    parser.add("num_particles", int, POSITIVE_INTEGER, "importance samples an image (default: 5000)")
+    parser.add("gap_images", int, NON_NEGATIVE_INTEGER, "of train and of validation, whose gap is split (default: 100)")
+    parser.add("simulations", int, NON_NEGATIVE_INTEGER, "of the guide's calibration (default: 1000)")
+    parser.add("draws", int, POSITIVE_INTEGER, "of the guide, among which each simulation is ranked (default: 199)")
+    parser.add("against", str, NOT_EMPTY, "another data set, whose test images are scored beside the run's own")
+    parser.add("against_data_dir", str, NOT_EMPTY, "where --against is (default: the run's folder of named data sets)")
+    parser.add_device_and_seed("of every draw")
+    parser.add_compile()
+    parser.add_data()
+    parser.set_defaults(split="test", images=200, simulated=50, temperatures=1000, leapfrogs=2, chains=16)
+    parser.set_defaults(start="guide", num_particles=5000, gap_images=100, simulations=1000, draws=199)
+    parser.set_defaults(against=None, against_data_dir=None)
+    return parser.parse_args(argv)
+
+
 def parse_compare(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """run_dirs, split, num_particles, images, dequantization_draws, device, seed, compile, the data's, and output."""
     parser = Parser("Paired differences of log p(x) between runs: the same images, binarization and noise.")

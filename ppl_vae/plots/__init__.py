@@ -1,6 +1,17 @@
 """Figures: arrays in, a matplotlib Figure out. Runs no model, saves nothing."""
 
 from ppl_vae.plots.calibration import PixelHistogram, pixel_calibration
+from ppl_vae.plots.certificate import (
+    Curve,
+    RankHistogram,
+    against,
+    agreement,
+    calibration_ranks,
+    convergence,
+    gap_bars,
+    pictured,
+    sandwich,
+)
 from ppl_vae.plots.comparison import PairShown, paired_bounds
 from ppl_vae.plots.diagnosis import (
     Bar,
@@ -17,11 +28,18 @@ from ppl_vae.plots.training import training_curves
 
 __all__ = [
     "Bar",
+    "Curve",
     "PairShown",
     "PixelHistogram",
+    "RankHistogram",
     "Scales",
+    "against",
     "aggregate_against_prior",
+    "agreement",
     "bound_by_particles",
+    "calibration_ranks",
+    "convergence",
+    "gap_bars",
     "image_grids",
     "image_plane",
     "image_rows",
@@ -31,7 +49,9 @@ __all__ = [
     "likelihood_histogram",
     "noise_spectrum",
     "paired_bounds",
+    "pictured",
     "pixel_calibration",
+    "sandwich",
     "sharpness_strip",
     "split_bars",
     "training_curves",

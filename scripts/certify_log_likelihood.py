@@ -1,0 +1,35 @@
+"""Bound log p(x) of a run from both sides, test its guide, and say where nats are lost, into its evaluation.json."""
+
+from ppl_vae.options import command, parse_certify
+
+
+def main() -> None:
+    asked = parse_certify()
+    from ppl_vae import experiment  # torch is imported here, so that --help answers at once
+
+    experiment.certify_run(
+        asked.run_dir,
+        split=asked.split,
+        images=asked.images,
+        simulated=asked.simulated,
+        temperatures=asked.temperatures,
+        leapfrogs=asked.leapfrogs,
+        chains=asked.chains,
+        start=asked.start,
+        num_particles=asked.num_particles,
+        gap_images=asked.gap_images,
+        simulations=asked.simulations,
+        draws=asked.draws,
+        against=asked.against,
+        against_data_dir=asked.against_data_dir,
+        device=asked.device,
+        seed=asked.seed,
+        compile=asked.compile,
+        dataset=asked.dataset,
+        data_dir=asked.data_dir,
+        say=print,
+    )
+
+
+if __name__ == "__main__":
+    command(main)

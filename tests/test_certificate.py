@@ -1,0 +1,527 @@
+"""A certificate of a run: what it writes, that it goes on where it was, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.image import imread
+from oracles import quadrature_log_evidence
+from safetensors.torch import load_file
+from small_run import SMALL, bars, save_bars, train_small
+
+from ppl_vae import ais, build, data, experiment, load, plots, runs
+from ppl_vae.capture import CannotCapture
+from ppl_vae.experiment import certificate
+from ppl_vae.experiment import certificate_stages as stages
+from ppl_vae.experiment.certificate_blocks import Finished, even_block, seed_of
+from ppl_vae.experiment.certificate_words import describe_certificate
+from ppl_vae.options import PLAIN, Options
+
+SCRIPT = Path(__file__).parent.parent / "scripts" / "certify_log_likelihood.py"
+ASKED: dict[str, Any] = {
+    "split": "test",
+    "images": 7,
+    "simulated": 5,
+    "temperatures": 24,
+    "leapfrogs": 2,
+    "chains": 8,
+    "start": "guide",
+    "num_particles": 200,
+    "gap_images": 4,
+    "simulations": 40,
+    "draws": 9,
+    "device": "cpu",
+    "seed": 0,
+    "compile": "off",
+}
+LITTLE = ASKED | {"temperatures": 3, "chains": 2, "num_particles": 20}
+FIGURES = ["agreement", "against", "calibration", "convergence", "gaps", "images", "simulated"]
+UNKNOWN = {"pareto_k", "shape"}  # of few particles, and of ranks with few draws
+
+
+def certify(folder: Path, **words: Any) -> dict[str, Any]:
+    return experiment.certify_run(str(folder), **(ASKED | {"say": lambda line: None} | words))
+
+
+def numbers(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every leaf of an entry that is no word, with the keys to it."""
+    if isinstance(value, dict | list):
+        for key, each in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from numbers(each, f"{path}/{key}")
+    elif not isinstance(value, str):
+        yield path, value
+
+
+def without_times(entry: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in entry.items() if "seconds" not in key}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_refinement() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages, "_REFINING_STEPS", 20)
+        patch.setattr(stages, "CHAINED_A_BLOCK", 3)
+        yield
+
+
+@pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take most of the time of so small a certificate."""
+    monkeypatch.setattr(certificate, "certificate_figures", lambda *words: {})
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    return train_small(folder / "run", replace(SMALL, dataset=str(save_bars(folder / "bars.npz"))))
+
+
+@pytest.fixture
+def copy(trained: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+@pytest.fixture(scope="module")
+def other_bars(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Noise, which a model of bars finds improbable."""
+    path = tmp_path_factory.mktemp("other") / "noise.npy"
+    np.save(path, np.random.default_rng(5).integers(0, 2, (100, 8, 8)).astype(np.uint8))
+    return path
+
+
+@pytest.fixture(scope="module")
+def certified(
+    trained: Path, other_bars: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Any], list[str]]:
+    """A run with its certificate, the entry that came back, and what was said."""
+    folder = Path(shutil.copytree(trained, tmp_path_factory.mktemp("certified") / "run"))
+    said: list[str] = []
+    return folder, certify(folder, against=str(other_bars), say=said.append), said
+
+
+# --- What is written ---
+
+
+def test_every_number_of_the_entry_is_known(certified: tuple[Path, dict[str, Any], list[str]]) -> None:
+    stored = runs.read_evaluations(certified[0])["certificate-test"]
+    unknown = [path for path, value in numbers(stored) if value is None and not UNKNOWN & set(path.split("/"))]
+    assert unknown == []
+
+
+@pytest.mark.parametrize("part", ["simulated", "gaps", "calibration", "against", "convergence", "unreliable"])
+def test_every_part_is_in_the_entry(certified: tuple[Path, dict[str, Any], list[str]], part: str) -> None:
+    assert runs.read_evaluations(certified[0])["certificate-test"][part] is not None
+
+
+def test_the_entry_says_what_it_was_measured_with(certified: tuple[Path, dict[str, Any], list[str]]) -> None:
+    asked = {name: ASKED[name] for name in ("split", "temperatures", "leapfrogs", "chains", "start", "seed")}
+    assert (asked | {"num_images": 7, "step": 10}).items() <= certified[1].items()
+
+
+def test_the_bounds_are_at_the_integral_over_z(certified: tuple[Path, dict[str, Any], list[str]]) -> None:
+    folder, entry, _ = certified
+    vae = load(folder).double()
+    x = data.evaluation_images(data.load(runs.read_json(folder / runs.CONFIG)["options"]["dataset"]), "test", "none")
+    index = load_file(folder / "certificate-test.safetensors")["index"]
+    exact = float(quadrature_log_evidence(vae, x[index].double().flatten(1), latent_dim=2).mean())
+    for name in ("ais", "importance", "improved"):
+        found = entry[name]
+        assert abs(found["mean"] - exact) < 4 * found["monte_carlo_stderr"] + 2 * found["bias"], name
+
+
+def test_the_upper_bound_is_above_the_lower_one_within_their_errors(
+    certified: tuple[Path, dict[str, Any], list[str]],
+) -> None:
+    found = certified[1]["simulated"]
+    error = math.hypot(found["lower"]["monte_carlo_stderr"], found["upper"]["monte_carlo_stderr"])
+    assert -4 * error < found["gap"]["mean"] < 4 * error + 0.5
+
+
+def test_the_parts_of_the_gap_sum_to_it(certified: tuple[Path, dict[str, Any], list[str]]) -> None:
+    for found in certified[1]["gaps"].values():
+        total = found["approximation"]["mean"] + found["amortization"]["mean"]
+        assert total == pytest.approx(found["log_evidence"]["mean"] - found["elbo"]["mean"])
+
+
+def test_noise_is_scored_lower_than_the_runs_own_images(certified: tuple[Path, dict[str, Any], list[str]]) -> None:
+    found = certified[1]["against"]
+    assert found["auroc_of_density"]["mean"] > 0.9
+    assert found["other"]["mean"] < found["own"]["mean"]
+
+
+def test_the_file_of_single_images_has_the_means_of_the_entry(
+    certified: tuple[Path, dict[str, Any], list[str]],
+) -> None:
+    folder, entry, _ = certified
+    stored = load_file(folder / "certificate-test.safetensors")
+    for name, values in (("ais", "ais/bound"), ("importance", "importance/log_evidence")):
+        assert entry[name]["mean"] == pytest.approx(float(stored[values].mean()), abs=1e-12)
+        assert len(stored[values]) == 7
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_a_figure_of_it_shows_something(certified: tuple[Path, dict[str, Any], list[str]], name: str) -> None:
+    assert imread(certified[0] / runs.FIGURES / f"certificate-test-{name}.png").std() > 0.01
+
+
+def test_the_finished_blocks_are_gone_at_the_end(certified: tuple[Path, dict[str, Any], list[str]]) -> None:
+    assert [path.name for path in certified[0].iterdir() if "partial" in path.name] == []
+
+
+def test_the_evaluations_and_the_weights_stay_as_they_were(
+    trained: Path, certified: tuple[Path, dict[str, Any], list[str]]
+) -> None:
+    before, after = runs.read_evaluations(trained), runs.read_evaluations(certified[0])
+    assert after.keys() - before.keys() == {"certificate-test"}
+    assert before.items() <= after.items()
+    assert (certified[0] / runs.MODEL).read_bytes() == (trained / runs.MODEL).read_bytes()
+
+
+def test_a_new_evaluation_keeps_the_certificate(
+    certified: tuple[Path, dict[str, Any], list[str]], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(certified[0], tmp_path / "run"))
+    before = runs.read_evaluations(folder)["certificate-test"]
+    experiment.evaluate_run(
+        str(folder), split="test", num_particles=10, images=5, device="cpu", seed=0, say=lambda line: None
+    )
+    assert runs.read_evaluations(folder)["certificate-test"] == before
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_what_was_measured_with_other_weights_is_dropped(
+    certified: tuple[Path, dict[str, Any], list[str]], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(certified[0], tmp_path / "run"))
+    stale = runs.read_evaluations(folder) | {"validation": {"step": 1}}
+    runs.write_json(folder / runs.EVALUATION, stale)
+    certify(folder)
+    assert runs.read_evaluations(folder).keys() == {"test", "certificate-test"}
+
+
+def test_a_report_is_written_beside_a_certificate(
+    certified: tuple[Path, dict[str, Any], list[str]], tmp_path: Path
+) -> None:
+    experiment.report_run(str(certified[0]), output=str(tmp_path / "report.html"), say=lambda line: None)
+    assert (tmp_path / "report.html").exists()
+
+
+# --- In words ---
+
+
+def test_only_a_bound_is_called_one(certified: tuple[Path, dict[str, Any], list[str]]) -> None:
+    estimates = [line for line in certified[2] if "jackknife's correction" in line]
+    assert len(estimates) == 1
+    assert "estimates, no bounds" in estimates[0]
+
+
+def test_the_upper_bound_is_said_to_be_of_simulated_data(certified: tuple[Path, dict[str, Any], list[str]]) -> None:
+    (line,) = [line for line in certified[2] if line.strip().startswith("The upper bound")]
+    assert "data simulated from the model" in line
+    assert "nothing certain about real data" in line
+
+
+def test_the_words_can_be_said_of_the_stored_entry(certified: tuple[Path, dict[str, Any], list[str]]) -> None:
+    stored = runs.read_evaluations(certified[0])["certificate-test"]
+    assert [line for line in describe_certificate(stored) if line not in certified[2]] == []
+
+
+def test_chains_that_are_below_importance_sampling_are_said_to_be_too_short(
+    certified: tuple[Path, dict[str, Any], list[str]],
+) -> None:
+    entry = certified[1]
+    short = entry | {"ais_minus_improved": {"mean": -1.0, "stderr": 0.1, "monte_carlo_stderr": 0.1}}
+    told = "the chains are too short"
+    assert told in " ".join(describe_certificate(short))
+    fine = entry | {"ais_minus_improved": {"mean": -0.1, "stderr": 0.1, "monte_carlo_stderr": 0.1}}
+    assert told not in " ".join(describe_certificate(fine))
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_one_chain_and_one_particle_are_said_without_an_error(copy: Path) -> None:
+    said: list[str] = []
+    certify(copy, **(LITTLE | {"chains": 1, "num_particles": 1, "gap_images": 0, "simulations": 0}), say=said.append)
+    assert "Monte Carlo error unknown" in " ".join(said)
+    json.dumps(runs.read_evaluations(copy), allow_nan=False)
+
+
+# --- Interrupted, and gone on ---
+
+
+class Interrupted(Exception):
+    """Ctrl-C, which pytest would take for its own."""
+
+
+def interrupted_after(folder: Path, calls: int, name: str, monkeypatch: pytest.MonkeyPatch, **words: Any) -> None:
+    """A certificate that stops at the call after so many of a function of ais.py."""
+    whole, seen = getattr(ais, name), []
+
+    def counted(*args: Any, **options: Any) -> Any:
+        seen.append(name)
+        if len(seen) > calls:
+            raise Interrupted
+        return whole(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ais, name, counted)
+        with pytest.raises(Interrupted):
+            certify(folder, **(LITTLE | words))
+
+
+@pytest.mark.usefixtures("no_figures")
+@pytest.mark.parametrize(("calls", "name"), [(2, "lower"), (1, "upper"), (8, "lower")])
+def test_an_interrupted_certificate_ends_with_the_numbers_of_an_undisturbed_one(
+    copy: Path, tmp_path: Path, calls: int, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undisturbed = Path(shutil.copytree(copy, tmp_path / "undisturbed"))
+    expected = certify(undisturbed, **LITTLE)
+    interrupted_after(copy, calls, name, monkeypatch)
+    torch.rand(3)  # the generator is elsewhere when it goes on
+    said: list[str] = []
+    found = certify(copy, **LITTLE, say=said.append)
+    assert any(re.match(r"Goes on: .* holds \d+ finished blocks?\.", line) for line in said)
+    assert without_times(found) == without_times(expected)
+    one, other = (load_file(folder / "certificate-test.safetensors") for folder in (copy, undisturbed))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) or one[key].isnan().any() for key in one)
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_finished_blocks_are_not_measured_again(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """7 images in blocks of 3 are 3 blocks, of which 2 are done."""
+    interrupted_after(copy, 2, "lower", monkeypatch)
+    whole, sizes = ais.lower, []
+
+    def counted(vae: Any, x: torch.Tensor, *args: Any, **options: Any) -> Any:
+        sizes.append(len(x))
+        return whole(vae, x, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ais, "lower", counted)
+        certify(copy, **(LITTLE | {"simulated": 0, "gap_images": 0}))
+    assert sizes[0] == 1
+    assert len(sizes) == 1 + 3  # and 7 images again with one temperature
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_other_options_start_over_and_say_so(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    undisturbed = Path(shutil.copytree(copy, tmp_path / "undisturbed"))
+    few = LITTLE | {"simulated": 0, "gap_images": 0, "simulations": 0, "seed": 1}
+    expected = certify(undisturbed, **few)
+    interrupted_after(copy, 2, "lower", monkeypatch)
+    said: list[str] = []
+    found = certify(copy, **few, say=said.append)
+    assert any("was begun with other seed" in line for line in said)
+    assert without_times(found) == without_times(expected)
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_a_part_that_is_added_leaves_the_others_as_they_were(
+    certified: tuple[Path, dict[str, Any], list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(certified[0], tmp_path / "run"))
+    monkeypatch.setattr(ais, "lower", None)
+    said: list[str] = []
+    found = certify(folder, simulations=50, say=said.append)
+    assert any(line.startswith("Taken from certificate-test.safetensors") for line in said)
+    assert found["calibration"]["num_simulations"] == 50
+    kept = ("ais", "importance", "improved", "simulated", "gaps", "convergence")
+    assert {key: found[key] for key in kept} == {key: certified[1][key] for key in kept}
+
+
+def test_a_damaged_file_of_blocks_is_said_and_measured_again(tmp_path: Path) -> None:
+    (tmp_path / "partial").write_bytes(b"nothing")
+    said: list[str] = []
+    finished = Finished(tmp_path / "partial", tmp_path / "complete", {"a": {}}, said.append)
+    assert finished.block("a", 0) is None
+    assert "damaged" in said[0]
+
+
+def test_a_block_comes_back_as_it_was_kept(tmp_path: Path) -> None:
+    stages_asked = {"a": {"seed": 1}, "b": {"seed": 1, "S": 5}}
+    first = Finished(tmp_path / "partial", tmp_path / "complete", stages_asked, print)
+    values = torch.randn(3, dtype=torch.double)
+    first.keep("a", 0, {"values": values})
+    first.keep("b", 0, {"values": values + 1})
+    other = stages_asked | {"b": {"seed": 1, "S": 6}}
+    second = Finished(tmp_path / "partial", tmp_path / "complete", other, lambda line: None)
+    kept = second.block("a", 0)
+    assert kept is not None
+    assert torch.equal(kept["values"], values)
+    assert second.block("b", 0) is None
+
+
+def test_blocks_have_seeds_of_their_own() -> None:
+    seeds = {seed_of(seed, stage, number) for seed in (0, 1) for stage in ("a", "b", "a 1") for number in range(20)}
+    assert len(seeds) == 120
+    assert max(seeds) < 2**63
+
+
+@pytest.mark.parametrize(("count", "most", "size"), [(200, 25, 25), (50, 25, 25), (26, 25, 13), (7, 25, 7), (1, 1, 1)])
+def test_blocks_are_of_nearly_one_size(count: int, most: int, size: int) -> None:
+    assert even_block(count, most) == size
+
+
+# --- Compiled ---
+
+BRIEF = LITTLE | {"images": 3, "simulated": 2, "gap_images": 0, "simulations": 0}
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_a_compiled_certificate_has_the_same_numbers(copy: Path, tmp_path: Path, graphs: list[Any]) -> None:
+    eager = certify(Path(shutil.copytree(copy, tmp_path / "eager")), **BRIEF)
+    assert graphs == []
+    compiled = certify(copy, **(BRIEF | {"compile": "on"}))
+    assert graphs != []
+    for key in ("ais", "importance", "improved"):
+        assert compiled[key]["mean"] == pytest.approx(eager[key]["mean"], abs=1e-3), key
+    assert compiled["simulated"]["gap"]["mean"] == pytest.approx(eager["simulated"]["gap"]["mean"], abs=1e-3)
+
+
+def no_graph(*args: Any, compile: bool = False, **options: Any) -> Any:
+    if compile:
+        raise CannotCapture("it reads a number")
+    return PILOT(*args, compile=compile, **options)
+
+
+PILOT = ais.pilot
+
+
+@pytest.mark.usefixtures("no_figures", "graphs")
+def test_what_cannot_be_compiled_is_said_once_and_done_without(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ais, "pilot", no_graph)
+    monkeypatch.setattr(build, "compiles", lambda word, runs, place: True)
+    said: list[str] = []
+    assert math.isfinite(certify(copy, **(BRIEF | {"compile": "auto"}), say=said.append)["ais"]["mean"])
+    assert said.count("Not compiled: it reads a number.") == 1
+
+
+@pytest.mark.usefixtures("no_figures", "graphs")
+def test_what_cannot_be_compiled_and_must_be_ends_it(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ais, "pilot", no_graph)
+    with pytest.raises(ValueError, match="--compile on: it reads a number"):
+        certify(copy, **(BRIEF | {"compile": "on"}))
+
+
+# --- What may be left out ---
+
+
+def test_parts_that_are_switched_off_are_null_and_have_no_figure(copy: Path) -> None:
+    entry = certify(copy, **(LITTLE | {"simulated": 0, "gap_images": 0, "simulations": 0}))
+    assert [entry[part] for part in ("simulated", "gaps", "calibration", "against")] == [None] * 4
+    drawn = {path.name for path in (copy / runs.FIGURES).glob("certificate-*")}
+    assert drawn == {f"certificate-test-{name}.png" for name in ("agreement", "convergence", "images")}
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_more_images_than_there_are_are_all(copy: Path) -> None:
+    said: list[str] = []
+    few = LITTLE | {"simulated": 0, "gap_images": 0, "simulations": 0, "split": "validation", "images": 500}
+    entry = certify(copy, **few, say=said.append)
+    assert (entry["num_images"], entry["split"]) == (20, "validation")
+    assert "--images 500: the validation split has 20, and all are taken." in said
+
+
+# --- What is refused, before the work ---
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def refused(folder: Path, words: str, **options: Any) -> None:
+    """In one line, without a trace."""
+    before = contents(folder)
+    with pytest.raises(ValueError, match=words) as caught:
+        certify(folder, **(LITTLE | options))
+    assert "\n" not in str(caught.value)
+    assert contents(folder) == before
+
+
+def test_another_data_set_of_another_shape_is_refused(copy: Path) -> None:
+    refused(copy, "--against mnist: expected images of shape 1x8x8, as the run's, got 1x28x28", against="mnist")
+
+
+def test_another_data_set_of_other_pixels_is_refused(copy: Path, tmp_path: Path) -> None:
+    gray = (255 * np.random.default_rng(0).random((60, 8, 8))).astype(np.uint8)
+    np.save(tmp_path / "gray.npy", gray)
+    refused(copy, "expected pixels that are .*, got 8-bit levels", against=str(tmp_path / "gray.npy"))
+
+
+def test_another_data_set_that_is_not_there_is_refused(copy: Path) -> None:
+    refused(copy, "nowhere", against="nowhere.npy")
+
+
+def test_a_folder_that_is_read_only_is_found_before_the_work(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs.os, "access", lambda path, mode: False)
+    refused(copy, "expected a folder that can be written to, got one that is read-only")
+
+
+def test_an_autoencoder_is_refused(tmp_path: Path) -> None:
+    options = replace(SMALL, dataset=str(save_bars(tmp_path / "bars.npz")), posterior="delta", beta=0.0)
+    refused(train_small(tmp_path / "run", options), "got an autoencoder")
+
+
+def test_dequantized_levels_are_refused(tmp_path: Path) -> None:
+    images, _ = bars(100)
+    np.save(tmp_path / "gray.npy", (200 * images + np.arange(8, dtype=np.uint8)).astype(np.uint8))
+    options = replace(SMALL, dataset=str(tmp_path / "gray.npy"), likelihood="normal", binarization="none")
+    refused(train_small(tmp_path / "run", options), "dequantized levels")
+
+
+# --- Other runs ---
+
+
+@pytest.mark.parametrize("words", [{"prior": "flow"}, {"upper_latents": (2,)}, {"posterior": "full"}], ids=str)
+def test_runs_of_other_parts_are_certified(tmp_path: Path, words: dict[str, Any]) -> None:
+    dataset = str(save_bars(tmp_path / "bars.npz"))
+    options = Options(
+        **(PLAIN | {"hidden": (8,), "latent_dim": 2, "epochs": 1, "network": "mlp", "images": 10} | words)
+    )
+    few = {"prior_layers": 2, "prior_hidden": (4,)} if "prior" in words else {}
+    folder = train_small(tmp_path / "run", replace(options, dataset=dataset, evaluation_particles=10, **few))
+    entry = certify(folder, **(LITTLE | {"images": 3, "simulated": 2, "gap_images": 2}))
+    assert math.isfinite(entry["improved"]["mean"])
+
+
+# --- The script ---
+
+
+def test_the_script_writes_nothing_but_progress_bars_on_stderr(copy: Path) -> None:
+    words = ["--images", "3", "--simulated", "2", "--temperatures", "3", "--leapfrogs", "1", "--chains", "2"]
+    words += ["--num-particles", "20", "--gap-images", "0", "--simulations", "10", "--draws", "5"]
+    done = subprocess.run(
+        [sys.executable, SCRIPT, copy, *words], capture_output=True, encoding="utf-8", timeout=120, cwd=copy.parent
+    )
+    parts = [part.strip() for part in re.split(r"[\r\n]+", done.stderr)]
+    assert [part for part in parts if part and not re.search(r"\d+%\|", part)] == []
+    assert done.returncode == 0
+    assert "certificate-test" in runs.read_evaluations(copy)
+
+
+# --- Figures ---
+
+
+def test_a_stacked_bar_ends_at_the_sum_of_its_parts() -> None:
+    rows = {"train": {"a": (1.0, 0.1), "b": (2.0, math.nan)}, "validation": {"a": (0.5, 0.1), "b": (0.25, 0.1)}}
+    patches = plots.gap_bars(rows, title="").axes[0].patches
+    ends = {(round(patch.get_y() + patch.get_height() / 2), patch.get_x() + patch.get_width()) for patch in patches}
+    assert ends == {(0, 1.0), (0, 3.0), (1, 0.5), (1, 0.75)}
+
+
+def test_every_image_of_several_rows_is_shown_with_its_caption() -> None:
+    figure = plots.pictured(np.zeros((13, 1, 4, 4)), [str(i) for i in range(13)], columns=5, title="title")
+    captions = [label.get_text() for axes in figure.axes for label in axes.get_xticklabels()]
+    assert captions == [str(i) for i in range(13)]

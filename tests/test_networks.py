@@ -357,3 +357,14 @@ def test_a_wide_start_is_an_option_of_both_networks_and_not_of_the_prior():
         assert float(other.std()) == pytest.approx((3 * fan_in) ** -0.5, rel=0.15)
     one, other = (dict(vae.prior.named_parameters()) for vae in (built["wide"], built["shrinking"]))
     assert all(torch.equal(one[name], other[name]) for name in other)
+
+
+def test_of_a_ladder_what_lies_between_its_features_starts_wide_too():
+    """The last layer of a feature is a hidden layer of the whole guide, and the prior's networks are decoders."""
+    words = {"network": "gated", "hidden": (200, 200), "latent_dim": 40, "upper_latents": (40,), "upper_hidden": (200,)}
+    torch.manual_seed(0)
+    vae = build.vae(Options(**words, prior="standard-normal", initialization="wide"), (100,))
+    between = [feature.output for feature in vae.posterior.features]
+    first_of_prior = next(layer for layer in vae.prior.layers.modules() if isinstance(layer, torch.nn.Linear))
+    for layer in (*between, first_of_prior):
+        assert float(layer.weight.std()) == pytest.approx(layer.in_features**-0.5, rel=0.05)

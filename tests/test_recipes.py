@@ -30,7 +30,7 @@ TRAINED = {
     "vae_gaussian": [("standard-normal", "stl")],
     "vae_flow": _LEARNED,
     "vae_flow_wide": _LEARNED,
-    "ladder": _LEARNED,
+    "ladder": [("flow", "stl"), ("flow", "iwae")],
     "static_flow": _LEARNED,
 }
 

@@ -172,9 +172,19 @@ def vae(options: Options, event_shape: Sequence[int]) -> VAE:
         q_z_given_x = Conditional(encoder(posterior.num_features), posterior)
         built = VAE(PRIORS[options.prior](options, L, q_z_given_x, event_shape), p_x_given_z, q_z_given_x)
     if options.initialization == "wide":
-        for part in (built.likelihood, built.posterior):
-            networks.start_wide(cast(nn.Module, part))
+        for part in _dense_parts(built):
+            networks.start_wide(part)
     return built
+
+
+def _dense_parts(vae: Any) -> list[nn.Module]:
+    """What starts wide: encoder and decoder; of several layers the prior's too, and what lies between features."""
+    parts = [vae.likelihood, vae.posterior]
+    if isinstance(vae, HierarchicalVAE):
+        parts.append(vae.prior.layers)
+    if isinstance(vae.posterior, TopDown):
+        parts += [feature.output for feature in vae.posterior.features if hasattr(feature, "output")]
+    return parts
 
 
 def _hierarchy(

@@ -93,9 +93,9 @@ def _finished_by_dreg(first: Options) -> tuple[Options, Options]:
 def _burda_differs(epochs: int) -> str:
     return (
         f"50,000 training images in batches of 100 for {epochs:,} epochs at 2e-3, falling on a cosine in the second "
-        "half, a warm-up of 20, the gradient without the guide's score, an average of the weights, the best by validation; "
-        "there 60,000 in batches of 20 for 3,280 epochs, from 1e-3 in eight stages, the last weights, and Adam's "
-        "epsilon 1e-4; tested on the draw of Tomczak and Welling, there on another"
+        "half, a warm-up of 20, the gradient without the guide's score, an average of the weights, the best by "
+        "validation; there 60,000 in batches of 20 for 3,280 epochs, from 1e-3 in eight stages, the last weights, and "
+        "Adam's epsilon 1e-4; tested on the draw of Tomczak and Welling, there on another"
     )
 
 

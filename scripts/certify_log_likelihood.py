@@ -27,6 +27,7 @@ def main() -> None:
         compile=asked.compile,
         dataset=asked.dataset,
         data_dir=asked.data_dir,
+        output=asked.output,
         say=print,
     )
 

@@ -26,10 +26,12 @@ from ppl_vae.capture import CannotCapture
 from ppl_vae.experiment import certificate
 from ppl_vae.experiment import certificate_stages as stages
 from ppl_vae.experiment.certificate_blocks import Finished, even_block, seed_of
+from ppl_vae.experiment.certificate_table import certificate_table, read_certificates, write_certificate
 from ppl_vae.experiment.certificate_words import describe_certificate
 from ppl_vae.options import PLAIN, Options
 
-SCRIPT = Path(__file__).parent.parent / "scripts" / "certify_log_likelihood.py"
+ROOT = Path(__file__).parent.parent
+SCRIPT = ROOT / "scripts" / "certify_log_likelihood.py"
 ASKED: dict[str, Any] = {
     "split": "test",
     "images": 7,
@@ -525,3 +527,55 @@ def test_every_image_of_several_rows_is_shown_with_its_caption() -> None:
     figure = plots.pictured(np.zeros((13, 1, 4, 4)), [str(i) for i in range(13)], columns=5, title="title")
     captions = [label.get_text() for axes in figure.axes for label in axes.get_xticklabels()]
     assert captions == [str(i) for i in range(13)]
+
+
+# --- Several certificates in one file ---
+
+
+def test_a_certificate_is_added_to_a_file_of_them_and_replaces_its_own(
+    certified: tuple[Path, dict[str, Any], list[str]], tmp_path: Path
+) -> None:
+    _, entry, _ = certified
+    output = str(tmp_path / "certificates.json")
+    for run, mean in (("b", -2.0), ("a", -1.0), ("b", -3.0)):
+        write_certificate(output, run, entry | {"ais": entry["ais"] | {"mean": mean}}, "cpu")
+    assert [(row["run"], row["ais"]["mean"]) for row in read_certificates(output)] == [("a", -1.0), ("b", -3.0)]
+
+
+def test_a_row_holds_no_place_of_this_machine(
+    certified: tuple[Path, dict[str, Any], list[str]], tmp_path: Path
+) -> None:
+    folder, entry, _ = certified
+    write_certificate(str(tmp_path / "certificates.json"), folder.name, entry, "cpu")
+    assert str(folder) not in (tmp_path / "certificates.json").read_text(encoding="utf-8")
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_what_was_measured_before_goes_into_the_file_without_measuring_it_again(
+    certified: tuple[Path, dict[str, Any], list[str]], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(certified[0], tmp_path / "run"))
+    said: list[str] = []
+    entry = certify(folder, output=str(tmp_path / "certificates.json"), say=said.append)
+    (row,) = read_certificates(str(tmp_path / "certificates.json"))
+    assert row["ais"] == entry["ais"] == certified[1]["ais"]
+    assert row["stage_seconds"]["ais"] == certified[1]["stage_seconds"]["ais"]
+    assert said[-1] == certificate_table([row])
+
+
+@pytest.mark.parametrize("content", ["{}", "[", '{"certificates": [{"run": "a"}]}'])
+def test_a_damaged_file_of_certificates_is_refused_before_the_work(copy: Path, tmp_path: Path, content: str) -> None:
+    output = tmp_path / "certificates.json"
+    output.write_text(content)
+    with pytest.raises(ValueError, match=r"certificates\.json"):
+        certify(copy, output=str(output))
+    assert not (copy / "certificate-test.partial.safetensors").exists()
+
+
+def test_the_readmes_table_is_that_of_the_stored_certificates() -> None:
+    rows = read_certificates(str(ROOT / "scripts" / "results" / "certificates.json"))
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## Certify a likelihood\n")[1]
+    section = section.split("\n## ")[0]
+    assert rows
+    assert f"\n\n{certificate_table(rows)}\n\n" in section
+    assert section.count("\n|") == 2 + len(rows)

@@ -548,6 +548,7 @@ CERTIFY_WORDS = {
     "draws": AT_LEAST_1,
     "against": ("",),
     "against_data_dir": ("",),
+    "output": ("",),
     "seed": AT_LEAST_0,
     "split": ("valid", "", "all"),
     "compile": A_WORD,

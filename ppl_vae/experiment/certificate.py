@@ -17,6 +17,12 @@ from ppl_vae.experiment import certificate_stages as stages
 from ppl_vae.experiment.certificate_blocks import Bench, Finished
 from ppl_vae.experiment.certificate_figures import certificate_figures
 from ppl_vae.experiment.certificate_stages import Chain, Chained
+from ppl_vae.experiment.certificate_table import (
+    certificate_table,
+    check_output,
+    read_certificates,
+    write_certificate,
+)
 from ppl_vae.experiment.certificate_words import describe_certificate
 from ppl_vae.experiment.evaluation import what_is_measured
 from ppl_vae.experiment.opening import Run, Say, check_density, evaluated_vae, open_run
@@ -64,6 +70,7 @@ def certify_run(
     compile: str = "auto",
     dataset: str | None = None,
     data_dir: str | None = None,
+    output: str | None = None,
 ) -> dict[str, Any]:
     """Bounds log p(x) of a split, says how far they can be trusted, and where log p(x) - ELBO is lost.
 
@@ -88,6 +95,7 @@ def certify_run(
         against_data_dir: where the folder of named data sets is for it.
         compile: "auto", "on" or "off".
         dataset, data_dir: where the run's data is now, should it have moved.
+        output: a JSON file of certificates, to which this one is added under the name of the run's folder; or None.
 
     Returns:
         The entry, as evaluation.json holds it.
@@ -102,6 +110,8 @@ def certify_run(
     place = build.device(device)
     runs.read_evaluations(run.folder)  # a damaged file is found before the work, not after it
     runs.check_writable(run.folder)
+    if output is not None:
+        check_output(output)
     other = None if against is None else _other_images(run, against, against_data_dir, images, seed)
     index, x = _images_of(run, split, images, seed, say)
     chain = Chain(temperatures, leapfrogs, chains, start)
@@ -136,6 +146,10 @@ def certify_run(
     finished.save({"index": index})
     _write(run, entry, found, x, say)
     finished.remove_blocks()
+    if output is not None:
+        write_certificate(output, run.folder.name, entry, device)
+        say(f"{output} has its row:")
+        say(certificate_table(read_certificates(output)))
     return entry
 
 

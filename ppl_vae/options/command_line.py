@@ -197,12 +197,13 @@ def parse_certify(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add("draws", int, POSITIVE_INTEGER, "of the guide, among which each simulation is ranked (default: 199)")
     parser.add("against", str, NOT_EMPTY, "another data set, whose test images are scored beside the run's own")
     parser.add("against_data_dir", str, NOT_EMPTY, "where --against is (default: the run's folder of named data sets)")
+    parser.add("output", str, NOT_EMPTY, "a JSON file of certificates, to which this is added (default: none)")
     parser.add_device_and_seed("of every draw")
     parser.add_compile()
     parser.add_data()
     parser.set_defaults(split="test", images=200, simulated=50, temperatures=1000, leapfrogs=2, chains=16)
     parser.set_defaults(start="guide", num_particles=5000, gap_images=100, simulations=1000, draws=199)
-    parser.set_defaults(against=None, against_data_dir=None)
+    parser.set_defaults(against=None, against_data_dir=None, output=None)
     return parser.parse_args(argv)
 
 

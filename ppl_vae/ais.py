@@ -133,6 +133,11 @@ def upper_bound(log_w: Tensor) -> Tensor:
     return -log_mean_exp(-log_w)
 
 
+def start_of(vae: Any, start: Start) -> Start:
+    """What chains of this VAE begin with where that start is asked for; see ``pilot``."""
+    return "normal" if start == "guide" and _is_slow(vae.posterior) else start
+
+
 @torch.no_grad()
 def images_a_block(vae: Any, x: Tensor, num_chains: int) -> int:
     """How many images fit into one call with so many chains: C times that many z go through the decoder at once."""
@@ -337,7 +342,7 @@ class _Chains:
         self, vae: Any, x: Tensor, *, start: Start, num_chains: int, num_leapfrogs: int, compile: bool
     ) -> None:
         _check(vae, x, start=start, num_chains=num_chains, num_leapfrogs=num_leapfrogs)
-        self.start = "normal" if start == "guide" and _is_slow(vae.posterior) else start
+        self.start = start_of(vae, start)
         self._vae, self._x = vae, x
         self._num_chains, self._num_leapfrogs, self._compile = num_chains, num_leapfrogs, compile
         with _nothing_drawn(x.device):

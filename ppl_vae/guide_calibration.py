@@ -214,7 +214,8 @@ def shape(of_each: Tensor, num_draws: int) -> Shape:
     function of two standard normals of correlation r. Standard errors are the delta method's.
 
     It sums up in two numbers what may be different in each image: a guide of the right scale that is misplaced by
-    image, now up and now down, looks too narrow as well. And it knows nothing of other shapes.
+    image, now up and now down, looks too narrow as well. And it knows nothing of other shapes. Of ranks that are all
+    the same it is NaN, and the means are those of the others.
 
     Args:
         of_each: (N, n) ranks from 0 to M.
@@ -241,8 +242,21 @@ def shape(of_each: Tensor, num_draws: int) -> Shape:
     scale, shift = ((1 - r) / r).sqrt(), -a / r.sqrt()
     scale_each = -r_each / (2 * r.square() * scale)
     shift_each = -a_each / r.sqrt() + a / (2 * r**1.5) * r_each
-    errors = [each.std(0) / math.sqrt(N) for each in (scale_each, shift_each, scale_each.mean(1))]
-    return Shape(scale, errors[0], shift, errors[1], scale.mean(), errors[2])
+    known = (R[0] != R).any(0)
+    return Shape(
+        scale=scale.where(known, math.nan),
+        scale_stderr=_stderr(scale_each).where(known, math.nan),
+        shift=shift.where(known, math.nan),
+        shift_stderr=_stderr(shift_each).where(known, math.nan),
+        mean_scale=scale[known].mean(),
+        mean_scale_stderr=_stderr(scale_each[:, known].mean(1)),
+    )
+
+
+def _stderr(of_each: Tensor) -> Tensor:
+    """Of the mean over the first dimension; NaN for one."""
+    N = len(of_each)
+    return of_each.std(0) / math.sqrt(N) if N > 1 else torch.full_like(of_each[0], math.nan)
 
 
 _NODES = (torch.arange(64, dtype=torch.double) + 0.5) / 64
@@ -301,7 +315,7 @@ class GuideCalibration(NamedTuple):
         """The latents, the least uniform first: by p-value, and where that is 0 by how far they are off."""
         if self.shape is None:
             return self.p_values[:-1].argsort().tolist()
-        off = (self.shape.scale.log().abs() + self.shape.shift.abs()).tolist()
+        off = (self.shape.scale.log().abs() + self.shape.shift.abs()).nan_to_num(math.inf).tolist()
         p = self.p_values[:-1].tolist()
         return sorted(range(len(p)), key=lambda latent: (p[latent], -off[latent]))
 
@@ -326,10 +340,13 @@ class GuideCalibration(NamedTuple):
         counts = [f"{int((wrong & kind).sum())} {name}" for name, kind in kinds.items()]
         told = f"{', '.join(counts)}; " if wrong.any() else ""
         mean = f"{float(found.mean_scale):.3f} ± {float(found.mean_scale_stderr):.3f} on average"
-        least, most = float(found.scale.min()), float(found.scale.max())
+        known = ~found.scale.isnan()
+        if not known.any():
+            return " (of none do the ranks differ)"
+        least, most = float(found.scale[known].min()), float(found.scale[known].max())
         return (
             f" ({told}the guide's scale over the posterior's: {mean}, {least:.2f} to {most:.2f}; shifted by up to "
-            f"{float(found.shift.abs().max()):.2f} of the posterior's scales)"
+            f"{float(found.shift[known].abs().max()):.2f} of the posterior's scales)"
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -354,7 +371,7 @@ def judge(found: Ranks) -> GuideCalibration:
     holm = adjusted(p)
     shapes = shape(found.latents, found.num_draws) if found.num_draws > 1 else None
     u = (found.log_joint.double() + 0.5) / (found.num_draws + 1)
-    joint, joint_stderr = float(u.mean()), float(u.std() / math.sqrt(len(u)))
+    joint, joint_stderr = float(u.mean()), float(_stderr(u))
     off = (holm < SIGNIFICANT).tolist()
     words = [_of_latent(shapes, latent) if bad else "calibrated" for latent, bad in enumerate(off[:-1])]
     words.append(_of_joint(joint, joint_stderr) if off[-1] else "calibrated")
@@ -365,6 +382,8 @@ def _of_latent(shapes: Shape | None, latent: int) -> str:
     if shapes is None:
         return "not uniform"
     c, d = float(shapes.scale[latent]), float(shapes.shift[latent])
+    if math.isnan(c):
+        return "off by more than the guide's draws reach: all ranks are the same"
     words = []
     if shapes.narrow[latent] or shapes.wide[latent]:
         words.append(f"too {'narrow' if c < 1 else 'wide'}, {c:.2f} of the posterior's scale")

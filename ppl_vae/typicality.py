@@ -176,12 +176,14 @@ def typicality(own: Tensor, other: Tensor, *, num_particles: int) -> Typicality:
         num_particles: S behind each of them.
 
     Raises:
-        ValueError: a set without an image, or a NaN.
+        ValueError: a set without an image, a NaN, or an own number that is infinite.
 
     Reference: Nalisnick et al. 2019, arXiv 1810.09136 (higher density elsewhere); Nalisnick et al. 2019, arXiv
     1906.02994 (typicality, for batches; here for single images, with the mean over the own images).
     """
     own, other = _numbers("own", own), _numbers("other", other)
+    if not own.isfinite().all():
+        raise ValueError("own: expected finite numbers, got an infinite one, from which nothing has a distance")
     center = own.mean()
     return Typicality(
         own=Estimate.of(own, num_particles),
@@ -209,14 +211,16 @@ def _of_density(found: Typicality) -> list[str]:
     higher = f"{share.mean:.1%} ± {share.stderr:.1%} of the other images lie above the own images' median log p(x)"
     if A.mean + _STDERRS * A.stderr < 0.5:
         return [
-            f"density is not typicality: the model gives the other images the higher density ({higher}; {numbers}), "
-            "though it would draw none of them; a high log p(x) does not say that an image is like the data"
+            f"density is not typicality: the model gives the other images the higher density ({higher}; {numbers}); "
+            "a high log p(x) does not say that an image is like the data, nor that the model would draw it"
         ]
     if A.mean - _STDERRS * A.stderr > APART:
         return [
             f"log p(x) tells these two sets apart ({numbers}): the other images have a low density; it does not "
             "follow that it would be low for every other set: simpler images can have a higher one"
         ]
+    if A.mean > APART:
+        return [f"the other images have a lower density ({numbers}), but there are too few of them to say how surely"]
     if A.mean - _STDERRS * A.stderr > 0.5:
         return [f"the other images tend to a lower density ({numbers}), but the sets overlap: {higher}"]
     return [f"log p(x) does not tell the two sets apart ({numbers}): {higher}"]

@@ -243,12 +243,6 @@ def test_the_error_of_the_mean_scale_knows_what_latents_have_to_do_with_each_oth
     assert_close(two.mean_scale_stderr, one.scale_stderr[0])
 
 
-@pytest.mark.parametrize("rank", [0, 99])
-def test_ranks_that_are_all_at_one_end_have_a_finite_shape(rank):
-    found = shape(torch.full((50, 1), rank), 99)
-    assert all(bool(each.isfinite().all()) for each in found)
-
-
 def test_the_prior_as_guide_passes_by_its_latents():
     """The blind spot of ranks of z: (z*, x) and (z, x) have the same marginals."""
     found = judge(ranked(prior_as_guide(), num_simulations=2000))
@@ -332,3 +326,16 @@ def test_the_figures_bars_are_densities_of_the_ranks_and_its_lines_start_and_end
     drawn = lines.get_lines()
     assert [line.get_ydata()[[0, -1]].tolist() for line in drawn[:4]] == [[0, 0]] * 4
     np.testing.assert_allclose(drawn[3].get_ydata()[1:-1], below[-1] - t)
+
+
+def test_of_ranks_that_are_all_the_same_no_size_is_told():
+    """A guide far from its posterior: how far, and how wide it is, the ranks do not say."""
+    torch.manual_seed(0)
+    others = torch.randint(0, 20, (500, 2))
+    far = Ranks(torch.cat([others, torch.zeros(500, 1, dtype=torch.long)], 1), torch.randint(0, 20, (500,)), 19)
+    found = judge(far)
+    assert found.shape.scale.isnan().tolist() == found.shape.shift_stderr.isnan().tolist() == [False, False, True]
+    assert found.words[2] == "off by more than the guide's draws reach: all ranks are the same"
+    assert found.worst[0] == 2
+    assert abs(found.shape.mean_scale - found.shape.scale[:2].mean()) < 1e-12
+    assert "nan" not in found.verdict

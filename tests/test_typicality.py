@@ -186,3 +186,14 @@ def test_the_figures_ticks_can_be_read_over_many_orders_of_magnitude():
     far = np.diff(places) / (width[1] - width[0])
     assert 5 < len(places) < 25
     assert (np.sort(far)[2:] > 0.04).all()  # but for the own quantiles, which lie where they lie
+
+
+def test_an_own_image_without_a_density_is_refused_by_its_name():
+    with pytest.raises(ValueError, match="own: expected finite numbers, got an infinite one"):
+        typicality(torch.tensor([-math.inf, -1.0]), torch.tensor([-2.0]), num_particles=1)
+
+
+def test_a_few_images_that_are_all_lower_are_not_said_to_overlap():
+    found = typicality(torch.arange(10.0), torch.arange(10.0) - 100, num_particles=1)
+    assert "overlap" not in " ".join(found.words)
+    assert "too few of them" in found.words[0]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ppl_vae import build, data, runs
+from ppl_vae.ais import start_of
 from ppl_vae.experiment import certificate_numbers as numbers
 from ppl_vae.experiment import certificate_stages as stages
 from ppl_vae.experiment.certificate_blocks import Bench, Finished
@@ -31,6 +32,9 @@ from ppl_vae.gaps import Gaps
 from ppl_vae.typicality import guarded
 
 _CONVERGING = 25  # images
+_METHOD = (
+    1  # to be raised when a stage comes to other numbers by the same options: what is stored is then measured anew
+)
 
 
 def key_of(split: str) -> str:
@@ -77,7 +81,8 @@ def certify_run(
     Writes evaluation.json's "certificate-SPLIT", certificate-SPLIT.safetensors (the numbers of each image) and
     figures/certificate-SPLIT-*.png. What is interrupted goes on where it was, and ends with the same numbers: its
     finished blocks are in certificate-SPLIT.partial.safetensors, until the end. Stages that were measured with the same
-    options before are not measured again, so that another one can be added to them; another seed measures anew.
+    options before are not measured again, so that another one can be added to them; another seed measures anew. What is
+    not asked for again is dropped.
 
     Args:
         run_dir: the run's folder.
@@ -114,7 +119,13 @@ def certify_run(
         check_output(output)
     other = None if against is None else _other_images(run, against, against_data_dir, images, seed)
     index, x = _images_of(run, split, images, seed, say)
-    chain = Chain(temperatures, leapfrogs, chains, start)
+    vae = evaluated_vae(run).to(place)
+    chain = Chain(temperatures, leapfrogs, chains, start_of(vae, start))
+    if chain.start != start:
+        say(
+            f"--start {start}: its density is slow at any z but its own draws; chains begin with a normal that has its "
+            "moments."
+        )
     asked = {"split": split, "num_images": len(x), **chain._asdict(), "num_particles": num_particles, "seed": seed}
     asked["step"] = runs.load_step(run.folder / runs.MODEL)
     compiles = build.compiles(compile, temperatures * leapfrogs * math.ceil(len(x) / stages.CHAINED_A_BLOCK), place)
@@ -129,10 +140,11 @@ def certify_run(
         "device": device,
         "compile": [compile, compiles],
         "blocks": stages.BLOCKS,
+        "method": _METHOD,
     }
     decided_by = {stage: of_all | own for stage, own in _stages(run, split, len(x), chain, num_particles, parts, other)}
     finished = Finished(run.folder / partial_file(split), run.folder / per_image(split), decided_by, say)
-    bench = Bench(evaluated_vae(run).to(place), place, seed, finished, compile, compiles, say)
+    bench = Bench(vae, place, seed, finished, compile, compiles, say)
     found = _measure(bench, run, index, x.to(place), chain, num_particles, parts, other)
     entry = {
         **what_is_measured(run),
@@ -215,7 +227,10 @@ def _other_images(run: Run, dataset: str, data_dir: str | None, images: int, see
     named = dataset in data.DATASETS
     of_images = {} if named or Path(dataset).suffix in (".npz", ".npy") else build.data_options(run.options)
     of_images = {name: of_images[name] for name in ("image_size", "fit", "color") if name in of_images}
-    splits = data.load(dataset, data_dir=data_dir or run.options.data_dir, **of_images)
+    try:
+        splits = data.load(dataset, data_dir=data_dir or run.options.data_dir, **of_images)
+    except ValueError as error:
+        raise ValueError(f"--against {dataset}: {error}") from None
     if splits.event_shape != run.splits.event_shape:
         own, theirs = ("x".join(map(str, each.event_shape)) for each in (run.splits, splits))
         raise ValueError(f"--against {dataset}: expected images of shape {own}, as the run's, got {theirs}")

@@ -152,5 +152,11 @@ def _doubtful(run: Run, found: Measured, x: Tensor) -> Figure:
         f"refined {found.improved.log_evidence[i]:.1f}\nguide {found.plain.log_evidence[i]:.1f}"
         for i in order.tolist()
     ]
-    title = f"Images whose bounds are farthest apart: !, {int(flagged.sum()):,} of {len(flagged):,}, are unreliable"
+    count = int(flagged.sum())
+    told = (
+        f"{count:,} of {len(flagged):,}, marked !, are unreliable"
+        if count
+        else f"none of {len(flagged):,} is unreliable"
+    )
+    title = f"Images whose bounds are farthest apart: {told}"
     return plots.pictured(display_of(run)(x[order]), captions, columns=_COLUMNS, title=title)

@@ -93,6 +93,8 @@ def sandwich(lower: Array, upper: Array, *, title: str) -> Figure:
     rank = np.arange(1, len(order) + 1)
     left.plot(rank, upper[order], "v", color="tab:red", markersize=4, label="upper bound")
     left.plot(rank, lower[order], "^", color="tab:blue", markersize=4, label="lower bound")
+    for axes in (left, right):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     left.set_xlabel("images simulated from the model, by log p(x)", fontsize=9)
     left.set_ylabel("log p(x), nats", fontsize=9)
     left.legend(fontsize=8, loc="lower right")
@@ -102,7 +104,7 @@ def sandwich(lower: Array, upper: Array, *, title: str) -> Figure:
     mean = float(gap.mean())
     right.axhline(mean, color="tab:red", linewidth=1.2, label=f"mean {mean:+.3f}")
     right.set_xlabel("the same images, by their gap", fontsize=9)
-    right.set_ylabel("upper minus lower bound, nats", fontsize=9)
+    right.set_ylabel("upper minus lower bound, nats\n(below 0: by the noise of both)", fontsize=9)
     right.legend(fontsize=8, loc="upper left")
     return figure
 

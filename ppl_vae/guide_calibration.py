@@ -336,7 +336,7 @@ class GuideCalibration(NamedTuple):
         found = self.shape
         if found is None:
             return ""
-        kinds = {"too narrow": found.narrow, "too wide": found.wide, "shifted": found.shifted}
+        kinds = {"too narrow or misplaced by image": found.narrow, "too wide": found.wide, "shifted": found.shifted}
         counts = [f"{int((wrong & kind).sum())} {name}" for name, kind in kinds.items()]
         told = f"{', '.join(counts)}; " if wrong.any() else ""
         mean = f"{float(found.mean_scale):.3f} ± {float(found.mean_scale_stderr):.3f} on average"
@@ -345,7 +345,7 @@ class GuideCalibration(NamedTuple):
             return " (of none do the ranks differ)"
         least, most = float(found.scale[known].min()), float(found.scale[known].max())
         return (
-            f" ({told}the guide's scale over the posterior's: {mean}, {least:.2f} to {most:.2f}; shifted by up to "
+            f" ({told}as the guide's scale over the posterior's: {mean}, {least:.2f} to {most:.2f}; shifted by up to "
             f"{float(found.shift[known].abs().max()):.2f} of the posterior's scales)"
         )
 
@@ -386,7 +386,9 @@ def _of_latent(shapes: Shape | None, latent: int) -> str:
         return "off by more than the guide's draws reach: all ranks are the same"
     words = []
     if shapes.narrow[latent] or shapes.wide[latent]:
-        words.append(f"too {'narrow' if c < 1 else 'wide'}, {c:.2f} of the posterior's scale")
+        words.append(
+            f"too {'narrow, or now here and now there' if c < 1 else 'wide'}, as {c:.2f} of the posterior's scale"
+        )
     if shapes.shifted[latent]:
         words.append(f"{abs(d):.2f} scales {'above' if d > 0 else 'below'} the posterior")
     return ", ".join(words) or "of another shape than the posterior"

@@ -361,19 +361,19 @@ def test_a_part_that_is_added_leaves_the_others_as_they_were(
 def test_a_damaged_file_of_blocks_is_said_and_measured_again(tmp_path: Path) -> None:
     (tmp_path / "partial").write_bytes(b"nothing")
     said: list[str] = []
-    finished = Finished(tmp_path / "partial", tmp_path / "complete", {"a": {}}, said.append)
+    finished = Finished(tmp_path / "partial", tmp_path / "complete", {"a": {}}, {}, said.append)
     assert finished.block("a", 0) is None
     assert "damaged" in said[0]
 
 
 def test_a_block_comes_back_as_it_was_kept(tmp_path: Path) -> None:
     stages_asked = {"a": {"seed": 1}, "b": {"seed": 1, "S": 5}}
-    first = Finished(tmp_path / "partial", tmp_path / "complete", stages_asked, print)
+    first = Finished(tmp_path / "partial", tmp_path / "complete", stages_asked, {}, print)
     values = torch.randn(3, dtype=torch.double)
     first.keep("a", 0, {"values": values})
     first.keep("b", 0, {"values": values + 1})
     other = stages_asked | {"b": {"seed": 1, "S": 6}}
-    second = Finished(tmp_path / "partial", tmp_path / "complete", other, lambda line: None)
+    second = Finished(tmp_path / "partial", tmp_path / "complete", other, {}, lambda line: None)
     kept = second.block("a", 0)
     assert kept is not None
     assert torch.equal(kept["values"], values)
@@ -554,6 +554,15 @@ def test_chains_that_do_not_begin_with_the_guide_are_not_said_to(tmp_path: Path)
     assert certify(folder, **little, say=said.append)["start"] == "normal"
     assert any("chains from a normal with the guide's moments" in line for line in said)
     assert not any("chains from the guide" in line for line in said)
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_what_is_left_out_once_is_not_lost(certified: tuple[Path, dict[str, Any], list[str]], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(certified[0], tmp_path / "run"))
+    left_out = certify(folder, simulated=0, gap_images=0, simulations=0)
+    assert left_out["simulated"] is left_out["gaps"] is left_out["calibration"] is None
+    again = certify(folder)
+    assert again["stage_seconds"] == {s: v for s, v in certified[1]["stage_seconds"].items() if "against" not in s}
 
 
 # --- Several certificates in one file ---

@@ -82,7 +82,7 @@ def certify_run(
     figures/certificate-SPLIT-*.png. What is interrupted goes on where it was, and ends with the same numbers: its
     finished blocks are in certificate-SPLIT.partial.safetensors, until the end. Stages that were measured with the same
     options before are not measured again, so that another one can be added to them; another seed measures anew. What is
-    not asked for again is dropped.
+    not asked for this time is not in the entry, but stays in the file.
 
     Args:
         run_dir: the run's folder.
@@ -143,7 +143,7 @@ def certify_run(
         "method": _METHOD,
     }
     decided_by = {stage: of_all | own for stage, own in _stages(run, split, len(x), chain, num_particles, parts, other)}
-    finished = Finished(run.folder / partial_file(split), run.folder / per_image(split), decided_by, say)
+    finished = Finished(run.folder / partial_file(split), run.folder / per_image(split), decided_by, of_all, say)
     bench = Bench(vae, place, seed, finished, compile, compiles, say)
     found = _measure(bench, run, index, x.to(place), chain, num_particles, parts, other)
     entry = {

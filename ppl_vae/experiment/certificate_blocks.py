@@ -36,16 +36,27 @@ class Finished:
         complete: that of whole stages, which stays.
         stages: by each stage that will be asked for, JSON of all that decides its numbers. What was kept under the same
             name for anything else is not taken.
+        common: what of that decides every stage. A whole stage that is not asked for now stays in the file as it is,
+            where that is still the same.
         say: is told what is taken up, and what is not.
     """
 
-    def __init__(self, partial: Path, complete: Path, stages: dict[str, dict[str, Any]], say: Say) -> None:
+    def __init__(
+        self, partial: Path, complete: Path, stages: dict[str, dict[str, Any]], common: dict[str, Any], say: Say
+    ) -> None:
         self._partial, self._complete, self._stages = partial, complete, stages
-        self._whole, self._seconds = self._kept_stages(say)
+        tensors, scalars = _read(complete, say)
+        self._whole, self._seconds = self._kept_stages(tensors, scalars, say)
+        self._unasked = {
+            stage: (_below(tensors, stage), key, scalars["seconds"][stage])
+            for stage, key in scalars.get("stages", {}).items()
+            if stage not in stages and not _others(common, {name: key.get(name) for name in common})
+        }
         self._blocks = self._kept_blocks(say)
 
-    def _kept_stages(self, say: Say) -> tuple[dict[str, Tensors], dict[str, float]]:
-        tensors, scalars = _read(self._complete, say)
+    def _kept_stages(
+        self, tensors: Tensors, scalars: dict[str, Any], say: Say
+    ) -> tuple[dict[str, Tensors], dict[str, float]]:
         same = [stage for stage, key in self._stages.items() if scalars.get("stages", {}).get(stage) == key]
         if same:
             say(f"Taken from {self._complete.name}, as measured with the same options: {', '.join(same)}.")
@@ -91,8 +102,12 @@ class Finished:
 
     def save(self, others: Tensors) -> None:
         """Every stage as STAGE/NAME, and other tensors, into the file that stays."""
-        tensors = {f"{stage}/{name}": v for stage in self._stages for name, v in self._whole[stage].items()}
-        runs.save_tensors(self._complete, tensors | others, {"stages": self._stages, "seconds": self.seconds})
+        whole = {stage: self._whole[stage] for stage in self._stages}
+        whole |= {stage: tensors for stage, (tensors, _, _) in self._unasked.items()}
+        stages = self._stages | {stage: key for stage, (_, key, _) in self._unasked.items()}
+        seconds = self.seconds | {stage: seconds for stage, (_, _, seconds) in self._unasked.items()}
+        tensors = {f"{stage}/{name}": v for stage, found in whole.items() for name, v in found.items()}
+        runs.save_tensors(self._complete, tensors | others, {"stages": stages, "seconds": seconds})
 
     def remove_blocks(self) -> None:
         """They go, once everything of them stands elsewhere."""
@@ -120,7 +135,7 @@ def _others(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
 
 
 def seed_of(seed: int, stage: str, number: int) -> int:
-    """A seed of 63 bits for one block of one stage: what is drawn before it, or not, makes no difference to it."""
+    """A seed for one block of one stage: what is drawn before it, or not, makes no difference to it."""
     digest = hashlib.sha256(f"{seed} {stage} {number}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 

@@ -312,7 +312,8 @@ def test_an_interrupted_certificate_ends_with_the_numbers_of_an_undisturbed_one(
     assert without_times(found) == without_times(expected)
     one, other = (load_file(folder / "certificate-test.safetensors") for folder in (copy, undisturbed))
     assert one.keys() == other.keys()
-    assert all(torch.equal(one[key], other[key]) or one[key].isnan().any() for key in one)
+    for key in one:
+        torch.testing.assert_close(one[key], other[key], rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.usefixtures("no_figures")
@@ -538,6 +539,13 @@ def test_a_stacked_bar_ends_at_the_sum_of_its_parts() -> None:
     assert ends == {(0, 1.0), (0, 3.0), (1, 0.5), (1, 0.75)}
 
 
+def test_a_part_below_zero_goes_to_the_left() -> None:
+    rows = {"train": {"a": (1.0, 0.1), "b": (-0.25, 0.1)}}
+    axes = plots.gap_bars(rows, title="").axes[0]
+    assert {(patch.get_x(), patch.get_width()) for patch in axes.patches} == {(0.0, 1.0), (0.0, -0.25)}
+    assert axes.get_xlim()[0] < -0.25
+
+
 def test_every_image_of_several_rows_is_shown_with_its_caption() -> None:
     figure = plots.pictured(np.zeros((13, 1, 4, 4)), [str(i) for i in range(13)], columns=5, title="title")
     captions = [label.get_text() for axes in figure.axes for label in axes.get_xticklabels()]
@@ -563,6 +571,19 @@ def test_what_is_left_out_once_is_not_lost(certified: tuple[Path, dict[str, Any]
     assert left_out["simulated"] is left_out["gaps"] is left_out["calibration"] is None
     again = certify(folder)
     assert again["stage_seconds"] == {s: v for s, v in certified[1]["stage_seconds"].items() if "against" not in s}
+
+
+def test_a_file_in_the_place_of_the_figures_is_found_before_the_work(copy: Path) -> None:
+    shutil.rmtree(copy / "figures", ignore_errors=True)
+    (copy / "figures").write_text("")
+    with pytest.raises(ValueError, match="figures: expected a folder, got a file"):
+        certify(copy)
+    assert not (copy / "certificate-test.partial.safetensors").exists()
+
+
+def test_a_folder_of_no_other_data_is_refused(copy: Path) -> None:
+    with pytest.raises(ValueError, match="--against-data-dir: expected --against beside it"):
+        certify(copy, against_data_dir="somewhere")
 
 
 # --- Several certificates in one file ---

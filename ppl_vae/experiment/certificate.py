@@ -117,6 +117,9 @@ def certify_run(
     runs.check_writable(run.folder)
     if output is not None:
         check_output(output)
+    _check_places(run.folder, split)
+    if against_data_dir is not None and against is None:
+        raise ValueError("--against-data-dir: expected --against beside it, which it is of, got none")
     other = None if against is None else _other_images(run, against, against_data_dir, images, seed)
     index, x = _images_of(run, split, images, seed, say)
     vae = evaluated_vae(run).to(place)
@@ -195,6 +198,15 @@ class Other(NamedTuple):
 
 
 # --- Before the work ---
+
+
+def _check_places(folder: Path, split: str) -> None:
+    """Refuses a file where a folder will be, and a folder where a file will be."""
+    if (folder / runs.FIGURES).is_file():
+        raise ValueError(f"{folder / runs.FIGURES}: expected a folder, got a file")
+    for name in (partial_file(split), per_image(split)):
+        if (folder / name).is_dir():
+            raise ValueError(f"{folder / name}: expected a file, got a folder")
 
 
 def _sha256(path: Path) -> str:

@@ -6,7 +6,6 @@ from textwrap import fill
 from typing import Any
 
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -15,7 +14,7 @@ from ppl_vae.evidence import UNRELIABLE_BIAS
 from ppl_vae.experiment.certificate_numbers import Measured
 from ppl_vae.experiment.display import display_of
 from ppl_vae.experiment.opening import Run
-from ppl_vae.guide_calibration import Ranks, cumulative_band, edges, histogram
+from ppl_vae.guide_calibration import Ranks, cumulative_band, edges, histogram, judge
 
 _SHOWN, _COLUMNS = 20, 10
 _WORST = 2  # latents
@@ -74,7 +73,7 @@ def _convergence(entry: dict[str, Any]) -> Figure:
     found = entry["convergence"]
     curves = {
         words: plots.Curve(
-            found[name]["effort"], np.array(found[name]["minus_best"]), np.nan_to_num(found[name]["minus_best_stderr"])
+            found[name]["effort"], np.array(found[name]["minus_ais"]), np.nan_to_num(found[name]["minus_ais_stderr"])
         )
         for name, words in (("temperatures", "temperatures"), ("particles", "importance samples with the guide"))
     }
@@ -104,7 +103,7 @@ def _calibration(entry: dict[str, Any], ranks: Ranks) -> Figure:
     shares = bins.diff().double() / (M + 1)
     counts = histogram(ranks.all, bins)  # (L + 1, K), the last of log p(x, z)
     histograms = {"log p(x, z)": plots.RankHistogram(counts[-1].numpy())}
-    for latent in torch.tensor(entry["calibration"]["p_values"])[:-1].argsort()[:_WORST].tolist():
+    for latent in judge(ranks).worst[:_WORST]:
         words = entry["calibration"]["words"][latent]
         histograms[f"z{latent}: {words}"] = plots.RankHistogram(counts[latent].numpy())
     if L > 1:

@@ -81,7 +81,7 @@ class Measured:
 
 def numbers_of(found: Measured, num_particles: int) -> dict[str, Any]:
     """The entry's numbers, but for what was asked."""
-    curves, best = found.converging, found.chains.bound[found.converging.places]
+    curves, ais = found.converging, found.chains.bound[found.converging.places]
     return {
         "ais": of_chains(found.chains),
         "importance": of_importance(found.plain, num_particles) | {"smoothed_estimate": _mean(found.smoothed)},
@@ -91,9 +91,9 @@ def numbers_of(found: Measured, num_particles: int) -> dict[str, Any]:
         "unreliable": found.index[found.unreliable].tolist(),
         "simulated": None if found.simulated is None else of_simulated(*found.simulated),
         "convergence": {
-            "num_images": len(best),
-            "temperatures": of_curve(curves.temperatures, curves.chains, best),
-            "particles": of_curve(curves.particles, curves.weighed, best),
+            "num_images": len(ais),
+            "temperatures": of_curve(curves.temperatures, curves.chains, ais),
+            "particles": of_curve(curves.particles, curves.weighed, ais),
         },
         "gaps": {split: of_gaps(each) for split, each in found.gaps.items()} or None,
         "calibration": None if found.ranks is None else judge(found.ranks).to_json(),
@@ -159,14 +159,14 @@ def of_simulated(below: Chained, above: Chained) -> dict[str, Any]:
     }
 
 
-def of_curve(effort: Sequence[int], bounds: Tensor, best: Tensor) -> dict[str, list[float]]:
-    """What bounds (K, N) of each effort lack of the best one (N,): the mean over images and its paired error."""
-    lacking = [Estimate.of(bound - best, 1) for bound in bounds]
+def of_curve(effort: Sequence[int], bounds: Tensor, ais: Tensor) -> dict[str, list[float]]:
+    """What bounds (K, N) of each effort lack of that of AIS in full (N,): the mean over images and its paired error."""
+    lacking = [Estimate.of(bound - ais, 1) for bound in bounds]
     return {
         "effort": list(effort),
         "mean": [float(bound.mean()) for bound in bounds],
-        "minus_best": [each.mean for each in lacking],
-        "minus_best_stderr": [each.stderr for each in lacking],
+        "minus_ais": [each.mean for each in lacking],
+        "minus_ais_stderr": [each.stderr for each in lacking],
     }
 
 

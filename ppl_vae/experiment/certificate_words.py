@@ -106,15 +106,14 @@ def _convergence(entry: dict[str, Any]) -> list[str]:
         curve = found[name]
         shown = [
             f"{effort:,}: {number(mean, 2)} ± {number(stderr, 2)}"
-            for effort, mean, stderr in zip(
-                curve["effort"], curve["minus_best"], curve["minus_best_stderr"], strict=True
-            )
+            for effort, mean, stderr in zip(curve["effort"], curve["minus_ais"], curve["minus_ais_stderr"], strict=True)
             if effort != entry["temperatures"] or name == "particles"
         ]
         if shown:
             parts.append(f"{words} {', '.join(shown)}")
     return [
-        f"convergence, bounds minus that of AIS in full, on {found['num_images']:,} of the images: {'; '.join(parts)}"
+        f"convergence, bounds by other draws minus that of AIS in full, on {found['num_images']:,} of the images: "
+        + "; ".join(parts)
     ]
 
 

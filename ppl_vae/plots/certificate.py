@@ -21,7 +21,7 @@ class Curve(NamedTuple):
 
     Args:
         effort: (K,) how much, ascending.
-        lacking: (K,) the mean over images of the bound minus the best one, nats.
+        lacking: (K,) the mean over images of the bound minus that of AIS in full, nats.
         stderr: (K,) of that difference, paired.
     """
 
@@ -110,7 +110,7 @@ def sandwich(lower: Array, upper: Array, *, title: str) -> Figure:
 
 
 def convergence(curves: Mapping[str, Curve], *, title: str) -> Figure:
-    """What each bound lacks of the best one over its effort, on one scale of nats.
+    """What each bound lacks of that of AIS in full over its effort, on one scale of nats.
 
     Args:
         curves: by the words of the effort, such as "temperatures".
@@ -133,6 +133,8 @@ def convergence(curves: Mapping[str, Curve], *, title: str) -> Figure:
 def gap_bars(rows: Mapping[str, Mapping[str, tuple[float, float]]], *, title: str) -> Figure:
     """log p(x) - ELBO of each split as a stacked bar: the part of each cause, with its standard error.
 
+    A part below 0, which a gap is by noise alone, goes to the left of it.
+
     Args:
         rows: by split, the mean and the standard error of each part, nats; the same parts in each.
         title: over the figure; it may have several lines.
@@ -142,19 +144,20 @@ def gap_bars(rows: Mapping[str, Mapping[str, tuple[float, float]]], *, title: st
     axes = figure.add_subplot()
     colors = ("tab:blue", "tab:orange", "tab:green")
     for row, parts in enumerate(rows.values()):
-        start = 0.0
+        reached = {False: 0.0, True: 0.0}  # to the right of 0, and to the left
         for (words, (mean, stderr)), color in zip(parts.items(), colors, strict=False):
-            length = max(0.0, mean)
+            start = reached[mean < 0]
             label = words if row == 0 else None
-            axes.barh(row, length, left=start, height=0.55, color=color, alpha=0.8, label=label)
-            axes.errorbar(start + length, row, xerr=0 if np.isnan(stderr) else stderr, color="0.2", capsize=2)
-            axes.text(
-                start + length / 2, row - 0.31, f"{mean:.2f} ± {stderr:.2f}", fontsize=8, ha="center", va="bottom"
-            )
-            start += length
+            axes.barh(row, mean, left=start, height=0.55, color=color, alpha=0.8, label=label)
+            axes.errorbar(start + mean, row, xerr=0 if np.isnan(stderr) else stderr, color="0.2", capsize=2)
+            axes.text(start + mean / 2, row - 0.31, f"{mean:.2f} ± {stderr:.2f}", fontsize=8, ha="center", va="bottom")
+            reached[mean < 0] += mean
     axes.set_yticks(range(len(rows)), list(rows), fontsize=9)
     axes.set_ylim(len(rows) - 0.5, -0.65)
-    axes.set_xlim(left=0)
+    if all(mean >= 0 for parts in rows.values() for mean, _ in parts.values()):
+        axes.set_xlim(left=0)
+    else:
+        axes.axvline(0, color="black", linewidth=0.8)
     axes.set_xlabel("nats an image", fontsize=9)
     axes.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False)
     return figure

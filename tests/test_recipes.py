@@ -26,7 +26,7 @@ PRINTED = {
 _LEARNED = [("flow", "stl"), ("flow", "dreg")]
 TRAINED = {
     "iwae_vae_1": [("standard-normal", "stl")],
-    "iwae_1": [("standard-normal", "dreg")],
+    "iwae_1": [("standard-normal", "stl"), ("standard-normal", "dreg")],
     "vae_gaussian": [("standard-normal", "stl")],
     "vae_flow": _LEARNED,
     "vae_flow_wide": _LEARNED,

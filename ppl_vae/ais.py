@@ -54,7 +54,7 @@ _MOMENTS_SEED = 0  # of draws of a guide whose moments have no formula: the same
 # of one take every chain to its mirror image, again and again. Source: Neal 2011, arXiv 1206.1901, section 3.2.
 _JITTER = 0.3
 
-# The pilot's rule. Source: ours, tuned on the pretrained model.
+# The pilot's rule. Source: ours.
 _ACCEPTANCE = 0.7
 _FIRST_STEP = 0.3
 _GAIN = 0.2

@@ -22,7 +22,8 @@ from torch.nn.functional import binary_cross_entropy_with_logits, softplus
 from torch.overrides import TorchFunctionMode
 
 # Adam's, as torch.optim.Adam has them by default.
-_BETA_1, _BETA_2, _EPSILON = 0.9, 0.999, 1e-8
+ADAM_BETAS, ADAM_EPSILON = (0.9, 0.999), 1e-8
+_BETA_1, _BETA_2 = ADAM_BETAS
 
 # A first moment smaller than this moves no weight (it is divided by at least 1e-8 and added to a weight), but on its
 # way down it becomes denormal, and arithmetic with denormal numbers is many times slower.
@@ -434,7 +435,7 @@ class CapturedStep:
             m = first + (1 - _BETA_1) * (g - first)
             m = torch.where(m.abs() < _SMALLEST_MOMENT, torch.zeros_like(m), m)
             v = _BETA_2 * second + (1 - _BETA_2) * g * g
-            new = w - rate * m / (v.sqrt() / root_of_correction + _EPSILON)
+            new = w - rate * m / (v.sqrt() / root_of_correction + ADAM_EPSILON)
             if name in s["averages"]:
                 average = s["averages"][name]
                 average.copy_(torch.where(good, average + towards * (new - average), average))

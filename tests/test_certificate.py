@@ -166,6 +166,14 @@ def test_an_image_of_which_both_bounds_are_infinite_is_unreliable() -> None:
     assert certificate_numbers.unreliable(chains, improved).tolist() == [True, False]
 
 
+def test_the_total_gap_is_told_of_every_guide(certified: tuple[Path, dict[str, Any], list[str]]) -> None:
+    """Also of one of several layers, whose gap is not split in two."""
+    entry = certified[1]
+    expected = entry["ais"]["mean"] - entry["importance"]["elbo"]["mean"]
+    assert entry["total_gap"]["mean"] == pytest.approx(expected)
+    assert any("log p(x) - ELBO, AIS minus the guide's ELBO" in line for line in certified[2])
+
+
 def test_the_parts_of_the_gap_sum_to_it(certified: tuple[Path, dict[str, Any], list[str]]) -> None:
     for found in certified[1]["gaps"].values():
         total = found["approximation"]["mean"] + found["amortization"]["mean"]

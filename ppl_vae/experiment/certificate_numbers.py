@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ppl_vae.evidence import UNRELIABLE_BIAS, Estimate, Importance
 from ppl_vae.experiment.certificate_stages import Chained
+from ppl_vae.experiment.evaluation import quantiles
 from ppl_vae.gaps import Gaps
 from ppl_vae.guide_calibration import Ranks, judge
 from ppl_vae.typicality import typicality
@@ -88,6 +89,7 @@ def numbers_of(found: Measured, num_particles: int) -> dict[str, Any]:
         "improved": of_importance(found.improved, num_particles),
         "ais_minus_importance": difference(found.chains, found.plain),
         "ais_minus_improved": difference(found.chains, found.improved),
+        "total_gap": _mean(found.chains.bound - found.plain.elbo),
         "unreliable": found.index[found.unreliable].tolist(),
         "simulated": None if found.simulated is None else of_simulated(*found.simulated),
         "convergence": {
@@ -128,7 +130,7 @@ def of_importance(found: Importance, num_particles: int) -> dict[str, Any]:
         "num_particles": num_particles,
         "monte_carlo_stderr": _of_mean(found.monte_carlo_stderr),
         "bias": float(found.bias.mean()),
-        "corrected_estimate": _mean(found.log_evidence + found.bias),
+        "corrected_estimate": _mean(found.jackknife_estimate()),
         "rise": float(found.rise.mean()),
         "elbo": _mean(found.elbo),
         "ess": quantiles(found.ess),
@@ -175,15 +177,6 @@ def of_gaps(found: Gaps) -> dict[str, Any]:
     parts = {"log_evidence": found.log_evidence, "elbo": found.elbo, "refined_elbo": found.refined_elbo}
     parts |= {"total": found.total, "approximation": found.approximation, "amortization": found.amortization}
     return {"num_images": len(found.elbo)} | {name: _mean(values) for name, values in parts.items()}
-
-
-def quantiles(values: Tensor) -> dict[str, float | None]:
-    """The median and what 5% and 95% of the known values are below; None where none is known."""
-    known = values[~values.isnan()]
-    if not len(known):
-        return {"median": None, "q05": None, "q95": None}
-    shares = {"median": 0.5, "q05": 0.05, "q95": 0.95}
-    return {name: float(known.quantile(share, interpolation="lower")) for name, share in shares.items()}
 
 
 def _mean(values: Tensor) -> dict[str, float]:

@@ -44,6 +44,7 @@ def _bounds(entry: dict[str, Any]) -> list[str]:
         f"{_paired(entry['ais_minus_importance'])}",
         f"  with a normal refined for each image, bound L_{S}: {plus_minus(own)}; AIS minus it "
         f"{_paired(entry['ais_minus_improved'])}",
+        f"  log p(x) - ELBO, AIS minus the guide's ELBO {plus_minus(plain['elbo'])}: {plus_minus(entry['total_gap'])}",
         "  estimates, no bounds: with the jackknife's correction these two are "
         f"{plus_minus(plain['corrected_estimate'])} and {plus_minus(own['corrected_estimate'])}; with as many other "
         f"draws of the guide, their largest weights smoothed, it is {plus_minus(plain['smoothed_estimate'])}",

@@ -354,18 +354,18 @@ def floor_and_entropy(run: Run, split: str, x: Tensor, index: Tensor, num_draws:
     }
 
 
+def quantiles(values: Tensor) -> dict[str, float | None]:
+    """The median and what 5% and 95% of the known values are below; None where none is known."""
+    known = values[~values.isnan()]
+    if not len(known):
+        return {"median": None, "q05": None, "q95": None}
+    shares = {"median": 0.5, "q05": 0.05, "q95": 0.95}
+    return {name: float(known.quantile(share, interpolation="lower")) for name, share in shares.items()}
+
+
 def _summary(result: Importance, num_particles: int) -> dict[str, Any]:
     def mean(values: Tensor) -> dict[str, float]:
         return Estimate.of(values, num_particles).to_json()
-
-    def quantiles(values: Tensor) -> dict[str, float | None]:
-        known = values[~values.isnan()]
-        if not len(known):
-            return {"median": None, "q05": None, "q95": None}
-        return {
-            name: float(known.quantile(q, interpolation="lower"))
-            for name, q in (("median", 0.5), ("q05", 0.05), ("q95", 0.95))
-        }
 
     count = len(result.log_evidence)
     return {

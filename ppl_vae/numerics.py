@@ -223,6 +223,33 @@ class LogWeightSummary:
         return pareto_k(self._largest)
 
 
+_LARGE = 2**28  # bytes beyond which an array is gone through once, row by row: it may be in a file
+_COLUMNS = 64  # whose numbers stay in the processor's cache while they are summed
+
+
+def _by_columns(x: Tensor) -> Sequence[Tensor]:
+    """Blocks of columns, the last one of 64 to 127. x: (..., D).
+
+    torch adds the last few columns of a table in another order than the others. So each block begins where it would
+    begin a group of columns in the whole table too, and the sums are the same to the bit.
+    """
+    return x.tensor_split(list(range(_COLUMNS, x.shape[-1] - _COLUMNS + 1, _COLUMNS)), dim=-1)
+
+
+def sum_over_images(x: Tensor, *, chunk: int = 1000) -> Tensor:
+    """sum_n x_n. x: (N, *E) -> (*E), float64.
+
+    Args:
+        chunk: images that are added at once where there are very many numbers.
+    """
+    rows = chunk if x.numel() * x.element_size() > _LARGE else max(1, len(x))
+    total = torch.zeros(math.prod(x.shape[1:]), dtype=torch.double, device=x.device)
+    for part in x.reshape(-1, len(total)).split(rows):
+        for columns, own_total in zip(_by_columns(part), _by_columns(total), strict=True):
+            own_total += columns.sum(0, dtype=torch.double)
+    return total.reshape(x.shape[1:])
+
+
 def mean_and_variance(x: Tensor, *, chunk: int = 1000) -> tuple[Tensor, Tensor]:
     """mean_n x_n and mean_n (x_n - mean_n x_n)^2.
 
@@ -233,9 +260,13 @@ def mean_and_variance(x: Tensor, *, chunk: int = 1000) -> tuple[Tensor, Tensor]:
     Returns:
         (*E) and (*E), both float64.
     """
-    mean = x.sum(0, dtype=torch.double) / len(x)
-    squares = sum(((part.double() - mean).square().sum(0) for part in x.split(chunk)), torch.zeros_like(mean))
-    return mean, squares / len(x)
+    mean = sum_over_images(x, chunk=chunk) / len(x)
+    squares = torch.zeros(mean.numel(), dtype=torch.double, device=x.device)
+    blocks = list(zip(_by_columns(mean.flatten()), _by_columns(squares), strict=True))
+    for part in x.reshape(len(x), mean.numel()).split(chunk):
+        for columns, (own_mean, own_squares) in zip(_by_columns(part), blocks, strict=True):
+            own_squares += (columns.double() - own_mean).square().sum(0)
+    return mean, squares.reshape(mean.shape) / len(x)
 
 
 def location_and_spread(x: Tensor, *, chunk: int = 1000) -> tuple[Tensor, Tensor]:
@@ -251,7 +282,7 @@ def location_and_spread(x: Tensor, *, chunk: int = 1000) -> tuple[Tensor, Tensor
 
 
 def polynomial(coefficients: Sequence[float], x: Tensor) -> Tensor:
-    """sum_n coefficients[n] x^n, by Horner's rule."""
+    """sum_n coefficients[n] x^n, by Horner's rule, in the shape of x."""
     total = torch.full_like(x, coefficients[-1])
     for coefficient in coefficients[-2::-1]:
         total = total * x + coefficient
@@ -259,5 +290,5 @@ def polynomial(coefficients: Sequence[float], x: Tensor) -> Tensor:
 
 
 def bounded(h: Tensor, limit: float) -> Tensor:
-    """limit tanh(h / limit): smooth, of slope one at h = 0, and between -limit and limit."""
+    """limit tanh(h / limit): smooth, of slope one at h = 0, between -limit and limit, in the shape of h."""
     return limit * (h / limit).tanh()

@@ -9,6 +9,14 @@ from browser import chromium  # noqa: F401, a fixture, of which one process can 
 from ppl_vae import capture
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory):
+    """Images that tests read are kept with the tests' other files, and not in the folder of whoever runs them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PPL_VAE_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture
 def graphs(monkeypatch):
     """Every graph that is written down, which then runs as it is: no compiler is needed, nor its time."""

@@ -4,6 +4,7 @@ Every split, draw and subset here comes from a constant, never from a run's seed
 same images; the iwae protocol alone draws its test images from the seed of an evaluation.
 """
 
+from ppl_vae.data.cache import is_mapped, room
 from ppl_vae.data.further_images import OwnImages, own_images
 from ppl_vae.data.loading import DATASETS, load
 from ppl_vae.data.pixels import (
@@ -15,6 +16,7 @@ from ppl_vae.data.pixels import (
     evaluation_images,
     expected_images,
     inside_unit_interval,
+    over_images,
     probabilities,
     resolve_binarization,
     training_images,
@@ -41,10 +43,13 @@ __all__ = [
     "evaluation_images",
     "expected_images",
     "inside_unit_interval",
+    "is_mapped",
     "load",
+    "over_images",
     "own_images",
     "probabilities",
     "resolve_binarization",
+    "room",
     "subset",
     "training_images",
     "uniform_dequantization",

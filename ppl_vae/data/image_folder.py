@@ -1,11 +1,16 @@
-"""Folders of image files: read, brought to one size and color, split, and labeled by their subfolders."""
+"""Folders of image files: read once, brought to one size and color, split, and labeled by their subfolders."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import re
-from collections.abc import Sequence
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from io import BytesIO
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -14,8 +19,11 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
+from tqdm import tqdm
 
+from ppl_vae.data import cache, limits
 from ppl_vae.data.splits import LEVELS, Splits, complete, first_few, several
+from ppl_vae.data.threads import in_threads
 
 _SPLIT_FOLDERS = {
     "train": "train",
@@ -59,6 +67,9 @@ def image_folder(path: Path, *, image_size: Sequence[int] | None, fit: str, colo
     Images are turned as their EXIF orientation says; transparent ones are laid over white; 16-bit gray becomes
     round(level / 257); of an animation the first frame is taken.
 
+    They are read once: what comes of them is kept in the cache folder, and read again when the name, the size or the
+    time of change of any of them is another.
+
     Args:
         image_size: (H, W), or one number for both; None: all images have one size already.
         fit: "crop" resizes to cover H x W and cuts the middle; "stretch" ignores the aspect ratio.
@@ -73,27 +84,96 @@ def image_folder(path: Path, *, image_size: Sequence[int] | None, fit: str, colo
         others = several(found.num_others, "other file") if found.num_others else "an empty folder"
         raise ValueError(f"{path}: expected images, got {others}")
     _check_names_of_splits(path, found.images)
-    pictures = read_images(path, found.images, size=checked_size(image_size), fit=fit, color=color)
-    index = _index_of_splits(path, found.images, pictures.names)
-    given = {split: pictures.pixels[rows] for split, rows in index.items()}
-    numbers, class_names = label_by_folder(pictures.names)
+    size = checked_size(image_size)
+    how = {"image_size": size, "fit": fit, "color": color}
+    splits = cache.cached(
+        cache.source(path, how, _state(path, found.images)),
+        path.resolve().name,
+        partial(_draft, path, found.images, size=size, fit=fit, color=color),
+        partial(_in_memory, path, found.images, size=size, fit=fit, color=color),
+    )
+    if not found.num_others:
+        return splits
+    are_no_images = "that is no image" if found.num_others == 1 else "that are no images"
+    return replace(splits, split=f"{splits.split}; {several(found.num_others, 'file')} {are_no_images} ignored")
+
+
+class _Meaning(NamedTuple):
+    """What the names say of the images in their order: {split: rows}, labels of each split, classes, the words."""
+
+    rows: dict[str, Tensor]
+    labels: dict[str, Tensor]
+    class_names: tuple[str, ...]
+    words: str
+
+
+def _meaning(path: Path, names: Sequence[str], read: Sequence[str]) -> _Meaning:
+    """Of those images that could be read, among all."""
+    index = _index_of_splits(path, names, read)
+    numbers, class_names = label_by_folder(read)
     labels = {split: numbers[rows] for split, rows in index.items()} if class_names else {}
-    given, labels, words = complete(str(path), given, labels)
-    words = "by their folders" if words == "as given" else words
-    if found.num_others:
-        are_no_images = "that is no image" if found.num_others == 1 else "that are no images"
-        words += f"; {several(found.num_others, 'file')} {are_no_images} ignored"
+    rows, labels, words = complete(str(path), index, labels)
+    return _Meaning(rows, labels, class_names, "by their folders" if words == "as given" else words)
+
+
+def _in_memory(
+    path: Path, names: Sequence[str], *, size: tuple[int, int] | None, fit: str, color: str | None
+) -> Splits:
+    pictures = read_images(path, names, size=size, fit=fit, color=color)
+    meaning = _meaning(path, names, pictures.names)
     return Splits(
         name=path.resolve().name,
         kind=LEVELS,
         sha256=pictures.sha256,
-        split=words,
-        labels=labels,
-        class_names=class_names,
+        split=meaning.words,
+        labels=meaning.labels,
+        class_names=meaning.class_names,
         unreadable=pictures.unreadable,
-        train=given["train"],
-        validation=given["validation"],
-        test=given["test"],
+        train=pictures.pixels[meaning.rows["train"]],
+        validation=pictures.pixels[meaning.rows["validation"]],
+        test=pictures.pixels[meaning.rows["test"]],
+    )
+
+
+_AT_ONCE = 2**23  # bytes of a block of images
+
+
+def _draft(
+    path: Path, names: Sequence[str], *, size: tuple[int, int] | None, fit: str, color: str | None
+) -> cache.Draft:
+    """The images go into a file without a name as they are read, for only then is it known how many there are."""
+    offsets: list[int] = []
+    with tempfile.TemporaryFile(dir=cache.folder()) as file:
+        read = _Read(path, names, size=size, fit=fit, color=color)
+        for pixels in read:
+            offsets.append(file.tell())
+            file.write(np.ascontiguousarray(pixels).data.cast("B"))
+        offsets.append(file.tell())
+        file.flush()
+        stored = np.asarray(np.memmap(file, np.uint8, "r"))
+    height, width = next(iter(read.sizes))
+    event_shape = (3 if max(np.diff(offsets)) > height * width else 1, height, width)
+    meaning = _meaning(path, names, read.names)
+    order = torch.cat([meaning.rows[split] for split in ("train", "validation", "test")])
+
+    def blocks() -> Iterator[np.ndarray]:
+        for rows in order.split(max(1, _AT_ONCE // int(np.prod(event_shape)))):
+            block = np.empty((len(rows), *event_shape), np.uint8)
+            for i, row in enumerate(rows.tolist()):
+                block[i] = stored[offsets[row] : offsets[row + 1]].reshape(height, width, -1).transpose(2, 0, 1)
+            yield block
+
+    return cache.Draft(
+        kind=LEVELS,
+        dtype=torch.uint8,
+        event_shape=event_shape,
+        sizes={split: len(rows) for split, rows in meaning.rows.items()},
+        blocks=blocks(),
+        sha256=read.sha256,
+        split=meaning.words,
+        labels=meaning.labels,
+        class_names=meaning.class_names,
+        unreadable=tuple(read.unreadable),
     )
 
 
@@ -139,6 +219,18 @@ def _leads_back(folder: Path) -> bool:
     return os.path.realpath(folder) in map(os.path.realpath, Path(os.path.abspath(folder)).parents)
 
 
+def _state(root: Path, names: Sequence[str]) -> list[Any]:
+    """What changes when one of the files does: names, sizes, times of change."""
+    state: list[Any] = []
+    for name in names:
+        try:
+            status = os.stat(root / name)
+            state.append((name, status.st_size, status.st_mtime_ns))
+        except OSError:  # a link to nothing
+            state.append((name, -1, -1))
+    return state
+
+
 def read_images(
     root: Path, names: Sequence[str], *, size: tuple[int, int] | None, fit: str, color: str | None
 ) -> Pictures:
@@ -147,31 +239,82 @@ def read_images(
     Raises:
         ValueError: none can be read, or ``size`` is None and they have several sizes.
     """
-    checksum, arrays, read, unreadable, sizes = hashlib.sha256(), [], [], [], set()
-    for name in names:
-        try:
-            if not (root / name).is_file():  # a pipe would wait for ever
-                raise OSError("not a file")
-            raw = (root / name).read_bytes()
-            image = _decode(raw)
-            image = image if size is None else _resized(image, size, fit)
-        except Exception:  # a broken file makes Pillow raise nearly every type
-            unreadable.append(name)
-            continue
-        sizes.add((image.height, image.width))
-        if len(sizes) == 1:  # later ones of another size are only counted
-            arrays.append(np.asarray(image if color is None else image.convert({"gray": "L", "rgb": "RGB"}[color])))
-        read.append(name)
-        checksum.update(f"{name}\0{len(raw)}\0".encode("utf-8", "surrogateescape") + raw)
-    if not read:
-        raise ValueError(f"{root}: expected images, got {len(names):,} that cannot be read: {first_few(unreadable)}")
-    if len(sizes) > 1:
-        some = first_few(f"{height}x{width}" for height, width in sorted(sizes))
-        raise ValueError(
-            f"{root}: expected images of one size, got {len(sizes):,} sizes ({some}); "
-            "--image-size H W brings them to one"
-        )
-    return Pictures(_stacked(arrays), tuple(read), tuple(unreadable), checksum.hexdigest())
+    read = _Read(root, names, size=size, fit=fit, color=color)
+    arrays = list(read)
+    return Pictures(_stacked(arrays), tuple(read.names), tuple(read.unreadable), read.sha256)
+
+
+class _Read:
+    """Goes through files once, in their order, and gives the pixels (H, W) or (H, W, 3) of those that can be read.
+
+    When all are through, it knows the names of both, and the SHA-256 of the names and bytes that were read.
+
+    Raises:
+        ValueError: at the end, where none can be read, or ``size`` is None and they have several sizes.
+    """
+
+    def __init__(
+        self, root: Path, names: Sequence[str], *, size: tuple[int, int] | None, fit: str, color: str | None
+    ) -> None:
+        self.root, self.asked = root, names
+        self.decode = partial(_decoded, root, size=size, fit=fit, color=color)
+        self.names: list[str] = []
+        self.unreadable: list[str] = []
+        self.sizes: set[tuple[int, int]] = set()
+        self._checksum = hashlib.sha256()
+
+    @property
+    def sha256(self) -> str:
+        return self._checksum.hexdigest()
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        bar = tqdm(self.asked, unit="image", desc=f"reading {self.root.name}", delay=1, leave=False)
+        _formats()  # once, before several threads ask for them
+        with _quiet_decoders(), bar:
+            for name, found in zip(bar, in_threads(self.decode, self.asked), strict=True):
+                if found is None:
+                    self.unreadable.append(name)
+                    continue
+                raw, pixels = found
+                self.names.append(name)
+                self.sizes.add((pixels.shape[0], pixels.shape[1]))
+                self._checksum.update(f"{name}\0{len(raw)}\0".encode("utf-8", "surrogateescape"))
+                self._checksum.update(raw)
+                if len(self.sizes) == 1:  # later ones of another size are only counted
+                    yield pixels
+        if not self.names:
+            unread = f"{len(self.asked):,} that cannot be read: {first_few(self.unreadable)}"
+            raise ValueError(f"{self.root}: expected images, got {unread}")
+        if len(self.sizes) > 1:
+            some = first_few(f"{height}x{width}" for height, width in sorted(self.sizes))
+            raise ValueError(
+                f"{self.root}: expected images of one size, got {len(self.sizes):,} sizes ({some}); "
+                "--image-size H W brings them to one"
+            )
+
+
+@contextmanager
+def _quiet_decoders() -> Iterator[None]:
+    """Pillow warns of what it makes good (a damaged EXIF block); the size of an image is checked here."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="PIL")
+        yield
+
+
+def _decoded(
+    root: Path, name: str, *, size: tuple[int, int] | None, fit: str, color: str | None
+) -> tuple[bytes, np.ndarray] | None:
+    """A file's bytes, and its pixels (H, W) or (H, W, 3); None where it cannot be read."""
+    try:
+        path = root / name
+        if not path.is_file() or path.stat().st_size > limits.MOST_IMAGE_BYTES:  # a pipe would wait for ever
+            raise OSError("not a file")
+        raw = path.read_bytes()
+        image = _decode(raw)
+        image = image if size is None else _resized(image, size, fit)
+        return raw, np.asarray(image if color is None else image.convert({"gray": "L", "rgb": "RGB"}[color]))
+    except Exception:  # a broken file makes Pillow raise nearly every type
+        return None
 
 
 def _stacked(arrays: list[np.ndarray]) -> Tensor:
@@ -193,6 +336,8 @@ def _formats() -> list[str]:
 def _decode(raw: bytes) -> Image.Image:
     """The first frame, upright, opaque, 8 bits a channel, in mode L or RGB."""
     with Image.open(BytesIO(raw), formats=_formats()) as opened:
+        if opened.width * opened.height > limits.MOST_PIXELS:
+            raise ValueError("too many pixels to decode")
         opened.load()
         image: Image.Image = ImageOps.exif_transpose(opened)
     if image.mode == "F":

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import math
+import os
+import zipfile
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ppl_vae.data import cache, limits
 from ppl_vae.data.splits import BINARY, COUNTS, LEVELS, PROBABILITIES, REAL, Splits, complete, several
 
 # What a user's file may call its splits, and the labels of each.
@@ -33,10 +39,9 @@ def own_arrays(path: Path) -> Splits:
     Raises:
         ValueError: a file that cannot be read, or arrays that are no images.
     """
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"dataset: {path} cannot be read: {error.strerror}") from None
+    if path.suffix == ".npy" and _size(path) > limits.LARGE:
+        return _large_array(path)
+    sha256 = _sha256(path)
     arrays, ignored = read_arrays(path, _roles)
     if "train" not in arrays:
         got = ignored or "none"
@@ -44,8 +49,14 @@ def own_arrays(path: Path) -> Splits:
     images = {split: arrays[split] for split in _WORDS if split in arrays}
     if any(array.ndim > 0 and len(array) == 0 for array in images.values()):
         raise ValueError(f"{path}: expected at least one image in every split, got an empty array")
-    kind = _kind(path, images["train"])
-    tensors = {split: _images(path, split, array, kind) for split, array in images.items()}
+    seen = {split: _look(array) for split, array in images.items()}
+    kind = _kind(path, seen["train"])
+    for split, of_split in seen.items():
+        _check_kind(path, split, of_split, kind)
+    tensors = {
+        split: torch.from_numpy(np.ascontiguousarray(_channels_first(path, split, array), dtype=_STORED[kind][0]))
+        for split, array in images.items()
+    }
     shapes = {tuple(x.shape[1:]) for x in tensors.values()}
     if len(shapes) > 1:
         raise ValueError(f"{path}: expected images of one shape in all splits, got {sorted(shapes)}")
@@ -65,10 +76,91 @@ def own_arrays(path: Path) -> Splits:
         train=given["train"],
         validation=given["validation"],
         test=given["test"],
-        sha256=hashlib.sha256(raw).hexdigest(),
+        sha256=sha256,
         split=words,
         labels=labels,
     )
+
+
+def _size(path: Path) -> int:
+    """Raises ValueError where there is no such file."""
+    try:
+        return os.path.getsize(path)
+    except OSError as error:
+        raise ValueError(f"dataset: {path} cannot be read: {error.strerror}") from None
+
+
+def _sha256(path: Path) -> str:
+    """Raises ValueError where it cannot be read."""
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+    except OSError as error:
+        raise ValueError(f"dataset: {path} cannot be read: {error.strerror}") from None
+    return digest.hexdigest()
+
+
+# --- An array that is not read into memory ---
+
+
+def _large_array(path: Path) -> Splits:
+    """An .npy file through the cache: it is read once, in blocks, and then mapped as it is stored."""
+    status = os.stat(path)
+    source = cache.source(path, {"array": "own"}, [status.st_size, status.st_mtime_ns])
+    return cache.cached(source, path.name, partial(_draft, path), lambda: cache.in_room(_draft(path), path.name))
+
+
+def _draft(path: Path) -> cache.Draft:
+    """Read twice: once for what it holds and for its checksum, and once in the order of the splits."""
+    try:
+        with path.open("rb") as file:
+            header = limits.array_header(file, os.path.getsize(path))
+            file.seek(0)
+            digest = hashlib.sha256(file.read(header.offset))
+        order: Literal["C", "F"] = "F" if header.is_fortran else "C"
+        array = np.asarray(np.memmap(path, header.dtype, "r", header.offset, header.shape, order))
+    except OSError as error:
+        raise ValueError(f"dataset: {path} cannot be read: {error.strerror}") from None
+    except Exception as error:  # a damaged header is parsed as Python, and raises nearly every type
+        raise ValueError(f"{path}: not a readable array file: {_why(error)}") from None
+    if array.ndim > 0 and len(array) == 0:
+        raise ValueError(f"{path}: expected at least one image in every split, got an empty array")
+    seen = _look(array.T if header.is_fortran else array, digest)
+    kind = _kind(path, seen)
+    _check_kind(path, "train", seen, kind)
+    images = _channels_first(path, "train", array)
+    rows, labels, words = complete(str(path), {"train": torch.arange(len(images))}, {})
+    stored, dtype = _STORED[kind]
+    places = torch.cat([rows[split] for split in _WORDS]).split(_rows_at_once(images))
+    return cache.Draft(
+        kind=kind,
+        dtype=dtype,
+        event_shape=tuple(images.shape[1:]),
+        sizes={split: len(index) for split, index in rows.items()},
+        blocks=(np.ascontiguousarray(images[index.numpy()], dtype=stored) for index in places),
+        sha256=digest.hexdigest(),
+        split="as the file gives them" if words == "as given" else words,
+        labels=labels,
+    )
+
+
+_STORED: dict[str, tuple[type[np.generic], torch.dtype]] = {
+    BINARY: (np.uint8, torch.uint8),
+    LEVELS: (np.uint8, torch.uint8),
+    PROBABILITIES: (np.float32, torch.float32),
+    REAL: (np.float32, torch.float32),
+    COUNTS: (np.float32, torch.float32),
+}
+_AT_ONCE = 2**23  # bytes
+
+
+def _rows_at_once(array: np.ndarray) -> int:
+    return max(1, _AT_ONCE * len(array) // max(1, array.nbytes))
+
+
+# --- Files of arrays ---
 
 
 def read_arrays(
@@ -77,24 +169,47 @@ def read_arrays(
     """The arrays that ``choose`` takes, {role: name}, from all names, and the names of the others; never unpickles.
 
     A lone .npy array has the name "array".
+
+    Raises:
+        ValueError: it cannot be read, or is too large.
     """
     try:
+        with path.open("rb") as file:
+            is_array = file.read(len(np.lib.format.MAGIC_PREFIX)) == np.lib.format.MAGIC_PREFIX
+            if is_array:
+                file.seek(0)
+                limits.array_header(file, os.path.getsize(path))
         loaded = np.load(path, allow_pickle=False)
         if isinstance(loaded, np.ndarray):
             return dict.fromkeys(choose(["array"]), loaded), []
         with loaded:
             names = list(loaded.files)
             chosen = choose(names)
+            _check_members(path, set(chosen.values()))
             arrays = {role: loaded[name] for role, name in chosen.items()}
     except Exception as error:  # beside ValueError and OSError, a damaged zip raises zlib.error, struct.error and more
-        # numpy's own words for whatever is no array speak of allow_pickle, which nobody should be told to switch on.
-        why: object = error
-        if "Object arrays" in str(error):
-            why = "object arrays are not read"
-        elif "allow_pickle" in str(error):
-            why = "it is neither an .npy nor an .npz file"
-        raise ValueError(f"{path}: not a readable array file: {why}") from None
+        raise ValueError(f"{path}: not a readable array file: {_why(error)}") from None
     return arrays, [name for name in names if name not in chosen.values()]
+
+
+def _check_members(path: Path, names: set[str]) -> None:
+    """Raises ValueError where an array is not of the size that the archive says, or all are more than may be."""
+    with zipfile.ZipFile(path) as archive:
+        present = {member.filename.removesuffix(".npy"): member for member in archive.infolist()}
+        members = [present[name] for name in names if name in present]
+        limits.check_expansion(path, sum(member.file_size for member in members))
+        for member in members:
+            with archive.open(member) as file:
+                limits.array_header(file, member.file_size)
+
+
+def _why(error: Exception) -> object:
+    """numpy's own words for whatever is no array speak of allow_pickle, which nobody should be told to switch on."""
+    if "Object arrays" in str(error):
+        return "object arrays are not read"
+    if "allow_pickle" in str(error):
+        return "it is neither an .npy nor an .npz file"
+    return error
 
 
 def _roles(names: list[str]) -> dict[str, str]:
@@ -130,59 +245,91 @@ def as_labels(where: str, array: np.ndarray, num_images: int) -> Tensor:
     return torch.from_numpy(array.reshape(-1).astype(np.int64))
 
 
-def _kind(path: Path, train: np.ndarray) -> str:
+# --- What kind of numbers they are ---
+
+
+class _Seen(NamedTuple):
+    """What was seen of an array's numbers; the last three where its floats are longer than single precision."""
+
+    dtype: np.dtype
+    is_binary: bool
+    low: Any
+    high: Any
+    rounding: float
+    mean: float
+    spread: float
+
+
+def _look(array: np.ndarray, digest: Any = None) -> _Seen:
+    """Goes through the array once, in blocks, and gives ``digest`` their bytes on the way."""
+    if array.dtype.kind not in "buif":
+        return _Seen(array.dtype, False, math.nan, math.nan, 0.0, math.nan, math.nan)
+    is_binary, low, high, rounding = True, None, None, 0.0
+    count, mean, squares = 0, 0.0, 0.0
+    num_rows = _rows_at_once(array) if array.ndim else 0
+    blocks = (array[i : i + num_rows] for i in range(0, len(array), num_rows)) if array.ndim else iter([array])
+    is_long = array.dtype.kind == "f" and array.dtype.itemsize > 4
+    for block in blocks if array.size else ():
+        if digest is not None:
+            digest.update(block.data.cast("B"))
+        is_binary = is_binary and bool(((block == 0) | (block == 1)).all())
+        low = block.min() if low is None else np.minimum(low, block.min())
+        high = block.max() if high is None else np.maximum(high, block.max())
+        if is_long and _is_finite(low, high):
+            rounding = max(rounding, float(np.abs(block.astype(np.float32).astype(np.float64) - block).max()))
+            own_mean, own_squares = float(block.mean(dtype=np.float64)), block.size * float(block.var(dtype=np.float64))
+            step, total = own_mean - mean, count + block.size  # of two parts, as of Chan, Golub and LeVeque (1983)
+            mean += step * block.size / total
+            squares += own_squares + step * step * count * block.size / total
+            count = total
+    return _Seen(array.dtype, is_binary, low, high, rounding, mean, math.sqrt(squares / max(1, count)))
+
+
+def _is_finite(low: Any, high: Any) -> bool:
+    """Also as float32, in which it is stored; False where one is NaN."""
+    most = np.finfo(np.float32).max
+    return bool(-most <= low and high <= most)
+
+
+def _kind(path: Path, train: _Seen) -> str:
     if train.dtype.kind not in "buif":
         raise ValueError(f"{path}: expected numbers, got dtype {train.dtype}")
-    if train.dtype.kind == "f" and not _finite(train):
+    if train.dtype.kind == "f" and not (train.is_binary or _is_finite(train.low, train.high)):
         raise ValueError(f"{path}: expected finite values, got NaN or infinity in train")
-    if ((train == 0) | (train == 1)).all():
-        return BINARY
-    if train.dtype == np.uint8:
-        return LEVELS
-    if train.dtype.kind == "f":
-        return PROBABILITIES if train.min() >= 0 and train.max() <= 1 else REAL
-    if _counts(train):
-        return COUNTS
+    for kind in (BINARY, LEVELS, PROBABILITIES, REAL, COUNTS):
+        if _is_of(kind, train):
+            return kind
     raise ValueError(
         f"{path}: expected zeros and ones, uint8 levels, counts from 0 to {LARGEST_COUNT:,}, or floats, "
-        f"got {train.dtype} from {train.min()} to {train.max()} in train (save as float32 for real values)"
+        f"got {train.dtype} from {train.low} to {train.high} in train (save as float32 for real values)"
     )
 
 
-def _counts(array: np.ndarray) -> bool:
-    return array.dtype.kind in "bui" and bool((array >= 0).all() and (array <= LARGEST_COUNT).all())
+def _is_of(kind: str, seen: _Seen) -> bool:
+    if kind == BINARY:
+        return seen.is_binary
+    if kind == LEVELS:
+        return seen.dtype == np.uint8
+    if kind == PROBABILITIES:
+        return seen.dtype.kind == "f" and bool(seen.low >= 0 and seen.high <= 1)
+    if kind == REAL:
+        return seen.dtype.kind == "f" and _is_finite(seen.low, seen.high)
+    return seen.dtype.kind in "bui" and bool(seen.low >= 0 and seen.high <= LARGEST_COUNT)
 
 
-def _finite(array: np.ndarray) -> bool:
-    """Also as float32, in which it is stored."""
-    return bool((np.abs(array) <= np.finfo(np.float32).max).all())
-
-
-def _check_precision(path: Path, split: str, array: np.ndarray) -> None:
-    """Refuses values that float32, in which they are stored, cannot tell apart: a density would be of a grid."""
-    rounding = float(np.abs(array.astype(np.float32).astype(np.float64) - array).max())
-    spread = float(array.std(dtype=np.float64))
-    if rounding > _MOST_ROUNDING * spread > 0:
+def _check_kind(path: Path, split: str, seen: _Seen, kind: str) -> None:
+    """Refuses another kind than that of train, and values that float32, in which they are stored, cannot tell apart."""
+    if not _is_of(kind, seen):
+        raise ValueError(f"{path}: expected {kind} in {split} as in train, got other values (dtype {seen.dtype})")
+    if kind == REAL and seen.rounding > _MOST_ROUNDING * seen.spread > 0:  # a density would be of a grid
         raise ValueError(
-            f"{path}: expected values that single precision can tell apart, got {array.dtype} around "
-            f"{float(array.mean(dtype=np.float64)):.7g} with a spread of {spread:.2g} in {split}; "
-            "subtract the mean first"
+            f"{path}: expected values that single precision can tell apart, got {seen.dtype} around "
+            f"{seen.mean:.7g} with a spread of {seen.spread:.2g} in {split}; subtract the mean first"
         )
 
 
-def _images(path: Path, split: str, array: np.ndarray, kind: str) -> Tensor:
-    """One split as (N, D) or (N, C, H, W), its values checked against the kind of the training split."""
-    on_kind = {
-        BINARY: lambda: array.dtype.kind in "buif" and bool(((array == 0) | (array == 1)).all()),
-        LEVELS: lambda: array.dtype == np.uint8,
-        PROBABILITIES: lambda: array.dtype.kind == "f" and bool(((array >= 0) & (array <= 1)).all()),
-        REAL: lambda: array.dtype.kind == "f" and _finite(array),
-        COUNTS: lambda: _counts(array),
-    }
-    if not on_kind[kind]():
-        raise ValueError(f"{path}: expected {kind} in {split} as in train, got other values (dtype {array.dtype})")
-    if kind == REAL:
-        _check_precision(path, split, array)
+def _channels_first(path: Path, split: str, array: np.ndarray) -> np.ndarray:
+    """One split as (N, D) or (N, C, H, W)."""
     if array.ndim == 3:
         array = array[:, None]
     elif array.ndim == 4 and array.shape[3] in (1, 3):
@@ -194,4 +341,4 @@ def _images(path: Path, split: str, array: np.ndarray, kind: str) -> Tensor:
         )
     if 0 in array.shape:
         raise ValueError(f"{path}: expected at least one pixel, got shape {array.shape} in {split}")
-    return torch.from_numpy(np.ascontiguousarray(array, dtype=np.uint8 if kind in (BINARY, LEVELS) else np.float32))
+    return array

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ppl_vae.data import cache
 from ppl_vae.data.splits import BINARY, COUNTS, LEVELS, NUM_LEVELS, PUBLISHED_SEED, REAL, Splits
 from ppl_vae.options import BINARIZATIONS, SPLITS
 
@@ -16,7 +18,8 @@ from ppl_vae.options import BINARIZATIONS, SPLITS
 PIXELS = (*BINARIZATIONS, "levels", "dequantized")
 
 _TAKEN_AS_THEY_ARE = {BINARY: "binary data", REAL: "real values", COUNTS: "counts"}
-_CHUNK = 1000  # images whose entropy is taken at once, for their memory in float64
+_CHUNK = 1000  # images at most whose entropy is taken at once, for their memory in float64
+_AT_ONCE = 2**18  # pixels
 
 
 def resolve_binarization(splits: Splits, binarization: str | None, *, default: str = "dynamic") -> str:
@@ -33,13 +36,29 @@ def resolve_binarization(splits: Splits, binarization: str | None, *, default: s
     return binarization or default
 
 
+def over_images(function: Callable[[Tensor], Tensor], x: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
+    """f(x), pixel by pixel, of a few images at a time, in their order. What is too large for memory is in a file.
+
+    Args:
+        x: (N, *E).
+        dtype: of the result, (N, *E).
+    """
+    if x.numel() <= _AT_ONCE:
+        return function(x).to(dtype)
+    result = cache.room(tuple(x.shape), dtype)
+    num_images = max(1, _AT_ONCE // x[0].numel())
+    for part, of_part in zip(x.split(num_images), result.split(num_images), strict=True):
+        of_part.copy_(function(part))
+    return result
+
+
 def as_floats(values: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """The stored values themselves."""
+    """The stored values themselves, pixel by pixel."""
     return values.float()
 
 
 def as_fractions(values: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """8-bit levels / 255."""
+    """8-bit levels / 255, pixel by pixel."""
     return values.float() / 255
 
 
@@ -58,7 +77,7 @@ _LEAST, _MOST = 2.0**-33, 1 - 2.0**-24
 
 
 def inside_unit_interval(x: Tensor) -> Tensor:
-    """x strictly between 0 and 1: what rounding brought to an end goes to the nearest number that is inside."""
+    """x strictly between 0 and 1: what rounding brought to an end goes to the nearest number inside, pixel by pixel."""
     return x.clamp(_LEAST, _MOST)
 
 
@@ -87,7 +106,7 @@ def training_images(splits: Splits, pixels: str) -> tuple[Tensor, Callable[..., 
         return splits.train, uniform_dequantization
     if pixels == "dynamic":
         return splits.train, bernoulli_draw
-    return evaluation_images(splits, "train", pixels).to(torch.uint8), as_floats
+    return _evaluated(splits, "train", pixels, seed=0, dtype=torch.uint8), as_floats
 
 
 def _check_pixels(splits: Splits, pixels: str) -> None:
@@ -119,26 +138,33 @@ def evaluation_images(splits: Splits, split: str, pixels: str, *, seed: int = 0)
     Raises:
         ValueError: an unknown word, or a split without images.
     """
+    return _evaluated(splits, split, pixels, seed=seed, dtype=torch.float32)
+
+
+def _evaluated(splits: Splits, split: str, pixels: str, *, seed: int, dtype: torch.dtype) -> Tensor:
     _check_pixels(splits, pixels)
     if split not in SPLITS:
         raise ValueError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
     if not len(getattr(splits, split)):
         raise ValueError(f"{splits.name}: has no {split} images under the {splits.protocol} protocol")
+    stored, unit = getattr(splits, split), _unit(splits)
     if pixels == "levels":
-        return as_floats(getattr(splits, split))
+        return over_images(as_floats, stored, dtype=dtype)
     if pixels == "dequantized":
         generator = torch.Generator().manual_seed(PUBLISHED_SEED + SPLITS.index(split))
-        return uniform_dequantization(getattr(splits, split), generator)
+        return over_images(lambda part: uniform_dequantization(part, generator), stored, dtype=dtype)
     if is_drawn(splits, pixels):
-        if splits.protocol == "iwae" and pixels == "dynamic":
-            return binomial_draw(np.random.RandomState(seed), probabilities(splits, split))
-        stream = np.random.RandomState(PUBLISHED_SEED)  # the published generator
-        for name in ("validation", "test", "train"):
-            drawn = binomial_draw(stream, probabilities(splits, name))
+        every_time = splits.protocol == "iwae" and pixels == "dynamic"
+        stream = np.random.RandomState(seed if every_time else PUBLISHED_SEED)  # the published generator
+        for name in () if every_time else ("validation", "test", "train"):
             if name == split:
-                return drawn
-    values = probabilities(splits, split)
-    return (values >= 0.5).float() if pixels == "threshold" else values
+                break
+            for part in getattr(splits, name).split(max(1, _AT_ONCE // math.prod(splits.event_shape))):
+                binomial_draw(stream, unit(part))
+        return over_images(lambda part: binomial_draw(stream, unit(part)), stored, dtype=dtype)
+    if pixels == "threshold":
+        return over_images(lambda part: (unit(part) >= 0.5).float(), stored, dtype=dtype)
+    return probabilities(splits, split).to(dtype)
 
 
 def is_drawn(splits: Splits, pixels: str) -> bool:
@@ -153,8 +179,13 @@ def binomial_draw(stream: np.random.RandomState, rates: Tensor) -> Tensor:
 
 def probabilities(splits: Splits, split: str) -> Tensor:
     """A split as the probability that a pixel is white: levels / 255, the others as they are. (N, *E) float32."""
-    values = getattr(splits, split).float()
-    return values / 255 if splits.kind == LEVELS else values
+    stored = getattr(splits, split)
+    return stored if stored.dtype == torch.float32 else over_images(_unit(splits), stored)
+
+
+def _unit(splits: Splits) -> Callable[[Tensor], Tensor]:
+    """How stored values become probabilities, or what else they are."""
+    return as_fractions if splits.kind == LEVELS else as_floats
 
 
 def binarization_entropy(splits: Splits, split: str, pixels: str) -> Tensor | None:
@@ -167,5 +198,9 @@ def binarization_entropy(splits: Splits, split: str, pixels: str) -> Tensor | No
         return None
     stored = getattr(splits, split)
     scale = 255 if splits.kind == LEVELS else 1
-    rates = (chunk.double().flatten(1) / scale for chunk in stored.split(_CHUNK))
-    return torch.cat([(torch.special.entr(p) + torch.special.entr(1 - p)).sum(1) for p in rates])
+    num_images = max(2, min(_CHUNK, _AT_ONCE // stored[0].numel()))
+    entropy = torch.empty(len(stored), dtype=torch.double)
+    for part, of_part in zip(stored.split(num_images), entropy.split(num_images), strict=True):
+        p = part.double().flatten(1) / scale
+        of_part.copy_((torch.special.entr(p) + torch.special.entr(1 - p)).sum(1))
+    return entropy

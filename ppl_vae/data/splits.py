@@ -82,10 +82,10 @@ class Splits:
             dark = " (read as level / 255, so nearly black: floats in [0, 1] have a scale of their own)"
             return f" from {int(low)} to {int(high)}" + dark * bool(high < 128)
         if self.kind in (REAL, COUNTS):
-            whole = bool((self.train == self.train.round()).all())
+            whole = low >= 0 and high <= 255 and all(bool((x == x.round()).all()) for x in self.train.split(1000))
             levels = " (whole numbers of 8 bits: as uint8 they would be 8-bit levels)"
             digits = ".4g" if self.kind == REAL else ".0f"
-            return f" from {low:{digits}} to {high:{digits}}" + levels * bool(whole and low >= 0 and high <= 255)
+            return f" from {low:{digits}} to {high:{digits}}" + levels * bool(whole)
         return ""
 
 
@@ -138,7 +138,7 @@ def complete(
 
 
 def subset(num_images: int, most: int | None) -> Tensor:
-    """Indices of a random subset, the same at every call and in ascending order; all of them where there are no more.
+    """(n,) indices of a random subset, the same at every call and ascending; all of them where there are no more.
 
     Never the first N: files are often sorted by class.
     """

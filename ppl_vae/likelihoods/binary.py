@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pyro.distributions as dist
-import torch
 from torch import Tensor
 from torch.distributions import constraints
 
 from ppl_vae import data
 from ppl_vae.likelihoods.family import Pixels
+from ppl_vae.numerics import sum_over_images
 
 
 class Bernoulli(Pixels):
@@ -32,5 +32,5 @@ class Bernoulli(Pixels):
 
     def fit_marginals(self, x: Tensor) -> Tensor:
         """h_d = logit((1 + sum_n x_nd) / (2 + N)), each pixel's rate, Laplace-smoothed. x: (N, *E) -> (prod(E),)."""
-        rate = (1 + x.flatten(1).sum(0, dtype=torch.double)) / (2 + len(x))
+        rate = (1 + sum_over_images(x.flatten(1))) / (2 + len(x))
         return rate.logit().float()

@@ -14,7 +14,7 @@ from ppl_vae.likelihoods.family import Pixels
 from ppl_vae.likelihoods.features import unbounded
 from ppl_vae.likelihoods.pixel import Pixel
 from ppl_vae.likelihoods.stirling import stirling_remainder
-from ppl_vae.numerics import bounded, mean_and_variance
+from ppl_vae.numerics import bounded, mean_and_variance, sum_over_images
 
 _LOG_MEAN_LIMIT = 15.0
 _LOG_TOTAL_LIMIT = 9.0
@@ -48,7 +48,7 @@ class Poisson(Pixels):
 
     def fit_marginals(self, x: Tensor) -> Tensor:
         """rate_d = (1/2 + sum_n x_nd) / (1 + N), each pixel's mean, smoothed. x: (N, *E) -> (prod(E),)."""
-        mean = (0.5 + x.flatten(1).sum(0, dtype=torch.double)) / (1 + len(x))
+        mean = (0.5 + sum_over_images(x.flatten(1))) / (1 + len(x))
         return _log_mean(mean).to(x.dtype)
 
 

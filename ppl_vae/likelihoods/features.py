@@ -19,5 +19,10 @@ def planes(h: Tensor, num: int, event_shape: Sequence[int]) -> tuple[Tensor, ...
 
 
 def unbounded(value: Tensor, limit: float) -> Tensor:
-    """The h of which ``numerics.bounded`` makes that value; a value beyond 0.98 of the limit is brought there first."""
+    """The h of which ``numerics.bounded`` makes that value, which beyond 0.98 of the limit is brought there first.
+
+    Args:
+        value: of any shape, which h has too.
+        limit: as ``bounded`` has it.
+    """
     return limit * (value / limit).clamp(-_LARGEST_SHARE, _LARGEST_SHARE).atanh()

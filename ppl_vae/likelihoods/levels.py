@@ -18,7 +18,7 @@ from ppl_vae.likelihoods.family import Pixels
 from ppl_vae.likelihoods.features import unbounded
 from ppl_vae.likelihoods.marginals import ascend, level_counts
 from ppl_vae.likelihoods.pixel import Pixel
-from ppl_vae.numerics import bounded
+from ppl_vae.numerics import bounded, sum_over_images
 
 TOP = NUM_LEVELS - 1  # the highest level
 PIXELS_AT_ONCE = 2048  # whose levels are fitted together, for their memory
@@ -128,7 +128,7 @@ _LOG_SCALE_CENTER, _LOG_SCALE_LIMIT = -3.0, 4.0
 
 
 def logistic_log_scale(feature: Tensor) -> Tensor:
-    """log scale = -3 + 4 tanh(feature / 4), in units of t = level / 127.5 - 1, between -7 and 1.
+    """log scale = -3 + 4 tanh(feature / 4), in units of t = level / 127.5 - 1, between -7 and 1, in any shape.
 
     At -7 a level is 8.6 scales wide and holds 0.973 of the mass in its middle, so that a pixel which never varies costs
     0.027 nats; at 1 all levels together are 0.7 scales wide, and the mass is at the two ends. Both exp and its inverse
@@ -138,7 +138,7 @@ def logistic_log_scale(feature: Tensor) -> Tensor:
 
 
 def logistic_log_scale_feature(log_scale: Tensor) -> Tensor:
-    """The feature of which ``logistic_log_scale`` makes that log scale, or the nearest that it can well make."""
+    """The feature of which ``logistic_log_scale`` makes that log scale, or the nearest that it can; in any shape."""
     return unbounded(log_scale - _LOG_SCALE_CENTER, _LOG_SCALE_LIMIT)
 
 
@@ -150,7 +150,7 @@ def discretized_logistic_log_mass(x: Tensor, loc: Tensor, log_scale: Tensor) -> 
 
     Args:
         x: levels.
-        loc, log_scale: in units of t = level / 127.5 - 1.
+        loc, log_scale: in units of t = level / 127.5 - 1, of shapes that broadcast to that of x.
     """
     precision = (-log_scale).exp()
     middle = ((x - CENTER) / CENTER - loc) * precision
@@ -182,7 +182,11 @@ def discretized_logistic_mean(loc: Tensor, log_scale: Tensor, *, chunk: int = 15
 
 
 def discretized_logistic_mode(loc: Tensor, log_scale: Tensor) -> Tensor:
-    """The level with the largest mass: the one nearest to loc, or an end, which holds all that is beyond it."""
+    """The level with the largest mass: the one nearest to loc, or an end, which holds all that is beyond it.
+
+    Args:
+        loc, log_scale: of one shape, which the level has too.
+    """
     nearest = ((loc + 1) * CENTER).round().clamp(1, TOP - 1)
     levels = torch.stack([nearest, torch.zeros_like(nearest), torch.full_like(nearest, TOP)])
     best = discretized_logistic_log_mass(levels, loc, log_scale).argmax(0, keepdim=True)
@@ -190,7 +194,11 @@ def discretized_logistic_mode(loc: Tensor, log_scale: Tensor) -> Tensor:
 
 
 def discretized_logistic_draw(u: Tensor, loc: Tensor, log_scale: Tensor) -> Tensor:
-    """The level of loc + scale logit(u), for u ~ Uniform[0, 1): the nearest, and the ends for what is beyond."""
+    """The level of loc + scale logit(u), for u ~ Uniform[0, 1): the nearest, and the ends for what is beyond.
+
+    Args:
+        u, loc, log_scale: of shapes that broadcast to that of the levels.
+    """
     return ((loc + log_scale.exp() * u.logit() + 1) * CENTER).round().clamp(0, TOP)
 
 
@@ -203,7 +211,7 @@ def level_moments(share: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def logistic_moments(mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
-    """(loc, feature) of a discretized logistic with about this mean and variance of the level.
+    """(loc, feature) of a discretized logistic with about this mean and variance of the level, all of one shape.
 
     The scale of a logistic distribution is sqrt(3) / pi spreads. A location at an end is brought one level beyond it:
     of a narrow distribution around 0 itself, 2 percent would be at level 1.
@@ -332,5 +340,5 @@ class Binomial(Pixels):
 
     def fit_marginals(self, x: Tensor) -> Tensor:
         """h_d = logit((1 + sum_n x_nd) / (2 + 255 N)), Laplace-smoothed. x: (N, *E) -> (prod(E),)."""
-        rate = (1 + x.flatten(1).sum(0, dtype=torch.double)) / (2 + TOP * len(x))
+        rate = (1 + sum_over_images(x.flatten(1))) / (2 + TOP * len(x))
         return rate.logit().to(x.dtype)

@@ -154,7 +154,8 @@ class Logit(nn.Module):
         Raises:
             ValueError: as the base.
         """
-        return self.base.fit_marginals(data.inside_unit_interval(x).logit())
+        logits = data.over_images(lambda part: data.inside_unit_interval(part).logit(), x, dtype=x.dtype)
+        return self.base.fit_marginals(logits)
 
     @property
     def refit(self) -> Callable[[Tensor, Tensor], None]:

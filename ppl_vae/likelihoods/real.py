@@ -250,9 +250,11 @@ def _median_and_deviation(x: Tensor, *, chunk: int = 64) -> tuple[Tensor, Tensor
         chunk: pixels that are sorted at once.
     """
     x = x.flatten(1)
-    parts = [part.T.contiguous() for part in x.split(chunk, dim=1)]
-    medians = [part.median(dim=1, keepdim=True).values for part in parts]
-    total = sum((part.sub(m).abs().sum(dtype=torch.double) for part, m in zip(parts, medians, strict=True)))
+    medians, total = [], torch.zeros((), dtype=torch.double, device=x.device)
+    for columns in x.split(chunk, dim=1):
+        part = columns.T.contiguous()
+        medians.append(part.median(dim=1, keepdim=True).values)
+        total += part.sub(medians[-1]).abs().sum(dtype=torch.double)
     return torch.cat(medians).flatten().double(), torch.as_tensor(total / x.numel(), dtype=torch.double)
 
 

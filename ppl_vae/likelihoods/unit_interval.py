@@ -233,7 +233,7 @@ class Beta(Pixels):
 
         From its mean m and spread on, kappa = m (1 - m) / spread^2 - 1.
         """
-        x = data.inside_unit_interval(x)
+        x = data.over_images(data.inside_unit_interval, x, dtype=x.dtype)
         mean, variance = mean_and_variance(x.flatten(1))
         log_x, log_rest = mean_logs(x)
         kappa = mean * (1 - mean) / variance - 1  # infinite for a constant pixel, which ``unbounded`` brings down

@@ -1,0 +1,396 @@
+"""Images that were read once, in the order of their splits: one checked file in a cache folder, mapped into memory.
+
+The file is the images (N, *E) from its first byte on, train before validation before test; the labels, int64; a JSON
+header with all else that ``Splits`` holds and the SHA-256 of each 64 MiB before it; the header's length and SHA-256;
+and a mark. It is written under another name and renamed when it is whole, so that nobody sees half of it. The folder is
+PPL_VAE_CACHE_DIR, else ppl_vae in XDG_CACHE_HOME, else ~/.cache/ppl_vae; it may be deleted at any time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import mmap
+import os
+import struct
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+from weakref import WeakValueDictionary
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ppl_vae.data import limits
+from ppl_vae.data.splits import BINARY, COUNTS, LEVELS, PROBABILITIES, REAL, Splits
+from ppl_vae.data.threads import in_threads
+
+try:
+    import fcntl
+except ImportError:  # Windows; there two processes may both read, and the last one's file stays
+    fcntl = None  # type: ignore[assignment]
+
+_SPLITS = ("train", "validation", "test")
+_KINDS = (BINARY, LEVELS, PROBABILITIES, REAL, COUNTS)
+_DTYPES = {"uint8": torch.uint8, "float32": torch.float32}
+
+_MARK = b"ppl_vae cache 1\n"
+_END = struct.Struct("<Q32s16s")  # length and SHA-256 of the header, mark
+_MOST_HEADER = 2**28
+_CHUNK, _READ_AT_ONCE = 2**26, 2**20  # bytes
+
+
+class Source(NamedTuple):
+    """What an entry is of. ``what``: a path, and how it is read. ``state``: of its files; with another, it is stale."""
+
+    what: str
+    state: str
+
+    @property
+    def path(self) -> Path:
+        """Its file, which has another name once the source has changed."""
+        return folder() / f"{self.slot}-{_short(self.state)}.rows"
+
+    @property
+    def slot(self) -> str:
+        """What the names of its files begin with, changed or not."""
+        return _short(self.what)
+
+
+class Draft(NamedTuple):
+    """``Splits`` whose images are still to come, in blocks (n, *E) that go through train, validation and test."""
+
+    kind: str
+    dtype: torch.dtype
+    event_shape: tuple[int, ...]
+    sizes: Mapping[str, int]
+    blocks: Iterator[np.ndarray]
+    sha256: str
+    split: str
+    labels: Mapping[str, Tensor]
+    class_names: tuple[str, ...] = ()
+    unreadable: tuple[str, ...] = ()
+
+
+def folder() -> Path:
+    """Where entries are."""
+    if own := os.environ.get("PPL_VAE_CACHE_DIR"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "ppl_vae"
+
+
+def source(path: Path, how: Mapping[str, Any], state: list[Any]) -> Source:
+    """The source of that path, read with these options, its files in that state."""
+    what = json.dumps([os.path.abspath(path), dict(how)])
+    return Source(what, hashlib.sha256(json.dumps(state).encode()).hexdigest())
+
+
+def cached(source: Source, name: str, make: Callable[[], Draft], make_in_memory: Callable[[], Splits]) -> Splits:
+    """The splits of that source from its entry; where there is none, or it is damaged, it is made first.
+
+    Of several processes one makes it, and the others wait. Whatever keeps a file from being written costs one line, and
+    the splits are read into memory.
+
+    Args:
+        name: of the splits.
+        make: reads the source, with images block by block.
+        make_in_memory: reads the source whole.
+    """
+    found = _load(source, name)
+    if found is not None:
+        return found
+    try:
+        with _alone(source) as waited:
+            found = _load(source, name) if waited else None
+            if found is None:
+                _write(source, make(), name)
+                with source.path.open("rb") as file:
+                    found = _read(file, source, name, check=False)  # it was written a moment ago
+            return found
+    except OSError as error:
+        say(f"{name}: not kept in the cache folder {folder()}, but read into memory: {error.strerror or error}")
+    return make_in_memory()
+
+
+def in_room(draft: Draft, name: str) -> Splits:
+    """The splits of a draft without an entry."""
+    rows = room((sum(draft.sizes.values()), *draft.event_shape), draft.dtype)
+    at = 0
+    for block in draft.blocks:
+        rows[at : at + len(block)] = torch.from_numpy(block)
+        at += len(block)
+    images = dict(zip(_SPLITS, rows.split([draft.sizes[split] for split in _SPLITS]), strict=True))
+    return Splits(
+        name=name,
+        kind=draft.kind,
+        sha256=draft.sha256,
+        split=draft.split,
+        labels=draft.labels,
+        class_names=draft.class_names,
+        unreadable=draft.unreadable,
+        train=images["train"],
+        validation=images["validation"],
+        test=images["test"],
+    )
+
+
+def say(line: str) -> None:
+    """One line on standard error, above a progress bar where there is one."""
+    tqdm.write(line, file=sys.stderr)
+
+
+# --- Memory that is a file ---
+
+_MAPPED: WeakValueDictionary[int, np.ndarray] = WeakValueDictionary()  # by address
+
+
+def is_mapped(tensor: Tensor) -> bool:
+    """Whether its numbers are in a file that is mapped into memory, which the system can drop and read again.
+
+    Args:
+        tensor: of any shape.
+    """
+    return tensor.untyped_storage().data_ptr() in _MAPPED
+
+
+def room(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Space for numbers of that shape, not set: on the heap, or where they are too many in a file without a name.
+
+    ``limits.fits`` decides. The file is in the cache folder; where that has no space, the numbers are on the heap.
+    """
+    num_bytes = math.prod(shape) * dtype.itemsize
+    if limits.fits(num_bytes):
+        return torch.empty(shape, dtype=dtype)
+    try:
+        _make_folder()
+        with tempfile.TemporaryFile(dir=folder()) as file:
+            _reserve(file, num_bytes)
+            return _mapped(mmap.mmap(file.fileno(), num_bytes), shape, dtype)
+    except OSError as error:
+        say(f"{folder()}: no space for {num_bytes:,} bytes, which go into memory: {error.strerror or error}")
+        return torch.empty(shape, dtype=dtype)
+
+
+def _reserve(file: IO[bytes], num_bytes: int) -> None:
+    """Makes the file that long, and fails now where the disk is full: to write to a mapping would end the process."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), 0, num_bytes)
+    else:
+        file.truncate(num_bytes)
+
+
+def _mapped(mapping: mmap.mmap, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """The numbers (shape) at the start of a mapping."""
+    numbers = np.frombuffer(mapping, str(dtype).removeprefix("torch."), math.prod(shape))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nobody writes to stored images
+        tensor = torch.from_numpy(numbers)
+    _MAPPED[tensor.untyped_storage().data_ptr()] = numbers
+    return tensor.view(shape)
+
+
+# --- Entries ---
+
+
+def _short(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
+def _make_folder() -> None:
+    folder().mkdir(parents=True, exist_ok=True, mode=0o700)  # what is private there is private here
+
+
+@contextmanager
+def _alone(source: Source) -> Iterator[bool]:
+    """Nobody else makes this source's entry meanwhile; True: somebody did, and was waited for."""
+    _make_folder()
+    with (folder() / f"{source.slot}.lock").open("wb") as lock:
+        waited = False
+        if fcntl is not None:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                waited = True
+                with suppress(OSError):
+                    fcntl.flock(lock, fcntl.LOCK_EX)
+            except OSError:
+                pass  # a file system without locks: the entry may be made twice, each time whole
+        yield waited
+
+
+def _write(source: Source, draft: Draft, name: str) -> None:
+    """Makes the entry; an older state's, and what a process that was killed left behind, is deleted."""
+    for left in folder().glob(f".{source.slot}-*.partial"):
+        left.unlink(missing_ok=True)
+    descriptor, partial_name = tempfile.mkstemp(".partial", f".{source.slot}-", folder())
+    try:
+        with open(descriptor, "wb") as file:
+            _write_content(file, source, draft, name)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial_name, source.path)
+    except BaseException:
+        Path(partial_name).unlink(missing_ok=True)
+        raise
+    for entry in folder().glob(f"{source.slot}-*.rows"):
+        if entry != source.path:
+            with suppress(OSError):
+                entry.unlink()
+
+
+def _write_content(file: IO[bytes], source: Source, draft: Draft, name: str) -> None:
+    total = sum(draft.sizes.values())
+    written = _Digested(file)
+    with tqdm(total=total, unit="image", desc=f"keeping {name}", delay=1, leave=False) as bar:
+        for block in draft.blocks:
+            written.write(np.ascontiguousarray(block).data.cast("B"))
+            bar.update(len(block))
+    written.write(bytes(-written.num_bytes % 8))
+    labeled = [split for split in _SPLITS if split in draft.labels]
+    for split in labeled:
+        written.write(draft.labels[split].numpy().astype("<i8").tobytes())
+    header = {
+        **source._asdict(),
+        "kind": draft.kind,
+        "dtype": str(draft.dtype).removeprefix("torch."),
+        "event_shape": list(draft.event_shape),
+        "sizes": {split: draft.sizes[split] for split in _SPLITS},
+        "labeled": labeled,
+        "class_names": draft.class_names,
+        "unreadable": draft.unreadable,
+        "sha256": draft.sha256,
+        "split": draft.split,
+        "chunks": written.digests(),
+    }
+    encoded = json.dumps(header).encode()
+    file.write(encoded + _END.pack(len(encoded), hashlib.sha256(encoded).digest(), _MARK))
+
+
+class _Digested:
+    """A file that is written to, and the SHA-256 of each of its chunks."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.num_bytes = file, 0
+        self._done: list[str] = []
+        self._open = hashlib.sha256()
+
+    def write(self, content: memoryview | bytes) -> None:
+        self.file.write(content)
+        while len(content):
+            part = content[: _CHUNK - self.num_bytes % _CHUNK]
+            self._open.update(part)
+            self.num_bytes += len(part)
+            content = content[len(part) :]
+            if self.num_bytes % _CHUNK == 0:
+                self._done.append(self._open.hexdigest())
+                self._open = hashlib.sha256()
+
+    def digests(self) -> list[str]:
+        return self._done + [self._open.hexdigest()] * bool(self.num_bytes % _CHUNK)
+
+
+def _load(source: Source, name: str) -> Splits | None:
+    """None where there is no entry, or none that is whole: that is said, and it is deleted."""
+    try:
+        with source.path.open("rb") as file:
+            return _read(file, source, name, check=True)
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return None
+    except (OSError, ValueError) as error:
+        say(f"{source.path}: damaged ({error}); {name} is read again")
+        with suppress(OSError):
+            source.path.unlink()
+        return None
+
+
+def _read(file: IO[bytes], source: Source, name: str, *, check: bool) -> Splits:
+    """Raises ValueError where the file is not what was written."""
+    header, end_of_content = _header(file)
+    try:
+        if (header["what"], header["state"]) != (source.what, source.state):
+            raise ValueError("it is of other files")
+        sizes = {split: _whole(header["sizes"][split]) for split in _SPLITS}
+        event_shape = tuple(_whole(n) for n in header["event_shape"])
+        dtype = _DTYPES[header["dtype"]]
+        labeled = [split for split in _SPLITS if split in header["labeled"]]
+        words = {key: str(header[key]) for key in ("kind", "sha256", "split")}
+        class_names, unreadable = (tuple(map(str, header[key])) for key in ("class_names", "unreadable"))
+        chunks = list(header["chunks"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"its header lacks or garbles {error}") from None
+    total = sum(sizes.values())
+    num_bytes = total * math.prod(event_shape) * dtype.itemsize
+    begin = num_bytes + -num_bytes % 8
+    if begin + 8 * sum(sizes[split] for split in labeled) != end_of_content or not num_bytes:
+        raise ValueError(f"its header announces {total:,} images of {event_shape}, it holds {end_of_content:,} bytes")
+    if words["kind"] not in _KINDS or len(chunks) != -(-end_of_content // _CHUNK):
+        raise ValueError("its header is of something else")
+    if check:
+        digests = in_threads(partial(_digest, file.fileno(), end_of_content), range(len(chunks)))
+        for i, (digest, expected) in enumerate(zip(digests, chunks, strict=True)):
+            if digest != expected:
+                raise ValueError(f"the checksum of part {i + 1} of {len(chunks)} is another")
+    labels = {}
+    for split in labeled:
+        stored = os.pread(file.fileno(), 8 * sizes[split], begin)
+        labels[split] = torch.from_numpy(np.frombuffer(stored, "<i8").astype(np.int64))
+        begin += len(stored)
+    mapping = mmap.mmap(file.fileno(), num_bytes, access=mmap.ACCESS_READ)
+    rows = _mapped(mapping, (total, *event_shape), dtype).split([sizes[split] for split in _SPLITS])
+    return Splits(
+        name=name,
+        kind=words["kind"],
+        sha256=words["sha256"],
+        split=words["split"],
+        labels=labels,
+        class_names=class_names,
+        unreadable=unreadable,
+        train=rows[0],
+        validation=rows[1],
+        test=rows[2],
+    )
+
+
+def _whole(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"its header has {value!r} for a count")
+    return value
+
+
+def _header(file: IO[bytes]) -> tuple[dict[str, Any], int]:
+    """The header, and where the content before it ends."""
+    size = file.seek(0, os.SEEK_END)
+    if size < _END.size:
+        raise ValueError("it is cut off")
+    file.seek(size - _END.size)
+    length, digest, mark = _END.unpack(file.read(_END.size))
+    if mark != _MARK or length > min(size - _END.size, _MOST_HEADER):
+        raise ValueError("it is cut off, or no cache file")
+    file.seek(size - _END.size - length)
+    encoded = file.read(length)
+    if hashlib.sha256(encoded).digest() != digest:
+        raise ValueError("the checksum of its header is another")
+    try:
+        header = json.loads(encoded)
+    except (ValueError, RecursionError):
+        raise ValueError("its header is no JSON") from None
+    if not isinstance(header, dict):
+        raise ValueError("its header is no JSON object")
+    return header, size - _END.size - length
+
+
+def _digest(descriptor: int, end: int, chunk: int) -> str:
+    """Read, not mapped: what cannot be read then is an error, where a mapping would end the process."""
+    digest, at, stop = hashlib.sha256(), chunk * _CHUNK, min((chunk + 1) * _CHUNK, end)
+    while at < stop and (block := os.pread(descriptor, min(_READ_AT_ONCE, stop - at), at)):
+        digest.update(block)
+        at += len(block)
+    return digest.hexdigest()

@@ -1,0 +1,111 @@
+"""What a file may ask for at most: each limit is held against a header before memory is taken for what it announces.
+
+An image of more than ``MOST_PIXELS``, or whose file is larger than ``MOST_IMAGE_BYTES``, counts as one that cannot be
+read. The arrays that are read of an .npz file may together take ``FREE_EXPANSION`` bytes, or ``MOST_EXPANSION`` times
+the bytes of the file: binary images shrink to a twentieth of their size, and what was made to fill memory to a
+thousandth. An array's header must announce exactly the bytes that are there.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, NamedTuple
+
+import numpy as np
+
+MOST_PIXELS = 89_478_485  # Pillow's own, 256 MiB of red, green and blue; beyond it Pillow only warns
+MOST_IMAGE_BYTES = 2**30
+FREE_EXPANSION, MOST_EXPANSION = 2**26, 200
+
+LARGE = 2**28  # bytes from which on a file is mapped, and not read
+
+_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+
+
+class ArrayHeader(NamedTuple):
+    """What the header of an .npy file says; the numbers begin at ``offset``."""
+
+    shape: tuple[int, ...]
+    is_fortran: bool
+    dtype: np.dtype
+    offset: int
+
+
+def array_header(file: IO[bytes], num_bytes: int) -> ArrayHeader:
+    """The header that ``file`` stands at, if what it announces is what ``num_bytes`` leave room for.
+
+    Args:
+        num_bytes: of the header and the array together.
+
+    Raises:
+        ValueError: no such header, objects, or an array of another size.
+    """
+    start = file.tell()
+    version = np.lib.format.read_magic(file)
+    if version not in _HEADERS:
+        raise ValueError(f"expected a header of version 1 or 2, got {version[0]}")
+    shape, is_fortran, dtype = _HEADERS[version](file)
+    if dtype.hasobject:
+        raise ValueError("Object arrays are not read")
+    offset = file.tell() - start
+    announced = math.prod(shape) * dtype.itemsize
+    if any(isinstance(n, bool) or n < 0 for n in shape) or announced != num_bytes - offset:
+        raise ValueError(
+            f"its header announces {dtype} {shape}, which is {announced:,} bytes, and it holds {num_bytes - offset:,}"
+        )
+    return ArrayHeader(shape, is_fortran, dtype, offset)
+
+
+def check_expansion(path: Path, num_bytes: int) -> None:
+    """Raises ValueError where ``num_bytes`` of arrays are more than an .npz file of that size may hold, or than fit."""
+    most = max(FREE_EXPANSION, MOST_EXPANSION * os.path.getsize(path))
+    advice = "save it as .npy, which is not read into memory"
+    if num_bytes > most:
+        raise ValueError(
+            f"its arrays take {num_bytes:,} bytes, more than {MOST_EXPANSION} times the file ({most:,}); {advice}"
+        )
+    available = available_memory()
+    if available is not None and num_bytes > available:
+        raise ValueError(f"its arrays take {num_bytes:,} bytes, and {available:,} are available; {advice}")
+
+
+def fits(num_bytes: int) -> bool:
+    """Whether so much goes onto the heap without a thought; what does not goes into a file that is mapped."""
+    available = available_memory()
+    return num_bytes <= LARGE or (available is not None and num_bytes <= available / _SHARE)
+
+
+_SHARE = 8
+
+
+def available_memory() -> int | None:
+    """Bytes that this process can have without swapping: of the machine, its control group and its own limit.
+
+    None where the system does not say.
+    """
+    try:
+        free = 1024 * _field("/proc/meminfo", "MemAvailable:")
+    except (OSError, ValueError):
+        return None
+    with suppress(OSError, ValueError):  # "max" where there is no limit
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii"))
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii"))
+        files = _field("/sys/fs/cgroup/memory.stat", "file")  # which can be dropped
+        free = min(free, limit - used + files)
+    with suppress(OSError, ValueError, ImportError):
+        import resource
+
+        limit = resource.getrlimit(resource.RLIMIT_DATA)[0]
+        if limit != resource.RLIM_INFINITY:
+            free = min(free, limit - 1024 * _field("/proc/self/status", "VmData:"))
+    return max(free, 0)
+
+
+def _field(path: str, name: str) -> int:
+    for line in Path(path).read_text(encoding="ascii").splitlines():
+        if line.split()[0] == name:
+            return int(line.split()[1])
+    raise ValueError(f"{path}: no {name}")

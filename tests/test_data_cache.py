@@ -1,0 +1,395 @@
+"""Data: images that were read once, kept in the cache folder; what is damaged, stale, full or killed there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ppl_vae import data
+from ppl_vae.data import cache, image_folder, threads
+
+SHAPE = (5, 6)
+
+
+def write(path: Path, pixels: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+
+
+@pytest.fixture(autouse=True)
+def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache folder."""
+    monkeypatch.setenv("PPL_VAE_CACHE_DIR", str(tmp_path / "kept"))
+    return tmp_path / "kept"
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    """31 gray and color images of two classes, and one that is broken."""
+    rng = np.random.default_rng(0)
+    for i in range(31):
+        shape = SHAPE if i % 3 else (*SHAPE, 3)
+        write(tmp_path / "own" / ("cat", "dog")[i % 2] / f"{i:02}.png", rng.integers(0, 256, shape, np.uint8))
+    (tmp_path / "own" / "cat" / "broken.png").write_bytes(b"no image")
+    return tmp_path / "own"
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """What was decoded, file by file."""
+    seen: list[bytes] = []
+    decode = image_folder._decode
+    monkeypatch.setattr(image_folder, "_decode", lambda raw: seen.append(raw) or decode(raw))
+    return seen
+
+
+def expected(folder: Path) -> dict[str, torch.Tensor]:
+    """The splits by the words of README alone: each file by Pillow, in the order of the names, split 80/10/10."""
+    files = sorted(folder.rglob("[0-9]*.png"), key=lambda path: path.relative_to(folder).as_posix())
+    images = np.stack([np.asarray(Image.open(path).convert("RGB")).transpose(2, 0, 1) for path in files])
+    labels = np.array([["cat", "dog"].index(path.parent.name) for path in files])
+    order = np.random.RandomState(777).permutation(len(files))
+    tenth = len(files) // 10
+    parts = {"validation": order[-tenth:], "test": order[-2 * tenth : -tenth], "train": order[: -2 * tenth]}
+    content = {split: torch.from_numpy(images[part]) for split, part in parts.items()}
+    return content | {f"{split} labels": torch.from_numpy(labels[part]) for split, part in parts.items()}
+
+
+def assert_right(read: data.Splits, folder: Path) -> None:
+    right = expected(folder)
+    for split in ("train", "validation", "test"):
+        assert torch.equal(getattr(read, split), right[split])
+        assert torch.equal(read.labels[split], right[f"{split} labels"])
+
+
+def entries(kept: Path) -> list[Path]:
+    return sorted(kept.glob("*.rows"))
+
+
+# --- What is kept ---
+
+
+@pytest.mark.parametrize("time", ["first", "second"])
+def test_a_folder_is_what_pillow_reads_of_it(own: Path, time: str) -> None:
+    read = data.load(str(own))
+    assert_right(data.load(str(own)) if time == "second" else read, own)
+
+
+def test_what_is_kept_is_all_that_was_read(own: Path) -> None:
+    first, second = data.load(str(own)), data.load(str(own))
+    assert second.describe() == first.describe()
+    assert (second.sha256, second.unreadable, second.class_names) == (first.sha256, first.unreadable, ("cat", "dog"))
+    assert second.spread == first.spread
+
+
+def test_the_checksum_is_of_names_and_bytes_in_the_order_of_the_names(own: Path) -> None:
+    digest = hashlib.sha256()
+    for path in sorted(own.rglob("[0-9]*.png"), key=lambda path: path.relative_to(own).as_posix()):
+        raw = path.read_bytes()
+        digest.update(f"{path.relative_to(own).as_posix()}\0{len(raw)}\0".encode() + raw)
+    assert [data.load(str(own)).sha256 for _ in range(2)] == [digest.hexdigest()] * 2
+
+
+def test_a_folder_is_decoded_once(own: Path, decoded: list[bytes]) -> None:
+    data.load(str(own))
+    assert len(decoded) == 32
+    data.load(str(own))
+    assert len(decoded) == 32
+
+
+def test_all_splits_are_one_mapped_file(own: Path) -> None:
+    read = data.load(str(own))
+    addresses = {getattr(read, split).untyped_storage().data_ptr() for split in ("train", "validation", "test")}
+    assert len(addresses) == 1
+    assert data.is_mapped(read.train)
+    assert not data.is_mapped(read.train.clone())
+
+
+@pytest.mark.parametrize("num_threads", [1, 4])
+def test_the_number_of_threads_changes_nothing(own: Path, num_threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "num_threads", lambda: num_threads)
+    assert_right(data.load(str(own)), own)
+
+
+def test_results_of_threads_come_in_order_and_few_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "num_threads", lambda: 4)
+    started: list[int] = []
+
+    def late(i: int) -> int:
+        started.append(i)
+        time.sleep(0.002 * (i % 3))
+        return i
+
+    results = threads.in_threads(late, range(200))
+    assert [next(results) for _ in range(20)] == list(range(20))
+    assert len(started) <= 20 + 4 * 4
+    assert list(results) == list(range(20, 200))
+
+
+# --- What is stale ---
+
+
+CHANGES = {
+    "touched": lambda own: os.utime(own / "cat" / "00.png", (1, 1)),
+    "changed": lambda own: write(own / "cat" / "00.png", np.zeros((*SHAPE, 3), np.uint8)),
+    "added": lambda own: write(own / "cat" / "31.png", np.zeros(SHAPE, np.uint8)),
+    "removed": lambda own: (own / "dog" / "01.png").unlink(),
+    "moved": lambda own: (own / "dog" / "01.png").rename(own / "cat" / "01.png"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_folder_of_which_a_file_changed_is_read_again(
+    own: Path, kept: Path, decoded: list[bytes], change: str
+) -> None:
+    data.load(str(own))
+    decoded.clear()
+    CHANGES[change](own)
+    assert_right(data.load(str(own)), own)
+    assert len(decoded) >= 31
+    assert len(entries(kept)) == 1
+
+
+def test_another_option_has_an_entry_of_its_own(own: Path, kept: Path) -> None:
+    data.load(str(own))
+    small = data.load(str(own), image_size=[2, 3], color="gray")
+    assert small.event_shape == (1, 2, 3)
+    assert_right(data.load(str(own)), own)
+    assert len(entries(kept)) == 2
+
+
+def test_a_file_that_is_no_image_is_counted_without_reading_again(own: Path, decoded: list[bytes]) -> None:
+    data.load(str(own))
+    (own / "notes.txt").write_text("mine")
+    assert "1 file that is no image ignored" in data.load(str(own)).split
+    assert len(decoded) == 32
+
+
+def test_an_older_entry_that_is_still_mapped_keeps_its_images(own: Path) -> None:
+    first = data.load(str(own))
+    before = first.train.clone()
+    CHANGES["changed"](own)
+    data.load(str(own))
+    assert torch.equal(first.train, before)
+
+
+# --- What is damaged ---
+
+
+def flip(path: Path, at: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 4
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("place", [*np.linspace(0, 1, 12, endpoint=False).tolist(), -1, -17, -40, -60])
+def test_a_flipped_bit_is_seen_wherever_it_is(
+    own: Path, kept: Path, capsys: pytest.CaptureFixture[str], place: float
+) -> None:
+    data.load(str(own))
+    (entry,) = entries(kept)
+    capsys.readouterr()
+    flip(entry, int(place) if place < 0 else int(place * entry.stat().st_size))
+    assert_right(data.load(str(own)), own)
+    said = [line for line in capsys.readouterr().err.splitlines() if "damaged" in line]
+    assert len(said) == 1
+    assert said[0].endswith("; own is read again")
+    assert_right(data.load(str(own)), own)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("length", [0, 10, 500, 3000, -1, -56])
+def test_a_file_that_is_cut_off_is_read_again(own: Path, kept: Path, length: int) -> None:
+    data.load(str(own))
+    (entry,) = entries(kept)
+    entry.write_bytes(entry.read_bytes()[:length])
+    assert_right(data.load(str(own)), own)
+
+
+@pytest.mark.parametrize("content", [b"\0" * 5000, b"x", os.urandom(300)], ids=["zeros", "a byte", "noise"])
+def test_a_file_of_something_else_is_read_again(own: Path, kept: Path, content: bytes) -> None:
+    data.load(str(own))
+    (entry,) = entries(kept)
+    entry.write_bytes(content)
+    assert_right(data.load(str(own)), own)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("sizes", {"train": 10**15, "validation": 3, "test": 3}),
+        ("sizes", {"train": -1, "validation": 3, "test": 3}),
+        ("sizes", [1, 2, 3]),
+        ("event_shape", [3, 5, 6, 10**12]),
+        ("event_shape", []),
+        ("event_shape", None),
+        ("dtype", "object"),
+        ("labeled", 3),
+        ("kind", "pictures"),
+        ("chunks", []),
+        ("what", "of others"),
+        ("class_names", 7),
+    ],
+)
+def test_a_header_that_announces_something_else_is_refused(own: Path, kept: Path, key: str, value: object) -> None:
+    """With checksums that are right: it is not damage but malice that is refused here."""
+    data.load(str(own))
+    (entry,) = entries(kept)
+    content = entry.read_bytes()
+    length = int.from_bytes(content[-56:-48], "little")
+    header = json.loads(content[-56 - length : -56])
+    header[key] = value
+    encoded = json.dumps(header).encode()
+    end = len(encoded).to_bytes(8, "little") + hashlib.sha256(encoded).digest() + content[-16:]
+    entry.write_bytes(content[: -56 - length] + encoded + end)
+    assert_right(data.load(str(own)), own)
+
+
+# --- Where nothing can be kept ---
+
+
+def test_a_cache_folder_that_cannot_be_made_stops_nothing(
+    own: Path, kept: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept.write_text("a file")
+    assert_right(data.load(str(own)), own)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"own: not kept in the cache folder {kept}, but read into memory: ")
+
+
+def run(code: str, kept: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PPL_VAE_CACHE_DIR": str(kept), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+FULL = """
+import resource, sys
+from ppl_vae import data
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), int(sys.argv[2])))
+print(data.load(sys.argv[1]).train.sum().item())
+"""
+
+
+@pytest.mark.parametrize("most", [100, 1000])
+def test_a_disk_that_is_full_stops_nothing_and_leaves_nothing(own: Path, kept: Path, most: int) -> None:
+    """No file may be longer than 100 bytes (the images as they are read), or 1,000 (these fit, and the entry not)."""
+    for path in own.rglob("*.png"):
+        if not path.stem.isdigit() or int(path.stem) >= 12:
+            path.unlink()
+    done = run(FULL, kept, own, most)
+    assert (done.returncode, int(done.stdout)) == (0, int(expected(own)["train"].sum()))
+    assert [line for line in done.stderr.splitlines() if "not kept in the cache folder" in line] != []
+    assert [path.name for path in kept.iterdir() if path.suffix != ".lock"] == []
+
+
+def test_a_read_only_cache_folder_is_read(own: Path, kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data.load(str(own))
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    for name in ("_make_folder", "_write"):
+        monkeypatch.setattr(cache, name, refuse)
+    assert data.is_mapped(data.load(str(own)).train)
+    shutil.rmtree(kept)
+    read = data.load(str(own))
+    assert not data.is_mapped(read.train)
+    assert_right(read, own)
+
+
+# --- Processes ---
+
+
+KILLED = """
+import os, signal, sys
+from ppl_vae import data
+from ppl_vae.data import cache, image_folder
+def kill(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+where = sys.argv[2]
+if where == "reading":
+    decode, seen = image_folder._decode, []
+    image_folder._decode = lambda raw: kill() if len(seen) > 20 else seen.append(0) or decode(raw)
+elif where == "writing":
+    written = cache._Digested.write
+    cache._Digested.write = lambda self, content: (written(self, content), self.file.flush(), kill())
+elif where == "header":
+    cache._Digested.digests = kill
+else:
+    os.replace = kill
+data.load(sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize("where", ["reading", "writing", "header", "renaming"])
+def test_a_process_that_is_killed_leaves_no_wrong_entry(own: Path, kept: Path, where: str) -> None:
+    assert run(KILLED, kept, own, where).returncode == -signal.SIGKILL
+    assert entries(kept) == []
+    assert_right(data.load(str(own)), own)
+    assert len(entries(kept)) == 1
+    assert list(kept.glob(".*")) == []
+
+
+def test_two_at_once_read_a_folder_once(own: Path, decoded: list[bytes]) -> None:
+    read: list[data.Splits] = []
+    both = [threading.Thread(target=lambda: read.append(data.load(str(own)))) for _ in range(2)]
+    for each in both:
+        each.start()
+    for each in both:
+        each.join()
+    assert len(decoded) == 32
+    for one in read:
+        assert_right(one, own)
+
+
+MEMORY = """
+import resource, sys
+from pathlib import Path
+from ppl_vae import data
+from ppl_vae.data import threads
+threads.num_threads = lambda: 1
+used = next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if "VmData" in line)
+resource.setrlimit(resource.RLIMIT_DATA, (1024 * used + 60 * 2**20,) * 2)
+splits = data.load(sys.argv[1])
+print(len(splits.train), data.is_mapped(splits.train))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+def test_a_folder_that_is_larger_than_memory_is_read(tmp_path: Path, kept: Path) -> None:
+    """90 images of 1 MiB under a limit of 60; read into memory, they exceed it."""
+    buffer = BytesIO()
+    Image.fromarray(np.full((1024, 1024), 7, np.uint8)).save(buffer, "png", compress_level=1)
+    (tmp_path / "own").mkdir()
+    for i in range(90):
+        (tmp_path / "own" / f"{i}.png").write_bytes(buffer.getvalue())
+    done = run(MEMORY, kept, tmp_path / "own")
+    assert (done.returncode, done.stdout) == (0, "72 True\n"), done.stderr
+    shutil.rmtree(kept)
+    kept.write_text("a file")  # so that nothing can be kept
+    assert "MemoryError" in run(MEMORY, kept, tmp_path / "own").stderr
+
+
+# --- Bombs ---
+
+
+def test_an_image_of_too_many_pixels_is_named(own: Path, recwarn: pytest.WarningsRecorder) -> None:
+    Image.new("1", (10_000, 9_000)).save(own / "dog" / "bomb.png")  # whole and valid; Pillow only warns
+    read = data.load(str(own), image_size=[5, 6])
+    assert set(read.unreadable) == {"cat/broken.png", "dog/bomb.png"}
+    assert [str(warning.message) for warning in recwarn if "bomb" in str(warning.message)] == []

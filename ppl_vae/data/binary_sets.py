@@ -10,10 +10,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ppl_vae.data.mat import read_mat
 from ppl_vae.data.own import read_arrays
 from ppl_vae.data.splits import BINARY, Splits
 
 _NUM_PIXELS = 28 * 28
+_MOST_AMAT_BYTES = 50_000 * (2 * _NUM_PIXELS + 2)  # a digit and a space a pixel, the end of the line
+_MOST_MAT_BYTES = 2**26  # also of what is compressed in it
 
 # SHA-256 of each split's pixels, one byte each, row by row.
 _STATIC_MNIST_SHA256 = {
@@ -66,7 +69,7 @@ def caltech_silhouettes(data_dir: Path) -> Splits:
     folder caltech101_silhouettes. Upright; the object is 0 and the background 1, as published.
 
     Raises:
-        ValueError: files that are missing or damaged, or a .mat file without scipy to read it.
+        ValueError: files that are missing or damaged.
     """
     folders = (data_dir, data_dir / "caltech101_silhouettes")
     for folder in folders:
@@ -139,12 +142,8 @@ def _unpacked(path: Path, bits: np.ndarray) -> np.ndarray:
 
 def _read_amat(path: Path) -> np.ndarray:
     """(N, 784) of a text file, one image a line, a 0 or 1 a pixel, with spaces between them."""
-    try:
-        text = path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-    digits = np.frombuffer(text.translate(None, b" \t\r\n"), np.uint8)
-    if digits.size % _NUM_PIXELS or not np.isin(digits, (ord("0"), ord("1"))).all():
+    digits = np.frombuffer(_content(path, _MOST_AMAT_BYTES).translate(None, b" \t\r\n"), np.uint8)
+    if digits.size % _NUM_PIXELS or not ((digits == ord("0")) | (digits == ord("1"))).all():
         raise ValueError(f"{path}: expected lines of {_NUM_PIXELS} zeros and ones, got {digits.size:,} characters")
     return (digits - ord("0")).reshape(-1, _NUM_PIXELS)
 
@@ -152,17 +151,26 @@ def _read_amat(path: Path) -> np.ndarray:
 def _read_mat(path: Path) -> dict[str, np.ndarray]:
     """{role: array} of the published MATLAB file, whose pixels go down the columns; here they go along the rows."""
     try:
-        from scipy.io import loadmat  # type: ignore[import-untyped]
-    except ImportError:
-        raise ValueError(f"{path}: a .mat file needs scipy, which is not installed: pip install scipy") from None
-    try:
-        stored = loadmat(path)
+        stored = read_mat(_content(path, _MOST_MAT_BYTES), most=_MOST_MAT_BYTES)
         arrays = {f"{split} labels": stored[f"{word}_labels"] for split, word in _IN_MAT.items()}
-        arrays["class names"] = np.array([str(np.squeeze(cell)) for cell in stored["classnames"].reshape(-1)])
+        arrays["class names"] = stored["classnames"]
         for split, word in _IN_MAT.items():
             columns = stored[f"{word}_data"].astype(np.uint8).reshape(-1, 28, 28)
             arrays[split] = columns.transpose(0, 2, 1).reshape(-1, _NUM_PIXELS)
-    except Exception as error:  # loadmat raises nearly every type for a damaged file
-        why = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ValueError(f"{path}: not the published file, or damaged ({why})") from None
+    except KeyError as error:
+        raise ValueError(f"{path}: not the published file, or damaged (no {error} in it)") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: not the published file, or damaged ({error})") from None
     return arrays
+
+
+def _content(path: Path, most: int) -> bytes:
+    """The file, if it has at most so many bytes."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(most + 1)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    if len(content) > most:
+        raise ValueError(f"{path}: expected at most {most:,} bytes, got more")
+    return content

@@ -23,6 +23,7 @@ _LABELS_SHA256 = {
     "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
 }
 _NUM_VALIDATION = 10_000
+_MOST_BYTES = 16 + 60_000 * 28 * 28
 
 
 def mnist(data_dir: Path) -> Splits:
@@ -50,7 +51,7 @@ def _array(name: str) -> Tensor:
     """(N, 28, 28) or (N,) uint8, from an embedded file whose bytes are the published ones."""
     resource = files("ppl_vae") / "mnist" / f"{name}.xz"
     try:
-        raw = lzma.decompress(resource.read_bytes())
+        raw = lzma.LZMADecompressor().decompress(resource.read_bytes(), max_length=_MOST_BYTES)
     except (OSError, lzma.LZMAError) as error:
         raise ValueError(
             f"{resource}: the embedded MNIST cannot be read ({error}); install the package again"

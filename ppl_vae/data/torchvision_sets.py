@@ -1,4 +1,7 @@
-"""Fashion-MNIST, KMNIST, CIFAR-10 and SVHN, downloaded and read by torchvision, which is imported only then."""
+"""Fashion-MNIST, KMNIST, CIFAR-10 and SVHN, downloaded by torchvision, which is imported only then.
+
+It reads them too, each file after its checksum, but for CIFAR-10, which it would unpickle.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from ppl_vae.data import cifar10
 from ppl_vae.data.splits import LEVELS, Splits
 
 _DIGITS = tuple("0123456789")
@@ -24,7 +28,7 @@ _DIGITS = tuple("0123456789")
 class _Source(NamedTuple):
     """How torchvision calls a data set, which of its files lie in the data folder, and what else is known of it."""
 
-    read: Callable[[ModuleType, str], tuple[Any, Any]]  # -> torchvision's training and test sets
+    read: Callable[[str, str], tuple[Any, Any]]  # (name, folder) -> training and test sets, as torchvision has them
     files: tuple[str, ...]
     expected: str
     event_shape: tuple[int, ...]
@@ -32,13 +36,23 @@ class _Source(NamedTuple):
     class_names: tuple[str, ...]
 
 
-def _by_train(name: str, datasets: ModuleType, root: str) -> tuple[Any, Any]:
-    make = getattr(datasets, name)
+def _by_train(own_name: str, name: str, root: str) -> tuple[Any, Any]:
+    make = getattr(_torchvision_datasets(name), own_name)
+    if (Path(root) / own_name / "processed").exists():  # torchvision would unpickle what old versions of it left there
+        raise ValueError(f"expected no folder {own_name}/processed, which old versions of torchvision wrote; remove it")
     return make(root, train=True, download=True), make(root, train=False, download=True)
 
 
-def _svhn(datasets: ModuleType, root: str) -> tuple[Any, Any]:
-    return datasets.SVHN(root, split="train", download=True), datasets.SVHN(root, split="test", download=True)
+def _svhn(name: str, root: str) -> tuple[Any, Any]:
+    make = _torchvision_datasets(name).SVHN
+    return make(root, split="train", download=True), make(root, split="test", download=True)
+
+
+def _cifar10(name: str, root: str) -> tuple[Any, Any]:
+    if not cifar10.is_there(Path(root)):
+        utils = _torchvision_datasets(name).utils
+        utils.download_url(cifar10.URL, root, cifar10.BINARY_ARCHIVE, cifar10.BINARY_MD5)
+    return cifar10.read(Path(root))
 
 
 _SOURCES = {
@@ -62,9 +76,9 @@ _SOURCES = {
         class_names=("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo"),
     ),
     "cifar10": _Source(
-        read=partial(_by_train, "CIFAR10"),
-        files=("cifar-10-python.tar.gz", "cifar-10-batches-py"),
-        expected="cifar-10-python.tar.gz of www.cs.toronto.edu/~kriz/cifar.html",
+        read=_cifar10,
+        files=(),  # read where they are: nothing is unpacked
+        expected="cifar-10-binary.tar.gz or cifar-10-python.tar.gz of www.cs.toronto.edu/~kriz/cifar.html",
         event_shape=(3, 32, 32),
         num_validation=5_000,
         class_names=("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
@@ -98,12 +112,14 @@ def read_through_torchvision(name: str, data_dir: Path) -> Splits:
     Raises:
         ValueError: torchvision cannot be imported, or the data can be neither read nor downloaded.
     """
-    source, datasets = _SOURCES[name], _torchvision_datasets(name)
+    source = _SOURCES[name]
     try:
         with _writable(data_dir, source.files) as root:
-            train, test = source.read(datasets, str(root))
+            train, test = source.read(name, str(root))
             pixels = [_channels_first(part.data) for part in (train, test)]
             labels = [_labels(part) for part in (train, test)]
+    except _NoTorchvision:
+        raise
     except Exception as error:  # no network, no space, damaged archives: torchvision raises nearly every type
         why = _one_line(error)
         raise ValueError(
@@ -128,11 +144,15 @@ def read_through_torchvision(name: str, data_dir: Path) -> Splits:
     )
 
 
+class _NoTorchvision(ValueError):
+    """It cannot be imported."""
+
+
 def _torchvision_datasets(name: str) -> ModuleType:
     try:
         from torchvision import datasets
     except (ImportError, OSError, RuntimeError, AttributeError) as error:  # missing, or made for another torch
-        raise ValueError(
+        raise _NoTorchvision(
             f"dataset: {name} needs torchvision, which cannot be imported ({_one_line(error)}); "
             f"pip install the torchvision that was made for torch {torch.__version__}"
         ) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ppl_vae import build, plots, runs
+from ppl_vae.data.limits import array_header
 from ppl_vae.evidence import Estimate, evaluate, seeded
 from ppl_vae.experiment.display import Display, display_of
 from ppl_vae.experiment.evaluation import kind_in_words, plus_minus, what_is_measured
@@ -149,12 +151,15 @@ def read_mask(path: str, num_images: int, event_shape: tuple[int, ...]) -> Tenso
         ValueError: no such file, another shape, or other values.
     """
     try:
-        array = np.load(path, allow_pickle=False)
+        with open(path, "rb") as file:
+            array_header(file, os.path.getsize(path))
+            file.seek(0)
+            array = np.load(file, allow_pickle=False)
     except OSError as error:
         raise ValueError(f"--mask: {path} cannot be read: {error.strerror or 'not an .npy file'}") from None
-    except (ValueError, EOFError):
+    except Exception:  # a damaged header is parsed as Python, and raises nearly every type
         raise ValueError(f"--mask: {path}: expected an .npy file of zeros and ones, got something else") from None
-    if not isinstance(array, np.ndarray) or array.dtype.kind not in "buif" or not ((array == 0) | (array == 1)).all():
+    if array.dtype.kind not in "buif" or not ((array == 0) | (array == 1)).all():
         raise ValueError(f"--mask: {path}: expected zeros (missing) and ones (observed) alone, got other values")
     one, plane, channels_last = event_shape, event_shape[-2:], (*event_shape[1:], event_shape[0])
     observed = torch.from_numpy(array.astype(bool))

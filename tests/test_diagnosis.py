@@ -106,7 +106,7 @@ def test_of_an_autoencoder_nothing_is_measured_that_needs_a_density(diagnosed):
 @pytest.mark.parametrize("name", ["digits", "autoencoder", "mean over pixels"])
 def test_the_file_holds_what_is_returned(name, diagnosed, trained):
     entry, folder = diagnosed(name)[0], trained.folder(name)
-    assert runs.read_json(folder / DIAGNOSIS) == json.loads(json.dumps(runs._finite(entry)))
+    assert runs.read_json(folder / DIAGNOSIS) == json.loads(json.dumps(runs.finite(entry)))
     assert entry["step"] == runs.load_step(folder / runs.MODEL)
 
 

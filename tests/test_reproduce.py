@@ -331,7 +331,7 @@ def test_a_write_that_fails_leaves_the_rows_that_were_there(tmp_path, monkeypatc
     def fail(source, target):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(runs.os, "replace", fail)
+    monkeypatch.setattr("os.replace", fail)
     with pytest.raises(OSError, match="No space left"):
         write_row(str(path), made_up(seed=1))
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == {"rows.json": before}

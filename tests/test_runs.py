@@ -29,14 +29,14 @@ def fail_to_sync(monkeypatch: pytest.MonkeyPatch) -> None:
     def fsync(descriptor: int) -> None:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(runs.os, "fsync", fsync)
+    monkeypatch.setattr(os, "fsync", fsync)
 
 
 def fail_to_replace(monkeypatch: pytest.MonkeyPatch) -> None:
     def replace(source: Path, target: Path) -> None:
         raise OSError(13, "Permission denied")
 
-    monkeypatch.setattr(runs.os, "replace", replace)
+    monkeypatch.setattr(os, "replace", replace)
 
 
 def fail_to_write(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,7 +44,7 @@ def fail_to_write(monkeypatch: pytest.MonkeyPatch) -> None:
     genuine = Path.open
 
     def opened(path: Path, mode: str = "r", **options: Any) -> Any:
-        if "w" not in mode:
+        if "x" not in mode:
             return genuine(path, mode, **options)
         path.touch()
         return genuine(Path("/dev/full"), "wb", buffering=0)
@@ -91,7 +91,7 @@ def test_a_write_that_is_killed_before_the_replacement_leaves_the_old_content(
         raise KeyboardInterrupt
 
     (tmp_path / "file").write_bytes(b"old")
-    monkeypatch.setattr(runs.os, "replace", killed)
+    monkeypatch.setattr(os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
         runs.write_bytes(tmp_path / "file", b"new")
     assert (tmp_path / "file").read_bytes() == b"old"
@@ -182,7 +182,8 @@ def metrics(tmp_path: Path) -> Path:
 
 
 def test_metrics_are_one_json_object_a_line(metrics: Path) -> None:
-    assert [json.loads(line) for line in (metrics / "metrics.jsonl").read_text().splitlines()] == RECORDS
+    lines = [json.loads(line) for line in (metrics / "metrics.jsonl").read_text().splitlines()]
+    assert [{key: value for key, value in line.items() if key != "checksum"} for line in lines] == RECORDS
 
 
 def test_metrics_come_back_as_they_were(metrics: Path) -> None:
@@ -191,7 +192,7 @@ def test_metrics_come_back_as_they_were(metrics: Path) -> None:
 
 def test_a_metric_that_is_not_finite_is_written_as_null(tmp_path: Path) -> None:
     runs.append_metrics(tmp_path, {"step": 1, "stderr": math.nan})
-    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "stderr": null}\n'
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["stderr"] is None
 
 
 def test_a_run_without_metrics_has_none(tmp_path: Path) -> None:
@@ -400,7 +401,7 @@ def test_a_file_in_the_place_of_a_folder_is_refused(tmp_path: Path) -> None:
 def one_second(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A working folder in which the clock stands still."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(runs.time, "strftime", lambda form: "20300102-030405")
+    monkeypatch.setattr("time.strftime", lambda form: "20300102-030405")
     return tmp_path
 
 

@@ -26,6 +26,7 @@ from ppl_vae.experiment.certificate_table import (
 )
 from ppl_vae.experiment.certificate_words import describe_certificate
 from ppl_vae.experiment.evaluation import what_is_measured
+from ppl_vae.experiment.interruption import stop_on_signals
 from ppl_vae.experiment.opening import Run, Say, check_density, evaluated_vae, open_run
 from ppl_vae.experiment.outputs import write_figure
 from ppl_vae.gaps import Gaps
@@ -106,66 +107,71 @@ def certify_run(
         The entry, as evaluation.json holds it.
 
     Raises:
-        ValueError: no run, a damaged or a read-only one, an autoencoder, dequantized levels, other data than it was
-            trained on, or another data set that does not fit; before the work.
+        Interrupted: SIGINT or SIGTERM, after the block that it came in; finished blocks are kept.
+        ValueError: no run, a damaged or a read-only one, one that another process writes to, an autoencoder,
+            dequantized levels, other data than it was trained on, or another data set that does not fit; before the
+            work.
     """
     run = open_run(run_dir, dataset=dataset, data_dir=data_dir)
-    check_density(run, "log-likelihood")
-    _check_exact(run)
-    place = build.device(device)
-    runs.read_evaluations(run.folder)  # a damaged file is found before the work, not after it
-    runs.check_writable(run.folder)
-    if output is not None:
-        check_output(output)
-    _check_places(run.folder, split)
-    if against_data_dir is not None and against is None:
-        raise ValueError("--against-data-dir: expected --against beside it, which it is of, got none")
-    other = None if against is None else _other_images(run, against, against_data_dir, images, seed)
-    index, x = _images_of(run, split, images, seed, say)
-    vae = evaluated_vae(run).to(place)
-    chain = Chain(temperatures, leapfrogs, chains, start_of(vae, start))
-    if chain.start != start:
-        say(
-            f"--start {start}: its density is slow at any z but its own draws; chains begin with a normal that has its "
-            "moments."
-        )
-    asked = {"split": split, "num_images": len(x), **chain._asdict(), "num_particles": num_particles, "seed": seed}
-    asked["step"] = runs.load_step(run.folder / runs.MODEL)
-    compiles = build.compiles(compile, temperatures * leapfrogs * math.ceil(len(x) / stages.CHAINED_A_BLOCK), place)
-    if gap_images and run.options.upper_latents:
-        say("A guide of several layers has no features of an image's own to refine: the gap is not split in two.")
-        gap_images = 0
-    parts = Parts(simulated, gap_images, simulations, draws)
-    of_all = {
-        "weights": _sha256(run.folder / runs.MODEL),
-        "data": run.splits.sha256,
-        "seed": seed,
-        "device": device,
-        "compile": [compile, compiles],
-        "blocks": stages.BLOCKS,
-        "method": _METHOD,
-    }
-    decided_by = {stage: of_all | own for stage, own in _stages(run, split, len(x), chain, num_particles, parts, other)}
-    finished = Finished(run.folder / partial_file(split), run.folder / per_image(split), decided_by, of_all, say)
-    bench = Bench(vae, place, seed, finished, compile, compiles, say)
-    found = _measure(bench, run, index, x.to(place), chain, num_particles, parts, other)
-    entry = {
-        **what_is_measured(run),
-        **asked,
-        **numbers.numbers_of(found, num_particles),
-        "stage_seconds": finished.seconds,
-        "seconds": sum(finished.seconds.values()),
-    }
-    if other is not None:
-        entry["against"] |= {"dataset": other.name}
-    finished.save({"index": index})
-    _write(run, entry, found, x, say)
-    finished.remove_blocks()
-    if output is not None:
-        write_certificate(output, run.folder.name, entry, device)
-        say(f"{output} has its row:")
-        say(certificate_table(read_certificates(output)))
-    return entry
+    with runs.locked(run.folder), stop_on_signals() as should_stop:
+        check_density(run, "log-likelihood")
+        _check_exact(run)
+        place = build.device(device)
+        runs.read_evaluations(run.folder)  # a damaged file is found before the work, not after it
+        runs.check_writable(run.folder)
+        if output is not None:
+            check_output(output)
+        _check_places(run.folder, split)
+        if against_data_dir is not None and against is None:
+            raise ValueError("--against-data-dir: expected --against beside it, which it is of, got none")
+        other = None if against is None else _other_images(run, against, against_data_dir, images, seed)
+        index, x = _images_of(run, split, images, seed, say)
+        vae = evaluated_vae(run).to(place)
+        chain = Chain(temperatures, leapfrogs, chains, start_of(vae, start))
+        if chain.start != start:
+            say(
+                f"--start {start}: its density is slow at any z but its own draws; chains begin with a normal that has "
+                "its moments."
+            )
+        asked = {"split": split, "num_images": len(x), **chain._asdict(), "num_particles": num_particles, "seed": seed}
+        asked["step"] = runs.load_step(run.folder / runs.MODEL)
+        compiles = build.compiles(compile, temperatures * leapfrogs * math.ceil(len(x) / stages.CHAINED_A_BLOCK), place)
+        if gap_images and run.options.upper_latents:
+            say("A guide of several layers has no features of an image's own to refine: the gap is not split in two.")
+            gap_images = 0
+        parts = Parts(simulated, gap_images, simulations, draws)
+        of_all = {
+            "weights": _sha256(run.folder / runs.MODEL),
+            "data": run.splits.sha256,
+            "seed": seed,
+            "device": device,
+            "compile": [compile, compiles],
+            "blocks": stages.BLOCKS,
+            "method": _METHOD,
+        }
+        decided_by = {
+            stage: of_all | own for stage, own in _stages(run, split, len(x), chain, num_particles, parts, other)
+        }
+        finished = Finished(run.folder / partial_file(split), run.folder / per_image(split), decided_by, of_all, say)
+        bench = Bench(vae, place, seed, finished, compile, compiles, say, should_stop)
+        found = _measure(bench, run, index, x.to(place), chain, num_particles, parts, other)
+        entry = {
+            **what_is_measured(run),
+            **asked,
+            **numbers.numbers_of(found, num_particles),
+            "stage_seconds": finished.seconds,
+            "seconds": sum(finished.seconds.values()),
+        }
+        if other is not None:
+            entry["against"] |= {"dataset": other.name}
+        finished.save({"index": index})
+        _write(run, entry, found, x, say)
+        finished.remove_blocks()
+        if output is not None:
+            write_certificate(output, run.folder.name, entry, device)
+            say(f"{output} has its row:")
+            say(certificate_table(read_certificates(output)))
+        return entry
 
 
 class Parts(NamedTuple):

@@ -20,6 +20,7 @@ from ppl_vae import build, runs
 from ppl_vae.capture import CannotCapture
 from ppl_vae.evidence import seeded
 from ppl_vae.experiment.opening import Say
+from ppl_vae.options import Interrupted
 from ppl_vae.vae import VAE
 
 Tensors = dict[str, Tensor]
@@ -152,6 +153,7 @@ class Bench:
         compile: the word of --compile.
         compiles: whether that makes graphs of what is done often.
         say: takes each line for the reader.
+        should_stop: asked after each block, whether to end there.
     """
 
     vae: VAE
@@ -161,6 +163,7 @@ class Bench:
     compile: str
     compiles: bool
     say: Say
+    should_stop: Callable[[], bool] = lambda: False
     _not_compiled: dict[str, str] = field(default_factory=dict)  # by stage, why
 
     def compiled_or_not(self, stage: str, run: Callable[[bool], Tensors]) -> Tensors:
@@ -241,7 +244,11 @@ def _seeded(bench: Bench, stage: str, number: int, items: slice, compute: Comput
 
 
 def block(bench: Bench, stage: str, number: int, compute: Callable[[], Tensors]) -> Tensors:
-    """One block: as it was kept, or computed, timed and kept; on the CPU."""
+    """One block: as it was kept, or computed, timed and kept; on the CPU.
+
+    Raises:
+        Interrupted: after the block, where ``should_stop`` said so.
+    """
     kept = bench.finished.block(stage, number)
     if kept is not None:
         return kept
@@ -249,6 +256,8 @@ def block(bench: Bench, stage: str, number: int, compute: Callable[[], Tensors])
     results = {name: value.detach().cpu() for name, value in compute().items()}
     results[_SECONDS] = torch.tensor(time.monotonic() - started, dtype=torch.double)
     bench.finished.keep(stage, number, results)
+    if bench.should_stop():
+        raise Interrupted("the finished blocks are kept, and the same command goes on from there")
     return results
 
 

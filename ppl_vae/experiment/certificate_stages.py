@@ -163,7 +163,7 @@ def simulated(bench: Bench, stage: str, num_images: int, chain: Chain, *, words:
 
 
 def images_a_block(bench: Bench, x: Tensor, chain: Chain) -> int:
-    """Blocks of nearly one size, that chains of all of their images fit into a pass through the decoder."""
+    """Of x (N, *E): blocks of nearly one size, that chains of all images in one fit into a pass of the decoder."""
     return even_block(len(x), min(CHAINED_A_BLOCK, ais.images_a_block(bench.vae, x, chain.chains)))
 
 

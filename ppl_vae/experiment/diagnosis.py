@@ -65,42 +65,42 @@ def diagnose_run(
         What diagnosis.json holds.
 
     Raises:
-        ValueError: no run, a damaged one, other data than it was trained on, or fewer than 4 images; nothing is
-            written.
+        ValueError: no run, a damaged or a read-only one, one that another process writes to, other data than it was
+            trained on, or fewer than 4 images; nothing is written.
     """
     run = open_run(run_dir, dataset=dataset, data_dir=data_dir)
-    runs.check_writable(run.folder)
-    step = runs.load_step(run.folder / runs.MODEL)
-    place = build.device(device)
-    split = split_diagnosed(run) if split is None else split
-    x, gray = _images(run, split, images, seed)
-    numbers = measure(
-        build.load(run.folder).to(place),
-        x.to(place),
-        gray=None if gray is None else gray.to(place),
-        noise=noise_of(run),
-        trained_with=trained_with(run),
-        importance=_stored_importance(run, split),
-        seed=seed,
-    )
-    figures = names_drawn(run, numbers)
-    entry = {
-        "step": step,
-        "split": split,
-        "seed": seed,
-        **what_is_measured(run),
-        "scale": run.trained_scale,
-        "numbers": numbers,
-        "verdicts": [_verdict_entry(run, verdict, split, figures) for verdict in verdicts(numbers)],
-    }
-    replaced = _replaced(run, step)
-    _write(run, entry, x)
-    for line in [_measured_in_words(run, entry), *describe_numbers(numbers), *describe_verdicts(entry["verdicts"])]:
-        say(line)
-    if replaced is not None:
-        say(f"Replaces the diagnosis of {replaced:,} images.")
-    say(f"In {run.folder}: {DIAGNOSIS}; {runs.FIGURES}/{', '.join(figures)}")
-    return entry
+    with runs.locked(run.folder):
+        step = runs.load_step(run.folder / runs.MODEL)
+        place = build.device(device)
+        split = split_diagnosed(run) if split is None else split
+        x, gray = _images(run, split, images, seed)
+        numbers = measure(
+            build.load(run.folder).to(place),
+            x.to(place),
+            gray=None if gray is None else gray.to(place),
+            noise=noise_of(run),
+            trained_with=trained_with(run),
+            importance=_stored_importance(run, split),
+            seed=seed,
+        )
+        figures = names_drawn(run, numbers)
+        entry = {
+            "step": step,
+            "split": split,
+            "seed": seed,
+            **what_is_measured(run),
+            "scale": run.trained_scale,
+            "numbers": numbers,
+            "verdicts": [_verdict_entry(run, verdict, split, figures) for verdict in verdicts(numbers)],
+        }
+        replaced = _replaced(run, step)
+        _write(run, entry, x)
+        for line in [_measured_in_words(run, entry), *describe_numbers(numbers), *describe_verdicts(entry["verdicts"])]:
+            say(line)
+        if replaced is not None:
+            say(f"Replaces the diagnosis of {replaced:,} images.")
+        say(f"In {run.folder}: {DIAGNOSIS}; {runs.FIGURES}/{', '.join(figures)}")
+        return entry
 
 
 def _replaced(run: Run, step: int) -> int | None:

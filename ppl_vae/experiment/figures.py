@@ -95,25 +95,29 @@ def write_figures(run: Run, *, say: Say) -> None:
     """Every figure that this run has, into its figures/, and those that it has no longer out of there.
 
     Weights, evaluation and random state stay as they are.
+
+    Raises:
+        ValueError: damaged files, or another process writes to the run.
     """
-    metrics = runs.read_metrics(run.folder)
-    if not metrics and _has_curves(run):
-        raise ValueError(f"{run.folder / runs.METRICS}: expected the record of at least one epoch, got none")
-    scene = _Scene(run, metrics)
-    for line in _left_out(run):
-        say(line)
-    figures = {}
-    for name in figure_names(run):
-        with seeded(_FIGURE_SEED, torch.device("cpu")), torch.no_grad():
-            figures[name] = _FIGURES[name].draw(scene)
-    folder = run.folder / runs.FIGURES
-    folder.mkdir(exist_ok=True)
-    for path in _drawn(run.folder):
-        if path.name not in figures:
-            path.unlink()
-    for name, figure in figures.items():
-        write_figure(folder / name, figure)
-    say(f"Figures in {folder}: {', '.join(figures)}")
+    with runs.locked(run.folder):
+        metrics = runs.read_metrics(run.folder)
+        if not metrics and _has_curves(run):
+            raise ValueError(f"{run.folder / runs.METRICS}: expected the record of at least one epoch, got none")
+        scene = _Scene(run, metrics)
+        for line in _left_out(run):
+            say(line)
+        figures = {}
+        for name in figure_names(run):
+            with seeded(_FIGURE_SEED, torch.device("cpu")), torch.no_grad():
+                figures[name] = _FIGURES[name].draw(scene)
+        folder = run.folder / runs.FIGURES
+        folder.mkdir(exist_ok=True)
+        for path in _drawn(run.folder):
+            if path.name not in figures:
+                path.unlink()
+        for name, figure in figures.items():
+            write_figure(folder / name, figure)
+        say(f"Figures in {folder}: {', '.join(figures)}")
 
 
 def _left_out(run: Run) -> list[str]:

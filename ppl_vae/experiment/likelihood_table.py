@@ -157,7 +157,7 @@ def _check(words: Sequence[str], options: Options, splits: data.Splits, parent: 
         if (parent / word / runs.CONFIG).exists():
             check_same(parent / word, asked, splits)
             _check_evaluation(parent / word, asked, splits)
-        elif (parent / word).exists() and (not (parent / word).is_dir() or any((parent / word).iterdir())):
+        elif (parent / word).exists() and not runs.is_empty(parent / word):
             raise ValueError(
                 f"{parent / word}: expected a run, a new or an empty folder, got another; name another --run-dir"
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -110,8 +111,8 @@ def open_run(
     """
     folder = own_copy(run_dir, say)
     options, seen = build.read_config(folder)
-    options = replace(options, dataset=dataset or options.dataset, data_dir=data_dir or options.data_dir)
-    if options.dataset not in data.DATASETS and not Path(options.dataset).exists():
+    options = replace(options, dataset=dataset or options.dataset, data_dir=data_dir or _stored_data_dir(options))
+    if options.dataset not in data.DATASETS and not os.path.exists(options.dataset):
         raise ValueError(f"{folder}: its data, {options.dataset}, is not there; --dataset says where it is now")
     same = like is not None and build.data_options(like.options) == build.data_options(options)
     splits = like.splits if like is not None and same else build.splits(options)
@@ -125,3 +126,8 @@ def open_run(
         )
     build.check_support(options, splits)
     return Run(folder, options, splits, from_python=build.is_from_python(folder))
+
+
+def _stored_data_dir(options: Options) -> str | None:
+    """The folder of named data sets that a config tells of, where it is there: what a config names is never made."""
+    return options.data_dir if options.data_dir is not None and os.path.isdir(options.data_dir) else None

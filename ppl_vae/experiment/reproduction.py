@@ -136,7 +136,7 @@ def _check(folders: Sequence[Path], stages: Sequence[Options]) -> None:
             build.vae(options, splits.event_shape)
         if (folder / runs.CONFIG).exists():
             check_same(folder, stage, splits, free=frozenset({"start_from"}))
-        elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        elif folder.exists() and not runs.is_empty(folder):
             raise ValueError(f"{folder}: expected a run, a new or an empty folder, got another; name another --run-dir")
 
 

@@ -82,7 +82,7 @@ def _stored_or_new(
     record = _told(planned, material) | _from_files(planned, folder)
     record |= _from_weights(planned, folder, material, pictures / planned.name, in_full=in_full)
     record["seconds_measuring"] = time.monotonic() - started
-    runs.write_json(path, {"key": key, "record": record})
+    runs.write_json(path, {"key": key, "record": record}, checksum=True)
     return runs.read_json(path)["record"]  # as it will be read: what is not finite is None
 
 

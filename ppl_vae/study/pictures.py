@@ -23,7 +23,7 @@ def strip(images: Tensor, *, columns: int) -> Tensor:
 
 
 def write_strip(path: Path, images: Tensor, *, columns: int) -> None:
-    """Values in [0, 1] as PNG of 8 bits."""
+    """Images (N, C, H, W), values in [0, 1], side by side as one PNG of 8 bits."""
     path.parent.mkdir(parents=True, exist_ok=True)
     levels = (255 * strip(images.float(), columns=columns)).round().clamp(0, 255)
     write_picture(path, levels.numpy().astype(np.uint8))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -15,7 +16,7 @@ from ppl_vae import build, capture, runs
 from ppl_vae.experiment.asked_run import check_same
 from ppl_vae.experiment.evaluation import is_evaluated, plus_minus
 from ppl_vae.experiment.opening import Say
-from ppl_vae.options import compiling_pays
+from ppl_vae.options import Interrupted, compiling_pays
 from ppl_vae.study.autoencoder_section import autoencoder_section
 from ppl_vae.study.context import PICTURES, RUNS, STUDY, Study
 from ppl_vae.study.material import Material, material
@@ -49,7 +50,8 @@ def run_study(
         ValueError: as ``collect``.
     """
     path = collect(size, datasets, name=name, output=output, say=say, data_dir=data_dir)
-    report = write_report(path.parent)
+    with runs.locked(path.parent):
+        report = write_report(path.parent)
     say(f"All numbers are in {path}, and the report is {report}.")
     return report
 
@@ -73,8 +75,9 @@ def collect(
         The JSON file.
 
     Raises:
+        Interrupted: SIGINT or SIGTERM; what is finished is kept.
         ValueError: data that cannot be read or is no images, or a folder that holds something else, such as a study of
-            another size; all of that before any training.
+            another size, or that another process writes to; all of that before any training.
     """
     materials = _materials(size, datasets, data_dir)
     num_pixels = {each.options.dataset: each.num_pixels for each in materials.values()}
@@ -85,16 +88,18 @@ def collect(
     planned = _compiled_where_it_pays(planned, materials)
     folder = Path(output)
     _check_folder(folder, planned, materials, {"size": name, "datasets": [*materials], "settings": _settings(size)})
-    say(f"The {name} study of {', '.join(materials)}: {len(planned)} runs, in {folder}; asked for again, it goes on.")
-    for word, each in materials.items():
-        write_strip(folder / PICTURES / word / ORIGINALS, each.gray[each.shown], columns=len(each.shown))
-    try:
-        records = _train_and_measure(folder, planned, materials, say)
-    except KeyboardInterrupt:
-        say(f"Interrupted; what is finished is in {folder}, and the same command goes on from there.")
-        raise
-    study = Study(folder, size, {each.name: each for each in planned}, records, materials)
-    runs.write_json(folder / STUDY, _as_json(study, name, say))
+    with runs.locked(folder):
+        words = f"The {name} study of {', '.join(materials)}: {len(planned)} runs, in {folder}"
+        say(f"{words}; asked for again, it goes on.")
+        for word, each in materials.items():
+            write_strip(folder / PICTURES / word / ORIGINALS, each.gray[each.shown], columns=len(each.shown))
+        try:
+            records = _train_and_measure(folder, planned, materials, say)
+        except KeyboardInterrupt as error:
+            words = f"what is finished is in {folder}, and the same command goes on from there"
+            raise Interrupted(words, number=getattr(error, "number", signal.SIGINT)) from None
+        study = Study(folder, size, {each.name: each for each in planned}, records, materials)
+        runs.write_json(folder / STUDY, _as_json(study, name, say), checksum=True)
     return folder / STUDY
 
 
@@ -172,7 +177,7 @@ def _check_folder(
                 f"{folder}: expected a study like this one, got {told}, with other {' and '.join(differ)}; "
                 "name another --output"
             )
-    elif folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / RUNS).is_dir())):
+    elif folder.exists() and not (runs.is_empty(folder) or (folder / RUNS).is_dir()):
         raise ValueError(f"{folder}: expected a new or empty folder, or that of a study; name another --output")
     for each in planned:
         run_dir = folder / RUNS / each.name
@@ -184,7 +189,7 @@ def _check_folder(
     except OSError as error:
         raise ValueError(f"--output: {folder} cannot be made: {error.strerror}") from None
     runs.check_writable(folder)
-    runs.write_json(path, asked)
+    runs.write_json(path, asked, checksum=True)
 
 
 # --- Training and measuring ---

@@ -64,7 +64,11 @@ def _mean_of(study: Study, material: Material) -> dict[str, Any]:
 
 
 def noise_of(study: Study, material: Material) -> dict[str, Any]:
-    """The data's eigenvalues in units of the likelihood's noise, kept beside the study: they depend on no run."""
+    """The data's eigenvalues in units of the likelihood's noise, kept beside the study: they depend on no run.
+
+    Raises:
+        ValueError: a likelihood without a location, or a damaged file.
+    """
     path, options = study.folder / f"noise-{material.word}.json", material.options
     key = {
         "version": _NOISE_VERSION,
@@ -83,7 +87,7 @@ def noise_of(study: Study, material: Material) -> dict[str, Any]:
         "largest_eigenvalue": _largest_eigenvalue(material.train_gray(_MOST_FOR_NOISE)),
         "largest_eigenvalue_as_seen": _largest_eigenvalue(x),
     }
-    runs.write_json(path, {"key": key} | found)
+    runs.write_json(path, {"key": key} | found, checksum=True)
     return found
 
 

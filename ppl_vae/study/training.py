@@ -66,7 +66,7 @@ def train_planned(planned: Planned, folder: Path, *, say: Say) -> bool:
         else:
             train(planned.options, str(run_dir), say=say, draw=False)
     except NotFinite as error:
-        runs.write_json(run_dir / FAILURE, {"error": str(error), "phase": _phase(str(error))})
+        runs.write_json(run_dir / FAILURE, {"error": str(error), "phase": _phase(str(error))}, checksum=True)
         say(f"{planned.name}: {error}")
         return False
     return True

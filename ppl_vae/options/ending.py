@@ -1,0 +1,75 @@
+"""How a script ends: in one line where a user caused it, and with an exit code that says so."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from types import FrameType
+from typing import NoReturn
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM ended the work.
+
+    Args:
+        words: what is kept, and how to go on.
+        number: of the signal; the exit code is 128 more.
+    """
+
+    def __init__(self, words: str = "", *, number: int = signal.SIGINT) -> None:
+        super().__init__(words)
+        self.number = number
+
+
+def command(main: Callable[[], None]) -> None:
+    """Runs a script's main: what users can cause ends in one line and a non-zero exit, without a traceback.
+
+    Ctrl-C ends with 130, SIGTERM with 143. Set PPL_VAE_TRACEBACK=1 to see where an error came from.
+    """
+    with suppress(ValueError):  # of another thread than the main one, which no signal reaches
+        signal.signal(signal.SIGTERM, _end)
+    try:
+        main()
+    except KeyboardInterrupt as error:
+        number = getattr(error, "number", signal.SIGINT)
+        for ignored in (signal.SIGINT, signal.SIGTERM):  # impatience, while Python ends, shows no traceback
+            with suppress(ValueError):
+                signal.signal(ignored, signal.SIG_IGN)
+        if _speaks():
+            what = "interrupted" if number == signal.SIGINT else "terminated"
+            print(f"\n{what}: {error}" if str(error) else f"\n{what}", file=sys.stderr)
+        sys.exit(128 + number)
+    except (ValueError, OSError, ArithmeticError) as error:
+        if os.environ.get("PPL_VAE_TRACEBACK"):
+            raise
+        _end_with(_in_words(error))
+    except (MemoryError, RuntimeError) as error:
+        if "memory" not in str(error) and not isinstance(error, MemoryError):
+            raise
+        first = str(error).splitlines()[:1]
+        _end_with(f"out of memory; a smaller batch, network, or number of particles needs less {first}")
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    raise Interrupted(number=number)
+
+
+def _speaks() -> bool:
+    """Under torchrun, the first process."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _in_words(error: Exception) -> str:
+    """A failed read or write as FILE: WHY, and what else the error says."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
+
+
+def _end_with(error: object) -> NoReturn:
+    first = (str(error).splitlines() or ["unknown"])[0]  # Pyro appends the shapes of a whole trace
+    print(f"error: {first}" if _speaks() else f"error on rank {os.environ['RANK']}: {first}", file=sys.stderr)
+    sys.exit(1)

@@ -1,0 +1,79 @@
+"""environment.json: what a run was made with."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ppl_vae import distributed
+from ppl_vae.runs.json_files import read_json, write_json
+from ppl_vae.runs.names import ENVIRONMENT
+
+
+def _git(*words: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), *words], capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    """The CPU's name and what of its vector instructions torch uses."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Versions, device, threads, git commit and whether dirty, argv, time."""
+    commit = _git("rev-parse", "HEAD")
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "argv": sys.argv,
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "packages": {name: _version(name) for name in ("ppl_vae", "torch", "pyro-ppl", "numpy", "safetensors")},
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else _processor(),
+        "threads": torch.get_num_threads(),
+        "ranks": distributed.num_ranks(),
+        "git_commit": commit,
+        "git_dirty": bool(_git("status", "--porcelain")) if commit else None,
+    }
+
+
+def record_environment(run_dir: Path, device: str) -> str | None:
+    """environment.json at the start; each later start of the same run goes into its list "resumed".
+
+    Returns:
+        In words, what was lost, where the file was damaged and is begun anew; None otherwise.
+    """
+    path, lost = run_dir / ENVIRONMENT, None
+    now = environment(device)
+    if path.exists():
+        try:
+            first = read_json(path)
+            now = first | {"resumed": [*first.get("resumed", []), now]}
+        except (ValueError, TypeError) as error:
+            lost = f"{error}; what earlier starts were made with is lost, and it is begun anew"
+    write_json(path, now)
+    return lost

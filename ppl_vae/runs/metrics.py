@@ -1,0 +1,84 @@
+"""metrics.jsonl: one record an epoch, each with a checksum of its own."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ppl_vae.runs.files import append_line, write_bytes
+from ppl_vae.runs.json_files import CHECKSUM, finite
+from ppl_vae.runs.names import METRICS
+
+
+def append_metrics(run_dir: Path, record: dict[str, Any]) -> None:
+    """One more line of metrics.jsonl, on disk when this returns. Where that fails, the file is as it was."""
+    append_line(run_dir / METRICS, _line(finite(record)))
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The records of metrics.jsonl; a half-written last line is left out.
+
+    Raises:
+        ValueError: another line is damaged.
+    """
+    path, records = run_dir / METRICS, []
+    for number, record in _lines(path):
+        if record is None:
+            raise ValueError(
+                f"{path}: damaged: line {number} is not the record that was written; weights and training state are "
+                f"not touched by that, and --resume {run_dir} goes on without the line"
+            )
+        records.append(record)
+    return records
+
+
+def mend_metrics(run_dir: Path) -> list[int]:
+    """Leaves out damaged lines, for good; returns their numbers."""
+    path = run_dir / METRICS
+    lines = list(_lines(path))
+    damaged = [number for number, record in lines if record is None]
+    if damaged:
+        _write(path, [record for _, record in lines if record is not None])
+    return damaged
+
+
+def cut_metrics(run_dir: Path, step: int) -> None:
+    """Removes every record after this step: those of work that a resumed run does again."""
+    _write(run_dir / METRICS, [record for record in read_metrics(run_dir) if record["step"] <= step])
+
+
+def _write(path: Path, records: list[dict[str, Any]]) -> None:
+    write_bytes(path, "".join(f"{_line(record)}\n" for record in records).encode())
+
+
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(record | {CHECKSUM: _checksum(record)}, allow_nan=False)
+
+
+def _checksum(record: dict[str, Any]) -> str:
+    """CRC-32 of the record as JSON: eight hex digits."""
+    return f"{zlib.crc32(json.dumps(record).encode()):08x}"
+
+
+def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
+    """Each line's number, from 1, and its record; None for a damaged one."""
+    content = path.read_bytes() if path.exists() else b""
+    lines = content.splitlines(keepends=True)
+    for number, line in enumerate(lines, start=1):
+        record = _record(line)
+        if record is None and number == len(lines) and not line.endswith(b"\n"):
+            return  # the line that was being written when the run was killed
+        yield number, record
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+        record["step"] + 0
+        told = record.pop(CHECKSUM, None)  # None in files of before there was one
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    return record if told in (None, _checksum(record)) else None

@@ -1,0 +1,444 @@
+"""Damaged files, full disks, hostile configs, signals: a run goes on right, or one line says what is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from disturbed_runs import (
+    CONFIG,
+    ENVIRONMENT_FILE,
+    EVALUATION,
+    METRICS,
+    MODEL,
+    PER_IMAGE,
+    PREVIOUS,
+    SMALL,
+    STATE,
+    Done,
+    Running,
+    Server,
+    damages,
+    flip,
+    left_behind,
+    numbers_of,
+    served,
+    small_data,
+    truncate,
+)
+from safetensors.torch import load_file, save_file
+
+from ppl_vae import load, runs
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="commands are forked")
+
+TRAIN, EVALUATE, FIGURES = "train_svi.py", "evaluate_log_likelihood.py", "make_figures.py"
+FILES = (CONFIG, ENVIRONMENT_FILE, METRICS, MODEL, STATE, PREVIOUS, EVALUATION, PER_IMAGE)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    yield from served(tmp_path_factory.mktemp("server"))
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_data(tmp_path_factory.mktemp("data") / "bars.npz")
+
+
+@pytest.fixture(scope="module")
+def whole(server: Server, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An undisturbed run, finished."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    done = server.run(TRAIN, "--dataset", dataset, "--run-dir", folder, *SMALL)
+    assert done.code == 0, done
+    return folder
+
+
+@pytest.fixture
+def copy(whole: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(whole, tmp_path / "copy"))
+
+
+def one_line(done: Done, name: str) -> None:
+    """It ended with an error in one line that names the file."""
+    assert (done.code, len(done.said)) == (1, 1), done
+    assert done.said[0].startswith("error: "), done
+    assert name in done.said[0], done
+
+
+# --- Every file, damaged in every way ---
+
+QUICK = {(name, "a bit at 0.5") for name in FILES} | {(MODEL, "gone"), (METRICS, "cut at 0.5"), (STATE, "gone")}
+SWEEP = [
+    pytest.param(name, damage, id=f"{name}, {damage}", marks=[] if (name, damage) in QUICK else pytest.mark.slow)
+    for name in FILES
+    for damage in damages()
+]
+
+
+@pytest.mark.parametrize(("name", "damage"), SWEEP)
+def test_a_damaged_run_is_resumed_to_the_same_end_or_refused(
+    server: Server, whole: Path, copy: Path, name: str, damage: str
+) -> None:
+    damages()[damage](copy / name)
+    done = server.run(TRAIN, "--resume", copy)
+    if done.code:
+        one_line(done, name)
+        return
+    found, expected = numbers_of_what_is_there(copy), numbers_of(whole)
+    said_to_be_lost = {METRICS} if f"{METRICS} has no record" in done.out else set()
+    if "no evaluation of single test images" in done.out:
+        said_to_be_lost |= {PER_IMAGE, "figures"}
+    for part in expected.keys() - said_to_be_lost:
+        assert found.get(part) == expected[part], part
+    assert left_behind(copy) == []
+
+
+def numbers_of_what_is_there(folder: Path) -> dict[str, Any]:
+    (folder / METRICS).touch()
+    if not (folder / PER_IMAGE).exists():
+        shutil.copy(folder / STATE, folder / PER_IMAGE)
+    return numbers_of(folder)
+
+
+OTHER_COMMANDS = [
+    pytest.param(script, name, damage, id=f"{script}, {name}, {damage}", marks=pytest.mark.slow)
+    for script in (EVALUATE, FIGURES)
+    for name in FILES
+    for damage in damages((0.0, 0.1, 0.5, 1.0))
+]
+
+
+@pytest.mark.parametrize(("script", "name", "damage"), OTHER_COMMANDS)
+def test_a_damaged_run_is_evaluated_and_drawn_right_or_refused(
+    server: Server, whole: Path, copy: Path, script: str, name: str, damage: str
+) -> None:
+    words = ("--images", "25", "--num-particles", "200", "--seed", "0") if script == EVALUATE else ()
+    damages()[damage](copy / name)
+    done = server.run(script, copy, *words)
+    if done.code:
+        one_line(done, name)
+    elif script == EVALUATE:
+        expected, found = numbers_of(whole), numbers_of(copy) if name not in (METRICS, STATE) else None
+        entry = found[EVALUATION] if found else without_seconds(json.loads((copy / EVALUATION).read_text())["test"])
+        assert entry == expected[EVALUATION]
+
+
+def without_seconds(entry: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in entry.items() if "second" not in key}
+
+
+WEIGHTS = [
+    pytest.param(name, damage, id=f"{name}, {damage}")
+    for name in (CONFIG, MODEL)
+    for damage in damages((0.0, 0.5, 1.0))
+]
+
+
+@pytest.mark.parametrize(("name", "damage"), WEIGHTS)
+def test_damaged_weights_are_loaded_right_or_refused(whole: Path, copy: Path, name: str, damage: str) -> None:
+    damages()[damage](copy / name)
+    expected = load(whole).state_dict()
+    try:
+        found = load(copy).state_dict()
+    except ValueError as error:
+        assert name in str(error)  # noqa: PT017 (either is right)
+        return
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize("place", [i / 10 for i in range(11)])
+def test_a_bit_that_turns_in_the_weights_is_noticed(copy: Path, place: float) -> None:
+    flip(copy / MODEL, place)
+    with pytest.raises(ValueError, match=r"model\.safetensors: damaged"):
+        load(copy)
+
+
+def test_a_flipped_digit_of_an_evaluation_is_noticed(copy: Path) -> None:
+    text = (copy / EVALUATION).read_text()
+    mean = json.loads(text)["test"]["log_likelihood"]["mean"]
+    (copy / EVALUATION).write_text(text.replace(str(mean), str(mean + 1)))
+    with pytest.raises(ValueError, match=r"evaluation\.json: damaged, or edited by hand"):
+        runs.read_evaluations(copy)
+
+
+def test_a_config_that_was_edited_is_accepted_without_its_checksum(copy: Path, server: Server) -> None:
+    config = json.loads((copy / CONFIG).read_text())
+    config["options"]["evaluation_particles"] = 201
+    (copy / CONFIG).write_text(json.dumps(config))
+    one_line(server.run(EVALUATE, copy), "deleting its line 'checksum'")
+    del config["checksum"]
+    (copy / CONFIG).write_text(json.dumps(config))
+    assert server.run(EVALUATE, copy, "--num-particles", "3").code == 0
+
+
+# --- Two checkpoints ---
+
+
+def test_a_damaged_state_is_said_and_gives_way_to_the_one_before_it(server: Server, copy: Path) -> None:
+    truncate(copy / STATE, 0.5)
+    done = server.run(TRAIN, "--resume", copy)
+    assert f"{STATE}: damaged" in done.out
+    assert "Going on from step 9." in done.out  # of 10
+
+
+def test_two_damaged_states_are_refused_with_what_is_still_good(server: Server, copy: Path) -> None:
+    for name in (STATE, PREVIOUS):
+        truncate(copy / name, 0.5)
+    done = server.run(TRAIN, "--resume", copy)
+    one_line(done, STATE)
+    assert f"{MODEL}, of step " in done.said[0]
+    assert server.run(EVALUATE, copy, "--num-particles", "3").code == 0
+
+
+def test_the_previous_state_is_the_one_before_the_newest(copy: Path) -> None:
+    assert (runs.load_step(copy / PREVIOUS), runs.load_step(copy / STATE)) == (9, 10)
+
+
+# --- No room ---
+
+
+def test_a_full_disk_at_a_checkpoint_leaves_the_old_files_and_says_what_is_lost(server: Server, copy: Path) -> None:
+    before = {name: (copy / name).read_bytes() for name in (STATE, PREVIOUS, MODEL, METRICS)}
+    smaller = len(before[STATE]) - 100
+    done = server.run(TRAIN, "--resume", copy, "--epochs", "3", most_bytes=smaller)
+    one_line(done, STATE)
+    assert "the run is kept as of step 10" in done.said[0]
+    assert f"--resume {copy} goes on" in done.said[0]
+    for name in (STATE, PREVIOUS):
+        assert (copy / name).read_bytes() == before[name]
+    assert left_behind(copy) == []
+
+
+def test_a_run_whose_disk_was_full_goes_on_as_if_it_was_not(server: Server, copy: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(copy, tmp_path / "other"))
+    smaller = (copy / STATE).stat().st_size - 100
+    assert server.run(TRAIN, "--resume", copy, "--epochs", "3", most_bytes=smaller).code == 1
+    for folder, words in ((copy, ()), (other, ("--epochs", "3"))):
+        assert server.run(TRAIN, "--resume", folder, *words).code == 0
+    assert numbers_of(copy) == numbers_of(other)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A small disk."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(place)], capture_output=True)
+    if done.returncode:
+        pytest.skip("needs to be root, to mount a disk")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def fill(path: Path) -> None:
+    """Takes all that is left of a disk."""
+    with path.open("wb", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(b"0" * 4096)
+
+
+def test_a_disk_without_room_ends_in_one_line_and_is_gone_on_with_when_there_is(
+    server: Server, copy: Path, whole: Path, disk: Path
+) -> None:
+    folder = Path(shutil.copytree(copy, disk / "run"))
+    for name in (EVALUATION, PER_IMAGE):
+        (folder / name).unlink()
+    shutil.rmtree(folder / "figures")
+    filler = disk / "filler"
+    fill(filler)
+    one_line(server.run(TRAIN, "--resume", folder), "No space left on device")
+    filler.unlink()
+    done = server.run(TRAIN, "--resume", folder)
+    assert done.code == 0, done
+    assert numbers_of(folder) == numbers_of(whole)
+    assert left_behind(folder) == []
+
+
+def test_a_read_only_run_is_refused_before_the_work(server: Server, copy: Path, disk: Path) -> None:
+    folder = Path(shutil.copytree(copy, disk / "run"))
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    for words in ((TRAIN, "--resume", folder, "--epochs", "3"), (EVALUATE, folder)):
+        done = server.run(*words)
+        one_line(done, "expected a folder that can be written to, got one that is read-only")
+        assert "%|" not in done.err
+    assert load(folder) is not None
+
+
+# --- Signals ---
+
+
+def wait_for(path: Path, running: Running) -> None:
+    patience = time.monotonic() + 120
+    while not path.exists():
+        assert not running.has_ended()
+        assert time.monotonic() < patience
+        time.sleep(0.002)
+
+
+SIGNALS = {signal.SIGINT: (130, "interrupted"), signal.SIGTERM: (143, "terminated")}
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_in_training_ends_it_after_the_step_and_loses_nothing(
+    server: Server, dataset: Path, whole: Path, tmp_path: Path, number: int
+) -> None:
+    folder, (code, word) = tmp_path / "run", SIGNALS[number]
+    running = server.start(TRAIN, "--dataset", dataset, "--run-dir", folder, *SMALL, "--epochs", "100000")
+    wait_for(folder / STATE, running)
+    running.signal(number)
+    done = running.wait()
+    assert done.code == code, done
+    step = runs.load_step(folder / STATE)
+    assert done.said == [f"{word}: stopped at step {step:,}; --resume {folder} goes on"]
+    assert left_behind(folder) == []
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_run_that_was_signaled_ends_as_if_it_was_not(
+    server: Server, dataset: Path, whole: Path, tmp_path: Path, number: int
+) -> None:
+    folder = tmp_path / "run"
+    running = server.start(TRAIN, "--dataset", dataset, "--run-dir", folder, *SMALL, "--checkpoint-seconds", "1000")
+    wait_for(folder / METRICS, running)
+    running.signal(number)
+    running.wait()
+    done = server.run(TRAIN, "--resume", folder)
+    assert done.code == 0, done
+    found, expected = numbers_of(folder), numbers_of(whole)
+    assert found == expected
+
+
+def test_a_second_signal_ends_at_once(server: Server, dataset: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    running = server.start(TRAIN, "--dataset", dataset, "--run-dir", folder, *SMALL, "--epochs", "100000")
+    wait_for(folder / STATE, running)
+    for _ in range(50):
+        running.signal(signal.SIGINT)
+    done = running.wait()
+    assert (done.code, "Traceback" in done.err) == (130, False)
+    assert runs.load_step(folder / STATE) > 0
+
+
+# --- Hostile configs ---
+
+
+def hostile(folder: Path, **options: Any) -> None:
+    config = json.loads((folder / CONFIG).read_text())
+    config["options"].update(options)
+    del config["checksum"]
+    (folder / CONFIG).write_text(json.dumps(config))
+
+
+def everything_below(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [MODEL, METRICS, *(pytest.param(name, marks=pytest.mark.slow) for name in FILES if name not in (MODEL, METRICS))],
+)
+@pytest.mark.parametrize("sign", ["", ".partial"])
+def test_a_link_out_of_the_folder_is_replaced_and_not_followed(
+    server: Server, copy: Path, tmp_path: Path, name: str, sign: str
+) -> None:
+    """The name itself, or that of the half-written file beside it."""
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "precious").write_bytes((copy / name).read_bytes())
+    before = everything_below(outside)
+    link = copy / (f".{name}.partial" if sign else name)
+    link.unlink(missing_ok=True)
+    link.symlink_to(outside / "precious")
+    done = server.run(TRAIN, "--resume", copy, "--epochs", "3")
+    assert done.code == 0, done
+    assert everything_below(outside) == before
+    assert not (copy / name).is_symlink() or name == CONFIG
+
+
+def test_a_figure_that_is_a_link_is_replaced_and_not_followed(server: Server, copy: Path, tmp_path: Path) -> None:
+    (tmp_path / "precious").write_bytes(b"mine")
+    figure = copy / "figures" / "latents.png"
+    figure.unlink()
+    figure.symlink_to(tmp_path / "precious")
+    assert server.run(FIGURES, copy).code == 0
+    assert (tmp_path / "precious").read_bytes() == b"mine"
+    assert not figure.is_symlink()
+
+
+def test_figures_that_are_a_link_to_elsewhere_are_refused(server: Server, copy: Path, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    shutil.move(copy / "figures", outside)
+    (copy / "figures").symlink_to(outside)
+    before = everything_below(outside)
+    for words in ((FIGURES, copy), (TRAIN, "--resume", copy, "--epochs", "3")):
+        one_line(server.run(*words), "figures: expected a folder of the run's own")
+    assert everything_below(outside) == before
+
+
+@pytest.mark.parametrize("data_dir", ["/no/such/folder", "../elsewhere"])
+def test_a_data_folder_that_a_config_names_is_never_made(
+    server: Server, copy: Path, tmp_path: Path, data_dir: str
+) -> None:
+    place = tmp_path / "place"
+    place.mkdir()
+    hostile(copy, data_dir=data_dir, dataset="static-mnist")
+    assert server.run(FIGURES, copy, cwd=place).code == 1
+    assert (list(place.iterdir()), (tmp_path / "elsewhere").exists()) == ([], False)
+
+
+def test_what_a_trained_run_was_started_from_is_not_opened_again(server: Server, copy: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "model.safetensors")  # opening it would wait forever
+    hostile(copy, start_from=str(tmp_path))
+    assert server.run(TRAIN, "--resume", copy, "--epochs", "3").code == 0
+
+
+def test_an_entry_of_an_evaluation_names_no_file(server: Server, copy: Path, tmp_path: Path) -> None:
+    evaluations = json.loads((copy / EVALUATION).read_text())
+    del evaluations["checksum"]
+    evaluations["test"]["split"] = "../../outside"
+    evaluations["../outside"] = evaluations["test"]
+    (copy / EVALUATION).write_text(json.dumps(evaluations))
+    before = set(tmp_path.iterdir())
+    for words in (
+        (FIGURES, copy),
+        (TRAIN, "--resume", copy, "--epochs", "3"),
+        (EVALUATE, copy, "--num-particles", "3"),
+    ):
+        server.run(*words)
+    assert set(tmp_path.iterdir()) == before
+
+
+# --- What was there before ---
+
+
+def test_a_run_without_checksums_is_resumed_to_the_same_end(server: Server, whole: Path, copy: Path) -> None:
+    """As earlier versions wrote it."""
+    for name in (CONFIG, EVALUATION, ENVIRONMENT_FILE):
+        value = json.loads((copy / name).read_text())
+        del value["checksum"]
+        (copy / name).write_text(json.dumps(value))
+    lines = [json.loads(line) for line in (copy / METRICS).read_text().splitlines()]
+    plain = [{key: value for key, value in line.items() if key != "checksum"} for line in lines]
+    (copy / METRICS).write_text("".join(f"{json.dumps(line)}\n" for line in plain))
+    for name in (MODEL, STATE, PER_IMAGE):
+        _, scalars = runs.load_tensors(copy / name)
+        save_file(load_file(copy / name), copy / name, metadata={"json": json.dumps(scalars)})
+    (copy / PREVIOUS).unlink()
+    folders = [copy, Path(shutil.copytree(whole, copy.with_name("again")))]
+    for folder in folders:
+        done = server.run(TRAIN, "--resume", folder, "--epochs", "3")
+        assert done.code == 0, done
+    assert numbers_of(folders[0]) == numbers_of(folders[1])

@@ -1,0 +1,62 @@
+"""SIGKILL at random moments: every run ends, bit for bit, where the undisturbed one does."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from disturbed_runs import SMALL, Server, left_behind, served, small_data
+from killed_runs import TRAIN, Kills, kill_runs, killed_and_resumed
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="commands are forked")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    yield from served(tmp_path_factory.mktemp("server"))
+
+
+def test_a_few_kills_of_training_and_evaluation_change_nothing(server: Server, tmp_path: Path) -> None:
+    assert kill_runs(server, tmp_path, num_kills=4, seed=0).count == 4
+
+
+@pytest.mark.slow
+def test_a_hundred_kills_of_training_and_evaluation_change_nothing(server: Server, tmp_path: Path) -> None:
+    kills = kill_runs(server, tmp_path, num_kills=100, seed=1, compiles=("off", "off", "on"))
+    assert kills.count == 100
+    assert kills.moments.keys() >= {"start", "training", "evaluation, figures"}
+
+
+CERTIFY = "certify_log_likelihood.py"
+CERTIFICATE = """
+    --images 16 --simulated 16 --temperatures 20 --leapfrogs 2 --chains 2 --num-particles 50 --gap-images 8
+    --simulations 8 --draws 10 --compile off
+""".split()  # noqa: SIM905 (read as it is typed)
+
+
+def certificate_of(folder: Path) -> dict[str, Any]:
+    def timeless(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: timeless(v) for k, v in value.items() if "second" not in k}
+        return value
+
+    return timeless(json.loads((folder / "evaluation.json").read_text())["certificate-test"])
+
+
+@pytest.mark.slow
+def test_kills_of_a_certificate_change_nothing(server: Server, tmp_path: Path) -> None:
+    data, folders = small_data(tmp_path / "bars.npz"), [tmp_path / "killed", tmp_path / "whole"]
+    for folder in folders:
+        assert server.run(TRAIN, "--dataset", data, "--run-dir", folder, *SMALL).code == 0
+    whole = server.run(CERTIFY, folders[1], *CERTIFICATE)
+    assert whole.code == 0, whole
+    kills, words = Kills(), (CERTIFY, folders[0], *CERTIFICATE)
+    done = killed_and_resumed(server, words, words, folders[0], draw=random.Random(0), longest=3.0, kills=kills, most=4)
+    assert (done.code, kills.count) == (0, 4), done
+    assert certificate_of(folders[0]) == certificate_of(folders[1])
+    assert left_behind(folders[0]) == []

@@ -1,0 +1,182 @@
+"""One writer a run folder: a second process is refused in one line, a killed one leaves no lock."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from disturbed_runs import KILL, SMALL, STATE, Running, Server, served, small_data
+
+from ppl_vae import runs
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="commands are forked")
+
+TRAIN = "train_svi.py"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    yield from served(tmp_path_factory.mktemp("server"))
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_data(tmp_path_factory.mktemp("data") / "bars.npz")
+
+
+@pytest.fixture
+def endless(server: Server, dataset: Path, tmp_path: Path) -> Iterator[tuple[Path, Running]]:
+    """A run that is training."""
+    folder = tmp_path / "run"
+    running = server.start(TRAIN, "--dataset", dataset, "--run-dir", folder, *SMALL, "--epochs", "1000000")
+    patience = time.monotonic() + 120
+    while not (folder / STATE).exists():
+        assert not running.has_ended()
+        assert time.monotonic() < patience
+        time.sleep(0.01)
+    yield folder, running
+    running.signal(KILL)
+    running.wait()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        (TRAIN, "--resume"),
+        ("evaluate_log_likelihood.py",),
+        ("certify_log_likelihood.py",),
+        ("make_figures.py",),
+        ("diagnose.py",),
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_run_that_is_training_is_refused_in_one_line_with_who_has_it(
+    endless: tuple[Path, Running], server: Server, words: tuple[str, ...]
+) -> None:
+    folder, running = endless
+    done = server.run(*words, folder)
+    assert (done.code, done.said) == (
+        1,
+        [
+            f"error: {folder}: expected a run folder that nobody else writes to, but process {running.pid} on "
+            f"{socket.gethostname()} does; wait until it ends"
+        ],
+    )
+    assert not running.has_ended()
+
+
+def test_a_killed_process_leaves_a_run_that_others_may_take(endless: tuple[Path, Running]) -> None:
+    folder, running = endless
+    running.signal(KILL)
+    while not running.has_ended():
+        time.sleep(0.01)
+    assert (folder / ".lock").exists()
+    with runs.locked(folder):
+        pass
+    assert not (folder / ".lock").exists()
+
+
+def test_two_runs_in_one_new_folder_are_one(server: Server, dataset: Path, tmp_path: Path) -> None:
+    words = (TRAIN, "--dataset", dataset, "--run-dir", tmp_path / "run", *SMALL)
+    both = [server.start(*words), server.start(*words)]
+    codes = sorted(running.wait().code for running in both)
+    assert codes == [0, 1]
+    assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["test"]["num_images"] == 25
+
+
+def held_elsewhere(folder: Path) -> int:
+    """A process that has the lock and sleeps; returns its number once it has it."""
+    ready, told = os.pipe()
+    child = os.fork()
+    if child == 0:
+        with runs.locked(folder):
+            os.write(told, b"1")
+            time.sleep(60)
+        os._exit(0)
+    os.read(ready, 1)
+    return child
+
+
+def end(child: int) -> None:
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+
+
+def test_a_lock_of_another_process_is_refused(tmp_path: Path) -> None:
+    child = held_elsewhere(tmp_path)
+    try:
+        with pytest.raises(ValueError, match=rf"but process {child} on "), runs.locked(tmp_path):
+            pass
+    finally:
+        end(child)
+    with runs.locked(tmp_path):
+        pass
+
+
+def test_a_process_may_take_its_own_lock_again(tmp_path: Path) -> None:
+    with runs.locked(tmp_path):
+        with runs.locked(tmp_path), runs.locked(tmp_path / "." / "../" / tmp_path.name):
+            pass
+        assert (tmp_path / ".lock").exists()
+    assert not (tmp_path / ".lock").exists()
+
+
+def test_a_lock_outlives_the_end_of_an_inner_block(tmp_path: Path) -> None:
+    with runs.locked(tmp_path):
+        with runs.locked(tmp_path):
+            pass
+        child = os.fork()
+        if child == 0:
+            try:
+                with runs.locked(tmp_path):
+                    os._exit(3)
+            except ValueError:
+                os._exit(4)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 4
+
+
+def test_a_child_that_outlives_its_killed_parent_holds_no_lock(tmp_path: Path) -> None:
+    ready, told = os.pipe()
+    parent = os.fork()
+    if parent == 0:
+        with runs.locked(tmp_path):
+            child = os.fork()
+            if child == 0:
+                time.sleep(60)
+                os._exit(0)
+            os.write(told, str(child).encode())
+            time.sleep(60)
+        os._exit(0)
+    child = int(os.read(ready, 100))
+    end(parent)
+    try:
+        with runs.locked(tmp_path):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+def test_a_lock_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (tmp_path / "precious").write_text("mine")
+    (folder / ".lock").symlink_to(tmp_path / "precious")
+    with pytest.raises(OSError, match="symbolic links"), runs.locked(folder):
+        pass
+    assert (tmp_path / "precious").read_text() == "mine"
+
+
+def test_what_killed_writes_left_goes_when_the_folder_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "figures").mkdir()
+    left = [tmp_path / ".model.safetensors.partial", tmp_path / "figures" / ".latents.png.partial"]
+    for path in left:
+        path.write_bytes(b"half")
+    with runs.locked(tmp_path):
+        assert not any(path.exists() for path in left)

@@ -30,6 +30,7 @@ from ppl_vae.experiment.likelihood_table import compare_likelihoods
 from ppl_vae.experiment.network_table import compare_networks
 from ppl_vae.experiment.opening import open_run
 from ppl_vae.experiment.sampling import sample_run
+from ppl_vae.groups import group_seed
 from ppl_vae.likelihoods import Bernoulli
 from ppl_vae.networks import MLP
 from ppl_vae.options import PLAIN, Options
@@ -139,7 +140,7 @@ def test_reconstruction_of_a_guide_with_a_density_is_that_of_one_draw_by_the_see
     pyro.set_rng_seed(0)
     vae, x = build.vae(options, (1, 4, 4)).eval(), torch.bernoulli(torch.full((6, 1, 4, 4), 0.5))
     with torch.no_grad(), torch.random.fork_rng():
-        torch.manual_seed(7)
+        torch.manual_seed(group_seed(7, 0))
         logits = vae.likelihood.net(vae.posterior(x).sample()).reshape(x.shape).double().numpy()
     expected = scipy.stats.bernoulli(1 / (1 + np.exp(-logits))).logpmf(x.numpy()).sum((1, 2, 3))
     np.testing.assert_allclose(reconstruction(vae, x, seed=7).numpy(), expected, rtol=1e-5)

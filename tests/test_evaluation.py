@@ -255,7 +255,7 @@ def test_a_k_hat_that_is_not_known_is_not_said_to_be_large(run):
 
 
 def test_a_folder_that_cannot_be_written_to_is_found_before_the_work(run, monkeypatch):
-    monkeypatch.setattr(runs.os, "access", lambda path, mode: False)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
     options = {"num_particles": 5, "images": None, "device": "cpu", "seed": 3, "say": print}
     with pytest.raises(ValueError, match="expected a folder that can be written to, got one that is read-only"):
         experiment.evaluate_run(str(run[0]), split="validation", **options)

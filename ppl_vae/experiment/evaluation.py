@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ppl_vae import build, data, runs
+from ppl_vae import build, data, distributed, runs
 from ppl_vae.capture import CannotCapture
 from ppl_vae.dequantization import of_levels
 from ppl_vae.evidence import (
@@ -20,12 +23,17 @@ from ppl_vae.evidence import (
     Estimate,
     Importance,
     evaluate,
+    images_a_group,
     particles_a_pass,
     reconstruction,
     seeded,
     weighed_a_pass,
 )
+from ppl_vae.experiment.interruption import stop_on_signals
 from ppl_vae.experiment.opening import Run, Say, check_density, draws_of, evaluated_vae, open_run
+from ppl_vae.experiment.partial_evaluation import PartialEvaluation, partial_path, sha256_of
+from ppl_vae.groups import Stopped, ending_together
+from ppl_vae.options import Interrupted
 from ppl_vae.vae import VAE
 
 _FLOOR_SEED = 0
@@ -103,26 +111,54 @@ def evaluate_run(
     """Estimates log p(x) of a split, writes it into evaluation.json under the split's name, and says it.
 
     Of a density of 8-bit levels it is log P(levels), by ``dequantization_draws`` a pixel, the run's own by default.
+    Under torchrun the processes share the images, and rank 0 alone writes and says. An evaluation that was interrupted
+    goes on where it was, and ends with the same numbers.
 
     Returns:
         The entry, as evaluation.json holds it. The numbers of each image are in evaluation-SPLIT.safetensors.
 
     Raises:
-        ValueError: no run, a damaged one, an autoencoder, or other data than it was trained on.
+        ValueError: no run, a damaged one, one that another process writes to, an autoencoder, or other data than it was
+            trained on.
+        Interrupted: Ctrl-C or SIGTERM; what is done is kept.
     """
-    run = open_run(run_dir, dataset=dataset, data_dir=data_dir)
-    check_density(run, "log-likelihood")
-    return write_evaluation(
-        run,
-        split=split,
-        num_particles=num_particles,
-        images=images,
-        device=device,
-        seed=seed,
-        compile=compile,
-        dequantization_draws=dequantization_draws,
-        say=say,
-    )
+    build.device(device)
+    distributed.join(device)
+    try:
+        with ExitStack() as held:
+            say = say if distributed.is_writer() else _silent
+            run = _opened_by_all(run_dir, dataset, data_dir)
+            check_density(run, "log-likelihood")
+            with ending_together():
+                held.enter_context(runs.locked(run.folder))
+            return write_evaluation(
+                run,
+                split=split,
+                num_particles=num_particles,
+                images=images,
+                device=device,
+                seed=seed,
+                compile=compile,
+                dequantization_draws=dequantization_draws,
+                say=say,
+            )
+    finally:
+        distributed.leave()
+
+
+def _silent(line: str) -> None:
+    pass
+
+
+def _opened_by_all(run_dir: str, dataset: str | None, data_dir: str | None) -> Run:
+    """The run on every rank, rank 0 first: it makes what is not there yet, such as a pretrained run's copy."""
+    run = None
+    with ending_together():
+        if distributed.is_writer():
+            run = open_run(run_dir, dataset=dataset, data_dir=data_dir)
+    folder = distributed.from_writer(None if run is None else str(run.folder))
+    with ending_together():
+        return run or open_run(folder, dataset=dataset, data_dir=data_dir)
 
 
 def write_evaluation(
@@ -137,7 +173,7 @@ def write_evaluation(
     compile: str = "auto",
     dequantization_draws: int | None = None,
 ) -> dict[str, Any]:
-    """``evaluate_run``, for a run that is already open, and not an autoencoder's."""
+    """``evaluate_run``, for a run that is already open, locked, and not an autoencoder's."""
     folder = run.folder
     runs.read_evaluations(folder)  # a damaged file is found before the work, not after it
     runs.check_writable(folder)
@@ -147,28 +183,66 @@ def write_evaluation(
     vae = evaluated_vae(run, num_draws=M).to(place)
     index, x = _images_of_split(run, split, run.evaluated_pixels, images, seed, say)
     x = x.to(place)
-    started = time.monotonic()
-    result = with_a_bar(
-        vae, x, num_particles=num_particles, seed=seed, compile=compile, say=say, words=f"log p(x), {split}"
-    )
-    entry = {
-        **what_is_measured(run),
+    partial = _partial_evaluation(run, split, x, num_particles, seed=seed, M=M, step=step, compile=compile, say=say)
+    with stop_on_signals() as should_stop:  # until all is written: a signal during the last image loses nothing
+        try:
+            result = with_a_bar(
+                vae,
+                x,
+                num_particles=num_particles,
+                seed=seed,
+                compile=compile,
+                say=say,
+                words=f"log p(x), {split}",
+                done=partial.done,
+                on_group=partial.add,
+                should_stop=should_stop,
+            )
+        except Stopped:
+            partial.write()
+            done = f"{partial.num_done:,} of {len(x):,} images are done and kept"
+            raise Interrupted(f"{done}; evaluated again, the run goes on there") from None
+        entry = {
+            **what_is_measured(run),
+            "split": split,
+            "num_images": len(x),
+            "num_particles": num_particles,
+            "seed": seed,
+            "dequantization_draws": M,
+            **_summary(result, num_particles),
+            **floor_and_entropy(run, split, x.cpu(), index, M),
+            "bits_per_dim": bits_per_dim(run, result.log_evidence, num_particles),
+            "step": step,
+            "seconds": partial.seconds,
+        }
+        old = _of_these_weights(folder, step).get(split)
+        if old is not None:
+            before = f"{old['num_images']:,} images with S = {old['num_particles']:,}"
+            say(f"Replaces the {split} split's estimate of {before}.")
+        _write(run, entry, {"index": index} | result._asdict(), say)
+        partial.remove()
+    return entry
+
+
+def _partial_evaluation(
+    run: Run, split: str, x: Tensor, num_particles: int, *, seed: int, M: int | None, step: int, compile: str, say: Say
+) -> PartialEvaluation:
+    """What is done already of this evaluation, by all that decides its numbers."""
+    identity = {
         "split": split,
-        "num_images": len(x),
         "num_particles": num_particles,
         "seed": seed,
         "dequantization_draws": M,
-        **_summary(result, num_particles),
-        **floor_and_entropy(run, split, x.cpu(), index, M),
-        "bits_per_dim": bits_per_dim(run, result.log_evidence, num_particles),
+        "images": hashlib.sha256(x.cpu().contiguous().numpy().data).hexdigest(),
+        "dtype": str(x.dtype),
+        "device": x.device.type,
+        "compile": compile,
         "step": step,
-        "seconds": time.monotonic() - started,
+        "weights": sha256_of(run.folder / runs.MODEL),
     }
-    old = _of_these_weights(folder, step).get(split)
-    if old is not None:
-        say(f"Replaces the {split} split's estimate of {old['num_images']:,} images with S = {old['num_particles']:,}.")
-    _write(run, entry, {"index": index} | result._asdict(), say)
-    return entry
+    size, num_columns = images_a_group(x, num_particles), len(Importance._fields)
+    path = partial_path(run.folder, split)
+    return PartialEvaluation(path, identity, num_images=len(x), size=size, num_columns=num_columns, say=say)
 
 
 def write_reconstructions(
@@ -191,8 +265,13 @@ def write_reconstructions(
     vae = build.load(folder).to(place)
     index, x = _images_of_split(run, split, run.pixels, images, seed, say)
     started = time.monotonic()
-    with tqdm(total=len(x), unit="image", desc=f"log p(x | z), {split}") as bar, build.products_in("float32"):
-        log_p_x_given_z = reconstruction(vae, x.to(place), seed=seed, progress=bar.update).cpu()
+    with _bar(len(x), f"log p(x | z), {split}") as bar, build.products_in("float32"), stop_on_signals() as should_stop:
+        try:
+            log_p_x_given_z = reconstruction(
+                vae, x.to(place), seed=seed, progress=bar.update, should_stop=should_stop, say=say
+            ).cpu()
+        except Stopped:
+            raise Interrupted("the evaluation was not finished, and nothing of it is kept") from None
     entry = {
         **what_is_measured(run),
         "scale": run.trained_scale,
@@ -255,29 +334,56 @@ def _of_these_weights(folder: Path, step: int) -> dict[str, Any]:
 def _write(run: Run, entry: dict[str, Any], tensors: dict[str, Tensor], say: Say) -> None:
     """The numbers of each image, then the entry, in files and in words."""
     scalars = {name: entry[name] for name in ("num_particles", "seed", "step", "dequantization_draws")}
-    kept = _of_these_weights(run.folder, entry["step"])
-    runs.save_tensors(run.folder / runs.per_image(entry["split"]), tensors, scalars)
-    runs.write_json(run.folder / runs.EVALUATION, kept | {entry["split"]: entry})
+    with ending_together():
+        if distributed.is_writer():
+            kept = _of_these_weights(run.folder, entry["step"])
+            runs.save_tensors(run.folder / runs.per_image(entry["split"]), tensors, scalars)
+            runs.write_json(run.folder / runs.EVALUATION, kept | {entry["split"]: entry})
     for line in describe_evaluation(entry):
         say(line)
 
 
-def with_a_bar(vae: VAE, x: Tensor, *, num_particles: int, seed: int, compile: str, say: Say, words: str) -> Importance:
-    """``evaluate`` with a progress bar, compiled where the word says so and it is possible.
+def with_a_bar(
+    vae: VAE,
+    x: Tensor,
+    *,
+    num_particles: int,
+    seed: int,
+    compile: str,
+    say: Say,
+    words: str,
+    done: Mapping[int, Tensor] | None = None,
+    on_group: Callable[[int, Tensor], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> Importance:
+    """``evaluate`` of x (N, *E) with a progress bar, compiled where the word says so and it is possible.
 
     Raises:
         ValueError: compile is "on", and it is impossible.
+        Stopped: ``should_stop`` said so.
     """
+    # By all passes, of all ranks and of before: what is computed may not depend on who computes it and when.
     passes = math.ceil(len(x) * num_particles / weighed_a_pass(vae, x))
     compiled = build.compiles(compile, passes, x.device)
-    with tqdm(total=len(x), unit="image", desc=words) as bar, build.products_in("float32"):
+    before = sum(len(rows) for rows in (done or {}).values())
+    with _bar(len(x), words, before) as bar, build.products_in("float32"):
 
         def told(seconds: float) -> None:
             say(f"Compiled the passes of the evaluation in {seconds:.1f} s.")
 
         def run(compiled: bool) -> Importance:
             return evaluate(
-                vae, x, num_particles=num_particles, seed=seed, compile=compiled, on_compiled=told, progress=bar.update
+                vae,
+                x,
+                num_particles=num_particles,
+                seed=seed,
+                compile=compiled,
+                on_compiled=told,
+                progress=bar.update,
+                done=done,
+                on_group=on_group,
+                should_stop=should_stop,
+                say=say,
             )
 
         try:
@@ -287,6 +393,11 @@ def with_a_bar(vae: VAE, x: Tensor, *, num_particles: int, seed: int, compile: s
                 raise ValueError(f"--compile on: {error}") from None
             say(f"Not compiled: {error}.")
             return run(False)
+
+
+def _bar(num_images: int, words: str, before: int = 0) -> Any:
+    """A bar of images, which rank 0 alone shows."""
+    return tqdm(total=num_images, initial=before, unit="image", desc=words, disable=not distributed.is_writer())
 
 
 def what_is_measured(run: Run) -> dict[str, Any]:
@@ -331,7 +442,7 @@ def bits_per_dim(run: Run, log_p: Tensor, num_particles: int) -> dict[str, float
 
 
 def floor_and_entropy(run: Run, split: str, x: Tensor, index: Tensor, num_draws: int | None) -> dict[str, Any]:
-    """What a log-likelihood can be held against: independent pixels below it, the binarization's entropy above.
+    """What log p of x (n, *E) can be held against: independent pixels below it, the binarization's entropy above.
 
     "floor" is log prod_d p(x_d) of the likelihood's own family with each pixel's marginal fitted to the training
     images (see its ``fit_marginals``; of a density of levels their mass, by M draws a pixel): a model that does not
@@ -355,7 +466,7 @@ def floor_and_entropy(run: Run, split: str, x: Tensor, index: Tensor, num_draws:
 
 
 def quantiles(values: Tensor) -> dict[str, float | None]:
-    """The median and what 5% and 95% of the known values are below; None where none is known."""
+    """The median of (n,) and what 5% and 95% of the known values are below; None where none is known."""
     known = values[~values.isnan()]
     if not len(known):
         return {"median": None, "q05": None, "q95": None}

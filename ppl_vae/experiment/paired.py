@@ -31,6 +31,9 @@ def student_t_quantile(confidence: float, degrees: int) -> float:
 
     which is exact, rises with theta, and is inverted by halving [0, pi / 2].
 
+    Raises:
+        ValueError: an argument out of its range.
+
     Reference: Abramowitz and Stegun 1964, Handbook of Mathematical Functions, equations 26.7.3 and 26.7.4.
     """
     if not 0 < confidence < 1:

@@ -1,0 +1,211 @@
+"""Memory that runs out: the work goes on with less at once, and its numbers stay right."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from oracles import LinearGaussian
+from torch.testing import assert_close
+
+from ppl_vae import evidence, memory
+from ppl_vae.evidence import evaluate, reconstruction
+from ppl_vae.memory import Passes, batch_that_fits, is_out_of_memory, too_large
+from ppl_vae.weights import log_weight_terms
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def nothing_to_release(monkeypatch):
+    """Errors that are made up hold no tensors, and to search all of pytest's objects for them takes long."""
+    monkeypatch.setattr(memory, "release", lambda device: None)
+
+
+def _real_error() -> BaseException:
+    try:
+        torch.empty(2**58, dtype=torch.uint8)
+    except RuntimeError as error:
+        return error
+    raise AssertionError("2^58 bytes were there")
+
+
+ERRORS = {
+    "this machine's own": _real_error(),
+    "Python's": MemoryError(),
+    "a GPU's": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    "cuBLAS's": RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+}
+
+
+@pytest.mark.parametrize("error", ERRORS.values(), ids=ERRORS)
+def test_an_error_of_memory_is_known(error):
+    assert is_out_of_memory(error)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shapes differ"), ValueError("out of memory"), KeyboardInterrupt()])
+def test_another_error_is_none_of_memory(error):
+    assert not is_out_of_memory(error)
+
+
+# --- Evaluation ---
+
+
+def _of_at_most(pairs: int, held: list[int]):
+    """log_weight_terms on a machine with memory for so many pairs of a particle and an image."""
+
+    def terms(model, guide, x, num_particles):
+        if num_particles * len(x) > pairs:
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp:119] . DefaultCPUAllocator: can't allocate memory")
+        held.append(num_particles * len(x))
+        return log_weight_terms(model, guide, x, num_particles)
+
+    return terms
+
+
+@pytest.mark.parametrize("pairs", [1, 3, 10, 30])
+@pytest.mark.parametrize(("num_images", "num_particles", "first_pass"), [(9, 1, 9), (9, 20, 40), (2, 500, 25)])
+def test_an_evaluation_that_runs_out_of_memory_ends_with_the_exact_number(
+    monkeypatch, pairs, num_images, num_particles, first_pass
+):
+    """With the exact posterior every weight is the evidence, whatever the draws; each particle is counted once."""
+    oracle = LinearGaussian.random()
+    held: list[int] = []
+    said: list[str] = []
+    monkeypatch.setitem(evidence._PASS_BYTES, "cpu", 40 * 8 * 6 * 6)
+    monkeypatch.setattr(evidence, "log_weight_terms", _of_at_most(pairs, held))
+    x = oracle.draw(num_images)
+    found = evaluate(oracle.vae(), x, num_particles=num_particles, seed=0, say=said.append)
+    assert_close(found.log_evidence, oracle.log_evidence(x), rtol=1e-9, atol=0)
+    assert_close(found.ess, torch.full((num_images,), float(num_particles), dtype=torch.double), rtol=1e-9, atol=0)
+    assert sum(held) >= num_images * num_particles  # what a failed group had done already is done again
+    assert sum("Out of memory with" in line for line in said) == (first_pass > pairs)
+
+
+def test_the_line_names_what_did_not_fit(monkeypatch):
+    oracle, said = LinearGaussian.random(), []
+    monkeypatch.setitem(evidence._PASS_BYTES, "cpu", 40 * 8 * 6 * 6)
+    monkeypatch.setattr(evidence, "log_weight_terms", _of_at_most(6, []))
+    evaluate(oracle.vae(), oracle.draw(3), num_particles=400, seed=0, say=said.append)
+    assert said == ["Out of memory with 40 particles at once: goes on with 20, and with fewer if need be."]
+
+
+def test_a_group_that_is_done_again_draws_from_its_own_seed_again(monkeypatch):
+    """Memory that is short for a moment, at the second image's first pass: the other images' numbers do not move."""
+    oracle = LinearGaussian.random()
+    vae, x = oracle.vae(widen=1.5), oracle.draw(3)
+    monkeypatch.setitem(evidence._PASS_BYTES, "cpu", 40 * 8 * 6 * 6)
+    undisturbed = evaluate(vae, x, num_particles=40, seed=0).log_evidence
+    asked = []
+
+    def short_once(model, guide, images, num_particles):
+        asked.append(num_particles)
+        if len(asked) == 2:
+            torch.rand(7)  # what the failed attempt had drawn
+            raise MemoryError
+        return log_weight_terms(model, guide, images, num_particles)
+
+    monkeypatch.setattr(evidence, "log_weight_terms", short_once)
+    found = evaluate(vae, x, num_particles=40, seed=0).log_evidence
+    assert asked == [40, 40, 20, 20, 20, 20]
+    # A torch generator gives 20 x 3 numbers in another order than half of 40 x 3, so these are compared by size.
+    assert torch.equal(found[0], undisturbed[0])
+    assert_close(found, undisturbed, rtol=0, atol=0.5)
+
+
+def test_a_reconstruction_that_runs_out_of_memory_is_the_same(monkeypatch):
+    oracle = LinearGaussian.random()
+    vae, x = oracle.vae(), oracle.draw(9)
+    real, expected = evidence.log_reconstruction, reconstruction(vae, x, seed=0)
+
+    def short(model, guide, images):
+        if len(images) > 4:
+            raise MemoryError
+        return real(model, guide, images)
+
+    monkeypatch.setattr(evidence, "log_reconstruction", short)
+    found, exact = reconstruction(vae, x, seed=0), oracle.reconstruction(x, widen=1.0, shift=0.0)
+    assert (found - exact).abs().max() < 10
+    assert (expected - exact).abs().max() < 10
+
+
+def test_what_does_not_fit_even_alone_is_an_error_of_memory(monkeypatch):
+    oracle = LinearGaussian.random()
+    monkeypatch.setattr(evidence, "log_weight_terms", _of_at_most(0, []))
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        evaluate(oracle.vae(), oracle.draw(3), num_particles=4, seed=0)
+
+
+def test_other_errors_are_not_tried_again():
+    tried = []
+
+    def attempt(particles, images):
+        tried.append(particles)
+        raise RuntimeError("shapes differ")
+
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        Passes(8, 1, device=CPU).run(attempt)
+    assert tried == [8]
+
+
+def test_a_process_with_little_memory_evaluates_in_smaller_passes():
+    """The kernel's limit: passes of a million particles, which hold some hundred megabytes, under 150 more."""
+    program = """
+import resource, torch
+from oracles import LinearGaussian
+from ppl_vae import evidence
+oracle = LinearGaussian.random()
+x = oracle.draw(2)
+evidence.evaluate(oracle.vae(), x, num_particles=10, seed=0)
+held = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmData"))
+resource.setrlimit(resource.RLIMIT_DATA, (held + 150 * 2**20, resource.RLIM_INFINITY))
+try:
+    torch.empty(300 * 2**20, dtype=torch.uint8)
+except RuntimeError:
+    evidence._PASS_BYTES["cpu"] = 8 * 6 * 6 * 1_000_000
+    found = evidence.evaluate(oracle.vae(), x, num_particles=1_000_000, seed=0, say=print).log_evidence
+    print(float((found - oracle.log_evidence(x)).abs().max()))
+else:
+    print("no limit here")
+"""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    if "no limit here" in done.stdout:
+        pytest.skip("this system's RLIMIT_DATA limits nothing")
+    line, error = done.stdout.splitlines()
+    assert line.startswith("Out of memory with 1,000,000 particles at once: goes on with 500,000")
+    assert float(error) < 1e-6
+
+
+# --- Training ---
+
+
+@pytest.mark.parametrize(("room", "fits"), [(1, 1), (12, 12), (24, 12), (49, 25), (99, 50), (0, None)])
+def test_the_batch_that_fits_is_the_first_of_the_halves_that_does(room, fits):
+    def step(num_images):
+        if num_images > room:
+            raise MemoryError
+
+    assert batch_that_fits(step, 100, CPU) == fits
+
+
+def test_a_batch_of_one_image_has_no_half():
+    assert batch_that_fits(lambda num_images: pytest.fail("tried"), 1, CPU) is None
+
+
+def test_an_error_in_a_dry_step_that_is_not_about_memory_is_raised():
+    def step(num_images):
+        raise ValueError("an image off the support")
+
+    with pytest.raises(ValueError, match="an image off the support"):
+        batch_that_fits(step, 100, CPU)
+
+
+def test_what_a_user_is_told_names_the_batch():
+    assert too_large(100, 50) == "out of memory in a step of 100 images; --batch-size 50 fits"
+    assert "no smaller batch fits" in too_large(100, None)

@@ -1,0 +1,339 @@
+"""One evaluation by several processes, or in several sittings: the same numbers."""
+
+from __future__ import annotations
+
+import fcntl
+import math
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from evaluation_worker import CASES, all_cases, small_passes
+from oracles import LinearGaussian, bernoulli_vae, quadrature_log_evidence
+from small_run import SMALL, save_bars, train_small
+
+from ppl_vae import data, evidence, experiment, importance, load, runs
+from ppl_vae.evidence import evaluate, images_a_group, seeded
+from ppl_vae.experiment import partial_evaluation
+from ppl_vae.experiment.partial_evaluation import partial_path
+from ppl_vae.options import Interrupted, Options
+
+TESTS = Path(__file__).parent
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
+WORLDS = (2, 3)
+
+
+# --- Ranks ---
+
+
+def _free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """{(number of ranks, rank): (numbers by case, errors by how it should end)}."""
+    folder = tmp_path_factory.mktemp("ranks")
+    worlds = [word for size in WORLDS for word in (_free_port(), str(size))]
+    started = [
+        subprocess.Popen([sys.executable, TESTS / "evaluation_worker.py", folder, str(rank), *worlds], env=ONE_THREAD)
+        for rank in range(max(WORLDS))
+    ]
+    codes = [process.wait(timeout=300) for process in started]
+    assert codes == [0] * len(started)
+    return {
+        (size, rank): runs.load_tensors(folder / f"{size}-{rank}.safetensors")
+        for size in WORLDS
+        for rank in range(size)
+    }
+
+
+@pytest.fixture(scope="module")
+def alone():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(evidence._PASS_BYTES, "cpu", 0)
+        small_passes()
+        return all_cases()
+
+
+@pytest.mark.parametrize("case", [*CASES, "reconstruction"])
+def test_every_rank_has_the_numbers_of_a_process_alone(ranks, alone, case):
+    for numbers, _ in ranks.values():
+        assert torch.equal(numbers[case].nan_to_num(7.5), alone[case].nan_to_num(7.5))
+
+
+def test_a_number_that_is_not_finite_on_one_rank_ends_all_of_them(ranks):
+    for (_, rank), (_, ends) in ranks.items():
+        assert ends["not finite"] == ("NotFinite" if rank == 1 else "ConnectionError")
+
+
+def test_one_rank_that_is_told_to_stop_stops_all_of_them(ranks):
+    assert {ends["stopped"] for _, ends in ranks.values()} == {"Stopped"}
+
+
+def test_what_cannot_be_kept_on_rank_0_ends_all_of_them(ranks):
+    for (_, rank), (_, ends) in ranks.items():
+        assert ends["not kept"] == ("OSError" if rank == 0 else "ConnectionError")
+
+
+@pytest.mark.slow
+def test_the_script_under_torchrun_writes_what_it_writes_alone(tmp_path):
+    options = ("--images", "15", "--num-particles", "30", "--compile", "off")
+    script = str(TESTS.parent / "scripts" / "evaluate_log_likelihood.py")
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    found, said = [], []
+    for name, how in (("alone", (sys.executable,)), ("together", torchrun)):
+        (tmp_path / name).mkdir()
+        words = [*how, script, "mnist-best", *options]
+        done = subprocess.run(words, capture_output=True, text=True, env=ONE_THREAD, cwd=tmp_path / name, timeout=300)
+        assert done.returncode == 0, done.stderr
+        folder = tmp_path / name / "runs" / "mnist-best"
+        entry = runs.read_evaluations(folder)["test"]
+        found.append((entry | {"seconds": None}, (folder / runs.per_image("test")).read_bytes()))
+        said.append(done.stdout)
+    assert found[0] == found[1]
+    assert said[0].splitlines() == said[1].splitlines()  # rank 0 alone speaks
+
+
+# --- The numbers ---
+
+
+def test_the_mean_over_groups_is_the_exact_evidence(monkeypatch):
+    monkeypatch.setitem(evidence._PASS_BYTES, "cpu", 40 * 8 * 6 * 12)
+    vae = bernoulli_vae(latent_dim=1)
+    x = torch.bernoulli(torch.full((23, 12), 0.5, dtype=torch.double), generator=torch.Generator().manual_seed(1))
+    exact = quadrature_log_evidence(vae, x, latent_dim=1)
+    unbiased = torch.stack(
+        [(evaluate(vae, x, num_particles=20, seed=seed).log_evidence - exact).exp() for seed in range(30)]
+    )
+    assert ((unbiased.mean(0) - 1).abs() < 5 * unbiased.std(0) / math.sqrt(30)).all()
+
+
+def test_groups_have_noise_of_their_own(monkeypatch):
+    """The same image in three groups: with one seed for all its numbers would be equal."""
+    monkeypatch.setitem(evidence._PASS_BYTES, "cpu", 5 * 8 * 6 * 6)
+    oracle = LinearGaussian.random()
+    x = oracle.draw(1).expand(3, -1)
+    assert images_a_group(x, 5) == 1
+    bounds = evaluate(oracle.vae(widen=1.5), x, num_particles=5, seed=0).log_evidence
+    assert len(set(bounds.tolist())) == 3
+
+
+def test_the_bound_on_the_pretrained_run_is_that_of_fresh_draws():
+    vae = load("mnist-best")
+    x = (torch.rand(100, 1, 28, 28, generator=torch.Generator().manual_seed(0)) < 0.1).float()
+    grouped = torch.stack([evaluate(vae, x, num_particles=4, seed=seed).log_evidence for seed in range(4)])
+    with seeded(5, x.device):
+        fresh = torch.stack([importance(vae.model, vae.guide, x, num_particles=4).log_evidence for _ in range(4)])
+    difference = grouped.mean(0) - fresh.mean(0)
+    assert abs(difference.mean()) < 5 * difference.std() / math.sqrt(len(x))
+
+
+@pytest.mark.parametrize("num_particles", [1, 7, 50, 200])
+def test_two_models_have_the_same_seeds_for_the_same_images(num_particles, monkeypatch):
+    """Also where one of them holds so much of a pixel that its passes are smaller: noise is matched by images."""
+    monkeypatch.setitem(evidence._PASS_BYTES, "cpu", 8 * 6 * 12 * 100)
+    seeds: list[list[tuple[int, int]]] = []
+    group_seed = evidence.group_seed
+    monkeypatch.setattr(evidence, "group_seed", lambda *places: seeds[-1].append(places) or group_seed(*places))
+    for numbers in (6, 60):
+        vae = bernoulli_vae(latent_dim=2)
+        vae.likelihood.family.numbers_a_pixel = numbers
+        seeds.append([])
+        evaluate(vae, torch.zeros(30, 12, dtype=torch.double), num_particles=num_particles, seed=0)
+    assert seeds[0] == seeds[1]
+    assert len(seeds[0]) == {1: 1, 7: 3, 50: 15, 200: 30}[num_particles]
+
+
+# --- Interruptions ---
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    path = save_bars(folder / "bars.npz")
+    options = Options(**{**SMALL.__dict__, "dataset": str(path)})
+    return train_small(folder / "run", options)
+
+
+@pytest.fixture
+def folder(trained, tmp_path, monkeypatch):
+    """A trained run; groups of 3 images at S = 30, and a write after each."""
+    monkeypatch.setattr(partial_evaluation, "_SECONDS_BETWEEN_WRITES", 0.0)
+    monkeypatch.setattr(partial_evaluation, "_MOST_TIME_OF_WRITING", math.inf)
+    monkeypatch.setitem(evidence._PASS_BYTES, "cpu", 100 * 4 * 6 * 64)
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+ASKED = {"split": "test", "num_particles": 30, "images": None, "device": "cpu", "seed": 3}
+
+
+def _evaluate(folder: Path, **asked) -> list[str]:
+    said: list[str] = []
+    experiment.evaluate_run(str(folder), **{**ASKED, **asked}, say=said.append)
+    return said
+
+
+def _numbers(folder: Path) -> tuple[dict, bytes]:
+    entry = runs.read_evaluations(folder)["test"]
+    return {**entry, "seconds": None}, (folder / runs.per_image("test")).read_bytes()
+
+
+def _stop_after(monkeypatch, groups: int, number: int = signal.SIGINT) -> None:
+    """The signal comes while a group is computed."""
+    add, seen = partial_evaluation.PartialEvaluation.add, []
+
+    def add_and_signal(self, first, rows):
+        add(self, first, rows)
+        seen.append(first)
+        if len(seen) == groups:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(partial_evaluation.PartialEvaluation, "add", add_and_signal)
+
+
+@pytest.fixture
+def undisturbed(folder, tmp_path):
+    other = Path(shutil.copytree(folder, tmp_path / "undisturbed"))
+    _evaluate(other)
+    return _numbers(other)
+
+
+_KILLED = """
+import os, signal, sys
+from ppl_vae import evidence, experiment
+from ppl_vae.experiment import partial_evaluation
+partial_evaluation._SECONDS_BETWEEN_WRITES, partial_evaluation._MOST_TIME_OF_WRITING = 0.0, float("inf")
+evidence._PASS_BYTES["cpu"] = 100 * 4 * 6 * 64
+add, seen = partial_evaluation.PartialEvaluation.add, []
+def add_and_die(self, first, rows):
+    add(self, first, rows)
+    seen.append(first)
+    if len(seen) == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+partial_evaluation.PartialEvaluation.add = add_and_die
+experiment.evaluate_run(sys.argv[1], split="test", num_particles=30, images=None, device="cpu", seed=3, say=print)
+"""
+
+
+def test_a_killed_evaluation_goes_on_to_the_numbers_of_an_undisturbed_one(folder, undisturbed):
+    for _ in range(2):
+        killed = subprocess.run(
+            [sys.executable, "-c", _KILLED, folder], capture_output=True, env=ONE_THREAD, timeout=300
+        )
+        assert killed.returncode == -signal.SIGKILL
+    said = _evaluate(folder)
+    assert any("24 of 40 images are done" in line for line in said)
+    assert _numbers(folder) == undisturbed
+    assert not partial_path(folder, "test").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_keeps_what_is_done_and_ends_with_its_number(folder, undisturbed, monkeypatch, number):
+    before = runs.read_evaluations(folder)
+    with monkeypatch.context() as patch:
+        _stop_after(patch, 5, number)
+        with pytest.raises(Interrupted, match="15 of 40 images are done and kept") as caught:
+            _evaluate(folder)
+    assert caught.value.number == number
+    assert runs.read_evaluations(folder) == before
+    assert any("15 of 40 images are done" in line for line in _evaluate(folder))
+    assert _numbers(folder) == undisturbed
+
+
+def test_a_signal_during_the_last_images_ends_after_the_numbers_are_written(folder, undisturbed, monkeypatch):
+    with monkeypatch.context() as patch:
+        _stop_after(patch, 14)
+        with pytest.raises(Interrupted):
+            _evaluate(folder)
+    assert _numbers(folder) == undisturbed
+    assert not partial_path(folder, "test").exists()
+
+
+@pytest.mark.parametrize(
+    ("other", "named"), [({"seed": 4}, "seed"), ({"num_particles": 31}, "num_particles"), ({"images": 39}, "images")]
+)
+def test_what_was_done_of_another_evaluation_is_not_taken(folder, undisturbed, monkeypatch, other, named):
+    with monkeypatch.context() as patch:
+        _stop_after(patch, 5)
+        with pytest.raises(Interrupted):
+            _evaluate(folder, **other)
+    said = _evaluate(folder)
+    assert [line for line in said if "is of another evaluation" in line and named in line]
+    assert _numbers(folder) == undisturbed
+
+
+def test_what_was_done_with_other_weights_is_not_taken(folder, monkeypatch):
+    with monkeypatch.context() as patch:
+        _stop_after(patch, 5)
+        with pytest.raises(Interrupted):
+            _evaluate(folder)
+    tensors, scalars = runs.load_tensors(folder / runs.MODEL)
+    runs.save_tensors(folder / runs.MODEL, {name: 1.5 * value for name, value in tensors.items()}, scalars)
+    assert any("is of another evaluation (weights)" in line for line in _evaluate(folder))
+
+
+def _cut(content: bytes) -> bytes:
+    return content[: len(content) // 2]
+
+
+def _flip(content: bytes) -> bytes:
+    return content[:-9] + bytes([content[-9] ^ 1]) + content[-8:]
+
+
+@pytest.mark.parametrize("damage", [_cut, _flip, lambda content: b""])
+def test_a_damaged_file_of_what_is_done_is_said_and_the_evaluation_starts_over(
+    folder, undisturbed, monkeypatch, damage
+):
+    with monkeypatch.context() as patch:
+        _stop_after(patch, 5)
+        with pytest.raises(Interrupted):
+            _evaluate(folder)
+    path = partial_path(folder, "test")
+    path.write_bytes(damage(path.read_bytes()))
+    said = _evaluate(folder)
+    assert sum("damaged" in line and "starts over" in line for line in said) == 1
+    assert _numbers(folder) == undisturbed
+
+
+def test_a_short_evaluation_writes_no_file_of_what_is_done(folder, monkeypatch):
+    monkeypatch.setattr(partial_evaluation, "_SECONDS_BETWEEN_WRITES", 60.0)
+    monkeypatch.setattr(partial_evaluation.PartialEvaluation, "write", lambda self: pytest.fail("it wrote"))
+    _evaluate(folder)
+
+
+def test_a_run_that_another_process_writes_to_is_not_evaluated(folder):
+    before = _numbers(folder)
+    with (folder / runs.LOCK).open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="expected a run folder that nobody else writes to"):
+            _evaluate(folder)
+    assert _numbers(folder) == before
+
+
+def test_rows_of_other_groups_are_refused():
+    oracle = LinearGaussian.random()
+    x = oracle.draw(5)
+    with pytest.raises(ValueError, match="done: expected rows of groups of"):
+        evaluate(oracle.vae(), x, num_particles=3, seed=0, done={2: torch.zeros(3, 9, dtype=torch.double)})
+
+
+def test_stored_images_of_a_run_have_not_changed_places(folder):
+    """Row n of the file is image n: fresh draws of that image's bound go up and down with it."""
+    _evaluate(folder)
+    tensors, _ = runs.load_tensors(folder / runs.per_image("test"))
+    assert torch.equal(tensors["index"], torch.arange(40))
+    run = experiment.evaluation.open_run(str(folder))
+    x = data.evaluation_images(run.splits, "test", run.evaluated_pixels, seed=3)
+    vae = load(folder)
+    with seeded(9, x.device):
+        fresh = importance(vae.model, vae.guide, x, num_particles=2000)
+    assert torch.corrcoef(torch.stack([tensors["log_evidence"], fresh.log_evidence]))[0, 1] > 0.9

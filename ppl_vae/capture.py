@@ -313,6 +313,9 @@ class CapturedStep:
         skip_norm: a step whose gradient's norm is above it, or whose loss or gradient is not finite, changes nothing
             but ``skipped``; None for no such step.
         averages: a running average for each parameter, by name; None for none.
+        exchange: sums a vector over several processes, in place. Each then works on its part of every batch, and the
+            step is two graphs: one to the gradient, as one vector, and one from its sum over the processes.
+        num_votes: how many numbers ride along in that vector.
 
     Attributes:
         total: 0-d float64, the sum of loss * B over all steps since it was last set, but for those left out.
@@ -320,6 +323,7 @@ class CapturedStep:
         skipped: 0-d int64, how many steps were left out.
         is_finite: 0-d bool, whether all steps so far were.
         taken: 0-d int64, how many were.
+        votes: (num_votes,) of the last step, summed over the processes.
         compile_seconds: what tracing and compiling took.
 
     Raises:
@@ -338,6 +342,8 @@ class CapturedStep:
         clip_norm: float,
         skip_norm: float | None = None,
         averages: Mapping[str, Tensor] | None = None,
+        exchange: Callable[[Tensor], None] | None = None,
+        num_votes: int = 0,
     ) -> None:
         started = time.monotonic()
         trained = {name: w for name, w in module.named_parameters() if w.requires_grad}
@@ -372,14 +378,27 @@ class CapturedStep:
             "taken": self.taken,
             "scalars": self._scalars,
         }
+        self._exchange = exchange
+        if exchange is not None:
+            self._flat = torch.zeros(sum(w.numel() for w in weights.values()) + 1 + num_votes).to(some)
+            self.votes = self._flat[len(self._flat) - num_votes :]
+            self._summed = self._flat[: len(self._flat) - num_votes]
+            # Of a part of a batch: its share of the images, and how many there are in all.
+            self._share, self._whole = torch.zeros_like(self._scalars[0]), torch.zeros_like(self.counted)
+            self._state |= {"summed": self._summed, "share": self._share, "whole": self._whole}
         flat, self._structure = torch.utils._pytree.tree_flatten(self._state)
         self._inputs = [*flat, self._index]
-        self._run = compiled(self._step, self._inputs)
-        self._replay: Any = None
-        if some.device.type == "cuda":
-            changing = [tensor for tensor in self._inputs if tensor is not stored]
-            self._replay = _as_cuda_graph(lambda: self._run(self._inputs), changing)
+        parts = (self._step,) if exchange is None else (self._to_sum, self._from_sum)
+        self._graphs = [self._ready(part) for part in parts]
         self.compile_seconds = time.monotonic() - started
+
+    def _ready(self, part: Callable[..., tuple[Tensor, ...]]) -> Callable[[], Any]:
+        """A part of the step as one graph, on a GPU recorded, too."""
+        run, inputs = compiled(part, self._inputs), self._inputs
+        if self._index.device.type != "cuda":
+            return lambda: run(inputs)
+        changing = [tensor for tensor in inputs if tensor is not self._state["stored"]]
+        return _as_cuda_graph(lambda: run(inputs), changing)
 
     def __call__(self, index: Tensor, scalars: Tensor) -> None:
         """One step on the images of that index, (B,), with the scalars of that step, a row of ``schedule``."""
@@ -389,10 +408,34 @@ class CapturedStep:
                 self._step(*self._inputs[:-1], index)
             return
         self._index.copy_(index)
-        if self._replay is not None:
-            self._replay()
+        self._graphs[0]()
+
+    def of_part(
+        self, index: Tensor, scalars: Tensor, *, share: float, whole: int, votes: Tensor, as_compiled: bool
+    ) -> None:
+        """One step of several processes; this one works on the images of that index.
+
+        Args:
+            index: (b,), of this process's images.
+            scalars: as ``__call__``.
+            share: the weight of their mean in that over the whole batch.
+            whole: B, of the whole batch.
+            votes: (num_votes,) this process's.
+            as_compiled: whether the part is as large, and of as large a batch, as when the graph was made.
+        """
+        assert self._exchange is not None
+        self._scalars.copy_(scalars)
+        self._share.fill_(share)
+        self._whole.fill_(whole)
+        if as_compiled:
+            self._index.copy_(index)
+            self._graphs[0]()
         else:
-            self._run(self._inputs)
+            with _capturing():
+                self._to_sum(*self._inputs[:-1], index)
+        self.votes.copy_(votes)
+        self._exchange(self._flat)
+        self._graphs[1]()
 
     def schedule(self, steps: Sequence[tuple[int, float, float, float]]) -> Tensor:
         """(n, 4): for each (step, beta, learning rate, decay of the averages) what the graph needs; steps from 0."""
@@ -408,15 +451,45 @@ class CapturedStep:
             moments["step"].fill_(steps)
 
     def _step(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        s = torch.utils._pytree.tree_unflatten(inputs[:-1], self._structure)
-        index, (beta, rate, root_of_correction, towards) = inputs[-1], s["scalars"].unbind()
+        s, index = self._named(inputs)
+        gradients, loss = self._gradients(s, index)
+        self._update(s, gradients, loss, len(index))
+        return (loss.detach(),)
+
+    def _to_sum(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """The gradient and the loss as one vector, times this process's share of the images."""
+        s, index = self._named(inputs)
+        gradients, loss = self._gradients(s, index)
+        of_weights = [gradients[name].reshape(-1).to(loss.dtype) for name in s["weights"]]
+        s["summed"].copy_(s["share"] * torch.cat([*of_weights, loss.detach().reshape(1)]))
+        return ()
+
+    def _from_sum(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """The update by the vector, once it is the sum over the processes."""
+        s, _ = self._named(inputs)
+        sizes = [w.numel() for w in s["weights"].values()]
+        *parts, loss = s["summed"].split([*sizes, 1])
+        gradients = {n: g.view_as(w).to(w.dtype) for (n, w), g in zip(s["weights"].items(), parts, strict=True)}
+        self._update(s, gradients, loss[0], s["whole"])
+        return ()
+
+    def _named(self, inputs: Sequence[Tensor]) -> tuple[dict[str, Any], Tensor]:
+        return torch.utils._pytree.tree_unflatten(inputs[:-1], self._structure), inputs[-1]
+
+    def _gradients(self, s: dict[str, Any], index: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """The gradient for each weight, and the loss, on the images of that index."""
+        beta = s["scalars"][0]
         x = self._observe(s["stored"][index])
 
         def loss_of(weights: dict[str, Tensor]) -> Tensor:
             with replaced(self._module, weights | s["buffers"]), _buffers_kept(self._module):
                 return self._loss(x, beta)
 
-        gradients, loss = torch.func.grad_and_value(loss_of)(s["weights"])
+        return torch.func.grad_and_value(loss_of)(s["weights"])
+
+    def _update(self, s: dict[str, Any], gradients: dict[str, Tensor], loss: Tensor, images: int | Tensor) -> None:
+        """Clips the gradient and takes Adam's step, unless a number is not finite, or its norm is too large."""
+        _, rate, root_of_correction, towards = s["scalars"].unbind()
         norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients.values()]))
         shrink = (self._clip_norm / (norm + 1e-6)).clamp(max=1.0)
         good = loss.isfinite() & norm.isfinite()
@@ -427,8 +500,8 @@ class CapturedStep:
         else:
             good = good & (norm <= self._skip_norm)
             s["skipped"].copy_(s["skipped"] + ~good)
-        s["counted"].copy_(s["counted"] + good * len(index))
-        s["total"].copy_(torch.where(good, s["total"] + loss.double() * len(index), s["total"]))
+        s["counted"].copy_(s["counted"] + good * images)
+        s["total"].copy_(torch.where(good, s["total"] + loss.double() * images, s["total"]))
         for name, w in s["weights"].items():
             first, second = s["moments"][name]
             g = gradients[name] * shrink
@@ -442,7 +515,6 @@ class CapturedStep:
             w.copy_(torch.where(good, new, w))
             first.copy_(torch.where(good, m, first))
             second.copy_(torch.where(good, v, second))
-        return (loss.detach(),)
 
 
 @contextmanager

@@ -49,7 +49,7 @@ import time
 import torch
 from ppl_vae import build, data, objectives
 from ppl_vae.options import PLAIN, Options
-from ppl_vae.training import CapturedSteps, TrainingState
+from ppl_vae.training import CapturedSteps, Resident, TrainingState
 
 options = Options(**PLAIN)
 device = torch.device({device!r})
@@ -58,7 +58,7 @@ state = TrainingState(build.vae(options, (1, 28, 28)).to(device), device=device)
 steps = CapturedSteps(
     state,
     objectives.elbo,
-    stored.to(device),
+    Resident(stored, device),
     observe,
     batch_size=options.batch_size,
     clip_norm=options.clip_norm,

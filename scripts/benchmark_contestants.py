@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from ppl_vae import build, data, likelihoods, networks, objectives, posteriors, priors
 from ppl_vae.conditional import Conditional
 from ppl_vae.options import PLAIN, Options
-from ppl_vae.training import CapturedSteps, EagerSteps, TrainingState
+from ppl_vae.training import CapturedSteps, EagerSteps, Resident, TrainingState
 from ppl_vae.vae import VAE
 
 LEARNING_RATE = 1e-3
@@ -216,7 +216,8 @@ def _ppl_vae_steps(
     state = TrainingState(vae, device=images.device)
     kind = CapturedSteps if captured else EagerSteps
     more: Any = {"batch_size": batch_size} if captured else {}
-    stepper = kind(state, objectives.elbo, images, observe, clip_norm=CLIP_NORM, skip_norm=None, **more)
+    source = Resident(images, images.device)
+    stepper = kind(state, objectives.elbo, source, observe, clip_norm=CLIP_NORM, skip_norm=None, **more)
     endless = cycle(batches)
 
     def steps(n: int) -> float:

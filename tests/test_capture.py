@@ -30,7 +30,7 @@ from ppl_vae.options import KLS, LIKELIHOODS, PLAIN, Options
 from ppl_vae.posteriors import DiagonalNormal
 from ppl_vae.priors import StandardNormal
 from ppl_vae.schedules import averaging
-from ppl_vae.training import CapturedSteps, TrainingState
+from ppl_vae.training import CapturedSteps, Resident, TrainingState
 
 ESTIMATORS = {"sampled": Trace_ELBO, "analytic": TraceMeanField_ELBO}
 SHAPE = (1, 8, 8)
@@ -1106,7 +1106,10 @@ def test_a_failure_that_the_host_sees_late_is_told_with_its_own_step_and_images(
     batches = torch.arange(37).split(8)
     train[batches[2][0], 3] = math.nan
     state = TrainingState(vae, device=torch.device("cpu"))
-    steps = CapturedSteps(state, objectives.elbo, train, _as_stored, batch_size=8, clip_norm=NEVER_CLIP, skip_norm=None)
+    source = Resident(train, state.device)
+    steps = CapturedSteps(
+        state, objectives.elbo, source, _as_stored, batch_size=8, clip_norm=NEVER_CLIP, skip_norm=None
+    )
     state.device = torch.device("cuda")  # as it is there: the host looks only in settle
     weights = [_flat(vae) for _ in steps.epoch(batches, [(1.0, 0.01, 0.0)] * 5, validate=False)]
     with pytest.raises(NotFinite, match=r"step 2: .*the images of this batch"):
@@ -1634,7 +1637,13 @@ def test_on_a_gpu_the_host_waits_for_nothing_within_an_epoch():
     device = torch.device("cuda")
     train = _images(37).float().to(device)  # four whole batches and a ragged one
     steps = CapturedSteps(
-        TrainingState(vae, device=device), objectives.elbo, train, _as_stored, batch_size=8, clip_norm=100.0
+        TrainingState(vae, device=device),
+        objectives.elbo,
+        Resident(train, device),
+        _as_stored,
+        batch_size=8,
+        clip_norm=100.0,
+        skip_norm=None,
     )
     batches = torch.randperm(37).to(device).split(8)
     epoch = steps.epoch(batches, [(1.0, 1e-3, 0.0)] * 5, validate=False)

@@ -5,55 +5,77 @@ from __future__ import annotations
 import math
 import statistics
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyro
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ppl_vae import build, data, runs
+from ppl_vae import build, data, distributed, runs
 from ppl_vae.capture import CannotCapture
 from ppl_vae.evidence import NotFinite
+from ppl_vae.experiment.checkpoints import Saved, mend_metrics, mend_weights, newest_checkpoint
 from ppl_vae.experiment.evaluation import is_evaluated, write_evaluation, write_reconstructions
 from ppl_vae.experiment.figures import is_drawn, write_figures
+from ppl_vae.experiment.interruption import stop_on_signals
 from ppl_vae.experiment.opening import Run, Say, open_run
-from ppl_vae.options import Options
-from ppl_vae.training import TrainingState, fit
+from ppl_vae.experiment.tensorboard import check_tensorboard, log_evaluation, metric_events
+from ppl_vae.groups import ending_together
+from ppl_vae.options import Interrupted, Options
+from ppl_vae.training import Stopped, TrainingState, does_not_fit, fit
 
 QUICK_EVALUATION_SEED = 0
+
+Result = TypeVar("Result")
 
 
 def train(options: Options, run_dir: str | None, *, say: Say, draw: bool = True) -> Path:
     """Trains a new run from options to figures, or to its evaluation unless ``draw``; returns its folder.
 
-    config.json is written first, so that a run can be resumed from the moment its folder exists.
+    config.json is written first, so that a run can be resumed from the moment its folder exists. Under torchrun the
+    processes train one VAE; rank 0 alone writes and says.
 
     Raises:
         ValueError: bad options, data or folder; nothing is written.
         NotFinite: training met a NaN or an infinity; the last checkpoint is kept.
     """
     build.device(options.device)
-    splits = build.splits(options)
+    check_tensorboard(options)
+    with _joined(options.device):
+        return _train_new(options, run_dir, say=_of_writer(say), draw=draw)
+
+
+def _train_new(options: Options, run_dir: str | None, *, say: Say, draw: bool) -> Path:
+    splits = _writer_first(lambda: build.splits(options))
     if_possible = options.compile == "auto"
     options = build.resolve(options, splits)
+    options = replace(options, compile=distributed.from_writer(options.compile))
     if (options.warmup_epochs or 0) >= options.epochs and options.beta > 0:
         say(f"The warm-up of {options.warmup_epochs} epochs outlasts the training: beta never reaches {options.beta}.")
     build.check_support(options, splits)
     built = build.vae(options, splits.event_shape)  # what cannot be built, or needs too much memory, leaves no folder
     if options.start_from:
         build.start_from_run(built, options.start_from)
-    folder = runs.new_run_dir(run_dir, dataset=options.dataset, likelihood=options.likelihood)
-    runs.write_json(folder / runs.CONFIG, build.config(options, splits))
-    say(f"Run folder {folder}; --resume {folder} goes on if it is interrupted.")
-    reason = build.why_not_compiled(options, len(splits.train)) if if_possible else None
-    if reason is not None:
-        say(f"Not compiled, training goes step by step: {reason}.")
-    _go_on(Run(folder, options, splits), say=say, compile_if_possible=if_possible, draw=draw)
+    with ending_together():
+        if distributed.is_writer():
+            run_dir = str(runs.new_run_dir(run_dir, dataset=options.dataset, likelihood=options.likelihood))
+    folder = Path(distributed.from_writer(run_dir))
+    with ExitStack() as held:
+        with ending_together():
+            held.enter_context(runs.locked(folder))
+            if distributed.is_writer():
+                runs.check_new(folder)  # once more: it may have been another's a moment ago
+                runs.write_json(folder / runs.CONFIG, build.config(options, splits))
+        say(f"Run folder {folder}; --resume {folder} goes on if it is interrupted.")
+        reason = build.why_not_compiled(options, len(splits.train)) if if_possible else None
+        if reason is not None:
+            say(f"Not compiled, training goes step by step: {reason}.")
+        _go_on(Run(folder, options, splits), None, say=say, compile_if_possible=if_possible, draw=draw)
     return folder
 
 
@@ -70,20 +92,63 @@ def resume(
 ) -> None:
     """Goes on with a run, bit for bit; finishes its evaluation and figures; or extends it to more epochs.
 
-    ``like`` is a run that is open, whose data is taken where it is the same.
+    A damaged training state gives way to the one before it, damaged weights are written again from the training state,
+    and damaged records of epochs are left out; each is said. ``like`` is a run that is open, whose data is taken where
+    it is the same.
 
     Raises:
-        ValueError: no run, a damaged one, one saved from Python, other data than it was trained on, or fewer epochs
-            than it was given.
+        ValueError: no run, one that another process writes to, one that is damaged beyond that, one saved from Python,
+            other data than it was trained on, or fewer epochs than it was given.
+        Interrupted: SIGINT or SIGTERM; what was done is kept.
     """
-    run = open_run(run_dir, dataset=dataset, data_dir=data_dir, like=like)
+    with _joined("cpu"), ExitStack() as held:
+        with ending_together():
+            held.enter_context(_locked(run_dir))
+        run = _writer_first(lambda: open_run(run_dir, dataset=dataset, data_dir=data_dir, like=like))
+        distributed.join(run.options.device)
+        _resume(run, epochs=epochs, say=_of_writer(say), compile=compile, draw=draw)
+
+
+@contextmanager
+def _joined(device: str) -> Iterator[None]:
+    """Together with the other processes that torchrun started, if any."""
+    distributed.join(device)
+    try:
+        yield
+    finally:
+        distributed.leave()
+
+
+def _of_writer(say: Say) -> Say:
+    """One process speaks."""
+    return say if distributed.is_writer() else lambda line: None
+
+
+def _writer_first(read: Callable[[], Result]) -> Result:
+    """What is read on every rank, on rank 0 first: it makes what is not there yet, such as a cache."""
+    with ending_together():
+        found = read() if distributed.is_writer() else None
+    with ending_together():
+        return read() if found is None else found
+
+
+def _locked(run_dir: str) -> AbstractContextManager[None]:
+    """The right to write into the run, before its data is read; what is no run is for ``open_run`` to refuse."""
+    folder = Path(run_dir)
+    return runs.locked(folder) if (folder / runs.CONFIG).is_file() else nullcontext()
+
+
+def _resume(run: Run, *, epochs: int | None, say: Say, compile: str | None, draw: bool) -> None:
     folder, options = run.folder, run.options
     build.device(options.device)
     if run.from_python:
         raise ValueError(f"--resume: expected a run of train_svi.py, but {folder} was saved from Python, or shipped")
+    check_tensorboard(options)
     if epochs is not None and epochs < options.epochs:
         raise ValueError(f"--epochs: expected at least the run's {options.epochs}, got {epochs}")
     extended = epochs is not None and epochs > options.epochs
+    with ending_together():
+        saved = newest_checkpoint(folder, say=say)
     if compile == "on" or (extended and compile != "off" and options.compile == "on"):
         build.check_compiler(build.device(options.device))
     if epochs is not None and epochs > options.epochs:
@@ -92,34 +157,46 @@ def resume(
     if compile is not None and compile != "auto" and compile != run.options.compile:
         run = _with_option(run, "compile", compile)
         say(f"From here on --compile {compile}: the same to rounding, and no longer bit for bit.")
-    if _is_trained(run) and is_evaluated(folder) and (not draw or is_drawn(run)):
+    if saved is not None and distributed.is_writer():
+        mend_weights(folder, saved, say=say)
+        an_epoch = _total_steps(run) // run.options.epochs
+        mend_metrics(folder, step=saved[1]["step"], steps_an_epoch=an_epoch, say=say)
+    if distributed.from_writer(_is_trained(run, saved) and is_evaluated(folder) and (not draw or is_drawn(run))):
         done = "evaluated and drawn" if draw else "evaluated"
         say(f"{folder} is finished: {run.options.epochs} epochs, {done}. --epochs extends it.")
         return
-    _go_on(run, say=say, draw=draw)
+    _go_on(run, saved, say=say, draw=draw)
 
 
 def _with_option(run: Run, name: str, value: Any) -> Run:
     """The run with another value of an option, in its config too."""
     path = run.folder / runs.CONFIG
-    config = runs.read_json(path)
-    runs.write_json(path, config | {"options": config["options"] | {name: value}})
+    with ending_together():
+        if distributed.is_writer():
+            config = runs.read_json(path)
+            runs.write_json(path, config | {"options": config["options"] | {name: value}})
     return run._replace(options=replace(run.options, **{name: value}))
 
 
-def _go_on(run: Run, *, say: Say, compile_if_possible: bool = False, draw: bool = True) -> None:
-    """Whatever is left to do of training, the quick evaluation and the figures."""
+def _go_on(run: Run, saved: Saved | None, *, say: Say, compile_if_possible: bool = False, draw: bool = True) -> None:
+    """Whatever is left to do, from a training state, of training, the quick evaluation and the figures."""
     folder, options, splits = run.folder, run.options, run.splits
-    runs.record_environment(folder, options.device)
+    with ending_together():
+        lost = runs.record_environment(folder, options.device) if distributed.is_writer() else None
+    if lost is not None:
+        say(lost)
     say(splits.describe())
     for line in _what_is_modelled(run):
         say(line)
-    if not _is_trained(run):
+    if not distributed.from_writer(_is_trained(run, saved)):
         build.check_precision(options)
         with build.products_in(options.precision):
-            _train(run, say=say, compile_if_possible=compile_if_possible)
-    if not is_evaluated(folder):
+            _train(run, saved, say=say, compile_if_possible=compile_if_possible)
+    if not distributed.from_writer(is_evaluated(folder)):
         _evaluate(run, say=say)
+    if not distributed.is_writer():
+        return
+    distributed.leave()  # the others are done: nothing of the figures is shared out
     if draw and not is_drawn(run):
         write_figures(run, say=say)
 
@@ -128,11 +205,12 @@ def _evaluate(run: Run, *, say: Say) -> None:
     """The quick evaluation on test images."""
     options = run.options
     if build.is_autoencoder(options):
-        write_reconstructions(
+        entry = write_reconstructions(
             run, split="test", images=options.images, device=options.device, seed=QUICK_EVALUATION_SEED, say=say
         )
+        log_evaluation(run.folder, options, entry)
         return
-    write_evaluation(
+    entry = write_evaluation(
         run,
         split="test",
         num_particles=options.evaluation_particles,
@@ -142,18 +220,22 @@ def _evaluate(run: Run, *, say: Say) -> None:
         compile="off" if options.compile == "off" else "auto",
         say=say,
     )
+    log_evaluation(run.folder, options, entry)
 
 
-def _train(run: Run, *, say: Say, compile_if_possible: bool) -> None:
+def _train(run: Run, saved: Saved | None, *, say: Say, compile_if_possible: bool) -> None:
     folder, options, splits = run.folder, run.options, run.splits
     device = build.device(options.device)
     stored, observe = data.training_images(splits, run.pixels)
+    stream = options.stream == "on" or (options.stream == "auto" and does_not_fit(stored, device))
+    if stream:
+        gib = stored.numel() * stored.element_size() / 2**30
+        say(f"The training images ({gib:.2f} GiB) are not held on the device: each batch is brought there in time.")
     validation = data.evaluation_images(splits, "validation", run.pixels) if len(splits.validation) else None
     pyro.set_rng_seed(options.seed)
     vae = build.vae(options, splits.event_shape)
-    saved, step = None, _saved_step(run)
-    if (folder / runs.TRAINING_STATE).exists():
-        saved = runs.load_tensors(folder / runs.TRAINING_STATE)
+    step = 0 if saved is None else saved[1]["step"]
+    if saved is not None:
         say(f"Going on from step {step:,}.")
     elif options.start_from:
         build.start_from_run(vae, options.start_from)
@@ -161,12 +243,19 @@ def _train(run: Run, *, say: Say, compile_if_possible: bool) -> None:
     else:
         build.start_from_marginals(vae, data.expected_images(splits, run.pixels))
     vae.to(device)
-    runs.cut_metrics(folder, step)
+    if distributed.is_writer():
+        if saved is None:
+            runs.mend_metrics(folder)
+        runs.cut_metrics(folder, step)
     criterion, key = _criterion(options)
     speeds: list[float] = []
+    kept = [step]  # what is on disk
+    silent = not distributed.is_writer()
 
     with (
-        tqdm(total=_total_steps(run), initial=step, unit="step", desc="training") as bar,
+        stop_on_signals(f"--resume {folder} goes on") as should_stop,
+        metric_events(folder, options, step=step) as log,
+        tqdm(total=_total_steps(run), initial=step, unit="step", desc="training", disable=silent) as bar,
         quiet_about_nan(),
     ):
 
@@ -174,17 +263,22 @@ def _train(run: Run, *, say: Say, compile_if_possible: bool) -> None:
             runs.save_tensors(folder / runs.MODEL, state.best_weights, {"step": state.best_step})
 
         def on_epoch(record: dict[str, Any]) -> None:
-            runs.append_metrics(folder, record)
+            if distributed.is_writer():
+                runs.append_metrics(folder, record)
+            log(record)
             speeds.append(record["train_images_per_second"])
             value = record.get(f"validation_{key}_nats_per_image")
             seen = "no validation images" if value is None else f"validation {criterion} {value:.2f} nats"
             bar.set_postfix_str(f"epoch {record['epoch']}/{options.epochs}, {seen}")
 
         def on_checkpoint(state: TrainingState) -> None:
+            if not distributed.is_writer():
+                return
             # The state last: a run killed between the two goes on from the older state, and writes both again.
             if state.best_weights:
                 save_best(state)
-            runs.save_tensors(folder / runs.TRAINING_STATE, *state.to_tensors())
+            runs.save_tensors(folder / runs.TRAINING_STATE, *state.to_tensors(), folder / runs.PREVIOUS_STATE)
+            kept.append(state.step)
 
         def trained(compile: bool) -> TrainingState:
             return fit(
@@ -195,12 +289,14 @@ def _train(run: Run, *, say: Say, compile_if_possible: bool) -> None:
                 objective=build.objective(options),
                 observe=observe,
                 compile=compile,
+                stream=stream,
                 saved=saved,
                 on_compiled=lambda seconds: say(f"Compiled the training step in {seconds:.1f} s."),
                 on_step=lambda state: bar.update(),
                 on_epoch=on_epoch,
                 on_checkpoint=on_checkpoint,
                 checkpoint_seconds=options.checkpoint_seconds,
+                should_stop=should_stop,
             )
 
         try:
@@ -212,7 +308,18 @@ def _train(run: Run, *, say: Say, compile_if_possible: bool) -> None:
                 say(f"Not compiled, training goes step by step: {error}.")
                 _with_option(run, "compile", "off")
                 state = trained(False)
-            save_best(state)  # once more: the file may have been lost since
+            with ending_together():  # the ranks evaluate what is in the file
+                if distributed.is_writer():
+                    save_best(state)  # once more: the file may have been lost since
+        except Stopped as error:
+            raise Interrupted(f"stopped at step {error.step:,}; --resume {folder} goes on") from None
+        except OSError as error:
+            if error.filename is None or Path(error.filename).parent != folder:
+                raise
+            raise ValueError(
+                f"{error.filename}: cannot be written: {error.strerror}; the run is kept as of step {kept[-1]:,} of "
+                f"{bar.n:,}; once there is room, --resume {folder} goes on from there"
+            ) from None
         except CannotCapture as error:
             raise ValueError(f"--compile on: {error}; --compile off does without") from None
         except ValueError as error:
@@ -225,13 +332,13 @@ def _train(run: Run, *, say: Say, compile_if_possible: bool) -> None:
             ) from None
     of = " of the density of (level + u) / 256" if run.pixels == "dequantized" else ""
     best = f"best validation {criterion}{of} {state.best_validation:.2f} nats"
-    kept = f"{best}, at step {state.best_step:,} of {state.step:,}"
+    chosen = f"{best}, at step {state.best_step:,} of {state.step:,}"
     if options.keep == "last":
-        kept = "the last weights are kept, as --keep last asks"
+        chosen = "the last weights are kept, as --keep last asks"
     if validation is None:
-        kept = "no validation images, so the last weights are kept"
+        chosen = "no validation images, so the last weights are kept"
     speed = f", {statistics.median(speeds):,.0f} training images a second" if speeds else ""
-    say(f"Trained {options.epochs} epochs in {state.seconds:.0f} s{speed}; {kept}.")
+    say(f"Trained {options.epochs} epochs in {state.seconds:.0f} s{speed}; {chosen}.")
     if state.skipped:
         say(
             f"{state.skipped:,} of {state.step:,} steps were left out: their gradient's norm was above --skip-norm, or "
@@ -319,10 +426,5 @@ def _total_steps(run: Run) -> int:
     return build.planned_steps(run.options, len(run.splits.train))
 
 
-def _saved_step(run: Run) -> int:
-    path = run.folder / runs.TRAINING_STATE
-    return runs.load_step(path) if path.exists() else 0
-
-
-def _is_trained(run: Run) -> bool:
-    return _saved_step(run) >= _total_steps(run) and (run.folder / runs.MODEL).exists()
+def _is_trained(run: Run, saved: Saved | None) -> bool:
+    return saved is not None and saved[1]["step"] >= _total_steps(run) and (run.folder / runs.MODEL).exists()

@@ -11,6 +11,7 @@ from pyro.poutine import Trace
 from torch import Tensor
 from torch.distributions import kl_divergence
 
+from ppl_vae.distributed import mean_over_batch
 from ppl_vae.weights import Program, is_deterministic, latent_sites
 
 
@@ -85,4 +86,6 @@ def _free_kl(name: str, q: Trace, p: Trace, free_nats: float) -> Tensor:
         words = " and ".join(type(fn).__name__ for fn in factors)
         raise ValueError(f"site {name!r}: expected independent latents whose KL has a formula, got {words}")
     kl = scale_and_mask(kl.movedim(-1, 0), scale=proposed["scale"], mask=proposed["mask"])
-    return kl.flatten(1).mean(1).clamp(min=free_nats).sum()
+    kl = kl.flatten(1).mean(1)
+    # The batch's mean decides, of which several ranks have a part each; what they add up to is the formula's value.
+    return torch.where(mean_over_batch(kl) < free_nats, free_nats, kl).sum()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
 
+from ppl_vae.distributed import from_all, num_ranks
 from ppl_vae.evidence import NotFinite, seeded
 from ppl_vae.training.state import TrainingState
 from ppl_vae.vae import VAE
@@ -30,6 +31,29 @@ def check_skipped(state: TrainingState, epoch: int) -> None:
         )
 
 
+class RanksDiffer(ArithmeticError):
+    """Ranks that compute the same have not the same weights or random numbers."""
+
+
+def check_ranks(state: TrainingState) -> None:
+    """Raises RanksDiffer, on all ranks, where the weights, averages or random numbers are not the same on all."""
+    if num_ranks() == 1:
+        return
+    tensors = [*state.vae.state_dict().values(), *state.averages.values()]
+    found = from_all([_sum_of_bits(tensors), _sum_of_bits([torch.get_rng_state()])])
+    for which, words in enumerate(("weights", "random numbers")):
+        others = [str(rank) for rank, sums in enumerate(found) if sums[which] != found[0][which]]
+        if others:
+            raise RanksDiffer(
+                f"step {state.step}: expected the same {words} on all ranks, got others than rank 0 on "
+                f"{', '.join(others)}: the machines or their libraries do not compute alike"
+            )
+
+
+def _sum_of_bits(tensors: Iterable[Tensor]) -> int:
+    return sum(int(tensor.contiguous().reshape(-1).view(torch.uint8).sum(dtype=torch.long)) for tensor in tensors)
+
+
 _CHECKED_AT_ONCE = 1000  # images
 
 
@@ -43,8 +67,8 @@ def check_images(state: TrainingState, train: Tensor, observe: Callable[..., Ten
         ValueError: a value off its support, a wrong shape.
     """
     vae = state.vae
-    with seeded(0, train.device), torch.no_grad():
-        x = observe(train[:batch_size], None)
+    with seeded(0, state.device), torch.no_grad():
+        x = observe(train[:batch_size].to(state.device), None)
         vae.eval()  # statistics of a batch, where networks take some, are not to move
         try:
             with pyro.validation_enabled(True):
@@ -67,7 +91,7 @@ def check_images(state: TrainingState, train: Tensor, observe: Callable[..., Ten
         # A support that depends on parameters is this batch's own: it was checked with it, and says nothing of others.
         supports = {name: support for name, support in supports.items() if len(support.check(x[:1])) == 1}
         for part in train.split(_CHECKED_AT_ONCE):
-            x = observe(part, None)
+            x = observe(part.to(state.device), None)
             if supports and not x.isfinite().all():
                 raise NotFinite(f"step {state.step}: site 'x': the training images hold values that are not finite")
             for name, support in supports.items():
@@ -76,7 +100,14 @@ def check_images(state: TrainingState, train: Tensor, observe: Callable[..., Ten
 
 
 def what_is_not_finite(state: TrainingState, objective: Callable[..., Tensor], x: Tensor, beta: float) -> str:
-    """Takes the step that failed once more, with other noise and without its update, and says what is not finite."""
+    """Takes the step that failed once more, with other noise and without its update, and says what is not finite.
+
+    Args:
+        state: of the training.
+        objective: as ``fit`` takes it.
+        x: the batch (B, *E).
+        beta: of that step.
+    """
     vae = state.vae
     vae.zero_grad()
     with pyro.validation_enabled(False):
@@ -94,11 +125,12 @@ def what_is_not_finite(state: TrainingState, objective: Callable[..., Tensor], x
 
 
 def gradients_that_are_not_finite(vae: VAE) -> list[str]:
+    """The names of the parameters whose gradient has a NaN or an infinity."""
     return [name for name, w in vae.named_parameters() if w.grad is not None and not w.grad.isfinite().all()]
 
 
 def site_that_is_not_finite(vae: VAE, x: Tensor) -> str | None:
-    """Runs the two programs again, and names the first site with a number that is not finite."""
+    """Runs the two programs again on x (B, *E), and names the first site with a number that is not finite."""
     if not x.isfinite().all():
         return "site 'x': the images of this batch hold values that are not finite"
     with torch.no_grad(), pyro.validation_enabled(False):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import closing
 from typing import Any
 
 import pyro
@@ -13,12 +14,29 @@ from torch import Tensor
 
 from ppl_vae import data, objectives
 from ppl_vae.capture import CannotCapture
+from ppl_vae.distributed import Share, agree, from_all, gather_rows, is_writer, num_ranks
+from ppl_vae.evidence import seeded
+from ppl_vae.memory import batch_that_fits, is_out_of_memory, too_large
 from ppl_vae.schedules import averaging, cosine, warmup
-from ppl_vae.training.guard import check_images, check_skipped
+from ppl_vae.shared_noise import SharedNoise
+from ppl_vae.training.guard import check_images, check_ranks, check_skipped
 from ppl_vae.training.state import TrainingState
 from ppl_vae.training.steps import CapturedSteps, EagerSteps
+from ppl_vae.training.streaming import Resident, Streamed
 from ppl_vae.training.validation import validate
 from ppl_vae.vae import VAE
+
+
+class Stopped(Exception):
+    """The training ended early because it was asked to; its state was given to ``on_checkpoint``.
+
+    Attributes:
+        step: how many steps were taken.
+    """
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"stopped at step {step:,}")
+        self.step = step
 
 
 def fit(
@@ -40,6 +58,7 @@ def fit(
     keep_last: bool = False,
     validation_particles: int = 1,
     compile: bool = False,
+    stream: bool = False,
     seed: int = 0,
     saved: tuple[dict[str, Tensor], dict[str, Any]] | None = None,
     on_compiled: Callable[[float], None] | None = None,
@@ -47,6 +66,7 @@ def fit(
     on_epoch: Callable[[dict[str, Any]], None] | None = None,
     on_checkpoint: Callable[[TrainingState], None] | None = None,
     checkpoint_seconds: float = math.inf,
+    should_stop: Callable[[], bool] | None = None,
 ) -> TrainingState:
     """Trains the VAE by SVI, and leaves it in evaluation mode with the best weights by validation, the ELBO or L_S.
 
@@ -60,9 +80,13 @@ def fit(
     Seed torch's global generator before the VAE is built (``pyro.set_rng_seed``): the weights, the noise of the sites
     and that of the data come from it.
 
+    Under several ranks (``distributed``) each calls this with the same arguments; a batch's images are shared out, and
+    the training is that of one process, to rounding, whatever the number of ranks. Noise is drawn at sample sites and
+    by ``observe``; elsewhere it is refused.
+
     Args:
         vae: the VAE to train, on its device.
-        train: (N, *E), as stored; it is kept on the VAE's device as one tensor.
+        train: (N, *E), as stored; it is kept on the VAE's device as one tensor, but for ``stream``.
         validation: (M, *E), as evaluated; without it the last weights are the best.
         epochs: passes through ``train``. The last batch of a pass may be smaller.
         objective: (model, guide, x, *, beta) -> loss, nats an image.
@@ -83,12 +107,16 @@ def fit(
         compile: whether the whole step, from the batch to the new weights, runs as one compiled graph. It computes the
             same to rounding, and takes some seconds to compile. What changes in Python from step to step (a counter in
             a network, ``requires_grad``) stays as it was at the first.
+        stream: whether the images stay where they are, such as in a mapped file, and a thread brings batch after batch
+            to the device; the weights are the same bit for bit. See ``does_not_fit``.
         seed: of the images' order.
         saved: a state by ``TrainingState.to_tensors``, from which to go on bit for bit.
         on_compiled: called with the seconds that tracing and compiling took.
         on_step: called after every step.
         on_epoch: called after every epoch with a record of named numbers.
-        on_checkpoint: called after every epoch, and after any step once ``checkpoint_seconds`` have passed.
+        on_checkpoint: called after every epoch, and after any step once ``checkpoint_seconds`` have passed. Like the
+            others, it is called on every rank.
+        should_stop: asked after every step whether to end early.
 
     Returns:
         The last state. Its VAE holds the best weights by now: a state to go on from is taken in ``on_checkpoint``.
@@ -97,8 +125,10 @@ def fit(
         NotFinite: a loss or gradient is NaN or infinite; names the step and the site. The VAE keeps the weights of
             the step before. With ``skip_norm``: too many steps were left out.
         CannotCapture: a ValueError: ``compile`` is asked for and impossible; says why. Nothing was trained.
-        ValueError: an argument out of its range, an image off the likelihood's support, or a saved state that does
-            not fit.
+        ValueError: an argument out of its range, an image off the likelihood's support, a saved state that does not
+            fit, or a batch that does not fit into memory.
+        Stopped: ``should_stop`` said so.
+        ConnectionError: another rank ended.
 
     Reference: Polyak and Juditsky 1992 (averages); the rest as in ``objectives``.
     """
@@ -113,7 +143,8 @@ def fit(
     state = TrainingState(vae, device=device, averaged=average_decay > 0)
     if saved is not None:
         state.restore(*saved)
-    train = train.to(device)
+    most = min(batch_size, len(train))
+    source = Streamed(train, device, most) if stream else Resident(train, device)
     validation = None if validation is None else validation.to(device)
     steps_an_epoch = math.ceil(len(train) / batch_size)
     if saved is not None and "epoch_images" not in saved[1]:  # of before there were steps to leave out
@@ -125,18 +156,34 @@ def fit(
     first_epoch = state.step // steps_an_epoch
     refits = hasattr(getattr(vae.likelihood, "family", None), "refit")
     stepper: EagerSteps | CapturedSteps
-    if (compile or skip_norm is not None) and state.step < total_steps:
+    several = num_ranks() > 1
+    if (compile or skip_norm is not None or several) and state.step < total_steps:
+        check_ranks(state)
         check_images(state, train, observe, batch_size=batch_size)
     if compile and state.step < total_steps:
+        reason = None
         try:
-            stepper = CapturedSteps(state, objective, train, observe, batch_size=batch_size, **norms)
-        except CannotCapture:
+            stepper = captured = CapturedSteps(state, objective, source, observe, batch_size=most, **norms)
+        except CannotCapture as error:
             vae.eval()
-            raise
+            if not several:
+                raise
+            reason = str(error)
+        for found in from_all(reason):  # a compiler may be missing on one machine of several
+            if found is not None:
+                raise CannotCapture(found)
         if on_compiled is not None:
-            on_compiled(stepper.compile_seconds)
+            on_compiled(captured.compile_seconds)
     else:
-        stepper = EagerSteps(state, objective, train, observe, **norms)
+        stepper = EagerSteps(state, objective, source, observe, **norms)
+
+    def wants() -> tuple[bool, bool]:
+        due = is_writer() and time.monotonic() - last_checkpoint >= checkpoint_seconds
+        return should_stop is not None and should_stop(), due
+
+    def try_step(num_images: int) -> None:
+        _dry_step(vae, objective, observe, source.images(torch.arange(num_images, device=device)))
+
     while state.step < total_steps:
         epoch, place = divmod(state.step, steps_an_epoch)
         epoch_started, images_seen = time.monotonic(), 0
@@ -150,22 +197,29 @@ def fit(
         ]
         batches = batches_of(len(train), batch_size, seed=seed, epoch=epoch, device=device)[place:]
         # A step that is not finite would be an error of Pyro's validation, and is to be left out.
-        checked = epoch == first_epoch and skip_norm is None
-        for index in stepper.epoch(batches, schedule, validate=checked):
-            images_seen += len(index)
-            if refits and state.step % _REFIT_STEPS == 0:
-                with state.evaluated_weights():
-                    _refit(vae, observe(train[index], None))
-            if on_step is not None:
-                on_step(state)
-            if state.step % steps_an_epoch and time.monotonic() - last_checkpoint >= checkpoint_seconds:
-                stepper.settle()
-                state.seconds = earlier + time.monotonic() - started
-                if on_checkpoint is not None:
-                    on_checkpoint(state)
-                last_checkpoint = time.monotonic()
+        # Of several ranks it would end one and leave the others waiting. Both look at all images beforehand.
+        checked = epoch == first_epoch and skip_norm is None and not several
+        steps = stepper.epoch(batches, schedule, validate=checked, wants=wants)
+        with closing(_within_memory(steps, try_step, batch_size=most, device=device)) as rows_of_steps:
+            for rows, batch in zip(rows_of_steps, batches, strict=True):
+                images_seen += len(batch)
+                if refits and state.step % _REFIT_STEPS == 0:
+                    with state.evaluated_weights():
+                        _refit(vae, observe, source.stored[rows], stepper.noise)
+                if on_step is not None:
+                    on_step(state)
+                ends, due = stepper.wanted if several else wants()
+                if state.step % steps_an_epoch and (ends or due):
+                    stepper.settle()
+                    state.seconds = earlier + time.monotonic() - started
+                    if on_checkpoint is not None:
+                        on_checkpoint(state)
+                    last_checkpoint = time.monotonic()
+                    if ends:
+                        raise Stopped(state.step)
         stepper.settle()
         check_skipped(state, epoch + 1)
+        check_ranks(state)
         record = {
             "step": state.step,
             "epoch": epoch + 1,
@@ -188,6 +242,8 @@ def fit(
         if on_checkpoint is not None:
             on_checkpoint(state)
         last_checkpoint = time.monotonic()
+        if should_stop is not None and state.step < total_steps and agree(should_stop()):
+            raise Stopped(state.step)
     vae.load_state_dict(state.best_weights)
     vae.eval()
     return state
@@ -197,11 +253,53 @@ _REFIT_STEPS = 10
 
 
 @torch.no_grad()
-def _refit(vae: VAE, x: Tensor) -> None:
-    """Gives the likelihood's family a batch to fit in closed form: x, and the features of z ~ q(z | x)."""
+def _refit(vae: VAE, observe: Callable[..., Tensor], stored: Tensor, noise: SharedNoise) -> None:
+    """Gives the likelihood's family a batch to fit in closed form: x, and the features of z ~ q(z | x).
+
+    Every rank is given the whole batch.
+    """
     decoder: Any = vae.likelihood
     with pyro.validation_enabled(False):  # weights that are not finite are the next step's to find
-        decoder.family.refit(decoder.net(vae.posterior(x).sample()), x)
+        with noise.along(0):
+            x = observe(stored, None)
+        q = vae.posterior(x)
+        with noise.along(-(q.event_dim + 1)):
+            z = q.sample()
+        decoder.family.refit(_of_batch(decoder.net(z), noise.share), _of_batch(x, noise.share))
+
+
+def _of_batch(values: Tensor, share: Share | None) -> Tensor:
+    """(b, ...) of this rank's images -> (B, ...) of the whole batch."""
+    if share is None or num_ranks() == 1:
+        return values
+    own = slice(0, share.stop - share.start if share.weight else 0)
+    rows = torch.arange(share.start, share.stop, device=values.device)
+    return gather_rows(values[own], share.num_images, rows[own])
+
+
+def _within_memory(
+    steps: Generator[Tensor, None, None], try_step: Callable[[int], None], *, batch_size: int, device: torch.device
+) -> Generator[Tensor, None, None]:
+    """The steps; where memory ends in one, a ValueError that says of how many images a step would fit."""
+    with closing(steps):
+        try:
+            yield from steps
+            return
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+    # Only now, when the error's frames hold no tensors any more. Each rank has its part of the batch.
+    fits = batch_that_fits(try_step, -(-batch_size // num_ranks()), device)
+    raise ValueError(too_large(batch_size, fits and fits * num_ranks()))
+
+
+def _dry_step(vae: VAE, objective: Callable[..., Tensor], observe: Callable[..., Tensor], stored: Tensor) -> None:
+    """Loss and gradient, as a step takes them; nothing is changed, nor are random numbers used up."""
+    try:
+        with seeded(0, stored.device), pyro.validation_enabled(False):
+            objective(vae.model, vae.guide, observe(stored, None), beta=1.0).backward()
+    finally:
+        vae.zero_grad()
 
 
 def _check_counts(**arguments: int) -> None:

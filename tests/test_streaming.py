@@ -1,0 +1,251 @@
+"""Streaming: a ring of batches gives the training that resident images give, and its thread ends with it."""
+
+from __future__ import annotations
+
+import math
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyro
+import pytest
+import torch
+from torch import Tensor
+
+from ppl_vae import VAE, Conditional, data, objectives
+from ppl_vae.evidence import NotFinite
+from ppl_vae.likelihoods import Bernoulli
+from ppl_vae.networks import MLP
+from ppl_vae.posteriors import DiagonalNormal
+from ppl_vae.priors import StandardNormal
+from ppl_vae.training import Streamed, does_not_fit, fit, streaming
+
+CPU = torch.device("cpu")
+
+
+def threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name == "streamed images"]
+
+
+@pytest.fixture(autouse=True)
+def _no_thread_is_left() -> Iterator[None]:
+    yield
+    assert threads() == []
+
+
+def mapped(path: Path, images: Tensor) -> Tensor:
+    """The images in a file, read-only and not in memory."""
+    np.save(path / "images.npy", images.numpy())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the file may not be written
+        return torch.from_numpy(np.load(path / "images.npy", mmap_mode="r"))
+
+
+def numbered(num_images: int, *shape: int) -> Tensor:
+    """Images that are all different: each holds its own number."""
+    return torch.arange(num_images, dtype=torch.float32).view(-1, *(1 for _ in shape)).expand(-1, *shape).contiguous()
+
+
+# --- The ring ---
+
+
+@pytest.mark.parametrize("slots", [None, 2, 3, 8])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float64, torch.bfloat16])
+def test_every_batch_is_in_the_ring_when_its_turn_comes(slots: int | None, dtype: torch.dtype) -> None:
+    train = numbered(103, 2, 3).to(dtype)
+    source = Streamed(train, CPU, 10, slots)
+    batches = torch.randperm(103, generator=torch.Generator().manual_seed(1)).split(10)
+    for index, place in source.epoch(batches):
+        assert torch.equal(source.stored[place].float(), index.to(dtype).float()[:, None, None].expand(-1, 2, 3))
+
+
+def test_batches_may_be_smaller_and_empty() -> None:
+    train = numbered(20, 4)
+    source = Streamed(train, CPU, 5, 4)
+    batches = [torch.tensor(rows, dtype=torch.int64) for rows in ([3], [], [1, 2, 0], [], [], [19, 7, 7, 7, 2])]
+    seen = [source.stored[place][:, 0].tolist() for _, place in source.epoch(batches)]
+    assert seen == [[3], [], [1, 2, 0], [], [], [19, 7, 7, 7, 2]]
+
+
+def test_rows_that_lie_apart_are_gathered_too() -> None:
+    train = numbered(30, 6)[:, ::2]
+    source = Streamed(train, CPU, 7)
+    seen = torch.cat([source.stored[place] for _, place in source.epoch(torch.arange(30).flip(0).split(7))])
+    assert torch.equal(seen, train.flip(0))
+
+
+def test_the_ring_is_as_large_as_asked_for() -> None:
+    assert Streamed(numbered(1000, 4), CPU, 10, 6).stored.shape == (60, 4)
+
+
+def test_a_ring_of_large_images_holds_two_batches() -> None:
+    assert Streamed(torch.zeros(4, 3, 512, 512), CPU, 2).stored.shape == (4, 3, 512, 512)
+
+
+def test_one_slot_is_refused() -> None:
+    with pytest.raises(ValueError, match="slots: expected at least 2, got 1"):
+        Streamed(numbered(5, 2), CPU, 2, 1)
+
+
+# --- Its thread ---
+
+
+def test_what_goes_wrong_in_the_thread_is_raised_in_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def fail(*arguments: Any) -> None:
+        calls.append(1)
+        if len(calls) == 3:
+            raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(streaming, "_gather", fail)
+    rows = Streamed(numbered(100, 2), CPU, 10, 2).epoch(torch.arange(100).split(10))
+    next(rows), next(rows)
+    with pytest.raises(OSError, match="Input/output error"):
+        next(rows)
+
+
+@pytest.mark.parametrize("taken", [0, 1, 5])
+def test_an_epoch_that_is_left_ends_its_thread(taken: int) -> None:
+    rows = Streamed(numbered(100, 2), CPU, 10, 2).epoch(torch.arange(100).split(10))
+    for _ in range(taken):
+        next(rows)
+    rows.close()
+    assert threads() == []
+
+
+# --- Training ---
+
+
+def small_vae() -> VAE:
+    pyro.set_rng_seed(3)
+    return VAE(
+        StandardNormal(2),
+        Conditional(MLP(2, 64, hidden=(8,)), Bernoulli((64,))),
+        Conditional(MLP(64, 4, hidden=(8,)), DiagonalNormal(2)),
+    )
+
+
+def levels(num_images: int = 75) -> Tensor:
+    return torch.randint(256, (num_images, 64), generator=torch.Generator().manual_seed(2)).to(torch.uint8)
+
+
+def trained(train: Tensor, **options: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """All that a training of two epochs ends with: weights, moments, averages, random numbers."""
+    states: list[tuple[dict[str, Tensor], dict[str, Any]]] = []
+
+    def remember(state: Any) -> None:
+        tensors, scalars = state.to_tensors()
+        states.append(({name: tensor.clone() for name, tensor in tensors.items()}, scalars))
+
+    given: dict[str, Any] = {"epochs": 2, "batch_size": 10, "observe": data.bernoulli_draw, "average_decay": 0.9}
+    fit(small_vae(), train, (levels(10) > 127).float(), on_checkpoint=remember, **given | options)
+    return states[-1]
+
+
+@pytest.mark.parametrize("options", [{}, {"skip_norm": 1e6}, {"batch_size": 200}], ids=str)
+def test_streamed_images_train_the_same_weights_bit_for_bit(tmp_path: Path, options: dict[str, Any]) -> None:
+    resident, scalars = trained(levels(), **options)
+    streamed, others = trained(mapped(tmp_path, levels()), stream=True, **options)
+    assert [name for name in resident if not torch.equal(resident[name], streamed[name])] == []
+    assert resident.keys() == streamed.keys()
+    assert scalars | {"seconds": 0} == others | {"seconds": 0}
+
+
+def test_streamed_images_train_the_same_weights_bit_for_bit_when_compiled(tmp_path: Path) -> None:
+    resident, _ = trained(levels(), compile=True)
+    streamed, _ = trained(mapped(tmp_path, levels()), compile=True, stream=True)
+    assert [name for name in resident if not torch.equal(resident[name], streamed[name])] == []
+
+
+def test_an_interrupted_streamed_training_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    train = mapped(tmp_path, levels())
+    whole, _ = trained(train, stream=True)
+    states = []
+
+    def stop(state: Any) -> None:
+        if state.step == 11:
+            tensors, scalars = state.to_tensors()
+            states.append(({name: tensor.clone() for name, tensor in tensors.items()}, scalars))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as raised:
+        trained(train, stream=True, on_step=stop)
+    assert threads() == []  # at once, though the error still holds on to what the training was doing
+    del raised
+    parts, _ = trained(train, stream=True, saved=states[0])
+    assert [name for name in whole if not torch.equal(whole[name], parts[name])] == []
+
+
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_failure_is_told_with_its_own_images(compile: bool) -> None:
+    train = torch.rand(40, 64).round()
+    bad = 23
+
+    def observe(values: Tensor, generator: Any) -> Tensor:
+        return values
+
+    def poison(state: Any) -> None:
+        train[bad] = math.nan  # after the check of all images
+
+    with pytest.raises(NotFinite, match=r"site 'x'"):
+        fit(small_vae(), train, epochs=3, batch_size=4, observe=observe, compile=compile, stream=True, on_step=poison)
+
+
+def test_a_pixel_off_the_support_is_refused_wherever_it_is() -> None:
+    train = torch.zeros(2500, 64)
+    train[2400, 27] = 2.0
+    with pytest.raises(ValueError, match="site 'x': expected images within the support"):
+        fit(small_vae(), train, epochs=1, skip_norm=1e6, stream=True)
+
+
+def test_objectives_of_several_particles_stream(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"objective": _iwae}
+    resident, _ = trained(levels(), **options)
+    streamed, _ = trained(mapped(tmp_path, levels()), stream=True, **options)
+    assert all(torch.equal(resident[name], streamed[name]) for name in resident)
+
+
+def _iwae(model: Callable[..., Any], guide: Callable[..., Any], x: Tensor, *, beta: float) -> Tensor:
+    return objectives.iwae(model, guide, x, beta=beta, num_particles=3)
+
+
+# --- Where it streams ---
+
+
+def test_images_in_memory_are_resident_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streaming, "available_memory", lambda: 1)
+    assert not does_not_fit(levels(), CPU)
+
+
+@pytest.mark.parametrize(("available", "expected"), [(2 * 75 * 64 + 1, False), (2 * 75 * 64 - 1, True)])
+def test_a_mapped_file_larger_than_half_the_memory_streams(
+    monkeypatch: pytest.MonkeyPatch, available: int, expected: bool
+) -> None:
+    monkeypatch.setattr(streaming, "is_mapped", lambda tensor: True)
+    monkeypatch.setattr(streaming, "available_memory", lambda: available)
+    assert does_not_fit(levels(), CPU) is expected
+
+
+def test_on_a_gpu_the_free_memory_of_the_gpu_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (75 * 64, 10**12))
+    assert does_not_fit(levels(), torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**9, 10**12))
+    assert not does_not_fit(levels(), torch.device("cuda"))
+
+
+# --- On a GPU ---
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_every_batch_is_in_the_ring_when_its_turn_comes() -> None:
+    train = numbered(2003, 100)
+    source = Streamed(train, torch.device("cuda"), 10, 4)
+    wrong = torch.zeros((), dtype=torch.int64, device="cuda")
+    for index, place in source.epoch(torch.randperm(2003).split(10)):
+        torch.cuda._sleep(100_000)  # the device lags behind: a half that is overwritten too early is seen
+        wrong += (source.stored[place][:, 0] != index.to("cuda").float()).sum()
+    assert int(wrong) == 0

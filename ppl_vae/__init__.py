@@ -1,6 +1,7 @@
 """Variational autoencoders as probabilistic programs in Pyro, with likelihoods that can be trusted.
 
 Every name below is imported when it is first used, so that a script's ``--help`` needs no torch.
+``ppl_vae.estimator``, which needs scikit-learn, is imported by its own name alone.
 """
 
 from __future__ import annotations

@@ -140,7 +140,7 @@ def start_of(vae: Any, start: Start) -> Start:
 
 @torch.no_grad()
 def images_a_block(vae: Any, x: Tensor, num_chains: int) -> int:
-    """How many images fit into one call with so many chains: C times that many z go through the decoder at once."""
+    """How many images of x (N, *E) go into one call with C chains: C times as many z are decoded at once."""
     return max(1, weighed_a_pass(vae, x) // num_chains)
 
 

@@ -10,14 +10,18 @@ from torch import Tensor, nn
 
 
 def one_an_image(posterior: Any, x: Tensor) -> Any:
-    """The posterior as it is, once it is one distribution an image."""
+    """The posterior of x (B, *E) as it is, once it is one distribution an image; anything else is refused."""
     if tuple(posterior.batch_shape) != (len(x),):
         raise ValueError(f"x: expected shape (B, *E), one posterior an image, got {tuple(x.shape)}")
     return posterior
 
 
 def over_event(likelihood: Any, x: Tensor) -> Any:
-    """The likelihood as it is, once its event shape is that of an image: a wrong one would broadcast, and be summed."""
+    """The likelihood as it is, once its event shape is that of an image: a wrong one would broadcast, and be summed.
+
+    Raises:
+        ValueError: it is another one.
+    """
     if tuple(likelihood.event_shape) != tuple(x.shape[1:]):
         raise ValueError(f"x: expected shape (B, {', '.join(map(str, likelihood.event_shape))}), got {tuple(x.shape)}")
     return likelihood

@@ -178,7 +178,7 @@ def train_further(options, folder):
 
 def records(folder):
     """What each epoch measured, without the time that it took."""
-    lines = [json.loads(line) for line in (folder / runs.METRICS).read_text().splitlines()]
+    lines = runs.read_metrics(folder)
     return [{k: v for k, v in line.items() if k not in ("seconds", "train_images_per_second")} for line in lines]
 
 

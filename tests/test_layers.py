@@ -16,7 +16,11 @@ PACKAGE = ROOT / "ppl_vae"
 LAYERS = (
     "options",
     "numerics",
+    "memory",
     "capture",
+    "distributed",
+    "groups",
+    "shared_noise",
     "data",
     "runs",
     "networks",
@@ -45,6 +49,7 @@ LAYERS = (
     "recipes",
     "build",
     "training",
+    "estimator",
     "plots",
     "report",
     "experiment",
@@ -62,6 +67,7 @@ MODULES = {name: path for name, path in SOURCES.items() if path != PACKAGE / "__
 # What would run a program that a file holds, or write such a file.
 UNPICKLERS = {"pickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 LOADERS = {("torch", "load"), ("torch", "save")}
+UNPICKLING_CLASSES = {"CIFAR10", "CIFAR100"}  # torchvision's, in whichever way they are called
 
 
 def module_of(path: Path) -> str:
@@ -117,7 +123,9 @@ def unpicklings(tree: ast.AST) -> list[str]:
     """Each place where a file could make the program run what it holds."""
     found = [f"import {name}" for name in packages_imported(tree) & UNPICKLERS]
     for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+        if isinstance(node, ast.Attribute) and node.attr == "extractall":
+            found.append(f"line {node.lineno}: extractall")  # unpacks files that nobody named
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
             if (node.value.id, node.attr) in LOADERS:
                 found.append(f"line {node.lineno}: {node.value.id}.{node.attr}")
         elif isinstance(node, ast.keyword) and node.arg == "allow_pickle":
@@ -125,6 +133,10 @@ def unpicklings(tree: ast.AST) -> list[str]:
                 found.append(f"line {node.value.lineno}: allow_pickle")
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("eval", "exec"):
             found.append(f"line {node.lineno}: {node.func.id}")
+    words = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)]
+    words += [node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+    words += [name.rsplit(".", 1)[-1] for name in imports(tree)]
+    found += [f"torchvision's {word}" for word in words if isinstance(word, str) and word in UNPICKLING_CLASSES]
     return found + [name for name in imports(tree) if tuple(name.rsplit(".", 1)) in LOADERS]
 
 
@@ -241,6 +253,10 @@ def test_nothing_unpickles(name: str) -> None:
         "np.load(path, allow_pickle=True)",
         "np.load(path, allow_pickle=trusted)",
         "eval(text)",
+        "datasets.CIFAR10(root)",
+        "getattr(datasets, 'CIFAR10')(root)",
+        "from torchvision.datasets import CIFAR100",
+        "tar.extractall(folder)",
     ],
 )
 def test_an_unpickling_is_seen(line: str) -> None:

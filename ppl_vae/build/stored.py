@@ -13,7 +13,7 @@ from ppl_vae import data, runs
 from ppl_vae.build.decisions import resolve
 from ppl_vae.build.parts import vae
 from ppl_vae.build.support import check_support, splits
-from ppl_vae.options import Options, from_json, to_json
+from ppl_vae.options import Options, is_export, options_of, to_json
 from ppl_vae.vae import VAE
 
 
@@ -26,7 +26,7 @@ def config(options: Options, seen: data.Splits) -> dict[str, Any]:
 
 
 def read_config(run_dir: Path) -> tuple[Options, dict[str, Any]]:
-    """A run's options, and what its data was: event_shape (a tuple) and sha256.
+    """A run's or an export's options, and what its data was: event_shape (a tuple) and sha256.
 
     Raises:
         ValueError: the folder is no run, or its config is damaged.
@@ -38,7 +38,7 @@ def read_config(run_dir: Path) -> tuple[Options, dict[str, Any]]:
         shape = data["event_shape"]
         if not (shape and all(type(size) is int and size > 0 for size in shape)):
             raise ValueError(f"event_shape: expected whole numbers, got {shape}")
-        options = from_json(config["options"])
+        options = options_of(config)
         for name in ("binarization", "warmup_epochs", "dequantization", "prior", "objective"):
             if getattr(options, name) is None:
                 raise ValueError(f"expected {name} as it was resolved, got null")
@@ -115,8 +115,9 @@ def save(trained: VAE, run_dir: str | Path, options: Options, *, metrics: Sequen
 
 
 def is_from_python(run_dir: Path) -> bool:
-    """The folder was made by ``save``, or is a pretrained run: there is no training to go on with."""
-    return runs.read_json(run_dir / runs.CONFIG).get("trained") in (_FROM_PYTHON, SHIPPED)
+    """The folder was made by ``save``, or is a pretrained run or an export: there is no training to go on with."""
+    config = runs.read_json(run_dir / runs.CONFIG)
+    return is_export(config) or config.get("trained") in (_FROM_PYTHON, SHIPPED)
 
 
 PRETRAINED = Path(__file__).parents[1] / "pretrained"

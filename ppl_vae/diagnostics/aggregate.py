@@ -201,6 +201,9 @@ def kolmogorov_tail(t: Tensor) -> Tensor:
     Below t = 1 by the other form, 1 - sqrt(2 pi) / t sum_{k >= 1} exp(-(2 k - 1)^2 pi^2 / (8 t^2)): either is exact to
     float64 with ten terms on its side.
 
+    Args:
+        t: of any shape, float64, which the result has too.
+
     Reference: Kolmogorov 1933; Feller 1948, Annals of Mathematical Statistics 19(2), 177-189, equation 1.4.
     """
     k = torch.arange(1, 11, dtype=t.dtype)

@@ -118,7 +118,7 @@ def noise_edge(family: Any, x: Tensor, *, features: Tensor | None = None, seed: 
     independent pixels are above 1. It is the median of three permutations.
 
     Args:
-        family, x, features: as of ``eigenvalues_in_noise_units``.
+        family, x, features: as of ``eigenvalues_in_noise_units``, x (N, *E).
         seed: of the permutations; torch's global generator is left as it is.
 
     Returns:

@@ -6,6 +6,7 @@ from ppl_vae.experiment.diagnosis import diagnose_run
 from ppl_vae.experiment.diagnosis_numbers import importance_numbers, measure, noise_numbers
 from ppl_vae.experiment.encoding import encode_images
 from ppl_vae.experiment.evaluation import evaluate_run
+from ppl_vae.experiment.export import export_run
 from ppl_vae.experiment.figures import draw_run
 from ppl_vae.experiment.imputation import impute_images
 from ppl_vae.experiment.likelihood_table import compare_likelihoods
@@ -25,6 +26,7 @@ __all__ = [
     "draw_run",
     "encode_images",
     "evaluate_run",
+    "export_run",
     "importance_numbers",
     "impute_images",
     "measure",

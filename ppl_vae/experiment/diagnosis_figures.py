@@ -46,7 +46,7 @@ def diagnosis_figures(run: Run, numbers: dict[str, Any], x: Tensor) -> dict[str,
     Args:
         run: the run.
         numbers: as ``measure`` returns them.
-        x: the images that they are of, as the model sees them.
+        x: (N, *E) the images that they are of, as the model sees them.
     """
     draw = {
         "diagnosis-latents.png": lambda: _latents(numbers),

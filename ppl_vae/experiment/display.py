@@ -33,23 +33,28 @@ class Display(NamedTuple):
         return ((x.float() - self.low) / (self.high - self.low)).clamp(0, 1).cpu().numpy()
 
     def levels(self, x: Tensor) -> NDArray[np.uint8]:
-        """The same in 8 bits, 0 to 255."""
+        """The same in 8 bits, 0 to 255, in the shape of x."""
         return np.rint(255 * self(x)).astype(np.uint8)
 
 
-def display_of(run: Run) -> Display:
+def display_of(run: Run, pixels: Tensor | None = None) -> Display:
     """Pixels in [0, 1] as they are, levels by 0 and 255, all others by the range of the training images.
 
     Densities are over real numbers, and so are their means: for them, and for pixels beyond [0, 1], black and white
     are where 0.5% of the training pixels lie below and above (of 500 images).
+
+    Args:
+        run: the run.
+        pixels: (N, *E) in the place of the training images, where there are none.
     """
     if run.binarization != "none":
         return Display()
     if run.evaluated_pixels == "levels":
         return Display(0, 255)
-    stored, observe = data.training_images(run.splits, run.pixels)
-    generator: Any = torch.Generator().manual_seed(0)
-    pixels = observe(stored[data.subset(len(stored), _NUM_IMAGES)], generator)
+    if pixels is None:
+        stored, observe = data.training_images(run.splits, run.pixels)
+        generator: Any = torch.Generator().manual_seed(0)
+        pixels = observe(stored[data.subset(len(stored), _NUM_IMAGES)], generator)
     density = build.likelihood(run.options, run.splits.event_shape).measure == "density"
     if not density and pixels.min() >= 0 and pixels.max() <= 1:
         return Display()

@@ -20,6 +20,7 @@ from ppl_vae.experiment.evaluation import (
     what_is_measured,
     with_a_bar,
 )
+from ppl_vae.experiment.exported import open_with_or_without
 from ppl_vae.experiment.figures import latents_figure, use_of_latents
 from ppl_vae.experiment.images import Images, images_of
 from ppl_vae.experiment.opening import Run, Say, draws_of, evaluated_vae, open_run
@@ -50,6 +51,8 @@ def encode_images(
     ``elbo``, ``ess``, ``pareto_k`` (n,), ``names`` and, where they are known, ``labels``. Of dequantized levels the
     first two are of q(z | (x + u) / 256), with one draw of u.
 
+    Images of one's own need no data beside an export.
+
     An autoencoder has no density: there ``mean`` is z(x), and ``reconstruction``, log p(x | z(x)), is the only other
     number of an image. Of dequantized levels both are of the same (x + u) / 256.
 
@@ -72,7 +75,8 @@ def encode_images(
         ValueError: no run, a damaged one, other data than it was trained on, images that do not fit it or have missing
             pixels, or a folder that holds something.
     """
-    run = open_run(run_dir, dataset=dataset, data_dir=data_dir)
+    opened = open_run if images_path in SPLITS else open_with_or_without
+    run = opened(run_dir, dataset=dataset, data_dir=data_dir, say=say)
     place = build.device(device)
     vae = evaluated_vae(run)
     given = images_of(run, images_path, most=images, seed=seed)

@@ -14,8 +14,9 @@ from ppl_vae import build
 from ppl_vae.conditional import numbers_a_pixel
 from ppl_vae.evidence import particles_a_pass, seeded
 from ppl_vae.experiment.display import display_of
+from ppl_vae.experiment.exported import open_with_or_without
 from ppl_vae.experiment.figures import OF_AN_AUTOENCODER, samples_figure
-from ppl_vae.experiment.opening import Say, evaluated_vae, open_run
+from ppl_vae.experiment.opening import Say, evaluated_vae
 from ppl_vae.experiment.outputs import output_folder, removed_if_empty, write_arrays, write_figure, write_picture
 from ppl_vae.exploration import sampled
 from ppl_vae.vae import VAE
@@ -65,7 +66,8 @@ def sample_run(
     """Draws images from a run: samples.npz (``Samples``), samples.png, and images/0000.png and so on.
 
     The single pictures are of the means, in 8 bits: what the decoder is sure of, without the noise of single pixels
-    that p(x | z) draws independently. The draws themselves are in samples.npz. Tables have no pictures.
+    that p(x | z) draws independently. The draws themselves are in samples.npz. Tables have no pictures. An export needs
+    no data for it.
 
     Args:
         run_dir: the run's folder.
@@ -82,7 +84,7 @@ def sample_run(
     Raises:
         ValueError: no run, a damaged one, other data than it was trained on, or a folder that holds something.
     """
-    run = open_run(run_dir, dataset=dataset, data_dir=data_dir)
+    run = open_with_or_without(run_dir, dataset=dataset, data_dir=data_dir, say=say)
     place = build.device(device)
     vae = evaluated_vae(run).to(place)
     if build.is_autoencoder(run.options):
@@ -96,7 +98,7 @@ def sample_run(
     if len(run.splits.event_shape) == 1:
         say("The data is a table, (N, D): there are no pictures.")
         return folder
-    display = display_of(run)
+    display = display_of(run, None if len(run.splits.train) else samples.images)
     shown = Samples(*(values[:_MOST_DRAWN] for values in samples))
     figure = samples_figure(display, shown.mean, shown.images, autoencoder=build.is_autoencoder(run.options))
     write_figure(folder / "samples.png", figure)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -357,7 +355,22 @@ def parse_likelihoods(argv: Sequence[str] | None = None) -> LikelihoodsCommand:
 
 
 BENCHMARK_MODELS = ("mlp128", "iwae20", "iwae100", "conv128", "default")
+SCALE_PARTS = ("ranks", "folder", "streaming", "resume")
 BENCHMARK_PARTS = ("training", "evaluation", "likelihoods", "start")
+
+
+def parse_scale(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """parts, rounds, pictures, output (or None)."""
+    parser = Parser(
+        "Time what large data, several ranks and resumed runs cost, each by turns with what it costs without."
+    )
+    parts = " ".join(SCALE_PARTS)
+    parser.add("parts", str, one_of(SCALE_PARTS), f"what is timed: {parts} (default: all)", several=True)
+    parser.add("rounds", int, POSITIVE_INTEGER, "times that each is timed (default: 5)")
+    parser.add("pictures", int, POSITIVE_INTEGER, "PNG files of 64 x 64 in the part folder (default: 20000)")
+    parser.add("output", str, NOT_EMPTY, "JSON file of the results (default: printed only)")
+    parser.set_defaults(parts=SCALE_PARTS, rounds=5, pictures=20_000, output=None)
+    return parser.parse_args(argv)
 
 
 def parse_benchmark(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -445,32 +458,32 @@ def parse_report(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def parse_export(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """run_dir, output."""
+    parser = Parser("A run as one folder to share: its model without the training, its numbers, and a model card.")
+    parser.add_run()
+    parser.add("output", str, NOT_EMPTY, "a new or empty folder (default: exports/ and the run's name)")
+    parser.set_defaults(output=None)
+    return parser.parse_args(argv)
+
+
+def parse_kills(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """kills, seed, compile."""
+    parser = Parser("Kill small runs at random moments, resume each, and compare its numbers with an undisturbed run.")
+    parser.add("kills", int, POSITIVE_INTEGER, "in all (default: 100)")
+    parser.add("seed", int, NON_NEGATIVE_INTEGER, "of the moments (default: 0)")
+    parser.add("compile", str, one_of(("on", "off")), "of the runs, in turn (default: off off on)", several=True)
+    parser.set_defaults(kills=100, seed=0, compile=["off", "off", "on"])
+    return parser.parse_args(argv)
+
+
+def parse_docs(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """output."""
+    parser = Parser("Every public module's docstrings as HTML pages.")
+    parser.add("output", str, NOT_EMPTY, "folder of the pages (default: docs-html)")
+    parser.set_defaults(output="docs-html")
+    return parser.parse_args(argv)
+
+
 def _words(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
-def command(main: Callable[[], None]) -> None:
-    """Runs a script's main: what users can cause ends in one line and a non-zero exit, without a traceback.
-
-    Set PPL_VAE_TRACEBACK=1 to see where it came from.
-    """
-    try:
-        main()
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        sys.exit(130)
-    except (ValueError, OSError, ArithmeticError) as error:
-        if os.environ.get("PPL_VAE_TRACEBACK"):
-            raise
-        _end_with(error)
-    except (MemoryError, RuntimeError) as error:
-        if "memory" not in str(error) and not isinstance(error, MemoryError):
-            raise
-        first = str(error).splitlines()[:1]
-        _end_with(f"out of memory; a smaller batch, network, or number of particles needs less {first}")
-
-
-def _end_with(error: object) -> NoReturn:
-    first = (str(error).splitlines() or ["unknown"])[0]  # Pyro appends the shapes of a whole trace
-    print(f"error: {first}", file=sys.stderr)
-    sys.exit(1)

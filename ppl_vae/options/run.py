@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 DATASETS = ("mnist", "static-mnist", "fashion-mnist", "kmnist", "caltech-silhouettes", "cifar10", "svhn")
@@ -49,6 +50,8 @@ KLS = ("sampled", "analytic")
 KEEPS = ("best", "last")
 COMPILES = ("auto", "on", "off")
 PRECISIONS = ("float32", "tf32", "bf16")
+STREAMS = ("auto", "on", "off")
+TENSORBOARDS = ("off", "on")
 SPLITS = ("test", "validation", "train")
 SIDES = ("top", "bottom", "left", "right")
 
@@ -376,6 +379,14 @@ class Options:
         "of products in training: float32, tf32 (NVIDIA GPUs), bf16; the final evaluation is always in float32",
         later=True,
     )
+    stream: str = option(
+        "auto",
+        str,
+        one_of(STREAMS),
+        "training images stay where they are, and each batch is brought to the device: on, off, or auto (where they "
+        "take more than half of its free memory)",
+        later=True,
+    )
     num_particles: int = option(1, int, POSITIVE_INTEGER, "draws of z an image and step, in training")
     seed: int = option(0, int, NON_NEGATIVE_INTEGER, "of the weights, the noise and the order of the images")
     device: str = option("cpu", str, NOT_EMPTY, "cpu, cuda, cuda:1, ...")
@@ -385,6 +396,13 @@ class Options:
     )
     evaluation_particles: int = option(
         200, int, POSITIVE_INTEGER, "importance samples an image of the quick evaluation"
+    )
+    tensorboard: str = option(
+        "off",
+        str,
+        one_of(TENSORBOARDS),
+        "on: the numbers of metrics.jsonl and of the evaluation also as TensorBoard's events (its own package)",
+        later=True,
     )
 
     def __post_init__(self) -> None:
@@ -464,9 +482,9 @@ def model_options(config: Any) -> dict[str, Any]:
     Raises:
         ValueError: no options in it, or such as ``from_json`` refuses.
     """
-    if not isinstance(config, dict) or "options" not in config:
+    if not isinstance(config, dict) or not {"options", "model"} & config.keys():
         raise ValueError("expected an object with options")
-    other = from_json(config["options"])
+    other = options_of(config)
     return {name: getattr(other, name) for name in MODEL_OPTIONS}
 
 
@@ -490,3 +508,56 @@ def from_json(values: Any) -> Options:
         raise ValueError(f"expected exactly the options of this version; missing or unknown: {', '.join(odd)}")
     fixed: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
     return Options(**fixed)
+
+
+# --- An export: the model without its training ---
+
+EXPORT_FORMAT = "ppl_vae model 1"  # the "format" of its config.json
+_EXPORTED = (*(name for name in MODEL_OPTIONS if name != "data_dir"), "dequantization_draws")
+
+
+def model_to_json(options: Options) -> dict[str, Any]:
+    """The model's own options, as an export's config.json holds them: of the data no folder, but its name."""
+    name = options.dataset
+    if name not in DATASETS:
+        name = re.split(r"[/\\]", name.rstrip("/\\"))[-1]
+        name = f"own {name}" if name in DATASETS else name or "data"  # no path may become the name of another data set
+    values = to_json(options) | {"dataset": name}
+    return {name: values[name] for name in _EXPORTED}
+
+
+def model_from_json(values: Any) -> Options:
+    """Back from an export's config.json. What it says nothing of, the training, has its defaults.
+
+    Raises:
+        ValueError: an option that is missing, unknown, or out of its range.
+    """
+    if not isinstance(values, dict):
+        raise ValueError(f"expected an object of options under model, got {type(values).__name__}")
+    specs = {spec.name: spec for spec in fields(Options) if spec.name in _EXPORTED}
+    values = {name: spec.metadata["before"] for name, spec in specs.items() if spec.metadata["later"]} | values
+    if set(values) != set(specs):
+        odd = sorted(set(values) ^ set(specs))
+        raise ValueError(f"expected exactly the model's options; missing or unknown: {', '.join(odd)}")
+    fixed: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+    options = Options(**fixed)
+    return replace(options, objective=default_objective(options), warmup_epochs=0)
+
+
+def is_export(config: dict[str, Any]) -> bool:
+    """Whether a config.json is that of an export, which tells of a model and not of a run."""
+    return "format" in config
+
+
+def options_of(config: dict[str, Any]) -> Options:
+    """The options of a run's config.json, or of an export's.
+
+    Raises:
+        KeyError: it has none.
+        ValueError: an unknown format, or options out of their range.
+    """
+    if not is_export(config):
+        return from_json(config["options"])
+    if config["format"] != EXPORT_FORMAT:
+        raise ValueError(f"format: expected {EXPORT_FORMAT!r}, got {config['format']!r}; another version wrote it")
+    return model_from_json(config["model"])

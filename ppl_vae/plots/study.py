@@ -186,6 +186,9 @@ def bounds_along_beta(bounds: Mapping[str, Bounds], *, near: float = 3.0) -> Fig
     Args:
         bounds: by data set, at least one.
         near: nats below the best that the second panel shows.
+
+    Raises:
+        ValueError: no data set.
     """
     if not bounds:
         raise ValueError("bounds: expected at least one data set, got none")

@@ -14,7 +14,7 @@ MAX_LOG_SCALE = 7.0
 
 
 def bounded_log_scale(h: Tensor) -> Tensor:
-    """log sigma = 7 tanh(h / 7): the map from a feature to a latent's log-scale.
+    """log sigma = 7 tanh(h / 7): the map from a feature to a latent's log-scale, in the shape of h.
 
     It has slope one at h = 0, where it gives sigma = 1, the prior's scale; it is smooth, with a gradient for every
     feature up to |h| = 60 in float32; and it is bounded. An unbounded exp(h) overflows the KL after one bad step (at
@@ -28,7 +28,7 @@ def bounded_log_scale(h: Tensor) -> Tensor:
 
 
 def exponential_log_scale(h: Tensor) -> Tensor:
-    """log sigma = h, sigma = exp(h): the map of most published code. It has no bound either way.
+    """log sigma = h, sigma = exp(h): the map of most published code, in the shape of h. It has no bound either way.
 
     Reference: Kingma and Welling 2014, arXiv 1312.6114, appendix C.2 (there h = log sigma^2).
     """
@@ -44,7 +44,7 @@ _LEAST_SOFTPLUS = (
 def softplus_log_scale(h: Tensor) -> Tensor:
     """log sigma = log softplus(h + log(e - 1)): linear where exp overflows, exp where scales are small.
 
-    Slope in log sigma at h = 0: 1 - 1/e. Below h = -44 sigma stays at 1.1e-19, with no gradient.
+    In the shape of h. Slope in log sigma at h = 0: 1 - 1/e. Below h = -44 sigma stays at 1.1e-19, with no gradient.
 
     Source: common practice; the offset is ours, so that h = 0 gives sigma = 1 as the other maps do.
     """

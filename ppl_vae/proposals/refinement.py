@@ -187,7 +187,11 @@ _INVERSES: dict[Any, Callable[[Tensor], Tensor]] = {
 
 
 def normal_features(family: Any, loc: Tensor, T: Tensor) -> Tensor:
-    """(N, F) h of Normal(z; loc, T T'), T (N, L, L) lower triangular; a ``DiagonalNormal`` takes its diagonal."""
+    """(N, F) h of Normal(z; loc, T T'), T (N, L, L) lower triangular; a ``DiagonalNormal`` takes its diagonal.
+
+    Raises:
+        ValueError: a family that is no such normal, or of other latents.
+    """
     inverse = _INVERSES.get(getattr(family, "log_scale", None))
     if inverse is None or not isinstance(family, DiagonalNormal | FullNormal):
         raise ValueError(

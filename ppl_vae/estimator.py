@@ -1,0 +1,329 @@
+"""A VAE as a scikit-learn estimator: fit, score_samples in nats, sample, transform. Needs the extra ``sklearn``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from torch import Tensor
+
+from ppl_vae import build, data
+from ppl_vae.data import own
+from ppl_vae.dequantization import dequantized
+from ppl_vae.evidence import evaluate, particles_a_pass, seeded
+from ppl_vae.exploration import decoded, encode, sampled
+from ppl_vae.options import Options
+from ppl_vae.training import fit
+from ppl_vae.vae import VAE
+
+try:
+    from sklearn.base import BaseEstimator, TransformerMixin
+    from sklearn.utils import check_random_state
+    from sklearn.utils.validation import check_is_fitted, validate_data
+except ImportError:
+    raise ImportError("ppl_vae.estimator: expected scikit-learn; pip install 'ppl_vae[sklearn]' brings it") from None
+
+# By the kind of data: what is a density or a mass of exactly such values, and takes later values of the same kind.
+_USUAL = {
+    data.BINARY: "bernoulli",
+    data.LEVELS: "discretized-logistic",
+    data.COUNTS: "negative-binomial",
+    data.PROBABILITIES: "normal",
+    data.REAL: "normal",
+}
+_X = Path("X")  # what errors call the array
+_USUAL_STEPS, _FEWEST_EPOCHS, _MOST_EPOCHS = 1000, 10, 500
+
+
+class VAEDensity(TransformerMixin, BaseEstimator):
+    """log p(x) = log int p(z) p(x | z) dz of rows or images x, learned by a VAE.
+
+    X is (N, D), (N, H, W) or (N, H, W, C), C = 1 or 3. What its numbers are is seen as in a data file of one's own:
+    zeros and ones, uint8 levels, whole numbers from 0 (counts), floats in [0, 1], other floats. The likelihood must be
+    of such values; by default it is bernoulli, discretized-logistic, negative-binomial, and normal for all floats.
+
+    Every score is on the scale of the X that this estimator is given. Behind a scaler in a Pipeline that is a density
+    of scaled data: it differs from one of the data by log |det| of the scaling, and numbers behind different scalers
+    do not compare. Nor does a mass compare with a density, nor one kind of data with another.
+
+    Args:
+        likelihood: a word of ``--likelihood``, or None for the usual one of that kind of data.
+        network, hidden, latent_dim, prior, posterior, objective: as on the command line of train_svi.py; hidden and
+            objective None for the network's and the prior's own.
+        epochs: passes through X; None takes as many as make about 1,000 steps, from 10 to 500.
+        batch_size, learning_rate, beta, average_decay: as on the command line.
+        warmup_epochs: over which beta rises; None: as on the command line.
+        validation_fraction: of the rows, by which the best weights are chosen; 0 keeps the last.
+        binarization: "none", or how gray becomes black and white under bernoulli: "threshold".
+        image_shape: (H, W) or (H, W, C), for images that come as rows of H W C numbers; None: as X is.
+        num_particles: S of the bound that is scored.
+        random_state: of the weights, the noise, and the draws of scores: None, a seed or numpy's RandomState.
+        device: cpu, cuda, cuda:1, ...
+
+    Attributes:
+        vae_: the trained ``VAE``, on the device; of dequantized levels a density of (level + u) / 256.
+        kind_: the kind of data that X was, one of ``data``'s words.
+        likelihood_: the likelihood's word.
+        seed_: of every draw.
+        n_features_in_: X.shape[1].
+        row_shape_, event_shape_: of one x in X, and as the VAE sees it, (D,) or (C, H, W).
+
+    Reference: Kingma and Welling 2014, arXiv 1312.6114 (the model); Burda et al. 2016, arXiv 1509.00519 (the score).
+    """
+
+    def __init__(
+        self,
+        *,
+        likelihood: str | None = None,
+        network: str = "gated",
+        hidden: Sequence[int] | None = (128, 128),
+        latent_dim: int = 10,
+        prior: str = "standard-normal",
+        posterior: str = "diagonal",
+        objective: str | None = None,
+        epochs: int | None = None,
+        batch_size: int = 100,
+        learning_rate: float = 2e-3,
+        beta: float = 1.0,
+        warmup_epochs: int | None = None,
+        average_decay: float = 0.0,
+        validation_fraction: float = 0.1,
+        binarization: str = "none",
+        image_shape: Sequence[int] | None = None,
+        num_particles: int = 100,
+        random_state: Any = None,
+        device: str = "cpu",
+    ) -> None:
+        self.likelihood = likelihood
+        self.network = network
+        self.hidden = hidden
+        self.latent_dim = latent_dim
+        self.prior = prior
+        self.posterior = posterior
+        self.objective = objective
+        self.epochs = epochs
+        self.batch_size = batch_size
+        self.learning_rate = learning_rate
+        self.beta = beta
+        self.warmup_epochs = warmup_epochs
+        self.average_decay = average_decay
+        self.validation_fraction = validation_fraction
+        self.binarization = binarization
+        self.image_shape = image_shape
+        self.num_particles = num_particles
+        self.random_state = random_state
+        self.device = device
+
+    # --- scikit-learn's methods ---
+
+    def fit(self, X: Any, y: Any = None) -> VAEDensity:
+        """Maximizes the ELBO of X.
+
+        Args:
+            X: (N, D), (N, H, W) or (N, H, W, C), two rows or more.
+            y: not looked at.
+
+        Returns:
+            Itself.
+
+        Raises:
+            ValueError: values off the likelihood's support, or a parameter out of its range.
+        """
+        if self.posterior == "delta":
+            raise ValueError("posterior: expected a density q(z | x), got delta: an autoencoder has no log p(x)")
+        rows = self._validated(X, reset=True)
+        images = self._images(rows)
+        self.kind_ = _kind(images)
+        self.row_shape_, self.event_shape_ = rows.shape[1:], images.shape[1:]
+        self.seed_ = int(check_random_state(self.random_state).randint(2**31 - 1))
+        splits = self._splits(images)
+        options = build.resolve(self._options(len(splits.train)), splits)
+        build.check_support(options, splits)
+        self.likelihood_, self._pixels_ = options.likelihood, build.pixels(options, splits)
+        place = build.device(options.device)
+        stored, observe = data.training_images(splits, self._pixels_)
+        validation = None
+        if len(splits.validation):
+            validation = data.evaluation_images(splits, "validation", self._pixels_).to(place)
+        with seeded(self.seed_, place):
+            vae = build.vae(options, self.event_shape_)
+            build.start_from_marginals(vae, data.expected_images(splits, self._pixels_))
+            fit(
+                vae.to(place),
+                stored,
+                validation,
+                **build.schedule(options),
+                objective=build.objective(options),
+                observe=observe,
+            )
+        self.vae_ = vae
+        return self
+
+    def score_samples(self, X: Any) -> np.ndarray:
+        """L_S = log (1/S) sum_s p(x, z_s) / q(z_s | x), in expectation below log p(x), for each row.
+
+        The same X gives the same numbers; the draws of a row depend on its place in X.
+
+        Returns:
+            (N,) nats, float64.
+
+        Raises:
+            ValueError: other features than in ``fit``, or values off the likelihood's support.
+            NotFittedError: ``fit`` was not called.
+        """
+        check_is_fitted(self)
+        x = self._seen(X)
+        result = evaluate(self._scored(), x, num_particles=self.num_particles, seed=self.seed_)
+        return result.log_evidence.cpu().numpy()
+
+    def score(self, X: Any, y: Any = None) -> float:
+        """The mean of ``score_samples``, nats a row: what GridSearchCV maximizes."""
+        return float(self.score_samples(X).mean())
+
+    def transform(self, X: Any) -> np.ndarray:
+        """E[z | x] under the guide q(z | x), (N, L). Raises ValueError and NotFittedError as ``score_samples``."""
+        check_is_fitted(self)
+        x = self._seen(X)
+        with seeded(self.seed_, x.device):
+            return encode(self._scored(), x).mean.double().cpu().numpy()
+
+    def inverse_transform(self, Z: Any) -> np.ndarray:
+        """E[x | z], (N, *) in the layout and the unit of X. Z: (N, L).
+
+        Raises:
+            ValueError: another number of latents.
+            NotFittedError: ``fit`` was not called.
+        """
+        check_is_fitted(self)
+        Z = np.asarray(Z, dtype=np.float32)
+        if Z.ndim != 2 or Z.shape[1] != self.latent_dim or not len(Z):
+            raise ValueError(f"Z: expected shape (N, {self.latent_dim}), got {Z.shape}")
+        z = torch.from_numpy(Z).to(build.device(self.device))
+        with seeded(self.seed_, z.device):
+            return self._layout(decoded(self._scored(), z))
+
+    def sample(self, n_samples: int = 1, random_state: Any = None) -> np.ndarray:
+        """z ~ p(z), x ~ p(x | z): (n_samples, *) in the layout and the unit of X.
+
+        Args:
+            n_samples: at least 1.
+            random_state: of the draws; None: the same ones at every call.
+
+        Raises:
+            ValueError: ``n_samples`` below 1.
+            NotFittedError: ``fit`` was not called.
+        """
+        check_is_fitted(self)
+        if n_samples < 1:
+            raise ValueError(f"n_samples: expected at least 1, got {n_samples}")
+        seed = self.seed_ if random_state is None else int(check_random_state(random_state).randint(2**31 - 1))
+        vae = self._scored()
+        with seeded(seed, build.device(self.device)), torch.no_grad(), pyro.validation_enabled(False):
+            z = sampled(vae.prior(), n_samples)
+            chunk = particles_a_pass(vae.likelihood(z[:1]).mean)
+            return self._layout(torch.cat([vae.likelihood(part).sample() for part in z.split(chunk)]))
+
+    # --- From arrays to what the VAE sees, and back ---
+
+    def _validated(self, X: Any, *, reset: bool) -> np.ndarray:
+        if reset and self.image_shape is None and hasattr(X, "ndim") and X.ndim > 4:
+            raise ValueError(f"X: expected (N, D), (N, H, W) or (N, H, W, C), got shape {X.shape}")
+        return validate_data(self, X, reset=reset, dtype="numeric", allow_nd=True, ensure_min_samples=1 + reset)
+
+    def _images(self, X: np.ndarray) -> np.ndarray:
+        """(N, D) or (N, C, H, W). Whole numbers below 0 are real values here."""
+        if self.image_shape is not None:
+            E = tuple(self.image_shape)
+            if len(E) not in (2, 3) or math.prod(E) != math.prod(X.shape[1:]):
+                raise ValueError(f"image_shape: expected (H, W) or (H, W, C) of {X.shape[1:]} numbers, got {E}")
+            X = X.reshape(len(X), *E)
+        if X.dtype.kind == "i" and X.size and X.min() < 0:
+            X = X.astype(np.float64)
+        return np.ascontiguousarray(own._channels_first(_X, "X", X))
+
+    def _splits(self, images: np.ndarray) -> data.Splits:
+        """A data set of which a part, drawn by the seed, is validation, and none test."""
+        if not 0 <= self.validation_fraction < 1:
+            raise ValueError(f"validation_fraction: expected 0 or more and below 1, got {self.validation_fraction}")
+        dtype = np.uint8 if self.kind_ in (data.BINARY, data.LEVELS) else np.float32
+        stored = torch.from_numpy(images.astype(dtype))
+        order = np.random.RandomState(self.seed_).permutation(len(stored))
+        count = int(len(stored) * self.validation_fraction)
+        validation, train = (torch.from_numpy(np.sort(part)) for part in (order[:count], order[count:]))
+        return data.Splits(
+            name="X",
+            kind=self.kind_,
+            train=stored[train],
+            validation=stored[validation],
+            test=stored[:0],
+            sha256="",
+            split="validation by random_state",
+        )
+
+    def _options(self, num_rows: int) -> Options:
+        steps_an_epoch = -(-num_rows // max(1, self.batch_size))
+        usual = min(_MOST_EPOCHS, max(_FEWEST_EPOCHS, -(-_USUAL_STEPS // steps_an_epoch)))
+        hidden = None if self.hidden is None else tuple(self.hidden)
+        return Options(
+            dataset="X",
+            binarization=None if self.kind_ in (data.BINARY, data.REAL, data.COUNTS) else self.binarization,
+            likelihood=self.likelihood or ("bernoulli" if self.binarization != "none" else _USUAL[self.kind_]),
+            network=self.network,
+            hidden=hidden,
+            latent_dim=self.latent_dim,
+            prior=self.prior,
+            posterior=self.posterior,
+            objective=self.objective,
+            epochs=usual if self.epochs is None else self.epochs,
+            batch_size=self.batch_size,
+            learning_rate=self.learning_rate,
+            beta=self.beta,
+            warmup_epochs=self.warmup_epochs,
+            average_decay=self.average_decay,
+            compile="off",
+            seed=self.seed_,
+            device=self.device,
+        )
+
+    def _seen(self, X: Any) -> Tensor:
+        """X as the model that is scored sees it, (N, *E) on the device; off its support it is refused."""
+        images = self._images(self._validated(X, reset=False))
+        if images.shape[1:] != self.event_shape_:
+            raise ValueError(f"X: expected rows of event shape {self.event_shape_}, got {images.shape[1:]}")
+        if not np.isfinite(images.astype(np.float32)).all():
+            raise ValueError("X: expected numbers that single precision holds, got larger ones")
+        x = torch.from_numpy(images.astype(np.float32))
+        if self._pixels_ == "threshold":
+            x = (x / 255 if self.kind_ == data.LEVELS else x).ge(0.5).float()
+        elif self._pixels_ in ("levels", "dequantized"):
+            if not ((x == x.round()) & (x >= 0) & (x <= 255)).all():
+                raise ValueError(f"X: expected levels from 0 to 255, got values from {x.min():.4g} to {x.max():.4g}")
+        else:
+            family: Any = getattr(self.vae_.likelihood, "family", None)
+            if not family.support.check(x).all():
+                got = f"values from {x.min():.4g} to {x.max():.4g}"
+                raise ValueError(f"X: {self.likelihood_} expected values that are {family.support_words}, got {got}")
+        return x.to(build.device(self.device))
+
+    def _scored(self) -> VAE:
+        return dequantized(self.vae_) if self._pixels_ == "dequantized" else self.vae_
+
+    def _layout(self, x: Tensor) -> np.ndarray:
+        """(N, *E) as the model sees it -> the layout and the unit of X, float64."""
+        values = x.double().cpu().numpy()
+        if values.ndim == 4:
+            values = values.transpose(0, 2, 3, 1)
+        return values.reshape(len(values), *self.row_shape_)
+
+
+def _kind(images: np.ndarray) -> str:
+    """As in a data file of one's own; refuses what single precision cannot tell apart."""
+    seen = own._look(images)
+    kind = own._kind(_X, seen)
+    own._check_kind(_X, "X", seen, kind)
+    return kind

@@ -1,0 +1,80 @@
+"""The numbers of metrics.jsonl and evaluation.json as TensorBoard's events, in the run's folder tensorboard/."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ppl_vae import distributed
+from ppl_vae.options import Options
+
+EVENTS = "tensorboard"
+Log = Callable[[dict[str, Any]], None]
+
+
+def check_tensorboard(options: Options) -> None:
+    """Raises ValueError where events are asked for and the package is not there: before anything is written."""
+    if options.tensorboard == "on":
+        _writer_class()
+
+
+@contextmanager
+def metric_events(folder: Path, options: Options, *, step: int) -> Iterator[Log]:
+    """What takes each record of metrics.jsonl, and writes its numbers by its step, under the same names.
+
+    Nothing where ``--tensorboard`` is off, and on ranks that do not write.
+
+    Args:
+        folder: the run's folder.
+        options: the run's.
+        step: where training goes on; events after it, of work that is done again, are purged.
+    """
+    with _writer(folder, options, purge_step=step + 1 if (folder / EVENTS).exists() else None) as add:
+        yield lambda record: add("", record, record["step"])
+
+
+def log_evaluation(folder: Path, options: Options, entry: dict[str, Any]) -> None:
+    """The numbers of an evaluation, by the step of its weights: test/log_likelihood/mean and so on."""
+    with _writer(folder, options, purge_step=None) as add:
+        add(f"{entry['split']}/", entry, entry["step"])
+
+
+@contextmanager
+def _writer(folder: Path, options: Options, *, purge_step: int | None) -> Iterator[Callable[..., None]]:
+    if options.tensorboard != "on" or not distributed.is_writer():
+        yield lambda *_: None
+        return
+    writer = _writer_class()(str(folder / EVENTS), purge_step=purge_step)
+
+    def add(prefix: str, values: dict[str, Any], step: int) -> None:
+        for name, value in _numbers(values):
+            if name != "step":
+                writer.add_scalar(prefix + name, value, step)
+        writer.flush()
+
+    try:
+        yield add
+    finally:
+        writer.close()
+
+
+def _numbers(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Every number of an object and of the objects in it, by its names."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _numbers(value, f"{prefix}{name}/")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield prefix + name, float(value)
+
+
+def _writer_class() -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError(
+            "--tensorboard on: expected the package tensorboard, which is not installed; pip install "
+            "'ppl_vae[tensorboard]' brings it"
+        ) from None
+    return SummaryWriter

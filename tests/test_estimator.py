@@ -1,0 +1,221 @@
+"""The VAE as a scikit-learn estimator: its scores are nats of exactly the X that it is given."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("sklearn", reason="the extra sklearn is not installed")
+from sklearn.base import clone
+from sklearn.exceptions import NotFittedError
+from sklearn.model_selection import GridSearchCV, cross_val_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.utils.estimator_checks import parametrize_with_checks
+
+from ppl_vae.estimator import VAEDensity
+
+TINY: dict[str, Any] = {"epochs": 1, "num_particles": 5, "hidden": (8,), "latent_dim": 2, "random_state": 0}
+
+
+def expected_failures(estimator: Any) -> dict[str, str]:
+    noise = "scores are importance-sampled, and a row's draws depend on its place in X; means are equal to rounding"
+    return dict.fromkeys(("check_methods_sample_order_invariance", "check_methods_subset_invariance"), noise)
+
+
+@parametrize_with_checks([VAEDensity(**TINY)], expected_failed_checks=expected_failures)
+def test_scikit_learns_own_checks_hold(estimator: Any, check: Any) -> None:
+    check(estimator)
+
+
+ROWS = np.random.RandomState(0)
+OF_KINDS = {
+    "binary": (ROWS.rand(60, 6) > 0.4, "bernoulli"),
+    "8-bit levels": (ROWS.randint(0, 256, (60, 6)).astype(np.uint8), "discretized-logistic"),
+    "counts": (ROWS.poisson(3.0, (60, 6)), "negative-binomial"),
+    "probabilities": (ROWS.rand(60, 6), "normal"),
+    "real values": (ROWS.randn(60, 6), "normal"),
+}
+
+
+@pytest.mark.parametrize("kind", OF_KINDS)
+def test_the_kind_of_the_numbers_decides_the_likelihood(kind: str) -> None:
+    X, likelihood = OF_KINDS[kind]
+    fitted = VAEDensity(**TINY).fit(X)
+    assert (fitted.kind_, fitted.likelihood_) == (kind, likelihood)
+
+
+@pytest.mark.parametrize("kind", OF_KINDS)
+def test_samples_and_means_are_in_the_layout_and_the_unit_of_the_data(kind: str) -> None:
+    X, _ = OF_KINDS[kind]
+    fitted = VAEDensity(**TINY).fit(X)
+    means = fitted.inverse_transform(fitted.transform(X))
+    assert means.shape == X.shape
+    assert fitted.sample(3).shape == (3, 6)
+    assert abs(means.mean() - X.mean()) < 0.5 * X.std() + 0.05  # training starts from the marginals
+    assert np.isfinite(fitted.score_samples(fitted.sample(3).astype(X.dtype) if kind == "8-bit levels" else X)).all()
+
+
+@pytest.mark.parametrize(
+    ("shape", "words"), [((5, 4), {}), ((4, 4, 3), {}), ((20,), {"image_shape": (5, 4), "network": "conv"})]
+)
+def test_images_keep_their_layout(shape: tuple[int, ...], words: dict[str, Any]) -> None:
+    X = np.random.RandomState(0).rand(40, *shape)
+    fitted = VAEDensity(**TINY, **words).fit(X)
+    assert fitted.score_samples(X[:7]).shape == (7,)
+    assert fitted.sample(2).shape == (2, *shape)
+    assert fitted.inverse_transform(fitted.transform(X[:3])).shape == (3, *shape)
+
+
+# --- Scores ---
+
+
+def test_a_mass_of_binary_rows_sums_to_one() -> None:
+    X = np.random.RandomState(0).randint(0, 2, (200, 4))
+    fitted = VAEDensity(**TINY | {"num_particles": 3000}).fit(X)
+    every = np.array([[i >> d & 1 for d in range(4)] for i in range(16)])
+    assert np.exp(fitted.score_samples(every)).sum() == pytest.approx(1, abs=0.02)
+
+
+def test_a_density_integrates_to_one() -> None:
+    X = np.random.RandomState(0).randn(300, 1) * 2 + 5
+    fitted = VAEDensity(**TINY | {"num_particles": 500}).fit(X)
+    grid = np.linspace(-25, 35, 1201)[:, None]
+    assert np.trapezoid(np.exp(fitted.score_samples(grid)), grid[:, 0]) == pytest.approx(1, abs=0.02)
+
+
+def test_a_normal_is_learned_to_its_entropy() -> None:
+    """Of correlated normals the expected log density is minus the entropy, log det(2 pi e C) / 2."""
+    draw = np.random.RandomState(0)
+    C = np.array([[1.0, 1.8], [1.8, 4.0]])
+    X, test = (draw.multivariate_normal([3.0, -1.0], C, size) for size in (1000, 1000))
+    fitted = VAEDensity(random_state=0, latent_dim=2, hidden=(32,), epochs=60).fit(X)
+    entropy = 0.5 * math.log(np.linalg.det(2 * math.pi * math.e * C))
+    independent = 0.5 * sum(math.log(2 * math.pi * math.e * v) for v in np.diag(C))
+    score = fitted.score(test)
+    assert -independent + 0.2 < score < -entropy + 0.1
+
+
+def test_the_score_is_the_mean_of_the_scores_of_the_rows() -> None:
+    X, _ = OF_KINDS["real values"]
+    fitted = VAEDensity(**TINY).fit(X)
+    assert fitted.score(X) == pytest.approx(fitted.score_samples(X).mean())
+
+
+def test_the_same_state_gives_the_same_numbers() -> None:
+    X, _ = OF_KINDS["real values"]
+    one, other = (VAEDensity(**TINY).fit(X) for _ in range(2))
+    torch.rand(5)
+    assert (one.score_samples(X) == other.score_samples(X)).all()
+    assert (one.score_samples(X) == one.score_samples(X)).all()
+    assert (one.sample(5) == other.sample(5)).all()
+
+
+def test_the_global_generators_are_left_alone() -> None:
+    X, _ = OF_KINDS["real values"]
+    torch.manual_seed(7)
+    np.random.seed(7)  # noqa: NPY002
+    expected = torch.rand(3), np.random.rand(3)  # noqa: NPY002
+    torch.manual_seed(7)
+    np.random.seed(7)  # noqa: NPY002
+    fitted = VAEDensity(**TINY).fit(X)
+    fitted.score(X), fitted.sample(2), fitted.transform(X)
+    assert torch.equal(torch.rand(3), expected[0])
+    assert (np.random.rand(3) == expected[1]).all()  # noqa: NPY002
+
+
+def test_levels_are_scored_as_a_mass_whatever_the_likelihood() -> None:
+    X, _ = OF_KINDS["8-bit levels"]
+    fitted = VAEDensity(**TINY, likelihood="normal").fit(X)
+    assert (fitted.score_samples(X) < 0).all()
+    assert fitted.score(X) == pytest.approx(-6 * math.log(256), abs=3)
+
+
+# --- In scikit-learn's tools ---
+
+
+def test_a_pipeline_and_a_grid_search_choose_by_nats() -> None:
+    X = np.random.RandomState(0).randn(60, 3) * [1, 10, 100]
+    search = GridSearchCV(
+        make_pipeline(StandardScaler(), VAEDensity(**TINY)),
+        {"vaedensity__latent_dim": [1, 2]},
+        cv=2,
+        error_score="raise",
+    ).fit(X)
+    assert np.isfinite(search.cv_results_["mean_test_score"]).all()
+    assert search.transform(X).shape == (60, search.best_params_["vaedensity__latent_dim"])
+
+
+def test_cross_validation_scores_each_fold() -> None:
+    X, _ = OF_KINDS["binary"]
+    assert np.isfinite(cross_val_score(VAEDensity(**TINY), X, cv=3, error_score="raise")).all()
+
+
+def test_a_scaler_changes_the_density_by_its_determinant() -> None:
+    X = np.random.RandomState(0).randn(200, 2) * [2, 8]
+    scaler = StandardScaler().fit(X)
+    plain = VAEDensity(**TINY).fit(scaler.transform(X)).score(scaler.transform(X))
+    piped = make_pipeline(StandardScaler(), VAEDensity(**TINY)).fit(X).score(X)
+    assert piped == pytest.approx(plain)
+    assert np.log(scaler.scale_).sum() > 2  # what the two are away from a density of X
+
+
+def test_a_clone_has_the_parameters_as_they_were_given() -> None:
+    hidden = [7, 5]
+    estimator = VAEDensity(hidden=hidden, image_shape=None)
+    assert estimator.hidden is hidden
+    assert clone(estimator).get_params() == estimator.get_params()
+
+
+# --- Refusals ---
+
+
+@pytest.mark.parametrize(
+    ("X", "words", "message"),
+    [
+        (np.random.RandomState(0).randn(30, 3), {"likelihood": "bernoulli"}, "expected"),
+        (np.random.RandomState(0).rand(30, 3) * 9, {"likelihood": "beta"}, "expected"),
+        (np.random.RandomState(0).randn(30, 3) * 1e-4 + 1e6, {}, "single precision"),
+        (np.full((30, 3), 0.5), {}, "differ"),
+        (np.random.RandomState(0).randn(30, 3), {"image_shape": (2, 2)}, "image_shape"),
+        (np.random.RandomState(0).randn(30, 3), {"posterior": "delta", "prior": "standard-normal"}, "no log p"),
+        (np.random.RandomState(0).randn(30, 3), {"network": "resnet"}, "--network: expected one of"),
+        (np.random.RandomState(0).randn(30, 3), {"validation_fraction": 1}, "validation_fraction"),
+        (np.random.RandomState(0).randn(30, 2, 2, 2, 2), {}, "expected"),
+    ],
+    ids=["real-bernoulli", "beyond-1", "rounding", "constant", "shape", "delta", "word", "fraction", "dims"],
+)
+def test_what_cannot_be_fitted_is_refused_in_one_line(X: Any, words: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        VAEDensity(**TINY | words).fit(X)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "X"),
+    [("binary", np.full((3, 6), 2)), ("8-bit levels", np.full((3, 6), 0.5)), ("counts", np.full((3, 6), -1))],
+)
+def test_values_off_the_support_are_refused(kind: str, X: Any) -> None:
+    fitted = VAEDensity(**TINY).fit(OF_KINDS[kind][0])
+    with pytest.raises(ValueError, match=r"X: .*expected"):
+        fitted.score_samples(X)
+
+
+@pytest.mark.parametrize("name", ["score_samples", "score", "transform", "inverse_transform"])
+def test_what_is_not_fitted_says_so(name: str) -> None:
+    with pytest.raises(NotFittedError):
+        getattr(VAEDensity(), name)(np.zeros((3, 2)))
+
+
+def test_without_scikit_learn_one_line_says_what_is_missing() -> None:
+    code = "import sys; sys.modules['sklearn'] = None; import ppl_vae.estimator"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stderr.splitlines()[-1] == (
+        "ImportError: ppl_vae.estimator: expected scikit-learn; pip install 'ppl_vae[sklearn]' brings it"
+    )

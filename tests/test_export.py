@@ -1,0 +1,321 @@
+"""An export: one folder that loads without the training, with a card that says no more than the run's files."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ppl_vae import build, experiment, load, options, runs
+from ppl_vae.experiment import export, model_card
+from ppl_vae.experiment.exported import without_data
+from ppl_vae.options import Options
+
+SMALL: dict[str, Any] = {"hidden": (8,), "latent_dim": 2, "prior": "standard-normal"}
+HOSTILE = "x`](javascript:alert(1))\n---\n<script>evil()</script>| # title"
+
+
+def silent(line: str) -> None:
+    pass
+
+
+@pytest.fixture(scope="module")
+def data_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("secret-place") / "digits.npy"
+    np.save(path, np.random.RandomState(0).randint(0, 2, (60, 5, 4)).astype(np.uint8))
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(data_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "digits"
+    asked = Options(dataset=str(data_file), epochs=2, batch_size=20, images=5, evaluation_particles=20, **SMALL)
+    return experiment.train(asked, str(folder), say=silent, draw=False)
+
+
+@pytest.fixture
+def exported(run: Path, tmp_path: Path) -> Path:
+    return experiment.export_run(str(run), output=str(tmp_path / "out"), say=silent)
+
+
+def ran(script: str, *words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    path = Path(__file__).parent.parent / "scripts" / script
+    return subprocess.run(
+        [sys.executable, str(path), *words],
+        cwd=cwd,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+# --- The folder ---
+
+
+def test_an_export_loads_as_the_same_density(run: Path, exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(exported.parent)
+    weights, same = load(run).state_dict(), load("./out").state_dict()
+    assert weights.keys() == same.keys()
+    assert all(torch.equal(weights[name], same[name]) for name in weights)
+
+
+def test_an_export_holds_these_files_and_no_others(exported: Path) -> None:
+    assert {path.name for path in exported.iterdir()} == {
+        "config.json",
+        "evaluation.json",
+        "model.safetensors",
+        "README.md",
+    }
+
+
+def test_no_path_of_the_machine_is_in_an_export(data_file: Path, exported: Path) -> None:
+    for path in exported.rglob("*"):
+        content = path.read_bytes()
+        assert data_file.parent.name.encode() not in content
+        assert str(exported.parent).encode() not in content
+
+
+def test_no_option_of_the_training_is_in_an_export(exported: Path) -> None:
+    config = json.loads((exported / "config.json").read_text())
+    assert config.keys() == {"format", "model", "data", "checksum"}
+    assert not {"epochs", "learning_rate", "seed", "data_dir", "device", "batch_size"} & config["model"].keys()
+
+
+@pytest.mark.parametrize("path", ["/home/me/digits.npy", "a\\digits.npy", "digits.npy", "x/digits.npy/"])
+def test_of_a_path_its_name_alone_is_exported(path: str) -> None:
+    assert options.model_to_json(Options(dataset=path))["dataset"] == "digits.npy"
+
+
+def test_a_folder_called_as_a_data_set_is_not_exported_as_that() -> None:
+    assert options.model_to_json(Options(dataset="/home/me/mnist"))["dataset"] == "own mnist"
+
+
+def test_an_export_without_training_options_has_the_models(run: Path, exported: Path) -> None:
+    of_run, of_export = build.read_config(run)[0], build.read_config(exported)[0]
+    differ = {name for name in options.MODEL_OPTIONS if getattr(of_run, name) != getattr(of_export, name)}
+    assert differ == {"dataset"}
+
+
+def test_an_export_of_an_export_is_the_same_model(exported: Path, tmp_path: Path) -> None:
+    again = experiment.export_run(str(exported), output=str(tmp_path / "again"), say=silent)
+    for name in ("config.json", "model.safetensors", "evaluation.json"):
+        assert (again / name).read_bytes() == (exported / name).read_bytes()
+    assert "Not in the files of an export" in (again / "README.md").read_text()
+
+
+def test_evaluations_of_other_weights_are_left_out(run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    entries = runs.read_evaluations(copy)
+    old = entries["test"] | {"step": entries["test"]["step"] + 1, "split": "validation"}
+    runs.write_json(copy / runs.EVALUATION, entries | {"validation": old})
+    said: list[str] = []
+    folder = experiment.export_run(str(copy), output=str(tmp_path / "out"), say=said.append)
+    assert runs.read_evaluations(folder).keys() == {"test"}
+    assert any(line.startswith("Left out: 1") for line in said)
+
+
+def test_figures_of_these_weights_go_along(run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    (copy / "figures").mkdir()
+    (copy / "figures" / "prior_samples.png").write_bytes(b"new")
+    (copy / "figures" / "latents.png").write_bytes(b"of the data")
+    (copy / "figures" / "reconstructions.png").write_bytes(b"old")
+    os.utime(copy / "figures" / "reconstructions.png", (1, 1))
+    folder = experiment.export_run(str(copy), output=str(tmp_path / "out"), say=silent)
+    assert [path.name for path in (folder / "figures").iterdir()] == ["prior_samples.png"]
+    card = (folder / "README.md").read_text()
+    assert "figures/prior_samples.png" in card
+    assert "reconstructions.png" not in card
+
+
+# --- Whole or not at all ---
+
+
+def test_a_folder_that_holds_something_is_refused_and_left_alone(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("mine")
+    with pytest.raises(ValueError, match="expected a new or empty folder"):
+        experiment.export_run(str(run), output=str(tmp_path), say=silent)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_an_export_that_fails_leaves_nothing(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device", "model.safetensors")
+
+    monkeypatch.setattr(export.runs, "save_tensors", full)
+    before = sorted(path.name for path in run.iterdir())
+    with pytest.raises(OSError, match="No space left"):
+        experiment.export_run(str(run), output=str(tmp_path / "out"), say=silent)
+    assert list(tmp_path.iterdir()) == []
+    assert sorted(path.name for path in run.iterdir()) == before
+
+
+def test_an_empty_folder_is_taken(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    folder = experiment.export_run(str(run), output=str(tmp_path / "empty"), say=silent)
+    assert load(folder).likelihood.event_shape == (1, 5, 4)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"format": "ppl_vae model 2"}, "another version wrote it"),
+        ({"model": 3}, "expected an object of options under model"),
+        ({"model": {"latent_dim": 2}}, "missing or unknown"),
+    ],
+)
+def test_a_damaged_config_is_refused_in_one_line(exported: Path, change: dict[str, Any], words: str) -> None:
+    config = runs.read_json(exported / "config.json")
+    runs.write_json(exported / "config.json", config | change)
+    with pytest.raises(ValueError, match=words) as caught:
+        load(exported)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+# --- What works on it ---
+
+
+def test_the_scripts_take_an_export_from_any_directory(exported: Path, data_file: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    done = ran("evaluate_log_likelihood.py", str(exported), "--num-particles", "3", cwd=elsewhere)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].endswith("digits.npy, is not there; --dataset says where it is now")
+    words = ("--num-particles", "20", "--images", "5", "--dataset", str(data_file))
+    told = runs.read_evaluations(exported)["test"]["log_likelihood"]
+    done = ran("evaluate_log_likelihood.py", str(exported), *words, cwd=elsewhere)
+    assert done.returncode == 0, done.stderr
+    assert runs.read_evaluations(exported)["test"]["log_likelihood"] == told
+
+
+def test_samples_and_codes_of_an_export_need_no_data(exported: Path, data_file: Path, tmp_path: Path) -> None:
+    images = tmp_path / "mine.npy"
+    np.save(images, np.load(data_file)[:6])
+    common: dict[str, Any] = {"seed": 0, "device": "cpu", "say": silent}
+    samples = experiment.sample_run(str(exported), num_samples=3, output=str(tmp_path / "s"), **common)
+    with np.load(samples / "samples.npz", allow_pickle=False) as arrays:
+        assert arrays["images"].shape == (3, 1, 5, 4)
+    codes = experiment.encode_images(
+        str(exported), str(images), num_particles=5, images=None, output=str(tmp_path / "c"), **common
+    )
+    with np.load(codes / "encoded.npz", allow_pickle=False) as arrays:
+        assert arrays["mean"].shape == (6, 2)
+
+
+def test_training_goes_on_with_no_export(exported: Path, data_file: Path) -> None:
+    with pytest.raises(ValueError, match=r"--resume: expected a run of train_svi\.py"):
+        experiment.resume(str(exported), epochs=None, dataset=str(data_file), say=silent)
+
+
+def test_training_starts_from_an_export(exported: Path, data_file: Path) -> None:
+    asked = options.parse_train(["--start-from", str(exported), "--dataset", str(data_file), "--epochs", "1"]).options
+    assert asked is not None
+    assert (asked.hidden, asked.latent_dim, asked.prior, asked.dataset) == ((8,), 2, "standard-normal", str(data_file))
+
+
+# --- The card ---
+
+
+def numbers(text: str) -> set[str]:
+    return set(re.findall(r"-?\d+\.\d+", text))
+
+
+def test_every_decimal_of_the_numbers_is_in_the_files(run: Path, exported: Path) -> None:
+    card = (exported / "README.md").read_text()
+    found = card.split("## Numbers")[1].split("## Data")[0]
+    told = json.dumps(runs.read_evaluations(run))
+    values = [abs(float(n)) for n in re.findall(r"-?\d+\.?\d*(?:e-?\d+)?", told)] + [0.5, 0.7]
+    for word in numbers(found):
+        digits = len(word.split(".")[1])
+        assert any(f"{value:.{digits}f}" == word.lstrip("-") for value in values), word
+
+
+def test_a_card_says_what_is_missing(run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    for name in (runs.EVALUATION, runs.ENVIRONMENT, runs.METRICS):
+        (copy / name).unlink()
+    folder = experiment.export_run(str(copy), output=str(tmp_path / "out"), say=silent)
+    card = (folder / "README.md").read_text()
+    assert not (folder / runs.EVALUATION).exists()
+    for words in (
+        "There is no evaluation of these weights",
+        "Versions and device are not in the run's files",
+        "How long it took is not in the run's files",
+        "There is no certificate",
+    ):
+        assert words in card
+
+
+def test_a_card_says_data_protocol_and_seed(exported: Path) -> None:
+    card = (exported / "README.md").read_text()
+    config = json.loads((exported / "config.json").read_text())
+    for words in (config["data"]["sha256"], "Protocol: vampprior", "Seed 0", "2 epochs", "bernoulli", "(1, 5, 4)"):
+        assert words in card
+
+
+def test_a_hostile_name_stays_in_its_code_span(run: Path) -> None:
+    opened = without_data(run)
+    hostile = opened._replace(splits=replace(opened.splits, name=HOSTILE), options=replace(opened.options))
+    card = model_card.model_card(hostile, {}, step=0)
+    body = re.sub(r"`[^`\n]*`", "", card.split("```")[0])
+    assert "evil" not in body
+    assert "javascript" not in body
+    assert len(re.findall("^---$", card, flags=re.MULTILINE)) == 2
+
+
+def test_a_hostile_entry_stays_in_its_code_block(run: Path, exported: Path) -> None:
+    entry = runs.read_evaluations(exported)["test"] | {"split": HOSTILE}
+    card = model_card.model_card(without_data(run), {"test": entry}, step=0)
+    lines = [line for line in card.splitlines() if "evil" in line or "javascript" in line]
+    assert lines
+    assert all(line.startswith("    ") for line in lines)
+
+
+def test_a_damaged_entry_is_refused_in_one_line(run: Path) -> None:
+    with pytest.raises(ValueError, match=r"evaluation\.json: damaged: 'test'"):
+        model_card.model_card(without_data(run), {"test": {"step": 1}}, step=1)
+
+
+def test_the_front_matter_is_what_hubs_read(exported: Path) -> None:
+    lines = (exported / "README.md").read_text().splitlines()
+    assert lines[0] == "---"
+    front = lines[1 : lines.index("---", 1)]
+    assert "library_name: ppl_vae" in front
+    assert '- "likelihood-bernoulli"' in front
+
+
+def test_a_pretrained_run_is_exported(tmp_path: Path) -> None:
+    folder = experiment.export_run("mnist-best", output=str(tmp_path / "out"), say=silent)
+    entry = runs.read_evaluations(folder)["test"]
+    card = (folder / "README.md").read_text()
+    assert f"{entry['log_likelihood']['mean']:.2f} ± {entry['log_likelihood']['stderr']:.2f}" in card
+    assert f"unreliable images (jackknife above 0.5 nats): {entry['unreliable_images']}" in card
+
+
+def test_the_python_of_a_card_runs(exported: Path, data_file: Path) -> None:
+    card = (exported / "README.md").read_text()
+    lines = card.split("```python\n")[1].split("```")[0].replace("path/to/this/folder", str(exported))
+    x = f"import numpy, torch\nx = torch.from_numpy(numpy.load({str(data_file)!r})[:3, None]).float()\n"
+    done = subprocess.run(
+        [sys.executable, "-c", x + lines + "print(nats.shape, images.shape)"],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+    )
+    assert done.stdout.strip() == "torch.Size([3]) torch.Size([16, 1, 5, 4])"

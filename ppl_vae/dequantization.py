@@ -136,6 +136,8 @@ def dequantized(vae: VAE, *, num_draws: int = 16) -> VAE:
     Raises:
         ValueError: M below 1, or a likelihood that says it is a mass; from the likelihood: pixels that are not
             independent.
+
+    Reference: Theis et al. 2016, arXiv 1511.01844, section 3.1 (the bound).
     """
     if num_draws < 1:
         raise ValueError(f"num_draws: expected at least 1, got {num_draws}")

@@ -219,6 +219,5 @@ def _in_one_line() -> Iterator[None]:
 def _lost(error: Exception) -> ConnectionError:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return ConnectionError(
-        f"rank {os.environ.get('RANK', '0')}: another process of this training ended or did not answer within "
-        f"{TIMEOUT.total_seconds() / 60:.0f} minutes ({lines[0][:120]})"
+        f"another process ended or did not answer within {TIMEOUT.total_seconds() / 60:.0f} minutes ({lines[0][:120]})"
     )

@@ -138,7 +138,7 @@ class VAEDensity(TransformerMixin, BaseEstimator):
             raise ValueError("posterior: expected a density q(z | x), got delta: an autoencoder has no log p(x)")
         rows = self._validated(X, reset=True)
         images = self._images(rows)
-        self.kind_ = _kind(images)
+        self.kind_ = own.kind_of(_X, "X", images)
         self.row_shape_, self.event_shape_ = rows.shape[1:], images.shape[1:]
         self.seed_ = int(check_random_state(self.random_state).randint(2**31 - 1))
         splits = self._splits(images)
@@ -244,7 +244,7 @@ class VAEDensity(TransformerMixin, BaseEstimator):
             X = X.reshape(len(X), *E)
         if X.dtype.kind == "i" and X.size and X.min() < 0:
             X = X.astype(np.float64)
-        return np.ascontiguousarray(own._channels_first(_X, "X", X))
+        return np.ascontiguousarray(own.channels_first(_X, "X", X))
 
     def _splits(self, images: np.ndarray) -> data.Splits:
         """A data set of which a part, drawn by the seed, is validation, and none test."""
@@ -295,9 +295,11 @@ class VAEDensity(TransformerMixin, BaseEstimator):
         images = self._images(self._validated(X, reset=False))
         if images.shape[1:] != self.event_shape_:
             raise ValueError(f"X: expected rows of event shape {self.event_shape_}, got {images.shape[1:]}")
-        if not np.isfinite(images.astype(np.float32)).all():
+        with np.errstate(over="ignore"):  # said in the line below
+            single = images.astype(np.float32)
+        if not np.isfinite(single).all():
             raise ValueError("X: expected numbers that single precision holds, got larger ones")
-        x = torch.from_numpy(images.astype(np.float32))
+        x = torch.from_numpy(single)
         if self._pixels_ == "threshold":
             x = (x / 255 if self.kind_ == data.LEVELS else x).ge(0.5).float()
         elif self._pixels_ in ("levels", "dequantized"):
@@ -319,11 +321,3 @@ class VAEDensity(TransformerMixin, BaseEstimator):
         if values.ndim == 4:
             values = values.transpose(0, 2, 3, 1)
         return values.reshape(len(values), *self.row_shape_)
-
-
-def _kind(images: np.ndarray) -> str:
-    """As in a data file of one's own; refuses what single precision cannot tell apart."""
-    seen = own._look(images)
-    kind = own._kind(_X, seen)
-    own._check_kind(_X, "X", seen, kind)
-    return kind

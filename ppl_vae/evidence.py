@@ -262,7 +262,12 @@ def _importance_of_group(
 
 
 def log_evidence(model: Program, guide: Program, x: Tensor, *, num_particles: int, chunk: int | None = None) -> Tensor:
-    """The bound L_S for each image: (N,) nats. Arguments, errors and source as ``importance``."""
+    """The bound L_S for each image: (N,) nats.
+
+    Args: as ``importance``, whose errors are these too.
+
+    Reference: Burda et al. 2016, arXiv 1509.00519, equation 8.
+    """
     return importance(model, guide, x, num_particles=num_particles, chunk=chunk).log_evidence
 
 
@@ -280,10 +285,25 @@ def even_chunk(num_particles: int, most: int) -> int:
 def images_a_group(x: Tensor, num_particles: int) -> int:
     """How many images have their noise from one seed: by an image's size, S and the kind of device alone. x: (N, *E).
 
-    It depends neither on the model, so that two of them are compared under the same noise, nor on the number of ranks.
+    It depends neither on the model, so that the groups of two of them have the same seeds, nor on the number of ranks.
     """
     pairs = particles_a_pass(x)
     return min(_IMAGES_A_GROUP, max(1, pairs // even_chunk(num_particles, pairs)))
+
+
+def pass_of_group(vae: Any, x: Tensor, num_particles: int) -> tuple[int, int]:
+    """How many particles, and of how many images of a group, ``evaluate`` draws at once: models differ in it.
+
+    Noise is matched between two models only where they agree in this.
+
+    Args:
+        vae: as in ``weighed_a_pass``.
+        x: images (N, *E).
+        num_particles: S.
+    """
+    pairs = weighed_a_pass(vae, x)
+    particles = even_chunk(num_particles, pairs)
+    return particles, even_chunk(images_a_group(x, num_particles), max(1, pairs // particles))
 
 
 def evaluate(
@@ -340,9 +360,9 @@ def evaluate(
     if len(x) == 0:
         raise ValueError("x: expected at least one image, got none")
     with seeded(seed, x.device), pyro.validation_enabled(check), in_evaluation_mode(vae), torch.no_grad():
-        pairs, size = weighed_a_pass(vae, x), images_a_group(x, num_particles)
-        chunk = even_chunk(num_particles, pairs)  # with and without compiling, so that the noise is the same
-        passes = Passes(chunk, even_chunk(size, max(1, pairs // chunk)), device=x.device, say=say)
+        size = images_a_group(x, num_particles)
+        # With and without compiling, so that the noise is the same.
+        passes = Passes(*pass_of_group(vae, x, num_particles), device=x.device, say=say)
         terms: Terms = log_weight_terms
         if compile:
             terms = _captured(vae, x, passes, seed=seed, on_compiled=on_compiled)

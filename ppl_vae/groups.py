@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ppl_vae import distributed
+from ppl_vae.options import EndedElsewhere
 
 # How often several ranks exchange what they found, and learn of an error or of a wish to stop on another.
 _SECONDS_BETWEEN_EXCHANGES = 2.0
@@ -85,7 +86,7 @@ def in_groups(
 
 @contextmanager
 def ending_together() -> Iterator[None]:
-    """What raises in here on one rank ends all: that one with its error, the others with ConnectionError.
+    """What raises in here on one rank ends all: that one with its error, the others with EndedElsewhere.
 
     Every rank must come here.
     """
@@ -95,7 +96,7 @@ def ending_together() -> Iterator[None]:
         distributed.agree(True)
         raise
     if distributed.agree(False):
-        raise ConnectionError(f"rank {distributed.rank()}: ends, because another rank met an error")
+        raise EndedElsewhere("another rank met an error")
 
 
 def _taken_up(table: Tensor, size: int, done: Mapping[int, Tensor]) -> list[slice]:

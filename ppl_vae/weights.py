@@ -139,10 +139,13 @@ def log_weights(model: Program, guide: Program, x: Tensor, num_particles: int) -
     """log w_s = log p(x, z_s) - log q(z_s | x), for z_s ~ q(z | x), s = 1..S.
 
     Fresh draws from torch's global generator at every call. The encoder runs once an image, never once a particle.
-    Arguments and errors as ``log_weight_terms``.
+
+    Args: as ``log_weight_terms``, whose errors are these too.
 
     Returns:
         (S, B) nats, one row a particle.
+
+    Reference: Burda et al. 2016, arXiv 1509.00519, equation 8.
     """
     log_p_x_given_z, log_p_z_over_q_z = log_weight_terms(model, guide, x, num_particles)
     return log_p_x_given_z + log_p_z_over_q_z

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import runpy
@@ -380,6 +381,13 @@ def test_guides_with_other_latents_do_not_claim_matched_noise(folders, tmp_path)
     entry, said = _compare(folders, ["a", "b", "wide"], tmp_path / "out")
     assert [compared["same_noise"] for compared in entry["comparisons"]] == [True, False]
     assert "not matched for wide:" in said
+
+
+def test_models_that_are_drawn_in_other_passes_do_not_claim_matched_noise(folders, tmp_path, monkeypatch):
+    passes = itertools.count(1)
+    monkeypatch.setattr(comparison, "pass_of_group", lambda vae, x, num_particles: (next(passes), 1))
+    entry, _ = _compare(folders, ["a", "b"], tmp_path / "out")
+    assert not entry["comparisons"][0]["same_noise"]
 
 
 def test_two_runs_with_one_name_go_by_their_paths(folders, tmp_path):

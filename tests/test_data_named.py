@@ -199,6 +199,19 @@ def test_a_failed_download_says_what_to_place_where(
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize("name", PLACES)
+def test_nothing_is_downloaded_where_it_may_not_be(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:
+    def fetch(root: str, split: str = "train", download: bool = False, **_: object) -> None:
+        if download:
+            Path(root, "fetched").touch()
+        raise RuntimeError("Dataset not found")
+
+    install(monkeypatch, FashionMNIST=fetch, KMNIST=fetch, SVHN=fetch, utils=SimpleNamespace(download_url=fetch))
+    with pytest.raises(ValueError, match=f"{name} cannot be read from {tmp_path}, into which nothing is downloaded"):
+        data.load(name, data_dir=str(tmp_path), download=False)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_fashion_mnist_with_wrong_pixels_is_refused(
     torchvision: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -242,6 +255,10 @@ def test_archives_in_a_folder_that_is_read_only_are_unpacked_elsewhere(archives:
     archives.chmod(0o555)
     assert len(data.load("kmnist", data_dir=str(tmp_path)).test) == NUM_TEST
     assert [path.name for path in archives.iterdir()] == ["archive.gz"]
+
+
+def test_archives_are_unpacked_where_nothing_may_be_downloaded(archives: Path, tmp_path: Path) -> None:
+    assert len(data.load("kmnist", data_dir=str(tmp_path), download=False).test) == NUM_TEST
 
 
 def test_archives_in_a_folder_that_can_be_written_are_unpacked_there(archives: Path, tmp_path: Path) -> None:

@@ -263,7 +263,14 @@ def test_a_card_says_what_is_missing(run: Path, tmp_path: Path) -> None:
 def test_a_card_says_data_protocol_and_seed(exported: Path) -> None:
     card = (exported / "README.md").read_text()
     config = json.loads((exported / "config.json").read_text())
-    for words in (config["data"]["sha256"], "Protocol: vampprior", "Seed 0", "2 epochs", "bernoulli", "(1, 5, 4)"):
+    for words in (
+        config["data"]["sha256"],
+        "Splits: as the data names them",
+        "Seed 0",
+        "2 epochs",
+        "bernoulli",
+        "(1, 5, 4)",
+    ):
         assert words in card
 
 

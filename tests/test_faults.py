@@ -39,7 +39,10 @@ from disturbed_runs import (
 )
 from safetensors.torch import load_file, save_file
 
-from ppl_vae import load, runs
+from ppl_vae import build, load, runs
+from ppl_vae.experiment.checkpoints import mend_states
+from ppl_vae.experiment.opening import open_run
+from ppl_vae.options import Options
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="commands are forked")
 
@@ -205,6 +208,14 @@ def test_two_damaged_states_are_refused_with_what_is_still_good(server: Server, 
 
 def test_the_previous_state_is_the_one_before_the_newest(copy: Path) -> None:
     assert (runs.load_step(copy / PREVIOUS), runs.load_step(copy / STATE)) == (9, 10)
+
+
+def test_the_whole_state_is_kept_where_the_next_one_is_written_after_a_damaged_one(copy: Path) -> None:
+    truncate(copy / STATE, 0.5)
+    mend_states(copy)
+    tensors, scalars = runs.load_tensors(copy / STATE)
+    runs.save_tensors(copy / STATE, tensors, scalars | {"step": 11}, copy / PREVIOUS)
+    assert (runs.load_step(copy / PREVIOUS), runs.load_step(copy / STATE)) == (9, 11)
 
 
 # --- No room ---
@@ -397,6 +408,23 @@ def test_a_data_folder_that_a_config_names_is_never_made(
     hostile(copy, data_dir=data_dir, dataset="static-mnist")
     assert server.run(FIGURES, copy, cwd=place).code == 1
     assert (list(place.iterdir()), (tmp_path / "elsewhere").exists()) == ([], False)
+
+
+def test_nothing_is_downloaded_into_a_folder_that_a_config_names(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+
+    def refuse(options: Options, *, download: bool) -> None:
+        asked.append(download)
+        raise ValueError("no data")
+
+    hostile(copy, data_dir=str(tmp_path), dataset="kmnist")
+    monkeypatch.setattr(build, "splits", refuse)
+    for data_dir in (None, str(tmp_path)):
+        with pytest.raises(ValueError, match="no data"):
+            open_run(str(copy), data_dir=data_dir)
+    assert asked == [False, True]
 
 
 def test_what_a_trained_run_was_started_from_is_not_opened_again(server: Server, copy: Path, tmp_path: Path) -> None:

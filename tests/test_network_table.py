@@ -96,6 +96,11 @@ def test_a_folder_with_other_options_is_refused(table, options, name):
         compare(replace(options, **{name: 3}), folder)
 
 
+def test_a_run_that_was_streamed_or_logged_is_taken(table, options):
+    folder, rows, _ = table
+    assert compare(replace(options, stream="on", tensorboard="on"), folder)[0] == rows
+
+
 def test_a_folder_of_another_data_set_is_refused(table, options, tmp_path):
     folder, _, _ = table
     np.save(tmp_path / "other.npy", np.random.default_rng(1).integers(0, 2, (300, 6, 5), dtype=np.uint8))

@@ -72,7 +72,7 @@ def test_every_rank_has_the_numbers_of_a_process_alone(ranks, alone, case):
 
 def test_a_number_that_is_not_finite_on_one_rank_ends_all_of_them(ranks):
     for (_, rank), (_, ends) in ranks.items():
-        assert ends["not finite"] == ("NotFinite" if rank == 1 else "ConnectionError")
+        assert ends["not finite"] == ("NotFinite" if rank == 1 else "EndedElsewhere")
 
 
 def test_one_rank_that_is_told_to_stop_stops_all_of_them(ranks):
@@ -81,7 +81,7 @@ def test_one_rank_that_is_told_to_stop_stops_all_of_them(ranks):
 
 def test_what_cannot_be_kept_on_rank_0_ends_all_of_them(ranks):
     for (_, rank), (_, ends) in ranks.items():
-        assert ends["not kept"] == ("OSError" if rank == 0 else "ConnectionError")
+        assert ends["not kept"] == ("OSError" if rank == 0 else "EndedElsewhere")
 
 
 @pytest.mark.slow

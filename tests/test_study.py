@@ -107,7 +107,8 @@ def numbers(study: tuple[Path, dict[str, Any]]) -> dict[str, Any]:
 
 def without_times(value: Any) -> Any:
     if isinstance(value, dict):
-        return {k: without_times(v) for k, v in value.items() if not k.startswith("seconds") and k != "environment"}
+        left_out = ("environment", "checksum")
+        return {k: without_times(v) for k, v in value.items() if not k.startswith("seconds") and k not in left_out}
     return [without_times(v) for v in value] if isinstance(value, list) else value
 
 

@@ -151,6 +151,10 @@ def load(run_dir: str | Path) -> VAE:
     options, seen = read_config(folder)
     with torch.random.fork_rng(devices=[]):  # fresh weights are drawn, and replaced
         model = vae(options, seen["event_shape"])
-    weights, _ = runs.load_tensors(folder / runs.MODEL)
+    try:
+        weights, _ = runs.load_tensors(folder / runs.MODEL)
+    except ValueError as error:
+        cure = f"; --resume {folder} writes it again" if (folder / runs.TRAINING_STATE).exists() else ""
+        raise ValueError(f"{error}{cure}") from None
     load_weights(model, folder / runs.MODEL, weights)
     return model.eval()

@@ -15,9 +15,9 @@ def data_options(options: Options) -> dict[str, Any]:
     return {name: getattr(options, name) for name in names}
 
 
-def splits(options: Options) -> data.Splits:
-    """The data set that the options ask for. Raises ValueError as ``data.load``."""
-    return data.load(**data_options(options))
+def splits(options: Options, *, download: bool = True) -> data.Splits:
+    """The data set that the options ask for, fetched where it may be. Raises ValueError as ``data.load``."""
+    return data.load(**data_options(options), download=download)
 
 
 def pixels(options: Options, seen: data.Splits) -> str:

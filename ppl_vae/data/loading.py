@@ -15,7 +15,7 @@ from ppl_vae.data.embedded import mnist
 from ppl_vae.data.image_folder import image_folder
 from ppl_vae.data.own import own_arrays
 from ppl_vae.data.splits import Splits
-from ppl_vae.data.torchvision_sets import read_through_torchvision
+from ppl_vae.data.torchvision_sets import DOWNLOADED, read_through_torchvision
 from ppl_vae.options import COLORS, FITS, PROTOCOLS
 
 # Each reads its files in a folder, of which MNIST needs none.
@@ -40,6 +40,7 @@ def load(
     image_size: Sequence[int] | None = None,
     fit: str = "crop",
     color: str | None = None,
+    download: bool = True,
 ) -> Splits:
     """The data set of that name, or a person's own ``.npz`` or ``.npy`` file, or folder of images.
 
@@ -49,6 +50,7 @@ def load(
         protocol: "vampprior" (Tomczak and Welling 2018, arXiv 1705.07120), or for the gray named sets "iwae" (Burda et
             al. 2016, arXiv 1509.00519): all 60,000 images train, none validate, test is drawn anew at each evaluation.
         image_size, fit, color: of a folder of images: see ``image_folder``.
+        download: whether a named data set that is not there may be fetched.
 
     Raises:
         ValueError: an unknown name, missing or damaged files, or values that are no images.
@@ -74,7 +76,11 @@ def load(
         raise ValueError(
             f"dataset: expected {names}, or the path of an .npz or .npy file or of a folder of images, got {dataset!r}"
         )
-    splits = DATASETS[dataset](Path(data_dir or os.environ.get("PPL_VAE_DATA_DIR") or "data"))
+    folder = Path(data_dir or os.environ.get("PPL_VAE_DATA_DIR") or "data")
+    if dataset in DOWNLOADED and not download:
+        splits = read_through_torchvision(dataset, folder, download=False)
+    else:
+        splits = DATASETS[dataset](folder)
     return _under_iwae(splits) if protocol == "iwae" else splits
 
 

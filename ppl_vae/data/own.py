@@ -54,7 +54,7 @@ def own_arrays(path: Path) -> Splits:
     for split, of_split in seen.items():
         _check_kind(path, split, of_split, kind)
     tensors = {
-        split: torch.from_numpy(np.ascontiguousarray(_channels_first(path, split, array), dtype=_STORED[kind][0]))
+        split: torch.from_numpy(np.ascontiguousarray(channels_first(path, split, array), dtype=_STORED[kind][0]))
         for split, array in images.items()
     }
     shapes = {tuple(x.shape[1:]) for x in tensors.values()}
@@ -130,7 +130,7 @@ def _draft(path: Path) -> cache.Draft:
     seen = _look(array.T if header.is_fortran else array, digest)
     kind = _kind(path, seen)
     _check_kind(path, "train", seen, kind)
-    images = _channels_first(path, "train", array)
+    images = channels_first(path, "train", array)
     rows, labels, words = complete(str(path), {"train": torch.arange(len(images))}, {})
     stored, dtype = _STORED[kind]
     places = torch.cat([rows[split] for split in _WORDS]).split(_rows_at_once(images))
@@ -285,6 +285,22 @@ def _look(array: np.ndarray, digest: Any = None) -> _Seen:
     return _Seen(array.dtype, is_binary, low, high, rounding, mean, math.sqrt(squares / max(1, count)))
 
 
+def kind_of(path: Path, name: str, array: np.ndarray) -> str:
+    """The kind of an array's numbers, a word of ``data.splits``.
+
+    Args:
+        path, name: what errors call the file and the array.
+        array: (N, *E), one row or more.
+
+    Raises:
+        ValueError: numbers of no kind, or that single precision cannot tell apart.
+    """
+    seen = _look(array)
+    kind = _kind(path, seen)
+    _check_kind(path, name, seen, kind)
+    return kind
+
+
 def _is_finite(low: Any, high: Any) -> bool:
     """Also as float32, in which it is stored; False where one is NaN."""
     most = np.finfo(np.float32).max
@@ -328,8 +344,12 @@ def _check_kind(path: Path, split: str, seen: _Seen, kind: str) -> None:
         )
 
 
-def _channels_first(path: Path, split: str, array: np.ndarray) -> np.ndarray:
-    """One split as (N, D) or (N, C, H, W)."""
+def channels_first(path: Path, split: str, array: np.ndarray) -> np.ndarray:
+    """One split as (N, D) or (N, C, H, W).
+
+    Raises:
+        ValueError: neither that, nor (N, H, W), nor (N, H, W, C), C = 1 or 3; or no pixels.
+    """
     if array.ndim == 3:
         array = array[:, None]
     elif array.ndim == 4 and array.shape[3] in (1, 3):

@@ -28,7 +28,9 @@ _DIGITS = tuple("0123456789")
 class _Source(NamedTuple):
     """How torchvision calls a data set, which of its files lie in the data folder, and what else is known of it."""
 
-    read: Callable[[str, str], tuple[Any, Any]]  # (name, folder) -> training and test sets, as torchvision has them
+    read: Callable[
+        ..., tuple[Any, Any]
+    ]  # (name, folder, *, download) -> training and test sets, as torchvision has them
     files: tuple[str, ...]
     expected: str
     event_shape: tuple[int, ...]
@@ -36,20 +38,30 @@ class _Source(NamedTuple):
     class_names: tuple[str, ...]
 
 
-def _by_train(own_name: str, name: str, root: str) -> tuple[Any, Any]:
+_NOWHERE = "file:///dev/null/"  # a mirror from which nothing comes
+
+
+def _by_train(own_name: str, name: str, root: str, *, download: bool) -> tuple[Any, Any]:
     make = getattr(_torchvision_datasets(name), own_name)
+    if not download:
+        if not (Path(root) / own_name / "raw").is_dir():
+            raise ValueError(f"no folder {own_name}/raw in it")
+        # By download torchvision also means unpacking what is there, which is to go on.
+        make = type(own_name, (make,), {"mirrors": [_NOWHERE]})
     if (Path(root) / own_name / "processed").exists():  # torchvision would unpickle what old versions of it left there
         raise ValueError(f"expected no folder {own_name}/processed, which old versions of torchvision wrote; remove it")
     return make(root, train=True, download=True), make(root, train=False, download=True)
 
 
-def _svhn(name: str, root: str) -> tuple[Any, Any]:
+def _svhn(name: str, root: str, *, download: bool) -> tuple[Any, Any]:
     make = _torchvision_datasets(name).SVHN
-    return make(root, split="train", download=True), make(root, split="test", download=True)
+    return make(root, split="train", download=download), make(root, split="test", download=download)
 
 
-def _cifar10(name: str, root: str) -> tuple[Any, Any]:
+def _cifar10(name: str, root: str, *, download: bool) -> tuple[Any, Any]:
     if not cifar10.is_there(Path(root)):
+        if not download:
+            raise ValueError("none of its archives in it")
         utils = _torchvision_datasets(name).utils
         utils.download_url(cifar10.URL, root, cifar10.BINARY_ARCHIVE, cifar10.BINARY_MD5)
     return cifar10.read(Path(root))
@@ -93,6 +105,8 @@ _SOURCES = {
     ),
 }
 
+DOWNLOADED = tuple(_SOURCES)
+
 # SHA-256 of the pixels, row by row: torchvision checks the archives, but not what was once unpacked from them.
 _PIXELS_SHA256 = {
     "fashion-mnist": (
@@ -102,8 +116,10 @@ _PIXELS_SHA256 = {
 }
 
 
-def read_through_torchvision(name: str, data_dir: Path) -> Splits:
+def read_through_torchvision(name: str, data_dir: Path, *, download: bool = True) -> Splits:
     """One of the data sets above, uint8 (N, C, H, W), with its labels; downloaded into ``data_dir`` if it is not there.
+
+    Without ``download`` nothing is fetched, and no folder is made.
 
     The last training images are validation: 10,000 of 60,000 of Fashion-MNIST (Xiao et al. 2017, arXiv 1708.07747) and
     KMNIST (Clanuwat et al. 2018, arXiv 1812.01718), 5,000 of 50,000 of CIFAR-10 (Krizhevsky 2009), 7,325 of 73,257 of
@@ -115,17 +131,16 @@ def read_through_torchvision(name: str, data_dir: Path) -> Splits:
     source = _SOURCES[name]
     try:
         with _writable(data_dir, source.files) as root:
-            train, test = source.read(name, str(root))
+            train, test = source.read(name, str(root), download=download)
             pixels = [_channels_first(part.data) for part in (train, test)]
             labels = [_labels(part) for part in (train, test)]
     except _NoTorchvision:
         raise
     except Exception as error:  # no network, no space, damaged archives: torchvision raises nearly every type
-        why = _one_line(error)
-        raise ValueError(
-            f"dataset: {name} can be neither read from {data_dir} nor downloaded into it ({why}); "
-            f"place there {source.expected}"
-        ) from None
+        tried = f"can be neither read from {data_dir} nor downloaded into it"
+        if not download:
+            tried = f"cannot be read from {data_dir}, into which nothing is downloaded unless --data-dir names it"
+        raise ValueError(f"dataset: {name} {tried} ({_one_line(error)}); place there {source.expected}") from None
     checksums = tuple(hashlib.sha256(part.tobytes()).hexdigest() for part in pixels)
     shapes = [part.shape[1:] for part in pixels]
     if shapes != [source.event_shape] * 2 or checksums != _PIXELS_SHA256.get(name, checksums):

@@ -20,15 +20,15 @@ def check_comparable(options: Options) -> None:
 def check_same(folder: Path, asked: Options, splits: data.Splits, *, free: frozenset[str] = frozenset()) -> None:
     """A run that is taken as it is must be what is asked for, in every option but those that are free.
 
-    Where the data lies is always free, since its SHA-256 decides, and so is whether it was compiled, where that was
-    left to the program.
+    Where the data lies is always free, since its SHA-256 decides, and so is what changes no number: whether images were
+    streamed, events logged. So is whether it was compiled, where that was left to the program.
 
     Raises:
         ValueError: a folder that is no run, or one with other options.
     """
     stored, _ = build.read_config(folder)
     resolved = build.resolve(asked, splits)
-    free |= {"data_dir"} | ({"compile"} if asked.compile == "auto" else set())
+    free |= {"data_dir", "stream", "tensorboard"} | ({"compile"} if asked.compile == "auto" else set())
     differ = sorted(name for name in asdict(stored).keys() - free if getattr(stored, name) != getattr(resolved, name))
     if differ:
         raise ValueError(

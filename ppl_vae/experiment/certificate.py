@@ -34,7 +34,7 @@ from ppl_vae.typicality import guarded
 
 _CONVERGING = 25  # images
 _METHOD = (
-    1  # to be raised when a stage comes to other numbers by the same options: what is stored is then measured anew
+    2  # to be raised when a stage comes to other numbers by the same options: what is stored is then measured anew
 )
 
 
@@ -246,7 +246,8 @@ def _other_images(run: Run, dataset: str, data_dir: str | None, images: int, see
     of_images = {} if named or Path(dataset).suffix in (".npz", ".npy") else build.data_options(run.options)
     of_images = {name: of_images[name] for name in ("image_size", "fit", "color") if name in of_images}
     try:
-        splits = data.load(dataset, data_dir=data_dir or run.options.data_dir, **of_images)
+        download = data_dir is not None or run.options.data_dir is None  # never into a folder that a config names
+        splits = data.load(dataset, data_dir=data_dir or run.options.data_dir, download=download, **of_images)
     except ValueError as error:
         raise ValueError(f"--against {dataset}: {error}") from None
     if splits.event_shape != run.splits.event_shape:

@@ -38,6 +38,19 @@ def newest_checkpoint(folder: Path, *, say: Say) -> Saved | None:
     raise ValueError(f"{damaged[0]}{both}; {_of_the_weights(folder)}")
 
 
+def mend_states(folder: Path) -> None:
+    """Puts the state before the newest in its place, where the newest is damaged.
+
+    Else the next checkpoint would keep the damaged one as the one before it, in the place of the whole one.
+    """
+    newest, previous = folder / runs.TRAINING_STATE, folder / runs.PREVIOUS_STATE
+    if newest.exists() and previous.exists():
+        try:
+            runs.load_step(newest)
+        except ValueError:
+            previous.replace(newest)
+
+
 def _of_the_weights(folder: Path) -> str:
     try:
         step = runs.load_step(folder / runs.MODEL)

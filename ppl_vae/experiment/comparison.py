@@ -13,7 +13,7 @@ from pyro import poutine
 from torch import Tensor
 
 from ppl_vae import build, data, plots, runs
-from ppl_vae.evidence import Estimate, Importance, seeded
+from ppl_vae.evidence import Estimate, Importance, pass_of_group, seeded
 from ppl_vae.experiment.evaluation import bits_per_dim, plus_minus, read_per_image, with_a_bar
 from ppl_vae.experiment.opening import Run, Say, check_density, draws_of, evaluated_vae, open_run
 from ppl_vae.experiment.outputs import output_folder, removed_if_empty, write_figure
@@ -252,7 +252,14 @@ def _entry(entrants: Sequence[Entrant], results: Sequence[Importance], asked: As
     """What comparison.json holds, but for the seconds."""
     differences = [bound_difference(results[0], result, comparisons=len(results) - 1) for result in results[1:]]
     of_draws = [entrant.num_draws is not None for entrant in entrants]
-    noises = [(entrant.num_draws, _noise(entrant.vae, asked.x)) for entrant in entrants]
+    noises = [
+        (
+            entrant.num_draws,
+            pass_of_group(entrant.vae, asked.x, asked.num_particles),
+            _noise(entrant.vae, asked.x),
+        )
+        for entrant in entrants
+    ]
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         **_conditions([entrant.run for entrant in entrants], asked),

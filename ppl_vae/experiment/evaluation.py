@@ -44,9 +44,15 @@ _K_WITH_VARIANCE = 0.5
 
 
 def is_evaluated(folder: Path) -> bool:
-    """The test split was evaluated with the weights that the run has now."""
+    """The test split was evaluated with the weights that the run has now, and the numbers of each image are whole."""
     entry = runs.read_evaluations(folder).get("test", {})
-    return entry.get("step") == runs.load_step(folder / runs.MODEL)
+    if entry.get("step") != runs.load_step(folder / runs.MODEL):
+        return False
+    try:
+        runs.load_tensors(folder / runs.per_image("test"))
+    except ValueError:  # lost or damaged: it is measured again
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -82,7 +88,10 @@ def read_per_image(folder: Path, split: str) -> PerImage | None:
     path, entry = folder / runs.per_image(split), runs.read_evaluations(folder).get(split)
     if entry is None or not path.exists() or _has_no_density(entry):
         return None
-    tensors, scalars = runs.load_tensors(path)
+    try:
+        tensors, scalars = runs.load_tensors(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; evaluate_log_likelihood.py {folder} --split {split} measures it again") from None
     try:
         result = Importance(*(tensors[name] for name in Importance._fields))
         numbers = {name: scalars[name] for name in ("num_particles", "seed", "step")}

@@ -133,13 +133,36 @@ def _data(run: Run) -> str:
     options, splits = run.options, run.splits
     facts = [
         f"Data set: {code(splits.name)}, {splits.kind}; SHA-256 {code(splits.sha256)}.",
-        f"Protocol: {options.protocol}. How many images each split has is not in the run's files; each number says of "
+        f"Splits: {_splits(run)}. How many images each split has is not in the run's files; each number says of "
         "how many it is.",
+        f"The model sees {_SEEN[run.evaluated_pixels]}.",
         f"Binarization: {options.binarization}. Dequantization: {options.dequantization}."
         + f" The levels' mass is bounded by {options.dequantization_draws} draws a pixel."
         * (run.pixels == "dequantized"),
     ]
     return _bullets(facts)
+
+
+_SEEN = {
+    "dynamic": "zeros and ones (x = 1 with the probability that the pixel is: a level / 255)",
+    "fixed": "zeros and ones (x = 1 with the probability that the pixel is, a level / 255, drawn once)",
+    "threshold": "zeros and ones (1 from one half upwards)",
+    "none": "numbers as they are (8-bit levels as level / 255)",
+    "levels": "levels from 0 to 255",
+    "dequantized": "(level + u) / 256, u uniform",
+}
+
+
+def _splits(run: Run) -> str:
+    """How the data became training, validation and test images."""
+    options = run.options
+    if options.dataset in data.DATASETS:
+        return f"the {options.protocol} protocol"
+    words = "as the data names them; what it lacks is a tenth of the images each, by a fixed permutation"
+    if options.image_size is not None:
+        size = "x".join(str(n) for n in (options.image_size[0], options.image_size[-1]))
+        words += f". Images were brought to {size} ({options.fit})"
+    return words
 
 
 def _training(run: Run, step: int) -> str:

@@ -111,11 +111,13 @@ def open_run(
     """
     folder = own_copy(run_dir, say)
     options, seen = build.read_config(folder)
-    options = replace(options, dataset=dataset or options.dataset, data_dir=data_dir or _stored_data_dir(options))
+    stored = _stored_data_dir(options)
+    options = replace(options, dataset=dataset or options.dataset, data_dir=data_dir or stored)
+    download = data_dir is not None or stored is None  # into a folder of the user's choice, and of nobody else's
     if options.dataset not in data.DATASETS and not os.path.exists(options.dataset):
         raise ValueError(f"{folder}: its data, {options.dataset}, is not there; --dataset says where it is now")
     same = like is not None and build.data_options(like.options) == build.data_options(options)
-    splits = like.splits if like is not None and same else build.splits(options)
+    splits = like.splits if like is not None and same else build.splits(options, download=download)
     if splits.sha256 != seen["sha256"]:
         raise ValueError(
             f"{options.dataset}: expected the data that {folder} was trained on, got other bytes (its SHA-256 differs)"

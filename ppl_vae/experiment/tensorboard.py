@@ -46,6 +46,8 @@ def _writer(folder: Path, options: Options, *, purge_step: int | None) -> Iterat
     if options.tensorboard != "on" or not distributed.is_writer():
         yield lambda *_: None
         return
+    if (folder / EVENTS).is_symlink():
+        raise ValueError(f"{folder / EVENTS}: expected a folder of the run's own, got a link to elsewhere")
     writer = _writer_class()(str(folder / EVENTS), purge_step=purge_step)
 
     def add(prefix: str, values: dict[str, Any], step: int) -> None:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from ppl_vae import build, data, distributed, runs
 from ppl_vae.capture import CannotCapture
 from ppl_vae.evidence import NotFinite
-from ppl_vae.experiment.checkpoints import Saved, mend_metrics, mend_weights, newest_checkpoint
+from ppl_vae.experiment.checkpoints import Saved, mend_metrics, mend_states, mend_weights, newest_checkpoint
 from ppl_vae.experiment.evaluation import is_evaluated, write_evaluation, write_reconstructions
 from ppl_vae.experiment.figures import is_drawn, write_figures
 from ppl_vae.experiment.interruption import stop_on_signals
@@ -157,10 +157,12 @@ def _resume(run: Run, *, epochs: int | None, say: Say, compile: str | None, draw
     if compile is not None and compile != "auto" and compile != run.options.compile:
         run = _with_option(run, "compile", compile)
         say(f"From here on --compile {compile}: the same to rounding, and no longer bit for bit.")
-    if saved is not None and distributed.is_writer():
-        mend_weights(folder, saved, say=say)
-        an_epoch = _total_steps(run) // run.options.epochs
-        mend_metrics(folder, step=saved[1]["step"], steps_an_epoch=an_epoch, say=say)
+    with ending_together():  # before another rank reads what is damaged
+        if saved is not None and distributed.is_writer():
+            mend_states(folder)
+            mend_weights(folder, saved, say=say)
+            an_epoch = _total_steps(run) // run.options.epochs
+            mend_metrics(folder, step=saved[1]["step"], steps_an_epoch=an_epoch, say=say)
     if distributed.from_writer(_is_trained(run, saved) and is_evaluated(folder) and (not draw or is_drawn(run))):
         done = "evaluated and drawn" if draw else "evaluated"
         say(f"{folder} is finished: {run.options.epochs} epochs, {done}. --epochs extends it.")
@@ -192,7 +194,7 @@ def _go_on(run: Run, saved: Saved | None, *, say: Say, compile_if_possible: bool
         build.check_precision(options)
         with build.products_in(options.precision):
             _train(run, saved, say=say, compile_if_possible=compile_if_possible)
-    if not distributed.from_writer(is_evaluated(folder)):
+    if not distributed.from_writer(is_evaluated(folder) if distributed.is_writer() else None):
         _evaluate(run, say=say)
     if not distributed.is_writer():
         return

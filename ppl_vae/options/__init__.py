@@ -28,7 +28,7 @@ from ppl_vae.options.command_line import (
     parse_study,
     parse_train,
 )
-from ppl_vae.options.ending import Interrupted, command
+from ppl_vae.options.ending import EndedElsewhere, Interrupted, command
 from ppl_vae.options.run import (
     BELOW_ONE,
     BINARIZATIONS,
@@ -131,6 +131,7 @@ __all__ = [
     "TRANSFORMS",
     "WIDTH",
     "Check",
+    "EndedElsewhere",
     "Interrupted",
     "LikelihoodsCommand",
     "Options",

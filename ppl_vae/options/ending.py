@@ -24,6 +24,10 @@ class Interrupted(KeyboardInterrupt):
         self.number = number
 
 
+class EndedElsewhere(ConnectionError):
+    """Another process of the same training or evaluation met an error, which it says itself."""
+
+
 def command(main: Callable[[], None]) -> None:
     """Runs a script's main: what users can cause ends in one line and a non-zero exit, without a traceback.
 
@@ -33,6 +37,7 @@ def command(main: Callable[[], None]) -> None:
         signal.signal(signal.SIGTERM, _end)
     try:
         main()
+        _end_of_several()
     except KeyboardInterrupt as error:
         number = getattr(error, "number", signal.SIGINT)
         for ignored in (signal.SIGINT, signal.SIGTERM):  # impatience, while Python ends, shows no traceback
@@ -42,6 +47,8 @@ def command(main: Callable[[], None]) -> None:
             what = "interrupted" if number == signal.SIGINT else "terminated"
             print(f"\n{what}: {error}" if str(error) else f"\n{what}", file=sys.stderr)
         sys.exit(128 + number)
+    except EndedElsewhere:
+        sys.exit(1)
     except (ValueError, OSError, ArithmeticError) as error:
         if os.environ.get("PPL_VAE_TRACEBACK"):
             raise
@@ -51,6 +58,17 @@ def command(main: Callable[[], None]) -> None:
             raise
         first = str(error).splitlines()[:1]
         _end_with(f"out of memory; a smaller batch, network, or number of particles needs less {first}")
+
+
+def _end_of_several() -> None:
+    """Under torchrun, ends at once what went well: threads of its libraries can abort a Python that takes itself down.
+
+    Rank 1 of 2 was seen to end so, by SIGABRT and after all its work, in one of some forty runs.
+    """
+    if "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1":
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def _end(number: int, frame: FrameType | None) -> None:

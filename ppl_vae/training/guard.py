@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable
 
 import pyro
@@ -40,9 +41,9 @@ def check_ranks(state: TrainingState) -> None:
     if num_ranks() == 1:
         return
     tensors = [*state.vae.state_dict().values(), *state.averages.values()]
-    found = from_all([_sum_of_bits(tensors), _sum_of_bits([torch.get_rng_state()])])
+    found = from_all([_sha256(tensors), _sha256([torch.get_rng_state()])])
     for which, words in enumerate(("weights", "random numbers")):
-        others = [str(rank) for rank, sums in enumerate(found) if sums[which] != found[0][which]]
+        others = [str(rank) for rank, digests in enumerate(found) if digests[which] != found[0][which]]
         if others:
             raise RanksDiffer(
                 f"step {state.step}: expected the same {words} on all ranks, got others than rank 0 on "
@@ -50,8 +51,12 @@ def check_ranks(state: TrainingState) -> None:
             )
 
 
-def _sum_of_bits(tensors: Iterable[Tensor]) -> int:
-    return sum(int(tensor.contiguous().reshape(-1).view(torch.uint8).sum(dtype=torch.long)) for tensor in tensors)
+def _sha256(tensors: Iterable[Tensor]) -> str:
+    """Of the bits: in a sum of them, differences of two weights could cancel."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 _CHECKED_AT_ONCE = 1000  # images

@@ -229,3 +229,16 @@ def test_nothing_in_the_readme_waits_to_be_filled_in():
         *("PPL_VAE_DATA_DIR", "PPL_VAE_CACHE_DIR", "XDG_CACHE_HOME"),
         "OMP_NUM_THREADS",
     }
+
+
+def test_the_readmes_cost_of_scale_is_the_stored_measurement():
+    stored = json.loads((ROOT / "scripts/results/scale.json").read_text())
+    later = stored["folder"]["later_than_mnist_seconds"]
+    for words in (
+        f"as by one | {stored['ranks']['times_as_fast']:.2f} |",
+        f"to the first training step | {stored['folder']['first_seconds']:.0f} s |",
+        f"| {later['bernoulli']:+.1f} s; {later['discretized-logistic']:+.1f} s |",
+        f"| {stored['resume']['more_than_a_start_seconds']:+.1f} s |",
+    ):
+        assert words in README
+    assert {f"{of['ratio']:.2f}" for of in stored["streaming"].values()} == {"1.00"}

@@ -42,8 +42,13 @@ def mend_states(folder: Path) -> None:
     """Puts the state before the newest in its place, where the newest is damaged.
 
     Else the next checkpoint would keep the damaged one as the one before it, in the place of the whole one.
+
+    Raises:
+        ValueError: a folder is in the newest one's place.
     """
     newest, previous = folder / runs.TRAINING_STATE, folder / runs.PREVIOUS_STATE
+    if newest.is_dir():
+        raise ValueError(f"{newest}: damaged: expected a file, got a folder; without it {previous.name} is taken")
     if newest.exists() and previous.exists():
         try:
             runs.load_step(newest)

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 import torch._inductor.compile_fx as compiler
 from browser import chromium  # noqa: F401, a fixture, of which one process can start one
 
 from ppl_vae import capture
+
+
+def pytest_configure() -> None:
+    """Ctrl-C is heard, also where the tests were started in the background, which ignores it, as children then do."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

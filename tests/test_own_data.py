@@ -68,7 +68,7 @@ def run(*commands: list[str], folder: Path, **more: Any) -> str:
         # What is freed goes back to the system at once: else what counts depends on how its pieces lie by chance.
         env=os.environ
         | {"OMP_NUM_THREADS": "1", "PPL_VAE_CACHE_DIR": str(folder / "cache")}
-        | {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"},
+        | {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"},
         capture_output=True,
         encoding="utf-8",
         timeout=500,

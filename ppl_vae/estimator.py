@@ -152,7 +152,7 @@ class VAEDensity(TransformerMixin, BaseEstimator):
             validation = data.evaluation_images(splits, "validation", self._pixels_).to(place)
         with seeded(self.seed_, place):
             vae = build.vae(options, self.event_shape_)
-            build.start_from_marginals(vae, data.expected_images(splits, self._pixels_))
+            build.start_from_marginals(vae, data.images_to_start_from(splits, self._pixels_))
             fit(
                 vae.to(place),
                 stored,

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -247,3 +248,21 @@ def damages(places: tuple[float, ...] = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0)) -> 
 
 
 KILL = signal.SIGKILL
+
+
+def held_elsewhere(folder: Path) -> int:
+    """A process that has the lock and sleeps; returns its number once it has it."""
+    ready, told = os.pipe()
+    child = os.fork()
+    if child == 0:
+        with runs.locked(folder):
+            os.write(told, b"1")
+            time.sleep(60)
+        os._exit(0)
+    os.read(ready, 1)
+    return child
+
+
+def end(child: int) -> None:
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)

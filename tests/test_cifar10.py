@@ -106,7 +106,7 @@ def test_each_form_gives_the_images_and_their_labels(
 
 
 def test_the_made_up_pickles_are_what_pickle_itself_reads() -> None:
-    stored = pickle.loads(pickled(3), encoding="latin1")
+    stored = pickle.loads(pickled(3), encoding="latin1")  # bytes of this file's own: what the package must not do
     assert np.array_equal(stored["data"], pixels(3))
     assert stored["labels"] == labels(3).tolist()
 

@@ -14,7 +14,8 @@ import torch
 
 from ppl_vae import build, data, experiment, fit, load, runs, save
 from ppl_vae.evidence import Estimate, evaluate
-from ppl_vae.experiment.evaluation import describe_evaluation, floor_and_entropy, read_per_image
+from ppl_vae.experiment.evaluation import floor_and_entropy, read_per_image
+from ppl_vae.experiment.evaluation_words import describe_evaluation
 from ppl_vae.experiment.opening import Run
 from ppl_vae.options import PLAIN, Options
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from ppl_vae import build, data, experiment, load, runs
+from ppl_vae import build, experiment, load, runs
 from ppl_vae.options import PLAIN, Options, parse_train
 from ppl_vae.options.run import MODEL_OPTIONS
 
@@ -180,18 +180,6 @@ def records(folder):
     """What each epoch measured, without the time that it took."""
     lines = runs.read_metrics(folder)
     return [{k: v for k, v in line.items() if k not in ("seconds", "train_images_per_second")} for line in lines]
-
-
-def test_many_images_start_from_the_marginals_of_a_fixed_random_part_of_them(monkeypatch):
-    digits = data.load("mnist")
-    module = experiment.train.__globals__  # the name in the package is that of the function
-    monkeypatch.setitem(module, "_PIXELS_OF_A_START", 2000 * 784)
-    some = module["_some"](digits).train.double()
-    every = digits.train.double()
-    error = every.std(0) / 2000**0.5
-    assert len(some) == 2000
-    assert ((some.mean(0) - every.mean(0)).abs() <= 6 * error + 0.5).all()
-    assert torch.equal(some, module["_some"](digits).train.double())
 
 
 @pytest.fixture

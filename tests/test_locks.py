@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from disturbed_runs import KILL, SMALL, STATE, Running, Server, served, small_data
+from disturbed_runs import KILL, SMALL, STATE, Running, Server, end, held_elsewhere, served, small_data
 
 from ppl_vae import runs
 
@@ -89,24 +89,6 @@ def test_two_runs_in_one_new_folder_are_one(server: Server, dataset: Path, tmp_p
     codes = sorted(running.wait().code for running in both)
     assert codes == [0, 1]
     assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["test"]["num_images"] == 25
-
-
-def held_elsewhere(folder: Path) -> int:
-    """A process that has the lock and sleeps; returns its number once it has it."""
-    ready, told = os.pipe()
-    child = os.fork()
-    if child == 0:
-        with runs.locked(folder):
-            os.write(told, b"1")
-            time.sleep(60)
-        os._exit(0)
-    os.read(ready, 1)
-    return child
-
-
-def end(child: int) -> None:
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
 
 
 def test_a_lock_of_another_process_is_refused(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 from ppl_vae import build, data, experiment, runs, training
 from ppl_vae.experiment.comparison import _about_log_p
-from ppl_vae.experiment.evaluation import describe_evaluation
+from ppl_vae.experiment.evaluation_words import describe_evaluation
 from ppl_vae.experiment.opening import evaluated_vae, open_run
 from ppl_vae.options import LIKELIHOODS, Options
 
@@ -390,3 +390,17 @@ def test_own_images_at_the_open_ends_of_a_density_are_refused(tmp_path):
             output=None,
             say=lambda line: None,
         )
+
+
+# --- Many images ---
+
+
+def test_many_images_start_from_the_marginals_of_a_fixed_random_part_of_them(monkeypatch):
+    digits = data.load("mnist")
+    every = data.images_to_start_from(digits, "none").double()
+    assert len(every) == 50_000
+    monkeypatch.setattr("ppl_vae.data.pixels._PIXELS_TO_START_FROM", 2000 * 784)
+    some = data.images_to_start_from(digits, "none").double()
+    assert len(some) == 2000
+    assert ((some.mean(0) - every.mean(0)).abs() <= 6 * every.std(0) / 2000**0.5 + 0.002).all()
+    assert torch.equal(some, data.images_to_start_from(digits, "none").double())

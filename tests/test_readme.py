@@ -17,7 +17,7 @@ import torch
 
 from ppl_vae import load
 from ppl_vae.experiment.diagnosis_words import describe_numbers, describe_verdicts
-from ppl_vae.experiment.evaluation import describe_evaluation
+from ppl_vae.experiment.evaluation_words import describe_evaluation
 from ppl_vae.options import LIKELIHOODS, parse_networks
 from ppl_vae.study.answers import answers
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from disturbed_runs import end, held_elsewhere
 from PIL import Image
 from scipy import linalg
 from small_run import bars
@@ -167,6 +169,18 @@ def test_a_finished_study_trains_and_measures_nothing_again(
     monkeypatch.setattr(run, "train_planned", never)
     monkeypatch.setattr("ppl_vae.study.measuring.measure", never)
     assert without_times(made(study[0], bars_file)) == without_times(study[1])
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a process is forked")
+def test_a_folder_that_another_process_writes_to_is_refused(
+    study: tuple[Path, dict[str, Any]], bars_file: Path
+) -> None:
+    child = held_elsewhere(study[0])
+    try:
+        with pytest.raises(ValueError, match=rf"but process {child} on "):
+            made(study[0], bars_file)
+    finally:
+        end(child)
 
 
 def test_a_folder_with_a_study_of_another_size_is_refused(study: tuple[Path, dict[str, Any]], bars_file: Path) -> None:

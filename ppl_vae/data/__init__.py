@@ -4,7 +4,7 @@ Every split, draw and subset here comes from a constant, never from a run's seed
 same images; the iwae protocol alone draws its test images from the seed of an evaluation.
 """
 
-from ppl_vae.data.cache import is_mapped, room
+from ppl_vae.data.cache import is_mapped, room, sha256_of
 from ppl_vae.data.further_images import OwnImages, own_images
 from ppl_vae.data.loading import DATASETS, load
 from ppl_vae.data.pixels import (
@@ -15,6 +15,7 @@ from ppl_vae.data.pixels import (
     binarization_entropy,
     evaluation_images,
     expected_images,
+    images_to_start_from,
     inside_unit_interval,
     over_images,
     probabilities,
@@ -22,12 +23,24 @@ from ppl_vae.data.pixels import (
     training_images,
     uniform_dequantization,
 )
-from ppl_vae.data.splits import BINARY, COUNTS, LEVELS, NUM_LEVELS, PROBABILITIES, REAL, UNIT_INTERVAL, Splits, subset
+from ppl_vae.data.splits import (
+    BINARY,
+    COUNTS,
+    KINDS,
+    LEVELS,
+    NUM_LEVELS,
+    PROBABILITIES,
+    REAL,
+    UNIT_INTERVAL,
+    Splits,
+    subset,
+)
 
 __all__ = [
     "BINARY",
     "COUNTS",
     "DATASETS",
+    "KINDS",
     "LEVELS",
     "NUM_LEVELS",
     "PIXELS",
@@ -42,6 +55,7 @@ __all__ = [
     "binarization_entropy",
     "evaluation_images",
     "expected_images",
+    "images_to_start_from",
     "inside_unit_interval",
     "is_mapped",
     "load",
@@ -50,6 +64,7 @@ __all__ = [
     "probabilities",
     "resolve_binarization",
     "room",
+    "sha256_of",
     "subset",
     "training_images",
     "uniform_dequantization",

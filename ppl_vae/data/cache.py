@@ -30,7 +30,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ppl_vae.data import limits
-from ppl_vae.data.splits import BINARY, COUNTS, LEVELS, PROBABILITIES, REAL, Splits
+from ppl_vae.data.splits import KINDS, Splits
 from ppl_vae.data.threads import in_threads
 
 try:
@@ -39,7 +39,6 @@ except ImportError:  # Windows; there two processes may both read, and the last 
     fcntl = None  # type: ignore[assignment]
 
 _SPLITS = ("train", "validation", "test")
-_KINDS = (BINARY, LEVELS, PROBABILITIES, REAL, COUNTS)
 _DTYPES = {"uint8": torch.uint8, "float32": torch.float32}
 
 _MARK = b"ppl_vae cache 1\n"
@@ -200,6 +199,15 @@ def _mapped(mapping: mmap.mmap, shape: tuple[int, ...], dtype: torch.dtype) -> T
 # --- Entries ---
 
 
+def sha256_of(path: Path) -> str:
+    """Of a file's bytes, in hexadecimal digits. Raises OSError where it cannot be read."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_READ_AT_ONCE):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def _short(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
@@ -331,7 +339,7 @@ def _read(file: IO[bytes], source: Source, name: str, *, check: bool) -> Splits:
     begin = num_bytes + -num_bytes % 8
     if begin + 8 * sum(sizes[split] for split in labeled) != end_of_content or not num_bytes:
         raise ValueError(f"its header announces {total:,} images of {event_shape}, it holds {end_of_content:,} bytes")
-    if words["kind"] not in _KINDS or len(chunks) != -(-end_of_content // _CHUNK):
+    if words["kind"] not in KINDS or len(chunks) != -(-end_of_content // _CHUNK):
         raise ValueError("its header is of something else")
     if check:
         digests = in_threads(partial(_digest, file.fileno(), end_of_content), range(len(chunks)))

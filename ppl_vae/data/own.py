@@ -92,14 +92,10 @@ def _size(path: Path) -> int:
 
 def _sha256(path: Path) -> str:
     """Raises ValueError where it cannot be read."""
-    digest = hashlib.sha256()
     try:
-        with path.open("rb") as file:
-            while block := file.read(2**20):
-                digest.update(block)
+        return cache.sha256_of(path)
     except OSError as error:
         raise ValueError(f"dataset: {path} cannot be read: {error.strerror}") from None
-    return digest.hexdigest()
 
 
 # --- An array that is not read into memory ---

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ppl_vae.data import cache
-from ppl_vae.data.splits import BINARY, COUNTS, LEVELS, NUM_LEVELS, PUBLISHED_SEED, REAL, Splits
+from ppl_vae.data.splits import BINARY, COUNTS, LEVELS, NUM_LEVELS, PUBLISHED_SEED, REAL, Splits, subset
 from ppl_vae.options import BINARIZATIONS, SPLITS
 
 # How pixels are seen: binarized by one of these words; as they are, levels as level / 255 ("none"); as levels from 0 to
@@ -123,6 +124,23 @@ def expected_images(splits: Splits, pixels: str) -> Tensor:
     draw of u.
     """
     return probabilities(splits, "train") if pixels == "dynamic" else evaluation_images(splits, "train", pixels)
+
+
+_PIXELS_TO_START_FROM = 2**26  # all of MNIST's
+
+
+def images_to_start_from(splits: Splits, pixels: str) -> Tensor:
+    """(n, *E) ``expected_images`` of a fixed random part of the training images, or of all where they are not many.
+
+    Marginals that a training starts from need no more, and the fit of an image's many pixels to many images is slow.
+
+    Args:
+        pixels: a word of ``PIXELS``.
+    """
+    most = max(1000, _PIXELS_TO_START_FROM // math.prod(splits.event_shape))
+    index = subset(len(splits.train), most)
+    some = splits if len(index) == len(splits.train) else replace(splits, train=splits.train[index], labels={})
+    return expected_images(some, pixels)
 
 
 def evaluation_images(splits: Splits, split: str, pixels: str, *, seed: int = 0) -> Tensor:

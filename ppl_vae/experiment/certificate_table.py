@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ppl_vae import runs
-from ppl_vae.experiment.evaluation import number, plus_minus
+from ppl_vae.experiment.evaluation_words import number, plus_minus
 
 
 def read_certificates(output: str) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ppl_vae.evidence import UNRELIABLE_BIAS
-from ppl_vae.experiment.evaluation import number, plus_minus, scale_in_words
+from ppl_vae.experiment.evaluation_words import number, plus_minus, scale_in_words
 
 _NAMED_AT_MOST = 12  # unreliable images
 _STDERRS = 3.0

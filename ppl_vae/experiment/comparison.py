@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ppl_vae import build, data, plots, runs
 from ppl_vae.evidence import Estimate, Importance, pass_of_group, seeded
-from ppl_vae.experiment.evaluation import bits_per_dim, plus_minus, read_per_image, with_a_bar
+from ppl_vae.experiment.evaluation import bits_per_dim, read_per_image, with_a_bar
+from ppl_vae.experiment.evaluation_words import plus_minus
 from ppl_vae.experiment.opening import Run, Say, check_density, draws_of, evaluated_vae, open_run
 from ppl_vae.experiment.outputs import output_folder, removed_if_empty, write_figure
 from ppl_vae.experiment.paired import CONFIDENCE, INDISTINCT, SEED_NATS, BoundDifference, bound_difference

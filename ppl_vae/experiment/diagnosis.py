@@ -17,7 +17,8 @@ from ppl_vae.experiment.diagnosis_command import command_line
 from ppl_vae.experiment.diagnosis_figures import diagnosis_figures, names_drawn
 from ppl_vae.experiment.diagnosis_numbers import importance_numbers, measure, noise_numbers
 from ppl_vae.experiment.diagnosis_words import describe_numbers, describe_verdicts
-from ppl_vae.experiment.evaluation import read_per_image, scale_in_words, what_is_measured
+from ppl_vae.experiment.evaluation import read_per_image, what_is_measured
+from ppl_vae.experiment.evaluation_words import scale_in_words
 from ppl_vae.experiment.opening import Run, Say, open_run
 from ppl_vae.experiment.outputs import write_figure
 

@@ -13,13 +13,8 @@ from tqdm import tqdm
 from ppl_vae import build, runs
 from ppl_vae.data import uniform_dequantization
 from ppl_vae.evidence import Estimate, Importance, reconstruction, seeded
-from ppl_vae.experiment.evaluation import (
-    NOT_A_LOG_LIKELIHOOD,
-    plus_minus,
-    scale_in_words,
-    what_is_measured,
-    with_a_bar,
-)
+from ppl_vae.experiment.evaluation import what_is_measured, with_a_bar
+from ppl_vae.experiment.evaluation_words import NOT_A_LOG_LIKELIHOOD, plus_minus, scale_in_words
 from ppl_vae.experiment.exported import open_with_or_without
 from ppl_vae.experiment.figures import latents_figure, use_of_latents
 from ppl_vae.experiment.images import Images, images_of

@@ -19,7 +19,6 @@ from ppl_vae import build, data, distributed, runs
 from ppl_vae.capture import CannotCapture
 from ppl_vae.dequantization import of_levels
 from ppl_vae.evidence import (
-    UNRELIABLE_BIAS,
     Estimate,
     Importance,
     evaluate,
@@ -29,18 +28,16 @@ from ppl_vae.evidence import (
     seeded,
     weighed_a_pass,
 )
+from ppl_vae.experiment.evaluation_words import describe_evaluation, has_no_density
 from ppl_vae.experiment.interruption import stop_on_signals
 from ppl_vae.experiment.opening import Run, Say, check_density, draws_of, evaluated_vae, open_run
-from ppl_vae.experiment.partial_evaluation import PartialEvaluation, partial_path, sha256_of
+from ppl_vae.experiment.partial_evaluation import PartialEvaluation, partial_path
+from ppl_vae.experiment.together import joined, of_writer, writer_first
 from ppl_vae.groups import Stopped, ending_together
 from ppl_vae.options import Interrupted
 from ppl_vae.vae import VAE
 
 _FLOOR_SEED = 0
-BINARY_SCALE = "mass of binary pixels"  # as ``build.scale`` says it
-
-# Below this Pareto k the weights have a variance, which the delta method and the jackknife assume.
-_K_WITH_VARIANCE = 0.5
 
 
 def is_evaluated(folder: Path) -> bool:
@@ -86,7 +83,7 @@ def read_per_image(folder: Path, split: str) -> PerImage | None:
         ValueError: a file is damaged.
     """
     path, entry = folder / runs.per_image(split), runs.read_evaluations(folder).get(split)
-    if entry is None or not path.exists() or _has_no_density(entry):
+    if entry is None or not path.exists() or has_no_density(entry):
         return None
     try:
         tensors, scalars = runs.load_tensors(path)
@@ -132,42 +129,22 @@ def evaluate_run(
         Interrupted: Ctrl-C or SIGTERM; what is done is kept.
     """
     build.device(device)
-    distributed.join(device)
-    try:
-        with ExitStack() as held:
-            say = say if distributed.is_writer() else _silent
-            run = _opened_by_all(run_dir, dataset, data_dir)
-            check_density(run, "log-likelihood")
-            with ending_together():
-                held.enter_context(runs.locked(run.folder))
-            return write_evaluation(
-                run,
-                split=split,
-                num_particles=num_particles,
-                images=images,
-                device=device,
-                seed=seed,
-                compile=compile,
-                dequantization_draws=dequantization_draws,
-                say=say,
-            )
-    finally:
-        distributed.leave()
-
-
-def _silent(line: str) -> None:
-    pass
-
-
-def _opened_by_all(run_dir: str, dataset: str | None, data_dir: str | None) -> Run:
-    """The run on every rank, rank 0 first: it makes what is not there yet, such as a pretrained run's copy."""
-    run = None
-    with ending_together():
-        if distributed.is_writer():
-            run = open_run(run_dir, dataset=dataset, data_dir=data_dir)
-    folder = distributed.from_writer(None if run is None else str(run.folder))
-    with ending_together():
-        return run or open_run(folder, dataset=dataset, data_dir=data_dir)
+    with joined(device), ExitStack() as held:
+        run = writer_first(lambda: open_run(run_dir, dataset=dataset, data_dir=data_dir))
+        check_density(run, "log-likelihood")
+        with ending_together():
+            held.enter_context(runs.locked(run.folder))
+        return write_evaluation(
+            run,
+            split=split,
+            num_particles=num_particles,
+            images=images,
+            device=device,
+            seed=seed,
+            compile=compile,
+            dequantization_draws=dequantization_draws,
+            say=of_writer(say),
+        )
 
 
 def write_evaluation(
@@ -247,7 +224,7 @@ def _partial_evaluation(
         "device": x.device.type,
         "compile": compile,
         "step": step,
-        "weights": sha256_of(run.folder / runs.MODEL),
+        "weights": data.sha256_of(run.folder / runs.MODEL),
     }
     size, num_columns = images_a_group(x, num_particles), len(Importance._fields)
     path = partial_path(run.folder, split)
@@ -298,9 +275,6 @@ def write_reconstructions(
     return entry
 
 
-NOT_A_LOG_LIKELIHOOD = "not a log-likelihood; the guide is deterministic, an autoencoder has no density"
-
-
 # What an autoencoder's entry has no number for. Independent pixels ("floor") and the binarization's entropy are there
 # to hold a log-likelihood against.
 _OF_A_DENSITY = (
@@ -317,11 +291,6 @@ _OF_A_DENSITY = (
     "binarization_entropy",
     "bits_per_dim",
 )
-
-
-def _has_no_density(entry: dict[str, Any]) -> bool:
-    """The entry is an autoencoder's."""
-    return "log_likelihood" in entry and entry["log_likelihood"] is None
 
 
 def _images_of_split(
@@ -423,25 +392,6 @@ def what_is_measured(run: Run) -> dict[str, Any]:
     }
 
 
-def scale_in_words(entry: dict[str, Any]) -> str:
-    """On what scale an entry's nats are: what a reader must know before comparing them with others."""
-    words = [f"binarization {entry['binarization']}"]
-    if entry["protocol"] == "iwae":
-        words.append(f"iwae protocol, drawn by seed {entry['seed']}")
-    words.append(kind_in_words(entry))
-    return ", ".join(filter(None, words))
-
-
-def kind_in_words(entry: dict[str, Any]) -> str:
-    """Mass, bound or density, and of what; nothing for binary pixels, whose binarization says it."""
-    scale = entry.get("scale", "density" if entry["measure"] == "density" else BINARY_SCALE)  # of before there was one
-    if entry.get("dequantization_draws") is not None:
-        return f"bound on the {scale} (uniform dequantization, M = {entry['dequantization_draws']} draws a pixel)"
-    if entry["measure"] == "density":
-        return f"a {scale}: never comparable with a mass"
-    return "" if scale == BINARY_SCALE else scale
-
-
 def bits_per_dim(run: Run, log_p: Tensor, num_particles: int) -> dict[str, float] | None:
     """-log2 P(x) / D of 8-bit levels and its standard error, from (n,) nats; None on any other scale."""
     if run.evaluated_pixels != "levels":
@@ -500,68 +450,3 @@ def _summary(result: Importance, num_particles: int) -> dict[str, Any]:
         "pareto_k": quantiles(result.pareto_k),
         "unreliable_images": int(result.unreliable().sum()) if num_particles > 1 else None,
     }
-
-
-def describe_evaluation(entry: dict[str, Any]) -> list[str]:
-    """The numbers of one evaluation, in words."""
-    if _has_no_density(entry):
-        return _describe_reconstructions(entry)
-    S, n = entry["num_particles"], entry["num_images"]
-    scale = [f"independent pixels (marginals of the training images) {plus_minus(entry['floor'])}"]
-    if entry["binarization_entropy"] is not None:
-        scale.append(f"no model expects above {-entry['binarization_entropy']:.2f}, the binarization's own entropy")
-    ll, elbo, rec, kl = (entry[key] for key in ("log_likelihood", "elbo", "reconstruction", "kl"))
-    lines = [
-        f"log-likelihood {plus_minus(ll)} nats an image: the importance-weighted bound L_{S}, "
-        "in expectation below log p(x)",
-        *_bits_in_words(entry),
-        f"  {entry['split']} split, {n:,} images, {scale_in_words(entry)}; ± is the standard error over images",
-        f"  for scale: {'; '.join(scale)}",
-        f"  ELBO (beta = 1) {plus_minus(elbo)} = reconstruction {plus_minus(rec)} - KL {plus_minus(kl)}",
-    ]
-    if S == 1:
-        return [*lines, "  one importance sample says nothing of its own error: take more"]
-    k = entry["pareto_k"]["median"]
-    fitted = "not estimated" if k is None else f"median {k:.2f}"
-    lines.append(
-        f"  effective particles: median {number(entry['ess']['median'], 1)} of {S:,}; Pareto k-hat: {fitted} "
-        "(above 0.7 is normal for a healthy VAE)"
-    )
-    why = "is not known at so few samples" if k is None else "is not below 0.5"
-    seen = "see" if k is not None and k < _K_WITH_VARIANCE else f"see, as a floor since k-hat {why},"
-    lines.append(
-        f"  delta method and jackknife {seen} a Monte Carlo error of {number(entry['monte_carlo_stderr'], 3)} "
-        f"and {number(entry['bias'], 3)} nats still lacking"
-    )
-    if S >= 10:
-        lines.append(f"  ten times the particles, S = {S // 10:,} to {S:,}, gained {number(entry['rise'], 3)} nats")
-    return [
-        *lines,
-        f"  unreliable images (jackknife above {UNRELIABLE_BIAS} nats): {entry['unreliable_images']:,} of {n:,}",
-    ]
-
-
-def _describe_reconstructions(entry: dict[str, Any]) -> list[str]:
-    return [
-        f"reconstruction log p(x | z(x)) {plus_minus(entry['reconstruction'])} nats an image: {NOT_A_LOG_LIKELIHOOD}",
-        f"  {entry['split']} split, {entry['num_images']:,} images, {scale_in_words(entry)}; "
-        "± is the standard error over images",
-        "  no floor and no entropy beside it: they are for log-likelihoods, which pay for what z says of x",
-    ]
-
-
-def _bits_in_words(entry: dict[str, Any]) -> list[str]:
-    if entry["bits_per_dim"] is None:
-        return []
-    bits = entry["bits_per_dim"]
-    return [f"  at most {number(bits['mean'], 4)} ± {number(bits['stderr'], 4)} bits per dimension, by that bound"]
-
-
-def number(value: float | None, digits: int) -> str:
-    """Rounded; "unknown" for what is not known."""
-    return "unknown" if value is None or math.isnan(value) else f"{value + 0.0:.{digits}f}"
-
-
-def plus_minus(estimate: dict[str, float]) -> str:
-    """A mean ± its standard error, nats."""
-    return f"{number(estimate['mean'], 2)} ± {number(estimate['stderr'], 2)}"  # unknown for one image

@@ -10,8 +10,6 @@ from ppl_vae import build, data, runs
 from ppl_vae.experiment.opening import Run, Say, open_run
 from ppl_vae.options import is_export
 
-_KINDS = (data.BINARY, data.LEVELS, data.PROBABILITIES, data.REAL, data.COUNTS)
-
 
 def open_with_or_without(run_dir: str, *, dataset: str | None, data_dir: str | None, say: Say) -> Run:
     """A run as ``open_run``; an export without its data, unless it is said where that is.
@@ -34,9 +32,9 @@ def without_data(folder: Path) -> Run:
     """
     options, seen = build.read_config(folder)
     kind = runs.read_json(folder / runs.CONFIG)["data"].get("kind")
-    if kind not in _KINDS:
+    if kind not in data.KINDS:
         raise ValueError(
-            f"{folder / runs.CONFIG}: damaged: expected a kind of data ({', '.join(_KINDS)}), got {kind!r}"
+            f"{folder / runs.CONFIG}: damaged: expected a kind of data ({', '.join(data.KINDS)}), got {kind!r}"
         )
     dtype = torch.uint8 if kind in (data.BINARY, data.LEVELS) else torch.float32
     none = torch.empty((0, *seen["event_shape"]), dtype=dtype)

@@ -16,7 +16,8 @@ from ppl_vae import build, plots, runs
 from ppl_vae.data.limits import array_header
 from ppl_vae.evidence import Estimate, evaluate, seeded
 from ppl_vae.experiment.display import Display, display_of
-from ppl_vae.experiment.evaluation import kind_in_words, plus_minus, what_is_measured
+from ppl_vae.experiment.evaluation import what_is_measured
+from ppl_vae.experiment.evaluation_words import kind_in_words, plus_minus
 from ppl_vae.experiment.images import Images, images_of
 from ppl_vae.experiment.opening import Run, Say, check_density, draws_of, evaluated_vae, open_run
 from ppl_vae.experiment.outputs import drop_record, output_folder, removed_if_empty, write_arrays, write_figure

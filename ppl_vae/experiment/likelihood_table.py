@@ -14,7 +14,8 @@ from tqdm import tqdm
 from ppl_vae import build, data, runs
 from ppl_vae.evidence import NotFinite
 from ppl_vae.experiment.asked_run import check_comparable, check_same
-from ppl_vae.experiment.evaluation import PerImage, is_evaluated, plus_minus, read_per_image
+from ppl_vae.experiment.evaluation import PerImage, is_evaluated, read_per_image
+from ppl_vae.experiment.evaluation_words import plus_minus
 from ppl_vae.experiment.likelihood_figures import write_likelihood_figures
 from ppl_vae.experiment.opening import Run, Say, draws_of, open_run
 from ppl_vae.experiment.paired import CONFIDENCE, INDISTINCT, SEED_NATS, bound_difference

@@ -15,7 +15,7 @@ import torch
 
 from ppl_vae import build, data, runs
 from ppl_vae.experiment.certificate_words import describe_certificate
-from ppl_vae.experiment.evaluation import describe_evaluation
+from ppl_vae.experiment.evaluation_words import describe_evaluation
 from ppl_vae.experiment.opening import Run
 from ppl_vae.options import SPLITS, is_export
 

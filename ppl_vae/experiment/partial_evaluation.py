@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from pathlib import Path
 from typing import Any
@@ -22,15 +21,6 @@ _SECONDS = "seconds"
 def partial_path(folder: Path, split: str) -> Path:
     """The file in the run folder; it goes when evaluation.json has the split's entry."""
     return folder / f"evaluation-{split}.partial.safetensors"
-
-
-def sha256_of(path: Path) -> str:
-    """Of a file's bytes, in hexadecimal digits."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(2**22):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 class PartialEvaluation:

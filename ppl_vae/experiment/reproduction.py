@@ -13,7 +13,8 @@ import torch
 from ppl_vae import build, data, runs
 from ppl_vae.diagnostics import active_units
 from ppl_vae.experiment.asked_run import check_comparable, check_same
-from ppl_vae.experiment.evaluation import plus_minus, write_evaluation
+from ppl_vae.experiment.evaluation import write_evaluation
+from ppl_vae.experiment.evaluation_words import plus_minus
 from ppl_vae.experiment.figures import is_drawn, write_figures
 from ppl_vae.experiment.opening import Run, Say, evaluated_vae, open_run
 from ppl_vae.experiment.train import resume, train

@@ -12,7 +12,8 @@ from ppl_vae import build, data, report, runs
 from ppl_vae.conditional import Conditional
 from ppl_vae.evidence import seeded
 from ppl_vae.experiment.diagnosis import DIAGNOSIS, diagnose_run, split_diagnosed
-from ppl_vae.experiment.evaluation import describe_evaluation, is_evaluated, plus_minus
+from ppl_vae.experiment.evaluation import is_evaluated
+from ppl_vae.experiment.evaluation_words import describe_evaluation, plus_minus
 from ppl_vae.experiment.figures import figure_names, is_drawn, use_of_latents, write_figures
 from ppl_vae.experiment.opening import Run, Say, open_run
 from ppl_vae.exploration import encode, sampled

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import statistics
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pyro
 import torch
@@ -25,13 +25,12 @@ from ppl_vae.experiment.figures import is_drawn, write_figures
 from ppl_vae.experiment.interruption import stop_on_signals
 from ppl_vae.experiment.opening import Run, Say, open_run
 from ppl_vae.experiment.tensorboard import check_tensorboard, log_evaluation, metric_events
+from ppl_vae.experiment.together import joined, of_writer, told_by_writer, writer_first
 from ppl_vae.groups import ending_together
 from ppl_vae.options import Interrupted, Options
 from ppl_vae.training import Stopped, TrainingState, does_not_fit, fit
 
 QUICK_EVALUATION_SEED = 0
-
-Result = TypeVar("Result")
 
 
 def train(options: Options, run_dir: str | None, *, say: Say, draw: bool = True) -> Path:
@@ -46,12 +45,12 @@ def train(options: Options, run_dir: str | None, *, say: Say, draw: bool = True)
     """
     build.device(options.device)
     check_tensorboard(options)
-    with _joined(options.device):
-        return _train_new(options, run_dir, say=_of_writer(say), draw=draw)
+    with joined(options.device):
+        return _train_new(options, run_dir, say=of_writer(say), draw=draw)
 
 
 def _train_new(options: Options, run_dir: str | None, *, say: Say, draw: bool) -> Path:
-    splits = _writer_first(lambda: build.splits(options))
+    splits = writer_first(lambda: build.splits(options))
     if_possible = options.compile == "auto"
     options = build.resolve(options, splits)
     options = replace(options, compile=distributed.from_writer(options.compile))
@@ -101,35 +100,12 @@ def resume(
             other data than it was trained on, or fewer epochs than it was given.
         Interrupted: SIGINT or SIGTERM; what was done is kept.
     """
-    with _joined("cpu"), ExitStack() as held:
+    with joined("cpu"), ExitStack() as held:
         with ending_together():
             held.enter_context(_locked(run_dir))
-        run = _writer_first(lambda: open_run(run_dir, dataset=dataset, data_dir=data_dir, like=like))
+        run = writer_first(lambda: open_run(run_dir, dataset=dataset, data_dir=data_dir, like=like))
         distributed.join(run.options.device)
-        _resume(run, epochs=epochs, say=_of_writer(say), compile=compile, draw=draw)
-
-
-@contextmanager
-def _joined(device: str) -> Iterator[None]:
-    """Together with the other processes that torchrun started, if any."""
-    distributed.join(device)
-    try:
-        yield
-    finally:
-        distributed.leave()
-
-
-def _of_writer(say: Say) -> Say:
-    """One process speaks."""
-    return say if distributed.is_writer() else lambda line: None
-
-
-def _writer_first(read: Callable[[], Result]) -> Result:
-    """What is read on every rank, on rank 0 first: it makes what is not there yet, such as a cache."""
-    with ending_together():
-        found = read() if distributed.is_writer() else None
-    with ending_together():
-        return read() if found is None else found
+        _resume(run, epochs=epochs, say=of_writer(say), compile=compile, draw=draw)
 
 
 def _locked(run_dir: str) -> AbstractContextManager[None]:
@@ -163,7 +139,7 @@ def _resume(run: Run, *, epochs: int | None, say: Say, compile: str | None, draw
             mend_weights(folder, saved, say=say)
             an_epoch = _total_steps(run) // run.options.epochs
             mend_metrics(folder, step=saved[1]["step"], steps_an_epoch=an_epoch, say=say)
-    if distributed.from_writer(_is_trained(run, saved) and is_evaluated(folder) and (not draw or is_drawn(run))):
+    if told_by_writer(lambda: _is_trained(run, saved) and is_evaluated(folder) and (not draw or is_drawn(run))):
         done = "evaluated and drawn" if draw else "evaluated"
         say(f"{folder} is finished: {run.options.epochs} epochs, {done}. --epochs extends it.")
         return
@@ -190,11 +166,11 @@ def _go_on(run: Run, saved: Saved | None, *, say: Say, compile_if_possible: bool
     say(splits.describe())
     for line in _what_is_modelled(run):
         say(line)
-    if not distributed.from_writer(_is_trained(run, saved)):
+    if not told_by_writer(lambda: _is_trained(run, saved)):
         build.check_precision(options)
         with build.products_in(options.precision):
             _train(run, saved, say=say, compile_if_possible=compile_if_possible)
-    if not distributed.from_writer(is_evaluated(folder) if distributed.is_writer() else None):
+    if not told_by_writer(lambda: is_evaluated(folder)):
         _evaluate(run, say=say)
     if not distributed.is_writer():
         return
@@ -243,7 +219,7 @@ def _train(run: Run, saved: Saved | None, *, say: Say, compile_if_possible: bool
         build.start_from_run(vae, options.start_from)
         say(f"Starting from the weights of {options.start_from}.")
     else:
-        build.start_from_marginals(vae, data.expected_images(_some(splits), run.pixels))
+        build.start_from_marginals(vae, data.images_to_start_from(splits, run.pixels))
     vae.to(device)
     if distributed.is_writer():
         if saved is None:
@@ -351,15 +327,6 @@ def _train(run: Run, saved: Saved | None, *, say: Say, compile_if_possible: bool
             f"The weights of step {state.best_step:,} are kept: from then on, training with beta = {options.beta} "
             "lowered the ELBO at beta = 1, by which they are chosen."
         )
-
-
-_PIXELS_OF_A_START = 2**26  # all of MNIST's
-
-
-def _some(splits: data.Splits) -> data.Splits:
-    """With a fixed random subset of the training images where they are many: marginals to start from need no more."""
-    index = data.subset(len(splits.train), max(1000, _PIXELS_OF_A_START // math.prod(splits.event_shape)))
-    return splits if len(index) == len(splits.train) else replace(splits, train=splits.train[index], labels={})
 
 
 def _criterion(options: Options) -> tuple[str, str]:

@@ -63,7 +63,7 @@ def command(main: Callable[[], None]) -> None:
 def _end_of_several() -> None:
     """Under torchrun, ends at once what went well: threads of its libraries can abort a Python that takes itself down.
 
-    Rank 1 of 2 was seen to end so, by SIGABRT and after all its work, in one of some forty runs.
+    Rank 1 of 2 was once seen to end so, by SIGABRT and after all its work.
     """
     if "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1":
         sys.stdout.flush()

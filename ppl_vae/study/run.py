@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from ppl_vae import build, capture, runs
 from ppl_vae.experiment.asked_run import check_same
-from ppl_vae.experiment.evaluation import is_evaluated, plus_minus
+from ppl_vae.experiment.evaluation import is_evaluated
+from ppl_vae.experiment.evaluation_words import plus_minus
 from ppl_vae.experiment.opening import Say
 from ppl_vae.options import Interrupted, compiling_pays
 from ppl_vae.study.autoencoder_section import autoencoder_section

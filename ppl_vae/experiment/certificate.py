@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -141,7 +140,7 @@ def certify_run(
             gap_images = 0
         parts = Parts(simulated, gap_images, simulations, draws)
         of_all = {
-            "weights": _sha256(run.folder / runs.MODEL),
+            "weights": data.sha256_of(run.folder / runs.MODEL),
             "data": run.splits.sha256,
             "seed": seed,
             "device": device,
@@ -213,10 +212,6 @@ def _check_places(folder: Path, split: str) -> None:
     for name in (partial_file(split), per_image(split)):
         if (folder / name).is_dir():
             raise ValueError(f"{folder / name}: expected a file, got a folder")
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _check_exact(run: Run) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 
 import pytest
+import torch
 import torch._inductor.compile_fx as compiler
 from browser import chromium  # noqa: F401, a fixture, of which one process can start one
 
@@ -15,6 +16,24 @@ def pytest_configure() -> None:
     """Ctrl-C is heard, also where the tests were started in the background, which ignores it, as children then do."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def signals():
+    """As they were before the test: a script that ends leaves them ignored, and all later tests would be deaf."""
+    heard = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in heard.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """For numbers that are held against those of processes with one thread: more may add up in another order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session", autouse=True)

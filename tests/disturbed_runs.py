@@ -106,12 +106,13 @@ class Running:
                 os.kill(self.pid, number)
 
     def has_ended(self) -> bool:
-        """Also while nobody has waited for it."""
+        """With all its threads, of which the last one closes its files; also while nobody has waited for it."""
         try:
             status = Path(f"/proc/{self.pid}/stat").read_text()
+            threads = os.listdir(f"/proc/{self.pid}/task")
         except FileNotFoundError:
             return True
-        return status.rpartition(")")[2].split()[0] == "Z"
+        return status.rpartition(")")[2].split()[0] == "Z" and len(threads) == 1
 
     def words_so_far(self) -> str:
         return "".join(map(_words, (self._out, self._err)))

@@ -21,6 +21,8 @@ from ppl_vae.experiment import export, model_card
 from ppl_vae.experiment.exported import without_data
 from ppl_vae.options import Options
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SMALL: dict[str, Any] = {"hidden": (8,), "latent_dim": 2, "prior": "standard-normal"}
 HOSTILE = "x`](javascript:alert(1))\n---\n<script>evil()</script>| # title"
 

@@ -24,6 +24,8 @@ from ppl_vae.experiment import partial_evaluation
 from ppl_vae.experiment.partial_evaluation import partial_path
 from ppl_vae.options import Interrupted, Options
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TESTS = Path(__file__).parent
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 WORLDS = (2, 3)

@@ -22,7 +22,7 @@ import sys
 import tarfile
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, suppress
 from functools import cache as cache_of_function
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -60,6 +60,12 @@ class Reader(NamedTuple):
     names_the_file: bool = True
     refuses_all: bool = False  # even its seeds
 
+
+# Formats of images that this Pillow writes and the reader reads, and how many shares of all files are of each.
+COMMON = {"png": 4, "gif": 1, "jpeg": 2, "tiff": 2, "bmp": 1, "webp": 2}
+RARE = ("avif", "dds", "icns", "ico", "im", "jpeg2000", "pcx", "ppm", "qoi", "sgi", "tga")
+Image.init()
+PICTURES = {form: shares for form, shares in (COMMON | dict.fromkeys(RARE, 1)).items() if form.upper() in Image.SAVE}
 
 # --- Damages ---
 
@@ -221,11 +227,12 @@ def npz(**arrays: np.ndarray) -> bytes:
 def pictures() -> Iterator[tuple[str, bytes]]:
     gray = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 9), np.uint8))
     color = Image.fromarray(np.random.default_rng(1).integers(0, 256, (12, 9, 3), np.uint8))
-    for form in ("PNG", "GIF", "JPEG", "TIFF", "BMP", "WEBP"):
+    for form in (form.upper() for form in PICTURES):
         for image in (gray, color):
             file = io.BytesIO()
-            image.save(file, form)
-            yield form.lower(), file.getvalue()
+            with suppress(OSError, ValueError):  # some know no gray or no color
+                image.save(file, form)
+                yield form.lower(), file.getvalue()
 
 
 def tensors(run: Path, name: str) -> tuple[bytes, bytes]:
@@ -279,9 +286,9 @@ def of_data(folder: Path, images: np.ndarray) -> Iterator[Reader]:
     yield Reader("further images", ".npy", arrays[:1], lambda path: data.own_images(str(path), trained_on, "none"))
     masks = (npy(np.ones((8, 8))), npy(images[:5]))
     yield Reader("mask", ".npy", masks, lambda path: imputation.read_mask(str(path), 5, (1, 8, 8)), (npy_shape,))
-    for form, seeds in {"png": 4, "gif": 1, "jpeg": 2, "tiff": 2, "bmp": 1, "webp": 2}.items():
+    for form, weight in PICTURES.items():
         files = tuple(file for other, file in pictures() if other == form)
-        yield Reader(form, f".{form}", files, read_picture, (), seeds)
+        yield Reader(form, f".{form}", files, read_picture, (), weight)
 
 
 def read_picture(path: Path) -> object:

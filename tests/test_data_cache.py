@@ -13,11 +13,13 @@ import threading
 import time
 from io import BytesIO
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.BmpImagePlugin import BmpImageFile
 
 from ppl_vae import data
 from ppl_vae.data import cache, image_folder, threads
@@ -360,6 +362,7 @@ def test_two_at_once_read_a_folder_once(own: Path, decoded: list[bytes]) -> None
 MEMORY = """
 import resource, sys
 from pathlib import Path
+from unittest import mock
 from ppl_vae import data
 from ppl_vae.data import threads
 threads.num_threads = lambda: 1
@@ -393,3 +396,32 @@ def test_an_image_of_too_many_pixels_is_named(own: Path, recwarn: pytest.Warning
     read = data.load(str(own), image_size=[5, 6])
     assert set(read.unreadable) == {"cat/broken.png", "dog/bomb.png"}
     assert [str(warning.message) for warning in recwarn if "bomb" in str(warning.message)] == []
+
+
+def test_an_image_of_many_pixels_is_read_if_its_file_has_the_bytes_for_them(own: Path) -> None:
+    levels = np.zeros((3000, 3000), np.uint8)
+    Image.fromarray(levels).save(own / "dog" / "blank.png")
+    levels[:, ::3] = np.random.default_rng(0).integers(256, size=(3000, 1000), dtype=np.uint8)
+    Image.fromarray(levels).save(own / "dog" / "large.png")
+    Image.new("RGBA", (2900, 2890)).save(own / "dog" / "free.png")
+    read = data.load(str(own), image_size=[5, 6])
+    assert set(read.unreadable) == {"cat/broken.png", "dog/blank.png"}
+
+
+def test_a_small_file_that_announces_many_pixels_takes_no_memory_for_them(own: Path) -> None:
+    buffer = BytesIO()
+    Image.new("RGB", (4, 4)).save(buffer, "bmp")
+    content = bytearray(buffer.getvalue())
+    content[18:26] = (8000).to_bytes(4, "little") * 2  # the width and the height
+    (own / "dog" / "bomb.bmp").write_bytes(content)
+    with mock.patch.object(BmpImageFile, "load", side_effect=AssertionError("its pixels are asked for")) as asked:
+        assert "dog/bomb.bmp" in data.load(str(own), image_size=[5, 6]).unreadable
+    asked.assert_not_called()
+
+
+def test_memory_that_runs_out_is_not_taken_for_a_broken_image(own: Path) -> None:
+    with (
+        mock.patch.object(image_folder.ImageOps, "exif_transpose", side_effect=MemoryError),
+        pytest.raises(ValueError, match=r"\.png: the memory ran out while it was decoded$"),
+    ):
+        data.load(str(own), image_size=[5, 6])

@@ -15,7 +15,7 @@ import pytest
 
 NUM_FILES = 10_000
 READERS = (
-    *("npy", "npz", "large npy", "cache", "further images", "mask", "png", "gif", "jpeg", "tiff", "bmp", "webp"),
+    *("npy", "npz", "large npy", "cache", "further images", "mask", *fuzzing.PICTURES),
     *("config", "a run by its config", "evaluation", "metrics", "mended metrics", "weights", "state", "per image"),
     *("partial evaluation", "results", "certificates"),
     *("amat", "packed npz", "mat", "idx.xz", "a batch of CIFAR-10", "an archive of CIFAR-10"),

@@ -304,7 +304,11 @@ def _quiet_decoders() -> Iterator[None]:
 def _decoded(
     root: Path, name: str, *, size: tuple[int, int] | None, fit: str, color: str | None
 ) -> tuple[bytes, np.ndarray] | None:
-    """A file's bytes, and its pixels (H, W) or (H, W, 3); None where it cannot be read."""
+    """A file's bytes, and its pixels (H, W) or (H, W, 3); None where it cannot be read.
+
+    Raises:
+        ValueError: the memory ran out, of which the file is no cause: what it may take was checked.
+    """
     try:
         path = root / name
         if not path.is_file() or path.stat().st_size > limits.MOST_IMAGE_BYTES:  # a pipe would wait for ever
@@ -313,6 +317,8 @@ def _decoded(
         image = _decode(raw)
         image = image if size is None else _resized(image, size, fit)
         return raw, np.asarray(image if color is None else image.convert({"gray": "L", "rgb": "RGB"}[color]))
+    except MemoryError as error:
+        raise ValueError(f"{root / name}: the memory ran out while it was decoded") from error
     except Exception:  # a broken file makes Pillow raise nearly every type
         return None
 
@@ -336,8 +342,7 @@ def _formats() -> list[str]:
 def _decode(raw: bytes) -> Image.Image:
     """The first frame, upright, opaque, 8 bits a channel, in mode L or RGB."""
     with Image.open(BytesIO(raw), formats=_formats()) as opened:
-        if opened.width * opened.height > limits.MOST_PIXELS:
-            raise ValueError("too many pixels to decode")
+        limits.check_pixels(opened.width, opened.height, len(raw))
         opened.load()
         image: Image.Image = ImageOps.exif_transpose(opened)
     if image.mode == "F":

@@ -1,9 +1,10 @@
 """What a file may ask for at most: each limit is held against a header before memory is taken for what it announces.
 
-An image of more than ``MOST_PIXELS``, or whose file is larger than ``MOST_IMAGE_BYTES``, counts as one that cannot be
-read. The arrays that are read of an .npz file may together take ``FREE_EXPANSION`` bytes, or ``MOST_EXPANSION`` times
-the bytes of the file: binary images shrink to a twentieth of their size, and what was made to fill memory to a
-thousandth. An array's header must announce exactly the bytes that are there.
+An image counts as one that cannot be read if its file is larger than ``MOST_IMAGE_BYTES``, or if it has more than
+``MOST_PIXELS``, or more than ``FREE_PIXELS`` and also more than ``MOST_EXPANSION`` for every byte of its file. The
+arrays that are read of an .npz file may together take ``FREE_EXPANSION`` bytes, or ``MOST_EXPANSION`` times the bytes
+of the file: binary images shrink to a twentieth of their size, and what was made to fill memory to a thousandth. An
+array's header must announce exactly the bytes that are there.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import numpy as np
 
 MOST_PIXELS = 89_478_485  # Pillow's own, 256 MiB of red, green and blue; beyond it Pillow only warns
 MOST_IMAGE_BYTES = 2**30
+FREE_PIXELS = 2**23  # 32 MiB of red, green, blue and opacity
 FREE_EXPANSION, MOST_EXPANSION = 2**26, 200
 
 LARGE = 2**28  # bytes from which on a file is mapped, and not read
@@ -57,6 +59,13 @@ def array_header(file: IO[bytes], num_bytes: int) -> ArrayHeader:
             f"its header announces {dtype} {shape}, which is {announced:,} bytes, and it holds {num_bytes - offset:,}"
         )
     return ArrayHeader(shape, is_fortran, dtype, offset)
+
+
+def check_pixels(width: int, height: int, num_bytes: int) -> None:
+    """Raises ValueError where the header of an image's file of that size announces too many pixels to decode."""
+    most = min(MOST_PIXELS, max(FREE_PIXELS, MOST_EXPANSION * num_bytes))
+    if width * height > most:
+        raise ValueError(f"it announces {width:,} x {height:,} pixels, and a file of {num_bytes:,} bytes may {most:,}")
 
 
 def check_expansion(path: Path, num_bytes: int) -> None:

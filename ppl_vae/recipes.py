@@ -164,13 +164,13 @@ def vae_flow() -> Recipe:
 
 
 def vae_flow_wide() -> Recipe:
-    """p(z) = |det df(z)/dz| N(f(z); 0, I), as ``vae_flow`` with layers of 1,000: the widest of one latent layer here.
+    """p(z) = |det df(z)/dz| N(f(z); 0, I), as ``vae_flow`` with layers of 500: the widest of one latent layer here.
 
     Reference: ours, held against what ``vae_flow`` is, of Norouzi et al. 2020, arXiv 2004.04795.
     """
-    first = replace(_GATED, hidden=(1000, 1000), latent_dim=64, prior="flow")
+    first = replace(_GATED, hidden=(500, 500), prior="flow")
     return Recipe(
-        "one layer of 64 latents, a flow prior of ten affine couplings, two gated layers of 1,000 each way",
+        "one layer of 40 latents, a flow prior of ten affine couplings, two gated layers of 500 each way",
         _finished_by_dreg(first),
         (_VAMPPRIOR, _EXEMPLAR),
         f"the prior and the widths; {_gated_differs(300)}; 30 epochs more on L_8",

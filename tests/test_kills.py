@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from disturbed_runs import SMALL, Server, left_behind, served, small_data
 from killed_runs import TRAIN, Kills, kill_runs, killed_and_resumed
+from test_study import save_gray_bars, without_times
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="commands are forked")
 
@@ -63,4 +64,34 @@ def test_kills_of_a_certificate_change_nothing(server: Server, tmp_path: Path) -
     assert done.code == 0, done
     assert kills.count >= 2
     assert certificate_of(folders[0]) == certificate_of(folders[1])
+    assert left_behind(folders[0]) == []
+
+
+STUDY = """
+import sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from ppl_vae.options import command
+from test_study import made
+command(lambda: made(Path({folder!r}), Path({dataset!r})))
+"""
+
+
+@pytest.mark.slow
+def test_kills_of_a_study_change_nothing(server: Server, tmp_path: Path) -> None:
+    dataset, folders = save_gray_bars(tmp_path / "bars.npz"), [tmp_path / "killed", tmp_path / "whole"]
+    for folder in folders:
+        folder.with_suffix(".py").write_text(
+            STUDY.format(tests=str(Path(__file__).parent), folder=str(folder), dataset=str(dataset))
+        )
+    started = time.monotonic()
+    whole = server.run(str(tmp_path / "whole.py"))
+    longest = 0.3 * (time.monotonic() - started)
+    assert whole.code == 0, whole
+    kills, words, draw = Kills(), (str(tmp_path / "killed.py"),), random.Random(0)
+    done = killed_and_resumed(server, words, words, folders[0], draw=draw, longest=longest, kills=kills, most=12)
+    assert done.code == 0, done
+    assert kills.count >= 4
+    found, expected = ((folder / "study.json").read_text(encoding="utf-8") for folder in folders)
+    assert without_times(json.loads(found)) == without_times(json.loads(expected))
     assert left_behind(folders[0]) == []

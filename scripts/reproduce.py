@@ -13,7 +13,9 @@ def main() -> None:
     from ppl_vae import experiment  # torch is imported here, so that --help answers at once
 
     if asked.table:
-        print(experiment.reproduction_table(experiment.read_rows(asked.output)))
+        rows = experiment.read_rows(asked.output)
+        tables = experiment.reproduction_table(rows), experiment.seeds_table(rows)
+        print("\n\n".join(table for table in tables if table))
         return
     experiment.reproduce(
         asked.name,

@@ -22,6 +22,7 @@ from ppl_vae.experiment.reproduction import (
     describe,
     read_rows,
     reproduction_table,
+    seeds_table,
     shortened,
     validation_curve,
     write_row,
@@ -360,8 +361,20 @@ def test_the_table_has_a_line_a_row():
 def test_the_readmes_table_is_that_of_the_stored_rows():
     rows = read_rows(str(ROOT / "scripts" / "results" / "reproductions.json"))
     section = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## Published results\n")[1].split("\n## ")[0]
-    assert f"\n\n{reproduction_table(rows)}\n\n" in section
-    assert section.count("\n|") == 2 + len(rows)
+    tables = [table for table in (reproduction_table(rows), seeds_table(rows)) if table]
+    for table in tables:
+        assert f"\n\n{table}\n\n" in section
+    assert section.count("\n|") == sum(len(table.splitlines()) for table in tables)
+
+
+def test_seeds_of_one_recipe_are_told_together():
+    rows = [made_up(seed=seed, ours={"mean": mean, "stderr": 0.2}) for seed, mean in enumerate((-84.4, -84.7, -84.1))]
+    *_, line = seeds_table([*rows, made_up(seed=3, budget=SHORT)]).splitlines()
+    assert line == "| `vae_gaussian` | 3 | -84.40 ± 0.17 | 0.30 | +0.05 (VAE: there) |"
+
+
+def test_of_one_seed_each_there_is_no_table():
+    assert seeds_table([made_up(), made_up(budget=SHORT), made_up(precision="bf16")]) == ""
 
 
 # --- What is refused, before any training ---
@@ -458,6 +471,10 @@ def test_the_script_lists_the_recipes():
 def test_the_script_prints_the_table(tmp_path):
     write_row(str(tmp_path / "rows.json"), made_up())
     assert script("--table", "--output", str(tmp_path / "rows.json")) == (0, reproduction_table([made_up()]) + "\n", "")
+    rows = [made_up(), made_up(seed=1)]
+    write_row(str(tmp_path / "rows.json"), rows[1])
+    tables = f"{reproduction_table(rows)}\n\n{seeds_table(rows)}\n"
+    assert script("--table", "--output", str(tmp_path / "rows.json")) == (0, tables, "")
 
 
 def test_the_script_says_in_one_line_that_there_is_no_such_recipe():

@@ -11,7 +11,7 @@ from ppl_vae.experiment.figures import draw_run
 from ppl_vae.experiment.imputation import impute_images
 from ppl_vae.experiment.likelihood_table import compare_likelihoods
 from ppl_vae.experiment.network_table import compare_networks
-from ppl_vae.experiment.reproduction import read_rows, reproduce, reproduction_table
+from ppl_vae.experiment.reproduction import read_rows, reproduce, reproduction_table, seeds_table
 from ppl_vae.experiment.run_report import report_run
 from ppl_vae.experiment.sampling import sample_run
 from ppl_vae.experiment.shipped import ship
@@ -37,6 +37,7 @@ __all__ = [
     "reproduction_table",
     "resume",
     "sample_run",
+    "seeds_table",
     "ship",
     "train",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -322,6 +323,28 @@ def reproduction_table(rows: Sequence[dict[str, Any]]) -> str:
     header = ["recipe", "data", f"log p(x), S = {S}", "ELBO", "published", "epochs", "minutes", "seed", "last tenth"]
     head, *body = (f"| {' | '.join(cells)} |" for cells in (header, *map(_cells, rows)))
     return "\n".join([head, "|" + "---|" * len(header), *body])
+
+
+def seeds_table(rows: Sequence[dict[str, Any]]) -> str:
+    """What the rows of a recipe have together, in Markdown; empty where each has one seed.
+
+    All are of the same test images, so the error over images is common to them. What tells one training from another
+    is s, the standard deviation between seeds; their mean is uncertain by s / sqrt(n), which is its ± here.
+    """
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["recipe"], row["budget"]["share"], row["precision"]), []).append(row)
+    lines = []
+    for (name, _, _), group in groups.items():
+        if len(group) == 1:
+            continue
+        means = [row["ours"]["mean"] for row in group]
+        mean, spread = statistics.mean(means), statistics.stdev(means)
+        apart = [f"{mean - number['log_likelihood']:+.2f} ({number['source']})" for number in group[0]["published"]]
+        error = {"mean": mean, "stderr": spread / math.sqrt(len(group))}
+        lines.append(f"| `{name}` | {len(group)} | {plus_minus(error)} | {spread:.2f} | {'; '.join(apart)} |")
+    head = "| recipe | seeds | mean of log p(x) | s between seeds | above what is published |"
+    return "\n".join([head, "|" + "---|" * 5, *lines]) if lines else ""
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

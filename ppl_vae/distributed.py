@@ -42,7 +42,8 @@ def join(device: str) -> torch.device:
         place = _own_gpu(place)
         torch.cuda.set_device(place)
     if not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
+        # NCCL wherever there is one, since a run that is resumed joins before its device is known; it begins at its use.
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
         with _in_one_line():
             dist.init_process_group(backend, timeout=TIMEOUT)
     return place

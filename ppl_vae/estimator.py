@@ -136,6 +136,11 @@ class VAEDensity(TransformerMixin, BaseEstimator):
         """
         if self.posterior == "delta":
             raise ValueError("posterior: expected a density q(z | x), got delta: an autoencoder has no log p(x)")
+        if self.binarization not in ("none", "threshold"):
+            raise ValueError(
+                f"binarization: expected none or threshold, got {self.binarization!r}: what is drawn of X is not "
+                "the X that is scored"
+            )
         rows = self._validated(X, reset=True)
         images = self._images(rows)
         self.kind_ = own.kind_of(_X, "X", images)
@@ -301,6 +306,11 @@ class VAEDensity(TransformerMixin, BaseEstimator):
             raise ValueError("X: expected numbers that single precision holds, got larger ones")
         x = torch.from_numpy(single)
         if self._pixels_ == "threshold":
+            is_levels = self.kind_ == data.LEVELS
+            most, words = (255, "levels from 0 to 255") if is_levels else (1, "gray from 0 to 1")
+            if not ((x >= 0) & (x <= most) & ((x == x.round()) if is_levels else True)).all():
+                got = f"values from {x.min():.4g} to {x.max():.4g}"
+                raise ValueError(f"X: expected {words}, as the X that this is fitted to, got {got}")
             x = (x / 255 if self.kind_ == data.LEVELS else x).ge(0.5).float()
         elif self._pixels_ in ("levels", "dequantized"):
             if not ((x == x.round()) & (x >= 0) & (x <= 255)).all():

@@ -294,6 +294,21 @@ def test_one_process_of_one_shares_nothing():
         torch.rand(4, 2)  # of no image, and none of its business
 
 
+def test_a_run_that_is_resumed_has_nccl_though_it_joins_before_its_device_is_known(monkeypatch):
+    began = []
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, **asked: began.append(backend))
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: bool(began))
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda place: None)
+    assert distributed.join("cpu") == torch.device("cpu")
+    assert distributed.join("cuda") == torch.device("cuda", 0)
+    assert began == ["cpu:gloo,cuda:nccl"]
+
+
 # --- Free bits ---
 
 

@@ -188,8 +188,9 @@ def test_a_clone_has_the_parameters_as_they_were_given() -> None:
         (np.random.RandomState(0).randn(30, 3), {"network": "resnet"}, "--network: expected one of"),
         (np.random.RandomState(0).randn(30, 3), {"validation_fraction": 1}, "validation_fraction"),
         (np.random.RandomState(0).randn(30, 2, 2, 2, 2), {}, "expected"),
+        (np.random.RandomState(0).rand(30, 3), {"binarization": "dynamic"}, "binarization: expected none or threshold"),
     ],
-    ids=["real-bernoulli", "beyond-1", "rounding", "constant", "shape", "delta", "word", "fraction", "dims"],
+    ids=["real-bernoulli", "beyond-1", "rounding", "constant", "shape", "delta", "word", "fraction", "dims", "drawn"],
 )
 def test_what_cannot_be_fitted_is_refused_in_one_line(X: Any, words: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
@@ -205,6 +206,18 @@ def test_values_off_the_support_are_refused(kind: str, X: Any) -> None:
     fitted = VAEDensity(**TINY).fit(OF_KINDS[kind][0])
     with pytest.raises(ValueError, match=r"X: .*expected"):
         fitted.score_samples(X)
+
+
+@pytest.mark.parametrize(
+    ("levels", "scale"), [(True, 1 / 255), (True, 1000), (True, -1), (False, 255), (False, -1)], ids=str
+)
+def test_gray_on_another_scale_is_not_cut_at_a_threshold(levels: bool, scale: float) -> None:
+    X = np.random.RandomState(0).randint(256, size=(30, 6), dtype=np.uint8)
+    X = X if levels else (X / 255).astype(np.float32)
+    fitted = VAEDensity(**TINY, binarization="threshold").fit(X)
+    assert np.isfinite(fitted.score_samples(X)).all()
+    with pytest.raises(ValueError, match=r"X: expected (levels from 0 to 255|gray from 0 to 1), as the X that"):
+        fitted.score_samples(X.astype(np.float64) * scale)
 
 
 @pytest.mark.parametrize("name", ["score_samples", "score", "transform", "inverse_transform"])

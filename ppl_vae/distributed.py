@@ -42,7 +42,7 @@ def join(device: str) -> torch.device:
         place = _own_gpu(place)
         torch.cuda.set_device(place)
     if not dist.is_initialized():
-        # NCCL wherever there is one, since a run that is resumed joins before its device is known; it begins at its use.
+        # NCCL wherever there is one, for a run that is resumed joins before its device is known. It begins when used.
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
         with _in_one_line():
             dist.init_process_group(backend, timeout=TIMEOUT)

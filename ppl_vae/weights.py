@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pyro
@@ -81,7 +82,14 @@ def log_reconstruction(model: Program, guide: Program, x: Tensor) -> Tensor:
     return _log_joint(p, _observed_sites(p), (1, len(x)), x.device)[0]
 
 
-def log_weight_terms(model: Program, guide: Program, x: Tensor, num_particles: int) -> tuple[Tensor, Tensor]:
+def log_weight_terms(
+    model: Program,
+    guide: Program,
+    x: Tensor,
+    num_particles: int,
+    *,
+    held: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> tuple[Tensor, Tensor]:
     """log p(x | z) and log p(z) - log q(z | x), for z ~ q(z | x); their sum is log w.
 
     ``poutine.scale`` and a plate's subsampling scale do not enter: a log-weight is that of the bare programs.
@@ -91,6 +99,7 @@ def log_weight_terms(model: Program, guide: Program, x: Tensor, num_particles: i
         guide: a Pyro program over x that samples every latent site of the model.
         x: images (B, *E).
         num_particles: S.
+        held: what the guide runs in and its density is taken in, which is later and may ask for parameters again.
 
     Returns:
         Two tensors (S, B), nats.
@@ -100,7 +109,12 @@ def log_weight_terms(model: Program, guide: Program, x: Tensor, num_particles: i
             the images' plate, or the guide observes or holds a factor.
         Deterministic: a ValueError: the guide is deterministic at a latent site.
     """
-    q, p, latents = _traces(model, guide, x, num_particles)
+
+    def guide_held(x: Tensor) -> Any:
+        with held():
+            return guide(x)
+
+    q, p, latents = _traces(model, guide_held, x, num_particles)
     for name in latents:
         if is_deterministic(q.nodes[name]["fn"]):
             raise Deterministic(
@@ -110,7 +124,8 @@ def log_weight_terms(model: Program, guide: Program, x: Tensor, num_particles: i
     shape = (num_particles, len(x))
     log_p_x_given_z = _log_joint(p, _observed_sites(p), shape, x.device)
     log_p_z = _log_joint(p, latents, shape, x.device)
-    log_q_z = _log_joint(q, latents, shape, x.device)
+    with held():
+        log_q_z = _log_joint(q, latents, shape, x.device)
     return log_p_x_given_z, log_p_z - log_q_z
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pyro
@@ -75,7 +76,7 @@ def dreg(model: Program, guide: Program, x: Tensor, *, beta: float | Tensor = 1.
     held, z = _held(guide), _draws(guide, x, num_particles)
 
     def minus_bound(at: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        log_w = _log_w(model, _At(at)(held), x, beta, num_particles)
+        log_w = _log_w(model, _At(at)(guide), x, beta, num_particles, held=held)
         return -log_mean_exp(log_w).mean(), log_w
 
     at = {name: value.detach() for name, value in z.items()}
@@ -114,12 +115,20 @@ def stl(model: Program, guide: Program, x: Tensor, *, beta: float | Tensor = 1.0
     held, z = _held(guide, but=_of_the_prior_alone), _draws(guide, x, num_particles)
     # Other tensors of the same numbers: a transform that knows z again would give its inverse without a gradient.
     at = {name: value.view_as(value) for name, value in z.items()}
-    return -_log_w(model, _At(at)(held), x, beta, num_particles).mean()
+    return -_log_w(model, _At(at)(guide), x, beta, num_particles, held=held).mean()
 
 
-def _log_w(model: Program, guide: Program, x: Tensor, beta: float | Tensor, num_particles: int) -> Tensor:
+def _log_w(
+    model: Program,
+    guide: Program,
+    x: Tensor,
+    beta: float | Tensor,
+    num_particles: int,
+    *,
+    held: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> Tensor:
     """(S, B) log p(x | z) + beta (log p(z) - log q(z | x)), nats."""
-    log_p_x_given_z, log_p_z_over_q_z = log_weight_terms(model, guide, x, num_particles)
+    log_p_x_given_z, log_p_z_over_q_z = log_weight_terms(model, guide, x, num_particles, held=held)
     return log_p_x_given_z + beta * log_p_z_over_q_z
 
 
@@ -158,8 +167,12 @@ def _nothing(module: nn.Module) -> set[int]:
     return set()
 
 
-def _held(guide: Program, *, but: Callable[[nn.Module], set[int]] = _nothing) -> Program:
-    """The guide with its module's parameters as constants: gradients pass through values of its sites alone.
+def _held(
+    guide: Program, *, but: Callable[[nn.Module], set[int]] = _nothing
+) -> Callable[[], AbstractContextManager[Any]]:
+    """In which the parameters of the guide's module are constants: gradients pass through values of its sites alone.
+
+    A flow's density asks for its layers' parameters when it is taken, after the guide has run: both belong in it.
 
     Args:
         guide: a module or a method of one.
@@ -172,10 +185,9 @@ def _held(guide: Program, *, but: Callable[[nn.Module], set[int]] = _nothing) ->
             f"{getattr(guide, '__name__', type(guide).__name__)}"
         )
 
-    def held(x: Tensor) -> None:
+    def held() -> AbstractContextManager[Any]:
         free = but(module)
-        with replaced(module, {name: w.detach() for name, w in module.named_parameters() if id(w) not in free}):
-            guide(x)
+        return replaced(module, {name: w.detach() for name, w in module.named_parameters() if id(w) not in free})
 
     return held
 

@@ -76,7 +76,8 @@ def write(folder: Path, version: str, monkeypatch: pytest.MonkeyPatch, **replace
     }[version.split()[0]]
     contents = {name: make(batch) for batch, name in enumerate(NAMES)} | replaced
     sums = {name: hashlib.md5(content).hexdigest() for name, content in contents.items()}
-    monkeypatch.setattr(cifar10, "_PYTHON_MD5", sums)
+    for published in ("_PYTHON_MD5", "_BINARY_BATCHES_MD5"):
+        monkeypatch.setattr(cifar10, published, sums)
     if version.endswith("folder"):
         (folder / inside).mkdir()
         for name, content in contents.items():
@@ -132,9 +133,18 @@ def test_a_pickle_that_calls_a_function_calls_none(tmp_path: Path, monkeypatch: 
     assert not harm.exists()
 
 
-def test_a_batch_with_another_checksum_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write(tmp_path, "python folder", monkeypatch)
-    path = tmp_path / cifar10.PYTHON_FOLDER / "data_batch_2"
+@pytest.mark.parametrize(
+    ("form", "name"),
+    [
+        ("python folder", f"{cifar10.PYTHON_FOLDER}/data_batch_2"),
+        ("binary folder", f"{cifar10.BINARY_FOLDER}/data_batch_2.bin"),
+    ],
+)
+def test_a_batch_with_another_checksum_is_refused(
+    form: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, form, monkeypatch)
+    path = tmp_path / name
     content = bytearray(path.read_bytes())
     content[5000] ^= 1
     path.write_bytes(content)

@@ -7,10 +7,12 @@ import json
 import os
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 from unittest import mock
@@ -18,8 +20,10 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 from PIL.BmpImagePlugin import BmpImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
 
 from ppl_vae import data
 from ppl_vae.data import cache, image_folder, threads
@@ -151,7 +155,18 @@ CHANGES = {
     "added": lambda own: write(own / "cat" / "31.png", np.zeros(SHAPE, np.uint8)),
     "removed": lambda own: (own / "dog" / "01.png").unlink(),
     "moved": lambda own: (own / "dog" / "01.png").rename(own / "cat" / "01.png"),
+    "changed, with its time put back": lambda own: write_as_of_before(own / "cat" / "00.png"),
 }
+
+
+def write_as_of_before(path: Path) -> None:
+    """Another content of the same size, whose time of change says nothing of it."""
+    status = path.stat()
+    time.sleep(0.02)  # the system's clock for files has ticks
+    content = bytearray(path.read_bytes())
+    content[content.index(b"IEND") - 5] ^= 1  # within the checksum of the pixels, which Pillow does not look at there
+    path.write_bytes(content)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -164,6 +179,35 @@ def test_a_folder_of_which_a_file_changed_is_read_again(
     assert_right(data.load(str(own)), own)
     assert len(decoded) >= 31
     assert len(entries(kept)) == 1
+
+
+ONCE = {
+    "forbidden": PermissionError(13, "Permission denied"),
+    "on a bad disk": OSError(5, "Input/output error"),
+    "on a server that is away": OSError(116, "Stale file handle"),
+}
+
+
+@pytest.mark.parametrize("why", ONCE)
+def test_a_file_that_the_system_does_not_give_is_looked_at_again(
+    own: Path, decoded: list[bytes], why: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    opened = Path.open
+
+    def refuse(path: Path, *args: object, **options: object) -> object:
+        if path.name == "00.png":
+            raise ONCE[why]
+        return opened(path, *args, **options)
+
+    with mock.patch.object(Path, "open", refuse):
+        first, second = data.load(str(own)), data.load(str(own))
+    assert first.unreadable == second.unreadable == ("cat/00.png", "cat/broken.png")
+    assert len(decoded) == 31  # once, as long as it is not given
+    capsys.readouterr()
+    assert_right(data.load(str(own)), own)
+    assert capsys.readouterr().err == f"own: {own}/cat/00.png can be read by now; own is read again\n"
+    assert data.load(str(own)).unreadable == ("cat/broken.png",)
+    assert len(decoded) == 31 + 32
 
 
 def test_another_option_has_an_entry_of_its_own(own: Path, kept: Path) -> None:
@@ -245,6 +289,8 @@ def test_a_file_of_something_else_is_read_again(own: Path, kept: Path, content: 
         ("chunks", []),
         ("what", "of others"),
         ("class_names", 7),
+        ("withheld", 7),
+        ("withheld", ["/dev/zero"]),
     ],
 )
 def test_a_header_that_announces_something_else_is_refused(own: Path, kept: Path, key: str, value: object) -> None:
@@ -417,6 +463,65 @@ def test_a_small_file_that_announces_many_pixels_takes_no_memory_for_them(own: P
     with mock.patch.object(BmpImageFile, "load", side_effect=AssertionError("its pixels are asked for")) as asked:
         assert "dog/bomb.bmp" in data.load(str(own), image_size=[5, 6]).unreadable
     asked.assert_not_called()
+
+
+def wrapped_in_ico(inner: bytes) -> bytes:
+    """An icon that announces 16 x 16 pixels."""
+    return struct.pack("<3H4B2H2I", 0, 1, 1, 16, 16, 0, 0, 1, 32, len(inner), 22) + inner
+
+
+def wrapped_in_icns(inner: bytes) -> bytes:
+    """An icon that announces 128 x 128 pixels."""
+    return b"icns" + struct.pack(">I", 16 + len(inner)) + b"ic07" + struct.pack(">I", 8 + len(inner)) + inner
+
+
+def wrapped_in_blp(inner: bytes) -> bytes:
+    """A texture of 16 x 16 pixels."""
+    header = b"BLP1" + struct.pack("<iIIIii", 0, 0, 16, 16, 0, 0)
+    return header + struct.pack("<33I", 160, *[0] * 15, len(inner), *[0] * 15, 0) + inner
+
+
+def wrapped_in_iptc(inner: bytes) -> bytes:
+    """A press photograph of 16 x 16 pixels, in another format."""
+    fields = [(3, 60, b"\1\0"), (3, 20, b"\0\x10"), (3, 30, b"\0\x10"), (3, 120, b"\5"), (8, 10, inner), (9, 10, b"")]
+    return b"".join(struct.pack(">3BH", 0x1C, *tag, len(value)) + value for *tag, value in fields)
+
+
+def huge(form: str) -> bytes:
+    """20 million pixels in some kilobytes."""
+    file = BytesIO()
+    Image.new("L", (5000, 4000)).save(file, form)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("wrapped", "inner"),
+    [
+        (wrapped_in_ico, PngImageFile),
+        (wrapped_in_icns, PngImageFile),
+        (wrapped_in_blp, JpegImageFile),
+        (wrapped_in_iptc, PngImageFile),
+    ],
+)
+def test_an_image_within_another_is_not_decoded(
+    own: Path, wrapped: Callable[[bytes], bytes], inner: type[Image.Image]
+) -> None:
+    (own / "dog" / "bomb.png").write_bytes(wrapped(huge(str(inner.format))))
+    load = inner.load
+    sizes: list[tuple[int, int]] = []
+    with mock.patch.object(inner, "load", lambda image: sizes.append(image.size) or load(image)):
+        assert "dog/bomb.png" in data.load(str(own), image_size=[5, 6]).unreadable
+    assert (5000, 4000) not in sizes
+
+
+def test_no_image_starts_ghostscript(own: Path) -> None:
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 16\n%%EndComments\nshowpage\n%%EOF\n"
+    (own / "dog" / "plain.png").write_bytes(eps)
+    (own / "dog" / "wrapped.png").write_bytes(wrapped_in_iptc(eps))
+    with mock.patch.object(EpsImagePlugin, "Ghostscript", side_effect=AssertionError("it is started")) as started:
+        read = data.load(str(own), image_size=[5, 6])
+    started.assert_not_called()
+    assert {"dog/plain.png", "dog/wrapped.png"} <= set(read.unreadable)
 
 
 def test_memory_that_runs_out_is_not_taken_for_a_broken_image(own: Path) -> None:

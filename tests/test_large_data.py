@@ -204,6 +204,30 @@ def test_arrays_that_exceed_the_memory_are_refused(tmp_path: Path, monkeypatch: 
         data.load(str(tmp_path / "own.npz"))
 
 
+@pytest.mark.parametrize("names", [("train", "train.npy"), ("train.npy", "train")], ids=str)
+def test_two_arrays_of_one_name_are_refused(tmp_path: Path, names: tuple[str, str]) -> None:
+    """Of which one would be checked, and the other one be loaded."""
+    np.save(tmp_path / "one.npy", RNG.integers(0, 256, (40, 10), np.uint8))
+    with zipfile.ZipFile(tmp_path / "own.npz", "w") as archive:
+        for name in names:
+            archive.writestr(name, (tmp_path / "one.npy").read_bytes() if name.endswith(".npy") else b"no array")
+    message = r"own\.npz: not a readable array file: expected one array of each name, got two named 'train'$"
+    with pytest.raises(ValueError, match=message):
+        data.load(str(tmp_path / "own.npz"))
+
+
+def test_memory_that_runs_out_is_not_taken_for_a_broken_array(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    np.savez(tmp_path / "own.npz", RNG.integers(0, 256, (40, 10), np.uint8))
+
+    def full(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(np.lib.npyio.NpzFile, "__getitem__", full)
+    message = r"own\.npz: the memory ran out while it was read; save it as \.npy, which is not read into memory$"
+    with pytest.raises(ValueError, match=message):
+        data.load(str(tmp_path / "own.npz"))
+
+
 def test_one_array_under_several_names_of_an_archive_counts_each_time(tmp_path: Path) -> None:
     """Members that overlap in the file, each a bomb within the limit of one."""
     np.savez_compressed(tmp_path / "one.npz", train=np.zeros((100, 2**19), np.uint8))
@@ -352,6 +376,40 @@ def test_the_memory_that_is_available_is_no_more_than_the_machine_says() -> None
     assert said is not None
     assert available is not None
     assert 0 < available < 1024 * int(said[1])
+
+
+GROUPS = {  # version, the line of /proc/self/cgroup, and the group whose limit is the lowest
+    "a job's own, version 2": (2, "0::/slurm/job_7/step_0", "slurm/job_7/step_0"),
+    "a job's, version 2": (2, "0::/slurm/job_7/step_0", "slurm/job_7"),
+    "a container's, version 2": (2, "0::/", "."),
+    "a group of which only a part is mounted, version 2": (2, "0::/kubepods/pod/own", "."),
+    "a job's own, version 1": (1, "9:name=systemd:/\n4:cpu,memory:/slurm/job_7\n0::/", "memory/slurm/job_7"),
+    "a job's, version 1": (1, "4:memory:/slurm/job_7/step_0", "memory/slurm"),
+    "a container's, version 1": (1, "4:memory:/docker/0123", "memory"),
+}
+FILES_OF_GROUPS = {
+    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    2: ("memory.max", "memory.current", "file"),
+}
+
+
+@pytest.mark.parametrize("what", GROUPS)
+def test_the_memory_that_is_available_is_what_the_control_groups_leave(
+    tmp_path: Path, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version, line, lowest = GROUPS[what]
+    (tmp_path / "own").write_text(f"{line}\n")
+    monkeypatch.setattr(limits, "_OWN_GROUPS", tmp_path / "own")
+    monkeypatch.setattr(limits, "_ALL_GROUPS", tmp_path / "all")
+    places = {"slurm/job_7/step_0", "slurm/job_7", "slurm", "."} if version == 2 else {"memory/slurm/job_7", "memory"}
+    for place in {*places, lowest}:
+        group = tmp_path / "all" / place
+        group.mkdir(parents=True, exist_ok=True)
+        limit = 2_000_000 if place == lowest else 9_000_000 if version == 1 else "max"
+        for name, value in zip(FILES_OF_GROUPS[version][:2], (limit, 1_500_000), strict=True):
+            (group / name).write_text(f"{value}\n")
+        (group / "memory.stat").write_text(f"anon 1\n{FILES_OF_GROUPS[version][2]} 300000\n")
+    assert limits.available_memory() == 800_000
 
 
 # --- Under a limit ---

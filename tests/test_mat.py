@@ -42,8 +42,25 @@ def test_cells_of_words_are_words(compressed: bool) -> None:
 
 
 def test_a_compressed_element_beyond_the_limit_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"a compressed element takes more than 1,000 bytes"):
+    with pytest.raises(ValueError, match=r"its compressed elements take more than 1,000 bytes"):
         read_mat(written(compressed=True, zeros=np.zeros(10_000)), most=1000)
+
+
+def test_compressed_elements_are_together_held_to_the_limit() -> None:
+    raw = written(compressed=True, **{f"zeros{i}": np.zeros(100) for i in range(10)})
+    assert len(read_mat(raw, most=10_000)) == 10
+    with pytest.raises(ValueError, match=r"its compressed elements take more than 5,000 bytes"):
+        read_mat(raw, most=5000)
+
+
+def test_letters_that_are_no_whole_numbers_are_refused() -> None:
+    raw = written(compressed=False, word="abcd")
+    numbers = written(compressed=False, word=np.arange(4.0)[None])
+    letters = numbers.replace(struct.pack("<4I", 6, 8, 6, 0), struct.pack("<4I", 6, 8, 4, 0))  # of the class of letters
+    assert read_mat(raw, most=10**6)["word"].tolist() == [*"abcd"]
+    assert letters != numbers
+    with pytest.raises(ValueError, match=r"^word: expected letters in whole numbers of 8 or 16 bits, got float64$"):
+        read_mat(letters, most=10**6)
 
 
 def test_an_element_that_announces_more_than_is_there_is_refused() -> None:

@@ -65,7 +65,10 @@ class Source(NamedTuple):
 
 
 class Draft(NamedTuple):
-    """``Splits`` whose images are still to come, in blocks (n, *E) that go through train, validation and test."""
+    """``Splits`` whose images are still to come, in blocks (n, *E) that go through train, validation and test.
+
+    ``withheld``: paths of the unreadable that the system did not give; once it does, the entry is stale.
+    """
 
     kind: str
     dtype: torch.dtype
@@ -77,6 +80,7 @@ class Draft(NamedTuple):
     labels: Mapping[str, Tensor]
     class_names: tuple[str, ...] = ()
     unreadable: tuple[str, ...] = ()
+    withheld: tuple[str, ...] = ()
 
 
 def folder() -> Path:
@@ -274,6 +278,7 @@ def _write_content(file: IO[bytes], source: Source, draft: Draft, name: str) -> 
         "labeled": labeled,
         "class_names": draft.class_names,
         "unreadable": draft.unreadable,
+        "withheld": draft.withheld,
         "sha256": draft.sha256,
         "split": draft.split,
         "chunks": written.digests(),
@@ -305,12 +310,19 @@ class _Digested:
         return self._done + [self._open.hexdigest()] * bool(self.num_bytes % _CHUNK)
 
 
+class _Outdated(Exception):
+    """A file that the entry lacks, since the system did not give it, can be read by now."""
+
+
 def _load(source: Source, name: str) -> Splits | None:
     """None where there is no entry, or none that is whole: that is said, and it is deleted."""
     try:
         with source.path.open("rb") as file:
             return _read(file, source, name, check=True)
     except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return None
+    except _Outdated as error:
+        say(f"{name}: {error} can be read by now; {name} is read again")
         return None
     except (OSError, ValueError) as error:
         say(f"{source.path}: damaged ({error}); {name} is read again")
@@ -320,7 +332,7 @@ def _load(source: Source, name: str) -> Splits | None:
 
 
 def _read(file: IO[bytes], source: Source, name: str, *, check: bool) -> Splits:
-    """Raises ValueError where the file is not what was written."""
+    """Raises ValueError where the file is not what was written, _Outdated where it lacks a file that can be read."""
     header, end_of_content = _header(file)
     try:
         if (header["what"], header["state"]) != (source.what, source.state):
@@ -331,6 +343,7 @@ def _read(file: IO[bytes], source: Source, name: str, *, check: bool) -> Splits:
         labeled = [split for split in _SPLITS if split in header["labeled"]]
         words = {key: str(header[key]) for key in ("kind", "sha256", "split")}
         class_names, unreadable = (tuple(map(str, header[key])) for key in ("class_names", "unreadable"))
+        withheld = tuple(map(str, header.get("withheld", ())))  # younger than the others
         chunks = list(header["chunks"])
     except (KeyError, TypeError) as error:
         raise ValueError(f"its header lacks or garbles {error}") from None
@@ -342,6 +355,9 @@ def _read(file: IO[bytes], source: Source, name: str, *, check: bool) -> Splits:
     if words["kind"] not in KINDS or len(chunks) != -(-end_of_content // _CHUNK):
         raise ValueError("its header is of something else")
     if check:
+        for path in withheld:
+            if _is_given(Path(path)):
+                raise _Outdated(path)
         digests = in_threads(partial(_digest, file.fileno(), end_of_content), range(len(chunks)))
         for i, (digest, expected) in enumerate(zip(digests, chunks, strict=True)):
             if digest != expected:
@@ -365,6 +381,14 @@ def _read(file: IO[bytes], source: Source, name: str, *, check: bool) -> Splits:
         validation=rows[1],
         test=rows[2],
     )
+
+
+def _is_given(path: Path) -> bool:
+    """Whether a file can be read to its end."""
+    try:
+        return os.path.isfile(path) and bool(sha256_of(path))
+    except (OSError, ValueError):
+        return False
 
 
 def _whole(value: Any) -> int:

@@ -20,8 +20,16 @@ BINARY_ARCHIVE, BINARY_FOLDER = "cifar-10-binary.tar.gz", "cifar-10-batches-bin"
 PYTHON_ARCHIVE, PYTHON_FOLDER = "cifar-10-python.tar.gz", "cifar-10-batches-py"
 FILES = (BINARY_ARCHIVE, BINARY_FOLDER, PYTHON_ARCHIVE, PYTHON_FOLDER)
 
-# MD5 as published: of the archive with the binary version, and of each batch of the other.
+# MD5 of the published archive with the binary version, and of each batch of both.
 BINARY_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
+_BINARY_BATCHES_MD5 = {
+    "data_batch_1": "5dd7e06a14cb22eb9f671a540d1b7c25",
+    "data_batch_2": "5ea93a67294ea407fff1d09f752e9692",
+    "data_batch_3": "942cd6a4bcdd0dd3c604fbe906cb4421",
+    "data_batch_4": "ae636b3ba5c66a11e91e8cb52e771fcb",
+    "data_batch_5": "53f37980c15c3d472c316c40844f3f0d",
+    "test_batch": "803d5f7f4d78ea53de84dbe85f74fb6d",
+}
 _PYTHON_MD5 = {
     "data_batch_1": "c99cafc152244af753f735de768cd75f",
     "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
@@ -84,6 +92,7 @@ def _binary(folder: Path) -> Iterator[tuple[str, Part]]:
     for name, content in contents:
         if len(content) != size:
             raise ValueError(f"{name}: expected {size:,} bytes, got {len(content):,}")
+        _check_batch(name, content, _BINARY_BATCHES_MD5)
         rows = np.frombuffer(content, np.uint8).reshape(_NUM_IMAGES, 1 + _NUM_PIXELS)
         yield name, _part(name, rows[:, 1:], rows[:, 0])
 
@@ -100,8 +109,7 @@ def _python(folder: Path) -> Iterator[tuple[str, Part]]:
     else:
         contents = _members(folder / PYTHON_ARCHIVE, {f"{PYTHON_FOLDER}/{name}": name for name in _BATCHES}, most=most)
     for name, content in contents:
-        if hashlib.md5(content, usedforsecurity=False).hexdigest() != _PYTHON_MD5[name]:
-            raise ValueError(f"{name}: its checksum is not the published one")
+        _check_batch(name, content, _PYTHON_MD5)
         pixels, labels = _values(name, content)
         yield name, _part(name, np.frombuffer(pixels, np.uint8).reshape(-1, _NUM_PIXELS), np.array(labels))
 
@@ -171,6 +179,11 @@ def _limited(file: IO[bytes], most: int, name: str) -> bytes:
     if len(content) > most:
         raise ValueError(f"{name}: expected at most {most:,} bytes, got more")
     return content
+
+
+def _check_batch(name: str, content: bytes, expected: dict[str, str]) -> None:
+    if hashlib.md5(content, usedforsecurity=False).hexdigest() != expected[name]:
+        raise ValueError(f"{name}: its checksum is not the published one")
 
 
 def _check_md5(path: Path, expected: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import stat
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
@@ -37,7 +38,10 @@ _NEARLY_A_SPLIT = re.compile(
     r"[ _-]?(set|images|data)?"
 )
 _GRAY_MODES = ("1", "L", "LA", "La")
-_NOT_PIXELS = ("EPS", "WMF", "PDF", "MPEG", "HDF5", "GRIB", "BUFR")  # no images, or read by starting another program
+_NOT_PIXELS = (
+    *("EPS", "WMF", "PDF", "MPEG", "HDF5", "GRIB", "BUFR"),  # no images, or read by starting another program
+    *("IPTC", "ICO", "ICNS", "BLP"),  # around another image, which is read whatever its format or its size
+)
 
 
 class Found(NamedTuple):
@@ -59,16 +63,16 @@ class Pictures(NamedTuple):
 def image_folder(path: Path, *, image_size: Sequence[int] | None, fit: str, color: str | None) -> Splits:
     """The images below a folder, as 8-bit levels: (N, 1, H, W) gray or (N, 3, H, W) red, green, blue.
 
-    Every format that Pillow decodes; hidden files are skipped, and so are those whose extension is no image's; links
-    to folders are followed, but for those that lead back to a folder that they lie in. Folders
-    named train, valid (or validation, val) and test are splits, and images beside these train where there is no folder
-    train; what is lacking is a tenth each, by a fixed permutation of the sorted names. Two or more subfolders (of the
-    splits, where there are splits) are classes if every image lies in one; labels count the sorted names of them all.
-    Images are turned as their EXIF orientation says; transparent ones are laid over white; 16-bit gray becomes
-    round(level / 257); of an animation the first frame is taken.
+    Every format that Pillow decodes, but for icons and other wrappings of an image; hidden files are skipped, and so
+    are those whose extension is no image's; links to folders are followed, but for those that lead back to a folder
+    that they lie in. Folders named train, valid (or validation, val) and test are splits, and images beside these train
+    where there is no folder train; what is lacking is a tenth each, by a fixed permutation of the sorted names. Two or
+    more subfolders (of the splits, where there are splits) are classes if every image lies in one; labels count the
+    sorted names of them all. Images are turned as their EXIF orientation says; transparent ones are laid over white;
+    16-bit gray becomes round(level / 257); of an animation the first frame is taken.
 
-    They are read once: what comes of them is kept in the cache folder, and read again when the name, the size or the
-    time of change of any of them is another.
+    They are read once: what comes of them is kept in the cache folder, and read again when the name, the size or a
+    time of change of any of them is another, or when one that the system did not give can be read.
 
     Args:
         image_size: (H, W), or one number for both; None: all images have one size already.
@@ -174,6 +178,7 @@ def _draft(
         labels=meaning.labels,
         class_names=meaning.class_names,
         unreadable=tuple(read.unreadable),
+        withheld=tuple(os.path.abspath(path / name) for name in read.withheld),
     )
 
 
@@ -220,14 +225,14 @@ def _leads_back(folder: Path) -> bool:
 
 
 def _state(root: Path, names: Sequence[str]) -> list[Any]:
-    """What changes when one of the files does: names, sizes, times of change."""
+    """What changes when one of the files does: names, sizes, times of change of the content and of all else."""
     state: list[Any] = []
     for name in names:
         try:
             status = os.stat(root / name)
-            state.append((name, status.st_size, status.st_mtime_ns))
+            state.append((name, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
         except OSError:  # a link to nothing
-            state.append((name, -1, -1))
+            state.append((name, -1, -1, -1))
     return state
 
 
@@ -247,7 +252,8 @@ def read_images(
 class _Read:
     """Goes through files once, in their order, and gives the pixels (H, W) or (H, W, 3) of those that can be read.
 
-    When all are through, it knows the names of both, and the SHA-256 of the names and bytes that were read.
+    When all are through, it knows the names of both, which of the others the system withheld, and the SHA-256 of the
+    names and bytes that were read.
 
     Raises:
         ValueError: at the end, where none can be read, or ``size`` is None and they have several sizes.
@@ -260,6 +266,7 @@ class _Read:
         self.decode = partial(_decoded, root, size=size, fit=fit, color=color)
         self.names: list[str] = []
         self.unreadable: list[str] = []
+        self.withheld: list[str] = []
         self.sizes: set[tuple[int, int]] = set()
         self._checksum = hashlib.sha256()
 
@@ -272,8 +279,10 @@ class _Read:
         _formats()  # once, before several threads ask for them
         with _quiet_decoders(), bar:
             for name, found in zip(bar, in_threads(self.decode, self.asked), strict=True):
-                if found is None:
+                if not isinstance(found, tuple):
                     self.unreadable.append(name)
+                    if found is not None:
+                        self.withheld.append(name)
                     continue
                 raw, pixels = found
                 self.names.append(name)
@@ -303,17 +312,23 @@ def _quiet_decoders() -> Iterator[None]:
 
 def _decoded(
     root: Path, name: str, *, size: tuple[int, int] | None, fit: str, color: str | None
-) -> tuple[bytes, np.ndarray] | None:
-    """A file's bytes, and its pixels (H, W) or (H, W, 3); None where it cannot be read.
+) -> tuple[bytes, np.ndarray] | OSError | None:
+    """A file's bytes, and its pixels (H, W) or (H, W, 3); None where they are no image that is read.
+
+    An OSError where the system does not give the bytes, which says nothing of them: it may give them another time.
 
     Raises:
         ValueError: the memory ran out, of which the file is no cause: what it may take was checked.
     """
     try:
         path = root / name
-        if not path.is_file() or path.stat().st_size > limits.MOST_IMAGE_BYTES:  # a pipe would wait for ever
-            raise OSError("not a file")
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode) or status.st_size > limits.MOST_IMAGE_BYTES:  # a pipe would wait for ever
+            return None
         raw = path.read_bytes()
+    except OSError as error:
+        return error
+    try:
         image = _decode(raw)
         image = image if size is None else _resized(image, size, fit)
         return raw, np.asarray(image if color is None else image.convert({"gray": "L", "rgb": "RGB"}[color]))

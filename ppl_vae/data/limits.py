@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
 from contextlib import suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, NamedTuple
 
 import numpy as np
@@ -21,6 +22,7 @@ MOST_PIXELS = 89_478_485  # Pillow's own, 256 MiB of red, green and blue; beyond
 MOST_IMAGE_BYTES = 2**30
 FREE_PIXELS = 2**23  # 32 MiB of red, green, blue and opacity
 FREE_EXPANSION, MOST_EXPANSION = 2**26, 200
+ADVICE = "save it as .npy, which is not read into memory"
 
 LARGE = 2**28  # bytes from which on a file is mapped, and not read
 
@@ -71,14 +73,13 @@ def check_pixels(width: int, height: int, num_bytes: int) -> None:
 def check_expansion(path: Path, num_bytes: int) -> None:
     """Raises ValueError where ``num_bytes`` of arrays are more than an .npz file of that size may hold, or than fit."""
     most = max(FREE_EXPANSION, MOST_EXPANSION * os.path.getsize(path))
-    advice = "save it as .npy, which is not read into memory"
     if num_bytes > most:
         raise ValueError(
-            f"its arrays take {num_bytes:,} bytes, more than {MOST_EXPANSION} times the file ({most:,}); {advice}"
+            f"its arrays take {num_bytes:,} bytes, more than {MOST_EXPANSION} times the file ({most:,}); {ADVICE}"
         )
     available = available_memory()
     if available is not None and num_bytes > available:
-        raise ValueError(f"its arrays take {num_bytes:,} bytes, and {available:,} are available; {advice}")
+        raise ValueError(f"its arrays take {num_bytes:,} bytes, and {available:,} are available; {ADVICE}")
 
 
 def fits(num_bytes: int) -> bool:
@@ -91,7 +92,7 @@ _SHARE = 8
 
 
 def available_memory() -> int | None:
-    """Bytes that this process can have without swapping: of the machine, its control group and its own limit.
+    """Bytes that this process can have without swapping: of the machine, its control groups and its own limit.
 
     None where the system does not say.
     """
@@ -99,11 +100,7 @@ def available_memory() -> int | None:
         free = 1024 * _field("/proc/meminfo", "MemAvailable:")
     except (OSError, ValueError):
         return None
-    with suppress(OSError, ValueError):  # "max" where there is no limit
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii"))
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii"))
-        files = _field("/sys/fs/cgroup/memory.stat", "file")  # which can be dropped
-        free = min(free, limit - used + files)
+    free = min([free, *_free_of_groups()])
     with suppress(OSError, ValueError, ImportError):
         import resource
 
@@ -113,7 +110,37 @@ def available_memory() -> int | None:
     return max(free, 0)
 
 
-def _field(path: str, name: str) -> int:
+_OWN_GROUPS, _ALL_GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+
+# By the version of control groups: the limit, what is used, and of that in memory.stat the files that can be dropped.
+_OF_VERSION_2 = ("memory.max", "memory.current", "file")
+_OF_VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+
+
+def _free_of_groups() -> Iterator[int]:
+    """Bytes that are left in each control group with a limit that this process is in, and in those around it.
+
+    Reference: Linux, Documentation/admin-guide, cgroup-v2.rst and cgroup-v1/memory.rst; man 7 cgroups.
+    """
+    try:
+        lines = _OWN_GROUPS.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        controllers, _, place = line.partition(":")[2].partition(":")
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        top, names = (_ALL_GROUPS / "memory", _OF_VERSION_1) if controllers else (_ALL_GROUPS, _OF_VERSION_2)
+        group = top.joinpath(*PurePosixPath(place).parts[1:])  # not there where only a part of the tree is mounted
+        for folder in (group, *group.parents):
+            with suppress(OSError, ValueError):  # "max" where there is no limit
+                limit, used = (int((folder / name).read_text(encoding="ascii")) for name in names[:2])
+                yield limit - used + _field(folder / "memory.stat", names[2])
+            if folder == top:
+                break
+
+
+def _field(path: str | Path, name: str) -> int:
     for line in Path(path).read_text(encoding="ascii").splitlines():
         if line.split()[0] == name:
             return int(line.split()[1])

@@ -37,7 +37,7 @@ def read_mat(raw: bytes, *, most: int) -> dict[str, np.ndarray]:
 
     Args:
         raw: the file.
-        most: bytes that a compressed element may take; beyond them it is refused before it is in memory.
+        most: bytes that all compressed elements together may take; what is beyond is refused before it is in memory.
 
     Raises:
         ValueError: no such file, or a damaged one.
@@ -45,10 +45,14 @@ def read_mat(raw: bytes, *, most: int) -> dict[str, np.ndarray]:
     order = {b"IM": "<", b"MI": ">"}.get(raw[_HEADER - 2 : _HEADER])
     if order is None:
         raise ValueError("no .mat file of version 5")
-    found = {}
+    found, taken = {}, 0
     for kind, content in _elements(raw[_HEADER:], order):
         if kind == _COMPRESSED:
-            kind, content = _only(_inflated(content, most), order)
+            inflated = _inflated(content, most - taken)
+            if inflated is None:
+                raise ValueError(f"its compressed elements take more than {most:,} bytes")
+            taken += len(inflated)
+            kind, content = _only(inflated, order)
         if kind == _MATRIX:
             name, value = _matrix(content, order)
             if value is not None:
@@ -80,15 +84,14 @@ def _only(raw: bytes, order: str) -> tuple[int, bytes]:
     raise ValueError("an element is empty")
 
 
-def _inflated(content: bytes, most: int) -> bytes:
+def _inflated(content: bytes, most: int) -> bytes | None:
+    """None where it is more than that."""
     inflater = zlib.decompressobj()
     try:
         whole = inflater.decompress(content, most + 1)
     except zlib.error as error:
         raise ValueError(f"a compressed element is damaged: {error}") from None
-    if len(whole) > most:
-        raise ValueError(f"a compressed element takes more than {most:,} bytes")
-    return whole
+    return whole if len(whole) <= most else None
 
 
 def _matrix(content: bytes, order: str, deep: int = 0) -> tuple[str, np.ndarray | None]:
@@ -109,6 +112,8 @@ def _matrix(content: bytes, order: str, deep: int = 0) -> tuple[str, np.ndarray 
     if min(shape, default=-1) < 0 or math.prod(shape) * stored.itemsize != len(values[0][1]):
         raise ValueError(f"{name}: shape {shape} of {stored} is not {len(values[0][1]):,} bytes")
     array = np.frombuffer(values[0][1], stored).reshape(shape, order="F")
+    if kind == _LETTERS and (stored.kind not in "iu" or stored.itemsize > 2):
+        raise ValueError(f"{name}: expected letters in whole numbers of 8 or 16 bits, got {stored}")
     if kind == _LETTERS:
         return name, np.array([chr(code) for code in array.reshape(-1).tolist()], dtype=np.str_)
     return name, array

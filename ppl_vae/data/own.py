@@ -183,15 +183,25 @@ def read_arrays(
             chosen = choose(names)
             _check_members(path, set(chosen.values()))
             arrays = {role: loaded[name] for role, name in chosen.items()}
+    except MemoryError as error:
+        advice = "" if path.suffix == ".npy" else f"; {limits.ADVICE}"
+        raise ValueError(f"{path}: the memory ran out while it was read{advice}") from error
     except Exception as error:  # beside ValueError and OSError, a damaged zip raises zlib.error, struct.error and more
         raise ValueError(f"{path}: not a readable array file: {_why(error)}") from None
     return arrays, [name for name in names if name not in chosen.values()]
 
 
 def _check_members(path: Path, names: set[str]) -> None:
-    """Raises ValueError where an array is not of the size that the archive says, or all are more than may be."""
+    """Raises ValueError where an array is not of the size that the archive says, all are more than may be, or two have
+    one name.
+    """
     with zipfile.ZipFile(path) as archive:
-        present = {member.filename.removesuffix(".npy"): member for member in archive.infolist()}
+        present: dict[str, zipfile.ZipInfo] = {}
+        for member in archive.infolist():
+            name = member.filename.removesuffix(".npy")
+            if name in present:  # numpy may load the one of which the other was checked
+                raise ValueError(f"expected one array of each name, got two named {name!r}")
+            present[name] = member
         members = [present[name] for name in names if name in present]
         limits.check_expansion(path, sum(member.file_size for member in members))
         for member in members:

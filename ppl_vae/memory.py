@@ -8,17 +8,16 @@ from typing import TypeVar
 
 import torch
 
-Result = TypeVar("Result")
+from ppl_vae.options.ending import OUT_OF_MEMORY
 
-# What torch and its libraries say, on a CPU and on a GPU; torch has a type of its own for some of it only.
-_WORDS = ("can't allocate memory", "bad_alloc", "out of memory", "ALLOC_FAILED")
+Result = TypeVar("Result")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out. A process that the system kills for memory raises none."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _WORDS)
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
 
 
 def release(device: torch.device) -> None:

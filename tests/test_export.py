@@ -136,8 +136,10 @@ def test_figures_of_these_weights_go_along(run: Path, tmp_path: Path) -> None:
     (copy / "figures" / "latents.png").write_bytes(b"of the data")
     (copy / "figures" / "reconstructions.png").write_bytes(b"old")
     os.utime(copy / "figures" / "reconstructions.png", (1, 1))
-    folder = experiment.export_run(str(copy), output=str(tmp_path / "out"), say=silent)
+    said: list[str] = []
+    folder = experiment.export_run(str(copy), output=str(tmp_path / "out"), say=said.append)
     assert [path.name for path in (folder / "figures").iterdir()] == ["prior_samples.png"]
+    assert [line for line in said if line.startswith("Left out: figures/reconstructions.png, by the files' times")]
     card = (folder / "README.md").read_text()
     assert "figures/prior_samples.png" in card
     assert "reconstructions.png" not in card
@@ -169,6 +171,42 @@ def test_an_empty_folder_is_taken(run: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     folder = experiment.export_run(str(run), output=str(tmp_path / "empty"), say=silent)
     assert load(folder).likelihood.event_shape == (1, 5, 4)
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_an_export_goes_where_a_link_points_to(run: Path, tmp_path: Path, is_there: bool) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "place")
+    if is_there:
+        (tmp_path / "place").mkdir()
+    folder = experiment.export_run(str(run), output=str(tmp_path / "link"), say=silent)
+    assert load(folder).likelihood.event_shape == (1, 5, 4)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "place"]
+    assert (tmp_path / "link").is_symlink()
+
+
+def test_links_in_a_circle_are_refused(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "a").symlink_to(tmp_path / "b")
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    with pytest.raises(ValueError, match="--output: "):
+        experiment.export_run(str(run), output=str(tmp_path / "a"), say=silent)
+
+
+@pytest.mark.parametrize("output", [".", "../here"])
+def test_the_current_folder_is_refused_before_the_work(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr(export.build, "load", lambda folder: pytest.fail("the work has begun"))
+    with pytest.raises(ValueError, match=r"expected a folder that can be replaced, got .*, which is the current one"):
+        experiment.export_run(str(run), output=output, say=silent)
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]
+
+
+def test_a_mount_point_is_refused_before_the_work(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path)
+    with pytest.raises(ValueError, match="which is a mount point"):
+        experiment.export_run(str(run), output=str(tmp_path), say=silent)
 
 
 @pytest.mark.parametrize(
@@ -257,9 +295,34 @@ def test_a_card_says_what_is_missing(run: Path, tmp_path: Path) -> None:
         "There is no evaluation of these weights",
         "Versions and device are not in the run's files",
         "How long it took is not in the run's files",
+        "2 epochs by the options; how many were trained is not in the run's files",
         "There is no certificate",
     ):
         assert words in card
+
+
+def test_a_training_that_was_not_finished_is_said(run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    config = runs.read_json(copy / runs.CONFIG)
+    runs.write_json(copy / runs.CONFIG, config | {"options": config["options"] | {"epochs": 100}})
+    said: list[str] = []
+    folder = experiment.export_run(str(copy), output=str(tmp_path / "out"), say=said.append)
+    words = "2 of 100 epochs: the training was not finished"
+    card = (folder / "README.md").read_text()
+    assert words in card
+    assert "100 epochs," not in card
+    assert f"{words}; train_svi.py --resume {copy} goes on." in said
+
+
+def test_epochs_of_a_training_from_python_are_those_of_its_records(run: Path, tmp_path: Path) -> None:
+    records = runs.read_metrics(run)[:1]
+    vae, of_run = load(run), build.read_config(run)[0]
+    folder = build.save(vae, tmp_path / "saved", replace(of_run, epochs=100), metrics=records)
+    said: list[str] = []
+    card = (experiment.export_run(str(folder), output=str(tmp_path / "out"), say=said.append) / "README.md").read_text()
+    assert "- 1 epoch." in card
+    assert not any("not finished" in line for line in said)
 
 
 def test_a_card_says_data_protocol_and_seed(exported: Path) -> None:

@@ -40,7 +40,8 @@ from disturbed_runs import (
 from safetensors.torch import load_file, save_file
 
 from ppl_vae import build, load, runs
-from ppl_vae.experiment.checkpoints import mend_states
+from ppl_vae.experiment.checkpoints import mend_states, mend_weights, newest_checkpoint
+from ppl_vae.experiment.evaluation import is_evaluated
 from ppl_vae.experiment.opening import open_run
 from ppl_vae.options import Options
 
@@ -216,6 +217,32 @@ def test_the_whole_state_is_kept_where_the_next_one_is_written_after_a_damaged_o
     tensors, scalars = runs.load_tensors(copy / STATE)
     runs.save_tensors(copy / STATE, tensors, scalars | {"step": 11}, copy / PREVIOUS)
     assert (runs.load_step(copy / PREVIOUS), runs.load_step(copy / STATE)) == (9, 11)
+
+
+@pytest.mark.parametrize("name", [STATE, MODEL])
+def test_a_file_that_cannot_be_read_now_is_replaced_by_none(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    before = everything_below(copy)
+    genuine = Path.open
+
+    def opened(path: Path, *words: Any, **options: Any) -> Any:
+        if path.name == name:
+            raise OSError(5, "Input/output error", str(path))
+        return genuine(path, *words, **options)
+
+    saved = runs.load_tensors(copy / STATE)
+    monkeypatch.setattr(Path, "open", opened)
+    for work in (
+        lambda: (
+            newest_checkpoint(copy, say=pytest.fail) if name == STATE else mend_weights(copy, saved, say=pytest.fail)
+        ),
+        lambda: mend_states(copy) if name == STATE else is_evaluated(copy),
+    ):
+        with pytest.raises(OSError, match=rf"Input/output error.*{name}"):
+            work()
+    monkeypatch.undo()
+    assert everything_below(copy) == before
 
 
 # --- No room ---

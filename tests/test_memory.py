@@ -38,6 +38,8 @@ ERRORS = {
     "this machine's own": _real_error(),
     "Python's": MemoryError(),
     "a GPU's": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    "Windows'": RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."),
+    "of a mapped file": RuntimeError("unable to mmap 4096 bytes from file <x>: Cannot allocate memory (12)"),
     "cuBLAS's": RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
 }
 
@@ -47,7 +49,15 @@ def test_an_error_of_memory_is_known(error):
     assert is_out_of_memory(error)
 
 
-@pytest.mark.parametrize("error", [RuntimeError("shapes differ"), ValueError("out of memory"), KeyboardInterrupt()])
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("shapes differ"),
+        RuntimeError("an illegal memory access"),
+        ValueError("out of memory"),
+        KeyboardInterrupt(),
+    ],
+)
 def test_another_error_is_none_of_memory(error):
     assert not is_out_of_memory(error)
 

@@ -829,6 +829,33 @@ def test_our_own_bugs_keep_their_traceback() -> None:
         options.command(main)
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("unable to mmap 4096 bytes from file <x>: Cannot allocate memory (12)"),
+    ],
+)
+def test_memory_that_ran_out_ends_in_one_line(capsys: pytest.CaptureFixture[str], error: Exception) -> None:
+    def main() -> None:
+        raise error
+
+    with pytest.raises(SystemExit, match=r"^1$"):
+        options.command(main)
+    assert capsys.readouterr().err.startswith("error: out of memory; a smaller batch")
+
+
+@pytest.mark.parametrize("words", ["CUDA error: an illegal memory access was encountered", "Triton: shared memory"])
+def test_another_error_of_memory_keeps_its_traceback(words: str) -> None:
+    def main() -> None:
+        raise RuntimeError(words)
+
+    with pytest.raises(RuntimeError, match=words):
+        options.command(main)
+
+
 def test_a_traceback_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     def main() -> None:
         raise ValueError("x: bad")

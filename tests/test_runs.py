@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
+import stat
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 from ppl_vae import runs
+from ppl_vae.runs import tensors
 
 
 def names(folder: Path) -> list[str]:
@@ -99,6 +102,24 @@ def test_a_write_that_is_killed_before_the_replacement_leaves_the_old_content(
 
 def test_a_write_replaces_the_old_content_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"a longer old content")
+    runs.write_bytes(tmp_path / "file", b"new")
+    assert ((tmp_path / "file").read_bytes(), names(tmp_path)) == (b"new", ["file"])
+
+
+@pytest.mark.parametrize("refused", ["open", "fsync"])
+def test_a_folder_that_cannot_be_synced_takes_a_write(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, refused: str
+) -> None:
+    """As on some network and FUSE file systems."""
+    genuine = getattr(os, refused)
+
+    def refuse(what: Any, *words: Any) -> Any:
+        is_folder = os.path.isdir(what) if refused == "open" else stat.S_ISDIR(os.fstat(what).st_mode)
+        if is_folder:
+            raise OSError(22, "Invalid argument")
+        return genuine(what, *words)
+
+    monkeypatch.setattr(os, refused, refuse)
     runs.write_bytes(tmp_path / "file", b"new")
     assert ((tmp_path / "file").read_bytes(), names(tmp_path)) == (b"new", ["file"])
 
@@ -317,6 +338,46 @@ def test_a_folder_in_the_place_of_a_tensor_file_is_refused(tmp_path: Path) -> No
         runs.load_tensors(tmp_path / "file.safetensors")
 
 
+def fail_to_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    def opened(path: Path, *_: Any, **__: Any) -> Any:
+        raise OSError(24, "Too many open files", str(path))
+
+    monkeypatch.setattr(Path, "open", opened)
+
+
+def fail_to_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such an error has no file's name."""
+
+    def chunks(*_: Any) -> Any:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(tensors, "_with_zeros", chunks)
+
+
+def fail_in_safetensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its errors have no number, and whatever it cannot open is missing."""
+
+    def opened(*_: Any, **__: Any) -> Any:
+        raise FileNotFoundError("No such file or directory: file.safetensors")
+
+    monkeypatch.setattr(tensors, "safe_open", opened)
+
+
+UNREADABLE = {"open": fail_to_open, "read": fail_to_read, "safetensors": fail_in_safetensors}
+
+
+@pytest.mark.parametrize("failure", UNREADABLE)
+def test_tensors_that_cannot_be_read_now_are_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: str
+) -> None:
+    path = tmp_path / "file.safetensors"
+    runs.save_tensors(path, TENSORS, {})
+    UNREADABLE[failure](monkeypatch)
+    with pytest.raises(OSError, match=r"Too many|Input/output|No such file") as caught:
+        runs.load_tensors(path)
+    assert caught.value.filename == str(path)
+
+
 def test_missing_weights_say_that_the_run_has_none_yet(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"model\.safetensors: no such file; the run in .* has no weights yet"):
         runs.load_tensors(tmp_path / "model.safetensors")
@@ -344,6 +405,30 @@ def test_the_environment_holds_the_commit() -> None:
     folder = Path(runs.__file__).parent
     asked = subprocess.run(["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True)
     assert runs.environment("cpu")["git_commit"] == (asked.stdout.strip() if asked.returncode == 0 else None)
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+@pytest.mark.parametrize("is_tracked", [True, False])
+def test_the_commit_of_a_project_around_the_package_is_not_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_tracked: bool
+) -> None:
+    def git(*words: str) -> str:
+        own = ("-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false")
+        done = subprocess.run(["git", "-C", str(tmp_path), *own, *words], capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    package = tmp_path / ".venv" / "ppl_vae" / "runs"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (tmp_path / "theirs.py").touch()
+    git("init")
+    git("add", *(["."] if is_tracked else ["theirs.py"]))
+    git("commit", "-m", "theirs")
+    monkeypatch.setattr(sys.modules["ppl_vae.runs.environment"], "__file__", str(package / "environment.py"))
+    found = runs.environment("cpu")
+    assert (found["git_commit"], found["git_dirty"]) == (
+        (git("rev-parse", "HEAD"), False) if is_tracked else (None, None)
+    )
 
 
 def test_the_environment_without_git_has_no_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -146,6 +146,7 @@ def load(run_dir: str | Path) -> VAE:
 
     Raises:
         ValueError: the folder is no run, has no weights yet, or is damaged.
+        OSError: the weights cannot be read now.
     """
     folder = run_folder(run_dir)
     options, seen = read_config(folder)

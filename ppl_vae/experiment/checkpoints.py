@@ -18,6 +18,7 @@ def newest_checkpoint(folder: Path, *, say: Say) -> Saved | None:
 
     Raises:
         ValueError: whatever states there are, are damaged.
+        OSError: one cannot be read now; an older one is not taken for that.
     """
     damaged: list[str] = []
     for name in (runs.TRAINING_STATE, runs.PREVIOUS_STATE):
@@ -45,6 +46,7 @@ def mend_states(folder: Path) -> None:
 
     Raises:
         ValueError: a folder is in the newest one's place.
+        OSError: the newest one cannot be read now, and stays.
     """
     newest, previous = folder / runs.TRAINING_STATE, folder / runs.PREVIOUS_STATE
     if newest.is_dir():

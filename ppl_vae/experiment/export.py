@@ -12,7 +12,7 @@ from typing import Any
 
 from ppl_vae import build, runs
 from ppl_vae.experiment.exported import without_data
-from ppl_vae.experiment.model_card import CARD, model_card
+from ppl_vae.experiment.model_card import CARD, model_card, trained_epochs
 from ppl_vae.experiment.opening import Run, Say
 from ppl_vae.options import EXPORT_FORMAT, model_to_json
 
@@ -36,27 +36,30 @@ def export_run(run_dir: str, *, output: str | None, say: Say) -> Path:
         The folder that was written.
 
     Raises:
-        ValueError: no run, one without weights, a damaged one, or an output folder that holds something.
+        ValueError: no run, one without weights, a damaged one, or an output folder that holds something or cannot be
+            replaced.
         OSError: it cannot be written; nothing is left of it.
     """
     run = without_data(build.run_folder(run_dir))
+    folder = Path(output) if output is not None else Path("exports") / run.folder.resolve().name
+    place = _free_place(folder)
     build.load(run.folder)  # weights that do not fit are found here, and not by whoever gets them
     weights, scalars = runs.load_tensors(run.folder / runs.MODEL)
     step = runs.step_of(run.folder / runs.MODEL, scalars)
     every = runs.read_evaluations(run.folder)
     entries = {key: entry for key, entry in every.items() if entry.get("step") == step}
-    card = model_card(run, entries, step=step, figures=_figures(run.folder))
-    folder = Path(output) if output is not None else Path("exports") / run.folder.resolve().name
-    with _whole(folder) as partial:
+    figures, older = _figures(run.folder)
+    card = model_card(run, entries, step=step, figures=figures)
+    with _whole(place) as partial:
         runs.write_json(partial / runs.CONFIG, _config(run))
         runs.save_tensors(partial / runs.MODEL, weights, {"step": step})
         if entries:
             runs.write_json(partial / runs.EVALUATION, entries)
         runs.write_bytes(partial / CARD, card.encode())
-        for name in _figures(run.folder):
+        for name in figures:
             (partial / runs.FIGURES).mkdir(exist_ok=True)
             runs.write_bytes(partial / runs.FIGURES / name, (run.folder / runs.FIGURES / name).read_bytes())
-    for line in _in_words(folder, entries, len(every) - len(entries), _figures(folder)):
+    for line in _in_words(folder, entries, len(every) - len(entries), figures) + _what_is_missing(run, older):
         say(line)
     return folder
 
@@ -67,11 +70,15 @@ def _config(run: Run) -> dict[str, Any]:
     return {"format": EXPORT_FORMAT, "model": model_to_json(run.options), "data": seen}
 
 
-def _figures(folder: Path) -> list[str]:
-    """The figures that go along, of those that are there and not older than the weights."""
+def _figures(folder: Path) -> tuple[list[str], list[str]]:
+    """The figures that go along, and those that do not: of those that are there, the ones older than the weights.
+
+    No figure says which weights it is of, so this goes by the files' times.
+    """
     drawn_of = (folder / runs.MODEL).stat().st_mtime_ns
-    paths = [folder / runs.FIGURES / name for name in FIGURES]
-    return [path.name for path in paths if path.is_file() and path.stat().st_mtime_ns >= drawn_of]
+    paths = [path for name in FIGURES if (path := folder / runs.FIGURES / name).is_file()]
+    older = [path.name for path in paths if path.stat().st_mtime_ns < drawn_of]
+    return [path.name for path in paths if path.name not in older], older
 
 
 def _in_words(folder: Path, entries: dict[str, Any], num_older: int, figures: list[str]) -> list[str]:
@@ -86,11 +93,36 @@ def _in_words(folder: Path, entries: dict[str, Any], num_older: int, figures: li
     return lines
 
 
+def _what_is_missing(run: Run, older: list[str]) -> list[str]:
+    """What of the training and of its figures is not in the export, and might be."""
+    lines, trained = [], trained_epochs(run)
+    if trained.unfinished:
+        lines.append(f"{trained.words}; train_svi.py --resume {run.folder} goes on.")
+    if older:
+        names = ", ".join(f"{runs.FIGURES}/{name}" for name in older)
+        lines.append(
+            f"Left out: {names}, by the files' times older than the weights; make_figures.py draws them again."
+        )
+    return lines
+
+
+def _free_place(folder: Path) -> Path:
+    """Where an export to this folder goes: where a link points to. Raises ValueError where it cannot go."""
+    try:
+        place = folder.resolve()
+    except (OSError, RuntimeError) as error:  # links in a circle
+        raise ValueError(f"--output: {folder} cannot be made: {error}") from None
+    if place.is_symlink() or (place.exists() and (not place.is_dir() or any(place.iterdir()))):
+        raise ValueError(f"--output: expected a new or empty folder, but {folder} exists")
+    if place == Path.cwd() or os.path.ismount(place):
+        what = "a mount point" if os.path.ismount(place) else "the current one"
+        raise ValueError(f"--output: expected a folder that can be replaced, got {folder}, which is {what}")
+    return place
+
+
 @contextmanager
 def _whole(folder: Path) -> Iterator[Path]:
     """A temporary folder beside it that takes its place at the end of the block, and is gone if that fails."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"--output: expected a new or empty folder, but {folder} exists")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))

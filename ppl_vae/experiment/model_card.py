@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -173,14 +173,37 @@ def _training(run: Run, step: int) -> str:
         facts.append("Trained from Python, or shipped: how is not in the run's files, beyond the options below.")
     seconds = _seconds(run)
     facts += [
-        f"{options.epochs:,} epochs, batches of {options.batch_size:,}, Adam from {options.learning_rate:g}, objective "
-        f"{options.objective}, beta {options.beta:g}, KL warm-up {options.warmup_epochs:,} epochs.",
+        f"{trained_epochs(run).words}.",
+        f"Batches of {options.batch_size:,}, Adam from {options.learning_rate:g}, objective {options.objective}, "
+        f"beta {options.beta:g}, KL warm-up {options.warmup_epochs:,} epochs.",
         f"Seed {options.seed}: one training, whose numbers say nothing of how others would differ.",
         f"Kept: the {options.keep} weights; moving average {options.average_decay:g}; precision {options.precision}.",
         f"Time: {seconds:,.0f} s." if seconds is not None else "How long it took is not in the run's files.",
         *_made_with(run),
     ]
     return _bullets(facts)
+
+
+class TrainedEpochs(NamedTuple):
+    """How far a training came, in words, and whether that was not its end."""
+
+    words: str
+    unfinished: bool
+
+
+def trained_epochs(run: Run) -> TrainedEpochs:
+    """By the last record of metrics.jsonl, beside the epochs that were asked for; in Python nothing asks for them.
+
+    Raises:
+        ValueError: the records are damaged.
+    """
+    records, asked = runs.read_metrics(run.folder), run.options.epochs
+    done = records[-1].get("epoch") if records else None
+    if type(done) is not int:
+        return TrainedEpochs(f"{asked:,} epochs by the options; how many were trained is not in the run's files", False)
+    if run.from_python or done >= asked:
+        return TrainedEpochs(f"{done:,} epoch{'s' * (done != 1)}", False)
+    return TrainedEpochs(f"{done:,} of {asked:,} epochs: the training was not finished", True)
 
 
 def _seconds(run: Run) -> float | None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from ppl_vae import distributed
+from ppl_vae import distributed, runs
 from ppl_vae.options import Options
 
 EVENTS = "tensorboard"
@@ -48,18 +49,54 @@ def _writer(folder: Path, options: Options, *, purge_step: int | None) -> Iterat
         return
     if (folder / EVENTS).is_symlink():
         raise ValueError(f"{folder / EVENTS}: expected a folder of the run's own, got a link to elsewhere")
-    writer = _writer_class()(str(folder / EVENTS), purge_step=purge_step)
+    with _errors_of_thread() as met:
+        with _named(folder / EVENTS):
+            writer = _writer_class()(str(folder / EVENTS), purge_step=purge_step)
 
-    def add(prefix: str, values: dict[str, Any], step: int) -> None:
-        for name, value in _numbers(values):
-            if name != "step":
-                writer.add_scalar(prefix + name, value, step)
-        writer.flush()
+        def add(prefix: str, values: dict[str, Any], step: int) -> None:
+            with _named(folder / EVENTS):
+                for name, value in _numbers(values):
+                    if name != "step":
+                        writer.add_scalar(prefix + name, value, step)
+                writer.flush()
 
+        try:
+            yield add
+        except BaseException:
+            with suppress(OSError):  # what ended the block is told, not what follows from it
+                writer.close()
+            raise
+        with _named(folder / EVENTS):
+            writer.close()
+            if met:
+                raise met[0]
+
+
+@contextmanager
+def _named(folder: Path) -> Iterator[None]:
+    """What the writer cannot write, with the folder's name."""
     try:
-        yield add
+        yield
+    except OSError as error:
+        raise runs.named(error, folder) from None
+
+
+@contextmanager
+def _errors_of_thread() -> Iterator[list[OSError]]:
+    """What the writer's thread could not write, without its traceback; of the last record nothing else may tell."""
+    former, met = threading.excepthook, []
+
+    def hook(args: threading.ExceptHookArgs) -> None:
+        if isinstance(args.exc_value, OSError) and "tensorboard" in type(args.thread).__module__:
+            met.append(args.exc_value)
+        else:
+            former(args)
+
+    threading.excepthook = hook
+    try:
+        yield met
     finally:
-        writer.close()
+        threading.excepthook = former
 
 
 def _numbers(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

@@ -10,6 +10,17 @@ from contextlib import suppress
 from types import FrameType
 from typing import NoReturn
 
+# What torch and its libraries say where memory ran out, on a CPU and on a GPU; torch has a type of its own for some of
+# it only, and here is no torch.
+OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "Cannot allocate memory",
+    "not enough memory",
+    "bad_alloc",
+    "out of memory",
+    "ALLOC_FAILED",
+)
+
 
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C or SIGTERM ended the work.
@@ -54,7 +65,7 @@ def command(main: Callable[[], None]) -> None:
             raise
         _end_with(_in_words(error))
     except (MemoryError, RuntimeError) as error:
-        if "memory" not in str(error) and not isinstance(error, MemoryError):
+        if not isinstance(error, MemoryError) and not any(words in str(error) for words in OUT_OF_MEMORY):
             raise
         first = str(error).splitlines()[:1]
         _end_with(f"out of memory; a smaller batch, network, or number of particles needs less {first}")

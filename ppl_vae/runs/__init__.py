@@ -1,7 +1,7 @@
 """The run folder: config, environment, metrics, weights, state, evaluation. Written atomically, never pickled."""
 
 from ppl_vae.runs.environment import environment, record_environment
-from ppl_vae.runs.files import append_line, write_bytes
+from ppl_vae.runs.files import append_line, named, write_bytes
 from ppl_vae.runs.folders import check_new, check_writable, is_empty, new_folder, new_run_dir
 from ppl_vae.runs.json_files import finite, read_evaluations, read_json, write_json
 from ppl_vae.runs.lock import locked
@@ -42,6 +42,7 @@ __all__ = [
     "load_tensors",
     "locked",
     "mend_metrics",
+    "named",
     "new_folder",
     "new_run_dir",
     "per_image",

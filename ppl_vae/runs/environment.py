@@ -27,6 +27,12 @@ def _git(*words: str) -> str | None:
     return done.stdout.strip()
 
 
+def _commit() -> str | None:
+    """That of the repository which tracks the package's files; one around it, as a project with its .venv, does not."""
+    is_tracked = _git("ls-files", "--error-unmatch", "__init__.py") is not None
+    return _git("rev-parse", "HEAD") if is_tracked else None
+
+
 def _version(package: str) -> str | None:
     try:
         return version(package)
@@ -46,7 +52,7 @@ def _processor() -> str:
 
 def environment(device: str) -> dict[str, Any]:
     """Versions, device, threads, git commit and whether dirty, argv, time."""
-    commit = _git("rev-parse", "HEAD")
+    commit = _commit()
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "argv": sys.argv,

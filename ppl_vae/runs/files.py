@@ -37,7 +37,7 @@ def write_bytes(path: Path, content: bytes, previous: Path | None = None) -> Non
         with suppress(OSError):
             partial.unlink(missing_ok=True)
         if isinstance(error, OSError):
-            raise OSError(error.errno, error.strerror, str(path)) from None
+            raise named(error, path) from None
         raise
     _sync(path.parent)
 
@@ -72,7 +72,12 @@ def append_line(path: Path, line: str) -> None:
         except OSError as error:
             with suppress(OSError):
                 os.ftruncate(descriptor, size)
-            raise OSError(error.errno, error.strerror, str(path)) from None
+            raise named(error, path) from None
+
+
+def named(error: OSError, path: Path) -> OSError:
+    """The error with the file's name, which one of an open file is without."""
+    return OSError(error.errno, error.strerror or str(error), str(path))
 
 
 def remove_partial(folder: Path) -> None:
@@ -84,8 +89,14 @@ def remove_partial(folder: Path) -> None:
 
 
 def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    """The folder's list of names onto the disk.
+
+    Some network and FUSE file systems have no such thing (EINVAL), and some systems open no folders; the file is whole
+    and in its place without it.
+    """
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from ppl_vae.runs.files import write_bytes
+from ppl_vae.runs.files import named, write_bytes
 
 _DIGEST = "sha256"
 _UNKNOWN = "0" * 64  # stands in the place of the digest while it is computed
@@ -38,12 +39,17 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], scalars: dict[str, Any]
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Back from ``save_tensors``. Raises ValueError where the file is missing or damaged."""
+    """Back from ``save_tensors``.
+
+    Raises:
+        ValueError: the file is missing or damaged.
+        OSError: it cannot be read now, which says nothing of what it holds; names the file.
+    """
     return _read_tensors(path, headers_only=False)
 
 
 def load_step(path: Path) -> int:
-    """The training step that a file by ``save_tensors`` was written at. Raises ValueError as ``load_tensors``."""
+    """The training step that a file by ``save_tensors`` was written at. Raises as ``load_tensors``."""
     return step_of(path, _read_tensors(path, headers_only=True)[1])
 
 
@@ -62,9 +68,13 @@ def _read_tensors(path: Path, *, headers_only: bool) -> tuple[dict[str, Tensor],
             scalars = json.loads((file.metadata() or {}).get("json", "{}"))
             _check_digest(path, scalars.pop(_DIGEST, None) if isinstance(scalars, dict) else None)
             tensors = {name: file.get_tensor(name) for name in ([] if headers_only else file.keys())}
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; the run in {path.parent} has no weights yet") from None
-    except (SafetensorError, json.JSONDecodeError, RecursionError, OSError, _Damaged) as error:
+    except OSError as error:
+        if error.errno == errno.ENOENT:
+            raise ValueError(f"{path}: no such file; the run in {path.parent} has no weights yet") from None
+        if error.errno == errno.EISDIR:
+            raise ValueError(f"{path}: damaged: expected a file, got a folder") from None
+        raise named(error, path) from None  # also safetensors' own, which have no number and tell of any as missing
+    except (SafetensorError, json.JSONDecodeError, RecursionError, _Damaged) as error:
         raise ValueError(f"{path}: damaged: {error}") from None
     if not isinstance(scalars, dict):
         raise ValueError(f"{path}: damaged: expected a JSON object in its header, got {type(scalars).__name__}")

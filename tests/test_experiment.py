@@ -223,6 +223,13 @@ def test_a_run_from_another_takes_all_of_its_weights(other, tmp_path):
         torch.testing.assert_close(ours[name], expected, rtol=0, atol=1e-6)
 
 
+def test_a_run_that_only_gets_worse_keeps_the_weights_that_it_started_from(other, tmp_path):
+    said = train_further(from_run(other, "--learning-rate", "30", "--average-decay", "0"), tmp_path / "further")
+    assert any("that of the weights that it started from: no epoch had a better one" in line for line in said)
+    theirs, ours = load(other).state_dict(), load(tmp_path / "further").state_dict()
+    assert all(torch.equal(ours[name], w) for name, w in theirs.items())
+
+
 def test_the_config_says_where_the_weights_came_from_wherever_it_was_asked(other, tmp_path, monkeypatch):
     monkeypatch.chdir(other.parent)
     train_further(from_run(other.name), tmp_path / "further")

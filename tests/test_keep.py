@@ -17,7 +17,9 @@ from ppl_vae.training import fit
 from ppl_vae.vae import VAE
 
 
-def trained(*, keep_last: bool, average_decay: float = 0.0) -> tuple[VAE, Any, dict[str, torch.Tensor]]:
+def trained(
+    *, keep_last: bool = False, keep_start: bool = False, average_decay: float = 0.0
+) -> tuple[VAE, Any, dict[str, torch.Tensor]]:
     """Four epochs, with the inverse of the training images for validation: the more is learned, the worse it is."""
     pyro.set_rng_seed(0)
     vae = build.vae(replace(SMALL, binarization="none"), (1, 4, 4))
@@ -38,6 +40,7 @@ def trained(*, keep_last: bool, average_decay: float = 0.0) -> tuple[VAE, Any, d
         learning_rate=0.03,
         average_decay=average_decay,
         keep_last=keep_last,
+        keep_start=keep_start,
         on_checkpoint=on_checkpoint,
     )
     return vae, state, last
@@ -54,6 +57,24 @@ def test_the_last_weights_are_kept_where_they_are_asked_for(average_decay: float
     assert state.best_step == state.step
     for name, w in vae.named_parameters():
         torch.testing.assert_close(w, last[name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("average_decay", [0.0, 0.9])
+def test_the_weights_at_the_start_are_kept_where_no_epoch_has_better_ones(average_decay: float) -> None:
+    pyro.set_rng_seed(0)
+    fresh = build.vae(replace(SMALL, binarization="none"), (1, 4, 4)).state_dict()
+    vae, state, _ = trained(keep_start=True, average_decay=average_decay)
+    assert state.best_step == 0
+    for name, w in vae.state_dict().items():
+        torch.testing.assert_close(w, fresh[name], rtol=0, atol=0)
+    _, without, _ = trained(average_decay=average_decay)
+    assert without.best_step > 0
+    assert without.best_validation < state.best_validation
+
+
+def test_a_start_that_is_validated_changes_no_step_of_the_training() -> None:
+    (*_, last), (*_, expected) = trained(keep_start=True), trained()
+    assert all(torch.equal(last[name], w) for name, w in expected.items())
 
 
 @pytest.mark.parametrize(

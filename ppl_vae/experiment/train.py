@@ -268,6 +268,7 @@ def _train(run: Run, saved: Saved | None, *, say: Say, compile_if_possible: bool
                 observe=observe,
                 compile=compile,
                 stream=stream,
+                keep_start=options.start_from is not None,
                 saved=saved,
                 on_compiled=lambda seconds: say(f"Compiled the training step in {seconds:.1f} s."),
                 on_step=lambda state: bar.update(),
@@ -311,6 +312,8 @@ def _train(run: Run, saved: Saved | None, *, say: Say, compile_if_possible: bool
     of = " of the density of (level + u) / 256" if run.pixels == "dequantized" else ""
     best = f"best validation {criterion}{of} {state.best_validation:.2f} nats"
     chosen = f"{best}, at step {state.best_step:,} of {state.step:,}"
+    if state.best_step == 0:
+        chosen = f"{best}, that of the weights that it started from: no epoch had a better one, and they are kept"
     if options.keep == "last":
         chosen = "the last weights are kept, as --keep last asks"
     if validation is None:

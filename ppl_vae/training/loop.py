@@ -56,6 +56,7 @@ def fit(
     skip_norm: float | None = None,
     average_decay: float = 0.0,
     keep_last: bool = False,
+    keep_start: bool = False,
     validation_particles: int = 1,
     compile: bool = False,
     stream: bool = False,
@@ -104,6 +105,8 @@ def fit(
         validation_particles: S of the bound L_S that chooses the best weights; 1 is the ELBO. An importance-weighted
             objective raises L_S and lowers the ELBO, which would then keep the weights of the first epoch.
         keep_last: whether the last weights are kept, whatever validation says of them.
+        keep_start: whether the weights at the start are validated too, and kept where no epoch has better ones: they
+            are worth keeping where they were trained before.
         compile: whether the whole step, from the batch to the new weights, runs as one compiled graph. It computes the
             same to rounding, and takes some seconds to compile. What changes in Python from step to step (a counter in
             a network, ``requires_grad``) stays as it was at the first.
@@ -176,6 +179,10 @@ def fit(
             on_compiled(captured.compile_seconds)
     else:
         stepper = EagerSteps(state, objective, source, observe, **norms)
+
+    if keep_start and saved is None and validation is not None:
+        with state.evaluated_weights():
+            validate(state, validation, num_particles=validation_particles, check=True)
 
     def wants() -> tuple[bool, bool]:
         due = is_writer() and time.monotonic() - last_checkpoint >= checkpoint_seconds

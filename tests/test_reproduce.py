@@ -253,6 +253,11 @@ def test_the_end_of_a_validation_curve_is_its_last_tenth_over_the_rest(elbos, st
     assert validation_curve([metrics], step) == expected
 
 
+def test_of_weights_that_are_those_of_the_start_there_is_no_record():
+    stages = [[{"step": 2, "epoch": 1, "validation_elbo_nats_per_image": elbo}] for elbo in (-3.0, -4.0)]
+    assert validation_curve(stages, 0) == {"elbo": None, "epoch": 0, "last_tenth_gains": [None, None]}
+
+
 def test_without_validation_images_there_is_no_validation_curve():
     assert validation_curve([[{"step": 5, "epoch": 1}]], 5) is None
 
@@ -282,6 +287,8 @@ def made_up(**changes):
         "recipe": "vae_gaussian",
         "seed": 0,
         "precision": "float32",
+        "options": [{"epochs": 400, "num_particles": 1, "seed": changes.get("seed", 0)}],
+        "rise": 0.2349,
         "budget": {"share": 1.0, "epochs": [400], "recipe_epochs": [400]},
         "ours": {"mean": -84.404, "stderr": 0.221, "n": 10_000, "num_particles": 5000},
         "elbo": {"mean": -88.1, "stderr": 0.23},
@@ -352,8 +359,8 @@ def test_the_table_has_a_line_a_row():
     head, rule, *lines = reproduction_table([made_up(), made_up(budget=SHORT, precision="bf16")]).splitlines()
     assert head.count("|") == rule.count("|") == lines[0].count("|") == lines[1].count("|")
     assert lines[0] == (
-        "| `vae_gaussian` | mnist, dynamic | -84.40 ± 0.22 | -88.10 ± 0.23 | -84.45 ± 0.12 (VAE: there) | 400 | 64 | 0 "
-        "| +0.01 |"
+        "| `vae_gaussian` | mnist, dynamic | -84.40 ± 0.22 | +0.23 | -88.10 ± 0.23 | -84.45 ± 0.12 (VAE: there) "
+        "| 400 | 64 | 0 | +0.01 |"
     )
     assert "| 200 (of 400), bf16 |" in lines[1]
 
@@ -369,12 +376,30 @@ def test_the_readmes_table_is_that_of_the_stored_rows():
 
 def test_seeds_of_one_recipe_are_told_together():
     rows = [made_up(seed=seed, ours={"mean": mean, "stderr": 0.2}) for seed, mean in enumerate((-84.4, -84.7, -84.1))]
-    *_, line = seeds_table([*rows, made_up(seed=3, budget=SHORT)]).splitlines()
-    assert line == "| `vae_gaussian` | 3 | -84.40 ± 0.17 | 0.30 | +0.05 (VAE: there) |"
+    *_, line = seeds_table([*rows, made_up(seed=3, options=OTHER)]).splitlines()
+    # 0.30 / sqrt(3) = 0.173, and sqrt(0.173^2 + 0.12^2) = 0.211
+    assert line == "| `vae_gaussian` | 3 | -84.40 ± 0.17 | 0.30 | +0.05 ± 0.21 (VAE: there) |"
+    *_, line = seeds_table([row | {"published": UNSURE} for row in rows]).splitlines()
+    assert line.endswith("| +0.05 ± 0.17 (VAE: there) |")
 
 
-def test_of_one_seed_each_there_is_no_table():
-    assert seeds_table([made_up(), made_up(budget=SHORT), made_up(precision="bf16")]) == ""
+OTHER = [{"epochs": 400, "num_particles": 1, "seed": 3, "learning_rate": 1e-5}]
+UNSURE = [{"log_likelihood": -84.45, "stderr": None, "source": "VAE: there"}]
+
+
+def test_two_seeds_or_rows_of_other_trainings_make_no_table():
+    assert seeds_table([made_up(), made_up(seed=1), made_up(seed=2, options=OTHER)]) == ""
+
+
+def test_a_stage_of_several_particles_says_how_many():
+    stages = [{"num_particles": 1}, {"num_particles": 16}]
+    budget = {"share": 1.0, "epochs": [1000, 300], "recipe_epochs": [1000, 300]}
+    assert "| 1,000 + 300 of L_16 |" in reproduction_table([made_up(options=stages, budget=budget)])
+
+
+def test_a_shortened_row_says_so_of_its_training(tiny, tmp_path):
+    row, _ = reproduced(tmp_path, epochs_share=0.2)
+    assert row["differs"] == "0.2 of the epochs of this: nothing"
 
 
 # --- What is refused, before any training ---
@@ -471,8 +496,9 @@ def test_the_script_lists_the_recipes():
 def test_the_script_prints_the_table(tmp_path):
     write_row(str(tmp_path / "rows.json"), made_up())
     assert script("--table", "--output", str(tmp_path / "rows.json")) == (0, reproduction_table([made_up()]) + "\n", "")
-    rows = [made_up(), made_up(seed=1)]
-    write_row(str(tmp_path / "rows.json"), rows[1])
+    rows = [made_up(seed=seed) for seed in range(3)]
+    for row in rows[1:]:
+        write_row(str(tmp_path / "rows.json"), row)
     tables = f"{reproduction_table(rows)}\n\n{seeds_table(rows)}\n"
     assert script("--table", "--output", str(tmp_path / "rows.json")) == (0, tables, "")
 

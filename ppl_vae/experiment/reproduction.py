@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections.abc import Sequence
@@ -185,7 +186,7 @@ def _head(name: str, found: Recipe, seed: int, share: float, stages: Sequence[Op
         "recipe": name,
         "model": found.model,
         "published": [number._asdict() for number in found.published],
-        "differs": found.differs,
+        "differs": found.differs if share == 1 else f"{share:.3g} of the epochs of this: {found.differs}",
         "seed": seed,
         "budget": {
             "share": share,
@@ -235,9 +236,9 @@ def validation_curve(stages: Sequence[Sequence[dict[str, Any]]], step: int) -> d
         step: of the weights that are kept, in the last stage.
 
     Returns:
-        ``elbo`` of the kept weights and their ``epoch`` in the last stage, and ``last_tenth_gains``: what the last
-        tenth of each stage's epochs gained over the best before, nats an image (None for a single epoch); None where
-        there are no validation images.
+        ``elbo`` of the kept weights and their ``epoch`` in the last stage, None and 0 where no epoch was better than
+        what it started from; and ``last_tenth_gains``: what the last tenth of each stage's epochs gained over the best
+        before, nats an image (None for a single epoch). None where there are no validation images.
 
     Source: ours.
     """
@@ -245,7 +246,8 @@ def validation_curve(stages: Sequence[Sequence[dict[str, Any]]], step: int) -> d
     if not all(seen):
         return None
     kept = next((record for record in seen[-1] if record["step"] == step), seen[-1][-1])
-    return {"elbo": kept[_ELBO], "epoch": kept["epoch"], "last_tenth_gains": list(map(_last_tenth_gain, seen))}
+    of_kept = {"elbo": kept[_ELBO], "epoch": kept["epoch"]} if step else {"elbo": None, "epoch": 0}
+    return of_kept | {"last_tenth_gains": list(map(_last_tenth_gain, seen))}
 
 
 def _last_tenth_gain(records: Sequence[dict[str, Any]]) -> float | None:
@@ -320,31 +322,42 @@ def describe(row: dict[str, Any], output: str) -> list[str]:
 def reproduction_table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as a table in Markdown."""
     S = ", ".join(sorted({f"{row['protocol']['num_particles']:,}" for row in rows})) or "5,000"
-    header = ["recipe", "data", f"log p(x), S = {S}", "ELBO", "published", "epochs", "minutes", "seed", "last tenth"]
+    header = ["recipe", "data", f"L_S, S = {S}", "rise", "ELBO", "published", "epochs", "minutes", "seed", "last tenth"]
     head, *body = (f"| {' | '.join(cells)} |" for cells in (header, *map(_cells, rows)))
     return "\n".join([head, "|" + "---|" * len(header), *body])
 
 
 def seeds_table(rows: Sequence[dict[str, Any]]) -> str:
-    """What the rows of a recipe have together, in Markdown; empty where each has one seed.
+    """What three or more seeds of one training have together, in Markdown; empty where there are no such rows.
 
     All are of the same test images, so the error over images is common to them. What tells one training from another
-    is s, the standard deviation between seeds; their mean is uncertain by s / sqrt(n), which is its ± here.
+    is s, the standard deviation between seeds; the mean of n is uncertain by s / sqrt(n), and its difference to a
+    number in print by sqrt(s^2 / n + e^2), e as it is printed, where it is.
     """
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        groups.setdefault((row["recipe"], row["budget"]["share"], row["precision"]), []).append(row)
+        groups.setdefault(_training(row), []).append(row)
     lines = []
-    for (name, _, _), group in groups.items():
-        if len(group) == 1:
+    for group in groups.values():
+        if len(group) < 3:
             continue
         means = [row["ours"]["mean"] for row in group]
         mean, spread = statistics.mean(means), statistics.stdev(means)
-        apart = [f"{mean - number['log_likelihood']:+.2f} ({number['source']})" for number in group[0]["published"]]
-        error = {"mean": mean, "stderr": spread / math.sqrt(len(group))}
-        lines.append(f"| `{name}` | {len(group)} | {plus_minus(error)} | {spread:.2f} | {'; '.join(apart)} |")
-    head = "| recipe | seeds | mean of log p(x) | s between seeds | above what is published |"
+        error = spread / math.sqrt(len(group))
+        apart = [
+            f"{mean - number.log_likelihood:+.2f} ± {math.hypot(error, number.stderr or 0):.2f} ({number.source})"
+            for number in (Published(**published) for published in group[0]["published"])
+        ]
+        of_mean = plus_minus({"mean": mean, "stderr": error})
+        lines.append(f"| `{group[0]['recipe']}` | {len(group)} | {of_mean} | {spread:.2f} | {'; '.join(apart)} |")
+    head = "| recipe | seeds | mean | s between seeds | above what is published |"
     return "\n".join([head, "|" + "---|" * 5, *lines]) if lines else ""
+
+
+def _training(row: dict[str, Any]) -> str:
+    """All by which two rows are of one training but for the seed: rows of a recipe before it was changed are not."""
+    stages = [{key: value for key, value in stage.items() if key != "seed"} for stage in row["options"]]
+    return json.dumps([row["recipe"], row["protocol"], stages], sort_keys=True)
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
@@ -354,6 +367,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
         f"`{row['recipe']}`",
         f"{protocol['dataset']}{drawn}",
         plus_minus(row["ours"]),
+        f"{row['rise']:+.2f}",
         plus_minus(row["elbo"]),
         "; ".join(in_words(Published(**published)) for published in row["published"]),
         _epochs(row) + (f", {row['precision']}" if row["precision"] != "float32" else ""),
@@ -372,6 +386,12 @@ def _gains(row: dict[str, Any]) -> str:
 
 
 def _epochs(row: dict[str, Any]) -> str:
-    """Of each stage; a budget that is not the recipe's says the recipe's too."""
+    """Of each stage, with its k above 1; a budget that is not the recipe's says the recipe's too."""
     ours, usual = (" + ".join(f"{count:,}" for count in row["budget"][key]) for key in ("epochs", "recipe_epochs"))
-    return ours if ours == usual else f"{ours} (of {usual})"
+    draws = [stage["num_particles"] for stage in row["options"]]
+    if max(draws) > 1:
+        stages = zip(row["budget"]["epochs"], draws, strict=True)
+        ours_with_k = " + ".join(f"{count:,}" + (f" of L_{k}" if k > 1 else "") for count, k in stages)
+    else:
+        ours_with_k = ours
+    return ours_with_k if ours == usual else f"{ours_with_k} (of {usual})"

@@ -278,7 +278,7 @@ class Options:
         "bounded",
         str,
         one_of(SCALE_MAPS),
-        "of a diagonal posterior, from a feature to a scale: bounded (exp of 7 tanh(h / 7)), exp, softplus",
+        "of every posterior but delta, from a feature to a scale: bounded (exp of 7 tanh(h / 7)), exp, softplus",
         later=True,
     )
     objective: str | None = option(
@@ -303,7 +303,8 @@ class Options:
         None,
         int,
         NON_NEGATIVE_INTEGER,
-        "epochs over which that weight rises linearly from 0 (default: three tenths of the epochs, 1 to 15)",
+        "epochs over which that weight rises linearly from 0 (default: three tenths of the epochs, 1 to 15; none for a "
+        "single epoch, and beside --start-from)",
     )
     latent_dim: int = option(40, int, WIDTH, "dimensions of z")
     epochs: int = option(50, int, POSITIVE_INTEGER, "passes through the training images")
@@ -352,8 +353,9 @@ class Options:
         None,
         str,
         one_of(KEEPS),
-        "the weights that are kept: best, by the validation ELBO (at beta = 1), or last (default: best where beta is "
-        "1, else last, since that ELBO would choose weights from before beta had its effect)",
+        "the weights that are kept: best, by the validation ELBO at beta = 1 (L_k of the objectives iwae and dreg), or "
+        "last (default: best where beta is 1, else last, since that would choose weights from before beta had its "
+        "effect)",
         later=True,
         before="best",
     )

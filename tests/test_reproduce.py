@@ -383,6 +383,11 @@ def test_seeds_of_one_recipe_are_told_together():
     assert line.endswith("| +0.05 ± 0.17 (VAE: there) |")
 
 
+def test_an_option_that_is_younger_than_a_row_or_of_the_machine_is_no_other_training():
+    young = [{"epochs": 400, "num_particles": 1, "seed": 2, "stream": "on", "tensorboard": "on", "beta": 1.0}]
+    assert "| `vae_gaussian` | 3 |" in seeds_table([made_up(), made_up(seed=1), made_up(seed=2, options=young)])
+
+
 OTHER = [{"epochs": 400, "num_particles": 1, "seed": 3, "learning_rate": 1e-5}]
 UNSURE = [{"log_likelihood": -84.45, "stderr": None, "source": "VAE: there"}]
 

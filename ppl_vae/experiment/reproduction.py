@@ -6,7 +6,7 @@ import json
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -354,9 +354,17 @@ def seeds_table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join([head, "|" + "---|" * 5, *lines]) if lines else ""
 
 
+# What does not decide what a training comes to.
+_NO_PART = {"seed", "stream", "tensorboard", "checkpoint_seconds", "images", "evaluation_particles", *_WHERE}
+
+
 def _training(row: dict[str, Any]) -> str:
-    """All by which two rows are of one training but for the seed: rows of a recipe before it was changed are not."""
-    stages = [{key: value for key, value in stage.items() if key != "seed"} for stage in row["options"]]
+    """All by which two rows are of one training but for the seed: rows of a recipe before it was changed are not.
+
+    An option that is younger than a row has there what it has in a config.json without it.
+    """
+    usual = {spec.name: spec.metadata["before"] for spec in fields(Options) if spec.name not in _NO_PART}
+    stages = [{name: stage.get(name, value) for name, value in usual.items()} for stage in row["options"]]
     return json.dumps([row["recipe"], row["protocol"], stages], sort_keys=True)
 
 

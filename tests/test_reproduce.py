@@ -93,7 +93,9 @@ def test_a_row_is_what_the_last_stages_run_holds(undisturbed):
     assert (entry["num_images"], entry["num_particles"], entry["split"]) == (40, 10, "test")
     assert row["protocol"].items() <= entry.items()
     metrics = runs.read_metrics(folder / "runs" / "2")
-    assert row["validation"]["elbo"] == max(record["validation_elbo_nats_per_image"] for record in metrics)
+    elbos = {record["step"]: record["validation_elbo_nats_per_image"] for record in metrics}
+    assert row["validation"]["elbo"] == elbos.get(entry["step"])  # None of the weights that the stage started from
+    assert entry["step"] == 0 or elbos[entry["step"]] == max(elbos.values())
     assert row["budget"] == {"share": 1.0, "epochs": list(EPOCHS), "recipe_epochs": list(EPOCHS)}
     assert len(row["seconds"]["training"]) == 2
 

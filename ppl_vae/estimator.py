@@ -305,16 +305,15 @@ class VAEDensity(TransformerMixin, BaseEstimator):
         if not np.isfinite(single).all():
             raise ValueError("X: expected numbers that single precision holds, got larger ones")
         x = torch.from_numpy(single)
-        if self._pixels_ == "threshold":
+        if self._pixels_ in ("threshold", "levels", "dequantized"):
             is_levels = self.kind_ == data.LEVELS
-            most, words = (255, "levels from 0 to 255") if is_levels else (1, "gray from 0 to 1")
-            if not ((x >= 0) & (x <= most) & ((x == x.round()) if is_levels else True)).all():
+            on_scale = (x >= 0) & (x <= (255 if is_levels else 1))
+            if not (on_scale & (x == x.round()) if is_levels else on_scale).all():
+                words = "levels from 0 to 255" if is_levels else "gray from 0 to 1"
                 got = f"values from {x.min():.4g} to {x.max():.4g}"
                 raise ValueError(f"X: expected {words}, as the X that this is fitted to, got {got}")
-            x = (x / 255 if self.kind_ == data.LEVELS else x).ge(0.5).float()
-        elif self._pixels_ in ("levels", "dequantized"):
-            if not ((x == x.round()) & (x >= 0) & (x <= 255)).all():
-                raise ValueError(f"X: expected levels from 0 to 255, got values from {x.min():.4g} to {x.max():.4g}")
+            if self._pixels_ == "threshold":
+                x = (x / 255 if is_levels else x).ge(0.5).float()
         else:
             family: Any = getattr(self.vae_.likelihood, "family", None)
             if not family.support.check(x).all():

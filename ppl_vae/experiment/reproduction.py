@@ -396,10 +396,7 @@ def _gains(row: dict[str, Any]) -> str:
 def _epochs(row: dict[str, Any]) -> str:
     """Of each stage, with its k above 1; a budget that is not the recipe's says the recipe's too."""
     ours, usual = (" + ".join(f"{count:,}" for count in row["budget"][key]) for key in ("epochs", "recipe_epochs"))
-    draws = [stage["num_particles"] for stage in row["options"]]
-    if max(draws) > 1:
-        stages = zip(row["budget"]["epochs"], draws, strict=True)
-        ours_with_k = " + ".join(f"{count:,}" + (f" of L_{k}" if k > 1 else "") for count, k in stages)
-    else:
-        ours_with_k = ours
-    return ours_with_k if ours == usual else f"{ours_with_k} (of {usual})"
+    stages = zip(row["budget"]["epochs"], row["options"], strict=True)
+    draws = [(count, stage["num_particles"]) for count, stage in stages]
+    words = " + ".join(f"{count:,}" + (f" of L_{k}" if k > 1 else "") for count, k in draws)
+    return words if ours == usual else f"{words} (of {usual})"

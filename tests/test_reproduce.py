@@ -287,13 +287,14 @@ def test_the_end_of_each_stages_curve_is_told_and_in_the_table():
 
 
 def made_up(**changes):
+    budget = {"share": 1.0, "epochs": [400], "recipe_epochs": [400]} | changes.get("budget", {})
     row = {
         "recipe": "vae_gaussian",
         "seed": 0,
         "precision": "float32",
-        "options": [{"epochs": 400, "num_particles": 1, "seed": changes.get("seed", 0)}],
+        "options": [{"epochs": n, "num_particles": 1, "seed": changes.get("seed", 0)} for n in budget["epochs"]],
         "rise": 0.2349,
-        "budget": {"share": 1.0, "epochs": [400], "recipe_epochs": [400]},
+        "budget": budget,
         "ours": {"mean": -84.404, "stderr": 0.221, "n": 10_000, "num_particles": 5000},
         "elbo": {"mean": -88.1, "stderr": 0.23},
         "published": [{"log_likelihood": -84.45, "stderr": 0.12, "source": "VAE: there"}],

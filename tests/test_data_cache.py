@@ -530,3 +530,18 @@ def test_memory_that_runs_out_is_not_taken_for_a_broken_image(own: Path) -> None
         pytest.raises(ValueError, match=r"\.png: the memory ran out while it was decoded$"),
     ):
         data.load(str(own), image_size=[5, 6])
+
+
+def test_notes_on_how_the_data_was_read_are_kept_and_described(tmp_path: Path) -> None:
+    def make() -> cache.Draft:
+        images = np.arange(12, dtype=np.uint8).reshape(3, 1, 2, 2)
+        sizes = dict.fromkeys(("train", "validation", "test"), 1)
+        blocks = iter([images])
+        return cache.Draft("8-bit levels", torch.uint8, (1, 2, 2), sizes, blocks, "", "", {}, notes=("one", "two"))
+
+    source = cache.source(tmp_path, {}, [])
+    for _ in range(2):  # made, then read again
+        read = cache.cached(source, "own", make, lambda: cache.in_room(make(), "own"))
+        assert read.notes == ("one", "two")
+        assert read.describe().splitlines()[1:] == ["own: one", "own: two"]
+    assert cache.in_room(make(), "own").notes == ("one", "two")

@@ -81,6 +81,7 @@ class Draft(NamedTuple):
     class_names: tuple[str, ...] = ()
     unreadable: tuple[str, ...] = ()
     withheld: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def folder() -> Path:
@@ -139,6 +140,7 @@ def in_room(draft: Draft, name: str) -> Splits:
         labels=draft.labels,
         class_names=draft.class_names,
         unreadable=draft.unreadable,
+        notes=draft.notes,
         train=images["train"],
         validation=images["validation"],
         test=images["test"],
@@ -279,6 +281,7 @@ def _write_content(file: IO[bytes], source: Source, draft: Draft, name: str) -> 
         "class_names": draft.class_names,
         "unreadable": draft.unreadable,
         "withheld": draft.withheld,
+        "notes": draft.notes,
         "sha256": draft.sha256,
         "split": draft.split,
         "chunks": written.digests(),
@@ -343,7 +346,7 @@ def _read(file: IO[bytes], source: Source, name: str, *, check: bool) -> Splits:
         labeled = [split for split in _SPLITS if split in header["labeled"]]
         words = {key: str(header[key]) for key in ("kind", "sha256", "split")}
         class_names, unreadable = (tuple(map(str, header[key])) for key in ("class_names", "unreadable"))
-        withheld = tuple(map(str, header.get("withheld", ())))  # younger than the others
+        withheld, notes = (tuple(map(str, header.get(key, ()))) for key in ("withheld", "notes"))  # newer than the rest
         chunks = list(header["chunks"])
     except (KeyError, TypeError) as error:
         raise ValueError(f"its header lacks or garbles {error}") from None
@@ -377,6 +380,7 @@ def _read(file: IO[bytes], source: Source, name: str, *, check: bool) -> Splits:
         labels=labels,
         class_names=class_names,
         unreadable=unreadable,
+        notes=notes,
         train=rows[0],
         validation=rows[1],
         test=rows[2],

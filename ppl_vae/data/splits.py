@@ -36,6 +36,7 @@ class Splits:
         labels: (N,) int64 of each split that has any.
         class_names: the name of each label, where they have one.
         unreadable: files that were left out because they could not be read.
+        notes: sentences for the user about how the data was read, such as a shape that can be read in two ways.
         protocol: "vampprior", or "iwae" (no validation images; test drawn anew at each evaluation).
     """
 
@@ -49,6 +50,7 @@ class Splits:
     labels: Mapping[str, Tensor] = field(default_factory=dict)
     class_names: tuple[str, ...] = ()
     unreadable: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     protocol: str = "vampprior"
 
     @property
@@ -63,7 +65,7 @@ class Splits:
         return float(location_and_spread(self.train)[1]) / unit
 
     def describe(self) -> str:
-        """One line that says what was seen, and a second one where files could not be read."""
+        """One line that says what was seen, then one for the files that could not be read and one for each note."""
         shape = "x".join(map(str, self.event_shape))
         sizes = " / ".join(f"{len(x):,}" for x in (self.train, self.validation, self.test))
         seen = f"{self.name}: {self.kind}{self._range()}, {shape}; train / validation / test {sizes} ({self.split})"
@@ -75,7 +77,7 @@ class Splits:
         if self.unreadable:
             files = several(len(self.unreadable), "file")
             seen += f"\n{self.name}: {files} could not be read and left out: {first_few(self.unreadable)}"
-        return seen
+        return "\n".join([seen, *(f"{self.name}: {note}" for note in self.notes)])
 
     def _range(self) -> str:
         low, high = self.train.min(), self.train.max()

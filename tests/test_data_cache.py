@@ -225,6 +225,41 @@ def test_a_file_that_is_no_image_is_counted_without_reading_again(own: Path, dec
     assert len(decoded) == 32
 
 
+def test_an_entry_of_an_older_reader_is_read_again(
+    own: Path, kept: Path, decoded: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as older:
+        older.setattr(cache, "_READER_VERSION", 1)
+        data.load(str(own))
+    decoded.clear()
+    assert_right(data.load(str(own)), own)
+    assert len(decoded) == 32
+    assert len(entries(kept)) == 1
+
+
+def test_notes_are_described_on_the_first_and_on_the_cached_start(tmp_path: Path) -> None:
+    def draft() -> cache.Draft:
+        return cache.Draft(
+            kind="8-bit levels",
+            dtype=torch.uint8,
+            event_shape=(2,),
+            sizes={"train": 1, "validation": 1, "test": 1},
+            blocks=iter([np.arange(6, dtype=np.uint8).reshape(3, 2)]),
+            sha256="0",
+            split="as given",
+            labels={},
+            notes=("The first note.", "The second note."),
+        )
+
+    source = cache.source(tmp_path, {}, [])
+    made = mock.Mock(side_effect=draft)
+    for _ in range(2):
+        read = cache.cached(source, "own", made, mock.Mock(side_effect=AssertionError))
+        assert read.describe().splitlines()[1:] == ["own: The first note.", "own: The second note."]
+    assert made.call_count == 1
+    assert cache.in_room(draft(), "own").notes == read.notes
+
+
 def test_an_older_entry_that_is_still_mapped_keeps_its_images(own: Path) -> None:
     first = data.load(str(own))
     before = first.train.clone()
@@ -291,6 +326,7 @@ def test_a_file_of_something_else_is_read_again(own: Path, kept: Path, content: 
         ("class_names", 7),
         ("withheld", 7),
         ("withheld", ["/dev/zero"]),
+        ("notes", 7),
     ],
 )
 def test_a_header_that_announces_something_else_is_refused(own: Path, kept: Path, key: str, value: object) -> None:

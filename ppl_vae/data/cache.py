@@ -41,6 +41,9 @@ except ImportError:  # Windows; there two processes may both read, and the last 
 _SPLITS = ("train", "validation", "test")
 _DTYPES = {"uint8": torch.uint8, "float32": torch.float32}
 
+# Raise this number when files are read differently than before: it makes the entries of older versions stale.
+_READER_VERSION = 2
+
 _MARK = b"ppl_vae cache 1\n"
 _END = struct.Struct("<Q32s16s")  # length and SHA-256 of the header, mark
 _MOST_HEADER = 2**28
@@ -94,7 +97,7 @@ def folder() -> Path:
 def source(path: Path, how: Mapping[str, Any], state: list[Any]) -> Source:
     """The source of that path, read with these options, its files in that state."""
     what = json.dumps([os.path.abspath(path), dict(how)])
-    return Source(what, hashlib.sha256(json.dumps(state).encode()).hexdigest())
+    return Source(what, hashlib.sha256(json.dumps([_READER_VERSION, state]).encode()).hexdigest())
 
 
 def cached(source: Source, name: str, make: Callable[[], Draft], make_in_memory: Callable[[], Splits]) -> Splits:
@@ -345,8 +348,9 @@ def _read(file: IO[bytes], source: Source, name: str, *, check: bool) -> Splits:
         dtype = _DTYPES[header["dtype"]]
         labeled = [split for split in _SPLITS if split in header["labeled"]]
         words = {key: str(header[key]) for key in ("kind", "sha256", "split")}
-        class_names, unreadable = (tuple(map(str, header[key])) for key in ("class_names", "unreadable"))
-        withheld, notes = (tuple(map(str, header.get(key, ()))) for key in ("withheld", "notes"))  # newer than the rest
+        class_names, unreadable, withheld, notes = (
+            tuple(map(str, header[key])) for key in ("class_names", "unreadable", "withheld", "notes")
+        )
         chunks = list(header["chunks"])
     except (KeyError, TypeError) as error:
         raise ValueError(f"its header lacks or garbles {error}") from None

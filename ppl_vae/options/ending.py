@@ -10,6 +10,8 @@ from contextlib import suppress
 from types import FrameType
 from typing import NoReturn
 
+from ppl_vae.options.streams import prepare_streams
+
 # What torch and its libraries say where memory ran out, on a CPU and on a GPU; torch has a type of its own for some of
 # it only, and here is no torch.
 OUT_OF_MEMORY = (
@@ -44,6 +46,10 @@ def command(main: Callable[[], None]) -> None:
 
     Ctrl-C ends with 130, SIGTERM with 143. Set PPL_VAE_TRACEBACK=1 to see where an error came from.
     """
+    prepare_streams()
+    # Figures are only written to files. A notebook sets a backend of its own here, which importing matplotlib refuses
+    # where the notebook's packages are not installed.
+    os.environ["MPLBACKEND"] = "agg"
     with suppress(ValueError):  # of another thread than the main one, which no signal reaches
         signal.signal(signal.SIGTERM, _end)
     try:

@@ -1,0 +1,86 @@
+"""Scripts on terminals and in notebooks whose settings would end Python: their encoding, their matplotlib backend."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from small_run import SMALL, save_bars
+
+from ppl_vae.options import flag, to_json
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+
+
+def run_main(main: str, *, encoding: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
+    """A main function, by its lines, as a script runs it, in a process of its own."""
+    program = f"from ppl_vae.options import command\ndef main():\n    {main}\ncommand(main)\n"
+    asked = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"} | environment
+    return subprocess.run([sys.executable, "-c", program], env=asked, capture_output=True, timeout=300)
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+@pytest.mark.parametrize(
+    ("encoding", "text", "expected"),
+    [
+        ("ascii", "-82.4 ± 0.3", b"-82.4 +/- 0.3"),
+        ("ascii", "10–20 × 3 ≥ 5, Poincaré’s", b"10-20 x 3 >= 5, Poincare's"),
+        ("latin-1", "-82.4 ± 0.3 ≤ 1", b"-82.4 \xb1 0.3 <= 1"),
+        ("utf-8", "-82.4 ± 0.3", "-82.4 ± 0.3".encode()),
+        ("utf-8", "file \udcff", b"file \\udcff"),  # a file's name in Latin-1, as Python reads it
+        ("ascii", "\u4e2d", b"\\u4e2d"),
+    ],
+)
+def test_characters_that_the_encoding_lacks_are_written_in_ascii(stream, encoding, text, expected):
+    done = run_main(f"import sys; print({text!a}, file=sys.{stream})", encoding=encoding)
+    assert done.returncode == 0, done.stderr
+    assert getattr(done, stream).splitlines() == [expected]
+
+
+def test_an_error_with_such_a_character_is_one_line():
+    done = run_main("raise ValueError('expected 1 ± 2')", encoding="ascii")
+    assert (done.returncode, done.stderr.splitlines()) == (1, [b"error: expected 1 +/- 2"])
+
+
+def test_a_line_is_in_the_log_before_the_script_ends():
+    """os._exit writes no buffer."""
+    assert run_main("import os; print('begun'); os._exit(0)", encoding="utf-8").stdout.splitlines() == [b"begun"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A training by the script, as from a notebook's cell, with an ASCII log."""
+    folder = tmp_path_factory.mktemp("run")
+    dataset = save_bars(folder / "bars.npz")
+    words = [
+        word
+        for name, value in to_json(SMALL).items()
+        if value is not None and name not in ("dataset", "stream")
+        for word in (flag(name), *(map(str, value) if isinstance(value, list) else [str(value)]))
+    ]
+    command = [sys.executable, SCRIPTS / "train_svi.py", "--dataset", dataset, *words, "--run-dir", folder / "run"]
+    settings = {
+        "MPLBACKEND": "module://a_notebook_of_other_packages",
+        "PYTHONIOENCODING": "ascii",
+        "PYTHONUTF8": "0",
+        "OMP_NUM_THREADS": "1",
+    }
+    return folder / "run", subprocess.run(command, env=os.environ | settings, capture_output=True, timeout=300)
+
+
+def test_a_training_draws_its_figures_whatever_the_backend_of_a_notebook(trained):
+    folder, done = trained
+    assert done.returncode == 0, done.stderr
+    with Image.open(folder / "figures" / "reconstructions.png") as picture:
+        assert picture.format == "PNG"
+        picture.load()
+
+
+def test_a_training_ends_with_an_ascii_log(trained):
+    _, done = trained
+    assert done.returncode == 0, done.stderr
+    assert b"+/-" in done.stdout.decode("ascii").encode()

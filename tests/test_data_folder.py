@@ -135,27 +135,99 @@ def test_a_folder_whose_name_is_nearly_a_splits_is_refused_beside_others(
     fill(tmp_path / beside, range(20))
     fill(tmp_path / word, range(20))
     known = "train; valid, validation or val; test"
-    with pytest.raises(ValueError, match=f"^{re.escape(str(tmp_path))}: .*named {known}, got {word}$"):
+    with pytest.raises(ValueError, match=f"^{re.escape(str(tmp_path))}: .*named {known}, got {word};"):
         data.load(str(tmp_path))
 
 
 def test_all_folders_whose_names_are_nearly_splits_are_named(tmp_path: Path) -> None:
     for word in ("training", "testing"):
         fill(tmp_path / word, range(20))
-    with pytest.raises(ValueError, match=r"got testing, training$"):
+    with pytest.raises(ValueError, match="got testing, training;"):
         data.load(str(tmp_path))
 
 
-@pytest.mark.parametrize("word", ["trains", "devices", "testudo", "valley"])
+CLASSES = ["trains", "devices", "testudo", "valley", "bullet_train", "test_tube", "train_station"]
+
+
+@pytest.mark.parametrize("word", CLASSES)
 def test_a_class_whose_name_begins_as_a_splits_is_a_class(tmp_path: Path, word: str) -> None:
     for name in ("ant", word):
         fill(tmp_path / name, range(10))
     assert data.load(str(tmp_path)).class_names == ("ant", word)
 
 
-def test_a_lone_folder_of_images_may_have_any_name(tmp_path: Path) -> None:
-    fill(tmp_path / "training", range(10))
-    assert len(data.load(str(tmp_path)).train) == 8
+@pytest.mark.parametrize("outer", ["data", "archive/data", "Images 2017"])
+def test_splits_within_outer_folders_are_splits(tmp_path: Path, outer: str) -> None:
+    for start, name in ((0, "train"), (20, "val"), (30, "test")):
+        fill(tmp_path / outer / name / "ant", range(start, start + 2))
+        fill(tmp_path / outer / name / "cat", range(start + 100, start + 102))
+    read = data.load(str(tmp_path))
+    assert [levels(x) for x in (read.train, read.validation, read.test)] == [
+        [0, 1, 100, 101],
+        [20, 21, 120, 121],
+        [30, 31, 130, 131],
+    ]
+    assert read.class_names == ("ant", "cat")
+    assert read.labels["test"].tolist() == [0, 0, 1, 1]
+
+
+def test_splits_within_each_class_are_splits(tmp_path: Path) -> None:
+    for start, name in ((0, "train"), (20, "valid"), (30, "test")):
+        fill(tmp_path / "data" / "ant" / name, range(start, start + 2))
+        fill(tmp_path / "data" / "cat" / name / "deeper", range(start + 100, start + 102))
+    read = data.load(str(tmp_path))
+    assert [levels(x) for x in (read.train, read.validation, read.test)] == [
+        [0, 1, 100, 101],
+        [20, 21, 120, 121],
+        [30, 31, 130, 131],
+    ]
+    assert read.class_names == ("ant", "cat")
+    assert [read.labels[split].tolist() for split in ("train", "validation", "test")] == [[0, 0, 1, 1]] * 3
+
+
+REFUSED_LAYOUTS = {
+    "a split beside a stray image": (["data/train", "data/test", "."], "data/test, data/train"),
+    "a class without splits": (["cat/train", "cat/test", "dog"], "cat/test, cat/train"),
+    "classes in groups": (["pets/cat/train", "pets/cat/test", "cars/red/train"], "cars/red/train, pets/cat/test"),
+    "a test folder among the training images": (["train/cat/test", "train/dog"], "train/cat/test"),
+    "a test folder within a class's training images": (["cat/train/test", "cat/train/more"], "cat/train/test"),
+    "years": (["train2017", "val2017"], "train2017, val2017"),
+    "years, one level down": (["images/train2017", "images/val2017"], "images/train2017, images/val2017"),
+    "sizes": (["train_64x64", "valid_64x64"], "train_64x64, valid_64x64"),
+    "letters": (["trainA", "trainB", "testA"], "testA, trainA, trainB"),
+    "numbers": (["train/a", "test/test1"], "test/test1"),
+    "a number": (["cat", "test1"], "test1"),
+    "several words": (["DIV2K_train_HR", "DIV2K_valid_HR"], "DIV2K_train_HR, DIV2K_valid_HR"),
+    "doubled archives": (["seg_train/seg_train/sea", "seg_test/seg_test/sea"], "seg_test, seg_test/seg_test"),
+    "names that nearly say it, within classes": (["cat/training", "cat/testing"], "cat/testing, cat/training"),
+    "one folder": (["training"], "training"),
+    "written together": (["testset", "trainset"], "testset, trainset"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED_LAYOUTS)
+def test_any_other_layout_with_a_folder_named_like_a_split_is_refused(tmp_path: Path, what: str) -> None:
+    folders, named = REFUSED_LAYOUTS[what]
+    for folder in folders:
+        fill(tmp_path / folder, range(12))
+    with pytest.raises(ValueError, match=f"^{re.escape(str(tmp_path))}: expected every split .*, got {named}"):
+        data.load(str(tmp_path))
+
+
+def test_an_archive_in_its_own_folder_keeps_its_split(tmp_path: Path) -> None:
+    for start, name in ((0, "train"), (20, "test")):
+        fill(tmp_path / name / name, range(start, start + 10))
+    assert levels(data.load(str(tmp_path)).test) == [*range(20, 30)]
+
+
+def test_a_class_of_railroad_trains_is_a_class(tmp_path: Path) -> None:
+    """As in CIFAR-100 and in COCO."""
+    for start, name in ((0, "train"), (20, "test")):
+        fill(tmp_path / name / "ship", range(start, start + 10))
+        fill(tmp_path / name / "train", range(start + 100, start + 110))
+    read = data.load(str(tmp_path))
+    assert read.class_names == ("ship", "train")
+    assert sorted(levels(read.test)) == [*range(20, 30), *range(120, 130)]
 
 
 @pytest.mark.parametrize(

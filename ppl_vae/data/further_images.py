@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ppl_vae.data.folder_layout import find_layout
 from ppl_vae.data.image_folder import checked_size, find_images, label_by_folder, read_images
 from ppl_vae.data.own import LABELS_ALONE, LARGEST_COUNT, as_labels, read_arrays
 from ppl_vae.data.pixels import binomial_draw, is_drawn
@@ -184,7 +185,7 @@ def _from_files(
     values = pictures.pixels.float() / 255
     if splits.kind == BINARY and not ((values == 0) | (values == 1)).all():
         raise ValueError(f"{path}: expected black and white alone (the model was trained on {splits.kind} data)")
-    numbers, classes = label_by_folder(pictures.names)
+    numbers, classes = label_by_folder(pictures.names, find_layout(pictures.names))
     known = bool(classes) and set(classes) <= set(splits.class_names)
     of_classes = torch.tensor([splits.class_names.index(name) for name in classes]) if known else None
     return values, None if of_classes is None else of_classes[numbers], pictures.names

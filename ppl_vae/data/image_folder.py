@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import stat
 import tempfile
 import warnings
@@ -13,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from io import BytesIO
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,20 +22,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ppl_vae.data import cache, limits
+from ppl_vae.data.folder_layout import Layout, check_layout, find_layout
 from ppl_vae.data.splits import LEVELS, Splits, complete, first_few, several
 from ppl_vae.data.threads import in_threads
 
-_SPLIT_FOLDERS = {
-    "train": "train",
-    "valid": "validation",
-    "validation": "validation",
-    "val": "validation",
-    "test": "test",
-}
-_NEARLY_A_SPLIT = re.compile(
-    r"(train|training|test|testing|tests|val|valid|validate|validation|eval|evaluation|dev|devel|development)"
-    r"[ _-]?(set|images|data)?"
-)
 _GRAY_MODES = ("1", "L", "LA", "La")
 _NOT_PIXELS = (
     *("EPS", "WMF", "PDF", "MPEG", "HDF5", "GRIB", "BUFR"),  # no images, or read by starting another program
@@ -65,11 +54,11 @@ def image_folder(path: Path, *, image_size: Sequence[int] | None, fit: str, colo
 
     Every format that Pillow decodes, but for icons and other wrappings of an image; hidden files are skipped, and so
     are those whose extension is no image's; links to folders are followed, but for those that lead back to a folder
-    that they lie in. Folders named train, valid (or validation, val) and test are splits, and images beside these train
-    where there is no folder train; what is lacking is a tenth each, by a fixed permutation of the sorted names. Two or
-    more subfolders (of the splits, where there are splits) are classes if every image lies in one; labels count the
-    sorted names of them all. Images are turned as their EXIF orientation says; transparent ones are laid over white;
-    16-bit gray becomes round(level / 257); of an animation the first frame is taken.
+    that they lie in. ``folder_layout`` says how folders name splits and classes. Images outside the folders of splits
+    train where there is no folder train; splits that are lacking are a tenth each, by a fixed permutation of the sorted
+    names. Two or more classes label the images if every image lies in one; labels count the sorted names of them all.
+    Images are turned as their EXIF orientation says; transparent ones are laid over white; 16-bit gray becomes
+    round(level / 257); of an animation the first frame is taken.
 
     They are read once: what comes of them is kept in the cache folder, and read again when the name, the size or a
     time of change of any of them is another, or when one that the system did not give can be read.
@@ -80,14 +69,14 @@ def image_folder(path: Path, *, image_size: Sequence[int] | None, fit: str, colo
         color: "gray", "rgb", or None: gray where every image is.
 
     Raises:
-        ValueError: no folder, one that cannot be opened or whose name is nearly a split's, no images, none that can be
-            read, or images of several sizes.
+        ValueError: no folder, one that cannot be opened or is named like a split without being one, no images, none
+            that can be read, or images of several sizes.
     """
     found = find_images(path)
     if not found.images:
         others = several(found.num_others, "other file") if found.num_others else "an empty folder"
         raise ValueError(f"{path}: expected images, got {others}")
-    _check_names_of_splits(path, found.images)
+    check_layout(path, found.images, find_layout(found.images))
     size = checked_size(image_size)
     how = {"image_size": size, "fit": fit, "color": color}
     splits = cache.cached(
@@ -113,11 +102,12 @@ class _Meaning(NamedTuple):
 
 def _meaning(path: Path, names: Sequence[str], read: Sequence[str]) -> _Meaning:
     """Of those images that could be read, among all."""
-    index = _index_of_splits(path, names, read)
-    numbers, class_names = label_by_folder(read)
+    layout = find_layout(names)
+    index = _index_of_splits(path, names, read, layout)
+    numbers, class_names = label_by_folder(read, layout)
     labels = {split: numbers[rows] for split, rows in index.items()} if class_names else {}
     rows, labels, words = complete(str(path), index, labels)
-    return _Meaning(rows, labels, class_names, "by their folders" if words == "as given" else words)
+    return _Meaning(rows, labels, class_names, layout.words if words == "as given" else words)
 
 
 def _in_memory(
@@ -388,44 +378,20 @@ def _resized(image: Image.Image, size: tuple[int, int], fit: str) -> Image.Image
 # --- What the folders mean ---
 
 
-def _split_of(name: str) -> str | None:
-    """The split that an image's first folder names."""
-    folders = PurePosixPath(name).parts[:-1]
-    return _SPLIT_FOLDERS.get(folders[0].lower()) if folders else None
-
-
-def _check_names_of_splits(root: Path, names: Sequence[str]) -> None:
-    """Refuses folders such as "testing" beside others: taken as a class, its images would train.
-
-    Raises:
-        ValueError: there is one.
-    """
-    folders = {PurePosixPath(name).parts[0] if "/" in name else "" for name in names}
-    nearly = [
-        name
-        for name in sorted(folders)
-        if name.lower() not in _SPLIT_FOLDERS and _NEARLY_A_SPLIT.fullmatch(name.lower())
-    ]
-    if nearly and len(folders) > 1:
-        raise ValueError(
-            f"{root}: expected folders of splits to be named train; valid, validation or val; test, "
-            f"got {first_few(nearly)}"
-        )
-
-
-def _index_of_splits(root: Path, names: Sequence[str], read: Sequence[str]) -> dict[str, Tensor]:
+def _index_of_splits(root: Path, names: Sequence[str], read: Sequence[str], layout: Layout) -> dict[str, Tensor]:
     """{split: rows}; images outside the folders of splits train.
 
     Raises:
         ValueError: images outside where there is a folder train, or a split without an image that can be read.
     """
-    named = {split for name in names if (split := _split_of(name))}
-    outside = [name for name in names if _split_of(name) is None]
+    splits = [layout.place(name).split for name in names]
+    named = {split for split in splits if split}
+    outside = [name for name, split in zip(names, splits, strict=True) if split is None]
     if outside and "train" in named:
         raise ValueError(
             f"{root}: expected every image in train, valid or test, got {len(outside):,} outside: {first_few(outside)}"
         )
-    of_images = [_split_of(name) or "train" for name in read]
+    of_images = [layout.place(name).split or "train" for name in read]
     index = {split: [i for i, own in enumerate(of_images) if own == split] for split in sorted({"train"} | named)}
     for split, rows in index.items():
         if not rows:
@@ -433,10 +399,11 @@ def _index_of_splits(root: Path, names: Sequence[str], read: Sequence[str]) -> d
     return {split: torch.tensor(rows) for split, rows in index.items()}
 
 
-def label_by_folder(names: Sequence[str]) -> tuple[Tensor, tuple[str, ...]]:
-    """(N,) int64 labels and the names of the classes; no names unless all images lie in two subfolders or more."""
-    folders = [PurePosixPath(name).parts[_split_of(name) is not None : -1] for name in names]
-    classes = sorted({below[0] for below in folders if below})
-    if not all(folders) or len(classes) < 2:
+def label_by_folder(names: Sequence[str], layout: Layout) -> tuple[Tensor, tuple[str, ...]]:
+    """(N,) int64 labels and the names of the classes; no names unless all images lie in two classes or more."""
+    of_images = [layout.place(name).class_name for name in names]
+    classes = sorted({name for name in of_images if name is not None})
+    if None in of_images or len(classes) < 2:
         return torch.zeros(len(names), dtype=torch.int64), ()
-    return torch.tensor([classes.index(below[0]) for below in folders]), tuple(classes)
+    numbers = {name: number for number, name in enumerate(classes)}
+    return torch.tensor([numbers[name] for name in of_images if name is not None]), tuple(classes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import numpy as np
 import pyro
@@ -16,6 +17,8 @@ from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from torch.testing import assert_close
 
 from ppl_vae import build, fit, objectives
+from ppl_vae.build.fitting import check_objective
+from ppl_vae.build.parts import decided
 from ppl_vae.objectives import Temper
 from ppl_vae.options import Options
 
@@ -134,6 +137,96 @@ def test_the_global_parameter_store_stays_empty(oracle, kl):
     pyro.clear_param_store()
     objectives.elbo(oracle.vae().model, oracle.vae().guide, oracle.draw(3), estimator=KLS[kl])
     assert len(pyro.get_param_store()) == 0
+
+
+# --- A KL in closed form, or none ---
+
+
+def _vae_of(posterior, prior):
+    """A small VAE of these two words of the command line."""
+    torch.manual_seed(0)
+    asked = Options(
+        posterior=posterior,
+        prior=prior,
+        latent_dim=4,
+        hidden=(5,),
+        posterior_hidden=(5,) if posterior == "flow" else Options().posterior_hidden,
+        prior_components=3 if prior in ("mixture", "vamp") else Options().prior_components,
+        prior_hidden=(5,) if prior == "flow" else Options().prior_hidden,
+    )
+    return build.vae(asked, (6,))
+
+
+def _loss_of(vae, beta):
+    torch.manual_seed(0)
+    x = torch.bernoulli(torch.full((5, 6), 0.5))
+    return objectives.elbo(vae.model, vae.guide, x, beta=beta, estimator=TraceMeanField_ELBO)
+
+
+WITH_A_FORMULA = [("diagonal", "standard-normal"), ("full", "standard-normal")]
+WITHOUT_A_FORMULA = [
+    (posterior, prior)
+    for posterior in ("diagonal", "full", "flow")
+    for prior in build.PRIORS
+    if (posterior, prior) not in WITH_A_FORMULA
+]
+
+
+@pytest.mark.parametrize("posterior", [posterior for posterior, _ in WITH_A_FORMULA])
+def test_the_analytic_kl_is_the_formula_and_no_draw(posterior):
+    """What beta = 1 adds to the loss, against (|T|^2 + |m|^2 - L) / 2 - log det T by numpy."""
+    vae = _vae_of(posterior, "standard-normal")
+    with torch.no_grad():
+        found = _loss_of(vae, 1.0) - _loss_of(vae, 0.0)
+        torch.manual_seed(0)
+        q = vae.posterior(torch.bernoulli(torch.full((5, 6), 0.5)))
+    loc = q.mean.double().numpy()
+    T = (q.scale_tril if posterior == "full" else torch.diag_embed(q.stddev)).double().numpy()
+    kl = ((T**2).sum((1, 2)) + (loc**2).sum(1) - 4) / 2 - np.log(np.diagonal(T, axis1=1, axis2=2)).sum(1)
+    assert float(found) == pytest.approx(kl.mean(), rel=1e-4)
+
+
+@pytest.mark.parametrize(("posterior", "prior"), WITHOUT_A_FORMULA)
+def test_a_kl_without_a_formula_is_refused_and_not_sampled(posterior, prior):
+    with pytest.raises(ValueError, match="site 'z': expected a guide and a prior whose KL has a formula"):
+        _loss_of(_vae_of(posterior, prior), 1.0)
+
+
+def test_a_kl_without_a_formula_is_refused_in_a_captured_step(graphs):
+    """A graph, too, would hold draws in the place of the formula."""
+    x = torch.bernoulli(torch.full((5, 6), 0.5))
+    analytic = partial(objectives.elbo, estimator=TraceMeanField_ELBO)
+    with pytest.raises(ValueError, match="whose KL has a formula"):
+        fit(_vae_of("diagonal", "mixture"), x, epochs=1, batch_size=5, objective=analytic, compile=True)
+
+
+@pytest.mark.parametrize(("posterior", "prior"), WITH_A_FORMULA + WITHOUT_A_FORMULA)
+def test_the_options_accept_the_pairs_that_the_objective_accepts(posterior, prior):
+    options = decided(Options(posterior=posterior, prior=prior, kl="analytic"))
+    before = torch.get_rng_state()
+    if (posterior, prior) in WITH_A_FORMULA:
+        check_objective(options)
+    else:
+        with pytest.raises(ValueError, match="--kl analytic: expected"):
+            check_objective(options)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_an_analytic_kl_refuses_a_guide_that_is_not_reparametrized():
+    """Its formula would have a gradient, and the reconstruction none for the guide."""
+
+    def program(distribution):
+        def run(x):
+            with pyro.plate("images", len(x), dim=-1):
+                z = pyro.sample("z", distribution(torch.zeros(3), 1.0).to_event(1))
+                if distribution is dist.Normal:
+                    pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+        return run
+
+    model, guide = program(dist.Normal), program(NonreparameterizedNormal)
+    with pytest.raises(ValueError, match="is not reparametrized"):
+        objectives.elbo(model, guide, torch.zeros(2, 3), estimator=TraceMeanField_ELBO)
 
 
 # --- Free bits ---

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import pyro.distributions as dist
 import pytest
 import torch
 from oracles import LinearGaussian
@@ -181,6 +182,68 @@ def test_a_full_normal_close_to_singular_knows_the_density_of_its_draws_in_singl
     expected = u.log_prob(noise).double().sum(-1) - 7 * (h[:, L : 2 * L].double() / 7).tanh().sum(-1)
     assert_close(q.log_prob(z).double(), expected, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(q.log_prob(z.clone()).double(), expected, rtol=0.1)
+
+
+def _exact_kl(loc, T, prior_loc, prior_scale):
+    """(tr(S^-1 C) + d' S^-1 d - L + log det S - log det C) / 2 with C = T T', S = diag(scale^2), by numpy."""
+    C, S = T @ T.T, np.diag(prior_scale**2)
+    d, precision = loc - prior_loc, np.linalg.inv(S)
+    log_ratio = np.linalg.slogdet(S)[1] - np.linalg.slogdet(C)[1]
+    return (np.trace(precision @ C) + d @ precision @ d - len(loc) + log_ratio) / 2
+
+
+NORMAL_PRIORS = {
+    "standard": (np.zeros(4), np.ones(4)),
+    "diagonal": (np.array([0.3, -1.0, 2.0, 0.0]), np.array([0.5, 2.0, 1.0, 0.1])),
+}
+
+
+def _full_and_prior(name):
+    """Three full normals, batch shape (3,), and a product of normals without a batch; the first with their numbers."""
+    loc, scale = NORMAL_PRIORS[name]
+    locs = torch.randn(3, 4, dtype=torch.double, generator=torch.Generator().manual_seed(5))
+    factors = [_random_factor(4, seed=seed) for seed in range(3)]
+    q = FullNormal(4).double()(torch.stack([_features(T, m) for T, m in zip(factors, locs, strict=True)]))
+    expected = [_exact_kl(m.numpy(), T.numpy(), loc, scale) for T, m in zip(factors, locs, strict=True)]
+    return q, dist.Normal(torch.from_numpy(loc), torch.from_numpy(scale)).to_event(1), np.array(expected)
+
+
+@pytest.mark.parametrize("name", NORMAL_PRIORS)
+def test_the_kl_of_a_full_normal_is_that_of_the_covariance_matrices(name):
+    q, p, expected = _full_and_prior(name)
+    np.testing.assert_allclose(torch.distributions.kl_divergence(q, p).numpy(), expected, rtol=1e-12)
+    over_particles = torch.distributions.kl_divergence(q.expand((2, 3)), p.expand((2, 3)))
+    np.testing.assert_allclose(over_particles.numpy(), np.stack([expected, expected]), rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", NORMAL_PRIORS)
+def test_the_kl_of_a_full_normal_is_the_mean_over_its_draws(name):
+    q, p, _ = _full_and_prior(name)
+    torch.manual_seed(0)
+    z = q.sample((100_000,))
+    log_ratio = q.log_prob(z) - p.log_prob(z)
+    stderr = log_ratio.std(0) / math.sqrt(len(z))
+    assert ((log_ratio.mean(0) - torch.distributions.kl_divergence(q, p)).abs() < 5 * stderr).all()
+
+
+def test_the_kl_of_a_full_normal_close_to_singular_holds_in_single_precision():
+    L = 40
+    h = 30 * torch.randn(8, FullNormal(L).num_features, generator=torch.Generator().manual_seed(0))
+    q = FullNormal(L)(h)
+    T, loc = q.scale_tril.double().numpy(), h[:, :L].double().numpy()
+    log_det = 7 * np.tanh(h[:, L : 2 * L].double().numpy() / 7).sum(-1)
+    expected = ((T**2).sum((1, 2)) + (loc**2).sum(1) - L) / 2 - log_det
+    found = torch.distributions.kl_divergence(q, dist.Normal(torch.zeros(L), 1.0).to_event(1))
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "p", [dist.Laplace(torch.zeros(4), 1.0).to_event(1), dist.Normal(torch.zeros(2, 4), 1.0).to_event(2)]
+)
+def test_the_kl_of_a_full_normal_is_refused_for_what_is_no_product_of_normals(p):
+    q, _, _ = _full_and_prior("standard")
+    with pytest.raises(NotImplementedError):
+        torch.distributions.kl_divergence(q, p)
 
 
 def test_gradients_of_a_full_normal_are_finite_for_whatever_feature():

@@ -8,13 +8,16 @@ from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple, cast
 
+import torch
 from torch import Tensor, nn
 
 from ppl_vae import data, flows, likelihoods, networks, posteriors, priors
 from ppl_vae.conditional import Conditional
+from ppl_vae.evidence import seeded
 from ppl_vae.hierarchy import BottomUp, HierarchicalVAE, LayeredPrior, OfBottomLayer, TopDown
 from ppl_vae.options import PLAIN, Options, default_hidden, default_objective, default_prior, flag
 from ppl_vae.vae import VAE
+from ppl_vae.weights import is_deterministic
 
 LIKELIHOODS: dict[str, Callable[..., Any]] = {
     "bernoulli": likelihoods.Bernoulli,
@@ -132,6 +135,30 @@ POSTERIORS: dict[str, Callable[..., Any]] = {
     "flow": _flow_posterior,
     "delta": lambda options, L, **scale_map: posteriors.Delta(L),
 }
+
+
+def has_closed_form_kl(options: Options, *, by_latent: bool) -> bool:
+    """Whether torch has a formula for KL(q(z | x) || p(z)), or for that of each latent.
+
+    Args:
+        options: ``decided``.
+        by_latent: whether a formula for each latent is asked for, as ``objectives.free_bits`` needs it.
+    """
+    assert options.prior is not None
+    L = (options.latent_dim, *(options.upper_latents or ()))[-1]
+    with seeded(0, torch.device("cpu")):
+        family = POSTERIORS[options.posterior](options, L)
+        q = family(torch.zeros(1, family.num_features))
+        p = PRIORS[options.prior](options, L, lambda u: family(torch.zeros(len(u), family.num_features)), (1,))()
+    if by_latent and is_deterministic(q):
+        return False
+    if by_latent:
+        q, p = (getattr(distribution, "base_dist", distribution) for distribution in (q, p))
+    try:
+        kl = torch.distributions.kl_divergence(q, p)
+    except NotImplementedError:
+        return False
+    return tuple(kl.shape) == ((1, L) if by_latent else (1,))
 
 
 SCALE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {

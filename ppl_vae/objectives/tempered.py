@@ -54,30 +54,33 @@ def elbo(
         model, guide: Pyro programs over x with one data plate at dim=-1.
         x: images (B, *E).
         beta: the weight of the KL, a number or a 0-d tensor, 0 included.
-        estimator: Pyro's ``Trace_ELBO`` samples the KL. ``TraceMeanField_ELBO`` takes it in closed form, and falls back
-            to sampling, without a word, where none is registered for the pair of distributions.
-            It needs a guide that draws several sites in the model's order, of which Pyro warns.
+        estimator: Pyro's ``Trace_ELBO`` samples the KL. ``TraceMeanField_ELBO`` takes it in closed form, by torch's
+            ``kl_divergence``. It needs a guide that draws several sites in the model's order, of which Pyro warns.
         num_particles: draws of z an image.
 
     Returns:
         A 0-d tensor to minimize, nats an image (the mean over the batch; pixels are summed). A plate of the user's
         that subsamples, of size N, multiplies it by N / B.
 
+    Raises:
+        ValueError: ``TraceMeanField_ELBO`` with a pair of distributions whose KL has no registered formula, where Pyro
+            by itself would sample it without a warning, or with a guide that is not reparametrized.
+
     Reference: Higgins et al. 2017 (beta-VAE), equation 4; Sønderby et al. 2016 (warm-up), arXiv 1602.02282.
     """
     # The nesting is given: to guess it, Pyro would run the guide once more, and exact resuming would be lost.
     bound = estimator(num_particles=num_particles, vectorize_particles=True, max_plate_nesting=1)
     programs = Temper(beta)(model), Temper(beta)(guide)
-    if is_capturing():
+    if is_capturing() or type(bound) is TraceMeanField_ELBO:
         return _loss_of_traces(bound, *programs, x) / len(x)
     return bound.differentiable_loss(*programs, x) / len(x)
 
 
 def _loss_of_traces(bound: ELBO, model: Program, guide: Program, x: Tensor) -> Tensor:
-    """What ``bound.differentiable_loss`` returns, from the same two traces, without reading a number on the way.
+    """The value of ``bound.differentiable_loss`` from the same two traces, without reading a number on the way.
 
-    Pyro's losses read one of every site, which no graph can hold; and they add the score-function terms of sites that
-    are not reparametrized, which are refused here.
+    Pyro's losses read a number of every site, which no graph can hold. They sample a KL that has no formula, and add
+    the score-function terms of sites that are not reparametrized; both are refused here.
     """
     if type(bound) not in (Trace_ELBO, TraceMeanField_ELBO):
         raise CannotCapture(f"estimator: expected Trace_ELBO or TraceMeanField_ELBO, got {type(bound).__name__}")
@@ -85,11 +88,12 @@ def _loss_of_traces(bound: ELBO, model: Program, guide: Program, x: Tensor) -> T
     total = torch.zeros((), dtype=x.dtype, device=x.device)
     for p, q in bound._get_traces(model, guide, (x,), {}):
         for name, site in [*p.nodes.items(), *q.nodes.items()]:
-            if site["type"] == "param":
+            if site["type"] == "param" and is_capturing():
                 raise CannotCapture(f"pyro.param {name!r}: parameters belong to modules")
         for name, site in q.nodes.items():
             if site["type"] == "sample" and not site["is_observed"] and not site["fn"].has_rsample:
-                raise CannotCapture(f"site {name!r}: {type(site['fn']).__name__} is not reparametrized")
+                error = CannotCapture if is_capturing() else ValueError
+                raise error(f"site {name!r}: {type(site['fn']).__name__} is not reparametrized")
         total = total + _elbo_of_traces(p, q, analytic=analytic)
     return -total / bound.num_particles
 
@@ -100,20 +104,21 @@ def _elbo_of_traces(p: Trace, q: Trace, *, analytic: bool) -> Tensor:
     proposed = {name: site for name, site in q.nodes.items() if site["type"] == "sample"}
     terms = []
     for name, site in sites.items():
-        kl = _kl(proposed[name], site) if analytic and name in proposed and not site["is_observed"] else None
-        if kl is not None:
-            terms.append(-kl)
-            del proposed[name]
+        if analytic and name in proposed and not site["is_observed"]:
+            terms.append(-_kl(name, proposed.pop(name), site))
         else:
             terms.append(site["log_prob_sum"])
     terms += [-site["score_parts"].entropy_term.sum() for site in proposed.values()]
     return torch.stack([torch.as_tensor(term) for term in terms]).sum()
 
 
-def _kl(q: dict[str, Any], p: dict[str, Any]) -> Tensor | None:
-    """KL(q || p), scaled and masked as the guide's site is; None where no formula is registered."""
+def _kl(name: str, q: dict[str, Any], p: dict[str, Any]) -> Tensor:
+    """KL(q || p), scaled and masked as the guide's site is."""
     try:
         kl = kl_divergence(q["fn"], p["fn"])
     except NotImplementedError:
-        return None
+        kinds = " and ".join(type(getattr(site["fn"], "base_dist", site["fn"])).__name__ for site in (q, p))
+        raise ValueError(
+            f"site {name!r}: expected a guide and a prior whose KL has a formula, got {kinds}; Trace_ELBO samples it"
+        ) from None
     return scale_and_mask(kl, scale=q["scale"], mask=q["mask"]).sum()

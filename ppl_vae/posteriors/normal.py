@@ -9,6 +9,7 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
+from torch.distributions import Independent, MultivariateNormal, Normal, register_kl
 
 from ppl_vae.posteriors.own_draw import OwnDraw
 from ppl_vae.posteriors.scales import bounded_log_scale
@@ -89,3 +90,21 @@ class DrawnNormal(dist.MultivariateNormal):
         """value: (..., L) -> (...) nats."""
         known = self._own.log_density(value) if self._own else None
         return super().log_prob(value) if known is None else known
+
+
+@register_kl(MultivariateNormal, Independent)
+def _kl_full_diagonal(q: MultivariateNormal, p: Independent) -> Tensor:
+    """KL(Normal(m, T T') || prod_l Normal(mu_l, s_l^2)), (...) nats; torch has no formula for this pair.
+
+        sum_l (log s_l - log T_ll) + (sum_lk (T_lk / s_l)^2 + sum_l ((m_l - mu_l) / s_l)^2 - L) / 2
+
+    Raises:
+        NotImplementedError: a second distribution that is no product of L normals.
+    """
+    factors = p.base_dist
+    if not isinstance(factors, Normal) or p.reinterpreted_batch_ndims != 1:
+        raise NotImplementedError
+    T, s = q._unbroadcasted_scale_tril, factors.scale
+    log_ratio = s.log() - T.diagonal(dim1=-2, dim2=-1).log()
+    spread = (T / s[..., None]).square().sum(-1)
+    return (log_ratio + (spread + ((q.loc - factors.loc) / s).square() - 1) / 2).sum(-1)

@@ -230,9 +230,16 @@ def _together(starts: range, numbers: int) -> Iterator[range]:
     return (starts[i : i + passes] for i in range(0, len(starts), passes))
 
 
-def _importance_of_group(
-    model: Program, guide: Program, x: Tensor, num_particles: int, chunk: int, terms: Terms
-) -> Importance:
+def summarize_log_weights(
+    model: Program, guide: Program, x: Tensor, num_particles: int, *, chunk: int, terms: Terms = log_weight_terms
+) -> tuple[LogWeightSummary, Tensor, Tensor]:
+    """Summary of S log-weights of each image, and the means of log p(x | z) and of log q(z | x) - log p(z) (B,).
+
+    Arguments as ``importance``; all images are held at once. Nothing is checked.
+
+    Raises:
+        NotFinite: a log-weight is NaN or +infinity.
+    """
     summary = LogWeightSummary(num_particles, len(x), device=x.device)
     reconstruction = torch.zeros(len(x), dtype=torch.double, device=x.device)
     kl = torch.zeros_like(reconstruction)
@@ -248,6 +255,13 @@ def _importance_of_group(
         summary.update(log_w)
         reconstruction += log_p_x_given_z.double().sum(0) / num_particles
         kl -= log_p_z_over_q_z.double().sum(0) / num_particles
+    return summary, reconstruction, kl
+
+
+def _importance_of_group(
+    model: Program, guide: Program, x: Tensor, num_particles: int, chunk: int, terms: Terms
+) -> Importance:
+    summary, reconstruction, kl = summarize_log_weights(model, guide, x, num_particles, chunk=chunk, terms=terms)
     return Importance(
         log_evidence=summary.log_mean_exp(),
         elbo=reconstruction - kl,

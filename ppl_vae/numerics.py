@@ -55,6 +55,23 @@ def bound_by_particles(log_w: Tensor, sizes: Sequence[int]) -> Tensor:
     return torch.stack([log_mean_exp(block, dim=1).mean(0) for block in blocks])
 
 
+def tenfold_gain(log_sums: Tensor, sizes: Tensor) -> Tensor:
+    """L_S - (1/10) sum_g L_{S/10}, the g-th over the g-th tenth of the S particles.
+
+    What ten times the particles gained. It is not below 0 where the tenths are of one size.
+
+    Args:
+        log_sums: (10, B) of the weights in each tenth, nats.
+        sizes: (10,) how many particles each tenth has.
+
+    Returns:
+        (B,) nats; NaN where a tenth is empty.
+    """
+    if not sizes.all():
+        return torch.full_like(log_sums[0], math.nan)
+    return log_sums.logsumexp(0) - sizes.sum().log() - (log_sums - sizes.log()[:, None]).mean(0)
+
+
 def tail_length(num_particles: int) -> int:
     """M = min(S / 5, 3 sqrt(S)): the largest weights, which the Pareto fit reads (Vehtari et al. 2024, 1507.02646)."""
     return math.ceil(min(num_particles / 5, 3 * math.sqrt(num_particles)))
@@ -179,13 +196,14 @@ class LogWeightSummary:
             self._log_sums_of_tenths[g] = torch.logaddexp(self._log_sums_of_tenths[g], part.logsumexp(0))
             self._seen += len(part)
 
+    def tenths(self) -> tuple[Tensor, Tensor]:
+        """Log-sums (10, B) of the weights of each tenth of the particles, nats, and (10,) how many each tenth has."""
+        ends = torch.arange(_TENTHS + 1) * self.num_particles // _TENTHS
+        return torch.stack(self._log_sums_of_tenths), ends.diff().to(self._log_sum)
+
     def rise(self) -> Tensor:
         """(B,) nats; NaN for fewer than 10 particles."""
-        if self.num_particles < _TENTHS:
-            return torch.full_like(self._log_sum, math.nan)
-        sizes = [self.num_particles * (g + 1) // _TENTHS - self.num_particles * g // _TENTHS for g in range(_TENTHS)]
-        bounds = [log_sum - math.log(size) for log_sum, size in zip(self._log_sums_of_tenths, sizes, strict=True)]
-        return self.log_mean_exp() - torch.stack(bounds).mean(0)
+        return tenfold_gain(*self.tenths())
 
     def _log_total(self) -> Tensor:
         return torch.logaddexp(self._largest.logsumexp(0), self._log_sum)
@@ -194,10 +212,13 @@ class LogWeightSummary:
         """(B,) nats."""
         return self._log_total() - math.log(self.num_particles)
 
+    def log_sum_squares(self) -> Tensor:
+        """(B,) log sum_s w_s^2, nats."""
+        return torch.logaddexp((2 * self._largest).logsumexp(0), self._log_sum_squares)
+
     def effective_sample_size(self) -> Tensor:
         """(B,) from 1 to S."""
-        log_squares = torch.logaddexp((2 * self._largest).logsumexp(0), self._log_sum_squares)
-        return (2 * self._log_total() - log_squares).exp()
+        return (2 * self._log_total() - self.log_sum_squares()).exp()
 
     def monte_carlo_stderr(self) -> Tensor:
         """(B,) nats; NaN for one particle."""

@@ -128,7 +128,7 @@ def test_particles_are_doubled_until_an_image_is_within_the_tolerance():
     assert done.any()
     assert (result.num_particles > 50).any()
     assert (result.bias[done] <= 0.01).all()
-    assert not (result.rise[done] > 0.01).any()
+    assert (result.rise[done] <= 0.01).all()
     error = result.estimate - oracle.log_evidence(x)
     assert error.mean().abs() < 5 * error.std() / math.sqrt(30)
 
@@ -140,25 +140,48 @@ def test_doubling_ends_at_the_most():
 
 
 def test_all_particles_count_in_an_adaptive_estimate():
-    """The same draws at once: 16 + 16 particles are one set of 32."""
+    """The same draws at once: 20 + 20 + 40 particles are one set of 80, and each eight of them a tenth of it."""
     _, vae, x = _guided(shift=1.0)
     torch.manual_seed(0)
-    result = adaptive(vae, x, num_particles=16, most=32, tolerance=0.0)
+    result = adaptive(vae, x, num_particles=20, most=80, tolerance=0.0)
     torch.manual_seed(0)
     with torch.no_grad():
-        halves = [log_weights(vae.model, vae.guide, x, 16) for _ in range(2)]
-    log_w = torch.cat(halves)
+        log_w = torch.cat([log_weights(vae.model, vae.guide, x, count) for count in (20, 20, 40)])
     v = (log_w - log_w.logsumexp(0)).exp()
+    tenths = log_w.unflatten(0, (10, 8)).logsumexp(1) - math.log(8)
     assert_close(result.estimate, log_mean_exp(log_w))
-    assert_close(result.bias, (v.square().sum(0) - 1 / 32) / 2)
-    assert_close(result.rise, log_mean_exp(log_w) - torch.stack([log_mean_exp(half) for half in halves]).mean(0))
+    assert_close(result.bias, (v.square().sum(0) - 1 / 80) / 2)
+    assert_close(result.rise, log_mean_exp(log_w) - tenths.mean(0))
+
+
+def test_a_narrow_guide_in_many_dimensions_gets_the_particles_that_it_needs():
+    """0.8 times the posterior's marginal scales in 20 dimensions: some weights have no variance.
+
+    By the last doubling and the delta method's bias 0.47 nats were lacking where 0.01 was reported.
+    """
+    oracle = LinearGaussian.random(D=40, L=20, orthogonal=False)
+    vae, x = oracle.vae(widen=0.8), oracle.draw(20)
+    torch.manual_seed(0)
+    result = adaptive(vae, x, tolerance=0.02)
+    lacking = oracle.log_evidence(x) - result.estimate
+    assert lacking.mean() < 0.2
+    assert ((result.rise <= 0.02) | (result.num_particles == 64_000)).all()
+    assert result.rise.mean() > lacking.mean()  # what is reported is of the size of what is lacking
+
+
+def test_fewer_than_ten_particles_have_not_gained_anything_yet():
+    """Without a tenth of them to compare with, even weights that are all equal do not stop the doubling."""
+    oracle = LinearGaussian.random()
+    vae, x = oracle.vae(), oracle.draw(3)
+    assert adaptive(vae, x, num_particles=4, most=8, tolerance=1.0).rise.isnan().all()
+    assert adaptive(vae, x, num_particles=4, most=1000).num_particles.tolist() == [16] * 3
 
 
 def test_progress_counts_every_image_once():
     _, vae, x = _guided(shift=1.5)
     counted = []
     torch.manual_seed(0)
-    adaptive(vae, x, num_particles=50, most=2000, tolerance=0.02, progress=counted.append)
+    adaptive(vae, x, num_particles=50, most=20_000, tolerance=0.02, progress=counted.append)
     assert len(counted) > 1
     assert sum(counted) == 30
 

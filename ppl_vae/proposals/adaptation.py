@@ -10,15 +10,18 @@ import pyro
 import torch
 from torch import Tensor
 
-from ppl_vae.evidence import importance, in_evaluation_mode
+from ppl_vae.evidence import in_evaluation_mode, summarize_log_weights, weighed_a_pass
+from ppl_vae.numerics import tenfold_gain
 
 
 class Adaptive(NamedTuple):
     """Estimates of log p(x), no bounds; every field is (N,).
 
-    ``estimate`` is log (1/S_n) sum_s w_s in nats, float64; ``num_particles`` S_n, int64. ``bias`` is the delta method's
-    estimate of what it lacks, Var(w) / (2 S E[w]^2), and ``rise`` what the last doubling changed, estimate minus the
-    mean of its two halves; NaN where there was none. Both are nats, float64.
+    ``estimate`` is log (1/S_n) sum_s w_s in nats, float64; ``num_particles`` is S_n, int64. ``rise`` is what ten times
+    the particles gained: the estimate minus the mean of the ten that tenths of the same particles give, NaN below ten
+    particles. ``bias`` is the delta method's estimate of what the estimate lacks, Var(w) / (2 S E[w]^2). It is a floor:
+    of weights without a variance, those of a guide that is too narrow, it sees only the part that was drawn. Both are
+    nats, float64.
     """
 
     estimate: Tensor
@@ -43,6 +46,13 @@ def adaptive(
     happen to agree stop early, whether too low or too high. All particles count. Draws come from torch's global
     generator; values are not validated.
 
+    If the estimate lacks a / S^r, ten times the particles gained 10^r - 1 times what is
+    still lacking: nine times for weights with a variance (r = 1), and at least as much down to r = 0.3. An image at
+    ``most`` particles whose rise is above the tolerance has not converged. Both are of the draws that were made, so an
+    image that has met no large weight stops too early: where a guide in 20 dimensions has 0.8 times the posterior's
+    marginal scales, the estimates lack 0.07 nats on average, and those of the third that stopped within the tolerance
+    0.4. ``defensive`` guards against narrow guides.
+
     Args:
         vae: any, also ``with_guide``'s.
         x: images (N, *E).
@@ -61,31 +71,60 @@ def adaptive(
     """
     if most < num_particles:
         raise ValueError(f"most: expected at least num_particles, {num_particles}, got {most}")
-    bias = torch.full((len(x),), math.nan, dtype=torch.double, device=x.device)
-    rise, log_mean, log_mean_square = bias.clone(), bias.clone(), bias.clone()
-    counts, waiting, old = torch.zeros_like(bias, dtype=torch.long), torch.arange(len(x), device=x.device), 0
+    empty = torch.full((len(x),), math.nan, dtype=torch.double, device=x.device)
+    found = Adaptive(empty, torch.zeros_like(empty, dtype=torch.long), empty.clone(), empty.clone())
+    waiting, sums = torch.arange(len(x), device=x.device), None
     with in_evaluation_mode(vae), pyro.validation_enabled(False):
         while len(waiting):
-            fresh = old or num_particles
-            result = importance(vae.model, vae.guide, x[waiting], num_particles=fresh)
-            before, log_square = log_mean[waiting], 2 * result.log_evidence + (fresh / result.ess).log()
-            log_mean[waiting] = _joined(before, old, result.log_evidence, fresh)
-            log_mean_square[waiting] = _joined(log_mean_square[waiting], old, log_square, fresh)
-            old += fresh
-            counts[waiting] = old
-            bias[waiting] = ((log_mean_square - 2 * log_mean)[waiting].exp() - 1).clamp(min=0) / (2 * old)
-            if old > fresh:
-                rise[waiting] = log_mean[waiting] - (before + result.log_evidence) / 2
-            done = (bias[waiting] <= tolerance) & ~(rise[waiting] > tolerance) | (2 * old > most)
+            fresh = _sums(vae, x[waiting], num_particles if sums is None else sums.num_particles)
+            sums = fresh if sums is None else sums.joined(fresh)
+            for field, values in zip(found, sums.summary(), strict=True):
+                field[waiting] = values
+            done = (found.bias[waiting] <= tolerance) & (found.rise[waiting] <= tolerance)
+            done |= torch.full_like(done, 2 * sums.num_particles > most)
             if progress is not None and done.any():
                 progress(int(done.sum()))
-            waiting = waiting[~done]
-    return Adaptive(log_mean, counts, bias, rise)
+            waiting, sums = waiting[~done], sums.of_images(~done)
+    return found
 
 
-def _joined(a: Tensor, count_a: int, b: Tensor, count_b: int) -> Tensor:
-    """The logarithm of the mean over both sets, from those over each."""
-    if count_a == 0:
-        return b
-    total = count_a + count_b
-    return torch.logaddexp(a + math.log(count_a / total), b + math.log(count_b / total))
+class _Sums(NamedTuple):
+    """What is kept of the log-weights of n images: log-sums (10, n) of each tenth, sizes (10,), of squares (n,)."""
+
+    of_tenths: Tensor
+    sizes: Tensor
+    of_squares: Tensor
+
+    @property
+    def num_particles(self) -> int:
+        return int(self.sizes.sum())
+
+    def joined(self, other: _Sums) -> _Sums:
+        """Of both sets of particles, equally many: two tenths of one of them are a tenth of both."""
+        of_tenths, sizes = (torch.cat(both).unflatten(0, (-1, 2)) for both in zip(self[:2], other[:2], strict=True))
+        return _Sums(of_tenths.logsumexp(1), sizes.sum(1), torch.logaddexp(self.of_squares, other.of_squares))
+
+    def of_images(self, index: Tensor) -> _Sums:
+        return _Sums(self.of_tenths[:, index], self.sizes, self.of_squares[index])
+
+    def summary(self) -> Adaptive:
+        S, log_total = self.num_particles, self.of_tenths.logsumexp(0)
+        excess = S * (self.of_squares - 2 * log_total).exp() - 1  # Var(w) / E[w]^2
+        return Adaptive(
+            estimate=log_total - math.log(S),
+            num_particles=torch.full_like(log_total, S, dtype=torch.long),
+            bias=excess.clamp(min=0) / (2 * S),
+            rise=tenfold_gain(self.of_tenths, self.sizes),
+        )
+
+
+def _sums(vae: Any, x: Tensor, num_particles: int) -> _Sums:
+    """Of fresh draws, in passes that fit into memory."""
+    pairs = weighed_a_pass(vae, x)
+    chunk = min(num_particles, pairs)
+    parts = []
+    for images in x.split(max(1, pairs // chunk)):
+        summary, _, _ = summarize_log_weights(vae.model, vae.guide, images, num_particles, chunk=chunk)
+        parts.append((*summary.tenths(), summary.log_sum_squares()))
+    of_tenths, sizes, of_squares = zip(*parts, strict=True)
+    return _Sums(torch.cat(of_tenths, dim=1), sizes[0], torch.cat(of_squares))

@@ -43,9 +43,10 @@ _USUAL_STEPS, _FEWEST_EPOCHS, _MOST_EPOCHS = 1000, 10, 500
 class VAEDensity(TransformerMixin, BaseEstimator):
     """log p(x) = log int p(z) p(x | z) dz of rows or images x, learned by a VAE.
 
-    X is (N, D), (N, H, W) or (N, H, W, C), C = 1 or 3. What its numbers are is seen as in a data file of one's own:
-    zeros and ones, uint8 levels, whole numbers from 0 (counts), floats in [0, 1], other floats. The likelihood must be
-    of such values; by default it is bernoulli, discretized-logistic, negative-binomial, and normal for all floats.
+    X is (N, D), (N, H, W), (N, H, W, C) or (N, C, H, W), C = 1 or 3. What its numbers are is seen as in a data file of
+    one's own: zeros and ones, uint8 levels, whole numbers from 0 (counts, also as floats), floats in [0, 1], other
+    floats. The likelihood must be of such values; by default it is bernoulli, discretized-logistic, negative-binomial,
+    and normal for the last two.
 
     Every score is on the scale of the X that this estimator is given. Behind a scaler in a Pipeline that is a density
     of scaled data: it differs from one of the data by log |det| of the scaling, and numbers behind different scalers
@@ -125,7 +126,7 @@ class VAEDensity(TransformerMixin, BaseEstimator):
         """Maximizes the ELBO of X.
 
         Args:
-            X: (N, D), (N, H, W) or (N, H, W, C), two rows or more.
+            X: (N, D), (N, H, W), (N, H, W, C) or (N, C, H, W), two rows or more.
             y: not looked at.
 
         Returns:
@@ -237,7 +238,7 @@ class VAEDensity(TransformerMixin, BaseEstimator):
 
     def _validated(self, X: Any, *, reset: bool) -> np.ndarray:
         if reset and self.image_shape is None and hasattr(X, "ndim") and X.ndim > 4:
-            raise ValueError(f"X: expected (N, D), (N, H, W) or (N, H, W, C), got shape {X.shape}")
+            raise ValueError(f"X: expected (N, D), (N, H, W), (N, H, W, C) or (N, C, H, W), got shape {X.shape}")
         return validate_data(self, X, reset=reset, dtype="numeric", allow_nd=True, ensure_min_samples=1 + reset)
 
     def _images(self, X: np.ndarray) -> np.ndarray:
@@ -327,6 +328,7 @@ class VAEDensity(TransformerMixin, BaseEstimator):
     def _layout(self, x: Tensor) -> np.ndarray:
         """(N, *E) as the model sees it -> the layout and the unit of X, float64."""
         values = x.double().cpu().numpy()
-        if values.ndim == 4:
+        layout = self.image_shape or self.row_shape_
+        if values.ndim == 4 and not own.has_channels_first((len(values), *layout)):
             values = values.transpose(0, 2, 3, 1)
         return values.reshape(len(values), *self.row_shape_)

@@ -51,6 +51,11 @@ def test_the_kind_of_the_numbers_decides_the_likelihood(kind: str) -> None:
     assert (fitted.kind_, fitted.likelihood_) == (kind, likelihood)
 
 
+def test_counts_are_counts_also_as_floats() -> None:
+    fitted = VAEDensity(**TINY).fit(OF_KINDS["counts"][0].astype(float))
+    assert (fitted.kind_, fitted.likelihood_) == ("counts", "negative-binomial")
+
+
 @pytest.mark.parametrize("kind", OF_KINDS)
 def test_samples_and_means_are_in_the_layout_and_the_unit_of_the_data(kind: str) -> None:
     X, _ = OF_KINDS[kind]
@@ -71,6 +76,18 @@ def test_images_keep_their_layout(shape: tuple[int, ...], words: dict[str, Any])
     assert fitted.score_samples(X[:7]).shape == (7,)
     assert fitted.sample(2).shape == (2, *shape)
     assert fitted.inverse_transform(fitted.transform(X[:3])).shape == (3, *shape)
+
+
+@pytest.mark.parametrize("words", [{}, {"image_shape": (3, 4, 5)}], ids=["images", "rows"])
+def test_channels_that_come_first_do_so_in_what_is_given_back(words: dict[str, Any]) -> None:
+    levels = np.array([0.1, 0.5, 0.9])  # red, green and blue
+    X = np.random.RandomState(0).normal(levels[:, None, None], 0.01, (40, 3, 4, 5))
+    X = X.reshape(40, -1) if words else X
+    fitted = VAEDensity(**TINY, **words).fit(X)
+    assert fitted.event_shape_ == (3, 4, 5)
+    for given in (fitted.inverse_transform(fitted.transform(X)), fitted.sample(40)):
+        assert given.shape == X.shape
+        np.testing.assert_allclose(given.reshape(40, 3, 20).mean((0, 2)), levels, atol=0.1)
 
 
 # --- Scores ---

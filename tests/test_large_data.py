@@ -123,7 +123,8 @@ REFUSED: dict[str, tuple[np.ndarray, str]] = {
     "one axis": (np.arange(400) / 7, "expected .* got shape .400,. in train"),
     "no pixels": (np.zeros((40, 10, 0)), "expected at least one pixel"),
     "few": (RNG.normal(size=(9, 40)), "expected at least 10 images to split, got 9"),
-    "far from 0": (1e9 + RNG.normal(size=(40, 10)), "tell apart, got float64 around 1e.09 with a spread of 1 in train"),
+    "far from 0": (1e9 + RNG.normal(size=(40, 10)), "tell apart, got float64 around 1e.09 with a spread of .*train"),
+    "images far from 0": (1e9 + RNG.normal(size=(40, 2, 5)), "around 1e.09 with a spread of .* in train"),
 }
 
 

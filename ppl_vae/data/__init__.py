@@ -4,6 +4,7 @@ Every split, draw and subset here comes from a constant, never from a run's seed
 same images; the iwae protocol alone draws its test images from the seed of an evaluation.
 """
 
+from ppl_vae.data.array_files import is_array_file
 from ppl_vae.data.cache import is_mapped, room, sha256_of
 from ppl_vae.data.further_images import OwnImages, own_images
 from ppl_vae.data.loading import DATASETS, load
@@ -57,6 +58,7 @@ __all__ = [
     "expected_images",
     "images_to_start_from",
     "inside_unit_interval",
+    "is_array_file",
     "is_mapped",
     "load",
     "over_images",

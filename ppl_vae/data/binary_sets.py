@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ppl_vae.data.array_files import read_arrays
 from ppl_vae.data.mat import read_mat
-from ppl_vae.data.own import read_arrays
 from ppl_vae.data.splits import BINARY, Splits
 
 _NUM_PIXELS = 28 * 28

@@ -11,22 +11,31 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ppl_vae.data.array_files import find_roles, is_array_file, read_arrays
 from ppl_vae.data.folder_layout import find_layout
 from ppl_vae.data.image_folder import checked_size, find_images, label_by_folder, read_images
-from ppl_vae.data.own import LABELS_ALONE, LARGEST_COUNT, as_labels, read_arrays
+from ppl_vae.data.labels import read_labels
+from ppl_vae.data.own import LARGEST_COUNT
 from ppl_vae.data.pixels import binomial_draw, is_drawn
 from ppl_vae.data.splits import BINARY, COUNTS, LEVELS, PROBABILITIES, REAL, Splits, first_few
 
-_IMAGES = ("test", "images", "x")
-_LABELS = (*LABELS_ALONE, "test_labels", "y_test")
+_OTHER_IMAGES = ("images", "x")
 
 
 class OwnImages(NamedTuple):
-    """x: (N, *E) float32, NaN where a pixel is missing; labels: (N,) int64 or None; names: of files, or indices."""
+    """Further images for a trained model.
+
+    Args:
+        x: (N, *E) float32, NaN where a pixel is missing.
+        labels: (N,) int64, or None.
+        names: of the files, or the indices of the images in an array.
+        notes: sentences for the user about how the images were read.
+    """
 
     x: Tensor
     labels: Tensor | None
     names: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 def own_images(
@@ -48,8 +57,8 @@ def own_images(
     "dynamic" and "fixed" draw gray images once, from numpy's RandomState(seed); "levels" wants uint8 or level / 255.
 
     Args:
-        path: an .npz file with one array, or one named test, images or x (labels: labels, y, test_labels or y_test);
-            an .npy file; an image; a folder of images.
+        path: an .npz file with one array, or one named test, x_test, test_images, images or x (labels: labels, y,
+            test_labels or y_test); an .npy file; an image; a folder of images.
         image_size, color: of image files; None, or what E already says.
         fit: as in ``load``.
 
@@ -57,8 +66,9 @@ def own_images(
         ValueError: files that cannot be read, or images of another shape or scale.
     """
     file = Path(path)
-    if file.suffix in (".npz", ".npy"):
-        values, labels = _from_arrays(file, splits)
+    notes: tuple[str, ...] = ()
+    if is_array_file(file):
+        values, labels, notes = _from_arrays(file, splits)
         names = tuple(map(str, range(len(values))))
     elif os.path.exists(file):
         values, labels, names = _from_files(file, splits, image_size, fit, color)
@@ -71,7 +81,7 @@ def own_images(
     elif is_drawn(splits, pixels):
         drawn = binomial_draw(np.random.RandomState(seed), values.nan_to_num(0.0))
         values = torch.where(values.isnan(), values, drawn)
-    return OwnImages(values, labels, names)
+    return OwnImages(values, labels, names, notes)
 
 
 _LEVEL_ROUNDING = 1e-3  # of 255 times level / 255 in single precision, and of files with four decimals
@@ -92,23 +102,29 @@ def _as_levels(path: str, values: Tensor) -> Tensor:
 # --- Arrays ---
 
 
-def _from_arrays(file: Path, splits: Splits) -> tuple[Tensor, Tensor | None]:
+def _from_arrays(file: Path, splits: Splits) -> tuple[Tensor, Tensor | None, tuple[str, ...]]:
     if not os.path.isfile(file):
         raise ValueError(f"images: {file}: no such file")
-    arrays, others = read_arrays(file, _roles)
-    if "images" not in arrays:
-        raise ValueError(f"{file}: expected one array, or one named {', '.join(_IMAGES)}, got {others or 'none'}")
-    images = _event_shaped(file, arrays["images"], splits.event_shape)
-    labels = as_labels(f"{file}:", arrays["labels"], len(images)) if "labels" in arrays else None
-    return torch.from_numpy(_scaled(file, images, splits.kind)), labels
+    chosen: dict[str, str] = {}
 
+    def choose(names: list[str]) -> dict[str, str]:
+        roles = find_roles(names, "test", _OTHER_IMAGES)
+        found = [role for role in roles if not role.endswith("labels")]
+        if "test" in found or len(found) == 1:
+            split = "test" if "test" in found else found[0]
+            chosen.update({role: roles[role] for role in (split, f"{split} labels") if role in roles})
+        return chosen
 
-def _roles(names: list[str]) -> dict[str, str]:
-    no_labels = [name for name in names if name not in _LABELS]
-    named = [name for name in _IMAGES if name in names] or (no_labels if len(no_labels) == 1 else [])
-    named = named or (names if len(names) == 1 else [])
-    labels = [name for name in _LABELS if name in names and name not in named]
-    return {role: found[0] for role, found in (("images", named), ("labels", labels)) if found and named}
+    arrays, others = read_arrays(file, choose)
+    if not chosen:
+        words = ", ".join(("test", *_OTHER_IMAGES))
+        raise ValueError(f"{file}: expected one array, or one named {words}, got {others or 'none'}")
+    split = next(iter(chosen))
+    images = _event_shaped(file, arrays[split], splits.event_shape)
+    of_labels = {split: arrays[f"{split} labels"]} if f"{split} labels" in arrays else {}
+    labels = read_labels(str(file), of_labels, {split: len(images)}, splits.class_names)
+    ignored = (f"images are {chosen[split]}; other arrays ignored: {', '.join(others)}",) if others else ()
+    return torch.from_numpy(_scaled(file, images, splits.kind)), labels.numbers.get(split), ignored + labels.notes
 
 
 def _event_shaped(file: Path, array: np.ndarray, event_shape: tuple[int, ...]) -> np.ndarray:

@@ -29,6 +29,10 @@ LARGE = 2**28  # bytes from which on a file is mapped, and not read
 _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
+class ObjectArrayError(ValueError):
+    """An array of Python objects, which only unpickling could read."""
+
+
 class ArrayHeader(NamedTuple):
     """What the header of an .npy file says; the numbers begin at ``offset``."""
 
@@ -53,7 +57,7 @@ def array_header(file: IO[bytes], num_bytes: int) -> ArrayHeader:
         raise ValueError(f"expected a header of version 1 or 2, got {version[0]}")
     shape, is_fortran, dtype = _HEADERS[version](file)
     if dtype.hasobject:
-        raise ValueError("Object arrays are not read")
+        raise ObjectArrayError("Object arrays are not read")
     offset = file.tell() - start
     announced = math.prod(shape) * dtype.itemsize
     if any(isinstance(n, bool) or n < 0 for n in shape) or announced != num_bytes - offset:

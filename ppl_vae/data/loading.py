@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from ppl_vae.data.array_files import is_array_file
 from ppl_vae.data.binary_sets import caltech_silhouettes, static_mnist
 from ppl_vae.data.embedded import mnist
 from ppl_vae.data.image_folder import image_folder
@@ -63,7 +64,7 @@ def load(
             f"protocol: expected vampprior for {dataset} (iwae is for {', '.join(_IWAE_DATASETS)}), got iwae"
         )
     path, named = Path(dataset), dataset in DATASETS
-    arrays = not named and path.suffix in (".npz", ".npy")
+    arrays = not named and is_array_file(path)
     if not named and not arrays and os.path.isdir(dataset):
         return image_folder(path, image_size=image_size, fit=fit, color=color)
     for argument, value in (("image_size", image_size), ("color", color)):

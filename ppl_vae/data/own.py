@@ -5,54 +5,46 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import zipfile
-from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ppl_vae.data import cache, limits
+from ppl_vae.data.array_files import explain_unreadable, find_roles, read_arrays
+from ppl_vae.data.labels import read_labels
 from ppl_vae.data.splits import BINARY, COUNTS, LEVELS, PROBABILITIES, REAL, Splits, complete, several
 
-# What a user's file may call its splits, and the labels of each.
-_WORDS = {"train": ("train",), "validation": ("valid", "validation", "val"), "test": ("test",)}
-_IMAGES, _LABELS = ("{}", "x_{}", "{}_images"), ("{}_labels", "y_{}")
-LABELS_ALONE = ("labels", "y")
-
-
+_SPLITS = ("train", "validation", "test")
 _MOST_ROUNDING = 0.01  # of the spread of real values
+_CONSTANT = 64 * np.finfo(np.float64).eps  # of the mean: what a constant that was computed may vary by
 LARGEST_COUNT = 2**24  # to here single precision holds every whole number
 
 
 def own_arrays(path: Path) -> Splits:
-    """The splits of an .npz or .npy file: (N, D), (N, H, W) or (N, H, W, C), C = 1 or 3.
+    """The splits of an .npz or .npy file: (N, D), (N, H, W), (N, H, W, C) or (N, C, H, W), C = 1 or 3.
 
     The arrays are named train, valid, test (also x_train, train_images and the like), or there is one of any name;
     labels are train_labels or y_train and the like, or labels or y beside one array of images. Zeros and ones are
-    binary, uint8 is 8-bit levels, other integers from 0 are counts, floats in [0, 1] are probabilities, and other
-    floats are real values.
+    binary, uint8 is 8-bit levels, other whole numbers from 0 are counts, also as floats, other floats in [0, 1] are
+    probabilities, and all other floats are real values.
 
     Raises:
         ValueError: a file that cannot be read, or arrays that are no images.
     """
-    if path.suffix == ".npy" and _size(path) > limits.LARGE:
+    if path.suffix.lower() == ".npy" and _size(path) > limits.LARGE:
         return _large_array(path)
     sha256 = _sha256(path)
-    arrays, ignored = read_arrays(path, _roles)
+    arrays, ignored = read_arrays(path, _find_roles)
     if "train" not in arrays:
         got = ignored or "none"
         raise ValueError(f"{path}: expected one array, or arrays named train, valid and test, got {got}")
-    images = {split: arrays[split] for split in _WORDS if split in arrays}
+    images = {split: arrays[split] for split in _SPLITS if split in arrays}
     if any(array.ndim > 0 and len(array) == 0 for array in images.values()):
         raise ValueError(f"{path}: expected at least one image in every split, got an empty array")
-    seen = {split: _look(array) for split, array in images.items()}
-    kind = _kind(path, seen["train"])
-    for split, of_split in seen.items():
-        _check_kind(path, split, of_split, kind)
+    kind = _kind_of_splits(path, {split: _look(array) for split, array in images.items()})
     tensors = {
         split: torch.from_numpy(np.ascontiguousarray(channels_first(path, split, array), dtype=_STORED[kind][0]))
         for split, array in images.items()
@@ -60,12 +52,9 @@ def own_arrays(path: Path) -> Splits:
     shapes = {tuple(x.shape[1:]) for x in tensors.values()}
     if len(shapes) > 1:
         raise ValueError(f"{path}: expected images of one shape in all splits, got {sorted(shapes)}")
-    labels = {
-        split: as_labels(f"{path}: {split}", arrays[f"{split} labels"], len(x))
-        for split, x in tensors.items()
-        if f"{split} labels" in arrays
-    }
-    given, labels, words = complete(str(path), tensors, labels)
+    label_arrays = {split: arrays[f"{split} labels"] for split in tensors if f"{split} labels" in arrays}
+    labels = read_labels(str(path), label_arrays, {split: len(x) for split, x in tensors.items()})
+    given, numbers, words = complete(str(path), tensors, labels.numbers)
     if words == "as given":
         words = "as the file gives them"
     if ignored:
@@ -78,8 +67,15 @@ def own_arrays(path: Path) -> Splits:
         test=given["test"],
         sha256=sha256,
         split=words,
-        labels=labels,
+        labels=numbers,
+        class_names=labels.class_names,
+        notes=(*_shape_notes(images["train"].shape), *labels.notes),
     )
+
+
+def _find_roles(names: list[str]) -> dict[str, str]:
+    roles = find_roles(names, "train")
+    return roles if "train" in roles else {}
 
 
 def _size(path: Path) -> int:
@@ -115,21 +111,22 @@ def _draft(path: Path) -> cache.Draft:
             header = limits.array_header(file, os.path.getsize(path))
             file.seek(0)
             digest = hashlib.sha256(file.read(header.offset))
+            if header.is_fortran:  # the numbers lie in another order than that in which they are looked at
+                while block := file.read(_AT_ONCE):
+                    digest.update(block)
         order: Literal["C", "F"] = "F" if header.is_fortran else "C"
         array = np.asarray(np.memmap(path, header.dtype, "r", header.offset, header.shape, order))
     except OSError as error:
         raise ValueError(f"dataset: {path} cannot be read: {error.strerror}") from None
     except Exception as error:  # a damaged header is parsed as Python, and raises nearly every type
-        raise ValueError(f"{path}: not a readable array file: {_why(error)}") from None
+        raise ValueError(f"{path}: not a readable array file: {explain_unreadable(error)}") from None
     if array.ndim > 0 and len(array) == 0:
         raise ValueError(f"{path}: expected at least one image in every split, got an empty array")
-    seen = _look(array.T if header.is_fortran else array, digest)
-    kind = _kind(path, seen)
-    _check_kind(path, "train", seen, kind)
+    kind = _kind_of_splits(path, {"train": _look(array, None if header.is_fortran else digest)})
     images = channels_first(path, "train", array)
     rows, labels, words = complete(str(path), {"train": torch.arange(len(images))}, {})
     stored, dtype = _STORED[kind]
-    places = torch.cat([rows[split] for split in _WORDS]).split(_rows_at_once(images))
+    places = torch.cat([rows[split] for split in _SPLITS]).split(_rows_at_once(images))
     return cache.Draft(
         kind=kind,
         dtype=dtype,
@@ -139,6 +136,7 @@ def _draft(path: Path) -> cache.Draft:
         sha256=digest.hexdigest(),
         split="as the file gives them" if words == "as given" else words,
         labels=labels,
+        notes=_shape_notes(array.shape),
     )
 
 
@@ -156,122 +154,36 @@ def _rows_at_once(array: np.ndarray) -> int:
     return max(1, _AT_ONCE * len(array) // max(1, array.nbytes))
 
 
-# --- Files of arrays ---
-
-
-def read_arrays(
-    path: Path, choose: Callable[[list[str]], Mapping[str, str]]
-) -> tuple[dict[str, np.ndarray], list[str]]:
-    """The arrays that ``choose`` takes, {role: name}, from all names, and the names of the others; never unpickles.
-
-    A lone .npy array has the name "array".
-
-    Raises:
-        ValueError: it cannot be read, or is too large.
-    """
-    try:
-        with path.open("rb") as file:
-            is_array = file.read(len(np.lib.format.MAGIC_PREFIX)) == np.lib.format.MAGIC_PREFIX
-            if is_array:
-                file.seek(0)
-                limits.array_header(file, os.path.getsize(path))
-        loaded = np.load(path, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            return dict.fromkeys(choose(["array"]), loaded), []
-        with loaded:
-            names = list(loaded.files)
-            chosen = choose(names)
-            _check_members(path, set(chosen.values()))
-            arrays = {role: loaded[name] for role, name in chosen.items()}
-    except MemoryError as error:
-        advice = "" if path.suffix == ".npy" else f"; {limits.ADVICE}"
-        raise ValueError(f"{path}: the memory ran out while it was read{advice}") from error
-    except Exception as error:  # beside ValueError and OSError, a damaged zip raises zlib.error, struct.error and more
-        raise ValueError(f"{path}: not a readable array file: {_why(error)}") from None
-    return arrays, [name for name in names if name not in chosen.values()]
-
-
-def _check_members(path: Path, names: set[str]) -> None:
-    """Raises ValueError where an array is not of the size that the archive says, all are more than may be, or two have
-    one name.
-    """
-    with zipfile.ZipFile(path) as archive:
-        present: dict[str, zipfile.ZipInfo] = {}
-        for member in archive.infolist():
-            name = member.filename.removesuffix(".npy")
-            if name in present:  # numpy may load the one of which the other was checked
-                raise ValueError(f"expected one array of each name, got two named {name!r}")
-            present[name] = member
-        members = [present[name] for name in names if name in present]
-        limits.check_expansion(path, sum(member.file_size for member in members))
-        for member in members:
-            with archive.open(member) as file:
-                limits.array_header(file, member.file_size)
-
-
-def _why(error: Exception) -> object:
-    """numpy's own words for whatever is no array speak of allow_pickle, which nobody should be told to switch on."""
-    if "Object arrays" in str(error):
-        return "object arrays are not read"
-    if "allow_pickle" in str(error):
-        return "it is neither an .npy nor an .npz file"
-    return error
-
-
-def _roles(names: list[str]) -> dict[str, str]:
-    """{"train": ..., "train labels": ...}: which array is what; nothing where no array is the training images."""
-
-    def named(words: tuple[str, ...], forms: tuple[str, ...]) -> list[str]:
-        return [name for word in words for form in forms if (name := form.format(word)) in names]
-
-    images = {split: found[0] for split, words in _WORDS.items() if (found := named(words, _IMAGES))}
-    of_labels = {split: found[0] for split, words in _WORDS.items() if (found := named(words, _LABELS))}
-    if not images:
-        alone = [name for name in names if name not in (*LABELS_ALONE, *of_labels.values())]
-        if len(alone or names) != 1:
-            return {}
-        images = {"train": (alone or names)[0]}
-    if "train" not in images:
-        return {}
-    alone = [name for name in LABELS_ALONE if name in names and name != images["train"]]
-    if [*images] == ["train"] and alone:
-        of_labels.setdefault("train", alone[0])
-    return images | {f"{split} labels": name for split, name in of_labels.items() if split in images}
-
-
-def as_labels(where: str, array: np.ndarray, num_images: int) -> Tensor:
-    """(N,) int64 of an integer array (N,) or (N, 1).
-
-    Raises:
-        ValueError: other numbers, or another length than that of the images.
-    """
-    if array.dtype.kind not in "iu" or array.shape not in ((num_images,), (num_images, 1)):
-        got = f"shape {array.shape} and dtype {array.dtype}"
-        raise ValueError(f"{where} labels: expected {several(num_images, 'whole number')}, one an image, got {got}")
-    return torch.from_numpy(array.reshape(-1).astype(np.int64))
-
-
 # --- What kind of numbers they are ---
 
 
 class _Seen(NamedTuple):
-    """What was seen of an array's numbers; the last three where its floats are longer than single precision."""
+    """What was seen of an array's numbers.
+
+    The last three are of floats longer than single precision: the largest error of rounding to it, the mean and the
+    spread, of each column of a table (N, D) or of all pixels of images together.
+    """
 
     dtype: np.dtype
     is_binary: bool
+    is_whole: bool
     low: Any
     high: Any
-    rounding: float
-    mean: float
-    spread: float
+    rounding: np.ndarray
+    mean: np.ndarray
+    spread: np.ndarray
+
+
+_NONE = np.zeros(1)
 
 
 def _look(array: np.ndarray, digest: Any = None) -> _Seen:
-    """Goes through the array once, in blocks, and gives ``digest`` their bytes on the way."""
+    """Goes through the array once, in blocks of rows, and gives ``digest`` their bytes on the way."""
     if array.dtype.kind not in "buif":
-        return _Seen(array.dtype, False, math.nan, math.nan, 0.0, math.nan, math.nan)
-    is_binary, low, high, rounding = True, None, None, 0.0
-    count, mean, squares = 0, 0.0, 0.0
+        return _Seen(array.dtype, False, False, math.nan, math.nan, _NONE, _NONE, _NONE)
+    is_binary, is_whole, low, high, rounding = True, True, None, None, _NONE
+    count, mean, squares = 0, _NONE, _NONE
+    axis = 0 if array.ndim == 2 else None
     num_rows = _rows_at_once(array) if array.ndim else 0
     blocks = (array[i : i + num_rows] for i in range(0, len(array), num_rows)) if array.ndim else iter([array])
     is_long = array.dtype.kind == "f" and array.dtype.itemsize > 4
@@ -279,16 +191,20 @@ def _look(array: np.ndarray, digest: Any = None) -> _Seen:
         if digest is not None:
             digest.update(block.data.cast("B"))
         is_binary = is_binary and bool(((block == 0) | (block == 1)).all())
+        is_whole = is_whole and (array.dtype.kind != "f" or bool((block == np.round(block)).all()))
         low = block.min() if low is None else np.minimum(low, block.min())
         high = block.max() if high is None else np.maximum(high, block.max())
         if is_long and _is_finite(low, high):
-            rounding = max(rounding, float(np.abs(block.astype(np.float32).astype(np.float64) - block).max()))
-            own_mean, own_squares = float(block.mean(dtype=np.float64)), block.size * float(block.var(dtype=np.float64))
-            step, total = own_mean - mean, count + block.size  # of two parts, as of Chan, Golub and LeVeque (1983)
-            mean += step * block.size / total
-            squares += own_squares + step * step * count * block.size / total
+            error = np.abs(block.astype(np.float32).astype(np.float64) - block)
+            rounding = np.maximum(rounding, error.max(axis=axis))
+            size = len(block) if axis == 0 else block.size
+            own_mean = block.mean(axis=axis, dtype=np.float64)
+            own_squares = size * block.var(axis=axis, dtype=np.float64)
+            step, total = own_mean - mean, count + size  # of two parts, as of Chan, Golub and LeVeque (1983)
+            mean = mean + step * size / total
+            squares = squares + own_squares + step * step * count * size / total
             count = total
-    return _Seen(array.dtype, is_binary, low, high, rounding, mean, math.sqrt(squares / max(1, count)))
+    return _Seen(array.dtype, is_binary, is_whole, low, high, rounding, mean, np.sqrt(squares / max(1, count)))
 
 
 def kind_of(path: Path, name: str, array: np.ndarray) -> str:
@@ -301,10 +217,7 @@ def kind_of(path: Path, name: str, array: np.ndarray) -> str:
     Raises:
         ValueError: numbers of no kind, or that single precision cannot tell apart.
     """
-    seen = _look(array)
-    kind = _kind(path, seen)
-    _check_kind(path, name, seen, kind)
-    return kind
+    return _kind_of_splits(path, {name: _look(array)})
 
 
 def _is_finite(low: Any, high: Any) -> bool:
@@ -313,12 +226,30 @@ def _is_finite(low: Any, high: Any) -> bool:
     return bool(-most <= low and high <= most)
 
 
+def _kind_of_splits(path: Path, seen: dict[str, _Seen]) -> str:
+    """The kind of the first split's numbers, if the others are of it and float32, in which they are stored, holds them.
+
+    Floats are counts only where they are whole numbers in every split.
+    """
+    train, *others = seen.values()
+    kind = _kind(path, train)
+    if kind == COUNTS and train.dtype.kind == "f" and not all(_is_of(COUNTS, other) for other in others):
+        kind = REAL
+    for split, of_split in seen.items():
+        if not _is_of(kind, of_split):
+            got = f"other values (dtype {of_split.dtype})"
+            raise ValueError(f"{path}: expected {kind} in {split} as in train, got {got}")
+        if kind == REAL:
+            _check_resolution(path, split, of_split)
+    return kind
+
+
 def _kind(path: Path, train: _Seen) -> str:
     if train.dtype.kind not in "buif":
         raise ValueError(f"{path}: expected numbers, got dtype {train.dtype}")
     if train.dtype.kind == "f" and not (train.is_binary or _is_finite(train.low, train.high)):
         raise ValueError(f"{path}: expected finite values, got NaN or infinity in train")
-    for kind in (BINARY, LEVELS, PROBABILITIES, REAL, COUNTS):
+    for kind in (BINARY, LEVELS, PROBABILITIES, COUNTS, REAL):
         if _is_of(kind, train):
             return kind
     raise ValueError(
@@ -336,35 +267,73 @@ def _is_of(kind: str, seen: _Seen) -> bool:
         return seen.dtype.kind == "f" and bool(seen.low >= 0 and seen.high <= 1)
     if kind == REAL:
         return seen.dtype.kind == "f" and _is_finite(seen.low, seen.high)
-    return seen.dtype.kind in "bui" and bool(seen.low >= 0 and seen.high <= LARGEST_COUNT)
+    return seen.dtype.kind in "buif" and seen.is_whole and 0 <= float(seen.low) <= float(seen.high) <= LARGEST_COUNT
 
 
-def _check_kind(path: Path, split: str, seen: _Seen, kind: str) -> None:
-    """Refuses another kind than that of train, and values that float32, in which they are stored, cannot tell apart."""
-    if not _is_of(kind, seen):
-        raise ValueError(f"{path}: expected {kind} in {split} as in train, got other values (dtype {seen.dtype})")
-    if kind == REAL and seen.rounding > _MOST_ROUNDING * seen.spread > 0:  # a density would be of a grid
-        raise ValueError(
-            f"{path}: expected values that single precision can tell apart, got {seen.dtype} around "
-            f"{seen.mean:.7g} with a spread of {seen.spread:.2g} in {split}; subtract the mean first"
-        )
+def _check_resolution(path: Path, split: str, seen: _Seen) -> None:
+    """Refuses values of which float32 makes a coarse grid, as it does of timestamps: a density would be of that grid.
+
+    A column whose spread is the rounding of float64 itself is a constant, and passes.
+    """
+    is_constant = seen.spread <= _CONSTANT * np.abs(seen.mean)
+    columns = np.flatnonzero((seen.rounding > _MOST_ROUNDING * seen.spread) & ~is_constant).tolist()
+    if not columns:
+        return
+    mean, spread = float(seen.mean.flat[columns[0]]), float(seen.spread.flat[columns[0]])
+    where = f"in {split}" if seen.spread.ndim == 0 or seen.spread.size == 1 else f"in column {columns[0]} of {split}"
+    more = f", and likewise in {several(len(columns) - 1, 'more column')}" * (len(columns) > 1)
+    raise ValueError(
+        f"{path}: expected values that single precision can tell apart, got {seen.dtype} around {mean:.7g} with a "
+        f"spread of {spread:.2g} {where}{more}; center them first: x - x.mean(0), computed in float64"
+    )
+
+
+# --- What the axes are ---
+
+_CHANNELS = (1, 3)
+_FEW_COLUMNS = 4  # an image that narrow is more likely the channels of a single one
 
 
 def channels_first(path: Path, split: str, array: np.ndarray) -> np.ndarray:
     """One split as (N, D) or (N, C, H, W).
 
     Raises:
-        ValueError: neither that, nor (N, H, W), nor (N, H, W, C), C = 1 or 3; or no pixels.
+        ValueError: the array is neither that, nor (N, H, W), nor (N, H, W, C), with C = 1 or 3; or it has no pixels.
     """
     if array.ndim == 3:
         array = array[:, None]
-    elif array.ndim == 4 and array.shape[3] in (1, 3):
+    elif array.ndim == 4 and array.shape[3] in _CHANNELS:
         array = array.transpose(0, 3, 1, 2)
-    elif array.ndim != 2:
+    elif array.ndim != 2 and not has_channels_first(array.shape):
+        last = "; for images along the last axis, save np.moveaxis(array, -1, 0)"
         raise ValueError(
-            f"{path}: expected (N, D), (N, H, W) or (N, H, W, C) with 1 or 3 channels (last), "
-            f"got shape {array.shape} in {split}"
+            f"{path}: expected (N, D), (N, H, W), (N, H, W, C) or (N, C, H, W) with 1 or 3 channels, "
+            f"got shape {array.shape} in {split}" + last * (array.ndim == 4 and array.shape[2] in _CHANNELS)
         )
     if 0 in array.shape:
         raise ValueError(f"{path}: expected at least one pixel, got shape {array.shape} in {split}")
     return array
+
+
+def has_channels_first(shape: tuple[int, ...]) -> bool:
+    """Whether a shape (N, *E) is read as (N, C, H, W); where C may also stand last, it is taken to be last."""
+    return len(shape) == 4 and shape[1] in _CHANNELS and shape[3] not in _CHANNELS
+
+
+def _shape_notes(shape: tuple[int, ...]) -> tuple[str, ...]:
+    """How a shape was read that could be another, and how to say otherwise; empty where there is no doubt."""
+    if len(shape) == 2 and shape[1] >= shape[0]:
+        read = f"(N, D), a table of {shape[0]:,} rows and {shape[1]:,} columns"
+        otherwise = "if each column is one example, save array.T; images are (N, H, W)"
+    elif len(shape) == 3 and shape[2] <= _FEW_COLUMNS:
+        read = f"(N, H, W), {shape[0]:,} gray images of {shape[1]} x {shape[2]}"
+        otherwise = "if it is one image (H, W, C), save several of them as (N, H, W, C)"
+    elif len(shape) == 3 and (shape[1] == shape[0] or shape[0] < shape[2] != shape[1]):
+        read = f"(N, H, W), {shape[0]:,} gray images of {shape[1]} x {shape[2]}"
+        otherwise = "if the images lie along the last axis, save np.moveaxis(array, -1, 0)"
+    elif len(shape) == 4 and shape[1] in _CHANNELS and shape[3] in _CHANNELS:
+        read = f"(N, H, W, C), images of {shape[1]} x {shape[2]} with {several(shape[3], 'channel')}"
+        otherwise = "if the channels come first, save array.transpose(0, 2, 3, 1)"
+    else:
+        return ()
+    return (f"shape {shape} was read as {read}; {otherwise}",)

@@ -238,7 +238,7 @@ def _other_images(run: Run, dataset: str, data_dir: str | None, images: int, see
         ValueError: it cannot be read, has images of another shape, or pixels that the run's likelihood is not of.
     """
     named = dataset in data.DATASETS
-    of_images = {} if named or Path(dataset).suffix in (".npz", ".npy") else build.data_options(run.options)
+    of_images = {} if named or data.is_array_file(Path(dataset)) else build.data_options(run.options)
     of_images = {name: of_images[name] for name in ("image_size", "fit", "color") if name in of_images}
     try:
         download = data_dir is not None or run.options.data_dir is None  # never into a folder that a config names

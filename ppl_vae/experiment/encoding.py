@@ -87,6 +87,7 @@ def encode_images(
         "binarization": run.binarization,
         "seed": seed,
         "step": runs.load_step(run.folder / runs.MODEL),
+        "notes": list(given.notes),
     }
     with seeded(seed, torch.device("cpu")), torch.no_grad():
         use = use_of_latents(vae.cpu(), given.x, codes)
@@ -98,7 +99,7 @@ def encode_images(
     write_arrays(folder / "encoded.npz", _arrays(given, codes, result))
     write_figure(folder / "latents.png", figure)
     runs.write_json(folder / "encoded.json", summary)
-    for line in _in_words(summary):
+    for line in (*given.notes, *_in_words(summary)):
         say(line)
     numbers = "log p(x)" if isinstance(result, Importance) else "reconstruction"
     say(f"In {folder}: encoded.npz (latents and {numbers} of each image), encoded.json, latents.png")

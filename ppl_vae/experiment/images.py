@@ -33,6 +33,7 @@ class Images(NamedTuple):
         names: (n), of files, or places among the N.
         places: (n,) int64, their places among the N, ascending.
         num_found: N.
+        notes: sentences for the user about how the images were read.
     """
 
     source: str
@@ -41,6 +42,7 @@ class Images(NamedTuple):
     names: tuple[str, ...]
     places: Tensor
     num_found: int
+    notes: tuple[str, ...] = ()
 
 
 def images_of(run: Run, images_path: str, *, most: int | None, seed: int) -> Images:
@@ -53,16 +55,17 @@ def images_of(run: Run, images_path: str, *, most: int | None, seed: int) -> Ima
     Raises:
         ValueError: a split without images, files that cannot be read, or images that do not fit the run's data.
     """
+    notes: tuple[str, ...] = ()
     if images_path in SPLITS:
         source, labels = images_path, run.splits.labels.get(images_path)
         x = data.evaluation_images(run.splits, images_path, run.evaluated_pixels, seed=seed)
         names = tuple(str(i) for i in range(len(x)))
     else:
         source = str(Path(images_path).resolve())
-        x, labels, names = data.own_images(
+        x, labels, names, notes = data.own_images(
             images_path, run.splits, run.evaluated_pixels, seed=seed, fit=run.options.fit
         )
         _check_support(run, source, x)
     places = data.subset(len(x), most)
     kept = tuple(names[i] for i in places.tolist())
-    return Images(source, x[places], None if labels is None else labels[places], kept, places, len(x))
+    return Images(source, x[places], None if labels is None else labels[places], kept, places, len(x), notes)

@@ -33,12 +33,21 @@ _MISSING_COLOR = (0.36, 0.55, 0.80)
 
 
 class _Images(NamedTuple):
-    """x (n, *E), NaN where missing; truth (n, *E), NaN where nobody knows; a name for each; and where they are of."""
+    """Images with missing pixels, and how they were read.
+
+    Args:
+        source: a split's name, or an absolute path.
+        x: (n, *E), NaN where a pixel is missing.
+        truth: (n, *E), NaN where nobody knows the pixel.
+        names: (n).
+        notes: sentences for the user.
+    """
 
     source: str
     x: Tensor
     truth: Tensor
     names: tuple[str, ...]
+    notes: tuple[str, ...]
 
 
 def impute_images(
@@ -102,6 +111,7 @@ def impute_images(
         "dequantization_draws": draws_of(run),
         "seed": seed,
         "step": runs.load_step(run.folder / runs.MODEL),
+        "notes": list(given.notes),
     }
     _write(folder, run, given, result, hidden, summary, say)
     return folder
@@ -134,7 +144,7 @@ def _write(
     else:
         write_figure(picture, figure)
     runs.write_json(folder / "imputations.json", summary | {"per_image": _per_image(given, result, hidden)})
-    for line in _in_words(summary):
+    for line in (*given.notes, *_in_words(summary)):
         say(line)
     say(f"In {folder}: imputed.npz (draws, means, mask), imputations.json{', imputations.png' * (not table)}")
 
@@ -207,7 +217,7 @@ def _holed(found: Images, mask: str | None, hide: str | None) -> _Images:
     elif hide is not None:
         observed = hide_half(hide, event_shape)
     observed = observed.expand(found.num_found, *event_shape)[found.places]
-    return _Images(found.source, torch.where(observed, found.x, torch.nan), found.x, found.names)
+    return _Images(found.source, torch.where(observed, found.x, torch.nan), found.x, found.names, found.notes)
 
 
 # --- Numbers ---

@@ -360,13 +360,20 @@ def test_an_option_of_one_likelihood_is_refused_beside_another(tmp_path, name, v
     resolved(tmp_path, data.LEVELS, likelihood=word, **{name: value})
 
 
-def test_fractions_on_the_grid_of_levels_are_said_to_be_so(tmp_path):
-    np.save(tmp_path / "own.npy", ARRAYS[data.LEVELS] / 255)
+@pytest.mark.parametrize(
+    ("scaled", "hint"),
+    [(ARRAYS[data.LEVELS] / 255, "uint8"), (ARRAYS[data.LEVELS].astype(float), "negative-binomial"), (None, None)],
+    ids=["level / 255", "levels as floats", "continuous"],
+)
+def test_a_density_of_values_on_a_grid_is_warned_of(tmp_path, scaled, hint):
+    np.save(tmp_path / "own.npy", ARRAYS[data.REAL] if scaled is None else scaled)
     said: list[str] = []
     experiment.train(
         replace(SMALL, dataset=str(tmp_path / "own.npy"), likelihood="normal"), str(tmp_path / "run"), say=said.append
     )
-    assert any("multiples of 1 / 255" in line for line in said)
+    warned = [line for line in said if "no upper bound" in line]
+    assert len(warned) == (scaled is not None)
+    assert all(hint in line for line in warned)
 
 
 def test_a_worse_density_leaves_open_whether_log_p_ranks_so(two, tmp_path):

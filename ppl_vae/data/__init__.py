@@ -24,6 +24,7 @@ from ppl_vae.data.pixels import (
     training_images,
     uniform_dequantization,
 )
+from ppl_vae.data.repeats import find_repeats
 from ppl_vae.data.splits import (
     BINARY,
     COUNTS,
@@ -56,6 +57,7 @@ __all__ = [
     "binarization_entropy",
     "evaluation_images",
     "expected_images",
+    "find_repeats",
     "images_to_start_from",
     "inside_unit_interval",
     "is_array_file",

@@ -13,7 +13,6 @@ from typing import Any
 
 import pyro
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from ppl_vae import build, data, distributed, runs
@@ -381,18 +380,12 @@ def _what_is_modelled(run: Run) -> list[str]:
         lines.append(
             f"Pixels are {pixels} here: a density of values on a grid has no upper bound, and its nats compare only "
             "with densities of the same pixels."
+            + " Counts have a mass under --likelihood negative-binomial."
+            * (splits.kind == data.COUNTS)
         )
-    elif likelihood.measure == "density" and splits.kind == data.PROBABILITIES and _are_levels(splits.train):
-        lines.append(
-            "All pixels are multiples of 1 / 255: a density of values on a grid has no upper bound. As uint8 they are "
-            "8-bit levels, of which it bounds the mass."
-        )
+    elif likelihood.measure == "density" and (repeats := data.find_repeats(splits.train)):
+        lines.append(repeats.describe())
     return lines
-
-
-def _are_levels(x: Tensor) -> bool:
-    """Whether every number is a multiple of 1 / 255, to single precision."""
-    return all(bool(((255 * part).round() - 255 * part).abs().max() < 1e-4) for part in x.split(1000))
 
 
 @contextmanager

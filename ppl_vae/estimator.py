@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,10 @@ class VAEDensity(TransformerMixin, BaseEstimator):
         splits = self._splits(images)
         options = build.resolve(self._options(len(splits.train)), splits)
         build.check_support(options, splits)
+        is_density = build.likelihood(options, self.event_shape_).measure == "density"
+        is_scaled = self.kind_ in (data.PROBABILITIES, data.REAL)
+        if is_density and is_scaled and (repeats := data.find_repeats(splits.train)):
+            warnings.warn(f"X: {repeats.describe()}", stacklevel=2)
         self.likelihood_, self._pixels_ = options.likelihood, build.pixels(options, splits)
         place = build.device(options.device)
         stored, observe = data.training_images(splits, self._pixels_)

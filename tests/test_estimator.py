@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+import warnings
 from typing import Any
 
 import numpy as np
@@ -88,6 +89,19 @@ def test_channels_that_come_first_do_so_in_what_is_given_back(words: dict[str, A
     for given in (fitted.inverse_transform(fitted.transform(X)), fitted.sample(40)):
         assert given.shape == X.shape
         np.testing.assert_allclose(given.reshape(40, 3, 20).mean((0, 2)), levels, atol=0.1)
+
+
+def test_a_density_of_levels_is_warned_of() -> None:
+    levels = np.random.RandomState(0).randint(0, 17, (200, 6))
+    with pytest.warns(UserWarning, match="X: Values repeat in columns 0, 1, 2, 3, 4 and 1 more"):
+        VAEDensity(**TINY).fit(StandardScaler().fit_transform(levels))
+
+
+@pytest.mark.parametrize("X", [ROWS.randn(200, 6), ROWS.rand(200, 6), ROWS.poisson(3.0, (200, 6)).astype(float)])
+def test_continuous_values_and_masses_are_not_warned_of(X: np.ndarray) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        VAEDensity(**TINY).fit(X)
 
 
 # --- Scores ---

@@ -34,8 +34,8 @@ class Repeats(NamedTuple):
             "values."
         )
         if self.num_distinct <= NUM_LEVELS:
-            words += " Saved as uint8, levels from 0 to 255 have a mass under --likelihood discretized-logistic."
-        return words + " Saved as whole numbers, counts have a mass under --likelihood negative-binomial."
+            words += " Saved as uint8, levels from 0 to 255 have a mass under the likelihood discretized-logistic."
+        return words + " Saved as whole numbers, counts have a mass under the likelihood negative-binomial."
 
 
 def find_repeats(x: Tensor) -> Repeats | None:

@@ -227,11 +227,13 @@ def npz(**arrays: np.ndarray) -> bytes:
 def pictures() -> Iterator[tuple[str, bytes]]:
     gray = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 9), np.uint8))
     color = Image.fromarray(np.random.default_rng(1).integers(0, 256, (12, 9, 3), np.uint8))
+    deep = Image.fromarray(np.random.default_rng(2).integers(0, 2**16, (12, 9), np.uint16))
     for form in (form.upper() for form in PICTURES):
-        for image in (gray, color):
+        pages = {"save_all": True, "append_images": [gray]} if form in Image.SAVE_ALL else {}
+        for image, options in ((gray, {}), (color, {}), (deep, {}), (gray, pages)):
             file = io.BytesIO()
-            with suppress(OSError, ValueError):  # some know no gray or no color
-                image.save(file, form)
+            with suppress(OSError, ValueError):  # some know no gray, no color or no 16 bits
+                image.save(file, form, **options)
                 yield form.lower(), file.getvalue()
 
 
@@ -500,7 +502,7 @@ def fuzz(reader: Reader, folder: Path, num_files: int) -> dict[str, Any]:
     place.mkdir(parents=True)
     path = place / f"file{reader.suffix}"
     faults, said = [], io.StringIO()
-    decode = image_folder._decode
+    decode = image_folder.decode
 
     def watched(raw: bytes) -> Any:
         try:
@@ -510,7 +512,7 @@ def fuzz(reader: Reader, folder: Path, num_files: int) -> dict[str, Any]:
                 faults.append("memory beyond the limit, taken for an unreadable image")
             raise
 
-    with mock.patch.object(image_folder, "_decode", watched):
+    with mock.patch.object(image_folder, "decode", watched):
         for seed in reader.seeds:
             path.write_bytes(seed)
             if not reader.refuses_all:

@@ -330,7 +330,7 @@ def test_a_missing_path_is_refused(tmp_path: Path, name: str) -> None:
 
 
 def test_a_folder_without_images_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="expected images, got none in that folder"):
+    with pytest.raises(ValueError, match="expected images, got an empty folder"):
         data.own_images(str(tmp_path), trained_on(data.LEVELS), "none")
 
 
@@ -346,3 +346,20 @@ def test_another_size_or_color_than_the_models_is_refused(tmp_path: Path, option
     path = picture(tmp_path / "own.png", GREY[0])
     with pytest.raises(ValueError, match=message):
         data.own_images(path, trained_on(data.LEVELS), "none", **{option: value})
+
+
+def test_what_image_files_leave_out_is_noted(tmp_path: Path) -> None:
+    frames = [Image.fromarray(image) for image in GREY[:3]]
+    frames[0].save(tmp_path / "pages.tif", save_all=True, append_images=frames[1:])
+    (tmp_path / "0.heic").write_bytes(b"")
+    own = data.own_images(str(tmp_path), trained_on(data.LEVELS), "none")
+    assert (255 * own.x[0, 0]).round().int().tolist() == GREY[0].tolist()
+    assert any("1 of 1 image" in note and "pages.tif has 3" in note for note in own.notes)
+    assert any("1 .heic" in note for note in own.notes)
+
+
+def test_white_strokes_on_a_transparent_ground_are_refused(tmp_path: Path) -> None:
+    opacity = Image.fromarray(GREY[0])
+    Image.merge("LA", [Image.new("L", opacity.size, 255), opacity]).save(tmp_path / "white.png")
+    with pytest.raises(ValueError, match="expected images that show something, got level 255 alone"):
+        data.own_images(str(tmp_path / "white.png"), trained_on(data.LEVELS), "none")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from ppl_vae.data.array_files import find_roles, is_array_file, read_arrays
 from ppl_vae.data.folder_layout import find_layout
-from ppl_vae.data.image_folder import checked_size, find_images, label_by_folder, read_images
+from ppl_vae.data.image_folder import Found, checked_size, find_images, label_by_folder, read_images
 from ppl_vae.data.labels import read_labels
 from ppl_vae.data.own import LARGEST_COUNT
 from ppl_vae.data.pixels import binomial_draw, is_drawn
@@ -71,7 +72,7 @@ def own_images(
         values, labels, notes = _from_arrays(file, splits)
         names = tuple(map(str, range(len(values))))
     elif os.path.exists(file):
-        values, labels, names = _from_files(file, splits, image_size, fit, color)
+        values, labels, names, notes = _from_files(file, splits, image_size, fit, color)
     else:
         raise ValueError(f"images: expected an .npz or .npy file, an image or a folder, got {path!r}: no such file")
     if pixels == "levels":
@@ -177,9 +178,7 @@ def _fractions(seen: np.ndarray) -> bool:
 # --- Image files ---
 
 
-def _from_files(
-    path: Path, splits: Splits, image_size: Sequence[int] | None, fit: str, color: str | None
-) -> tuple[Tensor, Tensor | None, tuple[str, ...]]:
+def _from_files(path: Path, splits: Splits, image_size: Sequence[int] | None, fit: str, color: str | None) -> OwnImages:
     if len(splits.event_shape) != 3 or splits.event_shape[0] not in (1, 3) or splits.kind in (REAL, COUNTS):
         trained_on = f"{splits.kind} of shape {splits.event_shape}"
         raise ValueError(f"{path}: expected an .npz or .npy file, since the model was trained on {trained_on}")
@@ -189,19 +188,21 @@ def _from_files(
         raise ValueError(f"image_size: expected {height} {width}, as the model has it, got {list(image_size or ())}")
     if color not in (None, own_color):
         raise ValueError(f"color: expected {own_color}, as the model has it, got {color}")
-    files = find_images(path).images if path.is_dir() else (path.name,)
-    if not files:
-        raise ValueError(f"{path}: expected images, got none in that folder")
+    found = find_images(path) if path.is_dir() else Found((path.name,), Counter())
+    if not found.images:
+        raise ValueError(f"{path}: expected images, got {found.describe_others()}")
     root = path if path.is_dir() else path.parent
-    pictures = read_images(root, files, size=(height, width), fit=fit, color=own_color)
+    pictures = read_images(root, found.images, size=(height, width), fit=fit, color=own_color)
     if unreadable := pictures.unreadable:  # refused: each of these images was asked for
-        raise ValueError(
-            f"{path}: expected images, got {len(unreadable):,} that cannot be read: {first_few(unreadable)}"
-        )
+        got = f"{len(unreadable):,} that cannot be read: {first_few(unreadable)}"
+        raise ValueError("; ".join([f"{path}: expected images, got {got}", *pictures.notes.reasons()]))
+    pictures.notes.check_not_blank(path, "them", np.arange(len(pictures.names)))
     values = pictures.pixels.float() / 255
     if splits.kind == BINARY and not ((values == 0) | (values == 1)).all():
         raise ValueError(f"{path}: expected black and white alone (the model was trained on {splits.kind} data)")
     numbers, classes = label_by_folder(pictures.names, find_layout(pictures.names))
     known = bool(classes) and set(classes) <= set(splits.class_names)
     of_classes = torch.tensor([splits.class_names.index(name) for name in classes]) if known else None
-    return values, None if of_classes is None else of_classes[numbers], pictures.names
+    labels = None if of_classes is None else of_classes[numbers]
+    notes = pictures.notes.notes(own_color) + ((f"{found.describe_others()} ignored",) if found.others else ())
+    return OwnImages(values, labels, pictures.names, notes)

@@ -7,11 +7,11 @@ import os
 import stat
 import tempfile
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,30 +23,47 @@ from tqdm import tqdm
 
 from ppl_vae.data import cache, limits
 from ppl_vae.data.folder_layout import Layout, check_layout, find_layout
+from ppl_vae.data.image_file import NotReadError, decode, formats
+from ppl_vae.data.image_notes import Facts, ImageNotes, find_facts
 from ppl_vae.data.splits import LEVELS, Splits, complete, first_few, several
 from ppl_vae.data.threads import in_threads
 
-_GRAY_MODES = ("1", "L", "LA", "La")
-_NOT_PIXELS = (
-    *("EPS", "WMF", "PDF", "MPEG", "HDF5", "GRIB", "BUFR"),  # no images, or read by starting another program
-    *("IPTC", "ICO", "ICNS", "BLP"),  # around another image, which is read whatever its format or its size
-)
-
 
 class Found(NamedTuple):
-    """The image files below a folder, by their names from there on, sorted; how many other files."""
+    """The files below a folder.
+
+    Args:
+        images: the image files, by their names from there on, sorted.
+        others: how many other files there are of each kind, by the ends of their names.
+    """
 
     images: tuple[str, ...]
-    num_others: int
+    others: Counter[str]
+
+    def describe_others(self) -> str:
+        """The number of other files and of each kind: "3 other files (2 .csv, 1 without an extension)"."""
+        if not self.others:
+            return "an empty folder"
+        kinds = [f"{count:,} {kind or 'without an extension'}" for kind, count in self.others.most_common()]
+        return f"{several(self.others.total(), 'other file')} ({first_few(kinds)})"
 
 
 class Pictures(NamedTuple):
-    """Images that could be read: (N, C, H, W) uint8, their names, the other names, SHA-256 of names and bytes."""
+    """Images that could be read.
+
+    Args:
+        pixels: (N, C, H, W) uint8.
+        names: of their files.
+        unreadable: names of the other files.
+        sha256: of the names and bytes of the files that were read.
+        notes: what else was seen of the files.
+    """
 
     pixels: Tensor
     names: tuple[str, ...]
     unreadable: tuple[str, ...]
     sha256: str
+    notes: ImageNotes
 
 
 def image_folder(path: Path, *, image_size: Sequence[int] | None, fit: str, color: str | None) -> Splits:
@@ -58,7 +75,8 @@ def image_folder(path: Path, *, image_size: Sequence[int] | None, fit: str, colo
     train where there is no folder train; splits that are lacking are a tenth each, by a fixed permutation of the sorted
     names. Two or more classes label the images if every image lies in one; labels count the sorted names of them all.
     Images are turned as their EXIF orientation says; transparent ones are laid over white; 16-bit gray becomes
-    round(level / 257); of an animation the first frame is taken.
+    round(level / 257); of several pages or frames the first is taken. The notes of the splits say of how many files
+    that is true.
 
     They are read once: what comes of them is kept in the cache folder, and read again when the name, the size or a
     time of change of any of them is another, or when one that the system did not give can be read.
@@ -70,12 +88,12 @@ def image_folder(path: Path, *, image_size: Sequence[int] | None, fit: str, colo
 
     Raises:
         ValueError: no folder, one that cannot be opened or is named like a split without being one, no images, none
-            that can be read, or images of several sizes.
+            that can be read, images of several sizes, levels without a known scale, or a split that is blank once
+            transparent images lie over white.
     """
     found = find_images(path)
     if not found.images:
-        others = several(found.num_others, "other file") if found.num_others else "an empty folder"
-        raise ValueError(f"{path}: expected images, got {others}")
+        raise ValueError(f"{path}: expected images that Pillow reads (such as PNG), got {found.describe_others()}")
     check_layout(path, found.images, find_layout(found.images))
     size = checked_size(image_size)
     how = {"image_size": size, "fit": fit, "color": color}
@@ -85,10 +103,9 @@ def image_folder(path: Path, *, image_size: Sequence[int] | None, fit: str, colo
         partial(_draft, path, found.images, size=size, fit=fit, color=color),
         partial(_in_memory, path, found.images, size=size, fit=fit, color=color),
     )
-    if not found.num_others:
+    if not found.others:
         return splits
-    are_no_images = "that is no image" if found.num_others == 1 else "that are no images"
-    return replace(splits, split=f"{splits.split}; {several(found.num_others, 'file')} {are_no_images} ignored")
+    return replace(splits, split=f"{splits.split}; {found.describe_others()} ignored")
 
 
 class _Meaning(NamedTuple):
@@ -100,13 +117,22 @@ class _Meaning(NamedTuple):
     words: str
 
 
-def _meaning(path: Path, names: Sequence[str], read: Sequence[str]) -> _Meaning:
-    """Of those images that could be read, among all."""
+def _meaning(path: Path, names: Sequence[str], read: Sequence[str], notes: ImageNotes) -> _Meaning:
+    """Of those images that could be read, among all.
+
+    Raises:
+        ValueError: images that cannot be split, or a split that transparency made blank.
+    """
     layout = find_layout(names)
     index = _index_of_splits(path, names, read, layout)
     numbers, class_names = label_by_folder(read, layout)
     labels = {split: numbers[rows] for split, rows in index.items()} if class_names else {}
-    rows, labels, words = complete(str(path), index, labels)
+    try:
+        rows, labels, words = complete(str(path), index, labels)
+    except ValueError as error:  # a file of many pages counts as one image, which only the notes say
+        raise ValueError("; ".join([str(error), *notes.notes("gray")])) from None
+    for split in ("train", "validation", "test"):
+        notes.check_not_blank(path, split, rows[split].numpy())
     return _Meaning(rows, labels, class_names, layout.words if words == "as given" else words)
 
 
@@ -114,7 +140,7 @@ def _in_memory(
     path: Path, names: Sequence[str], *, size: tuple[int, int] | None, fit: str, color: str | None
 ) -> Splits:
     pictures = read_images(path, names, size=size, fit=fit, color=color)
-    meaning = _meaning(path, names, pictures.names)
+    meaning = _meaning(path, names, pictures.names, pictures.notes)
     return Splits(
         name=path.resolve().name,
         kind=LEVELS,
@@ -123,6 +149,7 @@ def _in_memory(
         labels=meaning.labels,
         class_names=meaning.class_names,
         unreadable=pictures.unreadable,
+        notes=pictures.notes.notes(color),
         train=pictures.pixels[meaning.rows["train"]],
         validation=pictures.pixels[meaning.rows["validation"]],
         test=pictures.pixels[meaning.rows["test"]],
@@ -147,7 +174,7 @@ def _draft(
         stored = np.asarray(np.memmap(file, np.uint8, "r"))
     height, width = next(iter(read.sizes))
     event_shape = (3 if max(np.diff(offsets)) > height * width else 1, height, width)
-    meaning = _meaning(path, names, read.names)
+    meaning = _meaning(path, names, read.names, read.notes)
     order = torch.cat([meaning.rows[split] for split in ("train", "validation", "test")])
 
     def blocks() -> Iterator[np.ndarray]:
@@ -169,6 +196,7 @@ def _draft(
         class_names=meaning.class_names,
         unreadable=tuple(read.unreadable),
         withheld=tuple(os.path.abspath(path / name) for name in read.withheld),
+        notes=read.notes.notes(color),
     )
 
 
@@ -191,8 +219,9 @@ def find_images(root: Path) -> Found:
     Raises:
         ValueError: a folder that cannot be opened: a whole split or class could be missing.
     """
-    extensions = {end for end, name in Image.registered_extensions().items() if name in _formats()}
-    images, others = [], 0
+    extensions = {end for end, name in Image.registered_extensions().items() if name in formats()}
+    images: list[str] = []
+    others: Counter[str] = Counter()
 
     def refuse(error: OSError) -> None:
         name = Path(error.filename).relative_to(root).as_posix()
@@ -202,10 +231,13 @@ def find_images(root: Path) -> Found:
     for folder, below, names in os.walk(root, onerror=refuse, followlinks=True):
         below[:] = [name for name in below if not name.startswith(".") and not _leads_back(Path(folder, name))]
         for name in names:
-            if Path(name).suffix.lower() in extensions and not name.startswith("."):
+            if name.startswith("."):
+                continue
+            kind = Path(name).suffix.lower()
+            if kind in extensions:
                 images.append((Path(folder) / name).relative_to(root).as_posix())
             else:
-                others += not name.startswith(".")
+                others[kind] += 1
     return Found(tuple(sorted(images)), others)
 
 
@@ -236,17 +268,18 @@ def read_images(
     """
     read = _Read(root, names, size=size, fit=fit, color=color)
     arrays = list(read)
-    return Pictures(_stacked(arrays), tuple(read.names), tuple(read.unreadable), read.sha256)
+    return Pictures(_stacked(arrays), tuple(read.names), tuple(read.unreadable), read.sha256, read.notes)
 
 
 class _Read:
     """Goes through files once, in their order, and gives the pixels (H, W) or (H, W, 3) of those that can be read.
 
-    When all are through, it knows the names of both, which of the others the system withheld, and the SHA-256 of the
-    names and bytes that were read.
+    When all are through, it knows the names of both, which of the others the system withheld, the SHA-256 of the names
+    and bytes that were read, and what else was seen of the files.
 
     Raises:
-        ValueError: at the end, where none can be read, or ``size`` is None and they have several sizes.
+        ValueError: at the end, where none can be read, ``size`` is None and they have several sizes, or their levels
+            have no known scale.
     """
 
     def __init__(
@@ -258,6 +291,7 @@ class _Read:
         self.unreadable: list[str] = []
         self.withheld: list[str] = []
         self.sizes: set[tuple[int, int]] = set()
+        self.notes = ImageNotes()
         self._checksum = hashlib.sha256()
 
     @property
@@ -266,16 +300,19 @@ class _Read:
 
     def __iter__(self) -> Iterator[np.ndarray]:
         bar = tqdm(self.asked, unit="image", desc=f"reading {self.root.name}", delay=1, leave=False)
-        _formats()  # once, before several threads ask for them
+        formats()  # once, before several threads ask for them
         with _quiet_decoders(), bar:
             for name, found in zip(bar, in_threads(self.decode, self.asked), strict=True):
                 if not isinstance(found, tuple):
                     self.unreadable.append(name)
-                    if found is not None:
+                    if isinstance(found, OSError):
                         self.withheld.append(name)
+                    if isinstance(found, NotReadError):
+                        self.notes.add_refused(name, str(found))
                     continue
-                raw, pixels = found
+                raw, pixels, facts = found
                 self.names.append(name)
+                self.notes.add(name, facts)
                 self.sizes.add((pixels.shape[0], pixels.shape[1]))
                 self._checksum.update(f"{name}\0{len(raw)}\0".encode("utf-8", "surrogateescape"))
                 self._checksum.update(raw)
@@ -283,13 +320,14 @@ class _Read:
                     yield pixels
         if not self.names:
             unread = f"{len(self.asked):,} that cannot be read: {first_few(self.unreadable)}"
-            raise ValueError(f"{self.root}: expected images, got {unread}")
+            raise ValueError("; ".join([f"{self.root}: expected images, got {unread}", *self.notes.reasons()]))
         if len(self.sizes) > 1:
             some = first_few(f"{height}x{width}" for height, width in sorted(self.sizes))
             raise ValueError(
                 f"{self.root}: expected images of one size, got {len(self.sizes):,} sizes ({some}); "
                 "--image-size H W brings them to one"
             )
+        self.notes.check_scale(self.root)
 
 
 @contextmanager
@@ -302,10 +340,11 @@ def _quiet_decoders() -> Iterator[None]:
 
 def _decoded(
     root: Path, name: str, *, size: tuple[int, int] | None, fit: str, color: str | None
-) -> tuple[bytes, np.ndarray] | OSError | None:
-    """A file's bytes, and its pixels (H, W) or (H, W, 3); None where they are no image that is read.
+) -> tuple[bytes, np.ndarray, Facts] | OSError | NotReadError | None:
+    """A file's bytes, its pixels (H, W) or (H, W, 3), and facts about them; None where they are no image that is read.
 
-    An OSError where the system does not give the bytes, which says nothing of them: it may give them another time.
+    An OSError where the system does not give the bytes, which says nothing of them: it may give them another time. A
+    NotReadError where the user should know the reason.
 
     Raises:
         ValueError: the memory ran out, of which the file is no cause: what it may take was checked.
@@ -313,17 +352,22 @@ def _decoded(
     try:
         path = root / name
         status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode) or status.st_size > limits.MOST_IMAGE_BYTES:  # a pipe would wait for ever
+        if not stat.S_ISREG(status.st_mode):  # a pipe would wait for ever
             return None
+        if status.st_size > limits.MOST_IMAGE_BYTES:
+            return NotReadError(f"an image's file may have at most {limits.MOST_IMAGE_BYTES:,} bytes")
         raw = path.read_bytes()
     except OSError as error:
         return error
     try:
-        image = _decode(raw)
-        image = image if size is None else _resized(image, size, fit)
-        return raw, np.asarray(image if color is None else image.convert({"gray": "L", "rgb": "RGB"}[color]))
+        decoded = decode(raw)
+        image = decoded.image if size is None else _resized(decoded.image, size, fit)
+        pixels = np.asarray(image if color is None else image.convert({"gray": "L", "rgb": "RGB"}[color]))
+        return raw, pixels, find_facts(decoded, pixels)
     except MemoryError as error:
         raise ValueError(f"{root / name}: the memory ran out while it was decoded") from error
+    except NotReadError as error:
+        return error
     except Exception:  # a broken file makes Pillow raise nearly every type
         return None
 
@@ -337,35 +381,6 @@ def _stacked(arrays: list[np.ndarray]) -> Tensor:
         array = arrays.pop()
         stacked[i] = array if array.ndim == 2 else array.transpose(2, 0, 1)
     return torch.from_numpy(stacked)
-
-
-def _formats() -> list[str]:
-    Image.init()  # once; without it Pillow knows only the most common formats
-    return [name for name in Image.OPEN if name not in _NOT_PIXELS]
-
-
-def _decode(raw: bytes) -> Image.Image:
-    """The first frame, upright, opaque, 8 bits a channel, in mode L or RGB."""
-    with Image.open(BytesIO(raw), formats=_formats()) as opened:
-        limits.check_pixels(opened.width, opened.height, len(raw))
-        opened.load()
-        image: Image.Image = ImageOps.exif_transpose(opened)
-    if image.mode == "F":
-        raise ValueError("floating-point pixels have no known scale")
-    if image.mode.startswith("I"):
-        return _from_16_bits(np.asarray(image))
-    gray = image.mode in _GRAY_MODES
-    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("L" if gray else "RGB")
-
-
-def _from_16_bits(levels: np.ndarray[Any, Any]) -> Image.Image:
-    """round(level / 257), so that 65,535 is white."""
-    if levels.min() < 0 or levels.max() > 65_535:
-        raise ValueError("more than 16 bits have no known scale")
-    return Image.fromarray(((levels.astype(np.uint32) + 128) // 257).astype(np.uint8))
 
 
 def _resized(image: Image.Image, size: tuple[int, int], fit: str) -> Image.Image:

@@ -68,10 +68,17 @@ def array_header(file: IO[bytes], num_bytes: int) -> ArrayHeader:
 
 
 def check_pixels(width: int, height: int, num_bytes: int) -> None:
-    """Raises ValueError where the header of an image's file of that size announces too many pixels to decode."""
-    most = min(MOST_PIXELS, max(FREE_PIXELS, MOST_EXPANSION * num_bytes))
-    if width * height > most:
-        raise ValueError(f"it announces {width:,} x {height:,} pixels, and a file of {num_bytes:,} bytes may {most:,}")
+    """Raises ValueError where the header of an image's file of that size announces too many pixels to decode.
+
+    The message names the limit and not the numbers of the image, so that files that exceed it can be listed together.
+    """
+    if width * height > MOST_PIXELS:
+        raise ValueError(f"an image may have at most {MOST_PIXELS:,} pixels; scale it down")
+    if width * height > max(FREE_PIXELS, MOST_EXPANSION * num_bytes):
+        raise ValueError(
+            f"an image of more than {FREE_PIXELS:,} pixels may have at most {MOST_EXPANSION} per byte of its file; "
+            "scale it down, or save it without compression"
+        )
 
 
 def check_expansion(path: Path, num_bytes: int) -> None:

@@ -7,6 +7,7 @@ of truth: nothing is derived by hand, and nothing of Python is left in the compi
 
 from __future__ import annotations
 
+import logging
 import operator
 import os
 import shutil
@@ -61,7 +62,10 @@ def why_not(device: torch.device) -> str | None:
             return None if shutil.which(named.split()[0]) else f"CXX names {named}, which is not there"
         found = any(map(shutil.which, ("g++", "clang++")))
         return None if found else "no C++ compiler (g++ or clang++) is installed"
-    from torch.utils._triton import has_triton
+    try:
+        from torch.utils._triton import has_triton
+    except ImportError as error:
+        return _first_line(error)
 
     return None if has_triton() else "no Triton for this device is installed"
 
@@ -84,18 +88,22 @@ def compiled(
 
     Raises:
         CannotCapture: the function reads a number of a tensor, or uses a tensor that is neither an input nor made by
-            itself; or the compiler fails.
+            itself; or the compiler fails, or is another than the one this was written for.
     """
     try:
         return _compiled(function, inputs)
     except OSError as error:
         where = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "its default place")
         raise CannotCapture(f"the compiler's cache, {where}, cannot be used: {_first_line(error)}") from error
+    except (ImportError, AttributeError, TypeError) as error:  # private names of torch, which change without notice
+        raise CannotCapture(f"torch {torch.__version__} has another compiler: {_first_line(error)}") from error
 
 
 def _compiled(
     function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]
 ) -> Callable[[Sequence[Tensor]], tuple[Tensor, ...]]:
+    # Where a CUDA toolkit is installed without a GPU, importing the compiler warns of it.
+    logging.getLogger("torch.utils.cpp_extension").addFilter(_is_not_about_cuda)
     from torch._guards import TracingContext, tracing
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx_inner
@@ -135,6 +143,10 @@ def _compiled(
         except Exception as error:
             raise CannotCapture(f"the compiler failed: {_first_line(error)}") from error
     return lambda tensors: tuple(run(list(tensors)))
+
+
+def _is_not_about_cuda(record: logging.LogRecord) -> bool:
+    return "No CUDA runtime is found" not in record.getMessage()
 
 
 _OPTIONS = {

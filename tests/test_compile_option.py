@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._inductor.compile_fx as compiler
+import torch._inductor.decomposition as decomposition
 from small_run import SMALL, save_bars
 
 from ppl_vae import build, capture, experiment, runs
@@ -128,9 +130,17 @@ def test_where_the_capture_fails_auto_says_why_and_trains_as_off_does(
 ):
     said = _train(replace(small, compile="auto"), tmp_path / "auto")
     _train(replace(small, compile="off"), tmp_path / "off")
-    assert _told(said) == ["Not compiled, training goes step by step: it is written in water."]
+    assert [line for line in said if "eager" in line and "it is written in water" in line]
     assert _config(tmp_path / "auto") == _config(tmp_path / "off")
     _assert_same_bits(tmp_path / "auto", tmp_path / "off")
+
+
+def test_a_torch_whose_compiler_has_other_names_trains_eagerly(always_pays, no_figures, small, tmp_path, monkeypatch):
+    monkeypatch.setattr(capture, "why_not", lambda device: None)
+    monkeypatch.delattr(decomposition, "select_decomp_table")
+    said = _train(replace(small, compile="auto"), tmp_path)
+    assert [line for line in said if "eager" in line and "select_decomp_table" in line]
+    assert _config(tmp_path)["compile"] == "off"
 
 
 def test_where_the_capture_fails_on_is_refused_in_one_line(cannot, graphs, small, tmp_path):
@@ -222,6 +232,39 @@ def test_resuming_with_on_without_a_compiler_is_refused_and_changes_nothing(
     assert _config(tmp_path) == before
 
 
+def _interrupt_compiled(small, folder, monkeypatch):
+    options = replace(small, compile="on", checkpoint_seconds=0.0)
+    with _interrupted_after(monkeypatch, 3), pytest.raises(KeyboardInterrupt):
+        _train(options, folder)
+
+
+def test_where_compiling_fails_on_resuming_a_compiled_run_goes_on_eagerly(
+    graphs, no_figures, small, tmp_path, monkeypatch
+):
+    """From the same state as a run that is asked to go on eagerly."""
+    for name in ("fails", "off"):
+        _interrupt_compiled(small, tmp_path / name, monkeypatch)
+    _resume(tmp_path / "off", compile="off")
+
+    def fail(*_, **__):
+        raise RuntimeError("outside of a MetricsContext")
+
+    monkeypatch.setattr(compiler, "compile_fx_inner", fail)
+    said = _resume(tmp_path / "fails")
+    assert [line for line in said if "eager" in line and "outside of a MetricsContext" in line]
+    assert _config(tmp_path / "fails")["compile"] == "off"
+    _assert_same_bits(tmp_path / "fails", tmp_path / "off")
+
+
+def test_where_compiling_fails_on_resuming_and_on_is_asked_for_that_is_an_error(
+    graphs, no_figures, small, tmp_path, monkeypatch
+):
+    _interrupt_compiled(small, tmp_path, monkeypatch)
+    monkeypatch.setattr(compiler, "compile_fx_inner", lambda *_, **__: 1 / 0)
+    with pytest.raises(ValueError, match=r"^--compile on: the compiler failed: ZeroDivisionError"):
+        _resume(tmp_path, compile="on")
+
+
 def test_a_config_from_before_there_was_a_choice_goes_on_eagerly(graphs, always_pays, no_figures, small, tmp_path):
     """As many steps as it may be: bit for bit is what such a run was promised."""
     for name in ("old", "new"):
@@ -260,6 +303,16 @@ def test_a_precision_that_this_machine_has_not_is_refused_before_anything_is_wri
     with pytest.raises(ValueError, match=words):
         _train(replace(small, precision=precision), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_torch_that_does_not_tell_of_bf16_trains_in_float32_and_refuses_bf16(
+    no_figures, small, tmp_path, monkeypatch
+):
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.delattr(torch.cpu, name)
+    _train(replace(small, compile="off"), tmp_path / "float32")
+    with pytest.raises(ValueError, match=r"^--precision bf16: expected hardware for it"):
+        _train(replace(small, precision="bf16"), tmp_path / "bf16")
 
 
 @pytest.mark.parametrize("compile", ["on", "off"])

@@ -1,4 +1,4 @@
-"""Scripts on terminals and in notebooks whose settings would end Python: their encoding, their matplotlib backend."""
+"""What is written to terminals and logs: in any encoding, from a notebook, and without torch's own warnings."""
 
 from __future__ import annotations
 
@@ -49,6 +49,22 @@ def test_an_error_with_such_a_character_is_one_line():
 def test_a_line_is_in_the_log_before_the_script_ends():
     """os._exit writes no buffer."""
     assert run_main("import os; print('begun'); os._exit(0)", encoding="utf-8").stdout.splitlines() == [b"begun"]
+
+
+COMPILE = """
+import torch, torch._inductor.compile_fx as compiler
+from ppl_vae import capture
+compiler.compile_fx_inner = lambda graph, inputs: lambda tensors: graph(*tensors)
+capture.why_not = lambda device: None
+capture.compiled(lambda x: (2 * x,), [torch.ones(3)])
+import torch.utils.cpp_extension
+"""
+
+
+def test_compiling_is_silent_where_a_cuda_toolkit_is_installed_without_a_gpu(tmp_path):
+    settings = os.environ | {"CUDA_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", COMPILE], env=settings, capture_output=True, timeout=300)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 @pytest.fixture(scope="module")

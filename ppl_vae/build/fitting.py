@@ -171,14 +171,19 @@ def check_precision(options: Options) -> None:
     """Raises ValueError where the device has no arithmetic of that precision, and would emulate it at a crawl."""
     place = device(options.device)
     recent_gpu = place.type == "cuda" and torch.cuda.get_device_capability(place) >= (8, 0)
-    bf16_cpu = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     if options.precision == "tf32" and not recent_gpu:
         raise ValueError(f"--precision tf32: expected an NVIDIA GPU since Ampere, got {place}")
-    if options.precision == "bf16" and not (recent_gpu or (place.type == "cpu" and bf16_cpu)):
+    if options.precision == "bf16" and not (recent_gpu or (place.type == "cpu" and _cpu_has_bf16())):
         raise ValueError(
             "--precision bf16: expected hardware for it (a CPU with AVX512-BF16 or AMX, or a recent GPU), "
             f"got {place} without"
         )
+
+
+def _cpu_has_bf16() -> bool:
+    """Whether this CPU multiplies in bf16. Torch tells it by private names, which a version may lack."""
+    tests = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return any(test() for test in tests if test is not None)
 
 
 @contextmanager

@@ -72,7 +72,7 @@ def _train_new(options: Options, run_dir: str | None, *, say: Say, draw: bool) -
         say(f"Run folder {folder}; --resume {folder} goes on if it is interrupted.")
         reason = build.why_not_compiled(options, len(splits.train)) if if_possible else None
         if reason is not None:
-            say(f"Not compiled, training goes step by step: {reason}.")
+            say(f"Falling back to eager training: {reason}.")
         _go_on(Run(folder, options, splits), None, say=say, compile_if_possible=if_possible, draw=draw)
     return folder
 
@@ -91,8 +91,8 @@ def resume(
     """Goes on with a run, bit for bit; finishes its evaluation and figures; or extends it to more epochs.
 
     A damaged training state gives way to the one before it, damaged weights are written again from the training state,
-    and damaged records of epochs are left out; each is said. ``like`` is a run that is open, whose data is taken where
-    it is the same.
+    and damaged records of epochs are left out; each is said. A compiled run goes on eagerly where compiling fails now,
+    which is said, unless ``compile`` is "on". ``like`` is a run that is open, whose data is taken where it is the same.
 
     Raises:
         ValueError: no run, one that another process writes to, one that is damaged beyond that, one saved from Python,
@@ -121,10 +121,9 @@ def _resume(run: Run, *, epochs: int | None, say: Say, compile: str | None, draw
     check_tensorboard(options)
     if epochs is not None and epochs < options.epochs:
         raise ValueError(f"--epochs: expected at least the run's {options.epochs}, got {epochs}")
-    extended = epochs is not None and epochs > options.epochs
     with ending_together():
         saved = newest_checkpoint(folder, say=say)
-    if compile == "on" or (extended and compile != "off" and options.compile == "on"):
+    if compile == "on":
         build.check_compiler(build.device(options.device))
     if epochs is not None and epochs > options.epochs:
         run = _with_option(run, "epochs", epochs)
@@ -142,7 +141,7 @@ def _resume(run: Run, *, epochs: int | None, say: Say, compile: str | None, draw
         done = "evaluated and drawn" if draw else "evaluated"
         say(f"{folder} is finished: {run.options.epochs} epochs, {done}. --epochs extends it.")
         return
-    _go_on(run, saved, say=say, draw=draw)
+    _go_on(run, saved, say=say, compile_if_possible=compile != "on", draw=draw)
 
 
 def _with_option(run: Run, name: str, value: Any) -> Run:
@@ -283,7 +282,8 @@ def _train(run: Run, saved: Saved | None, *, say: Say, compile_if_possible: bool
             except CannotCapture as error:
                 if not compile_if_possible:
                     raise
-                say(f"Not compiled, training goes step by step: {error}.")
+                rounding = "" if saved is None else "; the same to rounding, and no longer bit for bit"
+                say(f"Falling back to eager training{rounding}: {error}.")
                 _with_option(run, "compile", "off")
                 state = trained(False)
             with ending_together():  # the ranks evaluate what is in the file

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 from small_run import SMALL, save_bars
 
+from ppl_vae import runs
 from ppl_vae.options import flag, to_json
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
@@ -94,6 +95,19 @@ def test_a_training_draws_its_figures_whatever_the_backend_of_a_notebook(trained
     with Image.open(folder / "figures" / "reconstructions.png") as picture:
         assert picture.format == "PNG"
         picture.load()
+
+
+def test_a_log_has_a_line_for_each_epoch_and_no_bar(trained):
+    folder, done = trained
+    assert b"%|" not in done.stdout + done.stderr
+    assert b"\r" not in done.stdout + done.stderr
+    records = runs.read_metrics(folder)
+    lines = [line for line in done.stdout.decode().splitlines() if line.startswith("Epoch ")]
+    assert len(lines) == len(records) == SMALL.epochs
+    for epoch, (line, record) in enumerate(zip(lines, records, strict=True), 1):
+        assert line.startswith(f"Epoch {epoch} of {SMALL.epochs}: ")
+        assert f"{record['validation_elbo_nats_per_image']:.2f}" in line
+        assert f"{record['train_loss_nats_per_image']:.2f}" in line
 
 
 def test_a_training_ends_with_an_ascii_log(trained):

@@ -32,6 +32,7 @@ from tqdm import tqdm
 from ppl_vae.data import limits
 from ppl_vae.data.splits import KINDS, Splits
 from ppl_vae.data.threads import in_threads
+from ppl_vae.progress import progress_bar
 
 try:
     import fcntl
@@ -266,7 +267,7 @@ def _write(source: Source, draft: Draft, name: str) -> None:
 def _write_content(file: IO[bytes], source: Source, draft: Draft, name: str) -> None:
     total = sum(draft.sizes.values())
     written = _Digested(file)
-    with tqdm(total=total, unit="image", desc=f"keeping {name}", delay=1, leave=False) as bar:
+    with progress_bar(total=total, unit="image", desc=f"keeping {name}", delay=1, leave=False) as bar:
         for block in draft.blocks:
             written.write(np.ascontiguousarray(block).data.cast("B"))
             bar.update(len(block))

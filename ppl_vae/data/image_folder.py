@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from tqdm import tqdm
 
 from ppl_vae.data import cache, limits
 from ppl_vae.data.folder_layout import Layout, check_layout, find_layout
@@ -27,6 +26,7 @@ from ppl_vae.data.image_file import NotReadError, decode, formats
 from ppl_vae.data.image_notes import Facts, ImageNotes, find_facts
 from ppl_vae.data.splits import LEVELS, Splits, complete, first_few, several
 from ppl_vae.data.threads import in_threads
+from ppl_vae.progress import progress_bar
 
 
 class Found(NamedTuple):
@@ -299,7 +299,7 @@ class _Read:
         return self._checksum.hexdigest()
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        bar = tqdm(self.asked, unit="image", desc=f"reading {self.root.name}", delay=1, leave=False)
+        bar = progress_bar(iterable=self.asked, unit="image", desc=f"reading {self.root.name}", delay=1, leave=False)
         formats()  # once, before several threads ask for them
         with _quiet_decoders(), bar:
             for name, found in zip(bar, in_threads(self.decode, self.asked), strict=True):

@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ppl_vae import build, runs
 from ppl_vae.capture import CannotCapture
 from ppl_vae.evidence import seeded
 from ppl_vae.experiment.opening import Say
 from ppl_vae.options import Interrupted
+from ppl_vae.progress import progress_bar
 from ppl_vae.vae import VAE
 
 Tensors = dict[str, Tensor]
@@ -225,7 +225,7 @@ def in_blocks(bench: Bench, stage: str, count: int, size: int, compute: Compute,
     if whole is not None:
         return whole
     parts: list[Tensors] = []
-    with tqdm(total=count, desc=words, bar_format=_BAR) as shown, build.products_in("float32"):
+    with progress_bar(total=count, unit="item", desc=words, bar_format=_BAR) as shown, build.products_in("float32"):
         bar = _Bar(shown)
         for number, start in enumerate(range(0, count, size)):
             items = slice(start, min(start + size, count))

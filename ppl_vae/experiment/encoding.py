@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ppl_vae import build, runs
 from ppl_vae.data import uniform_dequantization
@@ -22,6 +21,7 @@ from ppl_vae.experiment.opening import Run, Say, draws_of, evaluated_vae, open_r
 from ppl_vae.experiment.outputs import drop_record, output_folder, removed_if_empty, write_arrays, write_figure
 from ppl_vae.exploration import Codes, encode
 from ppl_vae.options import SPLITS
+from ppl_vae.progress import progress_bar
 from ppl_vae.vae import VAE
 
 _NUM_LOWEST = 5
@@ -132,7 +132,7 @@ def _reconstructed(run: Run, given: Images, seed: int, place: torch.device) -> t
     with seeded(seed, place):
         x = uniform_dequantization(x) if run.pixels == "dequantized" else x
     codes = encode(vae, x)
-    with tqdm(total=len(x), unit="image", desc=f"log p(x | z), {Path(given.source).name}") as bar:
+    with progress_bar(total=len(x), unit="image", desc=f"log p(x | z), {Path(given.source).name}") as bar:
         log_p_x_given_z = reconstruction(vae, x, seed=seed, progress=bar.update)
     return _on_cpu(codes), log_p_x_given_z.cpu()
 

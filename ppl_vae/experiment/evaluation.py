@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ppl_vae import build, data, distributed, runs
 from ppl_vae.capture import CannotCapture
@@ -35,6 +34,7 @@ from ppl_vae.experiment.partial_evaluation import PartialEvaluation, partial_pat
 from ppl_vae.experiment.together import joined, of_writer, writer_first
 from ppl_vae.groups import Stopped, ending_together
 from ppl_vae.options import Interrupted
+from ppl_vae.progress import Progress
 from ppl_vae.vae import VAE
 
 _FLOOR_SEED = 0
@@ -347,9 +347,12 @@ def with_a_bar(
     with _bar(len(x), words, before) as bar, build.products_in("float32"):
 
         def told(seconds: float) -> None:
+            bar.show_bar()
             say(f"Compiled the passes of the evaluation in {seconds:.1f} s.")
 
         def run(compiled: bool) -> Importance:
+            if compiled and distributed.is_writer():
+                bar.show_clock("Compiling the passes of the evaluation")
             return evaluate(
                 vae,
                 x,
@@ -367,15 +370,16 @@ def with_a_bar(
         try:
             return run(compiled)
         except CannotCapture as error:
+            bar.close()
             if compile == "on":
                 raise ValueError(f"--compile on: {error}") from None
             say(f"Not compiled: {error}.")
             return run(False)
 
 
-def _bar(num_images: int, words: str, before: int = 0) -> Any:
+def _bar(num_images: int, words: str, before: int = 0) -> Progress:
     """A bar of images, which rank 0 alone shows."""
-    return tqdm(total=num_images, initial=before, unit="image", desc=words, disable=not distributed.is_writer())
+    return Progress(total=num_images, initial=before, unit="image", desc=words, disable=not distributed.is_writer())
 
 
 def what_is_measured(run: Run) -> dict[str, Any]:

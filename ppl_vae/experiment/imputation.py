@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
-from tqdm import tqdm
 
 from ppl_vae import build, plots, runs
 from ppl_vae.data.limits import array_header
@@ -23,6 +22,7 @@ from ppl_vae.experiment.opening import Run, Say, check_density, draws_of, evalua
 from ppl_vae.experiment.outputs import drop_record, output_folder, removed_if_empty, write_arrays, write_figure
 from ppl_vae.missing import Imputation, Observed, impute
 from ppl_vae.options import SIDES
+from ppl_vae.progress import progress_bar
 from ppl_vae.vae import VAE
 
 # Below this many effective particles, draws are nearly all of one or two z. Source: ours.
@@ -122,7 +122,7 @@ def _imputed(
 ) -> Imputation:
     """On the CPU."""
     title = f"imputing {Path(given.source).name}"
-    with seeded(seed, place), tqdm(total=len(given.x), unit="image", desc=title) as bar:
+    with seeded(seed, place), progress_bar(total=len(given.x), unit="image", desc=title) as bar:
         result = impute(
             Observed(vae), given.x.to(place), num_particles=num_particles, num_draws=num_draws, progress=bar.update
         )

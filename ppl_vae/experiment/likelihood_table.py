@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from ppl_vae import build, data, runs
 from ppl_vae.evidence import NotFinite
@@ -22,6 +21,7 @@ from ppl_vae.experiment.paired import CONFIDENCE, INDISTINCT, SEED_NATS, bound_d
 from ppl_vae.experiment.pixel_calibration import calibrate_run, describe_calibration
 from ppl_vae.experiment.train import QUICK_EVALUATION_SEED, resume, train
 from ppl_vae.options import LIKELIHOODS, Options
+from ppl_vae.progress import progress_bar
 
 # What the likelihoods that fit the data are compared by, where none are named, in the words of ``build.scale``.
 _SCALES = {
@@ -71,7 +71,7 @@ def compare_likelihoods(
     opened: list[Run] = []
     calibrations, failed = {}, {}
     finished = sum(_is_finished(parent / word) for word in words)
-    with tqdm(total=len(words), initial=finished, unit="likelihood", desc="likelihoods") as bar:
+    with progress_bar(total=len(words), initial=finished, unit="likelihood", desc="likelihoods") as bar:
         for word in words:
             was_finished = _is_finished(parent / word)
             bar.set_description(f"{word}: training")

@@ -6,13 +6,13 @@ from typing import Any
 
 import pyro
 import torch
-from tqdm import tqdm
 
 from ppl_vae import build, data, runs
 from ppl_vae.calibration import calibration
 from ppl_vae.dequantization import LevelsPosterior, levels_of
 from ppl_vae.evidence import seeded
 from ppl_vae.experiment.opening import Run
+from ppl_vae.progress import progress_bar
 from ppl_vae.vae import VAE
 
 CALIBRATION = "calibration.json"
@@ -48,7 +48,7 @@ def calibrate_run(run: Run) -> dict[str, Any]:
         if made.items() <= stored.items():
             return stored
     with (
-        tqdm(total=len(index), unit="image", desc="calibration") as bar,
+        progress_bar(total=len(index), unit="image", desc="calibration") as bar,
         seeded(_SEED, torch.device("cpu")),
         pyro.validation_enabled(False),
     ):

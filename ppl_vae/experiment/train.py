@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -27,6 +28,7 @@ from ppl_vae.experiment.tensorboard import check_tensorboard, log_evaluation, me
 from ppl_vae.experiment.together import joined, of_writer, told_by_writer, writer_first
 from ppl_vae.groups import ending_together
 from ppl_vae.options import Interrupted, Options
+from ppl_vae.progress import Progress, has_terminal
 from ppl_vae.training import Stopped, TrainingState, does_not_fit, fit
 
 QUICK_EVALUATION_SEED = 0
@@ -226,12 +228,13 @@ def _train(run: Run, saved: Saved | None, *, say: Say, compile_if_possible: bool
     criterion, key = _criterion(options)
     speeds: list[float] = []
     kept = [step]  # what is on disk
-    silent = not distributed.is_writer()
+    silent = not (distributed.is_writer() and has_terminal())  # a log has a line for each epoch instead
+    started = time.monotonic()
 
     with (
         stop_on_signals(f"--resume {folder} goes on") as should_stop,
         metric_events(folder, options, step=step) as log,
-        tqdm(total=_total_steps(run), initial=step, unit="step", desc="training", disable=silent) as bar,
+        Progress(total=_total_steps(run), initial=step, unit="step", desc="training", disable=silent) as progress,
         quiet_about_nan(),
     ):
 
@@ -245,7 +248,16 @@ def _train(run: Run, saved: Saved | None, *, say: Say, compile_if_possible: bool
             speeds.append(record["train_images_per_second"])
             value = record.get(f"validation_{key}_nats_per_image")
             seen = "no validation images" if value is None else f"validation {criterion} {value:.2f} nats"
-            bar.set_postfix_str(f"epoch {record['epoch']}/{options.epochs}, {seen}")
+            progress.describe(f"epoch {record['epoch']}/{options.epochs}, {seen}")
+            if not has_terminal():
+                left = (time.monotonic() - started) * (_total_steps(run) - record["step"]) / (record["step"] - step)
+                say(_epoch_line(record, options, seen, seconds_left=left))
+
+        def on_compiled(seconds: float) -> None:
+            nonlocal started
+            progress.show_bar()
+            started = time.monotonic()
+            say(f"Compiled the training step in {seconds:.1f} s.")
 
         def on_checkpoint(state: TrainingState) -> None:
             if not distributed.is_writer():
@@ -257,6 +269,8 @@ def _train(run: Run, saved: Saved | None, *, say: Say, compile_if_possible: bool
             kept.append(state.step)
 
         def trained(compile: bool) -> TrainingState:
+            if compile and distributed.is_writer():
+                progress.show_clock("Compiling the training step")
             return fit(
                 vae,
                 stored,
@@ -268,8 +282,8 @@ def _train(run: Run, saved: Saved | None, *, say: Say, compile_if_possible: bool
                 stream=stream,
                 keep_start=options.start_from is not None,
                 saved=saved,
-                on_compiled=lambda seconds: say(f"Compiled the training step in {seconds:.1f} s."),
-                on_step=lambda state: bar.update(),
+                on_compiled=on_compiled,
+                on_step=lambda state: progress.update(),
                 on_epoch=on_epoch,
                 on_checkpoint=on_checkpoint,
                 checkpoint_seconds=options.checkpoint_seconds,
@@ -280,6 +294,7 @@ def _train(run: Run, saved: Saved | None, *, say: Say, compile_if_possible: bool
             try:
                 state = trained(options.compile == "on")  # "auto" is of a run from before there was a choice
             except CannotCapture as error:
+                progress.close()
                 if not compile_if_possible:
                     raise
                 rounding = "" if saved is None else "; the same to rounding, and no longer bit for bit"
@@ -296,7 +311,7 @@ def _train(run: Run, saved: Saved | None, *, say: Say, compile_if_possible: bool
                 raise
             raise ValueError(
                 f"{error.filename}: cannot be written: {error.strerror}; the run is kept as of step {kept[-1]:,} of "
-                f"{bar.n:,}; once there is room, --resume {folder} goes on from there"
+                f"{progress.count:,}; once there is room, --resume {folder} goes on from there"
             ) from None
         except CannotCapture as error:
             raise ValueError(f"--compile on: {error}; --compile off does without") from None
@@ -329,6 +344,16 @@ def _train(run: Run, saved: Saved | None, *, say: Say, compile_if_possible: bool
             f"The weights of step {state.best_step:,} are kept: from then on, training with beta = {options.beta} "
             "lowered the ELBO at beta = 1, by which they are chosen."
         )
+
+
+def _epoch_line(record: dict[str, Any], options: Options, seen: str, *, seconds_left: float) -> str:
+    """An epoch's numbers and times for a log."""
+    elapsed, left = map(tqdm.format_interval, (record["seconds"], seconds_left))
+    loss = record["train_loss_nats_per_image"]
+    return (
+        f"Epoch {record['epoch']} of {options.epochs}: {seen}, training loss {loss:.2f} nats; "
+        f"{elapsed} elapsed, {left} left."
+    )
 
 
 def _criterion(options: Options) -> tuple[str, str]:

@@ -10,14 +10,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from ppl_vae import build, capture, runs
 from ppl_vae.experiment.asked_run import check_same
 from ppl_vae.experiment.evaluation import is_evaluated
 from ppl_vae.experiment.evaluation_words import plus_minus
 from ppl_vae.experiment.opening import Say
 from ppl_vae.options import Interrupted, compiling_pays
+from ppl_vae.progress import progress_bar
 from ppl_vae.study.autoencoder_section import autoencoder_section
 from ppl_vae.study.context import PICTURES, RUNS, STUDY, Study
 from ppl_vae.study.material import Material, material
@@ -202,7 +201,7 @@ def _train_and_measure(
     """The record of each run, in the order in which they are trained."""
     records = {}
     finished = sum(_is_finished(folder / RUNS / each.name) for each in planned)  # they would spoil the time left
-    with tqdm(total=len(planned), initial=finished, unit="run", desc="study") as bar:
+    with progress_bar(total=len(planned), initial=finished, unit="run", desc="study") as bar:
         for each in planned:
             bar.set_description(each.name)
             run_dir = folder / RUNS / each.name

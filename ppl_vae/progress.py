@@ -1,0 +1,114 @@
+"""Progress bars on a terminal, and lines in a log."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from types import TracebackType
+from typing import Any
+
+from tqdm import tqdm
+
+_SECONDS_BETWEEN_LINES = 60
+_LINE = "{desc}: {percentage:.0f}% of {total_fmt} {unit}s, {elapsed} elapsed, {remaining} left"
+
+
+def has_terminal() -> bool:
+    """Whether someone watches standard error, where a bar can be drawn over itself."""
+    return sys.stderr is not None and sys.stderr.isatty()
+
+
+def progress_bar(**options: Any) -> Any:
+    """tqdm's bar; without a terminal a line a minute, and none for what takes less."""
+    if has_terminal():
+        return tqdm(**options)
+    seconds: dict[str, Any] = dict.fromkeys(("mininterval", "maxinterval", "delay"), _SECONDS_BETWEEN_LINES)
+    return tqdm(**(options | seconds | {"file": _Lines(), "bar_format": _LINE}))
+
+
+class _Lines:
+    """A file of tqdm's in which each display is a line, without the codes that move a cursor."""
+
+    def write(self, text: str) -> None:
+        line = text.replace("\x1b[A", "").strip()
+        if line:
+            print(line, file=sys.stderr)
+
+    def flush(self) -> None:
+        """Lines are written at once."""
+
+
+@contextmanager
+def running_clock(words: str) -> Iterator[None]:
+    """Shows the words and the seconds since; without a terminal the words alone, once."""
+    if not has_terminal():
+        print(f"{words} ...", file=sys.stderr)
+        yield
+        return
+    ended = threading.Event()
+    with tqdm(desc=words, bar_format="{desc} ... {elapsed}", leave=False) as clock:
+
+        def tick() -> None:
+            while not ended.wait(1):
+                clock.refresh()
+
+        ticking = threading.Thread(target=tick, daemon=True)
+        ticking.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            ticking.join()
+
+
+class Progress:
+    """A progress bar that starts with the first step, so that its estimate leaves out the time to compile.
+
+    Args:
+        options: as ``progress_bar`` takes them.
+
+    Attributes:
+        count: how much is done.
+    """
+
+    def __init__(self, *, initial: int = 0, **options: Any) -> None:
+        self.count = initial
+        self._options = options
+        self._bar: Any = None
+        self._shown = ExitStack()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends a clock or a bar."""
+        self._shown.close()
+        self._bar = None
+
+    def show_clock(self, words: str) -> None:
+        """A running clock until ``show_bar``, for work of unknown length."""
+        self._shown.enter_context(running_clock(words))
+
+    def show_bar(self) -> None:
+        """Ends a clock, and starts the bar."""
+        self.close()
+        self._bar = self._shown.enter_context(progress_bar(initial=self.count, **self._options))
+
+    def update(self, count: int = 1) -> None:
+        """Counts what was done since the last call."""
+        if self._bar is None:
+            self.show_bar()
+        self._bar.update(count)
+        self.count += count
+
+    def describe(self, words: str) -> None:
+        """Words behind the bar."""
+        if self._bar is not None:
+            self._bar.set_postfix_str(words)

@@ -37,7 +37,7 @@ from ppl_vae.diagnostics.noise import (
     variance_of_mean_squared_error,
 )
 from ppl_vae.diagnostics.pictures import Blur, blur, reconstruction_variation, sharpness
-from ppl_vae.diagnostics.values import PerLatent, Value, plus_minus, ratio_of_means
+from ppl_vae.diagnostics.values import CannotMeasure, PerLatent, Value, plus_minus, ratio_of_means
 
 __all__ = [
     "ACTIVE_VARIANCE",
@@ -45,6 +45,7 @@ __all__ = [
     "ActiveUnits",
     "AggregatePosterior",
     "Blur",
+    "CannotMeasure",
     "ElboSplit",
     "Holes",
     "KolmogorovSmirnov",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ppl_vae.conditional import numbers_a_pixel
+from ppl_vae.diagnostics.values import CannotMeasure
 from ppl_vae.evidence import particles_a_pass
 from ppl_vae.likelihoods import Categorical, DiscretizedLogisticMixture
 from ppl_vae.likelihoods.family import independent_pixels
@@ -164,7 +165,7 @@ def _whitened(family: Any, x: Tensor, features: Tensor | None) -> Tensor:
     score = score - score.mean(0)
     varies = (curvature > 0) & (score.square().mean(0) > _CONSTANT * curvature)
     if not varies.any():
-        raise ValueError("x: expected pixels that vary, got the same image every time")
+        raise CannotMeasure("x: expected pixels that vary, got the same image every time")
     return score[:, varies] / curvature[varies].sqrt()
 
 

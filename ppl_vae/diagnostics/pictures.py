@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ppl_vae.conditional import numbers_a_pixel
-from ppl_vae.diagnostics.values import Value, ratio_of_means
+from ppl_vae.diagnostics.values import CannotMeasure, Value, ratio_of_means
 from ppl_vae.evidence import particles_a_pass
 from ppl_vae.exploration import mean_or_draw
 from ppl_vae.vae import VAE
@@ -62,7 +62,8 @@ def reconstruction_variation(reconstructions: Tensor, x: Tensor) -> Value:
             from, so for those give the gray probabilities.
 
     Raises:
-        ValueError: shapes that differ, fewer than two images, or images that are all the same.
+        ValueError: shapes that differ, or fewer than two images.
+        CannotMeasure: a ValueError: the images are all the same.
 
     Source: ours.
     """
@@ -71,7 +72,7 @@ def reconstruction_variation(reconstructions: Tensor, x: Tensor) -> Value:
         (images.double() - images.double().mean(0)).square().flatten(1).sum(1) for images in (reconstructions, x)
     )
     if not of_data.sum() > 0:
-        raise ValueError("x: expected images that vary, got the same image every time")
+        raise CannotMeasure("x: expected images that vary, got the same image every time")
     return ratio_of_means(of_reconstructions, of_data)
 
 
@@ -115,7 +116,8 @@ def sharpness(images: Tensor, reference: Tensor) -> Value:
         reference: (N, C, H, W), in the same unit: gray images, where ``images`` are gray.
 
     Raises:
-        ValueError: shapes that differ, that are no images, or a reference without such power.
+        ValueError: shapes that differ, or that are no images.
+        CannotMeasure: a ValueError: the reference has no such power.
 
     Source: ours.
     """
@@ -132,7 +134,7 @@ def _need_images(x: Tensor) -> None:
 def _power_of_reference(x: Tensor) -> Tensor:
     power = high_frequency_power(x)
     if not power.sum() > 0:
-        raise ValueError("reference: expected images with power above half the Nyquist frequency, got none")
+        raise CannotMeasure("reference: expected images with power above half the Nyquist frequency, got none")
     return power
 
 
@@ -154,6 +156,7 @@ def blur(vae: VAE, x: Tensor, *, gray: Tensor | None = None, draws: int = 8) -> 
 
     Raises:
         ValueError: an argument out of its range, or no images.
+        CannotMeasure: a ValueError: the images have no power at high frequencies.
 
     Source: the law of total variance; its use on pictures is ours.
     """

@@ -12,6 +12,10 @@ from torch import Tensor
 _ADDED = 4
 
 
+class CannotMeasure(ValueError):
+    """The images do not allow this measure; the message says why."""
+
+
 @dataclass(frozen=True)
 class Value:
     """A mean over images and its standard error.

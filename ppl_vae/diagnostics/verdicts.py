@@ -124,17 +124,22 @@ def _autoencoder(numbers: Numbers) -> Verdict | None:
 
 def _ignores_z(numbers: Numbers) -> Verdict | None:
     variation, rate = numbers["pictures"]["variation"], numbers["kl"]
-    same = _below(variation, SAME_VARIATION)
+    same = variation is not None and _below(variation, SAME_VARIATION)
     silent = rate is not None and _below(rate, SAME_RATE)
     if not (same or silent):
         return None
-    told = "" if rate is None else f", rate {plus_minus(rate, 2)} nats (threshold {SAME_RATE})"
+    told = []
+    if variation is not None:
+        told.append(
+            f"reconstructions vary {plus_minus(variation, 4)} of what the images do (threshold {SAME_VARIATION})"
+        )
+    if rate is not None:
+        told.append(f"rate {plus_minus(rate, 2)} nats (threshold {SAME_RATE})")
     why, change = _why_ignored(numbers)
     return Verdict(
         "decoder ignores z",
         "broken",
-        f"reconstructions vary {plus_minus(variation, 4)} of what the images do (threshold {SAME_VARIATION}){told}"
-        f"{why}",
+        ", ".join(told) + why,
         "diagnosis-pictures.png" if same else "diagnosis-latents.png",
         change,
     )

@@ -15,7 +15,7 @@ from ppl_vae.diagnostics.verdicts import Verdict, verdicts
 from ppl_vae.evidence import seeded
 from ppl_vae.experiment.diagnosis_command import command_line
 from ppl_vae.experiment.diagnosis_figures import diagnosis_figures, names_drawn
-from ppl_vae.experiment.diagnosis_numbers import importance_numbers, measure, noise_numbers
+from ppl_vae.experiment.diagnosis_numbers import importance_numbers, measure, measure_if_possible, noise_numbers
 from ppl_vae.experiment.diagnosis_words import describe_numbers, describe_verdicts
 from ppl_vae.experiment.evaluation import read_per_image, what_is_measured
 from ppl_vae.experiment.evaluation_words import scale_in_words
@@ -75,15 +75,17 @@ def diagnose_run(
         place = build.device(device)
         split = split_diagnosed(run) if split is None else split
         x, gray = _images(run, split, images, seed)
+        left_out: dict[str, str] = {}
         numbers = measure(
             build.load(run.folder).to(place),
             x.to(place),
             gray=None if gray is None else gray.to(place),
-            noise=noise_of(run),
+            noise=measure_if_possible(left_out, "noise", lambda: noise_of(run)),
             trained_with=trained_with(run),
             importance=_stored_importance(run, split),
             seed=seed,
         )
+        numbers["left_out"] |= left_out
         figures = names_drawn(run, numbers)
         entry = {
             "step": step,

@@ -34,7 +34,7 @@ def names_drawn(run: Run, numbers: dict[str, Any]) -> list[str]:
         "diagnosis-elbo.png": numbers["elbo_split"] is not None,
         "diagnosis-noise.png": numbers["noise"] is not None and not numbers["autoencoder"],
         "diagnosis-holes.png": has_images and numbers["aggregate"]["holes"] is not None,
-        "diagnosis-pictures.png": True,
+        "diagnosis-pictures.png": any(numbers["pictures"].values()),
         "diagnosis-pixels.png": numbers["calibration"] is not None,
     }
     return [name for name, drawn in has.items() if drawn]
@@ -158,7 +158,7 @@ def _pictures(numbers: dict[str, Any]) -> Figure:
     blur = found["blur"] or {}
     return plots.sharpness_strip(
         {words: _bar(blur[name]) for name, words in _SHARPNESS.items() if name in blur},
-        variation=_bar(found["variation"]),
+        variation=None if found["variation"] is None else _bar(found["variation"]),
         title="Reconstructions against the data: 0 all the same or without edges, 1 as the data",
     )
 

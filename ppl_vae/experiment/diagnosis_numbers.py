@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import pyro
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ppl_vae import diagnostics
 from ppl_vae.calibration import calibration
-from ppl_vae.diagnostics import PerLatent, Value
+from ppl_vae.diagnostics import CannotMeasure, PerLatent, Value
 from ppl_vae.evidence import Importance, evaluate, reconstruction, seeded
 from ppl_vae.exploration import Codes, decoded, drawn, encode, moments, sampled
 from ppl_vae.vae import VAE
@@ -25,6 +25,17 @@ _MOST_PAIRED_BY_A_FLOW = 250  # of a guide whose density at another image's draw
 _MOST_CALIBRATED = 300
 _MOST_WEIGHED = 300
 _SHOWN = 12  # latents of prior draws that are kept for a picture
+
+Result = TypeVar("Result")
+
+
+def measure_if_possible(left_out: dict[str, str], name: str, function: Callable[[], Result]) -> Result | None:
+    """What the function measures; None where the images do not allow it, with the reason in ``left_out``."""
+    try:
+        return function()
+    except CannotMeasure as error:
+        left_out[name] = str(error)
+        return None
 
 
 def measure(
@@ -40,7 +51,8 @@ def measure(
 ) -> dict[str, Any]:
     """Every diagnostic of a VAE, each a mean with its standard error over images.
 
-    An autoencoder (a deterministic guide) has neither KL, ELBO nor log-likelihood: what needs a density is None.
+    An autoencoder (a deterministic guide) has neither KL, ELBO nor log-likelihood: what needs a density is None. So is
+    a measure that these images do not allow, such as the sharpness of blank ones; "left_out" has its reason by name.
     Weights, mode and the global generators are afterwards as they were.
 
     Args:
@@ -64,13 +76,14 @@ def measure(
     """
     if len(x) < 4:
         raise ValueError(f"x: expected at least 4 images, got {len(x)}")
+    left_out: dict[str, str] = {}
     with torch.no_grad(), pyro.validation_enabled(False):
         with seeded(seed, x.device):
             autoencoder = is_deterministic(vae.posterior(x[:1]))
             codes = encode(vae, x)
             found = _latent_numbers(vae, x, codes, autoencoder) | {
                 "aggregate": _aggregate_numbers(vae, x, codes, autoencoder, seed),
-                "pictures": _picture_numbers(vae, x, codes, x if gray is None else gray),
+                "pictures": _picture_numbers(vae, x, codes, x if gray is None else gray, left_out),
                 "calibration": None if autoencoder else _calibration_numbers(vae, x),
             }
         if not autoencoder and importance is None:
@@ -84,6 +97,7 @@ def measure(
         **found,
         "noise": noise,
         "importance": None if autoencoder else importance,
+        "left_out": left_out,
     }
 
 
@@ -186,12 +200,17 @@ def _latents(z: Tensor, index: Tensor) -> list[list[float]]:
 # --- Pictures, pixels, and the estimate ---
 
 
-def _picture_numbers(vae: VAE, x: Tensor, codes: Codes, gray: Tensor) -> dict[str, Any]:
-    variation = diagnostics.reconstruction_variation(decoded(vae, codes.mean), gray)
-    found: dict[str, Any] = {"variation": variation.to_json()}
-    if x.dim() != 4:
+def _picture_numbers(vae: VAE, x: Tensor, codes: Codes, gray: Tensor, left_out: dict[str, str]) -> dict[str, Any]:
+    reconstructions = decoded(vae, codes.mean)
+    variation = measure_if_possible(
+        left_out, "variation", lambda: diagnostics.reconstruction_variation(reconstructions, gray)
+    )
+    found: dict[str, Any] = {"variation": None if variation is None else variation.to_json()}
+    parts = None
+    if x.dim() == 4:
+        parts = measure_if_possible(left_out, "blur", lambda: diagnostics.blur(vae, x, gray=gray))
+    if parts is None:
         return found | {"blur": None}
-    parts = diagnostics.blur(vae, x, gray=gray)
     names = ("at_mean", "at_draw", "averaged", "error", "posterior_noise", "bias")
     return found | {"blur": {name: getattr(parts, name).to_json() for name in names}}
 
@@ -227,6 +246,9 @@ def noise_numbers(family: Any, train: Tensor) -> dict[str, Any] | None:
     Returns:
         JSON-able, or None where the likelihood's first feature is no location. "edge" is what independent pixels reach
         by chance, and "live_by_sum" and "live_by_mean" count above it.
+
+    Raises:
+        CannotMeasure: no training pixel varies.
     """
     if not diagnostics.has_location(family):
         return None

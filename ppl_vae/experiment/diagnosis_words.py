@@ -22,7 +22,19 @@ def describe_numbers(numbers: Numbers) -> list[str]:
         f"  {line}"
         for line in [*lines, _noise(numbers), *_pictures(numbers), _pixels(numbers), _estimate(numbers)]
         if line
-    ]
+    ] + [f"  {line}" for line in describe_left_out(numbers)]
+
+
+_MEASURES = {
+    "variation": "how much reconstructions vary",
+    "blur": "how sharp reconstructions are",
+    "noise": "the data's directions in units of the likelihood's noise",
+}
+
+
+def describe_left_out(numbers: Numbers) -> list[str]:
+    """Each measure that the images do not allow, with the reason."""
+    return [f"not measured: {_MEASURES[name]} ({reason})" for name, reason in numbers.get("left_out", {}).items()]
 
 
 def describe_verdicts(entries: Sequence[Numbers]) -> list[str]:
@@ -119,7 +131,9 @@ def _noise(numbers: Numbers) -> str:
 
 def _pictures(numbers: Numbers) -> list[str]:
     found = numbers["pictures"]
-    lines = [f"reconstructions vary {plus_minus(found['variation'], 3)} of what the images do"]
+    lines, parts = [], []
+    if found["variation"] is not None:
+        parts.append(f"reconstructions vary {plus_minus(found['variation'], 3)} of what the images do")
     blur = found["blur"]
     if blur is not None:
         steps = ("at_mean", "at_draw", "averaged")
@@ -127,12 +141,12 @@ def _pictures(numbers: Numbers) -> list[str]:
             f"{plus_minus(blur[name], 3)} {words}"
             for name, words in zip(steps, ("at the posterior's mean", "at a draw", "averaged over draws"), strict=True)
         )
-        lines[0] += f"; sharpness against the data's {sharp}"
+        parts.append(f"sharpness against the data's {sharp}")
         lines.append(
             f"squared error a pixel {plus_minus(blur['error'], 5)} = posterior noise "
             f"{plus_minus(blur['posterior_noise'], 5)} + the rest {plus_minus(blur['bias'], 5)}"
         )
-    return lines
+    return ["; ".join(parts), *lines]
 
 
 def _pixels(numbers: Numbers) -> str:

@@ -12,6 +12,7 @@ from ppl_vae import build, data, report, runs
 from ppl_vae.conditional import Conditional
 from ppl_vae.evidence import seeded
 from ppl_vae.experiment.diagnosis import DIAGNOSIS, diagnose_run, split_diagnosed
+from ppl_vae.experiment.diagnosis_words import describe_left_out
 from ppl_vae.experiment.evaluation import is_evaluated
 from ppl_vae.experiment.evaluation_words import describe_evaluation, plus_minus
 from ppl_vae.experiment.figures import figure_names, is_drawn, use_of_latents, write_figures
@@ -202,7 +203,7 @@ def _verdicts(run: Run, diagnosis: dict[str, Any] | None) -> Section:
         f"Measured on {count:,} images of the {diagnosis['split']} split. Where something is to be changed, a command "
         "stands below it that would change it."
     )
-    blocks: list[Block] = [text]
+    blocks: list[Block] = [text, *(Text(_sentence(line)) for line in describe_left_out(diagnosis["numbers"]))]
     for entry in diagnosis["verdicts"]:
         blocks.append(
             Verdict(

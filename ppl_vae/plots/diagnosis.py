@@ -155,19 +155,19 @@ def noise_spectrum(eigenvalues: Array, *, thresholds: Mapping[str, float], activ
     return figure
 
 
-def sharpness_strip(rows: Mapping[str, Bar], *, variation: Bar, title: str) -> Figure:
+def sharpness_strip(rows: Mapping[str, Bar], *, variation: Bar | None, title: str) -> Figure:
     """Sharpness of reconstructions against the data's, and how much they vary from image to image.
 
     Args:
         rows: by name, power of high frequencies over the data's.
-        variation: between reconstructions, over that between images.
+        variation: between reconstructions, over that between images; None where it is unknown.
         title: over the figure; it may have several lines.
     """
-    bars = {"vary from image to image": variation, **rows}
+    bars = dict(rows) if variation is None else {"vary from image to image": variation, **rows}
     figure = _figure(title, width=7.5, height=1.0 + 0.36 * len(bars))
     axes = figure.add_subplot()
     for row, bar in enumerate(bars.values()):
-        color = "tab:orange" if row == 0 else "tab:blue"
+        color = "tab:orange" if bar is variation else "tab:blue"
         axes.barh(row, bar.mean, xerr=_or_none(bar.stderr), color=color, alpha=0.8, ecolor="0.3")
         axes.text(max(0.0, bar.mean) + 0.02, row, f"{bar.mean:.2f}", fontsize=8, va="center")
     axes.axvline(1, color="black", linewidth=1)

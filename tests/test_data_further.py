@@ -307,6 +307,7 @@ def test_files_in_folders_of_unknown_classes_have_no_labels(tmp_path: Path) -> N
         picture(tmp_path / name / "own.png", GREY[0])
     read = data.own_images(str(tmp_path), trained_on(data.LEVELS, class_names=("ant", "cat", "dog")), "none")
     assert read.labels is None
+    assert ["wolf" in note for note in read.notes] == [True]
 
 
 def test_a_broken_file_among_them_is_refused_by_name(tmp_path: Path) -> None:
@@ -346,6 +347,27 @@ def test_another_size_or_color_than_the_models_is_refused(tmp_path: Path, option
     path = picture(tmp_path / "own.png", GREY[0])
     with pytest.raises(ValueError, match=message):
         data.own_images(path, trained_on(data.LEVELS), "none", **{option: value})
+
+
+@pytest.mark.parametrize("fit", ["crop", "stretch"])
+def test_images_of_another_size_are_counted_with_what_was_done_to_them(tmp_path: Path, fit: str) -> None:
+    for i, size in enumerate([(4, 5), (8, 10), (40, 5)]):
+        picture(tmp_path / f"{i}.png", np.full(size, 50, np.uint8))
+    (note,) = data.own_images(str(tmp_path), trained_on(data.LEVELS), "none", fit=fit).notes
+    assert all(words in note for words in ("2 of 3 images", "1.png has 8x10", "4x5"))
+    assert ("cut" in note, "stretched" in note) == (fit == "crop", fit == "stretch")
+
+
+def test_colors_that_are_made_gray_are_counted(tmp_path: Path) -> None:
+    picture(tmp_path / "gray in color.png", np.repeat(GREY[0][..., None], 3, 2))
+    picture(tmp_path / "red.png", GREY[1][..., None] * np.array([1, 0, 0], np.uint8))
+    (note,) = data.own_images(str(tmp_path), trained_on(data.LEVELS), "none").notes
+    assert "1 of 2 images are in color" in note
+    assert data.own_images(str(tmp_path), trained_on(data.LEVELS, (3, 4, 5)), "none").notes == ()
+
+
+def test_images_that_need_no_change_are_read_without_a_line(tmp_path: Path) -> None:
+    assert data.own_images(picture(tmp_path / "own.png", GREY[0]), trained_on(data.LEVELS), "none").notes == ()
 
 
 def test_what_image_files_leave_out_is_noted(tmp_path: Path) -> None:

@@ -148,9 +148,17 @@ def test_pictures_are_brought_to_a_runs_shape_by_its_own_fit_as_they_are_when_en
         Image.fromarray(255 * image.repeat(2, axis=1)).save(pictures / f"{i:02d}.png")
     changes = {"fit": "stretch", "image_size": (8, 8), "binarization": "threshold", "images": 4, "epochs": 1}
     run = train_small(tmp_path / "run", replace(SMALL, dataset=str(pictures), **changes))
-    seen = impute(pictures, run_dir=run)[0]["mean"]
+    stored, summary, said = impute(pictures, run_dir=run)
+    seen = stored["mean"]
     words = {"num_particles": 2, "images": None, "seed": 0, "device": "cpu", "output": str(tmp_path / "encoded")}
-    written = experiment.encode_images(str(run), str(pictures), **words, say=lambda line: None)
+    told: list[str] = []
+    written = experiment.encode_images(str(run), str(pictures), **words, say=told.append)
+    (note,) = summary["notes"]
+    assert "40 of 40 images" in note
+    assert "stretched to 8x8" in note
+    assert note in said
+    assert note in told
+    assert json.loads((written / "encoded.json").read_text())["notes"] == [note]
     np.testing.assert_array_equal(seen[:, 0], x)
     with torch.no_grad(), np.load(written / "encoded.npz", allow_pickle=False) as stored:
         mean = load(run).posterior(torch.from_numpy(x)[:, None].float()).mean

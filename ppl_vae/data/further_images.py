@@ -204,5 +204,9 @@ def _from_files(path: Path, splits: Splits, image_size: Sequence[int] | None, fi
     known = bool(classes) and set(classes) <= set(splits.class_names)
     of_classes = torch.tensor([splits.class_names.index(name) for name in classes]) if known else None
     labels = None if of_classes is None else of_classes[numbers]
-    notes = pictures.notes.notes(own_color) + ((f"{found.describe_others()} ignored",) if found.others else ())
-    return OwnImages(values, labels, pictures.names, notes)
+    notes = [*pictures.notes.notes(own_color), *pictures.notes.describe_changes((height, width), fit)]
+    if found.others:
+        notes.append(f"{found.describe_others()} ignored")
+    if classes and not known and splits.class_names:
+        notes.append(f"labels left out: expected folders of the classes of the training data, got {first_few(classes)}")
+    return OwnImages(values, labels, pictures.names, tuple(notes))

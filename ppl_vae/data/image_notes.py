@@ -16,7 +16,10 @@ _LEAST_HIGHEST = 2**14  # 16-bit levels that all are below it are of 14 bits or 
 
 
 class Facts(NamedTuple):
-    """What is counted of an image; the first five are of ``Decoded``, the others of the pixels that are kept."""
+    """What is counted of an image: the first five are of ``Decoded``, the next four of the pixels that are kept.
+
+    The last two are of what was changed to get these: (H, W) before, if it is another, and whether colors became gray.
+    """
 
     bits: int
     highest: int
@@ -27,12 +30,23 @@ class Facts(NamedTuple):
     is_gray: bool
     low: int
     high: int
+    other_size: tuple[int, int] | None
+    is_made_gray: bool
 
 
 def find_facts(decoded: Decoded, pixels: np.ndarray) -> Facts:
     """What is counted of an image, of which ``pixels`` (H, W) or (H, W, 3) are kept."""
     is_gray = pixels.ndim == 2 or _is_gray(pixels)
-    return Facts(*decoded[1:], pixels.ndim == 3, is_gray, int(pixels.min()), int(pixels.max()))
+    width, height = decoded.image.size
+    return Facts(
+        *decoded[1:],
+        is_in_color=pixels.ndim == 3,
+        is_gray=is_gray,
+        low=int(pixels.min()),
+        high=int(pixels.max()),
+        other_size=None if (height, width) == pixels.shape[:2] else (height, width),
+        is_made_gray=pixels.ndim == 2 and decoded.image.mode == "RGB" and not _is_gray(np.asarray(decoded.image)),
+    )
 
 
 class ImageNotes:
@@ -44,7 +58,8 @@ class ImageNotes:
         self._pages: dict[str, int] = {}  # of the files with more than one
         self._deep: list[int] = []  # bits per channel of the files with more than 8
         self._of_16_bits: list[int] = []  # the highest levels of these files
-        self._num_with_channels_left_out = self._num_gray = self._num_in_color = 0
+        self._other_sizes: dict[str, tuple[int, int]] = {}  # (H, W) of the files that were resized
+        self._num_with_channels_left_out = self._num_gray = self._num_in_color = self._num_made_gray = 0
         self._transparent, self._low, self._high = bytearray(), bytearray(), bytearray()  # of each image
 
     def add(self, name: str, facts: Facts) -> None:
@@ -59,6 +74,9 @@ class ImageNotes:
         self._num_with_channels_left_out += facts.num_left_out > 0
         self._num_in_color += facts.is_in_color
         self._num_gray += facts.is_gray
+        self._num_made_gray += facts.is_made_gray
+        if facts.other_size is not None:
+            self._other_sizes[name] = facts.other_size
         self._transparent.append(facts.is_transparent)
         self._low.append(facts.low)
         self._high.append(facts.high)
@@ -134,6 +152,25 @@ class ImageNotes:
                 f"gray pixels alone in {self._of_all(self._num_gray)}, which are read as red, green and blue: "
                 "--color gray reads one channel"
             )
+        return tuple(found)
+
+    def describe_changes(self, size: tuple[int, int], fit: str) -> tuple[str, ...]:
+        """A sentence each on images of another size and on colors, which were brought to what a model takes.
+
+        Args:
+            size: (H, W) that they were brought to.
+            fit: "crop" or "stretch".
+        """
+        found, wanted = [], "x".join(map(str, size))
+        if self._other_sizes:
+            first, (height, width) = next(iter(self._other_sizes.items()))
+            how = f"scaled to cover {wanted} and cut to the middle" if fit == "crop" else f"stretched to {wanted}"
+            found.append(
+                f"{self._of_all(len(self._other_sizes))} have another height or width than {wanted} "
+                f"({first} has {height}x{width}), and are {how}"
+            )
+        if self._num_made_gray:
+            found.append(f"{self._of_all(self._num_made_gray)} are in color, and are made gray")
         return tuple(found)
 
     def _of_all(self, count: int) -> str:

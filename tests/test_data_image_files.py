@@ -197,6 +197,14 @@ def test_transparent_images_are_laid_over_white_and_counted(tmp_path: Path) -> N
     assert "7 of 12 images" in note_on("white", read)
 
 
+def test_a_transparent_level_of_16_bits_is_white_and_counted(tmp_path: Path) -> None:
+    content = encoded(FULL, transparency=int(FULL[0, 0]))
+    read = data.load(folder_of(tmp_path, [content] * 10))
+    assert read.train[0, 0, 0, 0] == 255
+    assert read.train[0, 0].flatten()[1:].tolist() == np.floor(FULL.flatten()[1:] / 257 + 0.5).tolist()
+    assert "10 of 10 images" in note_on("white", read)
+
+
 def test_an_image_that_is_opaque_everywhere_is_not_called_transparent(tmp_path: Path) -> None:
     opaque = Image.fromarray(GRADIENT).convert("LA")
     assert data.load(folder_of(tmp_path, [encoded(opaque)] * 10)).notes == ()

@@ -72,8 +72,7 @@ def decode(raw: bytes) -> Decoded:
         image: Image.Image = ImageOps.exif_transpose(opened)
         num_pages = _count_pages(opened)
         if image.mode.startswith(("I", "F")):
-            image, highest = _from_long_levels(image, opened, bits)
-            return Decoded(image, bits, highest, num_pages)
+            return _from_long_levels(image, opened, bits)._replace(num_pages=num_pages)
         num_left_out = max(0, _tiff_tag(opened, _TIFF_CHANNELS, 1) - len(opened.getbands()))
     gray, is_transparent = image.mode in _GRAY_MODES, False
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
@@ -85,8 +84,8 @@ def decode(raw: bytes) -> Decoded:
     return Decoded(image, bits, highest, num_pages, num_left_out, is_transparent)
 
 
-def _from_long_levels(image: Image.Image, opened: Any, bits: int) -> tuple[Image.Image, int]:
-    """round(255 level / white) of gray levels of more than 8 bits, and the largest level where the limit is 65,535."""
+def _from_long_levels(image: Image.Image, opened: Any, bits: int) -> Decoded:
+    """round(255 level / white) of gray levels of more than 8 bits; a level that the file calls transparent is white."""
     scaled_by_pillow = opened.format in ("PNG", "PPM")  # older versions of Pillow read 16 bits of a PNG in mode I
     if image.mode == "F":
         raise NotReadError("floating-point levels have no known scale; save them with 8 or 16 bits")
@@ -97,7 +96,11 @@ def _from_long_levels(image: Image.Image, opened: Any, bits: int) -> tuple[Image
     table = ((np.arange(white + 1) * 510 + white) // (2 * white)).astype(np.uint8)
     if _tiff_tag(opened, _TIFF_PHOTOMETRIC, 1) == 0:  # white is zero, which Pillow inverts for 8 bits alone
         table = table[::-1]
-    return Image.fromarray(table[levels]), int(levels.max()) * 65_535 // white
+    pixels = table[levels]
+    transparent = levels == image.info.get("transparency")
+    pixels[transparent] = 255
+    highest = int(levels.max()) * 65_535 // white
+    return Decoded(Image.fromarray(pixels), bits, highest, num_pages=1, is_transparent=bool(transparent.any()))
 
 
 def _bits_per_channel(opened: Any, raw: bytes) -> int:

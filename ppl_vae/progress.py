@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import Any
@@ -42,11 +42,7 @@ class _Lines:
 
 @contextmanager
 def running_clock(words: str) -> Iterator[None]:
-    """Shows the words and the seconds since; without a terminal the words alone, once."""
-    if not has_terminal():
-        print(f"{words} ...", file=sys.stderr)
-        yield
-        return
+    """Shows the words and the seconds since, on a terminal."""
     ended = threading.Event()
     with tqdm(desc=words, bar_format="{desc} ... {elapsed}", leave=False) as clock:
 
@@ -92,9 +88,12 @@ class Progress:
         self._shown.close()
         self._bar = None
 
-    def show_clock(self, words: str) -> None:
-        """A running clock until ``show_bar``, for work of unknown length."""
-        self._shown.enter_context(running_clock(words))
+    def show_clock(self, words: str, say: Callable[[str], None]) -> None:
+        """A running clock until ``show_bar``, for work of unknown length; without a terminal ``say`` has the words."""
+        if has_terminal():
+            self._shown.enter_context(running_clock(words))
+        else:
+            say(f"{words} ...")
 
     def show_bar(self) -> None:
         """Ends a clock, and starts the bar."""

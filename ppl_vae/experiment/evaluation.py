@@ -352,7 +352,7 @@ def with_a_bar(
 
         def run(compiled: bool) -> Importance:
             if compiled and distributed.is_writer():
-                bar.show_clock("Compiling the passes of the evaluation")
+                bar.show_clock("Compiling the passes of the evaluation", say)
             return evaluate(
                 vae,
                 x,

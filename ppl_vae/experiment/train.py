@@ -270,7 +270,7 @@ def _train(run: Run, saved: Saved | None, *, say: Say, compile_if_possible: bool
 
         def trained(compile: bool) -> TrainingState:
             if compile and distributed.is_writer():
-                progress.show_clock("Compiling the training step")
+                progress.show_clock("Compiling the training step", say)
             return fit(
                 vae,
                 stored,

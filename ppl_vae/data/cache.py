@@ -26,6 +26,7 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 from tqdm import tqdm
 
@@ -33,11 +34,6 @@ from ppl_vae.data import limits
 from ppl_vae.data.splits import KINDS, Splits
 from ppl_vae.data.threads import in_threads
 from ppl_vae.progress import progress_bar
-
-try:
-    import fcntl
-except ImportError:  # Windows; there two processes may both read, and the last one's file stays
-    fcntl = None  # type: ignore[assignment]
 
 _SPLITS = ("train", "validation", "test")
 _DTYPES = {"uint8": torch.uint8, "float32": torch.float32}
@@ -116,8 +112,8 @@ def cached(source: Source, name: str, make: Callable[[], Draft], make_in_memory:
     if found is not None:
         return found
     try:
-        with _alone(source) as waited:
-            found = _load(source, name) if waited else None
+        with _exclusive(source) as has_waited:
+            found = _load(source, name) if has_waited else None
             if found is None:
                 _write(source, make(), name)
                 with source.path.open("rb") as file:
@@ -227,21 +223,20 @@ def _make_folder() -> None:
 
 
 @contextmanager
-def _alone(source: Source) -> Iterator[bool]:
-    """Nobody else makes this source's entry meanwhile; True: somebody did, and was waited for."""
+def _exclusive(source: Source) -> Iterator[bool]:
+    """Keep other processes from making this source's entry; yields whether one was making it and was waited for."""
     _make_folder()
-    with (folder() / f"{source.slot}.lock").open("wb") as lock:
-        waited = False
-        if fcntl is not None:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                waited = True
-                with suppress(OSError):
-                    fcntl.flock(lock, fcntl.LOCK_EX)
-            except OSError:
-                pass  # a file system without locks: the entry may be made twice, each time whole
-        yield waited
+    lock, has_waited = FileLock(folder() / f"{source.slot}.lock", fallback_to_soft=False), False
+    with suppress(OSError):  # a file system without locks: the entry may be made twice, each time whole
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            has_waited = True
+            lock.acquire()
+    try:
+        yield has_waited
+    finally:
+        lock.release()
 
 
 def _write(source: Source, draft: Draft, name: str) -> None:

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool1d, interpolate
 
+from ppl_vae.arguments import check_count
 from ppl_vae.capture import compiled, replaced
 from ppl_vae.conditional import Conditional
 from ppl_vae.evidence import NotFinite, in_evaluation_mode, seeded, weighed_a_pass
@@ -39,7 +40,7 @@ from ppl_vae.exploration import moments, sampled
 from ppl_vae.hmc import Point, Terms, leapfrog, point_at, transition
 from ppl_vae.numerics import log_mean_exp
 from ppl_vae.posteriors.autoregressive import Autoregressive
-from ppl_vae.vae import one_an_image, over_event
+from ppl_vae.vae import check_batch_shape, check_event_shape
 from ppl_vae.weights import Deterministic, is_deterministic
 
 Progress = Callable[[int], None]
@@ -110,8 +111,7 @@ def temperatures(num_temperatures: int, *, steepness: float = 4.0) -> Tensor:
 
     Reference: Grosse et al. 2015, arXiv 1511.02543, section 6 (there as in Wu et al. 2017, with d = 4).
     """
-    if num_temperatures < 1:
-        raise ValueError(f"num_temperatures: expected at least 1, got {num_temperatures}")
+    num_temperatures = check_count("num_temperatures", num_temperatures)
     if steepness < 0:
         raise ValueError(f"steepness: expected at least 0, got {steepness}")
     even = torch.linspace(0, 1, num_temperatures + 1, dtype=torch.double)
@@ -153,8 +153,7 @@ def simulate(vae: Any, num_images: int) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: no images.
     """
-    if num_images < 1:
-        raise ValueError(f"num_images: expected at least 1, got {num_images}")
+    num_images = check_count("num_images", num_images)
     with _evaluating(vae):
         z = sampled(vae.prior(), num_images)
         first = vae.likelihood(z[:1]).sample()
@@ -418,7 +417,7 @@ def _features(vae: Any, x: Tensor, start: Start) -> Tensor:
         return vae.posterior.net(x)
     if start == "normal":
         with seeded(_MOMENTS_SEED, x.device):
-            codes = moments(one_an_image(vae.posterior(x), x))
+            codes = moments(check_batch_shape(vae.posterior(x), x))
         return torch.cat([codes.mean, codes.scale], dim=-1)
     return x.new_zeros((len(x), 0))
 
@@ -432,10 +431,10 @@ def _densities(vae: Any, start: Start, x: Tensor, features: Tensor) -> tuple[Any
         q_0 = dist.Normal(*features.chunk(2, dim=-1)).to_event(1)
     else:
         of_features = isinstance(vae.posterior, Conditional)
-        q_0 = one_an_image(vae.posterior.family(features) if of_features else vae.posterior(x), x)
+        q_0 = check_batch_shape(vae.posterior.family(features) if of_features else vae.posterior(x), x)
 
     def log_joint(z: Tensor) -> Tensor:
-        return prior.log_prob(z) + over_event(vae.likelihood(z), x).log_prob(x)
+        return prior.log_prob(z) + check_event_shape(vae.likelihood(z), x, z).log_prob(x)
 
     return q_0, (q_0.log_prob, log_joint)
 
@@ -493,9 +492,8 @@ def _generator_state(device: torch.device) -> Tensor:
 def _check(vae: Any, x: Tensor, *, start: Start, num_chains: int, num_leapfrogs: int) -> None:
     if start not in STARTS:
         raise ValueError(f"start: expected one of {', '.join(STARTS)}, got {start!r}")
-    for name, number in (("num_chains", num_chains), ("num_leapfrogs", num_leapfrogs)):
-        if number < 1:
-            raise ValueError(f"{name}: expected at least 1, got {number}")
+    check_count("num_chains", num_chains)
+    check_count("num_leapfrogs", num_leapfrogs)
     if len(x) == 0:
         raise ValueError("x: expected at least one image, got none")
     if vae.prior().support.is_discrete:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ppl_vae.arguments import check_count
 from ppl_vae.conditional import numbers_a_pixel
 from ppl_vae.evidence import particles_a_pass
 from ppl_vae.vae import VAE
@@ -156,8 +157,7 @@ def calibration(
     assessment for count data (ties); Talts et al. 2018, arXiv 1804.06788, theorem 1 (ranks). Pixels given a draw of the
     posterior: ours.
     """
-    if num_draws < 1:
-        raise ValueError(f"num_draws: expected at least 1, got {num_draws}")
+    num_draws = check_count("num_draws", num_draws)
     if len(x) == 0:
         raise ValueError("x: expected at least one image, got none")
     sums = torch.zeros(BINS, dtype=torch.double, device=x.device)

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ppl_vae.arguments import ShapeError
+
 NUMBERS_A_PIXEL = 6  # that a likelihood holds at once, unless it says otherwise: features, values, log-probabilities
 
 
@@ -63,10 +65,17 @@ class Conditional(nn.Module):
 
     def forward(self, c: Tensor) -> Any:
         h = self.net(c)
+        if not isinstance(h, Tensor):
+            raise ShapeError(
+                f"net: expected one tensor of features, (..., {self.family.num_features}), got {type(h).__name__}; "
+                "torch.cat(parts, dim=-1) makes one of several"
+            )
         if torch.is_autocast_enabled(h.device.type):  # it comes narrower then; a distribution's parameters are not
             h = h.to(c.dtype if c.is_floating_point() else torch.float32)
         if h.shape[-1] != self.family.num_features:
-            raise ValueError(
-                f"net: expected {self.family.num_features} features for {type(self.family).__name__}, got {h.shape[-1]}"
-            )
+            F, name = self.family.num_features, type(self.family).__name__
+            dims = len(self.event_shape)
+            is_image = 1 < dims < h.dim() and h.shape[-dims:].numel() == F
+            cure = f"; .flatten(-{dims}) makes one dimension of an image-shaped output" if is_image else ""
+            raise ShapeError(f"net: expected {F} features for {name}, got {h.shape[-1]}, shape {tuple(h.shape)}{cure}")
         return self.family(h)

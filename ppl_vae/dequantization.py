@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
 
+from ppl_vae.arguments import check_count
 from ppl_vae.conditional import numbers_a_pixel
 from ppl_vae.data import NUM_LEVELS, inside_unit_interval, uniform_dequantization
 from ppl_vae.likelihoods.family import independent_pixels
@@ -51,8 +52,7 @@ class Dequantized(dist.TorchDistribution):
     support = constraints.integer_interval(0, NUM_LEVELS - 1)
 
     def __init__(self, base: Any, num_draws: int, validate_args: bool | None = None) -> None:
-        if num_draws < 1:
-            raise ValueError(f"num_draws: expected at least 1, got {num_draws}")
+        num_draws = check_count("num_draws", num_draws)
         self.base = base
         self.num_draws = num_draws
         super().__init__(base.batch_shape, validate_args=validate_args)
@@ -139,8 +139,7 @@ def dequantized(vae: VAE, *, num_draws: int = 16) -> VAE:
 
     Reference: Theis et al. 2016, arXiv 1511.01844, section 3.1 (the bound).
     """
-    if num_draws < 1:
-        raise ValueError(f"num_draws: expected at least 1, got {num_draws}")
+    num_draws = check_count("num_draws", num_draws)
     family = getattr(vae.likelihood, "family", None)
     if getattr(family, "measure", "density") != "density":
         raise ValueError(

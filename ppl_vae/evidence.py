@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ import pyro
 import torch
 from torch import Tensor, nn
 
+from ppl_vae.arguments import check_count
 from ppl_vae.capture import CannotCapture, compiled, replaced
 from ppl_vae.conditional import NUMBERS_A_PIXEL, numbers_a_pixel, numbers_a_vector
 from ppl_vae.distributed import agree
@@ -206,10 +208,8 @@ def importance(
 
     Reference: Burda et al. 2016, arXiv 1509.00519, equation 8.
     """
-    if num_particles < 1:
-        raise ValueError(f"num_particles: expected at least 1, got {num_particles}")
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"chunk: expected at least 1, got {chunk}")
+    num_particles = check_count("num_particles", num_particles)
+    chunk = chunk if chunk is None else check_count("chunk", chunk)
     if len(x) == 0:
         raise ValueError("x: expected at least one image, got none")
     pairs = weighed_a_pass(getattr(model, "__self__", None), x)
@@ -369,8 +369,7 @@ def evaluate(
         Stopped: ``should_stop`` said so; see ``groups.in_groups``.
         ConnectionError: another rank met an error.
     """
-    if num_particles < 1:
-        raise ValueError(f"num_particles: expected at least 1, got {num_particles}")
+    num_particles = check_count("num_particles", num_particles)
     if len(x) == 0:
         raise ValueError("x: expected at least one image, got none")
     with seeded(seed, x.device), pyro.validation_enabled(check), in_evaluation_mode(vae), torch.no_grad():
@@ -497,7 +496,7 @@ def in_evaluation_mode(vae: nn.Module) -> Iterator[None]:
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Torch's global generators of the CPU and of that device start from the seed, and are put back afterwards."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        _seed(seed, device)
+        _seed(operator.index(seed), device)
         yield
 
 

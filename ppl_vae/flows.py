@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.nn.functional import softmax, softplus
 
+from ppl_vae.arguments import Widths
 from ppl_vae.networks import MLP
 from ppl_vae.numerics import bounded
 
@@ -119,7 +120,7 @@ class Coupling(nn.Module):
     Reference: Dinh et al. 2017, arXiv 1605.08803, section 3.2; the bound on the network's input is ours.
     """
 
-    def __init__(self, dim: int, *, univariate: Univariate, num_features: int, hidden: Sequence[int]) -> None:
+    def __init__(self, dim: int, *, univariate: Univariate, num_features: int, hidden: Widths) -> None:
         super().__init__()
         self.kept = _half(dim)
         self.univariate = univariate
@@ -141,12 +142,12 @@ class Coupling(nn.Module):
         return torch.cat([a, found], dim=-1), log_slope.sum(-1)
 
 
-def affine_coupling(dim: int, *, hidden: Sequence[int]) -> Coupling:
+def affine_coupling(dim: int, *, hidden: Widths) -> Coupling:
     """b is scaled and shifted. Arguments and errors as ``Coupling``."""
     return Coupling(dim, univariate=affine, num_features=2, hidden=hidden)
 
 
-def spline_coupling(dim: int, *, hidden: Sequence[int], bins: int = 8) -> Coupling:
+def spline_coupling(dim: int, *, hidden: Widths, bins: int = 8) -> Coupling:
     """b goes through splines of so many bins. Arguments and errors as ``Coupling``.
 
     The spline is the direction of the density; to draw takes the root of a quadratic equation.
@@ -257,9 +258,7 @@ class Flow(nn.Module):
         self.layers = nn.ModuleList(layers)
 
     @classmethod
-    def of_couplings(
-        cls, dim: int, *, coupling: Callable[..., nn.Module], num_layers: int, hidden: Sequence[int]
-    ) -> Flow:
+    def of_couplings(cls, dim: int, *, coupling: Callable[..., nn.Module], num_layers: int, hidden: Widths) -> Flow:
         """num_layers times an elementwise affine map, a coupling and a permutation, and an affine map at the end."""
         layers: list[nn.Module] = []
         for _ in range(num_layers):

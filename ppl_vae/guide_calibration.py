@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ppl_vae.arguments import check_count
 from ppl_vae.evidence import NotFinite, weighed_a_pass
 from ppl_vae.exploration import sampled
 from ppl_vae.vae import VAE
@@ -72,9 +73,8 @@ def ranks(vae: VAE, *, num_simulations: int, num_draws: int, progress: Callable[
 
     Reference: Talts et al. 2018, arXiv 1804.06788, theorem 1; Modrák et al. 2023, arXiv 2211.02383 (log p(x, z)).
     """
-    for name, count in (("num_simulations", num_simulations), ("num_draws", num_draws)):
-        if count < 1:
-            raise ValueError(f"{name}: expected at least 1, got {count}")
+    num_simulations = check_count("num_simulations", num_simulations)
+    num_draws = check_count("num_draws", num_draws)
     z_true = sampled(vae.prior(), num_simulations)
     x = _images(vae, z_true[:1])
     if is_autoencoder(vae.guide, x):
@@ -226,8 +226,7 @@ def shape(of_each: Tensor, num_draws: int) -> Shape:
 
     Reference: ours; of Phi_2, Plackett 1954, Biometrika 41(3-4), 351-360.
     """
-    if num_draws < 2:
-        raise ValueError(f"num_draws: expected at least 2, got {num_draws}")
+    num_draws = check_count("num_draws", num_draws, least=2)
     N, M = len(of_each), num_draws
     R = of_each.double()
     least = 1 / (2 * N * M)  # where all ranks are at one end, as if half of one draw were not

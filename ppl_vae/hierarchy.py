@@ -21,7 +21,7 @@ from pyro.distributions import TorchDistribution, constraints
 from torch import Size, Tensor, nn
 
 from ppl_vae.conditional import Conditional
-from ppl_vae.vae import one_an_image, over_event
+from ppl_vae.vae import check_batch_shape, check_event_shape
 
 
 class Chain(TorchDistribution):
@@ -325,9 +325,9 @@ class HierarchicalVAE(nn.Module):
         """z_n ~ p(z_n), z_l ~ p(z_l | z_{l+1}), x ~ p(x | z). x: (B, *E), observed."""
         with pyro.plate("images", len(x), dim=-1):
             z = self.prior().draw(pyro.sample)
-            pyro.sample("x", over_event(self.likelihood(z), x), obs=x)
+            pyro.sample("x", check_event_shape(self.likelihood(z), x, z), obs=x)
 
     def guide(self, x: Tensor) -> None:
         """z_1..z_n ~ q(z_1..z_n | x), layer by layer. x: (B, *E)."""
         with pyro.plate("images", len(x), dim=-1):
-            one_an_image(self.posterior(x), x).draw(pyro.sample)
+            check_batch_shape(self.posterior(x), x).draw(pyro.sample)

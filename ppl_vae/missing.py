@@ -14,11 +14,12 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from ppl_vae.arguments import check_count
 from ppl_vae.conditional import numbers_a_pixel
 from ppl_vae.evidence import NotFinite, particles_a_pass, seeded, vectors_a_pass
 from ppl_vae.likelihoods.family import independent_pixels
 from ppl_vae.numerics import log_mean_exp
-from ppl_vae.vae import VAE
+from ppl_vae.vae import VAE, check_event_shape
 
 # Of the noise in the guide's fillings: a constant, so that the guide is a function of x.
 _FILLING_SEED = 0
@@ -118,14 +119,11 @@ class Observed(nn.Module):
 
     def __init__(self, vae: VAE, *, rounds: int = 10, num_fillings: int = 30, prior_share: float = 0.2) -> None:
         super().__init__()
-        for name, value in (("rounds", rounds), ("num_fillings", num_fillings)):
-            if value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
         if not 0 < prior_share < 1:
             raise ValueError(f"prior_share: expected a number between 0 and 1, got {prior_share}")
         self.vae = vae
-        self.rounds = rounds
-        self.num_fillings = num_fillings
+        self.rounds = check_count("rounds", rounds)
+        self.num_fillings = check_count("num_fillings", num_fillings)
         self.prior_share = prior_share
 
     def model(self, x: Tensor) -> None:
@@ -146,9 +144,7 @@ class Observed(nn.Module):
     def likelihood(self, z: Tensor, x: Tensor) -> Any:
         """p(x_observed | z), batch (..., B), event E; it draws and averages over all pixels. z: (..., B, L)."""
         p_x = self.vae.likelihood(z)
-        p_x = independent_pixels(p_x, "missing pixels cannot be left out")
-        if tuple(p_x.event_shape) != tuple(x.shape[1:]):
-            raise ValueError(f"x: expected shape (B, {', '.join(map(str, p_x.event_shape))}), got {tuple(x.shape)}")
+        p_x = independent_pixels(check_event_shape(p_x, x, z), "missing pixels cannot be left out")
         observed = ~x.isnan()
         mask: Any = observed if observed.any() else False  # without a pixel there is no value to evaluate
         return p_x.base_dist.mask(mask).to_event(p_x.reinterpreted_batch_ndims)
@@ -257,9 +253,7 @@ def impute(
     Reference: Mattei and Frellsen 2019, arXiv 1812.02633 (single imputation by self-normalized importance sampling,
     multiple imputation by sampling importance resampling).
     """
-    for name, value in (("num_particles", num_particles), ("num_draws", num_draws)):
-        if value < 1:
-            raise ValueError(f"{name}: expected at least 1, got {value}")
+    num_particles, num_draws = check_count("num_particles", num_particles), check_count("num_draws", num_draws)
     if len(x) == 0:
         raise ValueError("x: expected at least one image, got none")
     result = Imputation(

@@ -12,6 +12,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from ppl_vae.arguments import ShapeError, Widths, check_widths
 from ppl_vae.numerics import location_and_spread
 
 
@@ -34,7 +35,7 @@ def _leading(x: Tensor, event_shape: tuple[int, ...]) -> torch.Size:
     """The dimensions before the event; raises where the trailing dimensions are not E."""
     leading = x.dim() - len(event_shape)
     if leading < 0 or tuple(x.shape[leading:]) != event_shape:
-        raise ValueError(
+        raise ShapeError(
             f"network input: expected shape (..., {', '.join(map(str, event_shape))}), got {tuple(x.shape)}"
         )
     return x.shape[:leading]
@@ -83,7 +84,7 @@ class MLP(nn.Module):
     Args:
         event_shape: the input's event shape E; a number stands for a vector of that length.
         num_features: the length of the output.
-        hidden: the widths of the hidden layers; empty for an affine map.
+        hidden: the widths of the hidden layers, one number for one layer; empty for an affine map.
         activation: a, applied after every hidden layer.
 
     ``forward`` takes (..., *E) and returns (..., num_features). The last layer is ``output``.
@@ -94,15 +95,15 @@ class MLP(nn.Module):
 
     def __init__(
         self,
-        event_shape: int | Sequence[int],
+        event_shape: Widths,
         num_features: int,
         *,
-        hidden: Sequence[int],
+        hidden: Widths,
         activation: type[nn.Module] = nn.ReLU,
     ) -> None:
         super().__init__()
-        self.event_shape = (event_shape,) if isinstance(event_shape, int) else tuple(event_shape)
-        widths = [math.prod(self.event_shape), *hidden]
+        self.event_shape = check_widths("event_shape", event_shape)
+        widths = [math.prod(self.event_shape), *check_widths("hidden", hidden)]
         layers: list[nn.Module] = []
         for width_in, width_out in pairwise(widths):
             layers += [nn.Linear(width_in, width_out), activation()]
@@ -122,10 +123,10 @@ class GatedMLP(nn.Module):
     Reference: Dauphin et al. 2017, arXiv 1612.08083, equation 1; used for VAEs by Tomczak and Welling 2018, 1705.07120.
     """
 
-    def __init__(self, event_shape: int | Sequence[int], num_features: int, *, hidden: Sequence[int]) -> None:
+    def __init__(self, event_shape: Widths, num_features: int, *, hidden: Widths) -> None:
         super().__init__()
-        self.event_shape = (event_shape,) if isinstance(event_shape, int) else tuple(event_shape)
-        widths = [math.prod(self.event_shape), *hidden]
+        self.event_shape = check_widths("event_shape", event_shape)
+        widths = [math.prod(self.event_shape), *check_widths("hidden", hidden)]
         layers: list[nn.Module] = []
         for width_in, width_out in pairwise(widths):
             layers += [nn.Linear(width_in, 2 * width_out), nn.GLU(dim=-1)]
@@ -142,10 +143,9 @@ _KERNEL, _PADDING = 5, 2  # with stride 2 every size becomes half of itself, rou
 
 
 def _image_shape(event_shape: Sequence[int]) -> tuple[int, int, int]:
+    event_shape = check_widths("event_shape", event_shape)
     if len(event_shape) != 3:
-        raise ValueError(
-            f"event_shape: expected images (C, H, W) for a convolutional network, got {tuple(event_shape)}"
-        )
+        raise ValueError(f"event_shape: expected images (C, H, W) for a convolutional network, got {event_shape}")
     channels, height, width = event_shape
     return channels, height, width
 
@@ -228,13 +228,14 @@ class ConvEncoder(nn.Module):
         event_shape: Sequence[int],
         num_features: int,
         *,
-        channels: Sequence[int],
-        hidden: Sequence[int],
+        channels: Widths,
+        hidden: Widths,
         gated: bool = False,
         num_blocks: int = 0,
     ) -> None:
         super().__init__()
         planes, height, width = _image_shape(event_shape)
+        channels = check_widths("channels", channels)
         self.event_shape = (planes, height, width)
         stages: list[nn.Module] = []
         for width_in, width_out in pairwise([planes, *channels]):
@@ -302,8 +303,8 @@ class ConvDecoder(nn.Module):
         event_shape: Sequence[int],
         num_features: int,
         *,
-        channels: Sequence[int],
-        hidden: Sequence[int],
+        channels: Widths,
+        hidden: Widths,
         gated: bool = False,
         num_blocks: int = 0,
     ) -> None:
@@ -311,6 +312,7 @@ class ConvDecoder(nn.Module):
         _, height, width = _image_shape(event_shape)
         if num_features % (height * width):
             raise ValueError(f"num_features: expected a multiple of {height} x {width} pixels, got {num_features}")
+        channels = check_widths("channels", channels)
         if not channels:
             raise ValueError("channels: expected at least one stage, got none")
         sizes = _sizes(height, width, len(channels))

@@ -6,25 +6,68 @@ from collections.abc import Callable
 from typing import Any
 
 import pyro
+from pyro.infer.autoguide import AutoGuide
 from torch import Tensor, nn
 
+from ppl_vae.arguments import ShapeError
 
-def one_an_image(posterior: Any, x: Tensor) -> Any:
-    """The posterior of x (B, *E) as it is, once it is one distribution an image; anything else is refused."""
+# A guide from pyro.infer.autoguide has parameters of each training image and latents outside of the images' plate.
+NO_AUTOGUIDE = (
+    "a guide from pyro.infer.autoguide holds for one fixed batch and has no density for each image: train it with "
+    "pyro.infer.SVI, or write a guide with an encoder, as VAE.guide is"
+)
+
+
+def check_batch_shape(posterior: Any, x: Tensor) -> Any:
+    """The posterior itself, once it is one distribution for each image.
+
+    Args:
+        posterior: q(z | x).
+        x: (B, *E).
+
+    Raises:
+        ShapeError: a ValueError: it is no distribution, or its batch shape is not (B,).
+    """
+    _check_distribution("posterior", posterior, "Conditional(encoder, posteriors.DiagonalNormal(L))")
     if tuple(posterior.batch_shape) != (len(x),):
-        raise ValueError(f"x: expected shape (B, *E), one posterior an image, got {tuple(x.shape)}")
+        raise ShapeError(
+            f"x: expected shape (B, *E) and a posterior of batch shape ({len(x)},), one for each image, got "
+            f"x of shape {tuple(x.shape)} and a posterior of batch shape {tuple(posterior.batch_shape)}"
+        )
     return posterior
 
 
-def over_event(likelihood: Any, x: Tensor) -> Any:
-    """The likelihood as it is, once its event shape is that of an image: a wrong one would broadcast, and be summed.
+def check_event_shape(likelihood: Any, x: Tensor, z: Tensor) -> Any:
+    """The likelihood itself, once it is one distribution over images for each z: others would broadcast silently.
+
+    Args:
+        likelihood: p(x | z).
+        x: (B, *E).
+        z: (..., B, L).
 
     Raises:
-        ValueError: it is another one.
+        ShapeError: a ValueError: it is no distribution, its event shape is not E, or its batch shape is not that of z.
     """
-    if tuple(likelihood.event_shape) != tuple(x.shape[1:]):
-        raise ValueError(f"x: expected shape (B, {', '.join(map(str, likelihood.event_shape))}), got {tuple(x.shape)}")
+    _check_distribution("likelihood", likelihood, "Conditional(decoder, likelihoods.Bernoulli(E))")
+    batch, event, shape = tuple(likelihood.batch_shape), tuple(likelihood.event_shape), tuple(z.shape[:-1])
+    if event != tuple(x.shape[1:]):
+        cure = f"; .to_event({x.dim() - 1}) makes pixels one event" if not event and x.dim() > 1 else ""
+        expected = f"(B, {', '.join(map(str, event))})"
+        raise ShapeError(f"x: expected shape {expected}, got {tuple(x.shape)}{cure}")
+    if len(batch) > len(shape) or any(a not in (1, b) for a, b in zip(batch[::-1], shape[::-1], strict=False)):
+        raise ShapeError(
+            f"likelihood: expected batch shape {shape}, that of z {tuple(z.shape)}, got {batch}; a decoder keeps all "
+            "dimensions before the last: no z.view(-1, L), but layers on the last dimension, or .flatten and .unflatten"
+        )
     return likelihood
+
+
+def _check_distribution(name: str, found: Any, example: str) -> None:
+    if not hasattr(found, "event_shape"):
+        raise ShapeError(
+            f"{name}: expected a function that returns a distribution, such as {example}, got one that "
+            f"returns {type(found).__name__}"
+        )
 
 
 class VAE(nn.Module):
@@ -51,6 +94,10 @@ class VAE(nn.Module):
         posterior: Callable[[Tensor], Any],
     ) -> None:
         super().__init__()
+        if isinstance(posterior, AutoGuide):
+            raise ValueError(
+                f"posterior: expected x -> q(z | x), an encoder, got {type(posterior).__name__}; {NO_AUTOGUIDE}"
+            )
         self.prior = prior
         self.likelihood = likelihood
         self.posterior = posterior
@@ -59,9 +106,9 @@ class VAE(nn.Module):
         """z ~ p(z), x ~ p(x | z). x: (B, *E), observed."""
         with pyro.plate("images", len(x), dim=-1):
             z = pyro.sample("z", self.prior())
-            pyro.sample("x", over_event(self.likelihood(z), x), obs=x)
+            pyro.sample("x", check_event_shape(self.likelihood(z), x, z), obs=x)
 
     def guide(self, x: Tensor) -> None:
         """z ~ q(z | x). x: (B, *E)."""
         with pyro.plate("images", len(x), dim=-1):
-            pyro.sample("z", one_an_image(self.posterior(x), x))
+            pyro.sample("z", check_batch_shape(self.posterior(x), x))

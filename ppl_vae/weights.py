@@ -14,6 +14,9 @@ from pyro.distributions.util import scale_and_mask
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from ppl_vae.arguments import check_count
+from ppl_vae.vae import NO_AUTOGUIDE
+
 Program = Callable[[Tensor], Any]
 
 
@@ -133,12 +136,13 @@ def _traces(
     model: Program, guide: Program, x: Tensor, num_particles: int
 ) -> tuple[poutine.Trace, poutine.Trace, list[str]]:
     """The guide's trace, the model's on the same draws, and the latent sites that both have."""
-    if num_particles < 1:
-        raise ValueError(f"num_particles: expected at least 1, got {num_particles}")
+    num_particles = check_count("num_particles", num_particles)
     particles = pyro.plate("_importance_particles", num_particles, dim=-2)
     q = poutine.trace(particles(guide)).get_trace(x)
     p = poutine.trace(poutine.replay(particles(model), trace=q)).get_trace(x)
     latents, proposed = latent_sites(p), latent_sites(q)
+    if any(q.nodes[name]["infer"].get("is_auxiliary") for name in proposed):
+        raise ValueError(f"guide: expected the model's latent sites {latents}, got {proposed}; {NO_AUTOGUIDE}")
     if latents != proposed:
         raise ValueError(
             f"guide: expected the model's latent sites {latents}, got {proposed}; "

@@ -14,6 +14,7 @@ PACKAGE = ROOT / "ppl_vae"
 
 # From the top to the bottom: each may import from those before it. A folder may take the place of a file.
 LAYERS = (
+    "arguments",
     "options",
     "numerics",
     "memory",

@@ -20,6 +20,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from ppl_vae.arguments import Widths, check_widths
 from ppl_vae.data import cache, limits
 from ppl_vae.data.folder_layout import Layout, check_layout, find_layout
 from ppl_vae.data.image_file import NotReadError, decode, formats
@@ -200,7 +201,7 @@ def _draft(
     )
 
 
-def checked_size(image_size: Sequence[int] | None) -> tuple[int, int] | None:
+def checked_size(image_size: Widths | None) -> tuple[int, int] | None:
     """(H, W) of one number or two.
 
     Raises:
@@ -208,9 +209,13 @@ def checked_size(image_size: Sequence[int] | None) -> tuple[int, int] | None:
     """
     if image_size is None:
         return None
-    if len(image_size) not in (1, 2) or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in image_size):
-        raise ValueError(f"image_size: expected height and width, or one number for both, got {list(image_size)}")
-    return image_size[0], image_size[-1]
+    try:
+        size = check_widths("image_size", image_size)
+    except ValueError:
+        size = ()
+    if len(size) not in (1, 2):
+        raise ValueError(f"image_size: expected height and width, or one number for both, got {image_size!r}")
+    return size[0], size[-1]
 
 
 def find_images(root: Path) -> Found:

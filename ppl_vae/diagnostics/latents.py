@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
+from ppl_vae.arguments import check_count
 from ppl_vae.conditional import numbers_a_pixel
 from ppl_vae.diagnostics.mixture import AggregatePosterior, factors, normal_factors
 from ppl_vae.diagnostics.values import PerLatent, Value, ratio_of_means
@@ -206,8 +207,7 @@ def elbo_split(vae: VAE, x: Tensor, *, draws: int = 1) -> ElboSplit:
     Reference: Hoffman and Johnson 2016, ELBO surgery; Chen et al. 2018, arXiv 1802.04942, equation 2 (the total
     correlation; there by minibatches). The closed-form KL with sampled information is ours.
     """
-    if draws < 1:
-        raise ValueError(f"draws: expected at least 1, got {draws}")
+    draws = check_count("draws", draws)
     q, prior = AggregatePosterior.of(vae, x), vae.prior()
     by_latent = factors(prior) is not None and q.is_factorized
     parts = [_one_draw(vae, x, q, prior, by_latent=by_latent) for _ in range(draws)]
@@ -286,8 +286,7 @@ def implied_beta(vae: VAE, x: Tensor, *, draws: int = 8) -> Value | None:
 
     Source: ours.
     """
-    if draws < 1:
-        raise ValueError(f"draws: expected at least 1, got {draws}")
+    draws = check_count("draws", draws)
     if len(x) == 0:
         raise ValueError("x: expected at least one image, got none")
     prior = vae.prior()

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ppl_vae.arguments import check_count
 from ppl_vae.conditional import numbers_a_pixel
 from ppl_vae.diagnostics.values import CannotMeasure, Value, ratio_of_means
 from ppl_vae.evidence import particles_a_pass
@@ -160,8 +161,7 @@ def blur(vae: VAE, x: Tensor, *, gray: Tensor | None = None, draws: int = 8) -> 
 
     Source: the law of total variance; its use on pictures is ours.
     """
-    if draws < 2:
-        raise ValueError(f"draws: expected at least 2, got {draws}")
+    draws = check_count("draws", draws, least=2)
     _need_images(x)
     truth = x if gray is None else gray
     _same_shape(truth, x, "gray, x")

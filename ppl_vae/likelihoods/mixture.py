@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from ppl_vae import data
+from ppl_vae.arguments import check_count
 from ppl_vae.data import NUM_LEVELS
 from ppl_vae.likelihoods.features import planes
 from ppl_vae.likelihoods.levels import (
@@ -182,8 +183,7 @@ class DiscretizedLogisticMixture(nn.Module):
 
     def __init__(self, event_shape: Sequence[int], *, components: int = 5) -> None:
         super().__init__()
-        if components < 1:
-            raise ValueError(f"components: expected at least 1, got {components}")
+        components = check_count("components", components)
         self.event_shape = tuple(event_shape)
         self.components = components
         self.numbers_a_pixel = 16 * components

@@ -13,6 +13,7 @@ from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
+from ppl_vae.arguments import check_count
 from ppl_vae.capture import replaced
 from ppl_vae.numerics import log_mean_exp
 from ppl_vae.weights import Program, latent_sites, log_weight_terms
@@ -134,8 +135,7 @@ def _log_w(
 
 def _draws(guide: Program, x: Tensor, num_particles: int) -> dict[str, Tensor]:
     """z_s ~ q(z | x) of every latent site, (S, B, *event)."""
-    if num_particles < 1:
-        raise ValueError(f"num_particles: expected at least 1, got {num_particles}")
+    num_particles = check_count("num_particles", num_particles)
     particles = pyro.plate("_particles", num_particles, dim=-2)
     q = poutine.trace(particles(guide)).get_trace(x)
     _check_reparametrized(q)

@@ -409,7 +409,9 @@ class Options:
 
     def __post_init__(self) -> None:
         for spec in fields(self):
-            _check(spec, getattr(self, spec.name))
+            value = _plain(spec, getattr(self, spec.name))
+            _check(spec, value)
+            object.__setattr__(self, spec.name, value)
 
 
 # What a model and its data are, beside how it is trained: a run that starts from another takes these from it.
@@ -420,6 +422,20 @@ MODEL_OPTIONS = (
     *("posterior", "posterior_flow", "posterior_layers", "posterior_hidden", "scale_map", "latent_dim"),
     *("upper_latents", "upper_hidden", "inference", "decoder_input"),
 )
+
+
+def _plain(spec: Any, value: Any) -> Any:
+    """Python's own number for one of NumPy's; a tuple for a list, an array or a lone number of an option of several."""
+    value = _python_number(value)  # an array becomes a list
+    if not spec.metadata["several"]:
+        return value
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = (value,)
+    return tuple(map(_python_number, value)) if isinstance(value, list | tuple) else value
+
+
+def _python_number(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _check(spec: Any, value: Any) -> None:
@@ -508,8 +524,16 @@ def from_json(values: Any) -> Options:
     if set(values) != known:
         odd = sorted(set(values) ^ known)
         raise ValueError(f"expected exactly the options of this version; missing or unknown: {', '.join(odd)}")
-    fixed: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
-    return Options(**fixed)
+    return Options(**_checked(values))
+
+
+def _checked(values: dict[str, Any]) -> dict[str, Any]:
+    """Values from JSON, whose lists become tuples. A file is held to what this program writes: no lone numbers."""
+    found = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+    for spec in fields(Options):
+        if spec.name in found:
+            _check(spec, found[spec.name])
+    return found
 
 
 # --- An export: the model without its training ---
@@ -541,8 +565,7 @@ def model_from_json(values: Any) -> Options:
     if set(values) != set(specs):
         odd = sorted(set(values) ^ set(specs))
         raise ValueError(f"expected exactly the model's options; missing or unknown: {', '.join(odd)}")
-    fixed: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
-    options = Options(**fixed)
+    options = Options(**_checked(values))
     return replace(options, objective=default_objective(options), warmup_epochs=0)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from ppl_vae.arguments import Widths, check_widths
 from ppl_vae.flows import Univariate
 
 
@@ -50,8 +51,9 @@ class MaskedNetwork(nn.Module):
     Papamakarios et al. 2017, arXiv 1705.07057, section 3.4.
     """
 
-    def __init__(self, order: Sequence[int], *, num_features: int, context_dim: int, hidden: Sequence[int]) -> None:
+    def __init__(self, order: Sequence[int], *, num_features: int, context_dim: int, hidden: Widths) -> None:
         super().__init__()
+        hidden = check_widths("hidden", hidden)
         if not hidden:
             raise ValueError("hidden: expected at least one width, got none")
         passes, of_latents = max(order) + 1, torch.tensor(order)
@@ -100,7 +102,7 @@ class Autoregressive(nn.Module):
         univariate: Univariate,
         num_features: int,
         context_dim: int,
-        hidden: Sequence[int],
+        hidden: Widths,
     ) -> None:
         super().__init__()
         self.univariate = univariate

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
 
+from ppl_vae.arguments import Widths, check_count
 from ppl_vae.flows import affine, spline
 from ppl_vae.posteriors.autoregressive import Autoregressive
 from ppl_vae.posteriors.own_draw import OwnDraw
@@ -125,7 +126,7 @@ def inverse_autoregressive_flow(
     *,
     context_dim: int,
     num_layers: int,
-    hidden: Sequence[int],
+    hidden: Widths,
     log_scale: Callable[[Tensor], Tensor] = bounded_log_scale,
 ) -> Flow:
     """The flow of affine layers in which every latent is mapped by all those before it, in turns from either end.
@@ -161,7 +162,7 @@ def spline_flow(
     *,
     context_dim: int,
     num_layers: int,
-    hidden: Sequence[int],
+    hidden: Widths,
     num_bins: int = 8,
     log_scale: Callable[[Tensor], Tensor] = bounded_log_scale,
 ) -> Flow:
@@ -182,6 +183,7 @@ def spline_flow(
 
     Reference: Durkan et al. 2019, arXiv 1906.04032, section 3; which half is which is ours.
     """
+    latent_dim = check_count("latent_dim", latent_dim)
     layers = [
         Autoregressive(
             _half(latent_dim, index),

@@ -10,6 +10,7 @@ import pyro
 import torch
 from torch import Tensor
 
+from ppl_vae.arguments import check_count
 from ppl_vae.evidence import in_evaluation_mode, summarize_log_weights, weighed_a_pass
 from ppl_vae.numerics import tenfold_gain
 
@@ -69,6 +70,7 @@ def adaptive(
 
     Source: ours.
     """
+    num_particles, most = check_count("num_particles", num_particles), check_count("most", most)
     if most < num_particles:
         raise ValueError(f"most: expected at least num_particles, {num_particles}, got {most}")
     empty = torch.full((len(x),), math.nan, dtype=torch.double, device=x.device)

@@ -10,6 +10,7 @@ import pyro
 import torch
 from torch import Tensor, nn
 
+from ppl_vae.arguments import check_count
 from ppl_vae.capture import ADAM_BETAS, ADAM_EPSILON, compiled, replaced
 from ppl_vae.evidence import importance, in_evaluation_mode, particles_a_pass, weighed_a_pass
 from ppl_vae.exploration import encode
@@ -70,9 +71,8 @@ def refined(
     """
     if objective not in OBJECTIVES:
         raise ValueError(f"objective: expected one of {', '.join(OBJECTIVES)}, got {objective!r}")
-    for name, count in {"steps": steps, "num_particles": num_particles, "len(x)": len(x)}.items():
-        if count < 1:
-            raise ValueError(f"{name}: expected at least 1, got {count}")
+    steps, num_particles = check_count("steps", steps), check_count("num_particles", num_particles)
+    check_count("len(x)", len(x))
     with in_evaluation_mode(vae), pyro.validation_enabled(False):
         start = _start(vae, x, family)
         descent = _Descent(vae, start.family, objective=objective, num_particles=num_particles)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+import operator
 import time
 from collections.abc import Callable, Generator
 from contextlib import closing
 from typing import Any
 
+import numpy as np
 import pyro
 import torch
 from torch import Tensor
 
 from ppl_vae import data, objectives
+from ppl_vae.arguments import check_count
 from ppl_vae.capture import CannotCapture
 from ppl_vae.distributed import Share, agree, from_all, gather_rows, is_writer, num_ranks
 from ppl_vae.evidence import seeded
@@ -20,6 +23,7 @@ from ppl_vae.memory import batch_that_fits, is_out_of_memory, too_large
 from ppl_vae.schedules import averaging, cosine, warmup
 from ppl_vae.shared_noise import SharedNoise
 from ppl_vae.training.guard import check_images, check_ranks, check_skipped
+from ppl_vae.training.inputs import as_images, check_batch_of_one, check_programs
 from ppl_vae.training.state import TrainingState
 from ppl_vae.training.steps import CapturedSteps, EagerSteps
 from ppl_vae.training.streaming import Resident, Streamed
@@ -135,10 +139,16 @@ def fit(
 
     Reference: Polyak and Juditsky 1992 (averages); the rest as in ``objectives``.
     """
-    _check_counts(train=len(train), epochs=epochs, batch_size=batch_size, validation_particles=validation_particles)
+    train = as_images("train", train)
+    check_count("train", len(train))
+    epochs, batch_size = check_count("epochs", epochs), check_count("batch_size", batch_size)
+    warmup_epochs = check_count("warmup_epochs", warmup_epochs, least=0)
+    validation_particles, seed = check_count("validation_particles", validation_particles), operator.index(seed)
+    learning_rate, beta, average_decay = float(learning_rate), float(beta), float(average_decay)
+    check_programs(vae)
     _check_positive(learning_rate=learning_rate, clip_norm=clip_norm, **{"skip_norm": skip_norm} if skip_norm else {})
     norms: dict[str, Any] = {"clip_norm": clip_norm, "skip_norm": skip_norm}
-    if not isinstance(compile, bool):
+    if not isinstance(compile, bool | np.bool_):
         raise ValueError(f"compile: expected True or False, got {compile!r}")
     if not 0 <= average_decay < 1:
         raise ValueError(f"average_decay: expected a number from 0 to below 1, got {average_decay}")
@@ -148,7 +158,7 @@ def fit(
         state.restore(*saved)
     most = min(batch_size, len(train))
     source = Streamed(train, device, most) if stream else Resident(train, device)
-    validation = None if validation is None else validation.to(device)
+    validation = None if validation is None else as_images("validation", validation).to(next(vae.parameters()))
     steps_an_epoch = math.ceil(len(train) / batch_size)
     if saved is not None and "epoch_images" not in saved[1]:  # of before there were steps to leave out
         state.epoch_images = state.step % steps_an_epoch * batch_size
@@ -160,6 +170,8 @@ def fit(
     refits = hasattr(getattr(vae.likelihood, "family", None), "refit")
     stepper: EagerSteps | CapturedSteps
     several = num_ranks() > 1
+    if (len(train) - 1) % batch_size == 0:
+        check_batch_of_one(vae, objective, observe, source.images(torch.zeros(1, dtype=torch.long, device=device)))
     if (compile or skip_norm is not None or several) and state.step < total_steps:
         check_ranks(state)
         check_images(state, train, observe, batch_size=batch_size)
@@ -307,12 +319,6 @@ def _dry_step(vae: VAE, objective: Callable[..., Tensor], observe: Callable[...,
             objective(vae.model, vae.guide, observe(stored, None), beta=1.0).backward()
     finally:
         vae.zero_grad()
-
-
-def _check_counts(**arguments: int) -> None:
-    for name, value in arguments.items():
-        if value < 1:
-            raise ValueError(f"{name}: expected at least 1, got {value}")
 
 
 def _check_positive(**arguments: float) -> None:

@@ -1,0 +1,77 @@
+"""What a caller gives ``fit``: images as one tensor, and networks that can train on every batch of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from torch import Tensor, nn
+
+from ppl_vae.evidence import seeded
+from ppl_vae.vae import NO_AUTOGUIDE, VAE
+
+
+def as_images(name: str, x: Any) -> Tensor:
+    """Images as one tensor (N, *E): a tensor as it is, a NumPy array without a copy where that is possible.
+
+    Raises:
+        ValueError: neither of these, such as a list or a ``DataLoader``.
+    """
+    if isinstance(x, np.ndarray) and x.dtype.kind in "buif":
+        x = torch.from_numpy(np.require(x, requirements=["C", "W"]))
+    if not isinstance(x, Tensor) or not x.dim():
+        raise ValueError(
+            f"{name}: expected one tensor or NumPy array of images, (N, *E), got {_describe(x)}; fit makes the batches "
+            "itself (batch_size), and torch.stack makes one tensor of a list of images"
+        )
+    return x
+
+
+def _describe(x: Any) -> str:
+    if isinstance(x, np.ndarray | Tensor):
+        return f"{type(x).__name__} of dtype {x.dtype} and shape {tuple(x.shape)}"
+    return type(x).__name__
+
+
+def check_programs(vae: VAE) -> None:
+    """Refuses a guide or a model that was assigned to the VAE as a module: torch keeps it, and the method is called.
+
+    Raises:
+        ValueError: there is one.
+    """
+    for name in ("model", "guide"):
+        if name in vae._modules:
+            kind = type(vae._modules[name]).__name__
+            raise ValueError(f"{name}: expected the VAE's own method, got {kind} assigned to it; {NO_AUTOGUIDE}")
+
+
+def check_batch_of_one(vae: VAE, objective: Callable[..., Tensor], observe: Callable[..., Tensor], x: Tensor) -> None:
+    """Refuses a batch of one image where batch normalization has no variance over it.
+
+    Nothing is changed, nor are random numbers used up.
+
+    Args:
+        vae: in training mode.
+        objective, observe: as ``fit`` takes them.
+        x: (1, *E), as stored, on the VAE's device.
+
+    Raises:
+        ValueError: a layer of batch normalization cannot train on it.
+    """
+    if not any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in vae.modules()):
+        return
+    copy = deepcopy(vae)  # its running averages move
+    try:
+        with seeded(0, x.device), torch.no_grad(), pyro.validation_enabled(False):
+            objective(copy.model, copy.guide, observe(x, None), beta=1.0)
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise ValueError(
+            "batch_size: expected at least two images in the last batch of an epoch, over which batch normalization "
+            "takes a variance, got one; choose another batch_size, or leave one image out"
+        ) from None

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ppl_vae import build, data
+from ppl_vae.arguments import Widths, check_count, check_widths
 from ppl_vae.data import own
 from ppl_vae.dequantization import dequantized
 from ppl_vae.evidence import evaluate, particles_a_pass, seeded
@@ -23,7 +24,8 @@ from ppl_vae.training import fit
 from ppl_vae.vae import VAE
 
 try:
-    from sklearn.base import BaseEstimator, TransformerMixin
+    from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
+    from sklearn.preprocessing import StandardScaler
     from sklearn.utils import check_random_state
     from sklearn.utils.validation import check_is_fitted, validate_data
 except ImportError:
@@ -41,7 +43,7 @@ _X = Path("X")  # what errors call the array
 _USUAL_STEPS, _FEWEST_EPOCHS, _MOST_EPOCHS = 1000, 10, 500
 
 
-class VAEDensity(TransformerMixin, BaseEstimator):
+class VAEDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     """log p(x) = log int p(z) p(x | z) dz of rows or images x, learned by a VAE.
 
     X is (N, D), (N, H, W), (N, H, W, C) or (N, C, H, W), C = 1 or 3. What its numbers are is seen as in a data file of
@@ -49,14 +51,22 @@ class VAEDensity(TransformerMixin, BaseEstimator):
     floats. The likelihood must be of such values; by default it is bernoulli, discretized-logistic, negative-binomial,
     and normal for the last two.
 
+    The columns of a table under a likelihood of real numbers are standardized in double precision, y = (x - m) / s, and
+    the Jacobian is added back:
+
+        log p(x) = log p(y) - sum_d log s_d.
+
+    So the unit of a column changes its scores by a constant and nothing else, and no scaler is needed. A constant
+    column keeps its unit, s_d = 1. Images and 8-bit levels are not standardized.
+
     Every score is on the scale of the X that this estimator is given. Behind a scaler in a Pipeline that is a density
     of scaled data: it differs from one of the data by log |det| of the scaling, and numbers behind different scalers
     do not compare. Nor does a mass compare with a density, nor one kind of data with another.
 
     Args:
         likelihood: a word of ``--likelihood``, or None for the usual one of that kind of data.
-        network, hidden, latent_dim, prior, posterior, objective: as on the command line of train_svi.py; hidden and
-            objective None for the network's and the prior's own.
+        network, hidden, latent_dim, prior, posterior, objective: as on the command line of train_svi.py; hidden is one
+            width or several, and hidden and objective None are the network's and the prior's own.
         epochs: passes through X; None takes as many as make about 1,000 steps, from 10 to 500.
         batch_size, learning_rate, beta, average_decay: as on the command line.
         warmup_epochs: over which beta rises; None: as on the command line.
@@ -68,7 +78,9 @@ class VAEDensity(TransformerMixin, BaseEstimator):
         device: cpu, cuda, cuda:1, ...
 
     Attributes:
-        vae_: the trained ``VAE``, on the device; of dequantized levels a density of (level + u) / 256.
+        vae_: the trained ``VAE``, on the device: of standardized columns where there is a scaler, and of dequantized
+            levels a density of (level + u) / 256.
+        scaler_: the ``StandardScaler`` of the columns, or None where they are not standardized.
         kind_: the kind of data that X was, one of ``data``'s words.
         likelihood_: the likelihood's word.
         seed_: of every draw.
@@ -83,7 +95,7 @@ class VAEDensity(TransformerMixin, BaseEstimator):
         *,
         likelihood: str | None = None,
         network: str = "gated",
-        hidden: Sequence[int] | None = (128, 128),
+        hidden: Widths | None = (128, 128),
         latent_dim: int = 10,
         prior: str = "standard-normal",
         posterior: str = "diagonal",
@@ -143,19 +155,25 @@ class VAEDensity(TransformerMixin, BaseEstimator):
                 f"binarization: expected none or threshold, got {self.binarization!r}: what is drawn of X is not "
                 "the X that is scored"
             )
+        if not 0 <= self.validation_fraction < 1:
+            raise ValueError(f"validation_fraction: expected 0 or more and below 1, got {self.validation_fraction}")
         rows = self._validated(X, reset=True)
         images = self._images(rows)
-        self.kind_ = own.kind_of(_X, "X", images)
+        # Columns are standardized in double precision, before single precision has to tell their values apart.
+        self.kind_ = own.kind_of(_X, "X", images, check_resolution=images.ndim > 2)
         self.row_shape_, self.event_shape_ = rows.shape[1:], images.shape[1:]
         self.seed_ = int(check_random_state(self.random_state).randint(2**31 - 1))
-        splits = self._splits(images)
-        options = build.resolve(self._options(len(splits.train)), splits)
+        options = self._options(len(images))
+        self.scaler_ = StandardScaler().fit(images) if self._is_standardized(options) else None
+        splits = self._splits(self._standardized(images))
+        options = build.resolve(options, splits)
         build.check_support(options, splits)
         is_density = build.likelihood(options, self.event_shape_).measure == "density"
         is_scaled = self.kind_ in (data.PROBABILITIES, data.REAL)
         if is_density and is_scaled and (repeats := data.find_repeats(splits.train)):
             warnings.warn(f"X: {repeats.describe()}", stacklevel=2)
         self.likelihood_, self._pixels_ = options.likelihood, build.pixels(options, splits)
+        self._n_features_out = options.latent_dim
         place = build.device(options.device)
         stored, observe = data.training_images(splits, self._pixels_)
         validation = None
@@ -190,7 +208,8 @@ class VAEDensity(TransformerMixin, BaseEstimator):
         check_is_fitted(self)
         x = self._seen(X)
         result = evaluate(self._scored(), x, num_particles=self.num_particles, seed=self.seed_)
-        return result.log_evidence.cpu().numpy()
+        log_volume = 0.0 if self.scaler_ is None else np.log(self.scaler_.scale_).sum()
+        return result.log_evidence.cpu().numpy() - log_volume
 
     def score(self, X: Any, y: Any = None) -> float:
         """The mean of ``score_samples``, nats a row: what GridSearchCV maximizes."""
@@ -212,8 +231,8 @@ class VAEDensity(TransformerMixin, BaseEstimator):
         """
         check_is_fitted(self)
         Z = np.asarray(Z, dtype=np.float32)
-        if Z.ndim != 2 or Z.shape[1] != self.latent_dim or not len(Z):
-            raise ValueError(f"Z: expected shape (N, {self.latent_dim}), got {Z.shape}")
+        if Z.ndim != 2 or Z.shape[1] != self._n_features_out or not len(Z):
+            raise ValueError(f"Z: expected shape (N, {self._n_features_out}), got {Z.shape}")
         z = torch.from_numpy(Z).to(build.device(self.device))
         with seeded(self.seed_, z.device):
             return self._layout(decoded(self._scored(), z))
@@ -230,8 +249,7 @@ class VAEDensity(TransformerMixin, BaseEstimator):
             NotFittedError: ``fit`` was not called.
         """
         check_is_fitted(self)
-        if n_samples < 1:
-            raise ValueError(f"n_samples: expected at least 1, got {n_samples}")
+        n_samples = check_count("n_samples", n_samples)
         seed = self.seed_ if random_state is None else int(check_random_state(random_state).randint(2**31 - 1))
         vae = self._scored()
         with seeded(seed, build.device(self.device)), torch.no_grad(), pyro.validation_enabled(False):
@@ -249,7 +267,7 @@ class VAEDensity(TransformerMixin, BaseEstimator):
     def _images(self, X: np.ndarray) -> np.ndarray:
         """(N, D) or (N, C, H, W). Whole numbers below 0 are real values here."""
         if self.image_shape is not None:
-            E = tuple(self.image_shape)
+            E = check_widths("image_shape", self.image_shape)
             if len(E) not in (2, 3) or math.prod(E) != math.prod(X.shape[1:]):
                 raise ValueError(f"image_shape: expected (H, W) or (H, W, C) of {X.shape[1:]} numbers, got {E}")
             X = X.reshape(len(X), *E)
@@ -257,18 +275,26 @@ class VAEDensity(TransformerMixin, BaseEstimator):
             X = X.astype(np.float64)
         return np.ascontiguousarray(own.channels_first(_X, "X", X))
 
+    def _is_standardized(self, options: Options) -> bool:
+        """Whether X is a table of columns that are real numbers to the likelihood."""
+        is_table = len(self.event_shape_) == 1 and self.kind_ != data.LEVELS
+        return is_table and build.likelihood(options, self.event_shape_).asks_for == data.REAL
+
+    def _standardized(self, images: np.ndarray) -> np.ndarray:
+        """(N, *E) as they are, or (N, D) with each column's mean 0 and standard deviation 1."""
+        return images if self.scaler_ is None else self.scaler_.transform(images)
+
     def _splits(self, images: np.ndarray) -> data.Splits:
         """A data set of which a part, drawn by the seed, is validation, and none test."""
-        if not 0 <= self.validation_fraction < 1:
-            raise ValueError(f"validation_fraction: expected 0 or more and below 1, got {self.validation_fraction}")
-        dtype = np.uint8 if self.kind_ in (data.BINARY, data.LEVELS) else np.float32
+        is_small = self.scaler_ is None and self.kind_ in (data.BINARY, data.LEVELS)
+        dtype = np.uint8 if is_small else np.float32
         stored = torch.from_numpy(images.astype(dtype))
         order = np.random.RandomState(self.seed_).permutation(len(stored))
-        count = int(len(stored) * self.validation_fraction)
+        count = self._num_validation(len(stored))
         validation, train = (torch.from_numpy(np.sort(part)) for part in (order[:count], order[count:]))
         return data.Splits(
             name="X",
-            kind=self.kind_,
+            kind=self.kind_ if self.scaler_ is None else data.REAL,
             train=stored[train],
             validation=stored[validation],
             test=stored[:0],
@@ -276,16 +302,18 @@ class VAEDensity(TransformerMixin, BaseEstimator):
             split="validation by random_state",
         )
 
+    def _num_validation(self, num_rows: int) -> int:
+        return int(num_rows * self.validation_fraction)
+
     def _options(self, num_rows: int) -> Options:
-        steps_an_epoch = -(-num_rows // max(1, self.batch_size))
+        steps_an_epoch = -(-(num_rows - self._num_validation(num_rows)) // max(1, self.batch_size))
         usual = min(_MOST_EPOCHS, max(_FEWEST_EPOCHS, -(-_USUAL_STEPS // steps_an_epoch)))
-        hidden = None if self.hidden is None else tuple(self.hidden)
         return Options(
             dataset="X",
             binarization=None if self.kind_ in (data.BINARY, data.REAL, data.COUNTS) else self.binarization,
             likelihood=self.likelihood or ("bernoulli" if self.binarization != "none" else _USUAL[self.kind_]),
             network=self.network,
-            hidden=hidden,
+            hidden=self.hidden,  # type: ignore[arg-type]  # Options makes a tuple of one width or several
             latent_dim=self.latent_dim,
             prior=self.prior,
             posterior=self.posterior,
@@ -306,8 +334,7 @@ class VAEDensity(TransformerMixin, BaseEstimator):
         images = self._images(self._validated(X, reset=False))
         if images.shape[1:] != self.event_shape_:
             raise ValueError(f"X: expected rows of event shape {self.event_shape_}, got {images.shape[1:]}")
-        with np.errstate(over="ignore"):  # said in the line below
-            single = images.astype(np.float32)
+        single = _as_single(self._standardized(images))
         if not np.isfinite(single).all():
             raise ValueError("X: expected numbers that single precision holds, got larger ones")
         x = torch.from_numpy(single)
@@ -333,7 +360,15 @@ class VAEDensity(TransformerMixin, BaseEstimator):
     def _layout(self, x: Tensor) -> np.ndarray:
         """(N, *E) as the model sees it -> the layout and the unit of X, float64."""
         values = x.double().cpu().numpy()
-        layout = self.image_shape or self.row_shape_
+        if self.scaler_ is not None:
+            values = self.scaler_.inverse_transform(values)
+        layout = self.row_shape_ if self.image_shape is None else tuple(self.image_shape)
         if values.ndim == 4 and not own.has_channels_first((len(values), *layout)):
             values = values.transpose(0, 2, 3, 1)
         return values.reshape(len(values), *self.row_shape_)
+
+
+def _as_single(values: np.ndarray) -> np.ndarray:
+    """In single precision; numbers beyond it become infinite, which the callers look for."""
+    with np.errstate(over="ignore"):
+        return values.astype(np.float32)

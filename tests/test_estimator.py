@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import torch
 
 pytest.importorskip("sklearn", reason="the extra sklearn is not installed")
 from sklearn.base import clone
+from sklearn.datasets import load_wine
 from sklearn.exceptions import NotFittedError
 from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.pipeline import make_pipeline
@@ -133,6 +135,73 @@ def test_a_normal_is_learned_to_its_entropy() -> None:
     assert -independent + 0.2 < score < -entropy + 0.1
 
 
+UNITS = np.array([1e-6, 1.0, 1e5])
+
+
+def correlated(num_rows: int) -> np.ndarray:
+    C = np.array([[1.0, 0.9, 0.0], [0.9, 1.0, 0.3], [0.0, 0.3, 1.0]])
+    return np.random.RandomState(0).multivariate_normal([0.0, 0.0, 0.0], C, num_rows)
+
+
+def test_columns_in_other_units_are_learned_to_their_entropy() -> None:
+    """Columns x = u y have log density log N(y; 0, C) - sum log u, here of three units far apart."""
+    X = correlated(1200) * UNITS + [0.0, 7.0, -2e6]
+    fitted = VAEDensity(random_state=0, latent_dim=2, hidden=(32,), epochs=60).fit(X[:800])
+    C = np.cov(X[:800], rowvar=False)
+    entropy = 0.5 * np.linalg.slogdet(2 * math.pi * math.e * C)[1]
+    independent = 0.5 * np.log(2 * math.pi * math.e * np.diag(C)).sum()
+    assert -independent + 0.2 < fitted.score(X[800:]) < -entropy + 0.15
+
+
+@pytest.mark.parametrize("likelihood", ["normal", "normal-fixed", "normal-per-pixel", "laplace", "student-t"])
+def test_the_unit_of_a_column_changes_scores_by_its_logarithm_alone(likelihood: str) -> None:
+    X = correlated(60)
+    plain = VAEDensity(**TINY, likelihood=likelihood).fit(X)
+    other = VAEDensity(**TINY, likelihood=likelihood).fit(X * UNITS + 3 * UNITS)
+    expected = plain.score_samples(X) - np.log(UNITS).sum()
+    np.testing.assert_allclose(other.score_samples(X * UNITS + 3 * UNITS), expected, atol=2e-3)
+    np.testing.assert_allclose(other.sample(20), plain.sample(20) * UNITS + 3 * UNITS, rtol=1e-3, atol=1e-3 * UNITS[2])
+    np.testing.assert_allclose(other.transform(X * UNITS + 3 * UNITS), plain.transform(X), atol=1e-3)
+
+
+def test_scores_are_those_behind_a_standard_scaler_with_the_jacobian() -> None:
+    X = correlated(60) * UNITS
+    scaler = StandardScaler().fit(X)
+    scaled = VAEDensity(**TINY).fit(scaler.transform(X)).score_samples(scaler.transform(X))
+    np.testing.assert_allclose(
+        VAEDensity(**TINY).fit(X).score_samples(X), scaled - np.log(scaler.scale_).sum(), atol=2e-3
+    )
+
+
+def test_a_constant_column_and_a_narrow_one_far_from_zero_are_taken() -> None:
+    """Seconds since 1970 within a minute: in single precision they are multiples of 128."""
+    times = 1.6e9 + 30 * correlated(300)[:, :1]
+    X = np.hstack([times, np.full((300, 1), 4.5)])
+    fitted = VAEDensity(**TINY | {"epochs": 20}).fit(X)
+    samples = fitted.sample(500)
+    assert samples[:, 0].mean() == pytest.approx(1.6e9, abs=10)
+    assert samples[:, 0].std() == pytest.approx(30, rel=0.3)
+    assert fitted.inverse_transform(fitted.transform(X))[:, 1] == pytest.approx(4.5, abs=0.5)
+    grid = np.stack([np.linspace(1.6e9 - 300, 1.6e9 + 300, 601), np.full(601, 4.5)], axis=1)
+    two = fitted.score_samples(grid) - fitted.score_samples(grid[300:301])  # log p(t, 4.5) - log p(1.6e9, 4.5)
+    assert np.exp(two).argmax() == pytest.approx(300, abs=15)
+
+
+def test_a_copy_by_pickles_protocol_has_the_scale() -> None:
+    X = correlated(60) * UNITS
+    fitted = VAEDensity(**TINY).fit(X)
+    assert (copy.deepcopy(fitted).score_samples(X) == fitted.score_samples(X)).all()
+
+
+@pytest.mark.filterwarnings("ignore:X. Values repeat")  # wine's are rounded
+def test_wine_is_scored_on_its_own_scale() -> None:
+    """Columns from 0.1 to 300 wide; independent normals with a scale for each have -22.55 nats."""
+    X = load_wine().data
+    independent = -0.5 * np.log(2 * math.pi * math.e * X.var(0)).sum()
+    assert independent == pytest.approx(-22.55, abs=0.01)
+    assert independent + 3 < VAEDensity(random_state=0, epochs=200).fit(X).score(X) < independent + 8
+
+
 def test_the_score_is_the_mean_of_the_scores_of_the_rows() -> None:
     X, _ = OF_KINDS["real values"]
     fitted = VAEDensity(**TINY).fit(X)
@@ -183,6 +252,40 @@ def test_a_pipeline_and_a_grid_search_choose_by_nats() -> None:
     assert search.transform(X).shape == (60, search.best_params_["vaedensity__latent_dim"])
 
 
+def test_a_grid_of_numpys_numbers_is_searched() -> None:
+    X, _ = OF_KINDS["real values"]
+    grid: dict[str, Any] = {
+        "latent_dim": np.arange(1, 3),
+        "learning_rate": np.float32([1e-3, 0.5]),
+        "hidden": [np.int64(4), 4, [4], np.array([4, 4])],
+        "num_particles": np.array([3], dtype=np.uint8),
+        "batch_size": np.array([20]),
+        "epochs": np.array([1]),
+    }
+    for name, values in grid.items():
+        search = GridSearchCV(VAEDensity(**TINY), {name: values}, cv=2, error_score="raise").fit(X)
+        assert np.isfinite(search.cv_results_["mean_test_score"]).all()
+    counts = VAEDensity(**TINY | {"image_shape": np.array([2, 3])}).fit(X).sample(np.int64(2))
+    assert counts.shape == (2, 6)
+
+
+def test_the_latents_have_names_and_come_as_a_data_frame() -> None:
+    pandas = pytest.importorskip("pandas")
+    X, _ = OF_KINDS["real values"]
+    table = pandas.DataFrame(X, index=range(100, 160))
+    table.columns = list("abcdef")
+    fitted = VAEDensity(**TINY).fit(table).set_output(transform="pandas")
+    z = fitted.transform(table)
+    assert list(z.columns) == list(fitted.get_feature_names_out()) == ["vaedensity0", "vaedensity1"]
+    assert list(z.index) == list(table.index)
+    assert (fitted.inverse_transform(z) == fitted.inverse_transform(z.to_numpy())).all()
+
+
+def test_a_pipeline_has_names_for_the_latents() -> None:
+    X, _ = OF_KINDS["real values"]
+    assert len(make_pipeline(StandardScaler(), VAEDensity(**TINY)).fit(X).get_feature_names_out()) == 2
+
+
 def test_cross_validation_scores_each_fold() -> None:
     X, _ = OF_KINDS["binary"]
     assert np.isfinite(cross_val_score(VAEDensity(**TINY), X, cv=3, error_score="raise")).all()
@@ -212,7 +315,7 @@ def test_a_clone_has_the_parameters_as_they_were_given() -> None:
     [
         (np.random.RandomState(0).randn(30, 3), {"likelihood": "bernoulli"}, "expected"),
         (np.random.RandomState(0).rand(30, 3) * 9, {"likelihood": "beta"}, "expected"),
-        (np.random.RandomState(0).randn(30, 3) * 1e-4 + 1e6, {}, "single precision"),
+        (np.random.RandomState(0).randn(30, 3, 2) * 1e-4 + 1e6, {}, "single precision"),
         (np.full((30, 3), 0.5), {}, "differ"),
         (np.random.RandomState(0).randn(30, 3), {"image_shape": (2, 2)}, "image_shape"),
         (np.random.RandomState(0).randn(30, 3), {"posterior": "delta", "prior": "standard-normal"}, "no log p"),

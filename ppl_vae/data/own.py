@@ -207,17 +207,19 @@ def _look(array: np.ndarray, digest: Any = None) -> _Seen:
     return _Seen(array.dtype, is_binary, is_whole, low, high, rounding, mean, np.sqrt(squares / max(1, count)))
 
 
-def kind_of(path: Path, name: str, array: np.ndarray) -> str:
+def kind_of(path: Path, name: str, array: np.ndarray, *, check_resolution: bool = True) -> str:
     """The kind of an array's numbers, a word of ``data.splits``.
 
     Args:
         path, name: what errors call the file and the array.
         array: (N, *E), one row or more.
+        check_resolution: whether real values that single precision cannot tell apart are refused.
 
     Raises:
         ValueError: numbers of no kind, or that single precision cannot tell apart.
     """
-    return _kind_of_splits(path, {name: _look(array)})
+    seen = _look(array)
+    return _kind_of_splits(path, {name: seen}) if check_resolution else _kind(path, seen)
 
 
 def _is_finite(low: Any, high: Any) -> bool:

@@ -69,7 +69,7 @@ def install(monkeypatch: pytest.MonkeyPatch, **classes: Any) -> None:
 @pytest.fixture
 def torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, FashionMNIST=Grays, KMNIST=Grays, SVHN=Numbers)
-    monkeypatch.setattr(cifar10, "is_there", lambda folder: True)
+    monkeypatch.setattr(cifar10, "is_present", lambda folder: True)
     monkeypatch.setattr(cifar10, "read", lambda folder: (colors(NUM_TRAIN), colors(NUM_TEST)))
     monkeypatch.setattr(torchvision_sets, "_PIXELS_SHA256", {})  # made-up pixels have other checksums
 
@@ -179,7 +179,7 @@ FAILURES = {
 PLACES = {
     "fashion-mnist": "FashionMNIST/raw/",
     "kmnist": "KMNIST/raw/",
-    "cifar10": "cifar-10-binary.tar.gz or cifar-10-python.tar.gz",
+    "cifar10": "cifar-10-binary.tar.gz of https://",
     "svhn": "train_32x32.mat and test_32x32.mat",
 }
 

@@ -59,11 +59,11 @@ def _svhn(name: str, root: str, *, download: bool) -> tuple[Any, Any]:
 
 
 def _cifar10(name: str, root: str, *, download: bool) -> tuple[Any, Any]:
-    if not cifar10.is_there(Path(root)):
+    if not cifar10.is_present(Path(root)):
         if not download:
-            raise ValueError("none of its archives in it")
+            raise ValueError(f"no {cifar10.ARCHIVE} in it")
         utils = _torchvision_datasets(name).utils
-        utils.download_url(cifar10.URL, root, cifar10.BINARY_ARCHIVE, cifar10.BINARY_MD5)
+        utils.download_url(cifar10.URL, root, cifar10.ARCHIVE, cifar10.ARCHIVE_MD5)
     return cifar10.read(Path(root))
 
 
@@ -90,7 +90,7 @@ _SOURCES = {
     "cifar10": _Source(
         read=_cifar10,
         files=(),  # read where they are: nothing is unpacked
-        expected="cifar-10-binary.tar.gz or cifar-10-python.tar.gz of www.cs.toronto.edu/~kriz/cifar.html",
+        expected=f"{cifar10.ARCHIVE} of {cifar10.URL}",
         event_shape=(3, 32, 32),
         num_validation=5_000,
         class_names=("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from ppl_vae.data import cifar10
+from ppl_vae.data.array_files import MissingPackageError, import_loadmat
 from ppl_vae.data.splits import LEVELS, Splits
 
 _DIGITS = tuple("0123456789")
@@ -54,6 +55,7 @@ def _by_train(own_name: str, name: str, root: str, *, download: bool) -> tuple[A
 
 
 def _svhn(name: str, root: str, *, download: bool) -> tuple[Any, Any]:
+    import_loadmat(name)
     make = _torchvision_datasets(name).SVHN
     return make(root, split="train", download=download), make(root, split="test", download=download)
 
@@ -134,7 +136,7 @@ def read_through_torchvision(name: str, data_dir: Path, *, download: bool = True
             train, test = source.read(name, str(root), download=download)
             pixels = [_channels_first(part.data) for part in (train, test)]
             labels = [_labels(part) for part in (train, test)]
-    except _NoTorchvision:
+    except MissingPackageError:
         raise
     except Exception as error:  # no network, no space, damaged archives: torchvision raises nearly every type
         tried = f"can be neither read from {data_dir} nor downloaded into it"
@@ -159,15 +161,11 @@ def read_through_torchvision(name: str, data_dir: Path, *, download: bool = True
     )
 
 
-class _NoTorchvision(ValueError):
-    """It cannot be imported."""
-
-
 def _torchvision_datasets(name: str) -> ModuleType:
     try:
         from torchvision import datasets
     except (ImportError, OSError, RuntimeError, AttributeError) as error:  # missing, or made for another torch
-        raise _NoTorchvision(
+        raise MissingPackageError(
             f"dataset: {name} needs torchvision, which cannot be imported ({_one_line(error)}); "
             f"pip install the torchvision that was made for torch {torch.__version__}"
         ) from None

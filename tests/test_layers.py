@@ -16,6 +16,7 @@ PACKAGE = ROOT / "ppl_vae"
 LAYERS = (
     "arguments",
     "options",
+    "progress",
     "numerics",
     "memory",
     "capture",

@@ -224,6 +224,66 @@ def test_the_readmes_diagnosis_is_the_stored_one():
         assert line.strip() in README
 
 
+# Log-likelihoods that are in print and in no table of the README, by their source.
+PRINTED = {
+    "-88.71": "Burda et al. 2016, arXiv 1509.00519, table 3",
+    "-87.10": "Burda et al. 2016, arXiv 1509.00519, table 3",
+    "-89.78": "Pythae",
+    "-79.24": "addtt/ladder-vae-pytorch",
+    "-80.15": "Rolfe 2017, arXiv 1609.02200",
+    "-81.01": "Rolfe 2017, arXiv 1609.02200",
+    "-228.70": "Norouzi et al. 2020, arXiv 2004.04795",
+    "-225.38": "Norouzi et al. 2020, arXiv 2004.04795",
+}
+
+
+def _numbers_and_pairs(found, numbers, pairs):
+    """Every number of a stored result, and every mean beside its standard error."""
+    if isinstance(found, dict):
+        if isinstance(found.get("mean"), float) and isinstance(found.get("stderr"), float):
+            pairs.append((found["mean"], found["stderr"]))
+        found = list(found.values())
+    if isinstance(found, list):
+        for part in found:
+            _numbers_and_pairs(part, numbers, pairs)
+    elif isinstance(found, float):
+        numbers.append(found)
+
+
+def _as_printed(number, digits):
+    return f"{abs(number):.{len(digits.partition('.')[2])}f}" == digits.lstrip("+-").replace(",", "")
+
+
+def unmeasured(text):
+    """Log-likelihoods and numbers with an error in paragraphs of text that are in no stored result, and not in print.
+
+    Tables and the program's own output are held to their files by other tests.
+    """
+    numbers, pairs = [], []
+    for path in sorted((ROOT / "scripts" / "results").glob("*.json")):
+        _numbers_and_pairs(json.loads(path.read_text()), numbers, pairs)
+    lines = re.sub(r"```.*?```", "", text, flags=re.S).splitlines()
+    prose = "\n".join(line for line in lines if not line.startswith(("|", "    ")))
+    prose = re.sub(r"\*\*[^*\n]+\?\*\* .*", "", prose)  # the study's answers
+    with_errors = re.findall(r"([-+]?\d[\d,]*\.\d+)\s±\s(\d+\.\d+)", prose)
+    found = [
+        f"{mean} ± {error}"
+        for mean, error in with_errors
+        if mean not in PRINTED and not any(_as_printed(m, mean) and _as_printed(e, error) for m, e in pairs)
+    ]
+    alone = re.findall(r"(?<![\w.])-\d{2,}[\d,]*\.\d+(?!\s±|[\d.])", prose)
+    return found + [n for n in alone if n not in PRINTED and not any(_as_printed(m, n) for m in numbers)]
+
+
+def test_every_log_likelihood_of_the_readme_is_stored_or_in_print():
+    assert unmeasured(README) == []
+
+
+def test_a_number_that_nobody_stored_is_found():
+    made_up = "Trained longer it has -81.23 ± 0.21, and -79.876 at last; Rolfe has -80.15.\n| -77.77 ± 0.11 |\n"
+    assert unmeasured(made_up) == ["-81.23 ± 0.21", "-79.876"]
+
+
 def test_nothing_in_the_readme_waits_to_be_filled_in():
     assert set(re.findall(r"\b[A-Z]{3,}_[A-Z_]+\b", README)) == {
         *("PPL_VAE_DATA_DIR", "PPL_VAE_CACHE_DIR", "XDG_CACHE_HOME"),

@@ -296,7 +296,7 @@ def _architectures(study: Study) -> Figure | None:
         for row in rows
         if row.get("parameters")
     ]
-    return plots.nats_of_models(models, bound="log p(x)") if len(models) > 1 else None
+    return plots.nats_of_models(models, bound="L_S") if len(models) > 1 else None
 
 
 def _norm(row: Row) -> float | None:

@@ -76,13 +76,13 @@ def _best(rows: Sequence[Row], floor: Row | None) -> str:
 
 
 def _beside_base(best: Row) -> str:
-    """What it gains on the base in the bound that it is the highest in, where the estimates rank no log p(x)."""
+    """What it gains on the base in the bound L_S, also where that may still rise by as much."""
     difference = best.get("difference_log_likelihood")
     if difference is None or difference.get("ranks_log_likelihood") is not False:
         return gained(best)
     if difference["word"] == "not distinguishable":
         return f", which is not distinguishable in L_S ({signed(difference)} nats)"
-    return f", which is {difference['word']} by {size_of(difference)} nats in L_S; log p(x) is not ranked by that"
+    return f", which is {difference['word']} by {size_of(difference)} nats in the bound L_S, though L_S may still rise"
 
 
 def _against_the_next(best: Row, second: Row) -> str:

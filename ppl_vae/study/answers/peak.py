@@ -14,7 +14,7 @@ _BOUND = "the bound L_S on log p(x)"
 
 
 def peak_answer(study: Study) -> Answer:
-    """The best beta by log p(x) and by the ELBO, how far each is known, and why it need not be one."""
+    """The best beta by the bound L_S and by the ELBO, how far each is known, and why it need not be one."""
     dataset = first_dataset(study)
     return answer_from(
         "peak",
@@ -55,7 +55,7 @@ def _ranked(peak: Any) -> bool:
 def _name(peak: Any, bound: str) -> str:
     if bound == _ELBO:
         return "the ELBO"
-    return "log p(x)" if _ranked(peak) else _BOUND
+    return _BOUND
 
 
 def _peak_of(study: Study, dataset: str, bound: str) -> str | None:
@@ -100,7 +100,10 @@ def _same_peak(study: Study, dataset: str) -> str | None:
         return f"Both are highest at the same beta on {data_name(dataset)}{end}."
     side = "lower" if likelihood["beta"] < elbo["beta"] else "higher"
     if part["peaks_distinguishable"] and part.get("peaks_ranked") and _ranked(likelihood):
-        return f"So log p(x) peaks at a {side} beta than the ELBO, beyond chance of the images."
+        return (
+            f"So the bound L_S peaks at a {side} beta than the ELBO, beyond chance of the images and by more than ten "
+            "times the samples raise it."
+        )
     if part["peaks_distinguishable"]:
         return (
             f"So the bound L_S peaks at a {side} beta than the ELBO, beyond chance of the images; whether log p(x) "

@@ -85,8 +85,8 @@ def useless(bound: Row | None, floor: Row | None) -> str:
 
 
 def gain(row: Row) -> str:
-    """What the row gains on its reference: in log p(x) where the estimates rank it, or else in the ELBO."""
-    bound, difference = "log p(x)", row.get("difference_log_likelihood")
+    """The difference from its reference in the bound L_S, or in the ELBO where L_S may still rise by as much."""
+    bound, difference = "the bound L_S", row.get("difference_log_likelihood")
     if difference is None or difference.get("ranks_log_likelihood") is False:
         bound, difference = "the ELBO", row.get("difference_elbo")
     if difference is None:

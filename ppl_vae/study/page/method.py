@@ -23,8 +23,8 @@ def method_section(source: Source) -> Section:
         f"{settings['stress_epochs']} and without a warm-up), and its last weights are kept. beta is a matter of "
         "training alone: every reported number is at beta = 1.",
         f"log p(x) is estimated from below by the importance-weighted bound L_S, with S = {S} samples an image, on {n} "
-        "test images drawn at random once. Runs are ranked by log p(x) only where their difference in L_S exceeds what "
-        "either may still rise with more samples.",
+        "test images drawn at random once. Differences between runs are differences of this bound, not of log p(x). "
+        "Where one exceeds what ten times the samples gained, log p(x) is likely to rank the runs so too.",
         "What stands behind ± is one standard error over images, and says nothing of what another training would give. "
         "Between two bounds on the same images, the words better, worse and not distinguishable follow a 95% interval "
         "that is corrected for the number of comparisons of its table. All other words of more and less ask for two "

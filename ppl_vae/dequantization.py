@@ -15,13 +15,16 @@ from ppl_vae.arguments import check_count
 from ppl_vae.conditional import numbers_a_pixel
 from ppl_vae.data import NUM_LEVELS, inside_unit_interval, uniform_dequantization
 from ppl_vae.likelihoods.family import independent_pixels
+from ppl_vae.likelihoods.level_mass import has_exact_mass, log_level_mass
 from ppl_vae.vae import VAE
 
 
 class Dequantized(dist.TorchDistribution):
     """P(x) = int_0^1 p((x + u) / 256) du / 256, the mass that a density p over (0, 1) gives to a level x of a pixel.
 
-    ``log_prob`` estimates the integral with M stratified draws, u_m = (m + v) / M for m = 0..M-1 and one v ~ U(0, 1)
+    Where the density is of a kind whose masses are known (``likelihoods.level_mass``: normal, Laplace, Student's t,
+    their images under the sigmoid, beta, continuous Bernoulli), ``log_prob`` is exact and draws nothing. For any other
+    it estimates the integral with M stratified draws, u_m = (m + v) / M for m = 0..M-1 and one v ~ U(0, 1)
     for each pixel, by torch's global generator:
 
         log P^(x) = log (1/M) sum_m p((x + u_m) / 256) - log 256,    E[P^(x)] = P(x).
@@ -30,13 +33,12 @@ class Dequantized(dist.TorchDistribution):
     exp(log P^ summed) may stand in an importance weight in the place of the mass. By Jensen's inequality
     E[log P^] <= log P, and E[log (1/S) sum_s w_s] <= log P(image): every bound stays a bound for every M, and is
     tighter for a larger one. M = 1 is the bound of uniform dequantization. A density over all real numbers has mass
-    outside (0, 1) too, which no level gets: then the masses sum to less than one, and the bound holds all the more. So
-    it is with a pole at 0 or 1: what lies nearer to it than single precision can tell (2^-33, 1 - 2^-24) is never
-    drawn.
+    outside (0, 1) too, which no level gets: then the masses sum to less than one, exact or not. Next to a pole at 0 or
+    1, what is nearer to it than single precision can tell (2^-33, 1 - 2^-24) is never drawn.
 
     Args:
         base: the density of a pixel (x + u) / 256: batch shape (..., *E), event shape ().
-        num_draws: M, at least 1.
+        num_draws: M, at least 1; without effect where masses are exact.
 
     ``sample`` gives floor(256 y) for y ~ p, at the ends for y outside (0, 1); ``mean`` is 256 E[y] - 1/2, and ``mode``
     the level of the density's mode, both cut to [0, 255].
@@ -63,6 +65,8 @@ class Dequantized(dist.TorchDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
             self._validate_sample(value)
+        if has_exact_mass(self.base):
+            return log_level_mass(self.base, value)
         M = self.num_draws
         shape = torch.broadcast_shapes(value.shape, self.batch_shape)
         v = torch.rand((1, *shape), dtype=value.dtype, device=value.device)
@@ -106,8 +110,8 @@ class LevelsLikelihood(nn.Module):
         return of_levels(self.part(z), self.num_draws)
 
 
-def of_levels(p_x: Any, num_draws: int) -> dist.Independent:
-    """A density of images in (0, 1)^E with independent pixels -> the mass of their levels, by M draws a pixel."""
+def of_levels(p_x: Any, num_draws: int = 16) -> dist.Independent:
+    """Mass of levels under a density of images in (0, 1)^E whose pixels are independent; M as in ``Dequantized``."""
     p_x = independent_pixels(p_x, "each pixel is dequantized by itself")
     return Dequantized(p_x.base_dist, num_draws).to_event(p_x.reinterpreted_batch_ndims)
 
@@ -131,7 +135,7 @@ def dequantized(vae: VAE, *, num_draws: int = 16) -> VAE:
 
     Args:
         vae: of a density over (0, 1), or over real numbers, with pixels that are independent given z.
-        num_draws: M, draws of u a pixel and particle, in the likelihood.
+        num_draws: M, draws of u a pixel and particle, where the likelihood's masses are not exact (``Dequantized``).
 
     Raises:
         ValueError: M below 1, or a likelihood that says it is a mass; from the likelihood: pixels that are not

@@ -355,7 +355,16 @@ def test_a_deterministic_guide_is_refused():
 
 @pytest.mark.parametrize("compile", [False, True], ids=["plain", "captured"])
 def test_a_likelihood_that_draws_noise_is_refused(graphs, compile):
-    vae = dequantized(_built(likelihood="logit-normal"), num_draws=2)
+    known = _built(likelihood="logit-normal")
+
+    class Unknown(dist.Normal):
+        """A density whose masses of levels are not known, so that they are estimated by draws."""
+
+    def likelihood(z):
+        p_y = known.likelihood(z).base_dist.base
+        return Unknown(p_y.loc.sigmoid(), p_y.scale).to_event(len(known.likelihood.family.event_shape))
+
+    vae = dequantized(VAE(known.prior, likelihood, known.posterior), num_draws=2)
     with pytest.raises(ValueError, match="got ones that draw noise"):
         lower(vae, 255 * _binary(), _fixed(3, 2), num_chains=2, compile=compile)
 

@@ -21,12 +21,21 @@ from ppl_vae.priors import StandardNormal
 
 LEVELS = torch.arange(256, dtype=torch.double)
 
-# Densities of a pixel in (0, 1), narrow and wide, and their distribution functions.
+
+class UnknownNormal(dist.Normal):
+    """A density whose masses are not known by its kind, so that they are estimated by draws."""
+
+
+class UnknownLaplace(dist.Laplace):
+    """A density whose masses are not known by its kind, so that they are estimated by draws."""
+
+
+# Densities of a pixel in (0, 1), narrow and wide, whose masses are drawn, and their distribution functions.
 DENSITIES = {
-    "a wide normal": (dist.Normal(0.4, 0.3), scipy.stats.norm(0.4, 0.3).cdf),
-    "a normal narrower than a level": (dist.Normal(0.4, 0.001), scipy.stats.norm(0.4, 0.001).cdf),
+    "a wide normal": (UnknownNormal(0.4, 0.3), scipy.stats.norm(0.4, 0.3).cdf),
+    "a normal narrower than a level": (UnknownNormal(0.4, 0.001), scipy.stats.norm(0.4, 0.001).cdf),
     "a beta without a bound": (dist.Beta(0.5, 0.8), scipy.stats.beta(0.5, 0.8).cdf),
-    "a laplace": (dist.Laplace(0.9, 0.05), scipy.stats.laplace(0.9, 0.05).cdf),
+    "a laplace": (UnknownLaplace(0.9, 0.05), scipy.stats.laplace(0.9, 0.05).cdf),
 }
 
 
@@ -99,7 +108,7 @@ def test_a_flat_density_gives_each_level_one_in_256_exactly():
 
 def test_pixels_draw_their_own_noise():
     torch.manual_seed(0)
-    log_p = Dequantized(dist.Normal(torch.full((1000,), 0.5), 0.001), 1).log_prob(torch.full((1000,), 128.0))
+    log_p = Dequantized(UnknownNormal(torch.full((1000,), 0.5), 0.001), 1).log_prob(torch.full((1000,), 128.0))
     assert len(log_p.unique()) > 990
 
 
@@ -189,6 +198,13 @@ def test_one_draw_is_a_looser_bound_and_still_one():
     vae = normal_vae()
     x = levels_of(vae)
     exact = quadrature(vae, x)
+    known = vae.likelihood
+
+    def unknown(z: Tensor) -> dist.Independent:
+        p_x = known(z)
+        return UnknownNormal(p_x.mean, p_x.stddev).to_event(1)
+
+    vae = VAE(vae.prior, unknown, vae.posterior)
     torch.manual_seed(3)
     for num_particles in (1, 10):
         levels = dequantized(vae, num_draws=1)

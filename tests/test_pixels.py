@@ -13,7 +13,6 @@ from small_run import SMALL, train_small
 from torch.testing import assert_close
 
 from ppl_vae import build, data, experiment, runs, training
-from ppl_vae.experiment.comparison import _about_log_p
 from ppl_vae.experiment.evaluation_words import describe_evaluation
 from ppl_vae.experiment.opening import evaluated_vae, open_run
 from ppl_vae.options import LIKELIHOODS, Options
@@ -235,12 +234,7 @@ def test_bits_per_dimension_are_the_nats_of_the_levels(two, word):
     assert entry["bits_per_dim"] == pytest.approx(expected)
 
 
-def test_an_entry_says_by_how_many_draws_a_density_is_bounded(two):
-    assert entry_of(two["normal"])["dequantization_draws"] == 16
-    assert entry_of(two["discretized-logistic"])["dequantization_draws"] is None
-
-
-def test_a_mass_and_a_bound_of_the_same_levels_compare(two, tmp_path):
+def test_a_mass_and_a_density_of_the_same_levels_compare(two, tmp_path):
     entry = experiment.compare_runs(
         [str(folder) for folder in two.values()],
         split="test",
@@ -252,7 +246,6 @@ def test_a_mass_and_a_bound_of_the_same_levels_compare(two, tmp_path):
         say=lambda line: None,
     )
     assert entry["scale"] == "mass of 8-bit levels"
-    assert [run["dequantization_draws"] for run in entry["runs"]] == [None, 16]
     assert not entry["comparisons"][0]["same_noise"]
 
 
@@ -279,23 +272,24 @@ def test_other_scales_are_refused_in_words(two, tmp_path, other):
     assert not (tmp_path / "out").exists()
 
 
-def test_more_draws_are_asked_for_by_name(two, tmp_path):
-    entry = experiment.evaluate_run(
-        str(two["normal"]),
-        split="validation",
-        num_particles=10,
-        images=None,
-        device="cpu",
-        seed=0,
-        dequantization_draws=3,
-        say=lambda line: None,
+def test_draws_change_no_exact_mass_and_a_line_says_so(two):
+    said: list[str] = []
+    asked = {"split": "validation", "num_particles": 10, "images": None, "device": "cpu", "seed": 0}
+    with_draws, without = (
+        experiment.evaluate_run(str(two["normal"]), **asked, dequantization_draws=M, say=said.append) for M in (3, None)
     )
-    assert entry["dequantization_draws"] == 3
+    assert with_draws["log_likelihood"] == without["log_likelihood"]
+    assert sum("--dequantization-draws 3 has no effect" in line for line in said) == 1
 
 
-def test_the_words_of_an_evaluation_say_mass_or_bound(two):
+def test_a_stored_bound_by_draws_is_still_called_one(two):
+    entry = entry_of(two["normal"]) | {"dequantization_draws": 16}
+    assert "uniform dequantization, M = 16 draws a pixel" in "\n".join(describe_evaluation(entry))
+
+
+def test_the_words_of_an_evaluation_say_whether_the_mass_is_a_densitys(two):
     said = {word: "\n".join(describe_evaluation(entry_of(folder))) for word, folder in two.items()}
-    assert "bound on the mass of 8-bit levels (uniform dequantization, M = 16 draws a pixel)" in said["normal"]
+    assert "mass of 8-bit levels, exact, under a density" in said["normal"]
     assert "binarization none, mass of 8-bit levels;" in said["discretized-logistic"]
     assert all("bits per dimension, by that bound" in words for words in said.values())
 
@@ -374,12 +368,6 @@ def test_a_density_of_values_on_a_grid_is_warned_of(tmp_path, scaled, hint):
     warned = [line for line in said if "no upper bound" in line]
     assert len(warned) == (scaled is not None)
     assert all(hint in line for line in warned)
-
-
-def test_a_worse_density_leaves_open_whether_log_p_ranks_so(two, tmp_path):
-    """Its draws of u lack something that no particle shows."""
-    compared = {"rise": 0.1, "interval": [-9.0, -5.0], "bound": "worse", "ranks_log_likelihood": None}
-    assert "what its draws of u lack is not in that" in _about_log_p(compared, 100)
 
 
 def test_own_images_at_the_open_ends_of_a_density_are_refused(tmp_path):

@@ -215,11 +215,11 @@ def _check_places(folder: Path, split: str) -> None:
 
 
 def _check_exact(run: Run) -> None:
-    """Refuses a density whose log p(x | z) is itself an estimate: gradients and a weight would be of other noise."""
+    """Refuses a guide that sees its images with new noise at every call: no chain can start from its density."""
     if run.pixels == "dequantized":
         raise ValueError(
-            f"{run.folder}: expected a likelihood whose log p(x | z) is a number, got one that is estimated by draws "
-            "of u (dequantized levels), which no chain can be annealed to"
+            f"{run.folder}: expected a guide that is the same at every call, got one of (level + u) / 256, u drawn "
+            "anew each time (dequantized levels), from which no chain can be annealed"
         )
 
 

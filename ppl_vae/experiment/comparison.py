@@ -16,7 +16,7 @@ from ppl_vae import build, data, plots, runs
 from ppl_vae.evidence import Estimate, Importance, pass_of_group, seeded
 from ppl_vae.experiment.evaluation import bits_per_dim, read_per_image, with_a_bar
 from ppl_vae.experiment.evaluation_words import plus_minus
-from ppl_vae.experiment.opening import Run, Say, check_density, draws_of, evaluated_vae, open_run
+from ppl_vae.experiment.opening import Run, Say, check_density, describe_unused_draws, evaluated_vae, open_run
 from ppl_vae.experiment.outputs import output_folder, removed_if_empty, write_figure
 from ppl_vae.experiment.paired import CONFIDENCE, INDISTINCT, SEED_NATS, BoundDifference, bound_difference
 from ppl_vae.vae import VAE
@@ -28,13 +28,12 @@ _FEW_IMAGES = 30
 
 
 class Entrant(NamedTuple):
-    """One of the runs: a name that no other has, its trained VAE, the step of its weights, and draws of u a pixel."""
+    """One of the runs: a name that no other has, its trained VAE, and the step of its weights."""
 
     name: str
     run: Run
     vae: VAE
     step: int
-    num_draws: int | None
 
 
 class Asked(NamedTuple):
@@ -74,7 +73,7 @@ def compare_runs(
         split: of the data.
         num_particles: S.
         images: a fixed random subset of that many, or None for all.
-        dequantization_draws: M of a density of 8-bit levels; None takes each run's own.
+        dequantization_draws: without effect, as a line says: masses of levels are exact.
         output: the folder of the result, new or empty; None makes one under runs/, by the time.
         dataset, data_dir: where the data is now, should it have moved.
 
@@ -92,15 +91,12 @@ def compare_runs(
     _check_one_scale(opened, split)
     asked = Asked(split, *_same_images(opened, split, images, seed), num_particles, seed)
     entrants = [
-        Entrant(
-            name,
-            run,
-            evaluated_vae(run, num_draws=dequantization_draws),
-            runs.load_step(run.folder / runs.MODEL),
-            draws_of(run, dequantization_draws),
-        )
+        Entrant(name, run, evaluated_vae(run), runs.load_step(run.folder / runs.MODEL))
         for name, run in zip(_names(opened), opened, strict=True)
     ]
+    unused = [line for run in opened for line in describe_unused_draws(run, dequantization_draws)]
+    for line in dict.fromkeys(unused):
+        say(line)
     stored, place = _stored(entrants, asked), build.device(device)
     folder = _output_folder(output, opened[0].splits.name)
     with removed_if_empty(folder):
@@ -210,7 +206,7 @@ def _stored(entrants: Sequence[Entrant], asked: Asked) -> list[Importance] | Non
         stored = read_per_image(entrant.run.folder, asked.split)
         if stored is None or (stored.num_particles, stored.seed) != (asked.num_particles, asked.seed):
             return None
-        if stored.dequantization_draws != entrant.num_draws:
+        if stored.dequantization_draws is not None:  # a bound of before masses of levels were exact
             return None
         if not torch.equal(stored.index, asked.places):
             return None
@@ -252,10 +248,9 @@ def _noise(vae: VAE, x: Tensor) -> list[tuple[str, tuple[int, ...]]]:
 def _entry(entrants: Sequence[Entrant], results: Sequence[Importance], asked: Asked, *, stored: bool) -> dict[str, Any]:
     """What comparison.json holds, but for the seconds."""
     differences = [bound_difference(results[0], result, comparisons=len(results) - 1) for result in results[1:]]
-    of_draws = [entrant.num_draws is not None for entrant in entrants]
     noises = [
         (
-            entrant.num_draws,
+            entrant.run.pixels == "dequantized",
             pass_of_group(entrant.vae, asked.x, asked.num_particles),
             _noise(entrant.vae, asked.x),
         )
@@ -267,13 +262,8 @@ def _entry(entrants: Sequence[Entrant], results: Sequence[Importance], asked: As
         "stored_evaluations": stored,
         "runs": [_run_entry(*pair, asked.num_particles) for pair in zip(entrants, results, strict=True)],
         "comparisons": [
-            _comparison_entry(
-                entrants[0].name, entrant.name, found, hides=is_of_draws if found.bounds.mean < 0 else of_draws[0]
-            )
-            | {"same_noise": noise == noises[0]}
-            for entrant, found, noise, is_of_draws in zip(
-                entrants[1:], differences, noises[1:], of_draws[1:], strict=True
-            )
+            _comparison_entry(entrants[0].name, entrant.name, found) | {"same_noise": noise == noises[0]}
+            for entrant, found, noise in zip(entrants[1:], differences, noises[1:], strict=True)
         ],
     }
 
@@ -302,7 +292,6 @@ def _run_entry(entrant: Entrant, result: Importance, num_particles: int) -> dict
         "training_seed": entrant.run.options.seed,
         "binarization": entrant.run.binarization,
         "likelihood": entrant.run.options.likelihood,
-        "dequantization_draws": entrant.num_draws,
         "bits_per_dim": bits_per_dim(entrant.run, result.log_evidence, num_particles),
         "log_likelihood": own.to_json(),
         "elbo": elbo.to_json(),
@@ -311,8 +300,8 @@ def _run_entry(entrant: Entrant, result: Importance, num_particles: int) -> dict
     }
 
 
-def _comparison_entry(baseline: str, name: str, found: BoundDifference, *, hides: bool) -> dict[str, Any]:
-    """One comparison. ``hides``: the worse bound is of a dequantized density, and what its draws lack is in no rise."""
+def _comparison_entry(baseline: str, name: str, found: BoundDifference) -> dict[str, Any]:
+    """One comparison, as comparison.json holds it."""
     bounds = found.bounds
     entry = {
         "name": name,
@@ -324,7 +313,7 @@ def _comparison_entry(baseline: str, name: str, found: BoundDifference, *, hides
         "monte_carlo_stderr": found.monte_carlo_stderr,
         "rise": found.rise,
         "bound": bounds.word,
-        "ranks_log_likelihood": None if hides and found.ranks_log_evidence else found.ranks_log_evidence,
+        "ranks_log_likelihood": found.ranks_log_evidence,
     }
     return entry | {"verdict": _verdict(entry)}
 
@@ -385,12 +374,8 @@ def _title(entry: dict[str, Any]) -> str:
 
 
 def _bits(run: dict[str, Any]) -> str:
-    """Bits per dimension, and by how many draws of u they are bounded from above, where there are any."""
-    if run["bits_per_dim"] is None:
-        return ""
-    M = run["dequantization_draws"]
-    bound = "" if M is None else f", at most: a density, by M = {M} draws a pixel"
-    return f" ({run['bits_per_dim']['mean']:.4f} bits per dimension{bound})"
+    """Bits per dimension, where they are known."""
+    return "" if run["bits_per_dim"] is None else f" ({run['bits_per_dim']['mean']:.4f} bits per dimension)"
 
 
 def _about_source(entry: dict[str, Any]) -> list[str]:
@@ -434,11 +419,6 @@ def _about_log_p(compared: dict[str, Any], num_particles: int) -> str:
         return "  every image has the same bound, to the last bit: the two are one model"
     if compared["bound"] == INDISTINCT:
         return "  that is not the same as equal: a difference within the interval would not have been seen"
-    if compared["ranks_log_likelihood"] is None:
-        return (
-            f"  the whole interval is beyond what ten times the particles gained ({rise:.3f} nats), but the worse one "
-            "is a density: what its draws of u lack is not in that; more --dequantization-draws show it"
-        )
     if compared["ranks_log_likelihood"]:
         return (
             f"  the whole interval is beyond what ten times the particles gained ({rise:.3f} nats): log p(x) ranks so "

@@ -17,7 +17,7 @@ from ppl_vae.experiment.evaluation_words import NOT_A_LOG_LIKELIHOOD, plus_minus
 from ppl_vae.experiment.exported import open_with_or_without
 from ppl_vae.experiment.figures import latents_figure, use_of_latents
 from ppl_vae.experiment.images import Images, images_of
-from ppl_vae.experiment.opening import Run, Say, draws_of, evaluated_vae, open_run
+from ppl_vae.experiment.opening import Run, Say, evaluated_vae, open_run
 from ppl_vae.experiment.outputs import drop_record, output_folder, removed_if_empty, write_arrays, write_figure
 from ppl_vae.exploration import Codes, encode
 from ppl_vae.options import SPLITS
@@ -169,14 +169,12 @@ def _summary(run: Run, given: Images, result: Importance | Tensor, num_particles
             "scale": run.trained_scale,
             "num_particles": None,
             "log_likelihood": None,
-            "dequantization_draws": None,
             "reconstruction": Estimate.of(result, 1).to_json(),
             "lowest": [{"name": given.names[i], "reconstruction": float(result[i])} for i in lowest],
         }
     lowest = result.log_evidence.argsort()[:_NUM_LOWEST].tolist()
     return of_images | {
         "num_particles": num_particles,
-        "dequantization_draws": draws_of(run),
         "log_likelihood": Estimate.of(result.log_evidence, num_particles).to_json(),
         "elbo": Estimate.of(result.elbo, num_particles).to_json(),
         "ess": {"median": float(result.ess.median())},

@@ -29,7 +29,7 @@ from ppl_vae.evidence import (
 )
 from ppl_vae.experiment.evaluation_words import describe_evaluation, has_no_density
 from ppl_vae.experiment.interruption import stop_on_signals
-from ppl_vae.experiment.opening import Run, Say, check_density, draws_of, evaluated_vae, open_run
+from ppl_vae.experiment.opening import Run, Say, check_density, describe_unused_draws, evaluated_vae, open_run
 from ppl_vae.experiment.partial_evaluation import PartialEvaluation, partial_path
 from ppl_vae.experiment.together import joined, of_writer, writer_first
 from ppl_vae.groups import Stopped, ending_together
@@ -62,7 +62,7 @@ class PerImage:
         num_particles: S.
         seed: of the importance samples.
         step: of the weights.
-        dequantization_draws: M, or None where nothing is dequantized.
+        dequantization_draws: M of an evaluation of before masses of levels were exact; else None.
     """
 
     index: Tensor
@@ -116,7 +116,8 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Estimates log p(x) of a split, writes it into evaluation.json under the split's name, and says it.
 
-    Of a density of 8-bit levels it is log P(levels), by ``dequantization_draws`` a pixel, the run's own by default.
+    Of a density of 8-bit levels it is log P(levels), by exact masses: ``dequantization_draws`` has no effect, as a line
+    says.
     Under torchrun the processes share the images, and rank 0 alone writes and says. An evaluation that was interrupted
     goes on where it was, and ends with the same numbers.
 
@@ -165,11 +166,12 @@ def write_evaluation(
     runs.check_writable(folder)
     step = runs.load_step(folder / runs.MODEL)
     place = build.device(device)
-    M = draws_of(run, dequantization_draws)
-    vae = evaluated_vae(run, num_draws=M).to(place)
+    for line in describe_unused_draws(run, dequantization_draws):
+        say(line)
+    vae = evaluated_vae(run).to(place)
     index, x = _images_of_split(run, split, run.evaluated_pixels, images, seed, say)
     x = x.to(place)
-    partial = _partial_evaluation(run, split, x, num_particles, seed=seed, M=M, step=step, compile=compile, say=say)
+    partial = _partial_evaluation(run, split, x, num_particles, seed=seed, step=step, compile=compile, say=say)
     with stop_on_signals() as should_stop:  # until all is written: a signal during the last image loses nothing
         try:
             result = with_a_bar(
@@ -194,9 +196,9 @@ def write_evaluation(
             "num_images": len(x),
             "num_particles": num_particles,
             "seed": seed,
-            "dequantization_draws": M,
+            "dequantization_draws": None,
             **_summary(result, num_particles),
-            **floor_and_entropy(run, split, x.cpu(), index, M),
+            **floor_and_entropy(run, split, x.cpu(), index),
             "bits_per_dim": bits_per_dim(run, result.log_evidence, num_particles),
             "step": step,
             "seconds": partial.seconds,
@@ -211,14 +213,14 @@ def write_evaluation(
 
 
 def _partial_evaluation(
-    run: Run, split: str, x: Tensor, num_particles: int, *, seed: int, M: int | None, step: int, compile: str, say: Say
+    run: Run, split: str, x: Tensor, num_particles: int, *, seed: int, step: int, compile: str, say: Say
 ) -> PartialEvaluation:
     """What is done already of this evaluation, by all that decides its numbers."""
     identity = {
         "split": split,
         "num_particles": num_particles,
         "seed": seed,
-        "dequantization_draws": M,
+        "dequantization_draws": None,
         "images": hashlib.sha256(x.cpu().contiguous().numpy().data).hexdigest(),
         "dtype": str(x.dtype),
         "device": x.device.type,
@@ -404,11 +406,11 @@ def bits_per_dim(run: Run, log_p: Tensor, num_particles: int) -> dict[str, float
     return Estimate.of(-log_p / (num_pixels * math.log(2)), num_particles).to_json()
 
 
-def floor_and_entropy(run: Run, split: str, x: Tensor, index: Tensor, num_draws: int | None) -> dict[str, Any]:
+def floor_and_entropy(run: Run, split: str, x: Tensor, index: Tensor) -> dict[str, Any]:
     """What log p of x (n, *E) can be held against: independent pixels below it, the binarization's entropy above.
 
     "floor" is log prod_d p(x_d) of the likelihood's own family with each pixel's marginal fitted to the training
-    images (see its ``fit_marginals``; of a density of levels their mass, by M draws a pixel): a model that does not
+    images (see its ``fit_marginals``; of a density of levels their exact mass): a model that does not
     pass it has learned nothing of how pixels go together. "binarization_entropy" is the
     mean entropy of what was drawn to binarize these images: no model that has not seen the draw gets above minus it in
     expectation. None where nothing was drawn, or where training saw the draw.
@@ -417,8 +419,9 @@ def floor_and_entropy(run: Run, split: str, x: Tensor, index: Tensor, num_draws:
     likelihood = build.likelihood(options, splits.event_shape)
     with torch.no_grad(), seeded(_FLOOR_SEED, x.device):
         marginals = likelihood(likelihood.fit_marginals(data.expected_images(splits, run.pixels)))
-        marginals = marginals if num_draws is None else of_levels(marginals, num_draws)
-        at_once = particles_a_pass(x, likelihood.numbers_a_pixel + 3 * (num_draws or 0))
+        if run.pixels == "dequantized":
+            marginals = of_levels(marginals)
+        at_once = particles_a_pass(x, likelihood.numbers_a_pixel)
         floor = Estimate.of(torch.cat([marginals.log_prob(part) for part in x.split(at_once)]), 1).to_json()
     seen = split == "train" and run.pixels == "fixed"
     entropy = None if seen else data.binarization_entropy(splits, split, run.pixels)

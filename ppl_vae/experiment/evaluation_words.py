@@ -34,6 +34,8 @@ def kind_in_words(entry: dict[str, Any]) -> str:
     scale = entry.get("scale", "density" if entry["measure"] == "density" else BINARY_SCALE)  # of before there was one
     if entry.get("dequantization_draws") is not None:
         return f"bound on the {scale} (uniform dequantization, M = {entry['dequantization_draws']} draws a pixel)"
+    if entry.get("pixels") == "dequantized" and entry.get("scale", "").startswith("mass"):
+        return f"{scale}, exact, under a density"
     if entry["measure"] == "density":
         return f"a {scale}: never comparable with a mass"
     return "" if scale == BINARY_SCALE else scale

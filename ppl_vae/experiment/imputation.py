@@ -18,7 +18,7 @@ from ppl_vae.experiment.display import Display, display_of
 from ppl_vae.experiment.evaluation import what_is_measured
 from ppl_vae.experiment.evaluation_words import kind_in_words, plus_minus
 from ppl_vae.experiment.images import Images, images_of
-from ppl_vae.experiment.opening import Run, Say, check_density, draws_of, evaluated_vae, open_run
+from ppl_vae.experiment.opening import Run, Say, check_density, evaluated_vae, open_run
 from ppl_vae.experiment.outputs import drop_record, output_folder, removed_if_empty, write_arrays, write_figure
 from ppl_vae.missing import Imputation, Observed, impute
 from ppl_vae.options import SIDES
@@ -108,7 +108,6 @@ def impute_images(
         "mask": None if mask is None else str(Path(mask).resolve()),
         "hide": hide,
         "num_draws": num_draws,
-        "dequantization_draws": draws_of(run),
         "seed": seed,
         "step": runs.load_step(run.folder / runs.MODEL),
         "notes": list(given.notes),

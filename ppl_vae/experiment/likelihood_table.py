@@ -16,7 +16,7 @@ from ppl_vae.experiment.asked_run import check_comparable, check_same
 from ppl_vae.experiment.evaluation import PerImage, is_evaluated, read_per_image
 from ppl_vae.experiment.evaluation_words import plus_minus
 from ppl_vae.experiment.likelihood_figures import write_likelihood_figures
-from ppl_vae.experiment.opening import Run, Say, draws_of, open_run
+from ppl_vae.experiment.opening import Run, Say, open_run
 from ppl_vae.experiment.paired import CONFIDENCE, INDISTINCT, SEED_NATS, bound_difference
 from ppl_vae.experiment.pixel_calibration import calibrate_run, describe_calibration
 from ppl_vae.experiment.train import QUICK_EVALUATION_SEED, resume, train
@@ -32,7 +32,7 @@ _SCALES = {
     data.REAL: "density of real values",
 }
 
-BOUND = "bound"  # the kind of a density of dequantized levels; of the others it is their measure
+EXACT = "exact"  # the kind of a density of dequantized levels, whose masses are exact; else it is the measure
 
 
 def compare_likelihoods(
@@ -41,11 +41,11 @@ def compare_likelihoods(
     """Trains the options' VAE under each likelihood, in run folders RUN_DIR/LIKELIHOOD; writes and says one table.
 
     All see the same images for the same epochs, and are evaluated on the same test images. Masses of 8-bit levels and
-    bounds on them by densities (``dequantization``) are on one scale; scales are never mixed. Differences from the best
-    row are paired, with Bonferroni's correction for the rows that are compared with it: with 95% the row of the highest
-    expected bound is among the first and those that are not distinguishable from it (Hsu 1984). A table that was
-    interrupted goes on; its finished runs are taken as they are. A likelihood whose training meets a NaN is told of
-    and left out.
+    those that densities give to them (``dequantization``) are on one scale; scales are never mixed. Differences from
+    the best row are paired, with Bonferroni's correction for the rows that are compared with it: with 95% the row of
+    the highest expected bound is among the first and those that are not distinguishable from it (Hsu 1984). A table
+    that was interrupted goes on; its finished runs are taken as they are. A likelihood whose training meets a NaN is
+    told of and left out.
 
     Args:
         likelihoods: words of ``--likelihood``, or None for all that fit the data and have its scale.
@@ -178,17 +178,16 @@ def _check_evaluation(folder: Path, asked: Options, splits: data.Splits) -> None
         "num_images": min(asked.images, len(splits.test)),
         "num_particles": asked.evaluation_particles,
         "seed": QUICK_EVALUATION_SEED,
-        "dequantization_draws": draws_of(run),
+        "dequantization_draws": None,  # a number is of a bound of before masses of levels were exact
     }
     differ = [
         f"{key} {entry.get(key)} instead of {value}" for key, value in expected.items() if entry.get(key) != value
     ]
     if differ:
-        draws = "" if expected["dequantization_draws"] is None else f" --dequantization-draws {draws_of(run)}"
         raise ValueError(
             f"{folder}: expected the evaluation that the others have, got one with {', '.join(differ)}; "
             f"evaluate_log_likelihood.py {folder} --images {expected['num_images']} "
-            f"--num-particles {expected['num_particles']}{draws} makes it again"
+            f"--num-particles {expected['num_particles']} makes it again"
         )
 
 
@@ -227,11 +226,11 @@ def row(run: Run) -> dict[str, Any]:
     with torch.device("meta"):  # shapes without numbers
         weights = build.vae(run.options, run.splits.event_shape).parameters()
     elbo = "validation_elbo_nats_per_image"
-    conditions = ("split", "binarization", "scale", "dequantization_draws", "num_images", "num_particles")
+    conditions = ("split", "binarization", "scale", "num_images", "num_particles")
     numbers = ("bits_per_dim", "log_likelihood", "elbo", "reconstruction", "kl", "rise", "floor")
     return {
         "likelihood": run.options.likelihood,
-        "kind": BOUND if run.pixels == "dequantized" else entry["measure"],
+        "kind": EXACT if run.pixels == "dequantized" else entry["measure"],
         "weights": sum(w.numel() for w in weights),
         "epochs": metrics[-1]["epoch"],
         "best_epoch": max(metrics, key=lambda record: record.get(elbo, record["step"]))["epoch"],
@@ -251,7 +250,7 @@ def ranked(rows: Sequence[dict[str, Any]], opened: Sequence[Run]) -> list[dict[s
 
     "difference_nats" is below 0 and "difference_bits_per_dim" above 0 where a row is worse than the best. "verdict" is
     that of the paired interval. "ranks_log_likelihood" is the rule of ``paired.BoundDifference``: whether
-    log p(x) ranks so as well. Of a density of dequantized levels it is None: what its draws of u lack is not in it.
+    log p(x) ranks so as well.
 
     Raises:
         ValueError: rows of other images, or of another scale.
@@ -277,7 +276,7 @@ def ranked(rows: Sequence[dict[str, Any]], opened: Sequence[Run]) -> list[dict[s
                     [bounds.upper / minus_bit, bounds.lower / minus_bit],
                 )
             entry["verdict"] = bounds.word
-            entry["ranks_log_likelihood"] = None if rows[i]["kind"] == BOUND else difference.ranks_log_evidence
+            entry["ranks_log_likelihood"] = difference.ranks_log_evidence
         found.append(entry)
     return found
 
@@ -326,11 +325,9 @@ def _about(rows: Sequence[dict[str, Any]]) -> list[str]:
             f"behind the best: paired on the same images, {unit} ± standard error; ~ is not distinguishable from the "
             f"first row (intervals that hold together with {CONFIDENCE:.0%})"
         )
-    if any(found["kind"] == BOUND for found in rows):
-        M = next(found["dequantization_draws"] for found in rows if found["kind"] == BOUND)
+    if any(found["kind"] == EXACT for found in rows):
         lines.append(
-            f"bound: a density of dequantized pixels, whose mass of levels is at least that (M = {M} draws a pixel); "
-            "such a row may be better than it looks, and its rank is that of its bound"
+            "exact: trained as a density of (level + u) / 256, evaluated by the exact masses that it gives to levels"
         )
     unsure = [found["likelihood"] for found in rows if found["ranks_log_likelihood"] is False]
     if unsure:

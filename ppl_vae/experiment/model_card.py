@@ -136,9 +136,7 @@ def _data(run: Run) -> str:
         f"Splits: {_splits(run)}. How many images each split has is not in the run's files; each number says of "
         "how many it is.",
         f"The model sees {_SEEN[run.evaluated_pixels]}.",
-        f"Binarization: {options.binarization}. Dequantization: {options.dequantization}."
-        + f" The levels' mass is bounded by {options.dequantization_draws} draws a pixel."
-        * (run.pixels == "dequantized"),
+        f"Binarization: {options.binarization}. Dequantization: {options.dequantization}.",
     ]
     return _bullets(facts)
 

@@ -54,14 +54,14 @@ class Run(NamedTuple):
         return "density of (level + u) / 256" if self.pixels == "dequantized" else self.scale
 
 
-def evaluated_vae(run: Run, *, num_draws: int | None = None) -> VAE:
+def evaluated_vae(run: Run) -> VAE:
     """The trained VAE as it is evaluated and shown, on the CPU, in evaluation mode.
 
-    A density that was trained on dequantized levels is that of the levels' mass (``dequantization.dequantized``), with
-    ``num_draws`` draws a pixel, the run's own number by default; every other is ``build.load``'s.
+    A density that was trained on dequantized levels is evaluated as the mass that it gives to levels
+    (``dequantization.dequantized``), which is exact for every density that ``--likelihood`` names.
     """
-    vae, M = build.load(run.folder), draws_of(run, num_draws)
-    return vae if M is None else dequantized(vae, num_draws=M)
+    vae = build.load(run.folder)
+    return dequantized(vae) if run.pixels == "dequantized" else vae
 
 
 def check_density(run: Run, what: str) -> None:
@@ -82,11 +82,14 @@ def check_density(run: Run, what: str) -> None:
         )
 
 
-def draws_of(run: Run, num_draws: int | None = None) -> int | None:
-    """M, the draws of u a pixel behind its numbers; None where nothing is dequantized."""
-    if run.pixels != "dequantized":
-        return None
-    return num_draws or run.options.dequantization_draws
+def describe_unused_draws(run: Run, num_draws: int | None) -> list[str]:
+    """The line that --dequantization-draws changes nothing, where it was given and pixels are dequantized."""
+    if num_draws is None or run.pixels != "dequantized":
+        return []
+    return [
+        f"--dequantization-draws {num_draws} has no effect: under --likelihood {run.options.likelihood} the masses of "
+        "levels are exact, and nothing is drawn."
+    ]
 
 
 def open_run(

@@ -23,7 +23,7 @@ from ppl_vae.experiment.checkpoints import Saved, mend_metrics, mend_states, men
 from ppl_vae.experiment.evaluation import is_evaluated, write_evaluation, write_reconstructions
 from ppl_vae.experiment.figures import is_drawn, write_figures
 from ppl_vae.experiment.interruption import stop_on_signals
-from ppl_vae.experiment.opening import Run, Say, open_run
+from ppl_vae.experiment.opening import Run, Say, describe_unused_draws, open_run
 from ppl_vae.experiment.tensorboard import check_tensorboard, log_evaluation, metric_events
 from ppl_vae.experiment.together import joined, of_writer, told_by_writer, writer_first
 from ppl_vae.groups import ending_together
@@ -400,6 +400,8 @@ def _what_is_modelled(run: Run) -> list[str]:
             "Pixels are (level + u) / 256, u uniform and drawn anew at every access. Training and validation are of "
             f"that density; {constant:,.1f} nats (D log 256) less, and it bounds the levels' mass, which is evaluated."
         )
+        if options.dequantization_draws != Options().dequantization_draws:
+            lines += describe_unused_draws(run, options.dequantization_draws)
     elif likelihood.measure == "density" and splits.kind in (data.LEVELS, data.BINARY, data.COUNTS):
         pixels = {data.LEVELS: "levels / 255", data.BINARY: "zeros and ones", data.COUNTS: "counts"}[splits.kind]
         lines.append(

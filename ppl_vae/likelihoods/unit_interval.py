@@ -154,7 +154,7 @@ class StableBeta(Pixel):
     mean_logit: Tensor
     log_concentration: Tensor
 
-    def _exponents(self) -> tuple[Tensor, Tensor]:
+    def exponents(self) -> tuple[Tensor, Tensor]:
         """alpha and beta."""
         kappa = self.log_concentration.exp()
         return kappa * self.mean_logit.sigmoid(), kappa * (-self.mean_logit).sigmoid()
@@ -170,7 +170,7 @@ class StableBeta(Pixel):
 
         There the density has a pole, or its largest value. The number is the one next to the end that data can have.
         """
-        alpha, beta = self._exponents()
+        alpha, beta = self.exponents()
         has_peak = (alpha > 1) & (beta > 1)
         peak = (alpha - 1) / torch.where(has_peak, alpha + beta - 2, 1.0)
         return data.inside_unit_interval(torch.where(has_peak, peak, (alpha > beta).to(alpha.dtype)))
@@ -178,7 +178,7 @@ class StableBeta(Pixel):
     @torch.no_grad()
     def sample(self, sample_shape: Any = ()) -> Tensor:
         """(*sample_shape, *batch_shape), strictly inside."""
-        return data.inside_unit_interval(dist.Beta(*self._exponents()).sample(torch.Size(sample_shape)))
+        return data.inside_unit_interval(dist.Beta(*self.exponents()).sample(torch.Size(sample_shape)))
 
     def log_prob(self, value: Tensor) -> Tensor:
         """log p(value), (*sample_shape, *batch_shape), nats.
@@ -193,7 +193,7 @@ class StableBeta(Pixel):
 
     def log_density(self, log_x: Tensor, log_rest: Tensor) -> Tensor:
         """log p by log x and log(1 - x); linear in both, so that their means over x give the mean of log p."""
-        alpha, beta = self._exponents()
+        alpha, beta = self.exponents()
         log_mean, log_other = logsigmoid(self.mean_logit), logsigmoid(-self.mean_logit)
         normalizer = (self.log_concentration + log_mean + log_other) / 2 - HALF_LOG_TWO_PI
         remainders = stirling_remainder(alpha + beta) - stirling_remainder(alpha) - stirling_remainder(beta)

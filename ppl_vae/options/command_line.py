@@ -80,7 +80,7 @@ class Parser(argparse.ArgumentParser):
 
     def add_draws(self) -> None:
         """--dequantization-draws."""
-        text = "M, draws of u a pixel for a density of 8-bit levels (default: each run's own, 16)"
+        text = "without effect: the masses of 8-bit levels are exact under every density of --likelihood"
         self.add("dequantization_draws", int, POSITIVE_INTEGER, text)
         self.set_defaults(dequantization_draws=None)
 

@@ -175,7 +175,7 @@ class Options:
         16,
         int,
         POSITIVE_INTEGER,
-        "draws of u a pixel, in the quick evaluation: the bound on the levels' mass is tighter with more",
+        "without effect: the masses of levels are exact under every density of --likelihood",
         later=True,
     )
     likelihood: str = option("bernoulli", str, one_of(LIKELIHOODS), f"p(x | z): {', '.join(LIKELIHOODS)}")

@@ -13,23 +13,62 @@ from ppl_vae import data
 from ppl_vae.likelihoods.family import Pixels
 from ppl_vae.likelihoods.features import unbounded
 from ppl_vae.likelihoods.pixel import Pixel
-from ppl_vae.likelihoods.stirling import stirling_remainder
+from ppl_vae.likelihoods.stirling import HALF_LOG_TWO_PI, stirling_remainder
 from ppl_vae.numerics import bounded, mean_and_variance, sum_over_images
 
 _LOG_MEAN_LIMIT = 15.0
+_LARGEST_MEAN = 3e6  # of a fit; features can reach exp(15) = 3.27 million, but have hardly a gradient there
 _LOG_TOTAL_LIMIT = 9.0
 _COUNTS_WORDS = "whole numbers from 0 on"
 
 
-def _log_mean(mean: Tensor) -> Tensor:
-    """The feature that gives this mean, brought above 1e-6 first."""
-    return unbounded(mean.clamp(min=1e-6).log(), _LOG_MEAN_LIMIT)
+def _log_mean_features(mean: Tensor) -> Tensor:
+    """The features that give these means, which are raised to 1e-6 first where they are smaller.
+
+    Raises:
+        ValueError: a mean above 3 million.
+    """
+    largest = float(mean.max())
+    if not largest <= _LARGEST_MEAN:
+        raise ValueError(
+            f"x: expected counts with a mean of at most {_LARGEST_MEAN:,.0f} in every pixel or column, got "
+            f"{largest:,.0f}; larger counts can be modelled as real numbers (floats under a normal likelihood)"
+        )
+    return _LOG_MEAN_LIMIT * (mean.clamp(min=1e-6).log() / _LOG_MEAN_LIMIT).atanh()
+
+
+def _log_mass_at_mean(x: Tensor) -> Tensor:
+    """log Poisson(x; rate x) = x log x - x - log x! = -(1/2) log(2 pi x) - s(x), with s = ``stirling_remainder``.
+
+    It is 0 at x = 0 and -9.2 nats at x = 16,777,216, so it is exact in float32.
+    """
+    positive = x.clamp(min=1)
+    return torch.where(x > 0, -(HALF_LOG_TWO_PI + positive.log() / 2 + stirling_remainder(positive)), 0.0)
+
+
+class StablePoisson(dist.Poisson):
+    """Pyro's Poisson distribution with a log-mass that is as exact as float32 allows.
+
+    The library subtracts x log(rate), the rate and log x! from each other in float32. At a count of a million they are
+    13 million, of which float32 knows 1.
+    """
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """log P(value), (*sample_shape, *batch_shape), nats.
+
+        log Poisson(x; x) - [rate - x - x log(rate / x)]. The bracket, the only part that can be large, is in float64.
+        """
+        if self._validate_args:
+            self._validate_sample(value)
+        x, rate = value.double(), self.rate.double()
+        misfit = rate - x - x * (rate / x.clamp(min=1)).log()
+        return _log_mass_at_mean(value) - misfit.to(self.rate.dtype)
 
 
 class Poisson(Pixels):
     """P(x | h) = prod_d Poisson(x_d; exp(15 tanh(h_d / 15))), for counts x in {0, 1, ...}^E.
 
-    One feature says both how many and how sure: the variance is the mean. The bound keeps rates between 3e-7 and 3
+    One feature says both how many and how sure: the variance is the mean. The bound keeps rates between 3e-7 and 3.27
     million: exp alone overflows at 89, after one bad step.
 
     Args:
@@ -42,14 +81,18 @@ class Poisson(Pixels):
     asks_for = data.COUNTS
     numbers_a_pixel = 8
 
-    def pixel(self, feature: Tensor) -> dist.Poisson:
+    def pixel(self, feature: Tensor) -> StablePoisson:
         """Of what gives the log-rate."""
-        return dist.Poisson(bounded(feature, _LOG_MEAN_LIMIT).exp())
+        return StablePoisson(bounded(feature, _LOG_MEAN_LIMIT).exp())
 
     def fit_marginals(self, x: Tensor) -> Tensor:
-        """rate_d = (1/2 + sum_n x_nd) / (1 + N), each pixel's mean, smoothed. x: (N, *E) -> (prod(E),)."""
+        """rate_d = (1/2 + sum_n x_nd) / (1 + N), each pixel's mean, smoothed. x: (N, *E) -> (prod(E),).
+
+        Raises:
+            ValueError: a mean above 3 million.
+        """
         mean = (0.5 + sum_over_images(x.flatten(1))) / (1 + len(x))
-        return _log_mean(mean).to(x.dtype)
+        return _log_mean_features(mean).to(x.dtype)
 
 
 class StableNegativeBinomial(Pixel):
@@ -84,18 +127,16 @@ class StableNegativeBinomial(Pixel):
     def log_prob(self, value: Tensor) -> Tensor:
         """log P(value), (*sample_shape, *batch_shape), nats.
 
-        (r + x) log[(r + x) / (r + m)] - (1/2) log[(r + x) / r] + s(r + x) - s(r) + x log m - x - log x!, s what
-        Stirling's formula leaves of log Gamma: the library's log Gamma(r + x) - log Gamma(r) loses 0.008 nats in
-        float32 at r = 8,000.
+        (r + x) log[(r + x) / (r + m)] + x log(m / x) + log Poisson(x; x) - (1/2) log[(r + x) / r] + s(r + x) - s(r), s
+        what Stirling's formula leaves of log Gamma. The first two parts can be large and cancel: they are in float64.
         """
         if self._validate_args:
             self._validate_sample(value)
-        x, m, r = value, self.log_mean.exp(), self.log_total.exp()
-        # log of the quotient, from the side on which nothing is subtracted from 1
-        over, under = torch.where(x > m, x - m, 0.0), torch.where(x > m, 0.0, m - x)
-        log_quotient = torch.log1p(over / (r + m)) - torch.log1p(under / (r + x))
-        remainders = stirling_remainder(r + x) - stirling_remainder(r) - torch.log1p(x / r) / 2
-        return (r + x) * log_quotient + remainders + x * self.log_mean - (x + (x + 1).lgamma())
+        m, r = self.log_mean.exp(), self.log_total.exp()
+        x, mean, total = value.double(), m.double(), r.double()
+        fit = (total + x) * ((total + x) / (total + mean)).log() + x * (mean / x.clamp(min=1)).log()
+        remainders = stirling_remainder(r + value) - stirling_remainder(r) - torch.log1p(value / r) / 2
+        return fit.to(r.dtype) + (_log_mass_at_mean(value) + remainders)
 
 
 class NegativeBinomial(Pixels):
@@ -124,8 +165,11 @@ class NegativeBinomial(Pixels):
         """Each pixel's mean m, smoothed as in ``Poisson``, and r = m^2 / (variance - m). x: (N, *E) -> (2 prod(E),).
 
         A pixel that spreads no more than a Poisson gets an r of 6,800.
+
+        Raises:
+            ValueError: a mean above 3 million.
         """
         mean, variance = mean_and_variance(x.flatten(1))
         smoothed = (0.5 + len(x) * mean) / (1 + len(x))
         total = smoothed.square() / (variance - smoothed).clamp(min=0)
-        return torch.cat([_log_mean(smoothed), unbounded(total.log(), _LOG_TOTAL_LIMIT)]).to(x.dtype)
+        return torch.cat([_log_mean_features(smoothed), unbounded(total.log(), _LOG_TOTAL_LIMIT)]).to(x.dtype)

@@ -256,6 +256,17 @@ def test_a_share_of_no_draw_at_all_still_has_an_error():
     assert 2 * found.share.stderr == pytest.approx(0.03, rel=0.15)
 
 
+@pytest.mark.parametrize("default", [torch.float32, torch.float64])
+def test_the_classifier_names_samples_far_apart_rightly_whatever_the_default_precision(default):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        found = classifier_test(normal(100, 2) + 20, normal(100, 2, seed=1))
+    finally:
+        torch.set_default_dtype(before)
+    assert found.accuracy.mean == 1.0
+
+
 def test_a_classifier_that_never_errs_still_has_an_error():
     found = classifier_test(normal(100, 2) + 20, normal(100, 2, seed=1))
     assert found.accuracy.mean == 1

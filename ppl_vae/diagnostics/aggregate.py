@@ -260,8 +260,8 @@ def _halves(z: Tensor) -> tuple[Tensor, Tensor]:
 
 def _labeled(posterior: Tensor, prior: Tensor) -> tuple[Tensor, Tensor]:
     """Both samples, and 1 for the posterior's draws, 0 for the prior's."""
-    label = torch.cat([torch.ones(len(posterior)), torch.zeros(len(prior))])
-    return torch.cat([posterior, prior]), label.to(posterior.device)
+    z = torch.cat([posterior, prior])
+    return z, torch.cat([z.new_ones(len(posterior)), z.new_zeros(len(prior))])
 
 
 class _Classifier(nn.Module):
@@ -272,7 +272,7 @@ class _Classifier(nn.Module):
         features = torch.cat([z, z.square()], dim=-1)
         self.loc = features.mean(0)
         self.scale = features.std(0).clamp(min=1e-6)  # of a latent that is constant in both samples
-        self.net = nn.Sequential(nn.Linear(features.shape[1], _HIDDEN), nn.SiLU(), nn.Linear(_HIDDEN, 1)).to(z.device)
+        self.net = nn.Sequential(nn.Linear(features.shape[1], _HIDDEN), nn.SiLU(), nn.Linear(_HIDDEN, 1)).to(z)
 
     def forward(self, z: Tensor) -> Tensor:
         return self.net((torch.cat([z, z.square()], dim=-1) - self.loc) / self.scale).squeeze(-1)

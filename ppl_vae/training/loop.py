@@ -91,7 +91,8 @@ def fit(
 
     Args:
         vae: the VAE to train, on its device.
-        train: (N, *E), as stored; it is kept on the VAE's device as one tensor, but for ``stream``.
+        train: (N, *E), as stored; it is kept on the VAE's device as one tensor, but for ``stream``. A VAE of float64
+            weights sees the images as float64, others as ``observe`` gives them.
         validation: (M, *E), as evaluated; without it the last weights are the best.
         epochs: passes through ``train``. The last batch of a pass may be smaller.
         objective: (model, guide, x, *, beta) -> loss, nats an image.
@@ -153,6 +154,9 @@ def fit(
     if not 0 <= average_decay < 1:
         raise ValueError(f"average_decay: expected a number from 0 to below 1, got {average_decay}")
     device = next(vae.parameters()).device
+    if all(w.dtype == torch.double for w in vae.parameters()):
+        observe = _in_double_precision(observe)
+        validation = None if validation is None else validation.double()
     state = TrainingState(vae, device=device, averaged=average_decay > 0)
     if saved is not None:
         state.restore(*saved)
@@ -319,6 +323,13 @@ def _dry_step(vae: VAE, objective: Callable[..., Tensor], observe: Callable[...,
             objective(vae.model, vae.guide, observe(stored, None), beta=1.0).backward()
     finally:
         vae.zero_grad()
+
+
+def _in_double_precision(observe: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The same images as float64, for a VAE whose weights are; stored values that are observed as they are keep it."""
+    if observe is data.as_floats:
+        return lambda values, generator: values.double()
+    return lambda values, generator: observe(values, generator).double()
 
 
 def _check_positive(**arguments: float) -> None:

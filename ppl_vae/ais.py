@@ -35,11 +35,13 @@ from torch.nn.functional import avg_pool1d, interpolate
 from ppl_vae.arguments import check_count
 from ppl_vae.capture import compiled, replaced
 from ppl_vae.conditional import Conditional
-from ppl_vae.evidence import NotFinite, in_evaluation_mode, seeded, weighed_a_pass
+from ppl_vae.evidence import NotFinite, weighed_a_pass
 from ppl_vae.exploration import moments, sampled
+from ppl_vae.global_state import in_evaluation_mode, seeded, serialize_threads
 from ppl_vae.hmc import Point, Terms, leapfrog, point_at, transition
 from ppl_vae.numerics import log_mean_exp
 from ppl_vae.posteriors.autoregressive import Autoregressive
+from ppl_vae.support import check_support
 from ppl_vae.vae import check_batch_shape, check_event_shape
 from ppl_vae.weights import Deterministic, is_deterministic
 
@@ -144,6 +146,7 @@ def images_a_block(vae: Any, x: Tensor, num_chains: int) -> int:
     return max(1, weighed_a_pass(vae, x) // num_chains)
 
 
+@serialize_threads()
 @torch.no_grad()
 def simulate(vae: Any, num_images: int) -> tuple[Tensor, Tensor]:
     """z ~ p(z), x ~ p(x | z): images with an exact draw of their posterior. -> x (N, *E) and z (N, L).
@@ -161,6 +164,7 @@ def simulate(vae: Any, num_images: int) -> tuple[Tensor, Tensor]:
     return torch.cat(x), z
 
 
+@serialize_threads()
 @torch.no_grad()
 def pilot(
     vae: Any,
@@ -199,8 +203,8 @@ def pilot(
         ``Annealing``.
 
     Raises:
-        ValueError: no images, an argument out of its range, discrete latents, or densities that draw noise, as those of
-            dequantized levels do.
+        ValueError: no images, one off the support of p(x | z), an argument out of its range, discrete latents, or
+            densities that draw noise, as those of dequantized levels do.
         Deterministic: a ValueError: the guide has no density.
         CannotCapture: a ValueError: ``compile`` is asked for and impossible.
         NotFinite: a density is NaN.
@@ -291,6 +295,7 @@ def upper(
     return _annealed(vae, x, z, annealing, num_chains=num_chains, compile=compile, progress=progress)
 
 
+@serialize_threads()
 @torch.no_grad()
 def _annealed(
     vae: Any,
@@ -502,6 +507,7 @@ def _check(vae: Any, x: Tensor, *, start: Start, num_chains: int, num_leapfrogs:
         raise Deterministic(
             "guide: expected a density q(z | x), got a deterministic one (Delta): an autoencoder has no log-likelihood"
         )
+    check_support(vae.model, x)
 
 
 def _check_betas(betas: Tensor) -> None:

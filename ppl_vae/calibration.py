@@ -13,6 +13,8 @@ from torch import Tensor
 from ppl_vae.arguments import check_count
 from ppl_vae.conditional import numbers_a_pixel
 from ppl_vae.evidence import particles_a_pass
+from ppl_vae.global_state import serialize_threads
+from ppl_vae.support import check_support
 from ppl_vae.vae import VAE
 
 BINS = 20
@@ -117,6 +119,7 @@ class Calibration:
         }
 
 
+@serialize_threads()
 @torch.no_grad()
 def calibration(
     vae: VAE,
@@ -147,11 +150,12 @@ def calibration(
         x: images (N, *E) as the VAE sees them.
         num_draws: J.
         observe: what makes of the draws of p(x | z) pixels as they are in x, such as ``dequantization.levels_of`` where
-            p is a density of dequantized levels; by default they are.
+            p is a density of dequantized levels; by default they are. With it x is not compared with
+            the support of p(x | z).
         progress: called with the number of images after each group of them.
 
     Raises:
-        ValueError: an argument out of its range.
+        ValueError: an argument out of its range, or an image off the support of p(x | z).
 
     Reference: Dawid 1984, Statistical theory: the prequential approach; Czado, Gneiting and Held 2009, Predictive model
     assessment for count data (ties); Talts et al. 2018, arXiv 1804.06788, theorem 1 (ranks). Pixels given a draw of the
@@ -160,6 +164,8 @@ def calibration(
     num_draws = check_count("num_draws", num_draws)
     if len(x) == 0:
         raise ValueError("x: expected at least one image, got none")
+    if observe is None:
+        check_support(vae.model, x)
     sums = torch.zeros(BINS, dtype=torch.double, device=x.device)
     products = torch.zeros(BINS, BINS, dtype=torch.double, device=x.device)
     draws = particles_a_pass(x)

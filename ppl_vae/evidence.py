@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import math
-import operator
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import pyro
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ppl_vae.arguments import check_count
 from ppl_vae.capture import CannotCapture, compiled, replaced
 from ppl_vae.conditional import NUMBERS_A_PIXEL, numbers_a_pixel, numbers_a_vector
 from ppl_vae.distributed import agree
+from ppl_vae.global_state import in_evaluation_mode, seed_generators, seeded, serialize_threads
 from ppl_vae.groups import group_seed, in_groups
 from ppl_vae.memory import Passes
 from ppl_vae.numerics import LogWeightSummary
+from ppl_vae.support import check_support
 from ppl_vae.vae import VAE
 from ppl_vae.weights import Program, log_reconstruction, log_weight_terms
 
@@ -170,6 +170,7 @@ class CapturedTerms:
         return log_p_x_given_z, log_p_z_over_q_z
 
 
+@serialize_threads()
 @torch.no_grad()
 def importance(
     model: Program,
@@ -183,10 +184,10 @@ def importance(
 ) -> Importance:
     """L_S = log (1/S) sum_s p(x, z_s) / q(z_s | x), z_s ~ q(z | x), for each image, with its errors.
 
-    Log-weights are streamed, so memory depends on neither S nor N (but for the results). Draws come from torch's
-    global generator, fresh at every call. Weights and modes are left as they are, and no gradients are kept; networks
-    with dropout or batch norm should be in evaluation mode. Whether values are checked against supports follows Pyro's
-    validation switch.
+    Log-weights are streamed, so memory depends on neither S nor N (but for the results). Draws come from torch's global
+    generator, fresh at every call. Weights and modes are left as they are, and no gradients are kept; networks with
+    dropout or batch norm should be in evaluation mode. Images are compared with the support of p(x | z); other values
+    are validated where Pyro's validation is on.
 
     Args:
         model: a Pyro program over x with one data plate at dim=-1.
@@ -202,8 +203,8 @@ def importance(
         ``Importance``, each field (N,).
 
     Raises:
-        ValueError: as ``log_weights``, or an argument out of its range. ``weights.Deterministic`` is one: a guide
-            without a density.
+        ValueError: an image off the support, as ``log_weights``, or an argument out of its range.
+            ``weights.Deterministic`` is one: a guide without a density.
         NotFinite: a log-weight is NaN.
 
     Reference: Burda et al. 2016, arXiv 1509.00519, equation 8.
@@ -212,6 +213,7 @@ def importance(
     chunk = chunk if chunk is None else check_count("chunk", chunk)
     if len(x) == 0:
         raise ValueError("x: expected at least one image, got none")
+    check_support(model, x)
     pairs = weighed_a_pass(getattr(model, "__self__", None), x)
     chunk = min(num_particles, chunk or pairs)
     # Results have their place before the work: small tensors kept between large ones would fragment memory for good.
@@ -320,6 +322,7 @@ def pass_of_group(vae: Any, x: Tensor, num_particles: int) -> tuple[int, int]:
     return particles, even_chunk(images_a_group(x, num_particles), max(1, pairs // particles))
 
 
+@serialize_threads()
 def evaluate(
     vae: VAE,
     x: Tensor,
@@ -364,7 +367,7 @@ def evaluate(
     Raises:
         CannotCapture: a ValueError: ``compile`` is asked for and impossible; says why.
         Deterministic: a ValueError: the guide has no density; ``reconstruction`` needs none.
-        ValueError: an argument out of its range.
+        ValueError: an image off the support, or an argument out of its range.
         NotFinite: a log-weight is NaN.
         Stopped: ``should_stop`` said so; see ``groups.in_groups``.
         ConnectionError: another rank met an error.
@@ -372,6 +375,7 @@ def evaluate(
     num_particles = check_count("num_particles", num_particles)
     if len(x) == 0:
         raise ValueError("x: expected at least one image, got none")
+    check_support(vae.model, x)
     with seeded(seed, x.device), pyro.validation_enabled(check), in_evaluation_mode(vae), torch.no_grad():
         size = images_a_group(x, num_particles)
         # With and without compiling, so that the noise is the same.
@@ -382,7 +386,7 @@ def evaluate(
 
         def compute(group: slice) -> Tensor:
             def attempt(particles: int, images: int) -> Tensor:
-                _seed(group_seed(seed, group.start), x.device)
+                seed_generators(group_seed(seed, group.start), x.device)
                 parts = x[group].split(images)
                 found = [_importance_of_group(vae.model, vae.guide, p, num_particles, particles, terms) for p in parts]
                 return torch.cat([torch.stack(part, dim=1) for part in found])
@@ -421,6 +425,7 @@ def _captured(
     return terms
 
 
+@serialize_threads()
 @torch.no_grad()
 def reconstruction(
     vae: VAE,
@@ -451,20 +456,21 @@ def reconstruction(
         (N,) nats, float64.
 
     Raises:
-        ValueError: no images, or as ``log_weights``.
+        ValueError: no images, one off the support, or as ``log_weights``.
         NotFinite: a value is NaN or +infinity.
         Stopped: ``should_stop`` said so.
         ConnectionError: another rank met an error.
     """
     if len(x) == 0:
         raise ValueError("x: expected at least one image, got none")
+    check_support(vae.model, x)
     size = images_a_group(x, 1)
     most = particles_a_pass(x, numbers_a_pixel(vae.likelihood))
     passes = Passes(1, even_chunk(size, most), device=x.device, say=say)
 
     def compute(group: slice) -> Tensor:
         def attempt(_: int, images: int) -> Tensor:
-            _seed(group_seed(seed, group.start), x.device)
+            seed_generators(group_seed(seed, group.start), x.device)
             parts = [log_reconstruction(vae.model, vae.guide, part) for part in x[group].split(images)]
             return torch.cat(parts).double()[:, None]
 
@@ -478,30 +484,3 @@ def reconstruction(
             compute, len(x), size, num_columns=1, device=x.device, progress=progress, should_stop=should_stop
         )
     return table[:, 0]
-
-
-@contextmanager
-def in_evaluation_mode(vae: nn.Module) -> Iterator[None]:
-    """Every module in evaluation mode, then each as it was."""
-    modes = [(module, module.training) for module in vae.modules()]
-    vae.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-@contextmanager
-def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Torch's global generators of the CPU and of that device start from the seed, and are put back afterwards."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        _seed(operator.index(seed), device)
-        yield
-
-
-def _seed(seed: int, device: torch.device) -> None:
-    torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            torch.cuda.manual_seed(seed)

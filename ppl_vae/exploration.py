@@ -15,8 +15,10 @@ from torch.distributions import Independent, Normal, kl_divergence
 
 from ppl_vae.conditional import numbers_a_pixel
 from ppl_vae.evidence import particles_a_pass, vectors_a_pass, weighed_a_pass
+from ppl_vae.global_state import serialize_threads
+from ppl_vae.support import check_support
 from ppl_vae.vae import VAE
-from ppl_vae.weights import log_weights
+from ppl_vae.weights import log_weight_terms
 
 # A latent whose mean KL is below this many nats is called unused. Source: ours.
 UNUSED_NATS = 0.01
@@ -40,6 +42,7 @@ class Codes(NamedTuple):
     num_draws: int | None = None
 
 
+@serialize_threads()
 def mean_or_draw(distribution: Any) -> Tensor:
     """The mean of a distribution over latents where it has one in closed form, else a draw. -> batch shape + (L,)."""
     try:
@@ -48,6 +51,7 @@ def mean_or_draw(distribution: Any) -> Tensor:
         return distribution.sample()
 
 
+@serialize_threads()
 @torch.no_grad()
 def sampled(distribution: Any, count: int) -> Tensor:
     """(count, *batch, L) draws of a distribution over latents, in passes that fit into memory."""
@@ -56,12 +60,14 @@ def sampled(distribution: Any, count: int) -> Tensor:
     return torch.cat([distribution.sample((size,)) for size in sizes])
 
 
+@serialize_threads()
 @torch.no_grad()
 def log_density(distribution: Any, z: Tensor) -> Tensor:
     """(M,) log p(z), nats, float64, in passes that fit into memory. z: (M, L)."""
     return torch.cat([distribution.log_prob(part).double() for part in z.split(vectors_a_pass(distribution))])
 
 
+@serialize_threads()
 def moments(distribution: Any) -> Codes:
     """Mean and scale of each latent: in closed form where the distribution has them, else of draws.
 
@@ -75,6 +81,7 @@ def moments(distribution: Any) -> Codes:
         return Codes(draws.mean(0), draws.std(0), count)
 
 
+@serialize_threads()
 @torch.no_grad()
 def encode(vae: VAE, x: Tensor) -> Codes:
     """Mean and scale of q(z | x), in passes that fit into memory.
@@ -88,12 +95,14 @@ def encode(vae: VAE, x: Tensor) -> Codes:
     return Codes(mean, scale, parts[0].num_draws)
 
 
+@serialize_threads()
 @torch.no_grad()
 def drawn(vae: VAE, x: Tensor) -> Tensor:
     """(N, L) one z ~ q(z | x) an image, in passes that fit into memory. x: (N, *E)."""
     return torch.cat([vae.posterior(group).sample() for group in x.split(particles_a_pass(x))])
 
 
+@serialize_threads()
 @torch.no_grad()
 def decoded(vae: VAE, z: Tensor) -> Tensor:
     """(N, *E) E[x | z], in passes that fit into memory. z: (N, L)."""
@@ -102,6 +111,7 @@ def decoded(vae: VAE, z: Tensor) -> Tensor:
     return torch.cat([vae.likelihood(part).mean for part in z.split(chunk)])
 
 
+@serialize_threads()
 @torch.no_grad()
 def kl_by_latent(codes: Codes, prior: Any) -> Tensor:
     """(1/N) sum_n KL(q(z_l | x_n) || p(z_l)) of normals that are products over latents, by their means and scales.
@@ -119,6 +129,7 @@ def kl_by_latent(codes: Codes, prior: Any) -> Tensor:
     return kl_divergence(Normal(codes.mean, codes.scale), Normal(p.mean, p.scale)).mean(0)
 
 
+@serialize_threads()
 @torch.no_grad()
 def traversals(vae: VAE, z: Tensor, latents: Sequence[int], steps: Tensor) -> Tensor:
     """E[x | z] as one latent at a time moves to m_l + t s_l, the prior's mean and scale, the others as they are in z.
@@ -141,6 +152,7 @@ def traversals(vae: VAE, z: Tensor, latents: Sequence[int], steps: Tensor) -> Te
     return vae.likelihood(moved).mean
 
 
+@serialize_threads()
 @torch.no_grad()
 def quantiles(prior: Any, count: int) -> Tensor:
     """(count, L) F_l^-1 of the middles of as many equal parts of [0, 1]: each stands for the same probability of z_l.
@@ -159,6 +171,7 @@ def quantiles(prior: Any, count: int) -> Tensor:
         return torch.stack([z[:, latent].quantile(middles.to(z)) for latent in range(z.shape[1])], dim=-1)
 
 
+@serialize_threads()
 @torch.no_grad()
 def manifold(vae: VAE, grid: Tensor) -> Tensor:
     """E[x | z] over the plane of two latents.
@@ -174,14 +187,17 @@ def manifold(vae: VAE, grid: Tensor) -> Tensor:
     return vae.likelihood(torch.stack([first, second], dim=-1)).mean
 
 
+@serialize_threads()
 @torch.no_grad()
 def gather_log_weights(vae: VAE, x: Tensor, num_particles: int) -> Tensor:
     """(S, N) log-weights, nats, in passes that fit into memory. x: (N, *E)."""
+    check_support(vae.model, x)
     pairs = weighed_a_pass(vae, x)
     chunk = max(1, pairs // len(x))
     parts = []
     with pyro.validation_enabled(False):
         for start in range(0, num_particles, chunk):
             S = min(chunk, num_particles - start)
-            parts.append(torch.cat([log_weights(vae.model, vae.guide, group, S) for group in x.split(pairs)], dim=1))
+            terms = (log_weight_terms(vae.model, vae.guide, group, S) for group in x.split(pairs))
+            parts.append(torch.cat([log_p_x + log_ratio for log_p_x, log_ratio in terms], dim=1))
     return torch.cat(parts)

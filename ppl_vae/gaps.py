@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import pyro
 from torch import Tensor
 
-from ppl_vae.evidence import importance, in_evaluation_mode
+from ppl_vae.evidence import importance
+from ppl_vae.global_state import in_evaluation_mode, serialize_threads
 from ppl_vae.proposals import refined, with_guide
 
 
@@ -47,6 +48,7 @@ class Gaps(NamedTuple):
         return self.log_evidence - self.elbo
 
 
+@serialize_threads()
 def gaps(
     vae: Any,
     x: Tensor,
@@ -75,8 +77,9 @@ def gaps(
         ``Gaps``.
 
     Raises:
-        ValueError: a guide of several stochastic layers, whose later layers have features of each draw and not of the
-            image: only the total gap is known of it; a deterministic guide; or an evidence that is not (N,).
+        ValueError: an image off the support of p(x | z); a guide of several stochastic layers, whose later layers have
+            features of each draw and not of the image: only the total gap is known of it; a deterministic guide; or an
+            evidence that is not (N,).
         CannotCapture: a ValueError; see ``capture.compiled``.
 
     Reference: Cremer et al. 2018, arXiv 1801.03558, equations 4 to 6.

@@ -12,6 +12,7 @@ from torch import Tensor
 from ppl_vae.arguments import check_count
 from ppl_vae.evidence import NotFinite, weighed_a_pass
 from ppl_vae.exploration import sampled
+from ppl_vae.global_state import serialize_threads
 from ppl_vae.vae import VAE
 from ppl_vae.weights import Deterministic, is_autoencoder
 
@@ -45,6 +46,7 @@ class Ranks(NamedTuple):
         return torch.cat([self.latents, self.log_joint[:, None]], dim=1)
 
 
+@serialize_threads()
 @torch.no_grad()
 def ranks(vae: VAE, *, num_simulations: int, num_draws: int, progress: Callable[[int], None] | None = None) -> Ranks:
     """R_l = #{m: z_ml < z*_l} and R = #{m: log p(x, z_m) < log p(x, z*)}: z* ~ p(z), x ~ p(x | z*), z_m ~ q(z | x).

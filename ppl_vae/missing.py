@@ -16,9 +16,11 @@ from torch import Tensor, nn
 
 from ppl_vae.arguments import check_count
 from ppl_vae.conditional import numbers_a_pixel
-from ppl_vae.evidence import NotFinite, particles_a_pass, seeded, vectors_a_pass
+from ppl_vae.evidence import NotFinite, particles_a_pass, vectors_a_pass
+from ppl_vae.global_state import seeded, serialize_threads
 from ppl_vae.likelihoods.family import independent_pixels
 from ppl_vae.numerics import log_mean_exp
+from ppl_vae.support import check_support
 from ppl_vae.vae import VAE, check_event_shape
 
 # Of the noise in the guide's fillings: a constant, so that the guide is a function of x.
@@ -221,6 +223,7 @@ class Imputation(NamedTuple):
     ess: Tensor
 
 
+@serialize_threads()
 @torch.no_grad()
 def impute(
     observed: Observed,
@@ -247,7 +250,7 @@ def impute(
         ``Imputation``.
 
     Raises:
-        ValueError: an argument out of its range, or as ``Observed``.
+        ValueError: an argument out of its range, a value off the support of p(x | z), or as ``Observed``.
         NotFinite: a log-weight is NaN or infinite.
 
     Reference: Mattei and Frellsen 2019, arXiv 1812.02633 (single imputation by self-normalized importance sampling,
@@ -256,6 +259,7 @@ def impute(
     num_particles, num_draws = check_count("num_particles", num_particles), check_count("num_draws", num_draws)
     if len(x) == 0:
         raise ValueError("x: expected at least one image, got none")
+    check_support(observed.model, x)
     result = Imputation(
         x.new_empty(num_draws, *x.shape),
         torch.empty_like(x),

@@ -15,6 +15,8 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from ppl_vae.arguments import check_count
+from ppl_vae.global_state import serialize_threads
+from ppl_vae.support import check_support
 from ppl_vae.vae import NO_AUTOGUIDE
 
 Program = Callable[[Tensor], Any]
@@ -61,6 +63,7 @@ def latent_sites(trace: poutine.Trace) -> list[str]:
     return sorted(name for name in trace.stochastic_nodes if not site_is_subsample(trace.nodes[name]))
 
 
+@serialize_threads()
 def is_autoencoder(guide: Program, x: Tensor) -> bool:
     """The guide is deterministic at a latent site: there are reconstructions, and no log-weights.
 
@@ -70,6 +73,7 @@ def is_autoencoder(guide: Program, x: Tensor) -> bool:
     return any(is_deterministic(trace.nodes[name]["fn"]) for name in latent_sites(trace))
 
 
+@serialize_threads()
 def log_reconstruction(model: Program, guide: Program, x: Tensor) -> Tensor:
     """log p(x | z) for one z ~ q(z | x) an image. It needs no density of the guide, and bounds nothing.
 
@@ -85,6 +89,7 @@ def log_reconstruction(model: Program, guide: Program, x: Tensor) -> Tensor:
     return _log_joint(p, _observed_sites(p), (1, len(x)), x.device)[0]
 
 
+@serialize_threads()
 def log_weight_terms(
     model: Program,
     guide: Program,
@@ -154,17 +159,19 @@ def _traces(
     return q, p, latents
 
 
+@serialize_threads()
 def log_weights(model: Program, guide: Program, x: Tensor, num_particles: int) -> Tensor:
     """log w_s = log p(x, z_s) - log q(z_s | x), for z_s ~ q(z | x), s = 1..S.
 
     Fresh draws from torch's global generator at every call. The encoder runs once an image, never once a particle.
 
-    Args: as ``log_weight_terms``, whose errors are these too.
+    Args: as ``log_weight_terms``, whose errors are these too; and an image off the support is a ValueError.
 
     Returns:
         (S, B) nats, one row a particle.
 
     Reference: Burda et al. 2016, arXiv 1509.00519, equation 8.
     """
+    check_support(model, x)
     log_p_x_given_z, log_p_z_over_q_z = log_weight_terms(model, guide, x, num_particles)
     return log_p_x_given_z + log_p_z_over_q_z

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ppl_vae import capture, networks, objectives, priors, schedules
 from ppl_vae.build.parts import has_closed_form_kl, is_autoencoder
+from ppl_vae.global_state import serialize_threads
 from ppl_vae.options import Options, compiling_pays, default_objective
 from ppl_vae.vae import VAE
 
@@ -119,6 +120,7 @@ def validation_particles(options: Options) -> int:
     return options.num_particles if options.objective in ("iwae", "dreg") else 1
 
 
+@serialize_threads()
 def start_from_marginals(vae: VAE, x: Tensor) -> None:
     """Sets the decoder's output bias, and units where there are any, so that training starts from the marginals.
 

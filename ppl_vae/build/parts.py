@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ppl_vae import data, flows, likelihoods, networks, posteriors, priors
 from ppl_vae.conditional import Conditional
-from ppl_vae.evidence import seeded
+from ppl_vae.global_state import seeded, serialize_threads
 from ppl_vae.hierarchy import BottomUp, HierarchicalVAE, LayeredPrior, OfBottomLayer, TopDown
 from ppl_vae.options import PLAIN, Options, default_hidden, default_objective, default_prior, flag
 from ppl_vae.vae import VAE
@@ -168,6 +168,7 @@ SCALE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+@serialize_threads()
 def vae(options: Options, event_shape: Sequence[int]) -> VAE:
     """The VAE that the options describe, for images of that shape, with fresh weights from torch's global generator.
 

@@ -12,8 +12,8 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from ppl_vae.diagnostics.mixture import AggregatePosterior, factors
 from ppl_vae.diagnostics.values import Value
-from ppl_vae.evidence import seeded
 from ppl_vae.exploration import PRIOR_DRAWS, log_density, moments, sampled
+from ppl_vae.global_state import seeded, serialize_threads
 from ppl_vae.vae import VAE
 
 # A prior draw is in a hole where the aggregate posterior covers it less than this share of held-out images' draws.
@@ -137,6 +137,7 @@ def _samples(name: str, z: Tensor) -> Tensor:
     return z.detach().double().cpu()
 
 
+@serialize_threads()
 @torch.no_grad()
 def latent_moments(z: Tensor, prior: Any) -> LatentMoments:
     """(mean z_l - m_l) / s_l and log(scale z_l / s_l), m and s the prior's mean and scale: 0 and 0 where they agree.
@@ -160,6 +161,7 @@ def latent_moments(z: Tensor, prior: Any) -> LatentMoments:
     return LatentMoments(z.mean(0), (variance / N).sqrt(), variance.log() / 2, log_scale_stderr)
 
 
+@serialize_threads()
 @torch.no_grad()
 def kolmogorov_smirnov(z: Tensor, prior: Any) -> KolmogorovSmirnov:
     """D_l = sup_t |F_N(t) - F_l(t)|, F_N the share of the z_nl up to t and F_l the prior's distribution function.
@@ -221,6 +223,7 @@ def binomial_tail(successes: int, trials: int) -> float:
     return min(1.0, float(log_p.logsumexp(0).exp()))
 
 
+@serialize_threads()
 def classifier_test(z_posterior: Tensor, z_prior: Tensor, *, seed: int = 0) -> TwoSample:
     """A = P(a classifier names the sample that a held-out draw came from): 1/2 where the two distributions are one.
 
@@ -303,6 +306,7 @@ def _likeliest(q: AggregatePosterior, z: Tensor) -> tuple[float, AggregatePoster
     return max(candidates, key=lambda candidate: float(candidate[1].log_prob(some).mean()))
 
 
+@serialize_threads()
 @torch.no_grad()
 def holes(vae: VAE, x: Tensor, z_held_out: Tensor, z_prior: Tensor) -> Holes:
     """P_{z ~ p}(r(z) < t), r(z) = log q(z) - log p(z), t the 1% quantile of r at draws of held-out images' posteriors.

@@ -16,8 +16,10 @@ from ppl_vae.diagnostics.mixture import AggregatePosterior, factors, normal_fact
 from ppl_vae.diagnostics.values import PerLatent, Value, ratio_of_means
 from ppl_vae.evidence import particles_a_pass, weighed_a_pass
 from ppl_vae.exploration import Codes, log_density, moments
+from ppl_vae.global_state import serialize_threads
 from ppl_vae.hierarchy import Chain
 from ppl_vae.priors import VampPrior
+from ppl_vae.support import check_support
 from ppl_vae.vae import VAE
 
 # A latent is active where the variance of its posterior mean over images exceeds this, in the prior's unit (Burda et
@@ -125,6 +127,7 @@ def _kl_by_latent(q: Any, p: Any) -> Tensor | None:
         return None
 
 
+@serialize_threads()
 @torch.no_grad()
 def latent_kl(vae: VAE, x: Tensor, *, draws: int = 100) -> LatentKL | None:
     """(1/N) sum_n KL(q(z_l | x_n) || p(z_l)), by latent.
@@ -182,6 +185,7 @@ def active_units(codes: Codes, prior_scale: Tensor | None = None) -> ActiveUnits
     return ActiveUnits(each.mean, each.stderr, active, int(active.sum()))
 
 
+@serialize_threads()
 @torch.no_grad()
 def elbo_split(vae: VAE, x: Tensor, *, draws: int = 1) -> ElboSplit:
     """E KL(q(z | x) || p(z)) = I(z; n) + KL(q(z) || p(z)), and KL(q(z) || p(z)) = TC + sum_l KL(q(z_l) || p(z_l)).
@@ -202,12 +206,13 @@ def elbo_split(vae: VAE, x: Tensor, *, draws: int = 1) -> ElboSplit:
         draws: of q(z | x) an image.
 
     Raises:
-        ValueError: no image, or no draw.
+        ValueError: no image, one off the support of p(x | z), or no draw.
 
     Reference: Hoffman and Johnson 2016, ELBO surgery; Chen et al. 2018, arXiv 1802.04942, equation 2 (the total
     correlation; there by minibatches). The closed-form KL with sampled information is ours.
     """
     draws = check_count("draws", draws)
+    check_support(vae.model, x)
     q, prior = AggregatePosterior.of(vae, x), vae.prior()
     by_latent = factors(prior) is not None and q.is_factorized
     parts = [_one_draw(vae, x, q, prior, by_latent=by_latent) for _ in range(draws)]
@@ -257,6 +262,7 @@ def _log_likelihood(vae: VAE, x: Tensor, z: Tensor) -> Tensor:
     return torch.cat([vae.likelihood(codes).log_prob(images).double() for images, codes in passes])
 
 
+@serialize_threads()
 def implied_beta(vae: VAE, x: Tensor, *, draws: int = 8) -> Value | None:
     """beta = (d/dlog c E_q[log p(x | z)]) / (d/dlog c KL(q || p)) at c = 1, c a factor on all of the guide's scales.
 
@@ -282,13 +288,14 @@ def implied_beta(vae: VAE, x: Tensor, *, draws: int = 8) -> Value | None:
         autoencoder), and where it has several layers, each with a width of its own.
 
     Raises:
-        ValueError: no image, or no draw.
+        ValueError: no image, one off the support of p(x | z), or no draw.
 
     Source: ours.
     """
     draws = check_count("draws", draws)
     if len(x) == 0:
         raise ValueError("x: expected at least one image, got none")
+    check_support(vae.model, x)
     prior = vae.prior()
     if isinstance(prior, Chain):
         return None

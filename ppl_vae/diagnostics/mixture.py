@@ -12,6 +12,7 @@ from torch.distributions import Independent, Normal
 
 from ppl_vae.conditional import numbers_a_vector
 from ppl_vae.evidence import particles_a_pass
+from ppl_vae.global_state import serialize_threads
 from ppl_vae.vae import VAE
 
 # Numbers that one pass may hold: 64 MB in float64.
@@ -52,6 +53,7 @@ class AggregatePosterior:
         self.latent_dim = int(self.groups[0].event_shape[0])
 
     @classmethod
+    @serialize_threads()
     @torch.no_grad()
     def of(cls, vae: VAE, x: Tensor) -> AggregatePosterior:
         """Of images (N, *E) under the VAE's guide, in passes that fit into memory."""
@@ -62,6 +64,7 @@ class AggregatePosterior:
         """Whether each q(z | x_n) is a product over latents by construction, so that the latents have densities."""
         return all(factors(q) is not None for q in self.groups)
 
+    @serialize_threads()
     @torch.no_grad()
     def sample(self) -> Tensor:
         """(N, L): one z ~ q(z | x_n) an image."""

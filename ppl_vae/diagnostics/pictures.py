@@ -14,6 +14,7 @@ from ppl_vae.conditional import numbers_a_pixel
 from ppl_vae.diagnostics.values import CannotMeasure, Value, ratio_of_means
 from ppl_vae.evidence import particles_a_pass
 from ppl_vae.exploration import mean_or_draw
+from ppl_vae.global_state import serialize_threads
 from ppl_vae.vae import VAE
 
 # Cycles a pixel: half of the Nyquist frequency of 1/2. Source: ours.
@@ -139,6 +140,7 @@ def _power_of_reference(x: Tensor) -> Tensor:
     return power
 
 
+@serialize_threads()
 @torch.no_grad()
 def blur(vae: VAE, x: Tensor, *, gray: Tensor | None = None, draws: int = 8) -> Blur:
     """E_q |x - y(z)|^2 = |x - E_q y|^2 + Var_q y (bias, posterior noise), y(z) = E[x | z], and the sharpness of each y.

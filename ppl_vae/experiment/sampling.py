@@ -19,6 +19,7 @@ from ppl_vae.experiment.figures import OF_AN_AUTOENCODER, samples_figure
 from ppl_vae.experiment.opening import Say, evaluated_vae
 from ppl_vae.experiment.outputs import output_folder, removed_if_empty, write_arrays, write_figure, write_picture
 from ppl_vae.exploration import sampled
+from ppl_vae.global_state import serialize_threads
 from ppl_vae.vae import VAE
 
 _MOST_DRAWN = 256  # in samples.png
@@ -38,6 +39,7 @@ class Samples(NamedTuple):
     images: Tensor
 
 
+@serialize_threads()
 @torch.no_grad()
 def sample(vae: VAE, num_samples: int) -> Samples:
     """z ~ p(z), x ~ p(x | z), by torch's global generator, in passes that fit into memory."""

@@ -12,9 +12,11 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from ppl_vae.distributed import mean_over_batch
+from ppl_vae.global_state import serialize_threads
 from ppl_vae.weights import Program, is_deterministic, latent_sites
 
 
+@serialize_threads()
 def free_bits(
     model: Program,
     guide: Program,

@@ -15,10 +15,12 @@ from torch import Tensor, nn
 
 from ppl_vae.arguments import check_count
 from ppl_vae.capture import replaced
+from ppl_vae.global_state import serialize_threads
 from ppl_vae.numerics import log_mean_exp
 from ppl_vae.weights import Program, latent_sites, log_weight_terms
 
 
+@serialize_threads()
 def iwae(model: Program, guide: Program, x: Tensor, *, beta: float | Tensor = 1.0, num_particles: int) -> Tensor:
     """-(1/B) sum_b log (1/S) sum_s w_s, log w_s = log p(x | z_s) + beta (log p(z_s) - log q(z_s | x)), z_s ~ q(z | x).
 
@@ -47,6 +49,7 @@ def iwae(model: Program, guide: Program, x: Tensor, *, beta: float | Tensor = 1.
     return -log_mean_exp(log_w).mean()
 
 
+@serialize_threads()
 def dreg(model: Program, guide: Program, x: Tensor, *, beta: float | Tensor = 1.0, num_particles: int) -> Tensor:
     """``iwae``'s value; its gradient for the guide is sum_s v_s^2 (d log w_s / d z_s) (d z_s / d phi), v = w / sum w.
 
@@ -88,6 +91,7 @@ def dreg(model: Program, guide: Program, x: Tensor, *, beta: float | Tensor = 1.
     return loss
 
 
+@serialize_threads()
 def stl(model: Program, guide: Program, x: Tensor, *, beta: float | Tensor = 1.0, num_particles: int = 1) -> Tensor:
     """-(1/B) sum_b (1/S) sum_s log w_s, ``elbo``'s value; its gradient leaves out d log q(z | x) / d phi at a given z.
 

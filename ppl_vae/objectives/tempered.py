@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from ppl_vae.capture import CannotCapture, is_capturing
+from ppl_vae.global_state import serialize_threads
 from ppl_vae.weights import Program
 
 
@@ -37,6 +38,7 @@ class Temper(ScaleMessenger):
             super()._process_message(msg)
 
 
+@serialize_threads()
 def elbo(
     model: Program,
     guide: Program,

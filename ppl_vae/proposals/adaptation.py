@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from ppl_vae.arguments import check_count
-from ppl_vae.evidence import in_evaluation_mode, summarize_log_weights, weighed_a_pass
+from ppl_vae.evidence import summarize_log_weights, weighed_a_pass
+from ppl_vae.global_state import in_evaluation_mode, serialize_threads
 from ppl_vae.numerics import tenfold_gain
+from ppl_vae.support import check_support
 
 
 class Adaptive(NamedTuple):
@@ -31,6 +33,7 @@ class Adaptive(NamedTuple):
     rise: Tensor
 
 
+@serialize_threads()
 @torch.no_grad()
 def adaptive(
     vae: Any,
@@ -45,7 +48,7 @@ def adaptive(
 
     It is an estimate and no bound: how many particles there are depends on what they were, so that images whose weights
     happen to agree stop early, whether too low or too high. All particles count. Draws come from torch's global
-    generator; values are not validated.
+    generator.
 
     If the estimate lacks a / S^r, ten times the particles gained 10^r - 1 times what is
     still lacking: nine times for weights with a variance (r = 1), and at least as much down to r = 0.3. An image at
@@ -73,6 +76,7 @@ def adaptive(
     num_particles, most = check_count("num_particles", num_particles), check_count("most", most)
     if most < num_particles:
         raise ValueError(f"most: expected at least num_particles, {num_particles}, got {most}")
+    check_support(vae.model, x)
     empty = torch.full((len(x),), math.nan, dtype=torch.double, device=x.device)
     found = Adaptive(empty, torch.zeros_like(empty, dtype=torch.long), empty.clone(), empty.clone())
     waiting, sums = torch.arange(len(x), device=x.device), None

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from ppl_vae.arguments import check_count
 from ppl_vae.capture import ADAM_BETAS, ADAM_EPSILON, compiled, replaced
-from ppl_vae.evidence import importance, in_evaluation_mode, particles_a_pass, weighed_a_pass
+from ppl_vae.evidence import importance, particles_a_pass, weighed_a_pass
 from ppl_vae.exploration import encode
+from ppl_vae.global_state import in_evaluation_mode, serialize_threads
 from ppl_vae.posteriors import MAX_LOG_SCALE, DiagonalNormal, FullNormal, bounded_log_scale, exponential_log_scale
 from ppl_vae.proposals.own import Proposal, with_guide
+from ppl_vae.support import check_support
 from ppl_vae.weights import is_deterministic
 
 OBJECTIVES = ("elbo", "importance")
@@ -24,6 +26,7 @@ _BETA_1, _BETA_2 = ADAM_BETAS
 _CHOOSING_PARTICLES = 500  # of each of an image's two q, the start and the refined one, when they are compared
 
 
+@serialize_threads()
 def refined(
     vae: Any,
     x: Tensor,
@@ -62,8 +65,8 @@ def refined(
         q, batch shape (N,), event shape (L,).
 
     Raises:
-        ValueError: a guide without features of an image, and no family; a deterministic guide; or an argument out of
-            its range.
+        ValueError: an image off the support of p(x | z); a guide without features of an image, and no family; a
+            deterministic guide; or an argument out of its range.
         CannotCapture: a ValueError; see ``capture.compiled``.
 
     Reference: Cremer et al. 2018, arXiv 1801.03558, section 4; Kim et al. 2018, arXiv 1802.02550. The gradients: Roeder
@@ -73,6 +76,7 @@ def refined(
         raise ValueError(f"objective: expected one of {', '.join(OBJECTIVES)}, got {objective!r}")
     steps, num_particles = check_count("steps", steps), check_count("num_particles", num_particles)
     check_count("len(x)", len(x))
+    check_support(vae.model, x)
     with in_evaluation_mode(vae), pyro.validation_enabled(False):
         start = _start(vae, x, family)
         descent = _Descent(vae, start.family, objective=objective, num_particles=num_particles)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ppl_vae.distributed import from_all, num_ranks
 from ppl_vae.evidence import NotFinite, seeded
+from ppl_vae.support import check_site, observed_sites
 from ppl_vae.training.state import TrainingState
 from ppl_vae.vae import VAE
 from ppl_vae.weights import latent_sites
@@ -88,20 +89,13 @@ def check_images(state: TrainingState, train: Tensor, observe: Callable[..., Ten
             raise NotFinite(f"step {state.step}: {site}") from None
         finally:
             vae.train()
-        supports = {
-            name: site["fn"].support
-            for name, site in p.nodes.items()
-            if name in p.observation_nodes and site["value"] is x
-        }
-        # A support that depends on parameters is this batch's own: it was checked with it, and says nothing of others.
-        supports = {name: support for name, support in supports.items() if len(support.check(x[:1])) == 1}
+        sites = observed_sites(p, x)
         for part in train.split(_CHECKED_AT_ONCE):
             x = observe(part.to(state.device), None)
-            if supports and not x.isfinite().all():
+            if sites and not x.isfinite().all():
                 raise NotFinite(f"step {state.step}: site 'x': the training images hold values that are not finite")
-            for name, support in supports.items():
-                if not support.check(x).all():
-                    raise ValueError(f"site {name!r}: expected images within the support {support}, got others")
+            for observed in sites:
+                check_site(observed, x)
 
 
 def what_is_not_finite(state: TrainingState, objective: Callable[..., Tensor], x: Tensor, beta: float) -> str:

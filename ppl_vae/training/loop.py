@@ -19,6 +19,7 @@ from ppl_vae.arguments import check_count
 from ppl_vae.capture import CannotCapture
 from ppl_vae.distributed import Share, agree, from_all, gather_rows, is_writer, num_ranks
 from ppl_vae.evidence import seeded
+from ppl_vae.global_state import serialize_threads
 from ppl_vae.memory import batch_that_fits, is_out_of_memory, too_large
 from ppl_vae.schedules import averaging, cosine, warmup
 from ppl_vae.shared_noise import SharedNoise
@@ -43,6 +44,7 @@ class Stopped(Exception):
         self.step = step
 
 
+@serialize_threads()
 def fit(
     vae: VAE,
     train: Tensor,

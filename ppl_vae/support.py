@@ -1,0 +1,120 @@
+"""The check that every function makes before it scores images: has p(x | z) a probability for these values?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor, nn
+
+from ppl_vae.global_state import in_evaluation_mode, seeded
+
+_CHECKED_AT_ONCE = 1000  # images
+
+
+class ObservedSite(NamedTuple):
+    """An observed site whose value is the images.
+
+    Args:
+        name: the site's name.
+        support: the support of its distribution, which is the same for all images.
+        replaces_missing: whether the program puts a value of its own in the place of a NaN.
+    """
+
+    name: str
+    support: Any
+    replaces_missing: bool
+
+
+def observed_sites(trace: poutine.Trace, x: Tensor) -> list[ObservedSite]:
+    """The sites of the model's trace on x (B, *E), B at least 2, that observe x itself, pixel by pixel.
+
+    A support that depends on the parameters of an image's distribution is left out: it says nothing of other images.
+    """
+    found = []
+    for name in trace.observation_nodes:
+        value, fn = trace.nodes[name]["value"], trace.nodes[name]["fn"]
+        if not isinstance(value, Tensor) or value.shape != x.shape or not ((value == x) | x.isnan()).all():
+            continue
+        try:
+            support = fn.support
+        except NotImplementedError:
+            continue
+        if len(support.check(x[:1])) == 1:
+            found.append(ObservedSite(name, support, bool(x.isnan().any() and not value.isnan().any())))
+    return found
+
+
+def check_site(site: ObservedSite, x: Tensor) -> None:
+    """Raises ValueError where an image of x (B, *E) is off the site's support; a NaN is, unless it is replaced."""
+    if site.support.check(x).all():
+        return
+    values = x.reshape(len(x), -1)
+    given = ~values.isnan()
+    if site.replaces_missing:
+        first = values.gather(1, given.int().argmax(1, keepdim=True))  # of the image's own values, one that is there
+        values = torch.where(given, values, first)
+    good = site.support.check(values.reshape(x.shape)).reshape(len(x), -1).all(1)
+    if site.replaces_missing:
+        good = good | ~given.any(1)
+    if not good.all():
+        bad = x[~good]
+        support = getattr(site.support, "base_constraint", site.support)
+        some = bad[~bad.isnan()]
+        got = f"values from {some.min():.4g} to {some.max():.4g}" if len(some) == bad.numel() else "values that are NaN"
+        raise ValueError(
+            f"site {site.name!r}: expected images within the support {support} of p(x | z), got at least {len(bad)} "
+            f"outside it, with {got}"
+        )
+
+
+@torch.no_grad()
+def check_support(model: Callable[[Tensor], Any], x: Tensor) -> None:
+    """Refuses images that p(x | z) has no probability for, whose "log-likelihood" would be a number all the same.
+
+    The model runs once, on two images, in evaluation mode and with draws of a seed of its own, to find out which sites
+    observe the images. Every image is then compared with the support of these sites. A site that observes something
+    else, such as images that the program rescales, is not checked.
+
+    Args:
+        model: a Pyro program over x.
+        x: images (N, *E). NaN is off every support, unless the program replaces it as ``missing.Observed`` does.
+
+    Raises:
+        ValueError: an image is off the support, or has another shape than the model's images.
+    """
+    if len(x) == 0:
+        return
+    parts = x.split(_CHECKED_AT_ONCE)
+    sites = _sites_of(model, x, x[:1])
+    if all(bool(site.support.check(part).all()) for site in sites for part in parts):
+        return
+    holes = next((part for part in parts if part.isnan().any()), None)
+    if holes is not None:  # whether a NaN is replaced shows at one alone
+        first = int(holes.isnan().reshape(len(holes), -1).any(1).int().argmax())
+        sites = _sites_of(model, x, holes[first : first + 1])
+    for site in sites:
+        for part in parts:
+            check_site(site, part)
+
+
+def _sites_of(model: Callable[[Tensor], Any], x: Tensor, image: Tensor) -> list[ObservedSite]:
+    """``observed_sites`` of the model's run on two copies of one of the images x."""
+    probe = image.expand(2, *x.shape[1:])
+    module = getattr(model, "__self__", None)
+    with (
+        seeded(0, x.device),
+        pyro.validation_enabled(False),
+        in_evaluation_mode(module) if isinstance(module, nn.Module) else nullcontext(),
+        poutine.block(),
+    ):
+        try:
+            trace = poutine.trace(model).get_trace(probe)
+        except ValueError as error:  # such as images of another shape; Pyro adds lines of its own
+            words = str(error).splitlines()[0].replace(str(tuple(probe.shape)), str(tuple(x.shape)))
+            raise ValueError(words) from error
+    return observed_sites(trace, probe)

@@ -1,0 +1,69 @@
+"""The public functions that take a VAE, each as a call: what one test then holds against all of them."""
+
+from __future__ import annotations
+
+import torch
+
+from ppl_vae import ais, calibration, diagnostics, evidence, exploration, gaps, guide_calibration, missing, objectives
+from ppl_vae import fit as fit_vae
+from ppl_vae.experiment import sampling
+from ppl_vae.proposals import adaptive, refined
+from ppl_vae.weights import is_autoencoder, log_reconstruction, log_weight_terms, log_weights
+
+
+def _annealing(x):
+    betas = ais.temperatures(3)
+    return ais.Annealing(betas, torch.full((2, len(x)), 0.1), 2, "guide")
+
+
+def _upper(vae, x):
+    z = torch.zeros(len(x), *vae.prior().event_shape, dtype=x.dtype)
+    return ais.upper(vae, x, z, _annealing(x), num_chains=2).log_w
+
+
+# Functions of images that give numbers about log p(x) or log p(x | z): (vae, x) -> anything.
+SCORES = {
+    "ais.lower": lambda vae, x: ais.lower(vae, x, _annealing(x), num_chains=2).log_w,
+    "ais.pilot": lambda vae, x: ais.pilot(vae, x, betas=ais.temperatures(3), num_leapfrogs=2, num_chains=2).step_sizes,
+    "ais.upper": _upper,
+    "calibration.calibration": lambda vae, x: calibration.calibration(vae, x, num_draws=9).mean,
+    "diagnostics.elbo_split": lambda vae, x: diagnostics.elbo_split(vae, x),
+    "diagnostics.implied_beta": lambda vae, x: diagnostics.implied_beta(vae, x),
+    "evidence.evaluate": lambda vae, x: evidence.evaluate(vae, x, num_particles=10, seed=0).log_evidence,
+    "evidence.importance": lambda vae, x: evidence.importance(vae.model, vae.guide, x, num_particles=10).elbo,
+    "evidence.log_evidence": lambda vae, x: evidence.log_evidence(vae.model, vae.guide, x, num_particles=10),
+    "evidence.reconstruction": lambda vae, x: evidence.reconstruction(vae, x, seed=0),
+    "exploration.gather_log_weights": lambda vae, x: exploration.gather_log_weights(vae, x, 10),
+    "gaps.gaps": lambda vae, x: gaps.gaps(vae, x, torch.zeros(len(x)), steps=1, evaluation_particles=10),
+    "missing.impute": lambda vae, x: missing.impute(missing.Observed(vae), x, num_particles=4, num_draws=1).mean,
+    "proposals.adaptive": lambda vae, x: adaptive(vae, x, num_particles=10, most=20).estimate,
+    "proposals.refined": lambda vae, x: refined(vae, x, steps=1).h,
+    "weights.log_weights": lambda vae, x: log_weights(vae.model, vae.guide, x, 3),
+}
+
+# The others: they draw, decode or encode, or are losses, whose images ``fit`` checks.
+OTHERS = {
+    "ais.images_a_block": lambda vae, x: ais.images_a_block(vae, x, 2),
+    "ais.simulate": lambda vae, x: ais.simulate(vae, 3),
+    "ais.start_of": lambda vae, x: ais.start_of(vae, "guide"),
+    "diagnostics.holes": lambda vae, x: diagnostics.holes(vae, x, torch.zeros(9, 2).to(x), torch.zeros(9, 2).to(x)),
+    "diagnostics.latent_kl": lambda vae, x: diagnostics.latent_kl(vae, x),
+    "exploration.decoded": lambda vae, x: exploration.decoded(vae, torch.zeros(3, 2).to(x)),
+    "exploration.drawn": lambda vae, x: exploration.drawn(vae, x),
+    "exploration.encode": lambda vae, x: exploration.encode(vae, x),
+    "exploration.manifold": lambda vae, x: exploration.manifold(vae, torch.zeros(2, 2).to(x)),
+    "exploration.traversals": lambda vae, x: exploration.traversals(
+        vae, torch.zeros(2).to(x), [0], torch.zeros(1).to(x)
+    ),
+    "fit": lambda vae, x: fit_vae(vae, x, epochs=1, batch_size=2),
+    "guide_calibration.ranks": lambda vae, x: guide_calibration.ranks(vae, num_simulations=3, num_draws=2),
+    "objectives.dreg": lambda vae, x: objectives.dreg(vae.model, vae.guide, x, num_particles=2),
+    "objectives.elbo": lambda vae, x: objectives.elbo(vae.model, vae.guide, x),
+    "objectives.free_bits": lambda vae, x: objectives.free_bits(vae.model, vae.guide, x, free_nats=0.1),
+    "objectives.iwae": lambda vae, x: objectives.iwae(vae.model, vae.guide, x, num_particles=2),
+    "objectives.stl": lambda vae, x: objectives.stl(vae.model, vae.guide, x),
+    "experiment.sampling.sample": lambda vae, x: sampling.sample(vae, 3),
+    "weights.is_autoencoder": lambda vae, x: is_autoencoder(vae.guide, x),
+    "weights.log_reconstruction": lambda vae, x: log_reconstruction(vae.model, vae.guide, x),
+    "weights.log_weight_terms": lambda vae, x: log_weight_terms(vae.model, vae.guide, x, 3),
+}

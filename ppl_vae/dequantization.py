@@ -13,7 +13,7 @@ from torch.distributions import constraints
 
 from ppl_vae.arguments import check_count
 from ppl_vae.conditional import numbers_a_pixel
-from ppl_vae.data import NUM_LEVELS, inside_unit_interval, uniform_dequantization
+from ppl_vae.data import NUM_LEVELS, clamp_to_unit_interval, dequantize_uniformly
 from ppl_vae.likelihoods.family import independent_pixels
 from ppl_vae.likelihoods.level_mass import has_exact_mass, log_level_mass
 from ppl_vae.vae import VAE
@@ -71,7 +71,7 @@ class Dequantized(dist.TorchDistribution):
         shape = torch.broadcast_shapes(value.shape, self.batch_shape)
         v = torch.rand((1, *shape), dtype=value.dtype, device=value.device)
         m = torch.arange(M, dtype=value.dtype, device=value.device).reshape(M, *[1] * len(shape))
-        y = inside_unit_interval((value + (m + v) / M) / NUM_LEVELS)
+        y = clamp_to_unit_interval((value + (m + v) / M) / NUM_LEVELS)
         log_p = self.base.log_prob(y)
         return log_p.logsumexp(0) - math.log(M * NUM_LEVELS)
 
@@ -124,7 +124,7 @@ class LevelsPosterior(nn.Module):
         self.part = posterior
 
     def forward(self, x: Tensor) -> Any:
-        return self.part(uniform_dequantization(x))
+        return self.part(dequantize_uniformly(x))
 
 
 def dequantized(vae: VAE, *, num_draws: int = 16) -> VAE:

@@ -160,7 +160,7 @@ class VAEDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
         rows = self._validated(X, reset=True)
         images = self._images(rows)
         # Columns are standardized in double precision, before single precision has to tell their values apart.
-        self.kind_ = own.kind_of(_X, "X", images, check_resolution=images.ndim > 2)
+        self.kind_ = own.find_kind(_X, "X", images, check_resolution=images.ndim > 2)
         self.row_shape_, self.event_shape_ = rows.shape[1:], images.shape[1:]
         self.seed_ = int(check_random_state(self.random_state).randint(2**31 - 1))
         options = self._options(len(images))
@@ -181,7 +181,7 @@ class VAEDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
             validation = data.evaluation_images(splits, "validation", self._pixels_).to(place)
         with seeded(self.seed_, place):
             vae = build.vae(options, self.event_shape_)
-            build.start_from_marginals(vae, data.images_to_start_from(splits, self._pixels_))
+            build.start_from_marginals(vae, data.initialization_images(splits, self._pixels_))
             fit(
                 vae.to(place),
                 stored,
@@ -278,7 +278,7 @@ class VAEDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
     def _is_standardized(self, options: Options) -> bool:
         """Whether X is a table of columns that are real numbers to the likelihood."""
         is_table = len(self.event_shape_) == 1 and self.kind_ != data.LEVELS
-        return is_table and build.likelihood(options, self.event_shape_).asks_for == data.REAL
+        return is_table and build.likelihood(options, self.event_shape_).data_kind == data.REAL
 
     def _standardized(self, images: np.ndarray) -> np.ndarray:
         """(N, *E) as they are, or (N, D) with each column's mean 0 and standard deviation 1."""

@@ -175,8 +175,8 @@ def streaming(folder: Path, rounds: int) -> dict[str, Any]:
     floats = torch.rand(6000, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     result = {}
     for name, images, likelihood, observe, num_steps in (
-        ("MNIST", mnist, "bernoulli", data.bernoulli_draw, 200),
-        ("float32 3x64x64", floats, "continuous-bernoulli", data.as_floats, 40),
+        ("MNIST", mnist, "bernoulli", data.sample_bernoulli, 200),
+        ("float32 3x64x64", floats, "continuous-bernoulli", data.to_float, 40),
     ):
         path = folder / "images.npy"
         np.save(path, images.numpy())

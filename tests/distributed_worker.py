@@ -80,7 +80,7 @@ def train(case: str, **more: Any) -> Any:
     vae, objective = built(words)
 
     def observe(values: Tensor, generator: torch.Generator | None) -> Tensor:
-        return data.bernoulli_draw(values.to(dtype), generator).to(dtype)
+        return data.sample_bernoulli(values.to(dtype), generator).to(dtype)
 
     settings: dict[str, Any] = {"epochs": EPOCHS, "batch_size": 10, "learning_rate": 0.01, "objective": objective}
     x = images()

@@ -285,7 +285,7 @@ def of_data(folder: Path, images: np.ndarray) -> Iterator[Reader]:
     yield Reader("cache", ".rows", (content,), load_entry, (cache_header,))
 
     trained_on = data.load(str(folder / "bars.npz"))
-    yield Reader("further images", ".npy", arrays[:1], lambda path: data.own_images(str(path), trained_on, "none"))
+    yield Reader("further images", ".npy", arrays[:1], lambda path: data.load_images(str(path), trained_on, "none"))
     masks = (npy(np.ones((8, 8))), npy(images[:5]))
     yield Reader("mask", ".npy", masks, lambda path: imputation.read_mask(str(path), 5, (1, 8, 8)), (npy_shape,))
     for form, weight in PICTURES.items():

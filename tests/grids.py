@@ -28,5 +28,5 @@ def images_for(family: Any, num_images: int, *, dtype: torch.dtype = torch.doubl
         data.LEVELS: (256 * u).floor(),
         data.UNIT_INTERVAL: 0.05 + 0.9 * u,
         data.COUNTS: (20 * u * u).floor(),
-    }.get(family.asks_for, (u < 0.3).double())
+    }.get(family.data_kind, (u < 0.3).double())
     return made.to(dtype)

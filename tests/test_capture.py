@@ -180,7 +180,7 @@ def test_what_is_drawn_of_the_stored_images_is_drawn_as_the_eager_step_draws_it(
     """8-bit levels, binarized anew at every access, before the noise of the sites."""
     vae = _vae().float()
     levels = torch.randint(0, 256, (9, 12), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    observe = partial(data.bernoulli_draw, generator=None)
+    observe = partial(data.sample_bernoulli, generator=None)
     step, optimizer = _step_of(vae, objectives.elbo, levels, batch_size=4, observe=observe)
     captured = _loss_and_gradient(vae, step, optimizer, INDEX, beta=1.0, seed=3)
     eager = _eager_loss_and_gradient(

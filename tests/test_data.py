@@ -184,7 +184,7 @@ def test_each_level_is_drawn_at_its_own_rate() -> None:
     num_draws = 20_000
     levels = torch.arange(256, dtype=torch.uint8).expand(num_draws, 256)
     rate = levels[0].double() / 255
-    drawn = data.bernoulli_draw(levels, torch.Generator().manual_seed(0)).double().mean(0)
+    drawn = data.sample_bernoulli(levels, torch.Generator().manual_seed(0)).double().mean(0)
     stderr = (rate * (1 - rate) / num_draws).sqrt()
     grey_only = slice(1, 255)
     in_standard_errors = ((drawn - rate)[grey_only] / stderr[grey_only]).abs()
@@ -194,19 +194,19 @@ def test_each_level_is_drawn_at_its_own_rate() -> None:
 
 def test_each_probability_is_drawn_at_its_own_rate() -> None:
     num_draws, rate = 40_000, torch.tensor([0.01, 0.1, 0.5, 0.77, 0.999])
-    drawn = data.bernoulli_draw(rate.expand(num_draws, 5), torch.Generator().manual_seed(1)).double().mean(0)
+    drawn = data.sample_bernoulli(rate.expand(num_draws, 5), torch.Generator().manual_seed(1)).double().mean(0)
     stderr = (rate * (1 - rate) / num_draws).sqrt()
     assert ((drawn - rate) / stderr).abs().max() < 4
 
 
 @pytest.mark.parametrize("black", [torch.tensor(0, dtype=torch.uint8), torch.tensor(0.0)])
 def test_black_is_never_drawn_white(black: torch.Tensor) -> None:
-    assert data.bernoulli_draw(black.expand(1_000_000), torch.Generator().manual_seed(2)).sum() == 0
+    assert data.sample_bernoulli(black.expand(1_000_000), torch.Generator().manual_seed(2)).sum() == 0
 
 
 @pytest.mark.parametrize("white", [torch.tensor(255, dtype=torch.uint8), torch.tensor(1.0)])
 def test_white_is_always_drawn_white(white: torch.Tensor) -> None:
-    assert data.bernoulli_draw(white.expand(1_000_000), torch.Generator().manual_seed(3)).mean() == 1
+    assert data.sample_bernoulli(white.expand(1_000_000), torch.Generator().manual_seed(3)).mean() == 1
 
 
 # torch.rand gives multiples of 2^-24 from 0 on, and never 1.
@@ -216,8 +216,8 @@ def test_black_and_white_are_certain_at_the_ends_of_the_uniform_numbers(
 ) -> None:
     monkeypatch.setattr(torch, "rand", lambda shape, **_: torch.full(shape, uniform))
     stored = torch.full((1,), level, dtype=torch.uint8)
-    assert data.bernoulli_draw(stored, torch.Generator()) == stored / 255
-    assert data.bernoulli_draw(stored / 255, torch.Generator()) == stored / 255
+    assert data.sample_bernoulli(stored, torch.Generator()) == stored / 255
+    assert data.sample_bernoulli(stored / 255, torch.Generator()) == stored / 255
 
 
 def test_training_images_are_drawn_anew_at_each_access(gray: data.Splits) -> None:

@@ -162,7 +162,7 @@ def test_usual_names_of_arrays_are_understood_for_training_and_for_further_image
     np.testing.assert_array_equal(splits.test[:, 0], NUMBERS[40:])
     assert splits.labels["test"].tolist() == list(range(40, 60))
     assert sorted([*splits.labels["train"].tolist(), *splits.labels["validation"].tolist()]) == list(range(40))
-    further = data.own_images(path, splits, "none")
+    further = data.load_images(path, splits, "none")
     np.testing.assert_allclose(further.x[:, 0].numpy(), NUMBERS[40:] / 255, rtol=2e-7)
     assert further.labels is not None
     assert further.labels.tolist() == list(range(40, 60))
@@ -172,7 +172,7 @@ def test_usual_names_of_arrays_are_understood_for_training_and_for_further_image
 def test_training_images_alone_are_taken_as_further_images(tmp_path: Path) -> None:
     path = str(tmp_path / "own.npz")
     np.savez(path, x_train=NUMBERS, y_train=np.arange(60))
-    further = data.own_images(path, data.load(path), "none")
+    further = data.load_images(path, data.load(path), "none")
     assert further.labels is not None
     assert further.labels.tolist() == list(range(60))
 
@@ -190,7 +190,7 @@ def test_the_end_of_a_files_name_may_be_upper_case(
     splits = data.load(str(tmp_path / name))
     assert len(splits.train) == 48
     assert data.is_mapped(splits.train) == (size == "large" and name.lower().endswith("npy"))
-    assert len(data.own_images(str(tmp_path / name), splits, "none").x) == 60
+    assert len(data.load_images(str(tmp_path / name), splits, "none").x) == 60
 
 
 # --- Labels ---
@@ -216,7 +216,7 @@ def test_labels_in_other_forms_become_class_numbers(tmp_path: Path, form: str) -
     found = [*splits.labels["train"].tolist(), *splits.labels["validation"].tolist(), *splits.labels["test"].tolist()]
     assert found == pattern * 20
     assert splits.class_names == (("cat", "dog", "eel") if form in ("words", "bytes") else ())
-    further = data.own_images(path, splits, "none")
+    further = data.load_images(path, splits, "none")
     assert further.labels is not None
     assert further.labels.tolist() == found[50:]
 
@@ -253,7 +253,7 @@ def test_labels_that_are_no_classes_are_left_out_with_a_line(tmp_path: Path, wha
     splits = data.load(path)
     assert (splits.labels, splits.class_names, len(splits.train)) == ({}, (), 48)
     assert "labels left out" in splits.describe() or "arrays ignored: y" in splits.describe()
-    further = data.own_images(path, splits, "none")
+    further = data.load_images(path, splits, "none")
     assert (further.labels, len(further.notes)) == (None, 1)
 
 
@@ -262,6 +262,6 @@ def test_words_that_are_no_class_of_the_training_data_are_left_out_with_a_line(t
     np.savez(path, x=NUMBERS, y=WORDS)
     splits = data.load(path)
     np.savez(path, x=NUMBERS, y=np.where(WORDS == "cat", "elk", WORDS))
-    further = data.own_images(path, splits, "none")
+    further = data.load_images(path, splits, "none")
     assert further.labels is None
     assert "'elk'" in further.notes[0]

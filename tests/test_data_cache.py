@@ -140,7 +140,7 @@ def test_results_of_threads_come_in_order_and_few_are_held(monkeypatch: pytest.M
         time.sleep(0.002 * (i % 3))
         return i
 
-    results = threads.in_threads(late, range(200))
+    results = threads.map_in_threads(late, range(200))
     assert [next(results) for _ in range(20)] == list(range(20))
     assert len(started) <= 20 + 4 * 4
     assert list(results) == list(range(20, 200))
@@ -257,7 +257,7 @@ def test_notes_are_described_on_the_first_and_on_the_cached_start(tmp_path: Path
         read = cache.cached(source, "own", made, mock.Mock(side_effect=AssertionError))
         assert read.describe().splitlines()[1:] == ["own: The first note.", "own: The second note."]
     assert made.call_count == 1
-    assert cache.in_room(draft(), "own").notes == read.notes
+    assert cache.materialize(draft(), "own").notes == read.notes
 
 
 def test_an_older_entry_that_is_still_mapped_keeps_its_images(own: Path) -> None:
@@ -324,8 +324,8 @@ def test_a_file_of_something_else_is_read_again(own: Path, kept: Path, content: 
         ("chunks", []),
         ("what", "of others"),
         ("class_names", 7),
-        ("withheld", 7),
-        ("withheld", ["/dev/zero"]),
+        ("inaccessible", 7),
+        ("inaccessible", ["/dev/zero"]),
         ("notes", 7),
     ],
 )
@@ -577,7 +577,7 @@ def test_notes_on_how_the_data_was_read_are_kept_and_described(tmp_path: Path) -
 
     source = cache.source(tmp_path, {}, [])
     for _ in range(2):  # made, then read again
-        read = cache.cached(source, "own", make, lambda: cache.in_room(make(), "own"))
+        read = cache.cached(source, "own", make, lambda: cache.materialize(make(), "own"))
         assert read.notes == ("one", "two")
         assert read.describe().splitlines()[1:] == ["own: one", "own: two"]
-    assert cache.in_room(make(), "own").notes == ("one", "two")
+    assert cache.materialize(make(), "own").notes == ("one", "two")

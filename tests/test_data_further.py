@@ -59,7 +59,7 @@ SCALES = {  # training data, array -> what the model sees without binarization
 @pytest.mark.parametrize("what", SCALES)
 def test_each_array_is_brought_to_the_scale_of_the_training_data(tmp_path: Path, what: str) -> None:
     kind, array, expected = SCALES[what]
-    x = data.own_images(saved(tmp_path, array), trained_on(kind), "none").x
+    x = data.load_images(saved(tmp_path, array), trained_on(kind), "none").x
     assert (x.dtype, tuple(x.shape)) == (torch.float32, (6, *E))
     np.testing.assert_allclose(x[:, 0].numpy(), expected, rtol=2e-7)
 
@@ -80,7 +80,7 @@ OFF_SCALE = {
 def test_an_array_of_another_scale_is_refused(tmp_path: Path, what: str) -> None:
     kind, array, message = OFF_SCALE[what]
     with pytest.raises(ValueError, match=f"own.npy: {message}"):
-        data.own_images(saved(tmp_path, array), trained_on(kind), "none")
+        data.load_images(saved(tmp_path, array), trained_on(kind), "none")
 
 
 LEVELS_AS_NUMBERS = {
@@ -95,15 +95,15 @@ LEVELS_AS_NUMBERS = {
 def test_levels_that_are_no_bytes_are_refused_with_a_remedy_that_helps(tmp_path: Path, what: str, kind: str) -> None:
     array = LEVELS_AS_NUMBERS[what]
     with pytest.raises(ValueError, match=r"; if these are levels from 0 to 255, divide by 255$"):
-        data.own_images(saved(tmp_path, array), trained_on(kind), "none")
-    x = data.own_images(saved(tmp_path, array / 255), trained_on(kind), "none").x[:, 0]
+        data.load_images(saved(tmp_path, array), trained_on(kind), "none")
+    x = data.load_images(saved(tmp_path, array / 255), trained_on(kind), "none").x[:, 0]
     np.testing.assert_allclose(x.numpy(), array / 255, rtol=2e-7)
 
 
 @pytest.mark.parametrize("array", [REALS, 1000 * FRACTIONS, np.where(REALS > 0, np.inf, 0.0)])
 def test_what_are_no_levels_is_refused_without_that_remedy(tmp_path: Path, array: np.ndarray) -> None:
     with pytest.raises(ValueError, match=r"got float64 from \S+ to \S+$"):
-        data.own_images(saved(tmp_path, array), trained_on(data.LEVELS), "none")
+        data.load_images(saved(tmp_path, array), trained_on(data.LEVELS), "none")
 
 
 # --- Arrays: shape ---
@@ -122,7 +122,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("what", LAYOUTS)
 def test_each_layout_becomes_the_event_shape(tmp_path: Path, what: str) -> None:
     event_shape, array, expected = LAYOUTS[what]
-    x = data.own_images(saved(tmp_path, array), trained_on(data.LEVELS, event_shape), "none").x
+    x = data.load_images(saved(tmp_path, array), trained_on(data.LEVELS, event_shape), "none").x
     np.testing.assert_array_equal((x * 255).round().numpy(), expected)
 
 
@@ -140,7 +140,7 @@ WRONG_SHAPES = {
 def test_another_event_shape_is_refused(tmp_path: Path, what: str) -> None:
     array, message = WRONG_SHAPES[what]
     with pytest.raises(ValueError, match=rf"own.npy: expected images of event shape \(1, 4, 5\), {message}"):
-        data.own_images(saved(tmp_path, array), trained_on(data.LEVELS), "none")
+        data.load_images(saved(tmp_path, array), trained_on(data.LEVELS), "none")
 
 
 # --- Arrays: names and labels ---
@@ -149,41 +149,41 @@ def test_another_event_shape_is_refused(tmp_path: Path, what: str) -> None:
 @pytest.mark.parametrize("key", ["test", "images", "x"])
 def test_each_name_of_images_is_read(tmp_path: Path, key: str) -> None:
     path = saved(tmp_path, **{"other": COLOR, key: GREY})
-    np.testing.assert_allclose(data.own_images(path, trained_on(data.LEVELS), "none").x[:, 0], GREY / 255, rtol=2e-7)
+    np.testing.assert_allclose(data.load_images(path, trained_on(data.LEVELS), "none").x[:, 0], GREY / 255, rtol=2e-7)
 
 
 def test_a_lone_array_of_any_name_is_the_images(tmp_path: Path) -> None:
-    assert len(data.own_images(saved(tmp_path, mine=GREY, y=np.arange(6)), trained_on(data.LEVELS), "none").x) == 6
+    assert len(data.load_images(saved(tmp_path, mine=GREY, y=np.arange(6)), trained_on(data.LEVELS), "none").x) == 6
 
 
 def test_several_arrays_of_other_names_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"expected one array, or one named test, images, x, got \['a', 'b'\]"):
-        data.own_images(saved(tmp_path, a=GREY, b=GREY), trained_on(data.LEVELS), "none")
+        data.load_images(saved(tmp_path, a=GREY, b=GREY), trained_on(data.LEVELS), "none")
 
 
 @pytest.mark.parametrize("key", ["labels", "y", "test_labels", "y_test"])
 def test_each_name_of_labels_is_read_beside_images(tmp_path: Path, key: str) -> None:
-    read = data.own_images(saved(tmp_path, **{"test": GREY, key: np.arange(6)}), trained_on(data.LEVELS), "none")
+    read = data.load_images(saved(tmp_path, **{"test": GREY, key: np.arange(6)}), trained_on(data.LEVELS), "none")
     assert read.labels is not None
     assert read.labels.tolist() == list(range(6))
 
 
 def test_an_array_without_labels_has_none(tmp_path: Path) -> None:
-    assert data.own_images(saved(tmp_path, GREY), trained_on(data.LEVELS), "none").labels is None
+    assert data.load_images(saved(tmp_path, GREY), trained_on(data.LEVELS), "none").labels is None
 
 
 def test_labels_of_another_length_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="labels: expected 6 labels, one an image, got shape"):
-        data.own_images(saved(tmp_path, x=GREY, y=np.arange(5)), trained_on(data.LEVELS), "none")
+        data.load_images(saved(tmp_path, x=GREY, y=np.arange(5)), trained_on(data.LEVELS), "none")
 
 
 def test_one_label_is_asked_for_in_the_singular(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="labels: expected 1 label, one an image, got shape"):
-        data.own_images(saved(tmp_path, x=GREY[:1], y=np.arange(2)), trained_on(data.LEVELS), "none")
+        data.load_images(saved(tmp_path, x=GREY[:1], y=np.arange(2)), trained_on(data.LEVELS), "none")
 
 
 def test_images_of_an_array_are_named_by_their_index(tmp_path: Path) -> None:
-    assert data.own_images(saved(tmp_path, GREY), trained_on(data.LEVELS), "none").names == tuple("012345")
+    assert data.load_images(saved(tmp_path, GREY), trained_on(data.LEVELS), "none").names == tuple("012345")
 
 
 # --- Binarization ---
@@ -196,24 +196,24 @@ def test_gray_images_are_one_draw_from_the_seed(
 ) -> None:
     rates = array.astype(np.float32) / np.float32(255 if array.dtype == np.uint8 else 1)
     expected = np.random.RandomState(3).binomial(1, rates)
-    x = data.own_images(saved(tmp_path, array), trained_on(kind), binarization, seed=3).x
+    x = data.load_images(saved(tmp_path, array), trained_on(kind), binarization, seed=3).x
     np.testing.assert_array_equal(x[:, 0].numpy(), expected)
 
 
 def test_another_seed_is_another_draw(tmp_path: Path) -> None:
     path = saved(tmp_path, GREY)
-    first, second = (data.own_images(path, trained_on(data.LEVELS), "dynamic", seed=seed).x for seed in (0, 1))
+    first, second = (data.load_images(path, trained_on(data.LEVELS), "dynamic", seed=seed).x for seed in (0, 1))
     assert not torch.equal(first, second)
 
 
 def test_threshold_is_white_from_a_half(tmp_path: Path) -> None:
-    x = data.own_images(saved(tmp_path, GREY), trained_on(data.LEVELS), "threshold").x
+    x = data.load_images(saved(tmp_path, GREY), trained_on(data.LEVELS), "threshold").x
     np.testing.assert_array_equal(x[:, 0].numpy(), GREY >= 128)
 
 
 @pytest.mark.parametrize("binarization", ["dynamic", "fixed"])
 def test_black_and_white_survives_a_draw(tmp_path: Path, binarization: str) -> None:
-    x = data.own_images(saved(tmp_path, BITS), trained_on(data.LEVELS), binarization).x
+    x = data.load_images(saved(tmp_path, BITS), trained_on(data.LEVELS), binarization).x
     np.testing.assert_array_equal(x[:, 0].numpy(), BITS)
 
 
@@ -227,13 +227,13 @@ HOLES[:, 1:3, 2:] = True
 @pytest.mark.parametrize("kind", [data.LEVELS, data.PROBABILITIES])
 def test_a_missing_pixel_stays_missing_and_no_other_is(tmp_path: Path, kind: str, binarization: str) -> None:
     path = saved(tmp_path, np.where(HOLES, np.nan, FRACTIONS))
-    x = data.own_images(path, trained_on(kind), binarization).x
+    x = data.load_images(path, trained_on(kind), binarization).x
     np.testing.assert_array_equal(x[:, 0].isnan().numpy(), HOLES)
 
 
 @pytest.mark.parametrize(("kind", "array"), [(data.BINARY, BITS), (data.REAL, REALS)])
 def test_observed_pixels_beside_missing_ones_keep_their_values(tmp_path: Path, kind: str, array: np.ndarray) -> None:
-    x = data.own_images(saved(tmp_path, np.where(HOLES, np.nan, array)), trained_on(kind), "none").x[:, 0]
+    x = data.load_images(saved(tmp_path, np.where(HOLES, np.nan, array)), trained_on(kind), "none").x[:, 0]
     np.testing.assert_allclose(x.numpy(), np.where(HOLES, np.nan, array), rtol=2e-7)
 
 
@@ -248,7 +248,7 @@ def test_a_missing_pixel_in_training_data_is_refused(tmp_path: Path) -> None:
 def test_a_folder_is_brought_to_size_and_gray(tmp_path: Path) -> None:
     for i, size in enumerate([(8, 10), (4, 5), (40, 5)]):
         picture(tmp_path / f"{i}.png", np.full((*size, 3), 50 * (i + 1), np.uint8))
-    read = data.own_images(str(tmp_path), trained_on(data.LEVELS), "none")
+    read = data.load_images(str(tmp_path), trained_on(data.LEVELS), "none")
     assert read.names == ("0.png", "1.png", "2.png")
     expected = np.array([50, 100, 150])[:, None, None, None] / 255
     np.testing.assert_allclose(read.x.numpy(), np.broadcast_to(expected, (3, *E)), rtol=2e-7)
@@ -256,13 +256,13 @@ def test_a_folder_is_brought_to_size_and_gray(tmp_path: Path) -> None:
 
 def test_gray_files_become_color_for_a_model_of_color(tmp_path: Path) -> None:
     path = picture(tmp_path / "own.png", np.full((4, 5), 77, np.uint8))
-    assert data.own_images(path, trained_on(data.LEVELS, (3, 4, 5)), "none").x.shape == (1, 3, 4, 5)
+    assert data.load_images(path, trained_on(data.LEVELS, (3, 4, 5)), "none").x.shape == (1, 3, 4, 5)
 
 
 def test_a_single_image_file_is_one_image(tmp_path: Path) -> None:
     path = picture(tmp_path / "own.png", GREY[0])
     picture(tmp_path / "other.png", GREY[1])
-    read = data.own_images(path, trained_on(data.LEVELS), "none")
+    read = data.load_images(path, trained_on(data.LEVELS), "none")
     assert read.names == ("own.png",)
     np.testing.assert_allclose(read.x[0, 0].numpy(), GREY[0] / 255, rtol=2e-7)
 
@@ -270,18 +270,18 @@ def test_a_single_image_file_is_one_image(tmp_path: Path) -> None:
 def test_image_files_are_drawn_as_well(tmp_path: Path) -> None:
     path = picture(tmp_path / "own.png", GREY[0])
     expected = np.random.RandomState(4).binomial(1, GREY[0].astype(np.float32) / 255)
-    x = data.own_images(path, trained_on(data.LEVELS), "dynamic", seed=4).x
+    x = data.load_images(path, trained_on(data.LEVELS), "dynamic", seed=4).x
     np.testing.assert_array_equal(x[0, 0].numpy(), expected)
 
 
 def test_black_and_white_files_suit_a_model_of_bits(tmp_path: Path) -> None:
     path = picture(tmp_path / "own.png", BITS[0] * np.uint8(255))
-    np.testing.assert_array_equal(data.own_images(path, trained_on(data.BINARY), "none").x[0, 0].numpy(), BITS[0])
+    np.testing.assert_array_equal(data.load_images(path, trained_on(data.BINARY), "none").x[0, 0].numpy(), BITS[0])
 
 
 def test_gray_files_do_not_suit_a_model_of_bits(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"expected black and white alone \(the model was trained on binary data\)"):
-        data.own_images(picture(tmp_path / "own.png", GREY[0]), trained_on(data.BINARY), "none")
+        data.load_images(picture(tmp_path / "own.png", GREY[0]), trained_on(data.BINARY), "none")
 
 
 @pytest.mark.parametrize(("kind", "event_shape"), [(data.REAL, E), (data.LEVELS, (20,))])
@@ -290,13 +290,13 @@ def test_image_files_do_not_suit_a_model_of_other_things(
 ) -> None:
     path = picture(tmp_path / "own.png", GREY[0])
     with pytest.raises(ValueError, match=r"expected an .npz or .npy file, since the model was trained on"):
-        data.own_images(path, trained_on(kind, event_shape), "none")
+        data.load_images(path, trained_on(kind, event_shape), "none")
 
 
 def test_files_in_folders_of_known_classes_have_their_labels(tmp_path: Path) -> None:
     for name in ("dog", "cat"):
         picture(tmp_path / name / "own.png", GREY[0])
-    read = data.own_images(str(tmp_path), trained_on(data.LEVELS, class_names=("ant", "cat", "dog")), "none")
+    read = data.load_images(str(tmp_path), trained_on(data.LEVELS, class_names=("ant", "cat", "dog")), "none")
     assert read.names == ("cat/own.png", "dog/own.png")
     assert read.labels is not None
     assert read.labels.tolist() == [1, 2]
@@ -305,7 +305,7 @@ def test_files_in_folders_of_known_classes_have_their_labels(tmp_path: Path) -> 
 def test_files_in_folders_of_unknown_classes_have_no_labels(tmp_path: Path) -> None:
     for name in ("dog", "wolf"):
         picture(tmp_path / name / "own.png", GREY[0])
-    read = data.own_images(str(tmp_path), trained_on(data.LEVELS, class_names=("ant", "cat", "dog")), "none")
+    read = data.load_images(str(tmp_path), trained_on(data.LEVELS, class_names=("ant", "cat", "dog")), "none")
     assert read.labels is None
     assert ["wolf" in note for note in read.notes] == [True]
 
@@ -314,25 +314,25 @@ def test_a_broken_file_among_them_is_refused_by_name(tmp_path: Path) -> None:
     picture(tmp_path / "own.png", GREY[0])
     (tmp_path / "broken.png").write_bytes(b"")
     with pytest.raises(ValueError, match=r"^.*: expected images, got 1 that cannot be read: broken.png$"):
-        data.own_images(str(tmp_path), trained_on(data.LEVELS), "none")
+        data.load_images(str(tmp_path), trained_on(data.LEVELS), "none")
 
 
 @pytest.mark.parametrize("name", ["text.txt", "broken.png"])
 def test_a_single_file_that_is_no_image_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("no image")
     with pytest.raises(ValueError, match=f"cannot be read: {name}"):
-        data.own_images(str(tmp_path / name), trained_on(data.LEVELS), "none")
+        data.load_images(str(tmp_path / name), trained_on(data.LEVELS), "none")
 
 
 @pytest.mark.parametrize("name", ["missing.npz", "missing.png", "missing"])
 def test_a_missing_path_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(ValueError, match=rf"images: .*{name}.*: no such file"):
-        data.own_images(str(tmp_path / name), trained_on(data.LEVELS), "none")
+        data.load_images(str(tmp_path / name), trained_on(data.LEVELS), "none")
 
 
 def test_a_folder_without_images_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="expected images, got an empty folder"):
-        data.own_images(str(tmp_path), trained_on(data.LEVELS), "none")
+        data.load_images(str(tmp_path), trained_on(data.LEVELS), "none")
 
 
 OTHER_OPTIONS = {
@@ -346,14 +346,14 @@ def test_another_size_or_color_than_the_models_is_refused(tmp_path: Path, option
     value, message = OTHER_OPTIONS[option]
     path = picture(tmp_path / "own.png", GREY[0])
     with pytest.raises(ValueError, match=message):
-        data.own_images(path, trained_on(data.LEVELS), "none", **{option: value})
+        data.load_images(path, trained_on(data.LEVELS), "none", **{option: value})
 
 
 @pytest.mark.parametrize("fit", ["crop", "stretch"])
 def test_images_of_another_size_are_counted_with_what_was_done_to_them(tmp_path: Path, fit: str) -> None:
     for i, size in enumerate([(4, 5), (8, 10), (40, 5)]):
         picture(tmp_path / f"{i}.png", np.full(size, 50, np.uint8))
-    (note,) = data.own_images(str(tmp_path), trained_on(data.LEVELS), "none", fit=fit).notes
+    (note,) = data.load_images(str(tmp_path), trained_on(data.LEVELS), "none", fit=fit).notes
     assert all(words in note for words in ("2 of 3 images", "1.png has 8x10", "4x5"))
     assert ("cut" in note, "stretched" in note) == (fit == "crop", fit == "stretch")
 
@@ -361,20 +361,20 @@ def test_images_of_another_size_are_counted_with_what_was_done_to_them(tmp_path:
 def test_colors_that_are_made_gray_are_counted(tmp_path: Path) -> None:
     picture(tmp_path / "gray in color.png", np.repeat(GREY[0][..., None], 3, 2))
     picture(tmp_path / "red.png", GREY[1][..., None] * np.array([1, 0, 0], np.uint8))
-    (note,) = data.own_images(str(tmp_path), trained_on(data.LEVELS), "none").notes
+    (note,) = data.load_images(str(tmp_path), trained_on(data.LEVELS), "none").notes
     assert "1 of 2 images are in color" in note
-    assert data.own_images(str(tmp_path), trained_on(data.LEVELS, (3, 4, 5)), "none").notes == ()
+    assert data.load_images(str(tmp_path), trained_on(data.LEVELS, (3, 4, 5)), "none").notes == ()
 
 
 def test_images_that_need_no_change_are_read_without_a_line(tmp_path: Path) -> None:
-    assert data.own_images(picture(tmp_path / "own.png", GREY[0]), trained_on(data.LEVELS), "none").notes == ()
+    assert data.load_images(picture(tmp_path / "own.png", GREY[0]), trained_on(data.LEVELS), "none").notes == ()
 
 
 def test_what_image_files_leave_out_is_noted(tmp_path: Path) -> None:
     frames = [Image.fromarray(image) for image in GREY[:3]]
     frames[0].save(tmp_path / "pages.tif", save_all=True, append_images=frames[1:])
     (tmp_path / "0.heic").write_bytes(b"")
-    own = data.own_images(str(tmp_path), trained_on(data.LEVELS), "none")
+    own = data.load_images(str(tmp_path), trained_on(data.LEVELS), "none")
     assert (255 * own.x[0, 0]).round().int().tolist() == GREY[0].tolist()
     assert any("1 of 1 image" in note and "pages.tif has 3" in note for note in own.notes)
     assert any("1 .heic" in note for note in own.notes)
@@ -384,4 +384,4 @@ def test_white_strokes_on_a_transparent_ground_are_refused(tmp_path: Path) -> No
     opacity = Image.fromarray(GREY[0])
     Image.merge("LA", [Image.new("L", opacity.size, 255), opacity]).save(tmp_path / "white.png")
     with pytest.raises(ValueError, match="expected images that show something, got level 255 alone"):
-        data.own_images(str(tmp_path / "white.png"), trained_on(data.LEVELS), "none")
+        data.load_images(str(tmp_path / "white.png"), trained_on(data.LEVELS), "none")

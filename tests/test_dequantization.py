@@ -232,14 +232,14 @@ def test_a_mode_of_training_is_kept():
 def test_dequantized_pixels_are_strictly_inside_the_unit_interval():
     """u = 0 at level 0 and u just below 1 at level 255 round to the ends in single precision."""
     ends = torch.tensor([0.0, 1.0, 2.0**-40, 1 - 2.0**-30])
-    inside = data.inside_unit_interval(ends)
+    inside = data.clamp_to_unit_interval(ends)
     assert ((inside > 0) & (inside < 1)).all()
-    x = data.uniform_dequantization(torch.tensor([0, 255], dtype=torch.uint8).repeat(2_000_000))
+    x = data.dequantize_uniformly(torch.tensor([0, 255], dtype=torch.uint8).repeat(2_000_000))
     assert x.min() > 0
     assert x.max() < 1
 
 
 def test_dequantized_pixels_are_uniform_within_their_level():
     torch.manual_seed(0)
-    x = data.uniform_dequantization(torch.full((20000,), 37, dtype=torch.uint8))
+    x = data.dequantize_uniformly(torch.full((20000,), 37, dtype=torch.uint8))
     assert scipy.stats.kstest((256 * x.double() - 37).numpy(), "uniform").pvalue > 1e-4

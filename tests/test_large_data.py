@@ -344,7 +344,7 @@ def test_a_median_leaves_the_images_alone() -> None:
 
 @pytest.mark.usefixtures("large")
 def test_room_for_much_is_a_file_that_nobody_else_sees(kept: Path) -> None:
-    rows = data.room((50, 3), torch.float32)
+    rows = data.allocate((50, 3), torch.float32)
     rows.copy_(torch.arange(150.0).reshape(50, 3))
     assert data.is_mapped(rows[7:])
     assert rows[49].tolist() == [147, 148, 149]
@@ -352,7 +352,7 @@ def test_room_for_much_is_a_file_that_nobody_else_sees(kept: Path) -> None:
 
 
 def test_room_for_little_is_memory(kept: Path) -> None:
-    assert not data.is_mapped(data.room((50, 3), torch.float32))
+    assert not data.is_mapped(data.allocate((50, 3), torch.float32))
     assert not kept.exists()
 
 
@@ -364,7 +364,7 @@ def test_room_on_a_full_disk_is_memory_after_all(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(cache, "_reserve", full)
-    rows = data.room((50, 3), torch.float32)
+    rows = data.allocate((50, 3), torch.float32)
     rows.zero_()
     assert not data.is_mapped(rows)
     expected = f"{kept}: no space for 600 bytes, which go into memory: No space left on device\n"

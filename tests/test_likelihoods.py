@@ -52,7 +52,7 @@ def test_what_it_asks_for_is_on_its_support(likelihood):
         data.REAL: [-1e6, 1e6],
         data.COUNTS: [0.0, 1e4],
     }
-    assert likelihood.support.check(torch.tensor(some[likelihood.asks_for])).all()
+    assert likelihood.support.check(torch.tensor(some[likelihood.data_kind])).all()
 
 
 def test_it_says_in_words_what_a_pixel_can_be(likelihood):
@@ -279,7 +279,7 @@ def test_fitted_marginals_are_where_their_likelihood_peaks(word):
 
 
 def test_marginals_of_constant_pixels_are_finite(case, likelihood):
-    low, high = (0.0, 1.0) if likelihood.asks_for != data.UNIT_INTERVAL else (0.001, 0.999)
+    low, high = (0.0, 1.0) if likelihood.data_kind != data.UNIT_INTERVAL else (0.001, 0.999)
     x = torch.full((10, *case.event), low)
     x[:5].flatten(1)[:, 0] = high
     x.flatten(1)[:, 4] = high

@@ -189,7 +189,7 @@ def test_an_unknown_word_is_refused(levels):
 def test_own_images_become_levels(tmp_path, levels):
     path = tmp_path / "more.npy"
     np.save(path, ARRAYS[data.LEVELS][:5] / 255)
-    found = data.own_images(str(path), levels, "levels").x
+    found = data.load_images(str(path), levels, "levels").x
     assert torch.equal(found[:, 0], torch.from_numpy(ARRAYS[data.LEVELS][:5]).float())
 
 
@@ -197,14 +197,14 @@ def test_own_images_with_holes_become_levels_with_holes(tmp_path, levels):
     values = ARRAYS[data.LEVELS][:5] / 255
     values[0, 0] = np.nan
     np.save(tmp_path / "more.npy", values)
-    found = data.own_images(str(tmp_path / "more.npy"), levels, "levels").x
+    found = data.load_images(str(tmp_path / "more.npy"), levels, "levels").x
     assert torch.equal(found.isnan()[:, 0], torch.from_numpy(np.isnan(values)))
 
 
 def test_own_images_between_the_levels_are_refused(tmp_path, levels):
     np.save(tmp_path / "more.npy", np.full((5, 4, 4), 0.5))
     with pytest.raises(ValueError, match=r"expected uint8 levels, or level / 255, got fractions between the levels"):
-        data.own_images(str(tmp_path / "more.npy"), levels, "levels")
+        data.load_images(str(tmp_path / "more.npy"), levels, "levels")
 
 
 # --- Whole runs on 8-bit levels ---
@@ -392,10 +392,10 @@ def test_own_images_at_the_open_ends_of_a_density_are_refused(tmp_path):
 
 def test_many_images_start_from_the_marginals_of_a_fixed_random_part_of_them(monkeypatch):
     digits = data.load("mnist")
-    every = data.images_to_start_from(digits, "none").double()
+    every = data.initialization_images(digits, "none").double()
     assert len(every) == 50_000
     monkeypatch.setattr("ppl_vae.data.pixels._PIXELS_TO_START_FROM", 2000 * 784)
-    some = data.images_to_start_from(digits, "none").double()
+    some = data.initialization_images(digits, "none").double()
     assert len(some) == 2000
     assert ((some.mean(0) - every.mean(0)).abs() <= 6 * every.std(0) / 2000**0.5 + 0.002).all()
-    assert torch.equal(some, data.images_to_start_from(digits, "none").double())
+    assert torch.equal(some, data.initialization_images(digits, "none").double())

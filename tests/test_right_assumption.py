@@ -53,13 +53,13 @@ def drawn(word: str, num_images: int) -> Tensor:
 def fitted(word: str, x: Tensor) -> tuple[object, Tensor]:
     """The likelihood and the features of the largest likelihood of training levels, by Adam from the marginals."""
     kind = family(word)
-    seen = x if kind.measure == "mass" else data.uniform_dequantization(x)
+    seen = x if kind.measure == "mass" else data.dequantize_uniformly(x)
     h = torch.nn.Parameter(kind.fit_marginals(seen))
     optimizer = torch.optim.Adam([h, *kind.parameters()], lr=0.03)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 400)
     for step in range(400):
         batch = x[step % 8 :: 8]
-        seen = batch if kind.measure == "mass" else data.uniform_dequantization(batch)
+        seen = batch if kind.measure == "mass" else data.dequantize_uniformly(batch)
         optimizer.zero_grad()
         (-kind(h).log_prob(seen).mean()).backward()
         optimizer.step()

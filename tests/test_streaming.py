@@ -141,7 +141,7 @@ def trained(train: Tensor, **options: Any) -> tuple[dict[str, Tensor], dict[str,
         tensors, scalars = state.to_tensors()
         states.append(({name: tensor.clone() for name, tensor in tensors.items()}, scalars))
 
-    given: dict[str, Any] = {"epochs": 2, "batch_size": 10, "observe": data.bernoulli_draw, "average_decay": 0.9}
+    given: dict[str, Any] = {"epochs": 2, "batch_size": 10, "observe": data.sample_bernoulli, "average_decay": 0.9}
     fit(small_vae(), train, (levels(10) > 127).float(), on_checkpoint=remember, **given | options)
     return states[-1]
 

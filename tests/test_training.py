@@ -39,7 +39,7 @@ def _levels(num_images=50, D=12):
 
 
 def _fit(vae, train, validation=None, *, num_particles=1, **options):
-    options = {"epochs": 3, "batch_size": 8, "observe": data.bernoulli_draw, "warmup_epochs": 1} | options
+    options = {"epochs": 3, "batch_size": 8, "observe": data.sample_bernoulli, "warmup_epochs": 1} | options
 
     def objective(model, guide, x, *, beta):
         return objectives.elbo(model, guide, x, beta=beta, num_particles=num_particles)
@@ -79,7 +79,7 @@ def test_every_step_gets_the_beta_and_the_rate_of_its_number():
         epochs=2,
         batch_size=8,
         objective=objective,
-        observe=data.bernoulli_draw,
+        observe=data.sample_bernoulli,
         beta=3.0,
         warmup_epochs=1,
         learning_rate=0.01,
@@ -215,7 +215,7 @@ def test_the_images_themselves_are_named_where_they_are_not_finite():
     x = torch.rand(20, 12)
     x[7, 3] = math.nan
     with pytest.raises(NotFinite, match=r"step 0: site 'x': the images of this batch"):
-        _fit(_vae(), x, observe=data.as_floats, batch_size=20)
+        _fit(_vae(), x, observe=data.to_float, batch_size=20)
 
 
 def test_a_gradient_that_is_not_finite_stops_before_it_reaches_the_weights():
@@ -242,7 +242,7 @@ def test_a_gradient_that_is_not_finite_stops_before_it_reaches_the_weights():
             epochs=1,
             batch_size=8,
             objective=objective,
-            observe=data.bernoulli_draw,
+            observe=data.sample_bernoulli,
             on_step=lambda state: weights.append([p.detach().clone() for p in vae.parameters()]),
         )
     assert all(torch.equal(p, w) for p, w in zip(vae.parameters(), weights[-1], strict=True))
@@ -270,7 +270,7 @@ def test_one_image_off_the_support_is_found_wherever_it_is(where):
     images = {"train": torch.zeros(50, 12), "validation": torch.zeros(20, 12)}
     images[where][17] = 0.5
     with pytest.raises(ValueError, match="support"):
-        _fit(_vae(), images["train"], images["validation"], observe=data.as_floats)
+        _fit(_vae(), images["train"], images["validation"], observe=data.to_float)
 
 
 @pytest.mark.parametrize("argument", ["epochs", "batch_size", "learning_rate", "clip_norm"])
@@ -506,7 +506,7 @@ def test_training_beta_leaks_into_no_reported_number():
         vae = bernoulli_vae(latent_dim=1).float()
         for parameter in vae.parameters():
             parameter.requires_grad_(True)
-        _fit(vae, x, observe=data.as_floats, beta=beta, epochs=2)
+        _fit(vae, x, observe=data.to_float, beta=beta, epochs=2)
         weights.append(vae.likelihood.net.output.weight.detach().clone())
         vae.double()
         torch.manual_seed(0)

@@ -20,7 +20,7 @@ def resolve(options: Options, seen: data.Splits) -> Options:
     """
     options = decided(options)
     family = likelihood(options, seen.event_shape)
-    default = "dynamic" if family.asks_for == data.BINARY else "none"
+    default = "dynamic" if family.data_kind == data.BINARY else "none"
     found = data.resolve_binarization(seen, options.binarization, default=default)
     if options.protocol == "iwae" and found != "dynamic":
         raise ValueError(f"--protocol iwae: expected --binarization dynamic, which it is a protocol of, got {found}")

@@ -187,7 +187,7 @@ def vae(options: Options, event_shape: Sequence[int]) -> VAE:
     def encoder(num_features: int) -> nn.Module:
         net = network.encoder(event_shape, num_features, **sizes)
         # Pixels may be in a unit of their own.
-        return net if family.asks_for == data.BINARY else networks.Standardized(net, event_shape)
+        return net if family.data_kind == data.BINARY else networks.Standardized(net, event_shape)
 
     def decoder(num_latents: int) -> nn.Module:
         return network.decoder(num_latents, event_shape, family.num_features, **sizes)
@@ -336,7 +336,7 @@ def likelihood(options: Options, event_shape: Sequence[int]) -> Any:
     family = LIKELIHOODS[options.likelihood](event_shape, **own)
     if options.transform == "none":
         return family
-    if family.asks_for != data.REAL or not likelihoods.has_quantiles(family):
+    if family.data_kind != data.REAL or not likelihoods.has_quantiles(family):
         raise ValueError(
             "--transform logit: expected a density of real numbers with quantiles (a normal, or laplace), got "
             f"--likelihood {options.likelihood}"

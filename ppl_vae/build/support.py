@@ -27,7 +27,7 @@ def pixels(options: Options, seen: data.Splits) -> str:
         return options.binarization
     if options.dequantization == "uniform":
         return "dequantized"
-    return "levels" if likelihood(options, seen.event_shape).asks_for in (data.LEVELS, data.COUNTS) else "none"
+    return "levels" if likelihood(options, seen.event_shape).data_kind in (data.LEVELS, data.COUNTS) else "none"
 
 
 def evaluated_pixels(options: Options, seen: data.Splits) -> str:
@@ -62,10 +62,10 @@ def check_support(options: Options, seen: data.Splits) -> None:
     family = likelihood(options, seen.event_shape)
     word = f"--likelihood {options.likelihood}"
     if options.binarization != "none":
-        if family.asks_for != data.BINARY:
+        if family.data_kind != data.BINARY:
             raise ValueError(
-                f"{word}: expected --binarization none, got {options.binarization}: it asks for {family.asks_for}, and "
-                "has no use for pixels that were made zeros and ones"
+                f"{word}: expected --binarization none, got {options.binarization}: it is a likelihood "
+                f"of {family.data_kind}, and has no use for pixels that were made zeros and ones"
             )
         return
     _check_kind(word, family, seen)
@@ -90,15 +90,15 @@ def check_support(options: Options, seen: data.Splits) -> None:
 
 def _check_kind(word: str, family: Any, seen: data.Splits) -> None:
     """Refuses data whose values may lie on the support, but are of something else."""
-    if family.asks_for == data.LEVELS and seen.kind != data.LEVELS:
+    if family.data_kind == data.LEVELS and seen.kind != data.LEVELS:
         raise ValueError(f"{word}: expected {data.LEVELS} (uint8, or pictures), got {seen.kind}; {_cure(seen, family)}")
-    if family.asks_for == data.UNIT_INTERVAL and seen.kind == data.BINARY:
+    if family.data_kind == data.UNIT_INTERVAL and seen.kind == data.BINARY:
         raise ValueError(f"{word}: expected {data.UNIT_INTERVAL}, got zeros and ones, which no density is of")
 
 
 def _cure(seen: data.Splits, family: Any) -> str:
     """What takes such pixels, or brings them where this likelihood takes them."""
-    if family.asks_for == data.BINARY and seen.kind in (data.LEVELS, data.PROBABILITIES):
+    if family.data_kind == data.BINARY and seen.kind in (data.LEVELS, data.PROBABILITIES):
         return "another --binarization makes them so"
     if isinstance(family, likelihoods.Logit):
         return "--transform none takes them"
@@ -109,6 +109,6 @@ def _cure(seen: data.Splits, family: Any) -> str:
         data.REAL: "--likelihood normal takes them",
         data.COUNTS: "--likelihood negative-binomial takes them",
     }
-    is_bytes = seen.kind == data.COUNTS and seen.train.max() <= 255 and family.asks_for == data.LEVELS
+    is_bytes = seen.kind == data.COUNTS and seen.train.max() <= 255 and family.data_kind == data.LEVELS
     as_bytes = "; saved as uint8 they are 8-bit levels" if is_bytes else ""
     return cures[seen.kind] + as_bytes

@@ -5,24 +5,24 @@ same images; the iwae protocol alone draws its test images from the seed of an e
 """
 
 from ppl_vae.data.array_files import is_array_file
-from ppl_vae.data.cache import is_mapped, room, sha256_of
-from ppl_vae.data.further_images import OwnImages, own_images
+from ppl_vae.data.cache import allocate, compute_sha256, is_mapped
+from ppl_vae.data.further_images import UserImages, load_images
 from ppl_vae.data.loading import DATASETS, load
 from ppl_vae.data.pixels import (
     PIXELS,
-    as_floats,
-    as_fractions,
-    bernoulli_draw,
     binarization_entropy,
+    clamp_to_unit_interval,
+    dequantize_uniformly,
     evaluation_images,
     expected_images,
-    images_to_start_from,
-    inside_unit_interval,
-    over_images,
+    initialization_images,
+    map_images,
     probabilities,
     resolve_binarization,
+    sample_bernoulli,
+    to_float,
+    to_unit_interval,
     training_images,
-    uniform_dequantization,
 )
 from ppl_vae.data.repeats import find_repeats
 from ppl_vae.data.splits import (
@@ -49,27 +49,27 @@ __all__ = [
     "PROBABILITIES",
     "REAL",
     "UNIT_INTERVAL",
-    "OwnImages",
     "Splits",
-    "as_floats",
-    "as_fractions",
-    "bernoulli_draw",
+    "UserImages",
+    "allocate",
     "binarization_entropy",
+    "clamp_to_unit_interval",
+    "compute_sha256",
+    "dequantize_uniformly",
     "evaluation_images",
     "expected_images",
     "find_repeats",
-    "images_to_start_from",
-    "inside_unit_interval",
+    "initialization_images",
     "is_array_file",
     "is_mapped",
     "load",
-    "over_images",
-    "own_images",
+    "load_images",
+    "map_images",
     "probabilities",
     "resolve_binarization",
-    "room",
-    "sha256_of",
+    "sample_bernoulli",
     "subset",
+    "to_float",
+    "to_unit_interval",
     "training_images",
-    "uniform_dequantization",
 ]

@@ -77,7 +77,7 @@ def read_arrays(
             is_array = file.read(len(np.lib.format.MAGIC_PREFIX)) == np.lib.format.MAGIC_PREFIX
             if is_array:
                 file.seek(0)
-                limits.array_header(file, os.path.getsize(path))
+                limits.read_array_header(file, os.path.getsize(path))
         loaded = np.load(path, allow_pickle=False)
         if isinstance(loaded, np.ndarray):
             return dict.fromkeys(choose(["array"]), loaded), []
@@ -116,7 +116,7 @@ def _check_members(path: Path, chosen: Mapping[str, str]) -> list[str]:
             name = member.filename.removesuffix(".npy")
             with archive.open(member) as file:
                 try:
-                    limits.array_header(file, member.file_size)
+                    limits.read_array_header(file, member.file_size)
                 except limits.ObjectArrayError:
                     if name not in labels:
                         raise

@@ -32,14 +32,14 @@ from tqdm import tqdm
 
 from ppl_vae.data import limits
 from ppl_vae.data.splits import KINDS, Splits
-from ppl_vae.data.threads import in_threads
+from ppl_vae.data.threads import map_in_threads
 from ppl_vae.progress import progress_bar
 
 _SPLITS = ("train", "validation", "test")
 _DTYPES = {"uint8": torch.uint8, "float32": torch.float32}
 
 # Raise this number when files are read differently than before: it makes the entries of older versions stale.
-_READER_VERSION = 3
+_READER_VERSION = 4
 
 _MARK = b"ppl_vae cache 1\n"
 _END = struct.Struct("<Q32s16s")  # length and SHA-256 of the header, mark
@@ -67,7 +67,7 @@ class Source(NamedTuple):
 class Draft(NamedTuple):
     """``Splits`` whose images are still to come, in blocks (n, *E) that go through train, validation and test.
 
-    ``withheld``: paths of the unreadable that the system did not give; once it does, the entry is stale.
+    ``inaccessible``: paths of the unreadable that the system did not give; once it does, the entry is stale.
     """
 
     kind: str
@@ -80,7 +80,7 @@ class Draft(NamedTuple):
     labels: Mapping[str, Tensor]
     class_names: tuple[str, ...] = ()
     unreadable: tuple[str, ...] = ()
-    withheld: tuple[str, ...] = ()
+    inaccessible: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -124,9 +124,9 @@ def cached(source: Source, name: str, make: Callable[[], Draft], make_in_memory:
     return make_in_memory()
 
 
-def in_room(draft: Draft, name: str) -> Splits:
+def materialize(draft: Draft, name: str) -> Splits:
     """The splits of a draft without an entry."""
-    rows = room((sum(draft.sizes.values()), *draft.event_shape), draft.dtype)
+    rows = allocate((sum(draft.sizes.values()), *draft.event_shape), draft.dtype)
     at = 0
     for block in draft.blocks:
         rows[at : at + len(block)] = torch.from_numpy(block)
@@ -166,7 +166,7 @@ def is_mapped(tensor: Tensor) -> bool:
     return tensor.untyped_storage().data_ptr() in _MAPPED
 
 
-def room(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def allocate(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Space for numbers of that shape, not set: on the heap, or where they are too many in a file without a name.
 
     ``limits.fits`` decides. The file is in the cache folder; where that has no space, the numbers are on the heap.
@@ -205,7 +205,7 @@ def _mapped(mapping: mmap.mmap, shape: tuple[int, ...], dtype: torch.dtype) -> T
 # --- Entries ---
 
 
-def sha256_of(path: Path) -> str:
+def compute_sha256(path: Path) -> str:
     """Of a file's bytes, in hexadecimal digits. Raises OSError where it cannot be read."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
@@ -279,7 +279,7 @@ def _write_content(file: IO[bytes], source: Source, draft: Draft, name: str) -> 
         "labeled": labeled,
         "class_names": draft.class_names,
         "unreadable": draft.unreadable,
-        "withheld": draft.withheld,
+        "inaccessible": draft.inaccessible,
         "notes": draft.notes,
         "sha256": draft.sha256,
         "split": draft.split,
@@ -344,8 +344,8 @@ def _read(file: IO[bytes], source: Source, name: str, *, check: bool) -> Splits:
         dtype = _DTYPES[header["dtype"]]
         labeled = [split for split in _SPLITS if split in header["labeled"]]
         words = {key: str(header[key]) for key in ("kind", "sha256", "split")}
-        class_names, unreadable, withheld, notes = (
-            tuple(map(str, header[key])) for key in ("class_names", "unreadable", "withheld", "notes")
+        class_names, unreadable, inaccessible, notes = (
+            tuple(map(str, header[key])) for key in ("class_names", "unreadable", "inaccessible", "notes")
         )
         chunks = list(header["chunks"])
     except (KeyError, TypeError) as error:
@@ -358,10 +358,10 @@ def _read(file: IO[bytes], source: Source, name: str, *, check: bool) -> Splits:
     if words["kind"] not in KINDS or len(chunks) != -(-end_of_content // _CHUNK):
         raise ValueError("its header is of something else")
     if check:
-        for path in withheld:
+        for path in inaccessible:
             if _is_given(Path(path)):
                 raise _Outdated(path)
-        digests = in_threads(partial(_digest, file.fileno(), end_of_content), range(len(chunks)))
+        digests = map_in_threads(partial(_digest, file.fileno(), end_of_content), range(len(chunks)))
         for i, (digest, expected) in enumerate(zip(digests, chunks, strict=True)):
             if digest != expected:
                 raise ValueError(f"the checksum of part {i + 1} of {len(chunks)} is another")
@@ -390,7 +390,7 @@ def _read(file: IO[bytes], source: Source, name: str, *, check: bool) -> Splits:
 def _is_given(path: Path) -> bool:
     """Whether a file can be read to its end."""
     try:
-        return os.path.isfile(path) and bool(sha256_of(path))
+        return os.path.isfile(path) and bool(compute_sha256(path))
     except (OSError, ValueError):
         return False
 

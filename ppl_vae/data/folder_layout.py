@@ -15,7 +15,7 @@ from pathlib import Path
 from posixpath import commonpath
 from typing import NamedTuple
 
-from ppl_vae.data.splits import first_few
+from ppl_vae.data.splits import abbreviate
 
 _SPLIT_FOLDERS = {
     "train": "train",
@@ -109,7 +109,7 @@ def check_layout(root: Path, names: Iterable[str], layout: Layout) -> None:
     if refused:
         raise ValueError(
             f"{root}: expected every split to be a folder of the data set or of each class, "
-            f"named train; valid, validation or val; test, got {first_few(sorted(refused))}; "
+            f"named train; valid, validation or val; test, got {abbreviate(sorted(refused))}; "
             "rename them, or give the path of one of them alone"
         )
 

@@ -17,13 +17,13 @@ from ppl_vae.data.folder_layout import find_layout
 from ppl_vae.data.image_folder import Found, checked_size, find_images, label_by_folder, read_images
 from ppl_vae.data.labels import read_labels
 from ppl_vae.data.own import LARGEST_COUNT
-from ppl_vae.data.pixels import binomial_draw, is_drawn
-from ppl_vae.data.splits import BINARY, COUNTS, LEVELS, PROBABILITIES, REAL, Splits, first_few
+from ppl_vae.data.pixels import is_drawn, sample_binomial
+from ppl_vae.data.splits import BINARY, COUNTS, LEVELS, PROBABILITIES, REAL, Splits, abbreviate
 
 _OTHER_IMAGES = ("images", "x")
 
 
-class OwnImages(NamedTuple):
+class UserImages(NamedTuple):
     """Further images for a trained model.
 
     Args:
@@ -39,7 +39,7 @@ class OwnImages(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-def own_images(
+def load_images(
     path: str,
     splits: Splits,
     pixels: str,
@@ -48,7 +48,7 @@ def own_images(
     image_size: Sequence[int] | None = None,
     fit: str = "crop",
     color: str | None = None,
-) -> OwnImages:
+) -> UserImages:
     """Images as a model that was trained on ``splits`` sees them: (N, *E) float32.
 
     An .npz or .npy file holds (N, *E), (N, H, W) or (N, H, W, C): {0, 1} for binary training data, floats for real
@@ -80,9 +80,9 @@ def own_images(
     elif pixels == "threshold":
         values = torch.where(values.isnan(), values, (values >= 0.5).float())
     elif is_drawn(splits, pixels):
-        drawn = binomial_draw(np.random.RandomState(seed), values.nan_to_num(0.0))
+        drawn = sample_binomial(np.random.RandomState(seed), values.nan_to_num(0.0))
         values = torch.where(values.isnan(), values, drawn)
-    return OwnImages(values, labels, names, notes)
+    return UserImages(values, labels, names, notes)
 
 
 _LEVEL_ROUNDING = 1e-3  # of 255 times level / 255 in single precision, and of files with four decimals
@@ -178,7 +178,9 @@ def _fractions(seen: np.ndarray) -> bool:
 # --- Image files ---
 
 
-def _from_files(path: Path, splits: Splits, image_size: Sequence[int] | None, fit: str, color: str | None) -> OwnImages:
+def _from_files(
+    path: Path, splits: Splits, image_size: Sequence[int] | None, fit: str, color: str | None
+) -> UserImages:
     if len(splits.event_shape) != 3 or splits.event_shape[0] not in (1, 3) or splits.kind in (REAL, COUNTS):
         trained_on = f"{splits.kind} of shape {splits.event_shape}"
         raise ValueError(f"{path}: expected an .npz or .npy file, since the model was trained on {trained_on}")
@@ -194,7 +196,7 @@ def _from_files(path: Path, splits: Splits, image_size: Sequence[int] | None, fi
     root = path if path.is_dir() else path.parent
     pictures = read_images(root, found.images, size=(height, width), fit=fit, color=own_color)
     if unreadable := pictures.unreadable:  # refused: each of these images was asked for
-        got = f"{len(unreadable):,} that cannot be read: {first_few(unreadable)}"
+        got = f"{len(unreadable):,} that cannot be read: {abbreviate(unreadable)}"
         raise ValueError("; ".join([f"{path}: expected images, got {got}", *pictures.notes.reasons()]))
     pictures.notes.check_not_blank(path, "them", np.arange(len(pictures.names)))
     values = pictures.pixels.float() / 255
@@ -208,5 +210,7 @@ def _from_files(path: Path, splits: Splits, image_size: Sequence[int] | None, fi
     if found.others:
         notes.append(f"{found.describe_others()} ignored")
     if classes and not known and splits.class_names:
-        notes.append(f"labels left out: expected folders of the classes of the training data, got {first_few(classes)}")
-    return OwnImages(values, labels, pictures.names, tuple(notes))
+        notes.append(
+            f"labels left out: expected folders of the classes of the training data, got {abbreviate(classes)}"
+        )
+    return UserImages(values, labels, pictures.names, tuple(notes))

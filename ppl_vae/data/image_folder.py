@@ -25,8 +25,8 @@ from ppl_vae.data import cache, limits
 from ppl_vae.data.folder_layout import Layout, check_layout, find_layout
 from ppl_vae.data.image_file import NotReadError, decode, formats
 from ppl_vae.data.image_notes import Facts, ImageNotes, find_facts
-from ppl_vae.data.splits import LEVELS, Splits, complete, first_few, several
-from ppl_vae.data.threads import in_threads
+from ppl_vae.data.splits import LEVELS, Splits, abbreviate, complete_splits, pluralize
+from ppl_vae.data.threads import map_in_threads
 from ppl_vae.progress import progress_bar
 
 
@@ -46,7 +46,7 @@ class Found(NamedTuple):
         if not self.others:
             return "an empty folder"
         kinds = [f"{count:,} {kind or 'without an extension'}" for kind, count in self.others.most_common()]
-        return f"{several(self.others.total(), 'other file')} ({first_few(kinds)})"
+        return f"{pluralize(self.others.total(), 'other file')} ({abbreviate(kinds)})"
 
 
 class Pictures(NamedTuple):
@@ -67,7 +67,7 @@ class Pictures(NamedTuple):
     notes: ImageNotes
 
 
-def image_folder(path: Path, *, image_size: Sequence[int] | None, fit: str, color: str | None) -> Splits:
+def load_image_folder(path: Path, *, image_size: Sequence[int] | None, fit: str, color: str | None) -> Splits:
     """The images below a folder, as 8-bit levels: (N, 1, H, W) gray or (N, 3, H, W) red, green, blue.
 
     Every format that Pillow decodes, but for icons and other wrappings of an image; hidden files are skipped, and so
@@ -129,7 +129,7 @@ def _meaning(path: Path, names: Sequence[str], read: Sequence[str], notes: Image
     numbers, class_names = label_by_folder(read, layout)
     labels = {split: numbers[rows] for split, rows in index.items()} if class_names else {}
     try:
-        rows, labels, words = complete(str(path), index, labels)
+        rows, labels, words = complete_splits(str(path), index, labels)
     except ValueError as error:  # a file of many pages counts as one image, which only the notes say
         raise ValueError("; ".join([str(error), *notes.notes("gray")])) from None
     for split in ("train", "validation", "test"):
@@ -196,7 +196,7 @@ def _draft(
         labels=meaning.labels,
         class_names=meaning.class_names,
         unreadable=tuple(read.unreadable),
-        withheld=tuple(os.path.abspath(path / name) for name in read.withheld),
+        inaccessible=tuple(os.path.abspath(path / name) for name in read.inaccessible),
         notes=read.notes.notes(color),
     )
 
@@ -279,7 +279,7 @@ def read_images(
 class _Read:
     """Goes through files once, in their order, and gives the pixels (H, W) or (H, W, 3) of those that can be read.
 
-    When all are through, it knows the names of both, which of the others the system withheld, the SHA-256 of the names
+    When all are through, it knows the names of both, which of the others are inaccessible, the SHA-256 of the names
     and bytes that were read, and what else was seen of the files.
 
     Raises:
@@ -294,7 +294,7 @@ class _Read:
         self.decode = partial(_decoded, root, size=size, fit=fit, color=color)
         self.names: list[str] = []
         self.unreadable: list[str] = []
-        self.withheld: list[str] = []
+        self.inaccessible: list[str] = []
         self.sizes: set[tuple[int, int]] = set()
         self.notes = ImageNotes()
         self._checksum = hashlib.sha256()
@@ -307,11 +307,11 @@ class _Read:
         bar = progress_bar(iterable=self.asked, unit="image", desc=f"reading {self.root.name}", delay=1, leave=False)
         formats()  # once, before several threads ask for them
         with _quiet_decoders(), bar:
-            for name, found in zip(bar, in_threads(self.decode, self.asked), strict=True):
+            for name, found in zip(bar, map_in_threads(self.decode, self.asked), strict=True):
                 if not isinstance(found, tuple):
                     self.unreadable.append(name)
                     if isinstance(found, OSError):
-                        self.withheld.append(name)
+                        self.inaccessible.append(name)
                     if isinstance(found, NotReadError):
                         self.notes.add_refused(name, str(found))
                     continue
@@ -324,10 +324,10 @@ class _Read:
                 if len(self.sizes) == 1:  # later ones of another size are only counted
                     yield pixels
         if not self.names:
-            unread = f"{len(self.asked):,} that cannot be read: {first_few(self.unreadable)}"
+            unread = f"{len(self.asked):,} that cannot be read: {abbreviate(self.unreadable)}"
             raise ValueError("; ".join([f"{self.root}: expected images, got {unread}", *self.notes.reasons()]))
         if len(self.sizes) > 1:
-            some = first_few(f"{height}x{width}" for height, width in sorted(self.sizes))
+            some = abbreviate(f"{height}x{width}" for height, width in sorted(self.sizes))
             raise ValueError(
                 f"{self.root}: expected images of one size, got {len(self.sizes):,} sizes ({some}); "
                 "--image-size H W brings them to one"
@@ -409,7 +409,7 @@ def _index_of_splits(root: Path, names: Sequence[str], read: Sequence[str], layo
     outside = [name for name, split in zip(names, splits, strict=True) if split is None]
     if outside and "train" in named:
         raise ValueError(
-            f"{root}: expected every image in train, valid or test, got {len(outside):,} outside: {first_few(outside)}"
+            f"{root}: expected every image in train, valid or test, got {len(outside):,} outside: {abbreviate(outside)}"
         )
     of_images = [layout.place(name).split or "train" for name in read]
     index = {split: [i for i, own in enumerate(of_images) if own == split] for split in sorted({"train"} | named)}

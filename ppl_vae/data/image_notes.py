@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ppl_vae.data.image_file import Decoded
-from ppl_vae.data.splits import first_few, several
+from ppl_vae.data.splits import abbreviate, pluralize
 
 _GRAY_DIFFERENCE = 2  # levels between the channels of a gray image that a lossy WebP file stores in color
 _PIXELS_AT_ONCE = 2**16  # so that most images in color are known by their first rows
@@ -90,9 +90,9 @@ class ImageNotes:
         highest = max(self._of_16_bits, default=0)
         if 0 < highest < _LEAST_HIGHEST:
             raise ValueError(
-                f"{root}: expected 16-bit levels of which white is 65,535, got none above {highest:,} in "
-                f"{several(len(self._of_16_bits), 'image')}, as of {highest.bit_length()} bits; multiply them so that "
-                "white is 65,535, or save them with 8 bits"
+                f"{root}: expected 16-bit levels on a scale where white is 65,535, got no level above {highest:,} in "
+                f"{pluralize(len(self._of_16_bits), 'image')}, as of {highest.bit_length()} bits; multiply the levels "
+                "so that white is 65,535, or save the images with 8 bits"
             )
 
     def check_not_blank(self, root: Path, split: str, rows: np.ndarray) -> None:
@@ -111,13 +111,13 @@ class ImageNotes:
         if transparent.any() and low == high:
             raise ValueError(
                 f"{root}: expected images that show something, got level {low} alone in {split}, since what is "
-                f"transparent ({transparent.sum():,} of {several(len(rows), 'image')}) is laid over white; "
+                f"transparent ({transparent.sum():,} of {pluralize(len(rows), 'image')}) is laid over white; "
                 "save the images over another color"
             )
 
     def reasons(self) -> tuple[str, ...]:
         """Why files were left out, one sentence for each reason."""
-        return tuple(f"{first_few(names)} not read: {reason}" for reason, names in self._refused.items())
+        return tuple(f"{abbreviate(names)} not read: {reason}" for reason, names in self._refused.items())
 
     def notes(self, color: str | None) -> tuple[str, ...]:
         """The reasons, then a sentence for each kind of thing that was left out or changed, with its number of files.
@@ -174,7 +174,7 @@ class ImageNotes:
         return tuple(found)
 
     def _of_all(self, count: int) -> str:
-        return f"{count:,} of {several(self.num_images, 'image')}"
+        return f"{count:,} of {pluralize(self.num_images, 'image')}"
 
 
 def _is_gray(pixels: np.ndarray) -> bool:

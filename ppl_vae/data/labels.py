@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ppl_vae.data.splits import several
+from ppl_vae.data.splits import pluralize
 
 
 class Labels(NamedTuple):
@@ -40,7 +40,7 @@ def read_labels(
     flat = {}
     for split, array in arrays.items():
         if array.ndim == 0 or len(array) != sizes[split]:
-            expected = several(sizes[split], "label")
+            expected = pluralize(sizes[split], "label")
             raise ValueError(f"{where}: {split} labels: expected {expected}, one an image, got shape {array.shape}")
         flat[split] = array[:, 0] if array.ndim == 2 and array.shape[1] == 1 else array
     if flat and all(array.ndim == 1 and array.dtype.kind in "US" for array in flat.values()):

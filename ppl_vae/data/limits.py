@@ -42,7 +42,7 @@ class ArrayHeader(NamedTuple):
     offset: int
 
 
-def array_header(file: IO[bytes], num_bytes: int) -> ArrayHeader:
+def read_array_header(file: IO[bytes], num_bytes: int) -> ArrayHeader:
     """The header that ``file`` stands at, if what it announces is what ``num_bytes`` leave room for.
 
     Args:

@@ -13,8 +13,8 @@ import torch
 from ppl_vae.data.array_files import is_array_file
 from ppl_vae.data.binary_sets import caltech_silhouettes, static_mnist
 from ppl_vae.data.embedded import mnist
-from ppl_vae.data.image_folder import image_folder
-from ppl_vae.data.own import own_arrays
+from ppl_vae.data.image_folder import load_image_folder
+from ppl_vae.data.own import load_arrays
 from ppl_vae.data.splits import Splits
 from ppl_vae.data.torchvision_sets import DOWNLOADED, read_through_torchvision
 from ppl_vae.options import COLORS, FITS, PROTOCOLS
@@ -66,12 +66,12 @@ def load(
     path, named = Path(dataset), dataset in DATASETS
     arrays = not named and is_array_file(path)
     if not named and not arrays and os.path.isdir(dataset):
-        return image_folder(path, image_size=image_size, fit=fit, color=color)
+        return load_image_folder(path, image_size=image_size, fit=fit, color=color)
     for argument, value in (("image_size", image_size), ("color", color)):
         if value is not None and (named or arrays):
             raise ValueError(f"{argument}: expected none for {dataset} (it is for a folder of images), got {value}")
     if arrays:
-        return own_arrays(path)
+        return load_arrays(path)
     if not named:
         names = ", ".join(DATASETS)
         raise ValueError(

@@ -15,7 +15,7 @@ import torch
 from ppl_vae.data import cache, limits
 from ppl_vae.data.array_files import explain_unreadable, find_roles, read_arrays
 from ppl_vae.data.labels import read_labels
-from ppl_vae.data.splits import BINARY, COUNTS, LEVELS, PROBABILITIES, REAL, Splits, complete, several
+from ppl_vae.data.splits import BINARY, COUNTS, LEVELS, PROBABILITIES, REAL, Splits, complete_splits, pluralize
 
 _SPLITS = ("train", "validation", "test")
 _MOST_ROUNDING = 0.01  # of the spread of real values
@@ -23,7 +23,7 @@ _CONSTANT = 64 * np.finfo(np.float64).eps  # of the mean: what a constant that w
 LARGEST_COUNT = 2**24  # to here single precision holds every whole number
 
 
-def own_arrays(path: Path) -> Splits:
+def load_arrays(path: Path) -> Splits:
     """The splits of an .npz or .npy file: (N, D), (N, H, W), (N, H, W, C) or (N, C, H, W), C = 1 or 3.
 
     The arrays are named train, valid, test (also x_train, train_images and the like), or there is one of any name;
@@ -54,7 +54,7 @@ def own_arrays(path: Path) -> Splits:
         raise ValueError(f"{path}: expected images of one shape in all splits, got {sorted(shapes)}")
     label_arrays = {split: arrays[f"{split} labels"] for split in tensors if f"{split} labels" in arrays}
     labels = read_labels(str(path), label_arrays, {split: len(x) for split, x in tensors.items()})
-    given, numbers, words = complete(str(path), tensors, labels.numbers)
+    given, numbers, words = complete_splits(str(path), tensors, labels.numbers)
     if words == "as given":
         words = "as the file gives them"
     if ignored:
@@ -89,7 +89,7 @@ def _size(path: Path) -> int:
 def _sha256(path: Path) -> str:
     """Raises ValueError where it cannot be read."""
     try:
-        return cache.sha256_of(path)
+        return cache.compute_sha256(path)
     except OSError as error:
         raise ValueError(f"dataset: {path} cannot be read: {error.strerror}") from None
 
@@ -101,14 +101,14 @@ def _large_array(path: Path) -> Splits:
     """An .npy file through the cache: it is read once, in blocks, and then mapped as it is stored."""
     status = os.stat(path)
     source = cache.source(path, {"array": "own"}, [status.st_size, status.st_mtime_ns])
-    return cache.cached(source, path.name, partial(_draft, path), lambda: cache.in_room(_draft(path), path.name))
+    return cache.cached(source, path.name, partial(_draft, path), lambda: cache.materialize(_draft(path), path.name))
 
 
 def _draft(path: Path) -> cache.Draft:
     """Read twice: once for what it holds and for its checksum, and once in the order of the splits."""
     try:
         with path.open("rb") as file:
-            header = limits.array_header(file, os.path.getsize(path))
+            header = limits.read_array_header(file, os.path.getsize(path))
             file.seek(0)
             digest = hashlib.sha256(file.read(header.offset))
             if header.is_fortran:  # the numbers lie in another order than that in which they are looked at
@@ -124,7 +124,7 @@ def _draft(path: Path) -> cache.Draft:
         raise ValueError(f"{path}: expected at least one image in every split, got an empty array")
     kind = _kind_of_splits(path, {"train": _look(array, None if header.is_fortran else digest)})
     images = channels_first(path, "train", array)
-    rows, labels, words = complete(str(path), {"train": torch.arange(len(images))}, {})
+    rows, labels, words = complete_splits(str(path), {"train": torch.arange(len(images))}, {})
     stored, dtype = _STORED[kind]
     places = torch.cat([rows[split] for split in _SPLITS]).split(_rows_at_once(images))
     return cache.Draft(
@@ -207,7 +207,7 @@ def _look(array: np.ndarray, digest: Any = None) -> _Seen:
     return _Seen(array.dtype, is_binary, is_whole, low, high, rounding, mean, np.sqrt(squares / max(1, count)))
 
 
-def kind_of(path: Path, name: str, array: np.ndarray, *, check_resolution: bool = True) -> str:
+def find_kind(path: Path, name: str, array: np.ndarray, *, check_resolution: bool = True) -> str:
     """The kind of an array's numbers, a word of ``data.splits``.
 
     Args:
@@ -283,7 +283,7 @@ def _check_resolution(path: Path, split: str, seen: _Seen) -> None:
         return
     mean, spread = float(seen.mean.flat[columns[0]]), float(seen.spread.flat[columns[0]])
     where = f"in {split}" if seen.spread.ndim == 0 or seen.spread.size == 1 else f"in column {columns[0]} of {split}"
-    more = f", and likewise in {several(len(columns) - 1, 'more column')}" * (len(columns) > 1)
+    more = f", and likewise in {pluralize(len(columns) - 1, 'more column')}" * (len(columns) > 1)
     raise ValueError(
         f"{path}: expected values that single precision can tell apart, got {seen.dtype} around {mean:.7g} with a "
         f"spread of {spread:.2g} {where}{more}; center them first: x - x.mean(0), computed in float64"
@@ -334,7 +334,7 @@ def _shape_notes(shape: tuple[int, ...]) -> tuple[str, ...]:
         read = f"(N, H, W), {shape[0]:,} gray images of {shape[1]} x {shape[2]}"
         otherwise = "if the images lie along the last axis, save np.moveaxis(array, -1, 0)"
     elif len(shape) == 4 and shape[1] in _CHANNELS and shape[3] in _CHANNELS:
-        read = f"(N, H, W, C), images of {shape[1]} x {shape[2]} with {several(shape[3], 'channel')}"
+        read = f"(N, H, W, C), images of {shape[1]} x {shape[2]} with {pluralize(shape[3], 'channel')}"
         otherwise = "if the channels come first, save array.transpose(0, 2, 3, 1)"
     else:
         return ()

@@ -37,7 +37,7 @@ def resolve_binarization(splits: Splits, binarization: str | None, *, default: s
     return binarization or default
 
 
-def over_images(function: Callable[[Tensor], Tensor], x: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
+def map_images(function: Callable[[Tensor], Tensor], x: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
     """f(x), pixel by pixel, of a few images at a time, in their order. What is too large for memory is in a file.
 
     Args:
@@ -46,24 +46,24 @@ def over_images(function: Callable[[Tensor], Tensor], x: Tensor, *, dtype: torch
     """
     if x.numel() <= _AT_ONCE:
         return function(x).to(dtype)
-    result = cache.room(tuple(x.shape), dtype)
+    result = cache.allocate(tuple(x.shape), dtype)
     num_images = max(1, _AT_ONCE // x[0].numel())
     for part, of_part in zip(x.split(num_images), result.split(num_images), strict=True):
         of_part.copy_(function(part))
     return result
 
 
-def as_floats(values: Tensor, generator: torch.Generator | None = None) -> Tensor:
+def to_float(values: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """The stored values themselves, pixel by pixel."""
     return values.float()
 
 
-def as_fractions(values: Tensor, generator: torch.Generator | None = None) -> Tensor:
+def to_unit_interval(values: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """8-bit levels / 255, pixel by pixel."""
     return values.float() / 255
 
 
-def bernoulli_draw(values: Tensor, generator: torch.Generator | None = None) -> Tensor:
+def sample_bernoulli(values: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """x_d ~ Bernoulli(p_d), p = level / 255 or the stored probability: (B, *E) -> (B, *E) in {0, 1}, drawn anew.
 
     Without a generator of its own the noise is torch's global one's.
@@ -77,12 +77,12 @@ def bernoulli_draw(values: Tensor, generator: torch.Generator | None = None) -> 
 _LEAST, _MOST = 2.0**-33, 1 - 2.0**-24
 
 
-def inside_unit_interval(x: Tensor) -> Tensor:
+def clamp_to_unit_interval(x: Tensor) -> Tensor:
     """x strictly between 0 and 1: what rounding brought to an end goes to the nearest number inside, pixel by pixel."""
     return x.clamp(_LEAST, _MOST)
 
 
-def uniform_dequantization(values: Tensor, generator: torch.Generator | None = None) -> Tensor:
+def dequantize_uniformly(values: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """x = (level + u) / 256, u ~ Uniform(0, 1) for each pixel, drawn anew: (B, *E) levels -> strictly inside (0, 1).
 
     For a density p of x, P(level) = int_0^1 p((level + u) / 256) du / 256^D is a mass of the levels.
@@ -91,7 +91,7 @@ def uniform_dequantization(values: Tensor, generator: torch.Generator | None = N
     """
     levels = values if values.is_floating_point() else values.float()
     u = torch.rand(levels.shape, generator=generator, dtype=levels.dtype, device=levels.device)
-    return inside_unit_interval((levels + u) / NUM_LEVELS)
+    return clamp_to_unit_interval((levels + u) / NUM_LEVELS)
 
 
 def training_images(splits: Splits, pixels: str) -> tuple[Tensor, Callable[..., Tensor]]:
@@ -102,12 +102,12 @@ def training_images(splits: Splits, pixels: str) -> tuple[Tensor, Callable[..., 
     """
     _check_pixels(splits, pixels)
     if pixels in ("none", "levels") or splits.kind in _TAKEN_AS_THEY_ARE:
-        return splits.train, as_fractions if splits.kind == LEVELS and pixels == "none" else as_floats
+        return splits.train, to_unit_interval if splits.kind == LEVELS and pixels == "none" else to_float
     if pixels == "dequantized":
-        return splits.train, uniform_dequantization
+        return splits.train, dequantize_uniformly
     if pixels == "dynamic":
-        return splits.train, bernoulli_draw
-    return _evaluated(splits, "train", pixels, seed=0, dtype=torch.uint8), as_floats
+        return splits.train, sample_bernoulli
+    return _evaluated(splits, "train", pixels, seed=0, dtype=torch.uint8), to_float
 
 
 def _check_pixels(splits: Splits, pixels: str) -> None:
@@ -129,7 +129,7 @@ def expected_images(splits: Splits, pixels: str) -> Tensor:
 _PIXELS_TO_START_FROM = 2**26  # all of MNIST's
 
 
-def images_to_start_from(splits: Splits, pixels: str) -> Tensor:
+def initialization_images(splits: Splits, pixels: str) -> Tensor:
     """(n, *E) ``expected_images`` of a fixed random part of the training images, or of all where they are not many.
 
     Marginals that a training starts from need no more, and the fit of an image's many pixels to many images is slow.
@@ -167,10 +167,10 @@ def _evaluated(splits: Splits, split: str, pixels: str, *, seed: int, dtype: tor
         raise ValueError(f"{splits.name}: has no {split} images under the {splits.protocol} protocol")
     stored, unit = getattr(splits, split), _unit(splits)
     if pixels == "levels":
-        return over_images(as_floats, stored, dtype=dtype)
+        return map_images(to_float, stored, dtype=dtype)
     if pixels == "dequantized":
         generator = torch.Generator().manual_seed(PUBLISHED_SEED + SPLITS.index(split))
-        return over_images(lambda part: uniform_dequantization(part, generator), stored, dtype=dtype)
+        return map_images(lambda part: dequantize_uniformly(part, generator), stored, dtype=dtype)
     if is_drawn(splits, pixels):
         every_time = splits.protocol == "iwae" and pixels == "dynamic"
         stream = np.random.RandomState(seed if every_time else PUBLISHED_SEED)  # the published generator
@@ -178,10 +178,10 @@ def _evaluated(splits: Splits, split: str, pixels: str, *, seed: int, dtype: tor
             if name == split:
                 break
             for part in getattr(splits, name).split(max(1, _AT_ONCE // math.prod(splits.event_shape))):
-                binomial_draw(stream, unit(part))
-        return over_images(lambda part: binomial_draw(stream, unit(part)), stored, dtype=dtype)
+                sample_binomial(stream, unit(part))
+        return map_images(lambda part: sample_binomial(stream, unit(part)), stored, dtype=dtype)
     if pixels == "threshold":
-        return over_images(lambda part: (unit(part) >= 0.5).float(), stored, dtype=dtype)
+        return map_images(lambda part: (unit(part) >= 0.5).float(), stored, dtype=dtype)
     return probabilities(splits, split).to(dtype)
 
 
@@ -190,7 +190,7 @@ def is_drawn(splits: Splits, pixels: str) -> bool:
     return pixels in ("dynamic", "fixed") and splits.kind not in _TAKEN_AS_THEY_ARE
 
 
-def binomial_draw(stream: np.random.RandomState, rates: Tensor) -> Tensor:
+def sample_binomial(stream: np.random.RandomState, rates: Tensor) -> Tensor:
     """x_d ~ Bernoulli(p_d) by numpy's legacy generator, as published: (N, *E) float32."""
     return torch.from_numpy(stream.binomial(1, rates.numpy())).float()
 
@@ -198,12 +198,12 @@ def binomial_draw(stream: np.random.RandomState, rates: Tensor) -> Tensor:
 def probabilities(splits: Splits, split: str) -> Tensor:
     """A split as the probability that a pixel is white: levels / 255, the others as they are. (N, *E) float32."""
     stored = getattr(splits, split)
-    return stored if stored.dtype == torch.float32 else over_images(_unit(splits), stored)
+    return stored if stored.dtype == torch.float32 else map_images(_unit(splits), stored)
 
 
 def _unit(splits: Splits) -> Callable[[Tensor], Tensor]:
     """How stored values become probabilities, or what else they are."""
-    return as_fractions if splits.kind == LEVELS else as_floats
+    return to_unit_interval if splits.kind == LEVELS else to_float
 
 
 def binarization_entropy(splits: Splits, split: str, pixels: str) -> Tensor | None:

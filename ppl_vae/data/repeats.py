@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ppl_vae.data.splits import NUM_LEVELS, first_few, subset
+from ppl_vae.data.splits import NUM_LEVELS, abbreviate, subset
 
 _MOST_ROWS, _MOST_VALUES, _MOST_GROUPS = 2000, 2**20, 1000
 _MOST_IN_GROUP = 2**15  # of more, single precision itself makes many equal where they are far from 0
@@ -27,7 +27,7 @@ class Repeats(NamedTuple):
 
     def describe(self) -> str:
         """What repeats, what that means for a density, and what has a mass instead."""
-        some = f" in columns {first_few(map(str, self.columns))}" * bool(self.columns)
+        some = f" in columns {abbreviate(map(str, self.columns))}" * bool(self.columns)
         words = (
             f"Values repeat{some} (at most {self.num_distinct:,} are distinct), as levels and counts do on any scale: "
             "a density of values on a grid has no upper bound, and its nats compare only with densities of the same "

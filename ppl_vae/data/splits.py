@@ -70,13 +70,13 @@ class Splits:
         sizes = " / ".join(f"{len(x):,}" for x in (self.train, self.validation, self.test))
         seen = f"{self.name}: {self.kind}{self._range()}, {shape}; train / validation / test {sizes} ({self.split})"
         if self.class_names:
-            seen += f"; {len(self.class_names)} classes: {first_few(self.class_names)}"
+            seen += f"; {len(self.class_names)} classes: {abbreviate(self.class_names)}"
         elif self.labels:
             num_classes = len(torch.cat([*self.labels.values()]).unique())
             seen += f"; {num_classes:,} class" + "es" * (num_classes != 1)
         if self.unreadable:
-            files = several(len(self.unreadable), "file")
-            seen += f"\n{self.name}: {files} could not be read and left out: {first_few(self.unreadable)}"
+            files = pluralize(len(self.unreadable), "file")
+            seen += f"\n{self.name}: {files} could not be read and left out: {abbreviate(self.unreadable)}"
         return "\n".join([seen, *(f"{self.name}: {note}" for note in self.notes)])
 
     def _range(self) -> str:
@@ -92,19 +92,19 @@ class Splits:
         return ""
 
 
-def several(count: int, what: str) -> str:
+def pluralize(count: int, what: str) -> str:
     """The count and its noun: 1 file, 2 files."""
     return f"{count:,} {what}" + "s" * (count != 1)
 
 
-def first_few(names: Iterable[str]) -> str:
+def abbreviate(names: Iterable[str]) -> str:
     """The first five by name, and how many more there are."""
     names = list(names)
     more = len(names) - _NAMED_AT_MOST
     return ", ".join(names[:_NAMED_AT_MOST]) + (f" and {more:,} more" if more > 0 else "")
 
 
-def complete(
+def complete_splits(
     where: str, given: Mapping[str, Tensor], labels: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], str]:
     """Whatever of validation and test is lacking is taken from train: a tenth each, by a fixed permutation.

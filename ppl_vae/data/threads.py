@@ -21,7 +21,7 @@ def num_threads() -> int:
     return min(cores, _MOST_THREADS)
 
 
-def in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+def map_in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
     """f(item) for each item, in their order; only a few are held at once, however many there are."""
     if num_threads() == 1:
         yield from map(function, items)

@@ -140,7 +140,7 @@ def certify_run(
             gap_images = 0
         parts = Parts(simulated, gap_images, simulations, draws)
         of_all = {
-            "weights": data.sha256_of(run.folder / runs.MODEL),
+            "weights": data.compute_sha256(run.folder / runs.MODEL),
             "data": run.splits.sha256,
             "seed": seed,
             "device": device,

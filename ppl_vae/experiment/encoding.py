@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ppl_vae import build, runs
-from ppl_vae.data import uniform_dequantization
+from ppl_vae.data import dequantize_uniformly
 from ppl_vae.evidence import Estimate, Importance, reconstruction, seeded
 from ppl_vae.experiment.evaluation import what_is_measured, with_a_bar
 from ppl_vae.experiment.evaluation_words import NOT_A_LOG_LIKELIHOOD, plus_minus, scale_in_words
@@ -130,7 +130,7 @@ def _reconstructed(run: Run, given: Images, seed: int, place: torch.device) -> t
     """An autoencoder's codes, and log p(x | z(x)) of each image (n,) nats, on the CPU; x as its training saw images."""
     vae, x = build.load(run.folder).to(place), given.x.to(place)
     with seeded(seed, place):
-        x = uniform_dequantization(x) if run.pixels == "dequantized" else x
+        x = dequantize_uniformly(x) if run.pixels == "dequantized" else x
     codes = encode(vae, x)
     with progress_bar(total=len(x), unit="image", desc=f"log p(x | z), {Path(given.source).name}") as bar:
         log_p_x_given_z = reconstruction(vae, x, seed=seed, progress=bar.update)

@@ -226,7 +226,7 @@ def _partial_evaluation(
         "device": x.device.type,
         "compile": compile,
         "step": step,
-        "weights": data.sha256_of(run.folder / runs.MODEL),
+        "weights": data.compute_sha256(run.folder / runs.MODEL),
     }
     size, num_columns = images_a_group(x, num_particles), len(Importance._fields)
     path = partial_path(run.folder, split)

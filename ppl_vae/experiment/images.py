@@ -62,7 +62,7 @@ def images_of(run: Run, images_path: str, *, most: int | None, seed: int) -> Ima
         names = tuple(str(i) for i in range(len(x)))
     else:
         source = str(Path(images_path).resolve())
-        x, labels, names, notes = data.own_images(
+        x, labels, names, notes = data.load_images(
             images_path, run.splits, run.evaluated_pixels, seed=seed, fit=run.options.fit
         )
         _check_support(run, source, x)

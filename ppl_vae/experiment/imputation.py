@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ppl_vae import build, plots, runs
-from ppl_vae.data.limits import array_header
+from ppl_vae.data.limits import read_array_header
 from ppl_vae.evidence import Estimate, evaluate, seeded
 from ppl_vae.experiment.display import Display, display_of
 from ppl_vae.experiment.evaluation import what_is_measured
@@ -162,7 +162,7 @@ def read_mask(path: str, num_images: int, event_shape: tuple[int, ...]) -> Tenso
     """
     try:
         with open(path, "rb") as file:
-            array_header(file, os.path.getsize(path))
+            read_array_header(file, os.path.getsize(path))
             file.seek(0)
             array = np.load(file, allow_pickle=False)
     except OSError as error:

@@ -112,7 +112,7 @@ def fitting_likelihoods(options: Options, splits: data.Splits) -> list[str]:
     def fits(word: str) -> bool:
         if (
             splits.kind == data.BINARY
-            and build.likelihood(replace(options, likelihood=word), splits.event_shape).asks_for != data.BINARY
+            and build.likelihood(replace(options, likelihood=word), splits.event_shape).data_kind != data.BINARY
         ):
             return False
         try:

@@ -219,7 +219,7 @@ def _train(run: Run, saved: Saved | None, *, say: Say, compile_if_possible: bool
         build.start_from_run(vae, options.start_from)
         say(f"Starting from the weights of {options.start_from}.")
     else:
-        build.start_from_marginals(vae, data.images_to_start_from(splits, run.pixels))
+        build.start_from_marginals(vae, data.initialization_images(splits, run.pixels))
     vae.to(device)
     if distributed.is_writer():
         if saved is None:

@@ -24,7 +24,7 @@ class Bernoulli(Pixels):
     support = constraints.boolean
     support_words = "0 or 1"
     measure = "mass"
-    asks_for = data.BINARY
+    data_kind = data.BINARY
 
     def pixel(self, logits: Tensor) -> dist.Bernoulli:
         """Of logits."""

@@ -78,7 +78,7 @@ class Poisson(Pixels):
     support = constraints.nonnegative_integer
     support_words = _COUNTS_WORDS
     measure = "mass"
-    asks_for = data.COUNTS
+    data_kind = data.COUNTS
     numbers_a_pixel = 8
 
     def pixel(self, feature: Tensor) -> StablePoisson:
@@ -153,7 +153,7 @@ class NegativeBinomial(Pixels):
     support = constraints.nonnegative_integer
     support_words = _COUNTS_WORDS
     measure = "mass"
-    asks_for = data.COUNTS
+    data_kind = data.COUNTS
     features_a_pixel = 2
     numbers_a_pixel = 24
 

@@ -85,7 +85,7 @@ class Categorical(nn.Module):
     support = LEVELS
     support_words = LEVELS_WORDS
     measure = "mass"
-    asks_for = data.LEVELS
+    data_kind = data.LEVELS
 
     def __init__(self, event_shape: Sequence[int], *, rank: int = 16) -> None:
         super().__init__()
@@ -271,7 +271,7 @@ class DiscretizedLogistic(Pixels):
     support = LEVELS
     support_words = LEVELS_WORDS
     measure = "mass"
-    asks_for = data.LEVELS
+    data_kind = data.LEVELS
     features_a_pixel = 2
     numbers_a_pixel = 13
 
@@ -331,7 +331,7 @@ class Binomial(Pixels):
     support = LEVELS
     support_words = LEVELS_WORDS
     measure = "mass"
-    asks_for = data.LEVELS
+    data_kind = data.LEVELS
     numbers_a_pixel = 8
 
     def pixel(self, logits: Tensor) -> LevelBinomial:

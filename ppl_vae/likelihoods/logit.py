@@ -74,7 +74,7 @@ class Sigmoid(dist.TorchDistribution):
         has a pole at the end, it is the number next to the end that data can have.
         """
         start = self._quantile(0.5)
-        ends = data.inside_unit_interval(torch.stack([torch.zeros_like(start), torch.ones_like(start)])).logit()
+        ends = data.clamp_to_unit_interval(torch.stack([torch.zeros_like(start), torch.ones_like(start)])).logit()
         start = torch.minimum(torch.maximum(start, ends[0]), ends[1])
         span = torch.where(start > 0, ends[1], ends[0]) - start
 
@@ -94,12 +94,12 @@ class Sigmoid(dist.TorchDistribution):
             low, high = torch.where(is_right, low + third, low), torch.where(is_right, high, high - third)
         share = (low + high) / 2
         share = torch.where(log_p(share) > highest, share, grid[best])
-        return data.inside_unit_interval((start + share * span).sigmoid())
+        return data.clamp_to_unit_interval((start + share * span).sigmoid())
 
     @torch.no_grad()
     def sample(self, sample_shape: Any = ()) -> Tensor:
         """(*sample_shape, *batch_shape), strictly inside."""
-        return data.inside_unit_interval(self.base.sample(torch.Size(sample_shape)).sigmoid())
+        return data.clamp_to_unit_interval(self.base.sample(torch.Size(sample_shape)).sigmoid())
 
     def log_prob(self, value: Tensor) -> Tensor:
         """log p_base(logit x) - log x - log(1 - x), (*sample_shape, *batch_shape), nats.
@@ -140,7 +140,7 @@ class Logit(nn.Module):
     support = open_unit_interval
     support_words = "numbers between 0 and 1, neither of them"
     measure = "density"
-    asks_for = data.UNIT_INTERVAL
+    data_kind = data.UNIT_INTERVAL
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
@@ -163,14 +163,14 @@ class Logit(nn.Module):
         Raises:
             ValueError: as the base.
         """
-        logits = data.over_images(lambda part: data.inside_unit_interval(part).logit(), x, dtype=x.dtype)
+        logits = data.map_images(lambda part: data.clamp_to_unit_interval(part).logit(), x, dtype=x.dtype)
         return self.base.fit_marginals(logits)
 
     @property
     def refit(self) -> Callable[[Tensor, Tensor], None]:
         """(h, x) -> None: the base's, of logit(x), where it has one, as ``NormalOptimal``; else there is none here."""
         refit = self.base.refit
-        return lambda h, x: refit(h, data.inside_unit_interval(x).logit())
+        return lambda h, x: refit(h, data.clamp_to_unit_interval(x).logit())
 
 
 class LogitNormal(nn.Module):
@@ -185,7 +185,7 @@ class LogitNormal(nn.Module):
     support = open_unit_interval
     support_words = "numbers between 0 and 1, neither of them"
     measure = "density"
-    asks_for = data.UNIT_INTERVAL
+    data_kind = data.UNIT_INTERVAL
     numbers_a_pixel = 13
 
     def __init__(self, event_shape: Sequence[int]) -> None:

@@ -179,7 +179,7 @@ class DiscretizedLogisticMixture(nn.Module):
     support = LEVELS
     support_words = LEVELS_WORDS
     measure = "mass"
-    asks_for = data.LEVELS
+    data_kind = data.LEVELS
 
     def __init__(self, event_shape: Sequence[int], *, components: int = 5) -> None:
         super().__init__()

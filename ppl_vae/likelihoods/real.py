@@ -28,7 +28,7 @@ class _InUnits(Pixels):
     support = constraints.real
     support_words = "real numbers"
     measure = "density"
-    asks_for = data.REAL
+    data_kind = data.REAL
     unit: Tensor
 
     def __init__(self, event_shape: Sequence[int]) -> None:

@@ -121,7 +121,7 @@ class ContinuousBernoulli(Pixels):
     support = constraints.unit_interval
     support_words = "numbers from 0 to 1"
     measure = "density"
-    asks_for = data.UNIT_INTERVAL
+    data_kind = data.UNIT_INTERVAL
     numbers_a_pixel = 10
 
     def pixel(self, logits: Tensor) -> StableContinuousBernoulli:
@@ -173,12 +173,12 @@ class StableBeta(Pixel):
         alpha, beta = self.exponents()
         has_peak = (alpha > 1) & (beta > 1)
         peak = (alpha - 1) / torch.where(has_peak, alpha + beta - 2, 1.0)
-        return data.inside_unit_interval(torch.where(has_peak, peak, (alpha > beta).to(alpha.dtype)))
+        return data.clamp_to_unit_interval(torch.where(has_peak, peak, (alpha > beta).to(alpha.dtype)))
 
     @torch.no_grad()
     def sample(self, sample_shape: Any = ()) -> Tensor:
         """(*sample_shape, *batch_shape), strictly inside."""
-        return data.inside_unit_interval(dist.Beta(*self.exponents()).sample(torch.Size(sample_shape)))
+        return data.clamp_to_unit_interval(dist.Beta(*self.exponents()).sample(torch.Size(sample_shape)))
 
     def log_prob(self, value: Tensor) -> Tensor:
         """log p(value), (*sample_shape, *batch_shape), nats.
@@ -219,7 +219,7 @@ class Beta(Pixels):
     support = open_unit_interval
     support_words = "numbers between 0 and 1, neither of them"
     measure = "density"
-    asks_for = data.UNIT_INTERVAL
+    data_kind = data.UNIT_INTERVAL
     features_a_pixel = 2
     numbers_a_pixel = 24
 
@@ -233,7 +233,7 @@ class Beta(Pixels):
 
         From its mean m and spread on, kappa = m (1 - m) / spread^2 - 1.
         """
-        x = data.over_images(data.inside_unit_interval, x, dtype=x.dtype)
+        x = data.map_images(data.clamp_to_unit_interval, x, dtype=x.dtype)
         mean, variance = mean_and_variance(x.flatten(1))
         log_x, log_rest = mean_logs(x)
         kappa = mean * (1 - mean) / variance - 1  # infinite for a constant pixel, which ``unbounded`` brings down

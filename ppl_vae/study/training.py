@@ -110,7 +110,7 @@ def _fit_averaged(planned: Planned, run_dir: Path, *, say: Say) -> None:
     stored, observe = data.training_images(seen, pixels)
     pyro.set_rng_seed(options.seed)
     vae = build.vae(options, seen.event_shape)
-    build.start_from_marginals(vae, data.images_to_start_from(seen, pixels))
+    build.start_from_marginals(vae, data.initialization_images(seen, pixels))
     metrics: list[dict[str, Any]] = []
     state: TrainingState = fit(
         vae,

@@ -52,7 +52,7 @@ def fit(
     *,
     epochs: int,
     objective: Callable[..., Tensor] = objectives.elbo,
-    observe: Callable[[Tensor, torch.Generator | None], Tensor] = data.as_floats,
+    observe: Callable[[Tensor, torch.Generator | None], Tensor] = data.to_float,
     batch_size: int = 100,
     learning_rate: float = 1e-3,
     rate: Callable[..., float] = cosine,

@@ -124,10 +124,10 @@ def test_colors_of_16_bits_become_8_and_the_reduction_is_told(tmp_path: Path, wh
 
 
 NO_SCALE = {
-    "12 bits in a PNG of 16": ("png", encoded((FULL // 16).astype(np.uint16)), "got none above 4,095"),
-    "12 bits in a TIFF of 16, white is zero": ("tif", tiff(FULL // 16, bits=16, photometric=0), "got none above 4,095"),
-    "10 bits in a TIFF of 16": ("tif", tiff(FULL // 64, bits=16), "got none above 1,023"),
-    "12 bits in colors of 16": ("png", png_of_16_bits(COLORS // 16), "got none above"),
+    "12 bits in a PNG of 16": ("png", encoded((FULL // 16).astype(np.uint16)), "above 4,095"),
+    "12 bits in a TIFF of 16, white is zero": ("tif", tiff(FULL // 16, bits=16, photometric=0), "above 4,095"),
+    "10 bits in a TIFF of 16": ("tif", tiff(FULL // 64, bits=16), "above 1,023"),
+    "12 bits in colors of 16": ("png", png_of_16_bits(COLORS // 16), "above"),
     "integers of 32 bits": ("tif", tiff(GRADIENT, bits=32), "signed and 32-bit levels have no known scale"),
     "signed integers of 32 bits": (
         "tif",

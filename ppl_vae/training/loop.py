@@ -329,7 +329,7 @@ def _dry_step(vae: VAE, objective: Callable[..., Tensor], observe: Callable[...,
 
 def _in_double_precision(observe: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """The same images as float64, for a VAE whose weights are; stored values that are observed as they are keep it."""
-    if observe is data.as_floats:
+    if observe is data.to_float:
         return lambda values, generator: values.double()
     return lambda values, generator: observe(values, generator).double()
 

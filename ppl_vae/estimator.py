@@ -180,7 +180,7 @@ class VAEDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
         if len(splits.validation):
             validation = data.evaluation_images(splits, "validation", self._pixels_).to(place)
         with seeded(self.seed_, place):
-            vae = build.vae(options, self.event_shape_)
+            vae = build.vae(options, self.event_shape_).float()  # also where torch makes float64 by default
             build.start_from_marginals(vae, data.initialization_images(splits, self._pixels_))
             fit(
                 vae.to(place),

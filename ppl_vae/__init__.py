@@ -10,29 +10,38 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ppl_vae.build import load, save
     from ppl_vae.conditional import Conditional
-    from ppl_vae.dequantization import dequantized
-    from ppl_vae.evidence import Estimate, importance, log_evidence
+    from ppl_vae.evidence.dequantization import dequantized
+    from ppl_vae.evidence.importance import Estimate, importance, log_evidence
+    from ppl_vae.log_weights import log_weights
+    from ppl_vae.runs.build import load, save
     from ppl_vae.training import fit
     from ppl_vae.vae import VAE
-    from ppl_vae.weights import log_weights
 
 __version__ = "0.1.0"
 
 _HOME = {
     "VAE": "vae",
     "Conditional": "conditional",
-    "Estimate": "evidence",
-    "dequantized": "dequantization",
+    "Estimate": "evidence.importance",
+    "dequantized": "evidence.dequantization",
     "fit": "training",
-    "importance": "evidence",
-    "load": "build",
-    "log_evidence": "evidence",
-    "log_weights": "weights",
-    "save": "build",
+    "importance": "evidence.importance",
+    "load": "runs.build",
+    "log_evidence": "evidence.importance",
+    "log_weights": "log_weights",
+    "save": "runs.build",
 }
-_MODULES = ("data", "likelihoods", "missing", "networks", "objectives", "posteriors", "priors", "runs")
+_MODULES = {
+    "data": "data",
+    "likelihoods": "parts.likelihoods",
+    "missing": "evidence.missing",
+    "networks": "parts.networks",
+    "objectives": "objectives",
+    "posteriors": "parts.posteriors",
+    "priors": "parts.priors",
+    "runs": "runs",
+}
 
 __all__ = [
     "VAE",
@@ -60,7 +69,7 @@ def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(import_module(f"ppl_vae.{_HOME[name]}"), name)
     if name in _MODULES:
-        return import_module(f"ppl_vae.{name}")
+        return import_module(f"ppl_vae.{_MODULES[name]}")
     raise AttributeError(f"module 'ppl_vae' has no attribute {name!r}")
 
 

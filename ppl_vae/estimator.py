@@ -13,13 +13,14 @@ import pyro
 import torch
 from torch import Tensor
 
-from ppl_vae import build, data
-from ppl_vae.arguments import Widths, check_count, check_widths
+from ppl_vae import data
 from ppl_vae.data import own
-from ppl_vae.dequantization import dequantized
-from ppl_vae.evidence import evaluate, particles_a_pass, seeded
-from ppl_vae.exploration import decoded, encode, sampled
-from ppl_vae.options import Options
+from ppl_vae.evidence.dequantization import dequantized
+from ppl_vae.evidence.exploration import decoded, encode, sampled
+from ppl_vae.evidence.importance import evaluate, particles_a_pass, seeded
+from ppl_vae.runs import build
+from ppl_vae.runs.options import Options
+from ppl_vae.runtime.arguments import Widths, check_count, check_widths
 from ppl_vae.training import fit
 from ppl_vae.vae import VAE
 

@@ -11,7 +11,7 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
-from ppl_vae.global_state import in_evaluation_mode, seeded
+from ppl_vae.runtime.global_state import in_evaluation_mode, seeded
 
 _CHECKED_AT_ONCE = 1000  # images
 

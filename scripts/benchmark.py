@@ -23,7 +23,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ppl_vae.options import PLAIN, Options, command, parse_benchmark
+from ppl_vae.commands.cli import parse_benchmark
+from ppl_vae.runs.options import PLAIN, Options
+from ppl_vae.runtime.ending import command
 
 if TYPE_CHECKING:
     import torch
@@ -175,7 +177,7 @@ def matrix_products(vae: VAE, x: Tensor, *, num_particles: int) -> Callable[[], 
     """The decoder's matrix products alone, for as many pairs of image and particle, as many at a time."""
     import torch
 
-    from ppl_vae.evidence import particles_a_pass
+    from ppl_vae.evidence.importance import particles_a_pass
 
     total = len(x) * num_particles
     pairs = min(particles_a_pass(x), total)
@@ -199,8 +201,8 @@ def evaluation(name: str, x: Tensor, *, num_particles: int, rounds: int) -> dict
     import torch
     from benchmark_contestants import MODELS, Task
 
-    from ppl_vae import build
-    from ppl_vae.evidence import evaluate
+    from ppl_vae.evidence.importance import evaluate
+    from ppl_vae.runs import build
 
     torch.manual_seed(0)
     vae = Task(MODELS[name], x.to(torch.uint8)).vae() if name in MODELS else build.vae(Options(**PLAIN), x.shape[1:])
@@ -345,7 +347,7 @@ def environment(device: str) -> dict[str, Any]:
     """``runs.environment``, with the other programs' versions."""
     from ppl_vae import runs
 
-    found = runs.environment(device)
+    found = runs.describe_environment(device)
     for name in ("jax", "jaxlib", "numpyro"):
         try:
             found["packages"][name] = version(name)
@@ -358,7 +360,8 @@ def measure(asked: Any) -> dict[str, Any]:
     """Everything that was asked for, as the JSON file holds it."""
     import torch
 
-    from ppl_vae import build, data
+    from ppl_vae import data
+    from ppl_vae.runs import build
 
     device = build.device(asked.device)
     left_out = why_no_numpyro(device) if "training" in asked.parts else None

@@ -21,9 +21,11 @@ from pyro.infer import SVI, Trace_ELBO
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from ppl_vae import build, data, likelihoods, networks, objectives, posteriors, priors
+from ppl_vae import data, objectives
 from ppl_vae.conditional import Conditional
-from ppl_vae.options import PLAIN, Options
+from ppl_vae.parts import likelihoods, networks, posteriors, priors
+from ppl_vae.runs import build
+from ppl_vae.runs.options import PLAIN, Options
 from ppl_vae.training import CapturedSteps, EagerSteps, Resident, TrainingState
 from ppl_vae.vae import VAE
 

@@ -19,7 +19,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ppl_vae.options import PLAIN, Options, command, parse_scale
+from ppl_vae.commands.cli import parse_scale
+from ppl_vae.runs.options import PLAIN, Options
+from ppl_vae.runtime.ending import command
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,8 +33,8 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 START = """
 import os, runpy, sys, time
 num_steps, sys.argv = int(sys.argv[1]), sys.argv[2:]
-from ppl_vae import experiment
-module = sys.modules["ppl_vae.experiment.train"]
+import ppl_vae.commands.train
+module = sys.modules["ppl_vae.commands.train"]
 fit = module.fit
 first = []
 def and_end(*arguments, on_checkpoint, on_step, **options):
@@ -93,7 +95,7 @@ def medians(found: dict[str, list[float]]) -> dict[str, Any]:
 def ranks(folder: Path, rounds: int) -> dict[str, Any]:
     """Seconds of log p(x), without the start."""
     from ppl_vae import runs
-    from ppl_vae.build import run_folder
+    from ppl_vae.runs.build import run_folder
 
     run = folder / "run"
     shutil.copytree(run_folder("mnist-best"), run)
@@ -202,7 +204,8 @@ def steps_on(
     import pyro
     import torch
 
-    from ppl_vae import build, objectives
+    from ppl_vae import objectives
+    from ppl_vae.runs import build
     from ppl_vae.training import CapturedSteps, Resident, Streamed, TrainingState
 
     device, size = torch.device("cpu"), options.batch_size
@@ -271,7 +274,7 @@ def main() -> None:
         raise ValueError(f"--output: expected a file in a folder that exists, got {asked.output}")
     from ppl_vae import runs
 
-    made_with = {key: value for key, value in runs.environment("cpu").items() if key != "argv"}
+    made_with = {key: value for key, value in runs.describe_environment("cpu").items() if key != "argv"}
     result: dict[str, Any] = {"rounds": asked.rounds, "environment": made_with}
     parts: dict[str, Callable[[Path], dict[str, Any]]] = {
         "ranks": lambda folder: ranks(folder, asked.rounds),

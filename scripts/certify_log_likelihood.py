@@ -1,13 +1,14 @@
 """Bound log p(x) of a run from both sides, test its guide, and say where nats are lost, into its evaluation.json."""
 
-from ppl_vae.options import command, parse_certify
+from ppl_vae.commands.cli import parse_certify
+from ppl_vae.runtime.ending import command
 
 
 def main() -> None:
     asked = parse_certify()
-    from ppl_vae import experiment  # torch is imported here, so that --help answers at once
+    from ppl_vae.commands.certify import certify_run
 
-    experiment.certify_run(
+    certify_run(
         asked.run_dir,
         split=asked.split,
         images=asked.images,

@@ -2,19 +2,18 @@
 
 from pathlib import Path
 
-from ppl_vae.options import command, parse_likelihoods
+from ppl_vae.commands.cli import parse_likelihoods
+from ppl_vae.runtime.ending import command
 
 
 def main() -> None:
     asked = parse_likelihoods()
     from tqdm import tqdm
 
-    from ppl_vae import experiment  # torch is imported here, so that --help answers at once
+    from ppl_vae.commands.compare_likelihoods import compare_likelihoods
 
     parent = asked.run_dir or f"runs/likelihoods-{Path(asked.options.dataset).stem}"
-    experiment.compare_likelihoods(
-        asked.likelihoods, asked.options, run_dir=parent, output=asked.output, say=tqdm.write
-    )
+    compare_likelihoods(asked.likelihoods, asked.options, run_dir=parent, output=asked.output, say=tqdm.write)
 
 
 if __name__ == "__main__":

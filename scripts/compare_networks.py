@@ -2,12 +2,14 @@
 
 from pathlib import Path
 
-from ppl_vae.options import PLAIN, Options, command, parse_networks
+from ppl_vae.commands.cli import parse_networks
+from ppl_vae.runs.options import PLAIN, Options
+from ppl_vae.runtime.ending import command
 
 
 def main() -> None:
     asked = parse_networks()
-    from ppl_vae import experiment  # torch is imported here, so that --help answers at once
+    from ppl_vae.commands.compare_networks import compare_networks
 
     options = Options(
         dataset=asked.dataset,
@@ -22,9 +24,7 @@ def main() -> None:
         **PLAIN,
     )
     parent = asked.run_dir or f"runs/networks-{Path(asked.dataset).stem}"
-    experiment.compare_networks(
-        asked.networks, options, minutes=asked.minutes, run_dir=parent, output=asked.output, say=print
-    )
+    compare_networks(asked.networks, options, minutes=asked.minutes, run_dir=parent, output=asked.output, say=print)
     if len(asked.networks) == 1:
         return
     folders = " ".join(f"{parent}/{network}" for network in asked.networks)

@@ -1,13 +1,14 @@
 """Compare runs on the same images: the paired differences of their bounds on log p(x), with errors, in words."""
 
-from ppl_vae.options import command, parse_compare
+from ppl_vae.commands.cli import parse_compare
+from ppl_vae.runtime.ending import command
 
 
 def main() -> None:
     asked = parse_compare()
-    from ppl_vae import experiment  # torch is imported here, so that --help answers at once
+    from ppl_vae.commands.compare_runs import compare_runs
 
-    experiment.compare_runs(
+    compare_runs(
         asked.run_dirs,
         split=asked.split,
         num_particles=asked.num_particles,

@@ -1,13 +1,14 @@
 """What a run does and why: its latents, noise, holes and blur in numbers, verdicts, and what would change them."""
 
-from ppl_vae.options import command, parse_diagnose
+from ppl_vae.commands.cli import parse_diagnose
+from ppl_vae.runtime.ending import command
 
 
 def main() -> None:
     asked = parse_diagnose()
-    from ppl_vae import experiment  # torch is imported here, so that --help answers at once
+    from ppl_vae.commands.diagnose import diagnose_run
 
-    experiment.diagnose_run(
+    diagnose_run(
         asked.run_dir,
         split=asked.split,
         images=asked.images,

@@ -1,13 +1,14 @@
 """Latents and log p(x) of images under a run: of your own, or of a split of its data."""
 
-from ppl_vae.options import command, parse_encode
+from ppl_vae.commands.cli import parse_encode
+from ppl_vae.runtime.ending import command
 
 
 def main() -> None:
     asked = parse_encode()
-    from ppl_vae import experiment  # torch is imported here, so that --help answers at once
+    from ppl_vae.commands.encode import encode_images
 
-    experiment.encode_images(
+    encode_images(
         asked.run_dir,
         asked.images_path,
         num_particles=asked.num_particles,

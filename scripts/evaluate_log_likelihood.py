@@ -1,13 +1,14 @@
 """Estimate log p(x) of a run by importance sampling, with its errors, into the run's evaluation.json."""
 
-from ppl_vae.options import command, parse_evaluate
+from ppl_vae.commands.cli import parse_evaluate
+from ppl_vae.runtime.ending import command
 
 
 def main() -> None:
     asked = parse_evaluate()
-    from ppl_vae import experiment  # torch is imported here, so that --help answers at once
+    from ppl_vae.commands.evaluate import evaluate_run
 
-    experiment.evaluate_run(
+    evaluate_run(
         asked.run_dir,
         split=asked.split,
         num_particles=asked.num_particles,

@@ -1,13 +1,14 @@
 """Images with missing pixels under a run: log p of what is observed, and draws of what is missing."""
 
-from ppl_vae.options import command, parse_impute
+from ppl_vae.commands.cli import parse_impute
+from ppl_vae.runtime.ending import command
 
 
 def main() -> None:
     asked = parse_impute()
-    from ppl_vae import experiment  # torch is imported here, so that --help answers at once
+    from ppl_vae.commands.impute import impute_images
 
-    experiment.impute_images(
+    impute_images(
         asked.run_dir,
         asked.images_path,
         mask=asked.mask,

@@ -5,7 +5,8 @@ import tempfile
 from importlib import import_module
 from pathlib import Path
 
-from ppl_vae.options import command, parse_kills
+from ppl_vae.commands.cli import parse_kills
+from ppl_vae.runtime.ending import command
 
 
 def main() -> None:

@@ -5,7 +5,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from ppl_vae.options import command, parse_docs
+from ppl_vae.commands.cli import parse_docs
+from ppl_vae.runtime.ending import command
 
 
 def main() -> None:

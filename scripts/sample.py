@@ -1,13 +1,14 @@
 """Draw images from a run: z ~ p(z), x ~ p(x | z), as arrays and as pictures."""
 
-from ppl_vae.options import command, parse_sample
+from ppl_vae.commands.cli import parse_sample
+from ppl_vae.runtime.ending import command
 
 
 def main() -> None:
     asked = parse_sample()
-    from ppl_vae import experiment  # torch is imported here, so that --help answers at once
+    from ppl_vae.commands.sample import sample_run
 
-    experiment.sample_run(
+    sample_run(
         asked.run_dir,
         num_samples=asked.num_samples,
         seed=asked.seed,

@@ -1,6 +1,7 @@
 """The study: every run trained and measured, all numbers in one JSON, and one report of what they show."""
 
-from ppl_vae.options import command, parse_study
+from ppl_vae.commands.cli import parse_study
+from ppl_vae.runtime.ending import command
 
 
 def main() -> None:

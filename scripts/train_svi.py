@@ -1,16 +1,18 @@
 """Train a VAE by SVI; estimate its log-likelihood and draw its figures; or go on with an interrupted run."""
 
-from ppl_vae.options import command, parse_train
+from ppl_vae.commands.cli import parse_train
+from ppl_vae.runtime.ending import command
 
 
 def main() -> None:
     asked = parse_train()
-    from ppl_vae import experiment  # torch is imported here, so that --help answers at once
+    from ppl_vae.commands.train import resume as resume_run
+    from ppl_vae.commands.train import train as train_run
 
     if asked.options is not None:
-        experiment.train(asked.options, asked.run_dir, say=print)
+        train_run(asked.options, asked.run_dir, say=print)
     elif asked.resume is not None:
-        experiment.resume(
+        resume_run(
             asked.resume,
             epochs=asked.epochs,
             dataset=asked.dataset,

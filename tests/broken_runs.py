@@ -12,8 +12,10 @@ import numpy as np
 import pyro
 import torch
 
-from ppl_vae import build, data, experiment, objectives
-from ppl_vae.options import PLAIN, Options
+from ppl_vae import data, objectives
+from ppl_vae.commands.train import train as train_run
+from ppl_vae.runs import build
+from ppl_vae.runs.options import PLAIN, Options
 from ppl_vae.study.training import averaged
 from ppl_vae.training import fit
 
@@ -57,7 +59,7 @@ def save_factors(path: Path) -> Path:
 
 def _trained(options: Options) -> Callable[[Path], None]:
     def make(folder: Path) -> None:
-        experiment.train(options, str(folder), say=lambda line: None, draw=False)
+        train_run(options, str(folder), say=lambda line: None, draw=False)
 
     return make
 

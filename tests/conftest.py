@@ -9,7 +9,7 @@ import torch
 import torch._inductor.compile_fx as compiler
 from browser import chromium  # noqa: F401, a fixture, of which one process can start one
 
-from ppl_vae import capture
+from ppl_vae.runtime import capture
 
 
 def pytest_configure() -> None:

@@ -22,8 +22,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ppl_vae import build, data, distributed
-from ppl_vae.options import PLAIN, Options
+from ppl_vae import data
+from ppl_vae.runs import build
+from ppl_vae.runs.options import PLAIN, Options
+from ppl_vae.runtime import ranks as distributed
 from ppl_vae.training import Stopped, fit
 
 SHAPE = (1, 4, 4)

@@ -60,7 +60,7 @@ class Done(NamedTuple):
 # group of its own, so that it can be killed with whatever it started.
 SERVER = """
 import json, os, resource, runpy, signal, sys, traceback
-import matplotlib.backends.backend_agg, torch._dynamo, ppl_vae.experiment, ppl_vae.study
+import matplotlib.backends.backend_agg, torch._dynamo, ppl_vae.commands, ppl_vae.study
 for line in sys.stdin:
     asked = json.loads(line)
     if "wait" in asked:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from ppl_vae import ais, calibration, diagnostics, evidence, exploration, gaps, guide_calibration, missing, objectives
+from ppl_vae import diagnostics, objectives
 from ppl_vae import fit as fit_vae
-from ppl_vae.experiment import sampling
-from ppl_vae.proposals import adaptive, refined
-from ppl_vae.weights import is_autoencoder, log_reconstruction, log_weight_terms, log_weights
+from ppl_vae.commands import sample as sampling
+from ppl_vae.diagnostics import pixel_calibration as calibration
+from ppl_vae.evidence import ais, exploration, gaps, guide_calibration, missing
+from ppl_vae.evidence import importance as evidence
+from ppl_vae.evidence.proposals import adaptive, refined
+from ppl_vae.log_weights import is_autoencoder, log_reconstruction, log_weight_terms, log_weights
 
 
 def _annealing(x):

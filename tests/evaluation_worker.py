@@ -12,9 +12,11 @@ from pathlib import Path
 import torch
 from oracles import LinearGaussian
 
-from ppl_vae import distributed, evidence, runs
-from ppl_vae.evidence import evaluate, reconstruction
-from ppl_vae.groups import Stopped
+from ppl_vae import runs
+from ppl_vae.evidence import importance as evidence
+from ppl_vae.evidence.importance import evaluate, reconstruction
+from ppl_vae.runtime import ranks as distributed
+from ppl_vae.runtime.groups import Stopped
 
 # (images, particles) at 12 pairs a pass.
 CASES = {

@@ -36,12 +36,15 @@ from safetensors.torch import save
 from scipy.io import savemat
 from small_run import SMALL, bars, save_bars, train_small
 
-from ppl_vae import build, data, runs
+from ppl_vae import data, runs
+from ppl_vae.commands import impute as imputation
+from ppl_vae.commands import reproduce as reproduction
+from ppl_vae.commands.evaluate import read_per_image
 from ppl_vae.data import binary_sets, cache, cifar10, embedded, image_folder, limits
-from ppl_vae.experiment import certificate_table, imputation, reproduction
-from ppl_vae.experiment.checkpoints import newest_checkpoint
-from ppl_vae.experiment.evaluation import read_per_image
-from ppl_vae.experiment.partial_evaluation import PartialEvaluation
+from ppl_vae.reports import certificate_table
+from ppl_vae.runs import build
+from ppl_vae.runs.checkpoints import newest_checkpoint
+from ppl_vae.runs.partial_evaluation import PartialEvaluation
 
 MOST_BYTES = 192 * 2**20  # a reader's own limits allow 64 MiB, twice: for what is read, and for what is made of it
 MOST_WARNINGS = 3  # of one file

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ppl_vae import likelihoods
+from ppl_vae.parts import likelihoods
 
 LEVELS = [float(v) for v in range(256)]
 COUNTS = [float(v) for v in range(4000)]  # beyond, the features below leave less than 1e-12

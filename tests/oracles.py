@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.distributions import MultivariateNormal, constraints
 
 from ppl_vae import VAE, Conditional
-from ppl_vae.likelihoods import Bernoulli
-from ppl_vae.networks import MLP
-from ppl_vae.posteriors import MAX_LOG_SCALE, DiagonalNormal
-from ppl_vae.priors import StandardNormal
+from ppl_vae.parts.likelihoods import Bernoulli
+from ppl_vae.parts.networks import MLP
+from ppl_vae.parts.posteriors import MAX_LOG_SCALE, DiagonalNormal
+from ppl_vae.parts.priors import StandardNormal
 
 
 class NormalFixed(nn.Module):

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ppl_vae import experiment
-from ppl_vae.options import PLAIN, Options
+from ppl_vae.commands.train import train as train_run
+from ppl_vae.runs.options import PLAIN, Options
 
 SMALL = Options(
     **PLAIN,
@@ -43,4 +43,4 @@ def save_bars(path: Path) -> Path:
 
 def train_small(folder: Path, options: Options) -> Path:
     """Trains in silence; returns the run's folder."""
-    return experiment.train(options, str(folder), say=lambda line: None)
+    return train_run(options, str(folder), say=lambda line: None)

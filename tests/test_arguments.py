@@ -15,27 +15,12 @@ from pyro.infer.autoguide import AutoDiagonalNormal, AutoNormal, AutoStructured
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from ppl_vae import (
-    VAE,
-    Conditional,
-    ais,
-    build,
-    fit,
-    flows,
-    gaps,
-    guide_calibration,
-    importance,
-    likelihoods,
-    log_evidence,
-    missing,
-    networks,
-    objectives,
-    posteriors,
-    priors,
-    proposals,
-)
-from ppl_vae.evidence import evaluate
-from ppl_vae.options import Options, from_json, to_json
+from ppl_vae import VAE, Conditional, fit, importance, log_evidence, objectives
+from ppl_vae.evidence import ais, gaps, guide_calibration, missing, proposals
+from ppl_vae.evidence.importance import evaluate
+from ppl_vae.parts import flows, likelihoods, networks, posteriors, priors
+from ppl_vae.runs import build
+from ppl_vae.runs.options import Options, from_json, to_json
 
 E, L = (1, 4, 4), 2
 

@@ -19,24 +19,29 @@ from small_run import SMALL, save_bars
 from torch import nn
 from torch.testing import assert_close
 
-from ppl_vae import VAE, Conditional, build, data, evidence, experiment, fit, load, log_evidence, objectives, runs, save
-from ppl_vae.dequantization import dequantized
-from ppl_vae.evidence import NotFinite, evaluate, importance, reconstruction
-from ppl_vae.experiment import figures
-from ppl_vae.experiment.encoding import encode_images
-from ppl_vae.experiment.evaluation import read_per_image
-from ppl_vae.experiment.imputation import impute_images
-from ppl_vae.experiment.likelihood_table import compare_likelihoods
-from ppl_vae.experiment.network_table import compare_networks
-from ppl_vae.experiment.opening import open_run
-from ppl_vae.experiment.sampling import sample_run
-from ppl_vae.groups import group_seed
-from ppl_vae.likelihoods import Bernoulli
-from ppl_vae.networks import MLP
-from ppl_vae.options import PLAIN, Options
-from ppl_vae.posteriors import Delta
-from ppl_vae.priors import StandardNormal
-from ppl_vae.weights import Deterministic, log_weights
+from ppl_vae import VAE, Conditional, data, fit, load, log_evidence, objectives, runs, save
+from ppl_vae.commands.compare_likelihoods import compare_likelihoods
+from ppl_vae.commands.compare_networks import compare_networks
+from ppl_vae.commands.compare_runs import compare_runs
+from ppl_vae.commands.encode import encode_images
+from ppl_vae.commands.evaluate import evaluate_run, read_per_image
+from ppl_vae.commands.impute import impute_images
+from ppl_vae.commands.sample import sample_run
+from ppl_vae.commands.train import resume as resume_run
+from ppl_vae.commands.train import train as train_run
+from ppl_vae.evidence import importance as evidence
+from ppl_vae.evidence.dequantization import dequantized
+from ppl_vae.evidence.importance import NotFinite, evaluate, importance, reconstruction
+from ppl_vae.log_weights import Deterministic, log_weights
+from ppl_vae.parts.likelihoods import Bernoulli
+from ppl_vae.parts.networks import MLP
+from ppl_vae.parts.posteriors import Delta
+from ppl_vae.parts.priors import StandardNormal
+from ppl_vae.reports import run_figures as figures
+from ppl_vae.runs import build
+from ppl_vae.runs.opening import open_run
+from ppl_vae.runs.options import PLAIN, Options
+from ppl_vae.runtime.groups import group_seed
 
 D, L, SCALE = 6, 2, 0.5
 KLS = {"sampled": Trace_ELBO, "analytic": TraceMeanField_ELBO}
@@ -319,7 +324,7 @@ class Trained:
 
     def __init__(self, folder: Path, options: Options) -> None:
         self.said: list[str] = []
-        self.folder = experiment.train(options, str(folder), say=self.said.append)
+        self.folder = train_run(options, str(folder), say=self.said.append)
         self.entry = runs.read_evaluations(self.folder)["test"]
 
 
@@ -401,15 +406,15 @@ def test_dequantized_levels_are_reconstructed_as_training_saw_them(gray):
 @pytest.mark.parametrize("name", ["trained", "gray"])
 def test_a_finished_run_is_said_to_be_finished(request, name):
     said: list[str] = []
-    experiment.resume(str(request.getfixturevalue(name).folder), epochs=None, say=said.append)
+    resume_run(str(request.getfixturevalue(name).folder), epochs=None, say=said.append)
     assert len(said) == 1
     assert "is finished: 2 epochs, evaluated" in said[0]
 
 
 def test_an_extended_run_is_evaluated_again(trained, tmp_path):
     options = open_run(str(trained.folder)).options
-    folder = experiment.train(options, str(tmp_path / "run"), say=lambda line: None, draw=False)
-    experiment.resume(str(folder), epochs=3, say=lambda line: None, draw=False)
+    folder = train_run(options, str(tmp_path / "run"), say=lambda line: None, draw=False)
+    resume_run(str(folder), epochs=3, say=lambda line: None, draw=False)
     assert runs.read_evaluations(folder)["test"]["step"] == 15
 
 
@@ -422,9 +427,9 @@ def _ask(**more):
 
 
 REFUSED = {
-    "evaluate": (lambda run, place: experiment.evaluate_run(run, **_ask(split="test")), "log-likelihood"),
+    "evaluate": (lambda run, place: evaluate_run(run, **_ask(split="test")), "log-likelihood"),
     "compare": (
-        lambda run, place: experiment.compare_runs([run, _copy(run, place)], **_ask(split="test", output=None)),
+        lambda run, place: compare_runs([run, _copy(run, place)], **_ask(split="test", output=None)),
         "bound on log p\\(x\\) to compare",
     ),
     "impute": (
@@ -570,4 +575,4 @@ def test_what_python_saved_comes_back_with_its_weights_and_refuses_a_log_likelih
     folder = save(vae, tmp_path / "saved", options)
     assert_close(load(folder).state_dict(), vae.state_dict(), rtol=0, atol=0)
     with pytest.raises(ValueError, match=r"got an autoencoder .*, which has no log-likelihood$"):
-        experiment.evaluate_run(str(folder), **_ask(split="test"))
+        evaluate_run(str(folder), **_ask(split="test"))

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from ppl_vae import data
-from ppl_vae.options import LIKELIHOODS, parse_benchmark
-from ppl_vae.priors import StandardNormal
+from ppl_vae.commands.cli import parse_benchmark
+from ppl_vae.parts.priors import StandardNormal
+from ppl_vae.runs.options import LIKELIHOODS
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 from oracles import LinearGaussian
 
-from ppl_vae import VAE, calibration
-from ppl_vae.calibration import BINS, Calibration
-from ppl_vae.dequantization import levels_of
-from ppl_vae.evidence import seeded
+from ppl_vae import VAE
+from ppl_vae.diagnostics import pixel_calibration as calibration
+from ppl_vae.diagnostics.pixel_calibration import BINS, Calibration
+from ppl_vae.evidence.dequantization import levels_of
+from ppl_vae.evidence.importance import seeded
 
 CPU = torch.device("cpu")
 NUM_IMAGES = 3000

@@ -21,16 +21,18 @@ from torch.nn.utils import clip_grad_norm_
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ppl_vae import VAE, Conditional, build, capture, data, fit, objectives, training
-from ppl_vae.capture import CannotCapture, CapturedStep
-from ppl_vae.evidence import NotFinite, evaluate
-from ppl_vae.likelihoods import Bernoulli
-from ppl_vae.networks import MLP
-from ppl_vae.options import KLS, LIKELIHOODS, PLAIN, Options
-from ppl_vae.posteriors import DiagonalNormal
-from ppl_vae.priors import StandardNormal
-from ppl_vae.schedules import averaging
+from ppl_vae import VAE, Conditional, data, fit, objectives, training
+from ppl_vae.evidence.importance import NotFinite, evaluate
+from ppl_vae.parts.likelihoods import Bernoulli
+from ppl_vae.parts.networks import MLP
+from ppl_vae.parts.posteriors import DiagonalNormal
+from ppl_vae.parts.priors import StandardNormal
+from ppl_vae.runs import build
+from ppl_vae.runs.options import KLS, LIKELIHOODS, PLAIN, Options
+from ppl_vae.runtime import capture
+from ppl_vae.runtime.capture import CannotCapture, CapturedStep
 from ppl_vae.training import CapturedSteps, Resident, TrainingState
+from ppl_vae.training.schedules import averaging
 
 ESTIMATORS = {"sampled": Trace_ELBO, "analytic": TraceMeanField_ELBO}
 SHAPE = (1, 8, 8)

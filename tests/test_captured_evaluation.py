@@ -12,12 +12,15 @@ from grids import LIKELIHOODS_AND_NETWORKS, images_for
 from oracles import LinearGaussian
 from torch.testing import assert_close
 
-from ppl_vae import VAE, build, capture, evidence
-from ppl_vae.capture import CannotCapture
-from ppl_vae.dequantization import dequantized
-from ppl_vae.evidence import CapturedTerms, NotFinite, evaluate, even_chunk
-from ppl_vae.options import PLAIN, Options
-from ppl_vae.weights import log_weight_terms
+from ppl_vae import VAE
+from ppl_vae.evidence import importance as evidence
+from ppl_vae.evidence.dequantization import dequantized
+from ppl_vae.evidence.importance import CapturedTerms, NotFinite, evaluate, even_chunk
+from ppl_vae.log_weights import log_weight_terms
+from ppl_vae.runs import build
+from ppl_vae.runs.options import PLAIN, Options
+from ppl_vae.runtime import capture
+from ppl_vae.runtime.capture import CannotCapture
 
 SHAPE = (1, 8, 8)
 PAIRS = 10  # (particle, image) pairs a pass

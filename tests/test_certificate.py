@@ -21,15 +21,22 @@ from oracles import quadrature_log_evidence
 from safetensors.torch import load_file
 from small_run import SMALL, bars, save_bars, train_small
 
-from ppl_vae import ais, build, data, experiment, load, plots, runs
-from ppl_vae.capture import CannotCapture
-from ppl_vae.evidence import Importance
-from ppl_vae.experiment import certificate, certificate_numbers
-from ppl_vae.experiment import certificate_stages as stages
-from ppl_vae.experiment.certificate_blocks import Finished, even_block, seed_of
-from ppl_vae.experiment.certificate_table import certificate_table, read_certificates, write_certificate
-from ppl_vae.experiment.certificate_words import describe_certificate
-from ppl_vae.options import PLAIN, Options
+from ppl_vae import data, load, runs
+from ppl_vae.commands import certificate_numbers
+from ppl_vae.commands import certificate_stages as stages
+from ppl_vae.commands import certify as certificate
+from ppl_vae.commands.certify import certify_run
+from ppl_vae.commands.evaluate import evaluate_run
+from ppl_vae.evidence import ais
+from ppl_vae.evidence.importance import Importance
+from ppl_vae.reports import figures as plots
+from ppl_vae.reports.certificate_table import certificate_table, read_certificates, write_certificate
+from ppl_vae.reports.certificate_words import describe_certificate
+from ppl_vae.reports.run_page import report_run
+from ppl_vae.runs import build
+from ppl_vae.runs.certificate_blocks import Finished, even_block, seed_of
+from ppl_vae.runs.options import PLAIN, Options
+from ppl_vae.runtime.capture import CannotCapture
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "scripts" / "certify_log_likelihood.py"
@@ -55,7 +62,7 @@ UNKNOWN = {"pareto_k", "shape", "upper"}  # of few particles, of ranks with few 
 
 
 def certify(folder: Path, **words: Any) -> dict[str, Any]:
-    return experiment.certify_run(str(folder), **(ASKED | {"say": lambda line: None} | words))
+    return certify_run(str(folder), **(ASKED | {"say": lambda line: None} | words))
 
 
 def numbers(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -220,9 +227,7 @@ def test_a_new_evaluation_keeps_the_certificate(
 ) -> None:
     folder = Path(shutil.copytree(certified[0], tmp_path / "run"))
     before = runs.read_evaluations(folder)["certificate-test"]
-    experiment.evaluate_run(
-        str(folder), split="test", num_particles=10, images=5, device="cpu", seed=0, say=lambda line: None
-    )
+    evaluate_run(str(folder), split="test", num_particles=10, images=5, device="cpu", seed=0, say=lambda line: None)
     assert runs.read_evaluations(folder)["certificate-test"] == before
 
 
@@ -240,7 +245,7 @@ def test_what_was_measured_with_other_weights_is_dropped(
 def test_a_report_is_written_beside_a_certificate(
     certified: tuple[Path, dict[str, Any], list[str]], tmp_path: Path
 ) -> None:
-    experiment.report_run(str(certified[0]), output=str(tmp_path / "report.html"), say=lambda line: None)
+    report_run(str(certified[0]), output=str(tmp_path / "report.html"), say=lambda line: None)
     assert (tmp_path / "report.html").exists()
 
 

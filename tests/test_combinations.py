@@ -11,11 +11,12 @@ import torch
 from grids import images_for
 from torch.testing import assert_close
 
-from ppl_vae import build, dequantized, log_weights, runs
-from ppl_vae.capture import CapturedStep
-from ppl_vae.evidence import evaluate, log_evidence
-from ppl_vae.missing import Observed, impute
-from ppl_vae.options import PLAIN, Options
+from ppl_vae import dequantized, log_weights, runs
+from ppl_vae.evidence.importance import evaluate, log_evidence
+from ppl_vae.evidence.missing import Observed, impute
+from ppl_vae.runs import build
+from ppl_vae.runs.options import PLAIN, Options
+from ppl_vae.runtime.capture import CapturedStep
 
 SHAPE = (1, 8, 8)
 SMALL = PLAIN | {"network": "mlp", "hidden": (6,), "latent_dim": 3}

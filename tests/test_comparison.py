@@ -19,12 +19,16 @@ from matplotlib.image import imread
 from oracles import LinearGaussian
 from scipy import stats
 
-from ppl_vae import build, data, experiment, plots, runs
-from ppl_vae.evidence import Importance, evaluate
-from ppl_vae.experiment import comparison
-from ppl_vae.experiment.opening import open_run
-from ppl_vae.experiment.paired import bound_difference, paired_difference, student_t_quantile
-from ppl_vae.options import PLAIN, Options
+from ppl_vae import data, runs
+from ppl_vae.commands import compare_runs as comparison
+from ppl_vae.commands.compare_runs import compare_runs
+from ppl_vae.commands.train import train as train_run
+from ppl_vae.evidence.importance import Importance, evaluate
+from ppl_vae.evidence.paired import bound_difference, paired_difference, student_t_quantile
+from ppl_vae.reports import figures as plots
+from ppl_vae.runs import build
+from ppl_vae.runs.opening import open_run
+from ppl_vae.runs.options import PLAIN, Options
 
 # --- The statistics ---
 
@@ -264,9 +268,9 @@ def folders(tmp_path_factory):
     }
     with pytest.MonkeyPatch.context() as patch:
         # They take most of the time. By its name: the package's "train" is the function.
-        patch.setattr(import_module("ppl_vae.experiment.train"), "write_figures", lambda run, *, say: None)
+        patch.setattr(import_module("ppl_vae.commands.train"), "write_figures", lambda run, *, say: None)
         return {
-            name: experiment.train(
+            name: train_run(
                 replace(SMALL, **({"dataset": str(place / "table.npy")} | changes)),
                 str(place / name),
                 say=lambda line: None,
@@ -277,7 +281,7 @@ def folders(tmp_path_factory):
 
 def _compare(folders, names, output, **changes):
     said = []
-    entry = experiment.compare_runs(
+    entry = compare_runs(
         [str(folders[name]) for name in names], **(ASKED | changes), output=str(output), say=said.append
     )
     return entry, "\n".join(said)

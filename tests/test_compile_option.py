@@ -14,9 +14,14 @@ import torch._inductor.compile_fx as compiler
 import torch._inductor.decomposition as decomposition
 from small_run import SMALL, save_bars
 
-from ppl_vae import build, capture, experiment, runs
-from ppl_vae.capture import CannotCapture
-from ppl_vae.experiment import evaluation
+from ppl_vae import runs
+from ppl_vae.commands import evaluate as evaluation
+from ppl_vae.commands.evaluate import evaluate_run
+from ppl_vae.commands.train import resume as resume_run
+from ppl_vae.commands.train import train as train_run
+from ppl_vae.runs import build
+from ppl_vae.runtime import capture
+from ppl_vae.runtime.capture import CannotCapture
 from ppl_vae.training import loop
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
@@ -31,13 +36,13 @@ def no_compiler(monkeypatch):
 
 @pytest.fixture
 def always_pays(monkeypatch):
-    monkeypatch.setattr("ppl_vae.options.run._RUNS_THAT_PAY", 1)
+    monkeypatch.setattr("ppl_vae.runs.options._RUNS_THAT_PAY", 1)
 
 
 @pytest.fixture
 def no_figures(monkeypatch):
     """Most of a small run's time; figures have tests of their own."""
-    monkeypatch.setattr(sys.modules["ppl_vae.experiment.train"], "is_drawn", lambda run: True)
+    monkeypatch.setattr(sys.modules["ppl_vae.commands.train"], "is_drawn", lambda run: True)
 
 
 @pytest.fixture(scope="module")
@@ -47,13 +52,13 @@ def small(tmp_path_factory):
 
 def _train(options, folder):
     said = []
-    experiment.train(options, str(folder), say=said.append)
+    train_run(options, str(folder), say=said.append)
     return said
 
 
 def _resume(folder, **changes):
     said = []
-    experiment.resume(str(folder), **({"epochs": None} | changes), say=said.append)
+    resume_run(str(folder), **({"epochs": None} | changes), say=said.append)
     return said
 
 
@@ -446,13 +451,13 @@ def test_an_evaluation_whose_capture_fails_goes_on_as_it_is_with_the_reason(
         raise CannotCapture("it is written in water")
 
     _train(replace(small, compile="off"), tmp_path)
-    monkeypatch.setattr("ppl_vae.evidence.CapturedTerms", refuse)
+    monkeypatch.setattr("ppl_vae.evidence.importance.CapturedTerms", refuse)
     asked = {"split": "test", "num_particles": 30, "images": None, "device": "cpu", "seed": 0}
     results, said = {}, []
     for word in ("auto", "off"):
-        experiment.evaluate_run(str(tmp_path), **asked, compile=word, say=said.append)
+        evaluate_run(str(tmp_path), **asked, compile=word, say=said.append)
         results[word] = evaluation.read_per_image(tmp_path, "test").result.log_evidence
     assert _told(said) == ["Not compiled: it is written in water."]
     assert torch.equal(results["auto"], results["off"])
     with pytest.raises(ValueError, match=r"^--compile on: it is written in water"):
-        experiment.evaluate_run(str(tmp_path), **asked, compile="on", say=said.append)
+        evaluate_run(str(tmp_path), **asked, compile="on", say=said.append)

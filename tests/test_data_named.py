@@ -16,14 +16,15 @@ import pytest
 import torch
 from scipy.io import savemat
 
-from ppl_vae import data, options
+from ppl_vae import data
 from ppl_vae.data import binary_sets, cifar10, torchvision_sets
+from ppl_vae.data.registry import DATASETS
 
 WORDS = {"train": "train", "validation": "valid", "test": "test"}
 
 
 def test_the_data_sets_are_those_of_the_command_line() -> None:
-    assert tuple(data.DATASETS) == options.DATASETS
+    assert tuple(data.DATASETS) == DATASETS
 
 
 # --- torchvision, in the shapes that it gives ---

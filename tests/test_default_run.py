@@ -12,9 +12,12 @@ import pytest
 import torch
 from small_run import save_bars
 
-from ppl_vae import build, experiment, load, log_weights, runs
-from ppl_vae.flows import Pushforward
-from ppl_vae.options import Options
+from ppl_vae import load, log_weights, runs
+from ppl_vae.commands.diagnose import diagnose_run
+from ppl_vae.commands.train import train as train_run
+from ppl_vae.parts.flows import Pushforward
+from ppl_vae.runs import build
+from ppl_vae.runs.options import Options
 
 TRAIN = Path(__file__).parent.parent / "scripts" / "train_svi.py"
 
@@ -34,7 +37,7 @@ def run(tmp_path_factory):
         evaluation_particles=10,
         checkpoint_seconds=1e6,
     )
-    return experiment.train(small, str(place / "run"), say=lambda line: None)
+    return train_run(small, str(place / "run"), say=lambda line: None)
 
 
 def test_config_holds_the_prior_and_the_objective_that_were_decided(run):
@@ -75,7 +78,7 @@ def test_it_is_evaluated_drawn_and_diagnosed(run):
     entry = json.loads((run / "evaluation.json").read_text())["test"]
     assert math.isfinite(entry["log_likelihood"]["mean"])
     assert any((run / runs.FIGURES).iterdir())
-    assert experiment.diagnose_run(str(run), images=20, say=lambda line: None)["numbers"]["kl"]["mean"] > 0
+    assert diagnose_run(str(run), images=20, say=lambda line: None)["numbers"]["kl"]["mean"] > 0
 
 
 @pytest.mark.slow

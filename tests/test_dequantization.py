@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from ppl_vae import VAE, Conditional, data, log_evidence
-from ppl_vae.dequantization import Dequantized, dequantized, of_levels
-from ppl_vae.likelihoods import Bernoulli
-from ppl_vae.networks import MLP
-from ppl_vae.posteriors import DiagonalNormal
-from ppl_vae.priors import StandardNormal
+from ppl_vae.evidence.dequantization import Dequantized, dequantized, of_levels
+from ppl_vae.parts.likelihoods import Bernoulli
+from ppl_vae.parts.networks import MLP
+from ppl_vae.parts.posteriors import DiagonalNormal
+from ppl_vae.parts.priors import StandardNormal
 
 LEVELS = torch.arange(256, dtype=torch.double)
 

@@ -13,14 +13,19 @@ import torch
 from broken_runs import Runs
 from small_run import SMALL, bars, save_bars, train_small
 
-from ppl_vae import build, experiment, likelihoods, load, runs
-from ppl_vae.evidence import Importance
-from ppl_vae.experiment import diagnosis
-from ppl_vae.experiment.diagnosis import DIAGNOSIS, diagnose_run
-from ppl_vae.experiment.diagnosis_numbers import importance_numbers, measure, noise_numbers
-from ppl_vae.experiment.diagnosis_words import describe_numbers
-from ppl_vae.experiment.opening import open_run
-from ppl_vae.options import Options, parse_diagnose, parse_evaluate, parse_train
+from ppl_vae import load, runs
+from ppl_vae.commands import diagnose as diagnosis
+from ppl_vae.commands.cli import parse_diagnose, parse_evaluate, parse_train
+from ppl_vae.commands.diagnose import DIAGNOSIS, diagnose_run
+from ppl_vae.commands.diagnosis_numbers import importance_numbers, measure, noise_numbers
+from ppl_vae.commands.train import train as train_run
+from ppl_vae.evidence.importance import Importance
+from ppl_vae.parts import likelihoods
+from ppl_vae.reports.diagnosis_words import describe_numbers
+from ppl_vae.reports.run_page import report_run
+from ppl_vae.runs import build
+from ppl_vae.runs.opening import open_run
+from ppl_vae.runs.options import Options
 
 EXPECTED = {
     "digits": {"healthy"},
@@ -169,7 +174,7 @@ def test_a_table_has_no_figures_of_images(tmp_path):
     x = np.random.default_rng(0).normal(size=(200, 5)).astype(np.float32)
     np.savez(tmp_path / "table.npz", train=x[:120], valid=x[120:150], test=x[150:])
     options = replace(SMALL, dataset=str(tmp_path / "table.npz"), likelihood="normal", epochs=1)
-    folder = experiment.train(options, str(tmp_path / "run"), say=lambda line: None, draw=False)
+    folder = train_run(options, str(tmp_path / "run"), say=lambda line: None, draw=False)
     entry = diagnose_run(str(folder), say=lambda line: None)
     assert entry["numbers"]["pictures"]["blur"] is None
     assert not (folder / runs.FIGURES / "diagnosis-holes.png").exists()
@@ -179,7 +184,7 @@ def test_dequantized_levels_are_measured_as_their_density(tmp_path):
     x = np.random.default_rng(0).integers(0, 256, size=(200, 8, 8), dtype=np.uint8)
     np.savez(tmp_path / "levels.npz", train=x[:120], valid=x[120:150], test=x[150:])
     options = replace(SMALL, dataset=str(tmp_path / "levels.npz"), likelihood="normal", epochs=1)
-    folder = experiment.train(options, str(tmp_path / "run"), say=lambda line: None, draw=False)
+    folder = train_run(options, str(tmp_path / "run"), say=lambda line: None, draw=False)
     entry = diagnose_run(str(folder), say=lambda line: None)
     assert entry["pixels"] == "dequantized"
     assert entry["numbers"]["noise"]["gaussian_variance"] == pytest.approx(1 / 12, rel=0.1)
@@ -209,9 +214,9 @@ def test_a_measure_that_the_images_do_not_allow_is_left_out_with_its_reason(tmp_
     splits = {"train": images(train, 100), "valid": images(valid, 20), "test": images(train, 40)}
     np.savez(tmp_path / "images.npz", **{name: x.astype(np.uint8) for name, x in splits.items()})
     options = replace(SMALL, dataset=str(tmp_path / "images.npz"), epochs=1)
-    folder = experiment.train(options, str(tmp_path / "run"), say=lambda line: None)
+    folder = train_run(options, str(tmp_path / "run"), say=lambda line: None)
     said = []
-    page = experiment.report_run(str(folder), say=said.append).read_text(encoding="utf-8")
+    page = report_run(str(folder), say=said.append).read_text(encoding="utf-8")
     entry = runs.read_json(folder / DIAGNOSIS)
     numbers = entry["numbers"]
     assert set(numbers["left_out"]) == left_out

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 from small_run import SMALL, save_bars, train_small
 
-from ppl_vae.experiment.opening import open_run
-from ppl_vae.experiment.run_report import _picture
+from ppl_vae.reports.run_page import _picture
+from ppl_vae.runs.opening import open_run
 
 
 @pytest.fixture(scope="module")

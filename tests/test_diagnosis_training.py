@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from small_run import SMALL, save_bars, train_small
 
-from ppl_vae import experiment, runs
-from ppl_vae.experiment.diagnosis import trained_with
-from ppl_vae.experiment.diagnosis_words import SETTLED_RISE
-from ppl_vae.experiment.opening import open_run
+from ppl_vae import runs
+from ppl_vae.commands.diagnose import diagnose_run, trained_with
+from ppl_vae.reports.diagnosis_words import SETTLED_RISE
+from ppl_vae.runs.opening import open_run
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def _with_validation(folder: Path, *values: float) -> Path:
 
 def _said(folder: Path, images: int = 20) -> list[str]:
     said: list[str] = []
-    experiment.diagnose_run(
+    diagnose_run(
         str(folder), split=None, images=images, device="cpu", seed=0, say=said.append, dataset=None, data_dir=None
     )
     return said

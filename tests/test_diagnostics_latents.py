@@ -14,21 +14,13 @@ from oracles import LinearGaussian, NormalFixed
 from torch.testing import assert_close
 
 from ppl_vae import VAE, Conditional
-from ppl_vae.diagnostics import (
-    AggregatePosterior,
-    active_units,
-    elbo_split,
-    implied_beta,
-    latent_kl,
-    latents,
-    mixture,
-)
-from ppl_vae.evidence import seeded
-from ppl_vae.exploration import Codes, encode
+from ppl_vae.diagnostics import AggregatePosterior, active_units, elbo_split, implied_beta, latent_kl, latents, mixture
+from ppl_vae.evidence.exploration import Codes, encode
+from ppl_vae.evidence.importance import seeded
 from ppl_vae.hierarchy import BottomUp, HierarchicalVAE, LayeredPrior, OfBottomLayer
-from ppl_vae.networks import MLP
-from ppl_vae.posteriors import DiagonalNormal
-from ppl_vae.priors import StandardNormal, VampPrior
+from ppl_vae.parts.networks import MLP
+from ppl_vae.parts.posteriors import DiagonalNormal
+from ppl_vae.parts.priors import StandardNormal, VampPrior
 
 CPU = torch.device("cpu")
 

@@ -13,7 +13,7 @@ from oracles import NormalFixed as UserNormal
 from torch import nn
 from torch.testing import assert_close
 
-from ppl_vae import VAE, Conditional, likelihoods
+from ppl_vae import VAE, Conditional
 from ppl_vae.diagnostics import (
     eigenvalues_in_noise_units,
     gaussian_variance,
@@ -25,9 +25,10 @@ from ppl_vae.diagnostics import (
     threshold,
     variance_of_mean_squared_error,
 )
-from ppl_vae.networks import MLP
-from ppl_vae.posteriors import DiagonalNormal
-from ppl_vae.priors import StandardNormal
+from ppl_vae.parts import likelihoods
+from ppl_vae.parts.networks import MLP
+from ppl_vae.parts.posteriors import DiagonalNormal
+from ppl_vae.parts.priors import StandardNormal
 
 EIGENVALUES = torch.tensor([2.0, 1.4, 1.0, 0.7, 0.45, 0.3, 0.2, 0.12]).double()
 D = len(EIGENVALUES)

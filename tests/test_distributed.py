@@ -17,10 +17,11 @@ import torch
 from safetensors.torch import load_file
 from small_run import save_bars
 
-from ppl_vae import distributed, runs
-from ppl_vae.distributed import Share
+from ppl_vae import runs
 from ppl_vae.objectives import free_bits
-from ppl_vae.shared_noise import _RANDOM, SharedNoise
+from ppl_vae.runtime import ranks as distributed
+from ppl_vae.runtime.noise import _RANDOM, SharedNoise
+from ppl_vae.runtime.ranks import Share
 
 ROOT = Path(__file__).parent.parent
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}

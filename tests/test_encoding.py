@@ -11,9 +11,10 @@ import pytest
 import torch
 from small_run import SMALL, bars, save_bars, train_small
 
-from ppl_vae import experiment, load, runs
-from ppl_vae.evidence import NotFinite
-from ppl_vae.experiment import encoding
+from ppl_vae import load, runs
+from ppl_vae.commands import encode as encoding
+from ppl_vae.commands.encode import encode_images
+from ppl_vae.evidence.importance import NotFinite
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,7 @@ def encode(folder, tmp_path):
     def call(images_path, *, run_dir=folder, num_particles=10, images=None, seed=0, output=tmp_path / "out"):
         said = []
         words = {"device": "cpu", "output": None if output is None else str(output), "say": said.append}
-        written = experiment.encode_images(
+        written = encode_images(
             str(run_dir), str(images_path), num_particles=num_particles, images=images, seed=seed, **words
         )
         with np.load(written / "encoded.npz", allow_pickle=False) as stored:

@@ -12,12 +12,16 @@ import pytest
 import scipy.stats
 import torch
 
-from ppl_vae import build, data, experiment, fit, load, runs, save
-from ppl_vae.evidence import Estimate, evaluate
-from ppl_vae.experiment.evaluation import floor_and_entropy, read_per_image
-from ppl_vae.experiment.evaluation_words import describe_evaluation
-from ppl_vae.experiment.opening import Run
-from ppl_vae.options import PLAIN, Options
+from ppl_vae import data, fit, load, runs, save
+from ppl_vae.commands.evaluate import evaluate_run, floor_and_entropy, read_per_image
+from ppl_vae.commands.train import resume as resume_run
+from ppl_vae.commands.train import train as train_run
+from ppl_vae.evidence.importance import Estimate, evaluate
+from ppl_vae.reports.evaluation_words import describe_evaluation
+from ppl_vae.reports.run_figures import draw_run
+from ppl_vae.runs import build
+from ppl_vae.runs.opening import Run
+from ppl_vae.runs.options import PLAIN, Options
 
 DATA_DIR = os.environ.get("PPL_VAE_DATA_DIR")
 
@@ -66,7 +70,7 @@ def run(tmp_path_factory):
     array = (generator.normal(size=(400, 2)) @ generator.normal(size=(2, 6)) * 3 + 10).astype(np.float32)
     said: list[str] = []
     options = replace(SMALL, dataset=str(table(folder, array)), likelihood="normal")
-    return experiment.train(options, str(folder / "run"), say=said.append), array, said
+    return train_run(options, str(folder / "run"), say=said.append), array, said
 
 
 def test_real_numbers_are_taken_as_they_are(run):
@@ -103,7 +107,7 @@ def test_training_beats_the_floor_of_a_normal_whose_scale_it_learned(run):
     options = replace(
         SMALL, dataset=str(folder.parent / "table.npy"), likelihood="normal", epochs=60, learning_rate=0.03
     )
-    experiment.train(options, str(folder_2), say=lambda line: None)
+    train_run(options, str(folder_2), say=lambda line: None)
     entry = runs.read_evaluations(folder_2)["test"]
     assert entry["log_likelihood"]["mean"] > entry["floor"]["mean"] + 3
     assert load(folder_2).likelihood.family.log_scale < load(folder).likelihood.family.log_scale < 0.1
@@ -113,7 +117,7 @@ def test_real_numbers_under_a_bernoulli_are_refused_and_leave_nothing(run, tmp_p
     folder, _, _ = run
     options = replace(SMALL, dataset=str(folder.parent / "table.npy"))
     with pytest.raises(ValueError, match="--likelihood bernoulli: expected pixels that are 0 or 1, got real values"):
-        experiment.train(options, str(tmp_path / "run"), say=print)
+        train_run(options, str(tmp_path / "run"), say=print)
     assert not (tmp_path / "run").exists()
 
 
@@ -130,7 +134,7 @@ def test_gray_levels_under_a_normal_are_said_to_be_what_they_are(tmp_path, dequa
     said: list[str] = []
     path = str(table(tmp_path, levels))
     options = replace(SMALL, dataset=path, likelihood="normal", epochs=1, dequantization=dequantization)
-    folder = experiment.train(options, str(tmp_path / "run"), say=said.append)
+    folder = train_run(options, str(tmp_path / "run"), say=said.append)
     assert runs.read_json(folder / runs.CONFIG)["options"]["binarization"] == "none"
     assert any(words in line for line in said)
 
@@ -142,7 +146,7 @@ def test_a_density_of_pixels_that_were_made_zeros_and_ones_is_refused(tmp_path, 
         SMALL, dataset=str(table(tmp_path, levels)), likelihood="normal", binarization=binarization, epochs=1
     )
     with pytest.raises(ValueError, match=f"--likelihood normal: expected --binarization none, got {binarization}"):
-        experiment.train(options, str(tmp_path / "run"), say=print)
+        train_run(options, str(tmp_path / "run"), say=print)
     assert not (tmp_path / "run").exists()
 
 
@@ -151,7 +155,7 @@ def test_one_image_again_and_again_has_no_density_and_leaves_nothing(tmp_path):
         SMALL, dataset=str(table(tmp_path, np.full((100, 4), 2.5, dtype=np.float32))), likelihood="normal"
     )
     with pytest.raises(ValueError, match="expected training images that differ, got 80 of one image"):
-        experiment.train(options, str(tmp_path / "run"), say=print)
+        train_run(options, str(tmp_path / "run"), say=print)
     assert not (tmp_path / "run").exists()
 
 
@@ -160,7 +164,7 @@ def test_pixels_whose_squares_float32_cannot_hold_are_refused_and_leave_nothing(
     pixels = (unit * np.random.default_rng(0).normal(size=(100, 4))).astype(np.float32)
     options = replace(SMALL, dataset=str(table(tmp_path, pixels)), likelihood="normal")
     with pytest.raises(ValueError, match="--likelihood normal: expected pixels that spread by 1e-15 to 1e"):
-        experiment.train(options, str(tmp_path / "run"), say=print)
+        train_run(options, str(tmp_path / "run"), say=print)
     assert not (tmp_path / "run").exists()
 
 
@@ -259,7 +263,7 @@ def test_a_folder_that_cannot_be_written_to_is_found_before_the_work(run, monkey
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     options = {"num_particles": 5, "images": None, "device": "cpu", "seed": 3, "say": print}
     with pytest.raises(ValueError, match="expected a folder that can be written to, got one that is read-only"):
-        experiment.evaluate_run(str(run[0]), split="validation", **options)
+        evaluate_run(str(run[0]), split="validation", **options)
 
 
 # --- A VAE that was trained from Python ---
@@ -287,13 +291,13 @@ def test_what_python_saved_is_loaded_with_its_weights(from_python):
 
 def test_what_python_saved_can_be_evaluated_and_drawn(from_python):
     folder, vae = from_python
-    entry = experiment.evaluate_run(
+    entry = evaluate_run(
         str(folder), split="test", num_particles=5, images=None, device="cpu", seed=3, say=lambda line: None
     )
     x = data.load(_dataset(folder)).test
     expected = Estimate.of(evaluate(vae, x, num_particles=5, seed=3).log_evidence, 5)
     assert entry["log_likelihood"]["mean"] == pytest.approx(expected.mean, rel=1e-9)
-    experiment.draw_run(str(folder), say=lambda line: None)
+    draw_run(str(folder), say=lambda line: None)
     assert (folder / runs.FIGURES / "training_curves.png").exists()
 
 
@@ -305,7 +309,7 @@ def test_what_python_saved_cannot_be_resumed_and_stays(from_python):
     folder, _ = from_python
     before = (folder / runs.MODEL).read_bytes()
     with pytest.raises(ValueError, match=r"--resume: expected a run of train_svi.py, but .* was saved from Python"):
-        experiment.resume(str(folder), epochs=10, say=print)
+        resume_run(str(folder), epochs=10, say=print)
     assert (folder / runs.MODEL).read_bytes() == before
 
 
@@ -348,7 +352,7 @@ def test_every_mean_of_an_evaluation_is_said_with_its_error(run):
 def test_what_python_saved_without_records_has_no_training_curves(from_python, tmp_path):
     folder, vae = from_python
     bare = save(vae, tmp_path / "bare", replace(SMALL, dataset=_dataset(folder), likelihood="normal"))
-    experiment.draw_run(str(bare), say=lambda line: None)
+    draw_run(str(bare), say=lambda line: None)
     assert {path.name for path in (bare / runs.FIGURES).iterdir()} == {"latents.png", "particles.png"}
 
 

@@ -10,9 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from ppl_vae import build, experiment, load, runs
-from ppl_vae.options import PLAIN, Options, parse_train
-from ppl_vae.options.run import MODEL_OPTIONS
+from ppl_vae import load, runs
+from ppl_vae.commands.cli import parse_train
+from ppl_vae.commands.evaluate import evaluate_run
+from ppl_vae.commands.train import resume as resume_run
+from ppl_vae.commands.train import train as train_run
+from ppl_vae.runs import build
+from ppl_vae.runs.options import MODEL_OPTIONS, PLAIN, Options
 
 SMALL = Options(
     **PLAIN,
@@ -43,7 +47,7 @@ def train(table, tmp_path):
 
     def run(**changes):
         said = []
-        folder = experiment.train(replace(SMALL, dataset=str(table), **changes), str(tmp_path / "run"), say=said.append)
+        folder = train_run(replace(SMALL, dataset=str(table), **changes), str(tmp_path / "run"), say=said.append)
         return folder, said
 
     return run
@@ -51,7 +55,7 @@ def train(table, tmp_path):
 
 def _resume(folder, epochs=None):
     said = []
-    experiment.resume(str(folder), epochs=epochs, say=said.append)
+    resume_run(str(folder), epochs=epochs, say=said.append)
     return said
 
 
@@ -82,7 +86,7 @@ def test_a_run_that_was_extended_starts_from_its_last_weights(train):
 def test_an_evaluation_of_weights_that_are_gone_goes_with_them(train):
     folder, _ = train()
     options = {"num_particles": 5, "images": None, "device": "cpu", "seed": 0, "say": lambda line: None}
-    experiment.evaluate_run(str(folder), split="validation", **options)
+    evaluate_run(str(folder), split="validation", **options)
     assert runs.read_evaluations(folder).keys() == {"test", "validation"}
     _resume(folder, epochs=6)
     step = runs.load_step(folder / runs.MODEL)
@@ -93,7 +97,7 @@ def test_an_evaluation_of_weights_that_are_gone_goes_with_them(train):
 def test_an_evaluation_that_replaces_another_says_what_it_replaces(train):
     folder, _ = train()
     said = []
-    experiment.evaluate_run(str(folder), split="test", num_particles=3, images=7, device="cpu", seed=0, say=said.append)
+    evaluate_run(str(folder), split="test", num_particles=3, images=7, device="cpu", seed=0, say=said.append)
     assert "Replaces the test split's estimate of 20 images with S = 10." in said
 
 
@@ -137,7 +141,7 @@ def test_the_written_evaluation_does_not_depend_on_the_beta_of_training(train):
     config["options"] |= {"beta": 7.0, "warmup_epochs": 1}
     runs.write_json(folder / runs.CONFIG, config)
     options = {"num_particles": 10, "images": 20, "device": "cpu", "seed": 0, "say": lambda line: None}
-    again = experiment.evaluate_run(str(folder), split="test", **options)
+    again = evaluate_run(str(folder), split="test", **options)
     assert json.dumps(again | {"seconds": 0}) == json.dumps(first | {"seconds": 0})
 
 
@@ -172,7 +176,7 @@ def from_run(folder, *words):
 def train_further(options, folder):
     """Without figures; what was said."""
     said = []
-    experiment.train(options, str(folder), say=said.append, draw=False)
+    train_run(options, str(folder), say=said.append, draw=False)
     return said
 
 
@@ -260,7 +264,7 @@ def test_a_run_from_another_goes_on_bit_for_bit_and_without_it(graphs, other, tm
     assert runs.load_step(tmp_path / "killed" / runs.TRAINING_STATE) == 2 * 16 - 1
     shutil.rmtree(other)
     said = []
-    experiment.resume(str(tmp_path / "killed"), epochs=None, say=said.append, draw=False)
+    resume_run(str(tmp_path / "killed"), epochs=None, say=said.append, draw=False)
     assert "Going on from step 31." in said
     for name in (runs.MODEL, runs.TRAINING_STATE):
         one, expected = (runs.load_tensors(tmp_path / run / name)[0] for run in ("killed", "undisturbed"))

@@ -13,8 +13,8 @@ import torch
 from oracles import LinearGaussian
 from torch.testing import assert_close
 
-from ppl_vae import exploration
-from ppl_vae.exploration import (
+from ppl_vae.evidence import exploration
+from ppl_vae.evidence.exploration import (
     Codes,
     encode,
     gather_log_weights,

@@ -16,10 +16,18 @@ import numpy as np
 import pytest
 import torch
 
-from ppl_vae import build, experiment, load, options, runs
-from ppl_vae.experiment import export, model_card
-from ppl_vae.experiment.exported import without_data
-from ppl_vae.options import Options
+from ppl_vae import load, runs
+from ppl_vae.commands import export
+from ppl_vae.commands.cli import parse_train
+from ppl_vae.commands.encode import encode_images
+from ppl_vae.commands.export import export_run
+from ppl_vae.commands.sample import sample_run
+from ppl_vae.commands.train import resume as resume_run
+from ppl_vae.commands.train import train as train_run
+from ppl_vae.reports import card as model_card
+from ppl_vae.runs import build
+from ppl_vae.runs.exported import without_data
+from ppl_vae.runs.options import MODEL_OPTIONS, Options, model_to_json
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -42,12 +50,12 @@ def data_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(data_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "digits"
     asked = Options(dataset=str(data_file), epochs=2, batch_size=20, images=5, evaluation_particles=20, **SMALL)
-    return experiment.train(asked, str(folder), say=silent, draw=False)
+    return train_run(asked, str(folder), say=silent, draw=False)
 
 
 @pytest.fixture
 def exported(run: Path, tmp_path: Path) -> Path:
-    return experiment.export_run(str(run), output=str(tmp_path / "out"), say=silent)
+    return export_run(str(run), output=str(tmp_path / "out"), say=silent)
 
 
 def ran(script: str, *words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -96,21 +104,21 @@ def test_no_option_of_the_training_is_in_an_export(exported: Path) -> None:
 
 @pytest.mark.parametrize("path", ["/home/me/digits.npy", "a\\digits.npy", "digits.npy", "x/digits.npy/"])
 def test_of_a_path_its_name_alone_is_exported(path: str) -> None:
-    assert options.model_to_json(Options(dataset=path))["dataset"] == "digits.npy"
+    assert model_to_json(Options(dataset=path))["dataset"] == "digits.npy"
 
 
 def test_a_folder_called_as_a_data_set_is_not_exported_as_that() -> None:
-    assert options.model_to_json(Options(dataset="/home/me/mnist"))["dataset"] == "own mnist"
+    assert model_to_json(Options(dataset="/home/me/mnist"))["dataset"] == "own mnist"
 
 
 def test_an_export_without_training_options_has_the_models(run: Path, exported: Path) -> None:
     of_run, of_export = build.read_config(run)[0], build.read_config(exported)[0]
-    differ = {name for name in options.MODEL_OPTIONS if getattr(of_run, name) != getattr(of_export, name)}
+    differ = {name for name in MODEL_OPTIONS if getattr(of_run, name) != getattr(of_export, name)}
     assert differ == {"dataset"}
 
 
 def test_an_export_of_an_export_is_the_same_model(exported: Path, tmp_path: Path) -> None:
-    again = experiment.export_run(str(exported), output=str(tmp_path / "again"), say=silent)
+    again = export_run(str(exported), output=str(tmp_path / "again"), say=silent)
     for name in ("config.json", "model.safetensors", "evaluation.json"):
         assert (again / name).read_bytes() == (exported / name).read_bytes()
     assert "Not in the files of an export" in (again / "README.md").read_text()
@@ -123,7 +131,7 @@ def test_evaluations_of_other_weights_are_left_out(run: Path, tmp_path: Path) ->
     old = entries["test"] | {"step": entries["test"]["step"] + 1, "split": "validation"}
     runs.write_json(copy / runs.EVALUATION, entries | {"validation": old})
     said: list[str] = []
-    folder = experiment.export_run(str(copy), output=str(tmp_path / "out"), say=said.append)
+    folder = export_run(str(copy), output=str(tmp_path / "out"), say=said.append)
     assert runs.read_evaluations(folder).keys() == {"test"}
     assert any(line.startswith("Left out: 1") for line in said)
 
@@ -137,7 +145,7 @@ def test_figures_of_these_weights_go_along(run: Path, tmp_path: Path) -> None:
     (copy / "figures" / "reconstructions.png").write_bytes(b"old")
     os.utime(copy / "figures" / "reconstructions.png", (1, 1))
     said: list[str] = []
-    folder = experiment.export_run(str(copy), output=str(tmp_path / "out"), say=said.append)
+    folder = export_run(str(copy), output=str(tmp_path / "out"), say=said.append)
     assert [path.name for path in (folder / "figures").iterdir()] == ["prior_samples.png"]
     assert [line for line in said if line.startswith("Left out: figures/reconstructions.png, by the files' times")]
     card = (folder / "README.md").read_text()
@@ -151,7 +159,7 @@ def test_figures_of_these_weights_go_along(run: Path, tmp_path: Path) -> None:
 def test_a_folder_that_holds_something_is_refused_and_left_alone(run: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("mine")
     with pytest.raises(ValueError, match="expected a new or empty folder"):
-        experiment.export_run(str(run), output=str(tmp_path), say=silent)
+        export_run(str(run), output=str(tmp_path), say=silent)
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
@@ -162,14 +170,14 @@ def test_an_export_that_fails_leaves_nothing(run: Path, tmp_path: Path, monkeypa
     monkeypatch.setattr(export.runs, "save_tensors", full)
     before = sorted(path.name for path in run.iterdir())
     with pytest.raises(OSError, match="No space left"):
-        experiment.export_run(str(run), output=str(tmp_path / "out"), say=silent)
+        export_run(str(run), output=str(tmp_path / "out"), say=silent)
     assert list(tmp_path.iterdir()) == []
     assert sorted(path.name for path in run.iterdir()) == before
 
 
 def test_an_empty_folder_is_taken(run: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    folder = experiment.export_run(str(run), output=str(tmp_path / "empty"), say=silent)
+    folder = export_run(str(run), output=str(tmp_path / "empty"), say=silent)
     assert load(folder).likelihood.event_shape == (1, 5, 4)
 
 
@@ -178,7 +186,7 @@ def test_an_export_goes_where_a_link_points_to(run: Path, tmp_path: Path, is_the
     (tmp_path / "link").symlink_to(tmp_path / "place")
     if is_there:
         (tmp_path / "place").mkdir()
-    folder = experiment.export_run(str(run), output=str(tmp_path / "link"), say=silent)
+    folder = export_run(str(run), output=str(tmp_path / "link"), say=silent)
     assert load(folder).likelihood.event_shape == (1, 5, 4)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "place"]
     assert (tmp_path / "link").is_symlink()
@@ -188,7 +196,7 @@ def test_links_in_a_circle_are_refused(run: Path, tmp_path: Path) -> None:
     (tmp_path / "a").symlink_to(tmp_path / "b")
     (tmp_path / "b").symlink_to(tmp_path / "a")
     with pytest.raises(ValueError, match="--output: "):
-        experiment.export_run(str(run), output=str(tmp_path / "a"), say=silent)
+        export_run(str(run), output=str(tmp_path / "a"), say=silent)
 
 
 @pytest.mark.parametrize("output", [".", "../here"])
@@ -199,14 +207,14 @@ def test_the_current_folder_is_refused_before_the_work(
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setattr(export.build, "load", lambda folder: pytest.fail("the work has begun"))
     with pytest.raises(ValueError, match=r"expected a folder that can be replaced, got .*, which is the current one"):
-        experiment.export_run(str(run), output=output, say=silent)
+        export_run(str(run), output=output, say=silent)
     assert [path.name for path in tmp_path.iterdir()] == ["here"]
 
 
 def test_a_mount_point_is_refused_before_the_work(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path)
     with pytest.raises(ValueError, match="which is a mount point"):
-        experiment.export_run(str(run), output=str(tmp_path), say=silent)
+        export_run(str(run), output=str(tmp_path), say=silent)
 
 
 @pytest.mark.parametrize(
@@ -245,10 +253,10 @@ def test_samples_and_codes_of_an_export_need_no_data(exported: Path, data_file: 
     images = tmp_path / "mine.npy"
     np.save(images, np.load(data_file)[:6])
     common: dict[str, Any] = {"seed": 0, "device": "cpu", "say": silent}
-    samples = experiment.sample_run(str(exported), num_samples=3, output=str(tmp_path / "s"), **common)
+    samples = sample_run(str(exported), num_samples=3, output=str(tmp_path / "s"), **common)
     with np.load(samples / "samples.npz", allow_pickle=False) as arrays:
         assert arrays["images"].shape == (3, 1, 5, 4)
-    codes = experiment.encode_images(
+    codes = encode_images(
         str(exported), str(images), num_particles=5, images=None, output=str(tmp_path / "c"), **common
     )
     with np.load(codes / "encoded.npz", allow_pickle=False) as arrays:
@@ -257,11 +265,11 @@ def test_samples_and_codes_of_an_export_need_no_data(exported: Path, data_file: 
 
 def test_training_goes_on_with_no_export(exported: Path, data_file: Path) -> None:
     with pytest.raises(ValueError, match=r"--resume: expected a run of train_svi\.py"):
-        experiment.resume(str(exported), epochs=None, dataset=str(data_file), say=silent)
+        resume_run(str(exported), epochs=None, dataset=str(data_file), say=silent)
 
 
 def test_training_starts_from_an_export(exported: Path, data_file: Path) -> None:
-    asked = options.parse_train(["--start-from", str(exported), "--dataset", str(data_file), "--epochs", "1"]).options
+    asked = parse_train(["--start-from", str(exported), "--dataset", str(data_file), "--epochs", "1"]).options
     assert asked is not None
     assert (asked.hidden, asked.latent_dim, asked.prior, asked.dataset) == ((8,), 2, "standard-normal", str(data_file))
 
@@ -288,7 +296,7 @@ def test_a_card_says_what_is_missing(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, copy)
     for name in (runs.EVALUATION, runs.ENVIRONMENT, runs.METRICS):
         (copy / name).unlink()
-    folder = experiment.export_run(str(copy), output=str(tmp_path / "out"), say=silent)
+    folder = export_run(str(copy), output=str(tmp_path / "out"), say=silent)
     card = (folder / "README.md").read_text()
     assert not (folder / runs.EVALUATION).exists()
     for words in (
@@ -307,7 +315,7 @@ def test_a_training_that_was_not_finished_is_said(run: Path, tmp_path: Path) -> 
     config = runs.read_json(copy / runs.CONFIG)
     runs.write_json(copy / runs.CONFIG, config | {"options": config["options"] | {"epochs": 100}})
     said: list[str] = []
-    folder = experiment.export_run(str(copy), output=str(tmp_path / "out"), say=said.append)
+    folder = export_run(str(copy), output=str(tmp_path / "out"), say=said.append)
     words = "2 of 100 epochs: the training was not finished"
     card = (folder / "README.md").read_text()
     assert words in card
@@ -320,7 +328,7 @@ def test_epochs_of_a_training_from_python_are_those_of_its_records(run: Path, tm
     vae, of_run = load(run), build.read_config(run)[0]
     folder = build.save(vae, tmp_path / "saved", replace(of_run, epochs=100), metrics=records)
     said: list[str] = []
-    card = (experiment.export_run(str(folder), output=str(tmp_path / "out"), say=said.append) / "README.md").read_text()
+    card = (export_run(str(folder), output=str(tmp_path / "out"), say=said.append) / "README.md").read_text()
     assert "- 1 epoch." in card
     assert not any("not finished" in line for line in said)
 
@@ -371,7 +379,7 @@ def test_the_front_matter_is_what_hubs_read(exported: Path) -> None:
 
 
 def test_a_pretrained_run_is_exported(tmp_path: Path) -> None:
-    folder = experiment.export_run("mnist-best", output=str(tmp_path / "out"), say=silent)
+    folder = export_run("mnist-best", output=str(tmp_path / "out"), say=silent)
     entry = runs.read_evaluations(folder)["test"]
     card = (folder / "README.md").read_text()
     assert f"{entry['log_likelihood']['mean']:.2f} ± {entry['log_likelihood']['stderr']:.2f}" in card

@@ -39,11 +39,12 @@ from disturbed_runs import (
 )
 from safetensors.torch import load_file, save_file
 
-from ppl_vae import build, load, runs
-from ppl_vae.experiment.checkpoints import mend_states, mend_weights, newest_checkpoint
-from ppl_vae.experiment.evaluation import is_evaluated
-from ppl_vae.experiment.opening import open_run
-from ppl_vae.options import Options
+from ppl_vae import load, runs
+from ppl_vae.commands.evaluate import is_evaluated
+from ppl_vae.runs import build
+from ppl_vae.runs.checkpoints import mend_states, mend_weights, newest_checkpoint
+from ppl_vae.runs.opening import open_run
+from ppl_vae.runs.options import Options
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="commands are forked")
 

@@ -16,14 +16,14 @@ from matplotlib.figure import Figure
 from small_run import SMALL, save_bars, train_small
 
 from ppl_vae import VAE, Conditional, data, load, log_weights, runs
-from ppl_vae.experiment import figures
-from ppl_vae.experiment.display import Display, display_of
-from ppl_vae.experiment.figures import draw_run, figure_names, is_drawn
-from ppl_vae.experiment.opening import Run, open_run
-from ppl_vae.likelihoods import Bernoulli
-from ppl_vae.networks import MLP
-from ppl_vae.options import Options
-from ppl_vae.priors import Mixture, StandardNormal
+from ppl_vae.parts.likelihoods import Bernoulli
+from ppl_vae.parts.networks import MLP
+from ppl_vae.parts.priors import Mixture, StandardNormal
+from ppl_vae.reports import run_figures as figures
+from ppl_vae.reports.display import Display, display_of
+from ppl_vae.reports.run_figures import draw_run, figure_names, is_drawn
+from ppl_vae.runs.opening import Run, open_run
+from ppl_vae.runs.options import Options
 
 with torch.random.fork_rng(devices=[]):
     torch.manual_seed(0)

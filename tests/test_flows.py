@@ -14,7 +14,7 @@ from random_weights import at_random
 from scipy.stats import kstest
 from torch.testing import assert_close
 
-from ppl_vae.flows import (
+from ppl_vae.parts.flows import (
     COUPLINGS,
     SPLINE_BOUND,
     ElementwiseAffine,
@@ -23,7 +23,7 @@ from ppl_vae.flows import (
     Pushforward,
     rational_quadratic_spline,
 )
-from ppl_vae.priors import StandardNormal
+from ppl_vae.parts.priors import StandardNormal
 
 
 def _of_couplings(name, dim, *, num_layers=3, hidden=(8,)):

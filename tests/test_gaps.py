@@ -10,7 +10,7 @@ from oracles import LinearGaussian, bernoulli_vae
 from test_proposals import _hierarchical
 from torch.testing import assert_close
 
-from ppl_vae.gaps import Gaps, gaps
+from ppl_vae.evidence.gaps import Gaps, gaps
 
 
 def _mean_field_gap(oracle):

@@ -12,16 +12,27 @@ from oracles import LinearGaussian, NormalFixed
 from scipy import stats
 from torch.testing import assert_close
 
-from ppl_vae import VAE, Conditional, evidence, guide_calibration
+from ppl_vae import VAE, Conditional
 from ppl_vae.conditional import numbers_a_pixel
-from ppl_vae.evidence import NotFinite, seeded
-from ppl_vae.guide_calibration import Ranks, adjusted, cumulative_band, edges, histogram, judge, p_values, shape
+from ppl_vae.evidence import guide_calibration
+from ppl_vae.evidence import importance as evidence
+from ppl_vae.evidence.guide_calibration import (
+    Ranks,
+    adjusted,
+    cumulative_band,
+    edges,
+    histogram,
+    judge,
+    p_values,
+    shape,
+)
+from ppl_vae.evidence.importance import NotFinite, seeded
 from ppl_vae.hierarchy import BottomUp, HierarchicalVAE, LayeredPrior, OfBottomLayer
-from ppl_vae.networks import MLP
-from ppl_vae.plots.certificate import RankHistogram, calibration_ranks
-from ppl_vae.posteriors import Delta, DiagonalNormal
-from ppl_vae.priors import StandardNormal
-from ppl_vae.weights import Deterministic
+from ppl_vae.log_weights import Deterministic
+from ppl_vae.parts.networks import MLP
+from ppl_vae.parts.posteriors import Delta, DiagonalNormal
+from ppl_vae.parts.priors import StandardNormal
+from ppl_vae.reports.figures.certificate import RankHistogram, calibration_ranks
 
 CPU = torch.device("cpu")
 

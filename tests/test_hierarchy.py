@@ -21,12 +21,12 @@ from torch.distributions import MultivariateNormal
 from torch.testing import assert_close
 
 from ppl_vae import Conditional, fit, importance, log_weights, objectives
-from ppl_vae.exploration import moments
+from ppl_vae.evidence.exploration import moments
 from ppl_vae.hierarchy import BottomUp, HierarchicalVAE, LayeredPrior, OfBottomLayer, TopDown, product_of_normals
-from ppl_vae.likelihoods import Bernoulli
-from ppl_vae.networks import MLP
-from ppl_vae.posteriors import DiagonalNormal, exponential_log_scale
-from ppl_vae.priors import Mixture, StandardNormal
+from ppl_vae.parts.likelihoods import Bernoulli
+from ppl_vae.parts.networks import MLP
+from ppl_vae.parts.posteriors import DiagonalNormal, exponential_log_scale
+from ppl_vae.parts.priors import Mixture, StandardNormal
 
 GUIDES = ["bottom-up", "top-down"]
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 from small_run import SMALL, save_bars, train_small
 
-from ppl_vae import build, runs
-from ppl_vae.options import Options
+from ppl_vae import runs
+from ppl_vae.runs import build
+from ppl_vae.runs.options import Options
 from ppl_vae.training import fit
 from ppl_vae.vae import VAE
 

@@ -16,9 +16,11 @@ import numpy as np
 import pytest
 import torch
 
-from ppl_vae import data, likelihoods, numerics
+from ppl_vae import data
 from ppl_vae.data import cache, limits, own, pixels
-from ppl_vae.numerics import mean_and_variance, sum_over_images
+from ppl_vae.parts import likelihoods
+from ppl_vae.runtime import numerics
+from ppl_vae.runtime.numerics import mean_and_variance, sum_over_images
 
 RNG = np.random.default_rng(0)
 SPLITS = ("train", "validation", "test")

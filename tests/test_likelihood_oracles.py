@@ -13,9 +13,9 @@ import scipy.stats
 import torch
 from torch.testing import assert_close
 
-from ppl_vae import likelihoods
-from ppl_vae.likelihoods.features import planes, unbounded
-from ppl_vae.numerics import bounded
+from ppl_vae.parts import likelihoods
+from ppl_vae.parts.likelihoods.features import planes, unbounded
+from ppl_vae.runtime.numerics import bounded
 
 EVENT = (1, 2, 3)
 D = 6

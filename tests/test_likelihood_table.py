@@ -13,9 +13,15 @@ from PIL import Image
 from scipy import stats
 from small_run import SMALL, bars
 
-from ppl_vae import build, experiment, options, plots, runs
-from ppl_vae.evidence import NotFinite
-from ppl_vae.experiment import likelihood_figures, likelihood_table
+from ppl_vae import runs
+from ppl_vae.commands import compare_likelihoods as likelihood_table
+from ppl_vae.commands.compare_likelihoods import compare_likelihoods
+from ppl_vae.commands.evaluate import evaluate_run
+from ppl_vae.evidence.importance import NotFinite
+from ppl_vae.reports import figures as plots
+from ppl_vae.reports import likelihood_figures
+from ppl_vae.runs import build
+from ppl_vae.runs.options import LIKELIHOODS
 
 WORDS = ("binomial", "normal", "beta")
 PIXELS = 64
@@ -36,7 +42,7 @@ def levels(tmp_path_factory):
 
 def compare(asked, folder, words=WORDS):
     said = []
-    rows = experiment.compare_likelihoods(
+    rows = compare_likelihoods(
         words, asked, run_dir=str(folder / "runs"), output=str(folder / "results" / "table.json"), say=said.append
     )
     return rows, said
@@ -150,7 +156,7 @@ def test_figures_are_drawn(table, name):
 def test_a_table_that_is_asked_for_again_takes_its_runs_as_they_are(table, levels, monkeypatch):
     folder, rows, _ = table
     before = weights_of(folder)
-    monkeypatch.setattr("ppl_vae.experiment.pixel_calibration.calibration", None)
+    monkeypatch.setattr("ppl_vae.commands.pixel_calibration.calibration", None)
     again, said = compare(levels, folder)
     assert again == rows
     assert sum("is finished" in line for line in said) == len(WORDS)
@@ -190,7 +196,7 @@ def test_a_normal_does_not_expect_black_as_often_as_it_falls_below(tmp_path):
 
 def test_a_calibration_of_other_weights_is_measured_anew(table, levels, tmp_path):
     folder, _, _ = table
-    run = experiment.likelihood_table.open_run(str(folder / "runs" / "binomial"))
+    run = likelihood_table.open_run(str(folder / "runs" / "binomial"))
     path = run.folder / "calibration.json"
     right = path.read_bytes()
     path.write_text(json.dumps(json.loads(right) | {"step": 1, "verdict": "old"}))
@@ -265,9 +271,7 @@ def test_a_run_that_was_evaluated_otherwise_since_is_refused(table, levels, tmp_
     folder, _, _ = table
     run = folder / "runs" / "beta"
     kept = {path: path.read_bytes() for path in (run / runs.EVALUATION, run / runs.per_image("test"))}
-    experiment.evaluate_run(
-        str(run), split="test", num_particles=20, images=None, device="cpu", seed=0, say=lambda line: None
-    )
+    evaluate_run(str(run), split="test", num_particles=20, images=None, device="cpu", seed=0, say=lambda line: None)
     try:
         with pytest.raises(
             ValueError, match="num_images 40 instead of 25, num_particles 20 instead of 10; evaluate_log"
@@ -289,14 +293,12 @@ def fitting(folder, array, **changes):
 
 def test_levels_are_compared_under_all_likelihoods_but_bernoulli(tmp_path):
     found = fitting(tmp_path, np.random.default_rng(0).integers(0, 256, (60, 4, 4), dtype=np.uint8))
-    assert found == [word for word in options.LIKELIHOODS if word != "bernoulli"]
+    assert found == [word for word in LIKELIHOODS if word != "bernoulli"]
 
 
 def test_real_values_are_compared_under_densities_of_real_numbers(tmp_path):
     found = fitting(tmp_path, np.random.default_rng(0).normal(size=(60, 5)))
-    assert found == [
-        word for word in options.LIKELIHOODS if word.startswith("normal") or word in ("laplace", "student-t")
-    ]
+    assert found == [word for word in LIKELIHOODS if word.startswith("normal") or word in ("laplace", "student-t")]
 
 
 def test_zeros_and_ones_are_a_bernoullis_alone(tmp_path):

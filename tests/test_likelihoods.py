@@ -11,7 +11,8 @@ import torch
 from likelihood_cases import CASES, DENSITIES, MASSES, WORDS, one_value, real_line
 from torch.testing import assert_close
 
-from ppl_vae import build, data
+from ppl_vae import data
+from ppl_vae.runs import build
 
 OFF_SUPPORT = [(word, value) for word, case in CASES.items() for value in case.off]
 SINGLE = [word for word in CASES if word != "color mixture"]  # pixels are independent, of channels too

@@ -12,10 +12,11 @@ import torch
 from oracles import LinearGaussian
 from torch.testing import assert_close
 
-from ppl_vae import evidence, memory
-from ppl_vae.evidence import evaluate, reconstruction
-from ppl_vae.memory import Passes, batch_that_fits, is_out_of_memory, too_large
-from ppl_vae.weights import log_weight_terms
+from ppl_vae.evidence import importance as evidence
+from ppl_vae.evidence.importance import evaluate, reconstruction
+from ppl_vae.log_weights import log_weight_terms
+from ppl_vae.runtime import memory
+from ppl_vae.runtime.memory import Passes, batch_that_fits, is_out_of_memory, too_large
 
 CPU = torch.device("cpu")
 

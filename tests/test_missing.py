@@ -14,12 +14,13 @@ from scipy import stats
 from torch import nn
 from torch.distributions import MultivariateNormal
 
-from ppl_vae import VAE, Conditional, importance, log_evidence, log_weights, missing
-from ppl_vae.evidence import NotFinite
-from ppl_vae.missing import Defended, Observed, impute
-from ppl_vae.networks import MLP
-from ppl_vae.posteriors import DiagonalNormal
-from ppl_vae.priors import StandardNormal
+from ppl_vae import VAE, Conditional, importance, log_evidence, log_weights
+from ppl_vae.evidence import missing
+from ppl_vae.evidence.importance import NotFinite
+from ppl_vae.evidence.missing import Defended, Observed, impute
+from ppl_vae.parts.networks import MLP
+from ppl_vae.parts.posteriors import DiagonalNormal
+from ppl_vae.parts.priors import StandardNormal
 
 NAN = math.nan
 

@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ppl_vae import experiment, load, runs
-from ppl_vae.experiment import network_table
-from ppl_vae.options import PLAIN, Options
+from ppl_vae import load, runs
+from ppl_vae.commands import compare_networks as network_table
+from ppl_vae.commands.compare_networks import compare_networks
+from ppl_vae.runs.options import PLAIN, Options
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "compare_networks.py"
 
@@ -38,7 +39,7 @@ def options(tmp_path_factory):
 def compare(options, folder, *, networks=("mlp", "conv"), **changes):
     said = []
     asked = {"minutes": 0.01, "run_dir": str(folder / "runs"), "output": str(folder / "table.json")} | changes
-    return experiment.compare_networks(networks, options, say=said.append, **asked), said
+    return compare_networks(networks, options, say=said.append, **asked), said
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +111,9 @@ def test_a_folder_of_another_data_set_is_refused(table, options, tmp_path):
 
 def test_the_command_is_of_plain_vaes(monkeypatch):
     asked = []
-    monkeypatch.setattr(experiment, "compare_networks", lambda networks, options, **_: asked.append(options))
+    monkeypatch.setattr(
+        "ppl_vae.commands.compare_networks.compare_networks", lambda networks, options, **_: asked.append(options)
+    )
     monkeypatch.setattr(sys, "argv", ["compare_networks.py"])
     runpy.run_path(str(SCRIPT), run_name="__main__")
     assert asked == [Options(**PLAIN, evaluation_particles=100)]

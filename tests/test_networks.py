@@ -10,8 +10,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from ppl_vae import build
-from ppl_vae.networks import (
+from ppl_vae.parts.networks import (
     MLP,
     ConvDecoder,
     ConvEncoder,
@@ -21,7 +20,8 @@ from ppl_vae.networks import (
     Standardized,
     start_wide,
 )
-from ppl_vae.options import Options
+from ppl_vae.runs import build
+from ppl_vae.runs.options import Options
 
 SIZES = {"channels": (3, 4), "hidden": (6, 5)}
 DENSE = {"mlp": MLP, "tanh": partial(MLP, activation=torch.nn.Tanh), "gated": GatedMLP}

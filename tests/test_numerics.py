@@ -11,7 +11,7 @@ from oracles import LinearGaussian
 from torch.testing import assert_close
 
 from ppl_vae import importance, log_weights
-from ppl_vae.numerics import (
+from ppl_vae.runtime.numerics import (
     LogWeightSummary,
     bound_by_particles,
     location_and_spread,

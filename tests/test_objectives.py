@@ -16,11 +16,12 @@ from pyro.distributions.testing.fakes import NonreparameterizedNormal
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from torch.testing import assert_close
 
-from ppl_vae import build, fit, objectives
-from ppl_vae.build.fitting import check_objective
-from ppl_vae.build.parts import decided
+from ppl_vae import fit, objectives
 from ppl_vae.objectives import Temper
-from ppl_vae.options import Options
+from ppl_vae.runs import build
+from ppl_vae.runs.build.fitting import check_objective
+from ppl_vae.runs.build.parts import decided
+from ppl_vae.runs.options import Options
 
 KLS = {"sampled": Trace_ELBO, "analytic": TraceMeanField_ELBO}
 BETAS = (0.0, 0.3, 1.0, 4.0)

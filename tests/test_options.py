@@ -15,7 +15,47 @@ from typing import Any
 import pytest
 import torch
 
-from ppl_vae import ais, build, data, experiment, flows, options
+from ppl_vae import data
+from ppl_vae.commands.cli import (
+    AIS_STARTS,
+    TrainCommand,
+    parse_certify,
+    parse_compare,
+    parse_encode,
+    parse_evaluate,
+    parse_figures,
+    parse_impute,
+    parse_likelihoods,
+    parse_sample,
+    parse_train,
+)
+from ppl_vae.commands.train import train as train_run
+from ppl_vae.data.registry import DATASETS
+from ppl_vae.evidence import ais
+from ppl_vae.parts import flows
+from ppl_vae.runs import build
+from ppl_vae.runs.options import (
+    COUPLINGS,
+    DECODER_INPUTS,
+    INFERENCES,
+    KLS,
+    LIKELIHOODS,
+    NETWORKS,
+    OBJECTIVES,
+    PLAIN,
+    POSTERIOR_FLOWS,
+    POSTERIORS,
+    PRIORS,
+    SCALE_MAPS,
+    SCHEDULES,
+    TRANSFORMS,
+    Options,
+    default_warmup,
+    flag,
+    from_json,
+    to_json,
+)
+from ppl_vae.runtime.ending import command
 
 SCRIPTS = sorted(
     path
@@ -57,11 +97,11 @@ def test_help_answers_without_torch(script: Path) -> None:
     assert done.stdout.splitlines()[-1] == "IMPORTED 0 []"
 
 
-@pytest.mark.parametrize("name", [spec.name for spec in fields(options.Options)])
+@pytest.mark.parametrize("name", [spec.name for spec in fields(Options)])
 def test_help_names_each_option(capsys: pytest.CaptureFixture[str], name: str) -> None:
     with pytest.raises(SystemExit, match=r"^0$"):
-        options.parse_train(["--help"])
-    assert f"{options.flag(name)} " in capsys.readouterr().out
+        parse_train(["--help"])
+    assert f"{flag(name)} " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
@@ -78,15 +118,15 @@ def test_an_unknown_option_ends_a_script_with_code_2_and_one_line(script: Path) 
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
-        (options.DATASETS, data.DATASETS),
-        (options.LIKELIHOODS, build.LIKELIHOODS),
-        (options.NETWORKS, build.NETWORKS),
-        (options.PRIORS, build.PRIORS),
-        (options.POSTERIORS, build.POSTERIORS),
-        (options.SCALE_MAPS, build.SCALE_MAPS),
-        (options.OBJECTIVES, build.OBJECTIVES),
-        (options.SCHEDULES, build.RATES),
-        (options.COUPLINGS, flows.COUPLINGS),
+        (DATASETS, data.DATASETS),
+        (LIKELIHOODS, build.LIKELIHOODS),
+        (NETWORKS, build.NETWORKS),
+        (PRIORS, build.PRIORS),
+        (POSTERIORS, build.POSTERIORS),
+        (SCALE_MAPS, build.SCALE_MAPS),
+        (OBJECTIVES, build.OBJECTIVES),
+        (SCHEDULES, build.RATES),
+        (COUPLINGS, flows.COUPLINGS),
     ],
     ids=[
         "datasets",
@@ -105,26 +145,26 @@ def test_the_words_are_those_that_build_knows(words: tuple[str, ...], parts: dic
 
 
 def test_the_words_of_kl_are_those_that_build_knows() -> None:
-    assert list(options.KLS) == list(build.KLS)
+    assert list(KLS) == list(build.KLS)
 
 
 # Every pair of words of two parts is in one of these at least, as the test after them holds.
 TOGETHER_BUILT = [
-    (network, likelihood, options.PRIORS[(i + j) % 4], options.POSTERIORS[(i + j // 4) % 4])
-    for i, network in enumerate(options.NETWORKS)
-    for j, likelihood in enumerate(options.LIKELIHOODS)
+    (network, likelihood, PRIORS[(i + j) % 4], POSTERIORS[(i + j // 4) % 4])
+    for i, network in enumerate(NETWORKS)
+    for j, likelihood in enumerate(LIKELIHOODS)
 ]
-NO_PAIR = {(prior, "delta") for prior in options.PRIORS if prior != "standard-normal"}  # nothing would train the prior
-PARTS_OF_ONE = (options.NETWORKS, options.LIKELIHOODS, options.PRIORS, options.POSTERIORS)
+NO_PAIR = {(prior, "delta") for prior in PRIORS if prior != "standard-normal"}  # nothing would train the prior
+PARTS_OF_ONE = (NETWORKS, LIKELIHOODS, PRIORS, POSTERIORS)
 FEW_COMPONENTS = {"prior_components": 3}
 FEW_COUPLINGS: dict[str, Any] = {"prior_layers": 2, "prior_hidden": (4,)}
 SMALL_PRIORS = {"mixture": FEW_COMPONENTS, "vamp": FEW_COMPONENTS, "flow": FEW_COUPLINGS}
 
 
-def small(**words: Any) -> options.Options:
+def small(**words: Any) -> Options:
     """Three latents, narrow networks, and a small prior."""
     sizes = {"hidden": (5, 4), "latent_dim": 3} | SMALL_PRIORS.get(words.get("prior", ""), {})
-    return options.Options(**(sizes | words))
+    return Options(**(sizes | words))
 
 
 @pytest.mark.parametrize(("one", "other"), list(itertools.combinations(range(4), 2)))
@@ -145,14 +185,14 @@ def test_a_combination_of_words_builds(network: str, likelihood: str, prior: str
     assert vae.prior().event_shape == vae.posterior(torch.rand(5, 1, 2, 3)).event_shape == (3,)
 
 
-FLOWS = [{"prior": "flow", "prior_flow": word} for word in options.COUPLINGS]
-FLOWS += [{"posterior": "flow", "posterior_flow": word, "prior": "vamp"} for word in options.POSTERIOR_FLOWS]
+FLOWS = [{"prior": "flow", "prior_flow": word} for word in COUPLINGS]
+FLOWS += [{"posterior": "flow", "posterior_flow": word, "prior": "vamp"} for word in POSTERIOR_FLOWS]
 LAYERED = [
     {"upper_latents": upper, "upper_hidden": (6, 5), "inference": inference, "decoder_input": seen, "prior": prior}
     for upper in ((2,), (4, 2))
-    for inference in options.INFERENCES
-    for seen in options.DECODER_INPUTS
-    for prior in options.PRIORS
+    for inference in INFERENCES
+    for seen in DECODER_INPUTS
+    for prior in PRIORS
     if prior != "vamp"
 ]
 
@@ -166,11 +206,11 @@ def test_flows_and_several_layers_build_with_and_without_numbers(words: dict[str
     assert tuple(vae.likelihood.event_shape) == (1, 2, 3)
 
 
-@pytest.mark.parametrize("transform", options.TRANSFORMS)
-@pytest.mark.parametrize("likelihood", options.LIKELIHOODS)
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
 def test_every_likelihood_builds_without_numbers_where_it_builds_at_all(likelihood: str, transform: str) -> None:
     """On the meta device, where shapes are counted before anything is trained."""
-    asked = options.Options(likelihood=likelihood, transform=transform, hidden=(5,), latent_dim=3)
+    asked = Options(likelihood=likelihood, transform=transform, hidden=(5,), latent_dim=3)
     try:
         build.vae(asked, (1, 2, 3))
     except ValueError:
@@ -183,11 +223,11 @@ def test_every_likelihood_builds_without_numbers_where_it_builds_at_all(likeliho
 
 
 def test_no_arguments_ask_for_the_defaults() -> None:
-    assert options.parse_train([]) == options.TrainCommand(options=options.Options())
+    assert parse_train([]) == TrainCommand(options=Options())
 
 
 def test_the_default_likelihood_is_bernoulli() -> None:
-    assert options.Options().likelihood == "bernoulli"
+    assert Options().likelihood == "bernoulli"
 
 
 @pytest.mark.parametrize(
@@ -196,7 +236,7 @@ def test_the_default_likelihood_is_bernoulli() -> None:
 def test_the_default_warmup_is_three_tenths_of_the_epochs_at_most_15_and_at_least_one_of_several(
     epochs: int, warmup: int
 ) -> None:
-    assert options.default_warmup(epochs) == warmup
+    assert default_warmup(epochs) == warmup
 
 
 @pytest.mark.parametrize(
@@ -213,38 +253,38 @@ def test_the_default_warmup_is_three_tenths_of_the_epochs_at_most_15_and_at_leas
         ({"objective": "free-bits"}, "standard-normal", "free-bits"),
         ({"objective": "iwae", "num_particles": 5}, "flow", "iwae"),
         ({"prior": "vamp"}, "vamp", "stl"),
-        (options.PLAIN, "standard-normal", "elbo"),
+        (PLAIN, "standard-normal", "elbo"),
     ],
     ids=str,
 )
 def test_a_prior_and_an_objective_that_were_left_open_are_those_that_go_with_the_rest(
     asked: dict[str, Any], prior: str, objective: str
 ) -> None:
-    resolved = build.resolve(options.Options(**asked), data.load("mnist"))
+    resolved = build.resolve(Options(**asked), data.load("mnist"))
     assert (resolved.prior, resolved.objective) == (prior, objective)
     assert build.resolve(resolved, data.load("mnist")) == resolved
 
 
-@pytest.mark.parametrize("decay_start", [options.Options().decay_start, options.PLAIN["decay_start"]])
+@pytest.mark.parametrize("decay_start", [Options().decay_start, PLAIN["decay_start"]])
 def test_a_start_of_the_cosine_that_nobody_asked_for_stands_beside_stages(decay_start: float) -> None:
-    asked = options.Options(schedule="stages", decay_start=decay_start, hidden=(5,), latent_dim=2)
+    asked = Options(schedule="stages", decay_start=decay_start, hidden=(5,), latent_dim=2)
     assert build.vae(asked, (1, 2, 3)).likelihood.event_shape == (1, 2, 3)
 
 
 def test_a_config_of_before_there_was_a_choice_is_of_the_plain_vae() -> None:
     """The fields that came later are left out, and the others of it had the same words."""
-    plain = options.Options(**options.PLAIN, keep="best", dequantization="none")
+    plain = Options(**PLAIN, keep="best", dequantization="none")
     later = {*LATER, *OTHERWISE}
-    values = {name: value for name, value in options.to_json(plain).items() if name not in later}
-    assert options.from_json(values) == plain
+    values = {name: value for name, value in to_json(plain).items() if name not in later}
+    assert from_json(values) == plain
 
 
 def test_the_table_of_likelihoods_is_of_plain_vaes() -> None:
-    expected = options.Options(**options.PLAIN, epochs=10, evaluation_particles=100)
-    assert options.parse_likelihoods([]).options == expected
+    expected = Options(**PLAIN, epochs=10, evaluation_particles=100)
+    assert parse_likelihoods([]).options == expected
 
 
-OTHER = options.Options(
+OTHER = Options(
     dataset="own.npz",
     data_dir="elsewhere",
     protocol="iwae",
@@ -298,22 +338,22 @@ OTHER = options.Options(
 )
 
 
-@pytest.mark.parametrize("asked", [options.Options(), OTHER], ids=["defaults", "others"])
-def test_options_come_back_from_json_as_they_were(asked: options.Options) -> None:
-    assert options.from_json(json.loads(json.dumps(options.to_json(asked)))) == asked
+@pytest.mark.parametrize("asked", [Options(), OTHER], ids=["defaults", "others"])
+def test_options_come_back_from_json_as_they_were(asked: Options) -> None:
+    assert from_json(json.loads(json.dumps(to_json(asked)))) == asked
 
 
 def test_json_holds_every_field() -> None:
-    assert set(options.to_json(OTHER)) == {spec.name for spec in fields(options.Options)}
+    assert set(to_json(OTHER)) == {spec.name for spec in fields(Options)}
 
 
-@pytest.mark.parametrize("asked", [options.Options(), OTHER], ids=["defaults", "others"])
-def test_options_come_back_from_the_command_line_as_they_were(asked: options.Options) -> None:
+@pytest.mark.parametrize("asked", [Options(), OTHER], ids=["defaults", "others"])
+def test_options_come_back_from_the_command_line_as_they_were(asked: Options) -> None:
     words: list[str] = []
-    for name, value in options.to_json(asked).items():
+    for name, value in to_json(asked).items():
         if value is not None:
-            words += [options.flag(name), *map(str, value if isinstance(value, list) else [value])]
-    assert options.parse_train(words).options == asked
+            words += [flag(name), *map(str, value if isinstance(value, list) else [value])]
+    assert parse_train(words).options == asked
 
 
 LATER = [
@@ -361,38 +401,36 @@ OTHERWISE = {
 
 @pytest.mark.parametrize("name", LATER)
 def test_a_field_of_json_that_came_later_means_its_default(name: str) -> None:
-    values = options.to_json(OTHER)
+    values = to_json(OTHER)
     del values[name]
-    assert options.from_json(values) == replace(OTHER, **{name: getattr(options.Options(), name)})
+    assert from_json(values) == replace(OTHER, **{name: getattr(Options(), name)})
 
 
 @pytest.mark.parametrize("name", OTHERWISE)
 def test_a_field_of_json_that_came_later_means_what_was_done_before(name: str) -> None:
     """Whatever the default is: a run saw level / 255, kept its best weights, and averaged none of them."""
-    values = options.to_json(options.Options())
+    values = to_json(Options())
     del values[name]
-    assert getattr(options.from_json(values), name) == OTHERWISE[name]
+    assert getattr(from_json(values), name) == OTHERWISE[name]
 
 
-@pytest.mark.parametrize(
-    "name", [spec.name for spec in fields(options.Options) if spec.name not in (*LATER, *OTHERWISE)]
-)
+@pytest.mark.parametrize("name", [spec.name for spec in fields(Options) if spec.name not in (*LATER, *OTHERWISE)])
 def test_a_missing_field_of_json_is_named_and_refused(name: str) -> None:
-    values = options.to_json(options.Options())
+    values = to_json(Options())
     del values[name]
     with pytest.raises(ValueError, match=f"missing or unknown: {name}$"):
-        options.from_json(values)
+        from_json(values)
 
 
 def test_unknown_fields_of_json_are_named_and_refused() -> None:
     with pytest.raises(ValueError, match=r"missing or unknown: glitter, sparkle$"):
-        options.from_json(options.to_json(options.Options()) | {"sparkle": 1, "glitter": 2})
+        from_json(to_json(Options()) | {"sparkle": 1, "glitter": 2})
 
 
 @pytest.mark.parametrize("values", [[], None, 3, "text"])
 def test_json_that_is_no_object_is_refused(values: Any) -> None:
     with pytest.raises(ValueError, match="expected an object of options, got"):
-        options.from_json(values)
+        from_json(values)
 
 
 BAD_JSON = [
@@ -427,13 +465,13 @@ BAD_JSON = [
 
 @pytest.mark.parametrize(("name", "value"), BAD_JSON, ids=str)
 def test_a_field_of_json_of_the_wrong_type_or_range_is_refused(name: str, value: Any) -> None:
-    values = options.to_json(options.Options()) | {name: value}
-    with pytest.raises(ValueError, match=f"{options.flag(name)}: expected .*, got "):
-        options.from_json(values)
+    values = to_json(Options()) | {name: value}
+    with pytest.raises(ValueError, match=f"{flag(name)}: expected .*, got "):
+        from_json(values)
 
 
 def test_a_whole_number_is_a_float_too() -> None:
-    assert options.from_json(options.to_json(options.Options()) | {"beta": 4}).beta == 4
+    assert from_json(to_json(Options()) | {"beta": 4}).beta == 4
 
 
 # --- Refusals on the command line ---
@@ -508,13 +546,13 @@ BAD_WORDS = {
 
 
 def test_every_option_is_refused_something() -> None:
-    assert set(BAD_WORDS) == {spec.name for spec in fields(options.Options)}
+    assert set(BAD_WORDS) == {spec.name for spec in fields(Options)}
 
 
 @pytest.mark.parametrize(("name", "word"), [(name, word) for name, words in BAD_WORDS.items() for word in words])
 def test_a_value_out_of_range_is_refused_in_one_line(capsys: pytest.CaptureFixture[str], name: str, word: str) -> None:
-    line = refused(capsys, options.parse_train, [f"{options.flag(name)}={word}"])
-    assert line.startswith(f"error: {options.flag(name)}: expected ")
+    line = refused(capsys, parse_train, [f"{flag(name)}={word}"])
+    assert line.startswith(f"error: {flag(name)}: expected ")
     assert f"got {word!r}" in line
 
 
@@ -522,7 +560,7 @@ def test_a_value_out_of_range_is_refused_in_one_line(capsys: pytest.CaptureFixtu
 def test_a_value_out_of_range_after_a_space_is_refused_in_one_line(
     capsys: pytest.CaptureFixture[str], name: str, word: str
 ) -> None:
-    assert options.flag(name) in refused(capsys, options.parse_train, [options.flag(name), word])
+    assert flag(name) in refused(capsys, parse_train, [flag(name), word])
 
 
 EVALUATE_WORDS = {
@@ -537,8 +575,8 @@ EVALUATE_WORDS = {
 
 @pytest.mark.parametrize(("name", "word"), [(name, word) for name, words in EVALUATE_WORDS.items() for word in words])
 def test_a_value_out_of_range_is_refused_by_evaluate(capsys: pytest.CaptureFixture[str], name: str, word: str) -> None:
-    line = refused(capsys, options.parse_evaluate, ["run", f"{options.flag(name)}={word}"])
-    assert line.startswith(f"error: {options.flag(name)}: expected ")
+    line = refused(capsys, parse_evaluate, ["run", f"{flag(name)}={word}"])
+    assert line.startswith(f"error: {flag(name)}: expected ")
 
 
 CERTIFY_WORDS = {
@@ -564,12 +602,12 @@ CERTIFY_WORDS = {
 
 @pytest.mark.parametrize(("name", "word"), [(name, word) for name, words in CERTIFY_WORDS.items() for word in words])
 def test_a_value_out_of_range_is_refused_by_certify(capsys: pytest.CaptureFixture[str], name: str, word: str) -> None:
-    line = refused(capsys, options.parse_certify, ["run", f"{options.flag(name)}={word}"])
-    assert line.startswith(f"error: {options.flag(name)}: expected ")
+    line = refused(capsys, parse_certify, ["run", f"{flag(name)}={word}"])
+    assert line.startswith(f"error: {flag(name)}: expected ")
 
 
 def test_the_starts_of_annealing_are_those_that_it_knows() -> None:
-    assert options.AIS_STARTS == ais.STARTS
+    assert AIS_STARTS == ais.STARTS
 
 
 @pytest.mark.parametrize(
@@ -589,17 +627,17 @@ def test_the_starts_of_annealing_are_those_that_it_knows() -> None:
     ids=" ".join,
 )
 def test_a_wrong_command_line_is_refused_in_one_line(capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
-    refused(capsys, options.parse_train, words)
+    refused(capsys, parse_train, words)
 
 
 PARSERS = [
-    options.parse_evaluate,
-    options.parse_figures,
-    options.parse_sample,
-    options.parse_encode,
-    options.parse_impute,
-    options.parse_compare,
-    options.parse_certify,
+    parse_evaluate,
+    parse_figures,
+    parse_sample,
+    parse_encode,
+    parse_impute,
+    parse_compare,
+    parse_certify,
 ]
 
 
@@ -608,11 +646,11 @@ def test_a_missing_run_folder_is_refused_in_one_line(capsys: pytest.CaptureFixtu
     assert "RUN" in refused(capsys, parse, [])
 
 
-@pytest.mark.parametrize("name", [spec.name for spec in fields(options.Options)])
+@pytest.mark.parametrize("name", [spec.name for spec in fields(Options)])
 def test_a_wrong_type_is_refused_from_python(name: str) -> None:
     """An object is no value of any option."""
-    with pytest.raises(ValueError, match=f"{options.flag(name)}: expected .*, got <object"):
-        replace(options.Options(), **{name: object()})
+    with pytest.raises(ValueError, match=f"{flag(name)}: expected .*, got <object"):
+        replace(Options(), **{name: object()})
 
 
 # --- What does not go together ---
@@ -699,14 +737,14 @@ OF_SEVERAL_LAYERS = {"upper_hidden": (4,), "inference": "bottom-up", "decoder_in
 TOGETHER |= {
     f"{name} of another {of}": (
         {name: value, of: word} | ({"beta": 0.0, "objective": "elbo"} if word == "delta" else {}),
-        f"{options.flag(name)}: expected {options.flag(of)} {words}, which it is of, got {word}$",
+        f"{flag(name)}: expected {flag(of)} {words}, which it is of, got {word}$",
     )
     for name, (value, of, word, words) in OF_WORDS.items()
 }
 TOGETHER |= {
     f"{name} of one layer": (
         {name: value},
-        f"{options.flag(name)}: expected --upper-latents beside it, which it is of, got none$",
+        f"{flag(name)}: expected --upper-latents beside it, which it is of, got none$",
     )
     for name, value in OF_SEVERAL_LAYERS.items()
 }
@@ -720,14 +758,14 @@ def test_an_option_of_its_own_word_is_taken(name: str) -> None:
     else:
         value, of, _, words = OF_WORDS[name]
         asked = {name: value, of: words.split(" or ")[0]}
-    build.vae(options.Options(**({"hidden": (5,)} | asked)), (1, 2, 3))
+    build.vae(Options(**({"hidden": (5,)} | asked)), (1, 2, 3))
 
 
 @pytest.mark.parametrize("words", TOGETHER)
 def test_options_that_do_not_go_together_are_refused_and_leave_nothing(tmp_path: Path, words: str) -> None:
     asked, expected = TOGETHER[words]
     with pytest.raises(ValueError, match=expected):
-        experiment.train(options.Options(**asked), str(tmp_path / "run"), say=print)
+        train_run(Options(**asked), str(tmp_path / "run"), say=print)
     assert not (tmp_path / "run").exists()
 
 
@@ -741,7 +779,7 @@ def test_options_that_do_not_go_together_are_refused_and_leave_nothing(tmp_path:
     ids=str,
 )
 def test_options_that_go_together_are_taken_as_they_are(asked: dict[str, Any]) -> None:
-    resolved = build.resolve(options.Options(**asked), data.load("mnist"))
+    resolved = build.resolve(Options(**asked), data.load("mnist"))
     assert {name: getattr(resolved, name) for name in asked} == asked
 
 
@@ -749,28 +787,26 @@ def test_options_that_go_together_are_taken_as_they_are(asked: dict[str, Any]) -
 
 
 def test_resume_alone_asks_for_its_folder() -> None:
-    assert options.parse_train(["--resume", "runs/x"]) == options.TrainCommand(resume="runs/x")
+    assert parse_train(["--resume", "runs/x"]) == TrainCommand(resume="runs/x")
 
 
 def test_resume_takes_more_epochs() -> None:
-    asked = options.parse_train(["--resume", "runs/x", "--epochs", "7"])
-    assert asked == options.TrainCommand(resume="runs/x", epochs=7)
+    asked = parse_train(["--resume", "runs/x", "--epochs", "7"])
+    assert asked == TrainCommand(resume="runs/x", epochs=7)
 
 
 def test_resume_takes_where_the_data_is_now() -> None:
-    asked = options.parse_train(["--resume", "runs/x", "--dataset", "moved.npz", "--data-dir", "there"])
-    assert asked == options.TrainCommand(resume="runs/x", dataset="moved.npz", data_dir="there")
+    asked = parse_train(["--resume", "runs/x", "--dataset", "moved.npz", "--data-dir", "there"])
+    assert asked == TrainCommand(resume="runs/x", dataset="moved.npz", data_dir="there")
 
 
 BESIDE = ("epochs", "dataset", "data_dir", "compile")
-OTHERS = {spec.name: spec.default for spec in fields(options.Options) if spec.name not in BESIDE} | {
-    "run_dir": "runs/y"
-}
+OTHERS = {spec.name: spec.default for spec in fields(Options) if spec.name not in BESIDE} | {"run_dir": "runs/y"}
 
 
 @pytest.mark.parametrize("parse", PARSERS)
 def test_every_script_of_a_run_takes_where_the_data_is_now(parse: Any) -> None:
-    run = ["run", "other"] if parse in (options.parse_encode, options.parse_impute, options.parse_compare) else ["run"]
+    run = ["run", "other"] if parse in (parse_encode, parse_impute, parse_compare) else ["run"]
     asked = parse([*run, "--dataset", "moved.npz", "--data-dir", "there"])
     assert (asked.dataset, asked.data_dir) == ("moved.npz", "there")
 
@@ -792,11 +828,9 @@ def test_resume_with_another_option_is_refused(capsys: pytest.CaptureFixture[str
         "skip_norm": 1e6,
     }.get(name, OTHERS[name])
     values = given if isinstance(given, tuple) else (given,)
-    line = refused(
-        capsys, options.parse_train, ["--resume", "runs/x", "--epochs", "7", options.flag(name), *map(str, values)]
-    )
+    line = refused(capsys, parse_train, ["--resume", "runs/x", "--epochs", "7", flag(name), *map(str, values)])
     assert line.startswith("error: --resume: the run keeps its own options; beside it only --epochs, --dataset, ")
-    assert f"got {options.flag(name)} " in line
+    assert f"got {flag(name)} " in line
 
 
 # --- What ends a script ---
@@ -808,7 +842,7 @@ def test_what_a_user_can_cause_ends_in_one_line(capsys: pytest.CaptureFixture[st
         raise error
 
     with pytest.raises(SystemExit, match=r"^1$"):
-        options.command(main)
+        command(main)
     assert capsys.readouterr().err == f"error: {error}\n"
 
 
@@ -817,7 +851,7 @@ def test_an_interrupt_ends_with_code_130_and_one_word(capsys: pytest.CaptureFixt
         raise KeyboardInterrupt
 
     with pytest.raises(SystemExit, match=r"^130$"):
-        options.command(main)
+        command(main)
     assert capsys.readouterr().err.strip() == "interrupted"
 
 
@@ -826,7 +860,7 @@ def test_our_own_bugs_keep_their_traceback() -> None:
         raise TypeError("a bug")
 
     with pytest.raises(TypeError, match="a bug"):
-        options.command(main)
+        command(main)
 
 
 @pytest.mark.parametrize(
@@ -843,7 +877,7 @@ def test_memory_that_ran_out_ends_in_one_line(capsys: pytest.CaptureFixture[str]
         raise error
 
     with pytest.raises(SystemExit, match=r"^1$"):
-        options.command(main)
+        command(main)
     assert capsys.readouterr().err.startswith("error: out of memory; a smaller batch")
 
 
@@ -853,7 +887,7 @@ def test_another_error_of_memory_keeps_its_traceback(words: str) -> None:
         raise RuntimeError(words)
 
     with pytest.raises(RuntimeError, match=words):
-        options.command(main)
+        command(main)
 
 
 def test_a_traceback_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -862,4 +896,4 @@ def test_a_traceback_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setenv("PPL_VAE_TRACEBACK", "1")
     with pytest.raises(ValueError, match="x: bad"):
-        options.command(main)
+        command(main)

@@ -12,7 +12,7 @@ from PIL import Image
 from small_run import SMALL, save_bars
 
 from ppl_vae import runs
-from ppl_vae.options import flag, to_json
+from ppl_vae.runs.options import flag, to_json
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 

@@ -12,10 +12,16 @@ import torch
 from small_run import SMALL, train_small
 from torch.testing import assert_close
 
-from ppl_vae import build, data, experiment, runs, training
-from ppl_vae.experiment.evaluation_words import describe_evaluation
-from ppl_vae.experiment.opening import evaluated_vae, open_run
-from ppl_vae.options import LIKELIHOODS, Options
+from ppl_vae import data, runs, training
+from ppl_vae.commands.compare_runs import compare_runs
+from ppl_vae.commands.encode import encode_images
+from ppl_vae.commands.evaluate import evaluate_run
+from ppl_vae.commands.train import resume as resume_run
+from ppl_vae.commands.train import train as train_run
+from ppl_vae.reports.evaluation_words import describe_evaluation
+from ppl_vae.runs import build
+from ppl_vae.runs.opening import evaluated_vae, open_run
+from ppl_vae.runs.options import LIKELIHOODS, Options
 
 GENERATOR = np.random.default_rng(0)
 ARRAYS = {
@@ -235,7 +241,7 @@ def test_bits_per_dimension_are_the_nats_of_the_levels(two, word):
 
 
 def test_a_mass_and_a_density_of_the_same_levels_compare(two, tmp_path):
-    entry = experiment.compare_runs(
+    entry = compare_runs(
         [str(folder) for folder in two.values()],
         split="test",
         num_particles=20,
@@ -259,7 +265,7 @@ def test_other_scales_are_refused_in_words(two, tmp_path, other):
     options = replace(SMALL, dataset=str(folder.parent / "own.npy"), epochs=1, **other)
     run = train_small(tmp_path / "other", options)
     with pytest.raises(ValueError, match=r"expected one for all runs, got .* in .* and .* in"):
-        experiment.compare_runs(
+        compare_runs(
             [str(folder), str(run)],
             split="test",
             num_particles=2,
@@ -276,7 +282,7 @@ def test_draws_change_no_exact_mass_and_a_line_says_so(two):
     said: list[str] = []
     asked = {"split": "validation", "num_particles": 10, "images": None, "device": "cpu", "seed": 0}
     with_draws, without = (
-        experiment.evaluate_run(str(two["normal"]), **asked, dequantization_draws=M, say=said.append) for M in (3, None)
+        evaluate_run(str(two["normal"]), **asked, dequantization_draws=M, say=said.append) for M in (3, None)
     )
     assert with_draws["log_likelihood"] == without["log_likelihood"]
     assert sum("--dequantization-draws 3 has no effect" in line for line in said) == 1
@@ -310,9 +316,7 @@ def test_an_optimal_scale_is_fitted_while_it_trains_and_left_alone_by_an_evaluat
     folder = train_small(tmp_path / "run", replace(SMALL, dataset=path, likelihood="normal-optimal", batch_size=2))
     before = build.load(folder).likelihood.family.log_scale.clone()
     assert before != 0
-    experiment.evaluate_run(
-        str(folder), split="test", num_particles=5, images=None, device="cpu", seed=0, say=lambda line: None
-    )
+    evaluate_run(str(folder), split="test", num_particles=5, images=None, device="cpu", seed=0, say=lambda line: None)
     assert torch.equal(before, build.load(folder).likelihood.family.log_scale)
 
 
@@ -337,7 +341,7 @@ def test_a_scale_in_closed_form_resumes_bit_for_bit(tmp_path):
         patch.setattr(training.EagerSteps, "epoch", interrupted)
         with pytest.raises(Interrupted):
             train_small(tmp_path / "parts", options)
-    experiment.resume(str(tmp_path / "parts"), epochs=None, say=lambda line: None)
+    resume_run(str(tmp_path / "parts"), epochs=None, say=lambda line: None)
     one, other = (runs.load_tensors(folder / runs.TRAINING_STATE)[0] for folder in (whole, tmp_path / "parts"))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
@@ -362,7 +366,7 @@ def test_an_option_of_one_likelihood_is_refused_beside_another(tmp_path, name, v
 def test_a_density_of_values_on_a_grid_is_warned_of(tmp_path, scaled, hint):
     np.save(tmp_path / "own.npy", ARRAYS[data.REAL] if scaled is None else scaled)
     said: list[str] = []
-    experiment.train(
+    train_run(
         replace(SMALL, dataset=str(tmp_path / "own.npy"), likelihood="normal"), str(tmp_path / "run"), say=said.append
     )
     warned = [line for line in said if "no upper bound" in line]
@@ -375,7 +379,7 @@ def test_own_images_at_the_open_ends_of_a_density_are_refused(tmp_path):
     folder = train_small(tmp_path / "run", replace(SMALL, dataset=path, likelihood="beta"))
     np.save(tmp_path / "ends.npy", np.where(ARRAYS[data.PROBABILITIES] > 0.9, 1.0, ARRAYS[data.PROBABILITIES]))
     with pytest.raises(ValueError, match=r"ends.npy: expected pixels that are numbers between 0 and 1, neither"):
-        experiment.encode_images(
+        encode_images(
             str(folder),
             str(tmp_path / "ends.npy"),
             num_particles=5,

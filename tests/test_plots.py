@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ppl_vae import plots
+from ppl_vae.reports import figures as plots
 
 
 def gray(*levels, shape=(1, 4, 4)):

@@ -18,9 +18,9 @@ from torch.testing import assert_close
 
 from ppl_vae import VAE, Conditional, fit, log_evidence, log_weights
 from ppl_vae.diagnostics.mixture import AggregatePosterior
-from ppl_vae.networks import MLP
-from ppl_vae.posteriors import DiagonalNormal, inverse_autoregressive_flow, spline_flow
-from ppl_vae.priors import StandardNormal
+from ppl_vae.parts.networks import MLP
+from ppl_vae.parts.posteriors import DiagonalNormal, inverse_autoregressive_flow, spline_flow
+from ppl_vae.parts.priors import StandardNormal
 
 FLOWS = {"iaf": inverse_autoregressive_flow, "spline": spline_flow}
 C = 4  # features of the context

@@ -13,10 +13,10 @@ from scipy.stats import multivariate_normal
 from torch.testing import assert_close
 
 from ppl_vae import VAE, Conditional, log_weights
-from ppl_vae.build import SCALE_MAPS
-from ppl_vae.networks import MLP
-from ppl_vae.posteriors import MAX_LOG_SCALE, Delta, DiagonalNormal, FullNormal
-from ppl_vae.priors import StandardNormal
+from ppl_vae.parts.networks import MLP
+from ppl_vae.parts.posteriors import MAX_LOG_SCALE, Delta, DiagonalNormal, FullNormal
+from ppl_vae.parts.priors import StandardNormal
+from ppl_vae.runs.build import SCALE_MAPS
 
 FEATURES = [-80.0, -30.0, -5.0, -1e-3, 0.0, 0.5, 3.0, 20.0, 80.0]
 

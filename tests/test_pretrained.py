@@ -11,10 +11,17 @@ import pytest
 import torch
 from small_run import save_bars
 
-from ppl_vae import build, data, experiment, load, runs, save
-from ppl_vae.build import stored
-from ppl_vae.experiment.opening import open_run
-from ppl_vae.options import Options, command_line, parse_train
+from ppl_vae import data, load, runs, save
+from ppl_vae.commands import cli as command_line
+from ppl_vae.commands.cli import parse_train
+from ppl_vae.commands.evaluate import evaluate_run
+from ppl_vae.commands.sample import sample_run
+from ppl_vae.commands.train import resume as resume_run
+from ppl_vae.runs import build
+from ppl_vae.runs.build import stored
+from ppl_vae.runs.opening import open_run
+from ppl_vae.runs.options import Options
+from ppl_vae.runs.shipped import ship as ship_run
 
 ROOT = Path(__file__).parent.parent
 OPTIONS = Options(network="mlp", hidden=(8,), latent_dim=2)
@@ -36,7 +43,7 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained") / "run"
     torch.manual_seed(0)
     save(build.vae(OPTIONS, (1, 28, 28)), folder, replace(OPTIONS, data_dir="somewhere"))
-    experiment.evaluate_run(str(folder), **ASKED, say=silent)
+    evaluate_run(str(folder), **ASKED, say=silent)
     return folder
 
 
@@ -46,7 +53,7 @@ def shipped(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(stored, "PRETRAINED", tmp_path / "package")
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
-    return experiment.ship(str(trained), "small")
+    return ship_run(str(trained), "small")
 
 
 # --- What ships ---
@@ -66,14 +73,14 @@ def test_what_ships_knows_no_place_of_the_machine(trained, shipped):
 def test_shipping_again_replaces_what_was_there(trained, shipped):
     before = contents(shipped)
     (shipped / runs.EVALUATION).write_text("{}")
-    experiment.ship(str(trained), "small")
+    ship_run(str(trained), "small")
     assert contents(shipped) == before
 
 
 @pytest.mark.parametrize("name", ["", "Small", "a/b", "..", "a--b", "a b"])
 def test_a_name_that_is_no_plain_word_is_refused(trained, shipped, name):
     with pytest.raises(ValueError, match="name: expected small letters and digits"):
-        experiment.ship(str(trained), name)
+        ship_run(str(trained), name)
 
 
 def test_a_run_without_an_evaluation_of_its_weights_does_not_ship(trained, shipped, tmp_path):
@@ -84,7 +91,7 @@ def test_a_run_without_an_evaluation_of_its_weights_does_not_ship(trained, shipp
     entry = runs.read_evaluations(folder)["test"]
     runs.write_json(folder / runs.EVALUATION, {"test": entry | {"step": entry["step"] + 1}})
     with pytest.raises(ValueError, match="expected an evaluation of its weights on the test split, got none"):
-        experiment.ship(str(folder), "other")
+        ship_run(str(folder), "other")
     assert not (shipped.parent / "other").exists()
 
 
@@ -92,7 +99,7 @@ def test_a_run_on_a_file_of_ones_own_does_not_ship(shipped, tmp_path):
     options = replace(OPTIONS, dataset=str(save_bars(tmp_path / "bars.npz")))
     save(build.vae(options, (8, 8)), tmp_path / "bars", options)
     with pytest.raises(ValueError, match=r"expected a run on one of mnist, .*, got .*bars\.npz"):
-        experiment.ship(str(tmp_path / "bars"), "bars")
+        ship_run(str(tmp_path / "bars"), "bars")
 
 
 # --- What takes it ---
@@ -125,7 +132,7 @@ def test_a_path_is_no_name(shipped, path):
 
 def test_its_evaluation_makes_the_number_again_beside_the_package(trained, shipped):
     before = contents(shipped)
-    entry = experiment.evaluate_run("small", **ASKED, say=silent)
+    entry = evaluate_run("small", **ASKED, say=silent)
     assert entry["log_likelihood"] == runs.read_evaluations(trained)["test"]["log_likelihood"]
     assert runs.read_evaluations(Path("runs/small"))["test"]["seconds"] == entry["seconds"]
     assert contents(shipped) == before
@@ -133,7 +140,7 @@ def test_its_evaluation_makes_the_number_again_beside_the_package(trained, shipp
 
 def test_a_script_that_writes_takes_it(shipped):
     before = contents(shipped)
-    experiment.sample_run("small", num_samples=2, device="cpu", seed=0, output=None, say=silent)
+    sample_run("small", num_samples=2, device="cpu", seed=0, output=None, say=silent)
     assert any((Path("runs/small") / "samples").iterdir())
     assert contents(shipped) == before
 
@@ -177,7 +184,7 @@ def test_another_run_in_the_copys_place_is_left_as_it_is(shipped):
 
 def test_its_training_cannot_be_gone_on_with(shipped):
     with pytest.raises(ValueError, match=r"--resume: expected a run of train_svi\.py, but runs/small was .* shipped"):
-        experiment.resume("small", epochs=10, say=silent)
+        resume_run("small", epochs=10, say=silent)
     assert contents(Path("runs/small")) == contents(shipped)
 
 

@@ -17,13 +17,14 @@ from scipy.special import logsumexp
 from scipy.stats import multivariate_normal, norm
 from torch.testing import assert_close
 
-from ppl_vae import VAE, Conditional, build, fit, log_weights, objectives
-from ppl_vae.flows import COUPLINGS
-from ppl_vae.flows import Flow as Layers
-from ppl_vae.networks import MLP, Standardized
-from ppl_vae.options import PRIORS, Options
-from ppl_vae.posteriors import DiagonalNormal, FullNormal
-from ppl_vae.priors import Flow, Mixture, StandardNormal, VampPrior
+from ppl_vae import VAE, Conditional, fit, log_weights, objectives
+from ppl_vae.parts.flows import COUPLINGS
+from ppl_vae.parts.flows import Flow as Layers
+from ppl_vae.parts.networks import MLP, Standardized
+from ppl_vae.parts.posteriors import DiagonalNormal, FullNormal
+from ppl_vae.parts.priors import Flow, Mixture, StandardNormal, VampPrior
+from ppl_vae.runs import build
+from ppl_vae.runs.options import PRIORS, Options
 
 D = 12
 

@@ -10,8 +10,8 @@ from contextlib import suppress
 
 import pytest
 
-from ppl_vae import progress
-from ppl_vae.progress import Progress, progress_bar
+from ppl_vae.runtime import progress
+from ppl_vae.runtime.progress import Progress, progress_bar
 
 TRAINING = """
 import time

@@ -13,14 +13,14 @@ from torch.distributions import MultivariateNormal
 from torch.testing import assert_close
 
 from ppl_vae import VAE, Conditional, importance, log_weights
-from ppl_vae.evidence import NotFinite, evaluate
+from ppl_vae.evidence.importance import NotFinite, evaluate
+from ppl_vae.evidence.proposals import Proposal, defensive, fitted, refined, with_guide
 from ppl_vae.hierarchy import BottomUp, HierarchicalVAE, LayeredPrior, OfBottomLayer
-from ppl_vae.likelihoods import Bernoulli
-from ppl_vae.networks import MLP
-from ppl_vae.numerics import bound_by_particles
-from ppl_vae.posteriors import Delta, DiagonalNormal, FullNormal, exponential_log_scale, spline_flow
-from ppl_vae.priors import StandardNormal, VampPrior
-from ppl_vae.proposals import Proposal, defensive, fitted, refined, with_guide
+from ppl_vae.parts.likelihoods import Bernoulli
+from ppl_vae.parts.networks import MLP
+from ppl_vae.parts.posteriors import Delta, DiagonalNormal, FullNormal, exponential_log_scale, spline_flow
+from ppl_vae.parts.priors import StandardNormal, VampPrior
+from ppl_vae.runtime.numerics import bound_by_particles
 
 
 def _correlated():
@@ -138,7 +138,7 @@ def test_the_vae_and_its_gradients_are_left_as_they_were():
 def test_images_are_refined_in_groups_of_one_size(monkeypatch):
     oracle = _correlated()
     vae, x = oracle.vae(widen=1.5, shift=1.0), oracle.draw(7)
-    monkeypatch.setattr("ppl_vae.proposals.refinement.weighed_a_pass", lambda vae, x: 3 * 4)
+    monkeypatch.setattr("ppl_vae.evidence.proposals.refinement.weighed_a_pass", lambda vae, x: 3 * 4)
     counted = []
     torch.manual_seed(0)
     q = refined(

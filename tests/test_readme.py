@@ -16,9 +16,10 @@ import pytest
 import torch
 
 from ppl_vae import load
-from ppl_vae.experiment.diagnosis_words import describe_numbers, describe_verdicts
-from ppl_vae.experiment.evaluation_words import describe_evaluation
-from ppl_vae.options import LIKELIHOODS, parse_networks
+from ppl_vae.commands.cli import parse_networks
+from ppl_vae.reports.diagnosis_words import describe_numbers, describe_verdicts
+from ppl_vae.reports.evaluation_words import describe_evaluation
+from ppl_vae.runs.options import LIKELIHOODS
 from ppl_vae.study.answers import answers
 
 ROOT = Path(__file__).parent.parent

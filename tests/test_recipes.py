@@ -7,9 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ppl_vae import build, data, recipes
-from ppl_vae.options import MODEL_OPTIONS
-from ppl_vae.recipes import RECIPES, recipe
+from ppl_vae import data
+from ppl_vae.runs import build, recipes
+from ppl_vae.runs.options import MODEL_OPTIONS
+from ppl_vae.runs.recipes import RECIPES, recipe
 
 # Read in the papers' tables, in nats and negative there.
 PRINTED = {

@@ -17,9 +17,9 @@ import pytest
 import torch
 from browser import Visit
 
-from ppl_vae import likelihoods, networks
 from ppl_vae.conditional import Conditional
-from ppl_vae.report import (
+from ppl_vae.parts import likelihoods, networks
+from ppl_vae.reports.page import (
     Answer,
     Explorer,
     Picture,

@@ -15,10 +15,11 @@ import pytest
 import torch
 from small_run import SMALL, save_bars
 
-from ppl_vae import experiment, recipes, runs
-from ppl_vae.experiment import reproduction
-from ppl_vae.experiment.opening import evaluated_vae, open_run
-from ppl_vae.experiment.reproduction import (
+from ppl_vae import runs
+from ppl_vae.commands import reproduce as reproduction
+from ppl_vae.commands.cli import parse_reproduce
+from ppl_vae.commands.encode import encode_images
+from ppl_vae.commands.reproduce import (
     describe,
     read_rows,
     reproduction_table,
@@ -27,8 +28,11 @@ from ppl_vae.experiment.reproduction import (
     validation_curve,
     write_row,
 )
-from ppl_vae.options import Options, parse_reproduce
-from ppl_vae.recipes import Published, Recipe
+from ppl_vae.commands.reproduce import reproduce as reproduce_recipe
+from ppl_vae.runs import recipes
+from ppl_vae.runs.opening import evaluated_vae, open_run
+from ppl_vae.runs.options import Options
+from ppl_vae.runs.recipes import Published, Recipe
 
 ROOT = Path(__file__).parent.parent
 EPOCHS = (10, 3)
@@ -55,7 +59,7 @@ def reproduced(folder, **asked):
     """The row, and what was said."""
     said: list[str] = []
     places = {"run_dir": str(folder / "runs"), "output": str(folder / "results" / "rows.json")}
-    return experiment.reproduce(asked.pop("name", "tiny"), **places | asked, say=said.append), said
+    return reproduce_recipe(asked.pop("name", "tiny"), **places | asked, say=said.append), said
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +140,7 @@ def test_active_latents_are_those_whose_means_vary(undisturbed, tmp_path):
     """By numpy, from the means that encode.py writes."""
     folder, row, _ = undisturbed
     given = {"num_particles": 2, "images": None, "device": "cpu", "seed": 0, "output": str(tmp_path / "z")}
-    experiment.encode_images(str(folder / "runs" / "2"), "test", **given, say=lambda line: None)
+    encode_images(str(folder / "runs" / "2"), "test", **given, say=lambda line: None)
     means = np.load(tmp_path / "z" / "encoded.npz")["mean"]
     assert row["active_units"] == int((means.var(0, ddof=1) > 0.01).sum())
 
@@ -146,7 +150,7 @@ def test_active_latents_are_counted_in_variances_of_the_prior(undisturbed, tmp_p
     run = open_run(str(undisturbed[0] / "runs" / "2"))
     vae = evaluated_vae(run)
     given = {"num_particles": 2, "images": None, "device": "cpu", "seed": 0, "output": str(tmp_path / "z")}
-    experiment.encode_images(str(run.folder), "test", **given, say=lambda line: None)
+    encode_images(str(run.folder), "test", **given, say=lambda line: None)
     means = torch.as_tensor(np.load(tmp_path / "z" / "encoded.npz")["mean"])
     scale = (means.var(0) / 0.01).sqrt() * torch.tensor([0.9, 1.1])
     monkeypatch.setattr(type(vae.prior), "forward", lambda self: pyro.distributions.Normal(0, scale).to_event(1))
@@ -168,9 +172,9 @@ def test_figures_of_the_last_stage_are_drawn_after_its_evaluation(undisturbed):
     [
         ("ppl_vae.runs.append_metrics", 4),
         ("ppl_vae.runs.append_metrics", EPOCHS[0] + 1),
-        ("ppl_vae.experiment.reproduction.train", 1),
-        ("ppl_vae.experiment.reproduction.write_evaluation", 0),
-        ("ppl_vae.experiment.reproduction.write_row", 0),
+        ("ppl_vae.commands.reproduce.train", 1),
+        ("ppl_vae.commands.reproduce.write_evaluation", 0),
+        ("ppl_vae.commands.reproduce.write_row", 0),
     ],
     ids=["in stage 1", "in stage 2", "between the stages", "before the evaluation", "before the row"],
 )

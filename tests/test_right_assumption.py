@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from ppl_vae import build, data
-from ppl_vae.dequantization import of_levels
-from ppl_vae.options import Options
+from ppl_vae import data
+from ppl_vae.evidence.dequantization import of_levels
+from ppl_vae.runs import build
+from ppl_vae.runs.options import Options
 
 D = 16
 SOURCES = ("binomial", "discretized-logistic", "beta", "laplace", "normal-per-pixel", "negative-binomial")

@@ -389,22 +389,22 @@ def test_missing_weights_say_that_the_run_has_none_yet(tmp_path: Path) -> None:
 @pytest.mark.parametrize("package", ["torch", "numpy", "pyro-ppl", "safetensors"])
 def test_the_environment_holds_each_packages_version(package: str) -> None:
     module = __import__(package.removesuffix("-ppl"))
-    assert runs.environment("cpu")["packages"][package].split("+")[0] == module.__version__.split("+")[0]
+    assert runs.describe_environment("cpu")["packages"][package].split("+")[0] == module.__version__.split("+")[0]
 
 
 def test_the_environment_holds_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["train_svi.py", "--seed", "3"])
-    assert runs.environment("cpu")["argv"] == ["train_svi.py", "--seed", "3"]
+    assert runs.describe_environment("cpu")["argv"] == ["train_svi.py", "--seed", "3"]
 
 
 def test_the_environment_holds_the_number_of_threads() -> None:
-    assert runs.environment("cpu")["threads"] == torch.get_num_threads()
+    assert runs.describe_environment("cpu")["threads"] == torch.get_num_threads()
 
 
 def test_the_environment_holds_the_commit() -> None:
     folder = Path(runs.__file__).parent
     asked = subprocess.run(["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True)
-    assert runs.environment("cpu")["git_commit"] == (asked.stdout.strip() if asked.returncode == 0 else None)
+    assert runs.describe_environment("cpu")["git_commit"] == (asked.stdout.strip() if asked.returncode == 0 else None)
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
@@ -425,7 +425,7 @@ def test_the_commit_of_a_project_around_the_package_is_not_its_own(
     git("add", *(["."] if is_tracked else ["theirs.py"]))
     git("commit", "-m", "theirs")
     monkeypatch.setattr(sys.modules["ppl_vae.runs.environment"], "__file__", str(package / "environment.py"))
-    found = runs.environment("cpu")
+    found = runs.describe_environment("cpu")
     assert (found["git_commit"], found["git_dirty"]) == (
         (git("rev-parse", "HEAD"), False) if is_tracked else (None, None)
     )
@@ -433,7 +433,7 @@ def test_the_commit_of_a_project_around_the_package_is_not_its_own(
 
 def test_the_environment_without_git_has_no_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    found = runs.environment("cpu")
+    found = runs.describe_environment("cpu")
     assert (found["git_commit"], found["git_dirty"]) == (None, None)
 
 

@@ -14,8 +14,10 @@ from PIL import Image
 from small_run import SMALL, bars, save_bars, train_small
 from torch.testing import assert_close
 
-from ppl_vae import VAE, experiment, load
-from ppl_vae.experiment import outputs, sampling
+from ppl_vae import VAE, load
+from ppl_vae.commands import sample as sampling
+from ppl_vae.commands.sample import sample_run
+from ppl_vae.runs import outputs
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +33,7 @@ def sample(folder, tmp_path):
     def call(run_dir=folder, *, num_samples=5, seed=0, output=tmp_path / "out"):
         said = []
         words = {"device": "cpu", "output": None if output is None else str(output), "say": said.append}
-        return experiment.sample_run(str(run_dir), num_samples=num_samples, seed=seed, **words), said
+        return sample_run(str(run_dir), num_samples=num_samples, seed=seed, **words), said
 
     return call
 

@@ -11,9 +11,10 @@ import pytest
 import torch
 from oracles import bernoulli_vae
 
-from ppl_vae import build, fit
-from ppl_vae.options import Options
-from ppl_vae.schedules import averaging, cosine, stages, warmup
+from ppl_vae import fit
+from ppl_vae.runs import build
+from ppl_vae.runs.options import Options
+from ppl_vae.training.schedules import averaging, cosine, stages, warmup
 
 STEPS = 1000
 

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 
 import ppl_vae
 from ppl_vae import data
-from ppl_vae.options import PLAIN, flag
+from ppl_vae.runs.options import PLAIN, flag
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 TRAIN, EVALUATE, FIGURES = "train_svi.py", "evaluate_log_likelihood.py", "make_figures.py"
@@ -87,7 +87,7 @@ def run_alone(script: str, *words: object, cwd: Path) -> Done:
 # process of its own, with nothing of an earlier command in it.
 SERVER = """
 import json, os, runpy, sys, traceback
-import matplotlib.backends.backend_agg, torch._dynamo, ppl_vae.experiment
+import matplotlib.backends.backend_agg, torch._dynamo, ppl_vae.commands
 for line in sys.stdin:
     asked = json.loads(line)
     child = os.fork()

@@ -18,11 +18,15 @@ from evaluation_worker import CASES, all_cases, small_passes
 from oracles import LinearGaussian, bernoulli_vae, quadrature_log_evidence
 from small_run import SMALL, save_bars, train_small
 
-from ppl_vae import data, evidence, experiment, importance, load, runs
-from ppl_vae.evidence import evaluate, images_a_group, seeded
-from ppl_vae.experiment import partial_evaluation
-from ppl_vae.experiment.partial_evaluation import partial_path
-from ppl_vae.options import Interrupted, Options
+from ppl_vae import data, importance, load, runs
+from ppl_vae.commands.evaluate import evaluate_run
+from ppl_vae.evidence import importance as evidence
+from ppl_vae.evidence.importance import evaluate, images_a_group, seeded
+from ppl_vae.runs import partial_evaluation
+from ppl_vae.runs.opening import open_run
+from ppl_vae.runs.options import Options
+from ppl_vae.runs.partial_evaluation import partial_path
+from ppl_vae.runtime.ending import Interrupted
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -180,7 +184,7 @@ ASKED = {"split": "test", "num_particles": 30, "images": None, "device": "cpu", 
 
 def _evaluate(folder: Path, **asked) -> list[str]:
     said: list[str] = []
-    experiment.evaluate_run(str(folder), **{**ASKED, **asked}, say=said.append)
+    evaluate_run(str(folder), **{**ASKED, **asked}, say=said.append)
     return said
 
 
@@ -222,7 +226,7 @@ def add_and_die(self, first, rows):
     if len(seen) == 4:
         os.kill(os.getpid(), signal.SIGKILL)
 partial_evaluation.PartialEvaluation.add = add_and_die
-experiment.evaluate_run(sys.argv[1], split="test", num_particles=30, images=None, device="cpu", seed=3, say=print)
+evaluate_run(sys.argv[1], split="test", num_particles=30, images=None, device="cpu", seed=3, say=print)
 """
 
 
@@ -333,7 +337,7 @@ def test_stored_images_of_a_run_have_not_changed_places(folder):
     _evaluate(folder)
     tensors, _ = runs.load_tensors(folder / runs.per_image("test"))
     assert torch.equal(tensors["index"], torch.arange(40))
-    run = experiment.evaluation.open_run(str(folder))
+    run = open_run(str(folder))
     x = data.evaluation_images(run.splits, "test", run.evaluated_pixels, seed=3)
     vae = load(folder)
     with seeded(9, x.device):

@@ -13,8 +13,9 @@ import torch
 from likelihood_cases import WORDS
 from torch.testing import assert_close
 
-from ppl_vae import capture, likelihoods
-from ppl_vae.likelihoods.counts import StableNegativeBinomial, StablePoisson
+from ppl_vae.parts import likelihoods
+from ppl_vae.parts.likelihoods.counts import StableNegativeBinomial, StablePoisson
+from ppl_vae.runtime import capture
 
 LARGEST_COUNT = 2.0**24  # beyond, float32 does not know every whole number
 NATS = 1e-3

@@ -14,9 +14,11 @@ import torch
 from small_run import SMALL, save_bars
 from torch import Tensor
 
-from ppl_vae import build, experiment, objectives, runs
-from ppl_vae.evidence import NotFinite, evaluate
-from ppl_vae.options import Options
+from ppl_vae import objectives, runs
+from ppl_vae.commands.train import train as train_run
+from ppl_vae.evidence.importance import NotFinite, evaluate
+from ppl_vae.runs import build
+from ppl_vae.runs.options import Options
 from ppl_vae.training import VALIDATION_SEED, TrainingState, batches_of, fit
 from ppl_vae.vae import VAE
 
@@ -262,7 +264,7 @@ def test_only_an_importance_weighted_objective_is_chosen_by_several_particles(ob
 def test_a_run_of_several_particles_says_by_which_bound_its_weights_were_chosen(tmp_path: Path) -> None:
     options = replace(SMALL, dataset=str(save_bars(tmp_path / "bars.npz")), objective="iwae", num_particles=4)
     said: list[str] = []
-    experiment.train(options, str(tmp_path / "run"), say=said.append)
+    train_run(options, str(tmp_path / "run"), say=said.append)
     records = runs.read_metrics(tmp_path / "run")
     best = max(record["validation_bound_nats_per_image"] for record in records)
     assert any(f"best validation bound L_4 {best:.2f} nats" in line for line in said)

@@ -11,8 +11,8 @@ from oracles import LinearGaussian
 from torch.testing import assert_close
 
 from ppl_vae import importance, log_weights
-from ppl_vae.numerics import log_mean_exp, pareto_k, smoothed_log_mean_exp
-from ppl_vae.proposals import adaptive
+from ppl_vae.evidence.proposals import adaptive
+from ppl_vae.runtime.numerics import log_mean_exp, pareto_k, smoothed_log_mean_exp
 
 
 def _zhang_stephens(x):

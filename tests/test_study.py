@@ -21,15 +21,18 @@ from small_run import bars
 from torch import Tensor, nn
 from torch.distributions import Normal
 
-from ppl_vae import VAE, Conditional, build, capture, data, objectives, runs
+from ppl_vae import VAE, Conditional, data, objectives, runs
+from ppl_vae.commands.cli import STUDY_DATASETS
+from ppl_vae.commands.evaluate import PerImage, read_per_image
 from ppl_vae.diagnostics import verdicts
-from ppl_vae.evidence import Importance, NotFinite
-from ppl_vae.experiment.evaluation import PerImage, read_per_image
-from ppl_vae.likelihoods import Bernoulli
-from ppl_vae.networks import MLP
-from ppl_vae.options import PLAIN, STUDY_DATASETS, Options
-from ppl_vae.posteriors import DiagonalNormal
-from ppl_vae.priors import StandardNormal
+from ppl_vae.evidence.importance import Importance, NotFinite
+from ppl_vae.parts.likelihoods import Bernoulli
+from ppl_vae.parts.networks import MLP
+from ppl_vae.parts.posteriors import DiagonalNormal
+from ppl_vae.parts.priors import StandardNormal
+from ppl_vae.runs import build
+from ppl_vae.runs.options import PLAIN, Options
+from ppl_vae.runtime import capture
 from ppl_vae.study import measuring, pairs, plan, run, sections, training
 from ppl_vae.study.material import components, material
 from ppl_vae.study.plan import DEFAULT, QUICK, Size

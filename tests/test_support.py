@@ -13,11 +13,12 @@ import torch
 from entry_points import OTHERS, SCORES
 from oracles import bernoulli_vae
 
-from ppl_vae import VAE, Conditional, dequantized, importance, likelihoods
-from ppl_vae.missing import Observed
-from ppl_vae.networks import MLP
-from ppl_vae.posteriors import DiagonalNormal
-from ppl_vae.priors import StandardNormal
+from ppl_vae import VAE, Conditional, dequantized, importance
+from ppl_vae.evidence.missing import Observed
+from ppl_vae.parts import likelihoods
+from ppl_vae.parts.networks import MLP
+from ppl_vae.parts.posteriors import DiagonalNormal
+from ppl_vae.parts.priors import StandardNormal
 from ppl_vae.support import check_support
 
 MODULES = ("ais", "calibration", "evidence", "exploration", "gaps", "guide_calibration", "missing", "weights")

@@ -11,9 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ppl_vae import distributed, experiment, runs
-from ppl_vae.experiment import tensorboard
-from ppl_vae.options import Options
+from ppl_vae import runs
+from ppl_vae.commands import loggers as tensorboard
+from ppl_vae.commands.train import resume as resume_run
+from ppl_vae.commands.train import train as train_run
+from ppl_vae.runs.options import Options
+from ppl_vae.runtime import ranks as distributed
 
 pytest.importorskip("tensorboard", reason="the extra tensorboard is not installed")
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -51,7 +54,7 @@ def records(folder: Path, name: str) -> dict[int, float]:
 
 @pytest.fixture(scope="module")
 def run(asked: Callable[..., Options], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return experiment.train(asked(), str(tmp_path_factory.mktemp("runs") / "a"), say=silent, draw=False)
+    return train_run(asked(), str(tmp_path_factory.mktemp("runs") / "a"), say=silent, draw=False)
 
 
 @pytest.mark.parametrize("name", ["train_loss_nats_per_image", "validation_elbo_nats_per_image", "beta", "seconds"])
@@ -66,24 +69,24 @@ def test_the_evaluation_is_an_event(run: Path) -> None:
 
 
 def test_a_resumed_run_has_each_step_once(asked: Callable[..., Options], tmp_path: Path) -> None:
-    folder = experiment.train(asked(), str(tmp_path / "a"), say=silent, draw=False)
+    folder = train_run(asked(), str(tmp_path / "a"), say=silent, draw=False)
     with tensorboard.metric_events(
         folder, asked(), step=9
     ) as log:  # of a process that was killed before its checkpoint
         log({"step": 12, "train_loss_nats_per_image": 1e6, "beta": 1.0})
-    experiment.resume(str(folder), epochs=5, say=silent, draw=False)
+    resume_run(str(folder), epochs=5, say=silent, draw=False)
     name = "train_loss_nats_per_image"
     assert len(records(folder, name)) == 5
     assert scalars(folder)[name] == pytest.approx(records(folder, name), rel=1e-6)
 
 
 def test_off_writes_no_events(asked: Callable[..., Options], tmp_path: Path) -> None:
-    folder = experiment.train(asked(tensorboard="off"), str(tmp_path / "a"), say=silent, draw=False)
+    folder = train_run(asked(tensorboard="off"), str(tmp_path / "a"), say=silent, draw=False)
     assert not (folder / tensorboard.EVENTS).exists()
 
 
 def test_events_change_no_weight(run: Path, asked: Callable[..., Options], tmp_path: Path) -> None:
-    other = experiment.train(asked(tensorboard="off"), str(tmp_path / "a"), say=silent, draw=False)
+    other = train_run(asked(tensorboard="off"), str(tmp_path / "a"), say=silent, draw=False)
     assert (other / runs.MODEL).read_bytes() == (run / runs.MODEL).read_bytes()
 
 
@@ -151,7 +154,7 @@ def test_a_training_whose_events_have_no_room_says_up_to_which_step_it_is_kept(
     monkeypatch.setattr(runs, "append_metrics", append)
     words = r"tensorboard: cannot be written: No space left on device; the run is kept as of step \d+ of \d+; once"
     with pytest.raises(ValueError, match=words):
-        experiment.train(asked(), str(tmp_path / "a"), say=silent, draw=False)
+        train_run(asked(), str(tmp_path / "a"), say=silent, draw=False)
 
 
 def test_without_the_package_nothing_is_written(
@@ -159,5 +162,5 @@ def test_without_the_package_nothing_is_written(
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ValueError, match=r"--tensorboard on: expected the package tensorboard.*pip install"):
-        experiment.train(asked(), str(tmp_path / "a"), say=silent)
+        train_run(asked(), str(tmp_path / "a"), say=silent)
     assert list(tmp_path.iterdir()) == []

@@ -10,9 +10,10 @@ import torch
 from entry_points import OTHERS, SCORES
 from oracles import LinearGaussian, bernoulli_vae
 
-from ppl_vae import build, fit
-from ppl_vae.evidence import evaluate, seeded
-from ppl_vae.options import Options
+from ppl_vae import fit
+from ppl_vae.evidence.importance import evaluate, seeded
+from ppl_vae.runs import build
+from ppl_vae.runs.options import Options
 
 
 def _binary(num_images=4):

@@ -13,15 +13,16 @@ from pyro import poutine
 from pyro.infer import TraceMeanField_ELBO
 from torch import nn
 
-from ppl_vae import VAE, Conditional, build, data, fit, objectives, runs
-from ppl_vae.evidence import NotFinite, log_evidence
-from ppl_vae.likelihoods import Bernoulli
-from ppl_vae.networks import MLP
-from ppl_vae.options import PLAIN, Options
-from ppl_vae.posteriors import DiagonalNormal
-from ppl_vae.priors import StandardNormal
-from ppl_vae.schedules import cosine, warmup
+from ppl_vae import VAE, Conditional, data, fit, objectives, runs
+from ppl_vae.evidence.importance import NotFinite, log_evidence
+from ppl_vae.parts.likelihoods import Bernoulli
+from ppl_vae.parts.networks import MLP
+from ppl_vae.parts.posteriors import DiagonalNormal
+from ppl_vae.parts.priors import StandardNormal
+from ppl_vae.runs import build
+from ppl_vae.runs.options import PLAIN, Options
 from ppl_vae.training import TrainingState
+from ppl_vae.training.schedules import cosine, warmup
 
 
 def _vae(*, seed=0, D=12, L=2):

@@ -11,9 +11,9 @@ from oracles import LinearGaussian, bernoulli_vae, quadrature_log_evidence
 from scipy import stats
 from torch.testing import assert_close
 
-from ppl_vae import evidence
-from ppl_vae.plots.certificate import against
-from ppl_vae.typicality import auroc, guarded, share_above, typicality
+from ppl_vae.evidence import importance as evidence
+from ppl_vae.evidence.typicality import auroc, guarded, share_above, typicality
+from ppl_vae.reports.figures.certificate import against
 
 ERRORS = 4.5
 

@@ -11,12 +11,13 @@ from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
 from torch.testing import assert_close
 
-from ppl_vae import VAE, Conditional, build
-from ppl_vae.likelihoods import Bernoulli
-from ppl_vae.networks import MLP
-from ppl_vae.options import NETWORKS, PLAIN, Options
-from ppl_vae.posteriors import MAX_LOG_SCALE, DiagonalNormal, bounded_log_scale
-from ppl_vae.priors import StandardNormal
+from ppl_vae import VAE, Conditional
+from ppl_vae.parts.likelihoods import Bernoulli
+from ppl_vae.parts.networks import MLP
+from ppl_vae.parts.posteriors import MAX_LOG_SCALE, DiagonalNormal, bounded_log_scale
+from ppl_vae.parts.priors import StandardNormal
+from ppl_vae.runs import build
+from ppl_vae.runs.options import NETWORKS, PLAIN, Options
 
 
 def _vae(E=(1, 4, 3), L=2):

@@ -13,10 +13,11 @@ from oracles import LinearGaussian
 from pyro import poutine
 from torch.testing import assert_close
 
-from ppl_vae import build, log_weights
+from ppl_vae import log_weights
+from ppl_vae.log_weights import log_weight_terms
 from ppl_vae.objectives import Temper
-from ppl_vae.options import PLAIN, Options
-from ppl_vae.weights import log_weight_terms
+from ppl_vae.runs import build
+from ppl_vae.runs.options import PLAIN, Options
 
 
 @pytest.fixture

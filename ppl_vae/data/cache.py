@@ -33,7 +33,7 @@ from tqdm import tqdm
 from ppl_vae.data import limits
 from ppl_vae.data.splits import KINDS, Splits
 from ppl_vae.data.threads import map_in_threads
-from ppl_vae.progress import progress_bar
+from ppl_vae.runtime.progress import progress_bar
 
 _SPLITS = ("train", "validation", "test")
 _DTYPES = {"uint8": torch.uint8, "float32": torch.float32}

@@ -20,14 +20,14 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ppl_vae.arguments import Widths, check_widths
 from ppl_vae.data import cache, limits
 from ppl_vae.data.folder_layout import Layout, check_layout, find_layout
 from ppl_vae.data.image_file import NotReadError, decode, formats
 from ppl_vae.data.image_notes import Facts, ImageNotes, find_facts
 from ppl_vae.data.splits import LEVELS, Splits, abbreviate, complete_splits, pluralize
 from ppl_vae.data.threads import map_in_threads
-from ppl_vae.progress import progress_bar
+from ppl_vae.runtime.arguments import Widths, check_widths
+from ppl_vae.runtime.progress import progress_bar
 
 
 class Found(NamedTuple):

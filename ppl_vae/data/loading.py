@@ -15,9 +15,9 @@ from ppl_vae.data.binary_sets import caltech_silhouettes, static_mnist
 from ppl_vae.data.embedded import mnist
 from ppl_vae.data.image_folder import load_image_folder
 from ppl_vae.data.own import load_arrays
+from ppl_vae.data.registry import COLORS, FITS, PROTOCOLS
 from ppl_vae.data.splits import Splits
 from ppl_vae.data.torchvision_sets import DOWNLOADED, read_through_torchvision
-from ppl_vae.options import COLORS, FITS, PROTOCOLS
 
 # Each reads its files in a folder, of which MNIST needs none.
 DATASETS: dict[str, Callable[[Path], Splits]] = {

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ppl_vae.data import cache
+from ppl_vae.data.registry import BINARIZATIONS, SPLITS
 from ppl_vae.data.splits import BINARY, COUNTS, LEVELS, NUM_LEVELS, PUBLISHED_SEED, REAL, Splits, subset
-from ppl_vae.options import BINARIZATIONS, SPLITS
 
 # How pixels are seen: binarized by one of these words; as they are, levels as level / 255 ("none"); as levels from 0 to
 # 255; or as (level + u) / 256.

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ppl_vae.numerics import location_and_spread
+from ppl_vae.runtime.numerics import location_and_spread
 
 BINARY, LEVELS, PROBABILITIES, REAL, COUNTS = "binary", "8-bit levels", "probabilities", "real values", "counts"
 KINDS = (BINARY, LEVELS, PROBABILITIES, REAL, COUNTS)

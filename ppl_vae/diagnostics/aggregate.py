@@ -12,8 +12,8 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from ppl_vae.diagnostics.mixture import AggregatePosterior, factors
 from ppl_vae.diagnostics.values import Value
-from ppl_vae.exploration import PRIOR_DRAWS, log_density, moments, sampled
-from ppl_vae.global_state import seeded, serialize_threads
+from ppl_vae.evidence.exploration import PRIOR_DRAWS, log_density, moments, sampled
+from ppl_vae.runtime.global_state import seeded, serialize_threads
 from ppl_vae.vae import VAE
 
 # A prior draw is in a hole where the aggregate posterior covers it less than this share of held-out images' draws.

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
-from ppl_vae.arguments import check_count
 from ppl_vae.conditional import numbers_a_pixel
 from ppl_vae.diagnostics.mixture import AggregatePosterior, factors, normal_factors
 from ppl_vae.diagnostics.values import PerLatent, Value, ratio_of_means
-from ppl_vae.evidence import particles_a_pass, weighed_a_pass
-from ppl_vae.exploration import Codes, log_density, moments
-from ppl_vae.global_state import serialize_threads
+from ppl_vae.evidence.exploration import Codes, log_density, moments
+from ppl_vae.evidence.importance import particles_a_pass, weighed_a_pass
 from ppl_vae.hierarchy import Chain
-from ppl_vae.priors import VampPrior
+from ppl_vae.parts.priors import VampPrior
+from ppl_vae.runtime.arguments import check_count
+from ppl_vae.runtime.global_state import serialize_threads
 from ppl_vae.support import check_support
 from ppl_vae.vae import VAE
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.distributions import Independent, Normal
 
 from ppl_vae.conditional import numbers_a_vector
-from ppl_vae.evidence import particles_a_pass
-from ppl_vae.global_state import serialize_threads
+from ppl_vae.evidence.importance import particles_a_pass
+from ppl_vae.runtime.global_state import serialize_threads
 from ppl_vae.vae import VAE
 
 # Numbers that one pass may hold: 64 MB in float64.

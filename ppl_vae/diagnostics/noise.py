@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from ppl_vae.conditional import numbers_a_pixel
 from ppl_vae.diagnostics.values import CannotMeasure
-from ppl_vae.evidence import particles_a_pass
-from ppl_vae.likelihoods import Categorical, DiscretizedLogisticMixture
-from ppl_vae.likelihoods.family import independent_pixels
+from ppl_vae.evidence.importance import particles_a_pass
+from ppl_vae.parts.likelihoods import Categorical, DiscretizedLogisticMixture
+from ppl_vae.parts.likelihoods.family import independent_pixels
 
 Reduction = Literal["sum", "mean"]
 

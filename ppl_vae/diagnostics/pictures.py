@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppl_vae.arguments import check_count
 from ppl_vae.conditional import numbers_a_pixel
 from ppl_vae.diagnostics.values import CannotMeasure, Value, ratio_of_means
-from ppl_vae.evidence import particles_a_pass
-from ppl_vae.exploration import mean_or_draw
-from ppl_vae.global_state import serialize_threads
+from ppl_vae.evidence.exploration import mean_or_draw
+from ppl_vae.evidence.importance import particles_a_pass
+from ppl_vae.runtime.arguments import check_count
+from ppl_vae.runtime.global_state import serialize_threads
 from ppl_vae.vae import VAE
 
 # Cycles a pixel: half of the Nyquist frequency of 1/2. Source: ours.

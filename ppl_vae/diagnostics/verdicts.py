@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ppl_vae.diagnostics.values import plus_minus
-from ppl_vae.options import default_warmup
+from ppl_vae.runs.options import default_warmup
 
 # A number is called different from a threshold where it lies beyond it by so many standard errors. Source: ours.
 STDERRS = 3.0

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from ppl_vae import distributed
 from ppl_vae.runs.json_files import read_json, write_json
 from ppl_vae.runs.names import ENVIRONMENT
+from ppl_vae.runtime import ranks as distributed
 
 
 def _git(*words: str) -> str | None:
@@ -50,7 +50,7 @@ def _processor() -> str:
     return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
 
 
-def environment(device: str) -> dict[str, Any]:
+def describe_environment(device: str) -> dict[str, Any]:
     """Versions, device, threads, git commit and whether dirty, argv, time."""
     commit = _commit()
     return {
@@ -74,7 +74,7 @@ def record_environment(run_dir: Path, device: str) -> str | None:
         In words, what was lost, where the file was damaged and is begun anew; None otherwise.
     """
     path, lost = run_dir / ENVIRONMENT, None
-    now = environment(device)
+    now = describe_environment(device)
     if path.exists():
         try:
             first = read_json(path)

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from ppl_vae import distributed
 from ppl_vae.runs.files import remove_partial
 from ppl_vae.runs.folders import check_writable
 from ppl_vae.runs.names import FIGURES, LOCK
+from ppl_vae.runtime import ranks as distributed
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)  # of some network file systems
 

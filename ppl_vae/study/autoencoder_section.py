@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ppl_vae import build, diagnostics, runs
+from ppl_vae import diagnostics, runs
 from ppl_vae.diagnostics import Value, ratio_of_means
-from ppl_vae.evidence import seeded
-from ppl_vae.experiment.paired import paired_difference
-from ppl_vae.exploration import decoded, drawn, encode
+from ppl_vae.evidence.exploration import decoded, drawn, encode
+from ppl_vae.evidence.importance import seeded
+from ppl_vae.evidence.paired import paired_difference
+from ppl_vae.runs import build
 from ppl_vae.study import plan
 from ppl_vae.study.context import PICTURES, Study
 from ppl_vae.study.material import NUM_COMPONENTS, Material

@@ -11,8 +11,8 @@ import matplotlib
 from matplotlib.figure import Figure
 from PIL import Image
 
-from ppl_vae.plots import study as plots
-from ppl_vae.plots.study import Bar, Curve
+from ppl_vae.reports.figures import study as plots
+from ppl_vae.reports.figures.study import Bar, Curve
 from ppl_vae.study.words import data_name
 
 Study = Mapping[str, Any]

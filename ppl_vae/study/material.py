@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ppl_vae import build, data
-from ppl_vae.options import Options
+from ppl_vae import data
+from ppl_vae.runs import build
+from ppl_vae.runs.options import Options
 from ppl_vae.study.plan import dataset_word
 
 NUM_SHOWN = 10  # images in a row of a picture

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppl_vae import build, runs
+from ppl_vae import runs
+from ppl_vae.commands.diagnosis_numbers import importance_numbers, measure
+from ppl_vae.commands.evaluate import read_per_image
 from ppl_vae.diagnostics import ACTIVE_VARIANCE, HOLE_QUANTILE, Value
 from ppl_vae.diagnostics.verdicts import is_reliable
-from ppl_vae.evidence import UNRELIABLE_BIAS, Importance
-from ppl_vae.experiment.diagnosis_numbers import importance_numbers, measure
-from ppl_vae.experiment.evaluation import read_per_image
-from ppl_vae.exploration import decoded, drawn, encode
+from ppl_vae.evidence.exploration import decoded, drawn, encode
+from ppl_vae.evidence.importance import UNRELIABLE_BIAS, Importance
+from ppl_vae.runs import build
 from ppl_vae.study.material import NUM_COMPONENTS, Material
 from ppl_vae.study.pictures import write_pictures
 from ppl_vae.study.plan import Planned

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from ppl_vae import runs
-from ppl_vae.experiment.evaluation import PerImage, read_per_image
-from ppl_vae.experiment.paired import INDISTINCT, PairedDifference, bound_difference, paired_difference
+from ppl_vae.commands.evaluate import PerImage, read_per_image
+from ppl_vae.evidence.paired import INDISTINCT, PairedDifference, bound_difference, paired_difference
 
 BOUNDS = ("log_likelihood", "elbo")
 

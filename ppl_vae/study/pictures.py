@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ppl_vae.experiment.outputs import write_picture
+from ppl_vae.runs.outputs import write_picture
 from ppl_vae.study.material import NUM_PAIRS, NUM_SAMPLES_SHOWN, NUM_SHOWN, Material
 from ppl_vae.vae import VAE
 

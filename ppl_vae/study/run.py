@@ -10,13 +10,16 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from ppl_vae import build, capture, runs
-from ppl_vae.experiment.asked_run import check_same
-from ppl_vae.experiment.evaluation import is_evaluated
-from ppl_vae.experiment.evaluation_words import plus_minus
-from ppl_vae.experiment.opening import Say
-from ppl_vae.options import Interrupted, compiling_pays
-from ppl_vae.progress import progress_bar
+from ppl_vae import runs
+from ppl_vae.commands.evaluate import is_evaluated
+from ppl_vae.reports.evaluation_words import plus_minus
+from ppl_vae.runs import build
+from ppl_vae.runs.asked_run import check_same
+from ppl_vae.runs.opening import Say
+from ppl_vae.runs.options import compiling_pays
+from ppl_vae.runtime import capture
+from ppl_vae.runtime.ending import Interrupted
+from ppl_vae.runtime.progress import progress_bar
 from ppl_vae.study.autoencoder_section import autoencoder_section
 from ppl_vae.study.context import PICTURES, RUNS, STUDY, Study
 from ppl_vae.study.material import Material, material
@@ -251,7 +254,7 @@ def _as_json(study: Study, name: str, say: Say) -> dict[str, Any]:
         "settings": _settings(study.size),
         "datasets": [*study.materials],
         "data": {word: _data_of(study, each) for word, each in study.materials.items()},
-        "environment": runs.environment("cpu"),
+        "environment": runs.describe_environment("cpu"),
         "seconds": {
             "training": sum(record["seconds"] or 0.0 for record in records),
             "evaluation": sum(record["seconds_evaluation"] or 0.0 for record in records),

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from ppl_vae import build
 from ppl_vae.diagnostics import Value
-from ppl_vae.options import SCALE_MAPS, Options
+from ppl_vae.runs import build
+from ppl_vae.runs.options import SCALE_MAPS, Options
 from ppl_vae.vae import VAE
 
 LARGEST_FEATURES = (1.0, 10.0, 30.0, 100.0)

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppl_vae import build, diagnostics, runs
-from ppl_vae.experiment.diagnosis_numbers import noise_numbers
+from ppl_vae import diagnostics, runs
+from ppl_vae.commands.diagnosis_numbers import noise_numbers
+from ppl_vae.runs import build
 from ppl_vae.study import plan
 from ppl_vae.study.context import Study
 from ppl_vae.study.material import Material

@@ -12,12 +12,12 @@ import pyro
 from pyro.poutine.scale_messenger import ScaleMessenger
 from torch import Tensor
 
-from ppl_vae import build, data, runs
-from ppl_vae.evidence import NotFinite
-from ppl_vae.experiment import resume, train
-from ppl_vae.experiment.evaluation import is_evaluated, write_evaluation
-from ppl_vae.experiment.opening import Say, open_run
-from ppl_vae.experiment.train import QUICK_EVALUATION_SEED
+from ppl_vae import data, runs
+from ppl_vae.commands.evaluate import is_evaluated, write_evaluation
+from ppl_vae.commands.train import QUICK_EVALUATION_SEED, resume, train
+from ppl_vae.evidence.importance import NotFinite
+from ppl_vae.runs import build
+from ppl_vae.runs.opening import Say, open_run
 from ppl_vae.study.plan import Planned
 from ppl_vae.training import TrainingState, fit
 

@@ -15,16 +15,16 @@ import torch
 from torch import Tensor
 
 from ppl_vae import data, objectives
-from ppl_vae.arguments import check_count
-from ppl_vae.capture import CannotCapture
-from ppl_vae.distributed import Share, agree, from_all, gather_rows, is_writer, num_ranks
-from ppl_vae.evidence import seeded
-from ppl_vae.global_state import serialize_threads
-from ppl_vae.memory import batch_that_fits, is_out_of_memory, too_large
-from ppl_vae.schedules import averaging, cosine, warmup
-from ppl_vae.shared_noise import SharedNoise
+from ppl_vae.evidence.importance import seeded
+from ppl_vae.runtime.arguments import check_count
+from ppl_vae.runtime.capture import CannotCapture
+from ppl_vae.runtime.global_state import serialize_threads
+from ppl_vae.runtime.memory import batch_that_fits, is_out_of_memory, too_large
+from ppl_vae.runtime.noise import SharedNoise
+from ppl_vae.runtime.ranks import Share, agree, from_all, gather_rows, is_writer, num_ranks
 from ppl_vae.training.guard import check_images, check_ranks, check_skipped
 from ppl_vae.training.inputs import as_images, check_batch_of_one, check_programs
+from ppl_vae.training.schedules import averaging, cosine, warmup
 from ppl_vae.training.state import TrainingState
 from ppl_vae.training.steps import CapturedSteps, EagerSteps
 from ppl_vae.training.streaming import Resident, Streamed

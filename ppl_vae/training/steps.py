@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from ppl_vae.capture import CapturedStep, adam_moments
-from ppl_vae.distributed import Share, from_all, num_ranks, share_of, sum_over_ranks, working_on
-from ppl_vae.evidence import NotFinite
-from ppl_vae.shared_noise import SharedNoise
+from ppl_vae.evidence.importance import NotFinite
+from ppl_vae.runtime.capture import CapturedStep, adam_moments
+from ppl_vae.runtime.noise import SharedNoise
+from ppl_vae.runtime.ranks import Share, from_all, num_ranks, share_of, sum_over_ranks, working_on
 from ppl_vae.training.guard import gradients_that_are_not_finite, site_that_is_not_finite, what_is_not_finite
 from ppl_vae.training.state import TrainingState
 from ppl_vae.training.streaming import Resident, Streamed

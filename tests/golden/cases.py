@@ -19,7 +19,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from ppl_vae import dequantized, importance, likelihoods, load, log_weights
+from ppl_vae import dequantized, importance, load, log_weights
+from ppl_vae.parts import likelihoods
 
 DOUBLE, SINGLE, EXACT = 1e-9, 2e-4, 0.0
 

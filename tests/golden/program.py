@@ -22,31 +22,55 @@ import pyro
 import torch
 from torch import Tensor
 
-from ppl_vae import ais, build, data, fit, options, save
+from ppl_vae import data, fit, save
+from ppl_vae.commands.cli import (
+    parse_benchmark,
+    parse_certify,
+    parse_compare,
+    parse_diagnose,
+    parse_docs,
+    parse_encode,
+    parse_evaluate,
+    parse_export,
+    parse_figures,
+    parse_impute,
+    parse_kills,
+    parse_likelihoods,
+    parse_networks,
+    parse_report,
+    parse_reproduce,
+    parse_sample,
+    parse_scale,
+    parse_study,
+    parse_train,
+)
+from ppl_vae.evidence import ais
+from ppl_vae.runs import build
+from ppl_vae.runs.options import Options
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 # The function that reads each script's command line, and a command line with nothing but what the script requires.
 READERS = {
-    "benchmark": (options.parse_benchmark, []),
-    "benchmark_scale": (options.parse_scale, []),
-    "certify_log_likelihood": (options.parse_certify, ["RUN"]),
-    "compare_likelihoods": (options.parse_likelihoods, []),
-    "compare_networks": (options.parse_networks, []),
-    "compare_runs": (options.parse_compare, ["RUN"]),
-    "diagnose": (options.parse_diagnose, ["RUN"]),
-    "encode": (options.parse_encode, ["RUN", "IMAGES"]),
-    "evaluate_log_likelihood": (options.parse_evaluate, ["RUN"]),
-    "export": (options.parse_export, ["RUN"]),
-    "impute": (options.parse_impute, ["RUN", "IMAGES"]),
-    "kill_runs": (options.parse_kills, []),
-    "make_docs": (options.parse_docs, []),
-    "make_figures": (options.parse_figures, ["RUN"]),
-    "report": (options.parse_report, ["RUN"]),
-    "reproduce": (options.parse_reproduce, ["NAME"]),
-    "sample": (options.parse_sample, ["RUN"]),
-    "study": (options.parse_study, []),
-    "train_svi": (options.parse_train, []),
+    "benchmark": (parse_benchmark, []),
+    "benchmark_scale": (parse_scale, []),
+    "certify_log_likelihood": (parse_certify, ["RUN"]),
+    "compare_likelihoods": (parse_likelihoods, []),
+    "compare_networks": (parse_networks, []),
+    "compare_runs": (parse_compare, ["RUN"]),
+    "diagnose": (parse_diagnose, ["RUN"]),
+    "encode": (parse_encode, ["RUN", "IMAGES"]),
+    "evaluate_log_likelihood": (parse_evaluate, ["RUN"]),
+    "export": (parse_export, ["RUN"]),
+    "impute": (parse_impute, ["RUN", "IMAGES"]),
+    "kill_runs": (parse_kills, []),
+    "make_docs": (parse_docs, []),
+    "make_figures": (parse_figures, ["RUN"]),
+    "report": (parse_report, ["RUN"]),
+    "reproduce": (parse_reproduce, ["NAME"]),
+    "sample": (parse_sample, ["RUN"]),
+    "study": (parse_study, []),
+    "train_svi": (parse_train, []),
 }
 
 
@@ -165,7 +189,7 @@ def _double_by_default() -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def _options(words: str) -> options.Options:
-    asked = options.parse_train(shlex.split(words)).options
+def _options(words: str) -> Options:
+    asked = parse_train(shlex.split(words)).options
     assert asked is not None
     return asked

@@ -12,17 +12,7 @@ from ppl_vae.study.answers.sentences import (
     introduced,
     part_of,
 )
-from ppl_vae.study.words import (
-    beta,
-    count,
-    data_name,
-    listed,
-    number,
-    percent,
-    percent_plus_minus,
-    several,
-    signed,
-)
+from ppl_vae.study.words import beta, count, data_name, listed, number, percent, percent_plus_minus, several, signed
 
 # Reconstructions that vary less than this share of what the images do are nearly one picture. Source: ours.
 ONE_PICTURE = 0.01

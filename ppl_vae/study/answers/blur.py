@@ -15,15 +15,7 @@ from ppl_vae.study.answers.sentences import (
     introduced,
     part_of,
 )
-from ppl_vae.study.words import (
-    Value,
-    count,
-    data_name,
-    differs,
-    percent_plus_minus,
-    plus_minus,
-    size_of,
-)
+from ppl_vae.study.words import Value, count, data_name, differs, percent_plus_minus, plus_minus, size_of
 
 # Reconstructions with this share of the images' high-frequency power, or more, are not said to blur. Source: ours.
 AS_SHARP = 0.95

@@ -16,17 +16,7 @@ from ppl_vae.study.answers.sentences import (
     part_of,
     row_at,
 )
-from ppl_vae.study.words import (
-    Value,
-    beta,
-    count,
-    data_name,
-    differs,
-    number,
-    percent,
-    percent_plus_minus,
-    plus_minus,
-)
+from ppl_vae.study.words import Value, beta, count, data_name, differs, number, percent, percent_plus_minus, plus_minus
 
 # A classifier's effect below this is a small one, and one that is no smaller is spoken of as clear. Source: ours.
 ALIKE = 0.1

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ppl_vae.report import Block, Section
+from ppl_vae.reports.page import Block, Section
 from ppl_vae.study.page.pictures import strips
 from ppl_vae.study.page.source import Source
 from ppl_vae.study.page.tables import known_table, mean_cell

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ppl_vae.report import Section
+from ppl_vae.reports.page import Section
 from ppl_vae.study.page.source import Source
 from ppl_vae.study.page.tables import known_table, mean_cell, paired_cell
 from ppl_vae.study.words import data_name

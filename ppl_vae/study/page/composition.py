@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
-from ppl_vae import report, runs
-from ppl_vae.report import Block, Section, Text
+from ppl_vae import runs
+from ppl_vae.reports import page as report
+from ppl_vae.reports.page import Block, Section, Text
 from ppl_vae.study.answers import answers
 from ppl_vae.study.answers.sentences import floor_of, part_of, row_at
 from ppl_vae.study.context import STUDY

@@ -6,9 +6,11 @@ from typing import Any, cast
 
 import numpy as np
 
-from ppl_vae import build, report, runs
+from ppl_vae import runs
 from ppl_vae.conditional import Conditional
-from ppl_vae.report import Block, Explorer, Section, Text
+from ppl_vae.reports import page as report
+from ppl_vae.reports.page import Block, Explorer, Section, Text
+from ppl_vae.runs import build
 from ppl_vae.study.page.source import Row, Source
 from ppl_vae.study.words import listed, number
 

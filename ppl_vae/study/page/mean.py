@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ppl_vae.report import Block, Section
+from ppl_vae.reports.page import Block, Section
 from ppl_vae.study.page.pictures import strips
 from ppl_vae.study.page.source import Row, Source
 from ppl_vae.study.page.tables import known_table, mean_cell, number_cell, share_cell

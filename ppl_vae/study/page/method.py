@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ppl_vae.report import Block, Section, Text
+from ppl_vae.reports.page import Block, Section, Text
 from ppl_vae.study.page.source import Source, Study
 from ppl_vae.study.page.tables import known_table, mean_cell
 from ppl_vae.study.words import count, data_name, listed, number, several

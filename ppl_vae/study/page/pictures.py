@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from PIL import Image
 
-from ppl_vae.report import Block, Picture
+from ppl_vae.reports.page import Block, Picture
 from ppl_vae.study.words import listed
 
 

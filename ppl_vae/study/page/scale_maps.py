@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ppl_vae.report import Section
+from ppl_vae.reports.page import Section
 from ppl_vae.study.page.source import Source
 from ppl_vae.study.page.tables import known_table, mean_cell, number_cell, percent_cell
 from ppl_vae.study.words import count

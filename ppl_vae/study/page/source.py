@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ppl_vae.report import Block, Picture, Text
+from ppl_vae.reports.page import Block, Picture, Text
 from ppl_vae.study.answers import Answer
 from ppl_vae.study.figures import Drawn
 

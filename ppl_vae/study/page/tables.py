@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ppl_vae.report import Block, Table
+from ppl_vae.reports.page import Block, Table
 from ppl_vae.study.words import number, percent_plus_minus, plus_minus, signed
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from ppl_vae.report import Section, Slider, SliderStop, Table, true_minus
+from ppl_vae.reports.page import Section, Slider, SliderStop, Table, true_minus
 
 
 def typeset(section: Section) -> Section:

@@ -1,0 +1,217 @@
+"""A trained run on images: their latents, and their log p(x), or an autoencoder's reconstructions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ppl_vae import runs
+from ppl_vae.commands.evaluate import what_is_measured, with_a_bar
+from ppl_vae.data import dequantize_uniformly
+from ppl_vae.data.registry import SPLITS
+from ppl_vae.evidence.exploration import Codes, encode
+from ppl_vae.evidence.importance import Estimate, Importance, reconstruction, seeded
+from ppl_vae.reports.evaluation_words import NOT_A_LOG_LIKELIHOOD, plus_minus, scale_in_words
+from ppl_vae.reports.run_figures import latents_figure, use_of_latents
+from ppl_vae.runs import build
+from ppl_vae.runs.exported import open_with_or_without
+from ppl_vae.runs.images import Images, images_of
+from ppl_vae.runs.opening import Run, Say, evaluated_vae, open_run
+from ppl_vae.runs.outputs import drop_record, output_folder, removed_if_empty, write_arrays, write_figure
+from ppl_vae.runtime.progress import progress_bar
+from ppl_vae.vae import VAE
+
+_NUM_LOWEST = 5
+
+
+def encode_images(
+    run_dir: str,
+    images_path: str,
+    *,
+    num_particles: int,
+    images: int | None,
+    seed: int,
+    device: str,
+    output: str | None,
+    say: Say,
+    dataset: str | None = None,
+    data_dir: str | None = None,
+) -> Path:
+    """Latents and log p(x) of images: encoded.npz, encoded.json and latents.png; the lowest log p(x) by name.
+
+    encoded.npz holds, image by image, ``mean`` and ``scale`` of q(z | x) (n, L), ``log_likelihood`` (the bound L_S),
+    ``elbo``, ``ess``, ``pareto_k`` (n,), ``names`` and, where they are known, ``labels``. Of dequantized levels the
+    first two are of q(z | (x + u) / 256), with one draw of u.
+
+    Images of one's own need no data beside an export.
+
+    An autoencoder has no density: there ``mean`` is z(x), and ``reconstruction``, log p(x | z(x)), is the only other
+    number of an image. Of dequantized levels both are of the same (x + u) / 256.
+
+    Args:
+        run_dir: the run's folder.
+        images_path: a file or folder of images, or "test", "validation" or "train": that split of the run's data.
+        num_particles: S.
+        images: a fixed random subset of that many images; None takes all.
+        seed: of the importance samples, and of the binarization of images from a file.
+        device: where it is computed.
+        output: a new or empty folder; by default encodings/NAME in the run's folder, whose results of before are
+            replaced, which is said.
+        say: takes each line for the reader.
+        dataset, data_dir: where the run's data is now, should it have moved.
+
+    Returns:
+        The folder that was written.
+
+    Raises:
+        ValueError: no run, a damaged one, other data than it was trained on, images that do not fit it or have missing
+            pixels, or a folder that holds something.
+    """
+    opened = open_run if images_path in SPLITS else open_with_or_without
+    run = opened(run_dir, dataset=dataset, data_dir=data_dir, say=say)
+    place = build.device(device)
+    vae = evaluated_vae(run)
+    given = images_of(run, images_path, most=images, seed=seed)
+    _check_whole(given)
+    folder = output_folder(output, run.folder / "encodings" / _folder_name(images_path))
+    result: Importance | Tensor
+    with removed_if_empty(folder):
+        if build.is_autoencoder(run.options):
+            codes, result = _reconstructed(run, given, seed, place)
+        else:
+            codes, result = _measured(vae.to(place), given, num_particles, seed, place, say)
+    summary = _summary(run, given, result, num_particles) | {
+        "binarization": run.binarization,
+        "seed": seed,
+        "step": runs.load_step(run.folder / runs.MODEL),
+        "notes": list(given.notes),
+    }
+    with seeded(seed, torch.device("cpu")), torch.no_grad():
+        use = use_of_latents(vae.cpu(), given.x, codes)
+        figure = latents_figure(
+            codes, use, vae.prior(), what="image", classes=given.labels, class_names=run.splits.class_names
+        )
+    if replaced := drop_record(folder / "encoded.json"):
+        say(replaced)
+    write_arrays(folder / "encoded.npz", _arrays(given, codes, result))
+    write_figure(folder / "latents.png", figure)
+    runs.write_json(folder / "encoded.json", summary)
+    for line in (*given.notes, *_in_words(summary)):
+        say(line)
+    numbers = "log p(x)" if isinstance(result, Importance) else "reconstruction"
+    say(f"In {folder}: encoded.npz (latents and {numbers} of each image), encoded.json, latents.png")
+    return folder
+
+
+def _check_whole(given: Images) -> None:
+    holes = int(given.x.flatten(1).isnan().any(1).sum())
+    if holes:
+        raise ValueError(
+            f"{given.source}: expected every pixel, got missing ones (NaN) in {holes:,} of {len(given.x):,} images"
+        )
+
+
+def _measured(
+    vae: VAE, given: Images, num_particles: int, seed: int, place: torch.device, say: Say
+) -> tuple[Codes, Importance]:
+    """The latents and the numbers of each image, on the CPU."""
+    x = given.x.to(place)
+    with seeded(seed, place):
+        codes = encode(vae, x)
+    words = f"log p(x), {Path(given.source).name}"
+    result = with_a_bar(vae, x, num_particles=num_particles, seed=seed, compile="auto", say=say, words=words)
+    return _on_cpu(codes), Importance(*(values.cpu() for values in result))
+
+
+def _reconstructed(run: Run, given: Images, seed: int, place: torch.device) -> tuple[Codes, Tensor]:
+    """An autoencoder's codes, and log p(x | z(x)) of each image (n,) nats, on the CPU; x as its training saw images."""
+    vae, x = build.load(run.folder).to(place), given.x.to(place)
+    with seeded(seed, place):
+        x = dequantize_uniformly(x) if run.pixels == "dequantized" else x
+    codes = encode(vae, x)
+    with progress_bar(total=len(x), unit="image", desc=f"log p(x | z), {Path(given.source).name}") as bar:
+        log_p_x_given_z = reconstruction(vae, x, seed=seed, progress=bar.update)
+    return _on_cpu(codes), log_p_x_given_z.cpu()
+
+
+def _on_cpu(codes: Codes) -> Codes:
+    return codes._replace(mean=codes.mean.cpu(), scale=codes.scale.cpu())
+
+
+def _folder_name(images_path: str) -> str:
+    return images_path if images_path in SPLITS else Path(images_path).resolve().stem or "images"
+
+
+def _arrays(given: Images, codes: Codes, result: Importance | Tensor) -> dict[str, Any]:
+    arrays: dict[str, Any] = {"mean": codes.mean.numpy()}
+    if isinstance(result, Importance):
+        arrays |= {
+            "scale": codes.scale.numpy(),
+            "log_likelihood": result.log_evidence.numpy(),
+            "elbo": result.elbo.numpy(),
+            "ess": result.ess.numpy(),
+            "pareto_k": result.pareto_k.numpy(),
+        }
+    else:
+        arrays |= {"reconstruction": result.numpy()}
+    arrays |= {"names": np.array(given.names)}
+    return arrays if given.labels is None else arrays | {"labels": given.labels.numpy()}
+
+
+def _summary(run: Run, given: Images, result: Importance | Tensor, num_particles: int) -> dict[str, Any]:
+    of_images = {"images": given.source, **what_is_measured(run), "num_images": len(given.x)}
+    if not isinstance(result, Importance):
+        lowest = result.argsort()[:_NUM_LOWEST].tolist()
+        return of_images | {
+            "scale": run.trained_scale,
+            "num_particles": None,
+            "log_likelihood": None,
+            "reconstruction": Estimate.of(result, 1).to_json(),
+            "lowest": [{"name": given.names[i], "reconstruction": float(result[i])} for i in lowest],
+        }
+    lowest = result.log_evidence.argsort()[:_NUM_LOWEST].tolist()
+    return of_images | {
+        "num_particles": num_particles,
+        "log_likelihood": Estimate.of(result.log_evidence, num_particles).to_json(),
+        "elbo": Estimate.of(result.elbo, num_particles).to_json(),
+        "ess": {"median": float(result.ess.median())},
+        "unreliable_images": int(result.unreliable().sum()) if num_particles > 1 else None,
+        "lowest": [{"name": given.names[i], "log_likelihood": float(result.log_evidence[i])} for i in lowest],
+    }
+
+
+def _in_words(summary: dict[str, Any]) -> list[str]:
+    if summary["log_likelihood"] is None:
+        return _reconstructions_in_words(summary)
+    n, S = summary["num_images"], summary["num_particles"]
+    if n == 1:
+        mean = summary["log_likelihood"]["mean"]
+        return [f"log-likelihood {mean:.2f} nats of one image: the bound L_{S}, in expectation below log p(x)"]
+    lowest = [f"{entry['name']} {entry['log_likelihood']:.2f}" for entry in summary["lowest"]]
+    return [
+        f"log-likelihood {plus_minus(summary['log_likelihood'])} nats an image: the bound L_{S}, in expectation below "
+        "log p(x)",
+        f"  {n:,} images ({summary['images']}), seed {summary['seed']}, {scale_in_words(summary)}; "
+        "± is the standard error over images",
+        f"  effective particles: median {summary['ess']['median']:.1f} of {S:,}",
+        f"  lowest log p(x), perhaps unlike the training images: {', '.join(lowest)}",
+        "  That alone does not find outliers: smooth and simple images of another kind can score higher than the "
+        "training data's own (Nalisnick et al. 2019, arXiv 1810.09136).",
+    ]
+
+
+def _reconstructions_in_words(summary: dict[str, Any]) -> list[str]:
+    found = summary["reconstruction"]
+    if summary["num_images"] == 1:
+        return [f"reconstruction log p(x | z(x)) {found['mean']:.2f} nats of one image: {NOT_A_LOG_LIKELIHOOD}"]
+    lowest = [f"{entry['name']} {entry['reconstruction']:.2f}" for entry in summary["lowest"]]
+    return [
+        f"reconstruction log p(x | z(x)) {plus_minus(found)} nats an image: {NOT_A_LOG_LIKELIHOOD}",
+        f"  {summary['num_images']:,} images ({summary['images']}), seed {summary['seed']}, {scale_in_words(summary)}; "
+        "± is the standard error over images",
+        f"  lowest log p(x | z(x)), the worst reconstructed: {', '.join(lowest)}",
+    ]

@@ -1,0 +1,144 @@
+"""A run as one folder to share: the model without its training, its numbers, its model card."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ppl_vae import runs
+from ppl_vae.reports.card import CARD, model_card, trained_epochs
+from ppl_vae.runs import build
+from ppl_vae.runs.exported import without_data
+from ppl_vae.runs.opening import Run, Say
+from ppl_vae.runs.options import EXPORT_FORMAT, model_to_json
+
+FIGURES = ("prior_samples.png", "reconstructions.png")
+_OF_DATA = FIGURES[1]  # shows images of the data
+
+
+def export_run(run_dir: str, *, output: str | None, say: Say) -> Path:
+    """Writes config.json, model.safetensors, evaluation.json, README.md and figures/ of a run into one folder.
+
+    ``load``, evaluate_log_likelihood.py, sample.py and encode.py take the folder, wherever it is. It holds the model's
+    options and the shape of its data, no option of the training and no path, and the evaluations of these weights.
+    It is written as a whole or not at all.
+
+    Args:
+        run_dir: the run's folder, or a pretrained run by its name. It is only read.
+        output: a new or empty folder; exports/ and the run's name by default.
+        say: takes each line for the reader.
+
+    Returns:
+        The folder that was written.
+
+    Raises:
+        ValueError: no run, one without weights, a damaged one, or an output folder that holds something or cannot be
+            replaced.
+        OSError: it cannot be written; nothing is left of it.
+    """
+    run = without_data(build.run_folder(run_dir))
+    folder = Path(output) if output is not None else Path("exports") / run.folder.resolve().name
+    place = _free_place(folder)
+    build.load(run.folder)  # weights that do not fit are found here, and not by whoever gets them
+    weights, scalars = runs.load_tensors(run.folder / runs.MODEL)
+    step = runs.step_of(run.folder / runs.MODEL, scalars)
+    every = runs.read_evaluations(run.folder)
+    entries = {key: entry for key, entry in every.items() if entry.get("step") == step}
+    figures, older = _figures(run.folder)
+    card = model_card(run, entries, step=step, figures=figures)
+    with _whole(place) as partial:
+        runs.write_json(partial / runs.CONFIG, _config(run))
+        runs.save_tensors(partial / runs.MODEL, weights, {"step": step})
+        if entries:
+            runs.write_json(partial / runs.EVALUATION, entries)
+        runs.write_bytes(partial / CARD, card.encode())
+        for name in figures:
+            (partial / runs.FIGURES).mkdir(exist_ok=True)
+            runs.write_bytes(partial / runs.FIGURES / name, (run.folder / runs.FIGURES / name).read_bytes())
+    for line in _in_words(folder, entries, len(every) - len(entries), figures) + _what_is_missing(run, older):
+        say(line)
+    return folder
+
+
+def _config(run: Run) -> dict[str, Any]:
+    splits = run.splits
+    seen = {"kind": splits.kind, "event_shape": list(splits.event_shape), "sha256": splits.sha256}
+    return {"format": EXPORT_FORMAT, "model": model_to_json(run.options), "data": seen}
+
+
+def _figures(folder: Path) -> tuple[list[str], list[str]]:
+    """The figures that go along, and those that do not: of those that are there, the ones older than the weights.
+
+    No figure says which weights it is of, so this goes by the files' times.
+    """
+    drawn_of = (folder / runs.MODEL).stat().st_mtime_ns
+    paths = [path for name in FIGURES if (path := folder / runs.FIGURES / name).is_file()]
+    older = [path.name for path in paths if path.stat().st_mtime_ns < drawn_of]
+    return [path.name for path in paths if path.name not in older], older
+
+
+def _in_words(folder: Path, entries: dict[str, Any], num_older: int, figures: list[str]) -> list[str]:
+    lines = [f"Exported to {folder}: load({str(folder)!r}) makes the model of it. {CARD} is its model card: read it,"]
+    lines.append("  and fill in the license. No option of the training and no path of this machine is in the folder.")
+    if not entries:
+        lines.append("There is no evaluation of these weights; evaluate_log_likelihood.py makes one.")
+    if num_older:
+        lines.append(f"Left out: {num_older} of the run's evaluations, which are of weights that it has no longer.")
+    if _OF_DATA in figures:
+        lines.append(f"figures/{_OF_DATA} shows images of the data: delete it where those are not to be shared.")
+    return lines
+
+
+def _what_is_missing(run: Run, older: list[str]) -> list[str]:
+    """What of the training and of its figures is not in the export, and might be."""
+    lines, trained = [], trained_epochs(run)
+    if trained.unfinished:
+        lines.append(f"{trained.words}; train_svi.py --resume {run.folder} goes on.")
+    if older:
+        names = ", ".join(f"{runs.FIGURES}/{name}" for name in older)
+        lines.append(
+            f"Left out: {names}, by the files' times older than the weights; make_figures.py draws them again."
+        )
+    return lines
+
+
+def _free_place(folder: Path) -> Path:
+    """Where an export to this folder goes: where a link points to. Raises ValueError where it cannot go."""
+    try:
+        place = folder.resolve()
+    except (OSError, RuntimeError) as error:  # links in a circle
+        raise ValueError(f"--output: {folder} cannot be made: {error}") from None
+    if place.is_symlink() or (place.exists() and (not place.is_dir() or any(place.iterdir()))):
+        raise ValueError(f"--output: expected a new or empty folder, but {folder} exists")
+    if place == Path.cwd() or os.path.ismount(place):
+        what = "a mount point" if os.path.ismount(place) else "the current one"
+        raise ValueError(f"--output: expected a folder that can be replaced, got {folder}, which is {what}")
+    return place
+
+
+@contextmanager
+def _whole(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside it that takes its place at the end of the block, and is gone if that fails."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
+    except OSError as error:
+        raise ValueError(f"--output: {folder} cannot be made: {error.strerror}") from None
+    try:
+        yield partial
+        partial.chmod(0o777 & ~_umask())  # mkdtemp's is for its owner alone
+        os.replace(partial, folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

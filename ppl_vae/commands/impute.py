@@ -1,0 +1,345 @@
+"""A trained run on images with missing pixels: log p of what is observed, and draws of what is not."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from ppl_vae import runs
+from ppl_vae.commands.evaluate import what_is_measured
+from ppl_vae.data.limits import read_array_header
+from ppl_vae.evidence.importance import Estimate, evaluate, seeded
+from ppl_vae.evidence.missing import Imputation, Observed, impute
+from ppl_vae.reports import figures as plots
+from ppl_vae.reports.display import Display, display_of
+from ppl_vae.reports.evaluation_words import kind_in_words, plus_minus
+from ppl_vae.runs import build
+from ppl_vae.runs.images import Images, images_of
+from ppl_vae.runs.opening import Run, Say, check_density, evaluated_vae, open_run
+from ppl_vae.runs.options import SIDES
+from ppl_vae.runs.outputs import drop_record, output_folder, removed_if_empty, write_arrays, write_figure
+from ppl_vae.runtime.progress import progress_bar
+from ppl_vae.vae import VAE
+
+# Below this many effective particles, draws are nearly all of one or two z. Source: ours.
+FEW_PARTICLES = 5
+
+_NUM_SHOWN, _DRAWS_SHOWN = 10, 3
+_MISSING_COLOR = (0.36, 0.55, 0.80)
+
+
+class _Images(NamedTuple):
+    """Images with missing pixels, and how they were read.
+
+    Args:
+        source: a split's name, or an absolute path.
+        x: (n, *E), NaN where a pixel is missing.
+        truth: (n, *E), NaN where nobody knows the pixel.
+        names: (n).
+        notes: sentences for the user.
+    """
+
+    source: str
+    x: Tensor
+    truth: Tensor
+    names: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def impute_images(
+    run_dir: str,
+    images_path: str,
+    *,
+    mask: str | None,
+    hide: str | None,
+    num_particles: int,
+    num_draws: int,
+    images: int | None,
+    seed: int,
+    device: str,
+    output: str | None,
+    say: Say,
+    dataset: str | None = None,
+    data_dir: str | None = None,
+) -> Path:
+    """log p(x_observed) of images, and x_missing ~ p(x_missing | x_observed): imputed.npz, imputations.json and .png.
+
+    imputed.npz holds ``draws`` (M, n, *E), ``mean`` (n, *E), ``mask`` (n, *E) (1 = observed),
+    ``log_likelihood_observed`` and ``ess`` (n,), ``names``, and, where pixels were hidden from images without other
+    holes, ``log_likelihood_hidden``: log p(x_hidden | x_observed) = log p(x) - log p(x_observed), NaN for the others.
+
+    Args:
+        run_dir: the run's folder.
+        images_path: a file or folder of images, or "test", "validation" or "train": that split of the run's data. A
+            NaN is a missing pixel.
+        mask: an .npy file of zeros and ones, 1 where a pixel is observed, as ``read_mask``.
+        hide: "top", "bottom", "left" or "right": that half of each image is missing.
+        num_particles: S.
+        num_draws: M.
+        images: a fixed random subset of that many images; None takes all.
+        seed: of the particles and draws, and of the binarization of images from a file.
+        device: where it is computed.
+        output: a new or empty folder; by default imputations in the run's folder, whose results of before are replaced,
+            which is said.
+        say: takes each line for the reader.
+        dataset, data_dir: where the run's data is now, should it have moved.
+
+    Returns:
+        The folder that was written.
+
+    Raises:
+        ValueError: no run, a damaged one, an autoencoder, other data than it was trained on, images or a mask that do
+            not fit it, or an output folder that holds something.
+    """
+    run = open_run(run_dir, dataset=dataset, data_dir=data_dir)
+    check_density(run, "p(x_missing | x_observed) to draw from")
+    place = build.device(device)
+    vae = evaluated_vae(run).to(place)
+    given = _holed(images_of(run, images_path, most=images, seed=seed), mask, hide)
+    folder = output_folder(output, run.folder / "imputations")
+    with removed_if_empty(folder):
+        result = _imputed(vae, given, num_particles, num_draws, seed, place)
+        hidden = _log_p_hidden(vae, given, result, place, num_particles, seed)
+    summary = _summary(run, given, result, hidden, num_particles) | {
+        "mask": None if mask is None else str(Path(mask).resolve()),
+        "hide": hide,
+        "num_draws": num_draws,
+        "seed": seed,
+        "step": runs.load_step(run.folder / runs.MODEL),
+        "notes": list(given.notes),
+    }
+    _write(folder, run, given, result, hidden, summary, say)
+    return folder
+
+
+def _imputed(
+    vae: VAE, given: _Images, num_particles: int, num_draws: int, seed: int, place: torch.device
+) -> Imputation:
+    """On the CPU."""
+    title = f"imputing {Path(given.source).name}"
+    with seeded(seed, place), progress_bar(total=len(given.x), unit="image", desc=title) as bar:
+        result = impute(
+            Observed(vae), given.x.to(place), num_particles=num_particles, num_draws=num_draws, progress=bar.update
+        )
+    return Imputation(*(values.cpu() for values in result))
+
+
+def _write(
+    folder: Path, run: Run, given: _Images, result: Imputation, hidden: Tensor, summary: dict[str, Any], say: Say
+) -> None:
+    """The arrays, the picture, and last imputations.json; and the words."""
+    table, picture = len(run.splits.event_shape) == 1, folder / "imputations.png"
+    figure = None if table else imputations_figure(display_of(run), given.x, given.truth, result)
+    if replaced := drop_record(folder / "imputations.json"):
+        say(replaced)
+    write_arrays(folder / "imputed.npz", _arrays(given, result, hidden))
+    if figure is None:
+        picture.unlink(missing_ok=True)
+        say("The data is a table, (N, D): there is no picture.")
+    else:
+        write_figure(picture, figure)
+    runs.write_json(folder / "imputations.json", summary | {"per_image": _per_image(given, result, hidden)})
+    for line in (*given.notes, *_in_words(summary)):
+        say(line)
+    say(f"In {folder}: imputed.npz (draws, means, mask), imputations.json{', imputations.png' * (not table)}")
+
+
+# --- What is missing ---
+
+
+def read_mask(path: str, num_images: int, event_shape: tuple[int, ...]) -> Tensor:
+    """A mask file as (N, *E), True where a pixel is observed; or (1, *E), one mask for every image.
+
+    An .npy file of zeros and ones: (*E), (H, W), (N, *E), (N, H, W) or (N, H, W, C); a shape that is both an image's
+    and that of N images without a channel is read as an image's.
+
+    Raises:
+        ValueError: no such file, another shape, or other values.
+    """
+    try:
+        with open(path, "rb") as file:
+            read_array_header(file, os.path.getsize(path))
+            file.seek(0)
+            array = np.load(file, allow_pickle=False)
+    except OSError as error:
+        raise ValueError(f"--mask: {path} cannot be read: {error.strerror or 'not an .npy file'}") from None
+    except Exception:  # a damaged header is parsed as Python, and raises nearly every type
+        raise ValueError(f"--mask: {path}: expected an .npy file of zeros and ones, got something else") from None
+    if array.dtype.kind not in "buif" or not ((array == 0) | (array == 1)).all():
+        raise ValueError(f"--mask: {path}: expected zeros (missing) and ones (observed) alone, got other values")
+    one, plane, channels_last = event_shape, event_shape[-2:], (*event_shape[1:], event_shape[0])
+    observed = torch.from_numpy(array.astype(bool))
+    if array.shape == one:
+        return observed[None]
+    if array.shape == (num_images, *one):
+        return observed
+    if len(event_shape) == 3 and array.shape in (plane, (num_images, *plane)):
+        return observed.reshape(-1, 1, *plane).expand(-1, *one)
+    if len(event_shape) == 3 and array.shape == (num_images, *channels_last):
+        return observed.permute(0, 3, 1, 2)
+    raise ValueError(
+        f"--mask: {path}: expected the shape of an image {one} or of {num_images:,} images "
+        f"{(num_images, *one)}{', with or without channels' * (len(one) == 3)}, got {array.shape}"
+    )
+
+
+def hide_half(side: str, event_shape: tuple[int, ...]) -> Tensor:
+    """(1, *E), False in that half of the image; of an odd number of rows or columns, the smaller half.
+
+    Raises:
+        ValueError: no such side, or a table, which has none.
+    """
+    if side not in SIDES:
+        raise ValueError(f"--hide: expected one of {', '.join(SIDES)}, got {side!r}")
+    if len(event_shape) != 3:
+        raise ValueError(f"--hide: expected images (C, H, W), got a table of shape {event_shape}; --mask hides in one")
+    observed = torch.ones(1, *event_shape, dtype=torch.bool)
+    dim = 2 if side in ("top", "bottom") else 3
+    size = observed.shape[dim]
+    start = 0 if side in ("top", "left") else size - size // 2
+    observed.narrow(dim, start, size // 2).fill_(False)
+    return observed
+
+
+def _holed(found: Images, mask: str | None, hide: str | None) -> _Images:
+    """The images, and the same with what is to be hidden as NaN. A mask belongs to all images that were found."""
+    if mask is not None and hide is not None:
+        raise ValueError("--hide: expected one of --mask and --hide, got both")
+    event_shape = tuple(found.x.shape[1:])
+    observed = torch.ones(1, *event_shape, dtype=torch.bool)
+    if mask is not None:
+        observed = read_mask(mask, found.num_found, event_shape)
+    elif hide is not None:
+        observed = hide_half(hide, event_shape)
+    observed = observed.expand(found.num_found, *event_shape)[found.places]
+    return _Images(found.source, torch.where(observed, found.x, torch.nan), found.x, found.names, found.notes)
+
+
+# --- Numbers ---
+
+
+def _log_p_hidden(
+    vae: VAE, given: _Images, result: Imputation, place: torch.device, num_particles: int, seed: int
+) -> Tensor:
+    """(n,) log p(x_hidden | x_observed) = log p(x) - log p(x_observed), nats; NaN where no pixel or not all are known.
+
+    Both terms are bounds with S particles; their difference is an estimate and no bound.
+    """
+    hidden = given.x.isnan().flatten(1).any(1) & ~given.truth.isnan().flatten(1).any(1)
+    log_p = torch.full((len(hidden),), torch.nan, dtype=torch.double)
+    if hidden.any():
+        whole = evaluate(vae, given.truth[hidden].to(place), num_particles=num_particles, seed=seed).log_evidence
+        log_p[hidden] = whole.cpu() - result.log_evidence[hidden]
+    return log_p
+
+
+def _arrays(given: _Images, result: Imputation, hidden: Tensor) -> dict[str, Any]:
+    arrays: dict[str, Any] = {
+        "draws": result.draws.numpy(),
+        "mean": result.mean.numpy(),
+        "mask": (~given.x.isnan()).numpy().astype(np.uint8),
+        "log_likelihood_observed": result.log_evidence.numpy(),
+        "ess": result.ess.numpy(),
+        "names": np.array(given.names),
+    }
+    return arrays if hidden.isnan().all() else arrays | {"log_likelihood_hidden": hidden.numpy()}
+
+
+def _per_image(given: _Images, result: Imputation, hidden: Tensor) -> list[dict[str, Any]]:
+    missing = given.x.isnan().flatten(1).sum(1)
+    columns = (given.names, missing.tolist(), result.log_evidence.tolist(), result.ess.tolist(), hidden.tolist())
+    keys = ("name", "missing_pixels", "log_likelihood_observed", "ess", "log_likelihood_hidden")
+    return [dict(zip(keys, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+def _summary(run: Run, given: _Images, result: Imputation, hidden: Tensor, num_particles: int) -> dict[str, Any]:
+    def mean(values: Tensor) -> dict[str, float]:
+        return Estimate.of(values, num_particles).to_json()
+
+    missing = given.x.isnan().flatten(1)
+    known = hidden[~hidden.isnan()]
+    incomplete = missing.any(1)
+    return {
+        "images": given.source,
+        **what_is_measured(run),
+        "num_images": len(given.x),
+        "num_particles": num_particles,
+        "missing_pixels": int(missing.sum()),
+        "pixels": missing.numel(),
+        "complete_images": int((~incomplete).sum()),
+        "empty_images": int(missing.all(1).sum()),
+        "log_likelihood_observed": mean(result.log_evidence),
+        "log_likelihood_hidden": mean(known) | {"num_images": len(known)} if len(known) else None,
+        "ess": {"median": float(result.ess.median())},
+        "few_particles": int((result.ess[incomplete] < FEW_PARTICLES).sum()),
+    }
+
+
+def _in_words(summary: dict[str, Any]) -> list[str]:
+    n, S = summary["num_images"], summary["num_particles"]
+    missing, pixels = summary["missing_pixels"], summary["pixels"]
+    if not missing:
+        lines = [f"No pixel is missing in {n:,} images: nothing is imputed, and log p is that of the whole images."]
+    else:
+        lines = [f"{missing:,} of {pixels:,} pixels are missing ({missing / pixels:.0%}), in {n:,} images."]
+        if summary["complete_images"]:
+            lines.append(f"  Without a missing pixel: {summary['complete_images']:,}, imputed as they are.")
+    if summary["empty_images"]:
+        lines.append(
+            f"  Without an observed pixel: {summary['empty_images']:,}, imputed by draws of the model, with log p of 0."
+        )
+    kind = kind_in_words(summary)
+    lines.append(
+        f"log p(x_observed) {plus_minus(summary['log_likelihood_observed'])} nats an image: the bound L_{S}, in "
+        f"expectation below it{kind and f'; {kind}'}"
+    )
+    if summary["log_likelihood_hidden"] is not None:
+        lines.append(
+            f"log p(x_hidden | x_observed) {plus_minus(summary['log_likelihood_hidden'])} nats an image: log p(x) - "
+            "log p(x_observed), two such bounds, so no bound; where the second is looser, it flatters"
+        )
+    lines.append(f"  ± is the standard error over images; effective particles: median {summary['ess']['median']:.1f}")
+    if summary["few_particles"]:
+        lines.append(
+            f"  Unreliable: {summary['few_particles']:,} of {n - summary['complete_images']:,} images with missing "
+            f"pixels have fewer than {FEW_PARTICLES} effective particles of {S:,}. Their draws are nearly alike and "
+            "show less than what is possible, and log p(x_observed) may lie above its bound; more --num-particles help."
+        )
+    return lines
+
+
+# --- The figure ---
+
+
+def imputations_figure(display: Display, x: Tensor, truth: Tensor, result: Imputation) -> Figure:
+    """Rows of what the model saw, the mean, three draws and, where known, the truth, of the first images with holes.
+
+    Args:
+        display: from pixels to gray and color.
+        x: (n, C, H, W), NaN where missing: drawn blue.
+        truth: (n, C, H, W), NaN where nobody knows.
+        result: of ``impute`` for x.
+    """
+    incomplete = x.isnan().flatten(1).any(1)
+    first = (incomplete if incomplete.any() else ~incomplete).nonzero()[:_NUM_SHOWN, 0]
+    rows = {"observed": _with_holes(display, x[first]), "mean of\nthe missing": display(result.mean[first])}
+    for m in range(min(_DRAWS_SHOWN, len(result.draws))):
+        rows[f"draw {m + 1}"] = display(result.draws[m, first])
+    if (x.isnan() & ~truth.isnan()).any():
+        rows["truth"] = _with_holes(display, truth[first])
+    ess = [f"ESS {value:.0f}" for value in result.ess[first].tolist()]
+    title = "x_missing ~ p(x_missing | x_observed); missing pixels are blue; ESS: effective particles"
+    return plots.image_rows(rows, title=title + display.words, columns=ess)
+
+
+def _with_holes(display: Display, x: Tensor) -> np.ndarray:
+    """(n, C, H, W) -> (n, 3, H, W) in [0, 1], a pixel blue where any of its channels is missing."""
+    holes = x.isnan().any(1, keepdim=True).numpy()
+    shown = np.broadcast_to(display(x.nan_to_num(0.0)), (len(x), 3, *x.shape[2:]))
+    return np.where(holes, np.reshape(_MISSING_COLOR, (1, 3, 1, 1)), shown)

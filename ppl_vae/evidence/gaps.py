@@ -1,0 +1,95 @@
+"""Where the nats are lost: log p(x) - ELBO = approximation gap + amortization gap.
+
+    log p(x) - ELBO[q*]        what the guide's family cannot express: KL(q*(z) || p(z | x)), q* its best for this x
+    ELBO[q*] - ELBO[q(z | x)]  what one encoder for all images loses against a q of each image's own
+
+The first asks for a richer family, the second for a larger or longer trained encoder. What the model itself lacks is in
+neither: that is in log p(x).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pyro
+from torch import Tensor
+
+from ppl_vae.evidence.importance import importance
+from ppl_vae.evidence.proposals import refined, with_guide
+from ppl_vae.runtime.global_state import in_evaluation_mode, serialize_threads
+
+
+class Gaps(NamedTuple):
+    """Each image's nats; every field and property is (N,), float64.
+
+    ``log_evidence`` is the best that is known of log p(x), ``elbo`` that of the guide, and ``refined_elbo`` that of the
+    best q of the guide's family that was found. The evidence from a bound, and a refinement that stopped early, both
+    move nats: a loose bound makes the approximation gap too small, a poor refinement makes it too large.
+    """
+
+    log_evidence: Tensor
+    elbo: Tensor
+    refined_elbo: Tensor
+
+    @property
+    def approximation(self) -> Tensor:
+        """log p(x) - ELBO[q*]."""
+        return self.log_evidence - self.refined_elbo
+
+    @property
+    def amortization(self) -> Tensor:
+        """ELBO[q*] - ELBO[q]: in expectation not below 0, but for an image by noise."""
+        return self.refined_elbo - self.elbo
+
+    @property
+    def total(self) -> Tensor:
+        """log p(x) - ELBO[q] = KL(q(z | x) || p(z | x))."""
+        return self.log_evidence - self.elbo
+
+
+@serialize_threads()
+def gaps(
+    vae: Any,
+    x: Tensor,
+    log_evidence: Tensor,
+    *,
+    steps: int = 300,
+    num_particles: int = 8,
+    evaluation_particles: int = 1000,
+    compile: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> Gaps:
+    """The two gaps of each image, by refining its q within the guide's family.
+
+    Both ELBOs are means over fresh particles, drawn after the refinement has ended. Of a flow guide the features of an
+    image are refined and the layers are not: layers that suit other images count as the family's, and what layers of
+    this image's own would gain is in the approximation gap. Draws come from torch's global generator.
+
+    Args:
+        vae: with a guide ``Conditional(net, family)``.
+        x: images (N, *E).
+        log_evidence: (N,) nats, from annealed importance sampling or a tight bound.
+        steps, num_particles, compile, progress: as ``proposals.refined``.
+        evaluation_particles: of either ELBO.
+
+    Returns:
+        ``Gaps``.
+
+    Raises:
+        ValueError: an image off the support of p(x | z); a guide of several stochastic layers, whose later layers have
+            features of each draw and not of the image: only the total gap is known of it; a deterministic guide; or an
+            evidence that is not (N,).
+        CannotCapture: a ValueError; see ``capture.compiled``.
+
+    Reference: Cremer et al. 2018, arXiv 1801.03558, equations 4 to 6.
+    """
+    if tuple(log_evidence.shape) != (len(x),):
+        raise ValueError(f"log_evidence: expected shape ({len(x)},), got {tuple(log_evidence.shape)}")
+    q = refined(vae, x, steps=steps, num_particles=num_particles, compile=compile, progress=progress)
+    with in_evaluation_mode(vae), pyro.validation_enabled(False):
+        elbos = [
+            importance(guided.model, guided.guide, x, num_particles=evaluation_particles).elbo
+            for guided in (vae, with_guide(vae, q))
+        ]
+    return Gaps(log_evidence.to(elbos[0]), *elbos)

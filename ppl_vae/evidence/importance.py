@@ -1,0 +1,486 @@
+"""log p(x) from log-weights, with everything needed to know how far it can be trusted."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import pyro
+import torch
+from torch import Tensor
+
+from ppl_vae.conditional import NUMBERS_A_PIXEL, numbers_a_pixel, numbers_a_vector
+from ppl_vae.log_weights import Program, log_reconstruction, log_weight_terms
+from ppl_vae.runtime.arguments import check_count
+from ppl_vae.runtime.capture import CannotCapture, compiled, replaced
+from ppl_vae.runtime.global_state import in_evaluation_mode, seed_generators, seeded, serialize_threads
+from ppl_vae.runtime.groups import group_seed, in_groups
+from ppl_vae.runtime.memory import Passes
+from ppl_vae.runtime.numerics import LogWeightSummary
+from ppl_vae.runtime.ranks import agree
+from ppl_vae.support import check_support
+from ppl_vae.vae import VAE
+
+# An image is called unreliable where its bound is expected to lie more than this below log p(x). Source: ours.
+UNRELIABLE_BIAS = 0.5
+
+# The most bytes that one pass through the decoder may take for features, logits and log-probabilities, about six
+# numbers a pixel unless the likelihood says otherwise. Measured on two cores: passes of a quarter took 1.3 times as
+# long, larger ones were no faster. A GPU has more places to work at once; its number has not been measured.
+_PASS_BYTES = {"cpu": 32e6, "cuda": 1e9}
+_SUMMARIZED_AT_ONCE = 10_000  # log-weights
+
+# The most images of a group, so that 2, 4 and 8 ranks share 10,000 of them evenly. Measured at S = 1 on one thread:
+# groups of 1,250 took 1.00 times as long as groups of 1,700, those of 625 1.07 times, those of 250 1.32 times.
+_IMAGES_A_GROUP = 1250
+
+
+class NotFinite(ArithmeticError):
+    """A number that must be finite is not."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over images and its standard error, nats an image.
+
+    Args:
+        mean: the mean over the images.
+        stderr: the standard deviation over the images / sqrt(n): how far another sample of images would move the
+            mean. The Monte Carlo error of each image is kept apart. NaN for one image.
+        n: the number of images.
+        num_particles: S, the particles behind each image's number.
+    """
+
+    mean: float
+    stderr: float
+    n: int
+    num_particles: int
+
+    @classmethod
+    def of(cls, values: Tensor, num_particles: int) -> Estimate:
+        """From one number an image, (N,) nats."""
+        values = values.double()
+        stderr = float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
+        return cls(float(values.mean()), stderr, len(values), num_particles)
+
+    def to_json(self) -> dict[str, float]:
+        """The mean and its standard error, as reports hold them; n and S stand beside them there."""
+        return {"mean": self.mean, "stderr": self.stderr}
+
+
+class Importance(NamedTuple):
+    """What S particles say of each image; every field is (N,), float64.
+
+    ``log_evidence`` is L_S, whose expectation is a lower bound on log p(x) that rises with S; ``elbo`` is
+    ``reconstruction`` - ``kl``, with reconstruction = E_q[log p(x | z)] and kl = E_q[log q(z | x) - log p(z)], means
+    over the same particles, all in nats. ``ess`` is from 1 to S. ``pareto_k`` is NaN below 21 particles.
+    ``monte_carlo_stderr`` (nats) is the delta method's estimate of what another draw of the particles would change,
+    and ``bias`` (nats, not below 0) the jackknife's of what the bound still lacks; both are NaN for one particle. Both
+    assume weights with a variance, k below 0.5. Where k-hat is above, as for most images of a trained VAE, they see
+    only part: regions that no particle has visited are in neither. ``rise`` is L_S minus the mean of the ten L_{S/10}
+    from tenths of the same particles (NaN below 10): what ten times the particles gained, without that assumption.
+    """
+
+    log_evidence: Tensor
+    elbo: Tensor
+    reconstruction: Tensor
+    kl: Tensor
+    ess: Tensor
+    pareto_k: Tensor
+    monte_carlo_stderr: Tensor
+    bias: Tensor
+    rise: Tensor
+
+    def unreliable(self) -> Tensor:
+        """(N,) bool: where the jackknife sees more than 0.5 nats still lacking, or sees nothing (a bias of NaN).
+
+        With k-hat above 0.5 that is a rough sieve: a flagged image may be fine, and a passed one may lack as much.
+        """
+        return ~(self.bias <= UNRELIABLE_BIAS)
+
+    def jackknife_estimate(self) -> Tensor:
+        """(N,) L_S + the jackknife's bias, nats: an estimate of log p(x), and no bound. It may lie above log p(x).
+
+        Reference: Nowozin 2018, ICLR (JVI-1).
+        """
+        return self.log_evidence + self.bias
+
+
+def particles_a_pass(x: Tensor, numbers_a_pixel: int = NUMBERS_A_PIXEL) -> int:
+    """How many (particle, image) pairs go through the decoder at once, by the size of an image. x: (N, *E)."""
+    bytes_a_pair = numbers_a_pixel * x[:1].numel() * max(4, x.element_size())
+    return max(1, int(_PASS_BYTES[x.device.type] / max(1, bytes_a_pair)))
+
+
+def vectors_a_pass(distribution: Any, *, device: str = "cpu") -> int:
+    """How many z are drawn of a distribution at once, or have their densities taken: one tensor of them fills a pass.
+
+    A mixture of 500 normals in 40 dimensions holds 20,000 numbers of each z, many more than a decoder holds of a digit.
+    """
+    return max(1, int(_PASS_BYTES[device] / (4 * max(1, numbers_a_vector(distribution)))))
+
+
+@torch.no_grad()
+def weighed_a_pass(vae: Any, x: Tensor) -> int:
+    """How many (particle, image) pairs have their log-weights taken at once, by the likelihood and by the prior.
+
+    Args:
+        vae: with ``likelihood`` and ``prior``; what has neither, such as a user's program, is taken to hold little.
+        x: images (N, *E).
+    """
+    pairs = particles_a_pass(x, numbers_a_pixel(getattr(vae, "likelihood", None)))
+    prior = getattr(vae, "prior", None)
+    return pairs if prior is None else min(pairs, vectors_a_pass(prior(), device=x.device.type))
+
+
+Terms = Callable[[Program, Program, Tensor, int], tuple[Tensor, Tensor]]
+
+
+class CapturedTerms:
+    """``log_weight_terms`` of one VAE as a compiled graph, for batches of one size; others run as they are.
+
+    Args:
+        vae: in evaluation mode. Its weights may change later, its structure may not.
+        x: a batch (B, *E) like those to come.
+        num_particles: S of a batch.
+
+    Raises:
+        CannotCapture: see ``capture.compiled``.
+    """
+
+    def __init__(self, vae: VAE, x: Tensor, num_particles: int) -> None:
+        self._shape = (tuple(x.shape), num_particles)
+        values = dict(vae.named_parameters()) | dict(vae.named_buffers())
+        names = list(values)
+        self._tensors = [value.detach() for value in values.values()]  # the same memory: changes in place are seen
+
+        def function(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+            with replaced(vae, dict(zip(names, tensors[:-1], strict=True))):
+                return log_weight_terms(vae.model, vae.guide, tensors[-1], num_particles)
+
+        self._run = compiled(function, [*self._tensors, x.contiguous()])
+
+    def __call__(self, model: Program, guide: Program, x: Tensor, num_particles: int) -> tuple[Tensor, Tensor]:
+        if (tuple(x.shape), num_particles) != self._shape:
+            return log_weight_terms(model, guide, x, num_particles)
+        log_p_x_given_z, log_p_z_over_q_z = self._run([*self._tensors, x.contiguous()])
+        return log_p_x_given_z, log_p_z_over_q_z
+
+
+@serialize_threads()
+@torch.no_grad()
+def importance(
+    model: Program,
+    guide: Program,
+    x: Tensor,
+    *,
+    num_particles: int,
+    chunk: int | None = None,
+    progress: Callable[[int], None] | None = None,
+    terms: Terms = log_weight_terms,
+) -> Importance:
+    """L_S = log (1/S) sum_s p(x, z_s) / q(z_s | x), z_s ~ q(z | x), for each image, with its errors.
+
+    Log-weights are streamed, so memory depends on neither S nor N (but for the results). Draws come from torch's global
+    generator, fresh at every call. Weights and modes are left as they are, and no gradients are kept; networks with
+    dropout or batch norm should be in evaluation mode. Images are compared with the support of p(x | z); other values
+    are validated where Pyro's validation is on.
+
+    Args:
+        model: a Pyro program over x with one data plate at dim=-1.
+        guide: a Pyro program over x that samples every latent site of the model.
+        x: images (N, *E).
+        num_particles: S.
+        chunk: the most particles an image that are held at once; by default what suits the size of an image, and, where
+            the model is a VAE's, what its likelihood holds of a pixel and its prior of a z.
+        progress: called with the number of images after each group of them.
+        terms: what gives the two parts of the log-weights; see ``CapturedTerms`` for another.
+
+    Returns:
+        ``Importance``, each field (N,).
+
+    Raises:
+        ValueError: an image off the support, as ``log_weights``, or an argument out of its range.
+            ``weights.Deterministic`` is one: a guide without a density.
+        NotFinite: a log-weight is NaN.
+
+    Reference: Burda et al. 2016, arXiv 1509.00519, equation 8.
+    """
+    num_particles = check_count("num_particles", num_particles)
+    chunk = chunk if chunk is None else check_count("chunk", chunk)
+    if len(x) == 0:
+        raise ValueError("x: expected at least one image, got none")
+    check_support(model, x)
+    pairs = weighed_a_pass(getattr(model, "__self__", None), x)
+    chunk = min(num_particles, chunk or pairs)
+    # Results have their place before the work: small tensors kept between large ones would fragment memory for good.
+    results = torch.empty(len(Importance._fields), len(x), dtype=torch.double, device=x.device)
+    group = max(1, pairs // chunk)
+    for images, place in zip(x.split(group), results.split(group, dim=1), strict=True):
+        torch.stack(_importance_of_group(model, guide, images, num_particles, chunk, terms), out=place)
+        if progress is not None:
+            progress(len(images))
+    return Importance(*results)
+
+
+def _together(starts: range, numbers: int) -> Iterator[range]:
+    """Passes whose log-weights are summarized at once, since that costs nearly the same for one as for several."""
+    passes = max(1, _SUMMARIZED_AT_ONCE // numbers)
+    return (starts[i : i + passes] for i in range(0, len(starts), passes))
+
+
+def summarize_log_weights(
+    model: Program, guide: Program, x: Tensor, num_particles: int, *, chunk: int, terms: Terms = log_weight_terms
+) -> tuple[LogWeightSummary, Tensor, Tensor]:
+    """Summary of S log-weights of each image, and the means of log p(x | z) and of log q(z | x) - log p(z) (B,).
+
+    Arguments as ``importance``; all images are held at once. Nothing is checked.
+
+    Raises:
+        NotFinite: a log-weight is NaN or +infinity.
+    """
+    summary = LogWeightSummary(num_particles, len(x), device=x.device)
+    reconstruction = torch.zeros(len(x), dtype=torch.double, device=x.device)
+    kl = torch.zeros_like(reconstruction)
+    for starts in _together(range(0, num_particles, chunk), len(x) * chunk):
+        parts = [terms(model, guide, x, min(chunk, num_particles - start)) for start in starts]
+        log_p_x_given_z, log_p_z_over_q_z = (torch.cat(part) for part in zip(*parts, strict=True))
+        log_w = log_p_x_given_z + log_p_z_over_q_z
+        if log_w.isnan().any() or log_w.isposinf().any():
+            raise NotFinite(
+                "log-weights: expected numbers, got NaN or +infinity; the weights or the data hold values that are "
+                "not finite"
+            )
+        summary.update(log_w)
+        reconstruction += log_p_x_given_z.double().sum(0) / num_particles
+        kl -= log_p_z_over_q_z.double().sum(0) / num_particles
+    return summary, reconstruction, kl
+
+
+def _importance_of_group(
+    model: Program, guide: Program, x: Tensor, num_particles: int, chunk: int, terms: Terms
+) -> Importance:
+    summary, reconstruction, kl = summarize_log_weights(model, guide, x, num_particles, chunk=chunk, terms=terms)
+    return Importance(
+        log_evidence=summary.log_mean_exp(),
+        elbo=reconstruction - kl,
+        reconstruction=reconstruction,
+        kl=kl,
+        ess=summary.effective_sample_size(),
+        pareto_k=summary.pareto_k(),
+        monte_carlo_stderr=summary.monte_carlo_stderr(),
+        bias=summary.bias(),
+        rise=summary.rise(),
+    )
+
+
+def log_evidence(model: Program, guide: Program, x: Tensor, *, num_particles: int, chunk: int | None = None) -> Tensor:
+    """The bound L_S for each image: (N,) nats.
+
+    Args: as ``importance``, whose errors are these too.
+
+    Reference: Burda et al. 2016, arXiv 1509.00519, equation 8.
+    """
+    return importance(model, guide, x, num_particles=num_particles, chunk=chunk).log_evidence
+
+
+def even_chunk(num_particles: int, most: int) -> int:
+    """The largest number of particles, not above ``most``, that divides S, or else ``most`` itself.
+
+    A compiled graph is for one number; a remainder would run without it. Divisors below half of ``most`` are too small.
+    """
+    if num_particles <= most:
+        return num_particles
+    divisors = (size for size in range(most, most // 2, -1) if num_particles % size == 0)
+    return next(divisors, most)
+
+
+def images_a_group(x: Tensor, num_particles: int) -> int:
+    """How many images have their noise from one seed: by an image's size, S and the kind of device alone. x: (N, *E).
+
+    It depends neither on the model, so that the groups of two of them have the same seeds, nor on the number of ranks.
+    """
+    pairs = particles_a_pass(x)
+    return min(_IMAGES_A_GROUP, max(1, pairs // even_chunk(num_particles, pairs)))
+
+
+def pass_of_group(vae: Any, x: Tensor, num_particles: int) -> tuple[int, int]:
+    """How many particles, and of how many images of a group, ``evaluate`` draws at once: models differ in it.
+
+    Noise is matched between two models only where they agree in this.
+
+    Args:
+        vae: as in ``weighed_a_pass``.
+        x: images (N, *E).
+        num_particles: S.
+    """
+    pairs = weighed_a_pass(vae, x)
+    particles = even_chunk(num_particles, pairs)
+    return particles, even_chunk(images_a_group(x, num_particles), max(1, pairs // particles))
+
+
+@serialize_threads()
+def evaluate(
+    vae: VAE,
+    x: Tensor,
+    *,
+    num_particles: int,
+    seed: int,
+    check: bool = False,
+    compile: bool = False,
+    on_compiled: Callable[[float], None] | None = None,
+    progress: Callable[[int], None] | None = None,
+    done: Mapping[int, Tensor] | None = None,
+    on_group: Callable[[int, Tensor], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+    say: Callable[[str], None] | None = None,
+) -> Importance:
+    """``importance`` of a VAE in evaluation mode, with draws of their own seed; values are validated if ``check``.
+
+    Images go in groups of ``images_a_group``. The noise of a group is seeded by (seed, place of its first image), so
+    that an image's numbers depend neither on how many ranks share the work (``distributed``; every rank calls this, and
+    each has all results) nor on whether it went on from an interruption.
+
+    With ``compile`` the log-weights of a pass are one compiled graph; ``on_compiled`` is told the seconds that this
+    took. It computes the same to rounding. A graph validates nothing: ``check`` then sees the first image alone.
+
+    Where memory runs out, half as many particles go through at once, and so on (``memory.Passes``). From there on the
+    bound is another draw of the same bound: a generator gives the numbers of two small passes in another order than
+    those of a large one.
+
+    The VAE's weights, buffers and mode and the global generators are afterwards as they were before.
+
+    Args:
+        vae: on the device of the images.
+        x: images (N, *E), the same on every rank.
+        num_particles: S.
+        seed: of the draws.
+        progress: called with the number of images after each group of them.
+        done: results of groups from before, as ``on_group`` was given them.
+        on_group: called with the place of a group's first image, and ``Importance``'s fields as the columns of (n, 9).
+        should_stop: asked after each group of images.
+        say: is told where memory runs out.
+
+    Raises:
+        CannotCapture: a ValueError: ``compile`` is asked for and impossible; says why.
+        Deterministic: a ValueError: the guide has no density; ``reconstruction`` needs none.
+        ValueError: an image off the support, or an argument out of its range.
+        NotFinite: a log-weight is NaN.
+        Stopped: ``should_stop`` said so; see ``groups.in_groups``.
+        ConnectionError: another rank met an error.
+    """
+    num_particles = check_count("num_particles", num_particles)
+    if len(x) == 0:
+        raise ValueError("x: expected at least one image, got none")
+    check_support(vae.model, x)
+    with seeded(seed, x.device), pyro.validation_enabled(check), in_evaluation_mode(vae), torch.no_grad():
+        size = images_a_group(x, num_particles)
+        # With and without compiling, so that the noise is the same.
+        passes = Passes(*pass_of_group(vae, x, num_particles), device=x.device, say=say)
+        terms: Terms = log_weight_terms
+        if compile:
+            terms = _captured(vae, x, passes, seed=seed, on_compiled=on_compiled)
+
+        def compute(group: slice) -> Tensor:
+            def attempt(particles: int, images: int) -> Tensor:
+                seed_generators(group_seed(seed, group.start), x.device)
+                parts = x[group].split(images)
+                found = [_importance_of_group(vae.model, vae.guide, p, num_particles, particles, terms) for p in parts]
+                return torch.cat([torch.stack(part, dim=1) for part in found])
+
+            return passes.run(attempt)
+
+        table = in_groups(
+            compute,
+            len(x),
+            size,
+            num_columns=len(Importance._fields),
+            device=x.device,
+            progress=progress,
+            done=done,
+            on_group=on_group,
+            should_stop=should_stop,
+        )
+    return Importance(*table.T.contiguous())
+
+
+def _captured(
+    vae: VAE, x: Tensor, passes: Passes, *, seed: int, on_compiled: Callable[[float], None] | None
+) -> CapturedTerms:
+    """The log-weights of a whole pass as a compiled graph, on every rank or on none."""
+    started, error = time.monotonic(), None
+    with seeded(seed, x.device):
+        log_weight_terms(vae.model, vae.guide, x[:1], 1)  # what is wrong is said as it is without compiling
+        try:
+            terms = CapturedTerms(vae, x[: passes.images], passes.particles)
+        except CannotCapture as caught:
+            error = str(caught)
+    if agree(error is not None):
+        raise CannotCapture(error or "another rank cannot compile it")
+    if on_compiled is not None:
+        on_compiled(time.monotonic() - started)
+    return terms
+
+
+@serialize_threads()
+@torch.no_grad()
+def reconstruction(
+    vae: VAE,
+    x: Tensor,
+    *,
+    seed: int,
+    check: bool = False,
+    progress: Callable[[int], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+    say: Callable[[str], None] | None = None,
+) -> Tensor:
+    """log p(x | z), one z ~ q(z | x) an image: what an autoencoder, whose z is a function of x, is measured by.
+
+    It is no log-likelihood and no bound on one: neither how probable z is, nor how many values of z would do, is in
+    it. More latents raise it without end. Groups, ranks, seeds and memory are as in ``evaluate``. The VAE's weights,
+    buffers and mode and the global generators are afterwards as they were before.
+
+    Args:
+        vae: with or without a density q(z | x).
+        x: images (N, *E), the same on every rank.
+        seed: of z, where it is drawn, and of whatever else the programs draw.
+        check: whether values are validated.
+        progress: called with the number of images after each group of them.
+        should_stop: asked after each group of images.
+        say: is told where memory runs out.
+
+    Returns:
+        (N,) nats, float64.
+
+    Raises:
+        ValueError: no images, one off the support, or as ``log_weights``.
+        NotFinite: a value is NaN or +infinity.
+        Stopped: ``should_stop`` said so.
+        ConnectionError: another rank met an error.
+    """
+    if len(x) == 0:
+        raise ValueError("x: expected at least one image, got none")
+    check_support(vae.model, x)
+    size = images_a_group(x, 1)
+    most = particles_a_pass(x, numbers_a_pixel(vae.likelihood))
+    passes = Passes(1, even_chunk(size, most), device=x.device, say=say)
+
+    def compute(group: slice) -> Tensor:
+        def attempt(_: int, images: int) -> Tensor:
+            seed_generators(group_seed(seed, group.start), x.device)
+            parts = [log_reconstruction(vae.model, vae.guide, part) for part in x[group].split(images)]
+            return torch.cat(parts).double()[:, None]
+
+        rows = passes.run(attempt)
+        if rows.isnan().any() or rows.isposinf().any():
+            raise NotFinite("log p(x | z): expected numbers, got NaN or +infinity")
+        return rows
+
+    with seeded(seed, x.device), pyro.validation_enabled(check), in_evaluation_mode(vae):
+        table = in_groups(
+            compute, len(x), size, num_columns=1, device=x.device, progress=progress, should_stop=should_stop
+        )
+    return table[:, 0]

@@ -1,0 +1,300 @@
+"""Images with missing pixels under a VAE: log p of the pixels that are observed, and draws of those that are not.
+
+log p(x_observed | z) = sum_{d observed} log p(x_d | z): given z pixels are independent, so a missing one leaves the sum
+and nothing else changes. Missing pixels are NaN in x (B, *E). That they are missing must not depend on what they hide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+
+from ppl_vae.conditional import numbers_a_pixel
+from ppl_vae.evidence.importance import NotFinite, particles_a_pass, vectors_a_pass
+from ppl_vae.parts.likelihoods.family import independent_pixels
+from ppl_vae.runtime.arguments import check_count
+from ppl_vae.runtime.global_state import seeded, serialize_threads
+from ppl_vae.runtime.numerics import log_mean_exp
+from ppl_vae.support import check_support
+from ppl_vae.vae import VAE, check_event_shape
+
+# Of the noise in the guide's fillings: a constant, so that the guide is a function of x.
+_FILLING_SEED = 0
+
+
+class Defended(dist.TorchDistribution):
+    """(1 - a) q(z) + a p(z): a proposal with a share a of the prior.
+
+    No importance weight p(x | z) p(z) / q(z) then exceeds max_z p(x | z) / a, so weights have a variance wherever the
+    likelihood is bounded, however narrow q is.
+
+    Args:
+        proposal: q, batch shape (B,).
+        prior: p, batch shape () or (B,), the event shape of q.
+        share: (B,) a, from 0 to 1.
+
+    Reference: Hesterberg 1995, Technometrics 37(2), 185-194 (defensive mixture).
+    """
+
+    arg_constraints: dict[str, Any] = {}  # noqa: RUF012, the name and type that torch asks for
+
+    def __init__(self, proposal: Any, prior: Any, share: Tensor) -> None:
+        self.proposal, self.share = proposal, share
+        self.prior = prior.expand(proposal.batch_shape)
+        super().__init__(proposal.batch_shape, proposal.event_shape, validate_args=False)
+
+    @property
+    def support(self) -> Any:
+        """Where z may lie."""
+        return self.prior.support
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> Defended:
+        """The same distribution for a larger batch shape."""
+        return Defended(self.proposal.expand(batch_shape), self.prior, self.share.expand(batch_shape))
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        """(*sample_shape, *batch_shape, *event_shape), without gradients."""
+        shape = (*sample_shape, *self.batch_shape)
+        of_prior = torch.rand(shape, dtype=self.share.dtype, device=self.share.device) < self.share
+        of_prior = of_prior.reshape(*shape, *[1] * len(self.event_shape))
+        sample_shape = torch.Size(sample_shape)
+        with torch.no_grad():
+            return torch.where(of_prior, self.prior.sample(sample_shape), self.proposal.sample(sample_shape))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """The density at value, (*sample_shape, *batch_shape), nats."""
+        log_q = torch.log1p(-self.share) + self.proposal.log_prob(value)
+        return torch.logaddexp(log_q, self.share.log() + self.prior.log_prob(value))
+
+
+class Particles(NamedTuple):
+    """z (S, B, L) ~ q, p(x_observed | z) with batch shape (S, B), and log w (S, B) nats."""
+
+    z: Tensor
+    likelihood: Any
+    log_w: Tensor
+
+
+class Observed(nn.Module):
+    """p(x_observed, z) = p(z) prod_{d observed} p(x_d | z), with a guide for what the encoder has never seen: holes.
+
+    ``model`` and ``guide`` are for evaluation: ``log_evidence(observed.model, observed.guide, x, ...)`` bounds
+    log p(x_observed). They are not to train with: the guide is a mixture without reparametrized draws, so ``fit`` would
+    take score-function gradients, of high variance, and none through the fillings. It is one of what the encoder says
+    of K fillings of an image, and of the prior,
+
+        q(z | x_observed) = (1 - a) (1/K) sum_k q(z | x_observed, x_missing^k) + a p(z),
+
+    after p(z | x_observed) = E[p(z | x_observed, x_missing)]. Fillings come of pseudo-Gibbs sampling (encode, decode,
+    refill) that is corrected in each round: K particles z of the mixture so far (at first of the prior), K of them
+    drawn again by their importance weights, and x_missing ~ p(x | z). Fillings hold no gradient. They are as if drawn
+    with the same noise for each image, whatever else is in x, and are no draws of torch's global generator (of which
+    the encoder of a dequantized VAE draws its u). Where all of x is observed, both programs are the VAE's own; for an
+    image without a pixel the guide is the prior.
+
+    Measured on MNIST (15 epochs, 50 validation images, S = 500), L_S in nats with the lower half missing, and with nine
+    pixels of ten: the encoder on means as fillings -59.5 and -32.6; ten rounds of plain pseudo-Gibbs -55.4 and -31.5,
+    a quarter wider -53.4 and -28.4; K = 30 without the weights -49.9 and -26.1; here -48.7 and -19.6, with a = 0.1
+    -48.7 and -20.7, with a = 0.5 -49.2 and -18.5. Twice the rounds and K = 100 gained up to 1.1 nats, for two and three
+    times the work, and another seed of the fillings moved it by 0.6; a start from pixel means and wider components made
+    no difference that could be seen.
+
+    Args:
+        vae: a VAE whose likelihood's pixels are independent given z (``to_event`` over the whole image).
+        rounds: of refilling, at least 1.
+        num_fillings: K. Each pass of the guide computes them anew for each of its images, and holds them all: where the
+            particles of an image take several passes, so do its fillings.
+        prior_share: a, above 0 and below 1.
+
+    Raises:
+        ValueError: an argument out of its range; from the programs: a likelihood with pixels that are not independent,
+            or images of another shape.
+
+    Reference: Rezende et al. 2014, arXiv 1401.4082, appendix F (pseudo-Gibbs); Cappé et al. 2004, JCGS 13(4)
+    (population Monte Carlo). Their combination: ours.
+    """
+
+    def __init__(self, vae: VAE, *, rounds: int = 10, num_fillings: int = 30, prior_share: float = 0.2) -> None:
+        super().__init__()
+        if not 0 < prior_share < 1:
+            raise ValueError(f"prior_share: expected a number between 0 and 1, got {prior_share}")
+        self.vae = vae
+        self.rounds = check_count("rounds", rounds)
+        self.num_fillings = check_count("num_fillings", num_fillings)
+        self.prior_share = prior_share
+
+    def model(self, x: Tensor) -> None:
+        """z ~ p(z), x_observed ~ p(x_observed | z). x: (B, *E), NaN where missing."""
+        with pyro.plate("images", len(x), dim=-1):
+            z = pyro.sample("z", self.vae.prior())
+            pyro.sample("x", self.likelihood(z, x), obs=_in_support(x))
+
+    def guide(self, x: Tensor) -> None:
+        """z ~ q(z | x_observed). x: (B, *E), NaN where missing."""
+        with pyro.plate("images", len(x), dim=-1):
+            pyro.sample("z", self.posterior(x))
+
+    def prior(self) -> Any:
+        """p(z), the VAE's."""
+        return self.vae.prior()
+
+    def likelihood(self, z: Tensor, x: Tensor) -> Any:
+        """p(x_observed | z), batch (..., B), event E; it draws and averages over all pixels. z: (..., B, L)."""
+        p_x = self.vae.likelihood(z)
+        p_x = independent_pixels(check_event_shape(p_x, x, z), "missing pixels cannot be left out")
+        observed = ~x.isnan()
+        mask: Any = observed if observed.any() else False  # without a pixel there is no value to evaluate
+        return p_x.base_dist.mask(mask).to_event(p_x.reinterpreted_batch_ndims)
+
+    def posterior(self, x: Tensor) -> Any:
+        """q(z | x_observed), batch (B,), event (L,). x: (B, *E), NaN where missing."""
+        missing = x.isnan().flatten(1)
+        if not missing.any():
+            return self.vae.posterior(x)
+        partly = torch.full_like(x[:, :1].flatten(1)[:, 0], self.prior_share)
+        share = torch.where(missing.all(1), 1.0, torch.where(missing.any(1), partly, 0.0))
+        return self._mixture(torch.stack([self._fillings(image) for image in x.split(1)]), share)
+
+    def particles(self, q: Any, x: Tensor, num_particles: int) -> Particles:
+        """z_s ~ q, log w_s = log p(x_observed | z_s) + log p(z_s) - log q(z_s), from torch's global generator.
+
+        Raises:
+            NotFinite: an image has a log-weight of NaN or infinity, or none above -infinity.
+        """
+        z = q.sample((num_particles,))
+        p_x = self.likelihood(z, x)
+        log_w = p_x.log_prob(_in_support(x)) + self.vae.prior().log_prob(z) - q.log_prob(z)
+        if not log_w.amax(0).isfinite().all():
+            raise NotFinite("log-weights: expected numbers, got NaN, infinity, or none above -infinity for an image")
+        return Particles(z, p_x, log_w)
+
+    def _mixture(self, fillings: Tensor, share: Tensor) -> Defended:
+        """fillings: (B, K, *E), share: (B,)."""
+        of_fillings = self.vae.posterior(fillings)
+        weights = dist.Categorical(logits=torch.zeros(fillings.shape[:2], dtype=share.dtype, device=share.device))
+        return Defended(dist.MixtureSameFamily(weights, of_fillings), self.vae.prior(), share)
+
+    @torch.no_grad()
+    def _fillings(self, x: Tensor) -> Tensor:
+        """One image (1, *E) -> K of it (K, *E), its missing pixels filled."""
+        missing, K = x.isnan(), self.num_fillings
+        if not missing.any():
+            return x.expand(K, *x.shape[1:])
+        share = torch.full_like(x.flatten()[:1], self.prior_share)
+        q: Any = self.vae.prior().expand((1,))
+        with seeded(_FILLING_SEED, x.device):
+            for _ in range(self.rounds):
+                z, _, log_w = self.particles(q, x, K)
+                chosen = z[log_w[:, 0].softmax(0).multinomial(K, replacement=True)]
+                fillings = torch.where(missing, self.likelihood(chosen, x).sample(), x)[:, 0]
+                q = self._mixture(fillings[None], share)
+        return fillings
+
+
+def _in_support(x: Tensor) -> Tensor:
+    """x with an observed pixel's value in place of NaN.
+
+    The mask removes it from every sum, but a value off the support would fail validation, and one whose log-density is
+    infinite would leave a gradient of 0 * infinity.
+    """
+    missing = x.isnan()
+    values = x[~missing]
+    return torch.where(missing, values[0] if len(values) else torch.zeros_like(x[:1].sum()), x)
+
+
+class Imputation(NamedTuple):
+    """What S particles say of the missing pixels of each image.
+
+    Args:
+        draws: (M, B, *E) x ~ p(x_missing | x_observed), as S particles approximate it; observed pixels as they are.
+        mean: (B, *E) E[x | x_observed], observed pixels as they are.
+        log_evidence: (B,) float64 nats, the bound L_S on log p(x_observed).
+        ess: (B,) float64 from 1 to S. Near 1 the draws are all of one z, however many there are.
+    """
+
+    draws: Tensor
+    mean: Tensor
+    log_evidence: Tensor
+    ess: Tensor
+
+
+@serialize_threads()
+@torch.no_grad()
+def impute(
+    observed: Observed,
+    x: Tensor,
+    *,
+    num_particles: int,
+    num_draws: int,
+    progress: Callable[[int], None] | None = None,
+) -> Imputation:
+    """p(x_missing | x_observed) ~ sum_s v_s p(x_missing | z_s), v_s = w_s / sum_t w_t, z_s ~ q(z | x_observed).
+
+    The mean is that sum's; a draw takes z_s with probability v_s, and then x_missing ~ p(x | z_s) (sampling importance
+    resampling). Both are consistent as S grows, and no better than the effective sample size. Draws come from torch's
+    global generator. Particles are decoded in passes, so memory does not grow with S (but for z and log w of an image).
+
+    Args:
+        observed: the VAE on images with holes, in evaluation mode.
+        x: (B, *E), NaN where missing.
+        num_particles: S.
+        num_draws: M.
+        progress: called with the number of images after each of them.
+
+    Returns:
+        ``Imputation``.
+
+    Raises:
+        ValueError: an argument out of its range, a value off the support of p(x | z), or as ``Observed``.
+        NotFinite: a log-weight is NaN or infinite.
+
+    Reference: Mattei and Frellsen 2019, arXiv 1812.02633 (single imputation by self-normalized importance sampling,
+    multiple imputation by sampling importance resampling).
+    """
+    num_particles, num_draws = check_count("num_particles", num_particles), check_count("num_draws", num_draws)
+    if len(x) == 0:
+        raise ValueError("x: expected at least one image, got none")
+    check_support(observed.model, x)
+    result = Imputation(
+        x.new_empty(num_draws, *x.shape),
+        torch.empty_like(x),
+        *torch.empty(2, len(x), dtype=torch.double, device=x.device),
+    )
+    for i, image in enumerate(x.split(1)):
+        draws, mean, result.log_evidence[i], result.ess[i] = _impute_one(observed, image, num_particles, num_draws)
+        missing = image.isnan()
+        result.draws[:, i] = torch.where(missing, draws, image)
+        result.mean[i] = torch.where(missing, mean, image)[0]
+        if progress is not None:
+            progress(1)
+    return result
+
+
+def _impute_one(
+    observed: Observed, x: Tensor, num_particles: int, num_draws: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Draws (M, *E), the mean (*E), log evidence and effective sample size of one image (1, *E)."""
+    q = observed.posterior(x)
+    held = [vectors_a_pass(distribution, device=x.device.type) for distribution in (q, observed.prior())]
+    chunk = min(particles_a_pass(x, numbers_a_pixel(observed.vae.likelihood)), *held)
+    z = x.new_empty(num_particles, 1, *q.event_shape)
+    log_w = torch.empty(num_particles, dtype=torch.double, device=x.device)
+    top = log_w.new_full((), -torch.inf)
+    total = x.new_zeros(x.shape[1:], dtype=torch.double)  # sum_s exp(log w_s - top) E[x | z_s]
+    for place, log_w_place in zip(z.split(chunk), log_w.split(chunk), strict=True):
+        drawn, p_x, log_w_drawn = observed.particles(q, x, len(place))
+        place.copy_(drawn)
+        log_w_place.copy_(log_w_drawn[:, 0])
+        highest = torch.maximum(top, log_w_place.max())
+        means = torch.einsum("s,s...->...", (log_w_place - highest).exp().to(x.dtype), p_x.mean[:, 0])
+        top, total = highest, total * (top - highest).exp() + means
+    v = log_w.softmax(0)
+    chosen = z[v.multinomial(num_draws, replacement=True)]
+    draws = torch.cat([observed.likelihood(part, x).sample()[:, 0] for part in chosen.split(chunk)])
+    mean = total / (log_w - top).exp().sum()
+    return draws, mean.to(x.dtype), log_mean_exp(log_w), 1 / v.square().sum()

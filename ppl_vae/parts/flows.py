@@ -1,0 +1,313 @@
+"""Normalizing flows: invertible maps with the logarithm of their volume, and the distribution that a map makes.
+
+A layer maps u to y one way (``forward``, to draw) and back (``inverse``, for a density), each in one pass and each with
+log |det dy/du| or log |det du/dy|, for any leading dimensions. Pyro's own transforms keep a tensor from call to call
+(their cache) and its splines choose by values, which a compiled graph cannot; these hold nothing but their weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from pyro.distributions import TorchDistribution
+from torch import Tensor, nn
+from torch.distributions import constraints
+from torch.nn.functional import softmax, softplus
+
+from ppl_vae.parts.networks import MLP
+from ppl_vae.runtime.arguments import Widths
+from ppl_vae.runtime.numerics import bounded
+
+MAX_LOG_SCALE = 2.0  # of one affine layer: a factor between 0.14 and 7.4
+MAX_INPUT = 10.0  # of a coupling's network, in the unit of the base's scale
+SPLINE_BOUND = 5.0
+_LEAST_SHARE = 1e-3  # of a spline's interval that a bin takes, and the least slope at a knot
+
+
+class ElementwiseAffine(nn.Module):
+    """y = loc + exp(log_scale) u, each latent by itself: an activation norm that starts as the identity.
+
+    Args:
+        dim: L.
+
+    Reference: Kingma and Dhariwal 2018, arXiv 1807.03039, section 3.1 (there it starts from a batch's statistics).
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.loc = nn.Parameter(torch.zeros(dim))
+        self.log_scale = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """u: (..., L) -> y (..., L) and log |det dy/du|, ()."""
+        return self.loc + self.log_scale.exp() * u, self.log_scale.sum()
+
+    def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """y: (..., L) -> u (..., L) and log |det du/dy|, ()."""
+        return (y - self.loc) * (-self.log_scale).exp(), -self.log_scale.sum()
+
+
+class Permutation(nn.Module):
+    """y_l = u_{pi(l)}: a fixed order, drawn once from torch's global generator.
+
+    Args:
+        dim: L.
+    """
+
+    order: Tensor
+    back: Tensor
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        order = torch.randperm(dim)
+        self.register_buffer("order", order)
+        self.register_buffer("back", order.argsort())
+
+    def forward(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """u: (..., L) -> y (..., L) and 0."""
+        return u[..., self.order], u.new_zeros(())
+
+    def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """y: (..., L) -> u (..., L) and 0."""
+        return y[..., self.back], y.new_zeros(())
+
+
+# (argument, features, inverse) -> the value and the logarithm of its slope
+Univariate = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor]]
+
+
+def affine(u: Tensor, h: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+    """y = exp(2 tanh(h_1 / 2)) u + h_2. u: (...), h: (..., 2) -> y and log dy/du, or u and log du/dy; h = 0 is y = u.
+
+    The scale is bounded, so that no step of training can make one layer explode.
+
+    Reference: Dinh et al. 2017 (RealNVP), arXiv 1605.08803, equation 7; Kingma et al. 2016, arXiv 1606.04934, equation
+    10; the bound on the log-scale is common practice.
+    """
+    log_scale, shift = bounded(h[..., 0], MAX_LOG_SCALE), h[..., 1]
+    if inverse:
+        return (u - shift) * (-log_scale).exp(), -log_scale
+    return log_scale.exp() * u + shift, log_scale
+
+
+def spline(u: Tensor, h: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+    """A monotone rational-quadratic spline on [-5, 5], the identity outside. u: (...), h: (..., 3 K - 1), h = 0: y = u.
+
+    Reference: Durkan et al. 2019 (neural spline flows), arXiv 1906.04032, section 3.
+    """
+    return rational_quadratic_spline(u, h, bound=SPLINE_BOUND, inverse=inverse)
+
+
+class Coupling(nn.Module):
+    """y = (a, t(b; h)) for u = (a, b), t monotone in each b_l, h_l = net_l(10 tanh(a / 10)): the identity at first.
+
+    What the network sees is bounded. Else an affine map's shift grows with a, the next coupling's with that, and ten of
+    them carry a draw a little outside the codes off to 10^9: of 50 million draws of a trained guide a few, nearly all
+    of it one, had a log-density of -10^17 nats, and with them the ELBO.
+
+    Args:
+        dim: L, of which the first half, rounded up, is a.
+        univariate: t, of ``num_features`` features for each b_l.
+        num_features: F.
+        hidden: widths of the network's hidden layers.
+
+    Raises:
+        ValueError: fewer than two latents, which have no halves.
+
+    Reference: Dinh et al. 2017, arXiv 1605.08803, section 3.2; the bound on the network's input is ours.
+    """
+
+    def __init__(self, dim: int, *, univariate: Univariate, num_features: int, hidden: Widths) -> None:
+        super().__init__()
+        self.kept = _half(dim)
+        self.univariate = univariate
+        self.num_features = num_features
+        self.net = _zero_at_first(MLP(self.kept, num_features * (dim - self.kept), hidden=hidden))
+
+    def forward(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """u: (..., L) -> y (..., L) and log |det dy/du|, (...)."""
+        return self._mapped(u, False)
+
+    def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """y: (..., L) -> u (..., L) and log |det du/dy|, (...)."""
+        return self._mapped(y, True)
+
+    def _mapped(self, u: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+        a, b = u[..., : self.kept], u[..., self.kept :]
+        h = self.net(bounded(a, MAX_INPUT)).to(a.dtype).unflatten(-1, (self.num_features, -1)).transpose(-1, -2)
+        found, log_slope = self.univariate(b, h, inverse)
+        return torch.cat([a, found], dim=-1), log_slope.sum(-1)
+
+
+def affine_coupling(dim: int, *, hidden: Widths) -> Coupling:
+    """b is scaled and shifted. Arguments and errors as ``Coupling``."""
+    return Coupling(dim, univariate=affine, num_features=2, hidden=hidden)
+
+
+def spline_coupling(dim: int, *, hidden: Widths, bins: int = 8) -> Coupling:
+    """b goes through splines of so many bins. Arguments and errors as ``Coupling``.
+
+    The spline is the direction of the density; to draw takes the root of a quadratic equation.
+    """
+    return Coupling(dim, univariate=_spline_of_the_density, num_features=3 * bins - 1, hidden=hidden)
+
+
+def _spline_of_the_density(u: Tensor, h: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+    return spline(u, h, not inverse)
+
+
+def _half(dim: int) -> int:
+    """Half of the latents, rounded up."""
+    if dim < 2:
+        raise ValueError(f"latents of a coupling flow: expected at least 2, one half mapped by the other, got {dim}")
+    return (dim + 1) // 2
+
+
+def _zero_at_first(net: MLP) -> MLP:
+    """The network with its last layer set to 0: what it parametrizes starts as the identity."""
+    with torch.no_grad():
+        net.output.weight.zero_()
+        net.output.bias.zero_()
+    return net
+
+
+def rational_quadratic_spline(x: Tensor, h: Tensor, *, bound: float, inverse: bool = False) -> tuple[Tensor, Tensor]:
+    """A monotone map of [-bound, bound] onto itself, a ratio of quadratics between knots, and the identity outside.
+
+    K bins of widths softmax(h[:K]) and heights softmax(h[K:2K]); slopes at the inner knots softplus(h[2K:] + log(e-1)),
+    and 1 at the two ends. h = 0 is the identity.
+
+    Args:
+        x: (...), the argument; with ``inverse`` the value.
+        h: (..., 3 K - 1) features.
+        bound: half of the interval.
+        inverse: whether the inverse map is taken.
+
+    Returns:
+        The value (...), and the logarithm of its derivative with respect to x, (...).
+
+    Reference: Gregory and Delbourgo 1982; Durkan et al. 2019, arXiv 1906.04032, equations 4 to 8 and appendix A.1.
+    """
+    K = (h.shape[-1] + 1) // 3
+    widths, left = _bins(h[..., :K], bound)
+    heights, bottom = _bins(h[..., K : 2 * K], bound)
+    inner = _LEAST_SHARE + (1 - _LEAST_SHARE) * softplus(h[..., 2 * K :] + math.log(math.e - 1))
+    ends = torch.ones_like(h[..., :1])
+    slopes = torch.cat([ends, inner, ends], dim=-1)
+    inside = x.clamp(-bound, bound)
+    starts = bottom if inverse else left
+    below_end = torch.cat([inside[..., None] < starts[..., 1:], torch.ones_like(ends).bool()], dim=-1)
+    is_bin = (inside[..., None] >= starts) & below_end
+
+    def of_bin(values: Tensor) -> Tensor:
+        return torch.where(is_bin, values, torch.zeros_like(values)).sum(-1)
+
+    w, hgt = of_bin(widths), of_bin(heights)
+    x_0, y_0 = of_bin(left), of_bin(bottom)
+    d_0, d_1, s = of_bin(slopes[..., :-1]), of_bin(slopes[..., 1:]), hgt / w
+    if inverse:
+        t, rest = _place_in_bin(((inside - y_0) / hgt).clamp(0, 1), s, d_0, d_1)
+    else:
+        t = ((inside - x_0) / w).clamp(0, 1)
+        rest = 1 - t
+    denominator = s * (t * t + rest * rest) + (d_0 + d_1) * t * rest
+    value = t * w + x_0 if inverse else y_0 + hgt * (s * t * t + d_0 * t * rest) / denominator
+    slope = s * s * (d_1 * t * t + 2 * s * t * rest + d_0 * rest * rest) / (denominator * denominator)
+    log_slope = -slope.log() if inverse else slope.log()
+    is_outside = x.abs() >= bound
+    return torch.where(is_outside, x, value), torch.where(is_outside, torch.zeros_like(x), log_slope)
+
+
+def _place_in_bin(r: Tensor, s: Tensor, d_0: Tensor, d_1: Tensor) -> tuple[Tensor, Tensor]:
+    """t and 1 - t of r = (s t^2 + d_0 t (1 - t)) / (s (t^2 + (1 - t)^2) + (d_0 + d_1) t (1 - t)).
+
+    The root of a quadratic equation, without a difference of numbers that are alike: such a one is 0 in float32 where
+    slopes are far apart, and its root has no gradient there.
+
+    Source: Durkan et al. 2019, arXiv 1906.04032, equations 6 to 8, of which this form is ours.
+    """
+    e = d_0 * (1 - r) - d_1 * r
+    is_rising = e >= 0
+    g = (e * e + 4 * s * s * r * (1 - r)).sqrt() + torch.where(is_rising, e, -e)
+    low, high = torch.where(is_rising, 2 * s * r, g), torch.where(is_rising, g, 2 * s * (1 - r))
+    return low / (low + high), high / (low + high)
+
+
+def _bins(h: Tensor, bound: float) -> tuple[Tensor, Tensor]:
+    """Lengths of K bins of [-bound, bound], and where each begins. h: (..., K) -> (..., K) twice."""
+    shares = _LEAST_SHARE + (1 - _LEAST_SHARE * h.shape[-1]) * softmax(h, dim=-1)
+    lengths = 2 * bound * shares
+    return lengths, lengths.cumsum(-1) - lengths - bound
+
+
+COUPLINGS: dict[str, Callable[..., Coupling]] = {"affine": affine_coupling, "spline": spline_coupling}
+
+
+class Flow(nn.Module):
+    """y = f_n(... f_1(u)): layers one after the other; the volumes' logarithms add up.
+
+    Args:
+        layers: each with ``forward`` and ``inverse``.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    @classmethod
+    def of_couplings(cls, dim: int, *, coupling: Callable[..., nn.Module], num_layers: int, hidden: Widths) -> Flow:
+        """num_layers times an elementwise affine map, a coupling and a permutation, and an affine map at the end."""
+        layers: list[nn.Module] = []
+        for _ in range(num_layers):
+            layers += [ElementwiseAffine(dim), coupling(dim, hidden=hidden), Permutation(dim)]
+        return cls([*layers, ElementwiseAffine(dim)])
+
+    def forward(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """u: (..., L) -> y (..., L) and log |det dy/du|, (...)."""
+        total = u.new_zeros(u.shape[:-1])
+        for layer in self.layers:
+            u, log_volume = layer(u)
+            total = total + log_volume
+        return u, total
+
+    def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """y: (..., L) -> u (..., L) and log |det du/dy|, (...)."""
+        total = y.new_zeros(y.shape[:-1])
+        for layer in reversed(self.layers):
+            y, log_volume = layer.inverse(y)  # type: ignore[operator]
+            total = total + log_volume
+        return y, total
+
+
+class Pushforward(TorchDistribution):
+    """The distribution of z = f(u), u ~ base: log p(z) = log base(f^-1(z)) + log |det df^-1/dz|.
+
+    Args:
+        base: a reparametrized distribution of u, event (L,).
+        flow: f, with ``forward`` and ``inverse``.
+    """
+
+    arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012 (torch's name and form)
+    support = constraints.real_vector
+    has_rsample = True
+
+    def __init__(self, base: Any, flow: Any) -> None:
+        self.base = base
+        self.flow = flow
+        super().__init__(base.batch_shape, base.event_shape, validate_args=False)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> Pushforward:
+        """With another batch shape."""
+        return Pushforward(self.base.expand(batch_shape), self.flow)
+
+    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008 (torch's signature)
+        """sample_shape + batch shape + (L,)."""
+        return self.flow(self.base.rsample(sample_shape))[0]
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """value: (..., L) -> (...) nats."""
+        u, log_volume = self.flow.inverse(value)
+        return self.base.log_prob(u) + log_volume

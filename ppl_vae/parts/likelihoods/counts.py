@@ -1,0 +1,175 @@
+"""Likelihoods of counts 0, 1, 2, ...: masses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+from torch.distributions import constraints
+
+from ppl_vae import data
+from ppl_vae.parts.likelihoods.family import Pixels
+from ppl_vae.parts.likelihoods.features import unbounded
+from ppl_vae.parts.likelihoods.pixel import Pixel
+from ppl_vae.parts.likelihoods.stirling import HALF_LOG_TWO_PI, stirling_remainder
+from ppl_vae.runtime.numerics import bounded, mean_and_variance, sum_over_images
+
+_LOG_MEAN_LIMIT = 15.0
+_LARGEST_MEAN = 3e6  # of a fit; features can reach exp(15) = 3.27 million, but have hardly a gradient there
+_LOG_TOTAL_LIMIT = 9.0
+_COUNTS_WORDS = "whole numbers from 0 on"
+
+
+def _log_mean_features(mean: Tensor) -> Tensor:
+    """The features that give these means, which are raised to 1e-6 first where they are smaller.
+
+    Raises:
+        ValueError: a mean above 3 million.
+    """
+    largest = float(mean.max())
+    if not largest <= _LARGEST_MEAN:
+        raise ValueError(
+            f"x: expected counts with a mean of at most {_LARGEST_MEAN:,.0f} in every pixel or column, got "
+            f"{largest:,.0f}; larger counts can be modelled as real numbers (floats under a normal likelihood)"
+        )
+    return _LOG_MEAN_LIMIT * (mean.clamp(min=1e-6).log() / _LOG_MEAN_LIMIT).atanh()
+
+
+def _log_mass_at_mean(x: Tensor) -> Tensor:
+    """log Poisson(x; rate x) = x log x - x - log x! = -(1/2) log(2 pi x) - s(x), with s = ``stirling_remainder``.
+
+    It is 0 at x = 0 and -9.2 nats at x = 16,777,216, so it is exact in float32.
+    """
+    positive = x.clamp(min=1)
+    return torch.where(x > 0, -(HALF_LOG_TWO_PI + positive.log() / 2 + stirling_remainder(positive)), 0.0)
+
+
+class StablePoisson(dist.Poisson):
+    """Pyro's Poisson distribution with a log-mass that is as exact as float32 allows.
+
+    The library subtracts x log(rate), the rate and log x! from each other in float32. At a count of a million they are
+    13 million, of which float32 knows 1.
+    """
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """log P(value), (*sample_shape, *batch_shape), nats.
+
+        log Poisson(x; x) - [rate - x - x log(rate / x)]. The bracket, the only part that can be large, is in float64.
+        """
+        if self._validate_args:
+            self._validate_sample(value)
+        x, rate = value.double(), self.rate.double()
+        misfit = rate - x - x * (rate / x.clamp(min=1)).log()
+        return _log_mass_at_mean(value) - misfit.to(self.rate.dtype)
+
+
+class Poisson(Pixels):
+    """P(x | h) = prod_d Poisson(x_d; exp(15 tanh(h_d / 15))), for counts x in {0, 1, ...}^E.
+
+    One feature says both how many and how sure: the variance is the mean. The bound keeps rates between 3e-7 and 3.27
+    million: exp alone overflows at 89, after one bad step.
+
+    Args:
+        event_shape: E, the shape of an image.
+    """
+
+    support = constraints.nonnegative_integer
+    support_words = _COUNTS_WORDS
+    measure = "mass"
+    data_kind = data.COUNTS
+    numbers_a_pixel = 8
+
+    def pixel(self, feature: Tensor) -> StablePoisson:
+        """Of what gives the log-rate."""
+        return StablePoisson(bounded(feature, _LOG_MEAN_LIMIT).exp())
+
+    def fit_marginals(self, x: Tensor) -> Tensor:
+        """rate_d = (1/2 + sum_n x_nd) / (1 + N), each pixel's mean, smoothed. x: (N, *E) -> (prod(E),).
+
+        Raises:
+            ValueError: a mean above 3 million.
+        """
+        mean = (0.5 + sum_over_images(x.flatten(1))) / (1 + len(x))
+        return _log_mean_features(mean).to(x.dtype)
+
+
+class StableNegativeBinomial(Pixel):
+    """P(x) = C(x + r - 1, x) (r / (r + m))^r (m / (r + m))^x: a Poisson whose rate is Gamma with mean m and shape r.
+
+    Args:
+        log_mean: log m, the batch's shape.
+        log_total: log r.
+    """
+
+    arg_constraints = {"log_mean": constraints.real, "log_total": constraints.real}  # noqa: RUF012, as torch has it
+    support = constraints.nonnegative_integer
+    log_mean: Tensor
+    log_total: Tensor
+
+    @property
+    def mean(self) -> Tensor:
+        """m."""
+        return self.log_mean.exp()
+
+    @property
+    def mode(self) -> Tensor:
+        """The largest whole number that is not above (r - 1) m / r, or 0."""
+        return (self.log_mean.exp() * (1 - (-self.log_total).exp())).floor().clamp(min=0)
+
+    @torch.no_grad()
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        """(*sample_shape, *batch_shape)."""
+        library = dist.NegativeBinomial(self.log_total.exp(), logits=self.log_mean - self.log_total)
+        return library.sample(torch.Size(sample_shape))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """log P(value), (*sample_shape, *batch_shape), nats.
+
+        (r + x) log[(r + x) / (r + m)] + x log(m / x) + log Poisson(x; x) - (1/2) log[(r + x) / r] + s(r + x) - s(r), s
+        what Stirling's formula leaves of log Gamma. The first two parts can be large and cancel: they are in float64.
+        """
+        if self._validate_args:
+            self._validate_sample(value)
+        m, r = self.log_mean.exp(), self.log_total.exp()
+        x, mean, total = value.double(), m.double(), r.double()
+        fit = (total + x) * ((total + x) / (total + mean)).log() + x * (mean / x.clamp(min=1)).log()
+        remainders = stirling_remainder(r + value) - stirling_remainder(r) - torch.log1p(value / r) / 2
+        return fit.to(r.dtype) + (_log_mass_at_mean(value) + remainders)
+
+
+class NegativeBinomial(Pixels):
+    """P(x | h) = prod_d NegativeBinomial(x_d; mean m_d, total count r_d), for counts x in {0, 1, ...}^E.
+
+    The variance is m + m^2 / r: counts that spread more than a Poisson's. h = (a, b), log m = 15 tanh(a / 15), as in
+    ``Poisson``, and log r = 9 tanh(b / 9), r between 0.0001, where nearly all is zero, and 8,100, where it is a Poisson
+    for all but the largest counts and r has no gradient worth having.
+
+    Args:
+        event_shape: E, the shape of an image.
+    """
+
+    support = constraints.nonnegative_integer
+    support_words = _COUNTS_WORDS
+    measure = "mass"
+    data_kind = data.COUNTS
+    features_a_pixel = 2
+    numbers_a_pixel = 24
+
+    def pixel(self, a: Tensor, b: Tensor) -> StableNegativeBinomial:
+        """Of what gives the mean, and the total count."""
+        return StableNegativeBinomial(bounded(a, _LOG_MEAN_LIMIT), bounded(b, _LOG_TOTAL_LIMIT))
+
+    def fit_marginals(self, x: Tensor) -> Tensor:
+        """Each pixel's mean m, smoothed as in ``Poisson``, and r = m^2 / (variance - m). x: (N, *E) -> (2 prod(E),).
+
+        A pixel that spreads no more than a Poisson gets an r of 6,800.
+
+        Raises:
+            ValueError: a mean above 3 million.
+        """
+        mean, variance = mean_and_variance(x.flatten(1))
+        smoothed = (0.5 + len(x) * mean) / (1 + len(x))
+        total = smoothed.square() / (variance - smoothed).clamp(min=0)
+        return torch.cat([_log_mean_features(smoothed), unbounded(total.log(), _LOG_TOTAL_LIMIT)]).to(x.dtype)

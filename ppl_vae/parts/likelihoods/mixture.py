@@ -1,0 +1,239 @@
+"""Mixtures of discretized logistic distributions over 8-bit levels: masses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+from torch.distributions import constraints
+
+from ppl_vae import data
+from ppl_vae.data import NUM_LEVELS
+from ppl_vae.parts.likelihoods.features import planes
+from ppl_vae.parts.likelihoods.levels import (
+    CENTER,
+    LEVELS,
+    LEVELS_WORDS,
+    PIXELS_AT_ONCE,
+    LevelLogistic,
+    discretized_logistic_draw,
+    discretized_logistic_log_mass,
+    discretized_logistic_mean,
+    discretized_logistic_mode,
+    level_moments,
+    logistic_log_scale,
+    logistic_moments,
+)
+from ppl_vae.parts.likelihoods.marginals import level_counts
+from ppl_vae.runtime.arguments import check_count
+
+_EM_STEPS = 20
+_SMALLEST_WEIGHT = 1e-4  # of a component, so that it stays one that can be trained
+_APART = 0.25  # of a level: K components are spread by that much, so that those of a constant pixel differ
+
+
+class LevelLogisticMixture(dist.MixtureSameFamily):
+    """sum_k pi_k P_k(x): Pyro's mixture, of discretized logistic distributions of one pixel, with a mode."""
+
+    @property
+    def mode(self) -> Tensor:
+        """The level with the largest mass, of all 256."""
+        best = torch.zeros(self.batch_shape, dtype=self.mean.dtype, device=self.mean.device)
+        highest = self.log_prob(best)
+        for v in range(1, NUM_LEVELS):
+            level = torch.full_like(best, v)
+            log_p = self.log_prob(level)
+            best, highest = torch.where(log_p > highest, level, best), torch.maximum(log_p, highest)
+        return best
+
+
+class ColorLogisticMixture(dist.TorchDistribution):
+    """prod over positions of sum_k pi_k P_k(R) P_k(G | R) P_k(B | R, G), images (3, H, W) of levels.
+
+    P_k are discretized logistic distributions, in units of t = level / 127.5 - 1, with locations loc_R,
+    loc_G + c_0 t_R and loc_B + c_1 t_R + c_2 t_G: one component for all three colors of a position.
+
+    Args:
+        logits: (..., K, H, W), of pi.
+        locs, log_scales, coefficients: (..., 3, K, H, W).
+    """
+
+    arg_constraints = {  # noqa: RUF012, as torch has it
+        "logits": constraints.real,
+        "locs": constraints.real,
+        "log_scales": constraints.real,
+        "coefficients": constraints.real,
+    }
+    support = constraints.independent(LEVELS, 3)
+
+    def __init__(self, logits: Tensor, locs: Tensor, log_scales: Tensor, coefficients: Tensor) -> None:
+        self.logits, self.locs, self.log_scales, self.coefficients = logits, locs, log_scales, coefficients
+        super().__init__(logits.shape[:-3], torch.Size((3, *logits.shape[-2:])))
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> ColorLogisticMixture:
+        """The same distribution for a larger batch shape."""
+        batch = torch.Size(batch_shape)
+        new = ColorLogisticMixture(
+            self.logits.expand(batch + self.logits.shape[-3:]),
+            *(p.expand(batch + p.shape[-4:]) for p in (self.locs, self.log_scales, self.coefficients)),
+        )
+        new._validate_args = self._validate_args
+        return new
+
+    def _in_turn(self, channel: Any) -> Tensor:
+        """The three colors, each computed by channel(c, loc, log_scale) from the location that those before it give.
+
+        Returns:
+            (..., 3, K, H, W).
+        """
+        loc, log_scale, c = self.locs.unbind(-4), self.log_scales.unbind(-4), self.coefficients.unbind(-4)
+        red = channel(0, loc[0], log_scale[0])
+        t_red = red / CENTER - 1
+        green = channel(1, loc[1] + c[0] * t_red, log_scale[1])
+        t_green = green / CENTER - 1
+        blue = channel(2, loc[2] + c[1] * t_red + c[2] * t_green, log_scale[2])
+        return torch.stack([red, green, blue], dim=-4)
+
+    @property
+    def mean(self) -> Tensor:
+        """sum_k pi_k E_k[x]: (..., 3, H, W) levels.
+
+        Red is exact. Green and blue take their locations' means, E_k[loc_G + c_0 t_R], for their locations: rounding
+        and open ends enter their own mean exactly, but not that it is no linear function of the location, so it is off
+        where an end is within the spread of the location, and exact where coefficients are 0.
+        """
+        means = self._in_turn(lambda c, loc, log_scale: discretized_logistic_mean(loc, log_scale))
+        return (self.logits.softmax(-3).unsqueeze(-4) * means).sum(-3)
+
+    @property
+    def mode(self) -> Tensor:
+        """Of the heaviest component, the level with the largest mass of red, of green given it, of blue given both."""
+        modes = self._in_turn(lambda c, loc, log_scale: discretized_logistic_mode(loc, log_scale))
+        return self._of_component(modes, self.logits.argmax(-3, keepdim=True))
+
+    @staticmethod
+    def _of_component(values: Tensor, component: Tensor) -> Tensor:
+        """values: (..., 3, K, H, W), component: (..., 1, H, W) -> (..., 3, H, W)."""
+        index = component.unsqueeze(-4).expand(*values.shape[:-3], 1, *values.shape[-2:])
+        return values.gather(-3, index).squeeze(-3)
+
+    @torch.no_grad()
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        """(*sample_shape, *batch_shape, 3, H, W) levels."""
+        batch = torch.Size(sample_shape) + self.batch_shape
+        component = dist.Categorical(logits=self.logits.movedim(-3, -1)).sample(torch.Size(sample_shape))
+        of_sample = self.expand(batch)
+        chosen = component.unsqueeze(-3)
+        parameters = (of_sample.locs, of_sample.log_scales, of_sample.coefficients)
+        locs, log_scales, coefficients = (self._of_component(p, chosen).unsqueeze(-3) for p in parameters)
+        single = ColorLogisticMixture(torch.zeros_like(locs[..., 0, :, :, :]), locs, log_scales, coefficients)
+        u = torch.rand_like(locs)
+
+        def draw(c: int, loc: Tensor, log_scale: Tensor) -> Tensor:
+            return discretized_logistic_draw(u[..., c, :, :, :], loc, log_scale)
+
+        return single._in_turn(draw).squeeze(-3)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """log P(value), (*sample_shape, *batch_shape), nats."""
+        if self._validate_args:
+            self._validate_sample(value)
+        x = value.unsqueeze(-3)  # (..., 3, 1, H, W)
+        t = x / CENTER - 1
+        red, green = t[..., 0, :, :, :], t[..., 1, :, :, :]
+        c = self.coefficients.unbind(-4)
+        locs = torch.stack(
+            torch.broadcast_tensors(
+                self.locs[..., 0, :, :, :],
+                self.locs[..., 1, :, :, :] + c[0] * red,
+                self.locs[..., 2, :, :, :] + c[1] * red + c[2] * green,
+            ),
+            dim=-4,
+        )
+        log_p = discretized_logistic_log_mass(x, locs, self.log_scales).sum(-4)
+        return (log_p + self.logits.log_softmax(-3)).logsumexp(-3).sum((-2, -1))
+
+
+class DiscretizedLogisticMixture(nn.Module):
+    """P(x | h) = prod_d sum_k pi_dk P(x_d; loc_dk, scale_dk), each P a discretized logistic, for levels x.
+
+    A gray image or a table has K logits, K locations and K scales a value, as ``DiscretizedLogistic`` has them. A color
+    image (3, H, W) has one mixture a position, whose component is drawn for its three colors together, and within which
+    green's location depends on red, and blue's on both, linearly (``ColorLogisticMixture``): 10 K features a position.
+    The coefficients are tanh of features, so between -1 and 1.
+
+    Args:
+        event_shape: E, the shape of an image.
+        components: K, at least 1.
+
+    Raises:
+        ValueError: less than one component.
+
+    Reference: Salimans et al. 2017, arXiv 1701.05517, sections 2.1 and 2.2.
+    """
+
+    support = LEVELS
+    support_words = LEVELS_WORDS
+    measure = "mass"
+    data_kind = data.LEVELS
+
+    def __init__(self, event_shape: Sequence[int], *, components: int = 5) -> None:
+        super().__init__()
+        components = check_count("components", components)
+        self.event_shape = tuple(event_shape)
+        self.components = components
+        self.numbers_a_pixel = 16 * components
+        self.is_color = len(self.event_shape) == 3 and self.event_shape[0] == 3
+        D = math.prod(self.event_shape)
+        self.num_features = 10 * components * D // 3 if self.is_color else 3 * components * D
+
+    def forward(self, h: Tensor) -> Any:
+        """h: (..., num_features) -> batch shape (...), event shape E.
+
+        Planes of h are logits, locations, scales and (in color) coefficients, each for every component; a color image's
+        locations are those of red for every component, then of green, then of blue, and so on.
+        """
+        K = self.components
+        if self.is_color:
+            h = h.unflatten(-1, (10, K, *self.event_shape[1:]))
+            locs, features, coefficients = h[..., 1:, :, :, :].split(3, dim=-4)
+            return ColorLogisticMixture(h[..., 0, :, :, :], locs, logistic_log_scale(features), coefficients.tanh())
+        logits, loc, feature = planes(h, 3, (K, *self.event_shape))
+        logits, loc, feature = (p.movedim(-len(self.event_shape) - 1, -1) for p in (logits, loc, feature))
+        component = LevelLogistic(loc, logistic_log_scale(feature))
+        return LevelLogisticMixture(dist.Categorical(logits=logits), component).to_event(len(self.event_shape))
+
+    def fit_marginals(self, x: Tensor) -> Tensor:
+        """A mixture for every pixel, coefficients 0, by expectation and maximization. x: (N, *E) -> (num_features,).
+
+        Component k of K starts as the k-th K-th of the pixel's sorted levels; in the end they are brought apart by a
+        fraction of a level, so that no two are alike. The maximization takes a component's mean and spread, in place of
+        its most likely parameters. In color a position's components have the channels' weights, averaged.
+        """
+        share = level_counts(x) / len(x)
+        parts = [_fitted(part.float(), self.components) for part in share.split(PIXELS_AT_ONCE)]
+        features = torch.cat(parts, dim=-1)  # (3, K, D)
+        if not self.is_color:
+            return features.flatten().to(x.dtype)
+        by_color = features.unflatten(-1, (3, -1)).movedim(-2, 1)  # (3, 3, K, H W)
+        weights, nothing = by_color[0].mean(0, keepdim=True), torch.zeros_like(by_color[0])
+        return torch.cat([weights, by_color[1], by_color[2], nothing]).flatten().to(x.dtype)
+
+
+def _fitted(share: Tensor, K: int) -> Tensor:
+    """Features of a mixture of K for D pixels, (3, K, D). share: (D, 256), of the images that have a level."""
+    levels = torch.arange(NUM_LEVELS, dtype=share.dtype, device=share.device)
+    below = torch.arange(K, dtype=share.dtype, device=share.device)[:, None, None] / K
+    cdf = share.cumsum(-1)
+    of_component = (torch.minimum(cdf, below + 1 / K) - torch.maximum(cdf - share, below)).clamp(min=0)  # (K, D, 256)
+    for _ in range(_EM_STEPS):
+        logits = of_component.sum(-1).clamp(min=_SMALLEST_WEIGHT).log()
+        loc, feature = logistic_moments(*level_moments(of_component))
+        log_p = discretized_logistic_log_mass(levels, loc[..., None], logistic_log_scale(feature)[..., None])
+        of_component = share * (logits[..., None] + log_p).softmax(0)
+    apart = _APART * (below[..., 0] - (K - 1) / (2 * K)) / CENTER
+    return torch.stack([logits - logits.mean(0), loc + apart, feature])

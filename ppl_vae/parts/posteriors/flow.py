@@ -1,0 +1,203 @@
+"""Posteriors that a normalizing flow makes of a normal: an image says where, how wide, and of what shape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+from torch.distributions import constraints
+
+from ppl_vae.parts.flows import affine, spline
+from ppl_vae.parts.posteriors.autoregressive import Autoregressive
+from ppl_vae.parts.posteriors.own_draw import OwnDraw
+from ppl_vae.parts.posteriors.scales import bounded_log_scale
+from ppl_vae.runtime.arguments import Widths, check_count
+
+
+class Flow(nn.Module):
+    """q(z | h) of z = loc + scale f(u; c), u ~ N(0, I), with h = (loc, feature, c) and log scale = g(feature).
+
+    log q(z | h) = log N(u; 0, I) - log |det df/du| - sum_l log scale_l. f acts on noise and not on z, so that a
+    posterior of whatever place and width has the flow's whole resolution; the family of distributions is the same.
+
+    An own draw's density is known with it. At any other z the layers are inverted.
+
+    Args:
+        latent_dim: L.
+        layers: of f, each (u (..., L), c (..., C)) -> the value and its log |det|, with an ``inverse`` likewise.
+        context_dim: C, how many features of an image the layers see.
+        log_scale: g, elementwise; by default 7 tanh(feature / 7).
+
+    Reference: Rezende and Mohamed 2015, arXiv 1505.05770; Kingma et al. 2016, arXiv 1606.04934, section 3, where the
+    layers follow loc + scale u.
+    """
+
+    def __init__(
+        self,
+        latent_dim: int,
+        layers: Sequence[nn.Module],
+        *,
+        context_dim: int,
+        log_scale: Callable[[Tensor], Tensor] = bounded_log_scale,
+    ) -> None:
+        super().__init__()
+        self.log_scale = log_scale
+        self.event_shape = (latent_dim,)
+        self.context_dim = context_dim
+        self.num_features = 2 * latent_dim + context_dim
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, h: Tensor) -> ConditionedFlow:
+        """h: (..., 2 L + C) -> batch shape (...), event shape (L,)."""
+        (L,) = self.event_shape
+        loc, feature, context = h.split([L, L, self.context_dim], dim=-1)
+        base = dist.Normal(torch.zeros_like(loc), torch.ones_like(loc)).to_event(1)
+        return ConditionedFlow(base, self.layers, context=context, loc=loc, log_scale=self.log_scale(feature))
+
+
+class ConditionedFlow(dist.TorchDistribution):
+    """The distribution of z = loc + scale f(u; c), u ~ base. It has no mean in closed form.
+
+    Args:
+        base: of the noise u, batch shape (...), event shape (L,).
+        layers: of f.
+        context: c, whose shape (..., C) goes with the batch shape by broadcasting, like those of the next two.
+        loc: (..., L).
+        log_scale: (..., L).
+    """
+
+    arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012 (torch's name and form)
+    support = constraints.real_vector
+    has_rsample = True
+
+    def __init__(
+        self, base: Any, layers: Iterable[Any], *, context: Tensor, loc: Tensor, log_scale: Tensor, checked: Any = None
+    ) -> None:
+        self.base = base
+        self.layers = tuple(layers)
+        self.context = context
+        self.loc = loc
+        self.log_scale = log_scale
+        self._own: OwnDraw | None = None
+        super().__init__(base.batch_shape, base.event_shape, validate_args=checked)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> ConditionedFlow:
+        """With another batch shape. The context stays as it is, so that it is multiplied once an image."""
+        return ConditionedFlow(
+            self.base.expand(batch_shape),
+            self.layers,
+            context=self.context,
+            loc=self.loc,
+            log_scale=self.log_scale,
+            checked=self._validate_args,
+        )
+
+    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008 (torch's signature)
+        """sample_shape + batch shape + (L,)."""
+        y = self.base.rsample(sample_shape)
+        log_q = self.base.log_prob(y) - self.log_scale.sum(-1)
+        for layer in self.layers:
+            y, log_volume = layer(y, self.context)
+            log_q = log_q - log_volume
+        z = self.loc + self.log_scale.exp() * y
+        self._own = OwnDraw(z, log_q)
+        return z
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """value: (..., L) -> (...) nats."""
+        if self._validate_args:
+            self._validate_sample(value)
+        known = self._own.log_density(value) if self._own else None
+        if known is not None:
+            return known
+        u = (value - self.loc) * (-self.log_scale).exp()
+        log_volume = -self.log_scale.sum(-1)
+        for layer in reversed(self.layers):
+            u, of_layer = layer.inverse(u, self.context)
+            log_volume = log_volume + of_layer
+        return self.base.log_prob(u) + log_volume
+
+
+def inverse_autoregressive_flow(
+    latent_dim: int,
+    *,
+    context_dim: int,
+    num_layers: int,
+    hidden: Widths,
+    log_scale: Callable[[Tensor], Tensor] = bounded_log_scale,
+) -> Flow:
+    """The flow of affine layers in which every latent is mapped by all those before it, in turns from either end.
+
+    A draw and its density take one pass a layer; the density at any other z takes L, one after the other. At first it
+    is the diagonal normal.
+
+    Args:
+        latent_dim: L.
+        context_dim: C.
+        num_layers: of f.
+        hidden: widths of each layer's hidden layers.
+        log_scale: as in ``Flow``.
+
+    Reference: Kingma et al. 2016, arXiv 1606.04934, section 4.
+    """
+    order = range(latent_dim)
+    layers = [
+        Autoregressive(
+            order[::-1] if index % 2 else order,
+            univariate=affine,
+            num_features=2,
+            context_dim=context_dim,
+            hidden=hidden,
+        )
+        for index in range(num_layers)
+    ]
+    return Flow(latent_dim, layers, context_dim=context_dim, log_scale=log_scale)
+
+
+def spline_flow(
+    latent_dim: int,
+    *,
+    context_dim: int,
+    num_layers: int,
+    hidden: Widths,
+    num_bins: int = 8,
+    log_scale: Callable[[Tensor], Tensor] = bounded_log_scale,
+) -> Flow:
+    """The flow of spline couplings: one half of the latents by the context, the other by the first half as well.
+
+    A draw and its density take one pass a layer; the density at any other z takes two. Layers come in pairs that swap
+    the halves; a latent's half in the k-th pair is the k-th bit of its number, so that after log2(L) pairs any two
+    latents have been in different halves. At first it is the diagonal normal. Beyond 5 of a latent's scales each layer
+    is the identity, and the tails are a normal's.
+
+    Args:
+        latent_dim: L.
+        context_dim: C.
+        num_layers: of f.
+        hidden: widths of each layer's hidden layers.
+        num_bins: K, of each spline.
+        log_scale: as in ``Flow``.
+
+    Reference: Durkan et al. 2019, arXiv 1906.04032, section 3; which half is which is ours.
+    """
+    latent_dim = check_count("latent_dim", latent_dim)
+    layers = [
+        Autoregressive(
+            _half(latent_dim, index),
+            univariate=spline,
+            num_features=3 * num_bins - 1,
+            context_dim=context_dim,
+            hidden=hidden,
+        )
+        for index in range(num_layers)
+    ]
+    return Flow(latent_dim, layers, context_dim=context_dim, log_scale=log_scale)
+
+
+def _half(latent_dim: int, index: int) -> list[int]:
+    """The half, 0 or 1, of each latent in the layer of this index."""
+    bit = index // 2 % max(1, (latent_dim - 1).bit_length())
+    return [(latent >> bit & 1) ^ (index % 2) for latent in range(latent_dim)]

@@ -1,0 +1,134 @@
+"""Priors p(z): called without arguments, they return a distribution over one latent vector."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+
+from ppl_vae.parts import flows
+from ppl_vae.parts.posteriors import bounded_log_scale
+
+
+class StandardNormal(nn.Module):
+    """p(z) = prod_l Normal(z_l; 0, 1).
+
+    Args:
+        latent_dim: L.
+    """
+
+    loc: Tensor
+    scale: Tensor
+
+    def __init__(self, latent_dim: int) -> None:
+        super().__init__()
+        self.event_shape = (latent_dim,)
+        self.register_buffer("loc", torch.zeros(latent_dim), persistent=False)
+        self.register_buffer("scale", torch.ones(latent_dim), persistent=False)
+
+    def forward(self) -> dist.Independent:
+        """-> batch shape (), event shape (L,)."""
+        return dist.Normal(self.loc, self.scale).to_event(1)
+
+
+class Mixture(nn.Module):
+    """p(z) = sum_k pi_k prod_l Normal(z_l; loc_kl, scale_kl), with weights, locations and scales that are trained.
+
+    At first the weights are equal, the scales 1, and the locations draws of a standard normal.
+
+    Args:
+        latent_dim: L.
+        components: K.
+
+    Reference: Dilokthanakul et al. 2016, arXiv 1611.02648; as a baseline in Tomczak and Welling 2018, 1705.07120.
+    """
+
+    def __init__(self, latent_dim: int, *, components: int) -> None:
+        super().__init__()
+        self.event_shape = (latent_dim,)
+        self.logits = nn.Parameter(torch.zeros(components))
+        self.loc = nn.Parameter(torch.randn(components, latent_dim))
+        self.log_scale = nn.Parameter(torch.zeros(components, latent_dim))
+
+    def forward(self) -> dist.MixtureSameFamily:
+        """-> batch shape (), event shape (L,)."""
+        normals = dist.Normal(self.loc, bounded_log_scale(self.log_scale).exp()).to_event(1)
+        return dist.MixtureSameFamily(dist.Categorical(logits=self.logits), normals)
+
+
+class VampPrior(nn.Module):
+    """p(z) = (1/K) sum_k q(z | u_k): the guide's own posteriors of K trained pseudo-images, equally weighted.
+
+    The pseudo-images are unconstrained numbers of an image's shape. ``start_from`` sets them to images.
+
+    Args:
+        posterior: x (..., *E) -> q(z | x), the guide's own; it stays the guide's, and its weights are held there.
+        event_shape: E.
+        components: K.
+
+    Reference: Tomczak and Welling 2018, arXiv 1705.07120, equation 9 (there the pseudo-images are clamped to [0, 1]).
+    """
+
+    def __init__(self, posterior: Callable[[Tensor], Any], event_shape: Sequence[int], *, components: int) -> None:
+        super().__init__()
+        self._posterior = (posterior,)  # in a tuple, so that the guide's weights are not this module's too
+        self.pseudo_images = nn.Parameter(torch.rand(components, *event_shape))
+
+    def start_from(self, x: Tensor) -> None:
+        """Sets the pseudo-images to some of the images x, (N, *E), drawn from torch's global generator."""
+        K = len(self.pseudo_images)
+        with torch.no_grad():
+            few = len(x) < K
+            self.pseudo_images.copy_(x[torch.randint(len(x), (K,)) if few else torch.randperm(len(x))[:K]])
+
+    def forward(self) -> dist.MixtureSameFamily:
+        """-> batch shape (), event shape (L,)."""
+        equal = self.pseudo_images.new_zeros(len(self.pseudo_images))
+        mixture = _OfPseudoImages(dist.Categorical(logits=equal), self._posterior[0](self.pseudo_images))
+        mixture.posterior, mixture.pseudo_images = self._posterior[0], self.pseudo_images
+        return mixture
+
+
+class _OfPseudoImages(dist.MixtureSameFamily):
+    """(1/K) sum_k q(z | u_k), which draws k first, and then z of that one component alone: torch draws of all K."""
+
+    posterior: Callable[[Tensor], Any]
+    pseudo_images: Tensor
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> Any:
+        """With another batch shape."""
+        mixture = super().expand(batch_shape, _instance)
+        mixture.posterior, mixture.pseudo_images = self.posterior, self.pseudo_images
+        return mixture
+
+    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008 (torch's signature)
+        """sample_shape + batch shape + (L,)."""
+        with torch.no_grad():
+            shape = self._extended_shape(sample_shape)
+            index = torch.randint(len(self.pseudo_images), (shape[:-1].numel(),), device=self.pseudo_images.device)
+            return self.posterior(self.pseudo_images[index]).sample().reshape(shape)
+
+
+class Flow(nn.Module):
+    """p(z) of z = f(u), u ~ N(0, I), f a normalizing flow: log p(z) = log N(f^-1(z)) + log |det df^-1/dz|.
+
+    Args:
+        latent_dim: L.
+        flow: f of L latents; see ``flows.Flow.of_couplings``.
+
+    Reference: Dinh et al. 2017, arXiv 1605.08803; as a prior Chen et al. 2017, arXiv 1611.02731, Xu et al. 2019,
+    arXiv 1905.13452.
+    """
+
+    def __init__(self, latent_dim: int, *, flow: flows.Flow) -> None:
+        super().__init__()
+        self.base = StandardNormal(latent_dim)
+        self.event_shape = (latent_dim,)
+        self.flow = flow
+
+    def forward(self) -> flows.Pushforward:
+        """-> batch shape (), event shape (L,)."""
+        return flows.Pushforward(self.base(), self.flow)

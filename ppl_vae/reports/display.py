@@ -1,0 +1,64 @@
+"""Pixels as gray and color: from what the model sees to what an eye can."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ppl_vae import data
+from ppl_vae.runs import build
+from ppl_vae.runs.opening import Run
+
+_NUM_IMAGES = 500
+_SHARES = (0.005, 0.995)
+
+
+class Display(NamedTuple):
+    """(x - low) / (high - low), cut to [0, 1].
+
+    Args:
+        low, high: the pixel values that are drawn black and white.
+        words: what a title says of it, with a line break before it; nothing where pixels are drawn as they are.
+    """
+
+    low: float = 0.0
+    high: float = 1.0
+    words: str = ""
+
+    def __call__(self, x: Tensor) -> NDArray[np.float32]:
+        """Pixels of any shape -> the same shape, values in [0, 1], float32."""
+        return ((x.float() - self.low) / (self.high - self.low)).clamp(0, 1).cpu().numpy()
+
+    def levels(self, x: Tensor) -> NDArray[np.uint8]:
+        """The same in 8 bits, 0 to 255, in the shape of x."""
+        return np.rint(255 * self(x)).astype(np.uint8)
+
+
+def display_of(run: Run, pixels: Tensor | None = None) -> Display:
+    """Pixels in [0, 1] as they are, levels by 0 and 255, all others by the range of the training images.
+
+    Densities are over real numbers, and so are their means: for them, and for pixels beyond [0, 1], black and white
+    are where 0.5% of the training pixels lie below and above (of 500 images).
+
+    Args:
+        run: the run.
+        pixels: (N, *E) in the place of the training images, where there are none.
+    """
+    if run.binarization != "none":
+        return Display()
+    if run.evaluated_pixels == "levels":
+        return Display(0, 255)
+    if pixels is None:
+        stored, observe = data.training_images(run.splits, run.pixels)
+        generator: Any = torch.Generator().manual_seed(0)
+        pixels = observe(stored[data.subset(len(stored), _NUM_IMAGES)], generator)
+    density = build.likelihood(run.options, run.splits.event_shape).measure == "density"
+    if not density and pixels.min() >= 0 and pixels.max() <= 1:
+        return Display()
+    low, high = np.quantile(pixels.numpy(), _SHARES).tolist()
+    high = high if high > low else low + 1
+    return Display(low, high, f"\nblack is {low:.3g} and below, white {high:.3g} and above")

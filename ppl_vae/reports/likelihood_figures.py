@@ -1,0 +1,88 @@
+"""The figures of a table of likelihoods: reconstructions, samples, and where pixels lie, a row or panel for each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ppl_vae import data
+from ppl_vae.evidence.importance import seeded
+from ppl_vae.reports import figures as plots
+from ppl_vae.reports.display import display_of
+from ppl_vae.runs.opening import Run, Say, evaluated_vae
+from ppl_vae.runs.outputs import write_figure
+from ppl_vae.vae import VAE
+
+_FIGURE_SEED = 0
+_NUM_SHOWN = 10
+
+
+def write_likelihood_figures(folder: Path, opened: Sequence[Run], rows: Sequence[dict[str, Any]], say: Say) -> None:
+    """calibration.png, and for images reconstructions.png and samples.png, the best likelihood first."""
+    folder.mkdir(exist_ok=True)
+    by_word = {run.options.likelihood: run for run in opened}
+    ordered = [by_word[found["likelihood"]] for found in rows]
+    figures = {"calibration.png": _calibration_figure(rows, opened[0])}
+    if len(opened[0].splits.event_shape) > 1:
+        figures |= _picture_figures(ordered)
+    for name, figure in figures.items():
+        write_figure(folder / name, figure)
+    say(f"Figures in {folder}: {', '.join(figures)}")
+
+
+def _calibration_figure(rows: Sequence[dict[str, Any]], run: Run) -> Any:
+    histograms = {}
+    for found in rows:
+        shares = found["calibration"]["histogram"]
+        histograms[found["likelihood"]] = plots.PixelHistogram(
+            shares=np.array([share["mean"] for share in shares]),
+            stderr=np.array([share["stderr"] for share in shares], dtype=float),
+            words=found["calibration"]["verdict"],
+        )
+    entry = rows[0]["calibration"]
+    return plots.pixel_calibration(
+        histograms,
+        title=f"{run.splits.name}: where pixels of {entry['num_images']:,} test images lie in p(x | z), z ~ q(z | x)\n"
+        "(probability integral transform; uniform if the model were right; bars are standard errors over images)",
+    )
+
+
+@torch.no_grad()
+def _picture_figures(opened: Sequence[Run]) -> dict[str, Any]:
+    first = opened[0]
+    display, x = display_of(first), data.evaluation_images(first.splits, "test", first.evaluated_pixels)
+    x = x[data.subset(len(x), _NUM_SHOWN)]
+    reconstructions, samples = {"test image x": display(x)}, dict[str, Any]()
+    for run in opened:
+        word, vae = run.options.likelihood, evaluated_vae(run)
+        reconstructions[word] = display(_reconstructed(vae, x))
+        means, draws = _sampled(vae)
+        samples |= {f"{word}\nE[x | z]": display(means), f"{word}\nx ~ p(x | z)": display(draws)}
+    name = first.splits.name
+    return {
+        "reconstructions.png": plots.image_rows(
+            reconstructions, title=f"{name}: reconstructions E[x | z], z ~ q(z | x)" + display.words
+        ),
+        "samples.png": plots.image_rows(
+            samples,
+            title=f"{name}: samples, z ~ p(z) by one seed, in the latents of each model" + display.words,
+        ),
+    }
+
+
+def _reconstructed(vae: VAE, x: Tensor) -> Tensor:
+    """(n, *E) E[x | z], z ~ q(z | x)."""
+    with seeded(_FIGURE_SEED, torch.device("cpu")):
+        return vae.likelihood(vae.posterior(x).sample()).mean
+
+
+def _sampled(vae: VAE) -> tuple[Tensor, Tensor]:
+    """E[x | z] and x ~ p(x | z), z ~ p(z): each (n, *E)."""
+    with seeded(_FIGURE_SEED, torch.device("cpu")):
+        decoded = vae.likelihood(vae.prior().expand((_NUM_SHOWN,)).sample())
+        return decoded.mean, decoded.sample()

@@ -1,0 +1,40 @@
+"""A page that people want to read: text, figures, sliders and a live decoder, as one HTML file without a network.
+
+Strings and arrays in, a string out. Runs no model, and writes no file.
+"""
+
+from ppl_vae.reports.page.blocks import (
+    Answer,
+    Block,
+    Explorer,
+    Picture,
+    Section,
+    Slider,
+    SliderStop,
+    Table,
+    Text,
+    Verdict,
+)
+from ppl_vae.reports.page.decoder import DecoderWeights, Layer, Link, decoder_weights
+from ppl_vae.reports.page.markup import true_minus
+from ppl_vae.reports.page.page import GENERATOR, page
+
+__all__ = [
+    "GENERATOR",
+    "Answer",
+    "Block",
+    "DecoderWeights",
+    "Explorer",
+    "Layer",
+    "Link",
+    "Picture",
+    "Section",
+    "Slider",
+    "SliderStop",
+    "Table",
+    "Text",
+    "Verdict",
+    "decoder_weights",
+    "page",
+    "true_minus",
+]

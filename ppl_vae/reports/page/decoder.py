@@ -1,0 +1,156 @@
+"""A decoder as numbers that a browser can draw with: half-precision weights, and the map from features to pixels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor, nn
+
+from ppl_vae.conditional import Conditional
+from ppl_vae.parts import likelihoods, networks
+
+HalfArray = npt.NDArray[np.float16]
+
+# Hidden activations that explorer.js knows; the last layer has "none".
+_ACTIVATIONS: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.SiLU: "silu", nn.Tanh: "tanh", nn.GLU: "glu"}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """a(W x + b).
+
+    Args:
+        weight: (out, in), half precision.
+        bias: (out,), half precision.
+        activation: "relu", "silu", "tanh", "glu" (u sigmoid(v) of the two halves) or "none".
+    """
+
+    weight: HalfArray
+    bias: HalfArray
+    activation: str
+
+
+@dataclass(frozen=True)
+class Link:
+    """mean = gain f(bound tanh(h / bound)): from a pixel's feature to its mean.
+
+    Args:
+        name: f: "identity", "sigmoid", "exp" or "continuous-bernoulli", 1 / (1 - e^-h) - 1 / h.
+        bound: infinite where the feature is taken as it is.
+        gain: in the unit of the data.
+        white: the mean that is shown as white; 0 is black.
+    """
+
+    name: str
+    bound: float = math.inf
+    gain: float = 1.0
+    white: float = 1.0
+
+
+@dataclass(frozen=True)
+class DecoderWeights:
+    """E[x | z] = link(W_n a(... a(W_1 z + b_1)) + b_n), one feature a pixel.
+
+    Args:
+        layers: from the latents to the pixels' first features, plane by plane.
+        event_shape: (C, H, W), C = 1 or 3.
+        link: from features to means.
+    """
+
+    layers: tuple[Layer, ...]
+    event_shape: tuple[int, int, int]
+    link: Link
+
+    @property
+    def latent_dim(self) -> int:
+        """L."""
+        return self.layers[0].weight.shape[1]
+
+
+def _in_units(family: Any) -> Link:
+    return Link("identity", gain=float(family.unit))
+
+
+# What the mean of a pixel is, by the likelihood. Levels and counts are white at 255.
+_LINKS: dict[type[nn.Module], Callable[[Any], Link]] = {
+    likelihoods.Bernoulli: lambda _: Link("sigmoid"),
+    likelihoods.ContinuousBernoulli: lambda _: Link("continuous-bernoulli"),
+    likelihoods.Beta: lambda _: Link("sigmoid", bound=10.0),
+    likelihoods.Binomial: lambda _: Link("sigmoid", gain=255.0, white=255.0),
+    likelihoods.Poisson: lambda _: Link("exp", bound=15.0, white=255.0),
+    likelihoods.NegativeBinomial: lambda _: Link("exp", bound=15.0, white=255.0),
+    likelihoods.Normal: _in_units,
+    likelihoods.NormalFixed: _in_units,
+    likelihoods.NormalOptimal: _in_units,
+    likelihoods.NormalPerPixel: _in_units,
+    likelihoods.Laplace: _in_units,
+    likelihoods.StudentT: _in_units,
+}
+
+
+def _half(values: Tensor, name: str) -> HalfArray:
+    largest = float(np.finfo(np.float16).max)
+    if not values.detach().abs().max() <= largest:  # also where it is no number
+        raise ValueError(f"{name}: expected weights of at most {largest:.0f} in size (half precision), got larger ones")
+    return values.detach().cpu().numpy().astype(np.float16)
+
+
+def _layer(linear: nn.Linear, activation: str, name: str, *, rows: int | None = None) -> Layer:
+    return Layer(_half(linear.weight[:rows], name), _half(linear.bias[:rows], name), activation)
+
+
+def _hidden_layers(layers: nn.Sequential) -> tuple[Layer, ...]:
+    """Of the pairs (linear, activation) that both networks are made of."""
+    found = []
+    modules = list(layers)
+    for k, (linear, activation) in enumerate(zip(modules[::2], modules[1::2], strict=True)):
+        name = _ACTIVATIONS.get(type(activation))
+        if name is None or not isinstance(linear, nn.Linear):
+            known = ", ".join(kind.__name__ for kind in _ACTIVATIONS)
+            raise ValueError(
+                f"decoder: a page can draw dense layers followed by {known}, got {type(activation).__name__}"
+            )
+        found.append(_layer(linear, name, f"decoder layer {k}"))
+    return tuple(found)
+
+
+def _image_shape(event_shape: tuple[int, ...]) -> tuple[int, int, int]:
+    if len(event_shape) != 3 or event_shape[0] not in (1, 3):
+        raise ValueError(f"decoder: a page can draw images (1, H, W) or (3, H, W), got event shape {event_shape}")
+    channels, height, width = event_shape
+    return channels, height, width
+
+
+def decoder_weights(likelihood: Conditional) -> DecoderWeights:
+    """The decoder p(x | z) = family(net(z)) in half precision, cut to what its mean needs.
+
+    Args:
+        likelihood: a dense network (``MLP`` or ``GatedMLP``) over the latents, with any likelihood whose mean is a
+            function of one feature a pixel.
+
+    Returns:
+        The weights, for an ``Explorer``.
+
+    Raises:
+        ValueError: a decoder that a page cannot draw; says in words why: convolutions, a likelihood whose mean takes
+            more than a formula, data that is no image, or weights beyond half precision.
+    """
+    if not isinstance(likelihood, Conditional):
+        raise ValueError(f"decoder: expected a network that ends in a likelihood, got {type(likelihood).__name__}")
+    net, family = likelihood.net, likelihood.family
+    if not isinstance(net, networks.MLP | networks.GatedMLP):
+        raise ValueError(f"decoder: a page can draw dense networks (mlp, gated), got {type(net).__name__}")
+    link = _LINKS.get(type(family))
+    if link is None:
+        raise ValueError(
+            f"decoder: a page can draw likelihoods whose mean is a function of one feature a pixel, got "
+            f"{type(family).__name__}"
+        )
+    event_shape = _image_shape(likelihood.event_shape)
+    output = _layer(net.output, "none", "decoder output", rows=math.prod(event_shape))
+    return DecoderWeights((*_hidden_layers(net.layers), output), event_shape, link(family))

@@ -1,0 +1,307 @@
+"""Blocks to one HTML page that needs nothing else: no network, no other file."""
+
+from __future__ import annotations
+
+import base64
+from collections import Counter
+from collections.abc import Callable, Sequence
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ppl_vae.reports.page.blocks import (
+    Answer,
+    Block,
+    Cell,
+    Explorer,
+    NamedPicture,
+    Picture,
+    Section,
+    Slider,
+    SliderStop,
+    Table,
+    Text,
+    Verdict,
+    png_size,
+)
+from ppl_vae.reports.page.decoder import DecoderWeights
+from ppl_vae.reports.page.markup import cell, escape, inline, is_number, json_script, paragraphs, png_address, slug
+
+_HERE = Path(__file__).parent
+_SMALL = 480  # pixels; a picture up to this width is of single pixels, and is enlarged without smoothing
+_BROAD = 900  # pixels; a picture from this width on has words in it, which a phone would make too small to read
+_LONG = 32  # letters, from which a table's text is broken into lines
+_CONTENTS_FROM = 3  # sections, below which a list of them says nothing
+
+
+def _file(name: str) -> str:
+    return (_HERE / name).read_text(encoding="utf-8")
+
+
+def _image(png: bytes, alt: str, kind: str = "") -> str:
+    width, height = png_size(png)
+    drawn = "pixelated" if width <= _SMALL else "broad" if width >= _BROAD else ""
+    return (
+        f'<img class="{f"{kind} {drawn}".strip()}" src="{png_address(png)}" alt="{escape(alt)}" '
+        f'width="{width}" height="{height}">'
+    )
+
+
+def _caption(words: str) -> str:
+    return f"<figcaption>{inline(words)}</figcaption>" if words else ""
+
+
+# --- Blocks, each to HTML. ``number`` is the block's own on its page. ---
+
+
+def _text(block: Text, number: int) -> str:
+    return paragraphs(block.text)
+
+
+def _answer(block: Answer, number: int) -> str:
+    return f'<aside class="answer"><h3>{inline(block.question)}</h3>\n{paragraphs(block.text)}</aside>'
+
+
+def _picture(block: Picture, number: int) -> str:
+    if block.dark_png is None:
+        images = _image(block.png, block.alt, "card")
+    else:
+        images = _image(block.png, block.alt, "only-light") + _image(block.dark_png, block.alt, "only-dark")
+    return (
+        f'<figure class="picture{" wide" if block.wide else ""}"><div class="scroll">{images}</div>'
+        f"{_caption(block.caption)}</figure>"
+    )
+
+
+def _command(words: str) -> str:
+    """As it is typed; lines break between its words."""
+    spans = " ".join(f"<span>{escape(word)}</span>" for word in words.split(" "))
+    return f'<pre class="command"><code>{spans}</code></pre>'
+
+
+def _verdict(block: Verdict, number: int) -> str:
+    sign = {"healthy": "✓", "warning": "!"}[block.severity]
+    return (
+        f'<section class="verdict {block.severity}" aria-label="Verdict: {escape(block.word)}">'
+        f'<h3><span class="sign" aria-hidden="true">{sign}</span>{inline(block.word)}</h3>\n'
+        f"{paragraphs(block.evidence)}{_command(block.command) if block.command else ''}"
+        f"{_picture(block.figure, number) if block.figure else ''}</section>"
+    )
+
+
+def _column_class(cells: Sequence[Cell]) -> str:
+    if all(map(is_number, cells)):
+        return ' class="number"'
+    return ' class="long"' if max(len(str(value)) for value in cells) > _LONG else ""
+
+
+def _table(block: Table, number: int) -> str:
+    columns = range(len(block.columns))
+    kinds = [_column_class([row[k] for row in block.rows]) for k in columns]
+    chosen = {block.highlight} if isinstance(block.highlight, int) else set(block.highlight or ())
+    head = "".join(f'<th scope="col"{kinds[k]}>{inline(block.columns[k])}</th>' for k in columns)
+    body = []
+    for i, row in enumerate(block.rows):
+        cells = "".join(f"<td{kinds[k]}>{cell(row[k])}</td>" for k in columns)
+        mark = ' class="highlight"' if i in chosen else ""
+        body.append(f"<tr{mark}>{cells}</tr>")
+    name = f' aria-labelledby="caption-{number}"' if block.caption else ' aria-label="Table"'
+    caption = f'<figcaption id="caption-{number}">{inline(block.caption)}</figcaption>' if block.caption else ""
+    return (
+        f'<figure class="table wide"><div class="scroll" tabindex="0" role="region"{name}>'
+        f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>{caption}</figure>"
+    )
+
+
+def _strip(row: NamedPicture, where: str) -> str:
+    name, png = row
+    return f'<div class="strip"><span class="name">{inline(name)}</span>{_image(png, f"{name}, {where}")}</div>'
+
+
+def _stop(stop: SliderStop, label: str, *, is_shown: bool) -> str:
+    numbers = "".join(
+        f"<div><dt>{inline(name)}</dt><dd>{inline(value)}</dd></div>" for name, value in stop.numbers.items()
+    )
+    return (
+        f'<div class="stop" data-label="{escape(stop.label)}"{"" if is_shown else " hidden"}>'
+        f"{''.join(_strip(row, f'{label} = {stop.label}') for row in stop.rows)}"
+        f"{f'<dl>{numbers}</dl>' if numbers else ''}</div>"
+    )
+
+
+def _slider(block: Slider, number: int) -> str:
+    stops = [_stop(stop, block.label, is_shown=k == block.start) for k, stop in enumerate(block.positions)]
+    ends = block.positions[0].label, block.positions[-1].label
+    now = block.positions[block.start].label
+    return (
+        f'<figure class="slider wide" id="slider-{number}"><div class="panel">'
+        f'<div class="control"><label for="range-{number}">{inline(block.label)} '
+        f'= <output for="range-{number}">{escape(now)}</output></label>'
+        f'<input type="range" id="range-{number}" min="0" max="{len(stops) - 1}" step="1" value="{block.start}" '
+        f'aria-valuetext="{escape(block.label)} = {escape(now)}" autocomplete="off">'
+        f'<div class="ends" aria-hidden="true"><span>{escape(ends[0])}</span><span>{escape(ends[1])}</span></div></div>'
+        f"{_strip(block.fixed, 'unchanged') if block.fixed else ''}"
+        f'<div class="stops">{"".join(stops)}</div></div>{_caption(block.caption)}</figure>'
+    )
+
+
+def _base64(array: Any, kind: str) -> str:
+    return base64.b64encode(np.ascontiguousarray(array, dtype=kind).tobytes()).decode("ascii")
+
+
+def _decoder(decoder: DecoderWeights) -> dict[str, Any]:
+    """As explorer.js reads it: the weights of all layers in one string, each layer's matrix by rows, then its bias."""
+    flat = [part.ravel() for layer in decoder.layers for part in (layer.weight, layer.bias)]
+    return {
+        "layers": [[*layer.weight.shape, layer.activation] for layer in decoder.layers],
+        "shape": list(decoder.event_shape),
+        "link": decoder.link.name,
+        "bound": decoder.link.bound if np.isfinite(decoder.link.bound) else None,
+        "scale": decoder.link.gain / decoder.link.white,
+        "weights": _base64(np.concatenate(flat), "<f2"),
+    }
+
+
+def _explorer_data(block: Explorer) -> dict[str, Any]:
+    base = np.zeros(block.decoder.latent_dim) if block.base is None else np.asarray(block.base, dtype=float)
+    points = np.zeros((0, 2)) if block.points is None else block.points
+    labels = np.zeros(len(points)) if block.labels is None else block.labels
+    return {
+        "decoder": _decoder(block.decoder),
+        "start": list(block.start),
+        "extent": block.extent,
+        "axes": list(block.axes),
+        "base": base.tolist(),
+        "points": _base64(np.clip(points, -60000, 60000), "<f2"),
+        "labels": None if block.labels is None else _base64(labels, "u1"),
+    }
+
+
+def _legend(block: Explorer) -> str:
+    if block.labels is None:
+        return ""
+    kinds = np.unique(block.labels).tolist()
+    names = block.label_names or [str(kind) for kind in range(max(kinds, default=0) + 1)]
+    keys = "".join(f'<li><span class="dot label-{kind % 10}"></span>{escape(names[kind])}</li>' for kind in kinds)
+    return f'<ul class="legend" aria-label="Colors of the points">{keys}</ul>'
+
+
+def _explorer(block: Explorer, number: int) -> str:
+    _, height, width = block.decoder.event_shape
+    i, j = block.axes
+    names = f"z<sub>{i}</sub>", f"z<sub>{j}</sub>"
+    return (
+        f'<figure class="explorer wide" id="explorer-{number}"><div class="panel"><div class="stage">'
+        f'<div class="pad-box"><canvas class="pad" width="640" height="640" tabindex="0" role="application" '
+        f'aria-roledescription="plane of two latents" aria-describedby="help-{number}" '
+        f'aria-label="Latent plane: latent {i} to the right, latent {j} up"></canvas></div>'
+        f'<div class="view"><canvas class="drawn" width="{width}" height="{height}" role="img" '
+        f'aria-label="The decoder’s mean at the chosen point" style="aspect-ratio:{width}/{height}"></canvas>'
+        f'<p class="readout"><span>{names[0]} = <output class="first"></output></span> '
+        f'<span>{names[1]} = <output class="second"></output></span></p></div>'
+        f'<div class="notes"><p class="help" id="help-{number}">Move over the plane, or touch it. With the keyboard: '
+        f"arrow keys, with Shift for larger steps, and Home to return.</p>{_legend(block)}"
+        "<noscript><p>The plane is drawn by a script, which this browser does not run.</p></noscript></div></div></div>"
+        f'<script type="application/json">{json_script(_explorer_data(block))}</script>'
+        f"{_caption(block.caption)}</figure>"
+    )
+
+
+_RENDERERS: dict[type, Callable[[Any, int], str]] = {
+    Text: _text,
+    Answer: _answer,
+    Verdict: _verdict,
+    Table: _table,
+    Picture: _picture,
+    Slider: _slider,
+    Explorer: _explorer,
+}
+
+
+def _block(block: Block, number: int) -> str:
+    if type(block) not in _RENDERERS:
+        raise ValueError(
+            f"blocks: expected one of {[kind.__name__ for kind in _RENDERERS]}, got {type(block).__name__}"
+        )
+    return _RENDERERS[type(block)](block, number)
+
+
+# --- The page ---
+
+
+def _anchors(sections: Sequence[Section]) -> list[str]:
+    anchors = [section.anchor or slug(section.title) for section in sections]
+    twice = [anchor for anchor, times in Counter(anchors).items() if times > 1]
+    if twice:
+        raise ValueError(f"sections: expected anchors that differ, got more than one {', '.join(twice)}")
+    return anchors
+
+
+def _contents(sections: Sequence[Section], anchors: Sequence[str]) -> str:
+    if len(sections) < _CONTENTS_FROM:
+        return ""
+    items = "".join(
+        f'<li><a href="#{escape(anchor)}">{inline(section.title)}</a></li>'
+        for section, anchor in zip(sections, anchors, strict=True)
+    )
+    return f'<nav class="contents" aria-label="Contents"><h2>Contents</h2><ol>{items}</ol></nav>'
+
+
+GENERATOR = '<meta name="generator" content="ppl_vae">'  # by which a page is known as one that may be written again
+
+
+def page(title: str, sections: Sequence[Section], *, subtitle: str = "") -> str:
+    """One HTML page, complete in itself: it reads from disk as from a server, in the light and in the dark.
+
+    Args:
+        title: of the page.
+        sections: in order; from three on there is a list of contents.
+        subtitle: a sentence below the title.
+
+    Returns:
+        The whole page. What is interactive in it also says what it shows without a script.
+
+    Raises:
+        ValueError: two sections of one anchor, or a block that is none.
+
+    Source: ours.
+    """
+    anchors = _anchors(sections)
+    numbers = count(1)
+    body = "\n".join(
+        f'<section id="{escape(anchor)}"><h2>{inline(section.title)}</h2>\n'
+        + "\n".join(_block(block, next(numbers)) for block in section.blocks)
+        + "</section>"
+        for section, anchor in zip(sections, anchors, strict=True)
+    )
+    lead = f'<p class="subtitle">{inline(subtitle)}</p>' if subtitle else ""
+    scripts = "\n".join(f"<script>\n{_file(name)}</script>" for name in ("theme.js", "slider.js", "explorer.js"))
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+{GENERATOR}
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{escape(title)}</title>
+<link rel="icon" href="data:,">
+<style>
+{_file("style.css")}</style>
+<noscript><style>
+input {{ display: none; }} .stop[hidden] {{ display: block; }}
+.stop::before {{ content: attr(data-label); font-weight: 600; }}
+</style></noscript>
+</head>
+<body>
+<button class="theme" type="button" aria-label="Switch between light and dark" hidden></button>
+<header><h1>{inline(title)}</h1>{lead}</header>
+{_contents(sections, anchors)}
+<main>
+{body}
+</main>
+{scripts}
+</body>
+</html>
+"""

@@ -1,0 +1,217 @@
+"""How a VAE is trained, by words: objective, schedule, where it starts, and on what device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from pyro.infer import ELBO, Trace_ELBO, TraceMeanField_ELBO
+from torch import Tensor
+
+from ppl_vae import objectives
+from ppl_vae.parts import networks, priors
+from ppl_vae.runs.build.parts import has_closed_form_kl, is_autoencoder
+from ppl_vae.runs.options import Options, compiling_pays, default_objective
+from ppl_vae.runtime import capture
+from ppl_vae.runtime.global_state import serialize_threads
+from ppl_vae.training import schedules
+from ppl_vae.vae import VAE
+
+KLS: dict[str, type[ELBO]] = {"sampled": Trace_ELBO, "analytic": TraceMeanField_ELBO}
+
+
+def _elbo(options: Options) -> Callable[..., Tensor]:
+    return partial(objectives.elbo, estimator=KLS[options.kl], num_particles=options.num_particles)
+
+
+def _free_bits(options: Options) -> Callable[..., Tensor]:
+    return partial(objectives.free_bits, free_nats=options.free_bits, num_particles=options.num_particles)
+
+
+def _cosine(options: Options) -> Callable[..., float]:
+    return partial(schedules.cosine, start=options.decay_start)
+
+
+def _stages(options: Options) -> Callable[..., float]:
+    return schedules.stages
+
+
+RATES: dict[str, Callable[[Options], Callable[..., float]]] = {"cosine": _cosine, "stages": _stages}
+
+
+def _importance(objective: Callable[..., Tensor]) -> Callable[[Options], Callable[..., Tensor]]:
+    return lambda options: partial(objective, num_particles=options.num_particles)
+
+
+OBJECTIVES: dict[str, Callable[[Options], Callable[..., Tensor]]] = {
+    "elbo": _elbo,
+    "free-bits": _free_bits,
+    "iwae": _importance(objectives.iwae),
+    "dreg": _importance(objectives.dreg),
+    "stl": _importance(objectives.stl),
+}
+
+
+def objective(options: Options) -> Callable[..., Tensor]:
+    """(model, guide, x, *, beta) -> loss, nats an image."""
+    found = OBJECTIVES[options.objective or default_objective(options)](options)
+    return objectives.autocast(found, torch.bfloat16) if options.precision == "bf16" else found
+
+
+def check_objective(options: Options) -> None:
+    """Raises ValueError for an objective that the parts cannot have, or an option of another.
+
+    Args:
+        options: ``decided``.
+    """
+    if options.objective in ("iwae", "dreg", "stl") and options.kl != Options().kl:
+        raise ValueError(f"--kl: {options.objective} samples the KL; expected no --kl beside it")
+    if options.objective == "free-bits" and options.kl != Options().kl:
+        raise ValueError("--kl: free-bits takes the KL of each latent in closed form; expected no --kl beside it")
+    closed = options.objective == "free-bits" or options.kl == "analytic"
+    if closed:
+        _check_closed_form(options)
+    if closed and options.upper_latents and options.inference == "bottom-up":
+        raise ValueError(
+            "--inference bottom-up: expected a sampled KL (no --kl analytic, no free-bits), got one in closed form, "
+            "which a guide that draws against the model's order has not"
+        )
+    if is_autoencoder(options) and options.objective != "elbo":
+        raise ValueError(f"--objective {options.objective}: expected --posterior diagonal, got {options.posterior}")
+    if is_autoencoder(options) and options.beta != 0:
+        raise ValueError(
+            "--posterior delta: expected --beta 0 (a deterministic guide has no KL: it makes a plain autoencoder), got "
+            f"--beta {options.beta:g}"
+        )
+
+
+def _check_closed_form(options: Options) -> None:
+    """Raises ValueError where torch has no formula for the KL of the guide and the prior."""
+    if has_closed_form_kl(options, by_latent=options.objective == "free-bits"):
+        return
+    asked = "--objective free-bits" if options.objective == "free-bits" else "--kl analytic"
+    if options.prior != "standard-normal":
+        raise ValueError(f"{asked}: expected --prior standard-normal, whose KL has a formula, got {options.prior}")
+    guides = "diagonal" if options.objective == "free-bits" else "diagonal or full"
+    raise ValueError(f"{asked}: expected --posterior {guides}, whose KL has a formula, got {options.posterior}")
+
+
+def schedule(options: Options) -> dict[str, Any]:
+    """What ``fit`` takes of the options (resolved), beside the objective, the images and whether it is compiled."""
+    return {
+        "epochs": options.epochs,
+        "batch_size": options.batch_size,
+        "learning_rate": options.learning_rate,
+        "rate": RATES[options.schedule](options),
+        "beta": options.beta,
+        "warmup_epochs": options.warmup_epochs or 0,
+        "clip_norm": options.clip_norm,
+        "skip_norm": options.skip_norm,
+        "average_decay": options.average_decay,
+        "keep_last": options.keep == "last",
+        "validation_particles": validation_particles(options),
+        "seed": options.seed,
+    }
+
+
+def validation_particles(options: Options) -> int:
+    """S of the bound by which the best weights are chosen: that of an importance-weighted objective, else 1."""
+    return options.num_particles if options.objective in ("iwae", "dreg") else 1
+
+
+@serialize_threads()
+def start_from_marginals(vae: VAE, x: Tensor) -> None:
+    """Sets the decoder's output bias, and units where there are any, so that training starts from the marginals.
+
+    Args:
+        x: (N, *E) training images as the model sees them, or their expectation.
+
+    Source: Burda et al. 2016, arXiv 1509.00519, released code (output bias from the training pixels' means).
+    """
+    decoder: Any = vae.likelihood
+    encoder: Any = vae.posterior
+    prior: Any = vae.prior
+    with torch.no_grad():
+        decoder.net.output.bias.copy_(decoder.family.fit_marginals(x))
+        if isinstance(encoder.net, networks.Standardized):
+            encoder.net.fit_marginals(x)
+        if isinstance(prior, priors.VampPrior):
+            prior.start_from(x)
+
+
+def planned_steps(options: Options, num_images: int) -> int:
+    """The steps of a training on so many images."""
+    return options.epochs * math.ceil(num_images / options.batch_size)
+
+
+def compiles(word: str, num_runs: int, place: torch.device) -> bool:
+    """Whether a graph that will run so many times is compiled, by the word of --compile.
+
+    Raises:
+        ValueError: it is "on", and nothing can be compiled for that device.
+    """
+    if word == "on":
+        check_compiler(place)
+    return word == "on" or (word == "auto" and compiling_pays(num_runs) and capture.why_not(place) is None)
+
+
+def why_not_compiled(options: Options, num_images: int) -> str | None:
+    """Why ``--compile auto`` became off although compiling would pay; None where it did not, or would not."""
+    pays = options.compile == "off" and compiling_pays(planned_steps(options, num_images))
+    return capture.why_not(device(options.device)) if pays else None
+
+
+def check_compiler(place: torch.device) -> None:
+    """Raises ValueError where nothing can be compiled for that device."""
+    reason = capture.why_not(place)
+    if reason is not None:
+        raise ValueError(f"--compile on: {reason}; --compile off does without")
+
+
+def check_precision(options: Options) -> None:
+    """Raises ValueError where the device has no arithmetic of that precision, and would emulate it at a crawl."""
+    place = device(options.device)
+    recent_gpu = place.type == "cuda" and torch.cuda.get_device_capability(place) >= (8, 0)
+    if options.precision == "tf32" and not recent_gpu:
+        raise ValueError(f"--precision tf32: expected an NVIDIA GPU since Ampere, got {place}")
+    if options.precision == "bf16" and not (recent_gpu or (place.type == "cpu" and _cpu_has_bf16())):
+        raise ValueError(
+            "--precision bf16: expected hardware for it (a CPU with AVX512-BF16 or AMX, or a recent GPU), "
+            f"got {place} without"
+        )
+
+
+def _cpu_has_bf16() -> bool:
+    """Whether this CPU multiplies in bf16. Torch tells it by private names, which a version may lack."""
+    tests = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return any(test() for test in tests if test is not None)
+
+
+@contextmanager
+def products_in(precision: str) -> Iterator[None]:
+    """TF32 for the matrix products and convolutions of a GPU where that is the word, else float32; then as before."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+
+
+def device(word: str) -> torch.device:
+    """Raises ValueError where there is no such device here, or one whose random numbers are not kept for resuming."""
+    try:
+        found = torch.device(word)
+        if found.type not in ("cpu", "cuda"):
+            raise RuntimeError
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError):
+        choices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+        raise ValueError(f"--device: expected a device of this machine ({', '.join(choices)}), got {word!r}") from None
+    return found

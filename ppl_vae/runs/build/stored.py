@@ -1,0 +1,161 @@
+"""A run folder's config and weights: read, saved and loaded as a VAE."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ppl_vae import data, runs
+from ppl_vae.runs.build.decisions import resolve
+from ppl_vae.runs.build.parts import vae
+from ppl_vae.runs.build.support import check_support, splits
+from ppl_vae.runs.options import Options, is_export, options_of, to_json
+from ppl_vae.vae import VAE
+
+
+def config(options: Options, seen: data.Splits) -> dict[str, Any]:
+    """What config.json holds of a run with these options (resolved) on this data."""
+    return {
+        "options": to_json(options),
+        "data": {"kind": seen.kind, "event_shape": list(seen.event_shape), "sha256": seen.sha256},
+    }
+
+
+def read_config(run_dir: Path) -> tuple[Options, dict[str, Any]]:
+    """A run's or an export's options, and what its data was: event_shape (a tuple) and sha256.
+
+    Raises:
+        ValueError: the folder is no run, or its config is damaged.
+    """
+    path = run_dir / runs.CONFIG
+    config = runs.read_json(path)
+    try:
+        data = config["data"]
+        shape = data["event_shape"]
+        if not (shape and all(type(size) is int and size > 0 for size in shape)):
+            raise ValueError(f"event_shape: expected whole numbers, got {shape}")
+        options = options_of(config)
+        for name in ("binarization", "warmup_epochs", "dequantization", "prior", "objective"):
+            if getattr(options, name) is None:
+                raise ValueError(f"expected {name} as it was resolved, got null")
+        return options, {"sha256": data["sha256"], "event_shape": tuple(shape)}
+    except KeyError as error:
+        raise ValueError(f"{path}: damaged: missing {error}") from None
+    except TypeError:
+        raise ValueError(f"{path}: damaged: expected the objects options and data") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def load_weights(vae: VAE, path: Path, weights: dict[str, Tensor]) -> None:
+    """Puts weights into a VAE of the same architecture. Raises ValueError where they do not fit."""
+    try:
+        vae.load_state_dict(weights)
+    except RuntimeError as error:
+        first = str(error).splitlines()[-1].strip()
+        raise ValueError(f"{path}: the weights do not fit the run's config: {first}") from None
+
+
+def start_from_run(vae: VAE, run_dir: str) -> None:
+    """Puts a run's evaluated weights into a VAE of the same model; the run is as ``run_folder`` takes it.
+
+    Raises:
+        ValueError: no such run, or weights that do not fit.
+    """
+    path = run_folder(run_dir) / runs.MODEL
+    weights, _ = runs.load_tensors(path)
+    shapes = {name: w.shape for name, w in vae.state_dict().items()}
+    if {name: w.shape for name, w in weights.items()} != shapes:
+        raise ValueError(f"--start-from: expected a run of the same model, got {run_dir}, whose weights are of another")
+    load_weights(vae, path, weights)
+
+
+# In config.json, of a run folder without its training: what ``save`` made, and what came with the package.
+_FROM_PYTHON, SHIPPED = "from Python", "shipped"
+
+
+def save(trained: VAE, run_dir: str | Path, options: Options, *, metrics: Sequence[dict[str, Any]] = ()) -> Path:
+    """Makes a run folder of a VAE that was trained from Python; ``load`` and the scripts take it, but for resuming.
+
+    Args:
+        trained: as ``build.vae(options, event_shape)`` makes it, with whatever weights.
+        run_dir: a new or empty folder.
+        options: what the VAE is made of, and the data that it is evaluated on, as it was trained: a density of 8-bit
+            levels is taken for one of (level + u) / 256 unless ``dequantization`` is "none".
+        metrics: the records that ``fit`` gave to ``on_epoch``, for the training curves.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: options that describe another VAE, data that cannot be read or is off the likelihood's support,
+            records without a step, or a folder that is not empty; nothing is written.
+    """
+    seen = splits(options)
+    options = resolve(options, seen)
+    check_support(options, seen)
+    if not all(type(record.get("step")) is int for record in metrics):
+        raise ValueError("metrics: expected records with a whole number under 'step', as fit gives them to on_epoch")
+    with torch.device("meta"):  # shapes without numbers
+        fresh = vae(options, seen.event_shape).state_dict()
+    weights = trained.state_dict()
+    if {name: w.shape for name, w in fresh.items()} != {name: w.shape for name, w in weights.items()}:
+        raise ValueError("options: expected those that the VAE was built with, got others (weights differ in shape)")
+    folder = runs.new_run_dir(str(run_dir), dataset=options.dataset, likelihood=options.likelihood)
+    runs.write_json(folder / runs.CONFIG, config(options, seen) | {"trained": _FROM_PYTHON})
+    runs.record_environment(folder, options.device)
+    for record in metrics:
+        runs.append_metrics(folder, record)
+    runs.save_tensors(folder / runs.MODEL, weights, {"step": metrics[-1]["step"] if metrics else 0})
+    return folder
+
+
+def is_from_python(run_dir: Path) -> bool:
+    """The folder was made by ``save``, or is a pretrained run or an export: there is no training to go on with."""
+    config = runs.read_json(run_dir / runs.CONFIG)
+    return is_export(config) or config.get("trained") in (_FROM_PYTHON, SHIPPED)
+
+
+PRETRAINED = Path(__file__).parents[2] / "pretrained"
+
+
+def run_folder(run_dir: str | Path) -> Path:
+    """The folder itself, or where there is none, that of the pretrained run with this name, in the package.
+
+    Raises:
+        ValueError: a single word that is neither.
+    """
+    folder = Path(run_dir)
+    names = sorted(path.parent.name for path in PRETRAINED.glob(f"*/{runs.CONFIG}"))
+    if folder.exists() or len(folder.parts) > 1 or not names:
+        return folder
+    if folder.name not in names:
+        raise ValueError(f"{folder}: expected a run folder, or a pretrained run ({', '.join(names)}), got neither")
+    return PRETRAINED / folder.name
+
+
+def load(run_dir: str | Path) -> VAE:
+    """The trained VAE of a run folder, or of a pretrained run by its name, on the CPU, in evaluation mode.
+
+    It sees pixels as its training did. One of a density of 8-bit levels is a density of (level + u) / 256, which takes
+    any numbers without a word: ``dequantized(load(run))`` is the mass of levels, and what the run's evaluation reports.
+
+    Raises:
+        ValueError: the folder is no run, has no weights yet, or is damaged.
+        OSError: the weights cannot be read now.
+    """
+    folder = run_folder(run_dir)
+    options, seen = read_config(folder)
+    with torch.random.fork_rng(devices=[]):  # fresh weights are drawn, and replaced
+        model = vae(options, seen["event_shape"])
+    try:
+        weights, _ = runs.load_tensors(folder / runs.MODEL)
+    except ValueError as error:
+        cure = f"; --resume {folder} writes it again" if (folder / runs.TRAINING_STATE).exists() else ""
+        raise ValueError(f"{error}{cure}") from None
+    load_weights(model, folder / runs.MODEL, weights)
+    return model.eval()

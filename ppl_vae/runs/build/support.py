@@ -1,0 +1,115 @@
+"""The data that the options ask for, how a model sees its pixels, and whether its likelihood takes them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ppl_vae import data
+from ppl_vae.parts import likelihoods
+from ppl_vae.runs.build.parts import likelihood
+from ppl_vae.runs.options import Options
+
+
+def data_options(options: Options) -> dict[str, Any]:
+    """What decides the data set, as ``data.load`` takes it."""
+    names = ("dataset", "data_dir", "protocol", "image_size", "fit", "color")
+    return {name: getattr(options, name) for name in names}
+
+
+def splits(options: Options, *, download: bool = True) -> data.Splits:
+    """The data set that the options ask for, fetched where it may be. Raises ValueError as ``data.load``."""
+    return data.load(**data_options(options), download=download)
+
+
+def pixels(options: Options, seen: data.Splits) -> str:
+    """How the model sees pixels: the word of ``data.PIXELS`` for the options (resolved) and the data."""
+    assert options.binarization is not None
+    if options.binarization != "none" or seen.kind != data.LEVELS:
+        return options.binarization
+    if options.dequantization == "uniform":
+        return "dequantized"
+    return "levels" if likelihood(options, seen.event_shape).data_kind in (data.LEVELS, data.COUNTS) else "none"
+
+
+def evaluated_pixels(options: Options, seen: data.Splits) -> str:
+    """How images are evaluated: as the model sees them, but for dequantized levels, whose mass is evaluated."""
+    word = pixels(options, seen)
+    return "levels" if word == "dequantized" else word
+
+
+def scale(options: Options, seen: data.Splits) -> str:
+    """What the reported nats are of, in words: numbers with other words are on another scale, and never compared."""
+    word = evaluated_pixels(options, seen)
+    if word == "levels":
+        return "mass of 8-bit levels"
+    measure = likelihood(options, seen.event_shape).measure
+    if word != "none" or seen.kind == data.BINARY:
+        return f"{measure} of binary pixels"
+    if seen.kind == data.LEVELS:
+        return f"{measure} of level / 255"
+    return f"{measure} of {seen.kind}"
+
+
+_LEAST_SPREAD = 1e-15  # of real pixels: a density squares deviations and scales, in float32
+
+
+def check_support(options: Options, seen: data.Splits) -> None:
+    """Refuses data that the likelihood has no probability for, as the options (resolved) bring it to the model.
+
+    Raises:
+        ValueError: pixels off the support, zeros and ones under anything that asks for gray or real pixels, or, for a
+            density, one image again and again.
+    """
+    family = likelihood(options, seen.event_shape)
+    word = f"--likelihood {options.likelihood}"
+    if options.binarization != "none":
+        if family.data_kind != data.BINARY:
+            raise ValueError(
+                f"{word}: expected --binarization none, got {options.binarization}: it is a likelihood "
+                f"of {family.data_kind}, and has no use for pixels that were made zeros and ones"
+            )
+        return
+    _check_kind(word, family, seen)
+    # Levels are on the support of whatever takes levels, and dequantized ones are between 0 and 1.
+    for split in ("train", "validation", "test") if pixels(options, seen) == "none" else ():
+        seen_by_model = data.probabilities(seen, split)
+        if not all(bool(family.support.check(part).all()) for part in seen_by_model.split(1000)):
+            raise ValueError(
+                f"{word}: expected pixels that are {family.support_words}, got {seen.kind} in {split}; "
+                f"{_cure(seen, family)}"
+            )
+    if family.measure == "density":
+        spread = seen.spread
+        if spread == 0:
+            raise ValueError(f"{word}: expected training images that differ, got {len(seen.train):,} of one image")
+        if not _LEAST_SPREAD <= spread <= 1 / _LEAST_SPREAD:
+            raise ValueError(
+                f"{word}: expected pixels that spread by {_LEAST_SPREAD:g} to {1 / _LEAST_SPREAD:g}, got "
+                f"{spread:.3g}; in another unit their squares can be computed in single precision"
+            )
+
+
+def _check_kind(word: str, family: Any, seen: data.Splits) -> None:
+    """Refuses data whose values may lie on the support, but are of something else."""
+    if family.data_kind == data.LEVELS and seen.kind != data.LEVELS:
+        raise ValueError(f"{word}: expected {data.LEVELS} (uint8, or pictures), got {seen.kind}; {_cure(seen, family)}")
+    if family.data_kind == data.UNIT_INTERVAL and seen.kind == data.BINARY:
+        raise ValueError(f"{word}: expected {data.UNIT_INTERVAL}, got zeros and ones, which no density is of")
+
+
+def _cure(seen: data.Splits, family: Any) -> str:
+    """What takes such pixels, or brings them where this likelihood takes them."""
+    if family.data_kind == data.BINARY and seen.kind in (data.LEVELS, data.PROBABILITIES):
+        return "another --binarization makes them so"
+    if isinstance(family, likelihoods.Logit):
+        return "--transform none takes them"
+    cures = {
+        data.BINARY: "--likelihood bernoulli takes them",
+        data.LEVELS: "--dequantization uniform makes them so",
+        data.PROBABILITIES: "--likelihood continuous-bernoulli or normal takes them",
+        data.REAL: "--likelihood normal takes them",
+        data.COUNTS: "--likelihood negative-binomial takes them",
+    }
+    is_bytes = seen.kind == data.COUNTS and seen.train.max() <= 255 and family.data_kind == data.LEVELS
+    as_bytes = "; saved as uint8 they are 8-bit levels" if is_bytes else ""
+    return cures[seen.kind] + as_bytes

@@ -1,0 +1,257 @@
+"""Published models, in the words of the command line: what is trained, and the number that it is held against.
+
+Numbers are log-likelihoods of test images, nats an image, importance-weighted bounds with 5,000 samples where a source
+says nothing else. All but ``static_flow`` are trained and tested in the protocol of Tomczak and Welling 2018, arXiv
+1705.07120: MNIST, binarized anew at every access, 50,000 / 10,000 / 10,000 images, the test set as it was drawn there,
+also where the source of a number has another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
+
+from ppl_vae.runs.options import Options
+
+
+class Published(NamedTuple):
+    """A number that is in print.
+
+    Args:
+        log_likelihood: nats an image.
+        stderr: as it is printed there, or None where there is none.
+        source: the model, in a few words, and where it is.
+    """
+
+    log_likelihood: float
+    stderr: float | None
+    source: str
+
+
+class Recipe(NamedTuple):
+    """A model and how it is trained.
+
+    Args:
+        model: what it is, in words.
+        stages: the options of each training; each but the first starts from the weights of the one before.
+        published: numbers of the same model, or of the best of its kind.
+        differs: how the training is not that of the source.
+        particles: S of the evaluation, of every test image.
+    """
+
+    model: str
+    stages: tuple[Options, ...]
+    published: tuple[Published, ...]
+    differs: str
+    particles: int = 5000
+
+
+_BURDA = "Burda et al. 2016, arXiv 1509.00519"
+_NOROUZI = "Norouzi et al. 2020, arXiv 2004.04795"
+_TOMCZAK = "Tomczak and Welling 2018, arXiv 1705.07120"
+_SONDERBY = "Sønderby et al. 2016, arXiv 1602.02282"
+_XU = "Xu et al. 2019, arXiv 1905.13452"
+
+_VAMPPRIOR = Published(-82.43, 0.06, f"VAE, VampPrior: {_NOROUZI}, dynamic MNIST")
+_EXEMPLAR = Published(-82.09, 0.18, f"VAE, Exemplar prior: {_NOROUZI}, dynamic MNIST")
+_REALNVP = Published(-78.61, None, f"convolutional VAE, RealNVP prior, S = 1,000: {_XU}, dynamic MNIST")
+_REALNVP_STATIC = Published(-80.09, None, f"convolutional VAE, RealNVP prior, S = 1,000: {_XU}, static MNIST")
+
+# What the recipes have in common: a gradient without the guide's score, hidden layers that start wide, a rate that is
+# flat for half of the steps, an average of the weights, and no step with a gradient that is astronomical.
+_COMMON = Options(
+    prior="standard-normal",
+    objective="stl",
+    initialization="wide",
+    batch_size=100,
+    learning_rate=2e-3,
+    schedule="cosine",
+    decay_start=0.5,
+    warmup_epochs=20,
+    average_decay=0.9998,
+    skip_norm=1000.0,
+)
+# Tomczak and Welling: a rate of 5e-4 throughout, 2,000 epochs at most and no more than 50 without a better validation
+# ELBO, a warm-up of 100, and no average of the weights.
+_GATED = replace(_COMMON, network="gated", hidden=(300, 300), latent_dim=40, epochs=300)
+
+
+def _gated_differs(epochs: int) -> str:
+    return (
+        f"{epochs:,} epochs at 2e-3, falling on a cosine in the second half, a warm-up of 20, the gradient "
+        "without the guide's score, clipped as a whole, hidden layers that start wide, and an average of the weights; "
+        "there at most 2,000 at 5e-4 with early stopping, a warm-up of 100, each tensor's gradient divided by its "
+        "norm, and He's start"
+    )
+
+
+def _finished_by_dreg(first: Options) -> tuple[Options, Options]:
+    """A training, and 30 epochs more on the bound of eight particles."""
+    finish = replace(
+        first, objective="dreg", num_particles=8, epochs=30, learning_rate=2e-4, decay_start=0.0, warmup_epochs=0
+    )
+    return first, finish
+
+
+def _burda_differs(epochs: int) -> str:
+    return (
+        f"50,000 training images in batches of 100 for {epochs:,} epochs at 2e-3, falling on a cosine in the second "
+        "half, a warm-up of 20, the gradient without the guide's score, an average of the weights, the best by "
+        "validation; there 60,000 in batches of 20 for 3,280 epochs, from 1e-3 in eight stages, the last weights, and "
+        "Adam's epsilon 1e-4; tested on the draw of Tomczak and Welling, there on another"
+    )
+
+
+def iwae_vae_1() -> Recipe:
+    """p(z) = N(0, I), 50 latents, two tanh layers of 200 each way; the ELBO.
+
+    Reference: Burda et al. 2016, arXiv 1509.00519, Table 1, one stochastic layer, k = 1.
+    """
+    first = replace(_COMMON, network="tanh", hidden=(200, 200), latent_dim=50, initialization="shrinking", epochs=1000)
+    return Recipe(
+        "one layer of 50 latents, two tanh layers of 200 each way, k = 1",
+        (first,),
+        (Published(-86.76, None, f"VAE, k = 1: {_BURDA}, Table 1"),),
+        _burda_differs(1000),
+    )
+
+
+def iwae_1() -> Recipe:
+    """p(z) = N(0, I), 50 latents, two tanh layers of 200 each way; L_16, the importance-weighted bound of 16 particles.
+
+    Reference: Burda et al. 2016, arXiv 1509.00519, Table 1, one stochastic layer, k = 5 and 50; the gradient is that of
+    Tucker et al. 2019, arXiv 1810.04152.
+    """
+    first = iwae_vae_1().stages[0]
+    finish = replace(
+        first, objective="dreg", num_particles=16, epochs=300, learning_rate=1e-3, decay_start=0.0, warmup_epochs=0
+    )
+    return Recipe(
+        "one layer of 50 latents, two tanh layers of 200 each way, k = 16",
+        (first, finish),
+        (
+            Published(-85.54, None, f"IWAE, k = 5: {_BURDA}, Table 1"),
+            Published(-84.78, None, f"IWAE, k = 50: {_BURDA}, Table 1"),
+        ),
+        f"{_burda_differs(1000)}; k = 1 for these, and 300 epochs more on L_16, by the doubly reparametrized gradient, "
+        "at 1e-3, falling on a cosine; there one k throughout",
+    )
+
+
+def vae_gaussian() -> Recipe:
+    """p(z) = N(0, I), 40 latents, two gated layers of 300 each way.
+
+    Reference: Norouzi et al. 2020, arXiv 2004.04795, density estimation on dynamic MNIST: VAE, Gaussian prior.
+    """
+    return Recipe(
+        "one layer of 40 latents, N(0, I), two gated layers of 300 each way",
+        (_GATED,),
+        (Published(-84.45, 0.12, f"VAE, Gaussian prior: {_NOROUZI}, dynamic MNIST"),),
+        _gated_differs(300),
+    )
+
+
+def vae_flow() -> Recipe:
+    """p(z) = |det df(z)/dz| N(f(z); 0, I), f ten affine couplings; else as ``vae_gaussian``.
+
+    Reference: ours, held against the priors of Norouzi et al. 2020, arXiv 2004.04795, density estimation on dynamic
+    MNIST: VAE, VampPrior and Exemplar prior; and against the same kind of prior behind convolutions, Xu et al. 2019,
+    arXiv 1905.13452. The gradient of the first stage is that of Roeder et al. 2017, arXiv 1703.09194, of the second
+    that of Tucker et al. 2019, arXiv 1810.04152.
+    """
+    return Recipe(
+        "one layer of 40 latents, a flow prior of ten affine couplings, two gated layers of 300 each way",
+        _finished_by_dreg(replace(_GATED, prior="flow")),
+        (_VAMPPRIOR, _EXEMPLAR, _REALNVP),
+        f"the prior; {_gated_differs(300)}; 30 epochs more on L_8",
+    )
+
+
+def vae_flow_wide() -> Recipe:
+    """p(z) = |det df(z)/dz| N(f(z); 0, I), as ``vae_flow`` with layers of 500: the widest of one latent layer here.
+
+    Reference: ours, held against what ``vae_flow`` is, of Norouzi et al. 2020, arXiv 2004.04795, and Xu et al. 2019,
+    arXiv 1905.13452.
+    """
+    first = replace(_GATED, hidden=(500, 500), prior="flow")
+    return Recipe(
+        "one layer of 40 latents, a flow prior of ten affine couplings, two gated layers of 500 each way",
+        _finished_by_dreg(first),
+        (_VAMPPRIOR, _EXEMPLAR, _REALNVP),
+        f"the prior and the widths; {_gated_differs(300)}; 30 epochs more on L_8",
+    )
+
+
+def ladder() -> Recipe:
+    """p(z2) p(z1 | z2) p(x | z1, z2), q(z2 | x) q(z1 | x, z2), p(z2) a flow; 40 and 40 latents.
+
+    It ends with the importance-weighted bound's plain gradient. The doubly reparametrized one leaves out the score of
+    the prior's layer in the guide alone, which is large where that layer is narrow.
+
+    Reference: the guide of Sønderby et al. 2016, arXiv 1602.02282; held against their five layers, fine-tuned, and the
+    two of Norouzi et al. 2020, arXiv 2004.04795, density estimation on dynamic MNIST: HVAE, Exemplar prior.
+    """
+    first = replace(_GATED, upper_latents=(40,), upper_hidden=(300, 300), decoder_input="all", prior="flow")
+    stages = _finished_by_dreg(first)
+    return Recipe(
+        "two layers of 40 latents, top-down, a flow prior on top, gated layers of 300",
+        (stages[0], replace(stages[1], objective="iwae")),
+        (
+            Published(-81.22, 0.05, f"HVAE, Exemplar prior: {_NOROUZI}, dynamic MNIST"),
+            Published(-81.20, None, f"ladder VAE, five layers, fine-tuned: {_SONDERBY}"),
+        ),
+        f"the prior; a guide that weighs by precisions, which the HVAE's does not; {_gated_differs(300)}; "
+        "30 epochs more on L_8. Sønderby et al. have five layers of 64, 32, 16, 8 and 4 latents, batch normalization, "
+        "batches of 256 at 1e-3 and a warm-up of 200; tested on the draw of Tomczak and Welling, which is not theirs",
+    )
+
+
+def static_flow() -> Recipe:
+    """p(z) = |det df(z)/dz| N(f(z); 0, I), as ``vae_flow``, on static MNIST: one draw of the pixels for all epochs.
+
+    Reference: ours, held against Tomczak and Welling 2018, arXiv 1705.07120, Table 1: static MNIST, VAE (L = 1),
+    VampPrior, and against the same kind of prior behind convolutions, Xu et al. 2019, arXiv 1905.13452.
+    """
+    first = replace(_GATED, dataset="static-mnist", epochs=100, prior="flow")
+    return Recipe(
+        "one layer of 40 latents, a flow prior of ten affine couplings, two gated layers of 300 each way, static MNIST",
+        _finished_by_dreg(first),
+        (Published(-85.57, None, f"VAE, VampPrior: {_TOMCZAK}, Table 1"), _REALNVP_STATIC),
+        f"the prior; {_gated_differs(100)}; 30 epochs more on L_8",
+    )
+
+
+RECIPES: dict[str, Callable[[], Recipe]] = {
+    "iwae_vae_1": iwae_vae_1,
+    "iwae_1": iwae_1,
+    "vae_gaussian": vae_gaussian,
+    "vae_flow": vae_flow,
+    "vae_flow_wide": vae_flow_wide,
+    "ladder": ladder,
+    "static_flow": static_flow,
+}
+
+
+def recipe(name: str) -> Recipe:
+    """The recipe of that name. Raises ValueError where there is none."""
+    if name not in RECIPES:
+        raise ValueError(f"NAME: expected one of {', '.join(RECIPES)}, got {name!r}")
+    return RECIPES[name]()
+
+
+def describe() -> list[str]:
+    """Every recipe in a line or two: its name, what it is, its epochs, and what it is held against."""
+    lines = []
+    for name in RECIPES:
+        found = recipe(name)
+        epochs = " + ".join(f"{stage.epochs:,}" for stage in found.stages)
+        lines.append(f"{name}: {found.model}; {epochs} epochs")
+        lines += [f"    published {in_words(number)}" for number in found.published]
+    return lines
+
+
+def in_words(number: Published) -> str:
+    """A published number with its error, where there is one, and its source."""
+    error = "" if number.stderr is None else f" ± {number.stderr:.2f}"
+    return f"{number.log_likelihood:.2f}{error} ({number.source})"

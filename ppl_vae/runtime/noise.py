@@ -1,0 +1,161 @@
+"""The noise of a whole batch, of which each rank takes its own rows: several ranks draw what one process would draw.
+
+Every rank's generator runs through the same states as that of a single process. Where a program draws noise for b of B
+images, the noise of all B is drawn, by the same function, and the b rows are taken. So results do not depend on the
+number of ranks, and a checkpoint holds one state of the generator for all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from ppl_vae.runtime.ranks import Share
+
+# Draws whose numbers depend on their place and the shape alone, so that rows of the whole are those of the part.
+_SHAPES = {"rand", "randn"}
+_LIKE = {"rand_like", "randn_like"}
+_IN_PLACE = {"normal_", "uniform_", "bernoulli_", "exponential_", "cauchy_", "geometric_", "log_normal_"}
+_OF_PARAMETERS = {"normal", "bernoulli"}
+
+# All others: how much noise they take depends on values, or which image it is for is not known.
+_REFUSED = {
+    *("randint", "randint_like", "randperm", "random_", "multinomial", "poisson", "binomial", "_standard_gamma"),
+    *("_sample_dirichlet", "gumbel_softmax", "exponential", "geometric", "cauchy", "log_normal", "uniform"),
+    *("rrelu", "rrelu_", "rrelu_with_noise", "fractional_max_pool2d", "fractional_max_pool3d"),
+    *("fractional_max_pool2d_with_indices", "fractional_max_pool3d_with_indices"),
+}
+_DROPOUT = {
+    *("dropout", "dropout_", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "alpha_dropout_"),
+    *("feature_dropout", "feature_dropout_", "feature_alpha_dropout", "feature_alpha_dropout_", "native_dropout"),
+}
+_WITH_DROPOUT = {
+    *("gru", "lstm", "rnn_relu", "rnn_tanh", "scaled_dot_product_attention", "multi_head_attention_forward"),
+}
+_RANDOM = {*_SHAPES, *_LIKE, *_IN_PLACE, *_OF_PARAMETERS, *_REFUSED, *_DROPOUT, *_WITH_DROPOUT}
+
+
+class SharedNoise(TorchFunctionMode):
+    """Within it, a random function that is asked for noise of a rank's images draws that of the whole batch.
+
+    Which dimension the images are is known where images are observed, 0, and at a sample site of a Pyro program,
+    -(event_dim + 1). Elsewhere a random function is refused.
+
+    Attributes:
+        share: the rank's part of the batch.
+        at: the dimension of images in the noise that is drawn now; None where there is none to draw.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.share: Share | None = None
+        self.at: int | None = None
+
+    @contextmanager
+    def along(self, dim: int) -> Iterator[None]:
+        """Within it, images are this dimension of all noise."""
+        if self._is_whole():
+            yield
+            return
+        with self:
+            self.at = dim
+            try:
+                yield
+            finally:
+                self.at = None
+
+    @contextmanager
+    def at_sites(self) -> Iterator[None]:
+        """Within it, noise is drawn at the sample sites of Pyro programs whose images are the plate at dim -1."""
+        if self._is_whole():
+            yield
+            return
+        with _Sites(self), self:
+            try:
+                yield
+            finally:
+                self.at = None
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        name = getattr(function, "__name__", "")
+        if name not in _RANDOM or not _draws(name, args, kwargs):
+            return function(*args, **kwargs)
+        if self.at is None:
+            raise ValueError(f"torch.{name}: under several ranks noise is drawn at a sample site or by observe alone")
+        if name in _SHAPES:
+            return self._rows(function(self._widened(_size(args, kwargs), name), **kwargs))
+        tensors = [argument for argument in [*args, *kwargs.values()] if isinstance(argument, Tensor)]
+        if name in _OF_PARAMETERS and len(tensors) == len(args) and not kwargs:
+            return self._rows(function(*(self._padded(parameter, name) for parameter in args)))
+        if (name in _LIKE or name in _IN_PLACE) and len(tensors) == 1 and args[0].is_contiguous():
+            wide = args[0].new_empty(self._widened(args[0].shape, name))
+            drawn = self._rows(function(wide, *args[1:], **kwargs))
+            return drawn if name in _LIKE else args[0].copy_(drawn)
+        words = ", ".join(sorted(_SHAPES | _LIKE | _IN_PLACE | _OF_PARAMETERS))
+        raise ValueError(f"torch.{name}: under several ranks expected noise whose place is known ({words}), got this")
+
+    def _widened(self, shape: Sequence[int], name: str) -> tuple[int, ...]:
+        """The shape with all images of the batch in the place of this rank's."""
+        share, at = self._share(), self.at or 0
+        if not -len(shape) <= at < len(shape) or shape[at] != share.stop - share.start:
+            raise ValueError(
+                f"torch.{name}: under several ranks expected noise for {share.stop - share.start} images at dimension "
+                f"{at}, got the shape {tuple(shape)}"
+            )
+        wide = list(shape)
+        wide[at] = share.num_images
+        return tuple(wide)
+
+    def _padded(self, parameter: Tensor, name: str) -> Tensor:
+        """A parameter of the noise with 1/2 for the images of others: what they draw is not looked at."""
+        wide = parameter.new_full(self._widened(parameter.shape, name), 0.5)
+        self._rows(wide).copy_(parameter.detach())
+        return wide
+
+    def _rows(self, wide: Tensor) -> Tensor:
+        share = self._share()
+        return wide.narrow(self.at or 0, share.start, share.stop - share.start)
+
+    def _is_whole(self) -> bool:
+        return self.share is None or self.share.num_images == self.share.stop - self.share.start
+
+    def _share(self) -> Share:
+        assert self.share is not None
+        return self.share
+
+
+class _Sites(Messenger):
+    """Says where the images are in what a latent site draws."""
+
+    def __init__(self, noise: SharedNoise) -> None:
+        super().__init__()
+        self.noise = noise
+
+    def _process_message(self, msg: Any) -> None:
+        event_dim = getattr(msg["fn"], "event_dim", None)
+        if msg["type"] == "sample" and not msg["is_observed"] and event_dim is not None:
+            self.noise.at = -(event_dim + 1)
+
+    def _postprocess_message(self, msg: Any) -> None:
+        self.noise.at = None
+
+
+def _draws(name: str, args: Any, kwargs: Any) -> bool:
+    """Whether a function of that name draws any noise with these arguments: dropout does in training alone."""
+    if name in _DROPOUT:
+        return bool(kwargs.get("training", kwargs.get("train", args[2] if len(args) > 2 else True)))
+    if name in _WITH_DROPOUT:
+        return kwargs.get("dropout_p", 0.0) > 0 or any(isinstance(a, float) and a > 0 for a in args)
+    return True
+
+
+def _size(args: Any, kwargs: dict[str, Any]) -> Sequence[int]:
+    """The shape that torch.rand(2, 3), torch.rand((2, 3)) and torch.rand(size=(2, 3)) ask for."""
+    size = kwargs.pop("size", args)
+    return size[0] if len(size) == 1 and not isinstance(size[0], int) else size

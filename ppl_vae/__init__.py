@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ppl_vae.evidence.dequantization import dequantized
     from ppl_vae.evidence.importance import Estimate, importance, log_evidence
     from ppl_vae.log_weights import log_weights
-    from ppl_vae.runs.build import load, save
+    from ppl_vae.runs.load import load, save
     from ppl_vae.training import fit
     from ppl_vae.vae import VAE
 
@@ -27,10 +27,10 @@ _HOME = {
     "dequantized": "evidence.dequantization",
     "fit": "training",
     "importance": "evidence.importance",
-    "load": "runs.build",
+    "load": "runs.load",
     "log_evidence": "evidence.importance",
     "log_weights": "log_weights",
-    "save": "runs.build",
+    "save": "runs.load",
 }
 _MODULES = {
     "data": "data",

@@ -18,9 +18,11 @@ from ppl_vae.data import own
 from ppl_vae.evidence.dequantization import dequantized
 from ppl_vae.evidence.exploration import decoded, encode, sampled
 from ppl_vae.evidence.importance import evaluate, particles_a_pass, seeded
-from ppl_vae.runs import build
+from ppl_vae.runs.build import build_vae
+from ppl_vae.runs.fit_arguments import build_objective, find_device, fit_arguments, initialize_output_bias
 from ppl_vae.runs.options import Options
 from ppl_vae.runtime.arguments import Widths, check_count, check_widths
+from ppl_vae.runs.resolve import check_support, choose_pixels, resolve
 from ppl_vae.training import fit
 from ppl_vae.vae import VAE
 
@@ -167,28 +169,28 @@ class VAEDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
         options = self._options(len(images))
         self.scaler_ = StandardScaler().fit(images) if self._is_standardized(options) else None
         splits = self._splits(self._standardized(images))
-        options = build.resolve(options, splits)
-        build.check_support(options, splits)
-        is_density = build.likelihood(options, self.event_shape_).measure == "density"
+        options = resolve(options, splits)
+        check_support(options, splits)
+        is_density = build_likelihood(options, self.event_shape_).measure == "density"
         is_scaled = self.kind_ in (data.PROBABILITIES, data.REAL)
         if is_density and is_scaled and (repeats := data.find_repeats(splits.train)):
             warnings.warn(f"X: {repeats.describe()}", stacklevel=2)
-        self.likelihood_, self._pixels_ = options.likelihood, build.pixels(options, splits)
+        self.likelihood_, self._pixels_ = options.likelihood, choose_pixels(options, splits)
         self._n_features_out = options.latent_dim
-        place = build.device(options.device)
+        place = find_device(options.device)
         stored, observe = data.training_images(splits, self._pixels_)
         validation = None
         if len(splits.validation):
             validation = data.evaluation_images(splits, "validation", self._pixels_).to(place)
         with seeded(self.seed_, place):
-            vae = build.vae(options, self.event_shape_).float()  # also where torch makes float64 by default
-            build.start_from_marginals(vae, data.initialization_images(splits, self._pixels_))
+            vae = build_vae(options, self.event_shape_).float()  # also where torch makes float64 by default
+            initialize_output_bias(vae, data.initialization_images(splits, self._pixels_))
             fit(
                 vae.to(place),
                 stored,
                 validation,
-                **build.schedule(options),
-                objective=build.objective(options),
+                **fit_arguments(options),
+                objective=build_objective(options),
                 observe=observe,
             )
         self.vae_ = vae
@@ -234,7 +236,7 @@ class VAEDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
         Z = np.asarray(Z, dtype=np.float32)
         if Z.ndim != 2 or Z.shape[1] != self._n_features_out or not len(Z):
             raise ValueError(f"Z: expected shape (N, {self._n_features_out}), got {Z.shape}")
-        z = torch.from_numpy(Z).to(build.device(self.device))
+        z = torch.from_numpy(Z).to(find_device(self.device))
         with seeded(self.seed_, z.device):
             return self._layout(decoded(self._scored(), z))
 
@@ -253,7 +255,7 @@ class VAEDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
         n_samples = check_count("n_samples", n_samples)
         seed = self.seed_ if random_state is None else int(check_random_state(random_state).randint(2**31 - 1))
         vae = self._scored()
-        with seeded(seed, build.device(self.device)), torch.no_grad(), pyro.validation_enabled(False):
+        with seeded(seed, find_device(self.device)), torch.no_grad(), pyro.validation_enabled(False):
             z = sampled(vae.prior(), n_samples)
             chunk = particles_a_pass(vae.likelihood(z[:1]).mean)
             return self._layout(torch.cat([vae.likelihood(part).sample() for part in z.split(chunk)]))
@@ -353,7 +355,7 @@ class VAEDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
             if not family.support.check(x).all():
                 got = f"values from {x.min():.4g} to {x.max():.4g}"
                 raise ValueError(f"X: {self.likelihood_} expected values that are {family.support_words}, got {got}")
-        return x.to(build.device(self.device))
+        return x.to(find_device(self.device))
 
     def _scored(self) -> VAE:
         return dequantized(self.vae_) if self._pixels_ == "dequantized" else self.vae_

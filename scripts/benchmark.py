@@ -16,14 +16,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ppl_vae.commands.cli import parse_benchmark
+from ppl_vae.commands.cli import parse_options
+from ppl_vae.parts.registry import LIKELIHOODS
+from ppl_vae.runs.fields import NOT_EMPTY, POSITIVE_INTEGER, CheckedOptions, option
 from ppl_vae.runs.options import PLAIN, Options
 from ppl_vae.runtime.ending import command
 
@@ -34,6 +37,26 @@ if TYPE_CHECKING:
 
     from ppl_vae import VAE
     from ppl_vae.data import Splits
+
+MODEL_NAMES = ("mlp128", "iwae20", "iwae100", "conv128", "default")
+PARTS = ("training", "evaluation", "likelihoods", "start")
+
+
+@dataclass(frozen=True)
+class Benchmark(CheckedOptions):
+    """Time training steps and log p(x) beside other programs that compute the same, in turn, and a fresh start."""
+
+    models: tuple[str, ...] = option(MODEL_NAMES, "which models; default is the network of train_svi.py", MODEL_NAMES)
+    parts: tuple[str, ...] = option(PARTS, "what is timed", PARTS)
+    likelihoods: tuple[str, ...] = option(
+        tuple(LIKELIHOODS), "which ones in the part likelihoods, next to bernoulli (default: all)", LIKELIHOODS
+    )
+    rounds: int = option(7, "how often each is timed", POSITIVE_INTEGER)
+    images: int = option(100, "test images whose log p(x) is estimated", POSITIVE_INTEGER)
+    num_particles: int = option(5000, "importance samples per image", POSITIVE_INTEGER)
+    device: str = option("cpu", "cpu, cuda, cuda:1, ...", NOT_EMPTY)
+    output: str | None = option(None, "JSON file of the result (default: printed only)", NOT_EMPTY)
+
 
 TURN_SECONDS = 0.3
 CHECKED_STEPS, WARM_UP_STEPS = 20, 20
@@ -56,7 +79,7 @@ from ppl_vae.training import CapturedSteps, Resident, TrainingState
 options = Options(**PLAIN)
 device = torch.device({device!r})
 stored, observe = data.training_images(data.load(options.dataset), "dynamic")
-state = TrainingState(build.vae(options, (1, 28, 28)).to(device), device=device)
+state = TrainingState(build_vae(options, (1, 28, 28)).to(device), device=device)
 steps = CapturedSteps(
     state,
     objectives.elbo,
@@ -202,10 +225,10 @@ def evaluation(name: str, x: Tensor, *, num_particles: int, rounds: int) -> dict
     from benchmark_contestants import MODELS, Task
 
     from ppl_vae.evidence.importance import evaluate
-    from ppl_vae.runs import build
+    from ppl_vae.runs.build import build_vae
 
     torch.manual_seed(0)
-    vae = Task(MODELS[name], x.to(torch.uint8)).vae() if name in MODELS else build.vae(Options(**PLAIN), x.shape[1:])
+    vae = Task(MODELS[name], x.to(torch.uint8)).vae() if name in MODELS else build_vae(Options(**PLAIN), x.shape[1:])
     vae = vae.to(x.device).eval()
     estimates: dict[str, float] = {}
 
@@ -250,7 +273,7 @@ def evaluation(name: str, x: Tensor, *, num_particles: int, rounds: int) -> dict
 # --- Likelihoods ---
 
 
-def under_likelihoods(words: list[str], splits: Splits, device: torch.device, *, rounds: int) -> dict[str, Any]:
+def under_likelihoods(words: Sequence[str], splits: Splits, device: torch.device, *, rounds: int) -> dict[str, Any]:
     """Times ppl_vae's training steps of the default network under each likelihood: a record of each, by way and word.
 
     All of them, captured and eager, take turns. Ratios are to the reference, which takes part whatever is asked for.
@@ -356,14 +379,14 @@ def environment(device: str) -> dict[str, Any]:
     return found | {"cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()}
 
 
-def measure(asked: Any) -> dict[str, Any]:
+def measure(asked: Benchmark) -> dict[str, Any]:
     """Everything that was asked for, as the JSON file holds it."""
     import torch
 
     from ppl_vae import data
-    from ppl_vae.runs import build
+    from ppl_vae.runs.fit_arguments import find_device
 
-    device = build.device(asked.device)
+    device = find_device(asked.device)
     left_out = why_no_numpyro(device) if "training" in asked.parts else None
     if left_out:
         say(left_out)
@@ -418,7 +441,7 @@ def report(result: dict[str, Any]) -> Iterator[str]:
 
 
 def main() -> None:
-    asked = parse_benchmark()
+    asked = parse_options(Benchmark)
     if asked.output is not None and not Path(asked.output).parent.is_dir():
         raise ValueError(f"--output: expected a file in a folder that exists, got {asked.output}")
     if not asked.device.startswith("cuda"):

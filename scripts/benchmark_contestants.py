@@ -24,8 +24,10 @@ from torch.utils.data import DataLoader, TensorDataset
 from ppl_vae import data, objectives
 from ppl_vae.conditional import Conditional
 from ppl_vae.parts import likelihoods, networks, posteriors, priors
-from ppl_vae.runs import build
+from ppl_vae.runs.build import build_vae
+from ppl_vae.runs.fit_arguments import initialize_output_bias
 from ppl_vae.runs.options import PLAIN, Options
+from ppl_vae.runs.resolve import choose_pixels, resolve
 from ppl_vae.training import CapturedSteps, EagerSteps, Resident, TrainingState
 from ppl_vae.vae import VAE
 
@@ -244,11 +246,11 @@ class Setting:
     """
 
     def __init__(self, likelihood: str, splits: data.Splits, *, device: torch.device) -> None:
-        options = build.resolve(Options(**PLAIN, likelihood=likelihood, compile="off"), splits)
-        pixels = build.pixels(options, splits)
+        options = resolve(Options(**PLAIN, likelihood=likelihood, compile="off"), splits)
+        pixels = choose_pixels(options, splits)
         torch.manual_seed(0)
-        vae = build.vae(options, splits.event_shape)
-        build.start_from_marginals(vae, data.expected_images(splits, pixels))
+        vae = build_vae(options, splits.event_shape)
+        initialize_output_bias(vae, data.expected_images(splits, pixels))
         stored, self._observe = data.training_images(splits, pixels)
         self._vae = vae.to(device)
         self._images = stored.to(device)

@@ -16,15 +16,30 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ppl_vae.commands.cli import parse_scale
+from ppl_vae.commands.cli import parse_options
+from ppl_vae.runs.fields import NOT_EMPTY, POSITIVE_INTEGER, CheckedOptions, option
 from ppl_vae.runs.options import PLAIN, Options
 from ppl_vae.runtime.ending import command
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+PARTS = ("ranks", "folder", "streaming", "resume")
+
+
+@dataclass(frozen=True)
+class Scale(CheckedOptions):
+    """Time what large data, several processes and resumed runs cost, each in turn with what it costs without."""
+
+    parts: tuple[str, ...] = option(PARTS, "what is timed", PARTS)
+    rounds: int = option(5, "how often each is timed", POSITIVE_INTEGER)
+    pictures: int = option(20_000, "PNG files of 64 x 64 in the part folder", POSITIVE_INTEGER)
+    output: str | None = option(None, "JSON file of the results (default: printed only)", NOT_EMPTY)
+
 
 HERE = Path(__file__).parent
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -95,10 +110,10 @@ def medians(found: dict[str, list[float]]) -> dict[str, Any]:
 def ranks(folder: Path, rounds: int) -> dict[str, Any]:
     """Seconds of log p(x), without the start."""
     from ppl_vae import runs
-    from ppl_vae.runs.build import run_folder
+    from ppl_vae.runs.load import find_run_folder
 
     run = folder / "run"
-    shutil.copytree(run_folder("mnist-best"), run)
+    shutil.copytree(find_run_folder("mnist-best"), run)
     words = [str(HERE / "evaluate_log_likelihood.py"), str(run), "--images", "600", "--num-particles", "500"]
     several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
@@ -205,12 +220,12 @@ def steps_on(
     import torch
 
     from ppl_vae import objectives
-    from ppl_vae.runs import build
+    from ppl_vae.runs.build import build_vae
     from ppl_vae.training import CapturedSteps, Resident, Streamed, TrainingState
 
     device, size = torch.device("cpu"), options.batch_size
     pyro.set_rng_seed(0)
-    state = TrainingState(build.vae(options, tuple(images.shape[1:])), device=device)
+    state = TrainingState(build_vae(options, tuple(images.shape[1:])), device=device)
     source = Streamed(images, device, size) if streamed else Resident(images, device)
     norms: dict[str, Any] = {"clip_norm": options.clip_norm, "skip_norm": None}
     stepper = CapturedSteps(state, objectives.elbo, source, observe, batch_size=size, **norms)
@@ -269,7 +284,7 @@ def report(result: dict[str, Any]) -> Iterator[str]:
 
 
 def main() -> None:
-    asked = parse_scale()
+    asked = parse_options(Scale)
     if asked.output is not None and not Path(asked.output).parent.is_dir():
         raise ValueError(f"--output: expected a file in a folder that exists, got {asked.output}")
     from ppl_vae import runs

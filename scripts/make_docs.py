@@ -2,15 +2,24 @@
 
 import pkgutil
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ppl_vae.commands.cli import parse_docs
+from ppl_vae.commands.cli import parse_options
+from ppl_vae.runs.fields import CheckedOptions, option
 from ppl_vae.runtime.ending import command
 
 
+@dataclass(frozen=True)
+class Docs(CheckedOptions):
+    """Render the docstrings of every public module as HTML pages."""
+
+    output: str = option("docs-html", "folder of the pages")
+
+
 def main() -> None:
-    asked = parse_docs()
+    asked = parse_options(Docs)
     try:
         import pdoc
     except ImportError:

@@ -13,9 +13,12 @@ import pyro
 import torch
 
 from ppl_vae import data, objectives
-from ppl_vae.commands.train import train as train_run
-from ppl_vae.runs import build
+from ppl_vae.commands.train import train_run
+from ppl_vae.runs.build import build_vae
+from ppl_vae.runs.fit_arguments import initialize_output_bias
+from ppl_vae.runs.load import load, save
 from ppl_vae.runs.options import PLAIN, Options
+from ppl_vae.runs.resolve import load_splits
 from ppl_vae.study.training import averaged
 from ppl_vae.training import fit
 
@@ -66,11 +69,11 @@ def _trained(options: Options) -> Callable[[Path], None]:
 
 def _mean_over_pixels(options: Options) -> Callable[[Path], None]:
     def make(folder: Path) -> None:
-        splits = build.splits(options)
+        splits = load_splits(options)
         stored, observe = data.training_images(splits, "dynamic")
         pyro.set_rng_seed(0)
-        vae = build.vae(options, splits.event_shape)
-        build.start_from_marginals(vae, data.expected_images(splits, "dynamic"))
+        vae = build_vae(options, splits.event_shape)
+        initialize_output_bias(vae, data.expected_images(splits, "dynamic"))
         fit(
             vae,
             stored,
@@ -79,7 +82,7 @@ def _mean_over_pixels(options: Options) -> Callable[[Path], None]:
             observe=observe,
             learning_rate=3e-3,
         )
-        build.save(vae, folder, options)
+        save(vae, folder, options)
 
     return make
 
@@ -88,10 +91,10 @@ def _beside(healthy: Path, options: Options, shift: float) -> Callable[[Path], N
     """A trained run whose guide puts every latent off by so many of the prior's scales."""
 
     def make(folder: Path) -> None:
-        vae: Any = build.load(healthy)
+        vae: Any = load(healthy)
         with torch.no_grad():
             vae.posterior.net.output.bias[: options.latent_dim] += shift
-        build.save(vae, folder, options)
+        save(vae, folder, options)
 
     return make
 

@@ -23,7 +23,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ppl_vae import data
-from ppl_vae.runs import build
+from ppl_vae.runs.build import build_vae
+from ppl_vae.runs.fit_arguments import build_objective
 from ppl_vae.runs.options import PLAIN, Options
 from ppl_vae.runtime import ranks as distributed
 from ppl_vae.training import Stopped, fit
@@ -71,7 +72,7 @@ def images() -> Tensor:
 def built(words: dict[str, Any]) -> tuple[Any, Any]:
     options = Options(**(PLAIN | {"network": "mlp", "hidden": (6,), "latent_dim": 3} | words))
     pyro.set_rng_seed(0)
-    return build.vae(options, SHAPE), build.objective(options)
+    return build_vae(options, SHAPE), build_objective(options)
 
 
 def train(case: str, **more: Any) -> Any:

@@ -42,8 +42,8 @@ from ppl_vae.commands import reproduce as reproduction
 from ppl_vae.commands.evaluate import read_per_image
 from ppl_vae.data import binary_sets, cache, cifar10, embedded, image_folder, limits
 from ppl_vae.reports import certificate_table
-from ppl_vae.runs import build
 from ppl_vae.runs.checkpoints import newest_checkpoint
+from ppl_vae.runs.load import load, read_config
 from ppl_vae.runs.partial_evaluation import PartialEvaluation
 
 MOST_BYTES = 192 * 2**20  # a reader's own limits allow 64 MiB, twice: for what is read, and for what is made of it
@@ -319,8 +319,8 @@ def of_runs(run: Path) -> Iterator[Reader]:
 
     said: list[str] = []
     config, evaluation, per_image = runs.CONFIG, runs.EVALUATION, runs.per_image("test")
-    yield Reader("config", ".json", whole(config), at(config, lambda: build.read_config(run)), (other_json,) * 6, 2)
-    yield Reader("a run by its config", ".json", whole(config), at(config, lambda: build.load(run)), (other_json,) * 6)
+    yield Reader("config", ".json", whole(config), at(config, lambda: read_config(run)), (other_json,) * 6, 2)
+    yield Reader("a run by its config", ".json", whole(config), at(config, lambda: load(run)), (other_json,) * 6)
     read = at(evaluation, lambda: runs.read_evaluations(run))
     yield Reader("evaluation", ".json", whole(evaluation), read, (other_json,) * 6)
     yield Reader(
@@ -332,7 +332,7 @@ def of_runs(run: Path) -> Iterator[Reader]:
     )
     read = at(runs.METRICS, lambda: runs.mend_metrics(run))
     yield Reader("mended metrics", ".jsonl", whole(runs.METRICS), read, (other_lines,) * 3)
-    read = at(runs.MODEL, lambda: build.load(run))
+    read = at(runs.MODEL, lambda: load(run))
     yield Reader("weights", ".safetensors", tensors(run, runs.MODEL), read, (tensor_header,) * 6, 3)
     read = at(runs.TRAINING_STATE, lambda: newest_checkpoint(run, say=said.append))
     yield Reader("state", ".safetensors", tensors(run, runs.TRAINING_STATE), read, (tensor_header,) * 6, 2)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ppl_vae.commands.train import train as train_run
+from ppl_vae.commands.train import train_run
 from ppl_vae.runs.options import PLAIN, Options
 
 SMALL = Options(

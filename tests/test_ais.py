@@ -22,7 +22,7 @@ from ppl_vae.evidence.dequantization import dequantized
 from ppl_vae.log_weights import Deterministic
 from ppl_vae.parts.networks import MLP
 from ppl_vae.parts.posteriors import inverse_autoregressive_flow
-from ppl_vae.runs import build
+from ppl_vae.runs.build import build_vae
 from ppl_vae.runs.options import PLAIN, Options
 
 GENERAL = LinearGaussian.random(orthogonal=False)
@@ -51,7 +51,7 @@ def _mean_and_stderr(values):
 def _built(dtype=torch.double, **words):
     small = PLAIN | {"hidden": (5,), "channels": (2, 3), "latent_dim": 3, "network": "mlp"}
     pyro.set_rng_seed(0)
-    return build.vae(Options(**(small | words)), SHAPE).to(dtype).eval()
+    return build_vae(Options(**(small | words)), SHAPE).to(dtype).eval()
 
 
 def _binary(num_images=2, dtype=torch.double):

@@ -26,9 +26,9 @@ from ppl_vae.commands.compare_runs import compare_runs
 from ppl_vae.commands.encode import encode_images
 from ppl_vae.commands.evaluate import evaluate_run, read_per_image
 from ppl_vae.commands.impute import impute_images
+from ppl_vae.commands.options import CompareRuns, Encode, Evaluate, Impute, Sample
 from ppl_vae.commands.sample import sample_run
-from ppl_vae.commands.train import resume as resume_run
-from ppl_vae.commands.train import train as train_run
+from ppl_vae.commands.train import resume_run, train_run
 from ppl_vae.evidence import importance as evidence
 from ppl_vae.evidence.dequantization import dequantized
 from ppl_vae.evidence.importance import NotFinite, evaluate, importance, reconstruction
@@ -38,7 +38,7 @@ from ppl_vae.parts.networks import MLP
 from ppl_vae.parts.posteriors import Delta
 from ppl_vae.parts.priors import StandardNormal
 from ppl_vae.reports import run_figures as figures
-from ppl_vae.runs import build
+from ppl_vae.runs.build import build_vae
 from ppl_vae.runs.opening import open_run
 from ppl_vae.runs.options import PLAIN, Options
 from ppl_vae.runtime.groups import group_seed
@@ -143,7 +143,7 @@ def test_reconstruction_leaves_the_mode_and_the_random_numbers_as_they_are():
 def test_reconstruction_of_a_guide_with_a_density_is_that_of_one_draw_by_the_seed():
     options = Options(**PLAIN, network="mlp", hidden=(5,), latent_dim=2)
     pyro.set_rng_seed(0)
-    vae, x = build.vae(options, (1, 4, 4)).eval(), torch.bernoulli(torch.full((6, 1, 4, 4), 0.5))
+    vae, x = build_vae(options, (1, 4, 4)).eval(), torch.bernoulli(torch.full((6, 1, 4, 4), 0.5))
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(group_seed(7, 0))
         logits = vae.likelihood.net(vae.posterior(x).sample()).reshape(x.shape).double().numpy()
@@ -195,7 +195,7 @@ def test_a_refused_evaluation_leaves_the_mode_and_the_random_numbers_as_they_are
 
 def test_the_levels_of_a_dequantized_autoencoder_have_no_density_either():
     options = Options(likelihood="normal", posterior="delta", beta=0.0, network="mlp", hidden=(5,), latent_dim=2)
-    vae, x = dequantized(build.vae(options, (1, 4, 4))), torch.full((3, 1, 4, 4), 7.0)
+    vae, x = dequantized(build_vae(options, (1, 4, 4))), torch.full((3, 1, 4, 4), 7.0)
     with pytest.raises(Deterministic, match=REFUSAL):
         evaluate(vae, x, num_particles=2, seed=0)
 
@@ -272,7 +272,7 @@ def test_a_state_that_was_saved_under_the_older_name_still_goes_on():
 
     def vae(seed):
         pyro.set_rng_seed(seed)
-        return build.vae(options, (12,)).double()
+        return build_vae(options, (12,)).double()
 
     def keep(state):
         tensors, scalars = state.to_tensors()
@@ -361,9 +361,21 @@ def test_the_evaluation_is_the_log_mass_of_each_image_given_its_code(trained):
 def test_the_evaluation_holds_no_number_that_only_a_density_has(request, name):
     entry = request.getfixturevalue(name).entry
     numbers = {
-        "log_likelihood", "elbo", "kl", "monte_carlo_stderr", "bias", "rise", "ess", "pareto_k", "bits_per_dim",
-        "unreliable_images", "floor", "binarization_entropy", "num_particles", "dequantization_draws",
-    }  # fmt: skip
+        "log_likelihood",
+        "elbo",
+        "kl",
+        "monte_carlo_stderr",
+        "bias",
+        "rise",
+        "ess",
+        "pareto_k",
+        "bits_per_dim",
+        "unreliable_images",
+        "floor",
+        "binarization_entropy",
+        "num_particles",
+        "dequantization_draws",
+    }
     assert {key for key, value in entry.items() if value is None} == numbers
 
 
@@ -423,20 +435,28 @@ def test_there_is_no_bound_of_single_images_to_read(trained):
 
 
 def _ask(**more):
-    return {"num_particles": 5, "images": None, "device": "cpu", "seed": 0, "say": lambda line: None} | more
+    return {"num_particles": 5, "images": None, "device": "cpu", "seed": 0} | more
+
+
+def silent(line: str) -> None:
+    pass
 
 
 REFUSED = {
-    "evaluate": (lambda run, place: evaluate_run(run, **_ask(split="test")), "log-likelihood"),
+    "evaluate": (lambda run, place: evaluate_run(Evaluate(run, **_ask(split="test")), say=silent), "log-likelihood"),
     "compare": (
-        lambda run, place: compare_runs([run, _copy(run, place)], **_ask(split="test", output=None)),
+        lambda run, place: compare_runs(
+            CompareRuns([run, _copy(run, place)], **_ask(split="test", output=None)), say=silent
+        ),
         "bound on log p\\(x\\) to compare",
     ),
     "impute": (
-        lambda run, place: impute_images(run, "test", **_ask(mask=None, hide="top", num_draws=2, output=None)),
+        lambda run, place: impute_images(
+            Impute(run, "test", **_ask(mask=None, hide="top", num_draws=2, output=None)), say=silent
+        ),
         "p\\(x_missing \\| x_observed\\) to draw from",
     ),
-}  # fmt: skip
+}
 
 
 def _copy(run: str, place: Path) -> str:
@@ -475,7 +495,9 @@ def test_a_table_of_log_likelihoods_refuses_an_autoencoder(trained, tmp_path, ta
 
 def test_encoding_gives_codes_and_reconstructions(trained, tmp_path):
     said: list[str] = []
-    folder = encode_images(str(trained.folder), "test", **_ask(output=str(tmp_path / "codes"), say=said.append))
+    folder = encode_images(
+        Encode(str(trained.folder), "test", **_ask(output=str(tmp_path / "codes"), say=said.append)), say=silent
+    )
     arrays = np.load(folder / "encoded.npz")
     assert set(arrays) == {"mean", "reconstruction", "names", "labels"}
     vae, x = load(trained.folder), open_run(str(trained.folder)).splits.test.float()
@@ -489,7 +511,7 @@ def test_encoding_gives_codes_and_reconstructions(trained, tmp_path):
 
 
 def test_encoding_dequantized_levels_says_on_what_scale_its_numbers_are(gray, tmp_path):
-    folder = encode_images(str(gray.folder), "test", **_ask(output=str(tmp_path / "codes")))
+    folder = encode_images(Encode(str(gray.folder), "test", **_ask(output=str(tmp_path / "codes"))), say=silent)
     written = json.loads((folder / "encoded.json").read_text(encoding="utf-8"))
     assert written["scale"] == "density of (level + u) / 256"
 
@@ -497,7 +519,8 @@ def test_encoding_dequantized_levels_says_on_what_scale_its_numbers_are(gray, tm
 def test_samples_are_said_to_be_none_of_a_model(trained, tmp_path):
     said: list[str] = []
     sample_run(
-        str(trained.folder), num_samples=3, seed=0, device="cpu", output=str(tmp_path / "samples"), say=said.append
+        Sample(str(trained.folder), num_samples=3, seed=0, device="cpu", output=str(tmp_path / "samples")),
+        say=said.append,
     )
     assert said[0] == (
         "No samples of a model: these are decoded draws of N(0, I), on which an autoencoder was never trained."
@@ -522,9 +545,13 @@ def _texts(figure: Any) -> str:
 def test_figures_of_log_likelihoods_are_left_out_and_that_is_said(trained):
     drawn = {path.name for path in (trained.folder / runs.FIGURES).iterdir()}
     assert drawn == {
-        "training_curves.png", "reconstructions.png", "prior_samples.png", "interpolations.png", "traversals.png",
+        "training_curves.png",
+        "reconstructions.png",
+        "prior_samples.png",
+        "interpolations.png",
+        "traversals.png",
         "latents.png",
-    }  # fmt: skip
+    }
     assert "An autoencoder has no log p(x): log_likelihoods.png and particles.png are skipped." in trained.said
 
 
@@ -575,4 +602,4 @@ def test_what_python_saved_comes_back_with_its_weights_and_refuses_a_log_likelih
     folder = save(vae, tmp_path / "saved", options)
     assert_close(load(folder).state_dict(), vae.state_dict(), rtol=0, atol=0)
     with pytest.raises(ValueError, match=r"got an autoencoder .*, which has no log-likelihood$"):
-        evaluate_run(str(folder), **_ask(split="test"))
+        evaluate_run(Evaluate(str(folder), **_ask(split="test")), say=silent)

@@ -27,7 +27,8 @@ from ppl_vae.parts.likelihoods import Bernoulli
 from ppl_vae.parts.networks import MLP
 from ppl_vae.parts.posteriors import DiagonalNormal
 from ppl_vae.parts.priors import StandardNormal
-from ppl_vae.runs import build
+from ppl_vae.runs.build import build_vae
+from ppl_vae.runs.fit_arguments import build_objective, initialize_output_bias
 from ppl_vae.runs.options import KLS, LIKELIHOODS, PLAIN, Options
 from ppl_vae.runtime import capture
 from ppl_vae.runtime.capture import CannotCapture, CapturedStep
@@ -127,10 +128,10 @@ class Case(NamedTuple):
         small = PLAIN | {"hidden": (5,), "channels": (2, 3), "latent_dim": 3}
         options = Options(**(small | words))
         pyro.set_rng_seed(0)
-        vae = build.vae(options, SHAPE).to(dtype)
+        vae = build_vae(options, SHAPE).to(dtype)
         with torch.no_grad():
             drawn = poutine.trace(poutine.uncondition(vae.model)).get_trace(torch.zeros(9, *SHAPE, dtype=dtype))
-        return cls(vae, drawn.nodes["x"]["value"], build.objective(options))
+        return cls(vae, drawn.nodes["x"]["value"], build_objective(options))
 
     def step(self):
         return _step_of(self.vae, self.objective, self.x, batch_size=4)
@@ -218,9 +219,9 @@ def test_pixels_that_are_all_but_certain_cost_what_they_cost_eagerly(graphs, dty
 def test_every_likelihood_trains_as_one_graph_on_more_images_than_a_batch(graphs, likelihood):
     """Before the first step all images are compared with its support, several batches of them at once."""
     pyro.set_rng_seed(0)
-    vae = build.vae(Options(**PLAIN, likelihood=likelihood, network="mlp", hidden=(5,), latent_dim=3), SHAPE)
+    vae = build_vae(Options(**PLAIN, likelihood=likelihood, network="mlp", hidden=(5,), latent_dim=3), SHAPE)
     images = images_for(vae.likelihood.family, 30, dtype=torch.float)
-    build.start_from_marginals(vae, images)
+    initialize_output_bias(vae, images)
     before = _flat(vae)
     _fit(vae, images, epochs=1)
     assert _flat(vae).isfinite().all()

@@ -17,7 +17,7 @@ from ppl_vae.evidence import importance as evidence
 from ppl_vae.evidence.dequantization import dequantized
 from ppl_vae.evidence.importance import CapturedTerms, NotFinite, evaluate, even_chunk
 from ppl_vae.log_weights import log_weight_terms
-from ppl_vae.runs import build
+from ppl_vae.runs.build import build_vae
 from ppl_vae.runs.options import PLAIN, Options
 from ppl_vae.runtime import capture
 from ppl_vae.runtime.capture import CannotCapture
@@ -43,7 +43,7 @@ def real_compiler():
 def _vae(dtype=torch.double, **words):
     small = PLAIN | {"hidden": (5,), "channels": (2, 3), "latent_dim": 3, "network": "mlp"}
     pyro.set_rng_seed(0)
-    return build.vae(Options(**(small | words)), SHAPE).to(dtype)
+    return build_vae(Options(**(small | words)), SHAPE).to(dtype)
 
 
 def _images(dtype=torch.double, num_images=NUM_IMAGES):

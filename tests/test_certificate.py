@@ -27,13 +27,13 @@ from ppl_vae.commands import certificate_stages as stages
 from ppl_vae.commands import certify as certificate
 from ppl_vae.commands.certify import certify_run
 from ppl_vae.commands.evaluate import evaluate_run
+from ppl_vae.commands.options import Certify, Evaluate, Report
 from ppl_vae.evidence import ais
 from ppl_vae.evidence.importance import Importance
 from ppl_vae.reports import figures as plots
 from ppl_vae.reports.certificate_table import certificate_table, read_certificates, write_certificate
 from ppl_vae.reports.certificate_words import describe_certificate
 from ppl_vae.reports.run_page import report_run
-from ppl_vae.runs import build
 from ppl_vae.runs.certificate_blocks import Finished, even_block, seed_of
 from ppl_vae.runs.options import PLAIN, Options
 from ppl_vae.runtime.capture import CannotCapture
@@ -62,7 +62,8 @@ UNKNOWN = {"pareto_k", "shape", "upper"}  # of few particles, of ranks with few 
 
 
 def certify(folder: Path, **words: Any) -> dict[str, Any]:
-    return certify_run(str(folder), **(ASKED | {"say": lambda line: None} | words))
+    say = words.pop("say", lambda line: None)
+    return certify_run(Certify(str(folder), **(ASKED | words)), say=say)
 
 
 def numbers(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -227,7 +228,9 @@ def test_a_new_evaluation_keeps_the_certificate(
 ) -> None:
     folder = Path(shutil.copytree(certified[0], tmp_path / "run"))
     before = runs.read_evaluations(folder)["certificate-test"]
-    evaluate_run(str(folder), split="test", num_particles=10, images=5, device="cpu", seed=0, say=lambda line: None)
+    evaluate_run(
+        Evaluate(str(folder), split="test", num_particles=10, images=5, device="cpu", seed=0), say=lambda line: None
+    )
     assert runs.read_evaluations(folder)["certificate-test"] == before
 
 
@@ -245,7 +248,7 @@ def test_what_was_measured_with_other_weights_is_dropped(
 def test_a_report_is_written_beside_a_certificate(
     certified: tuple[Path, dict[str, Any], list[str]], tmp_path: Path
 ) -> None:
-    report_run(str(certified[0]), output=str(tmp_path / "report.html"), say=lambda line: None)
+    report_run(Report(str(certified[0]), output=str(tmp_path / "report.html")), say=lambda line: None)
     assert (tmp_path / "report.html").exists()
 
 
@@ -434,7 +437,7 @@ PILOT = ais.pilot
 @pytest.mark.usefixtures("no_figures", "graphs")
 def test_what_cannot_be_compiled_is_said_once_and_done_without(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ais, "pilot", no_graph)
-    monkeypatch.setattr(build, "compiles", lambda word, runs, place: True)
+    monkeypatch.setattr("ppl_vae.commands.certify.decide_compile", lambda word, runs, place: True)
     said: list[str] = []
     assert math.isfinite(certify(copy, **(BRIEF | {"compile": "auto"}), say=said.append)["ais"]["mean"])
     assert said.count("Not compiled: it reads a number.") == 1

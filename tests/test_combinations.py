@@ -14,7 +14,9 @@ from torch.testing import assert_close
 from ppl_vae import dequantized, log_weights, runs
 from ppl_vae.evidence.importance import evaluate, log_evidence
 from ppl_vae.evidence.missing import Observed, impute
-from ppl_vae.runs import build
+from ppl_vae.runs.build import build_likelihood, build_vae
+from ppl_vae.runs.fit_arguments import build_objective
+from ppl_vae.runs.load import load_weights
 from ppl_vae.runs.options import PLAIN, Options
 from ppl_vae.runtime.capture import CapturedStep
 
@@ -81,11 +83,11 @@ def _built(words):
     """A VAE in float64 off its start, where flows are the identity, 9 images for it, and its objective."""
     options = Options(**(SMALL | words))
     torch.manual_seed(0)
-    vae = build.vae(options, SHAPE).double().eval()
+    vae = build_vae(options, SHAPE).double().eval()
     with torch.no_grad():
         for w in vae.parameters():
             w.add_(0.05 * torch.randn_like(w))
-    return vae, images_for(build.likelihood(options, SHAPE), 9), build.objective(options)
+    return vae, images_for(build_likelihood(options, SHAPE), 9), build_objective(options)
 
 
 def _captured(vae, objective, x, index, *, beta, seed):
@@ -152,8 +154,8 @@ def test_stored_weights_have_the_same_log_weights(tmp_path, words):
     vae, x, _ = _built(words)
     runs.save_tensors(tmp_path / "model.safetensors", vae.state_dict(), {})
     torch.manual_seed(7)
-    other = build.vae(Options(**(SMALL | words)), SHAPE).double().eval()
-    build.load_weights(other, tmp_path / "model.safetensors", runs.load_tensors(tmp_path / "model.safetensors")[0])
+    other = build_vae(Options(**(SMALL | words)), SHAPE).double().eval()
+    load_weights(other, tmp_path / "model.safetensors", runs.load_tensors(tmp_path / "model.safetensors")[0])
     found = [evaluate(one, x, num_particles=4, seed=3).log_evidence for one in (vae, other)]
     assert torch.equal(*found)
 

@@ -22,13 +22,14 @@ from scipy import stats
 from ppl_vae import data, runs
 from ppl_vae.commands import compare_runs as comparison
 from ppl_vae.commands.compare_runs import compare_runs
-from ppl_vae.commands.train import train as train_run
+from ppl_vae.commands.options import CompareRuns
+from ppl_vae.commands.train import train_run
 from ppl_vae.evidence.importance import Importance, evaluate
 from ppl_vae.evidence.paired import bound_difference, paired_difference, student_t_quantile
 from ppl_vae.reports import figures as plots
-from ppl_vae.runs import build
 from ppl_vae.runs.opening import open_run
 from ppl_vae.runs.options import PLAIN, Options
+from ppl_vae.runs.resolve import load_splits
 
 # --- The statistics ---
 
@@ -282,7 +283,7 @@ def folders(tmp_path_factory):
 def _compare(folders, names, output, **changes):
     said = []
     entry = compare_runs(
-        [str(folders[name]) for name in names], **(ASKED | changes), output=str(output), say=said.append
+        CompareRuns([str(folders[name]) for name in names], **ASKED | changes, output=str(output)), say=said.append
     )
     return entry, "\n".join(said)
 
@@ -495,7 +496,7 @@ def test_the_data_is_read_and_drawn_once_for_runs_on_the_same(folders, tmp_path,
 
         return call
 
-    monkeypatch.setattr(build, "splits", counted(read, build.splits))
+    monkeypatch.setattr("ppl_vae.runs.opening.load_splits", counted(read, load_splits))
     monkeypatch.setattr(data, "evaluation_images", counted(drawn, data.evaluation_images))
     _compare(folders, ["a", "b", "wide"], tmp_path / "out")
     assert (len(read), len(drawn)) == (1, 1)

@@ -17,9 +17,10 @@ from small_run import SMALL, save_bars
 from ppl_vae import runs
 from ppl_vae.commands import evaluate as evaluation
 from ppl_vae.commands.evaluate import evaluate_run
-from ppl_vae.commands.train import resume as resume_run
-from ppl_vae.commands.train import train as train_run
-from ppl_vae.runs import build
+from ppl_vae.commands.options import Evaluate
+from ppl_vae.commands.train import resume_run, train_run
+from ppl_vae.runs.fit_arguments import matmul_precision
+from ppl_vae.runs.resolve import load_splits, resolve
 from ppl_vae.runtime import capture
 from ppl_vae.runtime.capture import CannotCapture
 from ppl_vae.training import loop
@@ -89,17 +90,17 @@ def _told(said):
 def test_auto_compiles_where_five_thousand_steps_are_planned(graphs, small, batch_size, epochs, word):
     """100 images: 5 steps an epoch of 20 each, 4 of 30."""
     asked = replace(small, epochs=epochs, batch_size=batch_size)
-    assert build.resolve(asked, build.splits(asked)).compile == word
+    assert resolve(asked, load_splits(asked)).compile == word
 
 
 def test_auto_is_off_without_a_compiler_and_words_stay_as_they_are(monkeypatch, small):
     monkeypatch.setattr(capture, "why_not", lambda device: "none")
-    splits = build.splits(small)
+    splits = load_splits(small)
     for asked in ("auto", "off"):
-        assert build.resolve(replace(small, epochs=100_000, compile=asked), splits).compile == "off"
+        assert resolve(replace(small, epochs=100_000, compile=asked), splits).compile == "off"
     monkeypatch.setattr(capture, "why_not", lambda device: None)
     for asked in ("on", "off"):
-        assert build.resolve(replace(small, epochs=1, compile=asked), splits).compile == asked
+        assert resolve(replace(small, epochs=1, compile=asked), splits).compile == asked
 
 
 @pytest.mark.parametrize(("asked", "found"), [("auto", "on"), ("on", "on"), ("off", "off")])
@@ -361,7 +362,7 @@ def test_the_settings_of_products_are_put_back_even_after_an_error(precision, be
     at_first = settings()
     try:
         put(before)
-        products = build.products_in(precision)
+        products = matmul_precision(precision)
         products.__enter__()
         assert settings() == ("high" if precision == "tf32" else "highest", precision == "tf32")
         assert not products.__exit__(KeyError, KeyError(), None)
@@ -455,9 +456,9 @@ def test_an_evaluation_whose_capture_fails_goes_on_as_it_is_with_the_reason(
     asked = {"split": "test", "num_particles": 30, "images": None, "device": "cpu", "seed": 0}
     results, said = {}, []
     for word in ("auto", "off"):
-        evaluate_run(str(tmp_path), **asked, compile=word, say=said.append)
+        evaluate_run(Evaluate(str(tmp_path), **asked, compile=word), say=said.append)
         results[word] = evaluation.read_per_image(tmp_path, "test").result.log_evidence
     assert _told(said) == ["Not compiled: it is written in water."]
     assert torch.equal(results["auto"], results["off"])
     with pytest.raises(ValueError, match=r"^--compile on: it is written in water"):
-        evaluate_run(str(tmp_path), **asked, compile="on", say=said.append)
+        evaluate_run(Evaluate(str(tmp_path), **asked, compile="on"), say=said.append)

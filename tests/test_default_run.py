@@ -14,9 +14,11 @@ from small_run import save_bars
 
 from ppl_vae import load, log_weights, runs
 from ppl_vae.commands.diagnose import diagnose_run
-from ppl_vae.commands.train import train as train_run
+from ppl_vae.commands.options import Diagnose
+from ppl_vae.commands.train import train_run
 from ppl_vae.parts.flows import Pushforward
-from ppl_vae.runs import build
+from ppl_vae.runs.build import build_vae
+from ppl_vae.runs.load import read_config
 from ppl_vae.runs.options import Options
 
 TRAIN = Path(__file__).parent.parent / "scripts" / "train_svi.py"
@@ -50,16 +52,16 @@ def test_a_config_in_which_they_are_open_is_damaged(run, tmp_path, name):
     config = runs.read_json(run / runs.CONFIG)
     runs.write_json(tmp_path / runs.CONFIG, config | {"options": config["options"] | {name: None}})
     with pytest.raises(ValueError, match=f"expected {name} as it was resolved, got null"):
-        build.read_config(tmp_path)
+        read_config(tmp_path)
 
 
 def test_a_vae_of_open_words_is_that_of_decided_ones(run):
-    seen, x = build.read_config(run), torch.rand(3, 1, 8, 8).round()
+    seen, x = read_config(run), torch.rand(3, 1, 8, 8).round()
     torch.manual_seed(0)
-    fresh = build.vae(Options(hidden=(16,), latent_dim=4, prior_hidden=(16,)), (1, 8, 8))
+    fresh = build_vae(Options(hidden=(16,), latent_dim=4, prior_hidden=(16,)), (1, 8, 8))
     assert isinstance(fresh.prior(), Pushforward)
     torch.manual_seed(0)
-    decided = build.vae(seen[0], (1, 8, 8))
+    decided = build_vae(seen[0], (1, 8, 8))
     torch.manual_seed(1)
     log_w = log_weights(fresh.model, fresh.guide, x, 2)
     torch.manual_seed(1)
@@ -78,7 +80,7 @@ def test_it_is_evaluated_drawn_and_diagnosed(run):
     entry = json.loads((run / "evaluation.json").read_text())["test"]
     assert math.isfinite(entry["log_likelihood"]["mean"])
     assert any((run / runs.FIGURES).iterdir())
-    assert diagnose_run(str(run), images=20, say=lambda line: None)["numbers"]["kl"]["mean"] > 0
+    assert diagnose_run(Diagnose(str(run), images=20), say=lambda line: None)["numbers"]["kl"]["mean"] > 0
 
 
 @pytest.mark.slow

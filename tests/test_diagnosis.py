@@ -18,14 +18,15 @@ from ppl_vae.commands import diagnose as diagnosis
 from ppl_vae.commands.cli import parse_diagnose, parse_evaluate, parse_train
 from ppl_vae.commands.diagnose import DIAGNOSIS, diagnose_run
 from ppl_vae.commands.diagnosis_numbers import importance_numbers, measure, noise_numbers
-from ppl_vae.commands.train import train as train_run
+from ppl_vae.commands.options import Diagnose
+from ppl_vae.commands.train import train_run
 from ppl_vae.evidence.importance import Importance
 from ppl_vae.parts import likelihoods
 from ppl_vae.reports.diagnosis_words import describe_numbers
 from ppl_vae.reports.run_page import report_run
-from ppl_vae.runs import build
 from ppl_vae.runs.opening import open_run
 from ppl_vae.runs.options import Options
+from ppl_vae.runs.resolve import load_splits, resolve
 
 EXPECTED = {
     "digits": {"healthy"},
@@ -58,7 +59,7 @@ def diagnosed(trained):
         if name not in made:
             said = []
             images = 1000 if "holes" in EXPECTED[name] else 600
-            made[name] = diagnose_run(str(trained.folder(name)), images=images, say=said.append), said
+            made[name] = diagnose_run(Diagnose(str(trained.folder(name)), images=images), say=said.append), said
         return made[name]
 
     return call
@@ -148,11 +149,11 @@ def test_the_command_is_the_runs_own_but_for_what_is_changed(name, diagnosed, tr
     for verdict in diagnosed(name)[0]["verdicts"]:
         script, *words = shlex.split(verdict["command"])[1:]
         asked = parse_train(words)
-        changed = build.resolve(asked.options, build.splits(asked.options))
+        changed = resolve(asked.options, load_splits(asked.options))
         freed = {"likelihood_scale": Options().likelihood_scale} if "likelihood" in verdict["change"] else {}
         freed |= {"objective": None} if "posterior" in verdict["change"] else {}
         expected = replace(trained.options[name], **(freed | verdict["change"]))
-        again = build.resolve(expected, build.splits(asked.options))
+        again = resolve(expected, load_splits(asked.options))
         assert script == "scripts/train_svi.py"
         assert replace(changed, compile="off") == replace(again, compile="off")
         assert asked.run_dir is not None
@@ -175,7 +176,7 @@ def test_a_table_has_no_figures_of_images(tmp_path):
     np.savez(tmp_path / "table.npz", train=x[:120], valid=x[120:150], test=x[150:])
     options = replace(SMALL, dataset=str(tmp_path / "table.npz"), likelihood="normal", epochs=1)
     folder = train_run(options, str(tmp_path / "run"), say=lambda line: None, draw=False)
-    entry = diagnose_run(str(folder), say=lambda line: None)
+    entry = diagnose_run(Diagnose(str(folder)), say=lambda line: None)
     assert entry["numbers"]["pictures"]["blur"] is None
     assert not (folder / runs.FIGURES / "diagnosis-holes.png").exists()
 
@@ -185,7 +186,7 @@ def test_dequantized_levels_are_measured_as_their_density(tmp_path):
     np.savez(tmp_path / "levels.npz", train=x[:120], valid=x[120:150], test=x[150:])
     options = replace(SMALL, dataset=str(tmp_path / "levels.npz"), likelihood="normal", epochs=1)
     folder = train_run(options, str(tmp_path / "run"), say=lambda line: None, draw=False)
-    entry = diagnose_run(str(folder), say=lambda line: None)
+    entry = diagnose_run(Diagnose(str(folder)), say=lambda line: None)
     assert entry["pixels"] == "dequantized"
     assert entry["numbers"]["noise"]["gaussian_variance"] == pytest.approx(1 / 12, rel=0.1)
 
@@ -278,22 +279,22 @@ def test_an_estimate_is_summarized_by_its_images():
 
 
 def test_validation_is_measured_unless_another_split_is_asked_for(small):
-    assert diagnose_run(str(small), images=4, say=lambda line: None)["split"] == "validation"
+    assert diagnose_run(Diagnose(str(small), images=4), say=lambda line: None)["split"] == "validation"
 
 
 def test_where_there_are_no_validation_images_test_is_measured_and_said(small, monkeypatch):
     run, said = open_run(str(small)), []
     splits = replace(run.splits, validation=run.splits.validation[:0])
     monkeypatch.setattr(diagnosis, "open_run", lambda *_, **__: run._replace(splits=splits))
-    assert diagnose_run(str(small), images=4, say=said.append)["split"] == "test"
+    assert diagnose_run(Diagnose(str(small), images=4), say=said.append)["split"] == "test"
     assert "which has no validation split" in said[0]
 
 
 def test_a_second_diagnosis_replaces_the_first(small):
-    first = diagnose_run(str(small), split="test", images=20, say=lambda line: None)
+    first = diagnose_run(Diagnose(str(small), split="test", images=20), say=lambda line: None)
     stale = small / runs.FIGURES / "diagnosis-of-before.png"
     stale.touch()
-    second = diagnose_run(str(small), split="test", images=25, say=lambda line: None)
+    second = diagnose_run(Diagnose(str(small), split="test", images=25), say=lambda line: None)
     assert not stale.exists()
     assert (first["numbers"]["num_images"], second["numbers"]["num_images"]) == (20, 25)
     assert runs.read_json(small / DIAGNOSIS)["numbers"]["num_images"] == 25
@@ -302,13 +303,13 @@ def test_a_second_diagnosis_replaces_the_first(small):
 def test_too_few_images_are_refused_and_nothing_is_written(small):
     before = (small / DIAGNOSIS).read_bytes() if (small / DIAGNOSIS).exists() else None
     with pytest.raises(ValueError, match="--images: expected at least 4"):
-        diagnose_run(str(small), images=3, say=lambda line: None)
+        diagnose_run(Diagnose(str(small), images=3), say=lambda line: None)
     assert ((small / DIAGNOSIS).read_bytes() if (small / DIAGNOSIS).exists() else None) == before
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"no such file; is .* a run folder"):
-        diagnose_run(str(tmp_path), say=lambda line: None)
+        diagnose_run(Diagnose(str(tmp_path)), say=lambda line: None)
     assert list(tmp_path.iterdir()) == []
 
 

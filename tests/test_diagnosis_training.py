@@ -10,6 +10,7 @@ from small_run import SMALL, save_bars, train_small
 
 from ppl_vae import runs
 from ppl_vae.commands.diagnose import diagnose_run, trained_with
+from ppl_vae.commands.options import Diagnose
 from ppl_vae.reports.diagnosis_words import SETTLED_RISE
 from ppl_vae.runs.opening import open_run
 
@@ -30,7 +31,8 @@ def _with_validation(folder: Path, *values: float) -> Path:
 def _said(folder: Path, images: int = 20) -> list[str]:
     said: list[str] = []
     diagnose_run(
-        str(folder), split=None, images=images, device="cpu", seed=0, say=said.append, dataset=None, data_dir=None
+        Diagnose(str(folder), split=None, images=images, device="cpu", seed=0, dataset=None, data_dir=None),
+        say=said.append,
     )
     return said
 

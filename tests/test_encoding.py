@@ -14,6 +14,7 @@ from small_run import SMALL, bars, save_bars, train_small
 from ppl_vae import load, runs
 from ppl_vae.commands import encode as encoding
 from ppl_vae.commands.encode import encode_images
+from ppl_vae.commands.options import Encode
 from ppl_vae.evidence.importance import NotFinite
 
 
@@ -29,9 +30,10 @@ def encode(folder, tmp_path):
 
     def call(images_path, *, run_dir=folder, num_particles=10, images=None, seed=0, output=tmp_path / "out"):
         said = []
-        words = {"device": "cpu", "output": None if output is None else str(output), "say": said.append}
+        words = {"device": "cpu", "output": None if output is None else str(output)}
         written = encode_images(
-            str(run_dir), str(images_path), num_particles=num_particles, images=images, seed=seed, **words
+            Encode(str(run_dir), str(images_path), num_particles=num_particles, images=images, seed=seed, **words),
+            say=said.append,
         )
         with np.load(written / "encoded.npz", allow_pickle=False) as stored:
             return dict(stored), json.loads((written / "encoded.json").read_text()), said

@@ -14,14 +14,16 @@ import torch
 
 from ppl_vae import data, fit, load, runs, save
 from ppl_vae.commands.evaluate import evaluate_run, floor_and_entropy, read_per_image
-from ppl_vae.commands.train import resume as resume_run
-from ppl_vae.commands.train import train as train_run
+from ppl_vae.commands.options import Evaluate, Figures
+from ppl_vae.commands.train import resume_run, train_run
 from ppl_vae.evidence.importance import Estimate, evaluate
 from ppl_vae.reports.evaluation_words import describe_evaluation
 from ppl_vae.reports.run_figures import draw_run
-from ppl_vae.runs import build
+from ppl_vae.runs.build import build_vae
+from ppl_vae.runs.fit_arguments import initialize_output_bias
 from ppl_vae.runs.opening import Run
 from ppl_vae.runs.options import PLAIN, Options
+from ppl_vae.runs.resolve import resolve
 
 DATA_DIR = os.environ.get("PPL_VAE_DATA_DIR")
 
@@ -171,7 +173,7 @@ def test_pixels_whose_squares_float32_cannot_hold_are_refused_and_leave_nothing(
 @pytest.mark.parametrize("binarization", ["fixed", "threshold", "none"])
 def test_the_iwae_protocol_is_one_of_dynamic_binarization(binarization):
     with pytest.raises(ValueError, match=f"--protocol iwae: expected --binarization dynamic, .*, got {binarization}"):
-        build.resolve(Options(protocol="iwae", binarization=binarization), data.load("mnist", protocol="iwae"))
+        resolve(Options(protocol="iwae", binarization=binarization), data.load("mnist", protocol="iwae"))
 
 
 @pytest.mark.parametrize(
@@ -261,9 +263,9 @@ def test_a_k_hat_that_is_not_known_is_not_said_to_be_large(run):
 
 def test_a_folder_that_cannot_be_written_to_is_found_before_the_work(run, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)
-    options = {"num_particles": 5, "images": None, "device": "cpu", "seed": 3, "say": print}
+    options = {"num_particles": 5, "images": None, "device": "cpu", "seed": 3}
     with pytest.raises(ValueError, match="expected a folder that can be written to, got one that is read-only"):
-        evaluate_run(str(run[0]), split="validation", **options)
+        evaluate_run(Evaluate(str(run[0]), split="validation", **options), say=print)
 
 
 # --- A VAE that was trained from Python ---
@@ -276,8 +278,8 @@ def from_python(run, tmp_path):
     options = replace(SMALL, dataset=str(folder.parent / "table.npy"), likelihood="normal")
     splits, records = data.load(options.dataset), []
     torch.manual_seed(0)
-    vae = build.vae(options, splits.event_shape)
-    build.start_from_marginals(vae, splits.train)
+    vae = build_vae(options, splits.event_shape)
+    initialize_output_bias(vae, splits.train)
     fit(vae, splits.train, splits.validation, epochs=3, on_epoch=records.append)
     return save(vae, tmp_path / "saved", options, metrics=records), vae
 
@@ -292,12 +294,12 @@ def test_what_python_saved_is_loaded_with_its_weights(from_python):
 def test_what_python_saved_can_be_evaluated_and_drawn(from_python):
     folder, vae = from_python
     entry = evaluate_run(
-        str(folder), split="test", num_particles=5, images=None, device="cpu", seed=3, say=lambda line: None
+        Evaluate(str(folder), split="test", num_particles=5, images=None, device="cpu", seed=3), say=lambda line: None
     )
     x = data.load(_dataset(folder)).test
     expected = Estimate.of(evaluate(vae, x, num_particles=5, seed=3).log_evidence, 5)
     assert entry["log_likelihood"]["mean"] == pytest.approx(expected.mean, rel=1e-9)
-    draw_run(str(folder), say=lambda line: None)
+    draw_run(Figures(str(folder)), say=lambda line: None)
     assert (folder / runs.FIGURES / "training_curves.png").exists()
 
 
@@ -325,7 +327,7 @@ def test_saving_what_the_likelihood_has_no_probability_for_is_refused(from_pytho
     gray = np.random.default_rng(0).random((100, 6), dtype=np.float32)
     options = replace(SMALL, dataset=str(table(tmp_path, gray)), binarization="none")
     with pytest.raises(ValueError, match="--likelihood bernoulli: expected pixels that are 0 or 1, got probabilities"):
-        save(build.vae(options, (6,)), tmp_path / "other", options)
+        save(build_vae(options, (6,)), tmp_path / "other", options)
     assert not (tmp_path / "other").exists()
 
 
@@ -352,7 +354,7 @@ def test_every_mean_of_an_evaluation_is_said_with_its_error(run):
 def test_what_python_saved_without_records_has_no_training_curves(from_python, tmp_path):
     folder, vae = from_python
     bare = save(vae, tmp_path / "bare", replace(SMALL, dataset=_dataset(folder), likelihood="normal"))
-    draw_run(str(bare), say=lambda line: None)
+    draw_run(Figures(str(bare)), say=lambda line: None)
     assert {path.name for path in (bare / runs.FIGURES).iterdir()} == {"latents.png", "particles.png"}
 
 

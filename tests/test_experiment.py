@@ -13,9 +13,11 @@ import torch
 from ppl_vae import load, runs
 from ppl_vae.commands.cli import parse_train
 from ppl_vae.commands.evaluate import evaluate_run
-from ppl_vae.commands.train import resume as resume_run
-from ppl_vae.commands.train import train as train_run
-from ppl_vae.runs import build
+from ppl_vae.commands.options import Evaluate
+from ppl_vae.commands.train import resume_run, train_run
+from ppl_vae.runs.build import build_vae
+from ppl_vae.runs.fit_arguments import initialize_output_bias
+from ppl_vae.runs.load import read_config
 from ppl_vae.runs.options import MODEL_OPTIONS, PLAIN, Options
 
 SMALL = Options(
@@ -85,8 +87,8 @@ def test_a_run_that_was_extended_starts_from_its_last_weights(train):
 
 def test_an_evaluation_of_weights_that_are_gone_goes_with_them(train):
     folder, _ = train()
-    options = {"num_particles": 5, "images": None, "device": "cpu", "seed": 0, "say": lambda line: None}
-    evaluate_run(str(folder), split="validation", **options)
+    options = {"num_particles": 5, "images": None, "device": "cpu", "seed": 0}
+    evaluate_run(Evaluate(str(folder), split="validation", **options), say=lambda line: None)
     assert runs.read_evaluations(folder).keys() == {"test", "validation"}
     _resume(folder, epochs=6)
     step = runs.load_step(folder / runs.MODEL)
@@ -97,7 +99,7 @@ def test_an_evaluation_of_weights_that_are_gone_goes_with_them(train):
 def test_an_evaluation_that_replaces_another_says_what_it_replaces(train):
     folder, _ = train()
     said = []
-    evaluate_run(str(folder), split="test", num_particles=3, images=7, device="cpu", seed=0, say=said.append)
+    evaluate_run(Evaluate(str(folder), split="test", num_particles=3, images=7, device="cpu", seed=0), say=said.append)
     assert "Replaces the test split's estimate of 20 images with S = 10." in said
 
 
@@ -121,7 +123,7 @@ def test_what_cannot_be_built_leaves_no_folder(train, tmp_path, monkeypatch):
     def too_large(*arguments):
         raise RuntimeError("can't allocate memory")
 
-    monkeypatch.setattr(build, "vae", too_large)
+    monkeypatch.setattr("ppl_vae.commands.train.build_vae", too_large)
     with pytest.raises(RuntimeError, match="memory"):
         train()
     assert not (tmp_path / "run").exists()
@@ -140,8 +142,8 @@ def test_the_written_evaluation_does_not_depend_on_the_beta_of_training(train):
     config = runs.read_json(folder / runs.CONFIG)
     config["options"] |= {"beta": 7.0, "warmup_epochs": 1}
     runs.write_json(folder / runs.CONFIG, config)
-    options = {"num_particles": 10, "images": 20, "device": "cpu", "seed": 0, "say": lambda line: None}
-    again = evaluate_run(str(folder), split="test", **options)
+    options = {"num_particles": 10, "images": 20, "device": "cpu", "seed": 0}
+    again = evaluate_run(Evaluate(str(folder), split="test", **options), say=lambda line: None)
     assert json.dumps(again | {"seconds": 0}) == json.dumps(first | {"seconds": 0})
 
 
@@ -152,9 +154,9 @@ def test_a_warm_up_that_outlasts_the_training_is_said(train):
 
 def test_training_starts_from_the_marginals_of_the_pixels(table):
     options = replace(SMALL, dataset=str(table))
-    vae = build.vae(options, (12,))
+    vae = build_vae(options, (12,))
     x = torch.from_numpy(np.load(table)).float()
-    build.start_from_marginals(vae, x)
+    initialize_output_bias(vae, x)
     with torch.no_grad():
         vae.likelihood.net.output.weight.zero_()
     rate = vae.likelihood(torch.zeros(2)).mean
@@ -195,7 +197,7 @@ def other(table, tmp_path):
 
 
 def test_a_run_from_another_has_its_model_and_data_and_of_the_rest_what_is_given(other):
-    options, theirs = from_run(other, "--seed", "3"), build.read_config(other)[0]
+    options, theirs = from_run(other, "--seed", "3"), read_config(other)[0]
     assert all(getattr(options, name) == getattr(theirs, name) for name in MODEL_OPTIONS)
     assert (options.prior, options.prior_layers, options.latent_dim) == ("flow", 2, 2)
     assert (options.objective, options.num_particles, options.epochs, options.seed) == ("dreg", 3, 2, 3)

@@ -21,12 +21,12 @@ from ppl_vae.commands import export
 from ppl_vae.commands.cli import parse_train
 from ppl_vae.commands.encode import encode_images
 from ppl_vae.commands.export import export_run
+from ppl_vae.commands.options import Encode, Export, Sample
 from ppl_vae.commands.sample import sample_run
-from ppl_vae.commands.train import resume as resume_run
-from ppl_vae.commands.train import train as train_run
+from ppl_vae.commands.train import resume_run, train_run
 from ppl_vae.reports import card as model_card
-from ppl_vae.runs import build
 from ppl_vae.runs.exported import without_data
+from ppl_vae.runs.load import read_config, save
 from ppl_vae.runs.options import MODEL_OPTIONS, Options, model_to_json
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -55,7 +55,7 @@ def run(data_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def exported(run: Path, tmp_path: Path) -> Path:
-    return export_run(str(run), output=str(tmp_path / "out"), say=silent)
+    return export_run(Export(str(run), output=str(tmp_path / "out")), say=silent)
 
 
 def ran(script: str, *words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -112,13 +112,13 @@ def test_a_folder_called_as_a_data_set_is_not_exported_as_that() -> None:
 
 
 def test_an_export_without_training_options_has_the_models(run: Path, exported: Path) -> None:
-    of_run, of_export = build.read_config(run)[0], build.read_config(exported)[0]
+    of_run, of_export = read_config(run)[0], read_config(exported)[0]
     differ = {name for name in MODEL_OPTIONS if getattr(of_run, name) != getattr(of_export, name)}
     assert differ == {"dataset"}
 
 
 def test_an_export_of_an_export_is_the_same_model(exported: Path, tmp_path: Path) -> None:
-    again = export_run(str(exported), output=str(tmp_path / "again"), say=silent)
+    again = export_run(Export(str(exported), output=str(tmp_path / "again")), say=silent)
     for name in ("config.json", "model.safetensors", "evaluation.json"):
         assert (again / name).read_bytes() == (exported / name).read_bytes()
     assert "Not in the files of an export" in (again / "README.md").read_text()
@@ -131,7 +131,7 @@ def test_evaluations_of_other_weights_are_left_out(run: Path, tmp_path: Path) ->
     old = entries["test"] | {"step": entries["test"]["step"] + 1, "split": "validation"}
     runs.write_json(copy / runs.EVALUATION, entries | {"validation": old})
     said: list[str] = []
-    folder = export_run(str(copy), output=str(tmp_path / "out"), say=said.append)
+    folder = export_run(Export(str(copy), output=str(tmp_path / "out")), say=said.append)
     assert runs.read_evaluations(folder).keys() == {"test"}
     assert any(line.startswith("Left out: 1") for line in said)
 
@@ -145,7 +145,7 @@ def test_figures_of_these_weights_go_along(run: Path, tmp_path: Path) -> None:
     (copy / "figures" / "reconstructions.png").write_bytes(b"old")
     os.utime(copy / "figures" / "reconstructions.png", (1, 1))
     said: list[str] = []
-    folder = export_run(str(copy), output=str(tmp_path / "out"), say=said.append)
+    folder = export_run(Export(str(copy), output=str(tmp_path / "out")), say=said.append)
     assert [path.name for path in (folder / "figures").iterdir()] == ["prior_samples.png"]
     assert [line for line in said if line.startswith("Left out: figures/reconstructions.png, by the files' times")]
     card = (folder / "README.md").read_text()
@@ -159,7 +159,7 @@ def test_figures_of_these_weights_go_along(run: Path, tmp_path: Path) -> None:
 def test_a_folder_that_holds_something_is_refused_and_left_alone(run: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("mine")
     with pytest.raises(ValueError, match="expected a new or empty folder"):
-        export_run(str(run), output=str(tmp_path), say=silent)
+        export_run(Export(str(run), output=str(tmp_path)), say=silent)
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
@@ -170,14 +170,14 @@ def test_an_export_that_fails_leaves_nothing(run: Path, tmp_path: Path, monkeypa
     monkeypatch.setattr(export.runs, "save_tensors", full)
     before = sorted(path.name for path in run.iterdir())
     with pytest.raises(OSError, match="No space left"):
-        export_run(str(run), output=str(tmp_path / "out"), say=silent)
+        export_run(Export(str(run), output=str(tmp_path / "out")), say=silent)
     assert list(tmp_path.iterdir()) == []
     assert sorted(path.name for path in run.iterdir()) == before
 
 
 def test_an_empty_folder_is_taken(run: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    folder = export_run(str(run), output=str(tmp_path / "empty"), say=silent)
+    folder = export_run(Export(str(run), output=str(tmp_path / "empty")), say=silent)
     assert load(folder).likelihood.event_shape == (1, 5, 4)
 
 
@@ -186,7 +186,7 @@ def test_an_export_goes_where_a_link_points_to(run: Path, tmp_path: Path, is_the
     (tmp_path / "link").symlink_to(tmp_path / "place")
     if is_there:
         (tmp_path / "place").mkdir()
-    folder = export_run(str(run), output=str(tmp_path / "link"), say=silent)
+    folder = export_run(Export(str(run), output=str(tmp_path / "link")), say=silent)
     assert load(folder).likelihood.event_shape == (1, 5, 4)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "place"]
     assert (tmp_path / "link").is_symlink()
@@ -196,7 +196,7 @@ def test_links_in_a_circle_are_refused(run: Path, tmp_path: Path) -> None:
     (tmp_path / "a").symlink_to(tmp_path / "b")
     (tmp_path / "b").symlink_to(tmp_path / "a")
     with pytest.raises(ValueError, match="--output: "):
-        export_run(str(run), output=str(tmp_path / "a"), say=silent)
+        export_run(Export(str(run), output=str(tmp_path / "a")), say=silent)
 
 
 @pytest.mark.parametrize("output", [".", "../here"])
@@ -207,14 +207,14 @@ def test_the_current_folder_is_refused_before_the_work(
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setattr(export.build, "load", lambda folder: pytest.fail("the work has begun"))
     with pytest.raises(ValueError, match=r"expected a folder that can be replaced, got .*, which is the current one"):
-        export_run(str(run), output=output, say=silent)
+        export_run(Export(str(run), output=output), say=silent)
     assert [path.name for path in tmp_path.iterdir()] == ["here"]
 
 
 def test_a_mount_point_is_refused_before_the_work(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path)
     with pytest.raises(ValueError, match="which is a mount point"):
-        export_run(str(run), output=str(tmp_path), say=silent)
+        export_run(Export(str(run), output=str(tmp_path)), say=silent)
 
 
 @pytest.mark.parametrize(
@@ -252,12 +252,13 @@ def test_the_scripts_take_an_export_from_any_directory(exported: Path, data_file
 def test_samples_and_codes_of_an_export_need_no_data(exported: Path, data_file: Path, tmp_path: Path) -> None:
     images = tmp_path / "mine.npy"
     np.save(images, np.load(data_file)[:6])
-    common: dict[str, Any] = {"seed": 0, "device": "cpu", "say": silent}
-    samples = sample_run(str(exported), num_samples=3, output=str(tmp_path / "s"), **common)
+    common: dict[str, Any] = {"seed": 0, "device": "cpu"}
+    samples = sample_run(Sample(str(exported), num_samples=3, output=str(tmp_path / "s"), **common), say=silent)
     with np.load(samples / "samples.npz", allow_pickle=False) as arrays:
         assert arrays["images"].shape == (3, 1, 5, 4)
     codes = encode_images(
-        str(exported), str(images), num_particles=5, images=None, output=str(tmp_path / "c"), **common
+        Encode(str(exported), str(images), num_particles=5, images=None, output=str(tmp_path / "c"), **common),
+        say=silent,
     )
     with np.load(codes / "encoded.npz", allow_pickle=False) as arrays:
         assert arrays["mean"].shape == (6, 2)
@@ -296,7 +297,7 @@ def test_a_card_says_what_is_missing(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, copy)
     for name in (runs.EVALUATION, runs.ENVIRONMENT, runs.METRICS):
         (copy / name).unlink()
-    folder = export_run(str(copy), output=str(tmp_path / "out"), say=silent)
+    folder = export_run(Export(str(copy), output=str(tmp_path / "out")), say=silent)
     card = (folder / "README.md").read_text()
     assert not (folder / runs.EVALUATION).exists()
     for words in (
@@ -315,7 +316,7 @@ def test_a_training_that_was_not_finished_is_said(run: Path, tmp_path: Path) -> 
     config = runs.read_json(copy / runs.CONFIG)
     runs.write_json(copy / runs.CONFIG, config | {"options": config["options"] | {"epochs": 100}})
     said: list[str] = []
-    folder = export_run(str(copy), output=str(tmp_path / "out"), say=said.append)
+    folder = export_run(Export(str(copy), output=str(tmp_path / "out")), say=said.append)
     words = "2 of 100 epochs: the training was not finished"
     card = (folder / "README.md").read_text()
     assert words in card
@@ -325,10 +326,10 @@ def test_a_training_that_was_not_finished_is_said(run: Path, tmp_path: Path) -> 
 
 def test_epochs_of_a_training_from_python_are_those_of_its_records(run: Path, tmp_path: Path) -> None:
     records = runs.read_metrics(run)[:1]
-    vae, of_run = load(run), build.read_config(run)[0]
-    folder = build.save(vae, tmp_path / "saved", replace(of_run, epochs=100), metrics=records)
+    vae, of_run = load(run), read_config(run)[0]
+    folder = save(vae, tmp_path / "saved", replace(of_run, epochs=100), metrics=records)
     said: list[str] = []
-    card = (export_run(str(folder), output=str(tmp_path / "out"), say=said.append) / "README.md").read_text()
+    card = (export_run(Export(str(folder), output=str(tmp_path / "out")), say=said.append) / "README.md").read_text()
     assert "- 1 epoch." in card
     assert not any("not finished" in line for line in said)
 
@@ -379,7 +380,7 @@ def test_the_front_matter_is_what_hubs_read(exported: Path) -> None:
 
 
 def test_a_pretrained_run_is_exported(tmp_path: Path) -> None:
-    folder = export_run("mnist-best", output=str(tmp_path / "out"), say=silent)
+    folder = export_run(Export("mnist-best", output=str(tmp_path / "out")), say=silent)
     entry = runs.read_evaluations(folder)["test"]
     card = (folder / "README.md").read_text()
     assert f"{entry['log_likelihood']['mean']:.2f} ± {entry['log_likelihood']['stderr']:.2f}" in card

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from small_run import SMALL, save_bars, train_small
 
 from ppl_vae import VAE, Conditional, data, load, log_weights, runs
+from ppl_vae.commands.options import Figures
 from ppl_vae.parts.likelihoods import Bernoulli
 from ppl_vae.parts.networks import MLP
 from ppl_vae.parts.priors import Mixture, StandardNormal
@@ -151,13 +152,13 @@ def trained_further(folder, tmp_path):
 
 def test_a_figure_of_former_weights_does_not_stay_beside_those_of_the_present_ones(trained_further):
     (trained_further / "figures" / "mine.png").write_bytes(b"")
-    draw_run(str(trained_further), say=lambda line: None)
+    draw_run(Figures(str(trained_further)), say=lambda line: None)
     left = {path.name for path in (trained_further / "figures").iterdir()}
     assert left == ALL - {"log_likelihoods.png"} | {"mine.png"}
 
 
 def test_a_figure_too_many_is_a_reason_to_draw_again(trained_further):
-    draw_run(str(trained_further), say=lambda line: None)
+    draw_run(Figures(str(trained_further)), say=lambda line: None)
     run = open_run(str(trained_further))
     assert is_drawn(run)
     (trained_further / "figures" / "log_likelihoods.png").write_bytes(b"")
@@ -169,14 +170,14 @@ def test_a_figure_too_many_is_a_reason_to_draw_again(trained_further):
 
 def test_drawing_again_gives_the_same_files_and_touches_no_other(folder):
     before = contents(folder)
-    draw_run(str(folder), say=lambda line: None)
+    draw_run(Figures(str(folder)), say=lambda line: None)
     assert contents(folder) == before
 
 
 def test_drawing_leaves_the_random_state(folder):
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    draw_run(str(folder), say=lambda line: None)
+    draw_run(Figures(str(folder)), say=lambda line: None)
     assert torch.equal(torch.get_rng_state(), before)
 
 

@@ -21,7 +21,7 @@ from torch.testing import assert_close
 
 from ppl_vae import VAE, log_weights, objectives
 from ppl_vae.log_weights import Deterministic
-from ppl_vae.runs import build
+from ppl_vae.runs.build import build_vae
 from ppl_vae.runs.options import Options
 
 OBJECTIVES = {"iwae": objectives.iwae, "dreg": objectives.dreg, "stl": objectives.stl}
@@ -422,7 +422,7 @@ def test_a_transforms_parameters_are_held_where_its_density_is_taken(oracle, obj
 def test_of_a_flow_guide_the_gradient_is_that_of_a_frozen_copys_density(objective, flow):
     options = Options(network="mlp", hidden=(6,), latent_dim=3, posterior="flow", posterior_flow=flow)
     torch.manual_seed(0)
-    vae = build.vae(replace(options, prior="standard-normal", posterior_hidden=(7,)), (1, 2, 2)).double()
+    vae = build_vae(replace(options, prior="standard-normal", posterior_hidden=(7,)), (1, 2, 2)).double()
     x = torch.randint(2, (5, 1, 2, 2)).double()
     with torch.no_grad():
         for w in vae.parameters():

@@ -20,6 +20,7 @@ from ppl_vae import load, runs
 from ppl_vae.commands import impute as imputation
 from ppl_vae.commands.encode import encode_images
 from ppl_vae.commands.impute import hide_half, imputations_figure, impute_images, read_mask
+from ppl_vae.commands.options import Encode, Impute
 from ppl_vae.evidence.importance import evaluate
 from ppl_vae.evidence.missing import Imputation
 from ppl_vae.reports.display import Display
@@ -48,16 +49,18 @@ def impute(folder, tmp_path):
     def call(images_path, *, run_dir=folder, mask=None, hide=None, num_particles=20, images=None, seed=0, output="out"):
         said = []
         written = impute_images(
-            str(run_dir),
-            str(images_path),
-            mask=None if mask is None else str(mask),
-            hide=hide,
-            num_particles=num_particles,
-            num_draws=3,
-            images=images,
-            seed=seed,
-            device="cpu",
-            output=output and str(tmp_path / output),
+            Impute(
+                str(run_dir),
+                str(images_path),
+                mask=None if mask is None else str(mask),
+                hide=hide,
+                num_particles=num_particles,
+                num_draws=3,
+                images=images,
+                seed=seed,
+                device="cpu",
+                output=output and str(tmp_path / output),
+            ),
             say=said.append,
         )
         with np.load(written / "imputed.npz", allow_pickle=False) as stored:
@@ -153,7 +156,7 @@ def test_pictures_are_brought_to_a_runs_shape_by_its_own_fit_as_they_are_when_en
     seen = stored["mean"]
     words = {"num_particles": 2, "images": None, "seed": 0, "device": "cpu", "output": str(tmp_path / "encoded")}
     told: list[str] = []
-    written = encode_images(str(run), str(pictures), **words, say=told.append)
+    written = encode_images(Encode(str(run), str(pictures), **words), say=told.append)
     (note,) = summary["notes"]
     assert "40 of 40 images" in note
     assert "stretched to 8x8" in note

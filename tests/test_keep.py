@@ -12,8 +12,9 @@ import torch
 from small_run import SMALL, save_bars, train_small
 
 from ppl_vae import runs
-from ppl_vae.runs import build
+from ppl_vae.runs.build import build_vae
 from ppl_vae.runs.options import Options
+from ppl_vae.runs.resolve import load_splits, resolve
 from ppl_vae.training import fit
 from ppl_vae.vae import VAE
 
@@ -23,7 +24,7 @@ def trained(
 ) -> tuple[VAE, Any, dict[str, torch.Tensor]]:
     """Four epochs, with the inverse of the training images for validation: the more is learned, the worse it is."""
     pyro.set_rng_seed(0)
-    vae = build.vae(replace(SMALL, binarization="none"), (1, 4, 4))
+    vae = build_vae(replace(SMALL, binarization="none"), (1, 4, 4))
     x = (torch.rand(60, 1, 4, 4, generator=torch.Generator().manual_seed(0)) > 0.5).float()
     x[:30] = 0  # something to be learned
     last: dict[str, torch.Tensor] = {}
@@ -63,7 +64,7 @@ def test_the_last_weights_are_kept_where_they_are_asked_for(average_decay: float
 @pytest.mark.parametrize("average_decay", [0.0, 0.9])
 def test_the_weights_at_the_start_are_kept_where_no_epoch_has_better_ones(average_decay: float) -> None:
     pyro.set_rng_seed(0)
-    fresh = build.vae(replace(SMALL, binarization="none"), (1, 4, 4)).state_dict()
+    fresh = build_vae(replace(SMALL, binarization="none"), (1, 4, 4)).state_dict()
     vae, state, _ = trained(keep_start=True, average_decay=average_decay)
     assert state.best_step == 0
     for name, w in vae.state_dict().items():
@@ -93,7 +94,7 @@ def test_a_beta_is_shown_as_it_ends_unless_asked_otherwise(
     tmp_path: Path, asked: dict[str, Any], expected: str
 ) -> None:
     options = replace(SMALL, dataset=str(save_bars(tmp_path / "bars.npz")), **asked)
-    assert build.resolve(options, build.splits(options)).keep == expected
+    assert resolve(options, load_splits(options)).keep == expected
 
 
 def test_a_run_that_keeps_the_last_weights_holds_those_of_its_last_step(tmp_path: Path) -> None:

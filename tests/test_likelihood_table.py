@@ -17,11 +17,13 @@ from ppl_vae import runs
 from ppl_vae.commands import compare_likelihoods as likelihood_table
 from ppl_vae.commands.compare_likelihoods import compare_likelihoods
 from ppl_vae.commands.evaluate import evaluate_run
+from ppl_vae.commands.options import Evaluate
 from ppl_vae.evidence.importance import NotFinite
 from ppl_vae.reports import figures as plots
 from ppl_vae.reports import likelihood_figures
-from ppl_vae.runs import build
+from ppl_vae.runs.load import load
 from ppl_vae.runs.options import LIKELIHOODS
+from ppl_vae.runs.resolve import load_splits
 
 WORDS = ("binomial", "normal", "beta")
 PIXELS = 64
@@ -76,7 +78,7 @@ def test_each_row_is_what_its_run_holds(table):
         entry = runs.read_evaluations(run)["test"]
         for key in ("bits_per_dim", "log_likelihood", "elbo", "reconstruction", "kl", "floor", "scale"):
             assert row[key] == entry[key]
-        assert row["weights"] == sum(w.numel() for w in build.load(run).parameters())
+        assert row["weights"] == sum(w.numel() for w in load(run).parameters())
         assert row["epochs"] == len(runs.read_metrics(run)) == 2
         assert row["likelihood"] == runs.read_json(run / runs.CONFIG)["options"]["likelihood"]
 
@@ -271,7 +273,9 @@ def test_a_run_that_was_evaluated_otherwise_since_is_refused(table, levels, tmp_
     folder, _, _ = table
     run = folder / "runs" / "beta"
     kept = {path: path.read_bytes() for path in (run / runs.EVALUATION, run / runs.per_image("test"))}
-    evaluate_run(str(run), split="test", num_particles=20, images=None, device="cpu", seed=0, say=lambda line: None)
+    evaluate_run(
+        Evaluate(str(run), split="test", num_particles=20, images=None, device="cpu", seed=0), say=lambda line: None
+    )
     try:
         with pytest.raises(
             ValueError, match="num_images 40 instead of 25, num_particles 20 instead of 10; evaluate_log"
@@ -288,7 +292,7 @@ def test_a_run_that_was_evaluated_otherwise_since_is_refused(table, levels, tmp_
 def fitting(folder, array, **changes):
     np.save(folder / "data.npy", array)
     asked = replace(SMALL, dataset=str(folder / "data.npy"), **changes)
-    return likelihood_table.fitting_likelihoods(asked, build.splits(asked))
+    return likelihood_table.fitting_likelihoods(asked, load_splits(asked))
 
 
 def test_levels_are_compared_under_all_likelihoods_but_bernoulli(tmp_path):

@@ -12,7 +12,7 @@ from likelihood_cases import CASES, DENSITIES, MASSES, WORDS, one_value, real_li
 from torch.testing import assert_close
 
 from ppl_vae import data
-from ppl_vae.runs import build
+from ppl_vae.parts.registry import LIKELIHOODS
 
 OFF_SUPPORT = [(word, value) for word, case in CASES.items() for value in case.off]
 SINGLE = [word for word in CASES if word != "color mixture"]  # pixels are independent, of channels too
@@ -23,7 +23,7 @@ NUM_SAMPLES = 20_000
 
 
 def test_every_likelihood_of_the_command_line_is_in_the_list():
-    assert {word: case.make for word, case in WORDS.items()} == build.LIKELIHOODS
+    assert {word: case.make for word, case in WORDS.items()} == LIKELIHOODS
 
 
 @pytest.fixture(params=CASES)

@@ -20,7 +20,8 @@ from ppl_vae.parts.networks import (
     Standardized,
     start_wide,
 )
-from ppl_vae.runs import build
+from ppl_vae.parts.registry import NETWORKS
+from ppl_vae.runs.build import build_vae
 from ppl_vae.runs.options import Options
 
 SIZES = {"channels": (3, 4), "hidden": (6, 5)}
@@ -30,10 +31,10 @@ IMAGES = [(1, 8, 8), (1, 28, 28), (3, 8, 8), (1, 7, 5), (3, 1, 9), (1, 2, 13), (
 
 
 def test_every_network_of_the_command_line_is_in_the_lists():
-    assert [*DENSE, *CONVOLUTIONAL] == list(build.NETWORKS)
+    assert [*DENSE, *CONVOLUTIONAL] == list(NETWORKS)
 
 
-@pytest.fixture(params=build.NETWORKS)
+@pytest.fixture(params=NETWORKS)
 def word(request):
     torch.manual_seed(0)
     return request.param
@@ -46,11 +47,11 @@ def network(request):
 
 
 def encoder(word, event_shape, num_features):
-    return build.NETWORKS[word].encoder(event_shape, num_features, **SIZES)
+    return NETWORKS[word].encoder(event_shape, num_features, **SIZES)
 
 
 def decoder(word, latent_dim, event_shape, num_features):
-    return build.NETWORKS[word].decoder(latent_dim, event_shape, num_features, **SIZES)
+    return NETWORKS[word].decoder(latent_dim, event_shape, num_features, **SIZES)
 
 
 def equals_a_loop(net, event_shape, leading):
@@ -326,7 +327,7 @@ def test_a_wide_start_keeps_the_size_of_signals_in_a_linear_network():
         x = y
 
 
-@pytest.mark.parametrize("word", build.NETWORKS)
+@pytest.mark.parametrize("word", NETWORKS)
 def test_a_wide_start_is_of_every_dense_layer_but_the_last(word):
     """Of a standard deviation of the square root of 1 / fan-in, and no bias; convolutions stay as they are."""
     torch.manual_seed(0)
@@ -350,7 +351,7 @@ def test_a_wide_start_is_an_option_of_both_networks_and_not_of_the_prior():
     built = {}
     for word in ("wide", "shrinking"):
         torch.manual_seed(0)
-        built[word] = build.vae(Options(**words, prior_layers=1, initialization=word), (100,))
+        built[word] = build_vae(Options(**words, prior_layers=1, initialization=word), (100,))
     for part, fan_in in (("likelihood", 4), ("posterior", 100)):
         one, other = (getattr(vae, part).net.layers[0].weight for vae in (built["wide"], built["shrinking"]))
         assert float(one.std()) == pytest.approx(fan_in**-0.5, rel=0.15)
@@ -363,7 +364,7 @@ def test_of_a_ladder_what_lies_between_its_features_starts_wide_too():
     """The last layer of a feature is a hidden layer of the whole guide, and the prior's networks are decoders."""
     words = {"network": "gated", "hidden": (200, 200), "latent_dim": 40, "upper_latents": (40,), "upper_hidden": (200,)}
     torch.manual_seed(0)
-    vae = build.vae(Options(**words, prior="standard-normal", initialization="wide"), (100,))
+    vae = build_vae(Options(**words, prior="standard-normal", initialization="wide"), (100,))
     between = [feature.output for feature in vae.posterior.features]
     first_of_prior = next(layer for layer in vae.prior.layers.modules() if isinstance(layer, torch.nn.Linear))
     for layer in (*between, first_of_prior):

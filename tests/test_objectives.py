@@ -18,9 +18,8 @@ from torch.testing import assert_close
 
 from ppl_vae import fit, objectives
 from ppl_vae.objectives import Temper
-from ppl_vae.runs import build
-from ppl_vae.runs.build.fitting import check_objective
-from ppl_vae.runs.build.parts import decided
+from ppl_vae.runs.build import build_vae, resolve_parts
+from ppl_vae.runs.fit_arguments import build_objective, check_objective
 from ppl_vae.runs.options import Options
 
 KLS = {"sampled": Trace_ELBO, "analytic": TraceMeanField_ELBO}
@@ -303,7 +302,7 @@ def test_a_captured_step_of_free_bits_ends_where_the_eager_one_does(graphs, num_
     for compile in (True, False):
         pyro.set_rng_seed(0)
         asked = Options(objective="free-bits", free_bits=0.5, num_particles=num_particles, hidden=(5,), latent_dim=3)
-        vae = build.vae(asked, (1, 4, 4)).double()
+        vae = build_vae(asked, (1, 4, 4)).double()
         with torch.no_grad():
             vae.posterior.net.output.bias[0] = 2.0  # a mean that costs 2 nats, in one latent of the three
         fit(
@@ -311,7 +310,7 @@ def test_a_captured_step_of_free_bits_ends_where_the_eager_one_does(graphs, num_
             x,
             epochs=4,
             batch_size=4,
-            objective=build.objective(asked),
+            objective=build_objective(asked),
             observe=lambda values, generator: values,
             learning_rate=0.01,
             warmup_epochs=1,

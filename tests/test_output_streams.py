@@ -12,7 +12,8 @@ from PIL import Image
 from small_run import SMALL, save_bars
 
 from ppl_vae import runs
-from ppl_vae.runs.options import flag, to_json
+from ppl_vae.runs.fields import format_flag
+from ppl_vae.runs.options import to_json
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 
@@ -77,7 +78,7 @@ def trained(tmp_path_factory):
         word
         for name, value in to_json(SMALL).items()
         if value is not None and name not in ("dataset", "stream")
-        for word in (flag(name), *(map(str, value) if isinstance(value, list) else [str(value)]))
+        for word in (format_flag(name), *(map(str, value) if isinstance(value, list) else [str(value)]))
     ]
     command = [sys.executable, SCRIPTS / "train_svi.py", "--dataset", dataset, *words, "--run-dir", folder / "run"]
     settings = {

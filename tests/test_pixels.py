@@ -16,12 +16,14 @@ from ppl_vae import data, runs, training
 from ppl_vae.commands.compare_runs import compare_runs
 from ppl_vae.commands.encode import encode_images
 from ppl_vae.commands.evaluate import evaluate_run
-from ppl_vae.commands.train import resume as resume_run
-from ppl_vae.commands.train import train as train_run
+from ppl_vae.commands.options import CompareRuns, Encode, Evaluate
+from ppl_vae.commands.train import resume_run, train_run
 from ppl_vae.reports.evaluation_words import describe_evaluation
-from ppl_vae.runs import build
+from ppl_vae.runs.build import build_likelihood
+from ppl_vae.runs.load import load
 from ppl_vae.runs.opening import evaluated_vae, open_run
 from ppl_vae.runs.options import LIKELIHOODS, Options
+from ppl_vae.runs.resolve import check_support, choose_evaluated_pixels, choose_pixels, describe_scale, resolve
 
 GENERATOR = np.random.default_rng(0)
 ARRAYS = {
@@ -74,14 +76,14 @@ def read(tmp_path: Path, kind: str) -> tuple[str, data.Splits]:
 
 def resolved(tmp_path: Path, kind: str, **options: object) -> tuple[Options, data.Splits]:
     path, splits = read(tmp_path, kind)
-    return build.resolve(replace(SMALL, dataset=path, **options), splits), splits
+    return resolve(replace(SMALL, dataset=path, **options), splits), splits
 
 
 @pytest.mark.parametrize(("likelihood", "kind"), SEEN)
 def test_pixels_are_brought_to_what_the_likelihood_asks_for(tmp_path, likelihood, kind):
     options, splits = resolved(tmp_path, kind, likelihood=likelihood)
-    build.check_support(options, splits)
-    found = build.pixels(options, splits), build.evaluated_pixels(options, splits), build.scale(options, splits)
+    check_support(options, splits)
+    found = choose_pixels(options, splits), choose_evaluated_pixels(options, splits), describe_scale(options, splits)
     assert found == SEEN[likelihood, kind]
 
 
@@ -97,7 +99,7 @@ def test_data_off_the_support_is_refused_before_anything_is_written(tmp_path, li
 def test_binarized_pixels_are_refused_by_all_that_ask_for_others(tmp_path, likelihood):
     options, splits = resolved(tmp_path, data.LEVELS, likelihood=likelihood, binarization="dynamic")
     with pytest.raises(ValueError, match=rf"--likelihood {likelihood}: expected --binarization none, got dynamic"):
-        build.check_support(options, splits)
+        check_support(options, splits)
 
 
 @pytest.mark.parametrize("likelihood", ["bernoulli", "categorical", "poisson"])
@@ -113,7 +115,7 @@ def test_real_values_are_not_dequantized(tmp_path):
 
 def test_levels_without_dequantization_are_on_a_scale_of_their_own(tmp_path):
     options, splits = resolved(tmp_path, data.LEVELS, likelihood="normal", dequantization="none")
-    assert (build.pixels(options, splits), build.scale(options, splits)) == ("none", "density of level / 255")
+    assert (choose_pixels(options, splits), describe_scale(options, splits)) == ("none", "density of level / 255")
 
 
 # --- The logit transform ---
@@ -138,8 +140,8 @@ def test_a_transformed_density_refuses_pixels_beyond_the_unit_interval(tmp_path)
 def test_the_jacobian_of_the_logit_is_counted():
     """log p(x) = log Normal(logit x) - log x - log(1 - x), for each pixel."""
     torch.manual_seed(0)
-    plain = build.likelihood(Options(likelihood="normal"), (5,)).double()
-    logit = build.likelihood(Options(likelihood="normal", transform="logit"), (5,)).double()
+    plain = build_likelihood(Options(likelihood="normal"), (5,)).double()
+    logit = build_likelihood(Options(likelihood="normal", transform="logit"), (5,)).double()
     h, x = torch.randn(7, 5).double(), torch.rand(7, 5).double()
     expected = plain(h).log_prob(x.logit()) - (x.log() + (1 - x).log()).sum(-1)
     assert_close(logit(h).log_prob(x), expected)
@@ -242,13 +244,15 @@ def test_bits_per_dimension_are_the_nats_of_the_levels(two, word):
 
 def test_a_mass_and_a_density_of_the_same_levels_compare(two, tmp_path):
     entry = compare_runs(
-        [str(folder) for folder in two.values()],
-        split="test",
-        num_particles=20,
-        images=None,
-        device="cpu",
-        seed=0,
-        output=str(tmp_path / "out"),
+        CompareRuns(
+            [str(folder) for folder in two.values()],
+            split="test",
+            num_particles=20,
+            images=None,
+            device="cpu",
+            seed=0,
+            output=str(tmp_path / "out"),
+        ),
         say=lambda line: None,
     )
     assert entry["scale"] == "mass of 8-bit levels"
@@ -266,13 +270,15 @@ def test_other_scales_are_refused_in_words(two, tmp_path, other):
     run = train_small(tmp_path / "other", options)
     with pytest.raises(ValueError, match=r"expected one for all runs, got .* in .* and .* in"):
         compare_runs(
-            [str(folder), str(run)],
-            split="test",
-            num_particles=2,
-            images=None,
-            device="cpu",
-            seed=0,
-            output=str(tmp_path / "out"),
+            CompareRuns(
+                [str(folder), str(run)],
+                split="test",
+                num_particles=2,
+                images=None,
+                device="cpu",
+                seed=0,
+                output=str(tmp_path / "out"),
+            ),
             say=lambda line: None,
         )
     assert not (tmp_path / "out").exists()
@@ -282,7 +288,7 @@ def test_draws_change_no_exact_mass_and_a_line_says_so(two):
     said: list[str] = []
     asked = {"split": "validation", "num_particles": 10, "images": None, "device": "cpu", "seed": 0}
     with_draws, without = (
-        evaluate_run(str(two["normal"]), **asked, dequantization_draws=M, say=said.append) for M in (3, None)
+        evaluate_run(Evaluate(str(two["normal"]), **asked, dequantization_draws=M), say=said.append) for M in (3, None)
     )
     assert with_draws["log_likelihood"] == without["log_likelihood"]
     assert sum("--dequantization-draws 3 has no effect" in line for line in said) == 1
@@ -314,10 +320,12 @@ def test_a_run_is_evaluated_as_a_model_of_levels(two):
 def test_an_optimal_scale_is_fitted_while_it_trains_and_left_alone_by_an_evaluation(tmp_path):
     path, _ = read(tmp_path, data.REAL)
     folder = train_small(tmp_path / "run", replace(SMALL, dataset=path, likelihood="normal-optimal", batch_size=2))
-    before = build.load(folder).likelihood.family.log_scale.clone()
+    before = load(folder).likelihood.family.log_scale.clone()
     assert before != 0
-    evaluate_run(str(folder), split="test", num_particles=5, images=None, device="cpu", seed=0, say=lambda line: None)
-    assert torch.equal(before, build.load(folder).likelihood.family.log_scale)
+    evaluate_run(
+        Evaluate(str(folder), split="test", num_particles=5, images=None, device="cpu", seed=0), say=lambda line: None
+    )
+    assert torch.equal(before, load(folder).likelihood.family.log_scale)
 
 
 def test_a_scale_in_closed_form_resumes_bit_for_bit(tmp_path):
@@ -380,13 +388,9 @@ def test_own_images_at_the_open_ends_of_a_density_are_refused(tmp_path):
     np.save(tmp_path / "ends.npy", np.where(ARRAYS[data.PROBABILITIES] > 0.9, 1.0, ARRAYS[data.PROBABILITIES]))
     with pytest.raises(ValueError, match=r"ends.npy: expected pixels that are numbers between 0 and 1, neither"):
         encode_images(
-            str(folder),
-            str(tmp_path / "ends.npy"),
-            num_particles=5,
-            images=None,
-            seed=0,
-            device="cpu",
-            output=None,
+            Encode(
+                str(folder), str(tmp_path / "ends.npy"), num_particles=5, images=None, seed=0, device="cpu", output=None
+            ),
             say=lambda line: None,
         )
 

@@ -16,7 +16,7 @@ from ppl_vae import VAE, Conditional, log_weights
 from ppl_vae.parts.networks import MLP
 from ppl_vae.parts.posteriors import MAX_LOG_SCALE, Delta, DiagonalNormal, FullNormal
 from ppl_vae.parts.priors import StandardNormal
-from ppl_vae.runs.build import SCALE_MAPS
+from ppl_vae.parts.registry import SCALE_MAPS
 
 FEATURES = [-80.0, -30.0, -5.0, -1e-3, 0.0, 0.5, 3.0, 20.0, 80.0]
 

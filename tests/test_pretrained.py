@@ -15,12 +15,15 @@ from ppl_vae import data, load, runs, save
 from ppl_vae.commands import cli as command_line
 from ppl_vae.commands.cli import parse_train
 from ppl_vae.commands.evaluate import evaluate_run
+from ppl_vae.commands.options import Evaluate, Sample
 from ppl_vae.commands.sample import sample_run
-from ppl_vae.commands.train import resume as resume_run
-from ppl_vae.runs import build
-from ppl_vae.runs.build import stored
+from ppl_vae.commands.train import resume_run
+from ppl_vae.runs import load as stored
+from ppl_vae.runs.build import build_vae
+from ppl_vae.runs.load import load_starting_weights, read_config
 from ppl_vae.runs.opening import open_run
 from ppl_vae.runs.options import Options
+from ppl_vae.runs.resolve import resolve
 from ppl_vae.runs.shipped import ship as ship_run
 
 ROOT = Path(__file__).parent.parent
@@ -42,8 +45,8 @@ def trained(tmp_path_factory):
     """A run on MNIST, evaluated on a few images, whose config knows a place."""
     folder = tmp_path_factory.mktemp("trained") / "run"
     torch.manual_seed(0)
-    save(build.vae(OPTIONS, (1, 28, 28)), folder, replace(OPTIONS, data_dir="somewhere"))
-    evaluate_run(str(folder), **ASKED, say=silent)
+    save(build_vae(OPTIONS, (1, 28, 28)), folder, replace(OPTIONS, data_dir="somewhere"))
+    evaluate_run(Evaluate(str(folder), **ASKED), say=silent)
     return folder
 
 
@@ -97,7 +100,7 @@ def test_a_run_without_an_evaluation_of_its_weights_does_not_ship(trained, shipp
 
 def test_a_run_on_a_file_of_ones_own_does_not_ship(shipped, tmp_path):
     options = replace(OPTIONS, dataset=str(save_bars(tmp_path / "bars.npz")))
-    save(build.vae(options, (8, 8)), tmp_path / "bars", options)
+    save(build_vae(options, (8, 8)), tmp_path / "bars", options)
     with pytest.raises(ValueError, match=r"expected a run on one of mnist, .*, got .*bars\.npz"):
         ship_run(str(tmp_path / "bars"), "bars")
 
@@ -114,7 +117,7 @@ def test_a_name_gives_the_model(trained, shipped):
 
 def test_a_folder_of_that_name_goes_before_it(trained, shipped):
     other = replace(OPTIONS, latent_dim=3)
-    save(build.vae(other, (1, 28, 28)), "small", other)
+    save(build_vae(other, (1, 28, 28)), "small", other)
     assert load("small").prior().event_shape == (3,)
     assert open_run("small").folder == Path("small")
 
@@ -132,7 +135,7 @@ def test_a_path_is_no_name(shipped, path):
 
 def test_its_evaluation_makes_the_number_again_beside_the_package(trained, shipped):
     before = contents(shipped)
-    entry = evaluate_run("small", **ASKED, say=silent)
+    entry = evaluate_run(Evaluate("small", **ASKED), say=silent)
     assert entry["log_likelihood"] == runs.read_evaluations(trained)["test"]["log_likelihood"]
     assert runs.read_evaluations(Path("runs/small"))["test"]["seconds"] == entry["seconds"]
     assert contents(shipped) == before
@@ -140,7 +143,7 @@ def test_its_evaluation_makes_the_number_again_beside_the_package(trained, shipp
 
 def test_a_script_that_writes_takes_it(shipped):
     before = contents(shipped)
-    sample_run("small", num_samples=2, device="cpu", seed=0, output=None, say=silent)
+    sample_run(Sample("small", num_samples=2, device="cpu", seed=0, output=None), say=silent)
     assert any((Path("runs/small") / "samples").iterdir())
     assert contents(shipped) == before
 
@@ -175,7 +178,7 @@ def test_a_copy_that_was_interrupted_is_made_whole(shipped, monkeypatch):
 
 
 def test_another_run_in_the_copys_place_is_left_as_it_is(shipped):
-    save(build.vae(OPTIONS, (1, 28, 28)), "runs/small", OPTIONS)
+    save(build_vae(OPTIONS, (1, 28, 28)), "runs/small", OPTIONS)
     before = contents(Path("runs/small"))
     with pytest.raises(ValueError, match="runs/small: expected a copy of the pretrained run small, got another run"):
         open_run("small", say=silent)
@@ -194,21 +197,21 @@ def test_a_training_starts_from_its_name_or_from_a_folder_of_that_name(shipped, 
     monkeypatch.setattr(command_line, "_PRETRAINED", stored.PRETRAINED)
     expected = shipped
     if folder_of_that_name:
-        save(build.vae(replace(OPTIONS, latent_dim=3), (1, 28, 28)), "small", replace(OPTIONS, latent_dim=3))
+        save(build_vae(replace(OPTIONS, latent_dim=3), (1, 28, 28)), "small", replace(OPTIONS, latent_dim=3))
         expected = Path("small").resolve()
     options = parse_train(["--start-from", "small"]).options
     assert options.latent_dim == (3 if folder_of_that_name else 2)
-    options = build.resolve(options, data.load("mnist"))
+    options = resolve(options, data.load("mnist"))
     assert options.start_from == str(expected)
-    vae = build.vae(options, (1, 28, 28))
-    build.start_from_run(vae, options.start_from)
+    vae = build_vae(options, (1, 28, 28))
+    load_starting_weights(vae, options.start_from)
     theirs = load("small").state_dict()
     assert all(torch.equal(w, theirs[name]) for name, w in vae.state_dict().items())
 
 
 def test_its_weights_are_taken_by_its_name_from_python(shipped):
-    vae = build.vae(OPTIONS, (1, 28, 28))
-    build.start_from_run(vae, "small")
+    vae = build_vae(OPTIONS, (1, 28, 28))
+    load_starting_weights(vae, "small")
     assert all(torch.equal(w, load("small").state_dict()[name]) for name, w in vae.state_dict().items())
 
 
@@ -223,7 +226,7 @@ def test_the_command_line_knows_the_folder_of_pretrained_runs():
 def test_a_shipped_run_is_whole_and_evaluated_on_the_whole_test_set(folder):
     assert sorted(contents(folder)) == [Path("config.json"), Path("evaluation.json"), Path("model.safetensors")]
     entry = json.loads((folder / runs.EVALUATION).read_text())["test"]
-    options, _ = build.read_config(folder)
+    options, _ = read_config(folder)
     assert (entry["num_images"], entry["num_particles"]) == (10_000, 5000)
     assert entry["step"] == runs.load_step(folder / runs.MODEL)
     assert (options.data_dir, options.start_from) == (None, None)

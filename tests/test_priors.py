@@ -23,7 +23,8 @@ from ppl_vae.parts.flows import Flow as Layers
 from ppl_vae.parts.networks import MLP, Standardized
 from ppl_vae.parts.posteriors import DiagonalNormal, FullNormal
 from ppl_vae.parts.priors import Flow, Mixture, StandardNormal, VampPrior
-from ppl_vae.runs import build
+from ppl_vae.runs.build import build_vae
+from ppl_vae.runs.fit_arguments import initialize_output_bias
 from ppl_vae.runs.options import PRIORS, Options
 
 D = 12
@@ -304,8 +305,8 @@ def test_training_starts_a_vamp_prior_from_its_images(standardized):
     words = {"likelihood": "normal"} if standardized else {}
     options = Options(prior="vamp", prior_components=4, hidden=(5,), latent_dim=2, network="mlp", **words)
     torch.manual_seed(0)
-    vae, x = build.vae(options, (D,)), 100 + 7 * torch.randn(20, D) if standardized else _images(20).float()
-    build.start_from_marginals(vae, x)
+    vae, x = build_vae(options, (D,)), 100 + 7 * torch.randn(20, D) if standardized else _images(20).float()
+    initialize_output_bias(vae, x)
     assert isinstance(vae.posterior.net, Standardized) == standardized
     assert {tuple(one) for one in vae.prior.pseudo_images.tolist()} <= {tuple(one) for one in x.tolist()}
     z = torch.randn(3, 2)

@@ -8,9 +8,12 @@ import pytest
 import torch
 
 from ppl_vae import data
-from ppl_vae.runs import build, recipes
+from ppl_vae.runs import recipes
+from ppl_vae.runs.build import build_vae
+from ppl_vae.runs.fit_arguments import build_objective, fit_arguments
 from ppl_vae.runs.options import MODEL_OPTIONS
 from ppl_vae.runs.recipes import RECIPES, recipe
+from ppl_vae.runs.resolve import resolve
 
 # Read in the papers' tables, in nats and negative there.
 PRINTED = {
@@ -76,12 +79,12 @@ def test_the_stages_of_a_recipe_train_one_model(name):
 @pytest.mark.parametrize("name", RECIPES)
 def test_each_stage_can_be_built_and_has_an_objective_at_beta_one(name, digits):
     for stage in recipe(name).stages:
-        options = build.resolve(replace(stage, dataset="mnist"), digits)
+        options = resolve(replace(stage, dataset="mnist"), digits)
         with torch.device("meta"):
-            vae = build.vae(options, digits.event_shape)
+            vae = build_vae(options, digits.event_shape)
         assert sum(w.numel() for w in vae.parameters()) > 100_000
-        assert callable(build.objective(options))
-        assert (options.beta, build.schedule(options)["epochs"]) == (1, stage.epochs)
+        assert callable(build_objective(options))
+        assert (options.beta, fit_arguments(options)["epochs"]) == (1, stage.epochs)
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -19,6 +19,7 @@ from small_run import SMALL, save_bars, train_small
 from study_numbers import BETAS, study_numbers, write_pictures
 
 from ppl_vae.commands.cli import parse_report
+from ppl_vae.commands.options import Report
 from ppl_vae.reports.figures import study as plots
 from ppl_vae.reports.run_page import report_run
 from ppl_vae.study.figures import draw
@@ -196,7 +197,7 @@ def page_of(runs_of: dict[str, Path]) -> Callable[[str], str]:
 
     def page(kind: str) -> str:
         if kind not in pages:
-            pages[kind] = report_run(str(runs_of[kind]), say=silent).read_text()
+            pages[kind] = report_run(Report(str(runs_of[kind])), say=silent).read_text()
         return pages[kind]
 
     return page
@@ -252,13 +253,13 @@ def test_a_diagnosis_of_these_weights_is_not_made_again(runs_of, page_of):
     marked = json.loads(path.read_text())
     marked["verdicts"][0]["evidence"] = "as it was written before"
     path.write_text(json.dumps(marked))
-    page = report_run(str(runs_of["vae"]), output=str(runs_of["vae"] / "again.html"), say=silent)
+    page = report_run(Report(str(runs_of["vae"]), output=str(runs_of["vae"] / "again.html")), say=silent)
     assert "As it was written before." in page.read_text()
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"is .* a run folder"):
-        report_run(str(tmp_path), say=silent)
+        report_run(Report(str(tmp_path)), say=silent)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -269,7 +270,7 @@ def test_a_page_takes_the_place_of_a_page_alone(runs_of, tmp_path, name):
         place.write_bytes(b"numbers")
     before = place.read_bytes()
     with pytest.raises(ValueError, match="expected a new file, or an earlier page"):
-        report_run(str(runs_of["conv"]), output=str(place), say=silent)
+        report_run(Report(str(runs_of["conv"]), output=str(place)), say=silent)
     assert place.read_bytes() == before
 
 
@@ -282,7 +283,7 @@ def test_a_damaged_diagnosis_is_named_in_one_line(runs_of, page_of, tmp_path, da
     del stored[damage]
     (folder / "diagnosis.json").write_text(json.dumps(stored))
     with pytest.raises(ValueError, match=r"diagnosis\.json: damaged: expected split, numbers, verdicts"):
-        report_run(str(folder), say=silent)
+        report_run(Report(str(folder)), say=silent)
 
 
 @pytest.mark.parametrize(
@@ -291,7 +292,7 @@ def test_a_damaged_diagnosis_is_named_in_one_line(runs_of, page_of, tmp_path, da
 def test_a_page_that_cannot_be_written_is_refused_before_the_work(runs_of, tmp_path, place, words):
     before = sorted(runs_of["conv"].rglob("*"))
     with pytest.raises(ValueError, match=words):
-        report_run(str(runs_of["conv"]), output=str(tmp_path / place), say=silent)
+        report_run(Report(str(runs_of["conv"]), output=str(tmp_path / place)), say=silent)
     assert sorted(runs_of["conv"].rglob("*")) == before
 
 

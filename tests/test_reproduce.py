@@ -19,16 +19,17 @@ from ppl_vae import runs
 from ppl_vae.commands import reproduce as reproduction
 from ppl_vae.commands.cli import parse_reproduce
 from ppl_vae.commands.encode import encode_images
+from ppl_vae.commands.options import Encode
 from ppl_vae.commands.reproduce import (
     describe,
     read_rows,
+    reproduce_recipe,
     reproduction_table,
     seeds_table,
     shortened,
     validation_curve,
     write_row,
 )
-from ppl_vae.commands.reproduce import reproduce as reproduce_recipe
 from ppl_vae.runs import recipes
 from ppl_vae.runs.opening import evaluated_vae, open_run
 from ppl_vae.runs.options import Options
@@ -140,7 +141,7 @@ def test_active_latents_are_those_whose_means_vary(undisturbed, tmp_path):
     """By numpy, from the means that encode.py writes."""
     folder, row, _ = undisturbed
     given = {"num_particles": 2, "images": None, "device": "cpu", "seed": 0, "output": str(tmp_path / "z")}
-    encode_images(str(folder / "runs" / "2"), "test", **given, say=lambda line: None)
+    encode_images(Encode(str(folder / "runs" / "2"), "test", **given), say=lambda line: None)
     means = np.load(tmp_path / "z" / "encoded.npz")["mean"]
     assert row["active_units"] == int((means.var(0, ddof=1) > 0.01).sum())
 
@@ -150,7 +151,7 @@ def test_active_latents_are_counted_in_variances_of_the_prior(undisturbed, tmp_p
     run = open_run(str(undisturbed[0] / "runs" / "2"))
     vae = evaluated_vae(run)
     given = {"num_particles": 2, "images": None, "device": "cpu", "seed": 0, "output": str(tmp_path / "z")}
-    encode_images(str(run.folder), "test", **given, say=lambda line: None)
+    encode_images(Encode(str(run.folder), "test", **given), say=lambda line: None)
     means = torch.as_tensor(np.load(tmp_path / "z" / "encoded.npz")["mean"])
     scale = (means.var(0) / 0.01).sqrt() * torch.tensor([0.9, 1.1])
     monkeypatch.setattr(type(vae.prior), "forward", lambda self: pyro.distributions.Normal(0, scale).to_event(1))

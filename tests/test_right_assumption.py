@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ppl_vae import data
 from ppl_vae.evidence.dequantization import of_levels
-from ppl_vae.runs import build
+from ppl_vae.runs.build import build_likelihood
 from ppl_vae.runs.options import Options
 
 D = 16
@@ -18,7 +18,7 @@ SOURCES = ("binomial", "discretized-logistic", "beta", "laplace", "normal-per-pi
 
 
 def family(word: str):
-    return build.likelihood(Options(likelihood=word), (D,))
+    return build_likelihood(Options(likelihood=word), (D,))
 
 
 def truth(word: str) -> Tensor:

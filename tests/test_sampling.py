@@ -16,6 +16,7 @@ from torch.testing import assert_close
 
 from ppl_vae import VAE, load
 from ppl_vae.commands import sample as sampling
+from ppl_vae.commands.options import Sample
 from ppl_vae.commands.sample import sample_run
 from ppl_vae.runs import outputs
 
@@ -32,8 +33,8 @@ def sample(folder, tmp_path):
 
     def call(run_dir=folder, *, num_samples=5, seed=0, output=tmp_path / "out"):
         said = []
-        words = {"device": "cpu", "output": None if output is None else str(output), "say": said.append}
-        return sample_run(str(run_dir), num_samples=num_samples, seed=seed, **words), said
+        words = {"device": "cpu", "output": None if output is None else str(output)}
+        return sample_run(Sample(str(run_dir), num_samples=num_samples, seed=seed, **words), say=said.append), said
 
     return call
 

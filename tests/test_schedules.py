@@ -12,7 +12,7 @@ import torch
 from oracles import bernoulli_vae
 
 from ppl_vae import fit
-from ppl_vae.runs import build
+from ppl_vae.runs.fit_arguments import fit_arguments
 from ppl_vae.runs.options import Options
 from ppl_vae.training.schedules import averaging, cosine, stages, warmup
 
@@ -159,7 +159,7 @@ def test_training_takes_the_rate_of_the_schedule_at_every_step(graphs, compile, 
     fit(
         vae,
         x,
-        **build.schedule(options),
+        **fit_arguments(options),
         observe=lambda values, generator: values,
         compile=compile,
         on_epoch=records.append,
@@ -174,7 +174,7 @@ def test_training_takes_the_rate_of_the_schedule_at_every_step(graphs, compile, 
 
 
 def test_the_flat_part_of_a_cosine_is_an_option():
-    rate = build.schedule(Options(decay_start=0.6, warmup_epochs=0))["rate"]
+    rate = fit_arguments(Options(decay_start=0.6, warmup_epochs=0))["rate"]
     found = [rate(step, learning_rate=1.0, total_steps=10) for step in (0, 6, 8, 10)]
     assert found == pytest.approx([1.0, 1.0, 0.5, 0.0])
 

@@ -24,11 +24,12 @@ from safetensors.torch import load_file, save_file
 
 import ppl_vae
 from ppl_vae import data
-from ppl_vae.runs.options import PLAIN, flag
+from ppl_vae.runs.fields import format_flag
+from ppl_vae.runs.options import PLAIN
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 TRAIN, EVALUATE, FIGURES = "train_svi.py", "evaluate_log_likelihood.py", "make_figures.py"
-PLAIN_WORDS = [word for name, value in PLAIN.items() for word in (flag(name), str(value))]
+PLAIN_WORDS = [word for name, value in PLAIN.items() for word in (format_flag(name), str(value))]
 # Without a warm-up the guide of so short a run stays wide, and importance weights keep a variance.
 SMALL = [
     *PLAIN_WORDS,

@@ -20,6 +20,7 @@ from small_run import SMALL, save_bars, train_small
 
 from ppl_vae import data, importance, load, runs
 from ppl_vae.commands.evaluate import evaluate_run
+from ppl_vae.commands.options import Evaluate
 from ppl_vae.evidence import importance as evidence
 from ppl_vae.evidence.importance import evaluate, images_a_group, seeded
 from ppl_vae.runs import partial_evaluation
@@ -184,7 +185,7 @@ ASKED = {"split": "test", "num_particles": 30, "images": None, "device": "cpu", 
 
 def _evaluate(folder: Path, **asked) -> list[str]:
     said: list[str] = []
-    evaluate_run(str(folder), **{**ASKED, **asked}, say=said.append)
+    evaluate_run(Evaluate(str(folder), **{**ASKED, **asked}), say=said.append)
     return said
 
 

@@ -15,9 +15,10 @@ from small_run import SMALL, save_bars
 from torch import Tensor
 
 from ppl_vae import objectives, runs
-from ppl_vae.commands.train import train as train_run
+from ppl_vae.commands.train import train_run
 from ppl_vae.evidence.importance import NotFinite, evaluate
-from ppl_vae.runs import build
+from ppl_vae.runs.build import build_vae
+from ppl_vae.runs.fit_arguments import fit_arguments
 from ppl_vae.runs.options import Options
 from ppl_vae.training import VALIDATION_SEED, TrainingState, batches_of, fit
 from ppl_vae.vae import VAE
@@ -31,7 +32,7 @@ def images() -> Tensor:
 
 def fresh() -> VAE:
     pyro.set_rng_seed(0)
-    return build.vae(SMALL, (1, 4, 4))
+    return build_vae(SMALL, (1, 4, 4))
 
 
 def steep(model: Any, guide: Any, x: Tensor, *, beta: Any) -> Tensor:
@@ -258,7 +259,7 @@ def test_the_weights_of_an_importance_weighted_training_are_chosen_by_its_bound(
 @pytest.mark.parametrize(("objective", "expected"), [("elbo", 1), ("stl", 1), ("iwae", 3), ("dreg", 3)])
 def test_only_an_importance_weighted_objective_is_chosen_by_several_particles(objective: str, expected: int) -> None:
     options = Options(objective=objective, num_particles=3)
-    assert build.schedule(options)["validation_particles"] == expected
+    assert fit_arguments(options)["validation_particles"] == expected
 
 
 def test_a_run_of_several_particles_says_by_which_bound_its_weights_were_chosen(tmp_path: Path) -> None:

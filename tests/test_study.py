@@ -30,8 +30,8 @@ from ppl_vae.parts.likelihoods import Bernoulli
 from ppl_vae.parts.networks import MLP
 from ppl_vae.parts.posteriors import DiagonalNormal
 from ppl_vae.parts.priors import StandardNormal
-from ppl_vae.runs import build
 from ppl_vae.runs.options import PLAIN, Options
+from ppl_vae.runs.resolve import load_splits
 from ppl_vae.runtime import capture
 from ppl_vae.study import measuring, pairs, plan, run, sections, training
 from ppl_vae.study.material import components, material
@@ -347,7 +347,7 @@ def test_eigenvalues_of_another_likelihood_or_binarization_are_not_taken(
     runs.write_json(tmp_path / file, stored | {"key": stored["key"] | {name: "other"}, "eigenvalues": [1.0]})
     options = plan.base(TINY, str(bars_file))
     anew: Any = SimpleNamespace(folder=tmp_path)
-    found = sections.noise_of(anew, material(options, build.splits(options), TINY.images))
+    found = sections.noise_of(anew, material(options, load_splits(options), TINY.images))
     assert found["eigenvalues"] == pytest.approx(stored["eigenvalues"])
 
 
@@ -442,7 +442,7 @@ def test_a_nan_of_an_evaluation_is_no_failure_of_the_training(tmp_path: Path, mo
 def measured_again(study: Path, bars_file: Path) -> dict[str, Any]:
     options = plan.base(TINY, str(bars_file), beta=1.0)
     planned = plan.Planned("bars-beta-1", options)
-    of_bars = material(options, build.splits(options), TINY.images)
+    of_bars = material(options, load_splits(options), TINY.images)
     return measuring.measured(
         planned, study / "runs" / planned.name, of_bars, in_full=True, pictures=study / "pictures"
     )

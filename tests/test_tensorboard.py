@@ -13,8 +13,7 @@ import pytest
 
 from ppl_vae import runs
 from ppl_vae.commands import loggers as tensorboard
-from ppl_vae.commands.train import resume as resume_run
-from ppl_vae.commands.train import train as train_run
+from ppl_vae.commands.train import resume_run, train_run
 from ppl_vae.runs.options import Options
 from ppl_vae.runtime import ranks as distributed
 

@@ -19,7 +19,7 @@ from ppl_vae.parts.likelihoods import Bernoulli
 from ppl_vae.parts.networks import MLP
 from ppl_vae.parts.posteriors import DiagonalNormal
 from ppl_vae.parts.priors import StandardNormal
-from ppl_vae.runs import build
+from ppl_vae.runs.build import build_vae
 from ppl_vae.runs.options import PLAIN, Options
 from ppl_vae.training import TrainingState
 from ppl_vae.training.schedules import cosine, warmup
@@ -329,7 +329,7 @@ def test_a_convolutional_run_resumes_bit_for_bit_from_what_a_file_holds_of_it(ne
 
     def built(seed):
         torch.manual_seed(seed)
-        return build.vae(options, (1, 6, 5))
+        return build_vae(options, (1, 6, 5))
 
     def keep(state):
         runs.save_tensors(tmp_path / str(state.step), *state.to_tensors())

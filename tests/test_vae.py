@@ -16,7 +16,7 @@ from ppl_vae.parts.likelihoods import Bernoulli
 from ppl_vae.parts.networks import MLP
 from ppl_vae.parts.posteriors import MAX_LOG_SCALE, DiagonalNormal, bounded_log_scale
 from ppl_vae.parts.priors import StandardNormal
-from ppl_vae.runs import build
+from ppl_vae.runs.build import build_vae
 from ppl_vae.runs.options import NETWORKS, PLAIN, Options
 
 
@@ -125,7 +125,7 @@ def test_plain_pyro_svi_trains_the_same_pair():
 def test_plain_pyro_svi_moves_every_weight_of_every_network(network):
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
-    vae = build.vae(Options(**PLAIN, network=network, hidden=(6,), channels=(3, 4), latent_dim=2), (2, 8, 8))
+    vae = build_vae(Options(**PLAIN, network=network, hidden=(6,), channels=(3, 4), latent_dim=2), (2, 8, 8))
     x = (torch.rand(16, 2, 8, 8) < 0.5).float()
 
     before = {name: weights.clone() for name, weights in vae.named_parameters()}

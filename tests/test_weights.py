@@ -16,7 +16,7 @@ from torch.testing import assert_close
 from ppl_vae import log_weights
 from ppl_vae.log_weights import log_weight_terms
 from ppl_vae.objectives import Temper
-from ppl_vae.runs import build
+from ppl_vae.runs.build import build_vae
 from ppl_vae.runs.options import PLAIN, Options
 
 
@@ -256,7 +256,7 @@ def test_vectorized_particles_are_those_of_a_loop_for_every_network(network, lik
     """The same draws, decoded one particle and one image at a time, with each density written out."""
     torch.manual_seed(0)
     options = Options(**PLAIN, network=network, likelihood=likelihood, channels=(2, 3), hidden=(4,), latent_dim=2)
-    vae = build.vae(options, (3, 5, 4)).double()
+    vae = build_vae(options, (3, 5, 4)).double()
     x = images_for(vae.likelihood.family, 2)
     drawn = []
 

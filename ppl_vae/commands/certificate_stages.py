@@ -16,8 +16,8 @@ from ppl_vae.evidence.exploration import gather_log_weights
 from ppl_vae.evidence.guide_calibration import Ranks, ranks
 from ppl_vae.evidence.importance import Importance, evaluate, seeded, weighed_a_pass
 from ppl_vae.parts.posteriors import FullNormal
-from ppl_vae.runs import build
 from ppl_vae.runs.certificate_blocks import Bench, Progress, Tensors, block, even_block, in_blocks, seed_of
+from ppl_vae.runs.fit_arguments import decide_compile
 from ppl_vae.runtime.numerics import LogWeightSummary, bound_by_particles, smoothed_log_mean_exp
 from ppl_vae.vae import VAE
 
@@ -101,7 +101,7 @@ def improved(bench: Bench, stage: str, x: Tensor, *, num_particles: int, words: 
             images,
             num_particles=num_particles,
             seed=seed_of(bench.seed, f"{stage} particles", items.start),
-            compile=compiled and build.compiles(bench.compile, passes, bench.place),
+            compile=compiled and decide_compile(bench.compile, passes, bench.place),
         )._asdict()
 
     calls = _REFINING_STEPS * size
@@ -111,7 +111,7 @@ def improved(bench: Bench, stage: str, x: Tensor, *, num_particles: int, words: 
 
 def _refining_pays(bench: Bench, count: int, size: int) -> bool:
     """Whether a graph of a refining step is made: a step is no longer than a training step, and there are few."""
-    return build.compiles(bench.compile, _REFINING_STEPS * math.ceil(count / size), bench.place)
+    return decide_compile(bench.compile, _REFINING_STEPS * math.ceil(count / size), bench.place)
 
 
 def _proposal(bench: Bench, x: Tensor, progress: Progress, compiled: bool) -> proposals.Proposal:

@@ -15,16 +15,19 @@ from ppl_vae.commands import certificate_numbers as numbers
 from ppl_vae.commands import certificate_stages as stages
 from ppl_vae.commands.certificate_stages import Chain, Chained
 from ppl_vae.commands.evaluate import what_is_measured
+from ppl_vae.commands.options import Certify
 from ppl_vae.evidence.ais import start_of
 from ppl_vae.evidence.gaps import Gaps
 from ppl_vae.evidence.typicality import guarded
 from ppl_vae.reports.certificate_figures import certificate_figures
 from ppl_vae.reports.certificate_table import certificate_table, check_output, read_certificates, write_certificate
 from ppl_vae.reports.certificate_words import describe_certificate
-from ppl_vae.runs import build
+from ppl_vae.runs.build import build_likelihood
 from ppl_vae.runs.certificate_blocks import Bench, Finished
+from ppl_vae.runs.fit_arguments import decide_compile, find_device
 from ppl_vae.runs.opening import Run, Say, check_density, evaluated_vae, open_run
 from ppl_vae.runs.outputs import write_figure
+from ppl_vae.runs.resolve import data_options
 from ppl_vae.runtime.interruption import stop_on_signals
 
 _CONVERGING = 25  # images
@@ -48,30 +51,7 @@ def partial_file(split: str) -> str:
     return f"{key_of(split)}.partial.safetensors"
 
 
-def certify_run(
-    run_dir: str,
-    *,
-    split: str,
-    images: int,
-    simulated: int,
-    temperatures: int,
-    leapfrogs: int,
-    chains: int,
-    start: str,
-    num_particles: int,
-    gap_images: int,
-    simulations: int,
-    draws: int,
-    device: str,
-    seed: int,
-    say: Say,
-    against: str | None = None,
-    against_data_dir: str | None = None,
-    compile: str = "auto",
-    dataset: str | None = None,
-    data_dir: str | None = None,
-    output: str | None = None,
-) -> dict[str, Any]:
+def certify_run(options: Certify, *, say: Say) -> dict[str, Any]:
     """Bounds log p(x) of a split, says how far they can be trusted, and where log p(x) - ELBO is lost.
 
     Writes evaluation.json's "certificate-SPLIT", certificate-SPLIT.safetensors (the numbers of each image) and
@@ -81,22 +61,8 @@ def certify_run(
     not asked for this time is not in the entry, but stays in the file.
 
     Args:
-        run_dir: the run's folder.
-        split: whose images.
-        images: a fixed random subset of that many.
-        simulated: images of the model's own, for the bound from above; 0 leaves that out.
-        temperatures, leapfrogs, chains, start: of annealed importance sampling.
-        num_particles: S of importance sampling.
-        gap_images: of train and of validation, whose gap is split in two; 0 leaves that out.
-        simulations, draws: of the guide's calibration; 0 simulations leave that out.
-        device: where it is computed.
-        seed: of every draw.
-        say: takes each line for the reader.
-        against: another data set, by its name or path, whose test images are scored beside the run's; or None.
-        against_data_dir: where the folder of named data sets is for it.
-        compile: "auto", "on" or "off".
-        dataset, data_dir: where the run's data is now, should it have moved.
-        output: a JSON file of certificates, to which this one is added under the name of the run's folder; or None.
+        options: The command's options.
+        say: Takes each line for the reader.
 
     Returns:
         The entry, as evaluation.json holds it.
@@ -107,53 +73,71 @@ def certify_run(
             dequantized levels, other data than it was trained on, or another data set that does not fit; before the
             work.
     """
-    run = open_run(run_dir, dataset=dataset, data_dir=data_dir)
+    gap_images = options.gap_images
+    run = open_run(options.run_dir, dataset=options.dataset, data_dir=options.data_dir)
     with runs.locked(run.folder), stop_on_signals() as should_stop:
         check_density(run, "log-likelihood")
         _check_exact(run)
-        place = build.device(device)
+        place = find_device(options.device)
         runs.read_evaluations(run.folder)  # a damaged file is found before the work, not after it
         runs.check_writable(run.folder)
-        if output is not None:
-            check_output(output)
-        _check_places(run.folder, split)
-        if against_data_dir is not None and against is None:
+        if options.output is not None:
+            check_output(options.output)
+        _check_places(run.folder, options.split)
+        if options.against_data_dir is not None and options.against is None:
             raise ValueError("--against-data-dir: expected --against beside it, which it is of, got none")
-        other = None if against is None else _other_images(run, against, against_data_dir, images, seed)
-        index, x = _images_of(run, split, images, seed, say)
+        other = (
+            None
+            if options.against is None
+            else _other_images(run, options.against, options.against_data_dir, options.images, options.seed)
+        )
+        index, x = _images_of(run, options.split, options.images, options.seed, say)
         vae = evaluated_vae(run).to(place)
-        chain = Chain(temperatures, leapfrogs, chains, start_of(vae, start))
-        if chain.start != start:
+        chain = Chain(options.temperatures, options.leapfrogs, options.chains, start_of(vae, options.start))
+        if chain.start != options.start:
             say(
-                f"--start {start}: its density is slow at any z but its own draws; chains begin with a normal that has "
-                "its moments."
+                f"--start {options.start}: the guide's density is slow to compute except at its own samples. The chains "
+                "start from a normal with its moments instead."
             )
-        asked = {"split": split, "num_images": len(x), **chain._asdict(), "num_particles": num_particles, "seed": seed}
+        asked = {
+            "split": options.split,
+            "num_images": len(x),
+            **chain._asdict(),
+            "num_particles": options.num_particles,
+            "seed": options.seed,
+        }
         asked["step"] = runs.load_step(run.folder / runs.MODEL)
-        compiles = build.compiles(compile, temperatures * leapfrogs * math.ceil(len(x) / stages.CHAINED_A_BLOCK), place)
+        compiles = decide_compile(
+            options.compile,
+            options.temperatures * options.leapfrogs * math.ceil(len(x) / stages.CHAINED_A_BLOCK),
+            place,
+        )
         if gap_images and run.options.upper_latents:
             say("A guide of several layers has no features of an image's own to refine: the gap is not split in two.")
             gap_images = 0
-        parts = Parts(simulated, gap_images, simulations, draws)
+        parts = Parts(options.simulated, gap_images, options.simulations, options.draws)
         of_all = {
             "weights": data.compute_sha256(run.folder / runs.MODEL),
             "data": run.splits.sha256,
-            "seed": seed,
-            "device": device,
-            "compile": [compile, compiles],
+            "seed": options.seed,
+            "device": options.device,
+            "compile": [options.compile, compiles],
             "blocks": stages.BLOCKS,
             "method": _METHOD,
         }
         decided_by = {
-            stage: of_all | own for stage, own in _stages(run, split, len(x), chain, num_particles, parts, other)
+            stage: of_all | own
+            for stage, own in _stages(run, options.split, len(x), chain, options.num_particles, parts, other)
         }
-        finished = Finished(run.folder / partial_file(split), run.folder / per_image(split), decided_by, of_all, say)
-        bench = Bench(vae, place, seed, finished, compile, compiles, say, should_stop)
-        found = _measure(bench, run, index, x.to(place), chain, num_particles, parts, other)
+        finished = Finished(
+            run.folder / partial_file(options.split), run.folder / per_image(options.split), decided_by, of_all, say
+        )
+        bench = Bench(vae, place, options.seed, finished, options.compile, compiles, say, should_stop)
+        found = _measure(bench, run, index, x.to(place), chain, options.num_particles, parts, other)
         entry = {
             **what_is_measured(run),
             **asked,
-            **numbers.numbers_of(found, num_particles),
+            **numbers.numbers_of(found, options.num_particles),
             "stage_seconds": finished.seconds,
             "seconds": sum(finished.seconds.values()),
         }
@@ -162,10 +146,10 @@ def certify_run(
         finished.save({"index": index})
         _write(run, entry, found, x, say)
         finished.remove_blocks()
-        if output is not None:
-            write_certificate(output, run.folder.name, entry, device)
-            say(f"{output} has its row:")
-            say(certificate_table(read_certificates(output)))
+        if options.output is not None:
+            write_certificate(options.output, run.folder.name, entry, options.device)
+            say(f"{options.output} has its row:")
+            say(certificate_table(read_certificates(options.output)))
         return entry
 
 
@@ -234,7 +218,7 @@ def _other_images(run: Run, dataset: str, data_dir: str | None, images: int, see
         ValueError: it cannot be read, has images of another shape, or pixels that the run's likelihood is not of.
     """
     named = dataset in data.DATASETS
-    of_images = {} if named or data.is_array_file(Path(dataset)) else build.data_options(run.options)
+    of_images = {} if named or data.is_array_file(Path(dataset)) else data_options(run.options)
     of_images = {name: of_images[name] for name in ("image_size", "fit", "color") if name in of_images}
     try:
         download = data_dir is not None or run.options.data_dir is None  # never into a folder that a config names
@@ -248,7 +232,7 @@ def _other_images(run: Run, dataset: str, data_dir: str | None, images: int, see
         x = data.evaluation_images(splits, "test", run.evaluated_pixels, seed=seed)
     except ValueError as error:
         raise ValueError(f"--against {dataset}: {error}") from None
-    family = build.likelihood(run.options, run.splits.event_shape)
+    family = build_likelihood(run.options, run.splits.event_shape)
     if not family.support.check(x).all():
         raise ValueError(
             f"--against {dataset}: expected pixels that are {family.support_words}, got {splits.kind} from "

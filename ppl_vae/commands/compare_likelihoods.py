@@ -12,19 +12,21 @@ import torch
 
 from ppl_vae import data, runs
 from ppl_vae.commands.evaluate import PerImage, is_evaluated, read_per_image
+from ppl_vae.commands.options import CompareLikelihoods
 from ppl_vae.commands.pixel_calibration import calibrate_run, describe_calibration
-from ppl_vae.commands.train import QUICK_EVALUATION_SEED, resume, train
+from ppl_vae.commands.train import QUICK_EVALUATION_SEED, resume_run, train_run
 from ppl_vae.evidence.importance import NotFinite
 from ppl_vae.evidence.paired import CONFIDENCE, INDISTINCT, SEED_NATS, bound_difference
 from ppl_vae.reports.evaluation_words import plus_minus
 from ppl_vae.reports.likelihood_figures import write_likelihood_figures
-from ppl_vae.runs import build
 from ppl_vae.runs.asked_run import check_comparable, check_same
+from ppl_vae.runs.build import build_likelihood, build_vae
 from ppl_vae.runs.opening import Run, Say, open_run
 from ppl_vae.runs.options import LIKELIHOODS, Options
 from ppl_vae.runtime.progress import progress_bar
+from ppl_vae.runs.resolve import check_support, describe_scale, load_splits, resolve
 
-# What the likelihoods that fit the data are compared by, where none are named, in the words of ``build.scale``.
+# What the likelihoods that fit the data are compared by, where none are named, in the words of ``describe_scale``.
 _SCALES = {
     data.BINARY: "mass of binary pixels",
     data.LEVELS: "mass of 8-bit levels",
@@ -34,6 +36,17 @@ _SCALES = {
 }
 
 EXACT = "exact"  # the kind of a density of dequantized levels, whose masses are exact; else it is the measure
+
+
+def run(options: CompareLikelihoods, *, say: Say) -> None:
+    """The command: trains and evaluates the runs of the table, and prints it."""
+    compare_likelihoods(
+        options.likelihoods,
+        options.make_run_options(),
+        run_dir=options.run_dir or f"runs/likelihoods-{Path(options.dataset).stem}",
+        output=options.output,
+        say=say,
+    )
 
 
 def compare_likelihoods(
@@ -63,7 +76,7 @@ def compare_likelihoods(
             or a folder that holds a run with other options; all of that before any training, and nothing is written.
     """
     check_comparable(options)
-    splits = build.splits(options)
+    splits = load_splits(options)
     words = fitting_likelihoods(options, splits) if likelihoods is None else list(likelihoods)
     parent, scale = Path(run_dir), _check(words, options, splits, Path(run_dir), output)
     say(f"{len(words)} likelihoods, compared by the {scale}: {', '.join(words)}")
@@ -113,7 +126,7 @@ def fitting_likelihoods(options: Options, splits: data.Splits) -> list[str]:
     def fits(word: str) -> bool:
         if (
             splits.kind == data.BINARY
-            and build.likelihood(replace(options, likelihood=word), splits.event_shape).data_kind != data.BINARY
+            and build_likelihood(replace(options, likelihood=word), splits.event_shape).data_kind != data.BINARY
         ):
             return False
         try:
@@ -126,9 +139,9 @@ def fitting_likelihoods(options: Options, splits: data.Splits) -> list[str]:
 
 def _scale_of(asked: Options, splits: data.Splits) -> str:
     """The scale of a likelihood's numbers on this data. Raises ValueError where it cannot be trained on it."""
-    resolved = build.resolve(asked, splits)
-    build.check_support(resolved, splits)
-    return build.scale(resolved, splits)
+    resolved = resolve(asked, splits)
+    check_support(resolved, splits)
+    return describe_scale(resolved, splits)
 
 
 def _check(words: Sequence[str], options: Options, splits: data.Splits, parent: Path, output: str | None) -> str:
@@ -155,7 +168,7 @@ def _check(words: Sequence[str], options: Options, splits: data.Splits, parent: 
     for word in words:
         asked = replace(options, likelihood=word)
         with torch.device("meta"):
-            build.vae(asked, splits.event_shape)
+            build_vae(asked, splits.event_shape)
         if (parent / word / runs.CONFIG).exists():
             check_same(parent / word, asked, splits)
             _check_evaluation(parent / word, asked, splits)
@@ -172,7 +185,7 @@ def _check_evaluation(folder: Path, asked: Options, splits: data.Splits) -> None
     """An evaluation that took the place of the training's own may be of other images or draws, and not comparable."""
     if not _is_finished(folder):
         return
-    run = Run(folder, build.resolve(asked, splits), splits)
+    run = Run(folder, resolve(asked, splits), splits)
     entry = runs.read_evaluations(folder)["test"]
     expected = {
         "scale": run.scale,
@@ -209,9 +222,9 @@ def _is_finished(folder: Path) -> bool:
 def _train(folder: Path, options: Options, like: Run | None, say: Say) -> None:
     """A run that is new, or goes on from where it stands."""
     if (folder / runs.CONFIG).exists():
-        resume(str(folder), epochs=None, say=say, data_dir=options.data_dir, like=like)
+        resume_run(str(folder), epochs=None, say=say, data_dir=options.data_dir, like=like)
     else:
-        train(options, str(folder), say=say)
+        train_run(options, str(folder), say=say)
 
 
 def _per_image(run: Run) -> PerImage:
@@ -225,7 +238,7 @@ def row(run: Run) -> dict[str, Any]:
     """A trained run's line of the table, from its files."""
     entry, metrics = runs.read_evaluations(run.folder)["test"], runs.read_metrics(run.folder)
     with torch.device("meta"):  # shapes without numbers
-        weights = build.vae(run.options, run.splits.event_shape).parameters()
+        weights = build_vae(run.options, run.splits.event_shape).parameters()
     elbo = "validation_elbo_nats_per_image"
     conditions = ("split", "binarization", "scale", "num_images", "num_particles")
     numbers = ("bits_per_dim", "log_likelihood", "elbo", "reconstruction", "kl", "rise", "floor")

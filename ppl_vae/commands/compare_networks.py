@@ -14,14 +14,33 @@ import torch
 
 from ppl_vae import data, runs
 from ppl_vae.commands.evaluate import is_evaluated
-from ppl_vae.commands.train import resume, train
-from ppl_vae.runs import build
+from ppl_vae.commands.options import CompareNetworks
+from ppl_vae.commands.train import resume_run, train_run
 from ppl_vae.runs.asked_run import check_comparable, check_same
+from ppl_vae.runs.build import build_vae
+from ppl_vae.runs.fit_arguments import build_objective, find_device
 from ppl_vae.runs.opening import Say
 from ppl_vae.runs.options import Options
+from ppl_vae.runs.resolve import check_support, choose_pixels, load_splits, resolve
 from ppl_vae.training import fit
 
 _CALIBRATION_STEPS = 40
+
+
+def run(options: CompareNetworks, *, say: Say) -> None:
+    """The command: trains and evaluates the runs of the table, and prints it."""
+    run_dir = options.run_dir or f"runs/networks-{Path(options.dataset).stem}"
+    compare_networks(
+        options.networks,
+        options.make_run_options(),
+        minutes=options.minutes,
+        run_dir=run_dir,
+        output=options.output,
+        say=say,
+    )
+    if len(options.networks) > 1:
+        folders = " ".join(f"{run_dir}/{network}" for network in options.networks)
+        say(f"Paired differences: python scripts/compare_runs.py {folders}")
 
 
 def compare_networks(
@@ -46,17 +65,17 @@ def compare_networks(
         ValueError: as ``train``, an autoencoder, or a folder that holds a run with other options.
     """
     check_comparable(options)
-    splits = build.splits(options)
+    splits = load_splits(options)
     for network in networks:  # what cannot be built is found before hours of training
         with torch.device("meta"):
-            build.vae(replace(options, network=network), splits.event_shape)
+            build_vae(replace(options, network=network), splits.event_shape)
     rows = []
     for network in networks:
         asked = replace(options, network=network)
         folder = Path(run_dir) / network
         if (folder / runs.CONFIG).exists():
             check_same(folder, asked, splits, free=frozenset({"epochs", "warmup_epochs"}))
-            resume(str(folder), epochs=None, say=say)
+            resume_run(str(folder), epochs=None, say=say)
         else:
             seconds = seconds_an_epoch(asked)
             epochs = max(1, math.floor(60 * minutes / seconds))
@@ -64,7 +83,7 @@ def compare_networks(
                 seconds = seconds_an_epoch(replace(asked, compile="on"))
                 epochs = max(1, math.floor(60 * minutes / seconds))
             say(f"{network}: an epoch takes about {seconds:.2g} s, so {minutes:g} minutes are {epochs} of them.")
-            train(replace(asked, epochs=epochs), str(folder), say=say)
+            train_run(replace(asked, epochs=epochs), str(folder), say=say)
         rows.append(row(folder, network))
     if output is not None:
         table = {"dataset": options.dataset, "minutes": minutes, "rows": rows}
@@ -75,31 +94,31 @@ def compare_networks(
 
 
 def _compiles(options: Options) -> bool:
-    return build.resolve(options, build.splits(options)).compile == "on"
+    return resolve(options, load_splits(options)).compile == "on"
 
 
 def seconds_an_epoch(options: Options) -> float:
     """What an epoch of training and validation takes here, from a few steps of a throw-away VAE; compiled if "on"."""
     compile = options.compile == "on"
-    splits = build.splits(options)
-    options = build.resolve(options, splits)
-    build.check_support(options, splits)
-    stored, observe = data.training_images(splits, build.pixels(options, splits))
+    splits = load_splits(options)
+    options = resolve(options, splits)
+    check_support(options, splits)
+    stored, observe = data.training_images(splits, choose_pixels(options, splits))
     some = stored[: _CALIBRATION_STEPS * options.batch_size]
     share = len(some) / len(stored)
     validation = None
     if len(splits.validation):
-        validation = data.evaluation_images(splits, "validation", build.pixels(options, splits))
+        validation = data.evaluation_images(splits, "validation", choose_pixels(options, splits))
         validation = validation[: max(1, round(share * len(validation)))]
     with torch.random.fork_rng(devices=[]):
-        vae = build.vae(options, splits.event_shape).to(build.device(options.device))
+        vae = build_vae(options, splits.event_shape).to(find_device(options.device))
         ended: list[float] = []
         fit(
             vae,
             some,
             validation,
             epochs=3,  # the first runs with Pyro's validation on, and warms up
-            objective=build.objective(options),
+            objective=build_objective(options),
             observe=observe,
             batch_size=options.batch_size,
             learning_rate=1e-12,

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from ppl_vae import data, runs
 from ppl_vae.commands.evaluate import bits_per_dim, read_per_image, with_a_bar
+from ppl_vae.commands.options import CompareRuns
 from ppl_vae.evidence.importance import Estimate, Importance, pass_of_group, seeded
 from ppl_vae.evidence.paired import CONFIDENCE, INDISTINCT, SEED_NATS, BoundDifference, bound_difference
 from ppl_vae.reports import figures as plots
 from ppl_vae.reports.evaluation_words import plus_minus
-from ppl_vae.runs import build
+from ppl_vae.runs.fit_arguments import find_device
 from ppl_vae.runs.opening import Run, Say, check_density, describe_unused_draws, evaluated_vae, open_run
 from ppl_vae.runs.outputs import output_folder, removed_if_empty, write_figure
 from ppl_vae.vae import VAE
@@ -48,21 +49,7 @@ class Asked(NamedTuple):
     seed: int
 
 
-def compare_runs(
-    run_dirs: Sequence[str],
-    *,
-    split: str,
-    num_particles: int,
-    images: int | None,
-    device: str,
-    seed: int,
-    output: str | None,
-    say: Say,
-    compile: str = "auto",
-    dequantization_draws: int | None = None,
-    dataset: str | None = None,
-    data_dir: str | None = None,
-) -> dict[str, Any]:
+def compare_runs(options: CompareRuns, *, say: Say) -> dict[str, Any]:
     """mean_n [L_S(x_n; run) - L_S(x_n; first run)] of each further run, with its error, on the same n images.
 
     Images, their binarization and the seed of the importance samples are one for all runs. What the runs have stored is
@@ -71,13 +58,8 @@ def compare_runs(
     intervals, Bonferroni-corrected, and a rule for when a difference of bounds may be read as one of log p(x).
 
     Args:
-        run_dirs: at least two run folders; each is compared with the first.
-        split: of the data.
-        num_particles: S.
-        images: a fixed random subset of that many, or None for all.
-        dequantization_draws: without effect, as a line says: masses of levels are exact.
-        output: the folder of the result, new or empty; None makes one under runs/, by the time.
-        dataset, data_dir: where the data is now, should it have moved.
+        options: The command's options.
+        say: Takes each line for the reader.
 
     Returns:
         What comparison.json holds.
@@ -86,24 +68,29 @@ def compare_runs(
         ValueError: fewer than two runs or images, a run twice, an autoencoder, or runs whose numbers are not on one
             scale: other data, protocol, binarization, images or measure. All of that is found before any evaluation.
     """
-    _check_asked(run_dirs, images)
-    opened = _opened(run_dirs, dataset, data_dir)
+    _check_asked(options.run_dirs, options.images)
+    opened = _opened(options.run_dirs, options.dataset, options.data_dir)
     for run in opened:
         check_density(run, "bound on log p(x) to compare")
-    _check_one_scale(opened, split)
-    asked = Asked(split, *_same_images(opened, split, images, seed), num_particles, seed)
+    _check_one_scale(opened, options.split)
+    asked = Asked(
+        options.split,
+        *_same_images(opened, options.split, options.images, options.seed),
+        options.num_particles,
+        options.seed,
+    )
     entrants = [
         Entrant(name, run, evaluated_vae(run), runs.load_step(run.folder / runs.MODEL))
         for name, run in zip(_names(opened), opened, strict=True)
     ]
-    unused = [line for run in opened for line in describe_unused_draws(run, dequantization_draws)]
+    unused = [line for run in opened for line in describe_unused_draws(run, options.dequantization_draws)]
     for line in dict.fromkeys(unused):
         say(line)
-    stored, place = _stored(entrants, asked), build.device(device)
-    folder = _output_folder(output, opened[0].splits.name)
+    stored, place = _stored(entrants, asked), find_device(options.device)
+    folder = _output_folder(options.output, opened[0].splits.name)
     with removed_if_empty(folder):
         started = time.monotonic()
-        results = stored or [_evaluated(entrant, asked, place, compile, say) for entrant in entrants]
+        results = stored or [_evaluated(entrant, asked, place, options.compile, say) for entrant in entrants]
         _check_finite(entrants, results)
         entry = _entry(entrants, results, asked, stored=stored is not None) | {"seconds": time.monotonic() - started}
         _write(folder, entry, asked.places, {e.name: r.log_evidence for e, r in zip(entrants, results, strict=True)})

@@ -13,13 +13,16 @@ from torch import Tensor
 from ppl_vae import data, runs
 from ppl_vae.commands.diagnosis_numbers import importance_numbers, measure, measure_if_possible, noise_numbers
 from ppl_vae.commands.evaluate import read_per_image, what_is_measured
+from ppl_vae.commands.options import Diagnose
 from ppl_vae.diagnostics.verdicts import Verdict, verdicts
 from ppl_vae.evidence.importance import seeded
 from ppl_vae.reports.diagnosis_command import command_line
 from ppl_vae.reports.diagnosis_figures import diagnosis_figures, names_drawn
 from ppl_vae.reports.diagnosis_words import describe_numbers, describe_verdicts
 from ppl_vae.reports.evaluation_words import scale_in_words
-from ppl_vae.runs import build
+from ppl_vae.runs.build import build_likelihood
+from ppl_vae.runs.fit_arguments import find_device
+from ppl_vae.runs.load import load
 from ppl_vae.runs.opening import Run, Say, open_run
 from ppl_vae.runs.outputs import write_figure
 
@@ -38,30 +41,15 @@ _PARTICLES = "particles.png"  # a figure of the run's test images
 _FEWEST_PARTICLES = 200
 
 
-def diagnose_run(
-    run_dir: str,
-    *,
-    split: str | None = None,
-    images: int | None = 2000,
-    device: str = "cpu",
-    seed: int = 0,
-    say: Say,
-    dataset: str | None = None,
-    data_dir: str | None = None,
-) -> dict[str, Any]:
+def diagnose_run(options: Diagnose, *, say: Say) -> dict[str, Any]:
     """Measures a run, says what stands out and what would change it: diagnosis.json, and figures/diagnosis-*.png.
 
     Of dequantized levels the numbers are of the density of (level + u) / 256, with one draw of u. What it recommends is
     chosen by the images that it measures, so they are not those that results are reported on.
 
     Args:
-        run_dir: the run's folder.
-        split: whose images; by default ``split_diagnosed``'s.
-        images: a fixed random subset of that many; None takes all.
-        device: where it is computed.
-        seed: of every draw.
-        say: takes each line for the reader.
-        dataset, data_dir: where the run's data is now, should it have moved.
+        options: The command's options.
+        say: Takes each line for the reader.
 
     Returns:
         What diagnosis.json holds.
@@ -70,28 +58,29 @@ def diagnose_run(
         ValueError: no run, a damaged or a read-only one, one that another process writes to, other data than it was
             trained on, or fewer than 4 images; nothing is written.
     """
-    run = open_run(run_dir, dataset=dataset, data_dir=data_dir)
+    split = options.split
+    run = open_run(options.run_dir, dataset=options.dataset, data_dir=options.data_dir)
     with runs.locked(run.folder):
         step = runs.load_step(run.folder / runs.MODEL)
-        place = build.device(device)
+        place = find_device(options.device)
         split = split_diagnosed(run) if split is None else split
-        x, gray = _images(run, split, images, seed)
+        x, gray = _images(run, split, options.images, options.seed)
         left_out: dict[str, str] = {}
         numbers = measure(
-            build.load(run.folder).to(place),
+            load(run.folder).to(place),
             x.to(place),
             gray=None if gray is None else gray.to(place),
             noise=measure_if_possible(left_out, "noise", lambda: noise_of(run)),
             trained_with=trained_with(run),
             importance=_stored_importance(run, split),
-            seed=seed,
+            seed=options.seed,
         )
         numbers["left_out"] |= left_out
         figures = names_drawn(run, numbers)
         entry = {
             "step": step,
             "split": split,
-            "seed": seed,
+            "seed": options.seed,
             **what_is_measured(run),
             "scale": run.trained_scale,
             "numbers": numbers,
@@ -151,7 +140,7 @@ def noise_of(run: Run) -> dict[str, Any] | None:
     stored, observe = data.training_images(run.splits, run.pixels)
     index = data.subset(len(stored), _NOISE_PIXELS // D)
     x = observe(stored[index], torch.Generator().manual_seed(_NOISE_SEED))
-    return noise_numbers(build.likelihood(run.options, run.splits.event_shape), x)
+    return noise_numbers(build_likelihood(run.options, run.splits.event_shape), x)
 
 
 def _images(run: Run, split: str, images: int | None, seed: int) -> tuple[Tensor, Tensor | None]:

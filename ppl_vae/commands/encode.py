@@ -11,15 +11,18 @@ from torch import Tensor
 
 from ppl_vae import runs
 from ppl_vae.commands.evaluate import what_is_measured, with_a_bar
+from ppl_vae.commands.options import Encode
 from ppl_vae.data import dequantize_uniformly
 from ppl_vae.data.registry import SPLITS
 from ppl_vae.evidence.exploration import Codes, encode
 from ppl_vae.evidence.importance import Estimate, Importance, reconstruction, seeded
 from ppl_vae.reports.evaluation_words import NOT_A_LOG_LIKELIHOOD, plus_minus, scale_in_words
 from ppl_vae.reports.run_figures import latents_figure, use_of_latents
-from ppl_vae.runs import build
+from ppl_vae.runs.build import is_autoencoder
 from ppl_vae.runs.exported import open_with_or_without
+from ppl_vae.runs.fit_arguments import find_device
 from ppl_vae.runs.images import Images, images_of
+from ppl_vae.runs.load import load
 from ppl_vae.runs.opening import Run, Say, evaluated_vae, open_run
 from ppl_vae.runs.outputs import drop_record, output_folder, removed_if_empty, write_arrays, write_figure
 from ppl_vae.runtime.progress import progress_bar
@@ -28,19 +31,7 @@ from ppl_vae.vae import VAE
 _NUM_LOWEST = 5
 
 
-def encode_images(
-    run_dir: str,
-    images_path: str,
-    *,
-    num_particles: int,
-    images: int | None,
-    seed: int,
-    device: str,
-    output: str | None,
-    say: Say,
-    dataset: str | None = None,
-    data_dir: str | None = None,
-) -> Path:
+def encode_images(options: Encode, *, say: Say) -> Path:
     """Latents and log p(x) of images: encoded.npz, encoded.json and latents.png; the lowest log p(x) by name.
 
     encoded.npz holds, image by image, ``mean`` and ``scale`` of q(z | x) (n, L), ``log_likelihood`` (the bound L_S),
@@ -53,16 +44,8 @@ def encode_images(
     number of an image. Of dequantized levels both are of the same (x + u) / 256.
 
     Args:
-        run_dir: the run's folder.
-        images_path: a file or folder of images, or "test", "validation" or "train": that split of the run's data.
-        num_particles: S.
-        images: a fixed random subset of that many images; None takes all.
-        seed: of the importance samples, and of the binarization of images from a file.
-        device: where it is computed.
-        output: a new or empty folder; by default encodings/NAME in the run's folder, whose results of before are
-            replaced, which is said.
-        say: takes each line for the reader.
-        dataset, data_dir: where the run's data is now, should it have moved.
+        options: The command's options.
+        say: Takes each line for the reader.
 
     Returns:
         The folder that was written.
@@ -71,26 +54,26 @@ def encode_images(
         ValueError: no run, a damaged one, other data than it was trained on, images that do not fit it or have missing
             pixels, or a folder that holds something.
     """
-    opened = open_run if images_path in SPLITS else open_with_or_without
-    run = opened(run_dir, dataset=dataset, data_dir=data_dir, say=say)
-    place = build.device(device)
+    opened = open_run if options.images_path in SPLITS else open_with_or_without
+    run = opened(options.run_dir, dataset=options.dataset, data_dir=options.data_dir, say=say)
+    place = find_device(options.device)
     vae = evaluated_vae(run)
-    given = images_of(run, images_path, most=images, seed=seed)
+    given = images_of(run, options.images_path, most=options.images, seed=options.seed)
     _check_whole(given)
-    folder = output_folder(output, run.folder / "encodings" / _folder_name(images_path))
+    folder = output_folder(options.output, run.folder / "encodings" / _folder_name(options.images_path))
     result: Importance | Tensor
     with removed_if_empty(folder):
-        if build.is_autoencoder(run.options):
-            codes, result = _reconstructed(run, given, seed, place)
+        if is_autoencoder(run.options):
+            codes, result = _reconstructed(run, given, options.seed, place)
         else:
-            codes, result = _measured(vae.to(place), given, num_particles, seed, place, say)
-    summary = _summary(run, given, result, num_particles) | {
+            codes, result = _measured(vae.to(place), given, options.num_particles, options.seed, place, say)
+    summary = _summary(run, given, result, options.num_particles) | {
         "binarization": run.binarization,
-        "seed": seed,
+        "seed": options.seed,
         "step": runs.load_step(run.folder / runs.MODEL),
         "notes": list(given.notes),
     }
-    with seeded(seed, torch.device("cpu")), torch.no_grad():
+    with seeded(options.seed, torch.device("cpu")), torch.no_grad():
         use = use_of_latents(vae.cpu(), given.x, codes)
         figure = latents_figure(
             codes, use, vae.prior(), what="image", classes=given.labels, class_names=run.splits.class_names
@@ -129,7 +112,7 @@ def _measured(
 
 def _reconstructed(run: Run, given: Images, seed: int, place: torch.device) -> tuple[Codes, Tensor]:
     """An autoencoder's codes, and log p(x | z(x)) of each image (n,) nats, on the CPU; x as its training saw images."""
-    vae, x = build.load(run.folder).to(place), given.x.to(place)
+    vae, x = load(run.folder).to(place), given.x.to(place)
     with seeded(seed, place):
         x = dequantize_uniformly(x) if run.pixels == "dequantized" else x
     codes = encode(vae, x)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ppl_vae import data, runs
+from ppl_vae.commands.options import Evaluate
 from ppl_vae.evidence.dequantization import of_levels
 from ppl_vae.evidence.importance import (
     Estimate,
@@ -27,7 +28,9 @@ from ppl_vae.evidence.importance import (
     weighed_a_pass,
 )
 from ppl_vae.reports.evaluation_words import describe_evaluation, has_no_density
-from ppl_vae.runs import build
+from ppl_vae.runs.build import build_likelihood
+from ppl_vae.runs.fit_arguments import decide_compile, find_device, matmul_precision
+from ppl_vae.runs.load import load
 from ppl_vae.runs.opening import Run, Say, check_density, describe_unused_draws, evaluated_vae, open_run
 from ppl_vae.runs.partial_evaluation import PartialEvaluation, partial_path
 from ppl_vae.runtime import ranks as distributed
@@ -102,20 +105,7 @@ def read_per_image(folder: Path, split: str) -> PerImage | None:
     return stored if told == found and stored.step == runs.load_step(folder / runs.MODEL) else None
 
 
-def evaluate_run(
-    run_dir: str,
-    *,
-    split: str,
-    num_particles: int,
-    images: int | None,
-    device: str,
-    seed: int,
-    say: Say,
-    compile: str = "auto",
-    dequantization_draws: int | None = None,
-    dataset: str | None = None,
-    data_dir: str | None = None,
-) -> dict[str, Any]:
+def evaluate_run(options: Evaluate, *, say: Say) -> dict[str, Any]:
     """Estimates log p(x) of a split, writes it into evaluation.json under the split's name, and says it.
 
     Of a density of 8-bit levels it is log P(levels), by exact masses: ``dequantization_draws`` has no effect, as a line
@@ -131,21 +121,21 @@ def evaluate_run(
             trained on.
         Interrupted: Ctrl-C or SIGTERM; what is done is kept.
     """
-    build.device(device)
-    with joined(device), ExitStack() as held:
-        run = writer_first(lambda: open_run(run_dir, dataset=dataset, data_dir=data_dir))
+    find_device(options.device)
+    with joined(options.device), ExitStack() as held:
+        run = writer_first(lambda: open_run(options.run_dir, dataset=options.dataset, data_dir=options.data_dir))
         check_density(run, "log-likelihood")
         with ending_together():
             held.enter_context(runs.locked(run.folder))
         return write_evaluation(
             run,
-            split=split,
-            num_particles=num_particles,
-            images=images,
-            device=device,
-            seed=seed,
-            compile=compile,
-            dequantization_draws=dequantization_draws,
+            split=options.split,
+            num_particles=options.num_particles,
+            images=options.images,
+            device=options.device,
+            seed=options.seed,
+            compile=options.compile,
+            dequantization_draws=options.dequantization_draws,
             say=of_writer(say),
         )
 
@@ -167,7 +157,7 @@ def write_evaluation(
     runs.read_evaluations(folder)  # a damaged file is found before the work, not after it
     runs.check_writable(folder)
     step = runs.load_step(folder / runs.MODEL)
-    place = build.device(device)
+    place = find_device(device)
     for line in describe_unused_draws(run, dequantization_draws):
         say(line)
     vae = evaluated_vae(run).to(place)
@@ -249,13 +239,13 @@ def write_reconstructions(
     Raises:
         ValueError: as ``evaluate_run``.
     """
-    folder, place = run.folder, build.device(device)
+    folder, place = run.folder, find_device(device)
     runs.read_evaluations(folder)
     runs.check_writable(folder)
-    vae = build.load(folder).to(place)
+    vae = load(folder).to(place)
     index, x = _images_of_split(run, split, run.pixels, images, seed, say)
     started = time.monotonic()
-    with _bar(len(x), f"log p(x | z), {split}") as bar, build.products_in("float32"), stop_on_signals() as should_stop:
+    with _bar(len(x), f"log p(x | z), {split}") as bar, matmul_precision("float32"), stop_on_signals() as should_stop:
         try:
             log_p_x_given_z = reconstruction(
                 vae, x.to(place), seed=seed, progress=bar.update, should_stop=should_stop, say=say
@@ -346,9 +336,9 @@ def with_a_bar(
     """
     # By all passes, of all ranks and of before: what is computed may not depend on who computes it and when.
     passes = math.ceil(len(x) * num_particles / weighed_a_pass(vae, x))
-    compiled = build.compiles(compile, passes, x.device)
+    compiled = decide_compile(compile, passes, x.device)
     before = sum(len(rows) for rows in (done or {}).values())
-    with _bar(len(x), words, before) as bar, build.products_in("float32"):
+    with _bar(len(x), words, before) as bar, matmul_precision("float32"):
 
         def told(seconds: float) -> None:
             bar.show_bar()
@@ -394,7 +384,7 @@ def what_is_measured(run: Run) -> dict[str, Any]:
         "binarization": run.binarization,
         "likelihood": run.options.likelihood,
         "transform": run.options.transform,
-        "measure": build.likelihood(run.options, run.splits.event_shape).measure,
+        "measure": build_likelihood(run.options, run.splits.event_shape).measure,
         "pixels": run.pixels,
         "scale": run.scale,
     }
@@ -418,7 +408,7 @@ def floor_and_entropy(run: Run, split: str, x: Tensor, index: Tensor) -> dict[st
     expectation. None where nothing was drawn, or where training saw the draw.
     """
     options, splits = run.options, run.splits
-    likelihood = build.likelihood(options, splits.event_shape)
+    likelihood = build_likelihood(options, splits.event_shape)
     with torch.no_grad(), seeded(_FLOOR_SEED, x.device):
         marginals = likelihood(likelihood.fit_marginals(data.expected_images(splits, run.pixels)))
         if run.pixels == "dequantized":

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from ppl_vae import runs
+from ppl_vae.commands.options import Export
 from ppl_vae.reports.card import CARD, model_card, trained_epochs
-from ppl_vae.runs import build
 from ppl_vae.runs.exported import without_data
+from ppl_vae.runs.load import find_run_folder, load
 from ppl_vae.runs.opening import Run, Say
 from ppl_vae.runs.options import EXPORT_FORMAT, model_to_json
 
@@ -21,7 +22,7 @@ FIGURES = ("prior_samples.png", "reconstructions.png")
 _OF_DATA = FIGURES[1]  # shows images of the data
 
 
-def export_run(run_dir: str, *, output: str | None, say: Say) -> Path:
+def export_run(options: Export, *, say: Say) -> Path:
     """Writes config.json, model.safetensors, evaluation.json, README.md and figures/ of a run into one folder.
 
     ``load``, evaluate_log_likelihood.py, sample.py and encode.py take the folder, wherever it is. It holds the model's
@@ -29,9 +30,8 @@ def export_run(run_dir: str, *, output: str | None, say: Say) -> Path:
     It is written as a whole or not at all.
 
     Args:
-        run_dir: the run's folder, or a pretrained run by its name. It is only read.
-        output: a new or empty folder; exports/ and the run's name by default.
-        say: takes each line for the reader.
+        options: The command's options.
+        say: Takes each line for the reader.
 
     Returns:
         The folder that was written.
@@ -41,10 +41,10 @@ def export_run(run_dir: str, *, output: str | None, say: Say) -> Path:
             replaced.
         OSError: it cannot be written; nothing is left of it.
     """
-    run = without_data(build.run_folder(run_dir))
-    folder = Path(output) if output is not None else Path("exports") / run.folder.resolve().name
+    run = without_data(find_run_folder(options.run_dir))
+    folder = Path(options.output) if options.output is not None else Path("exports") / run.folder.resolve().name
     place = _free_place(folder)
-    build.load(run.folder)  # weights that do not fit are found here, and not by whoever gets them
+    load(run.folder)  # weights that do not fit are found here, and not by whoever gets them
     weights, scalars = runs.load_tensors(run.folder / runs.MODEL)
     step = runs.step_of(run.folder / runs.MODEL, scalars)
     every = runs.read_evaluations(run.folder)

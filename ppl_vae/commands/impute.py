@@ -13,16 +13,16 @@ from torch import Tensor
 
 from ppl_vae import runs
 from ppl_vae.commands.evaluate import what_is_measured
+from ppl_vae.commands.options import SIDES, Impute
 from ppl_vae.data.limits import read_array_header
 from ppl_vae.evidence.importance import Estimate, evaluate, seeded
 from ppl_vae.evidence.missing import Imputation, Observed, impute
 from ppl_vae.reports import figures as plots
 from ppl_vae.reports.display import Display, display_of
 from ppl_vae.reports.evaluation_words import kind_in_words, plus_minus
-from ppl_vae.runs import build
+from ppl_vae.runs.fit_arguments import find_device
 from ppl_vae.runs.images import Images, images_of
 from ppl_vae.runs.opening import Run, Say, check_density, evaluated_vae, open_run
-from ppl_vae.runs.options import SIDES
 from ppl_vae.runs.outputs import drop_record, output_folder, removed_if_empty, write_arrays, write_figure
 from ppl_vae.runtime.progress import progress_bar
 from ppl_vae.vae import VAE
@@ -52,22 +52,7 @@ class _Images(NamedTuple):
     notes: tuple[str, ...]
 
 
-def impute_images(
-    run_dir: str,
-    images_path: str,
-    *,
-    mask: str | None,
-    hide: str | None,
-    num_particles: int,
-    num_draws: int,
-    images: int | None,
-    seed: int,
-    device: str,
-    output: str | None,
-    say: Say,
-    dataset: str | None = None,
-    data_dir: str | None = None,
-) -> Path:
+def impute_images(options: Impute, *, say: Say) -> Path:
     """log p(x_observed) of images, and x_missing ~ p(x_missing | x_observed): imputed.npz, imputations.json and .png.
 
     imputed.npz holds ``draws`` (M, n, *E), ``mean`` (n, *E), ``mask`` (n, *E) (1 = observed),
@@ -75,20 +60,8 @@ def impute_images(
     holes, ``log_likelihood_hidden``: log p(x_hidden | x_observed) = log p(x) - log p(x_observed), NaN for the others.
 
     Args:
-        run_dir: the run's folder.
-        images_path: a file or folder of images, or "test", "validation" or "train": that split of the run's data. A
-            NaN is a missing pixel.
-        mask: an .npy file of zeros and ones, 1 where a pixel is observed, as ``read_mask``.
-        hide: "top", "bottom", "left" or "right": that half of each image is missing.
-        num_particles: S.
-        num_draws: M.
-        images: a fixed random subset of that many images; None takes all.
-        seed: of the particles and draws, and of the binarization of images from a file.
-        device: where it is computed.
-        output: a new or empty folder; by default imputations in the run's folder, whose results of before are replaced,
-            which is said.
-        say: takes each line for the reader.
-        dataset, data_dir: where the run's data is now, should it have moved.
+        options: The command's options.
+        say: Takes each line for the reader.
 
     Returns:
         The folder that was written.
@@ -97,20 +70,22 @@ def impute_images(
         ValueError: no run, a damaged one, an autoencoder, other data than it was trained on, images or a mask that do
             not fit it, or an output folder that holds something.
     """
-    run = open_run(run_dir, dataset=dataset, data_dir=data_dir)
+    run = open_run(options.run_dir, dataset=options.dataset, data_dir=options.data_dir)
     check_density(run, "p(x_missing | x_observed) to draw from")
-    place = build.device(device)
+    place = find_device(options.device)
     vae = evaluated_vae(run).to(place)
-    given = _holed(images_of(run, images_path, most=images, seed=seed), mask, hide)
-    folder = output_folder(output, run.folder / "imputations")
+    given = _holed(
+        images_of(run, options.images_path, most=options.images, seed=options.seed), options.mask, options.hide
+    )
+    folder = output_folder(options.output, run.folder / "imputations")
     with removed_if_empty(folder):
-        result = _imputed(vae, given, num_particles, num_draws, seed, place)
-        hidden = _log_p_hidden(vae, given, result, place, num_particles, seed)
-    summary = _summary(run, given, result, hidden, num_particles) | {
-        "mask": None if mask is None else str(Path(mask).resolve()),
-        "hide": hide,
-        "num_draws": num_draws,
-        "seed": seed,
+        result = _imputed(vae, given, options.num_particles, options.num_draws, options.seed, place)
+        hidden = _log_p_hidden(vae, given, result, place, options.num_particles, options.seed)
+    summary = _summary(run, given, result, hidden, options.num_particles) | {
+        "mask": None if options.mask is None else str(Path(options.mask).resolve()),
+        "hide": options.hide,
+        "num_draws": options.num_draws,
+        "seed": options.seed,
         "step": runs.load_step(run.folder / runs.MODEL),
         "notes": list(given.notes),
     }

@@ -11,7 +11,7 @@ from ppl_vae import data, runs
 from ppl_vae.diagnostics.pixel_calibration import calibration
 from ppl_vae.evidence.dequantization import LevelsPosterior, levels_of
 from ppl_vae.evidence.importance import seeded
-from ppl_vae.runs import build
+from ppl_vae.runs.load import load
 from ppl_vae.runs.opening import Run
 from ppl_vae.runtime.progress import progress_bar
 from ppl_vae.vae import VAE
@@ -53,7 +53,7 @@ def calibrate_run(run: Run) -> dict[str, Any]:
         seeded(_SEED, torch.device("cpu")),
         pyro.validation_enabled(False),
     ):
-        vae, of_levels = build.load(run.folder), run.pixels == "dequantized"
+        vae, of_levels = load(run.folder), run.pixels == "dequantized"
         if of_levels:
             vae = VAE(vae.prior, vae.likelihood, LevelsPosterior(vae.posterior))
         observe = levels_of if of_levels else None

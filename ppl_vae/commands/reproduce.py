@@ -14,16 +14,21 @@ import torch
 
 from ppl_vae import data, runs
 from ppl_vae.commands.evaluate import write_evaluation
-from ppl_vae.commands.train import resume, train
+from ppl_vae.commands.options import Reproduce
+from ppl_vae.commands.train import resume_run, train_run
 from ppl_vae.diagnostics import active_units
 from ppl_vae.evidence.exploration import encode, moments
 from ppl_vae.reports.evaluation_words import plus_minus
 from ppl_vae.reports.run_figures import is_drawn, write_figures
-from ppl_vae.runs import build
+from ppl_vae.runs import recipes
 from ppl_vae.runs.asked_run import check_comparable, check_same
+from ppl_vae.runs.build import build_vae
+from ppl_vae.runs.fields import format_flag
+from ppl_vae.runs.fit_arguments import build_objective, fit_arguments
 from ppl_vae.runs.opening import Run, Say, evaluated_vae, open_run
-from ppl_vae.runs.options import Options, flag, to_json
+from ppl_vae.runs.options import Options, to_json
 from ppl_vae.runs.recipes import RECIPES, Published, Recipe, in_words, recipe
+from ppl_vae.runs.resolve import check_support, load_splits, resolve
 
 EVALUATION_SEED = 0
 
@@ -31,7 +36,30 @@ _ELBO, _BOUND = "validation_elbo_nats_per_image", "validation_bound_nats_per_ima
 _WHERE = ("data_dir", "start_from")  # places on a machine, of which a row says nothing
 
 
-def reproduce(
+def run(options: Reproduce, *, say: Say) -> None:
+    """The command: lists the recipes, prints the table, or reproduces a model."""
+    if options.list:
+        say("\n".join(recipes.describe()))
+    elif options.table:
+        rows = read_rows(options.output)
+        say("\n\n".join(table for table in (reproduction_table(rows), seeds_table(rows)) if table))
+    else:
+        assert options.name is not None
+        reproduce_recipe(
+            options.name,
+            epochs=options.epochs,
+            epochs_share=options.epochs_share,
+            precision=options.precision,
+            seed=options.seed,
+            device=options.device,
+            data_dir=options.data_dir,
+            run_dir=options.run_dir,
+            output=options.output,
+            say=say,
+        )
+
+
+def reproduce_recipe(
     name: str,
     *,
     run_dir: str | None,
@@ -129,15 +157,15 @@ def shortened(stages: Sequence[Options], share: float) -> list[Options]:
 
 def _check(folders: Sequence[Path], stages: Sequence[Options]) -> None:
     """What could end a later stage is found before hours of an earlier one. Raises ValueError as ``reproduce``."""
-    splits = build.splits(stages[0])
+    splits = load_splits(stages[0])
     for folder, stage in zip(folders, stages, strict=True):
         check_comparable(stage)
-        options = build.resolve(stage, splits)
-        build.check_support(options, splits)
-        build.objective(options)
-        build.schedule(options)
+        options = resolve(stage, splits)
+        check_support(options, splits)
+        build_objective(options)
+        fit_arguments(options)
         with torch.device("meta"):
-            build.vae(options, splits.event_shape)
+            build_vae(options, splits.event_shape)
         if (folder / runs.CONFIG).exists():
             check_same(folder, stage, splits, free=frozenset({"start_from"}))
         elif folder.exists() and not runs.is_empty(folder):
@@ -147,9 +175,9 @@ def _check(folders: Sequence[Path], stages: Sequence[Options]) -> None:
 def _trained(folder: Path, stage: Options, before: Run | None, say: Say) -> Run:
     """The stage's run, trained to its end from wherever it stands."""
     if (folder / runs.CONFIG).exists():
-        resume(str(folder), epochs=None, say=say, data_dir=stage.data_dir, like=before, draw=False)
+        resume_run(str(folder), epochs=None, say=say, data_dir=stage.data_dir, like=before, draw=False)
     else:
-        train(stage, str(folder), say=say, draw=False)
+        train_run(stage, str(folder), say=say, draw=False)
     return open_run(str(folder), data_dir=stage.data_dir, like=before)
 
 
@@ -259,7 +287,7 @@ def _last_tenth_gain(records: Sequence[dict[str, Any]]) -> float | None:
 
 def _command(name: str, asked: dict[str, Any]) -> str:
     """What makes the row again, without the places on this machine."""
-    words = [f"{flag(key)} {value}" for key, value in asked.items() if value is not None]
+    words = [f"{format_flag(key)} {value}" for key, value in asked.items() if value is not None]
     return " ".join(["python scripts/reproduce.py", name, *words])
 
 

@@ -10,13 +10,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ppl_vae.commands.options import Sample
 from ppl_vae.conditional import numbers_a_pixel
 from ppl_vae.evidence.exploration import sampled
 from ppl_vae.evidence.importance import particles_a_pass, seeded
 from ppl_vae.reports.display import display_of
 from ppl_vae.reports.run_figures import OF_AN_AUTOENCODER, samples_figure
-from ppl_vae.runs import build
+from ppl_vae.runs.build import is_autoencoder
 from ppl_vae.runs.exported import open_with_or_without
+from ppl_vae.runs.fit_arguments import find_device
 from ppl_vae.runs.opening import Say, evaluated_vae
 from ppl_vae.runs.outputs import output_folder, removed_if_empty, write_arrays, write_figure, write_picture
 from ppl_vae.runtime.global_state import serialize_threads
@@ -54,17 +56,7 @@ def sample(vae: VAE, num_samples: int) -> Samples:
     return samples
 
 
-def sample_run(
-    run_dir: str,
-    *,
-    num_samples: int,
-    seed: int,
-    device: str,
-    output: str | None,
-    say: Say,
-    dataset: str | None = None,
-    data_dir: str | None = None,
-) -> Path:
+def sample_run(options: Sample, *, say: Say) -> Path:
     """Draws images from a run: samples.npz (``Samples``), samples.png, and images/0000.png and so on.
 
     The single pictures are of the means, in 8 bits: what the decoder is sure of, without the noise of single pixels
@@ -72,13 +64,8 @@ def sample_run(
     no data for it.
 
     Args:
-        run_dir: the run's folder.
-        num_samples: N.
-        seed: of the draws.
-        device: where they are computed.
-        output: a new or empty folder; by default samples in the run's folder, which is written again.
-        say: takes each line for the reader.
-        dataset, data_dir: where the run's data is now, should it have moved.
+        options: The command's options.
+        say: Takes each line for the reader.
 
     Returns:
         The folder that was written.
@@ -86,26 +73,26 @@ def sample_run(
     Raises:
         ValueError: no run, a damaged one, other data than it was trained on, or a folder that holds something.
     """
-    run = open_with_or_without(run_dir, dataset=dataset, data_dir=data_dir, say=say)
-    place = build.device(device)
+    run = open_with_or_without(options.run_dir, dataset=options.dataset, data_dir=options.data_dir, say=say)
+    place = find_device(options.device)
     vae = evaluated_vae(run).to(place)
-    if build.is_autoencoder(run.options):
+    if is_autoencoder(run.options):
         say(f"No samples of a model: these are decoded draws of N(0, I), {OF_AN_AUTOENCODER}.")
-    folder = output_folder(output, run.folder / "samples")
-    with removed_if_empty(folder), seeded(seed, place):
-        samples = Samples(*(values.cpu() for values in sample(vae, num_samples)))
+    folder = output_folder(options.output, run.folder / "samples")
+    with removed_if_empty(folder), seeded(options.seed, place):
+        samples = Samples(*(values.cpu() for values in sample(vae, options.num_samples)))
     write_arrays(folder / "samples.npz", {name: values.numpy() for name, values in samples._asdict().items()})
-    say(f"{num_samples:,} samples, z ~ p(z), x ~ p(x | z), seed {seed}, in {folder}:")
+    say(f"{options.num_samples:,} samples, z ~ p(z), x ~ p(x | z), seed {options.seed}, in {folder}:")
     say("  samples.npz: z, mean E[x | z], and images x ~ p(x | z)")
     if len(run.splits.event_shape) == 1:
         say("The data is a table, (N, D): there are no pictures.")
         return folder
     display = display_of(run, None if len(run.splits.train) else samples.images)
     shown = Samples(*(values[:_MOST_DRAWN] for values in samples))
-    figure = samples_figure(display, shown.mean, shown.images, autoencoder=build.is_autoencoder(run.options))
+    figure = samples_figure(display, shown.mean, shown.images, autoencoder=is_autoencoder(run.options))
     write_figure(folder / "samples.png", figure)
     _write_pictures(folder / "images", display.levels(samples.mean))
-    first = f" of the first {_MOST_DRAWN}" if num_samples > _MOST_DRAWN else ""
+    first = f" of the first {_MOST_DRAWN}" if options.num_samples > _MOST_DRAWN else ""
     say(f"  samples.png: means and images{first}; images/: a picture of each mean")
     return folder
 

@@ -19,12 +19,27 @@ from tqdm import tqdm
 from ppl_vae import data, runs
 from ppl_vae.commands.evaluate import is_evaluated, write_evaluation, write_reconstructions
 from ppl_vae.commands.loggers import check_tensorboard, log_evaluation, metric_events
+from ppl_vae.commands.options import Train
 from ppl_vae.evidence.importance import NotFinite
 from ppl_vae.reports.run_figures import is_drawn, write_figures
-from ppl_vae.runs import build
+from ppl_vae.runs.build import build_likelihood, build_vae, is_autoencoder
 from ppl_vae.runs.checkpoints import Saved, mend_metrics, mend_states, mend_weights, newest_checkpoint
+from ppl_vae.runs.fit_arguments import (
+    build_objective,
+    check_compiler,
+    check_precision,
+    count_steps,
+    explain_eager,
+    find_device,
+    fit_arguments,
+    initialize_output_bias,
+    matmul_precision,
+    validation_particles,
+)
+from ppl_vae.runs.load import load_starting_weights, make_config
 from ppl_vae.runs.opening import Run, Say, describe_unused_draws, open_run
 from ppl_vae.runs.options import Options
+from ppl_vae.runs.resolve import check_support, load_splits, resolve
 from ppl_vae.runtime import ranks as distributed
 from ppl_vae.runtime.capture import CannotCapture
 from ppl_vae.runtime.ending import Interrupted
@@ -37,7 +52,15 @@ from ppl_vae.training import Stopped, TrainingState, does_not_fit, fit
 QUICK_EVALUATION_SEED = 0
 
 
-def train(options: Options, run_dir: str | None, *, say: Say, draw: bool = True) -> Path:
+def run(options: Train, *, say: Say) -> None:
+    """The command: trains a new run, or goes on with one."""
+    if options.resume is None:
+        train_run(options.options, options.run_dir, say=say)
+    else:
+        resume_run(options.resume, **{"epochs": None, **(options.changes or {})}, say=say)
+
+
+def train_run(options: Options, run_dir: str | None, *, say: Say, draw: bool = True) -> Path:
     """Trains a new run from options to figures, or to its evaluation unless ``draw``; returns its folder.
 
     config.json is written first, so that a run can be resumed from the moment its folder exists. Under torchrun the
@@ -47,23 +70,23 @@ def train(options: Options, run_dir: str | None, *, say: Say, draw: bool = True)
         ValueError: bad options, data or folder; nothing is written.
         NotFinite: training met a NaN or an infinity; the last checkpoint is kept.
     """
-    build.device(options.device)
+    find_device(options.device)
     check_tensorboard(options)
     with joined(options.device):
         return _train_new(options, run_dir, say=of_writer(say), draw=draw)
 
 
 def _train_new(options: Options, run_dir: str | None, *, say: Say, draw: bool) -> Path:
-    splits = writer_first(lambda: build.splits(options))
+    splits = writer_first(lambda: load_splits(options))
     if_possible = options.compile == "auto"
-    options = build.resolve(options, splits)
+    options = resolve(options, splits)
     options = replace(options, compile=distributed.from_writer(options.compile))
     if (options.warmup_epochs or 0) >= options.epochs and options.beta > 0:
         say(f"The warm-up of {options.warmup_epochs} epochs outlasts the training: beta never reaches {options.beta}.")
-    build.check_support(options, splits)
-    built = build.vae(options, splits.event_shape)  # what cannot be built, or needs too much memory, leaves no folder
+    check_support(options, splits)
+    built = build_vae(options, splits.event_shape)  # what cannot be built, or needs too much memory, leaves no folder
     if options.start_from:
-        build.start_from_run(built, options.start_from)
+        load_starting_weights(built, options.start_from)
     with ending_together():
         if distributed.is_writer():
             run_dir = str(runs.new_run_dir(run_dir, dataset=options.dataset, likelihood=options.likelihood))
@@ -73,16 +96,16 @@ def _train_new(options: Options, run_dir: str | None, *, say: Say, draw: bool) -
             held.enter_context(runs.locked(folder))
             if distributed.is_writer():
                 runs.check_new(folder)  # once more: it may have been another's a moment ago
-                runs.write_json(folder / runs.CONFIG, build.config(options, splits))
+                runs.write_json(folder / runs.CONFIG, make_config(options, splits))
         say(f"Run folder {folder}; --resume {folder} goes on if it is interrupted.")
-        reason = build.why_not_compiled(options, len(splits.train)) if if_possible else None
+        reason = explain_eager(options, len(splits.train)) if if_possible else None
         if reason is not None:
             say(f"Falling back to eager training: {reason}.")
         _go_on(Run(folder, options, splits), None, say=say, compile_if_possible=if_possible, draw=draw)
     return folder
 
 
-def resume(
+def resume_run(
     run_dir: str,
     *,
     epochs: int | None,
@@ -120,7 +143,7 @@ def _locked(run_dir: str) -> AbstractContextManager[None]:
 
 def _resume(run: Run, *, epochs: int | None, say: Say, compile: str | None, draw: bool) -> None:
     folder, options = run.folder, run.options
-    build.device(options.device)
+    find_device(options.device)
     if run.from_python:
         raise ValueError(f"--resume: expected a run of train_svi.py, but {folder} was saved from Python, or shipped")
     check_tensorboard(options)
@@ -129,7 +152,7 @@ def _resume(run: Run, *, epochs: int | None, say: Say, compile: str | None, draw
     with ending_together():
         saved = newest_checkpoint(folder, say=say)
     if compile == "on":
-        build.check_compiler(build.device(options.device))
+        check_compiler(find_device(options.device))
     if epochs is not None and epochs > options.epochs:
         run = _with_option(run, "epochs", epochs)
         say(f"Extended to {epochs} epochs; the learning rate falls until then, so it rises again at first.")
@@ -170,8 +193,8 @@ def _go_on(run: Run, saved: Saved | None, *, say: Say, compile_if_possible: bool
     for line in _what_is_modelled(run):
         say(line)
     if not told_by_writer(lambda: _is_trained(run, saved)):
-        build.check_precision(options)
-        with build.products_in(options.precision):
+        check_precision(options)
+        with matmul_precision(options.precision):
             _train(run, saved, say=say, compile_if_possible=compile_if_possible)
     if not told_by_writer(lambda: is_evaluated(folder)):
         _evaluate(run, say=say)
@@ -185,7 +208,7 @@ def _go_on(run: Run, saved: Saved | None, *, say: Say, compile_if_possible: bool
 def _evaluate(run: Run, *, say: Say) -> None:
     """The quick evaluation on test images."""
     options = run.options
-    if build.is_autoencoder(options):
+    if is_autoencoder(options):
         entry = write_reconstructions(
             run, split="test", images=options.images, device=options.device, seed=QUICK_EVALUATION_SEED, say=say
         )
@@ -206,7 +229,7 @@ def _evaluate(run: Run, *, say: Say) -> None:
 
 def _train(run: Run, saved: Saved | None, *, say: Say, compile_if_possible: bool) -> None:
     folder, options, splits = run.folder, run.options, run.splits
-    device = build.device(options.device)
+    device = find_device(options.device)
     stored, observe = data.training_images(splits, run.pixels)
     stream = options.stream == "on" or (options.stream == "auto" and does_not_fit(stored, device))
     if stream:
@@ -214,15 +237,15 @@ def _train(run: Run, saved: Saved | None, *, say: Say, compile_if_possible: bool
         say(f"The training images ({gib:.2f} GiB) are not held on the device: each batch is brought there in time.")
     validation = data.evaluation_images(splits, "validation", run.pixels) if len(splits.validation) else None
     pyro.set_rng_seed(options.seed)
-    vae = build.vae(options, splits.event_shape)
+    vae = build_vae(options, splits.event_shape)
     step = 0 if saved is None else saved[1]["step"]
     if saved is not None:
         say(f"Going on from step {step:,}.")
     elif options.start_from:
-        build.start_from_run(vae, options.start_from)
+        load_starting_weights(vae, options.start_from)
         say(f"Starting from the weights of {options.start_from}.")
     else:
-        build.start_from_marginals(vae, data.initialization_images(splits, run.pixels))
+        initialize_output_bias(vae, data.initialization_images(splits, run.pixels))
     vae.to(device)
     if distributed.is_writer():
         if saved is None:
@@ -278,8 +301,8 @@ def _train(run: Run, saved: Saved | None, *, say: Say, compile_if_possible: bool
                 vae,
                 stored,
                 validation,
-                **build.schedule(options),
-                objective=build.objective(options),
+                **fit_arguments(options),
+                objective=build_objective(options),
                 observe=observe,
                 compile=compile,
                 stream=stream,
@@ -342,7 +365,7 @@ def _train(run: Run, saved: Saved | None, *, say: Say, compile_if_possible: bool
             f"{state.skipped:,} of {state.step:,} steps were left out: their gradient's norm was above --skip-norm, or "
             "not finite."
         )
-    if options.beta != 1 and state.best_step < state.step and not build.is_autoencoder(options):
+    if options.beta != 1 and state.best_step < state.step and not is_autoencoder(options):
         say(
             f"The weights of step {state.best_step:,} are kept: from then on, training with beta = {options.beta} "
             "lowered the ELBO at beta = 1, by which they are chosen."
@@ -361,9 +384,9 @@ def _epoch_line(record: dict[str, Any], options: Options, seen: str, *, seconds_
 
 def _criterion(options: Options) -> tuple[str, str]:
     """What the best weights are chosen by, in words, and in the names of metrics.jsonl."""
-    if build.is_autoencoder(options):
+    if is_autoencoder(options):
         return "reconstruction", "reconstruction"
-    S = build.validation_particles(options)
+    S = validation_particles(options)
     return ("ELBO", "elbo") if S == 1 else (f"bound L_{S}", "bound")
 
 
@@ -377,9 +400,9 @@ def _latents(options: Options) -> str:
 def _what_is_modelled(run: Run) -> list[str]:
     """The network, the binarization and the likelihood, and on what scale its numbers will be."""
     options, splits = run.options, run.splits
-    likelihood = build.likelihood(options, splits.event_shape)
+    likelihood = build_likelihood(options, splits.event_shape)
     with torch.device("meta"):  # shapes without numbers
-        num_weights = sum(w.numel() for w in build.vae(options, splits.event_shape).parameters())
+        num_weights = sum(w.numel() for w in build_vae(options, splits.event_shape).parameters())
     lines = [
         f"network {options.network} ({num_weights:,} weights), {_latents(options)}, objective {options.objective}, "
         f"binarization {options.binarization}, likelihood {options.likelihood}"
@@ -390,12 +413,12 @@ def _what_is_modelled(run: Run) -> list[str]:
             "Each color channel becomes 0 or 1 here, which is not how photos look; --likelihood "
             "discretized-logistic-mixture takes colors as they are."
         )
-    if build.is_autoencoder(options):
+    if is_autoencoder(options):
         lines.append(
             "A plain autoencoder: the guide is deterministic and has no density, so that every number is a "
             "reconstruction, log p(x | z(x)), and none a log-likelihood."
         )
-    if run.pixels == "dequantized" and build.is_autoencoder(options):
+    if run.pixels == "dequantized" and is_autoencoder(options):
         lines.append("Pixels are (level + u) / 256, u uniform and drawn anew; its reconstructions are of that density.")
     elif run.pixels == "dequantized":
         constant = math.prod(splits.event_shape) * math.log(256)
@@ -427,7 +450,7 @@ def quiet_about_nan() -> Iterator[None]:
 
 
 def _total_steps(run: Run) -> int:
-    return build.planned_steps(run.options, len(run.splits.train))
+    return count_steps(run.options, len(run.splits.train))
 
 
 def _is_trained(run: Run, saved: Saved | None) -> bool:

@@ -3,32 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
 
 from ppl_vae.data.array_files import is_array_file
-from ppl_vae.data.binary_sets import caltech_silhouettes, static_mnist
-from ppl_vae.data.embedded import mnist
 from ppl_vae.data.image_folder import load_image_folder
 from ppl_vae.data.own import load_arrays
-from ppl_vae.data.registry import COLORS, FITS, PROTOCOLS
+from ppl_vae.data.registry import COLORS, DATASETS, FITS, PROTOCOLS
 from ppl_vae.data.splits import Splits
 from ppl_vae.data.torchvision_sets import DOWNLOADED, read_through_torchvision
-
-# Each reads its files in a folder, of which MNIST needs none.
-DATASETS: dict[str, Callable[[Path], Splits]] = {
-    "mnist": mnist,
-    "static-mnist": static_mnist,
-    "fashion-mnist": partial(read_through_torchvision, "fashion-mnist"),
-    "kmnist": partial(read_through_torchvision, "kmnist"),
-    "caltech-silhouettes": caltech_silhouettes,
-    "cifar10": partial(read_through_torchvision, "cifar10"),
-    "svhn": partial(read_through_torchvision, "svhn"),
-}
 
 _IWAE_DATASETS = ("mnist", "fashion-mnist", "kmnist")
 
@@ -81,7 +67,7 @@ def load(
     if dataset in DOWNLOADED and not download:
         splits = read_through_torchvision(dataset, folder, download=False)
     else:
-        splits = DATASETS[dataset](folder)
+        splits = DATASETS[dataset].load(dataset)(folder)
     return _under_iwae(splits) if protocol == "iwae" else splits
 
 

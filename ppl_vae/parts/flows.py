@@ -243,9 +243,6 @@ def _bins(h: Tensor, bound: float) -> tuple[Tensor, Tensor]:
     return lengths, lengths.cumsum(-1) - lengths - bound
 
 
-COUPLINGS: dict[str, Callable[..., Coupling]] = {"affine": affine_coupling, "spline": spline_coupling}
-
-
 class Flow(nn.Module):
     """y = f_n(... f_1(u)): layers one after the other; the volumes' logarithms add up.
 

@@ -132,3 +132,18 @@ class Flow(nn.Module):
     def forward(self) -> flows.Pushforward:
         """-> batch shape (), event shape (L,)."""
         return flows.Pushforward(self.base(), self.flow)
+
+
+def coupling_flow_prior(
+    latent_dim: int, *, coupling: Callable[..., nn.Module], num_layers: int, hidden: Sequence[int]
+) -> Flow:
+    """A flow prior of couplings that alternate between the two halves of z.
+
+    Args:
+        latent_dim: L, at least 2.
+        coupling: ``flows.affine_coupling`` or ``flows.spline_coupling``.
+        num_layers: The number of couplings.
+        hidden: Widths of the hidden layers of each coupling's network.
+    """
+    flow = flows.Flow.of_couplings(latent_dim, coupling=coupling, num_layers=num_layers, hidden=hidden)
+    return Flow(latent_dim, flow=flow)

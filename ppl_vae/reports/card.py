@@ -17,7 +17,7 @@ from ppl_vae import data, runs
 from ppl_vae.data.registry import SPLITS
 from ppl_vae.reports.certificate_words import describe_certificate
 from ppl_vae.reports.evaluation_words import describe_evaluation
-from ppl_vae.runs import build
+from ppl_vae.runs.build import build_vae, is_autoencoder
 from ppl_vae.runs.opening import Run
 from ppl_vae.runs.options import is_export
 
@@ -82,10 +82,10 @@ def _front_matter(run: Run) -> str:
 def _what_it_is(run: Run) -> str:
     options, E = run.options, run.splits.event_shape
     with torch.device("meta"):  # shapes without numbers
-        num_weights = sum(w.numel() for w in build.vae(options, E).parameters())
+        num_weights = sum(w.numel() for w in build_vae(options, E).parameters())
     latents = " + ".join(map(str, (options.latent_dim, *(options.upper_latents or ()))))
     hidden = ", ".join(map(str, options.hidden or ()))
-    if build.is_autoencoder(options):
+    if is_autoencoder(options):
         opening = "A plain autoencoder: its guide is deterministic. It has no log-likelihood, and is no density."
     else:
         opening = "A variational autoencoder, p(x, z) = p(z) p(x | z) with the guide q(z | x), by the package ppl_vae."
@@ -113,9 +113,9 @@ def _numbers(run: Run, evaluations: dict[str, Any]) -> str:
         parts.append("There is no evaluation of these weights.")
     elif "test" not in evaluations:
         parts.append("There is no evaluation of the test split.")
-    if not certificates and not build.is_autoencoder(run.options):
+    if not certificates and not is_autoencoder(run.options):
         parts.append("There is no certificate: log p(x) has no second bound beside importance sampling.")
-    if any(split in evaluations for split in SPLITS) and not build.is_autoencoder(run.options):
+    if any(split in evaluations for split in SPLITS) and not is_autoencoder(run.options):
         parts.insert(
             0,
             "In nats an image, the mean ± its standard error over images. A log-likelihood here is an "
@@ -229,7 +229,7 @@ def _made_with(run: Run) -> list[str]:
 
 def _limits(run: Run, evaluations: dict[str, Any]) -> str:
     limits = []
-    if build.is_autoencoder(run.options):
+    if is_autoencoder(run.options):
         limits.append(
             "It gives reconstructions alone; log p(x | z(x)) is not a log-likelihood, and compares with none."
         )
@@ -267,7 +267,7 @@ def _loading(run: Run) -> str:
     if run.pixels == "dequantized":
         lines[0] = "from ppl_vae import dequantized, load, log_evidence"
         lines[2] = 'vae = dequantized(load("path/to/this/folder"))'
-    if build.is_autoencoder(run.options):
+    if is_autoencoder(run.options):
         lines = [lines[0].replace(", log_evidence", ""), "", lines[2], f"z = vae.posterior(x).mean  # x: (N, {shape})"]
     else:
         lines.append(

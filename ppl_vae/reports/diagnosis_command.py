@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from ppl_vae.diagnostics.verdicts import EVALUATE, Verdict
-from ppl_vae.runs import build
+from ppl_vae.runs.fields import format_flag
 from ppl_vae.runs.opening import Run
-from ppl_vae.runs.options import Options, flag
+from ppl_vae.runs.options import Options
+from ppl_vae.runs.resolve import resolve
 
 # What another word leaves without meaning: its own options go back to their defaults.
 _OF_A_WORD = {
@@ -59,7 +60,7 @@ def _shortened(run: Run, asked: Options, names: Sequence[str]) -> Options:
     for name in names:
         left_out: dict[str, Any] = {name: None}
         try:
-            resolved = build.resolve(replace(run.options, compile="off", **left_out), run.splits)
+            resolved = resolve(replace(run.options, compile="off", **left_out), run.splits)
         except ValueError:  # without it, these options are none
             continue
         if getattr(resolved, name) == getattr(run.options, name):
@@ -80,7 +81,7 @@ def _flags(options: Any) -> list[str]:
 
 def _words(name: str, value: Any) -> list[str]:
     values = value if isinstance(value, tuple | list) else (value,)
-    return [flag(name), *(_value(one) for one in values)]
+    return [format_flag(name), *(_value(one) for one in values)]
 
 
 def _value(value: Any) -> str:

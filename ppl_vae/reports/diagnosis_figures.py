@@ -14,7 +14,7 @@ from ppl_vae.diagnostics import ACTIVE_VARIANCE
 from ppl_vae.evidence.exploration import mean_or_draw
 from ppl_vae.reports import figures as plots
 from ppl_vae.reports.display import display_of
-from ppl_vae.runs import build
+from ppl_vae.runs.load import load
 from ppl_vae.runs.opening import Run
 
 _SHOWN = 12
@@ -130,7 +130,7 @@ def _above_chance(name: str, threshold: float, edge: float) -> str:
 
 
 def _holes(run: Run, numbers: dict[str, Any], x: Tensor) -> Figure:
-    vae, display, found = build.load(run.folder), display_of(run), numbers["aggregate"]["holes"]
+    vae, display, found = load(run.folder), display_of(run), numbers["aggregate"]["holes"]
     dtype = next(vae.parameters()).dtype
     some = x[torch.linspace(0, len(x) - 1, min(_SHOWN, len(x))).long()].cpu()
     rows = {

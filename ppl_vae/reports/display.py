@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ppl_vae import data
-from ppl_vae.runs import build
+from ppl_vae.runs.build import build_likelihood
 from ppl_vae.runs.opening import Run
 
 _NUM_IMAGES = 500
@@ -56,7 +56,7 @@ def display_of(run: Run, pixels: Tensor | None = None) -> Display:
         stored, observe = data.training_images(run.splits, run.pixels)
         generator: Any = torch.Generator().manual_seed(0)
         pixels = observe(stored[data.subset(len(stored), _NUM_IMAGES)], generator)
-    density = build.likelihood(run.options, run.splits.event_shape).measure == "density"
+    density = build_likelihood(run.options, run.splits.event_shape).measure == "density"
     if not density and pixels.min() >= 0 and pixels.max() <= 1:
         return Display()
     low, high = np.quantile(pixels.numpy(), _SHARES).tolist()

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ppl_vae import data, runs
 from ppl_vae.commands.evaluate import PerImage, read_per_image
+from ppl_vae.commands.options import Figures
 from ppl_vae.diagnostics import ACTIVE_VARIANCE, active_units
 from ppl_vae.diagnostics.mixture import normal_factors
 from ppl_vae.evidence.exploration import (
@@ -34,7 +35,7 @@ from ppl_vae.evidence.exploration import (
 from ppl_vae.evidence.importance import Estimate, seeded
 from ppl_vae.reports import figures as plots
 from ppl_vae.reports.display import Display, display_of
-from ppl_vae.runs import build
+from ppl_vae.runs.build import is_autoencoder
 from ppl_vae.runs.opening import Run, Say, evaluated_vae, open_run
 from ppl_vae.runs.outputs import write_figure
 from ppl_vae.runtime.numerics import bound_by_particles
@@ -84,13 +85,13 @@ def figure_names(run: Run) -> list[str]:
     return [name for name, drawing in _FIGURES.items() if drawing.applies(run)]
 
 
-def draw_run(run_dir: str, *, say: Say, dataset: str | None = None, data_dir: str | None = None) -> None:
+def draw_run(options: Figures, *, say: Say) -> None:
     """Draws a run's figures again, from its files.
 
     Raises:
         ValueError: no run, a damaged one, or other data than it was trained on.
     """
-    write_figures(open_run(run_dir, dataset=dataset, data_dir=data_dir), say=say)
+    write_figures(open_run(options.run_dir, dataset=options.dataset, data_dir=options.data_dir), say=say)
 
 
 def write_figures(run: Run, *, say: Say) -> None:
@@ -158,7 +159,7 @@ def _has_a_plane(run: Run) -> bool:
 
 
 def _has_a_density(run: Run) -> bool:
-    return not build.is_autoencoder(run.options)
+    return not is_autoencoder(run.options)
 
 
 def _is_evaluated(run: Run) -> bool:

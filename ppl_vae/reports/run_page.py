@@ -11,6 +11,7 @@ import torch
 from ppl_vae import data, runs
 from ppl_vae.commands.diagnose import DIAGNOSIS, diagnose_run, split_diagnosed
 from ppl_vae.commands.evaluate import is_evaluated
+from ppl_vae.commands.options import Diagnose, Report
 from ppl_vae.conditional import Conditional
 from ppl_vae.evidence.exploration import encode, sampled
 from ppl_vae.evidence.importance import seeded
@@ -19,9 +20,11 @@ from ppl_vae.reports.diagnosis_words import describe_left_out
 from ppl_vae.reports.evaluation_words import describe_evaluation, plus_minus
 from ppl_vae.reports.page import Block, Explorer, Picture, Section, Table, Text, Verdict, true_minus
 from ppl_vae.reports.run_figures import figure_names, is_drawn, use_of_latents, write_figures
-from ppl_vae.runs import build
+from ppl_vae.runs.build import is_autoencoder
+from ppl_vae.runs.fields import format_flag
+from ppl_vae.runs.load import load
 from ppl_vae.runs.opening import Run, Say, open_run
-from ppl_vae.runs.options import Options, flag, to_json
+from ppl_vae.runs.options import Options, to_json
 
 REPORT = "report.html"
 
@@ -35,16 +38,12 @@ _FEWEST_DIAGNOSED = 4
 _LEAST_EXTENT = 1e-3
 
 
-def report_run(
-    run_dir: str, *, output: str | None = None, say: Say, dataset: str | None = None, data_dir: str | None = None
-) -> Path:
+def report_run(options: Report, *, say: Say) -> Path:
     """Writes one self-contained page of a run; draws and diagnoses it first, where that is not done.
 
     Args:
-        run_dir: the run's folder.
-        output: the page's file; by default report.html in the run's folder.
-        say: takes each line for the reader.
-        dataset, data_dir: where the run's data is now, should it have moved.
+        options: The command's options.
+        say: Takes each line for the reader.
 
     Returns:
         The page.
@@ -53,13 +52,13 @@ def report_run(
         ValueError: no run, a damaged one, other data than it was trained on, or a file that cannot be written; then
             there is no page.
     """
-    run = open_run(run_dir, dataset=dataset, data_dir=data_dir)
-    path = run.folder / REPORT if output is None else Path(output)
-    _check_file(path, ours=output is None)
+    run = open_run(options.run_dir, dataset=options.dataset, data_dir=options.data_dir)
+    path = run.folder / REPORT if options.output is None else Path(options.output)
+    _check_file(path, ours=options.output is None)
     step = runs.load_step(run.folder / runs.MODEL)
     if not is_drawn(run):
         write_figures(run, say=say)
-    diagnosis = _diagnosis(run, step, say=say, dataset=dataset, data_dir=data_dir)
+    diagnosis = _diagnosis(run, step, say=say, dataset=options.dataset, data_dir=options.data_dir)
     runs.write_bytes(path, _page(run, step, diagnosis).encode())
     say(f"The page of this run: {path}")
     return path
@@ -88,7 +87,7 @@ def _diagnosis(run: Run, step: int, *, say: Say, dataset: str | None, data_dir: 
         return stored
     if len(getattr(run.splits, split_diagnosed(run))) < _FEWEST_DIAGNOSED:
         return None
-    return diagnose_run(str(run.folder), say=say, dataset=dataset, data_dir=data_dir)
+    return diagnose_run(Diagnose(str(run.folder), dataset=dataset, data_dir=data_dir), say=say)
 
 
 def _check_diagnosis(path: Path, stored: dict[str, Any]) -> None:
@@ -98,7 +97,7 @@ def _check_diagnosis(path: Path, stored: dict[str, Any]) -> None:
 
 
 def _page(run: Run, step: int, diagnosis: dict[str, Any] | None) -> str:
-    what = "autoencoder" if build.is_autoencoder(run.options) else "VAE"
+    what = "autoencoder" if is_autoencoder(run.options) else "VAE"
     sections = [
         _likelihood(run),
         _verdicts(run, diagnosis),
@@ -124,12 +123,12 @@ def _in_words(run: Run) -> str:
     if options.upper_latents:
         above = " and ".join(f"{count:,}" for count in options.upper_latents)
         latents = f"{latents} next to the image, {above} in the layers above them"
-    if build.is_autoencoder(options):
+    if is_autoencoder(options):
         how = "a plain autoencoder: a deterministic code and no prior in its training"
     else:
         how = f"objective {options.objective} at beta = {options.beta:g}"
     parts = [f"a {options.likelihood} likelihood"]
-    parts += [f"a {options.prior} prior"] * (not build.is_autoencoder(options))
+    parts += [f"a {options.prior} prior"] * (not is_autoencoder(options))
     parts += [f"a {options.posterior} posterior"] * (options.posterior not in (Options().posterior, "delta"))
     return (
         f"A {options.network} network with {latents}, {' and '.join(parts)}, trained for "
@@ -141,7 +140,9 @@ def _setup(run: Run, step: int) -> Section:
     """Every option that the run has, and what its data is."""
     words = f"{run.splits.describe()}\n\nThe weights are those of step {step:,}; its folder is `{run.folder}`."
     words += " Its training is elsewhere: in Python, or before it was shipped." if run.from_python else ""
-    rows = [[f"`{flag(name)}`", _option(value)] for name, value in to_json(run.options).items() if value is not None]
+    rows = [
+        [f"`{format_flag(name)}`", _option(value)] for name, value in to_json(run.options).items() if value is not None
+    ]
     table = Table(["option", "value"], rows, "Every option of the run; config.json holds the same.")
     return Section("What was trained", [Text(words), table], anchor="setup")
 
@@ -154,7 +155,7 @@ def _option(value: Any) -> str:
 
 
 def _likelihood(run: Run) -> Section:
-    autoencoder = build.is_autoencoder(run.options)
+    autoencoder = is_autoencoder(run.options)
     title = "How well it reconstructs" if autoencoder else "How likely it finds test images"
     entry = runs.read_evaluations(run.folder).get("test") if is_evaluated(run.folder) else None
     if entry is None:
@@ -290,7 +291,7 @@ def _picture(run: Run, name: str) -> Picture | None:
     if not path.is_file():
         return None
     by_kind = {} if _has_a_standard_normal(run) else _LEARNED_CAPTIONS
-    by_kind = _AUTOENCODER_CAPTIONS if build.is_autoencoder(run.options) else by_kind
+    by_kind = _AUTOENCODER_CAPTIONS if is_autoencoder(run.options) else by_kind
     caption = (_CAPTIONS | _DIAGNOSIS_CAPTIONS | by_kind).get(name, "")
     return Picture(path.read_bytes(), caption, caption or Path(name).stem)
 
@@ -318,7 +319,7 @@ def _explorer(run: Run) -> Explorer:
     Raises:
         ValueError: a decoder that a page cannot draw, in words.
     """
-    vae = build.load(run.folder)
+    vae = load(run.folder)
     if not isinstance(vae.likelihood, Conditional):
         raise ValueError("decoder: a page can draw dense networks that end in a likelihood, got a program of its own")
     decoder = report.decoder_weights(vae.likelihood)
@@ -332,7 +333,7 @@ def _explorer(run: Run) -> Explorer:
         z = sampled(vae.prior(), _PRIOR_POINTS)
     order = use.values.argsort(descending=True)[:2].tolist()
     axes = (min(order), max(order))
-    autoencoder = build.is_autoencoder(run.options)
+    autoencoder = is_autoencoder(run.options)
     points = codes.mean[:, list(axes)].numpy()
     labels = run.splits.labels.get("test")
     classes = None if labels is None else labels[index].numpy()

@@ -6,13 +6,15 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ppl_vae import data
-from ppl_vae.runs import build
+from ppl_vae.runs.build import is_autoencoder
+from ppl_vae.runs.load import read_config
 from ppl_vae.runs.options import Options
+from ppl_vae.runs.resolve import resolve
 
 
 def check_comparable(options: Options) -> None:
     """Raises ValueError for an autoencoder: it has no log p(x), by which a table is ranked."""
-    if build.is_autoencoder(options):
+    if is_autoencoder(options):
         raise ValueError(
             f"--posterior {options.posterior}: expected a density q(z | x) for a table of log p(x), got an autoencoder"
         )
@@ -27,8 +29,8 @@ def check_same(folder: Path, asked: Options, splits: data.Splits, *, free: froze
     Raises:
         ValueError: a folder that is no run, or one with other options.
     """
-    stored, _ = build.read_config(folder)
-    resolved = build.resolve(asked, splits)
+    stored, _ = read_config(folder)
+    resolved = resolve(asked, splits)
     free |= {"data_dir", "stream", "tensorboard"} | ({"compile"} if asked.compile == "auto" else set())
     differ = sorted(name for name in asdict(stored).keys() - free if getattr(stored, name) != getattr(resolved, name))
     if differ:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ppl_vae import runs
 from ppl_vae.evidence.importance import seeded
-from ppl_vae.runs import build
+from ppl_vae.runs.fit_arguments import matmul_precision
 from ppl_vae.runs.opening import Say
 from ppl_vae.runtime.capture import CannotCapture
 from ppl_vae.runtime.ending import Interrupted
@@ -226,7 +226,7 @@ def in_blocks(bench: Bench, stage: str, count: int, size: int, compute: Compute,
     if whole is not None:
         return whole
     parts: list[Tensors] = []
-    with progress_bar(total=count, unit="item", desc=words, bar_format=_BAR) as shown, build.products_in("float32"):
+    with progress_bar(total=count, unit="item", desc=words, bar_format=_BAR) as shown, matmul_precision("float32"):
         bar = _Bar(shown)
         for number, start in enumerate(range(0, count, size)):
             items = slice(start, min(start + size, count))

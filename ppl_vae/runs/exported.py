@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from ppl_vae import data, runs
-from ppl_vae.runs import build
+from ppl_vae.runs.load import find_run_folder, is_from_python, read_config
 from ppl_vae.runs.opening import Run, Say, open_run
 from ppl_vae.runs.options import is_export
 
@@ -18,7 +18,7 @@ def open_with_or_without(run_dir: str, *, dataset: str | None, data_dir: str | N
     Raises:
         ValueError: as ``open_run``.
     """
-    folder = build.run_folder(run_dir)
+    folder = find_run_folder(run_dir)
     told = dataset is not None or data_dir is not None
     if told or not (folder / runs.CONFIG).is_file() or not is_export(runs.read_json(folder / runs.CONFIG)):
         return open_run(run_dir, dataset=dataset, data_dir=data_dir, say=say)
@@ -31,7 +31,7 @@ def without_data(folder: Path) -> Run:
     Raises:
         ValueError: it is damaged, or says nothing of the kind of its data.
     """
-    options, seen = build.read_config(folder)
+    options, seen = read_config(folder)
     kind = runs.read_json(folder / runs.CONFIG)["data"].get("kind")
     if kind not in data.KINDS:
         raise ValueError(
@@ -49,4 +49,4 @@ def without_data(folder: Path) -> Run:
         split="none is here",
         protocol=options.protocol,
     )
-    return Run(folder, options, splits, from_python=build.is_from_python(folder))
+    return Run(folder, options, splits, from_python=is_from_python(folder))

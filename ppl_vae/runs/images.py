@@ -9,13 +9,13 @@ from torch import Tensor
 
 from ppl_vae import data
 from ppl_vae.data.registry import SPLITS
-from ppl_vae.runs import build
+from ppl_vae.runs.build import build_likelihood
 from ppl_vae.runs.opening import Run
 
 
 def _check_support(run: Run, source: str, x: Tensor) -> None:
     """Refuses pixels that the run's likelihood has no probability for; levels and binarized pixels always fit."""
-    family = build.likelihood(run.options, run.splits.event_shape)
+    family = build_likelihood(run.options, run.splits.event_shape)
     seen = x[~x.isnan()]
     if run.evaluated_pixels == "none" and not family.support.check(seen).all():
         raise ValueError(

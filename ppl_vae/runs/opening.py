@@ -11,8 +11,17 @@ from tqdm import tqdm
 
 from ppl_vae import data, runs
 from ppl_vae.evidence.dequantization import dequantized
-from ppl_vae.runs import build
+from ppl_vae.runs.build import is_autoencoder
+from ppl_vae.runs.load import is_from_python, load, read_config
 from ppl_vae.runs.options import Options
+from ppl_vae.runs.resolve import (
+    check_support,
+    choose_evaluated_pixels,
+    choose_pixels,
+    data_options,
+    describe_scale,
+    load_splits,
+)
 from ppl_vae.runs.shipped import own_copy
 from ppl_vae.runtime.rank_zero import Say
 from ppl_vae.vae import VAE
@@ -35,17 +44,17 @@ class Run(NamedTuple):
     @property
     def pixels(self) -> str:
         """How training saw pixels, a word of ``data.PIXELS``."""
-        return build.pixels(self.options, self.splits)
+        return choose_pixels(self.options, self.splits)
 
     @property
     def evaluated_pixels(self) -> str:
         """How ``evaluated_vae`` sees pixels, a word of ``data.PIXELS``."""
-        return build.evaluated_pixels(self.options, self.splits)
+        return choose_evaluated_pixels(self.options, self.splits)
 
     @property
     def scale(self) -> str:
         """What its nats are of, in words."""
-        return build.scale(self.options, self.splits)
+        return describe_scale(self.options, self.splits)
 
     @property
     def trained_scale(self) -> str:
@@ -59,7 +68,7 @@ def evaluated_vae(run: Run) -> VAE:
     A density that was trained on dequantized levels is evaluated as the mass that it gives to levels
     (``dequantization.dequantized``), which is exact for every density that ``--likelihood`` names.
     """
-    vae = build.load(run.folder)
+    vae = load(run.folder)
     return dequantized(vae) if run.pixels == "dequantized" else vae
 
 
@@ -72,7 +81,7 @@ def check_density(run: Run, what: str) -> None:
     Raises:
         ValueError: the run's guide is deterministic.
     """
-    if build.is_autoencoder(run.options):
+    if is_autoencoder(run.options):
         stored = "its reconstructions are in evaluation.json"
         there = "test" in runs.read_evaluations(run.folder)
         raise ValueError(
@@ -112,14 +121,14 @@ def open_run(
         ValueError: no run, a damaged one, or other data than it was trained on.
     """
     folder = own_copy(run_dir, say)
-    options, seen = build.read_config(folder)
+    options, seen = read_config(folder)
     stored = _stored_data_dir(options)
     options = replace(options, dataset=dataset or options.dataset, data_dir=data_dir or stored)
     download = data_dir is not None or stored is None  # into a folder of the user's choice, and of nobody else's
     if options.dataset not in data.DATASETS and not os.path.exists(options.dataset):
         raise ValueError(f"{folder}: its data, {options.dataset}, is not there; --dataset says where it is now")
-    same = like is not None and build.data_options(like.options) == build.data_options(options)
-    splits = like.splits if like is not None and same else build.splits(options, download=download)
+    same = like is not None and data_options(like.options) == data_options(options)
+    splits = like.splits if like is not None and same else load_splits(options, download=download)
     if splits.sha256 != seen["sha256"]:
         raise ValueError(
             f"{options.dataset}: expected the data that {folder} was trained on, got other bytes (its SHA-256 differs)"
@@ -128,8 +137,8 @@ def open_run(
         raise ValueError(
             f"{folder / runs.CONFIG}: damaged: event_shape {seen['event_shape']}, but the data has {splits.event_shape}"
         )
-    build.check_support(options, splits)
-    return Run(folder, options, splits, from_python=build.is_from_python(folder))
+    check_support(options, splits)
+    return Run(folder, options, splits, from_python=is_from_python(folder))
 
 
 def _stored_data_dir(options: Options) -> str | None:

@@ -1,57 +1,46 @@
-"""Every word, and all that decides a run: its options, their defaults and checks, and how config.json holds them."""
+"""All options of a run: what decides its data, its model, its training and its evaluation."""
 
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from ppl_vae.data.registry import BINARIZATIONS, COLORS, DATASETS, DEQUANTIZATIONS, FITS, PROTOCOLS
-
-TRANSFORMS = ("none", "logit")
-LIKELIHOODS = (
-    "bernoulli",
-    "categorical",
-    "discretized-logistic",
-    "discretized-logistic-mixture",
-    "binomial",
-    "continuous-bernoulli",
-    "beta",
-    "logit-normal",
-    "normal",
-    "normal-fixed",
-    "normal-optimal",
-    "normal-per-pixel",
-    "laplace",
-    "student-t",
-    "poisson",
-    "negative-binomial",
+from ppl_vae.parts.registry import (
+    COUPLINGS,
+    DENSE_NETWORKS,
+    KLS,
+    LIKELIHOODS,
+    NETWORKS,
+    OBJECTIVES,
+    POSTERIOR_FLOWS,
+    POSTERIORS,
+    PRIORS,
+    SCALE_MAPS,
+    SCHEDULES,
 )
-NETWORKS = ("mlp", "tanh", "gated", "conv", "gated-conv", "residual", "gated-residual")
-DENSE_NETWORKS = ("mlp", "tanh", "gated")
-PRIORS = ("standard-normal", "mixture", "vamp", "flow")
-COUPLINGS = ("affine", "spline")
-POSTERIORS = ("diagonal", "full", "flow", "delta")
-POSTERIOR_FLOWS = ("iaf", "spline")
-INFERENCES = ("top-down", "bottom-up")
-DECODER_INPUTS = ("bottom", "all")
-INITIALIZATIONS = ("shrinking", "wide")
-SCALE_MAPS = ("bounded", "exp", "softplus")
-OBJECTIVES = ("elbo", "free-bits", "iwae", "dreg", "stl")
-SCHEDULES = ("cosine", "stages")
-KLS = ("sampled", "analytic")
-KEEPS = ("best", "last")
+from ppl_vae.runs.fields import (
+    BELOW_ONE,
+    NON_NEGATIVE,
+    NON_NEGATIVE_INTEGER,
+    NOT_EMPTY,
+    POSITIVE,
+    POSITIVE_INTEGER,
+    WIDTH,
+    CheckedOptions,
+    check_value,
+    freeze_lists,
+    option,
+)
+
 COMPILES = ("auto", "on", "off")
 PRECISIONS = ("float32", "tf32", "bf16")
-STREAMS = ("auto", "on", "off")
-TENSORBOARDS = ("off", "on")
-SIDES = ("top", "bottom", "left", "right")
 
-# The plain VAE: N(0, I), the sampled ELBO, torch's start, a rate that falls from the first step, no average. It is what
-# the study, the tables and the benchmark are of, whatever the defaults are.
+# The plain VAE, which the study, the tables and the benchmark train: N(0, I), the sampled ELBO, torch's own
+# initialization, a rate that falls from the first step, and no averaged weights.
 PLAIN: dict[str, Any] = {
     "prior": "standard-normal",
     "objective": "elbo",
@@ -62,392 +51,227 @@ PLAIN: dict[str, Any] = {
 }
 
 
-@dataclass(frozen=True)
-class Check:
-    """What a value must be, in words and as a test."""
-
-    words: str
-    holds: Callable[[Any], bool]
-
-
-POSITIVE_INTEGER = Check("a whole number, at least 1", lambda v: 1 <= v <= 2**31)
-WIDTH = Check("a whole number, 1 to 65,536", lambda v: 1 <= v <= 2**16)
-NON_NEGATIVE_INTEGER = Check("a whole number, 0 to 2^31 - 1", lambda v: 0 <= v < 2**31)
-POSITIVE = Check("a finite number above 0", lambda v: 0 < v < math.inf)
-NON_NEGATIVE = Check("a finite number, at least 0", lambda v: 0 <= v < math.inf)
-BELOW_ONE = Check("a number, 0 or more and below 1", lambda v: 0 <= v < 1)
-NOT_EMPTY = Check("a word", lambda v: bool(v))
-
-
-def one_of(words: Sequence[str]) -> Check:
-    """One of these words."""
-    return Check(f"one of {', '.join(words)}", lambda v: v in words)
-
-
-def option(
-    default: Any,
-    kind: type,
-    check: Check,
-    text: str,
-    *,
-    several: bool = False,
-    later: bool = False,
-    before: Any = None,
-) -> Any:
-    """A dataclass field that is an option: its default, the type of one value, what holds of it, its help.
-
-    ``several`` values make a list. A ``later`` option is younger than some config.json, which then means ``before``, or
-    its default.
-    """
-    meant = default if before is None else before
-    metadata = {"kind": kind, "check": check, "help": text, "several": several, "later": later, "before": meant}
-    return field(default=default, metadata=metadata)
-
-
 @dataclass(frozen=True, kw_only=True)
-class Options:
-    """All that decides a run. config.json holds every field."""
+class Options(CheckedOptions):
+    """All options of a run, as ``config.json`` holds them."""
 
     dataset: str = option(
         "mnist",
-        str,
+        f"{', '.join(DATASETS)}; or the path of an .npz or .npy file or of a folder of images",
         NOT_EMPTY,
-        f"{', '.join(DATASETS)}, or the path of your own .npz or .npy file, or of a folder of images",
+        group="data",
     )
     data_dir: str | None = option(
         None,
-        str,
-        NOT_EMPTY,
         "folder of the named data sets (default: the environment variable PPL_VAE_DATA_DIR, else data)",
-        later=True,
+        group="data",
     )
     protocol: str = option(
         "vampprior",
-        str,
-        one_of(PROTOCOLS),
-        "vampprior: validation split, test drawn once; iwae: all 60,000 train, test drawn by the evaluation's seed",
-        later=True,
+        "vampprior: validation images, test drawn once; iwae: all 60,000 images train, test drawn anew",
+        PROTOCOLS,
+        group="data",
+        rare=True,
     )
     image_size: tuple[int, ...] | None = option(
-        None,
-        int,
-        WIDTH,
-        "of a folder of images: height and width (or one number for both) to which each is brought",
-        several=True,
-        later=True,
+        None, "height and width to which a folder's images are brought; one number for both", WIDTH, group="data"
     )
-    fit: str = option(
-        "crop",
-        str,
-        one_of(FITS),
-        "how: crop (cover the size, cut the middle) or stretch (lose the aspect ratio)",
-        later=True,
-    )
+    fit: str = option("crop", "how: crop the middle, or stretch", FITS, group="data", rare=True)
     color: str | None = option(
-        None,
-        str,
-        one_of(COLORS),
-        "of a folder of images: gray or rgb (default: gray where all of them are)",
-        later=True,
+        None, "of a folder's images (default: gray where all of them are)", COLORS, group="data", rare=True
     )
     binarization: str | None = option(
         None,
-        str,
-        one_of(BINARIZATIONS),
-        f"how gray becomes black and white: {', '.join(BINARIZATIONS)} "
-        "(default: dynamic for gray data under a likelihood of zeros and ones, else none)",
+        "how gray pixels become zeros and ones (default: dynamic under a likelihood of zeros and ones)",
+        BINARIZATIONS,
+        group="data",
     )
     dequantization: str | None = option(
         None,
-        str,
-        one_of(DEQUANTIZATIONS),
-        "of 8-bit levels under a density: uniform, (level + u) / 256; or none, level / 255, whose density has no bound "
-        "and compares with nothing else (default: uniform)",
-        later=True,
-        before="none",
+        "8-bit levels under a density: uniform, (level + u) / 256, or none, level / 255 (default: uniform)",
+        DEQUANTIZATIONS,
+        group="data",
+        rare=True,
     )
-    dequantization_draws: int = option(
-        16,
-        int,
-        POSITIVE_INTEGER,
-        "without effect: the masses of levels are exact under every density of --likelihood",
-        later=True,
-    )
-    likelihood: str = option("bernoulli", str, one_of(LIKELIHOODS), f"p(x | z): {', '.join(LIKELIHOODS)}")
+
+    likelihood: str = option("bernoulli", "p(x | z)", LIKELIHOODS, group="model")
     likelihood_scale: float = option(
         0.5,
-        float,
+        "scale of normal-fixed, as a fraction of the spread of the training pixels",
         POSITIVE,
-        "of normal-fixed: its scale, as a share of the training pixels' spread",
-        later=True,
+        group="model",
+        rare=True,
     )
     likelihood_components: int = option(
-        5, int, WIDTH, "of discretized-logistic-mixture: logistic distributions a pixel", later=True
+        5, "logistics per pixel of discretized-logistic-mixture", WIDTH, group="model", rare=True
     )
     transform: str = option(
         "none",
-        str,
-        one_of(TRANSFORMS),
-        "of pixels between 0 and 1 under a density of real numbers: none, or logit (its Jacobian is counted)",
-        later=True,
+        "logit: put a density of real numbers on the logit of pixels in (0, 1)",
+        ("none", "logit"),
+        group="model",
+        rare=True,
     )
-    network: str = option("gated", str, one_of(NETWORKS), f"encoder and decoder: {', '.join(NETWORKS)}")
+    network: str = option("gated", "encoder and decoder", NETWORKS, group="model")
     hidden: tuple[int, ...] | None = option(
         None,
-        int,
+        "widths of the encoder's dense layers, reversed in the decoder (default: 300 300; 256 with convolutions)",
         WIDTH,
-        "widths of the encoder's dense hidden layers, the decoder's in reverse "
-        "(default: 300 300 for dense networks, 256 for the others, between convolutions and latents)",
-        several=True,
+        group="model",
     )
     channels: tuple[int, ...] = option(
-        (16, 32),
-        int,
-        WIDTH,
-        "of convolutional networks: channels of each stage, which halves height and width",
-        several=True,
-        later=True,
+        (16, 32), "channels of each stage of a convolutional network", WIDTH, group="model"
     )
+    latent_dim: int = option(40, "dimensions of z", WIDTH, group="model")
     prior: str | None = option(
         None,
-        str,
-        one_of(PRIORS),
-        f"p(z): {', '.join(PRIORS)} (default: flow; standard-normal where the objective takes the KL in closed form, "
-        "beside a delta posterior, and of one latent)",
+        "p(z) (default: flow; standard-normal with an analytic KL, a delta posterior or one latent)",
+        PRIORS,
+        group="model",
     )
-    prior_components: int = option(
-        500, int, WIDTH, "of the priors mixture and vamp: normals, or pseudo-images", later=True
-    )
-    prior_flow: str = option(
-        "affine", str, one_of(COUPLINGS), "of the prior flow: its couplings, affine or spline", later=True
-    )
-    prior_layers: int = option(10, int, WIDTH, "of the prior flow: couplings", later=True)
+    prior_components: int = option(500, "components of mixture and vamp", WIDTH, group="model", rare=True)
+    prior_flow: str = option("affine", "couplings of the flow prior", COUPLINGS, group="model", rare=True)
+    prior_layers: int = option(10, "number of couplings of the flow prior", WIDTH, group="model", rare=True)
     prior_hidden: tuple[int, ...] = option(
-        (256,), int, WIDTH, "of the prior flow: widths of each coupling's hidden layers", several=True, later=True
+        (256,), "widths of the hidden layers of each coupling", WIDTH, group="model", rare=True
     )
-    posterior: str = option(
-        "diagonal",
-        str,
-        one_of(POSTERIORS),
-        "q(z | x): diagonal or full normal, flow, or delta, which with --beta 0 makes a plain autoencoder (no "
-        "log-likelihood)",
-    )
-    posterior_flow: str = option(
-        "iaf", str, one_of(POSTERIOR_FLOWS), "of the posterior flow: its layers, iaf or spline", later=True
-    )
-    posterior_layers: int = option(2, int, WIDTH, "of the posterior flow: layers", later=True)
+    posterior: str = option("diagonal", "the guide q(z | x)", POSTERIORS, group="model")
+    posterior_flow: str = option("iaf", "layers of the flow posterior", POSTERIOR_FLOWS, group="model", rare=True)
+    posterior_layers: int = option(2, "number of layers of the flow posterior", WIDTH, group="model", rare=True)
     posterior_hidden: tuple[int, ...] = option(
-        (256,), int, WIDTH, "of the posterior flow: widths of each layer's hidden layers", several=True, later=True
+        (256,), "widths of the hidden layers of each layer of the flow posterior", WIDTH, group="model", rare=True
+    )
+    scale_map: str = option(
+        "bounded", "from the encoder's output h to the guide's scale", SCALE_MAPS, group="model", rare=True
     )
     upper_latents: tuple[int, ...] | None = option(
-        None,
-        int,
-        WIDTH,
-        "dimensions of further layers of latents above z, from the bottom to the top (default: none)",
-        several=True,
-        later=True,
+        None, "dimensions of further latent layers above z, from the bottom to the top", WIDTH, group="model", rare=True
     )
     upper_hidden: tuple[int, ...] = option(
-        (100, 100),
-        int,
-        WIDTH,
-        "of each further layer: widths of the hidden layers to and from it",
-        several=True,
-        later=True,
+        (100, 100), "widths of the hidden layers to and from each further layer", WIDTH, group="model", rare=True
     )
     inference: str = option(
         "top-down",
-        str,
-        one_of(INFERENCES),
-        "of several layers of latents: top-down (a ladder, q(z_l | x, z_l+1)) or bottom-up, q(z_l+1 | z_l)",
-        later=True,
+        "guide of several layers: top-down (a ladder) or bottom-up",
+        ("top-down", "bottom-up"),
+        group="model",
+        rare=True,
     )
     decoder_input: str = option(
         "bottom",
-        str,
-        one_of(DECODER_INPUTS),
-        "of several layers of latents: what the decoder sees, bottom (the layer next to the image) or all",
-        later=True,
+        "what the decoder sees of several layers: the bottom one, or all",
+        ("bottom", "all"),
+        group="model",
+        rare=True,
     )
-    scale_map: str = option(
-        "bounded",
-        str,
-        one_of(SCALE_MAPS),
-        "of every posterior but delta, from a feature to a scale: bounded (exp of 7 tanh(h / 7)), exp, softplus",
-        later=True,
-    )
+
     objective: str | None = option(
         None,
-        str,
-        one_of(OBJECTIVES),
-        f"what is maximized: {', '.join(OBJECTIVES)} (default: stl, the ELBO by a gradient of less noise; elbo with "
-        "--kl analytic, and of a flow or delta posterior)",
+        "what is maximized (default: stl; elbo with --kl analytic and with a flow or delta posterior)",
+        OBJECTIVES,
+        group="objective",
     )
-    free_bits: float = option(
-        0.1,
-        float,
+    beta: float = option(
+        1.0,
+        "weight of the KL in training (beta-VAE); reports are always at 1",
         NON_NEGATIVE,
-        "of the objective free-bits: nats a latent below which its mean KL costs nothing",
-        later=True,
+        group="objective",
     )
-    kl: str = option(
-        "sampled", str, one_of(KLS), "the KL in the objective: sampled (Trace_ELBO), analytic (TraceMeanField_ELBO)"
-    )
-    beta: float = option(1.0, float, NON_NEGATIVE, "weight of the KL in training; reports are always at 1")
     warmup_epochs: int | None = option(
         None,
-        int,
+        "epochs in which that weight rises from 0 (default: 0.3 of the epochs, at most 15)",
         NON_NEGATIVE_INTEGER,
-        "epochs over which that weight rises linearly from 0 (default: three tenths of the epochs, 1 to 15; none for a "
-        "single epoch, and beside --start-from)",
+        group="objective",
     )
-    latent_dim: int = option(40, int, WIDTH, "dimensions of z")
-    epochs: int = option(50, int, POSITIVE_INTEGER, "passes through the training images")
-    batch_size: int = option(100, int, POSITIVE_INTEGER, "images a step")
-    learning_rate: float = option(2e-3, float, POSITIVE, "Adam's, at the start")
+    kl: str = option(
+        "sampled", "sampled (Trace_ELBO), or in closed form (TraceMeanField_ELBO)", KLS, group="objective", rare=True
+    )
+    free_bits: float = option(
+        0.1, "nats of KL that cost nothing, for each latent, of free-bits", NON_NEGATIVE, group="objective", rare=True
+    )
+    num_particles: int = option(1, "samples of z per image and training step", POSITIVE_INTEGER, group="objective")
+
+    epochs: int = option(50, "passes through the training images", POSITIVE_INTEGER, group="optimization")
+    batch_size: int = option(100, "images per step", POSITIVE_INTEGER, group="optimization")
+    learning_rate: float = option(2e-3, "Adam's learning rate at the start", POSITIVE, group="optimization")
+    schedule: str = option("cosine", "how the learning rate falls", SCHEDULES, group="optimization", rare=True)
+    decay_start: float = option(
+        0.5, "fraction of the steps before the cosine begins", BELOW_ONE, group="optimization", rare=True
+    )
     initialization: str = option(
         "wide",
-        str,
-        one_of(INITIALIZATIONS),
-        "of the dense hidden layers of encoder and decoder: shrinking, torch's own, or wide, with three times its "
-        "variance",
-        later=True,
-        before="shrinking",
-    )
-    schedule: str = option(
-        "cosine",
-        str,
-        one_of(SCHEDULES),
-        "how it falls: to 0 on a cosine, or in the eight stages of Burda et al., each three times as long as the last",
-        later=True,
-    )
-    decay_start: float = option(
-        0.5,
-        float,
-        BELOW_ONE,
-        "share of the steps after which the cosine begins; the rate is flat until then",
-        later=True,
-        before=0.0,
+        "dense hidden layers: shrinking (torch's own), or wide (three times its variance)",
+        ("shrinking", "wide"),
+        group="optimization",
+        rare=True,
     )
     start_from: str | None = option(
-        None,
-        str,
-        NOT_EMPTY,
-        "run folder whose weights training starts from, a trained run of the same model (default: fresh weights)",
-        later=True,
+        None, "run folder whose weights training starts from", group="optimization", rare=True
     )
-    clip_norm: float = option(100.0, float, POSITIVE, "largest norm of the whole gradient")
+    clip_norm: float = option(100.0, "largest norm of the whole gradient", POSITIVE, group="optimization", rare=True)
     skip_norm: float | None = option(
         None,
-        float,
+        "leave out steps whose gradient has a larger norm",
         POSITIVE,
-        "a step whose gradient's norm is above this, or not finite, is left out (default: no such step)",
-        later=True,
-    )
-    keep: str | None = option(
-        None,
-        str,
-        one_of(KEEPS),
-        "the weights that are kept: best, by the validation ELBO at beta = 1 (L_k of the objectives iwae and dreg), or "
-        "last (default: best where beta is 1, else last, since that would choose weights from before beta had its "
-        "effect)",
-        later=True,
-        before="best",
+        group="optimization",
+        rare=True,
     )
     average_decay: float = option(
         0.999,
-        float,
+        "decay of the averaged weights, which are validated, kept and evaluated; 0: none",
         BELOW_ONE,
-        "of a moving average of the weights, which is then what is validated, kept and evaluated; 0: none",
-        later=True,
-        before=0.0,
+        group="optimization",
+        rare=True,
     )
-    compile: str = option(
-        "auto",
-        str,
-        one_of(COMPILES),
-        "the training step as one compiled graph: on, off, or auto (for many steps, where there is a compiler)",
-        later=True,
+    keep: str | None = option(
+        None,
+        "weights that are kept: best by validation, or last (default: best; last where beta is not 1)",
+        ("best", "last"),
+        group="optimization",
+        rare=True,
     )
+
+    images: int = option(
+        5000, "test images of the evaluation at the end, a fixed random subset", POSITIVE_INTEGER, group="evaluation"
+    )
+    evaluation_particles: int = option(
+        200, "importance samples per image of that evaluation", POSITIVE_INTEGER, group="evaluation"
+    )
+    dequantization_draws: int = option(
+        16,
+        "without effect: masses of levels are exact under every likelihood of the list",
+        POSITIVE_INTEGER,
+        group="evaluation",
+        rare=True,
+    )
+
+    seed: int = option(0, "of the weights, the noise and the order of images", NON_NEGATIVE_INTEGER, group="run")
+    device: str = option("cpu", "cpu, cuda, cuda:1, ...", NOT_EMPTY, group="run")
+    compile: str = option("auto", "the training step as one compiled graph", COMPILES, group="run")
     precision: str = option(
         "float32",
-        str,
-        one_of(PRECISIONS),
-        "of products in training: float32, tf32 (NVIDIA GPUs), bf16; the final evaluation is always in float32",
-        later=True,
+        "of matrix products in training; tf32 needs an NVIDIA GPU",
+        PRECISIONS,
+        group="run",
+        rare=True,
     )
     stream: str = option(
         "auto",
-        str,
-        one_of(STREAMS),
-        "training images stay where they are, and each batch is brought to the device: on, off, or auto (where they "
-        "take more than half of its free memory)",
-        later=True,
+        "bring each batch to the device on demand (auto: for data larger than half of its free memory)",
+        ("auto", "on", "off"),
+        group="run",
+        rare=True,
     )
-    num_particles: int = option(1, int, POSITIVE_INTEGER, "draws of z an image and step, in training")
-    seed: int = option(0, int, NON_NEGATIVE_INTEGER, "of the weights, the noise and the order of the images")
-    device: str = option("cpu", str, NOT_EMPTY, "cpu, cuda, cuda:1, ...")
-    checkpoint_seconds: float = option(60.0, float, NON_NEGATIVE, "longest time between two checkpoints")
-    images: int = option(
-        5000, int, POSITIVE_INTEGER, "test images of the quick evaluation at the end; a fixed random subset"
-    )
-    evaluation_particles: int = option(
-        200, int, POSITIVE_INTEGER, "importance samples an image of the quick evaluation"
+    checkpoint_seconds: float = option(
+        60.0, "longest time between two checkpoints", NON_NEGATIVE, group="run", rare=True
     )
     tensorboard: str = option(
-        "off",
-        str,
-        one_of(TENSORBOARDS),
-        "on: the numbers of metrics.jsonl and of the evaluation also as TensorBoard's events (its own package)",
-        later=True,
+        "off", "also write the numbers as TensorBoard events", ("off", "on"), group="run", rare=True
     )
 
-    def __post_init__(self) -> None:
-        for spec in fields(self):
-            value = _plain(spec, getattr(self, spec.name))
-            _check(spec, value)
-            object.__setattr__(self, spec.name, value)
 
-
-# What a model and its data are, beside how it is trained: a run that starts from another takes these from it.
-MODEL_OPTIONS = (
-    *("dataset", "data_dir", "protocol", "image_size", "fit", "color", "binarization", "dequantization"),
-    *("likelihood", "likelihood_scale", "likelihood_components", "transform", "network", "hidden", "channels"),
-    *("prior", "prior_components", "prior_flow", "prior_layers", "prior_hidden"),
-    *("posterior", "posterior_flow", "posterior_layers", "posterior_hidden", "scale_map", "latent_dim"),
-    *("upper_latents", "upper_hidden", "inference", "decoder_input"),
-)
-
-
-def _plain(spec: Any, value: Any) -> Any:
-    """Python's own number for one of NumPy's; a tuple for a list, an array or a lone number of an option of several."""
-    value = _python_number(value)  # an array becomes a list
-    if not spec.metadata["several"]:
-        return value
-    if isinstance(value, int) and not isinstance(value, bool):
-        value = (value,)
-    return tuple(map(_python_number, value)) if isinstance(value, list | tuple) else value
-
-
-def _python_number(value: Any) -> Any:
-    return value.tolist() if hasattr(value, "tolist") else value
-
-
-def _check(spec: Any, value: Any) -> None:
-    if value is None and spec.default is None:
-        return
-    kind, check, several = spec.metadata["kind"], spec.metadata["check"], spec.metadata["several"]
-    if several and (not isinstance(value, tuple) or not value):
-        raise ValueError(f"{flag(spec.name)}: expected a list, each {check.words}, got {value!r}")
-    for one in value if several else (value,):
-        right_type = isinstance(one, (int, float) if kind is float else kind) and not isinstance(one, bool)
-        if not right_type or not check.holds(one):
-            raise ValueError(f"{flag(spec.name)}: expected {check.words}, got {one!r}")
-
-
-def flag(name: str) -> str:
-    """The field's name as it is typed."""
-    return "--" + name.replace("_", "-")
+# What a model and its data are, apart from how it is trained: a run that starts from another takes these from it.
+MODEL_OPTIONS = tuple(spec.name for spec in fields(Options) if spec.metadata["group"] in ("data", "model"))
 
 
 def default_hidden(network: str) -> tuple[int, ...]:
@@ -456,26 +280,25 @@ def default_hidden(network: str) -> tuple[int, ...]:
 
 
 def default_prior(options: Options) -> str:
-    """A flow; N(0, I) where the KL is in closed form or there is none, and of one latent, which has no halves."""
-    in_closed_form = options.kl == "analytic" or options.objective == "free-bits"
+    """A flow; N(0, I) where the KL is in closed form or absent, and for a single latent, which cannot be split."""
+    has_closed_form = options.kl == "analytic" or options.objective == "free-bits"
     top = (options.upper_latents or (options.latent_dim,))[-1]
-    return "standard-normal" if in_closed_form or options.posterior == "delta" or top == 1 else "flow"
+    return "standard-normal" if has_closed_form or options.posterior == "delta" or top == 1 else "flow"
 
 
 def default_objective(options: Options) -> str:
-    """The ELBO without the score of q in its gradient; with it where that is dear, or the KL in closed form, or none.
+    """The ELBO without the guide's score in its gradient, unless the KL is in closed form, absent or expensive.
 
-    Without the score a flow guide is inverted at every step: an autoregressive one took 6.6 times as long so.
+    Without the score a flow guide is inverted at every step: an autoregressive one took 6.6 times as long.
     """
     return "elbo" if options.kl == "analytic" or options.posterior in ("delta", "flow") else "stl"
 
 
 def default_warmup(epochs: int) -> int:
-    """Three tenths of the epochs, at most 15 and at least one of several.
+    """Three tenths of the epochs, at most 15, and at least one where there are several.
 
-    Without a warm-up latents collapse early, and stay collapsed: after two epochs on MNIST the plain VAE's validation
-    ELBO was -121.0 nats without one and -107.9 with one epoch of it (residual network: -204.8, that of no latents, and
-    -102.2).
+    Without a warm-up latents collapse early and stay collapsed: after two epochs on MNIST the plain VAE's validation
+    ELBO was -121.0 nats without one and -107.9 with one epoch of it.
     """
     return 0 if epochs == 1 else max(1, min(15, 3 * epochs // 10))
 
@@ -490,10 +313,10 @@ def compiling_pays(runs: int) -> bool:
 
 
 def model_options(config: Any) -> dict[str, Any]:
-    """What a run's model and its data are, of its config.json: what a training that starts from its weights takes over.
+    """The options of a run's model and data, from its ``config.json``: what a run that starts from it takes over.
 
     Raises:
-        ValueError: no options in it, or such as ``from_json`` refuses.
+        ValueError: no options in it, or some that ``from_json`` refuses.
     """
     if not isinstance(config, dict) or not {"options", "model"} & config.keys():
         raise ValueError("expected an object with options")
@@ -502,75 +325,66 @@ def model_options(config: Any) -> dict[str, Any]:
 
 
 def to_json(options: Options) -> dict[str, Any]:
-    """Every field, as config.json holds it."""
+    """Every field, as ``config.json`` holds it."""
     return json.loads(json.dumps(asdict(options)))
 
 
 def from_json(values: Any) -> Options:
-    """Back from config.json.
+    """The options that ``to_json`` wrote.
 
     Raises:
         ValueError: a field that is missing, unknown, or out of its range.
     """
+    return Options(**_check_names(values, {spec.name for spec in fields(Options)}))
+
+
+def _check_names(values: Any, known: set[str]) -> dict[str, Any]:
+    """The values with tuples for lists. Raises ValueError unless they are an object of exactly these names."""
     if not isinstance(values, dict):
         raise ValueError(f"expected an object of options, got {type(values).__name__}")
-    values = {spec.name: spec.metadata["before"] for spec in fields(Options) if spec.metadata["later"]} | values
-    known = {spec.name for spec in fields(Options)}
     if set(values) != known:
-        odd = sorted(set(values) ^ known)
-        raise ValueError(f"expected exactly the options of this version; missing or unknown: {', '.join(odd)}")
-    return Options(**_checked(values))
-
-
-def _checked(values: dict[str, Any]) -> dict[str, Any]:
-    """Values from JSON, whose lists become tuples. A file is held to what this program writes: no lone numbers."""
-    found = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+        odd = ", ".join(sorted(set(values) ^ known))
+        raise ValueError(f"expected exactly the options of this version; missing or unknown: {odd}")
+    found = freeze_lists(values)
     for spec in fields(Options):
         if spec.name in found:
-            _check(spec, found[spec.name])
+            check_value(spec, found[spec.name])  # a file is held to what this program writes
     return found
 
 
 # --- An export: the model without its training ---
 
 EXPORT_FORMAT = "ppl_vae model 1"  # the "format" of its config.json
-_EXPORTED = (*(name for name in MODEL_OPTIONS if name != "data_dir"), "dequantization_draws")
+_EXPORTED = {*MODEL_OPTIONS, "dequantization_draws"} - {"data_dir"}
 
 
 def model_to_json(options: Options) -> dict[str, Any]:
-    """The model's own options, as an export's config.json holds them: of the data no folder, but its name."""
+    """The options of the model alone, as an export's ``config.json`` holds them; of the data its name, and no path."""
     name = options.dataset
     if name not in DATASETS:
         name = re.split(r"[/\\]", name.rstrip("/\\"))[-1]
         name = f"own {name}" if name in DATASETS else name or "data"  # no path may become the name of another data set
     values = to_json(options) | {"dataset": name}
-    return {name: values[name] for name in _EXPORTED}
+    return {name: value for name, value in values.items() if name in _EXPORTED}
 
 
 def model_from_json(values: Any) -> Options:
-    """Back from an export's config.json. What it says nothing of, the training, has its defaults.
+    """The options that ``model_to_json`` wrote; those of training have their defaults.
 
     Raises:
         ValueError: an option that is missing, unknown, or out of its range.
     """
-    if not isinstance(values, dict):
-        raise ValueError(f"expected an object of options under model, got {type(values).__name__}")
-    specs = {spec.name: spec for spec in fields(Options) if spec.name in _EXPORTED}
-    values = {name: spec.metadata["before"] for name, spec in specs.items() if spec.metadata["later"]} | values
-    if set(values) != set(specs):
-        odd = sorted(set(values) ^ set(specs))
-        raise ValueError(f"expected exactly the model's options; missing or unknown: {', '.join(odd)}")
-    options = Options(**_checked(values))
+    options = Options(**_check_names(values, _EXPORTED))
     return replace(options, objective=default_objective(options), warmup_epochs=0)
 
 
-def is_export(config: dict[str, Any]) -> bool:
-    """Whether a config.json is that of an export, which tells of a model and not of a run."""
+def is_export(config: Mapping[str, Any]) -> bool:
+    """Whether a ``config.json`` is that of an export, which describes a model and not a run."""
     return "format" in config
 
 
-def options_of(config: dict[str, Any]) -> Options:
-    """The options of a run's config.json, or of an export's.
+def options_of(config: Mapping[str, Any]) -> Options:
+    """The options of a run's ``config.json``, or of an export's.
 
     Raises:
         KeyError: it has none.

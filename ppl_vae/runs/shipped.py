@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ppl_vae import data, runs
-from ppl_vae.runs import build
-from ppl_vae.runs.build import stored
+from ppl_vae.runs import load as stored
+from ppl_vae.runs.load import SHIPPED, find_run_folder, read_config
 from ppl_vae.runs.options import to_json
 
 _PLACES = ("data_dir", "start_from")  # of the machine that trained it
@@ -24,7 +24,7 @@ def ship(run_dir: str, name: str) -> Path:
         ValueError: no run, one without an evaluation of its weights, one of a data file of one's own, or a bad name.
     """
     folder = Path(run_dir)
-    options, _ = build.read_config(folder)
+    options, _ = read_config(folder)
     if not re.fullmatch("[a-z0-9]+(-[a-z0-9]+)*", name):
         raise ValueError(f"name: expected small letters and digits with dashes between them, got {name!r}")
     if options.dataset not in data.DATASETS:
@@ -34,7 +34,7 @@ def ship(run_dir: str, name: str) -> Path:
     if "test" not in entries:
         raise ValueError(f"{folder}: expected an evaluation of its weights on the test split, got none")
     config = runs.read_json(folder / runs.CONFIG)
-    config |= {"options": to_json(options) | dict.fromkeys(_PLACES), "trained": build.SHIPPED}
+    config |= {"options": to_json(options) | dict.fromkeys(_PLACES), "trained": SHIPPED}
     shipped = stored.PRETRAINED / name
     shipped.mkdir(parents=True, exist_ok=True)
     runs.write_bytes(shipped / runs.MODEL, (folder / runs.MODEL).read_bytes())
@@ -49,7 +49,7 @@ def own_copy(run_dir: str, say: Callable[[str], None]) -> Path:
     Raises:
         ValueError: a word that is neither a folder nor a pretrained run, or runs/NAME is another run.
     """
-    folder = build.run_folder(run_dir)
+    folder = find_run_folder(run_dir)
     if folder.resolve().parent != stored.PRETRAINED.resolve():
         return folder
     copy = Path("runs") / folder.name

@@ -12,7 +12,7 @@ from ppl_vae.diagnostics import Value, ratio_of_means
 from ppl_vae.evidence.exploration import decoded, drawn, encode
 from ppl_vae.evidence.importance import seeded
 from ppl_vae.evidence.paired import paired_difference
-from ppl_vae.runs import build
+from ppl_vae.runs.load import load
 from ppl_vae.study import plan
 from ppl_vae.study.context import PICTURES, Study
 from ppl_vae.study.material import NUM_COMPONENTS, Material
@@ -38,7 +38,7 @@ def _of_dataset(study: Study, material: Material) -> dict[str, Any] | None:
     if vae is None or autoencoder is None:
         return None
     latents = _by_latents(study, word) if word == study.first else []
-    both = _Both(*(build.load(study.run(name)) for name in (vae["name"], autoencoder["name"])))
+    both = _Both(*(load(study.run(name)) for name in (vae["name"], autoencoder["name"])))
     return {
         "vae": _one(vae),
         "autoencoder": _one(autoencoder),
@@ -219,7 +219,7 @@ def _same_code(study: Study, material: Material, latents: list[dict[str, Any]]) 
     return {
         "latent_dims": [row["latent_dim"] for row in of_autoencoders],
         "sharpness": [row["sharpness"] for row in of_autoencoders],
-        "neighbors": None if study.ended(two) is None else _neighbors(build.load(study.run(two)), material),
+        "neighbors": None if study.ended(two) is None else _neighbors(load(study.run(two)), material),
     }
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ppl_vae import data
-from ppl_vae.runs import build
 from ppl_vae.runs.options import Options
+from ppl_vae.runs.resolve import choose_evaluated_pixels, resolve
 from ppl_vae.study.plan import dataset_word
 
 NUM_SHOWN = 10  # images in a row of a picture
@@ -140,7 +140,7 @@ class Material:
         return data.probabilities(self.splits, "train")[data.subset(len(self.splits.train), most)]
 
     def _seen(self, split: str) -> Tensor:
-        return data.evaluation_images(self.splits, split, build.evaluated_pixels(self.options, self.splits))
+        return data.evaluation_images(self.splits, split, choose_evaluated_pixels(self.options, self.splits))
 
     def describe(self) -> dict[str, Any]:
         """What the report says of the data."""
@@ -166,4 +166,4 @@ def material(options: Options, splits: data.Splits, num_images: int) -> Material
         raise ValueError(f"--datasets: expected images, got {splits.name}, whose shape is {splits.event_shape}")
     if min(len(splits.validation), len(splits.test)) < NUM_SHOWN:
         raise ValueError(f"--datasets: expected at least {NUM_SHOWN} validation and test images in {splits.name}")
-    return Material(build.resolve(options, splits), splits, min(num_images, len(splits.test)))
+    return Material(resolve(options, splits), splits, min(num_images, len(splits.test)))

@@ -16,7 +16,8 @@ from ppl_vae.diagnostics import ACTIVE_VARIANCE, HOLE_QUANTILE, Value
 from ppl_vae.diagnostics.verdicts import is_reliable
 from ppl_vae.evidence.exploration import decoded, drawn, encode
 from ppl_vae.evidence.importance import UNRELIABLE_BIAS, Importance
-from ppl_vae.runs import build
+from ppl_vae.runs.build import is_autoencoder
+from ppl_vae.runs.load import load
 from ppl_vae.study.material import NUM_COMPONENTS, Material
 from ppl_vae.study.pictures import write_pictures
 from ppl_vae.study.plan import Planned
@@ -104,7 +105,7 @@ def _told(planned: Planned, material: Material) -> dict[str, Any]:
         "name": planned.name,
         "dataset": material.word,
         "averaged": planned.averaged,
-        "autoencoder": build.is_autoencoder(planned.options),
+        "autoencoder": is_autoencoder(planned.options),
         "failed": None,
         "failed_phase": None,
         "options": {name: getattr(planned.options, name) for name in _TOLD},
@@ -153,7 +154,7 @@ def _is_reliable(evaluation: dict[str, Any]) -> bool | None:
 def _from_weights(
     planned: Planned, folder: Path, material: Material, pictures: Path, *, in_full: bool
 ) -> dict[str, Any]:
-    vae = build.load(folder)
+    vae = load(folder)
     found = {**_NOTHING, "parameters": sum(w.numel() for w in vae.parameters())}
     for name in ("seconds", "seconds_evaluation", "step", "evaluation", "seconds_measuring"):
         del found[name]
@@ -191,7 +192,7 @@ def _diagnosis(planned: Planned, vae: VAE, folder: Path, material: Material) -> 
 
 def _shows_more(planned: Planned) -> bool:
     """Autoencoders, and the beta that they are compared with."""
-    return build.is_autoencoder(planned.options) or planned.options.beta == 1
+    return is_autoencoder(planned.options) or planned.options.beta == 1
 
 
 def _fitted_draws(vae: VAE, material: Material) -> Tensor:

@@ -12,11 +12,13 @@ from typing import Any
 
 from ppl_vae import runs
 from ppl_vae.commands.evaluate import is_evaluated
+from ppl_vae.commands.options import RunStudy
 from ppl_vae.reports.evaluation_words import plus_minus
-from ppl_vae.runs import build
 from ppl_vae.runs.asked_run import check_same
+from ppl_vae.runs.fit_arguments import count_steps, find_device
 from ppl_vae.runs.opening import Say
 from ppl_vae.runs.options import compiling_pays
+from ppl_vae.runs.resolve import check_support, load_splits
 from ppl_vae.runtime import capture
 from ppl_vae.runtime.ending import Interrupted
 from ppl_vae.runtime.progress import progress_bar
@@ -26,7 +28,7 @@ from ppl_vae.study.material import Material, material
 from ppl_vae.study.measuring import measured
 from ppl_vae.study.page import write_report
 from ppl_vae.study.pictures import ORIGINALS, write_strip
-from ppl_vae.study.plan import Planned, Size, base, dataset_word, plan
+from ppl_vae.study.plan import DEFAULT, QUICK, Planned, Size, base, dataset_word, plan
 from ppl_vae.study.sections import (
     architectures_section,
     collapse_section,
@@ -39,6 +41,18 @@ from ppl_vae.study.training import FAILURE, train_planned
 
 PLAN = "plan.json"
 _VERSION = 2
+
+
+def run(options: RunStudy, *, say: Say) -> None:
+    """The command: trains, measures and reports the whole study."""
+    run_study(
+        QUICK if options.quick else DEFAULT,
+        options.datasets,
+        name="quick" if options.quick else "default",
+        output=options.output or ("runs/study-quick" if options.quick else "runs/study"),
+        data_dir=options.data_dir,
+        say=say,
+    )
 
 
 def run_study(
@@ -123,9 +137,9 @@ def _materials(size: Size, datasets: Sequence[str], data_dir: str | None) -> dic
     for dataset in datasets:
         options = replace(base(size, dataset), data_dir=data_dir)
         try:
-            splits = build.splits(options)
+            splits = load_splits(options)
             each = material(options, splits, size.images)
-            build.check_support(each.options, splits)
+            check_support(each.options, splits)
         except ValueError as error:
             others = [other for other in datasets if other != dataset]
             hint = f"; --datasets {' '.join(others)} does without" if others else ""
@@ -142,12 +156,12 @@ def _compiled_where_it_pays(planned: Sequence[Planned], materials: dict[str, Mat
 
     The compiler's cache knows a graph after the first of them; beta is a tensor in it, and the data no part of it.
     """
-    if capture.why_not(build.device("cpu")) is not None:
+    if capture.why_not(find_device("cpu")) is not None:
         return list(planned)
     steps: Counter[Any] = Counter()
     for each in planned:
         splits = materials[dataset_word(each.options.dataset)].splits
-        steps[_graph(each, splits.event_shape)] += build.planned_steps(each.options, len(splits.train))
+        steps[_graph(each, splits.event_shape)] += count_steps(each.options, len(splits.train))
 
     def pays(each: Planned) -> bool:
         return compiling_pays(steps[_graph(each, materials[dataset_word(each.options.dataset)].splits.event_shape)])

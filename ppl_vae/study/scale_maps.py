@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from ppl_vae.diagnostics import Value
-from ppl_vae.runs import build
+from ppl_vae.runs.build import build_vae
 from ppl_vae.runs.options import SCALE_MAPS, Options
 from ppl_vae.vae import VAE
 
@@ -38,7 +38,7 @@ def gradients_at_start(options: Options, x: Tensor) -> list[dict[str, Any]]:
     for word in SCALE_MAPS:
         with torch.random.fork_rng(devices=[]), pyro.validation_enabled(False):  # an infinite scale is no error here
             torch.manual_seed(options.seed)
-            vae = build.vae(replace(options, scale_map=word), tuple(x.shape[1:])).eval()
+            vae = build_vae(replace(options, scale_map=word), tuple(x.shape[1:])).eval()
             for largest in LARGEST_FEATURES:
                 found.append({"scale_map": word, "largest_feature": largest} | _of_one(vae, x, largest))
     return found

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from ppl_vae import diagnostics, runs
 from ppl_vae.commands.diagnosis_numbers import noise_numbers
-from ppl_vae.runs import build
+from ppl_vae.parts.registry import SCALE_MAPS
+from ppl_vae.runs.build import build_likelihood
+from ppl_vae.runs.fit_arguments import count_steps
 from ppl_vae.study import plan
 from ppl_vae.study.context import Study
 from ppl_vae.study.material import Material
@@ -81,7 +83,7 @@ def noise_of(study: Study, material: Material) -> dict[str, Any]:
     if stored.get("key") == key:
         return stored
     x = material.train_as_seen(_MOST_FOR_NOISE)
-    found = noise_numbers(build.likelihood(options, material.splits.event_shape), x)
+    found = noise_numbers(build_likelihood(options, material.splits.event_shape), x)
     if found is None:
         raise ValueError(f"--likelihood {options.likelihood}: expected one with a location, for the study")
     found |= {
@@ -366,7 +368,7 @@ def scale_maps_section(study: Study) -> dict[str, Any]:
     """Gradients of each map at initialization, and trainings at ten times the learning rate."""
     word = study.first
     material = study.materials[word]
-    names = {scale_map: plan.stress_name(word, scale_map) for scale_map in build.SCALE_MAPS}
+    names = {scale_map: plan.stress_name(word, scale_map) for scale_map in SCALE_MAPS}
     stressed = [
         _stressed(study, scale_map, study.records[name]) for scale_map, name in names.items() if name in study.records
     ]
@@ -387,7 +389,7 @@ def _stressed(study: Study, scale_map: str, record: dict[str, Any]) -> dict[str,
         "failure": failure,
         "failure_phase": record["failed_phase"],
         "step": record["step"] if failure is None else _step_in(failure),
-        "num_steps": build.planned_steps(options, len(study.materials[study.first].splits.train)),
+        "num_steps": count_steps(options, len(study.materials[study.first].splits.train)),
         "elbo": evaluation.get("elbo"),
         "learning_rate": options.learning_rate,
     }

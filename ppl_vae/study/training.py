@@ -14,10 +14,13 @@ from torch import Tensor
 
 from ppl_vae import data, runs
 from ppl_vae.commands.evaluate import is_evaluated, write_evaluation
-from ppl_vae.commands.train import QUICK_EVALUATION_SEED, resume, train
+from ppl_vae.commands.train import QUICK_EVALUATION_SEED, resume_run, train_run
 from ppl_vae.evidence.importance import NotFinite
-from ppl_vae.runs import build
+from ppl_vae.runs.build import build_vae
+from ppl_vae.runs.fit_arguments import build_objective, fit_arguments, initialize_output_bias
+from ppl_vae.runs.load import save
 from ppl_vae.runs.opening import Say, open_run
+from ppl_vae.runs.resolve import choose_pixels, load_splits, resolve
 from ppl_vae.study.plan import Planned
 from ppl_vae.training import TrainingState, fit
 
@@ -62,9 +65,9 @@ def train_planned(planned: Planned, folder: Path, *, say: Say) -> bool:
         if planned.averaged:
             _train_averaged(planned, run_dir, say=say)
         elif (run_dir / runs.CONFIG).exists():
-            resume(str(run_dir), epochs=None, say=say, draw=False)
+            resume_run(str(run_dir), epochs=None, say=say, draw=False)
         else:
-            train(planned.options, str(run_dir), say=say, draw=False)
+            train_run(planned.options, str(run_dir), say=say, draw=False)
     except NotFinite as error:
         runs.write_json(run_dir / FAILURE, {"error": str(error), "phase": _phase(str(error))}, checksum=True)
         say(f"{planned.name}: {error}")
@@ -104,20 +107,20 @@ def _train_averaged(planned: Planned, run_dir: Path, *, say: Say) -> None:
 
 
 def _fit_averaged(planned: Planned, run_dir: Path, *, say: Say) -> None:
-    seen = build.splits(planned.options)
-    options = build.resolve(planned.options, seen)
-    pixels = build.pixels(options, seen)
+    seen = load_splits(planned.options)
+    options = resolve(planned.options, seen)
+    pixels = choose_pixels(options, seen)
     stored, observe = data.training_images(seen, pixels)
     pyro.set_rng_seed(options.seed)
-    vae = build.vae(options, seen.event_shape)
-    build.start_from_marginals(vae, data.initialization_images(seen, pixels))
+    vae = build_vae(options, seen.event_shape)
+    initialize_output_bias(vae, data.initialization_images(seen, pixels))
     metrics: list[dict[str, Any]] = []
     state: TrainingState = fit(
         vae,
         stored,
         data.evaluation_images(seen, "validation", pixels),
-        **build.schedule(options),
-        objective=averaged(build.objective(options), math.prod(seen.event_shape)),
+        **fit_arguments(options),
+        objective=averaged(build_objective(options), math.prod(seen.event_shape)),
         observe=observe,
         compile=options.compile == "on",
         on_epoch=metrics.append,
@@ -125,5 +128,5 @@ def _fit_averaged(planned: Planned, run_dir: Path, *, say: Say) -> None:
     say(f"Trained {planned.name}, its pixels averaged, in {state.seconds:.0f} s.")
     partial = run_dir.with_name(f".{run_dir.name}.partial")  # a folder that is there is a run that is whole
     shutil.rmtree(partial, ignore_errors=True)
-    build.save(vae, partial, options, metrics=metrics)
+    save(vae, partial, options, metrics=metrics)
     partial.replace(run_dir)

@@ -4,7 +4,7 @@ Each has ``event_shape``, ``num_features`` (what the network's last layer must g
 distribution with batch shape ``h.shape[:-1]`` and event shape (L,).
 """
 
-from ppl_vae.parts.posteriors.flow import Flow, inverse_autoregressive_flow, spline_flow
+from ppl_vae.parts.posteriors.flow import Flow, flow_posterior, inverse_autoregressive_flow, spline_flow
 from ppl_vae.parts.posteriors.normal import DiagonalNormal, FullNormal
 from ppl_vae.parts.posteriors.point import Delta
 from ppl_vae.parts.posteriors.scales import MAX_LOG_SCALE, bounded_log_scale, exponential_log_scale, softplus_log_scale
@@ -17,6 +17,7 @@ __all__ = [
     "FullNormal",
     "bounded_log_scale",
     "exponential_log_scale",
+    "flow_posterior",
     "inverse_autoregressive_flow",
     "softplus_log_scale",
     "spline_flow",

@@ -201,3 +201,23 @@ def _half(latent_dim: int, index: int) -> list[int]:
     """The half, 0 or 1, of each latent in the layer of this index."""
     bit = index // 2 % max(1, (latent_dim - 1).bit_length())
     return [(latent >> bit & 1) ^ (index % 2) for latent in range(latent_dim)]
+
+
+def flow_posterior(
+    latent_dim: int,
+    *,
+    flow: Callable[..., Flow],
+    num_layers: int,
+    hidden: Sequence[int],
+    log_scale: Callable[[Tensor], Tensor] = bounded_log_scale,
+) -> Flow:
+    """A normal followed by layers that see the image: ``hidden[0]`` features of it.
+
+    Args:
+        latent_dim: L.
+        flow: ``inverse_autoregressive_flow`` or ``spline_flow``.
+        num_layers: The number of layers.
+        hidden: Widths of the hidden layers of each layer's network.
+        log_scale: From features to log-scales, elementwise.
+    """
+    return flow(latent_dim, context_dim=hidden[0], num_layers=num_layers, hidden=hidden, log_scale=log_scale)

@@ -10,7 +10,7 @@ from ppl_vae import runs
 from ppl_vae.conditional import Conditional
 from ppl_vae.reports import page as report
 from ppl_vae.reports.page import Block, Explorer, Section, Text
-from ppl_vae.runs import build
+from ppl_vae.runs.load import load
 from ppl_vae.study.page.source import Row, Source
 from ppl_vae.study.words import listed, number
 
@@ -41,7 +41,7 @@ def _explorer(source: Source, entry: Row) -> Explorer | None:
     if not (run_dir / runs.MODEL).exists():
         return None
     try:
-        decoder = report.decoder_weights(cast(Conditional, build.load(run_dir).likelihood))
+        decoder = report.decoder_weights(cast(Conditional, load(run_dir).likelihood))
     except ValueError:
         return None
     codes = entry["codes"]

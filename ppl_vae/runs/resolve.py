@@ -1,13 +1,62 @@
-"""The data that the options ask for, how a model sees its pixels, and whether its likelihood takes them."""
+"""Options with every default decided: by other options, by the data, and by this machine."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from ppl_vae import data
 from ppl_vae.parts import likelihoods
-from ppl_vae.runs.build.parts import likelihood
-from ppl_vae.runs.options import Options
+from ppl_vae.runs.build import build_likelihood, check_parts, is_autoencoder, resolve_parts
+from ppl_vae.runs.fit_arguments import check_objective, check_precision, count_steps, decide_compile, find_device
+from ppl_vae.runs.options import Options, default_warmup
+
+
+def resolve(options: Options, seen: data.Splits) -> Options:
+    """The options with every default that depends on others or on the data decided, and with absolute paths.
+
+    Raises:
+        ValueError: a binarization, dequantization or transform that the data, the likelihood or the protocol cannot
+            have, or a compiler or a precision that this machine has not.
+    """
+    options = resolve_parts(options)
+    family = build_likelihood(options, seen.event_shape)
+    default = "dynamic" if family.data_kind == data.BINARY else "none"
+    found = data.resolve_binarization(seen, options.binarization, default=default)
+    if options.protocol == "iwae" and found != "dynamic":
+        raise ValueError(f"--protocol iwae: expected --binarization dynamic, which it is a protocol of, got {found}")
+    warmup = options.warmup_epochs
+    if warmup is None:
+        warmup = 0 if options.start_from else default_warmup(options.epochs)
+    named = options.dataset in data.DATASETS
+    check_precision(options)
+    check_parts(options)
+    check_objective(options)
+    compiled = decide_compile(options.compile, count_steps(options, len(seen.train)), find_device(options.device))
+    return replace(
+        options,
+        compile="on" if compiled else "off",
+        binarization=found,
+        dequantization=_resolve_dequantization(options, seen, found, family.measure),
+        warmup_epochs=warmup,
+        keep=options.keep or ("best" if options.beta == 1 or is_autoencoder(options) else "last"),
+        dataset=options.dataset if named else str(Path(options.dataset).resolve()),
+        data_dir=str(Path(options.data_dir).resolve()) if options.data_dir else None,
+        start_from=str(Path(options.start_from).resolve()) if options.start_from else None,
+    )
+
+
+def _resolve_dequantization(options: Options, seen: data.Splits, binarization: str, measure: str) -> str:
+    if seen.kind == data.LEVELS and binarization == "none" and measure == "density":
+        return options.dequantization or "uniform"
+    if options.dequantization == "uniform":
+        kind = seen.kind if binarization == "none" else data.BINARY
+        raise ValueError(
+            f"--dequantization: expected none for a {measure} of {kind}, got uniform: it makes 8-bit levels "
+            "fit for a density"
+        )
+    return "none"
 
 
 def data_options(options: Options) -> dict[str, Any]:
@@ -16,33 +65,33 @@ def data_options(options: Options) -> dict[str, Any]:
     return {name: getattr(options, name) for name in names}
 
 
-def splits(options: Options, *, download: bool = True) -> data.Splits:
+def load_splits(options: Options, *, download: bool = True) -> data.Splits:
     """The data set that the options ask for, fetched where it may be. Raises ValueError as ``data.load``."""
     return data.load(**data_options(options), download=download)
 
 
-def pixels(options: Options, seen: data.Splits) -> str:
+def choose_pixels(options: Options, seen: data.Splits) -> str:
     """How the model sees pixels: the word of ``data.PIXELS`` for the options (resolved) and the data."""
     assert options.binarization is not None
     if options.binarization != "none" or seen.kind != data.LEVELS:
         return options.binarization
     if options.dequantization == "uniform":
         return "dequantized"
-    return "levels" if likelihood(options, seen.event_shape).data_kind in (data.LEVELS, data.COUNTS) else "none"
+    return "levels" if build_likelihood(options, seen.event_shape).data_kind in (data.LEVELS, data.COUNTS) else "none"
 
 
-def evaluated_pixels(options: Options, seen: data.Splits) -> str:
+def choose_evaluated_pixels(options: Options, seen: data.Splits) -> str:
     """How images are evaluated: as the model sees them, but for dequantized levels, whose mass is evaluated."""
-    word = pixels(options, seen)
+    word = choose_pixels(options, seen)
     return "levels" if word == "dequantized" else word
 
 
-def scale(options: Options, seen: data.Splits) -> str:
+def describe_scale(options: Options, seen: data.Splits) -> str:
     """What the reported nats are of, in words: numbers with other words are on another scale, and never compared."""
-    word = evaluated_pixels(options, seen)
+    word = choose_evaluated_pixels(options, seen)
     if word == "levels":
         return "mass of 8-bit levels"
-    measure = likelihood(options, seen.event_shape).measure
+    measure = build_likelihood(options, seen.event_shape).measure
     if word != "none" or seen.kind == data.BINARY:
         return f"{measure} of binary pixels"
     if seen.kind == data.LEVELS:
@@ -60,7 +109,7 @@ def check_support(options: Options, seen: data.Splits) -> None:
         ValueError: pixels off the support, zeros and ones under anything that asks for gray or real pixels, or, for a
             density, one image again and again.
     """
-    family = likelihood(options, seen.event_shape)
+    family = build_likelihood(options, seen.event_shape)
     word = f"--likelihood {options.likelihood}"
     if options.binarization != "none":
         if family.data_kind != data.BINARY:
@@ -71,7 +120,7 @@ def check_support(options: Options, seen: data.Splits) -> None:
         return
     _check_kind(word, family, seen)
     # Levels are on the support of whatever takes levels, and dequantized ones are between 0 and 1.
-    for split in ("train", "validation", "test") if pixels(options, seen) == "none" else ():
+    for split in ("train", "validation", "test") if choose_pixels(options, seen) == "none" else ():
         seen_by_model = data.probabilities(seen, split)
         if not all(bool(family.support.check(part).all()) for part in seen_by_model.split(1000)):
             raise ValueError(

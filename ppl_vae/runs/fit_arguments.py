@@ -9,56 +9,22 @@ from functools import partial
 from typing import Any
 
 import torch
-from pyro.infer import ELBO, Trace_ELBO, TraceMeanField_ELBO
 from torch import Tensor
 
 from ppl_vae import objectives
 from ppl_vae.parts import networks, priors
-from ppl_vae.runs.build.parts import has_closed_form_kl, is_autoencoder
+from ppl_vae.parts.registry import OBJECTIVES, SCHEDULES
+from ppl_vae.runs.build import has_closed_form_kl, is_autoencoder
 from ppl_vae.runs.options import Options, compiling_pays, default_objective
 from ppl_vae.runtime import capture
 from ppl_vae.runtime.global_state import serialize_threads
-from ppl_vae.training import schedules
 from ppl_vae.vae import VAE
 
-KLS: dict[str, type[ELBO]] = {"sampled": Trace_ELBO, "analytic": TraceMeanField_ELBO}
 
-
-def _elbo(options: Options) -> Callable[..., Tensor]:
-    return partial(objectives.elbo, estimator=KLS[options.kl], num_particles=options.num_particles)
-
-
-def _free_bits(options: Options) -> Callable[..., Tensor]:
-    return partial(objectives.free_bits, free_nats=options.free_bits, num_particles=options.num_particles)
-
-
-def _cosine(options: Options) -> Callable[..., float]:
-    return partial(schedules.cosine, start=options.decay_start)
-
-
-def _stages(options: Options) -> Callable[..., float]:
-    return schedules.stages
-
-
-RATES: dict[str, Callable[[Options], Callable[..., float]]] = {"cosine": _cosine, "stages": _stages}
-
-
-def _importance(objective: Callable[..., Tensor]) -> Callable[[Options], Callable[..., Tensor]]:
-    return lambda options: partial(objective, num_particles=options.num_particles)
-
-
-OBJECTIVES: dict[str, Callable[[Options], Callable[..., Tensor]]] = {
-    "elbo": _elbo,
-    "free-bits": _free_bits,
-    "iwae": _importance(objectives.iwae),
-    "dreg": _importance(objectives.dreg),
-    "stl": _importance(objectives.stl),
-}
-
-
-def objective(options: Options) -> Callable[..., Tensor]:
+def build_objective(options: Options) -> Callable[..., Tensor]:
     """(model, guide, x, *, beta) -> loss, nats an image."""
-    found = OBJECTIVES[options.objective or default_objective(options)](options)
+    part = OBJECTIVES[options.objective or default_objective(options)]
+    found = partial(part.load(), **part.arguments(options))
     return objectives.autocast(found, torch.bfloat16) if options.precision == "bf16" else found
 
 
@@ -68,10 +34,6 @@ def check_objective(options: Options) -> None:
     Args:
         options: ``decided``.
     """
-    if options.objective in ("iwae", "dreg", "stl") and options.kl != Options().kl:
-        raise ValueError(f"--kl: {options.objective} samples the KL; expected no --kl beside it")
-    if options.objective == "free-bits" and options.kl != Options().kl:
-        raise ValueError("--kl: free-bits takes the KL of each latent in closed form; expected no --kl beside it")
     closed = options.objective == "free-bits" or options.kl == "analytic"
     if closed:
         _check_closed_form(options)
@@ -100,13 +62,13 @@ def _check_closed_form(options: Options) -> None:
     raise ValueError(f"{asked}: expected --posterior {guides}, whose KL has a formula, got {options.posterior}")
 
 
-def schedule(options: Options) -> dict[str, Any]:
+def fit_arguments(options: Options) -> dict[str, Any]:
     """What ``fit`` takes of the options (resolved), beside the objective, the images and whether it is compiled."""
     return {
         "epochs": options.epochs,
         "batch_size": options.batch_size,
         "learning_rate": options.learning_rate,
-        "rate": RATES[options.schedule](options),
+        "rate": partial(SCHEDULES[options.schedule].load(), **SCHEDULES[options.schedule].arguments(options)),
         "beta": options.beta,
         "warmup_epochs": options.warmup_epochs or 0,
         "clip_norm": options.clip_norm,
@@ -124,7 +86,7 @@ def validation_particles(options: Options) -> int:
 
 
 @serialize_threads()
-def start_from_marginals(vae: VAE, x: Tensor) -> None:
+def initialize_output_bias(vae: VAE, x: Tensor) -> None:
     """Sets the decoder's output bias, and units where there are any, so that training starts from the marginals.
 
     Args:
@@ -143,12 +105,12 @@ def start_from_marginals(vae: VAE, x: Tensor) -> None:
             prior.start_from(x)
 
 
-def planned_steps(options: Options, num_images: int) -> int:
+def count_steps(options: Options, num_images: int) -> int:
     """The steps of a training on so many images."""
     return options.epochs * math.ceil(num_images / options.batch_size)
 
 
-def compiles(word: str, num_runs: int, place: torch.device) -> bool:
+def decide_compile(word: str, num_runs: int, place: torch.device) -> bool:
     """Whether a graph that will run so many times is compiled, by the word of --compile.
 
     Raises:
@@ -159,10 +121,10 @@ def compiles(word: str, num_runs: int, place: torch.device) -> bool:
     return word == "on" or (word == "auto" and compiling_pays(num_runs) and capture.why_not(place) is None)
 
 
-def why_not_compiled(options: Options, num_images: int) -> str | None:
+def explain_eager(options: Options, num_images: int) -> str | None:
     """Why ``--compile auto`` became off although compiling would pay; None where it did not, or would not."""
-    pays = options.compile == "off" and compiling_pays(planned_steps(options, num_images))
-    return capture.why_not(device(options.device)) if pays else None
+    pays = options.compile == "off" and compiling_pays(count_steps(options, num_images))
+    return capture.why_not(find_device(options.device)) if pays else None
 
 
 def check_compiler(place: torch.device) -> None:
@@ -174,7 +136,7 @@ def check_compiler(place: torch.device) -> None:
 
 def check_precision(options: Options) -> None:
     """Raises ValueError where the device has no arithmetic of that precision, and would emulate it at a crawl."""
-    place = device(options.device)
+    place = find_device(options.device)
     recent_gpu = place.type == "cuda" and torch.cuda.get_device_capability(place) >= (8, 0)
     if options.precision == "tf32" and not recent_gpu:
         raise ValueError(f"--precision tf32: expected an NVIDIA GPU since Ampere, got {place}")
@@ -192,7 +154,7 @@ def _cpu_has_bf16() -> bool:
 
 
 @contextmanager
-def products_in(precision: str) -> Iterator[None]:
+def matmul_precision(precision: str) -> Iterator[None]:
     """TF32 for the matrix products and convolutions of a GPU where that is the word, else float32; then as before."""
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
@@ -204,7 +166,7 @@ def products_in(precision: str) -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = before[1]
 
 
-def device(word: str) -> torch.device:
+def find_device(word: str) -> torch.device:
     """Raises ValueError where there is no such device here, or one whose random numbers are not kept for resuming."""
     try:
         found = torch.device(word)

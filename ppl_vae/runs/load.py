@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 
 from ppl_vae import data, runs
-from ppl_vae.runs.build.decisions import resolve
-from ppl_vae.runs.build.parts import vae
-from ppl_vae.runs.build.support import check_support, splits
+from ppl_vae.runs.build import build_vae
 from ppl_vae.runs.options import Options, is_export, options_of, to_json
+from ppl_vae.runs.resolve import check_support, load_splits, resolve
 from ppl_vae.vae import VAE
 
 
-def config(options: Options, seen: data.Splits) -> dict[str, Any]:
+def make_config(options: Options, seen: data.Splits) -> dict[str, Any]:
     """What config.json holds of a run with these options (resolved) on this data."""
     return {
         "options": to_json(options),
@@ -60,13 +59,13 @@ def load_weights(vae: VAE, path: Path, weights: dict[str, Tensor]) -> None:
         raise ValueError(f"{path}: the weights do not fit the run's config: {first}") from None
 
 
-def start_from_run(vae: VAE, run_dir: str) -> None:
-    """Puts a run's evaluated weights into a VAE of the same model; the run is as ``run_folder`` takes it.
+def load_starting_weights(vae: VAE, run_dir: str) -> None:
+    """Puts a run's evaluated weights into a VAE of the same model; the run is as ``find_run_folder`` takes it.
 
     Raises:
         ValueError: no such run, or weights that do not fit.
     """
-    path = run_folder(run_dir) / runs.MODEL
+    path = find_run_folder(run_dir) / runs.MODEL
     weights, _ = runs.load_tensors(path)
     shapes = {name: w.shape for name, w in vae.state_dict().items()}
     if {name: w.shape for name, w in weights.items()} != shapes:
@@ -82,7 +81,7 @@ def save(trained: VAE, run_dir: str | Path, options: Options, *, metrics: Sequen
     """Makes a run folder of a VAE that was trained from Python; ``load`` and the scripts take it, but for resuming.
 
     Args:
-        trained: as ``build.vae(options, event_shape)`` makes it, with whatever weights.
+        trained: as ``build_vae(options, event_shape)`` makes it, with whatever weights.
         run_dir: a new or empty folder.
         options: what the VAE is made of, and the data that it is evaluated on, as it was trained: a density of 8-bit
             levels is taken for one of (level + u) / 256 unless ``dequantization`` is "none".
@@ -95,18 +94,18 @@ def save(trained: VAE, run_dir: str | Path, options: Options, *, metrics: Sequen
         ValueError: options that describe another VAE, data that cannot be read or is off the likelihood's support,
             records without a step, or a folder that is not empty; nothing is written.
     """
-    seen = splits(options)
+    seen = load_splits(options)
     options = resolve(options, seen)
     check_support(options, seen)
     if not all(type(record.get("step")) is int for record in metrics):
         raise ValueError("metrics: expected records with a whole number under 'step', as fit gives them to on_epoch")
     with torch.device("meta"):  # shapes without numbers
-        fresh = vae(options, seen.event_shape).state_dict()
+        fresh = build_vae(options, seen.event_shape).state_dict()
     weights = trained.state_dict()
     if {name: w.shape for name, w in fresh.items()} != {name: w.shape for name, w in weights.items()}:
         raise ValueError("options: expected those that the VAE was built with, got others (weights differ in shape)")
     folder = runs.new_run_dir(str(run_dir), dataset=options.dataset, likelihood=options.likelihood)
-    runs.write_json(folder / runs.CONFIG, config(options, seen) | {"trained": _FROM_PYTHON})
+    runs.write_json(folder / runs.CONFIG, make_config(options, seen) | {"trained": _FROM_PYTHON})
     runs.record_environment(folder, options.device)
     for record in metrics:
         runs.append_metrics(folder, record)
@@ -120,10 +119,10 @@ def is_from_python(run_dir: Path) -> bool:
     return is_export(config) or config.get("trained") in (_FROM_PYTHON, SHIPPED)
 
 
-PRETRAINED = Path(__file__).parents[2] / "pretrained"
+PRETRAINED = Path(__file__).parents[1] / "pretrained"
 
 
-def run_folder(run_dir: str | Path) -> Path:
+def find_run_folder(run_dir: str | Path) -> Path:
     """The folder itself, or where there is none, that of the pretrained run with this name, in the package.
 
     Raises:
@@ -148,10 +147,10 @@ def load(run_dir: str | Path) -> VAE:
         ValueError: the folder is no run, has no weights yet, or is damaged.
         OSError: the weights cannot be read now.
     """
-    folder = run_folder(run_dir)
+    folder = find_run_folder(run_dir)
     options, seen = read_config(folder)
     with torch.random.fork_rng(devices=[]):  # fresh weights are drawn, and replaced
-        model = vae(options, seen["event_shape"])
+        model = build_vae(options, seen["event_shape"])
     try:
         weights, _ = runs.load_tensors(folder / runs.MODEL)
     except ValueError as error:

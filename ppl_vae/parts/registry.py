@@ -1,0 +1,188 @@
+"""Every word that names a part of a VAE, with the part that it names.
+
+The table needs no torch: ``--help`` reads it, and a part is imported when it is first built. To add a likelihood, write
+its class, add one line to ``LIKELIHOODS`` and one case to ``tests/parts/likelihood_cases.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Part:
+    """A word's class or function, one line of help, and the options that are its own.
+
+    Args:
+        target: "module:name", the module below ``ppl_vae``.
+        help: What the part is, in a few words.
+        options: Names of options, each with the keyword argument that it becomes.
+        takes: What the part is built from besides: the positional arguments, by name.
+    """
+
+    target: str
+    help: str
+    options: Mapping[str, str] = field(default_factory=dict)
+    takes: tuple[str, ...] = ()
+
+    def load(self) -> Any:
+        """Imports the class or the function."""
+        module, name = self.target.split(":")
+        return getattr(import_module(f"ppl_vae.{module}"), name)
+
+    def arguments(self, options: Any) -> dict[str, Any]:
+        """Keyword arguments of the part, read from a run's options. A word among them becomes what it names."""
+        values = {name: getattr(options, name) for name in self.options}
+        return {
+            argument: WORDS[name][values[name]].load() if name in WORDS else values[name]
+            for name, argument in self.options.items()
+        }
+
+    def build(self, options: Any, **context: Any) -> Any:
+        """The part itself. ``context`` holds what it may take: ``event_shape``, ``latent_dim``, ``posterior``."""
+        return self.load()(*(context[name] for name in self.takes), **self.arguments(options))
+
+
+def _likelihood(name: str, help: str, **options: str) -> Part:
+    return Part(f"parts.likelihoods:{name}", help, options, ("event_shape",))
+
+
+LIKELIHOODS = {
+    "bernoulli": _likelihood("Bernoulli", "zeros and ones"),
+    "categorical": _likelihood("Categorical", "8-bit levels, 256 classes per pixel"),
+    "discretized-logistic": _likelihood("DiscretizedLogistic", "8-bit levels, one logistic per pixel"),
+    "discretized-logistic-mixture": _likelihood(
+        "DiscretizedLogisticMixture", "8-bit levels, several logistics per pixel", likelihood_components="components"
+    ),
+    "binomial": _likelihood("Binomial", "8-bit levels, 255 trials per pixel"),
+    "continuous-bernoulli": _likelihood("ContinuousBernoulli", "numbers in [0, 1], one parameter"),
+    "beta": _likelihood("Beta", "numbers in (0, 1), two parameters"),
+    "logit-normal": _likelihood("LogitNormal", "numbers in (0, 1), a normal after a logit"),
+    "normal": _likelihood("Normal", "real numbers, one learned scale"),
+    "normal-fixed": _likelihood("NormalFixed", "real numbers, a given scale", likelihood_scale="scale"),
+    "normal-optimal": _likelihood("NormalOptimal", "real numbers, the best scale in closed form (sigma-VAE)"),
+    "normal-per-pixel": _likelihood("NormalPerPixel", "real numbers, a scale for each pixel from the decoder"),
+    "laplace": _likelihood("Laplace", "real numbers, heavier tails"),
+    "student-t": _likelihood("StudentT", "real numbers, the heaviest tails"),
+    "poisson": _likelihood("Poisson", "counts, variance equal to the mean"),
+    "negative-binomial": _likelihood("NegativeBinomial", "counts, variance above the mean"),
+}
+
+NETWORKS = {
+    "mlp": Part("parts.network_pairs:MLP", "dense, ReLU"),
+    "tanh": Part("parts.network_pairs:TANH", "dense, tanh, as in older papers"),
+    "gated": Part("parts.network_pairs:GATED", "dense, gated linear units"),
+    "conv": Part("parts.network_pairs:CONV", "convolutions of stride 2"),
+    "gated-conv": Part("parts.network_pairs:GATED_CONV", "gated convolutions of stride 2"),
+    "residual": Part("parts.network_pairs:RESIDUAL", "convolutions with residual blocks"),
+    "gated-residual": Part("parts.network_pairs:GATED_RESIDUAL", "gated convolutions with residual blocks"),
+}
+DENSE_NETWORKS = ("mlp", "tanh", "gated")
+
+COUPLINGS = {
+    "affine": Part("parts.flows:affine_coupling", "scale and shift"),
+    "spline": Part("parts.flows:spline_coupling", "rational-quadratic splines"),
+}
+SCALE_MAPS = {
+    "bounded": Part("parts.posteriors:bounded_log_scale", "exp(7 tanh(h / 7))"),
+    "exp": Part("parts.posteriors:exponential_log_scale", "exp(h)"),
+    "softplus": Part("parts.posteriors:softplus_log_scale", "log(1 + exp(h))"),
+}
+POSTERIOR_FLOWS = {
+    "iaf": Part("parts.posteriors:inverse_autoregressive_flow", "inverse autoregressive"),
+    "spline": Part("parts.posteriors:spline_flow", "coupled splines"),
+}
+
+PRIORS = {
+    "standard-normal": Part("parts.priors:StandardNormal", "N(0, I)", takes=("latent_dim",)),
+    "mixture": Part(
+        "parts.priors:Mixture", "a mixture of normals", {"prior_components": "components"}, ("latent_dim",)
+    ),
+    "vamp": Part(
+        "parts.priors:VampPrior",
+        "a mixture of the guide's posteriors of learned pseudo-images",
+        {"prior_components": "components"},
+        ("posterior", "event_shape"),
+    ),
+    "flow": Part(
+        "parts.priors:coupling_flow_prior",
+        "a normalizing flow of couplings",
+        {"prior_flow": "coupling", "prior_layers": "num_layers", "prior_hidden": "hidden"},
+        ("latent_dim",),
+    ),
+}
+
+POSTERIORS = {
+    "diagonal": Part(
+        "parts.posteriors:DiagonalNormal", "independent normals", {"scale_map": "log_scale"}, ("latent_dim",)
+    ),
+    "full": Part(
+        "parts.posteriors:FullNormal", "a normal with full covariance", {"scale_map": "log_scale"}, ("latent_dim",)
+    ),
+    "flow": Part(
+        "parts.posteriors:flow_posterior",
+        "a normal followed by a flow",
+        {
+            "posterior_flow": "flow",
+            "posterior_layers": "num_layers",
+            "posterior_hidden": "hidden",
+            "scale_map": "log_scale",
+        },
+        ("latent_dim",),
+    ),
+    "delta": Part("parts.posteriors:Delta", "one point: a plain autoencoder, with --beta 0", takes=("latent_dim",)),
+}
+
+KLS = {
+    "sampled": Part("objectives:Trace_ELBO", "Pyro's Trace_ELBO"),
+    "analytic": Part("objectives:TraceMeanField_ELBO", "Pyro's TraceMeanField_ELBO"),
+}
+OBJECTIVES = {
+    "elbo": Part("objectives:elbo", "the ELBO", {"kl": "estimator", "num_particles": "num_particles"}),
+    "free-bits": Part(
+        "objectives:free_bits",
+        "the ELBO, with free nats for each latent",
+        {"free_bits": "free_nats", "num_particles": "num_particles"},
+    ),
+    "iwae": Part("objectives:iwae", "the importance-weighted bound", {"num_particles": "num_particles"}),
+    "dreg": Part("objectives:dreg", "the same, doubly reparametrized gradients", {"num_particles": "num_particles"}),
+    "stl": Part("objectives:stl", "the ELBO, gradients without the guide's score", {"num_particles": "num_particles"}),
+}
+SCHEDULES = {
+    "cosine": Part("training.schedules:cosine", "flat, then to 0 on a cosine", {"decay_start": "start"}),
+    "stages": Part("training.schedules:stages", "the eight stages of Burda et al. 2016"),
+}
+
+# Options whose value is itself a word of a table.
+WORDS: dict[str, Mapping[str, Part]] = {
+    "kl": KLS,
+    "posterior_flow": POSTERIOR_FLOWS,
+    "prior_flow": COUPLINGS,
+    "scale_map": SCALE_MAPS,
+}
+
+# Options that choose a part, each with its table.
+TABLES: dict[str, Mapping[str, Part]] = {
+    "likelihood": LIKELIHOODS,
+    "network": NETWORKS,
+    "objective": OBJECTIVES,
+    "posterior": POSTERIORS,
+    "prior": PRIORS,
+    "schedule": SCHEDULES,
+}
+
+
+def find_owners(name: str) -> tuple[str, tuple[str, ...]] | None:
+    """The option whose words an option belongs to, and those words; None for an option that every run may have.
+
+    >>> find_owners("prior_layers")
+    ('prior', ('flow',))
+    """
+    for choice, table in TABLES.items():
+        words = tuple(word for word, part in table.items() if name in part.options)
+        if words and len(words) < len(table):
+            return choice, words
+    return None

@@ -1,0 +1,216 @@
+"""From options to a VAE: every word becomes the part that it names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from itertools import pairwise
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from ppl_vae import data
+from ppl_vae.conditional import Conditional
+from ppl_vae.evidence.importance import seeded
+from ppl_vae.hierarchy import BottomUp, HierarchicalVAE, LayeredPrior, OfBottomLayer, TopDown
+from ppl_vae.log_weights import is_deterministic
+from ppl_vae.parts import likelihoods, networks
+from ppl_vae.parts.registry import LIKELIHOODS, NETWORKS, POSTERIORS, PRIORS, find_owners
+from ppl_vae.runs.fields import format_flag
+from ppl_vae.runs.options import PLAIN, Options, default_hidden, default_objective, default_prior
+from ppl_vae.runtime.global_state import seeded, serialize_threads
+from ppl_vae.vae import VAE
+
+_OF_SEVERAL_LAYERS = ("upper_hidden", "inference", "decoder_input")
+
+
+@serialize_threads()
+def build_vae(options: Options, event_shape: Sequence[int]) -> VAE:
+    """The VAE that the options describe, with fresh weights from torch's global generator.
+
+    With several layers of latents it is a ``HierarchicalVAE``, which has the same parts and the same two programs.
+
+    Args:
+        options: Those of a run.
+        event_shape: The shape of one image, (C, H, W), or of one row, (D,).
+
+    Raises:
+        ValueError: an option of a part that was not chosen, or parts that do not go together.
+    """
+    options = resolve_parts(options)
+    assert options.prior is not None
+    check_parts(options)
+    network = NETWORKS[options.network].load()
+    sizes = {"channels": options.channels, "hidden": options.hidden}
+    family = build_likelihood(options, event_shape)
+
+    def make_encoder(num_features: int) -> nn.Module:
+        net = network.encoder(event_shape, num_features, **sizes)
+        # Pixels that are not zeros and ones may be in any unit.
+        return net if family.data_kind == data.BINARY else networks.Standardized(net, event_shape)
+
+    def make_decoder(num_latents: int) -> nn.Module:
+        return network.decoder(num_latents, event_shape, family.num_features, **sizes)
+
+    if options.upper_latents:
+        built = cast(VAE, _build_hierarchy(options, event_shape, make_encoder, make_decoder, family))
+    else:
+        guide = POSTERIORS[options.posterior].build(options, latent_dim=options.latent_dim)
+        likelihood = Conditional(make_decoder(options.latent_dim), family)  # the order of fresh weights
+        posterior = Conditional(make_encoder(guide.num_features), guide)
+        context = {"latent_dim": options.latent_dim, "posterior": posterior, "event_shape": event_shape}
+        built = VAE(PRIORS[options.prior].build(options, **context), likelihood, posterior)
+    if options.initialization == "wide":
+        for part in _find_dense_parts(built):
+            networks.start_wide(part)
+    return built
+
+
+def has_closed_form_kl(options: Options, *, by_latent: bool) -> bool:
+    """Whether torch has a formula for KL(q(z | x) || p(z)), or for that of each latent.
+
+    Args:
+        options: With their parts resolved.
+        by_latent: Whether a formula for each latent is needed, as ``objectives.free_bits`` does.
+    """
+    assert options.prior is not None
+    L = (options.latent_dim, *(options.upper_latents or ()))[-1]
+    with seeded(0, torch.device("cpu")):
+        family = POSTERIORS[options.posterior].build(options, latent_dim=L)
+
+        def posterior(u: torch.Tensor) -> Any:
+            return family(torch.zeros(len(u), family.num_features))
+
+        q = posterior(torch.zeros(1))
+        p = PRIORS[options.prior].build(options, latent_dim=L, posterior=posterior, event_shape=(1,))()
+    if by_latent and is_deterministic(q):
+        return False
+    if by_latent:
+        q, p = (getattr(distribution, "base_dist", distribution) for distribution in (q, p))
+    try:
+        kl = torch.distributions.kl_divergence(q, p)
+    except NotImplementedError:
+        return False
+    return tuple(kl.shape) == ((1, L) if by_latent else (1,))
+
+
+def _find_dense_parts(vae: Any) -> list[nn.Module]:
+    """What starts wide: encoder and decoder; with several layers also the prior's, and what lies between features."""
+    parts = [vae.likelihood, vae.posterior]
+    if isinstance(vae, HierarchicalVAE):
+        parts.append(vae.prior.layers)
+    if isinstance(vae.posterior, TopDown):
+        parts += [feature.output for feature in vae.posterior.features if hasattr(feature, "output")]
+    return parts
+
+
+def _build_hierarchy(
+    options: Options,
+    event_shape: Sequence[int],
+    make_encoder: Callable[[int], nn.Module],
+    make_decoder: Callable[[int], nn.Module],
+    family: Any,
+) -> HierarchicalVAE:
+    """Several layers of latents, z_1 next to the image: see ``hierarchy``. The options are resolved."""
+    assert options.upper_latents is not None
+    assert options.hidden is not None
+    assert options.prior is not None
+    dims, hidden = (options.latent_dim, *options.upper_latents), options.upper_hidden
+    dense = NETWORKS[options.network].load().dense
+
+    def make_conditional(num_inputs: int, latent_dim: int, widths: Sequence[int]) -> Conditional:
+        normal = POSTERIORS["diagonal"].build(options, latent_dim=latent_dim)
+        return Conditional(dense(num_inputs, normal.num_features, hidden=widths), normal)
+
+    top = PRIORS[options.prior].build(options, latent_dim=dims[-1], posterior=None, event_shape=event_shape)
+    prior = LayeredPrior(top, [make_conditional(above, L, hidden[::-1]) for L, above in pairwise(dims)])
+    if options.inference == "bottom-up":
+        normal = POSTERIORS["diagonal"].build(options, latent_dim=dims[0])
+        first = Conditional(make_encoder(normal.num_features), normal)
+        guide: Any = BottomUp([first, *(make_conditional(L, above, hidden) for L, above in pairwise(dims))])
+    else:
+        widths = [options.hidden[-1]] + [hidden[-1]] * (len(dims) - 1)
+        features = [make_encoder(widths[0]), *(dense(F, G, hidden=hidden[:-1]) for F, G in pairwise(widths))]
+        guide = TopDown(features, [make_conditional(F, L, ()) for F, L in zip(widths, dims, strict=True)], prior)
+    net = make_decoder(sum(dims)) if options.decoder_input == "all" else OfBottomLayer(make_decoder(dims[0]), dims)
+    return HierarchicalVAE(prior, Conditional(net, family), guide)
+
+
+def build_likelihood(options: Options, event_shape: Sequence[int]) -> Any:
+    """The likelihood that the options name, with fresh parameters.
+
+    Raises:
+        ValueError: a transform that it cannot have, or an option of another likelihood.
+    """
+    _check_owners(options, "likelihood")
+    family = LIKELIHOODS[options.likelihood].build(options, event_shape=event_shape)
+    if options.transform == "none":
+        return family
+    if family.data_kind != data.REAL or not likelihoods.has_quantiles(family):
+        raise ValueError(
+            "--transform logit: expected a density of real numbers with quantiles (a normal, or laplace), got "
+            f"--likelihood {options.likelihood}"
+        )
+    return likelihoods.Logit(family)
+
+
+def check_parts(options: Options) -> None:
+    """Checks that no option belongs to a part that was not chosen, and that the parts go together.
+
+    Args:
+        options: With their parts resolved.
+
+    Raises:
+        ValueError: an option that would do nothing, or parts at odds.
+    """
+    for choice in ("prior", "posterior", "objective", "schedule"):
+        _check_owners(options, choice)
+    if is_autoencoder(options) and options.prior != "standard-normal":
+        raise ValueError(
+            f"--posterior delta: expected --prior standard-normal, got {options.prior}: without a KL nothing trains a "
+            "prior"
+        )
+    if options.upper_latents is None:
+        usual = Options()
+        for name in _OF_SEVERAL_LAYERS:
+            if getattr(options, name) != getattr(usual, name):
+                raise ValueError(f"{format_flag(name)}: expected it together with --upper-latents, got it alone")
+        return
+    if options.posterior != "diagonal":
+        raise ValueError(f"--upper-latents: expected --posterior diagonal at every layer, got {options.posterior}")
+    if options.prior == "vamp":
+        raise ValueError(
+            "--upper-latents: expected a --prior with a density of its own, got vamp (the guide's density of the top "
+            "layer alone has no formula)"
+        )
+
+
+def _check_owners(options: Options, choice: str) -> None:
+    """Raises ValueError for an option of another word of that choice than the one that was chosen."""
+    usual = Options()
+    for name in (spec.name for spec in fields(options)):
+        owners = find_owners(name)
+        if owners is None or owners[0] != choice:
+            continue
+        is_default = getattr(options, name) in (getattr(usual, name), PLAIN.get(name))
+        if not is_default and getattr(options, choice) not in owners[1]:
+            raise ValueError(
+                f"{format_flag(name)}: expected {format_flag(choice)} {' or '.join(owners[1])}, got "
+                f"{getattr(options, choice)}"
+            )
+
+
+def resolve_parts(options: Options) -> Options:
+    """The options with the words that depend on other options alone, where they were left open."""
+    return replace(
+        options,
+        hidden=options.hidden or default_hidden(options.network),
+        prior=options.prior or default_prior(options),
+        objective=options.objective or default_objective(options),
+    )
+
+
+def is_autoencoder(options: Options) -> bool:
+    """Whether the guide is deterministic: there are reconstructions, but no ELBO, KL or log-likelihood."""
+    return options.posterior == "delta"

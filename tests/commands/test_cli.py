@@ -1,0 +1,357 @@
+"""The command line of every command: help, errors, config files, and the round trip of every option."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ppl_vae.commands.cli import iterate_fields, parse, read_config_file
+from ppl_vae.commands.options import AIS_STARTS, COMMANDS, Evaluate, Train
+from ppl_vae.evidence import ais
+from ppl_vae.runs.fields import format_flag
+from ppl_vae.runs.options import PLAIN, Options, to_json
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = sorted(path for path in (ROOT / "scripts").glob("*.py") if "__main__" in path.read_text(encoding="utf-8"))
+TRAIN = COMMANDS["train"]
+
+
+def refuse(capsys: pytest.CaptureFixture[str], command: str, words: Sequence[str]) -> str:
+    """The one line on stderr of a command line that is refused with exit code 2."""
+    with pytest.raises(SystemExit, match=r"^2$"):
+        parse(COMMANDS[command], list(words))
+    captured = capsys.readouterr()
+    lines = captured.err.splitlines()
+    assert (len(lines), captured.out) == (1, "")
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+def read_help(capsys: pytest.CaptureFixture[str], command: str, flag: str) -> str:
+    with pytest.raises(SystemExit, match=r"^0$"):
+        parse(COMMANDS[command], [flag])
+    return capsys.readouterr().out
+
+
+# --- Help ---
+
+# Runs a script as python would, then prints which of the slow packages it imported.
+IMPORTED = """
+import runpy, sys
+try:
+    runpy.run_path(sys.argv[1], run_name="__main__")
+except SystemExit as done:
+    code = done.code
+slow = sorted({"torch", "pyro", "numpy", "matplotlib", "safetensors", "tqdm", "torchvision"} & set(sys.modules))
+print("IMPORTED", code, slow)
+"""
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_help_answers_without_torch(script: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORTED, str(script), "--help"], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "IMPORTED 0 []"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_all_names_every_option(capsys: pytest.CaptureFixture[str], command: str) -> None:
+    specs = [spec for spec in iterate_fields(COMMANDS[command].options) if not spec.metadata["positional"]]
+    flag = "--help-all" if any(spec.metadata["rare"] for spec in specs) else "--help"
+    words = [word for spec in specs if spec.default is MISSING for word in ("x",)]
+    assert words == []
+    shown = read_help(capsys, command, flag) if not _needs_arguments(command) else _help_with_arguments(capsys, command)
+    assert all(f"{format_flag(spec.name)} " in shown or f"{format_flag(spec.name)}\n" in shown for spec in specs)
+
+
+def _needs_arguments(command: str) -> bool:
+    return any(spec.metadata["positional"] for spec in iterate_fields(COMMANDS[command].options))
+
+
+def _help_with_arguments(capsys: pytest.CaptureFixture[str], command: str) -> str:
+    return read_help(capsys, command, "--help")
+
+
+def test_the_help_of_train_fits_on_two_screens_and_shows_the_choices(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = read_help(capsys, "train", "--help")
+    assert len(shown.splitlines()) <= 100
+    assert "{standard-normal,mixture,vamp,flow}" in shown
+    for group in ("data:", "model:", "objective:", "optimization:", "evaluation:", "run:"):
+        assert f"\n{group}\n" in shown
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_an_unknown_option_ends_a_script_with_code_2_and_one_line(script: Path) -> None:
+    done = subprocess.run([sys.executable, str(script), "run", "--sparkle"], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    ("words", "suggestion"),
+    [
+        (["--likelihood", "bernouli"], "bernoulli"),
+        (["--network", "gated_conv"], "gated-conv"),
+        (["--batchsize", "3"], "--batch-size"),
+        (["--learning_rate=0.1"], "--learning-rate"),
+    ],
+    ids=str,
+)
+def test_a_mistyped_word_gets_a_suggestion(
+    capsys: pytest.CaptureFixture[str], words: list[str], suggestion: str
+) -> None:
+    assert f"did you mean {suggestion}?" in refuse(capsys, "train", words)
+
+
+# --- From words to options ---
+
+
+def test_no_arguments_ask_for_the_defaults() -> None:
+    assert parse(TRAIN, []) == Train(Options())
+
+
+def test_the_table_of_likelihoods_trains_plain_vaes() -> None:
+    expected = Options(**PLAIN, epochs=10, evaluation_particles=100)
+    assert parse(COMMANDS["compare-likelihoods"], []).make_run_options() == expected
+
+
+def test_every_option_of_train_survives_the_command_line() -> None:
+    changed = Options(dataset="own.npz", image_size=(28, 20), hidden=(7, 5, 3), beta=0.1, seed=2**31 - 1, color="rgb")
+    words: list[str] = []
+    for name, value in to_json(changed).items():
+        if value is not None:
+            words += [format_flag(name), *map(str, value if isinstance(value, list) else [value])]
+    assert parse(TRAIN, words).options == changed
+
+
+def test_the_starts_of_annealing_are_those_that_ais_knows() -> None:
+    assert AIS_STARTS == ais.STARTS
+
+
+# --- Config files ---
+
+
+def test_a_config_file_gives_options_and_the_command_line_wins(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text("epochs = 3\n[model]\nhidden = [7, 5]\nlatent-dim = 2\n[objective]\nbeta = 4\n")
+    asked = parse(TRAIN, ["--config", str(file), "--epochs", "9"]).options
+    assert (asked.epochs, asked.hidden, asked.latent_dim, asked.beta) == (9, (7, 5), 2, 4)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("epoch = 3", "unknown option 'epoch'; did you mean epochs?"),
+        ("epochs = 0", "--epochs: expected a whole number, at least 1, got 0"),
+        ("epochs = '3'", "--epochs: expected a whole number, at least 1, got '3'"),
+        ("epochs = ", "cannot be read"),
+    ],
+)
+def test_a_wrong_config_file_is_refused_in_one_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str, expected: str
+) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text(text)
+    assert expected in refuse(capsys, "train", ["--config", str(file)])
+
+
+def test_a_missing_config_file_is_refused_in_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert "cannot be read" in refuse(capsys, "train", ["--config", str(tmp_path / "none.toml")])
+
+
+def test_a_config_file_may_hold_one_value_of_a_list(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text("hidden = [7]")
+    assert read_config_file(file, Options) == {"hidden": (7,)}
+
+
+# --- Refusals ---
+
+_INTEGER_WORDS = ("1.5", "1e3", "nan", "inf", "many", "", "99999999999999999999")
+_FLOAT_WORDS = ("-0.5", "nan", "inf", "1e400", "much", "", "0x10")
+AT_LEAST_1 = ("0", "-1", "2147483649", *_INTEGER_WORDS)
+AT_LEAST_0 = ("-1", "2147483648", *_INTEGER_WORDS)
+ABOVE_0 = ("0", "-0.0", "1e-400", *_FLOAT_WORDS)
+NOT_BELOW_0 = ("-1", *_FLOAT_WORDS)
+A_WORD = ("sparkle", "", "BERNOULLI", "None")
+
+BAD_WORDS = {
+    "hidden": AT_LEAST_1,
+    "channels": AT_LEAST_1,
+    "image_size": AT_LEAST_1,
+    "protocol": A_WORD,
+    "compile": A_WORD,
+    "stream": A_WORD,
+    "tensorboard": A_WORD,
+    "precision": A_WORD,
+    "dequantization": A_WORD,
+    "dequantization_draws": AT_LEAST_1,
+    "likelihood_scale": ABOVE_0,
+    "likelihood_components": AT_LEAST_1,
+    "transform": A_WORD,
+    "average_decay": ("1", "-0.1", *_FLOAT_WORDS),
+    "fit": A_WORD,
+    "color": A_WORD,
+    "data_dir": ("",),
+    "latent_dim": AT_LEAST_1,
+    "epochs": AT_LEAST_1,
+    "batch_size": AT_LEAST_1,
+    "num_particles": AT_LEAST_1,
+    "images": AT_LEAST_1,
+    "evaluation_particles": AT_LEAST_1,
+    "warmup_epochs": AT_LEAST_0,
+    "seed": AT_LEAST_0,
+    "learning_rate": ABOVE_0,
+    "clip_norm": ABOVE_0,
+    "beta": NOT_BELOW_0,
+    "checkpoint_seconds": NOT_BELOW_0,
+    "binarization": A_WORD,
+    "likelihood": A_WORD,
+    "network": A_WORD,
+    "prior": A_WORD,
+    "posterior": A_WORD,
+    "prior_components": AT_LEAST_1,
+    "prior_flow": A_WORD,
+    "prior_layers": AT_LEAST_1,
+    "prior_hidden": AT_LEAST_1,
+    "posterior_flow": A_WORD,
+    "posterior_layers": AT_LEAST_1,
+    "posterior_hidden": AT_LEAST_1,
+    "upper_latents": AT_LEAST_1,
+    "upper_hidden": AT_LEAST_1,
+    "inference": A_WORD,
+    "decoder_input": A_WORD,
+    "initialization": A_WORD,
+    "skip_norm": ABOVE_0,
+    "schedule": A_WORD,
+    "decay_start": ("1", "-0.1", *_FLOAT_WORDS),
+    "start_from": ("",),
+    "scale_map": A_WORD,
+    "objective": A_WORD,
+    "free_bits": NOT_BELOW_0,
+    "keep": A_WORD,
+    "kl": A_WORD,
+    "dataset": ("",),
+    "device": ("",),
+}
+
+
+def test_every_option_is_refused_something() -> None:
+    assert set(BAD_WORDS) == {spec.name for spec in fields(Options)}
+
+
+@pytest.mark.parametrize(("name", "word"), [(name, word) for name, words in BAD_WORDS.items() for word in words])
+def test_a_value_out_of_range_is_refused_in_one_line(capsys: pytest.CaptureFixture[str], name: str, word: str) -> None:
+    line = refuse(capsys, "train", [f"{format_flag(name)}={word}"])
+    assert line.startswith(f"error: {format_flag(name)}: expected ")
+    assert f"got {word!r}" in line
+
+
+@pytest.mark.parametrize("command", [name for name, found in COMMANDS.items() if name != "train"])
+def test_every_option_of_every_command_is_checked(capsys: pytest.CaptureFixture[str], command: str) -> None:
+    arguments = ["run", "other"]
+    positional = [spec for spec in iterate_fields(COMMANDS[command].options) if spec.metadata["positional"]]
+    for spec in iterate_fields(COMMANDS[command].options):
+        if spec.metadata["positional"] or str(spec.type) == "bool":
+            continue
+        line = refuse(capsys, command, [*arguments[: len(positional)], f"{format_flag(spec.name)}="])
+        assert line.startswith(f"error: {format_flag(spec.name)}: expected ")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--latent", "3"],
+        ["--sparkle"],
+        ["stray"],
+        ["--epochs"],
+        ["--hidden"],
+        ["--hidden", "3", "x"],
+        ["--hidden", "300,300"],
+        ["--run-dir", ""],
+        ["--resume", ""],
+        ["--resume"],
+    ],
+    ids=" ".join,
+)
+def test_a_wrong_command_line_is_refused_in_one_line(capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
+    refuse(capsys, "train", words)
+
+
+RUN_COMMANDS = [
+    name
+    for name, found in COMMANDS.items()
+    if any(
+        spec.name in ("run_dir", "run_dirs") and spec.metadata["positional"] for spec in iterate_fields(found.options)
+    )
+]
+
+
+@pytest.mark.parametrize("command", RUN_COMMANDS)
+def test_a_missing_run_folder_is_refused_in_one_line(capsys: pytest.CaptureFixture[str], command: str) -> None:
+    assert "RUN" in refuse(capsys, command, [])
+
+
+@pytest.mark.parametrize("command", [name for name in RUN_COMMANDS if name != "export"])
+def test_every_command_of_a_run_accepts_moved_data(command: str) -> None:
+    run = ["run", "other"] if command in ("encode", "impute", "compare") else ["run"]
+    asked = parse(COMMANDS[command], [*run, "--dataset", "moved.npz", "--data-dir", "there"])
+    assert (asked.dataset, asked.data_dir) == ("moved.npz", "there")
+
+
+def test_a_command_is_checked_from_python_too() -> None:
+    with pytest.raises(ValueError, match="--num-particles: expected a whole number, at least 1, got 0"):
+        Evaluate("run", num_particles=0)
+
+
+# --- Resume ---
+
+
+@pytest.mark.parametrize(
+    ("words", "changes"),
+    [
+        ([], {}),
+        (["--epochs", "7"], {"epochs": 7}),
+        (["--dataset", "moved.npz", "--data-dir", "there"], {"dataset": "moved.npz", "data_dir": "there"}),
+        (["--compile", "off"], {"compile": "off"}),
+    ],
+    ids=str,
+)
+def test_resume_takes_what_may_change(words: list[str], changes: dict[str, Any]) -> None:
+    asked = parse(TRAIN, ["--resume", "runs/x", *words])
+    assert (asked.resume, asked.changes) == ("runs/x", changes)
+
+
+FIXED = {spec.name: spec.default for spec in fields(Options) if spec.name not in Train.MAY_CHANGE}
+EXAMPLES: dict[str, Any] = {
+    "binarization": "fixed",
+    "warmup_epochs": 3,
+    "hidden": 5,
+    "image_size": 28,
+    "color": "gray",
+    "dequantization": "none",
+    "keep": "last",
+    "prior": "flow",
+    "objective": "stl",
+    "upper_latents": 3,
+    "skip_norm": 1e6,
+    "start_from": "x",
+}
+
+
+@pytest.mark.parametrize("name", [*FIXED, "run_dir"])
+def test_resume_refuses_every_other_option(capsys: pytest.CaptureFixture[str], name: str) -> None:
+    """Even with the value that the run has: a run keeps its own options."""
+    given = EXAMPLES.get(name, FIXED.get(name, "runs/y"))
+    values = given if isinstance(given, tuple) else (given,)
+    line = refuse(capsys, "train", ["--resume", "runs/x", "--epochs", "7", format_flag(name), *map(str, values)])
+    assert line.startswith("error: --resume: expected no other option than --epochs, --dataset, ")
+    assert f"got {format_flag(name)} " in line

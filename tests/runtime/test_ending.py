@@ -1,0 +1,70 @@
+"""How a script ends: one line and an exit code for what a user can cause, a traceback for our own bugs."""
+
+from __future__ import annotations
+
+import pytest
+
+from ppl_vae.runtime.ending import command
+
+
+@pytest.mark.parametrize("error", [ValueError("x: bad"), OSError(28, "disk full"), ArithmeticError("x: NaN")])
+def test_what_a_user_can_cause_ends_in_one_line(capsys: pytest.CaptureFixture[str], error: Exception) -> None:
+    def main() -> None:
+        raise error
+
+    with pytest.raises(SystemExit, match=r"^1$"):
+        command(main)
+    assert capsys.readouterr().err == f"error: {error}\n"
+
+
+def test_an_interrupt_ends_with_code_130_and_one_word(capsys: pytest.CaptureFixture[str]) -> None:
+    def main() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit, match=r"^130$"):
+        command(main)
+    assert capsys.readouterr().err.strip() == "interrupted"
+
+
+def test_our_own_bugs_keep_their_traceback() -> None:
+    def main() -> None:
+        raise TypeError("a bug")
+
+    with pytest.raises(TypeError, match="a bug"):
+        command(main)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("unable to mmap 4096 bytes from file <x>: Cannot allocate memory (12)"),
+    ],
+)
+def test_memory_that_ran_out_ends_in_one_line(capsys: pytest.CaptureFixture[str], error: Exception) -> None:
+    def main() -> None:
+        raise error
+
+    with pytest.raises(SystemExit, match=r"^1$"):
+        command(main)
+    assert capsys.readouterr().err.startswith("error: out of memory; a smaller batch")
+
+
+@pytest.mark.parametrize("words", ["CUDA error: an illegal memory access was encountered", "Triton: shared memory"])
+def test_another_error_of_memory_keeps_its_traceback(words: str) -> None:
+    def main() -> None:
+        raise RuntimeError(words)
+
+    with pytest.raises(RuntimeError, match=words):
+        command(main)
+
+
+def test_a_traceback_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def main() -> None:
+        raise ValueError("x: bad")
+
+    monkeypatch.setenv("PPL_VAE_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="x: bad"):
+        command(main)

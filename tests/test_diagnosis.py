@@ -15,10 +15,10 @@ from small_run import SMALL, bars, save_bars, train_small
 
 from ppl_vae import load, runs
 from ppl_vae.commands import diagnose as diagnosis
-from ppl_vae.commands.cli import parse_diagnose, parse_evaluate, parse_train
+from ppl_vae.commands.cli import parse
 from ppl_vae.commands.diagnose import DIAGNOSIS, diagnose_run
 from ppl_vae.commands.diagnosis_numbers import importance_numbers, measure, noise_numbers
-from ppl_vae.commands.options import Diagnose
+from ppl_vae.commands.options import COMMANDS, Diagnose
 from ppl_vae.commands.train import train_run
 from ppl_vae.evidence.importance import Importance
 from ppl_vae.parts import likelihoods
@@ -148,7 +148,7 @@ TRAININGS = [name for name, words in EXPECTED.items() if words.isdisjoint({"heal
 def test_the_command_is_the_runs_own_but_for_what_is_changed(name, diagnosed, trained):
     for verdict in diagnosed(name)[0]["verdicts"]:
         script, *words = shlex.split(verdict["command"])[1:]
-        asked = parse_train(words)
+        asked = parse(COMMANDS["train"], words)
         changed = resolve(asked.options, load_splits(asked.options))
         freed = {"likelihood_scale": Options().likelihood_scale} if "likelihood" in verdict["change"] else {}
         freed |= {"objective": None} if "posterior" in verdict["change"] else {}
@@ -163,7 +163,7 @@ def test_the_command_is_the_runs_own_but_for_what_is_changed(name, diagnosed, tr
 def test_the_command_for_an_estimate_evaluates_this_run(diagnosed, trained):
     (verdict,) = diagnosed("guide beside the posterior")[0]["verdicts"]
     script, *words = shlex.split(verdict["command"])[1:]
-    asked = parse_evaluate(words)
+    asked = parse(COMMANDS["evaluate"], words)
     assert script == "scripts/evaluate_log_likelihood.py"
     assert (asked.run_dir, asked.num_particles) == (str(trained.folder("guide beside the posterior")), 5000)
 
@@ -314,7 +314,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
 
 
 def test_what_a_diagnosis_is_asked():
-    asked = parse_diagnose(["runs/x", "--split", "validation", "--images", "500", "--seed", "3"])
+    asked = parse(COMMANDS["diagnose"], ["runs/x", "--split", "validation", "--images", "500", "--seed", "3"])
     assert (asked.run_dir, asked.split, asked.images, asked.seed) == ("runs/x", "validation", 500, 3)
     assert (asked.device, asked.dataset, asked.data_dir) == ("cpu", None, None)
-    assert parse_diagnose(["runs/x"]).split is None
+    assert parse(COMMANDS["diagnose"], ["runs/x"]).split is None

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from ppl_vae import load, runs
-from ppl_vae.commands.cli import parse_train
+from ppl_vae.commands.cli import parse
 from ppl_vae.commands.evaluate import evaluate_run
-from ppl_vae.commands.options import Evaluate
+from ppl_vae.commands.options import COMMANDS, Evaluate
 from ppl_vae.commands.train import resume_run, train_run
 from ppl_vae.runs.build import build_vae
 from ppl_vae.runs.fit_arguments import initialize_output_bias
@@ -172,7 +172,7 @@ FURTHER += ["--average-decay", "0.9", "--images", "20", "--evaluation-particles"
 
 def from_run(folder, *words):
     """What a command asks for that starts from that run."""
-    return parse_train(["--start-from", str(folder), *FURTHER, *words]).options
+    return parse(COMMANDS["train"], ["--start-from", str(folder), *FURTHER, *words]).options
 
 
 def train_further(options, folder):

@@ -18,10 +18,10 @@ import torch
 
 from ppl_vae import load, runs
 from ppl_vae.commands import export
-from ppl_vae.commands.cli import parse_train
+from ppl_vae.commands.cli import parse
 from ppl_vae.commands.encode import encode_images
 from ppl_vae.commands.export import export_run
-from ppl_vae.commands.options import Encode, Export, Sample
+from ppl_vae.commands.options import COMMANDS, Encode, Export, Sample
 from ppl_vae.commands.sample import sample_run
 from ppl_vae.commands.train import resume_run, train_run
 from ppl_vae.reports import card as model_card
@@ -270,7 +270,9 @@ def test_training_goes_on_with_no_export(exported: Path, data_file: Path) -> Non
 
 
 def test_training_starts_from_an_export(exported: Path, data_file: Path) -> None:
-    asked = parse_train(["--start-from", str(exported), "--dataset", str(data_file), "--epochs", "1"]).options
+    asked = parse(
+        COMMANDS["train"], ["--start-from", str(exported), "--dataset", str(data_file), "--epochs", "1"]
+    ).options
     assert asked is not None
     assert (asked.hidden, asked.latent_dim, asked.prior, asked.dataset) == ((8,), 2, "standard-normal", str(data_file))
 

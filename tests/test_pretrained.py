@@ -13,9 +13,9 @@ from small_run import save_bars
 
 from ppl_vae import data, load, runs, save
 from ppl_vae.commands import cli as command_line
-from ppl_vae.commands.cli import parse_train
+from ppl_vae.commands.cli import parse
 from ppl_vae.commands.evaluate import evaluate_run
-from ppl_vae.commands.options import Evaluate, Sample
+from ppl_vae.commands.options import COMMANDS, Evaluate, Sample
 from ppl_vae.commands.sample import sample_run
 from ppl_vae.commands.train import resume_run
 from ppl_vae.runs import load as stored
@@ -199,7 +199,7 @@ def test_a_training_starts_from_its_name_or_from_a_folder_of_that_name(shipped, 
     if folder_of_that_name:
         save(build_vae(replace(OPTIONS, latent_dim=3), (1, 28, 28)), "small", replace(OPTIONS, latent_dim=3))
         expected = Path("small").resolve()
-    options = parse_train(["--start-from", "small"]).options
+    options = parse(COMMANDS["train"], ["--start-from", "small"]).options
     assert options.latent_dim == (3 if folder_of_that_name else 2)
     options = resolve(options, data.load("mnist"))
     assert options.start_from == str(expected)

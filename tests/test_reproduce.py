@@ -17,9 +17,9 @@ from small_run import SMALL, save_bars
 
 from ppl_vae import runs
 from ppl_vae.commands import reproduce as reproduction
-from ppl_vae.commands.cli import parse_reproduce
+from ppl_vae.commands.cli import parse
 from ppl_vae.commands.encode import encode_images
-from ppl_vae.commands.options import Encode
+from ppl_vae.commands.options import COMMANDS, Encode
 from ppl_vae.commands.reproduce import (
     describe,
     read_rows,
@@ -127,7 +127,7 @@ def test_a_rows_command_asks_for_the_same_again(tmp_path):
     row, _ = reproduced(tmp_path, epochs_share=0.1, seed=3)
     script, *words = row["command"].split()[1:]
     assert (ROOT / script).exists()
-    asked = parse_reproduce(words)
+    asked = parse(COMMANDS["reproduce"], words)
     assert (asked.name, asked.epochs_share, asked.seed, asked.epochs) == ("tiny", 0.1, 3, None)
 
 
@@ -486,7 +486,7 @@ def test_a_damaged_results_file_is_refused(tmp_path, content, match):
 )
 def test_a_wrong_command_line_ends_in_one_line(words, line, capsys):
     with pytest.raises(SystemExit):
-        parse_reproduce(words)
+        parse(COMMANDS["reproduce"], words)
     assert capsys.readouterr().err == f"error: {line} (--help lists the options)\n"
 
 

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 
 from ppl_vae import VAE, Conditional, data, objectives, runs
-from ppl_vae.commands.cli import STUDY_DATASETS
 from ppl_vae.commands.evaluate import PerImage, read_per_image
+from ppl_vae.commands.options import RunStudy
 from ppl_vae.diagnostics import verdicts
 from ppl_vae.evidence.importance import Importance, NotFinite
 from ppl_vae.parts.likelihoods import Bernoulli
@@ -132,7 +132,7 @@ def test_every_planned_run_has_its_record(numbers: dict[str, Any]) -> None:
 def test_the_stored_study_is_of_the_plain_vaes_that_are_planned() -> None:
     path = Path(__file__).parents[1] / "scripts" / "results" / "study.json"
     stored = {name: record["options"] for name, record in json.loads(path.read_text(encoding="utf-8"))["runs"].items()}
-    planned = {each.name: each.options for each in plan.plan(DEFAULT, STUDY_DATASETS)}
+    planned = {each.name: each.options for each in plan.plan(DEFAULT, RunStudy().datasets)}
     assert planned.keys() == stored.keys()
     for name, options in planned.items():
         assert {word: getattr(options, word) for word in stored[name]} == stored[name]

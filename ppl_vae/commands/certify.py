@@ -96,8 +96,8 @@ def certify_run(options: Certify, *, say: Say) -> dict[str, Any]:
         chain = Chain(options.temperatures, options.leapfrogs, options.chains, start_of(vae, options.start))
         if chain.start != options.start:
             say(
-                f"--start {options.start}: the guide's density is slow to compute except at its own samples. The chains "
-                "start from a normal with its moments instead."
+                f"--start {options.start}: the guide's density is slow to compute except at its own samples. The "
+                "chains start from a normal with its moments instead."
             )
         asked = {
             "split": options.split,

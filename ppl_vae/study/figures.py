@@ -13,7 +13,7 @@ from PIL import Image
 
 from ppl_vae.reports.figures import study as plots
 from ppl_vae.reports.figures.study import Bar, Curve
-from ppl_vae.study.words import data_name
+from ppl_vae.study._cells import name_data
 
 Study = Mapping[str, Any]
 Row = Mapping[str, Any]
@@ -107,7 +107,7 @@ def _rate_distortion(study: Study) -> Figure | None:
         others: dict[str, tuple[float, float]] = {}
         if mean and _known(mean["kl"]) and _known(mean["reconstruction"]):
             others["a mean over pixels"] = (mean["kl"]["mean"], -mean["reconstruction"]["mean"])
-        shown[data_name(dataset)] = plots.Tradeoff(
+        shown[name_data(dataset)] = plots.Tradeoff(
             [row["beta"] for row in rows],
             [row["rate"]["mean"] for row in rows],
             [row["distortion"]["mean"] for row in rows],
@@ -122,7 +122,7 @@ def _bounds(study: Study) -> Figure | None:
         curves = {bound: _differences(part["rows"], bound) for bound in ("log_likelihood", "elbo")}
         if any(any(_known(row.get(f"difference_{bound}")) for row in part["rows"]) for bound in curves):
             seeds = {bound: _seed_gains(part, bound) for bound in curves}
-            shown[data_name(dataset)] = plots.Bounds(curves["log_likelihood"], curves["elbo"], seeds)
+            shown[name_data(dataset)] = plots.Bounds(curves["log_likelihood"], curves["elbo"], seeds)
     return plots.bounds_along_beta(shown) if shown else None
 
 
@@ -165,7 +165,7 @@ def _active(study: Study) -> Figure | None:
         mean = _condition(study, dataset, "mean")
         if not rows:
             continue
-        shown[data_name(dataset)] = plots.Activity(
+        shown[name_data(dataset)] = plots.Activity(
             [row["beta"] for row in rows],
             [row["active"] for row in rows],
             [row["predicted"] for row in rows],
@@ -182,7 +182,7 @@ def _spectrum(study: Study) -> Figure | None:
     thresholds: dict[str, float] = {}
     for part in parts.values():
         thresholds |= {"sum over pixels": 1.0, f"mean over {part['num_pixels']:,} pixels": float(part["num_pixels"])}
-    return plots.eigenvalue_spectrum({data_name(word): part["eigenvalues"] for word, part in parts.items()}, thresholds)
+    return plots.eigenvalue_spectrum({name_data(word): part["eigenvalues"] for word, part in parts.items()}, thresholds)
 
 
 def _maximum(name: str) -> Callable[[Row], float | None]:
@@ -211,10 +211,10 @@ def _aggregate(study: Study) -> Figure | None:
         for dataset, part in _parts(study, "regularization").items():
             curve = curve_of([row for row in part["rows"] if not row["autoencoder"]])
             if _has_any(curve):
-                panels.setdefault(measure, {})[data_name(dataset)] = curve
+                panels.setdefault(measure, {})[name_data(dataset)] = curve
             plain = [value for value in curve_of([row for row in part["rows"] if row["autoencoder"]]).mean if value]
             if plain:
-                autoencoders.setdefault(measure, {})[data_name(dataset)] = plain[0]
+                autoencoders.setdefault(measure, {})[name_data(dataset)] = plain[0]
     if not panels:
         return None
     return plots.aggregate_along_beta(panels, autoencoders=autoencoders, shares=_SHARES)
@@ -264,7 +264,7 @@ def _blur(study: Study) -> Figure | None:
     for dataset, part in _parts(study, "autoencoder").items():
         parts = part.get("decomposition") or {}
         if all(_known(parts.get(name)) for name in _BLUR_PARTS):
-            shown[data_name(dataset)] = {words: parts[name]["mean"] for name, words in _BLUR_PARTS.items()}
+            shown[name_data(dataset)] = {words: parts[name]["mean"] for name, words in _BLUR_PARTS.items()}
     return plots.blur_parts(shown) if shown else None
 
 

@@ -1,0 +1,103 @@
+"""Numbers of the study as table cells, tables without empty columns, and strips of pictures."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from PIL import Image
+
+from ppl_vae.reports.page import Block, Picture, Table
+
+_NAMES = {
+    "mnist": "MNIST",
+    "static-mnist": "static MNIST",
+    "fashion-mnist": "Fashion-MNIST",
+    "kmnist": "KMNIST",
+    "caltech-silhouettes": "Caltech silhouettes",
+    "cifar10": "CIFAR-10",
+    "svhn": "SVHN",
+}
+_TWO_DIGITS = 3.55  # an error that begins so, or lower, has two digits. Source: the Particle Data Group's rule
+
+
+def name_data(dataset: str) -> str:
+    """A data set's name as its authors write it; a path by the name of its file."""
+    return _NAMES.get(dataset, f"your data ({dataset.replace(chr(92), '/').rstrip('/').rsplit('/', 1)[-1]})")
+
+
+def format_number(value: float | None, digits: int = 3) -> str | None:
+    """So many significant digits, without an exponent for numbers of ordinary size."""
+    if value is None:
+        return None
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    decimals = digits - 1 - math.floor(math.log10(abs(value)))
+    if decimals > digits + 4:
+        return f"{value:.{digits}g}"
+    text = f"{round(value, decimals):,.{max(0, decimals)}f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def format_mean(value: Any, *, scale: float = 1.0, signed: bool = False) -> str | None:
+    """mean ± stderr, with one or two digits of the error; None where nothing is known.
+
+    >>> format_mean({"mean": -85.118, "stderr": 0.217})
+    '-85.12 ± 0.22'
+    """
+    if not isinstance(value, Mapping) or value.get("mean") is None:
+        return None
+    mean, stderr = scale * value["mean"], scale * (value.get("stderr") or 0.0)
+    sign = "+" if signed and mean > 0 else ""
+    if not stderr or not math.isfinite(stderr):
+        return sign + str(format_number(mean))
+    power = math.floor(math.log10(stderr))
+    decimals = (1 if stderr / 10**power < _TWO_DIGITS else 0) - power
+    if decimals > 6:
+        return f"{sign}{format_number(mean)} ± {stderr:.1g}"
+    decimals = max(0, decimals)
+    return f"{sign}{round(mean, decimals) + 0.0:,.{decimals}f} ± {stderr:,.{decimals}f}"
+
+
+def format_difference(value: Any) -> str | None:
+    """A paired difference with its sign, its error, and what may be said of it."""
+    text = format_mean(value, signed=True)
+    word = value.get("word") if isinstance(value, Mapping) else None
+    return f"{text} ({word})" if text and word == "not distinguishable" else text
+
+
+def format_share(value: Any) -> str | None:
+    """A share with its error, as a percentage."""
+    text = format_mean(value, scale=100.0)
+    return None if text is None else f"{text}%"
+
+
+def make_table(
+    columns: Sequence[str], rows: Sequence[Sequence[Any]], caption: str, highlight: Any = None
+) -> list[Block]:
+    """A table without the columns that are empty in every row; nothing where there is no row."""
+    kept = [k for k in range(len(columns)) if any(row[k] is not None for row in rows)]
+    if not rows:
+        return []
+    return [Table([columns[k] for k in kept], [[row[k] for k in kept] for row in rows], caption, highlight=highlight)]
+
+
+def stack_strips(named: Sequence[tuple[str, bytes | None]], caption: str, what: str) -> list[Block]:
+    """Strips of pictures below each other, named from the top in the caption; nothing for fewer than two."""
+    known = [(name, strip) for name, strip in named if strip is not None]
+    if len(known) < 2:
+        return []
+    images = [Image.open(io.BytesIO(strip)) for _, strip in known]
+    width, gap = max(image.width for image in images), 2
+    mode = "RGB" if any(image.mode == "RGB" for image in images) else "L"
+    height = sum(image.height for image in images) + gap * (len(images) - 1)
+    canvas, top = Image.new(mode, (width, height), 128 if mode == "L" else (128, 128, 128)), 0
+    for image in images:
+        canvas.paste(image, (0, top))
+        top += image.height + gap
+    out = io.BytesIO()
+    canvas.save(out, format="png", optimize=True)
+    names = "; ".join(name for name, _ in known)
+    return [Picture(out.getvalue(), f"From the top: {names}. {caption}", f"{what}: {names}", dark_png=out.getvalue())]

@@ -432,7 +432,7 @@ def test_a_nan_of_an_evaluation_is_no_failure_of_the_training(tmp_path: Path, mo
         (tmp_path / "mnist-beta-1").mkdir()
         raise NotFinite("log p(x | z): expected numbers, got NaN or +infinity")
 
-    monkeypatch.setattr(training, "train", evaluates_to_nan)
+    monkeypatch.setattr(training, "train_run", evaluates_to_nan)
     planned = plan.Planned("mnist-beta-1", plan.base(TINY, "mnist"))
     assert not train_planned(planned, tmp_path, say=silent)
     found = training.read_failure(tmp_path / planned.name)

@@ -490,9 +490,9 @@ def explain_method(source: Source) -> Section:
     text = f"""\
 Every run is the same plain VAE unless its name says otherwise, trained for {settings["epochs"]} epochs. Its last
 weights are kept. beta is a matter of training alone: every reported number is at beta = 1. log p(x) is estimated
-from below by the importance-weighted bound L_S with S = {settings["num_particles"]:,} samples per image, on {settings["images"]:,}
-fixed random test images. Runs are ranked by log p(x) only where their difference in L_S exceeds what either may still
-gain with more samples.
+from below by the importance-weighted bound L_S with S = {settings["num_particles"]:,} samples per image, on
+{settings["images"]:,} fixed random test images. Runs are ranked by log p(x)
+only where their difference in L_S exceeds what either may still gain with more samples.
 
 ± is one standard error over images; it says nothing about what another training would give. Differences between bounds
 on the same images are paired, with 95% intervals that are corrected for the number of comparisons in their table."""

@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from ppl_vae.conditional import Conditional
     from ppl_vae.evidence.dequantization import dequantized
     from ppl_vae.evidence.importance import Estimate, importance, log_evidence
-    from ppl_vae.log_weights import log_weights
     from ppl_vae.runs.load import load, save
     from ppl_vae.training import fit
     from ppl_vae.vae import VAE
+    from ppl_vae.weights import log_weights
 
 __version__ = "0.1.0"
 
@@ -29,7 +29,7 @@ _HOME = {
     "importance": "evidence.importance",
     "load": "runs.load",
     "log_evidence": "evidence.importance",
-    "log_weights": "log_weights",
+    "log_weights": "weights",
     "save": "runs.load",
 }
 _MODULES = {

@@ -18,11 +18,11 @@ from ppl_vae.data import own
 from ppl_vae.evidence.dequantization import dequantized
 from ppl_vae.evidence.exploration import decoded, encode, sampled
 from ppl_vae.evidence.importance import evaluate, particles_a_pass, seeded
-from ppl_vae.runs.build import build_vae
+from ppl_vae.runs.build import build_likelihood, build_vae
 from ppl_vae.runs.fit_arguments import build_objective, find_device, fit_arguments, initialize_output_bias
 from ppl_vae.runs.options import Options
-from ppl_vae.runtime.arguments import Widths, check_count, check_widths
 from ppl_vae.runs.resolve import check_support, choose_pixels, resolve
+from ppl_vae.runtime.arguments import Widths, check_count, check_widths
 from ppl_vae.training import fit
 from ppl_vae.vae import VAE
 
@@ -281,7 +281,7 @@ class VAEDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
     def _is_standardized(self, options: Options) -> bool:
         """Whether X is a table of columns that are real numbers to the likelihood."""
         is_table = len(self.event_shape_) == 1 and self.kind_ != data.LEVELS
-        return is_table and build.likelihood(options, self.event_shape_).data_kind == data.REAL
+        return is_table and build_likelihood(options, self.event_shape_).data_kind == data.REAL
 
     def _standardized(self, images: np.ndarray) -> np.ndarray:
         """(N, *E) as they are, or (N, D) with each column's mean 0 and standard deviation 1."""

@@ -72,8 +72,9 @@ FIRST_STEP = """
 import time
 
 import torch
-from ppl_vae import build, data, objectives
-from ppl_vae.options import PLAIN, Options
+from ppl_vae import data, objectives
+from ppl_vae.runs.build import build_vae
+from ppl_vae.runs.options import PLAIN, Options
 from ppl_vae.training import CapturedSteps, Resident, TrainingState
 
 options = Options(**PLAIN)

@@ -11,7 +11,7 @@ from ppl_vae.diagnostics import pixel_calibration as calibration
 from ppl_vae.evidence import ais, exploration, gaps, guide_calibration, missing
 from ppl_vae.evidence import importance as evidence
 from ppl_vae.evidence.proposals import adaptive, refined
-from ppl_vae.log_weights import is_autoencoder, log_reconstruction, log_weight_terms, log_weights
+from ppl_vae.weights import is_autoencoder, log_reconstruction, log_weight_terms, log_weights
 
 
 def _annealing(x):

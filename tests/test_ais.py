@@ -19,11 +19,11 @@ from ppl_vae import VAE, Conditional
 from ppl_vae.evidence import ais
 from ppl_vae.evidence.ais import Annealing, lower, lower_bound, pilot, simulate, temperatures, upper, upper_bound
 from ppl_vae.evidence.dequantization import dequantized
-from ppl_vae.log_weights import Deterministic
 from ppl_vae.parts.networks import MLP
 from ppl_vae.parts.posteriors import inverse_autoregressive_flow
 from ppl_vae.runs.build import build_vae
 from ppl_vae.runs.options import PLAIN, Options
+from ppl_vae.weights import Deterministic
 
 GENERAL = LinearGaussian.random(orthogonal=False)
 POSTERIORS = {"good": {}, "too narrow": {"widen": 0.4}, "shifted": {"shift": 2.0}}

@@ -19,7 +19,8 @@ from ppl_vae import VAE, Conditional, fit, importance, log_evidence, objectives
 from ppl_vae.evidence import ais, gaps, guide_calibration, missing, proposals
 from ppl_vae.evidence.importance import evaluate
 from ppl_vae.parts import flows, likelihoods, networks, posteriors, priors
-from ppl_vae.runs import build
+from ppl_vae.runs.build import build_vae
+from ppl_vae.runs.load import load, save
 from ppl_vae.runs.options import Options, from_json, to_json
 
 E, L = (1, 4, 4), 2
@@ -172,8 +173,8 @@ def test_options_refuse_what_is_no_whole_number(value: Any) -> None:
 
 def test_a_model_by_numpys_numbers_is_saved_and_loaded(tmp_path: Any) -> None:
     options = Options(network="mlp", hidden=np.array([8]), latent_dim=np.int64(4), prior="standard-normal")
-    build.save(build.vae(options, tuple(np.array([1, 28, 28]))), tmp_path / "run", options)
-    assert build.load(tmp_path / "run").likelihood.event_shape == (1, 28, 28)
+    save(build_vae(options, tuple(np.array([1, 28, 28]))), tmp_path / "run", options)
+    assert load(tmp_path / "run").likelihood.event_shape == (1, 28, 28)
 
 
 # --- Images ---

@@ -16,11 +16,11 @@ from ppl_vae import VAE
 from ppl_vae.evidence import importance as evidence
 from ppl_vae.evidence.dequantization import dequantized
 from ppl_vae.evidence.importance import CapturedTerms, NotFinite, evaluate, even_chunk
-from ppl_vae.log_weights import log_weight_terms
 from ppl_vae.runs.build import build_vae
 from ppl_vae.runs.options import PLAIN, Options
 from ppl_vae.runtime import capture
 from ppl_vae.runtime.capture import CannotCapture
+from ppl_vae.weights import log_weight_terms
 
 SHAPE = (1, 8, 8)
 PAIRS = 10  # (particle, image) pairs a pass
@@ -217,9 +217,9 @@ def test_without_a_compiler_the_refusal_names_what_is_missing(monkeypatch):
 
 @pytest.mark.parametrize("compile", [True, False])
 def test_log_weights_that_are_not_finite_are_refused(graphs, compile):
-    """Images that are NaN beyond the first one, which alone is validated."""
+    """An infinite image is on the support of a normal, and has no log-weight. The first one alone is validated."""
     x = _images()
-    x[3] = math.nan
+    x[3] = math.inf
     with pytest.raises(NotFinite, match="log-weights"):
         evaluate(_vae(likelihood="normal"), x, num_particles=4, seed=3, compile=compile)
 

@@ -18,7 +18,7 @@ from ppl_vae.commands import diagnose as diagnosis
 from ppl_vae.commands.cli import parse
 from ppl_vae.commands.diagnose import DIAGNOSIS, diagnose_run
 from ppl_vae.commands.diagnosis_numbers import importance_numbers, measure, noise_numbers
-from ppl_vae.commands.options import COMMANDS, Diagnose
+from ppl_vae.commands.options import COMMANDS, Diagnose, Report
 from ppl_vae.commands.train import train_run
 from ppl_vae.evidence.importance import Importance
 from ppl_vae.parts import likelihoods
@@ -217,7 +217,7 @@ def test_a_measure_that_the_images_do_not_allow_is_left_out_with_its_reason(tmp_
     options = replace(SMALL, dataset=str(tmp_path / "images.npz"), epochs=1)
     folder = train_run(options, str(tmp_path / "run"), say=lambda line: None)
     said = []
-    page = report_run(str(folder), say=said.append).read_text(encoding="utf-8")
+    page = report_run(Report(str(folder)), say=said.append).read_text(encoding="utf-8")
     entry = runs.read_json(folder / DIAGNOSIS)
     numbers = entry["numbers"]
     assert set(numbers["left_out"]) == left_out

@@ -132,10 +132,10 @@ def test_memory_grows_neither_with_particles_nor_with_images():
     """In a process of its own: the default decoder, 100 times the particles, then 60 times the images."""
     program = """
 import resource, torch
-from ppl_vae import build
-from ppl_vae.evidence import evaluate
-from ppl_vae.options import Options
-vae = build.vae(Options(), (1, 28, 28)).eval()
+from ppl_vae.evidence.importance import evaluate
+from ppl_vae.runs.build import build_vae
+from ppl_vae.runs.options import Options
+vae = build_vae(Options(), (1, 28, 28)).eval()
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
 evaluate(vae, torch.zeros(5, 1, 28, 28), num_particles=2000, seed=0)
 before = peak()

@@ -28,11 +28,11 @@ from ppl_vae.evidence.guide_calibration import (
 )
 from ppl_vae.evidence.importance import NotFinite, seeded
 from ppl_vae.hierarchy import BottomUp, HierarchicalVAE, LayeredPrior, OfBottomLayer
-from ppl_vae.log_weights import Deterministic
 from ppl_vae.parts.networks import MLP
 from ppl_vae.parts.posteriors import Delta, DiagonalNormal
 from ppl_vae.parts.priors import StandardNormal
 from ppl_vae.reports.figures.certificate import RankHistogram, calibration_ranks
+from ppl_vae.weights import Deterministic
 
 CPU = torch.device("cpu")
 

@@ -20,9 +20,9 @@ from torch.distributions import constraints
 from torch.testing import assert_close
 
 from ppl_vae import VAE, log_weights, objectives
-from ppl_vae.log_weights import Deterministic
 from ppl_vae.runs.build import build_vae
 from ppl_vae.runs.options import Options
+from ppl_vae.weights import Deterministic
 
 OBJECTIVES = {"iwae": objectives.iwae, "dreg": objectives.dreg, "stl": objectives.stl}
 BETAS = (0.0, 0.4, 1.0, 3.0)

@@ -75,7 +75,7 @@ STUDY = """
 import sys
 sys.path.insert(0, {tests!r})
 from pathlib import Path
-from ppl_vae.options import command
+from ppl_vae.runtime.ending import command
 from test_study import made
 command(lambda: made(Path({folder!r}), Path({dataset!r})))
 """

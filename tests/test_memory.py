@@ -14,9 +14,9 @@ from torch.testing import assert_close
 
 from ppl_vae.evidence import importance as evidence
 from ppl_vae.evidence.importance import evaluate, reconstruction
-from ppl_vae.log_weights import log_weight_terms
 from ppl_vae.runtime import memory
 from ppl_vae.runtime.memory import Passes, batch_that_fits, is_out_of_memory, too_large
+from ppl_vae.weights import log_weight_terms
 
 CPU = torch.device("cpu")
 
@@ -168,7 +168,7 @@ def test_a_process_with_little_memory_evaluates_in_smaller_passes():
     program = """
 import resource, torch
 from oracles import LinearGaussian
-from ppl_vae import evidence
+from ppl_vae.evidence import importance as evidence
 oracle = LinearGaussian.random()
 x = oracle.draw(2)
 evidence.evaluate(oracle.vae(), x, num_particles=10, seed=0)

@@ -18,6 +18,7 @@ from torch.testing import assert_close
 
 from ppl_vae import fit, objectives
 from ppl_vae.objectives import Temper
+from ppl_vae.parts.registry import PRIORS
 from ppl_vae.runs.build import build_vae, resolve_parts
 from ppl_vae.runs.fit_arguments import build_objective, check_objective
 from ppl_vae.runs.options import Options
@@ -154,7 +155,7 @@ def _vae_of(posterior, prior):
         prior_components=3 if prior in ("mixture", "vamp") else Options().prior_components,
         prior_hidden=(5,) if prior == "flow" else Options().prior_hidden,
     )
-    return build.vae(asked, (6,))
+    return build_vae(asked, (6,))
 
 
 def _loss_of(vae, beta):
@@ -167,7 +168,7 @@ WITH_A_FORMULA = [("diagonal", "standard-normal"), ("full", "standard-normal")]
 WITHOUT_A_FORMULA = [
     (posterior, prior)
     for posterior in ("diagonal", "full", "flow")
-    for prior in build.PRIORS
+    for prior in PRIORS
     if (posterior, prior) not in WITH_A_FORMULA
 ]
 
@@ -202,7 +203,7 @@ def test_a_kl_without_a_formula_is_refused_in_a_captured_step(graphs):
 
 @pytest.mark.parametrize(("posterior", "prior"), WITH_A_FORMULA + WITHOUT_A_FORMULA)
 def test_the_options_accept_the_pairs_that_the_objective_accepts(posterior, prior):
-    options = decided(Options(posterior=posterior, prior=prior, kl="analytic"))
+    options = resolve_parts(Options(posterior=posterior, prior=prior, kl="analytic"))
     before = torch.get_rng_state()
     if (posterior, prior) in WITH_A_FORMULA:
         check_objective(options)

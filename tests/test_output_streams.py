@@ -20,7 +20,7 @@ SCRIPTS = Path(__file__).parent.parent / "scripts"
 
 def run_main(main: str, *, encoding: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
     """A main function, by its lines, as a script runs it, in a process of its own."""
-    program = f"from ppl_vae.options import command\ndef main():\n    {main}\ncommand(main)\n"
+    program = f"from ppl_vae.runtime.ending import command\ndef main():\n    {main}\ncommand(main)\n"
     asked = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"} | environment
     return subprocess.run([sys.executable, "-c", program], env=asked, capture_output=True, timeout=300)
 
@@ -55,7 +55,7 @@ def test_a_line_is_in_the_log_before_the_script_ends():
 
 COMPILE = """
 import torch, torch._inductor.compile_fx as compiler
-from ppl_vae import capture
+from ppl_vae.runtime import capture
 compiler.compile_fx_inner = lambda graph, inputs: lambda tensors: graph(*tensors)
 capture.why_not = lambda device: None
 capture.compiled(lambda x: (2 * x,), [torch.ones(3)])

@@ -15,7 +15,7 @@ from ppl_vae.runtime.progress import Progress, progress_bar
 
 TRAINING = """
 import time
-from ppl_vae.progress import Progress
+from ppl_vae.runtime.progress import Progress
 with Progress(total=3, initial=1, unit="step", desc="training") as shown:
     shown.show_clock("Compiling the training step", print)
     time.sleep(2.5)

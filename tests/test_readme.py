@@ -73,7 +73,7 @@ def test_the_readme_mentions_every_module_of_the_package():
     layout = README[README.index("## Layout") :]
     for path in (ROOT / "ppl_vae").iterdir():
         if (path.suffix == ".py" and path.stem != "__init__") or (path / "__init__.py").exists():
-            assert f"`{path.stem}`" in layout, path.stem
+            assert f"`{path.name}`" in layout, path.name
 
 
 def test_the_benchmark_runs_and_writes_only_what_it_is_asked_to(tmp_path):

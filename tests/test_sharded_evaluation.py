@@ -216,8 +216,10 @@ def undisturbed(folder, tmp_path):
 
 _KILLED = """
 import os, signal, sys
-from ppl_vae import evidence, experiment
-from ppl_vae.experiment import partial_evaluation
+from ppl_vae.commands.evaluate import evaluate_run
+from ppl_vae.commands.options import Evaluate
+from ppl_vae.evidence import importance as evidence
+from ppl_vae.runs import partial_evaluation
 partial_evaluation._SECONDS_BETWEEN_WRITES, partial_evaluation._MOST_TIME_OF_WRITING = 0.0, float("inf")
 evidence._PASS_BYTES["cpu"] = 100 * 4 * 6 * 64
 add, seen = partial_evaluation.PartialEvaluation.add, []
@@ -227,7 +229,7 @@ def add_and_die(self, first, rows):
     if len(seen) == 4:
         os.kill(os.getpid(), signal.SIGKILL)
 partial_evaluation.PartialEvaluation.add = add_and_die
-evaluate_run(sys.argv[1], split="test", num_particles=30, images=None, device="cpu", seed=3, say=print)
+evaluate_run(Evaluate(sys.argv[1], num_particles=30, seed=3), say=print)
 """
 
 

@@ -12,7 +12,7 @@ from oracles import LinearGaussian, bernoulli_vae
 
 from ppl_vae import fit
 from ppl_vae.evidence.importance import evaluate, seeded
-from ppl_vae.runs import build
+from ppl_vae.runs.build import build_vae
 from ppl_vae.runs.options import Options
 
 
@@ -74,7 +74,7 @@ def test_another_thread_does_not_change_a_score_that_is_being_taken(name):
 def _trained(seed):
     """The weights of a small run of that seed, as the command line and the estimator train it."""
     with seeded(seed, torch.device("cpu")):
-        vae = build.vae(Options(latent_dim=2, hidden=(4,), prior="standard-normal"), (12,))
+        vae = build_vae(Options(latent_dim=2, hidden=(4,), prior="standard-normal"), (12,))
         fit(vae, _binary(20).float(), epochs=2, batch_size=8)
     return torch.cat([w.detach().flatten() for w in vae.parameters()])
 

@@ -14,10 +14,10 @@ from pyro import poutine
 from torch.testing import assert_close
 
 from ppl_vae import log_weights
-from ppl_vae.log_weights import log_weight_terms
 from ppl_vae.objectives import Temper
 from ppl_vae.runs.build import build_vae
 from ppl_vae.runs.options import PLAIN, Options
+from ppl_vae.weights import log_weight_terms
 
 
 @pytest.fixture

@@ -23,8 +23,8 @@ from ppl_vae.runs.asked_run import check_comparable, check_same
 from ppl_vae.runs.build import build_likelihood, build_vae
 from ppl_vae.runs.opening import Run, Say, open_run
 from ppl_vae.runs.options import LIKELIHOODS, Options
-from ppl_vae.runtime.progress import progress_bar
 from ppl_vae.runs.resolve import check_support, describe_scale, load_splits, resolve
+from ppl_vae.runtime.progress import progress_bar
 
 # What the likelihoods that fit the data are compared by, where none are named, in the words of ``describe_scale``.
 _SCALES = {

@@ -16,8 +16,8 @@ from ppl_vae.diagnostics import CannotMeasure, PerLatent, Value
 from ppl_vae.diagnostics.pixel_calibration import calibration
 from ppl_vae.evidence.exploration import Codes, decoded, drawn, encode, moments, sampled
 from ppl_vae.evidence.importance import Importance, evaluate, reconstruction, seeded
-from ppl_vae.log_weights import is_deterministic
 from ppl_vae.vae import VAE
+from ppl_vae.weights import is_deterministic
 
 # What a number needs more images for costs more than it tells: the pairs of the ELBO's split grow with the square.
 _MOST_PAIRED = 2000

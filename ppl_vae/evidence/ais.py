@@ -36,7 +36,6 @@ from ppl_vae.conditional import Conditional
 from ppl_vae.evidence.exploration import moments, sampled
 from ppl_vae.evidence.hmc import Point, Terms, leapfrog, point_at, transition
 from ppl_vae.evidence.importance import NotFinite, weighed_a_pass
-from ppl_vae.log_weights import Deterministic, is_deterministic
 from ppl_vae.parts.posteriors.autoregressive import Autoregressive
 from ppl_vae.runtime.arguments import check_count
 from ppl_vae.runtime.capture import compiled, replaced
@@ -44,6 +43,7 @@ from ppl_vae.runtime.global_state import in_evaluation_mode, seeded, serialize_t
 from ppl_vae.runtime.numerics import log_mean_exp
 from ppl_vae.support import check_support
 from ppl_vae.vae import check_batch_shape, check_event_shape
+from ppl_vae.weights import Deterministic, is_deterministic
 
 Progress = Callable[[int], None]
 Start = str  # "guide", "prior" or "normal"

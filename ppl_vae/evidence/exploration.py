@@ -15,10 +15,10 @@ from torch.distributions import Independent, Normal, kl_divergence
 
 from ppl_vae.conditional import numbers_a_pixel
 from ppl_vae.evidence.importance import particles_a_pass, vectors_a_pass, weighed_a_pass
-from ppl_vae.log_weights import log_weight_terms
 from ppl_vae.runtime.global_state import serialize_threads
 from ppl_vae.support import check_support
 from ppl_vae.vae import VAE
+from ppl_vae.weights import log_weight_terms
 
 # A latent whose mean KL is below this many nats is called unused. Source: ours.
 UNUSED_NATS = 0.01

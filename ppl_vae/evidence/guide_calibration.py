@@ -11,10 +11,10 @@ from torch import Tensor
 
 from ppl_vae.evidence.exploration import sampled
 from ppl_vae.evidence.importance import NotFinite, weighed_a_pass
-from ppl_vae.log_weights import Deterministic, is_autoencoder
 from ppl_vae.runtime.arguments import check_count
 from ppl_vae.runtime.global_state import serialize_threads
 from ppl_vae.vae import VAE
+from ppl_vae.weights import Deterministic, is_autoencoder
 
 # Bins of a histogram of ranks, and the fewest ranks that a bin may expect: chi-square's distribution is a limit, and a
 # p-value that is multiplied by the number of quantities needs its tail. Source: ours.

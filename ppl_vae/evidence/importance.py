@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from ppl_vae.conditional import NUMBERS_A_PIXEL, numbers_a_pixel, numbers_a_vector
-from ppl_vae.log_weights import Program, log_reconstruction, log_weight_terms
 from ppl_vae.runtime.arguments import check_count
 from ppl_vae.runtime.capture import CannotCapture, compiled, replaced
 from ppl_vae.runtime.global_state import in_evaluation_mode, seed_generators, seeded, serialize_threads
@@ -23,6 +22,7 @@ from ppl_vae.runtime.numerics import LogWeightSummary
 from ppl_vae.runtime.ranks import agree
 from ppl_vae.support import check_support
 from ppl_vae.vae import VAE
+from ppl_vae.weights import Program, log_reconstruction, log_weight_terms
 
 # An image is called unreliable where its bound is expected to lie more than this below log p(x). Source: ours.
 UNRELIABLE_BIAS = 0.5

@@ -11,9 +11,9 @@ from pyro.poutine import Trace
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from ppl_vae.log_weights import Program, is_deterministic, latent_sites
 from ppl_vae.runtime.global_state import serialize_threads
 from ppl_vae.runtime.ranks import mean_over_batch
+from ppl_vae.weights import Program, is_deterministic, latent_sites
 
 
 @serialize_threads()

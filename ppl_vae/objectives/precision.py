@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ppl_vae.log_weights import Program
+from ppl_vae.weights import Program
 
 
 def autocast(objective: Callable[..., Tensor], dtype: torch.dtype) -> Callable[..., Tensor]:

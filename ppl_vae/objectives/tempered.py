@@ -13,9 +13,9 @@ from pyro.poutine.scale_messenger import ScaleMessenger
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from ppl_vae.log_weights import Program
 from ppl_vae.runtime.capture import CannotCapture, is_capturing
 from ppl_vae.runtime.global_state import serialize_threads
+from ppl_vae.weights import Program
 
 
 class Temper(ScaleMessenger):

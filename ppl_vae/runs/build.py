@@ -12,15 +12,14 @@ from torch import nn
 
 from ppl_vae import data
 from ppl_vae.conditional import Conditional
-from ppl_vae.evidence.importance import seeded
 from ppl_vae.hierarchy import BottomUp, HierarchicalVAE, LayeredPrior, OfBottomLayer, TopDown
-from ppl_vae.log_weights import is_deterministic
 from ppl_vae.parts import likelihoods, networks
 from ppl_vae.parts.registry import LIKELIHOODS, NETWORKS, POSTERIORS, PRIORS, find_owners
 from ppl_vae.runs.fields import format_flag
 from ppl_vae.runs.options import PLAIN, Options, default_hidden, default_objective, default_prior
 from ppl_vae.runtime.global_state import seeded, serialize_threads
 from ppl_vae.vae import VAE
+from ppl_vae.weights import is_deterministic
 
 _OF_SEVERAL_LAYERS = ("upper_hidden", "inference", "decoder_input")
 

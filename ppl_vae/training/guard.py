@@ -11,11 +11,11 @@ from pyro import poutine
 from torch import Tensor
 
 from ppl_vae.evidence.importance import NotFinite, seeded
-from ppl_vae.log_weights import latent_sites
 from ppl_vae.runtime.ranks import from_all, num_ranks
 from ppl_vae.support import check_site, observed_sites
 from ppl_vae.training.state import TrainingState
 from ppl_vae.vae import VAE
+from ppl_vae.weights import latent_sites
 
 _MOST_SKIPPED = 0.01  # of all steps
 _FEW_SKIPPED = 100  # a start from fresh weights has some

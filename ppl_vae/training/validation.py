@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ppl_vae.evidence.importance import Estimate, NotFinite, evaluate, in_evaluation_mode, reconstruction, seeded
-from ppl_vae.log_weights import is_autoencoder
 from ppl_vae.training.state import TrainingState
 from ppl_vae.vae import VAE
+from ppl_vae.weights import is_autoencoder
 
 VALIDATION_SEED = 20140501
 

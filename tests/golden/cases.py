@@ -369,7 +369,7 @@ def _of_script(name: str) -> dict[str, Any]:
     found: dict[str, Any] = {"arguments": required}
     for action in parser._actions:
         flag = next((word for word in action.option_strings if word.startswith("--")), None)
-        if flag is None or flag == "--help":
+        if flag in (None, "--help", "--help-all", "--config"):
             continue
         words = WORDS.split() if action.nargs != 0 else []
         accepted = [word for word in words if _accepts(parser, [*required, flag, word])]

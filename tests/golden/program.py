@@ -13,7 +13,6 @@ import runpy
 import shlex
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -23,55 +22,46 @@ import torch
 from torch import Tensor
 
 from ppl_vae import data, fit, save
-from ppl_vae.commands.cli import (
-    parse_benchmark,
-    parse_certify,
-    parse_compare,
-    parse_diagnose,
-    parse_docs,
-    parse_encode,
-    parse_evaluate,
-    parse_export,
-    parse_figures,
-    parse_impute,
-    parse_kills,
-    parse_likelihoods,
-    parse_networks,
-    parse_report,
-    parse_reproduce,
-    parse_sample,
-    parse_scale,
-    parse_study,
-    parse_train,
-)
+from ppl_vae.commands.cli import Command, build_parser, iterate_fields, parse
+from ppl_vae.commands.options import COMMANDS
 from ppl_vae.evidence import ais
 from ppl_vae.runs import build
+from ppl_vae.runs.fit_arguments import build_objective, fit_arguments, initialize_output_bias
 from ppl_vae.runs.options import Options
+from ppl_vae.runs.resolve import choose_evaluated_pixels, choose_pixels, load_splits, resolve
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
-# The function that reads each script's command line, and a command line with nothing but what the script requires.
-READERS = {
-    "benchmark": (parse_benchmark, []),
-    "benchmark_scale": (parse_scale, []),
-    "certify_log_likelihood": (parse_certify, ["RUN"]),
-    "compare_likelihoods": (parse_likelihoods, []),
-    "compare_networks": (parse_networks, []),
-    "compare_runs": (parse_compare, ["RUN"]),
-    "diagnose": (parse_diagnose, ["RUN"]),
-    "encode": (parse_encode, ["RUN", "IMAGES"]),
-    "evaluate_log_likelihood": (parse_evaluate, ["RUN"]),
-    "export": (parse_export, ["RUN"]),
-    "impute": (parse_impute, ["RUN", "IMAGES"]),
-    "kill_runs": (parse_kills, []),
-    "make_docs": (parse_docs, []),
-    "make_figures": (parse_figures, ["RUN"]),
-    "report": (parse_report, ["RUN"]),
-    "reproduce": (parse_reproduce, ["NAME"]),
-    "sample": (parse_sample, ["RUN"]),
-    "study": (parse_study, []),
-    "train_svi": (parse_train, []),
+# The command of each script, or the class of options that the script itself declares, and what it requires.
+READERS: dict[str, tuple[str, list[str]]] = {
+    "benchmark": ("Benchmark", []),
+    "benchmark_scale": ("Scale", []),
+    "certify_log_likelihood": ("certify", ["RUN"]),
+    "compare_likelihoods": ("compare-likelihoods", []),
+    "compare_networks": ("compare-networks", []),
+    "compare_runs": ("compare", ["RUN"]),
+    "diagnose": ("diagnose", ["RUN"]),
+    "encode": ("encode", ["RUN", "IMAGES"]),
+    "evaluate_log_likelihood": ("evaluate", ["RUN"]),
+    "export": ("export", ["RUN"]),
+    "impute": ("impute", ["RUN", "IMAGES"]),
+    "kill_runs": ("Kills", []),
+    "make_docs": ("Docs", []),
+    "make_figures": ("figures", ["RUN"]),
+    "report": ("report", ["RUN"]),
+    "reproduce": ("reproduce", ["NAME"]),
+    "sample": ("sample", ["RUN"]),
+    "study": ("study", []),
+    "train_svi": ("train", []),
 }
+
+
+def _command(name: str) -> Command:
+    word, _ = READERS[name]
+    if word in COMMANDS:
+        return COMMANDS[word]
+    with mock.patch.object(sys, "path", [str(SCRIPTS), *sys.path]):
+        return Command("", runpy.run_path(str(SCRIPTS / f"{name}.py"))[word], "")
 
 
 def run_script(name: str, words: str, folder: Path) -> None:
@@ -87,30 +77,22 @@ def run_script(name: str, words: str, folder: Path) -> None:
 
 def default_values(name: str) -> dict[str, Any]:
     """The value of every option of a script for which its command line has no word."""
-    read, required = READERS[name]
-    values = vars(read(required)) if name not in ("train_svi", "compare_likelihoods") else read(required)._asdict()
-    for value in list(values.values()):
-        if is_dataclass(value):
-            values = asdict(value) | {key: own for key, own in values.items() if own is not value}
-    if name == "compare_likelihoods":
-        values["num_particles"] = values["evaluation_particles"]
+    values = {spec.name: spec.default for spec in iterate_fields(_command(name).options)}
+    if name == "study":
+        values["output"] = "runs/study"  # decided where the command runs
     return values
 
 
 def argument_parser(name: str) -> argparse.ArgumentParser:
-    """The parser of a script's command line, caught at the moment when it would read one."""
-    read, required = READERS[name]
-    with mock.patch.object(argparse.ArgumentParser, "parse_args", autospec=True, side_effect=InterruptedError) as parse:
-        with contextlib.suppress(InterruptedError):
-            read(required)
-        return parse.call_args.args[0]
+    """The parser of a script's command line."""
+    return build_parser(_command(name))
 
 
 def build_vae(words: str, *, event_shape: tuple[int, ...]) -> Any:
     """The VAE that these words of ``train_svi`` describe, with the weights that it has before its training."""
     asked = _options(words)
     pyro.set_rng_seed(asked.seed)
-    return build.vae(asked, event_shape)
+    return build.build_vae(asked, event_shape)
 
 
 def save_run(vae: Any, folder: Path, words: str) -> None:
@@ -121,8 +103,8 @@ def save_run(vae: Any, folder: Path, words: str) -> None:
 def evaluated_images(words: str) -> Tensor:
     """(N, *E) the test images of the data that these words of ``train_svi`` name, in double precision."""
     asked = _options(words)
-    splits = build.splits(asked)
-    pixels = build.evaluated_pixels(build.resolve(asked, splits), splits)
+    splits = load_splits(asked)
+    pixels = choose_evaluated_pixels(resolve(asked, splits), splits)
     return data.evaluation_images(splits, "test", pixels).double()
 
 
@@ -137,15 +119,15 @@ def train_in_double(words: str) -> dict[str, list[float]]:
     The initial weights are drawn in double precision too: processors differ in the last digit of single ones.
     """
     asked = _options(words)
-    splits = build.splits(asked)
-    asked = build.resolve(asked, splits)
-    pixels = build.pixels(asked, splits)
+    splits = load_splits(asked)
+    asked = resolve(asked, splits)
+    pixels = choose_pixels(asked, splits)
     pyro.set_rng_seed(asked.seed)
     with _double_by_default():
-        vae = build.vae(asked, splits.event_shape)
-    build.start_from_marginals(vae, data.images_to_start_from(splits, pixels).double())
+        vae = build.build_vae(asked, splits.event_shape)
+    initialize_output_bias(vae, data.initialization_images(splits, pixels).double())
     stored, observe = data.training_images(splits, pixels)
-    objective = build.objective(asked)
+    objective = build_objective(asked)
     losses, records = [], []
 
     def recorded(*arguments: Any, **named: Any) -> Tensor:
@@ -157,7 +139,7 @@ def train_in_double(words: str) -> dict[str, list[float]]:
         vae,
         stored,
         data.evaluation_images(splits, "validation", pixels).double(),
-        **build.schedule(asked),
+        **fit_arguments(asked),
         objective=recorded,
         observe=lambda values, generator=None: observe(values, generator).double(),
         on_epoch=records.append,
@@ -190,6 +172,6 @@ def _double_by_default() -> Iterator[None]:
 
 
 def _options(words: str) -> Options:
-    asked = parse_train(shlex.split(words)).options
+    asked = parse(COMMANDS["train"], shlex.split(words)).options
     assert asked is not None
     return asked

@@ -577,7 +577,7 @@ def test_notes_on_how_the_data_was_read_are_kept_and_described(tmp_path: Path) -
 
     source = cache.source(tmp_path, {}, [])
     for _ in range(2):  # made, then read again
-        read = cache.cached(source, "own", make, lambda: cache.materialize(make(), "own"))
+        read = cache.cached(source, "own", make)
         assert read.notes == ("one", "two")
         assert read.describe().splitlines()[1:] == ["own: one", "own: two"]
     assert cache.materialize(make(), "own").notes == ("one", "two")

@@ -31,11 +31,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ppl_vae.data import limits
-from ppl_vae.data.splits import KINDS, Splits
+from ppl_vae.data.splits import KINDS, SPLIT_ORDER, Splits
 from ppl_vae.data.threads import map_in_threads
 from ppl_vae.runtime.progress import progress_bar
 
-_SPLITS = ("train", "validation", "test")
 _DTYPES = {"uint8": torch.uint8, "float32": torch.float32}
 
 # Raise this number when files are read differently than before: it makes the entries of older versions stale.
@@ -97,16 +96,18 @@ def source(path: Path, how: Mapping[str, Any], state: list[Any]) -> Source:
     return Source(what, hashlib.sha256(json.dumps([_READER_VERSION, state]).encode()).hexdigest())
 
 
-def cached(source: Source, name: str, make: Callable[[], Draft], make_in_memory: Callable[[], Splits]) -> Splits:
-    """The splits of that source from its entry; where there is none, or it is damaged, it is made first.
+def cached(
+    source: Source, name: str, make: Callable[[], Draft], make_in_memory: Callable[[], Draft] | None = None
+) -> Splits:
+    """Read splits from their entry in the cache, which is made first where it is missing or damaged.
 
-    Of several processes one makes it, and the others wait. Whatever keeps a file from being written costs one line, and
+    One of several processes makes the entry, and the others wait. Where no entry can be written, one line says so, and
     the splits are read into memory.
 
     Args:
         name: of the splits.
-        make: reads the source, with images block by block.
-        make_in_memory: reads the source whole.
+        make: reads the source.
+        make_in_memory: reads the source without a file in the cache folder; None: ``make`` writes none.
     """
     found = _load(source, name)
     if found is not None:
@@ -121,29 +122,34 @@ def cached(source: Source, name: str, make: Callable[[], Draft], make_in_memory:
             return found
     except OSError as error:
         say(f"{name}: not kept in the cache folder {folder()}, but read into memory: {error.strerror or error}")
-    return make_in_memory()
+    return materialize((make_in_memory or make)(), name)
 
 
 def materialize(draft: Draft, name: str) -> Splits:
-    """The splits of a draft without an entry."""
+    """Read the images of a draft into memory, or where they are too many into a nameless file."""
     rows = allocate((sum(draft.sizes.values()), *draft.event_shape), draft.dtype)
     at = 0
     for block in draft.blocks:
         rows[at : at + len(block)] = torch.from_numpy(block)
         at += len(block)
-    images = dict(zip(_SPLITS, rows.split([draft.sizes[split] for split in _SPLITS]), strict=True))
+    return _splits(draft, name, rows)
+
+
+def _splits(draft: Draft, name: str, rows: Tensor) -> Splits:
+    """The splits of a draft whose images (N, *E) have been read."""
+    train, validation, test = rows.split([draft.sizes[split] for split in SPLIT_ORDER])
     return Splits(
         name=name,
         kind=draft.kind,
+        train=train,
+        validation=validation,
+        test=test,
         sha256=draft.sha256,
         split=draft.split,
         labels=draft.labels,
         class_names=draft.class_names,
         unreadable=draft.unreadable,
         notes=draft.notes,
-        train=images["train"],
-        validation=images["validation"],
-        test=images["test"],
     )
 
 
@@ -267,7 +273,7 @@ def _write_content(file: IO[bytes], source: Source, draft: Draft, name: str) -> 
             written.write(np.ascontiguousarray(block).data.cast("B"))
             bar.update(len(block))
     written.write(bytes(-written.num_bytes % 8))
-    labeled = [split for split in _SPLITS if split in draft.labels]
+    labeled = [split for split in SPLIT_ORDER if split in draft.labels]
     for split in labeled:
         written.write(draft.labels[split].numpy().astype("<i8").tobytes())
     header = {
@@ -275,7 +281,7 @@ def _write_content(file: IO[bytes], source: Source, draft: Draft, name: str) -> 
         "kind": draft.kind,
         "dtype": str(draft.dtype).removeprefix("torch."),
         "event_shape": list(draft.event_shape),
-        "sizes": {split: draft.sizes[split] for split in _SPLITS},
+        "sizes": {split: draft.sizes[split] for split in SPLIT_ORDER},
         "labeled": labeled,
         "class_names": draft.class_names,
         "unreadable": draft.unreadable,
@@ -339,10 +345,10 @@ def _read(file: IO[bytes], source: Source, name: str, *, check: bool) -> Splits:
     try:
         if (header["what"], header["state"]) != (source.what, source.state):
             raise ValueError("it is of other files")
-        sizes = {split: _whole(header["sizes"][split]) for split in _SPLITS}
+        sizes = {split: _whole(header["sizes"][split]) for split in SPLIT_ORDER}
         event_shape = tuple(_whole(n) for n in header["event_shape"])
         dtype = _DTYPES[header["dtype"]]
-        labeled = [split for split in _SPLITS if split in header["labeled"]]
+        labeled = [split for split in SPLIT_ORDER if split in header["labeled"]]
         words = {key: str(header[key]) for key in ("kind", "sha256", "split")}
         class_names, unreadable, inaccessible, notes = (
             tuple(map(str, header[key])) for key in ("class_names", "unreadable", "inaccessible", "notes")
@@ -371,20 +377,19 @@ def _read(file: IO[bytes], source: Source, name: str, *, check: bool) -> Splits:
         labels[split] = torch.from_numpy(np.frombuffer(stored, "<i8").astype(np.int64))
         begin += len(stored)
     mapping = mmap.mmap(file.fileno(), num_bytes, access=mmap.ACCESS_READ)
-    rows = _mapped(mapping, (total, *event_shape), dtype).split([sizes[split] for split in _SPLITS])
-    return Splits(
-        name=name,
-        kind=words["kind"],
-        sha256=words["sha256"],
-        split=words["split"],
+    draft = Draft(
+        dtype=dtype,
+        event_shape=event_shape,
+        sizes=sizes,
+        blocks=iter(()),
         labels=labels,
         class_names=class_names,
         unreadable=unreadable,
+        inaccessible=inaccessible,
         notes=notes,
-        train=rows[0],
-        validation=rows[1],
-        test=rows[2],
+        **words,
     )
+    return _splits(draft, name, _mapped(mapping, (total, *event_shape), dtype))
 
 
 def _is_given(path: Path) -> bool:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ from ppl_vae.data import cache, limits
 from ppl_vae.data.folder_layout import Layout, check_layout, find_layout
 from ppl_vae.data.image_file import NotReadError, decode, formats
 from ppl_vae.data.image_notes import Facts, ImageNotes, find_facts
-from ppl_vae.data.splits import LEVELS, Splits, abbreviate, complete_splits, pluralize
+from ppl_vae.data.splits import LEVELS, SPLIT_ORDER, Splits, abbreviate, complete_splits, pluralize
 from ppl_vae.data.threads import map_in_threads
 from ppl_vae.runtime.arguments import Widths, check_widths
 from ppl_vae.runtime.progress import progress_bar
@@ -98,85 +99,51 @@ def load_image_folder(path: Path, *, image_size: Sequence[int] | None, fit: str,
     check_layout(path, found.images, find_layout(found.images))
     size = checked_size(image_size)
     how = {"image_size": size, "fit": fit, "color": color}
+    draft = partial(_draft, path, found.images, size=size, fit=fit, color=color)
     splits = cache.cached(
         cache.source(path, how, _state(path, found.images)),
         path.resolve().name,
-        partial(_draft, path, found.images, size=size, fit=fit, color=color),
-        partial(_in_memory, path, found.images, size=size, fit=fit, color=color),
+        partial(draft, in_file=True),
+        partial(draft, in_file=False),
     )
     if not found.others:
         return splits
     return replace(splits, split=f"{splits.split}; {found.describe_others()} ignored")
 
 
-class _Meaning(NamedTuple):
-    """What the names say of the images in their order: {split: rows}, labels of each split, classes, the words."""
-
-    rows: dict[str, Tensor]
-    labels: dict[str, Tensor]
-    class_names: tuple[str, ...]
-    words: str
-
-
-def _meaning(path: Path, names: Sequence[str], read: Sequence[str], notes: ImageNotes) -> _Meaning:
-    """Of those images that could be read, among all.
-
-    Raises:
-        ValueError: images that cannot be split, or a split that transparency made blank.
-    """
-    layout = find_layout(names)
-    index = _index_of_splits(path, names, read, layout)
-    numbers, class_names = label_by_folder(read, layout)
-    labels = {split: numbers[rows] for split, rows in index.items()} if class_names else {}
-    try:
-        rows, labels, words = complete_splits(str(path), index, labels)
-    except ValueError as error:  # a file of many pages counts as one image, which only the notes say
-        raise ValueError("; ".join([str(error), *notes.notes("gray")])) from None
-    for split in ("train", "validation", "test"):
-        notes.check_not_blank(path, split, rows[split].numpy())
-    return _Meaning(rows, labels, class_names, layout.words if words == "as given" else words)
-
-
-def _in_memory(
-    path: Path, names: Sequence[str], *, size: tuple[int, int] | None, fit: str, color: str | None
-) -> Splits:
-    pictures = read_images(path, names, size=size, fit=fit, color=color)
-    meaning = _meaning(path, names, pictures.names, pictures.notes)
-    return Splits(
-        name=path.resolve().name,
-        kind=LEVELS,
-        sha256=pictures.sha256,
-        split=meaning.words,
-        labels=meaning.labels,
-        class_names=meaning.class_names,
-        unreadable=pictures.unreadable,
-        notes=pictures.notes.notes(color),
-        train=pictures.pixels[meaning.rows["train"]],
-        validation=pictures.pixels[meaning.rows["validation"]],
-        test=pictures.pixels[meaning.rows["test"]],
-    )
-
-
 _AT_ONCE = 2**23  # bytes of a block of images
 
 
 def _draft(
-    path: Path, names: Sequence[str], *, size: tuple[int, int] | None, fit: str, color: str | None
+    path: Path, names: Sequence[str], *, size: tuple[int, int] | None, fit: str, color: str | None, in_file: bool
 ) -> cache.Draft:
-    """The images go into a file without a name as they are read, for only then is it known how many there are."""
+    """Read images into a nameless file or into memory; how many can be read is known only afterwards.
+
+    Raises:
+        ValueError: images that cannot be split, or a split that transparency made blank.
+    """
+    read = _Read(path, names, size=size, fit=fit, color=color)
     offsets: list[int] = []
-    with tempfile.TemporaryFile(dir=cache.folder()) as file:
-        read = _Read(path, names, size=size, fit=fit, color=color)
+    with tempfile.TemporaryFile(dir=cache.folder()) if in_file else BytesIO() as file:
         for pixels in read:
             offsets.append(file.tell())
             file.write(np.ascontiguousarray(pixels).data.cast("B"))
         offsets.append(file.tell())
         file.flush()
-        stored = np.asarray(np.memmap(file, np.uint8, "r"))
+        stored = np.frombuffer(file.getvalue() if isinstance(file, BytesIO) else np.memmap(file, mode="r"), np.uint8)
     height, width = next(iter(read.sizes))
     event_shape = (3 if max(np.diff(offsets)) > height * width else 1, height, width)
-    meaning = _meaning(path, names, read.names, read.notes)
-    order = torch.cat([meaning.rows[split] for split in ("train", "validation", "test")])
+    layout = find_layout(names)
+    index = _index_of_splits(path, names, read.names, layout)
+    numbers, class_names = label_by_folder(read.names, layout)
+    labels = {split: numbers[rows] for split, rows in index.items()} if class_names else {}
+    try:
+        rows_of, labels, words = complete_splits(str(path), index, labels)
+    except ValueError as error:  # a file of many pages counts as one image, which only the notes say
+        raise ValueError("; ".join([str(error), *read.notes.notes("gray")])) from None
+    for split in SPLIT_ORDER:
+        read.notes.check_not_blank(path, split, rows_of[split].numpy())
+    order = torch.cat([rows_of[split] for split in SPLIT_ORDER])
 
     def blocks() -> Iterator[np.ndarray]:
         for rows in order.split(max(1, _AT_ONCE // int(np.prod(event_shape)))):
@@ -189,12 +156,12 @@ def _draft(
         kind=LEVELS,
         dtype=torch.uint8,
         event_shape=event_shape,
-        sizes={split: len(rows) for split, rows in meaning.rows.items()},
+        sizes={split: len(rows) for split, rows in rows_of.items()},
         blocks=blocks(),
         sha256=read.sha256,
-        split=meaning.words,
-        labels=meaning.labels,
-        class_names=meaning.class_names,
+        split=layout.words if words == "as given" else words,
+        labels=labels,
+        class_names=class_names,
         unreadable=tuple(read.unreadable),
         inaccessible=tuple(os.path.abspath(path / name) for name in read.inaccessible),
         notes=read.notes.notes(color),

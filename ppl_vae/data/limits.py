@@ -43,7 +43,7 @@ class ArrayHeader(NamedTuple):
 
 
 def read_array_header(file: IO[bytes], num_bytes: int) -> ArrayHeader:
-    """The header that ``file`` stands at, if what it announces is what ``num_bytes`` leave room for.
+    """Read an .npy header, whose announced size must be that of the file.
 
     Args:
         num_bytes: of the header and the array together.

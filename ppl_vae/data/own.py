@@ -15,9 +15,18 @@ import torch
 from ppl_vae.data import cache, limits
 from ppl_vae.data.array_files import explain_unreadable, find_roles, read_arrays
 from ppl_vae.data.labels import read_labels
-from ppl_vae.data.splits import BINARY, COUNTS, LEVELS, PROBABILITIES, REAL, Splits, complete_splits, pluralize
+from ppl_vae.data.splits import (
+    BINARY,
+    COUNTS,
+    LEVELS,
+    PROBABILITIES,
+    REAL,
+    SPLIT_ORDER,
+    Splits,
+    complete_splits,
+    pluralize,
+)
 
-_SPLITS = ("train", "validation", "test")
 _MOST_ROUNDING = 0.01  # of the spread of real values
 _CONSTANT = 64 * np.finfo(np.float64).eps  # of the mean: what a constant that was computed may vary by
 LARGEST_COUNT = 2**24  # to here single precision holds every whole number
@@ -41,7 +50,7 @@ def load_arrays(path: Path) -> Splits:
     if "train" not in arrays:
         got = ignored or "none"
         raise ValueError(f"{path}: expected one array, or arrays named train, valid and test, got {got}")
-    images = {split: arrays[split] for split in _SPLITS if split in arrays}
+    images = {split: arrays[split] for split in SPLIT_ORDER if split in arrays}
     if any(array.ndim > 0 and len(array) == 0 for array in images.values()):
         raise ValueError(f"{path}: expected at least one image in every split, got an empty array")
     kind = _kind_of_splits(path, {split: _look(array) for split, array in images.items()})
@@ -101,7 +110,7 @@ def _large_array(path: Path) -> Splits:
     """An .npy file through the cache: it is read once, in blocks, and then mapped as it is stored."""
     status = os.stat(path)
     source = cache.source(path, {"array": "own"}, [status.st_size, status.st_mtime_ns])
-    return cache.cached(source, path.name, partial(_draft, path), lambda: cache.materialize(_draft(path), path.name))
+    return cache.cached(source, path.name, partial(_draft, path))
 
 
 def _draft(path: Path) -> cache.Draft:
@@ -126,7 +135,7 @@ def _draft(path: Path) -> cache.Draft:
     images = channels_first(path, "train", array)
     rows, labels, words = complete_splits(str(path), {"train": torch.arange(len(images))}, {})
     stored, dtype = _STORED[kind]
-    places = torch.cat([rows[split] for split in _SPLITS]).split(_rows_at_once(images))
+    places = torch.cat([rows[split] for split in SPLIT_ORDER]).split(_rows_at_once(images))
     return cache.Draft(
         kind=kind,
         dtype=dtype,

@@ -14,6 +14,7 @@ from ppl_vae.runtime.numerics import location_and_spread
 
 BINARY, LEVELS, PROBABILITIES, REAL, COUNTS = "binary", "8-bit levels", "probabilities", "real values", "counts"
 KINDS = (BINARY, LEVELS, PROBABILITIES, REAL, COUNTS)
+SPLIT_ORDER = ("train", "validation", "test")
 NUM_LEVELS = 256
 UNIT_INTERVAL = "values between 0 and 1"  # no kind of data: what a likelihood may ask for
 

@@ -205,7 +205,7 @@ def test_a_file_that_the_system_does_not_give_is_looked_at_again(
     assert len(decoded) == 31  # once, as long as it is not given
     capsys.readouterr()
     assert_right(data.load(str(own)), own)
-    assert capsys.readouterr().err == f"own: {own}/cat/00.png can be read by now; own is read again\n"
+    assert f"{own}/cat/00.png can be read now" in capsys.readouterr().err
     assert data.load(str(own)).unreadable == ("cat/broken.png",)
     assert len(decoded) == 31 + 32
 

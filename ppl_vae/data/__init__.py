@@ -1,4 +1,4 @@
-"""Checked bytes to tensors: data sets, splits, labels, what a model sees of pixels. Knows of no model.
+"""Data sets as tensors: readers, splits, labels, and the pixels that a model sees. No model is imported here.
 
 Every split, draw and subset here comes from a constant, never from a run's seed, so that two runs are measured on the
 same images; the iwae protocol alone draws its test images from the seed of an evaluation.

@@ -1,4 +1,4 @@
-"""Files of arrays: which array of an .npz or .npy file is what, and their numbers, read without unpickling."""
+"""Read .npz and .npy files without unpickling, and find which array has which role."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def is_array_file(path: Path) -> bool:
 
 
 def find_roles(names: list[str], lone_split: str, other_images: Collection[str] = ()) -> dict[str, str]:
-    """Which array is what: {"train": name, "train labels": name, ...}; empty where that cannot be told.
+    """Find the role of each array: {"train": name, "train labels": name, ...}; empty where the names do not say.
 
     Args:
         names: of all arrays.
@@ -60,7 +60,7 @@ def find_roles(names: list[str], lone_split: str, other_images: Collection[str] 
 def read_arrays(
     path: Path, choose: Callable[[list[str]], Mapping[str, str]]
 ) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Reads the arrays that ``choose`` takes, without unpickling.
+    """Read the arrays that ``choose`` selects, without unpickling.
 
     Args:
         choose: takes the names of all arrays, and returns {role: name} of those to be read. A lone .npy array has the
@@ -96,7 +96,7 @@ def read_arrays(
 
 
 def _check_members(path: Path, chosen: Mapping[str, str]) -> list[str]:
-    """Checks the headers of the chosen arrays, and returns the names of the labels that are objects.
+    """Check the headers of the chosen arrays, and return the names of labels that are Python objects.
 
     Raises:
         ValueError: an array is not of the size that the archive says, all are more than may be, or two have one name.
@@ -125,7 +125,7 @@ def _check_members(path: Path, chosen: Mapping[str, str]) -> list[str]:
 
 
 def explain_unreadable(error: Exception) -> object:
-    """Why an array file could not be read; numpy's words recommend allow_pickle, which nobody should switch on."""
+    """Explain why an array file could not be read, without numpy's advice to set allow_pickle."""
     if "Object arrays" in str(error):
         return "object arrays are not read"
     if "allow_pickle" in str(error):
@@ -134,7 +134,7 @@ def explain_unreadable(error: Exception) -> object:
 
 
 def import_loadmat(dataset: str) -> Callable[..., dict[str, Any]]:
-    """``scipy.io.loadmat``, which reads MATLAB's files.
+    """Import ``scipy.io.loadmat``, which reads MATLAB's files.
 
     Raises:
         MissingPackageError: scipy cannot be imported.

@@ -98,7 +98,7 @@ def _checked(
     labels: Mapping[str, np.ndarray] | None = None,
     class_names: tuple[str, ...] = (),
 ) -> Splits:
-    """The splits, if their pixels are the published ones, whichever kind of file they came in."""
+    """Build the splits, and refuse pixels that are not the published ones."""
     for split, array in pixels.items():
         if hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest() != checksums[split]:
             raise ValueError(f"{where}: the checksum of {split} is not that of {name}; fetch the file again")
@@ -128,7 +128,7 @@ def _missing(name: str, folders: tuple[Path, ...], what: str) -> ValueError:
 
 
 def _read_npz(path: Path, names: Mapping[str, str]) -> dict[str, np.ndarray]:
-    """{role: array} from {role: name}."""
+    """Read {role: array}, given {role: name}."""
     arrays, _ = read_arrays(path, lambda present: {role: name for role, name in names.items() if name in present})
     if lacking := [name for role, name in names.items() if role not in arrays]:
         raise ValueError(f"{path}: expected the arrays {', '.join(names.values())}, got no {', '.join(lacking)}")
@@ -136,14 +136,14 @@ def _read_npz(path: Path, names: Mapping[str, str]) -> dict[str, np.ndarray]:
 
 
 def _unpacked(path: Path, bits: np.ndarray) -> np.ndarray:
-    """(N, 784) of the bits (N, 98)."""
+    """Unpack bits (N, 98) into pixels (N, 784)."""
     if bits.dtype != np.uint8 or bits.shape[1:] != (_NUM_PIXELS // 8,):
         raise ValueError(f"{path}: expected bytes (N, {_NUM_PIXELS // 8}), got {bits.dtype} {bits.shape}")
     return np.unpackbits(bits, axis=1)
 
 
 def _read_amat(path: Path) -> np.ndarray:
-    """(N, 784) of a text file, one image a line, a 0 or 1 a pixel, with spaces between them."""
+    """Read pixels (N, 784) from a text file with one image per line, as zeros and ones between spaces."""
     digits = np.frombuffer(_content(path, _MOST_AMAT_BYTES).translate(None, b" \t\r\n"), np.uint8)
     if digits.size % _NUM_PIXELS or not ((digits == ord("0")) | (digits == ord("1"))).all():
         raise ValueError(f"{path}: expected lines of {_NUM_PIXELS} zeros and ones, got {digits.size:,} characters")
@@ -151,9 +151,9 @@ def _read_amat(path: Path) -> np.ndarray:
 
 
 def _read_mat(path: Path) -> dict[str, np.ndarray]:
-    """{role: array} of the published MATLAB file, whose pixels go down the columns; here they go along the rows.
+    """Read {role: array} from the published MATLAB file, and reorder its pixels from columns to rows.
 
-    scipy sees no other file than the published one, so that no damaged header can announce more than there is.
+    scipy opens no other file than the published one, so that no damaged header can announce more than there is.
     """
     content = _content(path, _MOST_MAT_BYTES)
     if hashlib.md5(content, usedforsecurity=False).hexdigest() != _CALTECH_MAT_MD5:
@@ -168,7 +168,7 @@ def _read_mat(path: Path) -> dict[str, np.ndarray]:
 
 
 def _content(path: Path, most: int) -> bytes:
-    """The file, if it has at most so many bytes."""
+    """Read a file of at most ``most`` bytes."""
     try:
         with path.open("rb") as file:
             content = file.read(most + 1)

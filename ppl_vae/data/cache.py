@@ -1,4 +1,4 @@
-"""Images that were read once, in the order of their splits: one checked file in a cache folder, mapped into memory.
+"""Cache images that were read once: one checked file per data set, in the order of its splits, mapped into memory.
 
 The file is the images (N, *E) from its first byte on, train before validation before test; the labels, int64; a JSON
 header with all else that ``Splits`` holds and the SHA-256 of each 64 MiB before it; the header's length and SHA-256;
@@ -47,26 +47,26 @@ _CHUNK, _READ_AT_ONCE = 2**26, 2**20  # bytes
 
 
 class Source(NamedTuple):
-    """What an entry is of. ``what``: a path, and how it is read. ``state``: of its files; with another, it is stale."""
+    """Source of a cache entry: ``what`` is a path and how it is read; an entry with another ``state`` is stale."""
 
     what: str
     state: str
 
     @property
     def path(self) -> Path:
-        """Its file, which has another name once the source has changed."""
+        """File of the entry; it has another name once the source has changed."""
         return folder() / f"{self.slot}-{_short(self.state)}.rows"
 
     @property
     def slot(self) -> str:
-        """What the names of its files begin with, changed or not."""
+        """Prefix of the names of all files of this source, in any state."""
         return _short(self.what)
 
 
 class Draft(NamedTuple):
-    """``Splits`` whose images are still to come, in blocks (n, *E) that go through train, validation and test.
+    """Splits whose images are still to be read, in blocks (n, *E) that go through train, validation and test.
 
-    ``inaccessible``: paths of the unreadable that the system did not give; once it does, the entry is stale.
+    ``inaccessible``: paths that the operating system refused to read; once it allows one, the entry is stale.
     """
 
     kind: str
@@ -84,14 +84,14 @@ class Draft(NamedTuple):
 
 
 def folder() -> Path:
-    """Where entries are."""
+    """Folder of the cache."""
     if own := os.environ.get("PPL_VAE_CACHE_DIR"):
         return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "ppl_vae"
 
 
 def source(path: Path, how: Mapping[str, Any], state: list[Any]) -> Source:
-    """The source of that path, read with these options, its files in that state."""
+    """Describe the source at a path, read with the options ``how``, whose files are in a state."""
     what = json.dumps([os.path.abspath(path), dict(how)])
     return Source(what, hashlib.sha256(json.dumps([_READER_VERSION, state]).encode()).hexdigest())
 
@@ -126,7 +126,7 @@ def cached(
 
 
 def materialize(draft: Draft, name: str) -> Splits:
-    """Read the images of a draft into memory, or where they are too many into a nameless file."""
+    """Read the images of a draft into memory, or into a nameless file where they are too large."""
     rows = allocate((sum(draft.sizes.values()), *draft.event_shape), draft.dtype)
     at = 0
     for block in draft.blocks:
@@ -136,7 +136,7 @@ def materialize(draft: Draft, name: str) -> Splits:
 
 
 def _splits(draft: Draft, name: str, rows: Tensor) -> Splits:
-    """The splits of a draft whose images (N, *E) have been read."""
+    """Build the splits of a draft from its images (N, *E)."""
     train, validation, test = rows.split([draft.sizes[split] for split in SPLIT_ORDER])
     return Splits(
         name=name,
@@ -154,7 +154,7 @@ def _splits(draft: Draft, name: str, rows: Tensor) -> Splits:
 
 
 def say(line: str) -> None:
-    """One line on standard error, above a progress bar where there is one."""
+    """Print one line on standard error, above a progress bar where there is one."""
     tqdm.write(line, file=sys.stderr)
 
 
@@ -164,7 +164,7 @@ _MAPPED: WeakValueDictionary[int, np.ndarray] = WeakValueDictionary()  # by addr
 
 
 def is_mapped(tensor: Tensor) -> bool:
-    """Whether its numbers are in a file that is mapped into memory, which the system can drop and read again.
+    """Whether a tensor lies in a mapped file, which the system can drop from memory and read again.
 
     Args:
         tensor: of any shape.
@@ -173,9 +173,9 @@ def is_mapped(tensor: Tensor) -> bool:
 
 
 def allocate(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Space for numbers of that shape, not set: on the heap, or where they are too many in a file without a name.
+    """Allocate an uninitialized tensor, in memory or, where it is too large, in a nameless file.
 
-    ``limits.fits`` decides. The file is in the cache folder; where that has no space, the numbers are on the heap.
+    ``limits.fits`` decides. The file is in the cache folder; where that has no space, the tensor is in memory.
     """
     num_bytes = math.prod(shape) * dtype.itemsize
     if limits.fits(num_bytes):
@@ -191,7 +191,7 @@ def allocate(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def _reserve(file: IO[bytes], num_bytes: int) -> None:
-    """Makes the file that long, and fails now where the disk is full: to write to a mapping would end the process."""
+    """Reserve the file's bytes, and fail now where the disk is full: a write to a mapping would end the process."""
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(file.fileno(), 0, num_bytes)
     else:
@@ -199,7 +199,7 @@ def _reserve(file: IO[bytes], num_bytes: int) -> None:
 
 
 def _mapped(mapping: mmap.mmap, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """The numbers (shape) at the start of a mapping."""
+    """View the start of a mapping as a tensor."""
     numbers = np.frombuffer(mapping, str(dtype).removeprefix("torch."), math.prod(shape))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nobody writes to stored images
@@ -212,7 +212,7 @@ def _mapped(mapping: mmap.mmap, shape: tuple[int, ...], dtype: torch.dtype) -> T
 
 
 def compute_sha256(path: Path) -> str:
-    """Of a file's bytes, in hexadecimal digits. Raises OSError where it cannot be read."""
+    """Compute the SHA-256 of a file, in hexadecimal digits. Raises OSError where it cannot be read."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(_READ_AT_ONCE):
@@ -230,7 +230,7 @@ def _make_folder() -> None:
 
 @contextmanager
 def _exclusive(source: Source) -> Iterator[bool]:
-    """Keep other processes from making this source's entry; yields whether one was making it and was waited for."""
+    """Keep other processes from making this source's entry; yields whether one had to be waited for."""
     _make_folder()
     lock, has_waited = FileLock(folder() / f"{source.slot}.lock", fallback_to_soft=False), False
     with suppress(OSError):  # a file system without locks: the entry may be made twice, each time whole
@@ -246,7 +246,7 @@ def _exclusive(source: Source) -> Iterator[bool]:
 
 
 def _write(source: Source, draft: Draft, name: str) -> None:
-    """Makes the entry; an older state's, and what a process that was killed left behind, is deleted."""
+    """Write the entry, and delete entries of older states and what a killed process has left."""
     for left in folder().glob(f".{source.slot}-*.partial"):
         left.unlink(missing_ok=True)
     descriptor, partial_name = tempfile.mkstemp(".partial", f".{source.slot}-", folder())
@@ -296,7 +296,7 @@ def _write_content(file: IO[bytes], source: Source, draft: Draft, name: str) -> 
 
 
 class _Digested:
-    """A file that is written to, and the SHA-256 of each of its chunks."""
+    """File that is written to, with the SHA-256 of each of its chunks."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file, self.num_bytes = file, 0
@@ -319,18 +319,18 @@ class _Digested:
 
 
 class _Outdated(Exception):
-    """A file that the entry lacks, since the system did not give it, can be read by now."""
+    """A file that was inaccessible when the entry was made can be read now."""
 
 
 def _load(source: Source, name: str) -> Splits | None:
-    """None where there is no entry, or none that is whole: that is said, and it is deleted."""
+    """Load the entry; None where there is none. A damaged one is deleted, and a line says so."""
     try:
         with source.path.open("rb") as file:
             return _read(file, source, name, check=True)
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         return None
     except _Outdated as error:
-        say(f"{name}: {error} can be read by now; {name} is read again")
+        say(f"{name}: {error} can be read now; {name} is read again")
         return None
     except (OSError, ValueError) as error:
         say(f"{source.path}: damaged ({error}); {name} is read again")
@@ -340,7 +340,7 @@ def _load(source: Source, name: str) -> Splits | None:
 
 
 def _read(file: IO[bytes], source: Source, name: str, *, check: bool) -> Splits:
-    """Raises ValueError where the file is not what was written, _Outdated where it lacks a file that can be read."""
+    """Read an entry. Raises ValueError where it is damaged, _Outdated where an inaccessible file can be read now."""
     header, end_of_content = _header(file)
     try:
         if (header["what"], header["state"]) != (source.what, source.state):
@@ -365,7 +365,7 @@ def _read(file: IO[bytes], source: Source, name: str, *, check: bool) -> Splits:
         raise ValueError("its header is of something else")
     if check:
         for path in inaccessible:
-            if _is_given(Path(path)):
+            if _is_readable(Path(path)):
                 raise _Outdated(path)
         digests = map_in_threads(partial(_digest, file.fileno(), end_of_content), range(len(chunks)))
         for i, (digest, expected) in enumerate(zip(digests, chunks, strict=True)):
@@ -392,7 +392,7 @@ def _read(file: IO[bytes], source: Source, name: str, *, check: bool) -> Splits:
     return _splits(draft, name, _mapped(mapping, (total, *event_shape), dtype))
 
 
-def _is_given(path: Path) -> bool:
+def _is_readable(path: Path) -> bool:
     """Whether a file can be read to its end."""
     try:
         return os.path.isfile(path) and bool(compute_sha256(path))
@@ -407,7 +407,7 @@ def _whole(value: Any) -> int:
 
 
 def _header(file: IO[bytes]) -> tuple[dict[str, Any], int]:
-    """The header, and where the content before it ends."""
+    """Read the header, and find where the content before it ends."""
     size = file.seek(0, os.SEEK_END)
     if size < _END.size:
         raise ValueError("it is cut off")
@@ -429,7 +429,7 @@ def _header(file: IO[bytes]) -> tuple[dict[str, Any], int]:
 
 
 def _digest(descriptor: int, end: int, chunk: int) -> str:
-    """Read, not mapped: what cannot be read then is an error, where a mapping would end the process."""
+    """Compute the SHA-256 of a chunk. It is read and not mapped: a disk error in a mapping would end the process."""
     digest, at, stop = hashlib.sha256(), chunk * _CHUNK, min((chunk + 1) * _CHUNK, end)
     while at < stop and (block := os.pread(descriptor, min(_READ_AT_ONCE, stop - at), at)):
         digest.update(block)

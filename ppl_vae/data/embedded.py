@@ -1,4 +1,4 @@
-"""MNIST, which the package holds, and the IDX format that it comes in."""
+"""MNIST, which is part of the package, in its IDX format."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def mnist(data_dir: Path) -> Splits:
 
 
 def _array(name: str) -> Tensor:
-    """(N, 28, 28) or (N,) uint8, from an embedded file whose bytes are the published ones."""
+    """Read (N, 28, 28) or (N,) uint8 from an embedded file, whose checksum is verified."""
     resource = files("ppl_vae") / "mnist" / f"{name}.xz"
     try:
         raw = lzma.LZMADecompressor().decompress(resource.read_bytes(), max_length=_MOST_BYTES)

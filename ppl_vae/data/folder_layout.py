@@ -37,14 +37,14 @@ _QUALIFIER = re.compile(
 
 
 class Place(NamedTuple):
-    """What an image's folders say of it: its split and its class, or None."""
+    """Split and class of an image according to its folders, or None."""
 
     split: str | None
     class_name: str | None
 
 
 class Layout(NamedTuple):
-    """How to read the folders of a path.
+    """Meaning of the folders in a path.
 
     Args:
         num_outer: outer folders that hold everything.
@@ -56,15 +56,15 @@ class Layout(NamedTuple):
 
     @property
     def words(self) -> str:
-        """How the images were split, in words."""
+        """Description of how the images were split."""
         return "by the folders in each class" if self.is_class_first else "by their folders"
 
     def place(self, name: str) -> Place:
-        """The split and the class of an image, by its path below the data set's folder."""
+        """Find the split and the class of an image from its path below the data set's folder."""
         return self.place_folders(_folders(name))
 
     def place_folders(self, folders: tuple[str, ...]) -> Place:
-        """The split and the class of the images in a folder, by the names from the data set's folder to it."""
+        """Find the split and the class of images from the names of the folders that they lie in."""
         folders = folders[self.num_outer :]
         if self.is_class_first:
             return Place(_exact_split(folders[1]), folders[0])
@@ -74,7 +74,7 @@ class Layout(NamedTuple):
 
 
 def find_layout(names: Iterable[str]) -> Layout:
-    """The layout of images, by their paths below the data set's folder: the first of the three that fits."""
+    """Find the layout of images from their paths: the first of the three that fits."""
     all_folders = {_folders(name) for name in names}
     outer = [folder for folder in commonpath(["/".join(folders) for folders in all_folders]).split("/") if folder]
     depth = next((i for i, folder in enumerate(outer) if _exact_split(folder)), len(outer))
@@ -86,7 +86,7 @@ def find_layout(names: Iterable[str]) -> Layout:
 
 
 def check_layout(root: Path, names: Iterable[str], layout: Layout) -> None:
-    """Refuses a folder that is named like a split and not read as one, since its images would train unnoticed.
+    """Refuse a folder that is named like a split but not read as one: its images would train unnoticed.
 
     Two such folders are harmless: one within a folder of the same split, as archives unpack ("test/test"), and a class
     "train" beside other classes.
@@ -123,7 +123,7 @@ def _exact_split(folder: str) -> str | None:
 
 
 def _find_split_names(folders: Iterable[str]) -> set[str]:
-    """Those folders that are named like a split.
+    """Find the folders that are named like a split.
 
     "train2017" is, whatever is beside it. "seg_train" is one if there is a "seg_test" or the like; a class such as
     "bullet_train" or "test_tube" is none.

@@ -1,4 +1,4 @@
-"""A person's further images for a trained model, brought to the shape and the scale of what it was trained on."""
+"""Further images for a trained model, converted to the shape and the scale of its training data."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def load_images(
     fit: str = "crop",
     color: str | None = None,
 ) -> UserImages:
-    """Images as a model that was trained on ``splits`` sees them: (N, *E) float32.
+    """Load images as a model that was trained on ``splits`` sees them: (N, *E) float32.
 
     An .npz or .npy file holds (N, *E), (N, H, W) or (N, H, W, C): {0, 1} for binary training data, floats for real
     values, floats in [0, 1] for probabilities. For 8-bit levels, uint8 is levels (unless all are 0 or 1: then black and
@@ -89,7 +89,7 @@ _LEVEL_ROUNDING = 1e-3  # of 255 times level / 255 in single precision, and of f
 
 
 def _as_levels(path: str, values: Tensor) -> Tensor:
-    """level / 255 -> level, NaN where it is missing."""
+    """Convert level / 255 to the level; NaN where it is missing."""
     levels = (255 * values).round()
     off = (255 * values - levels).abs().nan_to_num(0.0)
     if off.max() > 255 * _LEVEL_ROUNDING / 2:
@@ -129,7 +129,7 @@ def _from_arrays(file: Path, splits: Splits) -> tuple[Tensor, Tensor | None, tup
 
 
 def _event_shaped(file: Path, array: np.ndarray, event_shape: tuple[int, ...]) -> np.ndarray:
-    """(N, *E), from channels last or without a channel as well."""
+    """Reshape images to (N, *E), also from channels last or without a channel axis."""
     if array.ndim > 0 and len(array) and len(event_shape) == 3:
         channels, height, width = event_shape
         if array.shape[1:] == (height, width, channels):
@@ -142,7 +142,7 @@ def _event_shaped(file: Path, array: np.ndarray, event_shape: tuple[int, ...]) -
 
 
 def _scaled(file: Path, array: np.ndarray, kind: str) -> np.ndarray:
-    """The array as float32 on the scale of the training data, if it is of that kind."""
+    """Convert an array to float32 on the scale of the training data, and refuse another kind."""
     if array.dtype.kind not in "buif":
         raise ValueError(f"{file}: expected numbers, got dtype {array.dtype}")
     seen = array[~np.isnan(array)] if array.dtype.kind == "f" else array

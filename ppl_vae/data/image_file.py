@@ -1,4 +1,4 @@
-"""One image file as 8-bit levels, and what of the file those levels leave out."""
+"""Decode one image file to 8-bit levels, and record what they leave out."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_CHANNELS = 258, 262, 277  # tags of TIFF 6.
 
 
 class NotReadError(ValueError):
-    """An image that is left out for a reason that the user should know, which is the message."""
+    """An image is left out, and the message gives the user the reason."""
 
 
 class Decoded(NamedTuple):
-    """An image, upright, opaque and with 8 bits per channel, and what the file has beyond that.
+    """Upright, opaque image with 8 bits per channel, and what else its file contains.
 
     Args:
         image: in mode L or RGB.
@@ -46,13 +46,13 @@ class Decoded(NamedTuple):
 
 
 def formats() -> list[str]:
-    """The formats that are read, by Pillow's names."""
+    """List the formats that are read, by Pillow's names."""
     Image.init()  # once; without it Pillow knows only the most common formats
     return [name for name in Image.OPEN if name not in _NOT_PIXELS]
 
 
 def decode(raw: bytes) -> Decoded:
-    """The first page of an image file.
+    """Decode the first page of an image file.
 
     Raises:
         NotReadError: the image is too large, or its levels have no known scale.
@@ -85,7 +85,7 @@ def decode(raw: bytes) -> Decoded:
 
 
 def _from_long_levels(image: Image.Image, opened: Any, bits: int) -> Decoded:
-    """round(255 level / white) of gray levels of more than 8 bits; a level that the file calls transparent is white."""
+    """Convert long gray levels to round(255 level / white); a level that the file calls transparent becomes white."""
     scaled_by_pillow = opened.format in ("PNG", "PPM")  # older versions of Pillow read 16 bits of a PNG in mode I
     if image.mode == "F":
         raise NotReadError("floating-point levels have no known scale; save them with 8 or 16 bits")
@@ -104,7 +104,7 @@ def _from_long_levels(image: Image.Image, opened: Any, bits: int) -> Decoded:
 
 
 def _bits_per_channel(opened: Any, raw: bytes) -> int:
-    """As the file's header declares them: Pillow tells of them for some formats only."""
+    """Read the bits per channel from the file's header; Pillow reports them for some formats only."""
     if opened.format == "PNG":
         return raw[24]  # the depth in IHDR
     if opened.format == "TIFF":
@@ -126,7 +126,7 @@ def _tiff_tag(opened: Any, tag: int, default: int) -> int:
 
 
 def _count_pages(opened: Any) -> int:
-    """Pages or frames; those of a Photoshop file are layers, all of which are in the image."""
+    """Count pages or frames; a Photoshop file's are layers, which are all in the image."""
     try:
         return 1 if opened.format == "PSD" else int(getattr(opened, "n_frames", 1))
     except MemoryError:

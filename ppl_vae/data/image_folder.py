@@ -1,4 +1,4 @@
-"""Folders of image files: read once, brought to one size and color, split, and labeled by their subfolders."""
+"""Read folders of image files: bring them to one size and color, split them, and label them by subfolder."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from ppl_vae.runtime.progress import progress_bar
 
 
 class Found(NamedTuple):
-    """The files below a folder.
+    """Files below a folder.
 
     Args:
         images: the image files, by their names from there on, sorted.
@@ -43,7 +43,7 @@ class Found(NamedTuple):
     others: Counter[str]
 
     def describe_others(self) -> str:
-        """The number of other files and of each kind: "3 other files (2 .csv, 1 without an extension)"."""
+        """Count the other files, in all and of each kind: "3 other files (2 .csv, 1 without an extension)"."""
         if not self.others:
             return "an empty folder"
         kinds = [f"{count:,} {kind or 'without an extension'}" for kind, count in self.others.most_common()]
@@ -69,7 +69,7 @@ class Pictures(NamedTuple):
 
 
 def load_image_folder(path: Path, *, image_size: Sequence[int] | None, fit: str, color: str | None) -> Splits:
-    """The images below a folder, as 8-bit levels: (N, 1, H, W) gray or (N, 3, H, W) red, green, blue.
+    """Load the images below a folder as 8-bit levels: (N, 1, H, W) gray or (N, 3, H, W) red, green, blue.
 
     Every format that Pillow decodes, but for icons and other wrappings of an image; hidden files are skipped, and so
     are those whose extension is no image's; links to folders are followed, but for those that lead back to a folder
@@ -169,7 +169,7 @@ def _draft(
 
 
 def checked_size(image_size: Widths | None) -> tuple[int, int] | None:
-    """(H, W) of one number or two.
+    """Convert one number or two to (H, W).
 
     Raises:
         ValueError: anything else.
@@ -186,7 +186,7 @@ def checked_size(image_size: Widths | None) -> tuple[int, int] | None:
 
 
 def find_images(root: Path) -> Found:
-    """Image files by their extension, recursively, sorted by name; links to folders are followed, never in circles.
+    """Find image files by extension, recursively, sorted by name; links are followed, but not in circles.
 
     Raises:
         ValueError: a folder that cannot be opened: a whole split or class could be missing.
@@ -214,12 +214,12 @@ def find_images(root: Path) -> Found:
 
 
 def _leads_back(folder: Path) -> bool:
-    """It is one of the folders that it lies in, by way of a link: to follow it would never end."""
+    """Whether a link leads back to a folder that contains it, so that following it would never end."""
     return os.path.realpath(folder) in map(os.path.realpath, Path(os.path.abspath(folder)).parents)
 
 
 def _state(root: Path, names: Sequence[str]) -> list[Any]:
-    """What changes when one of the files does: names, sizes, times of change of the content and of all else."""
+    """Describe the state of files: their names, sizes, and times of change of content and of metadata."""
     state: list[Any] = []
     for name in names:
         try:
@@ -233,7 +233,7 @@ def _state(root: Path, names: Sequence[str]) -> list[Any]:
 def read_images(
     root: Path, names: Sequence[str], *, size: tuple[int, int] | None, fit: str, color: str | None
 ) -> Pictures:
-    """These files below a folder, each brought to (H, W) and all to one color; those that fail are named.
+    """Read image files, each brought to (H, W) and all to one color; those that fail are listed.
 
     Raises:
         ValueError: none can be read, or ``size`` is None and they have several sizes.
@@ -244,10 +244,10 @@ def read_images(
 
 
 class _Read:
-    """Goes through files once, in their order, and gives the pixels (H, W) or (H, W, 3) of those that can be read.
+    """Iterator over files, in their order, that yields the pixels (H, W) or (H, W, 3) of those that can be read.
 
-    When all are through, it knows the names of both, which of the others are inaccessible, the SHA-256 of the names
-    and bytes that were read, and what else was seen of the files.
+    At the end it holds the names of the files that were read, of those that are unreadable, and of the inaccessible
+    ones among them; the SHA-256 of the names and bytes that were read; and notes on the files.
 
     Raises:
         ValueError: at the end, where none can be read, ``size`` is None and they have several sizes, or their levels
@@ -304,7 +304,7 @@ class _Read:
 
 @contextmanager
 def _quiet_decoders() -> Iterator[None]:
-    """Pillow warns of what it makes good (a damaged EXIF block); the size of an image is checked here."""
+    """Silence Pillow's warnings of what it repairs; the size of an image is checked here."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="PIL")
         yield
@@ -313,13 +313,13 @@ def _quiet_decoders() -> Iterator[None]:
 def _decoded(
     root: Path, name: str, *, size: tuple[int, int] | None, fit: str, color: str | None
 ) -> tuple[bytes, np.ndarray, Facts] | OSError | NotReadError | None:
-    """A file's bytes, its pixels (H, W) or (H, W, 3), and facts about them; None where they are no image that is read.
+    """Decode a file to its bytes, pixels (H, W) or (H, W, 3) and facts; None where it is no readable image.
 
-    An OSError where the system does not give the bytes, which says nothing of them: it may give them another time. A
+    Returns an OSError where the system refuses to read the file now, which it may allow another time, and a
     NotReadError where the user should know the reason.
 
     Raises:
-        ValueError: the memory ran out, of which the file is no cause: what it may take was checked.
+        ValueError: the memory ran out; the file is not the cause, since its size was checked.
     """
     try:
         path = root / name
@@ -345,7 +345,7 @@ def _decoded(
 
 
 def _stacked(arrays: list[np.ndarray]) -> Tensor:
-    """(N, C, H, W) of (H, W) and (H, W, 3); C = 1 if all are (H, W). Empties the list, so as not to hold them twice."""
+    """Stack (H, W) and (H, W, 3) into (N, C, H, W), C = 1 if all are gray. Empties the list to save memory."""
     height, width = arrays[0].shape[:2]
     channels = 3 if any(array.ndim == 3 for array in arrays) else 1
     stacked = np.empty((len(arrays), channels, height, width), np.uint8)
@@ -366,7 +366,7 @@ def _resized(image: Image.Image, size: tuple[int, int], fit: str) -> Image.Image
 
 
 def _index_of_splits(root: Path, names: Sequence[str], read: Sequence[str], layout: Layout) -> dict[str, Tensor]:
-    """{split: rows}; images outside the folders of splits train.
+    """Find {split: rows}; images outside the folders of splits belong to train.
 
     Raises:
         ValueError: images outside where there is a folder train, or a split without an image that can be read.
@@ -387,7 +387,7 @@ def _index_of_splits(root: Path, names: Sequence[str], read: Sequence[str], layo
 
 
 def label_by_folder(names: Sequence[str], layout: Layout) -> tuple[Tensor, tuple[str, ...]]:
-    """(N,) int64 labels and the names of the classes; no names unless all images lie in two classes or more."""
+    """Label images by folder: (N,) int64 and class names; no names unless all images lie in two or more classes."""
     of_images = [layout.place(name).class_name for name in names]
     classes = sorted({name for name in of_images if name is not None})
     if None in of_images or len(classes) < 2:

@@ -1,4 +1,4 @@
-"""What the user of a folder of images should know about how its files were read."""
+"""Notes for the user on how the files of a folder of images were read."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Facts(NamedTuple):
 
 
 def find_facts(decoded: Decoded, pixels: np.ndarray) -> Facts:
-    """What is counted of an image, of which ``pixels`` (H, W) or (H, W, 3) are kept."""
+    """Collect the facts of an image whose ``pixels`` (H, W) or (H, W, 3) are kept."""
     is_gray = pixels.ndim == 2 or _is_gray(pixels)
     width, height = decoded.image.size
     return Facts(
@@ -50,7 +50,7 @@ def find_facts(decoded: Decoded, pixels: np.ndarray) -> Facts:
 
 
 class ImageNotes:
-    """Counts what the files of a folder have beyond the pixels that are kept of them."""
+    """Counts of what the files of a folder contain beyond the pixels that are kept."""
 
     def __init__(self) -> None:
         self.num_images = 0
@@ -63,7 +63,7 @@ class ImageNotes:
         self._transparent, self._low, self._high = bytearray(), bytearray(), bytearray()  # of each image
 
     def add(self, name: str, facts: Facts) -> None:
-        """Counts an image."""
+        """Count an image."""
         self.num_images += 1
         if facts.num_pages > 1:
             self._pages[name] = facts.num_pages
@@ -82,7 +82,7 @@ class ImageNotes:
         self._high.append(facts.high)
 
     def add_refused(self, name: str, reason: str) -> None:
-        """Counts a file that is left out for a reason that the user should know."""
+        """Count a file that is left out for a reason that the user should know."""
         self._refused.setdefault(reason, []).append(name)
 
     def check_scale(self, root: Path) -> None:
@@ -96,7 +96,7 @@ class ImageNotes:
             )
 
     def check_not_blank(self, root: Path, split: str, rows: np.ndarray) -> None:
-        """Refuses images of one level that are transparent in part: what they show was white.
+        """Refuse partly transparent images of a single level: laid over white, they show nothing.
 
         Args:
             split: what the error calls the images.
@@ -116,11 +116,11 @@ class ImageNotes:
             )
 
     def reasons(self) -> tuple[str, ...]:
-        """Why files were left out, one sentence for each reason."""
+        """List why files were left out, one sentence for each reason."""
         return tuple(f"{abbreviate(names)} not read: {reason}" for reason, names in self._refused.items())
 
     def notes(self, color: str | None) -> tuple[str, ...]:
-        """The reasons, then a sentence for each kind of thing that was left out or changed, with its number of files.
+        """List the reasons, then a sentence for each kind of loss or change, with its number of files.
 
         Args:
             color: as the user asked for it, or None.
@@ -155,7 +155,7 @@ class ImageNotes:
         return tuple(found)
 
     def describe_changes(self, size: tuple[int, int], fit: str) -> tuple[str, ...]:
-        """A sentence each on images of another size and on colors, which were brought to what a model takes.
+        """Describe the images that were resized or made gray for a model, one sentence each.
 
         Args:
             size: (H, W) that they were brought to.

@@ -1,4 +1,4 @@
-"""Labels of a person's own images: whole numbers, words or one-hot rows become class numbers."""
+"""Labels: whole numbers, words or one-hot rows become class numbers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ppl_vae.data.splits import pluralize
 
 
 class Labels(NamedTuple):
-    """(N,) int64 of each split that has usable labels, the names of the classes, and a note on what was left out."""
+    """Class numbers (N,) int64 of each split, class names, and a note on labels that were left out."""
 
     numbers: dict[str, Tensor]
     class_names: tuple[str, ...]
@@ -23,7 +23,7 @@ class Labels(NamedTuple):
 def read_labels(
     where: str, arrays: Mapping[str, np.ndarray], sizes: Mapping[str, int], class_names: tuple[str, ...] = ()
 ) -> Labels:
-    """Class numbers of label arrays; labels that are no classes are left out of all splits, with a note.
+    """Convert label arrays to class numbers; labels that are no classes are left out, with a note.
 
     Whole numbers (N,) or (N, 1), also as floats or truth values, are class numbers. One-hot rows (N, K) become the
     position of the 1. Words become their position in the sorted list of all words.
@@ -72,7 +72,7 @@ def _from_words(words: Mapping[str, np.ndarray], class_names: tuple[str, ...]) -
 
 
 def _class_numbers(array: np.ndarray) -> np.ndarray | None:
-    """(N,) int64 of whole numbers (N,) or one-hot rows (N, K); None of anything else."""
+    """Convert whole numbers (N,) or one-hot rows (N, K) to (N,) int64; None for anything else."""
     if array.dtype.kind not in "buif":
         return None
     if array.ndim == 1:

@@ -1,4 +1,4 @@
-"""What a file may ask for at most: each limit is held against a header before memory is taken for what it announces.
+"""Limits on files, which are checked against a header before memory is allocated for what it announces.
 
 An image counts as one that cannot be read if its file is larger than ``MOST_IMAGE_BYTES``, or if it has more than
 ``MOST_PIXELS``, or more than ``FREE_PIXELS`` and also more than ``MOST_EXPANSION`` for every byte of its file. The
@@ -34,7 +34,7 @@ class ObjectArrayError(ValueError):
 
 
 class ArrayHeader(NamedTuple):
-    """What the header of an .npy file says; the numbers begin at ``offset``."""
+    """Header of an .npy file; the numbers begin at ``offset``."""
 
     shape: tuple[int, ...]
     is_fortran: bool
@@ -94,7 +94,7 @@ def check_expansion(path: Path, num_bytes: int) -> None:
 
 
 def fits(num_bytes: int) -> bool:
-    """Whether so much goes onto the heap without a thought; what does not goes into a file that is mapped."""
+    """Whether an array of this size may be in memory rather than in a mapped file."""
     available = available_memory()
     return num_bytes <= LARGE or (available is not None and num_bytes <= available / _SHARE)
 
@@ -103,7 +103,7 @@ _SHARE = 8
 
 
 def available_memory() -> int | None:
-    """Bytes that this process can have without swapping: of the machine, its control groups and its own limit.
+    """Bytes that this process can allocate without swapping: the least of machine, control groups and own limit.
 
     None where the system does not say.
     """
@@ -129,7 +129,7 @@ _OF_VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inacti
 
 
 def _free_of_groups() -> Iterator[int]:
-    """Bytes that are left in each control group with a limit that this process is in, and in those around it.
+    """Yield the bytes left in each control group with a limit that contains this process.
 
     Reference: Linux, Documentation/admin-guide, cgroup-v2.rst and cgroup-v1/memory.rst; man 7 cgroups.
     """

@@ -1,4 +1,4 @@
-"""load: a data set by its name, or a person's own data by its path."""
+"""Load a data set by its name, or a user's data by its path."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def load(
     color: str | None = None,
     download: bool = True,
 ) -> Splits:
-    """The data set of that name, or a person's own ``.npz`` or ``.npy`` file, or folder of images.
+    """Load a named data set, a user's ``.npz`` or ``.npy`` file, or a folder of images.
 
     Args:
         data_dir: where the named data sets are, or are downloaded to; None: the environment variable PPL_VAE_DATA_DIR,
@@ -72,7 +72,7 @@ def load(
 
 
 def _under_iwae(splits: Splits) -> Splits:
-    """Validation, the last training images, goes back to where it was taken from."""
+    """Move the validation images back to train, from which they were taken."""
     labels = {
         "train": torch.cat([splits.labels["train"], splits.labels["validation"]]),
         "validation": splits.labels["validation"][:0],

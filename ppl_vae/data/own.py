@@ -1,4 +1,4 @@
-"""A person's own data: arrays in an .npz or .npy file, with labels where there are any."""
+"""A user's data: arrays in an .npz or .npy file, with labels where there are any."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ LARGEST_COUNT = 2**24  # to here single precision holds every whole number
 
 
 def load_arrays(path: Path) -> Splits:
-    """The splits of an .npz or .npy file: (N, D), (N, H, W), (N, H, W, C) or (N, C, H, W), C = 1 or 3.
+    """Load the splits of an .npz or .npy file: (N, D), (N, H, W), (N, H, W, C) or (N, C, H, W), C = 1 or 3.
 
     The arrays are named train, valid, test (also x_train, train_images and the like), or there is one of any name;
     labels are train_labels or y_train and the like, or labels or y beside one array of images. Zeros and ones are
@@ -107,14 +107,14 @@ def _sha256(path: Path) -> str:
 
 
 def _large_array(path: Path) -> Splits:
-    """An .npy file through the cache: it is read once, in blocks, and then mapped as it is stored."""
+    """Load an .npy file through the cache: it is read once, in blocks, and then mapped."""
     status = os.stat(path)
     source = cache.source(path, {"array": "own"}, [status.st_size, status.st_mtime_ns])
     return cache.cached(source, path.name, partial(_draft, path))
 
 
 def _draft(path: Path) -> cache.Draft:
-    """Read twice: once for what it holds and for its checksum, and once in the order of the splits."""
+    """Read a file twice: for its kind and its checksum, and then in the order of the splits."""
     try:
         with path.open("rb") as file:
             header = limits.read_array_header(file, os.path.getsize(path))
@@ -167,7 +167,7 @@ def _rows_at_once(array: np.ndarray) -> int:
 
 
 class _Seen(NamedTuple):
-    """What was seen of an array's numbers.
+    """Summary of an array's numbers.
 
     The last three are of floats longer than single precision: the largest error of rounding to it, the mean and the
     spread, of each column of a table (N, D) or of all pixels of images together.
@@ -187,7 +187,7 @@ _NONE = np.zeros(1)
 
 
 def _look(array: np.ndarray, digest: Any = None) -> _Seen:
-    """Goes through the array once, in blocks of rows, and gives ``digest`` their bytes on the way."""
+    """Summarize an array in one pass over blocks of rows, and pass their bytes to ``digest``."""
     if array.dtype.kind not in "buif":
         return _Seen(array.dtype, False, False, math.nan, math.nan, _NONE, _NONE, _NONE)
     is_binary, is_whole, low, high, rounding = True, True, None, None, _NONE
@@ -217,7 +217,7 @@ def _look(array: np.ndarray, digest: Any = None) -> _Seen:
 
 
 def find_kind(path: Path, name: str, array: np.ndarray, *, check_resolution: bool = True) -> str:
-    """The kind of an array's numbers, a word of ``data.splits``.
+    """Find the kind of an array's numbers, a word of ``data.splits``.
 
     Args:
         path, name: what errors call the file and the array.
@@ -232,13 +232,13 @@ def find_kind(path: Path, name: str, array: np.ndarray, *, check_resolution: boo
 
 
 def _is_finite(low: Any, high: Any) -> bool:
-    """Also as float32, in which it is stored; False where one is NaN."""
+    """Whether both ends are finite, also as float32; False where one is NaN."""
     most = np.finfo(np.float32).max
     return bool(-most <= low and high <= most)
 
 
 def _kind_of_splits(path: Path, seen: dict[str, _Seen]) -> str:
-    """The kind of the first split's numbers, if the others are of it and float32, in which they are stored, holds them.
+    """Find the kind of the first split, and refuse others of another kind or beyond the precision of float32.
 
     Floats are counts only where they are whole numbers in every split.
     """
@@ -282,7 +282,7 @@ def _is_of(kind: str, seen: _Seen) -> bool:
 
 
 def _check_resolution(path: Path, split: str, seen: _Seen) -> None:
-    """Refuses values of which float32 makes a coarse grid, as it does of timestamps: a density would be of that grid.
+    """Refuse values that float32 rounds to a coarse grid, such as timestamps: a density would fit the grid.
 
     A column whose spread is the rounding of float64 itself is a constant, and passes.
     """
@@ -306,7 +306,7 @@ _FEW_COLUMNS = 4  # an image that narrow is more likely the channels of a single
 
 
 def channels_first(path: Path, split: str, array: np.ndarray) -> np.ndarray:
-    """One split as (N, D) or (N, C, H, W).
+    """Transpose one split to (N, D) or (N, C, H, W).
 
     Raises:
         ValueError: the array is neither that, nor (N, H, W), nor (N, H, W, C), with C = 1 or 3; or it has no pixels.
@@ -332,7 +332,7 @@ def has_channels_first(shape: tuple[int, ...]) -> bool:
 
 
 def _shape_notes(shape: tuple[int, ...]) -> tuple[str, ...]:
-    """How a shape was read that could be another, and how to say otherwise; empty where there is no doubt."""
+    """Explain how an ambiguous shape was read, and how to have it read otherwise; empty where it is clear."""
     if len(shape) == 2 and shape[1] >= shape[0]:
         read = f"(N, D), a table of {shape[0]:,} rows and {shape[1]:,} columns"
         otherwise = "if each column is one example, save array.T; images are (N, H, W)"

@@ -1,4 +1,4 @@
-"""What a model sees of the stored images: binarized, as levels, dequantized, or as they are."""
+"""Transform stored images to the pixels that a model sees: binarized, levels, dequantized, or unchanged."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _AT_ONCE = 2**18  # pixels
 
 
 def resolve_binarization(splits: Splits, binarization: str | None, *, default: str = "dynamic") -> str:
-    """The binarization by its word; None is "none" for binary data and real values, and else ``default``.
+    """Resolve the word of a binarization; None is "none" for binary data and real values, else ``default``.
 
     Raises:
         ValueError: a binarization of binary data or of real values, which are taken as they are.
@@ -38,7 +38,7 @@ def resolve_binarization(splits: Splits, binarization: str | None, *, default: s
 
 
 def map_images(function: Callable[[Tensor], Tensor], x: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
-    """f(x), pixel by pixel, of a few images at a time, in their order. What is too large for memory is in a file.
+    """Apply a pixelwise function to a few images at a time; a large result is in a file.
 
     Args:
         x: (N, *E).
@@ -54,17 +54,17 @@ def map_images(function: Callable[[Tensor], Tensor], x: Tensor, *, dtype: torch.
 
 
 def to_float(values: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """The stored values themselves, pixel by pixel."""
+    """Convert stored values to float32, unchanged."""
     return values.float()
 
 
 def to_unit_interval(values: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """8-bit levels / 255, pixel by pixel."""
+    """Convert 8-bit levels to level / 255."""
     return values.float() / 255
 
 
 def sample_bernoulli(values: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """x_d ~ Bernoulli(p_d), p = level / 255 or the stored probability: (B, *E) -> (B, *E) in {0, 1}, drawn anew.
+    """Sample x_d ~ Bernoulli(p_d), p = level / 255 or the stored probability: (B, *E) -> (B, *E) in {0, 1}.
 
     Without a generator of its own the noise is torch's global one's.
     """
@@ -78,12 +78,12 @@ _LEAST, _MOST = 2.0**-33, 1 - 2.0**-24
 
 
 def clamp_to_unit_interval(x: Tensor) -> Tensor:
-    """x strictly between 0 and 1: what rounding brought to an end goes to the nearest number inside, pixel by pixel."""
+    """Clamp x strictly inside (0, 1), since rounding can bring it to an end."""
     return x.clamp(_LEAST, _MOST)
 
 
 def dequantize_uniformly(values: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """x = (level + u) / 256, u ~ Uniform(0, 1) for each pixel, drawn anew: (B, *E) levels -> strictly inside (0, 1).
+    """Dequantize levels: x = (level + u) / 256, u ~ Uniform(0, 1) per pixel: (B, *E) -> (B, *E) inside (0, 1).
 
     For a density p of x, P(level) = int_0^1 p((level + u) / 256) du / 256^D is a mass of the levels.
 
@@ -95,7 +95,7 @@ def dequantize_uniformly(values: Tensor, generator: torch.Generator | None = Non
 
 
 def training_images(splits: Splits, pixels: str) -> tuple[Tensor, Callable[..., Tensor]]:
-    """The stored training set (N, *E), and how a batch of it becomes what the model sees, at every access.
+    """Return the stored training set (N, *E), and the transform from a stored batch to what the model sees.
 
     Args:
         pixels: a word of ``PIXELS``.
@@ -118,7 +118,7 @@ def _check_pixels(splits: Splits, pixels: str) -> None:
 
 
 def expected_images(splits: Splits, pixels: str) -> Tensor:
-    """(N, *E) what the training images' marginals are fitted to.
+    """Compute the images (N, *E) to which the marginals of the training set are fitted.
 
     The mean over what "dynamic" draws of each image; for every other word the images themselves, "dequantized" by one
     draw of u.
@@ -130,7 +130,7 @@ _PIXELS_TO_START_FROM = 2**26  # all of MNIST's
 
 
 def initialization_images(splits: Splits, pixels: str) -> Tensor:
-    """(n, *E) ``expected_images`` of a fixed random part of the training images, or of all where they are not many.
+    """Compute ``expected_images`` (n, *E) of a fixed random subset of the training images, or of all if few.
 
     Marginals that a training starts from need no more, and the fit of an image's many pixels to many images is slow.
 
@@ -144,7 +144,7 @@ def initialization_images(splits: Splits, pixels: str) -> Tensor:
 
 
 def evaluation_images(splits: Splits, split: str, pixels: str, *, seed: int = 0) -> Tensor:
-    """A split as it is evaluated: (N, *E) float32, the same at every call.
+    """Compute the images of a split that are evaluated: (N, *E) float32, the same at every call.
 
     "dynamic" and "fixed" draw it once, as in the protocol of Tomczak and Welling (2018, arXiv 1705.07120; their code):
     after seeding numpy's legacy generator with 777, one binomial draw over the validation images, then one over test;
@@ -191,26 +191,26 @@ def is_drawn(splits: Splits, pixels: str) -> bool:
 
 
 def sample_binomial(stream: np.random.RandomState, rates: Tensor) -> Tensor:
-    """x_d ~ Bernoulli(p_d) by numpy's legacy generator, as published: (N, *E) float32."""
+    """Sample x_d ~ Bernoulli(p_d) by numpy's legacy generator, as published: (N, *E) float32."""
     return torch.from_numpy(stream.binomial(1, rates.numpy())).float()
 
 
 def probabilities(splits: Splits, split: str) -> Tensor:
-    """A split as the probability that a pixel is white: levels / 255, the others as they are. (N, *E) float32."""
+    """Convert a split to probabilities of white: level / 255, other kinds unchanged. (N, *E) float32."""
     stored = getattr(splits, split)
     return stored if stored.dtype == torch.float32 else map_images(_unit(splits), stored)
 
 
 def _unit(splits: Splits) -> Callable[[Tensor], Tensor]:
-    """How stored values become probabilities, or what else they are."""
+    """Transform from stored values to probabilities, or to floats."""
     return to_unit_interval if splits.kind == LEVELS else to_float
 
 
 def binarization_entropy(splits: Splits, split: str, pixels: str) -> Tensor | None:
-    """H = -sum_d [p_d log p_d + (1 - p_d) log(1 - p_d)]: (N,) nats, float64; None where nothing is drawn.
+    """Entropy of the binarization of each image, (N,) nats, float64; None where nothing is drawn.
 
-    The entropy of the draw that made the evaluated images. Over such draws of an image, the mean of any model's
-    log p(x) is at most -H (Gibbs' inequality).
+    H = -sum_d [p_d log p_d + (1 - p_d) log(1 - p_d)]. The mean of any model's log p(x) over the draws of one
+    image is at most -H (Gibbs' inequality).
     """
     if not is_drawn(splits, pixels):
         return None

@@ -1,4 +1,4 @@
-"""Values that repeat, as levels and counts do on any scale: a density of them has no upper bound."""
+"""Detect values that repeat, as scaled levels and counts do: their density has no upper bound."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _MOST_DISTINCT = 0.75  # of the values of continuous data at least 0.99 are dist
 
 
 class Repeats(NamedTuple):
-    """Where the values of a data set repeat.
+    """Repeated values of a data set.
 
     Args:
         num_distinct: the largest number of distinct values in a group that repeats.
@@ -26,7 +26,7 @@ class Repeats(NamedTuple):
     columns: tuple[int, ...] = ()
 
     def describe(self) -> str:
-        """What repeats, what that means for a density, and what has a mass instead."""
+        """Describe what repeats, its effect on a density, and which likelihood has a mass instead."""
         some = f" in columns {abbreviate(map(str, self.columns))}" * bool(self.columns)
         words = (
             f"Values repeat{some} (at most {self.num_distinct:,} are distinct), as levels and counts do on any scale: "
@@ -39,7 +39,7 @@ class Repeats(NamedTuple):
 
 
 def find_repeats(x: Tensor) -> Repeats | None:
-    """Where more than a quarter of the values are not distinct, in a fixed random part of the rows; None: nowhere.
+    """Find where more than a quarter of the values repeat, in a fixed random subset of rows; None: nowhere.
 
     The values of a table are compared column by column. Those of images are compared within each channel, then pixel by
     pixel and image by image, since each of these may have a scale of its own: most of them must repeat.
@@ -68,12 +68,12 @@ def find_repeats(x: Tensor) -> Repeats | None:
 
 
 def _spaced(count: int, most: int) -> Tensor:
-    """Indices below ``count`` at equal steps, all of them where there are not more than ``most``."""
+    """Evenly spaced indices below ``count``, at most ``most`` of them."""
     return torch.linspace(0, count - 1, min(count, most), dtype=torch.double).round().long()
 
 
 def _count_distinct(values: Tensor) -> int:
-    """The number of distinct values (n,), or 0 where they are no more often repeated than continuous ones, or constant.
+    """Count distinct values (n,), or return 0 where they repeat no more than continuous ones, or are constant.
 
     The three most frequent values are left aside: continuous values that are clipped at both ends, on a background.
     """

@@ -1,4 +1,4 @@
-"""What a data set is once it has been read: its splits, their kind, their labels, and fixed subsets of them."""
+"""A data set that has been read: its splits, their kind, their labels, and fixed subsets."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _NAMED_AT_MOST = 5
 
 @dataclass(frozen=True)
 class Splits:
-    """One data set, as it is stored: uint8 for binary data and 8-bit levels, else float32.
+    """Splits of a data set, as they are stored: uint8 for binary data and 8-bit levels, else float32.
 
     Args:
         name: what was asked for.
@@ -56,7 +56,7 @@ class Splits:
 
     @property
     def event_shape(self) -> tuple[int, ...]:
-        """E, the shape of one image."""
+        """Shape E of one image."""
         return tuple(self.train.shape[1:])
 
     @cached_property
@@ -66,7 +66,7 @@ class Splits:
         return float(location_and_spread(self.train)[1]) / unit
 
     def describe(self) -> str:
-        """One line that says what was seen, then one for the files that could not be read and one for each note."""
+        """Describe the data in one line, then unreadable files in one, then each note in one."""
         shape = "x".join(map(str, self.event_shape))
         sizes = " / ".join(f"{len(x):,}" for x in (self.train, self.validation, self.test))
         seen = f"{self.name}: {self.kind}{self._range()}, {shape}; train / validation / test {sizes} ({self.split})"
@@ -94,12 +94,12 @@ class Splits:
 
 
 def pluralize(count: int, what: str) -> str:
-    """The count and its noun: 1 file, 2 files."""
+    """Write a count with its noun: 1 file, 2 files."""
     return f"{count:,} {what}" + "s" * (count != 1)
 
 
 def abbreviate(names: Iterable[str]) -> str:
-    """The first five by name, and how many more there are."""
+    """Join the first five names, and say how many more there are."""
     names = list(names)
     more = len(names) - _NAMED_AT_MOST
     return ", ".join(names[:_NAMED_AT_MOST]) + (f" and {more:,} more" if more > 0 else "")
@@ -108,7 +108,7 @@ def abbreviate(names: Iterable[str]) -> str:
 def complete_splits(
     where: str, given: Mapping[str, Tensor], labels: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], str]:
-    """Whatever of validation and test is lacking is taken from train: a tenth each, by a fixed permutation.
+    """Take missing validation and test splits from train: a tenth each, by a fixed permutation.
 
     Args:
         where: the file or folder, for an error.
@@ -142,7 +142,7 @@ def complete_splits(
 
 
 def subset(num_images: int, most: int | None) -> Tensor:
-    """(n,) indices of a random subset, the same at every call and ascending; all of them where there are no more.
+    """Indices (n,) of a random subset, ascending and the same at every call; all where ``most`` is not exceeded.
 
     Never the first N: files are often sorted by class.
     """

@@ -1,4 +1,4 @@
-"""The results of a function, in order, computed in threads: for work that releases the interpreter's lock."""
+"""Map a function over items in threads, for work that releases the interpreter's lock."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ Result = TypeVar("Result")
 
 
 def num_threads() -> int:
-    """The cores that this process may use, and no more than 16."""
+    """Number of cores that this process may use, at most 16."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cores, _MOST_THREADS)
 
 
 def map_in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """f(item) for each item, in their order; only a few are held at once, however many there are."""
+    """Yield f(item) for each item, in order; only a few results wait at any time."""
     if num_threads() == 1:
         yield from map(function, items)
         return

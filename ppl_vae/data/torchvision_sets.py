@@ -27,7 +27,7 @@ _DIGITS = tuple("0123456789")
 
 
 class _Source(NamedTuple):
-    """How torchvision calls a data set, which of its files lie in the data folder, and what else is known of it."""
+    """Reader of a data set, its files in the data folder, and its published properties."""
 
     read: Callable[
         ..., tuple[Any, Any]
@@ -119,7 +119,7 @@ _PIXELS_SHA256 = {
 
 
 def read_through_torchvision(name: str, data_dir: Path, *, download: bool = True) -> Splits:
-    """One of the data sets above, uint8 (N, C, H, W), with its labels; downloaded into ``data_dir`` if it is not there.
+    """Read one of the data sets above, uint8 (N, C, H, W), with labels; it is downloaded into ``data_dir`` if missing.
 
     Without ``download`` nothing is fetched, and no folder is made.
 
@@ -174,7 +174,7 @@ def _torchvision_datasets(name: str) -> ModuleType:
 
 @contextmanager
 def _writable(data_dir: Path, files: tuple[str, ...]) -> Iterator[Path]:
-    """``data_dir``, or where it holds files that cannot be unpacked beside each other, a temporary copy of them."""
+    """Yield ``data_dir``, or a temporary copy of its files where it is read-only."""
     present = [path for name in files if (path := data_dir / name).exists()]
     folders = [data_dir, *(folder for path in present for folder in (path, *path.rglob("*")) if folder.is_dir())]
     if not present or all(_may_write(folder) for folder in folders):
@@ -191,7 +191,7 @@ def _writable(data_dir: Path, files: tuple[str, ...]) -> Iterator[Path]:
 
 
 def _copy_folder(source: Path, copy: Path) -> None:
-    """The files alone, without their modes: a copy of a read-only folder would be read-only as well."""
+    """Copy a folder's files without their modes: a copy of a read-only folder would be read-only as well."""
     copy.mkdir()
     for path in source.iterdir():
         if path.is_dir():
@@ -201,12 +201,12 @@ def _copy_folder(source: Path, copy: Path) -> None:
 
 
 def _may_write(folder: Path) -> bool:
-    """By its mode too: root could write into a folder that is marked read-only, and should not."""
+    """Whether a folder is writable, also by its mode: root should not write into one marked read-only."""
     return os.access(folder, os.W_OK) and bool(folder.stat().st_mode & 0o222)
 
 
 def _channels_first(stored: Any) -> np.ndarray:
-    """(N, C, H, W) uint8 of torchvision's (N, H, W), (N, H, W, 3) or (N, 3, H, W)."""
+    """Convert torchvision's (N, H, W), (N, H, W, 3) or (N, 3, H, W) to (N, C, H, W) uint8."""
     array = np.asarray(stored)
     if array.dtype != np.uint8:
         raise ValueError(f"expected bytes, got {array.dtype}")

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from disturbed_runs import SMALL, Server, left_behind, served, small_data
 from killed_runs import TRAIN, Kills, kill_runs, killed_and_resumed
-from test_study import save_gray_bars, without_times
+from small_study import save_gray_bars, without_times
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="commands are forked")
 
@@ -76,8 +76,8 @@ import sys
 sys.path.insert(0, {tests!r})
 from pathlib import Path
 from ppl_vae.runtime.ending import command
-from test_study import made
-command(lambda: made(Path({folder!r}), Path({dataset!r})))
+from small_study import run_tiny_study
+command(lambda: run_tiny_study(Path({folder!r}), Path({dataset!r})))
 """
 
 

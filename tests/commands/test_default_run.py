@@ -21,7 +21,7 @@ from ppl_vae.runs.build import build_vae
 from ppl_vae.runs.load import read_config
 from ppl_vae.runs.options import Options
 
-TRAIN = Path(__file__).parent.parent / "scripts" / "train_svi.py"
+TRAIN = Path(__file__).parents[2] / "scripts" / "train_svi.py"
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ne
 def found() -> dict[str, dict[str, Any]]:
     """What was found, by reader; of one process for them all, whose memory is limited."""
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).parent / "fuzzing.py"), str(NUM_FILES)],
+        [sys.executable, str(Path(__file__).parents[1] / "fuzzing.py"), str(NUM_FILES)],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         encoding="utf-8",

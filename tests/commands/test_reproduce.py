@@ -35,7 +35,7 @@ from ppl_vae.runs.opening import evaluated_vae, open_run
 from ppl_vae.runs.options import Options
 from ppl_vae.runs.recipes import Published, Recipe
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 EPOCHS = (10, 3)
 
 

@@ -623,7 +623,7 @@ def test_a_folder_that_holds_something_is_refused_and_kept(folders, tmp_path):
 
 
 def _run_script(monkeypatch, *words):
-    script = Path(__file__).parent.parent / "scripts" / "compare_runs.py"
+    script = Path(__file__).parents[2] / "scripts" / "compare_runs.py"
     monkeypatch.setattr(sys, "argv", [str(script), *map(str, words)])
     runpy.run_path(str(script), run_name="__main__")
 

@@ -59,7 +59,7 @@ def exported(run: Path, tmp_path: Path) -> Path:
 
 
 def ran(script: str, *words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    path = Path(__file__).parent.parent / "scripts" / script
+    path = Path(__file__).parents[2] / "scripts" / script
     return subprocess.run(
         [sys.executable, str(path), *words],
         cwd=cwd,

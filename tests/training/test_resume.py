@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 
 from ppl_vae import data, runs
 
-TRAIN = Path(__file__).parent.parent / "scripts" / "train_svi.py"
+TRAIN = Path(__file__).parents[2] / "scripts" / "train_svi.py"
 SMALL = """
     --epochs 3 --batch-size 16 --hidden 24 --latent-dim 4 --prior-layers 2 --prior-hidden 24 --num-particles 2
     --checkpoint-seconds 0

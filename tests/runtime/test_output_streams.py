@@ -15,7 +15,7 @@ from ppl_vae import runs
 from ppl_vae.runs.fields import format_flag
 from ppl_vae.runs.options import to_json
 
-SCRIPTS = Path(__file__).parent.parent / "scripts"
+SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 
 def run_main(main: str, *, encoding: str, **environment: str) -> subprocess.CompletedProcess[bytes]:

@@ -17,7 +17,7 @@ import torch
 from disturbed_runs import end, held_elsewhere
 from PIL import Image
 from scipy import linalg
-from small_run import bars
+from small_study import TINY, run_tiny_study, save_gray_bars, silent, without_times
 from torch import Tensor, nn
 from torch.distributions import Normal
 
@@ -41,34 +41,7 @@ from ppl_vae.study.run import collect
 from ppl_vae.study.scale_maps import _of_one, gradients_at_start
 from ppl_vae.study.training import FAILURE, MeanOverPixels, averaged, train_planned
 
-TINY = Size(
-    epochs=1,
-    collapse_epochs=1,
-    stress_epochs=1,
-    betas={"bars": (0.1, 1.0, 100.0)},
-    seeds=(1,),
-    close_betas=(1.0,),
-    latent_dims=(2,),
-    networks=("mlp",),
-    images=100,
-    num_particles=10,
-)
 SECTIONS = ("mean", "sweep", "collapse", "autoencoder", "regularization", "architectures", "scale_maps", "explorers")
-
-
-def silent(line: str) -> None:
-    pass
-
-
-def save_gray_bars(path: Path) -> Path:
-    """8 x 8 images of 8-bit levels: bars on a gray ground, in two classes; fewer for validation than are measured."""
-    arrays = {}
-    for seed, (split, count) in enumerate((("train", 300), ("valid", 80), ("test", 120))):
-        images, labels = bars(count, seed=seed)
-        noise = np.random.default_rng(seed).integers(0, 40, images.shape)
-        arrays[split], arrays[f"{split}_labels"] = (200 * images + noise).astype(np.uint8), labels
-    np.savez(path, **arrays)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -78,11 +51,6 @@ def bars_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 class Killed(RuntimeError):
     """What stands for a process that was killed."""
-
-
-def made(folder: Path, dataset: Path, size: Size = TINY) -> dict[str, Any]:
-    path = collect(size, [str(dataset)], name="tiny", output=str(folder), say=silent)
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
@@ -101,20 +69,13 @@ def study(tmp_path_factory: pytest.TempPathFactory, bars_file: Path) -> tuple[Pa
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "train_planned", killed_after_the_fifth)
         with pytest.raises(Killed):
-            made(folder, bars_file)
-    return folder, made(folder, bars_file)
+            run_tiny_study(folder, bars_file)
+    return folder, run_tiny_study(folder, bars_file)
 
 
 @pytest.fixture(scope="module")
 def numbers(study: tuple[Path, dict[str, Any]]) -> dict[str, Any]:
     return study[1]
-
-
-def without_times(value: Any) -> Any:
-    if isinstance(value, dict):
-        left_out = ("environment", "checksum")
-        return {k: without_times(v) for k, v in value.items() if not k.startswith("seconds") and k not in left_out}
-    return [without_times(v) for v in value] if isinstance(value, list) else value
 
 
 # --- The whole ---
@@ -130,7 +91,7 @@ def test_every_planned_run_has_its_record(numbers: dict[str, Any]) -> None:
 
 
 def test_the_stored_study_is_of_the_plain_vaes_that_are_planned() -> None:
-    path = Path(__file__).parents[1] / "scripts" / "results" / "study.json"
+    path = Path(__file__).parents[2] / "scripts" / "results" / "study.json"
     stored = {name: record["options"] for name, record in json.loads(path.read_text(encoding="utf-8"))["runs"].items()}
     planned = {each.name: each.options for each in plan.plan(DEFAULT, RunStudy().datasets)}
     assert planned.keys() == stored.keys()
@@ -145,7 +106,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, bars_file: Path) -> dict[str
     """The first seven runs of the same study, in one go."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "plan", lambda *args, **kwargs: plan.plan(*args, **kwargs)[:7])
-        return made(tmp_path_factory.mktemp("whole"), bars_file)
+        return run_tiny_study(tmp_path_factory.mktemp("whole"), bars_file)
 
 
 def test_a_study_that_was_killed_ends_with_the_numbers_of_one_that_was_not(
@@ -171,7 +132,7 @@ def test_a_finished_study_trains_and_measures_nothing_again(
 
     monkeypatch.setattr(run, "train_planned", never)
     monkeypatch.setattr("ppl_vae.study.measuring.measure", never)
-    assert without_times(made(study[0], bars_file)) == without_times(study[1])
+    assert without_times(run_tiny_study(study[0], bars_file)) == without_times(study[1])
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a process is forked")
@@ -181,20 +142,20 @@ def test_a_folder_that_another_process_writes_to_is_refused(
     child = held_elsewhere(study[0])
     try:
         with pytest.raises(ValueError, match=rf"but process {child} on "):
-            made(study[0], bars_file)
+            run_tiny_study(study[0], bars_file)
     finally:
         end(child)
 
 
 def test_a_folder_with_a_study_of_another_size_is_refused(study: tuple[Path, dict[str, Any]], bars_file: Path) -> None:
     with pytest.raises(ValueError, match="expected a study like this one, got the tiny study of bars"):
-        made(study[0], bars_file, replace(TINY, epochs=2))
+        run_tiny_study(study[0], bars_file, replace(TINY, epochs=2))
 
 
 def test_a_folder_with_something_else_is_refused(tmp_path: Path, bars_file: Path) -> None:
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(ValueError, match="expected a new or empty folder, or that of a study"):
-        made(tmp_path, bars_file)
+        run_tiny_study(tmp_path, bars_file)
 
 
 def test_runs_with_other_options_are_refused(
@@ -204,7 +165,7 @@ def test_runs_with_other_options_are_refused(
     config = (study[0] / "runs" / "bars-beta-1" / runs.CONFIG).read_text(encoding="utf-8")
     (tmp_path / "runs" / "bars-beta-1" / runs.CONFIG).write_text(config, encoding="utf-8")
     with pytest.raises(ValueError, match="others in epochs"):
-        made(tmp_path, bars_file, replace(TINY, epochs=2))
+        run_tiny_study(tmp_path, bars_file, replace(TINY, epochs=2))
 
 
 def test_data_that_cannot_be_read_is_told_of_before_any_training(tmp_path: Path, bars_file: Path) -> None:
@@ -216,7 +177,7 @@ def test_data_that_cannot_be_read_is_told_of_before_any_training(tmp_path: Path,
 def test_a_table_is_refused(tmp_path: Path) -> None:
     np.save(tmp_path / "table.npy", np.random.default_rng(0).random((200, 5), dtype=np.float32))
     with pytest.raises(ValueError, match="expected images, got"):
-        made(tmp_path / "s", tmp_path / "table.npy")
+        run_tiny_study(tmp_path / "s", tmp_path / "table.npy")
 
 
 # --- Its numbers ---
@@ -422,7 +383,7 @@ def test_a_training_that_met_a_nan_is_told_of_and_not_done_again(
     for file in failed.iterdir():
         file.unlink()
     runs.write_json(failed / FAILURE, {"error": "step 2: site 'z': NaN"})
-    row = made(copy, bars_file)["scale_maps"]["stressed"][1]
+    row = run_tiny_study(copy, bars_file)["scale_maps"]["stressed"][1]
     assert (row["finished"], row["step"], row["failure"]) == (False, 2, "step 2: site 'z': NaN")
     assert row["failure_phase"] == "training"
 

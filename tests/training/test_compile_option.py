@@ -25,7 +25,7 @@ from ppl_vae.runtime import capture
 from ppl_vae.runtime.capture import CannotCapture
 from ppl_vae.training import loop
 
-SCRIPTS = Path(__file__).parent.parent / "scripts"
+SCRIPTS = Path(__file__).parents[2] / "scripts"
 NO_COMPILER = r"^--compile on: no C\+\+ compiler \(g\+\+ or clang\+\+\) is installed; --compile off does without$"
 STEPS_AN_EPOCH = 5  # 100 images, 20 a step
 

@@ -17,7 +17,7 @@ from ppl_vae.commands import compare_networks as network_table
 from ppl_vae.commands.compare_networks import compare_networks
 from ppl_vae.runs.options import PLAIN, Options
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "compare_networks.py"
+SCRIPT = Path(__file__).parents[2] / "scripts" / "compare_networks.py"
 
 
 @pytest.fixture(scope="module")

@@ -38,7 +38,7 @@ from ppl_vae.runs.certificate_blocks import Finished, even_block, seed_of
 from ppl_vae.runs.options import PLAIN, Options
 from ppl_vae.runtime.capture import CannotCapture
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "certify_log_likelihood.py"
 ASKED: dict[str, Any] = {
     "split": "test",

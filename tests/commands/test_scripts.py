@@ -27,7 +27,7 @@ from ppl_vae import data
 from ppl_vae.runs.fields import format_flag
 from ppl_vae.runs.options import PLAIN
 
-SCRIPTS = Path(__file__).parent.parent / "scripts"
+SCRIPTS = Path(__file__).parents[2] / "scripts"
 TRAIN, EVALUATE, FIGURES = "train_svi.py", "evaluate_log_likelihood.py", "make_figures.py"
 PLAIN_WORDS = [word for name, value in PLAIN.items() for word in (format_flag(name), str(value))]
 # Without a warm-up the guide of so short a run stays wide, and importance weights keep a variance.

@@ -23,7 +23,7 @@ from ppl_vae.runtime import ranks as distributed
 from ppl_vae.runtime.noise import _RANDOM, SharedNoise
 from ppl_vae.runtime.ranks import Share
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
 
 

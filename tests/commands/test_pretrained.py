@@ -26,7 +26,7 @@ from ppl_vae.runs.options import Options
 from ppl_vae.runs.resolve import resolve
 from ppl_vae.runs.shipped import ship as ship_run
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 OPTIONS = Options(network="mlp", hidden=(8,), latent_dim=2)
 ASKED = {"split": "test", "num_particles": 10, "images": 30, "device": "cpu", "seed": 0}
 SHIPPED = sorted(path.parent for path in (ROOT / "ppl_vae" / "pretrained").glob("*/config.json"))

@@ -16,7 +16,7 @@ from PIL import Image
 
 from ppl_vae import runs
 
-SCRIPTS = Path(__file__).parent.parent / "scripts"
+SCRIPTS = Path(__file__).parents[2] / "scripts"
 SMALL = ["--network", "mlp", "--hidden", "8", "--latent-dim", "2", "--prior", "standard-normal", "--epochs", "2"]
 SMALL += ["--batch-size", "20", "--evaluation-particles", "5", "--images", "30", "--compile", "off"]
 

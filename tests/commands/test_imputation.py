@@ -437,7 +437,7 @@ def test_images_with_holes_are_drawn_first():
 
 
 def test_the_script_imputes_from_its_command_line(folder, tmp_path):
-    script = Path(__file__).parent.parent / "scripts" / "impute.py"
+    script = Path(__file__).parents[2] / "scripts" / "impute.py"
     words = ["validation", "--hide", "bottom", "--images", "3", "--num-draws", "2", "--output", str(tmp_path / "out")]
     done = subprocess.run(
         [sys.executable, str(script), str(folder), *words], capture_output=True, encoding="utf-8", cwd=tmp_path

@@ -31,7 +31,7 @@ from ppl_vae.runtime.ending import Interrupted
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 WORLDS = (2, 3)
 

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from ppl_vae import data, runs
 from ppl_vae.commands.options import Evaluate
-from ppl_vae.evidence.dequantization import of_levels
 from ppl_vae.evidence.importance import (
     Estimate,
     Importance,
@@ -27,6 +26,7 @@ from ppl_vae.evidence.importance import (
     seeded,
     weighed_a_pass,
 )
+from ppl_vae.parts.likelihoods import fit_independent_pixels
 from ppl_vae.reports.evaluation_words import describe_evaluation, has_no_density
 from ppl_vae.runs.build import build_likelihood
 from ppl_vae.runs.fit_arguments import decide_compile, find_device, matmul_precision
@@ -43,6 +43,7 @@ from ppl_vae.runtime.rank_zero import joined, of_writer, writer_first
 from ppl_vae.vae import VAE
 
 _FLOOR_SEED = 0
+_NUMBERS_OF_A_MASS = 48  # per pixel, which an exact mass of a level holds at once
 
 
 def is_evaluated(folder: Path) -> bool:
@@ -401,20 +402,19 @@ def bits_per_dim(run: Run, log_p: Tensor, num_particles: int) -> dict[str, float
 def floor_and_entropy(run: Run, split: str, x: Tensor, index: Tensor) -> dict[str, Any]:
     """What log p of x (n, *E) can be held against: independent pixels below it, the binarization's entropy above.
 
-    "floor" is log prod_d p(x_d) of the likelihood's own family with each pixel's marginal fitted to the training
-    images (see its ``fit_marginals``; of a density of levels their exact mass): a model that does not
-    pass it has learned nothing of how pixels go together. "binarization_entropy" is the
+    "floor" is log prod_d p(x_d) of the likelihood's own kind, each pixel fitted to the training images by maximum
+    likelihood (``fit_independent_pixels``; for a density of levels their exact mass): a model below it has learned
+    nothing about how pixels go together. "binarization_entropy" is the
     mean entropy of what was drawn to binarize these images: no model that has not seen the draw gets above minus it in
     expectation. None where nothing was drawn, or where training saw the draw.
     """
     options, splits = run.options, run.splits
     likelihood = build_likelihood(options, splits.event_shape)
     with torch.no_grad(), seeded(_FLOOR_SEED, x.device):
-        marginals = likelihood(likelihood.fit_marginals(data.expected_images(splits, run.pixels)))
-        if run.pixels == "dequantized":
-            marginals = of_levels(marginals)
-        at_once = particles_a_pass(x, likelihood.numbers_a_pixel)
-        floor = Estimate.of(torch.cat([marginals.log_prob(part) for part in x.split(at_once)]), 1).to_json()
+        train = data.expected_images(splits, run.pixels)
+        log_prob = fit_independent_pixels(likelihood, train, is_dequantized=run.pixels == "dequantized")
+        at_once = particles_a_pass(x, likelihood.numbers_a_pixel + _NUMBERS_OF_A_MASS)
+        floor = Estimate.of(torch.cat([log_prob(part) for part in x.split(at_once)]), 1).to_json()
     seen = split == "train" and run.pixels == "fixed"
     entropy = None if seen else data.binarization_entropy(splits, split, run.pixels)
     return {

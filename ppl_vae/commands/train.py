@@ -45,6 +45,7 @@ from ppl_vae.runtime.capture import CannotCapture
 from ppl_vae.runtime.ending import Interrupted
 from ppl_vae.runtime.groups import ending_together
 from ppl_vae.runtime.interruption import stop_on_signals
+from ppl_vae.runtime.numerics import mean_and_variance
 from ppl_vae.runtime.progress import Progress, has_terminal
 from ppl_vae.runtime.rank_zero import joined, of_writer, told_by_writer, writer_first
 from ppl_vae.training import Stopped, TrainingState, does_not_fit, fit
@@ -397,6 +398,29 @@ def _latents(options: Options) -> str:
     return f"latents {' + '.join(counts)}, prior {options.prior}, posterior {guide}"
 
 
+_ONE_SCALE = ("normal", "normal-fixed", "normal-optimal", "laplace", "student-t")  # for all pixels or columns
+_UNEVEN = 10  # times as wide as the narrowest column is the widest, beyond which one scale fits neither
+
+
+def _describe_uneven_columns(options: Options, splits: data.Splits) -> list[str]:
+    """A warning where the columns of a table differ in spread, and the likelihood has one scale for all of them."""
+    if len(splits.event_shape) != 1 or options.likelihood not in _ONE_SCALE or options.transform != "none":
+        return []
+    spread = mean_and_variance(splits.train)[1].sqrt()
+    columns = spread.nonzero().flatten()
+    if not len(columns):
+        return []
+    narrow, wide = (columns[extreme(spread[columns])] for extreme in (torch.argmin, torch.argmax))
+    factor = float(spread[wide] / spread[narrow])
+    if not factor > _UNEVEN:
+        return []
+    return [
+        f"Warning: the columns differ in spread by a factor of {factor:,.0f} ({spread[narrow]:.3g} in column "
+        f"{int(narrow)}, counted from 0, {spread[wide]:.3g} in column {int(wide)}), and {options.likelihood} has one "
+        "scale for all. Standardize the columns, or use --likelihood normal-per-pixel."
+    ]
+
+
 def _what_is_modelled(run: Run) -> list[str]:
     """The network, the binarization and the likelihood, and on what scale its numbers will be."""
     options, splits = run.options, run.splits
@@ -413,6 +437,7 @@ def _what_is_modelled(run: Run) -> list[str]:
             "Each color channel becomes 0 or 1 here, which is not how photos look; --likelihood "
             "discretized-logistic-mixture takes colors as they are."
         )
+    lines += _describe_uneven_columns(options, splits)
     if is_autoencoder(options):
         lines.append(
             "A plain autoencoder: the guide is deterministic and has no density, so that every number is a "

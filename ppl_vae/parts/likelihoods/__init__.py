@@ -12,6 +12,7 @@ second.
 
 from ppl_vae.parts.likelihoods.binary import Bernoulli
 from ppl_vae.parts.likelihoods.counts import NegativeBinomial, Poisson
+from ppl_vae.parts.likelihoods.independent import fit_independent_pixels
 from ppl_vae.parts.likelihoods.levels import Binomial, Categorical, DiscretizedLogistic
 from ppl_vae.parts.likelihoods.logit import Logit, LogitNormal, has_quantiles
 from ppl_vae.parts.likelihoods.mixture import DiscretizedLogisticMixture
@@ -36,5 +37,6 @@ __all__ = [
     "NormalPerPixel",
     "Poisson",
     "StudentT",
+    "fit_independent_pixels",
     "has_quantiles",
 ]

@@ -37,6 +37,20 @@ def level_counts(x: Tensor, *, chunk: int = 1000) -> Tensor:
     return counts.reshape(D, NUM_LEVELS)
 
 
+def median_and_deviation(x: Tensor, *, chunk: int = 64) -> tuple[Tensor, Tensor]:
+    """median_n x_nd and mean_n |x_nd - median_n x_nd|. x: (N, *E) -> (prod(E),) and (prod(E),), float64.
+
+    Args:
+        chunk: pixels that are sorted at once.
+    """
+    medians, deviations = [], []
+    for columns in x.flatten(1).split(chunk, dim=1):
+        part = columns.T.contiguous()
+        medians.append(part.median(dim=1, keepdim=True).values)
+        deviations.append(part.sub(medians[-1]).abs().mean(1, dtype=torch.double))
+    return torch.cat(medians).flatten().double(), torch.cat(deviations)
+
+
 @torch.enable_grad()
 def ascend(log_p: Callable[[Tensor], Tensor], start: Tensor, *, steps: int = 60, rate: float = 0.3) -> Tensor:
     """A maximum of log_p near ``start`` for each pixel, where no formula gives it. Adam's steps, a cosine of them.

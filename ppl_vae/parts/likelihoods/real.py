@@ -13,6 +13,7 @@ from torch.distributions import constraints
 from ppl_vae import data
 from ppl_vae.parts.likelihoods.family import Pixels
 from ppl_vae.parts.likelihoods.features import unbounded
+from ppl_vae.parts.likelihoods.marginals import median_and_deviation
 from ppl_vae.runtime.numerics import bounded, location_and_spread, mean_and_variance
 
 MAX_LOG_SCALE = 7.0  # of ``NormalPerPixel``, in units
@@ -236,26 +237,12 @@ class Laplace(_InUnits):
         Raises:
             ValueError: every pixel is constant, so that no scale is small enough.
         """
-        loc, spread = _median_and_deviation(x)
+        loc, deviation = median_and_deviation(x)
+        spread = deviation.mean()
         self._take_unit(spread)
         with torch.no_grad():
             self.log_scale.zero_()
         return (loc / spread).to(self.log_scale.dtype)
-
-
-def _median_and_deviation(x: Tensor, *, chunk: int = 64) -> tuple[Tensor, Tensor]:
-    """median_n x_nd and mean_nd |x_nd - median_n x_nd|. x: (N, *E) -> (prod(E),) and (), float64.
-
-    Args:
-        chunk: pixels that are sorted at once.
-    """
-    x = x.flatten(1)
-    medians, total = [], torch.zeros((), dtype=torch.double, device=x.device)
-    for columns in x.split(chunk, dim=1):
-        part = columns.T.contiguous()
-        medians.append(part.median(dim=1, keepdim=True).values)
-        total += part.sub(medians[-1]).abs().sum(dtype=torch.double)
-    return torch.cat(medians).flatten().double(), torch.as_tensor(total / x.numel(), dtype=torch.double)
 
 
 class StudentT(_InUnits):

@@ -1,0 +1,190 @@
+"""Independent pixels by maximum likelihood: what a model reaches that has learned nothing of how pixels go together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from ppl_vae import data
+from ppl_vae.data import NUM_LEVELS
+from ppl_vae.parts.likelihoods.counts import NegativeBinomial, Poisson, StableNegativeBinomial
+from ppl_vae.parts.likelihoods.features import unbounded
+from ppl_vae.parts.likelihoods.level_mass import log_level_mass
+from ppl_vae.parts.likelihoods.levels import PIXELS_AT_ONCE, Categorical, LevelCategorical
+from ppl_vae.parts.likelihoods.logit import Logit, LogitNormal, Sigmoid
+from ppl_vae.parts.likelihoods.marginals import ascend, level_counts, median_and_deviation
+from ppl_vae.parts.likelihoods.real import Laplace, Normal, NormalFixed, NormalOptimal, NormalPerPixel, StudentT
+from ppl_vae.parts.likelihoods.unit_interval import Beta, ContinuousBernoulli
+from ppl_vae.runtime.numerics import bounded, mean_and_variance, sum_over_images
+
+_STEPS = 100  # of an ascent
+_MOST_NUMBERS = 2**21  # of the images that a Student's t or a negative binomial is fitted to
+_LOG_SCALE_LIMIT = 3.0  # a fitted scale is between 1/20 and 20 times the one that it starts from
+_LOG_DF_LIMIT = math.log(100)  # as ``StudentT`` has it
+_LOG_TOTAL_LIMIT = 9.0  # as ``NegativeBinomial`` has it
+_NOISE_SCALE = 1 / (NUM_LEVELS * math.sqrt(12))  # the spread of u / 256, u uniform: no fit to levels is narrower
+_SMALLEST_SCALE = 1e-3  # of a constant pixel, as a share of the spread of all pixels
+
+_REAL = (Normal, NormalFixed, NormalOptimal, NormalPerPixel, Laplace, StudentT)
+
+
+def fit_independent_pixels(family: Any, x: Tensor, *, is_dequantized: bool = False) -> Callable[[Tensor], Tensor]:
+    """log prod_d p(x_d), each p of the family's kind, fitted to its own pixel or column by maximum likelihood.
+
+    What the family shares between pixels, each pixel has for itself here: a normal has its own location and scale in
+    every one. Of a density of dequantized levels, the exact masses of levels are maximized, and returned. A rate or a
+    share that would be 0 is half a count, or a 256th of one; a constant pixel's scale is a thousandth of the spread of
+    all pixels. A mixture is fitted as by its own ``fit_marginals``.
+
+    Args:
+        family: a likelihood. Its own parameters may be set, as ``fit_marginals`` sets them.
+        x: (N, *E) training images as the model sees them.
+        is_dequantized: whether x is (level + u) / 256.
+
+    Returns:
+        Images (n, *E) -> (n,) nats; where x is dequantized, of levels.
+
+    Raises:
+        ValueError: a density of real numbers, where every pixel is constant.
+    """
+    if isinstance(family, (*_REAL, Logit, LogitNormal)):
+        pixels = _fit_location_and_scale(family, x.flatten(1), is_dequantized=is_dequantized)
+    elif isinstance(family, Categorical):
+        pixels = LevelCategorical(logits=(level_counts(x) + 1 / NUM_LEVELS).log().to(x.dtype))
+    elif isinstance(family, Poisson):
+        pixels = dist.Poisson(((0.5 + sum_over_images(x.flatten(1))) / len(x)).to(x.dtype))
+    elif isinstance(family, NegativeBinomial):
+        pixels = _fit_negative_binomial(x.flatten(1))
+    elif isinstance(family, Beta | ContinuousBernoulli) and is_dequantized:
+        pixels = _fit_unit_interval(family, x)
+    else:
+        return family(family.fit_marginals(x)).log_prob
+    if is_dequantized:
+        return lambda levels: log_level_mass(pixels, levels.flatten(1)).sum(-1)
+    return lambda images: pixels.log_prob(images.flatten(1)).sum(-1)
+
+
+# --- Each kind of pixel ---
+
+
+def _fit_location_and_scale(family: Any, x: Tensor, *, is_dequantized: bool) -> Any:
+    """A normal, Laplace's or Student's t for each column of x (N, D), or the same on its logit."""
+    has_logit = isinstance(family, Logit | LogitNormal)
+    base = family.logit.base if isinstance(family, LogitNormal) else family.base if has_logit else family
+    y = data.map_images(lambda part: data.clamp_to_unit_interval(part).logit(), x, dtype=x.dtype) if has_logit else x
+    if isinstance(base, Laplace | StudentT):
+        loc, scale = median_and_deviation(y)
+    else:
+        loc, variance = mean_and_variance(y)
+        scale = variance.sqrt()
+    spread = scale.square().mean().sqrt()
+    if not spread > 0:
+        raise ValueError("x: expected pixels that vary, got the same image every time: no scale fits")
+    scale = torch.where(scale > 0, scale, _SMALLEST_SCALE * spread)
+    least = _NOISE_SCALE if is_dequantized and not has_logit else 0.0
+
+    def pixels(h: Tensor, loc: Tensor, scale: Tensor) -> Any:
+        own_loc, own_scale = loc + scale * h[0], (scale * bounded(h[1], _LOG_SCALE_LIMIT).exp()).clamp(min=least)
+        if isinstance(base, StudentT):
+            return dist.StudentT(1 + bounded(math.log(4) + h[2], _LOG_DF_LIMIT).exp(), own_loc, own_scale)
+        return (dist.Laplace if isinstance(base, Laplace) else dist.Normal)(own_loc, own_scale)
+
+    def seen(h: Tensor, loc: Tensor, scale: Tensor) -> Any:
+        return Sigmoid(pixels(h, loc, scale)) if has_logit else pixels(h, loc, scale)
+
+    constants = [loc.to(x.dtype), scale.to(x.dtype)]
+    num_parameters = 3 if isinstance(base, StudentT) else 2
+    if is_dequantized:
+        return _fit_levels(seen, constants, num_parameters, x)
+    if isinstance(base, StudentT):
+        rows = _some(y)
+        h = _ascend(lambda p, rows: p.log_prob(rows.T).mean(0), pixels, constants, num_parameters, rows.T)
+        return seen(h, *constants)
+    return seen(x.new_zeros(num_parameters, x.shape[1]), *constants)
+
+
+def _fit_negative_binomial(x: Tensor) -> StableNegativeBinomial:
+    """Each column's mean, which is the most likely one for every total count, and the most likely total count."""
+    mean, variance = mean_and_variance(x)
+    mean = mean + 0.5 / len(x)
+    start = unbounded((mean.square() / (variance - mean).clamp(min=0)).log(), _LOG_TOTAL_LIMIT)
+
+    def pixels(h: Tensor, log_mean: Tensor, start: Tensor) -> StableNegativeBinomial:
+        return StableNegativeBinomial(log_mean, bounded(start + h[0], _LOG_TOTAL_LIMIT))
+
+    constants = [mean.log().to(x.dtype), start.to(x.dtype)]
+    if x.max() < NUM_LEVELS:
+        levels = torch.arange(NUM_LEVELS, dtype=x.dtype)[:, None]
+        h = _ascend(lambda p, n: (n.T * p.log_prob(levels)).sum(0), pixels, constants, 1, _shares(x))
+    else:
+        h = _ascend(lambda p, rows: p.log_prob(rows.T).mean(0), pixels, constants, 1, _some(x).T)
+    return pixels(h, *constants)
+
+
+def _fit_unit_interval(family: Beta | ContinuousBernoulli, x: Tensor) -> Any:
+    """A beta or a continuous Bernoulli for each pixel of levels, x (N, *E) dequantized."""
+    start = family.fit_marginals(x).unflatten(-1, (family.features_a_pixel, -1))
+    if isinstance(family, Beta):
+        return _fit_levels(lambda h, a, b: family.pixel(a + h[0], b + h[1]), list(start), 2, x.flatten(1))
+    return _fit_levels(lambda h, logit: family.pixel(logit * h[0].exp()), list(start), 1, x.flatten(1))
+
+
+# --- The ascent ---
+
+
+def _fit_levels(pixels: Callable[..., Any], constants: Sequence[Tensor], num_parameters: int, x: Tensor) -> Any:
+    """The most likely pixels by the masses of levels, x (N, D) dequantized."""
+    h = _ascend(_log_mass_of_levels, pixels, constants, num_parameters, _shares((NUM_LEVELS * x).floor()))
+    return pixels(h, *constants)
+
+
+def _shares(levels: Tensor) -> Tensor:
+    """(N, D) levels -> (D, 256), the share of images that have a level."""
+    return (level_counts(levels) / len(levels)).to(levels.dtype)
+
+
+def _some(x: Tensor) -> Tensor:
+    """All rows of x (N, D), or a fixed random part of them where there are too many."""
+    return x[data.subset(len(x), min(len(x), max(1000, _MOST_NUMBERS // x.shape[1])))]
+
+
+def _log_mass_of_levels(p: Any, share: Tensor) -> Tensor:
+    """sum_v share_v log P(v), (D,): exact at the ends, and by the density in the middle of all other levels.
+
+    Args:
+        p: D densities.
+        share: (D, 256).
+    """
+    middle = (torch.arange(1, NUM_LEVELS - 1, dtype=share.dtype)[:, None] + 0.5) / NUM_LEVELS
+    inner = (share[:, 1:-1].T * (p.log_prob(middle) - math.log(NUM_LEVELS))).sum(0)
+    ends = (share[:, v] * log_level_mass(p, torch.full_like(share[:, v], v)) for v in (0, NUM_LEVELS - 1))
+    return inner + sum(ends)
+
+
+def _ascend(
+    log_p: Callable[[Any, Tensor], Tensor],
+    pixels: Callable[..., Any],
+    constants: Sequence[Tensor],
+    num_parameters: int,
+    seen: Tensor,
+) -> Tensor:
+    """(num_parameters, D) h from 0 on, at which log_p(pixels(h, *constants), seen) is largest in each of D pixels.
+
+    Args:
+        log_p: D pixels' distribution and what is seen of them, (D, ...) -> (D,) nats.
+        pixels: parameters h and the constants, each (D,) -> the distribution.
+    """
+    found = []
+    for part, *own in zip(*(t.split(PIXELS_AT_ONCE) for t in (seen, *constants)), strict=True):
+        start = part.new_zeros(num_parameters, len(part))
+
+        def log_p_of_part(h: Tensor, part: Tensor = part, own: Sequence[Tensor] = own) -> Tensor:
+            return log_p(pixels(h, *own), part)
+
+        found.append(ascend(log_p_of_part, start, steps=_STEPS))
+    return torch.cat(found, 1)

@@ -109,7 +109,8 @@ class Sigmoid(dist.TorchDistribution):
         """
         if self._validate_args:
             self._validate_sample(value)
-        log_x, log_one_minus_x = value.double().log(), torch.log1p(-value.double())
+        x = value.double()
+        log_x, log_one_minus_x = x.log(), (1 - x).log()  # log1p in float64 takes several times as long
         log_p = self.base.log_prob(log_x - log_one_minus_x) - (log_x + log_one_minus_x)
         return log_p.to(self.base.mean.dtype)
 

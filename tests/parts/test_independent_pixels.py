@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,11 +11,9 @@ import scipy.stats
 import torch
 from likelihood_cases import CASES
 from sklearn.datasets import load_wine
-from small_run import SMALL
 from torch import Tensor
 
-from ppl_vae import data, likelihoods, runs
-from ppl_vae.commands.train import train_run
+from ppl_vae import data, likelihoods
 from ppl_vae.evidence.dequantization import of_levels
 from ppl_vae.parts.likelihoods import fit_independent_pixels
 
@@ -166,39 +163,3 @@ def test_a_constant_pixel_leaves_other_images_a_finite_baseline(name):
 def test_the_same_table_every_time_has_no_scale():
     with pytest.raises(ValueError, match="x: expected pixels that vary"):
         fit_independent_pixels(likelihoods.Normal((3,)), torch.ones(10, 3))
-
-
-# --- In a run ---
-
-
-def train_on(tmp_path, table: np.ndarray, **changed) -> tuple[list[str], dict]:
-    np.save(tmp_path / "table.npy", table)
-    said: list[str] = []
-    options = replace(SMALL, dataset=str(tmp_path / "table.npy"), network="mlp", epochs=1, **changed)
-    train_run(options, str(tmp_path / "run"), say=said.append)
-    return said, runs.read_evaluations(tmp_path / "run")["test"]
-
-
-@pytest.mark.parametrize("likelihood", ["normal", "laplace"])
-def test_uneven_columns_are_warned_of_with_both_cures(tmp_path, likelihood):
-    said, _ = train_on(tmp_path, load_wine().data, likelihood=likelihood)
-    (line,) = [line for line in said if line.startswith("Warning: the columns differ in spread")]
-    assert "tandardize" in line
-    assert "--likelihood normal-per-pixel" in line
-
-
-@pytest.mark.parametrize("likelihood", ["normal", "normal-per-pixel"])
-def test_nothing_is_warned_of_where_one_scale_does_or_each_column_has_its_own(tmp_path, likelihood):
-    wine = load_wine().data
-    table = (wine - wine.mean(0)) / wine.std(0) if likelihood == "normal" else wine
-    said, _ = train_on(tmp_path, table, likelihood=likelihood)
-    assert not any("differ in spread" in line for line in said)
-
-
-def test_an_evaluation_holds_the_columns_own_normals_beside_the_model(tmp_path):
-    """Fitted to the training rows, on the test rows."""
-    _, entry = train_on(tmp_path, load_wine().data, likelihood="normal")
-    splits = data.load(str(tmp_path / "table.npy"))
-    train, test = (part.double().numpy() for part in (splits.train, splits.test))
-    exact = scipy.stats.norm(train.mean(0), train.std(0)).logpdf(test).sum(1).mean()
-    assert entry["floor"]["mean"] == pytest.approx(exact, abs=1e-2)

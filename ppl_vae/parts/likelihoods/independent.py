@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ppl_vae import data
 from ppl_vae.data import NUM_LEVELS
-from ppl_vae.parts.likelihoods.counts import NegativeBinomial, Poisson, StableNegativeBinomial
+from ppl_vae.parts.likelihoods.counts import NegativeBinomial, Poisson, StableNegativeBinomial, StablePoisson
 from ppl_vae.parts.likelihoods.features import unbounded
 from ppl_vae.parts.likelihoods.level_mass import log_level_mass
 from ppl_vae.parts.likelihoods.levels import PIXELS_AT_ONCE, Categorical, LevelCategorical
@@ -57,7 +57,7 @@ def fit_independent_pixels(family: Any, x: Tensor, *, is_dequantized: bool = Fal
     elif isinstance(family, Categorical):
         pixels = LevelCategorical(logits=(level_counts(x) + 1 / NUM_LEVELS).log().to(x.dtype))
     elif isinstance(family, Poisson):
-        pixels = dist.Poisson(((0.5 + sum_over_images(x.flatten(1))) / len(x)).to(x.dtype))
+        pixels = StablePoisson(((0.5 + sum_over_images(x.flatten(1))) / len(x)).to(x.dtype))
     elif isinstance(family, NegativeBinomial):
         pixels = _fit_negative_binomial(x.flatten(1))
     elif isinstance(family, Beta | ContinuousBernoulli) and is_dequantized:

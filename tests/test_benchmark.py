@@ -85,5 +85,5 @@ def test_a_captured_step_that_computes_another_loss_is_no_contestant(benchmark, 
         benchmark.under_likelihoods([], few_digits, torch.device("cpu"), rounds=1)
 
 
-def test_all_likelihoods_are_timed_by_default():
+def test_all_likelihoods_are_timed_by_default(benchmark):
     assert parse_options(benchmark.Benchmark, []).likelihoods == tuple(LIKELIHOODS)

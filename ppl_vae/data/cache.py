@@ -173,7 +173,7 @@ def is_mapped(tensor: Tensor) -> bool:
 
 
 def allocate(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Allocate an uninitialized tensor, in memory or, where it is too large, in a nameless file.
+    """Allocate an uninitialized tensor of that shape, in memory or, where it is too large, in a nameless file.
 
     ``limits.fits`` decides. The file is in the cache folder; where that has no space, the tensor is in memory.
     """

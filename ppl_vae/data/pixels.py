@@ -54,12 +54,12 @@ def map_images(function: Callable[[Tensor], Tensor], x: Tensor, *, dtype: torch.
 
 
 def to_float(values: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Convert stored values to float32, unchanged."""
+    """Convert stored values of any shape to float32, unchanged."""
     return values.float()
 
 
 def to_unit_interval(values: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Convert 8-bit levels to level / 255."""
+    """Convert 8-bit levels of any shape to level / 255."""
     return values.float() / 255
 
 

@@ -113,7 +113,7 @@ def _to_python_number(value: Any) -> Any:
 
 def check_value(spec: Field[Any], value: Any) -> None:
     """Checks the value of one option. Raises ValueError, which names the option, what was expected and what came."""
-    if value is None and spec.default is None:
+    if value is None and "None" in str(spec.type):
         return
     kind, check = get_kind(spec), spec.metadata["check"]
     name = spec.name.upper() if spec.metadata["positional"] else format_flag(spec.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import RLock
@@ -47,7 +48,7 @@ def in_evaluation_mode(vae: nn.Module) -> Iterator[None]:
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Torch's global generators of the CPU and of that device start from the seed, and are put back afterwards."""
     with serialize_threads(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        seed_generators(seed, device)
+        seed_generators(operator.index(seed), device)
         yield
 
 

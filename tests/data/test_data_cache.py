@@ -446,7 +446,7 @@ import resource, sys
 from pathlib import Path
 from unittest import mock
 from ppl_vae import data
-from ppl_vae.data import threads
+from ppl_vae.data import loading, threads
 threads.num_threads = lambda: 1
 used = next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if "VmData" in line)
 resource.setrlimit(resource.RLIMIT_DATA, (1024 * used + 60 * 2**20,) * 2)

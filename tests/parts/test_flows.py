@@ -14,8 +14,8 @@ from random_weights import at_random
 from scipy.stats import kstest
 from torch.testing import assert_close
 
+from ppl_vae.parts import registry
 from ppl_vae.parts.flows import (
-    COUPLINGS,
     SPLINE_BOUND,
     ElementwiseAffine,
     Flow,
@@ -24,6 +24,8 @@ from ppl_vae.parts.flows import (
     rational_quadratic_spline,
 )
 from ppl_vae.parts.priors import StandardNormal
+
+COUPLINGS = {word: part.load() for word, part in registry.COUPLINGS.items()}
 
 
 def _of_couplings(name, dim, *, num_layers=3, hidden=(8,)):

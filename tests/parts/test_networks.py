@@ -47,11 +47,11 @@ def network(request):
 
 
 def encoder(word, event_shape, num_features):
-    return NETWORKS[word].encoder(event_shape, num_features, **SIZES)
+    return NETWORKS[word].load().encoder(event_shape, num_features, **SIZES)
 
 
 def decoder(word, latent_dim, event_shape, num_features):
-    return NETWORKS[word].decoder(latent_dim, event_shape, num_features, **SIZES)
+    return NETWORKS[word].load().decoder(latent_dim, event_shape, num_features, **SIZES)
 
 
 def equals_a_loop(net, event_shape, leading):

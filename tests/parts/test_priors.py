@@ -18,7 +18,7 @@ from scipy.stats import multivariate_normal, norm
 from torch.testing import assert_close
 
 from ppl_vae import VAE, Conditional, fit, log_weights, objectives
-from ppl_vae.parts.flows import COUPLINGS
+from ppl_vae.parts import registry
 from ppl_vae.parts.flows import Flow as Layers
 from ppl_vae.parts.networks import MLP, Standardized
 from ppl_vae.parts.posteriors import DiagonalNormal, FullNormal
@@ -26,6 +26,8 @@ from ppl_vae.parts.priors import Flow, Mixture, StandardNormal, VampPrior
 from ppl_vae.runs.build import build_vae
 from ppl_vae.runs.fit_arguments import initialize_output_bias
 from ppl_vae.runs.options import PRIORS, Options
+
+COUPLINGS = {word: part.load() for word, part in registry.COUPLINGS.items()}
 
 D = 12
 

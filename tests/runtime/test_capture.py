@@ -333,7 +333,7 @@ class Subsampled(VAE):
 
 
 class WithoutFormula(VAE):
-    """No KL is registered for a transformed distribution: Pyro's analytic estimator samples it."""
+    """A transformed distribution, for whose KL there is no formula."""
 
     def guide(self, x):
         loc, scale = self.posterior(x).base_dist.loc, self.posterior(x).base_dist.scale
@@ -383,8 +383,9 @@ PROGRAMS = {
         TwoLayers,
     )
 }
-# Pyro's analytic estimator knows no such site of a guide.
-COMBINATIONS = [(p, kl) for p in PROGRAMS for kl in ESTIMATORS if (p, kl) != ("FactorOfTheGuide", "analytic")]
+# Pyro's analytic estimator knows no such site of a guide, and ``elbo`` refuses a KL without a formula.
+REFUSED = {("FactorOfTheGuide", "analytic"), ("WithoutFormula", "analytic")}
+COMBINATIONS = [(p, kl) for p in PROGRAMS for kl in ESTIMATORS if (p, kl) not in REFUSED]
 
 
 @pytest.mark.filterwarnings("ignore:Failed to verify mean field restriction")  # TwoLayers: Pyro asks for one order

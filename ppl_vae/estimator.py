@@ -17,7 +17,7 @@ from ppl_vae import data
 from ppl_vae.data import own
 from ppl_vae.evidence.dequantization import dequantized
 from ppl_vae.evidence.exploration import decoded, encode, sampled
-from ppl_vae.evidence.importance import evaluate, particles_a_pass, seeded
+from ppl_vae.evidence.importance import evaluate, particles_per_pass, seeded
 from ppl_vae.runs.build import build_likelihood, build_vae
 from ppl_vae.runs.fit_arguments import build_objective, find_device, fit_arguments, initialize_output_bias
 from ppl_vae.runs.options import Options
@@ -257,7 +257,7 @@ class VAEDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
         vae = self._scored()
         with seeded(seed, find_device(self.device)), torch.no_grad(), pyro.validation_enabled(False):
             z = sampled(vae.prior(), n_samples)
-            chunk = particles_a_pass(vae.likelihood(z[:1]).mean)
+            chunk = particles_per_pass(vae.likelihood(z[:1]).mean)
             return self._layout(torch.cat([vae.likelihood(part).sample() for part in z.split(chunk)]))
 
     # --- From arrays to what the VAE sees, and back ---

@@ -2,7 +2,7 @@
 
     prior = LayeredPrior(StandardNormal(10), [Conditional(MLP(10, 2 * 40, hidden=(100,)), DiagonalNormal(40))])
     posterior = TopDown([MLP(E, 200, hidden=(200,)), MLP(200, 100, hidden=(100,))], [to_40, to_10], prior)
-    vae = HierarchicalVAE(prior, Conditional(OfBottomLayer(decoder, prior.latent_dims), Bernoulli(E)), posterior)
+    vae = HierarchicalVAE(prior, Conditional(BottomLayerOnly(decoder, prior.latent_dims), Bernoulli(E)), posterior)
 
 Layer 1 is next to the image, layer n on top. The latents of all layers side by side, z = (z_1, ..., z_n), are one
 vector, of which prior, posterior and likelihood speak as those of a VAE of one layer do.
@@ -262,7 +262,7 @@ def _latent_dims(parts: Sequence[Any]) -> tuple[int, ...]:
     return tuple(part.event_shape[0] for part in parts)
 
 
-class OfBottomLayer(nn.Module):
+class BottomLayerOnly(nn.Module):
     """h = net(z_1), of z = (z_1, ..., z_n): a decoder that sees the layer next to the image, p(x | z) = p(x | z_1).
 
     A network of all of z, (..., L_1 + ... + L_n), in its place is a decoder p(x | z_1, ..., z_n), with a way from every
@@ -300,7 +300,7 @@ class HierarchicalVAE(nn.Module):
 
     Args:
         prior: () -> p(z_1..z_n), a ``LayeredPrior``.
-        likelihood: z (..., L_1 + ... + L_n) -> p(x | z), batch (...), event E; see ``OfBottomLayer``.
+        likelihood: z (..., L_1 + ... + L_n) -> p(x | z), batch (...), event E; see ``BottomLayerOnly``.
         posterior: x (B, *E) -> q(z_1..z_n | x), ``BottomUp`` or ``TopDown``.
 
     Raises:

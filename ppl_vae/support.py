@@ -11,7 +11,7 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
-from ppl_vae.runtime.global_state import in_evaluation_mode, seeded
+from ppl_vae.runtime.global_state import evaluation_mode, seeded
 
 _CHECKED_AT_ONCE = 1000  # images
 
@@ -109,7 +109,7 @@ def _sites_of(model: Callable[[Tensor], Any], x: Tensor, image: Tensor) -> list[
     with (
         seeded(0, x.device),
         pyro.validation_enabled(False),
-        in_evaluation_mode(module) if isinstance(module, nn.Module) else nullcontext(),
+        evaluation_mode(module) if isinstance(module, nn.Module) else nullcontext(),
         poutine.block(),
     ):
         try:

@@ -54,5 +54,5 @@ def graphs(monkeypatch):
         return lambda tensors: graph(*tensors)
 
     monkeypatch.setattr(compiler, "compile_fx_inner", run_as_it_is)
-    monkeypatch.setattr(capture, "why_not", lambda device: None)
+    monkeypatch.setattr(capture, "capture_obstacle", lambda device: None)
     return seen

@@ -203,8 +203,8 @@ def exchanges(case: str, folder: Path) -> str:
             len(nothing),
             distributed.agree(rank == 1),
             distributed.agree(False),
-            distributed.from_writer(["é", rank]),
-            distributed.from_all(rank),
+            distributed.broadcast(["é", rank]),
+            distributed.gather_objects(rank),
         )
     )
 

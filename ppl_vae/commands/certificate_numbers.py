@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ppl_vae.commands.certificate_stages import Chained
+from ppl_vae.commands.certificate_stages import AISSummary
 from ppl_vae.commands.evaluate import quantiles
 from ppl_vae.evidence.gaps import Gaps
 from ppl_vae.evidence.guide_calibration import Ranks, judge
@@ -64,12 +64,12 @@ class Measured:
     """
 
     index: Tensor
-    chains: Chained
+    chains: AISSummary
     plain: Importance
     smoothed: Tensor
     improved: Importance
     converging: Converging
-    simulated: tuple[Chained, Chained] | None
+    simulated: tuple[AISSummary, AISSummary] | None
     gaps: dict[str, Gaps]
     ranks: Ranks | None
     scored: Scored | None
@@ -84,26 +84,26 @@ def numbers_of(found: Measured, num_particles: int) -> dict[str, Any]:
     """The entry's numbers, but for what was asked."""
     curves, ais = found.converging, found.chains.bound[found.converging.places]
     return {
-        "ais": of_chains(found.chains),
-        "importance": of_importance(found.plain, num_particles) | {"smoothed_estimate": _mean(found.smoothed)},
-        "improved": of_importance(found.improved, num_particles),
+        "ais": summarize_chains(found.chains),
+        "importance": summarize_importance(found.plain, num_particles) | {"smoothed_estimate": _mean(found.smoothed)},
+        "improved": summarize_importance(found.improved, num_particles),
         "ais_minus_importance": difference(found.chains, found.plain),
         "ais_minus_improved": difference(found.chains, found.improved),
         "total_gap": _mean(found.chains.bound - found.plain.elbo),
         "unreliable": found.index[found.unreliable].tolist(),
-        "simulated": None if found.simulated is None else of_simulated(*found.simulated),
+        "simulated": None if found.simulated is None else summarize_simulated(*found.simulated),
         "convergence": {
             "num_images": len(ais),
-            "temperatures": of_curve(curves.temperatures, curves.chains, ais),
-            "particles": of_curve(curves.particles, curves.weighed, ais),
+            "temperatures": summarize_curve(curves.temperatures, curves.chains, ais),
+            "particles": summarize_curve(curves.particles, curves.weighed, ais),
         },
-        "gaps": {split: of_gaps(each) for split, each in found.gaps.items()} or None,
+        "gaps": {split: summarize_gaps(each) for split, each in found.gaps.items()} or None,
         "calibration": None if found.ranks is None else judge(found.ranks).to_json(),
         "against": None if found.scored is None else typicality(*found.scored, num_particles=num_particles).to_json(),
     }
 
 
-def unreliable(chains: Chained, improved: Importance) -> Tensor:
+def unreliable(chains: AISSummary, improved: Importance) -> Tensor:
     """(N,) bool: where two bounds by different means are more than 0.5 nats apart, or the chains' own jackknife is.
 
     The jackknife of a single chain is NaN, and says nothing. Source: ours.
@@ -112,7 +112,7 @@ def unreliable(chains: Chained, improved: Importance) -> Tensor:
     return ~near | (chains.bias > UNRELIABLE_BIAS)
 
 
-def of_chains(found: Chained) -> dict[str, Any]:
+def summarize_chains(found: AISSummary) -> dict[str, Any]:
     """A bound of chains: mean, standard error over images, Monte Carlo error of the mean, what is still lacking."""
     return {
         **_mean(found.bound),
@@ -123,7 +123,7 @@ def of_chains(found: Chained) -> dict[str, Any]:
     }
 
 
-def of_importance(found: Importance, num_particles: int) -> dict[str, Any]:
+def summarize_importance(found: Importance, num_particles: int) -> dict[str, Any]:
     """The same of L_S, with the jackknife-corrected estimate beside it, which is no bound."""
     return {
         **_mean(found.log_evidence),
@@ -139,14 +139,14 @@ def of_importance(found: Importance, num_particles: int) -> dict[str, Any]:
     }
 
 
-def difference(chains: Chained, other: Importance) -> dict[str, float]:
+def difference(chains: AISSummary, other: Importance) -> dict[str, float]:
     """The chains' bound minus L_S, paired: its mean, standard error over images, and Monte Carlo error."""
     noise = torch.cat([chains.monte_carlo_stderr, other.monte_carlo_stderr])
     error = float(noise.square().sum().sqrt()) / len(chains.bound)
     return {**_mean(chains.bound - other.log_evidence), "monte_carlo_stderr": error}
 
 
-def of_simulated(below: Chained, above: Chained) -> dict[str, Any]:
+def summarize_simulated(below: AISSummary, above: AISSummary) -> dict[str, Any]:
     """Both bounds of the model's own images, and the gap between them.
 
     The reverse chains of an image share its one exact draw, so how they differ says nothing of the upper bound's error.
@@ -154,14 +154,14 @@ def of_simulated(below: Chained, above: Chained) -> dict[str, Any]:
     unknown = {"monte_carlo_stderr": None, "bias": None, "ess": None}
     return {
         "num_images": len(below.bound),
-        "lower": of_chains(below),
-        "upper": of_chains(above) | unknown,
+        "lower": summarize_chains(below),
+        "upper": summarize_chains(above) | unknown,
         "gap": _mean(above.bound - below.bound),
         "widest_gap": float((above.bound - below.bound).max()),
     }
 
 
-def of_curve(effort: Sequence[int], bounds: Tensor, ais: Tensor) -> dict[str, list[float]]:
+def summarize_curve(effort: Sequence[int], bounds: Tensor, ais: Tensor) -> dict[str, list[float]]:
     """What bounds (K, N) of each effort lack of that of AIS in full (N,): the mean over images and its paired error."""
     lacking = [Estimate.of(bound - ais, 1) for bound in bounds]
     return {
@@ -172,7 +172,7 @@ def of_curve(effort: Sequence[int], bounds: Tensor, ais: Tensor) -> dict[str, li
     }
 
 
-def of_gaps(found: Gaps) -> dict[str, Any]:
+def summarize_gaps(found: Gaps) -> dict[str, Any]:
     """log p(x) - ELBO of one split, and its parts."""
     parts = {"log_evidence": found.log_evidence, "elbo": found.elbo, "refined_elbo": found.refined_elbo}
     parts |= {"total": found.total, "approximation": found.approximation, "amortization": found.amortization}

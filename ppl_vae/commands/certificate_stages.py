@@ -9,14 +9,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ppl_vae.commands.evaluate import with_a_bar
+from ppl_vae.commands.evaluate import evaluate_with_progress
 from ppl_vae.evidence import ais, proposals
 from ppl_vae.evidence import gaps as gaps_of
 from ppl_vae.evidence.exploration import gather_log_weights
 from ppl_vae.evidence.guide_calibration import Ranks, ranks
-from ppl_vae.evidence.importance import Importance, evaluate, seeded, weighed_a_pass
+from ppl_vae.evidence.importance import Importance, evaluate, pairs_per_pass, seeded
 from ppl_vae.parts.posteriors import FullNormal
-from ppl_vae.runs.certificate_blocks import Bench, Progress, Tensors, block, even_block, in_blocks, seed_of
+from ppl_vae.runs.certificate_blocks import Progress, StageContext, Tensors, block, compute_blocks, even_block, seed_of
 from ppl_vae.runs.fit_arguments import decide_compile
 from ppl_vae.runtime.numerics import LogWeightSummary, bound_by_particles, smoothed_log_mean_exp
 from ppl_vae.vae import VAE
@@ -46,7 +46,7 @@ class Chain(NamedTuple):
     start: str
 
 
-class Chained(NamedTuple):
+class AISSummary(NamedTuple):
     """What the chains say of each image; every field is (N,), float64.
 
     ``bound`` is the bound on log p(x) in nats, from below or from above; ``monte_carlo_stderr`` the delta method's
@@ -64,11 +64,11 @@ class Chained(NamedTuple):
 # --- Importance sampling ---
 
 
-def importance(bench: Bench, stage: str, x: Tensor, *, vae: VAE, num_particles: int, words: str) -> Importance:
+def importance(bench: StageContext, stage: str, x: Tensor, *, vae: VAE, num_particles: int, words: str) -> Importance:
     """L_S with the VAE's guide, (N,) each, on the CPU. x: (N, *E)."""
 
     def weighed(number: int, images: Tensor) -> Tensors:
-        return with_a_bar(
+        return evaluate_with_progress(
             vae,
             images,
             num_particles=num_particles,
@@ -86,7 +86,7 @@ def importance(bench: Bench, stage: str, x: Tensor, *, vae: VAE, num_particles: 
     return Importance(**found)
 
 
-def improved(bench: Bench, stage: str, x: Tensor, *, num_particles: int, words: str) -> Importance:
+def improved(bench: StageContext, stage: str, x: Tensor, *, num_particles: int, words: str) -> Importance:
     """L_S with a normal of each image's own, (N,) each, on the CPU; a lower bound, as the guide's. x: (N, *E)."""
 
     size = even_block(len(x), REFINED_A_BLOCK)
@@ -94,8 +94,8 @@ def improved(bench: Bench, stage: str, x: Tensor, *, num_particles: int, words: 
 
     def compute(items: slice, progress: Progress, compiled: bool) -> Tensors:
         images = x[items]
-        own = proposals.with_guide(bench.vae, _proposal(bench, images, progress, compiled and pays))
-        passes = math.ceil(len(images) * num_particles / weighed_a_pass(own, images))
+        own = proposals.replace_guide(bench.vae, _proposal(bench, images, progress, compiled and pays))
+        passes = math.ceil(len(images) * num_particles / pairs_per_pass(own, images))
         return evaluate(
             own,
             images,
@@ -105,16 +105,16 @@ def improved(bench: Bench, stage: str, x: Tensor, *, num_particles: int, words: 
         )._asdict()
 
     calls = _REFINING_STEPS * size
-    found = in_blocks(bench, stage, len(x), size, compute, calls=calls, words=words)
+    found = compute_blocks(bench, stage, len(x), size, compute, calls=calls, words=words)
     return Importance(**found)
 
 
-def _refining_pays(bench: Bench, count: int, size: int) -> bool:
+def _refining_pays(bench: StageContext, count: int, size: int) -> bool:
     """Whether a graph of a refining step is made: a step is no longer than a training step, and there are few."""
     return decide_compile(bench.compile, _REFINING_STEPS * math.ceil(count / size), bench.place)
 
 
-def _proposal(bench: Bench, x: Tensor, progress: Progress, compiled: bool) -> proposals.Proposal:
+def _proposal(bench: StageContext, x: Tensor, progress: Progress, compiled: bool) -> proposals.Proposal:
     """A normal of full covariance for each image, refined from the guide's moments, with a share that is wider."""
     (L,) = bench.vae.prior().event_shape
     q = proposals.refined(
@@ -132,7 +132,7 @@ def _proposal(bench: Bench, x: Tensor, progress: Progress, compiled: bool) -> pr
 # --- Annealing ---
 
 
-def annealed(bench: Bench, stage: str, x: Tensor, chain: Chain, *, words: str) -> Chained:
+def annealed(bench: StageContext, stage: str, x: Tensor, chain: Chain, *, words: str) -> AISSummary:
     """log p(x) from below, (N,) each, on the CPU. x: (N, *E)."""
 
     def compute(items: slice, progress: Progress, compiled: bool) -> Tensors:
@@ -141,10 +141,12 @@ def annealed(bench: Bench, stage: str, x: Tensor, chain: Chain, *, words: str) -
         return _summary(found.log_w, found.acceptance, 1)
 
     size, calls = images_a_block(bench, x, chain), 2 * chain.temperatures
-    return Chained(**in_blocks(bench, stage, len(x), size, compute, calls=calls, words=words))
+    return AISSummary(**compute_blocks(bench, stage, len(x), size, compute, calls=calls, words=words))
 
 
-def simulated(bench: Bench, stage: str, num_images: int, chain: Chain, *, words: str) -> tuple[Chained, Chained]:
+def simulated(
+    bench: StageContext, stage: str, num_images: int, chain: Chain, *, words: str
+) -> tuple[AISSummary, AISSummary]:
     """log p(x) from below and from above, of images that the model makes together with a z of theirs."""
     with seeded(seed_of(bench.seed, f"{stage} images", 0), bench.place):
         x, z = ais.simulate(bench.vae, num_images)
@@ -158,17 +160,19 @@ def simulated(bench: Bench, stage: str, num_images: int, chain: Chain, *, words:
         return results | {f"upper {name}": v for name, v in _summary(above.log_w, above.acceptance, -1).items()}
 
     size, calls = images_a_block(bench, x, chain), 3 * chain.temperatures
-    found = in_blocks(bench, stage, num_images, size, compute, calls=calls, words=words)
-    below, above = (Chained(*(found[f"{side} {name}"] for name in Chained._fields)) for side in ("lower", "upper"))
+    found = compute_blocks(bench, stage, num_images, size, compute, calls=calls, words=words)
+    below, above = (
+        AISSummary(*(found[f"{side} {name}"] for name in AISSummary._fields)) for side in ("lower", "upper")
+    )
     return below, above
 
 
-def images_a_block(bench: Bench, x: Tensor, chain: Chain) -> int:
+def images_a_block(bench: StageContext, x: Tensor, chain: Chain) -> int:
     """Of x (N, *E): blocks of nearly one size, that chains of all images in one fit into a pass of the decoder."""
     return even_block(len(x), min(CHAINED_A_BLOCK, ais.images_a_block(bench.vae, x, chain.chains)))
 
 
-def _pilot(bench: Bench, x: Tensor, chain: Chain, progress: Progress, compiled: bool) -> ais.Annealing:
+def _pilot(bench: StageContext, x: Tensor, chain: Chain, progress: Progress, compiled: bool) -> ais.Annealing:
     return ais.pilot(
         bench.vae,
         x,
@@ -223,7 +227,7 @@ class Weighed(NamedTuple):
     smoothed: Tensor
 
 
-def weighed_particles(bench: Bench, stage: str, x: Tensor, sizes: list[int], *, words: str) -> Weighed:
+def weighed_particles(bench: StageContext, stage: str, x: Tensor, sizes: list[int], *, words: str) -> Weighed:
     """Of the largest of the sizes, the last, as S. x: (N, *E)."""
 
     def compute(items: slice, progress: Progress, compiled: bool) -> Tensors:
@@ -232,14 +236,14 @@ def weighed_particles(bench: Bench, stage: str, x: Tensor, sizes: list[int], *, 
         return {"bounds": bound_by_particles(log_w, sizes).T, "smoothed": smoothed_log_mean_exp(log_w.double())}
 
     size = even_block(len(x), max(1, min(CHAINED_A_BLOCK, _HELD // sizes[-1])))
-    found = in_blocks(bench, stage, len(x), size, compute, calls=1, words=words)
+    found = compute_blocks(bench, stage, len(x), size, compute, calls=1, words=words)
     return Weighed(found["bounds"].T, found["smoothed"])
 
 
 # --- Gaps, calibration ---
 
 
-def gaps(bench: Bench, stage: str, x: Tensor, log_evidence: Tensor, *, words: str) -> gaps_of.Gaps:
+def gaps(bench: StageContext, stage: str, x: Tensor, log_evidence: Tensor, *, words: str) -> gaps_of.Gaps:
     """log p(x) - ELBO in its parts, (N,) each, on the CPU. x: (N, *E), log_evidence: (N,) nats."""
     size = even_block(len(x), REFINED_A_BLOCK)
     pays = _refining_pays(bench, len(x), size)
@@ -256,10 +260,10 @@ def gaps(bench: Bench, stage: str, x: Tensor, log_evidence: Tensor, *, words: st
         )._asdict()
 
     calls = _REFINING_STEPS * size
-    return gaps_of.Gaps(**in_blocks(bench, stage, len(x), size, compute, calls=calls, words=words))
+    return gaps_of.Gaps(**compute_blocks(bench, stage, len(x), size, compute, calls=calls, words=words))
 
 
-def guide_ranks(bench: Bench, stage: str, num_simulations: int, num_draws: int, *, words: str) -> Ranks:
+def guide_ranks(bench: StageContext, stage: str, num_simulations: int, num_draws: int, *, words: str) -> Ranks:
     """The ranks of simulation-based calibration, on the CPU."""
 
     def compute(items: slice, progress: Progress, compiled: bool) -> Tensors:
@@ -268,5 +272,5 @@ def guide_ranks(bench: Bench, stage: str, num_simulations: int, num_draws: int, 
         return {"latents": found.latents, "log_joint": found.log_joint}
 
     size = even_block(num_simulations, SIMULATED_A_BLOCK)
-    found = in_blocks(bench, stage, num_simulations, size, compute, calls=size, words=words)
+    found = compute_blocks(bench, stage, num_simulations, size, compute, calls=size, words=words)
     return Ranks(found["latents"], found["log_joint"], num_draws)

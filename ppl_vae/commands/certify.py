@@ -13,8 +13,8 @@ from torch import Tensor
 from ppl_vae import data, runs
 from ppl_vae.commands import certificate_numbers as numbers
 from ppl_vae.commands import certificate_stages as stages
-from ppl_vae.commands.certificate_stages import Chain, Chained
-from ppl_vae.commands.evaluate import what_is_measured
+from ppl_vae.commands.certificate_stages import AISSummary, Chain
+from ppl_vae.commands.evaluate import describe_provenance
 from ppl_vae.commands.options import Certify
 from ppl_vae.evidence.ais import start_of
 from ppl_vae.evidence.gaps import Gaps
@@ -23,7 +23,7 @@ from ppl_vae.reports.certificate_figures import certificate_figures
 from ppl_vae.reports.certificate_table import certificate_table, check_output, read_certificates, write_certificate
 from ppl_vae.reports.certificate_words import describe_certificate
 from ppl_vae.runs.build import build_likelihood
-from ppl_vae.runs.certificate_blocks import Bench, Finished
+from ppl_vae.runs.certificate_blocks import BlockStore, StageContext
 from ppl_vae.runs.fit_arguments import decide_compile, find_device
 from ppl_vae.runs.opening import Run, Say, check_density, evaluated_vae, open_run
 from ppl_vae.runs.outputs import write_figure
@@ -129,13 +129,13 @@ def certify_run(options: Certify, *, say: Say) -> dict[str, Any]:
             stage: of_all | own
             for stage, own in _stages(run, options.split, len(x), chain, options.num_particles, parts, other)
         }
-        finished = Finished(
+        finished = BlockStore(
             run.folder / partial_file(options.split), run.folder / per_image(options.split), decided_by, of_all, say
         )
-        bench = Bench(vae, place, options.seed, finished, options.compile, compiles, say, should_stop)
+        bench = StageContext(vae, place, options.seed, finished, options.compile, compiles, say, should_stop)
         found = _measure(bench, run, index, x.to(place), chain, options.num_particles, parts, other)
         entry = {
-            **what_is_measured(run),
+            **describe_provenance(run),
             **asked,
             **numbers.numbers_of(found, options.num_particles),
             "stage_seconds": finished.seconds,
@@ -272,7 +272,7 @@ def _splits_of_gaps(run: Run) -> list[str]:
 
 
 def _measure(
-    bench: Bench, run: Run, index: Tensor, x: Tensor, chain: Chain, S: int, parts: Parts, other: Other | None
+    bench: StageContext, run: Run, index: Tensor, x: Tensor, chain: Chain, S: int, parts: Parts, other: Other | None
 ) -> numbers.Measured:
     """Every stage, the quickest first, so that what is wrong is found soon."""
     plain = stages.importance(bench, "importance", x, vae=bench.vae, num_particles=S, words="importance sampling")
@@ -296,7 +296,7 @@ def _measure(
     )
 
 
-def _scored(bench: Bench, x: Tensor, other: Other, S: int) -> numbers.Scored:
+def _scored(bench: StageContext, x: Tensor, other: Other, S: int) -> numbers.Scored:
     """Both sets by the same bound, with a guide that serves images for which the run's was not made."""
     vae = guarded(bench.vae)
     both = {"against own": (x, "the run's own"), "against": (other.x.to(bench.place), other.name)}
@@ -308,7 +308,7 @@ def _scored(bench: Bench, x: Tensor, other: Other, S: int) -> numbers.Scored:
 
 
 def _converging(
-    bench: Bench, x: Tensor, chain: Chain, sizes: list[int], weighed: stages.Weighed, full: Chained
+    bench: StageContext, x: Tensor, chain: Chain, sizes: list[int], weighed: stages.Weighed, full: AISSummary
 ) -> numbers.Converging:
     """With fewer temperatures and fewer particles, on images spread over all of them: files may be sorted by class."""
     count = min(_CONVERGING, len(x))
@@ -324,7 +324,7 @@ def _converging(
     )
 
 
-def _gaps(bench: Bench, run: Run, chain: Chain, images: int) -> dict[str, Gaps]:
+def _gaps(bench: StageContext, run: Run, chain: Chain, images: int) -> dict[str, Gaps]:
     """Of train and of validation, as far as the data has them."""
     found = {}
     for split in _splits_of_gaps(run):

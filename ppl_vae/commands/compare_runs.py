@@ -13,7 +13,7 @@ from pyro import poutine
 from torch import Tensor
 
 from ppl_vae import data, runs
-from ppl_vae.commands.evaluate import bits_per_dim, read_per_image, with_a_bar
+from ppl_vae.commands.evaluate import bits_per_dim, evaluate_with_progress, read_per_image
 from ppl_vae.commands.options import CompareRuns
 from ppl_vae.evidence.importance import Estimate, Importance, pass_of_group, seeded
 from ppl_vae.evidence.paired import CONFIDENCE, INDISTINCT, SEED_NATS, BoundDifference, bound_difference
@@ -205,7 +205,7 @@ def _stored(entrants: Sequence[Entrant], asked: Asked) -> list[Importance] | Non
 
 def _evaluated(entrant: Entrant, asked: Asked, place: torch.device, compile: str, say: Say) -> Importance:
     vae = entrant.vae.to(place)
-    result = with_a_bar(
+    result = evaluate_with_progress(
         vae,
         asked.x.to(place),
         num_particles=asked.num_particles,

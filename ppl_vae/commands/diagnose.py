@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ppl_vae import data, runs
 from ppl_vae.commands.diagnosis_numbers import importance_numbers, measure, measure_if_possible, noise_numbers
-from ppl_vae.commands.evaluate import read_per_image, what_is_measured
+from ppl_vae.commands.evaluate import describe_provenance, read_per_image
 from ppl_vae.commands.options import Diagnose
 from ppl_vae.diagnostics.verdicts import Verdict, verdicts
 from ppl_vae.evidence.importance import seeded
@@ -81,7 +81,7 @@ def diagnose_run(options: Diagnose, *, say: Say) -> dict[str, Any]:
             "step": step,
             "split": split,
             "seed": options.seed,
-            **what_is_measured(run),
+            **describe_provenance(run),
             "scale": run.trained_scale,
             "numbers": numbers,
             "verdicts": [_verdict_entry(run, verdict, split, figures) for verdict in verdicts(numbers)],

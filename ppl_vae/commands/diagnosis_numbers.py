@@ -14,7 +14,7 @@ from torch import Tensor
 from ppl_vae import diagnostics
 from ppl_vae.diagnostics import CannotMeasure, PerLatent, Value
 from ppl_vae.diagnostics.pixel_calibration import calibration
-from ppl_vae.evidence.exploration import Codes, decoded, drawn, encode, moments, sampled
+from ppl_vae.evidence.exploration import PosteriorMoments, decoded, drawn, encode, moments, sampled
 from ppl_vae.evidence.importance import Importance, evaluate, reconstruction, seeded
 from ppl_vae.vae import VAE
 from ppl_vae.weights import is_deterministic
@@ -109,7 +109,7 @@ def _some(x: Tensor, most: int) -> Tensor:
 # --- What the latents carry ---
 
 
-def _latent_numbers(vae: VAE, x: Tensor, codes: Codes, autoencoder: bool) -> dict[str, Any]:
+def _latent_numbers(vae: VAE, x: Tensor, codes: PosteriorMoments, autoencoder: bool) -> dict[str, Any]:
     active = diagnostics.active_units(codes, moments(vae.prior()).scale)
     found: dict[str, Any] = {
         "latent_dim": codes.mean.shape[1],
@@ -141,7 +141,7 @@ def _latent_numbers(vae: VAE, x: Tensor, codes: Codes, autoencoder: bool) -> dic
     }
 
 
-def _most_paired(codes: Codes) -> int:
+def _most_paired(codes: PosteriorMoments) -> int:
     return _MOST_PAIRED if codes.num_draws is None else _MOST_PAIRED_BY_A_FLOW
 
 
@@ -152,7 +152,7 @@ def _per_latent(mean: Tensor, stderr: Tensor) -> dict[str, list[float]]:
 # --- The aggregate posterior against the prior ---
 
 
-def _aggregate_numbers(vae: VAE, x: Tensor, codes: Codes, autoencoder: bool, seed: int) -> dict[str, Any]:
+def _aggregate_numbers(vae: VAE, x: Tensor, codes: PosteriorMoments, autoencoder: bool, seed: int) -> dict[str, Any]:
     """Every other image makes the aggregate posterior that holes are holes of; the rest say how well it covers."""
     prior = vae.prior()
     z, z_prior = drawn(vae, x), sampled(prior, len(x))
@@ -200,7 +200,9 @@ def _latents(z: Tensor, index: Tensor) -> list[list[float]]:
 # --- Pictures, pixels, and the estimate ---
 
 
-def _picture_numbers(vae: VAE, x: Tensor, codes: Codes, gray: Tensor, left_out: dict[str, str]) -> dict[str, Any]:
+def _picture_numbers(
+    vae: VAE, x: Tensor, codes: PosteriorMoments, gray: Tensor, left_out: dict[str, str]
+) -> dict[str, Any]:
     reconstructions = decoded(vae, codes.mean)
     variation = measure_if_possible(
         left_out, "variation", lambda: diagnostics.reconstruction_variation(reconstructions, gray)

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from ppl_vae import runs
-from ppl_vae.commands.evaluate import what_is_measured, with_a_bar
+from ppl_vae.commands.evaluate import describe_provenance, evaluate_with_progress
 from ppl_vae.commands.options import Encode
 from ppl_vae.data import dequantize_uniformly
 from ppl_vae.data.registry import SPLITS
-from ppl_vae.evidence.exploration import Codes, encode
+from ppl_vae.evidence.exploration import PosteriorMoments, encode
 from ppl_vae.evidence.importance import Estimate, Importance, reconstruction, seeded
 from ppl_vae.reports.evaluation_words import NOT_A_LOG_LIKELIHOOD, plus_minus, scale_in_words
 from ppl_vae.reports.run_figures import latents_figure, use_of_latents
@@ -100,17 +100,19 @@ def _check_whole(given: Images) -> None:
 
 def _measured(
     vae: VAE, given: Images, num_particles: int, seed: int, place: torch.device, say: Say
-) -> tuple[Codes, Importance]:
+) -> tuple[PosteriorMoments, Importance]:
     """The latents and the numbers of each image, on the CPU."""
     x = given.x.to(place)
     with seeded(seed, place):
         codes = encode(vae, x)
     words = f"log p(x), {Path(given.source).name}"
-    result = with_a_bar(vae, x, num_particles=num_particles, seed=seed, compile="auto", say=say, words=words)
+    result = evaluate_with_progress(
+        vae, x, num_particles=num_particles, seed=seed, compile="auto", say=say, words=words
+    )
     return _on_cpu(codes), Importance(*(values.cpu() for values in result))
 
 
-def _reconstructed(run: Run, given: Images, seed: int, place: torch.device) -> tuple[Codes, Tensor]:
+def _reconstructed(run: Run, given: Images, seed: int, place: torch.device) -> tuple[PosteriorMoments, Tensor]:
     """An autoencoder's codes, and log p(x | z(x)) of each image (n,) nats, on the CPU; x as its training saw images."""
     vae, x = load(run.folder).to(place), given.x.to(place)
     with seeded(seed, place):
@@ -121,7 +123,7 @@ def _reconstructed(run: Run, given: Images, seed: int, place: torch.device) -> t
     return _on_cpu(codes), log_p_x_given_z.cpu()
 
 
-def _on_cpu(codes: Codes) -> Codes:
+def _on_cpu(codes: PosteriorMoments) -> PosteriorMoments:
     return codes._replace(mean=codes.mean.cpu(), scale=codes.scale.cpu())
 
 
@@ -129,7 +131,7 @@ def _folder_name(images_path: str) -> str:
     return images_path if images_path in SPLITS else Path(images_path).resolve().stem or "images"
 
 
-def _arrays(given: Images, codes: Codes, result: Importance | Tensor) -> dict[str, Any]:
+def _arrays(given: Images, codes: PosteriorMoments, result: Importance | Tensor) -> dict[str, Any]:
     arrays: dict[str, Any] = {"mean": codes.mean.numpy()}
     if isinstance(result, Importance):
         arrays |= {
@@ -146,7 +148,7 @@ def _arrays(given: Images, codes: Codes, result: Importance | Tensor) -> dict[st
 
 
 def _summary(run: Run, given: Images, result: Importance | Tensor, num_particles: int) -> dict[str, Any]:
-    of_images = {"images": given.source, **what_is_measured(run), "num_images": len(given.x)}
+    of_images = {"images": given.source, **describe_provenance(run), "num_images": len(given.x)}
     if not isinstance(result, Importance):
         lowest = result.argsort()[:_NUM_LOWEST].tolist()
         return of_images | {

@@ -20,11 +20,11 @@ from ppl_vae.evidence.importance import (
     Estimate,
     Importance,
     evaluate,
-    images_a_group,
-    particles_a_pass,
+    images_per_group,
+    pairs_per_pass,
+    particles_per_pass,
     reconstruction,
     seeded,
-    weighed_a_pass,
 )
 from ppl_vae.parts.likelihoods import fit_independent_pixels
 from ppl_vae.reports.evaluation_words import describe_evaluation, has_no_density
@@ -36,10 +36,10 @@ from ppl_vae.runs.partial_evaluation import PartialEvaluation, partial_path
 from ppl_vae.runtime import ranks as distributed
 from ppl_vae.runtime.capture import CannotCapture
 from ppl_vae.runtime.ending import Interrupted
-from ppl_vae.runtime.groups import Stopped, ending_together
+from ppl_vae.runtime.groups import Stopped, end_together
 from ppl_vae.runtime.interruption import stop_on_signals
 from ppl_vae.runtime.progress import Progress
-from ppl_vae.runtime.rank_zero import joined, of_writer, writer_first
+from ppl_vae.runtime.rank_zero import joined, rank_zero_first, rank_zero_only
 from ppl_vae.vae import VAE
 
 _FLOOR_SEED = 0
@@ -124,9 +124,9 @@ def evaluate_run(options: Evaluate, *, say: Say) -> dict[str, Any]:
     """
     find_device(options.device)
     with joined(options.device), ExitStack() as held:
-        run = writer_first(lambda: open_run(options.run_dir, dataset=options.dataset, data_dir=options.data_dir))
+        run = rank_zero_first(lambda: open_run(options.run_dir, dataset=options.dataset, data_dir=options.data_dir))
         check_density(run, "log-likelihood")
-        with ending_together():
+        with end_together():
             held.enter_context(runs.locked(run.folder))
         return write_evaluation(
             run,
@@ -137,7 +137,7 @@ def evaluate_run(options: Evaluate, *, say: Say) -> dict[str, Any]:
             seed=options.seed,
             compile=options.compile,
             dequantization_draws=options.dequantization_draws,
-            say=of_writer(say),
+            say=rank_zero_only(say),
         )
 
 
@@ -167,7 +167,7 @@ def write_evaluation(
     partial = _partial_evaluation(run, split, x, num_particles, seed=seed, step=step, compile=compile, say=say)
     with stop_on_signals() as should_stop:  # until all is written: a signal during the last image loses nothing
         try:
-            result = with_a_bar(
+            result = evaluate_with_progress(
                 vae,
                 x,
                 num_particles=num_particles,
@@ -184,14 +184,14 @@ def write_evaluation(
             done = f"{partial.num_done:,} of {len(x):,} images are done and kept"
             raise Interrupted(f"{done}; evaluated again, the run goes on there") from None
         entry = {
-            **what_is_measured(run),
+            **describe_provenance(run),
             "split": split,
             "num_images": len(x),
             "num_particles": num_particles,
             "seed": seed,
             "dequantization_draws": None,
             **_summary(result, num_particles),
-            **floor_and_entropy(run, split, x.cpu(), index),
+            **reference_bounds(run, split, x.cpu(), index),
             "bits_per_dim": bits_per_dim(run, result.log_evidence, num_particles),
             "step": step,
             "seconds": partial.seconds,
@@ -221,7 +221,7 @@ def _partial_evaluation(
         "step": step,
         "weights": data.compute_sha256(run.folder / runs.MODEL),
     }
-    size, num_columns = images_a_group(x, num_particles), len(Importance._fields)
+    size, num_columns = images_per_group(x, num_particles), len(Importance._fields)
     path = partial_path(run.folder, split)
     return PartialEvaluation(path, identity, num_images=len(x), size=size, num_columns=num_columns, say=say)
 
@@ -254,7 +254,7 @@ def write_reconstructions(
         except Stopped:
             raise Interrupted("the evaluation was not finished, and nothing of it is kept") from None
     entry = {
-        **what_is_measured(run),
+        **describe_provenance(run),
         "scale": run.trained_scale,
         "split": split,
         "num_images": len(x),
@@ -307,7 +307,7 @@ def _of_these_weights(folder: Path, step: int) -> dict[str, Any]:
 def _write(run: Run, entry: dict[str, Any], tensors: dict[str, Tensor], say: Say) -> None:
     """The numbers of each image, then the entry, in files and in words."""
     scalars = {name: entry[name] for name in ("num_particles", "seed", "step", "dequantization_draws")}
-    with ending_together():
+    with end_together():
         if distributed.is_writer():
             kept = _of_these_weights(run.folder, entry["step"])
             runs.save_tensors(run.folder / runs.per_image(entry["split"]), tensors, scalars)
@@ -316,7 +316,7 @@ def _write(run: Run, entry: dict[str, Any], tensors: dict[str, Tensor], say: Say
         say(line)
 
 
-def with_a_bar(
+def evaluate_with_progress(
     vae: VAE,
     x: Tensor,
     *,
@@ -336,7 +336,7 @@ def with_a_bar(
         Stopped: ``should_stop`` said so.
     """
     # By all passes, of all ranks and of before: what is computed may not depend on who computes it and when.
-    passes = math.ceil(len(x) * num_particles / weighed_a_pass(vae, x))
+    passes = math.ceil(len(x) * num_particles / pairs_per_pass(vae, x))
     compiled = decide_compile(compile, passes, x.device)
     before = sum(len(rows) for rows in (done or {}).values())
     with _bar(len(x), words, before) as bar, matmul_precision("float32"):
@@ -377,7 +377,7 @@ def _bar(num_images: int, words: str, before: int = 0) -> Progress:
     return Progress(total=num_images, initial=before, unit="image", desc=words, disable=not distributed.is_writer())
 
 
-def what_is_measured(run: Run) -> dict[str, Any]:
+def describe_provenance(run: Run) -> dict[str, Any]:
     """What a number depends on beside the model: data, protocol, binarization, likelihood and its measure."""
     return {
         "dataset": run.splits.name,
@@ -399,7 +399,7 @@ def bits_per_dim(run: Run, log_p: Tensor, num_particles: int) -> dict[str, float
     return Estimate.of(-log_p / (num_pixels * math.log(2)), num_particles).to_json()
 
 
-def floor_and_entropy(run: Run, split: str, x: Tensor, index: Tensor) -> dict[str, Any]:
+def reference_bounds(run: Run, split: str, x: Tensor, index: Tensor) -> dict[str, Any]:
     """What log p of x (n, *E) can be held against: independent pixels below it, the binarization's entropy above.
 
     "floor" is log prod_d p(x_d) of the likelihood's own kind, each pixel fitted to the training images by maximum
@@ -413,7 +413,7 @@ def floor_and_entropy(run: Run, split: str, x: Tensor, index: Tensor) -> dict[st
     with torch.no_grad(), seeded(_FLOOR_SEED, x.device):
         train = data.expected_images(splits, run.pixels)
         log_prob = fit_independent_pixels(likelihood, train, is_dequantized=run.pixels == "dequantized")
-        at_once = particles_a_pass(x, likelihood.numbers_a_pixel + _NUMBERS_OF_A_MASS)
+        at_once = particles_per_pass(x, likelihood.floats_per_pixel + _NUMBERS_OF_A_MASS)
         floor = Estimate.of(torch.cat([log_prob(part) for part in x.split(at_once)]), 1).to_json()
     seen = split == "train" and run.pixels == "fixed"
     entropy = None if seen else data.binarization_entropy(splits, split, run.pixels)

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ppl_vae import runs
-from ppl_vae.commands.evaluate import what_is_measured
+from ppl_vae.commands.evaluate import describe_provenance
 from ppl_vae.commands.options import SIDES, Impute
 from ppl_vae.data.limits import read_array_header
 from ppl_vae.evidence.importance import Estimate, evaluate, seeded
@@ -242,7 +242,7 @@ def _summary(run: Run, given: _Images, result: Imputation, hidden: Tensor, num_p
     incomplete = missing.any(1)
     return {
         "images": given.source,
-        **what_is_measured(run),
+        **describe_provenance(run),
         "num_images": len(given.x),
         "num_particles": num_particles,
         "missing_pixels": int(missing.sum()),

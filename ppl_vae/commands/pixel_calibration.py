@@ -53,10 +53,10 @@ def calibrate_run(run: Run) -> dict[str, Any]:
         seeded(_SEED, torch.device("cpu")),
         pyro.validation_enabled(False),
     ):
-        vae, of_levels = load(run.folder), run.pixels == "dequantized"
-        if of_levels:
+        vae, mass_of_levels = load(run.folder), run.pixels == "dequantized"
+        if mass_of_levels:
             vae = VAE(vae.prior, vae.likelihood, LevelsPosterior(vae.posterior))
-        observe = levels_of if of_levels else None
+        observe = levels_of if mass_of_levels else None
         found = calibration(vae, x[index], num_draws=_NUM_DRAWS, observe=observe, progress=bar.update)
     entry = made | found.to_json()
     runs.write_json(path, entry)

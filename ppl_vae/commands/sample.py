@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ppl_vae.commands.options import Sample
-from ppl_vae.conditional import numbers_a_pixel
+from ppl_vae.conditional import floats_per_pixel
 from ppl_vae.evidence.exploration import sampled
-from ppl_vae.evidence.importance import particles_a_pass, seeded
+from ppl_vae.evidence.importance import particles_per_pass, seeded
 from ppl_vae.reports.display import display_of
 from ppl_vae.reports.run_figures import OF_AN_AUTOENCODER, samples_figure
 from ppl_vae.runs.build import is_autoencoder
@@ -48,7 +48,7 @@ def sample(vae: VAE, num_samples: int) -> Samples:
     z = sampled(vae.prior(), num_samples)
     one = vae.likelihood(z[:1]).mean
     samples = Samples(z, *(one.new_empty((num_samples, *one.shape[1:])) for _ in range(2)))
-    chunk = particles_a_pass(one, numbers_a_pixel(vae.likelihood))
+    chunk = particles_per_pass(one, floats_per_pixel(vae.likelihood))
     for part, mean, images in zip(*(values.split(chunk) for values in samples), strict=True):
         decoded = vae.likelihood(part)
         mean.copy_(decoded.mean)

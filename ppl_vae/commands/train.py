@@ -43,11 +43,11 @@ from ppl_vae.runs.resolve import check_support, load_splits, resolve
 from ppl_vae.runtime import ranks as distributed
 from ppl_vae.runtime.capture import CannotCapture
 from ppl_vae.runtime.ending import Interrupted
-from ppl_vae.runtime.groups import ending_together
+from ppl_vae.runtime.groups import end_together
 from ppl_vae.runtime.interruption import stop_on_signals
 from ppl_vae.runtime.numerics import mean_and_variance
 from ppl_vae.runtime.progress import Progress, has_terminal
-from ppl_vae.runtime.rank_zero import joined, of_writer, told_by_writer, writer_first
+from ppl_vae.runtime.rank_zero import broadcast_decision, joined, rank_zero_first, rank_zero_only
 from ppl_vae.training import Stopped, TrainingState, does_not_fit, fit
 
 QUICK_EVALUATION_SEED = 0
@@ -74,26 +74,26 @@ def train_run(options: Options, run_dir: str | None, *, say: Say, draw: bool = T
     find_device(options.device)
     check_tensorboard(options)
     with joined(options.device):
-        return _train_new(options, run_dir, say=of_writer(say), draw=draw)
+        return _train_new(options, run_dir, say=rank_zero_only(say), draw=draw)
 
 
 def _train_new(options: Options, run_dir: str | None, *, say: Say, draw: bool) -> Path:
-    splits = writer_first(lambda: load_splits(options))
+    splits = rank_zero_first(lambda: load_splits(options))
     if_possible = options.compile == "auto"
     options = resolve(options, splits)
-    options = replace(options, compile=distributed.from_writer(options.compile))
+    options = replace(options, compile=distributed.broadcast(options.compile))
     if (options.warmup_epochs or 0) >= options.epochs and options.beta > 0:
         say(f"The warm-up of {options.warmup_epochs} epochs outlasts the training: beta never reaches {options.beta}.")
     check_support(options, splits)
     built = build_vae(options, splits.event_shape)  # what cannot be built, or needs too much memory, leaves no folder
     if options.start_from:
         load_starting_weights(built, options.start_from)
-    with ending_together():
+    with end_together():
         if distributed.is_writer():
             run_dir = str(runs.new_run_dir(run_dir, dataset=options.dataset, likelihood=options.likelihood))
-    folder = Path(distributed.from_writer(run_dir))
+    folder = Path(distributed.broadcast(run_dir))
     with ExitStack() as held:
-        with ending_together():
+        with end_together():
             held.enter_context(runs.locked(folder))
             if distributed.is_writer():
                 runs.check_new(folder)  # once more: it may have been another's a moment ago
@@ -129,11 +129,11 @@ def resume_run(
         Interrupted: SIGINT or SIGTERM; what was done is kept.
     """
     with joined("cpu"), ExitStack() as held:
-        with ending_together():
+        with end_together():
             held.enter_context(_locked(run_dir))
-        run = writer_first(lambda: open_run(run_dir, dataset=dataset, data_dir=data_dir, like=like))
+        run = rank_zero_first(lambda: open_run(run_dir, dataset=dataset, data_dir=data_dir, like=like))
         distributed.join(run.options.device)
-        _resume(run, epochs=epochs, say=of_writer(say), compile=compile, draw=draw)
+        _resume(run, epochs=epochs, say=rank_zero_only(say), compile=compile, draw=draw)
 
 
 def _locked(run_dir: str) -> AbstractContextManager[None]:
@@ -150,7 +150,7 @@ def _resume(run: Run, *, epochs: int | None, say: Say, compile: str | None, draw
     check_tensorboard(options)
     if epochs is not None and epochs < options.epochs:
         raise ValueError(f"--epochs: expected at least the run's {options.epochs}, got {epochs}")
-    with ending_together():
+    with end_together():
         saved = newest_checkpoint(folder, say=say)
     if compile == "on":
         check_compiler(find_device(options.device))
@@ -160,13 +160,13 @@ def _resume(run: Run, *, epochs: int | None, say: Say, compile: str | None, draw
     if compile is not None and compile != "auto" and compile != run.options.compile:
         run = _with_option(run, "compile", compile)
         say(f"From here on --compile {compile}: the same to rounding, and no longer bit for bit.")
-    with ending_together():  # before another rank reads what is damaged
+    with end_together():  # before another rank reads what is damaged
         if saved is not None and distributed.is_writer():
             mend_states(folder)
             mend_weights(folder, saved, say=say)
             an_epoch = _total_steps(run) // run.options.epochs
             mend_metrics(folder, step=saved[1]["step"], steps_an_epoch=an_epoch, say=say)
-    if told_by_writer(lambda: _is_trained(run, saved) and is_evaluated(folder) and (not draw or is_drawn(run))):
+    if broadcast_decision(lambda: _is_trained(run, saved) and is_evaluated(folder) and (not draw or is_drawn(run))):
         done = "evaluated and drawn" if draw else "evaluated"
         say(f"{folder} is finished: {run.options.epochs} epochs, {done}. --epochs extends it.")
         return
@@ -176,7 +176,7 @@ def _resume(run: Run, *, epochs: int | None, say: Say, compile: str | None, draw
 def _with_option(run: Run, name: str, value: Any) -> Run:
     """The run with another value of an option, in its config too."""
     path = run.folder / runs.CONFIG
-    with ending_together():
+    with end_together():
         if distributed.is_writer():
             config = runs.read_json(path)
             runs.write_json(path, config | {"options": config["options"] | {name: value}})
@@ -186,18 +186,18 @@ def _with_option(run: Run, name: str, value: Any) -> Run:
 def _go_on(run: Run, saved: Saved | None, *, say: Say, compile_if_possible: bool = False, draw: bool = True) -> None:
     """Whatever is left to do, from a training state, of training, the quick evaluation and the figures."""
     folder, options, splits = run.folder, run.options, run.splits
-    with ending_together():
+    with end_together():
         lost = runs.record_environment(folder, options.device) if distributed.is_writer() else None
     if lost is not None:
         say(lost)
     say(splits.describe())
     for line in _what_is_modelled(run):
         say(line)
-    if not told_by_writer(lambda: _is_trained(run, saved)):
+    if not broadcast_decision(lambda: _is_trained(run, saved)):
         check_precision(options)
         with matmul_precision(options.precision):
             _train(run, saved, say=say, compile_if_possible=compile_if_possible)
-    if not told_by_writer(lambda: is_evaluated(folder)):
+    if not broadcast_decision(lambda: is_evaluated(folder)):
         _evaluate(run, say=say)
     if not distributed.is_writer():
         return
@@ -328,7 +328,7 @@ def _train(run: Run, saved: Saved | None, *, say: Say, compile_if_possible: bool
                 say(f"Falling back to eager training{rounding}: {error}.")
                 _with_option(run, "compile", "off")
                 state = trained(False)
-            with ending_together():  # the ranks evaluate what is in the file
+            with end_together():  # the ranks evaluate what is in the file
                 if distributed.is_writer():
                     save_best(state)  # once more: the file may have been lost since
         except Stopped as error:

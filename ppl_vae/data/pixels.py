@@ -48,8 +48,8 @@ def map_images(function: Callable[[Tensor], Tensor], x: Tensor, *, dtype: torch.
         return function(x).to(dtype)
     result = cache.allocate(tuple(x.shape), dtype)
     num_images = max(1, _AT_ONCE // x[0].numel())
-    for part, of_part in zip(x.split(num_images), result.split(num_images), strict=True):
-        of_part.copy_(function(part))
+    for part, step_on_part in zip(x.split(num_images), result.split(num_images), strict=True):
+        step_on_part.copy_(function(part))
     return result
 
 
@@ -218,7 +218,7 @@ def binarization_entropy(splits: Splits, split: str, pixels: str) -> Tensor | No
     scale = 255 if splits.kind == LEVELS else 1
     num_images = max(2, min(_CHUNK, _AT_ONCE // stored[0].numel()))
     entropy = torch.empty(len(stored), dtype=torch.double)
-    for part, of_part in zip(stored.split(num_images), entropy.split(num_images), strict=True):
+    for part, step_on_part in zip(stored.split(num_images), entropy.split(num_images), strict=True):
         p = part.double().flatten(1) / scale
-        of_part.copy_((torch.special.entr(p) + torch.special.entr(1 - p)).sum(1))
+        step_on_part.copy_((torch.special.entr(p) + torch.special.entr(1 - p)).sum(1))
     return entropy

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
-from ppl_vae.conditional import numbers_a_pixel
+from ppl_vae.conditional import floats_per_pixel
 from ppl_vae.diagnostics.mixture import AggregatePosterior, factors, normal_factors
 from ppl_vae.diagnostics.values import PerLatent, Value, ratio_of_means
-from ppl_vae.evidence.exploration import Codes, log_density, moments
-from ppl_vae.evidence.importance import particles_a_pass, weighed_a_pass
+from ppl_vae.evidence.exploration import PosteriorMoments, log_density, moments
+from ppl_vae.evidence.importance import pairs_per_pass, particles_per_pass
 from ppl_vae.hierarchy import Chain
 from ppl_vae.parts.priors import VampPrior
 from ppl_vae.runtime.arguments import check_count
@@ -162,7 +162,7 @@ def _kl_or_draws(q: Any, prior: Any, draws: int) -> Tensor:
     return (factors(q).log_prob(z).double() - factors(prior).log_prob(z).double()).mean(0)
 
 
-def active_units(codes: Codes, prior_scale: Tensor | None = None) -> ActiveUnits:
+def active_units(codes: PosteriorMoments, prior_scale: Tensor | None = None) -> ActiveUnits:
     """A_l = Var_n E[z_l | x_n] / Var p(z_l), active where above 0.01.
 
     A prior that is learned sets the unit of its latents, so a variance says something in its unit alone. Where means
@@ -242,12 +242,12 @@ def elbo_split(vae: VAE, x: Tensor, *, draws: int = 1) -> ElboSplit:
 def _one_draw(vae: VAE, x: Tensor, q: AggregatePosterior, prior: Any, *, by_latent: bool) -> tuple[Tensor, ...]:
     """Of one z ~ q(z | x_n) an image: reconstruction, KL and information (N,); and by latent the last two, (N, L)."""
     z = q.sample()
-    own = q.own_log_prob(z)
+    own = q.log_prob_per_image(z)
     information = own - q.log_prob(z)
     reconstruction = _log_likelihood(vae, x, z)
     if not by_latent:
         return reconstruction, own - log_density(prior, z), information
-    own_by_latent = q.own_log_prob_by_latent(z)
+    own_by_latent = q.log_prob_per_latent(z)
     closed = [_kl_by_latent(group, prior) for group in q.groups]
     found = [kl for kl in closed if kl is not None]
     sampled = own_by_latent - factors(prior).log_prob(z).double()
@@ -257,7 +257,7 @@ def _one_draw(vae: VAE, x: Tensor, q: AggregatePosterior, prior: Any, *, by_late
 
 def _log_likelihood(vae: VAE, x: Tensor, z: Tensor) -> Tensor:
     """(N,) log p(x_n | z_n), nats, float64."""
-    size = particles_a_pass(x, numbers_a_pixel(vae.likelihood))
+    size = particles_per_pass(x, floats_per_pixel(vae.likelihood))
     passes = zip(x.split(size), z.split(size), strict=True)
     return torch.cat([vae.likelihood(codes).log_prob(images).double() for images, codes in passes])
 
@@ -299,7 +299,7 @@ def implied_beta(vae: VAE, x: Tensor, *, draws: int = 8) -> Value | None:
     prior = vae.prior()
     if isinstance(prior, Chain):
         return None
-    passes = x.split(max(1, weighed_a_pass(vae, x) // (2 * draws)))
+    passes = x.split(max(1, pairs_per_pass(vae, x) // (2 * draws)))
     parts = [_slopes(vae, images, prior, draws) for images in passes]
     gain, rate, width, kl = (torch.cat(part) for part in zip(*parts, strict=True))
     slope = Value.of(rate)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Independent, Normal
 
-from ppl_vae.conditional import numbers_a_vector
-from ppl_vae.evidence.importance import particles_a_pass
+from ppl_vae.conditional import floats_per_latent
+from ppl_vae.evidence.importance import particles_per_pass
 from ppl_vae.runtime.global_state import serialize_threads
 from ppl_vae.vae import VAE
 
@@ -57,7 +57,7 @@ class AggregatePosterior:
     @torch.no_grad()
     def of(cls, vae: VAE, x: Tensor) -> AggregatePosterior:
         """Of images (N, *E) under the VAE's guide, in passes that fit into memory."""
-        return cls([vae.posterior(group) for group in x.split(particles_a_pass(x))] if len(x) else [])
+        return cls([vae.posterior(group) for group in x.split(particles_per_pass(x))] if len(x) else [])
 
     @property
     def is_factorized(self) -> bool:
@@ -71,13 +71,13 @@ class AggregatePosterior:
         return torch.cat([q.sample() for q in self.groups])
 
     @torch.no_grad()
-    def own_log_prob(self, z: Tensor) -> Tensor:
+    def log_prob_per_image(self, z: Tensor) -> Tensor:
         """(N,) log q(z_n | x_n), nats, float64. z: (N, L), in the order of the images."""
         parts = zip(self.groups, self._split(z), strict=True)
         return torch.cat([q.log_prob(part).double() for q, part in parts])
 
     @torch.no_grad()
-    def own_log_prob_by_latent(self, z: Tensor) -> Tensor:
+    def log_prob_per_latent(self, z: Tensor) -> Tensor:
         """(N, L) log q(z_nl | x_n), nats, float64, of a factorized guide. z: (N, L)."""
         parts = zip(self.groups, self._split(z), strict=True)
         return torch.cat([factors(q).log_prob(part).double() for q, part in parts])
@@ -115,7 +115,7 @@ class AggregatePosterior:
         """(M,) log sum_n q(z | x_n) over the images of one group."""
         B, normals = int(q.batch_shape[0]), normal_factors(q)
         if normals is None:
-            chunk = max(1, _PASS_NUMBERS // (B * numbers_a_vector(q)))
+            chunk = max(1, _PASS_NUMBERS // (B * floats_per_latent(q)))
             return torch.cat([q.log_prob(part[:, None]).double().logsumexp(1) for part in z.split(chunk)])
         loc, precision = normals.loc.double(), normals.scale.double().pow(-2)
         constant = (loc.square() * precision - precision.log() + math.log(2 * math.pi)).sum(-1)

@@ -35,11 +35,11 @@ from torch.nn.functional import avg_pool1d, interpolate
 from ppl_vae.conditional import Conditional
 from ppl_vae.evidence.exploration import moments, sampled
 from ppl_vae.evidence.hmc import Point, Terms, leapfrog, point_at, transition
-from ppl_vae.evidence.importance import NotFinite, weighed_a_pass
+from ppl_vae.evidence.importance import NotFinite, pairs_per_pass
 from ppl_vae.parts.posteriors.autoregressive import Autoregressive
 from ppl_vae.runtime.arguments import check_count
 from ppl_vae.runtime.capture import compiled, replaced
-from ppl_vae.runtime.global_state import in_evaluation_mode, seeded, serialize_threads
+from ppl_vae.runtime.global_state import evaluation_mode, seeded, serialize_threads
 from ppl_vae.runtime.numerics import log_mean_exp
 from ppl_vae.support import check_support
 from ppl_vae.vae import check_batch_shape, check_event_shape
@@ -143,7 +143,7 @@ def start_of(vae: Any, start: Start) -> Start:
 @torch.no_grad()
 def images_a_block(vae: Any, x: Tensor, num_chains: int) -> int:
     """How many images of x (N, *E) go into one call with C chains: C times as many z are decoded at once."""
-    return max(1, weighed_a_pass(vae, x) // num_chains)
+    return max(1, pairs_per_pass(vae, x) // num_chains)
 
 
 @serialize_threads()
@@ -160,7 +160,7 @@ def simulate(vae: Any, num_images: int) -> tuple[Tensor, Tensor]:
     with _evaluating(vae):
         z = sampled(vae.prior(), num_images)
         first = vae.likelihood(z[:1]).sample()
-        x = [vae.likelihood(part).sample() for part in z.split(weighed_a_pass(vae, first))]
+        x = [vae.likelihood(part).sample() for part in z.split(pairs_per_pass(vae, first))]
     return torch.cat(x), z
 
 
@@ -474,7 +474,7 @@ def _interpolated(found: Tensor, count: int) -> Tensor:
 @contextmanager
 def _evaluating(vae: Any) -> Iterator[None]:
     """In evaluation mode; values are not checked, for a proposal may lie where there is no density, and is rejected."""
-    with in_evaluation_mode(vae), pyro.validation_enabled(False):
+    with evaluation_mode(vae), pyro.validation_enabled(False):
         yield
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from ppl_vae.conditional import numbers_a_pixel
+from ppl_vae.conditional import floats_per_pixel
 from ppl_vae.data import NUM_LEVELS, clamp_to_unit_interval, dequantize_uniformly
 from ppl_vae.parts.likelihoods.family import independent_pixels
 from ppl_vae.parts.likelihoods.level_mass import has_exact_mass, log_level_mass
@@ -104,13 +104,13 @@ class LevelsLikelihood(nn.Module):
         super().__init__()
         self.part = likelihood
         self.num_draws = num_draws
-        self.numbers_a_pixel = numbers_a_pixel(likelihood) + 3 * num_draws
+        self.floats_per_pixel = floats_per_pixel(likelihood) + 3 * num_draws
 
     def forward(self, z: Tensor) -> dist.Independent:
-        return of_levels(self.part(z), self.num_draws)
+        return mass_of_levels(self.part(z), self.num_draws)
 
 
-def of_levels(p_x: Any, num_draws: int = 16) -> dist.Independent:
+def mass_of_levels(p_x: Any, num_draws: int = 16) -> dist.Independent:
     """Mass of levels under a density of images in (0, 1)^E whose pixels are independent; M as in ``Dequantized``."""
     p_x = independent_pixels(p_x, "each pixel is dequantized by itself")
     return Dequantized(p_x.base_dist, num_draws).to_event(p_x.reinterpreted_batch_ndims)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Independent, Normal, kl_divergence
 
-from ppl_vae.conditional import numbers_a_pixel
-from ppl_vae.evidence.importance import particles_a_pass, vectors_a_pass, weighed_a_pass
+from ppl_vae.conditional import floats_per_pixel
+from ppl_vae.evidence.importance import pairs_per_pass, particles_per_pass, vectors_per_pass
 from ppl_vae.runtime.global_state import serialize_threads
 from ppl_vae.support import check_support
 from ppl_vae.vae import VAE
@@ -27,7 +27,7 @@ _DRAWS_FOR_MOMENTS = 200  # of each of many distributions
 PRIOR_DRAWS = 20_000  # of a prior that says its moments or its distribution function only by draws
 
 
-class Codes(NamedTuple):
+class PosteriorMoments(NamedTuple):
     """Where q(z | x) puts each image.
 
     Args:
@@ -55,7 +55,7 @@ def mean_or_draw(distribution: Any) -> Tensor:
 @torch.no_grad()
 def sampled(distribution: Any, count: int) -> Tensor:
     """(count, *batch, L) draws of a distribution over latents, in passes that fit into memory."""
-    chunk = max(1, vectors_a_pass(distribution) // max(1, distribution.batch_shape.numel()))
+    chunk = max(1, vectors_per_pass(distribution) // max(1, distribution.batch_shape.numel()))
     sizes = [min(chunk, count - start) for start in range(0, count, chunk)]
     return torch.cat([distribution.sample((size,)) for size in sizes])
 
@@ -64,42 +64,42 @@ def sampled(distribution: Any, count: int) -> Tensor:
 @torch.no_grad()
 def log_density(distribution: Any, z: Tensor) -> Tensor:
     """(M,) log p(z), nats, float64, in passes that fit into memory. z: (M, L)."""
-    return torch.cat([distribution.log_prob(part).double() for part in z.split(vectors_a_pass(distribution))])
+    return torch.cat([distribution.log_prob(part).double() for part in z.split(vectors_per_pass(distribution))])
 
 
 @serialize_threads()
-def moments(distribution: Any) -> Codes:
+def moments(distribution: Any) -> PosteriorMoments:
     """Mean and scale of each latent: in closed form where the distribution has them, else of draws.
 
     200 of each distribution of a batch, and 20,000 of a prior, which is one.
     """
     try:
-        return Codes(distribution.mean, distribution.variance.sqrt())
+        return PosteriorMoments(distribution.mean, distribution.variance.sqrt())
     except NotImplementedError:
         count = _DRAWS_FOR_MOMENTS if len(distribution.batch_shape) else PRIOR_DRAWS
         draws = sampled(distribution, count)
-        return Codes(draws.mean(0), draws.std(0), count)
+        return PosteriorMoments(draws.mean(0), draws.std(0), count)
 
 
 @serialize_threads()
 @torch.no_grad()
-def encode(vae: VAE, x: Tensor) -> Codes:
+def encode(vae: VAE, x: Tensor) -> PosteriorMoments:
     """Mean and scale of q(z | x), in passes that fit into memory.
 
     Args:
         vae: the VAE.
         x: images (N, *E), as the model sees them.
     """
-    parts = [moments(vae.posterior(group)) for group in x.split(particles_a_pass(x))]
+    parts = [moments(vae.posterior(group)) for group in x.split(particles_per_pass(x))]
     mean, scale = torch.cat([part.mean for part in parts]), torch.cat([part.scale for part in parts])
-    return Codes(mean, scale, parts[0].num_draws)
+    return PosteriorMoments(mean, scale, parts[0].num_draws)
 
 
 @serialize_threads()
 @torch.no_grad()
 def drawn(vae: VAE, x: Tensor) -> Tensor:
     """(N, L) one z ~ q(z | x) an image, in passes that fit into memory. x: (N, *E)."""
-    return torch.cat([vae.posterior(group).sample() for group in x.split(particles_a_pass(x))])
+    return torch.cat([vae.posterior(group).sample() for group in x.split(particles_per_pass(x))])
 
 
 @serialize_threads()
@@ -107,13 +107,13 @@ def drawn(vae: VAE, x: Tensor) -> Tensor:
 def decoded(vae: VAE, z: Tensor) -> Tensor:
     """(N, *E) E[x | z], in passes that fit into memory. z: (N, L)."""
     first = vae.likelihood(z[:1]).mean
-    chunk = particles_a_pass(first, numbers_a_pixel(vae.likelihood))
+    chunk = particles_per_pass(first, floats_per_pixel(vae.likelihood))
     return torch.cat([vae.likelihood(part).mean for part in z.split(chunk)])
 
 
 @serialize_threads()
 @torch.no_grad()
-def kl_by_latent(codes: Codes, prior: Any) -> Tensor:
+def kl_by_latent(codes: PosteriorMoments, prior: Any) -> Tensor:
     """(1/N) sum_n KL(q(z_l | x_n) || p(z_l)) of normals that are products over latents, by their means and scales.
 
     Of a guide or a prior that is none a latent has no KL of its own, or another one: see ``diagnostics.latent_kl``.
@@ -192,7 +192,7 @@ def manifold(vae: VAE, grid: Tensor) -> Tensor:
 def gather_log_weights(vae: VAE, x: Tensor, num_particles: int) -> Tensor:
     """(S, N) log-weights, nats, in passes that fit into memory. x: (N, *E)."""
     check_support(vae.model, x)
-    pairs = weighed_a_pass(vae, x)
+    pairs = pairs_per_pass(vae, x)
     chunk = max(1, pairs // len(x))
     parts = []
     with pyro.validation_enabled(False):

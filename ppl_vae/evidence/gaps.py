@@ -16,8 +16,8 @@ import pyro
 from torch import Tensor
 
 from ppl_vae.evidence.importance import importance
-from ppl_vae.evidence.proposals import refined, with_guide
-from ppl_vae.runtime.global_state import in_evaluation_mode, serialize_threads
+from ppl_vae.evidence.proposals import refined, replace_guide
+from ppl_vae.runtime.global_state import evaluation_mode, serialize_threads
 
 
 class Gaps(NamedTuple):
@@ -87,9 +87,9 @@ def gaps(
     if tuple(log_evidence.shape) != (len(x),):
         raise ValueError(f"log_evidence: expected shape ({len(x)},), got {tuple(log_evidence.shape)}")
     q = refined(vae, x, steps=steps, num_particles=num_particles, compile=compile, progress=progress)
-    with in_evaluation_mode(vae), pyro.validation_enabled(False):
+    with evaluation_mode(vae), pyro.validation_enabled(False):
         elbos = [
             importance(guided.model, guided.guide, x, num_particles=evaluation_particles).elbo
-            for guided in (vae, with_guide(vae, q))
+            for guided in (vae, replace_guide(vae, q))
         ]
     return Gaps(log_evidence.to(elbos[0]), *elbos)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ppl_vae.evidence.exploration import sampled
-from ppl_vae.evidence.importance import NotFinite, weighed_a_pass
+from ppl_vae.evidence.importance import NotFinite, pairs_per_pass
 from ppl_vae.runtime.arguments import check_count
 from ppl_vae.runtime.global_state import serialize_threads
 from ppl_vae.vae import VAE
@@ -83,7 +83,7 @@ def ranks(vae: VAE, *, num_simulations: int, num_draws: int, progress: Callable[
         raise Deterministic(
             "guide: expected a density to calibrate, got a deterministic one (Delta), whose draws are one point"
         )
-    pairs = weighed_a_pass(vae, x)
+    pairs = pairs_per_pass(vae, x)
     found = torch.empty(num_simulations, z_true.shape[1] + 1, dtype=torch.long, device=z_true.device)
     group = max(1, pairs // (num_draws + 1))
     for z, place in zip(z_true.split(group), found.split(group), strict=True):

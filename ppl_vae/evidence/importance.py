@@ -12,11 +12,11 @@ import pyro
 import torch
 from torch import Tensor
 
-from ppl_vae.conditional import NUMBERS_A_PIXEL, numbers_a_pixel, numbers_a_vector
+from ppl_vae.conditional import NUMBERS_A_PIXEL, floats_per_latent, floats_per_pixel
 from ppl_vae.runtime.arguments import check_count
 from ppl_vae.runtime.capture import CannotCapture, compiled, replaced
-from ppl_vae.runtime.global_state import in_evaluation_mode, seed_generators, seeded, serialize_threads
-from ppl_vae.runtime.groups import group_seed, in_groups
+from ppl_vae.runtime.global_state import evaluation_mode, seed_generators, seeded, serialize_threads
+from ppl_vae.runtime.groups import compute_groups, group_seed
 from ppl_vae.runtime.memory import Passes
 from ppl_vae.runtime.numerics import LogWeightSummary
 from ppl_vae.runtime.ranks import agree
@@ -109,31 +109,31 @@ class Importance(NamedTuple):
         return self.log_evidence + self.bias
 
 
-def particles_a_pass(x: Tensor, numbers_a_pixel: int = NUMBERS_A_PIXEL) -> int:
+def particles_per_pass(x: Tensor, floats_per_pixel: int = NUMBERS_A_PIXEL) -> int:
     """How many (particle, image) pairs go through the decoder at once, by the size of an image. x: (N, *E)."""
-    bytes_a_pair = numbers_a_pixel * x[:1].numel() * max(4, x.element_size())
+    bytes_a_pair = floats_per_pixel * x[:1].numel() * max(4, x.element_size())
     return max(1, int(_PASS_BYTES[x.device.type] / max(1, bytes_a_pair)))
 
 
-def vectors_a_pass(distribution: Any, *, device: str = "cpu") -> int:
+def vectors_per_pass(distribution: Any, *, device: str = "cpu") -> int:
     """How many z are drawn of a distribution at once, or have their densities taken: one tensor of them fills a pass.
 
     A mixture of 500 normals in 40 dimensions holds 20,000 numbers of each z, many more than a decoder holds of a digit.
     """
-    return max(1, int(_PASS_BYTES[device] / (4 * max(1, numbers_a_vector(distribution)))))
+    return max(1, int(_PASS_BYTES[device] / (4 * max(1, floats_per_latent(distribution)))))
 
 
 @torch.no_grad()
-def weighed_a_pass(vae: Any, x: Tensor) -> int:
+def pairs_per_pass(vae: Any, x: Tensor) -> int:
     """How many (particle, image) pairs have their log-weights taken at once, by the likelihood and by the prior.
 
     Args:
         vae: with ``likelihood`` and ``prior``; what has neither, such as a user's program, is taken to hold little.
         x: images (N, *E).
     """
-    pairs = particles_a_pass(x, numbers_a_pixel(getattr(vae, "likelihood", None)))
+    pairs = particles_per_pass(x, floats_per_pixel(getattr(vae, "likelihood", None)))
     prior = getattr(vae, "prior", None)
-    return pairs if prior is None else min(pairs, vectors_a_pass(prior(), device=x.device.type))
+    return pairs if prior is None else min(pairs, vectors_per_pass(prior(), device=x.device.type))
 
 
 Terms = Callable[[Program, Program, Tensor, int], tuple[Tensor, Tensor]]
@@ -214,7 +214,7 @@ def importance(
     if len(x) == 0:
         raise ValueError("x: expected at least one image, got none")
     check_support(model, x)
-    pairs = weighed_a_pass(getattr(model, "__self__", None), x)
+    pairs = pairs_per_pass(getattr(model, "__self__", None), x)
     chunk = min(num_particles, chunk or pairs)
     # Results have their place before the work: small tensors kept between large ones would fragment memory for good.
     results = torch.empty(len(Importance._fields), len(x), dtype=torch.double, device=x.device)
@@ -298,12 +298,12 @@ def even_chunk(num_particles: int, most: int) -> int:
     return next(divisors, most)
 
 
-def images_a_group(x: Tensor, num_particles: int) -> int:
+def images_per_group(x: Tensor, num_particles: int) -> int:
     """How many images have their noise from one seed: by an image's size, S and the kind of device alone. x: (N, *E).
 
     It depends neither on the model, so that the groups of two of them have the same seeds, nor on the number of ranks.
     """
-    pairs = particles_a_pass(x)
+    pairs = particles_per_pass(x)
     return min(_IMAGES_A_GROUP, max(1, pairs // even_chunk(num_particles, pairs)))
 
 
@@ -313,13 +313,13 @@ def pass_of_group(vae: Any, x: Tensor, num_particles: int) -> tuple[int, int]:
     Noise is matched between two models only where they agree in this.
 
     Args:
-        vae: as in ``weighed_a_pass``.
+        vae: as in ``pairs_per_pass``.
         x: images (N, *E).
         num_particles: S.
     """
-    pairs = weighed_a_pass(vae, x)
+    pairs = pairs_per_pass(vae, x)
     particles = even_chunk(num_particles, pairs)
-    return particles, even_chunk(images_a_group(x, num_particles), max(1, pairs // particles))
+    return particles, even_chunk(images_per_group(x, num_particles), max(1, pairs // particles))
 
 
 @serialize_threads()
@@ -340,7 +340,7 @@ def evaluate(
 ) -> Importance:
     """``importance`` of a VAE in evaluation mode, with draws of their own seed; values are validated if ``check``.
 
-    Images go in groups of ``images_a_group``. The noise of a group is seeded by (seed, place of its first image), so
+    Images go in groups of ``images_per_group``. The noise of a group is seeded by (seed, place of its first image), so
     that an image's numbers depend neither on how many ranks share the work (``distributed``; every rank calls this, and
     each has all results) nor on whether it went on from an interruption.
 
@@ -369,15 +369,15 @@ def evaluate(
         Deterministic: a ValueError: the guide has no density; ``reconstruction`` needs none.
         ValueError: an image off the support, or an argument out of its range.
         NotFinite: a log-weight is NaN.
-        Stopped: ``should_stop`` said so; see ``groups.in_groups``.
+        Stopped: ``should_stop`` said so; see ``groups.compute_groups``.
         ConnectionError: another rank met an error.
     """
     num_particles = check_count("num_particles", num_particles)
     if len(x) == 0:
         raise ValueError("x: expected at least one image, got none")
     check_support(vae.model, x)
-    with seeded(seed, x.device), pyro.validation_enabled(check), in_evaluation_mode(vae), torch.no_grad():
-        size = images_a_group(x, num_particles)
+    with seeded(seed, x.device), pyro.validation_enabled(check), evaluation_mode(vae), torch.no_grad():
+        size = images_per_group(x, num_particles)
         # With and without compiling, so that the noise is the same.
         passes = Passes(*pass_of_group(vae, x, num_particles), device=x.device, say=say)
         terms: Terms = log_weight_terms
@@ -393,7 +393,7 @@ def evaluate(
 
             return passes.run(attempt)
 
-        table = in_groups(
+        table = compute_groups(
             compute,
             len(x),
             size,
@@ -464,8 +464,8 @@ def reconstruction(
     if len(x) == 0:
         raise ValueError("x: expected at least one image, got none")
     check_support(vae.model, x)
-    size = images_a_group(x, 1)
-    most = particles_a_pass(x, numbers_a_pixel(vae.likelihood))
+    size = images_per_group(x, 1)
+    most = particles_per_pass(x, floats_per_pixel(vae.likelihood))
     passes = Passes(1, even_chunk(size, most), device=x.device, say=say)
 
     def compute(group: slice) -> Tensor:
@@ -479,8 +479,8 @@ def reconstruction(
             raise NotFinite("log p(x | z): expected numbers, got NaN or +infinity")
         return rows
 
-    with seeded(seed, x.device), pyro.validation_enabled(check), in_evaluation_mode(vae):
-        table = in_groups(
+    with seeded(seed, x.device), pyro.validation_enabled(check), evaluation_mode(vae):
+        table = compute_groups(
             compute, len(x), size, num_columns=1, device=x.device, progress=progress, should_stop=should_stop
         )
     return table[:, 0]

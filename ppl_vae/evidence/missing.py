@@ -14,8 +14,8 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from ppl_vae.conditional import numbers_a_pixel
-from ppl_vae.evidence.importance import NotFinite, particles_a_pass, vectors_a_pass
+from ppl_vae.conditional import floats_per_pixel
+from ppl_vae.evidence.importance import NotFinite, particles_per_pass, vectors_per_pass
 from ppl_vae.parts.likelihoods.family import independent_pixels
 from ppl_vae.runtime.arguments import check_count
 from ppl_vae.runtime.global_state import seeded, serialize_threads
@@ -27,7 +27,7 @@ from ppl_vae.vae import VAE, check_event_shape
 _FILLING_SEED = 0
 
 
-class Defended(dist.TorchDistribution):
+class DefensiveMixture(dist.TorchDistribution):
     """(1 - a) q(z) + a p(z): a proposal with a share a of the prior.
 
     No importance weight p(x | z) p(z) / q(z) then exceeds max_z p(x | z) / a, so weights have a variance wherever the
@@ -53,9 +53,9 @@ class Defended(dist.TorchDistribution):
         """Where z may lie."""
         return self.prior.support
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> Defended:
+    def expand(self, batch_shape: Any, _instance: Any = None) -> DefensiveMixture:
         """The same distribution for a larger batch shape."""
-        return Defended(self.proposal.expand(batch_shape), self.prior, self.share.expand(batch_shape))
+        return DefensiveMixture(self.proposal.expand(batch_shape), self.prior, self.share.expand(batch_shape))
 
     def sample(self, sample_shape: Any = ()) -> Tensor:
         """(*sample_shape, *batch_shape, *event_shape), without gradients."""
@@ -173,11 +173,11 @@ class Observed(nn.Module):
             raise NotFinite("log-weights: expected numbers, got NaN, infinity, or none above -infinity for an image")
         return Particles(z, p_x, log_w)
 
-    def _mixture(self, fillings: Tensor, share: Tensor) -> Defended:
+    def _mixture(self, fillings: Tensor, share: Tensor) -> DefensiveMixture:
         """fillings: (B, K, *E), share: (B,)."""
         of_fillings = self.vae.posterior(fillings)
         weights = dist.Categorical(logits=torch.zeros(fillings.shape[:2], dtype=share.dtype, device=share.device))
-        return Defended(dist.MixtureSameFamily(weights, of_fillings), self.vae.prior(), share)
+        return DefensiveMixture(dist.MixtureSameFamily(weights, of_fillings), self.vae.prior(), share)
 
     @torch.no_grad()
     def _fillings(self, x: Tensor) -> Tensor:
@@ -280,8 +280,8 @@ def _impute_one(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Draws (M, *E), the mean (*E), log evidence and effective sample size of one image (1, *E)."""
     q = observed.posterior(x)
-    held = [vectors_a_pass(distribution, device=x.device.type) for distribution in (q, observed.prior())]
-    chunk = min(particles_a_pass(x, numbers_a_pixel(observed.vae.likelihood)), *held)
+    held = [vectors_per_pass(distribution, device=x.device.type) for distribution in (q, observed.prior())]
+    chunk = min(particles_per_pass(x, floats_per_pixel(observed.vae.likelihood)), *held)
     z = x.new_empty(num_particles, 1, *q.event_shape)
     log_w = torch.empty(num_particles, dtype=torch.double, device=x.device)
     top = log_w.new_full((), -torch.inf)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ppl_vae.evidence.importance import Estimate
-from ppl_vae.evidence.missing import Defended
+from ppl_vae.evidence.missing import DefensiveMixture
 from ppl_vae.vae import VAE
 
 LOWEST = 0.05  # of the own images, below which another set's are called improbable
@@ -46,9 +46,9 @@ class HalfPrior(nn.Module):
         self.posterior = posterior
         self.prior = prior
 
-    def forward(self, x: Tensor) -> Defended:
+    def forward(self, x: Tensor) -> DefensiveMixture:
         """x: (B, *E) -> batch shape (B,), event shape (L,)."""
-        return Defended(self.posterior(x), self.prior(), x.new_full((len(x),), 0.5))
+        return DefensiveMixture(self.posterior(x), self.prior(), x.new_full((len(x),), 0.5))
 
 
 def guarded(vae: VAE) -> VAE:

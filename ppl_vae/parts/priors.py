@@ -87,12 +87,12 @@ class VampPrior(nn.Module):
     def forward(self) -> dist.MixtureSameFamily:
         """-> batch shape (), event shape (L,)."""
         equal = self.pseudo_images.new_zeros(len(self.pseudo_images))
-        mixture = _OfPseudoImages(dist.Categorical(logits=equal), self._posterior[0](self.pseudo_images))
+        mixture = VampMixture(dist.Categorical(logits=equal), self._posterior[0](self.pseudo_images))
         mixture.posterior, mixture.pseudo_images = self._posterior[0], self.pseudo_images
         return mixture
 
 
-class _OfPseudoImages(dist.MixtureSameFamily):
+class VampMixture(dist.MixtureSameFamily):
     """(1/K) sum_k q(z | u_k), which draws k first, and then z of that one component alone: torch draws of all K."""
 
     posterior: Callable[[Tensor], Any]

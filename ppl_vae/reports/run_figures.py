@@ -21,7 +21,7 @@ from ppl_vae.diagnostics import ACTIVE_VARIANCE, active_units
 from ppl_vae.diagnostics.mixture import normal_factors
 from ppl_vae.evidence.exploration import (
     UNUSED_NATS,
-    Codes,
+    PosteriorMoments,
     encode,
     gather_log_weights,
     kl_by_latent,
@@ -196,7 +196,7 @@ class _Scene:
         return display_of(self.run)
 
     @cached_property
-    def encoded(self) -> tuple[Tensor, Codes]:
+    def encoded(self) -> tuple[Tensor, PosteriorMoments]:
         """Places of a subset of the test images, and their latents."""
         pixels = math.prod(self.run.splits.event_shape)
         index = data.subset(len(self.x), min(_MOST_LATENTS, max(_NUM_SHOWN, _LATENT_PIXELS // pixels)))
@@ -239,7 +239,7 @@ class Use(NamedTuple):
 
 
 @torch.no_grad()
-def use_of_latents(vae: VAE, x: Tensor, codes: Codes) -> Use:
+def use_of_latents(vae: VAE, x: Tensor, codes: PosteriorMoments) -> Use:
     """The mean KL of each latent where guide and prior are products of normals, else the variance of E[z_l | x].
 
     A latent of another guide or prior has no KL of its own in closed form, and of a deterministic guide it is infinite.
@@ -400,7 +400,13 @@ def _latents(scene: _Scene) -> Figure:
 
 
 def latents_figure(
-    codes: Codes, use: Use, prior: Any, *, what: str, classes: Tensor | None = None, class_names: tuple[str, ...] = ()
+    codes: PosteriorMoments,
+    use: Use,
+    prior: Any,
+    *,
+    what: str,
+    classes: Tensor | None = None,
+    class_names: tuple[str, ...] = (),
 ) -> Figure:
     """Posterior means in the two latents that are used most, of two in their own order, or in the only one.
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from ppl_vae import data
 from ppl_vae.conditional import Conditional
-from ppl_vae.hierarchy import BottomUp, HierarchicalVAE, LayeredPrior, OfBottomLayer, TopDown
+from ppl_vae.hierarchy import BottomLayerOnly, BottomUp, HierarchicalVAE, LayeredPrior, TopDown
 from ppl_vae.parts import likelihoods, networks
 from ppl_vae.parts.registry import LIKELIHOODS, NETWORKS, POSTERIORS, PRIORS, find_owners
 from ppl_vae.runs.fields import format_flag
@@ -132,7 +132,7 @@ def _build_hierarchy(
         widths = [options.hidden[-1]] + [hidden[-1]] * (len(dims) - 1)
         features = [make_encoder(widths[0]), *(dense(F, G, hidden=hidden[:-1]) for F, G in pairwise(widths))]
         guide = TopDown(features, [make_conditional(F, L, ()) for F, L in zip(widths, dims, strict=True)], prior)
-    net = make_decoder(sum(dims)) if options.decoder_input == "all" else OfBottomLayer(make_decoder(dims[0]), dims)
+    net = make_decoder(sum(dims)) if options.decoder_input == "all" else BottomLayerOnly(make_decoder(dims[0]), dims)
     return HierarchicalVAE(prior, Conditional(net, family), guide)
 
 

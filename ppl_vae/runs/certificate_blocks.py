@@ -30,7 +30,7 @@ Progress = Callable[[int], None]
 _SECONDS = "seconds"
 
 
-class Finished:
+class BlockStore:
     """What is done of a certificate: its blocks in a file that is replaced as a whole after each, and whole stages.
 
     Args:
@@ -143,7 +143,7 @@ def seed_of(seed: int, stage: str, number: int) -> int:
 
 
 @dataclass
-class Bench:
+class StageContext:
     """What every stage works with.
 
     Args:
@@ -160,7 +160,7 @@ class Bench:
     vae: VAE
     place: torch.device
     seed: int
-    finished: Finished
+    finished: BlockStore
     compile: str
     compiles: bool
     say: Say
@@ -210,7 +210,9 @@ _BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"  # blocks advan
 Compute = Callable[[slice, Progress, bool], Tensors]
 
 
-def in_blocks(bench: Bench, stage: str, count: int, size: int, compute: Compute, *, calls: int, words: str) -> Tensors:
+def compute_blocks(
+    bench: StageContext, stage: str, count: int, size: int, compute: Compute, *, calls: int, words: str
+) -> Tensors:
     """What ``compute`` gives for each block of items, joined along the first dimension.
 
     Args:
@@ -236,7 +238,7 @@ def in_blocks(bench: Bench, stage: str, count: int, size: int, compute: Compute,
     return bench.finished.join(stage, parts)
 
 
-def _seeded(bench: Bench, stage: str, number: int, items: slice, compute: Compute, bar: _Bar) -> Tensors:
+def _seeded(bench: StageContext, stage: str, number: int, items: slice, compute: Compute, bar: _Bar) -> Tensors:
     def run(compiled: bool) -> Tensors:
         with seeded(seed_of(bench.seed, stage, number), bench.place):
             return compute(items, bar.update, compiled)
@@ -244,7 +246,7 @@ def _seeded(bench: Bench, stage: str, number: int, items: slice, compute: Comput
     return bench.compiled_or_not(stage, run)
 
 
-def block(bench: Bench, stage: str, number: int, compute: Callable[[], Tensors]) -> Tensors:
+def block(bench: StageContext, stage: str, number: int, compute: Callable[[], Tensors]) -> Tensors:
     """One block: as it was kept, or computed, timed and kept; on the CPU.
 
     Raises:

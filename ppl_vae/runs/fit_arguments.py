@@ -118,18 +118,18 @@ def decide_compile(word: str, num_runs: int, place: torch.device) -> bool:
     """
     if word == "on":
         check_compiler(place)
-    return word == "on" or (word == "auto" and compiling_pays(num_runs) and capture.why_not(place) is None)
+    return word == "on" or (word == "auto" and compiling_pays(num_runs) and capture.capture_obstacle(place) is None)
 
 
 def explain_eager(options: Options, num_images: int) -> str | None:
     """Why ``--compile auto`` became off although compiling would pay; None where it did not, or would not."""
     pays = options.compile == "off" and compiling_pays(count_steps(options, num_images))
-    return capture.why_not(find_device(options.device)) if pays else None
+    return capture.capture_obstacle(find_device(options.device)) if pays else None
 
 
 def check_compiler(place: torch.device) -> None:
     """Raises ValueError where nothing can be compiled for that device."""
-    reason = capture.why_not(place)
+    reason = capture.capture_obstacle(place)
     if reason is not None:
         raise ValueError(f"--compile on: {reason}; --compile off does without")
 

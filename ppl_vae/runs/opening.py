@@ -22,7 +22,7 @@ from ppl_vae.runs.resolve import (
     describe_scale,
     load_splits,
 )
-from ppl_vae.runs.shipped import own_copy
+from ppl_vae.runs.shipped import copy_pretrained
 from ppl_vae.runtime.rank_zero import Say
 from ppl_vae.vae import VAE
 
@@ -120,7 +120,7 @@ def open_run(
     Raises:
         ValueError: no run, a damaged one, or other data than it was trained on.
     """
-    folder = own_copy(run_dir, say)
+    folder = copy_pretrained(run_dir, say)
     options, seen = read_config(folder)
     stored = _stored_data_dir(options)
     options = replace(options, dataset=dataset or options.dataset, data_dir=data_dir or stored)

@@ -41,7 +41,7 @@ class PartialEvaluation:
     def __init__(
         self, path: Path, identity: dict[str, Any], *, num_images: int, size: int, num_columns: int, say: Say
     ) -> None:
-        self._path, self._identity, self._say = path, identity | {"images_a_group": size}, say
+        self._path, self._identity, self._say = path, identity | {"images_per_group": size}, say
         self._starts = range(0, num_images, size)
         self._rows = torch.zeros(num_images, num_columns, dtype=torch.double)
         self._is_done = torch.zeros(len(self._starts), dtype=torch.bool)

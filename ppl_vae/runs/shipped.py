@@ -43,7 +43,7 @@ def ship(run_dir: str, name: str) -> Path:
     return shipped
 
 
-def own_copy(run_dir: str, say: Callable[[str], None]) -> Path:
+def copy_pretrained(run_dir: str, say: Callable[[str], None]) -> Path:
     """The run's folder; of a pretrained run its copy runs/NAME, which is made once, since nobody writes to a package.
 
     Raises:

@@ -54,7 +54,7 @@ def _capturing() -> Iterator[None]:
         _is_capturing = before
 
 
-def why_not(device: torch.device) -> str | None:
+def capture_obstacle(device: torch.device) -> str | None:
     """Why nothing can be compiled for this device on this machine; None where it can."""
     if device.type == "cpu":
         named = os.environ.get("CXX")
@@ -114,7 +114,7 @@ def _compiled(
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
     from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
-    reason = why_not(inputs[0].device)
+    reason = capture_obstacle(inputs[0].device)
     if reason is not None:
         raise CannotCapture(reason)
     mode = FakeTensorMode(shape_env=ShapeEnv())  # with symbols for shapes, though none occurs: else nothing is cached
@@ -422,7 +422,7 @@ class CapturedStep:
         self._index.copy_(index)
         self._graphs[0]()
 
-    def of_part(
+    def step_on_part(
         self, index: Tensor, scalars: Tensor, *, share: float, whole: int, votes: Tensor, as_compiled: bool
     ) -> None:
         """One step of several processes; this one works on the images of that index.

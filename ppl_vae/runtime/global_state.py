@@ -32,7 +32,7 @@ def serialize_threads() -> Iterator[None]:
 
 
 @contextmanager
-def in_evaluation_mode(vae: nn.Module) -> Iterator[None]:
+def evaluation_mode(vae: nn.Module) -> Iterator[None]:
     """Every module in evaluation mode, then each as it was."""
     with serialize_threads():
         modes = [(module, module.training) for module in vae.modules()]

@@ -26,7 +26,7 @@ def group_seed(seed: int, first: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {first}".encode()).digest()[:8], "big")
 
 
-def in_groups(
+def compute_groups(
     compute: Callable[[slice], Tensor],
     num_images: int,
     size: int,
@@ -69,10 +69,10 @@ def in_groups(
     while left:
         started = time.monotonic()
         now, left = left[: rounds * num_ranks], left[rounds * num_ranks :]
-        with ending_together():
+        with end_together():
             computed = _compute_own(compute, now, progress)
         _exchange(table, now, computed)
-        with ending_together():
+        with end_together():
             if on_group is not None:
                 for group in now:
                     on_group(group.start, table[group])
@@ -80,12 +80,12 @@ def in_groups(
             raise Stopped
         if num_ranks > 1:
             a_round = (time.monotonic() - started) / rounds
-            rounds = distributed.from_writer(max(1, int(_SECONDS_BETWEEN_EXCHANGES / a_round)))
+            rounds = distributed.broadcast(max(1, int(_SECONDS_BETWEEN_EXCHANGES / a_round)))
     return table
 
 
 @contextmanager
-def ending_together() -> Iterator[None]:
+def end_together() -> Iterator[None]:
     """What raises in here on one rank ends all: that one with its error, the others with EndedElsewhere.
 
     Every rank must come here.
@@ -107,7 +107,7 @@ def _taken_up(table: Tensor, size: int, done: Mapping[int, Tensor]) -> list[slic
     for first, rows in mine.items():
         if tuple(rows.shape) != expected.get(first):
             raise ValueError(f"done: expected rows of groups of {size}, got {tuple(rows.shape)} at image {first}")
-    firsts = set(distributed.from_writer(sorted(mine)))
+    firsts = set(distributed.broadcast(sorted(mine)))
     if firsts:
         finished = [group for group in groups if group.start in firsts]
         _exchange(table, finished, [(group, mine[group.start].to(table)) for group in finished if mine])

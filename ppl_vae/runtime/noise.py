@@ -70,7 +70,7 @@ class SharedNoise(TorchFunctionMode):
                 self.at = None
 
     @contextmanager
-    def at_sites(self) -> Iterator[None]:
+    def draw_at_sites(self) -> Iterator[None]:
         """Within it, noise is drawn at the sample sites of Pyro programs whose images are the plate at dim -1."""
         if self._is_whole():
             yield

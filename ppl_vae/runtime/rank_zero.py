@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from ppl_vae.runtime import ranks as distributed
-from ppl_vae.runtime.groups import ending_together
+from ppl_vae.runtime.groups import end_together
 
 Result = TypeVar("Result")
 Say = Callable[[str], None]  # takes one line for a person to read
@@ -23,21 +23,21 @@ def joined(device: str) -> Iterator[None]:
         distributed.leave()
 
 
-def of_writer(say: Say) -> Say:
+def rank_zero_only(say: Say) -> Say:
     """One process speaks."""
     return say if distributed.is_writer() else lambda line: None
 
 
-def writer_first(read: Callable[[], Result]) -> Result:
+def rank_zero_first(read: Callable[[], Result]) -> Result:
     """What is read on every rank, on rank 0 first: it makes what is not there yet, a cache or a copy."""
-    with ending_together():
+    with end_together():
         found = read() if distributed.is_writer() else None
-    with ending_together():
+    with end_together():
         return read() if found is None else found
 
 
-def told_by_writer(decide: Callable[[], bool]) -> bool:
+def broadcast_decision(decide: Callable[[], bool]) -> bool:
     """What rank 0 decides by the files, on every rank."""
-    with ending_together():
+    with end_together():
         found = decide() if distributed.is_writer() else None
-    return bool(distributed.from_writer(found))
+    return bool(distributed.broadcast(found))

@@ -109,15 +109,15 @@ def barrier() -> None:
     agree(False)
 
 
-def from_writer(value: Any) -> Any:
+def broadcast(value: Any) -> Any:
     """What rank 0 gives, on every rank, by way of JSON; what the others give is not looked at.
 
     Where rank 0 ends before it comes here, this raises ConnectionError on the others.
     """
-    return value if num_ranks() == 1 else from_all(value if rank() == 0 else None)[0]
+    return value if num_ranks() == 1 else gather_objects(value if rank() == 0 else None)[0]
 
 
-def from_all(value: Any) -> list[Any]:
+def gather_objects(value: Any) -> list[Any]:
     """What each rank gives, in their order, on every rank, by way of JSON."""
     if num_ranks() == 1:
         return [value]

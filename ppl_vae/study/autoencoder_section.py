@@ -15,7 +15,7 @@ from ppl_vae.evidence.paired import paired_difference
 from ppl_vae.runs.load import load
 from ppl_vae.study import plan
 from ppl_vae.study.context import PICTURES, Study
-from ppl_vae.study.material import NUM_COMPONENTS, Material
+from ppl_vae.study.material import NUM_COMPONENTS, StudyData
 from ppl_vae.study.pairs import as_json, per_image
 from ppl_vae.study.pictures import ORIGINALS
 from ppl_vae.study.quality import frechet_excess_ratio, frechet_ratio, sample_quality
@@ -32,7 +32,7 @@ def autoencoder_section(study: Study) -> dict[str, Any]:
     return {word: _of_dataset(study, material) for word, material in study.materials.items()}
 
 
-def _of_dataset(study: Study, material: Material) -> dict[str, Any] | None:
+def _of_dataset(study: Study, material: StudyData) -> dict[str, Any] | None:
     word = material.word
     vae, autoencoder = (study.ended(name) for name in (plan.sweep_name(word, 1.0), plan.autoencoder_name(word)))
     if vae is None or autoencoder is None:
@@ -87,7 +87,7 @@ def _one(record: dict[str, Any]) -> dict[str, Any]:
 # --- Reconstructions ---
 
 
-def _sharper(both: _Both, material: Material) -> Value:
+def _sharper(both: _Both, material: StudyData) -> Value:
     """High-frequency power of the autoencoder's reconstructions over that of the VAE's, of the same images."""
     vae, autoencoder = (_reconstructed(each, material.x) for each in both)
     return diagnostics.sharpness(autoencoder, vae)
@@ -111,7 +111,7 @@ def _reconstruction_difference(study: Study, word: str) -> dict[str, Any] | None
 # --- Samples ---
 
 
-def _frechet_ratios(both: _Both, material: Material) -> dict[str, Any]:
+def _frechet_ratios(both: _Both, material: StudyData) -> dict[str, Any]:
     """How many times as far from real images the autoencoder's samples are, less the floor in both, and as it stands.
 
     Their samples are of the same prior draws and are held against the same images, which are left out together.
@@ -131,7 +131,7 @@ def _minus(a: dict[str, float], b: dict[str, float]) -> dict[str, float]:
     return Value(a["mean"] - b["mean"], (a["stderr"] ** 2 + b["stderr"] ** 2) ** 0.5).to_json()
 
 
-def _floor(material: Material) -> dict[str, Any]:
+def _floor(material: StudyData) -> dict[str, Any]:
     """What validation images would be measured as, in the samples' place."""
     return sample_quality(material.other_gray, material.gray, material.components)
 
@@ -139,7 +139,7 @@ def _floor(material: Material) -> dict[str, Any]:
 # --- The squared error ---
 
 
-def _binarized(material: Material) -> dict[str, Any] | None:
+def _binarized(material: StudyData) -> dict[str, Any] | None:
     """|gray - x|^2 / D, x the binary image that networks see, and its power beside gray's: p (1 - p) a pixel is noise.
 
     What returned its input unchanged would have this error. None where nothing is binarized.
@@ -157,7 +157,7 @@ def _squared_error(images: Tensor, other: Tensor) -> Tensor:
     return (images.double() - other.double()).square().flatten(1).mean(1)
 
 
-def _decomposition(both: _Both, material: Material) -> dict[str, Any]:
+def _decomposition(both: _Both, material: StudyData) -> dict[str, Any]:
     """E_q|x - y|^2 = Var_q y + |x - E_q y|^2, y = E[x | z]: the second as the autoencoder's error, and what is beside.
 
     The autoencoder has as many latents and neither noise nor a KL, but it has what binary inputs, its network and its
@@ -174,7 +174,7 @@ def _decomposition(both: _Both, material: Material) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _error_and_noise(vae: VAE, material: Material) -> tuple[Tensor, Tensor]:
+def _error_and_noise(vae: VAE, material: StudyData) -> tuple[Tensor, Tensor]:
     """(N,) each: mean_j |x - y_j|^2 / D and sum_j |y_j - Y|^2 / ((J - 1) D), of J draws with mean Y; float64."""
     error, square = torch.zeros(len(material.x), dtype=torch.double), torch.zeros(len(material.x), dtype=torch.double)
     total = torch.zeros_like(material.gray, dtype=torch.double)
@@ -212,7 +212,7 @@ def _with_latents(record: dict[str, Any]) -> dict[str, Any]:
 # --- Why an autoencoder blurs ---
 
 
-def _same_code(study: Study, material: Material, latents: list[dict[str, Any]]) -> dict[str, Any]:
+def _same_code(study: Study, material: StudyData, latents: list[dict[str, Any]]) -> dict[str, Any]:
     """The best reconstruction from a code is the mean of the images that share it: fewer latents, more of them."""
     of_autoencoders = [row for row in latents if row["posterior"] == "delta"]
     two = plan.autoencoder_name(material.word, 2)
@@ -224,7 +224,7 @@ def _same_code(study: Study, material: Material, latents: list[dict[str, Any]]) 
 
 
 @torch.no_grad()
-def _neighbors(vae: VAE, material: Material) -> dict[str, Any]:
+def _neighbors(vae: VAE, material: StudyData) -> dict[str, Any]:
     """A reconstruction beside the mean m of the 20 training images whose codes are nearest to the image's own.
 
     Were the decoder exact and codes dense, E[x | z] would be E[x | z(x) = z], which m estimates.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ppl_vae.study.material import Material
+from ppl_vae.study.material import StudyData
 from ppl_vae.study.plan import Planned, Size
 
 STUDY, RUNS, PICTURES = "study.json", "runs", "pictures"
@@ -29,7 +29,7 @@ class Study:
     size: Size
     planned: Mapping[str, Planned]
     records: Mapping[str, dict[str, Any]]
-    materials: Mapping[str, Material]
+    materials: Mapping[str, StudyData]
 
     @property
     def first(self) -> str:

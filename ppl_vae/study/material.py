@@ -59,7 +59,7 @@ def components(images: Tensor, *, most: int = NUM_COMPONENTS) -> Components:
 
 
 @dataclass(frozen=True)
-class Material:
+class StudyData:
     """A data set as the study's runs see it.
 
     Args:
@@ -156,7 +156,7 @@ class Material:
         }
 
 
-def material(options: Options, splits: data.Splits, num_images: int) -> Material:
+def material(options: Options, splits: data.Splits, num_images: int) -> StudyData:
     """The data set of such options.
 
     Raises:
@@ -166,4 +166,4 @@ def material(options: Options, splits: data.Splits, num_images: int) -> Material
         raise ValueError(f"--datasets: expected images, got {splits.name}, whose shape is {splits.event_shape}")
     if min(len(splits.validation), len(splits.test)) < NUM_SHOWN:
         raise ValueError(f"--datasets: expected at least {NUM_SHOWN} validation and test images in {splits.name}")
-    return Material(resolve(options, splits), splits, min(num_images, len(splits.test)))
+    return StudyData(resolve(options, splits), splits, min(num_images, len(splits.test)))

@@ -18,7 +18,7 @@ from ppl_vae.evidence.exploration import decoded, drawn, encode
 from ppl_vae.evidence.importance import UNRELIABLE_BIAS, Importance
 from ppl_vae.runs.build import is_autoencoder
 from ppl_vae.runs.load import load
-from ppl_vae.study.material import NUM_COMPONENTS, Material
+from ppl_vae.study.material import NUM_COMPONENTS, StudyData
 from ppl_vae.study.pictures import write_pictures
 from ppl_vae.study.plan import Planned
 from ppl_vae.study.quality import GROUPS, sample_quality
@@ -47,7 +47,7 @@ _CONSTANTS = {
 }
 
 
-def measured(planned: Planned, folder: Path, material: Material, *, in_full: bool, pictures: Path) -> dict[str, Any]:
+def measured(planned: Planned, folder: Path, material: StudyData, *, in_full: bool, pictures: Path) -> dict[str, Any]:
     """A trained run's record: the one in its folder where that is of these weights and images, else measured now.
 
     Args:
@@ -66,7 +66,7 @@ def measured(planned: Planned, folder: Path, material: Material, *, in_full: boo
 
 
 def _stored_or_new(
-    planned: Planned, folder: Path, material: Material, *, in_full: bool, pictures: Path
+    planned: Planned, folder: Path, material: StudyData, *, in_full: bool, pictures: Path
 ) -> dict[str, Any]:
     entry = runs.read_evaluations(folder)["test"]
     key = {
@@ -100,7 +100,7 @@ _NOTHING: dict[str, Any] = {
 }
 
 
-def _told(planned: Planned, material: Material) -> dict[str, Any]:
+def _told(planned: Planned, material: StudyData) -> dict[str, Any]:
     return {
         "name": planned.name,
         "dataset": material.word,
@@ -152,7 +152,7 @@ def _is_reliable(evaluation: dict[str, Any]) -> bool | None:
 
 
 def _from_weights(
-    planned: Planned, folder: Path, material: Material, pictures: Path, *, in_full: bool
+    planned: Planned, folder: Path, material: StudyData, pictures: Path, *, in_full: bool
 ) -> dict[str, Any]:
     vae = load(folder)
     found = {**_NOTHING, "parameters": sum(w.numel() for w in vae.parameters())}
@@ -180,7 +180,7 @@ def _from_weights(
     return found
 
 
-def _diagnosis(planned: Planned, vae: VAE, folder: Path, material: Material) -> dict[str, Any]:
+def _diagnosis(planned: Planned, vae: VAE, folder: Path, material: StudyData) -> dict[str, Any]:
     stored = read_per_image(folder, "test")
     importance = None if stored is None else importance_numbers(stored.result, stored.num_particles)
     trained_with = {
@@ -195,7 +195,7 @@ def _shows_more(planned: Planned) -> bool:
     return is_autoencoder(planned.options) or planned.options.beta == 1
 
 
-def _fitted_draws(vae: VAE, material: Material) -> Tensor:
+def _fitted_draws(vae: VAE, material: StudyData) -> Tensor:
     """(N, L) draws of the normal with the mean and covariance of z ~ q(z | x) over as many training images.
 
     What a prior would have to be, at its simplest, for a guide that was never told of one.

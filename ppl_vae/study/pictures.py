@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ppl_vae.runs.outputs import write_picture
-from ppl_vae.study.material import NUM_PAIRS, NUM_SAMPLES_SHOWN, NUM_SHOWN, Material
+from ppl_vae.study.material import NUM_PAIRS, NUM_SAMPLES_SHOWN, NUM_SHOWN, StudyData
 from ppl_vae.vae import VAE
 
 ORIGINALS = "originals.png"
@@ -33,7 +33,7 @@ def write_strip(path: Path, images: Tensor, *, columns: int) -> None:
 def write_pictures(
     folder: Path,
     vae: VAE,
-    material: Material,
+    material: StudyData,
     codes: Tensor,
     *,
     samples: Tensor,

@@ -24,7 +24,7 @@ from ppl_vae.runtime.ending import Interrupted
 from ppl_vae.runtime.progress import progress_bar
 from ppl_vae.study.autoencoder_section import autoencoder_section
 from ppl_vae.study.context import PICTURES, RUNS, STUDY, Study
-from ppl_vae.study.material import Material, material
+from ppl_vae.study.material import StudyData, material
 from ppl_vae.study.measuring import measured
 from ppl_vae.study.page import write_report
 from ppl_vae.study.pictures import ORIGINALS, write_strip
@@ -127,13 +127,13 @@ def _settings(size: Size) -> dict[str, Any]:
 # --- Before anything is trained ---
 
 
-def _materials(size: Size, datasets: Sequence[str], data_dir: str | None) -> dict[str, Material]:
+def _materials(size: Size, datasets: Sequence[str], data_dir: str | None) -> dict[str, StudyData]:
     """The data sets by their words, in their order.
 
     Raises:
         ValueError: one that cannot be read, or is no images; two with the same word.
     """
-    found: dict[str, Material] = {}
+    found: dict[str, StudyData] = {}
     for dataset in datasets:
         options = replace(base(size, dataset), data_dir=data_dir)
         try:
@@ -151,12 +151,12 @@ def _materials(size: Size, datasets: Sequence[str], data_dir: str | None) -> dic
     return found
 
 
-def _compiled_where_it_pays(planned: Sequence[Planned], materials: dict[str, Material]) -> list[Planned]:
+def _compiled_where_it_pays(planned: Sequence[Planned], materials: dict[str, StudyData]) -> list[Planned]:
     """Runs that are too short to be compiled each for itself are compiled where enough of them share a graph.
 
     The compiler's cache knows a graph after the first of them; beta is a tensor in it, and the data no part of it.
     """
-    if capture.why_not(find_device("cpu")) is not None:
+    if capture.capture_obstacle(find_device("cpu")) is not None:
         return list(planned)
     steps: Counter[Any] = Counter()
     for each in planned:
@@ -177,7 +177,7 @@ def _graph(planned: Planned, event_shape: Sequence[int]) -> tuple[Any, ...]:
 
 
 def _check_folder(
-    folder: Path, planned: Sequence[Planned], materials: dict[str, Material], asked: dict[str, Any]
+    folder: Path, planned: Sequence[Planned], materials: dict[str, StudyData], asked: dict[str, Any]
 ) -> None:
     """Takes a new or empty folder, or one of the same study, and writes down in it what it is.
 
@@ -213,7 +213,7 @@ def _check_folder(
 
 
 def _train_and_measure(
-    folder: Path, planned: Sequence[Planned], materials: dict[str, Material], say: Say
+    folder: Path, planned: Sequence[Planned], materials: dict[str, StudyData], say: Say
 ) -> dict[str, dict[str, Any]]:
     """The record of each run, in the order in which they are trained."""
     records = {}
@@ -286,7 +286,7 @@ def _as_json(study: Study, name: str, say: Say) -> dict[str, Any]:
     }
 
 
-def _data_of(study: Study, material: Material) -> dict[str, Any]:
+def _data_of(study: Study, material: StudyData) -> dict[str, Any]:
     """The data, and what any log-likelihood on it is held against, as the base's evaluation has it."""
     evaluations = [
         runs.read_evaluations(study.run(record["name"])).get("test", {})

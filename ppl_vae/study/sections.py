@@ -16,7 +16,7 @@ from ppl_vae.runs.build import build_likelihood
 from ppl_vae.runs.fit_arguments import count_steps
 from ppl_vae.study import plan
 from ppl_vae.study.context import Study
-from ppl_vae.study.material import Material
+from ppl_vae.study.material import StudyData
 from ppl_vae.study.pairs import BOUNDS, Peak, difference, differences, mean_and_spread, peak, per_image
 from ppl_vae.study.scale_maps import gradients_at_start
 
@@ -35,7 +35,7 @@ def mean_section(study: Study) -> dict[str, Any]:
     return {word: _mean_of(study, material) for word, material in study.materials.items()}
 
 
-def _mean_of(study: Study, material: Material) -> dict[str, Any]:
+def _mean_of(study: Study, material: StudyData) -> dict[str, Any]:
     word, D = material.word, material.num_pixels
     noise = noise_of(study, material)
     found = [
@@ -66,7 +66,7 @@ def _mean_of(study: Study, material: Material) -> dict[str, Any]:
     }
 
 
-def noise_of(study: Study, material: Material) -> dict[str, Any]:
+def noise_of(study: Study, material: StudyData) -> dict[str, Any]:
     """The data's eigenvalues in units of the likelihood's noise, kept beside the study: they depend on no run.
 
     Raises:

@@ -11,7 +11,7 @@ from pyro import poutine
 from torch import Tensor
 
 from ppl_vae.evidence.importance import NotFinite, seeded
-from ppl_vae.runtime.ranks import from_all, num_ranks
+from ppl_vae.runtime.ranks import gather_objects, num_ranks
 from ppl_vae.support import check_site, observed_sites
 from ppl_vae.training.state import TrainingState
 from ppl_vae.vae import VAE
@@ -42,7 +42,7 @@ def check_ranks(state: TrainingState) -> None:
     if num_ranks() == 1:
         return
     tensors = [*state.vae.state_dict().values(), *state.averages.values()]
-    found = from_all([_sha256(tensors), _sha256([torch.get_rng_state()])])
+    found = gather_objects([_sha256(tensors), _sha256([torch.get_rng_state()])])
     for which, words in enumerate(("weights", "random numbers")):
         others = [str(rank) for rank, digests in enumerate(found) if digests[which] != found[0][which]]
         if others:
@@ -98,7 +98,7 @@ def check_images(state: TrainingState, train: Tensor, observe: Callable[..., Ten
                 check_site(observed, x)
 
 
-def what_is_not_finite(state: TrainingState, objective: Callable[..., Tensor], x: Tensor, beta: float) -> str:
+def find_not_finite(state: TrainingState, objective: Callable[..., Tensor], x: Tensor, beta: float) -> str:
     """Takes the step that failed once more, with other noise and without its update, and says what is not finite.
 
     Args:

@@ -21,7 +21,7 @@ from ppl_vae.runtime.capture import CannotCapture
 from ppl_vae.runtime.global_state import serialize_threads
 from ppl_vae.runtime.memory import batch_that_fits, is_out_of_memory, too_large
 from ppl_vae.runtime.noise import SharedNoise
-from ppl_vae.runtime.ranks import Share, agree, from_all, gather_rows, is_writer, num_ranks
+from ppl_vae.runtime.ranks import Share, agree, gather_objects, gather_rows, is_writer, num_ranks
 from ppl_vae.training.guard import check_images, check_ranks, check_skipped
 from ppl_vae.training.inputs import as_images, check_batch_of_one, check_programs
 from ppl_vae.training.schedules import averaging, cosine, warmup
@@ -190,7 +190,7 @@ def fit(
             if not several:
                 raise
             reason = str(error)
-        for found in from_all(reason):  # a compiler may be missing on one machine of several
+        for found in gather_objects(reason):  # a compiler may be missing on one machine of several
             if found is not None:
                 raise CannotCapture(found)
         if on_compiled is not None:

@@ -19,8 +19,8 @@ from torch.nn.utils import clip_grad_norm_
 from ppl_vae.evidence.importance import NotFinite
 from ppl_vae.runtime.capture import CapturedStep, adam_moments
 from ppl_vae.runtime.noise import SharedNoise
-from ppl_vae.runtime.ranks import Share, from_all, num_ranks, share_of, sum_over_ranks, working_on
-from ppl_vae.training.guard import gradients_that_are_not_finite, site_that_is_not_finite, what_is_not_finite
+from ppl_vae.runtime.ranks import Share, gather_objects, num_ranks, share_of, sum_over_ranks, working_on
+from ppl_vae.training.guard import find_not_finite, gradients_that_are_not_finite, site_that_is_not_finite
 from ppl_vae.training.state import TrainingState
 from ppl_vae.training.streaming import Resident, Streamed
 from ppl_vae.vae import VAE
@@ -47,7 +47,7 @@ def of_share(
 
     def objective_of_part(*arguments: Any, **options: Any) -> Tensor:
         assert noise.share is not None
-        with working_on(noise.share), noise.at_sites():
+        with working_on(noise.share), noise.draw_at_sites():
             return objective(*arguments, **options)
 
     return observe_part, objective_of_part
@@ -196,7 +196,7 @@ def _step(
 
 def _first_of_ranks(words: str | None) -> str | None:
     """What the first rank that has words for it says, on every rank: its images may be the only ones at fault."""
-    return next((found for found in from_all(words) if found), None)
+    return next((found for found in gather_objects(words) if found), None)
 
 
 def _count_skipped(state: TrainingState) -> None:
@@ -271,7 +271,7 @@ class CapturedSteps:
 
     def _step_of_ranks(self, place: Tensor, row: Tensor, share: Share, wants: Wants) -> None:
         self.noise.share = share
-        self._step.of_part(
+        self._step.step_on_part(
             place,
             row,
             share=share.weight,
@@ -298,7 +298,7 @@ class CapturedSteps:
             self._state.step = self._started + int(self._step.taken)
             index, beta = self._recent[self._state.step - self._settled]
             raise NotFinite(
-                what_is_not_finite(self._state, self._objective, self._observe(self._source.images(index), None), beta)
+                find_not_finite(self._state, self._objective, self._observe(self._source.images(index), None), beta)
             )
         self._settled += len(self._recent)
         self._recent.clear()

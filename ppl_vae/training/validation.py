@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ppl_vae.evidence.importance import Estimate, NotFinite, evaluate, in_evaluation_mode, reconstruction, seeded
+from ppl_vae.evidence.importance import Estimate, NotFinite, evaluate, evaluation_mode, reconstruction, seeded
 from ppl_vae.training.state import TrainingState
 from ppl_vae.vae import VAE
 from ppl_vae.weights import is_autoencoder
@@ -52,7 +52,7 @@ def validate(state: TrainingState, validation: Tensor | None, *, num_particles: 
 
 
 def _is_autoencoder(vae: VAE, x: Tensor) -> bool:
-    with seeded(VALIDATION_SEED, x.device), torch.no_grad(), in_evaluation_mode(vae):
+    with seeded(VALIDATION_SEED, x.device), torch.no_grad(), evaluation_mode(vae):
         return is_autoencoder(vae.guide, x)
 
 

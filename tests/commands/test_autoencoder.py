@@ -126,7 +126,7 @@ def test_reconstruction_is_the_log_probability_of_each_image_given_its_code():
 
 def test_reconstruction_in_passes_is_that_of_all_at_once(monkeypatch):
     vae, x, told = _linear(), _points(7), []
-    monkeypatch.setattr(evidence, "particles_a_pass", lambda *_: 3)
+    monkeypatch.setattr(evidence, "particles_per_pass", lambda *_: 3)
     found = reconstruction(vae, x, seed=0, progress=told.append)
     np.testing.assert_allclose(found.numpy(), _by_hand(vae, x), rtol=1e-12)
     assert told == [3, 3, 1]

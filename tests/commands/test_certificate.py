@@ -34,7 +34,7 @@ from ppl_vae.reports import figures as plots
 from ppl_vae.reports.certificate_table import certificate_table, read_certificates, write_certificate
 from ppl_vae.reports.certificate_words import describe_certificate
 from ppl_vae.reports.run_page import report_run
-from ppl_vae.runs.certificate_blocks import Finished, even_block, seed_of
+from ppl_vae.runs.certificate_blocks import BlockStore, even_block, seed_of
 from ppl_vae.runs.options import PLAIN, Options
 from ppl_vae.runtime.capture import CannotCapture
 
@@ -170,7 +170,7 @@ def test_reverse_chains_of_one_draw_say_nothing_of_their_own_error(
 
 def test_an_image_of_which_both_bounds_are_infinite_is_unreliable() -> None:
     none, one = torch.tensor([-math.inf, -1.0]), torch.zeros(2)
-    chains = stages.Chained(none, one, torch.tensor([math.nan, 0.0]), one, one)
+    chains = stages.AISSummary(none, one, torch.tensor([math.nan, 0.0]), one, one)
     improved = Importance(*[none] * len(Importance._fields))
     assert certificate_numbers.unreliable(chains, improved).tolist() == [True, False]
 
@@ -379,19 +379,19 @@ def test_a_part_that_is_added_leaves_the_others_as_they_were(
 def test_a_damaged_file_of_blocks_is_said_and_measured_again(tmp_path: Path) -> None:
     (tmp_path / "partial").write_bytes(b"nothing")
     said: list[str] = []
-    finished = Finished(tmp_path / "partial", tmp_path / "complete", {"a": {}}, {}, said.append)
+    finished = BlockStore(tmp_path / "partial", tmp_path / "complete", {"a": {}}, {}, said.append)
     assert finished.block("a", 0) is None
     assert "damaged" in said[0]
 
 
 def test_a_block_comes_back_as_it_was_kept(tmp_path: Path) -> None:
     stages_asked = {"a": {"seed": 1}, "b": {"seed": 1, "S": 5}}
-    first = Finished(tmp_path / "partial", tmp_path / "complete", stages_asked, {}, print)
+    first = BlockStore(tmp_path / "partial", tmp_path / "complete", stages_asked, {}, print)
     values = torch.randn(3, dtype=torch.double)
     first.keep("a", 0, {"values": values})
     first.keep("b", 0, {"values": values + 1})
     other = stages_asked | {"b": {"seed": 1, "S": 6}}
-    second = Finished(tmp_path / "partial", tmp_path / "complete", other, {}, lambda line: None)
+    second = BlockStore(tmp_path / "partial", tmp_path / "complete", other, {}, lambda line: None)
     kept = second.block("a", 0)
     assert kept is not None
     assert torch.equal(kept["values"], values)

@@ -295,7 +295,7 @@ def no_evaluation(monkeypatch):
     def evaluated(*arguments, **options):
         raise AssertionError("evaluated")
 
-    monkeypatch.setattr(comparison, "with_a_bar", evaluated)
+    monkeypatch.setattr(comparison, "evaluate_with_progress", evaluated)
 
 
 def _contents(folder):
@@ -442,7 +442,7 @@ def test_a_difference_below_the_rise_ranks_the_bounds_alone(folders, tmp_path, m
     a, b = _correlated(30, shift=2.0, noise=0.02)
     results = iter([_constant(a, rise), _constant(b, 0.0)])
     monkeypatch.setattr(comparison, "read_per_image", lambda folder, split: None)
-    monkeypatch.setattr(comparison, "with_a_bar", lambda *arguments, **options: next(results))
+    monkeypatch.setattr(comparison, "evaluate_with_progress", lambda *arguments, **options: next(results))
     entry, said = _compare(folders, ["a", "b"], tmp_path / "out")
     assert entry["comparisons"][0]["bound"] == "better"
     assert entry["comparisons"][0]["ranks_log_likelihood"] is ranked
@@ -453,7 +453,7 @@ def test_a_bound_that_is_not_finite_is_refused_by_the_name_of_its_run(folders, t
     a, _ = _correlated(30)
     results = iter([_constant(a, 0.0), _constant(torch.where(torch.arange(30) < 2, -math.inf, a), 0.0)])
     monkeypatch.setattr(comparison, "read_per_image", lambda folder, split: None)
-    monkeypatch.setattr(comparison, "with_a_bar", lambda *arguments, **options: next(results))
+    monkeypatch.setattr(comparison, "evaluate_with_progress", lambda *arguments, **options: next(results))
     with pytest.raises(ValueError, match="b: expected a finite bound for every image, got 2 that are not"):
         _compare(folders, ["a", "b"], tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -473,7 +473,7 @@ def test_training_on_dynamic_or_fixed_draws_leaves_one_test_set(folders, tmp_pat
         seen.append(x)
         return evaluate(vae, x, num_particles=num_particles, seed=seed)
 
-    monkeypatch.setattr(comparison, "with_a_bar", evaluated)
+    monkeypatch.setattr(comparison, "evaluate_with_progress", evaluated)
     entry, _ = _compare(folders, ["dynamic", "fixed"], tmp_path / "out", images=None, num_particles=7)
     assert [torch.equal(x, expected) for x in seen] == [True, True]
     assert entry["num_images"] == len(splits.test)

@@ -202,7 +202,7 @@ def test_results_of_before_stay_where_the_work_on_others_fails(encode, folder, t
     encode(tmp_path / "kept.npy", output=None)
     place = folder / "encodings" / "kept"
     before = {path.name: path.read_bytes() for path in place.iterdir()}
-    monkeypatch.setattr(encoding, "with_a_bar", fails)
+    monkeypatch.setattr(encoding, "evaluate_with_progress", fails)
     with pytest.raises(NotFinite, match="log-weights"):
         encode(tmp_path / "kept.npy", output=None)
     assert {path.name: path.read_bytes() for path in place.iterdir()} == before

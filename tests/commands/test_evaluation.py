@@ -13,7 +13,7 @@ import scipy.stats
 import torch
 
 from ppl_vae import data, fit, load, runs, save
-from ppl_vae.commands.evaluate import evaluate_run, floor_and_entropy, read_per_image
+from ppl_vae.commands.evaluate import evaluate_run, read_per_image, reference_bounds
 from ppl_vae.commands.options import Evaluate, Figures
 from ppl_vae.commands.train import resume_run, train_run
 from ppl_vae.evidence.importance import Estimate, evaluate
@@ -35,7 +35,7 @@ def reference_of(options: Options, splits: data.Splits) -> dict:
     binarization = data.resolve_binarization(splits, None)
     run = Run(Path(), replace(options, binarization=binarization), splits)
     x = data.evaluation_images(splits, "test", binarization)
-    return floor_and_entropy(run, "test", x, torch.arange(len(x)))
+    return reference_bounds(run, "test", x, torch.arange(len(x)))
 
 
 @pytest.mark.parametrize("dataset", FLOORS)
@@ -182,7 +182,7 @@ def test_a_draw_that_training_saw_sets_no_ceiling(split, binarization, known):
     splits = data.Splits("gray", data.LEVELS, levels, levels, levels, sha256="", split="")
     run = Run(Path(), replace(Options(), binarization=binarization), splits)
     x = data.evaluation_images(splits, split, binarization)
-    found = floor_and_entropy(run, split, x, torch.arange(16), None)["binarization_entropy"]
+    found = reference_bounds(run, split, x, torch.arange(16), None)["binarization_entropy"]
     assert (found is not None) == known
 
 

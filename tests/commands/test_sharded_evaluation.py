@@ -22,7 +22,7 @@ from ppl_vae import data, importance, load, runs
 from ppl_vae.commands.evaluate import evaluate_run
 from ppl_vae.commands.options import Evaluate
 from ppl_vae.evidence import importance as evidence
-from ppl_vae.evidence.importance import evaluate, images_a_group, seeded
+from ppl_vae.evidence.importance import evaluate, images_per_group, seeded
 from ppl_vae.runs import partial_evaluation
 from ppl_vae.runs.opening import open_run
 from ppl_vae.runs.options import Options
@@ -129,7 +129,7 @@ def test_groups_have_noise_of_their_own(monkeypatch):
     monkeypatch.setitem(evidence._PASS_BYTES, "cpu", 5 * 8 * 6 * 6)
     oracle = LinearGaussian.random()
     x = oracle.draw(1).expand(3, -1)
-    assert images_a_group(x, 5) == 1
+    assert images_per_group(x, 5) == 1
     bounds = evaluate(oracle.vae(widen=1.5), x, num_particles=5, seed=0).log_evidence
     assert len(set(bounds.tolist())) == 3
 
@@ -153,7 +153,7 @@ def test_two_models_have_the_same_seeds_for_the_same_images(num_particles, monke
     monkeypatch.setattr(evidence, "group_seed", lambda *places: seeds[-1].append(places) or group_seed(*places))
     for numbers in (6, 60):
         vae = bernoulli_vae(latent_dim=2)
-        vae.likelihood.family.numbers_a_pixel = numbers
+        vae.likelihood.family.floats_per_pixel = numbers
         seeds.append([])
         evaluate(vae, torch.zeros(30, 12, dtype=torch.double), num_particles=num_particles, seed=0)
     assert seeds[0] == seeds[1]

@@ -22,7 +22,7 @@ from torch.testing import assert_close
 
 from ppl_vae import Conditional, fit, importance, log_weights, objectives
 from ppl_vae.evidence.exploration import moments
-from ppl_vae.hierarchy import BottomUp, HierarchicalVAE, LayeredPrior, OfBottomLayer, TopDown, product_of_normals
+from ppl_vae.hierarchy import BottomLayerOnly, BottomUp, HierarchicalVAE, LayeredPrior, TopDown, product_of_normals
 from ppl_vae.parts.likelihoods import Bernoulli
 from ppl_vae.parts.networks import MLP
 from ppl_vae.parts.posteriors import DiagonalNormal, exponential_log_scale
@@ -124,7 +124,7 @@ class TwoLayers:
     def vae(self, guide: str, *, widen: float = 1.0) -> HierarchicalVAE:
         """The model with its exact posterior as the guide, or one with scales ``widen`` times as wide."""
         prior = self.prior()
-        decoder = OfBottomLayer(_affine(self.W, self.b), prior.latent_dims)
+        decoder = BottomLayerOnly(_affine(self.W, self.b), prior.latent_dims)
         posterior = self.bottom_up(widen) if guide == "bottom-up" else self.top_down(prior, widen)
         return HierarchicalVAE(
             prior, Conditional(decoder, NormalFixed((len(self.b),), self.sigma).double()), posterior
@@ -283,7 +283,7 @@ def _vae(guide, dims=(3, 2, 1), *, top=None, sees_all=False, dtype=torch.double,
     top = top or StandardNormal(dims[-1])
     prior = LayeredPrior(top, [_bent(above, here) for here, above in pairwise(dims)])
     net = MLP(sum(dims) if sees_all else dims[0], math.prod(E), hidden=(6,), activation=nn.Tanh)
-    likelihood = Conditional(net if sees_all else OfBottomLayer(net, prior.latent_dims), Bernoulli(E))
+    likelihood = Conditional(net if sees_all else BottomLayerOnly(net, prior.latent_dims), Bernoulli(E))
     if guide == "bottom-up":
         below = [E, *dims]
         posterior = BottomUp([_bent(c, L) for c, L in zip(below, dims, strict=False)])

@@ -15,9 +15,9 @@ from torch.testing import assert_close
 
 from ppl_vae import VAE, Conditional
 from ppl_vae.diagnostics import AggregatePosterior, active_units, elbo_split, implied_beta, latent_kl, latents, mixture
-from ppl_vae.evidence.exploration import Codes, encode
+from ppl_vae.evidence.exploration import PosteriorMoments, encode
 from ppl_vae.evidence.importance import seeded
-from ppl_vae.hierarchy import BottomUp, HierarchicalVAE, LayeredPrior, OfBottomLayer
+from ppl_vae.hierarchy import BottomLayerOnly, BottomUp, HierarchicalVAE, LayeredPrior
 from ppl_vae.parts.networks import MLP
 from ppl_vae.parts.posteriors import DiagonalNormal
 from ppl_vae.parts.priors import StandardNormal, VampPrior
@@ -94,7 +94,7 @@ def test_a_latent_is_active_where_its_means_vary_by_more_than_a_hundredth():
     scales = torch.tensor([1.0, 0.105, 0.095, 0.0]).double()
     unit = torch.randn(4000, 4, generator=generator, dtype=torch.double)
     mean = (unit - unit.mean(0)) / unit.std(0) * scales
-    found = active_units(Codes(mean, torch.ones(4000, 4)))
+    found = active_units(PosteriorMoments(mean, torch.ones(4000, 4)))
     assert_close(found.variance, scales.square())
     assert found.active.tolist() == [True, True, False, False]
     assert found.count == 2
@@ -102,14 +102,14 @@ def test_a_latent_is_active_where_its_means_vary_by_more_than_a_hundredth():
 
 def test_a_latent_is_active_in_the_unit_of_the_prior():
     mean = torch.tensor([[-1.0, -1.0], [1.0, 1.0]] * 50).double()
-    found = active_units(Codes(mean, torch.ones(100, 2)), torch.tensor([0.5, 20.0]))
+    found = active_units(PosteriorMoments(mean, torch.ones(100, 2)), torch.tensor([0.5, 20.0]))
     assert_close(found.variance, 100 / 99 * torch.tensor([4.0, 1 / 400]).double())
     assert found.active.tolist() == [True, False]
 
 
 def test_the_error_of_means_that_are_drawn_is_not_counted_as_activity():
     torch.manual_seed(0)
-    codes = Codes(2 + 3 * torch.randn(20_000, 2).double() / math.sqrt(50), torch.full((20_000, 2), 3.0), 50)
+    codes = PosteriorMoments(2 + 3 * torch.randn(20_000, 2).double() / math.sqrt(50), torch.full((20_000, 2), 3.0), 50)
     found = active_units(codes)
     assert (found.variance.abs() < 4 * found.stderr).all()
     assert (active_units(codes._replace(num_draws=None)).variance > 0.1).all()
@@ -118,7 +118,7 @@ def test_the_error_of_means_that_are_drawn_is_not_counted_as_activity():
 def test_the_error_of_a_variance_is_that_of_repetitions():
     generator = torch.Generator().manual_seed(0)  # a skewed law, whose fourth moment is not a normal's
     means = torch.empty(400, 500, 1, dtype=torch.double).exponential_(generator=generator)
-    found = [active_units(Codes(mean, mean)) for mean in means]
+    found = [active_units(PosteriorMoments(mean, mean)) for mean in means]
     spread = np.std([float(units.variance) for units in found])
     assert np.mean([float(units.stderr) for units in found]) == pytest.approx(spread, rel=0.1)
 
@@ -183,7 +183,7 @@ def test_no_draw_carries_more_than_the_cap():
     vae, x = guided(torch.randn(30, 4), torch.full((30, 4), 0.05)), indices(30)
     q = AggregatePosterior.of(vae, x)
     z = q.sample()
-    assert (q.own_log_prob(z) - q.log_prob(z)).max() <= math.log(30) + 1e-9
+    assert (q.log_prob_per_image(z) - q.log_prob(z)).max() <= math.log(30) + 1e-9
 
 
 @pytest.mark.parametrize("rho", [0.3, 0.9])
@@ -211,7 +211,7 @@ def test_a_shifted_latent_has_the_marginal_kl_of_its_shift():
 
 
 def test_the_aggregate_posterior_is_the_mixture_of_all_images(monkeypatch):
-    monkeypatch.setattr(mixture, "particles_a_pass", lambda x: 3)
+    monkeypatch.setattr(mixture, "particles_per_pass", lambda x: 3)
     monkeypatch.setattr(mixture, "_PASS_NUMBERS", 20)
     rng = np.random.default_rng(0)
     loc, scale, z = rng.normal(size=(7, 2)), rng.uniform(0.01, 2, size=(7, 2)), rng.normal(size=(9, 2))
@@ -276,7 +276,7 @@ def test_the_components_of_a_vamp_prior_widen_with_the_guide():
 def test_several_layers_imply_no_beta():
     prior = LayeredPrior(StandardNormal(1), [Conditional(MLP(1, 2, hidden=()), DiagonalNormal(1))])
     guide = BottomUp([Conditional(MLP(1, 2, hidden=()), DiagonalNormal(1)) for _ in range(2)])
-    decoder = Conditional(OfBottomLayer(MLP(1, 1, hidden=()), (1, 1)), NormalFixed((1,), 0.1))
+    decoder = Conditional(BottomLayerOnly(MLP(1, 1, hidden=()), (1, 1)), NormalFixed((1,), 0.1))
     assert implied_beta(HierarchicalVAE(prior, decoder, guide).double(), indices(5)) is None
 
 
@@ -341,7 +341,7 @@ def test_an_autoencoder_implies_nothing(oracle):
 
 
 def test_weights_get_no_gradient_and_stay(oracle, monkeypatch):
-    monkeypatch.setattr(latents, "particles_a_pass", lambda x, numbers=6: 40)
+    monkeypatch.setattr(latents, "particles_per_pass", lambda x, numbers=6: 40)
     vae = oracle.vae()
     before = {name: value.clone() for name, value in vae.state_dict().items()}
     implied_beta(vae, oracle.draw(20))

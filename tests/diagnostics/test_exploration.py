@@ -15,7 +15,7 @@ from torch.testing import assert_close
 
 from ppl_vae.evidence import exploration
 from ppl_vae.evidence.exploration import (
-    Codes,
+    PosteriorMoments,
     encode,
     gather_log_weights,
     kl_by_latent,
@@ -35,7 +35,7 @@ def oracle():
 
 @pytest.fixture
 def small_passes(monkeypatch):
-    monkeypatch.setattr(exploration, "particles_a_pass", lambda x, numbers=6: 7)
+    monkeypatch.setattr(exploration, "particles_per_pass", lambda x, numbers=6: 7)
 
 
 def without_moments(loc, scale):
@@ -68,7 +68,7 @@ def test_a_mean_that_is_not_known_is_a_draw():
 
 
 def test_draws_in_passes_are_as_many_as_asked(monkeypatch):
-    monkeypatch.setattr(exploration, "vectors_a_pass", lambda distribution: 7)
+    monkeypatch.setattr(exploration, "vectors_per_pass", lambda distribution: 7)
     torch.manual_seed(0)
     z = sampled(dist.Normal(torch.tensor([1.0, 2.0]), 0.1).to_event(1), 100)
     assert z.shape == (100, 2)
@@ -95,7 +95,7 @@ def test_the_kls_of_the_latents_sum_to_the_kl(oracle, widen, shift):
 
 
 def test_the_kl_of_a_latent_is_its_integral():
-    codes = Codes(torch.tensor([[0.5, -2.0]]), torch.tensor([[0.3, 1.5]]))
+    codes = PosteriorMoments(torch.tensor([[0.5, -2.0]]), torch.tensor([[0.3, 1.5]]))
     prior = dist.Normal(torch.tensor([0.0, 1.0]), torch.tensor([1.0, 2.0])).to_event(1)
     expected = []
     for m, s, m0, s0 in ((0.5, 0.3, 0.0, 1.0), (-2.0, 1.5, 1.0, 2.0)):
@@ -106,7 +106,7 @@ def test_the_kl_of_a_latent_is_its_integral():
 
 
 def test_a_latent_whose_posterior_is_the_prior_has_no_kl():
-    codes = Codes(torch.tensor([[0.0, 1.0]] * 3), torch.ones(3, 2))
+    codes = PosteriorMoments(torch.tensor([[0.0, 1.0]] * 3), torch.ones(3, 2))
     assert kl_by_latent(codes, dist.Normal(torch.zeros(2), 1.0).to_event(1)).tolist() == [0.0, 0.5]
 
 
@@ -177,6 +177,6 @@ def test_log_weights_gathered_in_passes_are_those_of_each_image(oracle, small_pa
 
 
 def test_particles_of_different_passes_differ(oracle, monkeypatch):
-    monkeypatch.setattr(exploration, "particles_a_pass", lambda x, numbers=6: 20)
+    monkeypatch.setattr(exploration, "particles_per_pass", lambda x, numbers=6: 20)
     log_w = gather_log_weights(oracle.vae(widen=1.5), oracle.draw(10), 9)
     assert len(log_w.unique()) == 90

@@ -31,12 +31,12 @@ NUM_IMAGES = 5
 
 @pytest.fixture
 def small_passes(monkeypatch):
-    monkeypatch.setattr(evidence, "particles_a_pass", lambda x, numbers=6: PAIRS)
+    monkeypatch.setattr(evidence, "particles_per_pass", lambda x, numbers=6: PAIRS)
 
 
 @pytest.fixture
 def real_compiler():
-    if (reason := capture.why_not(torch.device("cpu"))) is not None:
+    if (reason := capture.capture_obstacle(torch.device("cpu"))) is not None:
         pytest.skip(reason)
 
 

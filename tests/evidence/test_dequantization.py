@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from ppl_vae import VAE, Conditional, data, log_evidence
-from ppl_vae.evidence.dequantization import Dequantized, dequantized, of_levels
+from ppl_vae.evidence.dequantization import Dequantized, dequantized, mass_of_levels
 from ppl_vae.parts.likelihoods import Bernoulli
 from ppl_vae.parts.networks import MLP
 from ppl_vae.parts.posteriors import DiagonalNormal
@@ -102,7 +102,7 @@ def test_next_to_a_pole_the_bound_lacks_more_and_stays_one(num_draws):
 
 def test_a_flat_density_gives_each_level_one_in_256_exactly():
     x = LEVELS.reshape(16, 16)
-    flat = of_levels(dist.Uniform(torch.zeros(16, 16).double(), 1.0).to_event(2), 3)
+    flat = mass_of_levels(dist.Uniform(torch.zeros(16, 16).double(), 1.0).to_event(2), 3)
     assert_close(flat.log_prob(x), torch.tensor(-256 * math.log(256), dtype=torch.double))
 
 
@@ -127,7 +127,7 @@ def test_no_draws_are_refused():
 def test_pixels_that_depend_on_each_other_are_refused():
     joint = dist.MultivariateNormal(torch.zeros(3), torch.eye(3))
     with pytest.raises(ValueError, match="likelihood: expected pixels that are independent given z"):
-        of_levels(joint, 2)
+        mass_of_levels(joint, 2)
 
 
 def test_samples_are_the_levels_of_the_density():

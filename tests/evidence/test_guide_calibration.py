@@ -13,7 +13,7 @@ from scipy import stats
 from torch.testing import assert_close
 
 from ppl_vae import VAE, Conditional
-from ppl_vae.conditional import numbers_a_pixel
+from ppl_vae.conditional import floats_per_pixel
 from ppl_vae.evidence import guide_calibration
 from ppl_vae.evidence import importance as evidence
 from ppl_vae.evidence.guide_calibration import (
@@ -27,7 +27,7 @@ from ppl_vae.evidence.guide_calibration import (
     shape,
 )
 from ppl_vae.evidence.importance import NotFinite, seeded
-from ppl_vae.hierarchy import BottomUp, HierarchicalVAE, LayeredPrior, OfBottomLayer
+from ppl_vae.hierarchy import BottomLayerOnly, BottomUp, HierarchicalVAE, LayeredPrior
 from ppl_vae.parts.networks import MLP
 from ppl_vae.parts.posteriors import Delta, DiagonalNormal
 from ppl_vae.parts.priors import StandardNormal
@@ -65,7 +65,7 @@ def hierarchical():
         Conditional(affine(5, 4, seed=1), DiagonalNormal(2)),
         Conditional(affine(2, 2, seed=2), DiagonalNormal(1)),
     ]
-    decoder = OfBottomLayer(affine(2, 5, seed=3), prior.latent_dims)
+    decoder = BottomLayerOnly(affine(2, 5, seed=3), prior.latent_dims)
     return HierarchicalVAE(prior, Conditional(decoder, NormalFixed((5,), 0.7)), BottomUp(to_layers))
 
 
@@ -95,8 +95,8 @@ def test_ranks_are_counts_of_draws_below_the_truth():
 def test_passes_of_few_vectors_give_ranks_among_all_draws(monkeypatch):
     vae = LinearGaussian.random().vae(widen=0.7)
     x = torch.zeros(1, 6, dtype=torch.double)
-    monkeypatch.setitem(evidence._PASS_BYTES, "cpu", 8 * 6 * numbers_a_pixel(vae.likelihood) * 10)
-    assert evidence.particles_a_pass(x, numbers_a_pixel(vae.likelihood)) == 10
+    monkeypatch.setitem(evidence._PASS_BYTES, "cpu", 8 * 6 * floats_per_pixel(vae.likelihood) * 10)
+    assert evidence.particles_per_pass(x, floats_per_pixel(vae.likelihood)) == 10
     found = shape(ranked(vae, num_simulations=200, num_draws=39).latents, 39)  # four passes an image
     assert_close(found.scale, torch.full((3,), 0.7, dtype=torch.double), atol=0.2, rtol=0)
 

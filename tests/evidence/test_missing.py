@@ -17,7 +17,7 @@ from torch.distributions import MultivariateNormal
 from ppl_vae import VAE, Conditional, importance, log_evidence, log_weights
 from ppl_vae.evidence import missing
 from ppl_vae.evidence.importance import NotFinite
-from ppl_vae.evidence.missing import Defended, Observed, impute
+from ppl_vae.evidence.missing import DefensiveMixture, Observed, impute
 from ppl_vae.parts.networks import MLP
 from ppl_vae.parts.posteriors import DiagonalNormal
 from ppl_vae.parts.priors import StandardNormal
@@ -246,7 +246,7 @@ def test_fillings_are_weighted_by_what_is_observed():
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_the_defended_density_is_that_of_the_mixture(share):
     proposal, prior = dist.Normal(torch.tensor([1.5]).double(), 0.2).to_event(0), dist.Normal(0.0, 1.0)
-    mixed = Defended(proposal, prior, torch.tensor([share]).double())
+    mixed = DefensiveMixture(proposal, prior, torch.tensor([share]).double())
     z = torch.linspace(-3, 3, 101, dtype=torch.double)
     expected = (1 - share) * stats.norm(1.5, 0.2).pdf(z) + share * stats.norm(0, 1).pdf(z)
     torch.testing.assert_close(mixed.log_prob(z[:, None])[:, 0].exp(), torch.as_tensor(expected))
@@ -255,7 +255,7 @@ def test_the_defended_density_is_that_of_the_mixture(share):
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_defended_draws_follow_the_density(share):
     proposal, prior = dist.Normal(torch.tensor([[1.5]]), 0.2).to_event(1), dist.Normal(torch.zeros(1), 1.0).to_event(1)
-    mixed = Defended(proposal, prior, torch.tensor([share])).expand((4, 1))
+    mixed = DefensiveMixture(proposal, prior, torch.tensor([share])).expand((4, 1))
     torch.manual_seed(0)
     z = mixed.sample((500,))
     assert z.shape == (500, 4, 1, 1)
@@ -270,7 +270,7 @@ def test_defended_draws_follow_the_density(share):
 def passes(request, monkeypatch):
     """Particles are decoded at once, or seven at a time."""
     if request.param == "many passes":
-        monkeypatch.setattr(missing, "particles_a_pass", lambda x, numbers=6: 7)
+        monkeypatch.setattr(missing, "particles_per_pass", lambda x, numbers=6: 7)
 
 
 def test_the_mean_and_covariance_of_draws_are_those_of_the_conditional_normal(passes):

@@ -14,8 +14,8 @@ from torch.testing import assert_close
 
 from ppl_vae import VAE, Conditional, importance, log_weights
 from ppl_vae.evidence.importance import NotFinite, evaluate
-from ppl_vae.evidence.proposals import Proposal, defensive, fitted, refined, with_guide
-from ppl_vae.hierarchy import BottomUp, HierarchicalVAE, LayeredPrior, OfBottomLayer
+from ppl_vae.evidence.proposals import Proposal, defensive, fitted, refined, replace_guide
+from ppl_vae.hierarchy import BottomLayerOnly, BottomUp, HierarchicalVAE, LayeredPrior
 from ppl_vae.parts.likelihoods import Bernoulli
 from ppl_vae.parts.networks import MLP
 from ppl_vae.parts.posteriors import Delta, DiagonalNormal, FullNormal, exponential_log_scale, spline_flow
@@ -29,7 +29,7 @@ def _correlated():
 
 def _log_evidence(vae, q, num_particles=1000):
     """L_S with q, float64, whose particles are drawn after q."""
-    proposed = with_guide(vae, q)
+    proposed = replace_guide(vae, q)
     return importance(proposed.model, proposed.guide, q.x, num_particles=num_particles)
 
 
@@ -67,7 +67,7 @@ def test_refining_raises_what_it_maximizes(objective):
     q = refined(vae, x, steps=100, objective=objective)
     S, bounds = (1 if objective == "elbo" else 8), []
     with torch.no_grad():
-        for guided in (vae, with_guide(vae, q)):
+        for guided in (vae, replace_guide(vae, q)):
             bounds.append(bound_by_particles(log_weights(guided.model, guided.guide, x, 1000), [S])[0])
     gain = bounds[1] - bounds[0]
     assert gain.mean() > 5 * gain.std() / math.sqrt(40)
@@ -79,7 +79,7 @@ def test_a_refined_elbo_is_never_above_log_evidence():
     torch.manual_seed(0)
     q = refined(vae, x, steps=100, family=FullNormal(2).double(), learning_rate=0.1)
     torch.manual_seed(1)
-    proposed = with_guide(vae, q)
+    proposed = replace_guide(vae, q)
     log_w = log_weights(proposed.model, proposed.guide, x, 4000).detach()
     stderr = log_w.std(0) / math.sqrt(4000)
     assert (log_w.mean(0) < quadrature_log_evidence(vae, x, latent_dim=2) + 5 * stderr).all()
@@ -138,7 +138,7 @@ def test_the_vae_and_its_gradients_are_left_as_they_were():
 def test_images_are_refined_in_groups_of_one_size(monkeypatch):
     oracle = _correlated()
     vae, x = oracle.vae(widen=1.5, shift=1.0), oracle.draw(7)
-    monkeypatch.setattr("ppl_vae.evidence.proposals.refinement.weighed_a_pass", lambda vae, x: 3 * 4)
+    monkeypatch.setattr("ppl_vae.evidence.proposals.refinement.pairs_per_pass", lambda vae, x: 3 * 4)
     counted = []
     torch.manual_seed(0)
     q = refined(
@@ -188,7 +188,7 @@ def _hierarchical():
             Conditional(MLP(3, 4, hidden=(4,)), DiagonalNormal(2)),
         ]
     )
-    decoder = Conditional(OfBottomLayer(MLP(3, 6, hidden=(4,)), prior.latent_dims), Bernoulli((6,)))
+    decoder = Conditional(BottomLayerOnly(MLP(3, 6, hidden=(4,)), prior.latent_dims), Bernoulli((6,)))
     return HierarchicalVAE(prior, decoder, posterior).double()
 
 
@@ -237,7 +237,7 @@ def test_a_deterministic_guide_is_refused():
 
 def test_images_may_come_in_any_order_and_groups(full):
     _, vae, x, q = full
-    posterior = with_guide(vae, q).posterior
+    posterior = replace_guide(vae, q).posterior
     order = torch.tensor([5, 0, 0, 7, 2])
     assert torch.equal(posterior(x[order]).loc, q.family(q.h).loc[order])
 
@@ -246,18 +246,18 @@ def test_another_image_is_refused(full):
     _, vae, x, q = full
     others = torch.cat([x[:2], x[:3] + 1e-9])
     with pytest.raises(ValueError, match="got 3 of 5 that are not among its 8"):
-        with_guide(vae, q).guide(others)
+        replace_guide(vae, q).guide(others)
 
 
 def test_an_image_of_another_size_is_refused(full):
     _, vae, x, q = full
     with pytest.raises(ValueError, match="expected images of 6 pixels, got 5"):
-        with_guide(vae, q).posterior(x[:, :5])
+        replace_guide(vae, q).posterior(x[:, :5])
 
 
 def test_a_captured_evaluation_finds_the_same(full, graphs):
     oracle, vae, x, q = full
-    proposed = with_guide(vae, q)
+    proposed = replace_guide(vae, q)
     results = [evaluate(proposed, x, num_particles=100, seed=0, compile=compile) for compile in (False, True)]
     assert len(graphs) == 1
     assert_close(results[1].log_evidence, results[0].log_evidence)
@@ -268,7 +268,7 @@ def test_another_image_in_a_captured_evaluation_is_not_finite(full, graphs):
     _, vae, x, q = full
     others = torch.cat([x[:4], x[4:] + 1])
     with pytest.raises(NotFinite):
-        evaluate(with_guide(vae, q), others, num_particles=100, seed=0, compile=True)
+        evaluate(replace_guide(vae, q), others, num_particles=100, seed=0, compile=True)
 
 
 def test_a_prior_of_the_guides_own_posteriors_stays_what_it_was(graphs):
@@ -279,14 +279,14 @@ def test_a_prior_of_the_guides_own_posteriors_stays_what_it_was(graphs):
     torch.manual_seed(0)
     q = refined(vae, x, steps=20, compile=True)
     own = evaluate(vae, x, num_particles=20_000, seed=0)
-    other = evaluate(with_guide(vae, q), x, num_particles=20_000, seed=1, compile=True)
+    other = evaluate(replace_guide(vae, q), x, num_particles=20_000, seed=1, compile=True)
     error = torch.hypot(own.monte_carlo_stderr, other.monte_carlo_stderr)
     assert ((own.log_evidence - other.log_evidence).abs() < 5 * error).all()
 
 
 def test_a_distribution_without_images_is_no_guide():
     with pytest.raises(ValueError, match="q: expected a Proposal, which knows its images, got Independent"):
-        with_guide(_correlated().vae(), dist.Normal(torch.zeros(2, 3), 1.0).to_event(1))
+        replace_guide(_correlated().vae(), dist.Normal(torch.zeros(2, 3), 1.0).to_event(1))
 
 
 # --- Fitted ---
@@ -372,7 +372,7 @@ def test_weights_of_a_narrow_guide_are_bounded_once_it_is_defended():
     oracle = LinearGaussian.random(D=4, L=1)
     vae, x = oracle.vae(widen=0.5), oracle.draw(3)
     q = Proposal(vae.posterior.family, vae.posterior.net(x).detach(), x)
-    proposed = with_guide(vae, defensive(q, share=0.1, widen=4.0))  # as wide as two posteriors
+    proposed = replace_guide(vae, defensive(q, share=0.1, widen=4.0))  # as wide as two posteriors
     torch.manual_seed(0)
     with torch.no_grad():
         defended, plain = (log_weights(v.model, v.guide, x, 100_000) for v in (proposed, vae))

@@ -33,8 +33,8 @@ def _binary(num_images=4):
 
 def test_every_public_function_of_a_vae_is_in_one_of_the_two_lists():
     """A new one is then held against the tests that go through them."""
-    plans_only = {"even_chunk", "images_a_group", "particles_a_pass", "pass_of_group", "vectors_a_pass"}
-    internal = {"weighed_a_pass", "summarize_log_weights"}  # of a pass, within a function that has checked
+    plans_only = {"even_chunk", "images_per_group", "particles_per_pass", "pass_of_group", "vectors_per_pass"}
+    internal = {"pairs_per_pass", "summarize_log_weights"}  # of a pass, within a function that has checked
     listed = {name.rsplit(".", 1)[-1] for name in [*SCORES, *OTHERS]} | plans_only | internal
     found = set()
     for name in MODULES:
@@ -44,7 +44,7 @@ def test_every_public_function_of_a_vae_is_in_one_of_the_two_lists():
                 takes = inspect.signature(value).parameters.keys()
                 if takes & {"vae", "model", "guide", "observed"}:
                     found.add(function)
-    assert found - {"guarded", "with_guide", "autocast"} <= listed
+    assert found - {"guarded", "replace_guide", "autocast"} <= listed
 
 
 # A NaN is a missing pixel where ``impute`` meets it.

@@ -314,7 +314,7 @@ def state_names(folder: Path) -> dict[str, Any]:
     networks = ("mlp", "tanh", "gated", "conv", "gated-conv", "residual", "gated-residual")
     words = {f"network {word}": f"--network {word} {CONV} {NORMAL_PRIOR}" for word in networks}
     for kind, chosen in {"prior": PRIORS, "posterior": POSTERIORS, "hierarchy": HIERARCHIES}.items():
-        words |= {f"{kind} {name}": f"{SMALL} {of_part}" for name, of_part in chosen.items()}
+        words |= {f"{kind} {name}": f"{SMALL} {step_on_part}" for name, step_on_part in chosen.items()}
     words |= {f"likelihood {word}": f"{SMALL} {NORMAL_PRIOR} --likelihood {word}" for word in LIKELIHOODS}
     return {
         name: {key: list(weight.shape) for key, weight in build(asked).state_dict().items()}

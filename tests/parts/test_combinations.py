@@ -203,10 +203,10 @@ def test_pseudo_images_are_in_the_unit_of_the_data():
 def test_the_mass_of_levels_has_the_prior_of_their_density():
     vae, _, _ = _built({"likelihood": "normal"} | PRIORS["vamp"])
     levels = (256 * torch.rand(5, *SHAPE, generator=torch.Generator().manual_seed(0), dtype=torch.double)).floor()
-    of_levels = dequantized(vae, num_draws=4)
+    mass_of_levels = dequantized(vae, num_draws=4)
     z = torch.randn(6, 3, dtype=torch.double)
-    assert_close(of_levels.prior().log_prob(z), vae.prior().log_prob(z))
-    assert log_evidence(of_levels.model, of_levels.guide, levels, num_particles=20).isfinite().all()
+    assert_close(mass_of_levels.prior().log_prob(z), vae.prior().log_prob(z))
+    assert log_evidence(mass_of_levels.model, mass_of_levels.guide, levels, num_particles=20).isfinite().all()
 
 
 # --- Missing pixels ---

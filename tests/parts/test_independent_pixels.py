@@ -14,7 +14,7 @@ from sklearn.datasets import load_wine
 from torch import Tensor
 
 from ppl_vae import data, likelihoods
-from ppl_vae.evidence.dequantization import of_levels
+from ppl_vae.evidence.dequantization import mass_of_levels
 from ppl_vae.parts.likelihoods import fit_independent_pixels
 
 EDGES = np.arange(257) / 256
@@ -145,7 +145,7 @@ def test_no_marginals_within_the_family_have_more_mass(name):
     x = dequantized_levels()
     family = CASES[name].make((4,))
     with torch.no_grad():
-        within = of_levels(family(family.fit_marginals(x))).log_prob((256 * x).floor()).double().numpy()
+        within = mass_of_levels(family(family.fit_marginals(x))).log_prob((256 * x).floor()).double().numpy()
     assert baseline(family, x, is_dequantized=True).mean() > within.mean() - 1e-3
 
 

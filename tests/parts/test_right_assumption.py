@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ppl_vae import data
-from ppl_vae.evidence.dequantization import of_levels
+from ppl_vae.evidence.dequantization import mass_of_levels
 from ppl_vae.runs.build import build_likelihood
 from ppl_vae.runs.options import Options
 
@@ -37,7 +37,7 @@ def truth(word: str) -> Tensor:
 def log_mass(kind, h: Tensor, x: Tensor) -> Tensor:
     """(N,) nats of levels x, a density's by 16 draws a pixel."""
     p_x = kind(h)
-    return (p_x if kind.measure == "mass" else of_levels(p_x, 16)).log_prob(x)
+    return (p_x if kind.measure == "mass" else mass_of_levels(p_x, 16)).log_prob(x)
 
 
 @torch.no_grad()
@@ -47,7 +47,7 @@ def drawn(word: str, num_images: int) -> Tensor:
     if word == "laplace":
         kind.log_scale.fill_(math.log(0.05))
     p_x = kind(truth(word))
-    p_x = of_levels(p_x, 1) if kind.measure == "density" else p_x
+    p_x = mass_of_levels(p_x, 1) if kind.measure == "density" else p_x
     return p_x.sample((num_images,)).clamp(0, 255)
 
 

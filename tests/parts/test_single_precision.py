@@ -117,7 +117,7 @@ def test_masses_of_large_counts_sum_to_one(mean):
 
 
 def test_compiled_log_masses_are_exact(poissons, negative_binomials):
-    if (reason := capture.why_not(torch.device("cpu"))) is not None:
+    if (reason := capture.capture_obstacle(torch.device("cpu"))) is not None:
         pytest.skip(reason)
 
     def log_masses(x, rate, y, log_mean, log_total):

@@ -202,7 +202,7 @@ def test_latents_without_labels_are_of_one_color(draw):
 def test_the_latents_of_the_highest_kl_are_shown_and_named():
     torch.manual_seed(0)
     mean = torch.randn(500, 4) * torch.tensor([0.1, 3.0, 0.0, 2.0])
-    codes = figures.Codes(mean, torch.ones(500, 4))
+    codes = figures.PosteriorMoments(mean, torch.ones(500, 4))
     prior = torch.distributions.Independent(torch.distributions.Normal(torch.zeros(4), torch.ones(4)), 1)
     use = figures.use_of_latents(VAE(lambda: prior, None, lambda x: prior), mean, codes)
     axes = figures.latents_figure(codes, use, prior, what="image").axes[0]
@@ -213,7 +213,7 @@ def test_the_latents_of_the_highest_kl_are_shown_and_named():
 
 
 def test_one_latent_is_shown_on_a_line():
-    codes = figures.Codes(torch.randn(30, 1, generator=torch.Generator().manual_seed(0)), torch.ones(30, 1))
+    codes = figures.PosteriorMoments(torch.randn(30, 1, generator=torch.Generator().manual_seed(0)), torch.ones(30, 1))
     prior = torch.distributions.Independent(torch.distributions.Normal(torch.zeros(1), torch.ones(1)), 1)
     use = figures.use_of_latents(VAE(lambda: prior, None, lambda x: prior), codes.mean, codes)
     axes = figures.latents_figure(codes, use, prior, what="image").axes[0]
@@ -327,7 +327,7 @@ def test_the_plane_says_how_its_grid_was_chosen(run, prior, words):
 
 
 def test_latents_under_a_prior_that_is_no_normal_are_ranked_by_their_variance_in_its_unit():
-    codes = figures.Codes(torch.tensor([[-1.0, -1.0], [1.0, 1.0]]), torch.ones(2, 2))
+    codes = figures.PosteriorMoments(torch.tensor([[-1.0, -1.0], [1.0, 1.0]]), torch.ones(2, 2))
     q = torch.distributions.Independent(torch.distributions.Normal(codes.mean, codes.scale), 1)
     found = figures.use_of_latents(VAE(MIXTURE, None, lambda x: q), codes.mean, codes)
     np.testing.assert_allclose(found.values, 2 / MIXTURE().variance.detach().numpy(), rtol=1e-5)
@@ -335,7 +335,7 @@ def test_latents_under_a_prior_that_is_no_normal_are_ranked_by_their_variance_in
 
 
 def test_a_prior_that_is_no_normal_is_drawn_by_its_draws():
-    codes = figures.Codes(torch.tensor([[-1.0, -1.0], [1.0, 1.0]]), torch.ones(2, 2))
+    codes = figures.PosteriorMoments(torch.tensor([[-1.0, -1.0], [1.0, 1.0]]), torch.ones(2, 2))
     use = figures.Use(torch.tensor([0.3, 0.2]), "", "variance", "", 0.01)
     torch.manual_seed(0)
     axes = figures.latents_figure(codes, use, MIXTURE(), what="image").axes[0]

@@ -958,17 +958,19 @@ def test_observations_that_hold_a_tensor_are_refused(graphs):
 
 
 def test_a_machine_without_a_compiler_says_so(monkeypatch):
-    assert capture.why_not(torch.device("cpu")) is None or "installed" in capture.why_not(torch.device("cpu"))
+    assert capture.capture_obstacle(torch.device("cpu")) is None or "installed" in capture.capture_obstacle(
+        torch.device("cpu")
+    )
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr(capture.shutil, "which", lambda name: None)
-    assert capture.why_not(torch.device("cpu")) == "no C++ compiler (g++ or clang++) is installed"
+    assert capture.capture_obstacle(torch.device("cpu")) == "no C++ compiler (g++ or clang++) is installed"
 
 
 def test_a_machine_with_a_compiler_has_no_reason_against_it(monkeypatch):
     monkeypatch.delenv("CXX", raising=False)
     for present in ("g++", "clang++"):
         monkeypatch.setattr(capture.shutil, "which", lambda name, present=present: name if name == present else None)
-        assert capture.why_not(torch.device("cpu")) is None
+        assert capture.capture_obstacle(torch.device("cpu")) is None
 
 
 def test_a_compiler_that_fails_is_a_reason_and_trains_nothing(monkeypatch):
@@ -1173,7 +1175,7 @@ COMPILED = {
 @pytest.fixture(scope="module")
 def compiled_cases():
     """Each case's step, compiled once for all tests that look at it."""
-    if (reason := capture.why_not(torch.device("cpu"))) is not None:
+    if (reason := capture.capture_obstacle(torch.device("cpu"))) is not None:
         pytest.skip(reason)
     made = {}
 
@@ -1205,7 +1207,7 @@ def test_noise_is_fresh_at_every_compiled_step_and_the_same_for_the_same_seed(co
 
 
 def test_a_compiled_training_ends_where_the_eager_one_does_and_resumes_bit_for_bit():
-    if (reason := capture.why_not(torch.device("cpu"))) is not None:
+    if (reason := capture.capture_obstacle(torch.device("cpu"))) is not None:
         pytest.skip(reason)
     asked = {"average_decay": 0.5, "clip_norm": 2.0, "learning_rate": 0.01}
     states, ends = {}, {}
@@ -1364,12 +1366,12 @@ def test_a_reason_is_one_line(graphs):
 def test_a_compiler_may_have_arguments(monkeypatch, command):
     monkeypatch.setenv("CXX", command)
     monkeypatch.setattr(capture.shutil, "which", lambda name: name if name in ("g++", "ccache") else None)
-    assert capture.why_not(torch.device("cpu")) is None
+    assert capture.capture_obstacle(torch.device("cpu")) is None
 
 
 def test_a_compiler_that_is_named_and_not_there_is_named_again(monkeypatch):
     monkeypatch.setenv("CXX", "/nonexistent/c++")
-    assert capture.why_not(torch.device("cpu")) == "CXX names /nonexistent/c++, which is not there"
+    assert capture.capture_obstacle(torch.device("cpu")) == "CXX names /nonexistent/c++, which is not there"
 
 
 def test_a_cache_that_cannot_be_used_is_a_reason(monkeypatch):

@@ -235,7 +235,7 @@ def test_at_a_site_of_a_program_the_images_are_left_of_its_event(noise):
     torch.manual_seed(1)
     one, two = program(WHOLE)
     torch.manual_seed(1)
-    with noise.at_sites():
+    with noise.draw_at_sites():
         rows = program(STOP - START)
     assert torch.equal(rows[0], one[:, START:STOP])
     assert torch.equal(rows[1], two[:, START:STOP])
@@ -264,7 +264,7 @@ def test_noise_for_another_number_of_images_is_refused(noise):
 
 
 def test_noise_at_no_site_is_refused(noise):
-    with noise.at_sites(), pytest.raises(ValueError, match=r"torch.randn: .* at a sample site or by observe"):
+    with noise.draw_at_sites(), pytest.raises(ValueError, match=r"torch.randn: .* at a sample site or by observe"):
         torch.randn(3, 2)
 
 

@@ -591,7 +591,7 @@ def test_gradients_of_both_kls_are_their_closed_forms_where_the_decoder_ignores_
 
 
 def test_short_runs_are_compiled_where_many_share_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(capture, "why_not", lambda device: None)
+    monkeypatch.setattr(capture, "capture_obstacle", lambda device: None)
     mnist: Any = SimpleNamespace(splits=SimpleNamespace(train=range(50_000), event_shape=(1, 28, 28)))
     found = run._compiled_where_it_pays(plan.plan(QUICK, ["mnist"]), {"mnist": mnist})
     compiled = {each.name for each in found if each.options.compile == "on"}

@@ -94,11 +94,11 @@ def test_auto_compiles_where_five_thousand_steps_are_planned(graphs, small, batc
 
 
 def test_auto_is_off_without_a_compiler_and_words_stay_as_they_are(monkeypatch, small):
-    monkeypatch.setattr(capture, "why_not", lambda device: "none")
+    monkeypatch.setattr(capture, "capture_obstacle", lambda device: "none")
     splits = load_splits(small)
     for asked in ("auto", "off"):
         assert resolve(replace(small, epochs=100_000, compile=asked), splits).compile == "off"
-    monkeypatch.setattr(capture, "why_not", lambda device: None)
+    monkeypatch.setattr(capture, "capture_obstacle", lambda device: None)
     for asked in ("on", "off"):
         assert resolve(replace(small, epochs=1, compile=asked), splits).compile == asked
 
@@ -142,7 +142,7 @@ def test_where_the_capture_fails_auto_says_why_and_trains_as_off_does(
 
 
 def test_a_torch_whose_compiler_has_other_names_trains_eagerly(always_pays, no_figures, small, tmp_path, monkeypatch):
-    monkeypatch.setattr(capture, "why_not", lambda device: None)
+    monkeypatch.setattr(capture, "capture_obstacle", lambda device: None)
     monkeypatch.delattr(decomposition, "select_decomp_table")
     said = _train(replace(small, compile="auto"), tmp_path)
     assert [line for line in said if "eager" in line and "select_decomp_table" in line]
@@ -200,7 +200,7 @@ def test_an_interrupted_run_ends_bit_for_bit_where_the_undisturbed_one_does(
 
 
 def test_so_does_one_through_the_real_compiler(no_figures, small, tmp_path, monkeypatch):
-    if (reason := capture.why_not(torch.device("cpu"))) is not None:
+    if (reason := capture.capture_obstacle(torch.device("cpu"))) is not None:
         pytest.skip(reason)
     _assert_resumes_bit_for_bit(replace(small, compile="on"), tmp_path, monkeypatch)
 

@@ -10,9 +10,9 @@ import pyro
 import torch
 from torch import Tensor
 
-from ppl_vae.evidence.importance import summarize_log_weights, weighed_a_pass
+from ppl_vae.evidence.importance import pairs_per_pass, summarize_log_weights
 from ppl_vae.runtime.arguments import check_count
-from ppl_vae.runtime.global_state import in_evaluation_mode, serialize_threads
+from ppl_vae.runtime.global_state import evaluation_mode, serialize_threads
 from ppl_vae.runtime.numerics import tenfold_gain
 from ppl_vae.support import check_support
 
@@ -58,7 +58,7 @@ def adaptive(
     0.4. ``defensive`` guards against narrow guides.
 
     Args:
-        vae: any, also ``with_guide``'s.
+        vae: any, also ``replace_guide``'s.
         x: images (N, *E).
         num_particles: S at first.
         most: where doubling ends, whatever the tolerance says.
@@ -80,7 +80,7 @@ def adaptive(
     empty = torch.full((len(x),), math.nan, dtype=torch.double, device=x.device)
     found = Adaptive(empty, torch.zeros_like(empty, dtype=torch.long), empty.clone(), empty.clone())
     waiting, sums = torch.arange(len(x), device=x.device), None
-    with in_evaluation_mode(vae), pyro.validation_enabled(False):
+    with evaluation_mode(vae), pyro.validation_enabled(False):
         while len(waiting):
             fresh = _sums(vae, x[waiting], num_particles if sums is None else sums.num_particles)
             sums = fresh if sums is None else sums.joined(fresh)
@@ -126,7 +126,7 @@ class _Sums(NamedTuple):
 
 def _sums(vae: Any, x: Tensor, num_particles: int) -> _Sums:
     """Of fresh draws, in passes that fit into memory."""
-    pairs = weighed_a_pass(vae, x)
+    pairs = pairs_per_pass(vae, x)
     chunk = min(num_particles, pairs)
     parts = []
     for images in x.split(max(1, pairs // chunk)):

@@ -8,7 +8,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from ppl_vae.evidence.missing import Defended
+from ppl_vae.evidence.missing import DefensiveMixture
 from ppl_vae.evidence.proposals.own import Proposal
 from ppl_vae.parts.posteriors.flow import ConditionedFlow
 
@@ -68,7 +68,7 @@ def _with_wide_share(q: Any, share: float, widen: float) -> Any:
         noise = _Noise(noise.proposal, noise.prior, noise.share)
         return ConditionedFlow(noise, q.layers, context=q.context, loc=q.loc, log_scale=q.log_scale, checked=False)
     wide = _widened(q, widen)
-    return Defended(q, wide, torch.full(q.batch_shape, share, dtype=q.mean.dtype, device=q.mean.device))
+    return DefensiveMixture(q, wide, torch.full(q.batch_shape, share, dtype=q.mean.dtype, device=q.mean.device))
 
 
 def _widened(q: Any, widen: float) -> Any:
@@ -80,7 +80,7 @@ def _widened(q: Any, widen: float) -> Any:
     raise ValueError(f"q: expected a normal or a flow of one, which can be widened, got {type(q).__name__}")
 
 
-class _Noise(Defended):
+class _Noise(DefensiveMixture):
     """The mixture as the noise of a flow, which asks for reparametrized draws; nothing in it has a gradient."""
 
     has_rsample = True

@@ -54,7 +54,7 @@ class Proposal(dist.TorchDistribution):
         return self._q.log_prob(value)
 
 
-class OfItsImages(nn.Module):
+class PerImageGuide(nn.Module):
     """x (B, *E) -> q(z | x), for images that are among the N that a proposal was made for.
 
     They are found by their pixels, so they may come in any order and in any groups.
@@ -100,7 +100,7 @@ class OfItsImages(nn.Module):
         return self.family(torch.where(known[:, None], self.h[nearest], math.nan))
 
 
-def with_guide(vae: Any, q: Proposal) -> VAE:
+def replace_guide(vae: Any, q: Proposal) -> VAE:
     """p(x, z) of the VAE with q in the place of its guide, for the images that q was made for.
 
     ``evidence.evaluate`` and ``importance`` take it as any VAE, compiled or not.
@@ -118,4 +118,4 @@ def with_guide(vae: Any, q: Proposal) -> VAE:
     """
     if not isinstance(q, Proposal):
         raise ValueError(f"q: expected a Proposal, which knows its images, got {type(q).__name__}")
-    return VAE(vae.prior, vae.likelihood, OfItsImages(q, vae.posterior)).train(vae.training)
+    return VAE(vae.prior, vae.likelihood, PerImageGuide(q, vae.posterior)).train(vae.training)

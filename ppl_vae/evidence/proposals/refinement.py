@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from ppl_vae.evidence.exploration import encode
-from ppl_vae.evidence.importance import importance, particles_a_pass, weighed_a_pass
-from ppl_vae.evidence.proposals.own import Proposal, with_guide
+from ppl_vae.evidence.importance import importance, pairs_per_pass, particles_per_pass
+from ppl_vae.evidence.proposals.own import Proposal, replace_guide
 from ppl_vae.parts.posteriors import MAX_LOG_SCALE, DiagonalNormal, FullNormal, bounded_log_scale, exponential_log_scale
 from ppl_vae.runtime.arguments import check_count
 from ppl_vae.runtime.capture import ADAM_BETAS, ADAM_EPSILON, compiled, replaced
-from ppl_vae.runtime.global_state import in_evaluation_mode, serialize_threads
+from ppl_vae.runtime.global_state import evaluation_mode, serialize_threads
 from ppl_vae.support import check_support
 from ppl_vae.weights import is_deterministic
 
@@ -77,11 +77,11 @@ def refined(
     steps, num_particles = check_count("steps", steps), check_count("num_particles", num_particles)
     check_count("len(x)", len(x))
     check_support(vae.model, x)
-    with in_evaluation_mode(vae), pyro.validation_enabled(False):
+    with evaluation_mode(vae), pyro.validation_enabled(False):
         start = _start(vae, x, family)
         descent = _Descent(vae, start.family, objective=objective, num_particles=num_particles)
         schedule = _schedule(steps, learning_rate, start.h)
-        groups = _even_groups(len(x), max(1, weighed_a_pass(vae, x) // num_particles))
+        groups = _even_groups(len(x), max(1, pairs_per_pass(vae, x) // num_particles))
         step: Callable[[list[Tensor]], Any] = descent.step
         if compile:
             first = groups[0]
@@ -113,7 +113,7 @@ def _start(vae: Any, x: Tensor, family: Any) -> Proposal:
             "vae: expected a guide Conditional(net, family), which has features of each image to refine, got "
             f"{type(posterior).__name__}; with family=FullNormal(L) a normal of all latents takes its place"
         )
-    return Proposal(own, torch.cat([net(part) for part in x.split(particles_a_pass(x))]), x)
+    return Proposal(own, torch.cat([net(part) for part in x.split(particles_per_pass(x))]), x)
 
 
 class _Descent:
@@ -175,7 +175,7 @@ def _better(vae: Any, start: Proposal, h: Tensor, num_particles: int) -> Proposa
 
 def _bound(vae: Any, q: Proposal, num_particles: int) -> Tensor:
     """(N,) E[L_k]: the mean over blocks of k particles."""
-    guided = with_guide(vae, q)
+    guided = replace_guide(vae, q)
     if num_particles == 1:
         return importance(guided.model, guided.guide, q.x, num_particles=_CHOOSING_PARTICLES).elbo
     blocks = math.ceil(_CHOOSING_PARTICLES / num_particles)

@@ -3,7 +3,7 @@
 Each has ``event_shape``, ``num_features`` (what the network's last layer must give), ``support`` (the values a pixel
 can take) and ``support_words`` (the same for a person), ``measure`` ("mass" or "density": they are on different scales,
 and never compared), ``data_kind`` (the kind of pixels that it is a likelihood of, in the words of ``data``),
-``numbers_a_pixel`` (about how many numbers of a pixel ``log_prob`` holds at once), ``forward(h)``, which returns a
+``floats_per_pixel`` (about how many numbers of a pixel ``log_prob`` holds at once), ``forward(h)``, which returns a
 distribution with batch shape ``h.shape[:-1]`` and the event shape, and ``fit_marginals(x)``, which sets the
 likelihood's own parameters, if it has any, and returns the h of the pixels' marginals: training starts from there.
 ``to_event`` makes pixels independent and *summed*. Features come plane by plane: the first of every pixel, then the

@@ -79,7 +79,7 @@ class Poisson(Pixels):
     support_words = _COUNTS_WORDS
     measure = "mass"
     data_kind = data.COUNTS
-    numbers_a_pixel = 8
+    floats_per_pixel = 8
 
     def pixel(self, feature: Tensor) -> StablePoisson:
         """Of what gives the log-rate."""
@@ -155,7 +155,7 @@ class NegativeBinomial(Pixels):
     measure = "mass"
     data_kind = data.COUNTS
     features_a_pixel = 2
-    numbers_a_pixel = 24
+    floats_per_pixel = 24
 
     def pixel(self, a: Tensor, b: Tensor) -> StableNegativeBinomial:
         """Of what gives the mean, and the total count."""

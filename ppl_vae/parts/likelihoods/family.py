@@ -37,7 +37,7 @@ class Pixels(nn.Module):
     """
 
     features_a_pixel = 1
-    numbers_a_pixel = 6
+    floats_per_pixel = 6
     pixel: Callable[..., Any]
 
     def __init__(self, event_shape: Sequence[int]) -> None:

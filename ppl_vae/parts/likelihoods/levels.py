@@ -93,7 +93,7 @@ class Categorical(nn.Module):
             raise ValueError(f"rank: expected a number from 1 to 255, got {rank}")
         self.event_shape = tuple(event_shape)
         self.rank = rank
-        self.numbers_a_pixel = 3 * NUM_LEVELS + 2 * rank
+        self.floats_per_pixel = 3 * NUM_LEVELS + 2 * rank
         self.num_features = rank * math.prod(self.event_shape)
         self.A = nn.Parameter(_cosines(rank).float())
         self.b = nn.Parameter(torch.zeros(NUM_LEVELS))
@@ -273,7 +273,7 @@ class DiscretizedLogistic(Pixels):
     measure = "mass"
     data_kind = data.LEVELS
     features_a_pixel = 2
-    numbers_a_pixel = 13
+    floats_per_pixel = 13
 
     def pixel(self, loc: Tensor, feature: Tensor) -> LevelLogistic:
         """Of a location and of what gives the scale."""
@@ -332,7 +332,7 @@ class Binomial(Pixels):
     support_words = LEVELS_WORDS
     measure = "mass"
     data_kind = data.LEVELS
-    numbers_a_pixel = 8
+    floats_per_pixel = 8
 
     def pixel(self, logits: Tensor) -> LevelBinomial:
         """Of logits."""

@@ -151,7 +151,7 @@ class Logit(nn.Module):
         self.base = family
         self.event_shape: tuple[int, ...] = family.event_shape
         self.num_features: int = family.num_features
-        self.numbers_a_pixel: int = family.numbers_a_pixel + 4
+        self.floats_per_pixel: int = family.floats_per_pixel + 4
 
     def forward(self, h: Tensor) -> dist.Independent:
         """h: (..., num_features) of the base -> batch shape (...), event shape E."""
@@ -187,7 +187,7 @@ class LogitNormal(nn.Module):
     support_words = "numbers between 0 and 1, neither of them"
     measure = "density"
     data_kind = data.UNIT_INTERVAL
-    numbers_a_pixel = 13
+    floats_per_pixel = 13
 
     def __init__(self, event_shape: Sequence[int]) -> None:
         super().__init__()

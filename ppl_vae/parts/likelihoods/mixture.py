@@ -186,7 +186,7 @@ class DiscretizedLogisticMixture(nn.Module):
         components = check_count("components", components)
         self.event_shape = tuple(event_shape)
         self.components = components
-        self.numbers_a_pixel = 16 * components
+        self.floats_per_pixel = 16 * components
         self.is_color = len(self.event_shape) == 3 and self.event_shape[0] == 3
         D = math.prod(self.event_shape)
         self.num_features = 10 * components * D // 3 if self.is_color else 3 * components * D

@@ -192,7 +192,7 @@ class NormalPerPixel(_InUnits):
     """
 
     features_a_pixel = 2
-    numbers_a_pixel = 9
+    floats_per_pixel = 9
 
     def pixel(self, loc: Tensor, feature: Tensor) -> dist.Normal:
         """Of a mean in units, and of what gives the scale."""
@@ -257,7 +257,7 @@ class StudentT(_InUnits):
         event_shape: E, the shape of an image.
     """
 
-    numbers_a_pixel = 10
+    floats_per_pixel = 10
 
     def __init__(self, event_shape: Sequence[int]) -> None:
         super().__init__(event_shape)

@@ -122,7 +122,7 @@ class ContinuousBernoulli(Pixels):
     support_words = "numbers from 0 to 1"
     measure = "density"
     data_kind = data.UNIT_INTERVAL
-    numbers_a_pixel = 10
+    floats_per_pixel = 10
 
     def pixel(self, logits: Tensor) -> StableContinuousBernoulli:
         """Of logits."""
@@ -221,7 +221,7 @@ class Beta(Pixels):
     measure = "density"
     data_kind = data.UNIT_INTERVAL
     features_a_pixel = 2
-    numbers_a_pixel = 24
+    floats_per_pixel = 24
 
     def pixel(self, a: Tensor, b: Tensor) -> StableBeta:
         """Of what gives the mean, and the concentration."""

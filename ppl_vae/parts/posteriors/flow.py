@@ -12,7 +12,7 @@ from torch.distributions import constraints
 
 from ppl_vae.parts.flows import affine, spline
 from ppl_vae.parts.posteriors.autoregressive import Autoregressive
-from ppl_vae.parts.posteriors.own_draw import OwnDraw
+from ppl_vae.parts.posteriors.own_draw import CachedLogProb
 from ppl_vae.parts.posteriors.scales import bounded_log_scale
 from ppl_vae.runtime.arguments import Widths, check_count
 
@@ -81,7 +81,7 @@ class ConditionedFlow(dist.TorchDistribution):
         self.context = context
         self.loc = loc
         self.log_scale = log_scale
-        self._own: OwnDraw | None = None
+        self._own: CachedLogProb | None = None
         super().__init__(base.batch_shape, base.event_shape, validate_args=checked)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> ConditionedFlow:
@@ -103,7 +103,7 @@ class ConditionedFlow(dist.TorchDistribution):
             y, log_volume = layer(y, self.context)
             log_q = log_q - log_volume
         z = self.loc + self.log_scale.exp() * y
-        self._own = OwnDraw(z, log_q)
+        self._own = CachedLogProb(z, log_q)
         return z
 
     def log_prob(self, value: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Independent, MultivariateNormal, Normal, register_kl
 
-from ppl_vae.parts.posteriors.own_draw import OwnDraw
+from ppl_vae.parts.posteriors.own_draw import CachedLogProb
 from ppl_vae.parts.posteriors.scales import bounded_log_scale
 
 
@@ -63,19 +63,19 @@ class FullNormal(nn.Module):
         row, column = torch.tril_indices(latent_dim, latent_dim, offset=-1)
         self.register_buffer("below", row * latent_dim + column, persistent=False)
 
-    def forward(self, h: Tensor) -> DrawnNormal:
+    def forward(self, h: Tensor) -> CachedLogProbNormal:
         """h: (..., 2 L + L (L - 1) / 2), U row by row -> batch shape (...), event shape (L,)."""
         (L,) = self.event_shape
         loc, feature, U = h.split([L, L, self.num_features - 2 * L], dim=-1)
         U = h.new_zeros(*h.shape[:-1], L * L).index_copy(-1, self.below, U / math.sqrt(L)).unflatten(-1, (L, L))
         one = torch.eye(L, dtype=h.dtype, device=h.device)
-        return DrawnNormal(loc, scale_tril=self.log_scale(feature).exp()[..., None] * (one + U))
+        return CachedLogProbNormal(loc, scale_tril=self.log_scale(feature).exp()[..., None] * (one + U))
 
 
-class DrawnNormal(dist.MultivariateNormal):
+class CachedLogProbNormal(dist.MultivariateNormal):
     """Normal(z; loc, T T'), of whose own draw z = loc + T u the density is Normal(u; 0, I) / det T, without solving."""
 
-    _own: OwnDraw | None = None
+    _own: CachedLogProb | None = None
 
     def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008 (torch's signature)
         """sample_shape + batch shape + (L,)."""
@@ -83,7 +83,7 @@ class DrawnNormal(dist.MultivariateNormal):
         noise = dist.Normal(torch.zeros_like(self.loc), 1.0).to_event(1)
         u = noise.rsample(sample_shape)
         z = self.loc + (T * u[..., None, :]).sum(-1)  # no product of matrices, which autocast would round
-        self._own = OwnDraw(z, noise.log_prob(u) - T.diagonal(dim1=-2, dim2=-1).log().sum(-1))
+        self._own = CachedLogProb(z, noise.log_prob(u) - T.diagonal(dim1=-2, dim2=-1).log().sum(-1))
         return z
 
     def log_prob(self, value: Tensor) -> Tensor:

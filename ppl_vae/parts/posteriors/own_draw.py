@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-class OwnDraw:
+class CachedLogProb:
     """A draw z of a distribution and log q(z), which it knows from the noise that z was made of.
 
     It lives with the distribution, one call of the guide, and not with the module: nothing passes from one call to

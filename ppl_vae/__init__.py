@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ppl_vae.conditional import Conditional
     from ppl_vae.evidence.dequantization import dequantized
-    from ppl_vae.evidence.importance import Estimate, importance, log_evidence
+    from ppl_vae.evidence.estimate import Estimate
+    from ppl_vae.evidence.importance import importance, log_evidence
     from ppl_vae.runs.load import load, save
     from ppl_vae.training import fit
     from ppl_vae.vae import VAE
@@ -23,7 +24,7 @@ __version__ = "0.1.0"
 _HOME = {
     "VAE": "vae",
     "Conditional": "conditional",
-    "Estimate": "evidence.importance",
+    "Estimate": "evidence.estimate",
     "dequantized": "evidence.dequantization",
     "fit": "training",
     "importance": "evidence.importance",

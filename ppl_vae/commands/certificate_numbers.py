@@ -12,9 +12,10 @@ from torch import Tensor
 
 from ppl_vae.commands.certificate_stages import AISSummary
 from ppl_vae.commands.evaluate import quantiles
+from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.evidence.gaps import Gaps
 from ppl_vae.evidence.guide_calibration import Ranks, judge
-from ppl_vae.evidence.importance import UNRELIABLE_BIAS, Estimate, Importance
+from ppl_vae.evidence.importance import UNRELIABLE_BIAS, Importance
 from ppl_vae.evidence.typicality import typicality
 
 
@@ -163,7 +164,7 @@ def summarize_simulated(below: AISSummary, above: AISSummary) -> dict[str, Any]:
 
 def summarize_curve(effort: Sequence[int], bounds: Tensor, ais: Tensor) -> dict[str, list[float]]:
     """What bounds (K, N) of each effort lack of that of AIS in full (N,): the mean over images and its paired error."""
-    lacking = [Estimate.of(bound - ais, 1) for bound in bounds]
+    lacking = [Estimate.from_values(bound - ais, 1) for bound in bounds]
     return {
         "effort": list(effort),
         "mean": [float(bound.mean()) for bound in bounds],
@@ -180,7 +181,7 @@ def summarize_gaps(found: Gaps) -> dict[str, Any]:
 
 
 def _mean(values: Tensor) -> dict[str, float]:
-    return Estimate.of(values, 1).to_json()
+    return Estimate.from_values(values, 1).to_json()
 
 
 def _of_mean(stderrs: Tensor) -> float:

@@ -15,7 +15,8 @@ from torch import Tensor
 from ppl_vae import data, runs
 from ppl_vae.commands.evaluate import bits_per_dim, evaluate_with_progress, read_per_image
 from ppl_vae.commands.options import CompareRuns
-from ppl_vae.evidence.importance import Estimate, Importance, pass_of_group, seeded
+from ppl_vae.evidence.estimate import Estimate
+from ppl_vae.evidence.importance import Importance, pass_of_group, seeded
 from ppl_vae.evidence.paired import CONFIDENCE, INDISTINCT, SEED_NATS, BoundDifference, bound_difference
 from ppl_vae.reports import figures as plots
 from ppl_vae.reports.evaluation_words import plus_minus
@@ -273,7 +274,7 @@ def _conditions(opened: Sequence[Run], asked: Asked) -> dict[str, Any]:
 
 
 def _run_entry(entrant: Entrant, result: Importance, num_particles: int) -> dict[str, Any]:
-    own, elbo = (Estimate.of(values, num_particles) for values in (result.log_evidence, result.elbo))
+    own, elbo = (Estimate.from_values(values, num_particles) for values in (result.log_evidence, result.elbo))
     return {
         "name": entrant.name,
         "folder": str(entrant.run.folder),
@@ -284,7 +285,7 @@ def _run_entry(entrant: Entrant, result: Importance, num_particles: int) -> dict
         "bits_per_dim": bits_per_dim(entrant.run, result.log_evidence, num_particles),
         "log_likelihood": own.to_json(),
         "elbo": elbo.to_json(),
-        "monte_carlo_stderr": float(result.monte_carlo_stderr.square().sum().sqrt()) / own.n,
+        "monte_carlo_stderr": float(result.monte_carlo_stderr.square().sum().sqrt()) / len(result.log_evidence),
         "rise": float(result.rise.mean()),
     }
 

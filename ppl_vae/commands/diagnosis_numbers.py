@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from ppl_vae import diagnostics
-from ppl_vae.diagnostics import CannotMeasure, PerLatent, Value
+from ppl_vae.diagnostics import CannotMeasure, PerLatent
 from ppl_vae.diagnostics.pixel_calibration import calibration
+from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.evidence.exploration import PosteriorMoments, decoded, drawn, encode, moments, sampled
 from ppl_vae.evidence.importance import Importance, evaluate, reconstruction, seeded
 from ppl_vae.vae import VAE
@@ -116,7 +117,7 @@ def _latent_numbers(vae: VAE, x: Tensor, codes: PosteriorMoments, autoencoder: b
         "active": {"count": active.count} | _per_latent(active.variance, active.stderr),
     }
     if autoencoder:
-        log_p_x_given_z = Value.of(reconstruction(vae, x, seed=0))  # z is no draw, whatever the seed
+        log_p_x_given_z = Estimate.from_values(reconstruction(vae, x, seed=0))  # z is no draw, whatever the seed
         of_density = dict.fromkeys(("kl", "kl_by_latent", "implied_beta", "elbo_split"))
         return found | {"reconstruction": log_p_x_given_z.to_json()} | of_density
     some = _some(x, _most_paired(codes))
@@ -225,10 +226,10 @@ def importance_numbers(result: Importance, num_particles: int) -> dict[str, Any]
     """What an importance-weighted estimate says of itself."""
     known = result.pareto_k[~result.pareto_k.isnan()]
     return {
-        "log_likelihood": Value.of(result.log_evidence).to_json(),
-        "elbo": Value.of(result.elbo).to_json(),
-        "rise": Value.of(result.rise).to_json(),
-        "unreliable": Value.of_share(result.unreliable()).to_json(),
+        "log_likelihood": Estimate.from_values(result.log_evidence).to_json(),
+        "elbo": Estimate.from_values(result.elbo).to_json(),
+        "rise": Estimate.from_values(result.rise).to_json(),
+        "unreliable": Estimate.from_flags(result.unreliable()).to_json(),
         "pareto_k": float(known.median()) if len(known) else None,
         "num_images": len(result.rise),
         "num_particles": num_particles,

@@ -14,8 +14,9 @@ from ppl_vae.commands.evaluate import describe_provenance, evaluate_with_progres
 from ppl_vae.commands.options import Encode
 from ppl_vae.data import dequantize_uniformly
 from ppl_vae.data.registry import SPLITS
+from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.evidence.exploration import PosteriorMoments, encode
-from ppl_vae.evidence.importance import Estimate, Importance, reconstruction, seeded
+from ppl_vae.evidence.importance import Importance, reconstruction, seeded
 from ppl_vae.reports.evaluation_words import NOT_A_LOG_LIKELIHOOD, plus_minus, scale_in_words
 from ppl_vae.reports.run_figures import latents_figure, use_of_latents
 from ppl_vae.runs.build import is_autoencoder
@@ -155,14 +156,14 @@ def _summary(run: Run, given: Images, result: Importance | Tensor, num_particles
             "scale": run.trained_scale,
             "num_particles": None,
             "log_likelihood": None,
-            "reconstruction": Estimate.of(result, 1).to_json(),
+            "reconstruction": Estimate.from_values(result, 1).to_json(),
             "lowest": [{"name": given.names[i], "reconstruction": float(result[i])} for i in lowest],
         }
     lowest = result.log_evidence.argsort()[:_NUM_LOWEST].tolist()
     return of_images | {
         "num_particles": num_particles,
-        "log_likelihood": Estimate.of(result.log_evidence, num_particles).to_json(),
-        "elbo": Estimate.of(result.elbo, num_particles).to_json(),
+        "log_likelihood": Estimate.from_values(result.log_evidence, num_particles).to_json(),
+        "elbo": Estimate.from_values(result.elbo, num_particles).to_json(),
         "ess": {"median": float(result.ess.median())},
         "unreliable_images": int(result.unreliable().sum()) if num_particles > 1 else None,
         "lowest": [{"name": given.names[i], "log_likelihood": float(result.log_evidence[i])} for i in lowest],

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ppl_vae import data, runs
 from ppl_vae.commands.options import Evaluate
+from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.evidence.importance import (
-    Estimate,
     Importance,
     evaluate,
     images_per_group,
@@ -262,7 +262,7 @@ def write_reconstructions(
         "seed": seed,
         "dequantization_draws": None,
         **dict.fromkeys(_OF_A_DENSITY),
-        "reconstruction": Estimate.of(log_p_x_given_z, 1).to_json(),
+        "reconstruction": Estimate.from_values(log_p_x_given_z, 1).to_json(),
         "step": runs.load_step(folder / runs.MODEL),
         "seconds": time.monotonic() - started,
     }
@@ -396,7 +396,7 @@ def bits_per_dim(run: Run, log_p: Tensor, num_particles: int) -> dict[str, float
     if run.evaluated_pixels != "levels":
         return None
     num_pixels = math.prod(run.splits.event_shape)
-    return Estimate.of(-log_p / (num_pixels * math.log(2)), num_particles).to_json()
+    return Estimate.from_values(-log_p / (num_pixels * math.log(2)), num_particles).to_json()
 
 
 def reference_bounds(run: Run, split: str, x: Tensor, index: Tensor) -> dict[str, Any]:
@@ -414,7 +414,7 @@ def reference_bounds(run: Run, split: str, x: Tensor, index: Tensor) -> dict[str
         train = data.expected_images(splits, run.pixels)
         log_prob = fit_independent_pixels(likelihood, train, is_dequantized=run.pixels == "dequantized")
         at_once = particles_per_pass(x, likelihood.floats_per_pixel + _NUMBERS_OF_A_MASS)
-        floor = Estimate.of(torch.cat([log_prob(part) for part in x.split(at_once)]), 1).to_json()
+        floor = Estimate.from_values(torch.cat([log_prob(part) for part in x.split(at_once)]), 1).to_json()
     seen = split == "train" and run.pixels == "fixed"
     entropy = None if seen else data.binarization_entropy(splits, split, run.pixels)
     return {
@@ -434,7 +434,7 @@ def quantiles(values: Tensor) -> dict[str, float | None]:
 
 def _summary(result: Importance, num_particles: int) -> dict[str, Any]:
     def mean(values: Tensor) -> dict[str, float]:
-        return Estimate.of(values, num_particles).to_json()
+        return Estimate.from_values(values, num_particles).to_json()
 
     count = len(result.log_evidence)
     return {

@@ -15,7 +15,8 @@ from ppl_vae import runs
 from ppl_vae.commands.evaluate import describe_provenance
 from ppl_vae.commands.options import SIDES, Impute
 from ppl_vae.data.limits import read_array_header
-from ppl_vae.evidence.importance import Estimate, evaluate, seeded
+from ppl_vae.evidence.estimate import Estimate
+from ppl_vae.evidence.importance import evaluate, seeded
 from ppl_vae.evidence.missing import Imputation, Observed, impute
 from ppl_vae.reports import figures as plots
 from ppl_vae.reports.display import Display, display_of
@@ -235,7 +236,7 @@ def _per_image(given: _Images, result: Imputation, hidden: Tensor) -> list[dict[
 
 def _summary(run: Run, given: _Images, result: Imputation, hidden: Tensor, num_particles: int) -> dict[str, Any]:
     def mean(values: Tensor) -> dict[str, float]:
-        return Estimate.of(values, num_particles).to_json()
+        return Estimate.from_values(values, num_particles).to_json()
 
     missing = given.x.isnan().flatten(1)
     known = hidden[~hidden.isnan()]

@@ -37,7 +37,8 @@ from ppl_vae.diagnostics.noise import (
     variance_of_mean_squared_error,
 )
 from ppl_vae.diagnostics.pictures import Blur, blur, reconstruction_variation, sharpness
-from ppl_vae.diagnostics.values import CannotMeasure, PerLatent, Value, plus_minus, ratio_of_means
+from ppl_vae.diagnostics.values import CannotMeasure, PerLatent, plus_minus
+from ppl_vae.evidence.estimate import ratio_of_means
 
 __all__ = [
     "ACTIVE_VARIANCE",
@@ -53,7 +54,6 @@ __all__ = [
     "LatentMoments",
     "PerLatent",
     "TwoSample",
-    "Value",
     "active_units",
     "blur",
     "classifier_test",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from ppl_vae.diagnostics.mixture import AggregatePosterior, factors
-from ppl_vae.diagnostics.values import Value
+from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.evidence.exploration import PRIOR_DRAWS, log_density, moments, sampled
 from ppl_vae.runtime.global_state import seeded, serialize_threads
 from ppl_vae.vae import VAE
@@ -85,7 +85,7 @@ class TwoSample:
         num_held_out: how many draws it was judged by.
     """
 
-    accuracy: Value
+    accuracy: Estimate
     p_value: float
     num_held_out: int
 
@@ -117,7 +117,7 @@ class Holes:
         worst: (M,) indices of the prior draws, the lowest score first.
     """
 
-    share: Value
+    share: Estimate
     threshold: float
     bandwidth: float
     prior_scores: Tensor
@@ -253,7 +253,7 @@ def classifier_test(z_posterior: Tensor, z_prior: Tensor, *, seed: int = 0) -> T
     with torch.no_grad():
         right = (classifier(held_out) > 0) == (truth > 0.5)
     n = len(truth)
-    return TwoSample(Value.of_share(right), binomial_tail(int(right.sum()), n), n)
+    return TwoSample(Estimate.from_flags(right), binomial_tail(int(right.sum()), n), n)
 
 
 def _halves(z: Tensor) -> tuple[Tensor, Tensor]:
@@ -343,11 +343,11 @@ def holes(vae: VAE, x: Tensor, z_held_out: Tensor, z_prior: Tensor) -> Holes:
     held_out, at_prior = ((q.log_prob(z) - log_density(prior, z)).cpu() for z in (z_held_out[1::2], z_prior))
     wobble = math.sqrt(HOLE_QUANTILE * (1 - HOLE_QUANTILE) / len(held_out))
 
-    def share_below(quantile: float) -> Value:
-        return Value.of_share(at_prior < held_out.quantile(min(1.0, max(0.0, quantile))))
+    def share_below(quantile: float) -> Estimate:
+        return Estimate.from_flags(at_prior < held_out.quantile(min(1.0, max(0.0, quantile))))
 
     share = share_below(HOLE_QUANTILE)
     of_threshold = (share_below(HOLE_QUANTILE + wobble).mean - share_below(HOLE_QUANTILE - wobble).mean) / 2
     threshold = float(held_out.quantile(HOLE_QUANTILE))
-    found = Value(share.mean, math.hypot(share.stderr, of_threshold))
+    found = Estimate(share.mean, math.hypot(share.stderr, of_threshold))
     return Holes(found, threshold, bandwidth, at_prior, held_out, at_prior.argsort())

@@ -12,7 +12,8 @@ from torch.distributions import Normal, kl_divergence
 
 from ppl_vae.conditional import floats_per_pixel
 from ppl_vae.diagnostics.mixture import AggregatePosterior, factors, normal_factors
-from ppl_vae.diagnostics.values import PerLatent, Value, ratio_of_means
+from ppl_vae.diagnostics.values import PerLatent
+from ppl_vae.evidence.estimate import Estimate, ratio_of_means
 from ppl_vae.evidence.exploration import PosteriorMoments, log_density, moments
 from ppl_vae.evidence.importance import pairs_per_pass, particles_per_pass
 from ppl_vae.hierarchy import Chain
@@ -93,13 +94,13 @@ class ElboSplit:
         cap: log N.
     """
 
-    reconstruction: Value
-    kl: Value
-    mutual_information: Value
-    marginal_kl: Value
-    total_correlation: Value | None
+    reconstruction: Estimate
+    kl: Estimate
+    mutual_information: Estimate
+    marginal_kl: Estimate
+    total_correlation: Estimate | None
     dimension_kl: LatentKL | None
-    sum_of_dimension_kl: Value | None
+    sum_of_dimension_kl: Estimate | None
     num_images: int
     cap: float
 
@@ -150,7 +151,7 @@ def latent_kl(vae: VAE, x: Tensor, *, draws: int = 100) -> LatentKL | None:
     if factors(prior) is None or not posteriors.is_factorized:
         return None
     kl = torch.cat([_kl_or_draws(q, prior, draws) for q in posteriors.groups])
-    each = PerLatent.of(kl)
+    each = PerLatent.from_values(kl)
     return LatentKL(each.mean, each.stderr, len(x))
 
 
@@ -180,7 +181,7 @@ def active_units(codes: PosteriorMoments, prior_scale: Tensor | None = None) -> 
     squares = squares * len(squares) / max(1, len(squares) - 1)
     if codes.num_draws is not None:
         squares = squares - (codes.scale.double() / unit).square() / codes.num_draws
-    each = PerLatent.of(squares)
+    each = PerLatent.from_values(squares)
     active = each.mean > ACTIVE_VARIANCE
     return ActiveUnits(each.mean, each.stderr, active, int(active.sum()))
 
@@ -223,14 +224,17 @@ def elbo_split(vae: VAE, x: Tensor, *, draws: int = 1) -> ElboSplit:
             torch.stack(part).mean(0) for part in zip(*(p[3:] for p in parts), strict=True)
         )
         left = kl_by_latent - information_by_latent
-        total, sum_of_latents = Value.of(kl - information - left.sum(-1)), Value.of(left.sum(-1))
-        each = PerLatent.of(left)
+        total, sum_of_latents = (
+            Estimate.from_values(kl - information - left.sum(-1)),
+            Estimate.from_values(left.sum(-1)),
+        )
+        each = PerLatent.from_values(left)
         of_latents = LatentKL(each.mean, each.stderr, len(x))
     return ElboSplit(
-        reconstruction=Value.of(reconstruction),
-        kl=Value.of(kl),
-        mutual_information=Value.of(information),
-        marginal_kl=Value.of(kl - information),
+        reconstruction=Estimate.from_values(reconstruction),
+        kl=Estimate.from_values(kl),
+        mutual_information=Estimate.from_values(information),
+        marginal_kl=Estimate.from_values(kl - information),
         total_correlation=total,
         dimension_kl=of_latents,
         sum_of_dimension_kl=sum_of_latents,
@@ -263,7 +267,7 @@ def _log_likelihood(vae: VAE, x: Tensor, z: Tensor) -> Tensor:
 
 
 @serialize_threads()
-def implied_beta(vae: VAE, x: Tensor, *, draws: int = 8) -> Value | None:
+def implied_beta(vae: VAE, x: Tensor, *, draws: int = 8) -> Estimate | None:
     """beta = (d/dlog c E_q[log p(x | z)]) / (d/dlog c KL(q || p)) at c = 1, c a factor on all of the guide's scales.
 
     Training with weight beta stops where no change of the guide improves reconstruction - beta KL; in particular not
@@ -302,7 +306,7 @@ def implied_beta(vae: VAE, x: Tensor, *, draws: int = 8) -> Value | None:
     passes = x.split(max(1, pairs_per_pass(vae, x) // (2 * draws)))
     parts = [_slopes(vae, images, prior, draws) for images in passes]
     gain, rate, width, kl = (torch.cat(part) for part in zip(*parts, strict=True))
-    slope = Value.of(rate)
+    slope = Estimate.from_values(rate)
     is_flat = not abs(slope.mean) > max(_LEAST_SLOPE, _STDERRS * slope.stderr)
     says_nothing = not float(kl.mean()) > _LEAST_KL
     return None if is_flat or says_nothing or not (width > 0).any() else ratio_of_means(gain, rate)

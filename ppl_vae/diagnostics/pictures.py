@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ppl_vae.conditional import floats_per_pixel
-from ppl_vae.diagnostics.values import CannotMeasure, Value, ratio_of_means
+from ppl_vae.diagnostics.values import CannotMeasure
+from ppl_vae.evidence.estimate import Estimate, ratio_of_means
 from ppl_vae.evidence.exploration import mean_or_draw
 from ppl_vae.evidence.importance import particles_per_pass
 from ppl_vae.runtime.arguments import check_count
@@ -34,12 +35,12 @@ class Blur:
         bias: the rest, |x - E_q E[x | z]|^2 / D.
     """
 
-    at_mean: Value
-    at_draw: Value
-    averaged: Value
-    error: Value
-    posterior_noise: Value
-    bias: Value
+    at_mean: Estimate
+    at_draw: Estimate
+    averaged: Estimate
+    error: Estimate
+    posterior_noise: Estimate
+    bias: Estimate
 
     def to_json(self) -> dict[str, Any]:
         """As reports hold it."""
@@ -53,7 +54,7 @@ def _same_shape(images: Tensor, reference: Tensor, names: str) -> None:
 
 
 @torch.no_grad()
-def reconstruction_variation(reconstructions: Tensor, x: Tensor) -> Value:
+def reconstruction_variation(reconstructions: Tensor, x: Tensor) -> Estimate:
     """V = sum_d Var_n y_nd / sum_d Var_n x_nd: 0 where all reconstructions look the same, 1 where they vary as data.
 
     The error is the delta method's, over images.
@@ -107,7 +108,7 @@ def high_frequency_power(images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def sharpness(images: Tensor, reference: Tensor) -> Value:
+def sharpness(images: Tensor, reference: Tensor) -> Estimate:
     """S = mean_n P(y_n) / mean_n P(x_n), P the power above half the Nyquist frequency: 1 as sharp as the reference.
 
     A blur with transfer function g leaves |g(f)|^2 of the power at f. Noise adds power: S says how much of it there is,
@@ -176,9 +177,9 @@ def blur(vae: VAE, x: Tensor, *, gray: Tensor | None = None, draws: int = 8) -> 
         at_mean=ratio_of_means(at_mean, reference),
         at_draw=ratio_of_means(at_draw, reference),
         averaged=ratio_of_means(averaged, reference),
-        error=Value.of(error),
-        posterior_noise=Value.of(noise),
-        bias=Value.of(error - noise),
+        error=Estimate.from_values(error),
+        posterior_noise=Estimate.from_values(noise),
+        bias=Estimate.from_values(error - noise),
     )
 
 

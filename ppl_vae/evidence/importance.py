@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import pyro
@@ -40,35 +38,6 @@ _IMAGES_A_GROUP = 1250
 
 class NotFinite(ArithmeticError):
     """A number that must be finite is not."""
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over images and its standard error, nats an image.
-
-    Args:
-        mean: the mean over the images.
-        stderr: the standard deviation over the images / sqrt(n): how far another sample of images would move the
-            mean. The Monte Carlo error of each image is kept apart. NaN for one image.
-        n: the number of images.
-        num_particles: S, the particles behind each image's number.
-    """
-
-    mean: float
-    stderr: float
-    n: int
-    num_particles: int
-
-    @classmethod
-    def of(cls, values: Tensor, num_particles: int) -> Estimate:
-        """From one number an image, (N,) nats."""
-        values = values.double()
-        stderr = float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
-        return cls(float(values.mean()), stderr, len(values), num_particles)
-
-    def to_json(self) -> dict[str, float]:
-        """The mean and its standard error, as reports hold them; n and S stand beside them there."""
-        return {"mean": self.mean, "stderr": self.stderr}
 
 
 class Importance(NamedTuple):

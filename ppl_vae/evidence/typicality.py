@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ppl_vae.evidence.importance import Estimate
+from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.evidence.missing import DefensiveMixture
 from ppl_vae.vae import VAE
 
@@ -186,8 +186,8 @@ def typicality(own: Tensor, other: Tensor, *, num_particles: int) -> Typicality:
         raise ValueError("own: expected finite numbers, got an infinite one, from which nothing has a distance")
     center = own.mean()
     return Typicality(
-        own=Estimate.of(own, num_particles),
-        other=Estimate.of(other, num_particles),
+        own=Estimate.from_values(own, num_particles),
+        other=Estimate.from_values(other, num_particles),
         above_median=share_above(own, other, quantile=0.5),
         above_lowest=share_above(own, other, quantile=LOWEST),
         density=auroc(other, own),

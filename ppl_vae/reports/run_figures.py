@@ -19,6 +19,7 @@ from ppl_vae.commands.evaluate import PerImage, read_per_image
 from ppl_vae.commands.options import Figures
 from ppl_vae.diagnostics import ACTIVE_VARIANCE, active_units
 from ppl_vae.diagnostics.mixture import normal_factors
+from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.evidence.exploration import (
     UNUSED_NATS,
     PosteriorMoments,
@@ -32,7 +33,7 @@ from ppl_vae.evidence.exploration import (
     sampled,
     traversals,
 )
-from ppl_vae.evidence.importance import Estimate, seeded
+from ppl_vae.evidence.importance import seeded
 from ppl_vae.reports import figures as plots
 from ppl_vae.reports.display import Display, display_of
 from ppl_vae.runs.build import is_autoencoder
@@ -451,7 +452,7 @@ def _log_likelihoods(scene: _Scene) -> Figure:
     stored = read_per_image(scene.run.folder, "test")
     assert stored is not None
     values = stored.result.log_evidence
-    estimate = Estimate.of(values, stored.num_particles)
+    estimate = Estimate.from_values(values, stored.num_particles)
     name = "ELBO" if stored.num_particles == 1 else f"log p(x), the bound L_{stored.num_particles:,}"
     return plots.likelihood_histogram(
         values.numpy(),
@@ -494,7 +495,7 @@ def _particles(scene: _Scene) -> Figure:
 
 def _mean_and_stderr(values: Tensor) -> tuple[Any, Any]:
     """(K, N) -> the mean over N and its standard error, each (K,); no error of one image."""
-    estimates = [Estimate.of(row, 1) for row in values]
+    estimates = [Estimate.from_values(row, 1) for row in values]
     stderr = [0.0 if math.isnan(e.stderr) else e.stderr for e in estimates]
     return [e.mean for e in estimates], stderr
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ppl_vae import diagnostics, runs
-from ppl_vae.diagnostics import Value, ratio_of_means
+from ppl_vae.evidence.estimate import Estimate, ratio_of_means
 from ppl_vae.evidence.exploration import decoded, drawn, encode
 from ppl_vae.evidence.importance import seeded
 from ppl_vae.evidence.paired import paired_difference
@@ -87,7 +87,7 @@ def _one(record: dict[str, Any]) -> dict[str, Any]:
 # --- Reconstructions ---
 
 
-def _sharper(both: _Both, material: StudyData) -> Value:
+def _sharper(both: _Both, material: StudyData) -> Estimate:
     """High-frequency power of the autoencoder's reconstructions over that of the VAE's, of the same images."""
     vae, autoencoder = (_reconstructed(each, material.x) for each in both)
     return diagnostics.sharpness(autoencoder, vae)
@@ -128,7 +128,7 @@ def _frechet_ratios(both: _Both, material: StudyData) -> dict[str, Any]:
 
 def _minus(a: dict[str, float], b: dict[str, float]) -> dict[str, float]:
     """a - b with the error of independent values; of values that share images that is, if anything, too large."""
-    return Value(a["mean"] - b["mean"], (a["stderr"] ** 2 + b["stderr"] ** 2) ** 0.5).to_json()
+    return Estimate(a["mean"] - b["mean"], (a["stderr"] ** 2 + b["stderr"] ** 2) ** 0.5).to_json()
 
 
 def _floor(material: StudyData) -> dict[str, Any]:
@@ -147,7 +147,7 @@ def _binarized(material: StudyData) -> dict[str, Any] | None:
     if torch.equal(material.x, material.gray):
         return None
     return {
-        "error": Value.of(_squared_error(material.x, material.gray)).to_json(),
+        "error": Estimate.from_values(_squared_error(material.x, material.gray)).to_json(),
         "sharpness": diagnostics.sharpness(material.x, material.gray).to_json(),
     }
 
@@ -168,7 +168,7 @@ def _decomposition(both: _Both, material: StudyData) -> dict[str, Any]:
     lost = error - noise - autoencoder
     shares = {"posterior_noise": noise, "autoencoder_error": autoencoder, "lost": lost}
     parts = {"error": error, "bias": error - noise} | shares
-    return {name: Value.of(part).to_json() for name, part in parts.items()} | {
+    return {name: Estimate.from_values(part).to_json() for name, part in parts.items()} | {
         "shares": {name: ratio_of_means(part, error).to_json() for name, part in shares.items()}
     }
 
@@ -242,7 +242,7 @@ def _neighbors(vae: VAE, material: StudyData) -> dict[str, Any]:
         "num_images": len(x),
         "sharpness_of_reconstruction": diagnostics.sharpness(reconstructed, gray).to_json(),
         "sharpness_of_mean": diagnostics.sharpness(means, gray).to_json(),
-        "to_mean": Value.of(to_mean).to_json(),
-        "to_image": Value.of(to_image).to_json(),
+        "to_mean": Estimate.from_values(to_mean).to_json(),
+        "to_image": Estimate.from_values(to_image).to_json(),
         "ratio": ratio_of_means(to_mean, to_image).to_json(),
     }

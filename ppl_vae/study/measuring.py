@@ -12,8 +12,9 @@ from torch import Tensor
 from ppl_vae import runs
 from ppl_vae.commands.diagnosis_numbers import importance_numbers, measure
 from ppl_vae.commands.evaluate import read_per_image
-from ppl_vae.diagnostics import ACTIVE_VARIANCE, HOLE_QUANTILE, Value
+from ppl_vae.diagnostics import ACTIVE_VARIANCE, HOLE_QUANTILE
 from ppl_vae.diagnostics.verdicts import is_reliable
+from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.evidence.exploration import decoded, drawn, encode
 from ppl_vae.evidence.importance import UNRELIABLE_BIAS, Importance
 from ppl_vae.runs.build import is_autoencoder
@@ -132,8 +133,8 @@ def _evaluation(entry: dict[str, Any], result: Importance | None) -> dict[str, A
     if result is None:
         return found | dict.fromkeys(("rise_stderr", "unreliable", "pareto_k"))
     return found | {
-        "rise_stderr": Value.of(result.rise).stderr,
-        "unreliable": Value.of_share(result.unreliable()).to_json(),
+        "rise_stderr": Estimate.from_values(result.rise).stderr,
+        "unreliable": Estimate.from_flags(result.unreliable()).to_json(),
         "pareto_k": entry["pareto_k"]["median"],
     }
 

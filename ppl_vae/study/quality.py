@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ppl_vae import diagnostics
-from ppl_vae.diagnostics import Value
+from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.study.material import Components
 
 GROUPS = 20  # of the jackknife
@@ -41,7 +41,7 @@ def _square_root(matrix: Tensor) -> Tensor:
     return vectors * values.clamp(min=0).sqrt() @ vectors.T
 
 
-def jackknife(statistic: Callable[..., float], *samples: Tensor) -> Value:
+def jackknife(statistic: Callable[..., float], *samples: Tensor) -> Estimate:
     """T with stderr^2 = (G - 1) / G sum_g (T_-g - mean T_-g)^2, T_-g without the g-th of 20 groups of every sample.
 
     Samples that share rows, in the same places, leave them out together, so that the error knows of what they share.
@@ -55,7 +55,7 @@ def jackknife(statistic: Callable[..., float], *samples: Tensor) -> Value:
     G = min(GROUPS, *map(len, samples))
     left = [statistic(*(_without(sample, g, G) for sample in samples)) for g in range(G)]
     each = torch.tensor(left, dtype=torch.double)
-    return Value(statistic(*samples), float(math.sqrt((G - 1) / G) * (each - each.mean()).norm()))
+    return Estimate(statistic(*samples), float(math.sqrt((G - 1) / G) * (each - each.mean()).norm()))
 
 
 def _without(points: Tensor, group: int, groups: int) -> Tensor:
@@ -63,12 +63,12 @@ def _without(points: Tensor, group: int, groups: int) -> Tensor:
     return points[keep]
 
 
-def frechet(a: Tensor, b: Tensor) -> Value:
+def frechet(a: Tensor, b: Tensor) -> Estimate:
     """``frechet_distance`` with the error of a ``jackknife`` over both samples. a, b: points (N, K) and (M, K)."""
     return jackknife(frechet_distance, a, b)
 
 
-def frechet_ratio(a: Tensor, b: Tensor, real: Tensor) -> Value:
+def frechet_ratio(a: Tensor, b: Tensor, real: Tensor) -> Estimate:
     """d(a, real) / d(b, real), which of finite samples is biased toward 1: either has the floor's part in it.
 
     Args:
@@ -77,7 +77,7 @@ def frechet_ratio(a: Tensor, b: Tensor, real: Tensor) -> Value:
     return jackknife(lambda a, b, real: frechet_distance(a, real) / frechet_distance(b, real), a, b, real)
 
 
-def frechet_excess_ratio(a: Tensor, b: Tensor, other: Tensor, real: Tensor) -> Value | None:
+def frechet_excess_ratio(a: Tensor, b: Tensor, other: Tensor, real: Tensor) -> Estimate | None:
     """(d(a, real) - d_0) / (d(b, real) - d_0), d_0 = d(other, real) the floor: what other real images come to.
 
     Args:

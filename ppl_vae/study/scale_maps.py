@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from ppl_vae.diagnostics import Value
+from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.runs.build import build_vae
 from ppl_vae.runs.options import SCALE_MAPS, Options
 from ppl_vae.vae import VAE
@@ -66,7 +66,7 @@ def _gradient(reconstruction: Tensor, kl: Tensor, feature: Tensor) -> dict[str, 
     finite = gradient.isfinite().all(-1)
     norm = gradient.double().norm(dim=-1)  # whose squares overflow in float32 before the gradient does
     return {
-        "gradient_norm": Value.of(norm[finite]).to_json() if finite.any() else None,
+        "gradient_norm": Estimate.from_values(norm[finite]).to_json() if finite.any() else None,
         "not_finite": float((~finite).double().mean()),
         "kl_overflow": float((~kl.isfinite()).double().mean()),
         "vanished": float((gradient == 0).double().mean()),

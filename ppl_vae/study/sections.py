@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ppl_vae import diagnostics, runs
 from ppl_vae.commands.diagnosis_numbers import noise_numbers
+from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.parts.registry import SCALE_MAPS
 from ppl_vae.runs.build import build_likelihood
 from ppl_vae.runs.fit_arguments import count_steps
@@ -174,7 +175,7 @@ def _along_beta(study: Study, beta: float, record: dict[str, Any]) -> dict[str, 
     distortion = evaluation["reconstruction"]
     found = per_image(study.run(record["name"]))
     assert found is not None  # it ended, and has a density
-    gap = diagnostics.Value.of(found.result.log_evidence - found.result.elbo)
+    gap = Estimate.from_values(found.result.log_evidence - found.result.elbo)
     return {
         "beta": beta,
         "run": record["name"],

@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from ppl_vae.evidence.importance import Estimate, NotFinite, evaluate, evaluation_mode, reconstruction, seeded
+from ppl_vae.evidence.estimate import Estimate
+from ppl_vae.evidence.importance import NotFinite, evaluate, evaluation_mode, reconstruction, seeded
 from ppl_vae.training.state import TrainingState
 from ppl_vae.vae import VAE
 from ppl_vae.weights import is_autoencoder
@@ -25,14 +26,14 @@ def validate(state: TrainingState, validation: Tensor | None, *, num_particles: 
         return {}
     if _is_autoencoder(state.vae, validation):
         log_p_x_given_z = reconstruction(state.vae, validation, seed=VALIDATION_SEED, check=check)
-        found = Estimate.of(log_p_x_given_z, 1)
+        found = Estimate.from_values(log_p_x_given_z, 1)
         _keep_if_best(state, found.mean, "reconstruction")
         return {
             "validation_reconstruction_nats_per_image": found.mean,
             "validation_reconstruction_stderr_nats_per_image": found.stderr,
         }
     result = evaluate(state.vae, validation, num_particles=num_particles, seed=VALIDATION_SEED, check=check)
-    elbo = Estimate.of(result.elbo, num_particles)
+    elbo = Estimate.from_values(result.elbo, num_particles)
     record = {
         "validation_elbo_nats_per_image": elbo.mean,
         "validation_elbo_stderr_nats_per_image": elbo.stderr,
@@ -42,7 +43,7 @@ def validate(state: TrainingState, validation: Tensor | None, *, num_particles: 
     if num_particles == 1:
         _keep_if_best(state, elbo.mean, "ELBO")
         return record
-    bound = Estimate.of(result.log_evidence, num_particles)
+    bound = Estimate.from_values(result.log_evidence, num_particles)
     _keep_if_best(state, bound.mean, f"bound L_{num_particles}")
     return record | {
         "validation_particles": num_particles,

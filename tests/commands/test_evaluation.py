@@ -16,7 +16,8 @@ from ppl_vae import data, fit, load, runs, save
 from ppl_vae.commands.evaluate import evaluate_run, read_per_image, reference_bounds
 from ppl_vae.commands.options import Evaluate, Figures
 from ppl_vae.commands.train import resume_run, train_run
-from ppl_vae.evidence.importance import Estimate, evaluate
+from ppl_vae.evidence.estimate import Estimate
+from ppl_vae.evidence.importance import evaluate
 from ppl_vae.reports.evaluation_words import describe_evaluation
 from ppl_vae.reports.run_figures import draw_run
 from ppl_vae.runs.build import build_vae
@@ -295,7 +296,7 @@ def test_what_python_saved_can_be_evaluated_and_drawn(from_python):
         Evaluate(str(folder), split="test", num_particles=5, images=None, device="cpu", seed=3), say=lambda line: None
     )
     x = data.load(_dataset(folder)).test
-    expected = Estimate.of(evaluate(vae, x, num_particles=5, seed=3).log_evidence, 5)
+    expected = Estimate.from_values(evaluate(vae, x, num_particles=5, seed=3).log_evidence, 5)
     assert entry["log_likelihood"]["mean"] == pytest.approx(expected.mean, rel=1e-9)
     draw_run(Figures(str(folder)), say=lambda line: None)
     assert (folder / runs.FIGURES / "training_curves.png").exists()

@@ -8,11 +8,11 @@ import pytest
 import scipy.stats
 import torch
 
-from ppl_vae.diagnostics import Value
+from ppl_vae.evidence.estimate import Estimate
 
 
 def share(k, N):
-    return Value.of_share(torch.arange(N) < k)
+    return Estimate.from_flags(torch.arange(N) < k)
 
 
 def test_a_share_is_what_was_counted():

@@ -281,7 +281,7 @@ def test_no_images_are_refused(oracle):
 
 def test_an_estimate_is_the_mean_over_images_with_its_standard_error():
     values = torch.tensor([1.0, 2.0, 6.0])
-    estimate = Estimate.of(values, 5)
+    estimate = Estimate.from_values(values, 5)
     assert (estimate.mean, estimate.n, estimate.num_particles) == (3.0, 3, 5)
     assert estimate.stderr == pytest.approx(math.sqrt(7.0 / 3))
 
@@ -292,11 +292,11 @@ def test_a_ragged_last_group_weighs_by_its_images_and_not_as_a_group(monkeypatch
     x[4] += 30.0  # alone in its group: the mean of the groups' means would weigh it as much as the other four
     monkeypatch.setattr("ppl_vae.evidence.importance.particles_per_pass", lambda x, numbers=6: 4 * 3)
     bound = log_evidence(vae.model, vae.guide, x, num_particles=3)
-    assert Estimate.of(bound, 3).mean == pytest.approx(float(oracle.log_evidence(x).sum() / 5), rel=1e-9)
+    assert Estimate.from_values(bound, 3).mean == pytest.approx(float(oracle.log_evidence(x).sum() / 5), rel=1e-9)
 
 
 def test_one_image_has_no_standard_error():
-    assert math.isnan(Estimate.of(torch.tensor([1.0]), 5).stderr)
+    assert math.isnan(Estimate.from_values(torch.tensor([1.0]), 5).stderr)
 
 
 class _BatchNormNet(nn.Module):

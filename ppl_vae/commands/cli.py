@@ -15,7 +15,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
-from ppl_vae.commands.options import COMMANDS, Command
+from ppl_vae.commands.options import COMMANDS, Command, UnusableRun
 from ppl_vae.runs.fields import check_value, format_flag, freeze_lists, get_kind, has_default, is_list
 from ppl_vae.runtime.ending import command
 
@@ -66,6 +66,9 @@ def parse(asked: Command, argv: Sequence[str] | None = None) -> Any:
         asked: The command.
         argv: The words after the command; by default the process's own.
 
+    Raises:
+        ValueError: the run that --start-from names cannot be read.
+
     Returns:
         The command's dataclass, filled in: defaults, then ``--config``, then the command line.
     """
@@ -81,6 +84,8 @@ def parse(asked: Command, argv: Sequence[str] | None = None) -> Any:
         if config is not None:
             given = read_config_file(Path(config), asked.options) | given
         return make_options(asked.options, freeze_lists(given))
+    except UnusableRun:
+        raise  # no fault of the command line
     except ValueError as error:
         parser.error(str(error))
 

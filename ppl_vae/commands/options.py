@@ -122,6 +122,10 @@ class Train:
 _PRETRAINED = Path(__file__).parents[1] / "pretrained"
 
 
+class UnusableRun(ValueError):
+    """The run that training should start from cannot be read."""
+
+
 def _continue_from_run(given: dict[str, Any]) -> Options:
     """The model and the data of the run that training starts from, with what was given in their place."""
     folder = Path(given["start_from"])
@@ -132,9 +136,9 @@ def _continue_from_run(given: dict[str, Any]) -> Options:
     try:
         other = model_options(json.loads(path.read_text(encoding="utf-8")))
     except OSError:
-        raise ValueError(f"--start-from: expected a run folder, but {path} cannot be read") from None
+        raise UnusableRun(f"--start-from: expected a run folder, but {path} cannot be read") from None
     except ValueError as error:  # JSON's errors, and those of bytes that are no text
-        raise ValueError(f"{path}: damaged: {error}") from None
+        raise UnusableRun(f"{path}: damaged: {error}") from None
     for part in ("prior", "posterior"):  # another one has other options
         if given.get(part, other[part]) != other[part]:
             other = {name: value for name, value in other.items() if not name.startswith(f"{part}_")}

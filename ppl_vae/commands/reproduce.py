@@ -6,7 +6,7 @@ import json
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -390,9 +390,9 @@ _NO_PART = {"seed", "stream", "tensorboard", "checkpoint_seconds", "images", "ev
 def _training(row: dict[str, Any]) -> str:
     """All by which two rows are of one training but for the seed: rows of a recipe before it was changed are not.
 
-    An option that is younger than a row has there what it has in a config.json without it.
+    An option that is younger than a row has its default there.
     """
-    usual = {spec.name: spec.metadata["before"] for spec in fields(Options) if spec.name not in _NO_PART}
+    usual = {name: value for name, value in to_json(Options()).items() if name not in _NO_PART}
     stages = [{name: stage.get(name, value) for name, value in usual.items()} for stage in row["options"]]
     return json.dumps([row["recipe"], row["protocol"], stages], sort_keys=True)
 

@@ -183,7 +183,7 @@ def test_a_draw_that_training_saw_sets_no_ceiling(split, binarization, known):
     splits = data.Splits("gray", data.LEVELS, levels, levels, levels, sha256="", split="")
     run = Run(Path(), replace(Options(), binarization=binarization), splits)
     x = data.evaluation_images(splits, split, binarization)
-    found = reference_bounds(run, split, x, torch.arange(16), None)["binarization_entropy"]
+    found = reference_bounds(run, split, x, torch.arange(16))["binarization_entropy"]
     assert (found is not None) == known
 
 

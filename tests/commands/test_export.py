@@ -205,7 +205,7 @@ def test_the_current_folder_is_refused_before_the_work(
 ) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    monkeypatch.setattr(export.build, "load", lambda folder: pytest.fail("the work has begun"))
+    monkeypatch.setattr(export, "load", lambda folder: pytest.fail("the work has begun"))
     with pytest.raises(ValueError, match=r"expected a folder that can be replaced, got .*, which is the current one"):
         export_run(Export(str(run), output=output), say=silent)
     assert [path.name for path in tmp_path.iterdir()] == ["here"]
@@ -221,7 +221,7 @@ def test_a_mount_point_is_refused_before_the_work(run: Path, tmp_path: Path, mon
     ("change", "words"),
     [
         ({"format": "ppl_vae model 2"}, "another version wrote it"),
-        ({"model": 3}, "expected an object of options under model"),
+        ({"model": 3}, "expected an object of options, got int"),
         ({"model": {"latent_dim": 2}}, "missing or unknown"),
     ],
 )

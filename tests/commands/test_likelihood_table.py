@@ -168,7 +168,7 @@ def test_a_table_that_is_asked_for_again_takes_its_runs_as_they_are(table, level
 def test_an_interrupted_table_goes_on_with_what_is_left(table, levels, tmp_path, monkeypatch):
     """Killed before the second training: the first is not trained again, and rows are those of no interruption."""
     trained = []
-    train = likelihood_table.train
+    train = likelihood_table.train_run
 
     def interrupted(asked, folder, *, say):
         if len(trained) == 1:
@@ -176,7 +176,7 @@ def test_an_interrupted_table_goes_on_with_what_is_left(table, levels, tmp_path,
         trained.append(asked.likelihood)
         return train(asked, folder, say=say)
 
-    monkeypatch.setattr(likelihood_table, "train", interrupted)
+    monkeypatch.setattr(likelihood_table, "train_run", interrupted)
     with pytest.raises(KeyboardInterrupt):
         compare(levels, tmp_path, WORDS[:2])
     monkeypatch.undo()
@@ -207,14 +207,14 @@ def test_a_calibration_of_other_weights_is_measured_anew(table, levels, tmp_path
 
 
 def test_a_likelihood_whose_training_meets_a_nan_is_left_out_and_told_of(levels, tmp_path, monkeypatch):
-    train = likelihood_table.train
+    train = likelihood_table.train_run
 
     def broken(asked, folder, *, say):
         if asked.likelihood == "normal":
             raise NotFinite("loss: expected a number, got NaN")
         return train(asked, folder, say=say)
 
-    monkeypatch.setattr(likelihood_table, "train", broken)
+    monkeypatch.setattr(likelihood_table, "train_run", broken)
     rows, said = compare(levels, tmp_path, ("normal", "binomial"))
     assert [row["likelihood"] for row in rows] == ["binomial"]
     assert any(line.startswith("normal is left out: loss") for line in said)

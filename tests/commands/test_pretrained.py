@@ -12,7 +12,7 @@ import torch
 from small_run import save_bars
 
 from ppl_vae import data, load, runs, save
-from ppl_vae.commands import cli as command_line
+from ppl_vae.commands import options as command_options
 from ppl_vae.commands.cli import parse
 from ppl_vae.commands.evaluate import evaluate_run
 from ppl_vae.commands.options import COMMANDS, Evaluate, Sample
@@ -194,7 +194,7 @@ def test_its_training_cannot_be_gone_on_with(shipped):
 @pytest.mark.parametrize("folder_of_that_name", [False, True])
 def test_a_training_starts_from_its_name_or_from_a_folder_of_that_name(shipped, monkeypatch, folder_of_that_name):
     """The command line, the weights and what config.json records mean one run."""
-    monkeypatch.setattr(command_line, "_PRETRAINED", stored.PRETRAINED)
+    monkeypatch.setattr("ppl_vae.commands.options._PRETRAINED", stored.PRETRAINED)
     expected = shipped
     if folder_of_that_name:
         save(build_vae(replace(OPTIONS, latent_dim=3), (1, 28, 28)), "small", replace(OPTIONS, latent_dim=3))
@@ -216,7 +216,7 @@ def test_its_weights_are_taken_by_its_name_from_python(shipped):
 
 
 def test_the_command_line_knows_the_folder_of_pretrained_runs():
-    assert command_line._PRETRAINED.resolve() == stored.PRETRAINED.resolve()
+    assert command_options._PRETRAINED.resolve() == stored.PRETRAINED.resolve()
 
 
 # --- What is in the package now ---

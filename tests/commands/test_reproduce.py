@@ -173,7 +173,7 @@ def test_figures_of_the_last_stage_are_drawn_after_its_evaluation(undisturbed):
     [
         ("ppl_vae.runs.append_metrics", 4),
         ("ppl_vae.runs.append_metrics", EPOCHS[0] + 1),
-        ("ppl_vae.commands.reproduce.train", 1),
+        ("ppl_vae.commands.reproduce.train_run", 1),
         ("ppl_vae.commands.reproduce.write_evaluation", 0),
         ("ppl_vae.commands.reproduce.write_row", 0),
     ],
@@ -205,7 +205,7 @@ def test_an_interrupted_recipe_goes_on_and_ends_as_if_it_had_not_been(undisturbe
 def test_a_finished_recipe_is_taken_as_it_is(undisturbed, monkeypatch):
     folder, row, _ = undisturbed
     files = {path: path.read_bytes() for path in (folder / "runs").rglob("*.safetensors")}
-    monkeypatch.setattr(reproduction, "train", None)
+    monkeypatch.setattr(reproduction, "train_run", None)
     monkeypatch.setattr(reproduction, "write_evaluation", None)
     again, said = reproduced(folder)
     assert measured(again) == measured(row)

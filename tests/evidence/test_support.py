@@ -21,8 +21,9 @@ from ppl_vae.parts.posteriors import DiagonalNormal
 from ppl_vae.parts.priors import StandardNormal
 from ppl_vae.support import check_support
 
-MODULES = ("ais", "calibration", "evidence", "exploration", "gaps", "guide_calibration", "missing", "weights")
-MODULES += ("diagnostics.latents", "diagnostics.aggregate", "objectives", "proposals", "experiment.sampling")
+MODULES = ("evidence.ais", "evidence.importance", "evidence.exploration", "evidence.gaps", "evidence.guide_calibration")
+MODULES += ("evidence.missing", "evidence.proposals", "diagnostics.pixel_calibration", "weights")
+MODULES += ("diagnostics.latents", "diagnostics.aggregate", "objectives", "commands.sample")
 
 
 def _binary(num_images=4):

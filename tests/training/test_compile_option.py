@@ -271,22 +271,6 @@ def test_where_compiling_fails_on_resuming_and_on_is_asked_for_that_is_an_error(
         _resume(tmp_path, compile="on")
 
 
-def test_a_config_from_before_there_was_a_choice_goes_on_eagerly(graphs, always_pays, no_figures, small, tmp_path):
-    """As many steps as it may be: bit for bit is what such a run was promised."""
-    for name in ("old", "new"):
-        _train(replace(small, compile="off"), tmp_path / name)
-    config = runs.read_json(tmp_path / "old" / runs.CONFIG)
-    for name in ("compile", "precision", "average_decay"):
-        del config["options"][name]
-    runs.write_json(tmp_path / "old" / runs.CONFIG, config)
-    steps = []
-    graphs.clear()
-    for name in ("old", "new"):
-        steps += _told(_resume(tmp_path / name, epochs=3))
-    assert steps == []
-    _assert_same_bits(tmp_path / "old", tmp_path / "new")
-
-
 # --- Precision ---
 
 

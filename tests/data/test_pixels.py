@@ -361,7 +361,7 @@ def test_a_scale_in_closed_form_resumes_bit_for_bit(tmp_path):
 )
 def test_an_option_of_one_likelihood_is_refused_beside_another(tmp_path, name, value, word):
     flag = "--" + name.replace("_", "-")
-    with pytest.raises(ValueError, match=f"{flag}: expected --likelihood {word}, which it is of, got normal"):
+    with pytest.raises(ValueError, match=f"{flag}: expected --likelihood {word}, got normal"):
         resolved(tmp_path, data.LEVELS, likelihood="normal", **{name: value})
     resolved(tmp_path, data.LEVELS, likelihood=word, **{name: value})
 

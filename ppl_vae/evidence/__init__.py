@@ -1,1 +1,1 @@
-"""The room evidence."""
+"""log p(x), and how far each estimate of it can be trusted."""

@@ -1,1 +1,1 @@
-"""The room parts."""
+"""What a VAE is made of: likelihoods, networks, priors, posteriors, flows, and the table of their words."""

@@ -1,7 +1,7 @@
 """Every word that names a part of a VAE, with the part that it names.
 
 The table needs no torch: ``--help`` reads it, and a part is imported when it is first built. To add a likelihood, write
-its class, add one line to ``LIKELIHOODS`` and one case to ``tests/parts/likelihood_cases.py``.
+its class, add one line to ``LIKELIHOODS`` and one case to ``tests/likelihood_cases.py``.
 """
 
 from __future__ import annotations

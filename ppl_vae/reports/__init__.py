@@ -1,1 +1,1 @@
-"""The room reports."""
+"""Results as words, figures and pages."""

@@ -43,7 +43,7 @@ MISMATCH_DEVIATION = 0.05
 # healthy MNIST run and 3.0 of one trained at beta = 0.01, both at S = 200.
 MOST_RISE = 2.0
 
-# Or more than this share of images is unreliable by the jackknife (``evidence.UNRELIABLE_BIAS``). Source: ours.
+# Or more than this share of images is unreliable by the jackknife (``importance.UNRELIABLE_BIAS``). Source: ours.
 MOST_UNRELIABLE = 0.5
 
 SEVERITIES = ("broken", "warning", "note")
@@ -85,7 +85,7 @@ def verdicts(numbers: Numbers) -> list[Verdict]:
     """What stands out in a run's numbers, the worst first; "healthy" alone where nothing does.
 
     Args:
-        numbers: as ``experiment.measure`` returns them.
+        numbers: as ``commands.diagnosis_numbers.measure`` returns them.
     """
     if ignored := _ignores_z(numbers):
         found = [_autoencoder(numbers), ignored]  # what latents do that nothing is decoded from says nothing

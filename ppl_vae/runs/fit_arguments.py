@@ -32,7 +32,7 @@ def check_objective(options: Options) -> None:
     """Raises ValueError for an objective that the parts cannot have, or an option of another.
 
     Args:
-        options: ``decided``.
+        options: With their parts resolved.
     """
     closed = options.objective == "free-bits" or options.kl == "analytic"
     if closed:

@@ -94,7 +94,7 @@ def peak(folders: Mapping[float, Path], values: Mapping[float, float], of: str) 
         of: "log_likelihood" or "elbo".
 
     Reference: Hsu 1984, Constrained simultaneous confidence intervals for multiple comparisons with the best; when a
-    difference in L_S ranks log p(x), see ``experiment.paired.BoundDifference``.
+    difference in L_S ranks log p(x), see ``evidence.paired.BoundDifference``.
     """
     best = max(values, key=lambda key: values[key])
     alike, unranked = [], []

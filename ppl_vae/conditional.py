@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ppl_vae.runtime.arguments import ShapeError
+from ppl_vae.runtime.errors import ShapeError
 
 NUMBERS_A_PIXEL = 6  # that a likelihood holds at once, unless it says otherwise: features, values, log-probabilities
 

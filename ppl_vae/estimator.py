@@ -17,12 +17,13 @@ from ppl_vae import data
 from ppl_vae.data import own
 from ppl_vae.evidence.dequantization import dequantized
 from ppl_vae.evidence.exploration import decoded, encode, sampled
-from ppl_vae.evidence.importance import evaluate, particles_per_pass, seeded
+from ppl_vae.evidence.importance import evaluate, particles_per_pass
 from ppl_vae.runs.build import build_likelihood, build_vae
 from ppl_vae.runs.fit_arguments import build_objective, find_device, fit_arguments, initialize_output_bias
 from ppl_vae.runs.options import Options
 from ppl_vae.runs.resolve import check_support, choose_pixels, resolve
-from ppl_vae.runtime.arguments import Widths, check_count, check_widths
+from ppl_vae.runtime.errors import Widths, check_count, check_widths
+from ppl_vae.runtime.global_state import seeded
 from ppl_vae.training import fit
 from ppl_vae.vae import VAE
 

@@ -9,7 +9,7 @@ import pyro
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor, nn
 
-from ppl_vae.runtime.arguments import ShapeError
+from ppl_vae.runtime.errors import ShapeError
 
 # A guide from pyro.infer.autoguide has parameters of each training image and latents outside of the images' plate.
 NO_AUTOGUIDE = (

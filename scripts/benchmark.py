@@ -28,7 +28,7 @@ from ppl_vae.commands.cli import parse_options
 from ppl_vae.parts.registry import LIKELIHOODS
 from ppl_vae.runs.fields import NOT_EMPTY, POSITIVE_INTEGER, CheckedOptions, option
 from ppl_vae.runs.options import PLAIN, Options
-from ppl_vae.runtime.ending import command
+from ppl_vae.runtime.process import run_script
 
 if TYPE_CHECKING:
     import torch
@@ -459,4 +459,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command(main)
+    run_script(main)

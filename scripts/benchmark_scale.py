@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from ppl_vae.commands.cli import parse_options
 from ppl_vae.runs.fields import NOT_EMPTY, POSITIVE_INTEGER, CheckedOptions, option
 from ppl_vae.runs.options import PLAIN, Options
-from ppl_vae.runtime.ending import command
+from ppl_vae.runtime.process import run_script
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -308,4 +308,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command(main)
+    run_script(main)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ppl_vae.commands.cli import parse_options
 from ppl_vae.runs.fields import NON_NEGATIVE_INTEGER, POSITIVE_INTEGER, CheckedOptions, option
-from ppl_vae.runtime.ending import command
+from ppl_vae.runtime.process import run_script
 
 
 @dataclass(frozen=True)
@@ -33,4 +33,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command(main)
+    run_script(main)

@@ -8,7 +8,7 @@ from typing import Any
 
 from ppl_vae.commands.cli import parse_options
 from ppl_vae.runs.fields import CheckedOptions, option
-from ppl_vae.runtime.ending import command
+from ppl_vae.runtime.process import run_script
 
 
 @dataclass(frozen=True)
@@ -51,4 +51,4 @@ def specs(walk: Any, package: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    command(main)
+    run_script(main)

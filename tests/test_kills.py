@@ -75,9 +75,9 @@ STUDY = """
 import sys
 sys.path.insert(0, {tests!r})
 from pathlib import Path
-from ppl_vae.runtime.ending import command
+from ppl_vae.runtime.process import run_script
 from small_study import run_tiny_study
-command(lambda: run_tiny_study(Path({folder!r}), Path({dataset!r})))
+run_script(lambda: run_tiny_study(Path({folder!r}), Path({dataset!r})))
 """
 
 

@@ -28,7 +28,7 @@ from ppl_vae.runs.fit_arguments import decide_compile, find_device
 from ppl_vae.runs.opening import Run, Say, check_density, evaluated_vae, open_run
 from ppl_vae.runs.outputs import write_figure
 from ppl_vae.runs.resolve import data_options
-from ppl_vae.runtime.interruption import stop_on_signals
+from ppl_vae.runtime.process import stop_on_signals
 
 _CONVERGING = 25  # images
 _METHOD = (

@@ -17,7 +17,7 @@ from typing import Any, NoReturn, get_type_hints
 
 from ppl_vae.commands.options import COMMANDS, Command, UnusableRun
 from ppl_vae.runs.fields import check_value, format_flag, freeze_lists, get_kind, has_default, is_list
-from ppl_vae.runtime.ending import command
+from ppl_vae.runtime.process import run_script
 
 METAVARS = {int: "N", float: "X", str: "WORD"}
 
@@ -51,7 +51,7 @@ def main(name: str, argv: Sequence[str] | None = None) -> None:
 
         getattr(import_module(f"ppl_vae.{module}"), function)(options, say=tqdm.write)  # keeps a progress bar whole
 
-    command(run)
+    run_script(run)
 
 
 def parse_options(options: type, argv: Sequence[str] | None = None) -> Any:

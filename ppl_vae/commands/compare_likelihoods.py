@@ -15,7 +15,6 @@ from ppl_vae.commands.evaluate import PerImage, is_evaluated, read_per_image
 from ppl_vae.commands.options import CompareLikelihoods
 from ppl_vae.commands.pixel_calibration import calibrate_run, describe_calibration
 from ppl_vae.commands.train import QUICK_EVALUATION_SEED, resume_run, train_run
-from ppl_vae.evidence.importance import NotFinite
 from ppl_vae.evidence.paired import CONFIDENCE, INDISTINCT, SEED_NATS, bound_difference
 from ppl_vae.reports.evaluation_words import plus_minus
 from ppl_vae.reports.likelihood_figures import write_likelihood_figures
@@ -24,6 +23,7 @@ from ppl_vae.runs.build import build_likelihood, build_vae
 from ppl_vae.runs.opening import Run, Say, open_run
 from ppl_vae.runs.options import LIKELIHOODS, Options
 from ppl_vae.runs.resolve import check_support, describe_scale, load_splits, resolve
+from ppl_vae.runtime.errors import NotFinite
 from ppl_vae.runtime.progress import progress_bar
 
 # What the likelihoods that fit the data are compared by, where none are named, in the words of ``describe_scale``.

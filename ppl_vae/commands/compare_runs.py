@@ -16,13 +16,14 @@ from ppl_vae import data, runs
 from ppl_vae.commands.evaluate import bits_per_dim, evaluate_with_progress, read_per_image
 from ppl_vae.commands.options import CompareRuns
 from ppl_vae.evidence.estimate import Estimate
-from ppl_vae.evidence.importance import Importance, pass_of_group, seeded
+from ppl_vae.evidence.importance import Importance, pass_of_group
 from ppl_vae.evidence.paired import CONFIDENCE, INDISTINCT, SEED_NATS, BoundDifference, bound_difference
 from ppl_vae.reports import figures as plots
 from ppl_vae.reports.evaluation_words import plus_minus
 from ppl_vae.runs.fit_arguments import find_device
 from ppl_vae.runs.opening import Run, Say, check_density, describe_unused_draws, evaluated_vae, open_run
 from ppl_vae.runs.outputs import output_folder, removed_if_empty, write_figure
+from ppl_vae.runtime.global_state import seeded
 from ppl_vae.vae import VAE
 
 COMPARISON, FIGURE, PER_IMAGE = "comparison.json", "comparison.png", "comparison.safetensors"

@@ -15,7 +15,6 @@ from ppl_vae.commands.diagnosis_numbers import importance_numbers, measure, meas
 from ppl_vae.commands.evaluate import describe_provenance, read_per_image
 from ppl_vae.commands.options import Diagnose
 from ppl_vae.diagnostics.verdicts import Verdict, verdicts
-from ppl_vae.evidence.importance import seeded
 from ppl_vae.reports.diagnosis_command import command_line
 from ppl_vae.reports.diagnosis_figures import diagnosis_figures, names_drawn
 from ppl_vae.reports.diagnosis_words import describe_numbers, describe_verdicts
@@ -25,6 +24,7 @@ from ppl_vae.runs.fit_arguments import find_device
 from ppl_vae.runs.load import load
 from ppl_vae.runs.opening import Run, Say, open_run
 from ppl_vae.runs.outputs import write_figure
+from ppl_vae.runtime.global_state import seeded
 
 __all__ = ["DIAGNOSIS", "diagnose_run", "measure", "noise_numbers", "noise_of"]
 

@@ -16,7 +16,8 @@ from ppl_vae.diagnostics import CannotMeasure, PerLatent
 from ppl_vae.diagnostics.pixel_calibration import calibration
 from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.evidence.exploration import PosteriorMoments, decoded, drawn, encode, moments, sampled
-from ppl_vae.evidence.importance import Importance, evaluate, reconstruction, seeded
+from ppl_vae.evidence.importance import Importance, evaluate, reconstruction
+from ppl_vae.runtime.global_state import seeded
 from ppl_vae.vae import VAE
 from ppl_vae.weights import is_deterministic
 

@@ -16,7 +16,7 @@ from ppl_vae.data import dequantize_uniformly
 from ppl_vae.data.registry import SPLITS
 from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.evidence.exploration import PosteriorMoments, encode
-from ppl_vae.evidence.importance import Importance, reconstruction, seeded
+from ppl_vae.evidence.importance import Importance, reconstruction
 from ppl_vae.reports.evaluation_words import NOT_A_LOG_LIKELIHOOD, plus_minus, scale_in_words
 from ppl_vae.reports.run_figures import latents_figure, use_of_latents
 from ppl_vae.runs.build import is_autoencoder
@@ -26,6 +26,7 @@ from ppl_vae.runs.images import Images, images_of
 from ppl_vae.runs.load import load
 from ppl_vae.runs.opening import Run, Say, evaluated_vae, open_run
 from ppl_vae.runs.outputs import drop_record, output_folder, removed_if_empty, write_arrays, write_figure
+from ppl_vae.runtime.global_state import seeded
 from ppl_vae.runtime.progress import progress_bar
 from ppl_vae.vae import VAE
 

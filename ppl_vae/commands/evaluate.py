@@ -24,7 +24,6 @@ from ppl_vae.evidence.importance import (
     pairs_per_pass,
     particles_per_pass,
     reconstruction,
-    seeded,
 )
 from ppl_vae.parts.likelihoods import fit_independent_pixels
 from ppl_vae.reports.evaluation_words import describe_evaluation, has_no_density
@@ -34,12 +33,12 @@ from ppl_vae.runs.load import load
 from ppl_vae.runs.opening import Run, Say, check_density, describe_unused_draws, evaluated_vae, open_run
 from ppl_vae.runs.partial_evaluation import PartialEvaluation, partial_path
 from ppl_vae.runtime import ranks as distributed
-from ppl_vae.runtime.capture import CannotCapture
-from ppl_vae.runtime.ending import Interrupted
-from ppl_vae.runtime.groups import Stopped, end_together
-from ppl_vae.runtime.interruption import stop_on_signals
+from ppl_vae.runtime.errors import CannotCapture, Interrupted
+from ppl_vae.runtime.global_state import seeded
+from ppl_vae.runtime.groups import Stopped
+from ppl_vae.runtime.process import stop_on_signals
 from ppl_vae.runtime.progress import Progress
-from ppl_vae.runtime.rank_zero import joined, rank_zero_first, rank_zero_only
+from ppl_vae.runtime.ranks import end_together, joined, rank_zero_first, rank_zero_only
 from ppl_vae.vae import VAE
 
 _FLOOR_SEED = 0

@@ -16,7 +16,7 @@ from ppl_vae.commands.evaluate import describe_provenance
 from ppl_vae.commands.options import SIDES, Impute
 from ppl_vae.data.limits import read_array_header
 from ppl_vae.evidence.estimate import Estimate
-from ppl_vae.evidence.importance import evaluate, seeded
+from ppl_vae.evidence.importance import evaluate
 from ppl_vae.evidence.missing import Imputation, Observed, impute
 from ppl_vae.reports import figures as plots
 from ppl_vae.reports.display import Display, display_of
@@ -25,6 +25,7 @@ from ppl_vae.runs.fit_arguments import find_device
 from ppl_vae.runs.images import Images, images_of
 from ppl_vae.runs.opening import Run, Say, check_density, evaluated_vae, open_run
 from ppl_vae.runs.outputs import drop_record, output_folder, removed_if_empty, write_arrays, write_figure
+from ppl_vae.runtime.global_state import seeded
 from ppl_vae.runtime.progress import progress_bar
 from ppl_vae.vae import VAE
 

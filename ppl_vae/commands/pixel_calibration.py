@@ -10,9 +10,9 @@ import torch
 from ppl_vae import data, runs
 from ppl_vae.diagnostics.pixel_calibration import calibration
 from ppl_vae.evidence.dequantization import LevelsPosterior, levels_of
-from ppl_vae.evidence.importance import seeded
 from ppl_vae.runs.load import load
 from ppl_vae.runs.opening import Run
+from ppl_vae.runtime.global_state import seeded
 from ppl_vae.runtime.progress import progress_bar
 from ppl_vae.vae import VAE
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from ppl_vae.commands.options import Sample
 from ppl_vae.conditional import floats_per_pixel
 from ppl_vae.evidence.exploration import sampled
-from ppl_vae.evidence.importance import particles_per_pass, seeded
+from ppl_vae.evidence.importance import particles_per_pass
 from ppl_vae.reports.display import display_of
 from ppl_vae.reports.run_figures import OF_AN_AUTOENCODER, samples_figure
 from ppl_vae.runs.build import is_autoencoder
@@ -21,7 +21,7 @@ from ppl_vae.runs.exported import open_with_or_without
 from ppl_vae.runs.fit_arguments import find_device
 from ppl_vae.runs.opening import Say, evaluated_vae
 from ppl_vae.runs.outputs import output_folder, removed_if_empty, write_arrays, write_figure, write_picture
-from ppl_vae.runtime.global_state import serialize_threads
+from ppl_vae.runtime.global_state import seeded, serialize_threads
 from ppl_vae.vae import VAE
 
 _MOST_DRAWN = 256  # in samples.png

@@ -20,7 +20,6 @@ from ppl_vae import data, runs
 from ppl_vae.commands.evaluate import is_evaluated, write_evaluation, write_reconstructions
 from ppl_vae.commands.loggers import check_tensorboard, log_evaluation, metric_events
 from ppl_vae.commands.options import Train
-from ppl_vae.evidence.importance import NotFinite
 from ppl_vae.reports.run_figures import is_drawn, write_figures
 from ppl_vae.runs.build import build_likelihood, build_vae, is_autoencoder
 from ppl_vae.runs.checkpoints import Saved, mend_metrics, mend_states, mend_weights, newest_checkpoint
@@ -41,13 +40,11 @@ from ppl_vae.runs.opening import Run, Say, describe_unused_draws, open_run
 from ppl_vae.runs.options import Options
 from ppl_vae.runs.resolve import check_support, load_splits, resolve
 from ppl_vae.runtime import ranks as distributed
-from ppl_vae.runtime.capture import CannotCapture
-from ppl_vae.runtime.ending import Interrupted
-from ppl_vae.runtime.groups import end_together
-from ppl_vae.runtime.interruption import stop_on_signals
+from ppl_vae.runtime.errors import CannotCapture, Interrupted, NotFinite
 from ppl_vae.runtime.numerics import mean_and_variance
+from ppl_vae.runtime.process import stop_on_signals
 from ppl_vae.runtime.progress import Progress, has_terminal
-from ppl_vae.runtime.rank_zero import broadcast_decision, joined, rank_zero_first, rank_zero_only
+from ppl_vae.runtime.ranks import broadcast_decision, end_together, joined, rank_zero_first, rank_zero_only
 from ppl_vae.training import Stopped, TrainingState, does_not_fit, fit
 
 QUICK_EVALUATION_SEED = 0

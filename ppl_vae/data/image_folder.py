@@ -27,7 +27,7 @@ from ppl_vae.data.image_file import NotReadError, decode, formats
 from ppl_vae.data.image_notes import Facts, ImageNotes, find_facts
 from ppl_vae.data.splits import LEVELS, SPLIT_ORDER, Splits, abbreviate, complete_splits, pluralize
 from ppl_vae.data.threads import map_in_threads
-from ppl_vae.runtime.arguments import Widths, check_widths
+from ppl_vae.runtime.errors import Widths, check_widths
 from ppl_vae.runtime.progress import progress_bar
 
 

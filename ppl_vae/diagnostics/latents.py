@@ -18,7 +18,7 @@ from ppl_vae.evidence.exploration import PosteriorMoments, log_density, moments
 from ppl_vae.evidence.importance import pairs_per_pass, particles_per_pass
 from ppl_vae.hierarchy import Chain
 from ppl_vae.parts.priors import VampPrior
-from ppl_vae.runtime.arguments import check_count
+from ppl_vae.runtime.errors import check_count
 from ppl_vae.runtime.global_state import serialize_threads
 from ppl_vae.support import check_support
 from ppl_vae.vae import VAE

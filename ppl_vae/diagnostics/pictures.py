@@ -14,7 +14,7 @@ from ppl_vae.diagnostics.values import CannotMeasure
 from ppl_vae.evidence.estimate import Estimate, ratio_of_means
 from ppl_vae.evidence.exploration import mean_or_draw
 from ppl_vae.evidence.importance import particles_per_pass
-from ppl_vae.runtime.arguments import check_count
+from ppl_vae.runtime.errors import check_count
 from ppl_vae.runtime.global_state import serialize_threads
 from ppl_vae.vae import VAE
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ppl_vae.conditional import floats_per_pixel
 from ppl_vae.evidence.importance import particles_per_pass
-from ppl_vae.runtime.arguments import check_count
+from ppl_vae.runtime.errors import check_count
 from ppl_vae.runtime.global_state import serialize_threads
 from ppl_vae.support import check_support
 from ppl_vae.vae import VAE

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ppl_vae.evidence.exploration import sampled
-from ppl_vae.evidence.importance import NotFinite, pairs_per_pass
-from ppl_vae.runtime.arguments import check_count
+from ppl_vae.evidence.importance import pairs_per_pass
+from ppl_vae.runtime.errors import NotFinite, check_count
 from ppl_vae.runtime.global_state import serialize_threads
 from ppl_vae.vae import VAE
 from ppl_vae.weights import Deterministic, is_autoencoder

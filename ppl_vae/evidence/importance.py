@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ppl_vae.conditional import NUMBERS_A_PIXEL, floats_per_latent, floats_per_pixel
-from ppl_vae.runtime.arguments import check_count
-from ppl_vae.runtime.capture import CannotCapture, compiled, replaced
+from ppl_vae.runtime.capture import compiled, replaced
+from ppl_vae.runtime.errors import CannotCapture, NotFinite, check_count
 from ppl_vae.runtime.global_state import evaluation_mode, seed_generators, seeded, serialize_threads
 from ppl_vae.runtime.groups import compute_groups, group_seed
 from ppl_vae.runtime.memory import Passes
@@ -34,10 +34,6 @@ _SUMMARIZED_AT_ONCE = 10_000  # log-weights
 # The most images of a group, so that 2, 4 and 8 ranks share 10,000 of them evenly. Measured at S = 1 on one thread:
 # groups of 1,250 took 1.00 times as long as groups of 1,700, those of 625 1.07 times, those of 250 1.32 times.
 _IMAGES_A_GROUP = 1250
-
-
-class NotFinite(ArithmeticError):
-    """A number that must be finite is not."""
 
 
 class Importance(NamedTuple):

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from ppl_vae.conditional import floats_per_pixel
-from ppl_vae.evidence.importance import NotFinite, particles_per_pass, vectors_per_pass
+from ppl_vae.evidence.importance import particles_per_pass, vectors_per_pass
 from ppl_vae.parts.likelihoods.family import independent_pixels
-from ppl_vae.runtime.arguments import check_count
+from ppl_vae.runtime.errors import NotFinite, check_count
 from ppl_vae.runtime.global_state import seeded, serialize_threads
 from ppl_vae.runtime.numerics import log_mean_exp
 from ppl_vae.support import check_support

@@ -13,8 +13,8 @@ from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
-from ppl_vae.runtime.arguments import check_count
 from ppl_vae.runtime.capture import replaced
+from ppl_vae.runtime.errors import check_count
 from ppl_vae.runtime.global_state import serialize_threads
 from ppl_vae.runtime.numerics import log_mean_exp
 from ppl_vae.weights import Program, latent_sites, log_weight_terms

@@ -13,7 +13,8 @@ from pyro.poutine.scale_messenger import ScaleMessenger
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from ppl_vae.runtime.capture import CannotCapture, is_capturing
+from ppl_vae.runtime.capture import is_capturing
+from ppl_vae.runtime.errors import CannotCapture
 from ppl_vae.runtime.global_state import serialize_threads
 from ppl_vae.weights import Program
 

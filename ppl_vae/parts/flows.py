@@ -18,7 +18,7 @@ from torch.distributions import constraints
 from torch.nn.functional import softmax, softplus
 
 from ppl_vae.parts.networks import MLP
-from ppl_vae.runtime.arguments import Widths
+from ppl_vae.runtime.errors import Widths
 from ppl_vae.runtime.numerics import bounded
 
 MAX_LOG_SCALE = 2.0  # of one affine layer: a factor between 0.14 and 7.4

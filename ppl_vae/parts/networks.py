@@ -12,7 +12,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from ppl_vae.runtime.arguments import ShapeError, Widths, check_widths
+from ppl_vae.runtime.errors import ShapeError, Widths, check_widths
 from ppl_vae.runtime.numerics import location_and_spread
 
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from ppl_vae import data
-from ppl_vae.evidence.importance import seeded
 from ppl_vae.reports import figures as plots
 from ppl_vae.reports.display import display_of
 from ppl_vae.runs.opening import Run, Say, evaluated_vae
 from ppl_vae.runs.outputs import write_figure
+from ppl_vae.runtime.global_state import seeded
 from ppl_vae.vae import VAE
 
 _FIGURE_SEED = 0

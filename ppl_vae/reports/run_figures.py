@@ -33,12 +33,12 @@ from ppl_vae.evidence.exploration import (
     sampled,
     traversals,
 )
-from ppl_vae.evidence.importance import seeded
 from ppl_vae.reports import figures as plots
 from ppl_vae.reports.display import Display, display_of
 from ppl_vae.runs.build import is_autoencoder
 from ppl_vae.runs.opening import Run, Say, evaluated_vae, open_run
 from ppl_vae.runs.outputs import write_figure
+from ppl_vae.runtime.global_state import seeded
 from ppl_vae.runtime.numerics import bound_by_particles
 from ppl_vae.vae import VAE
 

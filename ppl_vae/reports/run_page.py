@@ -14,7 +14,6 @@ from ppl_vae.commands.evaluate import is_evaluated
 from ppl_vae.commands.options import Diagnose, Report
 from ppl_vae.conditional import Conditional
 from ppl_vae.evidence.exploration import encode, sampled
-from ppl_vae.evidence.importance import seeded
 from ppl_vae.reports import page as report
 from ppl_vae.reports.diagnosis_words import describe_left_out
 from ppl_vae.reports.evaluation_words import describe_evaluation, plus_minus
@@ -25,6 +24,7 @@ from ppl_vae.runs.fields import format_flag
 from ppl_vae.runs.load import load
 from ppl_vae.runs.opening import Run, Say, open_run
 from ppl_vae.runs.options import Options, to_json
+from ppl_vae.runtime.global_state import seeded
 
 REPORT = "report.html"
 

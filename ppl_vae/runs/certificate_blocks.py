@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 
 from ppl_vae import runs
-from ppl_vae.evidence.importance import seeded
 from ppl_vae.runs.fit_arguments import matmul_precision
 from ppl_vae.runs.opening import Say
-from ppl_vae.runtime.capture import CannotCapture
-from ppl_vae.runtime.ending import Interrupted
+from ppl_vae.runtime.errors import CannotCapture, Interrupted
+from ppl_vae.runtime.global_state import seeded
 from ppl_vae.runtime.progress import progress_bar
 from ppl_vae.vae import VAE
 

@@ -23,7 +23,7 @@ from ppl_vae.runs.resolve import (
     load_splits,
 )
 from ppl_vae.runs.shipped import copy_pretrained
-from ppl_vae.runtime.rank_zero import Say
+from ppl_vae.runtime.ranks import Say
 from ppl_vae.vae import VAE
 
 

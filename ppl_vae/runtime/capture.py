@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, softplus
 from torch.overrides import TorchFunctionMode
 
+from ppl_vae.runtime.errors import CannotCapture
+
 # Adam's, as torch.optim.Adam has them by default.
 ADAM_BETAS, ADAM_EPSILON = (0.9, 0.999), 1e-8
 _BETA_1, _BETA_2 = ADAM_BETAS
@@ -29,10 +31,6 @@ _BETA_1, _BETA_2 = ADAM_BETAS
 # A first moment smaller than this moves no weight (it is divided by at least 1e-8 and added to a weight), but on its
 # way down it becomes denormal, and arithmetic with denormal numbers is many times slower.
 _SMALLEST_MOMENT = 1e-30
-
-
-class CannotCapture(ValueError):
-    """The function cannot be written down as one graph, or the graph cannot be compiled; the message says why."""
 
 
 _is_capturing = False

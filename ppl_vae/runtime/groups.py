@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from ppl_vae.runtime import ranks as distributed
-from ppl_vae.runtime.ending import EndedElsewhere
+from ppl_vae.runtime.ranks import end_together
 
 # How often several ranks exchange what they found, and learn of an error or of a wish to stop on another.
 _SECONDS_BETWEEN_EXCHANGES = 2.0
@@ -82,21 +81,6 @@ def compute_groups(
             a_round = (time.monotonic() - started) / rounds
             rounds = distributed.broadcast(max(1, int(_SECONDS_BETWEEN_EXCHANGES / a_round)))
     return table
-
-
-@contextmanager
-def end_together() -> Iterator[None]:
-    """What raises in here on one rank ends all: that one with its error, the others with EndedElsewhere.
-
-    Every rank must come here.
-    """
-    try:
-        yield
-    except Exception:
-        distributed.agree(True)
-        raise
-    if distributed.agree(False):
-        raise EndedElsewhere("another rank met an error")
 
 
 def _taken_up(table: Tensor, size: int, done: Mapping[int, Tensor]) -> list[slice]:

@@ -8,16 +8,9 @@ from typing import TypeVar
 
 import torch
 
-from ppl_vae.runtime.ending import OUT_OF_MEMORY
+from ppl_vae.runtime.errors import is_out_of_memory
 
 Result = TypeVar("Result")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out. A process that the system kills for memory raises none."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
 
 
 def release(device: torch.device) -> None:

@@ -15,7 +15,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ppl_vae.runtime.ranks import Share
+from ppl_vae.runtime.ranks import BatchShare
 
 # Draws whose numbers depend on their place and the shape alone, so that rows of the whole are those of the part.
 _SHAPES = {"rand", "randn"}
@@ -53,7 +53,7 @@ class SharedNoise(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.share: Share | None = None
+        self.share: BatchShare | None = None
         self.at: int | None = None
 
     @contextmanager
@@ -125,7 +125,7 @@ class SharedNoise(TorchFunctionMode):
     def _is_whole(self) -> bool:
         return self.share is None or self.share.num_images == self.share.stop - self.share.start
 
-    def _share(self) -> Share:
+    def _share(self) -> BatchShare:
         assert self.share is not None
         return self.share
 

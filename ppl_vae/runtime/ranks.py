@@ -1,89 +1,109 @@
-"""Several processes that train or evaluate together, as torchrun starts them: who they are, and what they exchange.
+"""Several processes that train or evaluate together, as torchrun starts them: their ranks, and what they exchange.
 
-Without torchrun there is one process, rank 0 of 1, and nothing here does anything. What is exchanged is summed by
-torch.distributed, over gloo on CPUs and NCCL on GPUs; no object is ever unpickled.
+Without torchrun there is one process, rank 0 of 1, and these functions change nothing. Tensors are summed by
+torch.distributed, over gloo on CPUs and NCCL on GPUs; no object is ever unpickled. Rank 0 writes files and prints.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ppl_vae.runtime.capture import CannotCapture, is_capturing
+from ppl_vae.runtime.capture import is_capturing
+from ppl_vae.runtime.errors import CannotCapture, EndedElsewhere
 
-TIMEOUT = timedelta(minutes=30)  # of one exchange: what a rank may take longer than another before all end
+Result = TypeVar("Result")
+Say = Callable[[str], None]  # takes one line for a person to read
+
+TIMEOUT = timedelta(minutes=30)  # how long one exchange waits for the other ranks before all of them end
+
+
+# --- Who takes part ---
 
 
 def join(device: str) -> torch.device:
-    """Joins the other processes where torchrun started this one; says on which device this one works.
+    """Join the other processes that torchrun started, if any, and return the device of this one.
 
-    Under torchrun "cuda" is one GPU a process, cuda:LOCAL_RANK. Called again, it changes nothing.
+    Under torchrun "cuda" means one GPU per process, cuda:LOCAL_RANK. A second call changes nothing.
 
     Args:
         device: "cpu", "cuda" or a device with its index.
 
     Raises:
-        ValueError: more processes on this machine than GPUs, or the index of one GPU for several of them.
-        ConnectionError: the other processes were not found.
+        ValueError: There are more processes than GPUs on this machine, or several processes were given one GPU.
+        ConnectionError: The other processes were not found.
     """
     place = torch.device(device)
-    if not _of_several():
+    if not _has_other_processes():
         return place
     if place.type == "cuda":
         place = _own_gpu(place)
         torch.cuda.set_device(place)
     if not dist.is_initialized():
-        # NCCL wherever there is one, for a run that is resumed joins before its device is known. It begins when used.
+        # NCCL is named wherever it exists: a resumed run joins before its device is known. NCCL starts at first use.
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
-        with _in_one_line():
+        with _connection_errors():
             dist.init_process_group(backend, timeout=TIMEOUT)
     return place
 
 
 def leave() -> None:
-    """Ends what ``join`` began: from here on, each process is on its own."""
+    """Undo ``join``: from here on, each process works alone."""
     if _is_joined():
         dist.destroy_process_group()
 
 
+@contextmanager
+def joined(device: str) -> Iterator[None]:
+    """``join`` for the length of a block, then ``leave``."""
+    join(device)
+    try:
+        yield
+    finally:
+        leave()
+
+
 def rank() -> int:
-    """Which of the joined processes this one is, from 0; 0 where it is alone."""
+    """This process's rank among the joined ones, from 0; 0 when it is alone."""
     return dist.get_rank() if _is_joined() else 0
 
 
 def num_ranks() -> int:
-    """How many processes are joined; 1 where this one is alone."""
+    """How many processes are joined; 1 when this one is alone."""
     return dist.get_world_size() if _is_joined() else 1
 
 
 def is_writer() -> bool:
-    """Whether this process is the one that writes files and speaks: rank 0, before ``join`` and after ``leave`` too."""
-    return dist.get_rank() == 0 if _is_joined() else not _of_several() or os.environ["RANK"] == "0"
+    """Whether this process writes files and prints: rank 0, also before ``join`` and after ``leave``."""
+    return dist.get_rank() == 0 if _is_joined() else not _has_other_processes() or os.environ["RANK"] == "0"
+
+
+# --- What they exchange ---
 
 
 def sum_over_ranks(tensor: Tensor) -> None:
-    """tensor <- sum over ranks of tensor, in place; any shape, the same bits on every rank."""
+    """tensor <- sum over ranks of tensor, in place. Every rank receives the same bits."""
     if num_ranks() > 1:
-        with _in_one_line():
+        with _connection_errors():
             dist.all_reduce(tensor)
 
 
 def gather_rows(mine: Tensor, num_rows: int, rows: Tensor) -> Tensor:
-    """The whole table on every rank, bit for bit as its rows were.
+    """Collect a table's rows from all ranks, bit for bit, and return the whole table on every rank.
 
     Args:
         mine: (n, *rest) this rank's rows; n may be 0, and ``rest`` and the type are the same on all ranks.
-        num_rows: of the whole table.
-        rows: (n,) int64, their places in it. Each row is some one rank's.
+        num_rows: The number of rows of the whole table.
+        rows: (n,) int64, their places in it. Each row belongs to exactly one rank.
 
     Returns:
         (num_rows, *rest).
@@ -96,7 +116,7 @@ def gather_rows(mine: Tensor, num_rows: int, rows: Tensor) -> Tensor:
 
 
 def agree(value: bool) -> bool:
-    """True on every rank where any rank says True."""
+    """Whether the value is True on any rank; every rank gets the same answer."""
     if num_ranks() == 1:
         return value
     votes = torch.tensor([int(value)])
@@ -105,20 +125,20 @@ def agree(value: bool) -> bool:
 
 
 def barrier() -> None:
-    """Waits until all ranks are here."""
+    """Wait until all ranks are here."""
     agree(False)
 
 
 def broadcast(value: Any) -> Any:
-    """What rank 0 gives, on every rank, by way of JSON; what the others give is not looked at.
+    """Return rank 0's value on every rank, by way of JSON; the values of the others are ignored.
 
-    Where rank 0 ends before it comes here, this raises ConnectionError on the others.
+    If rank 0 ends before this call, the others raise ConnectionError.
     """
     return value if num_ranks() == 1 else gather_objects(value if rank() == 0 else None)[0]
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """What each rank gives, in their order, on every rank, by way of JSON."""
+    """Return the values of all ranks, in order of rank, on every rank, by way of JSON."""
     if num_ranks() == 1:
         return [value]
     text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
@@ -130,11 +150,49 @@ def gather_objects(value: Any) -> list[Any]:
     return [json.loads(bytes(row[:size].tolist())) for row, size in zip(table, sizes, strict=True)]
 
 
-@dataclass(frozen=True)
-class Share:
-    """Images start to stop of a batch of B: what one rank works on. Its weight is their number / B.
+@contextmanager
+def end_together() -> Iterator[None]:
+    """Make an error on one rank end all ranks: that rank raises its error, the others raise EndedElsewhere.
 
-    A rank without an image works on the first one with the weight 0, so that every rank takes part in every exchange.
+    Every rank must enter this block.
+    """
+    try:
+        yield
+    except Exception:
+        agree(True)
+        raise
+    if agree(False):
+        raise EndedElsewhere("another rank met an error")
+
+
+def rank_zero_only(say: Say) -> Say:
+    """The same function on rank 0, and one that prints nothing on the others."""
+    return say if is_writer() else lambda line: None
+
+
+def rank_zero_first(read: Callable[[], Result]) -> Result:
+    """Call ``read`` on rank 0 and then on the others: rank 0 creates the missing files, such as a cache."""
+    with end_together():
+        found = read() if is_writer() else None
+    with end_together():
+        return read() if found is None else found
+
+
+def broadcast_decision(decide: Callable[[], bool]) -> bool:
+    """Return what rank 0 decides, for example by looking at files, on every rank."""
+    with end_together():
+        found = decide() if is_writer() else None
+    return bool(broadcast(found))
+
+
+# --- A rank's share of a batch ---
+
+
+@dataclass(frozen=True)
+class BatchShare:
+    """The images from start to stop of a batch of B, on which one rank works. Its weight is (stop - start) / B.
+
+    A rank without images works on the first one with weight 0, so that every rank takes part in every exchange.
     """
 
     num_images: int
@@ -143,20 +201,20 @@ class Share:
     weight: float
 
 
-def share_of(num_images: int) -> Share:
+def batch_share(num_images: int) -> BatchShare:
     """This rank's contiguous part of a batch; the parts of two ranks differ by at most one image."""
     start, stop = (r * num_images // num_ranks() for r in (rank(), rank() + 1))
     if start == stop:
-        return Share(num_images, 0, 1, 0.0)
-    return Share(num_images, start, stop, (stop - start) / num_images)
+        return BatchShare(num_images, 0, 1, 0.0)
+    return BatchShare(num_images, start, stop, (stop - start) / num_images)
 
 
-_share: Share | None = None
+_share: BatchShare | None = None
 
 
 @contextmanager
-def working_on(share: Share) -> Iterator[None]:
-    """Within it, ``mean_over_batch`` knows the part of the batch that this rank works on."""
+def use_share(share: BatchShare) -> Iterator[None]:
+    """Tell ``mean_over_batch`` on which part of the batch this rank works."""
     global _share
     before, _share = _share, share
     try:
@@ -166,13 +224,15 @@ def working_on(share: Share) -> Iterator[None]:
 
 
 def mean_over_batch(mean: Tensor) -> Tensor:
-    """The mean over the whole batch, without gradients, from that over this rank's images; outside of shares as it is.
+    """The mean over the whole batch, without gradients, from the mean over this rank's images.
+
+    Outside of ``use_share``, the mean itself, detached.
 
     Args:
-        mean: of any shape.
+        mean: Any shape.
 
     Raises:
-        CannotCapture: several ranks, and it is being written down as a graph, which cannot wait for others.
+        CannotCapture: There are several ranks, and a graph is being captured, which cannot wait for other processes.
     """
     if _share is None or num_ranks() == 1:
         return mean.detach()
@@ -183,8 +243,7 @@ def mean_over_batch(mean: Tensor) -> Tensor:
     return total
 
 
-def _of_several() -> bool:
-    """Whether torchrun started this process together with others."""
+def _has_other_processes() -> bool:
     return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
@@ -193,32 +252,27 @@ def _is_joined() -> bool:
 
 
 def _own_gpu(place: torch.device) -> torch.device:
-    local, beside = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if place.index is not None and beside > 1:
-        raise ValueError(f"--device {place}: expected cuda, one GPU for each of {beside} processes here, got one GPU")
-    if place.index is None and beside > torch.cuda.device_count():
+    local, num_here = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if place.index is not None and num_here > 1:
+        raise ValueError(f"--device {place}: expected cuda, one GPU for each of {num_here} processes here, got one GPU")
+    if place.index is None and num_here > torch.cuda.device_count():
         raise ValueError(
-            f"--nproc-per-node: expected at most one process a GPU, {torch.cuda.device_count()} here, got {beside}"
+            f"--nproc-per-node: expected at most one process per GPU, {torch.cuda.device_count()} here, got {num_here}"
         )
     return place if place.index is not None else torch.device("cuda", local)
 
 
 @contextmanager
-def _in_one_line() -> Iterator[None]:
-    """A lost connection as ConnectionError, which the scripts say in one line, and not as torch's RuntimeError."""
+def _connection_errors() -> Iterator[None]:
+    """Turn torch's RuntimeError of a lost connection into a ConnectionError, which scripts report in one line."""
     try:
         yield
-    except dist.DistError as error:
-        raise _lost(error) from None
-    except RuntimeError as error:
-        words = str(error)
-        if not any(part in words for part in ("onnection", "gloo", "NCCL", "imed out", "imeout")):
+    except RuntimeError as error:  # dist.DistError is one
+        words = ("onnection", "gloo", "NCCL", "imed out", "imeout")
+        if not isinstance(error, dist.DistError) and not any(part in str(error) for part in words):
             raise
-        raise _lost(error) from None
-
-
-def _lost(error: Exception) -> ConnectionError:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return ConnectionError(
-        f"another process ended or did not answer within {TIMEOUT.total_seconds() / 60:.0f} minutes ({lines[0][:120]})"
-    )
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        minutes = TIMEOUT.total_seconds() / 60
+        raise ConnectionError(
+            f"another process ended or did not answer within {minutes:.0f} minutes ({lines[0][:120]})"
+        ) from None

@@ -10,9 +10,9 @@ from torch import Tensor
 from ppl_vae import diagnostics, runs
 from ppl_vae.evidence.estimate import Estimate, ratio_of_means
 from ppl_vae.evidence.exploration import decoded, drawn, encode
-from ppl_vae.evidence.importance import seeded
 from ppl_vae.evidence.paired import paired_difference
 from ppl_vae.runs.load import load
+from ppl_vae.runtime.global_state import seeded
 from ppl_vae.study import plan
 from ppl_vae.study.context import PICTURES, Study
 from ppl_vae.study.material import NUM_COMPONENTS, StudyData

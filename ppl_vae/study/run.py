@@ -20,7 +20,7 @@ from ppl_vae.runs.opening import Say
 from ppl_vae.runs.options import compiling_pays
 from ppl_vae.runs.resolve import check_support, load_splits
 from ppl_vae.runtime import capture
-from ppl_vae.runtime.ending import Interrupted
+from ppl_vae.runtime.errors import Interrupted
 from ppl_vae.runtime.progress import progress_bar
 from ppl_vae.study.autoencoder_section import autoencoder_section
 from ppl_vae.study.context import PICTURES, RUNS, STUDY, Study

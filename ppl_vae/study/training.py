@@ -15,12 +15,12 @@ from torch import Tensor
 from ppl_vae import data, runs
 from ppl_vae.commands.evaluate import is_evaluated, write_evaluation
 from ppl_vae.commands.train import QUICK_EVALUATION_SEED, resume_run, train_run
-from ppl_vae.evidence.importance import NotFinite
 from ppl_vae.runs.build import build_vae
 from ppl_vae.runs.fit_arguments import build_objective, fit_arguments, initialize_output_bias
 from ppl_vae.runs.load import save
 from ppl_vae.runs.opening import Say, open_run
 from ppl_vae.runs.resolve import choose_pixels, load_splits, resolve
+from ppl_vae.runtime.errors import NotFinite
 from ppl_vae.study.plan import Planned
 from ppl_vae.training import TrainingState, fit
 

@@ -10,7 +10,8 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from ppl_vae.evidence.importance import NotFinite, seeded
+from ppl_vae.runtime.errors import NotFinite
+from ppl_vae.runtime.global_state import seeded
 from ppl_vae.runtime.ranks import gather_objects, num_ranks
 from ppl_vae.support import check_site, observed_sites
 from ppl_vae.training.state import TrainingState

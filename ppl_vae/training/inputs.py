@@ -11,7 +11,7 @@ import pyro
 import torch
 from torch import Tensor, nn
 
-from ppl_vae.evidence.importance import seeded
+from ppl_vae.runtime.global_state import seeded
 from ppl_vae.vae import NO_AUTOGUIDE, VAE
 
 

@@ -15,13 +15,11 @@ import torch
 from torch import Tensor
 
 from ppl_vae import data, objectives
-from ppl_vae.evidence.importance import seeded
-from ppl_vae.runtime.arguments import check_count
-from ppl_vae.runtime.capture import CannotCapture
-from ppl_vae.runtime.global_state import serialize_threads
-from ppl_vae.runtime.memory import batch_that_fits, is_out_of_memory, too_large
+from ppl_vae.runtime.errors import CannotCapture, check_count, is_out_of_memory
+from ppl_vae.runtime.global_state import seeded, serialize_threads
+from ppl_vae.runtime.memory import batch_that_fits, too_large
 from ppl_vae.runtime.noise import SharedNoise
-from ppl_vae.runtime.ranks import Share, agree, gather_objects, gather_rows, is_writer, num_ranks
+from ppl_vae.runtime.ranks import BatchShare, agree, gather_objects, gather_rows, is_writer, num_ranks
 from ppl_vae.training.guard import check_images, check_ranks, check_skipped
 from ppl_vae.training.inputs import as_images, check_batch_of_one, check_programs
 from ppl_vae.training.schedules import averaging, cosine, warmup
@@ -293,7 +291,7 @@ def _refit(vae: VAE, observe: Callable[..., Tensor], stored: Tensor, noise: Shar
         decoder.family.refit(_of_batch(decoder.net(z), noise.share), _of_batch(x, noise.share))
 
 
-def _of_batch(values: Tensor, share: Share | None) -> Tensor:
+def _of_batch(values: Tensor, share: BatchShare | None) -> Tensor:
     """(b, ...) of this rank's images -> (B, ...) of the whole batch."""
     if share is None or num_ranks() == 1:
         return values

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from ppl_vae.evidence.importance import NotFinite
 from ppl_vae.runtime.capture import CapturedStep, adam_moments
+from ppl_vae.runtime.errors import NotFinite
 from ppl_vae.runtime.noise import SharedNoise
-from ppl_vae.runtime.ranks import Share, gather_objects, num_ranks, share_of, sum_over_ranks, working_on
+from ppl_vae.runtime.ranks import BatchShare, batch_share, gather_objects, num_ranks, sum_over_ranks, use_share
 from ppl_vae.training.guard import find_not_finite, gradients_that_are_not_finite, site_that_is_not_finite
 from ppl_vae.training.state import TrainingState
 from ppl_vae.training.streaming import Resident, Streamed
@@ -47,7 +47,7 @@ def of_share(
 
     def objective_of_part(*arguments: Any, **options: Any) -> Tensor:
         assert noise.share is not None
-        with working_on(noise.share), noise.draw_at_sites():
+        with use_share(noise.share), noise.draw_at_sites():
             return objective(*arguments, **options)
 
     return observe_part, objective_of_part
@@ -81,7 +81,7 @@ class EagerSteps:
         Of several ranks, ``wanted`` is then what any of them wanted.
         """
         state = self._state
-        shares = [share_of(len(batch)) for batch in batches]
+        shares = [batch_share(len(batch)) for batch in batches]
         with closing(self._source.epoch(_own(batches, shares))) as rows:
             for (_, place), share, (beta, rate, decay) in zip(rows, shares, schedule, strict=True):
                 self.noise.share = share
@@ -114,7 +114,7 @@ class EagerSteps:
         """Brings the state up to date."""
 
 
-def _own(batches: Sequence[Tensor], shares: Sequence[Share]) -> tuple[Tensor, ...]:
+def _own(batches: Sequence[Tensor], shares: Sequence[BatchShare]) -> tuple[Tensor, ...]:
     """This rank's images of each batch."""
     return tuple(batch[share.start : share.stop] for batch, share in zip(batches, shares, strict=True))
 
@@ -126,7 +126,7 @@ class _Exchange:
         wanted: after the exchange, what any rank wanted.
     """
 
-    def __init__(self, share: Share, wants: tuple[bool, bool]) -> None:
+    def __init__(self, share: BatchShare, wants: tuple[bool, bool]) -> None:
         self._share = share
         self.wanted = wants
 
@@ -226,7 +226,7 @@ class CapturedSteps:
         if self._several:
             observe, objective = of_share(self.noise, observe, objective)
         vae = state.vae
-        self._compiled_for = self.noise.share = share_of(batch_size)
+        self._compiled_for = self.noise.share = batch_share(batch_size)
         self._step = CapturedStep(
             lambda x, beta: objective(vae.model, vae.guide, x, beta=beta),
             vae,
@@ -255,7 +255,7 @@ class CapturedSteps:
         step.skipped.fill_(state.skipped)
         rows = step.schedule([(state.step + i, *values) for i, values in enumerate(schedule)])
         on_host = state.device.type == "cpu"
-        shares = [share_of(len(batch)) for batch in batches]
+        shares = [batch_share(len(batch)) for batch in batches]
         with closing(self._source.epoch(_own(batches, shares))) as places:
             numbered = zip(places, batches, shares, rows.unbind(), schedule, strict=True)
             for (_, place), batch, share, row, (beta, _, _) in numbered:
@@ -269,7 +269,7 @@ class CapturedSteps:
                     self._check()
                 yield place
 
-    def _step_of_ranks(self, place: Tensor, row: Tensor, share: Share, wants: Wants) -> None:
+    def _step_of_ranks(self, place: Tensor, row: Tensor, share: BatchShare, wants: Wants) -> None:
         self.noise.share = share
         self._step.step_on_part(
             place,

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from ppl_vae.evidence.estimate import Estimate
-from ppl_vae.evidence.importance import NotFinite, evaluate, evaluation_mode, reconstruction, seeded
+from ppl_vae.evidence.importance import evaluate, reconstruction
+from ppl_vae.runtime.errors import NotFinite
+from ppl_vae.runtime.global_state import evaluation_mode, seeded
 from ppl_vae.training.state import TrainingState
 from ppl_vae.vae import VAE
 from ppl_vae.weights import is_autoencoder

@@ -31,7 +31,7 @@ from ppl_vae.commands.sample import sample_run
 from ppl_vae.commands.train import resume_run, train_run
 from ppl_vae.evidence import importance as evidence
 from ppl_vae.evidence.dequantization import dequantized
-from ppl_vae.evidence.importance import NotFinite, evaluate, importance, reconstruction
+from ppl_vae.evidence.importance import evaluate, importance, reconstruction
 from ppl_vae.parts.likelihoods import Bernoulli
 from ppl_vae.parts.networks import MLP
 from ppl_vae.parts.posteriors import Delta
@@ -40,6 +40,7 @@ from ppl_vae.reports import run_figures as figures
 from ppl_vae.runs.build import build_vae
 from ppl_vae.runs.opening import open_run
 from ppl_vae.runs.options import PLAIN, Options
+from ppl_vae.runtime.errors import NotFinite
 from ppl_vae.runtime.groups import group_seed
 from ppl_vae.weights import Deterministic, log_weights
 

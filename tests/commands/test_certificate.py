@@ -36,7 +36,7 @@ from ppl_vae.reports.certificate_words import describe_certificate
 from ppl_vae.reports.run_page import report_run
 from ppl_vae.runs.certificate_blocks import BlockStore, even_block, seed_of
 from ppl_vae.runs.options import PLAIN, Options
-from ppl_vae.runtime.capture import CannotCapture
+from ppl_vae.runtime.errors import CannotCapture
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "certify_log_likelihood.py"

@@ -15,7 +15,7 @@ from ppl_vae import load, runs
 from ppl_vae.commands import encode as encoding
 from ppl_vae.commands.encode import encode_images
 from ppl_vae.commands.options import Encode
-from ppl_vae.evidence.importance import NotFinite
+from ppl_vae.runtime.errors import NotFinite
 
 
 @pytest.fixture(scope="module")

@@ -18,12 +18,12 @@ from ppl_vae.commands import compare_likelihoods as likelihood_table
 from ppl_vae.commands.compare_likelihoods import compare_likelihoods
 from ppl_vae.commands.evaluate import evaluate_run
 from ppl_vae.commands.options import Evaluate
-from ppl_vae.evidence.importance import NotFinite
 from ppl_vae.reports import figures as plots
 from ppl_vae.reports import likelihood_figures
 from ppl_vae.runs.load import load
 from ppl_vae.runs.options import LIKELIHOODS
 from ppl_vae.runs.resolve import load_splits
+from ppl_vae.runtime.errors import NotFinite
 
 WORDS = ("binomial", "normal", "beta")
 PIXELS = 64

@@ -22,12 +22,13 @@ from ppl_vae import data, importance, load, runs
 from ppl_vae.commands.evaluate import evaluate_run
 from ppl_vae.commands.options import Evaluate
 from ppl_vae.evidence import importance as evidence
-from ppl_vae.evidence.importance import evaluate, images_per_group, seeded
+from ppl_vae.evidence.importance import evaluate, images_per_group
 from ppl_vae.runs import partial_evaluation
 from ppl_vae.runs.opening import open_run
 from ppl_vae.runs.options import Options
 from ppl_vae.runs.partial_evaluation import partial_path
-from ppl_vae.runtime.ending import Interrupted
+from ppl_vae.runtime.errors import Interrupted
+from ppl_vae.runtime.global_state import seeded
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

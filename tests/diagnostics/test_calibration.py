@@ -13,7 +13,7 @@ from ppl_vae import VAE
 from ppl_vae.diagnostics import pixel_calibration as calibration
 from ppl_vae.diagnostics.pixel_calibration import BINS, Calibration
 from ppl_vae.evidence.dequantization import levels_of
-from ppl_vae.evidence.importance import seeded
+from ppl_vae.runtime.global_state import seeded
 
 CPU = torch.device("cpu")
 NUM_IMAGES = 3000

@@ -14,8 +14,8 @@ from oracles import LinearGaussian
 
 from ppl_vae import VAE
 from ppl_vae.diagnostics import aggregate, classifier_test, holes, kolmogorov_smirnov, latent_moments
-from ppl_vae.evidence.importance import seeded
 from ppl_vae.parts.priors import StandardNormal
+from ppl_vae.runtime.global_state import seeded
 
 CPU = torch.device("cpu")
 

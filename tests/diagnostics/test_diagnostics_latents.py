@@ -16,11 +16,11 @@ from torch.testing import assert_close
 from ppl_vae import VAE, Conditional
 from ppl_vae.diagnostics import AggregatePosterior, active_units, elbo_split, implied_beta, latent_kl, latents, mixture
 from ppl_vae.evidence.exploration import PosteriorMoments, encode
-from ppl_vae.evidence.importance import seeded
 from ppl_vae.hierarchy import BottomLayerOnly, BottomUp, HierarchicalVAE, LayeredPrior
 from ppl_vae.parts.networks import MLP
 from ppl_vae.parts.posteriors import DiagonalNormal
 from ppl_vae.parts.priors import StandardNormal, VampPrior
+from ppl_vae.runtime.global_state import seeded
 
 CPU = torch.device("cpu")
 

@@ -14,8 +14,8 @@ import torch
 from ppl_vae import VAE
 from ppl_vae.diagnostics import blur, reconstruction_variation, sharpness
 from ppl_vae.diagnostics.pictures import high_frequency_power
-from ppl_vae.evidence.importance import seeded
 from ppl_vae.parts.priors import StandardNormal
+from ppl_vae.runtime.global_state import seeded
 
 CPU = torch.device("cpu")
 E = (1, 8, 8)

@@ -15,11 +15,11 @@ from torch.testing import assert_close
 from ppl_vae import VAE
 from ppl_vae.evidence import importance as evidence
 from ppl_vae.evidence.dequantization import dequantized
-from ppl_vae.evidence.importance import CapturedTerms, NotFinite, evaluate, even_chunk
+from ppl_vae.evidence.importance import CapturedTerms, evaluate, even_chunk
 from ppl_vae.runs.build import build_vae
 from ppl_vae.runs.options import PLAIN, Options
 from ppl_vae.runtime import capture
-from ppl_vae.runtime.capture import CannotCapture
+from ppl_vae.runtime.errors import CannotCapture, NotFinite
 from ppl_vae.weights import log_weight_terms
 
 SHAPE = (1, 8, 8)

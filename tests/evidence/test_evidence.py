@@ -15,10 +15,11 @@ from torch import nn
 from torch.testing import assert_close
 
 from ppl_vae import VAE, Conditional, Estimate, importance, log_evidence
-from ppl_vae.evidence.importance import NotFinite, evaluate
+from ppl_vae.evidence.importance import evaluate
 from ppl_vae.parts.likelihoods import Bernoulli
 from ppl_vae.parts.posteriors import DiagonalNormal
 from ppl_vae.parts.priors import StandardNormal
+from ppl_vae.runtime.errors import NotFinite
 
 
 @pytest.fixture

@@ -26,12 +26,13 @@ from ppl_vae.evidence.guide_calibration import (
     p_values,
     shape,
 )
-from ppl_vae.evidence.importance import NotFinite, seeded
 from ppl_vae.hierarchy import BottomLayerOnly, BottomUp, HierarchicalVAE, LayeredPrior
 from ppl_vae.parts.networks import MLP
 from ppl_vae.parts.posteriors import Delta, DiagonalNormal
 from ppl_vae.parts.priors import StandardNormal
 from ppl_vae.reports.figures.certificate import RankHistogram, calibration_ranks
+from ppl_vae.runtime.errors import NotFinite
+from ppl_vae.runtime.global_state import seeded
 from ppl_vae.weights import Deterministic
 
 CPU = torch.device("cpu")

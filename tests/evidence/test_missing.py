@@ -16,11 +16,11 @@ from torch.distributions import MultivariateNormal
 
 from ppl_vae import VAE, Conditional, importance, log_evidence, log_weights
 from ppl_vae.evidence import missing
-from ppl_vae.evidence.importance import NotFinite
 from ppl_vae.evidence.missing import DefensiveMixture, Observed, impute
 from ppl_vae.parts.networks import MLP
 from ppl_vae.parts.posteriors import DiagonalNormal
 from ppl_vae.parts.priors import StandardNormal
+from ppl_vae.runtime.errors import NotFinite
 
 NAN = math.nan
 

@@ -13,13 +13,14 @@ from torch.distributions import MultivariateNormal
 from torch.testing import assert_close
 
 from ppl_vae import VAE, Conditional, importance, log_weights
-from ppl_vae.evidence.importance import NotFinite, evaluate
+from ppl_vae.evidence.importance import evaluate
 from ppl_vae.evidence.proposals import Proposal, defensive, fitted, refined, replace_guide
 from ppl_vae.hierarchy import BottomLayerOnly, BottomUp, HierarchicalVAE, LayeredPrior
 from ppl_vae.parts.likelihoods import Bernoulli
 from ppl_vae.parts.networks import MLP
 from ppl_vae.parts.posteriors import Delta, DiagonalNormal, FullNormal, exponential_log_scale, spline_flow
 from ppl_vae.parts.priors import StandardNormal, VampPrior
+from ppl_vae.runtime.errors import NotFinite
 from ppl_vae.runtime.numerics import bound_by_particles
 
 

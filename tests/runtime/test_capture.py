@@ -22,7 +22,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ppl_vae import VAE, Conditional, data, fit, objectives, training
-from ppl_vae.evidence.importance import NotFinite, evaluate
+from ppl_vae.evidence.importance import evaluate
 from ppl_vae.parts.likelihoods import Bernoulli
 from ppl_vae.parts.networks import MLP
 from ppl_vae.parts.posteriors import DiagonalNormal
@@ -31,7 +31,8 @@ from ppl_vae.runs.build import build_vae
 from ppl_vae.runs.fit_arguments import build_objective, initialize_output_bias
 from ppl_vae.runs.options import KLS, LIKELIHOODS, PLAIN, Options
 from ppl_vae.runtime import capture
-from ppl_vae.runtime.capture import CannotCapture, CapturedStep
+from ppl_vae.runtime.capture import CapturedStep
+from ppl_vae.runtime.errors import CannotCapture, NotFinite
 from ppl_vae.training import CapturedSteps, Resident, TrainingState
 from ppl_vae.training.schedules import averaging
 

@@ -21,7 +21,7 @@ from ppl_vae import runs
 from ppl_vae.objectives import free_bits
 from ppl_vae.runtime import ranks as distributed
 from ppl_vae.runtime.noise import _RANDOM, SharedNoise
-from ppl_vae.runtime.ranks import Share
+from ppl_vae.runtime.ranks import BatchShare
 
 ROOT = Path(__file__).parents[2]
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
@@ -195,7 +195,7 @@ WHOLE, START, STOP = 7, 2, 5
 @pytest.fixture
 def noise():
     found = SharedNoise()
-    found.share = Share(WHOLE, START, STOP, (STOP - START) / WHOLE)
+    found.share = BatchShare(WHOLE, START, STOP, (STOP - START) / WHOLE)
     return found
 
 
@@ -289,8 +289,8 @@ def test_every_random_operation_of_torch_is_known():
 
 def test_one_process_of_one_shares_nothing():
     noise = SharedNoise()
-    noise.share = distributed.share_of(5)
-    assert noise.share == Share(5, 0, 5, 1.0)
+    noise.share = distributed.batch_share(5)
+    assert noise.share == BatchShare(5, 0, 5, 1.0)
     with noise.along(0):
         torch.rand(4, 2)  # of no image, and none of its business
 

@@ -15,7 +15,8 @@ from torch.testing import assert_close
 from ppl_vae.evidence import importance as evidence
 from ppl_vae.evidence.importance import evaluate, reconstruction
 from ppl_vae.runtime import memory
-from ppl_vae.runtime.memory import Passes, batch_that_fits, is_out_of_memory, too_large
+from ppl_vae.runtime.errors import is_out_of_memory
+from ppl_vae.runtime.memory import Passes, batch_that_fits, too_large
 from ppl_vae.weights import log_weight_terms
 
 CPU = torch.device("cpu")

@@ -20,7 +20,7 @@ SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 def run_main(main: str, *, encoding: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
     """A main function, by its lines, as a script runs it, in a process of its own."""
-    program = f"from ppl_vae.runtime.ending import command\ndef main():\n    {main}\ncommand(main)\n"
+    program = f"from ppl_vae.runtime.process import run_script\ndef main():\n    {main}\nrun_script(main)\n"
     asked = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"} | environment
     return subprocess.run([sys.executable, "-c", program], env=asked, capture_output=True, timeout=300)
 

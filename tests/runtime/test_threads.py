@@ -11,9 +11,10 @@ from entry_points import OTHERS, SCORES
 from oracles import LinearGaussian, bernoulli_vae
 
 from ppl_vae import fit
-from ppl_vae.evidence.importance import evaluate, seeded
+from ppl_vae.evidence.importance import evaluate
 from ppl_vae.runs.build import build_vae
 from ppl_vae.runs.options import Options
+from ppl_vae.runtime.global_state import seeded
 
 
 def _binary(num_images=4):

@@ -25,7 +25,7 @@ from ppl_vae import VAE, Conditional, data, objectives, runs
 from ppl_vae.commands.evaluate import PerImage, read_per_image
 from ppl_vae.commands.options import RunStudy
 from ppl_vae.diagnostics import verdicts
-from ppl_vae.evidence.importance import Importance, NotFinite
+from ppl_vae.evidence.importance import Importance
 from ppl_vae.parts.likelihoods import Bernoulli
 from ppl_vae.parts.networks import MLP
 from ppl_vae.parts.posteriors import DiagonalNormal
@@ -33,6 +33,7 @@ from ppl_vae.parts.priors import StandardNormal
 from ppl_vae.runs.options import PLAIN, Options
 from ppl_vae.runs.resolve import load_splits
 from ppl_vae.runtime import capture
+from ppl_vae.runtime.errors import NotFinite
 from ppl_vae.study import measuring, pairs, plan, run, sections, training
 from ppl_vae.study.material import components, material
 from ppl_vae.study.plan import DEFAULT, QUICK, Size

@@ -22,7 +22,7 @@ from ppl_vae.commands.train import resume_run, train_run
 from ppl_vae.runs.fit_arguments import matmul_precision
 from ppl_vae.runs.resolve import load_splits, resolve
 from ppl_vae.runtime import capture
-from ppl_vae.runtime.capture import CannotCapture
+from ppl_vae.runtime.errors import CannotCapture
 from ppl_vae.training import loop
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from ppl_vae import objectives, runs
 from ppl_vae.commands.train import train_run
-from ppl_vae.evidence.importance import NotFinite, evaluate
+from ppl_vae.evidence.importance import evaluate
 from ppl_vae.runs.build import build_vae
 from ppl_vae.runs.fit_arguments import fit_arguments
 from ppl_vae.runs.options import Options
+from ppl_vae.runtime.errors import NotFinite
 from ppl_vae.training import VALIDATION_SEED, TrainingState, batches_of, fit
 from ppl_vae.vae import VAE
 

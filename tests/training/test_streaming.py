@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from ppl_vae import VAE, Conditional, data, objectives
-from ppl_vae.evidence.importance import NotFinite
 from ppl_vae.parts.likelihoods import Bernoulli
 from ppl_vae.parts.networks import MLP
 from ppl_vae.parts.posteriors import DiagonalNormal
 from ppl_vae.parts.priors import StandardNormal
+from ppl_vae.runtime.errors import NotFinite
 from ppl_vae.training import Streamed, does_not_fit, fit, streaming
 
 CPU = torch.device("cpu")

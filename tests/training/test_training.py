@@ -14,13 +14,14 @@ from pyro.infer import TraceMeanField_ELBO
 from torch import nn
 
 from ppl_vae import VAE, Conditional, data, fit, objectives, runs
-from ppl_vae.evidence.importance import NotFinite, log_evidence
+from ppl_vae.evidence.importance import log_evidence
 from ppl_vae.parts.likelihoods import Bernoulli
 from ppl_vae.parts.networks import MLP
 from ppl_vae.parts.posteriors import DiagonalNormal
 from ppl_vae.parts.priors import StandardNormal
 from ppl_vae.runs.build import build_vae
 from ppl_vae.runs.options import PLAIN, Options
+from ppl_vae.runtime.errors import NotFinite
 from ppl_vae.training import TrainingState
 from ppl_vae.training.schedules import cosine, warmup
 

@@ -14,8 +14,8 @@ from ppl_vae.evidence.exploration import encode
 from ppl_vae.evidence.importance import importance, pairs_per_pass, particles_per_pass
 from ppl_vae.evidence.proposals.own import Proposal, replace_guide
 from ppl_vae.parts.posteriors import MAX_LOG_SCALE, DiagonalNormal, FullNormal, bounded_log_scale, exponential_log_scale
-from ppl_vae.runtime.arguments import check_count
 from ppl_vae.runtime.capture import ADAM_BETAS, ADAM_EPSILON, compiled, replaced
+from ppl_vae.runtime.errors import check_count
 from ppl_vae.runtime.global_state import evaluation_mode, serialize_threads
 from ppl_vae.support import check_support
 from ppl_vae.weights import is_deterministic

@@ -29,7 +29,7 @@ from ppl_vae.parts.likelihoods.levels import (
     logistic_moments,
 )
 from ppl_vae.parts.likelihoods.marginals import level_counts
-from ppl_vae.runtime.arguments import check_count
+from ppl_vae.runtime.errors import check_count
 
 _EM_STEPS = 20
 _SMALLEST_WEIGHT = 1e-4  # of a component, so that it stays one that can be trained

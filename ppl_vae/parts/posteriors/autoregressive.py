@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from ppl_vae.parts.flows import Univariate
-from ppl_vae.runtime.arguments import Widths, check_widths
+from ppl_vae.runtime.errors import Widths, check_widths
 
 
 class MaskedLinear(nn.Linear):

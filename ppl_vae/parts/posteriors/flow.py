@@ -14,7 +14,7 @@ from ppl_vae.parts.flows import affine, spline
 from ppl_vae.parts.posteriors.autoregressive import Autoregressive
 from ppl_vae.parts.posteriors.own_draw import CachedLogProb
 from ppl_vae.parts.posteriors.scales import bounded_log_scale
-from ppl_vae.runtime.arguments import Widths, check_count
+from ppl_vae.runtime.errors import Widths, check_count
 
 
 class Flow(nn.Module):

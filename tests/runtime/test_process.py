@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ppl_vae.runtime.ending import command
+from ppl_vae.runtime.process import run_script
 
 
 @pytest.mark.parametrize("error", [ValueError("x: bad"), OSError(28, "disk full"), ArithmeticError("x: NaN")])
@@ -13,7 +13,7 @@ def test_what_a_user_can_cause_ends_in_one_line(capsys: pytest.CaptureFixture[st
         raise error
 
     with pytest.raises(SystemExit, match=r"^1$"):
-        command(main)
+        run_script(main)
     assert capsys.readouterr().err == f"error: {error}\n"
 
 
@@ -22,7 +22,7 @@ def test_an_interrupt_ends_with_code_130_and_one_word(capsys: pytest.CaptureFixt
         raise KeyboardInterrupt
 
     with pytest.raises(SystemExit, match=r"^130$"):
-        command(main)
+        run_script(main)
     assert capsys.readouterr().err.strip() == "interrupted"
 
 
@@ -31,7 +31,7 @@ def test_our_own_bugs_keep_their_traceback() -> None:
         raise TypeError("a bug")
 
     with pytest.raises(TypeError, match="a bug"):
-        command(main)
+        run_script(main)
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_memory_that_ran_out_ends_in_one_line(capsys: pytest.CaptureFixture[str]
         raise error
 
     with pytest.raises(SystemExit, match=r"^1$"):
-        command(main)
+        run_script(main)
     assert capsys.readouterr().err.startswith("error: out of memory; a smaller batch")
 
 
@@ -58,7 +58,7 @@ def test_another_error_of_memory_keeps_its_traceback(words: str) -> None:
         raise RuntimeError(words)
 
     with pytest.raises(RuntimeError, match=words):
-        command(main)
+        run_script(main)
 
 
 def test_a_traceback_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,4 +67,4 @@ def test_a_traceback_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setenv("PPL_VAE_TRACEBACK", "1")
     with pytest.raises(ValueError, match="x: bad"):
-        command(main)
+        run_script(main)

@@ -1,0 +1,145 @@
+"""How a script's process writes its output, reacts to signals, and ends. It imports the standard library only."""
+
+from __future__ import annotations
+
+import codecs
+import io
+import os
+import signal
+import sys
+import threading
+import unicodedata
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import NoReturn
+
+from ppl_vae.runtime.errors import EndedElsewhere, Interrupted, is_out_of_memory
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Run a script's main function; an error that a user can cause ends it with one line and no traceback.
+
+    The exit code is 1 after an error, 130 after Ctrl-C, and 143 after SIGTERM. With PPL_VAE_TRACEBACK=1 in the
+    environment, the traceback is shown.
+    """
+    prepare_streams()
+    # Figures are only written to files. A notebook sets a backend of its own here, which importing matplotlib refuses
+    # where the notebook's packages are not installed.
+    os.environ["MPLBACKEND"] = "agg"
+    with suppress(ValueError):  # signals can only be handled in the main thread
+        signal.signal(signal.SIGTERM, _raise_interrupted)
+    try:
+        main()
+        _end_of_several()
+    except KeyboardInterrupt as error:
+        number = getattr(error, "number", signal.SIGINT)
+        for ignored in (signal.SIGINT, signal.SIGTERM):  # a second Ctrl-C while Python ends shows no traceback
+            with suppress(ValueError):
+                signal.signal(ignored, signal.SIG_IGN)
+        if _is_rank_zero():
+            what = "interrupted" if number == signal.SIGINT else "terminated"
+            print(f"\n{what}: {error}" if str(error) else f"\n{what}", file=sys.stderr)
+        sys.exit(128 + number)
+    except EndedElsewhere:
+        sys.exit(1)
+    except (ValueError, OSError, ArithmeticError) as error:
+        if os.environ.get("PPL_VAE_TRACEBACK"):
+            raise
+        is_about_a_file = isinstance(error, OSError) and error.filename is not None and error.strerror is not None
+        _exit_with(f"{error.filename}: {error.strerror}" if is_about_a_file else error)  # type: ignore[union-attr]
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        first = str(error).splitlines()[:1]
+        _exit_with(f"out of memory; a smaller batch, network, or number of particles needs less {first}")
+
+
+def _end_of_several() -> None:
+    """Under torchrun, end the process at once: threads of its libraries can abort Python's own shutdown.
+
+    Rank 1 of 2 was once seen to end by SIGABRT after all its work.
+    """
+    if "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1":
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+
+
+def _raise_interrupted(number: int, frame: FrameType | None) -> None:
+    raise Interrupted(number=number)
+
+
+def _is_rank_zero() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _exit_with(error: object) -> NoReturn:
+    first = (str(error).splitlines() or ["unknown"])[0]  # Pyro appends the shapes of a whole trace
+    print(f"error: {first}" if _is_rank_zero() else f"error on rank {os.environ['RANK']}: {first}", file=sys.stderr)
+    sys.exit(1)
+
+
+@contextmanager
+def stop_on_signals(words: str = "") -> Iterator[Callable[[], bool]]:
+    """Yield a function that says whether SIGINT or SIGTERM has arrived; a second signal ends the block at once.
+
+    At its next safe point the block raises ``Interrupted(words)``, where words say what is kept and how to continue,
+    or simply ends. In both cases ``Interrupted`` with the signal's number leaves this context. A signal that the
+    process ignores stays ignored. Outside the main thread, where signals cannot be handled, the function returns False.
+
+    Args:
+        words: The message of ``Interrupted`` when the block came to its end.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    received: list[int] = []
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if received:
+            raise Interrupted(number=number)
+        received.append(number)
+
+    handled = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
+    former = {number: signal.signal(number, handle) for number in handled}
+    try:
+        yield lambda: bool(received)
+    except KeyboardInterrupt as error:
+        if not received:
+            raise
+        raise Interrupted(str(error), number=received[-1]) from None
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+    if received:
+        raise Interrupted(words, number=received[0])
+
+
+_ASCII = {"±": "+/-", "−": "-", "–": "-", "×": "x", "≈": "~", "≤": "<=", "≥": ">=", "’": "'"}
+_HANDLER = "ppl_vae.ascii"
+
+
+def prepare_streams() -> None:
+    """Write each line of output at once, and replace characters that the encoding lacks by ASCII.
+
+    Otherwise a "±" ends a script whose output is ASCII or Latin-2, as does a file name that is no valid UTF-8, and a
+    log file shows nothing before its buffer is full.
+    """
+    codecs.register_error(_HANDLER, _replace_by_ascii)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=_HANDLER, line_buffering=True)
+
+
+def _replace_by_ascii(error: UnicodeError) -> tuple[str, int]:
+    """The error handler of a codec: returns a replacement, and the position at which to continue."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return "".join(map(_ascii_of, error.object[error.start : error.end])), error.end
+
+
+def _ascii_of(character: str) -> str:
+    """+/- for a plus-minus sign, e for an e with an accent, otherwise an escape sequence."""
+    without_accents = unicodedata.normalize("NFKD", character).encode("ascii", "ignore").decode()
+    return _ASCII.get(character) or without_accents or character.encode("ascii", "backslashreplace").decode()

@@ -9,35 +9,6 @@ from torch import Tensor, nn
 
 from ppl_vae.runtime.errors import ShapeError
 
-NUMBERS_A_PIXEL = 6  # that a likelihood holds at once, unless it says otherwise: features, values, log-probabilities
-
-
-def floats_per_pixel(likelihood: Any) -> int:
-    """How many numbers a pixel p(x | z) holds at once, by its own or its family's word, or else six."""
-    family = getattr(likelihood, "family", None)
-    return getattr(likelihood, "floats_per_pixel", getattr(family, "floats_per_pixel", NUMBERS_A_PIXEL))
-
-
-_NUMBERS_A_SPLINE = 24  # features of a latent that a flow's layer maps, of a spline of eight bins
-
-
-def floats_per_latent(distribution: Any) -> int:
-    """How many numbers a distribution over vectors holds of one z in its largest tensor, as log p(z) is taken.
-
-    L; of a flow, its features of each latent; of a mixture, K times those of a component. Parts of a distribution are
-    known by the names that Pyro and this package give them.
-    """
-    parts = [getattr(distribution, name, None) for name in ("base_dist", "first", "prior", "proposal")]
-    most = max([distribution.event_shape.numel(), *(floats_per_latent(part) for part in parts if _is_of_vectors(part))])
-    if hasattr(distribution, "flow") or hasattr(distribution, "layers"):
-        most *= _NUMBERS_A_SPLINE
-    components = getattr(distribution, "component_distribution", None)
-    return most if components is None else components.batch_shape[-1] * max(most, floats_per_latent(components))
-
-
-def _is_of_vectors(part: Any) -> bool:
-    return bool(getattr(part, "event_shape", ()))
-
 
 class Conditional(nn.Module):
     """p(y | c) = family(net(c)).

@@ -17,11 +17,12 @@ from ppl_vae import data
 from ppl_vae.data import own
 from ppl_vae.evidence.dequantization import dequantized
 from ppl_vae.evidence.exploration import decoded, encode, sampled
-from ppl_vae.evidence.importance import evaluate, particles_per_pass
+from ppl_vae.evidence.importance import evaluate
 from ppl_vae.runs.build import build_likelihood, build_vae
 from ppl_vae.runs.fit_arguments import build_objective, find_device, fit_arguments, initialize_output_bias
 from ppl_vae.runs.options import Options
 from ppl_vae.runs.resolve import check_support, choose_pixels, resolve
+from ppl_vae.runtime.batching import images_per_pass
 from ppl_vae.runtime.errors import Widths, check_count, check_widths
 from ppl_vae.runtime.global_state import seeded
 from ppl_vae.training import fit
@@ -258,7 +259,7 @@ class VAEDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
         vae = self._scored()
         with seeded(seed, find_device(self.device)), torch.no_grad(), pyro.validation_enabled(False):
             z = sampled(vae.prior(), n_samples)
-            chunk = particles_per_pass(vae.likelihood(z[:1]).mean)
+            chunk = images_per_pass(vae.likelihood(z[:1]).mean)
             return self._layout(torch.cat([vae.likelihood(part).sample() for part in z.split(chunk)]))
 
     # --- From arrays to what the VAE sees, and back ---

@@ -201,10 +201,10 @@ def matrix_products(vae: VAE, x: Tensor, *, num_particles: int) -> Callable[[], 
     """The decoder's matrix products alone, for as many pairs of image and particle, as many at a time."""
     import torch
 
-    from ppl_vae.evidence.importance import particles_per_pass
+    from ppl_vae.runtime.batching import images_per_pass
 
     total = len(x) * num_particles
-    pairs = min(particles_per_pass(x), total)
+    pairs = min(images_per_pass(x), total)
     weights = [layer.weight.detach() for layer in vae.likelihood.modules() if isinstance(layer, torch.nn.Linear)]  # type: ignore[attr-defined]
     inputs = [torch.randn(pairs, weight.shape[1], device=x.device) for weight in weights]
     outputs = [torch.empty(pairs, weight.shape[0], device=x.device) for weight in weights]

@@ -13,8 +13,8 @@ import torch
 from oracles import LinearGaussian
 
 from ppl_vae import runs
-from ppl_vae.evidence import importance as evidence
 from ppl_vae.evidence.importance import evaluate, reconstruction
+from ppl_vae.runtime import batching
 from ppl_vae.runtime import ranks as distributed
 from ppl_vae.runtime.groups import Stopped
 
@@ -31,7 +31,7 @@ SEED = 11
 
 def small_passes() -> None:
     """12 pairs of a particle and an image of LinearGaussian's."""
-    evidence._PASS_BYTES["cpu"] = 12 * 8 * 6 * 6
+    batching.PASS_BYTES["cpu"] = 12 * 8 * 6 * 6
 
 
 def model_and_images(num_images: int):

@@ -14,10 +14,11 @@ from ppl_vae.evidence import ais, proposals
 from ppl_vae.evidence import gaps as gaps_of
 from ppl_vae.evidence.exploration import gather_log_weights
 from ppl_vae.evidence.guide_calibration import Ranks, ranks
-from ppl_vae.evidence.importance import Importance, evaluate, pairs_per_pass
+from ppl_vae.evidence.importance import Importance, evaluate
 from ppl_vae.parts.posteriors import FullNormal
 from ppl_vae.runs.certificate_blocks import Progress, StageContext, Tensors, block, compute_blocks, even_block, seed_of
 from ppl_vae.runs.fit_arguments import decide_compile
+from ppl_vae.runtime.batching import pairs_per_pass
 from ppl_vae.runtime.global_state import seeded
 from ppl_vae.runtime.numerics import LogWeightSummary, bound_by_particles, smoothed_log_mean_exp
 from ppl_vae.vae import VAE

@@ -16,13 +16,14 @@ from ppl_vae import data, runs
 from ppl_vae.commands.evaluate import bits_per_dim, evaluate_with_progress, read_per_image
 from ppl_vae.commands.options import CompareRuns
 from ppl_vae.evidence.estimate import Estimate
-from ppl_vae.evidence.importance import Importance, pass_of_group
+from ppl_vae.evidence.importance import Importance
 from ppl_vae.evidence.paired import CONFIDENCE, INDISTINCT, SEED_NATS, BoundDifference, bound_difference
 from ppl_vae.reports import figures as plots
 from ppl_vae.reports.evaluation_words import plus_minus
 from ppl_vae.runs.fit_arguments import find_device
 from ppl_vae.runs.opening import Run, Say, check_density, describe_unused_draws, evaluated_vae, open_run
 from ppl_vae.runs.outputs import output_folder, removed_if_empty, write_figure
+from ppl_vae.runtime.batching import evaluation_batch_size
 from ppl_vae.runtime.global_state import seeded
 from ppl_vae.vae import VAE
 
@@ -242,7 +243,7 @@ def _entry(entrants: Sequence[Entrant], results: Sequence[Importance], asked: As
     noises = [
         (
             entrant.run.pixels == "dequantized",
-            pass_of_group(entrant.vae, asked.x, asked.num_particles),
+            evaluation_batch_size(entrant.vae, asked.x, asked.num_particles),
             _noise(entrant.vae, asked.x),
         )
         for entrant in entrants

@@ -17,14 +17,7 @@ from torch import Tensor
 from ppl_vae import data, runs
 from ppl_vae.commands.options import Evaluate
 from ppl_vae.evidence.estimate import Estimate
-from ppl_vae.evidence.importance import (
-    Importance,
-    evaluate,
-    images_per_group,
-    pairs_per_pass,
-    particles_per_pass,
-    reconstruction,
-)
+from ppl_vae.evidence.importance import Importance, evaluate, reconstruction
 from ppl_vae.parts.likelihoods import fit_independent_pixels
 from ppl_vae.reports.evaluation_words import describe_evaluation, has_no_density
 from ppl_vae.runs.build import build_likelihood
@@ -33,6 +26,7 @@ from ppl_vae.runs.load import load
 from ppl_vae.runs.opening import Run, Say, check_density, describe_unused_draws, evaluated_vae, open_run
 from ppl_vae.runs.partial_evaluation import PartialEvaluation, partial_path
 from ppl_vae.runtime import ranks as distributed
+from ppl_vae.runtime.batching import images_per_group, images_per_pass, pairs_per_pass
 from ppl_vae.runtime.errors import CannotCapture, Interrupted
 from ppl_vae.runtime.global_state import seeded
 from ppl_vae.runtime.groups import Stopped
@@ -42,7 +36,7 @@ from ppl_vae.runtime.ranks import end_together, joined, rank_zero_first, rank_ze
 from ppl_vae.vae import VAE
 
 _FLOOR_SEED = 0
-_NUMBERS_OF_A_MASS = 48  # per pixel, which an exact mass of a level holds at once
+_FLOATS_OF_A_MASS = 48  # per pixel, which an exact mass of a level holds at once
 
 
 def is_evaluated(folder: Path) -> bool:
@@ -412,7 +406,7 @@ def reference_bounds(run: Run, split: str, x: Tensor, index: Tensor) -> dict[str
     with torch.no_grad(), seeded(_FLOOR_SEED, x.device):
         train = data.expected_images(splits, run.pixels)
         log_prob = fit_independent_pixels(likelihood, train, is_dequantized=run.pixels == "dequantized")
-        at_once = particles_per_pass(x, likelihood.floats_per_pixel + _NUMBERS_OF_A_MASS)
+        at_once = images_per_pass(x, likelihood, extra_floats=_FLOATS_OF_A_MASS)
         floor = Estimate.from_values(torch.cat([log_prob(part) for part in x.split(at_once)]), 1).to_json()
     seen = split == "train" and run.pixels == "fixed"
     entropy = None if seen else data.binarization_entropy(splits, split, run.pixels)

@@ -11,9 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ppl_vae.commands.options import Sample
-from ppl_vae.conditional import floats_per_pixel
 from ppl_vae.evidence.exploration import sampled
-from ppl_vae.evidence.importance import particles_per_pass
 from ppl_vae.reports.display import display_of
 from ppl_vae.reports.run_figures import OF_AN_AUTOENCODER, samples_figure
 from ppl_vae.runs.build import is_autoencoder
@@ -21,6 +19,7 @@ from ppl_vae.runs.exported import open_with_or_without
 from ppl_vae.runs.fit_arguments import find_device
 from ppl_vae.runs.opening import Say, evaluated_vae
 from ppl_vae.runs.outputs import output_folder, removed_if_empty, write_arrays, write_figure, write_picture
+from ppl_vae.runtime.batching import images_per_pass
 from ppl_vae.runtime.global_state import seeded, serialize_threads
 from ppl_vae.vae import VAE
 
@@ -48,7 +47,7 @@ def sample(vae: VAE, num_samples: int) -> Samples:
     z = sampled(vae.prior(), num_samples)
     one = vae.likelihood(z[:1]).mean
     samples = Samples(z, *(one.new_empty((num_samples, *one.shape[1:])) for _ in range(2)))
-    chunk = particles_per_pass(one, floats_per_pixel(vae.likelihood))
+    chunk = images_per_pass(one, vae.likelihood)
     for part, mean, images in zip(*(values.split(chunk) for values in samples), strict=True):
         decoded = vae.likelihood(part)
         mean.copy_(decoded.mean)

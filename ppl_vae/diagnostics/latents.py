@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
-from ppl_vae.conditional import floats_per_pixel
 from ppl_vae.diagnostics.mixture import AggregatePosterior, factors, normal_factors
 from ppl_vae.diagnostics.values import PerLatent
 from ppl_vae.evidence.estimate import Estimate, ratio_of_means
 from ppl_vae.evidence.exploration import PosteriorMoments, log_density, moments
-from ppl_vae.evidence.importance import pairs_per_pass, particles_per_pass
 from ppl_vae.hierarchy import Chain
 from ppl_vae.parts.priors import VampPrior
+from ppl_vae.runtime.batching import images_per_pass, pairs_per_pass
 from ppl_vae.runtime.errors import check_count
 from ppl_vae.runtime.global_state import serialize_threads
 from ppl_vae.support import check_support
@@ -261,7 +260,7 @@ def _one_draw(vae: VAE, x: Tensor, q: AggregatePosterior, prior: Any, *, by_late
 
 def _log_likelihood(vae: VAE, x: Tensor, z: Tensor) -> Tensor:
     """(N,) log p(x_n | z_n), nats, float64."""
-    size = particles_per_pass(x, floats_per_pixel(vae.likelihood))
+    size = images_per_pass(x, vae.likelihood)
     passes = zip(x.split(size), z.split(size), strict=True)
     return torch.cat([vae.likelihood(codes).log_prob(images).double() for images, codes in passes])
 

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Independent, Normal
 
-from ppl_vae.conditional import floats_per_latent
-from ppl_vae.evidence.importance import particles_per_pass
+from ppl_vae.runtime.batching import floats_per_latent, images_per_pass
 from ppl_vae.runtime.global_state import serialize_threads
 from ppl_vae.vae import VAE
 
@@ -57,7 +56,7 @@ class AggregatePosterior:
     @torch.no_grad()
     def of(cls, vae: VAE, x: Tensor) -> AggregatePosterior:
         """Of images (N, *E) under the VAE's guide, in passes that fit into memory."""
-        return cls([vae.posterior(group) for group in x.split(particles_per_pass(x))] if len(x) else [])
+        return cls([vae.posterior(group) for group in x.split(images_per_pass(x))] if len(x) else [])
 
     @property
     def is_factorized(self) -> bool:

@@ -8,11 +8,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ppl_vae.conditional import floats_per_pixel
 from ppl_vae.diagnostics.values import CannotMeasure
-from ppl_vae.evidence.importance import particles_per_pass
 from ppl_vae.parts.likelihoods import Categorical, DiscretizedLogisticMixture
 from ppl_vae.parts.likelihoods.family import independent_pixels
+from ppl_vae.runtime.batching import images_per_pass
 
 Reduction = Literal["sum", "mean"]
 
@@ -156,7 +155,7 @@ def _whitened(family: Any, x: Tensor, features: Tensor | None) -> Tensor:
         raise ValueError(f"x: expected at least two images, got {len(x)}")
     copied = _in_double(family)
     h = (copied.fit_marginals(x) if features is None else features).double()
-    passes = x.split(particles_per_pass(x.double()[:1], floats_per_pixel(family)))
+    passes = x.split(images_per_pass(x.double()[:1], family))
     scores, curvatures = zip(*(_scores(copied, h, group.double()) for group in passes), strict=True)
     score = torch.cat(scores)
     curvature = sum((part.sum(0) for part in curvatures), torch.zeros_like(score[0])) / len(x)

@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppl_vae.conditional import floats_per_pixel
 from ppl_vae.diagnostics.values import CannotMeasure
 from ppl_vae.evidence.estimate import Estimate, ratio_of_means
 from ppl_vae.evidence.exploration import mean_or_draw
-from ppl_vae.evidence.importance import particles_per_pass
+from ppl_vae.runtime.batching import images_per_pass
 from ppl_vae.runtime.errors import check_count
 from ppl_vae.runtime.global_state import serialize_threads
 from ppl_vae.vae import VAE
@@ -168,7 +167,7 @@ def blur(vae: VAE, x: Tensor, *, gray: Tensor | None = None, draws: int = 8) -> 
     _need_images(x)
     truth = x if gray is None else gray
     _same_shape(truth, x, "gray, x")
-    size = particles_per_pass(x, floats_per_pixel(vae.likelihood))
+    size = images_per_pass(x, vae.likelihood)
     passes = zip(x.split(size), truth.split(size), strict=True)
     parts = zip(*(_of_one_pass(vae, images, target, draws) for images, target in passes), strict=True)
     at_mean, at_draw, averaged, error, noise = (torch.cat(part) for part in parts)

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppl_vae.conditional import floats_per_pixel
-from ppl_vae.evidence.importance import particles_per_pass
+from ppl_vae.runtime.batching import images_per_pass
 from ppl_vae.runtime.errors import check_count
 from ppl_vae.runtime.global_state import serialize_threads
 from ppl_vae.support import check_support
@@ -168,8 +167,8 @@ def calibration(
         check_support(vae.model, x)
     sums = torch.zeros(BINS, dtype=torch.double, device=x.device)
     products = torch.zeros(BINS, BINS, dtype=torch.double, device=x.device)
-    draws = particles_per_pass(x)
-    images_a_pass = max(1, min(draws // num_draws, particles_per_pass(x, floats_per_pixel(vae.likelihood))))
+    draws = images_per_pass(x)
+    images_a_pass = max(1, min(draws // num_draws, images_per_pass(x, vae.likelihood)))
     for images in x.split(images_a_pass):
         shares = _histograms(_transformed(vae, images, num_draws, observe, chunk=draws))
         sums += shares.sum(0)

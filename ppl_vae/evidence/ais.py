@@ -35,8 +35,8 @@ from torch.nn.functional import avg_pool1d, interpolate
 from ppl_vae.conditional import Conditional
 from ppl_vae.evidence.exploration import moments, sampled
 from ppl_vae.evidence.hmc import Point, Terms, leapfrog, point_at, transition
-from ppl_vae.evidence.importance import pairs_per_pass
 from ppl_vae.parts.posteriors.autoregressive import Autoregressive
+from ppl_vae.runtime.batching import pairs_per_pass
 from ppl_vae.runtime.capture import compiled, replaced
 from ppl_vae.runtime.errors import NotFinite, check_count
 from ppl_vae.runtime.global_state import evaluation_mode, seeded, serialize_threads

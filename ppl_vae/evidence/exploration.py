@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Independent, Normal, kl_divergence
 
-from ppl_vae.conditional import floats_per_pixel
-from ppl_vae.evidence.importance import pairs_per_pass, particles_per_pass, vectors_per_pass
+from ppl_vae.runtime.batching import images_per_pass, latents_per_pass, pairs_per_pass
 from ppl_vae.runtime.global_state import serialize_threads
 from ppl_vae.support import check_support
 from ppl_vae.vae import VAE
@@ -55,7 +54,7 @@ def mean_or_draw(distribution: Any) -> Tensor:
 @torch.no_grad()
 def sampled(distribution: Any, count: int) -> Tensor:
     """(count, *batch, L) draws of a distribution over latents, in passes that fit into memory."""
-    chunk = max(1, vectors_per_pass(distribution) // max(1, distribution.batch_shape.numel()))
+    chunk = max(1, latents_per_pass(distribution) // max(1, distribution.batch_shape.numel()))
     sizes = [min(chunk, count - start) for start in range(0, count, chunk)]
     return torch.cat([distribution.sample((size,)) for size in sizes])
 
@@ -64,7 +63,7 @@ def sampled(distribution: Any, count: int) -> Tensor:
 @torch.no_grad()
 def log_density(distribution: Any, z: Tensor) -> Tensor:
     """(M,) log p(z), nats, float64, in passes that fit into memory. z: (M, L)."""
-    return torch.cat([distribution.log_prob(part).double() for part in z.split(vectors_per_pass(distribution))])
+    return torch.cat([distribution.log_prob(part).double() for part in z.split(latents_per_pass(distribution))])
 
 
 @serialize_threads()
@@ -90,7 +89,7 @@ def encode(vae: VAE, x: Tensor) -> PosteriorMoments:
         vae: the VAE.
         x: images (N, *E), as the model sees them.
     """
-    parts = [moments(vae.posterior(group)) for group in x.split(particles_per_pass(x))]
+    parts = [moments(vae.posterior(group)) for group in x.split(images_per_pass(x))]
     mean, scale = torch.cat([part.mean for part in parts]), torch.cat([part.scale for part in parts])
     return PosteriorMoments(mean, scale, parts[0].num_draws)
 
@@ -99,7 +98,7 @@ def encode(vae: VAE, x: Tensor) -> PosteriorMoments:
 @torch.no_grad()
 def drawn(vae: VAE, x: Tensor) -> Tensor:
     """(N, L) one z ~ q(z | x) an image, in passes that fit into memory. x: (N, *E)."""
-    return torch.cat([vae.posterior(group).sample() for group in x.split(particles_per_pass(x))])
+    return torch.cat([vae.posterior(group).sample() for group in x.split(images_per_pass(x))])
 
 
 @serialize_threads()
@@ -107,7 +106,7 @@ def drawn(vae: VAE, x: Tensor) -> Tensor:
 def decoded(vae: VAE, z: Tensor) -> Tensor:
     """(N, *E) E[x | z], in passes that fit into memory. z: (N, L)."""
     first = vae.likelihood(z[:1]).mean
-    chunk = particles_per_pass(first, floats_per_pixel(vae.likelihood))
+    chunk = images_per_pass(first, vae.likelihood)
     return torch.cat([vae.likelihood(part).mean for part in z.split(chunk)])
 
 

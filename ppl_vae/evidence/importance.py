@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pyro
 import torch
 from torch import Tensor
 
-from ppl_vae.conditional import NUMBERS_A_PIXEL, floats_per_latent, floats_per_pixel
+from ppl_vae.runtime.batching import (
+    BatchSize,
+    evaluation_batch_size,
+    even_divisor,
+    images_per_group,
+    images_per_pass,
+    pairs_per_pass,
+)
 from ppl_vae.runtime.capture import compiled, replaced
 from ppl_vae.runtime.errors import CannotCapture, NotFinite, check_count
 from ppl_vae.runtime.global_state import evaluation_mode, seed_generators, seeded, serialize_threads
 from ppl_vae.runtime.groups import compute_groups, group_seed
-from ppl_vae.runtime.memory import Passes
 from ppl_vae.runtime.numerics import LogWeightSummary
 from ppl_vae.runtime.ranks import agree
 from ppl_vae.support import check_support
@@ -25,15 +31,7 @@ from ppl_vae.weights import Program, log_reconstruction, log_weight_terms
 # An image is called unreliable where its bound is expected to lie more than this below log p(x). Source: ours.
 UNRELIABLE_BIAS = 0.5
 
-# The most bytes that one pass through the decoder may take for features, logits and log-probabilities, about six
-# numbers a pixel unless the likelihood says otherwise. Measured on two cores: passes of a quarter took 1.3 times as
-# long, larger ones were no faster. A GPU has more places to work at once; its number has not been measured.
-_PASS_BYTES = {"cpu": 32e6, "cuda": 1e9}
 _SUMMARIZED_AT_ONCE = 10_000  # log-weights
-
-# The most images of a group, so that 2, 4 and 8 ranks share 10,000 of them evenly. Measured at S = 1 on one thread:
-# groups of 1,250 took 1.00 times as long as groups of 1,700, those of 625 1.07 times, those of 250 1.32 times.
-_IMAGES_A_GROUP = 1250
 
 
 class Importance(NamedTuple):
@@ -72,33 +70,6 @@ class Importance(NamedTuple):
         Reference: Nowozin 2018, ICLR (JVI-1).
         """
         return self.log_evidence + self.bias
-
-
-def particles_per_pass(x: Tensor, floats_per_pixel: int = NUMBERS_A_PIXEL) -> int:
-    """How many (particle, image) pairs go through the decoder at once, by the size of an image. x: (N, *E)."""
-    bytes_a_pair = floats_per_pixel * x[:1].numel() * max(4, x.element_size())
-    return max(1, int(_PASS_BYTES[x.device.type] / max(1, bytes_a_pair)))
-
-
-def vectors_per_pass(distribution: Any, *, device: str = "cpu") -> int:
-    """How many z are drawn of a distribution at once, or have their densities taken: one tensor of them fills a pass.
-
-    A mixture of 500 normals in 40 dimensions holds 20,000 numbers of each z, many more than a decoder holds of a digit.
-    """
-    return max(1, int(_PASS_BYTES[device] / (4 * max(1, floats_per_latent(distribution)))))
-
-
-@torch.no_grad()
-def pairs_per_pass(vae: Any, x: Tensor) -> int:
-    """How many (particle, image) pairs have their log-weights taken at once, by the likelihood and by the prior.
-
-    Args:
-        vae: with ``likelihood`` and ``prior``; what has neither, such as a user's program, is taken to hold little.
-        x: images (N, *E).
-    """
-    pairs = particles_per_pass(x, floats_per_pixel(getattr(vae, "likelihood", None)))
-    prior = getattr(vae, "prior", None)
-    return pairs if prior is None else min(pairs, vectors_per_pass(prior(), device=x.device.type))
 
 
 Terms = Callable[[Program, Program, Tensor, int], tuple[Tensor, Tensor]]
@@ -252,41 +223,6 @@ def log_evidence(model: Program, guide: Program, x: Tensor, *, num_particles: in
     return importance(model, guide, x, num_particles=num_particles, chunk=chunk).log_evidence
 
 
-def even_chunk(num_particles: int, most: int) -> int:
-    """The largest number of particles, not above ``most``, that divides S, or else ``most`` itself.
-
-    A compiled graph is for one number; a remainder would run without it. Divisors below half of ``most`` are too small.
-    """
-    if num_particles <= most:
-        return num_particles
-    divisors = (size for size in range(most, most // 2, -1) if num_particles % size == 0)
-    return next(divisors, most)
-
-
-def images_per_group(x: Tensor, num_particles: int) -> int:
-    """How many images have their noise from one seed: by an image's size, S and the kind of device alone. x: (N, *E).
-
-    It depends neither on the model, so that the groups of two of them have the same seeds, nor on the number of ranks.
-    """
-    pairs = particles_per_pass(x)
-    return min(_IMAGES_A_GROUP, max(1, pairs // even_chunk(num_particles, pairs)))
-
-
-def pass_of_group(vae: Any, x: Tensor, num_particles: int) -> tuple[int, int]:
-    """How many particles, and of how many images of a group, ``evaluate`` draws at once: models differ in it.
-
-    Noise is matched between two models only where they agree in this.
-
-    Args:
-        vae: as in ``pairs_per_pass``.
-        x: images (N, *E).
-        num_particles: S.
-    """
-    pairs = pairs_per_pass(vae, x)
-    particles = even_chunk(num_particles, pairs)
-    return particles, even_chunk(images_per_group(x, num_particles), max(1, pairs // particles))
-
-
 @serialize_threads()
 def evaluate(
     vae: VAE,
@@ -312,8 +248,8 @@ def evaluate(
     With ``compile`` the log-weights of a pass are one compiled graph; ``on_compiled`` is told the seconds that this
     took. It computes the same to rounding. A graph validates nothing: ``check`` then sees the first image alone.
 
-    Where memory runs out, half as many particles go through at once, and so on (``memory.Passes``). From there on the
-    bound is another draw of the same bound: a generator gives the numbers of two small passes in another order than
+    Where memory runs out, half as many particles go through at once, and so on (``batching.BatchSize``). From there on
+    the bound is another draw of the same bound: a generator gives the numbers of two small passes in another order than
     those of a large one.
 
     The VAE's weights, buffers and mode and the global generators are afterwards as they were before.
@@ -344,10 +280,10 @@ def evaluate(
     with seeded(seed, x.device), pyro.validation_enabled(check), evaluation_mode(vae), torch.no_grad():
         size = images_per_group(x, num_particles)
         # With and without compiling, so that the noise is the same.
-        passes = Passes(*pass_of_group(vae, x, num_particles), device=x.device, say=say)
+        batch = BatchSize(*evaluation_batch_size(vae, x, num_particles), device=x.device, say=say)
         terms: Terms = log_weight_terms
         if compile:
-            terms = _captured(vae, x, passes, seed=seed, on_compiled=on_compiled)
+            terms = _captured(vae, x, batch, seed=seed, on_compiled=on_compiled)
 
         def compute(group: slice) -> Tensor:
             def attempt(particles: int, images: int) -> Tensor:
@@ -356,7 +292,7 @@ def evaluate(
                 found = [_importance_of_group(vae.model, vae.guide, p, num_particles, particles, terms) for p in parts]
                 return torch.cat([torch.stack(part, dim=1) for part in found])
 
-            return passes.run(attempt)
+            return batch.run(attempt)
 
         table = compute_groups(
             compute,
@@ -373,14 +309,14 @@ def evaluate(
 
 
 def _captured(
-    vae: VAE, x: Tensor, passes: Passes, *, seed: int, on_compiled: Callable[[float], None] | None
+    vae: VAE, x: Tensor, batch: BatchSize, *, seed: int, on_compiled: Callable[[float], None] | None
 ) -> CapturedTerms:
     """The log-weights of a whole pass as a compiled graph, on every rank or on none."""
     started, error = time.monotonic(), None
     with seeded(seed, x.device):
         log_weight_terms(vae.model, vae.guide, x[:1], 1)  # what is wrong is said as it is without compiling
         try:
-            terms = CapturedTerms(vae, x[: passes.images], passes.particles)
+            terms = CapturedTerms(vae, x[: batch.images], batch.particles)
         except CannotCapture as caught:
             error = str(caught)
     if agree(error is not None):
@@ -430,8 +366,8 @@ def reconstruction(
         raise ValueError("x: expected at least one image, got none")
     check_support(vae.model, x)
     size = images_per_group(x, 1)
-    most = particles_per_pass(x, floats_per_pixel(vae.likelihood))
-    passes = Passes(1, even_chunk(size, most), device=x.device, say=say)
+    most = images_per_pass(x, vae.likelihood)
+    batch = BatchSize(1, even_divisor(size, most), device=x.device, say=say)
 
     def compute(group: slice) -> Tensor:
         def attempt(_: int, images: int) -> Tensor:
@@ -439,7 +375,7 @@ def reconstruction(
             parts = [log_reconstruction(vae.model, vae.guide, part) for part in x[group].split(images)]
             return torch.cat(parts).double()[:, None]
 
-        rows = passes.run(attempt)
+        rows = batch.run(attempt)
         if rows.isnan().any() or rows.isposinf().any():
             raise NotFinite("log p(x | z): expected numbers, got NaN or +infinity")
         return rows

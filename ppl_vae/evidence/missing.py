@@ -14,9 +14,8 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from ppl_vae.conditional import floats_per_pixel
-from ppl_vae.evidence.importance import particles_per_pass, vectors_per_pass
 from ppl_vae.parts.likelihoods.family import independent_pixels
+from ppl_vae.runtime.batching import images_per_pass, latents_per_pass
 from ppl_vae.runtime.errors import NotFinite, check_count
 from ppl_vae.runtime.global_state import seeded, serialize_threads
 from ppl_vae.runtime.numerics import log_mean_exp
@@ -280,8 +279,8 @@ def _impute_one(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Draws (M, *E), the mean (*E), log evidence and effective sample size of one image (1, *E)."""
     q = observed.posterior(x)
-    held = [vectors_per_pass(distribution, device=x.device.type) for distribution in (q, observed.prior())]
-    chunk = min(particles_per_pass(x, floats_per_pixel(observed.vae.likelihood)), *held)
+    held = [latents_per_pass(distribution, x.device.type) for distribution in (q, observed.prior())]
+    chunk = min(images_per_pass(x, observed.vae.likelihood), *held)
     z = x.new_empty(num_particles, 1, *q.event_shape)
     log_w = torch.empty(num_particles, dtype=torch.double, device=x.device)
     top = log_w.new_full((), -torch.inf)

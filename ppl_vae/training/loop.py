@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from ppl_vae import data, objectives
+from ppl_vae.runtime.batching import describe_memory_error, find_fitting_batch
 from ppl_vae.runtime.errors import CannotCapture, check_count, is_out_of_memory
 from ppl_vae.runtime.global_state import seeded, serialize_threads
-from ppl_vae.runtime.memory import batch_that_fits, too_large
 from ppl_vae.runtime.noise import SharedNoise
 from ppl_vae.runtime.ranks import BatchShare, agree, gather_objects, gather_rows, is_writer, num_ranks
 from ppl_vae.training.guard import check_images, check_ranks, check_skipped
@@ -312,8 +312,8 @@ def _within_memory(
             if not is_out_of_memory(error):
                 raise
     # Only now, when the error's frames hold no tensors any more. Each rank has its part of the batch.
-    fits = batch_that_fits(try_step, -(-batch_size // num_ranks()), device)
-    raise ValueError(too_large(batch_size, fits and fits * num_ranks()))
+    fits = find_fitting_batch(try_step, -(-batch_size // num_ranks()), device)
+    raise ValueError(describe_memory_error(batch_size, fits and fits * num_ranks()))
 
 
 def _dry_step(vae: VAE, objective: Callable[..., Tensor], observe: Callable[..., Tensor], stored: Tensor) -> None:

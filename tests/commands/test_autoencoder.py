@@ -29,7 +29,6 @@ from ppl_vae.commands.impute import impute_images
 from ppl_vae.commands.options import CompareRuns, Encode, Evaluate, Impute, Sample
 from ppl_vae.commands.sample import sample_run
 from ppl_vae.commands.train import resume_run, train_run
-from ppl_vae.evidence import importance as evidence
 from ppl_vae.evidence.dequantization import dequantized
 from ppl_vae.evidence.importance import evaluate, importance, reconstruction
 from ppl_vae.parts.likelihoods import Bernoulli
@@ -127,7 +126,7 @@ def test_reconstruction_is_the_log_probability_of_each_image_given_its_code():
 
 def test_reconstruction_in_passes_is_that_of_all_at_once(monkeypatch):
     vae, x, told = _linear(), _points(7), []
-    monkeypatch.setattr(evidence, "particles_per_pass", lambda *_: 3)
+    monkeypatch.setattr("ppl_vae.runtime.batching.items_per_pass", lambda *_, **__: 3)
     found = reconstruction(vae, x, seed=0, progress=told.append)
     np.testing.assert_allclose(found.numpy(), _by_hand(vae, x), rtol=1e-12)
     assert told == [3, 3, 1]

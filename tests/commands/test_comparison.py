@@ -390,7 +390,7 @@ def test_guides_with_other_latents_do_not_claim_matched_noise(folders, tmp_path)
 
 def test_models_that_are_drawn_in_other_passes_do_not_claim_matched_noise(folders, tmp_path, monkeypatch):
     passes = itertools.count(1)
-    monkeypatch.setattr(comparison, "pass_of_group", lambda vae, x, num_particles: (next(passes), 1))
+    monkeypatch.setattr(comparison, "evaluation_batch_size", lambda vae, x, num_particles: (next(passes), 1))
     entry, _ = _compare(folders, ["a", "b"], tmp_path / "out")
     assert not entry["comparisons"][0]["same_noise"]
 

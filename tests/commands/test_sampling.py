@@ -60,7 +60,7 @@ def test_samples_have_the_models_mean_and_covariance():
 
 
 def test_the_mean_is_that_of_its_own_latent(monkeypatch):
-    monkeypatch.setattr(sampling, "particles_per_pass", lambda x, numbers=6: 4)
+    monkeypatch.setattr("ppl_vae.runtime.batching.items_per_pass", lambda *_, **__: 4)
     oracle = LinearGaussian.random()
     samples = sampling.sample(oracle.vae(), 10)
     assert_close(samples.mean, samples.z @ oracle.W.T + oracle.b)
@@ -70,7 +70,7 @@ def test_the_mean_is_that_of_its_own_latent(monkeypatch):
 
 def test_no_distribution_outlives_its_pass(monkeypatch):
     """Each holds its logits, as large as an image: kept to the end, they would take as much memory as the results."""
-    monkeypatch.setattr(sampling, "particles_per_pass", lambda x, numbers=6: 4)
+    monkeypatch.setattr("ppl_vae.runtime.batching.items_per_pass", lambda *_, **__: 4)
     vae, made, alive = LinearGaussian.random().vae(), [], []
     decode = vae.likelihood
 

@@ -22,11 +22,13 @@ from ppl_vae import data, importance, load, runs
 from ppl_vae.commands.evaluate import evaluate_run
 from ppl_vae.commands.options import Evaluate
 from ppl_vae.evidence import importance as evidence
-from ppl_vae.evidence.importance import evaluate, images_per_group
+from ppl_vae.evidence.importance import evaluate
 from ppl_vae.runs import partial_evaluation
 from ppl_vae.runs.opening import open_run
 from ppl_vae.runs.options import Options
 from ppl_vae.runs.partial_evaluation import partial_path
+from ppl_vae.runtime import batching
+from ppl_vae.runtime.batching import images_per_group
 from ppl_vae.runtime.errors import Interrupted
 from ppl_vae.runtime.global_state import seeded
 
@@ -67,7 +69,7 @@ def ranks(tmp_path_factory):
 @pytest.fixture(scope="module")
 def alone():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(evidence._PASS_BYTES, "cpu", 0)
+        patch.setitem(batching.PASS_BYTES, "cpu", 0)
         small_passes()
         return all_cases()
 
@@ -115,7 +117,7 @@ def test_the_script_under_torchrun_writes_what_it_writes_alone(tmp_path):
 
 
 def test_the_mean_over_groups_is_the_exact_evidence(monkeypatch):
-    monkeypatch.setitem(evidence._PASS_BYTES, "cpu", 40 * 8 * 6 * 12)
+    monkeypatch.setitem(batching.PASS_BYTES, "cpu", 40 * 8 * 6 * 12)
     vae = bernoulli_vae(latent_dim=1)
     x = torch.bernoulli(torch.full((23, 12), 0.5, dtype=torch.double), generator=torch.Generator().manual_seed(1))
     exact = quadrature_log_evidence(vae, x, latent_dim=1)
@@ -127,7 +129,7 @@ def test_the_mean_over_groups_is_the_exact_evidence(monkeypatch):
 
 def test_groups_have_noise_of_their_own(monkeypatch):
     """The same image in three groups: with one seed for all its numbers would be equal."""
-    monkeypatch.setitem(evidence._PASS_BYTES, "cpu", 5 * 8 * 6 * 6)
+    monkeypatch.setitem(batching.PASS_BYTES, "cpu", 5 * 8 * 6 * 6)
     oracle = LinearGaussian.random()
     x = oracle.draw(1).expand(3, -1)
     assert images_per_group(x, 5) == 1
@@ -148,7 +150,7 @@ def test_the_bound_on_the_pretrained_run_is_that_of_fresh_draws():
 @pytest.mark.parametrize("num_particles", [1, 7, 50, 200])
 def test_two_models_have_the_same_seeds_for_the_same_images(num_particles, monkeypatch):
     """Also where one of them holds so much of a pixel that its passes are smaller: noise is matched by images."""
-    monkeypatch.setitem(evidence._PASS_BYTES, "cpu", 8 * 6 * 12 * 100)
+    monkeypatch.setitem(batching.PASS_BYTES, "cpu", 8 * 6 * 12 * 100)
     seeds: list[list[tuple[int, int]]] = []
     group_seed = evidence.group_seed
     monkeypatch.setattr(evidence, "group_seed", lambda *places: seeds[-1].append(places) or group_seed(*places))
@@ -177,7 +179,7 @@ def folder(trained, tmp_path, monkeypatch):
     """A trained run; groups of 3 images at S = 30, and a write after each."""
     monkeypatch.setattr(partial_evaluation, "_SECONDS_BETWEEN_WRITES", 0.0)
     monkeypatch.setattr(partial_evaluation, "_MOST_TIME_OF_WRITING", math.inf)
-    monkeypatch.setitem(evidence._PASS_BYTES, "cpu", 100 * 4 * 6 * 64)
+    monkeypatch.setitem(batching.PASS_BYTES, "cpu", 100 * 4 * 6 * 64)
     return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
@@ -220,9 +222,10 @@ import os, signal, sys
 from ppl_vae.commands.evaluate import evaluate_run
 from ppl_vae.commands.options import Evaluate
 from ppl_vae.evidence import importance as evidence
+from ppl_vae.runtime import batching
 from ppl_vae.runs import partial_evaluation
 partial_evaluation._SECONDS_BETWEEN_WRITES, partial_evaluation._MOST_TIME_OF_WRITING = 0.0, float("inf")
-evidence._PASS_BYTES["cpu"] = 100 * 4 * 6 * 64
+batching.PASS_BYTES["cpu"] = 100 * 4 * 6 * 64
 add, seen = partial_evaluation.PartialEvaluation.add, []
 def add_and_die(self, first, rows):
     add(self, first, rows)

@@ -155,7 +155,7 @@ def test_the_standard_error_is_over_images():
 def test_each_share_is_its_mean_over_images_with_that_means_standard_error(monkeypatch):
     """One image at a time, so that what is streamed can be collected."""
     seen = []
-    monkeypatch.setattr(calibration, "particles_per_pass", lambda x, numbers=6: 1)
+    monkeypatch.setattr("ppl_vae.runtime.batching.items_per_pass", lambda *_, **__: 1)
     histograms = calibration._histograms
     monkeypatch.setattr(calibration, "_histograms", lambda pit: seen.append(histograms(pit)) or seen[-1])
     vae = MODELS["normal"]()
@@ -170,7 +170,7 @@ def test_each_share_is_its_mean_over_images_with_that_means_standard_error(monke
 
 
 def test_pixels_are_uniform_when_draws_are_streamed_one_by_one(monkeypatch):
-    monkeypatch.setattr(calibration, "particles_per_pass", lambda x, numbers=6: 1)
+    monkeypatch.setattr("ppl_vae.runtime.batching.items_per_pass", lambda *_, **__: 1)
     vae = MODELS["categorical"]()
     found = calibrated(vae, draw(vae, 400), num_draws=4)
     assert_shares(found, [1 / BINS] * BINS)
@@ -178,7 +178,7 @@ def test_pixels_are_uniform_when_draws_are_streamed_one_by_one(monkeypatch):
 
 def test_no_more_than_a_pass_is_drawn_at_once(monkeypatch):
     vae, drawn = MODELS["normal"](), []
-    monkeypatch.setattr(calibration, "particles_per_pass", lambda x, numbers=6: 25)
+    monkeypatch.setattr("ppl_vae.runtime.batching.items_per_pass", lambda *_, **__: 25)
     sample = dist.Independent.sample
 
     def counted(self, shape=()):

@@ -14,7 +14,7 @@ from oracles import LinearGaussian, NormalFixed
 from torch.testing import assert_close
 
 from ppl_vae import VAE, Conditional
-from ppl_vae.diagnostics import AggregatePosterior, active_units, elbo_split, implied_beta, latent_kl, latents, mixture
+from ppl_vae.diagnostics import AggregatePosterior, active_units, elbo_split, implied_beta, latent_kl, mixture
 from ppl_vae.evidence.exploration import PosteriorMoments, encode
 from ppl_vae.hierarchy import BottomLayerOnly, BottomUp, HierarchicalVAE, LayeredPrior
 from ppl_vae.parts.networks import MLP
@@ -211,7 +211,7 @@ def test_a_shifted_latent_has_the_marginal_kl_of_its_shift():
 
 
 def test_the_aggregate_posterior_is_the_mixture_of_all_images(monkeypatch):
-    monkeypatch.setattr(mixture, "particles_per_pass", lambda x: 3)
+    monkeypatch.setattr("ppl_vae.runtime.batching.items_per_pass", lambda *_, **__: 3)
     monkeypatch.setattr(mixture, "_PASS_NUMBERS", 20)
     rng = np.random.default_rng(0)
     loc, scale, z = rng.normal(size=(7, 2)), rng.uniform(0.01, 2, size=(7, 2)), rng.normal(size=(9, 2))
@@ -341,7 +341,7 @@ def test_an_autoencoder_implies_nothing(oracle):
 
 
 def test_weights_get_no_gradient_and_stay(oracle, monkeypatch):
-    monkeypatch.setattr(latents, "particles_per_pass", lambda x, numbers=6: 40)
+    monkeypatch.setattr("ppl_vae.runtime.batching.items_per_pass", lambda *_, **__: 40)
     vae = oracle.vae()
     before = {name: value.clone() for name, value in vae.state_dict().items()}
     implied_beta(vae, oracle.draw(20))

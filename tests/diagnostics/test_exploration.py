@@ -13,7 +13,6 @@ import torch
 from oracles import LinearGaussian
 from torch.testing import assert_close
 
-from ppl_vae.evidence import exploration
 from ppl_vae.evidence.exploration import (
     PosteriorMoments,
     encode,
@@ -35,7 +34,7 @@ def oracle():
 
 @pytest.fixture
 def small_passes(monkeypatch):
-    monkeypatch.setattr(exploration, "particles_per_pass", lambda x, numbers=6: 7)
+    monkeypatch.setattr("ppl_vae.runtime.batching.items_per_pass", lambda *_, **__: 7)
 
 
 def without_moments(loc, scale):
@@ -68,7 +67,7 @@ def test_a_mean_that_is_not_known_is_a_draw():
 
 
 def test_draws_in_passes_are_as_many_as_asked(monkeypatch):
-    monkeypatch.setattr(exploration, "vectors_per_pass", lambda distribution: 7)
+    monkeypatch.setattr("ppl_vae.runtime.batching.items_per_pass", lambda *_, **__: 7)
     torch.manual_seed(0)
     z = sampled(dist.Normal(torch.tensor([1.0, 2.0]), 0.1).to_event(1), 100)
     assert z.shape == (100, 2)
@@ -177,6 +176,6 @@ def test_log_weights_gathered_in_passes_are_those_of_each_image(oracle, small_pa
 
 
 def test_particles_of_different_passes_differ(oracle, monkeypatch):
-    monkeypatch.setattr(exploration, "particles_per_pass", lambda x, numbers=6: 20)
+    monkeypatch.setattr("ppl_vae.runtime.batching.items_per_pass", lambda *_, **__: 20)
     log_w = gather_log_weights(oracle.vae(widen=1.5), oracle.draw(10), 9)
     assert len(log_w.unique()) == 90

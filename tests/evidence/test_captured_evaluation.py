@@ -13,12 +13,12 @@ from oracles import LinearGaussian
 from torch.testing import assert_close
 
 from ppl_vae import VAE
-from ppl_vae.evidence import importance as evidence
 from ppl_vae.evidence.dequantization import dequantized
-from ppl_vae.evidence.importance import CapturedTerms, evaluate, even_chunk
+from ppl_vae.evidence.importance import CapturedTerms, evaluate
 from ppl_vae.runs.build import build_vae
 from ppl_vae.runs.options import PLAIN, Options
 from ppl_vae.runtime import capture
+from ppl_vae.runtime.batching import even_divisor
 from ppl_vae.runtime.errors import CannotCapture, NotFinite
 from ppl_vae.weights import log_weight_terms
 
@@ -31,7 +31,7 @@ NUM_IMAGES = 5
 
 @pytest.fixture
 def small_passes(monkeypatch):
-    monkeypatch.setattr(evidence, "particles_per_pass", lambda x, numbers=6: PAIRS)
+    monkeypatch.setattr("ppl_vae.runtime.batching.items_per_pass", lambda *_, **__: PAIRS)
 
 
 @pytest.fixture
@@ -246,7 +246,7 @@ def test_with_the_exact_posterior_the_captured_estimate_is_log_evidence(graphs, 
 
 
 @pytest.mark.parametrize("most", [1, 2, 3, 7, 10, 64])
-def test_an_even_chunk_is_the_largest_divisor_above_half_of_the_most_or_the_most(most):
+def test_an_even_divisor_is_the_largest_divisor_above_half_of_the_most_or_the_most(most):
     for S in range(1, 300):
         divisors = [c for c in range(1, most + 1) if S % c == 0 and (2 * c > most or c == S)]
-        assert even_chunk(S, most) == max(divisors, default=most), S
+        assert even_divisor(S, most) == max(divisors, default=most), S

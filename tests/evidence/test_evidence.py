@@ -119,7 +119,7 @@ def test_the_chunk_changes_nothing_but_noise(chunk):
 def test_no_more_pairs_of_particle_and_image_are_held_than_a_pass_takes(monkeypatch):
     vae = bernoulli_vae(latent_dim=2)
     x = torch.bernoulli(torch.full((7, 12), 0.5, dtype=torch.double))
-    monkeypatch.setattr("ppl_vae.evidence.importance.particles_per_pass", lambda x, numbers=6: 20)
+    monkeypatch.setattr("ppl_vae.runtime.batching.items_per_pass", lambda *_, **__: 20)
     held = []
     vae.likelihood.net.register_forward_hook(lambda module, inputs, output: held.append(inputs[0].shape[:-1].numel()))
     for num_particles in (1, 6, 20, 21, 500):
@@ -291,7 +291,7 @@ def test_a_ragged_last_group_weighs_by_its_images_and_not_as_a_group(monkeypatch
     oracle = LinearGaussian.random()
     vae, x = oracle.vae(), oracle.draw(5)
     x[4] += 30.0  # alone in its group: the mean of the groups' means would weigh it as much as the other four
-    monkeypatch.setattr("ppl_vae.evidence.importance.particles_per_pass", lambda x, numbers=6: 4 * 3)
+    monkeypatch.setattr("ppl_vae.runtime.batching.items_per_pass", lambda *_, **__: 4 * 3)
     bound = log_evidence(vae.model, vae.guide, x, num_particles=3)
     assert Estimate.from_values(bound, 3).mean == pytest.approx(float(oracle.log_evidence(x).sum() / 5), rel=1e-9)
 

@@ -13,9 +13,7 @@ from scipy import stats
 from torch.testing import assert_close
 
 from ppl_vae import VAE, Conditional
-from ppl_vae.conditional import floats_per_pixel
 from ppl_vae.evidence import guide_calibration
-from ppl_vae.evidence import importance as evidence
 from ppl_vae.evidence.guide_calibration import (
     Ranks,
     adjusted,
@@ -31,6 +29,8 @@ from ppl_vae.parts.networks import MLP
 from ppl_vae.parts.posteriors import Delta, DiagonalNormal
 from ppl_vae.parts.priors import StandardNormal
 from ppl_vae.reports.figures.certificate import RankHistogram, calibration_ranks
+from ppl_vae.runtime import batching
+from ppl_vae.runtime.batching import floats_per_pixel
 from ppl_vae.runtime.errors import NotFinite
 from ppl_vae.runtime.global_state import seeded
 from ppl_vae.weights import Deterministic
@@ -96,8 +96,8 @@ def test_ranks_are_counts_of_draws_below_the_truth():
 def test_passes_of_few_vectors_give_ranks_among_all_draws(monkeypatch):
     vae = LinearGaussian.random().vae(widen=0.7)
     x = torch.zeros(1, 6, dtype=torch.double)
-    monkeypatch.setitem(evidence._PASS_BYTES, "cpu", 8 * 6 * floats_per_pixel(vae.likelihood) * 10)
-    assert evidence.particles_per_pass(x, floats_per_pixel(vae.likelihood)) == 10
+    monkeypatch.setitem(batching.PASS_BYTES, "cpu", 8 * 6 * floats_per_pixel(vae.likelihood) * 10)
+    assert batching.images_per_pass(x, vae.likelihood) == 10
     found = shape(ranked(vae, num_simulations=200, num_draws=39).latents, 39)  # four passes an image
     assert_close(found.scale, torch.full((3,), 0.7, dtype=torch.double), atol=0.2, rtol=0)
 

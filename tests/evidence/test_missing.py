@@ -15,7 +15,6 @@ from torch import nn
 from torch.distributions import MultivariateNormal
 
 from ppl_vae import VAE, Conditional, importance, log_evidence, log_weights
-from ppl_vae.evidence import missing
 from ppl_vae.evidence.missing import DefensiveMixture, Observed, impute
 from ppl_vae.parts.networks import MLP
 from ppl_vae.parts.posteriors import DiagonalNormal
@@ -270,7 +269,7 @@ def test_defended_draws_follow_the_density(share):
 def passes(request, monkeypatch):
     """Particles are decoded at once, or seven at a time."""
     if request.param == "many passes":
-        monkeypatch.setattr(missing, "particles_per_pass", lambda x, numbers=6: 7)
+        monkeypatch.setattr("ppl_vae.runtime.batching.items_per_pass", lambda *_, **__: 7)
 
 
 def test_the_mean_and_covariance_of_draws_are_those_of_the_conditional_normal(passes):

@@ -139,7 +139,7 @@ def test_the_vae_and_its_gradients_are_left_as_they_were():
 def test_images_are_refined_in_groups_of_one_size(monkeypatch):
     oracle = _correlated()
     vae, x = oracle.vae(widen=1.5, shift=1.0), oracle.draw(7)
-    monkeypatch.setattr("ppl_vae.evidence.proposals.refinement.pairs_per_pass", lambda vae, x: 3 * 4)
+    monkeypatch.setattr("ppl_vae.runtime.batching.items_per_pass", lambda *_, **__: 3 * 4)
     counted = []
     torch.manual_seed(0)
     q = refined(

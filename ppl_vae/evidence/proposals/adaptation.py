@@ -10,7 +10,8 @@ import pyro
 import torch
 from torch import Tensor
 
-from ppl_vae.evidence.importance import pairs_per_pass, summarize_log_weights
+from ppl_vae.evidence.importance import summarize_log_weights
+from ppl_vae.runtime.batching import pairs_per_pass
 from ppl_vae.runtime.errors import check_count
 from ppl_vae.runtime.global_state import evaluation_mode, serialize_threads
 from ppl_vae.runtime.numerics import tenfold_gain

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ppl_vae.evidence.exploration import encode
-from ppl_vae.evidence.importance import importance, pairs_per_pass, particles_per_pass
+from ppl_vae.evidence.importance import importance
 from ppl_vae.evidence.proposals.own import Proposal, replace_guide
 from ppl_vae.parts.posteriors import MAX_LOG_SCALE, DiagonalNormal, FullNormal, bounded_log_scale, exponential_log_scale
+from ppl_vae.runtime.batching import images_per_pass, pairs_per_pass
 from ppl_vae.runtime.capture import ADAM_BETAS, ADAM_EPSILON, compiled, replaced
 from ppl_vae.runtime.errors import check_count
 from ppl_vae.runtime.global_state import evaluation_mode, serialize_threads
@@ -113,7 +114,7 @@ def _start(vae: Any, x: Tensor, family: Any) -> Proposal:
             "vae: expected a guide Conditional(net, family), which has features of each image to refine, got "
             f"{type(posterior).__name__}; with family=FullNormal(L) a normal of all latents takes its place"
         )
-    return Proposal(own, torch.cat([net(part) for part in x.split(particles_per_pass(x))]), x)
+    return Proposal(own, torch.cat([net(part) for part in x.split(images_per_pass(x))]), x)
 
 
 class _Descent:

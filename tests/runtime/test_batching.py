@@ -14,9 +14,9 @@ from torch.testing import assert_close
 
 from ppl_vae.evidence import importance as evidence
 from ppl_vae.evidence.importance import evaluate, reconstruction
-from ppl_vae.runtime import memory
+from ppl_vae.runtime import batching
+from ppl_vae.runtime.batching import BatchSize, describe_memory_error, find_fitting_batch
 from ppl_vae.runtime.errors import is_out_of_memory
-from ppl_vae.runtime.memory import Passes, batch_that_fits, too_large
 from ppl_vae.weights import log_weight_terms
 
 CPU = torch.device("cpu")
@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def nothing_to_release(monkeypatch):
     """Errors that are made up hold no tensors, and to search all of pytest's objects for them takes long."""
-    monkeypatch.setattr(memory, "release", lambda device: None)
+    monkeypatch.setattr(batching, "release", lambda device: None)
 
 
 def _real_error() -> BaseException:
@@ -88,7 +88,7 @@ def test_an_evaluation_that_runs_out_of_memory_ends_with_the_exact_number(
     oracle = LinearGaussian.random()
     held: list[int] = []
     said: list[str] = []
-    monkeypatch.setitem(evidence._PASS_BYTES, "cpu", 40 * 8 * 6 * 6)
+    monkeypatch.setitem(batching.PASS_BYTES, "cpu", 40 * 8 * 6 * 6)
     monkeypatch.setattr(evidence, "log_weight_terms", _of_at_most(pairs, held))
     x = oracle.draw(num_images)
     found = evaluate(oracle.vae(), x, num_particles=num_particles, seed=0, say=said.append)
@@ -100,17 +100,17 @@ def test_an_evaluation_that_runs_out_of_memory_ends_with_the_exact_number(
 
 def test_the_line_names_what_did_not_fit(monkeypatch):
     oracle, said = LinearGaussian.random(), []
-    monkeypatch.setitem(evidence._PASS_BYTES, "cpu", 40 * 8 * 6 * 6)
+    monkeypatch.setitem(batching.PASS_BYTES, "cpu", 40 * 8 * 6 * 6)
     monkeypatch.setattr(evidence, "log_weight_terms", _of_at_most(6, []))
     evaluate(oracle.vae(), oracle.draw(3), num_particles=400, seed=0, say=said.append)
-    assert said == ["Out of memory with 40 particles at once: goes on with 20, and with fewer if need be."]
+    assert said == ["Out of memory with 40 particles at once: continuing with 20."]
 
 
 def test_a_group_that_is_done_again_draws_from_its_own_seed_again(monkeypatch):
     """Memory that is short for a moment, at the second image's first pass: the other images' numbers do not move."""
     oracle = LinearGaussian.random()
     vae, x = oracle.vae(widen=1.5), oracle.draw(3)
-    monkeypatch.setitem(evidence._PASS_BYTES, "cpu", 40 * 8 * 6 * 6)
+    monkeypatch.setitem(batching.PASS_BYTES, "cpu", 40 * 8 * 6 * 6)
     undisturbed = evaluate(vae, x, num_particles=40, seed=0).log_evidence
     asked = []
 
@@ -160,7 +160,7 @@ def test_other_errors_are_not_tried_again():
         raise RuntimeError("shapes differ")
 
     with pytest.raises(RuntimeError, match="shapes differ"):
-        Passes(8, 1, device=CPU).run(attempt)
+        BatchSize(8, 1, device=CPU).run(attempt)
     assert tried == [8]
 
 
@@ -170,6 +170,7 @@ def test_a_process_with_little_memory_evaluates_in_smaller_passes():
 import resource, torch
 from oracles import LinearGaussian
 from ppl_vae.evidence import importance as evidence
+from ppl_vae.runtime import batching
 oracle = LinearGaussian.random()
 x = oracle.draw(2)
 evidence.evaluate(oracle.vae(), x, num_particles=10, seed=0)
@@ -178,7 +179,7 @@ resource.setrlimit(resource.RLIMIT_DATA, (held + 150 * 2**20, resource.RLIM_INFI
 try:
     torch.empty(300 * 2**20, dtype=torch.uint8)
 except RuntimeError:
-    evidence._PASS_BYTES["cpu"] = 8 * 6 * 6 * 1_000_000
+    batching.PASS_BYTES["cpu"] = 8 * 6 * 6 * 1_000_000
     found = evidence.evaluate(oracle.vae(), x, num_particles=1_000_000, seed=0, say=print).log_evidence
     print(float((found - oracle.log_evidence(x)).abs().max()))
 else:
@@ -190,7 +191,7 @@ else:
     if "no limit here" in done.stdout:
         pytest.skip("this system's RLIMIT_DATA limits nothing")
     line, error = done.stdout.splitlines()
-    assert line.startswith("Out of memory with 1,000,000 particles at once: goes on with 500,000")
+    assert line.startswith("Out of memory with 1,000,000 particles at once: continuing with 500,000")
     assert float(error) < 1e-6
 
 
@@ -198,16 +199,16 @@ else:
 
 
 @pytest.mark.parametrize(("room", "fits"), [(1, 1), (12, 12), (24, 12), (49, 25), (99, 50), (0, None)])
-def test_the_batch_that_fits_is_the_first_of_the_halves_that_does(room, fits):
+def test_the_find_fitting_batch_is_the_first_of_the_halves_that_does(room, fits):
     def step(num_images):
         if num_images > room:
             raise MemoryError
 
-    assert batch_that_fits(step, 100, CPU) == fits
+    assert find_fitting_batch(step, 100, CPU) == fits
 
 
 def test_a_batch_of_one_image_has_no_half():
-    assert batch_that_fits(lambda num_images: pytest.fail("tried"), 1, CPU) is None
+    assert find_fitting_batch(lambda num_images: pytest.fail("tried"), 1, CPU) is None
 
 
 def test_an_error_in_a_dry_step_that_is_not_about_memory_is_raised():
@@ -215,9 +216,9 @@ def test_an_error_in_a_dry_step_that_is_not_about_memory_is_raised():
         raise ValueError("an image off the support")
 
     with pytest.raises(ValueError, match="an image off the support"):
-        batch_that_fits(step, 100, CPU)
+        find_fitting_batch(step, 100, CPU)
 
 
 def test_what_a_user_is_told_names_the_batch():
-    assert too_large(100, 50) == "out of memory in a step of 100 images; --batch-size 50 fits"
-    assert "no smaller batch fits" in too_large(100, None)
+    assert describe_memory_error(100, 50) == "out of memory in a step of 100 images; --batch-size 50 fits"
+    assert "no smaller batch fits" in describe_memory_error(100, None)

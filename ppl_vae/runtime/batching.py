@@ -1,0 +1,209 @@
+"""How much is computed at once: one rule for what fits into memory, and halving where it does not.
+
+    items per pass = bytes of a pass / (floats per item x bytes per float)
+
+An item is an image, a pair of one particle and one image, or a latent vector. ``images_per_group`` and
+``evaluation_batch_size``, which decide the random numbers that an image gets, follow from the same rule.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from ppl_vae.runtime.errors import is_out_of_memory
+
+Result = TypeVar("Result")
+
+# Bytes of features, logits and log-probabilities in one pass through the decoder. Measured on two cores: passes of a
+# quarter of this size took 1.3 times as long, and larger ones were no faster. Not measured on a GPU.
+PASS_BYTES = {"cpu": 32e6, "cuda": 1e9}
+
+# The most images per group: 2, 4 and 8 ranks then share 10,000 images evenly. Measured at S = 1 on one thread: groups
+# of 1,250 took 1.00 times as long as groups of 1,700, groups of 625 took 1.07 times and groups of 250 1.32 times.
+_MAX_IMAGES_PER_GROUP = 1250
+
+_FLOATS_PER_PIXEL = 6  # features, values and log-probabilities, for a likelihood that does not say
+_FLOATS_PER_SPLINE = 24  # features per latent in a layer of a flow, whose spline has eight bins
+
+
+def floats_per_pixel(likelihood: Any) -> int:
+    """The floats per pixel that log p(x | z) holds at once, as the likelihood or its family says; 6 by default."""
+    family = getattr(likelihood, "family", None)
+    return getattr(likelihood, "floats_per_pixel", getattr(family, "floats_per_pixel", _FLOATS_PER_PIXEL))
+
+
+def floats_per_latent(distribution: Any) -> int:
+    """The floats per latent vector in the largest tensor that log p(z) takes.
+
+    This is L for most distributions, the features of all latents for a flow, and K times a component's for a mixture.
+    The parts of a distribution are found by the attribute names of Pyro and of this package.
+    """
+    parts = [getattr(distribution, name, None) for name in ("base_dist", "first", "prior", "proposal")]
+    vectors = [part for part in parts if getattr(part, "event_shape", ())]
+    most = max([distribution.event_shape.numel(), *map(floats_per_latent, vectors)])
+    if hasattr(distribution, "flow") or hasattr(distribution, "layers"):
+        most *= _FLOATS_PER_SPLINE
+    components = getattr(distribution, "component_distribution", None)
+    return most if components is None else components.batch_shape[-1] * max(most, floats_per_latent(components))
+
+
+def items_per_pass(floats_per_item: int, device_type: str = "cpu", *, bytes_per_float: int = 4) -> int:
+    """The number of items that fit into one pass, at least 1."""
+    return max(1, int(PASS_BYTES[device_type] / max(1, floats_per_item * bytes_per_float)))
+
+
+def images_per_pass(x: Tensor, likelihood: Any = None, *, extra_floats: int = 0) -> int:
+    """The number of images, or of pairs of a particle and an image, that one pass through the decoder holds.
+
+    Args:
+        x: images (N, *E), of which the size and the device count.
+        likelihood: says its floats per pixel; see ``floats_per_pixel``.
+        extra_floats: floats per pixel in addition.
+    """
+    floats = (floats_per_pixel(likelihood) + extra_floats) * x[:1].numel()
+    return items_per_pass(floats, x.device.type, bytes_per_float=max(4, x.element_size()))
+
+
+def latents_per_pass(distribution: Any, device_type: str = "cpu") -> int:
+    """The number of latent vectors that are drawn from a distribution, or evaluated under it, in one pass.
+
+    A mixture of 500 normals in 40 dimensions holds 20,000 floats per vector, far more than a decoder holds per digit.
+    """
+    return items_per_pass(floats_per_latent(distribution), device_type)
+
+
+@torch.no_grad()
+def pairs_per_pass(vae: Any, x: Tensor) -> int:
+    """The number of pairs of a particle and an image whose log-weights one pass takes, by the likelihood and the prior.
+
+    Args:
+        vae: with ``likelihood`` and ``prior``; any other program counts as one that holds little.
+        x: images (N, *E).
+    """
+    pairs = images_per_pass(x, getattr(vae, "likelihood", None))
+    prior = getattr(vae, "prior", None)
+    return pairs if prior is None else min(pairs, latents_per_pass(prior(), x.device.type))
+
+
+def even_divisor(total: int, most: int) -> int:
+    """The largest divisor of ``total`` in (most / 2, most], or ``most`` where there is none.
+
+    A compiled graph is for one size, and a remainder would run without it.
+    """
+    if total <= most:
+        return total
+    return next((size for size in range(most, most // 2, -1) if total % size == 0), most)
+
+
+def images_per_group(x: Tensor, num_particles: int) -> int:
+    """The number of images whose noise comes from one seed.
+
+    It depends on the size of an image, S and the kind of device alone: two models have the same groups, and so have one
+    process and several. x: (N, *E).
+    """
+    pairs = images_per_pass(x)
+    return min(_MAX_IMAGES_PER_GROUP, max(1, pairs // even_divisor(num_particles, pairs)))
+
+
+def evaluation_batch_size(vae: Any, x: Tensor, num_particles: int) -> tuple[int, int]:
+    """The numbers of particles, and of images of a group, that an evaluation of S particles draws at once.
+
+    Models differ in it. The noise of two models is matched only where they agree in it.
+    """
+    pairs = pairs_per_pass(vae, x)
+    particles = even_divisor(num_particles, pairs)
+    return particles, even_divisor(images_per_group(x, num_particles), max(1, pairs // particles))
+
+
+class BatchSize:
+    """The numbers of particles and of images that are computed at once; halved for good where memory runs out.
+
+    The particles are halved first, down to one, and then the images.
+
+    Args:
+        particles: of each image, at the start.
+        images: at the start.
+        device: of the computation.
+        say: is called once, at the first halving.
+    """
+
+    def __init__(
+        self, particles: int, images: int, *, device: torch.device, say: Callable[[str], None] | None = None
+    ) -> None:
+        self.particles, self.images = particles, images
+        self._device, self._say = device, say
+
+    def run(self, attempt: Callable[[int, int], Result]) -> Result:
+        """attempt(particles, images), repeated from its start with half of them for as long as memory runs out.
+
+        Raises:
+            MemoryError, RuntimeError: one particle of one image does not fit either.
+        """
+        while True:
+            try:
+                return attempt(self.particles, self.images)
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error) or self.particles == self.images == 1:
+                    raise
+            release(self._device)  # after the except clause, see there
+            self._halve()
+
+    def _halve(self) -> None:
+        word = "particle" if self.particles > 1 else "image"
+        before = getattr(self, f"{word}s")
+        setattr(self, f"{word}s", before // 2)
+        if self._say is not None:
+            self._say(f"Out of memory with {_count(before, word)} at once: continuing with {before // 2:,}.")
+            self._say = None
+
+
+def release(device: torch.device) -> None:
+    """Free what a failed attempt held.
+
+    Call it after the except clause: until then, the error's frames hold the attempt's tensors.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.empty_cache()
+
+
+def find_fitting_batch(try_step: Callable[[int], object], batch_size: int, device: torch.device) -> int | None:
+    """The largest of B / 2, B / 4, ..., 1 images for which a training step fits into memory; None where none does.
+
+    Args:
+        try_step: n -> a step of n images that changes neither weights nor random numbers.
+        batch_size: B, which did not fit.
+        device: of the step.
+
+    Raises:
+        Whatever ``try_step`` raises that is not about memory.
+    """
+    release(device)
+    while batch_size > 1:
+        batch_size //= 2
+        try:
+            try_step(batch_size)
+            return batch_size
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+        release(device)
+    return None
+
+
+def describe_memory_error(batch_size: int, fits: int | None) -> str:
+    """The message for a training batch that did not fit; ``fits`` is from ``find_fitting_batch``."""
+    message = f"out of memory in a step of {_count(batch_size, 'image')}"
+    if fits is None:
+        return f"{message}, and no smaller batch fits: a smaller network needs less"
+    return f"{message}; --batch-size {fits} fits"
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number:,} {word}{'s' * (number != 1)}"

@@ -8,7 +8,6 @@ counts what is announced and not only what is touched.
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import io
 import json
@@ -19,7 +18,6 @@ import re
 import resource
 import struct
 import sys
-import tarfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, suppress
@@ -40,7 +38,7 @@ from ppl_vae import data, runs
 from ppl_vae.commands import impute as imputation
 from ppl_vae.commands import reproduce as reproduction
 from ppl_vae.commands.evaluate import read_per_image
-from ppl_vae.data import binary_sets, cache, cifar10, embedded, image_folder, limits
+from ppl_vae.data import binary_sets, cache, image_folder, image_sets, limits
 from ppl_vae.reports import certificate_table
 from ppl_vae.runs.checkpoints import newest_checkpoint
 from ppl_vae.runs.load import load, read_config
@@ -385,8 +383,8 @@ def of_published(folder: Path) -> Iterator[Reader]:
 
     def read_idx(path: Path) -> object:
         (resource_folder / f"{name}.xz").write_bytes(path.read_bytes())
-        with mock.patch.object(embedded, "files", return_value=folder / "package"):
-            return embedded._array(name)
+        with mock.patch.object(image_sets, "files", return_value=folder / "package"):
+            return image_sets._read_embedded(name)
 
     bomb = lzma.compress(bytes(300 * 2**20), preset=0)
     yield Reader(
@@ -396,39 +394,6 @@ def of_published(folder: Path) -> Iterator[Reader]:
         read_idx,
         names_the_file=False,
         refuses_all=True,
-    )
-    yield from of_cifar10()
-
-
-def of_cifar10() -> Iterator[Reader]:
-    """Archives whose checksums are taken for right, however damaged."""
-    sys.path.insert(0, str(Path(__file__).parent / "data"))
-    from test_cifar10 import NAMES, binary
-
-    patched = mock.patch.multiple(cifar10, _NUM_IMAGES=11, hashlib=mock.MagicMock(), ARCHIVE_MD5=mock.ANY)
-    anything = dict.fromkeys(NAMES, mock.ANY)
-    file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode="w") as tar:
-        for name in NAMES:
-            member = tarfile.TarInfo(f"{cifar10.FOLDER}/{name}")
-            member.size = 11 * 3073
-            tar.addfile(member, io.BytesIO(binary(0)[: member.size]))
-    plain = file.getvalue()
-
-    def archive(path: Path) -> object:
-        place = path.parent / "cifar10"
-        place.mkdir(exist_ok=True)
-        (place / cifar10.ARCHIVE).write_bytes(path.read_bytes())
-        with patched, mock.patch.object(cifar10, "_BATCHES_MD5", anything):
-            return cifar10.read(place)
-
-    def within(chance: random.Random, content: bytes) -> bytes:
-        return gzip.compress(chance.choice(BYTES)(chance, plain), 1)
-
-    bomb = gzip.compress(plain[:512] + bytes(300 * 2**20), 1)
-    seeds = (gzip.compress(plain, 1), bomb)
-    yield Reader(
-        "an archive of CIFAR-10", ".tar.gz", seeds, archive, (within,) * 8, names_the_file=False, refuses_all=True
     )
 
 

@@ -14,8 +14,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ppl_vae.data.array_files import is_array_file
     from ppl_vae.data.cache import allocate, compute_sha256, is_mapped
-    from ppl_vae.data.further_images import UserImages, load_images
-    from ppl_vae.data.loading import DATASETS, load
     from ppl_vae.data.pixels import (
         PIXELS,
         binarization_entropy,
@@ -33,6 +31,7 @@ if TYPE_CHECKING:
         training_images,
     )
     from ppl_vae.data.repeats import find_repeats
+    from ppl_vae.data.sources import DATASETS, UserImages, load, load_images
     from ppl_vae.data.splits import (
         BINARY,
         COUNTS,
@@ -49,7 +48,7 @@ if TYPE_CHECKING:
 _HOME = {
     "BINARY": "splits",
     "COUNTS": "splits",
-    "DATASETS": "loading",
+    "DATASETS": "sources",
     "KINDS": "splits",
     "LEVELS": "splits",
     "NUM_LEVELS": "splits",
@@ -58,7 +57,7 @@ _HOME = {
     "REAL": "splits",
     "Splits": "splits",
     "UNIT_INTERVAL": "splits",
-    "UserImages": "further_images",
+    "UserImages": "sources",
     "allocate": "cache",
     "binarization_entropy": "pixels",
     "clamp_to_unit_interval": "pixels",
@@ -70,8 +69,8 @@ _HOME = {
     "initialization_images": "pixels",
     "is_array_file": "array_files",
     "is_mapped": "cache",
-    "load": "loading",
-    "load_images": "further_images",
+    "load": "sources",
+    "load_images": "sources",
     "map_images": "pixels",
     "probabilities": "pixels",
     "resolve_binarization": "pixels",

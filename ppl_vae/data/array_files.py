@@ -6,7 +6,6 @@ import os
 import zipfile
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -18,10 +17,6 @@ SUFFIXES = (".npz", ".npy")
 _SPLITS = {"train": ("train",), "validation": ("valid", "validation", "val"), "test": ("test",)}
 _IMAGES, _LABELS = ("{}", "x_{}", "{}_images", "{}_x"), ("{}_labels", "y_{}", "{}_y")
 _LONE_LABELS = ("labels", "y")
-
-
-class MissingPackageError(ValueError):
-    """A package that a data set needs cannot be imported."""
 
 
 def is_array_file(path: Path) -> bool:
@@ -131,19 +126,3 @@ def explain_unreadable(error: Exception) -> object:
     if "allow_pickle" in str(error):
         return "it is neither an .npy nor an .npz file"
     return error
-
-
-def import_loadmat(dataset: str) -> Callable[..., dict[str, Any]]:
-    """Import ``scipy.io.loadmat``, which reads MATLAB's files.
-
-    Raises:
-        MissingPackageError: scipy cannot be imported.
-    """
-    try:
-        from scipy.io import loadmat
-    except ImportError:
-        raise MissingPackageError(
-            f"dataset: {dataset} is a MATLAB file, and scipy, which reads it, is not installed; "
-            "pip install 'ppl_vae[datasets]'"
-        ) from None
-    return loadmat

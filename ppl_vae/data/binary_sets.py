@@ -1,4 +1,4 @@
-"""Published sets of black and white images: static MNIST and Caltech-101 Silhouettes, found in the data folder."""
+"""Published sets of binary images in the data folder: static MNIST and Caltech-101 Silhouettes."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ppl_vae.data.array_files import import_loadmat, read_arrays
+from ppl_vae.data.array_files import read_arrays
+from ppl_vae.data.image_sets import import_loadmat
 from ppl_vae.data.splits import BINARY, Splits
 
 _NUM_PIXELS = 28 * 28
-_MOST_AMAT_BYTES = 50_000 * (2 * _NUM_PIXELS + 2)  # a digit and a space a pixel, the end of the line
+_MOST_AMAT_BYTES = 50_000 * (2 * _NUM_PIXELS + 2)  # for each pixel a digit and a space, then the end of the line
 _MOST_MAT_BYTES = 2**26
 
 # SHA-256 of each split's pixels, one byte each, row by row.
@@ -44,34 +45,36 @@ _IN_NPZ = {"train": "train", "validation": "valid", "test": "test"}
 _IN_MAT = {"train": "train", "validation": "val", "test": "test"}
 
 
-def static_mnist(data_dir: Path) -> Splits:
+def read_static_mnist(data_dir: Path, *, download: bool = True) -> Splits:
     """MNIST binarized once (Larochelle and Murray 2011): 50,000 / 10,000 / 10,000 images (1, 28, 28) in {0, 1}.
 
-    Read from static_mnist.npz (np.packbits of each split) or the published binarized_mnist_{train,valid,test}.amat, in
-    ``data_dir`` or its folder static_mnist. There are no labels, and the test set is sorted by class.
+    It is read from static_mnist.npz (np.packbits of each split) or from the published files
+    binarized_mnist_{train,valid,test}.amat, in ``data_dir`` or in its subfolder static_mnist. Nothing is downloaded.
+    There are no labels, and the test set is sorted by class.
 
     Raises:
-        ValueError: files that are missing or damaged.
+        ValueError: a file is missing or damaged.
     """
     folders = (data_dir, data_dir / "static_mnist")
     for folder in folders:
         if isfile(path := folder / _STATIC_NPZ):
-            pixels = {split: _unpacked(path, bits) for split, bits in _read_npz(path, _IN_NPZ).items()}
-            return _checked("static-mnist", path, pixels, _STATIC_MNIST_SHA256)
+            pixels = {split: _unpack(path, bits) for split, bits in _read_npz(path, _IN_NPZ).items()}
+            return _build("static-mnist", path, pixels, _STATIC_MNIST_SHA256)
         if all(isfile(folder / name) for name in _STATIC_AMAT.values()):
             pixels = {split: _read_amat(folder / name) for split, name in _STATIC_AMAT.items()}
-            return _checked("static-mnist", folder, pixels, _STATIC_MNIST_SHA256)
-    raise _missing("static-mnist", folders, f"{_STATIC_NPZ} or {', '.join(_STATIC_AMAT.values())}")
+            return _build("static-mnist", folder, pixels, _STATIC_MNIST_SHA256)
+    raise _missing_file("static-mnist", folders, f"{_STATIC_NPZ} or {', '.join(_STATIC_AMAT.values())}")
 
 
-def caltech_silhouettes(data_dir: Path) -> Splits:
+def read_caltech_silhouettes(data_dir: Path, *, download: bool = True) -> Splits:
     """Caltech-101 Silhouettes, split 1 (Marlin et al. 2010): 4,100 / 2,264 / 2,307 images (1, 28, 28) in {0, 1}.
 
-    Read from caltech101_silhouettes.npz or the published caltech101_silhouettes_28_split1.mat, in ``data_dir`` or its
-    folder caltech101_silhouettes. Upright; the object is 0 and the background 1, as published.
+    They are read from caltech101_silhouettes.npz or from the published file caltech101_silhouettes_28_split1.mat, in
+    ``data_dir`` or in its subfolder caltech101_silhouettes. Nothing is downloaded. The images are upright; the object
+    is 0 and the background is 1, as published.
 
     Raises:
-        ValueError: files that are missing or damaged.
+        ValueError: a file is missing or damaged.
     """
     folders = (data_dir, data_dir / "caltech101_silhouettes")
     for folder in folders:
@@ -86,11 +89,11 @@ def caltech_silhouettes(data_dir: Path) -> Splits:
         pixels = {split: arrays[split] for split in _IN_NPZ}
         labels = {split: arrays[f"{split} labels"].reshape(-1).astype(np.int64) - 1 for split in _IN_NPZ}  # from 1 on
         class_names = tuple(map(str, arrays["class names"]))
-        return _checked("caltech-silhouettes", path, pixels, _CALTECH_SHA256, labels, class_names)
-    raise _missing("caltech-silhouettes", folders, f"{_CALTECH_NPZ} or {_CALTECH_MAT}")
+        return _build("caltech-silhouettes", path, pixels, _CALTECH_SHA256, labels, class_names)
+    raise _missing_file("caltech-silhouettes", folders, f"{_CALTECH_NPZ} or {_CALTECH_MAT}")
 
 
-def _checked(
+def _build(
     name: str,
     where: Path,
     pixels: Mapping[str, np.ndarray],
@@ -98,7 +101,7 @@ def _checked(
     labels: Mapping[str, np.ndarray] | None = None,
     class_names: tuple[str, ...] = (),
 ) -> Splits:
-    """Build the splits, and refuse pixels that are not the published ones."""
+    """Build the splits. Raises ValueError where the pixels are not the published ones."""
     for split, array in pixels.items():
         if hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest() != checksums[split]:
             raise ValueError(f"{where}: the checksum of {split} is not that of {name}; fetch the file again")
@@ -119,10 +122,11 @@ def _checked(
     )
 
 
-def _missing(name: str, folders: tuple[Path, ...], what: str) -> ValueError:
+def _missing_file(name: str, folders: tuple[Path, ...], expected: str) -> ValueError:
+    """The error that says which files are expected where."""
     where = " or ".join(map(str, folders))
     return ValueError(
-        f"dataset: {name}: expected {what} in {where}, got no such file; "
+        f"dataset: {name}: expected {expected} in {where}, got no such file; "
         "--data-dir or the environment variable PPL_VAE_DATA_DIR says where the data is"
     )
 
@@ -130,12 +134,12 @@ def _missing(name: str, folders: tuple[Path, ...], what: str) -> ValueError:
 def _read_npz(path: Path, names: Mapping[str, str]) -> dict[str, np.ndarray]:
     """Read {role: array}, given {role: name}."""
     arrays, _ = read_arrays(path, lambda present: {role: name for role, name in names.items() if name in present})
-    if lacking := [name for role, name in names.items() if role not in arrays]:
-        raise ValueError(f"{path}: expected the arrays {', '.join(names.values())}, got no {', '.join(lacking)}")
+    if missing := [name for role, name in names.items() if role not in arrays]:
+        raise ValueError(f"{path}: expected the arrays {', '.join(names.values())}, got no {', '.join(missing)}")
     return arrays
 
 
-def _unpacked(path: Path, bits: np.ndarray) -> np.ndarray:
+def _unpack(path: Path, bits: np.ndarray) -> np.ndarray:
     """Unpack bits (N, 98) into pixels (N, 784)."""
     if bits.dtype != np.uint8 or bits.shape[1:] != (_NUM_PIXELS // 8,):
         raise ValueError(f"{path}: expected bytes (N, {_NUM_PIXELS // 8}), got {bits.dtype} {bits.shape}")
@@ -144,7 +148,7 @@ def _unpacked(path: Path, bits: np.ndarray) -> np.ndarray:
 
 def _read_amat(path: Path) -> np.ndarray:
     """Read pixels (N, 784) from a text file with one image per line, as zeros and ones between spaces."""
-    digits = np.frombuffer(_content(path, _MOST_AMAT_BYTES).translate(None, b" \t\r\n"), np.uint8)
+    digits = np.frombuffer(_read_bytes(path, _MOST_AMAT_BYTES).translate(None, b" \t\r\n"), np.uint8)
     if digits.size % _NUM_PIXELS or not ((digits == ord("0")) | (digits == ord("1"))).all():
         raise ValueError(f"{path}: expected lines of {_NUM_PIXELS} zeros and ones, got {digits.size:,} characters")
     return (digits - ord("0")).reshape(-1, _NUM_PIXELS)
@@ -155,7 +159,7 @@ def _read_mat(path: Path) -> dict[str, np.ndarray]:
 
     scipy opens no other file than the published one, so that no damaged header can announce more than there is.
     """
-    content = _content(path, _MOST_MAT_BYTES)
+    content = _read_bytes(path, _MOST_MAT_BYTES)
     if hashlib.md5(content, usedforsecurity=False).hexdigest() != _CALTECH_MAT_MD5:
         raise ValueError(f"{path}: the checksum is not that of the published file; fetch it again from {_CALTECH_URL}")
     stored = import_loadmat("caltech-silhouettes")(BytesIO(content))
@@ -167,7 +171,7 @@ def _read_mat(path: Path) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _content(path: Path, most: int) -> bytes:
+def _read_bytes(path: Path, most: int) -> bytes:
     """Read a file of at most ``most`` bytes."""
     try:
         with path.open("rb") as file:

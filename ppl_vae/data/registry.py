@@ -1,42 +1,46 @@
-"""Every word that says which data is read and how. Needs no torch. A new data set takes a reader and a line here."""
+"""Every word that says which data is read and how. Needs no torch.
+
+A new data set takes a reader, a function ``(data_dir, *, download) -> Splits``, and a line in ``DATASETS``.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ppl_vae.data.splits import Splits
 
 
 @dataclass(frozen=True)
-class Reader:
-    """The function that reads a named data set from the folder where its files are.
+class NamedSet:
+    """A data set that has a name.
 
     Args:
-        target: "module:function", the module below ``ppl_vae.data``.
+        reader: "module:function", the module below ``ppl_vae.data``.
         help: What the data set is, in a few words.
-        by_name: Whether the function reads several data sets and takes the word first.
     """
 
-    target: str
+    reader: str
     help: str
-    by_name: bool = False
 
-    def load(self, word: str) -> Any:
-        """The function, from a folder to its splits."""
-        module, name = self.target.split(":")
-        function = getattr(import_module(f"ppl_vae.data.{module}"), name)
-        return partial(function, word) if self.by_name else function
+    def import_reader(self) -> Callable[..., Splits]:
+        """Import the function that reads the data set: ``(data_dir, *, download) -> Splits``."""
+        module, name = self.reader.split(":")
+        reader: Callable[..., Splits] = getattr(import_module(f"ppl_vae.data.{module}"), name)
+        return reader
 
 
 DATASETS = {
-    "mnist": Reader("embedded:mnist", "digits, embedded in the package"),
-    "static-mnist": Reader("binary_sets:static_mnist", "digits, binarized once (Larochelle and Murray 2011)"),
-    "fashion-mnist": Reader("torchvision_sets:read_through_torchvision", "clothes, gray", by_name=True),
-    "kmnist": Reader("torchvision_sets:read_through_torchvision", "Japanese characters, gray", by_name=True),
-    "caltech-silhouettes": Reader("binary_sets:caltech_silhouettes", "outlines, binary"),
-    "cifar10": Reader("torchvision_sets:read_through_torchvision", "photographs, color", by_name=True),
-    "svhn": Reader("torchvision_sets:read_through_torchvision", "house numbers, color", by_name=True),
+    "mnist": NamedSet("image_sets:read_mnist", "digits, embedded in the package"),
+    "static-mnist": NamedSet("binary_sets:read_static_mnist", "digits, binarized once (Larochelle and Murray 2011)"),
+    "fashion-mnist": NamedSet("image_sets:read_fashion_mnist", "clothes, gray"),
+    "kmnist": NamedSet("image_sets:read_kmnist", "Japanese characters, gray"),
+    "caltech-silhouettes": NamedSet("binary_sets:read_caltech_silhouettes", "outlines, binary"),
+    "cifar10": NamedSet("image_sets:read_cifar10", "photographs, color"),
+    "svhn": NamedSet("image_sets:read_svhn", "house numbers, color"),
 }
 PROTOCOLS = ("vampprior", "iwae")
 FITS = ("crop", "stretch")

@@ -6,7 +6,6 @@ import hashlib
 import io
 import lzma
 import math
-import re
 from importlib.resources import files
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +16,6 @@ import torch
 from scipy.stats import bernoulli
 
 from ppl_vae import data
-from ppl_vae.data import embedded
 
 PIXELS = np.random.default_rng(0)
 
@@ -60,71 +58,8 @@ def gray() -> data.Splits:
     return data.Splits("gray", data.LEVELS, images[:20], images[20:30], images[30:], sha256="", split="")
 
 
-# --- MNIST ---
-
-
-@pytest.mark.parametrize(("split", "count"), [("train", 50_000), ("validation", 10_000), ("test", 10_000)])
-def test_mnist_has_the_protocols_sizes(mnist: data.Splits, split: str, count: int) -> None:
-    images = getattr(mnist, split)
-    assert (tuple(images.shape), images.dtype) == ((count, 1, 28, 28), torch.uint8)
-
-
-def test_mnist_is_8_bit_levels_of_one_28x28_channel(mnist: data.Splits) -> None:
-    assert (mnist.kind, mnist.event_shape) == ("8-bit levels", (1, 28, 28))
-
-
-def test_mnist_validation_is_the_last_10000_training_images(mnist: data.Splits, idx: SimpleNamespace) -> None:
-    np.testing.assert_array_equal(mnist.validation.numpy(), idx.train[50_000:])
-
-
-def test_mnist_training_is_the_first_50000_training_images(mnist: data.Splits, idx: SimpleNamespace) -> None:
-    np.testing.assert_array_equal(mnist.train.numpy(), idx.train[:50_000])
-
-
-def test_mnist_test_is_the_published_test_set(mnist: data.Splits, idx: SimpleNamespace) -> None:
-    np.testing.assert_array_equal(mnist.test.numpy(), idx.test)
-
-
-def test_mnist_says_its_sizes(mnist: data.Splits) -> None:
-    assert (
-        "mnist: 8-bit levels from 0 to 255, 1x28x28; train / validation / test 50,000 / 10,000 / 10,000"
-        in mnist.describe()
-    )
-
-
-def embed(monkeypatch: pytest.MonkeyPatch, folder: Path, name: str, content: bytes | None) -> None:
-    """Puts a copy of the package's data in the place of it, with one file replaced (None: missing)."""
-    copies = folder / "mnist"
-    copies.mkdir()
-    for genuine in (path for path in (files("ppl_vae") / "mnist").iterdir() if path.name.endswith(".xz")):
-        replaced = content if genuine.name == name else genuine.read_bytes()
-        if replaced is not None:
-            (copies / genuine.name).write_bytes(replaced)
-    monkeypatch.setattr(embedded, "files", lambda package: folder)
-
-
 def flipped(content: bytes, at: int) -> bytes:
     return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
-
-
-def test_an_embedded_file_with_one_wrong_pixel_bit_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    wrong = lzma.compress(flipped(raw_mnist("t10k-images-idx3-ubyte"), 500_000), preset=0)
-    embed(monkeypatch, tmp_path, "t10k-images-idx3-ubyte.xz", wrong)
-    with pytest.raises(ValueError, match=r"t10k-images-idx3-ubyte.xz: the checksum is not that of MNIST"):
-        data.load("mnist")
-
-
-def test_an_embedded_file_with_a_flipped_byte_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    genuine = (files("ppl_vae") / "mnist" / "train-images-idx3-ubyte.xz").read_bytes()
-    embed(monkeypatch, tmp_path, "train-images-idx3-ubyte.xz", flipped(genuine, 100_000))
-    with pytest.raises(ValueError, match=r"train-images-idx3-ubyte.xz: the embedded MNIST cannot be read"):
-        data.load("mnist")
-
-
-def test_a_missing_embedded_file_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    embed(monkeypatch, tmp_path, "train-images-idx3-ubyte.xz", None)
-    with pytest.raises(ValueError, match="the embedded MNIST cannot be read"):
-        data.load("mnist")
 
 
 # --- Binarization ---
@@ -716,43 +651,7 @@ def test_uint8_that_never_comes_near_255_is_said_to_be_nearly_black(tmp_path: Pa
     )
 
 
-def test_the_label_files_are_the_published_ones_too() -> None:
-    folder = Path(data.__file__).parent.parent / "mnist"
-    notice = (folder / "NOTICE.md").read_text()
-    archives = sorted(folder.glob("*.xz"))
-    assert len(archives) == 4
-    for path in archives:
-        checksum = hashlib.sha256(lzma.decompress(path.read_bytes())).hexdigest()
-        assert re.search(rf"{path.stem}\s+{checksum}", notice)
-
-
 # --- Labels ---
-
-
-def test_mnist_labels_follow_the_published_files(mnist: data.Splits) -> None:
-    """One byte a label after 8 bytes of header."""
-    train = np.frombuffer(raw_mnist("train-labels-idx1-ubyte")[8:], np.uint8)
-    test = np.frombuffer(raw_mnist("t10k-labels-idx1-ubyte")[8:], np.uint8)
-    expected = {"train": train[:50_000], "validation": train[50_000:], "test": test}
-    for split, labels in expected.items():
-        np.testing.assert_array_equal(mnist.labels[split].numpy(), labels)
-
-
-def test_mnist_says_its_classes(mnist: data.Splits) -> None:
-    assert mnist.describe().endswith("; 10 classes: 0, 1, 2, 3, 4 and 5 more")
-
-
-def test_an_embedded_label_file_with_one_wrong_bit_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    wrong = lzma.compress(flipped(raw_mnist("t10k-labels-idx1-ubyte"), 500), preset=0)
-    embed(monkeypatch, tmp_path, "t10k-labels-idx1-ubyte.xz", wrong)
-    with pytest.raises(ValueError, match=r"t10k-labels-idx1-ubyte.xz: the checksum is not that of MNIST"):
-        data.load("mnist")
-
-
-def test_mnist_keeps_the_checksum_of_its_images_alone(mnist: data.Splits) -> None:
-    """Run folders hold it: it is that of the two published checksums, one after the other."""
-    published = (hashlib.sha256(raw_mnist(f"{name}-images-idx3-ubyte")).hexdigest() for name in ("train", "t10k"))
-    assert mnist.sha256 == hashlib.sha256("".join(published).encode()).hexdigest()
 
 
 def test_labels_follow_their_images_through_the_permutation(tmp_path: Path) -> None:

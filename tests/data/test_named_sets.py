@@ -1,14 +1,19 @@
-"""Data: the named sets that are not embedded, by made-up files, and by the real ones where they are."""
+"""The named data sets: MNIST as embedded, made-up files of the others, and the real ones where a machine has them."""
 
 from __future__ import annotations
 
 import gzip
 import hashlib
+import io
+import lzma
 import os
+import re
+import struct
 import sys
-from collections.abc import Iterator
+import tarfile
+from importlib.resources import files
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +22,7 @@ import torch
 from scipy.io import savemat
 
 from ppl_vae import data
-from ppl_vae.data import binary_sets, cifar10, torchvision_sets
+from ppl_vae.data import binary_sets, image_sets
 from ppl_vae.data.registry import DATASETS
 
 WORDS = {"train": "train", "validation": "valid", "test": "test"}
@@ -25,104 +30,223 @@ WORDS = {"train": "train", "validation": "valid", "test": "test"}
 
 @pytest.mark.parametrize("word", DATASETS)
 def test_every_data_set_of_the_command_line_has_a_reader(word: str) -> None:
-    assert callable(DATASETS[word].load(word))
+    assert callable(DATASETS[word].import_reader())
 
 
-# --- torchvision, in the shapes that it gives ---
+# --- MNIST ---
+
+
+def raw_mnist(name: str) -> bytes:
+    return lzma.decompress((files("ppl_vae") / "mnist" / f"{name}.xz").read_bytes())
+
+
+@pytest.fixture(scope="module")
+def mnist() -> data.Splits:
+    return data.load("mnist")
+
+
+@pytest.fixture(scope="module")
+def idx() -> SimpleNamespace:
+    """MNIST by a second reading of the IDX format: a header of 16 or 8 bytes, then the pixels or the labels."""
+
+    def read(name: str, length: int) -> np.ndarray:
+        return np.frombuffer(raw_mnist(name), np.uint8)[length:]
+
+    images = {name: read(f"{name}-images-idx3-ubyte", 16).reshape(-1, 1, 28, 28) for name in ("train", "t10k")}
+    labels = {name: read(f"{name}-labels-idx1-ubyte", 8) for name in ("train", "t10k")}
+    return SimpleNamespace(
+        train=images["train"], test=images["t10k"], train_labels=labels["train"], test_labels=labels["t10k"]
+    )
+
+
+def test_mnist_is_the_published_files_with_the_last_10000_training_images_as_validation(
+    mnist: data.Splits, idx: SimpleNamespace
+) -> None:
+    assert (mnist.kind, mnist.event_shape, mnist.train.dtype) == ("8-bit levels", (1, 28, 28), torch.uint8)
+    expected = {
+        "train": (idx.train[:50_000], idx.train_labels[:50_000]),
+        "validation": (idx.train[50_000:], idx.train_labels[50_000:]),
+        "test": (idx.test, idx.test_labels),
+    }
+    for split, (images, labels) in expected.items():
+        np.testing.assert_array_equal(getattr(mnist, split).numpy(), images)
+        np.testing.assert_array_equal(mnist.labels[split].numpy(), labels)
+
+
+def test_mnist_is_described_by_its_sizes_and_classes(mnist: data.Splits) -> None:
+    described = mnist.describe()
+    assert described.startswith("mnist: 8-bit levels from 0 to 255, 1x28x28; train / validation / test 50,000 / 10,000")
+    assert described.endswith("; 10 classes: 0, 1, 2, 3, 4 and 5 more")
+
+
+def test_the_checksum_of_mnist_is_that_of_its_two_published_image_files(mnist: data.Splits) -> None:
+    """Run folders hold it."""
+    published = (hashlib.sha256(raw_mnist(f"{name}-images-idx3-ubyte")).hexdigest() for name in ("train", "t10k"))
+    assert mnist.sha256 == hashlib.sha256("".join(published).encode()).hexdigest()
+
+
+def test_the_embedded_files_have_the_checksums_of_the_notice() -> None:
+    folder = Path(data.__file__).parent.parent / "mnist"
+    notice = (folder / "NOTICE.md").read_text()
+    archives = sorted(folder.glob("*.xz"))
+    assert len(archives) == 4
+    for path in archives:
+        assert re.search(rf"{path.stem}\s+{hashlib.sha256(lzma.decompress(path.read_bytes())).hexdigest()}", notice)
+
+
+def flip(content: bytes, at: int) -> bytes:
+    return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
+
+
+def flip_within(name: str, at: int) -> bytes:
+    return lzma.compress(flip(raw_mnist(name), at), preset=0)
+
+
+TRAIN_IMAGES = (files("ppl_vae") / "mnist" / "train-images-idx3-ubyte.xz").read_bytes()
+DAMAGES = {
+    "a pixel": ("t10k-images-idx3-ubyte", lambda: flip_within("t10k-images-idx3-ubyte", 500_000), "checksum is not"),
+    "a label": ("t10k-labels-idx1-ubyte", lambda: flip_within("t10k-labels-idx1-ubyte", 500), "checksum is not"),
+    "a byte of the archive": ("train-images-idx3-ubyte", lambda: flip(TRAIN_IMAGES, 100_000), "cannot be read"),
+    "missing": ("train-images-idx3-ubyte", lambda: None, "cannot be read"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_embedded_file_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, damage: str) -> None:
+    name, make, message = DAMAGES[damage]
+    (tmp_path / "mnist").mkdir()
+    for genuine in (path for path in (files("ppl_vae") / "mnist").iterdir() if path.name.endswith(".xz")):
+        content = make() if genuine.name == f"{name}.xz" else genuine.read_bytes()
+        if content is not None:
+            (tmp_path / "mnist" / genuine.name).write_bytes(content)
+    monkeypatch.setattr(image_sets, "files", lambda package: tmp_path)
+    with pytest.raises(ValueError, match=f"{name}.xz: .*{message}.*install the package again"):
+        data.load("mnist")
+
+
+# --- Made-up files of the sets that are downloaded ---
 
 NUM_TRAIN, NUM_TEST = 11_000, 20
 
 
-class Grays:
-    """As FashionMNIST and KMNIST: tensors (N, H, W) and (N,)."""
-
-    def __init__(self, root: str, train: bool = True, download: bool = False) -> None:
-        count = NUM_TRAIN if train else NUM_TEST
-        self.targets = torch.arange(count) % 10
-        self.data = (torch.arange(count) % 251).to(torch.uint8)[:, None, None].repeat(1, 28, 28)
+def gray(count: int) -> np.ndarray:
+    """(N, 28, 28): each image is its number."""
+    return np.broadcast_to((np.arange(count) % 251).astype(np.uint8)[:, None, None], (count, 28, 28))
 
 
-def colors(count: int) -> cifar10.Part:
-    """As CIFAR-10: red, at row 3 and column 5."""
+def red(count: int) -> np.ndarray:
+    """(N, 3, 32, 32): red, with the number of each image at row 3 and column 5."""
     pixels = np.zeros((count, 3, 32, 32), np.uint8)
     pixels[:, 0, 3, 5] = np.arange(count) % 251
-    return cifar10.Part(pixels, np.arange(count) % 10)
+    return pixels
 
 
-class Numbers:
-    """As SVHN: arrays (N, 3, H, W) and (N,)."""
-
-    def __init__(self, root: str, split: str = "train", download: bool = False) -> None:
-        count = NUM_TRAIN if split == "train" else NUM_TEST
-        self.labels = np.arange(count) % 10
-        self.data = np.zeros((count, 3, 32, 32), np.uint8)
-        self.data[:, 0, 3, 5] = np.arange(count) % 251
+def labels_of(count: int) -> np.ndarray:
+    return (np.arange(count) % 10).astype(np.uint8)
 
 
-def install(monkeypatch: pytest.MonkeyPatch, **classes: Any) -> None:
-    """A torchvision of these classes."""
-    module, datasets = ModuleType("torchvision"), ModuleType("torchvision.datasets")
-    vars(datasets).update(classes)
-    module.datasets = datasets  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "torchvision", module)
-    monkeypatch.setitem(sys.modules, "torchvision.datasets", datasets)
+def encode_idx(array: np.ndarray) -> bytes:
+    header = struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape)
+    return gzip.compress(header + np.ascontiguousarray(array).tobytes(), 1)
 
 
-@pytest.fixture
-def torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
-    install(monkeypatch, FashionMNIST=Grays, KMNIST=Grays, SVHN=Numbers)
-    monkeypatch.setattr(cifar10, "is_present", lambda folder: True)
-    monkeypatch.setattr(cifar10, "read", lambda folder: (colors(NUM_TRAIN), colors(NUM_TEST)))
-    monkeypatch.setattr(torchvision_sets, "_PIXELS_SHA256", {})  # made-up pixels have other checksums
+def encode_mat(count: int) -> bytes:
+    """As SVHN: (32, 32, 3, N), and labels from 1 to 10."""
+    labels = labels_of(count)
+    stored = io.BytesIO()
+    savemat(stored, {"X": red(count).transpose(2, 3, 1, 0), "y": np.where(labels == 0, 10, labels)[:, None]})
+    return stored.getvalue()
 
 
-SETS = {  # event shape, validation images, the value's place in an image
-    "fashion-mnist": ((1, 28, 28), 10_000, (0, 3, 5)),
-    "kmnist": ((1, 28, 28), 10_000, (0, 3, 5)),
-    "cifar10": ((3, 32, 32), 5_000, (0, 3, 5)),
-    "svhn": ((3, 32, 32), 7_325, (0, 3, 5)),
+def encode_cifar10() -> bytes:
+    rows = np.concatenate([labels_of(NUM_TRAIN)[:, None], red(NUM_TRAIN).reshape(NUM_TRAIN, -1)], 1)
+    batches = {f"data_batch_{i + 1}.bin": part.tobytes() for i, part in enumerate(np.split(rows, 5))}
+    batches["test_batch.bin"] = rows[:NUM_TEST].tobytes()
+    stored = io.BytesIO()
+    with tarfile.open(fileobj=stored, mode="w:gz", compresslevel=1) as archive:
+        for name, content in {"../outside": b"no", **batches}.items():
+            member = tarfile.TarInfo(name if name.startswith("..") else f"cifar-10-batches-bin/{name}")
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return stored.getvalue()
+
+
+def encode_gray_set() -> list[bytes]:
+    arrays = (gray(NUM_TRAIN), gray(NUM_TEST), labels_of(NUM_TRAIN), labels_of(NUM_TEST))
+    return [encode_idx(array) for array in arrays]
+
+
+SETS = {  # event shape, number of validation images, the variable with the files, and their made-up content
+    "fashion-mnist": ((1, 28, 28), 10_000, "_FASHION_MNIST", encode_gray_set),
+    "kmnist": ((1, 28, 28), 10_000, "_KMNIST", encode_gray_set),
+    "cifar10": ((3, 32, 32), 5_000, "_CIFAR10", lambda: [encode_cifar10()]),
+    "svhn": ((3, 32, 32), 7_325, "_SVHN", lambda: [encode_mat(NUM_TRAIN), encode_mat(NUM_TEST)]),
 }
 
 
-@pytest.mark.parametrize("name", SETS)
-def test_each_set_is_bytes_with_channels_first(torchvision: None, tmp_path: Path, name: str) -> None:
-    read = data.load(name, data_dir=str(tmp_path))
-    assert (read.kind, read.event_shape, read.train.dtype) == ("8-bit levels", SETS[name][0], torch.uint8)
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The made-up files of each set behind addresses on this machine, with their checksums in the table's form."""
+    folder, tables = tmp_path_factory.mktemp("served"), {}
+    for name, (_, _, variable, make) in SETS.items():
+        genuine = getattr(image_sets, variable)
+        is_single = isinstance(genuine, image_sets.PublishedFile)
+        changed = []
+        for i, (file, content) in enumerate(zip([genuine] if is_single else genuine, make(), strict=True)):
+            (folder / f"{name}-{i}").write_bytes(content)
+            md5 = hashlib.md5(content).hexdigest()
+            changed.append(file._replace(url=(folder / f"{name}-{i}").as_uri(), md5=md5))
+        tables[variable] = changed[0] if is_single else tuple(changed)
+    return tables
 
 
+@pytest.fixture
+def made_up_files(served: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable, table in served.items():
+        monkeypatch.setattr(image_sets, variable, table)
+
+
+@pytest.mark.usefixtures("made_up_files")
 @pytest.mark.parametrize("name", SETS)
-def test_the_last_training_images_of_each_set_are_validation(torchvision: None, tmp_path: Path, name: str) -> None:
+def test_each_set_is_downloaded_once_and_split_as_published(tmp_path: Path, name: str) -> None:
+    event_shape, num_validation, variable, _ = SETS[name]
     read = data.load(name, data_dir=str(tmp_path))
-    _, num_validation, place = SETS[name]
-    for part, numbers in (
-        (read.train, range(NUM_TRAIN - num_validation)),
-        (read.validation, range(NUM_TRAIN - num_validation, NUM_TRAIN)),
-        (read.test, range(NUM_TEST)),
+    read = data.load(name, data_dir=str(tmp_path), download=False)
+    assert (read.kind, read.event_shape, read.train.dtype) == ("8-bit levels", event_shape, torch.uint8)
+    first = NUM_TRAIN - num_validation
+    pixels, test_pixels = (
+        (gray(count)[:, None] if event_shape[0] == 1 else red(count)) for count in (NUM_TRAIN, NUM_TEST)
+    )
+    for split, images, labels in (
+        ("train", pixels[:first], labels_of(NUM_TRAIN)[:first]),
+        ("validation", pixels[first:], labels_of(NUM_TRAIN)[first:]),
+        ("test", test_pixels, labels_of(NUM_TEST)),
     ):
-        assert part[(slice(None), *place)].tolist() == [i % 251 for i in numbers]
-
-
-@pytest.mark.parametrize("name", SETS)
-def test_the_labels_of_each_set_follow_its_images(torchvision: None, tmp_path: Path, name: str) -> None:
-    read = data.load(name, data_dir=str(tmp_path))
-    first = NUM_TRAIN - SETS[name][1]
-    assert read.labels["train"].tolist() == [i % 10 for i in range(first)]
-    assert read.labels["validation"].tolist() == [i % 10 for i in range(first, NUM_TRAIN)]
-    assert read.labels["test"].tolist() == [i % 10 for i in range(NUM_TEST)]
+        np.testing.assert_array_equal(getattr(read, split).numpy(), images)
+        assert read.labels[split].tolist() == labels.tolist()
     assert len(read.class_names) == 10
+    table = getattr(image_sets, variable)
+    expected = {table.path} if isinstance(table, image_sets.PublishedFile) else {file.path for file in table}
+    found = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    assert found == expected  # nothing is unpacked
 
 
-@pytest.mark.parametrize("name", ["cifar10", "svhn"])
-def test_red_stays_red(torchvision: None, tmp_path: Path, name: str) -> None:
-    assert data.load(name, data_dir=str(tmp_path)).train[:, 1:].sum() == 0
+@pytest.mark.usefixtures("made_up_files")
+def test_the_checksum_of_a_set_is_of_the_checksums_of_its_pixels(tmp_path: Path) -> None:
+    """Run folders hold it."""
+    checksums = (hashlib.sha256(np.ascontiguousarray(gray(n))).hexdigest() for n in (NUM_TRAIN, NUM_TEST))
+    expected = hashlib.sha256("".join(checksums).encode()).hexdigest()
+    assert data.load("kmnist", data_dir=str(tmp_path)).sha256 == expected
 
 
+@pytest.mark.usefixtures("made_up_files")
 @pytest.mark.parametrize("name", ["fashion-mnist", "kmnist"])
-def test_gray_sets_of_torchvision_take_the_iwae_protocol(torchvision: None, tmp_path: Path, name: str) -> None:
+def test_gray_sets_take_the_iwae_protocol(tmp_path: Path, name: str) -> None:
     read = data.load(name, data_dir=str(tmp_path), protocol="iwae")
     assert [len(x) for x in (read.train, read.validation, read.test)] == [NUM_TRAIN, 0, NUM_TEST]
 
 
+@pytest.mark.usefixtures("made_up_files")
 @pytest.mark.parametrize(
     ("given", "environment", "expected"),
     [("given", "environment", "given"), (None, "environment", "environment"), (None, None, "data")],
@@ -130,142 +254,70 @@ def test_gray_sets_of_torchvision_take_the_iwae_protocol(torchvision: None, tmp_
 def test_the_data_folder_is_the_one_given_else_the_environments_else_data(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, given: str | None, environment: str | None, expected: str
 ) -> None:
-    asked: list[str] = []
-
-    def remember(root: str, train: bool, download: bool) -> Grays:
-        asked.append(root)
-        return Grays(root, train, download)
-
-    install(monkeypatch, KMNIST=remember)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("PPL_VAE_DATA_DIR", raising=False)
     if environment:
         monkeypatch.setenv("PPL_VAE_DATA_DIR", environment)
     data.load("kmnist", data_dir=given)
-    assert set(asked) == {expected}
+    assert [path.name for path in tmp_path.iterdir()] == [expected]
 
 
-def test_no_torchvision_is_said_with_the_torch_that_it_must_match(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setitem(sys.modules, "torchvision", None)  # import then raises ModuleNotFoundError
-    with pytest.raises(ValueError, match="cifar10 needs torchvision, which cannot be imported") as refused:
-        data.load("cifar10", data_dir=str(tmp_path))
-    assert f"made for torch {torch.__version__}" in str(refused.value)
+@pytest.mark.usefixtures("made_up_files")
+@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("damage", ["truncated", "another file"])
+def test_a_file_with_another_checksum_is_not_opened(tmp_path: Path, name: str, damage: str) -> None:
+    data.load(name, data_dir=str(tmp_path))
+    path = next(path for path in tmp_path.rglob("*") if path.is_file())
+    path.write_bytes(path.read_bytes()[:-1] if damage == "truncated" else b"another file")
+    message = f"{name}: the checksum of {path} is not that of the published file; delete it, and fetch"
+    with pytest.raises(ValueError, match=message):
+        data.load(name, data_dir=str(tmp_path))
 
 
-@pytest.mark.parametrize(
-    "error",
-    [RuntimeError("operator torchvision::nms\ndoes not exist"), OSError("_C.so: undefined symbol")],
-    ids=["RuntimeError", "OSError"],
-)
-def test_a_torchvision_of_another_torch_is_said_in_one_line(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: Exception
-) -> None:
-    class Broken(ModuleType):
-        def __getattr__(self, name: str) -> Any:
-            raise error
-
-    monkeypatch.setitem(sys.modules, "torchvision", Broken("torchvision"))
-    with pytest.raises(ValueError, match=r"svhn needs torchvision, which cannot be imported \(\w+: ") as refused:
-        data.load("svhn", data_dir=str(tmp_path))
-    assert "\n" not in str(refused.value)
-
-
+PLACES = {
+    "fashion-mnist": "FashionMNIST/raw/train-images-idx3-ubyte.gz",
+    "kmnist": "KMNIST/raw/train-images-idx3-ubyte.gz",
+    "cifar10": "cifar-10-binary.tar.gz",
+    "svhn": "train_32x32.mat",
+}
 FAILURES = {
     "no network": OSError("<urlopen error [Errno -3]\nTemporary failure in name resolution>"),
-    "no mirror": RuntimeError("Error downloading train-images-idx3-ubyte.gz"),
-    "a damaged archive": EOFError("Compressed file ended before the end-of-stream marker was reached"),
-    "no room": PermissionError(13, "Permission denied"),
-}
-PLACES = {
-    "fashion-mnist": "FashionMNIST/raw/",
-    "kmnist": "KMNIST/raw/",
-    "cifar10": "cifar-10-binary.tar.gz of https://",
-    "svhn": "train_32x32.mat and test_32x32.mat",
+    "no address": ValueError("unknown url type"),
 }
 
 
 @pytest.mark.parametrize("name", PLACES)
 @pytest.mark.parametrize("failure", FAILURES)
-def test_a_failed_download_says_what_to_place_where(
+def test_a_failed_download_says_what_to_fetch_and_where_to_save_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, failure: str
 ) -> None:
     def fail(*_: object, **__: object) -> None:
         raise FAILURES[failure]
 
-    install(monkeypatch, FashionMNIST=fail, KMNIST=fail, SVHN=fail, utils=SimpleNamespace(download_url=fail))
-    with pytest.raises(ValueError, match=f"{name} can be neither read from {tmp_path} nor downloaded") as refused:
+    monkeypatch.setattr(image_sets, "urlopen", fail)
+    with pytest.raises(ValueError, match=f"{name}: http.* cannot be downloaded .*fetch http") as refused:
         data.load(name, data_dir=str(tmp_path))
-    assert f"place there {PLACES[name]}" in str(refused.value)
+    assert str(refused.value).endswith(f"save it as {tmp_path / PLACES[name]}")
     assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("name", PLACES)
 def test_nothing_is_downloaded_where_it_may_not_be(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:
-    def fetch(root: str, split: str = "train", download: bool = False, **_: object) -> None:
-        if download:
-            Path(root, "fetched").touch()
-        raise RuntimeError("Dataset not found")
-
-    install(monkeypatch, FashionMNIST=fetch, KMNIST=fetch, SVHN=fetch, utils=SimpleNamespace(download_url=fetch))
-    with pytest.raises(ValueError, match=f"{name} cannot be read from {tmp_path}, into which nothing is downloaded"):
+    monkeypatch.setattr(image_sets, "urlopen", lambda *_, **__: pytest.fail("it was asked for"))
+    message = rf"{name}: {tmp_path / PLACES[name]} is missing, and is downloaded only .*--data-dir"
+    with pytest.raises(ValueError, match=message):
         data.load(name, data_dir=str(tmp_path), download=False)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_fashion_mnist_with_wrong_pixels_is_refused(
-    torchvision: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.usefixtures("made_up_files")
+def test_a_download_of_another_file_is_refused_and_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(torchvision_sets, "_PIXELS_SHA256", {"fashion-mnist": ("0" * 64, "0" * 64)})
-    with pytest.raises(ValueError, match="holds no fashion-mnist, or it is damaged; place there FashionMNIST/raw/"):
-        data.load("fashion-mnist", data_dir=str(tmp_path))
-
-
-def test_images_of_another_size_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    install(monkeypatch, SVHN=lambda root, split, download: Grays(root))
-    with pytest.raises(ValueError, match="holds no svhn, or it is damaged"):
-        data.load("svhn", data_dir=str(tmp_path))
-
-
-def test_what_an_old_torchvision_pickled_is_not_read(torchvision: None, tmp_path: Path) -> None:
-    (tmp_path / "KMNIST" / "processed").mkdir(parents=True)
-    with pytest.raises(ValueError, match=r"expected no folder KMNIST/processed.*remove it"):
-        data.load("kmnist", data_dir=str(tmp_path))
-
-
-class Unpacks(Grays):
-    """As torchvision: writes beside the archives."""
-
-    def __init__(self, root: str, train: bool = True, download: bool = False) -> None:
-        raw = Path(root) / "KMNIST" / "raw"
-        (raw / "unpacked").write_bytes(gzip.decompress((raw / "archive.gz").read_bytes()))
-        super().__init__(root, train, download)
-
-
-@pytest.fixture
-def archives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    raw = tmp_path / "KMNIST" / "raw"
-    raw.mkdir(parents=True)
-    (raw / "archive.gz").write_bytes(gzip.compress(b"pixels"))
-    install(monkeypatch, KMNIST=Unpacks)
-    yield raw
-    raw.chmod(0o755)
-
-
-def test_archives_in_a_folder_that_is_read_only_are_unpacked_elsewhere(archives: Path, tmp_path: Path) -> None:
-    archives.chmod(0o555)
-    assert len(data.load("kmnist", data_dir=str(tmp_path)).test) == NUM_TEST
-    assert [path.name for path in archives.iterdir()] == ["archive.gz"]
-
-
-def test_archives_are_unpacked_where_nothing_may_be_downloaded(archives: Path, tmp_path: Path) -> None:
-    assert len(data.load("kmnist", data_dir=str(tmp_path), download=False).test) == NUM_TEST
-
-
-def test_archives_in_a_folder_that_can_be_written_are_unpacked_there(archives: Path, tmp_path: Path) -> None:
-    data.load("kmnist", data_dir=str(tmp_path))
-    assert (archives / "unpacked").read_bytes() == b"pixels"
+    monkeypatch.setattr(image_sets, "_CIFAR10", image_sets._CIFAR10._replace(md5="0" * 32))
+    with pytest.raises(ValueError, match="the file at this address is not the published one"):
+        data.load("cifar10", data_dir=str(tmp_path))
+    assert list(tmp_path.iterdir()) == []
 
 
 # --- Made-up files of the binary sets ---
@@ -393,7 +445,7 @@ def test_an_archive_of_other_arrays_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["caltech-silhouettes", "svhn"])
 def test_without_scipy_a_matlab_file_is_refused_with_the_extra_that_brings_it(
-    made_up: None, torchvision: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+    made_up: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
 ) -> None:
     write_mat(tmp_path)
     trust_mat(tmp_path, monkeypatch)
@@ -514,14 +566,13 @@ def test_silhouettes_of_the_first_class_are_wider_than_high(published: SimpleNam
     assert (middle.mean(0) > 0.2).sum() > (middle.mean(1) > 0.2).sum()
 
 
-def test_fashion_mnist_is_read_through_torchvision(tmp_path: Path) -> None:
-    pytest.importorskip("torchvision", reason="needs torchvision", exc_type=Exception)
-    read = data.load("fashion-mnist", data_dir=str(real("FashionMNIST/raw/train-images-idx3-ubyte.gz")))
+def test_fashion_mnist_has_its_published_pixels() -> None:
+    folder = real("FashionMNIST/raw/train-images-idx3-ubyte.gz")
+    read = data.load("fashion-mnist", data_dir=str(folder), download=False)
     assert [len(x) for x in (read.train, read.validation, read.test)] == [50_000, 10_000, 10_000]
-
-
-def test_fashion_mnists_checksums_are_those_of_its_files() -> None:
-    folder = real("FashionMNIST/raw/train-images-idx3-ubyte.gz") / "FashionMNIST" / "raw"
-    archives = (gzip.decompress((folder / f"{name}-images-idx3-ubyte.gz").read_bytes()) for name in ("train", "t10k"))
-    checksums = tuple(hashlib.sha256(raw[16:]).hexdigest() for raw in archives)
-    assert torchvision_sets._PIXELS_SHA256["fashion-mnist"] == checksums
+    raw = folder / "FashionMNIST" / "raw"
+    pixels = [gzip.decompress((raw / f"{name}-images-idx3-ubyte.gz").read_bytes())[16:] for name in ("train", "t10k")]
+    assert torch.cat([read.train, read.validation]).numpy().tobytes() == pixels[0]
+    assert read.test.numpy().tobytes() == pixels[1]
+    checksums = "".join(hashlib.sha256(part).hexdigest() for part in pixels)
+    assert read.sha256 == hashlib.sha256(checksums.encode()).hexdigest()

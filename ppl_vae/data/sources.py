@@ -1,10 +1,11 @@
-"""Further images for a trained model, converted to the shape and the scale of its training data."""
+"""Load a data set by its name or path, and further images for a trained model."""
 
 from __future__ import annotations
 
 import os
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,11 +15,83 @@ from torch import Tensor
 
 from ppl_vae.data.array_files import find_roles, is_array_file, read_arrays
 from ppl_vae.data.folder_layout import find_layout
-from ppl_vae.data.image_folder import Found, checked_size, find_images, label_by_folder, read_images
+from ppl_vae.data.image_folder import Found, checked_size, find_images, label_by_folder, load_image_folder, read_images
 from ppl_vae.data.labels import read_labels
-from ppl_vae.data.own import LARGEST_COUNT
+from ppl_vae.data.own import LARGEST_COUNT, load_arrays
 from ppl_vae.data.pixels import is_drawn, sample_binomial
+from ppl_vae.data.registry import COLORS, DATASETS, FITS, PROTOCOLS
 from ppl_vae.data.splits import BINARY, COUNTS, LEVELS, PROBABILITIES, REAL, Splits, abbreviate
+
+_IWAE_DATASETS = ("mnist", "fashion-mnist", "kmnist")
+
+
+def load(
+    dataset: str,
+    *,
+    data_dir: str | None = None,
+    protocol: str = "vampprior",
+    image_size: Sequence[int] | None = None,
+    fit: str = "crop",
+    color: str | None = None,
+    download: bool = True,
+) -> Splits:
+    """Load a named data set, a user's .npz or .npy file, or a folder of images.
+
+    Args:
+        dataset: a name in ``registry.DATASETS``, or a path.
+        data_dir: the folder of the named data sets; None: the environment variable PPL_VAE_DATA_DIR, else "data".
+        protocol: "vampprior" (Tomczak and Welling 2018, arXiv 1705.07120), or for the gray named sets "iwae" (Burda et
+            al. 2016, arXiv 1509.00519): all 60,000 images train, none validate, test is drawn anew at each evaluation.
+        image_size, fit, color: of a folder of images: see ``image_folder``.
+        download: whether the files of a named data set are downloaded if they are missing.
+
+    Raises:
+        ValueError: an unknown name, missing or damaged files, or values that are no images.
+    """
+    for argument, words, word in (("protocol", PROTOCOLS, protocol), ("fit", FITS, fit), ("color", COLORS, color)):
+        if word not in words and word is not None:
+            raise ValueError(f"{argument}: expected one of {', '.join(words)}, got {word!r}")
+    if protocol == "iwae" and dataset not in _IWAE_DATASETS:
+        raise ValueError(
+            f"protocol: expected vampprior for {dataset} (iwae is for {', '.join(_IWAE_DATASETS)}), got iwae"
+        )
+    path, is_named = Path(dataset), dataset in DATASETS
+    is_array = not is_named and is_array_file(path)
+    if not is_named and not is_array and os.path.isdir(dataset):
+        return load_image_folder(path, image_size=image_size, fit=fit, color=color)
+    for argument, value in (("image_size", image_size), ("color", color)):
+        if value is not None and (is_named or is_array):
+            raise ValueError(f"{argument}: expected none for {dataset} (it is for a folder of images), got {value}")
+    if is_array:
+        return load_arrays(path)
+    if not is_named:
+        names = ", ".join(DATASETS)
+        raise ValueError(
+            f"dataset: expected {names}, or the path of an .npz or .npy file or of a folder of images, got {dataset!r}"
+        )
+    folder = Path(data_dir or os.environ.get("PPL_VAE_DATA_DIR") or "data")
+    splits = DATASETS[dataset].import_reader()(folder, download=download)
+    return _move_validation_to_train(splits) if protocol == "iwae" else splits
+
+
+def _move_validation_to_train(splits: Splits) -> Splits:
+    """Apply the iwae protocol: the validation images go back to train, from which they were taken."""
+    labels = {
+        "train": torch.cat([splits.labels["train"], splits.labels["validation"]]),
+        "validation": splits.labels["validation"][:0],
+        "test": splits.labels["test"],
+    }
+    return replace(
+        splits,
+        train=torch.cat([splits.train, splits.validation]),
+        validation=splits.validation[:0],
+        split="iwae protocol: all training images train, and test is drawn anew at each evaluation",
+        labels=labels,
+        protocol="iwae",
+    )
+
+
+# --- Further images ---
 
 _OTHER_IMAGES = ("images", "x")
 

@@ -1,0 +1,301 @@
+"""Published sets of gray and color images: MNIST, Fashion-MNIST, KMNIST, CIFAR-10 and SVHN.
+
+MNIST is part of the package. The files of the others are read from the data folder, into which they are downloaded
+where they are missing. A file whose MD5 is not the published one is not opened.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import lzma
+import os
+import struct
+import tarfile
+from collections.abc import Callable
+from importlib.resources import files
+from os.path import isfile  # False, where pathlib would raise, in a folder that is closed
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.request import Request, urlopen
+
+import numpy as np
+import torch
+
+from ppl_vae.data.splits import LEVELS, Splits
+from ppl_vae.runtime.progress import progress_bar
+
+_BLOCK, _TIMEOUT = 2**20, 60  # bytes, seconds
+_DIGITS = tuple("0123456789")
+
+
+# --- MNIST ---
+
+_MNIST_IMAGES_SHA256 = {
+    "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+    "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+}
+_MNIST_LABELS_SHA256 = {
+    "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+    "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+}
+_IDX_NAMES = (*_MNIST_IMAGES_SHA256, *_MNIST_LABELS_SHA256)
+_MOST_IDX_BYTES = 16 + 60_000 * 28 * 28
+
+
+def read_mnist(data_dir: Path, *, download: bool = True) -> Splits:
+    """MNIST (LeCun and Cortes), from the package itself: 50,000 / 10,000 / 10,000 images (1, 28, 28)."""
+    train, test, train_labels, test_labels = (_read_embedded(name) for name in _IDX_NAMES)
+    sha256 = hashlib.sha256("".join(_MNIST_IMAGES_SHA256.values()).encode()).hexdigest()
+    return _split("mnist", (train[:, None], train_labels), (test[:, None], test_labels), 10_000, _DIGITS, sha256)
+
+
+def _read_embedded(name: str) -> np.ndarray:
+    """Read (N, 28, 28) or (N,) uint8 from an embedded file, and verify its checksum."""
+    resource = files("ppl_vae") / "mnist" / f"{name}.xz"
+    try:
+        content = lzma.LZMADecompressor().decompress(resource.read_bytes(), max_length=_MOST_IDX_BYTES)
+    except (OSError, lzma.LZMAError) as error:
+        raise ValueError(
+            f"{resource}: the embedded MNIST cannot be read ({error}); install the package again"
+        ) from None
+    if hashlib.sha256(content).hexdigest() != (_MNIST_IMAGES_SHA256 | _MNIST_LABELS_SHA256)[name]:
+        raise ValueError(f"{resource}: the checksum is not that of MNIST; install the package again")
+    return _parse_idx(content)
+
+
+def _parse_idx(content: bytes) -> np.ndarray:
+    """Parse the IDX format: two zeros, the type (8: bytes), the number of axes, their lengths, and the bytes."""
+    num_axes = content[3]
+    shape = struct.unpack(f">{num_axes}I", content[4 : 4 + 4 * num_axes])
+    return np.frombuffer(content, np.uint8, offset=4 + 4 * num_axes).reshape(shape).copy()
+
+
+def _split(
+    name: str,
+    train: tuple[np.ndarray, np.ndarray],
+    test: tuple[np.ndarray, np.ndarray],
+    num_validation: int,
+    class_names: tuple[str, ...],
+    sha256: str | None = None,
+) -> Splits:
+    """Build the splits of images (N, C, H, W) and labels (N,); the last training images are validation.
+
+    Args:
+        sha256: of the data set; None: of the checksums of the two sets of pixels.
+    """
+    (pixels, labels), (test_pixels, test_labels) = train, test
+    if sha256 is None:
+        checksums = (hashlib.sha256(np.ascontiguousarray(array).data).hexdigest() for array in (pixels, test_pixels))
+        sha256 = hashlib.sha256("".join(checksums).encode()).hexdigest()
+    images, numbers = torch.from_numpy(pixels), torch.from_numpy(labels.astype(np.int64))
+    return Splits(
+        name=name,
+        kind=LEVELS,
+        train=images[:-num_validation],
+        validation=images[-num_validation:],
+        test=torch.from_numpy(test_pixels),
+        sha256=sha256,
+        split=f"the last {num_validation:,} training images are validation",
+        labels={
+            "train": numbers[:-num_validation],
+            "validation": numbers[-num_validation:],
+            "test": torch.from_numpy(test_labels.astype(np.int64)),
+        },
+        class_names=class_names,
+    )
+
+
+# --- Files that are downloaded ---
+
+
+class PublishedFile(NamedTuple):
+    """A file of a data set: its path in the data folder, its address and its MD5."""
+
+    path: str
+    url: str
+    md5: str
+
+
+def get_published_file(name: str, data_dir: Path, file: PublishedFile, *, download: bool) -> Path:
+    """Return the path of a published file, which is downloaded if it is missing and ``download`` allows it.
+
+    Args:
+        name: of the data set, for errors.
+
+    Raises:
+        ValueError: the file is missing and is not downloaded, or is another one than the published file.
+    """
+    path = data_dir / file.path
+    if not isfile(path):
+        advice = f"fetch {file.url} by other means, and save it as {path}"
+        if not download:
+            raise ValueError(
+                f"dataset: {name}: {path} is missing, and is downloaded only into a folder that --data-dir names; "
+                + advice
+            )
+        try:
+            _download(file, path)
+        except (OSError, ValueError) as error:  # an address that does not answer, a full disk, another file
+            raise ValueError(f"dataset: {name}: {file.url} cannot be downloaded ({_join(error)}); {advice}") from None
+    try:
+        with path.open("rb") as content:
+            md5 = hashlib.file_digest(content, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+    except OSError as error:
+        raise ValueError(f"dataset: {name}: {path} cannot be read: {error.strerror}") from None
+    if md5 != file.md5:
+        raise ValueError(
+            f"dataset: {name}: the checksum of {path} is not that of the published file; "
+            f"delete it, and fetch {file.url} again"
+        )
+    return path
+
+
+def _download(file: PublishedFile, path: Path) -> None:
+    """Download a file under another name, and rename it once its checksum is right."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    digest = hashlib.md5(usedforsecurity=False)
+    request = Request(file.url, headers={"User-Agent": "ppl_vae"})
+    try:
+        with urlopen(request, timeout=_TIMEOUT) as response, partial.open("wb") as output:
+            total = int(response.headers.get("Content-Length") or 0) or None
+            with progress_bar(total=total, unit="byte", unit_scale=True, desc=path.name, leave=False) as bar:
+                while block := response.read(_BLOCK):
+                    output.write(block)
+                    digest.update(block)
+                    bar.update(len(block))
+        if digest.hexdigest() != file.md5:
+            raise ValueError("the file at this address is not the published one")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _join(error: Exception) -> str:
+    """Write an error in one line, with its type."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def import_loadmat(name: str) -> Callable[..., dict[str, Any]]:
+    """Import ``scipy.io.loadmat``, which reads MATLAB's files.
+
+    Args:
+        name: of the data set, for the error.
+
+    Raises:
+        ValueError: scipy cannot be imported.
+    """
+    try:
+        from scipy.io import loadmat
+    except ImportError:
+        raise ValueError(
+            f"dataset: {name} is a MATLAB file, and scipy, which reads it, is not installed; "
+            "pip install 'ppl_vae[datasets]'"
+        ) from None
+    return loadmat
+
+
+def _idx_files(folder: str, url: str, *md5s: str) -> tuple[PublishedFile, ...]:
+    names = (f"{name}.gz" for name in _IDX_NAMES)
+    return tuple(PublishedFile(f"{folder}/raw/{name}", url + name, md5) for name, md5 in zip(names, md5s, strict=True))
+
+
+_FASHION_MNIST = _idx_files(
+    "FashionMNIST",
+    "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
+    *("8d4fb7e6c68d591d4c3dfef9ec88bf0d", "bef4ecab320f06d8554ea6380940ec79"),
+    *("25c81989df183df01b3e8a0aad5dffbe", "bb300cfdad3c16e7a12a480ee83cd310"),
+)
+_KMNIST = _idx_files(
+    "KMNIST",
+    "http://codh.rois.ac.jp/kmnist/dataset/kmnist/",
+    *("bdb82020997e1d708af4cf47b453dcf7", "5c965bf0a639b31b8f53240b1b52f4d7"),
+    *("e144d726b3acfaa3e44228e80efcd344", "7320c461ea6c1c855c0b718fb2a4b134"),
+)
+_CIFAR10 = PublishedFile(
+    "cifar-10-binary.tar.gz",
+    "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
+    "c32a1d4ab5d03f1284b67883e8d87530",
+)
+_SVHN = (
+    PublishedFile(
+        "train_32x32.mat", "http://ufldl.stanford.edu/housenumbers/train_32x32.mat", "e26dedcc434d2e4c54c9b2d4a06d8373"
+    ),
+    PublishedFile(
+        "test_32x32.mat", "http://ufldl.stanford.edu/housenumbers/test_32x32.mat", "eb5a983be6a315427106f1b164d9cef3"
+    ),
+)
+
+
+def read_fashion_mnist(data_dir: Path, *, download: bool = True) -> Splits:
+    """Fashion-MNIST (Xiao et al. 2017, arXiv 1708.07747): 50,000 / 10,000 / 10,000 images (1, 28, 28).
+
+    Raises:
+        ValueError: a file is missing or damaged, and cannot be downloaded.
+    """
+    class_names = (
+        *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+        *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+    )
+    return _read_idx_set("fashion-mnist", data_dir, _FASHION_MNIST, class_names, download=download)
+
+
+def read_kmnist(data_dir: Path, *, download: bool = True) -> Splits:
+    """KMNIST (Clanuwat et al. 2018, arXiv 1812.01718): 50,000 / 10,000 / 10,000 images (1, 28, 28).
+
+    Raises:
+        ValueError: a file is missing or damaged, and cannot be downloaded.
+    """
+    class_names = ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo")
+    return _read_idx_set("kmnist", data_dir, _KMNIST, class_names, download=download)
+
+
+def _read_idx_set(
+    name: str, data_dir: Path, published: tuple[PublishedFile, ...], class_names: tuple[str, ...], *, download: bool
+) -> Splits:
+    """Read the four files of a data set in the format of MNIST."""
+    paths = [get_published_file(name, data_dir, file, download=download) for file in published]
+    train, test, train_labels, test_labels = (_parse_idx(gzip.decompress(path.read_bytes())) for path in paths)
+    return _split(name, (train[:, None], train_labels), (test[:, None], test_labels), 10_000, class_names)
+
+
+_CIFAR10_BATCHES = (*(f"cifar-10-batches-bin/data_batch_{i}.bin" for i in range(1, 6)),)
+_CIFAR10_TEST = "cifar-10-batches-bin/test_batch.bin"
+
+
+def read_cifar10(data_dir: Path, *, download: bool = True) -> Splits:
+    """CIFAR-10 (Krizhevsky 2009): 45,000 / 5,000 / 10,000 images (3, 32, 32).
+
+    Read from the published binary version, of which nothing is unpacked on disk. The version for Python is a pickle,
+    and is not read. Each image is a byte with its label, and then its pixels.
+
+    Raises:
+        ValueError: the archive is missing or damaged, and cannot be downloaded.
+    """
+    path = get_published_file("cifar10", data_dir, _CIFAR10, download=download)
+    batches = {}
+    with tarfile.open(path, "r:gz") as archive:
+        for name in (*_CIFAR10_BATCHES, _CIFAR10_TEST):
+            member = archive.extractfile(name)
+            assert member is not None, f"{name} is a file of the published archive"
+            batches[name] = np.frombuffer(member.read(), np.uint8).reshape(-1, 1 + 3 * 32 * 32)
+    train, test = np.concatenate([batches[name] for name in _CIFAR10_BATCHES]), batches[_CIFAR10_TEST]
+    class_names = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+    parts = [(np.array(rows[:, 1:]).reshape(-1, 3, 32, 32), rows[:, 0]) for rows in (train, test)]
+    return _split("cifar10", parts[0], parts[1], 5_000, class_names)
+
+
+def read_svhn(data_dir: Path, *, download: bool = True) -> Splits:
+    """SVHN (Netzer et al. 2011): 65,932 / 7,325 / 26,032 images (3, 32, 32).
+
+    Raises:
+        ValueError: scipy cannot be imported, or a file is missing or damaged, and cannot be downloaded.
+    """
+    loadmat = import_loadmat("svhn")
+    parts = []
+    for file in _SVHN:
+        stored = loadmat(get_published_file("svhn", data_dir, file, download=download))
+        labels = stored["y"].reshape(-1) % 10  # the digit 0 is stored as 10
+        parts.append((np.ascontiguousarray(stored["X"].transpose(3, 2, 0, 1)), labels))
+    return _split("svhn", parts[0], parts[1], 7_325, _DIGITS)

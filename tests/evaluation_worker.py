@@ -16,7 +16,7 @@ from ppl_vae import runs
 from ppl_vae.evidence.importance import evaluate, reconstruction
 from ppl_vae.runtime import batching
 from ppl_vae.runtime import ranks as distributed
-from ppl_vae.runtime.groups import Stopped
+from ppl_vae.runtime.blocks import Stopped
 
 # (images, particles) at 12 pairs a pass.
 CASES = {
@@ -68,7 +68,7 @@ def together(rank: int) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     def stopped() -> None:
         kept = {}
         try:
-            evaluate(vae, x, num_particles=40, seed=SEED, on_group=kept.__setitem__, should_stop=lambda: rank == 1)
+            evaluate(vae, x, num_particles=40, seed=SEED, on_block=kept.__setitem__, should_stop=lambda: rank == 1)
         except Stopped:
             done = kept if rank == 0 else {}
             taken_up = torch.stack(evaluate(vae, x, num_particles=40, seed=SEED, done=done), dim=1)
@@ -83,7 +83,7 @@ def together(rank: int) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     ends = {
         "not finite": error_of(lambda: evaluate(vae, broken, num_particles=40, seed=SEED)),
         "stopped": error_of(stopped),
-        "not kept": error_of(lambda: evaluate(vae, x, num_particles=40, seed=SEED, on_group=disk_is_full)),
+        "not kept": error_of(lambda: evaluate(vae, x, num_particles=40, seed=SEED, on_block=disk_is_full)),
     }
     return all_cases(), ends
 

@@ -40,9 +40,9 @@ from ppl_vae.commands import reproduce as reproduction
 from ppl_vae.commands.evaluate import read_per_image
 from ppl_vae.data import binary_sets, cache, image_folder, image_sets, limits
 from ppl_vae.reports import certificate_table
+from ppl_vae.runs.block_store import BlockStore
 from ppl_vae.runs.checkpoints import newest_checkpoint
 from ppl_vae.runs.load import load, read_config
-from ppl_vae.runs.partial_evaluation import PartialEvaluation
 
 MOST_BYTES = 192 * 2**20  # a reader's own limits allow 64 MiB, twice: for what is read, and for what is made of it
 MOST_WARNINGS = 3  # of one file
@@ -336,7 +336,7 @@ def of_runs(run: Path) -> Iterator[Reader]:
     yield Reader("state", ".safetensors", tensors(run, runs.TRAINING_STATE), read, (tensor_header,) * 6, 2)
     read = at(per_image, lambda: read_per_image(run, "test"))
     yield Reader("per image", ".safetensors", tensors(run, per_image), read, (tensor_header,) * 6, 2)
-    yield of_partial_evaluation(run)
+    yield of_block_store(run)
     rows = json.dumps({"rows": [{"recipe": "iwae_1", "seed": 0}]}).encode()
     yield Reader("results", ".json", (rows,), lambda path: reproduction.read_rows(str(path)), (other_json,) * 3)
     rows = json.dumps({"certificates": [{"run": "a", "split": "test", "ais": {}}]}).encode()
@@ -344,22 +344,22 @@ def of_runs(run: Path) -> Iterator[Reader]:
     yield Reader("certificates", ".json", (rows,), read, (other_json,) * 3)
 
 
-def of_partial_evaluation(run: Path) -> Reader:
+def of_block_store(run: Path) -> Reader:
     said: list[str] = []
+    sizes = {"num_items": 18, "block_size": 4, "num_columns": 3}
 
-    def taken_up(path: Path) -> PartialEvaluation:
-        identity = {"split": "test", "num_particles": 5, "weights": "0" * 64}
-        return PartialEvaluation(path, identity, num_images=18, size=4, num_columns=3, say=said.append)
+    def open_store(path: Path) -> BlockStore:
+        return BlockStore(path, {"test": {"num_particles": 5, "weights": "0" * 64}}, said.append)
 
     path = run / "partial.safetensors"
-    begun = taken_up(path)
+    begun = open_store(path)
+    begun.open_stage("test", **sizes)
     begun.add(4, torch.ones(4, 3))
     begun.write()
     content = path.read_bytes()
     path.unlink()
-    return Reader(
-        "partial evaluation", ".safetensors", (content,), lambda path: taken_up(path).done, (tensor_header,) * 6
-    )
+    read = lambda path: open_store(path).open_stage("test", **sizes)  # noqa: E731
+    return Reader("partial evaluation", ".safetensors", (content,), read, (tensor_header,) * 6)
 
 
 def of_published(folder: Path) -> Iterator[Reader]:

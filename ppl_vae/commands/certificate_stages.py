@@ -1,46 +1,50 @@
-"""The stages of a certificate: images in, numbers of each image out, block by block."""
+"""The stages of a certificate: images in, numbers of each image out, in blocks that are kept when they are finished."""
 
 from __future__ import annotations
 
 import math
-from functools import partial
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ppl_vae.commands.evaluate import evaluate_with_progress
-from ppl_vae.evidence import ais, proposals
-from ppl_vae.evidence import gaps as gaps_of
+from ppl_vae.evidence import ais, gaps, proposals
 from ppl_vae.evidence.exploration import gather_log_weights
 from ppl_vae.evidence.guide_calibration import Ranks, ranks
 from ppl_vae.evidence.importance import Importance, evaluate
 from ppl_vae.parts.posteriors import FullNormal
-from ppl_vae.runs.certificate_blocks import Progress, StageContext, Tensors, block, compute_blocks, even_block, seed_of
-from ppl_vae.runs.fit_arguments import decide_compile
+from ppl_vae.runs.block_store import BlockStore, StageResults
+from ppl_vae.runs.fit_arguments import decide_compile, matmul_precision
+from ppl_vae.runs.opening import Say
 from ppl_vae.runtime.batching import pairs_per_pass
+from ppl_vae.runtime.blocks import Stopped, block_seed, compute_blocks, even_block_size
+from ppl_vae.runtime.errors import CannotCapture, Interrupted
 from ppl_vae.runtime.global_state import seeded
 from ppl_vae.runtime.numerics import LogWeightSummary, bound_by_particles, smoothed_log_mean_exp
+from ppl_vae.runtime.progress import Progress
 from ppl_vae.vae import VAE
 
-# Images and simulations a block: an interruption loses as many at most. Refining compiles
-# a graph a block.
-CHAINED_A_BLOCK, REFINED_A_BLOCK, WEIGHED_A_BLOCK, SIMULATED_A_BLOCK = 25, 100, 1000, 250
-BLOCKS = [CHAINED_A_BLOCK, REFINED_A_BLOCK, WEIGHED_A_BLOCK, SIMULATED_A_BLOCK]
+# Images and simulations per block: an interruption loses at most one block. Each block of refinement compiles a graph.
+CHAIN_BLOCK, REFINEMENT_BLOCK, IMPORTANCE_BLOCK, SIMULATION_BLOCK = 25, 100, 1000, 250
+BLOCKS = [CHAIN_BLOCK, REFINEMENT_BLOCK, IMPORTANCE_BLOCK, SIMULATION_BLOCK]
 
-_REFINING_STEPS, _REFINING_PARTICLES = 300, 8
-_HELD = 5_000_000  # log-weights at once, of which bounds by fewer particles are made
+_REFINEMENT_STEPS, _REFINEMENT_PARTICLES = 300, 8
+_MOST_LOG_WEIGHTS = 5_000_000  # held at once for bounds with fewer particles
+_BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"  # without counts: blocks advance by fractions
+
+Tensors = dict[str, Tensor]
+Shapes = Mapping[str, tuple[int, ...]]  # of one item's numbers, by name
+Count = Callable[[int], None]
+Compute = Callable[[slice, Count, bool], Tensors]
+_IMPORTANCE: Shapes = dict.fromkeys(Importance._fields, ())
 
 
 class Chain(NamedTuple):
-    """How chains are annealed.
-
-    Args:
-        temperatures: T.
-        leapfrogs: of each transition.
-        chains: C, of each image.
-        start: "guide", "prior" or "normal".
-    """
+    """How chains are annealed: T temperatures, leapfrog steps per transition, C chains per image, and their start."""
 
     temperatures: int
     leapfrogs: int
@@ -49,11 +53,11 @@ class Chain(NamedTuple):
 
 
 class AISSummary(NamedTuple):
-    """What the chains say of each image; every field is (N,), float64.
+    """What C chains say of each image; every field is (N,), float64.
 
-    ``bound`` is the bound on log p(x) in nats, from below or from above; ``monte_carlo_stderr`` the delta method's
-    error of it and ``bias`` the jackknife's estimate of how far its expectation is from log p(x), both NaN for one
-    chain; ``ess`` is from 1 to C, and ``acceptance`` the mean over chains and temperatures (NaN where none moved).
+    ``bound`` is the bound on log p(x) in nats, from below or from above; ``monte_carlo_stderr`` is its error by the
+    delta method and ``bias`` the jackknife's estimate of its distance from log p(x), both NaN for one chain; ``ess`` is
+    from 1 to C; ``acceptance`` is the mean over chains and temperatures, NaN if nothing moved.
     """
 
     bound: Tensor
@@ -63,133 +67,295 @@ class AISSummary(NamedTuple):
     acceptance: Tensor
 
 
+@dataclass
+class StageContext:
+    """What every stage works with.
+
+    Args:
+        vae: on its device, in evaluation mode.
+        place: the device.
+        seed: the certificate's.
+        store: finished blocks of unfinished stages.
+        results: complete stages.
+        compile: the word of --compile.
+        compiles: whether computations that repeat often are compiled.
+        say: receives each line for the reader.
+        should_stop: asked after each block.
+    """
+
+    vae: VAE
+    place: torch.device
+    seed: int
+    store: BlockStore
+    results: StageResults
+    compile: str
+    compiles: bool
+    say: Say
+    should_stop: Callable[[], bool] = lambda: False
+    _obstacles: dict[str, str] = field(default_factory=dict)  # why a stage is not compiled
+
+    def block_seed(self, stage: str, number: int) -> int:
+        """The seed of one block of one stage, from 0 to 2^63 - 1."""
+        return block_seed(self.seed, stage, number) >> 1
+
+    def run_stage(
+        self,
+        stage: str,
+        num_items: int,
+        block_size: int,
+        shapes: Shapes,
+        compute: Compute,
+        *,
+        calls: int,
+        words: str,
+        has_bar: bool = True,
+    ) -> Tensors:
+        """The results of all items, computed block by block where they are not stored, on the CPU.
+
+        Args:
+            stage: its name.
+            num_items, block_size: in all, and per block.
+            shapes: of one item's results, by name.
+            compute: takes the block's slice, a progress function and whether to compile, and returns tensors (n,
+                *shape). The global generators are seeded for each block.
+            calls: about how far ``compute`` advances the progress function in all.
+            words: what the progress bar says.
+            has_bar: whether there is one.
+
+        Raises:
+            Interrupted: SIGINT or SIGTERM; the finished blocks are kept.
+            ValueError: --compile on, and the stage cannot be compiled.
+        """
+        stored = self.results.get(stage)
+        if stored is not None:
+            return stored
+        widths = {name: math.prod(shape) for name, shape in shapes.items()}
+        num_columns = sum(widths.values())
+        done = self.store.open_stage(stage, num_items=num_items, block_size=block_size, num_columns=num_columns)
+        bar = Progress(
+            total=num_items,
+            initial=sum(map(len, done.values())),
+            unit="item",
+            desc=words,
+            bar_format=_BAR,
+            disable=not has_bar,
+        )
+
+        def compute_rows(items: slice) -> Tensor:
+            size = items.stop - items.start
+            end = bar.count + size
+
+            def advance(count: int) -> None:
+                bar.update(max(0.0, min(count * size / max(1, calls), end - bar.count)))
+
+            def run(compiled: bool) -> Tensors:
+                with seeded(self.block_seed(stage, items.start // block_size), self.place):
+                    return compute(items, advance, compiled)
+
+            results = self._run_compiled_or_not(stage, run)
+            bar.update(end - bar.count)
+            return torch.cat([results[name].detach().cpu().double().reshape(size, -1) for name in shapes], dim=1)
+
+        with bar, matmul_precision("float32"):
+            rows = self._keep_blocks(
+                lambda: compute_blocks(
+                    compute_rows,
+                    num_items,
+                    block_size,
+                    num_columns=num_columns,
+                    device=torch.device("cpu"),
+                    done=done,
+                    on_block=self.store.add,
+                    should_stop=self.should_stop,
+                )
+            )
+        columns = zip(shapes.items(), rows.split(list(widths.values()), dim=1), strict=True)
+        found = {name: values.reshape(num_items, *shape).contiguous() for (name, shape), values in columns}
+        self.results.add(stage, found, self.store.seconds(stage))
+        return found
+
+    def _keep_blocks(self, compute: Callable[[], Tensor]) -> Tensor:
+        """Compute, and write the finished blocks to disk if that ends early."""
+        try:
+            if self.should_stop():
+                raise Stopped
+            return compute()
+        except BaseException as error:
+            self.store.write()
+            if isinstance(error, Stopped):
+                raise Interrupted("the finished blocks are kept, and the same command goes on from there") from None
+            raise
+
+    def _run_compiled_or_not(self, stage: str, run: Callable[[bool], Tensors]) -> Tensors:
+        if not self.compiles or stage in self._obstacles:
+            return run(False)
+        try:
+            with warnings.catch_warnings():  # from torch's compiler, about its own code
+                warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
+                return run(True)
+        except CannotCapture as error:
+            if self.compile == "on":
+                raise ValueError(f"--compile on: {error}") from None
+            if str(error) not in self._obstacles.values():
+                self.say(f"Not compiled: {error}.")
+            self._obstacles[stage] = str(error)
+            return run(False)
+
+
 # --- Importance sampling ---
 
 
-def importance(bench: StageContext, stage: str, x: Tensor, *, vae: VAE, num_particles: int, words: str) -> Importance:
-    """L_S with the VAE's guide, (N,) each, on the CPU. x: (N, *E)."""
+def weigh_images(
+    context: StageContext, stage: str, x: Tensor, *, vae: VAE, num_particles: int, words: str
+) -> Importance:
+    """L_S with the VAE's guide, (N,) each. x: (N, *E)."""
 
-    def weighed(number: int, images: Tensor) -> Tensors:
+    def compute(items: slice, advance: Count, compiled: bool) -> Tensors:
         return evaluate_with_progress(
             vae,
-            images,
+            x[items],
             num_particles=num_particles,
-            seed=seed_of(bench.seed, stage, number),
-            compile=bench.compile,
-            say=bench.say,
+            seed=context.block_seed(stage, items.start // IMPORTANCE_BLOCK),
+            compile=context.compile,
+            say=context.say,
             words=words,
         )._asdict()
 
-    found = bench.finished.whole(stage)
-    if found is None:
-        groups = enumerate(x.split(WEIGHED_A_BLOCK))
-        parts = [block(bench, stage, number, partial(weighed, number, images)) for number, images in groups]
-        found = bench.finished.join(stage, parts)
+    sizes = (len(x), IMPORTANCE_BLOCK)
+    found = context.run_stage(stage, *sizes, _IMPORTANCE, compute, calls=1, words=words, has_bar=False)
     return Importance(**found)
 
 
-def improved(bench: StageContext, stage: str, x: Tensor, *, num_particles: int, words: str) -> Importance:
-    """L_S with a normal of each image's own, (N,) each, on the CPU; a lower bound, as the guide's. x: (N, *E)."""
+def weigh_images_refined(context: StageContext, stage: str, x: Tensor, *, num_particles: int, words: str) -> Importance:
+    """L_S with a normal of full covariance refined for each image, (N,) each; a lower bound. x: (N, *E).
 
-    size = even_block(len(x), REFINED_A_BLOCK)
-    pays = _refining_pays(bench, len(x), size)
+    The proposal starts from the guide's moments, and is mixed with a wider one.
+    """
+    size = even_block_size(len(x), REFINEMENT_BLOCK)
+    pays = _is_refinement_compiled(context, len(x), size)
 
-    def compute(items: slice, progress: Progress, compiled: bool) -> Tensors:
+    def compute(items: slice, advance: Count, compiled: bool) -> Tensors:
         images = x[items]
-        own = proposals.replace_guide(bench.vae, _proposal(bench, images, progress, compiled and pays))
-        passes = math.ceil(len(images) * num_particles / pairs_per_pass(own, images))
+        q = proposals.refined(
+            context.vae,
+            images,
+            family=FullNormal(context.vae.prior().event_shape[0]),
+            steps=_REFINEMENT_STEPS,
+            num_particles=_REFINEMENT_PARTICLES,
+            compile=compiled and pays,
+            progress=advance,
+        )
+        refined = proposals.replace_guide(context.vae, proposals.defensive(q))
+        passes = math.ceil(len(images) * num_particles / pairs_per_pass(refined, images))
         return evaluate(
-            own,
+            refined,
             images,
             num_particles=num_particles,
-            seed=seed_of(bench.seed, f"{stage} particles", items.start),
-            compile=compiled and decide_compile(bench.compile, passes, bench.place),
+            seed=context.block_seed(f"{stage} particles", items.start),
+            compile=compiled and decide_compile(context.compile, passes, context.place),
         )._asdict()
 
-    calls = _REFINING_STEPS * size
-    found = compute_blocks(bench, stage, len(x), size, compute, calls=calls, words=words)
-    return Importance(**found)
+    calls = _REFINEMENT_STEPS * size
+    return Importance(**context.run_stage(stage, len(x), size, _IMPORTANCE, compute, calls=calls, words=words))
 
 
-def _refining_pays(bench: StageContext, count: int, size: int) -> bool:
-    """Whether a graph of a refining step is made: a step is no longer than a training step, and there are few."""
-    return decide_compile(bench.compile, _REFINING_STEPS * math.ceil(count / size), bench.place)
+def _is_refinement_compiled(context: StageContext, num_images: int, block_size: int) -> bool:
+    """Refinement steps are as short as training steps, and there are few of them: compile only if there are enough."""
+    return decide_compile(context.compile, _REFINEMENT_STEPS * math.ceil(num_images / block_size), context.place)
 
 
-def _proposal(bench: StageContext, x: Tensor, progress: Progress, compiled: bool) -> proposals.Proposal:
-    """A normal of full covariance for each image, refined from the guide's moments, with a share that is wider."""
-    (L,) = bench.vae.prior().event_shape
-    q = proposals.refined(
-        bench.vae,
-        x,
-        family=FullNormal(L),
-        steps=_REFINING_STEPS,
-        num_particles=_REFINING_PARTICLES,
-        compile=compiled,
-        progress=progress,
-    )
-    return proposals.defensive(q)
+class WeighedParticles(NamedTuple):
+    """What S particles with the guide say of each image.
+
+    Args:
+        bounds: (K, N) E[L_s] for each s, from disjoint blocks of particles; the last s is S.
+        smoothed: (N,) the Pareto-smoothed estimate of log p(x) from all S. It is not a bound.
+    """
+
+    bounds: Tensor
+    smoothed: Tensor
+
+
+def weigh_fewer_particles(
+    context: StageContext, stage: str, x: Tensor, numbers: list[int], *, words: str
+) -> WeighedParticles:
+    """E[L_s] for each s of ``numbers``, the last of which is the largest. x: (N, *E)."""
+
+    def compute(items: slice, advance: Count, compiled: bool) -> Tensors:
+        with torch.no_grad():
+            log_w = gather_log_weights(context.vae, x[items], numbers[-1])
+        return {"bounds": bound_by_particles(log_w, numbers).T, "smoothed": smoothed_log_mean_exp(log_w.double())}
+
+    size = even_block_size(len(x), max(1, min(CHAIN_BLOCK, _MOST_LOG_WEIGHTS // numbers[-1])))
+    shapes: Shapes = {"bounds": (len(numbers),), "smoothed": ()}
+    found = context.run_stage(stage, len(x), size, shapes, compute, calls=1, words=words)
+    return WeighedParticles(found["bounds"].T, found["smoothed"])
+
+
+def list_fewer_particles(num_particles: int) -> list[int]:
+    """S/100, S/50, S/20, S/10, S/5, S/2 and S, ascending and without repeats."""
+    return sorted({max(1, num_particles // divisor) for divisor in (1, 2, 5, 10, 20, 50, 100)})
 
 
 # --- Annealing ---
 
 
-def annealed(bench: StageContext, stage: str, x: Tensor, chain: Chain, *, words: str) -> AISSummary:
-    """log p(x) from below, (N,) each, on the CPU. x: (N, *E)."""
+def anneal_images(context: StageContext, stage: str, x: Tensor, chain: Chain, *, words: str) -> AISSummary:
+    """Bounds on log p(x) from below, (N,) each. x: (N, *E)."""
 
-    def compute(items: slice, progress: Progress, compiled: bool) -> Tensors:
-        annealing = _pilot(bench, x[items], chain, progress, compiled)
-        found = ais.lower(bench.vae, x[items], annealing, num_chains=chain.chains, compile=compiled, progress=progress)
-        return _summary(found.log_w, found.acceptance, 1)
+    def compute(items: slice, advance: Count, compiled: bool) -> Tensors:
+        annealing = _adapt_annealing(context, x[items], chain, advance, compiled)
+        found = ais.lower(context.vae, x[items], annealing, num_chains=chain.chains, compile=compiled, progress=advance)
+        return _summarize_chains(found.log_w, found.acceptance, 1)
 
-    size, calls = images_a_block(bench, x, chain), 2 * chain.temperatures
-    return AISSummary(**compute_blocks(bench, stage, len(x), size, compute, calls=calls, words=words))
+    size, calls = images_per_block(context, x, chain), 2 * chain.temperatures
+    shapes: Shapes = dict.fromkeys(AISSummary._fields, ())
+    return AISSummary(**context.run_stage(stage, len(x), size, shapes, compute, calls=calls, words=words))
 
 
-def simulated(
-    bench: StageContext, stage: str, num_images: int, chain: Chain, *, words: str
+def anneal_simulated_images(
+    context: StageContext, stage: str, num_images: int, chain: Chain, *, words: str
 ) -> tuple[AISSummary, AISSummary]:
-    """log p(x) from below and from above, of images that the model makes together with a z of theirs."""
-    with seeded(seed_of(bench.seed, f"{stage} images", 0), bench.place):
-        x, z = ais.simulate(bench.vae, num_images)
+    """Bounds on log p(x) from below and from above, of images that the model makes together with their z."""
+    with seeded(context.block_seed(f"{stage} images", 0), context.place):
+        x, z = ais.simulate(context.vae, num_images)
 
-    def compute(items: slice, progress: Progress, compiled: bool) -> Tensors:
-        annealing = _pilot(bench, x[items], chain, progress, compiled)
-        C = chain.chains
-        below = ais.lower(bench.vae, x[items], annealing, num_chains=C, compile=compiled, progress=progress)
-        above = ais.upper(bench.vae, x[items], z[items], annealing, num_chains=C, compile=compiled, progress=progress)
-        results = {f"lower {name}": value for name, value in _summary(below.log_w, below.acceptance, 1).items()}
-        return results | {f"upper {name}": v for name, v in _summary(above.log_w, above.acceptance, -1).items()}
+    def compute(items: slice, advance: Count, compiled: bool) -> Tensors:
+        annealing = _adapt_annealing(context, x[items], chain, advance, compiled)
+        own, C = x[items], chain.chains
+        below = ais.lower(context.vae, own, annealing, num_chains=C, compile=compiled, progress=advance)
+        above = ais.upper(context.vae, own, z[items], annealing, num_chains=C, compile=compiled, progress=advance)
+        results = {f"lower {name}": v for name, v in _summarize_chains(below.log_w, below.acceptance, 1).items()}
+        return results | {f"upper {n}": v for n, v in _summarize_chains(above.log_w, above.acceptance, -1).items()}
 
-    size, calls = images_a_block(bench, x, chain), 3 * chain.temperatures
-    found = compute_blocks(bench, stage, num_images, size, compute, calls=calls, words=words)
-    below, above = (
-        AISSummary(*(found[f"{side} {name}"] for name in AISSummary._fields)) for side in ("lower", "upper")
-    )
+    size, calls = images_per_block(context, x, chain), 3 * chain.temperatures
+    shapes: Shapes = {f"{side} {name}": () for side in ("lower", "upper") for name in AISSummary._fields}
+    found = context.run_stage(stage, num_images, size, shapes, compute, calls=calls, words=words)
+    below, above = (AISSummary(*(found[f"{side} {n}"] for n in AISSummary._fields)) for side in ("lower", "upper"))
     return below, above
 
 
-def images_a_block(bench: StageContext, x: Tensor, chain: Chain) -> int:
-    """Of x (N, *E): blocks of nearly one size, that chains of all images in one fit into a pass of the decoder."""
-    return even_block(len(x), min(CHAINED_A_BLOCK, ais.images_a_block(bench.vae, x, chain.chains)))
+def images_per_block(context: StageContext, x: Tensor, chain: Chain) -> int:
+    """Blocks of nearly equal size, small enough that all chains of a block fit into one pass of the decoder."""
+    return even_block_size(len(x), min(CHAIN_BLOCK, ais.images_a_block(context.vae, x, chain.chains)))
 
 
-def _pilot(bench: StageContext, x: Tensor, chain: Chain, progress: Progress, compiled: bool) -> ais.Annealing:
+def _adapt_annealing(context: StageContext, x: Tensor, chain: Chain, advance: Count, compiled: bool) -> ais.Annealing:
     return ais.pilot(
-        bench.vae,
+        context.vae,
         x,
-        # Evenly: from a guide, gaps on simulated images were no larger than with the sigmoidal ones.
+        # Evenly spaced: from a guide, gaps on simulated images were no larger than with sigmoidal temperatures.
         betas=ais.temperatures(chain.temperatures, steepness=0.0),
         num_leapfrogs=chain.leapfrogs,
         num_chains=chain.chains,
         start=chain.start,
         compile=compiled,
-        progress=progress,
+        progress=advance,
     )
 
 
-def _summary(log_w: Tensor, acceptance: Tensor, sign: int) -> Tensors:
-    """What is kept of (C, B) log-weights and (T - 1, B) acceptance; the sign is -1 for the bound from above."""
+def _summarize_chains(log_w: Tensor, acceptance: Tensor, sign: int) -> Tensors:
+    """``AISSummary`` of log-weights (C, B) and acceptance (T - 1, B); sign -1 for the bound from above."""
     weights = LogWeightSummary(len(log_w), log_w.shape[1], device=log_w.device)
     weights.update(sign * log_w)
     return {
@@ -201,78 +367,44 @@ def _summary(log_w: Tensor, acceptance: Tensor, sign: int) -> Tensors:
     }
 
 
-# --- Convergence ---
-
-_SHARES = (8, 4, 2)
-_TENS = (1, 2, 5, 10, 20, 50, 100)
-
-
-def fewer_temperatures(temperatures: int) -> list[int]:
-    """T/8, T/4, T/2: those that are different numbers below T."""
-    return sorted({max(1, temperatures // share) for share in _SHARES} - {temperatures})
-
-
-def fewer_particles(num_particles: int) -> list[int]:
-    """S/100, S/50, ..., S, different ones."""
-    return sorted({max(1, num_particles // share) for share in _TENS})
-
-
-class Weighed(NamedTuple):
-    """What particles with the guide say of each image, all of them at hand.
-
-    Args:
-        bounds: (K, N) E[L_s] for each s, by disjoint blocks; the last s is S.
-        smoothed: (N,) the Pareto-smoothed estimate of log p(x) of all S. No bound.
-    """
-
-    bounds: Tensor
-    smoothed: Tensor
-
-
-def weighed_particles(bench: StageContext, stage: str, x: Tensor, sizes: list[int], *, words: str) -> Weighed:
-    """Of the largest of the sizes, the last, as S. x: (N, *E)."""
-
-    def compute(items: slice, progress: Progress, compiled: bool) -> Tensors:
-        with torch.no_grad():
-            log_w = gather_log_weights(bench.vae, x[items], sizes[-1])
-        return {"bounds": bound_by_particles(log_w, sizes).T, "smoothed": smoothed_log_mean_exp(log_w.double())}
-
-    size = even_block(len(x), max(1, min(CHAINED_A_BLOCK, _HELD // sizes[-1])))
-    found = compute_blocks(bench, stage, len(x), size, compute, calls=1, words=words)
-    return Weighed(found["bounds"].T, found["smoothed"])
+def list_fewer_temperatures(temperatures: int) -> list[int]:
+    """T/8, T/4 and T/2, ascending, without repeats and without T itself."""
+    return sorted({max(1, temperatures // divisor) for divisor in (8, 4, 2)} - {temperatures})
 
 
 # --- Gaps, calibration ---
 
 
-def gaps(bench: StageContext, stage: str, x: Tensor, log_evidence: Tensor, *, words: str) -> gaps_of.Gaps:
-    """log p(x) - ELBO in its parts, (N,) each, on the CPU. x: (N, *E), log_evidence: (N,) nats."""
-    size = even_block(len(x), REFINED_A_BLOCK)
-    pays = _refining_pays(bench, len(x), size)
+def split_gaps(context: StageContext, stage: str, x: Tensor, log_evidence: Tensor, *, words: str) -> gaps.Gaps:
+    """log p(x) - ELBO in its two parts, (N,) each. x: (N, *E), log_evidence: (N,) nats."""
+    size = even_block_size(len(x), REFINEMENT_BLOCK)
+    pays = _is_refinement_compiled(context, len(x), size)
 
-    def compute(items: slice, progress: Progress, compiled: bool) -> Tensors:
-        return gaps_of.gaps(
-            bench.vae,
+    def compute(items: slice, advance: Count, compiled: bool) -> Tensors:
+        return gaps.gaps(
+            context.vae,
             x[items],
             log_evidence[items].to(x.device),
-            steps=_REFINING_STEPS,
-            num_particles=_REFINING_PARTICLES,
+            steps=_REFINEMENT_STEPS,
+            num_particles=_REFINEMENT_PARTICLES,
             compile=compiled and pays,
-            progress=progress,
+            progress=advance,
         )._asdict()
 
-    calls = _REFINING_STEPS * size
-    return gaps_of.Gaps(**compute_blocks(bench, stage, len(x), size, compute, calls=calls, words=words))
+    shapes: Shapes = dict.fromkeys(gaps.Gaps._fields, ())
+    calls = _REFINEMENT_STEPS * size
+    return gaps.Gaps(**context.run_stage(stage, len(x), size, shapes, compute, calls=calls, words=words))
 
 
-def guide_ranks(bench: StageContext, stage: str, num_simulations: int, num_draws: int, *, words: str) -> Ranks:
-    """The ranks of simulation-based calibration, on the CPU."""
+def rank_simulations(context: StageContext, stage: str, num_simulations: int, num_draws: int, *, words: str) -> Ranks:
+    """The ranks of simulation-based calibration."""
+    shapes: Shapes = {"latents": tuple(context.vae.prior().event_shape), "log_joint": ()}
 
-    def compute(items: slice, progress: Progress, compiled: bool) -> Tensors:
+    def compute(items: slice, advance: Count, compiled: bool) -> Tensors:
         count = items.stop - items.start
-        found = ranks(bench.vae, num_simulations=count, num_draws=num_draws, progress=progress)
-        return {"latents": found.latents, "log_joint": found.log_joint}
+        found = ranks(context.vae, num_simulations=count, num_draws=num_draws, progress=advance)
+        return {name: getattr(found, name) for name in shapes}
 
-    size = even_block(num_simulations, SIMULATED_A_BLOCK)
-    found = compute_blocks(bench, stage, num_simulations, size, compute, calls=size, words=words)
-    return Ranks(found["latents"], found["log_joint"], num_draws)
+    size = even_block_size(num_simulations, SIMULATION_BLOCK)
+    found = context.run_stage(stage, num_simulations, size, shapes, compute, calls=size, words=words)
+    return Ranks(found["latents"].long(), found["log_joint"].long(), num_draws)

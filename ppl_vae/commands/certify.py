@@ -1,9 +1,10 @@
-"""log p(x) of a run from both sides: measured block by block, written under its own key, drawn, and said in words."""
+"""The certificate of a run: log p(x) from both sides, and where log p(x) - ELBO is lost."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from ppl_vae import data, runs
 from ppl_vae.commands import certificate_numbers as numbers
 from ppl_vae.commands import certificate_stages as stages
-from ppl_vae.commands.certificate_stages import AISSummary, Chain
+from ppl_vae.commands.certificate_stages import AISSummary, Chain, StageContext
 from ppl_vae.commands.evaluate import describe_provenance
 from ppl_vae.commands.options import Certify
 from ppl_vae.evidence.ais import start_of
@@ -22,130 +23,112 @@ from ppl_vae.evidence.typicality import guarded
 from ppl_vae.reports.certificate_figures import certificate_figures
 from ppl_vae.reports.certificate_table import certificate_table, check_output, read_certificates, write_certificate
 from ppl_vae.reports.certificate_words import describe_certificate
+from ppl_vae.runs.block_store import BlockStore, StageResults
 from ppl_vae.runs.build import build_likelihood
-from ppl_vae.runs.certificate_blocks import BlockStore, StageContext
 from ppl_vae.runs.fit_arguments import decide_compile, find_device
 from ppl_vae.runs.opening import Run, Say, check_density, evaluated_vae, open_run
 from ppl_vae.runs.outputs import write_figure
 from ppl_vae.runs.resolve import data_options
 from ppl_vae.runtime.process import stop_on_signals
+from ppl_vae.vae import VAE
 
-_CONVERGING = 25  # images
-_METHOD = (
-    2  # to be raised when a stage comes to other numbers by the same options: what is stored is then measured anew
-)
+_CONVERGENCE_IMAGES = 25
+# Raise this when a stage gives other numbers for the same options: stored stages are then measured again.
+_METHOD = 2
 
 
-def key_of(split: str) -> str:
-    """Of evaluation.json."""
+def evaluation_key(split: str) -> str:
+    """The certificate's key in evaluation.json."""
     return f"certificate-{split}"
 
 
-def per_image(split: str) -> str:
-    """The file that has a number for each image, by stage."""
-    return f"{key_of(split)}.safetensors"
+def images_file(split: str) -> str:
+    """The file with the numbers of each image, by stage."""
+    return f"{evaluation_key(split)}.safetensors"
 
 
 def partial_file(split: str) -> str:
-    """The finished blocks of a certificate that is not finished."""
-    return f"{key_of(split)}.partial.safetensors"
+    """The file of the finished blocks of a certificate that is not complete."""
+    return f"{evaluation_key(split)}.partial.safetensors"
+
+
+class OtherImages(NamedTuple):
+    """Images (n, *E) of another data set, as the run sees them, with its name and the SHA-256 of its bytes."""
+
+    name: str
+    x: Tensor
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a certificate measures.
+
+    Args:
+        run, options: the run, and the command's options.
+        place: the device.
+        index, x: the images' places in their split, and the images (N, *E), on the CPU.
+        chain: how chains are annealed.
+        gap_splits: the splits whose gap is divided into its parts; empty if none.
+        other: another data set to score, if asked for.
+    """
+
+    run: Run
+    options: Certify
+    place: torch.device
+    index: Tensor
+    x: Tensor
+    chain: Chain
+    gap_splits: tuple[str, ...]
+    other: OtherImages | None
 
 
 def certify_run(options: Certify, *, say: Say) -> dict[str, Any]:
-    """Bounds log p(x) of a split, says how far they can be trusted, and where log p(x) - ELBO is lost.
+    """Bound log p(x) of a split from both sides, and say how far the bounds can be trusted.
 
     Writes evaluation.json's "certificate-SPLIT", certificate-SPLIT.safetensors (the numbers of each image) and
-    figures/certificate-SPLIT-*.png. What is interrupted goes on where it was, and ends with the same numbers: its
-    finished blocks are in certificate-SPLIT.partial.safetensors, until the end. Stages that were measured with the same
-    options before are not measured again, so that another one can be added to them; another seed measures anew. What is
-    not asked for this time is not in the entry, but stays in the file.
+    figures/certificate-SPLIT-*.png. An interrupted certificate goes on from its finished blocks, in
+    certificate-SPLIT.partial.safetensors, and ends with the same numbers. Stages that an earlier certificate measured
+    with the same options are not measured again. What is not asked for this time is not in the entry, but stays in the
+    file.
 
     Args:
         options: The command's options.
-        say: Takes each line for the reader.
+        say: Receives each line for the reader.
 
     Returns:
-        The entry, as evaluation.json holds it.
+        The entry of evaluation.json.
 
     Raises:
-        Interrupted: SIGINT or SIGTERM, after the block that it came in; finished blocks are kept.
-        ValueError: no run, a damaged or a read-only one, one that another process writes to, an autoencoder,
-            dequantized levels, other data than it was trained on, or another data set that does not fit; before the
-            work.
+        Interrupted: SIGINT or SIGTERM, after the current block; finished blocks are kept.
+        ValueError: before the work: no run, a damaged or a read-only one, one that another process writes to, an
+            autoencoder, dequantized levels, other data than the run was trained on, or another data set that does not
+            fit.
     """
-    gap_images = options.gap_images
     run = open_run(options.run_dir, dataset=options.dataset, data_dir=options.data_dir)
     with runs.locked(run.folder), stop_on_signals() as should_stop:
-        check_density(run, "log-likelihood")
-        _check_exact(run)
-        place = find_device(options.device)
-        runs.read_evaluations(run.folder)  # a damaged file is found before the work, not after it
-        runs.check_writable(run.folder)
-        if options.output is not None:
-            check_output(options.output)
-        _check_places(run.folder, options.split)
-        if options.against_data_dir is not None and options.against is None:
-            raise ValueError("--against-data-dir: expected --against beside it, which it is of, got none")
-        other = (
-            None
-            if options.against is None
-            else _other_images(run, options.against, options.against_data_dir, options.images, options.seed)
-        )
-        index, x = _images_of(run, options.split, options.images, options.seed, say)
-        vae = evaluated_vae(run).to(place)
-        chain = Chain(options.temperatures, options.leapfrogs, options.chains, start_of(vae, options.start))
-        if chain.start != options.start:
-            say(
-                f"--start {options.start}: the guide's density is slow to compute except at its own samples. The "
-                "chains start from a normal with its moments instead."
-            )
-        asked = {
-            "split": options.split,
-            "num_images": len(x),
-            **chain._asdict(),
-            "num_particles": options.num_particles,
-            "seed": options.seed,
-        }
-        asked["step"] = runs.load_step(run.folder / runs.MODEL)
-        compiles = decide_compile(
-            options.compile,
-            options.temperatures * options.leapfrogs * math.ceil(len(x) / stages.CHAINED_A_BLOCK),
-            place,
-        )
-        if gap_images and run.options.upper_latents:
-            say("A guide of several layers has no features of an image's own to refine: the gap is not split in two.")
-            gap_images = 0
-        parts = Parts(options.simulated, gap_images, options.simulations, options.draws)
-        of_all = {
-            "weights": data.compute_sha256(run.folder / runs.MODEL),
-            "data": run.splits.sha256,
-            "seed": options.seed,
-            "device": options.device,
-            "compile": [options.compile, compiles],
-            "blocks": stages.BLOCKS,
-            "method": _METHOD,
-        }
-        decided_by = {
-            stage: of_all | own
-            for stage, own in _stages(run, options.split, len(x), chain, options.num_particles, parts, other)
-        }
-        finished = BlockStore(
-            run.folder / partial_file(options.split), run.folder / per_image(options.split), decided_by, of_all, say
-        )
-        bench = StageContext(vae, place, options.seed, finished, options.compile, compiles, say, should_stop)
-        found = _measure(bench, run, index, x.to(place), chain, options.num_particles, parts, other)
+        _check_before_work(run, options)
+        vae = evaluated_vae(run).to(find_device(options.device))
+        plan = _plan(run, vae, options, say)
+        context = _stage_context(plan, vae, say, should_stop)
+        found = _measure(context, plan)
         entry = {
             **describe_provenance(run),
-            **asked,
+            "split": options.split,
+            "num_images": len(plan.x),
+            **plan.chain._asdict(),
+            "num_particles": options.num_particles,
+            "seed": options.seed,
+            "step": runs.load_step(run.folder / runs.MODEL),
             **numbers.numbers_of(found, options.num_particles),
-            "stage_seconds": finished.seconds,
-            "seconds": sum(finished.seconds.values()),
+            "stage_seconds": context.results.asked_seconds,
+            "seconds": sum(context.results.asked_seconds.values()),
         }
-        if other is not None:
-            entry["against"] |= {"dataset": other.name}
-        finished.save({"index": index})
-        _write(run, entry, found, x, say)
-        finished.remove_blocks()
+        if plan.other is not None:
+            entry["against"] |= {"dataset": plan.other.name}
+        context.results.save({"index": plan.index})
+        _write(run, entry, found, plan.x, say)
+        context.store.remove()
         if options.output is not None:
             write_certificate(options.output, run.folder.name, entry, options.device)
             say(f"{options.output} has its row:")
@@ -153,194 +136,196 @@ def certify_run(options: Certify, *, say: Say) -> dict[str, Any]:
         return entry
 
 
-class Parts(NamedTuple):
-    """How much of what may be left out, by a 0.
-
-    Args:
-        simulated: images of the model's own.
-        gap_images: of train and of validation.
-        simulations, draws: of the guide's calibration.
-    """
-
-    simulated: int
-    gap_images: int
-    simulations: int
-    draws: int
-
-
-class Other(NamedTuple):
-    """Images of another data set, as the run sees them.
-
-    Args:
-        name: of the data set.
-        x: (n, *E).
-        sha256: of its bytes.
-    """
-
-    name: str
-    x: Tensor
-    sha256: str
-
-
 # --- Before the work ---
 
 
-def _check_places(folder: Path, split: str) -> None:
-    """Refuses a file where a folder will be, and a folder where a file will be."""
-    if (folder / runs.FIGURES).is_file():
-        raise ValueError(f"{folder / runs.FIGURES}: expected a folder, got a file")
-    for name in (partial_file(split), per_image(split)):
-        if (folder / name).is_dir():
-            raise ValueError(f"{folder / name}: expected a file, got a folder")
-
-
-def _check_exact(run: Run) -> None:
-    """Refuses a guide that sees its images with new noise at every call: no chain can start from its density."""
-    if run.pixels == "dequantized":
+def _check_before_work(run: Run, options: Certify) -> None:
+    """Find what would fail after the work: a damaged file, a read-only folder, a file in the place of a folder."""
+    check_density(run, "log-likelihood")
+    if run.pixels == "dequantized":  # no chain can start from the density of such a guide
         raise ValueError(
             f"{run.folder}: expected a guide that is the same at every call, got one of (level + u) / 256, u drawn "
             "anew each time (dequantized levels), from which no chain can be annealed"
         )
+    runs.read_evaluations(run.folder)
+    runs.check_writable(run.folder)
+    if options.output is not None:
+        check_output(options.output)
+    if (run.folder / runs.FIGURES).is_file():
+        raise ValueError(f"{run.folder / runs.FIGURES}: expected a folder, got a file")
+    for name in (partial_file(options.split), images_file(options.split)):
+        if (run.folder / name).is_dir():
+            raise ValueError(f"{run.folder / name}: expected a file, got a folder")
+    if options.against_data_dir is not None and options.against is None:
+        raise ValueError("--against-data-dir: expected --against beside it, which it is of, got none")
 
 
-def _images_of(run: Run, split: str, images: int, seed: int, say: Say) -> tuple[Tensor, Tensor]:
-    x = data.evaluation_images(run.splits, split, run.evaluated_pixels, seed=seed)
-    if images > len(x):
-        say(f"--images {images:,}: the {split} split has {len(x):,}, and all are taken.")
-    index = data.subset(len(x), images)
-    return index, x[index]
+def _plan(run: Run, vae: VAE, options: Certify, say: Say) -> Plan:
+    other = None if options.against is None else _load_other_images(run, options, options.against)
+    x = data.evaluation_images(run.splits, options.split, run.evaluated_pixels, seed=options.seed)
+    if options.images > len(x):
+        say(f"--images {options.images:,}: the {options.split} split has {len(x):,}, and all are taken.")
+    index = data.subset(len(x), options.images)
+    chain = Chain(options.temperatures, options.leapfrogs, options.chains, start_of(vae, options.start))
+    if chain.start != options.start:
+        say(
+            f"--start {options.start}: the guide's density is slow to compute except at its own samples. The "
+            "chains start from a normal with its moments instead."
+        )
+    gap_splits = tuple(split for split in ("train", "validation") if len(getattr(run.splits, split)))
+    if options.gap_images and run.options.upper_latents:
+        say("The gap is not split in two: a guide of several layers has no features of a single image to refine.")
+    if not options.gap_images or run.options.upper_latents:
+        gap_splits = ()
+    return Plan(run, options, find_device(options.device), index, x[index], chain, gap_splits, other)
 
 
-def _other_images(run: Run, dataset: str, data_dir: str | None, images: int, seed: int) -> Other:
+def _load_other_images(run: Run, options: Certify, dataset: str) -> OtherImages:
     """As many test images of another data set, binarized as the run's own.
 
     Raises:
-        ValueError: it cannot be read, has images of another shape, or pixels that the run's likelihood is not of.
+        ValueError: the data set cannot be read, has images of another shape, or pixels outside the likelihood's
+            support.
     """
-    named = dataset in data.DATASETS
-    of_images = {} if named or data.is_array_file(Path(dataset)) else data_options(run.options)
-    of_images = {name: of_images[name] for name in ("image_size", "fit", "color") if name in of_images}
+    is_folder = dataset not in data.DATASETS and not data.is_array_file(Path(dataset))
+    own = data_options(run.options)
+    reading = {name: own[name] for name in ("image_size", "fit", "color") if is_folder and name in own}
+    data_dir, stored_dir = options.against_data_dir, run.options.data_dir
     try:
-        download = data_dir is not None or run.options.data_dir is None  # never into a folder that a config names
-        splits = data.load(dataset, data_dir=data_dir or run.options.data_dir, download=download, **of_images)
+        download = data_dir is not None or stored_dir is None  # never into a folder that a config names
+        splits = data.load(dataset, data_dir=data_dir or stored_dir, download=download, **reading)
+        if splits.event_shape != run.splits.event_shape:
+            expected, got = ("x".join(map(str, each.event_shape)) for each in (run.splits, splits))
+            raise ValueError(f"expected images of shape {expected}, as the run's, got {got}")
+        x = data.evaluation_images(splits, "test", run.evaluated_pixels, seed=options.seed)
+        family = build_likelihood(run.options, run.splits.event_shape)
+        if not family.support.check(x).all():
+            raise ValueError(
+                f"expected pixels that are {family.support_words}, got {splits.kind} from {float(x.min()):.4g} to "
+                f"{float(x.max()):.4g}"
+            )
     except ValueError as error:
         raise ValueError(f"--against {dataset}: {error}") from None
-    if splits.event_shape != run.splits.event_shape:
-        own, theirs = ("x".join(map(str, each.event_shape)) for each in (run.splits, splits))
-        raise ValueError(f"--against {dataset}: expected images of shape {own}, as the run's, got {theirs}")
-    try:
-        x = data.evaluation_images(splits, "test", run.evaluated_pixels, seed=seed)
-    except ValueError as error:
-        raise ValueError(f"--against {dataset}: {error}") from None
-    family = build_likelihood(run.options, run.splits.event_shape)
-    if not family.support.check(x).all():
-        raise ValueError(
-            f"--against {dataset}: expected pixels that are {family.support_words}, got {splits.kind} from "
-            f"{float(x.min()):.4g} to {float(x.max()):.4g}"
-        )
-    return Other(splits.name, x[data.subset(len(x), images)], splits.sha256)
+    return OtherImages(splits.name, x[data.subset(len(x), options.images)], splits.sha256)
 
 
 # --- The work ---
 
 
-def _stages(
-    run: Run, split: str, num_images: int, chain: Chain, S: int, parts: Parts, other: Other | None
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each stage by its name, with what it alone depends on."""
-    images = {"split": split, "images": num_images}
-    yield "importance", images | {"num_particles": S}
-    yield "improved", images | {"num_particles": S}
-    yield "particles", images | {"num_particles": S}
+def _stage_context(plan: Plan, vae: VAE, say: Say, should_stop: Callable[[], bool]) -> StageContext:
+    run, options = plan.run, plan.options
+    num_transitions = options.temperatures * options.leapfrogs * math.ceil(len(plan.x) / stages.CHAIN_BLOCK)
+    compiles = decide_compile(options.compile, num_transitions, plan.place)
+    common = {
+        "weights": data.compute_sha256(run.folder / runs.MODEL),
+        "data": run.splits.sha256,
+        "seed": options.seed,
+        "device": options.device,
+        "compile": [options.compile, compiles],
+        "blocks": stages.BLOCKS,
+        "method": _METHOD,
+    }
+    identities = {stage: common | identity for stage, identity in _stage_identities(plan)}
+    store = BlockStore(run.folder / partial_file(options.split), identities, say)
+    results = StageResults(run.folder / images_file(options.split), identities, common, say)
+    return StageContext(vae, plan.place, options.seed, store, results, options.compile, compiles, say, should_stop)
+
+
+def _stage_identities(plan: Plan) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each stage's name, and what decides its numbers in addition to what decides those of every stage."""
+    options, chain = plan.options, plan.chain
+    images = {"split": options.split, "images": len(plan.x)}
+    particles = {"num_particles": options.num_particles}
+    for stage in ("importance", "improved", "particles"):
+        yield stage, images | particles
     yield "ais", images | chain._asdict()
-    for T in stages.fewer_temperatures(chain.temperatures):
+    for T in stages.list_fewer_temperatures(chain.temperatures):
         yield f"temperatures {T}", images | chain._replace(temperatures=T)._asdict()
-    if parts.simulated:
-        yield "simulated", chain._asdict() | {"simulated": parts.simulated}
-    for of_gap in _splits_of_gaps(run) if parts.gap_images else ():
+    if options.simulated:
+        yield "simulated", chain._asdict() | {"simulated": options.simulated}
+    for split in plan.gap_splits:
         for stage in ("ais", "gaps"):
-            yield f"{stage} {of_gap}", chain._asdict() | {"gap_images": parts.gap_images}
-    if parts.simulations:
-        yield "calibration", {"simulations": parts.simulations, "draws": parts.draws}
-    if other is not None:
-        yield "against own", images | {"num_particles": S}
-        yield "against", {"against": [other.name, other.sha256, len(other.x)], "num_particles": S}
+            yield f"{stage} {split}", chain._asdict() | {"gap_images": options.gap_images}
+    if options.simulations:
+        yield "calibration", {"simulations": options.simulations, "draws": options.draws}
+    if plan.other is not None:
+        yield "against own", images | particles
+        yield "against", particles | {"against": [plan.other.name, plan.other.sha256, len(plan.other.x)]}
 
 
-def _splits_of_gaps(run: Run) -> list[str]:
-    return [split for split in ("train", "validation") if len(getattr(run.splits, split))]
-
-
-def _measure(
-    bench: StageContext, run: Run, index: Tensor, x: Tensor, chain: Chain, S: int, parts: Parts, other: Other | None
-) -> numbers.Measured:
-    """Every stage, the quickest first, so that what is wrong is found soon."""
-    plain = stages.importance(bench, "importance", x, vae=bench.vae, num_particles=S, words="importance sampling")
-    scored = None if other is None else _scored(bench, x, other, S)
-    found = None
-    if parts.simulations:
+def _measure(context: StageContext, plan: Plan) -> numbers.Measured:
+    """Run every stage, the quickest first, so that errors show early."""
+    options, chain, S = plan.options, plan.chain, plan.options.num_particles
+    x = plan.x.to(plan.place)
+    plain = stages.weigh_images(context, "importance", x, vae=context.vae, num_particles=S, words="importance sampling")
+    scored = None if plan.other is None else _score_other(context, x, plan.other, S)
+    ranks = simulated = None
+    if options.simulations:
         words = "calibration of the guide"
-        found = stages.guide_ranks(bench, "calibration", parts.simulations, parts.draws, words=words)
-    improved = stages.improved(bench, "improved", x, num_particles=S, words="refined importance sampling")
-    chains = stages.annealed(bench, "ais", x, chain, words="annealed importance sampling")
-    simulated = None
-    if parts.simulated:
+        ranks = stages.rank_simulations(context, "calibration", options.simulations, options.draws, words=words)
+    improved = stages.weigh_images_refined(context, "improved", x, num_particles=S, words="refined importance sampling")
+    chains = stages.anneal_images(context, "ais", x, chain, words="annealed importance sampling")
+    if options.simulated:
         words = "simulated images, from both sides"
-        simulated = stages.simulated(bench, "simulated", parts.simulated, chain, words=words)
-    sizes = stages.fewer_particles(S)
-    weighed = stages.weighed_particles(bench, "particles", x, sizes, words="fewer importance samples")
-    converging = _converging(bench, x, chain, sizes, weighed, chains)
-    gaps = _gaps(bench, run, chain, parts.gap_images) if parts.gap_images else {}
+        simulated = stages.anneal_simulated_images(context, "simulated", options.simulated, chain, words=words)
+    sizes = stages.list_fewer_particles(S)
+    weighed = stages.weigh_fewer_particles(context, "particles", x, sizes, words="fewer importance samples")
+    converging = _measure_convergence(context, x, chain, sizes, weighed, chains)
+    gaps = {split: _split_gap(context, plan, split) for split in plan.gap_splits}
     return numbers.Measured(
-        index, chains, plain, weighed.smoothed, improved, converging, simulated, gaps, found, scored
+        plan.index, chains, plain, weighed.smoothed, improved, converging, simulated, gaps, ranks, scored
     )
 
 
-def _scored(bench: StageContext, x: Tensor, other: Other, S: int) -> numbers.Scored:
-    """Both sets by the same bound, with a guide that serves images for which the run's was not made."""
-    vae = guarded(bench.vae)
-    both = {"against own": (x, "the run's own"), "against": (other.x.to(bench.place), other.name)}
+def _score_other(context: StageContext, x: Tensor, other: OtherImages, S: int) -> numbers.Scored:
+    """The bound L_S of both data sets, with a guide that also covers images unlike the training data."""
+    vae = guarded(context.vae)
+    both = {"against own": (x, "the run's own"), "against": (other.x.to(context.place), other.name)}
     bounds = [
-        stages.importance(bench, stage, images, vae=vae, num_particles=S, words=f"guarded importance sampling, {name}")
+        stages.weigh_images(
+            context, stage, images, vae=vae, num_particles=S, words=f"guarded importance sampling, {name}"
+        )
         for stage, (images, name) in both.items()
     ]
     return numbers.Scored(*(bound.log_evidence for bound in bounds))
 
 
-def _converging(
-    bench: StageContext, x: Tensor, chain: Chain, sizes: list[int], weighed: stages.Weighed, full: AISSummary
+def _measure_convergence(
+    context: StageContext,
+    x: Tensor,
+    chain: Chain,
+    sizes: list[int],
+    weighed: stages.WeighedParticles,
+    full: AISSummary,
 ) -> numbers.Converging:
-    """With fewer temperatures and fewer particles, on images spread over all of them: files may be sorted by class."""
-    count = min(_CONVERGING, len(x))
+    """Bounds with fewer temperatures and fewer particles, on images spread evenly: files may be sorted by class."""
+    count = min(_CONVERGENCE_IMAGES, len(x))
     places = torch.arange(count) * len(x) // count
-    some, temperatures = x[places.to(x.device)], stages.fewer_temperatures(chain.temperatures)
+    some, temperatures = x[places.to(x.device)], stages.list_fewer_temperatures(chain.temperatures)
     bounds = [
-        stages.annealed(bench, f"temperatures {T}", some, chain._replace(temperatures=T), words=f"{T:,} temperatures")
+        stages.anneal_images(
+            context, f"temperatures {T}", some, chain._replace(temperatures=T), words=f"{T:,} temperatures"
+        ).bound
         for T in temperatures
     ]
-    in_full = [*(each.bound for each in bounds), full.bound[places]]
-    return numbers.Converging(
-        places, [*temperatures, chain.temperatures], torch.stack(in_full), sizes, weighed.bounds[:, places]
-    )
+    annealed = torch.stack([*bounds, full.bound[places]])
+    return numbers.Converging(places, [*temperatures, chain.temperatures], annealed, sizes, weighed.bounds[:, places])
 
 
-def _gaps(bench: StageContext, run: Run, chain: Chain, images: int) -> dict[str, Gaps]:
-    """Of train and of validation, as far as the data has them."""
-    found = {}
-    for split in _splits_of_gaps(run):
-        x = data.evaluation_images(run.splits, split, run.evaluated_pixels)
-        x = x[data.subset(len(x), images)].to(bench.place)
-        log_p_x = stages.annealed(bench, f"ais {split}", x, chain, words=f"annealed importance sampling, {split}").bound
-        found[split] = stages.gaps(bench, f"gaps {split}", x, log_p_x, words=f"refined guide, {split}")
-    return found
+def _split_gap(context: StageContext, plan: Plan, split: str) -> Gaps:
+    x = data.evaluation_images(plan.run.splits, split, plan.run.evaluated_pixels)
+    x = x[data.subset(len(x), plan.options.gap_images)].to(plan.place)
+    words = f"annealed importance sampling, {split}"
+    log_p_x = stages.anneal_images(context, f"ais {split}", x, plan.chain, words=words).bound
+    return stages.split_gaps(context, f"gaps {split}", x, log_p_x, words=f"refined guide, {split}")
 
 
 # --- After the work ---
 
 
 def _write(run: Run, entry: dict[str, Any], found: numbers.Measured, x: Tensor, say: Say) -> None:
-    """The figures and then the entry, in files and in words."""
-    key = key_of(entry["split"])
+    """Write the figures and then the entry, and say what they show."""
+    key = evaluation_key(entry["split"])
     folder = run.folder / runs.FIGURES
     folder.mkdir(exist_ok=True)
     for old in folder.glob(f"{key}-*.png"):
@@ -356,4 +341,4 @@ def _write(run: Run, entry: dict[str, Any], found: numbers.Measured, x: Tensor, 
     for line in describe_certificate(entry):
         say(line)
     drawn = ", ".join(f"{key}-{name}.png" for name in figures)
-    say(f"In {run.folder}: {runs.EVALUATION} ({key}), {per_image(entry['split'])}; {runs.FIGURES}/{drawn}")
+    say(f"In {run.folder}: {runs.EVALUATION} ({key}), {images_file(entry['split'])}; {runs.FIGURES}/{drawn}")

@@ -20,16 +20,16 @@ from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.evidence.importance import Importance, evaluate, reconstruction
 from ppl_vae.parts.likelihoods import fit_independent_pixels
 from ppl_vae.reports.evaluation_words import describe_evaluation, has_no_density
+from ppl_vae.runs.block_store import BlockStore
 from ppl_vae.runs.build import build_likelihood
 from ppl_vae.runs.fit_arguments import decide_compile, find_device, matmul_precision
 from ppl_vae.runs.load import load
 from ppl_vae.runs.opening import Run, Say, check_density, describe_unused_draws, evaluated_vae, open_run
-from ppl_vae.runs.partial_evaluation import PartialEvaluation, partial_path
 from ppl_vae.runtime import ranks as distributed
 from ppl_vae.runtime.batching import images_per_group, images_per_pass, pairs_per_pass
+from ppl_vae.runtime.blocks import Stopped
 from ppl_vae.runtime.errors import CannotCapture, Interrupted
 from ppl_vae.runtime.global_state import seeded
-from ppl_vae.runtime.groups import Stopped
 from ppl_vae.runtime.process import stop_on_signals
 from ppl_vae.runtime.progress import Progress
 from ppl_vae.runtime.ranks import end_together, joined, rank_zero_first, rank_zero_only
@@ -157,7 +157,13 @@ def write_evaluation(
     vae = evaluated_vae(run).to(place)
     index, x = _images_of_split(run, split, run.evaluated_pixels, images, seed, say)
     x = x.to(place)
-    partial = _partial_evaluation(run, split, x, num_particles, seed=seed, step=step, compile=compile, say=say)
+    store = _block_store(run, split, x, num_particles, seed=seed, step=step, compile=compile, say=say)
+    done = store.open_stage(
+        split,
+        num_items=len(x),
+        block_size=images_per_group(x, num_particles),
+        num_columns=len(Importance._fields),
+    )
     with stop_on_signals() as should_stop:  # until all is written: a signal during the last image loses nothing
         try:
             result = evaluate_with_progress(
@@ -168,14 +174,14 @@ def write_evaluation(
                 compile=compile,
                 say=say,
                 words=f"log p(x), {split}",
-                done=partial.done,
-                on_group=partial.add,
+                done=done,
+                on_block=store.add,
                 should_stop=should_stop,
             )
         except Stopped:
-            partial.write()
-            done = f"{partial.num_done:,} of {len(x):,} images are done and kept"
-            raise Interrupted(f"{done}; evaluated again, the run goes on there") from None
+            store.write()
+            kept = f"{store.num_finished(split):,} of {len(x):,} images are done and kept"
+            raise Interrupted(f"{kept}; evaluated again, the run goes on there") from None
         entry = {
             **describe_provenance(run),
             "split": split,
@@ -187,36 +193,40 @@ def write_evaluation(
             **reference_bounds(run, split, x.cpu(), index),
             "bits_per_dim": bits_per_dim(run, result.log_evidence, num_particles),
             "step": step,
-            "seconds": partial.seconds,
+            "seconds": store.seconds(split),
         }
         old = _of_these_weights(folder, step).get(split)
         if old is not None:
             before = f"{old['num_images']:,} images with S = {old['num_particles']:,}"
             say(f"Replaces the {split} split's estimate of {before}.")
         _write(run, entry, {"index": index} | result._asdict(), say)
-        partial.remove()
+        store.remove()
     return entry
 
 
-def _partial_evaluation(
+def partial_path(folder: Path, split: str) -> Path:
+    """The file of the finished blocks of an evaluation that is not complete."""
+    return folder / f"evaluation-{split}.partial.safetensors"
+
+
+def _block_store(
     run: Run, split: str, x: Tensor, num_particles: int, *, seed: int, step: int, compile: str, say: Say
-) -> PartialEvaluation:
-    """What is done already of this evaluation, by all that decides its numbers."""
+) -> BlockStore:
+    """The finished blocks of this evaluation, identified by everything that decides its numbers."""
     identity = {
         "split": split,
         "num_particles": num_particles,
         "seed": seed,
         "dequantization_draws": None,
         "images": hashlib.sha256(x.cpu().contiguous().numpy().data).hexdigest(),
+        "images_per_group": images_per_group(x, num_particles),
         "dtype": str(x.dtype),
         "device": x.device.type,
         "compile": compile,
         "step": step,
         "weights": data.compute_sha256(run.folder / runs.MODEL),
     }
-    size, num_columns = images_per_group(x, num_particles), len(Importance._fields)
-    path = partial_path(run.folder, split)
-    return PartialEvaluation(path, identity, num_images=len(x), size=size, num_columns=num_columns, say=say)
+    return BlockStore(partial_path(run.folder, split), {split: identity}, say)
 
 
 def write_reconstructions(
@@ -319,7 +329,7 @@ def evaluate_with_progress(
     say: Say,
     words: str,
     done: Mapping[int, Tensor] | None = None,
-    on_group: Callable[[int, Tensor], None] | None = None,
+    on_block: Callable[[int, Tensor], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> Importance:
     """``evaluate`` of x (N, *E) with a progress bar, compiled where the word says so and it is possible.
@@ -350,7 +360,7 @@ def evaluate_with_progress(
                 on_compiled=told,
                 progress=bar.update,
                 done=done,
-                on_group=on_group,
+                on_block=on_block,
                 should_stop=should_stop,
                 say=say,
             )

@@ -18,10 +18,10 @@ from ppl_vae.runtime.batching import (
     images_per_pass,
     pairs_per_pass,
 )
+from ppl_vae.runtime.blocks import block_seed, compute_blocks
 from ppl_vae.runtime.capture import compiled, replaced
 from ppl_vae.runtime.errors import CannotCapture, NotFinite, check_count
 from ppl_vae.runtime.global_state import evaluation_mode, seed_generators, seeded, serialize_threads
-from ppl_vae.runtime.groups import compute_groups, group_seed
 from ppl_vae.runtime.numerics import LogWeightSummary
 from ppl_vae.runtime.ranks import agree
 from ppl_vae.support import check_support
@@ -235,7 +235,7 @@ def evaluate(
     on_compiled: Callable[[float], None] | None = None,
     progress: Callable[[int], None] | None = None,
     done: Mapping[int, Tensor] | None = None,
-    on_group: Callable[[int, Tensor], None] | None = None,
+    on_block: Callable[[int, Tensor], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Importance:
@@ -260,8 +260,8 @@ def evaluate(
         num_particles: S.
         seed: of the draws.
         progress: called with the number of images after each group of them.
-        done: results of groups from before, as ``on_group`` was given them.
-        on_group: called with the place of a group's first image, and ``Importance``'s fields as the columns of (n, 9).
+        done: results of groups from before, as ``on_block`` was given them.
+        on_block: called with the place of a group's first image, and ``Importance``'s fields as the columns of (n, 9).
         should_stop: asked after each group of images.
         say: is told where memory runs out.
 
@@ -270,7 +270,7 @@ def evaluate(
         Deterministic: a ValueError: the guide has no density; ``reconstruction`` needs none.
         ValueError: an image off the support, or an argument out of its range.
         NotFinite: a log-weight is NaN.
-        Stopped: ``should_stop`` said so; see ``groups.compute_groups``.
+        Stopped: ``should_stop`` said so; see ``blocks.compute_blocks``.
         ConnectionError: another rank met an error.
     """
     num_particles = check_count("num_particles", num_particles)
@@ -287,14 +287,14 @@ def evaluate(
 
         def compute(group: slice) -> Tensor:
             def attempt(particles: int, images: int) -> Tensor:
-                seed_generators(group_seed(seed, group.start), x.device)
+                seed_generators(block_seed(seed, group.start), x.device)
                 parts = x[group].split(images)
                 found = [_importance_of_group(vae.model, vae.guide, p, num_particles, particles, terms) for p in parts]
                 return torch.cat([torch.stack(part, dim=1) for part in found])
 
             return batch.run(attempt)
 
-        table = compute_groups(
+        table = compute_blocks(
             compute,
             len(x),
             size,
@@ -302,7 +302,7 @@ def evaluate(
             device=x.device,
             progress=progress,
             done=done,
-            on_group=on_group,
+            on_block=on_block,
             should_stop=should_stop,
         )
     return Importance(*table.T.contiguous())
@@ -371,7 +371,7 @@ def reconstruction(
 
     def compute(group: slice) -> Tensor:
         def attempt(_: int, images: int) -> Tensor:
-            seed_generators(group_seed(seed, group.start), x.device)
+            seed_generators(block_seed(seed, group.start), x.device)
             parts = [log_reconstruction(vae.model, vae.guide, part) for part in x[group].split(images)]
             return torch.cat(parts).double()[:, None]
 
@@ -381,7 +381,7 @@ def reconstruction(
         return rows
 
     with seeded(seed, x.device), pyro.validation_enabled(check), evaluation_mode(vae):
-        table = compute_groups(
+        table = compute_blocks(
             compute, len(x), size, num_columns=1, device=x.device, progress=progress, should_stop=should_stop
         )
     return table[:, 0]

@@ -39,8 +39,8 @@ from ppl_vae.reports import run_figures as figures
 from ppl_vae.runs.build import build_vae
 from ppl_vae.runs.opening import open_run
 from ppl_vae.runs.options import PLAIN, Options
+from ppl_vae.runtime.blocks import block_seed
 from ppl_vae.runtime.errors import NotFinite
-from ppl_vae.runtime.groups import group_seed
 from ppl_vae.weights import Deterministic, log_weights
 
 D, L, SCALE = 6, 2, 0.5
@@ -145,7 +145,7 @@ def test_reconstruction_of_a_guide_with_a_density_is_that_of_one_draw_by_the_see
     pyro.set_rng_seed(0)
     vae, x = build_vae(options, (1, 4, 4)).eval(), torch.bernoulli(torch.full((6, 1, 4, 4), 0.5))
     with torch.no_grad(), torch.random.fork_rng():
-        torch.manual_seed(group_seed(7, 0))
+        torch.manual_seed(block_seed(7, 0))
         logits = vae.likelihood.net(vae.posterior(x).sample()).reshape(x.shape).double().numpy()
     expected = scipy.stats.bernoulli(1 / (1 + np.exp(-logits))).logpmf(x.numpy()).sum((1, 2, 3))
     np.testing.assert_allclose(reconstruction(vae, x, seed=7).numpy(), expected, rtol=1e-5)

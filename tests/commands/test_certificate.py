@@ -34,8 +34,9 @@ from ppl_vae.reports import figures as plots
 from ppl_vae.reports.certificate_table import certificate_table, read_certificates, write_certificate
 from ppl_vae.reports.certificate_words import describe_certificate
 from ppl_vae.reports.run_page import report_run
-from ppl_vae.runs.certificate_blocks import BlockStore, even_block, seed_of
+from ppl_vae.runs.block_store import BlockStore
 from ppl_vae.runs.options import PLAIN, Options
+from ppl_vae.runtime.blocks import block_seed, even_block_size
 from ppl_vae.runtime.errors import CannotCapture
 
 ROOT = Path(__file__).parents[2]
@@ -82,8 +83,8 @@ def without_times(entry: dict[str, Any]) -> dict[str, Any]:
 @pytest.fixture(scope="module", autouse=True)
 def short_refinement() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stages, "_REFINING_STEPS", 20)
-        patch.setattr(stages, "CHAINED_A_BLOCK", 3)
+        patch.setattr(stages, "_REFINEMENT_STEPS", 20)
+        patch.setattr(stages, "CHAIN_BLOCK", 3)
         yield
 
 
@@ -379,34 +380,36 @@ def test_a_part_that_is_added_leaves_the_others_as_they_were(
 def test_a_damaged_file_of_blocks_is_said_and_measured_again(tmp_path: Path) -> None:
     (tmp_path / "partial").write_bytes(b"nothing")
     said: list[str] = []
-    finished = BlockStore(tmp_path / "partial", tmp_path / "complete", {"a": {}}, {}, said.append)
-    assert finished.block("a", 0) is None
+    store = BlockStore(tmp_path / "partial", {"a": {}}, said.append)
+    assert store.open_stage("a", num_items=3, block_size=2, num_columns=1) == {}
     assert "damaged" in said[0]
 
 
 def test_a_block_comes_back_as_it_was_kept(tmp_path: Path) -> None:
-    stages_asked = {"a": {"seed": 1}, "b": {"seed": 1, "S": 5}}
-    first = BlockStore(tmp_path / "partial", tmp_path / "complete", stages_asked, {}, print)
-    values = torch.randn(3, dtype=torch.double)
-    first.keep("a", 0, {"values": values})
-    first.keep("b", 0, {"values": values + 1})
-    other = stages_asked | {"b": {"seed": 1, "S": 6}}
-    second = BlockStore(tmp_path / "partial", tmp_path / "complete", other, {}, lambda line: None)
-    kept = second.block("a", 0)
-    assert kept is not None
-    assert torch.equal(kept["values"], values)
-    assert second.block("b", 0) is None
+    identities = {"a": {"seed": 1}, "b": {"seed": 1, "S": 5}}
+    sizes = {"num_items": 5, "block_size": 3, "num_columns": 2}
+    first, rows = BlockStore(tmp_path / "partial", identities, print), torch.randn(2, 2, dtype=torch.double)
+    for stage in identities:
+        first.open_stage(stage, **sizes)
+        first.add(3, rows)
+    first.write()
+    second = BlockStore(tmp_path / "partial", identities | {"b": {"seed": 1, "S": 6}}, lambda line: None)
+    kept = second.open_stage("a", **sizes)
+    assert kept.keys() == {3}
+    assert torch.equal(kept[3], rows)
+    assert second.open_stage("b", **sizes) == {}
+    assert second.seconds("a") > 0
 
 
 def test_blocks_have_seeds_of_their_own() -> None:
-    seeds = {seed_of(seed, stage, number) for seed in (0, 1) for stage in ("a", "b", "a 1") for number in range(20)}
+    seeds = {block_seed(seed, stage, number) for seed in (0, 1) for stage in ("a", "b", "a 1") for number in range(20)}
     assert len(seeds) == 120
-    assert max(seeds) < 2**63
+    assert max(seeds) < 2**64
 
 
 @pytest.mark.parametrize(("count", "most", "size"), [(200, 25, 25), (50, 25, 25), (26, 25, 13), (7, 25, 7), (1, 1, 1)])
 def test_blocks_are_of_nearly_one_size(count: int, most: int, size: int) -> None:
-    assert even_block(count, most) == size
+    assert even_block_size(count, most) == size
 
 
 # --- Compiled ---

@@ -19,14 +19,13 @@ from oracles import LinearGaussian, bernoulli_vae, quadrature_log_evidence
 from small_run import SMALL, save_bars, train_small
 
 from ppl_vae import data, importance, load, runs
-from ppl_vae.commands.evaluate import evaluate_run
+from ppl_vae.commands.evaluate import evaluate_run, partial_path
 from ppl_vae.commands.options import Evaluate
 from ppl_vae.evidence import importance as evidence
 from ppl_vae.evidence.importance import evaluate
-from ppl_vae.runs import partial_evaluation
+from ppl_vae.runs import block_store
 from ppl_vae.runs.opening import open_run
 from ppl_vae.runs.options import Options
-from ppl_vae.runs.partial_evaluation import partial_path
 from ppl_vae.runtime import batching
 from ppl_vae.runtime.batching import images_per_group
 from ppl_vae.runtime.errors import Interrupted
@@ -152,8 +151,8 @@ def test_two_models_have_the_same_seeds_for_the_same_images(num_particles, monke
     """Also where one of them holds so much of a pixel that its passes are smaller: noise is matched by images."""
     monkeypatch.setitem(batching.PASS_BYTES, "cpu", 8 * 6 * 12 * 100)
     seeds: list[list[tuple[int, int]]] = []
-    group_seed = evidence.group_seed
-    monkeypatch.setattr(evidence, "group_seed", lambda *places: seeds[-1].append(places) or group_seed(*places))
+    block_seed = evidence.block_seed
+    monkeypatch.setattr(evidence, "block_seed", lambda *places: seeds[-1].append(places) or block_seed(*places))
     for numbers in (6, 60):
         vae = bernoulli_vae(latent_dim=2)
         vae.likelihood.family.floats_per_pixel = numbers
@@ -177,8 +176,8 @@ def trained(tmp_path_factory):
 @pytest.fixture
 def folder(trained, tmp_path, monkeypatch):
     """A trained run; groups of 3 images at S = 30, and a write after each."""
-    monkeypatch.setattr(partial_evaluation, "_SECONDS_BETWEEN_WRITES", 0.0)
-    monkeypatch.setattr(partial_evaluation, "_MOST_TIME_OF_WRITING", math.inf)
+    monkeypatch.setattr(block_store, "_SECONDS_BETWEEN_WRITES", 0.0)
+    monkeypatch.setattr(block_store, "_MOST_TIME_OF_WRITING", math.inf)
     monkeypatch.setitem(batching.PASS_BYTES, "cpu", 100 * 4 * 6 * 64)
     return Path(shutil.copytree(trained, tmp_path / "run"))
 
@@ -199,7 +198,7 @@ def _numbers(folder: Path) -> tuple[dict, bytes]:
 
 def _stop_after(monkeypatch, groups: int, number: int = signal.SIGINT) -> None:
     """The signal comes while a group is computed."""
-    add, seen = partial_evaluation.PartialEvaluation.add, []
+    add, seen = block_store.BlockStore.add, []
 
     def add_and_signal(self, first, rows):
         add(self, first, rows)
@@ -207,7 +206,7 @@ def _stop_after(monkeypatch, groups: int, number: int = signal.SIGINT) -> None:
         if len(seen) == groups:
             os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(partial_evaluation.PartialEvaluation, "add", add_and_signal)
+    monkeypatch.setattr(block_store.BlockStore, "add", add_and_signal)
 
 
 @pytest.fixture
@@ -223,16 +222,16 @@ from ppl_vae.commands.evaluate import evaluate_run
 from ppl_vae.commands.options import Evaluate
 from ppl_vae.evidence import importance as evidence
 from ppl_vae.runtime import batching
-from ppl_vae.runs import partial_evaluation
-partial_evaluation._SECONDS_BETWEEN_WRITES, partial_evaluation._MOST_TIME_OF_WRITING = 0.0, float("inf")
+from ppl_vae.runs import block_store
+block_store._SECONDS_BETWEEN_WRITES, block_store._MOST_TIME_OF_WRITING = 0.0, float("inf")
 batching.PASS_BYTES["cpu"] = 100 * 4 * 6 * 64
-add, seen = partial_evaluation.PartialEvaluation.add, []
+add, seen = block_store.BlockStore.add, []
 def add_and_die(self, first, rows):
     add(self, first, rows)
     seen.append(first)
     if len(seen) == 4:
         os.kill(os.getpid(), signal.SIGKILL)
-partial_evaluation.PartialEvaluation.add = add_and_die
+block_store.BlockStore.add = add_and_die
 evaluate_run(Evaluate(sys.argv[1], num_particles=30, seed=3), say=print)
 """
 
@@ -244,7 +243,7 @@ def test_a_killed_evaluation_goes_on_to_the_numbers_of_an_undisturbed_one(folder
         )
         assert killed.returncode == -signal.SIGKILL
     said = _evaluate(folder)
-    assert any("24 of 40 images are done" in line for line in said)
+    assert any("holds 8 finished blocks" in line for line in said)
     assert _numbers(folder) == undisturbed
     assert not partial_path(folder, "test").exists()
 
@@ -258,7 +257,7 @@ def test_a_signal_keeps_what_is_done_and_ends_with_its_number(folder, undisturbe
             _evaluate(folder)
     assert caught.value.number == number
     assert runs.read_evaluations(folder) == before
-    assert any("15 of 40 images are done" in line for line in _evaluate(folder))
+    assert any("holds 5 finished blocks" in line for line in _evaluate(folder))
     assert _numbers(folder) == undisturbed
 
 
@@ -280,7 +279,7 @@ def test_what_was_done_of_another_evaluation_is_not_taken(folder, undisturbed, m
         with pytest.raises(Interrupted):
             _evaluate(folder, **other)
     said = _evaluate(folder)
-    assert [line for line in said if "is of another evaluation" in line and named in line]
+    assert [line for line in said if "was begun with other" in line and named in line]
     assert _numbers(folder) == undisturbed
 
 
@@ -291,7 +290,7 @@ def test_what_was_done_with_other_weights_is_not_taken(folder, monkeypatch):
             _evaluate(folder)
     tensors, scalars = runs.load_tensors(folder / runs.MODEL)
     runs.save_tensors(folder / runs.MODEL, {name: 1.5 * value for name, value in tensors.items()}, scalars)
-    assert any("is of another evaluation (weights)" in line for line in _evaluate(folder))
+    assert any("was begun with other weights:" in line for line in _evaluate(folder))
 
 
 def _cut(content: bytes) -> bytes:
@@ -313,13 +312,13 @@ def test_a_damaged_file_of_what_is_done_is_said_and_the_evaluation_starts_over(
     path = partial_path(folder, "test")
     path.write_bytes(damage(path.read_bytes()))
     said = _evaluate(folder)
-    assert sum("damaged" in line and "starts over" in line for line in said) == 1
+    assert sum("damaged" in line and "computed again" in line for line in said) == 1
     assert _numbers(folder) == undisturbed
 
 
 def test_a_short_evaluation_writes_no_file_of_what_is_done(folder, monkeypatch):
-    monkeypatch.setattr(partial_evaluation, "_SECONDS_BETWEEN_WRITES", 60.0)
-    monkeypatch.setattr(partial_evaluation.PartialEvaluation, "write", lambda self: pytest.fail("it wrote"))
+    monkeypatch.setattr(block_store, "_SECONDS_BETWEEN_WRITES", 60.0)
+    monkeypatch.setattr(block_store.BlockStore, "write", lambda self: pytest.fail("it wrote"))
     _evaluate(folder)
 
 
@@ -335,7 +334,7 @@ def test_a_run_that_another_process_writes_to_is_not_evaluated(folder):
 def test_rows_of_other_groups_are_refused():
     oracle = LinearGaussian.random()
     x = oracle.draw(5)
-    with pytest.raises(ValueError, match="done: expected rows of groups of"):
+    with pytest.raises(ValueError, match="done: expected rows of blocks of"):
         evaluate(oracle.vae(), x, num_particles=3, seed=0, done={2: torch.zeros(3, 9, dtype=torch.double)})
 
 

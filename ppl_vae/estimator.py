@@ -26,6 +26,7 @@ from ppl_vae.runtime.batching import images_per_pass
 from ppl_vae.runtime.errors import Widths, check_count, check_widths
 from ppl_vae.runtime.global_state import seeded
 from ppl_vae.training import fit
+from ppl_vae.training.inputs import check_no_mask
 from ppl_vae.vae import VAE
 
 try:
@@ -265,6 +266,7 @@ class VAEDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
     # --- From arrays to what the VAE sees, and back ---
 
     def _validated(self, X: Any, *, reset: bool) -> np.ndarray:
+        check_no_mask("X", X)
         if reset and self.image_shape is None and hasattr(X, "ndim") and X.ndim > 4:
             raise ValueError(f"X: expected (N, D), (N, H, W), (N, H, W, C) or (N, C, H, W), got shape {X.shape}")
         return validate_data(self, X, reset=reset, dtype="numeric", allow_nd=True, ensure_min_samples=1 + reset)

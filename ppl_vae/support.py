@@ -85,10 +85,17 @@ def check_support(model: Callable[[Tensor], Any], x: Tensor) -> None:
         x: images (N, *E). NaN is off every support, unless the program replaces it as ``missing.Observed`` does.
 
     Raises:
-        ValueError: an image is off the support, or has another shape than the model's images.
+        ValueError: x is no tensor, its dtype is not that of the weights, or an image is off the support, or has another
+            shape than the model's images.
     """
+    if not isinstance(x, Tensor):
+        raise ValueError(
+            f"x: expected a tensor of images, (N, *E), got {describe_type(x)}; torch.as_tensor(x, dtype=torch.float32) "
+            "makes one of a NumPy array"
+        )
     if len(x) == 0:
         return
+    _check_dtype(model, x[:1])
     parts = x.split(_CHECKED_AT_ONCE)
     sites = _sites_of(model, x, x[:1])
     if all(bool(site.support.check(part).all()) for site in sites for part in parts):
@@ -100,6 +107,42 @@ def check_support(model: Callable[[Tensor], Any], x: Tensor) -> None:
     for site in sites:
         for part in parts:
             check_site(site, part)
+
+
+def describe_type(x: Any) -> str:
+    """The type of an argument in words, with dtype and shape where it has them.
+
+    >>> describe_type(torch.zeros(2, 3))
+    'Tensor of dtype torch.float32 and shape (2, 3)'
+    """
+    name = type(x).__name__
+    return f"{name} of dtype {x.dtype} and shape {tuple(x.shape)}" if hasattr(x, "dtype") else name
+
+
+def _check_dtype(model: Callable[[Tensor], Any], image: Tensor) -> None:
+    """Refuse images (1, *E) of another dtype than the weights, where the programs cannot be run on them."""
+    module: Any = getattr(model, "__self__", None)
+    if not isinstance(module, nn.Module):
+        return
+    dtypes = {weights.dtype for weights in module.parameters() if weights.is_floating_point()}
+    if len(dtypes) != 1 or image.dtype in dtypes:
+        return
+    (dtype,) = dtypes
+    with (
+        seeded(0, image.device),
+        pyro.validation_enabled(False),
+        evaluation_mode(module),
+        poutine.block(),
+    ):
+        try:
+            for program in (model, getattr(module, "guide", None)):
+                if callable(program):
+                    program(image)
+        except RuntimeError as error:
+            raise ValueError(
+                f"x: expected images of dtype {dtype}, as the weights of the model, got {image.dtype}; x.to({dtype}) "
+                "converts them, and their values stay as they are"
+            ) from error
 
 
 def _sites_of(model: Callable[[Tensor], Any], x: Tensor, image: Tensor) -> list[ObservedSite]:

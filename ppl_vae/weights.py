@@ -31,6 +31,7 @@ def _log_prob(name: str, site: dict[str, Any], shape: tuple[int, int]) -> Tensor
     if not any(frame.dim == -1 and frame.size == shape[1] for frame in site["cond_indep_stack"]):
         # Checked by the plate and not by the shape alone, which one image would satisfy.
         raise ValueError(f"site {name!r}: expected it in the images' plate, of size {shape[1]} at dim=-1")
+    _check_value_shape(name, site)
     log_prob = scale_and_mask(site["fn"].log_prob(site["value"]), mask=site["mask"])
     if tuple(log_prob.shape) != shape:
         raise ValueError(
@@ -38,6 +39,21 @@ def _log_prob(name: str, site: dict[str, Any], shape: tuple[int, int]) -> Tensor
             "every site belongs in the images' plate at dim=-1, with all other dimensions in its event (to_event)"
         )
     return log_prob
+
+
+def _check_value_shape(name: str, site: dict[str, Any]) -> None:
+    """Refuse a value that the density would broadcast: each of its numbers would be counted several times.
+
+    Values (36, 1) under a distribution of event shape (1, 36) have a log-probability of 36 x 36 numbers. A parameter
+    that all numbers of a value share is no such case.
+    """
+    event = tuple(site["fn"].event_shape)
+    value = tuple(site["value"].shape)[-len(event) :] if event else ()
+    if value != event and tuple(torch.broadcast_shapes(value, event)) != value:
+        raise ValueError(
+            f"site {name!r}: expected values of the event shape {event} of its distribution, got {value}, which would "
+            "be broadcast; reshape one of them"
+        )
 
 
 def _log_joint(trace: poutine.Trace, names: list[str], shape: tuple[int, int], device: torch.device) -> Tensor:

@@ -20,7 +20,7 @@ def _annealing(x):
 
 
 def _upper(vae, x):
-    z = torch.zeros(len(x), *vae.prior().event_shape, dtype=x.dtype)
+    z = torch.zeros(len(x), *vae.prior().event_shape, dtype=torch.double)
     return ais.upper(vae, x, z, _annealing(x), num_chains=2).log_w
 
 

@@ -329,8 +329,21 @@ def test_a_clone_has_the_parameters_as_they_were_given() -> None:
         (np.random.RandomState(0).randn(30, 3), {"validation_fraction": 1}, "validation_fraction"),
         (np.random.RandomState(0).randn(30, 2, 2, 2, 2), {}, "expected"),
         (np.random.RandomState(0).rand(30, 3), {"binarization": "dynamic"}, "binarization: expected none or threshold"),
+        (np.ma.masked_greater(np.random.RandomState(0).rand(30, 3), 0.9), {}, "without masked values"),
     ],
-    ids=["real-bernoulli", "beyond-1", "rounding", "constant", "shape", "delta", "word", "fraction", "dims", "drawn"],
+    ids=[
+        "real-bernoulli",
+        "beyond-1",
+        "rounding",
+        "constant",
+        "shape",
+        "delta",
+        "word",
+        "fraction",
+        "dims",
+        "drawn",
+        "masked",
+    ],
 )
 def test_what_cannot_be_fitted_is_refused_in_one_line(X: Any, words: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:

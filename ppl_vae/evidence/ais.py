@@ -503,11 +503,11 @@ def _check(vae: Any, x: Tensor, *, start: Start, num_chains: int, num_leapfrogs:
         raise ValueError("x: expected at least one image, got none")
     if vae.prior().support.is_discrete:
         raise ValueError("prior: expected continuous latents, got discrete ones, which no leapfrog moves")
+    check_support(vae.model, x)
     if is_deterministic(vae.posterior(x[:1])):
         raise Deterministic(
             "guide: expected a density q(z | x), got a deterministic one (Delta): an autoencoder has no log-likelihood"
         )
-    check_support(vae.model, x)
 
 
 def _check_betas(betas: Tensor) -> None:

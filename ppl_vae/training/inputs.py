@@ -12,29 +12,59 @@ import torch
 from torch import Tensor, nn
 
 from ppl_vae.runtime.global_state import seeded
+from ppl_vae.support import describe_type
 from ppl_vae.vae import NO_AUTOGUIDE, VAE
 
 
 def as_images(name: str, x: Any) -> Tensor:
     """Images as one tensor (N, *E): a tensor as it is, a NumPy array without a copy where that is possible.
 
+    An array of the other byte order, as FITS and IDX files have it, is converted.
+
     Raises:
-        ValueError: neither of these, such as a list or a ``DataLoader``.
+        ValueError: neither of these, such as a list or a ``DataLoader``; or an array with masked values.
     """
+    check_no_mask(name, x)
     if isinstance(x, np.ndarray) and x.dtype.kind in "buif":
+        x = np.asarray(x, dtype=x.dtype.newbyteorder("="))
         x = torch.from_numpy(np.require(x, requirements=["C", "W"]))
     if not isinstance(x, Tensor) or not x.dim():
         raise ValueError(
-            f"{name}: expected one tensor or NumPy array of images, (N, *E), got {_describe(x)}; fit makes the batches "
-            "itself (batch_size), and torch.stack makes one tensor of a list of images"
+            f"{name}: expected one tensor or NumPy array of images, (N, *E), got {describe_type(x)}; fit makes the "
+            "batches itself (batch_size), and torch.stack makes one tensor of a list of images"
         )
     return x
 
 
-def _describe(x: Any) -> str:
-    if isinstance(x, np.ndarray | Tensor):
-        return f"{type(x).__name__} of dtype {x.dtype} and shape {tuple(x.shape)}"
-    return type(x).__name__
+def check_no_mask(name: str, x: Any) -> None:
+    """Refuse a NumPy array with masked values: NumPy's conversions drop the mask, and what it hides would be data.
+
+    Raises:
+        ValueError: a value is masked.
+    """
+    if isinstance(x, np.ma.MaskedArray) and (count := int(np.ma.getmaskarray(x).sum())):
+        raise ValueError(
+            f"{name}: expected an array without masked values, got {count:,} masked of {x.size:,}; leave out their "
+            "rows: np.ma.compress_rows(table)"
+        )
+
+
+def check_weights(vae: VAE) -> None:
+    """Refuse a VAE whose weights cannot be trained: all are frozen, or were made in ``torch.inference_mode``.
+
+    Raises:
+        ValueError: there is no weight that a gradient can change.
+    """
+    weights = list(vae.parameters())
+    if any(each.is_inference() for each in weights):
+        raise ValueError(
+            "vae: expected weights that can be trained, got some made in torch.inference_mode; build it outside"
+        )
+    if not any(each.requires_grad for each in weights):
+        raise ValueError(
+            f"vae: expected weights that can be trained, got {len(weights)} and none with requires_grad; "
+            "vae.requires_grad_(True) makes them so"
+        )
 
 
 def check_programs(vae: VAE) -> None:

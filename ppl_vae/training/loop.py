@@ -21,7 +21,7 @@ from ppl_vae.runtime.global_state import seeded, serialize_threads
 from ppl_vae.runtime.noise import SharedNoise
 from ppl_vae.runtime.ranks import BatchShare, agree, gather_objects, gather_rows, is_writer, num_ranks
 from ppl_vae.training.guard import check_images, check_ranks, check_skipped
-from ppl_vae.training.inputs import as_images, check_batch_of_one, check_programs
+from ppl_vae.training.inputs import as_images, check_batch_of_one, check_programs, check_weights
 from ppl_vae.training.schedules import averaging, cosine, warmup
 from ppl_vae.training.state import TrainingState
 from ppl_vae.training.steps import CapturedSteps, EagerSteps
@@ -43,6 +43,8 @@ class Stopped(Exception):
 
 
 @serialize_threads()
+@torch.inference_mode(False)
+@torch.enable_grad()  # wherever it is called, such as within a caller's torch.no_grad()
 def fit(
     vae: VAE,
     train: Tensor,
@@ -147,6 +149,7 @@ def fit(
     validation_particles, seed = check_count("validation_particles", validation_particles), operator.index(seed)
     learning_rate, beta, average_decay = float(learning_rate), float(beta), float(average_decay)
     check_programs(vae)
+    check_weights(vae)
     _check_positive(learning_rate=learning_rate, clip_norm=clip_norm, **{"skip_norm": skip_norm} if skip_norm else {})
     norms: dict[str, Any] = {"clip_norm": clip_norm, "skip_norm": skip_norm}
     if not isinstance(compile, bool | np.bool_):
@@ -156,7 +159,6 @@ def fit(
     device = next(vae.parameters()).device
     if all(w.dtype == torch.double for w in vae.parameters()):
         observe = _in_double_precision(observe)
-        validation = None if validation is None else validation.double()
     state = TrainingState(vae, device=device, averaged=average_decay > 0)
     if saved is not None:
         state.restore(*saved)

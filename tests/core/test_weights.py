@@ -273,3 +273,39 @@ def test_vectorized_particles_are_those_of_a_loop_for_every_network(network, lik
                 log_p_z = torch.distributions.Normal(0.0, 1.0).log_prob(z).sum()
                 log_p_x = vae.likelihood(z).log_prob(image)
                 assert_close(log_w[s, b], log_p_x + log_p_z - log_q, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("num_pixels", [1, 6])
+def test_a_value_that_the_density_would_broadcast_is_refused(num_pixels):
+    """Pixels (D, 1) under logits (1, D) have a log-probability of D x D numbers, each pixel counted D times."""
+
+    def model(x):
+        with pyro.plate("images", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            logits = z[..., None, None] * torch.ones(1, 6)
+            pyro.sample("x", dist.Bernoulli(logits=logits).to_event(2), obs=x)
+
+    def guide(x):
+        with pyro.plate("images", len(x), dim=-1):
+            pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
+
+    with pytest.raises(ValueError, match=r"site 'x': expected values of the event shape \(1, 6\)"):
+        log_weights(model, guide, torch.ones(4, num_pixels, 1), 3)
+
+
+def test_a_parameter_that_all_pixels_share_counts_every_pixel_once():
+    def model(x):
+        with pyro.plate("images", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z[..., None], 2.0).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("images", len(x), dim=-1):
+            pyro.sample("z", dist.Normal(0.0, 1.0).expand([len(x)]))
+
+    x = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(1)
+    z = torch.randn(2, 5)
+    expected = torch.distributions.Normal(z[..., None], 2.0).log_prob(x).sum(-1)
+    torch.manual_seed(1)
+    assert_close(log_weights(model, guide, x, 2), expected)

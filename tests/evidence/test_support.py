@@ -13,7 +13,7 @@ import torch
 from entry_points import OTHERS, SCORES
 from oracles import bernoulli_vae
 
-from ppl_vae import VAE, Conditional, dequantized, importance
+from ppl_vae import VAE, Conditional, dequantized, importance, log_evidence
 from ppl_vae.evidence.missing import Observed
 from ppl_vae.parts import likelihoods
 from ppl_vae.parts.networks import MLP
@@ -145,3 +145,31 @@ def test_the_check_draws_from_no_global_generator_and_leaves_the_modules_as_they
     check_support(vae.model, _binary())
     assert vae.training
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("name", SCORES)
+@pytest.mark.parametrize(
+    ("convert", "expected"),
+    [(lambda x: x.numpy(), "expected a tensor"), (lambda x: x.float(), "expected images of dtype torch.float64")],
+)
+def test_a_numpy_array_and_another_dtype_are_refused_in_one_line(name, convert, expected):
+    with pytest.raises(ValueError, match=expected) as caught:
+        SCORES[name](bernoulli_vae(latent_dim=2), convert(_binary()))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_that_converts_its_images_may_be_given_any_dtype():
+    class Converts(VAE):
+        def model(self, x):
+            super().model(x.double())
+
+        def guide(self, x):
+            super().guide(x.double())
+
+    vae = bernoulli_vae(latent_dim=2)
+    converts = Converts(vae.prior, vae.likelihood, vae.posterior)
+    torch.manual_seed(0)
+    expected = log_evidence(vae.model, vae.guide, _binary(), num_particles=3)
+    torch.manual_seed(0)
+    found = log_evidence(converts.model, converts.guide, _binary().byte(), num_particles=3)
+    assert torch.equal(found, expected)

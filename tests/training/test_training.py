@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from itertools import chain
 
+import numpy as np
 import pyro
 import pytest
 import torch
@@ -520,3 +521,51 @@ def test_training_beta_leaks_into_no_reported_number():
         assert (bare.mean() - exact.mean()).abs() < 0.05
         assert (scaled.mean() - exact.mean()).abs() < 0.05
     assert not torch.equal(*weights)
+
+
+# --- What is given from outside ---
+
+
+def _weights(vae):
+    return torch.cat([w.detach().flatten() for w in vae.parameters()])
+
+
+def test_an_array_of_the_other_byte_order_trains_as_its_own_values():
+    """As FITS and IDX files have it; torch refuses such an array."""
+    x = (_levels().numpy() / 255).round().astype(np.float32)
+    trained = []
+    for array in (x, x.astype(x.dtype.newbyteorder(">")), x.astype(x.dtype.newbyteorder("<"))):
+        vae = _vae()
+        _fit(vae, array, array[:9], observe=data.to_float, epochs=1)
+        trained.append(_weights(vae))
+    assert torch.equal(trained[0], trained[1])
+    assert torch.equal(trained[0], trained[2])
+
+
+def test_masked_values_are_refused_and_an_empty_mask_is_none():
+    x = np.ma.masked_array((_levels().numpy() / 255).round().astype(np.float32))
+    _fit(_vae(), x, observe=data.to_float, epochs=1)
+    x[3, 4] = np.ma.masked
+    with pytest.raises(ValueError, match="train: expected an array without masked values, got 1 masked of 600"):
+        _fit(_vae(), x, observe=data.to_float)
+
+
+@pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode])
+def test_a_training_within_a_callers_block_without_gradients_trains_as_outside_it(around):
+    alone, within = _vae(), _vae()
+    pyro.set_rng_seed(1)
+    _fit(alone, _levels(), epochs=1)
+    pyro.set_rng_seed(1)
+    with around():
+        _fit(within, _levels(), epochs=1)
+    assert torch.equal(_weights(alone), _weights(within))
+    assert not torch.equal(_weights(alone), _weights(_vae()))
+
+
+def test_weights_that_cannot_be_trained_are_refused_before_the_first_step():
+    with pytest.raises(ValueError, match="and none with requires_grad"):
+        _fit(_vae().requires_grad_(False), _levels())
+    with torch.inference_mode():
+        vae = _vae()
+    with pytest.raises(ValueError, match=r"made in torch\.inference_mode"):
+        _fit(vae, _levels())

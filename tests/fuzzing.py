@@ -37,11 +37,11 @@ from small_run import SMALL, bars, save_bars, train_small
 from ppl_vae import data, runs
 from ppl_vae.commands import impute as imputation
 from ppl_vae.commands import reproduce as reproduction
-from ppl_vae.commands.evaluate import read_per_image
 from ppl_vae.data import binary_sets, cache, image_folder, image_sets, limits
 from ppl_vae.reports import certificate_table
 from ppl_vae.runs.block_store import BlockStore
 from ppl_vae.runs.checkpoints import newest_checkpoint
+from ppl_vae.runs.evaluations import read_per_image
 from ppl_vae.runs.load import load, read_config
 
 MOST_BYTES = 192 * 2**20  # a reader's own limits allow 64 MiB, twice: for what is read, and for what is made of it

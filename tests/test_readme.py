@@ -18,9 +18,10 @@ import torch
 from ppl_vae import load
 from ppl_vae.commands.cli import parse
 from ppl_vae.commands.options import COMMANDS as TABLE
-from ppl_vae.reports.diagnosis_words import describe_numbers, describe_verdicts
-from ppl_vae.reports.evaluation_words import describe_evaluation
+from ppl_vae.reports.text.diagnosis import describe_numbers, describe_verdicts
+from ppl_vae.reports.text.evaluation import describe_evaluation
 from ppl_vae.runs.options import LIKELIHOODS
+from ppl_vae.runs.results import Evaluation, from_json
 from ppl_vae.study._cells import format_difference, format_mean
 
 ROOT = Path(__file__).parent.parent
@@ -149,7 +150,7 @@ def _title(part: str) -> str:
 
 def test_the_readmes_log_likelihood_is_the_stored_measurement():
     entry = json.loads((ROOT / "scripts" / "results" / "default_run.json").read_text())["test"]
-    for line in describe_evaluation(entry):
+    for line in describe_evaluation(from_json(Evaluation, entry)):
         assert line.strip() in README
 
 

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from ppl_vae.commands.certificate_stages import AISSummary
-from ppl_vae.commands.evaluate import quantiles
 from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.evidence.gaps import Gaps
 from ppl_vae.evidence.guide_calibration import Ranks, judge
 from ppl_vae.evidence.importance import UNRELIABLE_BIAS, Importance
 from ppl_vae.evidence.typicality import typicality
+from ppl_vae.runs.results import Quantiles
 
 
 class Converging(NamedTuple):
@@ -119,8 +119,8 @@ def summarize_chains(found: AISSummary) -> dict[str, Any]:
         **_mean(found.bound),
         "monte_carlo_stderr": _of_mean(found.monte_carlo_stderr),
         "bias": float(found.bias.mean()),
-        "ess": quantiles(found.ess),
-        "acceptance": quantiles(found.acceptance),
+        "ess": vars(Quantiles.from_values(found.ess)),
+        "acceptance": vars(Quantiles.from_values(found.acceptance)),
     }
 
 
@@ -134,8 +134,8 @@ def summarize_importance(found: Importance, num_particles: int) -> dict[str, Any
         "corrected_estimate": _mean(found.jackknife_estimate()),
         "rise": float(found.rise.mean()),
         "elbo": _mean(found.elbo),
-        "ess": quantiles(found.ess),
-        "pareto_k": quantiles(found.pareto_k),
+        "ess": vars(Quantiles.from_values(found.ess)),
+        "pareto_k": vars(Quantiles.from_values(found.pareto_k)),
         "unreliable_images": int(found.unreliable().sum()),
     }
 

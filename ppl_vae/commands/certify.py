@@ -15,14 +15,13 @@ from ppl_vae import data, runs
 from ppl_vae.commands import certificate_numbers as numbers
 from ppl_vae.commands import certificate_stages as stages
 from ppl_vae.commands.certificate_stages import AISSummary, Chain, StageContext
-from ppl_vae.commands.evaluate import describe_provenance
 from ppl_vae.commands.options import Certify
 from ppl_vae.evidence.ais import start_of
 from ppl_vae.evidence.gaps import Gaps
 from ppl_vae.evidence.typicality import guarded
 from ppl_vae.reports.certificate_figures import certificate_figures
 from ppl_vae.reports.certificate_table import certificate_table, check_output, read_certificates, write_certificate
-from ppl_vae.reports.certificate_words import describe_certificate
+from ppl_vae.reports.text.certificate import describe_certificate
 from ppl_vae.runs.block_store import BlockStore, StageResults
 from ppl_vae.runs.build import build_likelihood
 from ppl_vae.runs.fit_arguments import decide_compile, find_device
@@ -113,7 +112,7 @@ def certify_run(options: Certify, *, say: Say) -> dict[str, Any]:
         context = _stage_context(plan, vae, say, should_stop)
         found = _measure(context, plan)
         entry = {
-            **describe_provenance(run),
+            **vars(run.provenance),
             "split": options.split,
             "num_images": len(plan.x),
             **plan.chain._asdict(),

@@ -11,15 +11,15 @@ from typing import Any
 import torch
 
 from ppl_vae import data, runs
-from ppl_vae.commands.evaluate import PerImage, is_evaluated, read_per_image
 from ppl_vae.commands.options import CompareLikelihoods
 from ppl_vae.commands.pixel_calibration import calibrate_run, describe_calibration
 from ppl_vae.commands.train import QUICK_EVALUATION_SEED, resume_run, train_run
 from ppl_vae.evidence.paired import CONFIDENCE, INDISTINCT, SEED_NATS, bound_difference
-from ppl_vae.reports.evaluation_words import plus_minus
 from ppl_vae.reports.likelihood_figures import write_likelihood_figures
+from ppl_vae.reports.text.evaluation import plus_minus
 from ppl_vae.runs.asked_run import check_comparable, check_same
 from ppl_vae.runs.build import build_likelihood, build_vae
+from ppl_vae.runs.evaluations import PerImage, is_evaluated, read_per_image
 from ppl_vae.runs.opening import Run, Say, open_run
 from ppl_vae.runs.options import LIKELIHOODS, Options
 from ppl_vae.runs.resolve import check_support, describe_scale, load_splits, resolve
@@ -192,7 +192,6 @@ def _check_evaluation(folder: Path, asked: Options, splits: data.Splits) -> None
         "num_images": min(asked.images, len(splits.test)),
         "num_particles": asked.evaluation_particles,
         "seed": QUICK_EVALUATION_SEED,
-        "dequantization_draws": None,  # a number is of a bound of before masses of levels were exact
     }
     differ = [
         f"{key} {entry.get(key)} instead of {value}" for key, value in expected.items() if entry.get(key) != value

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from ppl_vae import data, runs
-from ppl_vae.commands.evaluate import is_evaluated
 from ppl_vae.commands.options import CompareNetworks
 from ppl_vae.commands.train import resume_run, train_run
 from ppl_vae.runs.asked_run import check_comparable, check_same
 from ppl_vae.runs.build import build_vae
+from ppl_vae.runs.evaluations import is_evaluated
 from ppl_vae.runs.fit_arguments import build_objective, find_device
 from ppl_vae.runs.opening import Say
 from ppl_vae.runs.options import Options

@@ -13,16 +13,18 @@ from pyro import poutine
 from torch import Tensor
 
 from ppl_vae import data, runs
-from ppl_vae.commands.evaluate import bits_per_dim, evaluate_with_progress, read_per_image
+from ppl_vae.commands.evaluate import estimate_bits_per_dim, evaluate_with_progress
 from ppl_vae.commands.options import CompareRuns
 from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.evidence.importance import Importance
 from ppl_vae.evidence.paired import CONFIDENCE, INDISTINCT, SEED_NATS, BoundDifference, bound_difference
 from ppl_vae.reports import figures as plots
-from ppl_vae.reports.evaluation_words import plus_minus
+from ppl_vae.reports.text.evaluation import plus_minus
+from ppl_vae.runs.evaluations import read_per_image
 from ppl_vae.runs.fit_arguments import find_device
 from ppl_vae.runs.opening import Run, Say, check_density, describe_unused_draws, evaluated_vae, open_run
 from ppl_vae.runs.outputs import output_folder, removed_if_empty, write_figure
+from ppl_vae.runs.results import to_json
 from ppl_vae.runtime.batching import evaluation_batch_size
 from ppl_vae.runtime.global_state import seeded
 from ppl_vae.vae import VAE
@@ -198,8 +200,6 @@ def _stored(entrants: Sequence[Entrant], asked: Asked) -> list[Importance] | Non
         stored = read_per_image(entrant.run.folder, asked.split)
         if stored is None or (stored.num_particles, stored.seed) != (asked.num_particles, asked.seed):
             return None
-        if stored.dequantization_draws is not None:  # a bound of before masses of levels were exact
-            return None
         if not torch.equal(stored.index, asked.places):
             return None
         found.append(stored.result)
@@ -284,7 +284,7 @@ def _run_entry(entrant: Entrant, result: Importance, num_particles: int) -> dict
         "training_seed": entrant.run.options.seed,
         "binarization": entrant.run.binarization,
         "likelihood": entrant.run.options.likelihood,
-        "bits_per_dim": bits_per_dim(entrant.run, result.log_evidence, num_particles),
+        "bits_per_dim": to_json(estimate_bits_per_dim(entrant.run, result.log_evidence, num_particles)),
         "log_likelihood": own.to_json(),
         "elbo": elbo.to_json(),
         "monte_carlo_stderr": float(result.monte_carlo_stderr.square().sum().sqrt()) / len(result.log_evidence),

@@ -12,18 +12,19 @@ from torch import Tensor
 
 from ppl_vae import data, runs
 from ppl_vae.commands.diagnosis_numbers import importance_numbers, measure, measure_if_possible, noise_numbers
-from ppl_vae.commands.evaluate import describe_provenance, read_per_image
 from ppl_vae.commands.options import Diagnose
 from ppl_vae.diagnostics.verdicts import Verdict, verdicts
 from ppl_vae.reports.diagnosis_command import command_line
 from ppl_vae.reports.diagnosis_figures import diagnosis_figures, names_drawn
-from ppl_vae.reports.diagnosis_words import describe_numbers, describe_verdicts
-from ppl_vae.reports.evaluation_words import scale_in_words
+from ppl_vae.reports.text.diagnosis import describe_numbers, describe_verdicts
+from ppl_vae.reports.text.evaluation import describe_images_scale
 from ppl_vae.runs.build import build_likelihood
+from ppl_vae.runs.evaluations import read_per_image
 from ppl_vae.runs.fit_arguments import find_device
 from ppl_vae.runs.load import load
 from ppl_vae.runs.opening import Run, Say, open_run
 from ppl_vae.runs.outputs import write_figure
+from ppl_vae.runs.results import Provenance, from_json
 from ppl_vae.runtime.global_state import seeded
 
 __all__ = ["DIAGNOSIS", "diagnose_run", "measure", "noise_numbers", "noise_of"]
@@ -81,7 +82,7 @@ def diagnose_run(options: Diagnose, *, say: Say) -> dict[str, Any]:
             "step": step,
             "split": split,
             "seed": options.seed,
-            **describe_provenance(run),
+            **vars(run.provenance),
             "scale": run.trained_scale,
             "numbers": numbers,
             "verdicts": [_verdict_entry(run, verdict, split, figures) for verdict in verdicts(numbers)],
@@ -191,7 +192,8 @@ def _write(run: Run, entry: dict[str, Any], x: Tensor) -> None:
 def _measured_in_words(run: Run, entry: dict[str, Any]) -> str:
     n, split = entry["numbers"]["num_images"], entry["split"]
     lacking = "" if len(run.splits.validation) or split != "test" else " (which has no validation split)"
+    scale = describe_images_scale(from_json(Provenance, entry), entry["seed"])
     return (
-        f"{run.folder}: {n:,} images of the {split} split of {run.splits.name}{lacking}, {scale_in_words(entry)}; "
+        f"{run.folder}: {n:,} images of the {split} split of {run.splits.name}{lacking}, {scale}; "
         "± is the standard error over images"
     )

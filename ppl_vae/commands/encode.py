@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from ppl_vae import runs
-from ppl_vae.commands.evaluate import describe_provenance, evaluate_with_progress
+from ppl_vae.commands.evaluate import evaluate_with_progress
 from ppl_vae.commands.options import Encode
 from ppl_vae.data import dequantize_uniformly
 from ppl_vae.data.registry import SPLITS
 from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.evidence.exploration import PosteriorMoments, encode
 from ppl_vae.evidence.importance import Importance, reconstruction
-from ppl_vae.reports.evaluation_words import NOT_A_LOG_LIKELIHOOD, plus_minus, scale_in_words
 from ppl_vae.reports.run_figures import latents_figure, use_of_latents
+from ppl_vae.reports.text.evaluation import NOT_A_LOG_LIKELIHOOD, describe_images_scale, plus_minus
 from ppl_vae.runs.build import is_autoencoder
 from ppl_vae.runs.exported import open_with_or_without
 from ppl_vae.runs.fit_arguments import find_device
@@ -26,6 +26,7 @@ from ppl_vae.runs.images import Images, images_of
 from ppl_vae.runs.load import load
 from ppl_vae.runs.opening import Run, Say, evaluated_vae, open_run
 from ppl_vae.runs.outputs import drop_record, output_folder, removed_if_empty, write_arrays, write_figure
+from ppl_vae.runs.results import Provenance, from_json
 from ppl_vae.runtime.global_state import seeded
 from ppl_vae.runtime.progress import progress_bar
 from ppl_vae.vae import VAE
@@ -150,7 +151,7 @@ def _arrays(given: Images, codes: PosteriorMoments, result: Importance | Tensor)
 
 
 def _summary(run: Run, given: Images, result: Importance | Tensor, num_particles: int) -> dict[str, Any]:
-    of_images = {"images": given.source, **describe_provenance(run), "num_images": len(given.x)}
+    of_images = {"images": given.source, **vars(run.provenance), "num_images": len(given.x)}
     if not isinstance(result, Importance):
         lowest = result.argsort()[:_NUM_LOWEST].tolist()
         return of_images | {
@@ -171,6 +172,10 @@ def _summary(run: Run, given: Images, result: Importance | Tensor, num_particles
     }
 
 
+def _scale(summary: dict[str, Any]) -> str:
+    return describe_images_scale(from_json(Provenance, summary), summary["seed"])
+
+
 def _in_words(summary: dict[str, Any]) -> list[str]:
     if summary["log_likelihood"] is None:
         return _reconstructions_in_words(summary)
@@ -182,7 +187,7 @@ def _in_words(summary: dict[str, Any]) -> list[str]:
     return [
         f"log-likelihood {plus_minus(summary['log_likelihood'])} nats an image: the bound L_{S}, in expectation below "
         "log p(x)",
-        f"  {n:,} images ({summary['images']}), seed {summary['seed']}, {scale_in_words(summary)}; "
+        f"  {n:,} images ({summary['images']}), seed {summary['seed']}, {_scale(summary)}; "
         "± is the standard error over images",
         f"  effective particles: median {summary['ess']['median']:.1f} of {S:,}",
         f"  lowest log p(x), perhaps unlike the training images: {', '.join(lowest)}",
@@ -198,7 +203,7 @@ def _reconstructions_in_words(summary: dict[str, Any]) -> list[str]:
     lowest = [f"{entry['name']} {entry['reconstruction']:.2f}" for entry in summary["lowest"]]
     return [
         f"reconstruction log p(x | z(x)) {plus_minus(found)} nats an image: {NOT_A_LOG_LIKELIHOOD}",
-        f"  {summary['num_images']:,} images ({summary['images']}), seed {summary['seed']}, {scale_in_words(summary)}; "
+        f"  {summary['num_images']:,} images ({summary['images']}), seed {summary['seed']}, {_scale(summary)}; "
         "± is the standard error over images",
         f"  lowest log p(x | z(x)), the worst reconstructed: {', '.join(lowest)}",
     ]

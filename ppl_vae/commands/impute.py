@@ -12,7 +12,6 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ppl_vae import runs
-from ppl_vae.commands.evaluate import describe_provenance
 from ppl_vae.commands.options import SIDES, Impute
 from ppl_vae.data.limits import read_array_header
 from ppl_vae.evidence.estimate import Estimate
@@ -20,11 +19,12 @@ from ppl_vae.evidence.importance import evaluate
 from ppl_vae.evidence.missing import Imputation, Observed, impute
 from ppl_vae.reports import figures as plots
 from ppl_vae.reports.display import Display, display_of
-from ppl_vae.reports.evaluation_words import kind_in_words, plus_minus
+from ppl_vae.reports.text.evaluation import describe_measure, plus_minus
 from ppl_vae.runs.fit_arguments import find_device
 from ppl_vae.runs.images import Images, images_of
 from ppl_vae.runs.opening import Run, Say, check_density, evaluated_vae, open_run
 from ppl_vae.runs.outputs import drop_record, output_folder, removed_if_empty, write_arrays, write_figure
+from ppl_vae.runs.results import Provenance, from_json
 from ppl_vae.runtime.global_state import seeded
 from ppl_vae.runtime.progress import progress_bar
 from ppl_vae.vae import VAE
@@ -244,11 +244,11 @@ def _summary(run: Run, given: _Images, result: Imputation, hidden: Tensor, num_p
     incomplete = missing.any(1)
     return {
         "images": given.source,
-        **describe_provenance(run),
+        **vars(run.provenance),
         "num_images": len(given.x),
         "num_particles": num_particles,
         "missing_pixels": int(missing.sum()),
-        "pixels": missing.numel(),
+        "num_pixels": missing.numel(),
         "complete_images": int((~incomplete).sum()),
         "empty_images": int(missing.all(1).sum()),
         "log_likelihood_observed": mean(result.log_evidence),
@@ -260,7 +260,7 @@ def _summary(run: Run, given: _Images, result: Imputation, hidden: Tensor, num_p
 
 def _in_words(summary: dict[str, Any]) -> list[str]:
     n, S = summary["num_images"], summary["num_particles"]
-    missing, pixels = summary["missing_pixels"], summary["pixels"]
+    missing, pixels = summary["missing_pixels"], summary["num_pixels"]
     if not missing:
         lines = [f"No pixel is missing in {n:,} images: nothing is imputed, and log p is that of the whole images."]
     else:
@@ -271,7 +271,7 @@ def _in_words(summary: dict[str, Any]) -> list[str]:
         lines.append(
             f"  Without an observed pixel: {summary['empty_images']:,}, imputed by draws of the model, with log p of 0."
         )
-    kind = kind_in_words(summary)
+    kind = describe_measure(from_json(Provenance, summary))
     lines.append(
         f"log p(x_observed) {plus_minus(summary['log_likelihood_observed'])} nats an image: the bound L_{S}, in "
         f"expectation below it{kind and f'; {kind}'}"

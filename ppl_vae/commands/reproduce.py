@@ -18,8 +18,8 @@ from ppl_vae.commands.options import Reproduce
 from ppl_vae.commands.train import resume_run, train_run
 from ppl_vae.diagnostics import active_units
 from ppl_vae.evidence.exploration import encode, moments
-from ppl_vae.reports.evaluation_words import plus_minus
 from ppl_vae.reports.run_figures import is_drawn, write_figures
+from ppl_vae.reports.text.evaluation import plus_minus
 from ppl_vae.runs import recipes
 from ppl_vae.runs.asked_run import check_comparable, check_same
 from ppl_vae.runs.build import build_vae

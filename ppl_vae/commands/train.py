@@ -17,12 +17,13 @@ import torch
 from tqdm import tqdm
 
 from ppl_vae import data, runs
-from ppl_vae.commands.evaluate import is_evaluated, write_evaluation, write_reconstructions
+from ppl_vae.commands.evaluate import write_evaluation, write_reconstructions
 from ppl_vae.commands.loggers import check_tensorboard, log_evaluation, metric_events
 from ppl_vae.commands.options import Train
 from ppl_vae.reports.run_figures import is_drawn, write_figures
 from ppl_vae.runs.build import build_likelihood, build_vae, is_autoencoder
 from ppl_vae.runs.checkpoints import Saved, mend_metrics, mend_states, mend_weights, newest_checkpoint
+from ppl_vae.runs.evaluations import is_evaluated
 from ppl_vae.runs.fit_arguments import (
     build_objective,
     check_compiler,
@@ -39,6 +40,7 @@ from ppl_vae.runs.load import load_starting_weights, make_config
 from ppl_vae.runs.opening import Run, Say, describe_unused_draws, open_run
 from ppl_vae.runs.options import Options
 from ppl_vae.runs.resolve import check_support, load_splits, resolve
+from ppl_vae.runs.results import to_json
 from ppl_vae.runtime import ranks as distributed
 from ppl_vae.runtime.errors import CannotCapture, Interrupted, NotFinite
 from ppl_vae.runtime.numerics import mean_and_variance
@@ -210,7 +212,7 @@ def _evaluate(run: Run, *, say: Say) -> None:
         entry = write_reconstructions(
             run, split="test", images=options.images, device=options.device, seed=QUICK_EVALUATION_SEED, say=say
         )
-        log_evaluation(run.folder, options, entry)
+        log_evaluation(run.folder, options, to_json(entry))
         return
     entry = write_evaluation(
         run,
@@ -222,7 +224,7 @@ def _evaluate(run: Run, *, say: Say) -> None:
         compile="off" if options.compile == "off" else "auto",
         say=say,
     )
-    log_evaluation(run.folder, options, entry)
+    log_evaluation(run.folder, options, to_json(entry))
 
 
 def _train(run: Run, saved: Saved | None, *, say: Say, compile_if_possible: bool) -> None:

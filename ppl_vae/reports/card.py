@@ -15,11 +15,12 @@ import torch
 
 from ppl_vae import data, runs
 from ppl_vae.data.registry import SPLITS
-from ppl_vae.reports.certificate_words import describe_certificate
-from ppl_vae.reports.evaluation_words import describe_evaluation
+from ppl_vae.reports.text.certificate import describe_certificate
+from ppl_vae.reports.text.evaluation import describe_evaluation
 from ppl_vae.runs.build import build_vae, is_autoencoder
 from ppl_vae.runs.opening import Run
 from ppl_vae.runs.options import is_export
+from ppl_vae.runs.results import Evaluation, from_json
 
 CARD = "README.md"
 _MOST_CHARACTERS = 200  # of a name
@@ -104,7 +105,7 @@ def _numbers(run: Run, evaluations: dict[str, Any]) -> str:
     parts = []
     for split in SPLITS:
         if split in evaluations:
-            parts.append(_told(describe_evaluation, evaluations[split], split))
+            parts.append(_told(_describe_entry, evaluations[split], split))
     certificates = [key for key in evaluations if key.startswith(_CERTIFICATE)]
     for key in sorted(certificates):
         words = _told(describe_certificate, evaluations[key], key)
@@ -122,6 +123,10 @@ def _numbers(run: Run, evaluations: dict[str, Any]) -> str:
             "importance-weighted bound: a lower bound in expectation, and not the value of log p(x).",
         )
     return "\n\n".join(parts)
+
+
+def _describe_entry(entry: dict[str, Any]) -> list[str]:
+    return describe_evaluation(from_json(Evaluation, entry))
 
 
 def _told(describe: Any, entry: dict[str, Any], key: str) -> str:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ppl_vae import runs
-from ppl_vae.reports.evaluation_words import number, plus_minus
+from ppl_vae.reports.text.evaluation import format_number as number
+from ppl_vae.reports.text.evaluation import plus_minus
 
 
 def read_certificates(output: str) -> list[dict[str, Any]]:

@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from ppl_vae import data, runs
-from ppl_vae.commands.evaluate import PerImage, read_per_image
 from ppl_vae.commands.options import Figures
 from ppl_vae.diagnostics import ACTIVE_VARIANCE, active_units
 from ppl_vae.diagnostics.mixture import normal_factors
@@ -36,6 +35,7 @@ from ppl_vae.evidence.exploration import (
 from ppl_vae.reports import figures as plots
 from ppl_vae.reports.display import Display, display_of
 from ppl_vae.runs.build import is_autoencoder
+from ppl_vae.runs.evaluations import PerImage, read_per_image
 from ppl_vae.runs.opening import Run, Say, evaluated_vae, open_run
 from ppl_vae.runs.outputs import write_figure
 from ppl_vae.runtime.global_state import seeded

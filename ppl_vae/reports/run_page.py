@@ -10,20 +10,21 @@ import torch
 
 from ppl_vae import data, runs
 from ppl_vae.commands.diagnose import DIAGNOSIS, diagnose_run, split_diagnosed
-from ppl_vae.commands.evaluate import is_evaluated
 from ppl_vae.commands.options import Diagnose, Report
 from ppl_vae.conditional import Conditional
 from ppl_vae.evidence.exploration import encode, sampled
 from ppl_vae.reports import page as report
-from ppl_vae.reports.diagnosis_words import describe_left_out
-from ppl_vae.reports.evaluation_words import describe_evaluation, plus_minus
 from ppl_vae.reports.page import Block, Explorer, Picture, Section, Table, Text, Verdict, true_minus
 from ppl_vae.reports.run_figures import figure_names, is_drawn, use_of_latents, write_figures
+from ppl_vae.reports.text.diagnosis import describe_left_out
+from ppl_vae.reports.text.evaluation import describe_evaluation, plus_minus
 from ppl_vae.runs.build import is_autoencoder
+from ppl_vae.runs.evaluations import is_evaluated, read_evaluation
 from ppl_vae.runs.fields import format_flag
 from ppl_vae.runs.load import load
 from ppl_vae.runs.opening import Run, Say, open_run
 from ppl_vae.runs.options import Options, to_json
+from ppl_vae.runs.results import Evaluation
 from ppl_vae.runtime.global_state import seeded
 
 REPORT = "report.html"
@@ -157,24 +158,24 @@ def _option(value: Any) -> str:
 def _likelihood(run: Run) -> Section:
     autoencoder = is_autoencoder(run.options)
     title = "How well it reconstructs" if autoencoder else "How likely it finds test images"
-    entry = runs.read_evaluations(run.folder).get("test") if is_evaluated(run.folder) else None
+    entry = read_evaluation(run.folder) if is_evaluated(run.folder) else None
     if entry is None:
         command = "" if autoencoder else f"`python scripts/evaluate_log_likelihood.py {run.folder}` makes one."
         words = f"There is no evaluation of the test images with these weights. {command}".strip()
         return Section(title, [Text(words)], anchor="likelihood")
-    keys = ("reconstruction",) if entry["log_likelihood"] is None else tuple(_MEANINGS)
-    rows = [[_name(key, entry), true_minus(plus_minus(entry[key])), _MEANINGS[key]] for key in keys]
+    keys = ("reconstruction",) if entry.log_likelihood is None else tuple(_MEANINGS)
+    rows = [[_name(key, entry), true_minus(plus_minus(getattr(entry, key))), _MEANINGS[key]] for key in keys]
     table = Table(
         ["nats an image", "mean ± standard error", "what it is"],
         rows,
-        f"{entry['num_images']:,} test images. The standard error is over images: how far the mean would move with "
+        f"{entry.num_images:,} test images. The standard error is over images: how far the mean would move with "
         "other test images. It does not know what another training would give.",
         highlight=None if autoencoder else 0,
     )
     return Section(title, [table, Text(_details(entry))], anchor="likelihood")
 
 
-def _details(entry: dict[str, Any]) -> str:
+def _details(entry: Evaluation) -> str:
     """What else the evaluation says, but for the numbers of the table: how it was measured and how far to trust it."""
     lines = [line.strip() for line in describe_evaluation(entry)]
     others = [line for line in lines if not line.startswith(("log-likelihood ", "ELBO "))]
@@ -189,8 +190,8 @@ _MEANINGS = {
 }
 
 
-def _name(key: str, entry: dict[str, Any]) -> str:
-    names = {"log_likelihood": f"log p(x): L_{entry.get('num_particles')}", "elbo": "ELBO", "kl": "KL"}
+def _name(key: str, entry: Evaluation) -> str:
+    names = {"log_likelihood": f"log p(x): L_{entry.num_particles}", "elbo": "ELBO", "kl": "KL"}
     return names.get(key, key)
 
 

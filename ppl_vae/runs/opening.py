@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from ppl_vae import data, runs
 from ppl_vae.evidence.dequantization import dequantized
-from ppl_vae.runs.build import is_autoencoder
+from ppl_vae.runs.build import build_likelihood, is_autoencoder
 from ppl_vae.runs.load import is_from_python, load, read_config
 from ppl_vae.runs.options import Options
 from ppl_vae.runs.resolve import (
@@ -22,6 +22,7 @@ from ppl_vae.runs.resolve import (
     describe_scale,
     load_splits,
 )
+from ppl_vae.runs.results import Provenance
 from ppl_vae.runs.shipped import copy_pretrained
 from ppl_vae.runtime.ranks import Say
 from ppl_vae.vae import VAE
@@ -55,6 +56,20 @@ class Run(NamedTuple):
     def scale(self) -> str:
         """What its nats are of, in words."""
         return describe_scale(self.options, self.splits)
+
+    @property
+    def provenance(self) -> Provenance:
+        """What the run's numbers depend on besides the model."""
+        return Provenance(
+            dataset=self.splits.name,
+            protocol=self.splits.protocol,
+            binarization=self.binarization,
+            likelihood=self.options.likelihood,
+            transform=self.options.transform,
+            measure=build_likelihood(self.options, self.splits.event_shape).measure,
+            pixels=self.pixels,
+            scale=self.scale,
+        )
 
     @property
     def trained_scale(self) -> str:

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from ppl_vae import runs
 from ppl_vae.commands.diagnosis_numbers import importance_numbers, measure
-from ppl_vae.commands.evaluate import read_per_image
 from ppl_vae.diagnostics import ACTIVE_VARIANCE, HOLE_QUANTILE
 from ppl_vae.diagnostics.verdicts import is_reliable
 from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.evidence.exploration import decoded, drawn, encode
 from ppl_vae.evidence.importance import UNRELIABLE_BIAS, Importance
 from ppl_vae.runs.build import is_autoencoder
+from ppl_vae.runs.evaluations import read_per_image
 from ppl_vae.runs.load import load
 from ppl_vae.study.material import NUM_COMPONENTS, StudyData
 from ppl_vae.study.pictures import write_pictures

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from ppl_vae import runs
-from ppl_vae.commands.evaluate import is_evaluated
 from ppl_vae.commands.options import RunStudy
-from ppl_vae.reports.evaluation_words import plus_minus
+from ppl_vae.reports.text.evaluation import plus_minus
 from ppl_vae.runs.asked_run import check_same
+from ppl_vae.runs.evaluations import is_evaluated
 from ppl_vae.runs.fit_arguments import count_steps, find_device
 from ppl_vae.runs.opening import Say
 from ppl_vae.runs.options import compiling_pays

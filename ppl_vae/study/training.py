@@ -13,9 +13,10 @@ from pyro.poutine.scale_messenger import ScaleMessenger
 from torch import Tensor
 
 from ppl_vae import data, runs
-from ppl_vae.commands.evaluate import is_evaluated, write_evaluation
+from ppl_vae.commands.evaluate import write_evaluation
 from ppl_vae.commands.train import QUICK_EVALUATION_SEED, resume_run, train_run
 from ppl_vae.runs.build import build_vae
+from ppl_vae.runs.evaluations import is_evaluated
 from ppl_vae.runs.fit_arguments import build_objective, fit_arguments, initialize_output_bias
 from ppl_vae.runs.load import save
 from ppl_vae.runs.opening import Say, open_run

@@ -24,7 +24,7 @@ from ppl_vae.commands.compare_likelihoods import compare_likelihoods
 from ppl_vae.commands.compare_networks import compare_networks
 from ppl_vae.commands.compare_runs import compare_runs
 from ppl_vae.commands.encode import encode_images
-from ppl_vae.commands.evaluate import evaluate_run, read_per_image
+from ppl_vae.commands.evaluate import evaluate_run
 from ppl_vae.commands.impute import impute_images
 from ppl_vae.commands.options import CompareRuns, Encode, Evaluate, Impute, Sample
 from ppl_vae.commands.sample import sample_run
@@ -37,6 +37,7 @@ from ppl_vae.parts.posteriors import Delta
 from ppl_vae.parts.priors import StandardNormal
 from ppl_vae.reports import run_figures as figures
 from ppl_vae.runs.build import build_vae
+from ppl_vae.runs.evaluations import read_per_image
 from ppl_vae.runs.opening import open_run
 from ppl_vae.runs.options import PLAIN, Options
 from ppl_vae.runtime.blocks import block_seed

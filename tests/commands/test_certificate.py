@@ -32,8 +32,8 @@ from ppl_vae.evidence import ais
 from ppl_vae.evidence.importance import Importance
 from ppl_vae.reports import figures as plots
 from ppl_vae.reports.certificate_table import certificate_table, read_certificates, write_certificate
-from ppl_vae.reports.certificate_words import describe_certificate
 from ppl_vae.reports.run_page import report_run
+from ppl_vae.reports.text.certificate import describe_certificate
 from ppl_vae.runs.block_store import BlockStore
 from ppl_vae.runs.options import PLAIN, Options
 from ppl_vae.runtime.blocks import block_seed, even_block_size

@@ -22,8 +22,8 @@ from ppl_vae.commands.options import COMMANDS, Diagnose, Report
 from ppl_vae.commands.train import train_run
 from ppl_vae.evidence.importance import Importance
 from ppl_vae.parts import likelihoods
-from ppl_vae.reports.diagnosis_words import describe_numbers
 from ppl_vae.reports.run_page import report_run
+from ppl_vae.reports.text.diagnosis import describe_numbers
 from ppl_vae.runs.opening import open_run
 from ppl_vae.runs.options import Options
 from ppl_vae.runs.resolve import load_splits, resolve

@@ -11,7 +11,7 @@ from small_run import SMALL, save_bars, train_small
 from ppl_vae import runs
 from ppl_vae.commands.diagnose import diagnose_run, trained_with
 from ppl_vae.commands.options import Diagnose
-from ppl_vae.reports.diagnosis_words import SETTLED_RISE
+from ppl_vae.reports.text.diagnosis import SETTLED_RISE
 from ppl_vae.runs.opening import open_run
 
 

@@ -13,18 +13,20 @@ import scipy.stats
 import torch
 
 from ppl_vae import data, fit, load, runs, save
-from ppl_vae.commands.evaluate import evaluate_run, read_per_image, reference_bounds
+from ppl_vae.commands.evaluate import binarization_entropy, evaluate_run, independent_pixels
 from ppl_vae.commands.options import Evaluate, Figures
 from ppl_vae.commands.train import resume_run, train_run
 from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.evidence.importance import evaluate
-from ppl_vae.reports.evaluation_words import describe_evaluation
 from ppl_vae.reports.run_figures import draw_run
+from ppl_vae.reports.text.evaluation import describe_evaluation
 from ppl_vae.runs.build import build_vae
+from ppl_vae.runs.evaluations import read_evaluation, read_per_image
 from ppl_vae.runs.fit_arguments import initialize_output_bias
 from ppl_vae.runs.opening import Run
 from ppl_vae.runs.options import PLAIN, Options
 from ppl_vae.runs.resolve import resolve
+from ppl_vae.runs.results import Quantiles
 
 DATA_DIR = os.environ.get("PPL_VAE_DATA_DIR")
 
@@ -32,11 +34,8 @@ DATA_DIR = os.environ.get("PPL_VAE_DATA_DIR")
 FLOORS = {"mnist": -205.81, "static-mnist": -205.79, "caltech-silhouettes": -380.05, "fashion-mnist": -385.02}
 
 
-def reference_of(options: Options, splits: data.Splits) -> dict:
-    binarization = data.resolve_binarization(splits, None)
-    run = Run(Path(), replace(options, binarization=binarization), splits)
-    x = data.evaluation_images(splits, "test", binarization)
-    return reference_bounds(run, "test", x, torch.arange(len(x)))
+def unfitted_run(options: Options, splits: data.Splits) -> Run:
+    return Run(Path(), replace(options, binarization=data.resolve_binarization(splits, None)), splits)
 
 
 @pytest.mark.parametrize("dataset", FLOORS)
@@ -47,11 +46,13 @@ def test_the_floor_is_the_known_log_likelihood_of_independent_pixels(dataset):
         splits = data.load(dataset)
     except ValueError as error:
         pytest.skip(str(error))
-    assert reference_of(Options(dataset=dataset), splits)["floor"]["mean"] == pytest.approx(FLOORS[dataset], abs=0.011)
+    run = unfitted_run(Options(dataset=dataset), splits)
+    found = independent_pixels(run, data.evaluation_images(splits, "test", run.binarization))
+    assert found.mean == pytest.approx(FLOORS[dataset], abs=0.011)
 
 
 def test_mnists_binarization_has_its_known_entropy():
-    found = reference_of(Options(), data.load("mnist"))["binarization_entropy"]
+    found = binarization_entropy(unfitted_run(Options(), data.load("mnist")), "test", torch.arange(10_000))
     assert found == pytest.approx(45.53, abs=0.006)
 
 
@@ -182,9 +183,7 @@ def test_a_draw_that_training_saw_sets_no_ceiling(split, binarization, known):
     levels = torch.arange(256, dtype=torch.uint8).reshape(16, 1, 4, 4)
     splits = data.Splits("gray", data.LEVELS, levels, levels, levels, sha256="", split="")
     run = Run(Path(), replace(Options(), binarization=binarization), splits)
-    x = data.evaluation_images(splits, split, binarization)
-    found = reference_bounds(run, split, x, torch.arange(16))["binarization_entropy"]
-    assert (found is not None) == known
+    assert (binarization_entropy(run, split, torch.arange(16)) is not None) == known
 
 
 # --- The numbers of each image ---
@@ -246,18 +245,18 @@ def test_a_damaged_file_of_the_images_numbers_is_refused(run, tmp_path):
 
 
 def test_the_iwae_protocol_and_the_seed_of_its_draw_are_said(run):
-    entry = runs.read_evaluations(run[0])["test"] | {"protocol": "iwae", "seed": 7}
-    assert "iwae protocol, drawn by seed 7" in "\n".join(describe_evaluation(entry))
+    found = replace(read_evaluation(run[0]), protocol="iwae", seed=7)
+    assert "iwae protocol, drawn by seed 7" in "\n".join(describe_evaluation(found))
 
 
 def test_fewer_than_ten_particles_say_nothing_of_ten_times_as_many(run):
-    entry = runs.read_evaluations(run[0])["test"] | {"num_particles": 5}
-    assert not any("ten times" in line for line in describe_evaluation(entry))
+    found = replace(read_evaluation(run[0]), num_particles=5)
+    assert not any("ten times" in line for line in describe_evaluation(found))
 
 
 def test_a_k_hat_that_is_not_known_is_not_said_to_be_large(run):
-    entry = runs.read_evaluations(run[0])["test"] | {"num_particles": 15, "pareto_k": {"median": None}}
-    assert "as a floor since k-hat is not known at so few samples," in "\n".join(describe_evaluation(entry))
+    found = replace(read_evaluation(run[0]), num_particles=15, pareto_k=Quantiles(None, None, None))
+    assert "as a floor since k-hat is not known at so few samples," in "\n".join(describe_evaluation(found))
 
 
 def test_a_folder_that_cannot_be_written_to_is_found_before_the_work(run, monkeypatch):
@@ -297,7 +296,7 @@ def test_what_python_saved_can_be_evaluated_and_drawn(from_python):
     )
     x = data.load(_dataset(folder)).test
     expected = Estimate.from_values(evaluate(vae, x, num_particles=5, seed=3).log_evidence, 5)
-    assert entry["log_likelihood"]["mean"] == pytest.approx(expected.mean, rel=1e-9)
+    assert entry.log_likelihood.mean == pytest.approx(expected.mean, rel=1e-9)
     draw_run(Figures(str(folder)), say=lambda line: None)
     assert (folder / runs.FIGURES / "training_curves.png").exists()
 
@@ -344,10 +343,10 @@ def test_a_folder_that_holds_something_is_refused(from_python):
 
 
 def test_every_mean_of_an_evaluation_is_said_with_its_error(run):
-    entry = runs.read_evaluations(run[0])["test"]
-    words = "\n".join(describe_evaluation(entry))
+    found = read_evaluation(run[0])
+    words = "\n".join(describe_evaluation(found))
     for key in ("log_likelihood", "elbo", "reconstruction", "kl", "floor"):
-        assert f"{entry[key]['mean']:.2f} ± {entry[key]['stderr']:.2f}" in words
+        assert f"{getattr(found, key).mean:.2f} ± {getattr(found, key).stderr:.2f}" in words
 
 
 def test_what_python_saved_without_records_has_no_training_curves(from_python, tmp_path):

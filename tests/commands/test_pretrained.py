@@ -24,6 +24,7 @@ from ppl_vae.runs.load import load_starting_weights, read_config
 from ppl_vae.runs.opening import open_run
 from ppl_vae.runs.options import Options
 from ppl_vae.runs.resolve import resolve
+from ppl_vae.runs.results import to_json
 from ppl_vae.runs.shipped import ship as ship_run
 
 ROOT = Path(__file__).parents[2]
@@ -136,8 +137,8 @@ def test_a_path_is_no_name(shipped, path):
 def test_its_evaluation_makes_the_number_again_beside_the_package(trained, shipped):
     before = contents(shipped)
     entry = evaluate_run(Evaluate("small", **ASKED), say=silent)
-    assert entry["log_likelihood"] == runs.read_evaluations(trained)["test"]["log_likelihood"]
-    assert runs.read_evaluations(Path("runs/small"))["test"]["seconds"] == entry["seconds"]
+    assert to_json(entry.log_likelihood) == runs.read_evaluations(trained)["test"]["log_likelihood"]
+    assert runs.read_evaluations(Path("runs/small"))["test"]["seconds"] == entry.seconds
     assert contents(shipped) == before
 
 

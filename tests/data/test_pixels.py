@@ -18,8 +18,9 @@ from ppl_vae.commands.encode import encode_images
 from ppl_vae.commands.evaluate import evaluate_run
 from ppl_vae.commands.options import CompareRuns, Encode, Evaluate
 from ppl_vae.commands.train import resume_run, train_run
-from ppl_vae.reports.evaluation_words import describe_evaluation
+from ppl_vae.reports.text.evaluation import describe_evaluation
 from ppl_vae.runs.build import build_likelihood
+from ppl_vae.runs.evaluations import read_evaluation
 from ppl_vae.runs.load import load
 from ppl_vae.runs.opening import evaluated_vae, open_run
 from ppl_vae.runs.options import LIKELIHOODS, Options
@@ -290,17 +291,12 @@ def test_draws_change_no_exact_mass_and_a_line_says_so(two):
     with_draws, without = (
         evaluate_run(Evaluate(str(two["normal"]), **asked, dequantization_draws=M), say=said.append) for M in (3, None)
     )
-    assert with_draws["log_likelihood"] == without["log_likelihood"]
+    assert with_draws.log_likelihood == without.log_likelihood
     assert sum("--dequantization-draws 3 has no effect" in line for line in said) == 1
 
 
-def test_a_stored_bound_by_draws_is_still_called_one(two):
-    entry = entry_of(two["normal"]) | {"dequantization_draws": 16}
-    assert "uniform dequantization, M = 16 draws a pixel" in "\n".join(describe_evaluation(entry))
-
-
 def test_the_words_of_an_evaluation_say_whether_the_mass_is_a_densitys(two):
-    said = {word: "\n".join(describe_evaluation(entry_of(folder))) for word, folder in two.items()}
+    said = {word: "\n".join(describe_evaluation(read_evaluation(folder))) for word, folder in two.items()}
     assert "mass of 8-bit levels, exact, under a density" in said["normal"]
     assert "binarization none, mass of 8-bit levels;" in said["discretized-logistic"]
     assert all("bits per dimension, by that bound" in words for words in said.values())

@@ -40,8 +40,8 @@ from disturbed_runs import (
 from safetensors.torch import load_file, save_file
 
 from ppl_vae import load, runs
-from ppl_vae.commands.evaluate import is_evaluated
 from ppl_vae.runs.checkpoints import mend_states, mend_weights, newest_checkpoint
+from ppl_vae.runs.evaluations import is_evaluated
 from ppl_vae.runs.opening import open_run
 from ppl_vae.runs.options import Options
 

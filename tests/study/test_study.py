@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 
 from ppl_vae import VAE, Conditional, data, objectives, runs
-from ppl_vae.commands.evaluate import PerImage, read_per_image
 from ppl_vae.commands.options import RunStudy
 from ppl_vae.diagnostics import verdicts
 from ppl_vae.evidence.importance import Importance
@@ -30,6 +29,7 @@ from ppl_vae.parts.likelihoods import Bernoulli
 from ppl_vae.parts.networks import MLP
 from ppl_vae.parts.posteriors import DiagonalNormal
 from ppl_vae.parts.priors import StandardNormal
+from ppl_vae.runs.evaluations import PerImage, read_per_image
 from ppl_vae.runs.options import PLAIN, Options
 from ppl_vae.runs.resolve import load_splits
 from ppl_vae.runtime import capture

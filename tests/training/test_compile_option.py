@@ -19,6 +19,7 @@ from ppl_vae.commands import evaluate as evaluation
 from ppl_vae.commands.evaluate import evaluate_run
 from ppl_vae.commands.options import Evaluate
 from ppl_vae.commands.train import resume_run, train_run
+from ppl_vae.runs.evaluations import read_per_image
 from ppl_vae.runs.fit_arguments import matmul_precision
 from ppl_vae.runs.resolve import load_splits, resolve
 from ppl_vae.runtime import capture
@@ -388,7 +389,7 @@ def test_the_evaluation_is_the_same_for_each_word_of_compile(
     for word in ("off", "on", "auto"):
         graphs.clear()
         _run(monkeypatch, "evaluate_log_likelihood.py", tmp_path, "--num-particles", 30, "--compile", word)
-        found[word] = evaluation.read_per_image(tmp_path, "test").result.log_evidence
+        found[word] = read_per_image(tmp_path, "test").result.log_evidence
         captured[word] = len(graphs)
     assert captured == {"off": 0, "on": 1, "auto": 1}
     for word in ("on", "auto"):
@@ -441,7 +442,7 @@ def test_an_evaluation_whose_capture_fails_goes_on_as_it_is_with_the_reason(
     results, said = {}, []
     for word in ("auto", "off"):
         evaluate_run(Evaluate(str(tmp_path), **asked, compile=word), say=said.append)
-        results[word] = evaluation.read_per_image(tmp_path, "test").result.log_evidence
+        results[word] = read_per_image(tmp_path, "test").result.log_evidence
     assert _told(said) == ["Not compiled: it is written in water."]
     assert torch.equal(results["auto"], results["off"])
     with pytest.raises(ValueError, match=r"^--compile on: it is written in water"):

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from ppl_vae.evidence.importance import UNRELIABLE_BIAS
-from ppl_vae.reports.evaluation_words import number, plus_minus, scale_in_words
+from ppl_vae.reports.text.evaluation import describe_images_scale, plus_minus
+from ppl_vae.reports.text.evaluation import format_number as number
+from ppl_vae.runs.results import Provenance, from_json
 
 _NAMED_AT_MOST = 12  # unreliable images
 _STDERRS = 3.0
@@ -34,7 +36,7 @@ def _bounds(entry: dict[str, Any]) -> list[str]:
     return [
         f"log p(x) {plus_minus(chains)} nats an image: the bound of annealed importance sampling (AIS), in expectation "
         "below log p(x)",
-        f"  {entry['split']} split, {entry['num_images']:,} images, {scale_in_words(entry)}; ± is the standard error "
+        f"  {entry['split']} split, {entry['num_images']:,} images, {_scale(entry)}; ± is the standard error "
         "over images",
         f"  {entry['chains']} chains from {_STARTS[entry['start']]}, {entry['temperatures']:,} temperatures, "
         f"{entry['leapfrogs']} leapfrogs: Monte Carlo error {number(chains['monte_carlo_stderr'], 3)}, "
@@ -49,6 +51,10 @@ def _bounds(entry: dict[str, Any]) -> list[str]:
         f"{plus_minus(plain['corrected_estimate'])} and {plus_minus(own['corrected_estimate'])}; with as many other "
         f"draws of the guide, their largest weights smoothed, it is {plus_minus(plain['smoothed_estimate'])}",
     ]
+
+
+def _scale(entry: dict[str, Any]) -> str:
+    return describe_images_scale(from_json(Provenance, entry), entry["seed"])
 
 
 def _paired(found: dict[str, float]) -> str:

@@ -1,0 +1,189 @@
+"""Results of the commands: one frozen dataclass each, and their form in JSON files."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from types import NoneType, UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from torch import Tensor
+
+from ppl_vae.evidence.estimate import Estimate
+
+T = TypeVar("T")
+
+
+# --- To JSON and back ---
+
+
+def to_json(result: Any) -> Any:
+    """The form of a result in a JSON file.
+
+    A dataclass becomes an object with its fields as keys, a tuple a list, and an ``Estimate`` its mean and stderr.
+
+    >>> to_json(Quantiles(median=1.0, q05=0.5, q95=2.0))
+    {'median': 1.0, 'q05': 0.5, 'q95': 2.0}
+    """
+    if isinstance(result, Estimate):
+        return result.to_json()
+    if is_dataclass(result):
+        return {spec.name: to_json(getattr(result, spec.name)) for spec in fields(result)}
+    if isinstance(result, Mapping):
+        return {key: to_json(value) for key, value in result.items()}
+    return [to_json(value) for value in result] if isinstance(result, list | tuple) else result
+
+
+def from_json(kind: type[T], values: Any) -> T:
+    """A result from the object that ``to_json`` made of it.
+
+    JSON has no NaN: a ``float`` that is null there becomes NaN. Unknown keys are ignored.
+
+    Args:
+        kind: The dataclass of the result.
+        values: The JSON object.
+
+    Raises:
+        ValueError: A key is missing, or a value has another type than the field.
+
+    >>> from_json(Quantiles, {"median": 1, "q05": None, "q95": 2.0})
+    Quantiles(median=1.0, q05=None, q95=2.0)
+    """
+    return _decode(kind, values, kind.__name__)
+
+
+def _decode(kind: Any, value: Any, name: str) -> Any:
+    """A JSON value as the type of a field. ``name`` is the field's place, for messages."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return value
+    if origin in (Union, UnionType):
+        (inner,) = (argument for argument in arguments if argument is not NoneType)
+        return None if value is None else _decode(inner, value, name)
+    if is_dataclass(kind) and isinstance(value, dict):
+        return _decode_fields(kind, value, name)
+    if origin is tuple and isinstance(value, list):
+        kinds = arguments[:1] * len(value) if arguments[1:] == (...,) else arguments
+        if len(kinds) == len(value):
+            return tuple(_decode(*each, f"{name}[{i}]") for i, each in enumerate(zip(kinds, value, strict=True)))
+    if origin is dict and isinstance(value, dict):
+        return {key: _decode(arguments[1], each, f"{name}[{key!r}]") for key, each in value.items()}
+    if kind is float and (value is None or type(value) in (int, float)):
+        return math.nan if value is None else float(value)
+    if kind in (int, str, bool) and type(value) is kind:
+        return value
+    raise ValueError(f"{name}: expected {getattr(kind, '__name__', kind)}, got {value!r}")
+
+
+def _decode_fields(kind: Any, values: dict[str, Any], name: str) -> Any:
+    hints = get_type_hints(kind)
+    found = {}
+    for spec in fields(kind):
+        if spec.name in values:
+            found[spec.name] = _decode(hints[spec.name], values[spec.name], f"{name}.{spec.name}")
+        elif spec.default is MISSING and spec.default_factory is MISSING:
+            raise ValueError(f"{name}: expected the key {spec.name!r}, which is missing")
+    return kind(**found)
+
+
+# --- What several results hold ---
+
+
+@dataclass(frozen=True)
+class Quantiles:
+    """The median of a number per image, and the values that 5% and 95% of the images are below.
+
+    None where the number is not known for any image.
+    """
+
+    median: float | None
+    q05: float | None
+    q95: float | None
+
+    @classmethod
+    def from_values(cls, values: Tensor) -> Quantiles:
+        """Quantiles of (n,) numbers, without those that are NaN."""
+        known = values[~values.isnan()]
+        if not len(known):
+            return cls(None, None, None)
+        return cls(*(float(known.quantile(share, interpolation="lower")) for share in (0.5, 0.05, 0.95)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """What a number in nats depends on besides the model.
+
+    Args:
+        dataset: The name of the data set.
+        protocol: A word of ``--protocol``.
+        binarization: A word of ``--binarization``.
+        likelihood: A word of ``--likelihood``.
+        transform: A word of ``--transform``.
+        measure: "mass" or "density".
+        pixels: How training saw pixels, a word of ``data.PIXELS``.
+        scale: What the nats measure, such as "mass of binary pixels". Only numbers on one scale can be compared.
+    """
+
+    dataset: str
+    protocol: str
+    binarization: str
+    likelihood: str
+    transform: str
+    measure: str
+    pixels: str
+    scale: str
+
+
+# --- The results ---
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation(Provenance):
+    """log p(x) of the images of one split: an entry of evaluation.json. Nats per image.
+
+    An autoencoder has no density. Its evaluation holds the reconstruction alone, and None for every other estimate.
+
+    Args:
+        split: "train", "validation" or "test".
+        num_images: n.
+        num_particles: S. None for an autoencoder.
+        seed: The seed of the particles.
+        dequantization_draws: Always None, since masses of levels are exact.
+        log_likelihood: The importance-weighted bound L_S.
+        elbo: E_q[log p(x, z) - log q(z | x)].
+        reconstruction: E_q[log p(x | z)]; log p(x | z(x)) for an autoencoder.
+        kl: KL(q(z | x) || p(z)).
+        monte_carlo_stderr: The particles' part of the error of ``log_likelihood``, by the delta method.
+        bias: What L_S lacks of log p(x) by the jackknife.
+        rise: What ten times the particles gained, L_S - L_{S/10}.
+        ess: Effective sample size of the particles.
+        pareto_k: k-hat of the importance weights.
+        unreliable_images: The number of images whose jackknife bias is large (``importance.UNRELIABLE_BIAS``).
+        floor: log p(x) of independent pixels, each with its maximum-likelihood marginal on the training images.
+        binarization_entropy: The mean entropy of the binarization's draw, where one was made.
+        bits_per_dim: -log2 P(x) / D for 8-bit levels.
+        step: The training step of the weights.
+        seconds: How long the evaluation took.
+    """
+
+    split: str
+    num_images: int
+    num_particles: int | None
+    seed: int
+    dequantization_draws: int | None = None
+    log_likelihood: Estimate | None = None
+    elbo: Estimate | None = None
+    reconstruction: Estimate
+    kl: Estimate | None = None
+    monte_carlo_stderr: float | None = None
+    bias: float | None = None
+    rise: float | None = None
+    ess: Quantiles | None = None
+    pareto_k: Quantiles | None = None
+    unreliable_images: int | None = None
+    floor: Estimate | None = None
+    binarization_entropy: float | None = None
+    bits_per_dim: Estimate | None = None
+    step: int
+    seconds: float

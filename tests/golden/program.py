@@ -45,7 +45,6 @@ READERS: dict[str, tuple[str, list[str]]] = {
     "evaluate_log_likelihood": ("evaluate", ["RUN"]),
     "export": ("export", ["RUN"]),
     "impute": ("impute", ["RUN", "IMAGES"]),
-    "kill_runs": ("Kills", []),
     "make_docs": ("Docs", []),
     "make_figures": ("figures", ["RUN"]),
     "report": ("report", ["RUN"]),

@@ -1,11 +1,13 @@
-"""What several files of tests share."""
+"""Fixtures that every room's tests share. One thread per process: pytest-xdist starts one worker per core."""
 
 from __future__ import annotations
 
+import os
 import signal
 
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; child processes inherit it
+
 import pytest
-import torch
 import torch._inductor.compile_fx as compiler
 from browser import chromium  # noqa: F401, a fixture, of which one process can start one
 
@@ -25,15 +27,6 @@ def signals():
     yield
     for number, handler in heard.items():
         signal.signal(number, handler)
-
-
-@pytest.fixture(scope="module")
-def one_thread():
-    """For numbers that are held against those of processes with one thread: more may add up in another order."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session", autouse=True)

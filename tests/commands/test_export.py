@@ -29,8 +29,6 @@ from ppl_vae.runs.exported import without_data
 from ppl_vae.runs.load import read_config, save
 from ppl_vae.runs.options import MODEL_OPTIONS, Options, model_to_json
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SMALL: dict[str, Any] = {"hidden": (8,), "latent_dim": 2, "prior": "standard-normal"}
 HOSTILE = "x`](javascript:alert(1))\n---\n<script>evil()</script>| # title"
 

@@ -31,8 +31,6 @@ from ppl_vae.runtime.batching import images_per_group
 from ppl_vae.runtime.errors import Interrupted
 from ppl_vae.runtime.global_state import seeded
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 TESTS = Path(__file__).parents[1]
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 WORLDS = (2, 3)

@@ -19,7 +19,7 @@ from ppl_vae.evidence.dequantization import dequantized
 from ppl_vae.evidence.exploration import decoded, encode, sampled
 from ppl_vae.evidence.importance import evaluate
 from ppl_vae.runs.build import build_likelihood, build_vae
-from ppl_vae.runs.fit_arguments import build_objective, find_device, fit_arguments, initialize_output_bias
+from ppl_vae.runs.fit_arguments import find_device, fit_arguments, initialize_output_bias
 from ppl_vae.runs.options import Options
 from ppl_vae.runs.resolve import check_support, choose_pixels, resolve
 from ppl_vae.runtime.batching import images_per_pass
@@ -188,14 +188,7 @@ class VAEDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
         with seeded(self.seed_, place):
             vae = build_vae(options, self.event_shape_).float()  # also where torch makes float64 by default
             initialize_output_bias(vae, data.initialization_images(splits, self._pixels_))
-            fit(
-                vae.to(place),
-                stored,
-                validation,
-                **fit_arguments(options),
-                objective=build_objective(options),
-                observe=observe,
-            )
+            fit(vae.to(place), stored, **fit_arguments(options, validation), transform=observe)
         self.vae_ = vae
         return self
 

@@ -75,20 +75,19 @@ import torch
 from ppl_vae import data, objectives
 from ppl_vae.runs.build import build_vae
 from ppl_vae.runs.options import PLAIN, Options
-from ppl_vae.training import CapturedSteps, Resident, TrainingState
+from ppl_vae.training import CapturedSteps, Optimizer, Resident, TrainingState
 
 options = Options(**PLAIN)
 device = torch.device({device!r})
 stored, observe = data.training_images(data.load(options.dataset), "dynamic")
-state = TrainingState(build_vae(options, (1, 28, 28)).to(device), device=device)
+state = TrainingState(build_vae(options, (1, 28, 28)).to(device))
 steps = CapturedSteps(
     state,
     objectives.elbo,
     Resident(stored, device),
     observe,
+    optimizer=Optimizer(clip_norm=options.clip_norm),
     batch_size=options.batch_size,
-    clip_norm=options.clip_norm,
-    skip_norm=None,
 )
 index = torch.arange(options.batch_size, device=device)
 next(steps.epoch((index,), [(1.0, options.learning_rate, 0.0)], validate=False))

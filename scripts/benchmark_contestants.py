@@ -28,7 +28,7 @@ from ppl_vae.runs.build import build_vae
 from ppl_vae.runs.fit_arguments import initialize_output_bias
 from ppl_vae.runs.options import PLAIN, Options
 from ppl_vae.runs.resolve import choose_pixels, resolve
-from ppl_vae.training import CapturedSteps, EagerSteps, Resident, TrainingState
+from ppl_vae.training import CapturedSteps, EagerSteps, Optimizer, Resident, TrainingState
 from ppl_vae.vae import VAE
 
 LEARNING_RATE = 1e-3
@@ -217,11 +217,11 @@ def _ppl_vae_steps(
     vae: VAE, images: Tensor, observe: Callable[..., Tensor], batches: list[Tensor], *, captured: bool
 ) -> Steps:
     batch_size = len(batches[0])
-    state = TrainingState(vae, device=images.device)
+    state = TrainingState(vae)
     kind = CapturedSteps if captured else EagerSteps
     more: Any = {"batch_size": batch_size} if captured else {}
     source = Resident(images, images.device)
-    stepper = kind(state, objectives.elbo, source, observe, clip_norm=CLIP_NORM, skip_norm=None, **more)
+    stepper = kind(state, objectives.elbo, source, observe, optimizer=Optimizer(clip_norm=CLIP_NORM), **more)
     endless = cycle(batches)
 
     def steps(n: int) -> float:

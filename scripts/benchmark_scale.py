@@ -46,22 +46,22 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 # train_svi.py, but that the process says the time and ends after so many steps, wherever it is by then.
 START = """
-import os, runpy, sys, time
+import dataclasses, os, runpy, sys, time
 num_steps, sys.argv = int(sys.argv[1]), sys.argv[2:]
 import ppl_vae.commands.train
 module = sys.modules["ppl_vae.commands.train"]
 fit = module.fit
 first = []
-def and_end(*arguments, on_checkpoint, on_step, **options):
+def and_end(*arguments, callbacks, **options):
     def step(state):
-        on_step(state)
+        callbacks.on_step(state)
         first.append(time.time())
         if len(first) == num_steps:
             if num_steps > 1:
-                on_checkpoint(state)
+                callbacks.on_checkpoint(state)
             print("FIRST STEP", first[0], flush=True)
             os._exit(0)
-    return fit(*arguments, on_checkpoint=on_checkpoint, on_step=step, **options)
+    return fit(*arguments, callbacks=dataclasses.replace(callbacks, on_step=step), **options)
 module.fit = and_end
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -221,14 +221,14 @@ def steps_on(
 
     from ppl_vae import objectives
     from ppl_vae.runs.build import build_vae
-    from ppl_vae.training import CapturedSteps, Resident, Streamed, TrainingState
+    from ppl_vae.training import CapturedSteps, Optimizer, Resident, Streamed, TrainingState
 
     device, size = torch.device("cpu"), options.batch_size
     pyro.set_rng_seed(0)
-    state = TrainingState(build_vae(options, tuple(images.shape[1:])), device=device)
+    state = TrainingState(build_vae(options, tuple(images.shape[1:])))
     source = Streamed(images, device, size) if streamed else Resident(images, device)
-    norms: dict[str, Any] = {"clip_norm": options.clip_norm, "skip_norm": None}
-    stepper = CapturedSteps(state, objectives.elbo, source, observe, batch_size=size, **norms)
+    optimizer = Optimizer(clip_norm=options.clip_norm)
+    stepper = CapturedSteps(state, objectives.elbo, source, observe, optimizer=optimizer, batch_size=size)
     generator = torch.Generator().manual_seed(1)
 
     def take(count: int) -> float:

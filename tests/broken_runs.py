@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pyro
 import torch
+from fitting import fit
 
 from ppl_vae import data, objectives
 from ppl_vae.commands.train import train_run
@@ -20,7 +21,6 @@ from ppl_vae.runs.load import load, save
 from ppl_vae.runs.options import PLAIN, Options
 from ppl_vae.runs.resolve import load_splits
 from ppl_vae.study.training import averaged
-from ppl_vae.training import fit
 
 DIGITS = Options(
     **PLAIN,
@@ -79,7 +79,7 @@ def _mean_over_pixels(options: Options) -> Callable[[Path], None]:
             stored,
             epochs=options.epochs,
             objective=averaged(objectives.elbo, math.prod(splits.event_shape)),
-            observe=observe,
+            transform=observe,
             learning_rate=3e-3,
         )
         save(vae, folder, options)

@@ -19,6 +19,7 @@ from typing import Any
 
 import pyro
 import torch
+from fitting import fit
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -27,7 +28,7 @@ from ppl_vae.runs.build import build_vae
 from ppl_vae.runs.fit_arguments import build_objective
 from ppl_vae.runs.options import PLAIN, Options
 from ppl_vae.runtime import ranks as distributed
-from ppl_vae.training import Stopped, fit
+from ppl_vae.training import TrainingStopped
 
 SHAPE = (1, 4, 4)
 NUM_IMAGES = 21  # batches of 10, 10 and 1, of which the last leaves a rank without an image
@@ -87,7 +88,7 @@ def train(case: str, **more: Any) -> Any:
 
     settings: dict[str, Any] = {"epochs": EPOCHS, "batch_size": 10, "learning_rate": 0.01, "objective": objective}
     x = images()
-    return fit(vae.to(dtype), x, observe(x[:9], torch.Generator()), observe=observe, **(settings | arguments | more))
+    return fit(vae.to(dtype), x, observe(x[:9], torch.Generator()), transform=observe, **(settings | arguments | more))
 
 
 def saved_by(state: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -124,7 +125,7 @@ def interrupted(case: str, folder: Path) -> str:
             on_checkpoint=lambda state: states.append(saved_by(state)),
             should_stop=lambda: last and len(seen) >= 19 + (distributed.num_ranks() == 1),
         )
-    except Stopped as stopped:
+    except TrainingStopped as stopped:
         if distributed.is_writer():
             save_file(states[-1][0], folder / "from.safetensors")
             (folder / "from.json").write_text(json.dumps(states[-1][1]))
@@ -144,7 +145,7 @@ def not_finite(case: str, folder: Path) -> str:
 
     def poison(state: Any) -> None:
         if compiled and state.step == 4:
-            next(state.vae.parameters()).data.fill_(math.nan)
+            next(state.program.parameters()).data.fill_(math.nan)
 
     try:
         train("elbo", on_step=poison, **({"compile": True} if compiled else {"objective": objective}))
@@ -169,7 +170,7 @@ def differs(case: str, folder: Path) -> str:
 
     def move(state: Any) -> None:
         if state.step == 2 and distributed.rank() == distributed.num_ranks() - 1:
-            next(state.vae.parameters()).data.flatten()[0] += 1e-9
+            next(state.program.parameters()).data.flatten()[0] += 1e-9
 
     train("elbo", on_step=move)
     return "ended"

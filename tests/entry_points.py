@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
+from fitting import fit as fit_vae
 
 from ppl_vae import diagnostics, objectives
-from ppl_vae import fit as fit_vae
 from ppl_vae.commands import sample as sampling
 from ppl_vae.diagnostics import pixel_calibration as calibration
 from ppl_vae.evidence import ais, exploration, gaps, guide_calibration, missing

@@ -17,7 +17,7 @@ ROOMS = (
     *("runtime", "core", "data", "parts", "objectives", "evidence", "training"),
     *("diagnostics", "runs", "reports", "commands", "estimator", "study"),
 )
-CORE = {"conditional", "hierarchy", "support", "vae", "weights"}
+CORE = {"conditional", "hierarchy", "protocols", "support", "vae", "weights"}
 # Ties that wait to be loosened: the rooms above its own that a file imports from.
 EXCEPTIONS = {
     "diagnostics/verdicts.py": {"runs"},

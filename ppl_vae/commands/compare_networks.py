@@ -22,7 +22,7 @@ from ppl_vae.runs.fit_arguments import build_objective, find_device
 from ppl_vae.runs.opening import Say
 from ppl_vae.runs.options import Options
 from ppl_vae.runs.resolve import check_support, choose_pixels, load_splits, resolve
-from ppl_vae.training import fit
+from ppl_vae.training import Callbacks, Optimizer, Schedule, Validation, fit
 
 _CALIBRATION_STEPS = 40
 
@@ -116,15 +116,14 @@ def seconds_an_epoch(options: Options) -> float:
         fit(
             vae,
             some,
-            validation,
             epochs=3,  # the first runs with Pyro's validation on, and warms up
             objective=build_objective(options),
-            observe=observe,
-            batch_size=options.batch_size,
-            learning_rate=1e-12,
-            average_decay=options.average_decay,
+            transform=observe,
+            optimizer=Optimizer(learning_rate=1e-12, average_decay=options.average_decay),
+            schedule=Schedule(batch_size=options.batch_size),
+            validation=Validation(validation),
+            callbacks=Callbacks(on_epoch=lambda record: ended.append(time.perf_counter())),
             compile=compile,
-            on_epoch=lambda record: ended.append(time.perf_counter()),
         )
     return min(after - before for before, after in pairwise(ended)) / share
 

@@ -24,7 +24,7 @@ from ppl_vae.runs import recipes
 from ppl_vae.runs.asked_run import check_comparable, check_same
 from ppl_vae.runs.build import build_vae
 from ppl_vae.runs.fields import format_flag
-from ppl_vae.runs.fit_arguments import build_objective, fit_arguments
+from ppl_vae.runs.fit_arguments import fit_arguments
 from ppl_vae.runs.opening import Run, Say, evaluated_vae, open_run
 from ppl_vae.runs.options import Options, to_json
 from ppl_vae.runs.recipes import RECIPES, Published, Recipe, in_words, recipe
@@ -162,8 +162,7 @@ def _check(folders: Sequence[Path], stages: Sequence[Options]) -> None:
         check_comparable(stage)
         options = resolve(stage, splits)
         check_support(options, splits)
-        build_objective(options)
-        fit_arguments(options)
+        fit_arguments(options, None)
         with torch.device("meta"):
             build_vae(options, splits.event_shape)
         if (folder / runs.CONFIG).exists():

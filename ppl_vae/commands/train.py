@@ -25,7 +25,6 @@ from ppl_vae.runs.build import build_likelihood, build_vae, is_autoencoder
 from ppl_vae.runs.checkpoints import Saved, mend_metrics, mend_states, mend_weights, newest_checkpoint
 from ppl_vae.runs.evaluations import is_evaluated
 from ppl_vae.runs.fit_arguments import (
-    build_objective,
     check_compiler,
     check_precision,
     count_steps,
@@ -47,7 +46,7 @@ from ppl_vae.runtime.numerics import mean_and_variance
 from ppl_vae.runtime.process import stop_on_signals
 from ppl_vae.runtime.progress import Progress, has_terminal
 from ppl_vae.runtime.ranks import broadcast_decision, end_together, joined, rank_zero_first, rank_zero_only
-from ppl_vae.training import Stopped, TrainingState, does_not_fit, fit
+from ppl_vae.training import Callbacks, TrainingState, TrainingStopped, exceeds_memory, fit
 
 QUICK_EVALUATION_SEED = 0
 
@@ -231,7 +230,7 @@ def _train(run: Run, saved: Saved | None, *, say: Say, compile_if_possible: bool
     folder, options, splits = run.folder, run.options, run.splits
     device = find_device(options.device)
     stored, observe = data.training_images(splits, run.pixels)
-    stream = options.stream == "on" or (options.stream == "auto" and does_not_fit(stored, device))
+    stream = options.stream == "on" or (options.stream == "auto" and exceeds_memory(stored, device))
     if stream:
         gib = stored.numel() * stored.element_size() / 2**30
         say(f"The training images ({gib:.2f} GiB) are not held on the device: each batch is brought there in time.")
@@ -294,26 +293,27 @@ def _train(run: Run, saved: Saved | None, *, say: Say, compile_if_possible: bool
             runs.save_tensors(folder / runs.TRAINING_STATE, *state.to_tensors(), folder / runs.PREVIOUS_STATE)
             kept.append(state.step)
 
+        callbacks = Callbacks(
+            on_compiled=on_compiled,
+            on_step=lambda state: progress.update(),
+            on_epoch=on_epoch,
+            on_checkpoint=on_checkpoint,
+            checkpoint_seconds=options.checkpoint_seconds,
+            should_stop=should_stop,
+        )
+
         def trained(compile: bool) -> TrainingState:
             if compile and distributed.is_writer():
                 progress.show_clock("Compiling the training step", say)
             return fit(
                 vae,
                 stored,
-                validation,
-                **fit_arguments(options),
-                objective=build_objective(options),
-                observe=observe,
+                **fit_arguments(options, validation),
+                transform=observe,
+                callbacks=callbacks,
                 compile=compile,
                 stream=stream,
-                keep_start=options.start_from is not None,
                 saved=saved,
-                on_compiled=on_compiled,
-                on_step=lambda state: progress.update(),
-                on_epoch=on_epoch,
-                on_checkpoint=on_checkpoint,
-                checkpoint_seconds=options.checkpoint_seconds,
-                should_stop=should_stop,
             )
 
         try:
@@ -330,7 +330,7 @@ def _train(run: Run, saved: Saved | None, *, say: Say, compile_if_possible: bool
             with end_together():  # the ranks evaluate what is in the file
                 if distributed.is_writer():
                     save_best(state)  # once more: the file may have been lost since
-        except Stopped as error:
+        except TrainingStopped as error:
             raise Interrupted(f"stopped at step {error.step:,}; --resume {folder} goes on") from None
         except OSError as error:
             if error.filename is None or Path(error.filename).parent != folder:

@@ -18,6 +18,7 @@ from ppl_vae.runs.build import has_closed_form_kl, is_autoencoder
 from ppl_vae.runs.options import Options, compiling_pays, default_objective
 from ppl_vae.runtime import capture
 from ppl_vae.runtime.global_state import serialize_threads
+from ppl_vae.training import Optimizer, Schedule, Validation
 from ppl_vae.vae import VAE
 
 
@@ -62,21 +63,36 @@ def _check_closed_form(options: Options) -> None:
     raise ValueError(f"{asked}: expected --posterior {guides}, whose KL has a formula, got {options.posterior}")
 
 
-def fit_arguments(options: Options) -> dict[str, Any]:
-    """What ``fit`` takes of the options (resolved), beside the objective, the images and whether it is compiled."""
+def fit_arguments(options: Options, validation: Tensor | None) -> dict[str, Any]:
+    """The arguments of ``fit`` that the options name: epochs, objective, optimizer, schedule and validation.
+
+    Args:
+        options: With their parts resolved.
+        validation: (M, *E) images as evaluated, or None.
+    """
+    rate = SCHEDULES[options.schedule]
     return {
         "epochs": options.epochs,
-        "batch_size": options.batch_size,
-        "learning_rate": options.learning_rate,
-        "rate": partial(SCHEDULES[options.schedule].load(), **SCHEDULES[options.schedule].arguments(options)),
-        "beta": options.beta,
-        "warmup_epochs": options.warmup_epochs or 0,
-        "clip_norm": options.clip_norm,
-        "skip_norm": options.skip_norm,
-        "average_decay": options.average_decay,
-        "keep_last": options.keep == "last",
-        "validation_particles": validation_particles(options),
-        "seed": options.seed,
+        "objective": build_objective(options),
+        "optimizer": Optimizer(
+            learning_rate=options.learning_rate,
+            clip_norm=options.clip_norm,
+            skip_norm=options.skip_norm,
+            average_decay=options.average_decay,
+        ),
+        "schedule": Schedule(
+            batch_size=options.batch_size,
+            seed=options.seed,
+            rate=partial(rate.load(), **rate.arguments(options)),
+            beta=options.beta,
+            warmup_epochs=options.warmup_epochs or 0,
+        ),
+        "validation": Validation(
+            validation,
+            num_particles=validation_particles(options),
+            keep_last=options.keep == "last",
+            keep_start=options.start_from is not None,
+        ),
     }
 
 

@@ -24,10 +24,6 @@ from torch.overrides import TorchFunctionMode
 
 from ppl_vae.runtime.errors import CannotCapture
 
-# Adam's, as torch.optim.Adam has them by default.
-ADAM_BETAS, ADAM_EPSILON = (0.9, 0.999), 1e-8
-_BETA_1, _BETA_2 = ADAM_BETAS
-
 # A first moment smaller than this moves no weight (it is divided by at least 1e-8 and added to a weight), but on its
 # way down it becomes denormal, and arithmetic with denormal numbers is many times slower.
 _SMALLEST_MOMENT = 1e-30
@@ -368,8 +364,11 @@ class CapturedStep:
         self._observe = observe
         self._clip_norm, self._skip_norm = clip_norm, skip_norm
         self._optimizer = optimizer
+        group = optimizer.param_groups[0]
+        (self._beta_1, self._beta_2), self._epsilon = group["betas"], group["eps"]
+        self._weight_decay = group["weight_decay"]
         self._index = torch.zeros(batch_size, dtype=torch.long, device=some.device)
-        self._scalars = torch.zeros(4, dtype=some.dtype, device=some.device)
+        self._scalars = torch.zeros(5, dtype=some.dtype, device=some.device)
         self.total = torch.zeros((), dtype=torch.double, device=some.device)
         self.counted = torch.zeros((), dtype=torch.long, device=some.device)
         self.skipped = torch.zeros((), dtype=torch.long, device=some.device)
@@ -448,9 +447,10 @@ class CapturedStep:
         self._graphs[1]()
 
     def schedule(self, steps: Sequence[tuple[int, float, float, float]]) -> Tensor:
-        """(n, 4): for each (step, beta, learning rate, decay of the averages) what the graph needs; steps from 0."""
+        """(n, 5): for each (step, beta, learning rate, decay of the averages) what the graph needs; steps from 0."""
+        b1, b2 = self._beta_1, self._beta_2
         rows = [
-            (beta, rate / (1 - _BETA_1 ** (step + 1)), (1 - _BETA_2 ** (step + 1)) ** 0.5, 1 - decay)
+            (beta, rate / (1 - b1 ** (step + 1)), (1 - b2 ** (step + 1)) ** 0.5, 1 - decay, rate * self._weight_decay)
             for step, beta, rate, decay in steps
         ]
         return torch.tensor(rows, dtype=torch.double).to(self._scalars)
@@ -499,7 +499,8 @@ class CapturedStep:
 
     def _update(self, s: dict[str, Any], gradients: dict[str, Tensor], loss: Tensor, images: int | Tensor) -> None:
         """Clips the gradient and takes Adam's step, unless a number is not finite, or its norm is too large."""
-        _, rate, root_of_correction, towards = s["scalars"].unbind()
+        _, rate, root_of_correction, towards, decay = s["scalars"].unbind()
+        beta_1, beta_2 = self._beta_1, self._beta_2
         norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients.values()]))
         shrink = (self._clip_norm / (norm + 1e-6)).clamp(max=1.0)
         good = loss.isfinite() & norm.isfinite()
@@ -515,10 +516,12 @@ class CapturedStep:
         for name, w in s["weights"].items():
             first, second = s["moments"][name]
             g = gradients[name] * shrink
-            m = first + (1 - _BETA_1) * (g - first)
+            m = first + (1 - beta_1) * (g - first)
             m = torch.where(m.abs() < _SMALLEST_MOMENT, torch.zeros_like(m), m)
-            v = _BETA_2 * second + (1 - _BETA_2) * g * g
-            new = w - rate * m / (v.sqrt() / root_of_correction + ADAM_EPSILON)
+            v = beta_2 * second + (1 - beta_2) * g * g
+            new = (w - decay * w if self._weight_decay else w) - rate * m / (
+                v.sqrt() / root_of_correction + self._epsilon
+            )
             if name in s["averages"]:
                 average = s["averages"][name]
                 average.copy_(torch.where(good, average + towards * (new - average), average))
@@ -560,6 +563,19 @@ def _buffers_kept(module: nn.Module) -> Iterator[None]:
     others = [name for name, buffer in module.named_buffers() if before.get(name) is not buffer]
     if others:
         raise CannotCapture(f"it replaces a buffer of the module, {others[0]}, which the graph would forget")
+
+
+def optimizer_obstacle(optimizer: torch.optim.Optimizer) -> str | None:
+    """Why a captured step cannot take this optimizer's steps; None if it can."""
+    if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW):
+        return f"a compiled step has the optimizers Adam and AdamW, not {type(optimizer).__name__}"
+    if len(optimizer.param_groups) > 1:
+        return "a compiled step has one group of parameters"
+    group = optimizer.param_groups[0]
+    unknown = [name for name in ("amsgrad", "maximize") if group[name]]
+    if type(optimizer) is torch.optim.Adam and group["weight_decay"] and not group.get("decoupled_weight_decay"):
+        unknown.append("weight_decay, which AdamW has")
+    return f"a compiled step of Adam has no {' and no '.join(unknown)}" if unknown else None
 
 
 def adam_moments(optimizer: torch.optim.Adam, parameter: nn.Parameter) -> tuple[Tensor, Tensor]:

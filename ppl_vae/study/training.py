@@ -17,13 +17,13 @@ from ppl_vae.commands.evaluate import write_evaluation
 from ppl_vae.commands.train import QUICK_EVALUATION_SEED, resume_run, train_run
 from ppl_vae.runs.build import build_vae
 from ppl_vae.runs.evaluations import is_evaluated
-from ppl_vae.runs.fit_arguments import build_objective, fit_arguments, initialize_output_bias
+from ppl_vae.runs.fit_arguments import fit_arguments, initialize_output_bias
 from ppl_vae.runs.load import save
 from ppl_vae.runs.opening import Say, open_run
 from ppl_vae.runs.resolve import choose_pixels, load_splits, resolve
 from ppl_vae.runtime.errors import NotFinite
 from ppl_vae.study.plan import Planned
-from ppl_vae.training import TrainingState, fit
+from ppl_vae.training import Callbacks, TrainingState, fit
 
 FAILURE = "failure.json"
 TRAINING, EVALUATION = "training", "evaluation"  # where a run met a number that is not finite
@@ -116,15 +116,15 @@ def _fit_averaged(planned: Planned, run_dir: Path, *, say: Say) -> None:
     vae = build_vae(options, seen.event_shape)
     initialize_output_bias(vae, data.initialization_images(seen, pixels))
     metrics: list[dict[str, Any]] = []
+    arguments = fit_arguments(options, data.evaluation_images(seen, "validation", pixels))
+    arguments["objective"] = averaged(arguments["objective"], math.prod(seen.event_shape))
     state: TrainingState = fit(
         vae,
         stored,
-        data.evaluation_images(seen, "validation", pixels),
-        **fit_arguments(options),
-        objective=averaged(build_objective(options), math.prod(seen.event_shape)),
-        observe=observe,
+        **arguments,
+        transform=observe,
+        callbacks=Callbacks(on_epoch=metrics.append),
         compile=options.compile == "on",
-        on_epoch=metrics.append,
     )
     say(f"Trained {planned.name}, its pixels averaged, in {state.seconds:.0f} s.")
     partial = run_dir.with_name(f".{run_dir.name}.partial")  # a folder that is there is a run that is whole

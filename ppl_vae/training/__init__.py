@@ -1,20 +1,25 @@
-"""Training by SVI: loop, steps, the guard against NaN, validation, and a state from which a run goes on exactly."""
+"""Training by SVI: the loop, its settings, eager and compiled steps, and a state from which a run continues exactly."""
 
-from ppl_vae.training.loop import Stopped, batches_of, fit
+from ppl_vae.training.loop import TrainingStopped, epoch_batches, fit
+from ppl_vae.training.settings import Callbacks, Optimizer, Schedule, Validation
 from ppl_vae.training.state import TrainingState
 from ppl_vae.training.steps import CapturedSteps, EagerSteps
-from ppl_vae.training.streaming import Resident, Streamed, does_not_fit
+from ppl_vae.training.streaming import Resident, Streamed, exceeds_memory
 from ppl_vae.training.validation import VALIDATION_SEED
 
 __all__ = [
     "VALIDATION_SEED",
+    "Callbacks",
     "CapturedSteps",
     "EagerSteps",
+    "Optimizer",
     "Resident",
-    "Stopped",
+    "Schedule",
     "Streamed",
     "TrainingState",
-    "batches_of",
-    "does_not_fit",
+    "TrainingStopped",
+    "Validation",
+    "epoch_batches",
+    "exceeds_memory",
     "fit",
 ]

@@ -1,4 +1,4 @@
-"""What ends a training: numbers that are not finite, images off their support, too many steps left out."""
+"""What ends a training: numbers that are not finite, images off their support, ranks that differ, skipped steps."""
 
 from __future__ import annotations
 
@@ -10,51 +10,51 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from ppl_vae.protocols import Program
 from ppl_vae.runtime.errors import NotFinite
 from ppl_vae.runtime.global_state import seeded
 from ppl_vae.runtime.ranks import gather_objects, num_ranks
 from ppl_vae.support import check_site, observed_sites
 from ppl_vae.training.state import TrainingState
-from ppl_vae.vae import VAE
 from ppl_vae.weights import latent_sites
 
-_MOST_SKIPPED = 0.01  # of all steps
-_FEW_SKIPPED = 100  # a start from fresh weights has some
+_MAX_SKIPPED = 0.01  # of all steps
+_FEW_SKIPPED = 100  # a start from fresh weights skips some
 
 
 def check_skipped(state: TrainingState, epoch: int) -> None:
-    """Raises NotFinite where too many steps were left out for what is left to be a training."""
+    """Raise NotFinite if so many steps were skipped that the rest is no training."""
     if not state.epoch_images:
         raise NotFinite(
             f"step {state.step}: every step of epoch {epoch} had a gradient above skip_norm, or none that is finite"
         )
-    if state.skipped > max(_FEW_SKIPPED, _MOST_SKIPPED * state.step):
+    if state.skipped > max(_FEW_SKIPPED, _MAX_SKIPPED * state.step):
         raise NotFinite(
             f"step {state.step}: {state.skipped} steps so far had a gradient above skip_norm, or none that is finite"
         )
 
 
 class RanksDiffer(ArithmeticError):
-    """Ranks that compute the same have not the same weights or random numbers."""
+    """Ranks that compute the same do not have the same weights or random numbers."""
 
 
 def check_ranks(state: TrainingState) -> None:
-    """Raises RanksDiffer, on all ranks, where the weights, averages or random numbers are not the same on all."""
+    """Raise RanksDiffer, on all ranks, unless the weights, averages and random numbers are the same on all."""
     if num_ranks() == 1:
         return
-    tensors = [*state.vae.state_dict().values(), *state.averages.values()]
+    tensors = [*state.program.state_dict().values(), *state.averages.values()]
     found = gather_objects([_sha256(tensors), _sha256([torch.get_rng_state()])])
-    for which, words in enumerate(("weights", "random numbers")):
+    for which, name in enumerate(("weights", "random numbers")):
         others = [str(rank) for rank, digests in enumerate(found) if digests[which] != found[0][which]]
         if others:
             raise RanksDiffer(
-                f"step {state.step}: expected the same {words} on all ranks, got others than rank 0 on "
+                f"step {state.step}: expected the same {name} on all ranks, got others than rank 0 on "
                 f"{', '.join(others)}: the machines or their libraries do not compute alike"
             )
 
 
 def _sha256(tensors: Iterable[Tensor]) -> str:
-    """Of the bits: in a sum of them, differences of two weights could cancel."""
+    """A digest of the bits: in a sum, differences of two weights could cancel."""
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
@@ -64,35 +64,34 @@ def _sha256(tensors: Iterable[Tensor]) -> str:
 _CHECKED_AT_ONCE = 1000  # images
 
 
-def check_images(state: TrainingState, train: Tensor, observe: Callable[..., Tensor], *, batch_size: int) -> None:
-    """What Pyro's validation would say of the training images, without their way through the networks.
+def check_images(state: TrainingState, train: Tensor, transform: Callable[..., Tensor], *, batch_size: int) -> None:
+    """Check the training images as Pyro's validation would, without running the networks on all of them.
 
-    The programs run once, with validation; then every image is compared with the support of the sites that observe it.
+    The program runs once, with validation; then every image is compared with the support of the sites that observe it.
 
     Raises:
-        NotFinite: the weights or images hold values that are not finite.
-        ValueError: a value off its support, a wrong shape.
+        NotFinite: The weights or images hold values that are not finite.
+        ValueError: A value is off its support, or a shape is wrong.
     """
-    vae = state.vae
+    program = state.program
     with seeded(0, state.device), torch.no_grad():
-        x = observe(train[:batch_size].to(state.device), None)
-        vae.eval()  # statistics of a batch, where networks take some, are not to move
+        x = transform(train[:batch_size].to(state.device), None)
+        program.eval()  # statistics over a batch must not change
         try:
             with pyro.validation_enabled(True):
-                q = poutine.trace(vae.guide).get_trace(x)
-                p = poutine.trace(poutine.replay(vae.model, trace=q)).get_trace(x)
+                q, p = _trace(program, x)
                 q.compute_log_prob()
                 p.compute_log_prob()
         except ValueError:
-            site = site_that_is_not_finite(vae, x)
-            if site is None:
+            fault = find_site_not_finite(program, x)
+            if fault is None:
                 raise
-            raise NotFinite(f"step {state.step}: {site}") from None
+            raise NotFinite(f"step {state.step}: {fault}") from None
         finally:
-            vae.train()
+            program.train()
         sites = observed_sites(p, x)
         for part in train.split(_CHECKED_AT_ONCE):
-            x = observe(part.to(state.device), None)
+            x = transform(part.to(state.device), None)
             if sites and not x.isfinite().all():
                 raise NotFinite(f"step {state.step}: site 'x': the training images hold values that are not finite")
             for observed in sites:
@@ -100,47 +99,52 @@ def check_images(state: TrainingState, train: Tensor, observe: Callable[..., Ten
 
 
 def find_not_finite(state: TrainingState, objective: Callable[..., Tensor], x: Tensor, beta: float) -> str:
-    """Takes the step that failed once more, with other noise and without its update, and says what is not finite.
+    """Repeat the step that failed, with other noise and without its update, and say what is not finite.
 
     Args:
-        state: of the training.
-        objective: as ``fit`` takes it.
-        x: the batch (B, *E).
-        beta: of that step.
+        state: Of the training.
+        objective: As ``fit`` takes it.
+        x: The batch (B, *E).
+        beta: Of that step.
     """
-    vae = state.vae
-    vae.zero_grad()
+    program = state.program
+    program.zero_grad()
     with pyro.validation_enabled(False):
-        loss = objective(vae.model, vae.guide, x, beta=beta)
-    site = site_that_is_not_finite(vae, x)
+        loss = objective(program.model, program.guide, x, beta=beta)
+    fault = find_site_not_finite(program, x)
     if not loss.isfinite():
-        return f"step {state.step}: the loss is {loss.item()}: {site or 'every site is finite when z is drawn again'}"
-    if site is not None:
-        return f"step {state.step}: {site}"
+        return f"step {state.step}: the loss is {loss.item()}: {fault or 'every site is finite when z is drawn again'}"
+    if fault is not None:
+        return f"step {state.step}: {fault}"
     loss.backward()
-    bad = gradients_that_are_not_finite(vae)
+    bad = find_gradients_not_finite(program)
     if bad:
         return f"step {state.step}: the gradient is not finite, in {', '.join(bad)}"
     return f"step {state.step}: the loss or its gradient is not finite; both are when z is drawn again"
 
 
-def gradients_that_are_not_finite(vae: VAE) -> list[str]:
+def find_gradients_not_finite(program: Program) -> list[str]:
     """The names of the parameters whose gradient has a NaN or an infinity."""
-    return [name for name, w in vae.named_parameters() if w.grad is not None and not w.grad.isfinite().all()]
+    return [name for name, w in program.named_parameters() if w.grad is not None and not w.grad.isfinite().all()]
 
 
-def site_that_is_not_finite(vae: VAE, x: Tensor) -> str | None:
-    """Runs the two programs again on x (B, *E), and names the first site with a number that is not finite."""
+def find_site_not_finite(program: Program, x: Tensor) -> str | None:
+    """Run model and guide on x (B, *E) again, and describe the first site with a number that is not finite."""
     if not x.isfinite().all():
         return "site 'x': the images of this batch hold values that are not finite"
     with torch.no_grad(), pyro.validation_enabled(False):
-        q = poutine.trace(vae.guide).get_trace(x)
-        p = poutine.trace(poutine.replay(vae.model, trace=q)).get_trace(x)
-        for program, trace in (("guide", q), ("model", p)):
+        q, p = _trace(program, x)
+        for kind, trace in (("guide", q), ("model", p)):
             for name in [*latent_sites(trace), *trace.observation_nodes]:
                 site = trace.nodes[name]
                 if not torch.as_tensor(site["value"]).isfinite().all():
-                    return f"site {name!r} of the {program} has a value that is not finite"
+                    return f"site {name!r} of the {kind} has a value that is not finite"
                 if not site["fn"].log_prob(site["value"]).isfinite().all():
-                    return f"site {name!r} of the {program} has a log-probability that is not finite"
+                    return f"site {name!r} of the {kind} has a log-probability that is not finite"
     return None
+
+
+def _trace(program: Program, x: Tensor) -> tuple[poutine.Trace, poutine.Trace]:
+    """The guide's trace on x (B, *E), and the model's on the same draws."""
+    q = poutine.trace(program.guide).get_trace(x)
+    return q, poutine.trace(poutine.replay(program.model, trace=q)).get_trace(x)

@@ -1,4 +1,4 @@
-"""What a caller gives ``fit``: images as one tensor, and networks that can train on every batch of them."""
+"""Checks of what a caller gives ``fit``: the images, the program, and the size of the last batch."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ import pyro
 import torch
 from torch import Tensor, nn
 
+from ppl_vae.protocols import Program
 from ppl_vae.runtime.global_state import seeded
 from ppl_vae.support import describe_type
-from ppl_vae.vae import NO_AUTOGUIDE, VAE
+from ppl_vae.vae import NO_AUTOGUIDE
 
 
-def as_images(name: str, x: Any) -> Tensor:
-    """Images as one tensor (N, *E): a tensor as it is, a NumPy array without a copy where that is possible.
+def images_tensor(name: str, x: Any) -> Tensor:
+    """Return images as one tensor (N, *E); a NumPy array is not copied if that is possible.
 
     An array of the other byte order, as FITS and IDX files have it, is converted.
 
     Raises:
-        ValueError: neither of these, such as a list or a ``DataLoader``; or an array with masked values.
+        ValueError: x is neither of these, but for example a list or a ``DataLoader``; or an array with masked values.
     """
     check_no_mask(name, x)
     if isinstance(x, np.ndarray) and x.dtype.kind in "buif":
@@ -31,16 +32,16 @@ def as_images(name: str, x: Any) -> Tensor:
     if not isinstance(x, Tensor) or not x.dim():
         raise ValueError(
             f"{name}: expected one tensor or NumPy array of images, (N, *E), got {describe_type(x)}; fit makes the "
-            "batches itself (batch_size), and torch.stack makes one tensor of a list of images"
+            "batches itself (Schedule.batch_size), and torch.stack makes one tensor of a list of images"
         )
     return x
 
 
 def check_no_mask(name: str, x: Any) -> None:
-    """Refuse a NumPy array with masked values: NumPy's conversions drop the mask, and what it hides would be data.
+    """Refuse a NumPy array with masked values: NumPy's conversions drop the mask, and would train on what it hides.
 
     Raises:
-        ValueError: a value is masked.
+        ValueError: A value is masked.
     """
     if isinstance(x, np.ma.MaskedArray) and (count := int(np.ma.getmaskarray(x).sum())):
         raise ValueError(
@@ -49,55 +50,54 @@ def check_no_mask(name: str, x: Any) -> None:
         )
 
 
-def check_weights(vae: VAE) -> None:
-    """Refuse a VAE whose weights cannot be trained: all are frozen, or were made in ``torch.inference_mode``.
+def check_program(program: Program) -> None:
+    """Refuse a program that cannot be trained.
 
     Raises:
-        ValueError: there is no weight that a gradient can change.
+        ValueError: It has no model and guide, or no weight that a gradient can change; or a guide or model was assigned
+            to it as a submodule, where its method would be called instead.
     """
-    weights = list(vae.parameters())
-    if any(each.is_inference() for each in weights):
+    if not isinstance(program, Program):
         raise ValueError(
-            "vae: expected weights that can be trained, got some made in torch.inference_mode; build it outside"
+            f"program: expected a torch.nn.Module with methods model(x) and guide(x), got {type(program).__name__}"
         )
-    if not any(each.requires_grad for each in weights):
+    for name, part in getattr(program, "_modules", {}).items():
+        if name in ("model", "guide"):
+            kind = type(part).__name__
+            raise ValueError(f"{name}: expected the program's own method, got {kind} assigned to it; {NO_AUTOGUIDE}")
+    weights = list(program.parameters())
+    if any(w.is_inference() for w in weights):
         raise ValueError(
-            f"vae: expected weights that can be trained, got {len(weights)} and none with requires_grad; "
-            "vae.requires_grad_(True) makes them so"
+            "program: expected weights that can be trained, got some made in torch.inference_mode; build it outside"
+        )
+    if not any(w.requires_grad for w in weights):
+        raise ValueError(
+            f"program: expected weights that can be trained, got {len(weights)} and none with requires_grad; "
+            "requires_grad_(True) makes them so"
         )
 
 
-def check_programs(vae: VAE) -> None:
-    """Refuses a guide or a model that was assigned to the VAE as a module: torch keeps it, and the method is called.
+def check_batch_of_one(
+    program: Program, objective: Callable[..., Tensor], transform: Callable[..., Tensor], x: Tensor
+) -> None:
+    """Refuse a batch of one image if batch normalization needs a variance over the batch.
 
-    Raises:
-        ValueError: there is one.
-    """
-    for name in ("model", "guide"):
-        if name in vae._modules:
-            kind = type(vae._modules[name]).__name__
-            raise ValueError(f"{name}: expected the VAE's own method, got {kind} assigned to it; {NO_AUTOGUIDE}")
-
-
-def check_batch_of_one(vae: VAE, objective: Callable[..., Tensor], observe: Callable[..., Tensor], x: Tensor) -> None:
-    """Refuses a batch of one image where batch normalization has no variance over it.
-
-    Nothing is changed, nor are random numbers used up.
+    Nothing is changed, and no random numbers are consumed.
 
     Args:
-        vae: in training mode.
-        objective, observe: as ``fit`` takes them.
-        x: (1, *E), as stored, on the VAE's device.
+        program: In training mode.
+        objective, transform: As ``fit`` takes them.
+        x: (1, *E), as stored, on the program's device.
 
     Raises:
-        ValueError: a layer of batch normalization cannot train on it.
+        ValueError: A layer of batch normalization cannot train on it.
     """
-    if not any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in vae.modules()):
+    if not any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in program.modules()):
         return
-    copy = deepcopy(vae)  # its running averages move
+    copy = deepcopy(program)  # its running averages change
     try:
         with seeded(0, x.device), torch.no_grad(), pyro.validation_enabled(False):
-            objective(copy.model, copy.guide, observe(x, None), beta=1.0)
+            objective(copy.model, copy.guide, transform(x, None), beta=1.0)
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise

@@ -1,7 +1,7 @@
-"""The steps of an epoch: one operation at a time, or each as one compiled graph; by one process or by several ranks.
+"""The steps of an epoch: eager, or each as one compiled graph; by one process or by several ranks.
 
-Of a batch of B images rank r takes B_r, and the gradient is sum_r (B_r / B) grad_r: one sum over the ranks a step, in
-which the loss and the ranks' wants ride along. All that follows from it is computed on every rank, in the same way.
+Of a batch of B images rank r takes B_r, and the gradient is sum_r (B_r / B) grad_r: one sum over the ranks per step,
+which also carries the loss and the ranks' requests. Everything that follows from it is computed on every rank alike.
 """
 
 from __future__ import annotations
@@ -20,235 +20,230 @@ from ppl_vae.runtime.capture import CapturedStep, adam_moments
 from ppl_vae.runtime.errors import NotFinite
 from ppl_vae.runtime.noise import SharedNoise
 from ppl_vae.runtime.ranks import BatchShare, batch_share, gather_objects, num_ranks, sum_over_ranks, use_share
-from ppl_vae.training.guard import find_not_finite, gradients_that_are_not_finite, site_that_is_not_finite
+from ppl_vae.training.guard import find_gradients_not_finite, find_not_finite, find_site_not_finite
+from ppl_vae.training.settings import Optimizer, StepValues
 from ppl_vae.training.state import TrainingState
 from ppl_vae.training.streaming import Resident, Streamed
-from ppl_vae.vae import VAE
 
-Schedule = list[tuple[float, float, float]]  # beta, learning rate and the averages' decay of each step
-Wants = Callable[[], tuple[bool, bool]]  # whether this rank wants the training to end, and its state to be saved
+Requests = tuple[bool, bool]  # whether the training should end, and whether its state should be saved
 
-_READ_AT = 50  # on a GPU, where the host would wait for the device, wants are read every so many steps
+_READ_EVERY = 50  # steps between two readings of requests on a GPU, where the host would wait for the device
 
 
-def nothing_wanted() -> tuple[bool, bool]:
+def no_requests() -> Requests:
     """Neither an end nor a checkpoint."""
     return False, False
 
 
-def of_share(
-    noise: SharedNoise, observe: Callable[..., Tensor], objective: Callable[..., Tensor]
+def share_batch(
+    noise: SharedNoise, transform: Callable[..., Tensor], objective: Callable[..., Tensor]
 ) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
     """The same two functions for a rank's part of the batch, with the noise that one process would draw for it."""
 
-    def observe_part(values: Tensor, generator: torch.Generator | None) -> Tensor:
+    def transform_part(values: Tensor, generator: torch.Generator | None) -> Tensor:
         with noise.along(0):
-            return observe(values, generator)
+            return transform(values, generator)
 
     def objective_of_part(*arguments: Any, **options: Any) -> Tensor:
         assert noise.share is not None
         with use_share(noise.share), noise.draw_at_sites():
             return objective(*arguments, **options)
 
-    return observe_part, objective_of_part
+    return transform_part, objective_of_part
 
 
 class EagerSteps:
-    """Steps by Pyro's own loss and torch's own optimizer, one operation at a time."""
+    """Steps by Pyro's own loss and the torch optimizer, one operation at a time.
+
+    Args:
+        state: The state of the training.
+        objective, transform: As ``fit`` takes them.
+        source: The training images.
+        optimizer: The limits on the gradient.
+
+    Attributes:
+        noise: The random numbers of this rank's part of a batch.
+        requested: After a step of several ranks, what any of them requested.
+    """
 
     def __init__(
         self,
         state: TrainingState,
         objective: Callable[..., Tensor],
         source: Resident | Streamed,
-        observe: Callable[..., Tensor],
+        transform: Callable[..., Tensor],
         *,
-        clip_norm: float,
-        skip_norm: float | None,
+        optimizer: Optimizer,
     ) -> None:
         self.noise, self._several = SharedNoise(), num_ranks() > 1
         if self._several:
-            observe, objective = of_share(self.noise, observe, objective)
-        self._state, self._objective, self._source, self._observe = state, objective, source, observe
-        self._norms: dict[str, Any] = {"clip_norm": clip_norm, "skip_norm": skip_norm}
-        self.wanted = nothing_wanted()
+            transform, objective = share_batch(self.noise, transform, objective)
+        self._state, self._objective, self._source, self._transform = state, objective, source, transform
+        self._limits = optimizer
+        self.requested = no_requests()
 
     def epoch(
-        self, batches: tuple[Tensor, ...], schedule: Schedule, *, validate: bool, wants: Wants = nothing_wanted
+        self,
+        batches: Sequence[Tensor],
+        schedule: Sequence[StepValues],
+        *,
+        validate: bool,
+        requests: Callable[[], Requests] = no_requests,
     ) -> Generator[Tensor, None, None]:
-        """Yields each batch's places in the source's ``stored`` after its step, or of several ranks this one's.
+        """Yield, after each step, the places of its images in the source's ``stored``; with several ranks, this rank's.
 
-        Of several ranks, ``wanted`` is then what any of them wanted.
+        Args:
+            batches: For each step the images' places in the data set, (B,).
+            schedule: For each step beta, the learning rate and the averages' decay.
+            validate: Whether Pyro checks values and shapes.
+            requests: What this rank requests, asked at every step.
         """
         state = self._state
         shares = [batch_share(len(batch)) for batch in batches]
-        with closing(self._source.epoch(_own(batches, shares))) as rows:
+        with closing(self._source.epoch(_own_parts(batches, shares))) as rows:
             for (_, place), share, (beta, rate, decay) in zip(rows, shares, schedule, strict=True):
                 self.noise.share = share
-                exchange = _Exchange(share, wants()) if self._several else None
-                x = self._observe(self._source.stored[place], None)
-                loss = _step(
-                    state,
-                    self._objective,
-                    x,
-                    beta=beta,
-                    learning_rate=rate,
-                    validate=validate,
-                    exchange=exchange,
-                    **self._norms,
-                )
-                if exchange is not None:
-                    self.wanted = exchange.wanted
+                if self._several:
+                    self.requested = requests()
+                for group in state.optimizer.param_groups:
+                    group["lr"] = rate
+                x = self._transform(self._source.stored[place], None)
+                loss = self._step(x, beta, share, validate=validate)
                 state.step += 1
                 if loss is None:
                     state.skipped += 1
                 else:
                     with torch.no_grad():
                         for name, average in state.averages.items():
-                            average.lerp_(state.vae.get_parameter(name), 1 - decay)
+                            average.lerp_(state.program.get_parameter(name), 1 - decay)
                     state.epoch_loss += loss * share.num_images
                     state.epoch_images += share.num_images
                 yield place
 
-    def settle(self) -> None:
-        """Brings the state up to date."""
+    def _step(self, x: Tensor, beta: float, share: BatchShare, *, validate: bool) -> float | None:
+        """One step; return the loss before it, nats per image, or None if the step was skipped."""
+        state, program, optimizer = self._state, self._state.program, self._state.optimizer
+        with pyro.validation_enabled(validate):
+            try:
+                loss = self._objective(program.model, program.guide, x, beta=beta)
+            except ValueError:
+                fault = find_site_not_finite(program, x)
+                if fault is None:
+                    raise
+                raise NotFinite(f"step {state.step}: {fault}") from None
+        if self._several:
+            optimizer.zero_grad()
+            loss.backward()
+            value = self._sum_gradients(loss, share)
+        else:
+            value = loss.item()
+        if not math.isfinite(value):
+            if self._limits.skip_norm is not None:
+                return None
+            faults = gather_objects(find_site_not_finite(program, x))  # the images at fault may be one rank's alone
+            fault = next((found for found in faults if found), "every site is finite when z is drawn again")
+            raise NotFinite(f"step {state.step}: the loss is {value}: {fault}")
+        if not self._several:
+            optimizer.zero_grad()
+            loss.backward()
+        norm = clip_grad_norm_(program.parameters(), self._limits.clip_norm)
+        if self._limits.skip_norm is not None and not norm <= self._limits.skip_norm:
+            return None
+        if not norm.isfinite():
+            bad = find_gradients_not_finite(program)
+            raise NotFinite(f"step {state.step}: the gradient is not finite, in {', '.join(bad) or 'its norm'}")
+        if state.skipped:
+            _count_skipped(state)
+        optimizer.step()
+        return value
 
-
-def _own(batches: Sequence[Tensor], shares: Sequence[BatchShare]) -> tuple[Tensor, ...]:
-    """This rank's images of each batch."""
-    return tuple(batch[share.start : share.stop] for batch, share in zip(batches, shares, strict=True))
-
-
-class _Exchange:
-    """The one sum over the ranks of a step: of the gradient, the loss, and what the ranks want.
-
-    Attributes:
-        wanted: after the exchange, what any rank wanted.
-    """
-
-    def __init__(self, share: BatchShare, wants: tuple[bool, bool]) -> None:
-        self._share = share
-        self.wanted = wants
-
-    def __call__(self, vae: VAE, loss: Tensor) -> float:
-        """Makes of each parameter's gradient that of the whole batch; returns the whole batch's loss."""
-        gradients = [w.grad for w in vae.parameters() if w.grad is not None]
+    def _sum_gradients(self, loss: Tensor, share: BatchShare) -> float:
+        """Replace each gradient by that of the whole batch, and requests by any rank's; return the batch's loss."""
+        gradients = [w.grad for w in self._state.program.parameters() if w.grad is not None]
         flat = torch.cat([*(g.reshape(-1).to(loss.dtype) for g in gradients), loss.detach().reshape(1)])
-        flat = torch.cat([flat * self._share.weight, flat.new_tensor(self.wanted)])
+        flat = torch.cat([flat * share.weight, flat.new_tensor(self.requested)])
         sum_over_ranks(flat)
         *parts, tail = flat.split([*(g.numel() for g in gradients), 3])
         for gradient, part in zip(gradients, parts, strict=True):
             gradient.copy_(part.view_as(gradient))
         value, ends, saves = tail.tolist()
-        self.wanted = ends > 0, saves > 0
+        self.requested = ends > 0, saves > 0
         return float(value)
 
-
-def _step(
-    state: TrainingState,
-    objective: Callable[..., Tensor],
-    x: Tensor,
-    *,
-    beta: float,
-    learning_rate: float,
-    clip_norm: float,
-    skip_norm: float | None,
-    validate: bool,
-    exchange: _Exchange | None,
-) -> float | None:
-    """One step of SVI; returns the loss before it, nats an image, or None where the step was left out."""
-    vae, optimizer = state.vae, state.optimizer
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
-    with pyro.validation_enabled(validate):
-        try:
-            loss = objective(vae.model, vae.guide, x, beta=beta)
-        except ValueError:
-            site = site_that_is_not_finite(vae, x)
-            if site is None:
-                raise
-            raise NotFinite(f"step {state.step}: {site}") from None
-    if exchange is None:
-        value = loss.item()
-    else:
-        optimizer.zero_grad()
-        loss.backward()
-        value = exchange(vae, loss)
-    if not math.isfinite(value):
-        if skip_norm is not None:
-            return None
-        site = _first_of_ranks(site_that_is_not_finite(vae, x)) or "every site is finite when z is drawn again"
-        raise NotFinite(f"step {state.step}: the loss is {value}: {site}")
-    if exchange is None:
-        optimizer.zero_grad()
-        loss.backward()
-    norm = clip_grad_norm_(vae.parameters(), clip_norm)
-    if skip_norm is not None and not norm <= skip_norm:
-        return None
-    if not norm.isfinite():
-        bad = gradients_that_are_not_finite(vae)
-        raise NotFinite(f"step {state.step}: the gradient is not finite, in {', '.join(bad) or 'its norm'}")
-    if state.skipped:
-        _count_skipped(state)
-    optimizer.step()
-    return value
+    def settle(self) -> None:
+        """Bring the state up to date, which it always is here."""
 
 
-def _first_of_ranks(words: str | None) -> str | None:
-    """What the first rank that has words for it says, on every rank: its images may be the only ones at fault."""
-    return next((found for found in gather_objects(words) if found), None)
+def _own_parts(batches: Sequence[Tensor], shares: Sequence[BatchShare]) -> tuple[Tensor, ...]:
+    """This rank's images of each batch."""
+    return tuple(batch[share.start : share.stop] for batch, share in zip(batches, shares, strict=True))
 
 
 def _count_skipped(state: TrainingState) -> None:
-    """Adam's bias correction counts the steps that were left out too, as the captured step does."""
-    for w in state.vae.parameters():
+    """Let Adam's bias correction count skipped steps too, as the captured step does."""
+    if not isinstance(state.optimizer, torch.optim.Adam | torch.optim.AdamW):
+        return
+    for w in state.program.parameters():
         if w.grad is not None:
-            adam_moments(state.optimizer, w)  # there are none before the first step that is taken
+            adam_moments(state.optimizer, w)  # there are none before the first step that is not skipped
             state.optimizer.state[w]["step"].fill_(state.step)
 
 
 class CapturedSteps:
-    """Steps as one compiled graph; see ``CapturedStep``. On a GPU the host waits for it only in ``settle``."""
+    """Steps as one compiled graph; see ``CapturedStep``. On a GPU the host waits for it only in ``settle``.
+
+    Args:
+        state, objective, source, transform, optimizer: As ``EagerSteps``; the state's optimizer is Adam or AdamW.
+        batch_size: Images of a whole batch.
+
+    Attributes:
+        noise, requested: As ``EagerSteps``.
+        compile_seconds: What tracing and compiling took.
+    """
 
     def __init__(
         self,
         state: TrainingState,
         objective: Callable[..., Tensor],
         source: Resident | Streamed,
-        observe: Callable[..., Tensor],
+        transform: Callable[..., Tensor],
         *,
+        optimizer: Optimizer,
         batch_size: int,
-        clip_norm: float,
-        skip_norm: float | None,
     ) -> None:
-        self._state, self._objective, self._source, self._observe = state, objective, source, observe
+        self._state, self._objective, self._source, self._transform = state, objective, source, transform
         self.noise, self._several = SharedNoise(), num_ranks() > 1
         if self._several:
-            observe, objective = of_share(self.noise, observe, objective)
-        vae = state.vae
+            transform, objective = share_batch(self.noise, transform, objective)
+        program = state.program
         self._compiled_for = self.noise.share = batch_share(batch_size)
         self._step = CapturedStep(
-            lambda x, beta: objective(vae.model, vae.guide, x, beta=beta),
-            vae,
+            lambda x, beta: objective(program.model, program.guide, x, beta=beta),
+            program,
             state.optimizer,
             source.stored,
-            lambda values: observe(values, None),
+            lambda values: transform(values, None),
             batch_size=self._compiled_for.stop - self._compiled_for.start,
-            clip_norm=clip_norm,
-            skip_norm=skip_norm,
+            clip_norm=optimizer.clip_norm,
+            skip_norm=optimizer.skip_norm,
             averages=state.averages,
             exchange=sum_over_ranks if self._several else None,
             num_votes=2 if self._several else 0,
         )
-        self.wanted = nothing_wanted()
+        self.requested = no_requests()
         self.compile_seconds = self._step.compile_seconds
-        self._started = self._settled = state.step  # what ``taken`` counts from, and what ``_recent`` begins with
+        self._started = self._settled = state.step  # where ``taken`` starts to count, and where ``_recent`` begins
         self._recent: list[tuple[Tensor, float]] = []
 
     def epoch(
-        self, batches: tuple[Tensor, ...], schedule: Schedule, *, validate: bool, wants: Wants = nothing_wanted
+        self,
+        batches: Sequence[Tensor],
+        schedule: Sequence[StepValues],
+        *,
+        validate: bool,
+        requests: Callable[[], Requests] = no_requests,
     ) -> Generator[Tensor, None, None]:
-        """As ``EagerSteps.epoch``; on a GPU the step has only begun by then, and wants are seen every 50 steps."""
+        """As ``EagerSteps.epoch``; a GPU has only started the step by then, and requests are read every 50 steps."""
         state, step = self._state, self._step
         step.total.fill_(state.epoch_loss)
         step.counted.fill_(state.epoch_images)
@@ -256,11 +251,11 @@ class CapturedSteps:
         rows = step.schedule([(state.step + i, *values) for i, values in enumerate(schedule)])
         on_host = state.device.type == "cpu"
         shares = [batch_share(len(batch)) for batch in batches]
-        with closing(self._source.epoch(_own(batches, shares))) as places:
+        with closing(self._source.epoch(_own_parts(batches, shares))) as places:
             numbered = zip(places, batches, shares, rows.unbind(), schedule, strict=True)
             for (_, place), batch, share, row, (beta, _, _) in numbered:
                 if self._several:
-                    self._step_of_ranks(place, row, share, wants)
+                    self._step_of_ranks(place, row, share, requests())
                 else:
                     step(place, row)
                 self._recent.append((batch, beta))
@@ -269,36 +264,34 @@ class CapturedSteps:
                     self._check()
                 yield place
 
-    def _step_of_ranks(self, place: Tensor, row: Tensor, share: BatchShare, wants: Wants) -> None:
+    def _step_of_ranks(self, place: Tensor, row: Tensor, share: BatchShare, requests: Requests) -> None:
         self.noise.share = share
         self._step.step_on_part(
             place,
             row,
             share=share.weight,
             whole=share.num_images,
-            votes=torch.tensor(wants()),
+            votes=torch.tensor(requests),
             as_compiled=share == self._compiled_for,
         )
-        if self._state.device.type == "cpu" or (self._state.step + 1) % _READ_AT == 0:
+        self.requested = no_requests()
+        if self._state.device.type == "cpu" or (self._state.step + 1) % _READ_EVERY == 0:
             ends, saves = self._step.votes.tolist()
-            self.wanted = ends > 0, saves > 0
-        else:
-            self.wanted = nothing_wanted()
+            self.requested = ends > 0, saves > 0
 
     def settle(self) -> None:
-        """Waits for the device, and brings the state up to date."""
+        """Wait for the device, and bring the state up to date."""
         self._check()
         self._state.epoch_loss, self._state.epoch_images = float(self._step.total), int(self._step.counted)
         self._state.skipped = int(self._step.skipped)
         self._step.count(self._state.step)
 
     def _check(self) -> None:
-        """Raises where a step was not finite; the graph changed nothing from there on."""
+        """Raise NotFinite if a step was not finite; from that step on the graph changed nothing."""
         if not self._step.is_finite:
             self._state.step = self._started + int(self._step.taken)
             index, beta = self._recent[self._state.step - self._settled]
-            raise NotFinite(
-                find_not_finite(self._state, self._objective, self._observe(self._source.images(index), None), beta)
-            )
+            x = self._transform(self._source.images(index), None)
+            raise NotFinite(find_not_finite(self._state, self._objective, x, beta))
         self._settled += len(self._recent)
         self._recent.clear()

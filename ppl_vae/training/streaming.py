@@ -174,7 +174,7 @@ class _Copies:
         self._stream.synchronize()
 
 
-def does_not_fit(train: Tensor, device: torch.device) -> bool:
+def exceeds_memory(train: Tensor, device: torch.device) -> bool:
     """Whether images (N, *E) take more than half of the device's free memory; those in ordinary memory fit on a CPU."""
     size = train.numel() * train.element_size()
     if device.type == "cuda":

@@ -13,13 +13,14 @@ import pyro
 import pytest
 import scipy.stats
 import torch
+from fitting import fit
 from oracles import NormalFixed
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from small_run import SMALL, save_bars
 from torch import nn
 from torch.testing import assert_close
 
-from ppl_vae import VAE, Conditional, data, fit, load, log_evidence, objectives, runs, save
+from ppl_vae import VAE, Conditional, data, load, log_evidence, objectives, runs, save
 from ppl_vae.commands.compare_likelihoods import compare_likelihoods
 from ppl_vae.commands.compare_networks import compare_networks
 from ppl_vae.commands.compare_runs import compare_runs
@@ -84,7 +85,7 @@ def _as_stored(values: torch.Tensor, generator: torch.Generator | None = None) -
 
 
 def _fit(vae: VAE, train: torch.Tensor, validation: torch.Tensor | None = None, **options: Any) -> Any:
-    asked = {"epochs": 4, "batch_size": 8, "observe": _as_stored, "beta": 0.0, "learning_rate": 0.02}
+    asked = {"epochs": 4, "batch_size": 8, "transform": _as_stored, "beta": 0.0, "learning_rate": 0.02}
     return fit(vae, train, validation, **(asked | options))
 
 
@@ -255,7 +256,7 @@ def test_a_run_resumed_from_any_step_ends_bit_for_bit_where_the_undisturbed_one_
     def observe(values, generator):
         return torch.bernoulli(0.2 + 0.6 * values)
 
-    asked = {"validation": _binary(20), "observe": observe, "compile": compile}
+    asked = {"validation": _binary(20), "transform": observe, "compile": compile}
     end = _fit(_bernoulli(), _binary(), on_checkpoint=keep, checkpoint_seconds=0.0, **asked)
     assert sorted(states) == list(range(1, 21))
     final, numbers = end.to_tensors()

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+from fitting import fit
 
-from ppl_vae import data, fit, load, runs, save
+from ppl_vae import data, load, runs, save
 from ppl_vae.commands.evaluate import binarization_entropy, evaluate_run, independent_pixels
 from ppl_vae.commands.options import Evaluate, Figures
 from ppl_vae.commands.train import resume_run, train_run

@@ -11,6 +11,7 @@ import numpy as np
 import pyro
 import pytest
 import torch
+from fitting import fit
 from oracles import NormalFixed
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
 from torch.testing import assert_close
 
-from ppl_vae import Conditional, fit, importance, log_weights, objectives
+from ppl_vae import Conditional, importance, log_weights, objectives
 from ppl_vae.evidence.exploration import moments
 from ppl_vae.hierarchy import BottomLayerOnly, BottomUp, HierarchicalVAE, LayeredPrior, TopDown, product_of_normals
 from ppl_vae.parts.likelihoods import Bernoulli
@@ -457,7 +458,7 @@ def _as_stored(values, generator=None):
 
 
 def _fitted(vae, x, objective, **options):
-    asked = {"epochs": 2, "batch_size": 8, "learning_rate": 0.01, "warmup_epochs": 1, "observe": _as_stored}
+    asked = {"epochs": 2, "batch_size": 8, "learning_rate": 0.01, "warmup_epochs": 1, "transform": _as_stored}
     fit(vae, x, objective=objective, **(asked | options))
     return {name: w.detach().clone() for name, w in vae.named_parameters()}
 

@@ -26,9 +26,10 @@ from ppl_vae.commands.cli import Command, build_parser, iterate_fields, parse
 from ppl_vae.commands.options import COMMANDS
 from ppl_vae.evidence import ais
 from ppl_vae.runs import build
-from ppl_vae.runs.fit_arguments import build_objective, fit_arguments, initialize_output_bias
+from ppl_vae.runs.fit_arguments import fit_arguments, initialize_output_bias
 from ppl_vae.runs.options import Options
 from ppl_vae.runs.resolve import choose_evaluated_pixels, choose_pixels, load_splits, resolve
+from ppl_vae.training import Callbacks
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
@@ -126,7 +127,8 @@ def train_in_double(words: str) -> dict[str, list[float]]:
         vae = build.build_vae(asked, splits.event_shape)
     initialize_output_bias(vae, data.initialization_images(splits, pixels).double())
     stored, observe = data.training_images(splits, pixels)
-    objective = build_objective(asked)
+    arguments = fit_arguments(asked, data.evaluation_images(splits, "validation", pixels).double())
+    objective = arguments["objective"]
     losses, records = [], []
 
     def recorded(*arguments: Any, **named: Any) -> Tensor:
@@ -137,11 +139,9 @@ def train_in_double(words: str) -> dict[str, list[float]]:
     fit(
         vae,
         stored,
-        data.evaluation_images(splits, "validation", pixels).double(),
-        **fit_arguments(asked),
-        objective=recorded,
-        observe=lambda values, generator=None: observe(values, generator).double(),
-        on_epoch=records.append,
+        **arguments | {"objective": recorded},
+        transform=lambda values, generator=None: observe(values, generator).double(),
+        callbacks=Callbacks(on_epoch=records.append),
     )
     validation = [value for record in records for key, value in record.items() if key.startswith("validation")]
     return {"losses": losses, "validation": validation}

@@ -10,13 +10,14 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from fitting import fit
 from oracles import LinearGaussian
 from pyro import poutine
 from pyro.distributions.testing.fakes import NonreparameterizedNormal
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from torch.testing import assert_close
 
-from ppl_vae import fit, objectives
+from ppl_vae import objectives
 from ppl_vae.objectives import Temper
 from ppl_vae.parts.registry import PRIORS
 from ppl_vae.runs.build import build_vae, resolve_parts
@@ -312,7 +313,7 @@ def test_a_captured_step_of_free_bits_ends_where_the_eager_one_does(graphs, num_
             epochs=4,
             batch_size=4,
             objective=build_objective(asked),
-            observe=lambda values, generator: values,
+            transform=lambda values, generator: values,
             learning_rate=0.01,
             warmup_epochs=1,
             compile=compile,

@@ -10,6 +10,7 @@ import numpy as np
 import pyro
 import pytest
 import torch
+from fitting import fit
 from oracles import bernoulli_vae
 from pyro import poutine
 from safetensors.torch import load_file, save_file
@@ -17,7 +18,7 @@ from scipy.special import logsumexp
 from scipy.stats import multivariate_normal, norm
 from torch.testing import assert_close
 
-from ppl_vae import VAE, Conditional, fit, log_weights, objectives
+from ppl_vae import VAE, Conditional, log_weights, objectives
 from ppl_vae.parts import registry
 from ppl_vae.parts.flows import Flow as Layers
 from ppl_vae.parts.networks import MLP, Standardized
@@ -405,7 +406,7 @@ def _trained(name, objective, *, compile, **changes):
         _images(),
         **(asked | changes),
         objective=OBJECTIVES[objective],
-        observe=lambda values, generator: values,
+        transform=lambda values, generator: values,
         compile=compile,
         on_checkpoint=lambda state: states.append(_copied(state)),
     )

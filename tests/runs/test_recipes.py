@@ -84,7 +84,7 @@ def test_each_stage_can_be_built_and_has_an_objective_at_beta_one(name, digits):
             vae = build_vae(options, digits.event_shape)
         assert sum(w.numel() for w in vae.parameters()) > 100_000
         assert callable(build_objective(options))
-        assert (options.beta, fit_arguments(options)["epochs"]) == (1, stage.epochs)
+        assert (options.beta, fit_arguments(options, None)["epochs"]) == (1, stage.epochs)
 
 
 @pytest.mark.parametrize("name", RECIPES)

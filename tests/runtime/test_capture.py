@@ -13,6 +13,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 import torch._inductor.compile_fx as compiler
+from fitting import fit
 from grids import LIKELIHOODS_AND_NETWORKS, images_for
 from pyro import poutine
 from pyro.infer import JitTrace_ELBO, RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
@@ -21,7 +22,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ppl_vae import VAE, Conditional, data, fit, objectives, training
+from ppl_vae import VAE, Conditional, data, objectives, training
 from ppl_vae.evidence.importance import evaluate
 from ppl_vae.parts.likelihoods import Bernoulli
 from ppl_vae.parts.networks import MLP
@@ -33,7 +34,7 @@ from ppl_vae.runs.options import KLS, LIKELIHOODS, PLAIN, Options
 from ppl_vae.runtime import capture
 from ppl_vae.runtime.capture import CapturedStep
 from ppl_vae.runtime.errors import CannotCapture, NotFinite
-from ppl_vae.training import CapturedSteps, Resident, TrainingState
+from ppl_vae.training import CapturedSteps, Optimizer, Resident, TrainingState
 from ppl_vae.training.schedules import averaging
 
 ESTIMATORS = {"sampled": Trace_ELBO, "analytic": TraceMeanField_ELBO}
@@ -62,7 +63,7 @@ def _as_stored(values, generator=None):
 
 def _fit(vae, train, validation=None, **options):
     """In float64, with a ragged last batch: five steps an epoch."""
-    asked = {"epochs": 4, "batch_size": 8, "observe": _as_stored, "warmup_epochs": 1, "compile": True}
+    asked = {"epochs": 4, "batch_size": 8, "transform": _as_stored, "warmup_epochs": 1, "compile": True}
     return fit(vae, train, validation, **(asked | options))
 
 
@@ -955,7 +956,7 @@ def test_batch_statistics_are_refused_and_left_as_they_are(graphs):
 def test_observations_that_hold_a_tensor_are_refused(graphs):
     threshold = torch.full((12,), 0.5, dtype=torch.double)
     with pytest.raises(CannotCapture, match=OUTSIDE):
-        _fit(_vae(), _images(), observe=lambda values, generator: (values > threshold).double())
+        _fit(_vae(), _images(), transform=lambda values, generator: (values > threshold).double())
 
 
 def test_a_machine_without_a_compiler_says_so(monkeypatch):
@@ -1112,10 +1113,10 @@ def test_a_failure_that_the_host_sees_late_is_told_with_its_own_step_and_images(
     vae, train = _vae(), _images()
     batches = torch.arange(37).split(8)
     train[batches[2][0], 3] = math.nan
-    state = TrainingState(vae, device=torch.device("cpu"))
+    state = TrainingState(vae)
     source = Resident(train, state.device)
     steps = CapturedSteps(
-        state, objectives.elbo, source, _as_stored, batch_size=8, clip_norm=NEVER_CLIP, skip_norm=None
+        state, objectives.elbo, source, _as_stored, batch_size=8, optimizer=Optimizer(clip_norm=NEVER_CLIP)
     )
     state.device = torch.device("cuda")  # as it is there: the host looks only in settle
     weights = [_flat(vae) for _ in steps.epoch(batches, [(1.0, 0.01, 0.0)] * 5, validate=False)]
@@ -1644,13 +1645,12 @@ def test_on_a_gpu_the_host_waits_for_nothing_within_an_epoch():
     device = torch.device("cuda")
     train = _images(37).float().to(device)  # four whole batches and a ragged one
     steps = CapturedSteps(
-        TrainingState(vae, device=device),
+        TrainingState(vae),
         objectives.elbo,
         Resident(train, device),
         _as_stored,
         batch_size=8,
-        clip_norm=100.0,
-        skip_norm=None,
+        optimizer=Optimizer(clip_norm=100.0),
     )
     batches = torch.randperm(37).to(device).split(8)
     epoch = steps.epoch(batches, [(1.0, 1e-3, 0.0)] * 5, validate=False)

@@ -8,9 +8,9 @@ from threading import Thread
 import pytest
 import torch
 from entry_points import OTHERS, SCORES
+from fitting import fit
 from oracles import LinearGaussian, bernoulli_vae
 
-from ppl_vae import fit
 from ppl_vae.evidence.importance import evaluate
 from ppl_vae.runs.build import build_vae
 from ppl_vae.runs.options import Options

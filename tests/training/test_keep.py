@@ -9,13 +9,13 @@ from typing import Any
 import pyro
 import pytest
 import torch
+from fitting import fit
 from small_run import SMALL, save_bars, train_small
 
 from ppl_vae import runs
 from ppl_vae.runs.build import build_vae
 from ppl_vae.runs.options import Options
 from ppl_vae.runs.resolve import load_splits, resolve
-from ppl_vae.training import fit
 from ppl_vae.vae import VAE
 
 
@@ -30,7 +30,7 @@ def trained(
     last: dict[str, torch.Tensor] = {}
 
     def on_checkpoint(state: Any) -> None:
-        values = state.averages or dict(state.vae.named_parameters())
+        values = state.averages or dict(state.program.named_parameters())
         last.update({name: w.detach().clone() for name, w in values.items()})
 
     state = fit(

@@ -11,9 +11,9 @@ import pytest
 import torch
 from oracles import bernoulli_vae
 
-from ppl_vae import fit
 from ppl_vae.runs.fit_arguments import fit_arguments
 from ppl_vae.runs.options import Options
+from ppl_vae.training import Callbacks, fit
 from ppl_vae.training.schedules import averaging, cosine, stages, warmup
 
 STEPS = 1000
@@ -159,11 +159,13 @@ def test_training_takes_the_rate_of_the_schedule_at_every_step(graphs, compile, 
     fit(
         vae,
         x,
-        **fit_arguments(options),
-        observe=lambda values, generator: values,
+        **fit_arguments(options, None),
+        transform=lambda values, generator: values,
         compile=compile,
-        on_epoch=records.append,
-        on_step=lambda state: moved.append(torch.cat([w.detach().flatten() for w in state.vae.parameters()])),
+        callbacks=Callbacks(
+            on_epoch=records.append,
+            on_step=lambda state: moved.append(torch.cat([w.detach().flatten() for w in state.program.parameters()])),
+        ),
     )
     rates = [0.01 * expected(step) for step in range(20)]
     assert [record["learning_rate"] for record in records] == pytest.approx(rates[3::4])
@@ -174,7 +176,7 @@ def test_training_takes_the_rate_of_the_schedule_at_every_step(graphs, compile, 
 
 
 def test_the_flat_part_of_a_cosine_is_an_option():
-    rate = fit_arguments(Options(decay_start=0.6, warmup_epochs=0))["rate"]
+    rate = fit_arguments(Options(decay_start=0.6, warmup_epochs=0), None)["schedule"].rate
     found = [rate(step, learning_rate=1.0, total_steps=10) for step in (0, 6, 8, 10)]
     assert found == pytest.approx([1.0, 1.0, 0.5, 0.0])
 

@@ -11,6 +11,7 @@ from typing import Any
 import pyro
 import pytest
 import torch
+from fitting import fit
 from small_run import SMALL, save_bars
 from torch import Tensor
 
@@ -21,7 +22,7 @@ from ppl_vae.runs.build import build_vae
 from ppl_vae.runs.fit_arguments import fit_arguments
 from ppl_vae.runs.options import Options
 from ppl_vae.runtime.errors import NotFinite
-from ppl_vae.training import VALIDATION_SEED, TrainingState, batches_of, fit
+from ppl_vae.training import VALIDATION_SEED, TrainingState, epoch_batches
 from ppl_vae.vae import VAE
 
 STEPS = 6  # an epoch of 60 images, ten a step
@@ -68,7 +69,7 @@ def test_a_step_whose_gradient_is_astronomical_is_left_out_and_counted(
     changed: list[bool] = []
 
     def on_step(state: TrainingState) -> None:
-        now = {name: w.detach().clone() for name, w in state.vae.named_parameters()}
+        now = {name: w.detach().clone() for name, w in state.program.named_parameters()}
         changed.append(not before or any(not torch.equal(w, before[-1][name]) for name, w in now.items()))
         before.append(now)
 
@@ -103,7 +104,7 @@ def test_after_steps_that_are_left_out_the_weights_are_those_of_adam_with_a_coun
     """Adam written out, in float64."""
     left_out = {0, 1, 4} if first else {2, 4}
     x = torch.ones(STEPS, 1, 4, 4)
-    order = batches_of(STEPS, 1, seed=0, epoch=0, device=torch.device("cpu"))
+    order = epoch_batches(STEPS, 1, seed=0, epoch=0, device=torch.device("cpu"))
     for step in left_out:
         x[order[step]] = 0
     vae = fresh().double()
@@ -124,7 +125,7 @@ def test_after_steps_that_are_left_out_the_weights_are_those_of_adam_with_a_coun
         batch_size=1,
         skip_norm=1e3,
         objective=objective,
-        observe=lambda values, _: values.double(),
+        transform=lambda values, _: values.double(),
         rate=lambda step, **_: 0.1,
         clip_norm=1e9,
         compile=compile,
@@ -149,13 +150,13 @@ def test_captured_training_is_eager_training_where_steps_are_left_out(
     """In the first epoch the step ``where``, and another one in each of two more."""
     monkeypatch.setitem(globals(), "FACTOR", factor)
     x = images()
-    x[batches_of(60, 10, seed=0, epoch=0, device=torch.device("cpu"))[where][2]] = 1
+    x[epoch_batches(60, 10, seed=0, epoch=0, device=torch.device("cpu"))[where][2]] = 1
     (eager, state), (captured, other) = (
         trained(x, skip_norm=1e3, objective=steep, epochs=3, compile=compile) for compile in (False, True)
     )
     assert state.skipped == other.skipped == 3
-    for name, w in state.vae.state_dict().items():
-        torch.testing.assert_close(other.vae.state_dict()[name], w, rtol=1e-4, atol=1e-6)
+    for name, w in state.program.state_dict().items():
+        torch.testing.assert_close(other.program.state_dict()[name], w, rtol=1e-4, atol=1e-6)
     for ours, theirs in zip(eager, captured, strict=True):
         assert ours["train_loss_nats_per_image"] == pytest.approx(theirs["train_loss_nats_per_image"], rel=1e-5)
 
@@ -176,7 +177,7 @@ class Fragile(torch.nn.Module):
 def test_a_value_that_is_not_finite_in_the_first_epoch_is_left_out_and_no_error(graphs: Any, compile: bool) -> None:
     vae = fresh()
     x = images()
-    order = batches_of(60, 10, seed=0, epoch=0, device=torch.device("cpu"))
+    order = epoch_batches(60, 10, seed=0, epoch=0, device=torch.device("cpu"))
     x[next(i for i in order[2].tolist() if i >= 10)] = 1  # the first ten are checked before any step
     state = fit(
         VAE(vae.prior, vae.likelihood, Fragile(vae.posterior)),
@@ -187,7 +188,7 @@ def test_a_value_that_is_not_finite_in_the_first_epoch_is_left_out_and_no_error(
         compile=compile,
     )
     assert state.skipped == 1
-    assert all(w.isfinite().all() for w in state.vae.parameters())
+    assert all(w.isfinite().all() for w in state.program.parameters())
 
 
 def all_but_one(model: Any, guide: Any, x: Tensor, *, beta: Any) -> Tensor:
@@ -211,25 +212,9 @@ def test_a_training_that_leaves_out_an_epoch_ends(graphs: Any, compile: bool) ->
 def test_what_was_left_out_is_said_and_known_after_a_resumption(tmp_path: Path) -> None:
     _, state = trained(marked(), skip_norm=1e3, objective=steep, epochs=2)
     tensors, scalars = state.to_tensors()
-    again = TrainingState(fresh(), device=torch.device("cpu"))
+    again = TrainingState(fresh())
     again.restore(tensors, scalars)
     assert (again.skipped, again.epoch_images) == (2, 0)
-
-
-def test_a_state_of_before_steps_were_left_out_goes_on(tmp_path: Path) -> None:
-    """In the middle of an epoch its loss is of the images so far."""
-    held: list[Any] = []
-
-    def on_step(state: TrainingState) -> None:
-        if state.step == STEPS + 3:
-            tensors, scalars = state.to_tensors()
-            held.append(({name: w.clone() for name, w in tensors.items()}, dict(scalars)))
-
-    whole, _ = trained(images(), skip_norm=None, epochs=2, on_step=on_step)
-    tensors, scalars = held[0]
-    del scalars["epoch_images"], scalars["skipped"]
-    rest, _ = trained(images(), skip_norm=None, epochs=2, saved=(tensors, scalars))
-    assert rest[-1]["train_loss_nats_per_image"] == pytest.approx(whole[-1]["train_loss_nats_per_image"], rel=1e-12)
 
 
 # --- The bound that chooses ---
@@ -260,7 +245,7 @@ def test_the_weights_of_an_importance_weighted_training_are_chosen_by_its_bound(
 @pytest.mark.parametrize(("objective", "expected"), [("elbo", 1), ("stl", 1), ("iwae", 3), ("dreg", 3)])
 def test_only_an_importance_weighted_objective_is_chosen_by_several_particles(objective: str, expected: int) -> None:
     options = Options(objective=objective, num_particles=3)
-    assert fit_arguments(options)["validation_particles"] == expected
+    assert fit_arguments(options, None)["validation"].num_particles == expected
 
 
 def test_a_run_of_several_particles_says_by_which_bound_its_weights_were_chosen(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import pyro
 import pytest
 import torch
+from fitting import fit
 from torch import Tensor
 
 from ppl_vae import VAE, Conditional, data, objectives
@@ -21,7 +22,7 @@ from ppl_vae.parts.networks import MLP
 from ppl_vae.parts.posteriors import DiagonalNormal
 from ppl_vae.parts.priors import StandardNormal
 from ppl_vae.runtime.errors import NotFinite
-from ppl_vae.training import Streamed, does_not_fit, fit, streaming
+from ppl_vae.training import Streamed, exceeds_memory, streaming
 
 CPU = torch.device("cpu")
 
@@ -141,7 +142,7 @@ def trained(train: Tensor, **options: Any) -> tuple[dict[str, Tensor], dict[str,
         tensors, scalars = state.to_tensors()
         states.append(({name: tensor.clone() for name, tensor in tensors.items()}, scalars))
 
-    given: dict[str, Any] = {"epochs": 2, "batch_size": 10, "observe": data.sample_bernoulli, "average_decay": 0.9}
+    given: dict[str, Any] = {"epochs": 2, "batch_size": 10, "transform": data.sample_bernoulli, "average_decay": 0.9}
     fit(small_vae(), train, (levels(10) > 127).float(), on_checkpoint=remember, **given | options)
     return states[-1]
 
@@ -192,7 +193,7 @@ def test_a_failure_is_told_with_its_own_images(compile: bool) -> None:
         train[bad] = math.nan  # after the check of all images
 
     with pytest.raises(NotFinite, match=r"site 'x'"):
-        fit(small_vae(), train, epochs=3, batch_size=4, observe=observe, compile=compile, stream=True, on_step=poison)
+        fit(small_vae(), train, epochs=3, batch_size=4, transform=observe, compile=compile, stream=True, on_step=poison)
 
 
 def test_a_pixel_off_the_support_is_refused_wherever_it_is() -> None:
@@ -218,7 +219,7 @@ def _iwae(model: Callable[..., Any], guide: Callable[..., Any], x: Tensor, *, be
 
 def test_images_in_memory_are_resident_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streaming, "available_memory", lambda: 1)
-    assert not does_not_fit(levels(), CPU)
+    assert not exceeds_memory(levels(), CPU)
 
 
 @pytest.mark.parametrize(("available", "expected"), [(2 * 75 * 64 + 1, False), (2 * 75 * 64 - 1, True)])
@@ -227,14 +228,14 @@ def test_a_mapped_file_larger_than_half_the_memory_streams(
 ) -> None:
     monkeypatch.setattr(streaming, "is_mapped", lambda tensor: True)
     monkeypatch.setattr(streaming, "available_memory", lambda: available)
-    assert does_not_fit(levels(), CPU) is expected
+    assert exceeds_memory(levels(), CPU) is expected
 
 
 def test_on_a_gpu_the_free_memory_of_the_gpu_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (75 * 64, 10**12))
-    assert does_not_fit(levels(), torch.device("cuda"))
+    assert exceeds_memory(levels(), torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**9, 10**12))
-    assert not does_not_fit(levels(), torch.device("cuda"))
+    assert not exceeds_memory(levels(), torch.device("cuda"))
 
 
 # --- On a GPU ---

@@ -9,12 +9,13 @@ import numpy as np
 import pyro
 import pytest
 import torch
+from fitting import fit
 from oracles import LinearGaussian, NormalFixed, bernoulli_vae, quadrature_log_evidence
 from pyro import poutine
 from pyro.infer import TraceMeanField_ELBO
 from torch import nn
 
-from ppl_vae import VAE, Conditional, data, fit, objectives, runs
+from ppl_vae import VAE, Conditional, data, objectives, runs
 from ppl_vae.evidence.importance import log_evidence
 from ppl_vae.parts.likelihoods import Bernoulli
 from ppl_vae.parts.networks import MLP
@@ -42,7 +43,7 @@ def _levels(num_images=50, D=12):
 
 
 def _fit(vae, train, validation=None, *, num_particles=1, **options):
-    options = {"epochs": 3, "batch_size": 8, "observe": data.sample_bernoulli, "warmup_epochs": 1} | options
+    options = {"epochs": 3, "batch_size": 8, "transform": data.sample_bernoulli, "warmup_epochs": 1} | options
 
     def objective(model, guide, x, *, beta):
         return objectives.elbo(model, guide, x, beta=beta, num_particles=num_particles)
@@ -82,7 +83,7 @@ def test_every_step_gets_the_beta_and_the_rate_of_its_number():
         epochs=2,
         batch_size=8,
         objective=objective,
-        observe=data.sample_bernoulli,
+        transform=data.sample_bernoulli,
         beta=3.0,
         warmup_epochs=1,
         learning_rate=0.01,
@@ -97,7 +98,7 @@ def test_every_step_gets_the_beta_and_the_rate_of_its_number():
 
 def test_one_optimizer_holds_all_parameters():
     vae = _vae()
-    state = TrainingState(vae, device=torch.device("cpu"))
+    state = TrainingState(vae)
     assert [p for group in state.optimizer.param_groups for p in group["params"]] == list(vae.parameters())
 
 
@@ -143,7 +144,7 @@ def test_every_image_is_seen_once_an_epoch_in_an_order_of_its_own():
         return (values > 50).float()
 
     train = torch.arange(50, dtype=torch.uint8)[:, None].expand(50, 12).contiguous()
-    _fit(_vae(), train, observe=observe, epochs=2)
+    _fit(_vae(), train, transform=observe, epochs=2)
     first, second = list(chain(*seen[:7])), list(chain(*seen[7:]))
     assert sorted(first) == sorted(second) == list(range(50))
     assert first != second
@@ -218,7 +219,7 @@ def test_the_images_themselves_are_named_where_they_are_not_finite():
     x = torch.rand(20, 12)
     x[7, 3] = math.nan
     with pytest.raises(NotFinite, match=r"step 0: site 'x': the images of this batch"):
-        _fit(_vae(), x, observe=data.to_float, batch_size=20)
+        _fit(_vae(), x, transform=data.to_float, batch_size=20)
 
 
 def test_a_gradient_that_is_not_finite_stops_before_it_reaches_the_weights():
@@ -245,7 +246,7 @@ def test_a_gradient_that_is_not_finite_stops_before_it_reaches_the_weights():
             epochs=1,
             batch_size=8,
             objective=objective,
-            observe=data.sample_bernoulli,
+            transform=data.sample_bernoulli,
             on_step=lambda state: weights.append([p.detach().clone() for p in vae.parameters()]),
         )
     assert all(torch.equal(p, w) for p, w in zip(vae.parameters(), weights[-1], strict=True))
@@ -265,7 +266,7 @@ def test_a_nan_never_reaches_a_checkpoint():
 
 def test_values_off_the_support_stop_the_first_step():
     with pytest.raises(ValueError, match="support"):
-        _fit(_vae(), _levels(), observe=lambda values, generator: values.float() / 255)
+        _fit(_vae(), _levels(), transform=lambda values, generator: values.float() / 255)
 
 
 @pytest.mark.parametrize("where", ["train", "validation"])
@@ -273,7 +274,7 @@ def test_one_image_off_the_support_is_found_wherever_it_is(where):
     images = {"train": torch.zeros(50, 12), "validation": torch.zeros(20, 12)}
     images[where][17] = 0.5
     with pytest.raises(ValueError, match="support"):
-        _fit(_vae(), images["train"], images["validation"], observe=data.to_float)
+        _fit(_vae(), images["train"], images["validation"], transform=data.to_float)
 
 
 @pytest.mark.parametrize("argument", ["epochs", "batch_size", "learning_rate", "clip_norm"])
@@ -284,7 +285,7 @@ def test_arguments_out_of_range_are_refused_by_name(argument, value):
 
 
 def test_no_training_images_are_refused():
-    with pytest.raises(ValueError, match="train: expected at least 1, got 0"):
+    with pytest.raises(ValueError, match="data: expected at least 1, got 0"):
         _fit(_vae(), _levels()[:0])
 
 
@@ -365,7 +366,9 @@ def test_a_parameter_that_never_has_a_gradient_does_not_stand_in_the_way_of_resu
 
 def test_validation_that_starts_later_still_chooses_the_best():
     vae, black = _vae(), torch.zeros(20, 12)
-    saved = _fit(vae, _levels(), epochs=1, observe=lambda values, generator: torch.zeros(len(values), 12)).to_tensors()
+    saved = _fit(
+        vae, _levels(), epochs=1, transform=lambda values, generator: torch.zeros(len(values), 12)
+    ).to_tensors()
     saved = {name: t.clone() for name, t in saved[0].items()}, saved[1]
     records = []
     state = _fit(
@@ -375,7 +378,7 @@ def test_validation_that_starts_later_still_chooses_the_best():
         epochs=30,
         learning_rate=0.05,
         saved=saved,
-        observe=lambda values, generator: torch.zeros(len(values), 12),
+        transform=lambda values, generator: torch.zeros(len(values), 12),
         on_epoch=records.append,
     )
     assert state.best_validation == max(record["validation_elbo_nats_per_image"] for record in records)
@@ -391,10 +394,10 @@ def test_buffers_are_part_of_the_state():
     _fit(vae, _levels(), epochs=1)
     running = vae.posterior.net[0].running_mean.clone()
     assert running.abs().sum() > 0
-    live, scalars = TrainingState(vae, device=torch.device("cpu")).to_tensors()
+    live, scalars = TrainingState(vae).to_tensors()
     tensors = {name: tensor.clone() for name, tensor in live.items()}
     vae.posterior.net[0].running_mean.zero_()
-    TrainingState(vae, device=torch.device("cpu")).restore(tensors, scalars)
+    TrainingState(vae).restore(tensors, scalars)
     assert torch.equal(vae.posterior.net[0].running_mean, running)
 
 
@@ -486,7 +489,7 @@ def test_the_linear_vae_reaches_the_maximum_likelihood_of_probabilistic_pca():
         epochs=400,
         batch_size=100,
         learning_rate=0.02,
-        observe=lambda values, generator: values,
+        transform=lambda values, generator: values,
         objective=lambda model, guide, x, *, beta: objectives.elbo(
             model, guide, x, beta=beta, estimator=TraceMeanField_ELBO
         ),
@@ -509,7 +512,7 @@ def test_training_beta_leaks_into_no_reported_number():
         vae = bernoulli_vae(latent_dim=1).float()
         for parameter in vae.parameters():
             parameter.requires_grad_(True)
-        _fit(vae, x, observe=data.to_float, beta=beta, epochs=2)
+        _fit(vae, x, transform=data.to_float, beta=beta, epochs=2)
         weights.append(vae.likelihood.net.output.weight.detach().clone())
         vae.double()
         torch.manual_seed(0)
@@ -536,7 +539,7 @@ def test_an_array_of_the_other_byte_order_trains_as_its_own_values():
     trained = []
     for array in (x, x.astype(x.dtype.newbyteorder(">")), x.astype(x.dtype.newbyteorder("<"))):
         vae = _vae()
-        _fit(vae, array, array[:9], observe=data.to_float, epochs=1)
+        _fit(vae, array, array[:9], transform=data.to_float, epochs=1)
         trained.append(_weights(vae))
     assert torch.equal(trained[0], trained[1])
     assert torch.equal(trained[0], trained[2])
@@ -544,10 +547,10 @@ def test_an_array_of_the_other_byte_order_trains_as_its_own_values():
 
 def test_masked_values_are_refused_and_an_empty_mask_is_none():
     x = np.ma.masked_array((_levels().numpy() / 255).round().astype(np.float32))
-    _fit(_vae(), x, observe=data.to_float, epochs=1)
+    _fit(_vae(), x, transform=data.to_float, epochs=1)
     x[3, 4] = np.ma.masked
-    with pytest.raises(ValueError, match="train: expected an array without masked values, got 1 masked of 600"):
-        _fit(_vae(), x, observe=data.to_float)
+    with pytest.raises(ValueError, match="data: expected an array without masked values, got 1 masked of 600"):
+        _fit(_vae(), x, transform=data.to_float)
 
 
 @pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode])

@@ -15,7 +15,7 @@ from ppl_vae.evidence.importance import importance
 from ppl_vae.evidence.proposals.own import Proposal, replace_guide
 from ppl_vae.parts.posteriors import MAX_LOG_SCALE, DiagonalNormal, FullNormal, bounded_log_scale, exponential_log_scale
 from ppl_vae.runtime.batching import images_per_pass, pairs_per_pass
-from ppl_vae.runtime.capture import ADAM_BETAS, ADAM_EPSILON, compiled, replaced
+from ppl_vae.runtime.capture import compiled, replaced
 from ppl_vae.runtime.errors import check_count
 from ppl_vae.runtime.global_state import evaluation_mode, serialize_threads
 from ppl_vae.support import check_support
@@ -23,7 +23,7 @@ from ppl_vae.weights import is_deterministic
 
 OBJECTIVES = ("elbo", "importance")
 
-_BETA_1, _BETA_2 = ADAM_BETAS
+_BETA_1, _BETA_2, _EPSILON = 0.9, 0.999, 1e-8  # the defaults of torch.optim.Adam
 _CHOOSING_PARTICLES = 500  # of each of an image's two q, the start and the refined one, when they are compared
 
 
@@ -139,7 +139,7 @@ class _Descent:
             slope, loss = torch.func.grad_and_value(self._loss)(h, x)
         first.copy_(first + (1 - _BETA_1) * (slope - first))
         second.copy_(second + (1 - _BETA_2) * (slope * slope - second))
-        h.copy_(h - rate * first / (second.sqrt() / root_of_correction + ADAM_EPSILON))
+        h.copy_(h - rate * first / (second.sqrt() / root_of_correction + _EPSILON))
         return (loss.detach(),)
 
     def _loss(self, h: Tensor, x: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
 from ppl_vae.commands.options import COMMANDS, Command, UnusableRun
-from ppl_vae.runs.fields import check_value, format_flag, freeze_lists, get_kind, has_default, is_list
+from ppl_vae.runs.fields import check_value, expand_home, format_flag, freeze_lists, get_kind, has_default, is_list
 from ppl_vae.runtime.process import run_script
 
 METAVARS = {int: "N", float: "X", str: "WORD"}
@@ -82,8 +82,8 @@ def parse(asked: Command, argv: Sequence[str] | None = None) -> Any:
     config = given.pop("config", None)
     try:
         if config is not None:
-            given = read_config_file(Path(config), asked.options) | given
-        return make_options(asked.options, freeze_lists(given))
+            given = read_config_file(Path(config).expanduser(), asked.options) | given
+        return make_options(asked.options, expand_home(freeze_lists(given)))
     except UnusableRun:
         raise  # no fault of the command line
     except ValueError as error:

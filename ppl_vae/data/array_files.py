@@ -12,6 +12,7 @@ import numpy as np
 from ppl_vae.data import limits
 
 SUFFIXES = (".npz", ".npy")
+DELIMITERS = {".csv": ",", ".tsv": "\t", ".txt": " "}
 
 # The names that a file may give the images and the labels of its splits, in any case: x_train, X_train, train_images.
 _SPLITS = {"train": ("train",), "validation": ("valid", "validation", "val"), "test": ("test",)}
@@ -117,6 +118,25 @@ def _check_members(path: Path, chosen: Mapping[str, str]) -> list[str]:
                         raise
                     objects.append(name)
     return objects
+
+
+def advise_array(path: Path, names: list[str]) -> str:
+    """The line of NumPy that saves one of several arrays alone, or nothing where there are none."""
+    line = f"numpy.save('images.npy', numpy.load({path.name!r})['NAME'])"
+    return f"; to take one of them: {line}" if names else ""
+
+
+def advise_conversion(path: Path) -> str:
+    """How a file of another kind becomes an array file.
+
+    >>> advise_conversion(Path("wine.csv"))
+    "; numpy.save('wine.npy', numpy.loadtxt('wine.csv', delimiter=',', skiprows=1)) makes one of numbers below a header"
+    """
+    delimiter = DELIMITERS.get(path.suffix.lower())
+    if delimiter is None:
+        return "; numpy.save makes one of an array"
+    line = f"numpy.save({path.stem + '.npy'!r}, numpy.loadtxt({path.name!r}, delimiter={delimiter!r}, skiprows=1))"
+    return f"; {line} makes one of numbers below a header"
 
 
 def explain_unreadable(error: Exception) -> object:

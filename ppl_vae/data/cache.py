@@ -86,7 +86,7 @@ class Draft(NamedTuple):
 def folder() -> Path:
     """Folder of the cache."""
     if own := os.environ.get("PPL_VAE_CACHE_DIR"):
-        return Path(own)
+        return Path(own).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "ppl_vae"
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ppl_vae.data import cache, limits
-from ppl_vae.data.array_files import explain_unreadable, find_roles, read_arrays
+from ppl_vae.data.array_files import advise_array, explain_unreadable, find_roles, read_arrays
 from ppl_vae.data.labels import read_labels
 from ppl_vae.data.splits import (
     BINARY,
@@ -23,6 +23,7 @@ from ppl_vae.data.splits import (
     REAL,
     SPLIT_ORDER,
     Splits,
+    abbreviate,
     complete_splits,
     pluralize,
 )
@@ -49,7 +50,9 @@ def load_arrays(path: Path) -> Splits:
     arrays, ignored = read_arrays(path, _find_roles)
     if "train" not in arrays:
         got = ignored or "none"
-        raise ValueError(f"{path}: expected one array, or arrays named train, valid and test, got {got}")
+        raise ValueError(
+            f"{path}: expected one array, or arrays named train, valid and test, got {got}{advise_array(path, ignored)}"
+        )
     images = {split: arrays[split] for split in SPLIT_ORDER if split in arrays}
     if any(array.ndim > 0 and len(array) == 0 for array in images.values()):
         raise ValueError(f"{path}: expected at least one image in every split, got an empty array")
@@ -169,8 +172,9 @@ def _rows_at_once(array: np.ndarray) -> int:
 class _Seen(NamedTuple):
     """Summary of an array's numbers.
 
-    The last three are of floats longer than single precision: the largest error of rounding to it, the mean and the
-    spread, of each column of a table (N, D) or of all pixels of images together.
+    Rounding, mean and spread are of floats longer than single precision: the largest error of rounding to it, and both
+    moments, of each column of a table (N, D) or of all pixels of images together. ``not_finite`` counts NaN and what
+    single precision cannot hold, likewise.
     """
 
     dtype: np.dtype
@@ -181,6 +185,7 @@ class _Seen(NamedTuple):
     rounding: np.ndarray
     mean: np.ndarray
     spread: np.ndarray
+    not_finite: np.ndarray
 
 
 _NONE = np.zeros(1)
@@ -189,9 +194,9 @@ _NONE = np.zeros(1)
 def _look(array: np.ndarray, digest: Any = None) -> _Seen:
     """Summarize an array in one pass over blocks of rows, and pass their bytes to ``digest``."""
     if array.dtype.kind not in "buif":
-        return _Seen(array.dtype, False, False, math.nan, math.nan, _NONE, _NONE, _NONE)
+        return _Seen(array.dtype, False, False, math.nan, math.nan, _NONE, _NONE, _NONE, _NONE)
     is_binary, is_whole, low, high, rounding = True, True, None, None, _NONE
-    count, mean, squares = 0, _NONE, _NONE
+    count, mean, squares, not_finite = 0, _NONE, _NONE, _NONE
     axis = 0 if array.ndim == 2 else None
     num_rows = _rows_at_once(array) if array.ndim else 0
     blocks = (array[i : i + num_rows] for i in range(0, len(array), num_rows)) if array.ndim else iter([array])
@@ -203,6 +208,8 @@ def _look(array: np.ndarray, digest: Any = None) -> _Seen:
         is_whole = is_whole and (array.dtype.kind != "f" or bool((block == np.round(block)).all()))
         low = block.min() if low is None else np.minimum(low, block.min())
         high = block.max() if high is None else np.maximum(high, block.max())
+        if array.dtype.kind == "f" and not _is_finite(low, high):
+            not_finite = not_finite + (~(np.abs(block) <= np.finfo(np.float32).max)).sum(axis=axis)
         if is_long and _is_finite(low, high):
             error = np.abs(block.astype(np.float32).astype(np.float64) - block)
             rounding = np.maximum(rounding, error.max(axis=axis))
@@ -213,7 +220,9 @@ def _look(array: np.ndarray, digest: Any = None) -> _Seen:
             mean = mean + step * size / total
             squares = squares + own_squares + step * step * count * size / total
             count = total
-    return _Seen(array.dtype, is_binary, is_whole, low, high, rounding, mean, np.sqrt(squares / max(1, count)))
+    return _Seen(
+        array.dtype, is_binary, is_whole, low, high, rounding, mean, np.sqrt(squares / max(1, count)), not_finite
+    )
 
 
 def find_kind(path: Path, name: str, array: np.ndarray, *, check_resolution: bool = True) -> str:
@@ -228,7 +237,10 @@ def find_kind(path: Path, name: str, array: np.ndarray, *, check_resolution: boo
         ValueError: numbers of no kind, or that single precision cannot tell apart.
     """
     seen = _look(array)
-    return _kind_of_splits(path, {name: seen}) if check_resolution else _kind(path, seen)
+    if check_resolution:
+        return _kind_of_splits(path, {name: seen})
+    _check_finite(path, name, seen)
+    return _kind(path, seen)
 
 
 def _is_finite(low: Any, high: Any) -> bool:
@@ -242,6 +254,8 @@ def _kind_of_splits(path: Path, seen: dict[str, _Seen]) -> str:
 
     Floats are counts only where they are whole numbers in every split.
     """
+    for split, of_split in seen.items():
+        _check_finite(path, split, of_split)
     train, *others = seen.values()
     kind = _kind(path, train)
     if kind == COUNTS and train.dtype.kind == "f" and not all(_is_of(COUNTS, other) for other in others):
@@ -258,14 +272,24 @@ def _kind_of_splits(path: Path, seen: dict[str, _Seen]) -> str:
 def _kind(path: Path, train: _Seen) -> str:
     if train.dtype.kind not in "buif":
         raise ValueError(f"{path}: expected numbers, got dtype {train.dtype}")
-    if train.dtype.kind == "f" and not (train.is_binary or _is_finite(train.low, train.high)):
-        raise ValueError(f"{path}: expected finite values, got NaN or infinity in train")
     for kind in (BINARY, LEVELS, PROBABILITIES, COUNTS, REAL):
         if _is_of(kind, train):
             return kind
     raise ValueError(
         f"{path}: expected zeros and ones, uint8 levels, counts from 0 to {LARGEST_COUNT:,}, or floats, "
         f"got {train.dtype} from {train.low} to {train.high} in train (save as float32 for real values)"
+    )
+
+
+def _check_finite(path: Path, split: str, seen: _Seen) -> None:
+    """Refuse NaN, infinity and what float32 cannot hold, and name the columns of a table that have them."""
+    if seen.dtype.kind != "f" or seen.is_binary or _is_finite(seen.low, seen.high):
+        return
+    columns = np.flatnonzero(seen.not_finite).tolist() if seen.not_finite.size > 1 else []
+    where = f", in {'column' if len(columns) == 1 else 'columns'} {abbreviate(map(str, columns))}, counted from 0"
+    raise ValueError(
+        f"{path}: expected finite values, got NaN or infinity in {split}: {int(seen.not_finite.sum()):,} of the values"
+        + where * bool(columns)
     )
 
 
@@ -295,8 +319,16 @@ def _check_resolution(path: Path, split: str, seen: _Seen) -> None:
     more = f", and likewise in {pluralize(len(columns) - 1, 'more column')}" * (len(columns) > 1)
     raise ValueError(
         f"{path}: expected values that single precision can tell apart, got {seen.dtype} around {mean:.7g} with a "
-        f"spread of {spread:.2g} {where}{more}; center them first: x - x.mean(0), computed in float64"
+        f"spread of {spread:.2g} {where}{more}; center them first, in float64: {_centering(path)}"
     )
+
+
+def _centering(path: Path) -> str:
+    """The line of NumPy that centers the columns of a file. VAEDensity centers the columns of its tables itself."""
+    if path.suffix.lower() == ".npy":
+        name = repr(path.name)
+        return f"x = numpy.load({name}); numpy.save('centered.npy', x - x.mean(0))"
+    return "x - train.mean(0), with the training means for every split"
 
 
 # --- What the axes are ---

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ppl_vae.data.array_files import find_roles, is_array_file, read_arrays
+from ppl_vae.data.array_files import DELIMITERS, advise_array, advise_conversion, find_roles, is_array_file, read_arrays
 from ppl_vae.data.folder_layout import find_layout
 from ppl_vae.data.image_folder import Found, checked_size, find_images, label_by_folder, load_image_folder, read_images
 from ppl_vae.data.labels import read_labels
@@ -65,11 +65,15 @@ def load(
     if is_array:
         return load_arrays(path)
     if not is_named:
+        if os.path.exists(dataset):
+            advice = advise_conversion(path)
+            raise ValueError(f"dataset: expected an .npz or .npy file or a folder of images, got {dataset!r}{advice}")
         names = ", ".join(DATASETS)
         raise ValueError(
-            f"dataset: expected {names}, or the path of an .npz or .npy file or of a folder of images, got {dataset!r}"
+            f"dataset: expected {names}, or the path of an .npz or .npy file or of a folder of images, "
+            f"got {dataset!r}, which is none of these"
         )
-    folder = Path(data_dir or os.environ.get("PPL_VAE_DATA_DIR") or "data")
+    folder = Path(data_dir or os.environ.get("PPL_VAE_DATA_DIR") or "data").expanduser()
     splits = DATASETS[dataset].import_reader()(folder, download=download)
     return _move_validation_to_train(splits) if protocol == "iwae" else splits
 
@@ -192,7 +196,9 @@ def _from_arrays(file: Path, splits: Splits) -> tuple[Tensor, Tensor | None, tup
     arrays, others = read_arrays(file, choose)
     if not chosen:
         words = ", ".join(("test", *_OTHER_IMAGES))
-        raise ValueError(f"{file}: expected one array, or one named {words}, got {others or 'none'}")
+        raise ValueError(
+            f"{file}: expected one array, or one named {words}, got {others or 'none'}{advise_array(file, others)}"
+        )
     split = next(iter(chosen))
     images = _event_shaped(file, arrays[split], splits.event_shape)
     of_labels = {split: arrays[f"{split} labels"]} if f"{split} labels" in arrays else {}
@@ -254,6 +260,8 @@ def _fractions(seen: np.ndarray) -> bool:
 def _from_files(
     path: Path, splits: Splits, image_size: Sequence[int] | None, fit: str, color: str | None
 ) -> UserImages:
+    if path.suffix.lower() in DELIMITERS and path.is_file():
+        raise ValueError(f"{path}: expected an .npz or .npy file, an image or a folder{advise_conversion(path)}")
     if len(splits.event_shape) != 3 or splits.event_shape[0] not in (1, 3) or splits.kind in (REAL, COUNTS):
         trained_on = f"{splits.kind} of shape {splits.event_shape}"
         raise ValueError(f"{path}: expected an .npz or .npy file, since the model was trained on {trained_on}")

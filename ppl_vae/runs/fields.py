@@ -6,6 +6,7 @@ The command line, ``--config FILE.toml``, the checks of Python callers and ``con
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, Field, dataclass, field, fields
@@ -123,6 +124,17 @@ def check_value(spec: Field[Any], value: Any) -> None:
         has_type = isinstance(one, (int, float) if kind is float else kind)
         if not has_type or (isinstance(one, bool) and kind is not bool) or not check.holds(one):
             raise ValueError(f"{name}: expected {check.words}, got {one!r}")
+
+
+def expand_home(values: dict[str, Any]) -> dict[str, Any]:
+    """The same values with the home folder in place of a leading ~, which a shell leaves alone in --name=~/photos."""
+
+    def expand(value: Any) -> Any:
+        return os.path.expanduser(value) if isinstance(value, str) else value
+
+    return {
+        name: tuple(map(expand, value)) if isinstance(value, tuple) else expand(value) for name, value in values.items()
+    }
 
 
 def freeze_lists(values: dict[str, Any]) -> dict[str, Any]:

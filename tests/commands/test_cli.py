@@ -345,3 +345,14 @@ def test_resume_refuses_every_other_option(capsys: pytest.CaptureFixture[str], n
     line = refuse(capsys, "train", ["--resume", "runs/x", "--epochs", "7", format_flag(name), *map(str, values)])
     assert line.startswith("error: --resume: expected no other option than --epochs, --dataset, ")
     assert f"got {format_flag(name)} " in line
+
+
+def test_a_leading_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A shell expands it in `--dataset ~/x`, and not in `--dataset=~/x` or in a file."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run.toml").write_text('data-dir = "~/sets"')
+    asked = parse(TRAIN, ["--config=~/run.toml", "--dataset=~/photos", "--run-dir=~/runs/a", "--seed", "3"])
+    assert (asked.options.dataset, asked.options.data_dir) == (str(tmp_path / "photos"), str(tmp_path / "sets"))
+    assert asked.run_dir == str(tmp_path / "runs" / "a")
+    compared = parse(COMMANDS["compare"], ["~/a", "b~"])
+    assert compared.run_dirs == (str(tmp_path / "a"), "b~")

@@ -481,11 +481,11 @@ BAD_SPLITS = {
     "float train, uint8 test": ({"train": FLOATS, "test": GREY}, "expected probabilities in test as in train"),
     "NaN in test": (
         {"train": FLOATS, "test": with_value(FLOATS, np.nan)},
-        "expected probabilities in test as in train",
+        "expected finite values, got NaN or infinity in test: 1 of the values",
     ),
     "infinity in a test of real values": (
         {"train": 3 * FLOATS, "test": with_value(FLOATS, np.inf)},
-        "expected real values in test as in train",
+        "expected finite values, got NaN or infinity in test: 1 of the values",
     ),
     "integers in a test of real values": (
         {"train": 3 * FLOATS, "test": GREY},

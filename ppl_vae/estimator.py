@@ -16,8 +16,8 @@ from torch import Tensor
 from ppl_vae import data
 from ppl_vae.data import own
 from ppl_vae.evidence.dequantization import dequantized
-from ppl_vae.evidence.exploration import decoded, encode, sampled
 from ppl_vae.evidence.importance import evaluate
+from ppl_vae.evidence.moments import decode_mean, encode, sample_latents
 from ppl_vae.runs.build import build_likelihood, build_vae
 from ppl_vae.runs.fit_arguments import find_device, fit_arguments, initialize_output_bias
 from ppl_vae.runs.options import Options
@@ -234,7 +234,7 @@ class VAEDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
             raise ValueError(f"Z: expected shape (N, {self._n_features_out}), got {Z.shape}")
         z = torch.from_numpy(Z).to(find_device(self.device))
         with seeded(self.seed_, z.device):
-            return self._layout(decoded(self._scored(), z))
+            return self._layout(decode_mean(self._scored(), z))
 
     def sample(self, n_samples: int = 1, random_state: Any = None) -> np.ndarray:
         """z ~ p(z), x ~ p(x | z): (n_samples, *) in the layout and the unit of X.
@@ -252,7 +252,7 @@ class VAEDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
         seed = self.seed_ if random_state is None else int(check_random_state(random_state).randint(2**31 - 1))
         vae = self._scored()
         with seeded(seed, find_device(self.device)), torch.no_grad(), pyro.validation_enabled(False):
-            z = sampled(vae.prior(), n_samples)
+            z = sample_latents(vae.prior(), n_samples)
             chunk = images_per_pass(vae.likelihood(z[:1]).mean)
             return self._layout(torch.cat([vae.likelihood(part).sample() for part in z.split(chunk)]))
 

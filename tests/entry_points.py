@@ -7,10 +7,12 @@ from fitting import fit as fit_vae
 
 from ppl_vae import diagnostics, objectives
 from ppl_vae.commands import sample as sampling
+from ppl_vae.diagnostics import exploration
 from ppl_vae.diagnostics import pixel_calibration as calibration
-from ppl_vae.evidence import ais, exploration, gaps, guide_calibration, missing
+from ppl_vae.evidence import ais, gaps, guide_calibration, missing, moments
 from ppl_vae.evidence import importance as evidence
-from ppl_vae.evidence.proposals import adaptive, refined
+from ppl_vae.evidence.adaptive import estimate_adaptively
+from ppl_vae.evidence.refinement import refine_proposal
 from ppl_vae.weights import is_autoencoder, log_reconstruction, log_weight_terms, log_weights
 
 
@@ -36,11 +38,11 @@ SCORES = {
     "evidence.importance": lambda vae, x: evidence.importance(vae.model, vae.guide, x, num_particles=10).elbo,
     "evidence.log_evidence": lambda vae, x: evidence.log_evidence(vae.model, vae.guide, x, num_particles=10),
     "evidence.reconstruction": lambda vae, x: evidence.reconstruction(vae, x, seed=0),
-    "exploration.gather_log_weights": lambda vae, x: exploration.gather_log_weights(vae, x, 10),
+    "evidence.gather_log_weights": lambda vae, x: evidence.gather_log_weights(vae, x, 10),
     "gaps.gaps": lambda vae, x: gaps.gaps(vae, x, torch.zeros(len(x)), steps=1, evaluation_particles=10),
     "missing.impute": lambda vae, x: missing.impute(missing.Observed(vae), x, num_particles=4, num_draws=1).mean,
-    "proposals.adaptive": lambda vae, x: adaptive(vae, x, num_particles=10, most=20).estimate,
-    "proposals.refined": lambda vae, x: refined(vae, x, steps=1).h,
+    "adaptive.estimate_adaptively": lambda vae, x: estimate_adaptively(vae, x, num_particles=10, most=20).estimate,
+    "refinement.refine_proposal": lambda vae, x: refine_proposal(vae, x, steps=1).h,
     "weights.log_weights": lambda vae, x: log_weights(vae.model, vae.guide, x, 3),
 }
 
@@ -51,11 +53,11 @@ OTHERS = {
     "ais.start_of": lambda vae, x: ais.start_of(vae, "guide"),
     "diagnostics.holes": lambda vae, x: diagnostics.holes(vae, x, torch.zeros(9, 2).to(x), torch.zeros(9, 2).to(x)),
     "diagnostics.latent_kl": lambda vae, x: diagnostics.latent_kl(vae, x),
-    "exploration.decoded": lambda vae, x: exploration.decoded(vae, torch.zeros(3, 2).to(x)),
-    "exploration.drawn": lambda vae, x: exploration.drawn(vae, x),
-    "exploration.encode": lambda vae, x: exploration.encode(vae, x),
-    "exploration.manifold": lambda vae, x: exploration.manifold(vae, torch.zeros(2, 2).to(x)),
-    "exploration.traversals": lambda vae, x: exploration.traversals(
+    "moments.decode_mean": lambda vae, x: moments.decode_mean(vae, torch.zeros(3, 2).to(x)),
+    "moments.sample_posterior": lambda vae, x: moments.sample_posterior(vae, x),
+    "moments.encode": lambda vae, x: moments.encode(vae, x),
+    "exploration.decode_plane": lambda vae, x: exploration.decode_plane(vae, torch.zeros(2, 2).to(x)),
+    "exploration.decode_traversals": lambda vae, x: exploration.decode_traversals(
         vae, torch.zeros(2).to(x), [0], torch.zeros(1).to(x)
     ),
     "fit": lambda vae, x: fit_vae(vae, x, epochs=1, batch_size=2),

@@ -132,7 +132,7 @@ def summarize_importance(found: Importance, num_particles: int) -> dict[str, Any
         "monte_carlo_stderr": _of_mean(found.monte_carlo_stderr),
         "bias": float(found.bias.mean()),
         "corrected_estimate": _mean(found.jackknife_estimate()),
-        "rise": float(found.rise.mean()),
+        "rise": float(found.tenfold_gain.mean()),
         "elbo": _mean(found.elbo),
         "ess": vars(Quantiles.from_values(found.ess)),
         "pareto_k": vars(Quantiles.from_values(found.pareto_k)),

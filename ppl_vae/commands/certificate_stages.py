@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from ppl_vae.commands.evaluate import evaluate_with_progress
-from ppl_vae.evidence import ais, gaps, proposals
-from ppl_vae.evidence.exploration import gather_log_weights
+from ppl_vae.evidence import ais, gaps
 from ppl_vae.evidence.guide_calibration import Ranks, ranks
-from ppl_vae.evidence.importance import Importance, evaluate
+from ppl_vae.evidence.importance import IMPORTANCE_NAMES, Importance, evaluate, gather_log_weights
+from ppl_vae.evidence.proposals import defend_proposal, replace_guide
+from ppl_vae.evidence.refinement import refine_proposal
 from ppl_vae.parts.posteriors import FullNormal
 from ppl_vae.runs.block_store import BlockStore, StageResults
 from ppl_vae.runs.fit_arguments import decide_compile, matmul_precision
@@ -40,7 +41,7 @@ Tensors = dict[str, Tensor]
 Shapes = Mapping[str, tuple[int, ...]]  # of one item's numbers, by name
 Count = Callable[[int], None]
 Compute = Callable[[slice, Count, bool], Tensors]
-_IMPORTANCE: Shapes = dict.fromkeys(Importance._fields, ())
+_IMPORTANCE: Shapes = dict.fromkeys(IMPORTANCE_NAMES, ())
 
 
 class Chain(NamedTuple):
@@ -219,11 +220,11 @@ def weigh_images(
             compile=context.compile,
             say=context.say,
             words=words,
-        )._asdict()
+        ).to_tensors()
 
     sizes = (len(x), IMPORTANCE_BLOCK)
     found = context.run_stage(stage, *sizes, _IMPORTANCE, compute, calls=1, words=words, has_bar=False)
-    return Importance(**found)
+    return Importance.from_tensors(found)
 
 
 def weigh_images_refined(context: StageContext, stage: str, x: Tensor, *, num_particles: int, words: str) -> Importance:
@@ -236,7 +237,7 @@ def weigh_images_refined(context: StageContext, stage: str, x: Tensor, *, num_pa
 
     def compute(items: slice, advance: Count, compiled: bool) -> Tensors:
         images = x[items]
-        q = proposals.refined(
+        q = refine_proposal(
             context.vae,
             images,
             family=FullNormal(context.vae.prior().event_shape[0]),
@@ -245,7 +246,7 @@ def weigh_images_refined(context: StageContext, stage: str, x: Tensor, *, num_pa
             compile=compiled and pays,
             progress=advance,
         )
-        refined = proposals.replace_guide(context.vae, proposals.defensive(q))
+        refined = replace_guide(context.vae, defend_proposal(q))
         passes = math.ceil(len(images) * num_particles / pairs_per_pass(refined, images))
         return evaluate(
             refined,
@@ -253,10 +254,11 @@ def weigh_images_refined(context: StageContext, stage: str, x: Tensor, *, num_pa
             num_particles=num_particles,
             seed=context.block_seed(f"{stage} particles", items.start),
             compile=compiled and decide_compile(context.compile, passes, context.place),
-        )._asdict()
+        ).to_tensors()
 
     calls = _REFINEMENT_STEPS * size
-    return Importance(**context.run_stage(stage, len(x), size, _IMPORTANCE, compute, calls=calls, words=words))
+    found = context.run_stage(stage, len(x), size, _IMPORTANCE, compute, calls=calls, words=words)
+    return Importance.from_tensors(found)
 
 
 def _is_refinement_compiled(context: StageContext, num_images: int, block_size: int) -> bool:

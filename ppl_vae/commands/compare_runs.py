@@ -218,7 +218,7 @@ def _evaluated(entrant: Entrant, asked: Asked, place: torch.device, compile: str
         words=f"log p(x), {entrant.name}",
     )
     vae.cpu()
-    return Importance(*(values.cpu() for values in result))
+    return result.cpu()
 
 
 def _noise(vae: VAE, x: Tensor) -> list[tuple[str, tuple[int, ...]]]:
@@ -288,7 +288,7 @@ def _run_entry(entrant: Entrant, result: Importance, num_particles: int) -> dict
         "log_likelihood": own.to_json(),
         "elbo": elbo.to_json(),
         "monte_carlo_stderr": float(result.monte_carlo_stderr.square().sum().sqrt()) / len(result.log_evidence),
-        "rise": float(result.rise.mean()),
+        "rise": float(result.tenfold_gain.mean()),
     }
 
 
@@ -303,7 +303,7 @@ def _comparison_entry(baseline: str, name: str, found: BoundDifference) -> dict[
         "confidence": bounds.confidence,
         "unpaired_stderr": bounds.unpaired_stderr,
         "monte_carlo_stderr": found.monte_carlo_stderr,
-        "rise": found.rise,
+        "rise": found.tenfold_gain,
         "bound": bounds.word,
         "ranks_log_likelihood": found.ranks_log_evidence,
     }

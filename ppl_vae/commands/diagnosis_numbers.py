@@ -15,8 +15,15 @@ from ppl_vae import diagnostics
 from ppl_vae.diagnostics import CannotMeasure, PerLatent
 from ppl_vae.diagnostics.pixel_calibration import calibration
 from ppl_vae.evidence.estimate import Estimate
-from ppl_vae.evidence.exploration import PosteriorMoments, decoded, drawn, encode, moments, sampled
 from ppl_vae.evidence.importance import Importance, evaluate, reconstruction
+from ppl_vae.evidence.moments import (
+    PosteriorMoments,
+    compute_moments,
+    decode_mean,
+    encode,
+    sample_latents,
+    sample_posterior,
+)
 from ppl_vae.runtime.global_state import seeded
 from ppl_vae.vae import VAE
 from ppl_vae.weights import is_deterministic
@@ -112,7 +119,7 @@ def _some(x: Tensor, most: int) -> Tensor:
 
 
 def _latent_numbers(vae: VAE, x: Tensor, codes: PosteriorMoments, autoencoder: bool) -> dict[str, Any]:
-    active = diagnostics.active_units(codes, moments(vae.prior()).scale)
+    active = diagnostics.active_units(codes, compute_moments(vae.prior()).scale)
     found: dict[str, Any] = {
         "latent_dim": codes.mean.shape[1],
         "active": {"count": active.count} | _per_latent(active.variance, active.stderr),
@@ -157,7 +164,7 @@ def _per_latent(mean: Tensor, stderr: Tensor) -> dict[str, list[float]]:
 def _aggregate_numbers(vae: VAE, x: Tensor, codes: PosteriorMoments, autoencoder: bool, seed: int) -> dict[str, Any]:
     """Every other image makes the aggregate posterior that holes are holes of; the rest say how well it covers."""
     prior = vae.prior()
-    z, z_prior = drawn(vae, x), sampled(prior, len(x))
+    z, z_prior = sample_posterior(vae, x), sample_latents(prior, len(x))
     paired, z_paired = (_some(values, 2 * _most_paired(codes)) for values in (x, z))
     reference, held_out = paired[::2], z_paired[1::2]
     moments = diagnostics.latent_moments(z, prior)
@@ -205,7 +212,7 @@ def _latents(z: Tensor, index: Tensor) -> list[list[float]]:
 def _picture_numbers(
     vae: VAE, x: Tensor, codes: PosteriorMoments, gray: Tensor, left_out: dict[str, str]
 ) -> dict[str, Any]:
-    reconstructions = decoded(vae, codes.mean)
+    reconstructions = decode_mean(vae, codes.mean)
     variation = measure_if_possible(
         left_out, "variation", lambda: diagnostics.reconstruction_variation(reconstructions, gray)
     )
@@ -229,10 +236,10 @@ def importance_numbers(result: Importance, num_particles: int) -> dict[str, Any]
     return {
         "log_likelihood": Estimate.from_values(result.log_evidence).to_json(),
         "elbo": Estimate.from_values(result.elbo).to_json(),
-        "rise": Estimate.from_values(result.rise).to_json(),
+        "rise": Estimate.from_values(result.tenfold_gain).to_json(),
         "unreliable": Estimate.from_flags(result.unreliable()).to_json(),
         "pareto_k": float(known.median()) if len(known) else None,
-        "num_images": len(result.rise),
+        "num_images": len(result.tenfold_gain),
         "num_particles": num_particles,
     }
 

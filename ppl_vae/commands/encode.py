@@ -15,8 +15,8 @@ from ppl_vae.commands.options import Encode
 from ppl_vae.data import dequantize_uniformly
 from ppl_vae.data.registry import SPLITS
 from ppl_vae.evidence.estimate import Estimate
-from ppl_vae.evidence.exploration import PosteriorMoments, encode
 from ppl_vae.evidence.importance import Importance, reconstruction
+from ppl_vae.evidence.moments import PosteriorMoments, encode
 from ppl_vae.reports.run_figures import latents_figure, use_of_latents
 from ppl_vae.reports.text.evaluation import NOT_A_LOG_LIKELIHOOD, describe_images_scale, plus_minus
 from ppl_vae.runs.build import is_autoencoder
@@ -112,7 +112,7 @@ def _measured(
     result = evaluate_with_progress(
         vae, x, num_particles=num_particles, seed=seed, compile="auto", say=say, words=words
     )
-    return _on_cpu(codes), Importance(*(values.cpu() for values in result))
+    return _on_cpu(codes), result.cpu()
 
 
 def _reconstructed(run: Run, given: Images, seed: int, place: torch.device) -> tuple[PosteriorMoments, Tensor]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from ppl_vae import data, runs
 from ppl_vae.commands.options import Evaluate
 from ppl_vae.evidence.estimate import Estimate
-from ppl_vae.evidence.importance import Importance, evaluate, reconstruction
+from ppl_vae.evidence.importance import IMPORTANCE_NAMES, Importance, evaluate, reconstruction
 from ppl_vae.parts.likelihoods import fit_independent_pixels
 from ppl_vae.reports.text.evaluation import describe_evaluation
 from ppl_vae.runs.block_store import BlockStore
@@ -104,7 +104,7 @@ def write_evaluation(
         split,
         num_items=len(x),
         block_size=images_per_group(x, num_particles),
-        num_columns=len(Importance._fields),
+        num_columns=len(IMPORTANCE_NAMES),
     )
     with stop_on_signals() as should_stop:  # until all is written: a signal during the last image loses nothing
         try:
@@ -139,7 +139,7 @@ def write_evaluation(
         )
         if split in _of_these_weights(folder, step) and (old := read_evaluation(folder, split)):
             say(f"Replaces the {split} split's estimate of {old.num_images:,} images with S = {old.num_particles:,}.")
-        _write(run, found, {"index": index} | result._asdict(), say)
+        _write(run, found, {"index": index} | result.to_tensors(), say)
         store.remove()
     return found
 
@@ -338,7 +338,7 @@ def _summarize(result: Importance, num_particles: int) -> dict[str, Any]:
         **{key: Estimate.from_values(getattr(result, name), num_particles) for key, name in names.items()},
         "monte_carlo_stderr": float(result.monte_carlo_stderr.square().sum().sqrt()) / len(result.log_evidence),
         "bias": float(result.bias.mean()),
-        "rise": float(result.rise.mean()),
+        "rise": float(result.tenfold_gain.mean()),
         "ess": Quantiles.from_values(result.ess),
         "pareto_k": Quantiles.from_values(result.pareto_k),
         "unreliable_images": int(result.unreliable().sum()) if num_particles > 1 else None,

@@ -17,7 +17,7 @@ from ppl_vae.commands.evaluate import write_evaluation
 from ppl_vae.commands.options import Reproduce
 from ppl_vae.commands.train import resume_run, train_run
 from ppl_vae.diagnostics import active_units
-from ppl_vae.evidence.exploration import encode, moments
+from ppl_vae.evidence.moments import compute_moments, encode
 from ppl_vae.reports.run_figures import is_drawn, write_figures
 from ppl_vae.reports.text.evaluation import plus_minus
 from ppl_vae.runs import recipes
@@ -253,7 +253,7 @@ def _active_units(run: Run, vae: Any) -> int | None:
     x = data.evaluation_images(run.splits, "test", run.evaluated_pixels, seed=EVALUATION_SEED)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(EVALUATION_SEED)
-        return active_units(encode(vae, x), moments(vae.prior()).scale).count
+        return active_units(encode(vae, x), compute_moments(vae.prior()).scale).count
 
 
 def validation_curve(stages: Sequence[Sequence[dict[str, Any]]], step: int) -> dict[str, Any] | None:

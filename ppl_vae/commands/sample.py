@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ppl_vae.commands.options import Sample
-from ppl_vae.evidence.exploration import sampled
+from ppl_vae.evidence.moments import sample_latents
 from ppl_vae.reports.display import display_of
 from ppl_vae.reports.run_figures import OF_AN_AUTOENCODER, samples_figure
 from ppl_vae.runs.build import is_autoencoder
@@ -44,7 +44,7 @@ class Samples(NamedTuple):
 @torch.no_grad()
 def sample(vae: VAE, num_samples: int) -> Samples:
     """z ~ p(z), x ~ p(x | z), by torch's global generator, in passes that fit into memory."""
-    z = sampled(vae.prior(), num_samples)
+    z = sample_latents(vae.prior(), num_samples)
     one = vae.likelihood(z[:1]).mean
     samples = Samples(z, *(one.new_empty((num_samples, *one.shape[1:])) for _ in range(2)))
     chunk = images_per_pass(one, vae.likelihood)

@@ -12,7 +12,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from ppl_vae.diagnostics.mixture import AggregatePosterior, factors
 from ppl_vae.evidence.estimate import Estimate
-from ppl_vae.evidence.exploration import PRIOR_DRAWS, log_density, moments, sampled
+from ppl_vae.evidence.moments import PRIOR_DRAWS, compute_log_prob, compute_moments, sample_latents
 from ppl_vae.runtime.global_state import seeded, serialize_threads
 from ppl_vae.vae import VAE
 
@@ -152,7 +152,7 @@ def latent_moments(z: Tensor, prior: Any) -> LatentMoments:
         ValueError: fewer than two draws.
     """
     z = _samples("z", z)
-    p = moments(prior)
+    p = compute_moments(prior)
     z = (z - p.mean.double().cpu()) / p.scale.double().cpu()
     N = len(z)
     squares = (z - z.mean(0)).square()
@@ -189,7 +189,7 @@ def kolmogorov_smirnov(z: Tensor, prior: Any) -> KolmogorovSmirnov:
         at = marginals.cdf(in_order.to(z.device)).cpu().double()
         size = float(N)
     except NotImplementedError:
-        drawn = sampled(prior, PRIOR_DRAWS).double().cpu().T.contiguous().sort(-1).values
+        drawn = sample_latents(prior, PRIOR_DRAWS).double().cpu().T.contiguous().sort(-1).values
         at = torch.searchsorted(drawn, in_order.T.contiguous(), right=True).T.double() / PRIOR_DRAWS
         size = N * PRIOR_DRAWS / (N + PRIOR_DRAWS)
     rank = torch.arange(1, N + 1, dtype=torch.double)[:, None] / N
@@ -340,7 +340,7 @@ def holes(vae: VAE, x: Tensor, z_held_out: Tensor, z_prior: Tensor) -> Holes:
     _samples("z_prior", z_prior)
     prior = vae.prior()
     bandwidth, q = _likeliest(AggregatePosterior.of(vae, x), z_held_out[::2])
-    held_out, at_prior = ((q.log_prob(z) - log_density(prior, z)).cpu() for z in (z_held_out[1::2], z_prior))
+    held_out, at_prior = ((q.log_prob(z) - compute_log_prob(prior, z)).cpu() for z in (z_held_out[1::2], z_prior))
     wobble = math.sqrt(HOLE_QUANTILE * (1 - HOLE_QUANTILE) / len(held_out))
 
     def share_below(quantile: float) -> Estimate:

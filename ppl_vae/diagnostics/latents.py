@@ -13,7 +13,7 @@ from torch.distributions import Normal, kl_divergence
 from ppl_vae.diagnostics.mixture import AggregatePosterior, factors, normal_factors
 from ppl_vae.diagnostics.values import PerLatent
 from ppl_vae.evidence.estimate import Estimate, ratio_of_means
-from ppl_vae.evidence.exploration import PosteriorMoments, log_density, moments
+from ppl_vae.evidence.moments import PosteriorMoments, compute_log_prob, compute_moments
 from ppl_vae.hierarchy import Chain
 from ppl_vae.parts.priors import VampPrior
 from ppl_vae.runtime.batching import images_per_pass, pairs_per_pass
@@ -170,8 +170,8 @@ def active_units(codes: PosteriorMoments, prior_scale: Tensor | None = None) -> 
     d_n the deviation from the mean: that of a variance of independent images, whatever their distribution.
 
     Args:
-        codes: of N images, as ``exploration.encode`` gives them.
-        prior_scale: (L,) of each latent under p(z), such as ``exploration.moments`` gives it; None for ones.
+        codes: of N images, as ``moments.encode`` gives them.
+        prior_scale: (L,) of each latent under p(z), such as ``moments.compute_moments`` gives it; None for ones.
 
     Reference: Burda et al. 2016, arXiv 1509.00519, section 5, for a standard normal prior; its unit: ours.
     """
@@ -249,7 +249,7 @@ def _one_draw(vae: VAE, x: Tensor, q: AggregatePosterior, prior: Any, *, by_late
     information = own - q.log_prob(z)
     reconstruction = _log_likelihood(vae, x, z)
     if not by_latent:
-        return reconstruction, own - log_density(prior, z), information
+        return reconstruction, own - compute_log_prob(prior, z), information
     own_by_latent = q.log_prob_per_latent(z)
     closed = [_kl_by_latent(group, prior) for group in q.groups]
     found = [kl for kl in closed if kl is not None]
@@ -337,7 +337,7 @@ def _log_prior(part: Any, prior: Any, z: Tensor, log_c: Tensor) -> Tensor:
         return prior.log_prob(z)
     components = prior.component_distribution
     with torch.no_grad():
-        mean = moments(components).mean
+        mean = compute_moments(components).mean
     nearer = mean + (z[..., None, :] - mean) * (-log_c).exp()[:, None, None]
     log_p = components.log_prob(nearer) + prior.mixture_distribution.logits.log_softmax(-1)
     return log_p.logsumexp(-1) - z.shape[-1] * log_c
@@ -348,7 +348,7 @@ def _slopes(vae: VAE, x: Tensor, prior: Any, draws: int) -> tuple[Tensor, Tensor
     with torch.no_grad():
         q = vae.posterior(x)
         normals, p = normal_factors(q), normal_factors(prior)
-        mean = moments(q).mean
+        mean = compute_moments(q).mean
         away = q.sample((draws if normals is not None else 2 * draws,)) - mean
         if normals is not None:  # symmetric, so that the mirrored draws are draws too
             away = torch.cat([away, -away])

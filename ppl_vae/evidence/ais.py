@@ -33,8 +33,8 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool1d, interpolate
 
 from ppl_vae.conditional import Conditional
-from ppl_vae.evidence.exploration import moments, sampled
 from ppl_vae.evidence.hmc import Point, Terms, leapfrog, point_at, transition
+from ppl_vae.evidence.moments import compute_moments, sample_latents
 from ppl_vae.parts.posteriors.autoregressive import Autoregressive
 from ppl_vae.runtime.batching import pairs_per_pass
 from ppl_vae.runtime.capture import compiled, replaced
@@ -158,7 +158,7 @@ def simulate(vae: Any, num_images: int) -> tuple[Tensor, Tensor]:
     """
     num_images = check_count("num_images", num_images)
     with _evaluating(vae):
-        z = sampled(vae.prior(), num_images)
+        z = sample_latents(vae.prior(), num_images)
         first = vae.likelihood(z[:1]).sample()
         x = [vae.likelihood(part).sample() for part in z.split(pairs_per_pass(vae, first))]
     return torch.cat(x), z
@@ -422,7 +422,7 @@ def _features(vae: Any, x: Tensor, start: Start) -> Tensor:
         return vae.posterior.net(x)
     if start == "normal":
         with seeded(_MOMENTS_SEED, x.device):
-            codes = moments(check_batch_shape(vae.posterior(x), x))
+            codes = compute_moments(check_batch_shape(vae.posterior(x), x))
         return torch.cat([codes.mean, codes.scale], dim=-1)
     return x.new_zeros((len(x), 0))
 
@@ -447,7 +447,7 @@ def _densities(vae: Any, start: Start, x: Tensor, features: Tensor) -> tuple[Any
 def _scale(q_0: Any, num_images: int) -> Tensor:
     """(B, L) the scales of q_0, of draws with a seed of their own where they have no formula."""
     with seeded(_MOMENTS_SEED, torch.device("cpu")):
-        scale = moments(q_0).scale
+        scale = compute_moments(q_0).scale
     return scale.expand(num_images, -1).contiguous()
 
 

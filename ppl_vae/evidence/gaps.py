@@ -16,7 +16,8 @@ import pyro
 from torch import Tensor
 
 from ppl_vae.evidence.importance import importance
-from ppl_vae.evidence.proposals import refined, replace_guide
+from ppl_vae.evidence.proposals import replace_guide
+from ppl_vae.evidence.refinement import refine_proposal
 from ppl_vae.runtime.global_state import evaluation_mode, serialize_threads
 
 
@@ -70,7 +71,7 @@ def gaps(
         vae: with a guide ``Conditional(net, family)``.
         x: images (N, *E).
         log_evidence: (N,) nats, from annealed importance sampling or a tight bound.
-        steps, num_particles, compile, progress: as ``proposals.refined``.
+        steps, num_particles, compile, progress: as ``refinement.refine_proposal``.
         evaluation_particles: of either ELBO.
 
     Returns:
@@ -86,7 +87,7 @@ def gaps(
     """
     if tuple(log_evidence.shape) != (len(x),):
         raise ValueError(f"log_evidence: expected shape ({len(x)},), got {tuple(log_evidence.shape)}")
-    q = refined(vae, x, steps=steps, num_particles=num_particles, compile=compile, progress=progress)
+    q = refine_proposal(vae, x, steps=steps, num_particles=num_particles, compile=compile, progress=progress)
     with evaluation_mode(vae), pyro.validation_enabled(False):
         elbos = [
             importance(guided.model, guided.guide, x, num_particles=evaluation_particles).elbo

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ppl_vae.evidence.exploration import sampled
+from ppl_vae.evidence.moments import sample_latents
 from ppl_vae.runtime.batching import pairs_per_pass
 from ppl_vae.runtime.errors import NotFinite, check_count
 from ppl_vae.runtime.global_state import serialize_threads
@@ -77,7 +77,7 @@ def ranks(vae: VAE, *, num_simulations: int, num_draws: int, progress: Callable[
     """
     num_simulations = check_count("num_simulations", num_simulations)
     num_draws = check_count("num_draws", num_draws)
-    z_true = sampled(vae.prior(), num_simulations)
+    z_true = sample_latents(vae.prior(), num_simulations)
     x = _images(vae, z_true[:1])
     if is_autoencoder(vae.guide, x):
         raise Deterministic(
@@ -101,7 +101,7 @@ def _ranks_of_group(vae: VAE, z_true: Tensor, num_draws: int, *, chunk: int) -> 
     equal = torch.zeros_like(below)
     for start in range(0, num_draws, chunk):
         # z* goes through each pass beside the draws: apart from them, rounding could decide a tie.
-        z = torch.cat([z_true[None], sampled(q, min(chunk, num_draws - start))])
+        z = torch.cat([z_true[None], sample_latents(q, min(chunk, num_draws - start))])
         log_joint = vae.prior().log_prob(z) + vae.likelihood(z).log_prob(x)
         values = torch.cat([z, log_joint[..., None].to(z.dtype)], dim=-1)
         if values.isnan().any():

@@ -1,10 +1,10 @@
-"""log p(x) from log-weights, with everything needed to know how far it can be trusted."""
+"""Bounds on log p(x) from importance weights, with their errors: for programs, and for a VAE on several processes."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import pyro
 import torch
@@ -28,23 +28,36 @@ from ppl_vae.support import check_support
 from ppl_vae.vae import VAE
 from ppl_vae.weights import Program, log_reconstruction, log_weight_terms
 
-# An image is called unreliable where its bound is expected to lie more than this below log p(x). Source: ours.
+# An image is unreliable where its bound is estimated to lie more than this many nats below log p(x). Source: ours.
 UNRELIABLE_BIAS = 0.5
 
-_SUMMARIZED_AT_ONCE = 10_000  # log-weights
+# The fields of ``Importance`` under the names that files hold them by.
+IMPORTANCE_NAMES = (
+    *("log_evidence", "elbo", "reconstruction", "kl", "ess", "pareto_k", "monte_carlo_stderr", "bias"),
+    "rise",  # the tenfold gain
+)
+
+_SUMMARY_SIZE = 10_000  # log-weights that are summarized at once
 
 
-class Importance(NamedTuple):
-    """What S particles say of each image; every field is (N,), float64.
+@dataclass(frozen=True)
+class Importance:
+    """What S particles say about each image; every field is (N,), float64, in nats where no other unit is given.
 
-    ``log_evidence`` is L_S, whose expectation is a lower bound on log p(x) that rises with S; ``elbo`` is
-    ``reconstruction`` - ``kl``, with reconstruction = E_q[log p(x | z)] and kl = E_q[log q(z | x) - log p(z)], means
-    over the same particles, all in nats. ``ess`` is from 1 to S. ``pareto_k`` is NaN below 21 particles.
-    ``monte_carlo_stderr`` (nats) is the delta method's estimate of what another draw of the particles would change,
-    and ``bias`` (nats, not below 0) the jackknife's of what the bound still lacks; both are NaN for one particle. Both
-    assume weights with a variance, k below 0.5. Where k-hat is above, as for most images of a trained VAE, they see
-    only part: regions that no particle has visited are in neither. ``rise`` is L_S minus the mean of the ten L_{S/10}
-    from tenths of the same particles (NaN below 10): what ten times the particles gained, without that assumption.
+    The Monte Carlo error and the bias assume weights with a variance, k below 0.5. Above, as for most images of a
+    trained VAE, they are lower bounds: they cannot see regions that no particle has visited. The tenfold gain makes no
+    such assumption.
+
+    Args:
+        log_evidence: L_S, whose expectation is a lower bound on log p(x) that rises with S.
+        elbo: ``reconstruction`` - ``kl``, over the same particles.
+        reconstruction: E_q[log p(x | z)].
+        kl: E_q[log q(z | x) - log p(z)].
+        ess: The effective sample size, from 1 to S.
+        pareto_k: k-hat, the estimated tail index of the weights; NaN below 21 particles.
+        monte_carlo_stderr: The delta method's error of L_S over draws of the particles; NaN for one particle.
+        bias: The jackknife's estimate of log p(x) - E[L_S], not below 0; NaN for one particle.
+        tenfold_gain: L_S minus the mean of the ten L_{S/10} from tenths of the same particles; NaN below 10.
     """
 
     log_evidence: Tensor
@@ -55,17 +68,30 @@ class Importance(NamedTuple):
     pareto_k: Tensor
     monte_carlo_stderr: Tensor
     bias: Tensor
-    rise: Tensor
+    tenfold_gain: Tensor
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """The fields by the names that files hold them under."""
+        return dict(zip(IMPORTANCE_NAMES, vars(self).values(), strict=True))
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Importance:
+        """The inverse of ``to_tensors``."""
+        return cls(*(tensors[name] for name in IMPORTANCE_NAMES))
+
+    def cpu(self) -> Importance:
+        """The same, on the CPU."""
+        return Importance(*(values.cpu() for values in vars(self).values()))
 
     def unreliable(self) -> Tensor:
-        """(N,) bool: where the jackknife sees more than 0.5 nats still lacking, or sees nothing (a bias of NaN).
+        """(N,) bool: where the jackknife's bias is above 0.5 nats, or NaN.
 
-        With k-hat above 0.5 that is a rough sieve: a flagged image may be fine, and a passed one may lack as much.
+        With k-hat above 0.5 this is a rough sieve: a flagged image may be fine, and a passed one may lack as much.
         """
         return ~(self.bias <= UNRELIABLE_BIAS)
 
     def jackknife_estimate(self) -> Tensor:
-        """(N,) L_S + the jackknife's bias, nats: an estimate of log p(x), and no bound. It may lie above log p(x).
+        """(N,) L_S + the jackknife's bias, nats: an estimate of log p(x), not a bound. It may lie above log p(x).
 
         Reference: Nowozin 2018, ICLR (JVI-1).
         """
@@ -76,12 +102,12 @@ Terms = Callable[[Program, Program, Tensor, int], tuple[Tensor, Tensor]]
 
 
 class CapturedTerms:
-    """``log_weight_terms`` of one VAE as a compiled graph, for batches of one size; others run as they are.
+    """``log_weight_terms`` of one VAE as a compiled graph, for batches of one size; other batches run uncompiled.
 
     Args:
         vae: in evaluation mode. Its weights may change later, its structure may not.
-        x: a batch (B, *E) like those to come.
-        num_particles: S of a batch.
+        x: a batch (B, *E) of the size that the graph is for.
+        num_particles: S per batch.
 
     Raises:
         CannotCapture: see ``capture.compiled``.
@@ -91,7 +117,7 @@ class CapturedTerms:
         self._shape = (tuple(x.shape), num_particles)
         values = dict(vae.named_parameters()) | dict(vae.named_buffers())
         names = list(values)
-        self._tensors = [value.detach() for value in values.values()]  # the same memory: changes in place are seen
+        self._tensors = [value.detach() for value in values.values()]  # shared memory, so changes in place are seen
 
         def function(*tensors: Tensor) -> tuple[Tensor, Tensor]:
             with replaced(vae, dict(zip(names, tensors[:-1], strict=True))):
@@ -120,28 +146,24 @@ def importance(
 ) -> Importance:
     """L_S = log (1/S) sum_s p(x, z_s) / q(z_s | x), z_s ~ q(z | x), for each image, with its errors.
 
-    Log-weights are streamed, so memory depends on neither S nor N (but for the results). Draws come from torch's global
-    generator, fresh at every call. Weights and modes are left as they are, and no gradients are kept; networks with
-    dropout or batch norm should be in evaluation mode. Images are compared with the support of p(x | z); other values
-    are validated where Pyro's validation is on.
+    Log-weights are streamed, so memory grows with neither S nor N, apart from the results. Draws come from torch's
+    global generator. Weights and modes do not change, and no gradients are kept; networks with dropout or batch norm
+    should be in evaluation mode. Images are checked against the support of p(x | z); other values are validated where
+    Pyro's validation is on.
 
     Args:
         model: a Pyro program over x with one data plate at dim=-1.
         guide: a Pyro program over x that samples every latent site of the model.
         x: images (N, *E).
         num_particles: S.
-        chunk: the most particles an image that are held at once; by default what suits the size of an image, and, where
-            the model is a VAE's, what its likelihood holds of a pixel and its prior of a z.
+        chunk: the most particles per image that are held at once; by default as many as fit into one pass.
         progress: called with the number of images after each group of them.
-        terms: what gives the two parts of the log-weights; see ``CapturedTerms`` for another.
-
-    Returns:
-        ``Importance``, each field (N,).
+        terms: gives the two parts of the log-weights; see ``CapturedTerms`` for another.
 
     Raises:
         ValueError: an image off the support, as ``log_weights``, or an argument out of its range.
             ``weights.Deterministic`` is one: a guide without a density.
-        NotFinite: a log-weight is NaN.
+        NotFinite: a log-weight is NaN or +infinity.
 
     Reference: Burda et al. 2016, arXiv 1509.00519, equation 8.
     """
@@ -152,28 +174,22 @@ def importance(
     check_support(model, x)
     pairs = pairs_per_pass(getattr(model, "__self__", None), x)
     chunk = min(num_particles, chunk or pairs)
-    # Results have their place before the work: small tensors kept between large ones would fragment memory for good.
-    results = torch.empty(len(Importance._fields), len(x), dtype=torch.double, device=x.device)
+    # Allocated before the work: small tensors that are kept between large ones would fragment memory.
+    results = torch.empty(len(IMPORTANCE_NAMES), len(x), dtype=torch.double, device=x.device)
     group = max(1, pairs // chunk)
     for images, place in zip(x.split(group), results.split(group, dim=1), strict=True):
-        torch.stack(_importance_of_group(model, guide, images, num_particles, chunk, terms), out=place)
+        torch.stack(_measure_group(model, guide, images, num_particles, chunk, terms), out=place)
         if progress is not None:
             progress(len(images))
     return Importance(*results)
 
 
-def _together(starts: range, numbers: int) -> Iterator[range]:
-    """Passes whose log-weights are summarized at once, since that costs nearly the same for one as for several."""
-    passes = max(1, _SUMMARIZED_AT_ONCE // numbers)
-    return (starts[i : i + passes] for i in range(0, len(starts), passes))
-
-
 def summarize_log_weights(
     model: Program, guide: Program, x: Tensor, num_particles: int, *, chunk: int, terms: Terms = log_weight_terms
 ) -> tuple[LogWeightSummary, Tensor, Tensor]:
-    """Summary of S log-weights of each image, and the means of log p(x | z) and of log q(z | x) - log p(z) (B,).
+    """A summary of S log-weights per image, and the means of log p(x | z) and of log q(z | x) - log p(z), (B,).
 
-    Arguments as ``importance``; all images are held at once. Nothing is checked.
+    Arguments as ``importance``. All images are held at once, and nothing is checked.
 
     Raises:
         NotFinite: a log-weight is NaN or +infinity.
@@ -181,8 +197,10 @@ def summarize_log_weights(
     summary = LogWeightSummary(num_particles, len(x), device=x.device)
     reconstruction = torch.zeros(len(x), dtype=torch.double, device=x.device)
     kl = torch.zeros_like(reconstruction)
-    for starts in _together(range(0, num_particles, chunk), len(x) * chunk):
-        parts = [terms(model, guide, x, min(chunk, num_particles - start)) for start in starts]
+    starts = range(0, num_particles, chunk)
+    passes = max(1, _SUMMARY_SIZE // (len(x) * chunk))  # one summary costs nearly the same for one pass as for several
+    for first in range(0, len(starts), passes):
+        parts = [terms(model, guide, x, min(chunk, num_particles - start)) for start in starts[first : first + passes]]
         log_p_x_given_z, log_p_z_over_q_z = (torch.cat(part) for part in zip(*parts, strict=True))
         log_w = log_p_x_given_z + log_p_z_over_q_z
         if log_w.isnan().any() or log_w.isposinf().any():
@@ -196,31 +214,46 @@ def summarize_log_weights(
     return summary, reconstruction, kl
 
 
-def _importance_of_group(
+def _measure_group(
     model: Program, guide: Program, x: Tensor, num_particles: int, chunk: int, terms: Terms
-) -> Importance:
+) -> tuple[Tensor, ...]:
+    """The fields of ``Importance``, in their order, for images that are held at once."""
     summary, reconstruction, kl = summarize_log_weights(model, guide, x, num_particles, chunk=chunk, terms=terms)
-    return Importance(
-        log_evidence=summary.log_mean_exp(),
-        elbo=reconstruction - kl,
-        reconstruction=reconstruction,
-        kl=kl,
-        ess=summary.effective_sample_size(),
-        pareto_k=summary.pareto_k(),
-        monte_carlo_stderr=summary.monte_carlo_stderr(),
-        bias=summary.bias(),
-        rise=summary.rise(),
+    return (
+        summary.log_mean_exp(),
+        reconstruction - kl,
+        reconstruction,
+        kl,
+        summary.effective_sample_size(),
+        summary.pareto_k(),
+        summary.monte_carlo_stderr(),
+        summary.bias(),
+        summary.tenfold_gain(),
     )
 
 
 def log_evidence(model: Program, guide: Program, x: Tensor, *, num_particles: int, chunk: int | None = None) -> Tensor:
-    """The bound L_S for each image: (N,) nats.
-
-    Args: as ``importance``, whose errors are these too.
+    """The bound L_S for each image: (N,) nats. Arguments and errors as ``importance``.
 
     Reference: Burda et al. 2016, arXiv 1509.00519, equation 8.
     """
     return importance(model, guide, x, num_particles=num_particles, chunk=chunk).log_evidence
+
+
+@serialize_threads()
+@torch.no_grad()
+def gather_log_weights(vae: VAE, x: Tensor, num_particles: int) -> Tensor:
+    """(S, N) log-weights, nats, in passes that fit into memory. x: (N, *E)."""
+    check_support(vae.model, x)
+    pairs = pairs_per_pass(vae, x)
+    chunk = max(1, pairs // len(x))
+    parts = []
+    with pyro.validation_enabled(False):
+        for start in range(0, num_particles, chunk):
+            S = min(chunk, num_particles - start)
+            terms = (log_weight_terms(vae.model, vae.guide, group, S) for group in x.split(pairs))
+            parts.append(torch.cat([log_p_x + log_ratio for log_p_x, log_ratio in terms], dim=1))
+    return torch.cat(parts)
 
 
 @serialize_threads()
@@ -239,38 +272,39 @@ def evaluate(
     should_stop: Callable[[], bool] | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Importance:
-    """``importance`` of a VAE in evaluation mode, with draws of their own seed; values are validated if ``check``.
+    """``importance`` of a VAE in evaluation mode, with its own seed, on one process or several.
 
-    Images go in groups of ``images_per_group``. The noise of a group is seeded by (seed, place of its first image), so
-    that an image's numbers depend neither on how many ranks share the work (``distributed``; every rank calls this, and
-    each has all results) nor on whether it went on from an interruption.
+    Images are computed in groups of ``images_per_group``, with noise seeded by (seed, index of the group's first
+    image). An image's numbers therefore depend neither on the number of ranks, each of which calls this and receives
+    all results, nor on interruptions.
 
-    With ``compile`` the log-weights of a pass are one compiled graph; ``on_compiled`` is told the seconds that this
-    took. It computes the same to rounding. A graph validates nothing: ``check`` then sees the first image alone.
+    With ``compile`` the log-weights of a pass are one compiled graph, which agrees up to rounding. A graph validates
+    nothing, so ``check`` then covers the first image alone. Where memory runs out, half as many particles are computed
+    at once, and so on (``batching.BatchSize``); from there on the bound is another draw, since a generator gives two
+    small passes their numbers in another order than one large pass.
 
-    Where memory runs out, half as many particles go through at once, and so on (``batching.BatchSize``). From there on
-    the bound is another draw of the same bound: a generator gives the numbers of two small passes in another order than
-    those of a large one.
-
-    The VAE's weights, buffers and mode and the global generators are afterwards as they were before.
+    The VAE's weights, buffers and mode and the global generators are restored.
 
     Args:
         vae: on the device of the images.
         x: images (N, *E), the same on every rank.
         num_particles: S.
         seed: of the draws.
-        progress: called with the number of images after each group of them.
-        done: results of groups from before, as ``on_block`` was given them.
-        on_block: called with the place of a group's first image, and ``Importance``'s fields as the columns of (n, 9).
-        should_stop: asked after each group of images.
-        say: is told where memory runs out.
+        check: whether Pyro validates values.
+        compile: whether to compile.
+        on_compiled: called with the seconds that compiling took.
+        progress: called with the number of images after each group.
+        done: results of groups from before, as given to ``on_block``.
+        on_block: called with the index of a group's first image and the columns of ``Importance``, (n, 9).
+        should_stop: called after each group.
+        say: called with a message where memory runs out.
 
     Raises:
         CannotCapture: a ValueError: ``compile`` is asked for and impossible; says why.
         Deterministic: a ValueError: the guide has no density; ``reconstruction`` needs none.
         ValueError: an image off the support, or an argument out of its range.
-        NotFinite: a log-weight is NaN.
-        Stopped: ``should_stop`` said so; see ``blocks.compute_blocks``.
+        NotFinite: a log-weight is NaN or +infinity.
+        Stopped: ``should_stop`` returned True; see ``blocks.compute_blocks``.
         ConnectionError: another rank met an error.
     """
     num_particles = check_count("num_particles", num_particles)
@@ -279,7 +313,7 @@ def evaluate(
     check_support(vae.model, x)
     with seeded(seed, x.device), pyro.validation_enabled(check), evaluation_mode(vae), torch.no_grad():
         size = images_per_group(x, num_particles)
-        # With and without compiling, so that the noise is the same.
+        # The same with and without compiling, so that the noise is the same.
         batch = BatchSize(*evaluation_batch_size(vae, x, num_particles), device=x.device, say=say)
         terms: Terms = log_weight_terms
         if compile:
@@ -289,8 +323,8 @@ def evaluate(
             def attempt(particles: int, images: int) -> Tensor:
                 seed_generators(block_seed(seed, group.start), x.device)
                 parts = x[group].split(images)
-                found = [_importance_of_group(vae.model, vae.guide, p, num_particles, particles, terms) for p in parts]
-                return torch.cat([torch.stack(part, dim=1) for part in found])
+                found = [_measure_group(vae.model, vae.guide, part, num_particles, particles, terms) for part in parts]
+                return torch.cat([torch.stack(fields, dim=1) for fields in found])
 
             return batch.run(attempt)
 
@@ -298,7 +332,7 @@ def evaluate(
             compute,
             len(x),
             size,
-            num_columns=len(Importance._fields),
+            num_columns=len(IMPORTANCE_NAMES),
             device=x.device,
             progress=progress,
             done=done,
@@ -311,10 +345,10 @@ def evaluate(
 def _captured(
     vae: VAE, x: Tensor, batch: BatchSize, *, seed: int, on_compiled: Callable[[float], None] | None
 ) -> CapturedTerms:
-    """The log-weights of a whole pass as a compiled graph, on every rank or on none."""
+    """The log-weights of a full pass as a compiled graph, on every rank or on none."""
     started, error = time.monotonic(), None
     with seeded(seed, x.device):
-        log_weight_terms(vae.model, vae.guide, x[:1], 1)  # what is wrong is said as it is without compiling
+        log_weight_terms(vae.model, vae.guide, x[:1], 1)  # raises the errors of the uncompiled programs
         try:
             terms = CapturedTerms(vae, x[: batch.images], batch.particles)
         except CannotCapture as caught:
@@ -338,20 +372,19 @@ def reconstruction(
     should_stop: Callable[[], bool] | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Tensor:
-    """log p(x | z), one z ~ q(z | x) an image: what an autoencoder, whose z is a function of x, is measured by.
+    """log p(x | z) for one z ~ q(z | x) per image: the measure of an autoencoder, whose z is a function of x.
 
-    It is no log-likelihood and no bound on one: neither how probable z is, nor how many values of z would do, is in
-    it. More latents raise it without end. Groups, ranks, seeds and memory are as in ``evaluate``. The VAE's weights,
-    buffers and mode and the global generators are afterwards as they were before.
+    It is neither a log-likelihood nor a bound on one: it ignores how probable z is and how many z would do, and more
+    latents raise it without end. Groups, ranks, seeds, memory and what is restored are as in ``evaluate``.
 
     Args:
         vae: with or without a density q(z | x).
         x: images (N, *E), the same on every rank.
-        seed: of z, where it is drawn, and of whatever else the programs draw.
-        check: whether values are validated.
-        progress: called with the number of images after each group of them.
-        should_stop: asked after each group of images.
-        say: is told where memory runs out.
+        seed: of z, where it is drawn, and of all else that the programs draw.
+        check: whether Pyro validates values.
+        progress: called with the number of images after each group.
+        should_stop: called after each group.
+        say: called with a message where memory runs out.
 
     Returns:
         (N,) nats, float64.
@@ -359,7 +392,7 @@ def reconstruction(
     Raises:
         ValueError: no images, one off the support, or as ``log_weights``.
         NotFinite: a value is NaN or +infinity.
-        Stopped: ``should_stop`` said so.
+        Stopped: ``should_stop`` returned True.
         ConnectionError: another rank met an error.
     """
     if len(x) == 0:

@@ -14,6 +14,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from ppl_vae.evidence.proposals import DefensiveMixture
 from ppl_vae.parts.likelihoods.family import independent_pixels
 from ppl_vae.runtime.batching import images_per_pass, latents_per_pass
 from ppl_vae.runtime.errors import NotFinite, check_count
@@ -24,51 +25,6 @@ from ppl_vae.vae import VAE, check_event_shape
 
 # Of the noise in the guide's fillings: a constant, so that the guide is a function of x.
 _FILLING_SEED = 0
-
-
-class DefensiveMixture(dist.TorchDistribution):
-    """(1 - a) q(z) + a p(z): a proposal with a share a of the prior.
-
-    No importance weight p(x | z) p(z) / q(z) then exceeds max_z p(x | z) / a, so weights have a variance wherever the
-    likelihood is bounded, however narrow q is.
-
-    Args:
-        proposal: q, batch shape (B,).
-        prior: p, batch shape () or (B,), the event shape of q.
-        share: (B,) a, from 0 to 1.
-
-    Reference: Hesterberg 1995, Technometrics 37(2), 185-194 (defensive mixture).
-    """
-
-    arg_constraints: dict[str, Any] = {}  # noqa: RUF012, the name and type that torch asks for
-
-    def __init__(self, proposal: Any, prior: Any, share: Tensor) -> None:
-        self.proposal, self.share = proposal, share
-        self.prior = prior.expand(proposal.batch_shape)
-        super().__init__(proposal.batch_shape, proposal.event_shape, validate_args=False)
-
-    @property
-    def support(self) -> Any:
-        """Where z may lie."""
-        return self.prior.support
-
-    def expand(self, batch_shape: Any, _instance: Any = None) -> DefensiveMixture:
-        """The same distribution for a larger batch shape."""
-        return DefensiveMixture(self.proposal.expand(batch_shape), self.prior, self.share.expand(batch_shape))
-
-    def sample(self, sample_shape: Any = ()) -> Tensor:
-        """(*sample_shape, *batch_shape, *event_shape), without gradients."""
-        shape = (*sample_shape, *self.batch_shape)
-        of_prior = torch.rand(shape, dtype=self.share.dtype, device=self.share.device) < self.share
-        of_prior = of_prior.reshape(*shape, *[1] * len(self.event_shape))
-        sample_shape = torch.Size(sample_shape)
-        with torch.no_grad():
-            return torch.where(of_prior, self.prior.sample(sample_shape), self.proposal.sample(sample_shape))
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        """The density at value, (*sample_shape, *batch_shape), nats."""
-        log_q = torch.log1p(-self.share) + self.proposal.log_prob(value)
-        return torch.logaddexp(log_q, self.share.log() + self.prior.log_prob(value))
 
 
 class Particles(NamedTuple):

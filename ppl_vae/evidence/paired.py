@@ -1,4 +1,4 @@
-"""Two models on the same images: the paired difference of their bounds, and what it allows to be said."""
+"""Compare two models on the same images: the paired difference of their bounds, and whether it ranks them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ppl_vae.evidence.importance import Importance
 CONFIDENCE = 0.95
 BETTER, WORSE, INDISTINCT = "better", "worse", "not distinguishable"
 
-# Two trainings that differ in their seed alone end up to this many nats an image apart (Norouzi et al. 2020,
+# Two trainings that differ in their seed alone end this many nats per image apart (Norouzi et al. 2020,
 # arXiv 2004.04795, whose tables give deviations of 0.05 to 0.28 nats over trainings on MNIST).
 SEED_NATS = (0.05, 0.3)
 
@@ -29,7 +29,7 @@ def student_t_quantile(confidence: float, degrees: int) -> float:
         nu even:  1 + (1/2) cos^2 + (1 3 / 2 4) cos^4 + ... up to cos^(nu - 2)
         nu odd:   cos + (2/3) cos^3 + (2 4 / 3 5) cos^5 + ... up to cos^(nu - 2)
 
-    which is exact, rises with theta, and is inverted by halving [0, pi / 2].
+    which is exact, gains with theta, and is inverted by halving [0, pi / 2].
 
     Raises:
         ValueError: an argument out of its range.
@@ -58,23 +58,23 @@ def student_t_quantile(confidence: float, degrees: int) -> float:
 
 
 def _confidence(comparisons: int) -> float:
-    """Of each of m intervals, so that all of them hold at once with 95%: 1 - 0.05 / m (Dunn 1961)."""
+    """1 - 0.05 / m, the confidence of each of m intervals that all hold at once with 95% (Dunn 1961)."""
     return 1 - (1 - CONFIDENCE) / comparisons
 
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """d_n = b_n - a_n over the same images n: its mean, and mean -+ t stderr, with stderr = sd(d) / sqrt(N).
+    """The mean of d_n = b_n - a_n over the same images n, and the interval mean -+ t stderr, stderr = sd(d) / sqrt(N).
 
-    What makes an image hard is hard for both models, and cancels: stderr^2 = (var a + var b - 2 cov(a, b)) / N. It is
-    the error over images, and holds the Monte Carlo noise of each image too, which is independent from image to image.
+    What makes an image hard is hard for both models, and cancels: stderr^2 = (var a + var b - 2 cov(a, b)) / N. The
+    error over images includes the Monte Carlo noise of each image, which is independent between images.
 
     Args:
-        mean: nats an image; above 0 where b is higher.
+        mean: nats per image; above 0 where b is higher.
         stderr: nats.
-        unpaired_stderr: sqrt((var a + var b) / N), what it would be on different images, nats.
-        lower, upper: the two-sided 95% t interval for the mean over all images of that kind, Bonferroni-corrected: with
-            m comparisons each has confidence 1 - 0.05 / m, and all of them hold at once with 95%.
+        unpaired_stderr: sqrt((var a + var b) / N), nats: the error if the images were different ones.
+        lower, upper: the two-sided 95% t interval for the mean over all such images, Bonferroni-corrected: with m
+            comparisons each interval has confidence 1 - 0.05 / m, and all of them hold at once with 95%.
         n: N, the number of images.
         comparisons: m.
     """
@@ -89,31 +89,31 @@ class PairedDifference:
 
     @property
     def word(self) -> str:
-        """Of b: "better" or "worse" where the interval leaves 0 out, else "not distinguishable"."""
+        """Of b: "better" or "worse" where the interval excludes 0, else "not distinguishable"."""
         if self.lower > 0:
             return BETTER
         return WORSE if self.upper < 0 else INDISTINCT
 
     @property
     def confidence(self) -> float:
-        """Of this one interval: 1 - 0.05 / m."""
+        """1 - 0.05 / m, of this one interval."""
         return _confidence(self.comparisons)
 
     @property
     def least(self) -> float:
-        """The smallest size of the difference, in nats, that the interval holds: 0 where it holds 0."""
+        """The smallest absolute difference in the interval, nats: 0 where it contains 0."""
         return max(self.lower, -self.upper, 0.0)
 
 
 def paired_difference(a: Tensor, b: Tensor, *, comparisons: int = 1) -> PairedDifference:
     """The mean of b - a over the same images, with its standard error and interval.
 
-    The interval takes the mean of the differences as normal. For hundreds of images it nearly is, unless a few of the
+    The interval assumes that the mean of the differences is normal. For hundreds of images it nearly is, unless a few
     differences outweigh all others; for a few images the interval is rough.
 
     Args:
-        a, b: (N,) nats, one number an image, in the same order.
-        comparisons: how many such differences are judged together.
+        a, b: (N,) nats per image, in the same order.
+        comparisons: the number of such differences that are judged together.
 
     Raises:
         ValueError: other shapes, fewer than two images, or values that are not finite.
@@ -139,41 +139,40 @@ def paired_difference(a: Tensor, b: Tensor, *, comparisons: int = 1) -> PairedDi
 
 @dataclass(frozen=True)
 class BoundDifference:
-    """L_S of a second model minus L_S of a first, and what it says of log p(x).
+    """L_S of a second model minus L_S of a first, and whether the difference also ranks log p(x).
 
-    log p(x) = E[L_S] + gap with gap >= 0, so the lower of the two models may in truth be the higher one, where its gap
-    is larger by more than the difference of the bounds. A gap cannot be measured from importance weights alone. Its
-    scale is what ten times the particles gained, ``rise``: where a gap falls like S^-a it is rise / (10^a - 1), a ninth
-    of the rise at a = 1 and all of it at a = 0.3, about that of a trained VAE on MNIST (a rise of 0.80 nats at
-    S = 200 and of 0.34 at 5,000). So log p(x) is ranked only where the whole interval of the difference lies beyond
-    the larger rise of the two. That is a rule of thumb (ours), and no proof: in a linear-Gaussian VAE with three
-    latents and a guide of 0.35 times the posterior's scales (a Pareto k of 0.88) the bound lacks 1.06 nats at S = 20,
-    of which the rise shows 0.55, and still 0.43 at S = 2,000, of which it shows 0.25.
+    log p(x) = E[L_S] + gap with gap >= 0, so the model with the lower bound may have the higher log p(x), if its gap is
+    larger by more than the difference. A gap cannot be measured from importance weights alone, but the tenfold gain has
+    its scale: where a gap falls like S^-a, it is gain / (10^a - 1), a ninth of the gain at a = 1 and all of it at
+    a = 0.3, about the rate of a trained VAE on MNIST (gains of 0.80 nats at S = 200 and of 0.34 at 5,000). log p(x) is
+    therefore ranked only where the whole interval of the difference lies beyond the larger gain of the two. This is a
+    rule of thumb (ours): in a linear-Gaussian VAE with three latents and a guide of 0.35 times the posterior's scales
+    (a Pareto k of 0.88) the bound lacks 1.06 nats at S = 20 with a gain of 0.55, and 0.43 at S = 2,000 with 0.25.
 
     Args:
         bounds: the paired difference of the bounds.
-        rise: the larger mean rise from S / 10 to S of the two, nats an image, not below 0; NaN where S < 10.
-        monte_carlo_stderr: what other draws of the particles would change in the mean, on the same images, nats:
-            sqrt(sum_n (m_an^2 + m_bn^2)) / N with the delta method's m of each image, as for noise that is independent
-            between the models; matched noise makes it smaller where it moves both models alike. NaN at S = 1.
+        tenfold_gain: the larger mean gain from S / 10 to S of the two, nats per image, not below 0; NaN where S < 10.
+        monte_carlo_stderr: the error of the mean over other draws of the particles on the same images, nats:
+            sqrt(sum_n (m_an^2 + m_bn^2)) / N, with the delta method's m of each image, for noise that is independent
+            between the models; matched noise makes it smaller. NaN at S = 1.
     """
 
     bounds: PairedDifference
-    rise: float
+    tenfold_gain: float
     monte_carlo_stderr: float
 
     @property
     def ranks_log_evidence(self) -> bool:
-        """Whether the whole interval is beyond the rise, so that log p(x) ranks as the bounds do, by the rule above."""
-        return self.bounds.least > self.rise  # 0 where the interval holds 0
+        """Whether the whole interval lies beyond the tenfold gain, so that log p(x) ranks as the bounds do."""
+        return self.bounds.least > self.tenfold_gain  # never where the interval contains 0
 
 
 def bound_difference(first: Importance, second: Importance, *, comparisons: int = 1) -> BoundDifference:
     """The second's L_S minus the first's, of the same N images. Arguments and errors as ``paired_difference``."""
-    rises = [float(result.rise.mean()) for result in (first, second)]
+    gains = [float(result.tenfold_gain.mean()) for result in (first, second)]
     errors = torch.cat([first.monte_carlo_stderr, second.monte_carlo_stderr])
     return BoundDifference(
         paired_difference(first.log_evidence, second.log_evidence, comparisons=comparisons),
-        math.nan if any(map(math.isnan, rises)) else max(0.0, *rises),
+        math.nan if any(map(math.isnan, gains)) else max(0.0, *gains),
         float(errors.square().sum().sqrt()) / len(first.log_evidence),
     )

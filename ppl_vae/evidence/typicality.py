@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ppl_vae.evidence.estimate import Estimate
-from ppl_vae.evidence.missing import DefensiveMixture
+from ppl_vae.evidence.proposals import DefensiveMixture
 from ppl_vae.vae import VAE
 
 LOWEST = 0.05  # of the own images, below which another set's are called improbable

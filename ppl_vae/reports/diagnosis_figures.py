@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ppl_vae.diagnostics import ACTIVE_VARIANCE
-from ppl_vae.evidence.exploration import mean_or_draw
+from ppl_vae.evidence.moments import mean_or_draw
 from ppl_vae.reports import figures as plots
 from ppl_vae.reports.display import display_of
 from ppl_vae.runs.load import load

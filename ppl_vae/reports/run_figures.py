@@ -17,21 +17,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from ppl_vae import data, runs
 from ppl_vae.commands.options import Figures
 from ppl_vae.diagnostics import ACTIVE_VARIANCE, active_units
+from ppl_vae.diagnostics.exploration import UNUSED_NATS, decode_plane, decode_traversals, kl_by_latent, latent_quantiles
 from ppl_vae.diagnostics.mixture import normal_factors
 from ppl_vae.evidence.estimate import Estimate
-from ppl_vae.evidence.exploration import (
-    UNUSED_NATS,
-    PosteriorMoments,
-    encode,
-    gather_log_weights,
-    kl_by_latent,
-    manifold,
-    mean_or_draw,
-    moments,
-    quantiles,
-    sampled,
-    traversals,
-)
+from ppl_vae.evidence.importance import gather_log_weights
+from ppl_vae.evidence.moments import PosteriorMoments, compute_moments, encode, mean_or_draw, sample_latents
 from ppl_vae.reports import figures as plots
 from ppl_vae.reports.display import Display, display_of
 from ppl_vae.runs.build import is_autoencoder
@@ -256,7 +246,7 @@ def use_of_latents(vae: VAE, x: Tensor, codes: PosteriorMoments) -> Use:
     if normal_factors(prior) is not None and normal_factors(vae.posterior(x[:1])) is not None:
         kl = kl_by_latent(codes, prior)
         return Use(kl, "KL(q(z_l | x) || p(z_l)), the mean", "mean KL", " nats", UNUSED_NATS)
-    variance = active_units(codes, moments(prior).scale).variance
+    variance = active_units(codes, compute_moments(prior).scale).variance
     what = "the variance of E[z_l | x] in variances of the prior, taken"
     return Use(variance, what, "variance", "", ACTIVE_VARIANCE)
 
@@ -326,7 +316,7 @@ def _traversals(scene: _Scene) -> Figure:
     steps = 3 * torch.arange(-middle, middle + 1) / middle
     place = int(scene.shown[0])
     z = mean_or_draw(scene.vae.posterior(scene.x[place : place + 1]))[0]
-    images = traversals(scene.vae, z, most_used, steps)
+    images = decode_traversals(scene.vae, z, most_used, steps)
     labels = [f"z{latent}, {_few_digits(use.values[latent])}{use.unit}" for latent in most_used]
     rows = {label: scene.display(row) for label, row in zip(labels, images, strict=True)}
     where = "posterior mean" if _has_a_density(scene.run) else "code z(x)"
@@ -374,11 +364,11 @@ def _few_digits(nats: Tensor) -> str:
 
 def _manifold(scene: _Scene) -> Figure:
     prior = scene.vae.prior()
-    grid = quantiles(prior, _MANIFOLD)
+    grid = latent_quantiles(prior, _MANIFOLD)
     x, y = grid.T.tolist()
     whose = "the prior's probability" if normal_factors(prior) is not None else "each latent's own prior probability"
     return plots.image_plane(
-        scene.display(manifold(scene.vae, grid)),
+        scene.display(decode_plane(scene.vae, grid)),
         x=x,
         y=y,
         names=("z0", "z1"),
@@ -443,8 +433,8 @@ def latents_figure(
 def _prior_beside(prior: Any, order: list[int]) -> plots.Scales | Any:
     """Mean and scale of these latents where the prior is a product of normals, else draws of them (n, R)."""
     if normal_factors(prior) is None:
-        return sampled(prior, _PRIOR_SHOWN)[:, order].cpu().numpy()
-    p = moments(prior)
+        return sample_latents(prior, _PRIOR_SHOWN)[:, order].cpu().numpy()
+    p = compute_moments(prior)
     return plots.Scales(p.mean[order].tolist(), p.scale[order].tolist())
 
 

@@ -12,7 +12,7 @@ from ppl_vae import data, runs
 from ppl_vae.commands.diagnose import DIAGNOSIS, diagnose_run, split_diagnosed
 from ppl_vae.commands.options import Diagnose, Report
 from ppl_vae.conditional import Conditional
-from ppl_vae.evidence.exploration import encode, sampled
+from ppl_vae.evidence.moments import encode, sample_latents
 from ppl_vae.reports import page as report
 from ppl_vae.reports.page import Block, Explorer, Picture, Section, Table, Text, Verdict, true_minus
 from ppl_vae.reports.run_figures import figure_names, is_drawn, use_of_latents, write_figures
@@ -331,7 +331,7 @@ def _explorer(run: Run) -> Explorer:
     with seeded(_SEED, torch.device("cpu")), torch.no_grad():
         codes = encode(vae, x[index])
         use = use_of_latents(vae, x[index], codes)
-        z = sampled(vae.prior(), _PRIOR_POINTS)
+        z = sample_latents(vae.prior(), _PRIOR_POINTS)
     order = use.values.argsort(descending=True)[:2].tolist()
     axes = (min(order), max(order))
     autoencoder = is_autoencoder(run.options)

@@ -75,7 +75,7 @@ def read_per_image(folder: Path, split: str) -> PerImage | None:
     except ValueError as error:
         raise ValueError(f"{error}; evaluate_log_likelihood.py {folder} --split {split} measures it again") from None
     try:
-        result = Importance(*(tensors[name] for name in Importance._fields))
+        result = Importance.from_tensors(tensors)
         stored = PerImage(tensors["index"], result, *(scalars[name] for name in ("num_particles", "seed", "step")))
     except KeyError as error:
         raise ValueError(f"{path}: damaged: no {error} in it") from None

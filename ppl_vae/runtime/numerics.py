@@ -158,7 +158,7 @@ class LogWeightSummary:
     - ``bias``: the jackknife's estimate of the nats by which E[L_S] lies below log p(x), never negative:
       (S - 1) (L_S - (1/S) sum_s L_{-s}), L_{-s} the bound without particle s. It takes the bias to fall like 1/S.
       Weights without a variance (k above 0.5) have one that falls more slowly, of which it sees a fraction.
-    - ``rise``: L_S - (1/10) sum_g L_{S/10}, the g-th over the g-th tenth of the particles
+    - ``tenfold_gain``: L_S - (1/10) sum_g L_{S/10}, the g-th over the g-th tenth of the particles
     - ``pareto_k``: see ``pareto_k``
 
     The M largest log-weights are kept as they are, the others as two sums. That is exact for all but the bias, where
@@ -201,7 +201,7 @@ class LogWeightSummary:
         ends = torch.arange(_TENTHS + 1) * self.num_particles // _TENTHS
         return torch.stack(self._log_sums_of_tenths), ends.diff().to(self._log_sum)
 
-    def rise(self) -> Tensor:
+    def tenfold_gain(self) -> Tensor:
         """(B,) nats; NaN for fewer than 10 particles."""
         return tenfold_gain(*self.tenths())
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ppl_vae import diagnostics, runs
 from ppl_vae.evidence.estimate import Estimate, ratio_of_means
-from ppl_vae.evidence.exploration import decoded, drawn, encode
+from ppl_vae.evidence.moments import decode_mean, encode, sample_posterior
 from ppl_vae.evidence.paired import paired_difference
 from ppl_vae.runs.load import load
 from ppl_vae.runtime.global_state import seeded
@@ -95,7 +95,7 @@ def _sharper(both: _Both, material: StudyData) -> Estimate:
 
 def _reconstructed(vae: VAE, x: Tensor) -> Tensor:
     """(N, *E) E[x | z] at the mean of q(z | x)."""
-    return decoded(vae, encode(vae, x).mean)
+    return decode_mean(vae, encode(vae, x).mean)
 
 
 def _reconstruction_difference(study: Study, word: str) -> dict[str, Any] | None:
@@ -117,7 +117,10 @@ def _frechet_ratios(both: _Both, material: StudyData) -> dict[str, Any]:
     Their samples are of the same prior draws and are held against the same images, which are left out together.
     """
     count = min(len(material.other_gray), len(material.gray))
-    images = [decoded(vae, material.prior_draws(vae.prior())) for vae in both] + [material.other_gray, material.gray]
+    images = [decode_mean(vae, material.prior_draws(vae.prior())) for vae in both] + [
+        material.other_gray,
+        material.gray,
+    ]
     vae, autoencoder, other, real = (material.components.of(each[:count]) for each in images)
     excess = frechet_excess_ratio(autoencoder, vae, other, real)
     return {
@@ -180,8 +183,8 @@ def _error_and_noise(vae: VAE, material: StudyData) -> tuple[Tensor, Tensor]:
     total = torch.zeros_like(material.gray, dtype=torch.double)
     with seeded(0, material.x.device):
         for _ in range(_DRAWS):
-            z = drawn(vae, material.x)
-            y = decoded(vae, z).double()
+            z = sample_posterior(vae, material.x)
+            y = decode_mean(vae, z).double()
             error += _squared_error(y, material.gray) / _DRAWS
             square += y.square().flatten(1).mean(1)
             total += y
@@ -235,7 +238,7 @@ def _neighbors(vae: VAE, material: StudyData) -> dict[str, Any]:
     codes = encode(vae, x).mean
     nearest = torch.cdist(codes, encode(vae, train).mean).topk(min(NUM_NEIGHBORS, len(train)), largest=False).indices
     means = torch.stack([train_gray[index].mean(0) for index in nearest])
-    reconstructed = decoded(vae, codes)
+    reconstructed = decode_mean(vae, codes)
     to_mean, to_image = ((reconstructed - each).square().flatten(1).mean(1) for each in (means, gray))
     return {
         "count": nearest.shape[1],

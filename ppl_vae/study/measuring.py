@@ -14,8 +14,8 @@ from ppl_vae.commands.diagnosis_numbers import importance_numbers, measure
 from ppl_vae.diagnostics import ACTIVE_VARIANCE, HOLE_QUANTILE
 from ppl_vae.diagnostics.verdicts import is_reliable
 from ppl_vae.evidence.estimate import Estimate
-from ppl_vae.evidence.exploration import decoded, drawn, encode
 from ppl_vae.evidence.importance import UNRELIABLE_BIAS, Importance
+from ppl_vae.evidence.moments import decode_mean, encode, sample_posterior
 from ppl_vae.runs.build import is_autoencoder
 from ppl_vae.runs.evaluations import read_per_image
 from ppl_vae.runs.load import load
@@ -133,7 +133,7 @@ def _evaluation(entry: dict[str, Any], result: Importance | None) -> dict[str, A
     if result is None:
         return found | dict.fromkeys(("rise_stderr", "unreliable", "pareto_k"))
     return found | {
-        "rise_stderr": Estimate.from_values(result.rise).stderr,
+        "rise_stderr": Estimate.from_values(result.tenfold_gain).stderr,
         "unreliable": Estimate.from_flags(result.unreliable()).to_json(),
         "pareto_k": entry["pareto_k"]["median"],
     }
@@ -164,9 +164,9 @@ def _from_weights(
     with torch.no_grad():
         diagnosis = _diagnosis(planned, vae, folder, material)
         codes = encode(vae, material.x).mean
-        samples = decoded(vae, material.prior_draws(vae.prior()))
+        samples = decode_mean(vae, material.prior_draws(vae.prior()))
         fitted = _fitted_draws(vae, material) if _shows_more(planned) else None
-        of_fitted = None if fitted is None else decoded(vae, fitted)
+        of_fitted = None if fitted is None else decode_mean(vae, fitted)
     found |= {
         "active": diagnosis["active"]["count"],
         "implied_beta": diagnosis["implied_beta"],
@@ -204,7 +204,7 @@ def _fitted_draws(vae: VAE, material: StudyData) -> Tensor:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         x = material.train_as_seen(material.num_images)
-        z = drawn(vae, x).double()
+        z = sample_posterior(vae, x).double()
         values, vectors = torch.linalg.eigh(torch.cov(z.T).reshape(z.shape[1], -1))
         noise = torch.randn(material.num_images, z.shape[1], dtype=z.dtype)
     return (z.mean(0) + noise * values.clamp(min=0).sqrt() @ vectors.T).float()

@@ -41,7 +41,7 @@ def difference(folder: Path, reference: Path, of: str, *, comparisons: int = 1) 
     _check_alike(folder, b, reference, a)
     if of == "log_likelihood":
         found = bound_difference(a.result, b.result, comparisons=comparisons)
-        more = {"rise": found.rise, "ranks_log_likelihood": found.ranks_log_evidence}
+        more = {"rise": found.tenfold_gain, "ranks_log_likelihood": found.ranks_log_evidence}
         return as_json(found.bounds) | more
     return as_json(paired_difference(getattr(a.result, of), getattr(b.result, of), comparisons=comparisons))
 

@@ -29,7 +29,7 @@ from ppl_vae.commands.certify import certify_run
 from ppl_vae.commands.evaluate import evaluate_run
 from ppl_vae.commands.options import Certify, Evaluate, Report
 from ppl_vae.evidence import ais
-from ppl_vae.evidence.importance import Importance
+from ppl_vae.evidence.importance import IMPORTANCE_NAMES, Importance
 from ppl_vae.reports import figures as plots
 from ppl_vae.reports.certificate_table import certificate_table, read_certificates, write_certificate
 from ppl_vae.reports.run_page import report_run
@@ -172,7 +172,7 @@ def test_reverse_chains_of_one_draw_say_nothing_of_their_own_error(
 def test_an_image_of_which_both_bounds_are_infinite_is_unreliable() -> None:
     none, one = torch.tensor([-math.inf, -1.0]), torch.zeros(2)
     chains = stages.AISSummary(none, one, torch.tensor([math.nan, 0.0]), one, one)
-    improved = Importance(*[none] * len(Importance._fields))
+    improved = Importance(*[none] * len(IMPORTANCE_NAMES))
     assert certificate_numbers.unreliable(chains, improved).tolist() == [True, False]
 
 

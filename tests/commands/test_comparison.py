@@ -213,7 +213,7 @@ def test_a_guide_much_narrower_than_the_posterior_fools_the_rise():
     x = FIRST.draw(400)
     found = bound_difference(_bounds(FIRST, x, num_particles=20), _bounds(FIRST, x, num_particles=20, widen=0.35))
     assert found.bounds.mean == pytest.approx(-1.06, abs=0.15)
-    assert found.rise == pytest.approx(0.55, abs=0.1)
+    assert found.tenfold_gain == pytest.approx(0.55, abs=0.1)
     assert found.ranks_log_evidence
 
 
@@ -222,14 +222,14 @@ def test_the_rise_is_the_larger_of_the_two(swapped):
     x = FIRST.draw(50)
     results = [_bounds(FIRST, x, num_particles=50), _bounds(FIRST, x, num_particles=50, widen=1.6)]
     found = bound_difference(*(results[::-1] if swapped else results))
-    assert found.rise == float(results[1].rise.mean())
-    assert found.rise > 10 * abs(float(results[0].rise.mean()))
+    assert found.tenfold_gain == float(results[1].tenfold_gain.mean())
+    assert found.tenfold_gain > 10 * abs(float(results[0].tenfold_gain.mean()))
 
 
 def test_too_few_particles_for_a_rise_rank_no_log_p_x():
     x, second = FIRST.draw(200), replace(FIRST, scale=1.5)
     found = bound_difference(_bounds(FIRST, x, num_particles=9), _bounds(second, x, num_particles=9))
-    assert math.isnan(found.rise)
+    assert math.isnan(found.tenfold_gain)
     assert (found.bounds.word, found.ranks_log_evidence) == ("worse", False)
 
 

@@ -20,7 +20,7 @@ from ppl_vae.commands.diagnose import DIAGNOSIS, diagnose_run
 from ppl_vae.commands.diagnosis_numbers import importance_numbers, measure, noise_numbers
 from ppl_vae.commands.options import COMMANDS, Diagnose, Report
 from ppl_vae.commands.train import train_run
-from ppl_vae.evidence.importance import Importance
+from ppl_vae.evidence.importance import IMPORTANCE_NAMES, Importance
 from ppl_vae.parts import likelihoods
 from ppl_vae.reports.run_page import report_run
 from ppl_vae.reports.text.diagnosis import describe_numbers
@@ -272,7 +272,7 @@ def test_one_particle_tells_nothing_of_its_estimate(small):
 
 def test_an_estimate_is_summarized_by_its_images():
     values = torch.arange(4, dtype=torch.double)
-    result = Importance(*[values] * len(Importance._fields))
+    result = Importance(*[values] * len(IMPORTANCE_NAMES))
     found = importance_numbers(result, 100)
     assert found["rise"] == {"mean": 1.5, "stderr": pytest.approx(values.std().item() / 2)}
     assert found["unreliable"]["mean"] == 0.75  # a bias of 1, 2 and 3 nats

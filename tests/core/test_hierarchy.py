@@ -22,7 +22,7 @@ from torch.distributions import MultivariateNormal
 from torch.testing import assert_close
 
 from ppl_vae import Conditional, importance, log_weights, objectives
-from ppl_vae.evidence.exploration import moments
+from ppl_vae.evidence.moments import compute_moments
 from ppl_vae.hierarchy import BottomLayerOnly, BottomUp, HierarchicalVAE, LayeredPrior, TopDown, product_of_normals
 from ppl_vae.parts.likelihoods import Bernoulli
 from ppl_vae.parts.networks import MLP
@@ -397,7 +397,7 @@ def test_moments_of_a_chain_are_those_of_draws():
     for name in ("mean", "variance"):
         with pytest.raises(NotImplementedError):
             getattr(chain, name)
-    codes = moments(chain)
+    codes = compute_moments(chain)
     assert codes.mean.shape == codes.scale.shape == (6, 6)
 
 

@@ -15,7 +15,7 @@ from torch.testing import assert_close
 
 from ppl_vae import VAE, Conditional
 from ppl_vae.diagnostics import AggregatePosterior, active_units, elbo_split, implied_beta, latent_kl, mixture
-from ppl_vae.evidence.exploration import PosteriorMoments, encode
+from ppl_vae.evidence.moments import PosteriorMoments, encode
 from ppl_vae.hierarchy import BottomLayerOnly, BottomUp, HierarchicalVAE, LayeredPrior
 from ppl_vae.parts.networks import MLP
 from ppl_vae.parts.posteriors import DiagonalNormal

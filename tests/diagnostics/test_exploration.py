@@ -13,18 +13,9 @@ import torch
 from oracles import LinearGaussian
 from torch.testing import assert_close
 
-from ppl_vae.evidence.exploration import (
-    PosteriorMoments,
-    encode,
-    gather_log_weights,
-    kl_by_latent,
-    manifold,
-    mean_or_draw,
-    moments,
-    quantiles,
-    sampled,
-    traversals,
-)
+from ppl_vae.diagnostics.exploration import decode_plane, decode_traversals, kl_by_latent, latent_quantiles
+from ppl_vae.evidence.importance import gather_log_weights
+from ppl_vae.evidence.moments import PosteriorMoments, compute_moments, encode, mean_or_draw, sample_latents
 
 
 @pytest.fixture
@@ -69,7 +60,7 @@ def test_a_mean_that_is_not_known_is_a_draw():
 def test_draws_in_passes_are_as_many_as_asked(monkeypatch):
     monkeypatch.setattr("ppl_vae.runtime.batching.items_per_pass", lambda *_, **__: 7)
     torch.manual_seed(0)
-    z = sampled(dist.Normal(torch.tensor([1.0, 2.0]), 0.1).to_event(1), 100)
+    z = sample_latents(dist.Normal(torch.tensor([1.0, 2.0]), 0.1).to_event(1), 100)
     assert z.shape == (100, 2)
     assert len(z.unique()) == 200
     assert_close(z.mean(0), torch.tensor([1.0, 2.0]), rtol=0, atol=5 * 0.1 / 10)
@@ -78,7 +69,7 @@ def test_draws_in_passes_are_as_many_as_asked(monkeypatch):
 def test_moments_that_are_not_known_are_those_of_draws():
     torch.manual_seed(0)
     loc, scale = torch.tensor([3.0, -1.0]), torch.tensor([0.5, 2.0])
-    estimated = moments(without_moments(loc.tolist(), scale.tolist()))
+    estimated = compute_moments(without_moments(loc.tolist(), scale.tolist()))
     assert ((estimated.mean - loc).abs() < 5 * scale / math.sqrt(200)).all()
     assert ((estimated.scale - scale).abs() < 5 * scale / math.sqrt(400)).all()
 
@@ -114,7 +105,7 @@ def test_a_latent_whose_posterior_is_the_prior_has_no_kl():
 
 def test_a_traversal_moves_one_latent_and_keeps_the_others(oracle):
     z, steps = torch.tensor([0.3, -0.2, 1.1], dtype=torch.double), torch.tensor([-3.0, 0.0, 3.0], dtype=torch.double)
-    images = traversals(oracle.vae(), z, [2, 0], steps)
+    images = decode_traversals(oracle.vae(), z, [2, 0], steps)
     for row, latent in enumerate((2, 0)):
         for column, step in enumerate(steps):
             moved = z.clone()
@@ -126,7 +117,9 @@ def test_an_unused_latent_changes_nothing(oracle):
     W = oracle.W.clone()
     W[:, 1] = 0
     vae = LinearGaussian(W, oracle.b, oracle.scale).vae()
-    images = traversals(vae, torch.zeros(3, dtype=torch.double), [1], torch.linspace(-3, 3, 5, dtype=torch.double))
+    images = decode_traversals(
+        vae, torch.zeros(3, dtype=torch.double), [1], torch.linspace(-3, 3, 5, dtype=torch.double)
+    )
     assert_close(images, images[:, :1].expand_as(images), rtol=0, atol=0)
     codes = encode(vae, oracle.draw(10))
     assert kl_by_latent(codes, vae.prior())[1] < 1e-12
@@ -136,21 +129,21 @@ def test_a_traversal_is_in_scales_of_the_prior(oracle):
     vae = oracle.vae()
     loc, scale = torch.tensor([1.0, 2.0, 3.0]).double(), torch.tensor([0.5, 2.0, 1.0]).double()
     vae.prior.loc, vae.prior.scale = loc, scale
-    images = traversals(vae, torch.zeros(3).double(), [1], torch.tensor([-1.0, 2.0]).double())
+    images = decode_traversals(vae, torch.zeros(3).double(), [1], torch.tensor([-1.0, 2.0]).double())
     assert_close(images[0], torch.stack([oracle.W[:, 1] * 0.0, oracle.W[:, 1] * 6.0]) + oracle.b)
 
 
 def test_quantiles_of_a_normal_prior_are_exact():
     prior = dist.Normal(torch.tensor([0.0, 2.0]), torch.tensor([1.0, 3.0])).to_event(1)
     exact = scipy.stats.norm.ppf((np.arange(15)[:, None] + 0.5) / 15, [0.0, 2.0], [1.0, 3.0])
-    np.testing.assert_allclose(quantiles(prior, 15), exact, atol=1e-5)
+    np.testing.assert_allclose(latent_quantiles(prior, 15), exact, atol=1e-5)
 
 
 def test_quantiles_of_another_prior_are_those_of_each_latent_by_itself():
     torch.manual_seed(0)
     normals = dist.Normal(torch.tensor([[-3.0, 0.0], [1.0, 5.0]]), torch.tensor([[0.5, 1.0], [1.0, 0.2]])).to_event(1)
     weights = (0.3, 0.7)
-    found = quantiles(dist.MixtureSameFamily(dist.Categorical(torch.tensor(weights)), normals), 5)
+    found = latent_quantiles(dist.MixtureSameFamily(dist.Categorical(torch.tensor(weights)), normals), 5)
     for latent, parts in enumerate((((-3.0, 0.5), (1.0, 1.0)), ((0.0, 1.0), (5.0, 0.2)))):
         each = [w * scipy.stats.norm.cdf(found[:, latent], *part) for w, part in zip(weights, parts, strict=True)]
         np.testing.assert_allclose(sum(each), (np.arange(5) + 0.5) / 5, atol=5 * 0.5 / math.sqrt(20_000))
@@ -159,7 +152,7 @@ def test_quantiles_of_another_prior_are_those_of_each_latent_by_itself():
 def test_a_plane_has_the_first_latent_along_its_columns():
     oracle = LinearGaussian.random(L=2)
     grid = torch.tensor([[-1.0, 3.0], [0.5, 1.0], [2.0, -2.0]], dtype=torch.double)
-    images = manifold(oracle.vae(), grid)
+    images = decode_plane(oracle.vae(), grid)
     for row in range(3):
         for column in range(3):
             z = torch.stack([grid[column, 0], grid[row, 1]])

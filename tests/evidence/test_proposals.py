@@ -14,7 +14,8 @@ from torch.testing import assert_close
 
 from ppl_vae import VAE, Conditional, importance, log_weights
 from ppl_vae.evidence.importance import evaluate
-from ppl_vae.evidence.proposals import Proposal, defensive, fitted, refined, replace_guide
+from ppl_vae.evidence.proposals import Proposal, defend_proposal, fit_proposal, replace_guide
+from ppl_vae.evidence.refinement import refine_proposal
 from ppl_vae.hierarchy import BottomLayerOnly, BottomUp, HierarchicalVAE, LayeredPrior
 from ppl_vae.parts.likelihoods import Bernoulli
 from ppl_vae.parts.networks import MLP
@@ -43,7 +44,7 @@ def full():
     oracle = _correlated()
     vae, x = oracle.vae(widen=1.5, shift=1.0), oracle.draw(8)
     torch.manual_seed(0)
-    return oracle, vae, x, refined(vae, x, steps=300, family=FullNormal(3).double(), learning_rate=0.1)
+    return oracle, vae, x, refine_proposal(vae, x, steps=300, family=FullNormal(3).double(), learning_rate=0.1)
 
 
 def test_a_full_normal_is_refined_to_the_exact_posterior(full):
@@ -65,7 +66,7 @@ def test_refining_raises_what_it_maximizes(objective):
     oracle = _correlated()
     vae, x = oracle.vae(widen=1.5, shift=1.5), oracle.draw(40)
     torch.manual_seed(0)
-    q = refined(vae, x, steps=100, objective=objective)
+    q = refine_proposal(vae, x, steps=100, objective=objective)
     S, bounds = (1 if objective == "elbo" else 8), []
     with torch.no_grad():
         for guided in (vae, replace_guide(vae, q)):
@@ -78,7 +79,7 @@ def test_a_refined_elbo_is_never_above_log_evidence():
     vae = bernoulli_vae(latent_dim=2)
     x = torch.bernoulli(torch.full((20, 12), 0.5, dtype=torch.double), generator=torch.Generator().manual_seed(0))
     torch.manual_seed(0)
-    q = refined(vae, x, steps=100, family=FullNormal(2).double(), learning_rate=0.1)
+    q = refine_proposal(vae, x, steps=100, family=FullNormal(2).double(), learning_rate=0.1)
     torch.manual_seed(1)
     proposed = replace_guide(vae, q)
     log_w = log_weights(proposed.model, proposed.guide, x, 4000).detach()
@@ -91,7 +92,7 @@ def test_the_bound_of_a_refined_guide_is_unbiased_as_an_evidence():
     vae = bernoulli_vae(latent_dim=2)
     x = torch.bernoulli(torch.full((10, 12), 0.5, dtype=torch.double), generator=torch.Generator().manual_seed(1))
     torch.manual_seed(0)
-    result = _log_evidence(vae, defensive(refined(vae, x, steps=100, objective="importance")), 20_000)
+    result = _log_evidence(vae, defend_proposal(refine_proposal(vae, x, steps=100, objective="importance")), 20_000)
     error = result.log_evidence - quadrature_log_evidence(vae, x, latent_dim=2)
     assert (error.abs() < 5 * result.monte_carlo_stderr).all()
 
@@ -102,7 +103,7 @@ def test_refining_for_importance_leads_to_a_wider_guide():
     vae, x = oracle.vae(), oracle.draw(10)
     torch.manual_seed(0)
     scales = [
-        refined(vae, x, steps=150, objective=objective).sample((4000,)).std(0).log().mean()
+        refine_proposal(vae, x, steps=150, objective=objective).sample((4000,)).std(0).log().mean()
         for objective in ("elbo", "importance")
     ]
     assert scales[1] > scales[0] + 0.05
@@ -112,7 +113,7 @@ def test_an_exact_guide_stays_exact():
     oracle = LinearGaussian.random()
     vae, x = oracle.vae(), oracle.draw(5)
     torch.manual_seed(0)
-    q = refined(vae, x, steps=100)
+    q = refine_proposal(vae, x, steps=100)
     assert_close(_log_evidence(vae, q).elbo, oracle.log_evidence(x), rtol=0, atol=1e-4)
 
 
@@ -121,7 +122,7 @@ def test_refining_too_fast_never_makes_an_image_worse():
     oracle = LinearGaussian.random()
     vae, x = oracle.vae(widen=1.1), oracle.draw(5)
     torch.manual_seed(0)
-    q = refined(vae, x, steps=3, learning_rate=30.0)
+    q = refine_proposal(vae, x, steps=3, learning_rate=30.0)
     assert torch.equal(q.h, vae.posterior.net(x).detach())
 
 
@@ -130,7 +131,7 @@ def test_the_vae_and_its_gradients_are_left_as_they_were():
     vae, x = oracle.vae(widen=1.5), oracle.draw(4)
     before = {name: value.clone() for name, value in vae.state_dict().items()}
     vae.train()
-    refined(vae, x, steps=3)
+    refine_proposal(vae, x, steps=3)
     assert all(torch.equal(value, before[name]) for name, value in vae.state_dict().items())
     assert vae.training
     assert all(parameter.grad is None for parameter in vae.parameters())
@@ -142,7 +143,7 @@ def test_images_are_refined_in_groups_of_one_size(monkeypatch):
     monkeypatch.setattr("ppl_vae.runtime.batching.items_per_pass", lambda *_, **__: 3 * 4)
     counted = []
     torch.manual_seed(0)
-    q = refined(
+    q = refine_proposal(
         vae,
         x,
         steps=100,
@@ -161,7 +162,9 @@ def test_a_captured_step_computes_what_the_plain_one_does(graphs):
     found = []
     for compile in (False, True):
         torch.manual_seed(0)
-        found.append(refined(vae, x, steps=30, objective="importance", family=FullNormal(3).double(), compile=compile))
+        found.append(
+            refine_proposal(vae, x, steps=30, objective="importance", family=FullNormal(3).double(), compile=compile)
+        )
     assert len(graphs) == 1
     assert_close(found[1].h, found[0].h, rtol=0, atol=1e-9)
 
@@ -173,7 +176,7 @@ def test_a_flow_guides_features_are_refined_and_its_layers_are_not():
     vae.posterior = Conditional(MLP(12, family.num_features, hidden=()), family).double()
     x = torch.bernoulli(torch.full((5, 12), 0.5, dtype=torch.double))
     layers = {name: value.clone() for name, value in family.state_dict().items()}
-    q = refined(vae, x, steps=60, num_particles=4, learning_rate=0.1)
+    q = refine_proposal(vae, x, steps=60, num_particles=4, learning_rate=0.1)
     assert all(torch.equal(value, layers[name]) for name, value in family.state_dict().items())
     before = importance(vae.model, vae.guide, x, num_particles=2000).elbo
     exact = quadrature_log_evidence(vae, x, latent_dim=2)
@@ -195,14 +198,14 @@ def _hierarchical():
 
 def test_a_guide_of_several_layers_has_no_features_to_refine():
     with pytest.raises(ValueError, match=r"expected a guide Conditional\(net, family\).*got BottomUp"):
-        refined(_hierarchical(), torch.ones(2, 6, dtype=torch.double))
+        refine_proposal(_hierarchical(), torch.ones(2, 6, dtype=torch.double))
 
 
 def test_a_normal_over_all_layers_bounds_the_same_evidence():
     """Against the mean of p(x | z) over 100,000 draws of the prior."""
     vae = _hierarchical()
     x = torch.bernoulli(torch.full((4, 6), 0.5, dtype=torch.double))
-    q = refined(vae, x, steps=60, family=FullNormal(5).double())
+    q = refine_proposal(vae, x, steps=60, family=FullNormal(5).double())
     with torch.no_grad():
         p = vae.likelihood(vae.prior().sample((100_000, 1))).log_prob(x).exp()
     result = _log_evidence(vae, q, 5000)
@@ -223,14 +226,14 @@ def test_a_normal_over_all_layers_bounds_the_same_evidence():
 def test_what_cannot_be_refined_is_refused(arguments, message):
     oracle = _correlated()
     with pytest.raises(ValueError, match=message):
-        refined(oracle.vae(), oracle.draw(2), **arguments)
+        refine_proposal(oracle.vae(), oracle.draw(2), **arguments)
 
 
 def test_a_deterministic_guide_is_refused():
     vae = bernoulli_vae(latent_dim=2)
     vae.posterior = Conditional(MLP(12, 2, hidden=()), Delta(2)).double()
     with pytest.raises(ValueError, match="expected a guide with a density"):
-        refined(vae, torch.ones(2, 12, dtype=torch.double))
+        refine_proposal(vae, torch.ones(2, 12, dtype=torch.double))
 
 
 # --- For its images only ---
@@ -278,7 +281,7 @@ def test_a_prior_of_the_guides_own_posteriors_stays_what_it_was(graphs):
     vae = VAE(VampPrior(vae.posterior, (12,), components=3), vae.likelihood, vae.posterior).double()
     x = torch.bernoulli(torch.full((4, 12), 0.5, dtype=torch.double))
     torch.manual_seed(0)
-    q = refined(vae, x, steps=20, compile=True)
+    q = refine_proposal(vae, x, steps=20, compile=True)
     own = evaluate(vae, x, num_particles=20_000, seed=0)
     other = evaluate(replace_guide(vae, q), x, num_particles=20_000, seed=1, compile=True)
     error = torch.hypot(own.monte_carlo_stderr, other.monte_carlo_stderr)
@@ -302,7 +305,7 @@ def _posterior_draws(oracle, x, count):
 def test_a_proposal_fitted_to_many_draws_is_nearly_exact():
     oracle = _correlated()
     vae, x = oracle.vae(), oracle.draw(6)
-    q = fitted(_posterior_draws(oracle, x, 20_000), x)
+    q = fit_proposal(_posterior_draws(oracle, x, 20_000), x)
     gap = oracle.log_evidence(x) - _log_evidence(vae, q, 2000).elbo
     assert (gap.abs() < 0.005).all()
 
@@ -313,7 +316,7 @@ def test_shrinkage_moves_correlations_and_leaves_scales():
     z = _posterior_draws(oracle, x, 50)
     covariance = torch.stack([z[:, image].T.cov() for image in range(2)])
     for a in (0.0, 0.4, 1.0):
-        T = fitted(z, x, shrinkage=a).family(fitted(z, x, shrinkage=a).h).scale_tril
+        T = fit_proposal(z, x, shrinkage=a).family(fit_proposal(z, x, shrinkage=a).h).scale_tril
         diagonal = torch.diag_embed(covariance.diagonal(dim1=-2, dim2=-1))
         assert_close(T @ T.mT, (1 - a) * covariance + a * diagonal, rtol=0, atol=1e-5)
 
@@ -322,13 +325,13 @@ def test_fewer_draws_than_latents_make_a_proposal_that_is_nearer_to_the_posterio
     oracle = LinearGaussian.random(D=30, L=20, orthogonal=False, scale=2.0)
     vae, x = oracle.vae(), oracle.draw(10)
     z = _posterior_draws(oracle, x, 24)
-    bounds = [_log_evidence(vae, fitted(z, x, shrinkage=a), 500).elbo for a in (0.0, None)]
+    bounds = [_log_evidence(vae, fit_proposal(z, x, shrinkage=a), 500).elbo for a in (0.0, None)]
     assert (bounds[1] > bounds[0]).all()
 
 
 def test_draws_that_do_not_fit_the_images_are_refused():
     with pytest.raises(ValueError, match=r"z: expected shape \(M, 4, L\) with at least 3 draws"):
-        fitted(torch.randn(10, 3, 2), torch.ones(4, 6))
+        fit_proposal(torch.randn(10, 3, 2), torch.ones(4, 6))
 
 
 # --- Defended ---
@@ -347,7 +350,7 @@ def test_a_defended_density_integrates_to_one(name):
     family = FAMILIES[name]().double()
     for parameter in family.parameters():
         nn.init.normal_(parameter, std=0.5)
-    q = defensive(family(0.5 * torch.randn(3, family.num_features, dtype=torch.double)), share=0.3, widen=3.0)
+    q = defend_proposal(family(0.5 * torch.randn(3, family.num_features, dtype=torch.double)), share=0.3, widen=3.0)
     z = torch.linspace(-50, 50, 100_001, dtype=torch.double)
     with torch.no_grad():
         total = q.log_prob(z[:, None, None].expand(-1, 3, 1)).exp().sum(0) * (z[1] - z[0])
@@ -360,7 +363,7 @@ def test_draws_of_a_defended_proposal_have_its_density(name):
     torch.manual_seed(0)
     family = FAMILIES[name]().double()
     h = 0.3 * torch.randn(3, family.num_features, dtype=torch.double)
-    q = defensive(family(h), share=0.3, widen=3.0)
+    q = defend_proposal(family(h), share=0.3, widen=3.0)
     f = dist.Normal(torch.zeros(1, dtype=torch.double), 1.0).to_event(1)
     with torch.no_grad():
         z = q.sample((40_000,))
@@ -373,7 +376,7 @@ def test_weights_of_a_narrow_guide_are_bounded_once_it_is_defended():
     oracle = LinearGaussian.random(D=4, L=1)
     vae, x = oracle.vae(widen=0.5), oracle.draw(3)
     q = Proposal(vae.posterior.family, vae.posterior.net(x).detach(), x)
-    proposed = replace_guide(vae, defensive(q, share=0.1, widen=4.0))  # as wide as two posteriors
+    proposed = replace_guide(vae, defend_proposal(q, share=0.1, widen=4.0))  # as wide as two posteriors
     torch.manual_seed(0)
     with torch.no_grad():
         defended, plain = (log_weights(v.model, v.guide, x, 100_000) for v in (proposed, vae))
@@ -388,7 +391,7 @@ def test_defending_a_narrow_guide_takes_the_heavy_tail_of_its_weights_away():
     vae, x = oracle.vae(widen=0.5), oracle.draw(30)
     q = Proposal(vae.posterior.family, vae.posterior.net(x).detach(), x)
     torch.manual_seed(0)
-    plain, defended = _log_evidence(vae, q, 10_000), _log_evidence(vae, defensive(q, widen=4.0), 10_000)
+    plain, defended = _log_evidence(vae, q, 10_000), _log_evidence(vae, defend_proposal(q, widen=4.0), 10_000)
     assert plain.pareto_k.mean() > 0.5
     assert (defended.pareto_k < 0.2).all()
     error = defended.log_evidence - oracle.log_evidence(x)
@@ -398,7 +401,7 @@ def test_defending_a_narrow_guide_takes_the_heavy_tail_of_its_weights_away():
 def test_a_defended_flow_keeps_one_pass_for_a_draw_and_its_density():
     torch.manual_seed(0)
     family = spline_flow(3, context_dim=1, num_layers=2, hidden=(4,)).double()
-    q = defensive(family(torch.randn(2, family.num_features, dtype=torch.double)))
+    q = defend_proposal(family(torch.randn(2, family.num_features, dtype=torch.double)))
     with torch.no_grad():
         z = q.rsample((50,))
         assert_close(q.log_prob(z), q.log_prob(z.clone()))
@@ -413,9 +416,9 @@ def test_a_defended_flow_keeps_one_pass_for_a_draw_and_its_density():
 )
 def test_a_mixture_that_defends_nothing_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
-        defensive(dist.Normal(torch.zeros(2, 3), 1.0).to_event(1), **arguments)
+        defend_proposal(dist.Normal(torch.zeros(2, 3), 1.0).to_event(1), **arguments)
 
 
 def test_what_has_no_width_of_its_own_cannot_be_widened():
     with pytest.raises(ValueError, match="q: expected a normal or a flow of one, which can be widened"):
-        defensive(dist.Laplace(torch.zeros(2, 3), 1.0).to_event(1))
+        defend_proposal(dist.Laplace(torch.zeros(2, 3), 1.0).to_event(1))

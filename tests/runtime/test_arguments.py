@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from ppl_vae import VAE, Conditional, importance, log_evidence, objectives
-from ppl_vae.evidence import ais, gaps, guide_calibration, missing, proposals
+from ppl_vae.evidence import ais, gaps, guide_calibration, missing
+from ppl_vae.evidence.adaptive import estimate_adaptively
 from ppl_vae.evidence.importance import evaluate
+from ppl_vae.evidence.refinement import refine_proposal
 from ppl_vae.parts import flows, likelihoods, networks, posteriors, priors
 from ppl_vae.runs.build import build_vae
 from ppl_vae.runs.load import load, save
@@ -101,8 +103,8 @@ def calls(number: Callable[[int], Any]) -> dict[str, Callable[[VAE], Any]]:
         "dreg": lambda v: objectives.dreg(v.model, v.guide, IMAGES, num_particles=n(3)).detach(),
         "ais": annealed,
         "simulate": lambda v: ais.simulate(v, n(5))[0],
-        "refined": lambda v: proposals.refined(v, IMAGES, steps=n(2), num_particles=n(2)).h,
-        "adaptive": lambda v: proposals.adaptive(v, IMAGES, num_particles=n(8), most=n(16)).estimate,
+        "refined": lambda v: refine_proposal(v, IMAGES, steps=n(2), num_particles=n(2)).h,
+        "adaptive": lambda v: estimate_adaptively(v, IMAGES, num_particles=n(8), most=n(16)).estimate,
         "impute": lambda v: (
             missing.impute(
                 missing.Observed(v, rounds=n(2), num_fillings=n(3)), IMAGES[:2], num_particles=n(4), num_draws=n(2)

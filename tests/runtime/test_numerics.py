@@ -99,7 +99,8 @@ def _exact(log_w):
         "effective_sample_size": 1 / v.square().sum(0),
         "monte_carlo_stderr": (v.square().sum(0) - 1 / S).clamp(min=0).sqrt(),
         "bias": (S - 1) * (bound - without.mean(0)),
-        "rise": bound - torch.stack([part.logsumexp(0) - math.log(len(part)) for part in log_w.chunk(10)]).mean(0),
+        "tenfold_gain": bound
+        - torch.stack([part.logsumexp(0) - math.log(len(part)) for part in log_w.chunk(10)]).mean(0),
     }
 
 
@@ -136,7 +137,7 @@ def test_the_tail_is_that_of_the_paper():
 
 def test_tenths_of_unequal_size_are_means_of_their_own():
     summary = _summary(torch.zeros(57, 2), 8)
-    assert_close(summary.rise(), torch.zeros(2, dtype=torch.double), rtol=0, atol=1e-12)
+    assert_close(summary.tenfold_gain(), torch.zeros(2, dtype=torch.double), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("num_particles", [21, 24])

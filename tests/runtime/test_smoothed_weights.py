@@ -11,7 +11,7 @@ from oracles import LinearGaussian
 from torch.testing import assert_close
 
 from ppl_vae import importance, log_weights
-from ppl_vae.evidence.proposals import adaptive
+from ppl_vae.evidence.adaptive import estimate_adaptively
 from ppl_vae.runtime.numerics import log_mean_exp, pareto_k, smoothed_log_mean_exp
 
 
@@ -115,7 +115,7 @@ def test_an_exact_guide_needs_no_more_particles():
     oracle = LinearGaussian.random()
     vae, x = oracle.vae(), oracle.draw(5)
     torch.manual_seed(0)
-    result = adaptive(vae, x, num_particles=10, most=1000)
+    result = estimate_adaptively(vae, x, num_particles=10, most=1000)
     assert result.num_particles.tolist() == [10] * 5
     assert_close(result.estimate, oracle.log_evidence(x), rtol=0, atol=1e-9)
 
@@ -123,12 +123,12 @@ def test_an_exact_guide_needs_no_more_particles():
 def test_particles_are_doubled_until_an_image_is_within_the_tolerance():
     oracle, vae, x = _guided(shift=1.5)
     torch.manual_seed(0)
-    result = adaptive(vae, x, num_particles=50, most=20_000, tolerance=0.01)
+    result = estimate_adaptively(vae, x, num_particles=50, most=20_000, tolerance=0.01)
     done = result.num_particles < 12_800  # the most that doubling 50 allows
     assert done.any()
     assert (result.num_particles > 50).any()
     assert (result.bias[done] <= 0.01).all()
-    assert (result.rise[done] <= 0.01).all()
+    assert (result.tenfold_gain[done] <= 0.01).all()
     error = result.estimate - oracle.log_evidence(x)
     assert error.mean().abs() < 5 * error.std() / math.sqrt(30)
 
@@ -136,14 +136,14 @@ def test_particles_are_doubled_until_an_image_is_within_the_tolerance():
 def test_doubling_ends_at_the_most():
     _, vae, x = _guided(shift=1.5)
     torch.manual_seed(0)
-    assert adaptive(vae, x[:5], num_particles=10, most=35, tolerance=0.0).num_particles.tolist() == [20] * 5
+    assert estimate_adaptively(vae, x[:5], num_particles=10, most=35, tolerance=0.0).num_particles.tolist() == [20] * 5
 
 
 def test_all_particles_count_in_an_adaptive_estimate():
     """The same draws at once: 20 + 20 + 40 particles are one set of 80, and each eight of them a tenth of it."""
     _, vae, x = _guided(shift=1.0)
     torch.manual_seed(0)
-    result = adaptive(vae, x, num_particles=20, most=80, tolerance=0.0)
+    result = estimate_adaptively(vae, x, num_particles=20, most=80, tolerance=0.0)
     torch.manual_seed(0)
     with torch.no_grad():
         log_w = torch.cat([log_weights(vae.model, vae.guide, x, count) for count in (20, 20, 40)])
@@ -151,7 +151,7 @@ def test_all_particles_count_in_an_adaptive_estimate():
     tenths = log_w.unflatten(0, (10, 8)).logsumexp(1) - math.log(8)
     assert_close(result.estimate, log_mean_exp(log_w))
     assert_close(result.bias, (v.square().sum(0) - 1 / 80) / 2)
-    assert_close(result.rise, log_mean_exp(log_w) - tenths.mean(0))
+    assert_close(result.tenfold_gain, log_mean_exp(log_w) - tenths.mean(0))
 
 
 def test_a_narrow_guide_in_many_dimensions_gets_the_particles_that_it_needs():
@@ -162,26 +162,26 @@ def test_a_narrow_guide_in_many_dimensions_gets_the_particles_that_it_needs():
     oracle = LinearGaussian.random(D=40, L=20, orthogonal=False)
     vae, x = oracle.vae(widen=0.8), oracle.draw(20)
     torch.manual_seed(0)
-    result = adaptive(vae, x, tolerance=0.02)
+    result = estimate_adaptively(vae, x, tolerance=0.02)
     lacking = oracle.log_evidence(x) - result.estimate
     assert lacking.mean() < 0.2
-    assert ((result.rise <= 0.02) | (result.num_particles == 64_000)).all()
-    assert result.rise.mean() > lacking.mean()  # what is reported is of the size of what is lacking
+    assert ((result.tenfold_gain <= 0.02) | (result.num_particles == 64_000)).all()
+    assert result.tenfold_gain.mean() > lacking.mean()  # what is reported is of the size of what is lacking
 
 
 def test_fewer_than_ten_particles_have_not_gained_anything_yet():
     """Without a tenth of them to compare with, even weights that are all equal do not stop the doubling."""
     oracle = LinearGaussian.random()
     vae, x = oracle.vae(), oracle.draw(3)
-    assert adaptive(vae, x, num_particles=4, most=8, tolerance=1.0).rise.isnan().all()
-    assert adaptive(vae, x, num_particles=4, most=1000).num_particles.tolist() == [16] * 3
+    assert estimate_adaptively(vae, x, num_particles=4, most=8, tolerance=1.0).tenfold_gain.isnan().all()
+    assert estimate_adaptively(vae, x, num_particles=4, most=1000).num_particles.tolist() == [16] * 3
 
 
 def test_progress_counts_every_image_once():
     _, vae, x = _guided(shift=1.5)
     counted = []
     torch.manual_seed(0)
-    adaptive(vae, x, num_particles=50, most=20_000, tolerance=0.02, progress=counted.append)
+    estimate_adaptively(vae, x, num_particles=50, most=20_000, tolerance=0.02, progress=counted.append)
     assert len(counted) > 1
     assert sum(counted) == 30
 
@@ -189,4 +189,4 @@ def test_progress_counts_every_image_once():
 def test_a_most_below_the_first_particles_is_refused():
     _, vae, x = _guided(shift=0.0)
     with pytest.raises(ValueError, match="most: expected at least num_particles, 50, got 20"):
-        adaptive(vae, x, num_particles=50, most=20)
+        estimate_adaptively(vae, x, num_particles=50, most=20)

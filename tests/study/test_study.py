@@ -24,7 +24,7 @@ from torch.distributions import Normal
 from ppl_vae import VAE, Conditional, data, objectives, runs
 from ppl_vae.commands.options import RunStudy
 from ppl_vae.diagnostics import verdicts
-from ppl_vae.evidence.importance import Importance
+from ppl_vae.evidence.importance import IMPORTANCE_NAMES, Importance
 from ppl_vae.parts.likelihoods import Bernoulli
 from ppl_vae.parts.networks import MLP
 from ppl_vae.parts.posteriors import DiagonalNormal
@@ -205,9 +205,11 @@ def evaluated(mean: float, *, rise: float, spread: float = 0.1, **changed: Any) 
     noise = spread * torch.randn(N, dtype=torch.double)
     bound = torch.linspace(-150, -50, N, dtype=torch.double) + mean + noise - noise.mean()
     zero = torch.zeros(N, dtype=torch.double)
-    fields = dict.fromkeys(Importance._fields, zero)
+    fields = dict.fromkeys(IMPORTANCE_NAMES, zero)
     fields |= {"log_evidence": bound, "elbo": bound - 1, "rise": zero + rise}
-    return PerImage(torch.arange(N), Importance(**fields), **{"num_particles": 100, "seed": 0, "step": 1} | changed)
+    return PerImage(
+        torch.arange(N), Importance.from_tensors(fields), **{"num_particles": 100, "seed": 0, "step": 1} | changed
+    )
 
 
 def peak_of(stored: dict[float, PerImage], of: str, patch: pytest.MonkeyPatch) -> pairs.Peak:

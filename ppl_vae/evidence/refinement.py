@@ -1,4 +1,4 @@
-"""A guide of each image's own, by gradients from where the encoder puts it."""
+"""Refine the guide for each image by gradients, starting from what the encoder gives."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ import pyro
 import torch
 from torch import Tensor, nn
 
-from ppl_vae.evidence.exploration import encode
 from ppl_vae.evidence.importance import importance
-from ppl_vae.evidence.proposals.own import Proposal, replace_guide
-from ppl_vae.parts.posteriors import MAX_LOG_SCALE, DiagonalNormal, FullNormal, bounded_log_scale, exponential_log_scale
+from ppl_vae.evidence.moments import encode
+from ppl_vae.evidence.proposals import Proposal, normal_features, replace_guide
 from ppl_vae.runtime.batching import images_per_pass, pairs_per_pass
 from ppl_vae.runtime.capture import compiled, replaced
 from ppl_vae.runtime.errors import check_count
@@ -24,11 +23,11 @@ from ppl_vae.weights import is_deterministic
 OBJECTIVES = ("elbo", "importance")
 
 _BETA_1, _BETA_2, _EPSILON = 0.9, 0.999, 1e-8  # the defaults of torch.optim.Adam
-_CHOOSING_PARTICLES = 500  # of each of an image's two q, the start and the refined one, when they are compared
+_COMPARISON_PARTICLES = 500  # per image, for each of the two q that are compared at the end
 
 
 @serialize_threads()
-def refined(
+def refine_proposal(
     vae: Any,
     x: Tensor,
     *,
@@ -40,22 +39,22 @@ def refined(
     compile: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Proposal:
-    """h_n* = argmax_h ELBO_n(h), or E[L_k,n(h)], of q(z | x_n) = family(h), for each image by itself.
+    """h_n* = argmax_h ELBO_n(h), or E[L_k,n(h)], for q(z | x_n) = family(h), separately for each image.
 
-    The features h start at the encoder's, net(x_n), and follow Adam at a rate that falls to zero, along reparametrized
-    gradients that leave the density's own score out. What images share, the decoder, the prior and the layers of a flow
-    guide, stays as it is: of a flow guide only the features are refined. At the end an image keeps the better of the
-    start and the refined q, by 500 fresh draws of each, so up to their noise refining never loses. Whoever measures q
-    with draws of their own then has an unbiased number.
+    The features h start at the encoder's, net(x_n), and follow Adam with a learning rate that falls to zero, along
+    reparametrized gradients without the density's own score. The decoder, the prior and the layers of a flow guide do
+    not change: only the features of a flow guide are refined. At the end each image keeps the better of the start and
+    the refined q, judged by 500 fresh draws of each, so refining never loses, up to their noise. A bound that is
+    measured afterwards with fresh draws is unbiased by this choice.
 
-    Draws come from torch's global generator. The VAE is used in evaluation mode, and left as it was.
+    Draws come from torch's global generator. The VAE is used in evaluation mode and is not changed.
 
     Args:
         vae: with a guide ``Conditional(net, family)``; any, also a hierarchical one, where ``family`` is given.
         x: images (N, *E).
         steps: of Adam.
-        num_particles: k, draws an image and a step.
-        objective: "elbo", or "importance", which maximizes L_k, and leads to a wider q.
+        num_particles: k, draws per image and step.
+        objective: "elbo", or "importance", which maximizes L_k and leads to a wider q.
         family: ``DiagonalNormal`` or ``FullNormal`` of L latents, which start at the guide's moments. By default the
             guide's own.
         learning_rate: of Adam at first.
@@ -66,7 +65,7 @@ def refined(
         q, batch shape (N,), event shape (L,).
 
     Raises:
-        ValueError: an image off the support of p(x | z); a guide without features of an image, and no family; a
+        ValueError: an image off the support of p(x | z); a guide without features per image, and no family; a
             deterministic guide; or an argument out of its range.
         CannotCapture: a ValueError; see ``capture.compiled``.
 
@@ -80,34 +79,34 @@ def refined(
     check_support(vae.model, x)
     with evaluation_mode(vae), pyro.validation_enabled(False):
         start = _start(vae, x, family)
-        descent = _Descent(vae, start.family, objective=objective, num_particles=num_particles)
+        adam = _Adam(vae, start.family, objective=objective, num_particles=num_particles)
         schedule = _schedule(steps, learning_rate, start.h)
         groups = _even_groups(len(x), max(1, pairs_per_pass(vae, x) // num_particles))
-        step: Callable[[list[Tensor]], Any] = descent.step
+        step: Callable[[list[Tensor]], Any] = adam.step
         if compile:
             first = groups[0]
-            step = compiled(lambda *state: descent.step(state), descent.begin(x[first], start.h[first]))
+            step = compiled(lambda *state: adam.step(state), adam.begin(x[first], start.h[first]))
         h = start.h.clone()
         for index in groups:
-            state = descent.begin(x[index], start.h[index])
+            state = adam.begin(x[index], start.h[index])
             for scalars in schedule:
                 state[-1].copy_(scalars)
                 step(state)
                 if progress is not None:
                     progress(len(index.unique()))
             h[index] = state[-4]
-        return _better(vae, start, h, 1 if objective == "elbo" else num_particles)
+        return _keep_better(vae, start, h, 1 if objective == "elbo" else num_particles)
 
 
 @torch.no_grad()
 def _start(vae: Any, x: Tensor, family: Any) -> Proposal:
-    """What refinement starts from."""
+    """The guide's own features, or the features of ``family`` at the guide's moments."""
     posterior = vae.posterior
     if is_deterministic(posterior(x[:1])):
         raise ValueError("vae: expected a guide with a density, got a deterministic one (Delta)")
     if family is not None:
-        codes = encode(vae, x)
-        return Proposal(family.to(x.device), normal_features(family, codes.mean, torch.diag_embed(codes.scale)), x)
+        found = encode(vae, x)
+        return Proposal(family.to(x.device), normal_features(family, found.mean, torch.diag_embed(found.scale)), x)
     net, own = getattr(posterior, "net", None), getattr(posterior, "family", None)
     if net is None or own is None:
         raise ValueError(
@@ -117,8 +116,8 @@ def _start(vae: Any, x: Tensor, family: Any) -> Proposal:
     return Proposal(own, torch.cat([net(part) for part in x.split(images_per_pass(x))]), x)
 
 
-class _Descent:
-    """Steps of Adam in the features h (B, F) of a batch of images."""
+class _Adam:
+    """Adam in the features h (B, F) of a batch of images, as a function of tensors that a graph can hold."""
 
     def __init__(self, vae: Any, family: Any, *, objective: str, num_particles: int) -> None:
         self._vae, self._family = vae, family
@@ -128,11 +127,11 @@ class _Descent:
         self._names, self._tensors = list(values), [value.detach() for value in values.values()]
 
     def begin(self, x: Tensor, h: Tensor) -> list[Tensor]:
-        """What ``step`` takes: weights and buffers, x, h, Adam's two moments, and the scalars of a step."""
+        """The inputs of ``step``: weights and buffers, x, h, Adam's two moments, and the scalars of a step."""
         return [*self._tensors, x.contiguous(), h.clone(), torch.zeros_like(h), torch.zeros_like(h), h.new_zeros(2)]
 
     def step(self, state: Any) -> tuple[Tensor, ...]:
-        """One step, which changes h and its moments in place. Returns what is minimized, (), nats."""
+        """One step, which changes h and its moments in place. Returns the loss, (), nats."""
         *tensors, x, h, first, second, scalars = state
         rate, root_of_correction = scalars.unbind()
         with replaced(self._parts, dict(zip(self._names, tensors, strict=True))):
@@ -143,9 +142,9 @@ class _Descent:
         return (loss.detach(),)
 
     def _loss(self, h: Tensor, x: Tensor) -> Tensor:
-        """Its slope in h is minus that of the bound's expectation; its value is a weighted mean of log-weights."""
+        """Its gradient in h is minus that of the expected bound; its value is a weighted mean of log-weights."""
         z = self._family(h).rsample(torch.Size([self._num_particles]))
-        log_q = self._family(h.detach()).log_prob(z)  # of another object, which does not know z as its own draw
+        log_q = self._family(h.detach()).log_prob(z)  # of a second object, whose log-density z has not been cached in
         log_w = self._vae.prior().log_prob(z) + self._vae.likelihood(z).log_prob(x) - log_q
         if self._objective == "elbo":
             return -log_w.mean(0).sum()
@@ -153,22 +152,22 @@ class _Descent:
 
 
 def _schedule(steps: int, learning_rate: float, like: Tensor) -> Tensor:
-    """(steps, 2): rate_t / (1 - beta_1^t), the rate a falling half cosine, and sqrt(1 - beta_2^t)."""
+    """(steps, 2): rate_t / (1 - beta_1^t), with rate_t a falling half cosine, and sqrt(1 - beta_2^t)."""
     t = torch.arange(1, steps + 1, dtype=torch.double)
     rate = learning_rate * (1 + (math.pi * (t - 1) / steps).cos()) / 2
     return torch.stack([rate / (1 - _BETA_1**t), (1 - _BETA_2**t).sqrt()], dim=1).to(like)
 
 
 def _even_groups(num_images: int, most: int) -> list[Tensor]:
-    """Places in groups of one size, not above ``most``, since a graph is for one; the last repeats its last image."""
+    """Indices in groups of one size, at most ``most``: a graph is for one size. The last repeats its last image."""
     count = math.ceil(num_images / most)
     size = math.ceil(num_images / count)
     return [torch.arange(g, g + size).clamp(max=num_images - 1) for g in range(0, num_images, size)]
 
 
 @torch.no_grad()
-def _better(vae: Any, start: Proposal, h: Tensor, num_particles: int) -> Proposal:
-    """Each image's better one of two, by L_k of fresh draws of both."""
+def _keep_better(vae: Any, start: Proposal, h: Tensor, num_particles: int) -> Proposal:
+    """The better of start and h for each image, by L_k with fresh draws of both."""
     h = torch.where(h.isfinite().all(1, keepdim=True), h, start.h)
     before, after = (_bound(vae, q, num_particles) for q in (start, Proposal(start.family, h, start.x)))
     return Proposal(start.family, torch.where((after > before)[:, None], h, start.h), start.x)
@@ -178,37 +177,7 @@ def _bound(vae: Any, q: Proposal, num_particles: int) -> Tensor:
     """(N,) E[L_k]: the mean over blocks of k particles."""
     guided = replace_guide(vae, q)
     if num_particles == 1:
-        return importance(guided.model, guided.guide, q.x, num_particles=_CHOOSING_PARTICLES).elbo
-    blocks = math.ceil(_CHOOSING_PARTICLES / num_particles)
+        return importance(guided.model, guided.guide, q.x, num_particles=_COMPARISON_PARTICLES).elbo
+    blocks = math.ceil(_COMPARISON_PARTICLES / num_particles)
     bounds = (importance(guided.model, guided.guide, q.x, num_particles=num_particles) for _ in range(blocks))
     return torch.stack([bound.log_evidence for bound in bounds]).mean(0)
-
-
-# From log-scales to features, for the maps with a known inverse. At 6.99 the bounded one's is 25, where it still bends.
-_INVERSES: dict[Any, Callable[[Tensor], Tensor]] = {
-    bounded_log_scale: lambda log_scale: MAX_LOG_SCALE * (log_scale.clamp(-6.99, 6.99) / MAX_LOG_SCALE).atanh(),
-    exponential_log_scale: lambda log_scale: log_scale,
-}
-
-
-def normal_features(family: Any, loc: Tensor, T: Tensor) -> Tensor:
-    """(N, F) h of Normal(z; loc, T T'), T (N, L, L) lower triangular; a ``DiagonalNormal`` takes its diagonal.
-
-    Raises:
-        ValueError: a family that is no such normal, or of other latents.
-    """
-    inverse = _INVERSES.get(getattr(family, "log_scale", None))
-    if inverse is None or not isinstance(family, DiagonalNormal | FullNormal):
-        raise ValueError(
-            "family: expected DiagonalNormal or FullNormal, with log_scale bounded_log_scale or exponential_log_scale, "
-            f"got {type(family).__name__}"
-        )
-    L = loc.shape[1]
-    if tuple(family.event_shape) != (L,):
-        raise ValueError(f"family: expected {L} latents, as the guide has, got {family.event_shape[0]}")
-    diagonal = T.diagonal(dim1=-2, dim2=-1)
-    h = [loc, inverse(diagonal.log())]
-    if isinstance(family, FullNormal):
-        row, column = torch.tril_indices(L, L, offset=-1)
-        h.append((T / diagonal[:, :, None] * math.sqrt(L))[:, row, column])
-    return torch.cat(h, dim=-1)

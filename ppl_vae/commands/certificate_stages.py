@@ -110,6 +110,7 @@ class StageContext:
         calls: int,
         words: str,
         has_bar: bool = True,
+        is_compiled: bool = False,
     ) -> Tensors:
         """The results of all items, computed block by block where they are not stored, on the CPU.
 
@@ -122,6 +123,7 @@ class StageContext:
             calls: about how far ``compute`` advances the progress function in all.
             words: what the progress bar says.
             has_bar: whether there is one.
+            is_compiled: whether ``compute`` compiles where it may; a clock runs until its first progress then.
 
         Raises:
             Interrupted: SIGINT or SIGTERM; the finished blocks are kept.
@@ -133,6 +135,7 @@ class StageContext:
         widths = {name: math.prod(shape) for name, shape in shapes.items()}
         num_columns = sum(widths.values())
         done = self.store.open_stage(stage, num_items=num_items, block_size=block_size, num_columns=num_columns)
+        is_before_graph, has_clock = is_compiled, False
         bar = Progress(
             total=num_items,
             initial=sum(map(len, done.values())),
@@ -150,6 +153,14 @@ class StageContext:
                 bar.update(max(0.0, min(count * size / max(1, calls), end - bar.count)))
 
             def run(compiled: bool) -> Tensors:
+                nonlocal is_before_graph, has_clock
+                if compiled and is_before_graph:
+                    bar.show_clock(f"Compiling: {words}", self.say)
+                    has_clock = True
+                elif has_clock and not compiled:
+                    bar.close()
+                    has_clock = False
+                is_before_graph = False
                 with seeded(self.block_seed(stage, items.start // block_size), self.place):
                     return compute(items, advance, compiled)
 
@@ -257,7 +268,7 @@ def weigh_images_refined(context: StageContext, stage: str, x: Tensor, *, num_pa
         ).to_tensors()
 
     calls = _REFINEMENT_STEPS * size
-    found = context.run_stage(stage, len(x), size, _IMPORTANCE, compute, calls=calls, words=words)
+    found = context.run_stage(stage, len(x), size, _IMPORTANCE, compute, calls=calls, words=words, is_compiled=pays)
     return Importance.from_tensors(found)
 
 
@@ -312,7 +323,8 @@ def anneal_images(context: StageContext, stage: str, x: Tensor, chain: Chain, *,
 
     size, calls = images_per_block(context, x, chain), 2 * chain.temperatures
     shapes: Shapes = dict.fromkeys(AISSummary._fields, ())
-    return AISSummary(**context.run_stage(stage, len(x), size, shapes, compute, calls=calls, words=words))
+    found = context.run_stage(stage, len(x), size, shapes, compute, calls=calls, words=words, is_compiled=True)
+    return AISSummary(**found)
 
 
 def anneal_simulated_images(
@@ -332,7 +344,7 @@ def anneal_simulated_images(
 
     size, calls = images_per_block(context, x, chain), 3 * chain.temperatures
     shapes: Shapes = {f"{side} {name}": () for side in ("lower", "upper") for name in AISSummary._fields}
-    found = context.run_stage(stage, num_images, size, shapes, compute, calls=calls, words=words)
+    found = context.run_stage(stage, num_images, size, shapes, compute, calls=calls, words=words, is_compiled=True)
     below, above = (AISSummary(*(found[f"{side} {n}"] for n in AISSummary._fields)) for side in ("lower", "upper"))
     return below, above
 
@@ -395,7 +407,8 @@ def split_gaps(context: StageContext, stage: str, x: Tensor, log_evidence: Tenso
 
     shapes: Shapes = dict.fromkeys(gaps.Gaps._fields, ())
     calls = _REFINEMENT_STEPS * size
-    return gaps.Gaps(**context.run_stage(stage, len(x), size, shapes, compute, calls=calls, words=words))
+    found = context.run_stage(stage, len(x), size, shapes, compute, calls=calls, words=words, is_compiled=pays)
+    return gaps.Gaps(**found)
 
 
 def rank_simulations(context: StageContext, stage: str, num_simulations: int, num_draws: int, *, words: str) -> Ranks:

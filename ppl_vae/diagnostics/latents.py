@@ -288,7 +288,8 @@ def implied_beta(vae: VAE, x: Tensor, *, draws: int = 8) -> Estimate | None:
     Returns:
         The implied beta, or None where the KL is not above 0.1 nats or does not respond to the widths by more than 0.05
         nats and three standard errors (the decoder ignores z, or nearly), where the guide has no width (an
-        autoencoder), and where it has several layers, each with a width of its own.
+        autoencoder), where it has several layers, each with a width of its own, where all images are alike, and where
+        the ratio is negative, since wider posteriors would improve both terms or worsen both.
 
     Raises:
         ValueError: no image, one off the support of p(x | z), or no draw.
@@ -308,7 +309,10 @@ def implied_beta(vae: VAE, x: Tensor, *, draws: int = 8) -> Estimate | None:
     slope = Estimate.from_values(rate)
     is_flat = not abs(slope.mean) > max(_LEAST_SLOPE, _STDERRS * slope.stderr)
     says_nothing = not float(kl.mean()) > _LEAST_KL
-    return None if is_flat or says_nothing or not (width > 0).any() else ratio_of_means(gain, rate)
+    if is_flat or says_nothing or not (width > 0).any() or (x == x[:1]).all():
+        return None
+    beta = ratio_of_means(gain, rate)
+    return None if beta.mean < -_STDERRS * (beta.stderr or 0.0) else beta  # no training has a negative weight
 
 
 def _derivative(total: Tensor, log_c: Tensor) -> Tensor:

@@ -421,8 +421,12 @@ BRIEF = LITTLE | {"images": 3, "simulated": 2, "gap_images": 0, "simulations": 0
 def test_a_compiled_certificate_has_the_same_numbers(copy: Path, tmp_path: Path, graphs: list[Any]) -> None:
     eager = certify(Path(shutil.copytree(copy, tmp_path / "eager")), **BRIEF)
     assert graphs == []
-    compiled = certify(copy, **(BRIEF | {"compile": "on"}))
+    said: list[str] = []
+    compiled = certify(copy, **(BRIEF | {"compile": "on"}), say=said.append)
     assert graphs != []
+    # Without a terminal, where a clock would run, one line a stage: before its work, which begins with compiling.
+    assert said.count("Compiling: annealed importance sampling ...") == 1
+    assert said.count("Compiling: simulated images, from both sides ...") == 1
     for key in ("ais", "importance", "improved"):
         assert compiled[key]["mean"] == pytest.approx(eager[key]["mean"], abs=1e-3), key
     assert compiled["simulated"]["gap"]["mean"] == pytest.approx(eager["simulated"]["gap"]["mean"], abs=1e-3)

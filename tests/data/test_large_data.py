@@ -423,7 +423,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from ppl_vae import data, likelihoods
-from ppl_vae.data import limits, loading, pixels as reading
+from ppl_vae.data import limits, pixels as reading, sources
 path, pixels, family, large = sys.argv[1], sys.argv[2], getattr(likelihoods, sys.argv[3]), int(sys.argv[4])
 torch.ones(64, 64) @ torch.ones(64, 64)
 limits.LARGE = large

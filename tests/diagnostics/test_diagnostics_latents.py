@@ -305,6 +305,20 @@ def test_a_guide_that_is_too_wide_implies_more(oracle):
     assert_within(found, exact)
 
 
+def test_a_guide_wider_than_the_prior_implies_no_negative_beta(oracle):
+    """Wider posteriors would worsen reconstruction and KL alike: the exact ratio is below 0, which no weight is."""
+    c, s2 = 20.0, oracle.guide_scale().square()
+    assert float((1 - s2 * c**2).sum()) < -1
+    with seeded(0, CPU):
+        assert implied_beta(oracle.vae(widen=c), oracle.draw(500)) is None
+
+
+def test_images_that_are_all_alike_imply_no_beta(oracle):
+    x = oracle.draw(1).expand(50, -1)
+    with seeded(0, CPU):
+        assert implied_beta(tempered(oracle, 1.0), x) is None
+
+
 def test_a_guide_known_by_its_draws_implies_the_same(oracle):
     vae = tempered(oracle, 2.0)
     hidden = VAE(vae.prior, vae.likelihood, lambda x: full(*_loc_and_scale(vae.posterior(x))))

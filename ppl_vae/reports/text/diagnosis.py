@@ -50,12 +50,18 @@ def describe_verdicts(entries: Sequence[Numbers]) -> list[str]:
     return lines
 
 
+_UNKNOWN_BETA = (
+    "unknown (too little is carried or by several layers, all images are alike, or wider posteriors would not trade "
+    "reconstruction for KL)"
+)
+
+
 def _terms(numbers: Numbers) -> str:
     distortion = f"distortion -E_q[log p(x | z)] {plus_minus(numbers['reconstruction'], 2, sign=-1)} nats"
     if numbers["kl"] is None:
         return distortion
     implied = numbers["implied_beta"]
-    beta = "unknown (too little is carried, or by several layers)" if implied is None else plus_minus(implied)
+    beta = _UNKNOWN_BETA if implied is None else plus_minus(implied)
     words = "" if implied is None else _other_than_beta(numbers)
     return f"rate KL {plus_minus(numbers['kl'], 2)} nats, {distortion}; the weights imply beta = {beta}{words}"
 

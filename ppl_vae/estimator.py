@@ -176,6 +176,8 @@ class VAEDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
         check_support(options, splits)
         is_density = build_likelihood(options, self.event_shape_).measure == "density"
         is_scaled = self.kind_ in (data.PROBABILITIES, data.REAL)
+        if is_density and (words := data.describe_constant_columns(splits.train)):
+            warnings.warn(words, stacklevel=2)
         if is_density and is_scaled and (repeats := data.find_repeats(splits.train)):
             warnings.warn(f"X: {repeats.describe()}", stacklevel=2)
         self.likelihood_, self._pixels_ = options.likelihood, choose_pixels(options, splits)

@@ -437,6 +437,8 @@ def _what_is_modelled(run: Run) -> list[str]:
             "discretized-logistic-mixture takes colors as they are."
         )
     lines += _describe_uneven_columns(options, splits)
+    if likelihood.measure == "density" and (warning := data.describe_constant_columns(splits.train)):
+        lines.append(warning)
     if is_autoencoder(options):
         lines.append(
             "A plain autoencoder: the guide is deterministic and has no density, so that every number is a "

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
         to_unit_interval,
         training_images,
     )
-    from ppl_vae.data.repeats import find_repeats
+    from ppl_vae.data.repeats import describe_constant_columns, find_repeats
     from ppl_vae.data.sources import DATASETS, UserImages, load, load_images
     from ppl_vae.data.splits import (
         BINARY,
@@ -63,6 +63,7 @@ _HOME = {
     "clamp_to_unit_interval": "pixels",
     "compute_sha256": "cache",
     "dequantize_uniformly": "pixels",
+    "describe_constant_columns": "repeats",
     "evaluation_images": "pixels",
     "expected_images": "pixels",
     "find_repeats": "repeats",
@@ -99,6 +100,7 @@ __all__ = [
     "clamp_to_unit_interval",
     "compute_sha256",
     "dequantize_uniformly",
+    "describe_constant_columns",
     "evaluation_images",
     "expected_images",
     "find_repeats",

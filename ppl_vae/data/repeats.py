@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ppl_vae.data.splits import NUM_LEVELS, abbreviate, subset
+from ppl_vae.data.splits import NUM_LEVELS, abbreviate, pluralize, subset
 
 _MOST_ROWS, _MOST_VALUES, _MOST_GROUPS = 2000, 2**20, 1000
 _MOST_IN_GROUP = 2**15  # of more, single precision itself makes many equal where they are far from 0
@@ -65,6 +65,20 @@ def find_repeats(x: Tensor) -> Repeats | None:
         if 2 * len(found) > len(varying):
             return Repeats(max(found))
     return None
+
+
+def describe_constant_columns(x: Tensor) -> str | None:
+    """Describe the columns of a table (N, D) that hold one value, of which no density is bounded; None without any."""
+    if x.ndim != 2:
+        return None
+    columns = (x == x[:1]).all(0).nonzero().flatten().tolist()
+    if not columns:
+        return None
+    names = abbreviate(map(str, columns))
+    return (
+        f"Warning: {pluralize(len(columns), 'column')} of the training data (counted from 0: {names}) hold one value: "
+        "a density of it has no upper bound, and its nats say nothing of the other columns. Leave them out."
+    )
 
 
 def _spaced(count: int, most: int) -> Tensor:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ppl_vae import data
-from ppl_vae.data import own
+from ppl_vae.data import arrays
+from ppl_vae.data.array_kinds import find_kind
 from ppl_vae.evidence.dequantization import dequantized
 from ppl_vae.evidence.importance import evaluate
 from ppl_vae.evidence.moments import decode_mean, encode, sample_latents
@@ -166,7 +167,7 @@ class VAEDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
         rows = self._validated(X, reset=True)
         images = self._images(rows)
         # Columns are standardized in double precision, before single precision has to tell their values apart.
-        self.kind_ = own.find_kind(_X, "X", images, check_resolution=images.ndim > 2)
+        self.kind_ = find_kind(_X, "X", images, check_resolution=images.ndim > 2)
         self.row_shape_, self.event_shape_ = rows.shape[1:], images.shape[1:]
         self.seed_ = int(check_random_state(self.random_state).randint(2**31 - 1))
         options = self._options(len(images))
@@ -275,7 +276,7 @@ class VAEDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
             X = X.reshape(len(X), *E)
         if X.dtype.kind == "i" and X.size and X.min() < 0:
             X = X.astype(np.float64)
-        return np.ascontiguousarray(own.channels_first(_X, "X", X))
+        return np.ascontiguousarray(arrays.move_channels_first(_X, "X", X))
 
     def _is_standardized(self, options: Options) -> bool:
         """Whether X is a table of columns that are real numbers to the likelihood."""
@@ -365,7 +366,7 @@ class VAEDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
         if self.scaler_ is not None:
             values = self.scaler_.inverse_transform(values)
         layout = self.row_shape_ if self.image_shape is None else tuple(self.image_shape)
-        if values.ndim == 4 and not own.has_channels_first((len(values), *layout)):
+        if values.ndim == 4 and not arrays.has_channels_first((len(values), *layout)):
             values = values.transpose(0, 2, 3, 1)
         return values.reshape(len(values), *self.row_shape_)
 

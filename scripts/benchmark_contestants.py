@@ -210,7 +210,7 @@ def pytorch_whole_step(task: Task) -> Steps:
 
 def ppl_vae(task: Task, *, captured: bool) -> Steps:
     """The steps of ``training.fit``, which also clip the gradient and stop where a number is not finite."""
-    return _ppl_vae_steps(task.vae(), task.images, data.to_float, task.batches, captured=captured)
+    return _ppl_vae_steps(task.vae(), task.images, data.convert_to_float, task.batches, captured=captured)
 
 
 def _ppl_vae_steps(

@@ -193,7 +193,7 @@ def streaming(folder: Path, rounds: int) -> dict[str, Any]:
     result = {}
     for name, images, likelihood, observe, num_steps in (
         ("MNIST", mnist, "bernoulli", data.sample_bernoulli, 200),
-        ("float32 3x64x64", floats, "continuous-bernoulli", data.to_float, 40),
+        ("float32 3x64x64", floats, "continuous-bernoulli", data.convert_to_float, 40),
     ):
         path = folder / "images.npy"
         np.save(path, images.numpy())

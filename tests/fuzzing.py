@@ -37,7 +37,8 @@ from small_run import SMALL, bars, save_bars, train_small
 from ppl_vae import data, runs
 from ppl_vae.commands import impute as imputation
 from ppl_vae.commands import reproduce as reproduction
-from ppl_vae.data import binary_sets, cache, image_folder, image_sets, limits
+from ppl_vae.data import binary_sets, image_sets, machine
+from ppl_vae.data import folder as image_folder
 from ppl_vae.reports import certificate_table
 from ppl_vae.runs.block_store import BlockStore
 from ppl_vae.runs.checkpoints import newest_checkpoint
@@ -265,7 +266,7 @@ def of_data(folder: Path, images: np.ndarray) -> Iterator[Reader]:
     yield Reader("npz", ".npz", archives, load, (npz_bomb,), 2)
 
     def load_large(path: Path) -> object:
-        with mock.patch.object(limits, "LARGE", 0):
+        with mock.patch.object(machine, "LARGE", 0):
             return data.load(str(path))
 
     yield Reader("large npy", ".npy", arrays, load_large, (npy_shape,))
@@ -273,7 +274,7 @@ def of_data(folder: Path, images: np.ndarray) -> Iterator[Reader]:
     source = folder / "source.npy"
     np.save(source, floats)
     expected = load_large(source)
-    (entry,) = cache.folder().glob("*.rows")
+    (entry,) = machine.get_cache_folder().glob("*.rows")
     content = entry.read_bytes()
 
     def load_entry(path: Path) -> None:
@@ -295,7 +296,7 @@ def of_data(folder: Path, images: np.ndarray) -> Iterator[Reader]:
 
 
 def read_picture(path: Path) -> object:
-    return image_folder.read_images(path.parent, [path.name], size=None, fit="crop", color=None)
+    return list(image_folder.ImageReader(path.parent, [path.name], image_folder.ImageOptions()))
 
 
 def of_runs(run: Path) -> Iterator[Reader]:

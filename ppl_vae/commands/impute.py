@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ppl_vae import runs
 from ppl_vae.commands.options import SIDES, Impute
-from ppl_vae.data.limits import read_array_header
+from ppl_vae.data.array_files import read_array_header
 from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.evidence.importance import evaluate
 from ppl_vae.evidence.missing import Imputation, Observed, impute

@@ -1,28 +1,104 @@
-"""Read .npz and .npy files without unpickling, and find which array has which role."""
+"""Read .npz and .npy files without unpickling: their headers, the roles of their arrays, and labels.
+
+Sizes are checked against a header before memory is allocated for what it announces. An array's header must announce
+exactly the bytes that are there. The arrays that are read from an .npz file may together take ``FREE_EXPANSION``
+bytes, or ``MOST_EXPANSION`` times the bytes of the file: binary images shrink to a twentieth of their size, and a file
+that was made to fill memory shrinks to a thousandth.
+"""
 
 from __future__ import annotations
 
+import math
 import os
 import zipfile
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from typing import IO, NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from ppl_vae.data import limits
+from ppl_vae.data import machine
+from ppl_vae.data.splits import pluralize
 
-SUFFIXES = (".npz", ".npy")
-DELIMITERS = {".csv": ",", ".tsv": "\t", ".txt": " "}
-
-# The names that a file may give the images and the labels of its splits, in any case: x_train, X_train, train_images.
-_SPLITS = {"train": ("train",), "validation": ("valid", "validation", "val"), "test": ("test",)}
-_IMAGES, _LABELS = ("{}", "x_{}", "{}_images", "{}_x"), ("{}_labels", "y_{}", "{}_y")
-_LONE_LABELS = ("labels", "y")
+FREE_EXPANSION, MOST_EXPANSION = 2**26, 200
+_ADVICE = "save it as .npy, which is not read into memory"
+_SUFFIXES = (".npz", ".npy")
+_DELIMITERS = {".csv": ",", ".tsv": "\t", ".txt": " "}
 
 
 def is_array_file(path: Path) -> bool:
     """Whether the name ends in .npz or .npy, in any case."""
-    return path.suffix.lower() in SUFFIXES
+    return path.suffix.lower() in _SUFFIXES
+
+
+def is_text_table(path: Path) -> bool:
+    """Whether a file has the name of a table of text, such as .csv."""
+    return path.suffix.lower() in _DELIMITERS and path.is_file()
+
+
+# --- Headers ---
+
+_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+
+
+class ObjectArrayError(ValueError):
+    """An array of Python objects, which only unpickling could read."""
+
+
+class ArrayHeader(NamedTuple):
+    """Header of an .npy file; the numbers begin at ``offset``."""
+
+    shape: tuple[int, ...]
+    is_fortran: bool
+    dtype: np.dtype
+    offset: int
+
+
+def read_array_header(file: IO[bytes], num_bytes: int) -> ArrayHeader:
+    """Read an .npy header, whose announced size must be that of the file.
+
+    Args:
+        num_bytes: of the header and the array together.
+
+    Raises:
+        ValueError: no such header, objects, or an array of another size.
+    """
+    start = file.tell()
+    version = np.lib.format.read_magic(file)
+    if version not in _HEADERS:
+        raise ValueError(f"expected a header of version 1 or 2, got {version[0]}")
+    shape, is_fortran, dtype = _HEADERS[version](file)
+    if dtype.hasobject:
+        raise ObjectArrayError("Object arrays are not read")
+    offset = file.tell() - start
+    announced = math.prod(shape) * dtype.itemsize
+    if any(isinstance(n, bool) or n < 0 for n in shape) or announced != num_bytes - offset:
+        raise ValueError(
+            f"its header announces {dtype} {shape}, which is {announced:,} bytes, and it holds {num_bytes - offset:,}"
+        )
+    return ArrayHeader(shape, is_fortran, dtype, offset)
+
+
+def _check_expansion(path: Path, num_bytes: int) -> None:
+    """Raises ValueError where ``num_bytes`` of arrays are more than an .npz file of that size may hold, or than fit."""
+    most = max(FREE_EXPANSION, MOST_EXPANSION * os.path.getsize(path))
+    if num_bytes > most:
+        raise ValueError(
+            f"its arrays take {num_bytes:,} bytes, more than {MOST_EXPANSION} times the file ({most:,}); {_ADVICE}"
+        )
+    available = machine.get_available_memory()
+    if available is not None and num_bytes > available:
+        raise ValueError(f"its arrays take {num_bytes:,} bytes, and {available:,} are available; {_ADVICE}")
+
+
+# --- Arrays ---
+
+# The names that a file may give the images and the labels of its splits, in any case: x_train, X_train, train_images.
+_SPLIT_WORDS = {"train": ("train",), "validation": ("valid", "validation", "val"), "test": ("test",)}
+_IMAGE_NAMES, _LABEL_NAMES = ("{}", "x_{}", "{}_images", "{}_x"), ("{}_labels", "y_{}", "{}_y")
+_LONE_LABEL_NAMES = ("labels", "y")
 
 
 def find_roles(names: list[str], lone_split: str, other_images: Collection[str] = ()) -> dict[str, str]:
@@ -30,17 +106,17 @@ def find_roles(names: list[str], lone_split: str, other_images: Collection[str] 
 
     Args:
         names: of all arrays.
-        lone_split: what images are that do not carry the name of a split.
-        other_images: names of images of ``lone_split``, beside those that carry its own name.
+        lone_split: the split of images whose name says none.
+        other_images: further names for the images of ``lone_split``.
     """
     lower = {name.lower(): name for name in reversed(names)}  # the first of several spellings
 
     def find(words: Collection[str], forms: Collection[str]) -> str | None:
         return next((lower[name] for word in words for form in forms if (name := form.format(word)) in lower), None)
 
-    roles = {split: name for split, words in _SPLITS.items() if (name := find(words, _IMAGES))}
-    labels = {split: name for split, words in _SPLITS.items() if (name := find(words, _LABELS))}
-    lone_labels = find(_LONE_LABELS, ("{}",))
+    roles = {split: name for split, words in _SPLIT_WORDS.items() if (name := find(words, _IMAGE_NAMES))}
+    labels = {split: name for split, words in _SPLIT_WORDS.items() if (name := find(words, _LABEL_NAMES))}
+    lone_labels = find(_LONE_LABEL_NAMES, ("{}",))
     if lone_split not in roles and (name := find(other_images, ("{}",))):
         roles = {lone_split: name}
     elif not roles:
@@ -73,7 +149,7 @@ def read_arrays(
             is_array = file.read(len(np.lib.format.MAGIC_PREFIX)) == np.lib.format.MAGIC_PREFIX
             if is_array:
                 file.seek(0)
-                limits.read_array_header(file, os.path.getsize(path))
+                read_array_header(file, os.path.getsize(path))
         loaded = np.load(path, allow_pickle=False)
         if isinstance(loaded, np.ndarray):
             return dict.fromkeys(choose(["array"]), loaded), []
@@ -83,9 +159,9 @@ def read_arrays(
             objects = _check_members(path, chosen)
             arrays = {role: loaded[name] for role, name in chosen.items() if name not in objects}
     except MemoryError as error:
-        advice = "" if path.suffix.lower() == ".npy" else f"; {limits.ADVICE}"
+        advice = "" if path.suffix.lower() == ".npy" else f"; {_ADVICE}"
         raise ValueError(f"{path}: the memory ran out while it was read{advice}") from error
-    except Exception as error:  # beside ValueError and OSError, a damaged zip raises zlib.error, struct.error and more
+    except Exception as error:  # a damaged zip also raises zlib.error, struct.error and more
         raise ValueError(f"{path}: not a readable array file: {explain_unreadable(error)}") from None
     others = [name for name in names if name not in chosen.values()]
     return arrays, [*others, *(f"{name} (objects are not read)" for name in objects)]
@@ -103,17 +179,17 @@ def _check_members(path: Path, chosen: Mapping[str, str]) -> list[str]:
         present: dict[str, zipfile.ZipInfo] = {}
         for member in archive.infolist():
             name = member.filename.removesuffix(".npy")
-            if name in present:  # numpy may load the one of which the other was checked
+            if name in present:  # numpy might load another one than the one that was checked
                 raise ValueError(f"expected one array of each name, got two named {name!r}")
             present[name] = member
         members = [present[name] for name in names if name in present]
-        limits.check_expansion(path, sum(member.file_size for member in members))
+        _check_expansion(path, sum(member.file_size for member in members))
         for member in members:
             name = member.filename.removesuffix(".npy")
             with archive.open(member) as file:
                 try:
-                    limits.read_array_header(file, member.file_size)
-                except limits.ObjectArrayError:
+                    read_array_header(file, member.file_size)
+                except ObjectArrayError:
                     if name not in labels:
                         raise
                     objects.append(name)
@@ -121,18 +197,18 @@ def _check_members(path: Path, chosen: Mapping[str, str]) -> list[str]:
 
 
 def advise_array(path: Path, names: list[str]) -> str:
-    """The line of NumPy that saves one of several arrays alone, or nothing where there are none."""
+    """Write the line of NumPy that saves one of several arrays alone; nothing where there are none."""
     line = f"numpy.save('images.npy', numpy.load({path.name!r})['NAME'])"
     return f"; to take one of them: {line}" if names else ""
 
 
 def advise_conversion(path: Path) -> str:
-    """How a file of another kind becomes an array file.
+    """Write how a file of another kind becomes an array file.
 
     >>> advise_conversion(Path("wine.csv"))
     "; numpy.save('wine.npy', numpy.loadtxt('wine.csv', delimiter=',', skiprows=1)) makes one of numbers below a header"
     """
-    delimiter = DELIMITERS.get(path.suffix.lower())
+    delimiter = _DELIMITERS.get(path.suffix.lower())
     if delimiter is None:
         return "; numpy.save makes one of an array"
     line = f"numpy.save({path.stem + '.npy'!r}, numpy.loadtxt({path.name!r}, delimiter={delimiter!r}, skiprows=1))"
@@ -146,3 +222,77 @@ def explain_unreadable(error: Exception) -> object:
     if "allow_pickle" in str(error):
         return "it is neither an .npy nor an .npz file"
     return error
+
+
+# --- Labels ---
+
+
+class Labels(NamedTuple):
+    """Class numbers (N,) int64 of each split, class names, and a note on labels that were left out."""
+
+    numbers: dict[str, Tensor]
+    class_names: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def read_labels(
+    where: str, arrays: Mapping[str, np.ndarray], sizes: Mapping[str, int], class_names: tuple[str, ...] = ()
+) -> Labels:
+    """Convert label arrays to class numbers; labels that are no classes are left out, with a note.
+
+    Whole numbers (N,) or (N, 1), also as floats or truth values, are class numbers. One-hot rows (N, K) become the
+    position of the 1. Words become their position in the sorted list of all words.
+
+    Args:
+        where: the file, for errors.
+        arrays: the labels of each split that has any.
+        sizes: the number of images of each split.
+        class_names: the known classes, among which words are looked up; empty: the words define the classes.
+
+    Raises:
+        ValueError: not one label for each image.
+    """
+    flat = {}
+    for split, array in arrays.items():
+        if array.ndim == 0 or len(array) != sizes[split]:
+            expected = pluralize(sizes[split], "label")
+            raise ValueError(f"{where}: {split} labels: expected {expected}, one per image, got shape {array.shape}")
+        flat[split] = array[:, 0] if array.ndim == 2 and array.shape[1] == 1 else array
+    if flat and all(array.ndim == 1 and array.dtype.kind in "US" for array in flat.values()):
+        return _number_words(flat, class_names)
+    numbers = {}
+    for split, array in flat.items():
+        found = _find_class_numbers(array)
+        if found is None:
+            got = f"{arrays[split].dtype} of shape {arrays[split].shape} in {split}"
+            note = f"labels left out: expected whole numbers, words or one-hot rows, one per image, got {got}"
+            return Labels({}, (), (note,))
+        numbers[split] = torch.from_numpy(found)
+    return Labels(numbers, (), ())
+
+
+def _number_words(words: Mapping[str, np.ndarray], class_names: tuple[str, ...]) -> Labels:
+    as_text = {
+        split: np.char.decode(array, "utf-8", "replace") if array.dtype.kind == "S" else array
+        for split, array in words.items()
+    }
+    known = np.unique(np.concatenate([*as_text.values()]))
+    names = class_names or tuple(known.tolist())
+    index = {name: i for i, name in enumerate(names)}
+    if unknown := [word for word in known.tolist() if word not in index]:
+        note = f"labels left out: expected the classes of the training data, got {unknown[0]!r}"
+        return Labels({}, (), (note,))
+    positions = np.array([index[word] for word in known.tolist()], np.int64)
+    numbers = {split: torch.from_numpy(positions[np.searchsorted(known, array)]) for split, array in as_text.items()}
+    return Labels(numbers, names, ())
+
+
+def _find_class_numbers(array: np.ndarray) -> np.ndarray | None:
+    """Convert whole numbers (N,) or one-hot rows (N, K) to (N,) int64; None for anything else."""
+    if array.dtype.kind not in "buif":
+        return None
+    if array.ndim == 1:
+        is_whole = array.dtype.kind != "f" or bool(((np.abs(array) < 2**53) & (array == np.round(array))).all())
+        return array.astype(np.int64) if is_whole else None
+    is_one_hot = array.ndim == 2 and bool((((array == 0) | (array == 1)).all(1) & (array.sum(1) == 1)).all())
+    return array.argmax(1).astype(np.int64) if is_one_hot else None

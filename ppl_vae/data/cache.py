@@ -1,9 +1,9 @@
 """Cache images that were read once: one checked file per data set, in the order of its splits, mapped into memory.
 
-The file is the images (N, *E) from its first byte on, train before validation before test; the labels, int64; a JSON
-header with all else that ``Splits`` holds and the SHA-256 of each 64 MiB before it; the header's length and SHA-256;
-and a mark. It is written under another name and renamed when it is whole, so that nobody sees half of it. The folder is
-PPL_VAE_CACHE_DIR, else ppl_vae in XDG_CACHE_HOME, else ~/.cache/ppl_vae; it may be deleted at any time.
+The file holds the images (N, *E) from its first byte on, train before validation before test; the labels, int64; a
+JSON header with all other fields of ``Splits`` and the SHA-256 of each 64 MiB before it; the header's length and
+SHA-256; and a mark. It is written under another name and renamed when it is whole, so that nobody sees half of it.
+``machine.get_cache_folder`` says where it is; the folder may be deleted at any time.
 """
 
 from __future__ import annotations
@@ -14,40 +14,34 @@ import math
 import mmap
 import os
 import struct
-import sys
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple
-from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
-from tqdm import tqdm
 
-from ppl_vae.data import limits
+from ppl_vae.data.machine import allocate, get_cache_folder, make_cache_folder, map_in_threads, map_tensor, say
 from ppl_vae.data.splits import KINDS, SPLIT_ORDER, Splits
-from ppl_vae.data.threads import map_in_threads
 from ppl_vae.runtime.progress import progress_bar
 
-_DTYPES = {"uint8": torch.uint8, "float32": torch.float32}
-
 # Raise this number when files are read differently than before: it makes the entries of older versions stale.
-_READER_VERSION = 4
+_READER_VERSION = 5
 
+_DTYPES = {"uint8": torch.uint8, "float32": torch.float32}
 _MARK = b"ppl_vae cache 1\n"
 _END = struct.Struct("<Q32s16s")  # length and SHA-256 of the header, mark
 _MOST_HEADER = 2**28
-_CHUNK, _READ_AT_ONCE = 2**26, 2**20  # bytes
+_CHUNK, _BLOCK = 2**26, 2**20  # bytes
 
 
-class Source(NamedTuple):
-    """Source of a cache entry: ``what`` is a path and how it is read; an entry with another ``state`` is stale."""
+class CacheKey(NamedTuple):
+    """Key of a cache entry: ``what`` is a path and how it is read; an entry with another ``state`` is stale."""
 
     what: str
     state: str
@@ -55,18 +49,20 @@ class Source(NamedTuple):
     @property
     def path(self) -> Path:
         """File of the entry; it has another name once the source has changed."""
-        return folder() / f"{self.slot}-{_short(self.state)}.rows"
+        return get_cache_folder() / f"{self.prefix}-{_shorten(self.state)}.rows"
 
     @property
-    def slot(self) -> str:
+    def prefix(self) -> str:
         """Prefix of the names of all files of this source, in any state."""
-        return _short(self.what)
+        return _shorten(self.what)
 
 
 class Draft(NamedTuple):
-    """Splits whose images are still to be read, in blocks (n, *E) that go through train, validation and test.
+    """Splits whose images are still to be read.
 
-    ``inaccessible``: paths that the operating system refused to read; once it allows one, the entry is stale.
+    Args:
+        blocks: images (n, *E), which go through train, validation and test.
+        is_final: whether another attempt would read the same; False where a file could not be read for the moment.
     """
 
     kind: str
@@ -79,27 +75,20 @@ class Draft(NamedTuple):
     labels: Mapping[str, Tensor]
     class_names: tuple[str, ...] = ()
     unreadable: tuple[str, ...] = ()
-    inaccessible: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    is_final: bool = True
 
 
-def folder() -> Path:
-    """Folder of the cache."""
-    if own := os.environ.get("PPL_VAE_CACHE_DIR"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "ppl_vae"
+def make_key(path: Path, options: Mapping[str, Any], state: list[Any]) -> CacheKey:
+    """Make the key of the source at a path, read with ``options``, whose files are in a state."""
+    what = json.dumps([os.path.abspath(path), dict(options)])
+    return CacheKey(what, hashlib.sha256(json.dumps([_READER_VERSION, state]).encode()).hexdigest())
 
 
-def source(path: Path, how: Mapping[str, Any], state: list[Any]) -> Source:
-    """Describe the source at a path, read with the options ``how``, whose files are in a state."""
-    what = json.dumps([os.path.abspath(path), dict(how)])
-    return Source(what, hashlib.sha256(json.dumps([_READER_VERSION, state]).encode()).hexdigest())
-
-
-def cached(
-    source: Source, name: str, make: Callable[[], Draft], make_in_memory: Callable[[], Draft] | None = None
+def load_cached(
+    key: CacheKey, name: str, make: Callable[[], Draft], make_in_memory: Callable[[], Draft] | None = None
 ) -> Splits:
-    """Read splits from their entry in the cache, which is made first where it is missing or damaged.
+    """Load splits from their entry in the cache, which is made first where it is missing, stale or damaged.
 
     One of several processes makes the entry, and the others wait. Where no entry can be written, one line says so, and
     the splits are read into memory.
@@ -109,33 +98,34 @@ def cached(
         make: reads the source.
         make_in_memory: reads the source without a file in the cache folder; None: ``make`` writes none.
     """
-    found = _load(source, name)
+    found = _load(key, name)
     if found is not None:
         return found
     try:
-        with _exclusive(source) as has_waited:
-            found = _load(source, name) if has_waited else None
+        with _lock(key) as has_waited:
+            found = _load(key, name, accept_unfinal=True) if has_waited else None
             if found is None:
-                _write(source, make(), name)
-                with source.path.open("rb") as file:
-                    found = _read(file, source, name, check=False)  # it was written a moment ago
+                _write(key, make(), name)
+                with key.path.open("rb") as file:
+                    found, _ = _read(file, key, name, is_new=True)
             return found
     except OSError as error:
-        say(f"{name}: not kept in the cache folder {folder()}, but read into memory: {error.strerror or error}")
-    return materialize((make_in_memory or make)(), name)
+        reason = error.strerror or error
+        say(f"{name}: not kept in the cache folder {get_cache_folder()}, but read into memory: {reason}")
+    return read_into_memory((make_in_memory or make)(), name)
 
 
-def materialize(draft: Draft, name: str) -> Splits:
+def read_into_memory(draft: Draft, name: str) -> Splits:
     """Read the images of a draft into memory, or into a nameless file where they are too large."""
     rows = allocate((sum(draft.sizes.values()), *draft.event_shape), draft.dtype)
-    at = 0
+    start = 0
     for block in draft.blocks:
-        rows[at : at + len(block)] = torch.from_numpy(block)
-        at += len(block)
-    return _splits(draft, name, rows)
+        rows[start : start + len(block)] = torch.from_numpy(block)
+        start += len(block)
+    return _build_splits(draft, name, rows)
 
 
-def _splits(draft: Draft, name: str, rows: Tensor) -> Splits:
+def _build_splits(draft: Draft, name: str, rows: Tensor) -> Splits:
     """Build the splits of a draft from its images (N, *E)."""
     train, validation, test = rows.split([draft.sizes[split] for split in SPLIT_ORDER])
     return Splits(
@@ -153,86 +143,24 @@ def _splits(draft: Draft, name: str, rows: Tensor) -> Splits:
     )
 
 
-def say(line: str) -> None:
-    """Print one line on standard error, above a progress bar where there is one."""
-    tqdm.write(line, file=sys.stderr)
-
-
-# --- Memory that is a file ---
-
-_MAPPED: WeakValueDictionary[int, np.ndarray] = WeakValueDictionary()  # by address
-
-
-def is_mapped(tensor: Tensor) -> bool:
-    """Whether a tensor lies in a mapped file, which the system can drop from memory and read again.
-
-    Args:
-        tensor: of any shape.
-    """
-    return tensor.untyped_storage().data_ptr() in _MAPPED
-
-
-def allocate(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Allocate an uninitialized tensor of that shape, in memory or, where it is too large, in a nameless file.
-
-    ``limits.fits`` decides. The file is in the cache folder; where that has no space, the tensor is in memory.
-    """
-    num_bytes = math.prod(shape) * dtype.itemsize
-    if limits.fits(num_bytes):
-        return torch.empty(shape, dtype=dtype)
-    try:
-        _make_folder()
-        with tempfile.TemporaryFile(dir=folder()) as file:
-            _reserve(file, num_bytes)
-            return _mapped(mmap.mmap(file.fileno(), num_bytes), shape, dtype)
-    except OSError as error:
-        say(f"{folder()}: no space for {num_bytes:,} bytes, which go into memory: {error.strerror or error}")
-        return torch.empty(shape, dtype=dtype)
-
-
-def _reserve(file: IO[bytes], num_bytes: int) -> None:
-    """Reserve the file's bytes, and fail now where the disk is full: a write to a mapping would end the process."""
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(file.fileno(), 0, num_bytes)
-    else:
-        file.truncate(num_bytes)
-
-
-def _mapped(mapping: mmap.mmap, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """View the start of a mapping as a tensor."""
-    numbers = np.frombuffer(mapping, str(dtype).removeprefix("torch."), math.prod(shape))
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nobody writes to stored images
-        tensor = torch.from_numpy(numbers)
-    _MAPPED[tensor.untyped_storage().data_ptr()] = numbers
-    return tensor.view(shape)
-
-
-# --- Entries ---
-
-
 def compute_sha256(path: Path) -> str:
     """Compute the SHA-256 of a file, in hexadecimal digits. Raises OSError where it cannot be read."""
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(_READ_AT_ONCE):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _short(text: str) -> str:
+def _shorten(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
-def _make_folder() -> None:
-    folder().mkdir(parents=True, exist_ok=True, mode=0o700)  # what is private there is private here
+# --- Writing an entry ---
 
 
 @contextmanager
-def _exclusive(source: Source) -> Iterator[bool]:
+def _lock(key: CacheKey) -> Iterator[bool]:
     """Keep other processes from making this source's entry; yields whether one had to be waited for."""
-    _make_folder()
-    lock, has_waited = FileLock(folder() / f"{source.slot}.lock", fallback_to_soft=False), False
+    make_cache_folder()
+    lock, has_waited = FileLock(get_cache_folder() / f"{key.prefix}.lock", fallback_to_soft=False), False
     with suppress(OSError):  # a file system without locks: the entry may be made twice, each time whole
         try:
             lock.acquire(timeout=0)
@@ -245,29 +173,30 @@ def _exclusive(source: Source) -> Iterator[bool]:
         lock.release()
 
 
-def _write(source: Source, draft: Draft, name: str) -> None:
-    """Write the entry, and delete entries of older states and what a killed process has left."""
-    for left in folder().glob(f".{source.slot}-*.partial"):
+def _write(key: CacheKey, draft: Draft, name: str) -> None:
+    """Write the entry, and delete entries of older states and the partial files of a killed process."""
+    folder = get_cache_folder()
+    for left in folder.glob(f".{key.prefix}-*.partial"):
         left.unlink(missing_ok=True)
-    descriptor, partial_name = tempfile.mkstemp(".partial", f".{source.slot}-", folder())
+    descriptor, partial_name = tempfile.mkstemp(".partial", f".{key.prefix}-", folder)
     try:
         with open(descriptor, "wb") as file:
-            _write_content(file, source, draft, name)
+            _write_content(file, key, draft, name)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial_name, source.path)
+        os.replace(partial_name, key.path)
     except BaseException:
         Path(partial_name).unlink(missing_ok=True)
         raise
-    for entry in folder().glob(f"{source.slot}-*.rows"):
-        if entry != source.path:
+    for entry in folder.glob(f"{key.prefix}-*.rows"):
+        if entry != key.path:
             with suppress(OSError):
                 entry.unlink()
 
 
-def _write_content(file: IO[bytes], source: Source, draft: Draft, name: str) -> None:
+def _write_content(file: IO[bytes], key: CacheKey, draft: Draft, name: str) -> None:
+    written = _DigestingFile(file)
     total = sum(draft.sizes.values())
-    written = _Digested(file)
     with progress_bar(total=total, unit="image", desc=f"keeping {name}", delay=1, leave=False) as bar:
         for block in draft.blocks:
             written.write(np.ascontiguousarray(block).data.cast("B"))
@@ -277,7 +206,7 @@ def _write_content(file: IO[bytes], source: Source, draft: Draft, name: str) -> 
     for split in labeled:
         written.write(draft.labels[split].numpy().astype("<i8").tobytes())
     header = {
-        **source._asdict(),
+        **key._asdict(),
         "kind": draft.kind,
         "dtype": str(draft.dtype).removeprefix("torch."),
         "event_shape": list(draft.event_shape),
@@ -285,128 +214,114 @@ def _write_content(file: IO[bytes], source: Source, draft: Draft, name: str) -> 
         "labeled": labeled,
         "class_names": draft.class_names,
         "unreadable": draft.unreadable,
-        "inaccessible": draft.inaccessible,
         "notes": draft.notes,
+        "is_final": draft.is_final,
         "sha256": draft.sha256,
         "split": draft.split,
-        "chunks": written.digests(),
+        "chunks": written.finish(),
     }
     encoded = json.dumps(header).encode()
     file.write(encoded + _END.pack(len(encoded), hashlib.sha256(encoded).digest(), _MARK))
 
 
-class _Digested:
+class _DigestingFile:
     """File that is written to, with the SHA-256 of each of its chunks."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file, self.num_bytes = file, 0
-        self._done: list[str] = []
-        self._open = hashlib.sha256()
+        self._finished: list[str] = []
+        self._digest = hashlib.sha256()
 
     def write(self, content: memoryview | bytes) -> None:
         self.file.write(content)
         while len(content):
             part = content[: _CHUNK - self.num_bytes % _CHUNK]
-            self._open.update(part)
+            self._digest.update(part)
             self.num_bytes += len(part)
             content = content[len(part) :]
             if self.num_bytes % _CHUNK == 0:
-                self._done.append(self._open.hexdigest())
-                self._open = hashlib.sha256()
+                self._finished.append(self._digest.hexdigest())
+                self._digest = hashlib.sha256()
 
-    def digests(self) -> list[str]:
-        return self._done + [self._open.hexdigest()] * bool(self.num_bytes % _CHUNK)
-
-
-class _Outdated(Exception):
-    """A file that was inaccessible when the entry was made can be read now."""
+    def finish(self) -> list[str]:
+        return self._finished + [self._digest.hexdigest()] * bool(self.num_bytes % _CHUNK)
 
 
-def _load(source: Source, name: str) -> Splits | None:
-    """Load the entry; None where there is none. A damaged one is deleted, and a line says so."""
+# --- Reading an entry ---
+
+
+def _load(key: CacheKey, name: str, *, accept_unfinal: bool = False) -> Splits | None:
+    """Load the entry; None where there is none to use. A damaged one is deleted, and a line says so."""
     try:
-        with source.path.open("rb") as file:
-            return _read(file, source, name, check=True)
+        with key.path.open("rb") as file:
+            splits, is_final = _read(file, key, name)
+        return splits if is_final or accept_unfinal else None
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         return None
-    except _Outdated as error:
-        say(f"{name}: {error} can be read now; {name} is read again")
-        return None
     except (OSError, ValueError) as error:
-        say(f"{source.path}: damaged ({error}); {name} is read again")
+        say(f"{key.path}: damaged ({error}); {name} is read again")
         with suppress(OSError):
-            source.path.unlink()
+            key.path.unlink()
         return None
 
 
-def _read(file: IO[bytes], source: Source, name: str, *, check: bool) -> Splits:
-    """Read an entry. Raises ValueError where it is damaged, _Outdated where an inaccessible file can be read now."""
-    header, end_of_content = _header(file)
+def _read(file: IO[bytes], key: CacheKey, name: str, *, is_new: bool = False) -> tuple[Splits, bool]:
+    """Read an entry, and whether it is final.
+
+    Args:
+        is_new: whether the file was written a moment ago, so that its checksums need no check.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    header, end = _read_header(file)
     try:
-        if (header["what"], header["state"]) != (source.what, source.state):
+        if (header["what"], header["state"]) != (key.what, key.state):
             raise ValueError("it is of other files")
-        sizes = {split: _whole(header["sizes"][split]) for split in SPLIT_ORDER}
-        event_shape = tuple(_whole(n) for n in header["event_shape"])
-        dtype = _DTYPES[header["dtype"]]
         labeled = [split for split in SPLIT_ORDER if split in header["labeled"]]
-        words = {key: str(header[key]) for key in ("kind", "sha256", "split")}
-        class_names, unreadable, inaccessible, notes = (
-            tuple(map(str, header[key])) for key in ("class_names", "unreadable", "inaccessible", "notes")
-        )
         chunks = list(header["chunks"])
+        draft = Draft(
+            dtype=_DTYPES[header["dtype"]],
+            event_shape=tuple(map(_check_count, header["event_shape"])),
+            sizes={split: _check_count(header["sizes"][split]) for split in SPLIT_ORDER},
+            blocks=iter(()),
+            labels={},
+            is_final=header["is_final"] is True,
+            kind=str(header["kind"]),
+            sha256=str(header["sha256"]),
+            split=str(header["split"]),
+            class_names=tuple(map(str, header["class_names"])),
+            unreadable=tuple(map(str, header["unreadable"])),
+            notes=tuple(map(str, header["notes"])),
+        )
     except (KeyError, TypeError) as error:
         raise ValueError(f"its header lacks or garbles {error}") from None
-    total = sum(sizes.values())
-    num_bytes = total * math.prod(event_shape) * dtype.itemsize
-    begin = num_bytes + -num_bytes % 8
-    if begin + 8 * sum(sizes[split] for split in labeled) != end_of_content or not num_bytes:
-        raise ValueError(f"its header announces {total:,} images of {event_shape}, it holds {end_of_content:,} bytes")
-    if words["kind"] not in KINDS or len(chunks) != -(-end_of_content // _CHUNK):
+    shape = (sum(draft.sizes.values()), *draft.event_shape)
+    num_bytes = math.prod(shape) * draft.dtype.itemsize
+    start = num_bytes + -num_bytes % 8
+    if start + 8 * sum(draft.sizes[split] for split in labeled) != end or not num_bytes:
+        raise ValueError(f"its header announces {shape[0]:,} images of {draft.event_shape}, it holds {end:,} bytes")
+    if draft.kind not in KINDS or len(chunks) != -(-end // _CHUNK):
         raise ValueError("its header is of something else")
-    if check:
-        for path in inaccessible:
-            if _is_readable(Path(path)):
-                raise _Outdated(path)
-        digests = map_in_threads(partial(_digest, file.fileno(), end_of_content), range(len(chunks)))
-        for i, (digest, expected) in enumerate(zip(digests, chunks, strict=True)):
-            if digest != expected:
-                raise ValueError(f"the checksum of part {i + 1} of {len(chunks)} is another")
+    if not is_new and list(map_in_threads(partial(_digest_chunk, file.fileno(), end), range(len(chunks)))) != chunks:
+        raise ValueError("its checksum is another")
     labels = {}
     for split in labeled:
-        stored = os.pread(file.fileno(), 8 * sizes[split], begin)
+        stored = os.pread(file.fileno(), 8 * draft.sizes[split], start)
         labels[split] = torch.from_numpy(np.frombuffer(stored, "<i8").astype(np.int64))
-        begin += len(stored)
+        start += len(stored)
     mapping = mmap.mmap(file.fileno(), num_bytes, access=mmap.ACCESS_READ)
-    draft = Draft(
-        dtype=dtype,
-        event_shape=event_shape,
-        sizes=sizes,
-        blocks=iter(()),
-        labels=labels,
-        class_names=class_names,
-        unreadable=unreadable,
-        inaccessible=inaccessible,
-        notes=notes,
-        **words,
-    )
-    return _splits(draft, name, _mapped(mapping, (total, *event_shape), dtype))
+    splits = _build_splits(draft._replace(labels=labels), name, map_tensor(mapping, shape, draft.dtype))
+    return splits, draft.is_final
 
 
-def _is_readable(path: Path) -> bool:
-    """Whether a file can be read to its end."""
-    try:
-        return os.path.isfile(path) and bool(compute_sha256(path))
-    except (OSError, ValueError):
-        return False
-
-
-def _whole(value: Any) -> int:
+def _check_count(value: Any) -> int:
     if type(value) is not int or value < 0:
         raise ValueError(f"its header has {value!r} for a count")
     return value
 
 
-def _header(file: IO[bytes]) -> tuple[dict[str, Any], int]:
+def _read_header(file: IO[bytes]) -> tuple[dict[str, Any], int]:
     """Read the header, and find where the content before it ends."""
     size = file.seek(0, os.SEEK_END)
     if size < _END.size:
@@ -428,10 +343,10 @@ def _header(file: IO[bytes]) -> tuple[dict[str, Any], int]:
     return header, size - _END.size - length
 
 
-def _digest(descriptor: int, end: int, chunk: int) -> str:
+def _digest_chunk(descriptor: int, end: int, chunk: int) -> str:
     """Compute the SHA-256 of a chunk. It is read and not mapped: a disk error in a mapping would end the process."""
-    digest, at, stop = hashlib.sha256(), chunk * _CHUNK, min((chunk + 1) * _CHUNK, end)
-    while at < stop and (block := os.pread(descriptor, min(_READ_AT_ONCE, stop - at), at)):
+    digest, start, stop = hashlib.sha256(), chunk * _CHUNK, min((chunk + 1) * _CHUNK, end)
+    while start < stop and (block := os.pread(descriptor, min(_BLOCK, stop - start), start)):
         digest.update(block)
-        at += len(block)
+        start += len(block)
     return digest.hexdigest()

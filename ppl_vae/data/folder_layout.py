@@ -1,4 +1,4 @@
-"""How the folders of a data set name its splits and its classes.
+"""Find the image files of a folder, and how its subfolders name splits and classes.
 
 Three layouts are understood, each also below one or more outer folders that hold everything:
 
@@ -9,13 +9,77 @@ Three layouts are understood, each also below one or more outer folders that hol
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from posixpath import commonpath
 from typing import NamedTuple
 
-from ppl_vae.data.splits import abbreviate
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ppl_vae.data.image_file import list_formats
+from ppl_vae.data.splits import abbreviate, pluralize
+
+# --- Files ---
+
+
+class FoundFiles(NamedTuple):
+    """Files below a folder.
+
+    Args:
+        images: the image files, by their names from there on, sorted.
+        others: how many other files there are of each kind, by the ends of their names.
+    """
+
+    images: tuple[str, ...]
+    others: Counter[str]
+
+    def describe_others(self) -> str:
+        """Count the other files, in all and of each kind: "3 other files (2 .csv, 1 without an extension)"."""
+        if not self.others:
+            return "an empty folder"
+        kinds = [f"{count:,} {kind or 'without an extension'}" for kind, count in self.others.most_common()]
+        return f"{pluralize(self.others.total(), 'other file')} ({abbreviate(kinds)})"
+
+
+def find_images(root: Path) -> FoundFiles:
+    """Find image files by extension, recursively, sorted by name; links are followed, but not in circles.
+
+    Raises:
+        ValueError: a folder that cannot be opened: a whole split or class could be missing.
+    """
+    extensions = {end for end, name in Image.registered_extensions().items() if name in list_formats()}
+    images: list[str] = []
+    others: Counter[str] = Counter()
+
+    def refuse(error: OSError) -> None:
+        name = Path(error.filename).relative_to(root).as_posix()
+        which = "the folder" if name == "." else name
+        raise ValueError(f"{root}: {which} cannot be opened: {error.strerror}") from None
+
+    for folder, below, names in os.walk(root, onerror=refuse, followlinks=True):
+        below[:] = [name for name in below if not name.startswith(".") and not _leads_back(Path(folder, name))]
+        for name in names:
+            if name.startswith("."):
+                continue
+            kind = Path(name).suffix.lower()
+            if kind in extensions:
+                images.append((Path(folder) / name).relative_to(root).as_posix())
+            else:
+                others[kind] += 1
+    return FoundFiles(tuple(sorted(images)), others)
+
+
+def _leads_back(folder: Path) -> bool:
+    """Whether a link leads back to a folder that contains it, so that following it would never end."""
+    return os.path.realpath(folder) in map(os.path.realpath, Path(os.path.abspath(folder)).parents)
+
+
+# --- Layout ---
 
 _SPLIT_FOLDERS = {
     "train": "train",
@@ -25,12 +89,12 @@ _SPLIT_FOLDERS = {
     "test": "test",
 }
 
-# A word of a folder's name that speaks of a split ("train", "testset", "trainval"), and the split that it speaks of.
+# A word in a folder's name that names a split ("train", "testset", "trainval"); the group says which split.
 _SPLIT_WORD = re.compile(
     r"(?:(train|training)|(tests?|testing)|(val|valid|validate|validation|eval|evaluation|dev|devel|development|holdout))+"
     r"(?:sets?|data|images)?"
 )
-# Words that may stand beside it without making another name of it: "test_images", "train_64x64", "trainA", "valid_HR".
+# Words that leave it the name of a split: "test_images", "train_64x64", "trainA", "valid_HR".
 _QUALIFIER = re.compile(
     r"\d+|[^\W\d_]|sets?|data|datasets?|images?|imgs?|pics?|pictures?|photos?|split|full|small|all|final|new|old|raw|hr|lr"
 )
@@ -125,7 +189,7 @@ def _exact_split(folder: str) -> str | None:
 def _find_split_names(folders: Iterable[str]) -> set[str]:
     """Find the folders that are named like a split.
 
-    "train2017" is, whatever is beside it. "seg_train" is one if there is a "seg_test" or the like; a class such as
+    "train2017" always is one. "seg_train" is one if there is also a "seg_test" or the like. A class such as
     "bullet_train" or "test_tube" is none.
     """
     found: set[str] = set()
@@ -143,3 +207,37 @@ def _find_split_names(folders: Iterable[str]) -> set[str]:
         if any(of_folder != next(iter(splits.values())) for of_folder in splits.values()):
             found |= splits.keys()
     return found
+
+
+# --- Splits and classes ---
+
+
+def index_splits(root: Path, names: Sequence[str], read: Sequence[str], layout: Layout) -> dict[str, Tensor]:
+    """Find {split: rows}; images outside the folders of splits belong to train.
+
+    Raises:
+        ValueError: images outside where there is a folder train, or a split without an image that can be read.
+    """
+    splits = [layout.place(name).split for name in names]
+    named = {split for split in splits if split}
+    outside = [name for name, split in zip(names, splits, strict=True) if split is None]
+    if outside and "train" in named:
+        raise ValueError(
+            f"{root}: expected every image in train, valid or test, got {len(outside):,} outside: {abbreviate(outside)}"
+        )
+    of_image = [layout.place(name).split or "train" for name in read]
+    index = {split: [i for i, own in enumerate(of_image) if own == split] for split in sorted({"train"} | named)}
+    for split, rows in index.items():
+        if not rows:
+            raise ValueError(f"{root}: expected at least one image that can be read in {split}, got none")
+    return {split: torch.tensor(rows) for split, rows in index.items()}
+
+
+def label_by_folder(names: Sequence[str], layout: Layout) -> tuple[Tensor, tuple[str, ...]]:
+    """Label images by folder: (N,) int64 and class names; no names unless all images lie in two or more classes."""
+    of_image = [layout.place(name).class_name for name in names]
+    classes = sorted({name for name in of_image if name is not None})
+    if None in of_image or len(classes) < 2:
+        return torch.zeros(len(names), dtype=torch.int64), ()
+    numbers = {name: number for number, name in enumerate(classes)}
+    return torch.tensor([numbers[name] for name in of_image if name is not None]), tuple(classes)

@@ -13,14 +13,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ppl_vae.data.array_files import DELIMITERS, advise_array, advise_conversion, find_roles, is_array_file, read_arrays
-from ppl_vae.data.folder_layout import find_layout
-from ppl_vae.data.image_folder import Found, checked_size, find_images, label_by_folder, load_image_folder, read_images
-from ppl_vae.data.labels import read_labels
-from ppl_vae.data.own import LARGEST_COUNT, load_arrays
-from ppl_vae.data.pixels import is_drawn, sample_binomial
+from ppl_vae.data.array_files import (
+    advise_array,
+    advise_conversion,
+    find_roles,
+    is_array_file,
+    is_text_table,
+    read_arrays,
+    read_labels,
+)
+from ppl_vae.data.array_kinds import LARGEST_COUNT
+from ppl_vae.data.arrays import load_arrays
+from ppl_vae.data.folder import ImageOptions, ImageReader, check_image_size, load_image_folder
+from ppl_vae.data.folder_layout import FoundFiles, find_images, find_layout, label_by_folder
 from ppl_vae.data.registry import COLORS, DATASETS, FITS, PROTOCOLS
 from ppl_vae.data.splits import BINARY, COUNTS, LEVELS, PROBABILITIES, REAL, Splits, abbreviate
+from ppl_vae.data.transforms import is_drawn, sample_binomial
 
 _IWAE_DATASETS = ("mnist", "fashion-mnist", "kmnist")
 
@@ -98,6 +106,7 @@ def _move_validation_to_train(splits: Splits) -> Splits:
 # --- Further images ---
 
 _OTHER_IMAGES = ("images", "x")
+_LEVEL_ROUNDING = 1e-3  # of 255 times level / 255 in single precision, and of files with four decimals
 
 
 class UserImages(NamedTuple):
@@ -132,7 +141,7 @@ def load_images(
     values, floats in [0, 1] for probabilities. For 8-bit levels, uint8 is levels (unless all are 0 or 1: then black and
     white), and floats in [0, 1] are probabilities, level / 255. A NaN is a missing pixel and stays NaN. Image files are
     resized to E and become gray or rgb as E is; labels by folder are given where all are class names of ``splits``.
-    "dynamic" and "fixed" draw gray images once, from numpy's RandomState(seed); "levels" wants uint8 or level / 255.
+    "dynamic" and "fixed" draw gray images once, from numpy's RandomState(seed); "levels" expects uint8 or level / 255.
 
     Args:
         path: an .npz file with one array, or one named test, x_test, test_images, images or x (labels: labels, y,
@@ -144,43 +153,36 @@ def load_images(
         ValueError: files that cannot be read, or images of another shape or scale.
     """
     file = Path(path)
-    notes: tuple[str, ...] = ()
     if is_array_file(file):
-        values, labels, notes = _from_arrays(file, splits)
-        names = tuple(map(str, range(len(values))))
+        images = _load_images_from_arrays(file, splits)
     elif os.path.exists(file):
-        values, labels, names, notes = _from_files(file, splits, image_size, fit, color)
+        images = _load_images_from_files(file, splits, image_size, fit, color)
     else:
         raise ValueError(f"images: expected an .npz or .npy file, an image or a folder, got {path!r}: no such file")
+    x = images.x
     if pixels == "levels":
-        values = _as_levels(path, values)
+        x = _convert_to_levels(path, x)
     elif pixels == "threshold":
-        values = torch.where(values.isnan(), values, (values >= 0.5).float())
+        x = torch.where(x.isnan(), x, (x >= 0.5).float())
     elif is_drawn(splits, pixels):
-        drawn = sample_binomial(np.random.RandomState(seed), values.nan_to_num(0.0))
-        values = torch.where(values.isnan(), values, drawn)
-    return UserImages(values, labels, names, notes)
+        drawn = sample_binomial(np.random.RandomState(seed), x.nan_to_num(0.0))
+        x = torch.where(x.isnan(), x, drawn)
+    return images._replace(x=x)
 
 
-_LEVEL_ROUNDING = 1e-3  # of 255 times level / 255 in single precision, and of files with four decimals
-
-
-def _as_levels(path: str, values: Tensor) -> Tensor:
-    """Convert level / 255 to the level; NaN where it is missing."""
+def _convert_to_levels(path: str, values: Tensor) -> Tensor:
+    """Convert level / 255 to the level; a missing pixel stays NaN."""
     levels = (255 * values).round()
-    off = (255 * values - levels).abs().nan_to_num(0.0)
-    if off.max() > 255 * _LEVEL_ROUNDING / 2:
+    distance = (255 * values - levels).abs().nan_to_num(0.0)
+    if distance.max() > 255 * _LEVEL_ROUNDING / 2:
         raise ValueError(
             f"{path}: expected uint8 levels, or level / 255, got fractions between the levels (such as "
-            f"{float(values.flatten()[off.argmax()]):.4g})"
+            f"{float(values.flatten()[distance.argmax()]):.4g})"
         )
     return levels
 
 
-# --- Arrays ---
-
-
-def _from_arrays(file: Path, splits: Splits) -> tuple[Tensor, Tensor | None, tuple[str, ...]]:
+def _load_images_from_arrays(file: Path, splits: Splits) -> UserImages:
     if not os.path.isfile(file):
         raise ValueError(f"images: {file}: no such file")
     chosen: dict[str, str] = {}
@@ -200,14 +202,15 @@ def _from_arrays(file: Path, splits: Splits) -> tuple[Tensor, Tensor | None, tup
             f"{file}: expected one array, or one named {words}, got {others or 'none'}{advise_array(file, others)}"
         )
     split = next(iter(chosen))
-    images = _event_shaped(file, arrays[split], splits.event_shape)
-    of_labels = {split: arrays[f"{split} labels"]} if f"{split} labels" in arrays else {}
-    labels = read_labels(str(file), of_labels, {split: len(images)}, splits.class_names)
+    images = _match_event_shape(file, arrays[split], splits.event_shape)
+    label_arrays = {split: arrays[f"{split} labels"]} if f"{split} labels" in arrays else {}
+    labels = read_labels(str(file), label_arrays, {split: len(images)}, splits.class_names)
     ignored = (f"images are {chosen[split]}; other arrays ignored: {', '.join(others)}",) if others else ()
-    return torch.from_numpy(_scaled(file, images, splits.kind)), labels.numbers.get(split), ignored + labels.notes
+    x = torch.from_numpy(_match_scale(file, images, splits.kind))
+    return UserImages(x, labels.numbers.get(split), tuple(map(str, range(len(x)))), ignored + labels.notes)
 
 
-def _event_shaped(file: Path, array: np.ndarray, event_shape: tuple[int, ...]) -> np.ndarray:
+def _match_event_shape(file: Path, array: np.ndarray, event_shape: tuple[int, ...]) -> np.ndarray:
     """Reshape images to (N, *E), also from channels last or without a channel axis."""
     if array.ndim > 0 and len(array) and len(event_shape) == 3:
         channels, height, width = event_shape
@@ -220,78 +223,69 @@ def _event_shaped(file: Path, array: np.ndarray, event_shape: tuple[int, ...]) -
     return array
 
 
-def _scaled(file: Path, array: np.ndarray, kind: str) -> np.ndarray:
+def _match_scale(file: Path, array: np.ndarray, kind: str) -> np.ndarray:
     """Convert an array to float32 on the scale of the training data, and refuse another kind."""
     if array.dtype.kind not in "buif":
         raise ValueError(f"{file}: expected numbers, got dtype {array.dtype}")
-    seen = array[~np.isnan(array)] if array.dtype.kind == "f" else array
-    black_and_white = bool(((seen == 0) | (seen == 1)).all())
+    is_float = array.dtype.kind == "f"
+    observed = array[~np.isnan(array)] if is_float else array
+    low, high = (observed.min(), observed.max()) if observed.size else (0, 0)
+    is_binary = bool(((observed == 0) | (observed == 1)).all())
+    has_fractions = is_float and bool(low >= 0 and high <= 1)
+    is_count = bool(low >= 0 and high <= LARGEST_COUNT and (observed == np.round(observed)).all())
     expected = {
-        BINARY: ("zeros and ones", black_and_white),
-        LEVELS: ("uint8 levels, or floats in [0, 1]", black_and_white or array.dtype == np.uint8 or _fractions(seen)),
-        PROBABILITIES: ("floats in [0, 1]", black_and_white or _fractions(seen)),
-        COUNTS: ("whole numbers from 0", _whole(seen)),
-        REAL: ("finite floats", seen.dtype.kind == "f" and bool((np.abs(seen) <= np.finfo(np.float32).max).all())),
+        BINARY: ("zeros and ones", is_binary),
+        LEVELS: ("uint8 levels, or floats in [0, 1]", is_binary or array.dtype == np.uint8 or has_fractions),
+        PROBABILITIES: ("floats in [0, 1]", is_binary or has_fractions),
+        COUNTS: ("whole numbers from 0", is_count),
+        REAL: ("finite floats", is_float and bool(max(abs(low), abs(high)) <= np.finfo(np.float32).max)),
     }
     words, holds = expected[kind]
     if not holds:
-        levels = kind in (LEVELS, PROBABILITIES) and bool(seen.min() >= 0 and 1 < seen.max() <= 255)
+        has_levels = kind in (LEVELS, PROBABILITIES) and bool(low >= 0 and 1 < high <= 255)
         raise ValueError(
-            f"{file}: expected {words} (the model was trained on {kind}), "
-            f"got {array.dtype} from {seen.min()} to {seen.max()}"
-            + "; if these are levels from 0 to 255, divide by 255"
-            * levels
+            f"{file}: expected {words} (the model was trained on {kind}), got {array.dtype} from {low} to {high}"
+            + "; if these are levels from 0 to 255, divide by 255" * has_levels
         )
-    scale = 255 if array.dtype == np.uint8 and kind in (LEVELS, PROBABILITIES) and not black_and_white else 1
+    scale = 255 if array.dtype == np.uint8 and kind in (LEVELS, PROBABILITIES) and not is_binary else 1
     return np.ascontiguousarray(array, dtype=np.float32) / np.float32(scale)
 
 
-def _whole(seen: np.ndarray) -> bool:
-    return bool(((seen >= 0) & (seen <= LARGEST_COUNT) & (seen == np.round(seen))).all())
-
-
-def _fractions(seen: np.ndarray) -> bool:
-    return seen.dtype.kind == "f" and bool(((seen >= 0) & (seen <= 1)).all())
-
-
-# --- Image files ---
-
-
-def _from_files(
+def _load_images_from_files(
     path: Path, splits: Splits, image_size: Sequence[int] | None, fit: str, color: str | None
 ) -> UserImages:
-    if path.suffix.lower() in DELIMITERS and path.is_file():
+    if is_text_table(path):
         raise ValueError(f"{path}: expected an .npz or .npy file, an image or a folder{advise_conversion(path)}")
     if len(splits.event_shape) != 3 or splits.event_shape[0] not in (1, 3) or splits.kind in (REAL, COUNTS):
         trained_on = f"{splits.kind} of shape {splits.event_shape}"
         raise ValueError(f"{path}: expected an .npz or .npy file, since the model was trained on {trained_on}")
     channels, height, width = splits.event_shape
     own_color = {1: "gray", 3: "rgb"}[channels]
-    if checked_size(image_size) not in (None, (height, width)):
+    if check_image_size(image_size) not in (None, (height, width)):
         raise ValueError(f"image_size: expected {height} {width}, as the model has it, got {list(image_size or ())}")
     if color not in (None, own_color):
         raise ValueError(f"color: expected {own_color}, as the model has it, got {color}")
-    found = find_images(path) if path.is_dir() else Found((path.name,), Counter())
+    found = find_images(path) if path.is_dir() else FoundFiles((path.name,), Counter())
     if not found.images:
         raise ValueError(f"{path}: expected images, got {found.describe_others()}")
     root = path if path.is_dir() else path.parent
-    pictures = read_images(root, found.images, size=(height, width), fit=fit, color=own_color)
-    if unreadable := pictures.unreadable:  # refused: each of these images was asked for
+    reader = ImageReader(root, found.images, ImageOptions((height, width), fit, own_color))
+    levels = np.stack([pixels.reshape(height, width, channels).transpose(2, 0, 1) for pixels in reader])
+    if unreadable := reader.unreadable:  # refused: the user asked for an answer for each image
         got = f"{len(unreadable):,} that cannot be read: {abbreviate(unreadable)}"
-        raise ValueError("; ".join([f"{path}: expected images, got {got}", *pictures.notes.reasons()]))
-    pictures.notes.check_not_blank(path, "them", np.arange(len(pictures.names)))
-    values = pictures.pixels.float() / 255
-    if splits.kind == BINARY and not ((values == 0) | (values == 1)).all():
+        raise ValueError("; ".join([f"{path}: expected images, got {got}", *reader.notes.list_reasons()]))
+    reader.notes.check_not_blank(path, "them", np.arange(len(reader.names)))
+    x = torch.from_numpy(levels).float() / 255
+    if splits.kind == BINARY and not ((x == 0) | (x == 1)).all():
         raise ValueError(f"{path}: expected black and white alone (the model was trained on {splits.kind} data)")
-    numbers, classes = label_by_folder(pictures.names, find_layout(pictures.names))
-    known = bool(classes) and set(classes) <= set(splits.class_names)
-    of_classes = torch.tensor([splits.class_names.index(name) for name in classes]) if known else None
-    labels = None if of_classes is None else of_classes[numbers]
-    notes = [*pictures.notes.notes(own_color), *pictures.notes.describe_changes((height, width), fit)]
+    numbers, classes = label_by_folder(reader.names, find_layout(reader.names))
+    are_known = bool(classes) and set(classes) <= set(splits.class_names)
+    labels = torch.tensor([splits.class_names.index(name) for name in classes])[numbers] if are_known else None
+    notes = [*reader.notes.list_notes(own_color), *reader.notes.describe_changes((height, width), fit)]
     if found.others:
         notes.append(f"{found.describe_others()} ignored")
-    if classes and not known and splits.class_names:
+    if classes and not are_known and splits.class_names:
         notes.append(
             f"labels left out: expected folders of the classes of the training data, got {abbreviate(classes)}"
         )
-    return UserImages(values, labels, pictures.names, tuple(notes))
+    return UserImages(x, labels, tuple(reader.names), tuple(notes))

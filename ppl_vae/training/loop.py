@@ -54,7 +54,7 @@ def fit(
     *,
     epochs: int,
     objective: Callable[..., Tensor] = objectives.elbo,
-    transform: Callable[[Tensor, torch.Generator | None], Tensor] = image_data.to_float,
+    transform: Callable[[Tensor, torch.Generator | None], Tensor] = image_data.convert_to_float,
     optimizer: Optimizer = Optimizer(),  # noqa: B008, it is frozen
     schedule: Schedule = Schedule(),  # noqa: B008
     validation: Validation = Validation(),  # noqa: B008
@@ -321,8 +321,8 @@ def _gather_batch(values: Tensor, share: BatchShare | None) -> Tensor:
 
 
 def _in_double_precision(transform: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The same images as float64; ``to_float`` would round stored float64 values, and is left out."""
-    if transform is image_data.to_float:
+    """The same images as float64; ``convert_to_float`` would round stored float64 values, and is left out."""
+    if transform is image_data.convert_to_float:
         return lambda values, generator: values.double()
     return lambda values, generator: transform(values, generator).double()
 

@@ -10,8 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ppl_vae.data.cache import is_mapped
-from ppl_vae.data.limits import available_memory
+from ppl_vae.data.machine import get_available_memory, is_mapped
 
 Rows = Generator[tuple[Tensor, Tensor], None, None]
 
@@ -179,5 +178,5 @@ def exceeds_memory(train: Tensor, device: torch.device) -> bool:
     size = train.numel() * train.element_size()
     if device.type == "cuda":
         return bool(size > torch.cuda.mem_get_info(device)[0] / 2)
-    available = available_memory()
+    available = get_available_memory()
     return is_mapped(train) and available is not None and size > available / 2

@@ -704,7 +704,7 @@ def test_a_description_counts_one_class_in_the_singular(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("labels", [np.arange(49), np.zeros((51, 50)), np.array(["a"] * 49), np.array(1)])
 def test_labels_of_another_number_than_the_images_are_refused(tmp_path: Path, labels: np.ndarray) -> None:
-    with pytest.raises(ValueError, match=r"own.npz: train labels: expected 50 labels, one an image, got shape"):
+    with pytest.raises(ValueError, match=r"own.npz: train labels: expected 50 labels, one per image, got shape"):
         own(tmp_path, x=numbered(0, 50), y=labels)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ppl_vae import data
-from ppl_vae.data import limits
+from ppl_vae.data import machine
 
 RNG = np.random.default_rng(0)
 
@@ -36,7 +36,7 @@ def test_channels_may_come_first_or_last(
 ) -> None:
     if size == "large":
         monkeypatch.setenv("PPL_VAE_CACHE_DIR", str(tmp_path / "kept"))
-        monkeypatch.setattr(limits, "LARGE", 0)
+        monkeypatch.setattr(machine, "LARGE", 0)
     first = RNG.integers(0, 256, (20, channels, 6, 5), np.uint8)
     read = load(tmp_path, first)
     assert read.event_shape == (channels, 6, 5)
@@ -80,7 +80,7 @@ def test_a_shape_with_one_reading_needs_no_line(tmp_path: Path, shape: tuple[int
 def test_a_doubtful_shape_is_said_at_each_start(tmp_path: Path, size: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if size == "large":
         monkeypatch.setenv("PPL_VAE_CACHE_DIR", str(tmp_path / "kept"))
-        monkeypatch.setattr(limits, "LARGE", 0)
+        monkeypatch.setattr(machine, "LARGE", 0)
     load(tmp_path, RNG.integers(0, 256, (28, 28, 50), np.uint8))
     assert "(28, 28, 50)" in data.load(str(tmp_path / "own.npy")).describe()
 
@@ -99,7 +99,7 @@ def test_each_column_must_be_resolved_by_single_precision(
     """Seconds within a minute become 1 of few numbers, whatever the column beside them."""
     if size == "large":
         monkeypatch.setenv("PPL_VAE_CACHE_DIR", str(tmp_path / "kept"))
-        monkeypatch.setattr(limits, "LARGE", 0)
+        monkeypatch.setattr(machine, "LARGE", 0)
     assert len(np.unique(TIMES.astype(np.float32))) <= 3
     table = np.array(np.stack([WIDE, TIMES], 1), order=order)
     with pytest.raises(ValueError, match=r"around 1.6e\+09 with a spread of 1[78] in column 1 of train; center"):
@@ -186,7 +186,7 @@ def test_the_end_of_a_files_name_may_be_upper_case(
 ) -> None:
     if size == "large":
         monkeypatch.setenv("PPL_VAE_CACHE_DIR", str(tmp_path / "kept"))
-        monkeypatch.setattr(limits, "LARGE", 0)
+        monkeypatch.setattr(machine, "LARGE", 0)
     with (tmp_path / name).open("wb") as file:
         np.savez(file, x=NUMBERS) if name.lower().endswith("z") else np.save(file, NUMBERS)
     splits = data.load(str(tmp_path / name))
@@ -321,7 +321,7 @@ def test_the_advice_for_an_archive_of_other_names_makes_a_file_that_is_read(tmp_
 def test_columns_with_missing_values_are_named(tmp_path: Path, size: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if size == "large":
         monkeypatch.setenv("PPL_VAE_CACHE_DIR", str(tmp_path / "kept"))
-        monkeypatch.setattr(limits, "LARGE", 0)
+        monkeypatch.setattr(machine, "LARGE", 0)
     table = RNG.normal(size=(40, 5)).astype(np.float32)
     table[[3, 7], 1], table[9, 4] = np.nan, np.inf
     with pytest.raises(ValueError, match=r"in train: 3 of the values, in columns 1, 4, counted from 0"):

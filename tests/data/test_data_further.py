@@ -173,12 +173,12 @@ def test_an_array_without_labels_has_none(tmp_path: Path) -> None:
 
 
 def test_labels_of_another_length_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="labels: expected 6 labels, one an image, got shape"):
+    with pytest.raises(ValueError, match="labels: expected 6 labels, one per image, got shape"):
         data.load_images(saved(tmp_path, x=GREY, y=np.arange(5)), trained_on(data.LEVELS), "none")
 
 
 def test_one_label_is_asked_for_in_the_singular(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="labels: expected 1 label, one an image, got shape"):
+    with pytest.raises(ValueError, match="labels: expected 1 label, one per image, got shape"):
         data.load_images(saved(tmp_path, x=GREY[:1], y=np.arange(2)), trained_on(data.LEVELS), "none")
 
 

@@ -309,7 +309,7 @@ def test_notes_are_the_same_from_the_cache(tmp_path: Path, monkeypatch: pytest.M
     contents = [encoded(strokes(0, i)) for i in range(1, 8)] + [encoded(FULL)] * 4
     path = folder_of(tmp_path, [*contents, PAGES["png"], encoded(GRADIENT.astype(np.float32), "tiff")])
     first = data.load(path)
-    monkeypatch.setattr("ppl_vae.data.image_folder.decode", None)  # nothing is decoded again
+    monkeypatch.setattr("ppl_vae.data.folder.decode", None)  # nothing is decoded again
     second = data.load(path)
     assert len(first.notes) == 4
     assert second.describe() == first.describe()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ppl_vae.data.repeats import find_repeats
+from ppl_vae.data.transforms import find_repeats
 
 RNG = np.random.default_rng(0)
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from ppl_vae import data
-from ppl_vae.data import cache, limits, own, pixels
+from ppl_vae.data import array_kinds, machine, transforms
 from ppl_vae.parts import likelihoods
 from ppl_vae.runtime import numerics
 from ppl_vae.runtime.numerics import mean_and_variance, sum_over_images
@@ -35,10 +35,10 @@ def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def large(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything is: files are mapped, results are in files, and both are gone through a few images at a time."""
-    monkeypatch.setattr(limits, "LARGE", 100)
-    monkeypatch.setattr(limits, "fits", lambda num_bytes: num_bytes <= 100)
-    monkeypatch.setattr(own, "_AT_ONCE", 300)
-    monkeypatch.setattr(pixels, "_AT_ONCE", 150)
+    monkeypatch.setattr(machine, "LARGE", 100)
+    monkeypatch.setattr(machine, "fits_in_memory", lambda num_bytes: num_bytes <= 100)
+    monkeypatch.setattr(array_kinds, "BLOCK", 300)
+    monkeypatch.setattr(transforms, "_MOST_PIXELS", 150)
 
 
 # --- Files of arrays ---
@@ -202,7 +202,7 @@ def test_an_archive_that_expands_within_the_limit_is_read(tmp_path: Path) -> Non
 
 def test_arrays_that_exceed_the_memory_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     np.savez(tmp_path / "own.npz", RNG.integers(0, 256, (100, 2**10), np.uint8))
-    monkeypatch.setattr(limits, "available_memory", lambda: 100_000)
+    monkeypatch.setattr(machine, "get_available_memory", lambda: 100_000)
     with pytest.raises(ValueError, match=r"its arrays take 102,528 bytes, and 100,000 are available; save it as \.npy"):
         data.load(str(tmp_path / "own.npz"))
 
@@ -365,7 +365,7 @@ def test_room_on_a_full_disk_is_memory_after_all(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(cache, "_reserve", full)
+    monkeypatch.setattr(machine, "_reserve", full)
     rows = data.allocate((50, 3), torch.float32)
     rows.zero_()
     assert not data.is_mapped(rows)
@@ -374,7 +374,7 @@ def test_room_on_a_full_disk_is_memory_after_all(
 
 
 def test_the_memory_that_is_available_is_no_more_than_the_machine_says() -> None:
-    available = limits.available_memory()
+    available = machine.get_available_memory()
     said = re.search(r"MemTotal: +(\d+)", Path("/proc/meminfo").read_text(encoding="ascii"))
     assert said is not None
     assert available is not None
@@ -402,8 +402,8 @@ def test_the_memory_that_is_available_is_what_the_control_groups_leave(
 ) -> None:
     version, line, lowest = GROUPS[what]
     (tmp_path / "own").write_text(f"{line}\n")
-    monkeypatch.setattr(limits, "_OWN_GROUPS", tmp_path / "own")
-    monkeypatch.setattr(limits, "_ALL_GROUPS", tmp_path / "all")
+    monkeypatch.setattr(machine, "_PROCESS_GROUPS", tmp_path / "own")
+    monkeypatch.setattr(machine, "_ALL_GROUPS", tmp_path / "all")
     places = {"slurm/job_7/step_0", "slurm/job_7", "slurm", "."} if version == 2 else {"memory/slurm/job_7", "memory"}
     for place in {*places, lowest}:
         group = tmp_path / "all" / place
@@ -412,7 +412,7 @@ def test_the_memory_that_is_available_is_what_the_control_groups_leave(
         for name, value in zip(FILES_OF_GROUPS[version][:2], (limit, 1_500_000), strict=True):
             (group / name).write_text(f"{value}\n")
         (group / "memory.stat").write_text(f"anon 1\n{FILES_OF_GROUPS[version][2]} 300000\n")
-    assert limits.available_memory() == 800_000
+    assert machine.get_available_memory() == 800_000
 
 
 # --- Under a limit ---
@@ -423,10 +423,10 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from ppl_vae import data, likelihoods
-from ppl_vae.data import limits, pixels as reading, sources
+from ppl_vae.data import machine, sources, transforms
 path, pixels, family, large = sys.argv[1], sys.argv[2], getattr(likelihoods, sys.argv[3]), int(sys.argv[4])
 torch.ones(64, 64) @ torch.ones(64, 64)
-limits.LARGE = large
+machine.LARGE = large
 used = next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if "VmData" in line)
 resource.setrlimit(resource.RLIMIT_DATA, (1024 * used + 64 * 2**20,) * 2)
 splits = data.load(path)

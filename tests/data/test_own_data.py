@@ -25,7 +25,7 @@ SMALL += ["--batch-size", "20", "--evaluation-particles", "5", "--images", "30",
 DRIVER = """
 import json, resource, runpy, sys
 import numpy, torch
-from ppl_vae.data import limits
+from ppl_vae.data import machine
 
 def run(words):
     sys.argv = words
@@ -40,7 +40,7 @@ torch.set_num_threads(1)
 for words in asked["before"]:  # libraries take their own share
     run(words)
 if asked["large"]:
-    limits.LARGE = asked["large"]
+    machine.LARGE = asked["large"]
 if asked["limit"]:
     now = next(line for line in open("/proc/self/status") if line.startswith("VmData"))
     resource.setrlimit(resource.RLIMIT_DATA, (1024 * int(now.split()[1]) + asked["limit"],) * 2)

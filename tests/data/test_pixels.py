@@ -398,7 +398,7 @@ def test_many_images_start_from_the_marginals_of_a_fixed_random_part_of_them(mon
     digits = data.load("mnist")
     every = data.initialization_images(digits, "none").double()
     assert len(every) == 50_000
-    monkeypatch.setattr("ppl_vae.data.pixels._PIXELS_TO_START_FROM", 2000 * 784)
+    monkeypatch.setattr("ppl_vae.data.transforms._MOST_INITIALIZATION_PIXELS", 2000 * 784)
     some = data.initialization_images(digits, "none").double()
     assert len(some) == 2000
     assert ((some.mean(0) - every.mean(0)).abs() <= 6 * every.std(0) / 2000**0.5 + 0.002).all()

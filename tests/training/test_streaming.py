@@ -218,7 +218,7 @@ def _iwae(model: Callable[..., Any], guide: Callable[..., Any], x: Tensor, *, be
 
 
 def test_images_in_memory_are_resident_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streaming, "available_memory", lambda: 1)
+    monkeypatch.setattr(streaming, "get_available_memory", lambda: 1)
     assert not exceeds_memory(levels(), CPU)
 
 
@@ -227,7 +227,7 @@ def test_a_mapped_file_larger_than_half_the_memory_streams(
     monkeypatch: pytest.MonkeyPatch, available: int, expected: bool
 ) -> None:
     monkeypatch.setattr(streaming, "is_mapped", lambda tensor: True)
-    monkeypatch.setattr(streaming, "available_memory", lambda: available)
+    monkeypatch.setattr(streaming, "get_available_memory", lambda: available)
     assert exceeds_memory(levels(), CPU) is expected
 
 

@@ -219,7 +219,7 @@ def test_the_images_themselves_are_named_where_they_are_not_finite():
     x = torch.rand(20, 12)
     x[7, 3] = math.nan
     with pytest.raises(NotFinite, match=r"step 0: site 'x': the images of this batch"):
-        _fit(_vae(), x, transform=data.to_float, batch_size=20)
+        _fit(_vae(), x, transform=data.convert_to_float, batch_size=20)
 
 
 def test_a_gradient_that_is_not_finite_stops_before_it_reaches_the_weights():
@@ -274,7 +274,7 @@ def test_one_image_off_the_support_is_found_wherever_it_is(where):
     images = {"train": torch.zeros(50, 12), "validation": torch.zeros(20, 12)}
     images[where][17] = 0.5
     with pytest.raises(ValueError, match="support"):
-        _fit(_vae(), images["train"], images["validation"], transform=data.to_float)
+        _fit(_vae(), images["train"], images["validation"], transform=data.convert_to_float)
 
 
 @pytest.mark.parametrize("argument", ["epochs", "batch_size", "learning_rate", "clip_norm"])
@@ -512,7 +512,7 @@ def test_training_beta_leaks_into_no_reported_number():
         vae = bernoulli_vae(latent_dim=1).float()
         for parameter in vae.parameters():
             parameter.requires_grad_(True)
-        _fit(vae, x, transform=data.to_float, beta=beta, epochs=2)
+        _fit(vae, x, transform=data.convert_to_float, beta=beta, epochs=2)
         weights.append(vae.likelihood.net.output.weight.detach().clone())
         vae.double()
         torch.manual_seed(0)
@@ -539,7 +539,7 @@ def test_an_array_of_the_other_byte_order_trains_as_its_own_values():
     trained = []
     for array in (x, x.astype(x.dtype.newbyteorder(">")), x.astype(x.dtype.newbyteorder("<"))):
         vae = _vae()
-        _fit(vae, array, array[:9], transform=data.to_float, epochs=1)
+        _fit(vae, array, array[:9], transform=data.convert_to_float, epochs=1)
         trained.append(_weights(vae))
     assert torch.equal(trained[0], trained[1])
     assert torch.equal(trained[0], trained[2])
@@ -547,10 +547,10 @@ def test_an_array_of_the_other_byte_order_trains_as_its_own_values():
 
 def test_masked_values_are_refused_and_an_empty_mask_is_none():
     x = np.ma.masked_array((_levels().numpy() / 255).round().astype(np.float32))
-    _fit(_vae(), x, transform=data.to_float, epochs=1)
+    _fit(_vae(), x, transform=data.convert_to_float, epochs=1)
     x[3, 4] = np.ma.masked
     with pytest.raises(ValueError, match="data: expected an array without masked values, got 1 masked of 600"):
-        _fit(_vae(), x, transform=data.to_float)
+        _fit(_vae(), x, transform=data.convert_to_float)
 
 
 @pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode])

@@ -20,7 +20,7 @@ from ppl_vae.runs.fit_arguments import initialize_output_bias
 from ppl_vae.runs.load import load, save
 from ppl_vae.runs.options import PLAIN, Options
 from ppl_vae.runs.resolve import load_splits
-from ppl_vae.study.training import averaged
+from ppl_vae.study.training import average_over_pixels
 
 DIGITS = Options(
     **PLAIN,
@@ -78,7 +78,7 @@ def _mean_over_pixels(options: Options) -> Callable[[Path], None]:
             vae,
             stored,
             epochs=options.epochs,
-            objective=averaged(objectives.elbo, math.prod(splits.event_shape)),
+            objective=average_over_pixels(objectives.elbo, math.prod(splits.event_shape)),
             transform=observe,
             learning_rate=3e-3,
         )

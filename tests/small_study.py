@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 from small_run import bars
 
 from ppl_vae.study.plan import Size
+from ppl_vae.study.results import StudyNumbers, read_study
 from ppl_vae.study.run import collect
 
 TINY = Size(
@@ -23,6 +23,7 @@ TINY = Size(
     networks=("mlp",),
     images=100,
     num_particles=10,
+    codes=250,
 )
 
 
@@ -41,9 +42,9 @@ def save_gray_bars(path: Path) -> Path:
     return path
 
 
-def run_tiny_study(folder: Path, dataset: Path, size: Size = TINY) -> dict[str, Any]:
-    path = collect(size, [str(dataset)], name="tiny", output=str(folder), say=silent)
-    return json.loads(path.read_text(encoding="utf-8"))
+def run_tiny_study(folder: Path, dataset: Path, size: Size = TINY) -> StudyNumbers:
+    collect(size, [str(dataset)], name="tiny", output=str(folder), say=silent)
+    return read_study(folder)
 
 
 def without_times(value: Any) -> Any:

@@ -18,11 +18,12 @@ import torch
 from ppl_vae import load
 from ppl_vae.commands.cli import parse
 from ppl_vae.commands.options import COMMANDS as TABLE
+from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.reports.text.diagnosis import describe_numbers, describe_verdicts
 from ppl_vae.reports.text.evaluation import describe_evaluation
 from ppl_vae.runs.options import LIKELIHOODS
 from ppl_vae.runs.results import Evaluation, from_json
-from ppl_vae.study._cells import format_difference, format_mean
+from ppl_vae.study.tables import format_mean
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -217,9 +218,9 @@ def find_means(value) -> set[str]:
         return set()
     found = set().union(*map(find_means, value.values()))
     if value.get("mean") is not None and value.get("stderr"):
-        size = value | {"mean": abs(value["mean"])}
-        found |= {format_mean(value), format_mean(size), format_difference(value), f"{format_mean(value, scale=100)}%"}
-        found.add(format_mean(value, signed=True))
+        estimate = Estimate(value["mean"], value["stderr"])
+        found |= {format_mean(estimate), format_mean(estimate, scale=-1), format_mean(estimate, signed=True)}
+        found.add(f"{format_mean(estimate, scale=100)}%")
     return found
 
 

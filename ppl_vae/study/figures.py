@@ -1,4 +1,4 @@
-"""The study's figures, from study.json alone: each in a light and a dark version, as PNG bytes."""
+"""The study's figures: each a function from its numbers to a Figure, drawn for light and for dark pages."""
 
 from __future__ import annotations
 
@@ -8,20 +8,31 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import matplotlib
+import numpy as np
+from cycler import cycler
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 from PIL import Image
 
-from ppl_vae.reports.figures import study as plots
-from ppl_vae.reports.figures.study import Bar, Curve
-from ppl_vae.study._cells import name_data
+from ppl_vae.evidence.estimate import Estimate
+from ppl_vae.study import plan
+from ppl_vae.study.results import Difference, RunNumbers, StudyNumbers
+from ppl_vae.study.tables import name_data
 
-Study = Mapping[str, Any]
-Row = Mapping[str, Any]
+Scheme = Literal["light", "dark"]
+Value = Estimate | Difference | float | None
 
-_DOTS_AN_INCH = 144
-_BACKGROUNDS = {"light": (255, 255, 255), "dark": (20, 22, 26)}  # the page's, into which letters fade
-_SWEEP_SEED = 0  # of the curve itself
-_COLORS = 128  # of a figure's palette: lines and letters need no more, and the file is a third
+_DOTS_PER_INCH = 144
+_PALETTE_SIZE = 128  # lines and letters need no more colors, and the file is a third in size
+_BACKGROUNDS: dict[Scheme, tuple[int, int, int]] = {"light": (255, 255, 255), "dark": (20, 22, 26)}  # the page's
+_INKS: dict[Scheme, tuple[str, str]] = {"light": ("#1f2328", "#d8dde3"), "dark": ("#e4e6ea", "#3a414a")}
+_COLORS: dict[Scheme, tuple[str, ...]] = {
+    "light": ("#2b6cb0", "#c2571a", "#2f855a", "#7b4fb5", "#8a6d1d"),
+    "dark": ("#7cb7f0", "#f0a06a", "#7fcfa0", "#bfa0ee", "#d9bf6b"),
+}
+_WIDTH, _HEIGHT = 9.0, 3.6  # inches
+_MOST_EIGENVALUES = 200
+_NEAR = 3.0  # nats below the best bound that its second panel shows
 
 
 class Drawn(NamedTuple):
@@ -31,225 +42,333 @@ class Drawn(NamedTuple):
     dark: bytes
 
 
-def draw(study: Study) -> dict[str, Drawn]:
-    """Every figure that the study has the numbers for, by name."""
-    drawn = {name: [_png(figure_of, study, scheme) for scheme in _SCHEMES] for name, figure_of in _FIGURES.items()}
+def draw_figures(study: StudyNumbers) -> dict[str, Drawn]:
+    """Every figure for which the study has numbers, by name."""
+    drawn = {name: [_render(draw, study, scheme) for scheme in _BACKGROUNDS] for name, draw in FIGURES.items()}
     return {name: Drawn(light, dark) for name, (light, dark) in drawn.items() if light is not None and dark is not None}
 
 
-_SCHEMES: tuple[Literal["light", "dark"], ...] = ("light", "dark")
-
-
-def _png(figure_of: Callable[[Study], Figure | None], study: Study, scheme: Literal["light", "dark"]) -> bytes | None:
-    with matplotlib.rc_context(plots.page_style(scheme)):
-        figure = figure_of(study)
+def _render(draw: Callable[[StudyNumbers], Figure | None], study: StudyNumbers, scheme: Scheme) -> bytes | None:
+    """The figure as a PNG with few colors and a transparent background."""
+    with matplotlib.rc_context(page_style(scheme)):
+        figure = draw(study)
         if figure is None:
             return None
         raw = io.BytesIO()
-        figure.savefig(raw, format="png", dpi=_DOTS_AN_INCH)
-    return _packed(Image.open(raw).convert("RGBA"), _BACKGROUNDS[scheme])
-
-
-def _packed(image: Image.Image, background: tuple[int, int, int]) -> bytes:
-    """A PNG of few colors, a third in size, of which the page's background is transparent."""
-    page = Image.new("RGBA", image.size, (*background, 255))
-    few = Image.alpha_composite(page, image).convert("RGB").quantize(_COLORS, kmeans=1, dither=Image.Dither.NONE)
+        figure.savefig(raw, format="png", dpi=_DOTS_PER_INCH)
+    image = Image.open(raw).convert("RGBA")
+    page = Image.new("RGBA", image.size, (*_BACKGROUNDS[scheme], 255))
+    few = Image.alpha_composite(page, image).convert("RGB")
+    few = few.quantize(_PALETTE_SIZE, kmeans=1, dither=Image.Dither.NONE)
     out = io.BytesIO()
     few.save(out, format="png", transparency=few.getpixel((0, 0)))  # no figure draws in its corner
     return out.getvalue()
 
 
-# --- What they are drawn from ---
+def page_style(scheme: Scheme) -> dict[Any, Any]:
+    """Settings for ``matplotlib.rc_context`` for a light or a dark page, whose background shows through."""
+    ink, grid = _INKS[scheme]
+    inks = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor"), ink)
+    clear = dict.fromkeys(("axes.facecolor", "figure.facecolor", "legend.facecolor", "savefig.facecolor"), "none")
+    small = dict.fromkeys(("legend.fontsize", "xtick.labelsize", "ytick.labelsize"), 8.5)
+    off = dict.fromkeys(("axes.spines.right", "axes.spines.top", "legend.frameon"), False)
+    grid_style = {"axes.grid": True, "axes.axisbelow": True, "grid.color": grid, "grid.linewidth": 0.6}
+    return (
+        inks | clear | small | off | grid_style | {"font.size": 9.5, "axes.prop_cycle": cycler(color=_COLORS[scheme])}
+    )
 
 
-def _known(value: Any) -> bool:
-    return isinstance(value, Mapping) and value.get("mean") is not None
+# --- Parts of figures ---
 
 
-def _mean(value: Any) -> float | None:
-    return value["mean"] if _known(value) else None
+def _ink() -> str:
+    return matplotlib.rcParams["text.color"]
 
 
-def _stderr(value: Any) -> float | None:
-    return value.get("stderr") if _known(value) else None
+def _color(place: int) -> str:
+    colors = matplotlib.rcParams["axes.prop_cycle"].by_key()["color"]
+    return colors[place % len(colors)]
 
 
-def _parts(study: Study, section: str) -> dict[str, Any]:
-    """A section by data set, as far as it is there."""
-    of_section = study.get(section) or {}
-    return {word: of_section[word] for word in study["datasets"] if of_section.get(word)}
+def _make_panels(columns: int, rows: int = 1, *, height: float = _HEIGHT, width: float = _WIDTH) -> tuple[Figure, Any]:
+    """A figure and its axes, (rows, columns); ``height`` is one row's."""
+    figure = Figure(figsize=(width, height * rows), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def _curve(rows: Sequence[Row], pick: Callable[[Row], Any]) -> Curve:
-    """Values with errors along beta."""
-    values = [pick(row) for row in rows]
-    return Curve([row["beta"] for row in rows], [_mean(v) for v in values], [_stderr(v) for v in values])
+def _plain(value: float, _: Any = None) -> str:
+    return f"{value:g}"
 
 
-def _plain_curve(rows: Sequence[Row], pick: Callable[[Row], float | None]) -> Curve:
-    return Curve([row["beta"] for row in rows], [pick(row) for row in rows])
+def _mean(value: Value) -> float:
+    """The number itself, or the mean; NaN where it is not known."""
+    if value is None:
+        return math.nan
+    return float(value) if isinstance(value, int | float) else value.mean
 
 
-def _has_any(curve: Curve) -> bool:
-    return any(value is not None for value in curve.mean)
+def _stderr(value: Value) -> float:
+    return value.stderr or 0.0 if isinstance(value, Estimate | Difference) else 0.0
+
+
+def _draw_curve(
+    axes: Any,
+    x: Sequence[float],
+    values: Sequence[Value],
+    *,
+    label: str,
+    place: int,
+    style: str = "-",
+    hollow: Sequence[bool] | None = None,
+) -> None:
+    """Means with their errors in the color of that place; the marks of what has not settled are hollow."""
+    color, at, mean = _color(place), np.array(x, dtype=float), np.array([_mean(value) for value in values])
+    axes.errorbar(at, mean, yerr=[_stderr(v) for v in values], color=color, linestyle=style, linewidth=1.4, capsize=2)
+    is_hollow = np.array(hollow if hollow is not None else [False] * len(mean), dtype=bool)
+    for mask, fill in ((~is_hollow, "full"), (is_hollow, "none")):
+        axes.plot(at[mask], mean[mask], "o", color=color, markersize=4.5, fillstyle=fill)
+    axes.plot([], [], marker="o", color=color, markersize=4.5, linewidth=1.4, linestyle=style, label=label)
+
+
+def _set_beta_axis(axes: Any) -> None:
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(FuncFormatter(_plain))
+    axes.set_xlabel("beta")
+    axes.axvline(1, color=_ink(), linewidth=0.7, linestyle=":")
+
+
+def _betas(runs: Sequence[RunNumbers]) -> list[float]:
+    return [run.options["beta"] for run in runs]
+
+
+def _sweeps(study: StudyNumbers) -> dict[str, list[RunNumbers]]:
+    """The runs along beta, by data set, where there are any."""
+    found = {dataset: study.find_sweep(dataset) for dataset in study.datasets}
+    return {dataset: sweep for dataset, sweep in found.items() if sweep}
 
 
 # --- Along beta ---
 
 
-def _rate_distortion(study: Study) -> Figure | None:
-    shown = {}
-    for dataset, part in _parts(study, "sweep").items():
-        rows = [row for row in part["rows"] if _known(row["rate"]) and _known(row["distortion"])]
-        if not rows:
-            continue
-        mean = _condition(study, dataset, "mean")
-        others: dict[str, tuple[float, float]] = {}
-        if mean and _known(mean["kl"]) and _known(mean["reconstruction"]):
-            others["a mean over pixels"] = (mean["kl"]["mean"], -mean["reconstruction"]["mean"])
-        shown[name_data(dataset)] = plots.Tradeoff(
-            [row["beta"] for row in rows],
-            [row["rate"]["mean"] for row in rows],
-            [row["distortion"]["mean"] for row in rows],
-            others,
-        )
-    return plots.rate_distortion(shown) if shown else None
-
-
-def _bounds(study: Study) -> Figure | None:
-    shown = {}
-    for dataset, part in _parts(study, "sweep").items():
-        curves = {bound: _differences(part["rows"], bound) for bound in ("log_likelihood", "elbo")}
-        if any(any(_known(row.get(f"difference_{bound}")) for row in part["rows"]) for bound in curves):
-            seeds = {bound: _seed_gains(part, bound) for bound in curves}
-            shown[name_data(dataset)] = plots.Bounds(curves["log_likelihood"], curves["elbo"], seeds)
-    return plots.bounds_along_beta(shown) if shown else None
-
-
-def _differences(rows: Sequence[Row], bound: str) -> Curve:
-    """To beta = 1, which has 0 by definition."""
-    paired = [{"mean": 0.0, "stderr": 0.0} if row["beta"] == 1 else row.get(f"difference_{bound}") for row in rows]
-    reliable = [row.get("reliable") is not False or bound == "elbo" for row in rows]
-    return Curve([row["beta"] for row in rows], [_mean(v) for v in paired], [_stderr(v) for v in paired], reliable)
-
-
-def _seed_gains(part: Mapping[str, Any], bound: str) -> list[tuple[float, float]]:
-    """Of each further seed than the sweep's: its value minus that of the same seed at beta = 1."""
-    by_beta = {
-        row["beta"]: dict(zip(row["seeds"], row[bound]["values"], strict=True))
-        for row in part.get("seeds") or ()
-        if row.get(bound)
-    }
-    at_one = by_beta.get(1.0, {})
-    return [
-        (value, theirs - at_one[seed])
-        for value, by_seed in by_beta.items()
-        for seed, theirs in by_seed.items()
-        if seed != _SWEEP_SEED and theirs is not None and at_one.get(seed) is not None
-    ]
-
-
-def _condition(study: Study, dataset: str, word: str) -> Row | None:
-    part = (study.get("mean") or {}).get(dataset) or {}
-    return next((row for row in part.get("conditions", ()) if row["condition"] == word), None)
-
-
-def _active(study: Study) -> Figure | None:
-    shown = {}
-    for dataset, part in _parts(study, "mean").items():
-        # the sum is the sweep's beta = 1; whichever of them is there
-        by_beta = {
-            row["beta"]: row for row in part["conditions"] if row["condition"] in ("sum", "beta", "beta-of-mean")
-        }
-        rows = [by_beta[value] for value in sorted(by_beta)]
-        mean = _condition(study, dataset, "mean")
-        if not rows:
-            continue
-        shown[name_data(dataset)] = plots.Activity(
-            [row["beta"] for row in rows],
-            [row["active"] for row in rows],
-            [row["predicted"] for row in rows],
-            rows[0]["latent_dim"],
-            None if not mean or mean["active"] is None else (mean["threshold"], mean["active"], mean["predicted"]),
-        )
-    return plots.active_along_beta(shown) if shown else None
-
-
-def _spectrum(study: Study) -> Figure | None:
-    parts = {word: part for word, part in _parts(study, "mean").items() if part["eigenvalues"]}
-    if not parts:
+def draw_rate_distortion(study: StudyNumbers) -> Figure | None:
+    """Distortion against rate, with the line of the best ELBO and the mean over pixels."""
+    sweeps = _sweeps(study)
+    if not sweeps:
         return None
-    thresholds: dict[str, float] = {}
-    for part in parts.values():
-        thresholds |= {"sum over pixels": 1.0, f"mean over {part['num_pixels']:,} pixels": float(part["num_pixels"])}
-    return plots.eigenvalue_spectrum({name_data(word): part["eigenvalues"] for word, part in parts.items()}, thresholds)
+    figure, (panels,) = _make_panels(len(sweeps), height=4.2)
+    for axes, (dataset, sweep) in zip(panels, sweeps.items(), strict=True):
+        rate = np.array([_mean(run.kl) for run in sweep])
+        distortion = np.array([-_mean(run.reconstruction) for run in sweep])
+        axes.plot(rate, distortion, "o-", color=_color(0), linewidth=1.4, markersize=4.5, label="along beta")
+        low, high = distortion.min(), distortion.max()
+        _label_points(
+            axes, _betas(sweep), rate / rate.max(), (distortion - low) / (high - low or 1.0), rate, distortion
+        )
+        mean = study.find_run(plan.mean_name(dataset))
+        if mean is not None:
+            at = (_mean(mean.kl), -_mean(mean.reconstruction))
+            axes.plot(*at, "X", color=_color(1), markersize=8, label="a mean over pixels", linestyle="none")
+            low, high = min(low, at[1]), max(high, at[1])
+        best = (rate + distortion).min()
+        axes.axline((0, best), slope=-1, color=_ink(), linewidth=0.7, linestyle=":", label="the best ELBO")
+        axes.set(
+            xlabel="rate: KL, nats per image", ylabel="distortion: -E[log p(x | z)], nats", title=name_data(dataset)
+        )
+        margin = high - low
+        axes.set(xlim=(-0.06 * rate.max(), None), ylim=(low - 0.08 * margin, high + 0.12 * margin))
+        axes.legend()
+    return figure
 
 
-def _maximum(name: str) -> Callable[[Row], float | None]:
-    return lambda row: (row.get(name) or {}).get("max")
+def _label_points(axes: Any, labels: Sequence[float], x: Any, y: Any, rate: Any, distortion: Any) -> None:
+    """Writes each beta next to its point, except those that would cover the last one written. x, y: from 0 to 1."""
+    last: tuple[float, float] | None = None
+    for k, label in enumerate(labels):
+        if last is None or max(abs(x[k] - last[0]), abs(y[k] - last[1])) >= 0.05:
+            axes.annotate(f"{label:g}", (rate[k], distortion[k]), (5, 5), textcoords="offset points", fontsize=8)
+            last = x[k], y[k]
 
 
-_MEASURES: dict[str, Callable[[Sequence[Row]], Curve]] = {
-    "classifier's effect: 0 alike, 1 apart": lambda rows: _curve(
-        rows, lambda r: (r.get("classifier") or {}).get("effect")
-    ),
-    "largest Kolmogorov-Smirnov distance": lambda rows: _plain_curve(rows, _maximum("kolmogorov_smirnov")),
-    "share of prior draws in holes": lambda rows: _curve(rows, lambda r: r.get("holes")),
-    "mutual information, nats": lambda rows: _curve(rows, lambda r: r.get("mutual_information")),
+def draw_bounds(study: StudyNumbers) -> Figure | None:
+    """Paired differences to beta = 1: for each data set all of them, and those within some nats of the best."""
+    sweeps = {dataset: sweep for dataset, sweep in _sweeps(study).items() if study.differences.get("beta")}
+    if not sweeps:
+        return None
+    figure, rows = _make_panels(2, len(sweeps))
+    for panels, (dataset, sweep) in zip(rows, sweeps.items(), strict=True):
+        near: list[tuple[float, float]] = []
+        for place, (bound, word) in enumerate((("log_likelihood", "L_S, the bound on log p(x)"), ("elbo", "ELBO"))):
+            found = [study.difference("beta", run.name) for run in sweep]
+            values = [None if each is None else getattr(each, bound) for each in found]
+            values = [
+                Estimate(0.0, 0.0) if run.options["beta"] == 1 else v for run, v in zip(sweep, values, strict=True)
+            ]
+            hollow = [bound == "log_likelihood" and run.reliable is False for run in sweep]
+            for axes in panels:
+                _draw_curve(axes, _betas(sweep), values, label=word, place=place, hollow=hollow)
+                for beta, gain in find_seed_gains(study, dataset, bound):
+                    axes.plot(beta, gain, ".", color=_color(place), alpha=0.6, markersize=5)
+            best = np.nanmax([_mean(v) for v in values])
+            near += [(b, _mean(v)) for b, v in zip(_betas(sweep), values, strict=True) if _mean(v) > best - _NEAR]
+        for axes in panels:
+            _set_beta_axis(axes)
+            axes.axhline(0, color=_ink(), linewidth=0.7, linestyle=":")
+        panels[0].set(title=f"{name_data(dataset)}: all betas", ylabel="nats per image, minus those of beta = 1")
+        panels[0].legend()
+        _zoom(panels[1], near)
+        panels[1].set_title(f"{name_data(dataset)}: within {_NEAR:g} nats of the best")
+    return figure
+
+
+def find_seed_gains(study: StudyNumbers, dataset: str, bound: str) -> list[tuple[float, float]]:
+    """(beta, gain) of each further seed: its bound minus that of the same seed at beta = 1."""
+    gains = []
+    for seed in study.settings.seeds:
+        runs = {b: study.find_run(plan.sweep_name(dataset, b, seed)) for b in (*study.settings.close_betas, 1.0)}
+        reference = _mean(None if (at_one := runs[1.0]) is None else getattr(at_one, bound))
+        gains += [(b, _mean(getattr(run, bound)) - reference) for b, run in runs.items() if run is not None]
+    return [(beta, gain) for beta, gain in gains if not math.isnan(gain)]
+
+
+def _zoom(axes: Any, points: Sequence[tuple[float, float]]) -> None:
+    betas, values = zip(*points, strict=True)
+    margin, ticks = 0.12 * max(max(values) - min(values), 0.5), sorted(set(betas))
+    axes.set(ylim=(min(values) - margin, max(values) + margin), xlim=(min(betas) / 1.4, max(betas) * 1.4))
+    axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
+    axes.minorticks_off()
+
+
+def draw_active(study: StudyNumbers) -> Figure | None:
+    """Active latents along beta, measured and predicted by the eigenvalues; a panel for each data set."""
+    sweeps = _sweeps(study)
+    if not sweeps:
+        return None
+    figure, (panels,) = _make_panels(len(sweeps))
+    for axes, (dataset, sweep) in zip(panels, sweeps.items(), strict=True):
+        of_mean = study.find_run(plan.beta_of_mean_name(dataset))
+        runs = sorted([*sweep, *([] if of_mean is None else [of_mean])], key=lambda run: run.options["beta"])
+        L = runs[0].options["latent_dim"]
+        predicted = [min(L, study.count_directions(run)) for run in runs]
+        axes.plot(_betas(runs), predicted, "--", color=_color(1), linewidth=1.4, label="predicted: linear VAE")
+        _draw_curve(axes, _betas(runs), [run.active for run in runs], label="measured", place=0)
+        mean = study.find_run(plan.mean_name(dataset))
+        if mean is not None and mean.active is not None:
+            at = study.threshold(mean), mean.active
+            axes.plot(*at, "X", color=_color(3), markersize=9, linestyle="none", label="a mean over pixels")
+        _set_beta_axis(axes)
+        axes.set(ylabel=f"active latents of {L}", title=name_data(dataset), ylim=(-0.04 * L, None))
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.legend()
+    return figure
+
+
+def draw_spectrum(study: StudyNumbers) -> Figure | None:
+    """Eigenvalues of the data's covariance in units of the likelihood's noise, with the thresholds of sum and mean."""
+    spectra = {name: data.eigenvalues[:_MOST_EIGENVALUES] for name, data in study.data.items() if data.eigenvalues}
+    if not spectra:
+        return None
+    figure, ((axes,),) = _make_panels(1, width=7.0, height=4.0)
+    thresholds = {"sum over pixels": 1.0}
+    for place, (name, values) in enumerate(spectra.items()):
+        ranks = np.arange(1, len(values) + 1)
+        axes.plot(ranks, values, ".-", color=_color(place), linewidth=1, label=name_data(name), markersize=4)
+        D = study.data[name].num_pixels
+        thresholds[f"mean over {D:,} pixels"] = float(D)
+    for name, threshold in thresholds.items():
+        axes.axhline(threshold, color=_ink(), linewidth=0.9, linestyle="--")
+        label, to_right = f"{name}: {threshold:,.4g}", axes.get_yaxis_transform()
+        axes.text(0.985, 1.08 * threshold, label, transform=to_right, ha="right", va="bottom", fontsize=8.5)
+    axes.set(xscale="log", yscale="log", xlabel="direction, by eigenvalue", ylabel="eigenvalue / noise")
+    axes.xaxis.set_major_formatter(FuncFormatter(_plain))
+    axes.set_ylim(top=2.2 * max([*thresholds.values(), *(max(values) for values in spectra.values())]))
+    axes.legend(loc="center right")
+    return figure
+
+
+_MEASURES: dict[str, str] = {
+    "classifier": "classifier's effect: 0 alike, 1 apart",
+    "largest_distance": "largest Kolmogorov-Smirnov distance",
+    "holes": "share of prior draws in holes",
+    "mutual_information": "mutual information, nats",
 }
-_SHARES = (
-    "classifier's effect: 0 alike, 1 apart",
-    "largest Kolmogorov-Smirnov distance",
-    "share of prior draws in holes",
-)
 
 
-def _aggregate(study: Study) -> Figure | None:
-    panels: dict[str, dict[str, Curve]] = {}
-    autoencoders: dict[str, dict[str, float]] = {}
-    for measure, curve_of in _MEASURES.items():
-        for dataset, part in _parts(study, "regularization").items():
-            curve = curve_of([row for row in part["rows"] if not row["autoencoder"]])
-            if _has_any(curve):
-                panels.setdefault(measure, {})[name_data(dataset)] = curve
-            plain = [value for value in curve_of([row for row in part["rows"] if row["autoencoder"]]).mean if value]
-            if plain:
-                autoencoders.setdefault(measure, {})[name_data(dataset)] = plain[0]
-    if not panels:
+def draw_aggregate(study: StudyNumbers) -> Figure | None:
+    """Four measures of codes against the prior along beta; dashed: the autoencoder."""
+    sweeps = {name: [run for run in sweep if run.prior_match] for name, sweep in _sweeps(study).items()}
+    if not any(sweeps.values()):
         return None
-    return plots.aggregate_along_beta(panels, autoencoders=autoencoders, shares=_SHARES)
+    figure, panels = _make_panels(2, 2, height=2.9)
+    for axes, (measure, title) in zip(panels.flat, _MEASURES.items(), strict=True):
+        for place, (dataset, sweep) in enumerate(sweeps.items()):
+            values = [getattr(run.prior_match, measure) for run in sweep]
+            _draw_curve(axes, _betas(sweep), values, label=name_data(dataset), place=place)
+            run = study.find_run(plan.autoencoder_name(dataset))
+            value = None if run is None else getattr(run.prior_match, measure, None)
+            if value is not None:
+                label = f"{name_data(dataset)}, autoencoder"
+                axes.axhline(_mean(value), color=_color(place), linewidth=1, linestyle="--", label=label)
+        _set_beta_axis(axes)
+        axes.set_title(title)
+        if measure != "mutual_information":
+            axes.set_ylim(-0.04, 1.04)
+    panels[0, 0].legend()
+    return figure
 
 
-# --- Pictures' quality ---
+# --- Bars ---
 
 
-def _bar(name: str, value: Any) -> list[Bar]:
-    return [Bar(name, value["mean"], value.get("stderr"))] if _known(value) else []
+def _draw_bars(axes: Any, title: str, bars: Mapping[str, Value], mark: tuple[str, Value] | None = None) -> None:
+    """Bars with their errors, and a dashed line across."""
+    means, places = [_mean(value) for value in bars.values()], range(len(bars))
+    colors = [_color(place) for place in places]
+    stderr = [_stderr(value) for value in bars.values()]
+    axes.bar(places, means, yerr=stderr if any(stderr) else None, capsize=3, color=colors, ecolor=_ink(), width=0.7)
+    axes.set_xticks(places, [name.replace(", ", ",\n") for name in bars])
+    axes.grid(visible=False, axis="x")
+    if mark is not None:
+        axes.axhline(_mean(mark[1]), color=_ink(), linewidth=1, linestyle="--", label=mark[0])
+        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0, borderpad=0)  # above, for bars fill it
+    axes.set_title(title, loc="left")
 
 
-_POWER = "high-frequency power of reconstructions"
+def draw_remedies(study: StudyNumbers) -> Figure | None:
+    """Active latents by remedy; a panel for each network."""
+    panels_of: dict[str, dict[str, int | None]] = {}
+    for network in plan.REMEDIED_NETWORKS:
+        names = {remedy: plan.remedy_name(study.datasets[0], network, remedy) for remedy in plan.REMEDIES}
+        active = {remedy: run.active for remedy, name in names.items() if (run := study.find_run(name)) is not None}
+        if active:
+            panels_of[f"{network} network: active latents"] = active
+    if not panels_of:
+        return None
+    figure, (panels,) = _make_panels(len(panels_of), height=3.2)
+    for axes, (title, bars) in zip(panels, panels_of.items(), strict=True):
+        _draw_bars(axes, title, bars)
+    return figure
 
 
-def _sharpness(study: Study) -> Figure | None:
-    """Sharpness of reconstructions and distances of samples, of the first data set that has both."""
-    for part in _parts(study, "autoencoder").values():
-        both = [("VAE", part.get("vae") or {}), ("autoencoder", part.get("autoencoder") or {})]
-        sharp = [bar for name, of in both for bar in _bar(name, of.get("sharpness"))]
-        distance = [bar for name, of in both for bar in _bar(name, (of.get("samples") or {}).get("frechet"))]
-        distance += [
-            bar
-            for name, of in both
-            for bar in _bar(f"{name}, fitted normal", (of.get("fitted_samples") or {}).get("frechet"))
-        ]
-        panels = {_POWER: sharp, "Fréchet distance of samples": distance}
-        panels = {quantity: bars for quantity, bars in panels.items() if bars}
-        if panels:
-            marks = {_POWER: ("the test images", 1.0)}
-            floor = _mean((part.get("floor") or {}).get("frechet"))
-            if floor is not None:
-                marks["Fréchet distance of samples"] = ("other real images", floor)
-            return plots.bar_panels(panels, marks=marks)
-    return None
+def draw_sharpness(study: StudyNumbers) -> Figure | None:
+    """Sharpness of reconstructions and distances of samples, of the first data set."""
+    dataset = next(iter(study.blur), None)
+    if dataset is None:
+        return None
+    sharpness: dict[str, Value] = {}
+    distances: dict[str, Value] = {}
+    for model, name in (("VAE", plan.sweep_name(dataset, 1.0)), ("AE", plan.autoencoder_name(dataset))):
+        run = study.find_run(name)
+        if run is not None and run.blur is not None and run.samples is not None:
+            sharpness["autoencoder" if model == "AE" else model] = run.blur.sharpness
+            distances[f"{model}, prior"] = run.samples.frechet
+            distances |= {f"{model}, {word}": density.quality.frechet for word, density in run.densities.items()}
+    figure, ((left, right),) = _make_panels(2)
+    _draw_bars(left, "high-frequency power of reconstructions", sharpness, ("the test images", 1.0))
+    _draw_bars(
+        right, "Fréchet distance of samples", distances, ("other real images", study.blur[dataset].floor.frechet)
+    )
+    right.tick_params(axis="x", labelsize=7)
+    return figure
 
 
 _BLUR_PARTS = {
@@ -259,77 +378,93 @@ _BLUR_PARTS = {
 }
 
 
-def _blur(study: Study) -> Figure | None:
-    shown = {}
-    for dataset, part in _parts(study, "autoencoder").items():
-        parts = part.get("decomposition") or {}
-        if all(_known(parts.get(name)) for name in _BLUR_PARTS):
-            shown[name_data(dataset)] = {words: parts[name]["mean"] for name, words in _BLUR_PARTS.items()}
-    return plots.blur_parts(shown) if shown else None
+def draw_blur(study: StudyNumbers) -> Figure | None:
+    """A stacked bar for each data set of the parts of the squared error; a negative part is drawn to the left of 0."""
+    if not study.blur:
+        return None
+    figure, ((axes,),) = _make_panels(1, height=1.5 + 0.6 * len(study.blur))
+    for row, blur in enumerate(study.blur.values()):
+        ends = {True: 0.0, False: 0.0}
+        for place, (name, words) in enumerate(_BLUR_PARTS.items()):
+            value = blur.parts[name].mean
+            label = words if row == 0 else None
+            axes.barh(row, value, left=ends[value >= 0], color=_color(place), height=0.6, label=label)
+            ends[value >= 0] += value
+    axes.set_yticks(range(len(study.blur)), [name_data(dataset) for dataset in study.blur])
+    axes.invert_yaxis()
+    axes.grid(visible=False, axis="y")
+    axes.axvline(0, color=_ink(), linewidth=0.8)
+    axes.set_xlabel("squared error per pixel")
+    figure.legend(loc="outside upper center", ncols=len(_BLUR_PARTS))
+    return figure
 
 
-# --- Remedies, architectures, scale maps ---
+# --- Networks and scale maps ---
 
 
-def _remedies(study: Study) -> Figure | None:
-    networks = (study.get("collapse") or {}).get("networks") or {}
-    panels = {}
-    for network, part in networks.items():
-        bars = [Bar(row["remedy"], row["active"]) for row in part["rows"] if row["active"] is not None]
-        if bars:
-            panels[f"{network} network: active latents"] = bars
-    return plots.bar_panels(panels, height=3.2) if panels else None
+def draw_networks(study: StudyNumbers) -> Figure | None:
+    """L_S over latents, over seconds of training, and over weights."""
+    dataset, settings = study.datasets[0], study.settings
+    groups = {
+        "gated, by latents": [plan.latents_name(dataset, L) for L in settings.latent_dims],
+        "by network": [plan.sweep_name(dataset, 1.0), *(plan.network_name(dataset, w) for w in settings.networks)],
+    }
+    found = {group: [run for name in names if (run := study.find_run(name))] for group, names in groups.items()}
+    if sum(map(len, found.values())) < 2:
+        return None
+    figure, (panels,) = _make_panels(3, height=3.9, width=10.0)
+    for axes, what in zip(panels, ("latents", "seconds of training", "weights"), strict=True):
+        for place, (group, runs) in enumerate(found.items()):
+            x_of = {"latents": "latent_dim", "seconds of training": "seconds", "weights": "parameters"}[what]
+            x = [run.options["latent_dim"] if what == "latents" else getattr(run, x_of) for run in runs]
+            y, stderr = ([of(run.log_likelihood) for run in runs] for of in (_mean, _stderr))
+            axes.errorbar(x, y, yerr=stderr, fmt="o", color=_color(place), markersize=5, capsize=2, label=group)
+            for run, at in zip(runs, zip(x, y, strict=True), strict=True):
+                label = str(run.options["latent_dim"]) if place == 0 else run.options["network"]
+                axes.annotate(label, at, (5, 4), textcoords="offset points", fontsize=7.5)
+        axes.set(xscale="log", xlabel=what)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))
+        axes.xaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
+        axes.margins(x=0.18, y=0.1)
+    panels[0].set_ylabel("L_S, nats per image")
+    panels[0].legend(loc="lower right")
+    return figure
 
 
-def _architectures(study: Study) -> Figure | None:
-    rows = [row for row in (study.get("architectures") or {}).get("rows", ()) if _known(row["log_likelihood"])]
-    models = [
-        plots.Model(
-            f"{row['latent_dim']}" if row["varied"] == "latents" else row["network"],
-            "gated, by latents" if row["varied"] == "latents" else "by network",
-            row.get("seconds"),
-            row["parameters"],
-            row["log_likelihood"]["mean"],
-            row["log_likelihood"].get("stderr"),
-            row["latent_dim"],
+def draw_scale_maps(study: StudyNumbers) -> Figure | None:
+    """The gradient's norm, and how often it is not finite, over the largest feature; dashed where the KL is sampled."""
+    if not study.gradients:
+        return None
+    figure, ((left, right),) = _make_panels(2)
+    for place, word in enumerate(dict.fromkeys(each.scale_map for each in study.gradients)):
+        rows = sorted((each for each in study.gradients if each.scale_map == word), key=lambda row: row.largest_feature)
+        x = [row.largest_feature for row in rows]
+        forms = (
+            (word, "-", [row.norm for row in rows], [row.not_finite for row in rows]),
+            (f"{word}, sampled KL", "--", [row.sampled_norm for row in rows], [row.sampled_not_finite for row in rows]),
         )
-        for row in rows
-        if row.get("parameters")
-    ]
-    return plots.nats_of_models(models, bound="L_S") if len(models) > 1 else None
+        for label, style, norms, not_finite in forms:
+            positive = [None if _mean(norm) == 0 else norm for norm in norms]  # 0 has no place on a log scale
+            _draw_curve(left, x, positive, label=label, place=place, style=style)
+            _draw_curve(right, x, not_finite, label=label, place=place, style=style)
+    for axes in (left, right):
+        axes.set(xscale="log", xlabel="largest feature |h|")
+        axes.xaxis.set_major_formatter(FuncFormatter(_plain))
+    left.set(yscale="log", ylabel="norm of the gradient, where finite", title="How large")
+    right.set(ylim=(-0.04, 1.04), ylabel="share of images", title="NaN or infinite")
+    left.legend()
+    return figure
 
 
-def _norm(row: Row) -> float | None:
-    norm = row["gradient_norm"]
-    return _mean(norm) if isinstance(norm, Mapping) else norm
-
-
-def _scale_maps(study: Study) -> Figure | None:
-    rows = (study.get("scale_maps") or {}).get("gradients") or ()
-    maps = {}
-    for word in dict.fromkeys(row["scale_map"] for row in rows):
-        own = sorted((row for row in rows if row["scale_map"] == word), key=lambda row: row["largest_feature"])
-        sampled = [row["sampled"] for row in own if row.get("sampled")]
-        maps[word] = plots.ScaleMap(
-            [row["largest_feature"] for row in own],
-            [_norm(row) for row in own],
-            [row["not_finite"] for row in own],
-            [_norm(row) for row in sampled] if len(sampled) == len(own) else None,
-            [row["not_finite"] for row in sampled] if len(sampled) == len(own) else None,
-        )
-    finite = [n for of_map in maps.values() for n in of_map.gradient_norm if n is not None and math.isfinite(n)]
-    return plots.scale_map_gradients(maps) if finite else None
-
-
-_FIGURES: dict[str, Callable[[Study], Figure | None]] = {
-    "spectrum": _spectrum,
-    "active": _active,
-    "rate-distortion": _rate_distortion,
-    "bounds": _bounds,
-    "remedies": _remedies,
-    "sharpness": _sharpness,
-    "blur": _blur,
-    "aggregate": _aggregate,
-    "architectures": _architectures,
-    "scale-maps": _scale_maps,
+FIGURES: dict[str, Callable[[StudyNumbers], Figure | None]] = {
+    "spectrum": draw_spectrum,
+    "active": draw_active,
+    "rate-distortion": draw_rate_distortion,
+    "bounds": draw_bounds,
+    "remedies": draw_remedies,
+    "sharpness": draw_sharpness,
+    "blur": draw_blur,
+    "aggregate": draw_aggregate,
+    "networks": draw_networks,
+    "scale-maps": draw_scale_maps,
 }

@@ -15,16 +15,17 @@ class Size:
     """How much is trained and measured.
 
     Args:
-        epochs: of most runs.
-        collapse_epochs: of the residual networks that collapse without a warm-up.
-        stress_epochs: of the scale maps at ten times the learning rate.
-        betas: of the sweep, by data set.
-        seeds: further seeds, for the betas between which the likelihood peaks.
-        close_betas: those betas.
-        latent_dims: beside that of the base.
-        networks: beside that of the base.
-        images: test images that are evaluated and measured.
+        epochs: Of most runs.
+        collapse_epochs: Of the residual networks that collapse without a warm-up.
+        stress_epochs: Of the scale maps at ten times the learning rate.
+        betas: The betas along which each data set is studied.
+        seeds: Further seeds, at the betas between which the likelihood peaks.
+        close_betas: Those betas.
+        latent_dims: Numbers of latents other than the base's.
+        networks: Networks other than the base's.
+        images: Test images that are evaluated and measured.
         num_particles: S of log p(x).
+        codes: Training images to whose codes densities are fitted, at most.
     """
 
     epochs: int
@@ -37,9 +38,10 @@ class Size:
     networks: tuple[str, ...]
     images: int
     num_particles: int
+    codes: int
 
     def betas_of(self, dataset: str) -> tuple[float, ...]:
-        """Of the sweep on that data set; on one that is not named, those of the last that is."""
+        """The betas of a data set; the last list serves data sets that have none of their own."""
         return self.betas.get(dataset, [*self.betas.values()][-1])
 
 
@@ -57,10 +59,11 @@ DEFAULT = Size(
     networks=("mlp", "conv", "residual"),
     images=2000,
     num_particles=500,
+    codes=50_000,
 )
 QUICK = Size(
     epochs=2,
-    collapse_epochs=2,  # of one there is no warm-up
+    collapse_epochs=2,  # one epoch has no warm-up
     stress_epochs=1,
     betas={
         "mnist": (0.001, 0.01, 0.1, 0.3, 1.0, 2.0, 5.0, 20.0, 100.0),
@@ -72,6 +75,7 @@ QUICK = Size(
     networks=("mlp", "conv"),
     images=500,
     num_particles=200,
+    codes=5000,
 )
 
 
@@ -80,38 +84,40 @@ class Planned:
     """One run of the study.
 
     Args:
-        name: of its folder.
-        options: of it.
-        averaged: whether the study's handler scales the observed site by 1/D: a mean over pixels in training.
-        stressed: whether it is trained to see if it ends at all.
+        name: Its folder.
+        options: Its options.
+        averaged: Whether its log-likelihood is averaged over pixels in training.
+        stressed: Whether it is trained only to see if it ends with finite numbers.
+        num_codes: Training images, at most, to whose codes densities are fitted; 0 for no density.
     """
 
     name: str
     options: Options
     averaged: bool = False
     stressed: bool = False
+    num_codes: int = 0
 
 
 def base(size: Size, dataset: str, **changed: Any) -> Options:
-    """The plain VAE that every other one differs from in one thing: gated, 40 latents, dynamic binarization."""
+    """The plain VAE from which every run differs in one thing: gated, 40 latents, dynamic binarization."""
     common = PLAIN | {
         "dataset": dataset,
         "epochs": size.epochs,
         "warmup_epochs": default_warmup(size.epochs),
         "images": size.images,
         "evaluation_particles": size.num_particles,
-        "keep": "last",  # of all runs, so that a beta is seen as it ends, and not where the ELBO liked it best
+        "keep": "last",  # so that a beta is seen as it ends, and not where the ELBO was best
     }
     return Options(**(common | changed))
 
 
 def dataset_word(dataset: str) -> str:
-    """What a data set is called in the names of runs: a name as it is, a path by its file."""
+    """A data set in the names of runs: the name of a known one, the file's stem of a path."""
     return Path(dataset).stem
 
 
 def sweep_name(dataset: str, beta: float, seed: int = 0) -> str:
-    """The run of the sweep with that beta."""
+    """The run along beta."""
     return f"{dataset_word(dataset)}-beta-{beta:g}" + (f"-seed-{seed}" if seed else "")
 
 
@@ -126,7 +132,7 @@ def beta_of_mean_name(dataset: str) -> str:
 
 
 def autoencoder_name(dataset: str, latent_dim: int | None = None) -> str:
-    """The run with a deterministic guide, and where it is said another number of latents than the base's."""
+    """The run with a deterministic guide; ``latent_dim`` where it is not the base's."""
     return f"{dataset_word(dataset)}-autoencoder" + ("" if latent_dim is None else f"-{latent_dim}")
 
 
@@ -140,7 +146,8 @@ def network_name(dataset: str, network: str) -> str:
     return f"{dataset_word(dataset)}-network-{network}"
 
 
-# (c): the way of training, and what it changes. "residual" collapses without help; "gated" loses some units.
+# Remedies against collapse, and the options that they change. The residual network collapses without one; the gated
+# network loses some latents.
 REMEDIES: dict[str, dict[str, Any]] = {
     "none": {"warmup_epochs": 0},
     "warm-up": {},
@@ -151,11 +158,13 @@ REMEDIED_NETWORKS = ("gated", "residual")
 
 
 def remedy_name(dataset: str, network: str, remedy: str) -> str:
-    """The network, trained in that way."""
+    """The network, trained with that remedy. The gated network with a warm-up is the base itself."""
+    if (network, remedy) == ("gated", "warm-up"):
+        return sweep_name(dataset, 1.0)
     return f"{dataset_word(dataset)}-{network}-remedy-{remedy}"
 
 
-STRESS_RATE = 0.03  # ten times the others' learning rate, and no clipping to speak of
+STRESS_RATE = 0.03  # ten times the learning rate of the other runs
 _NO_CLIPPING = 1e9
 
 
@@ -165,25 +174,27 @@ def stress_name(dataset: str, scale_map: str) -> str:
 
 
 def plan(size: Size, datasets: Sequence[str], *, num_pixels: Mapping[str, int] | None = None) -> list[Planned]:
-    """Every run of the study, in the order in which they are trained; the first data set has all parts.
+    """Every run of the study, in the order of training; the first data set has all parts.
 
     Args:
-        size: how much.
-        datasets: the first has every part; others have the sweep, the mean over pixels and the autoencoder.
+        size: How much.
+        datasets: The first has every part; others have the betas, the mean over pixels and the autoencoder.
         num_pixels: D of each, the beta that equals a mean over pixels; by default 784.
     """
     runs = []
     for dataset in datasets:
         betas, D = size.betas_of(dataset_word(dataset)), (num_pixels or {}).get(dataset, 784)
-        runs += [Planned(sweep_name(dataset, beta), base(size, dataset, beta=beta)) for beta in betas]
+        codes = {beta: size.codes if beta == 1 else 0 for beta in betas}
+        runs += [Planned(sweep_name(dataset, b), base(size, dataset, beta=b), num_codes=codes[b]) for b in betas]
+        autoencoder = base(size, dataset, posterior="delta", beta=0.0)
         runs.append(Planned(mean_name(dataset), base(size, dataset), averaged=True))
         runs.append(Planned(beta_of_mean_name(dataset), base(size, dataset, beta=float(D))))
-        runs.append(Planned(autoencoder_name(dataset), base(size, dataset, posterior="delta", beta=0.0)))
-    return runs + _further(size, datasets[0])
+        runs.append(Planned(autoencoder_name(dataset), autoencoder, num_codes=size.codes))
+    return runs + _plan_further(size, datasets[0])
 
 
-def _further(size: Size, dataset: str) -> list[Planned]:
-    """The parts that one data set suffices for."""
+def _plan_further(size: Size, dataset: str) -> list[Planned]:
+    """The parts for which one data set suffices."""
     runs = [
         Planned(sweep_name(dataset, beta, seed), base(size, dataset, beta=beta, seed=seed))
         for seed in size.seeds
@@ -194,11 +205,11 @@ def _further(size: Size, dataset: str) -> list[Planned]:
     runs.append(Planned(autoencoder_name(dataset, 2), two))
     runs += [Planned(network_name(dataset, word), base(size, dataset, network=word)) for word in size.networks]
     for network in REMEDIED_NETWORKS:
-        for remedy, changed in REMEDIES.items():
-            epochs = size.collapse_epochs if network == "residual" else size.epochs
-            options = replace(base(size, dataset, network=network), epochs=epochs, warmup_epochs=default_warmup(epochs))
-            if network != "gated" or remedy != "warm-up":  # which is the base itself
-                runs.append(Planned(remedy_name(dataset, network, remedy), replace(options, **changed)))
+        epochs = size.collapse_epochs if network == "residual" else size.epochs
+        options = replace(base(size, dataset, network=network), epochs=epochs, warmup_epochs=default_warmup(epochs))
+        names = {remedy: remedy_name(dataset, network, remedy) for remedy in REMEDIES}
+        new = {remedy: name for remedy, name in names.items() if name != sweep_name(dataset, 1.0)}
+        runs += [Planned(name, replace(options, **REMEDIES[remedy])) for remedy, name in new.items()]
     for word in SCALE_MAPS:
         stressed = base(size, dataset, scale_map=word, learning_rate=STRESS_RATE, clip_norm=_NO_CLIPPING)
         stressed = replace(stressed, epochs=size.stress_epochs, warmup_epochs=0)

@@ -1,17 +1,23 @@
-"""The study's questions: for each its figures, one table, and a fixed paragraph that says how to read them.
+"""The study's questions: for each its figures, its table, and a fixed paragraph that says how to read them.
 
-No sentence depends on a number. What the runs showed is in the tables, with errors; a comparison that can go either way
+No sentence depends on a number. The tables show what the runs showed, with errors; a comparison that can go either way
 is read off its row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
 
-from ppl_vae.reports.page import Block, Picture, Section, Slider, SliderStop, Text
-from ppl_vae.study._cells import (
+import numpy as np
+
+from ppl_vae.reports.page import Block, Picture, Section, Slider, SliderStop, Text, true_minus
+from ppl_vae.reports.page.blocks import Cell
+from ppl_vae.study import plan
+from ppl_vae.study.figures import Drawn
+from ppl_vae.study.results import Quality, RunNumbers, StudyNumbers
+from ppl_vae.study.tables import (
     format_difference,
     format_mean,
     format_number,
@@ -20,10 +26,6 @@ from ppl_vae.study._cells import (
     name_data,
     stack_strips,
 )
-from ppl_vae.study.figures import Drawn
-
-Study = Mapping[str, Any]
-Row = Mapping[str, Any]
 
 AVERAGING = """\
 A loss that is averaged over the D pixels instead of summed divides the reconstruction term by D and leaves the KL as it
@@ -31,7 +33,8 @@ is: it is the objective of beta = D, even with beta set to one. A linear decoder
 data only if its eigenvalue, in units of the likelihood's noise, is above beta (Lucas et al. 2019; Dai et al. 2020). The
 table compares this prediction, made before any training, with what each training showed: *directions above* is the
 prediction, *active* what came, and *as predicted* says whether a run collapsed exactly where no direction is above the
-threshold. The rows of the mean and of beta = D should agree, since their objectives differ by a factor alone."""
+threshold. The rows of the mean and of beta = D should agree, since their objectives differ by a factor alone. A squared
+error that is averaged over D pixels has the same fault: it is the likelihood of a normal with variance D / 2."""
 
 REGULARIZER = """\
 The KL term is a price on information: each nat that a code tells about its image costs beta nats, and pays only if it
@@ -57,13 +60,14 @@ What is shown as a reconstruction is a mean of all images that the decoder holds
 images that differ is not sharp. **Why a VAE blurs:** the guide's noise makes several images share a code, and the error
 of one reconstruction splits exactly into that *posterior noise* and the error that is left without it. **Why an
 autoencoder blurs:** it has no noise, but a short code still leaves open which image it was: the table of latents shows
-how sharpness grows with their number, and with two latents its reconstruction is close to the mean of the training
-images whose codes are nearest. Power above one is noise, not detail: it comes from binary inputs.
+how sharpness grows with their number. With two latents, compare its reconstructions with *neighbors*, the means of the
+20 training images whose codes are nearest: a reconstruction is such a mean. Power above one is noise, not detail: it
+comes from binary inputs.
 
-**Samples.** The autoencoder was never trained with a prior, so decoding N(0, I) judges it unfairly. The columns
-*fitted* give each model a density that is fitted to its codes afterwards, which is the fair comparison. Fréchet
-distances are in principal components of the training images; the row *other real images* is what real images would
-have."""
+**Samples.** The autoencoder was never trained with a prior, so decoding N(0, I) judges it unfairly. The rows *fitted*
+decode draws of a density that was fitted to the codes of training images afterwards, which is the fair comparison: a
+normal, a mixture of normals (validation codes choose their number) and a flow. Fréchet distances are in principal
+components of the training images; the row *other real images* is what real images would have."""
 
 CHECK = """\
 The regularization worked if codes of test images, one sample each, look like samples of the prior, and still say
@@ -88,161 +92,126 @@ what the decoder makes of the place under the pointer. The network itself runs i
 VAE the decoder may draw what is neither; between the codes of an autoencoder it was never trained."""
 
 
-class Source(NamedTuple):
-    """What the sections are made of: ``study.json``, the study's folder, and its figures by name."""
+METHOD = """\
+Every run is the same plain VAE unless its name says otherwise, trained for {epochs} epochs. Its last weights are kept.
+beta is a matter of training alone: every reported number is at beta = 1. log p(x) is estimated from below by the
+importance-weighted bound L_S with S = {num_particles:,} samples per image, on {images:,} fixed random test images. Runs
+are ranked by log p(x) only where their difference in L_S exceeds what either may still gain with more samples. Where
+L_S at beta = 1 is hardly above the floor, a model has learned little, and its numbers say little about trained models.
 
-    study: Study
+± is one standard error over images; it says nothing about what another training would give. Differences between bounds
+on the same images are paired, with 95% intervals that are corrected for the number of comparisons in their table.
+
+Training took {training:.3g}, evaluation {evaluation:.3g} and measuring {measuring:.3g} minutes."""
+
+
+@dataclass(frozen=True)
+class Material:
+    """What the page is made of: the numbers, the study's folder, and its figures by name."""
+
+    study: StudyNumbers
     folder: Path
     drawn: Mapping[str, Drawn]
 
-    def parts(self, section: str) -> dict[str, Any]:
-        """A section of study.json by data set, as far as it is there."""
-        found = self.study.get(section) or {}
-        return {word: found[word] for word in self.study["datasets"] if found.get(word)}
-
-    def figure(self, name: str, caption: str, alt: str) -> list[Block]:
-        """A figure, where there is one."""
+    def show_figure(self, name: str, caption: str, alt: str) -> list[Block]:
+        """The figure, if there is one."""
         if name not in self.drawn:
             return []
         return [Picture(self.drawn[name].light, caption, alt, dark_png=self.drawn[name].dark)]
 
-    def picture(self, path: str | None) -> bytes | None:
-        """The bytes of a picture file of the study."""
+    def read_picture(self, path: str | None) -> bytes | None:
+        """The bytes of a picture in the study's folder, if it exists."""
         place = None if path is None else self.folder / path
         return place.read_bytes() if place is not None and place.is_file() else None
 
-    def run_picture(self, run: str | None, name: str) -> bytes | None:
-        """A run's picture by its name."""
-        record = self.study["runs"].get(run) or {}
-        return self.picture((record.get("pictures") or {}).get(name))
+    def read_run_picture(self, run: str, name: str) -> bytes | None:
+        """A run's picture by its name, if it exists."""
+        found = self.study.runs.get(run)
+        return None if found is None else self.read_picture(found.pictures.get(name))
 
-    def originals(self, dataset: str) -> bytes | None:
+    def read_originals(self, dataset: str) -> bytes | None:
         """The test images of a data set that are shown."""
-        return self.picture(((self.study.get("data") or {}).get(dataset) or {}).get("originals"))
+        return self.read_picture(self.study.data[dataset].originals)
 
 
-def explain_averaging(source: Source) -> Section:
-    """What does averaging over pixels do?"""
-    blocks: list[Block] = [Text(AVERAGING)]
-    blocks += source.figure(
-        "spectrum",
-        "Eigenvalues of the training images' covariance, in units of the likelihood's noise, with the thresholds of a "
-        "sum and of a mean. A direction above a threshold is kept.",
-        "Eigenvalues by rank on logarithmic axes, with the thresholds of sum and mean",
-    )
-    blocks += source.figure(
-        "active",
-        "Active latents along beta, measured and predicted; the cross is the mean over pixels, at the beta that it "
-        "amounts to.",
-        "Active latents against beta, measured and predicted",
-    )
-    reductions = {"sum": "the sum", "mean": "the mean", "beta-of-mean": "the sum with beta = D"}
-    rows = []
-    for dataset, part in source.parts("mean").items():
-        by_word = {row["condition"]: row for row in part["conditions"]}
-        named = [("test images", source.originals(dataset))] + [
-            (words, source.run_picture((by_word.get(word) or {}).get("run"), "reconstructions"))
-            for word, words in reductions.items()
-        ]
-        blocks += stack_strips(named, f"{name_data(dataset)}: same network, same training.", "Reconstructions")
-        seen: set[str] = set()
-        for row in sorted(part["conditions"], key=lambda row: row["condition"] == "beta"):
-            if row["run"] in seen:  # the sum is a run of the sweep, too
-                continue
-            seen.add(row["run"])
-            rows.append(
-                [
-                    name_data(dataset),
-                    row["reduction"],
-                    f"{row['beta']:g}",
-                    format_number(row["threshold"]),
-                    row["predicted_live"],
-                    row["active"],
-                    format_share(row["variation"]),
-                    format_mean(row["kl"]),
-                    format_mean(row["reconstruction"]),
-                    {True: "yes", False: "no", None: None}[row["as_predicted"]],
-                ]
-            )
-    columns = ["data", "pixels", "beta", "threshold", "directions above", "active", "variation", "KL"]
-    blocks += make_table(
-        [*columns, "reconstruction", "as predicted"],
-        rows,
-        "Nats per image. Variation: how much reconstructions differ between images, relative to the images themselves; "
-        "at zero they are all one picture.",
-    )
-    return Section("What does averaging over pixels do?", blocks if rows else [], anchor="averaging")
-
-
-def explain_beta(source: Source) -> Section:
+def explain_beta(material: Material) -> Section:
     """Why is the regularizer troublesome, and where does the likelihood peak along beta?"""
-    parts = source.parts("sweep")
+    study, rows = material.study, list[list[Cell]]()
     blocks: list[Block] = [Text(REGULARIZER)]
-    for dataset, part in parts.items():
-        blocks += _make_slider(source, dataset, part["rows"])
-    blocks += source.figure(
+    for dataset in study.datasets:
+        sweep = study.find_sweep(dataset)
+        blocks += _make_slider(material, dataset, sweep)
+        rows += [_list_bounds(study, run) for run in sweep]
+    blocks += material.show_figure(
         "rate-distortion",
         "Each point is a model, with its beta. The sum of both axes is minus the ELBO: all points of the dotted line "
         "have the best one.",
         "Distortion against rate along beta",
     )
-    blocks += source.figure(
+    blocks += material.show_figure(
         "bounds",
         "Differences of L_S and of the ELBO to beta = 1 on the same test images, with standard errors. Small dots are "
         "further seeds; hollow marks are estimates that have not settled.",
         "Differences of L_S and ELBO to beta = 1, along beta",
     )
-    rows, seeds = [], []
-    for dataset, part in parts.items():
-        for row in part["rows"]:
-            rows.append(
-                [
-                    name_data(dataset),
-                    f"{row['beta']:g}" + ("" if row["reliable"] is not False else " *"),
-                    format_mean(row["rate"]),
-                    format_mean(row["distortion"]),
-                    format_mean(row["elbo"]),
-                    format_mean(row["log_likelihood"]),
-                    format_difference(row["difference_elbo"]),
-                    format_difference(row["difference_log_likelihood"]),
-                    format_mean(row["gap"]),
-                    row["active"],
-                    format_mean(row.get("implied_beta")),
-                ]
-            )
-        for entry in part.get("seeds") or ():
-            for bound, name in (("log_likelihood", "L_S"), ("elbo", "ELBO")):
-                values = ", ".join(f"{value:.2f}" for value in entry[bound]["values"])
-                seeds.append(
-                    [name_data(dataset), f"{entry['beta']:g}", name, values, format_number(entry[bound]["spread"])]
-                )
     columns = ["data", "beta", "rate", "distortion", "ELBO", "L_S", "ELBO - that of beta = 1"]
     blocks += make_table(
         [*columns, "L_S - that of beta = 1", "L_S - ELBO", "active", "implied beta"],
         rows,
         "Nats per image ± standard error over images. L_S is the importance-weighted bound on log p(x).",
     )
-    blocks += make_table(
-        ["data", "beta", "bound", "by seed", "spread"], seeds, "The same bounds for several seeds, nats per image."
-    )
+    blocks += _tabulate_seeds(study)
     return Section("Why is the regularizer troublesome?", blocks if rows else [], anchor="beta")
 
 
-def _make_slider(source: Source, dataset: str, rows: Sequence[Row]) -> list[Block]:
+def _list_bounds(study: StudyNumbers, run: RunNumbers) -> list[Cell]:
+    difference = study.difference("beta", run.name)
+    return [
+        name_data(run.dataset),
+        f"{run.options['beta']:g}" + (" *" if run.reliable is False else ""),
+        format_mean(run.kl),
+        format_mean(run.reconstruction, scale=-1),
+        format_mean(run.elbo),
+        format_mean(run.log_likelihood),
+        None if difference is None else format_difference(difference.elbo),
+        None if difference is None else format_difference(difference.log_likelihood),
+        format_mean(run.gap),
+        run.active,
+        format_mean(run.implied_beta),
+    ]
+
+
+def _tabulate_seeds(study: StudyNumbers) -> list[Block]:
+    """Both bounds for several seeds of one beta."""
+    rows, dataset = list[list[Cell]](), study.datasets[0]
+    for beta in study.settings.close_betas:
+        names = [plan.sweep_name(dataset, beta, seed) for seed in (0, *study.settings.seeds)]
+        found = [run for name in names if (run := study.find_run(name)) is not None]
+        for bound, word in (("log_likelihood", "L_S"), ("elbo", "ELBO")):
+            values = [getattr(run, bound).mean for run in found]
+            if len(values) > 1:
+                spread = format_number(float(np.std(values, ddof=1)))
+                rows.append([f"{beta:g}", word, ", ".join(f"{value:.2f}" for value in values), spread])
+    caption = f"{name_data(dataset)}: the same bounds for several seeds, nats per image."
+    return make_table(["beta", "bound", "by seed", "spread"], rows, caption)
+
+
+def _make_slider(material: Material, dataset: str, sweep: list[RunNumbers]) -> list[Block]:
     """Reconstructions and samples along beta."""
     stops = []
-    for row in rows:
-        pictures = [(name, source.run_picture(row["run"], name)) for name in ("reconstructions", "samples")]
+    for run in sweep:
+        pictures = [(name, material.read_run_picture(run.name, name)) for name in ("reconstructions", "samples")]
         known = [(name, png) for name, png in pictures if png is not None]
         numbers = {
-            "L_S, nats": format_mean(row["log_likelihood"]) or "–",
-            "rate, nats": format_mean(row["rate"]) or "–",
-            "distortion, nats": format_mean(row["distortion"]) or "–",
-            "active latents": "–" if row["active"] is None else str(row["active"]),
+            "L_S, nats": format_mean(run.log_likelihood),
+            "rate, nats": format_mean(run.kl),
+            "distortion, nats": format_mean(run.reconstruction, scale=-1),
+            "active latents": None if run.active is None else str(run.active),
         }
         if len(known) == len(pictures):
-            stops.append(SliderStop(f"{row['beta']:g}", known, numbers))
-    originals = source.originals(dataset)
+            words = {name: "–" if value is None else true_minus(value) for name, value in numbers.items()}
+            stops.append(SliderStop(f"{run.options['beta']:g}", known, words))
+    originals = material.read_originals(dataset)
     if not stops or originals is None:
         return []
     labels = [stop.label for stop in stops]
@@ -254,154 +223,27 @@ def _make_slider(source: Source, dataset: str, rows: Sequence[Row]) -> list[Bloc
     return [Slider("beta", stops, caption, fixed=("test images", originals), start=start)]
 
 
-def explain_collapse(source: Source) -> Section:
-    """What helps against posterior collapse?"""
-    part = source.study.get("collapse") or {}
-    rows = [
-        [
-            network,
-            row["remedy"],
-            row["active"],
-            format_mean(row["kl"]),
-            format_mean(row["elbo"]),
-            format_mean(row["log_likelihood"]),
-            format_difference(row["difference_log_likelihood"]),
-        ]
-        for network, found in (part.get("networks") or {}).items()
-        for row in found["rows"]
-    ]
-    blocks: list[Block] = [Text(COLLAPSE)]
-    blocks += source.figure(
-        "remedies", "Active latents after the same training.", "Bars of active latents by network and remedy"
-    )
-    columns = ["network", "remedy", "active", "KL", "ELBO", "L_S", "L_S - that of none"]
-    blocks += make_table(columns, rows, "Nats per image; differences are paired.")
-    return Section("What helps against collapse?", blocks if rows else [], anchor="collapse")
-
-
-def explain_blur(source: Source) -> Section:
-    """Why do VAEs blur, and autoencoders too?"""
-    parts = source.parts("autoencoder")
-    blocks: list[Block] = [Text(BLUR)]
-    for dataset, part in parts.items():
-        runs = {key: (part.get(key) or {}).get("run") for key in ("vae", "autoencoder")}
-        for what, name, hint in (
-            ("Reconstructions", "reconstructions", "look at edges and thin strokes."),
-            ("Samples", "samples", "which of them could be data?"),
-            ("Samples of a fitted density", "fitted_samples", "the same, from a density fitted to the codes."),
-            ("Interpolations", "interpolations", "straight lines between two codes; look at the middle."),
-        ):
-            named = [(f"the {key}", source.run_picture(run, name)) for key, run in runs.items()]
-            if name == "reconstructions":
-                named.insert(0, ("test images", source.originals(dataset)))
-            blocks += stack_strips(named, f"{name_data(dataset)}: {hint}", what)
-    blocks += source.figure(
-        "sharpness",
-        "Left: high-frequency power of reconstructions; the test images have one. Right: Fréchet distance between "
-        "decoded samples and test images; the line is what other real images have.",
-        "Bars of sharpness and of samples' distance",
-    )
-    blocks += source.figure(
-        "blur",
-        "The squared error of one sampled reconstruction in parts that add up: the error of an autoencoder with as "
-        "many latents, the noise of the posterior, and the rest.",
-        "Stacked bars of the parts of the error",
-    )
-    blocks += _tabulate_quality(parts) + _tabulate_error(parts)
-    return Section("Why do VAEs blur, and autoencoders too?", blocks if parts else [], anchor="blur")
-
-
-def _tabulate_quality(parts: Mapping[str, Any]) -> list[Block]:
-    rows: list[list[Any]] = []
-    for dataset, part in parts.items():
-        for key in ("vae", "autoencoder"):
-            found = part.get(key) or {}
-            samples, fitted = found.get("samples") or {}, found.get("fitted_samples") or {}
-            rows.append(
-                [
-                    name_data(dataset),
-                    key,
-                    format_mean(found.get("reconstruction")),
-                    format_mean(found.get("sharpness")),
-                    format_mean(found.get("squared_error")),
-                    format_mean(samples.get("frechet")),
-                    format_mean(samples.get("classifier")),
-                    format_mean(fitted.get("frechet")),
-                    format_mean(fitted.get("classifier")),
-                ]
-            )
-        binarized, floor = part.get("binarized") or {}, part.get("floor") or {}
-        if binarized:
-            cells = [format_mean(binarized.get("sharpness")), format_mean(binarized.get("error"))]
-            rows.append([name_data(dataset), "the binary image itself", None, *cells, None, None, None, None])
-        cells = [format_mean(floor.get("sharpness")), None, format_mean(floor.get("frechet"))]
-        rows.append(
-            [name_data(dataset), "other real images", None, *cells, format_mean(floor.get("classifier")), None, None]
-        )
-    columns = ["data", "model", "reconstruction, nats", "power", "squared error", "samples: Fréchet"]
-    return make_table(
-        [*columns, "samples: classifier", "fitted: Fréchet", "fitted: classifier"],
-        rows,
-        "The autoencoder's nats are log p(x | z(x)), never a log-likelihood. Classifier: 0 where samples cannot be "
-        "told from real images, 1 where they always can.",
-    )
-
-
-def _tabulate_error(parts: Mapping[str, Any]) -> list[Block]:
-    rows = [
-        [
-            "autoencoder" if row["posterior"] == "delta" else "VAE",
-            row["latent_dim"],
-            format_mean(row.get("sharpness")),
-            format_mean(row.get("error")),
-            format_mean(row.get("posterior_noise")),
-            format_mean(row.get("bias")),
-        ]
-        for part in parts.values()
-        for row in part.get("latents") or ()
-    ]
-    columns = ["model", "latents", "power", "squared error", "posterior noise", "the rest"]
-    return make_table(columns, rows, "Sharpness and squared error per pixel by the number of latents.")
-
-
-def explain_check(source: Source) -> Section:
+def explain_check(material: Material) -> Section:
     """How do I check that the regularization worked?"""
-    parts = source.parts("regularization")
+    study, rows = material.study, list[list[Cell]]()
     blocks: list[Block] = [Text(CHECK)]
-    blocks += source.figure(
+    blocks += material.show_figure(
         "aggregate",
         "Four measures of codes against the prior along beta; dashed: the autoencoder. The first three should be low, "
         "and the last should not be zero.",
         "Four measures of codes against prior, along beta",
     )
-    rows = []
-    for dataset, part in parts.items():
-        reference = ((source.study.get("sweep") or {}).get(dataset) or {}).get("reference")
-        holes = source.run_picture(reference, "holes")
+    for dataset in study.datasets:
+        holes = material.read_run_picture(plan.sweep_name(dataset, 1.0), "holes")
         if holes is not None:
             caption = (
                 f"{name_data(dataset)}, beta = 1: above, the prior samples that the codes cover least; below, ordinary "
                 "ones."
             )
             blocks.append(Picture(holes, caption, "Decoded prior samples: holes and ordinary ones", dark_png=holes))
-        for row in part["rows"]:
-            moments, distance = row.get("moments") or {}, row.get("kolmogorov_smirnov") or {}
-            information = format_mean(row.get("mutual_information"))
-            rows.append(
-                [
-                    name_data(dataset),
-                    "autoencoder" if row["autoencoder"] else f"{row['beta']:g}",
-                    row["active"],
-                    format_number((moments.get("mean") or {}).get("max")),
-                    format_number((moments.get("log_scale") or {}).get("max")),
-                    format_number(distance.get("max")),
-                    distance.get("rejected"),
-                    format_mean((row.get("classifier") or {}).get("effect")),
-                    format_share(row.get("holes")),
-                    f"{information} (cap)" if information and row.get("saturated") else information,
-                    format_mean(row.get("marginal_kl")),
-                ]
-            )
+        autoencoder = study.find_run(plan.autoencoder_name(dataset))
+        runs = study.find_sweep(dataset) + ([] if autoencoder is None else [autoencoder])
+        rows += [_list_match(run) for run in runs if run.prior_match is not None]
     columns = ["data", "beta", "active", "largest |mean|", "largest |log scale|", "largest KS", "rejected"]
     blocks += make_table(
         [*columns, "classifier", "holes", "mutual information", "KL to prior"],
@@ -412,64 +254,241 @@ def explain_check(source: Source) -> Section:
     return Section("How do I check that the regularization worked?", blocks if rows else [], anchor="check")
 
 
-def explain_networks(source: Source) -> Section:
-    """Which network, and how many latents?"""
-    part = source.study.get("architectures") or {}
-    rows = [
-        [
-            row["network"],
-            row["latent_dim"],
-            row["active"],
-            row["parameters"],
-            format_number(row["seconds"]),
-            format_mean(row["elbo"]),
-            format_mean(row["log_likelihood"]),
-            format_difference(row["difference_log_likelihood"]),
-        ]
-        for row in part.get("rows", ())
+def _list_match(run: RunNumbers) -> list[Cell]:
+    match = run.prior_match
+    assert match is not None
+    information = format_mean(match.mutual_information)
+    return [
+        name_data(run.dataset),
+        "autoencoder" if run.is_autoencoder else f"{run.options['beta']:g}",
+        run.active,
+        format_number(match.largest_mean),
+        format_number(match.largest_log_scale),
+        format_number(match.largest_distance),
+        match.rejected,
+        format_mean(match.classifier),
+        format_share(match.holes),
+        f"{information} (cap)" if information and match.saturated else information,
+        format_mean(match.marginal_kl),
     ]
+
+
+def explain_blur(material: Material) -> Section:
+    """Why do VAEs blur, and autoencoders too?"""
+    study = material.study
+    blocks: list[Block] = [Text(BLUR)]
+    for dataset in study.blur:
+        models = {"the VAE": plan.sweep_name(dataset, 1.0), "the autoencoder": plan.autoencoder_name(dataset)}
+        for what, name, hint in (
+            ("Reconstructions", "reconstructions", "look at edges and thin strokes."),
+            ("Samples", "samples", "which of them could be data?"),
+            ("Samples of a fitted normal", "normal_samples", "codes from a normal that was fitted to codes."),
+            ("Samples of a fitted mixture", "mixture_samples", "the same, from a fitted mixture."),
+            ("Samples of a fitted flow", "flow_samples", "the same, from a fitted flow."),
+            ("Interpolations", "interpolations", "straight lines between two codes; look at the middle."),
+        ):
+            named = [(model, material.read_run_picture(run, name)) for model, run in models.items()]
+            if name == "reconstructions":
+                named.insert(0, ("test images", material.read_originals(dataset)))
+            blocks += stack_strips(named, f"{name_data(dataset)}: {hint}", what)
+    blocks += material.show_figure(
+        "sharpness",
+        "Left: high-frequency power of reconstructions; the test images have one. Right: Fréchet distance between "
+        "decoded samples and test images; the line is what other real images have.",
+        "Bars of sharpness and of samples' distance",
+    )
+    blocks += material.show_figure(
+        "blur",
+        "The squared error of one sampled reconstruction in parts that add up: the error of an autoencoder with as "
+        "many latents, the noise of the posterior, and the rest.",
+        "Stacked bars of the parts of the error",
+    )
+    blocks += _tabulate_error(study) + _tabulate_samples(study)
+    return Section("Why do VAEs blur, and autoencoders too?", blocks if study.blur else [], anchor="blur")
+
+
+def _tabulate_error(study: StudyNumbers) -> list[Block]:
+    """Reconstructions of the VAE and the autoencoder, by the number of latents."""
+    rows: list[list[Cell]] = []
+    for dataset, blur in study.blur.items():
+        names = [plan.sweep_name(dataset, 1.0), *(plan.latents_name(dataset, L) for L in study.settings.latent_dims)]
+        names += [plan.autoencoder_name(dataset, 2), plan.autoencoder_name(dataset)]
+        found = [run for name in names if (run := study.find_run(name)) is not None]
+        for run in sorted(found, key=lambda run: (run.is_autoencoder, run.options["latent_dim"])):
+            parts = run.blur
+            rows.append(
+                [
+                    name_data(dataset),
+                    "autoencoder" if run.is_autoencoder else "VAE",
+                    run.options["latent_dim"],
+                    format_mean(run.reconstruction),
+                    None if parts is None else format_mean(parts.sharpness),
+                    None if parts is None else format_mean(parts.error),
+                    None if parts is None or run.is_autoencoder else format_mean(parts.posterior_noise),
+                    None if parts is None or run.is_autoencoder else format_mean(parts.bias),
+                ]
+            )
+        for model, latents, found_of in (("neighbors", 2, blur.neighbors), ("the binary image", None, blur.binary)):
+            if found_of:
+                cells = [format_mean(found_of["sharpness"]), format_mean(found_of["error"])]
+                rows.append([name_data(dataset), model, latents, None, *cells, None, None])
+    columns = ["data", "model", "latents", "reconstruction, nats", "power", "squared error", "posterior noise"]
+    return make_table(
+        [*columns, "the rest"],
+        rows,
+        "Reconstructions; squared errors are per pixel. The autoencoder's nats are log p(x | z(x)), never a "
+        "log-likelihood. The error of neighbors is that of the autoencoder's reconstructions against them.",
+    )
+
+
+def _tabulate_samples(study: StudyNumbers) -> list[Block]:
+    """Samples of the prior and of densities that were fitted to codes."""
+    rows: list[list[Cell]] = []
+    for dataset, blur in study.blur.items():
+        for model, name in (("VAE", plan.sweep_name(dataset, 1.0)), ("autoencoder", plan.autoencoder_name(dataset))):
+            run = study.find_run(name)
+            if run is None or run.samples is None:
+                continue
+            rows.append([name_data(dataset), model, "prior", None, None, *_list_quality(run.samples)])
+            for word, density in run.densities.items():
+                K = density.num_components
+                source = f"fitted {word}" + (f" of {K}" if K else "")
+                log_density = format_mean(density.log_density)
+                cells = _list_quality(density.quality)
+                rows.append([name_data(dataset), model, source, density.num_codes, log_density, *cells])
+        rows.append([name_data(dataset), "other real images", None, None, None, *_list_quality(blur.floor)])
+    return make_table(
+        ["data", "model", "codes from", "fitted to", "log density", "power", "Fréchet", "classifier"],
+        rows,
+        "Decoded samples. Fitted to: training codes. Log density: of validation codes, nats; each model has its own "
+        "codes. Classifier: 0 where samples cannot be told from real images, 1 where they always can.",
+    )
+
+
+def _list_quality(quality: Quality) -> list[str | None]:
+    return [format_mean(each) for each in (quality.sharpness, quality.frechet, quality.classifier)]
+
+
+def explain_averaging(material: Material) -> Section:
+    """What does averaging over pixels do?"""
+    study, rows = material.study, list[list[Cell]]()
+    blocks: list[Block] = [Text(AVERAGING)]
+    blocks += material.show_figure(
+        "spectrum",
+        "Eigenvalues of the training images' covariance, in units of the likelihood's noise, with the thresholds of a "
+        "sum and of a mean. A direction above a threshold is kept.",
+        "Eigenvalues by rank on logarithmic axes, with the thresholds of sum and mean",
+    )
+    blocks += material.show_figure(
+        "active",
+        "Active latents along beta, measured and predicted; the cross is the mean over pixels, at the beta that it "
+        "amounts to.",
+        "Active latents against beta, measured and predicted",
+    )
+    for dataset in study.datasets:
+        compared = {
+            plan.sweep_name(dataset, 1.0): "the sum",
+            plan.mean_name(dataset): "the mean",
+            plan.beta_of_mean_name(dataset): "the sum with beta = D",
+        }
+        named = [("test images", material.read_originals(dataset))]
+        named += [(words, material.read_run_picture(name, "reconstructions")) for name, words in compared.items()]
+        blocks += stack_strips(named, f"{name_data(dataset)}: same network, same training.", "Reconstructions")
+        names = list(dict.fromkeys([*compared, *(run.name for run in study.find_sweep(dataset))]))
+        rows += [_list_condition(study, run) for name in names if (run := study.find_run(name)) is not None]
+    columns = ["data", "pixels", "beta", "threshold", "directions above", "active", "variation", "KL"]
+    blocks += make_table(
+        [*columns, "reconstruction", "as predicted"],
+        rows,
+        "Nats per image. Variation: how much reconstructions differ between images, relative to the images themselves; "
+        "at zero they are all one picture.",
+    )
+    return Section("What does averaging over pixels do?", blocks if rows else [], anchor="averaging")
+
+
+def _list_condition(study: StudyNumbers, run: RunNumbers) -> list[Cell]:
+    directions = study.count_directions(run)
+    return [
+        name_data(run.dataset),
+        "mean" if run.averaged else "sum",
+        f"{run.options['beta']:g}",
+        format_number(study.threshold(run)),
+        directions,
+        run.active,
+        format_share(run.variation),
+        format_mean(run.kl),
+        format_mean(run.reconstruction),
+        "yes" if (directions == 0) == (run.active == 0) else "no",
+    ]
+
+
+def explain_collapse(material: Material) -> Section:
+    """What helps against posterior collapse?"""
+    study, rows = material.study, list[list[Cell]]()
+    for network in plan.REMEDIED_NETWORKS:
+        for remedy in plan.REMEDIES:
+            run = study.find_run(plan.remedy_name(study.datasets[0], network, remedy))
+            if run is not None:
+                difference = study.difference("collapse", run.name)
+                gain = None if difference is None else format_difference(difference.log_likelihood)
+                bounds = [format_mean(each) for each in (run.kl, run.elbo, run.log_likelihood)]
+                rows.append([network, remedy, run.active, *bounds, gain])
+    blocks: list[Block] = [Text(COLLAPSE)]
+    blocks += material.show_figure(
+        "remedies", "Active latents after the same training.", "Bars of active latents by network and remedy"
+    )
+    columns = ["network", "remedy", "active", "KL", "ELBO", "L_S", "L_S - that of none"]
+    blocks += make_table(columns, rows, "Nats per image; differences are paired.")
+    return Section("What helps against collapse?", blocks if rows else [], anchor="collapse")
+
+
+def explain_networks(material: Material) -> Section:
+    """Which network, and how many latents?"""
+    study, rows = material.study, list[list[Cell]]()
+    dataset, settings = study.datasets[0], study.settings
+    base = plan.sweep_name(dataset, 1.0)
+    names = [plan.latents_name(dataset, L) for L in settings.latent_dims] + [base]
+    names += [plan.network_name(dataset, network) for network in settings.networks]
+    found = [run for name in names if (run := study.find_run(name)) is not None]
+    for run in found:
+        difference = study.difference("networks", run.name)
+        gain = None if difference is None else format_difference(difference.log_likelihood)
+        cells = [run.options["network"], run.options["latent_dim"], run.active, run.parameters]
+        bounds = [format_mean(each) for each in (run.elbo, run.log_likelihood)]
+        rows.append([*cells, format_number(run.seconds), *bounds, gain])
     blocks: list[Block] = [Text(NETWORKS)]
-    blocks += source.figure(
-        "architectures", "L_S by latents, seconds of training and weights.", "L_S against latents, seconds and weights"
+    blocks += material.show_figure(
+        "networks", "L_S by latents, seconds of training and weights.", "L_S against latents, seconds and weights"
     )
     columns = ["network", "latents", "active", "weights", "seconds", "ELBO", "L_S", "L_S - that of the base"]
-    places = [k for k, row in enumerate(part.get("rows", ())) if row["varied"] == "base"]
-    blocks += make_table(columns, rows, "Nats per image; the marked row is the base.", places)
+    marked = [k for k, run in enumerate(found) if run.name == base]
+    blocks += make_table(columns, rows, "Nats per image; the marked row is the base.", marked)
     return Section("Which network, and how many latents?", blocks if rows else [], anchor="networks")
 
 
-def explain_scale_maps(source: Source) -> Section:
+def explain_scale_maps(material: Material) -> Section:
     """Does it matter how the guide's scales are kept positive?"""
-    part = source.study.get("scale_maps") or {}
-
-    def norm(row: Row) -> str | None:
-        value = row.get("gradient_norm")
-        return format_mean(value) if isinstance(value, Mapping) else format_number(value)
-
+    study = material.study
     gradients = [
         [
-            row["scale_map"],
-            format_number(row["largest_feature"]),
-            norm(row),
-            format_number(row["not_finite"]),
-            norm(row.get("sampled") or {}),
-            format_number((row.get("sampled") or {}).get("not_finite")),
-            format_number(row.get("largest_scale")),
+            each.scale_map,
+            format_number(each.largest_feature),
+            format_mean(each.norm),
+            format_number(each.not_finite),
+            format_mean(each.sampled_norm),
+            format_number(each.sampled_not_finite),
+            format_number(each.largest_scale),
         ]
-        for row in part.get("gradients") or ()
+        for each in study.gradients
     ]
-    stressed = [
-        [
-            row["scale_map"],
-            "yes" if row["finished"] else f"no, in {row.get('failure_phase') or 'training'}",
-            None if row.get("step") is None else f"{row['step']:,} of {row['num_steps']:,}",
-            format_mean(row.get("elbo")),
-            row.get("failure"),
-        ]
-        for row in part.get("stressed") or ()
-    ]
+    stressed: list[list[Cell]] = []
+    for scale_map in plan.SCALE_MAPS:
+        run = study.runs.get(plan.stress_name(study.datasets[0], scale_map))
+        if run is not None:
+            ended = "yes" if run.failed is None else "no"
+            stressed.append([scale_map, ended, run.step, format_mean(run.elbo), run.failed])
     blocks: list[Block] = [Text(SCALE_MAPS)]
-    blocks += source.figure(
+    blocks += material.show_figure(
         "scale-maps",
         "Gradient norm, and share of images with a broken gradient, against the largest feature. Solid: KL in closed "
         "form; dashed: sampled KL.",
@@ -483,32 +502,16 @@ def explain_scale_maps(source: Source) -> Section:
     return Section("Does the scale map matter?", blocks if gradients or stressed else [], anchor="scale-maps")
 
 
-def explain_method(source: Source) -> Section:
+def explain_method(material: Material) -> Section:
     """How was it measured?"""
-    study, settings = source.study, source.study["settings"]
-    seconds, environment = study.get("seconds") or {}, study.get("environment") or {}
-    text = f"""\
-Every run is the same plain VAE unless its name says otherwise, trained for {settings["epochs"]} epochs. Its last
-weights are kept. beta is a matter of training alone: every reported number is at beta = 1. log p(x) is estimated
-from below by the importance-weighted bound L_S with S = {settings["num_particles"]:,} samples per image, on
-{settings["images"]:,} fixed random test images. Runs are ranked by log p(x)
-only where their difference in L_S exceeds what either may still gain with more samples.
-
-± is one standard error over images; it says nothing about what another training would give. Differences between bounds
-on the same images are paired, with 95% intervals that are corrected for the number of comparisons in their table."""
-    minutes = ", ".join(f"{value / 60:.3g} minutes of {name}" for name, value in seconds.items() if value)
-    if minutes:
-        text += f"\n\nIt took {minutes} on {environment.get('device') or 'one computer'}."
-    rows = [
-        [
-            name_data(word),
-            entry.get("description"),
-            entry.get("train"),
-            entry.get("validation"),
-            entry.get("test"),
-            format_mean(entry.get("floor")),
-        ]
-        for word, entry in (study.get("data") or {}).items()
+    study, settings = material.study, material.study.settings
+    minutes = {name: study.seconds.get(name, 0.0) / 60 for name in ("training", "evaluation", "measuring")}
+    text = METHOD.format(
+        epochs=settings.epochs, num_particles=settings.num_particles, images=settings.images, **minutes
+    )
+    rows: list[list[Cell]] = [
+        [name_data(word), each.description, each.train, each.validation, each.test, format_mean(each.floor)]
+        for word, each in study.data.items()
     ]
     caption = "Floor: the log-likelihood of each pixel on its own, without latents, on the same test images, in nats."
     table = make_table(["data", "what it is", "train", "validation", "test", "floor"], rows, caption)

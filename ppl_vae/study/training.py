@@ -1,4 +1,4 @@
-"""Training the study's runs, one after the other, each in a run folder like any other."""
+"""Trains the study's runs one after the other, each in a run folder like any other."""
 
 from __future__ import annotations
 
@@ -26,14 +26,13 @@ from ppl_vae.study.plan import Planned
 from ppl_vae.training import Callbacks, TrainingState, fit
 
 FAILURE = "failure.json"
-TRAINING, EVALUATION = "training", "evaluation"  # where a run met a number that is not finite
 
 
 class MeanOverPixels(ScaleMessenger):
     """log p(x | z) / D: what a loss that is averaged over pixels does to a model, as an effect handler.
 
     It scales the observed site by 1 / D, so that the objective is rec / D - KL, which has the optimum of beta = D. The
-    library itself never averages; this is here to show what happens.
+    library itself never averages.
     """
 
     def __init__(self, num_pixels: int) -> None:
@@ -44,20 +43,19 @@ class MeanOverPixels(ScaleMessenger):
             super()._process_message(msg)
 
 
-def averaged(objective: Callable[..., Tensor], num_pixels: int) -> Callable[..., Tensor]:
-    """The objective of a model whose pixels are averaged: one line, and the only one that differs."""
+def average_over_pixels(objective: Callable[..., Tensor], num_pixels: int) -> Callable[..., Tensor]:
+    """The objective of a model whose pixels are averaged."""
 
-    def of_means(model: Any, guide: Any, x: Tensor, *, beta: float | Tensor) -> Tensor:
+    def averaged(model: Any, guide: Any, x: Tensor, *, beta: float | Tensor) -> Tensor:
         return objective(MeanOverPixels(num_pixels)(model), guide, x, beta=beta)
 
-    return of_means
+    return averaged
 
 
 def train_planned(planned: Planned, folder: Path, *, say: Say) -> bool:
-    """Trains a run, or what is left of it, and evaluates it; returns whether it ended with finite numbers.
+    """Trains a run, or the rest of it, and evaluates it; returns whether it ended with finite numbers.
 
-    One that meets a NaN leaves ``failure.json`` in its folder, with what was said, and in which phase: that too is a
-    result.
+    A run that meets a NaN is a result, too: it leaves ``failure.json`` with the message in its folder.
     """
     run_dir = folder / planned.name
     if (run_dir / FAILURE).exists():
@@ -70,28 +68,25 @@ def train_planned(planned: Planned, folder: Path, *, say: Say) -> bool:
         else:
             train_run(planned.options, str(run_dir), say=say, draw=False)
     except NotFinite as error:
-        runs.write_json(run_dir / FAILURE, {"error": str(error), "phase": _phase(str(error))}, checksum=True)
+        runs.write_json(run_dir / FAILURE, {"error": str(error)}, checksum=True)
         say(f"{planned.name}: {error}")
         return False
     return True
 
 
-def read_failure(run_dir: Path) -> tuple[str, str] | None:
-    """What was said of the number that ended a run, and the phase, "training" or "evaluation"; None where none did."""
+def read_failure(run_dir: Path) -> str | None:
+    """The message that ended a run; None if none did. That of a training begins with its step."""
     path = run_dir / FAILURE
-    if not path.exists():
-        return None
-    stored = runs.read_json(path)
-    return stored["error"], stored.get("phase") or _phase(stored["error"])
+    return runs.read_json(path)["error"] if path.exists() else None
 
 
-def _phase(error: str) -> str:
-    """Training names the step first, its look at validation images too; an evaluation has none to name."""
-    return TRAINING if error.startswith("step ") else EVALUATION
+def is_finished(run_dir: Path) -> bool:
+    """Whether a run was trained to the end and evaluated, which comes last, or was ended by a NaN."""
+    return (run_dir / FAILURE).exists() or ((run_dir / runs.MODEL).exists() and is_evaluated(run_dir))
 
 
 def _train_averaged(planned: Planned, run_dir: Path, *, say: Say) -> None:
-    """As ``train`` does it, but for the objective, and saved from Python, for no option asks for a mean."""
+    """As the command ``train`` does it, but for the objective: no option asks for a mean."""
     if not (run_dir / runs.MODEL).exists():
         _fit_averaged(planned, run_dir, say=say)
     if not is_evaluated(run_dir):
@@ -117,7 +112,7 @@ def _fit_averaged(planned: Planned, run_dir: Path, *, say: Say) -> None:
     initialize_output_bias(vae, data.initialization_images(seen, pixels))
     metrics: list[dict[str, Any]] = []
     arguments = fit_arguments(options, data.evaluation_images(seen, "validation", pixels))
-    arguments["objective"] = averaged(arguments["objective"], math.prod(seen.event_shape))
+    arguments["objective"] = average_over_pixels(arguments["objective"], math.prod(seen.event_shape))
     state: TrainingState = fit(
         vae,
         stored,
@@ -127,7 +122,7 @@ def _fit_averaged(planned: Planned, run_dir: Path, *, say: Say) -> None:
         compile=options.compile == "on",
     )
     say(f"Trained {planned.name}, its pixels averaged, in {state.seconds:.0f} s.")
-    partial = run_dir.with_name(f".{run_dir.name}.partial")  # a folder that is there is a run that is whole
+    partial = run_dir.with_name(f".{run_dir.name}.partial")  # renamed when whole: a folder that exists is a whole run
     shutil.rmtree(partial, ignore_errors=True)
     save(vae, partial, options, metrics=metrics)
     partial.replace(run_dir)

@@ -13,21 +13,19 @@ from typing import Any
 import numpy as np
 import pytest
 from browser import Visit
-from matplotlib.figure import Figure
 from PIL import Image
 from small_run import SMALL, save_bars, train_small
 from study_numbers import BETAS, study_numbers, write_pictures
 
 from ppl_vae.commands.cli import parse
 from ppl_vae.commands.options import COMMANDS, Report
-from ppl_vae.reports.figures import study as plots
 from ppl_vae.reports.run_page import report_run
-from ppl_vae.study.figures import draw
+from ppl_vae.runs.results import to_json
+from ppl_vae.study.figures import FIGURES, find_seed_gains
 from ppl_vae.study.page import compose_page, write_report
-from ppl_vae.study.questions import Source
+from ppl_vae.study.questions import Material
+from ppl_vae.study.results import StudyNumbers
 
-FIGURES = ("spectrum", "active", "rate-distortion", "bounds", "remedies", "sharpness", "blur", "aggregate")
-FIGURES += ("architectures", "scale-maps")
 LARGEST_FIGURE = 150_000  # bytes, by the study's own measure of what a page may weigh
 
 
@@ -48,12 +46,11 @@ def study_folder(tmp_path_factory: pytest.TempPathFactory, runs_of: dict[str, Pa
     """A study with invented numbers and one real run of two latents, and its report."""
     folder = tmp_path_factory.mktemp("study")
     study = study_numbers()
-    study["runs"]["mnist-latents-2"] = {"dataset": "mnist", "pictures": {}}
-    codes = [[0.5, -1.0, 3], [1.5, 0.25, 7]]
-    run = {"run": "mnist-latents-2", "folder": str(runs_of["vae"]), "autoencoder": False, "codes": codes}
-    study["explorers"] = [run, run | {"autoencoder": True}]
+    for name in ("mnist-latents-2", "mnist-autoencoder-2"):
+        study.runs[name] = replace(study.runs[name], codes=((0.5, -1.0, 3), (1.5, 0.25, 7)))
+        shutil.copytree(runs_of["vae"], folder / "runs" / name)
     write_pictures(study, folder)
-    (folder / "study.json").write_text(json.dumps(study))
+    (folder / "study.json").write_text(json.dumps(to_json(study)))
     write_report(folder)
     return folder
 
@@ -120,39 +117,41 @@ def test_the_report_reads_on_a_phone(study_folder, chromium, scheme):
         assert all(address.startswith(("file:", "data:")) for address in visit.requests)
 
 
+def without_runs(study: StudyNumbers, *parts: str) -> StudyNumbers:
+    """The study without the runs whose names contain one of the parts."""
+    left = {name: run for name, run in study.runs.items() if not any(part in name for part in parts)}
+    return replace(study, runs=left)
+
+
 @pytest.mark.parametrize(
-    ("section", "title"),
+    ("change", "title"),
     [
-        ("mean", "What does averaging over pixels do?"),
-        ("sweep", "Why is the regularizer troublesome?"),
-        ("collapse", "What helps against collapse?"),
-        ("autoencoder", "Why do VAEs blur, and autoencoders too?"),
-        ("regularization", "How do I check that the regularization worked?"),
-        ("architectures", "Which network, and how many latents?"),
-        ("scale_maps", "Does the scale map matter?"),
+        (lambda study: without_runs(study, "beta", "mean"), "What does averaging over pixels do?"),
+        (lambda study: without_runs(study, "beta"), "Why is the regularizer troublesome?"),
+        (lambda study: without_runs(study, "remedy", "beta"), "What helps against collapse?"),
+        (lambda study: replace(study, blur={}), "Why do VAEs blur, and autoencoders too?"),
+        (lambda study: without_runs(study, "beta", "auto"), "How do I check that the regularization worked?"),
+        (lambda study: without_runs(study, "beta", "latents", "network"), "Which network, and how many latents?"),
+        (lambda study: replace(without_runs(study, "stress"), gradients=()), "Does the scale map matter?"),
     ],
 )
-def test_a_section_that_was_not_measured_is_named_as_missing(tmp_path, section, title):
-    study = study_numbers() | {section: None, "size": "quick"}
-    html = compose_page(Source(study, tmp_path, {})).replace("&#x27;", "'")
+def test_a_question_that_was_not_measured_is_named_as_missing(tmp_path, change, title):
+    study = replace(change(study_numbers()), size="quick")
+    html = compose_page(Material(study, tmp_path, {})).replace("&#x27;", "'")
     assert title not in headings(html)
     assert title in html.split("Not measured: ")[1].split("</p>")[0]
-    assert "the quick study" in html
+    assert "quick study" in html
 
 
-def test_seeds_are_compared_with_themselves(monkeypatch):
+def test_seeds_are_compared_with_themselves():
     study = study_numbers(("mnist",))
-    seeds = study["sweep"]["mnist"]["seeds"]
-    seeds[0] |= {"seeds": [0, 2]} | {key: {"values": [-86.0, -84.0]} for key in ("log_likelihood", "elbo")}
-    seeds[1] |= {"seeds": [0, 1, 2]} | {key: {"values": [-87.0, -90.0, -85.5]} for key in ("log_likelihood", "elbo")}
-    drawn: list[Any] = []
-    monkeypatch.setattr(plots, "bounds_along_beta", lambda shown: drawn.append(shown) or Figure())
-    draw({"datasets": ["mnist"], "sweep": study["sweep"]})
-    assert sorted(drawn[0]["MNIST"].seeds["log_likelihood"]) == [(0.3, 1.5), (1.0, 0.0), (1.0, 0.0)]
+    runs = {name: study.runs[name].log_likelihood.mean for name in ("mnist-beta-0.3-seed-1", "mnist-beta-1-seed-1")}
+    gain = runs["mnist-beta-0.3-seed-1"] - runs["mnist-beta-1-seed-1"]
+    assert sorted(find_seed_gains(study, "mnist", "log_likelihood")) == [(0.3, gain), (1.0, 0.0)]
 
 
 def test_links_of_the_contents_lead_somewhere(tmp_path):
-    html = compose_page(Source(study_numbers(("mnist",)), tmp_path, {}))
+    html = compose_page(Material(study_numbers(("mnist",)), tmp_path, {}))
     links = set(re.findall(r'href="#([\w-]+)"', html))
     assert len(links) > 5
     assert links <= set(re.findall(r'\bid="([\w-]+)"', html))

@@ -1,15 +1,17 @@
-"""Numbers of the study as table cells, tables without empty columns, and strips of pictures."""
+"""Numbers of the study as cells of tables, and strips of pictures."""
 
 from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from PIL import Image
 
-from ppl_vae.reports.page import Block, Picture, Table
+from ppl_vae.evidence.estimate import Estimate
+from ppl_vae.reports.page import Block, Picture, Table, true_minus
+from ppl_vae.reports.page.blocks import Cell
+from ppl_vae.study.results import Difference
 
 _NAMES = {
     "mnist": "MNIST",
@@ -20,16 +22,16 @@ _NAMES = {
     "cifar10": "CIFAR-10",
     "svhn": "SVHN",
 }
-_TWO_DIGITS = 3.55  # an error that begins so, or lower, has two digits. Source: the Particle Data Group's rule
+_TWO_DIGITS = 3.55  # an error whose digits are below it has two of them. Source: the Particle Data Group's rule
 
 
 def name_data(dataset: str) -> str:
-    """A data set's name as its authors write it; a path by the name of its file."""
-    return _NAMES.get(dataset, f"your data ({dataset.replace(chr(92), '/').rstrip('/').rsplit('/', 1)[-1]})")
+    """A data set's name as its authors write it, or "your data (NAME)"."""
+    return _NAMES.get(dataset, f"your data ({dataset})")
 
 
 def format_number(value: float | None, digits: int = 3) -> str | None:
-    """So many significant digits, without an exponent for numbers of ordinary size."""
+    """A number with so many significant digits, without an exponent for numbers of ordinary size."""
     if value is None:
         return None
     if value == 0 or not math.isfinite(value):
@@ -41,15 +43,15 @@ def format_number(value: float | None, digits: int = 3) -> str | None:
     return text.rstrip("0").rstrip(".") if "." in text else text
 
 
-def format_mean(value: Any, *, scale: float = 1.0, signed: bool = False) -> str | None:
+def format_mean(value: Estimate | Difference | None, *, scale: float = 1.0, signed: bool = False) -> str | None:
     """mean ± stderr, with one or two digits of the error; None where nothing is known.
 
-    >>> format_mean({"mean": -85.118, "stderr": 0.217})
+    >>> format_mean(Estimate(-85.118, 0.217))
     '-85.12 ± 0.22'
     """
-    if not isinstance(value, Mapping) or value.get("mean") is None:
+    if value is None:
         return None
-    mean, stderr = scale * value["mean"], scale * (value.get("stderr") or 0.0)
+    mean, stderr = scale * value.mean, abs(scale) * (value.stderr or 0.0)
     sign = "+" if signed and mean > 0 else ""
     if not stderr or not math.isfinite(stderr):
         return sign + str(format_number(mean))
@@ -61,27 +63,28 @@ def format_mean(value: Any, *, scale: float = 1.0, signed: bool = False) -> str 
     return f"{sign}{round(mean, decimals) + 0.0:,.{decimals}f} ± {stderr:,.{decimals}f}"
 
 
-def format_difference(value: Any) -> str | None:
-    """A paired difference with its sign, its error, and what may be said of it."""
-    text = format_mean(value, signed=True)
-    word = value.get("word") if isinstance(value, Mapping) else None
-    return f"{text} ({word})" if text and word == "not distinguishable" else text
+def format_difference(value: Difference | None) -> str | None:
+    """A paired difference with its sign, its error, and a remark if it ranks nothing."""
+    if value is None:
+        return None
+    return f"{format_mean(value, signed=True)}" + (f" ({value.remark})" if value.remark else "")
 
 
-def format_share(value: Any) -> str | None:
+def format_share(value: Estimate | None) -> str | None:
     """A share with its error, as a percentage."""
     text = format_mean(value, scale=100.0)
     return None if text is None else f"{text}%"
 
 
 def make_table(
-    columns: Sequence[str], rows: Sequence[Sequence[Any]], caption: str, highlight: Any = None
+    columns: Sequence[str], rows: Sequence[Sequence[Cell]], caption: str, highlight: Sequence[int] | None = None
 ) -> list[Block]:
-    """A table without the columns that are empty in every row; nothing where there is no row."""
-    kept = [k for k in range(len(columns)) if any(row[k] is not None for row in rows)]
+    """A table with true minus signs, without columns that are empty in every row; nothing if there is no row."""
     if not rows:
         return []
-    return [Table([columns[k] for k in kept], [[row[k] for k in kept] for row in rows], caption, highlight=highlight)]
+    kept = [k for k in range(len(columns)) if any(row[k] is not None for row in rows)]
+    cells = [[true_minus(cell) if isinstance(cell := row[k], str) else cell for k in kept] for row in rows]
+    return [Table([columns[k] for k in kept], cells, caption, highlight=highlight)]
 
 
 def stack_strips(named: Sequence[tuple[str, bytes | None]], caption: str, what: str) -> list[Block]:

@@ -1,27 +1,28 @@
-"""What every run of a data set is measured on: the same test images, the same prior draws, the same components."""
+"""The data set on which runs are measured: the same test images, prior draws and components for all of them."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ppl_vae import data
 from ppl_vae.runs.options import Options
+from ppl_vae.runs.outputs import write_picture
 from ppl_vae.runs.resolve import choose_evaluated_pixels, resolve
 from ppl_vae.study.plan import dataset_word
 
 NUM_SHOWN = 10  # images in a row of a picture
-NUM_SAMPLES_SHOWN = 20
-NUM_PAIRS = 4  # that are interpolated between
-NUM_COMPONENTS = 50  # in which images are compared as points
+MOST_TRAINING_IMAGES = 20_000  # for principal components and for eigenvalues
 
+_NUM_COMPONENTS = 50
 _PRIOR_SEED = 20_140_501
-_MOST_FOR_COMPONENTS = 20_000  # training images
 
 
 class Components(NamedTuple):
@@ -30,24 +31,20 @@ class Components(NamedTuple):
     Args:
         mean: (D,).
         directions: (D, K), orthonormal, the greatest variance first.
-        scale: (K,) the training images' standard deviations along them.
+        scale: (K,) Standard deviations of the training images in those directions.
     """
 
     mean: Tensor
     directions: Tensor
     scale: Tensor
 
-    def of(self, images: Tensor) -> Tensor:
+    def project(self, images: Tensor) -> Tensor:
         """(N, *E) -> (N, K) float64, in the unit of pixels."""
         return (images.flatten(1).double() - self.mean) @ self.directions
 
 
-def components(images: Tensor, *, most: int = NUM_COMPONENTS) -> Components:
-    """The first K principal components of images (N, *E).
-
-    Args:
-        images: of which.
-        most: K is this, or D where that is less.
+def principal_components(images: Tensor, *, most: int = _NUM_COMPONENTS) -> Components:
+    """The first min(most, D) principal components of images (N, *E).
 
     Reference: Pearson 1901.
     """
@@ -63,9 +60,9 @@ class StudyData:
     """A data set as the study's runs see it.
 
     Args:
-        options: of any run on it, resolved.
-        splits: the data.
-        num_images: test images that are measured on.
+        options: The resolved options of any run on it.
+        splits: The data.
+        num_images: The number of test images that are measured.
     """
 
     options: Options
@@ -74,7 +71,7 @@ class StudyData:
 
     @property
     def word(self) -> str:
-        """What it is called."""
+        """The data set in the names of runs."""
         return dataset_word(self.options.dataset)
 
     @property
@@ -84,86 +81,89 @@ class StudyData:
 
     @cached_property
     def index(self) -> Tensor:
-        """(N,) the test images' places: those of the runs' evaluation."""
+        """(N,) places of the test images, those of the runs' evaluation."""
         return data.subset(len(self.splits.test), self.num_images)
 
     @cached_property
     def x(self) -> Tensor:
-        """(N, *E) the test images as the model sees them."""
+        """(N, *E) test images as the model sees them."""
         return self._seen("test")[self.index]
 
     @cached_property
     def gray(self) -> Tensor:
-        """(N, *E) the same before they were binarized."""
+        """(N, *E) the same test images before binarization."""
         return data.probabilities(self.splits, "test")[self.index]
 
     @cached_property
     def labels(self) -> Tensor | None:
-        """(N,) their classes, where they have any."""
+        """(N,) their classes, if there are any."""
         found = self.splits.labels.get("test")
         return None if found is None else found[self.index]
 
     @cached_property
     def other_gray(self) -> Tensor:
-        """(M, *E) validation images before they were binarized, at most N: real ones that no run was fitted to."""
+        """(M, *E) gray validation images, at most N: real images that no run was fitted to."""
         return data.probabilities(self.splits, "validation")[data.subset(len(self.splits.validation), self.num_images)]
 
     @cached_property
     def components(self) -> Components:
-        """Of the gray training images."""
-        return components(self.train_gray(_MOST_FOR_COMPONENTS))
+        """Principal components of the gray training images."""
+        return principal_components(self.train_gray(MOST_TRAINING_IMAGES))
 
     @cached_property
     def shown(self) -> Tensor:
-        """(10,) places among the N of the images that are shown: the first of each class, then the first that are left.
-
-        Without classes the first ten.
-        """
+        """(10,) places among the N test images that are shown: the first of each class, then the first of the rest."""
         first: list[int] = []
         if self.labels is not None:
             first = [int((self.labels == label).nonzero()[0, 0]) for label in self.labels.unique()][:NUM_SHOWN]
         rest = [i for i in range(len(self.index)) if i not in first]
         return torch.tensor([*first, *rest][:NUM_SHOWN])
 
-    def prior_draws(self, prior: Any) -> Tensor:
+    def draw_prior(self, prior: Any) -> Tensor:
         """(N, L) draws of p(z), the same for every run with such a prior."""
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(_PRIOR_SEED)
             return prior.expand((self.num_images,)).sample()
 
-    def train_as_seen(self, most: int) -> Tensor:
-        """(n, *E) training images as the model sees them, a fixed subset."""
+    def train_seen(self, most: int) -> Tensor:
+        """(n, *E) training images as the model sees them, a fixed subset of at most that many."""
         return self._seen("train")[data.subset(len(self.splits.train), most)]
 
     def train_gray(self, most: int) -> Tensor:
-        """(n, *E) the same before they were binarized."""
+        """(n, *E) the same training images before binarization."""
         return data.probabilities(self.splits, "train")[data.subset(len(self.splits.train), most)]
+
+    def validation_seen(self) -> Tensor:
+        """(M, *E) all validation images as the model sees them."""
+        return self._seen("validation")
 
     def _seen(self, split: str) -> Tensor:
         return data.evaluation_images(self.splits, split, choose_evaluated_pixels(self.options, self.splits))
 
-    def describe(self) -> dict[str, Any]:
-        """What the report says of the data."""
-        splits = self.splits
-        return {
-            "image_shape": list(splits.event_shape),
-            "num_pixels": self.num_pixels,
-            "train": len(splits.train),
-            "validation": len(splits.validation),
-            "test": len(splits.test),
-            "description": splits.describe(),
-            "classes": list(splits.class_names),
-        }
 
-
-def material(options: Options, splits: data.Splits, num_images: int) -> StudyData:
+def study_data(options: Options, splits: data.Splits, num_images: int) -> StudyData:
     """The data set of such options.
 
     Raises:
-        ValueError: data that is no images, or has too few of them to be measured on.
+        ValueError: The data are no images, or too few of them.
     """
     if len(splits.event_shape) != 3:
         raise ValueError(f"--datasets: expected images, got {splits.name}, whose shape is {splits.event_shape}")
     if min(len(splits.validation), len(splits.test)) < NUM_SHOWN:
         raise ValueError(f"--datasets: expected at least {NUM_SHOWN} validation and test images in {splits.name}")
     return StudyData(resolve(options, splits), splits, min(num_images, len(splits.test)))
+
+
+def write_strip(path: Path, images: Tensor, *, columns: int) -> None:
+    """Writes images (N, C, H, W) in [0, 1] row by row as one PNG without margins. Images that fill no row are left out.
+
+    Args:
+        path: The file.
+        images: At least one row of them.
+        columns: Images per row.
+    """
+    rows, (C, H, W) = len(images) // columns, images.shape[1:]
+    table = images[: rows * columns].float().reshape(rows, columns, C, H, W).permute(2, 0, 3, 1, 4)
+    levels = (255 * table.reshape(C, rows * H, columns * W)).round().clamp(0, 255)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_picture(path, levels.numpy().astype(np.uint8))

@@ -1,0 +1,223 @@
+"""What compares runs of the study: paired differences, the parts of the squared error, and measures of no run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor
+from torch.distributions import kl_divergence
+
+from ppl_vae import diagnostics, runs
+from ppl_vae.commands.diagnosis_numbers import noise_numbers
+from ppl_vae.evidence.estimate import Estimate, ratio_of_means
+from ppl_vae.evidence.moments import decode_mean, encode, sample_posterior
+from ppl_vae.evidence.paired import PairedDifference, bound_difference, paired_difference
+from ppl_vae.parts.registry import SCALE_MAPS
+from ppl_vae.runs.build import build_likelihood, build_vae
+from ppl_vae.runs.evaluations import PerImage, read_per_image
+from ppl_vae.runs.options import Options
+from ppl_vae.runtime.global_state import seeded
+from ppl_vae.study.data import MOST_TRAINING_IMAGES, StudyData
+from ppl_vae.study.quality import sample_quality
+from ppl_vae.study.results import BlurParts, BoundDifferences, Difference, ScaleGradient
+from ppl_vae.vae import VAE
+
+LARGEST_FEATURES = (1.0, 10.0, 30.0, 100.0)
+
+_NOISE_VERSION = 2  # of the stored eigenvalues; others are measured again
+_NUM_NEIGHBORS = 20
+_NUM_NEIGHBORED = 500  # test images whose neighbors are averaged
+_NUM_DRAWS = 8  # of q(z | x) per image, for the parts of its squared error
+
+
+# --- Paired differences ---
+
+
+def compare_with_reference(folder: Path, names: Sequence[str], reference: str) -> dict[str, BoundDifferences]:
+    """ELBO and L_S of each run minus those of a reference, on the same test images; 95% for all of them together.
+
+    Args:
+        folder: The folder of all runs.
+        names: The runs of one table.
+        reference: One of them. If it was not evaluated, there are no differences.
+
+    Returns:
+        By run. The reference and runs without a density are left out.
+
+    Raises:
+        ValueError: Evaluations of other images, or with another S or seed, so that not only the weights differ.
+    """
+    evaluated = {name: each for name in names if (each := _read(folder / name)) is not None}
+    if reference not in evaluated:
+        return {}
+    a, found = evaluated.pop(reference), {}
+    for name, b in evaluated.items():
+        _check_alike(folder / name, b, folder / reference, a)
+        bounds = bound_difference(a.result, b.result, comparisons=len(evaluated))
+        elbo = paired_difference(a.result.elbo, b.result.elbo, comparisons=len(evaluated))
+        log_likelihood = _difference(bounds.bounds, bounds.ranks_log_evidence)
+        found[name] = BoundDifferences(reference, _difference(elbo), log_likelihood)
+    return found
+
+
+def _read(folder: Path) -> PerImage | None:
+    """The numbers of each test image; None for a run that has none."""
+    return read_per_image(folder, "test") if (folder / runs.MODEL).exists() else None
+
+
+def _difference(found: PairedDifference, ranks: bool | None = None) -> Difference:
+    return Difference(found.mean, found.stderr, found.lower, found.upper, ranks)
+
+
+def _check_alike(folder: Path, found: PerImage, reference: Path, other: PerImage) -> None:
+    hint = f"as {reference}; evaluate it again with the options of that run"
+    if not torch.equal(found.index, other.index):
+        raise ValueError(f"{folder}: expected an evaluation of the same images {hint}")
+    for name in ("num_particles", "seed", "dequantization_draws"):  # another S is another bound
+        expected, got = getattr(other, name), getattr(found, name)
+        if expected != got:
+            raise ValueError(f"{folder}: expected an evaluation with {name} {expected}, got {got}, {hint}")
+
+
+# --- The data's eigenvalues ---
+
+
+def measure_noise(folder: Path, study_data: StudyData) -> dict[str, Any]:
+    """The training images' eigenvalues in units of the likelihood's noise, kept in the study's folder.
+
+    Returns:
+        "eigenvalues", descending, and "edge", which as many images of independent pixels reach by chance.
+
+    Raises:
+        ValueError: A likelihood without a location, or a damaged file.
+    """
+    path, options = folder / f"noise-{study_data.word}.json", study_data.options
+    key = {"version": _NOISE_VERSION, "images": MOST_TRAINING_IMAGES, "sha256": study_data.splits.sha256}
+    key |= {name: getattr(options, name) for name in ("likelihood", "binarization", "transform")}
+    stored = runs.read_json(path) if path.exists() else {}
+    if stored.get("key") == key:
+        return stored
+    family = build_likelihood(options, study_data.splits.event_shape)
+    found = noise_numbers(family, study_data.train_seen(MOST_TRAINING_IMAGES))
+    if found is None:
+        raise ValueError(f"--likelihood {options.likelihood}: expected one with a location, for the study")
+    runs.write_json(path, {"key": key} | found, checksum=True)
+    return found
+
+
+# --- Why reconstructions blur ---
+
+
+def split_blur(vae: VAE, autoencoder: VAE, two_latents: VAE | None, study_data: StudyData) -> BlurParts:
+    """E_q|x - y|^2 / D = Var_q y + the autoencoder's error + the rest, y = E[x | z], all on the same test images.
+
+    The autoencoder has as many latents as the VAE and neither noise nor a KL, but it too has binary inputs, a network
+    and a training. The variance is sum_j |y_j - Y|^2 / (J - 1) of J draws with mean Y.
+
+    Args:
+        vae: The base.
+        autoencoder: The autoencoder with as many latents.
+        two_latents: The autoencoder with two latents, if it was trained.
+        study_data: The data.
+    """
+    x, gray = study_data.x, study_data.gray
+    error, noise = _split_error(vae, x, gray)
+    plain = _squared_error(decode_mean(autoencoder, encode(autoencoder, x).mean), gray)
+    parts = {"posterior_noise": noise, "autoencoder_error": plain, "lost": error - noise - plain}
+    binary = {}
+    if not torch.equal(x, gray):
+        error_of_binary = Estimate.from_values(_squared_error(x, gray))
+        binary = {"sharpness": diagnostics.sharpness(x, gray), "error": error_of_binary}
+    return BlurParts(
+        {name: Estimate.from_values(part) for name, part in parts.items()},
+        {name: ratio_of_means(part, error) for name, part in parts.items()},
+        sample_quality(study_data.other_gray, gray, study_data.components),
+        binary,
+        {} if two_latents is None else _compare_with_neighbors(two_latents, study_data),
+    )
+
+
+def _squared_error(images: Tensor, other: Tensor) -> Tensor:
+    """(N,) |x - y|^2 / D, float64."""
+    return (images.double() - other.double()).square().flatten(1).mean(1)
+
+
+@torch.no_grad()
+def _split_error(vae: VAE, x: Tensor, gray: Tensor) -> tuple[Tensor, Tensor]:
+    """(N,) mean_j |x - y_j|^2 / D and (N,) Var_q y / D, float64."""
+    error = square = torch.zeros(len(x), dtype=torch.double)
+    total = torch.zeros_like(gray, dtype=torch.double)
+    with seeded(0, x.device):
+        for _ in range(_NUM_DRAWS):
+            y = decode_mean(vae, sample_posterior(vae, x)).double()
+            error = error + _squared_error(y, gray) / _NUM_DRAWS
+            square = square + y.square().flatten(1).mean(1)
+            total += y
+    mean_square = (total / _NUM_DRAWS).square().flatten(1).mean(1)
+    return error, (square - _NUM_DRAWS * mean_square) / (_NUM_DRAWS - 1)
+
+
+@torch.no_grad()
+def _compare_with_neighbors(vae: VAE, study_data: StudyData) -> dict[str, Estimate]:
+    """A reconstruction against the mean m of the 20 training images whose codes are nearest.
+
+    If the decoder were exact and codes dense, E[x | z] would be E[x | z(x) = z], which m estimates.
+    """
+    x, gray = study_data.x[:_NUM_NEIGHBORED], study_data.gray[:_NUM_NEIGHBORED]
+    train, train_gray = study_data.train_seen(MOST_TRAINING_IMAGES), study_data.train_gray(MOST_TRAINING_IMAGES)
+    codes = encode(vae, x).mean
+    distances = torch.cdist(codes, encode(vae, train).mean)
+    nearest = distances.topk(min(_NUM_NEIGHBORS, len(train)), largest=False).indices
+    means = torch.stack([train_gray[index].mean(0) for index in nearest])
+    error = _squared_error(decode_mean(vae, codes), means)
+    return {"sharpness": diagnostics.sharpness(means, gray), "error": Estimate.from_values(error)}
+
+
+# --- Scale maps ---
+
+
+def measure_scale_gradients(options: Options, x: Tensor) -> tuple[ScaleGradient, ...]:
+    """The ELBO's gradient for the scale features h of an untrained guide, h stretched until max |h| is 1, 10, 30, 100.
+
+    One bad step, or one odd image, can make a feature of 10 or 30. Float32, one draw of z per image.
+
+    Args:
+        options: Of a run with a diagonal guide; its scale map does not matter.
+        x: Images (N, *E), as the model sees them.
+    """
+    found = []
+    for word in SCALE_MAPS:
+        with torch.random.fork_rng(devices=[]), pyro.validation_enabled(False):  # an infinite scale is no error here
+            torch.manual_seed(options.seed)
+            vae = build_vae(replace(options, scale_map=word), tuple(x.shape[1:])).eval()
+            found += [measure_scale_gradient(vae, x, word, largest) for largest in LARGEST_FEATURES]
+    return tuple(found)
+
+
+def measure_scale_gradient(vae: VAE, x: Tensor, scale_map: str, largest: float) -> ScaleGradient:
+    """The gradient at one stretch, with the KL in closed form and with its estimate log q(z | x) - log p(z)."""
+    encoder: Any = vae.posterior
+    with torch.no_grad():
+        loc, feature = encoder.net(x).chunk(2, dim=-1)
+    feature = (feature * largest / feature.abs().max()).requires_grad_()
+    q, prior = encoder.family(torch.cat([loc, feature], dim=-1)), vae.prior()
+    torch.manual_seed(0)  # the same noise for every map
+    z = q.rsample()
+    reconstruction = vae.likelihood(z).log_prob(x)
+    closed = _measure_gradient(reconstruction - kl_divergence(q, prior.expand((len(x),))), feature)
+    sampled = _measure_gradient(reconstruction - q.log_prob(z) + prior.log_prob(z), feature)
+    return ScaleGradient(scale_map, largest, *closed, *sampled, float(q.stddev.detach().max()))
+
+
+def _measure_gradient(elbo: Tensor, feature: Tensor) -> tuple[Estimate | None, float]:
+    """The mean norm over images of the finite gradients, and the share of images whose gradient is not finite."""
+    (gradient,) = torch.autograd.grad(elbo.sum(), feature, retain_graph=True)
+    finite = gradient.isfinite().all(-1)
+    norm = gradient.double().norm(dim=-1)  # in float32 its squares overflow before the gradient does
+    mean = Estimate.from_values(norm[finite]) if finite.any() else None
+    return mean, float((~finite).double().mean())

@@ -1,0 +1,236 @@
+"""The measurement of one run: its evaluation, its diagnosis, the images that it generates, and its pictures."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ppl_vae import runs
+from ppl_vae.commands.diagnosis_numbers import importance_numbers, measure
+from ppl_vae.diagnostics.verdicts import is_reliable
+from ppl_vae.evidence.estimate import Estimate
+from ppl_vae.evidence.importance import Importance
+from ppl_vae.evidence.moments import decode_mean, encode, sample_posterior
+from ppl_vae.runs.evaluations import read_evaluation, read_per_image
+from ppl_vae.runs.load import load
+from ppl_vae.runs.results import Evaluation, from_json, to_json
+from ppl_vae.runtime.global_state import seeded
+from ppl_vae.study.data import NUM_SHOWN, StudyData, write_strip
+from ppl_vae.study.densities import fit_densities
+from ppl_vae.study.plan import Planned
+from ppl_vae.study.quality import sample_quality
+from ppl_vae.study.results import Blur, DensityQuality, PriorMatch, RunNumbers
+from ppl_vae.study.training import read_failure
+from ppl_vae.vae import VAE
+
+MEASUREMENT = "measurement.json"
+
+_VERSION = 3  # to be raised when a diagnostic comes to another number: measurements of other versions are done again
+_OPTIONS = (
+    *("network", "latent_dim", "beta", "objective", "free_bits", "warmup_epochs", "epochs", "seed", "scale_map"),
+    *("posterior", "learning_rate", "likelihood"),
+)
+_MOST_CODES = 1000
+_NUM_SAMPLES_SHOWN = 20
+_NUM_PAIRS = 4  # between which a picture interpolates
+_NUM_HOLES_SHOWN = 6
+_LEVEL = 0.05  # of all tests of one run's latents together
+
+
+def measure_run(planned: Planned, folder: Path, study_data: StudyData, *, pictures: Path) -> RunNumbers:
+    """A trained run's numbers: the stored ones if they are of these weights and images, otherwise measured now.
+
+    Args:
+        planned: The run.
+        folder: Its folder.
+        study_data: Its data.
+        pictures: The study's folder of pictures.
+    """
+    told = RunNumbers(
+        name=planned.name,
+        dataset=study_data.word,
+        options={name: getattr(planned.options, name) for name in _OPTIONS},
+        averaged=planned.averaged,
+        failed=read_failure(folder),
+    )
+    if told.failed is not None:
+        return told
+    evaluation = read_evaluation(folder)
+    assert evaluation is not None  # the run is finished
+    key = {"version": _VERSION, "images": study_data.num_images, "codes": planned.num_codes}
+    key |= {name: getattr(evaluation, name) for name in ("step", "num_images", "num_particles", "seed")}
+    path = folder / MEASUREMENT
+    stored = runs.read_json(path) if path.exists() else {}
+    if stored.get("key") == key:
+        found = from_json(RunNumbers, stored["run"])
+        if all((pictures.parent / name).exists() for name in found.pictures.values()):
+            return found
+    started = time.monotonic()
+    found = _add_evaluation(told, evaluation, folder)
+    if not planned.stressed:
+        found = _diagnose(found, planned, load(folder), folder, study_data, pictures)
+    found = replace(found, seconds_measuring=time.monotonic() - started)
+    runs.write_json(path, {"key": key, "run": to_json(found)}, checksum=True)
+    return from_json(
+        RunNumbers, runs.read_json(path)["run"]
+    )  # as it will be read: numbers that are not finite are None
+
+
+def _add_evaluation(run: RunNumbers, evaluation: Evaluation, folder: Path) -> RunNumbers:
+    """The run with the numbers of its own files."""
+    run = replace(
+        run,
+        step=evaluation.step,
+        parameters=sum(weights.numel() for weights in load(folder).parameters()),
+        seconds=runs.read_metrics(folder)[-1].get("seconds"),
+        seconds_evaluation=evaluation.seconds,
+        reconstruction=evaluation.reconstruction,
+        kl=evaluation.kl,
+        elbo=evaluation.elbo,
+        log_likelihood=evaluation.log_likelihood,
+        tenfold_gain=evaluation.rise,
+    )
+    stored = read_per_image(folder, "test")
+    if stored is None:  # an autoencoder
+        return run
+    gap = Estimate.from_values(stored.result.log_evidence - stored.result.elbo)
+    return replace(run, gap=gap, reliable=_has_settled(stored.result))
+
+
+def _has_settled(result: Importance) -> bool:
+    gain = Estimate.from_values(result.tenfold_gain)
+    if math.isnan(gain.mean):
+        return False
+    return is_reliable(gain.to_json(), Estimate.from_flags(result.unreliable()).to_json())
+
+
+def _estimate(value: dict[str, float] | None) -> Estimate | None:
+    return None if value is None else Estimate(value["mean"], value["stderr"])
+
+
+# --- The weights ---
+
+
+@torch.no_grad()
+def _diagnose(
+    run: RunNumbers, planned: Planned, vae: VAE, folder: Path, study_data: StudyData, pictures: Path
+) -> RunNumbers:
+    """The run with every diagnostic, the quality of its samples, and its pictures."""
+    stored = read_per_image(folder, "test")
+    importance = None if stored is None else importance_numbers(stored.result, stored.num_particles)
+    diagnosis = measure(vae, study_data.x, gray=study_data.gray, importance=importance)
+    codes = encode(vae, study_data.x).mean
+    generated = {"samples": decode_mean(vae, study_data.draw_prior(vae.prior()))}
+    densities: dict[str, DensityQuality] = {}
+    if planned.num_codes:
+        generated_of, densities = _generate_from_densities(vae, study_data, planned.num_codes)
+        generated |= generated_of
+    blur = diagnosis["pictures"]["blur"]
+    parts = ("at_mean", "error", "posterior_noise", "bias")
+    return replace(
+        run,
+        active=diagnosis["active"]["count"],
+        implied_beta=_estimate(diagnosis["implied_beta"]),
+        variation=_estimate(diagnosis["pictures"]["variation"]),
+        blur=None if blur is None else Blur(*(Estimate(**blur[name]) for name in parts)),
+        prior_match=_match_prior(diagnosis),
+        samples=sample_quality(generated["samples"], study_data.gray, study_data.components),
+        densities=densities,
+        pictures=_write_pictures(pictures / run.name, vae, codes[study_data.shown], generated, diagnosis),
+        codes=_list_codes(codes, study_data.labels) if codes.shape[1] == 2 else (),
+    )
+
+
+def _generate_from_densities(
+    vae: VAE, study_data: StudyData, num_codes: int
+) -> tuple[dict[str, Tensor], dict[str, DensityQuality]]:
+    """Decoded draws of each fitted density, by "NAME_samples", and their quality, by name."""
+    device = study_data.x.device
+    with seeded(0, device):
+        train, validation = (
+            sample_posterior(vae, x) for x in (study_data.train_seen(num_codes), study_data.validation_seen())
+        )
+    images, found = {}, {}
+    for name, fitted in fit_densities(train, validation).items():
+        with seeded(0, device):
+            z = fitted.distribution.sample((study_data.num_images,))
+        images[f"{name}_samples"] = decode_mean(vae, z)
+        quality = sample_quality(images[f"{name}_samples"], study_data.gray, study_data.components)
+        found[name] = DensityQuality(quality, len(train), fitted.log_density, fitted.num_components)
+    return images, found
+
+
+def _match_prior(diagnosis: dict[str, Any]) -> PriorMatch:
+    """The aggregate posterior against the prior."""
+    aggregate, split = diagnosis["aggregate"], diagnosis["elbo_split"] or {}
+    distance, holes = aggregate["kolmogorov_smirnov"], aggregate["holes"]
+    p_values = distance["p_value"]
+    return PriorMatch(
+        largest_mean=_largest(aggregate["moments"]["mean"]["mean"]),
+        largest_log_scale=_largest(aggregate["moments"]["log_scale"]["mean"]),
+        largest_distance=max(distance["statistic"]),
+        rejected=sum(p < _LEVEL / len(p_values) for p in p_values),
+        classifier=Estimate(**aggregate["classifier"]["effect"]),
+        holes=None if holes is None else Estimate(**holes["share"]),
+        mutual_information=_estimate(split.get("mutual_information")),
+        marginal_kl=_estimate(split.get("marginal_kl")),
+        saturated=split.get("saturated"),
+    )
+
+
+def _largest(values: list[float]) -> float | None:
+    """The largest size; None if a latent is constant, so that its log scale is not finite."""
+    return max(map(abs, values)) if all(map(math.isfinite, values)) else None
+
+
+def _list_codes(codes: Tensor, labels: Tensor | None) -> tuple[tuple[float | None, ...], ...]:
+    """(z_1, z_2, class) of the first test images."""
+    classes = [None] * len(codes) if labels is None else labels.tolist()
+    pairs = zip(codes[:_MOST_CODES].tolist(), classes, strict=False)
+    return tuple((round(a, 4), round(b, 4), label) for (a, b), label in pairs)
+
+
+# --- Pictures ---
+
+
+def _write_pictures(
+    folder: Path, vae: VAE, codes: Tensor, generated: dict[str, Tensor], diagnosis: dict[str, Any]
+) -> dict[str, str]:
+    """Writes the run's pictures, each of decoded means.
+
+    Args:
+        folder: The run's folder of pictures.
+        vae: Its weights.
+        codes: (10, L) codes of the test images that are shown.
+        generated: Images (M, C, H, W), by name.
+        diagnosis: The run's diagnosis, which knows prior samples in holes and as many ordinary ones.
+
+    Returns:
+        The file of each picture, by name.
+    """
+    images = {"reconstructions": vae.likelihood(codes).mean}
+    images |= {name: each[:_NUM_SAMPLES_SHOWN] for name, each in generated.items()}
+    if len(generated) > 1:
+        images["interpolations"] = interpolate(vae, codes)
+    holes = diagnosis["aggregate"]["holes"]
+    if holes is not None:
+        count = min(_NUM_HOLES_SHOWN, len(holes["worst"]), len(holes["ordinary"]))
+        z = torch.tensor(holes["worst"][:count] + holes["ordinary"][:count], dtype=codes.dtype)
+        images["holes"] = vae.likelihood(z).mean
+    for name, each in images.items():
+        columns = len(each) // 2 if name == "holes" else min(NUM_SHOWN, len(each))
+        write_strip(folder / f"{name}.png", each, columns=columns)
+    return {name: f"{folder.parent.name}/{folder.name}/{name}.png" for name in images}
+
+
+def interpolate(vae: VAE, codes: Tensor) -> Tensor:
+    """E[x | z] at z = (1 - t) a + t b, ten t from 0 to 1, for neighboring codes a, b. codes: (n, L), n at least 8."""
+    a, b = codes[: 2 * _NUM_PAIRS : 2], codes[1 : 2 * _NUM_PAIRS : 2]
+    t = torch.linspace(0, 1, NUM_SHOWN, dtype=codes.dtype)[:, None]
+    return vae.likelihood(((1 - t) * a[:, None] + t * b[:, None]).flatten(0, 1)).mean

@@ -1,0 +1,293 @@
+"""The numbers of a study as frozen records, and ``study.json``, which holds them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ppl_vae import diagnostics, runs
+from ppl_vae.evidence.estimate import Estimate
+from ppl_vae.evidence.paired import INDISTINCT
+from ppl_vae.runs.results import from_json
+from ppl_vae.study.plan import Size, sweep_name
+
+STUDY, RUNS, PICTURES = "study.json", "runs", "pictures"
+VERSION = 3
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The mean of b - a over the same images, with the corrected 95% interval [lower, upper], nats per image.
+
+    ``ranks_log_likelihood``: of L_S, whether the interval also exceeds what either bound may still gain with more
+    samples, so that log p(x) ranks as the bounds do (``evidence.paired.BoundDifference``). None for other numbers.
+    """
+
+    mean: float
+    stderr: float
+    lower: float
+    upper: float
+    ranks_log_likelihood: bool | None = None
+
+    @property
+    def remark(self) -> str:
+        """What the table says next to the difference."""
+        if self.lower <= 0 <= self.upper:
+            return INDISTINCT
+        return "log p(x) not ranked" if self.ranks_log_likelihood is False else ""
+
+
+@dataclass(frozen=True)
+class BoundDifferences:
+    """A run minus the reference of its table, on the same test images."""
+
+    reference: str
+    elbo: Difference
+    log_likelihood: Difference
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Generated images against real ones; see ``quality.sample_quality``."""
+
+    sharpness: Estimate
+    frechet: Estimate
+    classifier: Estimate
+
+
+@dataclass(frozen=True)
+class DensityQuality:
+    """Decoded draws of a density that was fitted to the codes of training images.
+
+    Args:
+        quality: The decoded draws against test images.
+        num_codes: The number of training codes.
+        log_density: Mean log-density of the validation codes, nats.
+        num_components: K of a mixture, chosen by ``log_density``.
+    """
+
+    quality: Quality
+    num_codes: int
+    log_density: Estimate | None = None
+    num_components: int | None = None
+
+
+@dataclass(frozen=True)
+class Blur:
+    """Reconstructions: high-frequency power, and E_q|x - y|^2 = Var_q y + |x - E_q y|^2, per pixel."""
+
+    sharpness: Estimate
+    error: Estimate
+    posterior_noise: Estimate
+    bias: Estimate
+
+
+@dataclass(frozen=True)
+class PriorMatch:
+    """Codes of test images, one sample each, against the prior.
+
+    Args:
+        largest_mean, largest_log_scale: Largest |mean| and |log scale| over latents, in scales of the prior.
+        largest_distance: Largest Kolmogorov-Smirnov distance over latents.
+        rejected: Latents that the test rejects at 5%, corrected for their number (Dunn 1961).
+        classifier: 0 where codes and prior samples are alike, 1 where they are always told apart.
+        holes: Share of prior samples that the codes cover less than 99% of other codes.
+        mutual_information, marginal_kl: The two parts of the mean KL, nats.
+        saturated: Whether the mutual information is at its cap, the logarithm of the number of images.
+    """
+
+    largest_mean: float | None
+    largest_log_scale: float | None
+    largest_distance: float
+    rejected: int
+    classifier: Estimate
+    holes: Estimate | None = None
+    mutual_information: Estimate | None = None
+    marginal_kl: Estimate | None = None
+    saturated: bool | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunNumbers:
+    """One run: its options, its evaluation and its diagnosis. What was not measured is None.
+
+    Args:
+        name: The run's folder.
+        dataset: The data set's word.
+        options: The options that the study varies.
+        averaged: Whether the log-likelihood was averaged over pixels in training.
+        failed: The message that ended the run, where a number was not finite.
+        step: The last training step.
+        parameters: The number of weights.
+        elbo, log_likelihood, gap: The ELBO, L_S, and L_S minus the ELBO, nats per image.
+        tenfold_gain: What ten times the samples gained, from S / 10 to S, nats per image.
+        reliable: Whether L_S has settled (``diagnostics.verdicts.is_reliable``).
+        variation: How much reconstructions differ between images, relative to the images; 0 where they are alike.
+        samples: Decoded prior draws.
+        densities: Decoded draws of densities that were fitted to the codes: "normal", "mixture", "flow".
+        pictures: Files in the study's folder, by what they show.
+        codes: [z_1, z_2, class] of test images, of a run with two latents.
+    """
+
+    name: str
+    dataset: str
+    options: dict[str, Any]
+    averaged: bool = False
+    failed: str | None = None
+    step: int | None = None
+    parameters: int | None = None
+    seconds: float | None = None
+    seconds_evaluation: float | None = None
+    seconds_measuring: float | None = None
+    reconstruction: Estimate | None = None
+    kl: Estimate | None = None
+    elbo: Estimate | None = None
+    log_likelihood: Estimate | None = None
+    gap: Estimate | None = None
+    tenfold_gain: float | None = None
+    reliable: bool | None = None
+    active: int | None = None
+    implied_beta: Estimate | None = None
+    variation: Estimate | None = None
+    blur: Blur | None = None
+    prior_match: PriorMatch | None = None
+    samples: Quality | None = None
+    densities: dict[str, DensityQuality] = field(default_factory=dict)
+    pictures: dict[str, str] = field(default_factory=dict)
+    codes: tuple[tuple[float | None, ...], ...] = ()
+
+    @property
+    def is_autoencoder(self) -> bool:
+        """Whether the guide is deterministic."""
+        return self.options["posterior"] == "delta"
+
+
+@dataclass(frozen=True)
+class DataNumbers:
+    """One data set.
+
+    Args:
+        eigenvalues: The largest eigenvalues of the training images' covariance, in units of the likelihood's noise.
+        edge: What eigenvalues of as many images of independent pixels reach by chance.
+        floor: log p of the test images under independent pixels, nats per image.
+        originals: The picture of test images, a file in the study's folder.
+    """
+
+    description: str
+    num_pixels: int
+    train: int
+    validation: int
+    test: int
+    classes: tuple[str, ...]
+    eigenvalues: tuple[float, ...]
+    edge: float
+    floor: Estimate | None = None
+    originals: str | None = None
+
+
+@dataclass(frozen=True)
+class BlurParts:
+    """Why reconstructions of one data set blur, all on the same test images.
+
+    Args:
+        parts: Squared error per pixel of a sampled reconstruction of the VAE, as a sum: "posterior_noise",
+            "autoencoder_error" and "lost", the rest.
+        shares: The same parts, divided by their sum.
+        floor: Validation images in the place of generated ones.
+        binary: "sharpness" and "error" of the binary images that the networks see, against the gray ones.
+        neighbors: "sharpness" of the mean of the 20 training images with the nearest codes, of an autoencoder with two
+            latents, and "error" of its reconstruction against that mean.
+    """
+
+    parts: dict[str, Estimate]
+    shares: dict[str, Estimate]
+    floor: Quality
+    binary: dict[str, Estimate] = field(default_factory=dict)
+    neighbors: dict[str, Estimate] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ScaleGradient:
+    """The gradient that reaches scale features stretched to a largest |h|, before training, for either form of the KL.
+
+    Args:
+        norm, sampled_norm: Mean over images of its norm where it is finite, nats per unit of h.
+        not_finite, sampled_not_finite: Share of images where it is not finite.
+        largest_scale: Largest scale of the guide.
+    """
+
+    scale_map: str
+    largest_feature: float
+    norm: Estimate | None
+    not_finite: float
+    sampled_norm: Estimate | None
+    sampled_not_finite: float
+    largest_scale: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyNumbers:
+    """All numbers of a study, as ``study.json`` holds them.
+
+    Args:
+        size: "default" or "quick".
+        settings: The size itself.
+        datasets: Words of the data sets; the first has all parts.
+        seconds: Of training, evaluation and measuring, all runs together.
+        runs: By name, in the order of training.
+        differences: By table ("beta", "collapse" or "networks"), then by run.
+        blur: By data set.
+        gradients: Of each scale map.
+    """
+
+    size: str
+    settings: Size
+    datasets: tuple[str, ...]
+    data: dict[str, DataNumbers]
+    runs: dict[str, RunNumbers]
+    environment: dict[str, Any] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    differences: dict[str, dict[str, BoundDifferences]] = field(default_factory=dict)
+    blur: dict[str, BlurParts] = field(default_factory=dict)
+    gradients: tuple[ScaleGradient, ...] = ()
+    version: int = VERSION
+
+    def find_run(self, name: str) -> RunNumbers | None:
+        """The run, if it ended with finite numbers."""
+        run = self.runs.get(name)
+        return None if run is None or run.failed is not None else run
+
+    def find_sweep(self, dataset: str) -> list[RunNumbers]:
+        """The runs along beta, ascending."""
+        names = [sweep_name(dataset, beta) for beta in sorted(self.settings.betas_of(dataset))]
+        return [run for name in names if (run := self.find_run(name)) is not None]
+
+    def threshold(self, run: RunNumbers) -> float:
+        """The eigenvalue above which a direction is kept: beta for a sum over pixels, beta D for a mean."""
+        return run.options["beta"] * (self.data[run.dataset].num_pixels if run.averaged else 1)
+
+    def count_directions(self, run: RunNumbers) -> int:
+        """Directions of the data that a linear decoder near collapse keeps: the prediction of collapse."""
+        data = self.data[run.dataset]
+        eigenvalues = torch.tensor(data.eigenvalues, dtype=torch.double)
+        return diagnostics.live_directions(eigenvalues, beta=self.threshold(run), edge=data.edge)
+
+    def difference(self, table: str, run: str) -> BoundDifferences | None:
+        """The run minus the reference of that table; None for the reference itself."""
+        return self.differences.get(table, {}).get(run)
+
+
+def read_study(folder: Path) -> StudyNumbers:
+    """Reads FOLDER/study.json.
+
+    Raises:
+        ValueError: No such file, or a damaged one.
+    """
+    stored = runs.read_json(folder / STUDY)
+    try:
+        return from_json(StudyNumbers, stored)
+    except ValueError as error:
+        raise ValueError(f"{folder / STUDY}: damaged: {error}") from None

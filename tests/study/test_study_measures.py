@@ -1,0 +1,221 @@
+"""The study's measures against independent answers: averaging, distances, densities of codes, gradients."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy import linalg
+from torch import Tensor, nn
+from torch.distributions import MultivariateNormal, Normal
+
+from ppl_vae import VAE, Conditional, objectives
+from ppl_vae.parts.likelihoods import Bernoulli
+from ppl_vae.parts.networks import MLP
+from ppl_vae.parts.posteriors import DiagonalNormal
+from ppl_vae.parts.priors import StandardNormal
+from ppl_vae.runs.options import PLAIN, Options
+from ppl_vae.study.compare import measure_scale_gradient, measure_scale_gradients
+from ppl_vae.study.data import principal_components
+from ppl_vae.study.densities import fit_densities
+from ppl_vae.study.quality import frechet_distance, jackknife
+from ppl_vae.study.training import MeanOverPixels, average_over_pixels
+
+
+def linear_vae(D: int, L: int) -> VAE:
+    torch.manual_seed(0)
+    return VAE(
+        StandardNormal(L),
+        Conditional(MLP(L, D, hidden=()), Bernoulli((D,))),
+        Conditional(MLP(D, 2 * L, hidden=()), DiagonalNormal(L)),
+    )
+
+
+def loss_and_gradient(vae: VAE, loss: Tensor) -> tuple[float, Tensor]:
+    weights = [*vae.parameters()]
+    return float(loss.detach()), nn.utils.parameters_to_vector(torch.autograd.grad(loss, weights))
+
+
+# --- A mean over pixels ---
+
+
+def test_averaging_pixels_is_a_reconstruction_over_d_minus_the_kl() -> None:
+    D, L = 12, 3
+    vae, x = linear_vae(D, L).double(), torch.rand(5, D, dtype=torch.double).round()
+    torch.manual_seed(1)
+    averaged = average_over_pixels(objectives.elbo, D)
+    found, gradient = loss_and_gradient(vae, averaged(vae.model, vae.guide, x, beta=1.0))
+    torch.manual_seed(1)
+    encoder: Any = vae.posterior
+    decoder: Any = vae.likelihood
+    loc, feature = encoder.net(x).chunk(2, -1)
+    scale = (7 * (feature / 7).tanh()).exp()
+    z = loc + scale * torch.randn(5, L, dtype=torch.double)
+    logits = decoder.net(z)
+    reconstruction = (x * logits - nn.functional.softplus(logits)).sum(-1)
+    kl = (Normal(loc, scale).log_prob(z) - Normal(0, 1).log_prob(z)).sum(-1)
+    expected, expected_gradient = loss_and_gradient(vae, (kl - reconstruction / D).mean())
+    assert found == pytest.approx(expected, rel=1e-12)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-9, atol=1e-12)
+
+
+def test_averaging_pixels_has_the_gradient_of_beta_d_over_d() -> None:
+    D = 12
+    vae, x = linear_vae(D, 3).double(), torch.rand(5, D, dtype=torch.double).round()
+    torch.manual_seed(1)
+    averaged = average_over_pixels(objectives.elbo, D)
+    _, of_mean = loss_and_gradient(vae, averaged(vae.model, vae.guide, x, beta=1.0))
+    torch.manual_seed(1)
+    _, of_beta = loss_and_gradient(vae, objectives.elbo(vae.model, vae.guide, x, beta=float(D)))
+    torch.testing.assert_close(of_mean * D, of_beta, rtol=1e-9, atol=1e-12)
+
+
+def test_averaging_pixels_leaves_the_model_as_it_was() -> None:
+    vae, x = linear_vae(6, 2), torch.ones(4, 6)
+    torch.manual_seed(0)
+    before = objectives.elbo(vae.model, vae.guide, x)
+    MeanOverPixels(6)(vae.model)(x)
+    torch.manual_seed(0)
+    assert torch.equal(objectives.elbo(vae.model, vae.guide, x), before)
+
+
+# --- Distances between images ---
+
+
+def test_the_frechet_distance_is_that_of_scipys_square_root() -> None:
+    generator = np.random.default_rng(0)
+    a, b = generator.normal(size=(200, 4)), generator.normal(1, 2, size=(300, 4)) @ generator.normal(size=(4, 4))
+    root = linalg.sqrtm(np.cov(a.T) @ np.cov(b.T)).real
+    expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(np.cov(a.T) + np.cov(b.T) - 2 * root)
+    assert frechet_distance(torch.from_numpy(a), torch.from_numpy(b)) == pytest.approx(expected, rel=1e-8)
+
+
+def test_the_frechet_distances_error_is_that_over_repetitions() -> None:
+    generator = torch.Generator().manual_seed(0)
+    samples = [(torch.randn(400, 3, generator=generator), torch.randn(400, 3, generator=generator)) for _ in range(100)]
+    repeats = [jackknife(frechet_distance, a, 1 + b) for a, b in samples]
+    spread = torch.tensor([found.mean for found in repeats]).std()
+    told = torch.tensor([found.stderr for found in repeats]).mean()
+    assert float(told / spread) == pytest.approx(1, abs=0.25)  # the spread of 100 is known to 7%, its jackknife alike
+
+
+def test_the_jackknife_of_a_mean_is_its_standard_error() -> None:
+    x = torch.from_numpy(np.random.default_rng(0).normal(size=(20, 1)))
+    found = jackknife(lambda x: float(x.mean()), x)
+    assert found.stderr == pytest.approx(float(x.std()) / math.sqrt(20), rel=1e-9)
+
+
+def test_the_jackknife_knows_what_samples_share() -> None:
+    x = torch.from_numpy(np.random.default_rng(0).normal(size=(200, 1)))
+    assert jackknife(lambda a, b: float(a.mean() - b.mean()), x, x + 1).stderr == pytest.approx(0, abs=1e-12)
+
+
+def test_principal_components_are_those_of_numpy() -> None:
+    x = np.random.default_rng(0).normal(size=(50, 6)) * np.arange(1, 7)
+    found = principal_components(torch.from_numpy(x).reshape(50, 1, 2, 3), most=4)
+    values = np.linalg.svd(x - x.mean(0), compute_uv=False)
+    np.testing.assert_allclose(found.scale.numpy(), values[:4] / math.sqrt(50), rtol=1e-9)
+
+
+# --- Densities of codes ---
+
+
+def clustered_codes(count: int, seed: int) -> Tensor:
+    """Two narrow clusters far apart, in three latents of different scales."""
+    generator = torch.Generator().manual_seed(seed)
+    centers = torch.tensor([[4.0, 0.0, 30.0], [-4.0, 1.0, -30.0]])
+    which = torch.randint(2, (count,), generator=generator)
+    return centers[which] + torch.tensor([0.5, 0.1, 3.0]) * torch.randn(count, 3, generator=generator)
+
+
+def true_log_density(z: Tensor) -> Tensor:
+    centers = torch.tensor([[4.0, 0.0, 30.0], [-4.0, 1.0, -30.0]])
+    parts = [Normal(center, torch.tensor([0.5, 0.1, 3.0])).log_prob(z).sum(-1) for center in centers]
+    return torch.stack(parts).logsumexp(0) - math.log(2)
+
+
+def test_a_fitted_normal_has_the_density_of_the_maximum_likelihood() -> None:
+    pytest.importorskip("sklearn")
+    train, validation = clustered_codes(1000, 0), clustered_codes(500, 1)
+    found = fit_densities(train, validation)["normal"]
+    expected = MultivariateNormal(train.double().mean(0), torch.cov(train.double().T)).log_prob(validation.double())
+    assert found.log_density.mean == pytest.approx(float(expected.mean()), abs=1e-3)
+
+
+@pytest.mark.parametrize("name", ["mixture", "flow"])
+def test_a_mixture_and_a_flow_come_near_to_the_true_density_of_clusters(name: str) -> None:
+    pytest.importorskip("sklearn")
+    train, validation = clustered_codes(4000, 0), clustered_codes(2000, 1)
+    densities = fit_densities(train, validation)
+    truth = float(true_log_density(validation).mean())
+    found = densities[name].log_density.mean
+    assert truth - 0.5 < found < truth + 0.1
+    assert found > densities["normal"].log_density.mean + 0.5
+    assert densities[name].num_components == (10 if name == "mixture" else None)  # the fewest of the candidates
+
+
+def test_draws_of_each_density_have_the_moments_of_the_codes() -> None:
+    train = clustered_codes(4000, 0)
+    for fitted in fit_densities(train, clustered_codes(1000, 1)).values():
+        torch.manual_seed(0)
+        with torch.no_grad():
+            z = fitted.distribution.sample((4000,))
+        assert ((z.mean(0) - train.mean(0)) / train.std(0)).abs().max() < 0.1
+        torch.testing.assert_close(z.std(0), train.std(0), rtol=0.1, atol=0)
+
+
+def test_fitting_leaves_the_global_generator_as_it_was_and_repeats() -> None:
+    train, validation = clustered_codes(300, 0), clustered_codes(100, 1)
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    first = fit_densities(train, validation)
+    assert torch.equal(torch.rand(3), expected)
+    again = fit_densities(train, validation)
+    assert {name: each.log_density for name, each in first.items()} == {n: e.log_density for n, e in again.items()}
+
+
+def test_a_latent_that_never_varies_has_finite_densities() -> None:
+    train = torch.cat([clustered_codes(400, 0), torch.zeros(400, 1)], dim=1)
+    for fitted in fit_densities(train, train).values():
+        assert math.isfinite(fitted.log_density.mean)
+        assert fitted.distribution.sample((10,)).isfinite().all()
+
+
+# --- Gradients of scale maps ---
+
+
+def test_exp_overflows_where_the_bounded_map_does_not() -> None:
+    x = torch.rand(20, 1, 8, 8).round()
+    rows = measure_scale_gradients(Options(**PLAIN, network="mlp", hidden=(16,), latent_dim=4), x)
+    extreme = {row.scale_map: row for row in rows if row.largest_feature == 100}
+    assert extreme["exp"].largest_scale > 1e30
+    assert extreme["exp"].not_finite > 0
+    assert max(extreme[word].largest_scale for word in ("bounded", "softplus")) < 1100
+    finite = [row for row in rows if row.not_finite == 0]
+    assert len(finite) >= 9  # all but some at 100
+    assert all(row.norm is not None and math.isfinite(row.norm.mean) for row in finite)
+
+
+def test_gradients_of_both_kls_are_their_closed_forms_where_the_decoder_ignores_z() -> None:
+    D, L = 12, 3
+    vae, x = linear_vae(D, L), torch.rand(5, D).round()
+    encoder: Any = vae.posterior
+    decoder: Any = vae.likelihood
+    for weights in decoder.parameters():
+        nn.init.zeros_(weights)
+    found = measure_scale_gradient(vae, x, "bounded", 2.0)
+    loc, feature = (each.detach().double() for each in encoder.net(x).chunk(2, -1))
+    feature = feature * 2 / feature.abs().max()
+    scale, slope = (7 * (feature / 7).tanh()).exp(), 1 - (feature / 7).tanh().square()
+    torch.manual_seed(0)
+    noise = torch.randn(5, L).double()
+    z = loc + scale * noise
+    closed, sampled = slope * (scale.square() - 1), slope * (z * scale * noise - 1)
+    assert found.norm is not None
+    assert found.sampled_norm is not None
+    assert found.norm.mean == pytest.approx(float(closed.norm(dim=-1).mean()), rel=1e-4)
+    assert found.sampled_norm.mean == pytest.approx(float(sampled.norm(dim=-1).mean()), rel=1e-4)

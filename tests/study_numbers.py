@@ -12,7 +12,7 @@ from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.runs.options import SCALE_MAPS
 from ppl_vae.study.plan import Planned, Size, autoencoder_name, dataset_word, plan, remedy_name, sweep_name
 from ppl_vae.study.results import (
-    Blur,
+    BlurNumbers,
     BlurParts,
     BoundDifferences,
     DataNumbers,
@@ -75,7 +75,9 @@ def invent_run(planned: Planned) -> RunNumbers:
         active=active,
         implied_beta=None if autoencoder or beta > 5 else Estimate(beta * 1.01, beta * 0.01),
         variation=Estimate(0.75 * active / 40, 0.004),
-        blur=Blur(Estimate(0.55, 0.01), Estimate(0.0125, 0.0001), Estimate(0.0025, 0.0001), Estimate(0.01, 0.0001)),
+        blur=BlurNumbers(
+            Estimate(0.55, 0.01), Estimate(0.0125, 0.0001), Estimate(0.0025, 0.0001), Estimate(0.01, 0.0001)
+        ),
         prior_match=PriorMatch(
             largest_mean=0.0625,
             largest_log_scale=0.125,

@@ -29,7 +29,6 @@ from ppl_vae.vae import VAE
 
 LARGEST_FEATURES = (1.0, 10.0, 30.0, 100.0)
 
-_NOISE_VERSION = 2  # of the stored eigenvalues; others are measured again
 _NUM_NEIGHBORS = 20
 _NUM_NEIGHBORED = 500  # test images whose neighbors are averaged
 _NUM_DRAWS = 8  # of q(z | x) per image, for the parts of its squared error
@@ -87,26 +86,19 @@ def _check_alike(folder: Path, found: PerImage, reference: Path, other: PerImage
 # --- The data's eigenvalues ---
 
 
-def measure_noise(folder: Path, study_data: StudyData) -> dict[str, Any]:
-    """The training images' eigenvalues in units of the likelihood's noise, kept in the study's folder.
+def measure_noise(study_data: StudyData) -> dict[str, Any]:
+    """The training images' eigenvalues in units of the likelihood's noise.
 
     Returns:
         "eigenvalues", descending, and "edge", which as many images of independent pixels reach by chance.
 
     Raises:
-        ValueError: A likelihood without a location, or a damaged file.
+        ValueError: A likelihood without a location.
     """
-    path, options = folder / f"noise-{study_data.word}.json", study_data.options
-    key = {"version": _NOISE_VERSION, "images": MOST_TRAINING_IMAGES, "sha256": study_data.splits.sha256}
-    key |= {name: getattr(options, name) for name in ("likelihood", "binarization", "transform")}
-    stored = runs.read_json(path) if path.exists() else {}
-    if stored.get("key") == key:
-        return stored
-    family = build_likelihood(options, study_data.splits.event_shape)
+    family = build_likelihood(study_data.options, study_data.splits.event_shape)
     found = noise_numbers(family, study_data.train_seen(MOST_TRAINING_IMAGES))
     if found is None:
-        raise ValueError(f"--likelihood {options.likelihood}: expected one with a location, for the study")
-    runs.write_json(path, {"key": key} | found, checksum=True)
+        raise ValueError(f"--likelihood {study_data.options.likelihood}: expected one with a location, for the study")
     return found
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import matplotlib
@@ -32,7 +32,7 @@ _COLORS: dict[Scheme, tuple[str, ...]] = {
 }
 _WIDTH, _HEIGHT = 9.0, 3.6  # inches
 _MOST_EIGENVALUES = 200
-_NEAR = 3.0  # nats below the best bound that its second panel shows
+_NEAR = 3.0  # nats below the best bound that its figure shows
 
 
 class Drawn(NamedTuple):
@@ -190,33 +190,31 @@ def _label_points(axes: Any, labels: Sequence[float], x: Any, y: Any, rate: Any,
 
 
 def draw_bounds(study: StudyNumbers) -> Figure | None:
-    """Paired differences to beta = 1: for each data set all of them, and those within some nats of the best."""
+    """Paired differences to beta = 1 of the betas within some nats of the best; a panel for each data set."""
     sweeps = {dataset: sweep for dataset, sweep in _sweeps(study).items() if study.differences.get("beta")}
     if not sweeps:
         return None
-    figure, rows = _make_panels(2, len(sweeps))
-    for panels, (dataset, sweep) in zip(rows, sweeps.items(), strict=True):
+    figure, (panels,) = _make_panels(len(sweeps))
+    for axes, (dataset, sweep) in zip(panels, sweeps.items(), strict=True):
         near: list[tuple[float, float]] = []
         for place, (bound, word) in enumerate((("log_likelihood", "L_S, the bound on log p(x)"), ("elbo", "ELBO"))):
             found = [study.difference("beta", run.name) for run in sweep]
-            values = [None if each is None else getattr(each, bound) for each in found]
-            values = [
-                Estimate(0.0, 0.0) if run.options["beta"] == 1 else v for run, v in zip(sweep, values, strict=True)
-            ]
+            values = [Estimate(0.0, 0.0) if each is None else getattr(each, bound) for each in found]  # beta = 1 itself
             hollow = [bound == "log_likelihood" and run.reliable is False for run in sweep]
-            for axes in panels:
-                _draw_curve(axes, _betas(sweep), values, label=word, place=place, hollow=hollow)
-                for beta, gain in find_seed_gains(study, dataset, bound):
-                    axes.plot(beta, gain, ".", color=_color(place), alpha=0.6, markersize=5)
-            best = np.nanmax([_mean(v) for v in values])
-            near += [(b, _mean(v)) for b, v in zip(_betas(sweep), values, strict=True) if _mean(v) > best - _NEAR]
-        for axes in panels:
-            _set_beta_axis(axes)
-            axes.axhline(0, color=_ink(), linewidth=0.7, linestyle=":")
-        panels[0].set(title=f"{name_data(dataset)}: all betas", ylabel="nats per image, minus those of beta = 1")
-        panels[0].legend()
-        _zoom(panels[1], near)
-        panels[1].set_title(f"{name_data(dataset)}: within {_NEAR:g} nats of the best")
+            _draw_curve(axes, _betas(sweep), values, label=word, place=place, hollow=hollow)
+            for beta, gain in find_seed_gains(study, dataset, bound):
+                axes.plot(beta, gain, ".", color=_color(place), alpha=0.6, markersize=5)
+            best = max(value.mean for value in values)
+            near += [(b, v.mean) for b, v in zip(_betas(sweep), values, strict=True) if v.mean > best - _NEAR]
+        _set_beta_axis(axes)
+        axes.axhline(0, color=_ink(), linewidth=0.7, linestyle=":")
+        betas, gains = zip(*near, strict=True)
+        margin, ticks = 0.12 * max(max(gains) - min(gains), 0.5), sorted(set(betas))
+        axes.set(xlim=(min(betas) / 1.4, max(betas) * 1.4), ylim=(min(gains) - margin, max(gains) + margin))
+        axes.set_xticks(ticks, [f"{beta:g}" for beta in ticks])
+        axes.minorticks_off()
+        axes.set(ylabel="nats per image, minus those of beta = 1", title=name_data(dataset))
+        axes.legend()
     return figure
 
 
@@ -228,14 +226,6 @@ def find_seed_gains(study: StudyNumbers, dataset: str, bound: str) -> list[tuple
         reference = _mean(None if (at_one := runs[1.0]) is None else getattr(at_one, bound))
         gains += [(b, _mean(getattr(run, bound)) - reference) for b, run in runs.items() if run is not None]
     return [(beta, gain) for beta, gain in gains if not math.isnan(gain)]
-
-
-def _zoom(axes: Any, points: Sequence[tuple[float, float]]) -> None:
-    betas, values = zip(*points, strict=True)
-    margin, ticks = 0.12 * max(max(values) - min(values), 0.5), sorted(set(betas))
-    axes.set(ylim=(min(values) - margin, max(values) + margin), xlim=(min(betas) / 1.4, max(betas) * 1.4))
-    axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
-    axes.minorticks_off()
 
 
 def draw_active(study: StudyNumbers) -> Figure | None:
@@ -319,34 +309,16 @@ def draw_aggregate(study: StudyNumbers) -> Figure | None:
 # --- Bars ---
 
 
-def _draw_bars(axes: Any, title: str, bars: Mapping[str, Value], mark: tuple[str, Value] | None = None) -> None:
+def _draw_bars(axes: Any, title: str, bars: dict[str, Value], mark: tuple[str, Value]) -> None:
     """Bars with their errors, and a dashed line across."""
     means, places = [_mean(value) for value in bars.values()], range(len(bars))
-    colors = [_color(place) for place in places]
-    stderr = [_stderr(value) for value in bars.values()]
-    axes.bar(places, means, yerr=stderr if any(stderr) else None, capsize=3, color=colors, ecolor=_ink(), width=0.7)
+    colors, stderr = [_color(place) for place in places], [_stderr(value) for value in bars.values()]
+    axes.bar(places, means, yerr=stderr, capsize=3, color=colors, ecolor=_ink(), width=0.7)
     axes.set_xticks(places, [name.replace(", ", ",\n") for name in bars])
     axes.grid(visible=False, axis="x")
-    if mark is not None:
-        axes.axhline(_mean(mark[1]), color=_ink(), linewidth=1, linestyle="--", label=mark[0])
-        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0, borderpad=0)  # above, for bars fill it
+    axes.axhline(_mean(mark[1]), color=_ink(), linewidth=1, linestyle="--", label=mark[0])
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0, borderpad=0)  # above, for bars fill it
     axes.set_title(title, loc="left")
-
-
-def draw_remedies(study: StudyNumbers) -> Figure | None:
-    """Active latents by remedy; a panel for each network."""
-    panels_of: dict[str, dict[str, int | None]] = {}
-    for network in plan.REMEDIED_NETWORKS:
-        names = {remedy: plan.remedy_name(study.datasets[0], network, remedy) for remedy in plan.REMEDIES}
-        active = {remedy: run.active for remedy, name in names.items() if (run := study.find_run(name)) is not None}
-        if active:
-            panels_of[f"{network} network: active latents"] = active
-    if not panels_of:
-        return None
-    figure, (panels,) = _make_panels(len(panels_of), height=3.2)
-    for axes, (title, bars) in zip(panels, panels_of.items(), strict=True):
-        _draw_bars(axes, title, bars)
-    return figure
 
 
 def draw_sharpness(study: StudyNumbers) -> Figure | None:
@@ -363,7 +335,7 @@ def draw_sharpness(study: StudyNumbers) -> Figure | None:
             distances[f"{model}, prior"] = run.samples.frechet
             distances |= {f"{model}, {word}": density.quality.frechet for word, density in run.densities.items()}
     figure, ((left, right),) = _make_panels(2)
-    _draw_bars(left, "high-frequency power of reconstructions", sharpness, ("the test images", 1.0))
+    _draw_bars(left, "power of reconstructions", sharpness, ("the test images", 1.0))
     _draw_bars(
         right, "Fréchet distance of samples", distances, ("other real images", study.blur[dataset].floor.frechet)
     )
@@ -399,72 +371,12 @@ def draw_blur(study: StudyNumbers) -> Figure | None:
     return figure
 
 
-# --- Networks and scale maps ---
-
-
-def draw_networks(study: StudyNumbers) -> Figure | None:
-    """L_S over latents, over seconds of training, and over weights."""
-    dataset, settings = study.datasets[0], study.settings
-    groups = {
-        "gated, by latents": [plan.latents_name(dataset, L) for L in settings.latent_dims],
-        "by network": [plan.sweep_name(dataset, 1.0), *(plan.network_name(dataset, w) for w in settings.networks)],
-    }
-    found = {group: [run for name in names if (run := study.find_run(name))] for group, names in groups.items()}
-    if sum(map(len, found.values())) < 2:
-        return None
-    figure, (panels,) = _make_panels(3, height=3.9, width=10.0)
-    for axes, what in zip(panels, ("latents", "seconds of training", "weights"), strict=True):
-        for place, (group, runs) in enumerate(found.items()):
-            x_of = {"latents": "latent_dim", "seconds of training": "seconds", "weights": "parameters"}[what]
-            x = [run.options["latent_dim"] if what == "latents" else getattr(run, x_of) for run in runs]
-            y, stderr = ([of(run.log_likelihood) for run in runs] for of in (_mean, _stderr))
-            axes.errorbar(x, y, yerr=stderr, fmt="o", color=_color(place), markersize=5, capsize=2, label=group)
-            for run, at in zip(runs, zip(x, y, strict=True), strict=True):
-                label = str(run.options["latent_dim"]) if place == 0 else run.options["network"]
-                axes.annotate(label, at, (5, 4), textcoords="offset points", fontsize=7.5)
-        axes.set(xscale="log", xlabel=what)
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))
-        axes.xaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
-        axes.margins(x=0.18, y=0.1)
-    panels[0].set_ylabel("L_S, nats per image")
-    panels[0].legend(loc="lower right")
-    return figure
-
-
-def draw_scale_maps(study: StudyNumbers) -> Figure | None:
-    """The gradient's norm, and how often it is not finite, over the largest feature; dashed where the KL is sampled."""
-    if not study.gradients:
-        return None
-    figure, ((left, right),) = _make_panels(2)
-    for place, word in enumerate(dict.fromkeys(each.scale_map for each in study.gradients)):
-        rows = sorted((each for each in study.gradients if each.scale_map == word), key=lambda row: row.largest_feature)
-        x = [row.largest_feature for row in rows]
-        forms = (
-            (word, "-", [row.norm for row in rows], [row.not_finite for row in rows]),
-            (f"{word}, sampled KL", "--", [row.sampled_norm for row in rows], [row.sampled_not_finite for row in rows]),
-        )
-        for label, style, norms, not_finite in forms:
-            positive = [None if _mean(norm) == 0 else norm for norm in norms]  # 0 has no place on a log scale
-            _draw_curve(left, x, positive, label=label, place=place, style=style)
-            _draw_curve(right, x, not_finite, label=label, place=place, style=style)
-    for axes in (left, right):
-        axes.set(xscale="log", xlabel="largest feature |h|")
-        axes.xaxis.set_major_formatter(FuncFormatter(_plain))
-    left.set(yscale="log", ylabel="norm of the gradient, where finite", title="How large")
-    right.set(ylim=(-0.04, 1.04), ylabel="share of images", title="NaN or infinite")
-    left.legend()
-    return figure
-
-
 FIGURES: dict[str, Callable[[StudyNumbers], Figure | None]] = {
     "spectrum": draw_spectrum,
     "active": draw_active,
     "rate-distortion": draw_rate_distortion,
     "bounds": draw_bounds,
-    "remedies": draw_remedies,
     "sharpness": draw_sharpness,
     "blur": draw_blur,
     "aggregate": draw_aggregate,
-    "networks": draw_networks,
-    "scale-maps": draw_scale_maps,
 }

@@ -25,7 +25,7 @@ from ppl_vae.study.data import NUM_SHOWN, StudyData, write_strip
 from ppl_vae.study.densities import fit_densities
 from ppl_vae.study.plan import Planned
 from ppl_vae.study.quality import sample_quality
-from ppl_vae.study.results import Blur, DensityQuality, PriorMatch, RunNumbers
+from ppl_vae.study.results import BlurNumbers, DensityQuality, PriorMatch, RunNumbers
 from ppl_vae.study.training import read_failure
 from ppl_vae.vae import VAE
 
@@ -138,7 +138,7 @@ def _diagnose(
         active=diagnosis["active"]["count"],
         implied_beta=_estimate(diagnosis["implied_beta"]),
         variation=_estimate(diagnosis["pictures"]["variation"]),
-        blur=None if blur is None else Blur(*(Estimate(**blur[name]) for name in parts)),
+        blur=None if blur is None else BlurNumbers(*(Estimate(**blur[name]) for name in parts)),
         prior_match=_match_prior(diagnosis),
         samples=sample_quality(generated["samples"], study_data.gray, study_data.components),
         densities=densities,

@@ -79,7 +79,7 @@ empty: read both together. The autoencoder was never asked to match anything."""
 
 NETWORKS = """\
 All networks are trained for the same epochs, so a slower one has had more time. Differences to the base are paired on
-the same test images; their errors say nothing about what another seed would give. Numbers beside points are latents."""
+the same test images; their errors say nothing about what another seed would give."""
 
 SCALE_MAPS = """\
 The encoder's output h must become a positive scale. The first table stretches h by hand at initialization and shows the
@@ -113,11 +113,11 @@ class Material:
     folder: Path
     drawn: Mapping[str, Drawn]
 
-    def show_figure(self, name: str, caption: str, alt: str) -> list[Block]:
+    def show_figure(self, name: str, caption: str) -> list[Block]:
         """The figure, if there is one."""
         if name not in self.drawn:
             return []
-        return [Picture(self.drawn[name].light, caption, alt, dark_png=self.drawn[name].dark)]
+        return [Picture(self.drawn[name].light, caption, caption, dark_png=self.drawn[name].dark)]
 
     def read_picture(self, path: str | None) -> bytes | None:
         """The bytes of a picture in the study's folder, if it exists."""
@@ -146,13 +146,11 @@ def explain_beta(material: Material) -> Section:
         "rate-distortion",
         "Each point is a model, with its beta. The sum of both axes is minus the ELBO: all points of the dotted line "
         "have the best one.",
-        "Distortion against rate along beta",
     )
     blocks += material.show_figure(
         "bounds",
-        "Differences of L_S and of the ELBO to beta = 1 on the same test images, with standard errors. Small dots are "
-        "further seeds; hollow marks are estimates that have not settled.",
-        "Differences of L_S and ELBO to beta = 1, along beta",
+        "Differences of L_S and of the ELBO to beta = 1 on the same test images, with standard errors, near the best "
+        "beta. Small dots are further seeds; hollow marks are estimates that have not settled.",
     )
     columns = ["data", "beta", "rate", "distortion", "ELBO", "L_S", "ELBO - that of beta = 1"]
     blocks += make_table(
@@ -231,7 +229,6 @@ def explain_check(material: Material) -> Section:
         "aggregate",
         "Four measures of codes against the prior along beta; dashed: the autoencoder. The first three should be low, "
         "and the last should not be zero.",
-        "Four measures of codes against prior, along beta",
     )
     for dataset in study.datasets:
         holes = material.read_run_picture(plan.sweep_name(dataset, 1.0), "holes")
@@ -295,13 +292,11 @@ def explain_blur(material: Material) -> Section:
         "sharpness",
         "Left: high-frequency power of reconstructions; the test images have one. Right: Fréchet distance between "
         "decoded samples and test images; the line is what other real images have.",
-        "Bars of sharpness and of samples' distance",
     )
     blocks += material.show_figure(
         "blur",
         "The squared error of one sampled reconstruction in parts that add up: the error of an autoencoder with as "
         "many latents, the noise of the posterior, and the rest.",
-        "Stacked bars of the parts of the error",
     )
     blocks += _tabulate_error(study) + _tabulate_samples(study)
     return Section("Why do VAEs blur, and autoencoders too?", blocks if study.blur else [], anchor="blur")
@@ -377,13 +372,11 @@ def explain_averaging(material: Material) -> Section:
         "spectrum",
         "Eigenvalues of the training images' covariance, in units of the likelihood's noise, with the thresholds of a "
         "sum and of a mean. A direction above a threshold is kept.",
-        "Eigenvalues by rank on logarithmic axes, with the thresholds of sum and mean",
     )
     blocks += material.show_figure(
         "active",
         "Active latents along beta, measured and predicted; the cross is the mean over pixels, at the beta that it "
         "amounts to.",
-        "Active latents against beta, measured and predicted",
     )
     for dataset in study.datasets:
         compared = {
@@ -434,9 +427,6 @@ def explain_collapse(material: Material) -> Section:
                 bounds = [format_mean(each) for each in (run.kl, run.elbo, run.log_likelihood)]
                 rows.append([network, remedy, run.active, *bounds, gain])
     blocks: list[Block] = [Text(COLLAPSE)]
-    blocks += material.show_figure(
-        "remedies", "Active latents after the same training.", "Bars of active latents by network and remedy"
-    )
     columns = ["network", "remedy", "active", "KL", "ELBO", "L_S", "L_S - that of none"]
     blocks += make_table(columns, rows, "Nats per image; differences are paired.")
     return Section("What helps against collapse?", blocks if rows else [], anchor="collapse")
@@ -457,9 +447,6 @@ def explain_networks(material: Material) -> Section:
         bounds = [format_mean(each) for each in (run.elbo, run.log_likelihood)]
         rows.append([*cells, format_number(run.seconds), *bounds, gain])
     blocks: list[Block] = [Text(NETWORKS)]
-    blocks += material.show_figure(
-        "networks", "L_S by latents, seconds of training and weights.", "L_S against latents, seconds and weights"
-    )
     columns = ["network", "latents", "active", "weights", "seconds", "ELBO", "L_S", "L_S - that of the base"]
     marked = [k for k, run in enumerate(found) if run.name == base]
     blocks += make_table(columns, rows, "Nats per image; the marked row is the base.", marked)
@@ -488,12 +475,6 @@ def explain_scale_maps(material: Material) -> Section:
             ended = "yes" if run.failed is None else "no"
             stressed.append([scale_map, ended, run.step, format_mean(run.elbo), run.failed])
     blocks: list[Block] = [Text(SCALE_MAPS)]
-    blocks += material.show_figure(
-        "scale-maps",
-        "Gradient norm, and share of images with a broken gradient, against the largest feature. Solid: KL in closed "
-        "form; dashed: sampled KL.",
-        "Gradient norm and share of broken gradients against the largest feature",
-    )
     columns = ["map", "largest feature", "gradient norm", "share NaN", "gradient norm, sampled KL"]
     blocks += make_table(
         [*columns, "share NaN, sampled KL", "largest scale"], gradients, "At initialization, nats per unit of h."

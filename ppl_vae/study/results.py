@@ -76,7 +76,7 @@ class DensityQuality:
 
 
 @dataclass(frozen=True)
-class Blur:
+class BlurNumbers:
     """Reconstructions: high-frequency power, and E_q|x - y|^2 = Var_q y + |x - E_q y|^2, per pixel."""
 
     sharpness: Estimate
@@ -152,7 +152,7 @@ class RunNumbers:
     active: int | None = None
     implied_beta: Estimate | None = None
     variation: Estimate | None = None
-    blur: Blur | None = None
+    blur: BlurNumbers | None = None
     prior_match: PriorMatch | None = None
     samples: Quality | None = None
     densities: dict[str, DensityQuality] = field(default_factory=dict)

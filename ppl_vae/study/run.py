@@ -62,8 +62,8 @@ Materials = dict[str, StudyData]
 
 
 def run(options: RunStudy, *, say: Say) -> None:
-    """Runs the command: trains, measures and reports the whole study."""
-    run_study(
+    """Runs the command: ``collect``, and the report of its numbers, OUTPUT/report.html with figures/."""
+    path = collect(
         QUICK if options.quick else DEFAULT,
         options.datasets,
         name="quick" if options.quick else "default",
@@ -71,17 +71,9 @@ def run(options: RunStudy, *, say: Say) -> None:
         data_dir=options.data_dir,
         say=say,
     )
-
-
-def run_study(
-    size: Size, datasets: Sequence[str], *, name: str, output: str, say: Say, data_dir: str | None = None
-) -> Path:
-    """Runs ``collect`` and writes the report, OUTPUT/report.html with figures/. Arguments and errors as ``collect``."""
-    path = collect(size, datasets, name=name, output=output, say=say, data_dir=data_dir)
     with runs.locked(path.parent):
         report = write_report(path.parent)
     say(f"All numbers are in {path}, and the report is {report}.")
-    return report
 
 
 def collect(
@@ -267,7 +259,7 @@ def _compare(folder: Path, size: Size, name: str, materials: Materials, found: d
         size=name,
         settings=size,
         datasets=tuple(materials),
-        data={word: _describe_data(folder, each) for word, each in materials.items()},
+        data={word: _describe_data(place, each) for word, each in materials.items()},
         runs=found,
         environment=runs.describe_environment("cpu"),
         seconds=seconds,
@@ -277,9 +269,9 @@ def _compare(folder: Path, size: Size, name: str, materials: Materials, found: d
     )
 
 
-def _describe_data(folder: Path, each: StudyData) -> DataNumbers:
-    splits, noise = each.splits, measure_noise(folder, each)
-    evaluation = read_evaluation(folder / RUNS / sweep_name(each.word, 1.0))
+def _describe_data(place: Path, each: StudyData) -> DataNumbers:
+    splits, noise = each.splits, measure_noise(each)
+    evaluation = read_evaluation(place / sweep_name(each.word, 1.0))
     return DataNumbers(
         description=splits.describe(),
         num_pixels=each.num_pixels,

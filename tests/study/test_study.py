@@ -258,18 +258,6 @@ def test_no_direction_is_kept_under_a_mean_over_pixels(numbers: StudyNumbers, na
     assert numbers.count_directions(numbers.runs[name]) == 0  # eigenvalues of correlations add up to D
 
 
-@pytest.mark.parametrize("name", ["likelihood", "binarization", "version", "sha256"])
-def test_eigenvalues_of_another_likelihood_or_data_are_measured_again(
-    study: Study, tmp_path: Path, bars_file: Path, name: str
-) -> None:
-    stored = runs.read_json(study[0] / "noise-bars.json")
-    other = stored | {"key": stored["key"] | {name: "other"}, "eigenvalues": [1.0]}
-    runs.write_json(tmp_path / "noise-bars.json", other)
-    options = plan.base(TINY, str(bars_file))
-    found = compare.measure_noise(tmp_path, study_data(options, load_splits(options), TINY.images))
-    assert found["eigenvalues"] == pytest.approx(stored["eigenvalues"])
-
-
 def test_an_autoencoder_has_no_likelihood(numbers: StudyNumbers) -> None:
     found = numbers.runs["bars-autoencoder"]
     assert (found.log_likelihood, found.elbo, found.kl) == (None, None, None)

@@ -18,13 +18,21 @@ TINY = Size(
     stress_epochs=1,
     betas={"bars": (0.1, 1.0, 100.0)},
     seeds=(1,),
-    close_betas=(1.0,),
+    close_betas=(0.1, 1.0),
     latent_dims=(2,),
     networks=("mlp",),
     images=100,
     num_particles=10,
     codes=250,
 )
+
+
+class Killed(RuntimeError):
+    """The stand-in for a killed process."""
+
+
+def raise_killed(*args: Any, **kwargs: Any) -> None:
+    raise Killed
 
 
 def silent(line: str) -> None:

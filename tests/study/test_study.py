@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import sys
@@ -15,7 +14,7 @@ import numpy as np
 import pytest
 from disturbed_runs import end, held_elsewhere
 from PIL import Image
-from small_study import TINY, run_tiny_study, save_gray_bars, silent, without_times
+from small_study import TINY, Killed, raise_killed, run_tiny_study, silent, without_times
 
 from ppl_vae import data, runs
 from ppl_vae.commands.options import RunStudy
@@ -23,7 +22,7 @@ from ppl_vae.diagnostics import verdicts
 from ppl_vae.runs.evaluations import read_evaluation, read_per_image
 from ppl_vae.runs.options import PLAIN
 from ppl_vae.runs.resolve import load_splits
-from ppl_vae.runs.results import from_json, to_json
+from ppl_vae.runs.results import to_json
 from ppl_vae.runtime import capture
 from ppl_vae.runtime.errors import NotFinite
 from ppl_vae.study import compare, measure, plan, run, training
@@ -38,44 +37,6 @@ from ppl_vae.study.training import FAILURE, train_planned
 Study = tuple[Path, StudyNumbers]
 
 STORED = Path(__file__).parents[2] / "scripts" / "results"
-
-
-@pytest.fixture(scope="module")
-def bars_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_gray_bars(tmp_path_factory.mktemp("data") / "bars.npz")
-
-
-class Killed(RuntimeError):
-    """The stand-in for a killed process."""
-
-
-def raise_killed(*args: Any, **kwargs: Any) -> None:
-    raise Killed
-
-
-@pytest.fixture(scope="module")
-def study(tmp_path_factory: pytest.TempPathFactory, bars_file: Path) -> Study:
-    """A whole study that was killed in the middle and continued."""
-    folder = tmp_path_factory.mktemp("study") / "tiny"
-    trained = []
-
-    def train_five(*args: Any, **kwargs: Any) -> bool:
-        trained.append(train(*args, **kwargs))
-        if len(trained) == 5:
-            raise Killed
-        return trained[-1]
-
-    train = run.train_planned
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "train_planned", train_five)
-        with pytest.raises(Killed):
-            run_tiny_study(folder, bars_file)
-    return folder, run_tiny_study(folder, bars_file)
-
-
-@pytest.fixture(scope="module")
-def numbers(study: Study) -> StudyNumbers:
-    return study[1]
 
 
 @pytest.fixture(scope="module")
@@ -134,11 +95,6 @@ def test_the_stored_study_is_that_of_the_planned_runs() -> None:
         assert {word: getattr(options, word) for word in stored[name]} == stored[name]
         untold = PLAIN.keys() - stored[name].keys()
         assert {word: getattr(options, word) for word in untold} == {word: PLAIN[word] for word in untold}
-
-
-def test_the_stored_study_answers_every_question_but_the_explorer(tmp_path: Path) -> None:
-    html = compose_page(Material(read_study(STORED), tmp_path, {}))
-    assert html.split("Not measured: ")[1].split("</p>")[0] == "Move through a latent space"
 
 
 @pytest.mark.parametrize("size", [DEFAULT, QUICK])
@@ -376,7 +332,3 @@ def test_a_bound_that_may_still_rise_is_not_reliable(
     evaluation = read_evaluation(folder)
     assert evaluation is not None
     assert measure._add_evaluation(told, evaluation, folder).reliable is expected
-
-
-def test_a_record_survives_json(numbers: StudyNumbers) -> None:
-    assert from_json(StudyNumbers, json.loads(json.dumps(to_json(numbers)))) == numbers

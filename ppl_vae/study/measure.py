@@ -52,15 +52,15 @@ def measure_run(planned: Planned, folder: Path, study_data: StudyData, *, pictur
         study_data: Its data.
         pictures: The study's folder of pictures.
     """
-    told = RunNumbers(
+    numbers = RunNumbers(
         name=planned.name,
         dataset=study_data.word,
         options={name: getattr(planned.options, name) for name in _OPTIONS},
         averaged=planned.averaged,
         failed=read_failure(folder),
     )
-    if told.failed is not None:
-        return told
+    if numbers.failed is not None:
+        return numbers
     evaluation = read_evaluation(folder)
     assert evaluation is not None  # the run is finished
     key = {"version": _VERSION, "images": study_data.num_images, "codes": planned.num_codes}
@@ -72,7 +72,7 @@ def measure_run(planned: Planned, folder: Path, study_data: StudyData, *, pictur
         if all((pictures.parent / name).exists() for name in found.pictures.values()):
             return found
     started = time.monotonic()
-    found = _add_evaluation(told, evaluation, folder)
+    found = _add_evaluation(numbers, evaluation, folder)
     if not planned.stressed:
         found = _diagnose(found, planned, load(folder), folder, study_data, pictures)
     found = replace(found, seconds_measuring=time.monotonic() - started)

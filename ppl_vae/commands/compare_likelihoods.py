@@ -12,10 +12,11 @@ import torch
 
 from ppl_vae import data, runs
 from ppl_vae.commands.options import CompareLikelihoods
-from ppl_vae.commands.pixel_calibration import calibrate_run, describe_calibration
+from ppl_vae.commands.pixel_calibration import calibrate_run
 from ppl_vae.commands.train import QUICK_EVALUATION_SEED, resume_run, train_run
 from ppl_vae.evidence.paired import CONFIDENCE, INDISTINCT, SEED_NATS, bound_difference
 from ppl_vae.reports.likelihood_figures import write_likelihood_figures
+from ppl_vae.reports.text.diagnosis import describe_calibration
 from ppl_vae.reports.text.evaluation import plus_minus
 from ppl_vae.runs.asked_run import check_comparable, check_same
 from ppl_vae.runs.build import build_likelihood, build_vae
@@ -23,6 +24,7 @@ from ppl_vae.runs.evaluations import PerImage, is_evaluated, read_per_image
 from ppl_vae.runs.opening import Run, Say, open_run
 from ppl_vae.runs.options import LIKELIHOODS, Options
 from ppl_vae.runs.resolve import check_support, describe_scale, load_splits, resolve
+from ppl_vae.runs.results import RunCalibration, from_json, to_json
 from ppl_vae.runtime.errors import NotFinite
 from ppl_vae.runtime.progress import progress_bar
 
@@ -99,7 +101,7 @@ def compare_likelihoods(
                 say(f"{word} is left out: {error}")
             else:
                 bar.set_description(f"{word}: calibration")
-                calibrations[word] = calibrate_run(run)
+                calibrations[word] = to_json(calibrate_run(run))
                 opened.append(run)
             bar.update(not was_finished)
     if not opened:
@@ -326,7 +328,7 @@ def describe(rows: Sequence[dict[str, Any]], scale: str) -> list[str]:
 
 
 def _calibrated(found: dict[str, Any]) -> str:
-    return describe_calibration(found["calibration"])
+    return describe_calibration(from_json(RunCalibration, found["calibration"]))
 
 
 def _about(rows: Sequence[dict[str, Any]]) -> list[str]:

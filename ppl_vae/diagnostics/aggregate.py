@@ -1,4 +1,4 @@
-"""Is the aggregate posterior the prior? Moments and Kolmogorov-Smirnov a latent, a classifier, and holes."""
+"""Distances of the aggregate posterior from the prior: moments, Kolmogorov-Smirnov, a classifier, and holes."""
 
 from __future__ import annotations
 
@@ -11,56 +11,46 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from ppl_vae.diagnostics.mixture import AggregatePosterior, factors
+from ppl_vae.diagnostics.values import PerLatent
 from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.evidence.moments import PRIOR_DRAWS, compute_log_prob, compute_moments, sample_latents
 from ppl_vae.runtime.global_state import seeded, serialize_threads
 from ppl_vae.vae import VAE
 
-# A prior draw is in a hole where the aggregate posterior covers it less than this share of held-out images' draws.
+# A prior draw is in a hole if its score is below this quantile of the scores of held-out images' draws.
 # Source: ours.
 HOLE_QUANTILE = 0.01
 
-# By which the posteriors may be widened, in spreads of their means over images, to cover held-out images' draws best.
+# Bandwidths among which the one is chosen that makes held-out images' draws most likely, in standard deviations of the
+# posterior means over images.
 _BANDWIDTHS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0)
 _DRAWS_FOR_BANDWIDTH = 500
 
-# The classifier: enough for a difference that matters, seconds on one core at 5,000 draws of 40 latents. Source: ours.
+# The classifier takes seconds on one core for 5,000 draws of 40 latents. Source: ours.
 _HIDDEN, _EPOCHS, _BATCH, _RATE, _DECAY = 64, 20, 250, 3e-3, 1e-2
 
 
 @dataclass(frozen=True)
 class LatentMoments:
-    """Mean and log-scale of each latent, standardized by the prior's: 0 and 0 where the aggregate is the prior.
+    """Mean and log-scale of each latent in the prior's units: 0 and 0 if the aggregate posterior is the prior.
 
     Args:
         mean: (L,) (mean of z_l - prior mean) / prior scale.
-        mean_stderr: (L,).
         log_scale: (L,) log(scale of z_l / prior scale).
-        log_scale_stderr: (L,).
     """
 
-    mean: Tensor
-    mean_stderr: Tensor
-    log_scale: Tensor
-    log_scale_stderr: Tensor
+    mean: PerLatent
+    log_scale: PerLatent
 
     @property
     def effect(self) -> Tensor:
         """(L,) max(|mean|, |log scale|)."""
-        return torch.maximum(self.mean.abs(), self.log_scale.abs())
-
-    def to_json(self) -> dict[str, Any]:
-        """As reports hold it."""
-        return {
-            "mean": {"mean": self.mean.tolist(), "stderr": self.mean_stderr.tolist()},
-            "log_scale": {"mean": self.log_scale.tolist(), "stderr": self.log_scale_stderr.tolist()},
-            "effect": self.effect.tolist(),
-        }
+        return torch.maximum(self.mean.mean.abs(), self.log_scale.mean.abs())
 
 
 @dataclass(frozen=True)
 class KolmogorovSmirnov:
-    """D_l = sup_t |F_N(t) - F(t)| of each latent, from 0 to 1, and its p-value.
+    """D_l = sup_t |F_N(t) - F_l(t)| for each latent, from 0 to 1, and its p-value.
 
     Args:
         statistic: (L,) the effect size.
@@ -70,46 +60,29 @@ class KolmogorovSmirnov:
     statistic: Tensor
     p_value: Tensor
 
-    def to_json(self) -> dict[str, Any]:
-        """As reports hold it."""
-        return {"statistic": self.statistic.tolist(), "p_value": self.p_value.tolist()}
-
 
 @dataclass(frozen=True)
 class TwoSample:
-    """How well a classifier tells posterior draws from prior draws.
+    """How well a classifier distinguishes posterior draws from prior draws.
 
     Args:
-        accuracy: the held-out accuracy, 1/2 where they are alike.
-        p_value: of at least this accuracy by chance.
-        num_held_out: how many draws it was judged by.
+        effect: 2 A - 1 for the held-out accuracy A, in [-1, 1]; 0 if the two distributions are the same. It is a lower
+            bound on their total variation distance, up to its error.
+        p_value: the probability of at least this accuracy by chance.
+        num_held_out: the number of held-out draws.
     """
 
-    accuracy: Estimate
+    effect: Estimate
     p_value: float
     num_held_out: int
-
-    @property
-    def effect(self) -> float:
-        """2 accuracy - 1, in [-1, 1]: a lower bound on the total variation distance, up to its error."""
-        return 2 * self.accuracy.mean - 1
-
-    def to_json(self) -> dict[str, Any]:
-        """As reports hold it."""
-        return {
-            "accuracy": self.accuracy.to_json(),
-            "p_value": self.p_value,
-            "effect": self.effect,
-            "num_held_out": self.num_held_out,
-        }
 
 
 @dataclass(frozen=True)
 class Holes:
-    """Prior draws that the smoothed aggregate posterior covers less than it does 99% of other images' draws.
+    """Prior draws that the smoothed aggregate posterior covers less than it covers 99% of other images' draws.
 
     Args:
-        share: of the prior draws that are in holes; 0.01 is expected where the aggregate posterior is the prior.
+        share: of the prior draws that are in holes; 0.01 is expected if the aggregate posterior is the prior.
         threshold: nats, the score below which a draw is in a hole.
         bandwidth: h, by which the posteriors were smoothed.
         prior_scores: (M,) log q(z) - log p(z), nats, at the prior draws.
@@ -124,14 +97,9 @@ class Holes:
     held_out_scores: Tensor
     worst: Tensor
 
-    def to_json(self) -> dict[str, Any]:
-        """As reports hold it: the share and the threshold, without the scores of single draws."""
-        numbers = {"threshold": self.threshold, "bandwidth": self.bandwidth, "num_draws": len(self.prior_scores)}
-        return {"share": self.share.to_json()} | numbers
 
-
-def _samples(name: str, z: Tensor) -> Tensor:
-    """(N, L) z in float64 on the CPU, once it is a matrix of at least two draws."""
+def _check_draws(name: str, z: Tensor) -> Tensor:
+    """(N, L) z in float64 on the CPU; raises ValueError unless it is a matrix of at least two draws."""
     if z.dim() != 2 or len(z) < 2:
         raise ValueError(f"{name}: expected draws (N, L), at least two, got shape {tuple(z.shape)}")
     return z.detach().double().cpu()
@@ -140,46 +108,47 @@ def _samples(name: str, z: Tensor) -> Tensor:
 @serialize_threads()
 @torch.no_grad()
 def latent_moments(z: Tensor, prior: Any) -> LatentMoments:
-    """(mean z_l - m_l) / s_l and log(scale z_l / s_l), m and s the prior's mean and scale: 0 and 0 where they agree.
+    """(mean z_l - m_l) / s_l and log(scale z_l / s_l), with the prior's mean m and scale s.
 
-    The log-scale's error is the delta method's, from the fourth moment.
+    The error of the log-scale is the delta method's, from the fourth moment.
 
     Args:
-        z: (N, L) one draw of q(z | x_n) an image: draws of the aggregate posterior.
-        prior: p(z), event (L,). Where its moments have no closed form they are those of 20,000 draws.
+        z: (N, L) one draw of q(z | x_n) per image: draws of the aggregate posterior.
+        prior: p(z), event (L,). Moments without a closed form are those of 20,000 draws.
 
     Raises:
         ValueError: fewer than two draws.
     """
-    z = _samples("z", z)
+    z = _check_draws("z", z)
     p = compute_moments(prior)
     z = (z - p.mean.double().cpu()) / p.scale.double().cpu()
     N = len(z)
     squares = (z - z.mean(0)).square()
     variance = z.var(0)
     log_scale_stderr = squares.std(0) / (2 * variance * math.sqrt(N))
-    return LatentMoments(z.mean(0), (variance / N).sqrt(), variance.log() / 2, log_scale_stderr)
+    mean = PerLatent(z.mean(0), (variance / N).sqrt())
+    return LatentMoments(mean, PerLatent(variance.log() / 2, log_scale_stderr))
 
 
 @serialize_threads()
 @torch.no_grad()
 def kolmogorov_smirnov(z: Tensor, prior: Any) -> KolmogorovSmirnov:
-    """D_l = sup_t |F_N(t) - F_l(t)|, F_N the share of the z_nl up to t and F_l the prior's distribution function.
+    """D_l = sup_t |F_N(t) - F_l(t)|, for the share F_N(t) of z_nl up to t and the prior's F_l(t).
 
     The p-value is that of Kolmogorov's limit at (sqrt(N) + 0.12 + 0.11 / sqrt(N)) D. With thousands of images every
-    trained model is rejected: D, the largest difference of probabilities, is the effect size to judge by.
+    trained model is rejected; judge by the effect size D, the largest difference of probabilities.
 
     Args:
-        z: (N, L) one draw of q(z | x_n) an image.
-        prior: p(z), event (L,). Where its latents have no distribution function of their own, 20,000 draws of it take
-            its place: the two-sample test.
+        z: (N, L) one draw of q(z | x_n) per image.
+        prior: p(z), event (L,). A prior whose latents have no distribution functions is represented by 20,000 draws, in
+            a two-sample test.
 
     Raises:
         ValueError: fewer than two draws.
 
     Reference: Stephens 1970, Journal of the Royal Statistical Society B 32(1), 115-122 (the correction for N).
     """
-    draws = _samples("z", z)
+    draws = _check_draws("z", z)
     N = len(draws)
     in_order = draws.sort(0).values
     try:
@@ -198,10 +167,10 @@ def kolmogorov_smirnov(z: Tensor, prior: Any) -> KolmogorovSmirnov:
 
 
 def kolmogorov_tail(t: Tensor) -> Tensor:
-    """P(K > t) = 2 sum_{k >= 1} (-1)^(k - 1) exp(-2 k^2 t^2), K the supremum of a Brownian bridge's magnitude.
+    """P(K > t) = 2 sum_{k >= 1} (-1)^(k - 1) exp(-2 k^2 t^2) for the supremum K of a Brownian bridge's magnitude.
 
-    Below t = 1 by the other form, 1 - sqrt(2 pi) / t sum_{k >= 1} exp(-(2 k - 1)^2 pi^2 / (8 t^2)): either is exact to
-    float64 with ten terms on its side.
+    Below t = 1 it is computed as 1 - sqrt(2 pi) / t sum_{k >= 1} exp(-(2 k - 1)^2 pi^2 / (8 t^2)). Ten terms of either
+    form are exact to float64 on its side of 1.
 
     Args:
         t: of any shape, float64, which the result has too.
@@ -209,7 +178,7 @@ def kolmogorov_tail(t: Tensor) -> Tensor:
     Reference: Kolmogorov 1933; Feller 1948, Annals of Mathematical Statistics 19(2), 177-189, equation 1.4.
     """
     k = torch.arange(1, 11, dtype=t.dtype)
-    small = t[..., None].clamp(min=0.05)  # where the tail is 1 to float64, and 1 / t^2 is still finite
+    small = t[..., None].clamp(min=0.05)  # the tail is 1 there, and 1 / t^2 is finite
     rest = math.sqrt(2 * math.pi) / small * (-((2 * k - 1) * math.pi).square() / (8 * small.square())).exp()
     tail = 2 * (-1) ** (k - 1) * (-2 * (k * t[..., None]).square()).exp()
     return torch.where(t < 1, 1 - rest.sum(-1), tail.sum(-1)).clamp(0, 1)
@@ -225,17 +194,16 @@ def binomial_tail(successes: int, trials: int) -> float:
 
 @serialize_threads()
 def classifier_test(z_posterior: Tensor, z_prior: Tensor, *, seed: int = 0) -> TwoSample:
-    """A = P(a classifier names the sample that a held-out draw came from): 1/2 where the two distributions are one.
+    """2 A - 1, with the held-out accuracy A = P(a classifier names the sample that a draw came from).
 
-    A small network of (z, z^2) learns on a random half of each sample and is judged on the other. 2 A - 1 is a lower
-    bound on their total variation distance, up to its error, and the tighter the better the classifier. The p-value is
-    P(Binomial(n, 1/2) >= the number named rightly), which holds whatever the classifier does: held-out draws are half
-    of each kind, so a classifier that leans to one kind makes it, if anything, too large.
+    A small network of (z, z^2) is trained on a random half of each sample and tested on the other. The p-value is
+    P(Binomial(n, 1/2) >= the number of correct answers). It holds for every classifier: half of the held-out draws are
+    of each kind, so a classifier that prefers one kind can only make the p-value too large.
 
     Args:
-        z_posterior: (N, L) one draw of q(z | x_n) an image.
+        z_posterior: (N, L) one draw of q(z | x_n) per image.
         z_prior: (N, L) as many draws of the prior.
-        seed: of the halves, and of the network's start and batches; torch's global generator is left as it is.
+        seed: of the halves, the network's initialization and the batches; torch's global generator is not changed.
 
     Raises:
         ValueError: samples of different shapes, or fewer than four draws.
@@ -246,35 +214,37 @@ def classifier_test(z_posterior: Tensor, z_prior: Tensor, *, seed: int = 0) -> T
         got = f"{tuple(z_posterior.shape)} and {tuple(z_prior.shape)}"
         raise ValueError(f"z_posterior, z_prior: expected two samples (N, L) of one shape, N at least 4, got {got}")
     with seeded(seed, z_posterior.device):
-        posterior_halves, prior_halves = _halves(z_posterior), _halves(z_prior)
-        z, label = _labeled(posterior_halves[0], prior_halves[0])
-        classifier = _trained(z, label)
-    held_out, truth = _labeled(posterior_halves[1], prior_halves[1])
+        posterior_halves, prior_halves = _split_in_halves(z_posterior), _split_in_halves(z_prior)
+        z, label = _label_draws(posterior_halves[0], prior_halves[0])
+        classifier = _train_classifier(z, label)
+    held_out, truth = _label_draws(posterior_halves[1], prior_halves[1])
     with torch.no_grad():
         right = (classifier(held_out) > 0) == (truth > 0.5)
     n = len(truth)
-    return TwoSample(Estimate.from_flags(right), binomial_tail(int(right.sum()), n), n)
+    accuracy = Estimate.from_flags(right)
+    effect = Estimate(2 * accuracy.mean - 1, 2 * accuracy.stderr, n)
+    return TwoSample(effect, binomial_tail(int(right.sum()), n), n)
 
 
-def _halves(z: Tensor) -> tuple[Tensor, Tensor]:
+def _split_in_halves(z: Tensor) -> tuple[Tensor, Tensor]:
     z = z.detach().float()[torch.randperm(len(z)).to(z.device)]
     return z[: len(z) // 2], z[len(z) // 2 :]
 
 
-def _labeled(posterior: Tensor, prior: Tensor) -> tuple[Tensor, Tensor]:
+def _label_draws(posterior: Tensor, prior: Tensor) -> tuple[Tensor, Tensor]:
     """Both samples, and 1 for the posterior's draws, 0 for the prior's."""
     z = torch.cat([posterior, prior])
     return z, torch.cat([z.new_ones(len(posterior)), z.new_zeros(len(prior))])
 
 
 class _Classifier(nn.Module):
-    """z (M, L) -> (M,) the log-odds that it is a posterior draw; (z, z^2) in units of the sample that it learns on."""
+    """z (M, L) -> (M,) log-odds that z is a posterior draw, from (z, z^2) standardized on the training sample."""
 
     def __init__(self, z: Tensor) -> None:
         super().__init__()
         features = torch.cat([z, z.square()], dim=-1)
         self.loc = features.mean(0)
-        self.scale = features.std(0).clamp(min=1e-6)  # of a latent that is constant in both samples
+        self.scale = features.std(0).clamp(min=1e-6)  # a latent may be constant in both samples
         self.net = nn.Sequential(nn.Linear(features.shape[1], _HIDDEN), nn.SiLU(), nn.Linear(_HIDDEN, 1)).to(z)
 
     def forward(self, z: Tensor) -> Tensor:
@@ -282,7 +252,7 @@ class _Classifier(nn.Module):
 
 
 @torch.enable_grad()
-def _trained(z: Tensor, label: Tensor) -> _Classifier:
+def _train_classifier(z: Tensor, label: Tensor) -> _Classifier:
     classifier = _Classifier(z)
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=_RATE, weight_decay=_DECAY)
     steps = _EPOCHS * math.ceil(len(z) / _BATCH)
@@ -296,8 +266,8 @@ def _trained(z: Tensor, label: Tensor) -> _Classifier:
     return classifier
 
 
-def _likeliest(q: AggregatePosterior, z: Tensor) -> tuple[float, AggregatePosterior]:
-    """The bandwidth of the highest mean log q_h(z), over 500 draws at equal steps, and q_h."""
+def _choose_bandwidth(q: AggregatePosterior, z: Tensor) -> tuple[float, AggregatePosterior]:
+    """The bandwidth h with the highest mean log q_h(z) over 500 of the draws, and q_h."""
     smoothed = [(bandwidth, q.smoothed(bandwidth)) for bandwidth in _BANDWIDTHS]
     candidates = [(bandwidth, mixture) for bandwidth, mixture in smoothed if mixture is not None]
     some = z[:: math.ceil(len(z) / _DRAWS_FOR_BANDWIDTH)]
@@ -309,45 +279,47 @@ def _likeliest(q: AggregatePosterior, z: Tensor) -> tuple[float, AggregatePoster
 @serialize_threads()
 @torch.no_grad()
 def holes(vae: VAE, x: Tensor, z_held_out: Tensor, z_prior: Tensor) -> Holes:
-    """P_{z ~ p}(r(z) < t), r(z) = log q(z) - log p(z), t the 1% quantile of r at draws of held-out images' posteriors.
+    """P_{z ~ p}(r(z) < t), r(z) = log q(z) - log p(z), with the 1% quantile t of r at held-out images' posterior draws.
 
-    q(z) = (1/N) sum_n q_h(z | x_n) over the N reference images. Held-out draws say how well so many reference images
-    cover what they should: in many dimensions narrow posteriors leave even a perfect model's prior draws far from each
-    of them, and no absolute threshold would do. Where the aggregate posterior is the prior, held-out and prior draws
-    are of one distribution, and 1% of the latter are in holes, whatever q is. But a good q sees more: posteriors so
-    narrow that they miss each other say only how narrow the nearest is. So a normal guide's variances s^2 grow to
-    s^2 + h^2 Var_n m_n, with the h, 0 among them, at which held-out draws are likeliest; other guides stay as they are.
-    Every other held-out draw chooses h, and the rest set t: of draws that h was fitted to it would be too high. A hole
-    is thus where q covers less than it does 99% of other images' codes, and not a place without any code. The error is
-    that of the share, and of the threshold as the quantile of so many draws.
+    q(z) = (1/N) sum_n q_h(z | x_n) over the N reference images. No absolute threshold would do: in many dimensions
+    narrow posteriors leave even a perfect model's prior draws far from each of them. The held-out draws show how well N
+    images can cover. If the aggregate posterior is the prior, held-out and prior draws have one distribution, and 1% of
+    the prior draws are in holes, whatever q is.
+
+    The power depends on q. Posteriors too narrow to overlap show only how narrow the nearest one is, so a normal
+    guide's variances s^2 are widened to s^2 + h^2 Var_n m_n, with the h (0 included) that makes held-out draws most
+    likely. Other guides are not widened. Every other held-out draw chooses h and the rest set t, since draws that h was
+    fitted to would set it too high. The error is that of the share and of t as a sample quantile.
 
     Args:
         vae: the VAE, whose guide has a density.
         x: reference images (N, *E), as the model sees them.
-        z_held_out: (M', L) one draw of q(z | x) of each of other images: of the reference images it would lie in its
-            own component.
+        z_held_out: (M', L) one draw of q(z | x) for each of other images; a reference image's draw would lie in its own
+            component.
         z_prior: (M, L) draws of the prior.
 
     Returns:
-        The share, both samples' scores, and the prior draws from the worst on: the caller decodes them.
+        The share, both samples' scores, and the prior draws in order of their scores.
 
     Raises:
         ValueError: no image, or fewer than two draws.
 
     Source: ours; the term is Rezende and Viola 2018, arXiv 1810.00597.
     """
-    _samples("z_held_out", z_held_out)
-    _samples("z_prior", z_prior)
+    _check_draws("z_held_out", z_held_out)
+    _check_draws("z_prior", z_prior)
     prior = vae.prior()
-    bandwidth, q = _likeliest(AggregatePosterior.of(vae, x), z_held_out[::2])
+    bandwidth, q = _choose_bandwidth(AggregatePosterior.encode(vae, x), z_held_out[::2])
     held_out, at_prior = ((q.log_prob(z) - compute_log_prob(prior, z)).cpu() for z in (z_held_out[1::2], z_prior))
-    wobble = math.sqrt(HOLE_QUANTILE * (1 - HOLE_QUANTILE) / len(held_out))
+    quantile_stderr = math.sqrt(HOLE_QUANTILE * (1 - HOLE_QUANTILE) / len(held_out))
 
     def share_below(quantile: float) -> Estimate:
         return Estimate.from_flags(at_prior < held_out.quantile(min(1.0, max(0.0, quantile))))
 
     share = share_below(HOLE_QUANTILE)
-    of_threshold = (share_below(HOLE_QUANTILE + wobble).mean - share_below(HOLE_QUANTILE - wobble).mean) / 2
+    threshold_stderr = (
+        share_below(HOLE_QUANTILE + quantile_stderr).mean - share_below(HOLE_QUANTILE - quantile_stderr).mean
+    ) / 2
     threshold = float(held_out.quantile(HOLE_QUANTILE))
-    found = Estimate(share.mean, math.hypot(share.stderr, of_threshold))
+    found = Estimate(share.mean, math.hypot(share.stderr, threshold_stderr))
     return Holes(found, threshold, bandwidth, at_prior, held_out, at_prior.argsort())

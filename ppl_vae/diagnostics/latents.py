@@ -1,4 +1,4 @@
-"""What a VAE's latents carry: KL and activity of each, the ELBO's parts, and the beta that its weights imply."""
+"""KL and activity of each latent, the parts of the ELBO, and the beta that the weights imply."""
 
 from __future__ import annotations
 
@@ -22,75 +22,60 @@ from ppl_vae.runtime.global_state import serialize_threads
 from ppl_vae.support import check_support
 from ppl_vae.vae import VAE
 
-# A latent is active where the variance of its posterior mean over images exceeds this, in the prior's unit (Burda et
+# A latent is active if the variance of its posterior mean over images exceeds this, in variances of the prior (Burda et
 # al. 2016, section 5).
 ACTIVE_VARIANCE = 0.01
 
-# The mutual information of N images' empirical distribution cannot exceed log N; above this share of it, it says
-# little but that. Source: ours.
+# The mutual information of N images cannot exceed log N; above this share of log N it says little else. Source: ours.
 SATURATED_SHARE = 0.9
 
-# Below this KL, nats, the implied beta is a ratio of nothings: a collapsed run of 0.0018 nats gave 0.17 +- 0.05.
-# Source: ours.
+# Below this KL in nats the implied beta means nothing: a collapsed run of 0.0018 nats gave 0.17 +- 0.05. Source: ours.
 _LEAST_KL = 0.1
 
-# The rate must fall by this many nats a unit of log c, in magnitude and by three standard errors, for an implied beta:
-# about the number of latents that the guide uses. Source: ours.
+# For an implied beta, |d KL / d log c| must exceed this many nats and three standard errors; it is about the number of
+# latents that the guide uses. Source: ours.
 _LEAST_SLOPE = 0.05
 _STDERRS = 3.0
 
 
 @dataclass(frozen=True)
-class LatentKL(PerLatent):
-    """KL(q(z_l | x) || p(z_l)), nats a latent.
-
-    Args:
-        mean: (L,) nats, the mean over images.
-        stderr: (L,) nats.
-        num_images: N.
-    """
-
-    num_images: int
-
-
-@dataclass(frozen=True)
 class ActiveUnits:
-    """Var_n E[z_l | x_n] / Var p(z_l), and whether it is above 0.01.
+    """Var_n E[z_l | x_n] / Var p(z_l) for each latent, and how many latents are active.
 
     Args:
-        variance: (L,) float64, on the CPU; in variances of the prior, 1 each where that is a standard normal.
+        count: how many latents have a variance above 0.01.
+        mean: (L,) the variances, float64, on the CPU; in variances of the prior.
         stderr: (L,) float64; NaN for one image.
-        active: (L,) bool.
-        count: how many are active.
     """
 
-    variance: Tensor
-    stderr: Tensor
-    active: Tensor
     count: int
+    mean: Tensor
+    stderr: Tensor
 
-    def to_json(self) -> dict[str, Any]:
-        """As reports hold it."""
-        return {"count": self.count, "variance": self.variance.tolist(), "stderr": self.stderr.tolist()}
+    @property
+    def active(self) -> Tensor:
+        """(L,) bool."""
+        return self.mean > ACTIVE_VARIANCE
 
 
 @dataclass(frozen=True)
 class ElboSplit:
     """ELBO = reconstruction - kl; kl = mutual information + marginal KL; marginal KL = TC + sum_l KL(q(z_l) || p(z_l)).
 
-    All in nats an image. The three that need the latents' own densities are None where the guide or the prior is no
-    product over latents by construction.
+    All estimates are in nats per image. Those that need densities of single latents are None unless guide and prior are
+    products over latents by construction.
 
     Args:
         reconstruction: E_q[log p(x | z)].
         kl: KL(q(z | x) || p(z)).
-        mutual_information: between z and which of the N images it came from, at most ``cap``.
-        marginal_kl: KL(q(z) || p(z)), q(z) the aggregate posterior of the N images.
+        mutual_information: between z and the index of its image among the N, at most ``cap``.
+        marginal_kl: KL(q(z) || p(z)) for the aggregate posterior q(z) of the N images.
         total_correlation: KL(q(z) || prod_l q(z_l)).
         dimension_kl: (L,) KL(q(z_l) || p(z_l)).
-        sum_of_dimension_kl: their sum, with its own error: the latents' errors are not independent.
+        sum_of_dimension_kl: their sum, with its own error: the errors of the latents are not independent.
         num_images: N.
         cap: log N.
+        saturated: whether the mutual information is above 0.9 of its cap, so that the marginal KL is overstated.
     """
 
     reconstruction: Estimate
@@ -98,22 +83,11 @@ class ElboSplit:
     mutual_information: Estimate
     marginal_kl: Estimate
     total_correlation: Estimate | None
-    dimension_kl: LatentKL | None
+    dimension_kl: PerLatent | None
     sum_of_dimension_kl: Estimate | None
     num_images: int
     cap: float
-
-    @property
-    def saturated(self) -> bool:
-        """Whether the mutual information is within a tenth of its cap log N: then the marginal KL is overstated."""
-        return self.mutual_information.mean > SATURATED_SHARE * self.cap
-
-    def to_json(self) -> dict[str, Any]:
-        """As reports hold it; None stays None."""
-        names = ("reconstruction", "kl", "mutual_information", "marginal_kl", "total_correlation", "dimension_kl")
-        found = {name: getattr(self, name) for name in (*names, "sum_of_dimension_kl")}
-        held = {name: None if value is None else value.to_json() for name, value in found.items()}
-        return held | {"num_images": self.num_images, "cap": self.cap, "saturated": self.saturated}
+    saturated: bool
 
 
 def _kl_by_latent(q: Any, p: Any) -> Tensor | None:
@@ -129,32 +103,31 @@ def _kl_by_latent(q: Any, p: Any) -> Tensor | None:
 
 @serialize_threads()
 @torch.no_grad()
-def latent_kl(vae: VAE, x: Tensor, *, draws: int = 100) -> LatentKL | None:
-    """(1/N) sum_n KL(q(z_l | x_n) || p(z_l)), by latent.
+def latent_kl(vae: VAE, x: Tensor, *, draws: int = 100) -> PerLatent | None:
+    """(1/N) sum_n KL(q(z_l | x_n) || p(z_l)) for each latent.
 
-    In closed form where torch has one for the two distributions of a latent, else by draws of q.
+    It is computed in closed form if torch has one for the distributions of a latent, else from draws of q.
 
     Args:
         vae: the VAE.
         x: images (N, *E), as the model sees them.
-        draws: of q(z | x) an image, where there is no closed form.
+        draws: of q(z | x) per image, if there is no closed form.
 
     Returns:
-        Nats a latent, or None where the guide or the prior is no product over latents by construction: then a latent
-        has no KL of its own.
+        (L,) nats, or None unless guide and prior are products over latents by construction.
 
     Raises:
         ValueError: no image.
     """
-    prior, posteriors = vae.prior(), AggregatePosterior.of(vae, x)
+    prior, posteriors = vae.prior(), AggregatePosterior.encode(vae, x)
     if factors(prior) is None or not posteriors.is_factorized:
         return None
     kl = torch.cat([_kl_or_draws(q, prior, draws) for q in posteriors.groups])
-    each = PerLatent.from_values(kl)
-    return LatentKL(each.mean, each.stderr, len(x))
+    return PerLatent.from_values(kl)
 
 
 def _kl_or_draws(q: Any, prior: Any, draws: int) -> Tensor:
+    """(B, L) KL(q(z_l | x) || p(z_l)), in closed form or from draws."""
     closed = _kl_by_latent(q, prior)
     if closed is not None:
         return closed
@@ -163,11 +136,11 @@ def _kl_or_draws(q: Any, prior: Any, draws: int) -> Tensor:
 
 
 def active_units(codes: PosteriorMoments, prior_scale: Tensor | None = None) -> ActiveUnits:
-    """A_l = Var_n E[z_l | x_n] / Var p(z_l), active where above 0.01.
+    """A_l = Var_n E[z_l | x_n] / Var p(z_l); a latent is active if A_l exceeds 0.01.
 
-    A prior that is learned sets the unit of its latents, so a variance says something in its unit alone. Where means
-    are those of draws, what their error adds to the variance is taken off. The error is sqrt((mean_n d_n^4 - A^2) / N),
-    d_n the deviation from the mean: that of a variance of independent images, whatever their distribution.
+    A learned prior sets the unit of its latents, hence the division. If the means are those of draws, the variance that
+    their error adds is subtracted. The standard error is sqrt((mean_n d_n^4 - A^2) / N) for the deviations d_n from the
+    mean; it assumes independent images and no distribution.
 
     Args:
         codes: of N images, as ``moments.encode`` gives them.
@@ -180,9 +153,8 @@ def active_units(codes: PosteriorMoments, prior_scale: Tensor | None = None) -> 
     squares = squares * len(squares) / max(1, len(squares) - 1)
     if codes.num_draws is not None:
         squares = squares - (codes.scale.double() / unit).square() / codes.num_draws
-    each = PerLatent.from_values(squares)
-    active = each.mean > ACTIVE_VARIANCE
-    return ActiveUnits(each.mean, each.stderr, active, int(active.sum()))
+    variance = PerLatent.from_values(squares)
+    return ActiveUnits(int((variance.mean > ACTIVE_VARIANCE).sum()), variance.mean, variance.stderr)
 
 
 @serialize_threads()
@@ -191,19 +163,19 @@ def elbo_split(vae: VAE, x: Tensor, *, draws: int = 1) -> ElboSplit:
     """E KL(q(z | x) || p(z)) = I(z; n) + KL(q(z) || p(z)), and KL(q(z) || p(z)) = TC + sum_l KL(q(z_l) || p(z_l)).
 
     q(z) = (1/N) sum_n q(z | x_n) over exactly these N images, and I is the mutual information between z and the index
-    n, uniform on them. I = E[log q(z | x) - log q(z)] is estimated by draws of q(z | x_n); no draw gives more than
-    log N. The KL is taken in closed form where there is one, and the marginal KL is what I leaves of it, so both
-    identities hold exactly in the numbers returned.
+    n, uniform on them. I = E[log q(z | x) - log q(z)] is estimated from draws of q(z | x_n); no draw gives more than
+    log N. The KL is computed in closed form if there is one, and the marginal KL as KL - I, so that both identities
+    hold exactly in the returned numbers.
 
-    What N does to them: I is of these N images, and grows with N up to that of the population of images. Where the
-    posteriors are so narrow that they hardly overlap, it sits at log N (9.2 nats for 10,000 images) whatever the
-    population's is, and the marginal KL is overstated by all that the cap took: see ``ElboSplit.saturated``. Likewise
-    by latent, where overlap is far greater. The errors are over images, the mixture q(z) taken as given.
+    I grows with N, up to that of the population of images. If the posteriors are so narrow that they hardly overlap, I
+    is log N (9.2 nats for 10,000 images) whatever the population's value is, and the marginal KL is overstated by the
+    difference: see ``ElboSplit.saturated``. Single latents overlap far more. The errors are over images, for a fixed
+    mixture q(z).
 
     Args:
         vae: the VAE, whose guide has a density.
         x: images (N, *E), as the model sees them.
-        draws: of q(z | x) an image.
+        draws: of q(z | x) per image.
 
     Raises:
         ValueError: no image, one off the support of p(x | z), or no draw.
@@ -213,37 +185,36 @@ def elbo_split(vae: VAE, x: Tensor, *, draws: int = 1) -> ElboSplit:
     """
     draws = check_count("draws", draws)
     check_support(vae.model, x)
-    q, prior = AggregatePosterior.of(vae, x), vae.prior()
+    q, prior = AggregatePosterior.encode(vae, x), vae.prior()
     by_latent = factors(prior) is not None and q.is_factorized
     parts = [_one_draw(vae, x, q, prior, by_latent=by_latent) for _ in range(draws)]
     reconstruction, kl, information = (torch.stack(part).mean(0) for part in zip(*(p[:3] for p in parts), strict=True))
-    total = of_latents = sum_of_latents = None
+    total_correlation = dimension_kl = sum_of_dimension_kl = None
     if by_latent:
         kl_by_latent, information_by_latent = (
             torch.stack(part).mean(0) for part in zip(*(p[3:] for p in parts), strict=True)
         )
-        left = kl_by_latent - information_by_latent
-        total, sum_of_latents = (
-            Estimate.from_values(kl - information - left.sum(-1)),
-            Estimate.from_values(left.sum(-1)),
-        )
-        each = PerLatent.from_values(left)
-        of_latents = LatentKL(each.mean, each.stderr, len(x))
+        remainder = kl_by_latent - information_by_latent
+        total_correlation = Estimate.from_values(kl - information - remainder.sum(-1))
+        sum_of_dimension_kl = Estimate.from_values(remainder.sum(-1))
+        dimension_kl = PerLatent.from_values(remainder)
+    mutual_information, cap = Estimate.from_values(information), math.log(len(x))
     return ElboSplit(
         reconstruction=Estimate.from_values(reconstruction),
         kl=Estimate.from_values(kl),
-        mutual_information=Estimate.from_values(information),
+        mutual_information=mutual_information,
         marginal_kl=Estimate.from_values(kl - information),
-        total_correlation=total,
-        dimension_kl=of_latents,
-        sum_of_dimension_kl=sum_of_latents,
+        total_correlation=total_correlation,
+        dimension_kl=dimension_kl,
+        sum_of_dimension_kl=sum_of_dimension_kl,
         num_images=len(x),
-        cap=math.log(len(x)),
+        cap=cap,
+        saturated=mutual_information.mean > SATURATED_SHARE * cap,
     )
 
 
 def _one_draw(vae: VAE, x: Tensor, q: AggregatePosterior, prior: Any, *, by_latent: bool) -> tuple[Tensor, ...]:
-    """Of one z ~ q(z | x_n) an image: reconstruction, KL and information (N,); and by latent the last two, (N, L)."""
+    """For one z ~ q(z | x_n) per image: reconstruction, KL and information (N,), and the last two by latent (N, L)."""
     z = q.sample()
     own = q.log_prob_per_image(z)
     information = own - q.log_prob(z)
@@ -267,29 +238,30 @@ def _log_likelihood(vae: VAE, x: Tensor, z: Tensor) -> Tensor:
 
 @serialize_threads()
 def implied_beta(vae: VAE, x: Tensor, *, draws: int = 8) -> Estimate | None:
-    """beta = (d/dlog c E_q[log p(x | z)]) / (d/dlog c KL(q || p)) at c = 1, c a factor on all of the guide's scales.
+    """beta = (d/dlog c E_q[log p(x | z)]) / (d/dlog c KL(q || p)) at c = 1, for a factor c on all scales of the guide.
 
-    Training with weight beta stops where no change of the guide improves reconstruction - beta KL; in particular not
-    widening every posterior about its mean, z = m + c (z_0 - m), z_0 ~ q(z | x). So the weights say which beta they
-    were trained with, in the unit of the likelihood's nats: a mean over D pixels implies D. It is a statement of the
-    guide's widths alone. Where training was cut short, or the guide cannot express other widths, it is not the beta
-    asked for; free bits, which stop the KL's pressure, imply less. A latent whose posterior is the prior adds nothing
-    to either derivative. A VampPrior is made of the guide's posteriors, so its components widen with them.
+    Training with weight beta ends where no change of the guide improves reconstruction - beta KL. One such change is to
+    widen every posterior about its mean, z = m + c (z_0 - m), z_0 ~ q(z | x). So the weights show which beta they were
+    trained with, in the unit of the likelihood's nats: a mean over D pixels implies D.
 
-    d log p(x | z) / d log c is by autograd at the draws, in pairs z_0 and 2 m - z_0, whose linear terms cancel. The
-    KL's is in closed form for normals (for a standard normal prior sum_l s_l^2 - 1), else -L - E[d log p(z) / d log c]
-    at the draws. The error is the delta method's, over images.
+    Only the guide's widths enter. If training was cut short, or the guide cannot express other widths, the result is
+    not the beta of training; free bits, which limit the KL's pressure, imply less. A latent whose posterior is the
+    prior adds nothing to either derivative. A VampPrior consists of the guide's posteriors, so it widens with them.
+
+    d log p(x | z) / d log c is computed by autograd at pairs of draws z_0 and 2 m - z_0, whose linear terms cancel. The
+    KL's derivative is closed for normals (sum_l s_l^2 - 1 for a standard normal prior), else
+    -L - E[d log p(z) / d log c] at the draws. The error is the delta method's, over images.
 
     Args:
         vae: the VAE. Its weights are not changed, and get no gradient.
         x: images (N, *E), as the model sees them.
-        draws: pairs of draws an image.
+        draws: pairs of draws per image.
 
     Returns:
-        The implied beta, or None where the KL is not above 0.1 nats or does not respond to the widths by more than 0.05
-        nats and three standard errors (the decoder ignores z, or nearly), where the guide has no width (an
-        autoencoder), where it has several layers, each with a width of its own, where all images are alike, and where
-        the ratio is negative, since wider posteriors would improve both terms or worsen both.
+        The implied beta. None if the KL is at most 0.1 nats, or its derivative at most 0.05 nats or three standard
+        errors (the decoder nearly ignores z); if the guide has no width (an autoencoder), or several layers, each with
+        its own width; if all images are the same; and if the ratio is negative, since wider posteriors would then
+        improve both terms or worsen both.
 
     Raises:
         ValueError: no image, one off the support of p(x | z), or no draw.
@@ -312,11 +284,11 @@ def implied_beta(vae: VAE, x: Tensor, *, draws: int = 8) -> Estimate | None:
     if is_flat or says_nothing or not (width > 0).any() or (x == x[:1]).all():
         return None
     beta = ratio_of_means(gain, rate)
-    return None if beta.mean < -_STDERRS * (beta.stderr or 0.0) else beta  # no training has a negative weight
+    return None if beta.mean < -_STDERRS * beta.stderr else beta  # no training has a negative weight
 
 
 def _derivative(total: Tensor, log_c: Tensor) -> Tensor:
-    """(B,) d total / d log_c: 0 where the total does not depend on it at all, as with a decoder of no latent."""
+    """(B,) d total / d log_c; 0 if the total does not depend on it, as for a decoder that ignores z."""
     if not total.requires_grad:
         return torch.zeros_like(log_c)
     found = torch.autograd.grad(total, log_c, retain_graph=True, allow_unused=True)[0]
@@ -324,9 +296,9 @@ def _derivative(total: Tensor, log_c: Tensor) -> Tensor:
 
 
 def _log_prior(part: Any, prior: Any, z: Tensor, log_c: Tensor) -> Tensor:
-    """log p(z) once all of the guide's scales are c times as wide, each about its own mean.
+    """log p(z) after all of the guide's scales are multiplied by c.
 
-    Of a VampPrior, (1/K) sum_k q_k(m_k + (z - m_k) / c) / c^L; no other prior has the guide's scales.
+    For a VampPrior that is log (1/K) sum_k q_k(m_k + (z - m_k) / c) / c^L; no other prior has the guide's scales.
 
     Args:
         part: the VAE's prior.
@@ -348,13 +320,13 @@ def _log_prior(part: Any, prior: Any, z: Tensor, log_c: Tensor) -> Tensor:
 
 
 def _slopes(vae: VAE, x: Tensor, prior: Any, draws: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(B,) each: d/dlog c of the reconstruction and of the KL, the draws' mean distance from m, and the KL itself."""
+    """(B,) each: d/dlog c of the reconstruction and of the KL, the draws' mean distance from m, and the KL."""
     with torch.no_grad():
         q = vae.posterior(x)
         normals, p = normal_factors(q), normal_factors(prior)
         mean = compute_moments(q).mean
         away = q.sample((draws if normals is not None else 2 * draws,)) - mean
-        if normals is not None:  # symmetric, so that the mirrored draws are draws too
+        if normals is not None:  # the mirror images of draws of a symmetric distribution are draws too
             away = torch.cat([away, -away])
     with torch.enable_grad():
         log_c = torch.zeros(len(x), dtype=mean.dtype, device=mean.device, requires_grad=True)

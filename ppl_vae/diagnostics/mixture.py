@@ -1,4 +1,4 @@
-"""The aggregate posterior q(z) = (1/N) sum_n q(z | x_n): a mixture with one component an image."""
+"""The aggregate posterior q(z) = (1/N) sum_n q(z | x_n): a mixture with one component per image."""
 
 from __future__ import annotations
 
@@ -14,31 +14,30 @@ from ppl_vae.runtime.batching import floats_per_latent, images_per_pass
 from ppl_vae.runtime.global_state import serialize_threads
 from ppl_vae.vae import VAE
 
-# Numbers that one pass may hold: 64 MB in float64.
+# The floats that one pass may hold: 64 MB in float64.
 _PASS_NUMBERS = 8_000_000
 
 
 def factors(distribution: Any) -> Any:
-    """The distribution of each latent, batch shape (..., L), where they are independent by construction; else None."""
+    """The distributions of the latents, batch shape (..., L), if they are independent by construction; else None."""
     is_product = isinstance(distribution, Independent) and distribution.reinterpreted_batch_ndims == 1
     return distribution.base_dist if is_product and not distribution.base_dist.event_shape else None
 
 
 def normal_factors(distribution: Any) -> Normal | None:
-    """The same, where they are normals."""
+    """The distributions of the latents if they are independent normals; else None."""
     found = factors(distribution)
     return found if isinstance(found, Normal) else None
 
 
 class AggregatePosterior:
-    """q(z) = (1/N) sum_n q(z | x_n), over exactly these N images.
+    """q(z) = (1/N) sum_n q(z | x_n) over N images.
 
-    A product of normals for each image is evaluated by two matrix products in float64, -2 log q(z | x_n) =
-    z^2 @ s_n^-2 - 2 z @ (m_n s_n^-2) + constant; any other posterior by its own ``log_prob``. Pairs go in chunks, and
-    memory does not grow with N^2.
+    Products of normals are evaluated by two matrix products in float64, -2 log q(z | x_n) = z^2 @ s_n^-2 -
+    2 z @ (m_n s_n^-2) + constant; other posteriors by their ``log_prob``. Memory does not grow with N^2.
 
     Args:
-        groups: q(z | x_n), batch (B,) and event (L,), one distribution for each group of images.
+        groups: q(z | x_n), batch (B,) and event (L,), one distribution per group of images.
 
     Raises:
         ValueError: no image.
@@ -54,19 +53,19 @@ class AggregatePosterior:
     @classmethod
     @serialize_threads()
     @torch.no_grad()
-    def of(cls, vae: VAE, x: Tensor) -> AggregatePosterior:
-        """Of images (N, *E) under the VAE's guide, in passes that fit into memory."""
+    def encode(cls, vae: VAE, x: Tensor) -> AggregatePosterior:
+        """The aggregate posterior of images (N, *E) under the VAE's guide, in passes that fit into memory."""
         return cls([vae.posterior(group) for group in x.split(images_per_pass(x))] if len(x) else [])
 
     @property
     def is_factorized(self) -> bool:
-        """Whether each q(z | x_n) is a product over latents by construction, so that the latents have densities."""
+        """Whether each q(z | x_n) is a product over latents by construction."""
         return all(factors(q) is not None for q in self.groups)
 
     @serialize_threads()
     @torch.no_grad()
     def sample(self) -> Tensor:
-        """(N, L): one z ~ q(z | x_n) an image."""
+        """(N, L) one z ~ q(z | x_n) per image."""
         return torch.cat([q.sample() for q in self.groups])
 
     @torch.no_grad()
@@ -77,7 +76,7 @@ class AggregatePosterior:
 
     @torch.no_grad()
     def log_prob_per_latent(self, z: Tensor) -> Tensor:
-        """(N, L) log q(z_nl | x_n), nats, float64, of a factorized guide. z: (N, L)."""
+        """(N, L) log q(z_nl | x_n), nats, float64, for a factorized guide. z: (N, L)."""
         parts = zip(self.groups, self._split(z), strict=True)
         return torch.cat([factors(q).log_prob(part).double() for q, part in parts])
 
@@ -89,16 +88,13 @@ class AggregatePosterior:
 
     @torch.no_grad()
     def log_prob_by_latent(self, z: Tensor) -> Tensor:
-        """(M, L) log q(z_l) of each latent's own marginal, nats, float64, of a factorized guide. z: (M, L)."""
+        """(M, L) log q(z_l) of each latent's marginal, nats, float64, for a factorized guide. z: (M, L)."""
         parts = [self._log_sum_by_latent(factors(q), z) for q in self.groups]
         return torch.stack(parts).logsumexp(0) - math.log(self.num_images)
 
     @torch.no_grad()
     def smoothed(self, bandwidth: float) -> AggregatePosterior | None:
-        """(1/N) sum_n prod_l Normal(m_nl, s_nl^2 + h^2 Var_n m_nl), h the bandwidth: between the images, by a kernel.
-
-        A latent whose posterior is the same for every image stays as it is. None unless the guide is normal.
-        """
+        """(1/N) sum_n prod_l Normal(m_nl, s_nl^2 + h^2 Var_n m_nl), with the bandwidth h; None unless normal."""
         found = [normal_factors(q) for q in self.groups]
         normals = [q for q in found if q is not None]
         if len(normals) < len(found):
@@ -111,7 +107,7 @@ class AggregatePosterior:
 
     @staticmethod
     def _log_sum(q: Any, z: Tensor) -> Tensor:
-        """(M,) log sum_n q(z | x_n) over the images of one group."""
+        """(M,) log sum_n q(z | x_n) over one group of images."""
         B, normals = int(q.batch_shape[0]), normal_factors(q)
         if normals is None:
             chunk = max(1, _PASS_NUMBERS // (B * floats_per_latent(q)))
@@ -126,6 +122,6 @@ class AggregatePosterior:
 
     @staticmethod
     def _log_sum_by_latent(q: Any, z: Tensor) -> Tensor:
-        """(M, L) log sum_n q(z_l | x_n) over the images of one group."""
+        """(M, L) log sum_n q(z_l | x_n) over one group of images."""
         chunk = max(1, _PASS_NUMBERS // (4 * math.prod(q.batch_shape)))
         return torch.cat([q.log_prob(part[:, None]).logsumexp(1).double() for part in z.split(chunk)])

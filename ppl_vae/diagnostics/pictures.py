@@ -1,10 +1,9 @@
-"""Reconstructions as pictures: do they differ from image to image, how sharp are they, and what blurs them?"""
+"""Variation and sharpness of reconstructions, and what blurs them."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,15 +22,15 @@ HIGH_FREQUENCY = 0.25
 
 @dataclass(frozen=True)
 class Blur:
-    """Sharpness along the way from an image to its averaged reconstruction, and the squared error's two parts.
+    """Sharpness of three kinds of reconstruction relative to the data, and the two parts of the squared error.
 
     Args:
-        at_mean: sharpness of E[x | z] at the mean of q(z | x), against the data's.
-        at_draw: of E[x | z] at one draw of q(z | x).
-        averaged: of the average of E[x | z] over draws.
+        at_mean: sharpness of E[x | z] at the mean of q(z | x).
+        at_draw: sharpness of E[x | z] at one draw of q(z | x).
+        averaged: sharpness of the average of E[x | z] over draws.
         error: E_q |x - E[x | z]|^2 / D, squared units of pixels.
-        posterior_noise: the part of it that is the variance of E[x | z] under q.
-        bias: the rest, |x - E_q E[x | z]|^2 / D.
+        posterior_noise: the variance of E[x | z] under q, a part of the error.
+        bias: |x - E_q E[x | z]|^2 / D, the rest of the error.
     """
 
     at_mean: Estimate
@@ -41,12 +40,8 @@ class Blur:
     posterior_noise: Estimate
     bias: Estimate
 
-    def to_json(self) -> dict[str, Any]:
-        """As reports hold it."""
-        return {field.name: getattr(self, field.name).to_json() for field in fields(self)}
 
-
-def _same_shape(images: Tensor, reference: Tensor, names: str) -> None:
+def _check_same_shape(images: Tensor, reference: Tensor, names: str) -> None:
     if images.shape != reference.shape or len(images) < 2:
         got = f"{tuple(images.shape)} and {tuple(reference.shape)}"
         raise ValueError(f"{names}: expected at least two images of one shape each, got {got}")
@@ -54,14 +49,14 @@ def _same_shape(images: Tensor, reference: Tensor, names: str) -> None:
 
 @torch.no_grad()
 def reconstruction_variation(reconstructions: Tensor, x: Tensor) -> Estimate:
-    """V = sum_d Var_n y_nd / sum_d Var_n x_nd: 0 where all reconstructions look the same, 1 where they vary as data.
+    """V = sum_d Var_n y_nd / sum_d Var_n x_nd: 0 if all reconstructions are the same, 1 if they vary as the data.
 
     The error is the delta method's, over images.
 
     Args:
         reconstructions: (N, *E) expected images y, such as the mean of p(x | z).
-        x: (N, *E) the images that they are of, in the same unit. Binary pixels vary more than what they were drawn
-            from, so for those give the gray probabilities.
+        x: (N, *E) the images, in the same unit. For binary pixels give the gray probabilities that they were drawn
+            from, since the draws vary more.
 
     Raises:
         ValueError: shapes that differ, or fewer than two images.
@@ -69,13 +64,13 @@ def reconstruction_variation(reconstructions: Tensor, x: Tensor) -> Estimate:
 
     Source: ours.
     """
-    _same_shape(reconstructions, x, "reconstructions, x")
-    of_reconstructions, of_data = (
+    _check_same_shape(reconstructions, x, "reconstructions, x")
+    reconstruction_power, data_power = (
         (images.double() - images.double().mean(0)).square().flatten(1).sum(1) for images in (reconstructions, x)
     )
-    if not of_data.sum() > 0:
+    if not data_power.sum() > 0:
         raise CannotMeasure("x: expected images that vary, got the same image every time")
-    return ratio_of_means(of_reconstructions, of_data)
+    return ratio_of_means(reconstruction_power, data_power)
 
 
 def _cosines(size: int, device: torch.device) -> Tensor:
@@ -86,18 +81,17 @@ def _cosines(size: int, device: torch.device) -> Tensor:
 
 
 def high_frequency_power(images: Tensor) -> Tensor:
-    """P_n = sum_c sum_{f: |f| > 1/4} X_nc(f)^2, f in cycles a pixel, X = C x C' the orthonormal cosine transform.
+    """P_n = sum_c sum_{f: |f| > 1/4} X_nc(f)^2 for the orthonormal cosine transform X = C x C', f in cycles per pixel.
 
-    It is the spectrum of the image mirrored at its edges; coefficient k of n has k / 2 n cycles a pixel, and |f| is the
-    Euclidean length of (f_y, f_x), each below the Nyquist frequency of 1/2. A plain Fourier transform would see a jump
-    from one edge to the opposite one, whose power is high-frequency whatever the image is; mirrored there is none, and
-    no window is needed. The mean has frequency 0, and is left out with all that is below.
+    Coefficient k of n has k / 2 n cycles per pixel, and |f| is the Euclidean length of (f_y, f_x), each below the
+    Nyquist frequency of 1/2. The cosine transform is the spectrum of the image mirrored at its edges; a plain Fourier
+    transform would see high frequencies in the jump from one edge to the opposite one.
 
     Args:
         images: (N, C, H, W).
 
     Returns:
-        (N,) float64, squared units of pixels: over all f, C H W times their mean square.
+        (N,) float64, squared units of pixels. The power over all f is C H W times the pixels' mean square.
     """
     H, W = images.shape[-2:]
     rows, columns = _cosines(H, images.device), _cosines(W, images.device)
@@ -108,32 +102,32 @@ def high_frequency_power(images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def sharpness(images: Tensor, reference: Tensor) -> Estimate:
-    """S = mean_n P(y_n) / mean_n P(x_n), P the power above half the Nyquist frequency: 1 as sharp as the reference.
+    """S = mean_n P(y_n) / mean_n P(x_n) for the power P above half the Nyquist frequency; 1 if equally sharp.
 
-    A blur with transfer function g leaves |g(f)|^2 of the power at f. Noise adds power: S says how much of it there is,
-    not whether it is the right one. The error is the delta method's, over images.
+    A blur with transfer function g leaves |g(f)|^2 of the power at f. Noise adds power, so S measures how much detail
+    there is, not whether it is right. The error is the delta method's, over images.
 
     Args:
         images: (N, C, H, W).
-        reference: (N, C, H, W), in the same unit: gray images, where ``images`` are gray.
+        reference: (N, C, H, W), in the same unit.
 
     Raises:
-        ValueError: shapes that differ, or that are no images.
+        ValueError: shapes that differ, or that are not those of images.
         CannotMeasure: a ValueError: the reference has no such power.
 
     Source: ours.
     """
-    _same_shape(images, reference, "images, reference")
-    _need_images(reference)
-    return ratio_of_means(high_frequency_power(images), _power_of_reference(reference))
+    _check_same_shape(images, reference, "images, reference")
+    _check_images(reference)
+    return ratio_of_means(high_frequency_power(images), _reference_power(reference))
 
 
-def _need_images(x: Tensor) -> None:
+def _check_images(x: Tensor) -> None:
     if x.dim() != 4:
         raise ValueError(f"images: expected shape (N, C, H, W), got {tuple(x.shape)}")
 
 
-def _power_of_reference(x: Tensor) -> Tensor:
+def _reference_power(x: Tensor) -> Tensor:
     power = high_frequency_power(x)
     if not power.sum() > 0:
         raise CannotMeasure("reference: expected images with power above half the Nyquist frequency, got none")
@@ -143,35 +137,35 @@ def _power_of_reference(x: Tensor) -> Tensor:
 @serialize_threads()
 @torch.no_grad()
 def blur(vae: VAE, x: Tensor, *, gray: Tensor | None = None, draws: int = 8) -> Blur:
-    """E_q |x - y(z)|^2 = |x - E_q y|^2 + Var_q y (bias, posterior noise), y(z) = E[x | z], and the sharpness of each y.
+    """E_q |x - y(z)|^2 = |x - E_q y|^2 + Var_q y (bias and posterior noise), y(z) = E[x | z], and each y's sharpness.
 
-    From y at the mean of q, over y at a draw, to E_q y: the last loses to the first what the posterior's width blurs,
-    and the first loses to the data what the decoder and the latents lack. Per image and pixel, with J draws y_j of mean
-    Y: error mean_j |x - y_j|^2, noise sum_j |y_j - Y|^2 / (J - 1), bias their difference; each is unbiased, and bias +
-    noise = error exactly. So is the power of E_q y: (J^2 P(Y) - sum_j P(y_j)) / (J (J - 1)), without the draws' own.
+    y at the mean of q lacks the detail that the decoder and the latents do not carry; the average E_q y also lacks what
+    the posterior's width blurs. With J draws y_j of mean Y, per image and pixel, the error is mean_j |x - y_j|^2, the
+    noise sum_j |y_j - Y|^2 / (J - 1) and the bias their difference. Each is unbiased, and so is the power of E_q y,
+    (J^2 P(Y) - sum_j P(y_j)) / (J (J - 1)).
 
     Args:
-        vae: the VAE, or a plain autoencoder, whose three reconstructions are one.
+        vae: the VAE, or a plain autoencoder, whose three reconstructions are the same.
         x: images (N, C, H, W), as the VAE sees them.
-        gray: (N, C, H, W) what they are compared with, in the unit of the likelihood's mean, such as the gray
-            probabilities of binary pixels; by default x.
-        draws: J, of q(z | x) an image, at least 2.
+        gray: (N, C, H, W) images to compare with, in the unit of the likelihood's mean, such as the gray probabilities
+            of binary pixels; by default x.
+        draws: J, draws of q(z | x) per image, at least 2.
 
     Raises:
-        ValueError: an argument out of its range, or no images.
+        ValueError: an argument out of its range, or tensors that are not images.
         CannotMeasure: a ValueError: the images have no power at high frequencies.
 
     Source: the law of total variance; its use on pictures is ours.
     """
     draws = check_count("draws", draws, least=2)
-    _need_images(x)
+    _check_images(x)
     truth = x if gray is None else gray
-    _same_shape(truth, x, "gray, x")
+    _check_same_shape(truth, x, "gray, x")
     size = images_per_pass(x, vae.likelihood)
     passes = zip(x.split(size), truth.split(size), strict=True)
-    parts = zip(*(_of_one_pass(vae, images, target, draws) for images, target in passes), strict=True)
+    parts = zip(*(_measure_pass(vae, images, target, draws) for images, target in passes), strict=True)
     at_mean, at_draw, averaged, error, noise = (torch.cat(part) for part in parts)
-    reference = _power_of_reference(truth)
+    reference = _reference_power(truth)
     return Blur(
         at_mean=ratio_of_means(at_mean, reference),
         at_draw=ratio_of_means(at_draw, reference),
@@ -182,8 +176,8 @@ def blur(vae: VAE, x: Tensor, *, gray: Tensor | None = None, draws: int = 8) -> 
     )
 
 
-def _of_one_pass(vae: VAE, x: Tensor, truth: Tensor, draws: int) -> tuple[Tensor, ...]:
-    """(B,) each: powers at the mean, at a draw (averaged over draws) and of the average; error and noise a pixel."""
+def _measure_pass(vae: VAE, x: Tensor, truth: Tensor, draws: int) -> tuple[Tensor, ...]:
+    """(B,) each: powers at the mean, at draws (their mean) and of the average; error and noise per pixel."""
     q, truth = vae.posterior(x), truth.double()
     at_mean = high_frequency_power(vae.likelihood(mean_or_draw(q)).mean)
     total, squares = torch.zeros_like(truth), torch.zeros_like(truth)
@@ -196,5 +190,5 @@ def _of_one_pass(vae: VAE, x: Tensor, truth: Tensor, draws: int) -> tuple[Tensor
     error = squares.flatten(1).mean(1) / draws
     bias_and_noise = (total / draws).square().flatten(1).mean(1)
     noise = (error - bias_and_noise) * draws / (draws - 1)
-    of_average = (draws * high_frequency_power(truth + total / draws) - powers) / (draws - 1)
-    return at_mean, powers, of_average, error, noise
+    average_power = (draws * high_frequency_power(truth + total / draws) - powers) / (draws - 1)
+    return at_mean, powers, average_power, error, noise

@@ -1,15 +1,15 @@
-"""Calibration of pixels: is a pixel above the model's 90% quantile a tenth of the time? Numbers only."""
+"""Calibration of pixels: whether a pixel is above the model's 90% quantile a tenth of the time."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.runtime.batching import images_per_pass
 from ppl_vae.runtime.errors import check_count
 from ppl_vae.runtime.global_state import serialize_threads
@@ -17,141 +17,107 @@ from ppl_vae.support import check_support
 from ppl_vae.vae import VAE
 
 BINS = 20
-_TAIL = BINS // 10  # bins of the lowest and of the highest tenth
+_TAIL = BINS // 10  # bins in the lowest and in the highest tenth
 
-# A share of pixels is called wrong where it is off by this and by so many standard errors: among thousands of images
-# every model is distinguishable from a right one, and what matters is by how much. Source: ours.
+# A share of pixels is wrong if it is off by this much and by so many standard errors: thousands of images distinguish
+# every model from a right one, and what matters is by how much. Source: ours.
 _RIGHT_WITHIN = 0.02
 _STDERRS = 3.0
 
 
 @dataclass(frozen=True)
-class Share:
-    """A share of the pixels, with its standard error over images: the pixels of one image depend on each other."""
+class PixelCalibration:
+    """The histogram of the probability integral transform of pixels, which is uniform on (0, 1) for a right model.
 
-    mean: float
-    stderr: float
-
-    def is_off(self, expected: float) -> bool:
-        """By more than 2 points and more than three standard errors."""
-        error = abs(self.mean - expected)
-        return error > _RIGHT_WITHIN and error > _STDERRS * self.stderr  # a NaN, of one image, says nothing
-
-    def to_json(self) -> dict[str, float]:
-        """As reports hold it."""
-        return {"mean": self.mean, "stderr": self.stderr}
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """The histogram of the probability integral transform of pixels: uniform on (0, 1) where all is right.
+    All shares are of pixels, with standard errors over images, since the pixels of one image depend on each other.
 
     Args:
-        mean: (20,) float64, the share of pixels in each of 20 equal bins of (0, 1), averaged over images.
-        covariance: (20, 20) float64, of those means over images: NaN for one image.
+        above_90_percent_quantile: P(PIT > 0.9), the pixels brighter than the model's 90% quantile.
+        below_10_percent_quantile: P(PIT < 0.1), the pixels darker than its 10% quantile.
+        largest_deviation: max_k |P(PIT < k / 20) - k / 20|, that of the cumulative histogram from the uniform one.
+        verdict: what is wrong; "calibrated" if nothing is wrong by more than 2 points and three standard errors.
+        histogram: the shares in 20 equal bins of (0, 1).
         num_images: N.
         num_draws: J.
     """
 
-    mean: Tensor
-    covariance: Tensor
+    above_90_percent_quantile: Estimate
+    below_10_percent_quantile: Estimate
+    largest_deviation: float
+    verdict: str
+    histogram: tuple[Estimate, ...]
     num_images: int
     num_draws: int
 
-    def _share(self, weights: Sequence[float]) -> Share:
+
+def summarize_histogram(mean: Tensor, covariance: Tensor, *, num_images: int, num_draws: int) -> PixelCalibration:
+    """The calibration from the shares in 20 bins, their mean over images (20,) and its covariance (20, 20), float64."""
+    bin_of = torch.arange(BINS)
+
+    def share(weights: Tensor) -> Estimate:
         """sum_k a_k share_k, with variance a' C a."""
-        a = torch.tensor(weights, dtype=torch.double)
-        return Share(float(a @ self.mean), float((a @ self.covariance @ a).clamp(min=0).sqrt()))
+        a = weights.double()
+        return Estimate(float(a @ mean), float((a @ covariance @ a).clamp(min=0).sqrt()))
 
-    @property
-    def shares(self) -> list[Share]:
-        """Of the pixels in each bin."""
-        return [self._share(row) for row in torch.eye(BINS).tolist()]
+    is_dark, is_bright = bin_of < _TAIL, bin_of >= BINS - _TAIL
+    below = [share(bin_of < k) for k in range(BINS)]
+    outer, lean = share(is_dark | is_bright), share(is_bright.double() - is_dark.double())
+    found = []
+    if _is_off(outer, 2 * _TAIL / BINS):
+        found.append(f"scales are too {'wide' if outer.mean < 2 * _TAIL / BINS else 'narrow'}")
+    if _is_off(lean, 0.0):
+        found.append(f"{'bright' if lean.mean > 0 else 'dark'} pixels surprise more")
+    if _is_off(below[BINS // 2], 0.5):
+        found.append(f"medians are too {'bright' if below[BINS // 2].mean > 0.5 else 'dark'}")
+    if not found and any(_is_off(below[k], k / BINS) for k in range(1, BINS)):
+        found.append("tails and medians are right, what lies between is not")
+    return PixelCalibration(
+        above_90_percent_quantile=share(is_bright),
+        below_10_percent_quantile=share(is_dark),
+        largest_deviation=max(abs(below[k].mean - k / BINS) for k in range(1, BINS)),
+        verdict=", ".join(found) or "calibrated",
+        histogram=tuple(share(row) for row in torch.eye(BINS)),
+        num_images=num_images,
+        num_draws=num_draws,
+    )
 
-    @property
-    def brighter(self) -> Share:
-        """P(PIT > 0.9): of the pixels above the model's 90% quantile, 10% where it is right."""
-        return self._share([0.0] * (BINS - _TAIL) + [1.0] * _TAIL)
 
-    @property
-    def darker(self) -> Share:
-        """P(PIT < 0.1): of the pixels below its 10% quantile, 10% where it is right."""
-        return self._share([1.0] * _TAIL + [0.0] * (BINS - _TAIL))
-
-    def _below(self, k: int) -> Share:
-        """P(PIT < k / 20)."""
-        return self._share([1.0] * k + [0.0] * (BINS - k))
-
-    @property
-    def deviation(self) -> float:
-        """max_k |P(PIT < k / 20) - k / 20|: the largest deviation of the cumulative histogram from the uniform one."""
-        return max(abs(self._below(k).mean - k / BINS) for k in range(1, BINS))
-
-    @property
-    def verdict(self) -> str:
-        """What is wrong, by its size: "calibrated" where nothing is, to 2 points and three standard errors."""
-        middle = [0.0] * (BINS - 2 * _TAIL)
-        outer = self._share([1.0] * _TAIL + middle + [1.0] * _TAIL)
-        lean = self._share([-1.0] * _TAIL + middle + [1.0] * _TAIL)
-        half = self._below(BINS // 2)
-        found = []
-        if outer.is_off(2 * _TAIL / BINS):
-            found.append(f"scales are too {'wide' if outer.mean < 2 * _TAIL / BINS else 'narrow'}")
-        if lean.is_off(0.0):
-            found.append(f"{'bright' if lean.mean > 0 else 'dark'} pixels surprise more")
-        if half.is_off(0.5):
-            found.append(f"medians are too {'bright' if half.mean > 0.5 else 'dark'}")
-        if not found and any(self._below(k).is_off(k / BINS) for k in range(1, BINS)):
-            found.append("tails and medians are right, what lies between is not")
-        return ", ".join(found) or "calibrated"
-
-    def to_json(self) -> dict[str, Any]:
-        """As reports hold it."""
-        return {
-            "above_90_percent_quantile": self.brighter.to_json(),
-            "below_10_percent_quantile": self.darker.to_json(),
-            "largest_deviation": self.deviation,
-            "verdict": self.verdict,
-            "histogram": [share.to_json() for share in self.shares],
-            "num_images": self.num_images,
-            "num_draws": self.num_draws,
-        }
+def _is_off(share: Estimate, expected: float) -> bool:
+    """Whether a share is off by more than 2 points and more than three standard errors; False if it has no error."""
+    error = abs(share.mean - expected)
+    return error > _RIGHT_WITHIN and error > _STDERRS * share.stderr
 
 
 @serialize_threads()
 @torch.no_grad()
-def calibration(
+def calibrate_pixels(
     vae: VAE,
     x: Tensor,
     *,
     num_draws: int = 99,
     observe: Callable[[Tensor], Tensor] | None = None,
     progress: Callable[[int], None] | None = None,
-) -> Calibration:
+) -> PixelCalibration:
     """The histogram over pixels of PIT_d = (#{j: x^j_d < x_d} + v_d (1 + #{j: x^j_d = x_d})) / (J + 1).
 
-    For each image z ~ q(z | x), once, then x^1, ..., x^J ~ p(x | z) and v_d ~ Uniform(0, 1). Let x ~ p(x), the model,
-    and q(z | x) = p(z | x), its posterior. Then (x, z) is one draw of p(x, z), so given z the pixel x_d and the x^j_d
-    are J + 1 independent draws of one distribution, whatever it is. Order them, ties at random: the place R of x_d is
-    uniform on 0, ..., J. It has #{x^j_d < x_d} before it and, with T = #{x^j_d = x_d} ties, 0 to T more with equal
-    probabilities, which is the whole part of v_d (1 + T); the rest of it is uniform on (0, 1) and independent. So PIT_d
-    is (R + uniform) / (J + 1), exactly uniform for every J, for masses as for densities.
+    Each image has one z ~ q(z | x), J draws x^j ~ p(x | z) and v_d ~ Uniform(0, 1). If x ~ p(x) and q is the exact
+    posterior, then (x, z) is one draw of p(x, z), so given z the pixel x_d and the x^j_d are J + 1 independent draws of
+    one distribution. In their order, with ties broken at random, the rank R of x_d is uniform on 0, ..., J: it is
+    #{x^j_d < x_d} plus, for T ties, a uniform choice of 0 to T, which is the integer part of v_d (1 + T). The fraction
+    is uniform on (0, 1) and independent. So PIT_d = (R + uniform) / (J + 1) is exactly uniform for every J, for masses
+    as for densities. A new z for each draw would not do: x and the x^j would come from several distributions.
 
-    Where it is not uniform, the likelihood, the guide or the prior is wrong; it cannot say which. Uniform pixels prove
-    nothing of how pixels go together. The edges of the bins are quantiles of J draws, not of the model: what is wrong
-    is blurred by at most 1 / (2 sqrt(J)), what is right stays as it is. A new z for each draw would not do: the x^j and
-    x would be draws of several distributions.
-
-    Draws come from torch's global generator. Memory depends on neither N nor J.
+    If it is not uniform, the likelihood, the guide or the prior is wrong; it cannot tell which. Uniform pixels prove
+    nothing about how pixels depend on each other. The bins' edges are quantiles of J draws, which blurs deviations by
+    at most 1 / (2 sqrt(J)). Draws come from torch's global generator. Memory depends on neither N nor J.
 
     Args:
         vae: in evaluation mode.
         x: images (N, *E) as the VAE sees them.
         num_draws: J.
-        observe: what makes of the draws of p(x | z) pixels as they are in x, such as ``dequantization.levels_of`` where
-            p is a density of dequantized levels; by default they are. With it x is not compared with
-            the support of p(x | z).
-        progress: called with the number of images after each group of them.
+        observe: turns draws of p(x | z) into pixels as in x, such as ``dequantization.levels_of`` for a density of
+            dequantized levels; x is then not checked against the support of p(x | z). By default draws are not changed.
+        progress: called with the number of images after each pass.
 
     Raises:
         ValueError: an argument out of its range, or an image off the support of p(x | z).
@@ -170,7 +136,7 @@ def calibration(
     draws = images_per_pass(x)
     images_a_pass = max(1, min(draws // num_draws, images_per_pass(x, vae.likelihood)))
     for images in x.split(images_a_pass):
-        shares = _histograms(_transformed(vae, images, num_draws, observe, chunk=draws))
+        shares = _histograms(_transform(vae, images, num_draws, observe, chunk=draws))
         sums += shares.sum(0)
         products += shares.T @ shares
         if progress is not None:
@@ -178,10 +144,10 @@ def calibration(
     N = len(x)
     mean = sums / N
     covariance = (products / N - torch.outer(mean, mean)) / (N - 1) if N > 1 else torch.full_like(products, math.nan)
-    return Calibration(mean.cpu(), covariance.cpu(), N, num_draws)
+    return summarize_histogram(mean.cpu(), covariance.cpu(), num_images=N, num_draws=num_draws)
 
 
-def _transformed(
+def _transform(
     vae: VAE, x: Tensor, num_draws: int, observe: Callable[[Tensor], Tensor] | None, *, chunk: int
 ) -> Tensor:
     """(B, D) the PIT of each pixel, float64. x: (B, *E)."""

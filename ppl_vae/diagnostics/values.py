@@ -1,12 +1,13 @@
-"""Means and standard errors for each latent, and numbers as text."""
+"""Means and standard errors for each latent, numbers as text, and the error of a measure that is impossible."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
+
+from ppl_vae.evidence.estimate import Estimate
 
 
 class CannotMeasure(ValueError):
@@ -19,7 +20,7 @@ class PerLatent:
 
     Args:
         mean: (L,) float64, on the CPU.
-        stderr: (L,) float64, likewise; NaN for one image.
+        stderr: (L,) float64, on the CPU; NaN for one image.
     """
 
     mean: Tensor
@@ -27,29 +28,27 @@ class PerLatent:
 
     @classmethod
     def from_values(cls, values: Tensor) -> PerLatent:
-        """From one number an image and latent, (N, L)."""
+        """From one number for each image and latent, (N, L)."""
         values = values.double().cpu()
         N = len(values)
         stderr = values.std(0) / math.sqrt(N) if N > 1 else values.new_full(values.shape[1:], math.nan)
         return cls(values.mean(0), stderr)
 
-    def to_json(self) -> dict[str, list[float]]:
-        """As reports hold it."""
-        return {"mean": self.mean.tolist(), "stderr": self.stderr.tolist()}
 
-
-def plus_minus(value: Mapping[str, float | None], digits: int | None = None, *, sign: int = 1) -> str:
-    """A value of ``to_json`` as mean ± stderr; the mean alone where no error is known, "unknown" without a mean.
+def plus_minus(value: Estimate, digits: int | None = None, *, sign: int = 1) -> str:
+    """An estimate as "mean ± stderr"; without "± stderr" if the error is unknown, "unknown" if the mean is.
 
     Args:
-        value: "mean" and "stderr", each a number, NaN or None.
-        digits: after the point; None goes to the second digit of the error, or to the third without one.
-        sign: -1 for what falls as the mean rises.
+        value: the estimate; unknown numbers are NaN.
+        digits: after the point. By default the error has two significant digits; without an error there are three.
+        sign: -1 to write the estimate of the negative.
+
+    >>> plus_minus(Estimate(-81.234, 0.215))
+    '-81.23 ± 0.21'
     """
-    mean, stderr = (math.nan if value[name] is None else float(value[name] or 0.0) for name in ("mean", "stderr"))
-    if math.isnan(mean):
+    if math.isnan(value.mean):
         return "unknown"
     if digits is None:
-        digits = max(0, 1 - math.floor(math.log10(stderr))) if stderr > 0 else 3
-    words = f"{round(sign * mean, digits) + 0.0:.{digits}f}"
-    return words if math.isnan(stderr) else f"{words} ± {stderr:.{digits}f}"
+        digits = max(0, 1 - math.floor(math.log10(value.stderr))) if value.stderr > 0 else 3
+    words = f"{round(sign * value.mean, digits) + 0.0:.{digits}f}"
+    return words if math.isnan(value.stderr) else f"{words} ± {value.stderr:.{digits}f}"

@@ -246,7 +246,7 @@ def use_of_latents(vae: VAE, x: Tensor, codes: PosteriorMoments) -> Use:
     if normal_factors(prior) is not None and normal_factors(vae.posterior(x[:1])) is not None:
         kl = kl_by_latent(codes, prior)
         return Use(kl, "KL(q(z_l | x) || p(z_l)), the mean", "mean KL", " nats", UNUSED_NATS)
-    variance = active_units(codes, compute_moments(prior).scale).variance
+    variance = active_units(codes, compute_moments(prior).scale).mean
     what = "the variance of E[z_l | x] in variances of the prior, taken"
     return Use(variance, what, "variance", "", ACTIVE_VARIANCE)
 

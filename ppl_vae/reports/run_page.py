@@ -9,22 +9,22 @@ import numpy as np
 import torch
 
 from ppl_vae import data, runs
-from ppl_vae.commands.diagnose import DIAGNOSIS, diagnose_run, split_diagnosed
+from ppl_vae.commands.diagnose import choose_split, diagnose_run
 from ppl_vae.commands.options import Diagnose, Report
 from ppl_vae.conditional import Conditional
 from ppl_vae.evidence.moments import encode, sample_latents
 from ppl_vae.reports import page as report
-from ppl_vae.reports.page import Block, Explorer, Picture, Section, Table, Text, Verdict, true_minus
+from ppl_vae.reports.page import Block, Explorer, Picture, Section, Table, Text, VerdictBlock, true_minus
 from ppl_vae.reports.run_figures import figure_names, is_drawn, use_of_latents, write_figures
-from ppl_vae.reports.text.diagnosis import describe_left_out
+from ppl_vae.reports.text.diagnosis import describe_advice, describe_left_out
 from ppl_vae.reports.text.evaluation import describe_evaluation, plus_minus
 from ppl_vae.runs.build import is_autoencoder
-from ppl_vae.runs.evaluations import is_evaluated, read_evaluation
+from ppl_vae.runs.evaluations import is_evaluated, read_diagnosis, read_evaluation
 from ppl_vae.runs.fields import format_flag
 from ppl_vae.runs.load import load
 from ppl_vae.runs.opening import Run, Say, open_run
 from ppl_vae.runs.options import Options, to_json
-from ppl_vae.runs.results import Evaluation
+from ppl_vae.runs.results import Diagnosis, Evaluation
 from ppl_vae.runtime.global_state import seeded
 
 REPORT = "report.html"
@@ -79,25 +79,17 @@ def _check_file(path: Path, *, ours: bool) -> None:
     runs.check_writable(path.parent)
 
 
-def _diagnosis(run: Run, step: int, *, say: Say, dataset: str | None, data_dir: str | None) -> dict[str, Any] | None:
-    """diagnosis.json of these weights, measured now where there is none; None where the images are too few."""
-    path = run.folder / DIAGNOSIS
-    stored = runs.read_json(path) if path.exists() else {}
-    if stored.get("step") == step:
-        _check_diagnosis(path, stored)
+def _diagnosis(run: Run, step: int, *, say: Say, dataset: str | None, data_dir: str | None) -> Diagnosis | None:
+    """diagnosis.json of these weights, measured now if there is none; None if there are too few images."""
+    stored = read_diagnosis(run.folder)
+    if stored is not None and stored.step == step:
         return stored
-    if len(getattr(run.splits, split_diagnosed(run))) < _FEWEST_DIAGNOSED:
+    if len(getattr(run.splits, choose_split(run))) < _FEWEST_DIAGNOSED:
         return None
     return diagnose_run(Diagnose(str(run.folder), dataset=dataset, data_dir=data_dir), say=say)
 
 
-def _check_diagnosis(path: Path, stored: dict[str, Any]) -> None:
-    kinds = {"split": str, "numbers": dict, "verdicts": list}
-    if not all(isinstance(stored.get(name), kind) for name, kind in kinds.items()):
-        raise ValueError(f"{path}: damaged: expected {', '.join(kinds)}; scripts/diagnose.py makes it again")
-
-
-def _page(run: Run, step: int, diagnosis: dict[str, Any] | None) -> str:
+def _page(run: Run, step: int, diagnosis: Diagnosis | None) -> str:
     what = "autoencoder" if is_autoencoder(run.options) else "VAE"
     sections = [
         _likelihood(run),
@@ -198,24 +190,20 @@ def _name(key: str, entry: Evaluation) -> str:
 # --- What stands out ---
 
 
-def _verdicts(run: Run, diagnosis: dict[str, Any] | None) -> Section:
+def _verdicts(run: Run, diagnosis: Diagnosis | None) -> Section:
     if diagnosis is None:
-        few = f"There are fewer than {_FEWEST_DIAGNOSED} {split_diagnosed(run)} images: too few for a diagnosis."
+        few = f"There are fewer than {_FEWEST_DIAGNOSED} {choose_split(run)} images: too few for a diagnosis."
         return Section("What stands out", [Text(few)], anchor="verdicts")
-    count = diagnosis["numbers"]["num_images"]
-    text = Text(
-        f"Measured on {count:,} images of the {diagnosis['split']} split. Where something is to be changed, a command "
-        "stands below it that would change it."
-    )
-    blocks: list[Block] = [text, *(Text(_sentence(line)) for line in describe_left_out(diagnosis["numbers"]))]
-    for entry in diagnosis["verdicts"]:
+    text = Text(f"Measured on {diagnosis.numbers.num_images:,} images of the {diagnosis.split} split.")
+    blocks: list[Block] = [text, *(Text(_sentence(line)) for line in describe_left_out(diagnosis.numbers))]
+    for verdict in diagnosis.verdicts:
         blocks.append(
-            Verdict(
-                entry["word"],
-                true_minus(_sentence(entry["evidence"])),
-                entry["command"] or "",
-                figure=_picture(run, entry["figure"]) if entry["figure"] else None,
-                severity="healthy" if entry["severity"] == "note" else "warning",
+            VerdictBlock(
+                verdict.word,
+                true_minus(_sentence(verdict.evidence)),
+                describe_advice(verdict),
+                figure=_picture(run, verdict.figure) if verdict.figure else None,
+                severity="healthy" if verdict.severity == "note" else "warning",
             )
         )
     return Section("What stands out", blocks, anchor="verdicts")

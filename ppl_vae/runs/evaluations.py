@@ -9,7 +9,9 @@ from torch import Tensor
 
 from ppl_vae import runs
 from ppl_vae.evidence.importance import Importance
-from ppl_vae.runs.results import Evaluation, from_json
+from ppl_vae.runs.results import Diagnosis, Evaluation, from_json
+
+DIAGNOSIS = "diagnosis.json"
 
 
 def read_evaluation(folder: Path, split: str = "test") -> Evaluation | None:
@@ -25,6 +27,21 @@ def read_evaluation(folder: Path, split: str = "test") -> Evaluation | None:
         return from_json(Evaluation, entry)
     except ValueError as error:
         raise ValueError(f"{folder / runs.EVALUATION}: damaged: {error}") from None
+
+
+def read_diagnosis(folder: Path) -> Diagnosis | None:
+    """The diagnosis in diagnosis.json; None where there is none.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
+    path = folder / DIAGNOSIS
+    if not path.exists():
+        return None
+    try:
+        return from_json(Diagnosis, runs.read_json(path))
+    except ValueError as error:
+        raise ValueError(f"{path}: damaged: {error}; scripts/diagnose.py makes it again") from None
 
 
 def is_evaluated(folder: Path) -> bool:

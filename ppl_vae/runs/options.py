@@ -294,15 +294,6 @@ def default_objective(options: Options) -> str:
     return "elbo" if options.kl == "analytic" or options.posterior in ("delta", "flow") else "stl"
 
 
-def default_warmup(epochs: int) -> int:
-    """Three tenths of the epochs, at most 15, and at least one where there are several.
-
-    Without a warm-up latents collapse early and stay collapsed: after two epochs on MNIST the plain VAE's validation
-    ELBO was -121.0 nats without one and -107.9 with one epoch of it.
-    """
-    return 0 if epochs == 1 else max(1, min(15, 3 * epochs // 10))
-
-
 # A graph compiles in about 10 s, and each run of it saves some milliseconds.
 _RUNS_THAT_PAY = 5000
 

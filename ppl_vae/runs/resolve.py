@@ -10,7 +10,8 @@ from ppl_vae import data
 from ppl_vae.parts import likelihoods
 from ppl_vae.runs.build import build_likelihood, check_parts, is_autoencoder, resolve_parts
 from ppl_vae.runs.fit_arguments import check_objective, check_precision, count_steps, decide_compile, find_device
-from ppl_vae.runs.options import Options, default_warmup
+from ppl_vae.runs.options import Options
+from ppl_vae.training.schedules import default_warmup
 
 
 def resolve(options: Options, seen: data.Splits) -> Options:

@@ -8,8 +8,12 @@ from dataclasses import MISSING, dataclass, fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
+import torch
 from torch import Tensor
 
+from ppl_vae.diagnostics.measurement import Measurements
+from ppl_vae.diagnostics.pixel_calibration import PixelCalibration
+from ppl_vae.diagnostics.verdicts import Verdict
 from ppl_vae.evidence.estimate import Estimate
 
 T = TypeVar("T")
@@ -21,7 +25,8 @@ T = TypeVar("T")
 def to_json(result: Any) -> Any:
     """The form of a result in a JSON file.
 
-    A dataclass becomes an object with its fields as keys, a tuple a list, and an ``Estimate`` its mean and stderr.
+    A dataclass becomes an object with its fields as keys, a tuple or tensor a list, and an ``Estimate`` its mean and
+    stderr.
 
     >>> to_json(Quantiles(median=1.0, q05=0.5, q95=2.0))
     {'median': 1.0, 'q05': 0.5, 'q95': 2.0}
@@ -32,6 +37,8 @@ def to_json(result: Any) -> Any:
         return {spec.name: to_json(getattr(result, spec.name)) for spec in fields(result)}
     if isinstance(result, Mapping):
         return {key: to_json(value) for key, value in result.items()}
+    if isinstance(result, Tensor):
+        return result.tolist()
     return [to_json(value) for value in result] if isinstance(result, list | tuple) else result
 
 
@@ -58,7 +65,12 @@ def _decode(kind: Any, value: Any, name: str) -> Any:
     origin, arguments = get_origin(kind), get_args(kind)
     if kind is Any:
         return value
-    if origin in (Union, UnionType):
+    if kind is Tensor and isinstance(value, list):
+        return torch.tensor([math.nan if each is None else each for each in value], dtype=torch.double)
+    if origin in (Union, UnionType) and len(arguments) - (NoneType in arguments) > 1:
+        if type(value) in arguments:
+            return value
+    elif origin in (Union, UnionType):
         (inner,) = (argument for argument in arguments if argument is not NoneType)
         return None if value is None else _decode(inner, value, name)
     if is_dataclass(kind) and isinstance(value, dict):
@@ -187,3 +199,37 @@ class Evaluation(Provenance):
     bits_per_dim: Estimate | None = None
     step: int
     seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diagnosis(Provenance):
+    """The diagnosis of a run: diagnosis.json.
+
+    Args:
+        step: The training step of the weights.
+        split: The split whose images were measured.
+        seed: The seed of every draw.
+        numbers: The measurements.
+        verdicts: What stands out, the worst first.
+    """
+
+    step: int
+    split: str
+    seed: int
+    numbers: Measurements
+    verdicts: tuple[Verdict, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunCalibration(PixelCalibration):
+    """The calibration of a run's test pixels: calibration.json.
+
+    Args:
+        step: The training step of the weights.
+        split: Always "test".
+        seed: The seed of every draw.
+    """
+
+    step: int
+    split: str
+    seed: int

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from ppl_vae import diagnostics, runs
-from ppl_vae.commands.diagnosis_numbers import noise_numbers
+from ppl_vae.diagnostics.noise import NoiseSpectrum, measure_noise
 from ppl_vae.evidence.estimate import Estimate, ratio_of_means
 from ppl_vae.evidence.moments import decode_mean, encode, sample_posterior
 from ppl_vae.evidence.paired import PairedDifference, bound_difference, paired_difference
@@ -86,17 +86,14 @@ def _check_alike(folder: Path, found: PerImage, reference: Path, other: PerImage
 # --- The data's eigenvalues ---
 
 
-def measure_noise(study_data: StudyData) -> dict[str, Any]:
+def measure_training_noise(study_data: StudyData) -> NoiseSpectrum:
     """The training images' eigenvalues in units of the likelihood's noise.
-
-    Returns:
-        "eigenvalues", descending, and "edge", which as many images of independent pixels reach by chance.
 
     Raises:
         ValueError: A likelihood without a location.
     """
     family = build_likelihood(study_data.options, study_data.splits.event_shape)
-    found = noise_numbers(family, study_data.train_seen(MOST_TRAINING_IMAGES))
+    found = measure_noise(family, study_data.train_seen(MOST_TRAINING_IMAGES))
     if found is None:
         raise ValueError(f"--likelihood {study_data.options.likelihood}: expected one with a location, for the study")
     return found

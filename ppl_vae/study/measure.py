@@ -6,13 +6,12 @@ import math
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ppl_vae import runs
-from ppl_vae.commands.diagnosis_numbers import importance_numbers, measure
+from ppl_vae.diagnostics.measurement import Measurements, measure, summarize_estimate
 from ppl_vae.diagnostics.verdicts import is_reliable
 from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.evidence.importance import Importance
@@ -107,11 +106,7 @@ def _has_settled(result: Importance) -> bool:
     gain = Estimate.from_values(result.tenfold_gain)
     if math.isnan(gain.mean):
         return False
-    return is_reliable(gain.to_json(), Estimate.from_flags(result.unreliable()).to_json())
-
-
-def _estimate(value: dict[str, float] | None) -> Estimate | None:
-    return None if value is None else Estimate(value["mean"], value["stderr"])
+    return is_reliable(gain, Estimate.from_flags(result.unreliable()))
 
 
 # --- The weights ---
@@ -123,7 +118,7 @@ def _diagnose(
 ) -> RunNumbers:
     """The run with every diagnostic, the quality of its samples, and its pictures."""
     stored = read_per_image(folder, "test")
-    importance = None if stored is None else importance_numbers(stored.result, stored.num_particles)
+    importance = None if stored is None else summarize_estimate(stored.result, stored.num_particles)
     diagnosis = measure(vae, study_data.x, gray=study_data.gray, importance=importance)
     codes = encode(vae, study_data.x).mean
     generated = {"samples": decode_mean(vae, study_data.draw_prior(vae.prior()))}
@@ -131,14 +126,13 @@ def _diagnose(
     if planned.num_codes:
         generated_of, densities = _generate_from_densities(vae, study_data, planned.num_codes)
         generated |= generated_of
-    blur = diagnosis["pictures"]["blur"]
-    parts = ("at_mean", "error", "posterior_noise", "bias")
+    blur = diagnosis.pictures.blur
     return replace(
         run,
-        active=diagnosis["active"]["count"],
-        implied_beta=_estimate(diagnosis["implied_beta"]),
-        variation=_estimate(diagnosis["pictures"]["variation"]),
-        blur=None if blur is None else BlurNumbers(*(Estimate(**blur[name]) for name in parts)),
+        active=diagnosis.active.count,
+        implied_beta=diagnosis.implied_beta,
+        variation=diagnosis.pictures.variation,
+        blur=None if blur is None else BlurNumbers(blur.at_mean, blur.error, blur.posterior_noise, blur.bias),
         prior_match=_match_prior(diagnosis),
         samples=sample_quality(generated["samples"], study_data.gray, study_data.components),
         densities=densities,
@@ -166,21 +160,21 @@ def _generate_from_densities(
     return images, found
 
 
-def _match_prior(diagnosis: dict[str, Any]) -> PriorMatch:
+def _match_prior(diagnosis: Measurements) -> PriorMatch:
     """The aggregate posterior against the prior."""
-    aggregate, split = diagnosis["aggregate"], diagnosis["elbo_split"] or {}
-    distance, holes = aggregate["kolmogorov_smirnov"], aggregate["holes"]
-    p_values = distance["p_value"]
+    aggregate, split = diagnosis.aggregate, diagnosis.elbo_split
+    distance, holes = aggregate.kolmogorov_smirnov, aggregate.holes
+    p_values = distance.p_value.tolist()
     return PriorMatch(
-        largest_mean=_largest(aggregate["moments"]["mean"]["mean"]),
-        largest_log_scale=_largest(aggregate["moments"]["log_scale"]["mean"]),
-        largest_distance=max(distance["statistic"]),
+        largest_mean=_largest(aggregate.moments.mean.mean.tolist()),
+        largest_log_scale=_largest(aggregate.moments.log_scale.mean.tolist()),
+        largest_distance=float(distance.statistic.max()),
         rejected=sum(p < _LEVEL / len(p_values) for p in p_values),
-        classifier=Estimate(**aggregate["classifier"]["effect"]),
-        holes=None if holes is None else Estimate(**holes["share"]),
-        mutual_information=_estimate(split.get("mutual_information")),
-        marginal_kl=_estimate(split.get("marginal_kl")),
-        saturated=split.get("saturated"),
+        classifier=aggregate.classifier.effect,
+        holes=None if holes is None else holes.share,
+        mutual_information=None if split is None else split.mutual_information,
+        marginal_kl=None if split is None else split.marginal_kl,
+        saturated=None if split is None else split.saturated,
     )
 
 
@@ -200,7 +194,7 @@ def _list_codes(codes: Tensor, labels: Tensor | None) -> tuple[tuple[float | Non
 
 
 def _write_pictures(
-    folder: Path, vae: VAE, codes: Tensor, generated: dict[str, Tensor], diagnosis: dict[str, Any]
+    folder: Path, vae: VAE, codes: Tensor, generated: dict[str, Tensor], diagnosis: Measurements
 ) -> dict[str, str]:
     """Writes the run's pictures, each of decoded means.
 
@@ -218,10 +212,10 @@ def _write_pictures(
     images |= {name: each[:_NUM_SAMPLES_SHOWN] for name, each in generated.items()}
     if len(generated) > 1:
         images["interpolations"] = interpolate(vae, codes)
-    holes = diagnosis["aggregate"]["holes"]
+    holes = diagnosis.aggregate.holes
     if holes is not None:
-        count = min(_NUM_HOLES_SHOWN, len(holes["worst"]), len(holes["ordinary"]))
-        z = torch.tensor(holes["worst"][:count] + holes["ordinary"][:count], dtype=codes.dtype)
+        count = min(_NUM_HOLES_SHOWN, len(holes.worst), len(holes.ordinary))
+        z = torch.tensor(holes.worst[:count] + holes.ordinary[:count], dtype=codes.dtype)
         images["holes"] = vae.likelihood(z).mean
     for name, each in images.items():
         columns = len(each) // 2 if name == "holes" else min(NUM_SHOWN, len(each))

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ppl_vae.runs.options import PLAIN, SCALE_MAPS, Options, default_warmup
+from ppl_vae.runs.options import PLAIN, SCALE_MAPS, Options
+from ppl_vae.training.schedules import default_warmup
 
 
 @dataclass(frozen=True)

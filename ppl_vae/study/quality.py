@@ -77,8 +77,4 @@ def sample_quality(images: Tensor, real: Tensor, components: Components, *, seed
     points, real_points = components.project(images), components.project(real)
     scale = components.scale.clamp(min=_LEAST_SCALE)
     found = diagnostics.classifier_test((points / scale).float(), (real_points / scale).float(), seed=seed)
-    return Quality(
-        diagnostics.sharpness(images, real),
-        jackknife(frechet_distance, points, real_points),
-        Estimate(found.effect, 2 * found.accuracy.stderr),
-    )
+    return Quality(diagnostics.sharpness(images, real), jackknife(frechet_distance, points, real_points), found.effect)

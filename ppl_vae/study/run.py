@@ -23,7 +23,7 @@ from ppl_vae.runs.results import to_json
 from ppl_vae.runtime import capture
 from ppl_vae.runtime.errors import Interrupted
 from ppl_vae.runtime.progress import progress_bar
-from ppl_vae.study.compare import compare_with_reference, measure_noise, measure_scale_gradients, split_blur
+from ppl_vae.study.compare import compare_with_reference, measure_scale_gradients, measure_training_noise, split_blur
 from ppl_vae.study.data import StudyData, study_data, write_strip
 from ppl_vae.study.measure import measure_run
 from ppl_vae.study.page import write_report
@@ -268,7 +268,7 @@ def _compare(folder: Path, size: Size, name: str, materials: Materials, found: d
 
 
 def _describe_data(place: Path, each: StudyData) -> DataNumbers:
-    splits, noise = each.splits, measure_noise(each)
+    splits, noise = each.splits, measure_training_noise(each)
     evaluation = read_evaluation(place / sweep_name(each.word, 1.0))
     return DataNumbers(
         description=splits.describe(),
@@ -277,8 +277,8 @@ def _describe_data(place: Path, each: StudyData) -> DataNumbers:
         validation=len(splits.validation),
         test=len(splits.test),
         classes=tuple(splits.class_names),
-        eigenvalues=tuple(noise["eigenvalues"]),
-        edge=noise["edge"],
+        eigenvalues=tuple(noise.eigenvalues.tolist()),
+        edge=noise.edge,
         floor=None if evaluation is None else evaluation.floor,
         originals=_originals(each.word),
     )

@@ -80,7 +80,7 @@ def test_it_is_evaluated_drawn_and_diagnosed(run):
     entry = json.loads((run / "evaluation.json").read_text())["test"]
     assert math.isfinite(entry["log_likelihood"]["mean"])
     assert any((run / runs.FIGURES).iterdir())
-    assert diagnose_run(Diagnose(str(run), images=20), say=lambda line: None)["numbers"]["kl"]["mean"] > 0
+    assert diagnose_run(Diagnose(str(run), images=20), say=lambda line: None).numbers.kl.mean > 0
 
 
 @pytest.mark.slow

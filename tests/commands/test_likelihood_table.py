@@ -158,7 +158,7 @@ def test_figures_are_drawn(table, name):
 def test_a_table_that_is_asked_for_again_takes_its_runs_as_they_are(table, levels, monkeypatch):
     folder, rows, _ = table
     before = weights_of(folder)
-    monkeypatch.setattr("ppl_vae.commands.pixel_calibration.calibration", None)
+    monkeypatch.setattr("ppl_vae.commands.pixel_calibration.calibrate_pixels", None)
     again, said = compare(levels, folder)
     assert again == rows
     assert sum("is finished" in line for line in said) == len(WORDS)
@@ -202,7 +202,7 @@ def test_a_calibration_of_other_weights_is_measured_anew(table, levels, tmp_path
     path = run.folder / "calibration.json"
     right = path.read_bytes()
     path.write_text(json.dumps(json.loads(right) | {"step": 1, "verdict": "old"}))
-    assert likelihood_table.calibrate_run(run)["verdict"] != "old"
+    assert likelihood_table.calibrate_run(run).verdict != "old"
     assert path.read_bytes() == right
 
 

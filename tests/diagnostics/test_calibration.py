@@ -10,8 +10,8 @@ import torch
 from oracles import LinearGaussian
 
 from ppl_vae import VAE
-from ppl_vae.diagnostics import pixel_calibration as calibration
-from ppl_vae.diagnostics.pixel_calibration import BINS, Calibration
+from ppl_vae.diagnostics import pixel_calibration
+from ppl_vae.diagnostics.pixel_calibration import BINS, calibrate_pixels, summarize_histogram
 from ppl_vae.evidence.dequantization import levels_of
 from ppl_vae.runtime.global_state import seeded
 
@@ -22,13 +22,13 @@ NUM_IMAGES = 3000
 STDERRS = 4.75
 
 
-def calibrated(vae, x, *, seed=0, **options):
+def calibrate(vae, x, *, seed=0, **options):
     with seeded(seed, CPU):
-        return calibration.calibration(vae, x, **options)
+        return calibrate_pixels(vae, x, **options)
 
 
 def assert_shares(found, expected):
-    for k, (share, right) in enumerate(zip(found.shares, expected, strict=True)):
+    for k, (share, right) in enumerate(zip(found.histogram, expected, strict=True)):
         assert abs(share.mean - right) < STDERRS * share.stderr, f"bin {k}: {share}, expected {right}"
 
 
@@ -69,15 +69,15 @@ MODELS = {
 
 @pytest.mark.parametrize("num_draws", [99, 7])
 @pytest.mark.parametrize("name", MODELS)
-def test_pixels_are_uniform_where_model_and_posterior_are_exact(name, num_draws):
+def test_pixels_are_uniform_if_model_and_posterior_are_exact(name, num_draws):
     vae = MODELS[name]()
-    found = calibrated(vae, draw(vae, NUM_IMAGES), num_draws=num_draws)
+    found = calibrate(vae, draw(vae, NUM_IMAGES), num_draws=num_draws)
     assert_shares(found, [1 / BINS] * BINS)
 
 
-def test_a_right_model_is_called_calibrated():
+def test_a_right_model_is_called_calibrate():
     vae = MODELS["normal"]()
-    assert calibrated(vae, draw(vae, NUM_IMAGES)).verdict == "calibrated"
+    assert calibrate(vae, draw(vae, NUM_IMAGES)).verdict == "calibrated"
 
 
 def places_of_a_wrong_scale(factor, num_draws):
@@ -95,12 +95,12 @@ def test_a_scale_that_is_wrong_by_a_factor_of_two_distorts_as_computed(factor, w
     oracle = LinearGaussian.random()
     x, vae = oracle.draw(NUM_IMAGES), oracle.vae()
     vae.likelihood.family.log_scale.data += math.log(factor)  # the guide stays the posterior of the right model
-    found = calibrated(vae, x)
+    found = calibrate(vae, x)
     assert_shares(found, places_of_a_wrong_scale(factor, 99).tolist())
     assert found.verdict == word
 
 
-def test_a_density_of_dequantized_levels_is_uniform_by_its_levels_beyond_the_ends_too():
+def test_dequantized_levels_beyond_the_ends_keep_the_transform_uniform():
     """Scaled to levels, a tenth of the exact model's pixels are whole numbers below 0."""
     oracle = LinearGaussian.random()
     vae, y = oracle.vae(), oracle.draw(NUM_IMAGES)
@@ -108,9 +108,9 @@ def test_a_density_of_dequantized_levels_is_uniform_by_its_levels_beyond_the_end
     assert (x < 0).double().mean() > 0.1
     dequantized = VAE(vae.prior, vae.likelihood, lambda images: vae.posterior(y[: len(images)]))
     with seeded(0, CPU):
-        pit = calibration._transformed(dequantized, x, 99, levels_of, chunk=99)
+        pit = pixel_calibration._transform(dequantized, x, 99, levels_of, chunk=99)
     expected = torch.full((BINS,), 1 / BINS, dtype=torch.double)
-    shares = calibration._histograms(pit)
+    shares = pixel_calibration._histograms(pit)
     assert ((shares.mean(0) - expected).abs() < STDERRS * shares.std(0) / math.sqrt(NUM_IMAGES)).all()
 
 
@@ -120,7 +120,7 @@ def test_a_level_is_the_cell_that_holds_the_density_s_value(level, expected):
 
 
 @pytest.mark.parametrize(("shift", "word"), [(0.5, "bright"), (-0.5, "dark")])
-def test_pixels_above_what_the_model_expects_are_said_to_be(shift, word):
+def test_shifted_pixels_are_found_on_their_side(shift, word):
     oracle = LinearGaussian.random()
     vae = oracle.vae()
     x = oracle.draw(NUM_IMAGES)
@@ -131,11 +131,11 @@ def test_pixels_above_what_the_model_expects_are_said_to_be(shift, word):
     def posterior(images):
         return dist.Delta(z).to_event(1)
 
-    found = calibrated(VAE(vae.prior, vae.likelihood, posterior), brighter, num_draws=9)
+    found = calibrate(VAE(vae.prior, vae.likelihood, posterior), brighter, num_draws=9)
     assert f"{word} pixels surprise more" in found.verdict
 
 
-def test_the_standard_error_is_over_images():
+def test_the_standard_error_is_over_images_not_pixels():
     """Every pixel of an image is the same: D pixels are worth no more than one."""
     x = torch.randn(500, 1, generator=torch.Generator().manual_seed(1), dtype=torch.double).expand(-1, 40)
 
@@ -146,25 +146,25 @@ def test_the_standard_error_is_over_images():
         return dist.Normal(torch.zeros(1, dtype=torch.double), 1.0).to_event(1)
 
     vae = VAE(normal, likelihood, lambda images: normal().expand((len(images),)))
-    share = calibrated(vae, x).brighter
+    share = calibrate(vae, x).above_90_percent_quantile
     independent = math.sqrt(0.1 * 0.9 / x.numel())
     assert share.stderr == pytest.approx(math.sqrt(0.1 * 0.9 / 500), rel=0.15)
     assert share.stderr > 5 * independent
 
 
-def test_each_share_is_its_mean_over_images_with_that_means_standard_error(monkeypatch):
+def test_each_share_has_the_mean_and_standard_error_of_the_images_shares(monkeypatch):
     """One image at a time, so that what is streamed can be collected."""
     seen = []
     monkeypatch.setattr("ppl_vae.runtime.batching.items_per_pass", lambda *_, **__: 1)
-    histograms = calibration._histograms
-    monkeypatch.setattr(calibration, "_histograms", lambda pit: seen.append(histograms(pit)) or seen[-1])
+    histograms = pixel_calibration._histograms
+    monkeypatch.setattr(pixel_calibration, "_histograms", lambda pit: seen.append(histograms(pit)) or seen[-1])
     vae = MODELS["normal"]()
-    found = calibrated(vae, draw(vae, 30), num_draws=5)
+    found = calibrate(vae, draw(vae, 30), num_draws=5)
     each = torch.cat(seen)
-    assert [share.mean for share in found.shares] == pytest.approx(each.mean(0).tolist())
-    assert [share.stderr for share in found.shares] == pytest.approx((each.std(0) / math.sqrt(30)).tolist())
+    assert [share.mean for share in found.histogram] == pytest.approx(each.mean(0).tolist())
+    assert [share.stderr for share in found.histogram] == pytest.approx((each.std(0) / math.sqrt(30)).tolist())
     above = each[:, -2:].sum(1)
-    assert (found.brighter.mean, found.brighter.stderr) == pytest.approx(
+    assert (found.above_90_percent_quantile.mean, found.above_90_percent_quantile.stderr) == pytest.approx(
         (float(above.mean()), float(above.std()) / math.sqrt(30))
     )
 
@@ -172,11 +172,11 @@ def test_each_share_is_its_mean_over_images_with_that_means_standard_error(monke
 def test_pixels_are_uniform_when_draws_are_streamed_one_by_one(monkeypatch):
     monkeypatch.setattr("ppl_vae.runtime.batching.items_per_pass", lambda *_, **__: 1)
     vae = MODELS["categorical"]()
-    found = calibrated(vae, draw(vae, 400), num_draws=4)
+    found = calibrate(vae, draw(vae, 400), num_draws=4)
     assert_shares(found, [1 / BINS] * BINS)
 
 
-def test_no_more_than_a_pass_is_drawn_at_once(monkeypatch):
+def test_draws_are_split_into_passes(monkeypatch):
     vae, drawn = MODELS["normal"](), []
     monkeypatch.setattr("ppl_vae.runtime.batching.items_per_pass", lambda *_, **__: 25)
     sample = dist.Independent.sample
@@ -187,7 +187,7 @@ def test_no_more_than_a_pass_is_drawn_at_once(monkeypatch):
 
     x = draw(vae, 11)
     monkeypatch.setattr(dist.Independent, "sample", counted)
-    calibrated(vae, x, num_draws=10)
+    calibrate(vae, x, num_draws=10)
     assert max(drawn) <= 25
 
 
@@ -195,26 +195,28 @@ def test_the_deviation_is_the_largest_of_the_cumulative_histogram():
     mean = torch.full((BINS,), 1 / BINS, dtype=torch.double)
     mean[3] += 0.03
     mean[12] -= 0.03
-    assert Calibration(mean, torch.zeros(BINS, BINS, dtype=torch.double), 10, 99).deviation == pytest.approx(0.03)
+    covariance = torch.zeros(BINS, BINS, dtype=torch.double)
+    found = summarize_histogram(mean, covariance, num_images=10, num_draws=99)
+    assert found.largest_deviation == pytest.approx(0.03)
 
 
 def test_one_image_has_shares_without_an_error():
     vae = MODELS["normal"]()
-    found = calibrated(vae, draw(vae, 1), num_draws=5)
-    assert math.isnan(found.brighter.stderr)
+    found = calibrate(vae, draw(vae, 1), num_draws=5)
+    assert math.isnan(found.above_90_percent_quantile.stderr)
     assert found.verdict == "calibrated"
 
 
 def test_weights_and_random_state_of_the_vae_stay():
     vae = MODELS["normal"]()
     before = {name: w.clone() for name, w in vae.state_dict().items()}
-    calibrated(vae, draw(vae, 3), num_draws=5)
+    calibrate(vae, draw(vae, 3), num_draws=5)
     assert all(torch.equal(w, before[name]) for name, w in vae.state_dict().items())
 
 
 def test_progress_counts_every_image():
     vae, seen = MODELS["normal"](), []
-    calibrated(vae, draw(vae, 11), num_draws=5, progress=seen.append)
+    calibrate(vae, draw(vae, 11), num_draws=5, progress=seen.append)
     assert sum(seen) == 11
 
 
@@ -222,7 +224,7 @@ def test_progress_counts_every_image():
     ("images", "options", "words"),
     [(0, {}, "x: expected at least"), (2, {"num_draws": 0}, "num_draws: expected at least 1, got 0")],
 )
-def test_nothing_to_compare_is_refused(images, options, words):
+def test_no_image_and_no_draw_are_refused(images, options, words):
     vae = MODELS["normal"]()
     with pytest.raises(ValueError, match=words):
-        calibrated(vae, torch.zeros(images, 6, dtype=torch.double), **options)
+        calibrate(vae, torch.zeros(images, 6, dtype=torch.double), **options)

@@ -95,7 +95,7 @@ def test_a_latent_is_active_where_its_means_vary_by_more_than_a_hundredth():
     unit = torch.randn(4000, 4, generator=generator, dtype=torch.double)
     mean = (unit - unit.mean(0)) / unit.std(0) * scales
     found = active_units(PosteriorMoments(mean, torch.ones(4000, 4)))
-    assert_close(found.variance, scales.square())
+    assert_close(found.mean, scales.square())
     assert found.active.tolist() == [True, True, False, False]
     assert found.count == 2
 
@@ -103,7 +103,7 @@ def test_a_latent_is_active_where_its_means_vary_by_more_than_a_hundredth():
 def test_a_latent_is_active_in_the_unit_of_the_prior():
     mean = torch.tensor([[-1.0, -1.0], [1.0, 1.0]] * 50).double()
     found = active_units(PosteriorMoments(mean, torch.ones(100, 2)), torch.tensor([0.5, 20.0]))
-    assert_close(found.variance, 100 / 99 * torch.tensor([4.0, 1 / 400]).double())
+    assert_close(found.mean, 100 / 99 * torch.tensor([4.0, 1 / 400]).double())
     assert found.active.tolist() == [True, False]
 
 
@@ -111,15 +111,15 @@ def test_the_error_of_means_that_are_drawn_is_not_counted_as_activity():
     torch.manual_seed(0)
     codes = PosteriorMoments(2 + 3 * torch.randn(20_000, 2).double() / math.sqrt(50), torch.full((20_000, 2), 3.0), 50)
     found = active_units(codes)
-    assert (found.variance.abs() < 4 * found.stderr).all()
-    assert (active_units(codes._replace(num_draws=None)).variance > 0.1).all()
+    assert (found.mean.abs() < 4 * found.stderr).all()
+    assert (active_units(codes._replace(num_draws=None)).mean > 0.1).all()
 
 
 def test_the_error_of_a_variance_is_that_of_repetitions():
     generator = torch.Generator().manual_seed(0)  # a skewed law, whose fourth moment is not a normal's
     means = torch.empty(400, 500, 1, dtype=torch.double).exponential_(generator=generator)
     found = [active_units(PosteriorMoments(mean, mean)) for mean in means]
-    spread = np.std([float(units.variance) for units in found])
+    spread = np.std([float(units.mean) for units in found])
     assert np.mean([float(units.stderr) for units in found]) == pytest.approx(spread, rel=0.1)
 
 
@@ -181,7 +181,7 @@ def test_information_far_below_the_cap_is_not_called_saturated(oracle):
 
 def test_no_draw_carries_more_than_the_cap():
     vae, x = guided(torch.randn(30, 4), torch.full((30, 4), 0.05)), indices(30)
-    q = AggregatePosterior.of(vae, x)
+    q = AggregatePosterior.encode(vae, x)
     z = q.sample()
     assert (q.log_prob_per_image(z) - q.log_prob(z)).max() <= math.log(30) + 1e-9
 
@@ -215,7 +215,7 @@ def test_the_aggregate_posterior_is_the_mixture_of_all_images(monkeypatch):
     monkeypatch.setattr(mixture, "_PASS_NUMBERS", 20)
     rng = np.random.default_rng(0)
     loc, scale, z = rng.normal(size=(7, 2)), rng.uniform(0.01, 2, size=(7, 2)), rng.normal(size=(9, 2))
-    q = AggregatePosterior.of(guided(loc, scale), indices(7))
+    q = AggregatePosterior.encode(guided(loc, scale), indices(7))
     by_latent = scipy.stats.norm.logpdf(z[:, None], loc, scale)
     exact = scipy.special.logsumexp(by_latent.sum(-1), axis=1) - math.log(7)
     np.testing.assert_allclose(q.log_prob(torch.from_numpy(z)), exact, rtol=1e-9)
@@ -231,7 +231,7 @@ def test_a_guide_that_is_no_product_has_the_same_information_and_nothing_by_late
             splits.append(elbo_split(guided(loc, scale, posterior=posterior), indices(40)))
     assert splits[1].mutual_information.mean == pytest.approx(splits[0].mutual_information.mean)
     assert splits[1].total_correlation is None
-    assert splits[1].to_json()["dimension_kl"] is None
+    assert splits[1].dimension_kl is None
 
 
 def test_no_image_is_refused(oracle):

@@ -14,11 +14,11 @@ from torch import nn
 from torch.testing import assert_close
 
 from ppl_vae import VAE, Conditional
-from ppl_vae.diagnostics import (
+from ppl_vae.diagnostics import latent_kl
+from ppl_vae.diagnostics.noise import (
     eigenvalues_in_noise_units,
     gaussian_variance,
     has_location,
-    latent_kl,
     live_directions,
     noise_edge,
     predicted_live,

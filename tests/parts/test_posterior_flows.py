@@ -426,7 +426,7 @@ def test_a_mixture_of_flow_posteriors_is_the_mean_of_their_densities(name):
     parts = torch.stack([vae.posterior(x[n : n + 1]).log_prob(z) for n in range(5)])
     mixture = MixtureSameFamily(Categorical(logits=torch.zeros(5, dtype=torch.double)), vae.posterior(x))
     assert_close(mixture.log_prob(z), parts.logsumexp(0) - math.log(5))
-    assert_close(AggregatePosterior.of(vae, x).log_prob(z), parts.logsumexp(0) - math.log(5))
+    assert_close(AggregatePosterior.encode(vae, x).log_prob(z), parts.logsumexp(0) - math.log(5))
     assert mixture.sample((4,)).shape == (4, 3)
 
 

@@ -144,7 +144,7 @@ def test_a_damaged_diagnosis_is_named_in_one_line(runs_of, page_of, tmp_path, da
     stored = json.loads((folder / "diagnosis.json").read_text())
     del stored[damage]
     (folder / "diagnosis.json").write_text(json.dumps(stored))
-    with pytest.raises(ValueError, match=r"diagnosis\.json: damaged: expected split, numbers, verdicts"):
+    with pytest.raises(ValueError, match=rf"diagnosis\.json: damaged: .*'{damage}', which is missing"):
         report_run(Report(str(folder)), say=silent)
 
 

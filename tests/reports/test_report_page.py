@@ -28,7 +28,7 @@ from ppl_vae.reports.page import (
     SliderStop,
     Table,
     Text,
-    Verdict,
+    VerdictBlock,
     decoder_weights,
     page,
 )
@@ -90,8 +90,10 @@ def everything() -> list[Section]:
             [
                 Table(["name", *(f"column {k}" for k in range(9)), "bound"], wide, "Caption of the table", highlight=1),
                 Answer("Why is that?", "Because of **this**, as `measured`."),
-                Verdict("over-regularized", f"KL 0.1 nats in {long_word}", f"python scripts/x.py {long_word} --beta 1"),
-                Verdict("healthy", "All is well.", severity="healthy", figure=Picture(png(90), "A figure", "gray")),
+                VerdictBlock("over-regularized", f"KL 0.1 nats in {long_word}", f"Train again: {long_word} --beta 1"),
+                VerdictBlock(
+                    "healthy", "All is well.", severity="healthy", figure=Picture(png(90), "A figure", "gray")
+                ),
             ],
         ),
         Section(
@@ -145,7 +147,7 @@ def test_markup_in_words_is_shown_as_it_was_written(visit, words: str) -> None:
     blocks = [
         Text(words),
         Answer(words, words),
-        Verdict(words, words, words),
+        VerdictBlock(words, words, words),
         Table([words], [[words]], words),
         Picture(png(2), words, words),
         Slider(words, [stop], words),

@@ -11,8 +11,9 @@ import pytest
 
 from ppl_vae import data
 from ppl_vae.runs.fields import format_flag
-from ppl_vae.runs.options import PLAIN, Options, default_warmup, from_json, to_json
+from ppl_vae.runs.options import PLAIN, Options, from_json, to_json
 from ppl_vae.runs.resolve import resolve
+from ppl_vae.training.schedules import default_warmup
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from disturbed_runs import end, held_elsewhere
 from PIL import Image
 from small_study import TINY, Killed, raise_killed, run_tiny_study, silent, without_times
@@ -19,6 +20,10 @@ from small_study import TINY, Killed, raise_killed, run_tiny_study, silent, with
 from ppl_vae import data, runs
 from ppl_vae.commands.options import RunStudy
 from ppl_vae.diagnostics import verdicts
+from ppl_vae.diagnostics.aggregate import KolmogorovSmirnov, LatentMoments, TwoSample
+from ppl_vae.diagnostics.measurement import AggregateNumbers
+from ppl_vae.diagnostics.values import PerLatent
+from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.runs.evaluations import read_evaluation, read_per_image
 from ppl_vae.runs.options import PLAIN
 from ppl_vae.runs.resolve import load_splits
@@ -267,14 +272,10 @@ def test_runs_with_two_latents_have_codes_and_classes(numbers: StudyNumbers) -> 
 
 
 def test_each_of_ten_tests_has_a_tenth_of_the_level() -> None:
-    nothing = {"mean": [0.0], "stderr": [0.0]}
-    aggregate = {
-        "moments": {"mean": nothing, "log_scale": nothing},
-        "kolmogorov_smirnov": {"statistic": [0.1] * 10, "p_value": [0.004, 0.006, *[0.04] * 8]},
-        "classifier": {"effect": {"mean": 0.0, "stderr": 0.1}},
-        "holes": None,
-    }
-    assert measure._match_prior({"aggregate": aggregate, "elbo_split": None}).rejected == 1
+    nothing, p_values = torch.zeros(10), torch.tensor([0.004, 0.006, *[0.04] * 8])
+    moments = LatentMoments(PerLatent(nothing, nothing), PerLatent(nothing, nothing))
+    found = AggregateNumbers(moments, KolmogorovSmirnov(nothing, p_values), TwoSample(Estimate(0, 0.1), 0.5, 10), None)
+    assert measure._match_prior(SimpleNamespace(aggregate=found, elbo_split=None)).rejected == 1
 
 
 # --- What was measured before ---

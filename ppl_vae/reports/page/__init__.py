@@ -13,7 +13,7 @@ from ppl_vae.reports.page.blocks import (
     SliderStop,
     Table,
     Text,
-    Verdict,
+    VerdictBlock,
 )
 from ppl_vae.reports.page.decoder import DecoderWeights, Layer, Link, decoder_weights
 from ppl_vae.reports.page.markup import true_minus
@@ -33,7 +33,7 @@ __all__ = [
     "SliderStop",
     "Table",
     "Text",
-    "Verdict",
+    "VerdictBlock",
     "decoder_weights",
     "page",
     "true_minus",

@@ -72,20 +72,20 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """A finding, with what it rests on and a command that would change it.
+class VerdictBlock:
+    """A verdict with its evidence, and the advice on what would change it.
 
     Args:
         word: such as "over-regularized".
         evidence: the numbers.
-        command: empty where there is nothing to change.
+        advice: empty if there is nothing to change.
         figure: what shows it.
         severity: "healthy" or "warning".
     """
 
     word: str
     evidence: str
-    command: str = ""
+    advice: str = ""
     figure: Picture | None = None
     severity: Literal["healthy", "warning"] = "warning"
 
@@ -200,7 +200,7 @@ class Explorer:
         return len(self.label_names) or 256
 
 
-Block: TypeAlias = Text | Answer | Verdict | Table | Picture | Slider | Explorer
+Block: TypeAlias = Text | Answer | VerdictBlock | Table | Picture | Slider | Explorer
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from ppl_vae.reports.page.blocks import (
     SliderStop,
     Table,
     Text,
-    Verdict,
+    VerdictBlock,
     png_size,
 )
 from ppl_vae.reports.page.decoder import DecoderWeights
@@ -75,18 +75,12 @@ def _picture(block: Picture, number: int) -> str:
     )
 
 
-def _command(words: str) -> str:
-    """As it is typed; lines break between its words."""
-    spans = " ".join(f"<span>{escape(word)}</span>" for word in words.split(" "))
-    return f'<pre class="command"><code>{spans}</code></pre>'
-
-
-def _verdict(block: Verdict, number: int) -> str:
+def _verdict(block: VerdictBlock, number: int) -> str:
     sign = {"healthy": "✓", "warning": "!"}[block.severity]
     return (
         f'<section class="verdict {block.severity}" aria-label="Verdict: {escape(block.word)}">'
         f'<h3><span class="sign" aria-hidden="true">{sign}</span>{inline(block.word)}</h3>\n'
-        f"{paragraphs(block.evidence)}{_command(block.command) if block.command else ''}"
+        f"{paragraphs(block.evidence)}{paragraphs(block.advice) if block.advice else ''}"
         f"{_picture(block.figure, number) if block.figure else ''}</section>"
     )
 
@@ -212,7 +206,7 @@ def _explorer(block: Explorer, number: int) -> str:
 _RENDERERS: dict[type, Callable[[Any, int], str]] = {
     Text: _text,
     Answer: _answer,
-    Verdict: _verdict,
+    VerdictBlock: _verdict,
     Table: _table,
     Picture: _picture,
     Slider: _slider,

@@ -1,81 +1,107 @@
-"""A diagnosis in words: a line for each group of numbers, and the verdicts."""
+"""The wording of a diagnosis: one line for each group of numbers, and the verdicts with their advice."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from ppl_vae.diagnostics import plus_minus
-from ppl_vae.diagnostics.verdicts import is_importance_weighted
+from ppl_vae.diagnostics.measurement import Measurements
+from ppl_vae.diagnostics.pixel_calibration import PixelCalibration
+from ppl_vae.diagnostics.values import plus_minus
+from ppl_vae.diagnostics.verdicts import Verdict, count_live, is_importance_weighted
+from ppl_vae.evidence.estimate import Estimate
+from ppl_vae.reports.text.evaluation import describe_images_scale
+from ppl_vae.runs.fields import format_flag
+from ppl_vae.runs.results import Diagnosis
 
-Numbers = Mapping[str, Any]
-
-# A last epoch that raises the validation ELBO by more nats than this had not settled. Source: ours.
+# Training has not settled if its last epoch raised the validation ELBO by more nats than this. Source: ours.
 SETTLED_RISE = 1.0
 
-
-def describe_numbers(numbers: Numbers) -> list[str]:
-    """One line for each group of numbers; a group that this run has not is left out."""
-    lines = [_training(numbers), _terms(numbers), _latents(numbers), _split(numbers), _aggregate(numbers)]
-    return [
-        f"  {line}"
-        for line in [*lines, _noise(numbers), *_pictures(numbers), _pixels(numbers), _estimate(numbers)]
-        if line
-    ] + [f"  {line}" for line in describe_left_out(numbers)]
-
-
-_MEASURES = {
-    "variation": "how much reconstructions vary",
-    "blur": "how sharp reconstructions are",
-    "noise": "the data's directions in units of the likelihood's noise",
+# What to do about each verdict; the options follow it.
+_ADVICE = {
+    "autoencoder": "Train a variational autoencoder instead",
+    "decoder ignores z": "Train again, with the default warm-up, and with something that keeps the latents in use",
+    "over-regularized": "Train again with less weight on the KL; if beta is 1 already, train for longer",
+    "under-regularized": "Train again with more weight on the KL; if beta is 1 already, train for longer",
+    "dead units": "Train again with fewer latents",
+    "holes": "Train again with something that brings the prior and the codes together",
+    "likelihood mismatch": "Train again with a likelihood that has the shape of the pixels' noise",
+    "unreliable estimate": "Evaluate again with more particles; if the guide is under-regularized, train again first",
 }
-
-
-def describe_left_out(numbers: Numbers) -> list[str]:
-    """Each measure that the images do not allow, with the reason."""
-    return [f"not measured: {_MEASURES[name]} ({reason})" for name, reason in numbers.get("left_out", {}).items()]
-
-
-def describe_verdicts(entries: Sequence[Numbers]) -> list[str]:
-    """Each verdict with its evidence, its figure, and the command that would change it."""
-    lines = ["Verdicts:"]
-    for entry in entries:
-        severity = f" ({entry['severity']})" if entry["severity"] != "note" else ""
-        lines.append(f"  {entry['word']}{severity}: {entry['evidence']}")
-        if entry["figure"] is not None:
-            lines.append(f"    see figures/{entry['figure']}")
-        if entry["command"] is not None:
-            lines.append(f"    to change it: {entry['command']}")
-    return lines
-
 
 _UNKNOWN_BETA = (
     "unknown (too little is carried or by several layers, all images are alike, or wider posteriors would not trade "
     "reconstruction for KL)"
 )
 
-
-def _terms(numbers: Numbers) -> str:
-    distortion = f"distortion -E_q[log p(x | z)] {plus_minus(numbers['reconstruction'], 2, sign=-1)} nats"
-    if numbers["kl"] is None:
-        return distortion
-    implied = numbers["implied_beta"]
-    beta = _UNKNOWN_BETA if implied is None else plus_minus(implied)
-    words = "" if implied is None else _other_than_beta(numbers)
-    return f"rate KL {plus_minus(numbers['kl'], 2)} nats, {distortion}; the weights imply beta = {beta}{words}"
+_LEFT_OUT = {
+    "variation": "how much reconstructions vary",
+    "blur": "how sharp reconstructions are",
+    "noise": "the data's directions in units of the likelihood's noise",
+}
 
 
-def _other_than_beta(numbers: Numbers) -> str:
-    """What else than beta sets a guide's widths in this training."""
-    if is_importance_weighted(numbers):
-        return " (of an ELBO; a bound of several particles asks for other widths)"
-    return " (free bits imply less than their own)" * ((numbers["trained_with"] or {}).get("objective") == "free-bits")
+def describe_diagnosis(found: Diagnosis, run: str, *, has_validation: bool) -> list[str]:
+    """A diagnosis, line by line."""
+    lacking = "" if has_validation or found.split != "test" else " (which has no validation split)"
+    images = f"{found.numbers.num_images:,} images of the {found.split} split of {found.dataset}{lacking}"
+    scale = describe_images_scale(found, found.seed)
+    return [
+        f"{run}: {images}, {scale}; ± is the standard error over images",
+        *describe_numbers(found.numbers),
+        *describe_verdicts(found.verdicts),
+    ]
 
 
-def _training(numbers: Numbers) -> str:
-    """Said where the run had not settled: what else is measured may change with it."""
-    rise = (numbers["trained_with"] or {}).get("last_rise")
+def describe_verdicts(verdicts: Sequence[Verdict]) -> list[str]:
+    """Each verdict with its evidence, its figure, and what would change it."""
+    lines = ["Verdicts:"]
+    for verdict in verdicts:
+        severity = f" ({verdict.severity})" if verdict.severity != "note" else ""
+        lines.append(f"  {verdict.word}{severity}: {verdict.evidence}")
+        if verdict.figure is not None:
+            lines.append(f"    see figures/{verdict.figure}")
+        if verdict.change is not None:
+            lines.append(f"    {describe_advice(verdict)}")
+    return lines
+
+
+def describe_advice(verdict: Verdict) -> str:
+    """What would change a verdict, with the options to give; empty if nothing is to change."""
+    if verdict.change is None:
+        return ""
+    options = " ".join(f"{format_flag(name)} {_format(value)}" for name, value in verdict.change.items())
+    return f"{_ADVICE[verdict.word]}: {options}"
+
+
+def _format(value: str | int | float) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def describe_left_out(numbers: Measurements) -> list[str]:
+    """Each measure that the images do not allow, with the reason."""
+    return [f"not measured: {_LEFT_OUT[name]} ({reason})" for name, reason in numbers.left_out.items()]
+
+
+def describe_numbers(numbers: Measurements) -> list[str]:
+    """One line for each group of numbers that this run has."""
+    lines = [
+        _describe_training(numbers),
+        _describe_terms(numbers),
+        f"latents: {numbers.active.count} of {numbers.latent_dim} are active",
+        _describe_split(numbers),
+        _describe_aggregate(numbers),
+        _describe_noise(numbers),
+        *_describe_pictures(numbers),
+        _describe_pixels(numbers.calibration),
+        _describe_estimate(numbers),
+        *describe_left_out(numbers),
+    ]
+    return [f"  {line}" for line in lines if line]
+
+
+def _describe_training(numbers: Measurements) -> str:
+    rise = numbers.trained_with.last_rise if numbers.trained_with else None
     if rise is None or rise <= SETTLED_RISE:
         return ""
     return (
@@ -84,94 +110,109 @@ def _training(numbers: Numbers) -> str:
     )
 
 
-def _latents(numbers: Numbers) -> str:
-    return f"latents: {numbers['active']['count']} of {numbers['latent_dim']} are active"
+def _describe_terms(numbers: Measurements) -> str:
+    distortion = f"distortion -E_q[log p(x | z)] {plus_minus(numbers.reconstruction, 2, sign=-1)} nats"
+    if numbers.kl is None:
+        return distortion
+    implied, trained = numbers.implied_beta, numbers.trained_with
+    beta = _UNKNOWN_BETA if implied is None else plus_minus(implied)
+    if implied is not None and is_importance_weighted(numbers):
+        beta += " (of an ELBO; a bound of several particles asks for other widths)"
+    elif implied is not None and trained is not None and trained.objective == "free-bits":
+        beta += " (free bits imply less than their own)"
+    return f"rate KL {plus_minus(numbers.kl, 2)} nats, {distortion}; the weights imply beta = {beta}"
 
 
-def _split(numbers: Numbers) -> str:
-    split = numbers["elbo_split"]
+def _describe_split(numbers: Measurements) -> str:
+    split = numbers.elbo_split
     if split is None:
         return ""
-    information = split["mutual_information"]
-    if split["saturated"]:  # at the cap its spread is small, whatever is not known of it
-        information = information | {"stderr": None}
-    parts = [f"mutual information {plus_minus(information, 2)}"]
-    if split["total_correlation"] is None:
-        parts.append(f"KL(q(z) || p(z)) {plus_minus(split['marginal_kl'], 2)}")
-    else:
-        parts.append(f"total correlation {plus_minus(split['total_correlation'], 2)}")
-        parts.append(f"sum of KL(q(z_l) || p(z_l)) {plus_minus(split['sum_of_dimension_kl'], 2)}")
-    capped = f" (cap log N = {split['cap']:.2f}" + (
-        ": nearly reached, so that the next is overstated)" if split["saturated"] else ")"
-    )
-    return f"KL = {parts[0]}{capped} + {' + '.join(parts[1:])} nats"
+    information = plus_minus(split.mutual_information, 2)
+    cap = f"cap log N = {split.cap:.2f}"
+    if split.saturated:  # at the cap its spread is small, and says nothing of its error
+        information = plus_minus(Estimate(split.mutual_information.mean, math.nan), 2)
+        cap += ": nearly reached, so that the next is overstated"
+    rest = f"KL(q(z) || p(z)) {plus_minus(split.marginal_kl, 2)}"
+    if split.total_correlation is not None and split.sum_of_dimension_kl is not None:
+        rest = (
+            f"total correlation {plus_minus(split.total_correlation, 2)} + sum of KL(q(z_l) || p(z_l)) "
+            f"{plus_minus(split.sum_of_dimension_kl, 2)}"
+        )
+    return f"KL = mutual information {information} ({cap}) + {rest} nats"
 
 
-def _aggregate(numbers: Numbers) -> str:
-    found = numbers["aggregate"]
-    largest = max(found["kolmogorov_smirnov"]["statistic"], default=math.nan)
+def _describe_aggregate(numbers: Measurements) -> str:
+    found = numbers.aggregate
+    largest = max(found.kolmogorov_smirnov.statistic.tolist(), default=math.nan)
     line = (
-        f"aggregate posterior against prior: a classifier's effect {plus_minus(found['classifier']['effect'], 2)}, "
+        f"aggregate posterior against prior: a classifier's effect {plus_minus(found.classifier.effect, 2)}, "
         f"largest Kolmogorov-Smirnov distance of a latent {largest:.2f}"
     )
-    holes = found["holes"]
-    if holes is None:
+    if found.holes is None:
         return line
-    covered = f"covered less than {1 - holes['expected']:.0%} of other images' codes are"
-    return f"{line}, prior draws in holes ({covered}) {plus_minus(holes['share'], 3)}"
+    covered = f"covered less than {1 - found.holes.expected:.0%} of other images' codes are"
+    return f"{line}, prior draws in holes ({covered}) {plus_minus(found.holes.share, 3)}"
 
 
-def _noise(numbers: Numbers) -> str:
-    noise, beta = numbers["noise"], (numbers["trained_with"] or {}).get("beta")
-    if noise is None or numbers["autoencoder"]:  # nothing is weighed against it there
+def _describe_noise(numbers: Measurements) -> str:
+    noise = numbers.noise
+    if noise is None or numbers.autoencoder:  # an autoencoder weighs no KL against the noise
         return ""
-    edge = noise.get("edge") or 0.0
-    words = [f"{noise['live_by_sum']:,} of {len(noise['eigenvalues']):,} directions of the data exceed it at beta = 1"]
-    if beta not in (None, 1):
-        words.append(f"{sum(value > max(beta, edge) for value in noise['eigenvalues']):,} at beta = {beta:g}")
-    words.append(f"{noise['live_by_mean']:,} had pixels been averaged")
-    if edge > min(1.0, 1.0 if beta is None else beta):
-        words.append(f"counted above {edge:.2f}, which independent pixels reach by chance")
+    beta = numbers.trained_with.beta if numbers.trained_with else 1.0
+    words = [f"{noise.live_by_sum:,} of {len(noise.eigenvalues):,} directions of the data exceed it at beta = 1"]
+    if beta != 1:
+        words.append(f"{count_live(noise, beta):,} at beta = {beta:g}")
+    words.append(f"{noise.live_by_mean:,} had pixels been averaged")
+    if noise.edge > min(1.0, beta):
+        words.append(f"counted above {noise.edge:.2f}, which independent pixels reach by chance")
     return f"effective noise: {', '.join(words)}"
 
 
-def _pictures(numbers: Numbers) -> list[str]:
-    found = numbers["pictures"]
-    lines, parts = [], []
-    if found["variation"] is not None:
-        parts.append(f"reconstructions vary {plus_minus(found['variation'], 3)} of what the images do")
-    blur = found["blur"]
+def _describe_pictures(numbers: Measurements) -> list[str]:
+    variation, blur = numbers.pictures.variation, numbers.pictures.blur
+    parts, lines = [], []
+    if variation is not None:
+        parts.append(f"reconstructions vary {plus_minus(variation, 3)} of what the images do")
     if blur is not None:
-        steps = ("at_mean", "at_draw", "averaged")
-        sharp = ", ".join(
-            f"{plus_minus(blur[name], 3)} {words}"
-            for name, words in zip(steps, ("at the posterior's mean", "at a draw", "averaged over draws"), strict=True)
+        parts.append(
+            f"sharpness against the data's {plus_minus(blur.at_mean, 3)} at the posterior's mean, "
+            f"{plus_minus(blur.at_draw, 3)} at a draw, {plus_minus(blur.averaged, 3)} averaged over draws"
         )
-        parts.append(f"sharpness against the data's {sharp}")
         lines.append(
-            f"squared error a pixel {plus_minus(blur['error'], 5)} = posterior noise "
-            f"{plus_minus(blur['posterior_noise'], 5)} + the rest {plus_minus(blur['bias'], 5)}"
+            f"squared error a pixel {plus_minus(blur.error, 5)} = posterior noise "
+            f"{plus_minus(blur.posterior_noise, 5)} + the rest {plus_minus(blur.bias, 5)}"
         )
     return ["; ".join(parts), *lines]
 
 
-def _pixels(numbers: Numbers) -> str:
-    found = numbers["calibration"]
+def _describe_pixels(found: PixelCalibration | None) -> str:
     if found is None:
         return ""
     return (
-        f"pixels in p(x | z): {found['verdict']}, cumulative histogram off by up to "
-        f"{100 * found['largest_deviation']:.1f} points"
+        f"pixels in p(x | z): {found.verdict}, cumulative histogram off by up to "
+        f"{100 * found.largest_deviation:.1f} points"
     )
 
 
-def _estimate(numbers: Numbers) -> str:
-    found = numbers["importance"]
+def describe_calibration(found: PixelCalibration) -> str:
+    """The shares of pixels above the model's 90% quantile and below its 10% quantile, and the verdict, in one line."""
+    return (
+        f"{_percent(found.above_90_percent_quantile)} of pixels are brighter than the model's 90% quantile, "
+        f"{_percent(found.below_10_percent_quantile)} darker than its 10% quantile (10% each if it were right), "
+        f"cumulative histogram off by up to {100 * found.largest_deviation:.1f} points: {found.verdict}"
+    )
+
+
+def _percent(share: Estimate) -> str:
+    return f"{plus_minus(Estimate(100 * share.mean, 100 * share.stderr), 1)}%"
+
+
+def _describe_estimate(numbers: Measurements) -> str:
+    found = numbers.importance
     if found is None:
         return ""
-    S = found["num_particles"]
+    bound = f"L_{found.num_particles} = {plus_minus(found.log_likelihood, 2)} nats ({found.num_images:,} images)"
     return (
-        f"log p(x): L_{S} = {plus_minus(found['log_likelihood'], 2)} nats ({found['num_images']:,} images); ten times "
-        f"the particles gained {plus_minus(found['rise'], 2)}, unreliable images "
-        f"{plus_minus(found['unreliable'], 2)} of all"
+        f"log p(x): {bound}; ten times the particles gained {plus_minus(found.rise, 2)}, unreliable "
+        f"images {plus_minus(found.unreliable, 2)} of all"
     )

@@ -1,0 +1,339 @@
+"""Every diagnostic of one VAE on one set of images, and the types that hold their numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import pyro
+import torch
+from torch import Tensor
+
+from ppl_vae.diagnostics.aggregate import (
+    HOLE_QUANTILE,
+    KolmogorovSmirnov,
+    LatentMoments,
+    TwoSample,
+    classifier_test,
+    holes,
+    kolmogorov_smirnov,
+    latent_moments,
+)
+from ppl_vae.diagnostics.latents import ActiveUnits, ElboSplit, active_units, elbo_split, implied_beta, latent_kl
+from ppl_vae.diagnostics.noise import NoiseSpectrum
+from ppl_vae.diagnostics.pictures import Blur, blur, reconstruction_variation
+from ppl_vae.diagnostics.pixel_calibration import PixelCalibration, calibrate_pixels
+from ppl_vae.diagnostics.values import CannotMeasure, PerLatent
+from ppl_vae.evidence.estimate import Estimate
+from ppl_vae.evidence.importance import Importance, evaluate, reconstruction
+from ppl_vae.evidence.moments import (
+    PosteriorMoments,
+    compute_moments,
+    decode_mean,
+    encode,
+    sample_latents,
+    sample_posterior,
+)
+from ppl_vae.runtime.global_state import seeded
+from ppl_vae.vae import VAE
+from ppl_vae.weights import is_deterministic
+
+# Most images for measures that would take long on more: the pairs of the ELBO's split grow with their square.
+_MOST_PAIRED = 2000
+_MOST_PAIRED_BY_A_FLOW = 250  # for a guide whose density at another image's draws takes many passes of a network
+_MOST_CALIBRATED = 300
+_MOST_WEIGHED = 300
+_SHOWN = 12  # latents of prior draws that are kept for a picture
+
+Result = TypeVar("Result")
+
+
+# --- The numbers ---
+
+
+@dataclass(frozen=True)
+class TrainedWith:
+    """What the verdicts need to know of a training; the words are those of the command line.
+
+    Args:
+        beta, likelihood, epochs, warmup_epochs, objective, num_particles, prior, posterior: options of the training.
+        data: the kind of data, as ``data.Splits`` says it.
+        last_rise: what the last epoch added to the validation ELBO, nats; None if it is not known.
+    """
+
+    beta: float
+    likelihood: str
+    epochs: int | None = None
+    warmup_epochs: int | None = None
+    objective: str = "elbo"
+    num_particles: int | None = None
+    prior: str = "standard-normal"
+    posterior: str = "diagonal"
+    data: str = ""
+    last_rise: float | None = None
+
+
+@dataclass(frozen=True)
+class HoleScores:
+    """Median scores log q(z) - log p(z), nats, of prior draws and of held-out images' draws."""
+
+    prior: float
+    held_out: float
+
+
+@dataclass(frozen=True)
+class HoleNumbers:
+    """What is kept of ``aggregate.Holes``.
+
+    Args:
+        share: of the prior draws that are in holes.
+        expected: the share if the aggregate posterior were the prior.
+        threshold: nats, the score below which a draw is in a hole.
+        bandwidth: by which the posteriors were smoothed.
+        num_reference, num_prior: numbers of reference images and of prior draws.
+        median_score: nats.
+        worst, ordinary: latents of the prior draws that are covered least, and of draws near the median.
+    """
+
+    share: Estimate
+    expected: float
+    threshold: float
+    bandwidth: float
+    num_reference: int
+    num_prior: int
+    median_score: HoleScores
+    worst: tuple[tuple[float, ...], ...]
+    ordinary: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True)
+class AggregateNumbers:
+    """The aggregate posterior against the prior; ``holes`` is None for an autoencoder."""
+
+    moments: LatentMoments
+    kolmogorov_smirnov: KolmogorovSmirnov
+    classifier: TwoSample
+    holes: HoleNumbers | None
+
+
+@dataclass(frozen=True)
+class PictureNumbers:
+    """Variation and sharpness of reconstructions; None if the images do not allow a measure."""
+
+    variation: Estimate | None
+    blur: Blur | None
+
+
+@dataclass(frozen=True)
+class EstimateQuality:
+    """How far an importance-weighted estimate can be trusted.
+
+    Args:
+        log_likelihood: L_S, nats per image.
+        elbo: nats per image.
+        rise: what ten times the particles gained, nats per image.
+        unreliable: the share of unreliable images.
+        pareto_k: the median k-hat, if it is known.
+        num_images, num_particles: N and S.
+    """
+
+    log_likelihood: Estimate
+    elbo: Estimate
+    rise: Estimate
+    unreliable: Estimate
+    pareto_k: float | None
+    num_images: int
+    num_particles: int
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """Every diagnostic of a VAE. What needs a density is None for an autoencoder (a deterministic guide).
+
+    Args:
+        autoencoder: whether the guide is deterministic.
+        num_images, num_pixels: N and D.
+        trained_with: what is known of the training.
+        latent_dim: L.
+        active: active units.
+        reconstruction: E_q[log p(x | z)], nats per image.
+        kl: nats per image.
+        kl_by_latent: nats; None unless latents have a KL of their own.
+        implied_beta: the beta that the weights imply, if they do.
+        elbo_split: the parts of the KL, on at most 2,000 images.
+        aggregate: the aggregate posterior against the prior.
+        pictures: reconstructions as pictures.
+        calibration: of pixels, on at most 300 images.
+        noise: the data in units of the likelihood's noise.
+        importance: the estimate of log p(x).
+        left_out: by name, the reason why the images do not allow a measure.
+    """
+
+    autoencoder: bool
+    num_images: int
+    num_pixels: int
+    trained_with: TrainedWith | None
+    latent_dim: int
+    active: ActiveUnits
+    reconstruction: Estimate
+    kl: Estimate | None
+    kl_by_latent: PerLatent | None
+    implied_beta: Estimate | None
+    elbo_split: ElboSplit | None
+    aggregate: AggregateNumbers
+    pictures: PictureNumbers
+    calibration: PixelCalibration | None
+    noise: NoiseSpectrum | None
+    importance: EstimateQuality | None
+    left_out: dict[str, str] = field(default_factory=dict)
+
+
+# --- Measuring ---
+
+
+def measure_if_possible(left_out: dict[str, str], name: str, function: Callable[[], Result]) -> Result | None:
+    """Call the function; if the images do not allow its measure, put the reason into ``left_out`` and return None."""
+    try:
+        return function()
+    except CannotMeasure as error:
+        left_out[name] = str(error)
+        return None
+
+
+def measure(
+    vae: VAE,
+    x: Tensor,
+    *,
+    gray: Tensor | None = None,
+    noise: NoiseSpectrum | None = None,
+    trained_with: TrainedWith | None = None,
+    importance: EstimateQuality | None = None,
+    num_particles: int = 200,
+    seed: int = 0,
+) -> Measurements:
+    """Every diagnostic of a VAE, each a mean with its standard error over images.
+
+    Weights, mode and the global generators are not changed.
+
+    Args:
+        vae: in evaluation mode.
+        x: images (N, *E) as the VAE sees them, at least 4.
+        gray: (N, *E) images that reconstructions are compared with, in the unit of the likelihood's mean: the gray
+            images of binarized x. By default x.
+        noise: ``noise.measure_noise`` of the likelihood and the training images; it depends on no weight.
+        trained_with: what is known of the training, for the verdicts.
+        importance: the quality of an estimate of log p(x); by default it is measured here on 300 images.
+        num_particles: S of that estimate.
+        seed: of every draw.
+
+    Raises:
+        ValueError: fewer than 4 images, or images that do not fit the VAE.
+    """
+    if len(x) < 4:
+        raise ValueError(f"x: expected at least 4 images, got {len(x)}")
+    left_out: dict[str, str] = {}
+    kl = by_latent = implied = split = calibration = None
+    with torch.no_grad(), pyro.validation_enabled(False):
+        with seeded(seed, x.device):  # the order of the measures decides their draws
+            autoencoder = is_deterministic(vae.posterior(x[:1]))
+            codes = encode(vae, x)
+            active = active_units(codes, compute_moments(vae.prior()).scale)
+            most_paired = _MOST_PAIRED if codes.num_draws is None else _MOST_PAIRED_BY_A_FLOW
+            if autoencoder:
+                log_p_x_given_z = Estimate.from_values(reconstruction(vae, x, seed=0))  # z is a function of x
+            else:
+                split = elbo_split(vae, _take_evenly(x, most_paired))
+                by_latent, implied = latent_kl(vae, x), implied_beta(vae, x)
+                log_p_x_given_z, kl = split.reconstruction, split.kl
+            aggregate = _measure_aggregate(vae, x, most_paired, autoencoder=autoencoder, seed=seed)
+            pictures = _measure_pictures(vae, x, codes, x if gray is None else gray, left_out)
+            if not autoencoder:
+                calibration = calibrate_pixels(vae, _take_evenly(x, _MOST_CALIBRATED))
+        if not autoencoder and importance is None:
+            some = _take_evenly(x, _MOST_WEIGHED)
+            result = evaluate(vae, some, num_particles=num_particles, seed=seed)
+            importance = summarize_estimate(result, num_particles)
+    return Measurements(
+        autoencoder=autoencoder,
+        num_images=len(x),
+        num_pixels=math.prod(x.shape[1:]),
+        trained_with=trained_with,
+        latent_dim=codes.mean.shape[1],
+        active=active,
+        reconstruction=log_p_x_given_z,
+        kl=kl,
+        kl_by_latent=by_latent,
+        implied_beta=implied,
+        elbo_split=split,
+        aggregate=aggregate,
+        pictures=pictures,
+        calibration=calibration,
+        noise=noise,
+        importance=None if autoencoder else importance,
+        left_out=left_out,
+    )
+
+
+def _take_evenly(x: Tensor, most: int) -> Tensor:
+    """At most that many of the images, at equal steps."""
+    return x[:: math.ceil(len(x) / most)]
+
+
+def _measure_aggregate(vae: VAE, x: Tensor, most_paired: int, *, autoencoder: bool, seed: int) -> AggregateNumbers:
+    """The aggregate posterior; for holes every other image is a reference image, and the rest are held out."""
+    prior = vae.prior()
+    z, z_prior = sample_posterior(vae, x), sample_latents(prior, len(x))
+    reference = _take_evenly(x, 2 * most_paired)[::2]
+    held_out = _take_evenly(z, 2 * most_paired)[1::2]
+    return AggregateNumbers(
+        latent_moments(z, prior),
+        kolmogorov_smirnov(z, prior),
+        classifier_test(z, z_prior, seed=seed),
+        None if autoencoder else _measure_holes(vae, reference, held_out, z_prior[: len(held_out)]),
+    )
+
+
+def _measure_holes(vae: VAE, reference: Tensor, z_held_out: Tensor, z_prior: Tensor) -> HoleNumbers:
+    found = holes(vae, reference, z_held_out, z_prior)
+    middle = len(found.worst) // 2
+
+    def latents(index: Tensor) -> tuple[tuple[float, ...], ...]:
+        return tuple(tuple(z) for z in z_prior[index.to(z_prior.device)].double().cpu().tolist())
+
+    return HoleNumbers(
+        share=found.share,
+        expected=HOLE_QUANTILE,
+        threshold=found.threshold,
+        bandwidth=found.bandwidth,
+        num_reference=len(reference),
+        num_prior=len(z_prior),
+        median_score=HoleScores(float(found.prior_scores.median()), float(found.held_out_scores.median())),
+        worst=latents(found.worst[:_SHOWN]),
+        ordinary=latents(found.worst[max(0, middle - _SHOWN // 2) :][:_SHOWN]),
+    )
+
+
+def _measure_pictures(
+    vae: VAE, x: Tensor, codes: PosteriorMoments, gray: Tensor, left_out: dict[str, str]
+) -> PictureNumbers:
+    reconstructions = decode_mean(vae, codes.mean)
+    variation = measure_if_possible(left_out, "variation", lambda: reconstruction_variation(reconstructions, gray))
+    if x.dim() != 4:
+        return PictureNumbers(variation, None)
+    return PictureNumbers(variation, measure_if_possible(left_out, "blur", lambda: blur(vae, x, gray=gray)))
+
+
+def summarize_estimate(result: Importance, num_particles: int) -> EstimateQuality:
+    """How far an importance-weighted estimate with S particles can be trusted."""
+    known = result.pareto_k[~result.pareto_k.isnan()]
+    return EstimateQuality(
+        log_likelihood=Estimate.from_values(result.log_evidence),
+        elbo=Estimate.from_values(result.elbo),
+        rise=Estimate.from_values(result.tenfold_gain),
+        unreliable=Estimate.from_flags(result.unreliable()),
+        pareto_k=float(known.median()) if len(known) else None,
+        num_images=len(result.tenfold_gain),
+        num_particles=num_particles,
+    )

@@ -338,7 +338,7 @@ def of_runs(run: Path) -> Iterator[Reader]:
     read = at(per_image, lambda: read_per_image(run, "test"))
     yield Reader("per image", ".safetensors", tensors(run, per_image), read, (tensor_header,) * 6, 2)
     yield of_block_store(run)
-    rows = json.dumps({"rows": [{"recipe": "iwae_1", "seed": 0}]}).encode()
+    rows = (Path(__file__).parents[1] / "scripts" / "results" / "reproductions.json").read_bytes()
     yield Reader("results", ".json", (rows,), lambda path: reproduction.read_rows(str(path)), (other_json,) * 3)
     rows = json.dumps({"certificates": [{"run": "a", "split": "test", "ais": {}}]}).encode()
     read = lambda path: certificate_table.read_certificates(str(path))  # noqa: E731

@@ -25,7 +25,7 @@ from ppl_vae.reports.text.certificate import describe_certificate
 from ppl_vae.runs.block_store import BlockStore, StageResults
 from ppl_vae.runs.build import build_likelihood
 from ppl_vae.runs.fit_arguments import decide_compile, find_device
-from ppl_vae.runs.opening import Run, Say, check_density, evaluated_vae, open_run
+from ppl_vae.runs.open import Run, Say, check_density, evaluated_vae, open_run
 from ppl_vae.runs.outputs import write_figure
 from ppl_vae.runs.resolve import data_options
 from ppl_vae.runtime.process import stop_on_signals

@@ -1,12 +1,11 @@
-"""Several runs on the same images: the paired differences of their bounds on log p(x), measured, stored, and said."""
+"""Several runs on the same images: the paired differences of their bounds on log p(x)."""
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from pyro import poutine
@@ -17,12 +16,13 @@ from ppl_vae.commands.evaluate import estimate_bits_per_dim, evaluate_with_progr
 from ppl_vae.commands.options import CompareRuns
 from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.evidence.importance import Importance
-from ppl_vae.evidence.paired import CONFIDENCE, INDISTINCT, SEED_NATS, BoundDifference, bound_difference
+from ppl_vae.evidence.paired import BoundDifference, bound_difference
 from ppl_vae.reports import figures as plots
-from ppl_vae.reports.text.evaluation import plus_minus
+from ppl_vae.reports.text.comparison import compare_in_words, comparison_title, describe_comparison
+from ppl_vae.runs.comparison_results import ComparedPair, ComparedRun, Comparison
 from ppl_vae.runs.evaluations import read_per_image
 from ppl_vae.runs.fit_arguments import find_device
-from ppl_vae.runs.opening import Run, Say, check_density, describe_unused_draws, evaluated_vae, open_run
+from ppl_vae.runs.open import Run, Say, check_density, describe_unused_draws, evaluated_vae, open_run
 from ppl_vae.runs.outputs import output_folder, removed_if_empty, write_figure
 from ppl_vae.runs.results import to_json
 from ppl_vae.runtime.batching import evaluation_batch_size
@@ -30,9 +30,6 @@ from ppl_vae.runtime.global_state import seeded
 from ppl_vae.vae import VAE
 
 COMPARISON, FIGURE, PER_IMAGE = "comparison.json", "comparison.png", "comparison.safetensors"
-
-# With fewer differences their mean is not yet close to normal unless they are. Source: a rule of thumb.
-_FEW_IMAGES = 30
 
 
 class Entrant(NamedTuple):
@@ -54,7 +51,7 @@ class Asked(NamedTuple):
     seed: int
 
 
-def compare_runs(options: CompareRuns, *, say: Say) -> dict[str, Any]:
+def compare_runs(options: CompareRuns, *, say: Say) -> Comparison:
     """mean_n [L_S(x_n; run) - L_S(x_n; first run)] of each further run, with its error, on the same n images.
 
     Images, their binarization and the seed of the importance samples are one for all runs. What the runs have stored is
@@ -67,7 +64,7 @@ def compare_runs(options: CompareRuns, *, say: Say) -> dict[str, Any]:
         say: Takes each line for the reader.
 
     Returns:
-        What comparison.json holds.
+        The comparison, as comparison.json holds it.
 
     Raises:
         ValueError: fewer than two runs or images, a run twice, an autoencoder, or runs whose numbers are not on one
@@ -97,12 +94,13 @@ def compare_runs(options: CompareRuns, *, say: Say) -> dict[str, Any]:
         started = time.monotonic()
         results = stored or [_evaluated(entrant, asked, place, options.compile, say) for entrant in entrants]
         _check_finite(entrants, results)
-        entry = _entry(entrants, results, asked, stored=stored is not None) | {"seconds": time.monotonic() - started}
-        _write(folder, entry, asked.places, {e.name: r.log_evidence for e, r in zip(entrants, results, strict=True)})
-    for line in describe_comparison(entry):
+        seconds = time.monotonic() - started
+        found = _summarize(entrants, results, asked, stored=stored is not None, seconds=seconds)
+        _write(folder, found, asked.places, {e.name: r.log_evidence for e, r in zip(entrants, results, strict=True)})
+    for line in describe_comparison(found):
         say(line)
     say(f"Written to {folder}: {COMPARISON}, {FIGURE}, {PER_IMAGE}")
-    return entry
+    return found
 
 
 def _opened(run_dirs: Sequence[str], dataset: str | None, data_dir: str | None) -> list[Run]:
@@ -237,187 +235,88 @@ def _noise(vae: VAE, x: Tensor) -> list[tuple[str, tuple[int, ...]]]:
 # --- What is written ---
 
 
-def _entry(entrants: Sequence[Entrant], results: Sequence[Importance], asked: Asked, *, stored: bool) -> dict[str, Any]:
-    """What comparison.json holds, but for the seconds."""
-    differences = [bound_difference(results[0], result, comparisons=len(results) - 1) for result in results[1:]]
+def _summarize(
+    entrants: Sequence[Entrant], results: Sequence[Importance], asked: Asked, *, stored: bool, seconds: float
+) -> Comparison:
+    first, S = entrants[0].run, asked.num_particles
     noises = [
-        (
-            entrant.run.pixels == "dequantized",
-            evaluation_batch_size(entrant.vae, asked.x, asked.num_particles),
-            _noise(entrant.vae, asked.x),
-        )
-        for entrant in entrants
+        (run.pixels == "dequantized", evaluation_batch_size(vae, asked.x, S), _noise(vae, asked.x))
+        for _, run, vae, _ in entrants
     ]
-    return {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        **_conditions([entrant.run for entrant in entrants], asked),
-        "stored_evaluations": stored,
-        "runs": [_run_entry(*pair, asked.num_particles) for pair in zip(entrants, results, strict=True)],
-        "comparisons": [
-            _comparison_entry(entrants[0].name, entrant.name, found) | {"same_noise": noise == noises[0]}
-            for entrant, found, noise in zip(entrants[1:], differences, noises[1:], strict=True)
-        ],
-    }
+    pairs = []
+    for entrant, result, noise in zip(entrants[1:], results[1:], noises[1:], strict=True):
+        found = bound_difference(results[0], result, comparisons=len(results) - 1)
+        pairs.append(_make_pair(entrants[0].name, entrant.name, found, same_noise=noise == noises[0]))
+    return Comparison(
+        time=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        dataset=first.splits.name,
+        split=asked.split,
+        protocol=first.splits.protocol,
+        binarization=" or ".join(sorted({entrant.run.binarization for entrant in entrants})),
+        scale=first.scale,
+        num_images=len(asked.places),
+        num_particles=S,
+        seed=asked.seed,
+        stored_evaluations=stored,
+        runs=tuple(_summarize_run(*each, S) for each in zip(entrants, results, strict=True)),
+        comparisons=tuple(pairs),
+        seconds=seconds,
+    )
 
 
-def _conditions(opened: Sequence[Run], asked: Asked) -> dict[str, Any]:
-    """What is one for all: the binarization of the images, by each word that leads to it."""
-    run = opened[0]
-    return {
-        "dataset": run.splits.name,
-        "split": asked.split,
-        "protocol": run.splits.protocol,
-        "binarization": " or ".join(sorted({run.binarization for run in opened})),
-        "scale": run.scale,
-        "num_images": len(asked.places),
-        "num_particles": asked.num_particles,
-        "seed": asked.seed,
-    }
+def _summarize_run(entrant: Entrant, result: Importance, num_particles: int) -> ComparedRun:
+    return ComparedRun(
+        name=entrant.name,
+        folder=str(entrant.run.folder),
+        step=entrant.step,
+        training_seed=entrant.run.options.seed,
+        binarization=entrant.run.binarization,
+        likelihood=entrant.run.options.likelihood,
+        bits_per_dim=estimate_bits_per_dim(entrant.run, result.log_evidence, num_particles),
+        log_likelihood=Estimate.from_values(result.log_evidence, num_particles),
+        elbo=Estimate.from_values(result.elbo, num_particles),
+        monte_carlo_stderr=float(result.monte_carlo_stderr.square().sum().sqrt()) / len(result.log_evidence),
+        rise=float(result.tenfold_gain.mean()),
+    )
 
 
-def _run_entry(entrant: Entrant, result: Importance, num_particles: int) -> dict[str, Any]:
-    own, elbo = (Estimate.from_values(values, num_particles) for values in (result.log_evidence, result.elbo))
-    return {
-        "name": entrant.name,
-        "folder": str(entrant.run.folder),
-        "step": entrant.step,
-        "training_seed": entrant.run.options.seed,
-        "binarization": entrant.run.binarization,
-        "likelihood": entrant.run.options.likelihood,
-        "bits_per_dim": to_json(estimate_bits_per_dim(entrant.run, result.log_evidence, num_particles)),
-        "log_likelihood": own.to_json(),
-        "elbo": elbo.to_json(),
-        "monte_carlo_stderr": float(result.monte_carlo_stderr.square().sum().sqrt()) / len(result.log_evidence),
-        "rise": float(result.tenfold_gain.mean()),
-    }
-
-
-def _comparison_entry(baseline: str, name: str, found: BoundDifference) -> dict[str, Any]:
-    """One comparison, as comparison.json holds it."""
+def _make_pair(baseline: str, name: str, found: BoundDifference, *, same_noise: bool) -> ComparedPair:
     bounds = found.bounds
-    entry = {
-        "name": name,
-        "baseline": baseline,
-        "difference": {"mean": bounds.mean, "stderr": bounds.stderr},
-        "interval": [bounds.lower, bounds.upper],
-        "confidence": bounds.confidence,
-        "unpaired_stderr": bounds.unpaired_stderr,
-        "monte_carlo_stderr": found.monte_carlo_stderr,
-        "rise": found.tenfold_gain,
-        "bound": bounds.word,
-        "ranks_log_likelihood": found.ranks_log_evidence,
-    }
-    return entry | {"verdict": _verdict(entry)}
+    return ComparedPair(
+        name=name,
+        baseline=baseline,
+        difference=Estimate(bounds.mean, bounds.stderr, bounds.n),
+        interval=(bounds.lower, bounds.upper),
+        confidence=bounds.confidence,
+        unpaired_stderr=bounds.unpaired_stderr,
+        monte_carlo_stderr=found.monte_carlo_stderr,
+        rise=found.tenfold_gain,
+        bound=bounds.word,
+        ranks_log_likelihood=found.ranks_log_evidence,
+        verdict=compare_in_words(name, baseline, bounds),
+        same_noise=same_noise,
+    )
 
 
-def _write(folder: Path, entry: dict[str, Any], places: Tensor, bounds: dict[str, Tensor]) -> None:
-    """The bounds of each image, the figure, and last comparison.json."""
-    scalars = {key: entry[key] for key in ("split", "num_particles", "seed")}
+def _write(folder: Path, found: Comparison, places: Tensor, bounds: dict[str, Tensor]) -> None:
+    """Writes the bounds of each image, the figure, and last comparison.json."""
+    scalars = {key: getattr(found, key) for key in ("split", "num_particles", "seed")}
     runs.save_tensors(
         folder / PER_IMAGE, {"index": places} | {f"log_evidence/{name}": L for name, L in bounds.items()}, scalars
     )
     shown = [
         plots.PairShown(
-            names=(compared["baseline"], compared["name"]),
-            first=bounds[compared["baseline"]].numpy(),
-            second=bounds[compared["name"]].numpy(),
-            difference=(bounds[compared["name"]] - bounds[compared["baseline"]]).numpy(),
-            mean=compared["difference"]["mean"],
-            lower=compared["interval"][0],
-            upper=compared["interval"][1],
-            words=compared["verdict"],
+            names=(pair.baseline, pair.name),
+            first=bounds[pair.baseline].numpy(),
+            second=bounds[pair.name].numpy(),
+            difference=(bounds[pair.name] - bounds[pair.baseline]).numpy(),
+            mean=pair.difference.mean,
+            lower=pair.interval[0],
+            upper=pair.interval[1],
+            words=pair.verdict,
         )
-        for compared in entry["comparisons"]
+        for pair in found.comparisons
     ]
-    write_figure(folder / FIGURE, plots.paired_bounds(shown, bound=f"L_{entry['num_particles']}", title=_title(entry)))
-    runs.write_json(folder / COMPARISON, entry)
-
-
-# --- In words ---
-
-
-def describe_comparison(entry: dict[str, Any]) -> list[str]:
-    """The numbers of one comparison, in words."""
-    S, comparisons = entry["num_particles"], entry["comparisons"]
-    lines = [_title(entry), *_about_source(entry)]
-    for run in entry["runs"]:
-        own, rise = run["log_likelihood"], run["rise"]
-        gained = "" if math.isnan(rise) else f"; ten times the particles gained {rise:.3f}"
-        lines.append(f"  {run['name']}: bound L_{S} {plus_minus(own)} nats an image{_bits(run)}{gained}")
-    for compared in comparisons:
-        lines += [compared["verdict"], _about_errors(compared), _about_log_p(compared, S)]
-    if len(comparisons) > 1:
-        lines.append(f"{len(comparisons)} comparisons: all their intervals hold at once with {CONFIDENCE:.0%}.")
-    if entry["num_images"] < _FEW_IMAGES:
-        lines.append(f"Fewer than {_FEW_IMAGES} images: the intervals are rough.")
-    low, high = SEED_NATS
-    return [
-        *lines,
-        "One training each: these trained models are compared, not methods. Another seed moves a VAE by "
-        f"{low} to {high} nats, so a claim about methods under {high} nats needs several seeds of each.",
-    ]
-
-
-def _title(entry: dict[str, Any]) -> str:
-    return (
-        f"{entry['dataset']}, {entry['split']} split, the same {entry['num_images']:,} images for all, "
-        f"binarization {entry['binarization']}, S = {entry['num_particles']:,}, seed {entry['seed']}"
-    )
-
-
-def _bits(run: dict[str, Any]) -> str:
-    """Bits per dimension, where they are known."""
-    return "" if run["bits_per_dim"] is None else f" ({run['bits_per_dim']['mean']:.4f} bits per dimension)"
-
-
-def _about_source(entry: dict[str, Any]) -> list[str]:
-    unmatched = [compared["name"] for compared in entry["comparisons"] if not compared["same_noise"]]
-    if unmatched:
-        noise = f"not matched for {', '.join(unmatched)}: the guide draws other numbers from the same seed"
-    elif entry["stored_evaluations"]:
-        noise = "matched, where all were evaluated on one kind of device: the guides draw the same numbers"
-    else:
-        noise = "matched: the guides draw the same numbers"
-    stored = "taken from the runs' stored evaluations, which are of exactly this kind"
-    source = stored if entry["stored_evaluations"] else "evaluated now; the run folders are left as they are"
-    return [f"  {source}", f"  noise of the particles {noise}"]
-
-
-def _verdict(compared: dict[str, Any]) -> str:
-    """Which bound is better, by how much, and how sure that is."""
-    name, baseline, word = compared["name"], compared["baseline"], compared["bound"]
-    mean, stderr = compared["difference"]["mean"], compared["difference"]["stderr"]
-    low, high = compared["interval"]
-    judged = "not distinguishable from" if word == INDISTINCT else f"{word} than"
-    return (
-        f"{name} is {judged} {baseline}, by their bounds: {mean:+.3f} ± {stderr:.3f} nats an image "
-        f"({100 * compared['confidence']:.4g}% interval {low:+.3f} to {high:+.3f})"
-    )
-
-
-def _about_errors(compared: dict[str, Any]) -> str:
-    noise = compared["monte_carlo_stderr"]
-    seen = "not known at S = 1" if math.isnan(noise) else f"{noise:.3f} (the delta method's, a floor)"
-    return (
-        f"  ± is the standard error over images, paired; unpaired it would be {compared['unpaired_stderr']:.3f}. "
-        f"Within it, the particles' Monte Carlo error is {seen}"
-    )
-
-
-def _about_log_p(compared: dict[str, Any], num_particles: int) -> str:
-    """What the difference of the bounds says of log p(x)."""
-    rise = compared["rise"]
-    if compared["interval"] == [0, 0]:
-        return "  every image has the same bound, to the last bit: the two are one model"
-    if compared["bound"] == INDISTINCT:
-        return "  that is not the same as equal: a difference within the interval would not have been seen"
-    if compared["ranks_log_likelihood"]:
-        return (
-            f"  the whole interval is beyond what ten times the particles gained ({rise:.3f} nats): log p(x) ranks so "
-            "too, unless a guide much narrower than its posterior hides that a bound lacks more"
-        )
-    if math.isnan(rise):
-        why, more = f"S = {num_particles} shows nothing of what the bounds still lack", 200
-    else:
-        why, more = f"ten times the particles still gained {rise:.3f} nats, which may hide it", 10 * num_particles
-    return f"  the bounds are ranked, log p(x) is not: {why}; --num-particles {more} says more"
+    figure = plots.paired_bounds(shown, bound=f"L_{found.num_particles}", title=comparison_title(found))
+    write_figure(folder / FIGURE, figure)
+    runs.write_json(folder / COMPARISON, to_json(found))

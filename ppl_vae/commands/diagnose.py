@@ -25,7 +25,7 @@ from ppl_vae.runs.build import build_likelihood
 from ppl_vae.runs.evaluations import DIAGNOSIS, read_diagnosis, read_per_image
 from ppl_vae.runs.fit_arguments import find_device
 from ppl_vae.runs.load import load
-from ppl_vae.runs.opening import Run, Say, open_run
+from ppl_vae.runs.open import Run, Say, open_run
 from ppl_vae.runs.outputs import write_figure
 from ppl_vae.runs.results import Diagnosis, to_json
 from ppl_vae.runtime.global_state import seeded

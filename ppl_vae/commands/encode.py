@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,15 @@ from ppl_vae.data.registry import SPLITS
 from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.evidence.importance import Importance, reconstruction
 from ppl_vae.evidence.moments import PosteriorMoments, encode
-from ppl_vae.reports.run_figures import latents_figure, use_of_latents
-from ppl_vae.reports.text.evaluation import NOT_A_LOG_LIKELIHOOD, describe_images_scale, plus_minus
+from ppl_vae.reports.latents_figure import latents_figure, measure_latent_use
+from ppl_vae.reports.text.images import describe_encoding
 from ppl_vae.runs.build import is_autoencoder
-from ppl_vae.runs.exported import open_with_or_without
 from ppl_vae.runs.fit_arguments import find_device
-from ppl_vae.runs.images import Images, images_of
+from ppl_vae.runs.image_results import Encoding, ImageScore
 from ppl_vae.runs.load import load
-from ppl_vae.runs.opening import Run, Say, evaluated_vae, open_run
+from ppl_vae.runs.open import Images, Run, Say, evaluated_vae, images_of, open_run, open_with_or_without
 from ppl_vae.runs.outputs import drop_record, output_folder, removed_if_empty, write_arrays, write_figure
-from ppl_vae.runs.results import Provenance, from_json
+from ppl_vae.runs.results import Quantiles, to_json
 from ppl_vae.runtime.global_state import seeded
 from ppl_vae.runtime.progress import progress_bar
 from ppl_vae.vae import VAE
@@ -70,23 +70,18 @@ def encode_images(options: Encode, *, say: Say) -> Path:
             codes, result = _reconstructed(run, given, options.seed, place)
         else:
             codes, result = _measured(vae.to(place), given, options.num_particles, options.seed, place, say)
-    summary = _summary(run, given, result, options.num_particles) | {
-        "binarization": run.binarization,
-        "seed": options.seed,
-        "step": runs.load_step(run.folder / runs.MODEL),
-        "notes": list(given.notes),
-    }
+    summary = _summarize(run, given, result, options)
     with seeded(options.seed, torch.device("cpu")), torch.no_grad():
-        use = use_of_latents(vae.cpu(), given.x, codes)
+        use = measure_latent_use(vae.cpu(), given.x, codes)
         figure = latents_figure(
-            codes, use, vae.prior(), what="image", classes=given.labels, class_names=run.splits.class_names
+            codes, use, vae.prior(), kind="image", classes=given.labels, class_names=run.splits.class_names
         )
     if replaced := drop_record(folder / "encoded.json"):
         say(replaced)
     write_arrays(folder / "encoded.npz", _arrays(given, codes, result))
     write_figure(folder / "latents.png", figure)
-    runs.write_json(folder / "encoded.json", summary)
-    for line in (*given.notes, *_in_words(summary)):
+    runs.write_json(folder / "encoded.json", to_json(summary))
+    for line in (*given.notes, *describe_encoding(summary)):
         say(line)
     numbers = "log p(x)" if isinstance(result, Importance) else "reconstruction"
     say(f"In {folder}: encoded.npz (latents and {numbers} of each image), encoded.json, latents.png")
@@ -150,60 +145,32 @@ def _arrays(given: Images, codes: PosteriorMoments, result: Importance | Tensor)
     return arrays if given.labels is None else arrays | {"labels": given.labels.numpy()}
 
 
-def _summary(run: Run, given: Images, result: Importance | Tensor, num_particles: int) -> dict[str, Any]:
-    of_images = {"images": given.source, **vars(run.provenance), "num_images": len(given.x)}
+def _summarize(run: Run, given: Images, result: Importance | Tensor, options: Encode) -> Encoding:
+    shared: dict[str, Any] = {
+        "images": given.source,
+        "num_images": len(given.x),
+        "seed": options.seed,
+        "step": runs.load_step(run.folder / runs.MODEL),
+        "notes": given.notes,
+    }
     if not isinstance(result, Importance):
         lowest = result.argsort()[:_NUM_LOWEST].tolist()
-        return of_images | {
-            "scale": run.trained_scale,
-            "num_particles": None,
-            "log_likelihood": None,
-            "reconstruction": Estimate.from_values(result, 1).to_json(),
-            "lowest": [{"name": given.names[i], "reconstruction": float(result[i])} for i in lowest],
-        }
+        return Encoding(
+            **vars(replace(run.provenance, scale=run.trained_scale)),
+            **shared,
+            num_particles=None,
+            reconstruction=Estimate.from_values(result, 1),
+            lowest=tuple(ImageScore(given.names[i], reconstruction=float(result[i])) for i in lowest),
+        )
+    S = options.num_particles
     lowest = result.log_evidence.argsort()[:_NUM_LOWEST].tolist()
-    return of_images | {
-        "num_particles": num_particles,
-        "log_likelihood": Estimate.from_values(result.log_evidence, num_particles).to_json(),
-        "elbo": Estimate.from_values(result.elbo, num_particles).to_json(),
-        "ess": {"median": float(result.ess.median())},
-        "unreliable_images": int(result.unreliable().sum()) if num_particles > 1 else None,
-        "lowest": [{"name": given.names[i], "log_likelihood": float(result.log_evidence[i])} for i in lowest],
-    }
-
-
-def _scale(summary: dict[str, Any]) -> str:
-    return describe_images_scale(from_json(Provenance, summary), summary["seed"])
-
-
-def _in_words(summary: dict[str, Any]) -> list[str]:
-    if summary["log_likelihood"] is None:
-        return _reconstructions_in_words(summary)
-    n, S = summary["num_images"], summary["num_particles"]
-    if n == 1:
-        mean = summary["log_likelihood"]["mean"]
-        return [f"log-likelihood {mean:.2f} nats of one image: the bound L_{S}, in expectation below log p(x)"]
-    lowest = [f"{entry['name']} {entry['log_likelihood']:.2f}" for entry in summary["lowest"]]
-    return [
-        f"log-likelihood {plus_minus(summary['log_likelihood'])} nats an image: the bound L_{S}, in expectation below "
-        "log p(x)",
-        f"  {n:,} images ({summary['images']}), seed {summary['seed']}, {_scale(summary)}; "
-        "± is the standard error over images",
-        f"  effective particles: median {summary['ess']['median']:.1f} of {S:,}",
-        f"  lowest log p(x), perhaps unlike the training images: {', '.join(lowest)}",
-        "  That alone does not find outliers: smooth and simple images of another kind can score higher than the "
-        "training data's own (Nalisnick et al. 2019, arXiv 1810.09136).",
-    ]
-
-
-def _reconstructions_in_words(summary: dict[str, Any]) -> list[str]:
-    found = summary["reconstruction"]
-    if summary["num_images"] == 1:
-        return [f"reconstruction log p(x | z(x)) {found['mean']:.2f} nats of one image: {NOT_A_LOG_LIKELIHOOD}"]
-    lowest = [f"{entry['name']} {entry['reconstruction']:.2f}" for entry in summary["lowest"]]
-    return [
-        f"reconstruction log p(x | z(x)) {plus_minus(found)} nats an image: {NOT_A_LOG_LIKELIHOOD}",
-        f"  {summary['num_images']:,} images ({summary['images']}), seed {summary['seed']}, {_scale(summary)}; "
-        "± is the standard error over images",
-        f"  lowest log p(x | z(x)), the worst reconstructed: {', '.join(lowest)}",
-    ]
+    return Encoding(
+        **vars(run.provenance),
+        **shared,
+        num_particles=S,
+        log_likelihood=Estimate.from_values(result.log_evidence, S),
+        elbo=Estimate.from_values(result.elbo, S),
+        ess=Quantiles.from_values(result.ess),
+        unreliable_images=int(result.unreliable().sum()) if S > 1 else None,
+        lowest=tuple(ImageScore(given.names[i], log_likelihood=float(result.log_evidence[i])) for i in lowest),
+    )

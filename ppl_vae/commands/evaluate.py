@@ -25,7 +25,7 @@ from ppl_vae.runs.build import build_likelihood
 from ppl_vae.runs.evaluations import read_evaluation
 from ppl_vae.runs.fit_arguments import decide_compile, find_device, matmul_precision
 from ppl_vae.runs.load import load
-from ppl_vae.runs.opening import Run, Say, check_density, describe_unused_draws, evaluated_vae, open_run
+from ppl_vae.runs.open import Run, Say, check_density, describe_unused_draws, evaluated_vae, open_run
 from ppl_vae.runs.results import Evaluation, Quantiles, to_json
 from ppl_vae.runtime import ranks as distributed
 from ppl_vae.runtime.batching import images_per_group, images_per_pass, pairs_per_pass

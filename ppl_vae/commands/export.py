@@ -12,14 +12,13 @@ from typing import Any
 
 from ppl_vae import runs
 from ppl_vae.commands.options import Export
-from ppl_vae.reports.card import CARD, model_card, trained_epochs
-from ppl_vae.runs.exported import without_data
+from ppl_vae.reports.text.card import CARD, model_card, trained_epochs
 from ppl_vae.runs.load import find_run_folder, load
-from ppl_vae.runs.opening import Run, Say
+from ppl_vae.runs.open import Run, Say, without_data
 from ppl_vae.runs.options import EXPORT_FORMAT, model_to_json
 
 FIGURES = ("prior_samples.png", "reconstructions.png")
-_OF_DATA = FIGURES[1]  # shows images of the data
+_OF_DATA = FIGURES[1]
 
 
 def export_run(options: Export, *, say: Say) -> Path:
@@ -43,7 +42,7 @@ def export_run(options: Export, *, say: Say) -> Path:
     """
     run = without_data(find_run_folder(options.run_dir))
     folder = Path(options.output) if options.output is not None else Path("exports") / run.folder.resolve().name
-    place = _free_place(folder)
+    place = _find_place(folder)
     load(run.folder)  # weights that do not fit are found here, and not by whoever gets them
     weights, scalars = runs.load_tensors(run.folder / runs.MODEL)
     step = runs.step_of(run.folder / runs.MODEL, scalars)
@@ -60,7 +59,7 @@ def export_run(options: Export, *, say: Say) -> Path:
         for name in figures:
             (partial / runs.FIGURES).mkdir(exist_ok=True)
             runs.write_bytes(partial / runs.FIGURES / name, (run.folder / runs.FIGURES / name).read_bytes())
-    for line in _in_words(folder, entries, len(every) - len(entries), figures) + _what_is_missing(run, older):
+    for line in _describe_export(run, folder, entries, len(every) - len(entries), figures, older):
         say(line)
     return folder
 
@@ -72,31 +71,28 @@ def _config(run: Run) -> dict[str, Any]:
 
 
 def _figures(folder: Path) -> tuple[list[str], list[str]]:
-    """The figures that go along, and those that do not: of those that are there, the ones older than the weights.
-
-    No figure says which weights it is of, so this goes by the files' times.
-    """
+    """The figures that are exported, and those that are older than the weights and stay behind, by the files' times."""
     drawn_of = (folder / runs.MODEL).stat().st_mtime_ns
     paths = [path for name in FIGURES if (path := folder / runs.FIGURES / name).is_file()]
     older = [path.name for path in paths if path.stat().st_mtime_ns < drawn_of]
     return [path.name for path in paths if path.name not in older], older
 
 
-def _in_words(folder: Path, entries: dict[str, Any], num_older: int, figures: list[str]) -> list[str]:
-    lines = [f"Exported to {folder}: load({str(folder)!r}) makes the model of it. {CARD} is its model card: read it,"]
-    lines.append("  and fill in the license. No option of the training and no path of this machine is in the folder.")
+def _describe_export(
+    run: Run, folder: Path, entries: dict[str, Any], num_older: int, figures: list[str], older: list[str]
+) -> list[str]:
+    """Where the export is, and what it lacks."""
+    trained = trained_epochs(run)
+    lines = [
+        f"Exported to {folder}: load({str(folder)!r}) makes the model of it. {CARD} is its model card: read it,",
+        "  and fill in the license. No option of the training and no path of this machine is in the folder.",
+    ]
     if not entries:
         lines.append("There is no evaluation of these weights; evaluate_log_likelihood.py makes one.")
     if num_older:
         lines.append(f"Left out: {num_older} of the run's evaluations, which are of weights that it has no longer.")
     if _OF_DATA in figures:
         lines.append(f"figures/{_OF_DATA} shows images of the data: delete it where those are not to be shared.")
-    return lines
-
-
-def _what_is_missing(run: Run, older: list[str]) -> list[str]:
-    """What of the training and of its figures is not in the export, and might be."""
-    lines, trained = [], trained_epochs(run)
     if trained.unfinished:
         lines.append(f"{trained.words}; train_svi.py --resume {run.folder} goes on.")
     if older:
@@ -107,23 +103,17 @@ def _what_is_missing(run: Run, older: list[str]) -> list[str]:
     return lines
 
 
-def _free_place(folder: Path) -> Path:
-    """Where an export to this folder goes: where a link points to. Raises ValueError where it cannot go."""
-    try:
-        place = folder.resolve()
-    except (OSError, RuntimeError) as error:  # links in a circle
-        raise ValueError(f"--output: {folder} cannot be made: {error}") from None
-    if place.is_symlink() or (place.exists() and (not place.is_dir() or any(place.iterdir()))):
+def _find_place(folder: Path) -> Path:
+    """The folder that is written: where a link points to. Raises ValueError where it holds something."""
+    place = folder.resolve()
+    if place.exists() and (not place.is_dir() or any(place.iterdir())):
         raise ValueError(f"--output: expected a new or empty folder, but {folder} exists")
-    if place == Path.cwd() or os.path.ismount(place):
-        what = "a mount point" if os.path.ismount(place) else "the current one"
-        raise ValueError(f"--output: expected a folder that can be replaced, got {folder}, which is {what}")
     return place
 
 
 @contextmanager
 def _whole(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside it that takes its place at the end of the block, and is gone if that fails."""
+    """A temporary folder that takes the folder's place at the end of the block, and is removed if the block fails."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))

@@ -19,18 +19,15 @@ from ppl_vae.evidence.importance import evaluate
 from ppl_vae.evidence.missing import Imputation, Observed, impute
 from ppl_vae.reports import figures as plots
 from ppl_vae.reports.display import Display, display_of
-from ppl_vae.reports.text.evaluation import describe_measure, plus_minus
+from ppl_vae.reports.text.images import FEW_PARTICLES, describe_imputation
 from ppl_vae.runs.fit_arguments import find_device
-from ppl_vae.runs.images import Images, images_of
-from ppl_vae.runs.opening import Run, Say, check_density, evaluated_vae, open_run
+from ppl_vae.runs.image_results import HiddenPixels, ImputationSummary, ImputedImage
+from ppl_vae.runs.open import Images, Run, Say, check_density, evaluated_vae, images_of, open_run
 from ppl_vae.runs.outputs import drop_record, output_folder, removed_if_empty, write_arrays, write_figure
-from ppl_vae.runs.results import Provenance, from_json
+from ppl_vae.runs.results import Quantiles, to_json
 from ppl_vae.runtime.global_state import seeded
 from ppl_vae.runtime.progress import progress_bar
 from ppl_vae.vae import VAE
-
-# Below this many effective particles, draws are nearly all of one or two z. Source: ours.
-FEW_PARTICLES = 5
 
 _NUM_SHOWN, _DRAWS_SHOWN = 10, 3
 _MISSING_COLOR = (0.36, 0.55, 0.80)
@@ -83,14 +80,7 @@ def impute_images(options: Impute, *, say: Say) -> Path:
     with removed_if_empty(folder):
         result = _imputed(vae, given, options.num_particles, options.num_draws, options.seed, place)
         hidden = _log_p_hidden(vae, given, result, place, options.num_particles, options.seed)
-    summary = _summary(run, given, result, hidden, options.num_particles) | {
-        "mask": None if options.mask is None else str(Path(options.mask).resolve()),
-        "hide": options.hide,
-        "num_draws": options.num_draws,
-        "seed": options.seed,
-        "step": runs.load_step(run.folder / runs.MODEL),
-        "notes": list(given.notes),
-    }
+    summary = _summarize(run, given, result, hidden, options)
     _write(folder, run, given, result, hidden, summary, say)
     return folder
 
@@ -108,7 +98,7 @@ def _imputed(
 
 
 def _write(
-    folder: Path, run: Run, given: _Images, result: Imputation, hidden: Tensor, summary: dict[str, Any], say: Say
+    folder: Path, run: Run, given: _Images, result: Imputation, hidden: Tensor, summary: ImputationSummary, say: Say
 ) -> None:
     """The arrays, the picture, and last imputations.json; and the words."""
     table, picture = len(run.splits.event_shape) == 1, folder / "imputations.png"
@@ -121,8 +111,8 @@ def _write(
         say("The data is a table, (N, D): there is no picture.")
     else:
         write_figure(picture, figure)
-    runs.write_json(folder / "imputations.json", summary | {"per_image": _per_image(given, result, hidden)})
-    for line in (*given.notes, *_in_words(summary)):
+    runs.write_json(folder / "imputations.json", to_json(summary))
+    for line in (*given.notes, *describe_imputation(summary)):
         say(line)
     say(f"In {folder}: imputed.npz (draws, means, mask), imputations.json{', imputations.png' * (not table)}")
 
@@ -228,67 +218,34 @@ def _arrays(given: _Images, result: Imputation, hidden: Tensor) -> dict[str, Any
     return arrays if hidden.isnan().all() else arrays | {"log_likelihood_hidden": hidden.numpy()}
 
 
-def _per_image(given: _Images, result: Imputation, hidden: Tensor) -> list[dict[str, Any]]:
-    missing = given.x.isnan().flatten(1).sum(1)
-    columns = (given.names, missing.tolist(), result.log_evidence.tolist(), result.ess.tolist(), hidden.tolist())
-    keys = ("name", "missing_pixels", "log_likelihood_observed", "ess", "log_likelihood_hidden")
-    return [dict(zip(keys, row, strict=True)) for row in zip(*columns, strict=True)]
-
-
-def _summary(run: Run, given: _Images, result: Imputation, hidden: Tensor, num_particles: int) -> dict[str, Any]:
-    def mean(values: Tensor) -> dict[str, float]:
-        return Estimate.from_values(values, num_particles).to_json()
-
+def _summarize(run: Run, given: _Images, result: Imputation, hidden: Tensor, options: Impute) -> ImputationSummary:
     missing = given.x.isnan().flatten(1)
-    known = hidden[~hidden.isnan()]
-    incomplete = missing.any(1)
-    return {
-        "images": given.source,
+    incomplete, known = missing.any(1), hidden[~hidden.isnan()]
+    columns = (missing.sum(1), result.log_evidence, result.ess, hidden)
+    of_known = Estimate.from_values(known, options.num_particles) if len(known) else None
+    return ImputationSummary(
         **vars(run.provenance),
-        "num_images": len(given.x),
-        "num_particles": num_particles,
-        "missing_pixels": int(missing.sum()),
-        "num_pixels": missing.numel(),
-        "complete_images": int((~incomplete).sum()),
-        "empty_images": int(missing.all(1).sum()),
-        "log_likelihood_observed": mean(result.log_evidence),
-        "log_likelihood_hidden": mean(known) | {"num_images": len(known)} if len(known) else None,
-        "ess": {"median": float(result.ess.median())},
-        "few_particles": int((result.ess[incomplete] < FEW_PARTICLES).sum()),
-    }
-
-
-def _in_words(summary: dict[str, Any]) -> list[str]:
-    n, S = summary["num_images"], summary["num_particles"]
-    missing, pixels = summary["missing_pixels"], summary["num_pixels"]
-    if not missing:
-        lines = [f"No pixel is missing in {n:,} images: nothing is imputed, and log p is that of the whole images."]
-    else:
-        lines = [f"{missing:,} of {pixels:,} pixels are missing ({missing / pixels:.0%}), in {n:,} images."]
-        if summary["complete_images"]:
-            lines.append(f"  Without a missing pixel: {summary['complete_images']:,}, imputed as they are.")
-    if summary["empty_images"]:
-        lines.append(
-            f"  Without an observed pixel: {summary['empty_images']:,}, imputed by draws of the model, with log p of 0."
-        )
-    kind = describe_measure(from_json(Provenance, summary))
-    lines.append(
-        f"log p(x_observed) {plus_minus(summary['log_likelihood_observed'])} nats an image: the bound L_{S}, in "
-        f"expectation below it{kind and f'; {kind}'}"
+        images=given.source,
+        num_images=len(given.x),
+        num_particles=options.num_particles,
+        missing_pixels=int(missing.sum()),
+        num_pixels=missing.numel(),
+        complete_images=int((~incomplete).sum()),
+        empty_images=int(missing.all(1).sum()),
+        log_likelihood_observed=Estimate.from_values(result.log_evidence, options.num_particles),
+        log_likelihood_hidden=None if of_known is None else HiddenPixels(of_known.mean, of_known.stderr, len(known)),
+        ess=Quantiles.from_values(result.ess),
+        few_particles=int((result.ess[incomplete] < FEW_PARTICLES).sum()),
+        mask=None if options.mask is None else str(Path(options.mask).resolve()),
+        hide=options.hide,
+        num_draws=options.num_draws,
+        seed=options.seed,
+        step=runs.load_step(run.folder / runs.MODEL),
+        notes=given.notes,
+        per_image=tuple(
+            ImputedImage(*row) for row in zip(given.names, *(column.tolist() for column in columns), strict=True)
+        ),
     )
-    if summary["log_likelihood_hidden"] is not None:
-        lines.append(
-            f"log p(x_hidden | x_observed) {plus_minus(summary['log_likelihood_hidden'])} nats an image: log p(x) - "
-            "log p(x_observed), two such bounds, so no bound; where the second is looser, it flatters"
-        )
-    lines.append(f"  ± is the standard error over images; effective particles: median {summary['ess']['median']:.1f}")
-    if summary["few_particles"]:
-        lines.append(
-            f"  Unreliable: {summary['few_particles']:,} of {n - summary['complete_images']:,} images with missing "
-            f"pixels have fewer than {FEW_PARTICLES} effective particles of {S:,}. Their draws are nearly alike and "
-            "show less than what is possible, and log p(x_observed) may lie above its bound; more --num-particles help."
-        )
-    return lines
 
 
 # --- The figure ---

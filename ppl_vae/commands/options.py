@@ -419,8 +419,8 @@ COMMANDS = {
     "diagnose": Command(
         "commands.diagnose:diagnose_run", Diagnose, "Say what went right or wrong in a run, with evidence and a cure."
     ),
-    "report": Command("reports.run_page:report_run", Report, "Write one HTML page about a run."),
-    "figures": Command("reports.run_figures:draw_run", Figures, "Draw a run's figures again from its files."),
+    "report": Command("commands.report:report_run", Report, "Write one HTML page about a run."),
+    "figures": Command("commands.report:draw_run", Figures, "Draw a run's figures again from its files."),
     "sample": Command("commands.sample:sample_run", Sample, "Draw images from a run, as arrays and pictures."),
     "encode": Command("commands.encode:encode_images", Encode, "Compute latents and log p(x) of images under a run."),
     "impute": Command(

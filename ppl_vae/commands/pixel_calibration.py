@@ -9,7 +9,7 @@ from ppl_vae import data, runs
 from ppl_vae.diagnostics.pixel_calibration import calibrate_pixels
 from ppl_vae.evidence.dequantization import LevelsPosterior, levels_of
 from ppl_vae.runs.load import load
-from ppl_vae.runs.opening import Run
+from ppl_vae.runs.open import Run
 from ppl_vae.runs.results import RunCalibration, from_json, to_json
 from ppl_vae.runtime.global_state import seeded
 from ppl_vae.runtime.progress import progress_bar

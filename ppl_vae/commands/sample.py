@@ -13,11 +13,11 @@ from torch import Tensor
 from ppl_vae.commands.options import Sample
 from ppl_vae.evidence.moments import sample_latents
 from ppl_vae.reports.display import display_of
-from ppl_vae.reports.run_figures import OF_AN_AUTOENCODER, samples_figure
+from ppl_vae.reports.run_figures import samples_figure
+from ppl_vae.reports.text.captions import NOT_TRAINED_ON_PRIOR
 from ppl_vae.runs.build import is_autoencoder
-from ppl_vae.runs.exported import open_with_or_without
 from ppl_vae.runs.fit_arguments import find_device
-from ppl_vae.runs.opening import Say, evaluated_vae
+from ppl_vae.runs.open import Say, evaluated_vae, open_with_or_without
 from ppl_vae.runs.outputs import output_folder, removed_if_empty, write_arrays, write_figure, write_picture
 from ppl_vae.runtime.batching import images_per_pass
 from ppl_vae.runtime.global_state import seeded, serialize_threads
@@ -76,7 +76,7 @@ def sample_run(options: Sample, *, say: Say) -> Path:
     place = find_device(options.device)
     vae = evaluated_vae(run).to(place)
     if is_autoencoder(run.options):
-        say(f"No samples of a model: these are decoded draws of N(0, I), {OF_AN_AUTOENCODER}.")
+        say(f"No samples of a model: these are decoded draws of N(0, I), {NOT_TRAINED_ON_PRIOR}.")
     folder = output_folder(options.output, run.folder / "samples")
     with removed_if_empty(folder), seeded(options.seed, place):
         samples = Samples(*(values.cpu() for values in sample(vae, options.num_samples)))

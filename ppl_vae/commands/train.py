@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import math
-import statistics
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pyro
-import torch
-from tqdm import tqdm
+from torch import Tensor
 
 from ppl_vae import data, runs
 from ppl_vae.commands.evaluate import write_evaluation, write_reconstructions
-from ppl_vae.commands.loggers import check_tensorboard, log_evaluation, metric_events
+from ppl_vae.commands.loggers import Log, check_tensorboard, log_evaluation, metric_events
 from ppl_vae.commands.options import Train
 from ppl_vae.reports.run_figures import is_drawn, write_figures
-from ppl_vae.runs.build import build_likelihood, build_vae, is_autoencoder
+from ppl_vae.reports.text.training import describe_epoch, describe_model, describe_training, describe_validation
+from ppl_vae.runs.build import build_vae, is_autoencoder
 from ppl_vae.runs.checkpoints import Saved, mend_metrics, mend_states, mend_weights, newest_checkpoint
 from ppl_vae.runs.evaluations import is_evaluated
 from ppl_vae.runs.fit_arguments import (
@@ -33,20 +31,19 @@ from ppl_vae.runs.fit_arguments import (
     fit_arguments,
     initialize_output_bias,
     matmul_precision,
-    validation_particles,
 )
 from ppl_vae.runs.load import load_starting_weights, make_config
-from ppl_vae.runs.opening import Run, Say, describe_unused_draws, open_run
+from ppl_vae.runs.open import Run, Say, open_run
 from ppl_vae.runs.options import Options
 from ppl_vae.runs.resolve import check_support, load_splits, resolve
 from ppl_vae.runs.results import to_json
 from ppl_vae.runtime import ranks as distributed
 from ppl_vae.runtime.errors import CannotCapture, Interrupted, NotFinite
-from ppl_vae.runtime.numerics import mean_and_variance
 from ppl_vae.runtime.process import stop_on_signals
 from ppl_vae.runtime.progress import Progress, has_terminal
 from ppl_vae.runtime.ranks import broadcast_decision, end_together, joined, rank_zero_first, rank_zero_only
 from ppl_vae.training import Callbacks, TrainingState, TrainingStopped, exceeds_memory, fit
+from ppl_vae.vae import VAE
 
 QUICK_EVALUATION_SEED = 0
 
@@ -189,7 +186,7 @@ def _go_on(run: Run, saved: Saved | None, *, say: Say, compile_if_possible: bool
     if lost is not None:
         say(lost)
     say(splits.describe())
-    for line in _what_is_modelled(run):
+    for line in describe_model(run):
         say(line)
     if not broadcast_decision(lambda: _is_trained(run, saved)):
         check_precision(options)
@@ -226,99 +223,101 @@ def _evaluate(run: Run, *, say: Say) -> None:
     log_evaluation(run.folder, options, to_json(entry))
 
 
+class _TrainingRecord:
+    """What a training leaves in its run folder while it goes, and the lines and the bar that show it.
+
+    Attributes:
+        speeds: The training images per second of each epoch.
+        kept: The step of the newest checkpoint on disk.
+    """
+
+    def __init__(self, run: Run, step: int, *, progress: Progress, log: Log, say: Say) -> None:
+        self.speeds: list[float] = []
+        self.kept = step
+        self._run, self._first, self._progress, self._log, self._say = run, step, progress, log, say
+        self._started = time.monotonic()
+
+    def callbacks(self, should_stop: Callable[[], bool]) -> Callbacks:
+        """The functions that ``fit`` calls."""
+        return Callbacks(
+            on_compiled=self._on_compiled,
+            on_step=lambda state: self._progress.update(),
+            on_epoch=self._on_epoch,
+            on_checkpoint=self._on_checkpoint,
+            checkpoint_seconds=self._run.options.checkpoint_seconds,
+            should_stop=should_stop,
+        )
+
+    def save_weights(self, state: TrainingState) -> None:
+        """Writes the weights that are evaluated."""
+        runs.save_tensors(self._run.folder / runs.MODEL, state.best_weights, {"step": state.best_step})
+
+    def _on_epoch(self, record: dict[str, Any]) -> None:
+        if distributed.is_writer():
+            runs.append_metrics(self._run.folder, record)
+        self._log(record)
+        self.speeds.append(record["train_images_per_second"])
+        validated = describe_validation(self._run.options, record)
+        self._progress.describe(f"epoch {record['epoch']}/{self._run.options.epochs}, {validated}")
+        if not has_terminal():
+            speed = (record["step"] - self._first) / (time.monotonic() - self._started)
+            left = (_total_steps(self._run) - record["step"]) / speed
+            self._say(describe_epoch(self._run.options, record, validated, seconds_left=left))
+
+    def _on_compiled(self, seconds: float) -> None:
+        self._progress.show_bar()
+        self._started = time.monotonic()
+        self._say(f"Compiled the training step in {seconds:.1f} s.")
+
+    def _on_checkpoint(self, state: TrainingState) -> None:
+        if not distributed.is_writer():
+            return
+        # The state last: a run killed between the two goes on from the older state, and writes both again.
+        if state.best_weights:
+            self.save_weights(state)
+        folder = self._run.folder
+        runs.save_tensors(folder / runs.TRAINING_STATE, *state.to_tensors(), folder / runs.PREVIOUS_STATE)
+        self.kept = state.step
+
+
 def _train(run: Run, saved: Saved | None, *, say: Say, compile_if_possible: bool) -> None:
+    """Trains a run from its start or from a checkpoint, and writes its weights, states and metrics."""
     folder, options, splits = run.folder, run.options, run.splits
-    device = find_device(options.device)
-    stored, observe = data.training_images(splits, run.pixels)
-    stream = options.stream == "on" or (options.stream == "auto" and exceeds_memory(stored, device))
-    if stream:
-        gib = stored.numel() * stored.element_size() / 2**30
-        say(f"The training images ({gib:.2f} GiB) are not held on the device: each batch is brought there in time.")
+    stored, transform = data.training_images(splits, run.pixels)
+    stream = _is_streamed(options, stored, say)
     validation = data.evaluation_images(splits, "validation", run.pixels) if len(splits.validation) else None
-    pyro.set_rng_seed(options.seed)
-    vae = build_vae(options, splits.event_shape)
+    vae = _prepare_vae(run, saved, say)
     step = 0 if saved is None else saved[1]["step"]
-    if saved is not None:
-        say(f"Going on from step {step:,}.")
-    elif options.start_from:
-        load_starting_weights(vae, options.start_from)
-        say(f"Starting from the weights of {options.start_from}.")
-    else:
-        initialize_output_bias(vae, data.initialization_images(splits, run.pixels))
-    vae.to(device)
     if distributed.is_writer():
         if saved is None:
             runs.mend_metrics(folder)
         runs.cut_metrics(folder, step)
-    criterion, key = _criterion(options)
-    speeds: list[float] = []
-    kept = [step]  # what is on disk
     silent = not (distributed.is_writer() and has_terminal())  # a log has a line for each epoch instead
-    started = time.monotonic()
-
     with (
         stop_on_signals(f"--resume {folder} goes on") as should_stop,
         metric_events(folder, options, step=step) as log,
         Progress(total=_total_steps(run), initial=step, unit="step", desc="training", disable=silent) as progress,
         quiet_about_nan(),
     ):
+        record = _TrainingRecord(run, step, progress=progress, log=log, say=say)
 
-        def save_best(state: TrainingState) -> None:
-            runs.save_tensors(folder / runs.MODEL, state.best_weights, {"step": state.best_step})
-
-        def on_epoch(record: dict[str, Any]) -> None:
-            if distributed.is_writer():
-                runs.append_metrics(folder, record)
-            log(record)
-            speeds.append(record["train_images_per_second"])
-            value = record.get(f"validation_{key}_nats_per_image")
-            seen = "no validation images" if value is None else f"validation {criterion} {value:.2f} nats"
-            progress.describe(f"epoch {record['epoch']}/{options.epochs}, {seen}")
-            if not has_terminal():
-                left = (time.monotonic() - started) * (_total_steps(run) - record["step"]) / (record["step"] - step)
-                say(_epoch_line(record, options, seen, seconds_left=left))
-
-        def on_compiled(seconds: float) -> None:
-            nonlocal started
-            progress.show_bar()
-            started = time.monotonic()
-            say(f"Compiled the training step in {seconds:.1f} s.")
-
-        def on_checkpoint(state: TrainingState) -> None:
-            if not distributed.is_writer():
-                return
-            # The state last: a run killed between the two goes on from the older state, and writes both again.
-            if state.best_weights:
-                save_best(state)
-            runs.save_tensors(folder / runs.TRAINING_STATE, *state.to_tensors(), folder / runs.PREVIOUS_STATE)
-            kept.append(state.step)
-
-        callbacks = Callbacks(
-            on_compiled=on_compiled,
-            on_step=lambda state: progress.update(),
-            on_epoch=on_epoch,
-            on_checkpoint=on_checkpoint,
-            checkpoint_seconds=options.checkpoint_seconds,
-            should_stop=should_stop,
-        )
-
-        def trained(compile: bool) -> TrainingState:
+        def train(compile: bool) -> TrainingState:
             if compile and distributed.is_writer():
                 progress.show_clock("Compiling the training step", say)
             return fit(
                 vae,
                 stored,
                 **fit_arguments(options, validation),
-                transform=observe,
-                callbacks=callbacks,
+                transform=transform,
+                callbacks=record.callbacks(should_stop),
                 compile=compile,
                 stream=stream,
                 saved=saved,
             )
 
-        try:
+        with _explain_errors(run, record, progress, is_resumed=saved is not None):
             try:
-                state = trained(options.compile == "on")  # "auto" is of a run from before there was a choice
+                state = train(options.compile == "on")
             except CannotCapture as error:
                 progress.close()
                 if not compile_if_possible:
@@ -326,145 +325,64 @@ def _train(run: Run, saved: Saved | None, *, say: Say, compile_if_possible: bool
                 rounding = "" if saved is None else "; the same to rounding, and no longer bit for bit"
                 say(f"Falling back to eager training{rounding}: {error}.")
                 _with_option(run, "compile", "off")
-                state = trained(False)
+                state = train(False)
             with end_together():  # the ranks evaluate what is in the file
                 if distributed.is_writer():
-                    save_best(state)  # once more: the file may have been lost since
-        except TrainingStopped as error:
-            raise Interrupted(f"stopped at step {error.step:,}; --resume {folder} goes on") from None
-        except OSError as error:
-            if error.filename is None or Path(error.filename).parent != folder:
-                raise
-            raise ValueError(
-                f"{error.filename}: cannot be written: {error.strerror}; the run is kept as of step {kept[-1]:,} of "
-                f"{progress.count:,}; once there is room, --resume {folder} goes on from there"
-            ) from None
-        except CannotCapture as error:
-            raise ValueError(f"--compile on: {error}; --compile off does without") from None
-        except ValueError as error:
-            if saved is None:
-                raise
-            raise ValueError(f"{folder / runs.TRAINING_STATE}: {error}") from None
-        except NotFinite as error:
-            raise NotFinite(
-                f"{error}; a new run with a smaller --learning-rate or --beta may pass it, or one with --skip-norm"
-            ) from None
-    of = " of the density of (level + u) / 256" if run.pixels == "dequantized" else ""
-    best = f"best validation {criterion}{of} {state.best_validation:.2f} nats"
-    chosen = f"{best}, at step {state.best_step:,} of {state.step:,}"
-    if state.best_step == 0:
-        chosen = f"{best}, that of the weights that it started from: no epoch had a better one, and they are kept"
-    if options.keep == "last":
-        chosen = "the last weights are kept, as --keep last asks"
-    if validation is None:
-        chosen = "no validation images, so the last weights are kept"
-    speed = f", {statistics.median(speeds):,.0f} training images a second" if speeds else ""
-    say(f"Trained {options.epochs} epochs in {state.seconds:.0f} s{speed}; {chosen}.")
-    if state.skipped:
-        say(
-            f"{state.skipped:,} of {state.step:,} steps were left out: their gradient's norm was above --skip-norm, or "
-            "not finite."
-        )
-    if options.beta != 1 and state.best_step < state.step and not is_autoencoder(options):
-        say(
-            f"The weights of step {state.best_step:,} are kept: from then on, training with beta = {options.beta} "
-            "lowered the ELBO at beta = 1, by which they are chosen."
-        )
+                    record.save_weights(state)  # once more: the file may have been lost since
+    for line in describe_training(run, state, record.speeds):
+        say(line)
 
 
-def _epoch_line(record: dict[str, Any], options: Options, seen: str, *, seconds_left: float) -> str:
-    """An epoch's numbers and times for a log."""
-    elapsed, left = map(tqdm.format_interval, (record["seconds"], seconds_left))
-    loss = record["train_loss_nats_per_image"]
-    return (
-        f"Epoch {record['epoch']} of {options.epochs}: {seen}, training loss {loss:.2f} nats; "
-        f"{elapsed} elapsed, {left} left."
-    )
+def _is_streamed(options: Options, stored: Tensor, say: Say) -> bool:
+    """Whether each batch is brought to the device on demand."""
+    device = find_device(options.device)
+    stream = options.stream == "on" or (options.stream == "auto" and exceeds_memory(stored, device))
+    if stream:
+        gib = stored.numel() * stored.element_size() / 2**30
+        say(f"The training images ({gib:.2f} GiB) are not held on the device: each batch is brought there in time.")
+    return stream
 
 
-def _criterion(options: Options) -> tuple[str, str]:
-    """What the best weights are chosen by, in words, and in the names of metrics.jsonl."""
-    if is_autoencoder(options):
-        return "reconstruction", "reconstruction"
-    S = validation_particles(options)
-    return ("ELBO", "elbo") if S == 1 else (f"bound L_{S}", "bound")
+def _prepare_vae(run: Run, saved: Saved | None, say: Say) -> VAE:
+    """The VAE with its initial weights, on the run's device. A checkpoint replaces them when training starts."""
+    options = run.options
+    pyro.set_rng_seed(options.seed)
+    vae = build_vae(options, run.splits.event_shape)
+    if saved is not None:
+        say(f"Going on from step {saved[1]['step']:,}.")
+    elif options.start_from:
+        load_starting_weights(vae, options.start_from)
+        say(f"Starting from the weights of {options.start_from}.")
+    else:
+        initialize_output_bias(vae, data.initialization_images(run.splits, run.pixels))
+    return vae.to(find_device(options.device))
 
 
-def _latents(options: Options) -> str:
-    """How many latents there are, layer by layer, and the families of prior and guide."""
-    counts = [str(options.latent_dim), *map(str, options.upper_latents or ())]
-    guide = options.inference if options.upper_latents else options.posterior
-    return f"latents {' + '.join(counts)}, prior {options.prior}, posterior {guide}"
-
-
-_ONE_SCALE = ("normal", "normal-fixed", "normal-optimal", "laplace", "student-t")  # for all pixels or columns
-_UNEVEN = 10  # times as wide as the narrowest column is the widest, beyond which one scale fits neither
-
-
-def _describe_uneven_columns(options: Options, splits: data.Splits) -> list[str]:
-    """A warning where the columns of a table differ in spread, and the likelihood has one scale for all of them."""
-    if len(splits.event_shape) != 1 or options.likelihood not in _ONE_SCALE or options.transform != "none":
-        return []
-    spread = mean_and_variance(splits.train)[1].sqrt()
-    columns = spread.nonzero().flatten()
-    if not len(columns):
-        return []
-    narrow, wide = (columns[extreme(spread[columns])] for extreme in (torch.argmin, torch.argmax))
-    factor = float(spread[wide] / spread[narrow])
-    if not factor > _UNEVEN:
-        return []
-    return [
-        f"Warning: the columns differ in spread by a factor of {factor:,.0f} ({spread[narrow]:.3g} in column "
-        f"{int(narrow)}, counted from 0, {spread[wide]:.3g} in column {int(wide)}), and {options.likelihood} has one "
-        "scale for all. Standardize the columns, or use --likelihood normal-per-pixel."
-    ]
-
-
-def _what_is_modelled(run: Run) -> list[str]:
-    """The network, the binarization and the likelihood, and on what scale its numbers will be."""
-    options, splits = run.options, run.splits
-    likelihood = build_likelihood(options, splits.event_shape)
-    with torch.device("meta"):  # shapes without numbers
-        num_weights = sum(w.numel() for w in build_vae(options, splits.event_shape).parameters())
-    lines = [
-        f"network {options.network} ({num_weights:,} weights), {_latents(options)}, objective {options.objective}, "
-        f"binarization {options.binarization}, likelihood {options.likelihood}"
-        f"{', transform logit' * (options.transform == 'logit')} (a {likelihood.measure})"
-    ]
-    if len(splits.event_shape) == 3 and splits.event_shape[0] == 3 and run.binarization != "none":
-        lines.append(
-            "Each color channel becomes 0 or 1 here, which is not how photos look; --likelihood "
-            "discretized-logistic-mixture takes colors as they are."
-        )
-    lines += _describe_uneven_columns(options, splits)
-    if likelihood.measure == "density" and (warning := data.describe_constant_columns(splits.train)):
-        lines.append(warning)
-    if is_autoencoder(options):
-        lines.append(
-            "A plain autoencoder: the guide is deterministic and has no density, so that every number is a "
-            "reconstruction, log p(x | z(x)), and none a log-likelihood."
-        )
-    if run.pixels == "dequantized" and is_autoencoder(options):
-        lines.append("Pixels are (level + u) / 256, u uniform and drawn anew; its reconstructions are of that density.")
-    elif run.pixels == "dequantized":
-        constant = math.prod(splits.event_shape) * math.log(256)
-        lines.append(
-            "Pixels are (level + u) / 256, u uniform and drawn anew at every access. Training and validation are of "
-            f"that density; {constant:,.1f} nats (D log 256) less, and it bounds the levels' mass, which is evaluated."
-        )
-        if options.dequantization_draws != Options().dequantization_draws:
-            lines += describe_unused_draws(run, options.dequantization_draws)
-    elif likelihood.measure == "density" and splits.kind in (data.LEVELS, data.BINARY, data.COUNTS):
-        pixels = {data.LEVELS: "levels / 255", data.BINARY: "zeros and ones", data.COUNTS: "counts"}[splits.kind]
-        lines.append(
-            f"Pixels are {pixels} here: a density of values on a grid has no upper bound, and its nats compare only "
-            "with densities of the same pixels."
-            + " Counts have a mass under --likelihood negative-binomial."
-            * (splits.kind == data.COUNTS)
-        )
-    elif likelihood.measure == "density" and (repeats := data.find_repeats(splits.train)):
-        lines.append(repeats.describe())
-    return lines
+@contextmanager
+def _explain_errors(run: Run, record: _TrainingRecord, progress: Progress, *, is_resumed: bool) -> Iterator[None]:
+    """Adds to the errors of a training what is kept of it, and what can be done."""
+    folder = run.folder
+    try:
+        yield
+    except TrainingStopped as error:
+        raise Interrupted(f"stopped at step {error.step:,}; --resume {folder} goes on") from None
+    except OSError as error:
+        if error.filename is None or Path(error.filename).parent != folder:
+            raise
+        raise ValueError(
+            f"{error.filename}: cannot be written: {error.strerror}; the run is kept as of step {record.kept:,} of "
+            f"{progress.count:,}; once there is room, --resume {folder} goes on from there"
+        ) from None
+    except CannotCapture as error:
+        raise ValueError(f"--compile on: {error}; --compile off does without") from None
+    except ValueError as error:
+        if not is_resumed:
+            raise
+        raise ValueError(f"{folder / runs.TRAINING_STATE}: {error}") from None
+    except NotFinite as error:
+        raise NotFinite(
+            f"{error}; a new run with a smaller --learning-rate or --beta may pass it, or one with --skip-norm"
+        ) from None
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from ppl_vae.evidence.guide_calibration import Ranks, cumulative_band, edges, hi
 from ppl_vae.evidence.importance import UNRELIABLE_BIAS
 from ppl_vae.reports import figures as plots
 from ppl_vae.reports.display import display_of
-from ppl_vae.runs.opening import Run
+from ppl_vae.runs.open import Run
 
 _SHOWN, _COLUMNS = 20, 10
 _WORST = 2  # latents

@@ -17,7 +17,7 @@ from ppl_vae.evidence.moments import mean_or_draw
 from ppl_vae.reports import figures as plots
 from ppl_vae.reports.display import display_of
 from ppl_vae.runs.load import load
-from ppl_vae.runs.opening import Run
+from ppl_vae.runs.open import Run
 
 _SHOWN = 12
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ppl_vae import data
 from ppl_vae.runs.build import build_likelihood
-from ppl_vae.runs.opening import Run
+from ppl_vae.runs.open import Run
 
 _NUM_IMAGES = 500
 _SHARES = (0.005, 0.995)

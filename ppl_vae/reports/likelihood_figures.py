@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ppl_vae import data
 from ppl_vae.reports import figures as plots
 from ppl_vae.reports.display import display_of
-from ppl_vae.runs.opening import Run, Say, evaluated_vae
+from ppl_vae.runs.comparison_results import LikelihoodRow
+from ppl_vae.runs.open import Run, Say, evaluated_vae
 from ppl_vae.runs.outputs import write_figure
 from ppl_vae.runtime.global_state import seeded
 from ppl_vae.vae import VAE
@@ -22,11 +24,11 @@ _FIGURE_SEED = 0
 _NUM_SHOWN = 10
 
 
-def write_likelihood_figures(folder: Path, opened: Sequence[Run], rows: Sequence[dict[str, Any]], say: Say) -> None:
+def write_likelihood_figures(folder: Path, opened: Sequence[Run], rows: Sequence[LikelihoodRow], say: Say) -> None:
     """calibration.png, and for images reconstructions.png and samples.png, the best likelihood first."""
     folder.mkdir(exist_ok=True)
     by_word = {run.options.likelihood: run for run in opened}
-    ordered = [by_word[found["likelihood"]] for found in rows]
+    ordered = [by_word[found.likelihood] for found in rows]
     figures = {"calibration.png": _calibration_figure(rows, opened[0])}
     if len(opened[0].splits.event_shape) > 1:
         figures |= _picture_figures(ordered)
@@ -35,29 +37,29 @@ def write_likelihood_figures(folder: Path, opened: Sequence[Run], rows: Sequence
     say(f"Figures in {folder}: {', '.join(figures)}")
 
 
-def _calibration_figure(rows: Sequence[dict[str, Any]], run: Run) -> Any:
+def _calibration_figure(rows: Sequence[LikelihoodRow], run: Run) -> Figure:
     histograms = {}
     for found in rows:
-        shares = found["calibration"]["histogram"]
-        histograms[found["likelihood"]] = plots.PixelHistogram(
-            shares=np.array([share["mean"] for share in shares]),
-            stderr=np.array([share["stderr"] for share in shares], dtype=float),
-            words=found["calibration"]["verdict"],
+        shares = found.calibration.histogram
+        histograms[found.likelihood] = plots.PixelHistogram(
+            shares=np.array([share.mean for share in shares]),
+            stderr=np.array([share.stderr for share in shares]),
+            words=found.calibration.verdict,
         )
-    entry = rows[0]["calibration"]
     return plots.pixel_calibration(
         histograms,
-        title=f"{run.splits.name}: where pixels of {entry['num_images']:,} test images lie in p(x | z), z ~ q(z | x)\n"
+        title=f"{run.splits.name}: where pixels of {rows[0].calibration.num_images:,} test images lie in p(x | z), "
+        "z ~ q(z | x)\n"
         "(probability integral transform; uniform if the model were right; bars are standard errors over images)",
     )
 
 
 @torch.no_grad()
-def _picture_figures(opened: Sequence[Run]) -> dict[str, Any]:
+def _picture_figures(opened: Sequence[Run]) -> dict[str, Figure]:
     first = opened[0]
     display, x = display_of(first), data.evaluation_images(first.splits, "test", first.evaluated_pixels)
     x = x[data.subset(len(x), _NUM_SHOWN)]
-    reconstructions, samples = {"test image x": display(x)}, dict[str, Any]()
+    reconstructions, samples = {"test image x": display(x)}, dict[str, NDArray[np.float32]]()
     for run in opened:
         word, vae = run.options.likelihood, evaluated_vae(run)
         reconstructions[word] = display(_reconstructed(vae, x))

@@ -15,25 +15,32 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from ppl_vae import data, runs
-from ppl_vae.commands.options import Figures
-from ppl_vae.diagnostics import ACTIVE_VARIANCE, active_units
-from ppl_vae.diagnostics.exploration import UNUSED_NATS, decode_plane, decode_traversals, kl_by_latent, latent_quantiles
+from ppl_vae.diagnostics.exploration import decode_plane, decode_traversals, latent_quantiles
 from ppl_vae.diagnostics.mixture import normal_factors
 from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.evidence.importance import gather_log_weights
-from ppl_vae.evidence.moments import PosteriorMoments, compute_moments, encode, mean_or_draw, sample_latents
+from ppl_vae.evidence.moments import PosteriorMoments, encode, mean_or_draw
 from ppl_vae.reports import figures as plots
 from ppl_vae.reports.display import Display, display_of
+from ppl_vae.reports.latents_figure import LatentUse, latents_figure, measure_latent_use
+from ppl_vae.reports.text.titles import (
+    count_images,
+    format_use,
+    interpolations_title,
+    particles_title,
+    plane_title,
+    reconstructions_title,
+    samples_title,
+    training_title,
+    traversals_title,
+)
 from ppl_vae.runs.build import is_autoencoder
 from ppl_vae.runs.evaluations import PerImage, read_per_image
-from ppl_vae.runs.opening import Run, Say, evaluated_vae, open_run
+from ppl_vae.runs.open import Run, Say, evaluated_vae
 from ppl_vae.runs.outputs import write_figure
 from ppl_vae.runtime.global_state import seeded
 from ppl_vae.runtime.numerics import bound_by_particles
 from ppl_vae.vae import VAE
-
-# Said of every figure that decodes what the prior says.
-OF_AN_AUTOENCODER = "on which an autoencoder was never trained"
 
 _FIGURE_SEED = 0
 _NUM_SHOWN = 10  # images in a row, latents in a column
@@ -41,7 +48,6 @@ _NUM_PAIRS = 5
 _NUM_SAMPLES = 64
 _NUM_STEPS = 11  # of a traversal: odd, so that the middle one is the prior's mean
 _MANIFOLD = 15
-_PRIOR_SHOWN = 2000  # draws of a prior that no circle describes
 
 # Images whose latents are drawn: those of a pass over two thousand 28 x 28 images.
 _LATENT_PIXELS = 2000 * 784
@@ -74,15 +80,6 @@ def _drawn(folder: Path) -> list[Path]:
 def figure_names(run: Run) -> list[str]:
     """The figures that this run has: by its data, its latents, and whether its test images were evaluated."""
     return [name for name, drawing in _FIGURES.items() if drawing.applies(run)]
-
-
-def draw_run(options: Figures, *, say: Say) -> None:
-    """Draws a run's figures again, from its files.
-
-    Raises:
-        ValueError: no run, a damaged one, or other data than it was trained on.
-    """
-    write_figures(open_run(options.run_dir, dataset=options.dataset, data_dir=options.data_dir), say=say)
 
 
 def write_figures(run: Run, *, say: Say) -> None:
@@ -195,73 +192,28 @@ class _Scene:
             return index, encode(self.vae, self.x[index])
 
     @cached_property
-    def use(self) -> Use:
+    def use(self) -> LatentUse:
         index, codes = self.encoded
         with seeded(_FIGURE_SEED, torch.device("cpu")):
-            return use_of_latents(self.vae, self.x[index], codes)
+            return measure_latent_use(self.vae, self.x[index], codes)
 
-    @cached_property
-    def traversed(self) -> Use:
-        """The same of the latents next to the image: the decoder may see no others."""
-        return self.use._replace(values=self.use.values[: self.run.options.latent_dim])
+    @property
+    def is_autoencoder(self) -> bool:
+        return is_autoencoder(self.run.options)
 
-    @cached_property
-    def untrained_words(self) -> str:
-        """What is to be said over a figure that decodes what the prior says."""
-        return "" if _has_a_density(self.run) else f",\n{OF_AN_AUTOENCODER}"
-
-
-class Use(NamedTuple):
-    """How much each latent says of an image.
-
-    Args:
-        values: (L,).
-        what: they are, in words.
-        word: the same, short.
-        unit: after a number.
-        least: below it, a latent is called unused.
-    """
-
-    values: Tensor
-    what: str
-    word: str
-    unit: str
-    least: float
-
-
-@torch.no_grad()
-def use_of_latents(vae: VAE, x: Tensor, codes: PosteriorMoments) -> Use:
-    """The mean KL of each latent where guide and prior are products of normals, else the variance of E[z_l | x].
-
-    A latent of another guide or prior has no KL of its own in closed form, and of a deterministic guide it is infinite.
-
-    Args:
-        vae: the VAE.
-        x: images (N, *E).
-        codes: theirs.
-    """
-    prior = vae.prior()
-    if bool((codes.scale == 0).any()):
-        return Use(codes.mean.var(0, correction=0), "the variance of z_l", "variance", "", ACTIVE_VARIANCE)
-    if normal_factors(prior) is not None and normal_factors(vae.posterior(x[:1])) is not None:
-        kl = kl_by_latent(codes, prior)
-        return Use(kl, "KL(q(z_l | x) || p(z_l)), the mean", "mean KL", " nats", UNUSED_NATS)
-    variance = active_units(codes, compute_moments(prior).scale).mean
-    what = "the variance of E[z_l | x] in variances of the prior, taken"
-    return Use(variance, what, "variance", "", ACTIVE_VARIANCE)
+    @property
+    def has_dependent_prior(self) -> bool:
+        """Whether the prior is not a product of normals."""
+        return normal_factors(self.vae.prior()) is None
 
 
 # --- The figures ---
 
 
 def _training_curves(scene: _Scene) -> Figure:
+    title = training_title(scene.run.splits.name, is_dequantized=scene.run.pixels == "dequantized")
     try:
-        of = " of the density of (level + u) / 256" if scene.run.pixels == "dequantized" else ""
-        return plots.training_curves(
-            scene.metrics,
-            title=f"{scene.run.splits.name}: training{of}",
-            autoencoder=not _has_a_density(scene.run),
-        )
+        return plots.training_curves(scene.metrics, title=title, autoencoder=scene.is_autoencoder)
     except KeyError as error:
         raise ValueError(f"{scene.run.folder / runs.METRICS}: damaged: a record is missing {error}") from None
 
@@ -272,27 +224,21 @@ def _reconstructions(scene: _Scene) -> Figure:
     rows = {"test image x": x, "E[x | z]": decoded.mean, "x ~ p(x | z)": decoded.sample()}
     return plots.image_rows(
         {label: scene.display(images) for label, images in rows.items()},
-        title=("Reconstructions, z ~ q(z | x)" if _has_a_density(scene.run) else "Reconstructions, z = z(x)")
-        + scene.display.words,
+        title=reconstructions_title(is_autoencoder=scene.is_autoencoder) + scene.display.words,
     )
 
 
 def _prior_samples(scene: _Scene) -> Figure:
     decoded = scene.vae.likelihood(scene.vae.prior().expand((_NUM_SAMPLES,)).sample())
-    return samples_figure(scene.display, decoded.mean, decoded.sample(), autoencoder=not _has_a_density(scene.run))
+    return samples_figure(scene.display, decoded.mean, decoded.sample(), autoencoder=scene.is_autoencoder)
 
 
 def samples_figure(display: Display, means: Tensor, images: Tensor, *, autoencoder: bool = False) -> Figure:
-    """Means E[x | z] beside draws x ~ p(x | z), for z ~ p(z). means, images: (N, *E).
-
-    Of an autoencoder p(z) has no part in training, and no sample of it is the model's: the title says so.
-    """
-    of_model = "Samples from the prior, z ~ p(z)"
-    of_decoder = f"No samples of a model: decoded draws of the prior, z ~ N(0, I),\n{OF_AN_AUTOENCODER}"
+    """Means E[x | z] beside draws x ~ p(x | z), for z ~ p(z). means, images: (N, *E)."""
     return plots.image_grids(
         {"means E[x | z]": display(means), "images x ~ p(x | z)": display(images)},
         columns=math.ceil(math.sqrt(len(means))),
-        title=(of_decoder if autoencoder else of_model) + display.words,
+        title=samples_title(is_autoencoder=autoencoder) + display.words,
     )
 
 
@@ -304,77 +250,44 @@ def _interpolations(scene: _Scene) -> Figure:
         f"pair {i + 1}": scene.display(scene.vae.likelihood((1 - weight) * ends[i] + weight * ends[pairs + i]).mean)
         for i in range(pairs)
     }
-    ends_in_words = "posterior means" if _has_a_density(scene.run) else "codes z(x)"
-    title = f"E[x | z] on the line between the {ends_in_words} of two test images" + scene.display.words
+    title = interpolations_title(is_autoencoder=scene.is_autoencoder) + scene.display.words
     return plots.image_rows(rows, title=title)
 
 
 def _traversals(scene: _Scene) -> Figure:
-    use = scene.traversed
-    most_used = use.values.argsort(descending=True)[: _num_traversed(use)].tolist()
+    """The latents next to the image, each moved alone: the decoder may see no others."""
+    use, L = scene.use, scene.run.options.latent_dim
+    values = use.values[:L]
+    num_rows = max(1, min(_NUM_SHOWN, int((values >= use.least).sum())))  # an unused latent moves nothing
+    most_used = values.argsort(descending=True)[:num_rows].tolist()
     middle = _NUM_STEPS // 2
     steps = 3 * torch.arange(-middle, middle + 1) / middle
     place = int(scene.shown[0])
     z = mean_or_draw(scene.vae.posterior(scene.x[place : place + 1]))[0]
     images = decode_traversals(scene.vae, z, most_used, steps)
-    labels = [f"z{latent}, {_few_digits(use.values[latent])}{use.unit}" for latent in most_used]
-    rows = {label: scene.display(row) for label, row in zip(labels, images, strict=True)}
-    where = "posterior mean" if _has_a_density(scene.run) else "code z(x)"
-    dependent = "" if normal_factors(scene.vae.prior()) is not None else ", which may itself put nothing there"
-    title = (
-        f"E[x | z] as one latent moves, in scales of the prior{dependent};{_break(dependent)}"
-        f"the others stay at the {where} of test image no. {place}\n"
-        f"{_most_used_in_words(scene)}\n{_unused_in_words(scene)}"
+    labels = [f"z{latent}, {format_use(float(values[latent]))}{use.unit}" for latent in most_used]
+    title = traversals_title(
+        place=place,
+        num_images=len(scene.encoded[0]),
+        num_rows=num_rows,
+        num_latents=L,
+        num_unused=int((values < use.least).sum()),
+        meaning=use.meaning,
+        threshold=f"{use.name} below {use.least}{use.unit}",
+        is_autoencoder=scene.is_autoencoder,
+        has_upper_layers=len(use.values) > L,
+        has_dependent_prior=scene.has_dependent_prior,
     )
+    rows = {label: scene.display(row) for label, row in zip(labels, images, strict=True)}
     return plots.image_rows(rows, columns=[f"{t:.1f}" for t in steps], title=title + scene.display.words)
 
 
-def _most_used_in_words(scene: _Scene) -> str:
-    use = scene.traversed
-    count, all_of_them = _num_traversed(use), len(use.values)
-    few = "most used" if count == 1 else f"{count} most used"
-    which = "the latents" if count == all_of_them else f"the {few} of {all_of_them} latents"
-    which += " next to the image" * (all_of_them < len(scene.use.values))
-    return f"rows: {which}, by {use.what} over {_several(len(scene.encoded[0]), 'test image')}"
-
-
-def _break(words: str) -> str:
-    """Before what would make a line with these words too long."""
-    return "\n" if words else " "
-
-
-def _num_traversed(use: Use) -> int:
-    """Rows: a latent that is not used moves nothing, but there is at least one."""
-    return max(1, min(_NUM_SHOWN, int((use.values >= use.least).sum())))
-
-
-def _unused_in_words(scene: _Scene) -> str:
-    use = scene.traversed
-    unused = int((use.values < use.least).sum())
-    return f"unused latents, with a {use.word} below {use.least}{use.unit}: {unused} of {len(use.values)}"
-
-
-def _several(count: int, what: str) -> str:
-    return f"{count:,} {what}" + "s" * (count != 1)
-
-
-def _few_digits(nats: Tensor) -> str:
-    return f"{nats:.2f}" if nats >= 0.1 else f"{nats:.3f}"
-
-
 def _manifold(scene: _Scene) -> Figure:
-    prior = scene.vae.prior()
-    grid = latent_quantiles(prior, _MANIFOLD)
+    grid = latent_quantiles(scene.vae.prior(), _MANIFOLD)
     x, y = grid.T.tolist()
-    whose = "the prior's probability" if normal_factors(prior) is not None else "each latent's own prior probability"
-    return plots.image_plane(
-        scene.display(decode_plane(scene.vae, grid)),
-        x=x,
-        y=y,
-        names=("z0", "z1"),
-        title="E[x | z] over the plane of the two latents,\n"
-        f"on a grid at equal steps of {whose}" + scene.untrained_words + scene.display.words,
-    )
+    title = plane_title(is_autoencoder=scene.is_autoencoder, has_dependent_prior=scene.has_dependent_prior)
+    images = scene.display(decode_plane(scene.vae, grid))
+    return plots.image_plane(images, x=x, y=y, names=("z0", "z1"), title=title + scene.display.words)
 
 
 def _latents(scene: _Scene) -> Figure:
@@ -386,56 +299,8 @@ def _latents(scene: _Scene) -> Figure:
         scene.vae.prior(),
         classes=None if labels is None else labels[index],
         class_names=scene.run.splits.class_names,
-        what="test image",
+        kind="test image",
     )
-
-
-def latents_figure(
-    codes: PosteriorMoments,
-    use: Use,
-    prior: Any,
-    *,
-    what: str,
-    classes: Tensor | None = None,
-    class_names: tuple[str, ...] = (),
-) -> Figure:
-    """Posterior means in the two latents that are used most, of two in their own order, or in the only one.
-
-    A normal prior is drawn by its circles, any other by draws, from torch's global generator.
-
-    Args:
-        codes: of N images.
-        use: how much each latent is used.
-        prior: p(z), event (L,).
-        what: one of the images, in words.
-        classes: (N,) int64, where they are known.
-        class_names: the word for each class.
-    """
-    L = codes.mean.shape[1]
-    order = list(range(L)) if L <= 2 else use.values.argsort(descending=True)[:2].tolist()
-    means = "Codes z(x)" if bool((codes.scale == 0).any()) else "Posterior means"
-    word = use.word.removeprefix("mean ")
-    names = [f"z{latent}, {word} {_few_digits(use.values[latent])}{use.unit}" for latent in order]
-    points = codes.mean[:, order].numpy()
-    title = f"{means} of {_several(len(points), what)}"
-    colored: dict[str, Any] = {
-        "classes": None if classes is None else classes.numpy(),
-        "class_names": class_names,
-        "prior": _prior_beside(prior, order),
-    }
-    if L == 1:
-        return plots.latent_line(points[:, 0], name=names[0], title=title, **colored)
-    if L > 2:
-        title += f",\nin the two of {L} latents with the highest {use.word}"
-    return plots.latent_plane(points, names=(names[0], names[1]), title=title, **colored)
-
-
-def _prior_beside(prior: Any, order: list[int]) -> plots.Scales | Any:
-    """Mean and scale of these latents where the prior is a product of normals, else draws of them (n, R)."""
-    if normal_factors(prior) is None:
-        return sample_latents(prior, _PRIOR_SHOWN)[:, order].cpu().numpy()
-    p = compute_moments(prior)
-    return plots.Scales(p.mean[order].tolist(), p.scale[order].tolist())
 
 
 def _log_likelihoods(scene: _Scene) -> Figure:
@@ -449,7 +314,7 @@ def _log_likelihoods(scene: _Scene) -> Figure:
         mean=estimate.mean,
         stderr=estimate.stderr,
         name=name,
-        title=f"{scene.run.splits.name}: log p(x) of {_several(len(values), 'test image')}",
+        title=f"{scene.run.splits.name}: log p(x) of {count_images(len(values), 'test image')}",
         examples=_extremes(scene, stored) if _has_images(scene.run) else None,
     )
 
@@ -477,9 +342,7 @@ def _particles(scene: _Scene) -> Figure:
         sizes,
         bound=_mean_and_stderr(bounds),
         gain=_mean_and_stderr(bounds - bounds[0]),
-        title=f"The bound L_s on log p(x) by its number of importance samples s\n"
-        f"{_several(len(x), 'test image')}, means over {num_particles:,} samples an image; "
-        "bars are standard errors over images",
+        title=particles_title(len(x), num_particles),
     )
 
 

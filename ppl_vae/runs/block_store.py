@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ppl_vae.runs.tensors import load_tensors, save_tensors
+from ppl_vae.runs.checkpoints import load_tensors, save_tensors
 from ppl_vae.runtime import ranks as distributed
 from ppl_vae.runtime.ranks import Say
 

@@ -1,14 +1,137 @@
-"""What a resumed run goes on from: its newest whole checkpoint, and what is written again from it."""
+"""Weights and training states: named tensors in safetensors files with a SHA-256, and how a damaged one is replaced."""
 
 from __future__ import annotations
 
+import errno
+import hashlib
+import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from ppl_vae import runs
-from ppl_vae.runs.opening import Say
+from ppl_vae.runs.files import named, write_bytes
+from ppl_vae.runtime.ranks import Say
+
+_DIGEST = "sha256"
+_UNKNOWN = "0" * 64  # stands in the place of the digest while it is computed
+_MOST_HEADER = 32 * 2**20  # bytes
+_CHUNK = 2**22  # bytes that are hashed at a time
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], scalars: dict[str, Any], previous: Path | None = None) -> None:
+    """Named tensors and a JSON object beside them, as one safetensors file.
+
+    Args:
+        path: the file, which is replaced as a whole or not at all.
+        tensors, scalars: what it holds.
+        previous: the name that the old file then has.
+    """
+    own = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+    # In the one string of the metadata: safetensors writes several in an order that changes from process to process.
+    content = save(own, metadata={"json": json.dumps(scalars | {_DIGEST: _UNKNOWN})})
+    del own
+    place = content.index(_needle(_UNKNOWN)) + len(_needle(""))
+    digest = hashlib.sha256(content).hexdigest().encode()
+    write_bytes(path, b"".join((content[:place], digest, content[place + len(digest) :])), previous)
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Back from ``save_tensors``.
+
+    Raises:
+        ValueError: the file is missing or damaged.
+        OSError: it cannot be read now, which says nothing of what it holds; names the file.
+    """
+    return _read_tensors(path, headers_only=False)
+
+
+def load_step(path: Path) -> int:
+    """The training step that a file by ``save_tensors`` was written at. Raises as ``load_tensors``."""
+    return step_of(path, _read_tensors(path, headers_only=True)[1])
+
+
+def step_of(path: Path, scalars: dict[str, Any]) -> int:
+    """The step among a file's scalars. Raises ValueError where there is none."""
+    step = scalars.get("step")
+    if type(step) is not int or step < 0:
+        raise ValueError(f"{path}: damaged: expected the number of a step in its header, got {step!r}")
+    return step
+
+
+def _read_tensors(path: Path, *, headers_only: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        _check_header(path)
+        with safe_open(path, framework="pt", device="cpu") as file:
+            scalars = json.loads((file.metadata() or {}).get("json", "{}"))
+            _check_digest(path, scalars.pop(_DIGEST, None) if isinstance(scalars, dict) else None)
+            tensors = {name: file.get_tensor(name) for name in ([] if headers_only else file.keys())}
+    except OSError as error:
+        if error.errno == errno.ENOENT:
+            raise ValueError(f"{path}: no such file; the run in {path.parent} has no weights yet") from None
+        if error.errno == errno.EISDIR:
+            raise ValueError(f"{path}: damaged: expected a file, got a folder") from None
+        raise named(error, path) from None  # also safetensors' own, which have no number and tell of any as missing
+    except (SafetensorError, json.JSONDecodeError, RecursionError, _Damaged) as error:
+        raise ValueError(f"{path}: damaged: {error}") from None
+    if not isinstance(scalars, dict):
+        raise ValueError(f"{path}: damaged: expected a JSON object in its header, got {type(scalars).__name__}")
+    return tensors, scalars
+
+
+class _Damaged(Exception):
+    """What is wrong with a file, in words."""
+
+
+def _check_header(path: Path) -> None:
+    """Its length is read before the header is: safetensors itself takes up to 100 MB of JSON for one."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+    if size >= 8 and length > min(size - 8, _MOST_HEADER):
+        raise _Damaged(f"a header of {length:,} bytes in a file of {size:,}, or one above {_MOST_HEADER:,}")
+
+
+def _needle(digest: str) -> bytes:
+    """The digest's place in the header, where the quotes of a JSON object within a string are escaped."""
+    return f'\\"{_DIGEST}\\": \\"{digest}'.encode()
+
+
+def _check_digest(path: Path, told: object) -> None:
+    """SHA-256 of the file with zeros in the digest's place; a file without one, of before there was one, passes."""
+    if told is None and not _is_named(path):
+        return
+    if not isinstance(told, str):
+        raise _Damaged("its SHA-256 is not where it was written")
+    digest = hashlib.sha256()
+    for chunk in _with_zeros(path, told):
+        digest.update(chunk)
+    if digest.hexdigest() != told:
+        raise _Damaged("its bytes are not those that were written (SHA-256)")
+
+
+def _is_named(path: Path) -> bool:
+    """Whether the header has a digest, in whatever place."""
+    with path.open("rb") as file:
+        return _needle("") in file.read(int.from_bytes(file.read(8), "little"))
+
+
+def _with_zeros(path: Path, told: str) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        start = file.read(8)
+        header = file.read(int.from_bytes(start, "little"))
+        yield start
+        yield header.replace(_needle(told), _needle(_UNKNOWN), 1)
+        while chunk := file.read(_CHUNK):
+            yield chunk
+
+
+# --- Resuming ---
+
 
 Saved = tuple[dict[str, Tensor], dict[str, Any]]
 

@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 
-from ppl_vae.runs.json_files import read_json, write_json
-from ppl_vae.runs.names import ENVIRONMENT
+from ppl_vae.runs.files import ENVIRONMENT, read_json, write_json
 from ppl_vae.runtime import ranks as distributed
 
 

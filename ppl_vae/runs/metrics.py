@@ -8,9 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ppl_vae.runs.files import append_line, write_bytes
-from ppl_vae.runs.json_files import CHECKSUM, finite
-from ppl_vae.runs.names import METRICS
+from ppl_vae.runs.files import CHECKSUM, METRICS, append_line, finite, write_bytes
 
 
 def append_metrics(run_dir: Path, record: dict[str, Any]) -> None:

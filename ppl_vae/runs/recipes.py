@@ -13,20 +13,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from ppl_vae.runs.options import Options
-
-
-class Published(NamedTuple):
-    """A number that is in print.
-
-    Args:
-        log_likelihood: nats an image.
-        stderr: as it is printed there, or None where there is none.
-        source: the model, in a few words, and where it is.
-    """
-
-    log_likelihood: float
-    stderr: float | None
-    source: str
+from ppl_vae.runs.reproduction_results import Published
 
 
 class Recipe(NamedTuple):
@@ -238,20 +225,3 @@ def recipe(name: str) -> Recipe:
     if name not in RECIPES:
         raise ValueError(f"NAME: expected one of {', '.join(RECIPES)}, got {name!r}")
     return RECIPES[name]()
-
-
-def describe() -> list[str]:
-    """Every recipe in a line or two: its name, what it is, its epochs, and what it is held against."""
-    lines = []
-    for name in RECIPES:
-        found = recipe(name)
-        epochs = " + ".join(f"{stage.epochs:,}" for stage in found.stages)
-        lines.append(f"{name}: {found.model}; {epochs} epochs")
-        lines += [f"    published {in_words(number)}" for number in found.published]
-    return lines
-
-
-def in_words(number: Published) -> str:
-    """A published number with its error, where there is one, and its source."""
-    error = "" if number.stderr is None else f" ± {number.stderr:.2f}"
-    return f"{number.log_likelihood:.2f}{error} ({number.source})"

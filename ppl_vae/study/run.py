@@ -12,13 +12,13 @@ from typing import Any
 
 from ppl_vae import runs
 from ppl_vae.commands.options import RunStudy
-from ppl_vae.runs.asked_run import check_same
+from ppl_vae.commands.run_series import check_same_options
 from ppl_vae.runs.evaluations import read_evaluation
 from ppl_vae.runs.fit_arguments import count_steps, find_device
 from ppl_vae.runs.load import load
-from ppl_vae.runs.opening import Say
+from ppl_vae.runs.open import Say
 from ppl_vae.runs.options import compiling_pays
-from ppl_vae.runs.resolve import check_support, load_splits
+from ppl_vae.runs.resolve import check_support, load_splits, resolve
 from ppl_vae.runs.results import to_json
 from ppl_vae.runtime import capture
 from ppl_vae.runtime.errors import Interrupted
@@ -200,7 +200,7 @@ def _check_folder(folder: Path, planned: Sequence[Planned], materials: Materials
         run_dir = folder / RUNS / each.name
         if (run_dir / runs.CONFIG).exists():
             splits = materials[dataset_word(each.options.dataset)].splits
-            check_same(run_dir, each.options, splits, free=frozenset({"compile"}))
+            check_same_options(run_dir, each.options, resolve(each.options, splits), frozenset({"compile"}))
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -19,7 +19,7 @@ from ppl_vae.runs.build import build_vae
 from ppl_vae.runs.evaluations import is_evaluated
 from ppl_vae.runs.fit_arguments import fit_arguments, initialize_output_bias
 from ppl_vae.runs.load import save
-from ppl_vae.runs.opening import Say, open_run
+from ppl_vae.runs.open import Say, open_run
 from ppl_vae.runs.resolve import choose_pixels, load_splits, resolve
 from ppl_vae.runtime.errors import NotFinite
 from ppl_vae.study.plan import Planned

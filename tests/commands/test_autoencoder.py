@@ -27,8 +27,7 @@ from ppl_vae.commands.compare_runs import compare_runs
 from ppl_vae.commands.encode import encode_images
 from ppl_vae.commands.evaluate import evaluate_run
 from ppl_vae.commands.impute import impute_images
-from ppl_vae.commands.options import CompareRuns, Encode, Evaluate, Impute, Sample
-from ppl_vae.commands.sample import sample_run
+from ppl_vae.commands.options import CompareRuns, Encode, Evaluate, Impute
 from ppl_vae.commands.train import resume_run, train_run
 from ppl_vae.evidence.dequantization import dequantized
 from ppl_vae.evidence.importance import evaluate, importance, reconstruction
@@ -38,8 +37,7 @@ from ppl_vae.parts.posteriors import Delta
 from ppl_vae.parts.priors import StandardNormal
 from ppl_vae.reports import run_figures as figures
 from ppl_vae.runs.build import build_vae
-from ppl_vae.runs.evaluations import read_per_image
-from ppl_vae.runs.opening import open_run
+from ppl_vae.runs.open import open_run
 from ppl_vae.runs.options import PLAIN, Options
 from ppl_vae.runtime.blocks import block_seed
 from ppl_vae.runtime.errors import NotFinite
@@ -184,15 +182,6 @@ REFUSAL = (
 def test_what_takes_a_density_refuses_a_deterministic_guide(graphs, name):
     with pytest.raises(Deterministic, match=REFUSAL):
         OF_A_DENSITY[name](_linear(), _points(5))
-
-
-def test_a_refused_evaluation_leaves_the_mode_and_the_random_numbers_as_they_are():
-    vae = _linear().train()
-    before = torch.get_rng_state()
-    with pytest.raises(Deterministic):
-        evaluate(vae, _points(5), num_particles=2, seed=0)
-    assert vae.training
-    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_the_levels_of_a_dequantized_autoencoder_have_no_density_either():
@@ -381,29 +370,6 @@ def test_the_evaluation_holds_no_number_that_only_a_density_has(request, name):
     assert {key for key, value in entry.items() if value is None} == numbers
 
 
-@pytest.mark.parametrize("name", ["trained", "gray"])
-def test_no_record_of_the_run_names_a_number_as_what_it_is_not(request, name):
-    folder = request.getfixturevalue(name).folder
-    records = runs.read_metrics(folder)
-    assert len(records) == 2
-    assert not [key for record in records for key in record if "elbo" in key or "kl" in key or "likelihood" in key]
-    tensors, _ = runs.load_tensors(folder / runs.per_image("test"))
-    assert set(tensors) == {"index", "reconstruction"}
-
-
-def test_the_numbers_are_said_to_be_no_log_likelihood(trained):
-    found = trained.entry["reconstruction"]
-    words = f"reconstruction log p(x | z(x)) {found['mean']:.2f} ± {found['stderr']:.2f} nats an image: "
-    words += "not a log-likelihood; the guide is deterministic, an autoencoder has no density"
-    assert words in trained.said
-    assert not [line for line in trained.said if "ELBO" in line or line.startswith("log-likelihood")]
-
-
-def test_the_training_is_said_to_keep_the_best_validation_reconstruction(trained):
-    best = max(r["validation_reconstruction_nats_per_image"] for r in runs.read_metrics(trained.folder))
-    assert any(f"best validation reconstruction {best:.2f} nats" in line for line in trained.said)
-
-
 def test_dequantized_levels_are_reconstructed_as_training_saw_them(gray):
     """(level + u) / 256 with the u of the evaluation's seed; its scale says so, and is not that of the levels' mass."""
     vae, splits = load(gray.folder), open_run(str(gray.folder)).splits
@@ -417,23 +383,11 @@ def test_dequantized_levels_are_reconstructed_as_training_saw_them(gray):
     assert any("a density of (level + u) / 256: never comparable with a mass" in line for line in gray.said)
 
 
-@pytest.mark.parametrize("name", ["trained", "gray"])
-def test_a_finished_run_is_said_to_be_finished(request, name):
-    said: list[str] = []
-    resume_run(str(request.getfixturevalue(name).folder), epochs=None, say=said.append)
-    assert len(said) == 1
-    assert "is finished: 2 epochs, evaluated" in said[0]
-
-
 def test_an_extended_run_is_evaluated_again(trained, tmp_path):
     options = open_run(str(trained.folder)).options
     folder = train_run(options, str(tmp_path / "run"), say=lambda line: None, draw=False)
     resume_run(str(folder), epochs=3, say=lambda line: None, draw=False)
     assert runs.read_evaluations(folder)["test"]["step"] == 15
-
-
-def test_there_is_no_bound_of_single_images_to_read(trained):
-    assert read_per_image(trained.folder, "test") is None
 
 
 def _ask(**more):
@@ -510,23 +464,6 @@ def test_encoding_gives_codes_and_reconstructions(trained, tmp_path):
     assert "not a log-likelihood" in said[0]
 
 
-def test_encoding_dequantized_levels_says_on_what_scale_its_numbers_are(gray, tmp_path):
-    folder = encode_images(Encode(str(gray.folder), "test", **_ask(output=str(tmp_path / "codes"))), say=silent)
-    written = json.loads((folder / "encoded.json").read_text(encoding="utf-8"))
-    assert written["scale"] == "density of (level + u) / 256"
-
-
-def test_samples_are_said_to_be_none_of_a_model(trained, tmp_path):
-    said: list[str] = []
-    sample_run(
-        Sample(str(trained.folder), num_samples=3, seed=0, device="cpu", output=str(tmp_path / "samples")),
-        say=said.append,
-    )
-    assert said[0] == (
-        "No samples of a model: these are decoded draws of N(0, I), on which an autoencoder was never trained."
-    )
-
-
 # --- Figures ---
 
 
@@ -555,19 +492,6 @@ def test_figures_of_log_likelihoods_are_left_out_and_that_is_said(trained):
     assert "An autoencoder has no log p(x): log_likelihoods.png and particles.png are skipped." in trained.said
 
 
-@pytest.mark.parametrize("name", ["prior_samples.png", "manifold.png"])
-def test_what_the_decoder_makes_of_the_prior_is_not_called_a_sample(gray, name):
-    words = _texts(_figure(gray.folder, name))
-    assert "on which an autoencoder was never trained" in words
-    assert "Samples from" not in words
-
-
-def test_a_vaes_samples_are_still_called_samples():
-    pixels = torch.zeros(4, 1, 2, 2)
-    display: Any = type("Display", (), {"__call__": lambda self, x: x.numpy(), "words": ""})()
-    assert "Samples from the prior" in _texts(figures.samples_figure(display, pixels, pixels))
-
-
 def test_training_curves_are_of_reconstructions_and_of_nothing_else(trained):
     figure = _figure(trained.folder, "training_curves.png")
     assert len(figure.axes) == 1
@@ -586,11 +510,6 @@ def test_latents_are_in_the_order_of_their_variance(trained):
     axes = _figure(trained.folder, "latents.png").axes[0]
     assert axes.get_xlabel().startswith(f"z{first}, variance ")
     assert axes.get_ylabel().startswith(f"z{second}, variance ")
-
-
-@pytest.mark.parametrize("name", ["latents.png", "traversals.png"])
-def test_no_figure_of_latents_speaks_of_a_kl(trained, name):
-    assert "KL" not in _texts(_figure(trained.folder, name))
 
 
 # --- From Python ---

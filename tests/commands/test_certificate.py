@@ -28,11 +28,11 @@ from ppl_vae.commands import certify as certificate
 from ppl_vae.commands.certify import certify_run
 from ppl_vae.commands.evaluate import evaluate_run
 from ppl_vae.commands.options import Certify, Evaluate, Report
+from ppl_vae.commands.report import report_run
 from ppl_vae.evidence import ais
 from ppl_vae.evidence.importance import IMPORTANCE_NAMES, Importance
 from ppl_vae.reports import figures as plots
 from ppl_vae.reports.certificate_table import certificate_table, read_certificates, write_certificate
-from ppl_vae.reports.run_page import report_run
 from ppl_vae.reports.text.certificate import describe_certificate
 from ppl_vae.runs.block_store import BlockStore
 from ppl_vae.runs.options import PLAIN, Options

@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from matplotlib.image import imread
 from oracles import LinearGaussian
 from scipy import stats
 
@@ -27,9 +26,10 @@ from ppl_vae.commands.train import train_run
 from ppl_vae.evidence.importance import Importance, evaluate
 from ppl_vae.evidence.paired import bound_difference, paired_difference, student_t_quantile
 from ppl_vae.reports import figures as plots
-from ppl_vae.runs.opening import open_run
+from ppl_vae.runs.open import open_run
 from ppl_vae.runs.options import PLAIN, Options
 from ppl_vae.runs.resolve import load_splits
+from ppl_vae.runs.results import to_json
 
 # --- The statistics ---
 
@@ -82,11 +82,6 @@ def test_the_unpaired_error_is_that_of_two_samples():
     a, b = _correlated(500)
     expected = math.hypot(stats.sem(a.numpy()), stats.sem(b.numpy()))
     assert paired_difference(a, b).unpaired_stderr == pytest.approx(expected, rel=1e-12)
-
-
-def test_exchanging_the_models_exchanges_better_and_worse():
-    a, b = _correlated(500, shift=0.5)
-    assert (paired_difference(a, b).word, paired_difference(b, a).word) == ("better", "worse")
 
 
 def test_models_that_agree_on_every_image_are_not_distinguishable():
@@ -282,10 +277,10 @@ def folders(tmp_path_factory):
 
 def _compare(folders, names, output, **changes):
     said = []
-    entry = compare_runs(
+    found = compare_runs(
         CompareRuns([str(folders[name]) for name in names], **ASKED | changes, output=str(output)), say=said.append
     )
-    return entry, "\n".join(said)
+    return to_json(found), "\n".join(said)
 
 
 @pytest.fixture
@@ -300,15 +295,6 @@ def no_evaluation(monkeypatch):
 
 def _contents(folder):
     return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def test_the_result_is_three_files(folders, tmp_path):
-    _compare(folders, ["a", "b"], tmp_path / "out")
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "comparison.json",
-        "comparison.png",
-        "comparison.safetensors",
-    }
 
 
 @pytest.mark.parametrize(("names", "word"), [(["a", "b"], "better"), (["b", "a"], "worse")])
@@ -401,25 +387,6 @@ def test_two_runs_with_one_name_go_by_their_paths(folders, tmp_path):
     assert [run["name"] for run in entry["runs"]] == [str(folders["a"]), str(copy)]
 
 
-def test_the_words_warn_of_one_training_each(folders, tmp_path):
-    _, said = _compare(folders, ["a", "b"], tmp_path / "out")
-    assert "several seeds" in said
-
-
-def test_few_images_are_said(folders, tmp_path):
-    _, said = _compare(folders, ["a", "b"], tmp_path / "out", images=10)
-    assert "Fewer than 30 images" in said
-
-
-@pytest.mark.parametrize(("num_particles", "advice"), [(1, 200), (9, 200)])
-def test_where_nothing_shows_what_the_bounds_lack_it_is_said_and_more_particles_are_asked_for(
-    folders, tmp_path, num_particles, advice
-):
-    _, said = _compare(folders, ["a", "b"], tmp_path / "out", num_particles=num_particles)
-    assert f"log p(x) is not: S = {num_particles} shows nothing" in said
-    assert f"--num-particles {advice}" in said
-
-
 def test_one_particle_leaves_the_monte_carlo_error_unknown(folders, tmp_path):
     _, said = _compare(folders, ["a", "b"], tmp_path / "out", num_particles=1)
     saved = json.loads((tmp_path / "out" / "comparison.json").read_text(encoding="utf-8"))
@@ -479,13 +446,6 @@ def test_training_on_dynamic_or_fixed_draws_leaves_one_test_set(folders, tmp_pat
     assert entry["num_images"] == len(splits.test)
 
 
-def test_each_run_is_stored_with_its_own_binarization(folders, tmp_path):
-    entry, said = _compare(folders, ["fixed", "dynamic"], tmp_path / "out")
-    assert [run["binarization"] for run in entry["runs"]] == ["fixed", "dynamic"]
-    assert entry["binarization"] == "dynamic or fixed"
-    assert "binarization dynamic or fixed, S = 20" in said
-
-
 def test_the_data_is_read_and_drawn_once_for_runs_on_the_same(folders, tmp_path, monkeypatch):
     read, drawn = [], []
 
@@ -496,7 +456,7 @@ def test_the_data_is_read_and_drawn_once_for_runs_on_the_same(folders, tmp_path,
 
         return call
 
-    monkeypatch.setattr("ppl_vae.runs.opening.load_splits", counted(read, load_splits))
+    monkeypatch.setattr("ppl_vae.runs.open.load_splits", counted(read, load_splits))
     monkeypatch.setattr(data, "evaluation_images", counted(drawn, data.evaluation_images))
     _compare(folders, ["a", "b", "wide"], tmp_path / "out")
     assert (len(read), len(drawn)) == (1, 1)
@@ -592,19 +552,6 @@ def test_images_that_differ_in_a_pixel_are_refused(folders, tmp_path, monkeypatc
 
 
 @pytest.mark.usefixtures("no_evaluation")
-def test_a_split_of_one_image_is_refused(folders, tmp_path, monkeypatch):
-    opened = comparison.open_run
-
-    def of_one_image(run_dir, **options):
-        run = opened(run_dir, **options)
-        return run._replace(splits=replace(run.splits, test=run.splits.test[:1]))
-
-    monkeypatch.setattr(comparison, "open_run", of_one_image)
-    with pytest.raises(ValueError, match="test: expected at least 2 images, for a standard error, got 1"):
-        _compare(folders, ["a", "b"], tmp_path / "out")
-
-
-@pytest.mark.usefixtures("no_evaluation")
 def test_a_run_without_weights_is_refused(folders, tmp_path):
     copy = Path(shutil.copytree(folders["b"], tmp_path / "copy"))
     (copy / runs.MODEL).unlink()
@@ -628,14 +575,6 @@ def _run_script(monkeypatch, *words):
     runpy.run_path(str(script), run_name="__main__")
 
 
-def test_the_script_compares_what_it_is_given(folders, tmp_path, monkeypatch, capsys):
-    _run_script(
-        monkeypatch, folders["a"], folders["b"], "--num-particles", 20, "--images", 30, "--output", tmp_path / "out"
-    )
-    assert "b is better than a" in capsys.readouterr().out
-    assert (tmp_path / "out" / "comparison.json").exists()
-
-
 def test_without_an_output_the_script_makes_a_folder_of_its_own_each_time(folders, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
@@ -643,12 +582,6 @@ def test_without_an_output_the_script_makes_a_folder_of_its_own_each_time(folder
     made = list((tmp_path / "runs").iterdir())
     assert len(made) == 2
     assert all(folder.name.startswith("compare-table-") and (folder / "comparison.json").exists() for folder in made)
-
-
-def test_the_script_ends_a_refusal_in_one_line(folders, monkeypatch, capsys):
-    with pytest.raises(SystemExit, match="1"):
-        _run_script(monkeypatch, folders["a"])
-    assert capsys.readouterr().err == "error: RUN: expected at least two run folders, got 1\n"
 
 
 def test_the_figure_shows_every_image_and_the_interval():
@@ -661,13 +594,6 @@ def test_the_figure_shows_every_image_and_the_interval():
     histogram = axes[3]
     assert sum(bar.get_height() for bar in histogram.patches if bar.get_height() != 1 or bar.get_x() != 0.2) == 40
     assert [line.get_xdata()[0] for line in histogram.lines] == [0, 0.5]
-
-
-def test_the_written_figure_is_a_picture(folders, tmp_path):
-    _compare(folders, ["a", "b"], tmp_path / "out")
-    picture = imread(tmp_path / "out" / "comparison.png")
-    assert picture.shape[0] > 400
-    assert picture.std() > 0.05
 
 
 def test_a_few_images_far_out_do_not_squeeze_the_histogram_of_many():

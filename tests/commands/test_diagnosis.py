@@ -17,15 +17,15 @@ from ppl_vae.commands import diagnose as diagnosis
 from ppl_vae.commands.cli import parse
 from ppl_vae.commands.diagnose import describe_training, diagnose_run
 from ppl_vae.commands.options import COMMANDS, Diagnose, Report
+from ppl_vae.commands.report import report_run
 from ppl_vae.commands.train import train_run
 from ppl_vae.diagnostics.measurement import measure, summarize_estimate
 from ppl_vae.diagnostics.noise import measure_noise
 from ppl_vae.evidence.importance import IMPORTANCE_NAMES, Importance
 from ppl_vae.parts import likelihoods
-from ppl_vae.reports.run_page import report_run
 from ppl_vae.reports.text.diagnosis import SETTLED_RISE, describe_advice, describe_numbers
 from ppl_vae.runs.evaluations import DIAGNOSIS, read_diagnosis
-from ppl_vae.runs.opening import open_run
+from ppl_vae.runs.open import open_run
 from ppl_vae.runs.results import Diagnosis, to_json
 
 EXPECTED = {

@@ -116,34 +116,6 @@ def test_a_subset_keeps_names_beside_their_images(encode, folder, tmp_path):
 # --- The words ---
 
 
-def test_the_mean_is_said_with_its_error(encode):
-    stored, _, said = encode("test")
-    values = stored["log_likelihood"]
-    stderr = values.std(ddof=1) / math.sqrt(len(values))
-    assert said[0].startswith(f"log-likelihood {values.mean():.2f} ± {stderr:.2f} nats an image: the bound L_10")
-
-
-def test_the_lowest_are_said_by_name_with_what_that_does_not_mean(encode, tmp_path):
-    """An image of noise among the bars is the first of them."""
-    images, _ = bars(8, seed=9)
-    images[3] = np.random.default_rng(0).integers(0, 2, (8, 8))
-    np.save(tmp_path / "mine.npy", images)
-    stored, summary, said = encode(tmp_path / "mine.npy")
-    order = stored["log_likelihood"].argsort()[:5]
-    assert [entry["name"] for entry in summary["lowest"]] == [stored["names"][i] for i in order]
-    assert summary["lowest"][0]["name"] == "3"
-    (line,) = [line for line in said if "lowest log p(x)" in line]
-    assert f"training images: 3 {stored['log_likelihood'][3]:.2f}" in line
-    assert any("does not find outliers" in line and "1810.09136" in line for line in said)
-
-
-def test_one_image_has_no_error_and_is_no_outlier(encode, tmp_path):
-    np.save(tmp_path / "mine.npy", bars(1)[0])
-    _, summary, said = encode(tmp_path / "mine.npy")
-    assert summary["log_likelihood"]["stderr"] is None
-    assert not any("±" in line or "lowest" in line for line in said)
-
-
 # --- The files ---
 
 
@@ -152,32 +124,6 @@ def test_the_runs_own_folder_is_named_after_the_images(encode, folder, tmp_path)
     encode(tmp_path / "mine.npy", output=None)
     names = sorted(path.name for path in (folder / "encodings" / "mine").iterdir())
     assert names == ["encoded.json", "encoded.npz", "latents.png"]
-
-
-def test_the_path_of_the_images_is_written_as_an_absolute_one(encode, tmp_path, monkeypatch):
-    np.save(tmp_path / "mine.npy", bars(5)[0])
-    monkeypatch.chdir(tmp_path)
-    assert encode("mine.npy")[1]["images"] == str(tmp_path / "mine.npy")
-
-
-def test_what_is_replaced_is_said_by_the_path_that_it_was_made_of(encode, tmp_path):
-    """Two files of one stem share their folder."""
-    said = []
-    for number, place in enumerate(("a", "b")):
-        (tmp_path / place).mkdir()
-        np.save(tmp_path / place / "same.npy", bars(5, seed=number)[0])
-        said.append(encode(tmp_path / place / "same.npy", output=None)[2])
-    assert not any("Replaces" in line for line in said[0])
-    (line,) = [line for line in said[1] if "Replaces" in line]
-    assert line.endswith(f"same, of {tmp_path / 'a' / 'same.npy'}.")
-
-
-def test_results_of_which_the_record_is_damaged_are_replaced(encode, folder, tmp_path):
-    np.save(tmp_path / "torn.npy", bars(5)[0])
-    encode(tmp_path / "torn.npy", output=None)
-    (folder / "encodings" / "torn" / "encoded.json").write_text("{")
-    said = encode(tmp_path / "torn.npy", output=None)[2]
-    assert any("Replaces" in line and "not known" in line for line in said)
 
 
 def test_no_record_stands_beside_the_files_of_other_images(encode, folder, tmp_path, monkeypatch):

@@ -16,18 +16,17 @@ from fitting import fit
 from ppl_vae import data, load, runs, save
 from ppl_vae.commands.evaluate import binarization_entropy, evaluate_run, independent_pixels
 from ppl_vae.commands.options import Evaluate, Figures
+from ppl_vae.commands.report import draw_run
 from ppl_vae.commands.train import resume_run, train_run
 from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.evidence.importance import evaluate
-from ppl_vae.reports.run_figures import draw_run
 from ppl_vae.reports.text.evaluation import describe_evaluation
 from ppl_vae.runs.build import build_vae
 from ppl_vae.runs.evaluations import read_evaluation, read_per_image
 from ppl_vae.runs.fit_arguments import initialize_output_bias
-from ppl_vae.runs.opening import Run
+from ppl_vae.runs.open import Run
 from ppl_vae.runs.options import PLAIN, Options
 from ppl_vae.runs.resolve import resolve
-from ppl_vae.runs.results import Quantiles
 
 DATA_DIR = os.environ.get("PPL_VAE_DATA_DIR")
 
@@ -124,24 +123,6 @@ def test_real_numbers_under_a_bernoulli_are_refused_and_leave_nothing(run, tmp_p
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(
-    ("dequantization", "words"),
-    [
-        (None, "Pixels are (level + u) / 256, u uniform"),
-        ("none", "Pixels are levels / 255 here: a density of values on"),
-    ],
-    ids=["dequantized", "on a grid"],
-)
-def test_gray_levels_under_a_normal_are_said_to_be_what_they_are(tmp_path, dequantization, words):
-    levels = np.random.default_rng(0).integers(0, 256, (100, 4, 3), dtype=np.uint8)
-    said: list[str] = []
-    path = str(table(tmp_path, levels))
-    options = replace(SMALL, dataset=path, likelihood="normal", epochs=1, dequantization=dequantization)
-    folder = train_run(options, str(tmp_path / "run"), say=said.append)
-    assert runs.read_json(folder / runs.CONFIG)["options"]["binarization"] == "none"
-    assert any(words in line for line in said)
-
-
 @pytest.mark.parametrize("binarization", ["dynamic", "fixed", "threshold"])
 def test_a_density_of_pixels_that_were_made_zeros_and_ones_is_refused(tmp_path, binarization):
     levels = np.random.default_rng(0).integers(0, 256, (100, 4, 3), dtype=np.uint8)
@@ -233,31 +214,12 @@ def test_numbers_that_evaluation_json_does_not_tell_of_are_not_given(run, tmp_pa
     assert read_per_image(torn, "test") is None
 
 
-def test_a_split_that_was_not_evaluated_has_no_numbers(run):
-    assert read_per_image(run[0], "validation") is None
-
-
 def test_a_damaged_file_of_the_images_numbers_is_refused(run, tmp_path):
     path = tmp_path / runs.per_image("test")
     runs.write_json(tmp_path / runs.EVALUATION, {"test": {}})
     runs.save_tensors(path, {"index": torch.arange(3)}, {"num_particles": 1, "seed": 0, "step": 1})
     with pytest.raises(ValueError, match=r"evaluation-test\.safetensors: damaged: no 'log_evidence' in it"):
         read_per_image(tmp_path, "test")
-
-
-def test_the_iwae_protocol_and_the_seed_of_its_draw_are_said(run):
-    found = replace(read_evaluation(run[0]), protocol="iwae", seed=7)
-    assert "iwae protocol, drawn by seed 7" in "\n".join(describe_evaluation(found))
-
-
-def test_fewer_than_ten_particles_say_nothing_of_ten_times_as_many(run):
-    found = replace(read_evaluation(run[0]), num_particles=5)
-    assert not any("ten times" in line for line in describe_evaluation(found))
-
-
-def test_a_k_hat_that_is_not_known_is_not_said_to_be_large(run):
-    found = replace(read_evaluation(run[0]), num_particles=15, pareto_k=Quantiles(None, None, None))
-    assert "as a floor since k-hat is not known at so few samples," in "\n".join(describe_evaluation(found))
 
 
 def test_a_folder_that_cannot_be_written_to_is_found_before_the_work(run, monkeypatch):

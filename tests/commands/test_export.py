@@ -24,10 +24,10 @@ from ppl_vae.commands.export import export_run
 from ppl_vae.commands.options import COMMANDS, Encode, Export, Sample
 from ppl_vae.commands.sample import sample_run
 from ppl_vae.commands.train import resume_run, train_run
-from ppl_vae.reports import card as model_card
-from ppl_vae.runs.exported import without_data
+from ppl_vae.reports.text import card as model_card
 from ppl_vae.runs.load import read_config, save
-from ppl_vae.runs.options import MODEL_OPTIONS, Options, model_to_json
+from ppl_vae.runs.open import without_data
+from ppl_vae.runs.options import Options, model_to_json
 
 SMALL: dict[str, Any] = {"hidden": (8,), "latent_dim": 2, "prior": "standard-normal"}
 HOSTILE = "x`](javascript:alert(1))\n---\n<script>evil()</script>| # title"
@@ -109,12 +109,6 @@ def test_a_folder_called_as_a_data_set_is_not_exported_as_that() -> None:
     assert model_to_json(Options(dataset="/home/me/mnist"))["dataset"] == "own mnist"
 
 
-def test_an_export_without_training_options_has_the_models(run: Path, exported: Path) -> None:
-    of_run, of_export = read_config(run)[0], read_config(exported)[0]
-    differ = {name for name in MODEL_OPTIONS if getattr(of_run, name) != getattr(of_export, name)}
-    assert differ == {"dataset"}
-
-
 def test_an_export_of_an_export_is_the_same_model(exported: Path, tmp_path: Path) -> None:
     again = export_run(Export(str(exported), output=str(tmp_path / "again")), say=silent)
     for name in ("config.json", "model.safetensors", "evaluation.json"):
@@ -173,12 +167,6 @@ def test_an_export_that_fails_leaves_nothing(run: Path, tmp_path: Path, monkeypa
     assert sorted(path.name for path in run.iterdir()) == before
 
 
-def test_an_empty_folder_is_taken(run: Path, tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    folder = export_run(Export(str(run), output=str(tmp_path / "empty")), say=silent)
-    assert load(folder).likelihood.event_shape == (1, 5, 4)
-
-
 @pytest.mark.parametrize("is_there", [True, False])
 def test_an_export_goes_where_a_link_points_to(run: Path, tmp_path: Path, is_there: bool) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "place")
@@ -188,31 +176,6 @@ def test_an_export_goes_where_a_link_points_to(run: Path, tmp_path: Path, is_the
     assert load(folder).likelihood.event_shape == (1, 5, 4)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "place"]
     assert (tmp_path / "link").is_symlink()
-
-
-def test_links_in_a_circle_are_refused(run: Path, tmp_path: Path) -> None:
-    (tmp_path / "a").symlink_to(tmp_path / "b")
-    (tmp_path / "b").symlink_to(tmp_path / "a")
-    with pytest.raises(ValueError, match="--output: "):
-        export_run(Export(str(run), output=str(tmp_path / "a")), say=silent)
-
-
-@pytest.mark.parametrize("output", [".", "../here"])
-def test_the_current_folder_is_refused_before_the_work(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str
-) -> None:
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    monkeypatch.setattr(export, "load", lambda folder: pytest.fail("the work has begun"))
-    with pytest.raises(ValueError, match=r"expected a folder that can be replaced, got .*, which is the current one"):
-        export_run(Export(str(run), output=output), say=silent)
-    assert [path.name for path in tmp_path.iterdir()] == ["here"]
-
-
-def test_a_mount_point_is_refused_before_the_work(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path)
-    with pytest.raises(ValueError, match="which is a mount point"):
-        export_run(Export(str(run), output=str(tmp_path)), say=silent)
 
 
 @pytest.mark.parametrize(
@@ -292,38 +255,6 @@ def test_every_decimal_of_the_numbers_is_in_the_files(run: Path, exported: Path)
         assert any(f"{value:.{digits}f}" == word.lstrip("-") for value in values), word
 
 
-def test_a_card_says_what_is_missing(run: Path, tmp_path: Path) -> None:
-    copy = tmp_path / "run"
-    shutil.copytree(run, copy)
-    for name in (runs.EVALUATION, runs.ENVIRONMENT, runs.METRICS):
-        (copy / name).unlink()
-    folder = export_run(Export(str(copy), output=str(tmp_path / "out")), say=silent)
-    card = (folder / "README.md").read_text()
-    assert not (folder / runs.EVALUATION).exists()
-    for words in (
-        "There is no evaluation of these weights",
-        "Versions and device are not in the run's files",
-        "How long it took is not in the run's files",
-        "2 epochs by the options; how many were trained is not in the run's files",
-        "There is no certificate",
-    ):
-        assert words in card
-
-
-def test_a_training_that_was_not_finished_is_said(run: Path, tmp_path: Path) -> None:
-    copy = tmp_path / "run"
-    shutil.copytree(run, copy)
-    config = runs.read_json(copy / runs.CONFIG)
-    runs.write_json(copy / runs.CONFIG, config | {"options": config["options"] | {"epochs": 100}})
-    said: list[str] = []
-    folder = export_run(Export(str(copy), output=str(tmp_path / "out")), say=said.append)
-    words = "2 of 100 epochs: the training was not finished"
-    card = (folder / "README.md").read_text()
-    assert words in card
-    assert "100 epochs," not in card
-    assert f"{words}; train_svi.py --resume {copy} goes on." in said
-
-
 def test_epochs_of_a_training_from_python_are_those_of_its_records(run: Path, tmp_path: Path) -> None:
     records = runs.read_metrics(run)[:1]
     vae, of_run = load(run), read_config(run)[0]
@@ -332,20 +263,6 @@ def test_epochs_of_a_training_from_python_are_those_of_its_records(run: Path, tm
     card = (export_run(Export(str(folder), output=str(tmp_path / "out")), say=said.append) / "README.md").read_text()
     assert "- 1 epoch." in card
     assert not any("not finished" in line for line in said)
-
-
-def test_a_card_says_data_protocol_and_seed(exported: Path) -> None:
-    card = (exported / "README.md").read_text()
-    config = json.loads((exported / "config.json").read_text())
-    for words in (
-        config["data"]["sha256"],
-        "Splits: as the data names them",
-        "Seed 0",
-        "2 epochs",
-        "bernoulli",
-        "(1, 5, 4)",
-    ):
-        assert words in card
 
 
 def test_a_hostile_name_stays_in_its_code_span(run: Path) -> None:

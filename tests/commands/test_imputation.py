@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +12,7 @@ import torch
 from PIL import Image
 from small_run import SMALL, bars, save_bars, train_small
 
-from ppl_vae import load, runs
+from ppl_vae import load
 from ppl_vae.commands import impute as imputation
 from ppl_vae.commands.encode import encode_images
 from ppl_vae.commands.impute import hide_half, imputations_figure, impute_images, read_mask
@@ -275,39 +271,11 @@ def test_a_refused_mask_leaves_no_folder(impute, images, tmp_path):
 # --- What is said ---
 
 
-def test_how_much_is_missing_is_said(impute, images):
-    x = bars(10, seed=9)[0].astype(float)
-    x[:4, :4] = NAN
-    said = impute(images(x))[2]
-    assert "128 of 640 pixels are missing (20%), in 10 images." in said
-    assert "Without a missing pixel: 6, imputed as they are." in said
-
-
-def test_that_nothing_is_missing_is_said(impute):
-    stored, summary, said = impute("test", images=4)
-    assert "No pixel is missing in 4 images" in said
-    assert stored["mask"].all()
-    assert summary["log_likelihood_hidden"] is None
-
-
-def test_that_nothing_is_observed_is_said(impute, images):
-    x = np.full((3, 8, 8), NAN)
-    x[2] = 0
-    stored, _, said = impute(images(x))
-    assert "Without an observed pixel: 2, imputed by draws of the model" in said
-    np.testing.assert_allclose(stored["log_likelihood_observed"][:2], 0, atol=1e-6)
-
-
 def test_few_effective_particles_are_a_warning(impute):
     """With two particles an image has at most two effective ones, and with pixels missing all are counted."""
     _, summary, said = impute("test", hide="top", images=6, num_particles=2)
     assert summary["few_particles"] == 6
     assert "Unreliable: 6 of 6 images with missing pixels have fewer than 5 effective particles of 2." in said
-
-
-def test_many_effective_particles_are_no_warning(impute, images):
-    """An image of holes alone has weights of one: as many effective particles as there are."""
-    assert "Unreliable" not in impute(images(np.full((2, 8, 8), NAN)))[2]
 
 
 def test_hidden_pixels_have_no_score_where_an_image_has_other_holes(impute, images):
@@ -342,22 +310,6 @@ def test_a_table_is_imputed_without_a_picture(impute, table, images, tmp_path):
     assert not (tmp_path / "out" / "imputations.png").exists()
 
 
-def test_the_paths_of_images_and_mask_are_written_as_absolute_ones(impute, images, tmp_path, monkeypatch):
-    images(bars(3)[0])
-    images(np.ones((8, 8)), "mask.npy")
-    monkeypatch.chdir(tmp_path)
-    summary = impute("mine.npy", mask="mask.npy")[1]
-    assert (summary["images"], summary["mask"]) == (str(tmp_path / "mine.npy"), str(tmp_path / "mask.npy"))
-
-
-def test_what_is_replaced_is_said_by_what_it_was_made_of(impute, folder, images):
-    shutil.rmtree(folder / "imputations", ignore_errors=True)
-    first = impute("test", hide="left", images=2, output=None)[2]
-    second = impute(images(bars(3)[0]), hide="left", output=None)[2]
-    assert "Replaces" not in first
-    assert f"Replaces the results in {folder / 'imputations'}, of test." in second.splitlines()
-
-
 def test_no_record_stands_beside_the_files_of_other_images(impute, folder, monkeypatch):
     """A second imputation ends between its files: imputations.json, which says what they are of, is gone."""
 
@@ -381,10 +333,6 @@ def test_nothing_of_the_run_changes_but_its_folder_imputations(impute, folder):
     impute("test", hide="left", images=3, output=None)
     assert contents() == before
     assert (folder / "imputations" / "imputed.npz").exists()
-
-
-def test_the_step_of_the_weights_is_written(impute, folder):
-    assert impute("test", hide="left", images=2)[1]["step"] == runs.load_step(folder / runs.MODEL)
 
 
 # --- The figure ---
@@ -434,15 +382,3 @@ def test_images_with_holes_are_drawn_first():
 
 
 # --- The script ---
-
-
-def test_the_script_imputes_from_its_command_line(folder, tmp_path):
-    script = Path(__file__).parents[2] / "scripts" / "impute.py"
-    words = ["validation", "--hide", "bottom", "--images", "3", "--num-draws", "2", "--output", str(tmp_path / "out")]
-    done = subprocess.run(
-        [sys.executable, str(script), str(folder), *words], capture_output=True, encoding="utf-8", cwd=tmp_path
-    )
-    assert done.returncode == 0, done.stderr
-    assert "96 of 192 pixels are missing (50%), in 3 images." in done.stdout
-    with np.load(tmp_path / "out" / "imputed.npz") as stored:
-        assert stored["draws"].shape == (2, 3, 1, 8, 8)

@@ -16,6 +16,7 @@ from ppl_vae import load, runs
 from ppl_vae.commands import compare_networks as network_table
 from ppl_vae.commands.compare_networks import compare_networks
 from ppl_vae.runs.options import PLAIN, Options
+from ppl_vae.runs.results import to_json
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "compare_networks.py"
 
@@ -39,7 +40,7 @@ def options(tmp_path_factory):
 def compare(options, folder, *, networks=("mlp", "conv"), **changes):
     said = []
     asked = {"minutes": 0.01, "run_dir": str(folder / "runs"), "output": str(folder / "table.json")} | changes
-    return compare_networks(networks, options, say=said.append, **asked), said
+    return to_json(compare_networks(networks, options, say=said.append, **asked)), said
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +68,7 @@ def test_the_table_is_written_and_said(table):
 
 @pytest.mark.parametrize(("seconds", "epochs"), [(0.19, 3), (0.31, 1), (50.0, 1)])
 def test_epochs_fill_the_minutes_that_were_asked_for(options, tmp_path, monkeypatch, seconds, epochs):
-    monkeypatch.setattr(network_table, "seconds_an_epoch", lambda options: seconds)
+    monkeypatch.setattr(network_table, "seconds_per_epoch", lambda options: seconds)
     rows, _ = compare(options, tmp_path, networks=("mlp",), minutes=0.01)
     assert rows[0]["epochs"] == epochs
 
@@ -78,7 +79,7 @@ def test_an_epochs_time_is_that_of_all_its_images(options, monkeypatch):
     monkeypatch.setattr(network_table.time, "perf_counter", lambda: float(next(ticks)))
     monkeypatch.setattr(network_table, "_CALIBRATION_STEPS", 2)
     num_train, num_timed = 240, 2 * options.batch_size
-    assert network_table.seconds_an_epoch(options) == pytest.approx(num_train / num_timed)
+    assert network_table.seconds_per_epoch(options) == pytest.approx(num_train / num_timed)
 
 
 def test_a_table_that_is_asked_for_again_takes_its_runs_as_they_are(table, options):

@@ -15,17 +15,16 @@ from ppl_vae import data, load, runs, save
 from ppl_vae.commands import options as command_options
 from ppl_vae.commands.cli import parse
 from ppl_vae.commands.evaluate import evaluate_run
-from ppl_vae.commands.options import COMMANDS, Evaluate, Sample
-from ppl_vae.commands.sample import sample_run
+from ppl_vae.commands.options import COMMANDS, Evaluate
 from ppl_vae.commands.train import resume_run
 from ppl_vae.runs import load as stored
 from ppl_vae.runs.build import build_vae
 from ppl_vae.runs.load import load_starting_weights, read_config
-from ppl_vae.runs.opening import open_run
+from ppl_vae.runs.load import ship as ship_run
+from ppl_vae.runs.open import open_run
 from ppl_vae.runs.options import Options
 from ppl_vae.runs.resolve import resolve
 from ppl_vae.runs.results import to_json
-from ppl_vae.runs.shipped import ship as ship_run
 
 ROOT = Path(__file__).parents[2]
 OPTIONS = Options(network="mlp", hidden=(8,), latent_dim=2)
@@ -142,13 +141,6 @@ def test_its_evaluation_makes_the_number_again_beside_the_package(trained, shipp
     assert contents(shipped) == before
 
 
-def test_a_script_that_writes_takes_it(shipped):
-    before = contents(shipped)
-    sample_run(Sample("small", num_samples=2, device="cpu", seed=0, output=None), say=silent)
-    assert any((Path("runs/small") / "samples").iterdir())
-    assert contents(shipped) == before
-
-
 def test_its_copy_is_made_and_told_of_once(shipped):
     said: list[str] = []
     assert open_run("small", say=said.append).folder == Path("runs/small")
@@ -156,10 +148,6 @@ def test_its_copy_is_made_and_told_of_once(shipped):
     open_run("small", say=said.append)
     assert said == ["small is a pretrained run of the package; its copy runs/small takes what is made of it."]
     assert runs.read_evaluations(Path("runs/small")) == {"mine": {}}
-
-
-def test_the_packages_own_folder_is_copied_too(shipped):
-    assert open_run(str(shipped), say=silent).folder == Path("runs/small")
 
 
 def test_a_copy_that_was_interrupted_is_made_whole(shipped, monkeypatch):

@@ -24,7 +24,7 @@ from ppl_vae.commands.options import Evaluate
 from ppl_vae.evidence import importance as evidence
 from ppl_vae.evidence.importance import evaluate
 from ppl_vae.runs import block_store
-from ppl_vae.runs.opening import open_run
+from ppl_vae.runs.open import open_run
 from ppl_vae.runs.options import Options
 from ppl_vae.runtime import batching
 from ppl_vae.runtime.batching import images_per_group

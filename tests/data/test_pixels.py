@@ -22,7 +22,7 @@ from ppl_vae.reports.text.evaluation import describe_evaluation
 from ppl_vae.runs.build import build_likelihood
 from ppl_vae.runs.evaluations import read_evaluation
 from ppl_vae.runs.load import load
-from ppl_vae.runs.opening import evaluated_vae, open_run
+from ppl_vae.runs.open import evaluated_vae, open_run
 from ppl_vae.runs.options import LIKELIHOODS, Options
 from ppl_vae.runs.resolve import check_support, choose_evaluated_pixels, choose_pixels, describe_scale, resolve
 

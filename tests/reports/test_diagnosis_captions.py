@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 from small_run import SMALL, save_bars, train_small
 
-from ppl_vae.reports.run_page import _picture
-from ppl_vae.runs.opening import open_run
+from ppl_vae.reports.text.captions import figure_caption
+from ppl_vae.runs.open import open_run
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,7 @@ def caption(tmp_path_factory):
         "VAE": train_small(place / "vae", options),
         "autoencoder": train_small(place / "autoencoder", replace(options, posterior="delta", beta=0.0)),
     }
-    return lambda kind, name: _picture(open_run(str(made[kind])), name).caption
+    return lambda kind, name: figure_caption(open_run(str(made[kind])), name)
 
 
 OF_A_VAE = {

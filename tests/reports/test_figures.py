@@ -17,13 +17,16 @@ from small_run import SMALL, save_bars, train_small
 
 from ppl_vae import VAE, Conditional, data, load, log_weights, runs
 from ppl_vae.commands.options import Figures
+from ppl_vae.commands.report import draw_run
+from ppl_vae.evidence.moments import PosteriorMoments
 from ppl_vae.parts.likelihoods import Bernoulli
 from ppl_vae.parts.networks import MLP
 from ppl_vae.parts.priors import Mixture, StandardNormal
+from ppl_vae.reports import latents_figure as latents
 from ppl_vae.reports import run_figures as figures
 from ppl_vae.reports.display import Display, display_of
-from ppl_vae.reports.run_figures import draw_run, figure_names, is_drawn
-from ppl_vae.runs.opening import Run, open_run
+from ppl_vae.reports.run_figures import figure_names, is_drawn
+from ppl_vae.runs.open import Run, open_run
 from ppl_vae.runs.options import Options
 
 with torch.random.fork_rng(devices=[]):
@@ -202,10 +205,10 @@ def test_latents_without_labels_are_of_one_color(draw):
 def test_the_latents_of_the_highest_kl_are_shown_and_named():
     torch.manual_seed(0)
     mean = torch.randn(500, 4) * torch.tensor([0.1, 3.0, 0.0, 2.0])
-    codes = figures.PosteriorMoments(mean, torch.ones(500, 4))
+    codes = PosteriorMoments(mean, torch.ones(500, 4))
     prior = torch.distributions.Independent(torch.distributions.Normal(torch.zeros(4), torch.ones(4)), 1)
-    use = figures.use_of_latents(VAE(lambda: prior, None, lambda x: prior), mean, codes)
-    axes = figures.latents_figure(codes, use, prior, what="image").axes[0]
+    use = latents.measure_latent_use(VAE(lambda: prior, None, lambda x: prior), mean, codes)
+    axes = latents.latents_figure(codes, use, prior, kind="image").axes[0]
     kl = mean.square().mean(0) / 2  # of normals with the prior's scale
     assert axes.get_xlabel() == f"z1, KL {kl[1]:.2f} nats"
     assert axes.get_ylabel() == f"z3, KL {kl[3]:.2f} nats"
@@ -213,10 +216,10 @@ def test_the_latents_of_the_highest_kl_are_shown_and_named():
 
 
 def test_one_latent_is_shown_on_a_line():
-    codes = figures.PosteriorMoments(torch.randn(30, 1, generator=torch.Generator().manual_seed(0)), torch.ones(30, 1))
+    codes = PosteriorMoments(torch.randn(30, 1, generator=torch.Generator().manual_seed(0)), torch.ones(30, 1))
     prior = torch.distributions.Independent(torch.distributions.Normal(torch.zeros(1), torch.ones(1)), 1)
-    use = figures.use_of_latents(VAE(lambda: prior, None, lambda x: prior), codes.mean, codes)
-    axes = figures.latents_figure(codes, use, prior, what="image").axes[0]
+    use = latents.measure_latent_use(VAE(lambda: prior, None, lambda x: prior), codes.mean, codes)
+    axes = latents.latents_figure(codes, use, prior, kind="image").axes[0]
     assert sum(bar.get_height() for bar in axes.patches) == 30
 
 
@@ -290,7 +293,7 @@ def rows(figure):
 def test_traversals_are_of_the_used_latents_but_of_one_at_least(draw, kl, num_used, monkeypatch):
     above, below = kl.max().item(), kl.min().item()
     threshold = {0: 2 * above, 1: (above + below) / 2, 2: below / 2}[num_used]
-    monkeypatch.setattr(figures, "UNUSED_NATS", threshold)
+    monkeypatch.setattr(latents, "UNUSED_NATS", threshold)
     figure = draw("traversals.png")
     assert rows(figure) == [f"z{i}" for i in kl.argsort(descending=True).tolist()][: max(1, num_used)]
     title = figure._suptitle.get_text()
@@ -327,18 +330,18 @@ def test_the_plane_says_how_its_grid_was_chosen(run, prior, words):
 
 
 def test_latents_under_a_prior_that_is_no_normal_are_ranked_by_their_variance_in_its_unit():
-    codes = figures.PosteriorMoments(torch.tensor([[-1.0, -1.0], [1.0, 1.0]]), torch.ones(2, 2))
+    codes = PosteriorMoments(torch.tensor([[-1.0, -1.0], [1.0, 1.0]]), torch.ones(2, 2))
     q = torch.distributions.Independent(torch.distributions.Normal(codes.mean, codes.scale), 1)
-    found = figures.use_of_latents(VAE(MIXTURE, None, lambda x: q), codes.mean, codes)
+    found = latents.measure_latent_use(VAE(MIXTURE, None, lambda x: q), codes.mean, codes)
     np.testing.assert_allclose(found.values, 2 / MIXTURE().variance.detach().numpy(), rtol=1e-5)
-    assert (found.word, found.unit) == ("variance", "")
+    assert (found.name, found.unit) == ("variance", "")
 
 
 def test_a_prior_that_is_no_normal_is_drawn_by_its_draws():
-    codes = figures.PosteriorMoments(torch.tensor([[-1.0, -1.0], [1.0, 1.0]]), torch.ones(2, 2))
-    use = figures.Use(torch.tensor([0.3, 0.2]), "", "variance", "", 0.01)
+    codes = PosteriorMoments(torch.tensor([[-1.0, -1.0], [1.0, 1.0]]), torch.ones(2, 2))
+    use = latents.LatentUse(torch.tensor([0.3, 0.2]), "variance", "", "", 0.01)
     torch.manual_seed(0)
-    axes = figures.latents_figure(codes, use, MIXTURE(), what="image").axes[0]
+    axes = latents.latents_figure(codes, use, MIXTURE(), kind="image").axes[0]
     assert not list(axes.patches)
     z = np.asarray(axes.collections[0].get_offsets())
     error = MIXTURE().variance.detach().sqrt().numpy() / math.sqrt(len(z))

@@ -95,46 +95,6 @@ def two_tiles(level, height, width):
     return np.asarray(axes.get_images()[0].get_array())
 
 
-@pytest.mark.parametrize(("height", "width"), [(2, 2), (1, 60), (60, 1), (28, 28), (12, 30), (4, 200), (256, 256)])
-def test_margins_between_images_are_white_and_thin_in_both_directions(height, width):
-    picture = two_tiles(0.0, height, width)
-    middle = picture.shape[1] // 2
-    assert (picture[[0, -1]] == 1).all()
-    assert (picture[:, [0, middle - 1, middle, -1]] == 1).all()
-    assert min(picture.shape) >= 50
-    assert (picture > 0).mean() < 0.15
-
-
-@pytest.mark.parametrize("size", [(28, 28), (4, 200), (300, 300)])
-@pytest.mark.parametrize("level", [0.0, 0.5, 0.75, 1.0])
-def test_images_of_any_level_are_told_apart(level, size):
-    """Somewhere between two of them the picture is a fifth of the range away from both."""
-    row = two_tiles(level, *size)
-    row = row[len(row) // 2]
-    between = row[len(row) // 4 : 3 * len(row) // 4]
-    assert np.abs(between - level).max() >= 0.2
-
-
-def test_margins_grow_with_the_pixels_of_an_image():
-    """Else they would vanish where the picture is made smaller: at least a hundredth of an image in all."""
-    picture = two_tiles(0.0, 600, 600)
-    assert (picture[300] > 0).mean() >= 0.01
-
-
-@pytest.mark.parametrize("shape", [(1, 28, 28), (1, 1, 300), (3, 300, 1), (3, 256, 256)])
-def test_a_figure_fits_on_a_screen(shape):
-    rows = {f"row {i}": gray(*[0.5] * 12, shape=shape) for i in range(10)}
-    width, height = plots.image_rows(rows, title="t").get_size_inches()
-    assert max(width, height) < 18
-
-
-def test_a_long_title_is_not_cut():
-    figure = plots.image_rows({"a": gray(0.1)}, title=60 * "word ")
-    figure.draw_without_rendering()
-    box = figure._suptitle.get_window_extent()
-    assert 0 <= box.x0 < box.x1 <= figure.bbox.width
-
-
 def test_a_planes_second_coordinate_points_upwards():
     images = np.stack([gray(0.1, 0.2), gray(0.3, 0.4)])
     axes = plots.image_plane(images, x=[-1, 1], y=[-2, 2], names=("a", "b"), title="t").axes[0]
@@ -165,12 +125,6 @@ def test_classes_without_names_are_their_numbers():
     assert [part.get_label() for part in axes.collections] == ["3", "7"]
 
 
-def test_classes_have_different_colors():
-    points = np.zeros((20, 2))
-    axes = plots.latent_plane(points, classes=np.arange(20), **PLANE).axes[0]
-    assert len({tuple(part.get_facecolor()[0]) for part in axes.collections}) == 20
-
-
 def test_without_classes_all_points_are_of_one_color():
     axes = plots.latent_plane(POINTS, **PLANE).axes[0]
     (part,) = axes.collections
@@ -185,15 +139,6 @@ def test_more_classes_than_colors_are_only_counted():
         counted, prior = words(figure.legends[0].get_texts())
         assert counted == "40 classes,\none color each"
         assert prior.startswith("prior: ")
-
-
-@pytest.mark.parametrize("letters", [1, 20, 25, 40])
-def test_names_of_classes_and_of_latents_are_not_cut(letters):
-    figure = plots.latent_plane(POINTS, classes=np.zeros(4, int), class_names=[letters * "x"], **PLANE)
-    figure.draw_without_rendering()
-    box = figure.legends[0].get_window_extent()
-    assert figure.axes[0].get_window_extent().x1 <= box.x0 < box.x1 <= figure.bbox.width
-    assert figure.axes[0].yaxis.label.get_window_extent().x0 >= 0
 
 
 def test_the_priors_scales_are_drawn_around_its_mean():
@@ -246,16 +191,6 @@ HISTOGRAMS = {
 }
 
 
-@pytest.mark.parametrize("what", HISTOGRAMS)
-def test_counts_of_images_are_whole_numbers(what):
-    ticks = HISTOGRAMS[what]().get_yticks()
-    assert ticks.tolist() == np.round(ticks).tolist()
-
-
-def test_of_two_models_the_vertical_axis_is_named_as_such():
-    assert words(differences()[0].texts) == ["above the line: the vertical axis has the better run"]
-
-
 def test_examples_stand_above_their_captions():
     examples = {"highest": (gray(0.1, 0.2), ["one", "two"]), "lowest": (gray(0.3, 0.4), ["three", "four"])}
     figure = plots.likelihood_histogram(np.zeros(4), mean=0, stderr=0, name="L", title="t", examples=examples)
@@ -277,16 +212,6 @@ def test_a_bound_is_drawn_over_its_particles_with_its_errors():
         np.testing.assert_allclose(lengths, 2 * np.array(stderr), atol=1e-12)
         assert axes.get_xscale() == "log"
     assert list(left.lines[-1].get_ydata()) == [-90.0, -90.0]
-
-
-def test_the_legend_of_a_bound_covers_nothing():
-    bound = ([-90.0, -88.0, -87.5], [9.0, 9.0, 9.0])
-    figure = plots.bound_by_particles([1, 10, 100], bound=bound, gain=bound, title="t")
-    figure.draw_without_rendering()
-    axes = figure.axes[0]
-    legend, title = (part.get_window_extent() for part in (axes.get_legend(), figure._suptitle))
-    assert legend.y0 >= axes.get_window_extent().y1
-    assert legend.y1 <= title.y0
 
 
 # --- Training ---
@@ -328,11 +253,6 @@ def test_the_best_epoch_is_marked():
 def test_without_validation_the_objective_stands_alone():
     (axes,) = plots.training_curves([record(1, 130.0), record(2, 110.0)], title="t").axes
     assert curves(axes) == {"training objective (the ELBO)": [-130.0, -110.0]}
-
-
-def test_an_annealed_objective_is_not_called_the_elbo():
-    records = [record(1, 130.0) | {"beta": 0.5}, record(2, 110.0)]
-    assert "training objective (beta = 1 is the ELBO)" in curves(plots.training_curves(records, title="t").axes[0])
 
 
 def test_a_record_that_lacks_a_number_is_no_curve():

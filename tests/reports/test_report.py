@@ -17,7 +17,7 @@ from small_run import SMALL, save_bars, train_small
 
 from ppl_vae.commands.cli import parse
 from ppl_vae.commands.options import COMMANDS, Report
-from ppl_vae.reports.run_page import report_run
+from ppl_vae.commands.report import report_run
 
 
 def silent(line: str) -> None:

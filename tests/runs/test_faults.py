@@ -42,7 +42,7 @@ from safetensors.torch import load_file, save_file
 from ppl_vae import load, runs
 from ppl_vae.runs.checkpoints import mend_states, mend_weights, newest_checkpoint
 from ppl_vae.runs.evaluations import is_evaluated
-from ppl_vae.runs.opening import open_run
+from ppl_vae.runs.open import open_run
 from ppl_vae.runs.options import Options
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="commands are forked")
@@ -447,7 +447,7 @@ def test_nothing_is_downloaded_into_a_folder_that_a_config_names(
         raise ValueError("no data")
 
     hostile(copy, data_dir=str(tmp_path), dataset="kmnist")
-    monkeypatch.setattr("ppl_vae.runs.opening.load_splits", refuse)
+    monkeypatch.setattr("ppl_vae.runs.open.load_splits", refuse)
     for data_dir in (None, str(tmp_path)):
         with pytest.raises(ValueError, match="no data"):
             open_run(str(copy), data_dir=data_dir)

@@ -18,7 +18,7 @@ from ppl_vae.data.registry import SPLITS
 from ppl_vae.reports.text.certificate import describe_certificate
 from ppl_vae.reports.text.evaluation import describe_evaluation
 from ppl_vae.runs.build import build_vae, is_autoencoder
-from ppl_vae.runs.opening import Run
+from ppl_vae.runs.open import Run
 from ppl_vae.runs.options import is_export
 from ppl_vae.runs.results import Evaluation, from_json
 

@@ -1,4 +1,4 @@
-"""A run folder with the data that it was trained on."""
+"""A run with its data: opened, and the images that it is asked about."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from ppl_vae import data, runs
+from ppl_vae.data.registry import SPLITS
 from ppl_vae.evidence.dequantization import dequantized
 from ppl_vae.runs.build import build_likelihood, is_autoencoder
-from ppl_vae.runs.load import is_from_python, load, read_config
-from ppl_vae.runs.options import Options
+from ppl_vae.runs.load import copy_pretrained, find_run_folder, is_from_python, load, read_config
+from ppl_vae.runs.options import Options, is_export
 from ppl_vae.runs.resolve import (
     check_support,
     choose_evaluated_pixels,
@@ -23,7 +26,6 @@ from ppl_vae.runs.resolve import (
     load_splits,
 )
 from ppl_vae.runs.results import Provenance
-from ppl_vae.runs.shipped import copy_pretrained
 from ppl_vae.runtime.ranks import Say
 from ppl_vae.vae import VAE
 
@@ -159,3 +161,108 @@ def open_run(
 def _stored_data_dir(options: Options) -> str | None:
     """The folder of named data sets that a config tells of, where it is there: what a config names is never made."""
     return options.data_dir if options.data_dir is not None and os.path.isdir(options.data_dir) else None
+
+
+# --- Exports ---
+
+
+def open_with_or_without(run_dir: str, *, dataset: str | None, data_dir: str | None, say: Say) -> Run:
+    """A run as ``open_run``; an export without its data, unless it is said where that is.
+
+    Raises:
+        ValueError: as ``open_run``.
+    """
+    folder = find_run_folder(run_dir)
+    told = dataset is not None or data_dir is not None
+    if told or not (folder / runs.CONFIG).is_file() or not is_export(runs.read_json(folder / runs.CONFIG)):
+        return open_run(run_dir, dataset=dataset, data_dir=data_dir, say=say)
+    return without_data(folder)
+
+
+def without_data(folder: Path) -> Run:
+    """A run or an export whose splits have their kind and their shape, and no images.
+
+    Raises:
+        ValueError: it is damaged, or says nothing of the kind of its data.
+    """
+    options, seen = read_config(folder)
+    kind = runs.read_json(folder / runs.CONFIG)["data"].get("kind")
+    if kind not in data.KINDS:
+        raise ValueError(
+            f"{folder / runs.CONFIG}: damaged: expected a kind of data ({', '.join(data.KINDS)}), got {kind!r}"
+        )
+    dtype = torch.uint8 if kind in (data.BINARY, data.LEVELS) else torch.float32
+    none = torch.empty((0, *seen["event_shape"]), dtype=dtype)
+    splits = data.Splits(
+        name=Path(options.dataset).name,
+        kind=kind,
+        train=none,
+        validation=none,
+        test=none,
+        sha256=seen["sha256"],
+        split="none is here",
+        protocol=options.protocol,
+    )
+    return Run(folder, options, splits, from_python=is_from_python(folder))
+
+
+# --- Given images ---
+
+
+def _check_support(run: Run, source: str, x: Tensor) -> None:
+    """Refuses pixels that the run's likelihood has no probability for; levels and binarized pixels always fit."""
+    family = build_likelihood(run.options, run.splits.event_shape)
+    seen = x[~x.isnan()]
+    if run.evaluated_pixels == "none" and not family.support.check(seen).all():
+        raise ValueError(
+            f"{source}: expected pixels that are {family.support_words}, got values from {float(seen.min()):.4g} to "
+            f"{float(seen.max()):.4g}"
+        )
+
+
+class Images(NamedTuple):
+    """Some of the N images of a split or a path.
+
+    Args:
+        source: the split's name, or the path as an absolute one.
+        x: (n, *E) as the model sees them, NaN where a pixel is missing.
+        labels: (n,) int64, or None where there are none.
+        names: (n), of files, or places among the N.
+        places: (n,) int64, their places among the N, ascending.
+        num_found: N.
+        notes: sentences for the user about how the images were read.
+    """
+
+    source: str
+    x: Tensor
+    labels: Tensor | None
+    names: tuple[str, ...]
+    places: Tensor
+    num_found: int
+    notes: tuple[str, ...] = ()
+
+
+def images_of(run: Run, images_path: str, *, most: int | None, seed: int) -> Images:
+    """A split by its name, or a file or folder of images brought to the run's shape by its own --fit.
+
+    Args:
+        most: a fixed random subset of that many; None takes all.
+        seed: of the binarization, where it draws anew.
+
+    Raises:
+        ValueError: a split without images, files that cannot be read, or images that do not fit the run's data.
+    """
+    notes: tuple[str, ...] = ()
+    if images_path in SPLITS:
+        source, labels = images_path, run.splits.labels.get(images_path)
+        x = data.evaluation_images(run.splits, images_path, run.evaluated_pixels, seed=seed)
+        names = tuple(str(i) for i in range(len(x)))
+    else:
+        source = str(Path(images_path).resolve())
+        x, labels, names, notes = data.load_images(
+            images_path, run.splits, run.evaluated_pixels, seed=seed, fit=run.options.fit
+        )
+        _check_support(run, source, x)
+    places = data.subset(len(x), most)
+    kept = tuple(names[i] for i in places.tolist())
+    return Images(source, x[places], None if labels is None else labels[places], kept, places, len(x), notes)

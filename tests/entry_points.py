@@ -8,7 +8,7 @@ from fitting import fit as fit_vae
 from ppl_vae import diagnostics, objectives
 from ppl_vae.commands import sample as sampling
 from ppl_vae.diagnostics import exploration
-from ppl_vae.evidence import ais, gaps, guide_calibration, missing, moments
+from ppl_vae.evidence import ais, chains, gaps, guide_calibration, missing, moments
 from ppl_vae.evidence import importance as evidence
 from ppl_vae.evidence.adaptive import estimate_adaptively
 from ppl_vae.evidence.refinement import refine_proposal
@@ -47,9 +47,9 @@ SCORES = {
 
 # The others: they draw, decode or encode, or are losses, whose images ``fit`` checks.
 OTHERS = {
-    "ais.images_a_block": lambda vae, x: ais.images_a_block(vae, x, 2),
+    "ais.images_per_block": lambda vae, x: ais.images_per_block(vae, x, 2),
     "ais.simulate": lambda vae, x: ais.simulate(vae, 3),
-    "ais.start_of": lambda vae, x: ais.start_of(vae, "guide"),
+    "chains.resolve_start": lambda vae, x: chains.resolve_start(vae, "guide"),
     "diagnostics.holes": lambda vae, x: diagnostics.holes(vae, x, torch.zeros(9, 2).to(x), torch.zeros(9, 2).to(x)),
     "diagnostics.latent_kl": lambda vae, x: diagnostics.latent_kl(vae, x),
     "moments.decode_mean": lambda vae, x: moments.decode_mean(vae, torch.zeros(3, 2).to(x)),

@@ -351,7 +351,7 @@ def anneal_simulated_images(
 
 def images_per_block(context: StageContext, x: Tensor, chain: Chain) -> int:
     """Blocks of nearly equal size, small enough that all chains of a block fit into one pass of the decoder."""
-    return even_block_size(len(x), min(CHAIN_BLOCK, ais.images_a_block(context.vae, x, chain.chains)))
+    return even_block_size(len(x), min(CHAIN_BLOCK, ais.images_per_block(context.vae, x, chain.chains)))
 
 
 def _adapt_annealing(context: StageContext, x: Tensor, chain: Chain, advance: Count, compiled: bool) -> ais.Annealing:

@@ -16,7 +16,7 @@ from ppl_vae.commands import certificate_numbers as numbers
 from ppl_vae.commands import certificate_stages as stages
 from ppl_vae.commands.certificate_stages import AISSummary, Chain, StageContext
 from ppl_vae.commands.options import Certify
-from ppl_vae.evidence.ais import start_of
+from ppl_vae.evidence.chains import resolve_start
 from ppl_vae.evidence.gaps import Gaps
 from ppl_vae.evidence.typicality import guarded
 from ppl_vae.reports.certificate_figures import certificate_figures
@@ -165,7 +165,7 @@ def _plan(run: Run, vae: VAE, options: Certify, say: Say) -> Plan:
     if options.images > len(x):
         say(f"--images {options.images:,}: the {options.split} split has {len(x):,}, and all are taken.")
     index = data.subset(len(x), options.images)
-    chain = Chain(options.temperatures, options.leapfrogs, options.chains, start_of(vae, options.start))
+    chain = Chain(options.temperatures, options.leapfrogs, options.chains, resolve_start(vae, options.start))
     if chain.start != options.start:
         say(
             f"--start {options.start}: the guide's density is slow to compute except at its own samples. The "

@@ -13,7 +13,7 @@ import pytest
 
 from ppl_vae.commands.cli import iterate_fields, parse, read_config_file
 from ppl_vae.commands.options import AIS_STARTS, COMMANDS, Evaluate, Train
-from ppl_vae.evidence import ais
+from ppl_vae.evidence import chains
 from ppl_vae.runs.fields import format_flag
 from ppl_vae.runs.options import PLAIN, Options, to_json
 
@@ -123,7 +123,7 @@ def test_every_option_of_train_survives_the_command_line() -> None:
 
 
 def test_the_starts_of_annealing_are_those_that_ais_knows() -> None:
-    assert AIS_STARTS == ais.STARTS
+    assert AIS_STARTS == chains.STARTS
 
 
 # --- Config files ---

@@ -418,4 +418,4 @@ def test_simulated_images_have_the_moments_of_the_model():
 
 def test_a_block_holds_fewer_images_the_more_chains():
     vae, x = _built(), _binary()
-    assert ais.images_a_block(vae, x, 4) == 4 * ais.images_a_block(vae, x, 16) > 0
+    assert ais.images_per_block(vae, x, 4) == 4 * ais.images_per_block(vae, x, 16) > 0

@@ -21,9 +21,10 @@ from ppl_vae.parts.posteriors import DiagonalNormal
 from ppl_vae.parts.priors import StandardNormal
 from ppl_vae.support import check_support
 
-MODULES = [f"evidence.{name}" for name in ("adaptive", "ais", "gaps", "guide_calibration", "importance", "missing")]
-MODULES += ["evidence.moments", "evidence.proposals", "evidence.refinement", "weights", "objectives", "commands.sample"]
+MODULES = [f"evidence.{name}" for name in ("adaptive", "ais", "chains", "gaps", "guide_calibration", "importance")]
+MODULES += [f"evidence.{name}" for name in ("missing", "moments", "proposals", "refinement")]
 MODULES += [f"diagnostics.{name}" for name in ("aggregate", "exploration", "latents", "pixel_calibration")]
+MODULES += ["weights", "objectives", "commands.sample"]
 
 
 def _binary(num_images=4):

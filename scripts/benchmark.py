@@ -293,7 +293,7 @@ def under_likelihoods(words: Sequence[str], splits: Splits, device: torch.device
             records[word] = {
                 "first_seconds": time.perf_counter() - started,
                 "first_loss": first,
-                "features_a_pixel": setting.features_a_pixel,
+                "features_per_pixel": setting.features_per_pixel,
             }
             contestants.append((steps, records[word]))
         a, b = (records[word]["first_loss"] for records in results.values())
@@ -341,7 +341,7 @@ def likelihood_table(results: dict[str, Any]) -> list[str]:
     lines = [f"| likelihood | features a pixel | {' | '.join(results)} |", "|---" * (len(results) + 2) + "|"]
     for word, record in results[CAPTURED].items():
         cells = [cell(records[word], "ratio") for records in results.values()]
-        lines.append(f"| `{word}` | {record['features_a_pixel']} | {' | '.join(cells)} |")
+        lines.append(f"| `{word}` | {record['features_per_pixel']} | {' | '.join(cells)} |")
     return lines
 
 

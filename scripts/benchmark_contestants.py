@@ -256,7 +256,7 @@ class Setting:
         self._images = stored.to(device)
         self._batches = _batches(self._images, options.batch_size)
         decoder: Any = vae.likelihood
-        self.features_a_pixel = decoder.family.num_features // math.prod(splits.event_shape)
+        self.features_per_pixel = decoder.family.num_features // math.prod(splits.event_shape)
 
     def steps(self, *, captured: bool) -> Steps:
         """Steps from the first weights, by a copy of them."""

@@ -205,7 +205,7 @@ def test_the_readmes_cost_of_a_likelihood_is_the_stored_measurement():
     captured, eager = (result[f"ppl_vae, {how}"] for how in ("captured", "eager"))
     for word in LIKELIHOODS:
         assert (
-            f"| `{word}` | {captured[word]['features_a_pixel']} | {captured[word]['median_ms']:.3g} "
+            f"| `{word}` | {captured[word]['features_per_pixel']} | {captured[word]['median_ms']:.3g} "
             f"({captured[word]['ratio']:.2f}) | {eager[word]['median_ms']:.3g} ({eager[word]['ratio']:.2f}) |"
         ) in README
 

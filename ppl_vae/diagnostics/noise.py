@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ppl_vae.diagnostics.values import CannotMeasure
 from ppl_vae.parts.likelihoods import Categorical, DiscretizedLogisticMixture
-from ppl_vae.parts.likelihoods.family import independent_pixels
+from ppl_vae.parts.likelihoods.base import independent_pixels
 from ppl_vae.runtime.batching import images_per_pass
 from ppl_vae.runtime.global_state import seeded
 

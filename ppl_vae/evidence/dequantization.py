@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from ppl_vae.data import NUM_LEVELS, clamp_to_unit_interval, dequantize_uniformly
-from ppl_vae.parts.likelihoods.family import independent_pixels
+from ppl_vae.parts.likelihoods.base import independent_pixels
 from ppl_vae.parts.likelihoods.level_mass import has_exact_mass, log_level_mass
 from ppl_vae.runtime.batching import floats_per_pixel
 from ppl_vae.runtime.errors import check_count

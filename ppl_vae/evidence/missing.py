@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ppl_vae.evidence.proposals import DefensiveMixture
-from ppl_vae.parts.likelihoods.family import independent_pixels
+from ppl_vae.parts.likelihoods.base import independent_pixels
 from ppl_vae.runtime.batching import images_per_pass, latents_per_pass
 from ppl_vae.runtime.errors import NotFinite, check_count
 from ppl_vae.runtime.global_state import seeded, serialize_threads

@@ -254,14 +254,6 @@ class Flow(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(layers)
 
-    @classmethod
-    def of_couplings(cls, dim: int, *, coupling: Callable[..., nn.Module], num_layers: int, hidden: Widths) -> Flow:
-        """num_layers times an elementwise affine map, a coupling and a permutation, and an affine map at the end."""
-        layers: list[nn.Module] = []
-        for _ in range(num_layers):
-            layers += [ElementwiseAffine(dim), coupling(dim, hidden=hidden), Permutation(dim)]
-        return cls([*layers, ElementwiseAffine(dim)])
-
     def forward(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """u: (..., L) -> y (..., L) and log |det dy/du|, (...)."""
         total = u.new_zeros(u.shape[:-1])
@@ -277,6 +269,21 @@ class Flow(nn.Module):
             y, log_volume = layer.inverse(y)  # type: ignore[operator]
             total = total + log_volume
         return y, total
+
+
+def stack_couplings(dim: int, *, coupling: Callable[..., nn.Module], num_layers: int, hidden: Widths) -> Flow:
+    """num_layers times an elementwise affine map, a coupling and a permutation, and an affine map at the end.
+
+    Args:
+        dim: L.
+        coupling: ``affine_coupling`` or ``spline_coupling``.
+        num_layers: The number of couplings.
+        hidden: Widths of the hidden layers of each coupling's network.
+    """
+    layers: list[nn.Module] = []
+    for _ in range(num_layers):
+        layers += [ElementwiseAffine(dim), coupling(dim, hidden=hidden), Permutation(dim)]
+    return Flow([*layers, ElementwiseAffine(dim)])
 
 
 class Pushforward(TorchDistribution):

@@ -112,12 +112,12 @@ class VampMixture(dist.MixtureSameFamily):
             return self.posterior(self.pseudo_images[index]).sample().reshape(shape)
 
 
-class Flow(nn.Module):
+class FlowPrior(nn.Module):
     """p(z) of z = f(u), u ~ N(0, I), f a normalizing flow: log p(z) = log N(f^-1(z)) + log |det df^-1/dz|.
 
     Args:
         latent_dim: L.
-        flow: f of L latents; see ``flows.Flow.of_couplings``.
+        flow: f of L latents; see ``flows.stack_couplings``.
 
     Reference: Dinh et al. 2017, arXiv 1605.08803; as a prior Chen et al. 2017, arXiv 1611.02731, Xu et al. 2019,
     arXiv 1905.13452.
@@ -136,7 +136,7 @@ class Flow(nn.Module):
 
 def coupling_flow_prior(
     latent_dim: int, *, coupling: Callable[..., nn.Module], num_layers: int, hidden: Sequence[int]
-) -> Flow:
+) -> FlowPrior:
     """A flow prior of couplings that alternate between the two halves of z.
 
     Args:
@@ -145,5 +145,5 @@ def coupling_flow_prior(
         num_layers: The number of couplings.
         hidden: Widths of the hidden layers of each coupling's network.
     """
-    flow = flows.Flow.of_couplings(latent_dim, coupling=coupling, num_layers=num_layers, hidden=hidden)
-    return Flow(latent_dim, flow=flow)
+    flow = flows.stack_couplings(latent_dim, coupling=coupling, num_layers=num_layers, hidden=hidden)
+    return FlowPrior(latent_dim, flow=flow)

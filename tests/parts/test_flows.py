@@ -18,18 +18,18 @@ from ppl_vae.parts import registry
 from ppl_vae.parts.flows import (
     SPLINE_BOUND,
     ElementwiseAffine,
-    Flow,
     Permutation,
     Pushforward,
     rational_quadratic_spline,
+    stack_couplings,
 )
 from ppl_vae.parts.priors import StandardNormal
 
 COUPLINGS = {word: part.load() for word, part in registry.COUPLINGS.items()}
 
 
-def _of_couplings(name, dim, *, num_layers=3, hidden=(8,)):
-    return Flow.of_couplings(dim, coupling=COUPLINGS[name], num_layers=num_layers, hidden=hidden)
+def _couplings(name, dim, *, num_layers=3, hidden=(8,)):
+    return stack_couplings(dim, coupling=COUPLINGS[name], num_layers=num_layers, hidden=hidden)
 
 
 LAYERS = {
@@ -37,8 +37,8 @@ LAYERS = {
     "permutation": Permutation,
     "affine": lambda dim: COUPLINGS["affine"](dim, hidden=(8, 8)),
     "spline": lambda dim: COUPLINGS["spline"](dim, hidden=(8,)),
-    "flow of affine": lambda dim: _of_couplings("affine", dim),
-    "flow of spline": lambda dim: _of_couplings("spline", dim),
+    "flow of affine": lambda dim: _couplings("affine", dim),
+    "flow of spline": lambda dim: _couplings("spline", dim),
 }
 HALVED = [name for name in LAYERS if name not in ("elementwise", "permutation")]
 SHAPES = [(name, dim) for name in LAYERS for dim in (1, 2, 3, 8) if dim > 1 or name not in HALVED]
@@ -167,7 +167,7 @@ def test_no_weights_scale_a_latent_by_more_than_the_bound():
 @torch.no_grad()
 def test_the_order_of_a_permutation_is_saved_with_the_weights():
     torch.manual_seed(0)
-    one, other = _of_couplings("affine", 20), _of_couplings("affine", 20)
+    one, other = _couplings("affine", 20), _couplings("affine", 20)
     u = torch.randn(3, 20)
     assert not torch.equal(one(u)[0], other(u)[0])
     other.load_state_dict(one.state_dict())
@@ -194,7 +194,7 @@ def test_a_layer_stays_finite_far_outside_in_single_precision(name, way):
 def test_a_flow_of_many_layers_inverts_in_single_precision(name):
     """Ten couplings of 40 latents, as the prior's defaults have them."""
     torch.manual_seed(0)
-    flow = at_random(_of_couplings(name, 40, num_layers=10, hidden=(256,)), size=0.02).float()
+    flow = at_random(_couplings(name, 40, num_layers=10, hidden=(256,)), size=0.02).float()
     u = torch.randn(500, 40)
     y, log_volume = flow(u)
     back, log_volume_back = flow.inverse(y)
@@ -340,7 +340,7 @@ SMALL = {"affine": 0.3, "spline": 0.25}  # so that points of a grid lie closer t
 
 def _pushforward(name, *, dim=2):
     torch.manual_seed(0)
-    flow = at_random(_of_couplings(name, dim, num_layers=2), size=SMALL[name])
+    flow = at_random(_couplings(name, dim, num_layers=2), size=SMALL[name])
     return Pushforward(StandardNormal(dim).double()(), flow)
 
 

@@ -15,8 +15,8 @@ from likelihood_cases import CASES, COLOR
 from torch.testing import assert_close
 
 from ppl_vae.parts import likelihoods
-from ppl_vae.parts.likelihoods.stirling import stirling_remainder
 from ppl_vae.runtime import capture
+from ppl_vae.runtime.numerics import stirling_remainder
 
 GRID = [sign * size for size in (1e-3, 1.0, 10.0, 100.0, 1e3, 1e4) for sign in (1, -1)] + [0.0]
 NUM_CORNERS = 1000

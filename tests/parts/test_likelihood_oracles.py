@@ -14,7 +14,7 @@ import torch
 from torch.testing import assert_close
 
 from ppl_vae.parts import likelihoods
-from ppl_vae.parts.likelihoods.features import planes, unbounded
+from ppl_vae.parts.likelihoods.base import planes, unbounded
 from ppl_vae.runtime.numerics import bounded
 
 EVENT = (1, 2, 3)

@@ -20,10 +20,10 @@ from torch.testing import assert_close
 
 from ppl_vae import VAE, Conditional, log_weights, objectives
 from ppl_vae.parts import registry
-from ppl_vae.parts.flows import Flow as Layers
+from ppl_vae.parts.flows import stack_couplings
 from ppl_vae.parts.networks import MLP, Standardized
 from ppl_vae.parts.posteriors import DiagonalNormal, FullNormal
-from ppl_vae.parts.priors import Flow, Mixture, StandardNormal, VampPrior
+from ppl_vae.parts.priors import FlowPrior, Mixture, StandardNormal, VampPrior
 from ppl_vae.runs.build import build_vae
 from ppl_vae.runs.fit_arguments import initialize_output_bias
 from ppl_vae.runs.options import PRIORS, Options
@@ -40,7 +40,7 @@ def _guide(L, family=DiagonalNormal):
 def _flow(name):
     def prior(L, guide):
         coupling = COUPLINGS[name]
-        return Flow(L, flow=Layers.of_couplings(L, coupling=coupling, num_layers=2, hidden=(8,)))
+        return FlowPrior(L, flow=stack_couplings(L, coupling=coupling, num_layers=2, hidden=(8,)))
 
     return prior
 

@@ -133,7 +133,7 @@ PARTS: dict[str, Callable[[Any, Any], nn.Module]] = {
     "ConvDecoder": lambda n, widths: networks.ConvDecoder(
         n(3), (n(1), n(8), n(8)), n(64), channels=widths, hidden=widths
     ),
-    "flow prior": lambda n, widths: flows.Flow.of_couplings(
+    "flow prior": lambda n, widths: flows.stack_couplings(
         n(4), coupling=flows.affine_coupling, num_layers=n(2), hidden=widths
     ),
     "iaf": lambda n, widths: posteriors.inverse_autoregressive_flow(

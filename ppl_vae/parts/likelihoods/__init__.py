@@ -10,8 +10,7 @@ likelihood's own parameters, if it has any, and returns the h of the pixels' mar
 second.
 """
 
-from ppl_vae.parts.likelihoods.binary import Bernoulli
-from ppl_vae.parts.likelihoods.counts import NegativeBinomial, Poisson
+from ppl_vae.parts.likelihoods.counts import Bernoulli, NegativeBinomial, Poisson
 from ppl_vae.parts.likelihoods.independent import fit_independent_pixels
 from ppl_vae.parts.likelihoods.levels import Binomial, Categorical, DiscretizedLogistic
 from ppl_vae.parts.likelihoods.logit import Logit, LogitNormal, has_quantiles

@@ -1,4 +1,4 @@
-"""Likelihoods of counts 0, 1, 2, ...: masses."""
+"""Likelihoods of zeros and ones, and of counts 0, 1, 2, ...: masses."""
 
 from __future__ import annotations
 
@@ -10,16 +10,38 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from ppl_vae import data
-from ppl_vae.parts.likelihoods.family import Pixels
-from ppl_vae.parts.likelihoods.features import unbounded
-from ppl_vae.parts.likelihoods.pixel import Pixel
-from ppl_vae.parts.likelihoods.stirling import HALF_LOG_TWO_PI, stirling_remainder
-from ppl_vae.runtime.numerics import bounded, mean_and_variance, sum_over_images
+from ppl_vae.parts.likelihoods.base import Pixel, Pixels, unbounded
+from ppl_vae.runtime.numerics import HALF_LOG_TWO_PI, bounded, mean_and_variance, stirling_remainder, sum_over_images
 
 _LOG_MEAN_LIMIT = 15.0
 _LARGEST_MEAN = 3e6  # of a fit; features can reach exp(15) = 3.27 million, but have hardly a gradient there
 _LOG_TOTAL_LIMIT = 9.0
 _COUNTS_WORDS = "whole numbers from 0 on"
+
+
+class Bernoulli(Pixels):
+    """p(x | h) = prod_d sigmoid(h_d)^{x_d} (1 - sigmoid(h_d))^{1 - x_d}, for x in {0, 1}^E.
+
+    Features are logits: probabilities would saturate in float32 and lose both value and gradient. Gray pixels are not
+    on the support: a Bernoulli of a fraction is no density (its integral is below one), and they are refused.
+
+    Args:
+        event_shape: E, the shape of an image, such as (1, 28, 28).
+    """
+
+    support = constraints.boolean
+    support_words = "0 or 1"
+    measure = "mass"
+    data_kind = data.BINARY
+
+    def pixel(self, logits: Tensor) -> dist.Bernoulli:
+        """Of logits."""
+        return dist.Bernoulli(logits=logits)
+
+    def fit_marginals(self, x: Tensor) -> Tensor:
+        """h_d = logit((1 + sum_n x_nd) / (2 + N)), each pixel's rate, Laplace-smoothed. x: (N, *E) -> (prod(E),)."""
+        rate = (1 + sum_over_images(x.flatten(1))) / (2 + len(x))
+        return rate.logit().float()
 
 
 def _log_mean_features(mean: Tensor) -> Tensor:
@@ -154,7 +176,7 @@ class NegativeBinomial(Pixels):
     support_words = _COUNTS_WORDS
     measure = "mass"
     data_kind = data.COUNTS
-    features_a_pixel = 2
+    features_per_pixel = 2
     floats_per_pixel = 24
 
     def pixel(self, a: Tensor, b: Tensor) -> StableNegativeBinomial:

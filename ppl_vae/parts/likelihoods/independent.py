@@ -12,12 +12,11 @@ from torch import Tensor
 
 from ppl_vae import data
 from ppl_vae.data import NUM_LEVELS
+from ppl_vae.parts.likelihoods.base import ascend, level_counts, median_and_deviation, unbounded
 from ppl_vae.parts.likelihoods.counts import NegativeBinomial, Poisson, StableNegativeBinomial, StablePoisson
-from ppl_vae.parts.likelihoods.features import unbounded
 from ppl_vae.parts.likelihoods.level_mass import log_level_mass
 from ppl_vae.parts.likelihoods.levels import PIXELS_AT_ONCE, Categorical, LevelCategorical
 from ppl_vae.parts.likelihoods.logit import Logit, LogitNormal, Sigmoid
-from ppl_vae.parts.likelihoods.marginals import ascend, level_counts, median_and_deviation
 from ppl_vae.parts.likelihoods.real import Laplace, Normal, NormalFixed, NormalOptimal, NormalPerPixel, StudentT
 from ppl_vae.parts.likelihoods.unit_interval import Beta, ContinuousBernoulli
 from ppl_vae.runtime.numerics import bounded, mean_and_variance, sum_over_images
@@ -128,7 +127,7 @@ def _fit_negative_binomial(x: Tensor) -> StableNegativeBinomial:
 
 def _fit_unit_interval(family: Beta | ContinuousBernoulli, x: Tensor) -> Any:
     """A beta or a continuous Bernoulli for each pixel of levels, x (N, *E) dequantized."""
-    start = family.fit_marginals(x).unflatten(-1, (family.features_a_pixel, -1))
+    start = family.fit_marginals(x).unflatten(-1, (family.features_per_pixel, -1))
     if isinstance(family, Beta):
         return _fit_levels(lambda h, a, b: family.pixel(a + h[0], b + h[1]), list(start), 2, x.flatten(1))
     return _fit_levels(lambda h, logit: family.pixel(logit * h[0].exp()), list(start), 1, x.flatten(1))

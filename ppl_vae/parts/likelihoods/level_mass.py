@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ppl_vae.data import NUM_LEVELS
 from ppl_vae.parts.likelihoods.logit import Sigmoid
-from ppl_vae.parts.likelihoods.stirling import HALF_LOG_TWO_PI, stirling_remainder
 from ppl_vae.parts.likelihoods.unit_interval import StableBeta, StableContinuousBernoulli
+from ppl_vae.runtime.numerics import HALF_LOG_TWO_PI, stirling_remainder
 
 _FRACTION_DEPTH = 16  # of the incomplete beta function's continued fraction: right to 1e-12 for the densities here
 _NUM_NODES = 10  # of the Gauss-Legendre rule within one level of a Beta

@@ -14,10 +14,7 @@ from torch.nn.functional import logsigmoid
 
 from ppl_vae import data
 from ppl_vae.data import NUM_LEVELS
-from ppl_vae.parts.likelihoods.family import Pixels
-from ppl_vae.parts.likelihoods.features import unbounded
-from ppl_vae.parts.likelihoods.marginals import ascend, level_counts
-from ppl_vae.parts.likelihoods.pixel import Pixel
+from ppl_vae.parts.likelihoods.base import Pixel, Pixels, ascend, level_counts, unbounded
 from ppl_vae.runtime.numerics import bounded, sum_over_images
 
 TOP = NUM_LEVELS - 1  # the highest level
@@ -272,7 +269,7 @@ class DiscretizedLogistic(Pixels):
     support_words = LEVELS_WORDS
     measure = "mass"
     data_kind = data.LEVELS
-    features_a_pixel = 2
+    features_per_pixel = 2
     floats_per_pixel = 13
 
     def pixel(self, loc: Tensor, feature: Tensor) -> LevelLogistic:

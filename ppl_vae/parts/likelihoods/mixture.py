@@ -13,7 +13,7 @@ from torch.distributions import constraints
 
 from ppl_vae import data
 from ppl_vae.data import NUM_LEVELS
-from ppl_vae.parts.likelihoods.features import planes
+from ppl_vae.parts.likelihoods.base import level_counts, planes
 from ppl_vae.parts.likelihoods.levels import (
     CENTER,
     LEVELS,
@@ -28,7 +28,6 @@ from ppl_vae.parts.likelihoods.levels import (
     logistic_log_scale,
     logistic_moments,
 )
-from ppl_vae.parts.likelihoods.marginals import level_counts
 from ppl_vae.runtime.errors import check_count
 
 _EM_STEPS = 20

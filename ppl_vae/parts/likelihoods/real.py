@@ -11,9 +11,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from ppl_vae import data
-from ppl_vae.parts.likelihoods.family import Pixels
-from ppl_vae.parts.likelihoods.features import unbounded
-from ppl_vae.parts.likelihoods.marginals import median_and_deviation
+from ppl_vae.parts.likelihoods.base import Pixels, median_and_deviation, unbounded
 from ppl_vae.runtime.numerics import bounded, location_and_spread, mean_and_variance
 
 MAX_LOG_SCALE = 7.0  # of ``NormalPerPixel``, in units
@@ -191,7 +189,7 @@ class NormalPerPixel(_InUnits):
     Reference: Kingma and Welling 2014, arXiv 1312.6114, appendix C.2; the bounds are ours.
     """
 
-    features_a_pixel = 2
+    features_per_pixel = 2
     floats_per_pixel = 9
 
     def pixel(self, loc: Tensor, feature: Tensor) -> dist.Normal:

@@ -12,12 +12,8 @@ from torch.distributions import constraints
 from torch.nn.functional import logsigmoid
 
 from ppl_vae import data
-from ppl_vae.parts.likelihoods.family import Pixels
-from ppl_vae.parts.likelihoods.features import unbounded
-from ppl_vae.parts.likelihoods.marginals import ascend, mean_logs
-from ppl_vae.parts.likelihoods.pixel import Pixel
-from ppl_vae.parts.likelihoods.stirling import HALF_LOG_TWO_PI, stirling_remainder
-from ppl_vae.runtime.numerics import bounded, mean_and_variance, polynomial
+from ppl_vae.parts.likelihoods.base import Pixel, Pixels, ascend, mean_logs, unbounded
+from ppl_vae.runtime.numerics import HALF_LOG_TWO_PI, bounded, mean_and_variance, polynomial, stirling_remainder
 
 
 class _OpenUnitInterval(constraints.Constraint):
@@ -220,7 +216,7 @@ class Beta(Pixels):
     support_words = "numbers between 0 and 1, neither of them"
     measure = "density"
     data_kind = data.UNIT_INTERVAL
-    features_a_pixel = 2
+    features_per_pixel = 2
     floats_per_pixel = 24
 
     def pixel(self, a: Tensor, b: Tensor) -> StableBeta:

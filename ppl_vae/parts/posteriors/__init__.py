@@ -4,16 +4,22 @@ Each has ``event_shape``, ``num_features`` (what the network's last layer must g
 distribution with batch shape ``h.shape[:-1]`` and event shape (L,).
 """
 
-from ppl_vae.parts.posteriors.flow import Flow, flow_posterior, inverse_autoregressive_flow, spline_flow
-from ppl_vae.parts.posteriors.normal import DiagonalNormal, FullNormal
-from ppl_vae.parts.posteriors.point import Delta
-from ppl_vae.parts.posteriors.scales import MAX_LOG_SCALE, bounded_log_scale, exponential_log_scale, softplus_log_scale
+from ppl_vae.parts.posteriors.flow import FlowPosterior, flow_posterior, inverse_autoregressive_flow, spline_flow
+from ppl_vae.parts.posteriors.normal import (
+    MAX_LOG_SCALE,
+    Delta,
+    DiagonalNormal,
+    FullNormal,
+    bounded_log_scale,
+    exponential_log_scale,
+    softplus_log_scale,
+)
 
 __all__ = [
     "MAX_LOG_SCALE",
     "Delta",
     "DiagonalNormal",
-    "Flow",
+    "FlowPosterior",
     "FullNormal",
     "bounded_log_scale",
     "exponential_log_scale",

@@ -1,23 +1,135 @@
-"""Posteriors that a normalizing flow makes of a normal: an image says where, how wide, and of what shape."""
+"""Flow posteriors: a normal followed by autoregressive layers, whose parameters depend on the image."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
+from torch.nn.functional import linear
 
-from ppl_vae.parts.flows import affine, spline
-from ppl_vae.parts.posteriors.autoregressive import Autoregressive
-from ppl_vae.parts.posteriors.own_draw import CachedLogProb
-from ppl_vae.parts.posteriors.scales import bounded_log_scale
-from ppl_vae.runtime.errors import Widths, check_count
+from ppl_vae.parts.flows import Univariate, affine, spline
+from ppl_vae.parts.posteriors.normal import CachedLogProb, bounded_log_scale
+from ppl_vae.runtime.errors import Widths, check_count, check_widths
 
 
-class Flow(nn.Module):
+class MaskedLinear(nn.Linear):
+    """y = (W * mask) u + b.
+
+    Args:
+        mask: (outputs, inputs), whether an output sees an input.
+    """
+
+    mask: Tensor
+
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__(mask.shape[1], mask.shape[0])
+        self.register_buffer("mask", mask.to(self.weight.dtype), persistent=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., inputs) -> (..., outputs)."""
+        return linear(input, self.weight * self.mask, self.bias)
+
+
+class MaskedNetwork(nn.Module):
+    """h_l = net_l({u_m: order_m < order_l}, c): one network with features for every latent, its weights masked.
+
+    A hidden unit of degree d sees the latents of order below d, and is seen by those of order d and above; degrees are
+    spread evenly, and those of degree 0 see the context alone. The context enters the first layer as a sum, so that it
+    is multiplied once an image and not once a particle. At first h = 0.
+
+    Args:
+        order: L integers from 0.
+        num_features: F, of each latent.
+        context_dim: C.
+        hidden: widths of the hidden layers, at least one.
+
+    Raises:
+        ValueError: no hidden layer.
+
+    Reference: Germain et al. 2015 (MADE), arXiv 1502.03509, equations 8 to 11; the even degrees and the context as in
+    Papamakarios et al. 2017, arXiv 1705.07057, section 3.4.
+    """
+
+    def __init__(self, order: Sequence[int], *, num_features: int, context_dim: int, hidden: Widths) -> None:
+        super().__init__()
+        hidden = check_widths("hidden", hidden)
+        if not hidden:
+            raise ValueError("hidden: expected at least one width, got none")
+        passes, of_latents = max(order) + 1, torch.tensor(order)
+        degrees = [torch.arange(width) * passes // width for width in hidden]
+        masks = [degrees[0][:, None] > of_latents]
+        masks += [after[:, None] >= before for before, after in pairwise(degrees)]
+        masks += [of_latents.repeat_interleave(num_features)[:, None] >= degrees[-1]]
+        self.num_features = num_features
+        self.context = nn.Linear(context_dim, hidden[0], bias=False)
+        self.first = MaskedLinear(masks[0])
+        self.further = nn.Sequential(*(nn.Sequential(nn.ReLU(), MaskedLinear(mask)) for mask in masks[1:-1]))
+        self.output = MaskedLinear(masks[-1])
+        with torch.no_grad():
+            self.output.weight.zero_()
+            self.output.bias.zero_()
+
+    def forward(self, u: Tensor, context: Tensor) -> Tensor:
+        """u: (..., L), context: (..., C) -> (..., L, F)."""
+        h = self.further(self.first(u) + self.context(context))
+        return self.output(h.relu()).to(u.dtype).unflatten(-1, (-1, self.num_features))
+
+
+class Autoregressive(nn.Module):
+    """y_l = t(u_l; h_l), h_l = net_l({u_m: order_m < order_l}, c): triangular, so that log |det dy/du| is a sum.
+
+    u to y takes one pass of the network; y to u takes as many as there are different numbers in the order: L where
+    each latent has its own, 2 where one half is mapped by the other (a coupling). At first y = u.
+
+    Args:
+        order: L integers from 0: what each latent is mapped by is of a lower order.
+        univariate: t, of ``num_features`` features, monotone in its argument.
+        num_features: F.
+        context_dim: C.
+        hidden: widths of the network's hidden layers.
+
+    Reference: Kingma et al. 2016, arXiv 1606.04934; as one layer with its couplings in Papamakarios et al. 2021,
+    arXiv 1912.02762, section 3.1.
+    """
+
+    order: Tensor
+
+    def __init__(
+        self,
+        order: Sequence[int],
+        *,
+        univariate: Univariate,
+        num_features: int,
+        context_dim: int,
+        hidden: Widths,
+    ) -> None:
+        super().__init__()
+        self.univariate = univariate
+        self.passes = max(order) + 1
+        self.register_buffer("order", torch.tensor(order), persistent=False)
+        self.net = MaskedNetwork(order, num_features=num_features, context_dim=context_dim, hidden=hidden)
+
+    def forward(self, u: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        """u: (..., L), context: (..., C) -> y (..., L) and log |det dy/du|, (...)."""
+        y, log_slope = self.univariate(u, self.net(u, context), False)
+        return y, log_slope.sum(-1)
+
+    def inverse(self, y: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        """y: (..., L), context: (..., C) -> u (..., L) and log |det du/dy|, (...)."""
+        u = torch.zeros_like(y)
+        for index in range(self.passes - 1):
+            found, _ = self.univariate(y, self.net(u, context), True)
+            u = torch.where(self.order == index, found, u)  # the others are of latents that are not known yet
+        u, log_slope = self.univariate(y, self.net(u, context), True)
+        return u, log_slope.sum(-1)
+
+
+class FlowPosterior(nn.Module):
     """q(z | h) of z = loc + scale f(u; c), u ~ N(0, I), with h = (loc, feature, c) and log scale = g(feature).
 
     log q(z | h) = log N(u; 0, I) - log |det df/du| - sum_l log scale_l. f acts on noise and not on z, so that a
@@ -128,7 +240,7 @@ def inverse_autoregressive_flow(
     num_layers: int,
     hidden: Widths,
     log_scale: Callable[[Tensor], Tensor] = bounded_log_scale,
-) -> Flow:
+) -> FlowPosterior:
     """The flow of affine layers in which every latent is mapped by all those before it, in turns from either end.
 
     A draw and its density take one pass a layer; the density at any other z takes L, one after the other. At first it
@@ -139,7 +251,7 @@ def inverse_autoregressive_flow(
         context_dim: C.
         num_layers: of f.
         hidden: widths of each layer's hidden layers.
-        log_scale: as in ``Flow``.
+        log_scale: as in ``FlowPosterior``.
 
     Reference: Kingma et al. 2016, arXiv 1606.04934, section 4.
     """
@@ -154,7 +266,7 @@ def inverse_autoregressive_flow(
         )
         for index in range(num_layers)
     ]
-    return Flow(latent_dim, layers, context_dim=context_dim, log_scale=log_scale)
+    return FlowPosterior(latent_dim, layers, context_dim=context_dim, log_scale=log_scale)
 
 
 def spline_flow(
@@ -165,7 +277,7 @@ def spline_flow(
     hidden: Widths,
     num_bins: int = 8,
     log_scale: Callable[[Tensor], Tensor] = bounded_log_scale,
-) -> Flow:
+) -> FlowPosterior:
     """The flow of spline couplings: one half of the latents by the context, the other by the first half as well.
 
     A draw and its density take one pass a layer; the density at any other z takes two. Layers come in pairs that swap
@@ -179,7 +291,7 @@ def spline_flow(
         num_layers: of f.
         hidden: widths of each layer's hidden layers.
         num_bins: K, of each spline.
-        log_scale: as in ``Flow``.
+        log_scale: as in ``FlowPosterior``.
 
     Reference: Durkan et al. 2019, arXiv 1906.04032, section 3; which half is which is ours.
     """
@@ -194,7 +306,7 @@ def spline_flow(
         )
         for index in range(num_layers)
     ]
-    return Flow(latent_dim, layers, context_dim=context_dim, log_scale=log_scale)
+    return FlowPosterior(latent_dim, layers, context_dim=context_dim, log_scale=log_scale)
 
 
 def _half(latent_dim: int, index: int) -> list[int]:
@@ -206,11 +318,11 @@ def _half(latent_dim: int, index: int) -> list[int]:
 def flow_posterior(
     latent_dim: int,
     *,
-    flow: Callable[..., Flow],
+    flow: Callable[..., FlowPosterior],
     num_layers: int,
     hidden: Sequence[int],
     log_scale: Callable[[Tensor], Tensor] = bounded_log_scale,
-) -> Flow:
+) -> FlowPosterior:
     """A normal followed by layers that see the image: ``hidden[0]`` features of it.
 
     Args:

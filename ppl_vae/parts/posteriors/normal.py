@@ -1,4 +1,4 @@
-"""Normal posteriors: with independent latents, and with a full covariance."""
+"""Normal and deterministic posteriors, the maps to their scales, and draws that remember their density."""
 
 from __future__ import annotations
 
@@ -10,9 +10,50 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 from torch.distributions import Independent, MultivariateNormal, Normal, register_kl
+from torch.nn.functional import softplus
 
-from ppl_vae.parts.posteriors.own_draw import CachedLogProb
-from ppl_vae.parts.posteriors.scales import bounded_log_scale
+from ppl_vae.runtime.numerics import bounded
+
+# |log scale| never exceeds this: scales lie between 0.0009 and 1,097.
+MAX_LOG_SCALE = 7.0
+
+
+def bounded_log_scale(h: Tensor) -> Tensor:
+    """log sigma = 7 tanh(h / 7): the map from a feature to a latent's log-scale, in the shape of h.
+
+    It has slope one at h = 0, where it gives sigma = 1, the prior's scale; it is smooth, with a gradient for every
+    feature up to |h| = 60 in float32; and it is bounded. An unbounded exp(h) overflows the KL after one bad step (at
+    h = 50, sigma^2 = 10^43), and lets a scale vanish, where log q(z | x) is infinite; softplus cannot overflow, but its
+    slope makes small scales slow to learn and needs an epsilon at the bottom. A posterior narrower than 0.0009 prior
+    scales cannot be expressed.
+
+    Source: ours.
+    """
+    return bounded(h, MAX_LOG_SCALE)
+
+
+def exponential_log_scale(h: Tensor) -> Tensor:
+    """log sigma = h, sigma = exp(h): the map of most published code, in the shape of h. It has no bound either way.
+
+    Reference: Kingma and Welling 2014, arXiv 1312.6114, appendix C.2 (there h = log sigma^2).
+    """
+    return h
+
+
+_SOFTPLUS_OFFSET = math.log(math.e - 1)  # softplus of it is 1, so that h = 0 gives the prior's scale
+_LEAST_SOFTPLUS = (
+    1.1e-19  # whose square is a normal float32: a KL takes it, and that of softplus(-55) is 0, a KL of inf
+)
+
+
+def softplus_log_scale(h: Tensor) -> Tensor:
+    """log sigma = log softplus(h + log(e - 1)): linear where exp overflows, exp where scales are small.
+
+    In the shape of h. Slope in log sigma at h = 0: 1 - 1/e. Below h = -44 sigma stays at 1.1e-19, with no gradient.
+
+    Source: common practice; the offset is ours, so that h = 0 gives sigma = 1 as the other maps do.
+    """
+    return softplus(h + _SOFTPLUS_OFFSET).clamp(min=_LEAST_SOFTPLUS).log()
 
 
 class DiagonalNormal(nn.Module):
@@ -108,3 +149,57 @@ def _kl_full_diagonal(q: MultivariateNormal, p: Independent) -> Tensor:
     log_ratio = s.log() - T.diagonal(dim1=-2, dim2=-1).log()
     spread = (T / s[..., None]).square().sum(-1)
     return (log_ratio + (spread + ((q.loc - factors.loc) / s).square() - 1) / 2).sum(-1)
+
+
+class Delta(nn.Module):
+    """q(z | h) = delta(z - h): the deterministic guide of a plain autoencoder.
+
+    It has no density: a model with it has reconstructions, and neither an ELBO nor a log-likelihood. Trained with the
+    latent sites' weight 0, the loss is -log p(x | z(x)).
+
+    Args:
+        latent_dim: L.
+
+    Reference: Hinton and Salakhutdinov 2006.
+    """
+
+    def __init__(self, latent_dim: int) -> None:
+        super().__init__()
+        self.event_shape = (latent_dim,)
+        self.num_features = latent_dim
+
+    def forward(self, h: Tensor) -> dist.Delta:
+        """h: (..., L) -> batch shape (...), event shape (L,)."""
+        return dist.Delta(h, event_dim=1)
+
+
+class CachedLogProb:
+    """A draw z of a distribution and log q(z), which it knows from the noise that z was made of.
+
+    It lives with the distribution, one call of the guide, and not with the module: nothing passes from one call to
+    another. As a function of the parameters log q(z) is the whole one, along z too; whoever wants the slope in z alone
+    asks for the density at ``z.detach()``.
+
+    Args:
+        z: (..., L).
+        log_q: (...) nats.
+    """
+
+    def __init__(self, z: Tensor, log_q: Tensor) -> None:
+        self._z = z
+        self._log_q = log_q
+        self._had_gradients = torch.is_grad_enabled()
+        self._marks = _marks(z)
+
+    def log_density(self, z: Tensor) -> Tensor | None:
+        """log q(z), (...) nats, where z is this very draw; else None.
+
+        None, too, where the draw has changed since, or where a gradient is wanted that it was made without.
+        """
+        knows = z is self._z and self._marks == _marks(z)
+        return self._log_q if knows and (self._had_gradients or not torch.is_grad_enabled()) else None
+
+
+def _marks(z: Tensor) -> tuple[bool, int | None]:
+    """What is no longer the same once z was written to, or made an input of a gradient."""
+    return z.requires_grad, None if z.is_inference() else z._version

@@ -1,0 +1,166 @@
+"""What likelihoods share: features of pixels, independent pixels, one-pixel distributions, and fits of marginals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+from torch.distributions.utils import broadcast_all
+
+from ppl_vae.data import NUM_LEVELS
+
+_LARGEST_SHARE = 0.98  # of a limit, up to which a fit may go: the map's slope there is still 0.04
+
+
+def planes(h: Tensor, num: int, event_shape: Sequence[int]) -> tuple[Tensor, ...]:
+    """h: (..., num prod(E)) -> num tensors (..., *E): the first feature of every pixel, then the second, and so on.
+
+    This is the order of a convolutional decoder's planes.
+    """
+    # Not unbind: its gradient is a stack, which interleaves the planes once compiled and slows down the decoder.
+    return tuple(plane.unflatten(-1, tuple(event_shape)) for plane in h.chunk(num, dim=-1))
+
+
+def unbounded(value: Tensor, limit: float) -> Tensor:
+    """The inverse of ``numerics.bounded``, for values clamped to 0.98 of the limit.
+
+    Args:
+        value: of any shape, also the result's.
+        limit: as in ``bounded``.
+    """
+    return limit * (value / limit).clamp(-_LARGEST_SHARE, _LARGEST_SHARE).atanh()
+
+
+def independent_pixels(p_x: Any, because: str) -> dist.Independent:
+    """p(x | z) itself, once it is known that its pixels are independent given z.
+
+    Raises:
+        ValueError: they are not; ``because`` says why they must be.
+    """
+    if not isinstance(p_x, dist.Independent) or p_x.base_dist.event_shape:
+        raise ValueError(
+            f"likelihood: expected pixels that are independent given z (Independent over the whole image), got "
+            f"{type(p_x).__name__} with event shape {tuple(p_x.event_shape)}; {because}"
+        )
+    return p_x
+
+
+class Pixels(nn.Module):
+    """p(x | h) = prod_d p(x_d; h_d), abstract: pixels that are independent given h.
+
+    A subclass sets ``features_per_pixel``, F, and the attributes that the package's docstring names. Its ``pixel`` maps
+    F features, each (..., *E), to the distribution of all pixels with batch shape (..., *E).
+
+    Args:
+        event_shape: E, the shape of an image.
+    """
+
+    features_per_pixel = 1
+    floats_per_pixel = 6
+    pixel: Callable[..., Any]
+
+    def __init__(self, event_shape: Sequence[int]) -> None:
+        super().__init__()
+        self.event_shape = tuple(event_shape)
+        self.num_features = self.features_per_pixel * math.prod(self.event_shape)
+
+    def forward(self, h: Tensor) -> dist.Independent:
+        """h: (..., F prod(E)), the first feature of all pixels, then the second -> batch shape (...), event shape E."""
+        return self.pixel(*planes(h, self.features_per_pixel, self.event_shape)).to_event(len(self.event_shape))
+
+
+class Pixel(dist.TorchDistribution):
+    """A distribution of one pixel, abstract: parameters of one common shape, the batch's, and an empty event shape.
+
+    A subclass has ``support``, ``mean``, ``mode``, ``sample`` and ``log_prob``, and names its parameters in
+    ``arg_constraints``, in the order of its constructor.
+    """
+
+    arg_constraints: dict[str, Any] = {}  # noqa: RUF012, the name and type that torch asks for
+
+    def __init__(self, *parameters: Tensor) -> None:
+        for name, value in zip(self.arg_constraints, broadcast_all(*parameters), strict=True):
+            setattr(self, name, value)
+        super().__init__(getattr(self, next(iter(self.arg_constraints))).shape)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> Any:
+        """The same distribution for a larger batch shape."""
+        new = type(self)(*(getattr(self, name).expand(torch.Size(batch_shape)) for name in self.arg_constraints))
+        new._validate_args = self._validate_args
+        return new
+
+    def uniform(self, sample_shape: Any) -> Tensor:
+        """u ~ Uniform[0, 1) for each pixel of each sample, (*sample_shape, *batch_shape), from torch's generator."""
+        some = getattr(self, next(iter(self.arg_constraints)))
+        return torch.rand(self.shape(torch.Size(sample_shape)), dtype=some.dtype, device=some.device)
+
+
+# --- Marginals: each pixel's statistics over the images, and a fit ---
+
+
+def mean_logs(x: Tensor, *, chunk: int = 1000) -> tuple[Tensor, Tensor]:
+    """mean_n log x_nd and mean_n log(1 - x_nd). x: (N, *E), strictly inside (0, 1) -> (prod(E),) and (prod(E),).
+
+    Args:
+        chunk: images whose logarithms are held at once.
+    """
+    parts = x.flatten(1).split(chunk)
+    log_x = sum(part.log().sum(0, dtype=torch.double) for part in parts)
+    log_rest = sum(torch.log1p(-part).sum(0, dtype=torch.double) for part in parts)
+    return torch.as_tensor(log_x / len(x)), torch.as_tensor(log_rest / len(x))
+
+
+def level_counts(x: Tensor, *, chunk: int = 1000) -> Tensor:
+    """How many images have level v at pixel d. x: (N, *E), levels -> (prod(E), 256), float64.
+
+    Args:
+        chunk: images whose levels are held as indices at once.
+    """
+    x = x.flatten(1)
+    D = x.shape[1]
+    offset = NUM_LEVELS * torch.arange(D, device=x.device)
+    counts = torch.zeros(D * NUM_LEVELS, dtype=torch.double, device=x.device)
+    for part in x.split(chunk):
+        counts += (part.long() + offset).flatten().bincount(minlength=D * NUM_LEVELS)
+    return counts.reshape(D, NUM_LEVELS)
+
+
+def median_and_deviation(x: Tensor, *, chunk: int = 64) -> tuple[Tensor, Tensor]:
+    """median_n x_nd and mean_n |x_nd - median_n x_nd|. x: (N, *E) -> (prod(E),) and (prod(E),), float64.
+
+    Args:
+        chunk: pixels that are sorted at once.
+    """
+    medians, deviations = [], []
+    for columns in x.flatten(1).split(chunk, dim=1):
+        part = columns.T.contiguous()
+        medians.append(part.median(dim=1, keepdim=True).values)
+        deviations.append(part.sub(medians[-1]).abs().mean(1, dtype=torch.double))
+    return torch.cat(medians).flatten().double(), torch.cat(deviations)
+
+
+@torch.enable_grad()
+def ascend(log_p: Callable[[Tensor], Tensor], start: Tensor, *, steps: int = 60, rate: float = 0.3) -> Tensor:
+    """A maximum of log_p near ``start`` for each pixel, where no formula gives it. Adam's steps, a cosine of them.
+
+    Args:
+        log_p: (F, D) features of D pixels -> (D,) nats, those of a pixel by its own features alone.
+        start: (F, D).
+
+    Returns:
+        (F, D), without gradients; a pixel that is not better for it keeps its start.
+    """
+    h = start.detach().clone().requires_grad_()
+    optimizer = torch.optim.Adam([h], lr=rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (-log_p(h).sum()).backward()
+        optimizer.step()
+        schedule.step()
+    with torch.no_grad():
+        return torch.where(log_p(h) > log_p(start), h, start).detach()

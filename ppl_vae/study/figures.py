@@ -197,9 +197,9 @@ def draw_bounds(study: StudyNumbers) -> Figure | None:
     figure, (panels,) = _make_panels(len(sweeps))
     for axes, (dataset, sweep) in zip(panels, sweeps.items(), strict=True):
         near: list[tuple[float, float]] = []
-        for place, (bound, word) in enumerate((("log_likelihood", "L_S, the bound on log p(x)"), ("elbo", "ELBO"))):
-            found = [study.difference("beta", run.name) for run in sweep]
-            values = [Estimate(0.0, 0.0) if each is None else getattr(each, bound) for each in found]  # beta = 1 itself
+        for place, (bound, word) in enumerate((("elbo", "ELBO"), ("log_likelihood", "L_S, the bound on log p(x)"))):
+            found = [study.find_differences("beta", run.name)[place] for run in sweep]
+            values = [each or Estimate(0.0, 0.0) for each in found]  # beta = 1 itself has no difference
             hollow = [bound == "log_likelihood" and run.reliable is False for run in sweep]
             _draw_curve(axes, _betas(sweep), values, label=word, place=place, hollow=hollow)
             for beta, gain in find_seed_gains(study, dataset, bound):

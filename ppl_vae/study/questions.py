@@ -13,15 +13,15 @@ from pathlib import Path
 
 import numpy as np
 
-from ppl_vae.reports.page import Block, Picture, Section, Slider, SliderStop, Table, Text, true_minus
-from ppl_vae.reports.page.blocks import Cell
+from ppl_vae.evidence.estimate import Estimate
+from ppl_vae.reports.page import Block, Picture, Section, Slider, SliderStop, Table, Text
 from ppl_vae.study import plan
 from ppl_vae.study.figures import Drawn
 from ppl_vae.study.results import Quality, RunNumbers, StudyNumbers
 from ppl_vae.study.tables import (
-    format_difference,
+    Value,
+    format_cell,
     format_mean,
-    format_number,
     format_share,
     make_table,
     name_data,
@@ -172,52 +172,40 @@ def explain_beta(material: Material) -> Section:
     )
 
 
-def _list_bounds(study: StudyNumbers, run: RunNumbers) -> list[Cell]:
-    difference = study.difference("beta", run.name)
-    return [
-        name_data(run.dataset),
-        f"{run.options['beta']:g}" + (" *" if run.reliable is False else ""),
-        format_mean(run.kl),
-        format_mean(run.reconstruction, scale=-1),
-        format_mean(run.elbo),
-        format_mean(run.log_likelihood),
-        None if difference is None else format_difference(difference.elbo),
-        None if difference is None else format_difference(difference.log_likelihood),
-        format_mean(run.gap),
-        run.active,
-        format_mean(run.implied_beta),
-    ]
+def _list_bounds(study: StudyNumbers, run: RunNumbers) -> list[Value]:
+    beta = f"{run.options['beta']:g}" + (" *" if run.reliable is False else "")
+    bounds = [run.kl, format_mean(run.reconstruction, scale=-1), run.elbo, run.log_likelihood]
+    differences = study.find_differences("beta", run.name)
+    return [name_data(run.dataset), beta, *bounds, *differences, run.gap, run.active, run.implied_beta]
 
 
 def _tabulate_seeds(study: StudyNumbers) -> list[Block]:
     """Both bounds for several seeds of one beta."""
-    rows, dataset = list[list[Cell]](), study.datasets[0]
-    for beta in study.settings.close_betas:
+    rows: list[list[Value]] = []
+    dataset = study.datasets[0]
+    for beta, (bound, word) in product(study.settings.close_betas, (("log_likelihood", "L_S"), ("elbo", "ELBO"))):
         names = [plan.sweep_name(dataset, beta, seed) for seed in (0, *study.settings.seeds)]
-        found = [run for name in names if (run := study.find_run(name)) is not None]
-        for bound, word in (("log_likelihood", "L_S"), ("elbo", "ELBO")):
-            values = [getattr(run, bound).mean for run in found]
-            if len(values) > 1:
-                spread = format_number(float(np.std(values, ddof=1)))
-                rows.append([f"{beta:g}", word, ", ".join(f"{value:.2f}" for value in values), spread])
+        values = [getattr(run, bound).mean for name in names if (run := study.find_run(name)) is not None]
+        if len(values) > 1:
+            rows.append([beta, word, ", ".join(f"{value:.2f}" for value in values), float(np.std(values, ddof=1))])
     caption = f"{name_data(dataset)}: the same bounds for several seeds, nats per image."
     return make_table(["beta", "bound", "by seed", "spread"], rows, caption)
 
 
-def _make_slider(material: Material, dataset: str, sweep: list[RunNumbers]) -> list[Block]:
+def _make_slider(material: Material, dataset: str, sweep: Sequence[RunNumbers]) -> list[Block]:
     """Reconstructions and samples along beta."""
     stops = []
     for run in sweep:
         pictures = [(name, material.read_run_picture(run.name, name)) for name in ("reconstructions", "samples")]
         known = [(name, png) for name, png in pictures if png is not None]
-        numbers = {
-            "L_S, nats": format_mean(run.log_likelihood),
-            "rate, nats": format_mean(run.kl),
+        numbers: dict[str, Value] = {
+            "L_S, nats": run.log_likelihood,
+            "rate, nats": run.kl,
             "distortion, nats": format_mean(run.reconstruction, scale=-1),
-            "active latents": None if run.active is None else str(run.active),
+            "active latents": run.active,
         }
+        words = {name: "–" if value is None else str(format_cell(value)) for name, value in numbers.items()}
         if len(known) == len(pictures):
-            words = {name: "–" if value is None else true_minus(value) for name, value in numbers.items()}
             stops.append(SliderStop(f"{run.options['beta']:g}", known, words))
     originals = material.read_originals(dataset)
     if not stops or originals is None:
@@ -235,7 +223,7 @@ def explain_check(material: Material) -> Section:
     """How do I check that the regularization worked?"""
     study = material.study
     pictures: list[Block] = []
-    rows: list[list[Cell]] = []
+    rows: list[list[Value]] = []
     for dataset in study.datasets:
         holes = material.read_run_picture(plan.sweep_name(dataset, 1.0), "holes")
         if holes is not None:
@@ -261,22 +249,22 @@ def explain_check(material: Material) -> Section:
     return _make_section("How do I check that the regularization worked?", "check", CHECK, figure, pictures, table)
 
 
-def _list_match(run: RunNumbers) -> list[Cell]:
+def _list_match(run: RunNumbers) -> list[Value]:
     match = run.prior_match
     assert match is not None
     information = format_mean(match.mutual_information)
     return [
         name_data(run.dataset),
-        "autoencoder" if run.is_autoencoder else f"{run.options['beta']:g}",
+        "autoencoder" if run.is_autoencoder else run.options["beta"],
         run.active,
-        format_number(match.largest_mean),
-        format_number(match.largest_log_scale),
-        format_number(match.largest_distance),
+        match.largest_mean,
+        match.largest_log_scale,
+        match.largest_distance,
         match.rejected,
-        format_mean(match.classifier),
+        match.classifier,
         format_share(match.holes),
         f"{information} (cap)" if information and match.saturated else information,
-        format_mean(match.marginal_kl),
+        match.marginal_kl,
     ]
 
 
@@ -326,29 +314,20 @@ def _compare_pictures(material: Material, dataset: str) -> list[Block]:
 
 def _tabulate_error(study: StudyNumbers) -> list[Block]:
     """Reconstructions of the VAE and the autoencoder, by the number of latents."""
-    rows: list[list[Cell]] = []
+    rows: list[list[Value]] = []
     for dataset, blur in study.blur.items():
         names = [plan.sweep_name(dataset, 1.0), *(plan.latents_name(dataset, L) for L in study.settings.latent_dims)]
         names += [plan.autoencoder_name(dataset, 2), plan.autoencoder_name(dataset)]
         found = [run for name in names if (run := study.find_run(name)) is not None]
         for run in sorted(found, key=lambda run: (run.is_autoencoder, run.options["latent_dim"])):
-            parts = run.blur
-            rows.append(
-                [
-                    name_data(dataset),
-                    "autoencoder" if run.is_autoencoder else "VAE",
-                    run.options["latent_dim"],
-                    format_mean(run.reconstruction),
-                    None if parts is None else format_mean(parts.sharpness),
-                    None if parts is None else format_mean(parts.error),
-                    None if parts is None or run.is_autoencoder else format_mean(parts.posterior_noise),
-                    None if parts is None or run.is_autoencoder else format_mean(parts.bias),
-                ]
-            )
-        for model, latents, found_of in (("neighbors", 2, blur.neighbors), ("the binary image", None, blur.binary)):
-            if found_of:
-                cells = [format_mean(found_of["sharpness"]), format_mean(found_of["error"])]
-                rows.append([name_data(dataset), model, latents, None, *cells, None, None])
+            model, parts = "autoencoder" if run.is_autoencoder else "VAE", run.blur
+            if parts is not None:
+                split = [None, None] if run.is_autoencoder else [parts.posterior_noise, parts.bias]
+                cells = [run.options["latent_dim"], run.reconstruction, parts.sharpness, parts.error, *split]
+                rows.append([name_data(dataset), model, *cells])
+        for model, latents, pair in (("neighbors", 2, blur.neighbors), ("the binary image", None, blur.binary)):
+            if pair:
+                rows.append([name_data(dataset), model, latents, None, pair["sharpness"], pair["error"], None, None])
     columns = ["data", "model", "latents", "reconstruction, nats", "power", "squared error", "posterior noise"]
     return make_table(
         [*columns, "the rest"],
@@ -360,7 +339,7 @@ def _tabulate_error(study: StudyNumbers) -> list[Block]:
 
 def _tabulate_samples(study: StudyNumbers) -> list[Block]:
     """Samples of the prior and of densities that were fitted to codes."""
-    rows: list[list[Cell]] = []
+    rows: list[list[Value]] = []
     for dataset, blur in study.blur.items():
         for model, name in (("VAE", plan.sweep_name(dataset, 1.0)), ("autoencoder", plan.autoencoder_name(dataset))):
             run = study.find_run(name)
@@ -368,11 +347,9 @@ def _tabulate_samples(study: StudyNumbers) -> list[Block]:
                 continue
             rows.append([name_data(dataset), model, "prior", None, None, *_list_quality(run.samples)])
             for word, density in run.densities.items():
-                K = density.num_components
-                source = f"fitted {word}" + (f" of {K}" if K else "")
-                log_density = format_mean(density.log_density)
-                cells = _list_quality(density.quality)
-                rows.append([name_data(dataset), model, source, density.num_codes, log_density, *cells])
+                source = f"fitted {word}" + (f" of {density.num_components}" if density.num_components else "")
+                cells = [density.num_codes, density.log_density, *_list_quality(density.quality)]
+                rows.append([name_data(dataset), model, source, *cells])
         rows.append([name_data(dataset), "other real images", None, None, None, *_list_quality(blur.floor)])
     return make_table(
         ["data", "model", "codes from", "fitted to", "log density", "power", "Fréchet", "classifier"],
@@ -382,15 +359,15 @@ def _tabulate_samples(study: StudyNumbers) -> list[Block]:
     )
 
 
-def _list_quality(quality: Quality) -> list[str | None]:
-    return [format_mean(each) for each in (quality.sharpness, quality.frechet, quality.classifier)]
+def _list_quality(quality: Quality) -> list[Estimate]:
+    return [quality.sharpness, quality.frechet, quality.classifier]
 
 
 def explain_averaging(material: Material) -> Section:
     """What does averaging over pixels do?"""
     study = material.study
     pictures: list[Block] = []
-    rows: list[list[Cell]] = []
+    rows: list[list[Value]] = []
     for dataset in study.datasets:
         compared = {
             plan.sweep_name(dataset, 1.0): "the sum",
@@ -423,33 +400,22 @@ def explain_averaging(material: Material) -> Section:
     return _make_section(title, "averaging", AVERAGING, spectrum, active, pictures, table)
 
 
-def _list_condition(study: StudyNumbers, run: RunNumbers) -> list[Cell]:
-    directions = study.count_directions(run)
-    return [
-        name_data(run.dataset),
-        "mean" if run.averaged else "sum",
-        f"{run.options['beta']:g}",
-        format_number(study.threshold(run)),
-        directions,
-        run.active,
-        format_share(run.variation),
-        format_mean(run.kl),
-        format_mean(run.reconstruction),
-        "yes" if (directions == 0) == (run.active == 0) else "no",
-    ]
+def _list_condition(study: StudyNumbers, run: RunNumbers) -> list[Value]:
+    directions, threshold = study.count_directions(run), study.threshold(run)
+    agrees = "yes" if (directions == 0) == (run.active == 0) else "no"
+    condition = [name_data(run.dataset), "mean" if run.averaged else "sum", run.options["beta"], threshold, directions]
+    return [*condition, run.active, format_share(run.variation), run.kl, run.reconstruction, agrees]
 
 
 def explain_collapse(material: Material) -> Section:
     """What helps against posterior collapse?"""
     study = material.study
-    rows: list[list[Cell]] = []
+    rows: list[list[Value]] = []
     for network, remedy in product(plan.REMEDIED_NETWORKS, plan.REMEDIES):
         run = study.find_run(plan.remedy_name(study.datasets[0], network, remedy))
         if run is not None:
-            difference = study.difference("collapse", run.name)
-            gain = None if difference is None else format_difference(difference.log_likelihood)
-            bounds = [format_mean(each) for each in (run.kl, run.elbo, run.log_likelihood)]
-            rows.append([network, remedy, run.active, *bounds, gain])
+            _, gain = study.find_differences("collapse", run.name)
+            rows.append([network, remedy, run.active, run.kl, run.elbo, run.log_likelihood, gain])
     columns = ["network", "remedy", "active", "KL", "ELBO", "L_S", "L_S - that of none"]
     table = make_table(columns, rows, "Nats per image; differences are paired.")
     return _make_section("What helps against collapse?", "collapse", COLLAPSE, table)
@@ -463,13 +429,11 @@ def explain_networks(material: Material) -> Section:
     names = [plan.latents_name(dataset, L) for L in settings.latent_dims] + [base]
     names += [plan.network_name(dataset, network) for network in settings.networks]
     found = [run for name in names if (run := study.find_run(name)) is not None]
-    rows: list[list[Cell]] = []
+    rows: list[list[Value]] = []
     for run in found:
-        difference = study.difference("networks", run.name)
-        gain = None if difference is None else format_difference(difference.log_likelihood)
-        cells = [run.options["network"], run.options["latent_dim"], run.active, run.parameters]
-        bounds = [format_mean(each) for each in (run.elbo, run.log_likelihood)]
-        rows.append([*cells, format_number(run.seconds), *bounds, gain])
+        _, gain = study.find_differences("networks", run.name)
+        size = [run.options["network"], run.options["latent_dim"], run.active, run.parameters]
+        rows.append([*size, run.seconds, run.elbo, run.log_likelihood, gain])
     columns = ["network", "latents", "active", "weights", "seconds", "ELBO", "L_S", "L_S - that of the base"]
     marked = [k for k, run in enumerate(found) if run.name == base]
     table = make_table(columns, rows, "Nats per image; the marked row is the base.", marked)
@@ -479,24 +443,13 @@ def explain_networks(material: Material) -> Section:
 def explain_scale_maps(material: Material) -> Section:
     """Does it matter how the guide's scales are kept positive?"""
     study = material.study
-    gradients = [
-        [
-            each.scale_map,
-            format_number(each.largest_feature),
-            format_mean(each.norm),
-            format_number(each.not_finite),
-            format_mean(each.sampled_norm),
-            format_number(each.sampled_not_finite),
-            format_number(each.largest_scale),
-        ]
-        for each in study.gradients
-    ]
-    stressed: list[list[Cell]] = []
+    gradients = [list(vars(each).values()) for each in study.gradients]
+    stressed: list[list[Value]] = []
     for scale_map in plan.SCALE_MAPS:
         run = study.runs.get(plan.stress_name(study.datasets[0], scale_map))
         if run is not None:
             ended = "yes" if run.failed is None else "no"
-            stressed.append([scale_map, ended, run.step, format_mean(run.elbo), run.failed])
+            stressed.append([scale_map, ended, run.step, run.elbo, run.failed])
     columns = ["map", "largest feature", "gradient norm", "share NaN", "gradient norm, sampled KL"]
     columns += ["share NaN, sampled KL", "largest scale"]
     return _make_section(
@@ -515,8 +468,8 @@ def explain_method(material: Material) -> Section:
     text = METHOD.format(
         epochs=settings.epochs, num_particles=settings.num_particles, images=settings.images, **minutes
     )
-    rows: list[list[Cell]] = [
-        [name_data(word), each.description, each.train, each.validation, each.test, format_mean(each.floor)]
+    rows: list[list[Value]] = [
+        [name_data(word), each.description, each.train, each.validation, each.test, each.floor]
         for word, each in study.data.items()
     ]
     caption = "Floor: the log-likelihood of each pixel on its own, without latents, on the same test images, in nats."

@@ -275,9 +275,10 @@ class StudyNumbers:
         eigenvalues = torch.tensor(data.eigenvalues, dtype=torch.double)
         return diagnostics.live_directions(eigenvalues, beta=self.threshold(run), edge=data.edge)
 
-    def difference(self, table: str, run: str) -> BoundDifferences | None:
-        """The run minus the reference of that table; None for the reference itself."""
-        return self.differences.get(table, {}).get(run)
+    def find_differences(self, table: str, run: str) -> tuple[Difference | None, Difference | None]:
+        """ELBO and L_S minus those of the reference of that table; (None, None) for the reference itself."""
+        found = self.differences.get(table, {}).get(run)
+        return (None, None) if found is None else (found.elbo, found.log_likelihood)
 
 
 def read_study(folder: Path) -> StudyNumbers:

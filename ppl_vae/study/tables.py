@@ -10,8 +10,9 @@ from PIL import Image
 
 from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.reports.page import Block, Picture, Table, true_minus
-from ppl_vae.reports.page.blocks import Cell
 from ppl_vae.study.results import Difference
+
+Value = Estimate | Difference | str | float | int | None
 
 _NAMES = {
     "mnist": "MNIST",
@@ -63,27 +64,29 @@ def format_mean(value: Estimate | Difference | None, *, scale: float = 1.0, sign
     return f"{sign}{round(mean, decimals) + 0.0:,.{decimals}f} ± {stderr:,.{decimals}f}"
 
 
-def format_difference(value: Difference | None) -> str | None:
-    """A paired difference with its sign, its error, and a remark if it ranks nothing."""
-    if value is None:
-        return None
-    return f"{format_mean(value, signed=True)}" + (f" ({value.remark})" if value.remark else "")
-
-
 def format_share(value: Estimate | None) -> str | None:
     """A share with its error, as a percentage."""
     text = format_mean(value, scale=100.0)
     return None if text is None else f"{text}%"
 
 
+def format_cell(value: Value) -> str | int | None:
+    """A cell of a table: estimates with their errors, differences with their signs, floats with three digits."""
+    if isinstance(value, Difference):
+        return true_minus(f"{format_mean(value, signed=True)}" + (f" ({value.remark})" if value.remark else ""))
+    text = format_mean(value) if isinstance(value, Estimate) else value
+    text = format_number(text) if isinstance(text, float) else text
+    return true_minus(text) if isinstance(text, str) else text
+
+
 def make_table(
-    columns: Sequence[str], rows: Sequence[Sequence[Cell]], caption: str, highlight: Sequence[int] | None = None
+    columns: Sequence[str], rows: Sequence[Sequence[Value]], caption: str, highlight: Sequence[int] | None = None
 ) -> list[Block]:
-    """A table with true minus signs, without columns that are empty in every row; nothing if there is no row."""
+    """A table without columns that are empty in every row; nothing if there is no row."""
     if not rows:
         return []
     kept = [k for k in range(len(columns)) if any(row[k] is not None for row in rows)]
-    cells = [[true_minus(cell) if isinstance(cell := row[k], str) else cell for k in kept] for row in rows]
+    cells = [[format_cell(row[k]) for k in kept] for row in rows]
     return [Table([columns[k] for k in kept], cells, caption, highlight=highlight)]
 
 

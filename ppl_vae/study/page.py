@@ -11,6 +11,7 @@ from ppl_vae import runs
 from ppl_vae.conditional import Conditional
 from ppl_vae.reports import page as report
 from ppl_vae.reports.page import Explorer, Section, Text
+from ppl_vae.reports.text.study import EXPLORE
 from ppl_vae.runs.load import load
 from ppl_vae.study import questions
 from ppl_vae.study.figures import draw_figures
@@ -80,9 +81,7 @@ def _explore(material: Material) -> Section:
     """A map of each latent space of two dimensions, the VAE's first."""
     found = sorted((run for run in material.study.runs.values() if run.codes), key=lambda run: run.is_autoencoder)
     explorers = [explorer for run in found if (explorer := _make_explorer(material, run)) is not None]
-    return Section(
-        "Move through a latent space", [Text(questions.EXPLORE), *explorers] if explorers else [], anchor="explore"
-    )
+    return Section("Move through a latent space", [Text(EXPLORE), *explorers] if explorers else [], anchor="explore")
 
 
 def _make_explorer(material: Material, run: RunNumbers) -> Explorer | None:

@@ -81,7 +81,7 @@ def gaps(
         ValueError: an image off the support of p(x | z); a guide of several stochastic layers, whose later layers have
             features of each draw and not of the image: only the total gap is known of it; a deterministic guide; or an
             evidence that is not (N,).
-        CannotCapture: a ValueError; see ``capture.compiled``.
+        CannotCapture: a ValueError; see ``capture.compile_function``.
 
     Reference: Cremer et al. 2018, arXiv 1801.03558, equations 4 to 6.
     """

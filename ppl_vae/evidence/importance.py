@@ -19,7 +19,7 @@ from ppl_vae.runtime.batching import (
     pairs_per_pass,
 )
 from ppl_vae.runtime.blocks import block_seed, compute_blocks
-from ppl_vae.runtime.capture import compiled, replaced
+from ppl_vae.runtime.capture import compile_function, replace_tensors
 from ppl_vae.runtime.errors import CannotCapture, NotFinite, check_count
 from ppl_vae.runtime.global_state import evaluation_mode, seed_generators, seeded, serialize_threads
 from ppl_vae.runtime.numerics import LogWeightSummary
@@ -110,7 +110,7 @@ class CapturedTerms:
         num_particles: S per batch.
 
     Raises:
-        CannotCapture: see ``capture.compiled``.
+        CannotCapture: see ``capture.compile_function``.
     """
 
     def __init__(self, vae: VAE, x: Tensor, num_particles: int) -> None:
@@ -120,10 +120,10 @@ class CapturedTerms:
         self._tensors = [value.detach() for value in values.values()]  # shared memory, so changes in place are seen
 
         def function(*tensors: Tensor) -> tuple[Tensor, Tensor]:
-            with replaced(vae, dict(zip(names, tensors[:-1], strict=True))):
+            with replace_tensors(vae, dict(zip(names, tensors[:-1], strict=True))):
                 return log_weight_terms(vae.model, vae.guide, tensors[-1], num_particles)
 
-        self._run = compiled(function, [*self._tensors, x.contiguous()])
+        self._run = compile_function(function, [*self._tensors, x.contiguous()])
 
     def __call__(self, model: Program, guide: Program, x: Tensor, num_particles: int) -> tuple[Tensor, Tensor]:
         if (tuple(x.shape), num_particles) != self._shape:

@@ -14,7 +14,7 @@ from ppl_vae.evidence.importance import importance
 from ppl_vae.evidence.moments import encode
 from ppl_vae.evidence.proposals import Proposal, normal_features, replace_guide
 from ppl_vae.runtime.batching import images_per_pass, pairs_per_pass
-from ppl_vae.runtime.capture import compiled, replaced
+from ppl_vae.runtime.capture import compile_function, replace_tensors
 from ppl_vae.runtime.errors import check_count
 from ppl_vae.runtime.global_state import evaluation_mode, serialize_threads
 from ppl_vae.support import check_support
@@ -67,7 +67,7 @@ def refine_proposal(
     Raises:
         ValueError: an image off the support of p(x | z); a guide without features per image, and no family; a
             deterministic guide; or an argument out of its range.
-        CannotCapture: a ValueError; see ``capture.compiled``.
+        CannotCapture: a ValueError; see ``capture.compile_function``.
 
     Reference: Cremer et al. 2018, arXiv 1801.03558, section 4; Kim et al. 2018, arXiv 1802.02550. The gradients: Roeder
     et al. 2017, arXiv 1703.09194 (ELBO), and Tucker et al. 2019, arXiv 1810.04152 (L_k).
@@ -85,7 +85,7 @@ def refine_proposal(
         step: Callable[[list[Tensor]], Any] = adam.step
         if compile:
             first = groups[0]
-            step = compiled(lambda *state: adam.step(state), adam.begin(x[first], start.h[first]))
+            step = compile_function(lambda *state: adam.step(state), adam.begin(x[first], start.h[first]))
         h = start.h.clone()
         for index in groups:
             state = adam.begin(x[index], start.h[index])
@@ -134,7 +134,7 @@ class _Adam:
         """One step, which changes h and its moments in place. Returns the loss, (), nats."""
         *tensors, x, h, first, second, scalars = state
         rate, root_of_correction = scalars.unbind()
-        with replaced(self._parts, dict(zip(self._names, tensors, strict=True))):
+        with replace_tensors(self._parts, dict(zip(self._names, tensors, strict=True))):
             slope, loss = torch.func.grad_and_value(self._loss)(h, x)
         first.copy_(first + (1 - _BETA_1) * (slope - first))
         second.copy_(second + (1 - _BETA_2) * (slope * slope - second))

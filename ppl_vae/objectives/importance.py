@@ -13,7 +13,7 @@ from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
-from ppl_vae.runtime.capture import replaced
+from ppl_vae.runtime.capture import replace_tensors
 from ppl_vae.runtime.errors import check_count
 from ppl_vae.runtime.global_state import serialize_threads
 from ppl_vae.runtime.numerics import log_mean_exp
@@ -191,7 +191,7 @@ def _held(
 
     def held() -> AbstractContextManager[Any]:
         free = but(module)
-        return replaced(module, {name: w.detach() for name, w in module.named_parameters() if id(w) not in free})
+        return replace_tensors(module, {name: w.detach() for name, w in module.named_parameters() if id(w) not in free})
 
     return held
 

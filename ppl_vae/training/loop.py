@@ -19,7 +19,7 @@ from ppl_vae import data as image_data
 from ppl_vae import objectives
 from ppl_vae.protocols import Program
 from ppl_vae.runtime.batching import describe_memory_error, find_fitting_batch
-from ppl_vae.runtime.capture import optimizer_obstacle
+from ppl_vae.runtime.captured_step import optimizer_obstacle
 from ppl_vae.runtime.errors import CannotCapture, check_count, is_out_of_memory
 from ppl_vae.runtime.global_state import seeded, serialize_threads
 from ppl_vae.runtime.noise import SharedNoise

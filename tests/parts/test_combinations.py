@@ -18,7 +18,7 @@ from ppl_vae.runs.build import build_likelihood, build_vae
 from ppl_vae.runs.fit_arguments import build_objective
 from ppl_vae.runs.load import load_weights
 from ppl_vae.runs.options import PLAIN, Options
-from ppl_vae.runtime.capture import CapturedStep
+from ppl_vae.runtime.captured_step import CapturedStep
 
 SHAPE = (1, 8, 8)
 SMALL = PLAIN | {"network": "mlp", "hidden": (6,), "latent_dim": 3}

@@ -110,7 +110,7 @@ def test_the_graph_of_log_p_and_its_gradients_is_what_runs_eagerly(graphs, word)
     h = case.draw(5)
     x = likelihood(h).sample()
     function, state = _value_and_gradients(likelihood)
-    captured = capture.compiled(function, [h, x, *state])([h, x, *state])
+    captured = capture.compile_function(function, [h, x, *state])([h, x, *state])
     assert len(graphs) == 1
     for seen, expected in zip(captured, function(h, x, *state), strict=True):
         assert_close(seen, expected, rtol=1e-10, atol=1e-10)

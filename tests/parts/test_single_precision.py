@@ -127,7 +127,7 @@ def test_compiled_log_masses_are_exact(poissons, negative_binomials):
     parameters = [negative_binomial.log_mean, negative_binomial.log_total]
     arguments = [torch.tensor(x).float(), poisson.rate, torch.tensor(y).float(), *parameters]
     with pyro.validation_enabled(False):
-        of_x, of_y = capture.compiled(log_masses, arguments)(arguments)
+        of_x, of_y = capture.compile_function(log_masses, arguments)(arguments)
     check(of_x, poisson_log_mass(x, double(poisson.rate)))
     check(of_y, negative_binomial_log_mass(y, *(np.exp(double(p)) for p in parameters)))
 

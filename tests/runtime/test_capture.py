@@ -32,7 +32,7 @@ from ppl_vae.runs.build import build_vae
 from ppl_vae.runs.fit_arguments import build_objective, initialize_output_bias
 from ppl_vae.runs.options import KLS, LIKELIHOODS, PLAIN, Options
 from ppl_vae.runtime import capture
-from ppl_vae.runtime.capture import CapturedStep
+from ppl_vae.runtime.captured_step import CapturedStep
 from ppl_vae.runtime.errors import CannotCapture, NotFinite
 from ppl_vae.training import CapturedSteps, Optimizer, Resident, TrainingState
 from ppl_vae.training.schedules import averaging
@@ -1380,10 +1380,10 @@ def test_a_cache_that_cannot_be_used_is_a_reason(monkeypatch):
     def fail(graph, inputs, **_):
         raise FileNotFoundError(2, "No such file or directory", "/proc/nope")
 
-    monkeypatch.setattr(capture, "_compiled", lambda *arguments: fail(None, None))
+    monkeypatch.setattr(capture, "_compile", lambda *arguments: fail(None, None))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/proc/nope")
     with pytest.raises(CannotCapture, match="the compiler's cache, /proc/nope, cannot be used"):
-        capture.compiled(lambda x: (x + 1,), [torch.ones(2)])
+        capture.compile_function(lambda x: (x + 1,), [torch.ones(2)])
 
 
 @pytest.mark.parametrize("word", ["on", "off", 1])
@@ -1414,8 +1414,10 @@ def test_joined_logarithms_lose_no_more_than_they_may(graphs, scale, event):
     exact = (x.double() * logits.double() - softplus).sum((-3, -2, -1))
     D = math.prod(event)
     with torch.no_grad():
-        (joined,) = capture.compiled(_bernoulli_sum, [logits, x])([logits, x])
-        (in_double,) = capture.compiled(_bernoulli_sum, [logits.double(), x.double()])([logits.double(), x.double()])
+        (joined,) = capture.compile_function(_bernoulli_sum, [logits, x])([logits, x])
+        (in_double,) = capture.compile_function(_bernoulli_sum, [logits.double(), x.double()])(
+            [logits.double(), x.double()]
+        )
     assert _uses(graphs[0], torch.ops.aten.prod.dim_int) == _uses(graphs[1], torch.ops.aten.prod.dim_int) == 1
     assert ((joined - exact).abs() <= 6e-8 * D + 1e-6 * exact.abs()).all()
     assert_close(in_double, exact, rtol=1e-12, atol=1e-12 * D)
@@ -1433,7 +1435,7 @@ def test_joined_logarithms_lose_no_more_than_they_may(graphs, scale, event):
 )
 def test_other_sums_stay_as_they_are(graphs, function):
     h = 3 * torch.rand(5, 28, dtype=torch.double)
-    (value,) = capture.compiled(function, [h])([h])
+    (value,) = capture.compile_function(function, [h])([h])
     assert _uses(graphs[0], torch.ops.aten.prod.dim_int) == 0
     assert_close(value, function(h)[0], rtol=1e-12, atol=0)
 
@@ -1442,7 +1444,7 @@ def test_other_sums_stay_as_they_are(graphs, function):
 def test_half_precision_keeps_its_logarithms(graphs, dtype):
     logits, x = torch.zeros(3, 1, 28, 28, dtype=dtype), torch.ones(3, 1, 28, 28, dtype=dtype)
     with torch.no_grad():
-        (value,) = capture.compiled(_bernoulli_sum, [logits, x])([logits, x])
+        (value,) = capture.compile_function(_bernoulli_sum, [logits, x])([logits, x])
     assert_close(value.float(), torch.full((3,), -784 * math.log(2)), rtol=0.01, atol=0)
 
 
@@ -1452,7 +1454,7 @@ def test_a_logarithm_that_is_used_twice_is_kept(graphs):
         return (h - logarithm).sum(-1), logarithm
 
     h = torch.randn(5, 28, dtype=torch.double)
-    for value, expected in zip(capture.compiled(function, [h])([h]), function(h), strict=True):
+    for value, expected in zip(capture.compile_function(function, [h])([h]), function(h), strict=True):
         assert_close(value, expected, rtol=1e-12, atol=0)
 
 
@@ -1461,7 +1463,7 @@ def test_a_subtracted_logarithm_keeps_its_sign(graphs):
         return ((h - (h.square() - (-h.abs()).exp().log1p())).sum(-1), (k - (-k.abs()).exp().log1p()).sum(-1))
 
     h, k = torch.randn(2, 5, 28, dtype=torch.double)
-    for value, expected in zip(capture.compiled(function, [h, k])([h, k]), function(h, k), strict=True):
+    for value, expected in zip(capture.compile_function(function, [h, k])([h, k]), function(h, k), strict=True):
         assert_close(value, expected, rtol=1e-12, atol=0)
     assert _uses(graphs[0], torch.ops.aten.prod.dim_int) == 2
 
@@ -1552,7 +1554,7 @@ def test_what_is_computed_twice_is_computed_once(graphs):
         return (x @ x).exp() + 1, (x.detach() @ x).exp().sum()
 
     x = torch.rand(3, 3, dtype=torch.double)
-    values = capture.compiled(function, [x])([x])
+    values = capture.compile_function(function, [x])([x])
     assert _uses(graphs[0], torch.ops.aten.mm.default) == _uses(graphs[0], torch.ops.aten.exp.default) == 1
     for value, expected in zip(values, function(x), strict=True):
         assert torch.equal(value, expected)
@@ -1560,7 +1562,7 @@ def test_what_is_computed_twice_is_computed_once(graphs):
 
 def test_of_several_results_the_same_is_computed_once(graphs):
     x = torch.rand(3, 4, dtype=torch.double)
-    (value,) = capture.compiled(lambda x: (x.max(0)[1].double().exp() + x.max(0)[1].double().exp(),), [x])([x])
+    (value,) = capture.compile_function(lambda x: (x.max(0)[1].double().exp() + x.max(0)[1].double().exp(),), [x])([x])
     assert _uses(graphs[0], torch.ops.aten.exp.default) == 1
     assert torch.equal(value, 2 * x.argmax(0).double().exp())
 
@@ -1571,7 +1573,7 @@ def test_draws_stay_apart(graphs):
 
     x = torch.zeros(100, dtype=torch.double)
     torch.manual_seed(0)
-    drawn = capture.compiled(function, [x])([x])
+    drawn = capture.compile_function(function, [x])([x])
     torch.manual_seed(0)
     for value, expected in zip(drawn, function(x), strict=True):
         assert torch.equal(value, expected)
@@ -1587,7 +1589,7 @@ def test_what_is_read_before_a_change_is_not_what_is_read_after(graphs):
 
     x = torch.rand(3, dtype=torch.double)
     expected = function(x.clone())
-    for value, other in zip(capture.compiled(function, [x])([x]), expected, strict=True):
+    for value, other in zip(capture.compile_function(function, [x])([x]), expected, strict=True):
         assert torch.equal(value, other)
 
 
@@ -1596,7 +1598,7 @@ def test_numbers_that_are_equal_and_of_other_types_stay_apart(graphs):
         return x + 1, x + 1.0, x * True, torch.full((2,), 1), torch.full((2,), 1.0), torch.full((2,), True)
 
     x = torch.arange(3)
-    for value, expected in zip(capture.compiled(function, [x])([x]), function(x), strict=True):
+    for value, expected in zip(capture.compile_function(function, [x])([x]), function(x), strict=True):
         assert value.dtype == expected.dtype
         assert torch.equal(value, expected)
 

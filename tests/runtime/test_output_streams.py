@@ -58,7 +58,7 @@ import torch, torch._inductor.compile_fx as compiler
 from ppl_vae.runtime import capture
 compiler.compile_fx_inner = lambda graph, inputs: lambda tensors: graph(*tensors)
 capture.capture_obstacle = lambda device: None
-capture.compiled(lambda x: (2 * x,), [torch.ones(3)])
+capture.compile_function(lambda x: (2 * x,), [torch.ones(3)])
 import torch.utils.cpp_extension
 """
 

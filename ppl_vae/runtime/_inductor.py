@@ -1,0 +1,137 @@
+"""The adapter to torch's compiler: the only file that uses torch's private modules.
+
+If a new release of torch moves or changes one of them, this file is the place to adapt. Everything private is imported
+inside the functions, so that ``capture`` can report what is missing as a reason not to compile.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx
+
+_OPTIONS = {
+    "fallback_random": True,  # else the compiler's random numbers are others than torch's own for the same seed
+    "size_asserts": False,  # the inputs are always the same tensors
+    "cpp.vec_isa_ok": True,  # the processor's flags suffice; trying each instruction set takes a second at each start
+}
+
+_Operator = type(torch.ops.aten.add.Tensor)
+
+
+class TracingFailed(Exception):
+    """The function raised an error, its cause, or does something that no graph can hold."""
+
+
+class TracedGraph(NamedTuple):
+    """A function as a graph of torch's operators, with the fake tensors that it was traced with.
+
+    Args:
+        module: Its ``graph`` may be rewritten before it is compiled.
+        inputs: Stand-ins of the inputs: shapes, types and devices without numbers.
+        mode: The mode that made them.
+    """
+
+    module: fx.GraphModule
+    inputs: list[Tensor]
+    mode: Any
+
+
+def trace(
+    function: Callable[..., Sequence[Tensor]],
+    inputs: Sequence[Tensor],
+    replacements: Mapping[Any, Callable[..., Tensor]],
+) -> TracedGraph:
+    """Call the function once on stand-ins of the inputs, and record the operators that it uses.
+
+    Changes of inputs in place become part of the graph.
+
+    Args:
+        function: Tensors -> tensors.
+        inputs: Tensors of the shapes, strides, types and devices with which the graph will be called.
+        replacements: Operators that are recorded as these functions of the same arguments.
+
+    Raises:
+        TracingFailed: From the error that the function, or the recording of it, raised.
+    """
+    from torch._inductor import config
+    from torch._inductor.decomposition import select_decomp_table
+    from torch._subclasses import FakeTensorMode
+    from torch.func import functionalize
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    mode = FakeTensorMode(shape_env=ShapeEnv())  # without symbolic shapes nothing is cached, although none occurs
+    stand_ins = [mode.from_tensor(tensor.detach(), static_shapes=True) for tensor in inputs]
+    with config.patch(_OPTIONS):
+        record = make_fx(
+            functionalize(lambda *tensors: tuple(function(*tensors)), remove="mutations"),
+            decomposition_table=select_decomp_table() | dict(replacements),
+            tracing_mode="fake",
+        )
+        try:
+            module = record(*stand_ins)
+        except Exception as error:
+            raise TracingFailed from error
+    return TracedGraph(module, stand_ins, mode)
+
+
+def compile_traced(traced: TracedGraph) -> Callable[[list[Tensor]], Any]:
+    """Compile a traced graph; it is called with the list of its inputs."""
+    from torch._guards import TracingContext, tracing
+    from torch._inductor import config
+    from torch._inductor.compile_fx import compile_fx_inner
+    from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+
+    graph = traced.module.graph
+    with config.patch(_OPTIONS):
+        graph.eliminate_dead_code()
+        traced.module.recompile()
+        FakeTensorProp(traced.module, traced.mode).propagate_dont_convert_inputs(*traced.inputs)
+        stand_ins = [node.meta["val"] for node in graph.nodes if node.op == "placeholder"]
+        with tracing(TracingContext(traced.mode)):
+            return compile_fx_inner(traced.module, stand_ins)
+
+
+def silence_cuda_warning() -> None:
+    """Silence a warning about CUDA that the compiler's import prints if a toolkit is installed without a GPU."""
+    logger = logging.getLogger("torch.utils.cpp_extension")
+    logger.addFilter(_is_not_about_cuda)
+
+
+def _is_not_about_cuda(record: logging.LogRecord) -> bool:
+    return "No CUDA runtime is found" not in record.getMessage()
+
+
+def has_triton() -> bool:
+    """Whether the compiler of GPU code is installed for this device."""
+    from torch.utils import _triton
+
+    return _triton.has_triton()
+
+
+def is_pure(target: Any) -> bool:
+    """Whether an operator of a graph returns the same for the same inputs, and changes none of them."""
+    return (
+        isinstance(target, _Operator)
+        and torch.Tag.nondeterministic_seeded not in target.tags
+        and not target._schema.is_mutable
+    )
+
+
+def is_mutating(target: Any) -> bool:
+    """Whether an operator of a graph changes its inputs in place."""
+    return isinstance(target, _Operator) and target._schema.is_mutable
+
+
+def flatten(tree: Any) -> tuple[list[Any], Any]:
+    """The leaves of nested dictionaries and tuples, and their structure for ``unflatten``."""
+    return torch.utils._pytree.tree_flatten(tree)
+
+
+def unflatten(leaves: Sequence[Any], structure: Any) -> Any:
+    """The nested dictionaries and tuples of these leaves."""
+    return torch.utils._pytree.tree_unflatten(leaves, structure)

@@ -1,0 +1,311 @@
+"""One step of Adam as one compiled graph, from the choice of the batch to the new weights."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ppl_vae.runtime import _inductor
+from ppl_vae.runtime.capture import capturing, compile_function, first_line, refuse_new_buffers, replace_tensors
+from ppl_vae.runtime.errors import CannotCapture
+
+# A first moment below this moves no weight (it is divided by at least 1e-8, and added to a weight), but on its way down
+# it becomes denormal, and arithmetic with denormal numbers is many times slower.
+_MIN_MOMENT = 1e-30
+
+
+class CapturedStep:
+    """One step of stochastic gradient descent as one compiled graph.
+
+        x = transform(stored[index]);  g = d loss(x, beta) / d weights;  g <- g min(1, clip_norm / |g|)
+        Adam's update of the weights;  average <- average + (1 - decay) (weights - average)
+
+    It changes the module's parameters and the optimizer's moments in place, and computes what
+    ``torch.nn.utils.clip_grad_norm_`` and ``torch.optim.Adam`` or ``AdamW`` do, to rounding. beta, the learning rate
+    and the decay are tensors: one graph serves all their values. Once a loss or a gradient is not finite, that step and
+    all later ones change nothing. A batch of another size runs the same function without the compiler.
+
+    Args:
+        loss: (x, beta) -> a 0-d tensor, by way of the module's parameters and buffers.
+        module: What is trained.
+        optimizer: Adam or AdamW over the module's parameters; its moments are used and kept. See ``optimizer_obstacle``.
+        stored: (N, *E) the data, on the module's device.
+        transform: (B, *E) stored images -> x.
+        batch_size: B.
+        clip_norm: The largest global norm of the gradient.
+        skip_norm: A step whose gradient has a larger norm, or whose loss or gradient is not finite, changes nothing but
+            ``skipped``; None for no such step.
+        averages: A running average for each parameter, by name; None for none.
+        exchange: Sums a vector over several processes, in place. Each process then works on its part of every batch,
+            and the step is two graphs: one that ends with the gradient as one vector, and one that starts from its sum.
+        num_votes: How many further numbers that vector holds.
+
+    Attributes:
+        total: 0-d float64, the sum of loss * B over all steps since it was last set, except skipped ones.
+        counted: 0-d int64, the number of images in that sum.
+        skipped: 0-d int64, the number of skipped steps.
+        is_finite: 0-d bool, whether all steps so far were finite.
+        taken: 0-d int64, the number of finite steps.
+        votes: (num_votes,) of the last step, summed over the processes.
+        compile_seconds: What tracing and compiling took.
+
+    Raises:
+        CannotCapture: As ``compile_function``.
+    """
+
+    def __init__(
+        self,
+        loss: Callable[[Tensor, Tensor], Tensor],
+        module: Any,
+        optimizer: torch.optim.Optimizer,
+        stored: Tensor,
+        transform: Callable[[Tensor], Tensor],
+        *,
+        batch_size: int,
+        clip_norm: float,
+        skip_norm: float | None = None,
+        averages: Mapping[str, Tensor] | None = None,
+        exchange: Callable[[Tensor], None] | None = None,
+        num_votes: int = 0,
+    ) -> None:
+        started = time.monotonic()
+        trained = {name: w for name, w in module.named_parameters() if w.requires_grad}
+        frozen = {name: w.detach() for name, w in module.named_parameters() if not w.requires_grad}
+        weights = {name: w.detach() for name, w in trained.items()}
+        if not weights:
+            raise CannotCapture("no parameter of the module is trained")
+        _check_memory(weights)
+        self._loss, self._module, self._transform = loss, module, transform
+        self._clip_norm, self._skip_norm = clip_norm, skip_norm
+        self._optimizer, self._constants = optimizer, optimizer.param_groups[0]
+        like = next(iter(weights.values()))
+        self._index = torch.zeros(batch_size, dtype=torch.long, device=like.device)
+        self._scalars = torch.zeros(5, dtype=like.dtype, device=like.device)  # a row of ``schedule``
+        self.total = torch.zeros((), dtype=torch.double, device=like.device)
+        self.counted, self.skipped, self.taken = (self._index.new_zeros(()) for _ in range(3))
+        self.is_finite = torch.ones((), dtype=torch.bool, device=like.device)
+        self._state = {
+            "weights": weights,
+            "moments": {name: adam_moments(optimizer, w) for name, w in trained.items()},
+            "averages": dict(averages or {}),
+            "buffers": dict(module.named_buffers()) | frozen,
+            "stored": stored,
+            "total": self.total,
+            "counted": self.counted,
+            "skipped": self.skipped,
+            "is_finite": self.is_finite,
+            "taken": self.taken,
+            "scalars": self._scalars,
+        }
+        self._exchange = exchange
+        if exchange is not None:
+            self._flat = torch.zeros(sum(w.numel() for w in weights.values()) + 1 + num_votes).to(like)
+            self.votes = self._flat[len(self._flat) - num_votes :]
+            self._summed = self._flat[: len(self._flat) - num_votes]
+            # The weight of this process's part of the batch, and the number of images in the whole batch.
+            self._share, self._whole = torch.zeros_like(self._scalars[0]), torch.zeros_like(self.counted)
+            self._state |= {"summed": self._summed, "share": self._share, "whole": self._whole}
+        leaves, self._structure = _inductor.flatten(self._state)
+        self._inputs = [*leaves, self._index]
+        parts = (self._step,) if exchange is None else (self._to_sum, self._from_sum)
+        self._graphs = [self._compile(part) for part in parts]
+        self.compile_seconds = time.monotonic() - started
+
+    def _compile(self, part: Callable[..., tuple[Tensor, ...]]) -> Callable[[], Any]:
+        """Compile a part of the step into one graph; on a GPU, record it as a CUDA graph as well."""
+        run, inputs = compile_function(part, self._inputs), self._inputs
+        if self._index.device.type != "cuda":
+            return lambda: run(inputs)
+        changing = [tensor for tensor in inputs if tensor is not self._state["stored"]]
+        return _record_cuda_graph(lambda: run(inputs), changing)
+
+    def __call__(self, index: Tensor, scalars: Tensor) -> None:
+        """Take one step on the images of that index, (B,), with the scalars of that step, a row of ``schedule``."""
+        self._scalars.copy_(scalars)
+        if len(index) != len(self._index):
+            with capturing():  # on numbers, but in the same form as in the graph
+                self._step(*self._inputs[:-1], index)
+            return
+        self._index.copy_(index)
+        self._graphs[0]()
+
+    def step_on_part(
+        self, index: Tensor, scalars: Tensor, *, share: float, whole: int, votes: Tensor, as_compiled: bool
+    ) -> None:
+        """Take one step of several processes; this one works on the images of that index.
+
+        Args:
+            index: (b,), this process's images.
+            scalars: As ``__call__``.
+            share: The weight of their mean in that over the whole batch.
+            whole: B, of the whole batch.
+            votes: (num_votes,) this process's.
+            as_compiled: Whether the part and the whole batch have the sizes for which the graph was made.
+        """
+        assert self._exchange is not None
+        self._scalars.copy_(scalars)
+        self._share.fill_(share)
+        self._whole.fill_(whole)
+        if as_compiled:
+            self._index.copy_(index)
+            self._graphs[0]()
+        else:
+            with capturing():
+                self._to_sum(*self._inputs[:-1], index)
+        self.votes.copy_(votes)
+        self._exchange(self._flat)
+        self._graphs[1]()
+
+    def schedule(self, steps: Sequence[tuple[int, float, float, float]]) -> Tensor:
+        """(n, 5): what the graph needs for each (step, beta, learning rate, decay of the averages); steps from 0."""
+        beta_1, beta_2 = self._constants["betas"]
+        rows = [
+            (
+                beta,
+                rate / (1 - beta_1 ** (step + 1)),
+                (1 - beta_2 ** (step + 1)) ** 0.5,
+                1 - decay,
+                rate * self._constants["weight_decay"],
+            )
+            for step, beta, rate, decay in steps
+        ]
+        return torch.tensor(rows, dtype=torch.double).to(self._scalars)
+
+    def count(self, steps: int) -> None:
+        """Set the number of steps that the optimizer keeps, with skipped ones."""
+        for moments in self._optimizer.state.values():
+            moments["step"].fill_(steps)
+
+    # --- The functions that are compiled ---
+
+    def _step(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        s, index = self._named(inputs)
+        gradients, loss = self._gradients(s, index)
+        self._update(s, gradients, loss, len(index))
+        return (loss.detach(),)
+
+    def _to_sum(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """The gradient and the loss as one vector, times this process's share of the images."""
+        s, index = self._named(inputs)
+        gradients, loss = self._gradients(s, index)
+        parts = [gradients[name].reshape(-1).to(loss.dtype) for name in s["weights"]]
+        s["summed"].copy_(s["share"] * torch.cat([*parts, loss.detach().reshape(1)]))
+        return ()
+
+    def _from_sum(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """The update by that vector, once it is the sum over the processes."""
+        s, _ = self._named(inputs)
+        sizes = [w.numel() for w in s["weights"].values()]
+        *parts, loss = s["summed"].split([*sizes, 1])
+        gradients = {n: g.view_as(w).to(w.dtype) for (n, w), g in zip(s["weights"].items(), parts, strict=True)}
+        self._update(s, gradients, loss[0], s["whole"])
+        return ()
+
+    def _named(self, inputs: Sequence[Tensor]) -> tuple[dict[str, Any], Tensor]:
+        return _inductor.unflatten(inputs[:-1], self._structure), inputs[-1]
+
+    def _gradients(self, s: dict[str, Any], index: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """The gradient for each weight, and the loss, on the images of that index."""
+        beta = s["scalars"][0]
+        x = self._transform(s["stored"][index])
+
+        def loss_of(weights: dict[str, Tensor]) -> Tensor:
+            with replace_tensors(self._module, weights | s["buffers"]), refuse_new_buffers(self._module):
+                return self._loss(x, beta)
+
+        return torch.func.grad_and_value(loss_of)(s["weights"])
+
+    def _update(self, s: dict[str, Any], gradients: dict[str, Tensor], loss: Tensor, images: int | Tensor) -> None:
+        """Clip the gradient and take Adam's step, unless a number is not finite, or the norm is too large."""
+        _, rate, root_of_correction, towards, decay = s["scalars"].unbind()
+        beta_1, beta_2 = self._constants["betas"]
+        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients.values()]))
+        shrink = (self._clip_norm / (norm + 1e-6)).clamp(max=1.0)
+        good = loss.isfinite() & norm.isfinite()
+        if self._skip_norm is None:
+            good = s["is_finite"] & good
+            s["is_finite"].copy_(good)
+            s["taken"].copy_(s["taken"] + good)
+        else:
+            good = good & (norm <= self._skip_norm)
+            s["skipped"].copy_(s["skipped"] + ~good)
+        s["counted"].copy_(s["counted"] + good * images)
+        s["total"].copy_(torch.where(good, s["total"] + loss.double() * images, s["total"]))
+        for name, w in s["weights"].items():
+            first, second = s["moments"][name]
+            g = gradients[name] * shrink
+            m = first + (1 - beta_1) * (g - first)
+            m = torch.where(m.abs() < _MIN_MOMENT, torch.zeros_like(m), m)
+            v = beta_2 * second + (1 - beta_2) * g * g
+            decayed = w - decay * w if self._constants["weight_decay"] else w
+            new = decayed - rate * m / (v.sqrt() / root_of_correction + self._constants["eps"])
+            if name in s["averages"]:
+                average = s["averages"][name]
+                average.copy_(torch.where(good, average + towards * (new - average), average))
+            w.copy_(torch.where(good, new, w))
+            first.copy_(torch.where(good, m, first))
+            second.copy_(torch.where(good, v, second))
+
+
+def optimizer_obstacle(optimizer: torch.optim.Optimizer) -> str | None:
+    """Why a captured step cannot take this optimizer's steps; None if it can."""
+    if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW):
+        return f"a compiled step has the optimizers Adam and AdamW, not {type(optimizer).__name__}"
+    if len(optimizer.param_groups) > 1:
+        return "a compiled step has one group of parameters"
+    group = optimizer.param_groups[0]
+    unknown = [name for name in ("amsgrad", "maximize") if group[name]]
+    if type(optimizer) is torch.optim.Adam and group["weight_decay"] and not group.get("decoupled_weight_decay"):
+        unknown.append("weight_decay, which AdamW has")
+    return f"a compiled step of Adam has no {' and no '.join(unknown)}" if unknown else None
+
+
+def adam_moments(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> tuple[Tensor, Tensor]:
+    """Adam's two moments of a parameter; zeros before its first step."""
+    state = optimizer.state[parameter]
+    if not state:
+        state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+    return state["exp_avg"], state["exp_avg_sq"]
+
+
+def _check_memory(weights: Mapping[str, Tensor]) -> None:
+    """Refuse different parameters that share memory: the graph would keep the last of their updates only."""
+    owners: dict[int, str] = {}
+    for name, w in weights.items():
+        place = w.untyped_storage().data_ptr()
+        if w.numel() and place in owners:
+            raise CannotCapture(f"the parameters {owners[place]} and {name} share their memory")
+        owners[place] = name
+
+
+def _record_cuda_graph(run: Callable[[], Any], changing: Sequence[Tensor]) -> Callable[[], None]:
+    """Record the launches of ``run``, to be replayed as one; afterwards all that it changes is as before.
+
+    Raises:
+        CannotCapture: Something in it cannot be recorded, such as a copy to the host.
+    """
+    device = changing[0].device
+    with torch.cuda.device(device):
+        before = [tensor.clone() for tensor in changing]
+        random_state = torch.cuda.get_rng_state(device)
+        try:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                run()  # what is created lazily at a first call must not be recorded
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                run()
+        except RuntimeError as error:
+            raise CannotCapture(f"no CUDA graph: {first_line(error)}") from error
+        finally:
+            for tensor, value in zip(changing, before, strict=True):
+                tensor.copy_(value)
+            torch.cuda.set_rng_state(random_state, device)
+    return graph.replay

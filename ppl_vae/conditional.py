@@ -1,4 +1,4 @@
-"""p(y | c) = family(net(c)): a network that ends in a distribution. The decoder is one, and so is the encoder."""
+"""p(y | c) = family(net(c)): a network that ends in a distribution, such as a decoder or an encoder."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Conditional(nn.Module):
     ``forward(c)`` returns the distribution.
 
     Raises:
-        ValueError: where the network's features are not as many as the family asks for.
+        ValueError: The network has another number of features than the family.
     """
 
     def __init__(self, net: nn.Module, family: Any) -> None:
@@ -41,7 +41,9 @@ class Conditional(nn.Module):
                 f"net: expected one tensor of features, (..., {self.family.num_features}), got {type(h).__name__}; "
                 "torch.cat(parts, dim=-1) makes one of several"
             )
-        if torch.is_autocast_enabled(h.device.type):  # it comes narrower then; a distribution's parameters are not
+        if torch.is_autocast_enabled(
+            h.device.type
+        ):  # features may be bfloat16 then; parameters of distributions are not
             h = h.to(c.dtype if c.is_floating_point() else torch.float32)
         if h.shape[-1] != self.family.num_features:
             F, name = self.family.num_features, type(self.family).__name__

@@ -1,4 +1,4 @@
-"""A VAE as a scikit-learn estimator: fit, score_samples in nats, sample, transform. Needs the extra ``sklearn``."""
+"""A VAE as a scikit-learn estimator. It needs the extra ``sklearn``."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ try:
 except ImportError:
     raise ImportError("ppl_vae.estimator: expected scikit-learn; pip install 'ppl_vae[sklearn]' brings it") from None
 
-# By the kind of data: what is a density or a mass of exactly such values, and takes later values of the same kind.
+# The default likelihood for each kind of data: a density or mass of all values of that kind.
 _USUAL = {
     data.BINARY: "bernoulli",
     data.LEVELS: "discretized-logistic",
@@ -46,57 +46,58 @@ _USUAL = {
     data.PROBABILITIES: "normal",
     data.REAL: "normal",
 }
-_X = Path("X")  # what errors call the array
+_X = Path("X")  # the name of the array in errors
 _USUAL_STEPS, _FEWEST_EPOCHS, _MOST_EPOCHS = 1000, 10, 500
 
 
 class VAEDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     """log p(x) = log int p(z) p(x | z) dz of rows or images x, learned by a VAE.
 
-    X is (N, D), (N, H, W), (N, H, W, C) or (N, C, H, W), C = 1 or 3. What its numbers are is seen as in a data file of
-    one's own: zeros and ones, uint8 levels, whole numbers from 0 (counts, also as floats), floats in [0, 1], other
-    floats. The likelihood must be of such values; by default it is bernoulli, discretized-logistic, negative-binomial,
-    and normal for the last two.
+    X is (N, D), (N, H, W), (N, H, W, C) or (N, C, H, W), C = 1 or 3. The kind of its numbers is found as for a data
+    file: zeros and ones, uint8 levels, whole numbers from 0 (counts, also as floats), floats in [0, 1], or other
+    floats. The likelihood must fit that kind. The defaults are bernoulli, discretized-logistic, negative-binomial, and
+    normal for both kinds of floats.
 
     The columns of a table under a likelihood of real numbers are standardized in double precision, y = (x - m) / s, and
     the Jacobian is added back:
 
         log p(x) = log p(y) - sum_d log s_d.
 
-    So the unit of a column changes its scores by a constant and nothing else, and no scaler is needed. A constant
-    column keeps its unit, s_d = 1. Images and 8-bit levels are not standardized.
+    The unit of a column thus changes the scores by a constant only, and no scaler is needed. A constant column keeps
+    its unit, s_d = 1. Images and 8-bit levels are not standardized.
 
-    Every score is on the scale of the X that this estimator is given. Behind a scaler in a Pipeline that is a density
-    of scaled data: it differs from one of the data by log |det| of the scaling, and numbers behind different scalers
-    do not compare. Nor does a mass compare with a density, nor one kind of data with another.
+    Scores are densities or masses of X as this estimator receives it. After a scaler in a Pipeline they are densities
+    of scaled data, which differ from those of the data by log |det| of the scaling: scores after different scalers
+    cannot be compared. Neither can a mass with a density, nor one kind of data with another.
 
     Args:
-        likelihood: a word of ``--likelihood``, or None for the usual one of that kind of data.
-        network, hidden, latent_dim, prior, posterior, objective: as on the command line of train_svi.py; hidden is one
-            width or several, and hidden and objective None are the network's and the prior's own.
-        epochs: passes through X; None takes as many as make about 1,000 steps, from 10 to 500.
-        batch_size, learning_rate, beta, average_decay: as on the command line.
-        warmup_epochs: over which beta rises; None: as on the command line.
-        validation_fraction: of the rows, by which the best weights are chosen; 0 keeps the last.
-        binarization: "none", or how gray becomes black and white under bernoulli: "threshold".
-        image_shape: (H, W) or (H, W, C), for images that come as rows of H W C numbers; None: as X is.
-        num_particles: S of the bound that is scored.
-        random_state: of the weights, the noise, and the draws of scores: None, a seed or numpy's RandomState.
+        likelihood: A word of ``--likelihood``, or None for the default of that kind of data.
+        network, hidden, latent_dim, prior, posterior, objective: As on the command line of train_svi.py. hidden is one
+            width or several. None takes the network's default for hidden, and the prior's for objective.
+        epochs: Passes through X; None takes as many as make about 1,000 steps, from 10 to 500.
+        batch_size, learning_rate, beta, average_decay: As on the command line.
+        warmup_epochs: The epochs over which beta rises; None: as on the command line.
+        validation_fraction: The part of the rows by which the best weights are chosen; 0 keeps the last weights.
+        binarization: "none", or "threshold" to make gray black and white under bernoulli.
+        image_shape: (H, W) or (H, W, C), for images given as rows of H W C numbers; None: as X is.
+        num_particles: S of the bound that is the score.
+        random_state: Of the weights, the noise, and the draws of scores: None, a seed or numpy's RandomState.
         device: cpu, cuda, cuda:1, ...
 
     Attributes:
-        vae_: the trained ``VAE``, on the device: of standardized columns where there is a scaler, and of dequantized
-            levels a density of (level + u) / 256.
-        scaler_: the ``StandardScaler`` of the columns, or None where they are not standardized.
-        kind_: the kind of data that X was, one of ``data``'s words.
-        likelihood_: the likelihood's word.
-        seed_: of every draw.
+        vae_: The trained ``VAE``, on the device. With a scaler it is a model of standardized columns, and with
+            dequantized levels a density of (level + u) / 256.
+        scaler_: The ``StandardScaler`` of the columns, or None if they are not standardized.
+        kind_: The kind of data of X, one of the words of ``data``.
+        likelihood_: The word of the likelihood.
+        seed_: The seed of every draw.
         n_features_in_: X.shape[1].
-        row_shape_, event_shape_: of one x in X, and as the VAE sees it, (D,) or (C, H, W).
+        row_shape_, event_shape_: The shape of one x in X, and as the VAE sees it, (D,) or (C, H, W).
 
     Reference: Kingma and Welling 2014, arXiv 1312.6114 (the model); Burda et al. 2016, arXiv 1509.00519 (the score).
     """
 
+    # scikit-learn's clone, get_params and grid search need one flat argument for each parameter: no dataclasses here.
     def __init__(
         self,
         *,
@@ -143,17 +144,17 @@ class VAEDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
     # --- scikit-learn's methods ---
 
     def fit(self, X: Any, y: Any = None) -> VAEDensity:
-        """Maximizes the ELBO of X.
+        """Maximize the ELBO of X.
 
         Args:
             X: (N, D), (N, H, W), (N, H, W, C) or (N, C, H, W), two rows or more.
-            y: not looked at.
+            y: Ignored.
 
         Returns:
-            Itself.
+            The estimator itself.
 
         Raises:
-            ValueError: values off the likelihood's support, or a parameter out of its range.
+            ValueError: A value is off the likelihood's support, or a parameter is out of its range.
         """
         if self.posterior == "delta":
             raise ValueError("posterior: expected a density q(z | x), got delta: an autoencoder has no log p(x)")
@@ -198,13 +199,13 @@ class VAEDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
     def score_samples(self, X: Any) -> np.ndarray:
         """L_S = log (1/S) sum_s p(x, z_s) / q(z_s | x), in expectation below log p(x), for each row.
 
-        The same X gives the same numbers; the draws of a row depend on its place in X.
+        The same X gives the same scores; the draws for a row depend on its place in X.
 
         Returns:
             (N,) nats, float64.
 
         Raises:
-            ValueError: other features than in ``fit``, or values off the likelihood's support.
+            ValueError: X has other features than in ``fit``, or values off the likelihood's support.
             NotFittedError: ``fit`` was not called.
         """
         check_is_fitted(self)
@@ -214,7 +215,7 @@ class VAEDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
         return result.log_evidence.cpu().numpy() - log_volume
 
     def score(self, X: Any, y: Any = None) -> float:
-        """The mean of ``score_samples``, nats a row: what GridSearchCV maximizes."""
+        """The mean of ``score_samples``, nats per row, which GridSearchCV maximizes."""
         return float(self.score_samples(X).mean())
 
     def transform(self, X: Any) -> np.ndarray:
@@ -228,7 +229,7 @@ class VAEDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
         """E[x | z], (N, *) in the layout and the unit of X. Z: (N, L).
 
         Raises:
-            ValueError: another number of latents.
+            ValueError: Z has another number of latents.
             NotFittedError: ``fit`` was not called.
         """
         check_is_fitted(self)
@@ -243,8 +244,8 @@ class VAEDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
         """z ~ p(z), x ~ p(x | z): (n_samples, *) in the layout and the unit of X.
 
         Args:
-            n_samples: at least 1.
-            random_state: of the draws; None: the same ones at every call.
+            n_samples: At least 1.
+            random_state: Of the draws; None gives the same draws at every call.
 
         Raises:
             ValueError: ``n_samples`` below 1.
@@ -268,7 +269,7 @@ class VAEDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
         return validate_data(self, X, reset=reset, dtype="numeric", allow_nd=True, ensure_min_samples=1 + reset)
 
     def _images(self, X: np.ndarray) -> np.ndarray:
-        """(N, D) or (N, C, H, W). Whole numbers below 0 are real values here."""
+        """Rows or images as (N, D) or (N, C, H, W). Negative whole numbers become real values."""
         if self.image_shape is not None:
             E = check_widths("image_shape", self.image_shape)
             if len(E) not in (2, 3) or math.prod(E) != math.prod(X.shape[1:]):
@@ -279,16 +280,16 @@ class VAEDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
         return np.ascontiguousarray(arrays.move_channels_first(_X, "X", X))
 
     def _is_standardized(self, options: Options) -> bool:
-        """Whether X is a table of columns that are real numbers to the likelihood."""
+        """Whether X is a table, under a likelihood of real numbers."""
         is_table = len(self.event_shape_) == 1 and self.kind_ != data.LEVELS
         return is_table and build_likelihood(options, self.event_shape_).data_kind == data.REAL
 
     def _standardized(self, images: np.ndarray) -> np.ndarray:
-        """(N, *E) as they are, or (N, D) with each column's mean 0 and standard deviation 1."""
+        """Standardize columns (N, D) to mean 0 and standard deviation 1; return (N, *E) unchanged without a scaler."""
         return images if self.scaler_ is None else self.scaler_.transform(images)
 
     def _splits(self, images: np.ndarray) -> data.Splits:
-        """A data set of which a part, drawn by the seed, is validation, and none test."""
+        """Split the rows by the seed into training and validation data; there are no test data."""
         is_small = self.scaler_ is None and self.kind_ in (data.BINARY, data.LEVELS)
         dtype = np.uint8 if is_small else np.float32
         stored = torch.from_numpy(images.astype(dtype))
@@ -333,7 +334,7 @@ class VAEDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
         )
 
     def _seen(self, X: Any) -> Tensor:
-        """X as the model that is scored sees it, (N, *E) on the device; off its support it is refused."""
+        """Convert X to (N, *E) on the device, as the scored model sees it; refuse values off its support."""
         images = self._images(self._validated(X, reset=False))
         if images.shape[1:] != self.event_shape_:
             raise ValueError(f"X: expected rows of event shape {self.event_shape_}, got {images.shape[1:]}")
@@ -361,7 +362,7 @@ class VAEDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
         return dequantized(self.vae_) if self._pixels_ == "dequantized" else self.vae_
 
     def _layout(self, x: Tensor) -> np.ndarray:
-        """(N, *E) as the model sees it -> the layout and the unit of X, float64."""
+        """Convert (N, *E) as the model sees it to the layout and the unit of X, float64."""
         values = x.double().cpu().numpy()
         if self.scaler_ is not None:
             values = self.scaler_.inverse_transform(values)
@@ -372,6 +373,6 @@ class VAEDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
 
 
 def _as_single(values: np.ndarray) -> np.ndarray:
-    """In single precision; numbers beyond it become infinite, which the callers look for."""
+    """Convert to single precision; numbers beyond its range become infinite, for which the callers check."""
     with np.errstate(over="ignore"):
         return values.astype(np.float32)

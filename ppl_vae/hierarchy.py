@@ -4,8 +4,8 @@
     posterior = TopDown([MLP(E, 200, hidden=(200,)), MLP(200, 100, hidden=(100,))], [to_40, to_10], prior)
     vae = HierarchicalVAE(prior, Conditional(BottomLayerOnly(decoder, prior.latent_dims), Bernoulli(E)), posterior)
 
-Layer 1 is next to the image, layer n on top. The latents of all layers side by side, z = (z_1, ..., z_n), are one
-vector, of which prior, posterior and likelihood speak as those of a VAE of one layer do.
+Layer 1 is next to the image, and layer n on top. The latents of all layers are concatenated to one vector,
+z = (z_1, ..., z_n), so that prior, posterior and likelihood have the same form as those of a VAE with one layer.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from ppl_vae.conditional import Conditional
 from ppl_vae.vae import check_batch_shape, check_event_shape
 
 
-class Chain(TorchDistribution):
+class LayeredDistribution(TorchDistribution):
     """p(z_1, ..., z_n) = p(z_a) p(z_b | z_a) p(z_c | z_b) ...: layers drawn one from another, as one vector.
 
-    Whichever way they are drawn, layer 1 comes first in the vector. Mean and variance have no formula.
+    Layer 1 comes first in the vector, whichever layer is drawn first. Mean and variance have no formula.
 
     Args:
         first: p(z_a), batch (...), of layer 1 or n.
-        links: for each further layer, z of the layer before (..., L) -> its distribution, reparametrized if ``first``
-            is.
+        links: For each further layer, z of the previous layer (..., L) -> its distribution. All are reparametrized if
+            ``first`` is.
         latent_dims: (L_1, ..., L_n).
-        upward: drawn from layer 1 up to n, or else from n down to 1.
+        upward: Whether the layers are drawn from 1 up to n; otherwise from n down to 1.
 
     Raises:
-        ValueError: where ``log_prob`` is asked for vectors that are not (..., L_1 + ... + L_n).
+        ValueError: ``log_prob`` is given vectors that are not (..., L_1 + ... + L_n).
     """
 
     arg_constraints: dict[str, Any] = {}  # noqa: RUF012, the name and type that torch asks for
@@ -54,7 +54,7 @@ class Chain(TorchDistribution):
         return self.first.has_rsample
 
     def draw(self, sample: Callable[[str, Any], Tensor]) -> Tensor:
-        """z (..., L_1 + ... + L_n), one sample("z_l", p(z_l | ...)) a layer: ``pyro.sample`` makes a site of each."""
+        """Draw z (..., L_1 + ... + L_n) by sample("z_l", p(z_l | ...)) per layer; ``pyro.sample`` makes each a site."""
         names = [f"z_{layer + 1}" for layer in range(len(self.latent_dims))]
         first, *further = names if self.upward else names[::-1]
         z = [sample(first, self.first)]
@@ -85,11 +85,11 @@ class Chain(TorchDistribution):
         self.draw(look_up)
         return sum(log_p[1:], log_p[0])
 
-    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> Chain:
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> LayeredDistribution:
         first = self.first.expand(Size(batch_shape))
-        return Chain(first, self.links, latent_dims=self.latent_dims, upward=self.upward)
+        return LayeredDistribution(first, self.links, latent_dims=self.latent_dims, upward=self.upward)
 
-    def _expanded_by(self, sample_shape: Sequence[int]) -> Chain:
+    def _expanded_by(self, sample_shape: Sequence[int]) -> LayeredDistribution:
         return self.expand(Size(sample_shape) + self.batch_shape) if len(sample_shape) else self
 
 
@@ -97,7 +97,7 @@ class LayeredPrior(nn.Module):
     """p(z_1, ..., z_n) = p(z_n) p(z_{n-1} | z_n) ... p(z_1 | z_2).
 
     Args:
-        top: () -> p(z_n), event (L_n,); it has ``event_shape``. Any prior of a VAE of one layer.
+        top: () -> p(z_n), event (L_n,), with an ``event_shape``: any prior of a VAE with one layer.
         layers: p(z_1 | z_2), ..., p(z_{n-1} | z_n), each (..., L_{l+1}) -> event (L_l,).
 
     Reference: Rezende et al. 2014, arXiv 1401.4082; Burda et al. 2016, 1509.00519; Sønderby et al. 2016, 1602.02282.
@@ -118,22 +118,22 @@ class LayeredPrior(nn.Module):
         """(L_1 + ... + L_n,)."""
         return (sum(self.latent_dims),)
 
-    def forward(self) -> Chain:
+    def forward(self) -> LayeredDistribution:
         """-> batch shape (), event shape (L_1 + ... + L_n,)."""
-        return Chain(self.top(), [*self.layers][::-1], latent_dims=self.latent_dims, upward=False)
+        return LayeredDistribution(self.top(), [*self.layers][::-1], latent_dims=self.latent_dims, upward=False)
 
 
 class BottomUp(nn.Module):
     """q(z_1, ..., z_n | x) = q(z_1 | x) q(z_2 | z_1) ... q(z_n | z_{n-1}).
 
-    It draws against the order of the model, so its KL must be sampled: E_q[log q(z_1 | x) - log p(z_1 | z_2)] is not
-    the mean of KL(q(z_1 | x) || p(z_1 | z_2)), since z_2 depends on z_1. With a ``TopDown`` the KL of a layer may be
-    taken in closed form.
+    It draws in the opposite order of the model, so its KL must be sampled: E_q[log q(z_1 | x) - log p(z_1 | z_2)] is
+    not the mean of KL(q(z_1 | x) || p(z_1 | z_2)), since z_2 depends on z_1. With ``TopDown`` the KL of each layer can
+    be taken in closed form.
 
     Args:
         layers: q(z_1 | x), q(z_2 | z_1), ..., each with event (L_l,).
 
-    Reference: Burda et al. 2016, arXiv 1509.00519 (their models of two layers).
+    Reference: Burda et al. 2016, arXiv 1509.00519 (their models with two layers).
     """
 
     def __init__(self, layers: Sequence[Conditional]) -> None:
@@ -147,13 +147,13 @@ class BottomUp(nn.Module):
 
     @property
     def net(self) -> Any:
-        """The network that sees the image."""
+        """The network that takes the image."""
         return self.layers[0].net
 
-    def forward(self, x: Tensor) -> Chain:
+    def forward(self, x: Tensor) -> LayeredDistribution:
         """x: (B, *E) -> batch shape (B,), event shape (L_1 + ... + L_n,)."""
         first, *further = self.layers
-        return Chain(first(x), further, latent_dims=self.latent_dims, upward=True)
+        return LayeredDistribution(first(x), further, latent_dims=self.latent_dims, upward=True)
 
 
 class TopDown(nn.Module):
@@ -163,20 +163,20 @@ class TopDown(nn.Module):
         q(z_n | x) = r_n(d_n)
         q(z_l | x, z_{l+1}) proportional to r_l(d_l) p(z_l | z_{l+1})          # downward; both diagonal normals
 
-    What the image says of a layer, r_l = N(loc_l(d_l), scale_l(d_l)^2), is weighed against what the layers above say
-    by their precisions.
+    The readout r_l = N(loc_l(d_l), scale_l(d_l)^2) of the image and the prediction of the layer above are multiplied,
+    so that each is weighted by its precision.
 
     Args:
         features: f_1, ..., f_n, networks (..., F_{l-1}) -> (..., F_l); f_1 takes images.
         readouts: r_1, ..., r_n, each (..., F_l) -> a diagonal normal, event (L_l,).
-        prior: the prior of the same VAE. Its weights are used here, and registered there alone.
+        prior: The prior of the same VAE. Its weights are used here, but registered only there.
         activation: a, elementwise, after every f_l.
 
     Raises:
-        ValueError: where the numbers of features, readouts and layers of the prior are not the same.
+        ValueError: The numbers of features, readouts and layers of the prior differ.
 
-    Reference: Sønderby et al. 2016, arXiv 1602.02282 (the ladder VAE); here without their batch normalization, whose
-    statistics would let images see each other.
+    Reference: Sønderby et al. 2016, arXiv 1602.02282 (the ladder VAE), without their batch normalization, by which the
+    code of an image would depend on the rest of its batch.
     """
 
     def __init__(
@@ -190,13 +190,13 @@ class TopDown(nn.Module):
         super().__init__()
         if not len(features) == len(readouts) == len(prior.latent_dims):
             raise ValueError(
-                f"features, readouts: expected {len(prior.latent_dims)} of each, one a layer of the prior, "
+                f"features, readouts: expected {len(prior.latent_dims)} of each, one per layer of the prior, "
                 f"got {len(features)} and {len(readouts)}"
             )
         self.features = nn.ModuleList(features)
         self.readouts = nn.ModuleList(readouts)
         self.activation = activation()
-        self._prior = (prior,)  # in a tuple, for else its weights were registered, and stored, twice
+        self._prior = (prior,)  # in a tuple, so that its weights are not registered, and stored, twice
 
     @property
     def latent_dims(self) -> tuple[int, ...]:
@@ -205,27 +205,27 @@ class TopDown(nn.Module):
 
     @property
     def net(self) -> Any:
-        """The network that sees the image."""
+        """The network that takes the image."""
         return self.features[0]
 
-    def forward(self, x: Tensor) -> Chain:
+    def forward(self, x: Tensor) -> LayeredDistribution:
         """x: (B, *E) -> batch shape (B,), event shape (L_1 + ... + L_n,)."""
         from_x, d = [], x
         for feature, readout in zip(self.features, self.readouts, strict=True):
-            d = _as_precise(self.activation(feature(d)), x)
+            d = _restore_precision(self.activation(feature(d)), x)
             from_x.append(readout(d))
-        links = [partial(_weighed, r_l, layer) for r_l, layer in zip(from_x, self._prior[0].layers, strict=False)]
-        return Chain(from_x[-1], links[::-1], latent_dims=self.latent_dims, upward=False)
+        links = [partial(_combine, r_l, layer) for r_l, layer in zip(from_x, self._prior[0].layers, strict=False)]
+        return LayeredDistribution(from_x[-1], links[::-1], latent_dims=self.latent_dims, upward=False)
 
 
-def _as_precise(d: Tensor, x: Tensor) -> Tensor:
-    """Features in the type that they have without autocast, which readouts give to their distributions."""
+def _restore_precision(d: Tensor, x: Tensor) -> Tensor:
+    """Convert features to the type that they have without autocast, for the distributions of the readouts."""
     if not torch.is_autocast_enabled(d.device.type):
         return d
     return d.to(x.dtype if x.is_floating_point() else torch.float32)
 
 
-def _weighed(r: Any, layer: Callable[[Tensor], Any], z_above: Tensor) -> dist.Independent:
+def _combine(r: Any, layer: Callable[[Tensor], Any], z_above: Tensor) -> dist.Independent:
     """q(z_l | x, z_{l+1}) proportional to r(z_l) p(z_l | z_{l+1})."""
     return product_of_normals(layer(z_above), r)
 
@@ -233,17 +233,16 @@ def _weighed(r: Any, layer: Callable[[Tensor], Any], z_above: Tensor) -> dist.In
 def product_of_normals(p: Any, q: Any) -> dist.Independent:
     """The normal proportional to p q: 1 / s^2 = 1 / s_p^2 + 1 / s_q^2 and m / s^2 = m_p / s_p^2 + m_q / s_q^2.
 
-    Written with s_p / sqrt(s_p^2 + s_q^2), from 0 to 1: a precision, which overflows where a scale is small, is never
-    formed.
+    It is computed from s_p / sqrt(s_p^2 + s_q^2), which is from 0 to 1, since a precision overflows for a small scale.
 
     Args:
-        p, q: diagonal normals, batches (...), event (L,).
+        p, q: Diagonal normals, batches (...), event (L,).
 
     Returns:
-        The same, with the batch to which both broadcast.
+        A diagonal normal with the batch shape to which both broadcast.
 
     Raises:
-        ValueError: where one of them is no diagonal normal.
+        ValueError: One of them is no diagonal normal.
     """
     p, q = _normal(p), _normal(q)
     both = torch.hypot(p.scale, q.scale)
@@ -263,17 +262,17 @@ def _latent_dims(parts: Sequence[Any]) -> tuple[int, ...]:
 
 
 class BottomLayerOnly(nn.Module):
-    """h = net(z_1), of z = (z_1, ..., z_n): a decoder that sees the layer next to the image, p(x | z) = p(x | z_1).
+    """h = net(z_1) for z = (z_1, ..., z_n): the network of a decoder p(x | z) = p(x | z_1) of the lowest layer only.
 
-    A network of all of z, (..., L_1 + ... + L_n), in its place is a decoder p(x | z_1, ..., z_n), with a way from every
-    layer to the image; a layer that can act on it by itself is lost less easily.
+    Without it, a network that takes all of z, (..., L_1 + ... + L_n), makes a decoder p(x | z_1, ..., z_n). Then every
+    layer acts on the image directly, and is lost less easily.
 
     Args:
         net: (..., L_1) -> (..., F).
         latent_dims: (L_1, ..., L_n).
 
     Raises:
-        ValueError: where z is not (..., L_1 + ... + L_n).
+        ValueError: z is not (..., L_1 + ... + L_n).
     """
 
     def __init__(self, net: nn.Module, latent_dims: Sequence[int]) -> None:
@@ -295,8 +294,7 @@ class BottomLayerOnly(nn.Module):
 class HierarchicalVAE(nn.Module):
     """p(x, z_1..z_n) = p(z_n) prod_l p(z_l | z_{l+1}) p(x | z_1..z_n), with the guide q(z_1..z_n | x).
 
-    The programs are those of ``VAE``, with a site ``z_l`` for each layer in the place of one site for all. x is
-    (B, *E), images are the plate at dim -1.
+    The programs are those of ``VAE``, with one site ``z_l`` per layer. x is (B, *E), images are the plate at dim -1.
 
     Args:
         prior: () -> p(z_1..z_n), a ``LayeredPrior``.
@@ -304,8 +302,8 @@ class HierarchicalVAE(nn.Module):
         posterior: x (B, *E) -> q(z_1..z_n | x), ``BottomUp`` or ``TopDown``.
 
     Raises:
-        ValueError: where prior and posterior have not the same layers, or the shape of an image is not the
-            likelihood's event shape.
+        ValueError: Prior and posterior have different layers, or the shape of an image is not the likelihood's event
+            shape.
 
     Reference: Burda et al. 2016, arXiv 1509.00519; Sønderby et al. 2016, arXiv 1602.02282.
     """

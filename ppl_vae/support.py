@@ -1,4 +1,4 @@
-"""The check that every function makes before it scores images: has p(x | z) a probability for these values?"""
+"""Check that images lie on the support of p(x | z), before any function scores them."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class ObservedSite(NamedTuple):
     """An observed site whose value is the images.
 
     Args:
-        name: the site's name.
-        support: the support of its distribution, which is the same for all images.
-        replaces_missing: whether the program puts a value of its own in the place of a NaN.
+        name: The site's name.
+        support: The support of its distribution, which is the same for all images.
+        replaces_missing: Whether the program replaces a NaN by a value of its own.
     """
 
     name: str
@@ -31,9 +31,9 @@ class ObservedSite(NamedTuple):
 
 
 def observed_sites(trace: poutine.Trace, x: Tensor) -> list[ObservedSite]:
-    """The sites of the model's trace on x (B, *E), B at least 2, that observe x itself, pixel by pixel.
+    """Find the sites of the model's trace on x (B, *E), B at least 2, that observe x itself, pixel by pixel.
 
-    A support that depends on the parameters of an image's distribution is left out: it says nothing of other images.
+    A site whose support depends on the parameters of an image's distribution is left out: it holds for that image only.
     """
     found = []
     for name in trace.observation_nodes:
@@ -50,13 +50,13 @@ def observed_sites(trace: poutine.Trace, x: Tensor) -> list[ObservedSite]:
 
 
 def check_site(site: ObservedSite, x: Tensor) -> None:
-    """Raises ValueError where an image of x (B, *E) is off the site's support; a NaN is, unless it is replaced."""
+    """Raise ValueError if an image of x (B, *E) is off the site's support; a NaN is, unless it is replaced."""
     if site.support.check(x).all():
         return
     values = x.reshape(len(x), -1)
     given = ~values.isnan()
     if site.replaces_missing:
-        first = values.gather(1, given.int().argmax(1, keepdim=True))  # of the image's own values, one that is there
+        first = values.gather(1, given.int().argmax(1, keepdim=True))  # a value of the same image that is not NaN
         values = torch.where(given, values, first)
     good = site.support.check(values.reshape(x.shape)).reshape(len(x), -1).all(1)
     if site.replaces_missing:
@@ -74,19 +74,19 @@ def check_site(site: ObservedSite, x: Tensor) -> None:
 
 @torch.no_grad()
 def check_support(model: Callable[[Tensor], Any], x: Tensor) -> None:
-    """Refuses images that p(x | z) has no probability for, whose "log-likelihood" would be a number all the same.
+    """Refuse images to which p(x | z) gives no probability; their computed "log-likelihood" would be meaningless.
 
-    The model runs once, on two images, in evaluation mode and with draws of a seed of its own, to find out which sites
-    observe the images. Every image is then compared with the support of these sites. A site that observes something
-    else, such as images that the program rescales, is not checked.
+    The model runs once, on two images, in evaluation mode and with a seed of its own, to find the sites that observe
+    the images. Then every image is compared with the support of these sites. A site that observes something else, such
+    as images that the program rescales, is not checked.
 
     Args:
-        model: a Pyro program over x.
-        x: images (N, *E). NaN is off every support, unless the program replaces it as ``missing.Observed`` does.
+        model: A Pyro program over x.
+        x: Images (N, *E). NaN is off every support, unless the program replaces it as ``missing.Observed`` does.
 
     Raises:
-        ValueError: x is no tensor, its dtype is not that of the weights, or an image is off the support, or has another
-            shape than the model's images.
+        ValueError: x is no tensor, its dtype differs from that of the weights, an image is off the support, or an image
+            has another shape than the model's images.
     """
     if not isinstance(x, Tensor):
         raise ValueError(
@@ -101,7 +101,7 @@ def check_support(model: Callable[[Tensor], Any], x: Tensor) -> None:
     if all(bool(site.support.check(part).all()) for site in sites for part in parts):
         return
     holes = next((part for part in parts if part.isnan().any()), None)
-    if holes is not None:  # whether a NaN is replaced shows at one alone
+    if holes is not None:  # only an image with a NaN shows whether the program replaces it
         first = int(holes.isnan().reshape(len(holes), -1).any(1).int().argmax())
         sites = _sites_of(model, x, holes[first : first + 1])
     for site in sites:
@@ -146,7 +146,7 @@ def _check_dtype(model: Callable[[Tensor], Any], image: Tensor) -> None:
 
 
 def _sites_of(model: Callable[[Tensor], Any], x: Tensor, image: Tensor) -> list[ObservedSite]:
-    """``observed_sites`` of the model's run on two copies of one of the images x."""
+    """Find ``observed_sites`` in a run of the model on two copies of one of the images x."""
     probe = image.expand(2, *x.shape[1:])
     module = getattr(model, "__self__", None)
     with (

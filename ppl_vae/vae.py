@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ppl_vae.runtime.errors import ShapeError
 
-# A guide from pyro.infer.autoguide has parameters of each training image and latents outside of the images' plate.
+# A guide from pyro.infer.autoguide has parameters for each training image, and latents outside of the images' plate.
 NO_AUTOGUIDE = (
     "a guide from pyro.infer.autoguide holds for one fixed batch and has no density for each image: train it with "
     "pyro.infer.SVI, or write a guide with an encoder, as VAE.guide is"
@@ -19,14 +19,14 @@ NO_AUTOGUIDE = (
 
 
 def check_batch_shape(posterior: Any, x: Tensor) -> Any:
-    """The posterior itself, once it is one distribution for each image.
+    """Return the posterior after checking that it is one distribution per image.
 
     Args:
         posterior: q(z | x).
         x: (B, *E).
 
     Raises:
-        ShapeError: a ValueError: it is no distribution, or its batch shape is not (B,).
+        ShapeError: A ValueError: it is no distribution, or its batch shape is not (B,).
     """
     _check_distribution("posterior", posterior, "Conditional(encoder, posteriors.DiagonalNormal(L))")
     if tuple(posterior.batch_shape) != (len(x),):
@@ -38,7 +38,7 @@ def check_batch_shape(posterior: Any, x: Tensor) -> Any:
 
 
 def check_event_shape(likelihood: Any, x: Tensor, z: Tensor) -> Any:
-    """The likelihood itself, once it is one distribution over images for each z: others would broadcast silently.
+    """Return the likelihood after checking that it is one distribution over images per z, without broadcasting.
 
     Args:
         likelihood: p(x | z).
@@ -46,7 +46,7 @@ def check_event_shape(likelihood: Any, x: Tensor, z: Tensor) -> Any:
         z: (..., B, L).
 
     Raises:
-        ShapeError: a ValueError: it is no distribution, its event shape is not E, or its batch shape is not that of z.
+        ShapeError: A ValueError: it is no distribution, its event shape is not E, or its batch shape is not that of z.
     """
     _check_distribution("likelihood", likelihood, "Conditional(decoder, likelihoods.Bernoulli(E))")
     batch, event, shape = tuple(likelihood.batch_shape), tuple(likelihood.event_shape), tuple(z.shape[:-1])
@@ -73,8 +73,8 @@ def _check_distribution(name: str, found: Any, example: str) -> None:
 class VAE(nn.Module):
     """p(x, z) = p(z) p(x | z), with the guide q(z | x).
 
-    Nothing here trains, scales or anneals: objectives put their effect handlers around ``model`` and ``guide``, and
-    every reported number comes from these two bare programs. x is (B, *E), images are the plate at dim -1.
+    Objectives put effect handlers around ``model`` and ``guide`` to scale or anneal terms; every reported number comes
+    from these two bare programs. x is (B, *E), and images are the plate at dim -1.
 
     Args:
         prior: () -> p(z), event (L,).
@@ -82,7 +82,7 @@ class VAE(nn.Module):
         posterior: x (..., *E) -> q(z | x), batch (...), event (L,).
 
     Raises:
-        ValueError: where the shape of an image is not the likelihood's event shape.
+        ValueError: The shape of an image is not the likelihood's event shape.
 
     Reference: Kingma and Welling 2014, arXiv 1312.6114; Rezende et al. 2014, arXiv 1401.4082.
     """

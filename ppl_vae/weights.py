@@ -1,4 +1,4 @@
-"""log w = log p(x, z) - log q(z | x): the one quantity of which every reported number is a functional."""
+"""log w = log p(x, z) - log q(z | x), from which every reported number is computed."""
 
 from __future__ import annotations
 
@@ -14,20 +14,19 @@ from pyro.distributions.util import scale_and_mask
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from ppl_vae.protocols import StochasticFunction
 from ppl_vae.runtime.errors import check_count
 from ppl_vae.runtime.global_state import serialize_threads
 from ppl_vae.support import check_support
 from ppl_vae.vae import NO_AUTOGUIDE
 
-Program = Callable[[Tensor], Any]
 
-
-class Deterministic(ValueError):
-    """A deterministic guide was asked for what only a density has."""
+class DeterministicGuide(ValueError):
+    """The guide is deterministic, and the result needs a density q(z | x)."""
 
 
 def _log_prob(name: str, site: dict[str, Any], shape: tuple[int, int]) -> Tensor:
-    """(S, B): the site's log-density as its distribution gives it, masked where a mask says so, never scaled."""
+    """The log-density of a site, (S, B), nats. Masks apply, scales do not."""
     if not any(frame.dim == -1 and frame.size == shape[1] for frame in site["cond_indep_stack"]):
         # Checked by the plate and not by the shape alone, which one image would satisfy.
         raise ValueError(f"site {name!r}: expected it in the images' plate, of size {shape[1]} at dim=-1")
@@ -35,8 +34,9 @@ def _log_prob(name: str, site: dict[str, Any], shape: tuple[int, int]) -> Tensor
     log_prob = scale_and_mask(site["fn"].log_prob(site["value"]), mask=site["mask"])
     if tuple(log_prob.shape) != shape:
         raise ValueError(
-            f"site {name!r}: expected one log-probability a particle and image, {shape}, got {tuple(log_prob.shape)}; "
-            "every site belongs in the images' plate at dim=-1, with all other dimensions in its event (to_event)"
+            f"site {name!r}: expected one log-probability per particle and image, {shape}, got "
+            f"{tuple(log_prob.shape)}; every site belongs in the images' plate at dim=-1, with all other dimensions in "
+            "its event (to_event)"
         )
     return log_prob
 
@@ -57,31 +57,31 @@ def _check_value_shape(name: str, site: dict[str, Any]) -> None:
 
 
 def _log_joint(trace: poutine.Trace, names: list[str], shape: tuple[int, int], device: torch.device) -> Tensor:
-    """(S, B): the sum over these sites."""
+    """The sum of the log-densities of these sites, (S, B), nats."""
     zero = torch.zeros(shape, device=device)
     return sum((_log_prob(name, trace.nodes[name], shape) for name in names), zero)
 
 
 def _observed_sites(trace: poutine.Trace) -> list[str]:
-    """The names of observed sites and factors; a pyro.deterministic site has no density and is none."""
+    """The names of observed sites and factors; a pyro.deterministic site has no density and is left out."""
     return [name for name in trace.observation_nodes if not trace.nodes[name]["infer"].get("_deterministic")]
 
 
 def is_deterministic(distribution: Any) -> bool:
-    """A point mass (Delta), whatever it is wrapped in: it has no density that a log-weight could hold."""
+    """Whether a distribution is a point mass (Delta), possibly wrapped. It has no density."""
     while hasattr(distribution, "base_dist"):
         distribution = distribution.base_dist
     return isinstance(distribution, dist.Delta)
 
 
 def latent_sites(trace: poutine.Trace) -> list[str]:
-    """The names of a trace's sampled sites in alphabetical order; a plate's own site is none."""
+    """The names of a trace's sampled sites in alphabetical order, without those of plates."""
     return sorted(name for name in trace.stochastic_nodes if not site_is_subsample(trace.nodes[name]))
 
 
 @serialize_threads()
-def is_autoencoder(guide: Program, x: Tensor) -> bool:
-    """The guide is deterministic at a latent site: there are reconstructions, and no log-weights.
+def is_autoencoder(guide: StochasticFunction, x: Tensor) -> bool:
+    """Whether the guide is deterministic at a latent site. Then there are reconstructions, but no log-weights.
 
     The guide runs once, on the first image, and draws from torch's global generator. x: (B, *E).
     """
@@ -90,16 +90,16 @@ def is_autoencoder(guide: Program, x: Tensor) -> bool:
 
 
 @serialize_threads()
-def log_reconstruction(model: Program, guide: Program, x: Tensor) -> Tensor:
-    """log p(x | z) for one z ~ q(z | x) an image. It needs no density of the guide, and bounds nothing.
+def log_reconstruction(model: StochasticFunction, guide: StochasticFunction, x: Tensor) -> Tensor:
+    """log p(x | z) for one z ~ q(z | x) per image. It needs no density of the guide, and is no bound.
 
-    Arguments as ``log_weight_terms``.
+    Args: As ``log_weight_terms``.
 
     Returns:
         (B,) nats.
 
     Raises:
-        ValueError: as ``log_weight_terms``, but for what is deterministic.
+        ValueError: As ``log_weight_terms``, except that the guide may be deterministic.
     """
     _, p, _ = _traces(model, guide, x, 1)
     return _log_joint(p, _observed_sites(p), (1, len(x)), x.device)[0]
@@ -107,54 +107,55 @@ def log_reconstruction(model: Program, guide: Program, x: Tensor) -> Tensor:
 
 @serialize_threads()
 def log_weight_terms(
-    model: Program,
-    guide: Program,
+    model: StochasticFunction,
+    guide: StochasticFunction,
     x: Tensor,
     num_particles: int,
     *,
-    held: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    guide_context: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> tuple[Tensor, Tensor]:
-    """log p(x | z) and log p(z) - log q(z | x), for z ~ q(z | x); their sum is log w.
+    """Compute log p(x | z) and log p(z) - log q(z | x), for z ~ q(z | x); their sum is log w.
 
-    ``poutine.scale`` and a plate's subsampling scale do not enter: a log-weight is that of the bare programs.
+    ``poutine.scale`` and the subsampling scale of a plate are ignored: log-weights belong to the bare programs.
 
     Args:
-        model: a Pyro program over x with one data plate at dim=-1.
-        guide: a Pyro program over x that samples every latent site of the model.
-        x: images (B, *E).
+        model: A Pyro program over x with one data plate at dim=-1.
+        guide: A Pyro program over x that samples every latent site of the model.
+        x: Images (B, *E).
         num_particles: S.
-        held: what the guide runs in and its density is taken in, which is later and may ask for parameters again.
+        guide_context: The context in which the guide runs, and later its density is evaluated, which may use its
+            parameters again.
 
     Returns:
         Two tensors (S, B), nats.
 
     Raises:
-        ValueError: where a latent site of one program is missing in the other, a site is not one number an image in
-            the images' plate, or the guide observes or holds a factor.
-        Deterministic: a ValueError: the guide is deterministic at a latent site.
+        ValueError: A latent site of one program is missing in the other; a site does not give one number per image in
+            the images' plate; or the guide has observed sites or factors.
+        DeterministicGuide: A ValueError: the guide is deterministic at a latent site.
     """
 
-    def guide_held(x: Tensor) -> Any:
-        with held():
+    def guide_in_context(x: Tensor) -> Any:
+        with guide_context():
             return guide(x)
 
-    q, p, latents = _traces(model, guide_held, x, num_particles)
+    q, p, latents = _traces(model, guide_in_context, x, num_particles)
     for name in latents:
         if is_deterministic(q.nodes[name]["fn"]):
-            raise Deterministic(
+            raise DeterministicGuide(
                 f"guide: expected a density at site {name!r}, got a deterministic one (Delta): an autoencoder has "
                 "reconstructions, and neither an ELBO nor a log-likelihood"
             )
     shape = (num_particles, len(x))
     log_p_x_given_z = _log_joint(p, _observed_sites(p), shape, x.device)
     log_p_z = _log_joint(p, latents, shape, x.device)
-    with held():
+    with guide_context():
         log_q_z = _log_joint(q, latents, shape, x.device)
     return log_p_x_given_z, log_p_z - log_q_z
 
 
 def _traces(
-    model: Program, guide: Program, x: Tensor, num_particles: int
+    model: StochasticFunction, guide: StochasticFunction, x: Tensor, num_particles: int
 ) -> tuple[poutine.Trace, poutine.Trace, list[str]]:
     """The guide's trace, the model's on the same draws, and the latent sites that both have."""
     num_particles = check_count("num_particles", num_particles)
@@ -176,15 +177,18 @@ def _traces(
 
 
 @serialize_threads()
-def log_weights(model: Program, guide: Program, x: Tensor, num_particles: int) -> Tensor:
+def log_weights(model: StochasticFunction, guide: StochasticFunction, x: Tensor, num_particles: int) -> Tensor:
     """log w_s = log p(x, z_s) - log q(z_s | x), for z_s ~ q(z | x), s = 1..S.
 
-    Fresh draws from torch's global generator at every call. The encoder runs once an image, never once a particle.
+    Every call draws anew from torch's global generator. The encoder runs once per image, not once per particle.
 
-    Args: as ``log_weight_terms``, whose errors are these too; and an image off the support is a ValueError.
+    Args: As ``log_weight_terms``.
 
     Returns:
-        (S, B) nats, one row a particle.
+        (S, B) nats, one row per particle.
+
+    Raises:
+        ValueError: As ``log_weight_terms``, and for an image off the support.
 
     Reference: Burda et al. 2016, arXiv 1509.00519, equation 8.
     """

@@ -14,7 +14,7 @@ from ppl_vae.diagnostics.mixture import AggregatePosterior, factors, normal_fact
 from ppl_vae.diagnostics.values import PerLatent
 from ppl_vae.evidence.estimate import Estimate, ratio_of_means
 from ppl_vae.evidence.moments import PosteriorMoments, compute_log_prob, compute_moments
-from ppl_vae.hierarchy import Chain
+from ppl_vae.hierarchy import LayeredDistribution
 from ppl_vae.parts.priors import VampPrior
 from ppl_vae.runtime.batching import images_per_pass, pairs_per_pass
 from ppl_vae.runtime.errors import check_count
@@ -273,7 +273,7 @@ def implied_beta(vae: VAE, x: Tensor, *, draws: int = 8) -> Estimate | None:
         raise ValueError("x: expected at least one image, got none")
     check_support(vae.model, x)
     prior = vae.prior()
-    if isinstance(prior, Chain):
+    if isinstance(prior, LayeredDistribution):
         return None
     passes = x.split(max(1, pairs_per_pass(vae, x) // (2 * draws)))
     parts = [_slopes(vae, images, prior, draws) for images in passes]

@@ -176,7 +176,7 @@ def pilot(
     Raises:
         ValueError: no images, one off the support of p(x | z), an argument out of its range, discrete latents, or
             densities that draw noise, as those of dequantized levels do.
-        Deterministic: a ValueError: the guide has no density.
+        DeterministicGuide: a ValueError: the guide has no density.
         CannotCapture: a ValueError: ``compile`` is asked for and impossible.
         NotFinite: a density is NaN.
     """

@@ -14,7 +14,7 @@ from ppl_vae.runtime.batching import pairs_per_pass
 from ppl_vae.runtime.errors import NotFinite, check_count
 from ppl_vae.runtime.global_state import serialize_threads
 from ppl_vae.vae import VAE
-from ppl_vae.weights import Deterministic, is_autoencoder
+from ppl_vae.weights import DeterministicGuide, is_autoencoder
 
 # Bins of a histogram of ranks, and the fewest ranks that a bin may expect: chi-square's distribution is a limit, and a
 # p-value that is multiplied by the number of quantities needs its tail. Source: ours.
@@ -70,7 +70,7 @@ def ranks(vae: VAE, *, num_simulations: int, num_draws: int, progress: Callable[
 
     Raises:
         ValueError: N or M below 1.
-        Deterministic: a ValueError: the guide has no density, and all its draws are one point.
+        DeterministicGuide: a ValueError: the guide has no density, and all its draws are one point.
         NotFinite: a z or a log p(x, z) is NaN.
 
     Reference: Talts et al. 2018, arXiv 1804.06788, theorem 1; Modrák et al. 2023, arXiv 2211.02383 (log p(x, z)).
@@ -80,7 +80,7 @@ def ranks(vae: VAE, *, num_simulations: int, num_draws: int, progress: Callable[
     z_true = sample_latents(vae.prior(), num_simulations)
     x = _images(vae, z_true[:1])
     if is_autoencoder(vae.guide, x):
-        raise Deterministic(
+        raise DeterministicGuide(
             "guide: expected a density to calibrate, got a deterministic one (Delta), whose draws are one point"
         )
     pairs = pairs_per_pass(vae, x)

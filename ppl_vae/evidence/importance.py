@@ -10,6 +10,7 @@ import pyro
 import torch
 from torch import Tensor
 
+from ppl_vae.protocols import StochasticFunction
 from ppl_vae.runtime.batching import (
     BatchSize,
     evaluation_batch_size,
@@ -26,7 +27,7 @@ from ppl_vae.runtime.numerics import LogWeightSummary
 from ppl_vae.runtime.ranks import agree
 from ppl_vae.support import check_support
 from ppl_vae.vae import VAE
-from ppl_vae.weights import Program, log_reconstruction, log_weight_terms
+from ppl_vae.weights import log_reconstruction, log_weight_terms
 
 # An image is unreliable where its bound is estimated to lie more than this many nats below log p(x). Source: ours.
 UNRELIABLE_BIAS = 0.5
@@ -98,7 +99,7 @@ class Importance:
         return self.log_evidence + self.bias
 
 
-Terms = Callable[[Program, Program, Tensor, int], tuple[Tensor, Tensor]]
+Terms = Callable[[StochasticFunction, StochasticFunction, Tensor, int], tuple[Tensor, Tensor]]
 
 
 class CapturedTerms:
@@ -125,7 +126,9 @@ class CapturedTerms:
 
         self._run = compile_function(function, [*self._tensors, x.contiguous()])
 
-    def __call__(self, model: Program, guide: Program, x: Tensor, num_particles: int) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, model: StochasticFunction, guide: StochasticFunction, x: Tensor, num_particles: int
+    ) -> tuple[Tensor, Tensor]:
         if (tuple(x.shape), num_particles) != self._shape:
             return log_weight_terms(model, guide, x, num_particles)
         log_p_x_given_z, log_p_z_over_q_z = self._run([*self._tensors, x.contiguous()])
@@ -135,8 +138,8 @@ class CapturedTerms:
 @serialize_threads()
 @torch.no_grad()
 def importance(
-    model: Program,
-    guide: Program,
+    model: StochasticFunction,
+    guide: StochasticFunction,
     x: Tensor,
     *,
     num_particles: int,
@@ -185,7 +188,13 @@ def importance(
 
 
 def summarize_log_weights(
-    model: Program, guide: Program, x: Tensor, num_particles: int, *, chunk: int, terms: Terms = log_weight_terms
+    model: StochasticFunction,
+    guide: StochasticFunction,
+    x: Tensor,
+    num_particles: int,
+    *,
+    chunk: int,
+    terms: Terms = log_weight_terms,
 ) -> tuple[LogWeightSummary, Tensor, Tensor]:
     """A summary of S log-weights per image, and the means of log p(x | z) and of log q(z | x) - log p(z), (B,).
 
@@ -215,7 +224,7 @@ def summarize_log_weights(
 
 
 def _measure_group(
-    model: Program, guide: Program, x: Tensor, num_particles: int, chunk: int, terms: Terms
+    model: StochasticFunction, guide: StochasticFunction, x: Tensor, num_particles: int, chunk: int, terms: Terms
 ) -> tuple[Tensor, ...]:
     """The fields of ``Importance``, in their order, for images that are held at once."""
     summary, reconstruction, kl = summarize_log_weights(model, guide, x, num_particles, chunk=chunk, terms=terms)
@@ -232,7 +241,7 @@ def _measure_group(
     )
 
 
-def log_evidence(model: Program, guide: Program, x: Tensor, *, num_particles: int, chunk: int | None = None) -> Tensor:
+def log_evidence(model: StochasticFunction, guide: StochasticFunction, x: Tensor, *, num_particles: int, chunk: int | None = None) -> Tensor:
     """The bound L_S for each image: (N,) nats. Arguments and errors as ``importance``.
 
     Reference: Burda et al. 2016, arXiv 1509.00519, equation 8.

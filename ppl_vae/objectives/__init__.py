@@ -1,4 +1,4 @@
-"""Objectives: (model, guide, x) -> loss, nats an image. What changes only training is here, never in the programs."""
+"""Objectives: (model, guide, x, *, beta) -> loss, nats per image. They change training; the programs stay bare."""
 
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 

@@ -1,4 +1,4 @@
-"""Free bits: a KL that costs nothing below a given number of nats a latent."""
+"""Free bits: a KL that costs nothing below a given number of nats per latent."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from pyro.poutine import Trace
 from torch import Tensor
 from torch.distributions import kl_divergence
 
+from ppl_vae.protocols import StochasticFunction
 from ppl_vae.runtime.global_state import serialize_threads
 from ppl_vae.runtime.ranks import mean_over_batch
-from ppl_vae.weights import Program, is_deterministic, latent_sites
+from ppl_vae.weights import is_deterministic, latent_sites
 
 
 @serialize_threads()
 def free_bits(
-    model: Program,
-    guide: Program,
+    model: StochasticFunction,
+    guide: StochasticFunction,
     x: Tensor,
     *,
     beta: float | Tensor = 1.0,
@@ -28,25 +29,24 @@ def free_bits(
 ) -> Tensor:
     """-(E_q[log p(x | z)] - beta sum_l max(lambda, KL_l)), KL_l = mean_n KL(q(z_l | x_n) || p(z_l)) over the batch.
 
-    A latent whose mean KL is below lambda is not pushed further down, so that it is not lost early in training. What
-    it learns to carry costs nothing until then. lambda = 0 at beta = 1 is the ELBO with its KL in closed form. At
-    beta >= 1 minus the loss is a lower bound on the mean log p(x) that is never tighter than the ELBO, as max(lambda,
-    KL_l) >= KL_l; only beta < 1 can break the bound. Reports never use it.
+    The KL of a latent below lambda nats is free, so that no latent is lost early in training. lambda = 0 at beta = 1 is
+    the ELBO with its KL in closed form. At beta >= 1 minus the loss is a lower bound on the mean log p(x), and never
+    tighter than the ELBO, since max(lambda, KL_l) >= KL_l. Only beta < 1 can break the bound. Reports never use it.
 
     Args:
         model, guide: Pyro programs over x with one data plate at dim=-1; every latent site is a vector (L,) of
-            independent latents whose KL is known in closed form, like that of two normals.
-        x: images (B, *E).
-        beta: the weight of the KL, a number or a 0-d tensor.
-        free_nats: lambda, nats a latent.
-        num_particles: draws of z an image.
+            independent latents whose KL is known in closed form, such as that of two normals.
+        x: Images (B, *E).
+        beta: The weight of the KL, a number or a 0-d tensor.
+        free_nats: lambda, nats per latent.
+        num_particles: Draws of z per image.
 
     Returns:
-        A 0-d tensor to minimize, nats an image.
+        A 0-d tensor to minimize, nats per image.
 
     Raises:
-        ValueError: a guide with a site whose latents are not independent, not reparametrized, deterministic, or without
-            such a KL; or several sites that the guide draws in another order than the model.
+        ValueError: A site of the guide is deterministic or not reparametrized, its latents are not independent, or its
+            KL has no formula; or the guide draws several sites in another order than the model.
 
     Reference: Kingma et al. 2016, arXiv 1606.04934, equation 15, with each latent a group of its own.
     """
@@ -61,9 +61,10 @@ def free_bits(
 
 
 def _check_order(q: Trace, p: Trace) -> None:
-    """Raises ValueError where a site of the model may hang on one that the guide draws later: its KL is then no mean.
+    """Raise ValueError if the guide draws latent sites in another order than the model.
 
-    E_q[log q(z_1 | x) - log p(z_1 | z_2)] is that of KL(q(z_1 | x) || p(z_1 | z_2)) where z_2 does not depend on z_1.
+    E_q[log q(z_1 | x) - log p(z_1 | z_2)] is the mean of KL(q(z_1 | x) || p(z_1 | z_2)) only if z_2 does not depend on
+    z_1.
     """
     latents = set(latent_sites(p))
     of_model, of_guide = ([name for name in trace.nodes if name in latents] for trace in (p, q))
@@ -72,7 +73,7 @@ def _check_order(q: Trace, p: Trace) -> None:
 
 
 def _free_kl(name: str, q: Trace, p: Trace, free_nats: float) -> Tensor:
-    """sum_l max(lambda, mean_n KL(q(z_l | x_n) || p(z_l))) of one site."""
+    """sum_l max(lambda, mean_n KL(q(z_l | x_n) || p(z_l))) of one site, nats."""
     proposed, prior = q.nodes[name], p.nodes[name]["fn"]
     posterior = proposed["fn"]
     if is_deterministic(posterior):
@@ -89,5 +90,5 @@ def _free_kl(name: str, q: Trace, p: Trace, free_nats: float) -> Tensor:
         raise ValueError(f"site {name!r}: expected independent latents whose KL has a formula, got {words}")
     kl = scale_and_mask(kl.movedim(-1, 0), scale=proposed["scale"], mask=proposed["mask"])
     kl = kl.flatten(1).mean(1)
-    # The batch's mean decides, of which several ranks have a part each; what they add up to is the formula's value.
+    # The mean over the whole batch decides which latents are free; the ranks' losses add up to the formula's value.
     return torch.where(mean_over_batch(kl) < free_nats, free_nats, kl).sum()

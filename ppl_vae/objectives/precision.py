@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ppl_vae.weights import Program
+from ppl_vae.protocols import StochasticFunction
 
 
 def autocast(objective: Callable[..., Tensor], dtype: torch.dtype) -> Callable[..., Tensor]:
@@ -16,7 +16,7 @@ def autocast(objective: Callable[..., Tensor], dtype: torch.dtype) -> Callable[.
     Distributions stay in the type of the data (see ``Conditional``). Only training sees it.
     """
 
-    def narrowed(model: Program, guide: Program, x: Tensor, *, beta: float | Tensor) -> Tensor:
+    def narrowed(model: StochasticFunction, guide: StochasticFunction, x: Tensor, *, beta: float | Tensor) -> Tensor:
         with torch.autocast(x.device.type, dtype=dtype):
             return objective(model, guide, x, beta=beta)
 

@@ -1,4 +1,4 @@
-"""The ELBO between two Pyro programs, with the weight beta of its KL as an effect handler around both."""
+"""The ELBO of a model and a guide, with the weight beta of its KL as an effect handler around both."""
 
 from __future__ import annotations
 
@@ -13,21 +13,20 @@ from pyro.poutine.scale_messenger import ScaleMessenger
 from torch import Tensor
 from torch.distributions import kl_divergence
 
+from ppl_vae.protocols import StochasticFunction
 from ppl_vae.runtime.capture import is_capturing
 from ppl_vae.runtime.errors import CannotCapture
 from ppl_vae.runtime.global_state import serialize_threads
-from ppl_vae.weights import Program
 
 
 class Temper(ScaleMessenger):
-    """``poutine.scale``'s messenger, narrowed to the latent sites: scales log p(z) and log q(z | x) by beta.
+    """Scales log p(z) and log q(z | x) by beta: ``poutine.scale``'s messenger, narrowed to the latent sites.
 
-    It goes around model *and* guide: with only one of them, a sampled KL is not scaled as a whole and an analytic one
-    not at all.
+    It goes around model *and* guide: around one of them only, a sampled KL is scaled in part, and an analytic one not
+    at all.
 
     Args:
-        beta: a number or a 0-d tensor, at least 0. ``poutine.scale`` refuses 0, from which a warm-up starts; here it
-            is the weight of a KL and means what it says.
+        beta: A number or a 0-d tensor, at least 0. ``poutine.scale`` refuses 0, with which a warm-up starts.
     """
 
     def __init__(self, beta: float | Tensor) -> None:
@@ -41,37 +40,37 @@ class Temper(ScaleMessenger):
 
 @serialize_threads()
 def elbo(
-    model: Program,
-    guide: Program,
+    model: StochasticFunction,
+    guide: StochasticFunction,
     x: Tensor,
     *,
     beta: float | Tensor = 1.0,
     estimator: type[ELBO] = Trace_ELBO,
     num_particles: int = 1,
 ) -> Tensor:
-    """-(E_q[log p(x | z)] - beta KL(q(z | x) || p(z))) an image: Pyro's ELBO between two tempered programs.
+    """-(E_q[log p(x | z)] - beta KL(q(z | x) || p(z))) per image: Pyro's ELBO of two tempered programs.
 
-    It is minus an ELBO only at beta = 1. Above 1 it is beta-VAE's objective, and from 0 rising a warm-up.
+    It is minus an ELBO only at beta = 1. A beta above 1 is beta-VAE's objective; one that rises from 0 is a warm-up.
 
     Args:
         model, guide: Pyro programs over x with one data plate at dim=-1.
-        x: images (B, *E).
-        beta: the weight of the KL, a number or a 0-d tensor, 0 included.
+        x: Images (B, *E).
+        beta: The weight of the KL, a number or a 0-d tensor, 0 included.
         estimator: Pyro's ``Trace_ELBO`` samples the KL. ``TraceMeanField_ELBO`` takes it in closed form, by torch's
-            ``kl_divergence``. It needs a guide that draws several sites in the model's order, of which Pyro warns.
-        num_particles: draws of z an image.
+            ``kl_divergence``; it needs a guide that draws several sites in the model's order, and Pyro warns otherwise.
+        num_particles: Draws of z per image.
 
     Returns:
-        A 0-d tensor to minimize, nats an image (the mean over the batch; pixels are summed). A plate of the user's
+        A 0-d tensor to minimize, nats per image (the mean over the batch; pixels are summed). A plate of the user's
         that subsamples, of size N, multiplies it by N / B.
 
     Raises:
-        ValueError: ``TraceMeanField_ELBO`` with a pair of distributions whose KL has no registered formula, where Pyro
-            by itself would sample it without a warning, or with a guide that is not reparametrized.
+        ValueError: ``TraceMeanField_ELBO`` with a pair of distributions whose KL has no registered formula, which Pyro
+            by itself would sample without a warning, or with a guide that is not reparametrized.
 
     Reference: Higgins et al. 2017 (beta-VAE), equation 4; Sønderby et al. 2016 (warm-up), arXiv 1602.02282.
     """
-    # The nesting is given: to guess it, Pyro would run the guide once more, and exact resuming would be lost.
+    # The nesting is given, since Pyro would run the guide once more to find it, which would break exact resuming.
     bound = estimator(num_particles=num_particles, vectorize_particles=True, max_plate_nesting=1)
     programs = Temper(beta)(model), Temper(beta)(guide)
     if is_capturing() or type(bound) is TraceMeanField_ELBO:
@@ -79,11 +78,11 @@ def elbo(
     return bound.differentiable_loss(*programs, x) / len(x)
 
 
-def _loss_of_traces(bound: ELBO, model: Program, guide: Program, x: Tensor) -> Tensor:
-    """The value of ``bound.differentiable_loss`` from the same two traces, without reading a number on the way.
+def _loss_of_traces(bound: ELBO, model: StochasticFunction, guide: StochasticFunction, x: Tensor) -> Tensor:
+    """Compute ``bound.differentiable_loss`` from the same two traces, without reading a number of a tensor.
 
-    Pyro's losses read a number of every site, which no graph can hold. They sample a KL that has no formula, and add
-    the score-function terms of sites that are not reparametrized; both are refused here.
+    Pyro's losses read a number at every site, which no graph can hold. They also sample a KL that has no formula, and
+    add score-function terms for sites that are not reparametrized; both are refused here.
     """
     if type(bound) not in (Trace_ELBO, TraceMeanField_ELBO):
         raise CannotCapture(f"estimator: expected Trace_ELBO or TraceMeanField_ELBO, got {type(bound).__name__}")
@@ -102,7 +101,7 @@ def _loss_of_traces(bound: ELBO, model: Program, guide: Program, x: Tensor) -> T
 
 
 def _elbo_of_traces(p: Trace, q: Trace, *, analytic: bool) -> Tensor:
-    """Sum over sites of log p - log q, or of log p of observed sites and minus the KL of latent ones."""
+    """Sum log p - log q over sites; if analytic, log p over observed sites minus the KL of latent ones."""
     sites = {name: site for name, site in p.nodes.items() if site["type"] == "sample"}
     proposed = {name: site for name, site in q.nodes.items() if site["type"] == "sample"}
     terms = []
@@ -116,7 +115,7 @@ def _elbo_of_traces(p: Trace, q: Trace, *, analytic: bool) -> Tensor:
 
 
 def _kl(name: str, q: dict[str, Any], p: dict[str, Any]) -> Tensor:
-    """KL(q || p), scaled and masked as the guide's site is."""
+    """KL(q || p) of a site, nats, with the scale and mask of the guide's site."""
     try:
         kl = kl_divergence(q["fn"], p["fn"])
     except NotImplementedError:

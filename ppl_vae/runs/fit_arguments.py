@@ -1,4 +1,4 @@
-"""How a VAE is trained, by words: objective, schedule, where it starts, and on what device."""
+"""From a run's options to the arguments of ``fit``, the initial output bias, the device and the precision."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from ppl_vae.vae import VAE
 
 
 def build_objective(options: Options) -> Callable[..., Tensor]:
-    """(model, guide, x, *, beta) -> loss, nats an image."""
+    """The objective that the options name: (model, guide, x, *, beta) -> loss, nats per image."""
     part = OBJECTIVES[options.objective or default_objective(options)]
     found = partial(part.load(), **part.arguments(options))
     return objectives.autocast(found, torch.bfloat16) if options.precision == "bf16" else found
 
 
 def check_objective(options: Options) -> None:
-    """Raises ValueError for an objective that the parts cannot have, or an option of another.
+    """Raise ValueError for an objective that the chosen parts do not have.
 
     Args:
         options: With their parts resolved.
@@ -41,7 +41,7 @@ def check_objective(options: Options) -> None:
     if closed and options.upper_latents and options.inference == "bottom-up":
         raise ValueError(
             "--inference bottom-up: expected a sampled KL (no --kl analytic, no free-bits), got one in closed form, "
-            "which a guide that draws against the model's order has not"
+            "which a guide that draws in the opposite order of the model does not have"
         )
     if is_autoencoder(options) and options.objective != "elbo":
         raise ValueError(f"--objective {options.objective}: expected --posterior diagonal, got {options.posterior}")
@@ -53,7 +53,7 @@ def check_objective(options: Options) -> None:
 
 
 def _check_closed_form(options: Options) -> None:
-    """Raises ValueError where torch has no formula for the KL of the guide and the prior."""
+    """Raise ValueError if torch has no formula for the KL of the guide and the prior."""
     if has_closed_form_kl(options, by_latent=options.objective == "free-bits"):
         return
     asked = "--objective free-bits" if options.objective == "free-bits" else "--kl analytic"
@@ -97,15 +97,16 @@ def fit_arguments(options: Options, validation: Tensor | None) -> dict[str, Any]
 
 
 def validation_particles(options: Options) -> int:
-    """S of the bound by which the best weights are chosen: that of an importance-weighted objective, else 1."""
+    """S of the bound that chooses the best weights: the objective's if it is importance-weighted, otherwise 1."""
     return options.num_particles if options.objective in ("iwae", "dreg") else 1
 
 
 @serialize_threads()
 def initialize_output_bias(vae: VAE, x: Tensor) -> None:
-    """Sets the decoder's output bias, and units where there are any, so that training starts from the marginals.
+    """Set the decoder's output bias, and units if it has any, so that training starts from the pixels' marginals.
 
     Args:
+        vae: With parts of this package.
         x: (N, *E) training images as the model sees them, or their expectation.
 
     Source: Burda et al. 2016, arXiv 1509.00519, released code (output bias from the training pixels' means).
@@ -122,15 +123,15 @@ def initialize_output_bias(vae: VAE, x: Tensor) -> None:
 
 
 def count_steps(options: Options, num_images: int) -> int:
-    """The steps of a training on so many images."""
+    """The number of steps of a training on this many images."""
     return options.epochs * math.ceil(num_images / options.batch_size)
 
 
 def decide_compile(word: str, num_runs: int, place: torch.device) -> bool:
-    """Whether a graph that will run so many times is compiled, by the word of --compile.
+    """Whether a graph that will run this many times is compiled, by the word of --compile.
 
     Raises:
-        ValueError: it is "on", and nothing can be compiled for that device.
+        ValueError: The word is "on", and nothing can be compiled for that device.
     """
     if word == "on":
         check_compiler(place)
@@ -138,20 +139,20 @@ def decide_compile(word: str, num_runs: int, place: torch.device) -> bool:
 
 
 def explain_eager(options: Options, num_images: int) -> str | None:
-    """Why ``--compile auto`` became off although compiling would pay; None where it did not, or would not."""
+    """Why ``--compile auto`` became off although compiling would pay; None otherwise."""
     pays = options.compile == "off" and compiling_pays(count_steps(options, num_images))
     return capture.capture_obstacle(find_device(options.device)) if pays else None
 
 
 def check_compiler(place: torch.device) -> None:
-    """Raises ValueError where nothing can be compiled for that device."""
+    """Raise ValueError if nothing can be compiled for that device."""
     reason = capture.capture_obstacle(place)
     if reason is not None:
         raise ValueError(f"--compile on: {reason}; --compile off does without")
 
 
 def check_precision(options: Options) -> None:
-    """Raises ValueError where the device has no arithmetic of that precision, and would emulate it at a crawl."""
+    """Raise ValueError if the device has no arithmetic of that precision, and would emulate it slowly."""
     place = find_device(options.device)
     recent_gpu = place.type == "cuda" and torch.cuda.get_device_capability(place) >= (8, 0)
     if options.precision == "tf32" and not recent_gpu:
@@ -164,14 +165,14 @@ def check_precision(options: Options) -> None:
 
 
 def _cpu_has_bf16() -> bool:
-    """Whether this CPU multiplies in bf16. Torch tells it by private names, which a version may lack."""
+    """Whether this CPU multiplies in bf16. Torch says so by private names, which a version may lack."""
     tests = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
     return any(test() for test in tests if test is not None)
 
 
 @contextmanager
 def matmul_precision(precision: str) -> Iterator[None]:
-    """TF32 for the matrix products and convolutions of a GPU where that is the word, else float32; then as before."""
+    """Use TF32 for matrix products and convolutions on a GPU if asked, for the length of a block; otherwise float32."""
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
@@ -183,7 +184,11 @@ def matmul_precision(precision: str) -> Iterator[None]:
 
 
 def find_device(word: str) -> torch.device:
-    """Raises ValueError where there is no such device here, or one whose random numbers are not kept for resuming."""
+    """Return the device of that name: cpu, cuda, cuda:1, ...
+
+    Raises:
+        ValueError: There is no such device here, or none whose random numbers a training state holds.
+    """
     try:
         found = torch.device(word)
         if found.type not in ("cpu", "cuda"):

@@ -27,12 +27,13 @@ class CapturedStep:
     It changes the module's parameters and the optimizer's moments in place, and computes what
     ``torch.nn.utils.clip_grad_norm_`` and ``torch.optim.Adam`` or ``AdamW`` do, to rounding. beta, the learning rate
     and the decay are tensors: one graph serves all their values. Once a loss or a gradient is not finite, that step and
-    all later ones change nothing. A batch of another size runs the same function without the compiler.
+    all later ones change nothing. A batch of another size runs the same function without the compiler. A parameter that
+    is not in the loss has the gradient 0, so that AdamW decays it, which torch's does not.
 
     Args:
         loss: (x, beta) -> a 0-d tensor, by way of the module's parameters and buffers.
         module: What is trained.
-        optimizer: Adam or AdamW over the module's parameters; its moments are used and kept. See ``optimizer_obstacle``.
+        optimizer: Adam or AdamW over the module's parameters, whose moments are used; see ``optimizer_obstacle``.
         stored: (N, *E) the data, on the module's device.
         transform: (B, *E) stored images -> x.
         batch_size: B.

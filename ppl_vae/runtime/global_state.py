@@ -1,4 +1,4 @@
-"""State that all threads of a process share, and the lock under which the library uses it."""
+"""State that all threads of a process share: modules' modes, random generators, and the lock for using them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import RLock
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -15,11 +16,11 @@ _lock = RLock()
 
 @contextmanager
 def serialize_threads() -> Iterator[None]:
-    """Keeps other threads out of the library's functions until the block ends; also a decorator.
+    """Keep other threads out of the library's functions for the length of a block; also a decorator.
 
     Pyro's stack of effect handlers, torch's generators, and the mode and weights of a module are shared by all threads.
-    A function that runs a program, draws, or seeds a generator does so alone; another thread that calls one waits, also
-    for the whole of a training. Threads that draw from torch's generators by themselves are not kept out.
+    A function that runs a program, draws, or seeds a generator does so alone; another thread that calls one waits, even
+    for a whole training. Threads that draw from torch's generators by themselves are not kept out.
 
     >>> @serialize_threads()
     ... def draw():
@@ -31,29 +32,36 @@ def serialize_threads() -> Iterator[None]:
         yield
 
 
+class HasModes(Protocol):
+    """The methods of a ``torch.nn.Module`` that concern training and evaluation mode."""
+
+    def modules(self) -> Iterator[nn.Module]: ...
+    def eval(self) -> Any: ...
+
+
 @contextmanager
-def evaluation_mode(vae: nn.Module) -> Iterator[None]:
-    """Every module in evaluation mode, then each as it was."""
+def evaluation_mode(module: HasModes) -> Iterator[None]:
+    """Put a module and its parts into evaluation mode, and each back into its own mode afterwards."""
     with serialize_threads():
-        modes = [(module, module.training) for module in vae.modules()]
-        vae.eval()
+        modes = [(part, part.training) for part in module.modules()]
+        module.eval()
         try:
             yield
         finally:
-            for module, training in modes:
-                module.training = training
+            for part, training in modes:
+                part.training = training
 
 
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Torch's global generators of the CPU and of that device start from the seed, and are put back afterwards."""
+    """Seed torch's global generators of the CPU and the device, and restore their states afterwards."""
     with serialize_threads(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         seed_generators(operator.index(seed), device)
         yield
 
 
 def seed_generators(seed: int, device: torch.device) -> None:
-    """Seeds torch's global generators of the CPU and of that device."""
+    """Seed torch's global generators of the CPU and the device."""
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         with torch.cuda.device(device):

@@ -1,8 +1,8 @@
-"""The noise of a whole batch, of which each rank takes its own rows: several ranks draw what one process would draw.
+"""Random numbers of several ranks that equal those of one process.
 
-Every rank's generator runs through the same states as that of a single process. Where a program draws noise for b of B
-images, the noise of all B is drawn, by the same function, and the b rows are taken. So results do not depend on the
-number of ranks, and a checkpoint holds one state of the generator for all.
+Where a program draws noise for b of B images, the noise of all B is drawn by the same function, and the b rows are
+taken. Every rank's generator thus has the same states as that of a single process. Results do not depend on the number
+of ranks, and a checkpoint holds one state of the generator for all.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from torch.overrides import TorchFunctionMode
 
 from ppl_vae.runtime.ranks import BatchShare
 
-# Draws whose numbers depend on their place and the shape alone, so that rows of the whole are those of the part.
+# Functions whose numbers depend on their position and the shape alone, so that rows of the whole batch can be taken.
 _SHAPES = {"rand", "randn"}
 _LIKE = {"rand_like", "randn_like"}
 _IN_PLACE = {"normal_", "uniform_", "bernoulli_", "exponential_", "cauchy_", "geometric_", "log_normal_"}
 _OF_PARAMETERS = {"normal", "bernoulli"}
 
-# All others: how much noise they take depends on values, or which image it is for is not known.
+# All others: the amount of noise depends on values, or the image that a number belongs to is unknown.
 _REFUSED = {
     *("randint", "randint_like", "randperm", "random_", "multinomial", "poisson", "binomial", "_standard_gamma"),
     *("_sample_dirichlet", "gumbel_softmax", "exponential", "geometric", "cauchy", "log_normal", "uniform"),
@@ -41,14 +41,14 @@ _RANDOM = {*_SHAPES, *_LIKE, *_IN_PLACE, *_OF_PARAMETERS, *_REFUSED, *_DROPOUT, 
 
 
 class SharedNoise(TorchFunctionMode):
-    """Within it, a random function that is asked for noise of a rank's images draws that of the whole batch.
+    """A mode in which random functions draw the noise of the whole batch, and return the rows of this rank's images.
 
-    Which dimension the images are is known where images are observed, 0, and at a sample site of a Pyro program,
-    -(event_dim + 1). Elsewhere a random function is refused.
+    The dimension of the images is 0 in ``transform``, and -(event_dim + 1) at a sample site of a Pyro program.
+    Elsewhere it is unknown, and random functions are refused.
 
     Attributes:
-        share: the rank's part of the batch.
-        at: the dimension of images in the noise that is drawn now; None where there is none to draw.
+        share: The rank's part of the batch.
+        at: The dimension of images in the noise that is drawn now; None outside of these places.
     """
 
     def __init__(self) -> None:
@@ -58,7 +58,7 @@ class SharedNoise(TorchFunctionMode):
 
     @contextmanager
     def along(self, dim: int) -> Iterator[None]:
-        """Within it, images are this dimension of all noise."""
+        """Images are this dimension of all noise that the block draws."""
         if self._is_whole():
             yield
             return
@@ -71,7 +71,7 @@ class SharedNoise(TorchFunctionMode):
 
     @contextmanager
     def draw_at_sites(self) -> Iterator[None]:
-        """Within it, noise is drawn at the sample sites of Pyro programs whose images are the plate at dim -1."""
+        """The block draws noise at the sample sites of Pyro programs whose images are the plate at dim -1."""
         if self._is_whole():
             yield
             return
@@ -87,7 +87,7 @@ class SharedNoise(TorchFunctionMode):
         if name not in _RANDOM or not _draws(name, args, kwargs):
             return function(*args, **kwargs)
         if self.at is None:
-            raise ValueError(f"torch.{name}: under several ranks noise is drawn at a sample site or by observe alone")
+            raise ValueError(f"torch.{name}: under several ranks noise is drawn at a sample site or by transform alone")
         if name in _SHAPES:
             return self._rows(function(self._widened(_size(args, kwargs), name), **kwargs))
         tensors = [argument for argument in [*args, *kwargs.values()] if isinstance(argument, Tensor)]
@@ -101,7 +101,7 @@ class SharedNoise(TorchFunctionMode):
         raise ValueError(f"torch.{name}: under several ranks expected noise whose place is known ({words}), got this")
 
     def _widened(self, shape: Sequence[int], name: str) -> tuple[int, ...]:
-        """The shape with all images of the batch in the place of this rank's."""
+        """The shape with all images of the batch instead of this rank's."""
         share, at = self._share(), self.at or 0
         if not -len(shape) <= at < len(shape) or shape[at] != share.stop - share.start:
             raise ValueError(
@@ -113,7 +113,7 @@ class SharedNoise(TorchFunctionMode):
         return tuple(wide)
 
     def _padded(self, parameter: Tensor, name: str) -> Tensor:
-        """A parameter of the noise with 1/2 for the images of others: what they draw is not looked at."""
+        """Pad a parameter of the noise with 1/2 for the images of other ranks, whose draws are not used."""
         wide = parameter.new_full(self._widened(parameter.shape, name), 0.5)
         self._rows(wide).copy_(parameter.detach())
         return wide
@@ -131,7 +131,7 @@ class SharedNoise(TorchFunctionMode):
 
 
 class _Sites(Messenger):
-    """Says where the images are in what a latent site draws."""
+    """Sets the dimension of images while a latent site draws."""
 
     def __init__(self, noise: SharedNoise) -> None:
         super().__init__()
@@ -147,7 +147,7 @@ class _Sites(Messenger):
 
 
 def _draws(name: str, args: Any, kwargs: Any) -> bool:
-    """Whether a function of that name draws any noise with these arguments: dropout does in training alone."""
+    """Whether a function of that name draws noise with these arguments; dropout draws in training only."""
     if name in _DROPOUT:
         return bool(kwargs.get("training", kwargs.get("train", args[2] if len(args) > 2 else True)))
     if name in _WITH_DROPOUT:
@@ -156,6 +156,6 @@ def _draws(name: str, args: Any, kwargs: Any) -> bool:
 
 
 def _size(args: Any, kwargs: dict[str, Any]) -> Sequence[int]:
-    """The shape that torch.rand(2, 3), torch.rand((2, 3)) and torch.rand(size=(2, 3)) ask for."""
+    """The shape in torch.rand(2, 3), torch.rand((2, 3)) and torch.rand(size=(2, 3))."""
     size = kwargs.pop("size", args)
     return size[0] if len(size) == 1 and not isinstance(size[0], int) else size

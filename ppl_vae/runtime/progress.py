@@ -16,12 +16,12 @@ _LINE = "{desc}: {percentage:.0f}% of {total_fmt} {unit}s, {elapsed} elapsed, {r
 
 
 def has_terminal() -> bool:
-    """Whether someone watches standard error, where a bar can be drawn over itself."""
+    """Whether standard error is a terminal, on which a bar can be redrawn."""
     return sys.stderr is not None and sys.stderr.isatty()
 
 
 def progress_bar(**options: Any) -> Any:
-    """tqdm's bar; without a terminal a line a minute, and none for what takes less."""
+    """tqdm's bar; without a terminal one line per minute, and none for shorter work."""
     if has_terminal():
         return tqdm(**options)
     seconds: dict[str, Any] = dict.fromkeys(("mininterval", "maxinterval", "delay"), _SECONDS_BETWEEN_LINES)
@@ -29,7 +29,7 @@ def progress_bar(**options: Any) -> Any:
 
 
 class _Lines:
-    """A file of tqdm's in which each display is a line, without the codes that move a cursor."""
+    """A file for tqdm that prints each state of a bar as a line, without the codes that move a cursor."""
 
     def write(self, text: str) -> None:
         line = text.replace("\x1b[A", "").strip()
@@ -37,12 +37,12 @@ class _Lines:
             print(line, file=sys.stderr)
 
     def flush(self) -> None:
-        """Lines are written at once."""
+        """Nothing is buffered."""
 
 
 @contextmanager
 def running_clock(words: str) -> Iterator[None]:
-    """Shows the words and the seconds since, on a terminal."""
+    """Show the words and a running clock on a terminal."""
     ended = threading.Event()
     with tqdm(desc=words, bar_format="{desc} ... {elapsed}", leave=False) as clock:
 
@@ -63,10 +63,10 @@ class Progress:
     """A progress bar that starts with the first step, so that its estimate leaves out the time to compile.
 
     Args:
-        options: as ``progress_bar`` takes them.
+        options: As ``progress_bar`` takes them.
 
     Attributes:
-        count: how much is done.
+        count: How much is done.
     """
 
     def __init__(self, *, initial: int = 0, **options: Any) -> None:
@@ -84,30 +84,30 @@ class Progress:
         self.close()
 
     def close(self) -> None:
-        """Ends a clock or a bar."""
+        """End the clock or the bar."""
         self._shown.close()
         self._bar = None
 
     def show_clock(self, words: str, say: Callable[[str], None]) -> None:
-        """A running clock until ``show_bar``, for work of unknown length; without a terminal ``say`` has the words."""
+        """Show a running clock until ``show_bar``; without a terminal, ``say`` prints the words."""
         if has_terminal():
             self._shown.enter_context(running_clock(words))
         else:
             say(f"{words} ...")
 
     def show_bar(self) -> None:
-        """Ends a clock, and starts the bar."""
+        """End the clock, and start the bar."""
         self.close()
         self._bar = self._shown.enter_context(progress_bar(initial=self.count, **self._options))
 
     def update(self, count: int = 1) -> None:
-        """Counts what was done since the last call."""
+        """Add what was done since the last call."""
         if self._bar is None:
             self.show_bar()
         self._bar.update(count)
         self.count += count
 
     def describe(self, words: str) -> None:
-        """Words behind the bar."""
+        """Show these words behind the bar."""
         if self._bar is not None:
             self._bar.set_postfix_str(words)

@@ -1,4 +1,4 @@
-"""What changes from step to step of a training: the weight of the KL, the learning rate, the averages' decay."""
+"""Schedules over the steps of a training: the weight of the KL, the learning rate, and the averages' decay."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def cosine(step: int, *, learning_rate: float, total_steps: int, start: float = 
 
 
 def stages(step: int, *, learning_rate: float, total_steps: int) -> float:
-    """learning_rate 10^(-i/7) in stage i = 0..7, which takes 3^i of the 3,280 parts of the steps.
+    """learning_rate 10^(-i/7) in stage i = 0..7, which has 3^i of 3,280 parts of the steps.
 
     Reference: Burda et al. 2016, arXiv 1509.00519, section 5 (there a part is one epoch, learning_rate 0.001).
     """
@@ -41,5 +41,5 @@ def stages(step: int, *, learning_rate: float, total_steps: int) -> float:
 
 
 def averaging(step: int, *, decay: float) -> float:
-    """min(decay, (1 + step) / (10 + step)): while few weights were seen, the average forgets the first ones faster."""
+    """min(decay, (1 + step) / (10 + step)): early in the training the average forgets the initial weights faster."""
     return min(decay, (1 + step) / (10 + step))

@@ -1,4 +1,4 @@
-"""Where the training images are: on the device, or elsewhere, from where a thread brings the next steps' batches."""
+"""Where the training images are: all on the device, or in host memory, from which a thread copies the next batches."""
 
 from __future__ import annotations
 
@@ -16,40 +16,41 @@ Rows = Generator[tuple[Tensor, Tensor], None, None]
 
 
 class Resident:
-    """All images on the device. stored: (N, *E)."""
+    """All images on the device; ``stored`` is (N, *E)."""
 
     def __init__(self, train: Tensor, device: torch.device) -> None:
         self.stored = train.to(device)
 
     def images(self, index: Tensor) -> Tensor:
-        """(B, *E) on the device, by their places in the data set (B,)."""
+        """The images at these places of the data set, (B,) -> (B, *E) on the device."""
         return self.stored[index]
 
     def epoch(self, batches: Sequence[Tensor]) -> Rows:
-        """For each batch its places in the data set and in ``stored``, (B,) int64: here the same."""
+        """Yield, for each batch, its places in the data set and in ``stored``, (B,) int64, which are the same here."""
         for index in batches:
             yield index, index
 
 
-_HALF = 2**20  # bytes of the ring that are gathered at once: few hand-overs for small images, not much memory for large
-_MOST_BATCHES = 32
+_HALF_BYTES = 2**20  # gathered at once: few hand-overs for small images, not much memory for large ones
+_MAX_BATCHES = 32  # per half
 
 
 class Streamed:
-    """A ring of batches on the device, in two halves: one thread fills one while the steps read the other.
+    """A ring of batches on the device, in two halves: a thread fills one half while the steps read the other.
 
-    The images have the same values as resident ones, so that a training is the same bit for bit. Rows are gathered by
-    numpy, which takes this one thread and leaves the others to the steps. A GPU gets each half by one copy from pinned
-    memory beside its steps: the copy waits for the steps that read the half before it, and the next steps for the copy.
+    The images have the same values as resident ones, so that a training is the same bit for bit. Numpy gathers the
+    rows in that one thread, which leaves the other threads to the steps. On a GPU each half is one copy from pinned
+    memory, concurrent with the steps: the copy waits for the steps that read this half before, and the next steps wait
+    for the copy.
 
-    A file that is shorter than when it was mapped ends the process (SIGBUS): no program can catch that. What else goes
-    wrong in the thread is raised where the images are asked for.
+    If a mapped file has been shortened, the system ends the process (SIGBUS), which no program can catch. Any other
+    error of the thread is raised where the images are used.
 
     Args:
         train: (N, *E) in ordinary memory, or a mapped file.
-        device: of ``stored``.
-        batch_size: the most images of a batch.
-        slots: batches in the ring, at least 2; None: by the size of an image.
+        device: The device of ``stored``.
+        batch_size: The largest number of images in a batch.
+        slots: Batches in the ring, at least 2; None chooses by the size of an image.
 
     Attributes:
         stored: (slots * batch_size, *E), the ring; its contents change from step to step.
@@ -60,8 +61,8 @@ class Streamed:
             raise ValueError(f"train: expected images in the host's memory to stream from, got {train.device}")
         if slots is not None and slots < 2:
             raise ValueError(f"slots: expected at least 2, got {slots}")
-        bytes_a_batch = max(1, batch_size * train[0].numel() * train.element_size())
-        self._at_once = slots // 2 if slots else min(_MOST_BATCHES, max(1, _HALF // bytes_a_batch))  # batches a half
+        batch_bytes = max(1, batch_size * train[0].numel() * train.element_size())
+        self._at_once = slots // 2 if slots else min(_MAX_BATCHES, max(1, _HALF_BYTES // batch_bytes))  # batches a half
         self._half = self._at_once * batch_size  # images
         self._train = train
         shape = (2 * self._half, *train.shape[1:])
@@ -72,17 +73,19 @@ class Streamed:
         self._places = torch.arange(2 * self._half, device=device)
 
     def images(self, index: Tensor) -> Tensor:
-        """(B, *E) on the device, by their places in the data set (B,)."""
+        """The images at these places of the data set, (B,) -> (B, *E) on the device."""
         return self._train[index.cpu()].to(self.stored.device)
 
     def epoch(self, batches: Sequence[Tensor]) -> Rows:
-        """For each batch its places in the data set and in ``stored``, (B,) int64; close it to end the thread early.
+        """Yield, for each batch, its places in the data set and in ``stored``, (B,) int64; closing it ends the thread.
 
         Raises:
-            OSError, MemoryError and the like: of the thread.
+            OSError, MemoryError and the like: From the thread.
         """
         halves = [batches[first : first + self._at_once] for first in range(0, len(batches), self._at_once)]
-        order = [torch.cat(list(half)).cpu() for half in halves]  # once an epoch: the thread is not to wait for a GPU
+        order = [
+            torch.cat(list(half)).cpu() for half in halves
+        ]  # once per epoch, so that the thread never waits for a GPU
         filled: SimpleQueue[BaseException | None] = SimpleQueue()
         free, stopped = Semaphore(2), Event()
 
@@ -94,7 +97,7 @@ class Streamed:
                         return
                     self._fill(number % 2, index)
                     filled.put(None)
-            except BaseException as error:  # whatever it is, it is the training's to see
+            except BaseException as error:  # any error is raised in the training
                 filled.put(error)
 
         if self._copies is not None:
@@ -106,7 +109,7 @@ class Streamed:
                 error = filled.get()
                 if error is not None:
                     raise error
-                yield from self._of_half(number % 2, half)
+                yield from self._yield_half(number % 2, half)
                 free.release()
         finally:
             stopped.set()
@@ -115,7 +118,7 @@ class Streamed:
             if self._copies is not None:
                 self._copies.end()
 
-    def _of_half(self, which: int, half: Sequence[Tensor]) -> Rows:
+    def _yield_half(self, which: int, half: Sequence[Tensor]) -> Rows:
         if self._copies is not None:
             self._copies.before_steps(which)
         first = which * self._half
@@ -135,9 +138,9 @@ class Streamed:
 
 
 def _gather(train: Tensor, index: Tensor, out: Tensor) -> None:
-    """out <- train[index], without torch's threads: they belong to the steps."""
+    """out <- train[index], without torch's threads, which the steps use."""
     if train.is_contiguous():
-        # As bytes, for types that numpy does not have. Without mode="clip" numpy would gather into memory of its own.
+        # As bytes, since numpy lacks some of torch's types. Without mode="clip" numpy would allocate a buffer.
         rows, target = (x.flatten(1).view(torch.uint8).numpy() for x in (train, out))
         np.take(rows, index.numpy(), axis=0, out=target, mode="clip")
     else:
@@ -145,7 +148,7 @@ def _gather(train: Tensor, index: Tensor, out: Tensor) -> None:
 
 
 class _Copies:
-    """Copies from pinned memory to a GPU on a stream of their own, half by half."""
+    """Copies halves from pinned memory to a GPU, on a stream of their own."""
 
     def __init__(self, host: Tensor, stored: Tensor) -> None:
         self._host, self._stored, self._stream = host, stored, torch.cuda.Stream(stored.device)
@@ -174,7 +177,10 @@ class _Copies:
 
 
 def exceeds_memory(train: Tensor, device: torch.device) -> bool:
-    """Whether images (N, *E) take more than half of the device's free memory; those in ordinary memory fit on a CPU."""
+    """Whether images (N, *E) take more than half of the device's free memory.
+
+    On a CPU this concerns mapped files only, since other images are in memory already.
+    """
     size = train.numel() * train.element_size()
     if device.type == "cuda":
         return bool(size > torch.cuda.mem_get_info(device)[0] / 2)

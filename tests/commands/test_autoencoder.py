@@ -41,7 +41,7 @@ from ppl_vae.runs.open import open_run
 from ppl_vae.runs.options import PLAIN, Options
 from ppl_vae.runtime.blocks import block_seed
 from ppl_vae.runtime.errors import NotFinite
-from ppl_vae.weights import Deterministic, log_weights
+from ppl_vae.weights import DeterministicGuide, log_weights
 
 D, L, SCALE = 6, 2, 0.5
 KLS = {"sampled": Trace_ELBO, "analytic": TraceMeanField_ELBO}
@@ -180,14 +180,14 @@ REFUSAL = (
 
 @pytest.mark.parametrize("name", OF_A_DENSITY)
 def test_what_takes_a_density_refuses_a_deterministic_guide(graphs, name):
-    with pytest.raises(Deterministic, match=REFUSAL):
+    with pytest.raises(DeterministicGuide, match=REFUSAL):
         OF_A_DENSITY[name](_linear(), _points(5))
 
 
 def test_the_levels_of_a_dequantized_autoencoder_have_no_density_either():
     options = Options(likelihood="normal", posterior="delta", beta=0.0, network="mlp", hidden=(5,), latent_dim=2)
     vae, x = dequantized(build_vae(options, (1, 4, 4))), torch.full((3, 1, 4, 4), 7.0)
-    with pytest.raises(Deterministic, match=REFUSAL):
+    with pytest.raises(DeterministicGuide, match=REFUSAL):
         evaluate(vae, x, num_particles=2, seed=0)
 
 

@@ -660,7 +660,9 @@ def test_a_guide_of_other_layers_than_the_priors_is_refused():
 
 def test_a_ladder_of_too_few_rungs_is_refused():
     posterior = _vae("top-down").posterior
-    with pytest.raises(ValueError, match="features, readouts: expected 3 of each, one a layer of the prior, got 2 and"):
+    with pytest.raises(
+        ValueError, match="features, readouts: expected 3 of each, one per layer of the prior, got 2 and"
+    ):
         TopDown(list(posterior.features)[:2], list(posterior.readouts), _vae("top-down").prior)
 
 

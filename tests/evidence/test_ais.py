@@ -23,7 +23,7 @@ from ppl_vae.parts.networks import MLP
 from ppl_vae.parts.posteriors import inverse_autoregressive_flow
 from ppl_vae.runs.build import build_vae
 from ppl_vae.runs.options import PLAIN, Options
-from ppl_vae.weights import Deterministic
+from ppl_vae.weights import DeterministicGuide
 
 GENERAL = LinearGaussian.random(orthogonal=False)
 POSTERIORS = {"good": {}, "too narrow": {"widen": 0.4}, "shifted": {"shift": 2.0}}
@@ -351,7 +351,7 @@ def test_weights_modes_and_gradients_stay():
 
 
 def test_a_deterministic_guide_is_refused():
-    with pytest.raises(Deterministic, match="an autoencoder has no log-likelihood"):
+    with pytest.raises(DeterministicGuide, match="an autoencoder has no log-likelihood"):
         pilot(_built(posterior="delta"), _binary(), betas=temperatures(3), num_leapfrogs=1, num_chains=2)
 
 

@@ -33,7 +33,7 @@ from ppl_vae.runtime import batching
 from ppl_vae.runtime.batching import floats_per_pixel
 from ppl_vae.runtime.errors import NotFinite
 from ppl_vae.runtime.global_state import seeded
-from ppl_vae.weights import Deterministic
+from ppl_vae.weights import DeterministicGuide
 
 CPU = torch.device("cpu")
 
@@ -139,7 +139,7 @@ def test_all_layers_of_a_hierarchy_are_one_vector():
 def test_a_deterministic_guide_is_refused():
     encoder = affine(6, 3, seed=0)
     vae = LinearGaussian.random().vae()
-    with pytest.raises(Deterministic, match="expected a density to calibrate"):
+    with pytest.raises(DeterministicGuide, match="expected a density to calibrate"):
         ranked(VAE(vae.prior, vae.likelihood, Conditional(encoder, Delta(3))))
 
 

@@ -22,7 +22,7 @@ from torch.testing import assert_close
 from ppl_vae import VAE, log_weights, objectives
 from ppl_vae.runs.build import build_vae
 from ppl_vae.runs.options import Options
-from ppl_vae.weights import Deterministic
+from ppl_vae.weights import DeterministicGuide
 
 OBJECTIVES = {"iwae": objectives.iwae, "dreg": objectives.dreg, "stl": objectives.stl}
 BETAS = (0.0, 0.4, 1.0, 3.0)
@@ -486,7 +486,7 @@ def test_a_guide_that_is_not_reparametrized_is_refused(oracle, objective):
 def test_a_deterministic_guide_is_refused(oracle, objective):
     vae, x = oracle.vae().float(), oracle.draw(4).float()
     guide = OtherGuide(lambda B: dist.Delta(torch.zeros(B, 3), event_dim=1))
-    with pytest.raises(Deterministic, match="expected a density at site 'z'"):
+    with pytest.raises(DeterministicGuide, match="expected a density at site 'z'"):
         OBJECTIVES[objective](vae.model, guide, x, num_particles=2)
 
 

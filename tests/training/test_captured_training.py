@@ -1,0 +1,569 @@
+"""Whole captured trainings against eager ones: weights, averages, exact resume, and numbers that are not finite."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from capture_cases import (
+    ESTIMATORS,
+    NEVER_CLIP,
+    OF_LOG_WEIGHTS,
+    PRIORS,
+    SHAPE,
+    TwoLayers,
+    as_stored,
+    copy_moments,
+    copy_state,
+    fit_captured,
+    flat_weights,
+    make_images,
+    make_vae,
+    poison,
+)
+from fitting import fit
+from grids import images_for
+from torch import nn
+from torch.testing import assert_close
+
+from ppl_vae import VAE, Conditional, objectives, training
+from ppl_vae.evidence.importance import evaluate
+from ppl_vae.parts.networks import MLP
+from ppl_vae.parts.posteriors import DiagonalNormal
+from ppl_vae.parts.priors import StandardNormal
+from ppl_vae.runs.build import build_vae
+from ppl_vae.runs.fit_arguments import initialize_output_bias
+from ppl_vae.runs.options import LIKELIHOODS, PLAIN, Options
+from ppl_vae.runtime import capture
+from ppl_vae.runtime.errors import NotFinite
+from ppl_vae.training import CapturedSteps, Optimizer, Resident, TrainingState
+
+
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+def test_every_likelihood_trains_as_one_graph_on_more_images_than_a_batch(graphs, likelihood):
+    """Before the first step all images are compared with its support, several batches of them at once."""
+    pyro.set_rng_seed(0)
+    vae = build_vae(Options(**PLAIN, likelihood=likelihood, network="mlp", hidden=(5,), latent_dim=3), SHAPE)
+    images = images_for(vae.likelihood.family, 30, dtype=torch.float)
+    initialize_output_bias(vae, images)
+    before = flat_weights(vae)
+    fit_captured(vae, images, epochs=1)
+    assert flat_weights(vae).isfinite().all()
+    assert not torch.equal(flat_weights(vae), before)
+    assert len(graphs) == 1
+
+
+def test_a_support_with_parameters_of_its_own_is_checked_on_its_batch_alone(graphs):
+    """Pixels from 0 to what the decoder says of each image."""
+
+    class Within(nn.Module):
+        event_shape, num_features = (12,), 12
+
+        def forward(self, h):
+            return dist.Uniform(torch.zeros_like(h) - 1, 2 + h.sigmoid()).to_event(1)
+
+    pyro.set_rng_seed(0)
+    vae = VAE(
+        StandardNormal(3),
+        Conditional(MLP(3, 12, hidden=(6,)), Within()),
+        Conditional(MLP(12, 6, hidden=(6,)), DiagonalNormal(3)),
+    ).double()
+    fit_captured(vae, make_images(), epochs=1)
+    assert flat_weights(vae).isfinite().all()
+
+
+def test_a_users_module_with_two_latent_sites_trains_as_it_does_eagerly(graphs):
+    ends = []
+    for compile in (True, False):
+        module = make_vae(TwoLayers)
+        fit_captured(module, make_images(), compile=compile)
+        ends.append(flat_weights(module))
+    assert_close(*ends, rtol=0, atol=1e-10)
+
+
+# --- Captured and eager training ---
+
+
+@pytest.mark.parametrize(("kl", "average_decay", "clip_norm"), [("sampled", 0.9, 1.8), ("analytic", 0.0, 1.1)])
+def test_two_hundred_steps_end_where_the_eager_ones_do(graphs, kl, average_decay, clip_norm):
+    """With a warm-up, a cosine, a ragged last batch, and clipping in some of the steps and not in others."""
+    ends, clipped = {}, []
+    for compile in (True, False):
+        vae = make_vae()
+
+        def on_step(state, vae=vae, compile=compile):
+            if not compile:
+                norm = torch.stack([w.grad.norm() for w in vae.parameters()]).norm()
+                clipped.append(bool(norm > 0.9999 * clip_norm))
+
+        fit_captured(
+            vae,
+            make_images(),
+            compile=compile,
+            epochs=40,
+            warmup_epochs=10,
+            learning_rate=0.01,
+            clip_norm=clip_norm,
+            average_decay=average_decay,
+            objective=partial(objectives.elbo, estimator=ESTIMATORS[kl]),
+            on_step=on_step,
+            on_checkpoint=lambda state, compile=compile: ends.update({compile: copy_state(state)}),
+        )
+    assert len(clipped) == 200
+    assert 20 < sum(clipped) < 180
+    (captured, numbers), (eager, expected) = ends[True], ends[False]
+    assert numbers["step"] == expected["step"] == 200
+    assert captured.keys() == eager.keys()
+    assert any(name.startswith("average/") for name in eager) == (average_decay > 0)
+    for name in eager:
+        assert_close(captured[name], eager[name], rtol=0, atol=1e-8, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_the_records_of_an_epoch_are_those_of_the_eager_path(graphs):
+    """With validation: beta, the rate, the mean loss over a ragged epoch, and the validation ELBO."""
+    seen = {}
+    for compile in (True, False):
+        records = seen[compile] = []
+        fit_captured(
+            make_vae(), make_images(), make_images(20), compile=compile, average_decay=0.5, on_epoch=records.append
+        )
+    for captured, eager in zip(seen[True], seen[False], strict=True):
+        for key in eager.keys() - {"seconds", "train_images_per_second"}:
+            assert captured[key] == pytest.approx(eager[key], rel=1e-9), key
+
+
+def test_one_graph_serves_a_whole_training(graphs):
+    """beta, the learning rate and the decay change at every step, and the last batch of an epoch is smaller."""
+    fit_captured(make_vae(), make_images(), make_images(20), epochs=6, warmup_epochs=3, average_decay=0.9)
+    assert len(graphs) == 1
+
+
+# --- Other optimizers ---
+
+
+def test_another_optimizer_trains_eagerly_with_a_warning_and_resumes_bit_for_bit(graphs):
+    kind = partial(torch.optim.SGD, momentum=0.9)
+    states = {}
+    with pytest.warns(UserWarning, match="Falling back to eager training: .* not SGD"):
+        end = fit_captured(
+            make_vae(),
+            make_images(),
+            factory=kind,
+            on_checkpoint=lambda state: states.update({state.step: copy_state(state)}),
+            checkpoint_seconds=0.0,
+        )
+    assert graphs == []
+    resumed = fit_captured(make_vae(seed=99), make_images(), factory=kind, compile=False, saved=states[7])
+    (found, _), (expected, _) = copy_state(resumed), copy_state(end)
+    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+    assert any(name.endswith("/momentum_buffer") for name in expected)
+
+
+def test_adamw_trains_captured_as_it_does_eagerly(graphs):
+    ends = []
+    for compile in (True, False):
+        vae = make_vae()
+        fit_captured(vae, make_images(), compile=compile, factory=partial(torch.optim.AdamW, weight_decay=0.3))
+        ends.append(flat_weights(vae))
+    assert len(graphs) == 1
+    assert_close(*ends, rtol=0, atol=1e-10)
+
+
+# --- Exact resume ---
+
+
+@pytest.mark.parametrize("average_decay", [0.0, 0.9])
+@pytest.mark.parametrize("with_validation", [True, False])
+def test_a_captured_run_resumed_from_any_step_ends_bit_for_bit_where_the_undisturbed_one_does(
+    graphs, with_validation, average_decay
+):
+    asked = {"validation": make_images(20) if with_validation else None, "average_decay": average_decay}
+    states = {}
+    end = fit_captured(
+        make_vae(),
+        make_images(),
+        on_checkpoint=lambda state: states.update({state.step: copy_state(state)}),
+        checkpoint_seconds=0.0,
+        **asked,
+    )
+    assert sorted(states) == list(range(1, 21))
+    final, numbers = copy_state(end)
+    last, _ = states[20]
+    for step in (1, 4, 5, 13, 19):
+        resumed_states = {}
+        torch.manual_seed(12345)
+        resumed = fit_captured(
+            make_vae(seed=99),
+            make_images(),
+            saved=states[step],
+            on_checkpoint=lambda state, kept=resumed_states: kept.update({state.step: copy_state(state)}),
+            **asked,
+        )
+        tensors, scalars = copy_state(resumed)
+        for found, expected in ((tensors, final), (resumed_states[20][0], last)):
+            assert found.keys() == expected.keys()
+            assert [name for name in expected if not torch.equal(found[name], expected[name])] == [], step
+        del scalars["seconds"]
+        assert scalars == {key: value for key, value in numbers.items() if key != "seconds"}
+
+
+def test_a_run_that_began_eagerly_goes_on_captured(graphs):
+    states, ends = {}, {}
+    for compile, saved in ((False, None), (True, 7)):
+        vae = make_vae(seed=0 if saved is None else 99)
+        fit_captured(
+            vae,
+            make_images(),
+            compile=compile,
+            saved=None if saved is None else states[saved],
+            on_checkpoint=lambda state: states.update({state.step: copy_state(state)}),
+            checkpoint_seconds=0.0,
+        )
+        ends[compile] = flat_weights(vae)
+    assert_close(ends[True], ends[False], rtol=0, atol=1e-10)
+
+
+# --- Averages ---
+
+
+@pytest.mark.parametrize("compile", [True, False])
+def test_averages_follow_their_recursion(graphs, compile):
+    """average <- d average + (1 - d) weights, d = min(0.5, (1 + t) / (10 + t)), which is 0.5 from t = 8."""
+    vae = make_vae()
+    expected, kept = flat_weights(vae), []
+
+    def on_step(state):
+        nonlocal expected
+        t = state.step - 1
+        decay = min(0.5, (1 + t) / (10 + t))
+        expected = decay * expected + (1 - decay) * flat_weights(vae)
+
+    state = fit_captured(
+        vae,
+        make_images(),
+        compile=compile,
+        average_decay=0.5,
+        learning_rate=0.05,
+        on_step=on_step,
+        on_checkpoint=lambda state: kept.append(flat_weights(vae)),
+    )
+    averages = torch.cat([average.flatten() for average in state.averages.values()])
+    assert_close(averages, expected, rtol=0, atol=1e-12)
+    assert (kept[-1] - expected).abs().max() > 1e-4  # the last weights are not their average
+
+
+@pytest.mark.parametrize("compile", [True, False])
+def test_without_validation_the_averages_are_left_in_the_model(graphs, compile):
+    vae = make_vae()
+    state = fit_captured(vae, make_images(), compile=compile, average_decay=0.5)
+    assert all(torch.equal(vae.get_parameter(name), average) for name, average in state.averages.items())
+
+
+@pytest.mark.parametrize("compile", [True, False])
+def test_what_is_validated_and_kept_are_the_averages(graphs, compile):
+    vae, records, averages = make_vae(), [], []
+    validation = 1 - make_images(20)  # other images than those that are trained on: it gets worse
+    state = fit_captured(
+        vae,
+        make_images(),
+        validation,
+        compile=compile,
+        average_decay=0.5,
+        learning_rate=0.05,
+        on_epoch=records.append,
+        on_checkpoint=lambda state: averages.append({name: a.clone() for name, a in state.averages.items()}),
+    )
+    other = make_vae(seed=1)
+    for record, values in zip(records, averages, strict=True):
+        other.load_state_dict(values)
+        exact = evaluate(other, validation, num_particles=1, seed=training.VALIDATION_SEED, check=False).elbo.mean()
+        assert record["validation_elbo_nats_per_image"] == pytest.approx(float(exact), rel=1e-12)
+    best = state.best_step // 5 - 1
+    assert best != len(records) - 1
+    assert all(torch.equal(vae.get_parameter(name), value) for name, value in averages[best].items())
+
+
+@pytest.mark.parametrize("compile", [True, False])
+def test_to_keep_averages_changes_nothing_of_the_training(graphs, compile):
+    last = {}
+    for decay in (0.0, 0.9):
+        vae = make_vae()
+        fit_captured(
+            vae,
+            make_images(),
+            make_images(20),
+            compile=compile,
+            average_decay=decay,
+            on_checkpoint=lambda state, decay=decay, vae=vae: last.update({decay: flat_weights(vae)}),
+        )
+    assert_close(last[0.9], last[0.0], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.0, math.nan])
+def test_a_decay_out_of_its_range_is_refused(value):
+    with pytest.raises(ValueError, match=f"average_decay: expected a number from 0 to below 1, got {value}"):
+        fit_captured(make_vae(), make_images(), average_decay=value)
+
+
+# --- Weights ---
+
+
+def test_the_optimizer_is_told_how_many_steps_it_has_taken(graphs):
+    """Adam's own count is what a saved state holds, and what eager steps go on from."""
+    vae, counts = make_vae(), []
+
+    def keep(state):
+        counts.append({int(value) for name, value in state.to_tensors()[0].items() if name.endswith("/step")})
+
+    fit_captured(vae, make_images(), on_checkpoint=keep, checkpoint_seconds=0.0, epochs=2)
+    assert counts == [{t} for t in range(1, 11)]
+
+
+def test_a_weight_that_is_frozen_stays_as_it_is(graphs):
+    ends = {}
+    for compile in (True, False):
+        vae = make_vae()
+        bias = vae.likelihood.net.output.bias.requires_grad_(False)
+        before = bias.clone()
+        fit_captured(vae, make_images(), compile=compile, average_decay=0.5)
+        assert torch.equal(bias, before), compile
+        ends[compile] = flat_weights(vae)
+    assert_close(ends[True], ends[False], rtol=0, atol=1e-10)
+
+
+def test_weights_that_are_shared_are_one_weight(graphs):
+    ends = {}
+    for compile in (True, False):
+        vae = make_vae(D=12, L=12)
+        vae.posterior.net.layers[0].weight = vae.likelihood.net.layers[0].weight  # both (6, 12)
+        fit_captured(vae, make_images(), compile=compile)
+        ends[compile] = flat_weights(vae)
+    assert_close(ends[True], ends[False], rtol=0, atol=1e-10)
+
+
+def test_dropout_draws_the_same_units_as_it_does_eagerly(graphs):
+    ends = {}
+    for compile in (True, False):
+        vae = make_vae()
+        vae.posterior.net = nn.Sequential(nn.Dropout(0.5), vae.posterior.net)
+        fit_captured(vae, make_images(), compile=compile, learning_rate=0.01)
+        ends[compile] = flat_weights(vae)
+    assert_close(ends[True], ends[False], rtol=0, atol=1e-10)
+
+
+# --- Numbers that are not finite ---
+
+
+@pytest.mark.parametrize(("site", "program"), [("z", "guide"), ("x", "model")])
+@pytest.mark.parametrize("at_step", [3, 4, 5], ids=["whole batch", "ragged batch", "next epoch"])
+def test_a_weight_that_is_not_finite_stops_with_the_step_and_the_site(graphs, site, program, at_step):
+    vae, kept = make_vae(), {}
+
+    def on_step(state):
+        if state.step == at_step:
+            poison(vae, site)
+            kept["weights"], kept["moments"], kept["state"] = flat_weights(vae), copy_moments(vae, state), state
+
+    with pytest.raises(NotFinite, match=rf"step {at_step}: .*site '{site}' of the {program}"):
+        fit_captured(vae, make_images(), on_step=on_step)
+    assert torch.equal(flat_weights(vae).nan_to_num(7.0), kept["weights"].nan_to_num(7.0))
+    now = copy_moments(vae, kept["state"])
+    assert all(torch.equal(a, b) for a, b in zip(now, kept["moments"], strict=True))
+
+
+@pytest.mark.parametrize(("site", "program"), [("z", "guide"), ("x", "model")])
+def test_a_weight_that_is_not_finite_from_the_start_is_told_as_it_is_without_compiling(graphs, site, program):
+    vae = make_vae()
+    poison(vae, site)
+    with pytest.raises(NotFinite, match=rf"step 0: .*site '{site}' of the {program}"):
+        fit_captured(vae, make_images())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("at_step", [3, 4], ids=["whole batch", "ragged batch"])
+def test_an_image_that_is_not_finite_stops_with_the_step_and_leaves_the_weights_of_the_step_before(
+    graphs, value, at_step
+):
+    vae, train, kept = make_vae(), make_images(), {}
+
+    def on_step(state):
+        if state.step == at_step:
+            train[:, 3] = value
+            kept["weights"], kept["moments"], kept["state"] = flat_weights(vae), copy_moments(vae, state), state
+
+    with pytest.raises(NotFinite, match=rf"step {at_step}: .*site 'x': the images of this batch"):
+        fit_captured(vae, train, on_step=on_step)
+    assert torch.equal(flat_weights(vae), kept["weights"])
+    assert all(torch.equal(a, b) for a, b in zip(copy_moments(vae, kept["state"]), kept["moments"], strict=True))
+
+
+def _steep(vae):
+    """A finite loss with a gradient that is not: sqrt |b| at b = 0."""
+
+    def objective(model, guide, x, *, beta):
+        return objectives.elbo(model, guide, x, beta=beta) + vae.likelihood.net.output.bias[0].abs().sqrt()
+
+    return objective
+
+
+@pytest.mark.parametrize("at_step", [3, 4], ids=["whole batch", "ragged batch"])
+@pytest.mark.parametrize("average_decay", [0.0, 0.5])
+def test_a_gradient_that_is_not_finite_stops_before_it_reaches_weights_moments_and_averages(
+    graphs, at_step, average_decay
+):
+    vae, kept = make_vae(), {}
+
+    def on_step(state):
+        if state.step == at_step:
+            with torch.no_grad():
+                vae.likelihood.net.output.bias[0] = 0.0
+            kept["weights"], kept["moments"], kept["state"] = flat_weights(vae), copy_moments(vae, state), state
+            kept["averages"] = {name: average.clone() for name, average in state.averages.items()}
+
+    with pytest.raises(NotFinite, match=rf"step {at_step}: the gradient is not finite, in likelihood.net.output.bias"):
+        fit_captured(vae, make_images(), objective=_steep(vae), on_step=on_step, average_decay=average_decay)
+    assert torch.equal(flat_weights(vae), kept["weights"])
+    assert all(torch.equal(a, b) for a, b in zip(copy_moments(vae, kept["state"]), kept["moments"], strict=True))
+    assert all(torch.equal(kept["state"].averages[name], average) for name, average in kept["averages"].items())
+
+
+def test_a_failure_that_the_host_sees_late_is_told_with_its_own_step_and_images(graphs):
+    vae, train = make_vae(), make_images()
+    batches = torch.arange(37).split(8)
+    train[batches[2][0], 3] = math.nan
+    state = TrainingState(vae)
+    source = Resident(train, state.device)
+    steps = CapturedSteps(
+        state, objectives.elbo, source, as_stored, batch_size=8, optimizer=Optimizer(clip_norm=NEVER_CLIP)
+    )
+    state.device = torch.device("cuda")  # as it is there: the host looks only in settle
+    weights = [flat_weights(vae) for _ in steps.epoch(batches, [(1.0, 0.01, 0.0)] * 5, validate=False)]
+    with pytest.raises(NotFinite, match=r"step 2: .*the images of this batch"):
+        steps.settle()
+    assert len(weights) == 5
+    assert state.step == 2
+    assert torch.equal(flat_weights(vae), weights[1])
+    assert not torch.equal(weights[0], weights[1])
+
+
+def test_one_training_image_off_the_support_is_found_before_anything_is_trained_or_compiled(graphs):
+    images = torch.zeros(3000, 12, dtype=torch.double)
+    images[2718] = 0.5
+    vae = make_vae()
+    before, state = flat_weights(vae), torch.get_rng_state()
+    with pytest.raises(ValueError, match="site 'x': expected images within the support"):
+        fit_captured(vae, images)
+    assert torch.equal(flat_weights(vae), before)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert graphs == []
+
+
+# --- The real compiler ---
+
+
+def test_a_compiled_training_ends_where_the_eager_one_does_and_resumes_bit_for_bit():
+    if (reason := capture.capture_obstacle(torch.device("cpu"))) is not None:
+        pytest.skip(reason)
+    asked = {"average_decay": 0.5, "clip_norm": 2.0, "learning_rate": 0.01}
+    states, ends = {}, {}
+    for name, options in {
+        "eager": {"compile": False},
+        "compiled": {
+            "on_checkpoint": lambda state: states.update({state.step: copy_state(state)}),
+            "checkpoint_seconds": 0.0,
+        },
+        "resumed": {},
+    }.items():
+        resumed = {"saved": states[7]} if name == "resumed" else {}
+        vae = make_vae(seed=99 if resumed else 0)
+        ends[name] = copy_state(fit_captured(vae, make_images(), **asked, **options, **resumed))[0]
+    assert [name for name in ends["compiled"] if not torch.equal(ends["resumed"][name], ends["compiled"][name])] == []
+    for name, expected in ends["eager"].items():
+        assert_close(ends["compiled"][name], expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("word", ["on", "off", 1])
+def test_whether_to_compile_is_yes_or_no(word):
+    with pytest.raises(ValueError, match="compile: expected True or False"):
+        fit(make_vae(), make_images(), epochs=1, compile=word)
+
+
+@pytest.mark.parametrize("prior", PRIORS)
+@pytest.mark.parametrize("name", OF_LOG_WEIGHTS)
+def test_a_captured_run_on_log_weights_ends_where_the_eager_one_does(graphs, name, prior):
+    weights = {}
+    for compile in (True, False):
+        vae = PRIORS[prior]()
+        pyro.set_rng_seed(5)
+        fit_captured(vae, make_images(), objective=partial(OF_LOG_WEIGHTS[name], num_particles=3), compile=compile)
+        weights[compile] = flat_weights(vae)
+    assert len(graphs) > 0
+    assert_close(weights[True], weights[False], rtol=1e-8, atol=1e-10)
+
+
+# --- On a GPU ---
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def _gpu_run(*, compile, seed=0, **options):
+    vae = make_vae(seed=seed).float().to("cuda")
+    states = {}
+    fit_captured(
+        vae,
+        make_images(40).float(),
+        compile=compile,
+        on_checkpoint=lambda state: states.update({state.step: copy_state(state)}),
+        checkpoint_seconds=0.0,
+        average_decay=0.5,
+        **options,
+    )
+    return vae, states
+
+
+@needs_gpu
+def test_steps_as_a_cuda_graph_are_the_eager_ones_on_the_gpu():
+    (_, captured), (_, eager) = _gpu_run(compile=True), _gpu_run(compile=False)
+    for name, expected in eager[20][0].items():
+        if not name.startswith("rng/"):
+            assert_close(captured[20][0][name], expected, rtol=1e-4, atol=1e-4)
+
+
+@needs_gpu
+def test_on_a_gpu_a_captured_run_resumes_bit_for_bit():
+    _, states = _gpu_run(compile=True)
+    for step in (3, 5, 12):
+        _, resumed = _gpu_run(compile=True, seed=99, saved=states[step])
+        final, expected = resumed[20][0], states[20][0]
+        assert [name for name in expected if not torch.equal(final[name], expected[name])] == [], step
+
+
+@needs_gpu
+def test_on_a_gpu_the_host_waits_for_nothing_within_an_epoch():
+    vae = make_vae().float().to("cuda")
+    device = torch.device("cuda")
+    train = make_images(37).float().to(device)  # four whole batches and a ragged one
+    steps = CapturedSteps(
+        TrainingState(vae),
+        objectives.elbo,
+        Resident(train, device),
+        as_stored,
+        batch_size=8,
+        optimizer=Optimizer(clip_norm=100.0),
+    )
+    batches = torch.randperm(37).to(device).split(8)
+    epoch = steps.epoch(batches, [(1.0, 1e-3, 0.0)] * 5, validate=False)
+    next(epoch)  # the epoch's schedule is brought to the device
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        taken = 1 + sum(1 for _ in epoch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    steps.settle()
+    assert taken == 5
+    assert math.isfinite(float(steps._state.epoch_loss))

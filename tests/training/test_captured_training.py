@@ -303,12 +303,6 @@ def test_to_keep_averages_changes_nothing_of_the_training(graphs, compile):
     assert_close(last[0.9], last[0.0], rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("value", [-0.1, 1.0, math.nan])
-def test_a_decay_out_of_its_range_is_refused(value):
-    with pytest.raises(ValueError, match=f"average_decay: expected a number from 0 to below 1, got {value}"):
-        fit_captured(make_vae(), make_images(), average_decay=value)
-
-
 # --- Weights ---
 
 

@@ -1,4 +1,4 @@
-"""Training: schedules, steps, the NaN guard, validation, exact resume in one process, and a closed-form optimum."""
+"""Training: steps, the NaN guard, validation, exact resume in one process, and a closed-form optimum."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 import pyro
 import pytest
 import torch
+from capture_cases import copy_state
 from fitting import fit
 from oracles import LinearGaussian, NormalFixed, bernoulli_vae, quadrature_log_evidence
 from pyro import poutine
@@ -25,7 +26,6 @@ from ppl_vae.runs.build import build_vae
 from ppl_vae.runs.options import PLAIN, Options
 from ppl_vae.runtime.errors import NotFinite
 from ppl_vae.training import TrainingState
-from ppl_vae.training.schedules import cosine, warmup
 
 
 def _vae(*, seed=0, D=12, L=2):
@@ -51,23 +51,6 @@ def _fit(vae, train, validation=None, *, num_particles=1, **options):
     return fit(vae, train, validation, objective=objective, **options)
 
 
-# --- Schedules ---
-
-
-def test_warm_up_rises_linearly_from_nothing_to_beta():
-    betas = [warmup(step, beta=4.0, warmup_steps=8) for step in (0, 2, 4, 8, 100)]
-    assert betas == [0.0, 1.0, 2.0, 4.0, 4.0]
-
-
-def test_without_warm_up_beta_is_whole_from_the_first_step():
-    assert warmup(0, beta=4.0, warmup_steps=0) == 4.0
-
-
-def test_the_learning_rate_falls_on_a_cosine_by_steps():
-    rates = [cosine(step, learning_rate=2.0, total_steps=60) for step in (0, 20, 30, 40, 60)]
-    assert rates == pytest.approx([2.0, 1.5, 1.0, 0.5, 0.0])
-
-
 def test_every_step_gets_the_beta_and_the_rate_of_its_number():
     seen = []
 
@@ -75,31 +58,21 @@ def test_every_step_gets_the_beta_and_the_rate_of_its_number():
         seen.append(beta)
         return objectives.elbo(model, guide, x, beta=beta)
 
-    vae = _vae()
     rates = []
+    asked = {"epochs": 2, "batch_size": 8, "beta": 3.0, "warmup_epochs": 1, "learning_rate": 0.01}
     fit(
-        vae,
+        _vae(),
         _levels(),
-        epochs=2,
-        batch_size=8,
         objective=objective,
         transform=data.sample_bernoulli,
-        beta=3.0,
-        warmup_epochs=1,
-        learning_rate=0.01,
         on_step=lambda state: rates.append(state.optimizer.param_groups[0]["lr"]),
+        **asked,
     )
     assert seen == pytest.approx([3.0 * min(1, step / 7) for step in range(14)])
     assert rates == pytest.approx([0.005 * (1 + math.cos(math.pi * step / 14)) for step in range(14)])
 
 
 # --- Steps ---
-
-
-def test_one_optimizer_holds_all_parameters():
-    vae = _vae()
-    state = TrainingState(vae)
-    assert [p for group in state.optimizer.param_groups for p in group["params"]] == list(vae.parameters())
 
 
 def test_the_gradient_is_clipped_by_its_global_norm():
@@ -252,15 +225,16 @@ def test_a_gradient_that_is_not_finite_stops_before_it_reaches_the_weights():
     assert all(torch.equal(p, w) for p, w in zip(vae.parameters(), weights[-1], strict=True))
 
 
-def test_a_nan_never_reaches_a_checkpoint():
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_nan_never_reaches_a_checkpoint(graphs, compile):
     vae, saved = _vae(), []
 
     def on_step(state):
         if state.step == 4:
             _poison(vae, "x")
 
-    with pytest.raises(NotFinite):
-        _fit(vae, _levels(), on_step=on_step, on_checkpoint=saved.append, checkpoint_seconds=math.inf)
+    with pytest.raises(NotFinite, match="step 4"):
+        _fit(vae, _levels(), compile=compile, on_step=on_step, on_checkpoint=saved.append)
     assert saved == []
 
 
@@ -269,16 +243,22 @@ def test_values_off_the_support_stop_the_first_step():
         _fit(_vae(), _levels(), transform=lambda values, generator: values.float() / 255)
 
 
+@pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("where", ["train", "validation"])
-def test_one_image_off_the_support_is_found_wherever_it_is(where):
+def test_one_image_off_the_support_is_found_wherever_it_is(graphs, where, compile):
     images = {"train": torch.zeros(50, 12), "validation": torch.zeros(20, 12)}
     images[where][17] = 0.5
     with pytest.raises(ValueError, match="support"):
-        _fit(_vae(), images["train"], images["validation"], transform=data.convert_to_float)
+        _fit(_vae(), images["train"], images["validation"], transform=data.convert_to_float, compile=compile)
 
 
-@pytest.mark.parametrize("argument", ["epochs", "batch_size", "learning_rate", "clip_norm"])
-@pytest.mark.parametrize("value", [0, -1])
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        *[(name, value) for name in ("epochs", "batch_size", "learning_rate", "clip_norm") for value in (0, -1)],
+        *[("average_decay", value) for value in (-0.1, 1.0, math.nan)],
+    ],
+)
 def test_arguments_out_of_range_are_refused_by_name(argument, value):
     with pytest.raises(ValueError, match=f"{argument}: expected .* got {value}"):
         _fit(_vae(), _levels(), **{argument: value})
@@ -302,13 +282,11 @@ def test_a_trained_model_is_left_in_evaluation_mode():
 @pytest.mark.parametrize("with_validation", [True, False])
 def test_a_run_resumed_from_any_step_ends_bit_for_bit_where_the_undisturbed_one_does(num_particles, with_validation):
     validation = (_levels(20) > 127).float() if with_validation else None
-    states = {}
+    states, vae = {}, _vae()
 
     def keep(state):
-        tensors, scalars = state.to_tensors()
-        states[state.step] = {name: t.clone() for name, t in tensors.items()}, scalars
+        states[state.step] = copy_state(state)
 
-    vae = _vae()
     end = _fit(vae, _levels(), validation, num_particles=num_particles, on_checkpoint=keep, checkpoint_seconds=0.0)
     assert sorted(states) == list(range(1, 22))
     final, scalars = end.to_tensors()
@@ -356,8 +334,7 @@ def test_a_parameter_that_never_has_a_gradient_does_not_stand_in_the_way_of_resu
     vae, states = frozen(0), {}
 
     def keep(state):
-        tensors, scalars = state.to_tensors()
-        states[state.step] = {name: t.clone() for name, t in tensors.items()}, scalars
+        states[state.step] = copy_state(state)
 
     end, _ = _fit(vae, _levels(), on_checkpoint=keep, checkpoint_seconds=0.0).to_tensors()
     tensors, _ = _fit(frozen(9), _levels(), saved=states[5]).to_tensors()
@@ -365,22 +342,12 @@ def test_a_parameter_that_never_has_a_gradient_does_not_stand_in_the_way_of_resu
 
 
 def test_validation_that_starts_later_still_chooses_the_best():
-    vae, black = _vae(), torch.zeros(20, 12)
-    saved = _fit(
-        vae, _levels(), epochs=1, transform=lambda values, generator: torch.zeros(len(values), 12)
-    ).to_tensors()
-    saved = {name: t.clone() for name, t in saved[0].items()}, saved[1]
-    records = []
-    state = _fit(
-        _vae(),
-        _levels(),
-        black,
-        epochs=30,
-        learning_rate=0.05,
-        saved=saved,
-        transform=lambda values, generator: torch.zeros(len(values), 12),
-        on_epoch=records.append,
-    )
+    def blacken(values, generator):
+        return torch.zeros(len(values), 12)
+
+    saved, records = copy_state(_fit(_vae(), _levels(), epochs=1, transform=blacken)), []
+    asked = {"epochs": 30, "learning_rate": 0.05, "transform": blacken, "saved": saved}
+    state = _fit(_vae(), _levels(), torch.zeros(20, 12), on_epoch=records.append, **asked)
     assert state.best_validation == max(record["validation_elbo_nats_per_image"] for record in records)
     assert state.best_step > 7
 
@@ -394,8 +361,7 @@ def test_buffers_are_part_of_the_state():
     _fit(vae, _levels(), epochs=1)
     running = vae.posterior.net[0].running_mean.clone()
     assert running.abs().sum() > 0
-    live, scalars = TrainingState(vae).to_tensors()
-    tensors = {name: tensor.clone() for name, tensor in live.items()}
+    tensors, scalars = copy_state(TrainingState(vae))
     vae.posterior.net[0].running_mean.zero_()
     TrainingState(vae).restore(tensors, scalars)
     assert torch.equal(vae.posterior.net[0].running_mean, running)
@@ -403,7 +369,7 @@ def test_buffers_are_part_of_the_state():
 
 def test_a_state_to_go_on_from_is_left_as_it_is():
     saved, ends = {}, []
-    _fit(_vae(), _levels(), on_checkpoint=lambda state: saved.setdefault("state", _copied(state)))
+    _fit(_vae(), _levels(), on_checkpoint=lambda state: saved.setdefault("state", copy_state(state)))
     before = {name: tensor.clone() for name, tensor in saved["state"][0].items()}
     for _ in range(2):
         vae = _vae(seed=1)
@@ -411,11 +377,6 @@ def test_a_state_to_go_on_from_is_left_as_it_is():
         ends.append(torch.cat([p.detach().flatten() for p in vae.parameters()]))
     assert [name for name, tensor in saved["state"][0].items() if not torch.equal(tensor, before[name])] == []
     assert torch.equal(*ends)
-
-
-def _copied(state):
-    tensors, scalars = state.to_tensors()
-    return {name: tensor.clone() for name, tensor in tensors.items()}, scalars
 
 
 @pytest.mark.parametrize("lost", ["weights/", "adam/", "rng/torch"])

@@ -10,7 +10,7 @@ import pyro
 import torch
 from torch import Tensor
 
-from ppl_vae.protocols import StochasticFunction
+from ppl_vae.protocols import LatentModel, Program, StochasticFunction
 from ppl_vae.runtime.batching import (
     BatchSize,
     evaluation_batch_size,
@@ -26,7 +26,6 @@ from ppl_vae.runtime.global_state import evaluation_mode, seed_generators, seede
 from ppl_vae.runtime.numerics import LogWeightSummary
 from ppl_vae.runtime.ranks import agree
 from ppl_vae.support import check_support
-from ppl_vae.vae import VAE
 from ppl_vae.weights import log_reconstruction, log_weight_terms
 
 # An image is unreliable where its bound is estimated to lie more than this many nats below log p(x). Source: ours.
@@ -114,7 +113,7 @@ class CapturedTerms:
         CannotCapture: see ``capture.compile_function``.
     """
 
-    def __init__(self, vae: VAE, x: Tensor, num_particles: int) -> None:
+    def __init__(self, vae: Program, x: Tensor, num_particles: int) -> None:
         self._shape = (tuple(x.shape), num_particles)
         values = dict(vae.named_parameters()) | dict(vae.named_buffers())
         names = list(values)
@@ -251,7 +250,7 @@ def log_evidence(model: StochasticFunction, guide: StochasticFunction, x: Tensor
 
 @serialize_threads()
 @torch.no_grad()
-def gather_log_weights(vae: VAE, x: Tensor, num_particles: int) -> Tensor:
+def gather_log_weights(vae: Program, x: Tensor, num_particles: int) -> Tensor:
     """(S, N) log-weights, nats, in passes that fit into memory. x: (N, *E)."""
     check_support(vae.model, x)
     pairs = pairs_per_pass(vae, x)
@@ -267,7 +266,7 @@ def gather_log_weights(vae: VAE, x: Tensor, num_particles: int) -> Tensor:
 
 @serialize_threads()
 def evaluate(
-    vae: VAE,
+    vae: Program,
     x: Tensor,
     *,
     num_particles: int,
@@ -352,7 +351,7 @@ def evaluate(
 
 
 def _captured(
-    vae: VAE, x: Tensor, batch: BatchSize, *, seed: int, on_compiled: Callable[[float], None] | None
+    vae: Program, x: Tensor, batch: BatchSize, *, seed: int, on_compiled: Callable[[float], None] | None
 ) -> CapturedTerms:
     """The log-weights of a full pass as a compiled graph, on every rank or on none."""
     started, error = time.monotonic(), None
@@ -372,7 +371,7 @@ def _captured(
 @serialize_threads()
 @torch.no_grad()
 def reconstruction(
-    vae: VAE,
+    vae: Program,
     x: Tensor,
     *,
     seed: int,
@@ -408,7 +407,8 @@ def reconstruction(
         raise ValueError("x: expected at least one image, got none")
     check_support(vae.model, x)
     size = images_per_group(x, 1)
-    most = images_per_pass(x, vae.likelihood)
+    likelihood = vae.likelihood if isinstance(vae, LatentModel) else None
+    most = images_per_pass(x, likelihood)
     batch = BatchSize(1, even_divisor(size, most), device=x.device, say=say)
 
     def compute(group: slice) -> Tensor:

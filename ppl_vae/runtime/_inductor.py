@@ -36,7 +36,7 @@ class TracedGraph(NamedTuple):
     """
 
     module: fx.GraphModule
-    inputs: list[Tensor]
+    inputs: Sequence[Tensor]
     mode: Any
 
 

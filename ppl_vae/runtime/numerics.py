@@ -1,4 +1,4 @@
-"""Importance weights as numbers: log-mean-exp, effective sample size, Pareto k-hat, jackknife. Tensors only."""
+"""Statistics of log-weights (log-mean-exp, effective sample size, Pareto k-hat, jackknife), and of images."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 from pyro.ops.stats import fit_generalized_pareto
 from torch import Tensor
 
-# Below this many exceedances the Pareto fit says nothing (Vehtari et al. 2024, arXiv 1507.02646, section 6).
+# With fewer exceedances the Pareto fit is meaningless (Vehtari et al. 2024, arXiv 1507.02646, section 6).
 _SMALLEST_TAIL = 5
 
-# Weights that differ by less than this share of the largest have no tail: the fit would divide by zero.
+# If all weights differ by less than this fraction of the largest, there is no tail: the fit would divide by zero.
 _ROUNDING = 1e-12
 
 _TENTHS = 10
@@ -34,18 +34,18 @@ def log_mean_exp(log_w: Tensor, dim: int = 0) -> Tensor:
 def bound_by_particles(log_w: Tensor, sizes: Sequence[int]) -> Tensor:
     """E[L_s], L_s = log (1/s) sum_{t <= s} w_t, estimated by the mean of L_s over the S // s disjoint blocks of s.
 
-    Each block is a draw of L_s of its own, so the estimate is unbiased for every s; s = 1 is the ELBO. E[L_s] never
-    falls with s (Burda et al. 2016, arXiv 1509.00519, theorem 1); the estimates share particles, and can by noise.
+    Each block is an independent draw of L_s, so the estimate is unbiased for every s; s = 1 is the ELBO. E[L_s] never
+    falls with s (Burda et al. 2016, arXiv 1509.00519, theorem 1), but noisy estimates can.
 
     Args:
         log_w: (S, B) log-weights of independent particles, nats.
-        sizes: the numbers s, each from 1 to S.
+        sizes: The numbers s, each from 1 to S.
 
     Returns:
         (len(sizes), B) nats, float64.
 
     Raises:
-        ValueError: a size out of its range.
+        ValueError: A size is out of its range.
     """
     S = len(log_w)
     for s in sizes:
@@ -56,16 +56,16 @@ def bound_by_particles(log_w: Tensor, sizes: Sequence[int]) -> Tensor:
 
 
 def tenfold_gain(log_sums: Tensor, sizes: Tensor) -> Tensor:
-    """L_S - (1/10) sum_g L_{S/10}, the g-th over the g-th tenth of the S particles.
+    """L_S - (1/10) sum_g L_{S/10}, where the g-th term uses the g-th tenth of the S particles.
 
-    What ten times the particles gained. It is not below 0 where the tenths are of one size.
+    This is what ten times as many particles gained. It is at least 0 if the tenths have equal sizes.
 
     Args:
-        log_sums: (10, B) of the weights in each tenth, nats.
-        sizes: (10,) how many particles each tenth has.
+        log_sums: (10, B) logarithms of the sums of the weights in each tenth, nats.
+        sizes: (10,) the number of particles in each tenth.
 
     Returns:
-        (B,) nats; NaN where a tenth is empty.
+        (B,) nats; NaN if a tenth is empty.
     """
     if not sizes.all():
         return torch.full_like(log_sums[0], math.nan)
@@ -73,12 +73,12 @@ def tenfold_gain(log_sums: Tensor, sizes: Tensor) -> Tensor:
 
 
 def tail_length(num_particles: int) -> int:
-    """M = min(S / 5, 3 sqrt(S)): the largest weights, which the Pareto fit reads (Vehtari et al. 2024, 1507.02646)."""
+    """M = min(S / 5, 3 sqrt(S)), the number of weights that the Pareto fit uses (Vehtari et al. 2024, 1507.02646)."""
     return math.ceil(min(num_particles / 5, 3 * math.sqrt(num_particles)))
 
 
 def _pareto_fit(exceedances: Tensor) -> tuple[float, float]:
-    """Shape k and scale of a generalized Pareto distribution; NaN or infinity where there is no fit."""
+    """Fit the shape k and scale of a generalized Pareto distribution; NaN or infinity if there is no fit."""
     if not exceedances[0] > _ROUNDING:
         return math.nan, math.nan
     if exceedances[3 * len(exceedances) // 4] < torch.finfo(torch.double).tiny:  # the fit divides by a lower quartile
@@ -89,16 +89,16 @@ def _pareto_fit(exceedances: Tensor) -> tuple[float, float]:
 def pareto_k(largest_log_w: Tensor) -> Tensor:
     """k-hat, the shape of a generalized Pareto distribution fitted to the largest weights.
 
-    1 / k is the number of moments that the weights have: above 0.5 their variance is infinite, above 0.7 an estimate
-    from a practical number of particles is called unreliable in general (Vehtari et al. 2024, arXiv 1507.02646). A
-    healthy VAE at S = 5,000 is above 0.7 for nearly every image: its bound is a bound, but not a tight one.
+    The weights have 1 / k moments: above 0.5 their variance is infinite, and above 0.7 an estimate from a practical
+    number of particles is considered unreliable (Vehtari et al. 2024, arXiv 1507.02646). For a good VAE at S = 5,000
+    nearly every image is above 0.7: its bound is a bound, but not a tight one.
 
     Args:
         largest_log_w: (M + 1, B) the largest log-weights in descending order; the last is the threshold.
 
     Returns:
-        (B,) k-hat; NaN where there are fewer than 5 exceedances or all are equal, infinity where the largest weight
-        exceeds a quarter of the others beyond float64's range.
+        (B,) k-hat; NaN for fewer than 5 exceedances or if all are equal, infinity if the largest weight exceeds a
+        quarter of the others beyond float64's range.
     """
     if len(largest_log_w) <= _SMALLEST_TAIL:
         return largest_log_w.new_full(largest_log_w.shape[1:], math.nan, dtype=torch.double)
@@ -109,19 +109,19 @@ def pareto_k(largest_log_w: Tensor) -> Tensor:
 
 
 def smoothed_log_mean_exp(log_w: Tensor) -> Tensor:
-    """log (1/S) sum_s w~_s, the M largest of the w_s replaced by quantiles of the Pareto tail that is fitted to them.
+    """log (1/S) sum_s w~_s, where the M largest w_s are replaced by quantiles of the Pareto tail fitted to them.
 
         w~_(m) = min(u + F^-1((m - 1/2) / M; k-hat, scale), max_s w_s), m = 1..M, u the largest of the other weights
 
-    It is an estimate of log E[w], and no bound. The mean of weights with a heavy tail hangs on the largest few, and
-    their quantiles vary less: the squared error is smaller where k is below about 0.7. As no quantile exceeds the
-    largest weight that was seen, it is most often below the plain mean: it does not make up for what was never seen.
+    It estimates log E[w], and is no bound. The mean of heavy-tailed weights depends on the few largest, whose quantiles
+    vary less: the squared error is smaller for k below about 0.7. No quantile exceeds the largest observed weight, so
+    it is usually below the plain mean, and does not make up for large weights that were never drawn.
 
     Args:
         log_w: (S, B) log-weights of independent particles, nats.
 
     Returns:
-        (B,) nats, float64. The plain log-mean where k-hat has no number, as for fewer than 21 particles.
+        (B,) nats, float64. The plain log-mean if k-hat is undefined, as for fewer than 21 particles.
 
     Reference: Vehtari et al. 2024, arXiv 1507.02646, section 2.4, with its weakly informed k-hat; M as in section 6.
     """
@@ -137,7 +137,7 @@ def smoothed_log_mean_exp(log_w: Tensor) -> Tensor:
 
 
 def _smoothed_tail(largest: Tensor) -> Tensor:
-    """(M + 1,) the largest weights in descending order, of which the last is the threshold -> (M,) their quantiles."""
+    """The quantiles (M,) for the largest weights (M + 1,) in descending order, the last of which is the threshold."""
     tail, threshold = largest[:-1], largest[-1]
     k, scale = _pareto_fit(tail - threshold)
     if not math.isfinite(k):
@@ -148,7 +148,7 @@ def _smoothed_tail(largest: Tensor) -> Tensor:
 
 
 class LogWeightSummary:
-    """Streams log-weights, and keeps per image what is needed of them: memory grows with sqrt(S), not with S.
+    """Statistics of a stream of log-weights for each image, in memory that grows with sqrt(S) instead of S.
 
     With normalized weights v_s = w_s / sum_t w_t:
 
@@ -157,15 +157,15 @@ class LogWeightSummary:
     - ``monte_carlo_stderr``: sqrt(sum_s v_s^2 - 1/S), the delta method's standard error of L_S over repeated draws
     - ``bias``: the jackknife's estimate of the nats by which E[L_S] lies below log p(x), never negative:
       (S - 1) (L_S - (1/S) sum_s L_{-s}), L_{-s} the bound without particle s. It takes the bias to fall like 1/S.
-      Weights without a variance (k above 0.5) have one that falls more slowly, of which it sees a fraction.
-    - ``tenfold_gain``: L_S - (1/10) sum_g L_{S/10}, the g-th over the g-th tenth of the particles
+      Weights without a variance (k above 0.5) have a bias that falls more slowly, and is underestimated.
+    - ``tenfold_gain``: L_S - (1/10) sum_g L_{S/10}, see there
     - ``pareto_k``: see ``pareto_k``
 
-    The M largest log-weights are kept as they are, the others as two sums. That is exact for all but the bias, where
-    log(1 - v) of a summed weight is taken as -v - v^2/2; such a v is below 1/M, so the error is below 1/(3 M^2) nats.
+    The M largest log-weights are kept, the others summed. That is exact except for the bias, where log(1 - v) of a
+    summed weight is approximated by -v - v^2/2; such a v is below 1/M, so the error is below 1/(3 M^2) nats.
 
     Args:
-        num_particles: S, how many particles will be streamed in all.
+        num_particles: S, the number of particles of the whole stream.
         num_images: B.
     """
 
@@ -178,7 +178,7 @@ class LogWeightSummary:
         self._seen = 0
 
     def update(self, log_w: Tensor) -> None:
-        """Takes (s, B) further log-weights, nats."""
+        """Add (s, B) further log-weights, nats."""
         self._update_tenths(log_w.double())
         pool = torch.cat([self._largest, log_w.double()])
         kept = min(tail_length(self.num_particles) + 1, len(pool))
@@ -197,7 +197,7 @@ class LogWeightSummary:
             self._seen += len(part)
 
     def tenths(self) -> tuple[Tensor, Tensor]:
-        """Log-sums (10, B) of the weights of each tenth of the particles, nats, and (10,) how many each tenth has."""
+        """Log-sums (10, B) of the weights in each tenth of the particles, nats, and the tenths' sizes (10,)."""
         ends = torch.arange(_TENTHS + 1) * self.num_particles // _TENTHS
         return torch.stack(self._log_sums_of_tenths), ends.diff().to(self._log_sum)
 
@@ -244,15 +244,15 @@ class LogWeightSummary:
         return pareto_k(self._largest)
 
 
-_LARGE = 2**28  # bytes beyond which an array is gone through once, row by row: it may be in a file
-_COLUMNS = 64  # whose numbers stay in the processor's cache while they are summed
+_LARGE = 2**28  # bytes; a larger array may be in a file, and is read once, row by row
+_COLUMNS = 64  # per block: their sums stay in the processor's cache
 
 
 def _by_columns(x: Tensor) -> Sequence[Tensor]:
-    """Blocks of columns, the last one of 64 to 127. x: (..., D).
+    """Split x (..., D) into blocks of columns, the last one of 64 to 127.
 
-    torch adds the last few columns of a table in another order than the others. So each block begins where it would
-    begin a group of columns in the whole table too, and the sums are the same to the bit.
+    torch sums the last few columns of a table in another order than the others. Each block therefore begins where a
+    group of columns begins in the whole table too, and the sums are the same bit for bit.
     """
     return x.tensor_split(list(range(_COLUMNS, x.shape[-1] - _COLUMNS + 1, _COLUMNS)), dim=-1)
 
@@ -261,7 +261,7 @@ def sum_over_images(x: Tensor, *, chunk: int = 1000) -> Tensor:
     """sum_n x_n. x: (N, *E) -> (*E), float64.
 
     Args:
-        chunk: images that are added at once where there are very many numbers.
+        chunk: Images that are summed at once if there are very many numbers.
     """
     rows = chunk if x.numel() * x.element_size() > _LARGE else max(1, len(x))
     total = torch.zeros(math.prod(x.shape[1:]), dtype=torch.double, device=x.device)
@@ -276,7 +276,7 @@ def mean_and_variance(x: Tensor, *, chunk: int = 1000) -> tuple[Tensor, Tensor]:
 
     Args:
         x: (N, *E).
-        chunk: images that are held in double precision at once.
+        chunk: Images in double precision at once.
 
     Returns:
         (*E) and (*E), both float64.
@@ -291,9 +291,9 @@ def mean_and_variance(x: Tensor, *, chunk: int = 1000) -> tuple[Tensor, Tensor]:
 
 
 def location_and_spread(x: Tensor, *, chunk: int = 1000) -> tuple[Tensor, Tensor]:
-    """mean_n x_n and sqrt(mean_nd (x_nd - mean_n x_nd)^2): the mean image, and one deviation from it for all pixels.
+    """The mean image, mean_n x_n, and one standard deviation for all pixels, sqrt(mean_nd (x_nd - mean_n x_nd)^2).
 
-    Arguments as ``mean_and_variance``.
+    Args: As ``mean_and_variance``.
 
     Returns:
         (*E) and (), both float64.

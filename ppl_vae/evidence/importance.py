@@ -240,7 +240,9 @@ def _measure_group(
     )
 
 
-def log_evidence(model: StochasticFunction, guide: StochasticFunction, x: Tensor, *, num_particles: int, chunk: int | None = None) -> Tensor:
+def log_evidence(
+    model: StochasticFunction, guide: StochasticFunction, x: Tensor, *, num_particles: int, chunk: int | None = None
+) -> Tensor:
     """The bound L_S for each image: (N,) nats. Arguments and errors as ``importance``.
 
     Reference: Burda et al. 2016, arXiv 1509.00519, equation 8.

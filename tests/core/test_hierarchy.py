@@ -22,7 +22,6 @@ from torch.distributions import MultivariateNormal
 from torch.testing import assert_close
 
 from ppl_vae import Conditional, importance, log_weights, objectives
-from ppl_vae.evidence.moments import compute_moments
 from ppl_vae.hierarchy import BottomLayerOnly, BottomUp, HierarchicalVAE, LayeredPrior, TopDown, product_of_normals
 from ppl_vae.parts.likelihoods import Bernoulli
 from ppl_vae.parts.networks import MLP
@@ -389,16 +388,6 @@ def test_gradients_pass_through_rsample_and_not_through_sample():
     assert chain.has_rsample
     assert chain.rsample().requires_grad
     assert not chain.sample().requires_grad
-
-
-def test_moments_of_a_chain_are_those_of_draws():
-    """It has none in closed form, and says so as torch does."""
-    chain = _vae("top-down").posterior(_images())
-    for name in ("mean", "variance"):
-        with pytest.raises(NotImplementedError):
-            getattr(chain, name)
-    codes = compute_moments(chain)
-    assert codes.mean.shape == codes.scale.shape == (6, 6)
 
 
 @pytest.mark.parametrize("guide", GUIDES)

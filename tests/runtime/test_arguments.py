@@ -22,8 +22,6 @@ from ppl_vae.evidence.adaptive import estimate_adaptively
 from ppl_vae.evidence.importance import evaluate
 from ppl_vae.evidence.refinement import refine_proposal
 from ppl_vae.parts import flows, likelihoods, networks, posteriors, priors
-from ppl_vae.runs.build import build_vae
-from ppl_vae.runs.load import load, save
 from ppl_vae.runs.options import Options, from_json, to_json
 
 E, L = (1, 4, 4), 2
@@ -78,12 +76,6 @@ def test_a_training_by_numpys_numbers_has_the_weights_of_one_by_pythons(name: st
     expected = weights_after(**{name: FIT_ARGUMENTS[name]})
     for value in as_numpy(FIT_ARGUMENTS[name]):
         assert all(map(torch.equal, weights_after(**{name: value}), expected)), repr(value)
-
-
-def test_a_graph_is_compiled_for_numpys_true() -> None:
-    seconds: list[float] = []
-    fit(small_vae(), IMAGES, epochs=1, compile=np.True_, on_compiled=seconds.append)
-    assert len(seconds) == 1
 
 
 def calls(number: Callable[[int], Any]) -> dict[str, Callable[[VAE], Any]]:
@@ -172,12 +164,6 @@ def test_options_refuse_what_is_no_whole_number(value: Any) -> None:
         if value is not None or name == "latent_dim":
             with pytest.raises(ValueError, match="expected"):
                 Options(**{name: value})
-
-
-def test_a_model_by_numpys_numbers_is_saved_and_loaded(tmp_path: Any) -> None:
-    options = Options(network="mlp", hidden=np.array([8]), latent_dim=np.int64(4), prior="standard-normal")
-    save(build_vae(options, tuple(np.array([1, 28, 28]))), tmp_path / "run", options)
-    assert load(tmp_path / "run").likelihood.event_shape == (1, 28, 28)
 
 
 # --- Images ---

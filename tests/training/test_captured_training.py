@@ -12,8 +12,6 @@ import torch
 from capture_cases import (
     ESTIMATORS,
     NEVER_CLIP,
-    OF_LOG_WEIGHTS,
-    PRIORS,
     SHAPE,
     TwoLayers,
     as_stored,
@@ -257,13 +255,6 @@ def test_averages_follow_their_recursion(graphs, compile):
 
 
 @pytest.mark.parametrize("compile", [True, False])
-def test_without_validation_the_averages_are_left_in_the_model(graphs, compile):
-    vae = make_vae()
-    state = fit_captured(vae, make_images(), compile=compile, average_decay=0.5)
-    assert all(torch.equal(vae.get_parameter(name), average) for name, average in state.averages.items())
-
-
-@pytest.mark.parametrize("compile", [True, False])
 def test_what_is_validated_and_kept_are_the_averages(graphs, compile):
     vae, records, averages = make_vae(), [], []
     validation = 1 - make_images(20)  # other images than those that are trained on: it gets worse
@@ -285,22 +276,6 @@ def test_what_is_validated_and_kept_are_the_averages(graphs, compile):
     best = state.best_step // 5 - 1
     assert best != len(records) - 1
     assert all(torch.equal(vae.get_parameter(name), value) for name, value in averages[best].items())
-
-
-@pytest.mark.parametrize("compile", [True, False])
-def test_to_keep_averages_changes_nothing_of_the_training(graphs, compile):
-    last = {}
-    for decay in (0.0, 0.9):
-        vae = make_vae()
-        fit_captured(
-            vae,
-            make_images(),
-            make_images(20),
-            compile=compile,
-            average_decay=decay,
-            on_checkpoint=lambda state, decay=decay, vae=vae: last.update({decay: flat_weights(vae)}),
-        )
-    assert_close(last[0.9], last[0.0], rtol=0, atol=1e-12)
 
 
 # --- Weights ---
@@ -367,14 +342,6 @@ def test_a_weight_that_is_not_finite_stops_with_the_step_and_the_site(graphs, si
     assert torch.equal(flat_weights(vae).nan_to_num(7.0), kept["weights"].nan_to_num(7.0))
     now = copy_moments(vae, kept["state"])
     assert all(torch.equal(a, b) for a, b in zip(now, kept["moments"], strict=True))
-
-
-@pytest.mark.parametrize(("site", "program"), [("z", "guide"), ("x", "model")])
-def test_a_weight_that_is_not_finite_from_the_start_is_told_as_it_is_without_compiling(graphs, site, program):
-    vae = make_vae()
-    poison(vae, site)
-    with pytest.raises(NotFinite, match=rf"step 0: .*site '{site}' of the {program}"):
-        fit_captured(vae, make_images())
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -484,19 +451,6 @@ def test_a_compiled_training_ends_where_the_eager_one_does_and_resumes_bit_for_b
 def test_whether_to_compile_is_yes_or_no(word):
     with pytest.raises(ValueError, match="compile: expected True or False"):
         fit(make_vae(), make_images(), epochs=1, compile=word)
-
-
-@pytest.mark.parametrize("prior", PRIORS)
-@pytest.mark.parametrize("name", OF_LOG_WEIGHTS)
-def test_a_captured_run_on_log_weights_ends_where_the_eager_one_does(graphs, name, prior):
-    weights = {}
-    for compile in (True, False):
-        vae = PRIORS[prior]()
-        pyro.set_rng_seed(5)
-        fit_captured(vae, make_images(), objective=partial(OF_LOG_WEIGHTS[name], num_particles=3), compile=compile)
-        weights[compile] = flat_weights(vae)
-    assert len(graphs) > 0
-    assert_close(weights[True], weights[False], rtol=1e-8, atol=1e-10)
 
 
 # --- On a GPU ---

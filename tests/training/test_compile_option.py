@@ -104,13 +104,6 @@ def test_auto_is_off_without_a_compiler_and_words_stay_as_they_are(monkeypatch, 
         assert resolve(replace(small, epochs=1, compile=asked), splits).compile == asked
 
 
-@pytest.mark.parametrize(("asked", "found"), [("auto", "on"), ("on", "on"), ("off", "off")])
-def test_the_config_holds_what_was_decided(graphs, always_pays, no_figures, small, tmp_path, asked, found):
-    said = _train(replace(small, compile=asked), tmp_path / "run")
-    assert _config(tmp_path / "run")["compile"] == found
-    assert [line.startswith("Compiled the training step") for line in _told(said)] == [True] * (found == "on")
-
-
 def test_on_without_a_compiler_is_refused_before_anything_is_written(no_compiler, small, tmp_path):
     with pytest.raises(ValueError, match=NO_COMPILER):
         _train(replace(small, compile="on"), tmp_path / "run")
@@ -206,16 +199,6 @@ def test_so_does_one_through_the_real_compiler(no_figures, small, tmp_path, monk
     _assert_resumes_bit_for_bit(replace(small, compile="on"), tmp_path, monkeypatch)
 
 
-@pytest.mark.parametrize("word", ["on", "off"])
-def test_an_extension_keeps_the_mode(graphs, no_figures, small, tmp_path, word):
-    _train(replace(small, compile=word), tmp_path)
-    graphs.clear()
-    _resume(tmp_path, epochs=3, compile="auto")
-    assert _config(tmp_path)["compile"] == word
-    assert len(graphs) == (word == "on")
-    assert runs.load_step(tmp_path / runs.TRAINING_STATE) == 3 * STEPS_AN_EPOCH
-
-
 @pytest.mark.parametrize(("before", "after"), [("on", "off"), ("off", "on")])
 def test_resuming_with_the_other_word_changes_the_config_and_says_so(
     graphs, no_figures, small, tmp_path, before, after
@@ -294,16 +277,6 @@ def test_a_precision_that_this_machine_has_not_is_refused_before_anything_is_wri
     with pytest.raises(ValueError, match=words):
         _train(replace(small, precision=precision), tmp_path / "run")
     assert not (tmp_path / "run").exists()
-
-
-def test_a_torch_that_does_not_tell_of_bf16_trains_in_float32_and_refuses_bf16(
-    no_figures, small, tmp_path, monkeypatch
-):
-    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
-        monkeypatch.delattr(torch.cpu, name)
-    _train(replace(small, compile="off"), tmp_path / "float32")
-    with pytest.raises(ValueError, match=r"^--precision bf16: expected hardware for it"):
-        _train(replace(small, precision="bf16"), tmp_path / "bf16")
 
 
 @pytest.mark.parametrize("compile", ["on", "off"])
@@ -394,24 +367,6 @@ def test_the_evaluation_is_the_same_for_each_word_of_compile(
     assert captured == {"off": 0, "on": 1, "auto": 1}
     for word in ("on", "auto"):
         torch.testing.assert_close(found[word], found["off"], rtol=1e-6, atol=0)
-
-
-def test_the_comparison_is_the_same_for_each_word_of_compile(
-    graphs, always_pays, no_figures, small, tmp_path, monkeypatch
-):
-    for seed in (0, 1):
-        _train(replace(small, compile="off", seed=seed), tmp_path / str(seed))
-    found, captured = {}, {}
-    for word in ("off", "on", "auto"):
-        graphs.clear()
-        asked = ("--num-particles", 30, "--compile", word, "--output", tmp_path / word)
-        _run(monkeypatch, "compare_runs.py", tmp_path / "0", tmp_path / "1", *asked)
-        entry = runs.read_json(tmp_path / word / "comparison.json")
-        found[word] = [run["log_likelihood"]["mean"] for run in entry["runs"]]
-        captured[word] = len(graphs)
-    assert captured == {"off": 0, "on": 2, "auto": 2}
-    for word in ("on", "auto"):
-        assert found[word] == pytest.approx(found["off"], rel=1e-6)
 
 
 def test_an_evaluation_that_cannot_be_compiled_is_refused_by_on_and_done_by_auto(

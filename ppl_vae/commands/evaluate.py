@@ -262,12 +262,11 @@ def evaluate_with_progress(
     with _bar(len(x), words, before) as bar, matmul_precision("float32"):
 
         def told(seconds: float) -> None:
-            bar.show_bar()
             say(f"Compiled the passes of the evaluation in {seconds:.1f} s.")
 
         def run(compiled: bool) -> Importance:
             if compiled and distributed.is_writer():
-                bar.show_clock("Compiling the passes of the evaluation", say)
+                say("Compiling the passes of the evaluation ...")
             return evaluate(
                 vae,
                 x,

@@ -303,7 +303,7 @@ def _train(run: Run, saved: Saved | None, *, say: Say, compile_if_possible: bool
 
         def train(compile: bool) -> TrainingState:
             if compile and distributed.is_writer():
-                progress.show_clock("Compiling the training step", say)
+                say("Compiling the training step ...")
             return fit(
                 vae,
                 stored,

@@ -1,7 +1,8 @@
-"""The ELBO of a model and a guide, with the weight beta of its KL as an effect handler around both."""
+"""The ELBO of a model and a guide, with the weight beta of its KL as an effect handler, and objectives in bfloat16."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -124,3 +125,16 @@ def _kl(name: str, q: dict[str, Any], p: dict[str, Any]) -> Tensor:
             f"site {name!r}: expected a guide and a prior whose KL has a formula, got {kinds}; Trace_ELBO samples it"
         ) from None
     return scale_and_mask(kl, scale=q["scale"], mask=q["mask"]).sum()
+
+
+def autocast(objective: Callable[..., Tensor], dtype: torch.dtype) -> Callable[..., Tensor]:
+    """The objective with matrix products and convolutions in a narrower type, such as bfloat16; so are its gradients.
+
+    Distributions keep the type of the data (see ``Conditional``). Evaluations never use it.
+    """
+
+    def narrowed(model: StochasticFunction, guide: StochasticFunction, x: Tensor, *, beta: float | Tensor) -> Tensor:
+        with torch.autocast(x.device.type, dtype=dtype):
+            return objective(model, guide, x, beta=beta)
+
+    return narrowed

@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -119,8 +119,7 @@ def fit(
     if all(w.dtype == torch.double for w in program.parameters()):
         transform = _in_double_precision(transform)
     if validation.images is not None:
-        images = images_tensor("validation", validation.images).to(some)
-        validation = Validation(images, validation.num_particles, validation.keep_last, validation.keep_start)
+        validation = replace(validation, images=images_tensor("validation", validation.images).to(some))
     torch_optimizer = optimizer.factory(program.parameters(), lr=optimizer.learning_rate)
     state = TrainingState(program, torch_optimizer, averaged=optimizer.average_decay > 0)
     if saved is not None:

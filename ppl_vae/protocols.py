@@ -11,24 +11,10 @@ from torch import Tensor, nn
 StochasticFunction = Callable[[Tensor], Any]
 
 
-@runtime_checkable
-class Program(Protocol):
-    """A Pyro model and its guide, as the methods of a ``torch.nn.Module``.
-
-    The other methods are those of the module. A class of one's own needs ``model`` and ``guide`` only:
-
-        class Mine(nn.Module):
-            def model(self, x): ...   # samples the latents, observes x
-            def guide(self, x): ...   # samples the same latents
-    """
+class _Module(Protocol):
+    """The methods of ``torch.nn.Module`` that this package calls: a protocol cannot derive from a class."""
 
     training: bool
-
-    def model(self, x: Tensor) -> Any:
-        """p(x, z). x: (B, *E), observed."""
-
-    def guide(self, x: Tensor) -> Any:
-        """q(z | x). x: (B, *E)."""
 
     def modules(self) -> Iterator[nn.Module]: ...
     def parameters(self) -> Iterator[nn.Parameter]: ...
@@ -40,6 +26,24 @@ class Program(Protocol):
     def train(self, mode: bool = True) -> Any: ...
     def eval(self) -> Any: ...
     def zero_grad(self) -> None: ...
+
+
+@runtime_checkable
+class Program(_Module, Protocol):
+    """A Pyro model and its guide, as the methods of a ``torch.nn.Module``.
+
+    A class of one's own needs these two:
+
+        class Mine(nn.Module):
+            def model(self, x): ...   # samples the latents, observes x
+            def guide(self, x): ...   # samples the same latents
+    """
+
+    def model(self, x: Tensor) -> Any:
+        """p(x, z). x: (B, *E), observed."""
+
+    def guide(self, x: Tensor) -> Any:
+        """q(z | x). x: (B, *E)."""
 
 
 @runtime_checkable

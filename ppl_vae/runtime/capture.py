@@ -169,7 +169,7 @@ def _explain(error: BaseException | None) -> str:
     return first_line(error)
 
 
-class HasTensors(Protocol):
+class _HasTensors(Protocol):
     """The methods of a ``torch.nn.Module`` that name its parameters and buffers."""
 
     def modules(self) -> Iterator[nn.Module]: ...
@@ -178,7 +178,7 @@ class HasTensors(Protocol):
 
 
 @contextmanager
-def replace_tensors(module: HasTensors, values: Mapping[str, Tensor]) -> Iterator[None]:
+def replace_tensors(module: _HasTensors, values: Mapping[str, Tensor]) -> Iterator[None]:
     """Use these tensors as the module's parameters and buffers of these names, wherever it holds them.
 
     ``torch.func.functional_call`` does not restore a module that is registered twice, such as the posterior that a
@@ -203,7 +203,7 @@ def replace_tensors(module: HasTensors, values: Mapping[str, Tensor]) -> Iterato
 
 
 @contextmanager
-def refuse_new_buffers(module: HasTensors) -> Iterator[None]:
+def refuse_new_buffers(module: _HasTensors) -> Iterator[None]:
     """Raise CannotCapture if the block replaces a buffer of the module by another tensor, which a graph forgets."""
     before = dict(module.named_buffers())
     yield

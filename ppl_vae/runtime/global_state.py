@@ -32,7 +32,7 @@ def serialize_threads() -> Iterator[None]:
         yield
 
 
-class HasModes(Protocol):
+class _HasModes(Protocol):
     """The methods of a ``torch.nn.Module`` that concern training and evaluation mode."""
 
     def modules(self) -> Iterator[nn.Module]: ...
@@ -40,7 +40,7 @@ class HasModes(Protocol):
 
 
 @contextmanager
-def evaluation_mode(module: HasModes) -> Iterator[None]:
+def evaluation_mode(module: _HasModes) -> Iterator[None]:
     """Put a module and its parts into evaluation mode, and each back into its own mode afterwards."""
     with serialize_threads():
         modes = [(part, part.training) for part in module.modules()]

@@ -424,7 +424,7 @@ def test_a_compiled_certificate_has_the_same_numbers(copy: Path, tmp_path: Path,
     said: list[str] = []
     compiled = certify(copy, **(BRIEF | {"compile": "on"}), say=said.append)
     assert graphs != []
-    # Without a terminal, where a clock would run, one line a stage: before its work, which begins with compiling.
+    # One line per stage, before its work, which begins with compiling.
     assert said.count("Compiling: annealed importance sampling ...") == 1
     assert said.count("Compiling: simulated images, from both sides ...") == 1
     for key in ("ais", "importance", "improved"):

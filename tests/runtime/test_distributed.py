@@ -264,7 +264,7 @@ def test_noise_for_another_number_of_images_is_refused(noise):
 
 
 def test_noise_at_no_site_is_refused(noise):
-    with noise.draw_at_sites(), pytest.raises(ValueError, match=r"torch.randn: .* at a sample site or by observe"):
+    with noise.draw_at_sites(), pytest.raises(ValueError, match=r"torch.randn: .* at a sample site or by transform"):
         torch.randn(3, 2)
 
 

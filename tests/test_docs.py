@@ -96,7 +96,7 @@ def lacking_shapes(path: Path) -> list[str]:
     ]
 
 
-REFUSES = re.compile(r"Raises|refus", re.IGNORECASE)
+REFUSES = re.compile(r"\braises?\b|refus", re.IGNORECASE)
 
 
 def lacking_raises(path: Path) -> list[str]:

@@ -265,7 +265,6 @@ class _TrainingRecord:
             self._say(describe_epoch(self._run.options, record, validated, seconds_left=left))
 
     def _on_compiled(self, seconds: float) -> None:
-        self._progress.show_bar()
         self._started = time.monotonic()
         self._say(f"Compiled the training step in {seconds:.1f} s.")
 

@@ -21,7 +21,7 @@ from ppl_vae.runtime.errors import check_count
 from ppl_vae.runtime.global_state import evaluation_mode, seeded
 from ppl_vae.support import check_support
 from ppl_vae.vae import check_batch_shape, check_event_shape
-from ppl_vae.weights import Deterministic, is_deterministic
+from ppl_vae.weights import DeterministicGuide, is_deterministic
 
 Start = str  # "guide", "prior" or "normal"
 STARTS = ("guide", "prior", "normal")
@@ -48,7 +48,7 @@ class Chains:
         start: q_0, one of ``STARTS``; the attribute ``start`` is the resolved one.
         num_chains: C.
         num_leapfrogs: per transition.
-        compile: whether a leapfrog step is one compiled graph.
+        compile: whether a leapfrog step is one compile_function graph.
     """
 
     def __init__(
@@ -107,14 +107,14 @@ class Chains:
         shapes = tuple((tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device) for tensor in inputs)
         known, key = _graphs.setdefault(self._vae, {}), (self.start, tuple(names), shapes)
         if key not in known:
-            known[key] = compiled(self._function(names), inputs)
+            known[key] = compile_function(self._function(names), inputs)
         return known[key]
 
     def _function(self, names: list[str]) -> Callable[..., tuple[Tensor, ...]]:
         def function(*inputs: Tensor) -> tuple[Tensor, ...]:
             n = len(names)
             x, features, coefficients, momentum, step, *point = inputs[n:]
-            with replaced(self._vae, dict(zip(names, inputs[:n], strict=True))):
+            with replace_tensors(self._vae, dict(zip(names, inputs[:n], strict=True))):
                 _, terms = _densities(self._vae, self.start, x, features)
                 moved, momentum = leapfrog(terms, coefficients, Point(*point), momentum, step)
             return (*moved, momentum)
@@ -200,6 +200,6 @@ def _check_arguments(vae: Any, x: Tensor, *, start: Start, num_chains: int, num_
         raise ValueError("prior: expected continuous latents, got discrete ones, which no leapfrog moves")
     check_support(vae.model, x)
     if is_deterministic(vae.posterior(x[:1])):
-        raise Deterministic(
+        raise DeterministicGuide(
             "guide: expected a density q(z | x), got a deterministic one (Delta): an autoencoder has no log-likelihood"
         )

@@ -113,7 +113,7 @@ def images_per_group(x: Tensor, num_particles: int) -> int:
 def evaluation_batch_size(vae: Any, x: Tensor, num_particles: int) -> tuple[int, int]:
     """The numbers of particles, and of images of a group, that an evaluation of S particles draws at once.
 
-    Models differ in it. The noise of two models is matched only where they agree in it.
+    Models differ in it, and the noise of two models is matched only if they agree in it. x: (N, *E).
     """
     pairs = pairs_per_pass(vae, x)
     particles = even_divisor(num_particles, pairs)

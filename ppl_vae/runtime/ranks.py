@@ -91,7 +91,7 @@ def is_writer() -> bool:
 
 
 def sum_over_ranks(tensor: Tensor) -> None:
-    """tensor <- sum over ranks of tensor, in place. Every rank receives the same bits."""
+    """tensor <- sum over ranks of tensor, in place, for any shape. Every rank receives the same bits."""
     if num_ranks() > 1:
         with _connection_errors():
             dist.all_reduce(tensor)

@@ -16,7 +16,7 @@ from ppl_vae.conditional import Conditional
 from ppl_vae.evidence.hmc import Point, Terms, leapfrog, point_at, transition
 from ppl_vae.evidence.moments import compute_moments
 from ppl_vae.parts.posteriors.flow import Autoregressive
-from ppl_vae.runtime.capture import compiled, replaced
+from ppl_vae.runtime.capture import compile_function, replace_tensors
 from ppl_vae.runtime.errors import check_count
 from ppl_vae.runtime.global_state import evaluation_mode, seeded
 from ppl_vae.support import check_support

@@ -14,8 +14,8 @@ from ppl_vae.diagnostics.mixture import AggregatePosterior, factors
 from ppl_vae.diagnostics.values import PerLatent
 from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.evidence.moments import PRIOR_DRAWS, compute_log_prob, compute_moments, sample_latents
+from ppl_vae.protocols import LatentModel
 from ppl_vae.runtime.global_state import seeded, serialize_threads
-from ppl_vae.vae import VAE
 
 # A prior draw is in a hole if its score is below this quantile of the scores of held-out images' draws.
 # Source: ours.
@@ -278,7 +278,7 @@ def _choose_bandwidth(q: AggregatePosterior, z: Tensor) -> tuple[float, Aggregat
 
 @serialize_threads()
 @torch.no_grad()
-def holes(vae: VAE, x: Tensor, z_held_out: Tensor, z_prior: Tensor) -> Holes:
+def holes(vae: LatentModel, x: Tensor, z_held_out: Tensor, z_prior: Tensor) -> Holes:
     """P_{z ~ p}(r(z) < t), r(z) = log q(z) - log p(z), with the 1% quantile t of r at held-out images' posterior draws.
 
     q(z) = (1/N) sum_n q_h(z | x_n) over the N reference images. No absolute threshold would do: in many dimensions

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.distributions import Independent, Normal, kl_divergence
 
 from ppl_vae.evidence.moments import PRIOR_DRAWS, PosteriorMoments, compute_moments, sample_latents
+from ppl_vae.protocols import LatentModel
 from ppl_vae.runtime.global_state import serialize_threads
-from ppl_vae.vae import VAE
 
 # A latent with a mean KL below this many nats counts as unused. Source: ours.
 UNUSED_NATS = 0.01
@@ -40,7 +40,7 @@ def kl_by_latent(codes: PosteriorMoments, prior: Any) -> Tensor:
 
 @serialize_threads()
 @torch.no_grad()
-def decode_traversals(vae: VAE, z: Tensor, latents: Sequence[int], steps: Tensor) -> Tensor:
+def decode_traversals(vae: LatentModel, z: Tensor, latents: Sequence[int], steps: Tensor) -> Tensor:
     """E[x | z] as one latent at a time moves to m_l + t s_l, the prior's mean and scale, and the others stay.
 
     Under a prior whose latents depend on each other, some of these z may have almost no density.
@@ -82,7 +82,7 @@ def latent_quantiles(prior: Any, count: int) -> Tensor:
 
 @serialize_threads()
 @torch.no_grad()
-def decode_plane(vae: VAE, grid: Tensor) -> Tensor:
+def decode_plane(vae: LatentModel, grid: Tensor) -> Tensor:
     """E[x | z] over the plane of two latents.
 
     Args:

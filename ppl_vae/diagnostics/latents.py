@@ -16,11 +16,11 @@ from ppl_vae.evidence.estimate import Estimate, ratio_of_means
 from ppl_vae.evidence.moments import PosteriorMoments, compute_log_prob, compute_moments
 from ppl_vae.hierarchy import LayeredDistribution
 from ppl_vae.parts.priors import VampPrior
+from ppl_vae.protocols import LatentModel
 from ppl_vae.runtime.batching import images_per_pass, pairs_per_pass
 from ppl_vae.runtime.errors import check_count
 from ppl_vae.runtime.global_state import serialize_threads
 from ppl_vae.support import check_support
-from ppl_vae.vae import VAE
 
 # A latent is active if the variance of its posterior mean over images exceeds this, in variances of the prior (Burda et
 # al. 2016, section 5).
@@ -103,7 +103,7 @@ def _kl_by_latent(q: Any, p: Any) -> Tensor | None:
 
 @serialize_threads()
 @torch.no_grad()
-def latent_kl(vae: VAE, x: Tensor, *, draws: int = 100) -> PerLatent | None:
+def latent_kl(vae: LatentModel, x: Tensor, *, draws: int = 100) -> PerLatent | None:
     """(1/N) sum_n KL(q(z_l | x_n) || p(z_l)) for each latent.
 
     It is computed in closed form if torch has one for the distributions of a latent, else from draws of q.
@@ -159,7 +159,7 @@ def active_units(codes: PosteriorMoments, prior_scale: Tensor | None = None) -> 
 
 @serialize_threads()
 @torch.no_grad()
-def elbo_split(vae: VAE, x: Tensor, *, draws: int = 1) -> ElboSplit:
+def elbo_split(vae: LatentModel, x: Tensor, *, draws: int = 1) -> ElboSplit:
     """E KL(q(z | x) || p(z)) = I(z; n) + KL(q(z) || p(z)), and KL(q(z) || p(z)) = TC + sum_l KL(q(z_l) || p(z_l)).
 
     q(z) = (1/N) sum_n q(z | x_n) over exactly these N images, and I is the mutual information between z and the index
@@ -213,7 +213,7 @@ def elbo_split(vae: VAE, x: Tensor, *, draws: int = 1) -> ElboSplit:
     )
 
 
-def _one_draw(vae: VAE, x: Tensor, q: AggregatePosterior, prior: Any, *, by_latent: bool) -> tuple[Tensor, ...]:
+def _one_draw(vae: LatentModel, x: Tensor, q: AggregatePosterior, prior: Any, *, by_latent: bool) -> tuple[Tensor, ...]:
     """For one z ~ q(z | x_n) per image: reconstruction, KL and information (N,), and the last two by latent (N, L)."""
     z = q.sample()
     own = q.log_prob_per_image(z)
@@ -229,7 +229,7 @@ def _one_draw(vae: VAE, x: Tensor, q: AggregatePosterior, prior: Any, *, by_late
     return reconstruction, kl.sum(-1), information, kl, own_by_latent - q.log_prob_by_latent(z)
 
 
-def _log_likelihood(vae: VAE, x: Tensor, z: Tensor) -> Tensor:
+def _log_likelihood(vae: LatentModel, x: Tensor, z: Tensor) -> Tensor:
     """(N,) log p(x_n | z_n), nats, float64."""
     size = images_per_pass(x, vae.likelihood)
     passes = zip(x.split(size), z.split(size), strict=True)
@@ -237,7 +237,7 @@ def _log_likelihood(vae: VAE, x: Tensor, z: Tensor) -> Tensor:
 
 
 @serialize_threads()
-def implied_beta(vae: VAE, x: Tensor, *, draws: int = 8) -> Estimate | None:
+def implied_beta(vae: LatentModel, x: Tensor, *, draws: int = 8) -> Estimate | None:
     """beta = (d/dlog c E_q[log p(x | z)]) / (d/dlog c KL(q || p)) at c = 1, for a factor c on all scales of the guide.
 
     Training with weight beta ends where no change of the guide improves reconstruction - beta KL. One such change is to
@@ -319,7 +319,7 @@ def _log_prior(part: Any, prior: Any, z: Tensor, log_c: Tensor) -> Tensor:
     return log_p.logsumexp(-1) - z.shape[-1] * log_c
 
 
-def _slopes(vae: VAE, x: Tensor, prior: Any, draws: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _slopes(vae: LatentModel, x: Tensor, prior: Any, draws: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(B,) each: d/dlog c of the reconstruction and of the KL, the draws' mean distance from m, and the KL."""
     with torch.no_grad():
         q = vae.posterior(x)

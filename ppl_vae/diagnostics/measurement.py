@@ -36,8 +36,8 @@ from ppl_vae.evidence.moments import (
     sample_latents,
     sample_posterior,
 )
+from ppl_vae.protocols import LatentModel
 from ppl_vae.runtime.global_state import seeded
-from ppl_vae.vae import VAE
 from ppl_vae.weights import is_deterministic
 
 # Most images for measures that would take long on more: the pairs of the ELBO's split grow with their square.
@@ -203,7 +203,7 @@ def measure_if_possible(left_out: dict[str, str], name: str, function: Callable[
 
 
 def measure(
-    vae: VAE,
+    vae: LatentModel,
     x: Tensor,
     *,
     gray: Tensor | None = None,
@@ -281,7 +281,9 @@ def _take_evenly(x: Tensor, most: int) -> Tensor:
     return x[:: math.ceil(len(x) / most)]
 
 
-def _measure_aggregate(vae: VAE, x: Tensor, most_paired: int, *, autoencoder: bool, seed: int) -> AggregateNumbers:
+def _measure_aggregate(
+    vae: LatentModel, x: Tensor, most_paired: int, *, autoencoder: bool, seed: int
+) -> AggregateNumbers:
     """The aggregate posterior; for holes every other image is a reference image, and the rest are held out."""
     prior = vae.prior()
     z, z_prior = sample_posterior(vae, x), sample_latents(prior, len(x))
@@ -295,7 +297,7 @@ def _measure_aggregate(vae: VAE, x: Tensor, most_paired: int, *, autoencoder: bo
     )
 
 
-def _measure_holes(vae: VAE, reference: Tensor, z_held_out: Tensor, z_prior: Tensor) -> HoleNumbers:
+def _measure_holes(vae: LatentModel, reference: Tensor, z_held_out: Tensor, z_prior: Tensor) -> HoleNumbers:
     found = holes(vae, reference, z_held_out, z_prior)
     middle = len(found.worst) // 2
 
@@ -316,7 +318,7 @@ def _measure_holes(vae: VAE, reference: Tensor, z_held_out: Tensor, z_prior: Ten
 
 
 def _measure_pictures(
-    vae: VAE, x: Tensor, codes: PosteriorMoments, gray: Tensor, left_out: dict[str, str]
+    vae: LatentModel, x: Tensor, codes: PosteriorMoments, gray: Tensor, left_out: dict[str, str]
 ) -> PictureNumbers:
     reconstructions = decode_mean(vae, codes.mean)
     variation = measure_if_possible(left_out, "variation", lambda: reconstruction_variation(reconstructions, gray))

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.distributions import Independent, Normal
 
+from ppl_vae.protocols import LatentModel
 from ppl_vae.runtime.batching import floats_per_latent, images_per_pass
 from ppl_vae.runtime.global_state import serialize_threads
-from ppl_vae.vae import VAE
 
 # The floats that one pass may hold: 64 MB in float64.
 _PASS_NUMBERS = 8_000_000
@@ -53,7 +53,7 @@ class AggregatePosterior:
     @classmethod
     @serialize_threads()
     @torch.no_grad()
-    def encode(cls, vae: VAE, x: Tensor) -> AggregatePosterior:
+    def encode(cls, vae: LatentModel, x: Tensor) -> AggregatePosterior:
         """The aggregate posterior of images (N, *E) under the VAE's guide, in passes that fit into memory."""
         return cls([vae.posterior(group) for group in x.split(images_per_pass(x))] if len(x) else [])
 

@@ -11,10 +11,10 @@ from torch import Tensor
 from ppl_vae.diagnostics.values import CannotMeasure
 from ppl_vae.evidence.estimate import Estimate, ratio_of_means
 from ppl_vae.evidence.moments import mean_or_draw
+from ppl_vae.protocols import LatentModel
 from ppl_vae.runtime.batching import images_per_pass
 from ppl_vae.runtime.errors import check_count
 from ppl_vae.runtime.global_state import serialize_threads
-from ppl_vae.vae import VAE
 
 # Cycles a pixel: half of the Nyquist frequency of 1/2. Source: ours.
 HIGH_FREQUENCY = 0.25
@@ -136,7 +136,7 @@ def _reference_power(x: Tensor) -> Tensor:
 
 @serialize_threads()
 @torch.no_grad()
-def blur(vae: VAE, x: Tensor, *, gray: Tensor | None = None, draws: int = 8) -> Blur:
+def blur(vae: LatentModel, x: Tensor, *, gray: Tensor | None = None, draws: int = 8) -> Blur:
     """E_q |x - y(z)|^2 = |x - E_q y|^2 + Var_q y (bias and posterior noise), y(z) = E[x | z], and each y's sharpness.
 
     y at the mean of q lacks the detail that the decoder and the latents do not carry; the average E_q y also lacks what
@@ -176,7 +176,7 @@ def blur(vae: VAE, x: Tensor, *, gray: Tensor | None = None, draws: int = 8) -> 
     )
 
 
-def _measure_pass(vae: VAE, x: Tensor, truth: Tensor, draws: int) -> tuple[Tensor, ...]:
+def _measure_pass(vae: LatentModel, x: Tensor, truth: Tensor, draws: int) -> tuple[Tensor, ...]:
     """(B,) each: powers at the mean, at draws (their mean) and of the average; error and noise per pixel."""
     q, truth = vae.posterior(x), truth.double()
     at_mean = high_frequency_power(vae.likelihood(mean_or_draw(q)).mean)

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from ppl_vae.evidence.estimate import Estimate
+from ppl_vae.protocols import LatentModel
 from ppl_vae.runtime.batching import images_per_pass
 from ppl_vae.runtime.errors import check_count
 from ppl_vae.runtime.global_state import serialize_threads
 from ppl_vae.support import check_support
-from ppl_vae.vae import VAE
 
 BINS = 20
 _TAIL = BINS // 10  # bins in the lowest and in the highest tenth
@@ -91,7 +91,7 @@ def _is_off(share: Estimate, expected: float) -> bool:
 @serialize_threads()
 @torch.no_grad()
 def calibrate_pixels(
-    vae: VAE,
+    vae: LatentModel,
     x: Tensor,
     *,
     num_draws: int = 99,
@@ -148,7 +148,7 @@ def calibrate_pixels(
 
 
 def _transform(
-    vae: VAE, x: Tensor, num_draws: int, observe: Callable[[Tensor], Tensor] | None, *, chunk: int
+    vae: LatentModel, x: Tensor, num_draws: int, observe: Callable[[Tensor], Tensor] | None, *, chunk: int
 ) -> Tensor:
     """(B, D) the PIT of each pixel, float64. x: (B, *E)."""
     p = vae.likelihood(vae.posterior(x).sample())

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import pyro
 import torch
 from torch import Tensor
 
 from ppl_vae.evidence.importance import summarize_log_weights
+from ppl_vae.protocols import LatentModel
 from ppl_vae.runtime.batching import pairs_per_pass
 from ppl_vae.runtime.errors import check_count
 from ppl_vae.runtime.global_state import evaluation_mode, serialize_threads
@@ -41,7 +41,7 @@ class AdaptiveEstimate:
 @serialize_threads()
 @torch.no_grad()
 def estimate_adaptively(
-    vae: Any,
+    vae: LatentModel,
     x: Tensor,
     *,
     num_particles: int = 1000,
@@ -130,7 +130,7 @@ class _Sums:
         return torch.stack([log_total - math.log(S), relative_variance / (2 * S), gain])
 
 
-def _draw_sums(vae: Any, x: Tensor, num_particles: int) -> _Sums:
+def _draw_sums(vae: LatentModel, x: Tensor, num_particles: int) -> _Sums:
     """Sums over fresh particles, in passes that fit into memory."""
     pairs = pairs_per_pass(vae, x)
     chunk = min(num_particles, pairs)

@@ -22,7 +22,7 @@ Wu et al. 2017, arXiv 1611.04273.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ from torch.nn.functional import avg_pool1d, interpolate
 
 from ppl_vae.evidence.chains import Chains, Start, evaluating
 from ppl_vae.evidence.moments import sample_latents
+from ppl_vae.protocols import LatentModel
 from ppl_vae.runtime.batching import pairs_per_pass
 from ppl_vae.runtime.errors import NotFinite, check_count
 from ppl_vae.runtime.global_state import serialize_threads
@@ -116,14 +117,14 @@ def upper_bound(log_w: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def images_per_block(vae: Any, x: Tensor, num_chains: int) -> int:
+def images_per_block(vae: LatentModel, x: Tensor, num_chains: int) -> int:
     """The number of images of x (N, *E) per call with C chains, which decode C times as many z at once."""
     return max(1, pairs_per_pass(vae, x) // num_chains)
 
 
 @serialize_threads()
 @torch.no_grad()
-def simulate(vae: Any, num_images: int) -> tuple[Tensor, Tensor]:
+def simulate(vae: LatentModel, num_images: int) -> tuple[Tensor, Tensor]:
     """z ~ p(z), x ~ p(x | z): images with an exact draw of their posterior. -> x (N, *E) and z (N, L).
 
     Draws come from torch's global generator, in passes that fit into memory.
@@ -142,7 +143,7 @@ def simulate(vae: Any, num_images: int) -> tuple[Tensor, Tensor]:
 @serialize_threads()
 @torch.no_grad()
 def pilot(
-    vae: Any,
+    vae: LatentModel,
     x: Tensor,
     *,
     betas: Tensor,
@@ -203,7 +204,7 @@ def pilot(
 
 
 def lower(
-    vae: Any,
+    vae: LatentModel,
     x: Tensor,
     annealing: Annealing,
     *,
@@ -230,7 +231,7 @@ def lower(
 
 
 def upper(
-    vae: Any,
+    vae: LatentModel,
     x: Tensor,
     z: Tensor,
     annealing: Annealing,
@@ -261,7 +262,7 @@ def upper(
 @serialize_threads()
 @torch.no_grad()
 def _anneal(
-    vae: Any,
+    vae: LatentModel,
     x: Tensor,
     exact: Tensor | None,
     annealing: Annealing,

@@ -16,6 +16,7 @@ from ppl_vae.conditional import Conditional
 from ppl_vae.evidence.hmc import Point, Terms, leapfrog, point_at, transition
 from ppl_vae.evidence.moments import compute_moments
 from ppl_vae.parts.posteriors.flow import Autoregressive
+from ppl_vae.protocols import LatentModel
 from ppl_vae.runtime.capture import compile_function, replace_tensors
 from ppl_vae.runtime.errors import check_count
 from ppl_vae.runtime.global_state import evaluation_mode, seeded
@@ -34,7 +35,7 @@ _MOMENTS_SEED = 0  # for guides whose moments have no formula, so that every cal
 _JITTER = 0.3
 
 
-def resolve_start(vae: Any, start: Start) -> Start:
+def resolve_start(vae: LatentModel, start: Start) -> Start:
     """The start that chains of this VAE use for the requested one; see ``ais.pilot``."""
     return "normal" if start == "guide" and _is_slow(vae.posterior) else start
 
@@ -52,7 +53,7 @@ class Chains:
     """
 
     def __init__(
-        self, vae: Any, x: Tensor, *, start: Start, num_chains: int, num_leapfrogs: int, compile: bool
+        self, vae: LatentModel, x: Tensor, *, start: Start, num_chains: int, num_leapfrogs: int, compile: bool
     ) -> None:
         _check_arguments(vae, x, start=start, num_chains=num_chains, num_leapfrogs=num_leapfrogs)
         self.start = resolve_start(vae, start)
@@ -122,10 +123,10 @@ class Chains:
         return function
 
 
-_graphs: WeakKeyDictionary[nn.Module, dict[Any, Any]] = WeakKeyDictionary()
+_graphs: WeakKeyDictionary[LatentModel, dict[Any, Any]] = WeakKeyDictionary()
 
 
-def _encode(vae: Any, x: Tensor, start: Start) -> Tensor:
+def _encode(vae: LatentModel, x: Tensor, start: Start) -> Tensor:
     """(B, F) the features of q_0, so that an encoder runs once per image; (B, 0) where q_0 runs it itself."""
     if start == "guide" and isinstance(vae.posterior, Conditional):
         return vae.posterior.net(x)
@@ -136,7 +137,7 @@ def _encode(vae: Any, x: Tensor, start: Start) -> Tensor:
     return x.new_zeros((len(x), 0))
 
 
-def _densities(vae: Any, start: Start, x: Tensor, features: Tensor) -> tuple[Any, Terms]:
+def _densities(vae: LatentModel, start: Start, x: Tensor, features: Tensor) -> tuple[Any, Terms]:
     """q_0(z | x), and log q_0(z | x) and log p(x, z) as functions of z."""
     prior = vae.prior()
     if start == "prior":
@@ -144,8 +145,9 @@ def _densities(vae: Any, start: Start, x: Tensor, features: Tensor) -> tuple[Any
     elif start == "normal":
         q_0 = dist.Normal(*features.chunk(2, dim=-1)).to_event(1)
     else:
-        has_features = isinstance(vae.posterior, Conditional)
-        q_0 = check_batch_shape(vae.posterior.family(features) if has_features else vae.posterior(x), x)
+        posterior = vae.posterior
+        q = posterior.family(features) if isinstance(posterior, Conditional) else posterior(x)
+        q_0 = check_batch_shape(q, x)
 
     def log_joint(z: Tensor) -> Tensor:
         return prior.log_prob(z) + check_event_shape(vae.likelihood(z), x, z).log_prob(x)
@@ -167,7 +169,7 @@ def _is_slow(posterior: Any) -> bool:
 
 
 @contextmanager
-def evaluating(vae: Any) -> Iterator[None]:
+def evaluating(vae: LatentModel) -> Iterator[None]:
     """Evaluation mode, without validation: a transition may propose a z without density, and rejects it."""
     with evaluation_mode(vae), pyro.validation_enabled(False):
         yield
@@ -189,7 +191,7 @@ def _generator_state(device: torch.device) -> Tensor:
     return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
-def _check_arguments(vae: Any, x: Tensor, *, start: Start, num_chains: int, num_leapfrogs: int) -> None:
+def _check_arguments(vae: LatentModel, x: Tensor, *, start: Start, num_chains: int, num_leapfrogs: int) -> None:
     if start not in STARTS:
         raise ValueError(f"start: expected one of {', '.join(STARTS)}, got {start!r}")
     check_count("num_chains", num_chains)

@@ -14,6 +14,7 @@ from torch.distributions import constraints
 from ppl_vae.data import NUM_LEVELS, clamp_to_unit_interval, dequantize_uniformly
 from ppl_vae.parts.likelihoods.base import independent_pixels
 from ppl_vae.parts.likelihoods.level_mass import has_exact_mass, log_level_mass
+from ppl_vae.protocols import LatentModel
 from ppl_vae.runtime.batching import floats_per_pixel
 from ppl_vae.runtime.errors import check_count
 from ppl_vae.vae import VAE
@@ -127,7 +128,7 @@ class LevelsPosterior(nn.Module):
         return self.part(dequantize_uniformly(x))
 
 
-def dequantized(vae: VAE, *, num_draws: int = 16) -> VAE:
+def dequantized(vae: LatentModel, *, num_draws: int = 16) -> VAE:
     """The same VAE as a model of levels x in {0, ..., 255}^E, for one that was trained on (x + u) / 256.
 
     Its log-weights are log P^(x | z) + log p(z) - log q(z | x) (see ``Dequantized``): nats on the scale of a mass, of

@@ -10,7 +10,7 @@ neither: that is in log p(x).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pyro
 from torch import Tensor
@@ -18,6 +18,7 @@ from torch import Tensor
 from ppl_vae.evidence.importance import importance
 from ppl_vae.evidence.proposals import replace_guide
 from ppl_vae.evidence.refinement import refine_proposal
+from ppl_vae.protocols import LatentModel
 from ppl_vae.runtime.global_state import evaluation_mode, serialize_threads
 
 
@@ -51,7 +52,7 @@ class Gaps(NamedTuple):
 
 @serialize_threads()
 def gaps(
-    vae: Any,
+    vae: LatentModel,
     x: Tensor,
     log_evidence: Tensor,
     *,

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from ppl_vae.evidence.moments import sample_latents
+from ppl_vae.protocols import LatentModel
 from ppl_vae.runtime.batching import pairs_per_pass
 from ppl_vae.runtime.errors import NotFinite, check_count
 from ppl_vae.runtime.global_state import serialize_threads
-from ppl_vae.vae import VAE
 from ppl_vae.weights import DeterministicGuide, is_autoencoder
 
 # Bins of a histogram of ranks, and the fewest ranks that a bin may expect: chi-square's distribution is a limit, and a
@@ -48,7 +48,9 @@ class Ranks(NamedTuple):
 
 @serialize_threads()
 @torch.no_grad()
-def ranks(vae: VAE, *, num_simulations: int, num_draws: int, progress: Callable[[int], None] | None = None) -> Ranks:
+def ranks(
+    vae: LatentModel, *, num_simulations: int, num_draws: int, progress: Callable[[int], None] | None = None
+) -> Ranks:
     """R_l = #{m: z_ml < z*_l} and R = #{m: log p(x, z_m) < log p(x, z*)}: z* ~ p(z), x ~ p(x | z*), z_m ~ q(z | x).
 
     If q(z | x) = p(z | x), then given x the z* and the z_m are M + 1 independent draws of one distribution, so every
@@ -93,7 +95,7 @@ def ranks(vae: VAE, *, num_simulations: int, num_draws: int, progress: Callable[
     return Ranks(found[:, :-1].cpu(), found[:, -1].cpu(), num_draws)
 
 
-def _ranks_of_group(vae: VAE, z_true: Tensor, num_draws: int, *, chunk: int) -> Tensor:
+def _ranks_of_group(vae: LatentModel, z_true: Tensor, num_draws: int, *, chunk: int) -> Tensor:
     """(B, L + 1). z_true: (B, L)."""
     x = _images(vae, z_true)
     q = vae.posterior(x)
@@ -111,7 +113,7 @@ def _ranks_of_group(vae: VAE, z_true: Tensor, num_draws: int, *, chunk: int) -> 
     return below + (torch.rand(equal.shape, dtype=torch.double, device=equal.device) * (equal + 1)).long()
 
 
-def _images(vae: VAE, z: Tensor) -> Tensor:
+def _images(vae: LatentModel, z: Tensor) -> Tensor:
     """(B, *E) x ~ p(x | z). z: (B, L)."""
     return vae.likelihood(z).sample().to(z.dtype)
 

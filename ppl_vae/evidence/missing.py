@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from ppl_vae.evidence.proposals import DefensiveMixture
 from ppl_vae.parts.likelihoods.base import independent_pixels
+from ppl_vae.protocols import LatentModel
 from ppl_vae.runtime.batching import images_per_pass, latents_per_pass
 from ppl_vae.runtime.errors import NotFinite, check_count
 from ppl_vae.runtime.global_state import seeded, serialize_threads
 from ppl_vae.runtime.numerics import log_mean_exp
 from ppl_vae.support import check_support
-from ppl_vae.vae import VAE, check_event_shape
+from ppl_vae.vae import check_event_shape
 
 # Of the noise in the guide's fillings: a constant, so that the guide is a function of x.
 _FILLING_SEED = 0
@@ -74,7 +75,7 @@ class Observed(nn.Module):
     (population Monte Carlo). Their combination: ours.
     """
 
-    def __init__(self, vae: VAE, *, rounds: int = 10, num_fillings: int = 30, prior_share: float = 0.2) -> None:
+    def __init__(self, vae: LatentModel, *, rounds: int = 10, num_fillings: int = 30, prior_share: float = 0.2) -> None:
         super().__init__()
         if not 0 < prior_share < 1:
             raise ValueError(f"prior_share: expected a number between 0 and 1, got {prior_share}")

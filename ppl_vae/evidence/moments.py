@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ppl_vae.protocols import LatentModel
 from ppl_vae.runtime.batching import images_per_pass, latents_per_pass
 from ppl_vae.runtime.global_state import serialize_threads
-from ppl_vae.vae import VAE
 
 _DRAWS_PER_POSTERIOR = 200
 PRIOR_DRAWS = 20_000  # for a prior without moments, or without a distribution function, in closed form
@@ -74,7 +74,7 @@ def compute_moments(distribution: Any) -> PosteriorMoments:
 
 @serialize_threads()
 @torch.no_grad()
-def encode(vae: VAE, x: Tensor) -> PosteriorMoments:
+def encode(vae: LatentModel, x: Tensor) -> PosteriorMoments:
     """Mean and scale of q(z | x). x: (N, *E), as the model sees images."""
     parts = [compute_moments(vae.posterior(group)) for group in x.split(images_per_pass(x))]
     mean, scale = torch.cat([part.mean for part in parts]), torch.cat([part.scale for part in parts])
@@ -83,14 +83,14 @@ def encode(vae: VAE, x: Tensor) -> PosteriorMoments:
 
 @serialize_threads()
 @torch.no_grad()
-def sample_posterior(vae: VAE, x: Tensor) -> Tensor:
+def sample_posterior(vae: LatentModel, x: Tensor) -> Tensor:
     """(N, L) one z ~ q(z | x) per image. x: (N, *E)."""
     return torch.cat([vae.posterior(group).sample() for group in x.split(images_per_pass(x))])
 
 
 @serialize_threads()
 @torch.no_grad()
-def decode_mean(vae: VAE, z: Tensor) -> Tensor:
+def decode_mean(vae: LatentModel, z: Tensor) -> Tensor:
     """(N, *E) E[x | z]. z: (N, L)."""
     first = vae.likelihood(z[:1]).mean
     chunk = images_per_pass(first, vae.likelihood)

@@ -20,6 +20,7 @@ from torch.distributions import constraints
 
 from ppl_vae.parts.posteriors import MAX_LOG_SCALE, DiagonalNormal, FullNormal, bounded_log_scale, exponential_log_scale
 from ppl_vae.parts.posteriors.flow import ConditionedFlow
+from ppl_vae.protocols import LatentModel
 from ppl_vae.runtime.capture import is_capturing
 from ppl_vae.vae import VAE
 
@@ -111,7 +112,7 @@ class PerImageGuide(nn.Module):
         return self.family(torch.where(known[:, None], self.h[nearest], math.nan))
 
 
-def replace_guide(vae: Any, q: Proposal) -> VAE:
+def replace_guide(vae: LatentModel, q: Proposal) -> VAE:
     """The same p(x, z) with q as its guide, for the images that q was made for.
 
     ``evaluate`` and ``importance`` take the result like any VAE, compiled or not.

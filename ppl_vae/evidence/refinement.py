@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ppl_vae.evidence.importance import importance
 from ppl_vae.evidence.moments import encode
 from ppl_vae.evidence.proposals import Proposal, normal_features, replace_guide
+from ppl_vae.protocols import LatentModel
 from ppl_vae.runtime.batching import images_per_pass, pairs_per_pass
 from ppl_vae.runtime.capture import compile_function, replace_tensors
 from ppl_vae.runtime.errors import check_count
@@ -28,7 +29,7 @@ _COMPARISON_PARTICLES = 500  # per image, for each of the two q that are compare
 
 @serialize_threads()
 def refine_proposal(
-    vae: Any,
+    vae: LatentModel,
     x: Tensor,
     *,
     steps: int = 300,
@@ -99,7 +100,7 @@ def refine_proposal(
 
 
 @torch.no_grad()
-def _start(vae: Any, x: Tensor, family: Any) -> Proposal:
+def _start(vae: LatentModel, x: Tensor, family: Any) -> Proposal:
     """The guide's own features, or the features of ``family`` at the guide's moments."""
     posterior = vae.posterior
     if is_deterministic(posterior(x[:1])):
@@ -119,10 +120,11 @@ def _start(vae: Any, x: Tensor, family: Any) -> Proposal:
 class _Adam:
     """Adam in the features h (B, F) of a batch of images, as a function of tensors that a graph can hold."""
 
-    def __init__(self, vae: Any, family: Any, *, objective: str, num_particles: int) -> None:
+    def __init__(self, vae: LatentModel, family: Any, *, objective: str, num_particles: int) -> None:
         self._vae, self._family = vae, family
         self._objective, self._num_particles = objective, num_particles
-        self._parts = nn.ModuleList([vae, family])
+        parts: list[Any] = [vae, family]
+        self._parts = nn.ModuleList(parts)
         values = dict(self._parts.named_parameters()) | dict(self._parts.named_buffers())
         self._names, self._tensors = list(values), [value.detach() for value in values.values()]
 
@@ -166,14 +168,14 @@ def _even_groups(num_images: int, most: int) -> list[Tensor]:
 
 
 @torch.no_grad()
-def _keep_better(vae: Any, start: Proposal, h: Tensor, num_particles: int) -> Proposal:
+def _keep_better(vae: LatentModel, start: Proposal, h: Tensor, num_particles: int) -> Proposal:
     """The better of start and h for each image, by L_k with fresh draws of both."""
     h = torch.where(h.isfinite().all(1, keepdim=True), h, start.h)
     before, after = (_bound(vae, q, num_particles) for q in (start, Proposal(start.family, h, start.x)))
     return Proposal(start.family, torch.where((after > before)[:, None], h, start.h), start.x)
 
 
-def _bound(vae: Any, q: Proposal, num_particles: int) -> Tensor:
+def _bound(vae: LatentModel, q: Proposal, num_particles: int) -> Tensor:
     """(N,) E[L_k]: the mean over blocks of k particles."""
     guided = replace_guide(vae, q)
     if num_particles == 1:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.evidence.proposals import DefensiveMixture
+from ppl_vae.protocols import LatentModel
 from ppl_vae.vae import VAE
 
 LOWEST = 0.05  # of the own images, below which another set's are called improbable
@@ -51,7 +52,7 @@ class HalfPrior(nn.Module):
         return DefensiveMixture(self.posterior(x), self.prior(), x.new_full((len(x),), 0.5))
 
 
-def guarded(vae: VAE) -> VAE:
+def guarded(vae: LatentModel) -> VAE:
     """The same p(x, z) with the guide q(z | x) / 2 + p(z) / 2, to score images that the guide was not made for.
 
     Such images may be sent where the prior has next to nothing, and every weight p(x, z) / q(z | x) then says so of

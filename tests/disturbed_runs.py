@@ -194,7 +194,7 @@ def tensors_of(path: Path) -> bytes:
 
 
 def without_times(value: dict[str, Any]) -> dict[str, Any]:
-    return {key: v for key, v in value.items() if "second" not in key and key != "checksum"}
+    return {key: v for key, v in value.items() if "second" not in key}
 
 
 def left_behind(folder: Path) -> list[str]:

@@ -57,6 +57,6 @@ def run_tiny_study(folder: Path, dataset: Path, size: Size = TINY) -> StudyNumbe
 
 def without_times(value: Any) -> Any:
     if isinstance(value, dict):
-        left_out = ("environment", "checksum")
+        left_out = ("environment",)
         return {k: without_times(v) for k, v in value.items() if not k.startswith("seconds") and k not in left_out}
     return [without_times(v) for v in value] if isinstance(value, list) else value

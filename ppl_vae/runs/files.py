@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -123,9 +122,7 @@ def _sync(folder: Path) -> None:
 # --- JSON ---
 
 
-MOST_BYTES = 64 * 2**20  # of a JSON file that is read
-CHECKSUM = "checksum"
-_ALWAYS = (CONFIG, ENVIRONMENT, EVALUATION)  # have one
+MOST_BYTES = 64 * 2**20  # the largest JSON file that is read
 
 # What to do where a file is damaged, and the others are not.
 _ADVICE = {
@@ -143,26 +140,16 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def write_json(path: Path, value: Any, *, checksum: bool = False) -> None:
-    """Strict JSON, numbers that are not finite as null.
-
-    Args:
-        path: the file.
-        value: what it will hold.
-        checksum: whether a checksum is added to the object, which ``read_json`` checks and takes off. Config,
-            environment and evaluations always have one.
-    """
-    value = finite(value)
-    if checksum or path.name in _ALWAYS:
-        value = value | {CHECKSUM: _checksum(value)}
-    write_bytes(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+def write_json(path: Path, value: Any) -> None:
+    """Writes strict JSON; numbers that are not finite become null."""
+    write_bytes(path, (json.dumps(finite(value), indent=2, allow_nan=False) + "\n").encode())
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """What ``write_json`` wrote, without its checksum.
+    """The JSON object in a file.
 
     Raises:
-        ValueError: the file is missing, too large, no JSON object, or is not what its checksum says.
+        ValueError: The file is missing, too large, or holds no JSON object.
     """
     try:
         if path.stat().st_size > MOST_BYTES:
@@ -180,19 +167,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: damaged: not JSON ({error}){_ADVICE.get(path.name, '')}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: damaged: expected a JSON object, got {type(value).__name__}")
-    told = value.pop(CHECKSUM, None)
-    if told is not None and told != _checksum(value):
-        raise ValueError(
-            f"{path}: damaged, or edited by hand: its checksum is that of another content"
-            f"{_ADVICE.get(path.name, '')}; deleting its line {CHECKSUM!r} accepts it as it is"
-        )
     return value
-
-
-def _checksum(value: dict[str, Any]) -> str:
-    """SHA-256 of the object, whatever its layout and the order of its keys."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
 
 
 def read_evaluations(run_dir: Path) -> dict[str, Any]:

@@ -1,14 +1,13 @@
-"""metrics.jsonl: one record an epoch, each with a checksum of its own."""
+"""metrics.jsonl: one JSON record per epoch."""
 
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ppl_vae.runs.files import CHECKSUM, METRICS, append_line, finite, write_bytes
+from ppl_vae.runs.files import METRICS, append_line, finite, write_bytes
 
 
 def append_metrics(run_dir: Path, record: dict[str, Any]) -> None:
@@ -26,7 +25,7 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     for number, record in _lines(path):
         if record is None:
             raise ValueError(
-                f"{path}: damaged: line {number} is not the record that was written; weights and training state are "
+                f"{path}: damaged: line {number} is no record of an epoch; weights and training state are "
                 f"not touched by that, and --resume {run_dir} goes on without the line"
             )
         records.append(record)
@@ -53,12 +52,7 @@ def _write(path: Path, records: list[dict[str, Any]]) -> None:
 
 
 def _line(record: dict[str, Any]) -> str:
-    return json.dumps(record | {CHECKSUM: _checksum(record)}, allow_nan=False)
-
-
-def _checksum(record: dict[str, Any]) -> str:
-    """CRC-32 of the record as JSON: eight hex digits."""
-    return f"{zlib.crc32(json.dumps(record).encode()):08x}"
+    return json.dumps(record, allow_nan=False)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
@@ -76,7 +70,6 @@ def _record(line: bytes) -> dict[str, Any] | None:
     try:
         record = json.loads(line)
         record["step"] + 0
-        told = record.pop(CHECKSUM, None)  # None in files of before there was one
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
-    return record if told in (None, _checksum(record)) else None
+    return record

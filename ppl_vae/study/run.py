@@ -123,7 +123,7 @@ def collect(
             raise Interrupted(words, number=getattr(error, "number", signal.SIGINT)) from None
         say("Comparing the runs.")
         study = _compare(folder, size, name, materials, found)
-        runs.write_json(folder / STUDY, to_json(study), checksum=True)
+        runs.write_json(folder / STUDY, to_json(study))
     return folder / STUDY
 
 
@@ -206,7 +206,7 @@ def _check_folder(folder: Path, planned: Sequence[Planned], materials: Materials
     except OSError as error:
         raise ValueError(f"--output: {folder} cannot be made: {error.strerror}") from None
     runs.check_writable(folder)
-    runs.write_json(path, asked, checksum=True)
+    runs.write_json(path, asked)
 
 
 # --- Training and measuring ---

@@ -68,7 +68,7 @@ def train_planned(planned: Planned, folder: Path, *, say: Say) -> bool:
         else:
             train_run(planned.options, str(run_dir), say=say, draw=False)
     except NotFinite as error:
-        runs.write_json(run_dir / FAILURE, {"error": str(error)}, checksum=True)
+        runs.write_json(run_dir / FAILURE, {"error": str(error)})
         say(f"{planned.name}: {error}")
         return False
     return True

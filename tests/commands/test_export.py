@@ -96,7 +96,7 @@ def test_no_path_of_the_machine_is_in_an_export(data_file: Path, exported: Path)
 
 def test_no_option_of_the_training_is_in_an_export(exported: Path) -> None:
     config = json.loads((exported / "config.json").read_text())
-    assert config.keys() == {"format", "model", "data", "checksum"}
+    assert config.keys() == {"format", "model", "data"}
     assert not {"epochs", "learning_rate", "seed", "data_dir", "device", "batch_size"} & config["model"].keys()
 
 

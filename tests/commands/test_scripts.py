@@ -194,18 +194,16 @@ def copy(first: tuple[Path, Done], tmp_path: Path) -> Path:
 
 
 def read(path: Path) -> Any:
-    """Strict JSON: NaN and Infinity are not. Without the checksum, so that what is changed by hand is accepted."""
+    """Strict JSON, without NaN and Infinity."""
 
     def refuse(word: str) -> None:
         raise AssertionError(f"{path.name} holds {word}")
 
-    value = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
-    return {key: v for key, v in value.items() if key != "checksum"}
+    return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [{key: value for key, value in line.items() if key != "checksum"} for line in lines]
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def contents(folder: Path, *, but: Sequence[str] = ()) -> dict[str, bytes]:
@@ -658,7 +656,7 @@ BAD_RUNS: dict[str, tuple[Callable[[Path], Any], tuple[str, ...], str]] = {
     "config without data": (drop("data"), EVERY, r"config\.json: damaged: missing 'data'"),
     "config without options": (drop("options"), EVERY, r"config\.json: damaged: missing 'options'"),
     "config without an option": (drop("options", "kl"), EVERY, r"config\.json: .*missing or unknown: kl"),
-    "config without a checksum": (drop("data", "sha256"), EVERY, r"config\.json: damaged: missing 'sha256'"),
+    "config without the data's digest": (drop("data", "sha256"), EVERY, r"config\.json: damaged: missing 'sha256'"),
     "an unknown option": (set_option("sparkle", 1), EVERY, r"config\.json: .*missing or unknown: sparkle"),
     "an option out of range": (set_option("latent_dim", 0), EVERY, r"config\.json: --latent-dim: expected .*, got 0"),
     "an option of a wrong type": (set_option("hidden", 16), EVERY, r"config\.json: --hidden: expected .*, got 16"),

@@ -37,7 +37,6 @@ from disturbed_runs import (
     small_data,
     truncate,
 )
-from safetensors.torch import load_file, save_file
 
 from ppl_vae import load, runs
 from ppl_vae.runs.checkpoints import mend_states, mend_weights, newest_checkpoint
@@ -49,6 +48,7 @@ pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="co
 
 TRAIN, EVALUATE, FIGURES = "train_svi.py", "evaluate_log_likelihood.py", "make_figures.py"
 FILES = (CONFIG, ENVIRONMENT_FILE, METRICS, MODEL, STATE, PREVIOUS, EVALUATION, PER_IMAGE)
+HAS_DIGEST = (MODEL, STATE, PREVIOUS, PER_IMAGE)  # in the other files, people may change a number
 
 
 @pytest.fixture(scope="module")
@@ -84,11 +84,12 @@ def one_line(done: Done, name: str) -> None:
 
 # --- Every file, damaged in every way ---
 
-QUICK = {(name, "a bit at 0.5") for name in FILES} | {(MODEL, "gone"), (METRICS, "cut at 0.5"), (STATE, "gone")}
+QUICK = {(name, "a bit at 0.5") for name in HAS_DIGEST} | {(MODEL, "gone"), (METRICS, "cut at 0.5"), (STATE, "gone")}
 SWEEP = [
     pytest.param(name, damage, id=f"{name}, {damage}", marks=[] if (name, damage) in QUICK else pytest.mark.slow)
     for name in FILES
     for damage in damages()
+    if name in HAS_DIGEST or not damage.startswith("a bit")
 ]
 
 
@@ -122,6 +123,7 @@ OTHER_COMMANDS = [
     for script in (EVALUATE, FIGURES)
     for name in FILES
     for damage in damages((0.0, 0.1, 0.5, 1.0))
+    if name in HAS_DIGEST or not damage.startswith("a bit")
 ]
 
 
@@ -168,24 +170,6 @@ def test_a_bit_that_turns_in_the_weights_is_noticed(copy: Path, place: float) ->
     flip(copy / MODEL, place)
     with pytest.raises(ValueError, match=r"model\.safetensors: damaged"):
         load(copy)
-
-
-def test_a_flipped_digit_of_an_evaluation_is_noticed(copy: Path) -> None:
-    text = (copy / EVALUATION).read_text()
-    mean = json.loads(text)["test"]["log_likelihood"]["mean"]
-    (copy / EVALUATION).write_text(text.replace(str(mean), str(mean + 1)))
-    with pytest.raises(ValueError, match=r"evaluation\.json: damaged, or edited by hand"):
-        runs.read_evaluations(copy)
-
-
-def test_a_config_that_was_edited_is_accepted_without_its_checksum(copy: Path, server: Server) -> None:
-    config = json.loads((copy / CONFIG).read_text())
-    config["options"]["evaluation_particles"] = 201
-    (copy / CONFIG).write_text(json.dumps(config))
-    one_line(server.run(EVALUATE, copy), "deleting its line 'checksum'")
-    del config["checksum"]
-    (copy / CONFIG).write_text(json.dumps(config))
-    assert server.run(EVALUATE, copy, "--num-particles", "3").code == 0
 
 
 # --- Two checkpoints ---
@@ -376,7 +360,6 @@ def test_a_second_signal_ends_at_once(server: Server, dataset: Path, tmp_path: P
 def hostile(folder: Path, **options: Any) -> None:
     config = json.loads((folder / CONFIG).read_text())
     config["options"].update(options)
-    del config["checksum"]
     (folder / CONFIG).write_text(json.dumps(config))
 
 
@@ -462,7 +445,6 @@ def test_what_a_trained_run_was_started_from_is_not_opened_again(server: Server,
 
 def test_an_entry_of_an_evaluation_names_no_file(server: Server, copy: Path, tmp_path: Path) -> None:
     evaluations = json.loads((copy / EVALUATION).read_text())
-    del evaluations["checksum"]
     evaluations["test"]["split"] = "../../outside"
     evaluations["../outside"] = evaluations["test"]
     (copy / EVALUATION).write_text(json.dumps(evaluations))
@@ -474,26 +456,3 @@ def test_an_entry_of_an_evaluation_names_no_file(server: Server, copy: Path, tmp
     ):
         server.run(*words)
     assert set(tmp_path.iterdir()) == before
-
-
-# --- What was there before ---
-
-
-def test_a_run_without_checksums_is_resumed_to_the_same_end(server: Server, whole: Path, copy: Path) -> None:
-    """As earlier versions wrote it."""
-    for name in (CONFIG, EVALUATION, ENVIRONMENT_FILE):
-        value = json.loads((copy / name).read_text())
-        del value["checksum"]
-        (copy / name).write_text(json.dumps(value))
-    lines = [json.loads(line) for line in (copy / METRICS).read_text().splitlines()]
-    plain = [{key: value for key, value in line.items() if key != "checksum"} for line in lines]
-    (copy / METRICS).write_text("".join(f"{json.dumps(line)}\n" for line in plain))
-    for name in (MODEL, STATE, PER_IMAGE):
-        _, scalars = runs.load_tensors(copy / name)
-        save_file(load_file(copy / name), copy / name, metadata={"json": json.dumps(scalars)})
-    (copy / PREVIOUS).unlink()
-    folders = [copy, Path(shutil.copytree(whole, copy.with_name("again")))]
-    for folder in folders:
-        done = server.run(TRAIN, "--resume", folder, "--epochs", "3")
-        assert done.code == 0, done
-    assert numbers_of(folders[0]) == numbers_of(folders[1])

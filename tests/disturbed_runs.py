@@ -256,7 +256,7 @@ def held_elsewhere(folder: Path) -> int:
     ready, told = os.pipe()
     child = os.fork()
     if child == 0:
-        with runs.locked(folder):
+        with runs.lock_folder(folder):
             os.write(told, b"1")
             time.sleep(60)
         os._exit(0)

@@ -41,7 +41,7 @@ from ppl_vae.data import binary_sets, image_sets, machine
 from ppl_vae.data import folder as image_folder
 from ppl_vae.reports import certificate_table
 from ppl_vae.runs.block_store import BlockStore
-from ppl_vae.runs.checkpoints import newest_checkpoint
+from ppl_vae.runs.checkpoints import find_newest_checkpoint
 from ppl_vae.runs.evaluations import read_per_image
 from ppl_vae.runs.load import load, read_config
 
@@ -315,7 +315,7 @@ def of_runs(run: Path) -> Iterator[Reader]:
         return ((run / name).read_bytes(),)
 
     said: list[str] = []
-    config, evaluation, per_image = runs.CONFIG, runs.EVALUATION, runs.per_image("test")
+    config, evaluation, per_image = runs.CONFIG, runs.EVALUATION, runs.per_image_file("test")
     yield Reader("config", ".json", whole(config), at(config, lambda: read_config(run)), (other_json,) * 6, 2)
     yield Reader("a run by its config", ".json", whole(config), at(config, lambda: load(run)), (other_json,) * 6)
     read = at(evaluation, lambda: runs.read_evaluations(run))
@@ -331,7 +331,7 @@ def of_runs(run: Path) -> Iterator[Reader]:
     yield Reader("mended metrics", ".jsonl", whole(runs.METRICS), read, (other_lines,) * 3)
     read = at(runs.MODEL, lambda: load(run))
     yield Reader("weights", ".safetensors", tensors(run, runs.MODEL), read, (tensor_header,) * 6, 3)
-    read = at(runs.TRAINING_STATE, lambda: newest_checkpoint(run, say=said.append))
+    read = at(runs.TRAINING_STATE, lambda: find_newest_checkpoint(run, say=said.append))
     yield Reader("state", ".safetensors", tensors(run, runs.TRAINING_STATE), read, (tensor_header,) * 6, 2)
     read = at(per_image, lambda: read_per_image(run, "test"))
     yield Reader("per image", ".safetensors", tensors(run, per_image), read, (tensor_header,) * 6, 2)

@@ -25,7 +25,7 @@ from ppl_vae.reports.text.certificate import describe_certificate
 from ppl_vae.runs.block_store import BlockStore, StageResults
 from ppl_vae.runs.build import build_likelihood
 from ppl_vae.runs.fit_arguments import decide_compile, find_device
-from ppl_vae.runs.open import Run, Say, check_density, evaluated_vae, open_run
+from ppl_vae.runs.open import Run, Say, check_density, load_evaluated_vae, open_run
 from ppl_vae.runs.outputs import write_figure
 from ppl_vae.runs.resolve import data_options
 from ppl_vae.runtime.process import stop_on_signals
@@ -105,9 +105,9 @@ def certify_run(options: Certify, *, say: Say) -> dict[str, Any]:
             fit.
     """
     run = open_run(options.run_dir, dataset=options.dataset, data_dir=options.data_dir)
-    with runs.locked(run.folder), stop_on_signals() as should_stop:
+    with runs.lock_folder(run.folder), stop_on_signals() as should_stop:
         _check_before_work(run, options)
-        vae = evaluated_vae(run).to(find_device(options.device))
+        vae = load_evaluated_vae(run).to(find_device(options.device))
         plan = _plan(run, vae, options, say)
         context = _stage_context(plan, vae, say, should_stop)
         found = _measure(context, plan)

@@ -22,8 +22,8 @@ from ppl_vae.reports.text.comparison import compare_in_words, comparison_title, 
 from ppl_vae.runs.comparison_results import ComparedPair, ComparedRun, Comparison
 from ppl_vae.runs.evaluations import read_per_image
 from ppl_vae.runs.fit_arguments import find_device
-from ppl_vae.runs.open import Run, Say, check_density, describe_unused_draws, evaluated_vae, open_run
-from ppl_vae.runs.outputs import output_folder, removed_if_empty, write_figure
+from ppl_vae.runs.open import Run, Say, check_density, describe_unused_draws, load_evaluated_vae, open_run
+from ppl_vae.runs.outputs import make_output_folder, remove_if_empty, write_figure
 from ppl_vae.runs.results import to_json
 from ppl_vae.runtime.batching import evaluation_batch_size
 from ppl_vae.runtime.global_state import seeded
@@ -82,7 +82,7 @@ def compare_runs(options: CompareRuns, *, say: Say) -> Comparison:
         options.seed,
     )
     entrants = [
-        Entrant(name, run, evaluated_vae(run), runs.load_step(run.folder / runs.MODEL))
+        Entrant(name, run, load_evaluated_vae(run), runs.load_step(run.folder / runs.MODEL))
         for name, run in zip(_names(opened), opened, strict=True)
     ]
     unused = [line for run in opened for line in describe_unused_draws(run, options.dequantization_draws)]
@@ -90,7 +90,7 @@ def compare_runs(options: CompareRuns, *, say: Say) -> Comparison:
         say(line)
     stored, place = _stored(entrants, asked), find_device(options.device)
     folder = _output_folder(options.output, opened[0].splits.name)
-    with removed_if_empty(folder):
+    with remove_if_empty(folder):
         started = time.monotonic()
         results = stored or [_evaluated(entrant, asked, place, options.compile, say) for entrant in entrants]
         _check_finite(entrants, results)
@@ -178,8 +178,8 @@ def _check_finite(entrants: Sequence[Entrant], results: Sequence[Importance]) ->
 def _output_folder(output: str | None, dataset: str) -> Path:
     """The result's folder, made now: a place that cannot be written to is found before the work."""
     if output is None:
-        return runs.new_folder(f"compare-{Path(dataset).stem}")
-    return output_folder(output, Path(output))
+        return runs.make_new_folder(f"compare-{Path(dataset).stem}")
+    return make_output_folder(output, Path(output))
 
 
 # --- What is measured ---

@@ -57,7 +57,7 @@ def diagnose_run(options: Diagnose, *, say: Say) -> Diagnosis:
             trained on, or fewer than 4 images; nothing is written.
     """
     run = open_run(options.run_dir, dataset=options.dataset, data_dir=options.data_dir)
-    with runs.locked(run.folder):
+    with runs.lock_folder(run.folder):
         place = find_device(options.device)
         split = choose_split(run) if options.split is None else options.split
         x, gray = _load_images(run, split, options.images, options.seed)

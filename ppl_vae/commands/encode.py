@@ -24,8 +24,8 @@ from ppl_vae.runs.build import is_autoencoder
 from ppl_vae.runs.fit_arguments import find_device
 from ppl_vae.runs.image_results import Encoding, ImageScore
 from ppl_vae.runs.load import load
-from ppl_vae.runs.open import Images, Run, Say, evaluated_vae, images_of, open_run, open_with_or_without
-from ppl_vae.runs.outputs import drop_record, output_folder, removed_if_empty, write_arrays, write_figure
+from ppl_vae.runs.open import Images, Run, Say, load_evaluated_vae, load_given_images, open_run, open_run_or_export
+from ppl_vae.runs.outputs import make_output_folder, remove_if_empty, remove_record, write_arrays, write_figure
 from ppl_vae.runs.results import Quantiles, to_json
 from ppl_vae.runtime.global_state import seeded
 from ppl_vae.runtime.progress import progress_bar
@@ -57,15 +57,15 @@ def encode_images(options: Encode, *, say: Say) -> Path:
         ValueError: no run, a damaged one, other data than it was trained on, images that do not fit it or have missing
             pixels, or a folder that holds something.
     """
-    opened = open_run if options.images_path in SPLITS else open_with_or_without
+    opened = open_run if options.images_path in SPLITS else open_run_or_export
     run = opened(options.run_dir, dataset=options.dataset, data_dir=options.data_dir, say=say)
     place = find_device(options.device)
-    vae = evaluated_vae(run)
-    given = images_of(run, options.images_path, most=options.images, seed=options.seed)
+    vae = load_evaluated_vae(run)
+    given = load_given_images(run, options.images_path, most=options.images, seed=options.seed)
     _check_whole(given)
-    folder = output_folder(options.output, run.folder / "encodings" / _folder_name(options.images_path))
+    folder = make_output_folder(options.output, run.folder / "encodings" / _folder_name(options.images_path))
     result: Importance | Tensor
-    with removed_if_empty(folder):
+    with remove_if_empty(folder):
         if is_autoencoder(run.options):
             codes, result = _reconstructed(run, given, options.seed, place)
         else:
@@ -76,7 +76,7 @@ def encode_images(options: Encode, *, say: Say) -> Path:
         figure = latents_figure(
             codes, use, vae.prior(), kind="image", classes=given.labels, class_names=run.splits.class_names
         )
-    if replaced := drop_record(folder / "encoded.json"):
+    if replaced := remove_record(folder / "encoded.json"):
         say(replaced)
     write_arrays(folder / "encoded.npz", _arrays(given, codes, result))
     write_figure(folder / "latents.png", figure)

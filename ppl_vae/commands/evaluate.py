@@ -25,7 +25,7 @@ from ppl_vae.runs.build import build_likelihood
 from ppl_vae.runs.evaluations import read_evaluation
 from ppl_vae.runs.fit_arguments import decide_compile, find_device, matmul_precision
 from ppl_vae.runs.load import load
-from ppl_vae.runs.open import Run, Say, check_density, describe_unused_draws, evaluated_vae, open_run
+from ppl_vae.runs.open import Run, Say, check_density, describe_unused_draws, load_evaluated_vae, open_run
 from ppl_vae.runs.results import Evaluation, Quantiles, to_json
 from ppl_vae.runtime import ranks as distributed
 from ppl_vae.runtime.batching import images_per_group, images_per_pass, pairs_per_pass
@@ -62,7 +62,7 @@ def evaluate_run(options: Evaluate, *, say: Say) -> Evaluation:
         run = rank_zero_first(lambda: open_run(options.run_dir, dataset=options.dataset, data_dir=options.data_dir))
         check_density(run, "log-likelihood")
         with end_together():
-            held.enter_context(runs.locked(run.folder))
+            held.enter_context(runs.lock_folder(run.folder))
         return write_evaluation(
             run,
             split=options.split,
@@ -96,7 +96,7 @@ def write_evaluation(
     place = find_device(device)
     for line in describe_unused_draws(run, dequantization_draws):
         say(line)
-    vae = evaluated_vae(run).to(place)
+    vae = load_evaluated_vae(run).to(place)
     index, x = _images_of_split(run, split, run.evaluated_pixels, images, seed, say)
     x = x.to(place)
     store = _block_store(run, split, x, num_particles, seed=seed, step=step, compile=compile, say=say)
@@ -230,7 +230,7 @@ def _write(run: Run, found: Evaluation, tensors: dict[str, Tensor], say: Say) ->
     with end_together():
         if distributed.is_writer():
             kept = _of_these_weights(run.folder, found.step)
-            runs.save_tensors(run.folder / runs.per_image(found.split), tensors, scalars)
+            runs.save_tensors(run.folder / runs.per_image_file(found.split), tensors, scalars)
             runs.write_json(run.folder / runs.EVALUATION, kept | {found.split: to_json(found)})
     for line in describe_evaluation(found):
         say(line)

@@ -12,9 +12,9 @@ from typing import Any
 
 from ppl_vae import runs
 from ppl_vae.commands.options import Export
-from ppl_vae.reports.text.card import CARD, model_card, trained_epochs
+from ppl_vae.reports.text.card import CARD, make_card, trained_epochs
 from ppl_vae.runs.load import find_run_folder, load
-from ppl_vae.runs.open import Run, Say, without_data
+from ppl_vae.runs.open import Run, Say, open_without_data
 from ppl_vae.runs.options import EXPORT_FORMAT, model_to_json
 
 FIGURES = ("prior_samples.png", "reconstructions.png")
@@ -40,16 +40,16 @@ def export_run(options: Export, *, say: Say) -> Path:
             replaced.
         OSError: it cannot be written; nothing is left of it.
     """
-    run = without_data(find_run_folder(options.run_dir))
+    run = open_without_data(find_run_folder(options.run_dir))
     folder = Path(options.output) if options.output is not None else Path("exports") / run.folder.resolve().name
     place = _find_place(folder)
     load(run.folder)  # weights that do not fit are found here, and not by whoever gets them
     weights, scalars = runs.load_tensors(run.folder / runs.MODEL)
-    step = runs.step_of(run.folder / runs.MODEL, scalars)
+    step = runs.get_step(run.folder / runs.MODEL, scalars)
     every = runs.read_evaluations(run.folder)
     entries = {key: entry for key, entry in every.items() if entry.get("step") == step}
     figures, older = _figures(run.folder)
-    card = model_card(run, entries, step=step, figures=figures)
+    card = make_card(run, entries, step=step, figures=figures)
     with _whole(place) as partial:
         runs.write_json(partial / runs.CONFIG, _config(run))
         runs.save_tensors(partial / runs.MODEL, weights, {"step": step})

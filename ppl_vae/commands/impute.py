@@ -18,12 +18,12 @@ from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.evidence.importance import evaluate
 from ppl_vae.evidence.missing import Imputation, Observed, impute
 from ppl_vae.reports import figures as plots
-from ppl_vae.reports.display import Display, display_of
+from ppl_vae.reports.display import Display, choose_display
 from ppl_vae.reports.text.images import FEW_PARTICLES, describe_imputation
 from ppl_vae.runs.fit_arguments import find_device
 from ppl_vae.runs.image_results import HiddenPixels, ImputationSummary, ImputedImage
-from ppl_vae.runs.open import Images, Run, Say, check_density, evaluated_vae, images_of, open_run
-from ppl_vae.runs.outputs import drop_record, output_folder, removed_if_empty, write_arrays, write_figure
+from ppl_vae.runs.open import Images, Run, Say, check_density, load_evaluated_vae, load_given_images, open_run
+from ppl_vae.runs.outputs import make_output_folder, remove_if_empty, remove_record, write_arrays, write_figure
 from ppl_vae.runs.results import Quantiles, to_json
 from ppl_vae.runtime.global_state import seeded
 from ppl_vae.runtime.progress import progress_bar
@@ -72,12 +72,12 @@ def impute_images(options: Impute, *, say: Say) -> Path:
     run = open_run(options.run_dir, dataset=options.dataset, data_dir=options.data_dir)
     check_density(run, "p(x_missing | x_observed) to draw from")
     place = find_device(options.device)
-    vae = evaluated_vae(run).to(place)
+    vae = load_evaluated_vae(run).to(place)
     given = _holed(
-        images_of(run, options.images_path, most=options.images, seed=options.seed), options.mask, options.hide
+        load_given_images(run, options.images_path, most=options.images, seed=options.seed), options.mask, options.hide
     )
-    folder = output_folder(options.output, run.folder / "imputations")
-    with removed_if_empty(folder):
+    folder = make_output_folder(options.output, run.folder / "imputations")
+    with remove_if_empty(folder):
         result = _imputed(vae, given, options.num_particles, options.num_draws, options.seed, place)
         hidden = _log_p_hidden(vae, given, result, place, options.num_particles, options.seed)
     summary = _summarize(run, given, result, hidden, options)
@@ -102,8 +102,8 @@ def _write(
 ) -> None:
     """The arrays, the picture, and last imputations.json; and the words."""
     table, picture = len(run.splits.event_shape) == 1, folder / "imputations.png"
-    figure = None if table else imputations_figure(display_of(run), given.x, given.truth, result)
-    if replaced := drop_record(folder / "imputations.json"):
+    figure = None if table else imputations_figure(choose_display(run), given.x, given.truth, result)
+    if replaced := remove_record(folder / "imputations.json"):
         say(replaced)
     write_arrays(folder / "imputed.npz", _arrays(given, result, hidden))
     if figure is None:

@@ -79,7 +79,7 @@ def _named(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise runs.named(error, folder) from None
+        raise runs.add_file_name(error, folder) from None
 
 
 @contextmanager

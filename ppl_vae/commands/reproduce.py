@@ -20,7 +20,7 @@ from ppl_vae.reports.run_figures import is_drawn, write_figures
 from ppl_vae.reports.text.reproduction import describe_recipes, describe_reproduction, reproduction_table, seeds_table
 from ppl_vae.runs.evaluations import read_evaluation
 from ppl_vae.runs.fields import format_flag
-from ppl_vae.runs.open import Run, Say, evaluated_vae
+from ppl_vae.runs.open import Run, Say, load_evaluated_vae
 from ppl_vae.runs.options import Options
 from ppl_vae.runs.options import to_json as options_to_json
 from ppl_vae.runs.recipes import RECIPES, Recipe, recipe
@@ -148,7 +148,7 @@ def _make_row(
     assert asked.name is not None
     evaluation, metrics = read_evaluation(run.folder), [runs.read_metrics(folder) for folder in stages]
     assert evaluation is not None
-    vae = evaluated_vae(run)
+    vae = load_evaluated_vae(run)
     keys = ("dataset", "protocol", "binarization", "split", "num_images", "num_particles")
     commits, environment = _find_origins(list(stages), asked.device if is_new else None)
     return Reproduction(

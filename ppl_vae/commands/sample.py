@@ -12,13 +12,13 @@ from torch import Tensor
 
 from ppl_vae.commands.options import Sample
 from ppl_vae.evidence.moments import sample_latents
-from ppl_vae.reports.display import display_of
+from ppl_vae.reports.display import choose_display
 from ppl_vae.reports.run_figures import samples_figure
 from ppl_vae.reports.text.captions import NOT_TRAINED_ON_PRIOR
 from ppl_vae.runs.build import is_autoencoder
 from ppl_vae.runs.fit_arguments import find_device
-from ppl_vae.runs.open import Say, evaluated_vae, open_with_or_without
-from ppl_vae.runs.outputs import output_folder, removed_if_empty, write_arrays, write_figure, write_picture
+from ppl_vae.runs.open import Say, load_evaluated_vae, open_run_or_export
+from ppl_vae.runs.outputs import make_output_folder, remove_if_empty, write_arrays, write_figure, write_picture
 from ppl_vae.runtime.batching import images_per_pass
 from ppl_vae.runtime.global_state import seeded, serialize_threads
 from ppl_vae.vae import VAE
@@ -72,13 +72,13 @@ def sample_run(options: Sample, *, say: Say) -> Path:
     Raises:
         ValueError: no run, a damaged one, other data than it was trained on, or a folder that holds something.
     """
-    run = open_with_or_without(options.run_dir, dataset=options.dataset, data_dir=options.data_dir, say=say)
+    run = open_run_or_export(options.run_dir, dataset=options.dataset, data_dir=options.data_dir, say=say)
     place = find_device(options.device)
-    vae = evaluated_vae(run).to(place)
+    vae = load_evaluated_vae(run).to(place)
     if is_autoencoder(run.options):
         say(f"No samples of a model: these are decoded draws of N(0, I), {NOT_TRAINED_ON_PRIOR}.")
-    folder = output_folder(options.output, run.folder / "samples")
-    with removed_if_empty(folder), seeded(options.seed, place):
+    folder = make_output_folder(options.output, run.folder / "samples")
+    with remove_if_empty(folder), seeded(options.seed, place):
         samples = Samples(*(values.cpu() for values in sample(vae, options.num_samples)))
     write_arrays(folder / "samples.npz", {name: values.numpy() for name, values in samples._asdict().items()})
     say(f"{options.num_samples:,} samples, z ~ p(z), x ~ p(x | z), seed {options.seed}, in {folder}:")
@@ -86,7 +86,7 @@ def sample_run(options: Sample, *, say: Say) -> Path:
     if len(run.splits.event_shape) == 1:
         say("The data is a table, (N, D): there are no pictures.")
         return folder
-    display = display_of(run, None if len(run.splits.train) else samples.images)
+    display = choose_display(run, None if len(run.splits.train) else samples.images)
     shown = Samples(*(values[:_MOST_DRAWN] for values in samples))
     figure = samples_figure(display, shown.mean, shown.images, autoencoder=is_autoencoder(run.options))
     write_figure(folder / "samples.png", figure)

@@ -20,7 +20,7 @@ from ppl_vae.commands.options import Train
 from ppl_vae.reports.run_figures import is_drawn, write_figures
 from ppl_vae.reports.text.training import describe_epoch, describe_model, describe_training, describe_validation
 from ppl_vae.runs.build import build_vae, is_autoencoder
-from ppl_vae.runs.checkpoints import Saved, mend_metrics, mend_states, mend_weights, newest_checkpoint
+from ppl_vae.runs.checkpoints import Saved, find_newest_checkpoint, mend_metrics, mend_states, mend_weights
 from ppl_vae.runs.evaluations import is_evaluated
 from ppl_vae.runs.fit_arguments import (
     check_compiler,
@@ -85,11 +85,11 @@ def _train_new(options: Options, run_dir: str | None, *, say: Say, draw: bool) -
         load_starting_weights(built, options.start_from)
     with end_together():
         if distributed.is_writer():
-            run_dir = str(runs.new_run_dir(run_dir, dataset=options.dataset, likelihood=options.likelihood))
+            run_dir = str(runs.make_run_dir(run_dir, dataset=options.dataset, likelihood=options.likelihood))
     folder = Path(distributed.broadcast(run_dir))
     with ExitStack() as held:
         with end_together():
-            held.enter_context(runs.locked(folder))
+            held.enter_context(runs.lock_folder(folder))
             if distributed.is_writer():
                 runs.check_new(folder)  # once more: it may have been another's a moment ago
                 runs.write_json(folder / runs.CONFIG, make_config(options, splits))
@@ -134,7 +134,7 @@ def resume_run(
 def _locked(run_dir: str) -> AbstractContextManager[None]:
     """The right to write into the run, before its data is read; what is no run is for ``open_run`` to refuse."""
     folder = Path(run_dir)
-    return runs.locked(folder) if (folder / runs.CONFIG).is_file() else nullcontext()
+    return runs.lock_folder(folder) if (folder / runs.CONFIG).is_file() else nullcontext()
 
 
 def _resume(run: Run, *, epochs: int | None, say: Say, compile: str | None, draw: bool) -> None:
@@ -146,7 +146,7 @@ def _resume(run: Run, *, epochs: int | None, say: Say, compile: str | None, draw
     if epochs is not None and epochs < options.epochs:
         raise ValueError(f"--epochs: expected at least the run's {options.epochs}, got {epochs}")
     with end_together():
-        saved = newest_checkpoint(folder, say=say)
+        saved = find_newest_checkpoint(folder, say=say)
     if compile == "on":
         check_compiler(find_device(options.device))
     if epochs is not None and epochs > options.epochs:
@@ -296,7 +296,7 @@ def _train(run: Run, saved: Saved | None, *, say: Say, compile_if_possible: bool
         stop_on_signals(f"--resume {folder} goes on") as should_stop,
         metric_events(folder, options, step=step) as log,
         Progress(total=_total_steps(run), initial=step, unit="step", desc="training", disable=silent) as progress,
-        quiet_about_nan(),
+        silence_nan_warnings(),
     ):
         record = _TrainingRecord(run, step, progress=progress, log=log, say=say)
 
@@ -385,7 +385,7 @@ def _explain_errors(run: Run, record: _TrainingRecord, progress: Progress, *, is
 
 
 @contextmanager
-def quiet_about_nan() -> Iterator[None]:
+def silence_nan_warnings() -> Iterator[None]:
     """Without Pyro's own warning: the error that follows says the same, with the step and the site."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Encountered NaN")

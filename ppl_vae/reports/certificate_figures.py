@@ -13,7 +13,7 @@ from ppl_vae.commands.certificate_numbers import Measured
 from ppl_vae.evidence.guide_calibration import Ranks, cumulative_band, edges, histogram, judge
 from ppl_vae.evidence.importance import UNRELIABLE_BIAS
 from ppl_vae.reports import figures as plots
-from ppl_vae.reports.display import display_of
+from ppl_vae.reports.display import choose_display
 from ppl_vae.runs.open import Run
 
 _SHOWN, _COLUMNS = 20, 10
@@ -158,4 +158,4 @@ def _doubtful(run: Run, found: Measured, x: Tensor) -> Figure:
         else f"none of {len(flagged):,} is unreliable"
     )
     title = f"Images whose bounds are farthest apart: {told}"
-    return plots.pictured(display_of(run)(x[order]), captions, columns=_COLUMNS, title=title)
+    return plots.pictured(choose_display(run)(x[order]), captions, columns=_COLUMNS, title=title)

@@ -15,7 +15,7 @@ from ppl_vae.diagnostics.pixel_calibration import PixelCalibration
 from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.evidence.moments import mean_or_draw
 from ppl_vae.reports import figures as plots
-from ppl_vae.reports.display import display_of
+from ppl_vae.reports.display import choose_display
 from ppl_vae.runs.load import load
 from ppl_vae.runs.open import Run
 
@@ -115,7 +115,7 @@ def _draw_noise(numbers: Measurements) -> Figure:
 
 
 def _draw_holes(run: Run, numbers: AggregateNumbers, x: Tensor) -> Figure:
-    vae, display, found = load(run.folder), display_of(run), numbers.holes
+    vae, display, found = load(run.folder), choose_display(run), numbers.holes
     assert found is not None
     dtype = next(vae.parameters()).dtype
     some = x[torch.linspace(0, len(x) - 1, min(_SHOWN, len(x))).long()].cpu()

@@ -38,7 +38,7 @@ class Display(NamedTuple):
         return np.rint(255 * self(x)).astype(np.uint8)
 
 
-def display_of(run: Run, pixels: Tensor | None = None) -> Display:
+def choose_display(run: Run, pixels: Tensor | None = None) -> Display:
     """Pixels in [0, 1] as they are, levels by 0 and 255, all others by the range of the training images.
 
     Densities are over real numbers, and so are their means: for them, and for pixels beyond [0, 1], black and white

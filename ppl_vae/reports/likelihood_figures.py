@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ppl_vae import data
 from ppl_vae.reports import figures as plots
-from ppl_vae.reports.display import display_of
+from ppl_vae.reports.display import choose_display
 from ppl_vae.runs.comparison_results import LikelihoodRow
-from ppl_vae.runs.open import Run, Say, evaluated_vae
+from ppl_vae.runs.open import Run, Say, load_evaluated_vae
 from ppl_vae.runs.outputs import write_figure
 from ppl_vae.runtime.global_state import seeded
 from ppl_vae.vae import VAE
@@ -57,11 +57,11 @@ def _calibration_figure(rows: Sequence[LikelihoodRow], run: Run) -> Figure:
 @torch.no_grad()
 def _picture_figures(opened: Sequence[Run]) -> dict[str, Figure]:
     first = opened[0]
-    display, x = display_of(first), data.evaluation_images(first.splits, "test", first.evaluated_pixels)
+    display, x = choose_display(first), data.evaluation_images(first.splits, "test", first.evaluated_pixels)
     x = x[data.subset(len(x), _NUM_SHOWN)]
     reconstructions, samples = {"test image x": display(x)}, dict[str, NDArray[np.float32]]()
     for run in opened:
-        word, vae = run.options.likelihood, evaluated_vae(run)
+        word, vae = run.options.likelihood, load_evaluated_vae(run)
         reconstructions[word] = display(_reconstructed(vae, x))
         means, draws = _sampled(vae)
         samples |= {f"{word}\nE[x | z]": display(means), f"{word}\nx ~ p(x | z)": display(draws)}

@@ -21,7 +21,7 @@ from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.evidence.importance import gather_log_weights
 from ppl_vae.evidence.moments import PosteriorMoments, encode, mean_or_draw
 from ppl_vae.reports import figures as plots
-from ppl_vae.reports.display import Display, display_of
+from ppl_vae.reports.display import Display, choose_display
 from ppl_vae.reports.latents_figure import LatentUse, latents_figure, measure_latent_use
 from ppl_vae.reports.text.titles import (
     count_images,
@@ -36,7 +36,7 @@ from ppl_vae.reports.text.titles import (
 )
 from ppl_vae.runs.build import is_autoencoder
 from ppl_vae.runs.evaluations import PerImage, read_per_image
-from ppl_vae.runs.open import Run, Say, evaluated_vae
+from ppl_vae.runs.open import Run, Say, load_evaluated_vae
 from ppl_vae.runs.outputs import write_figure
 from ppl_vae.runtime.global_state import seeded
 from ppl_vae.runtime.numerics import bound_by_particles
@@ -66,7 +66,7 @@ _FLOP_A_PIXEL = 200  # the log-probability's, which the counter does not see
 
 def is_drawn(run: Run) -> bool:
     """Every figure is there and none beside them, and they are newer than what they were drawn from."""
-    sources = [run.folder / name for name in (runs.MODEL, runs.METRICS, runs.per_image("test"))]
+    sources = [run.folder / name for name in (runs.MODEL, runs.METRICS, runs.per_image_file("test"))]
     newest = max(path.stat().st_mtime_ns for path in sources if path.exists())
     drawn = {path.name: path.stat().st_mtime_ns for path in _drawn(run.folder)}
     return drawn.keys() == set(figure_names(run)) and all(time >= newest for time in drawn.values())
@@ -90,7 +90,7 @@ def write_figures(run: Run, *, say: Say) -> None:
     Raises:
         ValueError: damaged files, or another process writes to the run.
     """
-    with runs.locked(run.folder):
+    with runs.lock_folder(run.folder):
         metrics = runs.read_metrics(run.folder)
         if not metrics and _has_curves(run):
             raise ValueError(f"{run.folder / runs.METRICS}: expected the record of at least one epoch, got none")
@@ -166,7 +166,7 @@ class _Scene:
 
     @cached_property
     def vae(self) -> VAE:
-        return evaluated_vae(self.run)
+        return load_evaluated_vae(self.run)
 
     @cached_property
     def x(self) -> Tensor:
@@ -181,7 +181,7 @@ class _Scene:
 
     @cached_property
     def display(self) -> Display:
-        return display_of(self.run)
+        return choose_display(self.run)
 
     @cached_property
     def encoded(self) -> tuple[Tensor, PosteriorMoments]:

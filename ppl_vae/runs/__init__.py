@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ppl_vae.runs.checkpoints import load_step, load_tensors, save_tensors, step_of
+    from ppl_vae.runs.checkpoints import get_step, load_step, load_tensors, save_tensors
     from ppl_vae.runs.environment import describe_environment, record_environment
     from ppl_vae.runs.files import (
         CONFIG,
@@ -23,27 +23,27 @@ if TYPE_CHECKING:
         MODEL,
         PREVIOUS_STATE,
         TRAINING_STATE,
+        add_file_name,
         append_line,
-        finite,
-        named,
-        per_image,
+        per_image_file,
         read_evaluations,
         read_json,
+        replace_non_finite,
         write_bytes,
         write_json,
     )
-    from ppl_vae.runs.folders import check_new, check_writable, is_empty, locked, new_folder, new_run_dir
+    from ppl_vae.runs.folders import check_new, check_writable, is_empty, lock_folder, make_new_folder, make_run_dir
     from ppl_vae.runs.metrics import append_metrics, cut_metrics, mend_metrics, read_metrics
 
 _NAMES = {
-    "checkpoints": ("load_step", "load_tensors", "save_tensors", "step_of"),
+    "checkpoints": ("load_step", "load_tensors", "save_tensors", "get_step"),
     "environment": ("describe_environment", "record_environment"),
     "files": (
         *("CONFIG", "ENVIRONMENT", "EVALUATION", "FIGURES", "LOCK", "METRICS", "MODEL", "PREVIOUS_STATE"),
-        *("TRAINING_STATE", "append_line", "finite", "named", "per_image", "read_evaluations", "read_json"),
-        *("write_bytes", "write_json"),
+        *("TRAINING_STATE", "add_file_name", "append_line", "per_image_file", "read_evaluations", "read_json"),
+        *("replace_non_finite", "write_bytes", "write_json"),
     ),
-    "folders": ("check_new", "check_writable", "is_empty", "locked", "new_folder", "new_run_dir"),
+    "folders": ("check_new", "check_writable", "is_empty", "lock_folder", "make_new_folder", "make_run_dir"),
     "metrics": ("append_metrics", "cut_metrics", "mend_metrics", "read_metrics"),
 }
 _MODULES = {name: module for module, names in _NAMES.items() for name in names}

@@ -26,7 +26,7 @@ _OF_SEVERAL_LAYERS = ("upper_hidden", "inference", "decoder_input")
 
 @serialize_threads()
 def build_vae(options: Options, event_shape: Sequence[int]) -> VAE:
-    """The VAE that the options describe, with fresh weights from torch's global generator.
+    """Builds the VAE that the options describe, with fresh weights from torch's global generator.
 
     With several layers of latents it is a ``HierarchicalVAE``, which has the same parts and the same two programs.
 
@@ -67,7 +67,7 @@ def build_vae(options: Options, event_shape: Sequence[int]) -> VAE:
 
 
 def has_closed_form_kl(options: Options, *, by_latent: bool) -> bool:
-    """Whether torch has a formula for KL(q(z | x) || p(z)), or for that of each latent.
+    """Whether torch has a closed form of KL(q(z | x) || p(z)), or of that of each latent.
 
     Args:
         options: With their parts resolved.
@@ -95,7 +95,7 @@ def has_closed_form_kl(options: Options, *, by_latent: bool) -> bool:
 
 
 def _find_dense_parts(vae: Any) -> list[nn.Module]:
-    """What starts wide: encoder and decoder; with several layers also the prior's, and what lies between features."""
+    """The parts whose dense layers start wide: encoder and decoder, and with several layers also the prior."""
     parts = [vae.likelihood, vae.posterior]
     if isinstance(vae, HierarchicalVAE):
         parts.append(vae.prior.layers)
@@ -111,7 +111,7 @@ def _build_hierarchy(
     make_decoder: Callable[[int], nn.Module],
     family: Any,
 ) -> HierarchicalVAE:
-    """Several layers of latents, z_1 next to the image: see ``hierarchy``. The options are resolved."""
+    """Builds a VAE of several latent layers, with z_1 next to the image. The options are resolved."""
     assert options.upper_latents is not None
     assert options.hidden is not None
     assert options.prior is not None
@@ -137,7 +137,7 @@ def _build_hierarchy(
 
 
 def build_likelihood(options: Options, event_shape: Sequence[int]) -> Any:
-    """The likelihood that the options name, with fresh parameters.
+    """Builds the likelihood that the options name, with fresh parameters.
 
     Raises:
         ValueError: a transform that it cannot have, or an option of another likelihood.
@@ -186,7 +186,7 @@ def check_parts(options: Options) -> None:
 
 
 def _check_owners(options: Options, choice: str) -> None:
-    """Raises ValueError for an option of another word of that choice than the one that was chosen."""
+    """Raises ValueError for an option of a part that was not chosen."""
     usual = Options()
     for name in (spec.name for spec in fields(options)):
         owners = find_owners(name)
@@ -201,7 +201,7 @@ def _check_owners(options: Options, choice: str) -> None:
 
 
 def resolve_parts(options: Options) -> Options:
-    """The options with the words that depend on other options alone, where they were left open."""
+    """The options with the defaults filled in that depend on other options alone."""
     return replace(
         options,
         hidden=options.hidden or default_hidden(options.network),
@@ -211,5 +211,5 @@ def resolve_parts(options: Options) -> Options:
 
 
 def is_autoencoder(options: Options) -> bool:
-    """Whether the guide is deterministic: there are reconstructions, but no ELBO, KL or log-likelihood."""
+    """Whether the guide is deterministic, so that there are reconstructions but no ELBO, KL or log-likelihood."""
     return options.posterior == "delta"

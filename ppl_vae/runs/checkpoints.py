@@ -14,7 +14,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ppl_vae import runs
-from ppl_vae.runs.files import named, write_bytes
+from ppl_vae.runs.files import add_file_name, write_bytes
 from ppl_vae.runtime.ranks import Say
 
 _DIGEST = "sha256"
@@ -24,7 +24,7 @@ _CHUNK = 2**22  # bytes that are hashed at a time
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], scalars: dict[str, Any], previous: Path | None = None) -> None:
-    """Named tensors and a JSON object beside them, as one safetensors file.
+    """Writes named tensors and a JSON object into one safetensors file.
 
     Args:
         path: the file, which is replaced as a whole or not at all.
@@ -41,7 +41,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], scalars: dict[str, Any]
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Back from ``save_tensors``.
+    """Reads the tensors and the JSON object of a file by ``save_tensors``.
 
     Raises:
         ValueError: the file is missing or damaged.
@@ -51,12 +51,12 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def load_step(path: Path) -> int:
-    """The training step that a file by ``save_tensors`` was written at. Raises as ``load_tensors``."""
-    return step_of(path, _read_tensors(path, headers_only=True)[1])
+    """The training step in the header of a file by ``save_tensors``. Raises as ``load_tensors``."""
+    return get_step(path, _read_tensors(path, headers_only=True)[1])
 
 
-def step_of(path: Path, scalars: dict[str, Any]) -> int:
-    """The step among a file's scalars. Raises ValueError where there is none."""
+def get_step(path: Path, scalars: dict[str, Any]) -> int:
+    """The training step among a file's scalars. Raises ValueError if there is none."""
     step = scalars.get("step")
     if type(step) is not int or step < 0:
         raise ValueError(f"{path}: damaged: expected the number of a step in its header, got {step!r}")
@@ -75,7 +75,9 @@ def _read_tensors(path: Path, *, headers_only: bool) -> tuple[dict[str, Tensor],
             raise ValueError(f"{path}: no such file; the run in {path.parent} has no weights yet") from None
         if error.errno == errno.EISDIR:
             raise ValueError(f"{path}: damaged: expected a file, got a folder") from None
-        raise named(error, path) from None  # also safetensors' own, which have no number and tell of any as missing
+        raise add_file_name(
+            error, path
+        ) from None  # also safetensors' own, which have no number and tell of any as missing
     except (SafetensorError, json.JSONDecodeError, RecursionError, _Damaged) as error:
         raise ValueError(f"{path}: damaged: {error}") from None
     if not isinstance(scalars, dict):
@@ -84,11 +86,11 @@ def _read_tensors(path: Path, *, headers_only: bool) -> tuple[dict[str, Tensor],
 
 
 class _Damaged(Exception):
-    """What is wrong with a file, in words."""
+    """A file is damaged; the message says how."""
 
 
 def _check_header(path: Path) -> None:
-    """Its length is read before the header is: safetensors itself takes up to 100 MB of JSON for one."""
+    """Checks the header's length before it is read: safetensors itself accepts up to 100 MB of JSON."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -97,12 +99,12 @@ def _check_header(path: Path) -> None:
 
 
 def _needle(digest: str) -> bytes:
-    """The digest's place in the header, where the quotes of a JSON object within a string are escaped."""
+    """The bytes of the digest in the header, where the quotes of the JSON object are escaped."""
     return f'\\"{_DIGEST}\\": \\"{digest}'.encode()
 
 
 def _check_digest(path: Path, told: object) -> None:
-    """SHA-256 of the file with zeros in the digest's place; a file without one, of before there was one, passes."""
+    """Compares the SHA-256 of the file, with zeros in the digest's place. A file of another program has no digest."""
     if told is None and not _is_named(path):
         return
     if not isinstance(told, str):
@@ -115,7 +117,7 @@ def _check_digest(path: Path, told: object) -> None:
 
 
 def _is_named(path: Path) -> bool:
-    """Whether the header has a digest, in whatever place."""
+    """Whether the header contains a digest."""
     with path.open("rb") as file:
         return _needle("") in file.read(int.from_bytes(file.read(8), "little"))
 
@@ -136,8 +138,8 @@ def _with_zeros(path: Path, told: str) -> Iterator[bytes]:
 Saved = tuple[dict[str, Tensor], dict[str, Any]]
 
 
-def newest_checkpoint(folder: Path, *, say: Say) -> Saved | None:
-    """The newest of the last two training states that is whole, with its step; None where there is none yet.
+def find_newest_checkpoint(folder: Path, *, say: Say) -> Saved | None:
+    """The newest of the last two training states that is whole; None if there is none yet.
 
     Raises:
         ValueError: whatever states there are, are damaged.
@@ -149,7 +151,7 @@ def newest_checkpoint(folder: Path, *, say: Say) -> Saved | None:
             continue
         try:
             saved = runs.load_tensors(folder / name)
-            step = runs.step_of(folder / name, saved[1])
+            step = runs.get_step(folder / name, saved[1])
         except ValueError as error:
             damaged.append(str(error))
             continue
@@ -163,9 +165,9 @@ def newest_checkpoint(folder: Path, *, say: Say) -> Saved | None:
 
 
 def mend_states(folder: Path) -> None:
-    """Puts the state before the newest in its place, where the newest is damaged.
+    """Replaces a damaged newest training state by the one before it.
 
-    Else the next checkpoint would keep the damaged one as the one before it, in the place of the whole one.
+    Otherwise the next checkpoint would overwrite the whole one with the damaged one.
 
     Raises:
         ValueError: a folder is in the newest one's place.
@@ -190,7 +192,7 @@ def _of_the_weights(folder: Path) -> str:
 
 
 def mend_weights(folder: Path, saved: Saved, *, say: Say) -> None:
-    """Writes the weights again from the best ones in a training state, where their file is missing or damaged."""
+    """Writes missing or damaged weights again, from the best ones in a training state."""
     path = folder / runs.MODEL
     try:
         runs.load_step(path)
@@ -204,7 +206,7 @@ def mend_weights(folder: Path, saved: Saved, *, say: Say) -> None:
 
 
 def mend_metrics(folder: Path, *, step: int, steps_an_epoch: int, say: Say) -> None:
-    """Leaves out damaged records, and says which epochs up to the step have none."""
+    """Removes damaged records, and says which epochs up to the step have none."""
     damaged = runs.mend_metrics(folder)
     if damaged:
         say(f"{folder / runs.METRICS}: damaged: line {', '.join(map(str, damaged))}; left out.")

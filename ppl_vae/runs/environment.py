@@ -27,7 +27,7 @@ def _git(*words: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """That of the repository which tracks the package's files; one around it, as a project with its .venv, does not."""
+    """The commit of the repository that tracks the package's files, not of a project whose .venv they are in."""
     is_tracked = _git("ls-files", "--error-unmatch", "__init__.py") is not None
     return _git("rev-parse", "HEAD") if is_tracked else None
 
@@ -40,7 +40,7 @@ def _version(package: str) -> str | None:
 
 
 def _processor() -> str:
-    """The CPU's name and what of its vector instructions torch uses."""
+    """The CPU's name, and the vector instructions that torch uses."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
@@ -67,7 +67,7 @@ def describe_environment(device: str) -> dict[str, Any]:
 
 
 def record_environment(run_dir: Path, device: str) -> str | None:
-    """environment.json at the start; each later start of the same run goes into its list "resumed".
+    """Writes environment.json at the first start; later starts of the run go into its list "resumed".
 
     Returns:
         In words, what was lost, where the file was damaged and is begun anew; None otherwise.

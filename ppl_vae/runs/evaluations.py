@@ -50,7 +50,7 @@ def is_evaluated(folder: Path) -> bool:
     if entry.get("step") != runs.load_step(folder / runs.MODEL):
         return False
     try:
-        runs.load_tensors(folder / runs.per_image("test"))
+        runs.load_tensors(folder / runs.per_image_file("test"))
     except ValueError:  # lost or damaged: the split is evaluated again
         return False
     return True
@@ -84,7 +84,7 @@ def read_per_image(folder: Path, split: str) -> PerImage | None:
     Raises:
         ValueError: A file is damaged.
     """
-    path, entry = folder / runs.per_image(split), runs.read_evaluations(folder).get(split)
+    path, entry = folder / runs.per_image_file(split), runs.read_evaluations(folder).get(split)
     if entry is None or not path.exists() or ("log_likelihood" in entry and entry["log_likelihood"] is None):
         return None
     try:

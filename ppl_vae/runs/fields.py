@@ -17,7 +17,7 @@ KINDS: dict[str, type] = {"int": int, "float": float, "str": str, "bool": bool}
 
 @dataclass(frozen=True)
 class Check:
-    """What a value must be, in words and as a predicate."""
+    """A condition on a value, in words and as a predicate."""
 
     words: str
     holds: Callable[[Any], bool]
@@ -99,7 +99,7 @@ class CheckedOptions:
 
 
 def to_python(spec: Field[Any], value: Any) -> Any:
-    """Python's own number for one of NumPy's; a tuple for a list, an array or a lone number where a list is meant."""
+    """Converts NumPy's numbers and arrays to Python's, and lists and single values to tuples where a list is meant."""
     value = _to_python_number(value)  # an array becomes a list
     if not is_list(spec):
         return value

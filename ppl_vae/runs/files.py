@@ -15,8 +15,8 @@ LOCK = ".lock"  # there while a process writes to the folder
 PREVIOUS_STATE = "training_state.previous.safetensors"  # the checkpoint before the newest
 
 
-def per_image(split: str) -> str:
-    """The file of one split's evaluation that has a number for each image."""
+def per_image_file(split: str) -> str:
+    """The name of the file with the numbers of each image of a split."""
     return f"evaluation-{split}.safetensors"
 
 
@@ -27,15 +27,14 @@ PARTIAL = ".*.partial"  # what a killed write leaves, beside the whole old file
 
 
 def write_bytes(path: Path, content: bytes, previous: Path | None = None) -> None:
-    """Replaces the file as a whole or not at all, and returns when it is on disk.
+    """Replaces a file as a whole or not at all, and returns when it is on disk.
 
-    A link in its place is replaced, and never followed.
+    A link in its place is replaced, never followed.
 
     Args:
         path: the file.
         content: all of it.
-        previous: the name that the old file then has. There is a whole file of either name at any moment, once there
-            was one.
+        previous: The name that the old file gets. At every moment there is a whole file of one of the two names.
 
     Raises:
         OSError: it cannot be written; names the file.
@@ -54,13 +53,13 @@ def write_bytes(path: Path, content: bytes, previous: Path | None = None) -> Non
         with suppress(OSError):
             partial.unlink(missing_ok=True)
         if isinstance(error, OSError):
-            raise named(error, path) from None
+            raise add_file_name(error, path) from None
         raise
     _sync(path.parent)
 
 
 def _keep(path: Path, previous: Path) -> None:
-    """A second name for the file, in one step."""
+    """Gives the file a second name in one step."""
     link = previous.with_name(f".{previous.name}.partial")
     link.unlink(missing_ok=True)
     try:
@@ -73,7 +72,7 @@ def _keep(path: Path, previous: Path) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """One more line of a text file, on disk when this returns; where that fails, the file is as it was.
+    """Appends a line to a text file, on disk when this returns. A failure leaves the file unchanged.
 
     Raises:
         OSError: it cannot be written, or is a link; names the file.
@@ -89,16 +88,16 @@ def append_line(path: Path, line: str) -> None:
         except OSError as error:
             with suppress(OSError):
                 os.ftruncate(descriptor, size)
-            raise named(error, path) from None
+            raise add_file_name(error, path) from None
 
 
-def named(error: OSError, path: Path) -> OSError:
-    """The error with the file's name, which one of an open file is without."""
+def add_file_name(error: OSError, path: Path) -> OSError:
+    """The error with the file's name, which errors of open files lack."""
     return OSError(error.errno, error.strerror or str(error), str(path))
 
 
 def remove_partial(folder: Path) -> None:
-    """Removes what killed writes have left in a folder that no other process writes to."""
+    """Removes the files that killed writes left in a folder that no other process writes to."""
     for path in folder.glob(PARTIAL):
         if path.is_file() or path.is_symlink():
             with suppress(OSError):
@@ -106,7 +105,7 @@ def remove_partial(folder: Path) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """The folder's list of names onto the disk.
+    """Writes the folder's list of names to the disk.
 
     Some network and FUSE file systems have no such thing (EINVAL), and some systems open no folders; the file is whole
     and in its place without it.
@@ -131,18 +130,18 @@ _ADVICE = {
 }
 
 
-def finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they become null."""
+def replace_non_finite(value: Any) -> Any:
+    """The same value with None for NaN and infinity, which JSON does not have."""
     if isinstance(value, dict):
-        return {key: finite(v) for key, v in value.items()}
+        return {key: replace_non_finite(v) for key, v in value.items()}
     if isinstance(value, list | tuple):
-        return [finite(v) for v in value]
+        return [replace_non_finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_json(path: Path, value: Any) -> None:
     """Writes strict JSON; numbers that are not finite become null."""
-    write_bytes(path, (json.dumps(finite(value), indent=2, allow_nan=False) + "\n").encode())
+    write_bytes(path, (json.dumps(replace_non_finite(value), indent=2, allow_nan=False) + "\n").encode())
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -171,7 +170,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_evaluations(run_dir: Path) -> dict[str, Any]:
-    """evaluation.json, or nothing where there is none yet. Raises ValueError where it is damaged."""
+    """The content of evaluation.json, empty if there is none yet. Raises ValueError if it is damaged."""
     path = run_dir / EVALUATION
     evaluations = read_json(path) if path.exists() else {}
     for key, entry in evaluations.items():

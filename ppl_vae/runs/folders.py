@@ -17,14 +17,14 @@ from ppl_vae.runs.files import CONFIG, FIGURES, LOCK, MODEL, PARTIAL, TRAINING_S
 from ppl_vae.runtime import ranks as distributed
 
 
-def new_run_dir(run_dir: str | None, *, dataset: str, likelihood: str) -> Path:
-    """Makes the folder of a new run: as asked for, or one under runs/ by data set, likelihood, date and time.
+def make_run_dir(run_dir: str | None, *, dataset: str, likelihood: str) -> Path:
+    """Makes the folder of a new run: the given one, or one below runs/ named by data set, likelihood and time.
 
     Raises:
         ValueError: the folder exists and holds something.
     """
     if run_dir is None:
-        return new_folder(f"{Path(dataset).stem}-{likelihood}")
+        return make_new_folder(f"{Path(dataset).stem}-{likelihood}")
     path = Path(run_dir)
     check_new(path)
     try:
@@ -36,7 +36,7 @@ def new_run_dir(run_dir: str | None, *, dataset: str, likelihood: str) -> Path:
 
 
 def check_new(path: Path) -> None:
-    """Raises ValueError where there is something else than an empty folder."""
+    """Raises ValueError if the path is not free and not an empty folder."""
     if path.exists() and not is_empty(path):
         saved_from_python = (path / MODEL).exists() and not (path / TRAINING_STATE).exists()
         trained = (path / CONFIG).exists() and not saved_from_python
@@ -45,11 +45,11 @@ def check_new(path: Path) -> None:
 
 
 def is_empty(folder: Path) -> bool:
-    """Whether it is a folder that holds nothing, but for what a process leaves that was killed as it began."""
+    """Whether the folder holds nothing, apart from what a process leaves that was killed at its start."""
     return folder.is_dir() and all(path.name == LOCK or path.match(PARTIAL) for path in folder.iterdir())
 
 
-def new_folder(stem: str) -> Path:
+def make_new_folder(stem: str) -> Path:
     """Makes runs/STEM-DATE-TIME, or runs/STEM-DATE-TIME-2 and so on.
 
     Making the folder is what takes the name, also beside other processes.
@@ -71,7 +71,7 @@ def new_folder(stem: str) -> Path:
 
 
 def check_writable(folder: Path) -> None:
-    """Raises ValueError where nothing can be written into the folder: before the work, not after it."""
+    """Raises ValueError if the folder is read-only."""
     if not os.access(folder, os.W_OK):
         raise ValueError(f"{folder}: expected a folder that can be written to, got one that is read-only")
 
@@ -83,7 +83,7 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def lock_folder(folder: Path) -> Iterator[None]:
     """Lock a folder against other writing processes until the end of the block.
 
     The kernel releases the lock when the process ends, however it ends. A process may lock a folder again that it has

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from ppl_vae import data, runs
 from ppl_vae.runs.build import build_vae
-from ppl_vae.runs.options import Options, is_export, options_of, to_json
+from ppl_vae.runs.options import Options, is_export, read_options, to_json
 from ppl_vae.runs.resolve import check_support, load_splits, resolve
 from ppl_vae.vae import VAE
 
 
 def make_config(options: Options, seen: data.Splits) -> dict[str, Any]:
-    """What config.json holds of a run with these options (resolved) on this data."""
+    """The content of config.json for a run with these (resolved) options on this data."""
     return {
         "options": to_json(options),
         "data": {"kind": seen.kind, "event_shape": list(seen.event_shape), "sha256": seen.sha256},
@@ -26,7 +26,7 @@ def make_config(options: Options, seen: data.Splits) -> dict[str, Any]:
 
 
 def read_config(run_dir: Path) -> tuple[Options, dict[str, Any]]:
-    """A run's or an export's options, and what its data was: event_shape (a tuple) and sha256.
+    """The options of a run or an export, and its data's event_shape (a tuple) and sha256.
 
     Raises:
         ValueError: the folder is no run, or its config is damaged.
@@ -38,7 +38,7 @@ def read_config(run_dir: Path) -> tuple[Options, dict[str, Any]]:
         shape = data["event_shape"]
         if not (shape and all(type(size) is int and size > 0 for size in shape)):
             raise ValueError(f"event_shape: expected whole numbers, got {shape}")
-        options = options_of(config)
+        options = read_options(config)
         for name in ("binarization", "warmup_epochs", "dequantization", "prior", "objective"):
             if getattr(options, name) is None:
                 raise ValueError(f"expected {name} as it was resolved, got null")
@@ -52,7 +52,7 @@ def read_config(run_dir: Path) -> tuple[Options, dict[str, Any]]:
 
 
 def load_weights(vae: VAE, path: Path, weights: dict[str, Tensor]) -> None:
-    """Puts weights into a VAE of the same architecture. Raises ValueError where they do not fit."""
+    """Loads weights into a VAE of the same architecture. Raises ValueError if they do not fit."""
     try:
         vae.load_state_dict(weights)
     except RuntimeError as error:
@@ -61,7 +61,7 @@ def load_weights(vae: VAE, path: Path, weights: dict[str, Tensor]) -> None:
 
 
 def load_starting_weights(vae: VAE, run_dir: str) -> None:
-    """Puts a run's evaluated weights into a VAE of the same model; the run is as ``find_run_folder`` takes it.
+    """Loads a run's evaluated weights into a VAE of the same model.
 
     Raises:
         ValueError: no such run, or weights that do not fit.
@@ -79,7 +79,7 @@ _FROM_PYTHON, SHIPPED = "from Python", "shipped"
 
 
 def save(trained: VAE, run_dir: str | Path, options: Options, *, metrics: Sequence[dict[str, Any]] = ()) -> Path:
-    """Makes a run folder of a VAE that was trained from Python; ``load`` and the scripts take it, but for resuming.
+    """Makes a run folder of a VAE that was trained from Python. It can be loaded and evaluated, but not resumed.
 
     Args:
         trained: as ``build_vae(options, event_shape)`` makes it, with whatever weights.
@@ -105,7 +105,7 @@ def save(trained: VAE, run_dir: str | Path, options: Options, *, metrics: Sequen
     weights = trained.state_dict()
     if {name: w.shape for name, w in fresh.items()} != {name: w.shape for name, w in weights.items()}:
         raise ValueError("options: expected those that the VAE was built with, got others (weights differ in shape)")
-    folder = runs.new_run_dir(str(run_dir), dataset=options.dataset, likelihood=options.likelihood)
+    folder = runs.make_run_dir(str(run_dir), dataset=options.dataset, likelihood=options.likelihood)
     runs.write_json(folder / runs.CONFIG, make_config(options, seen) | {"trained": _FROM_PYTHON})
     runs.record_environment(folder, options.device)
     for record in metrics:
@@ -115,7 +115,7 @@ def save(trained: VAE, run_dir: str | Path, options: Options, *, metrics: Sequen
 
 
 def is_from_python(run_dir: Path) -> bool:
-    """The folder was made by ``save``, or is a pretrained run or an export: there is no training to go on with."""
+    """Whether there is no training to resume: a folder by ``save``, a pretrained run or an export."""
     config = runs.read_json(run_dir / runs.CONFIG)
     return is_export(config) or config.get("trained") in (_FROM_PYTHON, SHIPPED)
 
@@ -124,7 +124,7 @@ PRETRAINED = Path(__file__).parents[1] / "pretrained"
 
 
 def find_run_folder(run_dir: str | Path) -> Path:
-    """The folder itself, or where there is none, that of the pretrained run with this name, in the package.
+    """The run's folder: a path, or the name of a pretrained run in the package.
 
     Raises:
         ValueError: a single word that is neither.
@@ -168,7 +168,7 @@ _PLACES = ("data_dir", "start_from")  # of the machine that trained it
 
 
 def ship(run_dir: str, name: str) -> Path:
-    """Puts a finished run's weights, options and evaluation into the package, as the pretrained run of that name.
+    """Copies a finished run's weights, options and evaluation into the package, as a pretrained run.
 
     Returns:
         Its folder, which ``load(name)`` and every script then take; an older one of the same name is replaced.
@@ -197,7 +197,7 @@ def ship(run_dir: str, name: str) -> Path:
 
 
 def copy_pretrained(run_dir: str, say: Callable[[str], None]) -> Path:
-    """The run's folder; of a pretrained run its copy runs/NAME, which is made once, since nobody writes to a package.
+    """The run's folder. A pretrained run is first copied to runs/NAME, since the package is not written to.
 
     Raises:
         ValueError: a word that is neither a folder nor a pretrained run, or runs/NAME is another run.

@@ -7,16 +7,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ppl_vae.runs.files import METRICS, append_line, finite, write_bytes
+from ppl_vae.runs.files import METRICS, append_line, replace_non_finite, write_bytes
 
 
 def append_metrics(run_dir: Path, record: dict[str, Any]) -> None:
-    """One more line of metrics.jsonl, on disk when this returns. Where that fails, the file is as it was."""
-    append_line(run_dir / METRICS, _line(finite(record)))
+    """Appends a record to metrics.jsonl, on disk when this returns. A failure leaves the file unchanged."""
+    append_line(run_dir / METRICS, _line(replace_non_finite(record)))
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The records of metrics.jsonl; a half-written last line is left out.
+    """The records of metrics.jsonl, without a half-written last line.
 
     Raises:
         ValueError: another line is damaged.
@@ -33,7 +33,7 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def mend_metrics(run_dir: Path) -> list[int]:
-    """Leaves out damaged lines, for good; returns their numbers."""
+    """Removes damaged lines from the file, and returns their numbers."""
     path = run_dir / METRICS
     lines = list(_lines(path))
     damaged = [number for number, record in lines if record is None]
@@ -43,7 +43,7 @@ def mend_metrics(run_dir: Path) -> list[int]:
 
 
 def cut_metrics(run_dir: Path, step: int) -> None:
-    """Removes every record after this step: those of work that a resumed run does again."""
+    """Removes every record after this step, since a resumed run trains these epochs again."""
     _write(run_dir / METRICS, [record for record in read_metrics(run_dir) if record["step"] <= step])
 
 
@@ -56,7 +56,7 @@ def _line(record: dict[str, Any]) -> str:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
-    """Each line's number, from 1, and its record; None for a damaged one."""
+    """The number of each line, from 1, and its record; None for a damaged line."""
     content = path.read_bytes() if path.exists() else b""
     lines = content.splitlines(keepends=True)
     for number, line in enumerate(lines, start=1):

@@ -40,7 +40,7 @@ class Run(NamedTuple):
 
     @property
     def binarization(self) -> str:
-        """The word, as it was resolved when the run began."""
+        """The resolved word of ``--binarization``."""
         assert self.options.binarization is not None
         return self.options.binarization
 
@@ -51,12 +51,12 @@ class Run(NamedTuple):
 
     @property
     def evaluated_pixels(self) -> str:
-        """How ``evaluated_vae`` sees pixels, a word of ``data.PIXELS``."""
+        """How ``load_evaluated_vae`` sees pixels, a word of ``data.PIXELS``."""
         return choose_evaluated_pixels(self.options, self.splits)
 
     @property
     def scale(self) -> str:
-        """What its nats are of, in words."""
+        """What the run's nats measure, such as "mass of binary pixels"."""
         return describe_scale(self.options, self.splits)
 
     @property
@@ -75,12 +75,12 @@ class Run(NamedTuple):
 
     @property
     def trained_scale(self) -> str:
-        """What the nats of its training are of: where levels are dequantized, their density and not their mass."""
+        """What the nats of its training measure: for dequantized levels their density, not their mass."""
         return "density of (level + u) / 256" if self.pixels == "dequantized" else self.scale
 
 
-def evaluated_vae(run: Run) -> VAE:
-    """The trained VAE as it is evaluated and shown, on the CPU, in evaluation mode.
+def load_evaluated_vae(run: Run) -> VAE:
+    """The trained VAE that is evaluated and shown, on the CPU, in evaluation mode.
 
     A density that was trained on dequantized levels is evaluated as the mass that it gives to levels
     (``dequantization.dequantized``), which is exact for every density that ``--likelihood`` names.
@@ -90,10 +90,10 @@ def evaluated_vae(run: Run) -> VAE:
 
 
 def check_density(run: Run, what: str) -> None:
-    """Refuses an autoencoder where something takes a density q(z | x).
+    """Raises ValueError for an autoencoder where a density q(z | x) is needed.
 
     Args:
-        what: that something, in words.
+        what: What needs the density, in words.
 
     Raises:
         ValueError: the run's guide is deterministic.
@@ -108,7 +108,7 @@ def check_density(run: Run, what: str) -> None:
 
 
 def describe_unused_draws(run: Run, num_draws: int | None) -> list[str]:
-    """The line that --dequantization-draws changes nothing, where it was given and pixels are dequantized."""
+    """A line that --dequantization-draws has no effect, if it was given and pixels are dequantized."""
     if num_draws is None or run.pixels != "dequantized":
         return []
     return [
@@ -125,7 +125,7 @@ def open_run(
     like: Run | None = None,
     say: Say = tqdm.write,
 ) -> Run:
-    """A run with its data.
+    """Opens a run with its data.
 
     Args:
         run_dir: the run's folder, or the name of a pretrained run, of which runs/NAME is made and opened.
@@ -159,15 +159,15 @@ def open_run(
 
 
 def _stored_data_dir(options: Options) -> str | None:
-    """The folder of named data sets that a config tells of, where it is there: what a config names is never made."""
+    """The folder of named data sets in a config, if it exists: a folder that a config names is never made."""
     return options.data_dir if options.data_dir is not None and os.path.isdir(options.data_dir) else None
 
 
 # --- Exports ---
 
 
-def open_with_or_without(run_dir: str, *, dataset: str | None, data_dir: str | None, say: Say) -> Run:
-    """A run as ``open_run``; an export without its data, unless it is said where that is.
+def open_run_or_export(run_dir: str, *, dataset: str | None, data_dir: str | None, say: Say) -> Run:
+    """Opens a run with its data, or an export without data unless its place is given.
 
     Raises:
         ValueError: as ``open_run``.
@@ -176,11 +176,11 @@ def open_with_or_without(run_dir: str, *, dataset: str | None, data_dir: str | N
     told = dataset is not None or data_dir is not None
     if told or not (folder / runs.CONFIG).is_file() or not is_export(runs.read_json(folder / runs.CONFIG)):
         return open_run(run_dir, dataset=dataset, data_dir=data_dir, say=say)
-    return without_data(folder)
+    return open_without_data(folder)
 
 
-def without_data(folder: Path) -> Run:
-    """A run or an export whose splits have their kind and their shape, and no images.
+def open_without_data(folder: Path) -> Run:
+    """Opens a run or an export without images: its splits have only their kind and shape.
 
     Raises:
         ValueError: it is damaged, or says nothing of the kind of its data.
@@ -210,7 +210,7 @@ def without_data(folder: Path) -> Run:
 
 
 def _check_support(run: Run, source: str, x: Tensor) -> None:
-    """Refuses pixels that the run's likelihood has no probability for; levels and binarized pixels always fit."""
+    """Raises ValueError for pixels off the likelihood's support. Levels and binarized pixels are always on it."""
     family = build_likelihood(run.options, run.splits.event_shape)
     seen = x[~x.isnan()]
     if run.evaluated_pixels == "none" and not family.support.check(seen).all():
@@ -242,8 +242,8 @@ class Images(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-def images_of(run: Run, images_path: str, *, most: int | None, seed: int) -> Images:
-    """A split by its name, or a file or folder of images brought to the run's shape by its own --fit.
+def load_given_images(run: Run, images_path: str, *, most: int | None, seed: int) -> Images:
+    """Loads a split by its name, or a file or folder of images, resized as the run's own data was.
 
     Args:
         most: a fixed random subset of that many; None takes all.

@@ -53,7 +53,7 @@ PLAIN: dict[str, Any] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Options(CheckedOptions):
-    """All options of a run, as ``config.json`` holds them."""
+    """All options of a run, as in ``config.json``."""
 
     dataset: str = option(
         "mnist",
@@ -275,19 +275,19 @@ MODEL_OPTIONS = tuple(spec.name for spec in fields(Options) if spec.metadata["gr
 
 
 def default_hidden(network: str) -> tuple[int, ...]:
-    """Two layers of 300 as in Tomczak and Welling 2018; one of 256 where convolutions do most of the work."""
+    """The default widths: two layers of 300 (Tomczak and Welling 2018), or one of 256 next to convolutions."""
     return (300, 300) if network in DENSE_NETWORKS else (256,)
 
 
 def default_prior(options: Options) -> str:
-    """A flow; N(0, I) where the KL is in closed form or absent, and for a single latent, which cannot be split."""
+    """The default prior: a flow, or N(0, I) if the KL is in closed form or absent, or there is a single latent."""
     has_closed_form = options.kl == "analytic" or options.objective == "free-bits"
     top = (options.upper_latents or (options.latent_dim,))[-1]
     return "standard-normal" if has_closed_form or options.posterior == "delta" or top == 1 else "flow"
 
 
 def default_objective(options: Options) -> str:
-    """The ELBO without the guide's score in its gradient, unless the KL is in closed form, absent or expensive.
+    """The default objective: the ELBO without the guide's score, unless the KL is closed-form, absent or expensive.
 
     Without the score a flow guide is inverted at every step: an autoregressive one took 6.6 times as long.
     """
@@ -299,24 +299,24 @@ _RUNS_THAT_PAY = 5000
 
 
 def compiling_pays(runs: int) -> bool:
-    """Whether ``--compile auto`` compiles a graph that will run so many times."""
+    """Whether ``--compile auto`` compiles a graph that will run that often."""
     return runs >= _RUNS_THAT_PAY
 
 
 def model_options(config: Any) -> dict[str, Any]:
-    """The options of a run's model and data, from its ``config.json``: what a run that starts from it takes over.
+    """The options of a run's model and data in its ``config.json``, which a run that starts from it takes over.
 
     Raises:
         ValueError: no options in it, or some that ``from_json`` refuses.
     """
     if not isinstance(config, dict) or not {"options", "model"} & config.keys():
         raise ValueError("expected an object with options")
-    other = options_of(config)
+    other = read_options(config)
     return {name: getattr(other, name) for name in MODEL_OPTIONS}
 
 
 def to_json(options: Options) -> dict[str, Any]:
-    """Every field, as ``config.json`` holds it."""
+    """The options as in ``config.json``."""
     return json.loads(json.dumps(asdict(options)))
 
 
@@ -350,7 +350,7 @@ _EXPORTED = {*MODEL_OPTIONS, "dequantization_draws"} - {"data_dir"}
 
 
 def model_to_json(options: Options) -> dict[str, Any]:
-    """The options of the model alone, as an export's ``config.json`` holds them; of the data its name, and no path."""
+    """The options of the model alone, for an export's ``config.json``. The data has its name and no path."""
     name = options.dataset
     if name not in DATASETS:
         name = re.split(r"[/\\]", name.rstrip("/\\"))[-1]
@@ -360,7 +360,7 @@ def model_to_json(options: Options) -> dict[str, Any]:
 
 
 def model_from_json(values: Any) -> Options:
-    """The options that ``model_to_json`` wrote; those of training have their defaults.
+    """The options that ``model_to_json`` wrote, with defaults for those of training.
 
     Raises:
         ValueError: an option that is missing, unknown, or out of its range.
@@ -370,11 +370,11 @@ def model_from_json(values: Any) -> Options:
 
 
 def is_export(config: Mapping[str, Any]) -> bool:
-    """Whether a ``config.json`` is that of an export, which describes a model and not a run."""
+    """Whether a ``config.json`` belongs to an export."""
     return "format" in config
 
 
-def options_of(config: Mapping[str, Any]) -> Options:
+def read_options(config: Mapping[str, Any]) -> Options:
     """The options of a run's ``config.json``, or of an export's.
 
     Raises:

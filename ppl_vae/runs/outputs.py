@@ -18,8 +18,8 @@ from ppl_vae import runs
 _DOTS_AN_INCH = 130
 
 
-def output_folder(output: str | None, default: Path) -> Path:
-    """The folder of a command's results: a new or empty one that was asked for, or its own, where it writes again.
+def make_output_folder(output: str | None, default: Path) -> Path:
+    """Makes the folder of a command's results: a new or empty one that was given, or the default one.
 
     Raises:
         ValueError: what was asked for holds something, or cannot be made.
@@ -35,8 +35,8 @@ def output_folder(output: str | None, default: Path) -> Path:
 
 
 @contextmanager
-def removed_if_empty(folder: Path) -> Iterator[None]:
-    """If the work on a folder's results fails before the first of them is written, the folder goes too."""
+def remove_if_empty(folder: Path) -> Iterator[None]:
+    """Removes the folder if the block fails before anything is written into it."""
     try:
         yield
     except BaseException:
@@ -45,8 +45,8 @@ def removed_if_empty(folder: Path) -> Iterator[None]:
         raise
 
 
-def drop_record(path: Path) -> str | None:
-    """Removes the JSON that says what a folder's other files are, as they are about to be replaced.
+def remove_record(path: Path) -> str | None:
+    """Removes the JSON that describes a folder's other files, before they are replaced.
 
     It is written anew as the last of them, so that it never stands beside files of something else.
 
@@ -64,14 +64,14 @@ def drop_record(path: Path) -> str | None:
 
 
 def write_figure(path: Path, figure: Figure) -> None:
-    """A figure as PNG."""
+    """Writes a figure as PNG."""
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=_DOTS_AN_INCH)
     runs.write_bytes(path, png.getvalue())
 
 
 def write_picture(path: Path, levels: NDArray[np.uint8]) -> None:
-    """One image (C, H, W), 1 or 3 channels of 8 bits, as PNG, a pixel a pixel.
+    """Writes one image (C, H, W) with 1 or 3 channels of 8 bits as PNG.
 
     Renamed once it is whole, but not waited for until it is on disk, which took 11 ms each.
     """
@@ -85,7 +85,7 @@ def write_picture(path: Path, levels: NDArray[np.uint8]) -> None:
 
 
 def write_arrays(path: Path, arrays: dict[str, Any]) -> None:
-    """Named arrays as compressed .npz; nothing in it is pickled."""
+    """Writes named arrays as compressed .npz, without pickle."""
     npz = io.BytesIO()
     np.savez_compressed(npz, **arrays)
     runs.write_bytes(path, npz.getvalue())

@@ -15,7 +15,7 @@ from ppl_vae.training.schedules import default_warmup
 
 
 def resolve(options: Options, seen: data.Splits) -> Options:
-    """The options with every default that depends on others or on the data decided, and with absolute paths.
+    """The options with every default filled in that depends on others or on the data, and with absolute paths.
 
     Raises:
         ValueError: a binarization, dequantization or transform that the data, the likelihood or the protocol cannot
@@ -61,18 +61,18 @@ def _resolve_dequantization(options: Options, seen: data.Splits, binarization: s
 
 
 def data_options(options: Options) -> dict[str, Any]:
-    """What decides the data set, as ``data.load`` takes it."""
+    """The options that decide the data set, as arguments of ``data.load``."""
     names = ("dataset", "data_dir", "protocol", "image_size", "fit", "color")
     return {name: getattr(options, name) for name in names}
 
 
 def load_splits(options: Options, *, download: bool = True) -> data.Splits:
-    """The data set that the options ask for, fetched where it may be. Raises ValueError as ``data.load``."""
+    """Loads the data set, and downloads it if that is allowed. Raises ValueError as ``data.load``."""
     return data.load(**data_options(options), download=download)
 
 
 def choose_pixels(options: Options, seen: data.Splits) -> str:
-    """How the model sees pixels: the word of ``data.PIXELS`` for the options (resolved) and the data."""
+    """How training sees pixels, a word of ``data.PIXELS``. The options are resolved."""
     assert options.binarization is not None
     if options.binarization != "none" or seen.kind != data.LEVELS:
         return options.binarization
@@ -82,13 +82,13 @@ def choose_pixels(options: Options, seen: data.Splits) -> str:
 
 
 def choose_evaluated_pixels(options: Options, seen: data.Splits) -> str:
-    """How images are evaluated: as the model sees them, but for dequantized levels, whose mass is evaluated."""
+    """How an evaluation sees pixels: as training does, except that dequantized levels are evaluated by their mass."""
     word = choose_pixels(options, seen)
     return "levels" if word == "dequantized" else word
 
 
 def describe_scale(options: Options, seen: data.Splits) -> str:
-    """What the reported nats are of, in words: numbers with other words are on another scale, and never compared."""
+    """What the reported nats measure. Numbers on different scales are never compared."""
     word = choose_evaluated_pixels(options, seen)
     if word == "levels":
         return "mass of 8-bit levels"
@@ -104,7 +104,7 @@ _LEAST_SPREAD = 1e-15  # of real pixels: a density squares deviations and scales
 
 
 def check_support(options: Options, seen: data.Splits) -> None:
-    """Refuses data that the likelihood has no probability for, as the options (resolved) bring it to the model.
+    """Checks that the data, as the model sees it, is on the likelihood's support. The options are resolved.
 
     Raises:
         ValueError: pixels off the support, zeros and ones under anything that asks for gray or real pixels, or, for a
@@ -140,7 +140,7 @@ def check_support(options: Options, seen: data.Splits) -> None:
 
 
 def _check_kind(word: str, family: Any, seen: data.Splits) -> None:
-    """Refuses data whose values may lie on the support, but are of something else."""
+    """Raises ValueError for data of another kind than the likelihood is made for."""
     if family.data_kind == data.LEVELS and seen.kind != data.LEVELS:
         raise ValueError(f"{word}: expected {data.LEVELS} (uint8, or pictures), got {seen.kind}; {_cure(seen, family)}")
     if family.data_kind == data.UNIT_INTERVAL and seen.kind == data.BINARY:
@@ -148,7 +148,7 @@ def _check_kind(word: str, family: Any, seen: data.Splits) -> None:
 
 
 def _cure(seen: data.Splits, family: Any) -> str:
-    """What takes such pixels, or brings them where this likelihood takes them."""
+    """What the user can do about data that does not fit the likelihood."""
     if family.data_kind == data.BINARY and seen.kind in (data.LEVELS, data.PROBABILITIES):
         return "another --binarization makes them so"
     if isinstance(family, likelihoods.Logit):

@@ -71,7 +71,7 @@ def run(options: RunStudy, *, say: Say) -> None:
         data_dir=options.data_dir,
         say=say,
     )
-    with runs.locked(path.parent):
+    with runs.lock_folder(path.parent):
         report = write_report(path.parent)
     say(f"All numbers are in {path}, and the report is {report}.")
 
@@ -109,7 +109,7 @@ def collect(
     folder = Path(output)
     settings = json.loads(json.dumps(asdict(size)))
     _check_folder(folder, planned, materials, {"size": name, "datasets": [*materials], "settings": settings})
-    with runs.locked(folder):
+    with runs.lock_folder(folder):
         say(
             f"The {name} study of {', '.join(materials)}: {len(planned)} runs, in {folder}. "
             "After an interruption the same command continues it."

@@ -344,7 +344,7 @@ def test_the_evaluation_is_the_log_mass_of_each_image_given_its_code(trained):
     found = trained.entry["reconstruction"]
     assert found["mean"] == pytest.approx(expected.mean(), rel=1e-5)
     assert found["stderr"] == pytest.approx(expected.std(ddof=1) / 5, rel=1e-4)
-    tensors, _ = runs.load_tensors(trained.folder / runs.per_image("test"))
+    tensors, _ = runs.load_tensors(trained.folder / runs.per_image_file("test"))
     np.testing.assert_allclose(tensors["reconstruction"].numpy(), expected, rtol=1e-5)
 
 

@@ -77,7 +77,7 @@ def test_latents_are_the_runs_own_posterior(encode, folder, tmp_path):
 
 def test_a_split_gives_the_numbers_of_the_runs_evaluation(encode, folder):
     """The same images, particles and seed: the file that training's own evaluation wrote."""
-    evaluated, _ = runs.load_tensors(folder / runs.per_image("test"))
+    evaluated, _ = runs.load_tensors(folder / runs.per_image_file("test"))
     stored, _, _ = encode("test", images=25, num_particles=10, seed=0)
     assert stored["names"].tolist() == [str(i) for i in evaluated["index"].tolist()]
     np.testing.assert_array_equal(stored["log_likelihood"], evaluated["log_evidence"])

@@ -215,7 +215,7 @@ def test_numbers_that_evaluation_json_does_not_tell_of_are_not_given(run, tmp_pa
 
 
 def test_a_damaged_file_of_the_images_numbers_is_refused(run, tmp_path):
-    path = tmp_path / runs.per_image("test")
+    path = tmp_path / runs.per_image_file("test")
     runs.write_json(tmp_path / runs.EVALUATION, {"test": {}})
     runs.save_tensors(path, {"index": torch.arange(3)}, {"num_particles": 1, "seed": 0, "step": 1})
     with pytest.raises(ValueError, match=r"evaluation-test\.safetensors: damaged: no 'log_evidence' in it"):

@@ -26,7 +26,7 @@ from ppl_vae.commands.sample import sample_run
 from ppl_vae.commands.train import resume_run, train_run
 from ppl_vae.reports.text import card as model_card
 from ppl_vae.runs.load import read_config, save
-from ppl_vae.runs.open import without_data
+from ppl_vae.runs.open import open_without_data
 from ppl_vae.runs.options import Options, model_to_json
 
 SMALL: dict[str, Any] = {"hidden": (8,), "latent_dim": 2, "prior": "standard-normal"}
@@ -266,9 +266,9 @@ def test_epochs_of_a_training_from_python_are_those_of_its_records(run: Path, tm
 
 
 def test_a_hostile_name_stays_in_its_code_span(run: Path) -> None:
-    opened = without_data(run)
+    opened = open_without_data(run)
     hostile = opened._replace(splits=replace(opened.splits, name=HOSTILE), options=replace(opened.options))
-    card = model_card.model_card(hostile, {}, step=0)
+    card = model_card.make_card(hostile, {}, step=0)
     body = re.sub(r"`[^`\n]*`", "", card.split("```")[0])
     assert "evil" not in body
     assert "javascript" not in body
@@ -277,7 +277,7 @@ def test_a_hostile_name_stays_in_its_code_span(run: Path) -> None:
 
 def test_a_hostile_entry_stays_in_its_code_block(run: Path, exported: Path) -> None:
     entry = runs.read_evaluations(exported)["test"] | {"split": HOSTILE}
-    card = model_card.model_card(without_data(run), {"test": entry}, step=0)
+    card = model_card.make_card(open_without_data(run), {"test": entry}, step=0)
     lines = [line for line in card.splitlines() if "evil" in line or "javascript" in line]
     assert lines
     assert all(line.startswith("    ") for line in lines)
@@ -285,7 +285,7 @@ def test_a_hostile_entry_stays_in_its_code_block(run: Path, exported: Path) -> N
 
 def test_a_damaged_entry_is_refused_in_one_line(run: Path) -> None:
     with pytest.raises(ValueError, match=r"evaluation\.json: damaged: 'test'"):
-        model_card.model_card(without_data(run), {"test": {"step": 1}}, step=1)
+        model_card.make_card(open_without_data(run), {"test": {"step": 1}}, step=1)
 
 
 def test_the_front_matter_is_what_hubs_read(exported: Path) -> None:

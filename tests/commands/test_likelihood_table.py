@@ -106,7 +106,7 @@ def test_the_best_row_is_the_first(table):
 def test_differences_from_the_best_are_paired_on_the_same_images(table):
     folder, rows, _ = table
     nats = {
-        word: runs.load_tensors(folder / "runs" / word / runs.per_image("test"))[0]["log_evidence"].numpy()
+        word: runs.load_tensors(folder / "runs" / word / runs.per_image_file("test"))[0]["log_evidence"].numpy()
         for word in WORDS
     }
     for row in rows[1:]:
@@ -263,7 +263,7 @@ def test_a_folder_with_other_options_is_refused(table, levels, name):
 def test_a_run_that_was_evaluated_otherwise_since_is_refused(table, levels, tmp_path):
     folder, _, _ = table
     run = folder / "runs" / "beta"
-    kept = {path: path.read_bytes() for path in (run / runs.EVALUATION, run / runs.per_image("test"))}
+    kept = {path: path.read_bytes() for path in (run / runs.EVALUATION, run / runs.per_image_file("test"))}
     evaluate_run(
         Evaluate(str(run), split="test", num_particles=20, images=None, device="cpu", seed=0), say=lambda line: None
     )
@@ -334,7 +334,7 @@ def test_samples_of_all_models_are_from_the_same_latents(table):
     folder, _, _ = table
     drawn = []
     for word in ("binomial", "normal"):
-        vae = likelihood_figures.evaluated_vae(open_run(str(folder / "runs" / word)))
+        vae = likelihood_figures.load_evaluated_vae(open_run(str(folder / "runs" / word)))
         seen = []
         vae.likelihood.register_forward_pre_hook(lambda module, inputs, seen=seen: seen.append(inputs[0]))
         with torch.no_grad():

@@ -30,7 +30,7 @@ from ppl_vae.commands.reproduce import (
 )
 from ppl_vae.reports.text.reproduction import describe_reproduction, reproduction_table, seeds_table
 from ppl_vae.runs import recipes
-from ppl_vae.runs.open import evaluated_vae, open_run
+from ppl_vae.runs.open import load_evaluated_vae, open_run
 from ppl_vae.runs.options import Options
 from ppl_vae.runs.recipes import Recipe
 from ppl_vae.runs.reproduction_results import Published, Reproduction
@@ -145,7 +145,7 @@ def test_active_latents_are_those_whose_means_vary(undisturbed, tmp_path):
 def test_active_latents_are_counted_in_variances_of_the_prior(undisturbed, tmp_path, monkeypatch):
     """Of a prior that is as wide as it takes for one latent to be just active, and for the other not to be."""
     run = open_run(str(undisturbed[0] / "runs" / "2"))
-    vae = evaluated_vae(run)
+    vae = load_evaluated_vae(run)
     given = {"num_particles": 2, "images": None, "device": "cpu", "seed": 0, "output": str(tmp_path / "z")}
     encode_images(Encode(str(run.folder), "test", **given), say=lambda line: None)
     means = torch.as_tensor(np.load(tmp_path / "z" / "encoded.npz")["mean"])

@@ -104,7 +104,7 @@ def test_the_script_under_torchrun_writes_what_it_writes_alone(tmp_path):
         assert done.returncode == 0, done.stderr
         folder = tmp_path / name / "runs" / "mnist-best"
         entry = runs.read_evaluations(folder)["test"]
-        found.append((entry | {"seconds": None}, (folder / runs.per_image("test")).read_bytes()))
+        found.append((entry | {"seconds": None}, (folder / runs.per_image_file("test")).read_bytes()))
         said.append(done.stdout)
     assert found[0] == found[1]
     assert said[0].splitlines() == said[1].splitlines()  # rank 0 alone speaks
@@ -191,7 +191,7 @@ def _evaluate(folder: Path, **asked) -> list[str]:
 
 def _numbers(folder: Path) -> tuple[dict, bytes]:
     entry = runs.read_evaluations(folder)["test"]
-    return {**entry, "seconds": None}, (folder / runs.per_image("test")).read_bytes()
+    return {**entry, "seconds": None}, (folder / runs.per_image_file("test")).read_bytes()
 
 
 def _stop_after(monkeypatch, groups: int, number: int = signal.SIGINT) -> None:
@@ -339,7 +339,7 @@ def test_rows_of_other_groups_are_refused():
 def test_stored_images_of_a_run_have_not_changed_places(folder):
     """Row n of the file is image n: fresh draws of that image's bound go up and down with it."""
     _evaluate(folder)
-    tensors, _ = runs.load_tensors(folder / runs.per_image("test"))
+    tensors, _ = runs.load_tensors(folder / runs.per_image_file("test"))
     assert torch.equal(tensors["index"], torch.arange(40))
     run = open_run(str(folder))
     x = data.evaluation_images(run.splits, "test", run.evaluated_pixels, seed=3)

@@ -22,7 +22,7 @@ from ppl_vae.reports.text.evaluation import describe_evaluation
 from ppl_vae.runs.build import build_likelihood
 from ppl_vae.runs.evaluations import read_evaluation
 from ppl_vae.runs.load import load
-from ppl_vae.runs.open import evaluated_vae, open_run
+from ppl_vae.runs.open import load_evaluated_vae, open_run
 from ppl_vae.runs.options import LIKELIHOODS, Options
 from ppl_vae.runs.resolve import check_support, choose_evaluated_pixels, choose_pixels, describe_scale, resolve
 
@@ -304,7 +304,7 @@ def test_the_words_of_an_evaluation_say_whether_the_mass_is_a_densitys(two):
 
 def test_a_run_is_evaluated_as_a_model_of_levels(two):
     run = open_run(str(two["normal"]))
-    vae = evaluated_vae(run)
+    vae = load_evaluated_vae(run)
     x = data.evaluation_images(run.splits, "test", run.evaluated_pixels)
     torch.manual_seed(0)
     drawn = vae.likelihood(vae.posterior(x).sample()).sample()

@@ -24,7 +24,7 @@ from ppl_vae.parts.networks import MLP
 from ppl_vae.parts.priors import Mixture, StandardNormal
 from ppl_vae.reports import latents_figure as latents
 from ppl_vae.reports import run_figures as figures
-from ppl_vae.reports.display import Display, display_of
+from ppl_vae.reports.display import Display, choose_display
 from ppl_vae.reports.run_figures import figure_names, is_drawn
 from ppl_vae.runs.open import Run, open_run
 from ppl_vae.runs.options import Options
@@ -234,7 +234,7 @@ def test_the_histograms_mean_is_the_stored_evaluation(draw, folder):
 
 def test_the_extremes_are_the_images_of_their_places_in_the_split(draw, folder, run):
     """Captions against the stored numbers, and the pixels in the middle of each tile against the data."""
-    tensors, _ = runs.load_tensors(folder / runs.per_image("test"))
+    tensors, _ = runs.load_tensors(folder / runs.per_image_file("test"))
     by_place = dict(zip(tensors["index"].tolist(), tensors["log_evidence"].tolist(), strict=True))
     order = sorted(by_place, key=by_place.get)
     for axes, places in zip(draw("log_likelihoods.png").axes[1:], (order[::-1][:10], order[:10]), strict=True):
@@ -386,7 +386,7 @@ def test_real_values_are_shown_by_the_range_of_the_training_images(tmp_path):
     generator = torch.Generator().manual_seed(0)
     x = 3 + 2 * torch.randn(100, 1, 8, 8, generator=generator)
     splits = replace(splits_of((1, 8, 8), kind=data.REAL), train=x)
-    display = display_of(Run(tmp_path, Options(binarization="none", likelihood="normal"), splits))
+    display = choose_display(Run(tmp_path, Options(binarization="none", likelihood="normal"), splits))
     low, high = np.percentile(x.numpy(), [0.5, 99.5])
     assert (display.low, display.high) == pytest.approx((low, high))
     assert f"black is {low:.3g} and below, white {high:.3g} and above" in display.words
@@ -395,10 +395,10 @@ def test_real_values_are_shown_by_the_range_of_the_training_images(tmp_path):
 @pytest.mark.parametrize(("kind", "binarization"), [(data.BINARY, "none"), (data.LEVELS, "dynamic")])
 def test_black_and_white_is_shown_as_it_is(tmp_path, kind, binarization):
     splits = splits_of((1, 8, 8), kind=kind)
-    assert display_of(Run(tmp_path, Options(binarization=binarization), splits)) == Display(0.0, 1.0, "")
+    assert choose_display(Run(tmp_path, Options(binarization=binarization), splits)) == Display(0.0, 1.0, "")
 
 
 def test_pixels_that_are_all_alike_can_be_shown(tmp_path):
     splits = replace(splits_of((1, 8, 8), kind=data.REAL), train=torch.full((5, 1, 8, 8), 7.0))
-    display = display_of(Run(tmp_path, Options(binarization="none", likelihood="normal"), splits))
+    display = choose_display(Run(tmp_path, Options(binarization="none", likelihood="normal"), splits))
     assert np.isfinite(display(torch.full((1, 8, 8), 7.0))).all()

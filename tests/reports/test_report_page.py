@@ -135,8 +135,8 @@ def test_opening_and_using_a_page_asks_for_no_other_file_and_logs_nothing(visit)
 
 
 def test_a_page_names_no_address_of_a_network() -> None:
-    without_data = re.sub(r"data:image/png;base64,[\w+/=]*", "", page("A page", everything()))
-    assert re.findall(r"(?:https?:)?//[\w.]+\.\w+/|\burl\(|@import|\bsrc=[\"'](?!\")", without_data) == []
+    open_without_data = re.sub(r"data:image/png;base64,[\w+/=]*", "", page("A page", everything()))
+    assert re.findall(r"(?:https?:)?//[\w.]+\.\w+/|\burl\(|@import|\bsrc=[\"'](?!\")", open_without_data) == []
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ from disturbed_runs import (
 )
 
 from ppl_vae import load, runs
-from ppl_vae.runs.checkpoints import mend_states, mend_weights, newest_checkpoint
+from ppl_vae.runs.checkpoints import find_newest_checkpoint, mend_states, mend_weights
 from ppl_vae.runs.evaluations import is_evaluated
 from ppl_vae.runs.open import open_run
 from ppl_vae.runs.options import Options
@@ -219,7 +219,9 @@ def test_a_file_that_cannot_be_read_now_is_replaced_by_none(
     monkeypatch.setattr(Path, "open", opened)
     for work in (
         lambda: (
-            newest_checkpoint(copy, say=pytest.fail) if name == STATE else mend_weights(copy, saved, say=pytest.fail)
+            find_newest_checkpoint(copy, say=pytest.fail)
+            if name == STATE
+            else mend_weights(copy, saved, say=pytest.fail)
         ),
         lambda: mend_states(copy) if name == STATE else is_evaluated(copy),
     ):

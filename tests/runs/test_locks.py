@@ -77,7 +77,7 @@ def test_a_killed_process_leaves_a_run_that_others_may_take(endless: tuple[Path,
     while not running.has_ended():
         time.sleep(0.01)
     assert (folder / ".lock").exists()
-    with runs.locked(folder):
+    with runs.lock_folder(folder):
         pass
     assert not (folder / ".lock").exists()
 
@@ -93,30 +93,30 @@ def test_two_runs_in_one_new_folder_are_one(server: Server, dataset: Path, tmp_p
 def test_a_lock_of_another_process_is_refused(tmp_path: Path) -> None:
     child = held_elsewhere(tmp_path)
     try:
-        with pytest.raises(ValueError, match=rf"but process {child} on "), runs.locked(tmp_path):
+        with pytest.raises(ValueError, match=rf"but process {child} on "), runs.lock_folder(tmp_path):
             pass
     finally:
         end(child)
-    with runs.locked(tmp_path):
+    with runs.lock_folder(tmp_path):
         pass
 
 
 def test_a_process_may_take_its_own_lock_again(tmp_path: Path) -> None:
-    with runs.locked(tmp_path):
-        with runs.locked(tmp_path), runs.locked(tmp_path / "." / "../" / tmp_path.name):
+    with runs.lock_folder(tmp_path):
+        with runs.lock_folder(tmp_path), runs.lock_folder(tmp_path / "." / "../" / tmp_path.name):
             pass
         assert (tmp_path / ".lock").exists()
     assert not (tmp_path / ".lock").exists()
 
 
 def test_a_lock_outlives_the_end_of_an_inner_block(tmp_path: Path) -> None:
-    with runs.locked(tmp_path):
-        with runs.locked(tmp_path):
+    with runs.lock_folder(tmp_path):
+        with runs.lock_folder(tmp_path):
             pass
         child = os.fork()
         if child == 0:
             try:
-                with runs.locked(tmp_path):
+                with runs.lock_folder(tmp_path):
                     os._exit(3)
             except ValueError:
                 os._exit(4)
@@ -127,7 +127,7 @@ def test_a_child_that_outlives_its_killed_parent_holds_no_lock(tmp_path: Path) -
     ready, told = os.pipe()
     parent = os.fork()
     if parent == 0:
-        with runs.locked(tmp_path):
+        with runs.lock_folder(tmp_path):
             child = os.fork()
             if child == 0:
                 time.sleep(60)
@@ -138,7 +138,7 @@ def test_a_child_that_outlives_its_killed_parent_holds_no_lock(tmp_path: Path) -
     child = int(os.read(ready, 100))
     end(parent)
     try:
-        with runs.locked(tmp_path):
+        with runs.lock_folder(tmp_path):
             pass
     finally:
         os.kill(child, signal.SIGKILL)
@@ -149,7 +149,7 @@ def test_a_lock_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
     folder.mkdir()
     (tmp_path / "precious").write_text("mine")
     (folder / ".lock").symlink_to(tmp_path / "precious")
-    with pytest.raises(OSError, match="symbolic links"), runs.locked(folder):
+    with pytest.raises(OSError, match="symbolic links"), runs.lock_folder(folder):
         pass
     assert (tmp_path / "precious").read_text() == "mine"
 
@@ -160,7 +160,7 @@ def test_a_file_system_without_locks_costs_a_warning(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(fcntl, "flock", refuse)
     entered = False
-    with pytest.warns(UserWarning, match=str(tmp_path)), runs.locked(tmp_path):
+    with pytest.warns(UserWarning, match=str(tmp_path)), runs.lock_folder(tmp_path):
         entered = True
     assert entered
 
@@ -170,5 +170,5 @@ def test_what_killed_writes_left_goes_when_the_folder_is_taken(tmp_path: Path) -
     left = [tmp_path / ".model.safetensors.partial", tmp_path / "figures" / ".latents.png.partial"]
     for path in left:
         path.write_bytes(b"half")
-    with runs.locked(tmp_path):
+    with runs.lock_folder(tmp_path):
         assert not any(path.exists() for path in left)

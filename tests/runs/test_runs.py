@@ -412,7 +412,7 @@ def test_each_later_start_is_recorded_as_resumed(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_new_folder_is_made_with_its_parents(tmp_path: Path) -> None:
-    made = runs.new_run_dir(str(tmp_path / "a" / "b"), dataset="mnist", likelihood="bernoulli")
+    made = runs.make_run_dir(str(tmp_path / "a" / "b"), dataset="mnist", likelihood="bernoulli")
     assert made == tmp_path / "a" / "b"
     assert made.is_dir()
 
@@ -420,19 +420,19 @@ def test_a_new_folder_is_made_with_its_parents(tmp_path: Path) -> None:
 def test_a_folder_that_holds_something_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").touch()
     with pytest.raises(ValueError, match=r"--run-dir: expected a new or empty folder, but .* exists$"):
-        runs.new_run_dir(str(tmp_path), dataset="mnist", likelihood="bernoulli")
+        runs.make_run_dir(str(tmp_path), dataset="mnist", likelihood="bernoulli")
 
 
 def test_a_folder_that_holds_a_run_is_refused_with_the_way_to_go_on(tmp_path: Path) -> None:
     (tmp_path / "config.json").touch()
     with pytest.raises(ValueError, match=r"--run-dir: expected a new or empty folder, but .* exists \(--resume"):
-        runs.new_run_dir(str(tmp_path), dataset="mnist", likelihood="bernoulli")
+        runs.make_run_dir(str(tmp_path), dataset="mnist", likelihood="bernoulli")
 
 
 def test_a_file_in_the_place_of_a_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=r"--run-dir: expected a new or empty folder, but .*file exists"):
-        runs.new_run_dir(str(tmp_path / "file"), dataset="mnist", likelihood="bernoulli")
+        runs.make_run_dir(str(tmp_path / "file"), dataset="mnist", likelihood="bernoulli")
 
 
 @pytest.fixture
@@ -445,13 +445,13 @@ def one_second(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("dataset", ["mnist", "/some/where/mnist.npz"])
 def test_a_default_name_is_data_likelihood_date_and_time(one_second: Path, dataset: str) -> None:
-    made = runs.new_run_dir(None, dataset=dataset, likelihood="bernoulli")
+    made = runs.make_run_dir(None, dataset=dataset, likelihood="bernoulli")
     assert made == Path("runs/mnist-bernoulli-20300102-030405")
     assert made.is_dir()
 
 
 def test_default_names_in_one_second_differ(one_second: Path) -> None:
-    made = {runs.new_run_dir(None, dataset="mnist", likelihood="bernoulli") for _ in range(5)}
+    made = {runs.make_run_dir(None, dataset="mnist", likelihood="bernoulli") for _ in range(5)}
     assert len(made) == 5
 
 
@@ -460,5 +460,5 @@ def test_two_processes_that_take_a_default_name_at_once_get_two_folders(
 ) -> None:
     """A folder may appear after its name was found to be free: as if none existed while names are looked at."""
     monkeypatch.setattr(Path, "exists", lambda path, **_: False)
-    made = {runs.new_run_dir(None, dataset="mnist", likelihood="bernoulli") for _ in range(2)}
+    made = {runs.make_run_dir(None, dataset="mnist", likelihood="bernoulli") for _ in range(2)}
     assert len(made) == 2

@@ -27,7 +27,7 @@ _MOST_CHARACTERS = 200  # of a name
 _CERTIFICATE = "certificate-"
 
 
-def model_card(run: Run, evaluations: dict[str, Any], *, step: int, figures: Sequence[str] = ()) -> str:
+def make_card(run: Run, evaluations: dict[str, Any], *, step: int, figures: Sequence[str] = ()) -> str:
     """The card, with YAML front matter for hubs. What is not in the run's files is said to be missing.
 
     Args:

@@ -1,1 +1,1 @@
-"""The commands: one module a command."""
+"""The commands, one module each."""

@@ -30,7 +30,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message.removeprefix('argument ')} (--help lists the options)\n")
 
     def refuse_unknown(self, words: Sequence[str]) -> None:
-        """Ends the program when there are words that are no options, and suggests the nearest one."""
+        """Ends the program if a word is no option, and suggests the nearest option."""
         if words:
             hint = suggest(words[0].split("=")[0], list(self._option_string_actions))
             self.error(f"unrecognized arguments: {' '.join(words)}{hint}")
@@ -55,12 +55,12 @@ def main(name: str, argv: Sequence[str] | None = None) -> None:
 
 
 def parse_options(options: type, argv: Sequence[str] | None = None) -> Any:
-    """The options of a script that is no command, from its dataclass, whose docstring is its help."""
+    """Reads the options of a script that is no command. The dataclass's docstring is its help."""
     return parse(Command("", options, options.__doc__ or ""), argv)
 
 
 def parse(asked: Command, argv: Sequence[str] | None = None) -> Any:
-    """The options of a command from its command line. Ends with exit code 2 and one line where they are wrong.
+    """Reads the options of a command. Ends with exit code 2 and one line if they are wrong.
 
     Args:
         asked: The command.
@@ -115,7 +115,7 @@ def build_parser(asked: Command, *, show_all: bool = False) -> Parser:
 
 
 def iterate_fields(options: type) -> Iterator[Field[Any]]:
-    """The fields of a dataclass of options, with those of a dataclass inside it in its place."""
+    """The fields of a dataclass of options, including those of a dataclass inside it."""
     hints = get_type_hints(options)
     for spec in fields(options):
         if is_dataclass(hints[spec.name]):
@@ -125,7 +125,7 @@ def iterate_fields(options: type) -> Iterator[Field[Any]]:
 
 
 def make_options(options: type, given: dict[str, Any]) -> Any:
-    """A dataclass of options from the values that were given, by name.
+    """Makes a dataclass of options from the given values, by name.
 
     A class with a method ``from_given`` decides itself, as train does for ``--resume``.
     """
@@ -134,7 +134,7 @@ def make_options(options: type, given: dict[str, Any]) -> Any:
 
 
 def read_config_file(path: Path, options: type) -> dict[str, Any]:
-    """The options in a TOML file, whose keys are option names with - or _; tables only group them.
+    """Reads the options in a TOML file. Its keys are option names with - or _; tables only group them.
 
     Raises:
         ValueError: the file cannot be read, or has an unknown option or a wrong value.

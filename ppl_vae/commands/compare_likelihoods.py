@@ -93,7 +93,7 @@ def compare_likelihoods(
     with progress_bar(total=len(words), initial=finished, unit="likelihood", desc="likelihoods") as bar:
         for word, own in asked.items():
             was_finished = _is_finished(folders[word])
-            bar.set_description(word)
+            bar.set_description(f"{word}: training")
             try:
                 run = train_or_resume(folders[word], own, opened[0] if opened else None, say=say)
                 _check_finite(run)

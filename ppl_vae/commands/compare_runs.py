@@ -33,7 +33,7 @@ COMPARISON, FIGURE, PER_IMAGE = "comparison.json", "comparison.png", "comparison
 
 
 class Entrant(NamedTuple):
-    """One of the runs: a name that no other has, its trained VAE, and the step of its weights."""
+    """One of the runs: its unique name, its trained VAE, and the step of its weights."""
 
     name: str
     run: Run
@@ -42,7 +42,7 @@ class Entrant(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """How all are measured: on images x (n, *E), at these places (n,) of the split, with S particles of one seed."""
+    """What all runs are measured on: images x (n, *E), their indices (n,) in the split, S and the seed."""
 
     split: str
     places: Tensor
@@ -52,7 +52,7 @@ class Asked(NamedTuple):
 
 
 def compare_runs(options: CompareRuns, *, say: Say) -> Comparison:
-    """mean_n [L_S(x_n; run) - L_S(x_n; first run)] of each further run, with its error, on the same n images.
+    """Compares each further run with the first: mean_n [L_S(x_n; run) - L_S(x_n; first run)] on the same images.
 
     Images, their binarization and the seed of the importance samples are one for all runs. What the runs have stored is
     taken where every one of them was evaluated, with its present weights, on exactly these images with this S and seed;
@@ -104,7 +104,7 @@ def compare_runs(options: CompareRuns, *, say: Say) -> Comparison:
 
 
 def _opened(run_dirs: Sequence[str], dataset: str | None, data_dir: str | None) -> list[Run]:
-    """The runs, with the first one's data where they ask for the same: it is read once."""
+    """Opens the runs. Data that they share is read once."""
     first = open_run(run_dirs[0], dataset=dataset, data_dir=data_dir)
     return [first, *(open_run(path, dataset=dataset, data_dir=data_dir, like=first) for path in run_dirs[1:])]
 
@@ -126,7 +126,7 @@ def _check_asked(run_dirs: Sequence[str], images: int | None) -> None:
 
 
 def _scale(run: Run, split: str) -> dict[str, str]:
-    """What must be the same for two runs, so that their nats are on one scale: its name, and its value in words."""
+    """What two runs must share for their nats to be comparable: its name, and its value in words."""
     splits = run.splits
     # Under the vampprior protocol they differ in training only: both are evaluated on one draw, which is new to both
     # but on the training images, where "fixed" has learned it.
@@ -151,7 +151,7 @@ def _check_one_scale(opened: Sequence[Run], split: str) -> None:
 
 
 def _same_images(opened: Sequence[Run], split: str, images: int | None, seed: int) -> tuple[Tensor, Tensor]:
-    """Places in the split (n,) and the images (n, *E). What every run would see is compared pixel by pixel."""
+    """The indices in the split (n,) and the images (n, *E), which must be the same pixels for all runs."""
     first = opened[0]
     x = data.evaluation_images(first.splits, split, first.evaluated_pixels, seed=seed)
     for run in opened[1:]:
@@ -176,7 +176,7 @@ def _check_finite(entrants: Sequence[Entrant], results: Sequence[Importance]) ->
 
 
 def _output_folder(output: str | None, dataset: str) -> Path:
-    """The result's folder, made now: a place that cannot be written to is found before the work."""
+    """Makes the folder of the result."""
     if output is None:
         return runs.make_new_folder(f"compare-{Path(dataset).stem}")
     return make_output_folder(output, Path(output))
@@ -186,13 +186,13 @@ def _output_folder(output: str | None, dataset: str) -> Path:
 
 
 def _names(opened: Sequence[Run]) -> list[str]:
-    """The folders' names, or their paths where two have one name."""
+    """The folders' names, or their paths if two share a name."""
     names = [run.folder.resolve().name for run in opened]
     return names if len(set(names)) == len(names) else [str(run.folder) for run in opened]
 
 
 def _stored(entrants: Sequence[Entrant], asked: Asked) -> list[Importance] | None:
-    """The runs' own evaluations, if every run has one of exactly what is asked."""
+    """The runs' own evaluations, if every run has one of exactly this kind."""
     found = []
     for entrant in entrants:
         stored = read_per_image(entrant.run.folder, asked.split)
@@ -220,7 +220,7 @@ def _evaluated(entrant: Entrant, asked: Asked, place: torch.device, compile: str
 
 
 def _noise(vae: VAE, x: Tensor) -> list[tuple[str, tuple[int, ...]]]:
-    """What the guide draws for an image, in its order: the family that the noise is of, and its shape. x: (n, *E)."""
+    """The family and shape of each draw that the guide makes for an image, in order. x: (n, *E)."""
     with seeded(0, x.device), torch.no_grad():
         trace = poutine.trace(vae.guide).get_trace(x[:1])
     drawn = []

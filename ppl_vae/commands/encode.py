@@ -1,4 +1,4 @@
-"""A trained run on images: their latents, and their log p(x), or an autoencoder's reconstructions."""
+"""Latents and log p(x) of images under a trained run, or an autoencoder's reconstructions."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _NUM_LOWEST = 5
 
 
 def encode_images(options: Encode, *, say: Say) -> Path:
-    """Latents and log p(x) of images: encoded.npz, encoded.json and latents.png; the lowest log p(x) by name.
+    """Computes latents and log p(x) of images; writes encoded.npz, encoded.json and latents.png.
 
     encoded.npz holds, image by image, ``mean`` and ``scale`` of q(z | x) (n, L), ``log_likelihood`` (the bound L_S),
     ``elbo``, ``ess``, ``pareto_k`` (n,), ``names`` and, where they are known, ``labels``. Of dequantized levels the
@@ -111,7 +111,7 @@ def _measured(
 
 
 def _reconstructed(run: Run, given: Images, seed: int, place: torch.device) -> tuple[PosteriorMoments, Tensor]:
-    """An autoencoder's codes, and log p(x | z(x)) of each image (n,) nats, on the CPU; x as its training saw images."""
+    """An autoencoder's codes, and log p(x | z(x)) of each image, (n,) nats, on the CPU."""
     vae, x = load(run.folder).to(place), given.x.to(place)
     with seeded(seed, place):
         x = dequantize_uniformly(x) if run.pixels == "dequantized" else x

@@ -1,4 +1,4 @@
-"""log p(x) of a run: measured, written into evaluation.json, and said in words."""
+"""Evaluates log p(x) of a run, writes it into evaluation.json, and prints it."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _FLOATS_PER_MASS = 48  # that the exact mass of one pixel's level holds in memor
 
 
 def evaluate_run(options: Evaluate, *, say: Say) -> Evaluation:
-    """Estimates log p(x) of a split, writes it into evaluation.json under the split's name, and says it.
+    """Estimates log p(x) of a split, writes it into evaluation.json under the split's name, and prints it.
 
     Of a density of 8-bit levels it is log P(levels), by exact masses: ``dequantization_draws`` has no effect, as a line
     says.
@@ -88,7 +88,7 @@ def write_evaluation(
     compile: str = "auto",
     dequantization_draws: int | None = None,
 ) -> Evaluation:
-    """``evaluate_run``, for a run that is already open, locked, and not an autoencoder's."""
+    """``evaluate_run`` for a run that is already open and locked, and has a density."""
     folder = run.folder
     runs.read_evaluations(folder)  # a damaged file is found before the work, not after it
     runs.check_writable(folder)
@@ -211,7 +211,7 @@ def write_reconstructions(run: Run, *, split: str, images: int | None, device: s
 def _images_of_split(
     run: Run, split: str, pixels: str, images: int | None, seed: int, say: Say
 ) -> tuple[Tensor, Tensor]:
-    """Places in the split (n,) and the images (n, *E): all, or a fixed random subset."""
+    """The indices in the split (n,) and the images (n, *E): all, or a fixed random subset."""
     x = data.evaluation_images(run.splits, split, pixels, seed=seed)
     if images is not None and images > len(x):
         say(f"--images {images:,}: the {split} split has {len(x):,}, and all are taken.")
@@ -220,12 +220,12 @@ def _images_of_split(
 
 
 def _of_these_weights(folder: Path, step: int) -> dict[str, Any]:
-    """What was measured with weights that the run has no longer says nothing of the run, and is left out."""
+    """The entries of evaluation.json that were measured with these weights."""
     return {key: old for key, old in runs.read_evaluations(folder).items() if old.get("step") == step}
 
 
 def _write(run: Run, found: Evaluation, tensors: dict[str, Tensor], say: Say) -> None:
-    """Writes the numbers of each image, then the evaluation, and says it."""
+    """Writes the numbers of each image, then the evaluation, and prints it."""
     scalars = {name: getattr(found, name) for name in ("num_particles", "seed", "step", "dequantization_draws")}
     with end_together():
         if distributed.is_writer():
@@ -249,7 +249,7 @@ def evaluate_with_progress(
     on_block: Callable[[int, Tensor], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> Importance:
-    """``evaluate`` of x (N, *E) with a progress bar, compiled where the word says so and it is possible.
+    """``evaluate`` of x (N, *E) with a progress bar, compiled if ``compile`` asks for it and it is possible.
 
     Raises:
         ValueError: compile is "on", and it is impossible.
@@ -292,7 +292,7 @@ def evaluate_with_progress(
 
 
 def _bar(num_images: int, words: str, before: int = 0) -> Progress:
-    """A bar of images, which rank 0 alone shows."""
+    """A progress bar of images, shown by rank 0 alone."""
     return Progress(total=num_images, initial=before, unit="image", desc=words, disable=not distributed.is_writer())
 
 
@@ -305,7 +305,7 @@ def estimate_bits_per_dim(run: Run, log_p: Tensor, num_particles: int) -> Estima
 
 
 def independent_pixels(run: Run, x: Tensor) -> Estimate:
-    """log prod_d p(x_d) of images x (n, *E): what a model reaches that has learned nothing of how pixels go together.
+    """log prod_d p(x_d) of images x (n, *E): the result of a model without dependence between pixels.
 
     Each pixel has the likelihood's own family, fitted to the training images by maximum likelihood
     (``fit_independent_pixels``; for a density of levels their exact mass).

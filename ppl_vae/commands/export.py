@@ -1,4 +1,4 @@
-"""A run as one folder to share: the model without its training, its numbers, its model card."""
+"""Exports a run as one folder to share: the model without its training, its numbers, its model card."""
 
 from __future__ import annotations
 

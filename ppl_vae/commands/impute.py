@@ -1,4 +1,4 @@
-"""A trained run on images with missing pixels: log p of what is observed, and draws of what is not."""
+"""Images with missing pixels under a trained run: log p of the observed pixels, and draws of the missing ones."""
 
 from __future__ import annotations
 
@@ -52,11 +52,12 @@ class _Images(NamedTuple):
 
 
 def impute_images(options: Impute, *, say: Say) -> Path:
-    """log p(x_observed) of images, and x_missing ~ p(x_missing | x_observed): imputed.npz, imputations.json and .png.
+    """Estimates log p(x_observed) of images, and draws x_missing ~ p(x_missing | x_observed).
 
-    imputed.npz holds ``draws`` (M, n, *E), ``mean`` (n, *E), ``mask`` (n, *E) (1 = observed),
-    ``log_likelihood_observed`` and ``ess`` (n,), ``names``, and, where pixels were hidden from images without other
-    holes, ``log_likelihood_hidden``: log p(x_hidden | x_observed) = log p(x) - log p(x_observed), NaN for the others.
+    Writes imputed.npz, imputations.json and imputations.png. imputed.npz holds ``draws`` (M, n, *E), ``mean`` (n, *E),
+    ``mask`` (n, *E) (1 = observed), ``log_likelihood_observed`` and ``ess`` (n,), and ``names``. If pixels were hidden
+    from images that are otherwise complete, it also holds ``log_likelihood_hidden``, log p(x_hidden | x_observed) =
+    log p(x) - log p(x_observed), with NaN for the other images.
 
     Args:
         options: The command's options.
@@ -100,7 +101,7 @@ def _imputed(
 def _write(
     folder: Path, run: Run, given: _Images, result: Imputation, hidden: Tensor, summary: ImputationSummary, say: Say
 ) -> None:
-    """The arrays, the picture, and last imputations.json; and the words."""
+    """Writes the arrays, the picture, and last imputations.json, and prints the result."""
     table, picture = len(run.splits.event_shape) == 1, folder / "imputations.png"
     figure = None if table else imputations_figure(choose_display(run), given.x, given.truth, result)
     if replaced := remove_record(folder / "imputations.json"):
@@ -121,7 +122,7 @@ def _write(
 
 
 def read_mask(path: str, num_images: int, event_shape: tuple[int, ...]) -> Tensor:
-    """A mask file as (N, *E), True where a pixel is observed; or (1, *E), one mask for every image.
+    """Reads a mask file as (N, *E), True where a pixel is observed; or (1, *E) for all images.
 
     An .npy file of zeros and ones: (*E), (H, W), (N, *E), (N, H, W) or (N, H, W, C); a shape that is both an image's
     and that of N images without a channel is read as an image's.
@@ -157,7 +158,7 @@ def read_mask(path: str, num_images: int, event_shape: tuple[int, ...]) -> Tenso
 
 
 def hide_half(side: str, event_shape: tuple[int, ...]) -> Tensor:
-    """(1, *E), False in that half of the image; of an odd number of rows or columns, the smaller half.
+    """A mask (1, *E) that is False in one half of the image, the smaller one for an odd size.
 
     Raises:
         ValueError: no such side, or a table, which has none.
@@ -175,7 +176,7 @@ def hide_half(side: str, event_shape: tuple[int, ...]) -> Tensor:
 
 
 def _holed(found: Images, mask: str | None, hide: str | None) -> _Images:
-    """The images, and the same with what is to be hidden as NaN. A mask belongs to all images that were found."""
+    """The images, with NaN for pixels that the mask hides. A mask belongs to all images that were found."""
     if mask is not None and hide is not None:
         raise ValueError("--hide: expected one of --mask and --hide, got both")
     event_shape = tuple(found.x.shape[1:])
@@ -194,7 +195,9 @@ def _holed(found: Images, mask: str | None, hide: str | None) -> _Images:
 def _log_p_hidden(
     vae: VAE, given: _Images, result: Imputation, place: torch.device, num_particles: int, seed: int
 ) -> Tensor:
-    """(n,) log p(x_hidden | x_observed) = log p(x) - log p(x_observed), nats; NaN where no pixel or not all are known.
+    """log p(x_hidden | x_observed) = log p(x) - log p(x_observed) of each image, (n,) nats.
+
+    NaN for an image without a hidden pixel, and for one with pixels that nobody knows.
 
     Both terms are bounds with S particles; their difference is an estimate and no bound.
     """
@@ -252,7 +255,7 @@ def _summarize(run: Run, given: _Images, result: Imputation, hidden: Tensor, opt
 
 
 def imputations_figure(display: Display, x: Tensor, truth: Tensor, result: Imputation) -> Figure:
-    """Rows of what the model saw, the mean, three draws and, where known, the truth, of the first images with holes.
+    """Draws the first images with missing pixels: observed pixels, mean, three draws and, if known, the truth.
 
     Args:
         display: from pixels to gray and color.
@@ -273,7 +276,7 @@ def imputations_figure(display: Display, x: Tensor, truth: Tensor, result: Imput
 
 
 def _with_holes(display: Display, x: Tensor) -> np.ndarray:
-    """(n, C, H, W) -> (n, 3, H, W) in [0, 1], a pixel blue where any of its channels is missing."""
+    """Images (n, C, H, W) as colors (n, 3, H, W) in [0, 1], with missing pixels in blue."""
     holes = x.isnan().any(1, keepdim=True).numpy()
     shown = np.broadcast_to(display(x.nan_to_num(0.0)), (len(x), 3, *x.shape[2:]))
     return np.where(holes, np.reshape(_MISSING_COLOR, (1, 3, 1, 1)), shown)

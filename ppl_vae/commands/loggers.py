@@ -17,14 +17,14 @@ Log = Callable[[dict[str, Any]], None]
 
 
 def check_tensorboard(options: Options) -> None:
-    """Raises ValueError where events are asked for and the package is not there: before anything is written."""
+    """Raises ValueError if events are asked for and the package is missing."""
     if options.tensorboard == "on":
         _writer_class()
 
 
 @contextmanager
 def metric_events(folder: Path, options: Options, *, step: int) -> Iterator[Log]:
-    """What takes each record of metrics.jsonl, and writes its numbers by its step, under the same names.
+    """Yields a function that writes the numbers of each record of metrics.jsonl by its step.
 
     Nothing where ``--tensorboard`` is off, and on ranks that do not write.
 
@@ -38,7 +38,7 @@ def metric_events(folder: Path, options: Options, *, step: int) -> Iterator[Log]
 
 
 def log_evaluation(folder: Path, options: Options, entry: dict[str, Any]) -> None:
-    """The numbers of an evaluation, by the step of its weights: test/log_likelihood/mean and so on."""
+    """Writes the numbers of an evaluation by the step of its weights: test/log_likelihood/mean and so on."""
     with _writer(folder, options, purge_step=None) as add:
         add(f"{entry['split']}/", entry, entry["step"])
 
@@ -75,7 +75,7 @@ def _writer(folder: Path, options: Options, *, purge_step: int | None) -> Iterat
 
 @contextmanager
 def _named(folder: Path) -> Iterator[None]:
-    """What the writer cannot write, with the folder's name."""
+    """Adds the folder's name to errors of writing."""
     try:
         yield
     except OSError as error:
@@ -84,7 +84,7 @@ def _named(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _errors_of_thread() -> Iterator[list[OSError]]:
-    """What the writer's thread could not write, without its traceback; of the last record nothing else may tell."""
+    """Collects the writing errors of the writer's thread, in place of their tracebacks."""
     former, met = threading.excepthook, []
 
     def hook(args: threading.ExceptHookArgs) -> None:
@@ -101,7 +101,7 @@ def _errors_of_thread() -> Iterator[list[OSError]]:
 
 
 def _numbers(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """Every number of an object and of the objects in it, by its names."""
+    """Every number of an object and of the objects in it, by its path of names."""
     for name, value in values.items():
         if isinstance(value, dict):
             yield from _numbers(value, f"{prefix}{name}/")

@@ -83,7 +83,7 @@ def _particles(default: int) -> Any:
 
 
 def _same(name: str, default: Any = MISSING) -> Any:
-    """An option of train, with the same help, check and group, and perhaps another default."""
+    """An option of train with the same help, check and group, and possibly another default."""
     spec = next(spec for spec in fields(Options) if spec.name == name)
     check = spec.metadata["choices"] or spec.metadata["check"]
     default = spec.default if default is MISSING else default
@@ -107,7 +107,7 @@ class Train:
 
     @classmethod
     def from_given(cls, given: dict[str, Any]) -> Train:
-        """The options from those that were given. Raises ValueError for one that a resumed run cannot change."""
+        """Makes the options from the given ones. Raises ValueError for one that a resumed run cannot change."""
         run_dir, resume = given.pop("run_dir", None), given.pop("resume", None)
         if resume is None:
             options = _continue_from_run(given) if "start_from" in given else Options(**given)
@@ -127,7 +127,7 @@ class UnusableRun(ValueError):
 
 
 def _continue_from_run(given: dict[str, Any]) -> Options:
-    """The model and the data of the run that training starts from, with what was given in their place."""
+    """The model and data options of the run that training starts from, replaced by the given ones."""
     folder = Path(given["start_from"])
     shipped = _PRETRAINED / folder
     if len(folder.parts) == 1 and not folder.exists() and (shipped / "config.json").exists():

@@ -27,7 +27,7 @@ _MOST_DRAWN = 256  # in samples.png
 
 
 class Samples(NamedTuple):
-    """z ~ p(z), and the x of each.
+    """Draws z ~ p(z), and for each the mean and a draw of p(x | z).
 
     Args:
         z: (N, L).
@@ -43,7 +43,7 @@ class Samples(NamedTuple):
 @serialize_threads()
 @torch.no_grad()
 def sample(vae: VAE, num_samples: int) -> Samples:
-    """z ~ p(z), x ~ p(x | z), by torch's global generator, in passes that fit into memory."""
+    """Draws z ~ p(z), x ~ p(x | z) by torch's global generator, in passes that fit into memory."""
     z = sample_latents(vae.prior(), num_samples)
     one = vae.likelihood(z[:1]).mean
     samples = Samples(z, *(one.new_empty((num_samples, *one.shape[1:])) for _ in range(2)))
@@ -97,7 +97,7 @@ def sample_run(options: Sample, *, say: Say) -> Path:
 
 
 def _write_pictures(folder: Path, levels: NDArray[np.uint8]) -> None:
-    """0000.png and so on; those of an earlier call that drew more go."""
+    """Writes 0000.png and so on, and removes pictures of an earlier call that drew more."""
     folder.mkdir(exist_ok=True)
     digits = max(4, len(str(len(levels) - 1)))
     names = {f"{i:0{digits}d}.png" for i in range(len(levels))}

@@ -1,4 +1,4 @@
-"""A run folder from its options to its figures, and on from wherever it stands."""
+"""Trains a run from its options to its figures, or resumes one."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ QUICK_EVALUATION_SEED = 0
 
 
 def run(options: Train, *, say: Say) -> None:
-    """The command: trains a new run, or goes on with one."""
+    """The command: trains a new run, or resumes one."""
     if options.resume is None:
         train_run(options.options, options.run_dir, say=say)
     else:
@@ -57,7 +57,7 @@ def run(options: Train, *, say: Say) -> None:
 
 
 def train_run(options: Options, run_dir: str | None, *, say: Say, draw: bool = True) -> Path:
-    """Trains a new run from options to figures, or to its evaluation unless ``draw``; returns its folder.
+    """Trains, evaluates and draws a new run, and returns its folder.
 
     config.json is written first, so that a run can be resumed from the moment its folder exists. Under torchrun the
     processes train one VAE; rank 0 alone writes and says.
@@ -112,7 +112,7 @@ def resume_run(
     like: Run | None = None,
     draw: bool = True,
 ) -> None:
-    """Goes on with a run, bit for bit; finishes its evaluation and figures; or extends it to more epochs.
+    """Resumes a run bit for bit, finishes its evaluation and figures, or extends it to more epochs.
 
     A damaged training state gives way to the one before it, damaged weights are written again from the training state,
     and damaged records of epochs are left out; each is said. A compiled run goes on eagerly where compiling fails now,
@@ -132,7 +132,7 @@ def resume_run(
 
 
 def _locked(run_dir: str) -> AbstractContextManager[None]:
-    """The right to write into the run, before its data is read; what is no run is for ``open_run`` to refuse."""
+    """The lock of the run's folder, if it is one; ``open_run`` refuses other folders."""
     folder = Path(run_dir)
     return runs.lock_folder(folder) if (folder / runs.CONFIG).is_file() else nullcontext()
 
@@ -169,7 +169,7 @@ def _resume(run: Run, *, epochs: int | None, say: Say, compile: str | None, draw
 
 
 def _with_option(run: Run, name: str, value: Any) -> Run:
-    """The run with another value of an option, in its config too."""
+    """Changes an option of the run, in its config too."""
     path = run.folder / runs.CONFIG
     with end_together():
         if distributed.is_writer():
@@ -179,7 +179,7 @@ def _with_option(run: Run, name: str, value: Any) -> Run:
 
 
 def _go_on(run: Run, saved: Saved | None, *, say: Say, compile_if_possible: bool = False, draw: bool = True) -> None:
-    """Whatever is left to do, from a training state, of training, the quick evaluation and the figures."""
+    """Does what is left of training, the quick evaluation and the figures, from a training state."""
     folder, options, splits = run.folder, run.options, run.splits
     with end_together():
         lost = runs.record_environment(folder, options.device) if distributed.is_writer() else None
@@ -202,7 +202,7 @@ def _go_on(run: Run, saved: Saved | None, *, say: Say, compile_if_possible: bool
 
 
 def _evaluate(run: Run, *, say: Say) -> None:
-    """The quick evaluation on test images."""
+    """Evaluates some test images."""
     options = run.options
     if is_autoencoder(options):
         entry = write_reconstructions(
@@ -386,7 +386,7 @@ def _explain_errors(run: Run, record: _TrainingRecord, progress: Progress, *, is
 
 @contextmanager
 def silence_nan_warnings() -> Iterator[None]:
-    """Without Pyro's own warning: the error that follows says the same, with the step and the site."""
+    """Silences Pyro's warning of NaN: the error that follows names the step and the site."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Encountered NaN")
         yield

@@ -1,4 +1,4 @@
-"""Pixels as gray and color: from what the model sees to what an eye can."""
+"""Pixel values as the model sees them, converted to gray and color for pictures."""
 
 from __future__ import annotations
 

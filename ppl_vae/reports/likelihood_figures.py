@@ -25,7 +25,7 @@ _NUM_SHOWN = 10
 
 
 def write_likelihood_figures(folder: Path, opened: Sequence[Run], rows: Sequence[LikelihoodRow], say: Say) -> None:
-    """calibration.png, and for images reconstructions.png and samples.png, the best likelihood first."""
+    """Writes calibration.png, and for images reconstructions.png and samples.png, the best likelihood first."""
     folder.mkdir(exist_ok=True)
     by_word = {run.options.likelihood: run for run in opened}
     ordered = [by_word[found.likelihood] for found in rows]

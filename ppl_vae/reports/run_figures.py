@@ -65,7 +65,7 @@ _FLOP_A_PIXEL = 200  # the log-probability's, which the counter does not see
 
 
 def is_drawn(run: Run) -> bool:
-    """Every figure is there and none beside them, and they are newer than what they were drawn from."""
+    """Whether exactly the run's figures exist, and are newer than the files they show."""
     sources = [run.folder / name for name in (runs.MODEL, runs.METRICS, runs.per_image_file("test"))]
     newest = max(path.stat().st_mtime_ns for path in sources if path.exists())
     drawn = {path.name: path.stat().st_mtime_ns for path in _drawn(run.folder)}
@@ -73,17 +73,17 @@ def is_drawn(run: Run) -> bool:
 
 
 def _drawn(folder: Path) -> list[Path]:
-    """The run's figures that are there."""
+    """The run's figures that exist."""
     return [path for name in _FIGURES if (path := folder / runs.FIGURES / name).exists()]
 
 
 def figure_names(run: Run) -> list[str]:
-    """The figures that this run has: by its data, its latents, and whether its test images were evaluated."""
+    """The names of the figures that this run has, by its data, its latents and its evaluation."""
     return [name for name, drawing in _FIGURES.items() if drawing.applies(run)]
 
 
 def write_figures(run: Run, *, say: Say) -> None:
-    """Every figure that this run has, into its figures/, and those that it has no longer out of there.
+    """Draws every figure of the run into figures/, and removes figures that it has no longer.
 
     Weights, evaluation and random state stay as they are.
 
@@ -112,7 +112,7 @@ def write_figures(run: Run, *, say: Say) -> None:
 
 
 def _left_out(run: Run) -> list[str]:
-    """What a reader might look for in vain, and why."""
+    """Which figures are missing, and why."""
     lines = []
     if not _has_images(run):
         lines.append("The data is a table, (N, D): figures of images are skipped.")
@@ -126,7 +126,7 @@ def _left_out(run: Run) -> list[str]:
 
 
 def _has_curves(run: Run) -> bool:
-    """It was trained by a script, or its records came with it from Python."""
+    """Whether there are records of its training."""
     return not run.from_python or bool(runs.read_metrics(run.folder))
 
 
@@ -159,7 +159,7 @@ def _is_evaluated(run: Run) -> bool:
 
 @dataclass(frozen=True)
 class _Scene:
-    """A run, and what several of its figures need of it, found once."""
+    """A run, and what several of its figures share, computed once."""
 
     run: Run
     metrics: list[dict[str, Any]]
@@ -175,7 +175,7 @@ class _Scene:
 
     @cached_property
     def shown(self) -> Tensor:
-        """Places of some test images, not sorted: the file may be, by class."""
+        """Indices of some test images in random order, since the file may be sorted by class."""
         index = data.subset(len(self.x), _NUM_SHOWN)
         return index[torch.randperm(len(index), generator=torch.Generator().manual_seed(_FIGURE_SEED))]
 
@@ -185,7 +185,7 @@ class _Scene:
 
     @cached_property
     def encoded(self) -> tuple[Tensor, PosteriorMoments]:
-        """Places of a subset of the test images, and their latents."""
+        """Indices of a subset of the test images, and their latents."""
         pixels = math.prod(self.run.splits.event_shape)
         index = data.subset(len(self.x), min(_MOST_LATENTS, max(_NUM_SHOWN, _LATENT_PIXELS // pixels)))
         with seeded(_FIGURE_SEED, torch.device("cpu")):
@@ -255,7 +255,7 @@ def _interpolations(scene: _Scene) -> Figure:
 
 
 def _traversals(scene: _Scene) -> Figure:
-    """The latents next to the image, each moved alone: the decoder may see no others."""
+    """Draws the bottom layer's latents, each moved alone. The decoder may see no others."""
     use, L = scene.use, scene.run.options.latent_dim
     values = use.values[:L]
     num_rows = max(1, min(_NUM_SHOWN, int((values >= use.least).sum())))  # an unused latent moves nothing
@@ -320,7 +320,7 @@ def _log_likelihoods(scene: _Scene) -> Figure:
 
 
 def _extremes(scene: _Scene, stored: PerImage) -> dict[str, tuple[Any, list[str]]]:
-    """The images of the highest and of the lowest bound, and below each its nats and its place in the split."""
+    """The images with the highest and the lowest bound, with their nats and index in the split."""
     x = data.evaluation_images(scene.run.splits, "test", scene.run.evaluated_pixels, seed=stored.seed)
     values = stored.result.log_evidence
     ascending = values.argsort()
@@ -354,13 +354,13 @@ def _mean_and_stderr(values: Tensor) -> tuple[Any, Any]:
 
 
 def _round_numbers() -> list[int]:
-    """1, 2, 5, 10, ... up to the most particles."""
+    """The numbers 1, 2, 5, 10, ... up to the largest number of particles."""
     numbers = [digit * 10**power for power in range(10) for digit in (1, 2, 5)]
     return [number for number in numbers if number <= _MOST_PARTICLES]
 
 
 def _affordable_particles(vae: VAE, num_images: int) -> int:
-    """The largest round number of particles, from 10 on, for which the decoder computes no more than it may.
+    """The largest round number of particles, at least 10, within the decoder's limit of operations.
 
     By counted operations, never by a clock: the same run is drawn the same on every machine.
     """

@@ -74,7 +74,7 @@ def make_page(run: Run, step: int, diagnosis: Diagnosis | None, *, split: str) -
 
 
 def _setup(run: Run, step: int) -> Section:
-    """Every option that the run has, and what its data is."""
+    """The section with every option of the run, and its data."""
     words = f"{run.splits.describe()}\n\nThe weights are those of step {step:,}; its folder is `{run.folder}`."
     words += " Its training is elsewhere: in Python, or before it was shipped." if run.from_python else ""
     rows = [
@@ -115,7 +115,7 @@ def _likelihood(run: Run) -> Section:
 
 
 def _details(entry: Evaluation) -> str:
-    """What else the evaluation says, but for the numbers of the table: how it was measured and how far to trust it."""
+    """The rest of the evaluation: how it was measured, and how far to trust it."""
     lines = [line.strip() for line in describe_evaluation(entry)]
     others = [line for line in lines if not line.startswith(("log-likelihood ", "ELBO "))]
     return true_minus(" ".join(map(make_sentence, others)))
@@ -147,7 +147,7 @@ def _verdicts(run: Run, diagnosis: Diagnosis | None, split: str) -> Section:
 
 
 def _picture(run: Run, name: str) -> Picture | None:
-    """A figure of the run's folder with its caption; None where it is not there."""
+    """A figure of the run's folder with its caption; None if it does not exist."""
     path = run.folder / runs.FIGURES / name
     if not path.is_file():
         return None
@@ -173,7 +173,7 @@ def _exploration(run: Run) -> Section:
 
 
 def _explorer(run: Run) -> Explorer:
-    """The two most used latents, the others in the middle.
+    """The live decoder over the plane of the two most used latents.
 
     Raises:
         ValueError: a decoder that a page cannot draw, in words.

@@ -32,7 +32,7 @@ def wave(k_y, k_x, size=16):
     return np.cos(k_y * place)[:, None] * np.cos(k_x * place)
 
 
-def load_given_images(picture, N=3):
+def images_of(picture, N=3):
     """(N, 1, H, W) multiples of one picture."""
     amplitudes = torch.arange(1, N + 1).double()[:, None, None, None]
     return amplitudes * torch.from_numpy(picture)
@@ -80,7 +80,7 @@ def test_an_image_is_as_sharp_as_itself():
 
 @pytest.mark.parametrize(("k_y", "k_x"), [(9, 0), (0, 15), (10, 10)])
 def test_a_gaussian_blur_leaves_the_square_of_its_transfer_function(k_y, k_x):
-    x = load_given_images(wave(k_y, k_x))
+    x = images_of(wave(k_y, k_x))
     blurred = torch.stack([torch.from_numpy(scipy.ndimage.gaussian_filter(i[0].numpy(), 0.8))[None] for i in x])
     width = int(4 * 0.8 + 0.5)
     offsets = np.arange(-width, width + 1)
@@ -92,7 +92,7 @@ def test_a_gaussian_blur_leaves_the_square_of_its_transfer_function(k_y, k_x):
 
 @pytest.mark.parametrize(("k_y", "k_x", "is_high"), [(8, 0, False), (9, 0, True), (5, 6, False), (6, 6, True)])
 def test_the_edge_is_half_the_nyquist_frequency(k_y, k_x, is_high):
-    assert (high_frequency_power(load_given_images(wave(k_y, k_x)))[0] > 1e-9).item() == is_high
+    assert (high_frequency_power(images_of(wave(k_y, k_x)))[0] > 1e-9).item() == is_high
 
 
 def test_the_power_is_that_of_the_cosine_transform():
@@ -109,7 +109,7 @@ def test_brightness_changes_nothing():
 
 def test_a_ramp_has_hardly_any_sharpness():
     """Mirrored, it has no jump from one edge to the other."""
-    ramp = load_given_images(np.tile(np.linspace(0, 1, 16), (16, 1)))
+    ramp = images_of(np.tile(np.linspace(0, 1, 16), (16, 1)))
     assert (high_frequency_power(ramp) / ramp.square().sum((1, 2, 3))).max() < 1e-3
 
 

@@ -89,12 +89,6 @@ def test_an_image_is_drawn_in_its_shape_and_never_as_a_line(height, width, drawn
     assert 1 / axes.get_aspect() == pytest.approx(drawn)
 
 
-def two_tiles(level, height, width):
-    """The picture of two images of one level beside each other."""
-    axes = plots.image_rows({"a": gray(level, level, shape=(1, height, width))}, title="t").axes[0]
-    return np.asarray(axes.get_images()[0].get_array())
-
-
 def test_a_planes_second_coordinate_points_upwards():
     images = np.stack([gray(0.1, 0.2), gray(0.3, 0.4)])
     axes = plots.image_plane(images, x=[-1, 1], y=[-2, 2], names=("a", "b"), title="t").axes[0]
@@ -182,13 +176,6 @@ def differences():
     one = np.array([-1.0])
     pair = plots.PairShown(("a", "b"), one, one + 1, one + 2, mean=1.0, lower=0.5, upper=1.5, words="w")
     return plots.paired_bounds([pair], bound="L", title="t").axes
-
-
-HISTOGRAMS = {
-    "likelihoods": lambda: plots.likelihood_histogram(np.array([-1.0]), mean=-1, stderr=0, name="L", title="t").axes[0],
-    "latents": lambda: plots.latent_line(np.array([0.5]), **LINE).axes[0],
-    "differences": lambda: differences()[1],
-}
 
 
 def test_examples_stand_above_their_captions():

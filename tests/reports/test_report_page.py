@@ -20,7 +20,6 @@ from browser import Visit
 from ppl_vae.conditional import Conditional
 from ppl_vae.parts import likelihoods, networks
 from ppl_vae.reports.page import (
-    Answer,
     Explorer,
     Picture,
     Section,
@@ -89,7 +88,6 @@ def everything() -> list[Section]:
             "Numbers",
             [
                 Table(["name", *(f"column {k}" for k in range(9)), "bound"], wide, "Caption of the table", highlight=1),
-                Answer("Why is that?", "Because of **this**, as `measured`."),
                 VerdictBlock("over-regularized", f"KL 0.1 nats in {long_word}", f"Train again: {long_word} --beta 1"),
                 VerdictBlock(
                     "healthy", "All is well.", severity="healthy", figure=Picture(png(90), "A figure", "gray")
@@ -135,8 +133,8 @@ def test_opening_and_using_a_page_asks_for_no_other_file_and_logs_nothing(visit)
 
 
 def test_a_page_names_no_address_of_a_network() -> None:
-    open_without_data = re.sub(r"data:image/png;base64,[\w+/=]*", "", page("A page", everything()))
-    assert re.findall(r"(?:https?:)?//[\w.]+\.\w+/|\burl\(|@import|\bsrc=[\"'](?!\")", open_without_data) == []
+    without_pictures = re.sub(r"data:image/png;base64,[\w+/=]*", "", page("A page", everything()))
+    assert re.findall(r"(?:https?:)?//[\w.]+\.\w+/|\burl\(|@import|\bsrc=[\"'](?!\")", without_pictures) == []
 
 
 @pytest.mark.parametrize(
@@ -146,7 +144,6 @@ def test_markup_in_words_is_shown_as_it_was_written(visit, words: str) -> None:
     stop = SliderStop(words, [(words, png(1))], {words: words})
     blocks = [
         Text(words),
-        Answer(words, words),
         VerdictBlock(words, words, words),
         Table([words], [[words]], words),
         Picture(png(2), words, words),

@@ -1,4 +1,4 @@
-"""Whether pixels are where a model expects them."""
+"""Histograms of pixel calibration."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _COLUMNS = 4
 
 
 class PixelHistogram(NamedTuple):
-    """What is drawn of one model.
+    """The histogram of one model.
 
     Args:
         shares: (K,) of pixels in K equal bins of (0, 1).

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 
 class PairShown(NamedTuple):
-    """What is drawn of two models.
+    """The bounds of two models, and their difference.
 
     Args:
         names: of the first model and of the second.

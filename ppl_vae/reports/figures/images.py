@@ -135,7 +135,7 @@ def _inches(table: Images, *, tile: float) -> tuple[float, float]:
 
 
 def _figure(width: float, height: float, title: str) -> Figure:
-    """An empty figure with room for images of that size and the title."""
+    """An empty figure with space for images of that size and the title."""
     lines = title.splitlines()
     size = (
         max(3.0, width + 0.2, _INCHES_A_TITLE_LETTER * max(map(len, lines))),

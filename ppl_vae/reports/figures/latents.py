@@ -1,4 +1,4 @@
-"""Latents of images, beside the prior."""
+"""Latents of images, next to the prior."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def latent_plane(
 
 
 def _reach_of_circles(axes: Any, points: Array, prior: Scales) -> float:
-    """Draws circles at 1, 2 and 3 scales -> how far the axes have to reach from their middle."""
+    """Draws circles at 1, 2 and 3 scales, and returns how far the axes reach from their middle."""
     center = (prior.mean[0], prior.mean[1])
     for radius in (1, 2, 3):
         width, height = (2 * radius * scale for scale in prior.scale)
@@ -88,7 +88,7 @@ def _reach_of_circles(axes: Any, points: Array, prior: Scales) -> float:
 
 
 def _without_tails(prior: Array) -> Array:
-    """(R, M) -> the same but for the rarest draws: one that is far out would set the axes for all."""
+    """The draws (R, M) with the rarest ones clipped, since a single one far out would set the axes."""
     low, high = np.quantile(prior, [_TAIL, 1 - _TAIL], axis=0)
     return np.clip(prior, low, high)
 
@@ -167,7 +167,7 @@ def _by_class(classes: Array | None, count: int, class_names: Sequence[str]) -> 
 
 
 def _legend(axes: Any, classes: Array | None) -> None:
-    """Beside the axes; one entry counts the classes where there are too many for one each."""
+    """Adds a legend next to the axes. With too many classes a single entry counts them."""
     handles, _ = axes.get_legend_handles_labels()
     count = 0 if classes is None else len(np.unique(classes))
     if count > _MOST_CLASSES:

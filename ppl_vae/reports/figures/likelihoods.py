@@ -54,7 +54,7 @@ def likelihood_histogram(
 
 
 def number_of_bins(count: int) -> int:
-    """2 sqrt(n), from 5 to 60. Source: ours."""
+    """The number of bins of a histogram: 2 sqrt(n), from 5 to 60. Source: ours."""
     return min(60, max(5, round(2 * math.sqrt(count))))
 
 

@@ -38,7 +38,7 @@ def training_curves(metrics: Records, *, title: str, autoencoder: bool = False) 
 
 
 def _finished(figure: Figure, panels: Any, metrics: Records, title: str) -> Figure:
-    """With axes of whole epochs, legends and the title."""
+    """Adds axes of whole epochs, legends and the title."""
     for axes in panels:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         if len(metrics) == 1:  # else the axis is a twentieth of an epoch wide
@@ -66,7 +66,7 @@ def _bounds(axes: Any, metrics: Records, *, validated: bool, marker: str) -> Non
 
 
 def _reconstructions(axes: Any, metrics: Records, *, marker: str) -> None:
-    """log p(x | z(x)) in training, and of the validation images where there are any."""
+    """Draws log p(x | z(x)) of the training images, and of the validation images if there are any."""
     epochs, key = [record["epoch"] for record in metrics], "validation_reconstruction_nats_per_image"
     curves = [[-record["train_loss_nats_per_image"] for record in metrics]]
     axes.plot(epochs, curves[0], label="training: log p(x | z(x))", color="tab:gray", marker=marker)
@@ -77,7 +77,7 @@ def _reconstructions(axes: Any, metrics: Records, *, marker: str) -> None:
 
 
 def _validation(axes: Any, epochs: list[float], curve: list[float], *, label: str, marker: str) -> None:
-    """The curve, and its highest point."""
+    """Draws the curve, and its highest point."""
     axes.plot(epochs, curve, label=label, color="tab:blue", marker=marker)
     best, epoch = max(zip(curve, epochs, strict=True), key=lambda pair: pair[0])
     axes.plot(epoch, best, "o", color="tab:blue", label="best, kept")

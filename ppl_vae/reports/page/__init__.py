@@ -1,10 +1,9 @@
-"""A page that people want to read: text, figures, sliders and a live decoder, as one HTML file without a network.
+"""An HTML page in one file: text, figures, sliders and a live decoder.
 
 Strings and arrays in, a string out. Runs no model, and writes no file.
 """
 
 from ppl_vae.reports.page.blocks import (
-    Answer,
     Block,
     Explorer,
     Picture,
@@ -21,7 +20,6 @@ from ppl_vae.reports.page.page import GENERATOR, page
 
 __all__ = [
     "GENERATOR",
-    "Answer",
     "Block",
     "DecoderWeights",
     "Explorer",

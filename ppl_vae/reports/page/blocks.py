@@ -1,6 +1,6 @@
-"""What a page is made of: small frozen values, each of which checks itself.
+"""The blocks of a page: small frozen dataclasses that check their values.
 
-``Text``, captions, answers and evidence know three marks: ``**bold**``, ```code``` between backticks, and links
+``Text``, captions and evidence know three marks: ``**bold**``, ```code``` between backticks, and links
 ``[words](#anchor)`` into the page. All else is escaped. A blank line starts a new paragraph.
 """
 
@@ -40,16 +40,8 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Answer:
-    """A question that readers bring, and the short answer, set apart from the text."""
-
-    question: str
-    text: str
-
-
-@dataclass(frozen=True)
 class Picture:
-    """A figure with its caption.
+    """A picture with its caption.
 
     Args:
         png: of a light page. In the dark it lies on a light card, unless there is ``dark_png``.
@@ -129,7 +121,7 @@ class SliderStop:
 
 @dataclass(frozen=True)
 class Slider:
-    """Strips of images and numbers that change together along one quantity.
+    """Strips of images and numbers that change together as one quantity is moved.
 
     Args:
         label: what is moved, such as "beta".
@@ -155,7 +147,7 @@ class Slider:
 
 @dataclass(frozen=True)
 class Explorer:
-    """The plane of two latents, and beside it the decoder's mean where the pointer is, drawn by the page itself.
+    """The plane of two latents, and the decoder's mean at the pointer, computed by the page itself.
 
     Args:
         decoder: its weights.
@@ -196,11 +188,11 @@ class Explorer:
 
     @property
     def _num_labels(self) -> int:
-        """How many there can be: as many as have names, or as fit into a byte."""
+        """The number of possible labels: as many as have names, or 256."""
         return len(self.label_names) or 256
 
 
-Block: TypeAlias = Text | Answer | VerdictBlock | Table | Picture | Slider | Explorer
+Block: TypeAlias = Text | VerdictBlock | Table | Picture | Slider | Explorer
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A decoder as numbers that a browser can draw with: half-precision weights, and the map from features to pixels."""
+"""A decoder for the browser: half-precision weights, and the map from features to pixels."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class DecoderWeights:
 
     @property
     def latent_dim(self) -> int:
-        """L."""
+        """The number of latents L."""
         return self.layers[0].weight.shape[1]
 
 
@@ -105,7 +105,7 @@ def _layer(linear: nn.Linear, activation: str, name: str, *, rows: int | None = 
 
 
 def _hidden_layers(layers: nn.Sequential) -> tuple[Layer, ...]:
-    """Of the pairs (linear, activation) that both networks are made of."""
+    """The layers of the pairs (linear, activation) that both networks consist of."""
     found = []
     modules = list(layers)
     for k, (linear, activation) in enumerate(zip(modules[::2], modules[1::2], strict=True)):
@@ -127,7 +127,7 @@ def _image_shape(event_shape: tuple[int, ...]) -> tuple[int, int, int]:
 
 
 def decoder_weights(likelihood: Conditional) -> DecoderWeights:
-    """The decoder p(x | z) = family(net(z)) in half precision, cut to what its mean needs.
+    """The decoder p(x | z) = family(net(z)) in half precision, with the features that its mean needs.
 
     Args:
         likelihood: a dense network (``MLP`` or ``GatedMLP``) over the latents, with any likelihood whose mean is a

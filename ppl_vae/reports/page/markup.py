@@ -1,4 +1,4 @@
-"""Words to HTML: everything escaped but three marks, and bytes that are embedded."""
+"""Text as HTML, with everything escaped except three marks; and embedded pictures and JSON."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ def inline(words: str) -> str:
 
 
 def paragraphs(words: str) -> str:
-    """A blank line starts a new one."""
+    """HTML paragraphs; a blank line starts a new one."""
     return "\n".join(f"<p>{inline(part.strip())}</p>" for part in re.split(r"\n\s*\n", words) if part.strip())
 
 
 def true_minus(words: str) -> str:
-    """With a true minus before numbers, but not within words, options or ranges."""
+    """The same text with a true minus before numbers, but not within words, options or ranges."""
     return _MINUS.sub("−", words)
 
 
 def slug(words: str) -> str:
-    """What a link to a heading is called: its letters and digits, joined by hyphens."""
+    """The anchor of a heading: its letters and digits, joined by hyphens."""
     return re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-") or "section"
 
 
@@ -67,10 +67,10 @@ def is_number(value: Any) -> bool:
 
 
 def png_address(png: bytes) -> str:
-    """The picture as an address that needs no network."""
+    """The picture as a data URL."""
     return f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}"
 
 
 def json_script(value: Any) -> str:
-    """JSON that can stand inside a script element: no "<" is left that could close it."""
+    """JSON for a script element, without a "<" that could close it."""
     return json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")

@@ -1,4 +1,4 @@
-"""Blocks to one HTML page that needs nothing else: no network, no other file."""
+"""Renders blocks as one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from ppl_vae.reports.page.blocks import (
-    Answer,
     Block,
     Cell,
     Explorer,
@@ -58,10 +57,6 @@ def _caption(words: str) -> str:
 
 def _text(block: Text, number: int) -> str:
     return paragraphs(block.text)
-
-
-def _answer(block: Answer, number: int) -> str:
-    return f'<aside class="answer"><h3>{inline(block.question)}</h3>\n{paragraphs(block.text)}</aside>'
 
 
 def _picture(block: Picture, number: int) -> str:
@@ -146,7 +141,7 @@ def _base64(array: Any, kind: str) -> str:
 
 
 def _decoder(decoder: DecoderWeights) -> dict[str, Any]:
-    """As explorer.js reads it: the weights of all layers in one string, each layer's matrix by rows, then its bias."""
+    """The decoder for explorer.js: the weights of all layers in one string, each matrix by rows, then its bias."""
     flat = [part.ravel() for layer in decoder.layers for part in (layer.weight, layer.bias)]
     return {
         "layers": [[*layer.weight.shape, layer.activation] for layer in decoder.layers],
@@ -205,7 +200,6 @@ def _explorer(block: Explorer, number: int) -> str:
 
 _RENDERERS: dict[type, Callable[[Any, int], str]] = {
     Text: _text,
-    Answer: _answer,
     VerdictBlock: _verdict,
     Table: _table,
     Picture: _picture,
@@ -247,7 +241,7 @@ GENERATOR = '<meta name="generator" content="ppl_vae">'  # by which a page is kn
 
 
 def page(title: str, sections: Sequence[Section], *, subtitle: str = "") -> str:
-    """One HTML page, complete in itself: it reads from disk as from a server, in the light and in the dark.
+    """One self-contained HTML page, for light and dark displays.
 
     Args:
         title: of the page.

@@ -28,7 +28,7 @@ _CERTIFICATE = "certificate-"
 
 
 def make_card(run: Run, evaluations: dict[str, Any], *, step: int, figures: Sequence[str] = ()) -> str:
-    """The card, with YAML front matter for hubs. What is not in the run's files is said to be missing.
+    """The model card in Markdown, with YAML front matter for hubs.
 
     Args:
         run: the run; its images are not looked at.
@@ -55,7 +55,7 @@ def make_card(run: Run, evaluations: dict[str, Any], *, step: int, figures: Sequ
 
 
 def code(value: object) -> str:
-    """A Markdown code span of one line: nothing in it means anything to Markdown or HTML."""
+    """A Markdown code span of one line, in which nothing is markup."""
     text = re.sub(r"\s+", " ", "".join(c if c.isprintable() else " " for c in str(value))).strip()
     text = text.replace("`", "'")
     cut = text[:_MOST_CHARACTERS] + "..." * (len(text) > _MOST_CHARACTERS)
@@ -63,7 +63,7 @@ def code(value: object) -> str:
 
 
 def block(lines: Sequence[str]) -> str:
-    """Lines as a Markdown code block, by indentation, which no line can end."""
+    """Lines as an indented Markdown code block, which no line can end."""
     clean = ("".join(c if c.isprintable() else " " for c in line) for part in lines for line in part.splitlines())
     return "\n".join(f"    {line}" for line in clean)
 
@@ -190,14 +190,14 @@ def _training(run: Run, step: int) -> str:
 
 
 class TrainedEpochs(NamedTuple):
-    """How far a training came, in words, and whether that was not its end."""
+    """How far a training came in words, and whether it is unfinished."""
 
     words: str
     unfinished: bool
 
 
 def trained_epochs(run: Run) -> TrainedEpochs:
-    """By the last record of metrics.jsonl, beside the epochs that were asked for; in Python nothing asks for them.
+    """The trained epochs by the last record of metrics.jsonl, compared with the epochs in the options.
 
     Raises:
         ValueError: the records are damaged.

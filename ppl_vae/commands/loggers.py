@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,97 +18,64 @@ Log = Callable[[dict[str, Any]], None]
 def check_tensorboard(options: Options) -> None:
     """Raises ValueError if events are asked for and the package is missing."""
     if options.tensorboard == "on":
-        _writer_class()
+        _import_writer()
 
 
 @contextmanager
 def metric_events(folder: Path, options: Options, *, step: int) -> Iterator[Log]:
     """Yields a function that writes the numbers of each record of metrics.jsonl by its step.
 
-    Nothing where ``--tensorboard`` is off, and on ranks that do not write.
+    It does nothing with ``--tensorboard off``, and on ranks that do not write.
 
     Args:
-        folder: the run's folder.
-        options: the run's.
-        step: where training goes on; events after it, of work that is done again, are purged.
+        folder: The run's folder.
+        options: The run's options.
+        step: The step at which training starts or resumes. Events after it are purged, since the work is done again.
     """
-    with _writer(folder, options, purge_step=step + 1 if (folder / EVENTS).exists() else None) as add:
-        yield lambda record: add("", record, record["step"])
+    with _open_writer(folder, options, purge_step=step + 1 if (folder / EVENTS).exists() else None) as writer:
+        yield lambda record: _write_numbers(folder, writer, "", record, record["step"])
 
 
 def log_evaluation(folder: Path, options: Options, entry: dict[str, Any]) -> None:
     """Writes the numbers of an evaluation by the step of its weights: test/log_likelihood/mean and so on."""
-    with _writer(folder, options, purge_step=None) as add:
-        add(f"{entry['split']}/", entry, entry["step"])
+    with _open_writer(folder, options, purge_step=None) as writer:
+        _write_numbers(folder, writer, f"{entry['split']}/", entry, entry["step"])
 
 
 @contextmanager
-def _writer(folder: Path, options: Options, *, purge_step: int | None) -> Iterator[Callable[..., None]]:
+def _open_writer(folder: Path, options: Options, *, purge_step: int | None) -> Iterator[Any]:
+    """TensorBoard's writer, or None if nothing is written."""
     if options.tensorboard != "on" or not distributed.is_writer():
-        yield lambda *_: None
+        yield None
         return
     if (folder / EVENTS).is_symlink():
         raise ValueError(f"{folder / EVENTS}: expected a folder of the run's own, got a link to elsewhere")
-    with _errors_of_thread() as met:
-        with _named(folder / EVENTS):
-            writer = _writer_class()(str(folder / EVENTS), purge_step=purge_step)
-
-        def add(prefix: str, values: dict[str, Any], step: int) -> None:
-            with _named(folder / EVENTS):
-                for name, value in _numbers(values):
-                    if name != "step":
-                        writer.add_scalar(prefix + name, value, step)
-                writer.flush()
-
-        try:
-            yield add
-        except BaseException:
-            with suppress(OSError):  # what ended the block is told, not what follows from it
-                writer.close()
-            raise
-        with _named(folder / EVENTS):
-            writer.close()
-            if met:
-                raise met[0]
+    with _import_writer()(str(folder / EVENTS), purge_step=purge_step) as writer:
+        yield writer
 
 
-@contextmanager
-def _named(folder: Path) -> Iterator[None]:
-    """Adds the folder's name to errors of writing."""
+def _write_numbers(folder: Path, writer: Any, prefix: str, values: dict[str, Any], step: int) -> None:
+    if writer is None:
+        return
     try:
-        yield
+        for name, value in _iterate_numbers(values):
+            if name != "step":
+                writer.add_scalar(prefix + name, value, step)
+        writer.flush()
     except OSError as error:
-        raise runs.add_file_name(error, folder) from None
+        raise runs.add_file_name(error, folder / EVENTS) from None
 
 
-@contextmanager
-def _errors_of_thread() -> Iterator[list[OSError]]:
-    """Collects the writing errors of the writer's thread, in place of their tracebacks."""
-    former, met = threading.excepthook, []
-
-    def hook(args: threading.ExceptHookArgs) -> None:
-        if isinstance(args.exc_value, OSError) and "tensorboard" in type(args.thread).__module__:
-            met.append(args.exc_value)
-        else:
-            former(args)
-
-    threading.excepthook = hook
-    try:
-        yield met
-    finally:
-        threading.excepthook = former
-
-
-def _numbers(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+def _iterate_numbers(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
     """Every number of an object and of the objects in it, by its path of names."""
     for name, value in values.items():
         if isinstance(value, dict):
-            yield from _numbers(value, f"{prefix}{name}/")
+            yield from _iterate_numbers(value, f"{prefix}{name}/")
         elif isinstance(value, int | float) and not isinstance(value, bool):
             yield prefix + name, float(value)
 
 
-def _writer_class() -> Any:
+def _import_writer() -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from ppl_vae.runtime import ranks as distributed
 
 pytest.importorskip("tensorboard", reason="the extra tensorboard is not installed")
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.summary.writer import record_writer
 
 
 def silent(line: str) -> None:
@@ -96,64 +94,6 @@ def test_another_rank_writes_no_events(
     with tensorboard.metric_events(tmp_path, asked(), step=0) as log:
         log({"step": 1, "beta": 1.0})
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.fixture
-def full(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Once called, there is no room for events."""
-    genuine, there_is_room = record_writer.RecordWriter.write, [True]
-
-    def write(writer: Any, data: bytes) -> None:
-        if not there_is_room[0]:
-            raise OSError(28, "No space left on device")
-        genuine(writer, data)
-
-    monkeypatch.setattr(record_writer.RecordWriter, "write", write)
-    return lambda: there_is_room.__setitem__(0, False)
-
-
-def test_events_without_room_name_their_folder_and_show_no_traceback(
-    asked: Callable[..., Options], tmp_path: Path, full: Callable[[], None], capfd: pytest.CaptureFixture[str]
-) -> None:
-    def write() -> None:
-        with tensorboard.metric_events(tmp_path, asked(), step=0) as log:
-            full()
-            log({"step": 1, "beta": 1.0})
-
-    with pytest.raises(OSError, match="No space left on device") as caught:
-        write()
-    assert caught.value.filename == str(tmp_path / tensorboard.EVENTS)
-    assert capfd.readouterr().err == ""
-
-
-def test_what_ended_the_training_is_told_before_what_the_writer_met(
-    asked: Callable[..., Options], tmp_path: Path, full: Callable[[], None]
-) -> None:
-    def end() -> None:
-        with tensorboard.metric_events(tmp_path, asked(), step=0) as log:
-            full()
-            with suppress(OSError):
-                log({"step": 1, "beta": 1.0})
-            raise KeyError("mine")
-
-    with pytest.raises(KeyError, match="mine"):
-        end()
-
-
-def test_a_training_whose_events_have_no_room_says_up_to_which_step_it_is_kept(
-    asked: Callable[..., Options], tmp_path: Path, full: Callable[[], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    genuine = runs.append_metrics
-
-    def append(folder: Path, record: dict[str, Any]) -> None:
-        genuine(folder, record)
-        if record["epoch"] == 2:
-            full()
-
-    monkeypatch.setattr(runs, "append_metrics", append)
-    words = r"tensorboard: cannot be written: No space left on device; the run is kept as of step \d+ of \d+; once"
-    with pytest.raises(ValueError, match=words):
-        train_run(asked(), str(tmp_path / "a"), say=silent, draw=False)
 
 
 def test_without_the_package_nothing_is_written(

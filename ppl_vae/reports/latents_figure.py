@@ -14,7 +14,7 @@ from ppl_vae.diagnostics.exploration import UNUSED_NATS, kl_by_latent
 from ppl_vae.diagnostics.mixture import normal_factors
 from ppl_vae.evidence.moments import PosteriorMoments, compute_moments, sample_latents
 from ppl_vae.reports import figures as plots
-from ppl_vae.reports.text.titles import latent_axis_name, latents_title
+from ppl_vae.reports.text.captions import latent_axis_name, latents_title
 from ppl_vae.vae import VAE
 
 _PRIOR_SHOWN = 2000  # draws of a prior that is not drawn as circles

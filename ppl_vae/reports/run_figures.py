@@ -23,7 +23,7 @@ from ppl_vae.evidence.moments import PosteriorMoments, encode, mean_or_draw
 from ppl_vae.reports import figures as plots
 from ppl_vae.reports.display import Display, choose_display
 from ppl_vae.reports.latents_figure import LatentUse, latents_figure, measure_latent_use
-from ppl_vae.reports.text.titles import (
+from ppl_vae.reports.text.captions import (
     count_images,
     format_use,
     interpolations_title,

@@ -25,15 +25,18 @@ if TYPE_CHECKING:
         TRAINING_STATE,
         add_file_name,
         append_line,
+        append_metrics,
+        cut_metrics,
+        mend_metrics,
         per_image_file,
         read_evaluations,
         read_json,
+        read_metrics,
         replace_non_finite,
         write_bytes,
         write_json,
     )
     from ppl_vae.runs.folders import check_new, check_writable, is_empty, lock_folder, make_new_folder, make_run_dir
-    from ppl_vae.runs.metrics import append_metrics, cut_metrics, mend_metrics, read_metrics
 
 _NAMES = {
     "checkpoints": ("load_step", "load_tensors", "save_tensors", "get_step"),
@@ -42,9 +45,9 @@ _NAMES = {
         *("CONFIG", "ENVIRONMENT", "EVALUATION", "FIGURES", "LOCK", "METRICS", "MODEL", "PREVIOUS_STATE"),
         *("TRAINING_STATE", "add_file_name", "append_line", "per_image_file", "read_evaluations", "read_json"),
         *("replace_non_finite", "write_bytes", "write_json"),
+        *("append_metrics", "cut_metrics", "mend_metrics", "read_metrics"),
     ),
     "folders": ("check_new", "check_writable", "is_empty", "lock_folder", "make_new_folder", "make_run_dir"),
-    "metrics": ("append_metrics", "cut_metrics", "mend_metrics", "read_metrics"),
 }
 _MODULES = {name: module for module, names in _NAMES.items() for name in names}
 

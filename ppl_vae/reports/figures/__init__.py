@@ -1,6 +1,5 @@
 """Figures: arrays in, a matplotlib Figure out. Runs no model, saves nothing."""
 
-from ppl_vae.reports.figures.calibration import PixelHistogram, pixel_calibration
 from ppl_vae.reports.figures.certificate import (
     Curve,
     RankHistogram,
@@ -12,7 +11,6 @@ from ppl_vae.reports.figures.certificate import (
     pictured,
     sandwich,
 )
-from ppl_vae.reports.figures.comparison import PairShown, paired_bounds
 from ppl_vae.reports.figures.diagnosis import (
     Bar,
     aggregate_against_prior,
@@ -23,7 +21,14 @@ from ppl_vae.reports.figures.diagnosis import (
 )
 from ppl_vae.reports.figures.images import image_grids, image_plane, image_rows
 from ppl_vae.reports.figures.latents import Scales, latent_line, latent_plane
-from ppl_vae.reports.figures.likelihoods import bound_by_particles, likelihood_histogram
+from ppl_vae.reports.figures.likelihoods import (
+    PairShown,
+    PixelHistogram,
+    bound_by_particles,
+    likelihood_histogram,
+    paired_bounds,
+    pixel_calibration,
+)
 from ppl_vae.reports.figures.training import training_curves
 
 __all__ = [

@@ -37,14 +37,14 @@ _NUM_LOWEST = 5
 def encode_images(options: Encode, *, say: Say) -> Path:
     """Computes latents and log p(x) of images; writes encoded.npz, encoded.json and latents.png.
 
-    encoded.npz holds, image by image, ``mean`` and ``scale`` of q(z | x) (n, L), ``log_likelihood`` (the bound L_S),
-    ``elbo``, ``ess``, ``pareto_k`` (n,), ``names`` and, where they are known, ``labels``. Of dequantized levels the
-    first two are of q(z | (x + u) / 256), with one draw of u.
+    encoded.npz holds for each image ``mean`` and ``scale`` of q(z | x) (n, L), ``log_likelihood`` (the bound L_S),
+    ``elbo``, ``ess``, ``pareto_k`` (n,), ``names`` and, if they are known, ``labels``. For dequantized levels, mean and
+    scale are those of q(z | (x + u) / 256) with one draw of u.
 
-    Images of one's own need no data beside an export.
+    An autoencoder has no density: ``mean`` is z(x), and ``reconstruction``, log p(x | z(x)), is the only other number.
+    For dequantized levels both use the same (x + u) / 256.
 
-    An autoencoder has no density: there ``mean`` is z(x), and ``reconstruction``, log p(x | z(x)), is the only other
-    number of an image. Of dequantized levels both are of the same (x + u) / 256.
+    An export of a run needs no data for a person's own images.
 
     Args:
         options: The command's options.

@@ -44,18 +44,17 @@ _FLOATS_PER_MASS = 48  # that the exact mass of one pixel's level holds in memor
 def evaluate_run(options: Evaluate, *, say: Say) -> Evaluation:
     """Estimates log p(x) of a split, writes it into evaluation.json under the split's name, and prints it.
 
-    Of a density of 8-bit levels it is log P(levels), by exact masses: ``dequantization_draws`` has no effect, as a line
-    says.
-    Under torchrun the processes share the images, and rank 0 alone writes and says. An evaluation that was interrupted
-    goes on where it was, and ends with the same numbers.
+    A density of 8-bit levels is evaluated as log P(levels) by exact masses, so that ``dequantization_draws`` has no
+    effect. Under torchrun the processes share the images, and rank 0 alone writes and prints. An interrupted evaluation
+    resumes where it stopped, and ends with the same numbers.
 
     Returns:
         The evaluation, as evaluation.json holds it. The numbers of each image are in evaluation-SPLIT.safetensors.
 
     Raises:
-        ValueError: no run, a damaged one, one that another process writes to, an autoencoder, or other data than it was
+        ValueError: No run, a damaged one, one that another process writes to, an autoencoder, or other data than it was
             trained on.
-        Interrupted: Ctrl-C or SIGTERM; what is done is kept.
+        Interrupted: Ctrl-C or SIGTERM; the finished images are kept.
     """
     find_device(options.device)
     with joined(options.device), ExitStack() as held:
@@ -172,8 +171,7 @@ def _block_store(
 def write_reconstructions(run: Run, *, split: str, images: int | None, device: str, seed: int, say: Say) -> Evaluation:
     """An autoencoder's evaluation: log p(x | z(x)), and None for whatever needs a density.
 
-    Images are as its training saw them: of a density of 8-bit levels it is that of (level + u) / 256, with one draw of
-    u an image.
+    Pixels are as in training: under a density, 8-bit levels become (level + u) / 256 with one draw of u per image.
 
     Returns:
         The evaluation. The number of each image is in evaluation-SPLIT.safetensors, as "reconstruction".

@@ -24,7 +24,7 @@ def per_image_file(split: str) -> str:
 # --- Bytes and lines ---
 
 
-PARTIAL = ".*.partial"  # what a killed write leaves, beside the whole old file
+PARTIAL = ".*.partial"  # the files that killed writes leave
 
 
 def write_bytes(path: Path, content: bytes, previous: Path | None = None) -> None:

@@ -52,7 +52,7 @@ def is_empty(folder: Path) -> bool:
 def make_new_folder(stem: str) -> Path:
     """Makes runs/STEM-DATE-TIME, or runs/STEM-DATE-TIME-2 and so on.
 
-    Making the folder is what takes the name, also beside other processes.
+    Making the folder reserves the name, so that two processes never share one.
 
     Raises:
         ValueError: it cannot be made.

@@ -128,11 +128,11 @@ def open_run(
     """Opens a run with its data.
 
     Args:
-        run_dir: the run's folder, or the name of a pretrained run, of which runs/NAME is made and opened.
-        dataset: where the run's own data file or folder is now, should it have moved.
-        data_dir: where the folder of the named data sets is now, should it have moved.
-        like: a run that is open already, whose data is taken where both ask for the same.
-        say: is told of a pretrained run's new folder.
+        run_dir: The run's folder, or the name of a pretrained run, which is copied to runs/NAME and opened there.
+        dataset: The place of the run's own data, if it has moved.
+        data_dir: The folder of the named data sets, if it has moved.
+        like: A run that is open already, whose data is shared if it is the same.
+        say: Takes a line about a pretrained run's new folder.
 
     Raises:
         ValueError: no run, a damaged one, or other data than it was trained on.
@@ -224,13 +224,13 @@ class Images(NamedTuple):
     """Some of the N images of a split or a path.
 
     Args:
-        source: the split's name, or the path as an absolute one.
-        x: (n, *E) as the model sees them, NaN where a pixel is missing.
-        labels: (n,) int64, or None where there are none.
-        names: (n), of files, or places among the N.
-        places: (n,) int64, their places among the N, ascending.
+        source: The split's name, or the absolute path.
+        x: (n, *E) as the model sees them, with NaN for missing pixels.
+        labels: (n,) int64, or None.
+        names: (n) names of files, or indices among the N.
+        places: (n,) int64, the indices among the N, ascending.
         num_found: N.
-        notes: sentences for the user about how the images were read.
+        notes: Sentences for the user about how the images were read.
     """
 
     source: str
@@ -246,8 +246,8 @@ def load_given_images(run: Run, images_path: str, *, most: int | None, seed: int
     """Loads a split by its name, or a file or folder of images, resized as the run's own data was.
 
     Args:
-        most: a fixed random subset of that many; None takes all.
-        seed: of the binarization, where it draws anew.
+        most: The size of a fixed random subset; None for all images.
+        seed: The seed of a binarization that draws anew.
 
     Raises:
         ValueError: a split without images, files that cannot be read, or images that do not fit the run's data.

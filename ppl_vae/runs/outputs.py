@@ -48,10 +48,10 @@ def remove_if_empty(folder: Path) -> Iterator[None]:
 def remove_record(path: Path) -> str | None:
     """Removes the JSON that describes a folder's other files, before they are replaced.
 
-    It is written anew as the last of them, so that it never stands beside files of something else.
+    It is written again as the last file, so that it never describes files of other images.
 
     Returns:
-        In words, what is replaced; None where there was no such file.
+        What is replaced, in words; None if there was no such file.
     """
     if not path.exists():
         return None

@@ -1,9 +1,9 @@
-"""Published models, in the words of the command line: what is trained, and the number that it is held against.
+"""Published models as options of training runs, and the numbers in print that they are compared with.
 
-Numbers are log-likelihoods of test images, nats an image, importance-weighted bounds with 5,000 samples where a source
-says nothing else. All but ``static_flow`` are trained and tested in the protocol of Tomczak and Welling 2018, arXiv
-1705.07120: MNIST, binarized anew at every access, 50,000 / 10,000 / 10,000 images, the test set as it was drawn there,
-also where the source of a number has another.
+The numbers are log-likelihoods of test images in nats per image: importance-weighted bounds with 5,000 samples, unless
+the source says otherwise. All recipes but ``static_flow`` use the protocol of Tomczak and Welling 2018, arXiv
+1705.07120: MNIST, binarized anew at every access, 50,000 / 10,000 / 10,000 images, and their draw of the test set, even
+if the source of a number has another.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ class Recipe(NamedTuple):
     """A model and how it is trained.
 
     Args:
-        model: what it is, in words.
-        stages: the options of each training; each but the first starts from the weights of the one before.
-        published: numbers of the same model, or of the best of its kind.
-        differs: how the training is not that of the source.
-        particles: S of the evaluation, of every test image.
+        model: The model in words.
+        stages: The options of each training. Each but the first starts from the weights of the one before.
+        published: Numbers of the same model, or of the best of its kind.
+        differs: How the training differs from the source's.
+        particles: S of the evaluation of every test image.
     """
 
     model: str

@@ -15,7 +15,7 @@ def training_curves(metrics: Records, *, title: str, autoencoder: bool = False) 
     """Over epochs: the training objective beside the validation ELBO, and the ELBO's two terms.
 
     The objective is minus the training loss, at the beta of the step: an ELBO only once beta is 1, and labelled so.
-    Where no epoch was validated, the objective stands alone. Of an autoencoder there are reconstructions, in one panel.
+    Without validation images the objective stands alone. An autoencoder has one panel, of reconstructions.
 
     Args:
         metrics: the records of metrics.jsonl, at least one.

@@ -256,27 +256,6 @@ def test_a_run_resumed_from_any_step_ends_bit_for_bit_where_the_undisturbed_one_
         assert scalars | {"seconds": 0} == numbers | {"seconds": 0}
 
 
-def test_a_state_that_was_saved_under_the_older_name_still_goes_on():
-    """Of before there were autoencoders: the best validation ELBO was best_elbo."""
-    saved = {}
-    options = Options(**PLAIN, network="mlp", hidden=(5,), latent_dim=2)
-
-    def vae(seed):
-        pyro.set_rng_seed(seed)
-        return build_vae(options, (12,)).double()
-
-    def keep(state):
-        tensors, scalars = state.to_tensors()
-        saved.setdefault("state", ({name: t.clone() for name, t in tensors.items()}, scalars))
-
-    end = _fit(vae(0), _binary(), _binary(20), beta=1.0, on_checkpoint=keep)
-    tensors, scalars = saved["state"]
-    scalars = {"best_elbo" if name == "best_validation" else name: value for name, value in scalars.items()}
-    resumed = _fit(vae(9), _binary(), _binary(20), beta=1.0, saved=(tensors, scalars))
-    assert resumed.best_validation == end.best_validation
-    assert_close(resumed.best_weights, end.best_weights, rtol=0, atol=0)
-
-
 @pytest.mark.parametrize("kl", KLS)
 def test_captured_steps_end_where_the_eager_ones_do(graphs, kl):
     ends, records = {}, {True: [], False: []}

@@ -97,27 +97,12 @@ def test_an_evaluation_of_weights_that_are_gone_goes_with_them(train):
     assert {entry["step"] for entry in runs.read_evaluations(folder).values()} == {step}
 
 
-def test_an_evaluation_that_replaces_another_says_what_it_replaces(train):
-    folder, _ = train()
-    said = []
-    evaluate_run(Evaluate(str(folder), split="test", num_particles=3, images=7, device="cpu", seed=0), say=said.append)
-    assert "Replaces the test split's estimate of 20 images with S = 10." in said
-
-
 def test_the_weights_of_a_finished_run_are_written_again_from_its_state(train):
     folder, _ = train()
     before = (folder / runs.MODEL).read_bytes()
     (folder / runs.MODEL).unlink()
     _resume(folder)
     assert (folder / runs.MODEL).read_bytes() == before
-
-
-def test_a_lost_record_of_the_training_is_said(train):
-    folder, _ = train()
-    (folder / runs.METRICS).unlink()
-    (folder / runs.FIGURES / "training_curves.png").unlink()
-    with pytest.raises(ValueError, match=r"metrics\.jsonl: expected the record of at least one epoch"):
-        _resume(folder)
 
 
 def test_what_cannot_be_built_leaves_no_folder(train, tmp_path, monkeypatch):
@@ -193,11 +178,6 @@ def test_a_run_from_another_has_its_model_and_data_and_of_the_rest_what_is_given
     assert (options.objective, options.num_particles, options.epochs, options.seed) == ("dreg", 3, 2, 3)
     rest = ("clip_norm", "checkpoint_seconds", "precision", "schedule", "warmup_epochs", "keep")
     assert all(getattr(options, name) == getattr(Options(), name) for name in rest)
-
-
-def test_what_is_given_wins_over_the_other_runs_model_and_data(other, tmp_path):
-    options = from_run(other, "--dataset", str(tmp_path / "elsewhere.npy"), "--prior", "mixture", "--latent-dim", "7")
-    assert (options.dataset, options.prior, options.latent_dim) == (str(tmp_path / "elsewhere.npy"), "mixture", 7)
 
 
 def test_a_run_from_another_starts_at_the_elbo_of_its_kept_weights(other, tmp_path):

@@ -127,17 +127,6 @@ def test_intervals_hold_for_all_rows_at_once(table):
         assert found["interval"] == pytest.approx([found["mean"] - half, found["mean"] + half])
 
 
-def test_the_table_is_written_and_said(table):
-    folder, rows, said = table
-    stored = json.loads((folder / "results" / "table.json").read_text())
-    assert stored["rows"] == json.loads(json.dumps(rows))
-    assert stored["scale"] == "mass of 8-bit levels"
-    assert "git_commit" in stored["environment"]
-    for row in rows:
-        line = next(line for line in said if line.startswith(f"{row['likelihood']} "))
-        assert f"{row['bits_per_dim']['mean']:.4f}" in line
-
-
 @pytest.mark.parametrize("name", ["reconstructions.png", "samples.png", "calibration.png"])
 def test_figures_are_drawn(table, name):
     picture = np.asarray(Image.open(table[0] / "runs" / runs.FIGURES / name).convert("L"))
@@ -323,11 +312,6 @@ def test_each_model_has_a_histogram_of_its_shares():
     assert [axes.get_title().splitlines()[0] for axes in panels] == list("abcde")
     for axes in panels:
         assert [bar.get_height() for bar in axes.patches] == pytest.approx((20 * shares).tolist())
-
-
-def test_a_histogram_without_errors_is_drawn():
-    drawn = {"one image": plots.PixelHistogram(np.full(20, 0.05), np.full(20, np.nan), "calibrated")}
-    assert plots.pixel_calibration(drawn, title="Calibration").axes[0].patches
 
 
 def test_samples_of_all_models_are_from_the_same_latents(table):

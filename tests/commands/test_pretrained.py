@@ -12,7 +12,6 @@ import torch
 from small_run import save_bars
 
 from ppl_vae import data, load, runs, save
-from ppl_vae.commands import options as command_options
 from ppl_vae.commands.cli import parse
 from ppl_vae.commands.evaluate import evaluate_run
 from ppl_vae.commands.options import COMMANDS, Evaluate
@@ -127,27 +126,12 @@ def test_a_name_of_neither_a_folder_nor_a_pretrained_run_is_refused_with_those_t
         load("smal")
 
 
-@pytest.mark.parametrize("path", ["runs/smal", "/no/small"])
-def test_a_path_is_no_name(shipped, path):
-    with pytest.raises(ValueError, match=r"config\.json: no such file; is .* a run folder"):
-        load(path)
-
-
 def test_its_evaluation_makes_the_number_again_beside_the_package(trained, shipped):
     before = contents(shipped)
     entry = evaluate_run(Evaluate("small", **ASKED), say=silent)
     assert to_json(entry.log_likelihood) == runs.read_evaluations(trained)["test"]["log_likelihood"]
     assert runs.read_evaluations(Path("runs/small"))["test"]["seconds"] == entry.seconds
     assert contents(shipped) == before
-
-
-def test_its_copy_is_made_and_told_of_once(shipped):
-    said: list[str] = []
-    assert open_run("small", say=said.append).folder == Path("runs/small")
-    runs.write_json(Path("runs/small") / runs.EVALUATION, {"mine": {}})
-    open_run("small", say=said.append)
-    assert said == ["small is a pretrained run of the package; its copy runs/small takes what is made of it."]
-    assert runs.read_evaluations(Path("runs/small")) == {"mine": {}}
 
 
 def test_a_copy_that_was_interrupted_is_made_whole(shipped, monkeypatch):
@@ -202,10 +186,6 @@ def test_its_weights_are_taken_by_its_name_from_python(shipped):
     vae = build_vae(OPTIONS, (1, 28, 28))
     load_starting_weights(vae, "small")
     assert all(torch.equal(w, load("small").state_dict()[name]) for name, w in vae.state_dict().items())
-
-
-def test_the_command_line_knows_the_folder_of_pretrained_runs():
-    assert command_options._PRETRAINED.resolve() == stored.PRETRAINED.resolve()
 
 
 # --- What is in the package now ---

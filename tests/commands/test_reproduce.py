@@ -31,7 +31,6 @@ from ppl_vae.commands.reproduce import (
 from ppl_vae.reports.text.reproduction import describe_reproduction, reproduction_table, seeds_table
 from ppl_vae.runs import recipes
 from ppl_vae.runs.open import load_evaluated_vae, open_run
-from ppl_vae.runs.options import Options
 from ppl_vae.runs.recipes import Recipe
 from ppl_vae.runs.reproduction_results import Published, Reproduction
 from ppl_vae.runs.results import from_json, to_json
@@ -154,13 +153,6 @@ def test_active_latents_are_counted_in_variances_of_the_prior(undisturbed, tmp_p
     assert reproduction._count_active_units(run, vae) == 1
 
 
-def test_figures_of_the_last_stage_are_drawn_after_its_evaluation(undisturbed):
-    run = undisturbed[0] / "runs" / "2"
-    drawn = (run / runs.FIGURES / "log_likelihoods.png").stat().st_mtime_ns
-    assert drawn >= (run / runs.EVALUATION).stat().st_mtime_ns
-    assert not (undisturbed[0] / "runs" / "1" / runs.FIGURES).exists()
-
-
 # --- Going on ---
 
 
@@ -228,17 +220,6 @@ def test_a_share_is_of_each_stages_epochs_and_warmup(stages, share, epochs, warm
     found = shorten_stages(stages, share)
     assert [stage.epochs for stage in found] == epochs
     assert [stage.warmup_epochs for stage in found] == warmups
-
-
-def test_a_warmup_by_default_stays_one():
-    assert shorten_stages([Options(epochs=10)], 0.5)[0].warmup_epochs is None
-
-
-def test_a_shortened_budget_is_in_the_row_in_its_words_and_in_the_table(tmp_path):
-    row, said = reproduced(tmp_path, epochs=1)
-    assert row["budget"] == {"share": 1 / 13, "epochs": [1, 1], "recipe_epochs": [10, 3]}
-    assert any("0.0769 of the recipe's epochs: 1 + 1 (of 10 + 3)" in line for line in said)
-    assert "| 1 + 1 (of 10 + 3) |" in reproduction_table([from_json(Reproduction, row)])
 
 
 @pytest.mark.parametrize(
@@ -348,20 +329,6 @@ def test_rows_are_in_the_order_of_the_recipes_and_seeds(tmp_path):
     ]
 
 
-def test_a_write_that_fails_leaves_the_rows_that_were_there(tmp_path, monkeypatch):
-    path = tmp_path / "rows.json"
-    write_row(str(path), made_up())
-    before = path.read_bytes()
-
-    def fail(source, target):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("os.replace", fail)
-    with pytest.raises(OSError, match="No space left"):
-        write_row(str(path), made_up(seed=1))
-    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == {"rows.json": before}
-
-
 # --- In words ---
 
 
@@ -407,15 +374,7 @@ def test_two_seeds_or_rows_of_other_trainings_make_no_table():
     assert seeds_table([made_up(), made_up(seed=1), made_up(seed=2, options=OTHER)]) == ""
 
 
-def test_a_stage_of_several_particles_says_how_many():
-    stages = [{"num_particles": 1}, {"num_particles": 16}]
-    budget = {"share": 1.0, "epochs": [1000, 300], "recipe_epochs": [1000, 300]}
-    assert "| 1,000 + 300 of L_16 |" in reproduction_table([made_up(options=stages, budget=budget)])
-
-
 # --- What is refused, before any training ---
-
-BOTH = "--epochs: expected it without --epochs-share, got both"
 
 
 def refused(folder, match, **asked):
@@ -434,19 +393,9 @@ def test_an_output_that_cannot_be_made_is_refused(tmp_path):
     refused(tmp_path / "run", "--output: .*file cannot be made: ", output=str(tmp_path / "file" / "rows.json"))
 
 
-def test_two_budgets_are_refused(tmp_path):
-    refused(tmp_path, BOTH, epochs=1, epochs_share=0.5)
-
-
 @pytest.mark.parametrize(("asked", "what"), [({"seed": 1}, "seed"), ({"epochs": 1}, "epochs, warmup_epochs")])
 def test_run_folders_of_another_training_are_refused(undisturbed, asked, what):
     refused(undisturbed[0], f"1: expected a run with the options that are asked for, got others in {what};", **asked)
-
-
-def test_a_recipe_that_has_changed_since_is_refused(undisturbed, tiny, stages, monkeypatch):
-    changed = tiny._replace(stages=(stages[0], replace(stages[1], batch_size=30)))
-    monkeypatch.setitem(recipes.RECIPES, "tiny", lambda: changed)
-    refused(undisturbed[0], "2: expected a run with the options that are asked for, got others in batch_size;")
 
 
 def test_a_folder_of_something_else_in_a_later_stages_place_is_found_before_the_first(tmp_path):
@@ -470,24 +419,6 @@ def test_a_damaged_results_file_is_refused(tmp_path, content, match):
     refused(tmp_path, f"rows.json: damaged: .*{match}")
 
 
-@pytest.mark.parametrize(
-    ("words", "line"),
-    [
-        ([], "NAME: expected a recipe, got none; --list names them"),
-        (
-            ["ladder", "--epochs", "1", "--epochs-share", "0.1"],
-            "--epochs: expected it without --epochs-share, got both",
-        ),
-        (["ladder", "--epochs-share", "0"], "--epochs-share: expected a finite number above 0, got '0'"),
-        (["ladder", "--precision", "half"], "--precision: expected one of float32, tf32, bf16, got 'half'"),
-    ],
-)
-def test_a_wrong_command_line_ends_in_one_line(words, line, capsys):
-    with pytest.raises(SystemExit):
-        parse(COMMANDS["reproduce"], words)
-    assert capsys.readouterr().err == f"error: {line} (--help lists the options)\n"
-
-
 # --- The script ---
 
 
@@ -504,13 +435,3 @@ def test_the_script_lists_the_recipes():
     assert [line.partition(":")[0] for line in out.splitlines() if line[0] != " "] == [
         name for name in recipes.RECIPES if name != "tiny"
     ]
-
-
-def test_the_script_prints_the_table(tmp_path):
-    write_row(str(tmp_path / "rows.json"), made_up())
-    assert script("--table", "--output", str(tmp_path / "rows.json")) == (0, reproduction_table([made_up()]) + "\n", "")
-    rows = [made_up(seed=seed) for seed in range(3)]
-    for row in rows[1:]:
-        write_row(str(tmp_path / "rows.json"), row)
-    tables = f"{reproduction_table(rows)}\n\n{seeds_table(rows)}\n"
-    assert script("--table", "--output", str(tmp_path / "rows.json")) == (0, tables, "")

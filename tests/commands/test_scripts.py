@@ -558,14 +558,6 @@ def test_runs_without_a_name_that_start_together_get_a_folder_each(datasets: Pat
     )
 
 
-def test_a_channel_of_color_is_drawn(run: Run, tmp_path: Path) -> None:
-    colored = np.random.default_rng(1).integers(0, 256, (30, 5, 6, 3)).astype(np.uint8)
-    np.save(tmp_path / "colored.npy", colored)
-    done = run(TRAIN, "--dataset", tmp_path / "colored.npy", "--run-dir", tmp_path / "run", *SMALL)
-    assert (done.code, done.said) == (0, [])
-    assert set(pictures(tmp_path / "run")) == {*IMAGE_FIGURES, *TABLE_FIGURES}
-
-
 # --- What goes wrong: one line, a non-zero exit, no traceback ---
 
 
@@ -738,25 +730,6 @@ def test_a_device_that_is_not_here_is_refused_before_a_folder_is_made(
     assert not (tmp_path / "run").exists()
 
 
-def test_grey_data_without_binarization_is_refused_before_a_folder_is_made(
-    datasets: Path, run: Run, tmp_path: Path
-) -> None:
-    done = run(
-        TRAIN, "--dataset", datasets / "small.npz", "--run-dir", tmp_path / "a" / "run", "--binarization", "none"
-    )
-    line = refusal(done)
-    assert re.search("--likelihood bernoulli: expected pixels that are 0 or 1, got 8-bit levels in train; .*", line)
-    assert not (tmp_path / "a").exists()
-
-
-def test_a_binarization_of_binary_data_is_refused_before_a_folder_is_made(
-    datasets: Path, run: Run, tmp_path: Path
-) -> None:
-    done = run(TRAIN, "--dataset", datasets / "bits.npy", "--run-dir", tmp_path / "run", "--binarization", "fixed")
-    assert "binarization: expected none for binary data" in refusal(done)
-    assert not (tmp_path / "run").exists()
-
-
 @pytest.mark.parametrize("dataset", ["no/such.npz", "cifar", "small.csv"])
 def test_bad_data_is_refused_before_a_folder_is_made(run: Run, tmp_path: Path, dataset: str) -> None:
     assert "dataset: " in refusal(run(TRAIN, "--dataset", dataset, cwd=tmp_path))
@@ -769,20 +742,6 @@ def test_a_damaged_data_file_is_refused_before_a_folder_is_made(datasets: Path, 
     done = run_alone(TRAIN, "--dataset", "half.npz", "--run-dir", "run", cwd=tmp_path)
     assert refusal(done).startswith("error: half.npz: not a readable array file: ")
     assert not (tmp_path / "run").exists()
-
-
-def test_a_run_folder_that_holds_a_run_is_refused_and_left_as_it_is(
-    first: tuple[Path, Done], copy: Path, datasets: Path, run: Run
-) -> None:
-    line = refusal(run(TRAIN, "--dataset", datasets / "small.npz", "--run-dir", copy))
-    assert f"--run-dir: expected a new or empty folder, but {copy} exists (--resume {copy} goes on with it)" in line
-    assert contents(copy) == contents(first[0])
-
-
-def test_a_run_folder_below_a_file_is_refused_in_one_line(datasets: Path, run: Run) -> None:
-    parent = datasets / "small.npz"
-    line = refusal(run(TRAIN, "--dataset", datasets / "small.npz", "--run-dir", parent / "run", *SMALL))
-    assert str(parent) in line
 
 
 def test_a_training_that_diverges_ends_in_one_line(datasets: Path, run: Run, tmp_path: Path) -> None:

@@ -62,47 +62,27 @@ def evaluate_run(options: Evaluate, *, say: Say) -> Evaluation:
         check_density(run, "log-likelihood")
         with end_together():
             held.enter_context(runs.lock_folder(run.folder))
-        return write_evaluation(
-            run,
-            split=options.split,
-            num_particles=options.num_particles,
-            images=options.images,
-            device=options.device,
-            seed=options.seed,
-            compile=options.compile,
-            dequantization_draws=options.dequantization_draws,
-            say=rank_zero_only(say),
-        )
+        return write_evaluation(run, options, say=rank_zero_only(say))
 
 
-def write_evaluation(
-    run: Run,
-    *,
-    split: str,
-    num_particles: int,
-    images: int | None,
-    device: str,
-    seed: int,
-    say: Say,
-    compile: str = "auto",
-    dequantization_draws: int | None = None,
-) -> Evaluation:
+def write_evaluation(run: Run, options: Evaluate, *, say: Say) -> Evaluation:
     """``evaluate_run`` for a run that is already open and locked, and has a density."""
     folder = run.folder
     runs.read_evaluations(folder)  # a damaged file is found before the work, not after it
     runs.check_writable(folder)
     step = runs.load_step(folder / runs.MODEL)
-    place = find_device(device)
-    for line in describe_unused_draws(run, dequantization_draws):
+    split, S, seed, compile = options.split, options.num_particles, options.seed, options.compile
+    place = find_device(options.device)
+    for line in describe_unused_draws(run, options.dequantization_draws):
         say(line)
     vae = load_evaluated_vae(run).to(place)
-    index, x = _images_of_split(run, split, run.evaluated_pixels, images, seed, say)
+    index, x = _images_of_split(run, run.evaluated_pixels, options, say)
     x = x.to(place)
-    store = _block_store(run, split, x, num_particles, seed=seed, step=step, compile=compile, say=say)
+    store = _block_store(run, options, x, step, say)
     done = store.open_stage(
         split,
         num_items=len(x),
-        block_size=images_per_group(x, num_particles),
+        block_size=images_per_group(x, S),
         num_columns=len(IMPORTANCE_NAMES),
     )
     with stop_on_signals() as should_stop:  # until all is written: a signal during the last image loses nothing
@@ -110,7 +90,7 @@ def write_evaluation(
             result = evaluate_with_progress(
                 vae,
                 x,
-                num_particles=num_particles,
+                num_particles=S,
                 seed=seed,
                 compile=compile,
                 say=say,
@@ -127,12 +107,12 @@ def write_evaluation(
             **vars(run.provenance),
             split=split,
             num_images=len(x),
-            num_particles=num_particles,
+            num_particles=S,
             seed=seed,
-            **_summarize(result, num_particles),
+            **_summarize(result, S),
             floor=independent_pixels(run, x.cpu()),
             binarization_entropy=binarization_entropy(run, split, index),
-            bits_per_dim=estimate_bits_per_dim(run, result.log_evidence, num_particles),
+            bits_per_dim=estimate_bits_per_dim(run, result.log_evidence, S),
             step=step,
             seconds=store.seconds(split),
         )
@@ -148,27 +128,25 @@ def partial_path(folder: Path, split: str) -> Path:
     return folder / f"evaluation-{split}.partial.safetensors"
 
 
-def _block_store(
-    run: Run, split: str, x: Tensor, num_particles: int, *, seed: int, step: int, compile: str, say: Say
-) -> BlockStore:
+def _block_store(run: Run, options: Evaluate, x: Tensor, step: int, say: Say) -> BlockStore:
     """The finished blocks of this evaluation, identified by everything that decides its numbers."""
     identity = {
-        "split": split,
-        "num_particles": num_particles,
-        "seed": seed,
+        "split": options.split,
+        "num_particles": options.num_particles,
+        "seed": options.seed,
         "dequantization_draws": None,
         "images": hashlib.sha256(x.cpu().contiguous().numpy().data).hexdigest(),
-        "images_per_group": images_per_group(x, num_particles),
+        "images_per_group": images_per_group(x, options.num_particles),
         "dtype": str(x.dtype),
         "device": x.device.type,
-        "compile": compile,
+        "compile": options.compile,
         "step": step,
         "weights": data.compute_sha256(run.folder / runs.MODEL),
     }
-    return BlockStore(partial_path(run.folder, split), {split: identity}, say)
+    return BlockStore(partial_path(run.folder, options.split), {options.split: identity}, say)
 
 
-def write_reconstructions(run: Run, *, split: str, images: int | None, device: str, seed: int, say: Say) -> Evaluation:
+def write_reconstructions(run: Run, options: Evaluate, *, say: Say) -> Evaluation:
     """An autoencoder's evaluation: log p(x | z(x)), and None for whatever needs a density.
 
     Pixels are as in training: under a density, 8-bit levels become (level + u) / 256 with one draw of u per image.
@@ -179,11 +157,11 @@ def write_reconstructions(run: Run, *, split: str, images: int | None, device: s
     Raises:
         ValueError: as ``evaluate_run``.
     """
-    folder, place = run.folder, find_device(device)
+    folder, place, split, seed = run.folder, find_device(options.device), options.split, options.seed
     runs.read_evaluations(folder)
     runs.check_writable(folder)
     vae = load(folder).to(place)
-    index, x = _images_of_split(run, split, run.pixels, images, seed, say)
+    index, x = _images_of_split(run, run.pixels, options, say)
     started = time.monotonic()
     with _bar(len(x), f"log p(x | z), {split}") as bar, matmul_precision("float32"), stop_on_signals() as should_stop:
         try:
@@ -206,14 +184,12 @@ def write_reconstructions(run: Run, *, split: str, images: int | None, device: s
     return found
 
 
-def _images_of_split(
-    run: Run, split: str, pixels: str, images: int | None, seed: int, say: Say
-) -> tuple[Tensor, Tensor]:
+def _images_of_split(run: Run, pixels: str, options: Evaluate, say: Say) -> tuple[Tensor, Tensor]:
     """The indices in the split (n,) and the images (n, *E): all, or a fixed random subset."""
-    x = data.evaluation_images(run.splits, split, pixels, seed=seed)
-    if images is not None and images > len(x):
-        say(f"--images {images:,}: the {split} split has {len(x):,}, and all are taken.")
-    index = data.subset(len(x), images)
+    x = data.evaluation_images(run.splits, options.split, pixels, seed=options.seed)
+    if options.images is not None and options.images > len(x):
+        say(f"--images {options.images:,}: the {options.split} split has {len(x):,}, and all are taken.")
+    index = data.subset(len(x), options.images)
     return index, x[index]
 
 

@@ -12,7 +12,7 @@ import torch
 
 from ppl_vae import data, runs
 from ppl_vae.commands.evaluate import write_evaluation
-from ppl_vae.commands.options import Reproduce
+from ppl_vae.commands.options import Evaluate, Reproduce
 from ppl_vae.commands.run_series import check_runs, train_or_resume
 from ppl_vae.diagnostics import active_units
 from ppl_vae.evidence.moments import compute_moments, encode
@@ -125,16 +125,11 @@ def _evaluate(run: Run, num_particles: int, device: str, say: Say) -> bool:
     if asked.items() <= there.items():
         say(f"{run.folder} has its evaluation: S = {num_particles:,}, {asked['num_images']:,} test images.")
         return False
-    write_evaluation(
-        run,
-        split="test",
-        num_particles=num_particles,
-        images=None,
-        device=device,
-        seed=EVALUATION_SEED,
-        compile="off" if run.options.compile == "off" else "auto",
-        say=say,
+    compile = "off" if run.options.compile == "off" else "auto"
+    options = Evaluate(
+        str(run.folder), num_particles=num_particles, device=device, seed=EVALUATION_SEED, compile=compile
     )
+    write_evaluation(run, options, say=say)
     return True
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from ppl_vae import data, runs
 from ppl_vae.commands.evaluate import write_evaluation, write_reconstructions
 from ppl_vae.commands.loggers import Log, check_tensorboard, log_evaluation, metric_events
-from ppl_vae.commands.options import Train
+from ppl_vae.commands.options import Evaluate, Train
 from ppl_vae.reports.run_figures import is_drawn, write_figures
 from ppl_vae.reports.text.training import describe_epoch, describe_model, describe_training, describe_validation
 from ppl_vae.runs.build import build_vae, is_autoencoder
@@ -204,23 +204,16 @@ def _go_on(run: Run, saved: Saved | None, *, say: Say, compile_if_possible: bool
 def _evaluate(run: Run, *, say: Say) -> None:
     """Evaluates some test images."""
     options = run.options
-    if is_autoencoder(options):
-        entry = write_reconstructions(
-            run, split="test", images=options.images, device=options.device, seed=QUICK_EVALUATION_SEED, say=say
-        )
-        log_evaluation(run.folder, options, to_json(entry))
-        return
-    entry = write_evaluation(
-        run,
-        split="test",
+    asked = Evaluate(
+        str(run.folder),
         num_particles=options.evaluation_particles,
         images=options.images,
         device=options.device,
         seed=QUICK_EVALUATION_SEED,
         compile="off" if options.compile == "off" else "auto",
-        say=say,
     )
-    log_evaluation(run.folder, options, to_json(entry))
+    write = write_reconstructions if is_autoencoder(options) else write_evaluation
+    log_evaluation(run.folder, options, to_json(write(run, asked, say=say)))
 
 
 class _TrainingRecord:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ppl_vae import data, runs
 from ppl_vae.commands.evaluate import write_evaluation
+from ppl_vae.commands.options import Evaluate
 from ppl_vae.commands.train import QUICK_EVALUATION_SEED, resume_run, train_run
 from ppl_vae.runs.build import build_vae
 from ppl_vae.runs.evaluations import is_evaluated
@@ -91,15 +92,14 @@ def _train_averaged(planned: Planned, run_dir: Path, *, say: Say) -> None:
         _fit_averaged(planned, run_dir, say=say)
     if not is_evaluated(run_dir):
         options = planned.options
-        write_evaluation(
-            open_run(str(run_dir)),
-            split="test",
+        asked = Evaluate(
+            str(run_dir),
             num_particles=options.evaluation_particles,
             images=options.images,
             device=options.device,
             seed=QUICK_EVALUATION_SEED,
-            say=say,
         )
+        write_evaluation(open_run(str(run_dir)), asked, say=say)
 
 
 def _fit_averaged(planned: Planned, run_dir: Path, *, say: Say) -> None:

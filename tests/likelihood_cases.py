@@ -6,6 +6,9 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
+import scipy.special
+import scipy.stats
 import torch
 
 from ppl_vae.parts import likelihoods
@@ -28,6 +31,8 @@ class Case(NamedTuple):
         event: an event shape for it.
         extreme: values of a pixel for the tests at extreme features.
         fits_peak: whether ``fit_marginals`` is a maximum of the likelihood.
+        formula: (distribution of single pixels, values) -> log-probability, by an independent formula in float64;
+            None where a test of its own compares.
     """
 
     make: Callable[..., Any]
@@ -37,6 +42,7 @@ class Case(NamedTuple):
     event: tuple[int, ...] = EVENT
     extreme: tuple[float, ...] = (-3.0, 0.0, 0.7, 100.0)
     fits_peak: bool = False
+    formula: Callable[..., Any] | None = None
 
     def draw(self, *batch: int, event: tuple[int, ...] | None = None, seed: int = 0) -> torch.Tensor:
         """Features (*batch, num_features) in float64."""
@@ -47,6 +53,75 @@ class Case(NamedTuple):
         center, spread = torch.tensor(self.features, dtype=torch.double).T
         return (center[:, None] + spread[:, None] * noise).flatten(-2)
 
+
+# --- Independent formulas ---
+
+
+def double(values: torch.Tensor) -> Any:
+    """As NumPy in float64."""
+    return values.detach().double().numpy()
+
+
+def bernoulli(p, x):
+    logits = double(p.logits)
+    return x * scipy.special.log_expit(logits) + (1 - x) * scipy.special.log_expit(-logits)
+
+
+def binomial(p, x):
+    logits, n = double(p.logits), 255
+    log_choose = scipy.special.gammaln(n + 1) - scipy.special.gammaln(x + 1) - scipy.special.gammaln(n - x + 1)
+    return log_choose + x * scipy.special.log_expit(logits) + (n - x) * scipy.special.log_expit(-logits)
+
+
+def discretized_logistic(p, x):
+    """Of the two sides of the location, the smaller tail: the difference of two numbers near 1 would be lost."""
+    loc, scale = double(p.loc), np.exp(double(p.log_scale))
+    upper = np.where(x == 255, np.inf, ((x + 0.5) / 127.5 - 1 - loc) / scale)
+    lower = np.where(x == 0, -np.inf, ((x - 0.5) / 127.5 - 1 - loc) / scale)
+    upper, lower = np.where(lower > 0, -lower, upper), np.where(lower > 0, -upper, lower)
+    return scipy.special.log_expit(upper) + np.log1p(
+        -np.exp(scipy.special.log_expit(lower) - scipy.special.log_expit(upper))
+    )
+
+
+def mixture(p, x):
+    log_weight = scipy.special.log_softmax(double(p.mixture_distribution.logits), -1)
+    return scipy.special.logsumexp(log_weight + discretized_logistic(p.component_distribution, x[..., None]), -1)
+
+
+def categorical(p, x):
+    log_mass = scipy.special.log_softmax(double(p.logits), -1)
+    return np.take_along_axis(log_mass, x.astype(int)[..., None], -1)[..., 0]
+
+
+def continuous_bernoulli(p, x):
+    h = double(p.logits)
+    a = abs(h)
+    return -a * np.where(h > 0, 1 - x, x) - np.log(-np.expm1(-a) / a)
+
+
+def beta(p, x):
+    kappa, logit = np.exp(double(p.log_concentration)), double(p.mean_logit)
+    return scipy.stats.beta.logpdf(x, kappa * scipy.special.expit(logit), kappa * scipy.special.expit(-logit))
+
+
+def normal(p, x):
+    return scipy.stats.norm.logpdf(x, double(p.loc), double(p.scale))
+
+
+def laplace(p, x):
+    return -abs(x - double(p.loc)) / double(p.scale) - np.log(2 * double(p.scale))
+
+
+def student_t(p, x):
+    return scipy.stats.t.logpdf(x, double(p.df), double(p.loc), double(p.scale))
+
+
+def logit_normal(p, x):
+    return normal(p.base, scipy.special.logit(x)) - np.log(x) - np.log1p(-x)
+
+
+# --- Cases ---
 
 _OFF_LEVELS = [0.5, -1.0, 256.0, math.inf, math.nan]
 _OFF_COUNTS = [0.5, -1.0, math.nan]
@@ -61,9 +136,17 @@ _MIXTURE = [(0.0, 1.0)] * 5 + [(0.0, 0.7)] * 5 + [(0.0, 2.0)] * 5
 # Each word of the command line.
 WORDS = {
     "bernoulli": Case(
-        likelihoods.Bernoulli, [0.5, -1.0, 2.0, math.nan], [0.0, 1.0], [(0.0, 1.0)], extreme=(0.0, 1.0), fits_peak=True
+        likelihoods.Bernoulli,
+        [0.5, -1.0, 2.0, math.nan],
+        [0.0, 1.0],
+        [(0.0, 1.0)],
+        extreme=(0.0, 1.0),
+        fits_peak=True,
+        formula=bernoulli,
     ),
-    "categorical": Case(likelihoods.Categorical, _OFF_LEVELS, LEVELS, [(0.0, 0.7)] * 16, extreme=_SOME_LEVELS),
+    "categorical": Case(
+        likelihoods.Categorical, _OFF_LEVELS, LEVELS, [(0.0, 0.7)] * 16, extreme=_SOME_LEVELS, formula=categorical
+    ),
     "discretized-logistic": Case(
         likelihoods.DiscretizedLogistic,
         _OFF_LEVELS,
@@ -71,11 +154,14 @@ WORDS = {
         [(0.0, 0.4), (0.0, 1.0)],
         extreme=_SOME_LEVELS,
         fits_peak=True,
+        formula=discretized_logistic,
     ),
     "discretized-logistic-mixture": Case(
-        likelihoods.DiscretizedLogisticMixture, _OFF_LEVELS, LEVELS, _MIXTURE, extreme=_SOME_LEVELS
+        likelihoods.DiscretizedLogisticMixture, _OFF_LEVELS, LEVELS, _MIXTURE, extreme=_SOME_LEVELS, formula=mixture
     ),
-    "binomial": Case(likelihoods.Binomial, _OFF_LEVELS, LEVELS, [(0.0, 2.0)], extreme=_SOME_LEVELS, fits_peak=True),
+    "binomial": Case(
+        likelihoods.Binomial, _OFF_LEVELS, LEVELS, [(0.0, 2.0)], extreme=_SOME_LEVELS, fits_peak=True, formula=binomial
+    ),
     "continuous-bernoulli": Case(
         likelihoods.ContinuousBernoulli,
         [-0.1, 1.1, math.nan],
@@ -83,15 +169,28 @@ WORDS = {
         [(0.0, 5.0)],
         extreme=(0.0, *_INSIDE, 1.0),
         fits_peak=True,
+        formula=continuous_bernoulli,
     ),
-    "beta": Case(likelihoods.Beta, _OFF_OPEN, None, [(0.0, 1.0), (0.0, 1.0)], extreme=_INSIDE, fits_peak=True),
-    "logit-normal": Case(likelihoods.LogitNormal, _OFF_OPEN, None, [(0.0, 1.0)] * 2, extreme=_INSIDE, fits_peak=True),
-    "normal": Case(likelihoods.Normal, _OFF_REAL, None, _LOCATION, fits_peak=True),
-    "normal-fixed": Case(likelihoods.NormalFixed, _OFF_REAL, None, _LOCATION, fits_peak=True),
-    "normal-optimal": Case(likelihoods.NormalOptimal, _OFF_REAL, None, _LOCATION, fits_peak=True),
-    "normal-per-pixel": Case(likelihoods.NormalPerPixel, _OFF_REAL, None, [(0.0, 1.0)] * 2, fits_peak=True),
-    "laplace": Case(likelihoods.Laplace, _OFF_REAL, None, _LOCATION, fits_peak=True),
-    "student-t": Case(likelihoods.StudentT, _OFF_REAL, None, _LOCATION),
+    "beta": Case(
+        likelihoods.Beta, _OFF_OPEN, None, [(0.0, 1.0), (0.0, 1.0)], extreme=_INSIDE, fits_peak=True, formula=beta
+    ),
+    "logit-normal": Case(
+        likelihoods.LogitNormal,
+        _OFF_OPEN,
+        None,
+        [(0.0, 1.0)] * 2,
+        extreme=_INSIDE,
+        fits_peak=True,
+        formula=logit_normal,
+    ),
+    "normal": Case(likelihoods.Normal, _OFF_REAL, None, _LOCATION, fits_peak=True, formula=normal),
+    "normal-fixed": Case(likelihoods.NormalFixed, _OFF_REAL, None, _LOCATION, fits_peak=True, formula=normal),
+    "normal-optimal": Case(likelihoods.NormalOptimal, _OFF_REAL, None, _LOCATION, fits_peak=True, formula=normal),
+    "normal-per-pixel": Case(
+        likelihoods.NormalPerPixel, _OFF_REAL, None, [(0.0, 1.0)] * 2, fits_peak=True, formula=normal
+    ),
+    "laplace": Case(likelihoods.Laplace, _OFF_REAL, None, _LOCATION, fits_peak=True, formula=laplace),
+    "student-t": Case(likelihoods.StudentT, _OFF_REAL, None, _LOCATION, formula=student_t),
     "poisson": Case(likelihoods.Poisson, _OFF_COUNTS, COUNTS, [(2.0, 1.0)], extreme=_SOME_COUNTS, fits_peak=True),
     "negative-binomial": Case(
         likelihoods.NegativeBinomial, _OFF_COUNTS, COUNTS, [(2.0, 1.0), (1.0, 0.5)], extreme=_SOME_COUNTS

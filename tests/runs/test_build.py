@@ -28,9 +28,15 @@ from ppl_vae.runs.fields import format_flag
 from ppl_vae.runs.options import PLAIN, Options
 from ppl_vae.runs.resolve import resolve
 
+P, Q = len(PRIORS), len(POSTERIORS)
 # Every pair of words of two tables is in one of these combinations, as the next test shows.
 COMBINATIONS = [
-    (network, likelihood, list(PRIORS)[(i + j) % 4], list(POSTERIORS)[(i + j // 4) % 4])
+    (
+        network,
+        likelihood,
+        list(PRIORS)[(i + j) % P],
+        list(POSTERIORS)[(i + j // P) % Q],
+    )
     for i, network in enumerate(NETWORKS)
     for j, likelihood in enumerate(LIKELIHOODS)
 ]

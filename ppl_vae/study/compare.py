@@ -1,8 +1,8 @@
-"""What compares runs of the study: paired differences, the parts of the squared error, and measures of no run."""
+"""What compares the runs of a study: paired differences, the parts of the squared error, gradients of scale maps."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,32 @@ from ppl_vae.evidence.moments import decode_mean, encode, sample_posterior
 from ppl_vae.evidence.paired import PairedDifference, bound_difference, paired_difference
 from ppl_vae.parts.registry import SCALE_MAPS
 from ppl_vae.runs.build import build_likelihood, build_vae
-from ppl_vae.runs.evaluations import PerImage, read_per_image
+from ppl_vae.runs.evaluations import PerImage, read_evaluation, read_per_image
+from ppl_vae.runs.load import load
 from ppl_vae.runs.options import Options
 from ppl_vae.runtime.global_state import seeded
-from ppl_vae.study.data import MOST_TRAINING_IMAGES, StudyData
+from ppl_vae.study.data import MOST_TRAINING_IMAGES, StudyData, originals_path
+from ppl_vae.study.plan import (
+    REMEDIED_NETWORKS,
+    REMEDIES,
+    Size,
+    autoencoder_name,
+    latents_name,
+    network_name,
+    remedy_name,
+    sweep_name,
+)
 from ppl_vae.study.quality import sample_quality
-from ppl_vae.study.results import BlurParts, BoundDifferences, Difference, ScaleGradient
+from ppl_vae.study.results import (
+    RUNS,
+    BlurParts,
+    BoundDifferences,
+    DataNumbers,
+    Difference,
+    RunNumbers,
+    ScaleGradient,
+    StudyNumbers,
+)
 from ppl_vae.vae import VAE
 
 LARGEST_FEATURES = (1.0, 10.0, 30.0, 100.0)
@@ -32,6 +52,85 @@ LARGEST_FEATURES = (1.0, 10.0, 30.0, 100.0)
 _NUM_NEIGHBORS = 20
 _NUM_NEIGHBORED = 500  # test images whose neighbors are averaged
 _NUM_DRAWS = 8  # of q(z | x) per image, for the parts of its squared error
+
+
+# --- All numbers ---
+
+
+def assemble_numbers(
+    folder: Path, size: Size, name: str, loaded: Mapping[str, StudyData], found: dict[str, RunNumbers]
+) -> StudyNumbers:
+    """All numbers of the study.
+
+    Args:
+        folder: The study's folder.
+        size: How much was trained.
+        name: Of the size.
+        loaded: The data sets, by word; the first has all parts.
+        found: The numbers of each run.
+    """
+    first, place = next(iter(loaded)), folder / RUNS
+    seconds = {
+        "training": sum(run.seconds or 0.0 for run in found.values()),
+        "evaluation": sum(run.seconds_evaluation or 0.0 for run in found.values()),
+        "measuring": sum(run.seconds_measuring or 0.0 for run in found.values()),
+    }
+    return StudyNumbers(
+        size=name,
+        settings=size,
+        datasets=tuple(loaded),
+        data={word: _describe_data(place, each) for word, each in loaded.items()},
+        runs=found,
+        environment=runs.describe_environment("cpu"),
+        seconds=seconds,
+        differences=_compare_bounds(place, size, loaded),
+        blur={word: blur for word in loaded if (blur := _split_blur(place, found, loaded[word])) is not None},
+        gradients=measure_scale_gradients(loaded[first].options, loaded[first].x[:500]),
+    )
+
+
+def _describe_data(place: Path, each: StudyData) -> DataNumbers:
+    splits, noise = each.splits, measure_training_noise(each)
+    evaluation = read_evaluation(place / sweep_name(each.word, 1.0))
+    return DataNumbers(
+        description=splits.describe(),
+        num_pixels=each.num_pixels,
+        train=len(splits.train),
+        validation=len(splits.validation),
+        test=len(splits.test),
+        classes=tuple(splits.class_names),
+        eigenvalues=tuple(noise.eigenvalues.tolist()),
+        edge=noise.edge,
+        floor=None if evaluation is None else evaluation.floor,
+        originals=originals_path(each.word),
+    )
+
+
+def _compare_bounds(place: Path, size: Size, loaded: Mapping[str, StudyData]) -> dict[str, dict[str, BoundDifferences]]:
+    """The differences of each table to its reference, by table."""
+    tables: dict[str, dict[str, BoundDifferences]] = {"beta": {}, "collapse": {}, "networks": {}}
+    for word in loaded:
+        betas = [sweep_name(word, beta) for beta in size.betas_of(word)]
+        tables["beta"] |= compare_with_reference(place, betas, sweep_name(word, 1.0))
+    first = next(iter(loaded))
+    for network in REMEDIED_NETWORKS:
+        remedies = [remedy_name(first, network, remedy) for remedy in REMEDIES]
+        tables["collapse"] |= compare_with_reference(place, remedies, remedy_name(first, network, "none"))
+    varied = [latents_name(first, L) for L in size.latent_dims]
+    varied += [network_name(first, network) for network in size.networks]
+    base_name = sweep_name(first, 1.0)
+    tables["networks"] = compare_with_reference(place, [base_name, *varied], base_name)
+    return tables
+
+
+def _split_blur(place: Path, found: dict[str, RunNumbers], each: StudyData) -> BlurParts | None:
+    """The parts of the error of one data set; None if the VAE or the autoencoder did not end."""
+    names = (sweep_name(each.word, 1.0), autoencoder_name(each.word), autoencoder_name(each.word, 2))
+    ended = [name in found and found[name].failed is None for name in names]
+    if not all(ended[:2]):
+        return None
+    two = load(place / names[2]) if ended[2] else None
+    return split_blur(load(place / names[0]), load(place / names[1]), two, each)
 
 
 # --- Paired differences ---

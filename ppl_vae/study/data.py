@@ -18,6 +18,7 @@ from ppl_vae.runs.outputs import write_picture
 from ppl_vae.runs.resolve import choose_evaluated_pixels, resolve
 from ppl_vae.study.plan import dataset_word
 
+PICTURES = "pictures"  # a folder in the study's
 NUM_SHOWN = 10  # images in a row of a picture
 MOST_TRAINING_IMAGES = 20_000  # for principal components and for eigenvalues
 
@@ -152,6 +153,11 @@ def study_data(options: Options, splits: data.Splits, num_images: int) -> StudyD
     if min(len(splits.validation), len(splits.test)) < NUM_SHOWN:
         raise ValueError(f"--datasets: expected at least {NUM_SHOWN} validation and test images in {splits.name}")
     return StudyData(resolve(options, splits), splits, min(num_images, len(splits.test)))
+
+
+def originals_path(word: str) -> str:
+    """The picture of test images of a data set, in the study's folder."""
+    return f"{PICTURES}/{word}/originals.png"
 
 
 def write_strip(path: Path, images: Tensor, *, columns: int) -> None:

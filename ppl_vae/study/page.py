@@ -15,7 +15,7 @@ from ppl_vae.reports.text.study import EXPLORE
 from ppl_vae.runs.load import load
 from ppl_vae.study import questions
 from ppl_vae.study.figures import draw_figures
-from ppl_vae.study.questions import Material
+from ppl_vae.study.questions import PageSource
 from ppl_vae.study.results import RUNS, RunNumbers, read_study
 from ppl_vae.study.tables import name_data
 
@@ -37,31 +37,31 @@ def write_report(folder: Path) -> Path:
         ValueError: No study, or a damaged one.
     """
     study = read_study(folder)
-    material = Material(study, folder, draw_figures(study))
-    html = compose_page(material)
+    source = PageSource(study, folder, draw_figures(study))
+    html = compose_page(source)
     figures = folder / runs.FIGURES
     figures.mkdir(exist_ok=True)
-    for name, figure in material.drawn.items():
+    for name, figure in source.drawn.items():
         runs.write_bytes(figures / f"{name}.png", figure.light)
         runs.write_bytes(figures / f"{name}-dark.png", figure.dark)
     runs.write_bytes(folder / REPORT, html.encode())
     return folder / REPORT
 
 
-def compose_page(material: Material) -> str:
+def compose_page(source: PageSource) -> str:
     """The page as a string."""
     sections = [
-        questions.explain_beta(material),
-        questions.explain_check(material),
-        questions.explain_blur(material),
-        questions.explain_averaging(material),
-        questions.explain_collapse(material),
-        questions.explain_networks(material),
-        questions.explain_scale_maps(material),
-        _explore(material),
-        questions.explain_method(material),
+        questions.explain_beta(source),
+        questions.explain_check(source),
+        questions.explain_blur(source),
+        questions.explain_averaging(source),
+        questions.explain_collapse(source),
+        questions.explain_networks(source),
+        questions.explain_scale_maps(source),
+        _explore(source),
+        questions.explain_method(source),
     ]
-    study = material.study
+    study = source.study
     failed = sum(run.failed is not None for run in study.runs.values())
     missing = [section.title for section in sections if not section.blocks]
     sentences = [
@@ -77,16 +77,16 @@ def compose_page(material: Material) -> str:
 # --- Latent spaces of two dimensions, which the page draws itself ---
 
 
-def _explore(material: Material) -> Section:
+def _explore(source: PageSource) -> Section:
     """A map of each latent space of two dimensions, the VAE's first."""
-    found = sorted((run for run in material.study.runs.values() if run.codes), key=lambda run: run.is_autoencoder)
-    explorers = [explorer for run in found if (explorer := _make_explorer(material, run)) is not None]
+    found = sorted((run for run in source.study.runs.values() if run.codes), key=lambda run: run.is_autoencoder)
+    explorers = [explorer for run in found if (explorer := _make_explorer(source, run)) is not None]
     return Section("Move through a latent space", [Text(EXPLORE), *explorers] if explorers else [], anchor="explore")
 
 
-def _make_explorer(material: Material, run: RunNumbers) -> Explorer | None:
+def _make_explorer(source: PageSource, run: RunNumbers) -> Explorer | None:
     """None if the run's weights are gone, or a page cannot draw its decoder."""
-    run_dir = material.folder / RUNS / run.name
+    run_dir = source.folder / RUNS / run.name
     if not (run_dir / runs.MODEL).exists():
         return None
     try:
@@ -104,5 +104,5 @@ def _make_explorer(material: Material, run: RunNumbers) -> Explorer | None:
         extent=extent,
         points=points,
         labels=np.array(classes, dtype=np.uint8) if len(classes) == len(points) else None,
-        label_names=material.study.data[run.dataset].classes,
+        label_names=source.study.data[run.dataset].classes,
     )

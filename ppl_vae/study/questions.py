@@ -27,7 +27,7 @@ from ppl_vae.study.tables import (
 
 
 @dataclass(frozen=True)
-class Material:
+class PageSource:
     """What the page is made of: the numbers, the study's folder, and its figures by name."""
 
     study: StudyNumbers
@@ -62,9 +62,9 @@ def _make_section(title: str, anchor: str, paragraphs: str, *parts: Sequence[Blo
     return Section(title, [Text(paragraphs), *blocks] if is_measured else [], anchor=anchor)
 
 
-def explain_beta(material: Material) -> Section:
+def explain_beta(source: PageSource) -> Section:
     """Why is the regularizer troublesome, and where does the likelihood peak along beta?"""
-    study = material.study
+    study = source.study
     sweeps = {dataset: study.find_sweep(dataset) for dataset in study.datasets}
     columns = ["data", "beta", "rate", "distortion", "ELBO", "L_S", "ELBO - that of beta = 1"]
     table = make_table(
@@ -76,13 +76,13 @@ def explain_beta(material: Material) -> Section:
         "Why is the regularizer troublesome?",
         "beta",
         text.REGULARIZER,
-        *(_make_slider(material, dataset, sweep) for dataset, sweep in sweeps.items()),
-        material.show_figure(
+        *(_make_slider(source, dataset, sweep) for dataset, sweep in sweeps.items()),
+        source.show_figure(
             "rate-distortion",
             "Each point is a model, with its beta. The sum of both axes is minus the ELBO: all points of the dotted "
             "line have the best one.",
         ),
-        material.show_figure(
+        source.show_figure(
             "bounds",
             "Differences of L_S and of the ELBO to beta = 1 on the same test images, with standard errors, near the "
             "best beta. Small dots are further seeds; hollow marks are estimates that have not settled.",
@@ -112,11 +112,11 @@ def _tabulate_seeds(study: StudyNumbers) -> list[Block]:
     return make_table(["beta", "bound", "by seed", "spread"], rows, caption)
 
 
-def _make_slider(material: Material, dataset: str, sweep: Sequence[RunNumbers]) -> list[Block]:
+def _make_slider(source: PageSource, dataset: str, sweep: Sequence[RunNumbers]) -> list[Block]:
     """Reconstructions and samples along beta."""
     stops = []
     for run in sweep:
-        pictures = [(name, material.read_run_picture(run.name, name)) for name in ("reconstructions", "samples")]
+        pictures = [(name, source.read_run_picture(run.name, name)) for name in ("reconstructions", "samples")]
         known = [(name, png) for name, png in pictures if png is not None]
         numbers: dict[str, Value] = {
             "L_S, nats": run.log_likelihood,
@@ -127,7 +127,7 @@ def _make_slider(material: Material, dataset: str, sweep: Sequence[RunNumbers]) 
         words = {name: "–" if value is None else str(format_cell(value)) for name, value in numbers.items()}
         if len(known) == len(pictures):
             stops.append(SliderStop(f"{run.options['beta']:g}", known, words))
-    originals = material.read_originals(dataset)
+    originals = source.read_originals(dataset)
     if not stops or originals is None:
         return []
     labels = [stop.label for stop in stops]
@@ -139,13 +139,13 @@ def _make_slider(material: Material, dataset: str, sweep: Sequence[RunNumbers]) 
     return [Slider("beta", stops, caption, fixed=("test images", originals), start=start)]
 
 
-def explain_check(material: Material) -> Section:
+def explain_check(source: PageSource) -> Section:
     """How do I check that the regularization worked?"""
-    study = material.study
+    study = source.study
     pictures: list[Block] = []
     rows: list[list[Value]] = []
     for dataset in study.datasets:
-        holes = material.read_run_picture(plan.sweep_name(dataset, 1.0), "holes")
+        holes = source.read_run_picture(plan.sweep_name(dataset, 1.0), "holes")
         if holes is not None:
             caption = (
                 f"{name_data(dataset)}, beta = 1: above, the prior samples that the codes cover least; below, others."
@@ -161,7 +161,7 @@ def explain_check(material: Material) -> Section:
         "Means and scales in scales of the prior. Rejected: latents whose Kolmogorov-Smirnov test rejects at 5%, "
         "corrected for their number. The last two columns add up to the mean KL, nats.",
     )
-    figure = material.show_figure(
+    figure = source.show_figure(
         "aggregate",
         "Four measures of codes against the prior along beta; dashed: the autoencoder. The first three should be low, "
         "and the last should not be zero.",
@@ -188,15 +188,15 @@ def _list_match(run: RunNumbers) -> list[Value]:
     ]
 
 
-def explain_blur(material: Material) -> Section:
+def explain_blur(source: PageSource) -> Section:
     """Why do VAEs blur, and autoencoders too?"""
-    study = material.study
-    sharpness = material.show_figure(
+    study = source.study
+    sharpness = source.show_figure(
         "sharpness",
         "Left: high-frequency power of reconstructions; the test images have one. Right: Fréchet distance between "
         "decoded samples and test images; the line is what other real images have.",
     )
-    parts = material.show_figure(
+    parts = source.show_figure(
         "blur",
         "The squared error of one sampled reconstruction in parts that add up: the error of an autoencoder with as "
         "many latents, the noise of the posterior, and the rest.",
@@ -205,7 +205,7 @@ def explain_blur(material: Material) -> Section:
         "Why do VAEs blur, and autoencoders too?",
         "blur",
         text.BLUR,
-        *(_compare_pictures(material, dataset) for dataset in study.blur),
+        *(_compare_pictures(source, dataset) for dataset in study.blur),
         sharpness,
         parts,
         _tabulate_error(study),
@@ -213,7 +213,7 @@ def explain_blur(material: Material) -> Section:
     )
 
 
-def _compare_pictures(material: Material, dataset: str) -> list[Block]:
+def _compare_pictures(source: PageSource, dataset: str) -> list[Block]:
     """Pictures of the VAE above those of the autoencoder."""
     models = {"the VAE": plan.sweep_name(dataset, 1.0), "the autoencoder": plan.autoencoder_name(dataset)}
     blocks: list[Block] = []
@@ -225,9 +225,9 @@ def _compare_pictures(material: Material, dataset: str) -> list[Block]:
         ("Samples of a fitted flow", "flow_samples", "the same, from a fitted flow."),
         ("Interpolations", "interpolations", "straight lines between two codes; look at the middle."),
     ):
-        named = [(model, material.read_run_picture(run, name)) for model, run in models.items()]
+        named = [(model, source.read_run_picture(run, name)) for model, run in models.items()]
         if name == "reconstructions":
-            named.insert(0, ("test images", material.read_originals(dataset)))
+            named.insert(0, ("test images", source.read_originals(dataset)))
         blocks += stack_strips(named, f"{name_data(dataset)}: {hint}", what)
     return blocks
 
@@ -283,9 +283,9 @@ def _list_quality(quality: Quality) -> list[Estimate]:
     return [quality.sharpness, quality.frechet, quality.classifier]
 
 
-def explain_averaging(material: Material) -> Section:
+def explain_averaging(source: PageSource) -> Section:
     """What does averaging over pixels do?"""
-    study = material.study
+    study = source.study
     pictures: list[Block] = []
     rows: list[list[Value]] = []
     for dataset in study.datasets:
@@ -294,17 +294,17 @@ def explain_averaging(material: Material) -> Section:
             plan.mean_name(dataset): "the mean",
             plan.beta_of_mean_name(dataset): "the sum with beta = D",
         }
-        named = [("test images", material.read_originals(dataset))]
-        named += [(words, material.read_run_picture(name, "reconstructions")) for name, words in compared.items()]
+        named = [("test images", source.read_originals(dataset))]
+        named += [(words, source.read_run_picture(name, "reconstructions")) for name, words in compared.items()]
         pictures += stack_strips(named, f"{name_data(dataset)}: same network, same training.", "Reconstructions")
         names = list(dict.fromkeys([*compared, *(run.name for run in study.find_sweep(dataset))]))
         rows += [_list_condition(study, run) for name in names if (run := study.find_run(name)) is not None]
-    spectrum = material.show_figure(
+    spectrum = source.show_figure(
         "spectrum",
         "Eigenvalues of the training images' covariance, in units of the likelihood's noise, with the thresholds of a "
         "sum and of a mean. A direction above a threshold is kept.",
     )
-    active = material.show_figure(
+    active = source.show_figure(
         "active",
         "Active latents along beta, measured and predicted; the cross is the mean over pixels, at the beta that it "
         "amounts to.",
@@ -327,9 +327,9 @@ def _list_condition(study: StudyNumbers, run: RunNumbers) -> list[Value]:
     return [*condition, run.active, format_share(run.variation), run.kl, run.reconstruction, agrees]
 
 
-def explain_collapse(material: Material) -> Section:
+def explain_collapse(source: PageSource) -> Section:
     """What helps against posterior collapse?"""
-    study = material.study
+    study = source.study
     rows: list[list[Value]] = []
     for network, remedy in product(plan.REMEDIED_NETWORKS, plan.REMEDIES):
         run = study.find_run(plan.remedy_name(study.datasets[0], network, remedy))
@@ -341,9 +341,9 @@ def explain_collapse(material: Material) -> Section:
     return _make_section("What helps against collapse?", "collapse", text.COLLAPSE, table)
 
 
-def explain_networks(material: Material) -> Section:
+def explain_networks(source: PageSource) -> Section:
     """Which network, and how many latents?"""
-    study = material.study
+    study = source.study
     dataset, settings = study.datasets[0], study.settings
     base = plan.sweep_name(dataset, 1.0)
     names = [plan.latents_name(dataset, L) for L in settings.latent_dims] + [base]
@@ -360,9 +360,9 @@ def explain_networks(material: Material) -> Section:
     return _make_section("Which network, and how many latents?", "networks", text.NETWORKS, table)
 
 
-def explain_scale_maps(material: Material) -> Section:
+def explain_scale_maps(source: PageSource) -> Section:
     """Does it matter how the guide's scales are kept positive?"""
-    study = material.study
+    study = source.study
     gradients = [list(vars(each).values()) for each in study.gradients]
     stressed: list[list[Value]] = []
     for scale_map in plan.SCALE_MAPS:
@@ -381,9 +381,9 @@ def explain_scale_maps(material: Material) -> Section:
     )
 
 
-def explain_method(material: Material) -> Section:
+def explain_method(source: PageSource) -> Section:
     """How was it measured?"""
-    study, settings = material.study, material.study.settings
+    study, settings = source.study, source.study.settings
     minutes = {name: study.seconds.get(name, 0.0) / 60 for name in ("training", "evaluation", "measuring")}
     method = text.METHOD.format(
         epochs=settings.epochs, num_particles=settings.num_particles, images=settings.images, **minutes

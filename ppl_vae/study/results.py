@@ -14,7 +14,7 @@ from ppl_vae.evidence.paired import INDISTINCT
 from ppl_vae.runs.results import from_json
 from ppl_vae.study.plan import Size, sweep_name
 
-STUDY, RUNS, PICTURES = "study.json", "runs", "pictures"
+STUDY, RUNS = "study.json", "runs"
 VERSION = 3
 
 

@@ -34,7 +34,7 @@ from ppl_vae.study import compare, measure, plan, run, training
 from ppl_vae.study.data import study_data
 from ppl_vae.study.page import compose_page
 from ppl_vae.study.plan import DEFAULT, QUICK, Planned, Size
-from ppl_vae.study.questions import Material
+from ppl_vae.study.questions import PageSource
 from ppl_vae.study.results import RunNumbers, StudyNumbers, read_study
 from ppl_vae.study.run import collect
 from ppl_vae.study.training import FAILURE, train_planned
@@ -60,7 +60,7 @@ def test_every_planned_run_is_measured(numbers: StudyNumbers) -> None:
 
 
 def test_every_question_has_an_answer(study: Study) -> None:
-    html = compose_page(Material(study[1], study[0], {}))
+    html = compose_page(PageSource(study[1], study[0], {}))
     assert "Not measured" not in html
 
 
@@ -78,7 +78,7 @@ def test_a_killed_study_ends_with_the_numbers_of_an_uninterrupted_one(
 
 
 def test_questions_without_their_runs_are_left_out(uninterrupted: StudyNumbers, tmp_path: Path) -> None:
-    html = compose_page(Material(uninterrupted, tmp_path, {}))
+    html = compose_page(PageSource(uninterrupted, tmp_path, {}))
     assert html.split("Not measured: ")[1].split("</p>")[0] == "Move through a latent space"
     assert "network-mlp" not in uninterrupted.differences["networks"]
     assert uninterrupted.blur["bars"].neighbors == {}

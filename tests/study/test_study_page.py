@@ -15,7 +15,7 @@ from small_study import TINY
 
 from ppl_vae.study.figures import FIGURES, find_seed_gains
 from ppl_vae.study.page import compose_page, write_report
-from ppl_vae.study.questions import Material
+from ppl_vae.study.questions import PageSource
 from ppl_vae.study.results import StudyNumbers, read_study
 
 MOST_FIGURE_BYTES = 150_000
@@ -115,7 +115,7 @@ def without_runs(study: StudyNumbers, *parts: str) -> StudyNumbers:
 )
 def test_a_question_that_was_not_measured_is_named_as_missing(numbers, tmp_path, change, title):
     study = replace(change(numbers), size="quick")
-    html = compose_page(Material(study, tmp_path, {})).replace("&#x27;", "'")
+    html = compose_page(PageSource(study, tmp_path, {})).replace("&#x27;", "'")
     assert title not in headings(html)
     assert title in html.split("Not measured: ")[1].split("</p>")[0]
     assert "quick study" in html
@@ -142,5 +142,5 @@ def test_a_damaged_study_is_refused(tmp_path):
 
 def test_the_stored_study_answers_every_question_but_the_explorer(tmp_path):
     stored = read_study(Path(__file__).parents[2] / "scripts" / "results")
-    html = compose_page(Material(stored, tmp_path, {}))
+    html = compose_page(PageSource(stored, tmp_path, {}))
     assert html.split("Not measured: ")[1].split("</p>")[0] == "Move through a latent space"

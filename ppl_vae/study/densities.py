@@ -8,6 +8,7 @@ play no part.
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any, NamedTuple
 
 import torch
@@ -88,14 +89,17 @@ def _fit_mixture(u: Tensor, validation: Tensor, seed: int) -> tuple[MixtureSameF
     Reference: Dempster, Laird and Rubin 1977.
     """
     try:
+        from sklearn.exceptions import ConvergenceWarning
         from sklearn.mixture import GaussianMixture
     except ImportError:  # the extra is not installed
         return None
-    candidates = [
-        GaussianMixture(K, reg_covar=_RIDGE, tol=1e-2, max_iter=50, random_state=seed).fit(u.numpy())
-        for K in COMPONENTS
-        if len(u) >= K * _CODES_PER_COMPONENT
-    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # validation codes judge a candidate, converged or not
+        candidates = [
+            GaussianMixture(K, reg_covar=_RIDGE, tol=1e-2, max_iter=50, random_state=seed).fit(u.numpy())
+            for K in COMPONENTS
+            if len(u) >= K * _CODES_PER_COMPONENT
+        ]
     if not candidates:
         return None
     best = max(candidates, key=lambda candidate: candidate.score(validation.numpy()))

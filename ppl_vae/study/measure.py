@@ -76,9 +76,7 @@ def measure_run(planned: Planned, folder: Path, study_data: StudyData, *, pictur
         found = _diagnose(found, planned, load(folder), folder, study_data, pictures)
     found = replace(found, seconds_measuring=time.monotonic() - started)
     runs.write_json(path, {"key": key, "run": to_json(found)})
-    return from_json(
-        RunNumbers, runs.read_json(path)["run"]
-    )  # as it will be read: numbers that are not finite are None
+    return from_json(RunNumbers, runs.read_json(path)["run"])  # JSON has no NaN
 
 
 def _add_evaluation(run: RunNumbers, evaluation: Evaluation, folder: Path) -> RunNumbers:

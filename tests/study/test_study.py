@@ -108,13 +108,6 @@ def test_names_of_runs_are_unique(size: Size) -> None:
     assert len(set(names)) == len(names)
 
 
-@pytest.mark.parametrize("size", [DEFAULT, QUICK])
-def test_the_betas_on_mnist_span_five_orders_of_magnitude(size: Size) -> None:
-    betas = size.betas_of("mnist")
-    assert len(betas) >= 9
-    assert (min(betas), max(betas)) == (0.001, 100)
-
-
 def test_short_runs_are_compiled_where_many_share_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(capture, "capture_obstacle", lambda device: None)
     mnist: Any = SimpleNamespace(splits=SimpleNamespace(train=range(50_000), event_shape=(1, 28, 28)))

@@ -148,74 +148,6 @@ def test_the_jacobian_of_the_logit_is_counted():
     assert_close(logit(h).log_prob(x), expected)
 
 
-# --- What the model is given ---
-
-
-@pytest.fixture
-def levels(tmp_path):
-    return read(tmp_path, data.LEVELS)[1]
-
-
-def test_levels_are_given_as_they_are(levels):
-    stored, observe = data.training_images(levels, "levels")
-    assert torch.equal(observe(stored), levels.train.float())
-    assert torch.equal(data.evaluation_images(levels, "test", "levels"), levels.test.float())
-    assert torch.equal(data.expected_images(levels, "levels"), levels.train.float())
-
-
-def test_dequantized_pixels_are_drawn_anew_and_stay_in_their_level(levels):
-    stored, observe = data.training_images(levels, "dequantized")
-    first, second = observe(stored), observe(stored)
-    assert not torch.equal(first, second)
-    assert torch.equal((256 * first).floor(), levels.train.float())
-
-
-def test_dequantized_pixels_of_an_evaluation_are_the_same_at_every_call(levels):
-    first = data.evaluation_images(levels, "validation", "dequantized")
-    torch.manual_seed(1)
-    assert torch.equal(first, data.evaluation_images(levels, "validation", "dequantized"))
-    assert torch.equal((256 * first).floor(), levels.validation.float())
-
-
-def test_the_splits_are_dequantized_by_other_noise(levels):
-    same = replace(levels, validation=levels.test)
-    noise = [256 * data.evaluation_images(same, split, "dequantized") % 1 for split in ("validation", "test")]
-    assert not torch.allclose(*noise)
-
-
-@pytest.mark.parametrize("pixels", ["levels", "dequantized"])
-def test_only_8_bit_data_has_levels(tmp_path, pixels):
-    splits = read(tmp_path, data.REAL)[1]
-    with pytest.raises(ValueError, match=rf"pixels: expected 8-bit levels for '{pixels}', got real values"):
-        data.evaluation_images(splits, "test", pixels)
-
-
-def test_an_unknown_word_is_refused(levels):
-    with pytest.raises(ValueError, match=r"pixels: expected one of .*, got 'soft'"):
-        data.training_images(levels, "soft")
-
-
-def test_own_images_become_levels(tmp_path, levels):
-    path = tmp_path / "more.npy"
-    np.save(path, ARRAYS[data.LEVELS][:5] / 255)
-    found = data.load_images(str(path), levels, "levels").x
-    assert torch.equal(found[:, 0], torch.from_numpy(ARRAYS[data.LEVELS][:5]).float())
-
-
-def test_own_images_with_holes_become_levels_with_holes(tmp_path, levels):
-    values = ARRAYS[data.LEVELS][:5] / 255
-    values[0, 0] = np.nan
-    np.save(tmp_path / "more.npy", values)
-    found = data.load_images(str(tmp_path / "more.npy"), levels, "levels").x
-    assert torch.equal(found.isnan()[:, 0], torch.from_numpy(np.isnan(values)))
-
-
-def test_own_images_between_the_levels_are_refused(tmp_path, levels):
-    np.save(tmp_path / "more.npy", np.full((5, 4, 4), 0.5))
-    with pytest.raises(ValueError, match=r"expected uint8 levels, or level / 255, got fractions between the levels"):
-        data.load_images(str(tmp_path / "more.npy"), levels, "levels")
-
-
 # --- Whole runs on 8-bit levels ---
 
 
@@ -389,17 +321,3 @@ def test_own_images_at_the_open_ends_of_a_density_are_refused(tmp_path):
             ),
             say=lambda line: None,
         )
-
-
-# --- Many images ---
-
-
-def test_many_images_start_from_the_marginals_of_a_fixed_random_part_of_them(monkeypatch):
-    digits = data.load("mnist")
-    every = data.initialization_images(digits, "none").double()
-    assert len(every) == 50_000
-    monkeypatch.setattr("ppl_vae.data.transforms._MOST_INITIALIZATION_PIXELS", 2000 * 784)
-    some = data.initialization_images(digits, "none").double()
-    assert len(some) == 2000
-    assert ((some.mean(0) - every.mean(0)).abs() <= 6 * every.std(0) / 2000**0.5 + 0.002).all()
-    assert torch.equal(some, data.initialization_images(digits, "none").double())

@@ -89,61 +89,24 @@ def entries(kept: Path) -> list[Path]:
 # --- What is kept ---
 
 
-@pytest.mark.parametrize("time", ["first", "second"])
-def test_a_folder_is_what_pillow_reads_of_it(own: Path, time: str) -> None:
-    read = data.load(str(own))
-    assert_right(data.load(str(own)) if time == "second" else read, own)
-
-
-def test_what_is_kept_is_all_that_was_read(own: Path) -> None:
+def test_a_folder_is_what_pillow_reads_of_it_decoded_once(own: Path, decoded: list[bytes]) -> None:
     first, second = data.load(str(own)), data.load(str(own))
+    assert len(decoded) == 32
+    for read in (first, second):
+        assert_right(read, own)
     assert second.describe() == first.describe()
     assert (second.sha256, second.unreadable, second.class_names) == (first.sha256, first.unreadable, ("cat", "dog"))
     assert second.spread == first.spread
-
-
-def test_the_checksum_is_of_names_and_bytes_in_the_order_of_the_names(own: Path) -> None:
-    digest = hashlib.sha256()
-    for path in sorted(own.rglob("[0-9]*.png"), key=lambda path: path.relative_to(own).as_posix()):
-        raw = path.read_bytes()
-        digest.update(f"{path.relative_to(own).as_posix()}\0{len(raw)}\0".encode() + raw)
-    assert [data.load(str(own)).sha256 for _ in range(2)] == [digest.hexdigest()] * 2
-
-
-def test_a_folder_is_decoded_once(own: Path, decoded: list[bytes]) -> None:
-    data.load(str(own))
-    assert len(decoded) == 32
-    data.load(str(own))
-    assert len(decoded) == 32
-
-
-def test_all_splits_are_one_mapped_file(own: Path) -> None:
-    read = data.load(str(own))
-    addresses = {getattr(read, split).untyped_storage().data_ptr() for split in ("train", "validation", "test")}
-    assert len(addresses) == 1
-    assert data.is_mapped(read.train)
-    assert not data.is_mapped(read.train.clone())
+    addresses = {getattr(second, split).untyped_storage().data_ptr() for split in ("train", "validation", "test")}
+    assert len(addresses) == 1  # all splits are one mapped file
+    assert data.is_mapped(second.train)
+    assert not data.is_mapped(second.train.clone())
 
 
 @pytest.mark.parametrize("num_threads", [1, 4])
 def test_the_number_of_threads_changes_nothing(own: Path, num_threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "count_threads", lambda: num_threads)
     assert_right(data.load(str(own)), own)
-
-
-def test_results_of_threads_come_in_order_and_few_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "count_threads", lambda: 4)
-    started: list[int] = []
-
-    def late(i: int) -> int:
-        started.append(i)
-        time.sleep(0.002 * (i % 3))
-        return i
-
-    results = machine.map_in_threads(late, range(200))
-    assert [next(results) for _ in range(20)] == list(range(20))
-    assert len(started) <= 20 + 4 * 4
-    assert list(results) == list(range(20, 200))
 
 
 # --- What is stale ---
@@ -288,19 +251,15 @@ def test_a_flipped_bit_is_seen_wherever_it_is(
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("length", [0, 10, 500, 3000, -1, -56])
-def test_a_file_that_is_cut_off_is_read_again(own: Path, kept: Path, length: int) -> None:
-    data.load(str(own))
-    (entry,) = entries(kept)
-    entry.write_bytes(entry.read_bytes()[:length])
-    assert_right(data.load(str(own)), own)
+REPLACED = {f"cut off at {length}": (lambda content, n=length: content[:n]) for length in (0, 10, 500, 3000, -1, -56)}
+REPLACED |= {"zeros": lambda _: b"\0" * 5000, "a byte": lambda _: b"x", "noise": lambda _: os.urandom(300)}
 
 
-@pytest.mark.parametrize("content", [b"\0" * 5000, b"x", os.urandom(300)], ids=["zeros", "a byte", "noise"])
-def test_a_file_of_something_else_is_read_again(own: Path, kept: Path, content: bytes) -> None:
+@pytest.mark.parametrize("what", REPLACED)
+def test_a_file_that_is_cut_off_or_something_else_is_read_again(own: Path, kept: Path, what: str) -> None:
     data.load(str(own))
     (entry,) = entries(kept)
-    entry.write_bytes(content)
+    entry.write_bytes(REPLACED[what](entry.read_bytes()))
     assert_right(data.load(str(own)), own)
 
 
@@ -560,18 +519,3 @@ def test_memory_that_runs_out_is_not_taken_for_a_broken_image(own: Path) -> None
         pytest.raises(ValueError, match=r"\.png: the memory ran out while it was decoded$"),
     ):
         data.load(str(own), image_size=[5, 6])
-
-
-def test_notes_on_how_the_data_was_read_are_kept_and_described(tmp_path: Path) -> None:
-    def make() -> cache.Draft:
-        images = np.arange(12, dtype=np.uint8).reshape(3, 1, 2, 2)
-        sizes = dict.fromkeys(("train", "validation", "test"), 1)
-        blocks = iter([images])
-        return cache.Draft("8-bit levels", torch.uint8, (1, 2, 2), sizes, blocks, "", "", {}, notes=("one", "two"))
-
-    source = cache.make_key(tmp_path, {}, [])
-    for _ in range(2):  # made, then read again
-        read = cache.load_cached(source, "own", make)
-        assert read.notes == ("one", "two")
-        assert read.describe().splitlines()[1:] == ["own: one", "own: two"]
-    assert cache.read_into_memory(make(), "own").notes == ("one", "two")

@@ -1,0 +1,753 @@
+"""A user's arrays: shapes, kinds, splits, labels, the files that are refused, and files that are not read whole."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import os
+import re
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ppl_vae import data
+from ppl_vae.data import array_kinds, machine
+
+RNG = np.random.default_rng(0)
+SPLITS = ("train", "validation", "test")
+
+
+@pytest.fixture(autouse=True)
+def kept(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache folder."""
+    folder = tmp_path_factory.mktemp("kept")
+    monkeypatch.setenv("PPL_VAE_CACHE_DIR", str(folder))
+    return folder
+
+
+@pytest.fixture
+def large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every .npy file is mapped, and read a few rows at a time."""
+    monkeypatch.setattr(machine, "LARGE", 0)
+    monkeypatch.setattr(array_kinds, "BLOCK", 300)
+
+
+@pytest.fixture(params=["small", "large"])
+def size(request: pytest.FixtureRequest) -> str:
+    if request.param == "large":
+        request.getfixturevalue("large")
+    return request.param
+
+
+def load(folder: Path, array: np.ndarray | None = None, **arrays: np.ndarray) -> data.Splits:
+    """Save these arrays and load the file."""
+    path = folder / ("own.npz" if array is None else "own.npy")
+    np.savez(path, **arrays) if array is None else np.save(path, array)
+    return data.load(str(path))
+
+
+def sort_images(splits: data.Splits) -> np.ndarray:
+    """All images, in the order of their bytes."""
+    images = np.concatenate([splits.train, splits.validation, splits.test])
+    return images[np.lexsort(images.reshape(len(images), -1).T)]
+
+
+def number_images(start: int, stop: int) -> np.ndarray:
+    """(N, 1) images that can be told apart: image i is the probability (i + 1) / 1024, exact in float32."""
+    return (np.arange(start, stop)[:, None] + 1) / 1024
+
+
+def read_numbers(images: torch.Tensor) -> list[int]:
+    return [round(value * 1024) - 1 for value in images.flatten().tolist()]
+
+
+# --- Kinds and shapes ---
+
+FILES: dict[str, tuple[np.ndarray, str, type]] = {  # -> kind, as stored
+    "levels in color": (RNG.integers(0, 256, (53, 5, 6, 3), np.uint8), "8-bit levels", np.uint8),
+    "levels, channels first": (RNG.integers(0, 256, (53, 3, 5, 6), np.uint8), "8-bit levels", np.uint8),
+    "gray levels": (RNG.integers(0, 256, (53, 5, 6), np.uint8), "8-bit levels", np.uint8),
+    "gray levels, one channel last": (RNG.integers(0, 256, (53, 5, 6, 1), np.uint8), "8-bit levels", np.uint8),
+    "gray levels, one channel first": (RNG.integers(0, 256, (53, 1, 5, 6), np.uint8), "8-bit levels", np.uint8),
+    "zeros and ones, uint8": (RNG.integers(0, 2, (53, 9)).astype(np.uint8), "binary", np.uint8),
+    "zeros and ones, int64": (RNG.integers(0, 2, (53, 9)).astype(np.int64), "binary", np.uint8),
+    "zeros and ones, float64": (RNG.integers(0, 2, (53, 9)).astype(np.float64), "binary", np.uint8),
+    "bits": (RNG.integers(0, 2, (53, 9)).astype(bool), "binary", np.uint8),
+    "counts, int64": (RNG.poisson(4.0, (53, 7)), "counts", np.float32),
+    "counts, uint16": (RNG.integers(0, 2000, (53, 7)).astype(np.uint16), "counts", np.float32),
+    "counts, float16": (RNG.poisson(4.0, (53, 7)).astype(np.float16), "counts", np.float32),
+    "counts, float64": (RNG.poisson(4.0, (53, 7)).astype(np.float64), "counts", np.float32),
+    "whole numbers below 0": (RNG.integers(-3, 300, (53, 7)).astype(np.float32), "real values", np.float32),
+    "probabilities, float16": (RNG.random((53, 5, 6, 1)).astype(np.float16), "probabilities", np.float32),
+    "probabilities, float64": (RNG.random((53, 9)), "probabilities", np.float32),
+    "probabilities, other bytes first": (RNG.random((53, 9)).astype(">f4"), "probabilities", np.float32),
+    "real values": (RNG.normal(size=(53, 5, 6)) * 3 + 100, "real values", np.float32),
+    "real values above 1, float16": (1.5 * RNG.random((53, 9)).astype(np.float16), "real values", np.float32),
+    "real values, columns first": (
+        np.asfortranarray(RNG.normal(size=(53, 7)).astype(np.float32)),
+        "real values",
+        np.float32,
+    ),
+    "real values, other bytes first": (RNG.normal(size=(53, 7)).astype(">f8"), "real values", np.float32),
+}
+
+
+def split_as_documented(array: np.ndarray, dtype: type) -> dict[str, np.ndarray]:
+    """By the words of README alone: channels first, split 80/10/10 by the frozen permutation."""
+    if array.ndim == 3:
+        array = array[:, None]
+    elif array.ndim == 4 and array.shape[1] not in (1, 3):
+        array = np.moveaxis(array, -1, 1)
+    array = array.astype(dtype)
+    order = np.random.RandomState(777).permutation(len(array))
+    return {"validation": array[order[-5:]], "test": array[order[-10:-5]], "train": array[order[:-10]]}
+
+
+@pytest.mark.parametrize("what", FILES)
+def test_a_file_is_what_numpy_reads_of_it_with_its_kind(tmp_path: Path, size: str, what: str) -> None:
+    array, kind, dtype = FILES[what]
+    for _ in range(2):  # a large file comes from the cache the second time
+        read = load(tmp_path, array) if not (tmp_path / "own.npy").exists() else data.load(str(tmp_path / "own.npy"))
+        assert read.kind == kind
+        assert read.sha256 == hashlib.sha256((tmp_path / "own.npy").read_bytes()).hexdigest()
+        for split, images in split_as_documented(array, dtype).items():
+            np.testing.assert_array_equal(getattr(read, split).numpy(), images, strict=True)
+        assert data.is_mapped(read.train) == (size == "large")
+
+
+@pytest.mark.parametrize("what", FILES)
+def test_a_large_file_is_described_as_a_small_one(tmp_path: Path, what: str, request: pytest.FixtureRequest) -> None:
+    small = load(tmp_path, FILES[what][0])
+    request.getfixturevalue("large")
+    read = load(tmp_path, FILES[what][0])
+    assert read.describe() == small.describe()
+    assert read.spread == small.spread
+
+
+@pytest.mark.usefixtures("large")
+def test_a_large_file_is_read_once(tmp_path: Path) -> None:
+    """A second file of the same size and time in its place goes unseen, so it was not read."""
+    path = tmp_path / "own.npy"
+    before, status = load(tmp_path, FILES["real values"][0]).train.clone(), path.stat()
+    path.write_bytes(b"x" * status.st_size)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert torch.equal(data.load(str(path)).train, before)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    with pytest.raises(ValueError, match="not a readable array file"):
+        data.load(str(path))
+
+
+@pytest.mark.usefixtures("large")
+def test_a_large_file_is_read_where_nothing_can_be_kept(
+    tmp_path: Path, kept: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept.rmdir()
+    kept.write_text("a file")
+    array, _, dtype = FILES["real values"]
+    read = load(tmp_path, array)
+    for split, images in split_as_documented(array, dtype).items():
+        np.testing.assert_array_equal(getattr(read, split).numpy(), images, strict=True)
+    assert "own.npy: not kept in the cache folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["OWN.NPY", "own.Npy", "OWN.NPZ"])
+def test_the_end_of_a_files_name_may_be_upper_case(tmp_path: Path, size: str, name: str) -> None:
+    with (tmp_path / name).open("wb") as file:
+        np.savez(file, x=NUMBERS) if name.lower().endswith("z") else np.save(file, NUMBERS)
+    splits = data.load(str(tmp_path / name))
+    assert len(splits.train) == 48
+    assert data.is_mapped(splits.train) == (size == "large" and name.lower().endswith("npy"))
+    assert len(data.load_images(str(tmp_path / name), splits, "none").x) == 60
+
+
+@pytest.mark.parametrize("split", ["valid", "test"])
+def test_floats_that_are_whole_in_train_alone_are_real_values(tmp_path: Path, split: str) -> None:
+    counts = RNG.poisson(4.0, (50, 6)).astype(np.float64)
+    assert load(tmp_path, **{"train": counts, split: counts + 0.5}).kind == data.REAL
+
+
+DOUBTFUL = {  # shape -> E as it is read, and what makes it the other reading
+    "one color image": ((64, 48, 3), (1, 48, 3), None, None),
+    "one image with opacity": ((64, 48, 4), (1, 48, 4), None, None),
+    "images along the last axis": ((28, 28, 50), (1, 28, 50), lambda a: np.moveaxis(a, -1, 0), (1, 28, 28)),
+    "images along the last axis, not square": ((12, 30, 50), (1, 30, 50), lambda a: np.moveaxis(a, -1, 0), (1, 12, 30)),
+    "rows along the last axis": ((12, 50), (50,), lambda a: a.T, (12,)),
+    "one gray image": ((64, 64), (64,), None, None),
+    "channels at both ends": ((50, 3, 8, 1), (1, 3, 8), lambda a: a.transpose(0, 2, 3, 1), None),
+}
+
+
+@pytest.mark.parametrize("what", DOUBTFUL)
+def test_a_shape_with_two_readings_is_read_with_a_line_on_both(tmp_path: Path, size: str, what: str) -> None:
+    shape, event_shape, otherwise, other_event_shape = DOUBTFUL[what]
+    array = RNG.integers(0, 256, shape, np.uint8)
+    load(tmp_path, array)
+    read = data.load(str(tmp_path / "own.npy"))  # a large file comes from the cache
+    assert read.event_shape == event_shape
+    (note,) = read.notes
+    assert str(shape) in note
+    assert note in read.describe().splitlines()[1]
+    if other_event_shape is not None:
+        other = load(tmp_path, otherwise(array))
+        assert (other.event_shape, other.notes) == (other_event_shape, ())
+
+
+@pytest.mark.parametrize(
+    "shape", [(50, 28, 28), (20, 28, 28), (50, 12), (50, 8, 9, 3), (50, 3, 8, 9), (50, 1, 8, 9), (50, 8, 9, 1)]
+)
+def test_a_shape_with_one_reading_needs_no_line(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    assert load(tmp_path, RNG.integers(0, 256, shape, np.uint8)).notes == ()
+
+
+# --- Descriptions ---
+
+GRAY = RNG.integers(0, 256, (20, 4, 5)).astype(np.uint8)
+BITS = RNG.integers(0, 2, (20, 4, 5)).astype(np.uint8)
+FLOATS = RNG.random((20, 4, 5))
+DESCRIPTIONS = {
+    "8-bit levels from 0 to 255, 1x4x5; train / validation / test 20 / 7 / 9 (as the file gives them)": {
+        "train": np.where(GRAY < 9, 0, np.where(GRAY > 200, 255, GRAY)).astype(np.uint8),
+        "valid": GRAY[:7],
+        "test": GRAY[:9],
+    },
+    "8-bit levels from 0 to 16 (read as level / 255, so nearly black": {"x": np.arange(340).reshape(20, 17) % 17},
+    "real values from -1.25 to 3.5, 2;": {"x": np.array([[-1.25, 3.5]] * 20)},
+    "as uint8 they would be 8-bit levels": {"x": GRAY.astype(np.float32)},
+    "validation and test: a tenth of the images each": {"x": FLOATS},
+    "other arrays ignored: valid_labels, notes": {"train": FLOATS, "valid_labels": np.arange(9), "notes": np.arange(3)},
+    "; 7 classes": {"x": FLOATS, "y": np.arange(20) % 7},
+    "; 1 class": {"x": FLOATS, "y": np.zeros(20, int)},
+}
+
+
+@pytest.mark.parametrize("words", DESCRIPTIONS)
+def test_a_description_says_what_was_read(tmp_path: Path, words: str) -> None:
+    arrays = DESCRIPTIONS[words]
+    if "nearly black" in words:
+        arrays = {"x": arrays["x"].astype(np.uint8)}
+    assert words in load(tmp_path, **arrays).describe()
+
+
+# --- Splits ---
+
+
+@pytest.mark.parametrize("key", ["valid", "validation", "val"])
+def test_each_key_of_a_file_is_its_split(tmp_path: Path, key: str) -> None:
+    arrays = {"test": number_images(50, 60), key: number_images(40, 50), "train": number_images(0, 40)}
+    read = load(tmp_path, **arrays)
+    assert read_numbers(read.train) == list(range(40))
+    assert read_numbers(read.validation) == list(range(40, 50))
+    assert read_numbers(read.test) == list(range(50, 60))
+
+
+@pytest.mark.parametrize("count", [10, 19, 1000])
+@pytest.mark.parametrize("name", ["arr_0", "images", "train"])
+def test_a_single_array_of_any_name_is_split_by_a_fixed_permutation(tmp_path: Path, name: str, count: int) -> None:
+    np.random.seed(1)  # noqa: NPY002 (the global generator is what must not matter)
+    read = load(tmp_path, **{name: number_images(0, count)})
+    tenth = count // 10
+    assert [len(x) for x in (read.train, read.validation, read.test)] == [count - 2 * tenth, tenth, tenth]
+    seen = [*read_numbers(read.train), *read_numbers(read.validation), *read_numbers(read.test)]
+    assert sorted(seen) == list(range(count))
+    np.random.seed(2)  # noqa: NPY002
+    assert torch.equal(read.test, data.load(str(tmp_path / "own.npz")).test)
+    if count == 1000:  # a sorted file: each split has every class
+        for split in (read.validation, read.test):
+            assert {number // 100 for number in read_numbers(split)} == set(range(10))
+
+
+@pytest.mark.parametrize(("given", "missing"), [("test", "validation"), ("valid", "test")])
+def test_a_split_that_the_file_has_is_kept_and_the_other_is_taken_from_train(
+    tmp_path: Path, given: str, missing: str
+) -> None:
+    read = load(tmp_path, **{"train": number_images(0, 100), given: number_images(100, 130)})
+    kept = read.test if given == "test" else read.validation
+    assert read_numbers(kept) == list(range(100, 130))
+    assert sorted([*read_numbers(read.train), *read_numbers(getattr(read, missing))]) == list(range(100))
+    assert len(getattr(read, missing)) == 10
+
+
+# --- Names of files and arrays ---
+
+NUMBERS = RNG.integers(0, 256, (60, 4, 5), np.uint8)
+KERAS = {"x_train": NUMBERS[:40], "y_train": np.arange(40), "x_test": NUMBERS[40:], "y_test": np.arange(40, 60)}
+STYLES = {
+    "Keras": KERAS,
+    "scikit-learn": {name.replace("x_", "X_"): array for name, array in KERAS.items()},
+    "MedMNIST": {
+        f"{split}_{what}": KERAS[f"{letter}_{split}"].reshape(-1, *shape)
+        for split in ("train", "test")
+        for what, letter, shape in (("images", "x", (4, 5)), ("labels", "y", (1,)))
+    },
+    "the split first": {f"{name[2:]}_{name[0]}": array for name, array in KERAS.items()},
+}
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_usual_names_of_arrays_are_understood_for_training_and_for_further_images(tmp_path: Path, style: str) -> None:
+    path = str(tmp_path / "own.npz")
+    np.savez(path, **STYLES[style])
+    splits = data.load(path)
+    np.testing.assert_array_equal(splits.test[:, 0], NUMBERS[40:])
+    assert splits.labels["test"].tolist() == list(range(40, 60))
+    assert sorted([*splits.labels["train"].tolist(), *splits.labels["validation"].tolist()]) == list(range(40))
+    further = data.load_images(path, splits, "none")
+    np.testing.assert_allclose(further.x[:, 0].numpy(), NUMBERS[40:] / 255, rtol=2e-7)
+    assert further.labels is not None
+    assert further.labels.tolist() == list(range(40, 60))
+    assert any("test" in note for note in further.notes)
+
+
+def test_training_images_alone_are_taken_as_further_images(tmp_path: Path) -> None:
+    path = str(tmp_path / "own.npz")
+    np.savez(path, x_train=NUMBERS, y_train=np.arange(60))
+    further = data.load_images(path, data.load(path), "none")
+    assert further.labels is not None
+    assert further.labels.tolist() == list(range(60))
+
+
+# --- Labels ---
+
+
+@pytest.mark.parametrize("key", ["labels", "y"])
+def test_labels_follow_their_images_through_the_permutation(tmp_path: Path, key: str) -> None:
+    read = load(tmp_path, **{"x": number_images(0, 200), key: np.arange(200, dtype=np.uint8)[:, None]})
+    for split in SPLITS:
+        assert read.labels[split].tolist() == read_numbers(getattr(read, split))
+        assert read.labels[split].dtype == torch.int64
+    assert load(tmp_path, x=number_images(0, 200)).labels == {}
+
+
+@pytest.mark.parametrize("labels", [np.arange(49), np.zeros((51, 50)), np.array(["a"] * 49), np.array(1)])
+def test_labels_of_another_number_than_the_images_are_refused(tmp_path: Path, labels: np.ndarray) -> None:
+    with pytest.raises(ValueError, match=r"own.npz: train labels: expected 50 labels, one per image, got shape"):
+        load(tmp_path, x=number_images(0, 50), y=labels)
+
+
+WORDS = np.array(["dog", "cat", "eel"])[np.arange(60) % 3]
+IN_OTHER_FORMS = {
+    "words": (WORDS, [1, 0, 2]),
+    "bytes": (WORDS.astype("S"), [1, 0, 2]),
+    "one-hot integers": (np.eye(3, dtype=np.uint8)[np.arange(60) % 3], [0, 1, 2]),
+    "one-hot floats": (np.eye(3)[np.arange(60) % 3], [0, 1, 2]),
+    "whole floats": ((np.arange(60) % 3).astype(float), [0, 1, 2]),
+    "whole floats in a column": ((np.arange(60) % 3).astype(float)[:, None], [0, 1, 2]),
+}
+
+
+@pytest.mark.parametrize("form", IN_OTHER_FORMS)
+def test_labels_in_other_forms_become_class_numbers(tmp_path: Path, form: str) -> None:
+    labels, pattern = IN_OTHER_FORMS[form]
+    path = str(tmp_path / "own.npz")
+    arrays = {"x_train": NUMBERS[:40], "x_val": NUMBERS[40:50], "x_test": NUMBERS[50:]}
+    np.savez(path, **arrays, y_train=labels[:40], y_val=labels[40:50], y_test=labels[50:])
+    splits = data.load(path)
+    found = [*splits.labels["train"].tolist(), *splits.labels["validation"].tolist(), *splits.labels["test"].tolist()]
+    assert found == pattern * 20
+    assert splits.class_names == (("cat", "dog", "eel") if form in ("words", "bytes") else ())
+    further = data.load_images(path, splits, "none")
+    assert further.labels is not None
+    assert further.labels.tolist() == found[50:]
+
+
+def test_words_have_the_same_numbers_in_each_split(tmp_path: Path) -> None:
+    np.savez(
+        tmp_path / "own.npz",
+        train=NUMBERS[:40],
+        test=NUMBERS[40:],
+        train_labels=np.array(["b", "c"])[np.arange(40) % 2],
+        test_labels=np.array(["a", "c"])[np.arange(20) % 2],
+    )
+    splits = data.load(str(tmp_path / "own.npz"))
+    assert splits.class_names == ("a", "b", "c")
+    assert splits.labels["test"].tolist() == [0, 2] * 10
+    assert set(splits.labels["train"].tolist()) == {1, 2}
+
+
+UNUSABLE = {
+    "fractions": np.arange(60) / 7,
+    "not a number": np.full(60, np.nan),
+    "several of 3 classes": RNG.integers(0, 2, (60, 3)) | np.array([1, 1, 0]),
+    "two numbers": np.arange(120).reshape(60, 2),
+    "boxes": np.zeros((60, 2, 2)),
+    "dates": np.zeros(60, "datetime64[s]"),
+    "objects": np.array([f"class {i % 3}" for i in range(60)], dtype=object),
+}
+
+
+@pytest.mark.parametrize("what", UNUSABLE)
+def test_labels_that_are_no_classes_are_left_out_with_a_line(tmp_path: Path, what: str) -> None:
+    path = str(tmp_path / "own.npz")
+    np.savez(path, x=NUMBERS, y=UNUSABLE[what])
+    splits = data.load(path)
+    assert (splits.labels, splits.class_names, len(splits.train)) == ({}, (), 48)
+    assert "labels left out" in splits.describe() or "arrays ignored: y" in splits.describe()
+    further = data.load_images(path, splits, "none")
+    assert (further.labels, len(further.notes)) == (None, 1)
+
+
+def test_words_that_are_no_class_of_the_training_data_are_left_out_with_a_line(tmp_path: Path) -> None:
+    path = str(tmp_path / "own.npz")
+    np.savez(path, x=NUMBERS, y=WORDS)
+    splits = data.load(path)
+    np.savez(path, x=NUMBERS, y=np.where(WORDS == "cat", "elk", WORDS))
+    further = data.load_images(path, splits, "none")
+    assert further.labels is None
+    assert "'elk'" in further.notes[0]
+
+
+# --- Files and values that are refused ---
+
+
+def flip(content: bytes, at: int) -> bytes:
+    return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
+
+
+def encode(name: str, **arrays: np.ndarray) -> bytes:
+    """The bytes of an .npy file (one array, called array) or an .npz file."""
+    buffer = io.BytesIO()
+    if name.endswith(".npy"):
+        np.save(buffer, arrays["array"])
+    else:
+        np.savez(buffer, **arrays)
+    return buffer.getvalue()
+
+
+def set_value(array: np.ndarray, value: float) -> np.ndarray:
+    changed = array.copy()
+    changed[3, 2, 1] = value
+    return changed
+
+
+def encode_objects(name: str) -> bytes:
+    array = np.array([{"pixels": 1}] * 20, dtype=object)
+    buffer = io.BytesIO()
+    if name.endswith(".npy"):
+        np.save(buffer, array, allow_pickle=True)
+    else:
+        np.savez(buffer, train=array)
+    return buffer.getvalue()
+
+
+BAD_FILES = {
+    "an empty file": ("own.npy", b"", "own.npy: not a readable array file"),
+    "an empty archive file": ("own.npz", b"", "own.npz: not a readable array file"),
+    "a truncated npz": ("own.npz", encode("own.npz", train=GRAY)[:-60], "own.npz: not a readable array file"),
+    "half an npz": ("own.npz", encode("own.npz", train=GRAY)[:200], "own.npz: not a readable array file"),
+    "an npz with a flipped byte": (
+        "own.npz",
+        flip(encode("own.npz", train=GRAY), 300),
+        "own.npz: not a readable array file",
+    ),
+    "a truncated npy": ("own.npy", encode("own.npy", array=GRAY)[:-10], "own.npy: not a readable array file"),
+    "a truncated npy header": ("own.npy", encode("own.npy", array=GRAY)[:40], "own.npy: not a readable array file"),
+    "text": ("own.npy", b"0 1 1 0\n1 0 0 1\n", "own.npy: not a readable array file"),
+    "objects": ("own.npy", encode_objects("own.npy"), "not a readable array file: object arrays are not read"),
+    "objects in an npz": (
+        "own.npz",
+        encode_objects("own.npz"),
+        "not a readable array file: object arrays are not read",
+    ),
+}
+
+TIMES = 1.6e9 + RNG.uniform(-30, 30, 400)
+WIDE = 1e9 * RNG.normal(size=400)
+NOT_FINITE = "expected finite values, got NaN or infinity in train"
+BAD_ARRAYS: dict[str, tuple[np.ndarray, str]] = {
+    "strings": (np.array(["a", "b"] * 10), "expected numbers, got dtype <U1"),
+    "complex numbers": (FLOATS.astype(np.complex128), "expected numbers, got dtype complex128"),
+    "records": (np.zeros(20, dtype=[("x", "f4")]), "expected numbers, got dtype"),
+    "dates": (np.zeros((20, 4), "datetime64[s]"), "expected numbers, got dtype"),
+    "NaN": (set_value(FLOATS, np.nan), NOT_FINITE),
+    "infinity": (set_value(FLOATS, np.inf), NOT_FINITE),
+    "minus infinity": (set_value(FLOATS, -np.inf), NOT_FINITE),
+    "floats beyond float32": (set_value(FLOATS, 1e39), NOT_FINITE),
+    "NaN in columns of a table": (
+        np.where(np.arange(200).reshape(40, 5) % 70 == 1, np.nan, 0.5),
+        f"{NOT_FINITE}: 3 of the values, in column 1, counted from 0",
+    ),
+    "integers below 0": (GRAY.astype(np.int64) - 1, "uint8 levels, .* got int64 from -1 .*as float32 for real values"),
+    "counts beyond single precision": (GRAY.astype(np.int64) + 2**25, "counts from 0 to 16,777,216, .* got int64 from"),
+    "int8 below 0": (BITS.astype(np.int8) - 1, "zeros and ones, .* got int8 from -1 to 0"),
+    "five dimensions": (np.zeros((20, 1, 4, 5, 1), np.uint8), r"got shape \(20, 1, 4, 5, 1\) in train"),
+    "one dimension": (np.zeros(20, np.uint8), r"got shape \(20,\) in train"),
+    "no dimension": (np.array(1, np.uint8), r"got shape \(\)"),
+    "two channels": (np.zeros((20, 4, 5, 2), np.uint8), r"with 1 or 3 channels, got shape \(20, 4, 5, 2\)"),
+    "images last": (np.zeros((8, 9, 3, 20), np.uint8), r"got shape \(8, 9, 3, 20\) in train; .*moveaxis"),
+    "no images": (np.zeros((0, 4, 5), np.uint8), "expected at least one image in every split, got an empty array"),
+    "no width": (np.zeros((20, 4, 0), np.uint8), r"expected at least one pixel, got shape \(20, .*4, 0\) in train"),
+    "nine images": (np.zeros((9, 4, 5), np.uint8), "expected at least 10 images to split, got 9"),
+    "a column beyond single precision": (
+        np.stack([WIDE, TIMES], 1),
+        r"tell apart, got float64 around 1.6e\+09 with a spread of 1[78] in column 1 of train; center",
+    ),
+    "the same, columns first": (
+        np.asfortranarray(np.stack([WIDE, TIMES], 1)),
+        r"around 1.6e\+09 with a spread of 1[78] in column 1 of train; center",
+    ),
+    "several columns": (np.stack([WIDE, TIMES, -TIMES, 2 * TIMES], 1), "column 1 of train, and likewise in 2 more col"),
+    "images far from 0": (1e9 + RNG.normal(size=(40, 2, 5)), "around 1e.09 with a spread of .* in train"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_ARRAYS)
+def test_an_array_that_cannot_be_used_is_refused_at_every_size(tmp_path: Path, size: str, what: str) -> None:
+    array, message = BAD_ARRAYS[what]
+    with pytest.raises(ValueError, match=f"own.npy: .*{message}"):
+        load(tmp_path, array)
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-16], ids=["exact", "rounded in double precision"])
+def test_a_constant_column_needs_no_resolution(tmp_path: Path, size: str, noise: float) -> None:
+    constant = 0.3 * (1 + noise * RNG.integers(-2, 3, 400))
+    assert load(tmp_path, np.stack([WIDE, constant], 1)).kind == data.REAL
+
+
+BAD_SPLITS = {
+    "no train": ({"valid": GRAY, "test": GRAY}, r"arrays named train, valid and test, got \['valid', 'test'\]"),
+    "only labels and names": ({"a": GRAY, "b": GRAY}, r"expected one array, or arrays named .* got \['a', 'b'\]"),
+    "no arrays": ({}, "expected one array, or arrays named train, valid and test, got none"),
+    "images of two shapes": (
+        {"train": GRAY, "test": GRAY[:, :, :4]},
+        r"expected images of one shape in all splits, got \[\(1, 4, 4\), \(1, 4, 5\)\]",
+    ),
+    "images and a table": (
+        {"train": GRAY, "test": GRAY.reshape(20, 20)},
+        r"expected images of one shape in all splits, got \[\(1, 4, 5\), \(20,\)\]",
+    ),
+    "binary train, gray test": ({"train": BITS, "test": GRAY}, "expected binary in test as in train"),
+    "binary train, fractions in validation": (
+        {"train": BITS, "valid": FLOATS},
+        "expected binary in validation as in train",
+    ),
+    "uint8 train, float test": ({"train": GRAY, "test": FLOATS}, "expected 8-bit levels in test as in train"),
+    "float train, uint8 test": ({"train": FLOATS, "test": GRAY}, "expected probabilities in test as in train"),
+    "NaN in test": (
+        {"train": FLOATS, "test": set_value(FLOATS, np.nan)},
+        "expected finite values, got NaN or infinity in test: 1 of the values",
+    ),
+    "infinity in a test of real values": (
+        {"train": 3 * FLOATS, "test": set_value(FLOATS, np.inf)},
+        "expected finite values, got NaN or infinity in test: 1 of the values",
+    ),
+    "integers in a test of real values": (
+        {"train": 3 * FLOATS, "test": GRAY},
+        "expected real values in test as in train",
+    ),
+    "strings in test": ({"train": BITS, "test": np.array(["a"] * 20)}, "expected binary in test as in train"),
+    "an empty test split": (
+        {"train": GRAY, "test": GRAY[:0]},
+        "expected at least one image in every split, got an empty array",
+    ),
+    "a test split without dimensions": ({"train": BITS, "test": np.array(1)}, r"got shape \(\)"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_SPLITS)
+def test_splits_that_do_not_belong_together_are_refused(tmp_path: Path, what: str) -> None:
+    arrays, message = BAD_SPLITS[what]
+    with pytest.raises(ValueError, match=f"own.npz: .*{message}"):
+        load(tmp_path, **arrays)
+
+
+@pytest.mark.parametrize("what", BAD_FILES)
+def test_a_file_that_cannot_be_read_is_refused_without_advice_to_unpickle(tmp_path: Path, what: str) -> None:
+    name, content, message = BAD_FILES[what]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message) as refused:
+        data.load(str(tmp_path / name))
+    assert "pickle" not in str(refused.value)
+    assert ("object" in str(refused.value)) == ("objects" in what)
+
+
+def test_a_pickle_is_never_run(tmp_path: Path) -> None:
+    class Touches:
+        def __reduce__(self) -> tuple:
+            return (Path.touch, (tmp_path / "was_run",))
+
+    np.save(tmp_path / "own.npy", np.array([Touches()], dtype=object), allow_pickle=True)
+    with pytest.raises(ValueError, match="object arrays are not read"):
+        data.load(str(tmp_path / "own.npy"))
+    assert not (tmp_path / "was_run").exists()
+
+
+@pytest.mark.parametrize("name", ["missing.npz", "no/such/folder.npy", "folder.npz"])
+def test_a_missing_file_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "folder.npz").mkdir()
+    with pytest.raises(ValueError, match=f"dataset: .*{name} cannot be read"):
+        data.load(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("word", ["MNIST", "cifar", "own.csv", "own", ""])
+def test_an_unknown_data_set_is_refused(word: str) -> None:
+    with pytest.raises(ValueError, match=r"dataset: expected mnist, .*svhn, or the path of an \.npz or \.npy file or"):
+        data.load(word)
+
+
+@pytest.mark.parametrize("argument", [{"image_size": (8, 8)}, {"color": "gray"}], ids=str)
+@pytest.mark.parametrize("dataset", ["mnist", "own.npy"])
+def test_options_of_folders_are_refused_elsewhere(dataset: str, argument: dict) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(argument))}: expected none for {dataset}"):
+        data.load(dataset, **argument)
+
+
+@pytest.mark.parametrize("argument", ["protocol", "fit", "color"])
+def test_a_word_of_no_meaning_is_refused(argument: str) -> None:
+    with pytest.raises(ValueError, match=f"{argument}: expected one of .*, got 'sepia'"):
+        data.load("mnist", **{argument: "sepia"})
+
+
+@pytest.mark.parametrize("split", ["valid", "test"])
+def test_missing_values_of_another_split_are_called_so(tmp_path: Path, split: str) -> None:
+    splits = {name: RNG.normal(size=(20, 3)) for name in ("train", "valid", "test")}
+    splits[split][5, 2] = np.nan
+    np.savez(tmp_path / "own.npz", **splits)
+    with pytest.raises(ValueError, match=rf"NaN or infinity in {split}\w*: 1 of the values, in column 2"):
+        data.load(str(tmp_path / "own.npz"))
+
+
+# --- Sizes in headers ---
+
+
+def header_of(shape: object, dtype: str = "<f8") -> bytes:
+    """An .npy header that numpy would not write."""
+    words = f"{{'descr': {dtype!r}, 'fortran_order': False, 'shape': {shape}, }}".encode().ljust(117) + b"\n"
+    return b"\x93NUMPY\x01\x00" + len(words).to_bytes(2, "little") + words
+
+
+LIES = {
+    "terabytes": header_of((10**9, 1000)) + bytes(80),
+    "more than any address": header_of((10**20, 10**20)) + bytes(80),
+    "a row too many": header_of((11, 1)) + bytes(80),
+    "a row too few": header_of((9, 1)) + bytes(80),
+    "below zero": header_of((-10, -1)) + bytes(80),
+    "yes or no": header_of((True, 10)) + bytes(80),
+    "objects": header_of((10, 1), "|O") + bytes(80),
+    "no shape": header_of("None") + bytes(80),
+    "no header": b"\x93NUMPY\x01\x00",
+    "another version": b"\x93NUMPY\x09\x00" + header_of((10, 1))[8:] + bytes(80),
+}
+
+
+@pytest.mark.parametrize("container", ["npy", "npz"])
+@pytest.mark.parametrize("lie", LIES)
+def test_an_array_whose_header_lies_is_refused_in_one_line(tmp_path: Path, size: str, lie: str, container: str) -> None:
+    path = tmp_path / f"own.{container}"
+    if container == "npy":
+        path.write_bytes(LIES[lie])
+    else:
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("train.npy", LIES[lie])
+    with pytest.raises(ValueError, match=f"own.{container}: not a readable array file: ") as refused:
+        data.load(str(path))
+    assert "\n" not in str(refused.value)
+    assert "allow_pickle" not in str(refused.value)
+
+
+def test_an_archive_that_expands_beyond_the_limit_is_refused_before_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    np.savez_compressed(tmp_path / "own.npz", np.zeros((100, 2**20), np.uint8))
+    monkeypatch.setattr(np.lib.npyio.NpzFile, "__getitem__", lambda *_: pytest.fail("it was read"))
+    with pytest.raises(ValueError, match=r"its arrays take 104,857,728 bytes, more than 200 times the file"):
+        data.load(str(tmp_path / "own.npz"))
+
+
+def test_an_archive_that_expands_within_the_limit_is_read(tmp_path: Path) -> None:
+    np.savez_compressed(tmp_path / "own.npz", np.zeros((100, 2**17), np.uint8))
+    assert data.load(str(tmp_path / "own.npz")).event_shape == (2**17,)
+
+
+def test_arrays_that_exceed_the_memory_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    np.savez(tmp_path / "own.npz", RNG.integers(0, 256, (100, 2**10), np.uint8))
+    monkeypatch.setattr(machine, "get_available_memory", lambda: 100_000)
+    with pytest.raises(ValueError, match=r"its arrays take 102,528 bytes, and 100,000 are available; save it as \.npy"):
+        data.load(str(tmp_path / "own.npz"))
+
+
+@pytest.mark.parametrize("names", [("train", "train.npy"), ("train.npy", "train")], ids=str)
+def test_two_arrays_of_one_name_are_refused(tmp_path: Path, names: tuple[str, str]) -> None:
+    """Of which one would be checked, and the other one be loaded."""
+    np.save(tmp_path / "one.npy", RNG.integers(0, 256, (40, 10), np.uint8))
+    with zipfile.ZipFile(tmp_path / "own.npz", "w") as archive:
+        for name in names:
+            archive.writestr(name, (tmp_path / "one.npy").read_bytes() if name.endswith(".npy") else b"no array")
+    message = r"own\.npz: not a readable array file: expected one array of each name, got two named 'train'$"
+    with pytest.raises(ValueError, match=message):
+        data.load(str(tmp_path / "own.npz"))
+
+
+def test_memory_that_runs_out_is_not_taken_for_a_broken_array(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    np.savez(tmp_path / "own.npz", RNG.integers(0, 256, (40, 10), np.uint8))
+
+    def full(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(np.lib.npyio.NpzFile, "__getitem__", full)
+    message = r"own\.npz: the memory ran out while it was read; save it as \.npy, which is not read into memory$"
+    with pytest.raises(ValueError, match=message):
+        data.load(str(tmp_path / "own.npz"))
+
+
+def test_one_array_under_several_names_of_an_archive_counts_each_time(tmp_path: Path) -> None:
+    """Members that overlap in the file, each a bomb within the limit of one."""
+    np.savez_compressed(tmp_path / "one.npz", train=np.zeros((100, 2**19), np.uint8))
+    with zipfile.ZipFile(tmp_path / "one.npz") as archive:
+        content = archive.read("train.npy")
+    with zipfile.ZipFile(tmp_path / "own.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in ("train", "valid", "test"):
+            archive.writestr(f"{name}.npy", content)
+    with pytest.raises(ValueError, match="its arrays take 157,286,784 bytes, more than 200 times the file"):
+        data.load(str(tmp_path / "own.npz"))
+
+
+# --- Refusals that name the cure, which works ---
+
+
+def follow_advice(folder: Path, error: pytest.ExceptionInfo[ValueError], **replaced: str) -> str:
+    """Run the lines of NumPy that an error advises, in the folder, and return the path of the file that they write."""
+    lines = re.search(r"((?:x = )?numpy\..*\))", str(error.value))
+    assert lines is not None
+    code = lines.group(1)
+    for old, new in replaced.items():
+        code = code.replace(old, new)
+    before = set(folder.iterdir())
+    with contextlib.chdir(folder):
+        exec(code, {"numpy": np})
+    (written,) = set(folder.iterdir()) - before
+    return str(written)
+
+
+def test_the_advice_for_a_column_beyond_single_precision_makes_a_file_that_is_read(tmp_path: Path) -> None:
+    table = np.stack([WIDE, TIMES], 1)
+    with pytest.raises(ValueError, match="center them first") as error:
+        load(tmp_path, table)
+    read = data.load(follow_advice(tmp_path, error))
+    centered = (table - table.mean(0)).astype(np.float32)
+    np.testing.assert_array_equal(sort_images(read), centered[np.lexsort(centered.T)])
+
+
+@pytest.mark.parametrize(("name", "delimiter"), [("t.csv", ","), ("t.TSV", "\t"), ("t.txt", " ")])
+def test_the_advice_for_a_table_of_text_makes_a_file_that_is_read(tmp_path: Path, name: str, delimiter: str) -> None:
+    table = RNG.normal(size=(30, 3))
+    np.savetxt(tmp_path / name, table, delimiter=delimiter, header="a b c")
+    with pytest.raises(ValueError, match=r"expected an \.npz or \.npy file or a folder of images, got") as error:
+        data.load(str(tmp_path / name))
+    read = data.load(follow_advice(tmp_path, error))
+    np.testing.assert_allclose(sort_images(read), table[np.lexsort(table.T)], rtol=1e-6)
+
+
+def test_the_advice_for_an_archive_of_other_names_makes_a_file_that_is_read(tmp_path: Path) -> None:
+    """As dSprites has it: images, labels, and a dictionary that only unpickling could read."""
+    images = RNG.integers(0, 2, (30, 5, 4), np.uint8)
+    others = {"metadata": np.array({"a": 1}, object), "latents_values": np.zeros((30, 6))}
+    np.savez(tmp_path / "sprites.npz", imgs=images, **others)
+    with pytest.raises(ValueError, match="expected one array, or arrays named train, valid and test, got") as error:
+        data.load(str(tmp_path / "sprites.npz"))
+    read = data.load(follow_advice(tmp_path, error, NAME="imgs"))
+    assert (read.kind, read.event_shape) == (data.BINARY, (1, 5, 4))
+    assert sum(map(len, (read.train, read.validation, read.test))) == 30

@@ -1,0 +1,228 @@
+"""Data beyond memory: how much memory there is, tensors in files, threads, and work in parts with the same numbers."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ppl_vae import data
+from ppl_vae.data import array_kinds, machine, transforms
+from ppl_vae.parts import likelihoods
+from ppl_vae.runtime import numerics
+from ppl_vae.runtime.numerics import mean_and_variance, sum_over_images
+
+RNG = np.random.default_rng(0)
+
+
+@pytest.fixture(autouse=True)
+def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache folder that does not exist yet."""
+    monkeypatch.setenv("PPL_VAE_CACHE_DIR", str(tmp_path / "kept"))
+    return tmp_path / "kept"
+
+
+@pytest.fixture
+def large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results lie in files, and images are transformed a few at a time."""
+    monkeypatch.setattr(machine, "fits_in_memory", lambda num_bytes: num_bytes <= 100)
+    monkeypatch.setattr(transforms, "_MOST_PIXELS", 150)
+    monkeypatch.setattr(array_kinds, "BLOCK", 300)
+
+
+# --- The same numbers in parts ---
+
+
+@pytest.mark.parametrize("shape", [(2500, 700), (1000, 257), (1000, 65), (999, 3, 7, 13), (300, 129), (5, 300), (1, 1)])
+@pytest.mark.parametrize("what", ["levels", "reals"])
+def test_sums_over_images_are_bit_for_bit_those_of_all_columns_at_once(shape: tuple[int, ...], what: str) -> None:
+    """What the marginals, and so every training, start from."""
+    rng = np.random.default_rng(2)
+    array = rng.integers(0, 256, shape, np.uint8) if what == "levels" else rng.normal(3, 2, shape).astype(np.float32)
+    x = torch.from_numpy(array)
+    mean = x.sum(0, dtype=torch.double) / len(x)
+    squares = sum((part.double() - mean).square().sum(0) for part in x.split(1000))
+    assert torch.equal(sum_over_images(x), x.sum(0, dtype=torch.double))
+    assert torch.equal(mean_and_variance(x)[0], mean)
+    assert torch.equal(mean_and_variance(x)[1], squares / len(x))
+
+
+def test_sums_over_very_many_images_are_those_of_double_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(numerics, "_LARGE", 1000)
+    array = np.random.default_rng(3).normal(100, 2, (3500, 30)).astype(np.float32)
+    mean, variance = mean_and_variance(torch.from_numpy(array))
+    np.testing.assert_allclose(mean, array.astype(np.longdouble).mean(0).astype(float), rtol=1e-14)
+    np.testing.assert_allclose(variance, array.astype(np.longdouble).var(0).astype(float), rtol=1e-12)
+
+
+FAMILIES: dict[str, Callable[[], tuple[torch.nn.Module, torch.Tensor]]] = {
+    "laplace": lambda: (likelihoods.Laplace((70,)), torch.from_numpy(RNG.normal(size=(60, 70)).astype(np.float32))),
+    "logit-normal": lambda: (likelihoods.LogitNormal((70,)), torch.from_numpy(RNG.random((60, 70)).astype(np.float32))),
+    "beta": lambda: (likelihoods.Beta((70,)), torch.from_numpy(RNG.random((60, 70)).astype(np.float32))),
+}
+
+
+@pytest.mark.parametrize("what", FAMILIES)
+def test_marginals_of_large_data_are_those_of_small(what: str, request: pytest.FixtureRequest) -> None:
+    family, x = FAMILIES[what]()
+    small = family.fit_marginals(x)
+    request.getfixturevalue("large")
+    assert torch.equal(family.fit_marginals(x), small)
+
+
+def test_a_median_leaves_the_images_alone() -> None:
+    x = torch.randn(40, 1)
+    before = x.clone()
+    likelihoods.Laplace((1,)).fit_marginals(x)
+    assert torch.equal(x, before)
+
+
+# --- Tensors in files ---
+
+
+@pytest.mark.usefixtures("large")
+def test_a_large_tensor_lies_in_a_file_that_nobody_else_sees(kept: Path) -> None:
+    rows = data.allocate((50, 3), torch.float32)
+    rows.copy_(torch.arange(150.0).reshape(50, 3))
+    assert data.is_mapped(rows[7:])
+    assert rows[49].tolist() == [147, 148, 149]
+    assert list(kept.iterdir()) == []
+
+
+def test_a_small_tensor_is_in_memory(kept: Path) -> None:
+    assert not data.is_mapped(data.allocate((50, 3), torch.float32))
+    assert not kept.exists()
+
+
+@pytest.mark.usefixtures("large")
+def test_a_large_tensor_is_in_memory_where_the_disk_is_full(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kept: Path
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(machine, "_reserve", full)
+    rows = data.allocate((50, 3), torch.float32)
+    rows.zero_()
+    assert not data.is_mapped(rows)
+    expected = f"{kept}: no space for 600 bytes, which go into memory: No space left on device\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_the_memory_that_is_available_is_no_more_than_the_machine_says() -> None:
+    available = machine.get_available_memory()
+    said = re.search(r"MemTotal: +(\d+)", Path("/proc/meminfo").read_text(encoding="ascii"))
+    assert said is not None
+    assert available is not None
+    assert 0 < available < 1024 * int(said[1])
+
+
+GROUPS = {  # version, the line of /proc/self/cgroup, and the group whose limit is the lowest
+    "a job's own, version 2": (2, "0::/slurm/job_7/step_0", "slurm/job_7/step_0"),
+    "a job's, version 2": (2, "0::/slurm/job_7/step_0", "slurm/job_7"),
+    "a container's, version 2": (2, "0::/", "."),
+    "a group of which only a part is mounted, version 2": (2, "0::/kubepods/pod/own", "."),
+    "a job's own, version 1": (1, "9:name=systemd:/\n4:cpu,memory:/slurm/job_7\n0::/", "memory/slurm/job_7"),
+    "a job's, version 1": (1, "4:memory:/slurm/job_7/step_0", "memory/slurm"),
+    "a container's, version 1": (1, "4:memory:/docker/0123", "memory"),
+}
+FILES_OF_GROUPS = {
+    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    2: ("memory.max", "memory.current", "file"),
+}
+
+
+@pytest.mark.parametrize("what", GROUPS)
+def test_the_memory_that_is_available_is_what_the_control_groups_leave(
+    tmp_path: Path, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version, line, lowest = GROUPS[what]
+    (tmp_path / "own").write_text(f"{line}\n")
+    monkeypatch.setattr(machine, "_PROCESS_GROUPS", tmp_path / "own")
+    monkeypatch.setattr(machine, "_ALL_GROUPS", tmp_path / "all")
+    places = {"slurm/job_7/step_0", "slurm/job_7", "slurm", "."} if version == 2 else {"memory/slurm/job_7", "memory"}
+    for place in {*places, lowest}:
+        group = tmp_path / "all" / place
+        group.mkdir(parents=True, exist_ok=True)
+        limit = 2_000_000 if place == lowest else 9_000_000 if version == 1 else "max"
+        for name, value in zip(FILES_OF_GROUPS[version][:2], (limit, 1_500_000), strict=True):
+            (group / name).write_text(f"{value}\n")
+        (group / "memory.stat").write_text(f"anon 1\n{FILES_OF_GROUPS[version][2]} 300000\n")
+    assert machine.get_available_memory() == 800_000
+
+
+# --- Threads ---
+
+
+def test_results_of_threads_come_in_order_and_few_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "count_threads", lambda: 4)
+    started: list[int] = []
+
+    def late(i: int) -> int:
+        started.append(i)
+        time.sleep(0.002 * (i % 3))
+        return i
+
+    results = machine.map_in_threads(late, range(200))
+    assert [next(results) for _ in range(20)] == list(range(20))
+    assert len(started) <= 20 + 4 * 4
+    assert list(results) == list(range(20, 200))
+
+
+# --- Under a limit ---
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from ppl_vae import data, likelihoods
+from ppl_vae.data import machine, sources, transforms
+path, pixels, family, large = sys.argv[1], sys.argv[2], getattr(likelihoods, sys.argv[3]), int(sys.argv[4])
+torch.ones(64, 64) @ torch.ones(64, 64)
+machine.LARGE = large
+used = next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if "VmData" in line)
+resource.setrlimit(resource.RLIMIT_DATA, (1024 * used + 64 * 2**20,) * 2)
+splits = data.load(path)
+splits.describe(), splits.spread
+x = data.expected_images(splits, pixels)
+h = family(splits.event_shape).fit_marginals(x)
+for split in ("validation", "test"):
+    x = data.evaluation_images(splits, split, pixels)
+    data.binarization_entropy(splits, split, pixels)
+stored, observe = data.training_images(splits, "fixed" if pixels == "dynamic" else pixels)
+print(len(h), data.is_mapped(stored), len(x))
+"""
+
+
+def limited(path: Path, kept: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PPL_VAE_CACHE_DIR": str(kept), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", LIMITED, str(path), *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+@pytest.mark.parametrize(
+    ("dtype", "pixels", "family"), [("float32", "none", "NormalPerPixel"), ("uint8", "dynamic", "Bernoulli")]
+)
+def test_a_file_that_is_larger_than_memory_is_prepared_for_training(
+    tmp_path: Path, kept: Path, dtype: str, pixels: str, family: str
+) -> None:
+    """96 MiB in single precision under a limit of 64: that file, or one of levels that become as much."""
+    stored = np.lib.format.open_memmap(tmp_path / "own.npy", "w+", dtype, (24 * 256, 4096))
+    for rows in np.split(stored, 24):
+        rows[:] = RNG.integers(0, 256, rows.shape)
+        rows[:] = rows / np.float32(3) if dtype == "float32" else rows
+    done = limited(tmp_path / "own.npy", kept, pixels, family, 2**24)
+    num_features = 4096 * (2 if dtype == "float32" else 1)
+    assert (done.returncode, done.stdout) == (0, f"{num_features} True 614\n"), done.stderr
+    if dtype == "float32":  # read whole, it does not fit
+        assert "unable to allocate" in limited(tmp_path / "own.npy", kept, pixels, family, 2**40).stderr.lower()

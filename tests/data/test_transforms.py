@@ -1,0 +1,382 @@
+"""Data: how the model sees stored images (binarized, levels, dequantized, unchanged), protocols, entropy, subsets."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import bernoulli
+
+from ppl_vae import data
+from ppl_vae.data import machine, transforms
+
+RNG = np.random.default_rng(0)
+SPLITS = ("train", "validation", "test")
+BINARIZATIONS = ("dynamic", "fixed", "threshold", "none")
+
+
+def build(values: np.ndarray, kind: str) -> data.Splits:
+    """Splits of a half, a quarter and a quarter of the images."""
+    x = torch.from_numpy(values)
+    half, quarter = len(x) // 2, len(x) // 4
+    parts = x[:half], x[half : half + quarter], x[half + quarter :]
+    return data.Splits("own", kind, *parts, sha256="", split="")
+
+
+STORED = {
+    data.BINARY: RNG.integers(0, 2, (40, 6), np.uint8),
+    data.LEVELS: RNG.integers(0, 256, (40, 6), np.uint8),
+    data.PROBABILITIES: RNG.random((40, 6), dtype=np.float32),
+    data.REAL: RNG.normal(size=(40, 6)).astype(np.float32),
+    data.COUNTS: RNG.poisson(3.0, (40, 6)).astype(np.float32),
+}
+
+
+@pytest.fixture(scope="module")
+def mnist() -> data.Splits:
+    return data.load("mnist")
+
+
+@pytest.fixture(scope="module")
+def iwae() -> data.Splits:
+    return data.load("mnist", protocol="iwae")
+
+
+@pytest.fixture
+def gray() -> data.Splits:
+    """90 images with random levels."""
+    levels = torch.from_numpy(np.random.default_rng(1).integers(0, 256, (90, 1, 5, 6), np.uint8))
+    return data.Splits("gray", data.LEVELS, levels[:50], levels[50:70], levels[70:], sha256="", split="")
+
+
+@pytest.fixture
+def large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results lie in files, and images are transformed a few at a time."""
+    monkeypatch.setattr(machine, "fits_in_memory", lambda num_bytes: num_bytes <= 100)
+    monkeypatch.setattr(transforms, "_MOST_PIXELS", 150)
+
+
+# --- Images of an evaluation ---
+
+
+@pytest.mark.parametrize("binarization", ["dynamic", "fixed"])
+def test_mnist_is_evaluated_on_the_published_draw(mnist: data.Splits, binarization: str) -> None:
+    """The protocol as its authors' code has it: seed 777, one binomial draw over validation, then one over test."""
+    before = np.random.get_state()  # noqa: NPY002 (the published generator is numpy's global one)
+    try:
+        np.random.seed(777)  # noqa: NPY002
+        for split in ("validation", "test"):
+            rates = getattr(mnist, split).numpy().astype(np.float32) / 255
+            expected = np.random.binomial(1, rates)  # noqa: NPY002
+            np.testing.assert_array_equal(data.evaluation_images(mnist, split, binarization).numpy(), expected)
+    finally:
+        np.random.set_state(before)  # noqa: NPY002
+
+
+def compute_expected(splits: data.Splits, split: str, word: str) -> np.ndarray:
+    """Each word in one call of the published generators, by numpy and torch."""
+    stored = {name: getattr(splits, name).numpy() for name in SPLITS}
+    rate = {name: levels.astype(np.float32) / np.float32(255) for name, levels in stored.items()}
+    if word in ("dynamic", "fixed"):
+        stream = np.random.RandomState(777)
+        drawn = {name: stream.binomial(1, rate[name]) for name in ("validation", "test", "train")}
+        return drawn[split].astype(np.float32)
+    if word == "dequantized":
+        generator = torch.Generator().manual_seed(777 + ("test", "validation", "train").index(split))
+        u = torch.rand(stored[split].shape, generator=generator).numpy()
+        return (stored[split].astype(np.float32) + u) / np.float32(256)
+    values = {"threshold": stored[split] >= 128, "none": rate[split], "levels": stored[split]}
+    return values[word].astype(np.float32)
+
+
+@pytest.mark.parametrize("size", ["small", "large"])
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("word", data.PIXELS)
+def test_images_of_each_word_are_the_same_whole_and_in_parts(
+    gray: data.Splits, word: str, split: str, size: str, request: pytest.FixtureRequest
+) -> None:
+    if size == "large":
+        request.getfixturevalue("large")
+    x = data.evaluation_images(gray, split, word)
+    np.testing.assert_array_equal(x.numpy(), compute_expected(gray, split, word), strict=True)
+    assert data.is_mapped(x) == (size == "large")
+
+
+@pytest.mark.usefixtures("large")
+@pytest.mark.parametrize("word", ["fixed", "threshold"])
+def test_a_stored_draw_is_the_same_in_parts_and_takes_a_byte_per_pixel(gray: data.Splits, word: str) -> None:
+    stored, transform = data.training_images(gray, word)
+    assert stored.dtype == torch.uint8
+    assert data.is_mapped(stored)
+    np.testing.assert_array_equal(transform(stored).numpy(), compute_expected(gray, "train", word))
+
+
+@pytest.mark.parametrize("word", data.PIXELS)
+def test_images_neither_depend_on_global_generators_nor_change_them(gray: data.Splits, word: str) -> None:
+    np.random.seed(1)  # noqa: NPY002 (the global generators are what must not matter)
+    torch.manual_seed(1)
+    states = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    first, subset = data.evaluation_images(gray, "test", word), data.subset(10_000, 100)
+    assert torch.equal(states[0], torch.get_rng_state())
+    np.testing.assert_array_equal(states[1], np.random.get_state()[1])  # noqa: NPY002
+    np.random.seed(2)  # noqa: NPY002
+    torch.manual_seed(2)
+    assert torch.equal(first, data.evaluation_images(gray, "test", word, seed=3))
+    assert torch.equal(subset, data.subset(10_000, 100))
+
+
+def test_the_splits_are_dequantized_by_other_noise(gray: data.Splits) -> None:
+    same = replace(gray, validation=gray.test)
+    noise = [256 * data.evaluation_images(same, split, "dequantized") % 1 for split in ("validation", "test")]
+    assert not torch.allclose(*noise)
+
+
+@pytest.mark.parametrize("split", ["valid", "all", ""])
+def test_an_unknown_split_is_refused(gray: data.Splits, split: str) -> None:
+    with pytest.raises(ValueError, match="split: expected one of test, validation, train"):
+        data.evaluation_images(gray, split, "dynamic")
+
+
+def test_an_unknown_word_is_refused(gray: data.Splits) -> None:
+    with pytest.raises(ValueError, match=r"pixels: expected one of .*, got 'soft'"):
+        data.training_images(gray, "soft")
+
+
+@pytest.mark.parametrize("word", ["levels", "dequantized"])
+def test_only_8_bit_data_has_levels(word: str) -> None:
+    with pytest.raises(ValueError, match=rf"pixels: expected 8-bit levels for '{word}', got real values"):
+        data.evaluation_images(build(STORED[data.REAL], data.REAL), "test", word)
+
+
+# --- Draws ---
+
+
+def test_each_level_is_drawn_at_its_own_rate() -> None:
+    num_draws = 20_000
+    levels = torch.arange(256, dtype=torch.uint8).expand(num_draws, 256)
+    rate = levels[0].double() / 255
+    drawn = data.sample_bernoulli(levels, torch.Generator().manual_seed(0)).double().mean(0)
+    stderr = (rate * (1 - rate) / num_draws).sqrt()
+    gray_only = slice(1, 255)
+    in_standard_errors = ((drawn - rate)[gray_only] / stderr[gray_only]).abs()
+    assert in_standard_errors.max() < 4.5
+    assert in_standard_errors.square().mean() == pytest.approx(1, abs=5 * math.sqrt(2 / 254))
+
+
+def test_each_probability_is_drawn_at_its_own_rate() -> None:
+    num_draws, rate = 40_000, torch.tensor([0.01, 0.1, 0.5, 0.77, 0.999])
+    drawn = data.sample_bernoulli(rate.expand(num_draws, 5), torch.Generator().manual_seed(1)).double().mean(0)
+    stderr = (rate * (1 - rate) / num_draws).sqrt()
+    assert ((drawn - rate) / stderr).abs().max() < 4
+
+
+@pytest.mark.parametrize("level", [0, 255])
+@pytest.mark.parametrize("is_stored_as_level", [True, False])
+def test_black_and_white_are_certain(level: int, is_stored_as_level: bool) -> None:
+    stored = torch.tensor(level, dtype=torch.uint8) if is_stored_as_level else torch.tensor(level / 255)
+    drawn = data.sample_bernoulli(stored.expand(1_000_000), torch.Generator().manual_seed(2))
+    assert drawn.unique().tolist() == [level / 255]
+
+
+# torch.rand gives multiples of 2^-24 from 0 on, and never 1.
+@pytest.mark.parametrize(("uniform", "level"), [(0.0, 0), (1 - 2.0**-24, 255)], ids=["black at 0", "white at almost 1"])
+def test_black_and_white_are_certain_at_the_ends_of_the_uniform_numbers(
+    monkeypatch: pytest.MonkeyPatch, uniform: float, level: int
+) -> None:
+    monkeypatch.setattr(torch, "rand", lambda shape, **_: torch.full(shape, uniform))
+    stored = torch.full((1,), level, dtype=torch.uint8)
+    assert data.sample_bernoulli(stored, torch.Generator()) == stored / 255
+    assert data.sample_bernoulli(stored / 255, torch.Generator()) == stored / 255
+
+
+# --- Training images ---
+
+
+@pytest.mark.parametrize("word", ["dynamic", "dequantized"])
+def test_training_images_are_drawn_anew_at_each_access_from_their_generator_alone(gray: data.Splits, word: str) -> None:
+    stored, transform = data.training_images(gray, word)
+    generator = torch.Generator().manual_seed(7)
+    torch.manual_seed(1)
+    first, second = transform(stored, generator), transform(stored, generator)
+    assert first.dtype == torch.float32
+    assert not torch.equal(first, second)
+    torch.manual_seed(2)
+    assert torch.equal(first, transform(stored, torch.Generator().manual_seed(7)))
+    if word == "dynamic":
+        assert set(first.unique().tolist()) == {0.0, 1.0}
+    else:
+        assert torch.equal((256 * first).floor(), gray.train.float())
+
+
+def test_a_dynamic_draw_is_the_expected_image_on_average() -> None:
+    splits = build(STORED[data.LEVELS], data.LEVELS)
+    stored, transform = data.training_images(splits, "dynamic")
+    generator = torch.Generator().manual_seed(0)
+    mean = torch.stack([transform(stored, generator) for _ in range(2000)]).mean(0)
+    expected = data.expected_images(splits, "dynamic")
+    error = (expected * (1 - expected) / 2000).sqrt()
+    assert ((mean - expected).abs() <= 5 * error + 1e-6).all()
+
+
+@pytest.mark.parametrize("word", ["fixed", "threshold", "none"])
+@pytest.mark.parametrize("kind", [data.BINARY, data.LEVELS, data.PROBABILITIES])
+def test_images_that_are_not_drawn_anew_are_the_same_in_training_and_evaluation(word: str, kind: str) -> None:
+    splits = build(STORED[kind], kind)
+    stored, transform = data.training_images(splits, word)
+    x = transform(stored, torch.Generator())
+    assert torch.equal(x, data.evaluation_images(splits, "train", word))
+    assert torch.equal(x, data.expected_images(splits, word))
+
+
+@pytest.mark.parametrize("kind", [data.BINARY, data.REAL, data.COUNTS])
+def test_data_that_is_never_binarized_is_unchanged(kind: str) -> None:
+    splits = build(STORED[kind], kind)
+    stored, transform = data.training_images(splits, "none")
+    assert torch.equal(transform(stored, torch.Generator()), splits.train.float())
+    assert torch.equal(data.evaluation_images(splits, "test", "none"), splits.test.float())
+    assert data.resolve_binarization(splits, None) == "none"
+    for binarization in ("dynamic", "fixed", "threshold"):
+        with pytest.raises(ValueError, match=f"binarization: expected none for .*, got {binarization}"):
+            data.resolve_binarization(splits, binarization)
+
+
+@pytest.mark.parametrize("binarization", ["dynamic", "fixed"])
+def test_a_draw_from_ones_is_ones(binarization: str) -> None:
+    """Stored ones of binary data are not the level 1 of 255."""
+    splits = build(np.ones((40, 6), np.uint8), data.BINARY)
+    stored, transform = data.training_images(splits, binarization)
+    assert transform(stored, torch.Generator().manual_seed(0)).mean() == 1
+    assert data.evaluation_images(splits, "test", binarization).mean() == 1
+
+
+def test_gray_data_takes_each_binarization_and_resolves_to_the_default(gray: data.Splits) -> None:
+    assert data.resolve_binarization(gray, None) == "dynamic"
+    assert data.resolve_binarization(gray, None, default="threshold") == "threshold"
+    assert [data.resolve_binarization(gray, word) for word in BINARIZATIONS] == [*BINARIZATIONS]
+
+
+def test_levels_are_given_as_they_are(gray: data.Splits) -> None:
+    stored, transform = data.training_images(gray, "levels")
+    assert torch.equal(transform(stored), gray.train.float())
+    assert torch.equal(data.expected_images(gray, "levels"), gray.train.float())
+
+
+def test_a_training_starts_from_a_fixed_random_part_of_many_images(
+    mnist: data.Splits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    every = data.initialization_images(mnist, "none").double()
+    assert len(every) == 50_000
+    monkeypatch.setattr(transforms, "_MOST_INITIALIZATION_PIXELS", 2000 * 784)
+    some = data.initialization_images(mnist, "none").double()
+    assert len(some) == 2000
+    assert ((some.mean(0) - every.mean(0)).abs() <= 6 * every.std(0) / 2000**0.5 + 0.002).all()
+    assert torch.equal(some, data.initialization_images(mnist, "none").double())
+
+
+# --- The entropy of a draw ---
+
+
+@pytest.mark.parametrize("kind", [data.LEVELS, data.PROBABILITIES])
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("binarization", ["dynamic", "fixed"])
+def test_the_entropy_of_a_draw_is_that_of_its_bernoullis(kind: str, split: str, binarization: str) -> None:
+    splits = build(STORED[kind], kind)
+    entropy = data.binarization_entropy(splits, split, binarization)
+    rates = getattr(splits, split).double().numpy() / (255 if kind == data.LEVELS else 1)
+    assert entropy is not None
+    np.testing.assert_allclose(entropy.numpy(), bernoulli.entropy(rates).sum(axis=1), rtol=1e-12)
+
+
+def test_the_entropy_of_mnists_test_set_is_45_53_nats(mnist: data.Splits) -> None:
+    entropy = data.binarization_entropy(mnist, "test", "dynamic")
+    assert entropy is not None
+    assert (tuple(entropy.shape), entropy.dtype) == ((10_000,), torch.float64)
+    assert entropy.mean().item() == pytest.approx(45.53, abs=0.005)
+
+
+@pytest.mark.parametrize(
+    ("kind", "binarization"),
+    [(data.LEVELS, "threshold"), (data.LEVELS, "none"), (data.BINARY, "dynamic"), (data.REAL, "dynamic")],
+)
+def test_images_that_are_not_drawn_have_no_entropy(kind: str, binarization: str) -> None:
+    assert data.binarization_entropy(build(STORED[kind], kind), "test", binarization) is None
+
+
+# --- The protocol of Burda et al. (2015) ---
+
+
+def test_under_iwae_all_training_images_and_labels_train(iwae: data.Splits, mnist: data.Splits) -> None:
+    assert torch.equal(iwae.train, torch.cat([mnist.train, mnist.validation]))
+    assert torch.equal(iwae.labels["train"], torch.cat([mnist.labels["train"], mnist.labels["validation"]]))
+    assert "60,000 / 0 / 10,000 (iwae protocol: all training images train, and test is drawn anew" in iwae.describe()
+    assert tuple(iwae.validation.shape) == (0, 1, 28, 28)
+    with pytest.raises(ValueError, match="mnist: has no validation images under the iwae protocol"):
+        data.evaluation_images(iwae, "validation", "dynamic")
+
+
+def test_under_iwae_a_dynamic_test_set_is_drawn_from_the_seed_and_a_fixed_one_is_not(
+    gray: data.Splits, request: pytest.FixtureRequest
+) -> None:
+    splits = replace(gray, protocol="iwae")
+    rate = gray.test.numpy().astype(np.float32) / np.float32(255)
+    expected = np.random.RandomState(5).binomial(1, rate)
+    np.testing.assert_array_equal(data.evaluation_images(splits, "test", "dynamic", seed=5).numpy(), expected)
+    first, second = (data.evaluation_images(splits, "test", "fixed", seed=seed) for seed in (0, 1))
+    assert torch.equal(first, second)
+    request.getfixturevalue("large")
+    np.testing.assert_array_equal(data.evaluation_images(splits, "test", "dynamic", seed=5).numpy(), expected)
+
+
+@pytest.mark.parametrize("dataset", ["static-mnist", "caltech-silhouettes", "cifar10", "svhn", "own.npz"])
+def test_the_iwae_protocol_is_for_the_gray_sets_alone(dataset: str) -> None:
+    with pytest.raises(ValueError, match=rf"protocol: expected vampprior for {dataset} \(iwae is for mnist, fashion"):
+        data.load(dataset, protocol="iwae")
+
+
+# --- Subsets ---
+
+
+@pytest.mark.parametrize(("num_images", "most"), [(10_000, 20), (10_000, 5_000), (50, 49), (3, 1)])
+def test_a_subset_is_ascending_and_has_the_size_that_was_asked_for(num_images: int, most: int) -> None:
+    index = data.subset(num_images, most)
+    assert len(index) == most
+    assert (index.diff() > 0).all()
+    assert index[0] >= 0
+    assert index[-1] < num_images
+
+
+@pytest.mark.parametrize("most", [None, 50, 51, 10_000])
+def test_a_subset_is_all_images_where_there_are_no_more(most: int | None) -> None:
+    assert data.subset(50, most).tolist() == list(range(50))
+
+
+@pytest.mark.parametrize("most", [10, 100, 1_000])
+def test_a_subset_is_not_the_first_images(most: int) -> None:
+    """Image i of a random subset of n among N lies near i N / n: the mean index is (N - 1) / 2, within its error."""
+    num_images = 10_000
+    index = data.subset(num_images, most).double()
+    stderr = math.sqrt((num_images**2 - 1) / 12 / most)
+    assert (index.mean() - (num_images - 1) / 2).abs() < 4 * stderr
+
+
+# --- Further images at the levels ---
+
+
+def test_further_images_become_levels_and_keep_their_holes(tmp_path: Path) -> None:
+    splits = build(STORED[data.LEVELS], data.LEVELS)
+    values = STORED[data.LEVELS][:5] / 255
+    values[0, 0] = np.nan
+    np.save(tmp_path / "more.npy", values)
+    found = data.load_images(str(tmp_path / "more.npy"), splits, "levels").x
+    expected = np.where(np.isnan(values), np.nan, STORED[data.LEVELS][:5])
+    np.testing.assert_array_equal(found.numpy(), expected)
+
+
+def test_further_images_between_the_levels_are_refused(tmp_path: Path) -> None:
+    np.save(tmp_path / "more.npy", np.full((5, 6), 0.5))
+    with pytest.raises(ValueError, match=r"expected uint8 levels, or level / 255, got fractions between the levels"):
+        data.load_images(str(tmp_path / "more.npy"), build(STORED[data.LEVELS], data.LEVELS), "levels")

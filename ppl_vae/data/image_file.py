@@ -279,8 +279,8 @@ class ImageNotes:
         high = np.frombuffer(self._high, np.uint8)[rows].max()
         if transparent.any() and low == high:
             raise ValueError(
-                f"{root}: expected images that show something, got level {low} alone in {split}, since what is "
-                f"transparent ({transparent.sum():,} of {pluralize(len(rows), 'image')}) is laid over white; "
+                f"{root}: expected images that show something, got only level {low} in {split}, since the "
+                f"transparent pixels ({transparent.sum():,} of {pluralize(len(rows), 'image')}) are laid over white; "
                 "save the images over another color"
             )
 
@@ -319,7 +319,7 @@ class ImageNotes:
             )
         if color is None and self._num_in_color and 2 * self._num_gray >= self.num_images:
             found.append(
-                f"gray pixels alone in {self._count_of_all(self._num_gray)}, which are read as red, green and blue: "
+                f"only gray pixels in {self._count_of_all(self._num_gray)}, which are read as red, green and blue: "
                 "--color gray reads one channel"
             )
         return tuple(found)
@@ -336,11 +336,11 @@ class ImageNotes:
             first, (height, width) = next(iter(self._other_sizes.items()))
             how = f"scaled to cover {wanted} and cut to the middle" if fit == "crop" else f"stretched to {wanted}"
             found.append(
-                f"{self._count_of_all(len(self._other_sizes))} have another height or width than {wanted} "
-                f"({first} has {height}x{width}), and are {how}"
+                f"{self._count_of_all(len(self._other_sizes))} have a height or width other than {wanted} "
+                f"({first} has {height}x{width}), and were {how}"
             )
         if self._num_grayed:
-            found.append(f"{self._count_of_all(self._num_grayed)} are in color, and are made gray")
+            found.append(f"{self._count_of_all(self._num_grayed)} are in color, and were made gray")
         return tuple(found)
 
     def _count_of_all(self, count: int) -> str:

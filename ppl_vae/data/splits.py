@@ -16,11 +16,11 @@ BINARY, LEVELS, PROBABILITIES, REAL, COUNTS = "binary", "8-bit levels", "probabi
 KINDS = (BINARY, LEVELS, PROBABILITIES, REAL, COUNTS)
 SPLIT_ORDER = ("train", "validation", "test")
 NUM_LEVELS = 256
-UNIT_INTERVAL = "values between 0 and 1"  # no kind of data: what a likelihood may ask for
+UNIT_INTERVAL = "values between 0 and 1"  # not a kind of data, but a likelihood may require it
 
 PUBLISHED_SEED = 777  # the binarization of Tomczak and Welling 2018; also the splits of a user's own data
 
-_NAMED_AT_MOST = 5
+_MOST_NAMES = 5
 
 
 @dataclass(frozen=True)
@@ -28,15 +28,15 @@ class Splits:
     """Splits of a data set, as they are stored: uint8 for binary data and 8-bit levels, else float32.
 
     Args:
-        name: what was asked for.
+        name: the word or the name of the file or folder.
         kind: "binary" ({0, 1}), "8-bit levels" ({0..255}), "counts" ({0, 1, ...}), "probabilities" ([0, 1]) or "real
             values".
         train, validation, test: (N, *E); images are (N, C, H, W), tables (N, D).
         sha256: of the bytes that were read.
-        split: in words, how the splits came about.
+        split: how the images were split, in words.
         labels: (N,) int64 of each split that has any.
-        class_names: the name of each label, where they have one.
-        unreadable: files that were left out because they could not be read.
+        class_names: the name of each label; empty where labels have no names.
+        unreadable: names of the files that could not be read and are left out.
         notes: sentences for the user about how the data was read, such as a shape that can be read in two ways.
         protocol: "vampprior", or "iwae" (no validation images; test drawn anew at each evaluation).
     """
@@ -101,8 +101,8 @@ def pluralize(count: int, what: str) -> str:
 def abbreviate(names: Iterable[str]) -> str:
     """Join the first five names, and say how many more there are."""
     names = list(names)
-    more = len(names) - _NAMED_AT_MOST
-    return ", ".join(names[:_NAMED_AT_MOST]) + (f" and {more:,} more" if more > 0 else "")
+    more = len(names) - _MOST_NAMES
+    return ", ".join(names[:_MOST_NAMES]) + (f" and {more:,} more" if more > 0 else "")
 
 
 def complete_splits(
@@ -112,11 +112,11 @@ def complete_splits(
 
     Args:
         where: the file or folder, for an error.
-        given: (N, *E) of each split that there is, train among them.
+        given: images (N, *E) of each split that exists, train among them.
         labels: (N,) of each split that has any; they follow their images.
 
     Returns:
-        All three splits, their labels, and in words how they came about.
+        All three splits, their labels, and how the images were split, in words.
 
     Raises:
         ValueError: too few training images.
@@ -142,9 +142,9 @@ def complete_splits(
 
 
 def subset(num_images: int, most: int | None) -> Tensor:
-    """Indices (n,) of a random subset, ascending and the same at every call; all where ``most`` is not exceeded.
+    """Choose indices (n,) of a random subset, ascending and the same at every call; all of them if few.
 
-    Never the first N: files are often sorted by class.
+    A subset is never the first images, since files are often sorted by class.
     """
     if most is None or most >= num_images:
         return torch.arange(num_images)

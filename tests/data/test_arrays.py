@@ -470,7 +470,10 @@ BAD_ARRAYS: dict[str, tuple[np.ndarray, str]] = {
         np.where(np.arange(200).reshape(40, 5) % 70 == 1, np.nan, 0.5),
         f"{NOT_FINITE}: 3 of the values, in column 1, counted from 0",
     ),
-    "integers below 0": (GRAY.astype(np.int64) - 1, "uint8 levels, .* got int64 from -1 .*as float32 for real values"),
+    "integers below 0": (
+        GRAY.astype(np.int64) - GRAY.min() - 1,
+        "uint8 levels, .* got int64 from -1 .*as float32 for real values",
+    ),
     "counts beyond single precision": (GRAY.astype(np.int64) + 2**25, "counts from 0 to 16,777,216, .* got int64 from"),
     "int8 below 0": (BITS.astype(np.int8) - 1, "zeros and ones, .* got int8 from -1 to 0"),
     "five dimensions": (np.zeros((20, 1, 4, 5, 1), np.uint8), r"got shape \(20, 1, 4, 5, 1\) in train"),

@@ -176,7 +176,7 @@ def test_bits_per_dimension_are_the_nats_of_the_levels(two, word):
 
 
 def test_a_mass_and_a_density_of_the_same_levels_compare(two, tmp_path):
-    entry = compare_runs(
+    found = compare_runs(
         CompareRuns(
             [str(folder) for folder in two.values()],
             split="test",
@@ -188,8 +188,8 @@ def test_a_mass_and_a_density_of_the_same_levels_compare(two, tmp_path):
         ),
         say=lambda line: None,
     )
-    assert entry["scale"] == "mass of 8-bit levels"
-    assert not entry["comparisons"][0]["same_noise"]
+    assert found.scale == "mass of 8-bit levels"
+    assert not found.comparisons[0].same_noise
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,9 @@ OTHERS = {
         vae, torch.zeros(2).to(x), [0], torch.zeros(1).to(x)
     ),
     "fit": lambda vae, x: fit_vae(vae, x, epochs=1, batch_size=2),
-    "guide_calibration.ranks": lambda vae, x: guide_calibration.ranks(vae, num_simulations=3, num_draws=2),
+    "guide_calibration.compute_ranks": lambda vae, x: guide_calibration.compute_ranks(
+        vae, num_simulations=3, num_draws=2
+    ),
     "objectives.dreg": lambda vae, x: objectives.dreg(vae.model, vae.guide, x, num_particles=2),
     "objectives.elbo": lambda vae, x: objectives.elbo(vae.model, vae.guide, x),
     "objectives.free_bits": lambda vae, x: objectives.free_bits(vae.model, vae.guide, x, free_nats=0.1),

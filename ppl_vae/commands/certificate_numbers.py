@@ -13,8 +13,9 @@ from torch import Tensor
 from ppl_vae.commands.certificate_stages import AISSummary
 from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.evidence.gaps import Gaps
-from ppl_vae.evidence.guide_calibration import Ranks, judge
+from ppl_vae.evidence.guide_calibration import judge
 from ppl_vae.evidence.importance import UNRELIABLE_BIAS, Importance
+from ppl_vae.evidence.rank_statistics import Ranks
 from ppl_vae.evidence.typicality import typicality
 from ppl_vae.runs.results import Quantiles
 

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from ppl_vae.commands.evaluate import evaluate_with_progress
 from ppl_vae.evidence import ais, gaps
-from ppl_vae.evidence.guide_calibration import Ranks, ranks
+from ppl_vae.evidence.guide_calibration import compute_ranks
 from ppl_vae.evidence.importance import IMPORTANCE_NAMES, Importance, evaluate, gather_log_weights
 from ppl_vae.evidence.proposals import defend_proposal, replace_guide
+from ppl_vae.evidence.rank_statistics import Ranks
 from ppl_vae.evidence.refinement import refine_proposal
 from ppl_vae.parts.posteriors import FullNormal
 from ppl_vae.runs.block_store import BlockStore, StageResults
@@ -413,7 +414,7 @@ def rank_simulations(context: StageContext, stage: str, num_simulations: int, nu
 
     def compute(items: slice, advance: Count, compiled: bool) -> Tensors:
         count = items.stop - items.start
-        found = ranks(context.vae, num_simulations=count, num_draws=num_draws, progress=advance)
+        found = compute_ranks(context.vae, num_simulations=count, num_draws=num_draws, progress=advance)
         return {name: getattr(found, name) for name in shapes}
 
     size = even_block_size(num_simulations, SIMULATION_BLOCK)

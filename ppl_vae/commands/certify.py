@@ -18,7 +18,7 @@ from ppl_vae.commands.certificate_stages import AISSummary, Chain, StageContext
 from ppl_vae.commands.options import Certify
 from ppl_vae.evidence.chains import resolve_start
 from ppl_vae.evidence.gaps import Gaps
-from ppl_vae.evidence.typicality import guarded
+from ppl_vae.evidence.typicality import mix_prior_into_guide
 from ppl_vae.reports.certificate_figures import certificate_figures
 from ppl_vae.reports.certificate_table import certificate_table, check_output, read_certificates, write_certificate
 from ppl_vae.reports.text.certificate import describe_certificate
@@ -278,7 +278,7 @@ def _measure(context: StageContext, plan: Plan) -> numbers.Measured:
 
 def _score_other(context: StageContext, x: Tensor, other: OtherImages, S: int) -> numbers.Scored:
     """The bound L_S of both data sets, with a guide that also covers images unlike the training data."""
-    vae = guarded(context.vae)
+    vae = mix_prior_into_guide(context.vae)
     both = {"against own": (x, "the run's own"), "against": (other.x.to(context.place), other.name)}
     bounds = [
         stages.weigh_images(

@@ -1,9 +1,10 @@
-"""What the log p(x) of another data set says beside that of one's own: less than it seems."""
+"""Compare log p(x) of another data set with that of the model's own: a high density is not typicality."""
 
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,28 +14,17 @@ from ppl_vae.evidence.proposals import DefensiveMixture
 from ppl_vae.protocols import LatentModel
 from ppl_vae.vae import VAE
 
-LOWEST = 0.05  # of the own images, below which another set's are called improbable
+LOWEST = 0.05  # the share of own images below whose quantile the other set's are improbable
 
-# Two sets are told apart where a random image of each is in its order this often; words are said of what is beyond its
-# threshold by so many standard errors. Source: ours.
+# Two sets are told apart where random pairs of images are in order with at least this probability; sentences state only
+# what lies beyond its threshold by three standard errors. Source: ours.
 APART = 0.95
 _STDERRS = 3.0
 
-_ADDED = 4  # images that the error of a share adds, half of either kind
+_ADDED = 4  # images that the error of a share adds, half of them above (Agresti and Coull)
 
 
-class Probability(NamedTuple):
-    """A probability that was estimated from images, and its standard error."""
-
-    mean: float
-    stderr: float
-
-    def to_json(self) -> dict[str, float]:
-        """As reports hold it."""
-        return self._asdict()
-
-
-class HalfPrior(nn.Module):
+class PriorMixtureGuide(nn.Module):
     """x (B, *E) -> q(z | x) / 2 + p(z) / 2.
 
     Args:
@@ -52,29 +42,29 @@ class HalfPrior(nn.Module):
         return DefensiveMixture(self.posterior(x), self.prior(), x.new_full((len(x),), 0.5))
 
 
-def guarded(vae: LatentModel) -> VAE:
-    """The same p(x, z) with the guide q(z | x) / 2 + p(z) / 2, to score images that the guide was not made for.
+def mix_prior_into_guide(vae: LatentModel) -> VAE:
+    """The same p(x, z) with the guide q(z | x) / 2 + p(z) / 2, to score images that the guide was not trained for.
 
-    Such images may be sent where the prior has next to nothing, and every weight p(x, z) / q(z | x) then says so of
-    the guide alone: under a flow prior, images of clothes scored by a model of digits came out at -5e13 nats, and at
-    -1,337 with prior draws among the particles. Of S particles half are the prior's, so that no bound lies below what
-    S / 2 draws of the prior say; on the model's own images it costs the bound about what half of the particles do.
-    The weights are shared with the VAE. Score both sets with it: only the same bound is to be compared.
+    The guide may send such images where the prior has almost no density, and every weight p(x, z) / q(z | x) then
+    reflects the guide alone: under a flow prior, images of clothes scored by a model of digits came out at -5e13 nats,
+    and at -1,337 with prior draws among the particles. Half of the S particles come from the prior, so no bound lies
+    below that of S / 2 prior draws; on the model's own images this costs about as much as halving the particles. The
+    weights are shared with the VAE. Score both sets with it, so that the same bound is compared.
 
     Args:
         vae: of one layer or several.
 
     Reference: Hesterberg 1995, Technometrics 37(2), 185-194 (defensive mixture).
     """
-    return VAE(vae.prior, vae.likelihood, HalfPrior(vae.posterior, vae.prior)).train(vae.training)
+    return VAE(vae.prior, vae.likelihood, PriorMixtureGuide(vae.posterior, vae.prior)).train(vae.training)
 
 
-def auroc(low: Tensor, high: Tensor) -> Probability:
+def auroc(low: Tensor, high: Tensor) -> Estimate:
     """P(a < b) + P(a = b) / 2, a of ``low`` and b of ``high``: 1/2 where they are alike, 1 where all b are higher.
 
-    The error is that of both samples: the variances of F(b) and of 1 - G(a), F and G the empirical distribution
-    functions of a and b, each over its number. It is not taken to be below 1 / (k + 1), k the smaller number: where all
-    pairs are in order these variances are 0, as if k images could show that no other ever is out of it.
+    The squared error is Var(F(b)) / n + Var(1 - G(a)) / m, with F and G the empirical distribution functions of a and
+    b. The error is at least 1 / (k + 1), k the smaller sample size: where all pairs are in order the variances are 0,
+    although k images cannot show that no other pair is out of order.
 
     Args:
         low: (m,).
@@ -85,26 +75,25 @@ def auroc(low: Tensor, high: Tensor) -> Probability:
 
     Reference: DeLong et al. 1988, Biometrics 44(3), 837-845. The least error: ours.
     """
-    low, high = _numbers("low", low), _numbers("high", high)
-    of_high, of_low = _placed(high, low), 1 - _placed(low, high)
-    variance = sum(float(placed.var(correction=0)) / len(placed) for placed in (of_high, of_low))
-    return Probability(float(of_high.mean()), max(math.sqrt(variance), 1 / (min(len(low), len(high)) + 1)))
+    low, high = _check_numbers("low", low), _check_numbers("high", high)
+    of_high, of_low = _share_below(high, low), 1 - _share_below(low, high)
+    variance = sum(float(shares.var(correction=0)) / len(shares) for shares in (of_high, of_low))
+    return Estimate(float(of_high.mean()), max(math.sqrt(variance), 1 / (min(len(low), len(high)) + 1)))
 
 
-def _placed(values: Tensor, among: Tensor) -> Tensor:
-    """(n,) the share of ``among`` that is below each value, with half of those that are equal to it."""
+def _share_below(values: Tensor, among: Tensor) -> Tensor:
+    """(n,) the share of ``among`` below each value, plus half of the share equal to it."""
     among = among.sort().values
     below = torch.searchsorted(among, values, right=False)
     at_most = torch.searchsorted(among, values, right=True)
     return (below + at_most).double() / (2 * len(among))
 
 
-def share_above(own: Tensor, other: Tensor, *, quantile: float) -> Probability:
+def share_above(own: Tensor, other: Tensor, *, quantile: float) -> Estimate:
     """P(b > F^-1(q)): the share of the other set's values above the own set's quantile.
 
-    The error holds that of the share k / n, sqrt(p (1 - p) / (n + 4)) with p = (k + 2) / (n + 4), and that of the
-    quantile, which is one of m values: where it may lie, from q - sqrt(q (1 - q) / m) to q + as much of F, moves the
-    share by half of what it differs between these two.
+    The error combines that of the share k / n, sqrt(p (1 - p) / (n + 4)) with p = (k + 2) / (n + 4), and that of the
+    quantile from m values: half the difference of the shares at the quantiles q -+ sqrt(q (1 - q) / m).
 
     Args:
         own: (m,).
@@ -116,38 +105,39 @@ def share_above(own: Tensor, other: Tensor, *, quantile: float) -> Probability:
 
     Reference: Agresti and Coull 1998, The American Statistician 52(2), 119-126 (the share's error); else ours.
     """
-    own, other = _numbers("own", own), _numbers("other", other)
+    own, other = _check_numbers("own", own), _check_numbers("other", other)
     reach = math.sqrt(quantile * (1 - quantile) / len(own))
     at = torch.tensor([quantile, max(0.0, quantile - reach), min(1.0, quantile + reach)], dtype=torch.double)
     above = (other > own.quantile(at.to(own.device))[:, None]).double()
     share, most, least = above.mean(1).tolist()
     total = len(other) + _ADDED
     p = (share * len(other) + _ADDED / 2) / total
-    return Probability(share, math.hypot(math.sqrt(p * (1 - p) / total), (most - least) / 2))
+    return Estimate(share, math.hypot(math.sqrt(p * (1 - p) / total), (most - least) / 2))
 
 
-class Typicality(NamedTuple):
-    """log p(x) of images of another data set, beside that of images such as the model was made for.
+@dataclass(frozen=True)
+class Typicality:
+    """log p(x) of images from another data set, compared with images like the training data.
 
     Args:
-        own, other: the means, nats an image.
-        above_median: P(log p(x) of another image > the own images' median): 1/2 where they are alike.
-        above_lowest: the same of the own images' 5% quantile: 0.95 where they are alike.
-        density: AUROC of "an image with a low log p(x) is another's": 1/2 where it tells nothing, below 1/2 where the
+        own, other: the means, nats per image.
+        above_median: P(log p(x) of another image > the own images' median): 1/2 if the sets are alike.
+        above_lowest: the same for the own images' 5% quantile: 0.95 if the sets are alike.
+        density: AUROC of the classifier "low log p(x) means another set": 1/2 if it knows nothing, below 1/2 if the
             other images have the higher density.
-        distance: AUROC of "an image with a log p(x) far from the own mean, below or above, is another's".
+        distance: AUROC of the classifier "log p(x) far from the own mean, on either side, means another set".
     """
 
     own: Estimate
     other: Estimate
-    above_median: Probability
-    above_lowest: Probability
-    density: Probability
-    distance: Probability
+    above_median: Estimate
+    above_lowest: Estimate
+    density: Estimate
+    distance: Estimate
 
     @property
     def words(self) -> list[str]:
-        """What that means, a sentence each."""
+        """What the numbers mean, in sentences."""
         return [*_of_density(self), *_of_distance(self), *_of_bounds(self)]
 
     def to_json(self) -> dict[str, Any]:
@@ -165,16 +155,16 @@ class Typicality(NamedTuple):
 
 
 def typicality(own: Tensor, other: Tensor, *, num_particles: int) -> Typicality:
-    """What log p(x) says of another data set: how high it is there, and whether it tells the two apart.
+    """How high log p(x) is on another data set, and whether it tells the two sets apart.
 
-    Samples of p lie where log p(x) is near its mean, -H(p), and not where it is highest, so images may have a high
-    density and be nothing like samples. Distance is |log p(x) - (1/m) sum_i log p(x_i)|, m own images: with it an image
-    is atypical on either side. The opposite does not follow: what has a typical density need not be like the data.
+    Samples of p have log p(x) near its mean, -H(p), and not where it is highest, so images may have a high density and
+    be unlike samples. The distance |log p(x) - (1/m) sum_i log p(x_i)|, over m own images, calls an image atypical on
+    either side. The converse does not hold: images with a typical density need not resemble the data.
 
     Args:
-        own: (m,) log p(x), nats, of images that the model was not trained on; see ``guarded``.
+        own: (m,) log p(x), nats, of images that the model was not trained on; see ``mix_prior_into_guide``.
         other: (n,) the same of the other set, by the same estimate.
-        num_particles: S behind each of them.
+        num_particles: S of the estimates.
 
     Raises:
         ValueError: a set without an image, a NaN, or an own number that is infinite.
@@ -182,7 +172,7 @@ def typicality(own: Tensor, other: Tensor, *, num_particles: int) -> Typicality:
     Reference: Nalisnick et al. 2019, arXiv 1810.09136 (higher density elsewhere); Nalisnick et al. 2019, arXiv
     1906.02994 (typicality, for batches; here for single images, with the mean over the own images).
     """
-    own, other = _numbers("own", own), _numbers("other", other)
+    own, other = _check_numbers("own", own), _check_numbers("other", other)
     if not own.isfinite().all():
         raise ValueError("own: expected finite numbers, got an infinite one, from which nothing has a distance")
     center = own.mean()
@@ -196,17 +186,17 @@ def typicality(own: Tensor, other: Tensor, *, num_particles: int) -> Typicality:
     )
 
 
-def _numbers(name: str, values: Tensor) -> Tensor:
+def _check_numbers(name: str, values: Tensor) -> Tensor:
     if len(values) == 0 or values.isnan().any():
         raise ValueError(f"{name}: expected numbers, got {'a NaN' if len(values) else 'none'}")
     return values.double()
 
 
-# --- In words ---
+# --- Sentences ---
 
 
 def _of_density(found: Typicality) -> list[str]:
-    """Of which set is the denser, and of what that proves."""
+    """Which set has the higher density, and what that proves."""
     A, share = found.density, found.above_median
     numbers = f"AUROC {A.mean:.3f} ± {A.stderr:.3f}"
     higher = f"{share.mean:.1%} ± {share.stderr:.1%} of the other images lie above the own images' median log p(x)"
@@ -228,7 +218,7 @@ def _of_density(found: Typicality) -> list[str]:
 
 
 def _of_distance(found: Typicality) -> list[str]:
-    """Said where it differs from the density's."""
+    """Whether the distance tells more than the density does."""
     A, T = found.density, found.distance
     numbers = f"AUROC {T.mean:.3f} ± {T.stderr:.3f}"
     if T.mean - A.mean > _STDERRS * math.hypot(T.stderr, A.stderr) and T.mean - _STDERRS * T.stderr > 0.5:

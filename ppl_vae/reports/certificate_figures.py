@@ -10,8 +10,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ppl_vae.commands.certificate_numbers import Measured
-from ppl_vae.evidence.guide_calibration import Ranks, cumulative_band, edges, histogram, judge
+from ppl_vae.evidence.guide_calibration import judge
 from ppl_vae.evidence.importance import UNRELIABLE_BIAS
+from ppl_vae.evidence.rank_statistics import Ranks, bin_edges, count_ranks, cumulative_band
 from ppl_vae.reports import figures as plots
 from ppl_vae.reports.display import choose_display
 from ppl_vae.runs.open import Run
@@ -99,9 +100,9 @@ def _gaps(entry: dict[str, Any]) -> Figure:
 def _calibration(entry: dict[str, Any], ranks: Ranks) -> Figure:
     """The rank of log p(x, z), those of the latents that are most off, and those of all latents together."""
     N, M, L = len(ranks.log_joint), ranks.num_draws, ranks.latents.shape[1]
-    bins = edges(N, M)
+    bins = bin_edges(N, M)
     shares = bins.diff().double() / (M + 1)
-    counts = histogram(ranks.all, bins)  # (L + 1, K), the last of log p(x, z)
+    counts = count_ranks(ranks.all, bins)  # (L + 1, K), the last of log p(x, z)
     histograms = {"log p(x, z)": plots.RankHistogram(counts[-1].numpy())}
     for latent in judge(ranks).worst[:_WORST]:
         words = entry["calibration"]["words"][latent]

@@ -14,15 +14,15 @@ from torch.testing import assert_close
 
 from ppl_vae import VAE, Conditional
 from ppl_vae.evidence import guide_calibration
-from ppl_vae.evidence.guide_calibration import (
+from ppl_vae.evidence.guide_calibration import judge
+from ppl_vae.evidence.rank_statistics import (
     Ranks,
-    adjusted,
+    adjust_p_values,
+    bin_edges,
+    count_ranks,
     cumulative_band,
-    edges,
-    histogram,
-    judge,
-    p_values,
-    shape,
+    estimate_shape,
+    rank_p_values,
 )
 from ppl_vae.hierarchy import BottomLayerOnly, BottomUp, HierarchicalVAE, LayeredPrior
 from ppl_vae.parts.networks import MLP
@@ -40,7 +40,7 @@ CPU = torch.device("cpu")
 
 def ranked(vae, *, seed=0, num_simulations=1000, num_draws=99, **options):
     with seeded(seed, CPU):
-        return guide_calibration.ranks(vae, num_simulations=num_simulations, num_draws=num_draws, **options)
+        return guide_calibration.compute_ranks(vae, num_simulations=num_simulations, num_draws=num_draws, **options)
 
 
 def uniform_ranks(num_simulations, num_draws, *, latents=3, seed=0):
@@ -98,7 +98,7 @@ def test_passes_of_few_vectors_give_ranks_among_all_draws(monkeypatch):
     x = torch.zeros(1, 6, dtype=torch.double)
     monkeypatch.setitem(batching.PASS_BYTES, "cpu", 8 * 6 * floats_per_pixel(vae.likelihood) * 10)
     assert batching.images_per_pass(x, vae.likelihood) == 10
-    found = shape(ranked(vae, num_simulations=200, num_draws=39).latents, 39)  # four passes an image
+    found = estimate_shape(ranked(vae, num_simulations=200, num_draws=39).latents, 39)  # four passes an image
     assert_close(found.scale, torch.full((3,), 0.7, dtype=torch.double), atol=0.2, rtol=0)
 
 
@@ -170,7 +170,9 @@ def test_a_density_that_is_not_a_number_is_refused():
 def p_values_of_the_exact_guide():
     """(100, 4): of a hundred small calibrations of the linear VAE whose guide is its posterior."""
     vae = LinearGaussian.random().vae()
-    return torch.stack([p_values(ranked(vae, seed=seed, num_simulations=400, num_draws=63)) for seed in range(100)])
+    return torch.stack(
+        [rank_p_values(ranked(vae, seed=seed, num_simulations=400, num_draws=63)) for seed in range(100)]
+    )
 
 
 @pytest.mark.parametrize("quantity", range(4), ids=["latent 1", "latent 2", "latent 3", "log p(x, z)"])
@@ -181,7 +183,7 @@ def test_p_values_of_an_exact_guide_are_uniform(p_values_of_the_exact_guide, qua
 
 def test_an_exact_guide_is_seldom_called_wrong(p_values_of_the_exact_guide):
     """At 5%: 100 calibrations would be called wrong more than 13 times once in a thousand seeds."""
-    overall = torch.stack([adjusted(p).min() for p in p_values_of_the_exact_guide])
+    overall = torch.stack([adjust_p_values(p).min() for p in p_values_of_the_exact_guide])
     assert int((overall < 0.05).sum()) <= 13
 
 
@@ -189,16 +191,16 @@ def test_an_exact_guide_is_seldom_called_wrong(p_values_of_the_exact_guide):
 def test_the_p_value_is_chi_squares(num_draws):
     """Bins hold as many ranks as they do, whether or not their number divides M + 1."""
     found = uniform_ranks(700, num_draws)
-    at = edges(700, num_draws).numpy()
+    at = bin_edges(700, num_draws).numpy()
     expected = 700 * np.diff(at) / (num_draws + 1)
     right = [stats.chisquare(np.histogram(of_one, bins=at - 0.5)[0], expected).pvalue for of_one in found.all.numpy().T]
-    assert_close(p_values(found), torch.tensor(right, dtype=torch.double))
+    assert_close(rank_p_values(found), torch.tensor(right, dtype=torch.double))
 
 
 @pytest.mark.parametrize("num_draws", [1, 2, 10, 19, 99, 100, 4000])
 @pytest.mark.parametrize("num_simulations", [1, 30, 1000])
 def test_bins_hold_every_rank_once(num_simulations, num_draws):
-    counts = histogram(torch.arange(num_draws + 1), edges(num_simulations, num_draws))
+    counts = count_ranks(torch.arange(num_draws + 1), bin_edges(num_simulations, num_draws))
     assert int(counts.sum()) == num_draws + 1
     assert int(counts.max() - counts.min()) <= 1
 
@@ -206,7 +208,7 @@ def test_bins_hold_every_rank_once(num_simulations, num_draws):
 def test_adjusted_p_values_are_holms():
     """By hand: 4 x 0.01, then 3 x 0.02 = 0.06, then 2 x 0.025 = 0.05, raised to the one before, then 0.9."""
     p = torch.tensor([0.025, 0.01, 0.9, 0.02], dtype=torch.double)
-    assert_close(adjusted(p), torch.tensor([0.06, 0.04, 0.9, 0.06], dtype=torch.double))
+    assert_close(adjust_p_values(p), torch.tensor([0.06, 0.04, 0.9, 0.06], dtype=torch.double))
 
 
 # --- Guides that are wrong ---
@@ -232,7 +234,9 @@ def test_a_wrong_guide_is_caught_and_named(name):
 @pytest.mark.parametrize("num_draws", [3, 99])
 def test_scale_and_shift_are_those_of_the_guide(widen, shift, num_draws):
     """Exactly so for normals, for few draws as for many; of 60 numbers none is off by more than 4.5 errors."""
-    found = shape(ranked(LinearGaussian.random().vae(widen=widen, shift=shift), num_draws=num_draws).latents, num_draws)
+    found = estimate_shape(
+        ranked(LinearGaussian.random().vae(widen=widen, shift=shift), num_draws=num_draws).latents, num_draws
+    )
     assert (((found.scale - widen) / found.scale_stderr).abs() < 4.5).all(), found
     assert (((found.shift - shift) / found.shift_stderr).abs() < 4.5).all(), found
 
@@ -240,7 +244,9 @@ def test_scale_and_shift_are_those_of_the_guide(widen, shift, num_draws):
 def test_the_errors_of_scale_and_shift_are_those_of_repeated_calibrations():
     """The standard deviation of 150 has an error of 6%."""
     vae = LinearGaussian.random().vae(widen=0.8, shift=0.4)
-    shapes = [shape(ranked(vae, seed=seed, num_simulations=300, num_draws=19).latents, 19) for seed in range(150)]
+    shapes = [
+        estimate_shape(ranked(vae, seed=seed, num_simulations=300, num_draws=19).latents, 19) for seed in range(150)
+    ]
     for name in ("scale", "shift"):
         spread = torch.stack([getattr(each, name) for each in shapes]).std(0)
         claimed = torch.stack([getattr(each, f"{name}_stderr") for each in shapes]).mean(0)
@@ -250,7 +256,7 @@ def test_the_errors_of_scale_and_shift_are_those_of_repeated_calibrations():
 def test_the_error_of_the_mean_scale_knows_what_latents_have_to_do_with_each_other():
     """Of the same latent twice it is that of one."""
     found = ranked(LinearGaussian.random().vae(widen=0.8)).latents[:, :1]
-    one, two = shape(found, 99), shape(found.repeat(1, 2), 99)
+    one, two = estimate_shape(found, 99), estimate_shape(found.repeat(1, 2), 99)
     assert_close(two.mean_scale, one.scale[0])
     assert_close(two.mean_scale_stderr, one.scale_stderr[0])
 
@@ -318,8 +324,8 @@ def test_the_band_of_one_edge_is_the_binomials():
 
 def test_the_figures_bars_are_densities_of_the_ranks_and_its_lines_start_and_end_at_zero():
     found = uniform_ranks(700, 100)
-    at = edges(700, 100)
-    counts = histogram(found.all, at).double()
+    at = bin_edges(700, 100)
+    counts = count_ranks(found.all, at).double()
     t, lower, upper = cumulative_band(700, 100)
     below = counts.cumsum(-1)[:, :-1] / 700
     figure = calibration_ranks(

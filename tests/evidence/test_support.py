@@ -44,7 +44,7 @@ def test_every_public_function_of_a_vae_is_in_one_of_the_two_lists():
                 takes = inspect.signature(value).parameters.keys()
                 if takes & {"vae", "model", "guide", "observed"}:
                     found.add(function)
-    assert found - {"guarded", "replace_guide", "autocast"} <= listed
+    assert found - {"mix_prior_into_guide", "replace_guide", "autocast"} <= listed
 
 
 # A NaN is a missing pixel where ``impute`` meets it.

@@ -12,7 +12,7 @@ from scipy import stats
 from torch.testing import assert_close
 
 from ppl_vae.evidence import importance as evidence
-from ppl_vae.evidence.typicality import auroc, guarded, share_above, typicality
+from ppl_vae.evidence.typicality import auroc, mix_prior_into_guide, share_above, typicality
 from ppl_vae.reports.figures.certificate import against
 
 ERRORS = 4.5
@@ -47,20 +47,20 @@ def test_a_guarded_guide_scores_images_that_the_guide_sends_elsewhere():
         vae.posterior.net.output.bias[0] += 30.0
         right = quadrature_log_evidence(vae, x, latent_dim=1)
     assert (scored(vae, x).log_evidence < right - 100).all()
-    assert_close(scored(guarded(vae), x).log_evidence, right, atol=0.3, rtol=0)
+    assert_close(scored(mix_prior_into_guide(vae), x).log_evidence, right, atol=0.3, rtol=0)
 
 
 def test_weights_of_a_guarded_guide_are_unbiased():
     """log p(x) in closed form, within errors of 20,000 particles, though neither part of the guide is the posterior."""
     oracle = LinearGaussian.random()
     x = oracle.draw(5)
-    found = scored(guarded(oracle.vae(widen=1.5, shift=0.5)), x, num_particles=20_000)
+    found = scored(mix_prior_into_guide(oracle.vae(widen=1.5, shift=0.5)), x, num_particles=20_000)
     assert ((found.log_evidence - oracle.log_evidence(x)).abs() < ERRORS * found.monte_carlo_stderr).all()
 
 
 def test_a_guarded_guide_has_the_weights_of_the_vae():
     vae = bernoulli_vae(latent_dim=2)
-    assert {id(each) for each in guarded(vae).parameters()} == {id(each) for each in vae.parameters()}
+    assert {id(each) for each in mix_prior_into_guide(vae).parameters()} == {id(each) for each in vae.parameters()}
 
 
 # --- AUROC ---

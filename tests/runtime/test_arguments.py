@@ -102,7 +102,7 @@ def calls(number: Callable[[int], Any]) -> dict[str, Callable[[VAE], Any]]:
                 missing.Observed(v, rounds=n(2), num_fillings=n(3)), IMAGES[:2], num_particles=n(4), num_draws=n(2)
             ).draws
         ),
-        "ranks": lambda v: guide_calibration.ranks(v, num_simulations=n(6), num_draws=n(5)).latents,
+        "ranks": lambda v: guide_calibration.compute_ranks(v, num_simulations=n(6), num_draws=n(5)).latents,
         "gaps": lambda v: gaps.gaps(v, IMAGES[:3], torch.zeros(3), steps=n(2), num_particles=n(2))[0],
     }
 

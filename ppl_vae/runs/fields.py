@@ -93,12 +93,12 @@ class CheckedOptions:
     def __post_init__(self) -> None:
         for spec in fields(self):  # type: ignore[arg-type]
             if "check" in spec.metadata:
-                value = to_python(spec, getattr(self, spec.name))
+                value = convert_value(spec, getattr(self, spec.name))
                 check_value(spec, value)
                 object.__setattr__(self, spec.name, value)
 
 
-def to_python(spec: Field[Any], value: Any) -> Any:
+def convert_value(spec: Field[Any], value: Any) -> Any:
     """Converts NumPy's numbers and arrays to Python's, and lists and single values to tuples where a list is meant."""
     value = _to_python_number(value)  # an array becomes a list
     if not is_list(spec):

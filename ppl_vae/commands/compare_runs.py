@@ -41,7 +41,7 @@ class Entrant(NamedTuple):
     step: int
 
 
-class Asked(NamedTuple):
+class ComparisonConditions(NamedTuple):
     """What all runs are measured on: images x (n, *E), their indices (n,) in the split, S and the seed."""
 
     split: str
@@ -70,40 +70,42 @@ def compare_runs(options: CompareRuns, *, say: Say) -> Comparison:
         ValueError: fewer than two runs or images, a run twice, an autoencoder, or runs whose numbers are not on one
             scale: other data, protocol, binarization, images or measure. All of that is found before any evaluation.
     """
-    _check_asked(options.run_dirs, options.images)
-    opened = _opened(options.run_dirs, options.dataset, options.data_dir)
+    _check_arguments(options.run_dirs, options.images)
+    opened = _open_runs(options.run_dirs, options.dataset, options.data_dir)
     for run in opened:
         check_density(run, "bound on log p(x) to compare")
     _check_one_scale(opened, options.split)
-    asked = Asked(
+    conditions = ComparisonConditions(
         options.split,
-        *_same_images(opened, options.split, options.images, options.seed),
+        *_load_shared_images(opened, options.split, options.images, options.seed),
         options.num_particles,
         options.seed,
     )
     entrants = [
         Entrant(name, run, load_evaluated_vae(run), runs.load_step(run.folder / runs.MODEL))
-        for name, run in zip(_names(opened), opened, strict=True)
+        for name, run in zip(_choose_names(opened), opened, strict=True)
     ]
     unused = [line for run in opened for line in describe_unused_draws(run, options.dequantization_draws)]
     for line in dict.fromkeys(unused):
         say(line)
-    stored, place = _stored(entrants, asked), find_device(options.device)
-    folder = _output_folder(options.output, opened[0].splits.name)
+    stored, place = _read_stored(entrants, conditions), find_device(options.device)
+    folder = _make_folder(options.output, opened[0].splits.name)
     with remove_if_empty(folder):
         started = time.monotonic()
-        results = stored or [_evaluated(entrant, asked, place, options.compile, say) for entrant in entrants]
+        results = stored or [_evaluate_run(entrant, conditions, place, options.compile, say) for entrant in entrants]
         _check_finite(entrants, results)
         seconds = time.monotonic() - started
-        found = _summarize(entrants, results, asked, stored=stored is not None, seconds=seconds)
-        _write(folder, found, asked.places, {e.name: r.log_evidence for e, r in zip(entrants, results, strict=True)})
+        found = _summarize(entrants, results, conditions, stored=stored is not None, seconds=seconds)
+        _write(
+            folder, found, conditions.places, {e.name: r.log_evidence for e, r in zip(entrants, results, strict=True)}
+        )
     for line in describe_comparison(found):
         say(line)
     say(f"Written to {folder}: {COMPARISON}, {FIGURE}, {PER_IMAGE}")
     return found
 
 
-def _opened(run_dirs: Sequence[str], dataset: str | None, data_dir: str | None) -> list[Run]:
+def _open_runs(run_dirs: Sequence[str], dataset: str | None, data_dir: str | None) -> list[Run]:
     """Opens the runs. Data that they share is read once."""
     first = open_run(run_dirs[0], dataset=dataset, data_dir=data_dir)
     return [first, *(open_run(path, dataset=dataset, data_dir=data_dir, like=first) for path in run_dirs[1:])]
@@ -112,7 +114,7 @@ def _opened(run_dirs: Sequence[str], dataset: str | None, data_dir: str | None) 
 # --- What is refused ---
 
 
-def _check_asked(run_dirs: Sequence[str], images: int | None) -> None:
+def _check_arguments(run_dirs: Sequence[str], images: int | None) -> None:
     if len(run_dirs) < 2:
         raise ValueError(f"RUN: expected at least two run folders, got {len(run_dirs)}")
     if images is not None and images < 2:
@@ -125,7 +127,7 @@ def _check_asked(run_dirs: Sequence[str], images: int | None) -> None:
         seen[place] = run_dir
 
 
-def _scale(run: Run, split: str) -> dict[str, str]:
+def _describe_scale(run: Run, split: str) -> dict[str, str]:
     """What two runs must share for their nats to be comparable: its name, and its value in words."""
     splits = run.splits
     # Under the vampprior protocol they differ in training only: both are evaluated on one draw, which is new to both
@@ -143,14 +145,16 @@ def _scale(run: Run, split: str) -> dict[str, str]:
 def _check_one_scale(opened: Sequence[Run], split: str) -> None:
     first = opened[0]
     for run in opened[1:]:
-        for (name, expected), got in zip(_scale(first, split).items(), _scale(run, split).values(), strict=True):
+        for (name, expected), got in zip(
+            _describe_scale(first, split).items(), _describe_scale(run, split).values(), strict=True
+        ):
             if got != expected:
                 raise ValueError(
                     f"{name}: expected one for all runs, got {expected} in {first.folder} and {got} in {run.folder}"
                 )
 
 
-def _same_images(opened: Sequence[Run], split: str, images: int | None, seed: int) -> tuple[Tensor, Tensor]:
+def _load_shared_images(opened: Sequence[Run], split: str, images: int | None, seed: int) -> tuple[Tensor, Tensor]:
     """The indices in the split (n,) and the images (n, *E), which must be the same pixels for all runs."""
     first = opened[0]
     x = data.evaluation_images(first.splits, split, first.evaluated_pixels, seed=seed)
@@ -175,7 +179,7 @@ def _check_finite(entrants: Sequence[Entrant], results: Sequence[Importance]) ->
             raise ValueError(f"{entrant.name}: expected a finite bound for every image, got {broken:,} that are not")
 
 
-def _output_folder(output: str | None, dataset: str) -> Path:
+def _make_folder(output: str | None, dataset: str) -> Path:
     """Makes the folder of the result."""
     if output is None:
         return runs.make_new_folder(f"compare-{Path(dataset).stem}")
@@ -185,32 +189,34 @@ def _output_folder(output: str | None, dataset: str) -> Path:
 # --- What is measured ---
 
 
-def _names(opened: Sequence[Run]) -> list[str]:
+def _choose_names(opened: Sequence[Run]) -> list[str]:
     """The folders' names, or their paths if two share a name."""
     names = [run.folder.resolve().name for run in opened]
     return names if len(set(names)) == len(names) else [str(run.folder) for run in opened]
 
 
-def _stored(entrants: Sequence[Entrant], asked: Asked) -> list[Importance] | None:
+def _read_stored(entrants: Sequence[Entrant], conditions: ComparisonConditions) -> list[Importance] | None:
     """The runs' own evaluations, if every run has one of exactly this kind."""
     found = []
     for entrant in entrants:
-        stored = read_per_image(entrant.run.folder, asked.split)
-        if stored is None or (stored.num_particles, stored.seed) != (asked.num_particles, asked.seed):
+        stored = read_per_image(entrant.run.folder, conditions.split)
+        if stored is None or (stored.num_particles, stored.seed) != (conditions.num_particles, conditions.seed):
             return None
-        if not torch.equal(stored.index, asked.places):
+        if not torch.equal(stored.index, conditions.places):
             return None
         found.append(stored.result)
     return found
 
 
-def _evaluated(entrant: Entrant, asked: Asked, place: torch.device, compile: str, say: Say) -> Importance:
+def _evaluate_run(
+    entrant: Entrant, conditions: ComparisonConditions, place: torch.device, compile: str, say: Say
+) -> Importance:
     vae = entrant.vae.to(place)
     result = evaluate_with_progress(
         vae,
-        asked.x.to(place),
-        num_particles=asked.num_particles,
-        seed=asked.seed,
+        conditions.x.to(place),
+        num_particles=conditions.num_particles,
+        seed=conditions.seed,
         compile=compile,
         say=say,
         words=f"log p(x), {entrant.name}",
@@ -219,7 +225,7 @@ def _evaluated(entrant: Entrant, asked: Asked, place: torch.device, compile: str
     return result.cpu()
 
 
-def _noise(vae: VAE, x: Tensor) -> list[tuple[str, tuple[int, ...]]]:
+def _describe_noise(vae: VAE, x: Tensor) -> list[tuple[str, tuple[int, ...]]]:
     """The family and shape of each draw that the guide makes for an image, in order. x: (n, *E)."""
     with seeded(0, x.device), torch.no_grad():
         trace = poutine.trace(vae.guide).get_trace(x[:1])
@@ -236,11 +242,16 @@ def _noise(vae: VAE, x: Tensor) -> list[tuple[str, tuple[int, ...]]]:
 
 
 def _summarize(
-    entrants: Sequence[Entrant], results: Sequence[Importance], asked: Asked, *, stored: bool, seconds: float
+    entrants: Sequence[Entrant],
+    results: Sequence[Importance],
+    conditions: ComparisonConditions,
+    *,
+    stored: bool,
+    seconds: float,
 ) -> Comparison:
-    first, S = entrants[0].run, asked.num_particles
+    first, S = entrants[0].run, conditions.num_particles
     noises = [
-        (run.pixels == "dequantized", evaluation_batch_size(vae, asked.x, S), _noise(vae, asked.x))
+        (run.pixels == "dequantized", evaluation_batch_size(vae, conditions.x, S), _describe_noise(vae, conditions.x))
         for _, run, vae, _ in entrants
     ]
     pairs = []
@@ -250,13 +261,13 @@ def _summarize(
     return Comparison(
         time=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         dataset=first.splits.name,
-        split=asked.split,
+        split=conditions.split,
         protocol=first.splits.protocol,
         binarization=" or ".join(sorted({entrant.run.binarization for entrant in entrants})),
         scale=first.scale,
-        num_images=len(asked.places),
+        num_images=len(conditions.places),
         num_particles=S,
-        seed=asked.seed,
+        seed=conditions.seed,
         stored_evaluations=stored,
         runs=tuple(_summarize_run(*each, S) for each in zip(entrants, results, strict=True)),
         comparisons=tuple(pairs),

@@ -62,14 +62,14 @@ def encode_images(options: Encode, *, say: Say) -> Path:
     place = find_device(options.device)
     vae = load_evaluated_vae(run)
     given = load_given_images(run, options.images_path, most=options.images, seed=options.seed)
-    _check_whole(given)
-    folder = make_output_folder(options.output, run.folder / "encodings" / _folder_name(options.images_path))
+    _check_complete(given)
+    folder = make_output_folder(options.output, run.folder / "encodings" / _name_folder(options.images_path))
     result: Importance | Tensor
     with remove_if_empty(folder):
         if is_autoencoder(run.options):
-            codes, result = _reconstructed(run, given, options.seed, place)
+            codes, result = _reconstruct_images(run, given, options.seed, place)
         else:
-            codes, result = _measured(vae.to(place), given, options.num_particles, options.seed, place, say)
+            codes, result = _evaluate_images(vae.to(place), given, options.num_particles, options.seed, place, say)
     summary = _summarize(run, given, result, options)
     with seeded(options.seed, torch.device("cpu")), torch.no_grad():
         use = measure_latent_use(vae.cpu(), given.x, codes)
@@ -78,7 +78,7 @@ def encode_images(options: Encode, *, say: Say) -> Path:
         )
     if replaced := remove_record(folder / "encoded.json"):
         say(replaced)
-    write_arrays(folder / "encoded.npz", _arrays(given, codes, result))
+    write_arrays(folder / "encoded.npz", _make_arrays(given, codes, result))
     write_figure(folder / "latents.png", figure)
     runs.write_json(folder / "encoded.json", to_json(summary))
     for line in (*given.notes, *describe_encoding(summary)):
@@ -88,7 +88,7 @@ def encode_images(options: Encode, *, say: Say) -> Path:
     return folder
 
 
-def _check_whole(given: Images) -> None:
+def _check_complete(given: Images) -> None:
     holes = int(given.x.flatten(1).isnan().any(1).sum())
     if holes:
         raise ValueError(
@@ -96,7 +96,7 @@ def _check_whole(given: Images) -> None:
         )
 
 
-def _measured(
+def _evaluate_images(
     vae: VAE, given: Images, num_particles: int, seed: int, place: torch.device, say: Say
 ) -> tuple[PosteriorMoments, Importance]:
     """The latents and the numbers of each image, on the CPU."""
@@ -107,10 +107,10 @@ def _measured(
     result = evaluate_with_progress(
         vae, x, num_particles=num_particles, seed=seed, compile="auto", say=say, words=words
     )
-    return _on_cpu(codes), result.cpu()
+    return _move_to_cpu(codes), result.cpu()
 
 
-def _reconstructed(run: Run, given: Images, seed: int, place: torch.device) -> tuple[PosteriorMoments, Tensor]:
+def _reconstruct_images(run: Run, given: Images, seed: int, place: torch.device) -> tuple[PosteriorMoments, Tensor]:
     """An autoencoder's codes, and log p(x | z(x)) of each image, (n,) nats, on the CPU."""
     vae, x = load(run.folder).to(place), given.x.to(place)
     with seeded(seed, place):
@@ -118,18 +118,18 @@ def _reconstructed(run: Run, given: Images, seed: int, place: torch.device) -> t
     codes = encode(vae, x)
     with progress_bar(total=len(x), unit="image", desc=f"log p(x | z), {Path(given.source).name}") as bar:
         log_p_x_given_z = reconstruction(vae, x, seed=seed, progress=bar.update)
-    return _on_cpu(codes), log_p_x_given_z.cpu()
+    return _move_to_cpu(codes), log_p_x_given_z.cpu()
 
 
-def _on_cpu(codes: PosteriorMoments) -> PosteriorMoments:
+def _move_to_cpu(codes: PosteriorMoments) -> PosteriorMoments:
     return codes._replace(mean=codes.mean.cpu(), scale=codes.scale.cpu())
 
 
-def _folder_name(images_path: str) -> str:
+def _name_folder(images_path: str) -> str:
     return images_path if images_path in SPLITS else Path(images_path).resolve().stem or "images"
 
 
-def _arrays(given: Images, codes: PosteriorMoments, result: Importance | Tensor) -> dict[str, Any]:
+def _make_arrays(given: Images, codes: PosteriorMoments, result: Importance | Tensor) -> dict[str, Any]:
     arrays: dict[str, Any] = {"mean": codes.mean.numpy()}
     if isinstance(result, Importance):
         arrays |= {

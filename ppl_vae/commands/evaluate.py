@@ -76,9 +76,9 @@ def write_evaluation(run: Run, options: Evaluate, *, say: Say) -> Evaluation:
     for line in describe_unused_draws(run, options.dequantization_draws):
         say(line)
     vae = load_evaluated_vae(run).to(place)
-    index, x = _images_of_split(run, run.evaluated_pixels, options, say)
+    index, x = _load_images(run, run.evaluated_pixels, options, say)
     x = x.to(place)
-    store = _block_store(run, options, x, step, say)
+    store = _open_store(run, options, x, step, say)
     done = store.open_stage(
         split,
         num_items=len(x),
@@ -110,13 +110,13 @@ def write_evaluation(run: Run, options: Evaluate, *, say: Say) -> Evaluation:
             num_particles=S,
             seed=seed,
             **_summarize(result, S),
-            floor=independent_pixels(run, x.cpu()),
+            floor=estimate_independent_pixels(run, x.cpu()),
             binarization_entropy=binarization_entropy(run, split, index),
             bits_per_dim=estimate_bits_per_dim(run, result.log_evidence, S),
             step=step,
             seconds=store.seconds(split),
         )
-        if split in _of_these_weights(folder, step) and (old := read_evaluation(folder, split)):
+        if split in _current_entries(folder, step) and (old := read_evaluation(folder, split)):
             say(f"Replaces the {split} split's estimate of {old.num_images:,} images with S = {old.num_particles:,}.")
         _write(run, found, {"index": index} | result.to_tensors(), say)
         store.remove()
@@ -128,7 +128,7 @@ def partial_path(folder: Path, split: str) -> Path:
     return folder / f"evaluation-{split}.partial.safetensors"
 
 
-def _block_store(run: Run, options: Evaluate, x: Tensor, step: int, say: Say) -> BlockStore:
+def _open_store(run: Run, options: Evaluate, x: Tensor, step: int, say: Say) -> BlockStore:
     """The finished blocks of this evaluation, identified by everything that decides its numbers."""
     identity = {
         "split": options.split,
@@ -161,9 +161,13 @@ def write_reconstructions(run: Run, options: Evaluate, *, say: Say) -> Evaluatio
     runs.read_evaluations(folder)
     runs.check_writable(folder)
     vae = load(folder).to(place)
-    index, x = _images_of_split(run, run.pixels, options, say)
+    index, x = _load_images(run, run.pixels, options, say)
     started = time.monotonic()
-    with _bar(len(x), f"log p(x | z), {split}") as bar, matmul_precision("float32"), stop_on_signals() as should_stop:
+    with (
+        _make_bar(len(x), f"log p(x | z), {split}") as bar,
+        matmul_precision("float32"),
+        stop_on_signals() as should_stop,
+    ):
         try:
             log_p_x_given_z = reconstruction(
                 vae, x.to(place), seed=seed, progress=bar.update, should_stop=should_stop, say=say
@@ -184,7 +188,7 @@ def write_reconstructions(run: Run, options: Evaluate, *, say: Say) -> Evaluatio
     return found
 
 
-def _images_of_split(run: Run, pixels: str, options: Evaluate, say: Say) -> tuple[Tensor, Tensor]:
+def _load_images(run: Run, pixels: str, options: Evaluate, say: Say) -> tuple[Tensor, Tensor]:
     """The indices in the split (n,) and the images (n, *E): all, or a fixed random subset."""
     x = data.evaluation_images(run.splits, options.split, pixels, seed=options.seed)
     if options.images is not None and options.images > len(x):
@@ -193,7 +197,7 @@ def _images_of_split(run: Run, pixels: str, options: Evaluate, say: Say) -> tupl
     return index, x[index]
 
 
-def _of_these_weights(folder: Path, step: int) -> dict[str, Any]:
+def _current_entries(folder: Path, step: int) -> dict[str, Any]:
     """The entries of evaluation.json that were measured with these weights."""
     return {key: old for key, old in runs.read_evaluations(folder).items() if old.get("step") == step}
 
@@ -203,7 +207,7 @@ def _write(run: Run, found: Evaluation, tensors: dict[str, Tensor], say: Say) ->
     scalars = {name: getattr(found, name) for name in ("num_particles", "seed", "step", "dequantization_draws")}
     with end_together():
         if distributed.is_writer():
-            kept = _of_these_weights(run.folder, found.step)
+            kept = _current_entries(run.folder, found.step)
             runs.save_tensors(run.folder / runs.per_image_file(found.split), tensors, scalars)
             runs.write_json(run.folder / runs.EVALUATION, kept | {found.split: to_json(found)})
     for line in describe_evaluation(found):
@@ -233,7 +237,7 @@ def evaluate_with_progress(
     passes = math.ceil(len(x) * num_particles / pairs_per_pass(vae, x))
     compiled = decide_compile(compile, passes, x.device)
     before = sum(len(rows) for rows in (done or {}).values())
-    with _bar(len(x), words, before) as bar, matmul_precision("float32"):
+    with _make_bar(len(x), words, before) as bar, matmul_precision("float32"):
 
         def told(seconds: float) -> None:
             say(f"Compiled the passes of the evaluation in {seconds:.1f} s.")
@@ -265,7 +269,7 @@ def evaluate_with_progress(
             return run(False)
 
 
-def _bar(num_images: int, words: str, before: int = 0) -> Progress:
+def _make_bar(num_images: int, words: str, before: int = 0) -> Progress:
     """A progress bar of images, shown by rank 0 alone."""
     return Progress(total=num_images, initial=before, unit="image", desc=words, disable=not distributed.is_writer())
 
@@ -278,7 +282,7 @@ def estimate_bits_per_dim(run: Run, log_p: Tensor, num_particles: int) -> Estima
     return Estimate.from_values(-log_p / (num_pixels * math.log(2)), num_particles)
 
 
-def independent_pixels(run: Run, x: Tensor) -> Estimate:
+def estimate_independent_pixels(run: Run, x: Tensor) -> Estimate:
     """log prod_d p(x_d) of images x (n, *E): the result of a model without dependence between pixels.
 
     Each pixel has the likelihood's own family, fitted to the training images by maximum likelihood

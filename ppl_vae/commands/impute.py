@@ -33,7 +33,7 @@ _NUM_SHOWN, _DRAWS_SHOWN = 10, 3
 _MISSING_COLOR = (0.36, 0.55, 0.80)
 
 
-class _Images(NamedTuple):
+class _MaskedImages(NamedTuple):
     """Images with missing pixels, and how they were read.
 
     Args:
@@ -74,20 +74,20 @@ def impute_images(options: Impute, *, say: Say) -> Path:
     check_density(run, "p(x_missing | x_observed) to draw from")
     place = find_device(options.device)
     vae = load_evaluated_vae(run).to(place)
-    given = _holed(
+    given = _hide_pixels(
         load_given_images(run, options.images_path, most=options.images, seed=options.seed), options.mask, options.hide
     )
     folder = make_output_folder(options.output, run.folder / "imputations")
     with remove_if_empty(folder):
-        result = _imputed(vae, given, options.num_particles, options.num_draws, options.seed, place)
-        hidden = _log_p_hidden(vae, given, result, place, options.num_particles, options.seed)
+        result = _impute_masked(vae, given, options.num_particles, options.num_draws, options.seed, place)
+        hidden = _estimate_hidden(vae, given, result, place, options.num_particles, options.seed)
     summary = _summarize(run, given, result, hidden, options)
     _write(folder, run, given, result, hidden, summary, say)
     return folder
 
 
-def _imputed(
-    vae: VAE, given: _Images, num_particles: int, num_draws: int, seed: int, place: torch.device
+def _impute_masked(
+    vae: VAE, given: _MaskedImages, num_particles: int, num_draws: int, seed: int, place: torch.device
 ) -> Imputation:
     """On the CPU."""
     title = f"imputing {Path(given.source).name}"
@@ -99,14 +99,20 @@ def _imputed(
 
 
 def _write(
-    folder: Path, run: Run, given: _Images, result: Imputation, hidden: Tensor, summary: ImputationSummary, say: Say
+    folder: Path,
+    run: Run,
+    given: _MaskedImages,
+    result: Imputation,
+    hidden: Tensor,
+    summary: ImputationSummary,
+    say: Say,
 ) -> None:
     """Writes the arrays, the picture, and last imputations.json, and prints the result."""
     table, picture = len(run.splits.event_shape) == 1, folder / "imputations.png"
-    figure = None if table else imputations_figure(choose_display(run), given.x, given.truth, result)
+    figure = None if table else draw_imputations(choose_display(run), given.x, given.truth, result)
     if replaced := remove_record(folder / "imputations.json"):
         say(replaced)
-    write_arrays(folder / "imputed.npz", _arrays(given, result, hidden))
+    write_arrays(folder / "imputed.npz", _make_arrays(given, result, hidden))
     if figure is None:
         picture.unlink(missing_ok=True)
         say("The data is a table, (N, D): there is no picture.")
@@ -175,7 +181,7 @@ def hide_half(side: str, event_shape: tuple[int, ...]) -> Tensor:
     return observed
 
 
-def _holed(found: Images, mask: str | None, hide: str | None) -> _Images:
+def _hide_pixels(found: Images, mask: str | None, hide: str | None) -> _MaskedImages:
     """The images, with NaN for pixels that the mask hides. A mask belongs to all images that were found."""
     if mask is not None and hide is not None:
         raise ValueError("--hide: expected one of --mask and --hide, got both")
@@ -186,14 +192,14 @@ def _holed(found: Images, mask: str | None, hide: str | None) -> _Images:
     elif hide is not None:
         observed = hide_half(hide, event_shape)
     observed = observed.expand(found.num_found, *event_shape)[found.places]
-    return _Images(found.source, torch.where(observed, found.x, torch.nan), found.x, found.names, found.notes)
+    return _MaskedImages(found.source, torch.where(observed, found.x, torch.nan), found.x, found.names, found.notes)
 
 
 # --- Numbers ---
 
 
-def _log_p_hidden(
-    vae: VAE, given: _Images, result: Imputation, place: torch.device, num_particles: int, seed: int
+def _estimate_hidden(
+    vae: VAE, given: _MaskedImages, result: Imputation, place: torch.device, num_particles: int, seed: int
 ) -> Tensor:
     """log p(x_hidden | x_observed) = log p(x) - log p(x_observed) of each image, (n,) nats.
 
@@ -209,7 +215,7 @@ def _log_p_hidden(
     return log_p
 
 
-def _arrays(given: _Images, result: Imputation, hidden: Tensor) -> dict[str, Any]:
+def _make_arrays(given: _MaskedImages, result: Imputation, hidden: Tensor) -> dict[str, Any]:
     arrays: dict[str, Any] = {
         "draws": result.draws.numpy(),
         "mean": result.mean.numpy(),
@@ -221,7 +227,9 @@ def _arrays(given: _Images, result: Imputation, hidden: Tensor) -> dict[str, Any
     return arrays if hidden.isnan().all() else arrays | {"log_likelihood_hidden": hidden.numpy()}
 
 
-def _summarize(run: Run, given: _Images, result: Imputation, hidden: Tensor, options: Impute) -> ImputationSummary:
+def _summarize(
+    run: Run, given: _MaskedImages, result: Imputation, hidden: Tensor, options: Impute
+) -> ImputationSummary:
     missing = given.x.isnan().flatten(1)
     incomplete, known = missing.any(1), hidden[~hidden.isnan()]
     columns = (missing.sum(1), result.log_evidence, result.ess, hidden)
@@ -254,7 +262,7 @@ def _summarize(run: Run, given: _Images, result: Imputation, hidden: Tensor, opt
 # --- The figure ---
 
 
-def imputations_figure(display: Display, x: Tensor, truth: Tensor, result: Imputation) -> Figure:
+def draw_imputations(display: Display, x: Tensor, truth: Tensor, result: Imputation) -> Figure:
     """Draws the first images with missing pixels: observed pixels, mean, three draws and, if known, the truth.
 
     Args:
@@ -265,17 +273,17 @@ def imputations_figure(display: Display, x: Tensor, truth: Tensor, result: Imput
     """
     incomplete = x.isnan().flatten(1).any(1)
     first = (incomplete if incomplete.any() else ~incomplete).nonzero()[:_NUM_SHOWN, 0]
-    rows = {"observed": _with_holes(display, x[first]), "mean of\nthe missing": display(result.mean[first])}
+    rows = {"observed": _color_missing(display, x[first]), "mean of\nthe missing": display(result.mean[first])}
     for m in range(min(_DRAWS_SHOWN, len(result.draws))):
         rows[f"draw {m + 1}"] = display(result.draws[m, first])
     if (x.isnan() & ~truth.isnan()).any():
-        rows["truth"] = _with_holes(display, truth[first])
+        rows["truth"] = _color_missing(display, truth[first])
     ess = [f"ESS {value:.0f}" for value in result.ess[first].tolist()]
     title = "x_missing ~ p(x_missing | x_observed); missing pixels are blue; ESS: effective particles"
     return plots.image_rows(rows, title=title + display.words, columns=ess)
 
 
-def _with_holes(display: Display, x: Tensor) -> np.ndarray:
+def _color_missing(display: Display, x: Tensor) -> np.ndarray:
     """Images (n, C, H, W) as colors (n, 3, H, W) in [0, 1], with missing pixels in blue."""
     holes = x.isnan().any(1, keepdim=True).numpy()
     shown = np.broadcast_to(display(x.nan_to_num(0.0)), (len(x), 3, *x.shape[2:]))

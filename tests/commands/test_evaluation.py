@@ -14,7 +14,7 @@ import torch
 from fitting import fit
 
 from ppl_vae import data, load, runs, save
-from ppl_vae.commands.evaluate import binarization_entropy, evaluate_run, independent_pixels
+from ppl_vae.commands.evaluate import binarization_entropy, estimate_independent_pixels, evaluate_run
 from ppl_vae.commands.options import Evaluate, Figures
 from ppl_vae.commands.report import draw_run
 from ppl_vae.commands.train import resume_run, train_run
@@ -46,7 +46,7 @@ def test_the_floor_is_the_known_log_likelihood_of_independent_pixels(dataset):
     except ValueError as error:
         pytest.skip(str(error))
     run = unfitted_run(Options(dataset=dataset), splits)
-    found = independent_pixels(run, data.evaluation_images(splits, "test", run.binarization))
+    found = estimate_independent_pixels(run, data.evaluation_images(splits, "test", run.binarization))
     assert found.mean == pytest.approx(FLOORS[dataset], abs=0.011)
 
 

@@ -15,7 +15,7 @@ from small_run import SMALL, bars, save_bars, train_small
 from ppl_vae import load
 from ppl_vae.commands import impute as imputation
 from ppl_vae.commands.encode import encode_images
-from ppl_vae.commands.impute import hide_half, imputations_figure, impute_images, read_mask
+from ppl_vae.commands.impute import draw_imputations, hide_half, impute_images, read_mask
 from ppl_vae.commands.options import Encode, Impute
 from ppl_vae.evidence.importance import evaluate
 from ppl_vae.evidence.missing import Imputation
@@ -348,7 +348,7 @@ def figure_of(x, truth):
     n = len(x)
     filled = x.nan_to_num(0.5)
     result = Imputation(filled.expand(4, *x.shape), filled, torch.zeros(n).double(), torch.ones(n).double())
-    return imputations_figure(Display(), x, truth, result)
+    return draw_imputations(Display(), x, truth, result)
 
 
 def test_the_truth_is_drawn_where_it_is_known():

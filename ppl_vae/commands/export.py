@@ -12,13 +12,12 @@ from typing import Any
 
 from ppl_vae import runs
 from ppl_vae.commands.options import Export
-from ppl_vae.reports.text.card import CARD, make_card, trained_epochs
+from ppl_vae.reports.text.card import CARD, describe_export, make_card
 from ppl_vae.runs.load import find_run_folder, load
 from ppl_vae.runs.open import Run, Say, open_without_data
 from ppl_vae.runs.options import EXPORT_FORMAT, model_to_json
 
 FIGURES = ("prior_samples.png", "reconstructions.png")
-_OF_DATA = FIGURES[1]
 
 
 def export_run(options: Export, *, say: Say) -> Path:
@@ -59,7 +58,7 @@ def export_run(options: Export, *, say: Say) -> Path:
         for name in figures:
             (partial / runs.FIGURES).mkdir(exist_ok=True)
             runs.write_bytes(partial / runs.FIGURES / name, (run.folder / runs.FIGURES / name).read_bytes())
-    for line in _describe_export(run, folder, entries, len(every) - len(entries), figures, older):
+    for line in describe_export(run, folder, entries, len(every) - len(entries), figures, older):
         say(line)
     return folder
 
@@ -76,31 +75,6 @@ def _figures(folder: Path) -> tuple[list[str], list[str]]:
     paths = [path for name in FIGURES if (path := folder / runs.FIGURES / name).is_file()]
     older = [path.name for path in paths if path.stat().st_mtime_ns < drawn_of]
     return [path.name for path in paths if path.name not in older], older
-
-
-def _describe_export(
-    run: Run, folder: Path, entries: dict[str, Any], num_older: int, figures: list[str], older: list[str]
-) -> list[str]:
-    """Where the export is, and what it lacks."""
-    trained = trained_epochs(run)
-    lines = [
-        f"Exported to {folder}: load({str(folder)!r}) makes the model of it. {CARD} is its model card: read it,",
-        "  and fill in the license. No option of the training and no path of this machine is in the folder.",
-    ]
-    if not entries:
-        lines.append("There is no evaluation of these weights; evaluate_log_likelihood.py makes one.")
-    if num_older:
-        lines.append(f"Left out: {num_older} of the run's evaluations, which are of weights that it has no longer.")
-    if _OF_DATA in figures:
-        lines.append(f"figures/{_OF_DATA} shows images of the data: delete it where those are not to be shared.")
-    if trained.unfinished:
-        lines.append(f"{trained.words}; train_svi.py --resume {run.folder} goes on.")
-    if older:
-        names = ", ".join(f"{runs.FIGURES}/{name}" for name in older)
-        lines.append(
-            f"Left out: {names}, by the files' times older than the weights; make_figures.py draws them again."
-        )
-    return lines
 
 
 def _find_place(folder: Path) -> Path:

@@ -213,6 +213,33 @@ def trained_epochs(run: Run) -> TrainedEpochs:
     return TrainedEpochs(f"{done:,} of {asked:,} epochs: the training was not finished", True)
 
 
+def describe_export(
+    run: Run, folder: Path, entries: dict[str, Any], num_older: int, figures: list[str], older: list[str]
+) -> list[str]:
+    """The lines about an export: where it is, and what it lacks."""
+    trained = trained_epochs(run)
+    lines = [
+        f"Exported to {folder}: load({str(folder)!r}) makes the model of it. {CARD} is its model card: read it,",
+        "  and fill in the license. No option of the training and no path of this machine is in the folder.",
+    ]
+    if not entries:
+        lines.append("There is no evaluation of these weights; evaluate_log_likelihood.py makes one.")
+    if num_older:
+        lines.append(f"Left out: {num_older} of the run's evaluations, which are of weights that it has no longer.")
+    if "reconstructions.png" in figures:
+        lines.append(
+            "figures/reconstructions.png shows images of the data: delete it where those are not to be shared."
+        )
+    if trained.unfinished:
+        lines.append(f"{trained.words}; train_svi.py --resume {run.folder} goes on.")
+    if older:
+        names = ", ".join(f"{runs.FIGURES}/{name}" for name in older)
+        lines.append(
+            f"Left out: {names}, by the files' times older than the weights; make_figures.py draws them again."
+        )
+    return lines
+
+
 def _describe_limits(run: Run) -> str:
     limits = ["Nothing here was checked beyond the images that the numbers are of: no fairness, no other source."]
     if is_autoencoder(run.options):

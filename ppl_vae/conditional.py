@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
 
 from ppl_vae.runtime.errors import ShapeError
 
@@ -34,7 +35,7 @@ class Conditional(nn.Module):
         """The shape of one y."""
         return tuple(self.family.event_shape)
 
-    def forward(self, c: Tensor) -> Any:
+    def forward(self, c: Tensor) -> Distribution:
         h = self.net(c)
         if not isinstance(h, Tensor):
             raise ShapeError(

@@ -19,6 +19,7 @@ import pyro.distributions as dist
 import torch
 from pyro.distributions import TorchDistribution, constraints
 from torch import Size, Tensor, nn
+from torch.distributions import Distribution
 
 from ppl_vae.conditional import Conditional
 from ppl_vae.vae import check_batch_shape, check_event_shape
@@ -44,7 +45,12 @@ class LayeredDistribution(TorchDistribution):
     support = constraints.real_vector
 
     def __init__(
-        self, first: Any, links: Sequence[Callable[[Tensor], Any]], *, latent_dims: Sequence[int], upward: bool
+        self,
+        first: Distribution,
+        links: Sequence[Callable[[Tensor], Distribution]],
+        *,
+        latent_dims: Sequence[int],
+        upward: bool,
     ) -> None:
         self.first, self.links, self.latent_dims, self.upward = first, tuple(links), tuple(latent_dims), upward
         super().__init__(first.batch_shape, Size((sum(self.latent_dims),)))
@@ -53,7 +59,7 @@ class LayeredDistribution(TorchDistribution):
     def has_rsample(self) -> bool:
         return self.first.has_rsample
 
-    def draw(self, sample: Callable[[str, Any], Tensor]) -> Tensor:
+    def draw(self, sample: Callable[[str, Distribution], Tensor]) -> Tensor:
         """Draw z (..., L_1 + ... + L_n) by sample("z_l", p(z_l | ...)) per layer; ``pyro.sample`` makes each a site."""
         names = [f"z_{layer + 1}" for layer in range(len(self.latent_dims))]
         first, *further = names if self.upward else names[::-1]
@@ -78,7 +84,7 @@ class LayeredDistribution(TorchDistribution):
         given = {f"z_{i + 1}": z_l for i, z_l in enumerate(z.split(self.latent_dims, dim=-1))}
         log_p = []
 
-        def look_up(name: str, distribution: Any) -> Tensor:
+        def look_up(name: str, distribution: Distribution) -> Tensor:
             log_p.append(distribution.log_prob(given[name]))
             return given[name]
 
@@ -225,12 +231,12 @@ def _restore_precision(d: Tensor, x: Tensor) -> Tensor:
     return d.to(x.dtype if x.is_floating_point() else torch.float32)
 
 
-def _combine(r: Any, layer: Callable[[Tensor], Any], z_above: Tensor) -> dist.Independent:
+def _combine(r: Distribution, layer: Callable[[Tensor], Distribution], z_above: Tensor) -> dist.Independent:
     """q(z_l | x, z_{l+1}) proportional to r(z_l) p(z_l | z_{l+1})."""
     return product_of_normals(layer(z_above), r)
 
 
-def product_of_normals(p: Any, q: Any) -> dist.Independent:
+def product_of_normals(p: Distribution, q: Distribution) -> dist.Independent:
     """The normal proportional to p q: 1 / s^2 = 1 / s_p^2 + 1 / s_q^2 and m / s^2 = m_p / s_p^2 + m_q / s_q^2.
 
     It is computed from s_p / sqrt(s_p^2 + s_q^2), which is from 0 to 1, since a precision overflows for a small scale.
@@ -250,7 +256,7 @@ def product_of_normals(p: Any, q: Any) -> dist.Independent:
     return dist.Normal(loc, p.scale * (q.scale / both)).to_event(1)
 
 
-def _normal(distribution: Any) -> Any:
+def _normal(distribution: Distribution) -> torch.distributions.Normal:
     base = getattr(distribution, "base_dist", None)
     if not isinstance(base, torch.distributions.Normal):
         raise ValueError(f"ladder: expected diagonal normals at every layer, got {type(distribution).__name__}")
@@ -308,7 +314,9 @@ class HierarchicalVAE(nn.Module):
     Reference: Burda et al. 2016, arXiv 1509.00519; Sønderby et al. 2016, arXiv 1602.02282.
     """
 
-    def __init__(self, prior: LayeredPrior, likelihood: Callable[[Tensor], Any], posterior: BottomUp | TopDown) -> None:
+    def __init__(
+        self, prior: LayeredPrior, likelihood: Callable[[Tensor], Distribution], posterior: BottomUp | TopDown
+    ) -> None:
         super().__init__()
         if posterior.latent_dims != prior.latent_dims:
             raise ValueError(

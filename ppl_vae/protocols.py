@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
+from torch.distributions import Distribution
 
 # A model or a guide: what Pyro calls a stochastic function, here of images x (B, *E) with one data plate at dim=-1.
 StochasticFunction = Callable[[Tensor], Any]
@@ -50,6 +51,6 @@ class Program(_Module, Protocol):
 class LatentModel(Program, Protocol):
     """A program with one vector of latents, z ~ p(z), x ~ p(x | z), whose parts can be called on their own."""
 
-    prior: Callable[[], Any]  # () -> p(z), event (L,)
-    likelihood: Callable[[Tensor], Any]  # z (..., L) -> p(x | z), batch (...), event E
-    posterior: Callable[[Tensor], Any]  # x (..., *E) -> q(z | x), batch (...), event (L,)
+    prior: Callable[[], Distribution]  # () -> p(z), event (L,)
+    likelihood: Callable[[Tensor], Distribution]  # z (..., L) -> p(x | z), batch (...), event E
+    posterior: Callable[[Tensor], Distribution]  # x (..., *E) -> q(z | x), batch (...), event (L,)

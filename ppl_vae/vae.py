@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar
 
 import pyro
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor, nn
+from torch.distributions import Distribution
 
 from ppl_vae.runtime.errors import ShapeError
+
+AnyDistribution = TypeVar("AnyDistribution", bound=Distribution)
 
 # A guide from pyro.infer.autoguide has parameters for each training image, and latents outside of the images' plate.
 NO_AUTOGUIDE = (
@@ -18,7 +21,7 @@ NO_AUTOGUIDE = (
 )
 
 
-def check_batch_shape(posterior: Any, x: Tensor) -> Any:
+def check_batch_shape(posterior: AnyDistribution, x: Tensor) -> AnyDistribution:
     """Return the posterior after checking that it is one distribution per image.
 
     Args:
@@ -37,7 +40,7 @@ def check_batch_shape(posterior: Any, x: Tensor) -> Any:
     return posterior
 
 
-def check_event_shape(likelihood: Any, x: Tensor, z: Tensor) -> Any:
+def check_event_shape(likelihood: AnyDistribution, x: Tensor, z: Tensor) -> AnyDistribution:
     """Return the likelihood after checking that it is one distribution over images per z, without broadcasting.
 
     Args:
@@ -62,7 +65,7 @@ def check_event_shape(likelihood: Any, x: Tensor, z: Tensor) -> Any:
     return likelihood
 
 
-def _check_distribution(name: str, found: Any, example: str) -> None:
+def _check_distribution(name: str, found: object, example: str) -> None:
     if not hasattr(found, "event_shape"):
         raise ShapeError(
             f"{name}: expected a function that returns a distribution, such as {example}, got one that "
@@ -89,9 +92,9 @@ class VAE(nn.Module):
 
     def __init__(
         self,
-        prior: Callable[[], Any],
-        likelihood: Callable[[Tensor], Any],
-        posterior: Callable[[Tensor], Any],
+        prior: Callable[[], Distribution],
+        likelihood: Callable[[Tensor], Distribution],
+        posterior: Callable[[Tensor], Distribution],
     ) -> None:
         super().__init__()
         if isinstance(posterior, AutoGuide):

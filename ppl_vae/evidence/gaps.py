@@ -1,10 +1,10 @@
-"""Where the nats are lost: log p(x) - ELBO = approximation gap + amortization gap.
+"""Split log p(x) - ELBO into the approximation gap and the amortization gap.
 
-    log p(x) - ELBO[q*]        what the guide's family cannot express: KL(q*(z) || p(z | x)), q* its best for this x
-    ELBO[q*] - ELBO[q(z | x)]  what one encoder for all images loses against a q of each image's own
+    log p(x) - ELBO[q*]        approximation: KL(q*(z) || p(z | x)), with q* the best of the guide's family for this x
+    ELBO[q*] - ELBO[q(z | x)]  amortization: the cost of one encoder for all images
 
-The first asks for a richer family, the second for a larger or longer trained encoder. What the model itself lacks is in
-neither: that is in log p(x).
+A richer family reduces the first, a larger or longer trained encoder the second. Neither contains what the model itself
+lacks, which lowers log p(x).
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from ppl_vae.runtime.global_state import evaluation_mode, serialize_threads
 class Gaps(NamedTuple):
     """Each image's nats; every field and property is (N,), float64.
 
-    ``log_evidence`` is the best that is known of log p(x), ``elbo`` that of the guide, and ``refined_elbo`` that of the
-    best q of the guide's family that was found. The evidence from a bound, and a refinement that stopped early, both
-    move nats: a loose bound makes the approximation gap too small, a poor refinement makes it too large.
+    ``log_evidence`` is the best estimate of log p(x), ``elbo`` the guide's, and ``refined_elbo`` that of the best q of
+    the guide's family that was found. A loose bound for log p(x) makes the approximation gap too small; a refinement
+    that stopped early makes it too large.
     """
 
     log_evidence: Tensor
@@ -41,7 +41,7 @@ class Gaps(NamedTuple):
 
     @property
     def amortization(self) -> Tensor:
-        """ELBO[q*] - ELBO[q]: in expectation not below 0, but for an image by noise."""
+        """ELBO[q*] - ELBO[q]: not below 0 in expectation; noise can make it negative for an image."""
         return self.refined_elbo - self.elbo
 
     @property
@@ -64,24 +64,24 @@ def gaps(
 ) -> Gaps:
     """The two gaps of each image, by refining its q within the guide's family.
 
-    Both ELBOs are means over fresh particles, drawn after the refinement has ended. Of a flow guide the features of an
-    image are refined and the layers are not: layers that suit other images count as the family's, and what layers of
-    this image's own would gain is in the approximation gap. Draws come from torch's global generator.
+    Both ELBOs are means over fresh particles, drawn after the refinement. For a flow guide the features of an image are
+    refined but not the layers: what other layers would gain for this image counts as approximation gap. Draws come from
+    torch's global generator.
 
     Args:
         vae: with a guide ``Conditional(net, family)``.
         x: images (N, *E).
         log_evidence: (N,) nats, from annealed importance sampling or a tight bound.
         steps, num_particles, compile, progress: as ``refinement.refine_proposal``.
-        evaluation_particles: of either ELBO.
+        evaluation_particles: for each of the two ELBOs.
 
     Returns:
         ``Gaps``.
 
     Raises:
         ValueError: an image off the support of p(x | z); a guide of several stochastic layers, whose later layers have
-            features of each draw and not of the image: only the total gap is known of it; a deterministic guide; or an
-            evidence that is not (N,).
+            features of each draw and not of the image, so that only the total gap is known; a deterministic guide; or
+            an evidence that is not (N,).
         CannotCapture: a ValueError; see ``capture.compile_function``.
 
     Reference: Cremer et al. 2018, arXiv 1801.03558, equations 4 to 6.

@@ -1,7 +1,7 @@
-"""Hamiltonian Monte Carlo over many chains of many images at once, as functions of tensors that a graph can hold.
+"""Hamiltonian Monte Carlo for many chains of many images at once, as functions of tensors that a graph can hold.
 
-The target is a sum of log-densities with coefficients, log pi(z) = sum_k c_k f_k(z) + constant. Values and slopes of
-the f_k stay with a point, so that the next transition, of other coefficients too, begins without computing them again.
+The target is log pi(z) = sum_k c_k f_k(z) + constant. A point keeps the values and gradients of the f_k, so that the
+next transition does not compute them again, even with other coefficients.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Terms = Sequence[Callable[[Tensor], Tensor]]  # K log-densities, each z (C, B, L
 
 
 class Point(NamedTuple):
-    """Where the chains are, and what the terms of the target are there.
+    """Positions of the chains, with the terms of the target there.
 
     Args:
         z: (C, B, L), C chains of B images.
@@ -30,12 +30,12 @@ class Point(NamedTuple):
 
 
 def point_at(terms: Terms, z: Tensor) -> Point:
-    """Values and slopes of the terms at z, (C, B, L). Gradients are taken with respect to z alone."""
+    """Values and gradients of the terms at z, (C, B, L). Gradients are with respect to z alone."""
     values, slopes = zip(*(_value_and_slope(term, z) for term in terms), strict=True)
     return Point(z, torch.stack(values), torch.stack(slopes))
 
 
-@torch.no_grad()  # around the gradient, so that it is none of what else the terms are made of
+@torch.no_grad()  # so that the parameters of the terms get no gradients
 def _value_and_slope(term: Callable[[Tensor], Tensor], z: Tensor) -> tuple[Tensor, Tensor]:
     value, pulled_back = torch.func.vjp(term, z)[:2]
     (slope,) = pulled_back(torch.ones_like(value))
@@ -45,25 +45,25 @@ def _value_and_slope(term: Callable[[Tensor], Tensor], z: Tensor) -> tuple[Tenso
 def leapfrog(terms: Terms, coefficients: Tensor, point: Point, momentum: Tensor, step: Tensor) -> tuple[Point, Tensor]:
     """p <- p + (s/2) grad log pi(z);  z <- z + s p;  p <- p + (s/2) grad log pi(z).
 
-    It keeps volumes, and leads back to where it began from its end with the momentum reversed. Along a path of fixed
-    length the error of the energy is O(s^2). It takes one gradient, that at its end.
+    It preserves volume and is reversible: from its end, with the momentum reversed, it leads back to the start. Along
+    a path of fixed length the error of the energy is O(s^2). It computes one gradient, at its end.
 
     Args:
         terms: the f_k.
         coefficients: (K,) c_k.
-        point: where it begins.
+        point: the start.
         momentum: p (C, B, L).
-        step: s, which broadcasts with z: a step size times the scale of each latent. In coordinates z / scale that is
-            the step size alone, with a mass of 1.
+        step: s, which broadcasts with z: the step size times the scale of each latent. In coordinates z / scale this
+            is the step size alone, with a mass of 1.
 
     Returns:
-        Where it ends, and the momentum there.
+        The end, and the momentum there.
 
     Reference: Neal 2011, arXiv 1206.1901, sections 2.3 and 4.1.
     """
-    momentum = momentum + step / 2 * _combined(coefficients, point.slopes)
+    momentum = momentum + step / 2 * _combine(coefficients, point.slopes)
     point = point_at(terms, point.z + step * momentum)
-    return point, momentum + step / 2 * _combined(coefficients, point.slopes)
+    return point, momentum + step / 2 * _combine(coefficients, point.slopes)
 
 
 def transition(
@@ -77,49 +77,48 @@ def transition(
     step_size: Tensor,
     num_leapfrogs: int,
 ) -> tuple[Point, Tensor]:
-    """One step that leaves pi invariant: p ~ N(0, I), n leapfrogs to (z', p'), and z' is taken with probability a.
+    """A transition that leaves pi invariant: p ~ N(0, I), n leapfrog steps to (z', p'), accept z' with probability a.
 
         a = min(1, exp(H - H')),  H = p'p / 2 - log pi(z)
 
-    It is reversible: seen backward it is the same step. A place where the energy H' is not finite is never taken.
+    It is reversible. A z' whose energy H' is not finite is never accepted.
 
     Args:
-        leap: (coefficients, point, momentum, step) -> point and momentum: ``leapfrog`` of the terms, as it is or
-            as a graph.
+        leap: (coefficients, point, momentum, step) -> point and momentum: ``leapfrog`` with the terms, compiled or not.
         coefficients: (K,) c_k.
-        point: where the chains are.
+        point: the positions.
         momentum: (C, B, L), a draw of N(0, I).
         uniform: (C, B), a draw of U(0, 1).
-        scale: (B, L) how wide the target is along each latent, about; the unit in which steps are taken.
-        step_size: (B,), or (C, B) for steps of each chain, in that unit. It must not depend on where the chains are.
+        scale: (B, L) the approximate width of the target along each latent, the unit of the step size.
+        step_size: (B,), or (C, B) for each chain. It must not depend on the positions.
         num_leapfrogs: n.
 
     Returns:
-        Where the chains are afterwards, and a, (C, B), for each of them.
+        The new positions, and a, (C, B).
 
     Reference: Duane et al. 1987; Neal 2011, arXiv 1206.1901, section 3.2.
     """
-    ahead, its_momentum, step = point, momentum, step_size[..., None] * scale
+    proposal, end_momentum, step = point, momentum, step_size[..., None] * scale
     for _ in range(num_leapfrogs):
-        ahead, its_momentum = leap(coefficients, ahead, its_momentum, step)
-    minus_energy = _minus_energy(coefficients, ahead, its_momentum)
+        proposal, end_momentum = leap(coefficients, proposal, end_momentum, step)
+    minus_energy = _minus_energy(coefficients, proposal, end_momentum)
     ratio = (minus_energy - _minus_energy(coefficients, point, momentum)).clamp(max=0).exp()
     acceptance = torch.where(minus_energy.isfinite() & ~ratio.isnan(), ratio, torch.zeros_like(ratio))
-    taken = uniform < acceptance
+    is_accepted = uniform < acceptance
     moved = Point(
-        torch.where(taken[..., None], ahead.z, point.z),
-        torch.where(taken, ahead.values, point.values),
-        torch.where(taken[..., None], ahead.slopes, point.slopes),
+        torch.where(is_accepted[..., None], proposal.z, point.z),
+        torch.where(is_accepted, proposal.values, point.values),
+        torch.where(is_accepted[..., None], proposal.slopes, point.slopes),
     )
     return moved, acceptance
 
 
-def _combined(coefficients: Tensor, of_terms: Tensor) -> Tensor:
-    """sum_k c_k f_k. of_terms: (K, ...) -> (...)."""
-    first, *further = (c * f for c, f in zip(coefficients.unbind(), of_terms.unbind(), strict=True))
+def _combine(coefficients: Tensor, terms: Tensor) -> Tensor:
+    """sum_k c_k f_k. terms: (K, ...) -> (...)."""
+    first, *further = (c * f for c, f in zip(coefficients.unbind(), terms.unbind(), strict=True))
     return sum(further, first)
 
 
 def _minus_energy(coefficients: Tensor, point: Point, momentum: Tensor) -> Tensor:
     """(C, B) -H = log pi(z) - p'p / 2."""
-    return _combined(coefficients, point.values) - momentum.square().sum(-1) / 2
+    return _combine(coefficients, point.values) - momentum.square().sum(-1) / 2

@@ -1,7 +1,9 @@
-"""Images with missing pixels under a VAE: log p of the pixels that are observed, and draws of those that are not.
+"""Images with missing pixels: bounds on log p(x_observed), and draws of the missing pixels.
 
-log p(x_observed | z) = sum_{d observed} log p(x_d | z): given z pixels are independent, so a missing one leaves the sum
-and nothing else changes. Missing pixels are NaN in x (B, *E). That they are missing must not depend on what they hide.
+    log p(x_observed | z) = sum_{d observed} log p(x_d | z)
+
+Pixels are independent given z, so a missing pixel only leaves the sum. Missing pixels are NaN in x (B, *E). Whether a
+pixel is missing must not depend on its value.
 """
 
 from __future__ import annotations
@@ -24,8 +26,7 @@ from ppl_vae.runtime.numerics import log_mean_exp
 from ppl_vae.support import check_support
 from ppl_vae.vae import check_event_shape
 
-# Of the noise in the guide's fillings: a constant, so that the guide is a function of x.
-_FILLING_SEED = 0
+_FILLING_SEED = 0  # a constant, so that the guide is a function of x
 
 
 class Particles(NamedTuple):
@@ -37,34 +38,31 @@ class Particles(NamedTuple):
 
 
 class Observed(nn.Module):
-    """p(x_observed, z) = p(z) prod_{d observed} p(x_d | z), with a guide for what the encoder has never seen: holes.
+    """p(x_observed, z) = p(z) prod_{d observed} p(x_d | z), with a guide for images with missing pixels.
 
     ``model`` and ``guide`` are for evaluation: ``log_evidence(observed.model, observed.guide, x, ...)`` bounds
-    log p(x_observed). They are not to train with: the guide is a mixture without reparametrized draws, so ``fit`` would
-    take score-function gradients, of high variance, and none through the fillings. It is one of what the encoder says
-    of K fillings of an image, and of the prior,
+    log p(x_observed). Do not train with them: the guide is a mixture without reparametrized draws, so its gradients
+    have a high variance, and none pass through the fillings. The guide mixes the encoder's posteriors of K fillings of
+    the image and the prior,
 
         q(z | x_observed) = (1 - a) (1/K) sum_k q(z | x_observed, x_missing^k) + a p(z),
 
-    after p(z | x_observed) = E[p(z | x_observed, x_missing)]. Fillings come of pseudo-Gibbs sampling (encode, decode,
-    refill) that is corrected in each round: K particles z of the mixture so far (at first of the prior), K of them
-    drawn again by their importance weights, and x_missing ~ p(x | z). Fillings hold no gradient. They are as if drawn
-    with the same noise for each image, whatever else is in x, and are no draws of torch's global generator (of which
-    the encoder of a dequantized VAE draws its u). Where all of x is observed, both programs are the VAE's own; for an
-    image without a pixel the guide is the prior.
+    since p(z | x_observed) = E[p(z | x_observed, x_missing)]. Fillings come from pseudo-Gibbs sampling (encode, decode,
+    refill) with a correction in each round: K particles z from the mixture so far (at first from the prior) are
+    resampled by their importance weights, and x_missing ~ p(x | z). Fillings have no gradient. Each image uses the same
+    noise, whatever else is in x, and torch's global generator does not change (apart from the u that the encoder of a
+    dequantized VAE draws). Where all of x is observed, both programs are the VAE's own; for an image without an
+    observed pixel the guide is the prior.
 
     Measured on MNIST (15 epochs, 50 validation images, S = 500), L_S in nats with the lower half missing, and with nine
-    pixels of ten: the encoder on means as fillings -59.5 and -32.6; ten rounds of plain pseudo-Gibbs -55.4 and -31.5,
-    a quarter wider -53.4 and -28.4; K = 30 without the weights -49.9 and -26.1; here -48.7 and -19.6, with a = 0.1
-    -48.7 and -20.7, with a = 0.5 -49.2 and -18.5. Twice the rounds and K = 100 gained up to 1.1 nats, for two and three
-    times the work, and another seed of the fillings moved it by 0.6; a start from pixel means and wider components made
-    no difference that could be seen.
+    of ten pixels missing: the encoder on mean fillings -59.5 and -32.6; ten rounds of plain pseudo-Gibbs -55.4 and
+    -31.5; K = 30 without the weights -49.9 and -26.1; this guide -48.7 and -19.6. Twice the rounds and K = 100 gained
+    up to 1.1 nats for two and three times the work, and another seed of the fillings moved the bound by 0.6.
 
     Args:
         vae: a VAE whose likelihood's pixels are independent given z (``to_event`` over the whole image).
         rounds: of refilling, at least 1.
-        num_fillings: K. Each pass of the guide computes them anew for each of its images, and holds them all: where the
-            particles of an image take several passes, so do its fillings.
+        num_fillings: K. Each pass of the guide computes and holds the fillings of all its images.
         prior_share: a, above 0 and below 1.
 
     Raises:
@@ -100,11 +98,11 @@ class Observed(nn.Module):
         return self.vae.prior()
 
     def likelihood(self, z: Tensor, x: Tensor) -> Any:
-        """p(x_observed | z), batch (..., B), event E; it draws and averages over all pixels. z: (..., B, L)."""
+        """p(x_observed | z), batch (..., B), event E; its draws and its mean are of all pixels. z: (..., B, L)."""
         p_x = self.vae.likelihood(z)
         p_x = independent_pixels(check_event_shape(p_x, x, z), "missing pixels cannot be left out")
         observed = ~x.isnan()
-        mask: Any = observed if observed.any() else False  # without a pixel there is no value to evaluate
+        mask: Any = observed if observed.any() else False  # without an observed pixel there is no value to evaluate
         return p_x.base_dist.mask(mask).to_event(p_x.reinterpreted_batch_ndims)
 
     def posterior(self, x: Tensor) -> Any:
@@ -117,7 +115,7 @@ class Observed(nn.Module):
         return self._mixture(torch.stack([self._fillings(image) for image in x.split(1)]), share)
 
     def particles(self, q: Any, x: Tensor, num_particles: int) -> Particles:
-        """z_s ~ q, log w_s = log p(x_observed | z_s) + log p(z_s) - log q(z_s), from torch's global generator.
+        """z_s ~ q and log w_s = log p(x_observed | z_s) + log p(z_s) - log q(z_s). Draws use torch's global generator.
 
         Raises:
             NotFinite: an image has a log-weight of NaN or infinity, or none above -infinity.
@@ -131,13 +129,13 @@ class Observed(nn.Module):
 
     def _mixture(self, fillings: Tensor, share: Tensor) -> DefensiveMixture:
         """fillings: (B, K, *E), share: (B,)."""
-        of_fillings = self.vae.posterior(fillings)
+        posteriors = self.vae.posterior(fillings)
         weights = dist.Categorical(logits=torch.zeros(fillings.shape[:2], dtype=share.dtype, device=share.device))
-        return DefensiveMixture(dist.MixtureSameFamily(weights, of_fillings), self.vae.prior(), share)
+        return DefensiveMixture(dist.MixtureSameFamily(weights, posteriors), self.vae.prior(), share)
 
     @torch.no_grad()
     def _fillings(self, x: Tensor) -> Tensor:
-        """One image (1, *E) -> K of it (K, *E), its missing pixels filled."""
+        """One image (1, *E) -> K copies (K, *E) with the missing pixels filled."""
         missing, K = x.isnan(), self.num_fillings
         if not missing.any():
             return x.expand(K, *x.shape[1:])
@@ -153,10 +151,10 @@ class Observed(nn.Module):
 
 
 def _in_support(x: Tensor) -> Tensor:
-    """x with an observed pixel's value in place of NaN.
+    """x with the value of an observed pixel in place of NaN.
 
-    The mask removes it from every sum, but a value off the support would fail validation, and one whose log-density is
-    infinite would leave a gradient of 0 * infinity.
+    The mask removes these pixels from every sum, but a value off the support would fail validation, and an infinite
+    log-density would leave a gradient of 0 * infinity.
     """
     missing = x.isnan()
     values = x[~missing]
@@ -164,13 +162,13 @@ def _in_support(x: Tensor) -> Tensor:
 
 
 class Imputation(NamedTuple):
-    """What S particles say of the missing pixels of each image.
+    """Missing pixels of each image, imputed with S particles.
 
     Args:
-        draws: (M, B, *E) x ~ p(x_missing | x_observed), as S particles approximate it; observed pixels as they are.
-        mean: (B, *E) E[x | x_observed], observed pixels as they are.
+        draws: (M, B, *E) x ~ p(x_missing | x_observed), approximately; observed pixels do not change.
+        mean: (B, *E) E[x | x_observed]; observed pixels do not change.
         log_evidence: (B,) float64 nats, the bound L_S on log p(x_observed).
-        ess: (B,) float64 from 1 to S. Near 1 the draws are all of one z, however many there are.
+        ess: (B,) float64 from 1 to S. Near 1 all draws come from one z, however many there are.
     """
 
     draws: Tensor
@@ -191,12 +189,12 @@ def impute(
 ) -> Imputation:
     """p(x_missing | x_observed) ~ sum_s v_s p(x_missing | z_s), v_s = w_s / sum_t w_t, z_s ~ q(z | x_observed).
 
-    The mean is that sum's; a draw takes z_s with probability v_s, and then x_missing ~ p(x | z_s) (sampling importance
-    resampling). Both are consistent as S grows, and no better than the effective sample size. Draws come from torch's
-    global generator. Particles are decoded in passes, so memory does not grow with S (but for z and log w of an image).
+    The mean is that of the sum. A draw takes z_s with probability v_s, and then x_missing ~ p(x | z_s) (sampling
+    importance resampling). Both are consistent as S grows, and no better than the effective sample size. Draws come
+    from torch's global generator. Particles are decoded in passes, so memory grows with S only by z and log w.
 
     Args:
-        observed: the VAE on images with holes, in evaluation mode.
+        observed: the VAE for images with missing pixels, in evaluation mode.
         x: (B, *E), NaN where missing.
         num_particles: S.
         num_draws: M.
@@ -234,7 +232,7 @@ def impute(
 def _impute_one(
     observed: Observed, x: Tensor, num_particles: int, num_draws: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Draws (M, *E), the mean (*E), log evidence and effective sample size of one image (1, *E)."""
+    """Draws (M, *E), the mean (*E), the bound and the effective sample size for one image (1, *E)."""
     q = observed.posterior(x)
     held = [latents_per_pass(distribution, x.device.type) for distribution in (q, observed.prior())]
     chunk = min(images_per_pass(x, observed.vae.likelihood), *held)

@@ -11,9 +11,7 @@ from torch import Tensor
 from ppl_vae.runtime.errors import check_count
 
 MAX_BINS = 20  # of a histogram. Source: ours
-_MIN_EXPECTED = (
-    10  # ranks per bin: chi-square is a limit, and p-values multiplied by the number of latents need its tail
-)
+_MIN_EXPECTED = 10  # ranks per bin, so that the tail of the chi-square distribution holds
 STDERRS = 3.0  # by which a scale or a location must be off to be called so. Source: ours
 
 

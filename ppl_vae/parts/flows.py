@@ -1,8 +1,8 @@
 """Normalizing flows: invertible maps with the logarithm of their volume, and the distribution that a map makes.
 
-A layer maps u to y one way (``forward``, to draw) and back (``inverse``, for a density), each in one pass and each with
-log |det dy/du| or log |det du/dy|, for any leading dimensions. Pyro's own transforms keep a tensor from call to call
-(their cache) and its splines choose by values, which a compiled graph cannot; these hold nothing but their weights.
+A layer maps u to y (``forward``, to draw) and back (``inverse``, for a density), each in one pass and with
+log |det dy/du| or log |det du/dy|, for any leading dimensions. Pyro's own transforms cache tensors between calls and
+its splines branch on values, which a compiled graph cannot do; these layers hold only their weights.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ Univariate = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor]]
 def affine(u: Tensor, h: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
     """y = exp(2 tanh(h_1 / 2)) u + h_2. u: (...), h: (..., 2) -> y and log dy/du, or u and log du/dy; h = 0 is y = u.
 
-    The scale is bounded, so that no step of training can make one layer explode.
+    The scale is bounded, so that no training step can make one layer explode.
 
     Reference: Dinh et al. 2017 (RealNVP), arXiv 1605.08803, equation 7; Kingma et al. 2016, arXiv 1606.04934, equation
     10; the bound on the log-scale is common practice.
@@ -104,9 +104,9 @@ def spline(u: Tensor, h: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
 class Coupling(nn.Module):
     """y = (a, t(b; h)) for u = (a, b), t monotone in each b_l, h_l = net_l(10 tanh(a / 10)): the identity at first.
 
-    What the network sees is bounded. Else an affine map's shift grows with a, the next coupling's with that, and ten of
-    them carry a draw a little outside the codes off to 10^9: of 50 million draws of a trained guide a few, nearly all
-    of it one, had a log-density of -10^17 nats, and with them the ELBO.
+    The network's input is bounded. Otherwise an affine map's shift grows with a, the next coupling's with that, and ten
+    couplings carry a slightly unusual draw to 10^9: among 50 million draws of a trained guide a few had a log-density
+    of -10^17 nats, which ruins the ELBO.
 
     Args:
         dim: L, of which the first half, rounded up, is a.
@@ -148,9 +148,9 @@ def affine_coupling(dim: int, *, hidden: Widths) -> Coupling:
 
 
 def spline_coupling(dim: int, *, hidden: Widths, bins: int = 8) -> Coupling:
-    """b goes through splines of so many bins. Arguments and errors as ``Coupling``.
+    """b goes through splines with ``bins`` bins. Arguments and errors as ``Coupling``.
 
-    The spline is the direction of the density; to draw takes the root of a quadratic equation.
+    The spline is evaluated directly for the density; drawing solves a quadratic equation.
     """
     return Coupling(dim, univariate=_spline_of_the_density, num_features=3 * bins - 1, hidden=hidden)
 
@@ -224,8 +224,8 @@ def rational_quadratic_spline(x: Tensor, h: Tensor, *, bound: float, inverse: bo
 def _place_in_bin(r: Tensor, s: Tensor, d_0: Tensor, d_1: Tensor) -> tuple[Tensor, Tensor]:
     """t and 1 - t of r = (s t^2 + d_0 t (1 - t)) / (s (t^2 + (1 - t)^2) + (d_0 + d_1) t (1 - t)).
 
-    The root of a quadratic equation, without a difference of numbers that are alike: such a one is 0 in float32 where
-    slopes are far apart, and its root has no gradient there.
+    The root of a quadratic equation, written without a difference of nearly equal numbers, which is 0 in float32 where
+    slopes are far apart, and has no gradient there.
 
     Source: Durkan et al. 2019, arXiv 1906.04032, equations 6 to 8, of which this form is ours.
     """

@@ -37,7 +37,7 @@ class StandardNormal(nn.Module):
 class Mixture(nn.Module):
     """p(z) = sum_k pi_k prod_l Normal(z_l; loc_kl, scale_kl), with weights, locations and scales that are trained.
 
-    At first the weights are equal, the scales 1, and the locations draws of a standard normal.
+    The weights start equal, the scales at 1, and the locations at draws of a standard normal.
 
     Args:
         latent_dim: L.
@@ -65,7 +65,7 @@ class VampPrior(nn.Module):
     The pseudo-images are unconstrained numbers of an image's shape. ``start_from`` sets them to images.
 
     Args:
-        posterior: x (..., *E) -> q(z | x), the guide's own; it stays the guide's, and its weights are held there.
+        posterior: x (..., *E) -> q(z | x), the guide's; its weights stay in the guide and are not registered here.
         event_shape: E.
         components: K.
 
@@ -93,7 +93,7 @@ class VampPrior(nn.Module):
 
 
 class VampMixture(dist.MixtureSameFamily):
-    """(1/K) sum_k q(z | u_k), which draws k first, and then z of that one component alone: torch draws of all K."""
+    """(1/K) sum_k q(z | u_k), drawn by choosing k first and encoding it alone; torch would draw from all K."""
 
     posterior: Callable[[Tensor], Any]
     pseudo_images: Tensor

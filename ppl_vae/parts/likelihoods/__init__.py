@@ -1,13 +1,18 @@
-"""Likelihoods p(x | h): features to a distribution over pixels. One class a distribution.
+"""Likelihoods p(x | h): from features to a distribution over pixels, one class per distribution.
 
-Each has ``event_shape``, ``num_features`` (what the network's last layer must give), ``support`` (the values a pixel
-can take) and ``support_words`` (the same for a person), ``measure`` ("mass" or "density": they are on different scales,
-and never compared), ``data_kind`` (the kind of pixels that it is a likelihood of, in the words of ``data``),
-``floats_per_pixel`` (about how many numbers of a pixel ``log_prob`` holds at once), ``forward(h)``, which returns a
-distribution with batch shape ``h.shape[:-1]`` and the event shape, and ``fit_marginals(x)``, which sets the
-likelihood's own parameters, if it has any, and returns the h of the pixels' marginals: training starts from there.
-``to_event`` makes pixels independent and *summed*. Features come plane by plane: the first of every pixel, then the
-second.
+Each class has
+
+- ``event_shape``, and ``num_features``, the number of outputs that a network needs,
+- ``support``, the values that a pixel can take, and ``support_words``, the same for messages,
+- ``measure``, "mass" or "density": they are on different scales and are never compared,
+- ``data_kind``, the kind of pixels, in the words of ``data``,
+- ``floats_per_pixel``, about how many floats per pixel ``log_prob`` holds in memory,
+- ``forward(h)``, which returns a distribution with batch shape ``h.shape[:-1]`` and the event shape, its pixels summed
+  by ``to_event``,
+- ``fit_marginals(x)``, which sets the likelihood's own parameters, if any, and returns the h of the pixels' marginal
+  distributions, from which training starts.
+
+Features come plane by plane: the first of every pixel, then the second.
 """
 
 from ppl_vae.parts.likelihoods.counts import Bernoulli, NegativeBinomial, Poisson

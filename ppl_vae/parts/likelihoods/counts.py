@@ -14,7 +14,7 @@ from ppl_vae.parts.likelihoods.base import Pixel, Pixels, unbounded
 from ppl_vae.runtime.numerics import HALF_LOG_TWO_PI, bounded, mean_and_variance, stirling_remainder, sum_over_images
 
 _LOG_MEAN_LIMIT = 15.0
-_LARGEST_MEAN = 3e6  # of a fit; features can reach exp(15) = 3.27 million, but have hardly a gradient there
+_LARGEST_MEAN = 3e6  # for a fit; features reach exp(15) = 3.27 million, where they have almost no gradient
 _LOG_TOTAL_LIMIT = 9.0
 _COUNTS_WORDS = "whole numbers from 0 on"
 
@@ -22,8 +22,8 @@ _COUNTS_WORDS = "whole numbers from 0 on"
 class Bernoulli(Pixels):
     """p(x | h) = prod_d sigmoid(h_d)^{x_d} (1 - sigmoid(h_d))^{1 - x_d}, for x in {0, 1}^E.
 
-    Features are logits: probabilities would saturate in float32 and lose both value and gradient. Gray pixels are not
-    on the support: a Bernoulli of a fraction is no density (its integral is below one), and they are refused.
+    Features are logits: probabilities would saturate in float32 and lose both value and gradient. Gray pixels are
+    refused: the Bernoulli formula at a fraction is not a density, since its integral is below one.
 
     Args:
         event_shape: E, the shape of an image, such as (1, 28, 28).
@@ -35,7 +35,7 @@ class Bernoulli(Pixels):
     data_kind = data.BINARY
 
     def pixel(self, logits: Tensor) -> dist.Bernoulli:
-        """Of logits."""
+        """From logits."""
         return dist.Bernoulli(logits=logits)
 
     def fit_marginals(self, x: Tensor) -> Tensor:
@@ -45,7 +45,7 @@ class Bernoulli(Pixels):
 
 
 def _log_mean_features(mean: Tensor) -> Tensor:
-    """The features that give these means, which are raised to 1e-6 first where they are smaller.
+    """The features of these means, which are clamped to at least 1e-6.
 
     Raises:
         ValueError: a mean above 3 million.
@@ -71,14 +71,14 @@ def _log_mass_at_mean(x: Tensor) -> Tensor:
 class StablePoisson(dist.Poisson):
     """Pyro's Poisson distribution with a log-mass that is as exact as float32 allows.
 
-    The library subtracts x log(rate), the rate and log x! from each other in float32. At a count of a million they are
-    13 million, of which float32 knows 1.
+    Pyro subtracts x log(rate), the rate and log x! in float32. At a count of a million these are 13 million, where
+    float32 resolves 1.
     """
 
     def log_prob(self, value: Tensor) -> Tensor:
         """log P(value), (*sample_shape, *batch_shape), nats.
 
-        log Poisson(x; x) - [rate - x - x log(rate / x)]. The bracket, the only part that can be large, is in float64.
+        log Poisson(x; x) - [rate - x - x log(rate / x)]. Only the bracket can be large; it is computed in float64.
         """
         if self._validate_args:
             self._validate_sample(value)
@@ -90,8 +90,8 @@ class StablePoisson(dist.Poisson):
 class Poisson(Pixels):
     """P(x | h) = prod_d Poisson(x_d; exp(15 tanh(h_d / 15))), for counts x in {0, 1, ...}^E.
 
-    One feature says both how many and how sure: the variance is the mean. The bound keeps rates between 3e-7 and 3.27
-    million: exp alone overflows at 89, after one bad step.
+    The variance equals the mean. The bound keeps rates between 3e-7 and 3.27 million: exp alone overflows at 89, after
+    one bad step.
 
     Args:
         event_shape: E, the shape of an image.
@@ -104,7 +104,7 @@ class Poisson(Pixels):
     floats_per_pixel = 8
 
     def pixel(self, feature: Tensor) -> StablePoisson:
-        """Of what gives the log-rate."""
+        """From the feature of the log-rate."""
         return StablePoisson(bounded(feature, _LOG_MEAN_LIMIT).exp())
 
     def fit_marginals(self, x: Tensor) -> Tensor:
@@ -150,7 +150,7 @@ class StableNegativeBinomial(Pixel):
         """log P(value), (*sample_shape, *batch_shape), nats.
 
         (r + x) log[(r + x) / (r + m)] + x log(m / x) + log Poisson(x; x) - (1/2) log[(r + x) / r] + s(r + x) - s(r), s
-        what Stirling's formula leaves of log Gamma. The first two parts can be large and cancel: they are in float64.
+        the remainder of Stirling's formula. The first two terms can be large and cancel: they are computed in float64.
         """
         if self._validate_args:
             self._validate_sample(value)
@@ -164,9 +164,9 @@ class StableNegativeBinomial(Pixel):
 class NegativeBinomial(Pixels):
     """P(x | h) = prod_d NegativeBinomial(x_d; mean m_d, total count r_d), for counts x in {0, 1, ...}^E.
 
-    The variance is m + m^2 / r: counts that spread more than a Poisson's. h = (a, b), log m = 15 tanh(a / 15), as in
-    ``Poisson``, and log r = 9 tanh(b / 9), r between 0.0001, where nearly all is zero, and 8,100, where it is a Poisson
-    for all but the largest counts and r has no gradient worth having.
+    The variance is m + m^2 / r, above a Poisson's. h = (a, b), log m = 15 tanh(a / 15), as in ``Poisson``, and
+    log r = 9 tanh(b / 9). r lies between 0.0001, where almost all counts are zero, and 8,100, where all but the largest
+    counts have a Poisson distribution and r has almost no gradient.
 
     Args:
         event_shape: E, the shape of an image.
@@ -180,13 +180,13 @@ class NegativeBinomial(Pixels):
     floats_per_pixel = 24
 
     def pixel(self, a: Tensor, b: Tensor) -> StableNegativeBinomial:
-        """Of what gives the mean, and the total count."""
+        """From the features of the mean and of the total count."""
         return StableNegativeBinomial(bounded(a, _LOG_MEAN_LIMIT), bounded(b, _LOG_TOTAL_LIMIT))
 
     def fit_marginals(self, x: Tensor) -> Tensor:
         """Each pixel's mean m, smoothed as in ``Poisson``, and r = m^2 / (variance - m). x: (N, *E) -> (2 prod(E),).
 
-        A pixel that spreads no more than a Poisson gets an r of 6,800.
+        A pixel with a variance of at most its mean gets r = 6,800.
 
         Raises:
             ValueError: a mean above 3 million.

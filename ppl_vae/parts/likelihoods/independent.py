@@ -1,4 +1,4 @@
-"""Independent pixels by maximum likelihood: what a model reaches that has learned nothing of how pixels go together."""
+"""Independent pixels fitted by maximum likelihood: the baseline of a model that knows no dependence between pixels."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ _REAL = (Normal, NormalFixed, NormalOptimal, NormalPerPixel, Laplace, StudentT)
 def fit_independent_pixels(family: Any, x: Tensor, *, is_dequantized: bool = False) -> Callable[[Tensor], Tensor]:
     """log prod_d p(x_d), each p of the family's kind, fitted to its own pixel or column by maximum likelihood.
 
-    What the family shares between pixels, each pixel has for itself here: a normal has its own location and scale in
-    every one. Of a density of dequantized levels, the exact masses of levels are maximized, and returned. A rate or a
-    share that would be 0 is half a count, or a 256th of one; a constant pixel's scale is a thousandth of the spread of
-    all pixels. A mixture is fitted as by its own ``fit_marginals``.
+    Parameters that the family shares between pixels are fitted for each pixel here: a normal has a location and a scale
+    in each. For a density of dequantized levels, the exact masses of levels are maximized and returned. A rate or a
+    share of 0 is replaced by half a count, or 1/256 of one; a constant pixel's scale is a thousandth of the spread of
+    all pixels. A family that this function does not know is fitted by its own ``fit_marginals``.
 
     Args:
-        family: a likelihood. Its own parameters may be set, as ``fit_marginals`` sets them.
+        family: a likelihood. Its own parameters may change, as by ``fit_marginals``.
         x: (N, *E) training images as the model sees them.
         is_dequantized: whether x is (level + u) / 256.
 
@@ -68,11 +68,11 @@ def fit_independent_pixels(family: Any, x: Tensor, *, is_dequantized: bool = Fal
     return lambda images: pixels.log_prob(images.flatten(1)).sum(-1)
 
 
-# --- Each kind of pixel ---
+# --- Families ---
 
 
 def _fit_location_and_scale(family: Any, x: Tensor, *, is_dequantized: bool) -> Any:
-    """A normal, Laplace's or Student's t for each column of x (N, D), or the same on its logit."""
+    """A normal, Laplace or Student's t distribution for each column of x (N, D), or of its logit."""
     has_logit = isinstance(family, Logit | LogitNormal)
     base = family.logit.base if isinstance(family, LogitNormal) else family.base if has_logit else family
     y = data.map_images(lambda part: data.clamp_to_unit_interval(part).logit(), x, dtype=x.dtype) if has_logit else x
@@ -108,7 +108,7 @@ def _fit_location_and_scale(family: Any, x: Tensor, *, is_dequantized: bool) -> 
 
 
 def _fit_negative_binomial(x: Tensor) -> StableNegativeBinomial:
-    """Each column's mean, which is the most likely one for every total count, and the most likely total count."""
+    """The maximum likelihood mean and total count of each column; the best mean is the same for every total count."""
     mean, variance = mean_and_variance(x)
     mean = mean + 0.5 / len(x)
     start = unbounded((mean.square() / (variance - mean).clamp(min=0)).log(), _LOG_TOTAL_LIMIT)
@@ -133,11 +133,11 @@ def _fit_unit_interval(family: Beta | ContinuousBernoulli, x: Tensor) -> Any:
     return _fit_levels(lambda h, logit: family.pixel(logit * h[0].exp()), list(start), 1, x.flatten(1))
 
 
-# --- The ascent ---
+# --- Gradient ascent ---
 
 
 def _fit_levels(pixels: Callable[..., Any], constants: Sequence[Tensor], num_parameters: int, x: Tensor) -> Any:
-    """The most likely pixels by the masses of levels, x (N, D) dequantized."""
+    """Pixels fitted to the masses of levels, x (N, D) dequantized."""
     h = _ascend(_log_mass_of_levels, pixels, constants, num_parameters, _shares((NUM_LEVELS * x).floor()))
     return pixels(h, *constants)
 
@@ -148,7 +148,7 @@ def _shares(levels: Tensor) -> Tensor:
 
 
 def _some(x: Tensor) -> Tensor:
-    """All rows of x (N, D), or a fixed random part of them where there are too many."""
+    """All rows of x (N, D), or a fixed random subset where there are too many."""
     return x[data.subset(len(x), min(len(x), max(1000, _MOST_NUMBERS // x.shape[1])))]
 
 
@@ -172,10 +172,10 @@ def _ascend(
     num_parameters: int,
     seen: Tensor,
 ) -> Tensor:
-    """(num_parameters, D) h from 0 on, at which log_p(pixels(h, *constants), seen) is largest in each of D pixels.
+    """The h (num_parameters, D) that maximizes log_p(pixels(h, *constants), seen) in each of D pixels, from h = 0.
 
     Args:
-        log_p: D pixels' distribution and what is seen of them, (D, ...) -> (D,) nats.
+        log_p: the distribution of D pixels and their data, (D, ...) -> (D,) nats.
         pixels: parameters h and the constants, each (D,) -> the distribution.
     """
     found = []

@@ -1,4 +1,4 @@
-"""Likelihoods of numbers between 0 and 1 by way of their logit: densities, with the Jacobian counted."""
+"""Likelihoods of numbers between 0 and 1 through their logit: densities, with the Jacobian."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ class Sigmoid(dist.TorchDistribution):
         Where the base is narrower than the logistic distribution, the integral is over the base's own quantiles,
         int_0^1 sigmoid(F^-1(u)) du. Where it is wider, sigmoid(F^-1(u)) is nearly a step, and the same number is
         int_0^1 [1 - F(logit u)] du, over the logistic distribution's quantiles. Each half has 24 Gauss-Legendre points
-        in v, u = v^3 / 2 being the distance from the end: quantiles go to infinity there, and a base whose location is
-        far from 0 has its whole variation there.
+        in v, u = v^3 / 2 being the distance from the end: quantiles go to infinity there, and a base with a location
+        far from 0 varies only there.
         """
         nodes, weights = np.polynomial.legendre.leggauss(_QUADRATURE_POINTS)
         is_wide = self._quantile(0.75) - self._quantile(0.25) > 2 * math.log(3)  # the logistic's own
@@ -67,11 +67,11 @@ class Sigmoid(dist.TorchDistribution):
 
     @property
     def mode(self) -> Tensor:
-        """The x of the largest density, to a thousandth of the way from the median to the end, or better.
+        """The x of the largest density, to a thousandth of the distance from the median to the end, or better.
 
-        With a symmetric base the density is largest between the median and the end that is nearer to it. It is searched
-        there on a grid that is fine near the median, then by ternary search around the best point. Where the density
-        has a pole at the end, it is the number next to the end that data can have.
+        With a symmetric base the density is largest between the median and the nearer end. The search uses a grid that
+        is fine near the median, then ternary search around the best point. Where the density has a pole at the end,
+        the mode is the number next to the end that data can have.
         """
         start = self._quantile(0.5)
         ends = data.clamp_to_unit_interval(torch.stack([torch.zeros_like(start), torch.ones_like(start)])).logit()
@@ -126,8 +126,8 @@ def has_quantiles(family: Any) -> bool:
 class Logit(nn.Module):
     """p(x | h) = prod_d p_base(logit(x_d) | h) / (x_d (1 - x_d)), for x in (0, 1)^E.
 
-    A likelihood of real numbers, bent: x is sigmoid(y), y ~ base(h), and 1 / (x (1 - x)) is the derivative of the
-    logit, by which densities of x and of y differ. Features mean what they mean to the base.
+    x = sigmoid(y) with y ~ base(h), a likelihood of real numbers. 1 / (x (1 - x)) is the derivative of the logit, by
+    which the densities of x and y differ. Features are those of the base.
 
     Args:
         base: a likelihood of real numbers whose distribution has quantiles.
@@ -169,7 +169,7 @@ class Logit(nn.Module):
 
     @property
     def refit(self) -> Callable[[Tensor, Tensor], None]:
-        """(h, x) -> None: the base's, of logit(x), where it has one, as ``NormalOptimal``; else there is none here."""
+        """(h, x) -> None: the base's ``refit`` with logit(x), for a base that has one, such as ``NormalOptimal``."""
         refit = self.base.refit
         return lambda h, x: refit(h, data.clamp_to_unit_interval(x).logit())
 
@@ -177,7 +177,7 @@ class Logit(nn.Module):
 class LogitNormal(nn.Module):
     """p(x | h) = prod_d Normal(logit(x_d); loc_d, scale_d) / (x_d (1 - x_d)), for x in (0, 1)^E.
 
-    ``Logit`` over ``NormalPerPixel``: both a location and a scale for every pixel, as a ``Beta`` has them.
+    ``Logit`` of ``NormalPerPixel``: a location and a scale for every pixel, as in ``Beta``.
 
     Args:
         event_shape: E, the shape of an image.

@@ -18,10 +18,10 @@ MAX_LOG_SCALE = 7.0  # of ``NormalPerPixel``, in units
 
 
 class _InUnits(Pixels):
-    """A density of real numbers whose features are in ``unit``, the spread of the data: abstract.
+    """A density of real numbers with features in units of ``unit``, the spread of the data: abstract.
 
-    The unit is a buffer, 1 until ``fit_marginals`` has seen the data, so that features and learning rates mean the same
-    in whatever unit the pixels are.
+    The unit is a buffer, 1 until ``fit_marginals`` sets it, so that features and learning rates mean the same whatever
+    the unit of the pixels.
     """
 
     support = constraints.real
@@ -36,7 +36,7 @@ class _InUnits(Pixels):
 
     @torch.no_grad()
     def _take_unit(self, spread: Tensor) -> None:
-        """Raises ValueError where the data has no spread, and so no unit."""
+        """Set the unit. Raises ValueError where the data has no spread."""
         if not spread > 0:
             raise ValueError("x: expected pixels that vary, got the same image every time: no scale fits")
         self.unit.copy_(spread)
@@ -51,12 +51,10 @@ class _InUnits(Pixels):
 class Normal(_InUnits):
     """p(x | h) = prod_d Normal(x_d; unit h_d, scale), with one learned scale for all pixels, for real x.
 
-    The scale is unit exp(``log_scale``), a parameter that is trained with the network by the same objective. Unlike
-    squared error, whose scale is fixed by whoever averages it, it weighs the reconstruction against the KL as the data
-    asks. ``unit`` is a constant, the spread of the data once ``fit_marginals`` has seen it, so that features and
-    learning rates mean the same in whatever unit the pixels are. This is a density: in another unit it is another
-    number, and it never compares with a mass. It has no upper bound: where the decoder can reproduce pixels exactly,
-    the scale shrinks without end.
+    The scale is unit exp(``log_scale``), a parameter that is trained with the network by the same objective. It weighs
+    the reconstruction against the KL by maximum likelihood, while squared error has a scale that was fixed by choice.
+    As a density, its value depends on the unit of x and cannot be compared with a mass. It has no upper bound: where
+    the decoder reproduces pixels exactly, the scale shrinks without end.
 
     Args:
         event_shape: E, the shape of an image.
@@ -69,14 +67,14 @@ class Normal(_InUnits):
         self.log_scale = nn.Parameter(torch.zeros(()))
 
     def pixel(self, loc: Tensor) -> dist.Normal:
-        """Of a mean in units."""
+        """From a mean in units."""
         return dist.Normal(self.unit * loc, self.unit * self.log_scale.exp())
 
     def fit_marginals(self, x: Tensor) -> Tensor:
         """h_d = mean_n x_nd / unit, with unit^2 = scale^2 = mean_nd (x_nd - mean_n x_nd)^2. x: (N, *E) -> (prod(E),).
 
         Raises:
-            ValueError: every pixel is constant, so that no scale is small enough.
+            ValueError: every pixel is constant, so no scale fits.
         """
         with torch.no_grad():
             self.log_scale.zero_()
@@ -86,9 +84,8 @@ class Normal(_InUnits):
 class NormalFixed(_InUnits):
     """p(x | h) = prod_d Normal(x_d; unit h_d, unit scale), the scale a constant, for real x.
 
-    Up to a constant its log is squared error over 2 scale^2, so the scale is the weight of the reconstruction against
-    the KL: with scale^2 = D / 2 it is squared error averaged over D pixels. It is chosen, not learned, and the density
-    that it gives is the lower the worse it was chosen.
+    Up to a constant, -log p is squared error over 2 scale^2, so the scale sets the weight of the reconstruction against
+    the KL; scale^2 = D / 2 is squared error averaged over D pixels. A badly chosen scale gives a low density.
 
     Args:
         event_shape: E, the shape of an image.
@@ -105,14 +102,14 @@ class NormalFixed(_InUnits):
         self.scale = scale
 
     def pixel(self, loc: Tensor) -> dist.Normal:
-        """Of a mean in units."""
+        """From a mean in units."""
         return dist.Normal(self.unit * loc, self.unit * self.scale)
 
     def fit_marginals(self, x: Tensor) -> Tensor:
         """h_d = mean_n x_nd / unit, with unit^2 = mean_nd (x_nd - mean_n x_nd)^2. x: (N, *E) -> (prod(E),).
 
         Raises:
-            ValueError: every pixel is constant, so that the data has no unit.
+            ValueError: every pixel is constant, so the data has no unit.
         """
         return self._mean_in_units(x)
 
@@ -120,12 +117,11 @@ class NormalFixed(_InUnits):
 class NormalOptimal(_InUnits):
     """p(x | h) = prod_d Normal(x_d; unit h_d, scale), the scale in closed form of the training data.
 
-    For given means the best scale is known, scale^2 = mean (x - loc)^2. ``refit`` follows it by a running mean (of
-    about ten batches; ``fit`` gives it every tenth, so it lags by a hundred steps), and no gradient trains it:
-    ``log_scale`` is a buffer, which stands still in evaluation. That matters. A scale computed from the x that is
-    scored makes p(x | h) depend on x by its scale as well: max_scale Normal(x; loc, scale) does not integrate to one
-    over x (over one pixel it is 1 / (|x - loc| sqrt(2 pi e)), whose integral is infinite), and what it gives is no
-    log-likelihood.
+    For given means the best scale is scale^2 = mean (x - loc)^2. ``refit`` tracks it by a running mean (of about ten
+    batches; ``fit`` passes every tenth, so it lags by a hundred steps). ``log_scale`` is a buffer without gradients,
+    and constant in evaluation. A scale computed from the scored x itself would not give a log-likelihood:
+    max_scale Normal(x; loc, scale) does not integrate to one over x (for one pixel it is
+    1 / (|x - loc| sqrt(2 pi e)), whose integral is infinite).
 
     Args:
         event_shape: E, the shape of an image.
@@ -141,14 +137,14 @@ class NormalOptimal(_InUnits):
         self.register_buffer("log_scale", torch.zeros(()))
 
     def pixel(self, loc: Tensor) -> dist.Normal:
-        """Of a mean in units."""
+        """From a mean in units."""
         return dist.Normal(self.unit * loc, self.unit * self.log_scale.exp())
 
     @torch.no_grad()
     def refit(self, h: Tensor, x: Tensor, *, rate: float = 0.1) -> None:
         """scale^2 <- (1 - rate) scale^2 + rate mean (x - loc)^2, over the batch and its pixels, in place.
 
-        It stays as it is where that is no number, as with a weight that is not finite.
+        It does not change where the result is not finite.
 
         Args:
             h: (..., prod(E)) features of training images.
@@ -162,7 +158,7 @@ class NormalOptimal(_InUnits):
             raise ValueError(f"rate: expected a number above 0 and at most 1, got {rate}")
         residual = x / self.unit - h.reshape(*h.shape[:-1], *self.event_shape)
         square = (1 - rate) * (2 * self.log_scale).exp() + rate * residual.square().mean()
-        # Where the decoder reproduces every pixel the best scale is zero, and its logarithm no number.
+        # Where the decoder reproduces every pixel exactly the best scale is zero, and its logarithm is -infinity.
         log_scale = square.clamp(min=torch.finfo(square.dtype).tiny).log() / 2
         self.log_scale.copy_(torch.where(log_scale.isfinite(), log_scale, self.log_scale))
 
@@ -170,7 +166,7 @@ class NormalOptimal(_InUnits):
         """h_d = mean_n x_nd / unit, with unit^2 = scale^2 = mean_nd (x_nd - mean_n x_nd)^2. x: (N, *E) -> (prod(E),).
 
         Raises:
-            ValueError: every pixel is constant, so that no scale is small enough.
+            ValueError: every pixel is constant, so no scale fits.
         """
         self.log_scale.zero_()
         return self._mean_in_units(x)
@@ -179,9 +175,8 @@ class NormalOptimal(_InUnits):
 class NormalPerPixel(_InUnits):
     """p(x | h) = prod_d Normal(x_d; unit loc_d, unit scale_d), h = (loc, feature), log scale = 7 tanh(feature / 7).
 
-    The decoder says of every pixel of every image how far it may be off. Scales lie between 0.0009 and 1,097 units:
-    without a bound below, one pixel that is reproduced exactly has an infinite density and takes the whole objective
-    with it; without one above, exp overflows after one bad step.
+    Every pixel of every image has its own scale, between 0.0009 and 1,097 units. Without a lower bound, one pixel that
+    is reproduced exactly would have an infinite density; without an upper bound, exp overflows after one bad step.
 
     Args:
         event_shape: E, the shape of an image.
@@ -193,7 +188,7 @@ class NormalPerPixel(_InUnits):
     floats_per_pixel = 9
 
     def pixel(self, loc: Tensor, feature: Tensor) -> dist.Normal:
-        """Of a mean in units, and of what gives the scale."""
+        """From a mean in units and the feature of the scale."""
         return dist.Normal(self.unit * loc, self.unit * bounded(feature, MAX_LOG_SCALE).exp())
 
     def fit_marginals(self, x: Tensor) -> Tensor:
@@ -202,7 +197,7 @@ class NormalPerPixel(_InUnits):
         unit^2 = mean_nd (x_nd - mean_n x_nd)^2, the spread of all pixels. A constant pixel gets a scale of 0.001 units.
 
         Raises:
-            ValueError: every pixel is constant, so that the data has no unit.
+            ValueError: every pixel is constant, so the data has no unit.
         """
         mean, variance = mean_and_variance(x.flatten(1))
         spread = variance.mean().sqrt()
@@ -214,8 +209,8 @@ class NormalPerPixel(_InUnits):
 class Laplace(_InUnits):
     """p(x | h) = prod_d Laplace(x_d; unit h_d, scale), with one learned scale for all pixels, for real x.
 
-    Up to the scale its log is absolute error: what is far off counts less than under a Normal, and the location is a
-    median. The scale is unit exp(``log_scale``), a parameter, as in ``Normal``.
+    Up to the scale, -log p is absolute error: outliers count less than under a normal, and the location is a median.
+    The scale is unit exp(``log_scale``), a parameter, as in ``Normal``.
 
     Args:
         event_shape: E, the shape of an image.
@@ -226,14 +221,14 @@ class Laplace(_InUnits):
         self.log_scale = nn.Parameter(torch.zeros(()))
 
     def pixel(self, loc: Tensor) -> dist.Laplace:
-        """Of a median in units."""
+        """From a median in units."""
         return dist.Laplace(self.unit * loc, self.unit * self.log_scale.exp())
 
     def fit_marginals(self, x: Tensor) -> Tensor:
         """h_d = median_n x_nd / unit, with unit = scale = mean_nd |x_nd - median_n x_nd|. x: (N, *E) -> (prod(E),).
 
         Raises:
-            ValueError: every pixel is constant, so that no scale is small enough.
+            ValueError: every pixel is constant, so no scale fits.
         """
         loc, deviation = median_and_deviation(x)
         spread = deviation.mean()
@@ -246,10 +241,10 @@ class Laplace(_InUnits):
 class StudentT(_InUnits):
     """p(x | h) = prod_d StudentT(x_d; df, unit h_d, scale), scale and df shared by all pixels and learned, for real x.
 
-    Its tails fall like |x|^-(df + 1): an outlier pulls at the location the less, the further it is off, and df learns
-    how many there are. df = 1 + exp(f), f = log(100) tanh(``feature`` / log(100)), lies between 1.01, so that there is
-    a mean, and 101, beyond which it is a Normal to three digits and df has no gradient worth having. The scale is unit
-    exp(``log_scale``), as in ``Normal``.
+    Its tails fall like |x|^-(df + 1): the further off an outlier is, the less it pulls at the location, and df learns
+    how many outliers there are. df = 1 + exp(f), f = log(100) tanh(``feature`` / log(100)), lies between 1.01, so that
+    the mean exists, and 101, where it equals a normal to three digits. The scale is unit exp(``log_scale``), as in
+    ``Normal``.
 
     Args:
         event_shape: E, the shape of an image.
@@ -268,7 +263,7 @@ class StudentT(_InUnits):
         return 1 + bounded(self.feature, math.log(100)).exp()
 
     def pixel(self, loc: Tensor) -> dist.StudentT:
-        """Of a location in units."""
+        """From a location in units."""
         return dist.StudentT(self.df, self.unit * loc, self.unit * self.log_scale.exp())
 
     def fit_marginals(self, x: Tensor) -> Tensor:
@@ -277,7 +272,7 @@ class StudentT(_InUnits):
         unit^2 = mean_nd (x_nd - mean_n x_nd)^2 = scale^2 df / (df - 2).
 
         Raises:
-            ValueError: every pixel is constant, so that no scale is small enough.
+            ValueError: every pixel is constant, so no scale fits.
         """
         with torch.no_grad():
             self.log_scale.fill_(math.log(3 / 5) / 2)

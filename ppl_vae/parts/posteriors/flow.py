@@ -38,9 +38,9 @@ class MaskedLinear(nn.Linear):
 class MaskedNetwork(nn.Module):
     """h_l = net_l({u_m: order_m < order_l}, c): one network with features for every latent, its weights masked.
 
-    A hidden unit of degree d sees the latents of order below d, and is seen by those of order d and above; degrees are
-    spread evenly, and those of degree 0 see the context alone. The context enters the first layer as a sum, so that it
-    is multiplied once an image and not once a particle. At first h = 0.
+    A hidden unit of degree d depends on the latents of order below d, and those of order d and above depend on it.
+    Degrees are spread evenly; units of degree 0 depend on the context alone. The context is added in the first layer,
+    so that it is multiplied once per image and not once per particle. h starts at 0.
 
     Args:
         order: L integers from 0.
@@ -83,11 +83,11 @@ class MaskedNetwork(nn.Module):
 class Autoregressive(nn.Module):
     """y_l = t(u_l; h_l), h_l = net_l({u_m: order_m < order_l}, c): triangular, so that log |det dy/du| is a sum.
 
-    u to y takes one pass of the network; y to u takes as many as there are different numbers in the order: L where
-    each latent has its own, 2 where one half is mapped by the other (a coupling). At first y = u.
+    u to y takes one pass of the network; y to u takes one pass per distinct number in the order: L for a full order, 2
+    for a coupling, where one half is mapped given the other. It starts as y = u.
 
     Args:
-        order: L integers from 0: what each latent is mapped by is of a lower order.
+        order: L integers from 0; each latent is mapped given those of lower order.
         univariate: t, of ``num_features`` features, monotone in its argument.
         num_features: F.
         context_dim: C.
@@ -124,7 +124,7 @@ class Autoregressive(nn.Module):
         u = torch.zeros_like(y)
         for index in range(self.passes - 1):
             found, _ = self.univariate(y, self.net(u, context), True)
-            u = torch.where(self.order == index, found, u)  # the others are of latents that are not known yet
+            u = torch.where(self.order == index, found, u)  # only latents of this order are known now
         u, log_slope = self.univariate(y, self.net(u, context), True)
         return u, log_slope.sum(-1)
 
@@ -132,10 +132,10 @@ class Autoregressive(nn.Module):
 class FlowPosterior(nn.Module):
     """q(z | h) of z = loc + scale f(u; c), u ~ N(0, I), with h = (loc, feature, c) and log scale = g(feature).
 
-    log q(z | h) = log N(u; 0, I) - log |det df/du| - sum_l log scale_l. f acts on noise and not on z, so that a
-    posterior of whatever place and width has the flow's whole resolution; the family of distributions is the same.
+    log q(z | h) = log N(u; 0, I) - log |det df/du| - sum_l log scale_l. f acts on the noise, not on z, so that the flow
+    has its full resolution whatever the location and width of the posterior; the family of distributions is the same.
 
-    An own draw's density is known with it. At any other z the layers are inverted.
+    The density of the distribution's own draw is cached. At any other z the layers are inverted.
 
     Args:
         latent_dim: L.
@@ -197,7 +197,7 @@ class ConditionedFlow(dist.TorchDistribution):
         super().__init__(base.batch_shape, base.event_shape, validate_args=checked)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> ConditionedFlow:
-        """With another batch shape. The context stays as it is, so that it is multiplied once an image."""
+        """With another batch shape. The context does not expand, so that it is multiplied once per image."""
         return ConditionedFlow(
             self.base.expand(batch_shape),
             self.layers,
@@ -241,10 +241,10 @@ def inverse_autoregressive_flow(
     hidden: Widths,
     log_scale: Callable[[Tensor], Tensor] = bounded_log_scale,
 ) -> FlowPosterior:
-    """The flow of affine layers in which every latent is mapped by all those before it, in turns from either end.
+    """A flow of affine layers that map each latent given all before it, in alternating order.
 
-    A draw and its density take one pass a layer; the density at any other z takes L, one after the other. At first it
-    is the diagonal normal.
+    A draw and its density take one pass per layer; the density at any other z takes L sequential passes. It starts as
+    the diagonal normal.
 
     Args:
         latent_dim: L.
@@ -278,12 +278,12 @@ def spline_flow(
     num_bins: int = 8,
     log_scale: Callable[[Tensor], Tensor] = bounded_log_scale,
 ) -> FlowPosterior:
-    """The flow of spline couplings: one half of the latents by the context, the other by the first half as well.
+    """A flow of spline couplings: one half of the latents given the context, the other given the first half too.
 
-    A draw and its density take one pass a layer; the density at any other z takes two. Layers come in pairs that swap
-    the halves; a latent's half in the k-th pair is the k-th bit of its number, so that after log2(L) pairs any two
-    latents have been in different halves. At first it is the diagonal normal. Beyond 5 of a latent's scales each layer
-    is the identity, and the tails are a normal's.
+    A draw and its density take one pass per layer; the density at any other z takes two. Layers come in pairs that swap
+    the halves; a latent's half in the k-th pair is the k-th bit of its index, so that after log2(L) pairs any two
+    latents have been in different halves. It starts as the diagonal normal. Beyond 5 scales each layer is the identity,
+    so the tails are those of a normal.
 
     Args:
         latent_dim: L.
@@ -323,7 +323,7 @@ def flow_posterior(
     hidden: Sequence[int],
     log_scale: Callable[[Tensor], Tensor] = bounded_log_scale,
 ) -> FlowPosterior:
-    """A normal followed by layers that see the image: ``hidden[0]`` features of it.
+    """A normal followed by layers that depend on ``hidden[0]`` features of the image.
 
     Args:
         latent_dim: L.

@@ -79,13 +79,13 @@ class DiagonalNormal(nn.Module):
 class FullNormal(nn.Module):
     """q(z | h) = Normal(z; loc, T T'), T = diag(scale) (I + U / sqrt(L)), with h = (loc, feature, U).
 
-    log scale = g(feature), and U is strictly lower triangular. Its entries are counted in scales of their own row, the
-    latent's scale given those before it, so that a latent can become narrow without all its correlations being learned
-    anew; and in 1 / sqrt(L), so that features of order one give marginal scales of order one whatever L. They have no
-    bound, so that no correlation is out of reach. h = 0 is N(0, I).
+    log scale = g(feature), and U is strictly lower triangular. Its entries are relative to the scale of their row, so
+    that a latent can become narrow without relearning its correlations, and to 1 / sqrt(L), so that features of order
+    one give marginal scales of order one for every L. They are unbounded, so every correlation can be reached. h = 0 is
+    N(0, I).
 
-    The density of an own draw is taken from its noise, and stays exact in float32 where T is close to singular; at any
-    other z a triangular system is solved.
+    The density of the distribution's own draw comes from its noise, and stays exact in float32 where T is nearly
+    singular; at any other z a triangular system is solved.
 
     Args:
         latent_dim: L.
@@ -114,7 +114,7 @@ class FullNormal(nn.Module):
 
 
 class CachedLogProbNormal(dist.MultivariateNormal):
-    """Normal(z; loc, T T'), of whose own draw z = loc + T u the density is Normal(u; 0, I) / det T, without solving."""
+    """Normal(z; loc, T T'); the density of its own draw z = loc + T u is Normal(u; 0, I) / det T, without solving."""
 
     _own: CachedLogProb | None = None
 
@@ -123,7 +123,7 @@ class CachedLogProbNormal(dist.MultivariateNormal):
         T = self._unbroadcasted_scale_tril
         noise = dist.Normal(torch.zeros_like(self.loc), 1.0).to_event(1)
         u = noise.rsample(sample_shape)
-        z = self.loc + (T * u[..., None, :]).sum(-1)  # no product of matrices, which autocast would round
+        z = self.loc + (T * u[..., None, :]).sum(-1)  # not a matrix product, which autocast would round
         self._own = CachedLogProb(z, noise.log_prob(u) - T.diagonal(dim1=-2, dim2=-1).log().sum(-1))
         return z
 
@@ -174,11 +174,11 @@ class Delta(nn.Module):
 
 
 class CachedLogProb:
-    """A draw z of a distribution and log q(z), which it knows from the noise that z was made of.
+    """A draw z of a distribution, with log q(z) from the noise that z was made from.
 
-    It lives with the distribution, one call of the guide, and not with the module: nothing passes from one call to
-    another. As a function of the parameters log q(z) is the whole one, along z too; whoever wants the slope in z alone
-    asks for the density at ``z.detach()``.
+    It belongs to the distribution of one call of the guide, not to the module, so nothing carries over between calls.
+    The gradient of log q(z) in the parameters is the total one, through z too; for the partial one, evaluate the
+    density at ``z.detach()``.
 
     Args:
         z: (..., L).
@@ -192,14 +192,14 @@ class CachedLogProb:
         self._marks = _marks(z)
 
     def log_density(self, z: Tensor) -> Tensor | None:
-        """log q(z), (...) nats, where z is this very draw; else None.
+        """log q(z), (...) nats, if z is this draw, unchanged; else None.
 
-        None, too, where the draw has changed since, or where a gradient is wanted that it was made without.
+        None also where gradients are enabled now but were not when z was drawn.
         """
         knows = z is self._z and self._marks == _marks(z)
         return self._log_q if knows and (self._had_gradients or not torch.is_grad_enabled()) else None
 
 
 def _marks(z: Tensor) -> tuple[bool, int | None]:
-    """What is no longer the same once z was written to, or made an input of a gradient."""
+    """Marks that change when z is written to, or becomes an input of a gradient."""
     return z.requires_grad, None if z.is_inference() else z._version

@@ -129,6 +129,10 @@ def allocate(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Allocate an uninitialized tensor in memory or, where it is too large, in a nameless file of the cache folder.
 
     ``fits_in_memory`` decides. Where the disk is full, the tensor is in memory, and one line says so.
+
+    Args:
+        shape: of the tensor.
+        dtype: of the tensor.
     """
     num_bytes = math.prod(shape) * dtype.itemsize
     if fits_in_memory(num_bytes):
@@ -153,7 +157,7 @@ def _reserve(file: IO[bytes], num_bytes: int) -> None:
 
 
 def map_tensor(mapping: mmap.mmap, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """View the start of a mapping as a tensor, for which ``is_mapped`` is true."""
+    """View the start of a mapping as a tensor of that shape, for which ``is_mapped`` is true."""
     numbers = np.frombuffer(mapping, str(dtype).removeprefix("torch."), math.prod(shape))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nobody writes to stored images

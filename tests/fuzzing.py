@@ -39,8 +39,8 @@ from ppl_vae.commands import impute as imputation
 from ppl_vae.commands import reproduce as reproduction
 from ppl_vae.data import binary_sets, image_sets, machine
 from ppl_vae.data import folder as image_folder
-from ppl_vae.reports import certificate_table
 from ppl_vae.runs.block_store import BlockStore
+from ppl_vae.runs.certificate_results import read_certificates
 from ppl_vae.runs.checkpoints import find_newest_checkpoint
 from ppl_vae.runs.evaluations import read_per_image
 from ppl_vae.runs.load import load, read_config
@@ -338,9 +338,8 @@ def of_runs(run: Path) -> Iterator[Reader]:
     yield of_block_store(run)
     rows = (Path(__file__).parents[1] / "scripts" / "results" / "reproductions.json").read_bytes()
     yield Reader("results", ".json", (rows,), lambda path: reproduction.read_rows(str(path)), (other_json,) * 3)
-    rows = json.dumps({"certificates": [{"run": "a", "split": "test", "ais": {}}]}).encode()
-    read = lambda path: certificate_table.read_certificates(str(path))  # noqa: E731
-    yield Reader("certificates", ".json", (rows,), read, (other_json,) * 3)
+    rows = (Path(__file__).parents[1] / "scripts/results/certificates.json").read_bytes()
+    yield Reader("certificates", ".json", (rows,), read_certificates, (other_json,) * 3)
 
 
 def of_block_store(run: Path) -> Reader:

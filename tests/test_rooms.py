@@ -18,10 +18,6 @@ ROOMS = (
     *("diagnostics", "runs", "reports", "commands", "estimator", "study"),
 )
 CORE = {"conditional", "hierarchy", "protocols", "support", "vae", "weights"}
-# Ties that wait to be loosened: the rooms above its own that a file imports from.
-EXCEPTIONS = {
-    "reports/certificate_figures.py": {"commands"},
-}
 
 SOURCES = {str(path.relative_to(ROOT)): path for path in sorted(PACKAGE.rglob("*.py"))}
 SCRIPTS = {
@@ -129,7 +125,7 @@ def test_each_module_has_its_room(name: str) -> None:
 def test_a_module_imports_only_from_rooms_below_its_own(name: str) -> None:
     path = MODULES[name]
     found = imports_from_above(ast.parse(path.read_text(encoding="utf-8")), module_of(path))
-    assert found == EXCEPTIONS.get(path.relative_to(PACKAGE).as_posix(), set())
+    assert found == set()
 
 
 @pytest.mark.parametrize(

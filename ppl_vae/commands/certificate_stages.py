@@ -20,6 +20,7 @@ from ppl_vae.evidence.rank_statistics import Ranks
 from ppl_vae.evidence.refinement import refine_proposal
 from ppl_vae.parts.posteriors import FullNormal
 from ppl_vae.runs.block_store import BlockStore, StageResults
+from ppl_vae.runs.certificate_results import AISSummary
 from ppl_vae.runs.fit_arguments import decide_compile, matmul_precision
 from ppl_vae.runs.open import Say
 from ppl_vae.runtime.batching import pairs_per_pass
@@ -45,28 +46,13 @@ Compute = Callable[[slice, Count, bool], Tensors]
 _IMPORTANCE: Shapes = dict.fromkeys(IMPORTANCE_NAMES, ())
 
 
-class Chain(NamedTuple):
+class ChainOptions(NamedTuple):
     """How chains are annealed: T temperatures, leapfrog steps per transition, C chains per image, and their start."""
 
     temperatures: int
     leapfrogs: int
     chains: int
     start: str
-
-
-class AISSummary(NamedTuple):
-    """What C chains say of each image; every field is (N,), float64.
-
-    ``bound`` is the bound on log p(x) in nats, from below or from above; ``monte_carlo_stderr`` is its error by the
-    delta method and ``bias`` the jackknife's estimate of its distance from log p(x), both NaN for one chain; ``ess`` is
-    from 1 to C; ``acceptance`` is the mean over chains and temperatures, NaN if nothing moved.
-    """
-
-    bound: Tensor
-    monte_carlo_stderr: Tensor
-    bias: Tensor
-    ess: Tensor
-    acceptance: Tensor
 
 
 @dataclass
@@ -310,7 +296,7 @@ def list_fewer_particles(num_particles: int) -> list[int]:
 # --- Annealing ---
 
 
-def anneal_images(context: StageContext, stage: str, x: Tensor, chain: Chain, *, words: str) -> AISSummary:
+def anneal_images(context: StageContext, stage: str, x: Tensor, chain: ChainOptions, *, words: str) -> AISSummary:
     """Bounds on log p(x) from below, (N,) each. x: (N, *E)."""
 
     def compute(items: slice, advance: Count, compiled: bool) -> Tensors:
@@ -325,7 +311,7 @@ def anneal_images(context: StageContext, stage: str, x: Tensor, chain: Chain, *,
 
 
 def anneal_simulated_images(
-    context: StageContext, stage: str, num_images: int, chain: Chain, *, words: str
+    context: StageContext, stage: str, num_images: int, chain: ChainOptions, *, words: str
 ) -> tuple[AISSummary, AISSummary]:
     """Bounds on log p(x) from below and from above, of images that the model makes together with their z."""
     with seeded(context.block_seed(f"{stage} images", 0), context.place):
@@ -346,12 +332,14 @@ def anneal_simulated_images(
     return below, above
 
 
-def images_per_block(context: StageContext, x: Tensor, chain: Chain) -> int:
+def images_per_block(context: StageContext, x: Tensor, chain: ChainOptions) -> int:
     """Blocks of nearly equal size, small enough that all chains of a block fit into one pass of the decoder."""
     return even_block_size(len(x), min(CHAIN_BLOCK, ais.images_per_block(context.vae, x, chain.chains)))
 
 
-def _adapt_annealing(context: StageContext, x: Tensor, chain: Chain, advance: Count, compiled: bool) -> ais.Annealing:
+def _adapt_annealing(
+    context: StageContext, x: Tensor, chain: ChainOptions, advance: Count, compiled: bool
+) -> ais.Annealing:
     return ais.pilot(
         context.vae,
         x,

@@ -12,22 +12,31 @@ import torch
 from torch import Tensor
 
 from ppl_vae import data, runs
-from ppl_vae.commands import certificate_numbers as numbers
 from ppl_vae.commands import certificate_stages as stages
-from ppl_vae.commands.certificate_stages import AISSummary, Chain, StageContext
+from ppl_vae.commands.certificate_stages import ChainOptions, StageContext
 from ppl_vae.commands.options import Certify
 from ppl_vae.evidence.chains import resolve_start
 from ppl_vae.evidence.gaps import Gaps
 from ppl_vae.evidence.typicality import mix_prior_into_guide
 from ppl_vae.reports.certificate_figures import certificate_figures
-from ppl_vae.reports.certificate_table import certificate_table, check_output, read_certificates, write_certificate
-from ppl_vae.reports.text.certificate import describe_certificate
+from ppl_vae.reports.text.certificate import certificate_table, describe_certificate
 from ppl_vae.runs.block_store import BlockStore, StageResults
 from ppl_vae.runs.build import build_likelihood
+from ppl_vae.runs.certificate_results import (
+    AISSummary,
+    Certificate,
+    CertifiedImages,
+    ConvergenceBounds,
+    ScoredImages,
+    add_certificate,
+    read_certificates,
+    summarize_images,
+)
 from ppl_vae.runs.fit_arguments import decide_compile, find_device
 from ppl_vae.runs.open import Run, Say, check_density, load_evaluated_vae, open_run
 from ppl_vae.runs.outputs import write_figure
 from ppl_vae.runs.resolve import data_options
+from ppl_vae.runs.results import to_json
 from ppl_vae.runtime.process import stop_on_signals
 from ppl_vae.vae import VAE
 
@@ -77,12 +86,12 @@ class Plan:
     place: torch.device
     index: Tensor
     x: Tensor
-    chain: Chain
+    chain: ChainOptions
     gap_splits: tuple[str, ...]
     other: OtherImages | None
 
 
-def certify_run(options: Certify, *, say: Say) -> dict[str, Any]:
+def certify_run(options: Certify, *, say: Say) -> Certificate:
     """Bound log p(x) of a split from both sides, and say how far the bounds can be trusted.
 
     Writes evaluation.json's "certificate-SPLIT", certificate-SPLIT.safetensors (the numbers of each image) and
@@ -94,9 +103,6 @@ def certify_run(options: Certify, *, say: Say) -> dict[str, Any]:
     Args:
         options: The command's options.
         say: Receives each line for the reader.
-
-    Returns:
-        The entry of evaluation.json.
 
     Raises:
         Interrupted: SIGINT or SIGTERM, after the current block; finished blocks are kept.
@@ -111,28 +117,26 @@ def certify_run(options: Certify, *, say: Say) -> dict[str, Any]:
         plan = _plan(run, vae, options, say)
         context = _stage_context(plan, vae, say, should_stop)
         found = _measure(context, plan)
-        entry = {
+        certificate = Certificate(
             **vars(run.provenance),
-            "split": options.split,
-            "num_images": len(plan.x),
+            split=options.split,
+            num_images=len(plan.x),
             **plan.chain._asdict(),
-            "num_particles": options.num_particles,
-            "seed": options.seed,
-            "step": runs.load_step(run.folder / runs.MODEL),
-            **numbers.numbers_of(found, options.num_particles),
-            "stage_seconds": context.results.asked_seconds,
-            "seconds": sum(context.results.asked_seconds.values()),
-        }
-        if plan.other is not None:
-            entry["against"] |= {"dataset": plan.other.name}
+            num_particles=options.num_particles,
+            seed=options.seed,
+            step=runs.load_step(run.folder / runs.MODEL),
+            **summarize_images(found, options.num_particles),
+            stage_seconds=context.results.asked_seconds,
+            seconds=sum(context.results.asked_seconds.values()),
+        )
         context.results.save({"index": plan.index})
-        _write(run, entry, found, plan.x, say)
+        _write(run, certificate, found, plan.x, say)
         context.store.remove()
         if options.output is not None:
-            write_certificate(options.output, run.folder.name, entry, options.device)
+            rows = add_certificate(Path(options.output), run.folder.name, certificate, options.device)
             say(f"{options.output} has its row:")
-            say(certificate_table(read_certificates(options.output)))
-        return entry
+            say(certificate_table([(row.run, row, row.environment["threads"]) for row in rows]))
+        return certificate
 
 
 # --- Before the work ---
@@ -149,7 +153,10 @@ def _check_before_work(run: Run, options: Certify) -> None:
     runs.read_evaluations(run.folder)
     runs.check_writable(run.folder)
     if options.output is not None:
-        check_output(options.output)
+        read_certificates(Path(options.output))
+        if not Path(options.output).parent.is_dir():
+            raise ValueError(f"--output: expected a file in a folder that is there, got {options.output}")
+        runs.check_writable(Path(options.output).parent)
     if (run.folder / runs.FIGURES).is_file():
         raise ValueError(f"{run.folder / runs.FIGURES}: expected a folder, got a file")
     for name in (partial_file(options.split), images_file(options.split)):
@@ -165,7 +172,7 @@ def _plan(run: Run, vae: VAE, options: Certify, say: Say) -> Plan:
     if options.images > len(x):
         say(f"--images {options.images:,}: the {options.split} split has {len(x):,}, and all are taken.")
     index = data.subset(len(x), options.images)
-    chain = Chain(options.temperatures, options.leapfrogs, options.chains, resolve_start(vae, options.start))
+    chain = ChainOptions(options.temperatures, options.leapfrogs, options.chains, resolve_start(vae, options.start))
     if chain.start != options.start:
         say(
             f"--start {options.start}: the guide's density is slow to compute except at its own samples. The "
@@ -252,7 +259,7 @@ def _stage_identities(plan: Plan) -> Iterator[tuple[str, dict[str, Any]]]:
         yield "against", particles | {"against": [plan.other.name, plan.other.sha256, len(plan.other.x)]}
 
 
-def _measure(context: StageContext, plan: Plan) -> numbers.Measured:
+def _measure(context: StageContext, plan: Plan) -> CertifiedImages:
     """Run every stage, the quickest first, so that errors show early."""
     options, chain, S = plan.options, plan.chain, plan.options.num_particles
     x = plan.x.to(plan.place)
@@ -271,12 +278,12 @@ def _measure(context: StageContext, plan: Plan) -> numbers.Measured:
     weighed = stages.weigh_fewer_particles(context, "particles", x, sizes, words="fewer importance samples")
     converging = _measure_convergence(context, x, chain, sizes, weighed, chains)
     gaps = {split: _split_gap(context, plan, split) for split in plan.gap_splits}
-    return numbers.Measured(
+    return CertifiedImages(
         plan.index, chains, plain, weighed.smoothed, improved, converging, simulated, gaps, ranks, scored
     )
 
 
-def _score_other(context: StageContext, x: Tensor, other: OtherImages, S: int) -> numbers.Scored:
+def _score_other(context: StageContext, x: Tensor, other: OtherImages, S: int) -> ScoredImages:
     """The bound L_S of both data sets, with a guide that also covers images unlike the training data."""
     vae = mix_prior_into_guide(context.vae)
     both = {"against own": (x, "the run's own"), "against": (other.x.to(context.place), other.name)}
@@ -286,17 +293,17 @@ def _score_other(context: StageContext, x: Tensor, other: OtherImages, S: int) -
         )
         for stage, (images, name) in both.items()
     ]
-    return numbers.Scored(*(bound.log_evidence for bound in bounds))
+    return ScoredImages(bounds[0].log_evidence, bounds[1].log_evidence, other.name)
 
 
 def _measure_convergence(
     context: StageContext,
     x: Tensor,
-    chain: Chain,
+    chain: ChainOptions,
     sizes: list[int],
     weighed: stages.WeighedParticles,
     full: AISSummary,
-) -> numbers.Converging:
+) -> ConvergenceBounds:
     """Bounds with fewer temperatures and fewer particles, on images spread evenly: files may be sorted by class."""
     count = min(_CONVERGENCE_IMAGES, len(x))
     places = torch.arange(count) * len(x) // count
@@ -308,7 +315,7 @@ def _measure_convergence(
         for T in temperatures
     ]
     annealed = torch.stack([*bounds, full.bound[places]])
-    return numbers.Converging(places, [*temperatures, chain.temperatures], annealed, sizes, weighed.bounds[:, places])
+    return ConvergenceBounds(places, [*temperatures, chain.temperatures], annealed, sizes, weighed.bounds[:, places])
 
 
 def _split_gap(context: StageContext, plan: Plan, split: str) -> Gaps:
@@ -322,22 +329,22 @@ def _split_gap(context: StageContext, plan: Plan, split: str) -> Gaps:
 # --- After the work ---
 
 
-def _write(run: Run, entry: dict[str, Any], found: numbers.Measured, x: Tensor, say: Say) -> None:
-    """Write the figures and then the entry, and say what they show."""
-    key = evaluation_key(entry["split"])
-    folder = run.folder / runs.FIGURES
+def _write(run: Run, certificate: Certificate, found: CertifiedImages, x: Tensor, say: Say) -> None:
+    """Write the figures and then the entry of evaluation.json, and say what they show."""
+    key, folder = evaluation_key(certificate.split), run.folder / runs.FIGURES
     folder.mkdir(exist_ok=True)
     for old in folder.glob(f"{key}-*.png"):
         old.unlink()
-    figures = certificate_figures(run, entry, found, x)
+    figures = certificate_figures(run, certificate, found, x)
     for name, figure in figures.items():
         write_figure(folder / f"{key}-{name}.png", figure)
-    others = runs.read_evaluations(run.folder)
-    kept = {other: old for other, old in others.items() if old.get("step") == entry["step"]}  # of these weights
-    runs.write_json(run.folder / runs.EVALUATION, kept | {key: entry})
+    stored = runs.read_evaluations(run.folder)
+    kept = {other: entry for other, entry in stored.items() if entry.get("step") == certificate.step}  # same weights
+    runs.write_json(run.folder / runs.EVALUATION, kept | {key: to_json(certificate)})
     if key in kept:
-        say(f"Replaces the certificate of {kept[key].get('num_images', 0):,} images of the {entry['split']} split.")
-    for line in describe_certificate(entry):
+        replaced = kept[key].get("num_images", 0)
+        say(f"Replaces the certificate of {replaced:,} images of the {certificate.split} split.")
+    for line in describe_certificate(certificate):
         say(line)
-    drawn = ", ".join(f"{key}-{name}.png" for name in figures)
-    say(f"In {run.folder}: {runs.EVALUATION} ({key}), {images_file(entry['split'])}; {runs.FIGURES}/{drawn}")
+    names = ", ".join(f"{key}-{name}.png" for name in figures)
+    say(f"In {run.folder}: {runs.EVALUATION} ({key}), {images_file(certificate.split)}; {runs.FIGURES}/{names}")

@@ -1,7 +1,7 @@
 """Figures: arrays in, a matplotlib Figure out. Runs no model, saves nothing."""
 
 from ppl_vae.reports.figures.certificate import (
-    Curve,
+    EffortCurve,
     RankHistogram,
     against,
     agreement,
@@ -33,7 +33,7 @@ from ppl_vae.reports.figures.training import training_curves
 
 __all__ = [
     "Bar",
-    "Curve",
+    "EffortCurve",
     "PairShown",
     "PixelHistogram",
     "RankHistogram",

@@ -1,4 +1,4 @@
-"""What certifies a log-likelihood, drawn: two estimates image by image, both bounds, convergence, gaps, and doubts."""
+"""Figures of a certificate: bounds image by image, from both sides and by effort, gaps, calibration and doubts."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from ppl_vae.reports.figures.images import Images, elongation, show_tiles
 Array = NDArray[Any]
 
 
-class Curve(NamedTuple):
-    """A bound over the effort that was spent on it.
+class EffortCurve(NamedTuple):
+    """A bound by the effort that was spent on it.
 
     Args:
-        effort: (K,) how much, ascending.
-        lacking: (K,) the mean over images of the bound minus that of AIS in full, nats.
-        stderr: (K,) of that difference, paired.
+        effort: (K,) ascending.
+        lacking: (K,) the mean over images of the bound minus that of AIS with full effort, nats.
+        stderr: (K,) of that paired difference.
     """
 
     effort: Sequence[int]
@@ -33,15 +33,15 @@ class Curve(NamedTuple):
 def agreement(
     first: Array, rows: Mapping[str, Array], *, name: str, flagged: Array, title: str, margin: float
 ) -> Figure:
-    """A row for each other bound on the same images: it over the first one, and the histogram of the first minus it.
+    """One row per other bound: a scatter plot against the first bound, and a histogram of the difference.
 
     Args:
-        first: (N,) nats, the bound of the horizontal axis.
-        rows: by its name, another bound, (N,) nats.
-        name: of the first.
-        flagged: (N,) bool, the images that are marked.
+        first: (N,) nats, the bound on the horizontal axis.
+        rows: other bounds (N,) on the same images, nats, by name.
+        name: the first bound's.
+        flagged: (N,) bool, the images to mark.
         title: over the figure; it may have several lines.
-        margin: nats by which two bounds of an image may differ unmarked.
+        margin: nats within which two bounds agree.
     """
     figure = Figure(figsize=(9.5, 3.9 * len(rows) + 0.3 + 0.2 * title.count("\n")), layout="constrained")
     figure.suptitle(title, fontsize=10)
@@ -79,10 +79,10 @@ def _differences(axes: Any, difference: Array, margin: float) -> None:
 
 
 def sandwich(lower: Array, upper: Array, *, title: str) -> Figure:
-    """Both bounds of each simulated image: the gap upper - lower, the widest last, and its histogram's place.
+    """Both bounds of each simulated image, and the sorted gaps between them.
 
     Args:
-        lower, upper: (N,) nats, log p(x) from below and from above.
+        lower, upper: (N,) nats.
         title: over the figure; it may have several lines.
     """
     figure = Figure(figsize=(9.5, 3.5 + 0.2 * title.count("\n")), layout="constrained")
@@ -109,11 +109,11 @@ def sandwich(lower: Array, upper: Array, *, title: str) -> Figure:
     return figure
 
 
-def convergence(curves: Mapping[str, Curve], *, title: str) -> Figure:
-    """What each bound lacks of that of AIS in full over its effort, on one scale of nats.
+def convergence(curves: Mapping[str, EffortCurve], *, title: str) -> Figure:
+    """Bounds by effort, minus that of AIS with full effort, on one scale of nats.
 
     Args:
-        curves: by the words of the effort, such as "temperatures".
+        curves: by the name of the effort, such as "temperatures".
         title: over the figure; it may have several lines.
     """
     figure = Figure(figsize=(4.7 * len(curves), 3.4 + 0.2 * title.count("\n")), layout="constrained")
@@ -131,9 +131,9 @@ def convergence(curves: Mapping[str, Curve], *, title: str) -> Figure:
 
 
 def gap_bars(rows: Mapping[str, Mapping[str, tuple[float, float]]], *, title: str) -> Figure:
-    """log p(x) - ELBO of each split as a stacked bar: the part of each cause, with its standard error.
+    """log p(x) - ELBO of each split as stacked bars, one part per cause, with standard errors.
 
-    A part below 0, which a gap is by noise alone, goes to the left of it.
+    Parts below 0, which are noise, are stacked to the left of 0.
 
     Args:
         rows: by split, the mean and the standard error of each part, nats; the same parts in each.
@@ -164,12 +164,12 @@ def gap_bars(rows: Mapping[str, Mapping[str, tuple[float, float]]], *, title: st
 
 
 def pictured(images: Images, captions: Sequence[str], *, columns: int, title: str) -> Figure:
-    """Images in rows, each with its numbers below it.
+    """Rows of images with captions below them.
 
     Args:
         images: (N, C, H, W), values in [0, 1].
-        captions: (N) what stands below each; it may have several lines.
-        columns: in a row, at most.
+        captions: (N) below the images; they may have several lines.
+        columns: images per row, at most.
         title: over the figure; it may have several lines.
     """
     across = min(columns, len(images))
@@ -189,11 +189,11 @@ def pictured(images: Images, captions: Sequence[str], *, columns: int, title: st
 
 
 class RankHistogram(NamedTuple):
-    """Ranks of one quantity, or of several together.
+    """A histogram of the ranks of one quantity, or of several together.
 
     Args:
         counts: (K,) in K bins.
-        band: whether its ranks are independent, and two standard errors of uniform ones are drawn.
+        band: whether to draw two standard errors of uniform ranks, which must be independent.
     """
 
     counts: Array
@@ -211,15 +211,15 @@ def calibration_ranks(
     joint: Array,
     title: str,
 ) -> Figure:
-    """Rank histograms, flat for an exact guide, and below them how far the cumulative ones are from a straight line.
+    """Rank histograms, flat for an exact guide, and the distance of cumulative ranks from a straight line.
 
     Args:
         histograms: by name.
-        shares: (K,) that the bins have of uniform ranks.
-        edges: (K - 1,) between the bins, as shares of all ranks.
-        lower, upper: (K - 1,) where the shares of uniform ranks below the edges are, all of them at once.
-        latents: (L, K - 1) the share of the ranks of each latent below each edge.
-        joint: (K - 1,) the same of log p(x, z).
+        shares: (K,) of uniform ranks in each bin.
+        edges: (K - 1,) edges between the bins, as shares of all ranks.
+        lower, upper: (K - 1,) a simultaneous band for the shares of uniform ranks below the edges.
+        latents: (L, K - 1) the share of each latent's ranks below each edge.
+        joint: (K - 1,) the same for log p(x, z).
         title: over the figure; it may have several lines.
     """
     figure = Figure(figsize=(2.4 * max(4, len(histograms)), 5.2 + 0.2 * title.count("\n")), layout="constrained")
@@ -265,16 +265,16 @@ def _from_line(below: Array, edges: Array) -> Array:
 
 
 def against(own: Array, other: Array, *, name: str, names: tuple[str, str], median: float, title: str) -> Figure:
-    """log p(x) of the images of two data sets, on one axis, each as the share of its images in a bin.
+    """Histograms of log p(x) for the images of two data sets.
 
-    The axis is linear about the own images, and logarithmic far from them: the other set's may be a hundred times as
-    spread. Bins are as wide as they look.
+    The axis is linear near the own images and logarithmic far from them, since the other set's values may spread a
+    hundred times as far. Bins are equally wide on the axis.
 
     Args:
         own, other: (m,) and (n,) nats.
-        name: of the number, such as a bound.
-        names: of the two data sets.
-        median: of the own images, marked.
+        name: of the bound.
+        names: the two data sets.
+        median: of the own images, which is marked.
         title: over the figure; it may have several lines.
     """
     figure = Figure(figsize=(9, 3.7 + 0.2 * title.count("\n")), layout="constrained")
@@ -305,7 +305,7 @@ def against(own: Array, other: Array, *, name: str, names: tuple[str, str], medi
 
 
 def _far_ticks(own: Sequence[float], unit: float, low: float, high: float) -> list[float]:
-    """Of 1, 2, 5, 10, ... and their negatives those on the axis that are far enough from all others to be read."""
+    """Those of 1, 2, 5, 10, ... and their negatives that are on the axis and far enough from other ticks."""
     median, kept = own[1], list(own)
     space = 0.05 * (np.arcsinh((high - median) / unit) - np.arcsinh((low - median) / unit))
     for size in (m * 10.0**k for k in range(-3, 18) for m in (1, 2, 5)):

@@ -1,4 +1,4 @@
-"""What a run's diagnosis says, drawn: its latents, its aggregate posterior, its ELBO, its noise, its pictures."""
+"""Figures of a diagnosis: latents, aggregate posterior, parts of the ELBO, noise and sharpness."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def latents_used(
     kl_stderr: Array | None = None,
     title: str,
 ) -> Figure:
-    """KL and variance of the posterior mean of each latent, the most used first.
+    """KL, and variance of the posterior mean, of each latent, the most used first.
 
     Args:
         variance, variance_stderr: (L,) of the posterior mean over images, in variances of the prior.
         threshold: above which a latent is active.
-        kl, kl_stderr: (L,) nats, or None where there is none.
+        kl, kl_stderr: (L,) nats, or None.
         title: over the figure; it may have several lines.
     """
     figure = _figure(title, width=9.0 if kl is not None else 5.0)
@@ -68,12 +68,12 @@ def aggregate_against_prior(
     effect: Bar,
     title: str,
 ) -> Figure:
-    """Of each latent: mean and log scale of the aggregate posterior, and its distance to the prior.
+    """Mean and log scale of the aggregate posterior of each latent, and its distance from the prior.
 
     Args:
-        mean, log_scale: (L,) in the prior's units: 0 where they are the prior's.
+        mean, log_scale: (L,) in the prior's units; 0 if they are the prior's.
         distance: (L,) the Kolmogorov-Smirnov statistic.
-        effect: of a classifier between draws of the two: 0 where they are alike, 1 where they are apart.
+        effect: of a classifier between draws of the two; 0 if they are alike, 1 if they are apart.
         title: over the figure; it may have several lines.
     """
     figure = _figure(title)
@@ -99,10 +99,10 @@ def aggregate_against_prior(
 
 
 def split_bars(bars: Mapping[str, Sequence[tuple[str, Bar]]], *, title: str) -> Figure:
-    """Stacked horizontal bars, nats: each name with the parts that sum to it.
+    """Stacked horizontal bars, nats: one bar per name, with the parts that sum to it.
 
     Args:
-        bars: by name, the parts and their words, each at least 0 up to its error.
+        bars: by name, the parts with their words; each part is at least 0 up to its error.
         title: over the figure; it may have several lines.
     """
     figure = _figure(title, height=0.9 + 0.75 * len(bars))
@@ -130,12 +130,12 @@ def split_bars(bars: Mapping[str, Sequence[tuple[str, Bar]]], *, title: str) -> 
 
 
 def noise_spectrum(eigenvalues: Array, *, thresholds: Mapping[str, float], active: int | None, title: str) -> Figure:
-    """Eigenvalues of the data's covariance in units of the noise, and the thresholds that they must exceed to live.
+    """Eigenvalues of the data's covariance in units of the noise, and the thresholds for live directions.
 
     Args:
         eigenvalues: (D',) descending.
         thresholds: by name.
-        active: latents that the run uses, or None.
+        active: number of latents that the run uses, or None.
         title: over the figure; it may have several lines.
     """
     figure = _figure(title)
@@ -156,11 +156,11 @@ def noise_spectrum(eigenvalues: Array, *, thresholds: Mapping[str, float], activ
 
 
 def sharpness_strip(rows: Mapping[str, Bar], *, variation: Bar | None, title: str) -> Figure:
-    """Sharpness of reconstructions against the data's, and how much they vary from image to image.
+    """Sharpness of reconstructions relative to the data, and how much they vary from image to image.
 
     Args:
-        rows: by name, power of high frequencies over the data's.
-        variation: between reconstructions, over that between images; None where it is unknown.
+        rows: by name, power at high frequencies divided by the data's.
+        variation: between reconstructions, divided by that between images; None if it is unknown.
         title: over the figure; it may have several lines.
     """
     bars = dict(rows) if variation is None else {"vary from image to image": variation, **rows}

@@ -19,6 +19,7 @@ from ppl_vae.data.registry import SPLITS
 from ppl_vae.reports.text.certificate import describe_certificate
 from ppl_vae.reports.text.evaluation import describe_evaluation
 from ppl_vae.runs.build import build_vae, is_autoencoder
+from ppl_vae.runs.certificate_results import Certificate
 from ppl_vae.runs.open import Run
 from ppl_vae.runs.options import is_export
 from ppl_vae.runs.results import Evaluation, from_json
@@ -116,13 +117,17 @@ def _describe_numbers(run: Run, evaluations: dict[str, Any]) -> str:
         )
     parts += [_describe_entry(_describe_evaluation, evaluations[split], split) for split in splits]
     for key in certificates:
-        words = _describe_entry(describe_certificate, evaluations[key], key)
+        words = _describe_entry(_describe_certificate, evaluations[key], key)
         parts.append(f"Certificate, {code(key.removeprefix(_CERTIFICATE))} split:\n\n{words}")
     if "test" not in evaluations:
         parts.append(f"There is no evaluation of {'the test split' if splits else 'these weights'}.")
     if not certificates and not is_autoencoder(run.options):
         parts.append("There is no certificate: log p(x) has no second bound besides importance sampling.")
     return "\n\n".join(parts)
+
+
+def _describe_certificate(entry: dict[str, Any]) -> list[str]:
+    return describe_certificate(from_json(Certificate, entry))
 
 
 def _describe_evaluation(entry: dict[str, Any]) -> list[str]:

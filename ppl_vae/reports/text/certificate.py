@@ -1,150 +1,183 @@
-"""A certificate in words: which number is a bound, which an estimate, and how far each can be trusted."""
+"""The wording of a certificate: which number is a bound, which an estimate, and how far each can be trusted."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
+from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.evidence.importance import UNRELIABLE_BIAS
-from ppl_vae.reports.text.evaluation import describe_images_scale, plus_minus
-from ppl_vae.reports.text.evaluation import format_number as number
-from ppl_vae.runs.results import Provenance, from_json
+from ppl_vae.reports.text.evaluation import describe_images_scale, format_number, plus_minus
+from ppl_vae.runs.certificate_results import (
+    Bound,
+    Certificate,
+    ConvergenceCurve,
+    GuideBound,
+    ImportanceBound,
+    OtherDataset,
+    SimulatedBounds,
+    SplitGap,
+)
+from ppl_vae.runs.results import Quantiles
 
-_NAMED_AT_MOST = 12  # unreliable images
+_MOST_NAMED = 12  # unreliable images
 _STDERRS = 3.0
 _STARTS = {"guide": "the guide", "prior": "the prior", "normal": "a normal with the guide's moments"}
 
 
-def describe_certificate(entry: dict[str, Any]) -> list[str]:
-    """The numbers of evaluation.json's "certificate-SPLIT", in words."""
-    lines = [*_bounds(entry), *_doubts(entry)]
-    if entry["simulated"] is not None:
-        lines += _sandwich(entry)
-    lines += _convergence(entry)
-    if entry["gaps"] is not None:
-        lines += _gaps(entry["gaps"])
-    if entry["calibration"] is not None:
-        found = entry["calibration"]
-        lines.append(f"calibration of the guide on the model's own images: {found['verdict']}")
-    if entry["against"] is not None:
-        lines += _against(entry["against"])
-    return [*lines, _time(entry)]
+def describe_certificate(found: Certificate) -> list[str]:
+    """A certificate, line by line."""
+    lines = [*_describe_bounds(found), *_describe_doubts(found)]
+    if found.simulated is not None:
+        lines += _describe_simulated(found.simulated)
+    lines.append(_describe_convergence(found))
+    if found.gaps is not None:
+        lines += _describe_gaps(found.gaps)
+    if found.calibration is not None:
+        lines.append(f"calibration of the guide on the model's own images: {found.calibration.verdict}")
+    if found.against is not None:
+        lines += _describe_other(found.against)
+    return [*lines, _describe_time(found)]
 
 
-def _bounds(entry: dict[str, Any]) -> list[str]:
-    chains, plain, own = (entry[key] for key in ("ais", "importance", "improved"))
-    S = plain["num_particles"]
-    return [
-        f"log p(x) {plus_minus(chains)} nats an image: the bound of annealed importance sampling (AIS), in expectation "
-        "below log p(x)",
-        f"  {entry['split']} split, {entry['num_images']:,} images, {_scale(entry)}; ± is the standard error "
-        "over images",
-        f"  {entry['chains']} chains from {_STARTS[entry['start']]}, {entry['temperatures']:,} temperatures, "
-        f"{entry['leapfrogs']} leapfrogs: Monte Carlo error {number(chains['monte_carlo_stderr'], 3)}, "
-        f"and by the jackknife {number(chains['bias'], 3)} nats still lacking, both as floors; accepted "
-        f"{_percent(chains['acceptance'])}",
-        f"  importance sampling with the guide, bound L_{S}: {plus_minus(plain)}; AIS minus it "
-        f"{_paired(entry['ais_minus_importance'])}",
-        f"  with a normal refined for each image, bound L_{S}: {plus_minus(own)}; AIS minus it "
-        f"{_paired(entry['ais_minus_improved'])}",
-        f"  log p(x) - ELBO, AIS minus the guide's ELBO {plus_minus(plain['elbo'])}: {plus_minus(entry['total_gap'])}",
-        "  estimates, no bounds: with the jackknife's correction these two are "
-        f"{plus_minus(plain['corrected_estimate'])} and {plus_minus(own['corrected_estimate'])}; with as many other "
-        f"draws of the guide, their largest weights smoothed, it is {plus_minus(plain['smoothed_estimate'])}",
+def _describe_bounds(found: Certificate) -> list[str]:
+    chains, plain, improved, S = found.ais, found.importance, found.improved, found.num_particles
+    lines = [
+        f"log p(x) {plus_minus(chains.estimate)} nats an image: the bound of annealed importance sampling (AIS), in "
+        "expectation below log p(x)",
+        f"  {found.split} split, {found.num_images:,} images, {describe_images_scale(found, found.seed)}; ± is the "
+        "standard error over images",
+        f"  {found.chains} chains from {_STARTS[found.start]}, {found.temperatures:,} temperatures, {found.leapfrogs} "
+        f"leapfrogs: Monte Carlo error {format_number(chains.monte_carlo_stderr, 3)}, and by the jackknife "
+        f"{format_number(chains.bias, 3)} nats still lacking, both as floors; accepted "
+        f"{_describe_acceptance(chains.acceptance)}",
+        f"  importance sampling with the guide, bound L_{S}: {plus_minus(plain.estimate)}; AIS minus it "
+        f"{_describe_difference(found.ais_minus_importance)}",
+        f"  with a normal refined for each image, bound L_{S}: {plus_minus(improved.estimate)}; AIS minus it "
+        f"{_describe_difference(found.ais_minus_improved)}",
     ]
+    if found.total_gap is not None:
+        elbo, gap = plus_minus(plain.elbo), plus_minus(found.total_gap)
+        lines.append(f"  log p(x) - ELBO, AIS minus the guide's ELBO {elbo}: {gap}")
+    return [*lines, _describe_estimates(plain, improved)]
 
 
-def _scale(entry: dict[str, Any]) -> str:
-    return describe_images_scale(from_json(Provenance, entry), entry["seed"])
+def _describe_estimates(plain: GuideBound, improved: ImportanceBound) -> str:
+    return (
+        "  estimates, no bounds: with the jackknife's correction these two are "
+        f"{plus_minus(plain.corrected_estimate)} and {plus_minus(improved.corrected_estimate)}; with as many other "
+        f"draws of the guide, their largest weights smoothed, it is {plus_minus(plain.smoothed_estimate)}"
+    )
 
 
-def _paired(found: dict[str, float]) -> str:
-    mean, stderr, noise = (number(found[key], 3) for key in ("mean", "stderr", "monte_carlo_stderr"))
-    return f"{mean} ± {stderr} (paired; Monte Carlo error {noise})"
+def _describe_difference(found: Bound) -> str:
+    return f"{plus_minus(found.estimate, 3)} (paired; Monte Carlo error {format_number(found.monte_carlo_stderr, 3)})"
 
 
-def _percent(values: dict[str, float | None]) -> str:
-    median, low, high = (values[key] for key in ("median", "q05", "q95"))
-    if median is None or low is None or high is None:
+def _describe_acceptance(found: Quantiles) -> str:
+    if found.median is None:
         return "no proposals, as there were none"
-    return f"{median:.0%} of the proposals of the median image ({low:.0%} to {high:.0%})"
+    return f"{found.median:.0%} of the proposals of the median image ({found.q05:.0%} to {found.q95:.0%})"
 
 
-def _doubts(entry: dict[str, Any]) -> list[str]:
-    found = entry["unreliable"]
-    lines = []
-    below, error = (entry["ais_minus_improved"][key] for key in ("mean", "monte_carlo_stderr"))
-    if error is not None and below < -_STDERRS * error:
+def _describe_doubts(found: Certificate) -> list[str]:
+    lines, improved, places = [], found.ais_minus_improved, found.unreliable
+    if improved.monte_carlo_stderr is not None and improved.mean < -_STDERRS * improved.monte_carlo_stderr:
         lines.append(
             "  importance sampling is above AIS by more than three Monte Carlo errors: the chains are too short; take "
-            "more --temperatures" + (", or --start guide" if entry["start"] != "guide" else "")
+            "more --temperatures, or --start guide"
         )
-    names = ", ".join(str(place) for place in found[:_NAMED_AT_MOST])
-    more = f" and {len(found) - _NAMED_AT_MOST} more" if len(found) > _NAMED_AT_MOST else ""
+    named = ", ".join(map(str, places[:_MOST_NAMED]))
+    more = f" and {len(places) - _MOST_NAMED} more" if len(places) > _MOST_NAMED else ""
     lines.append(
         f"  unreliable images (AIS and the refined normal more than {UNRELIABLE_BIAS} nats apart, or AIS still lacking "
-        f"as much): {len(found):,} of {entry['num_images']:,}" + (f", at the places {names}{more}" if found else "")
+        f"as much): {len(places):,} of {found.num_images:,}" + (f", at the places {named}{more}" if places else "")
     )
     return lines
 
 
-def _sandwich(entry: dict[str, Any]) -> list[str]:
-    found = entry["simulated"]
-    gap = found["gap"]
+def _describe_simulated(found: SimulatedBounds) -> list[str]:
     return [
-        f"from both sides, on {found['num_images']:,} images that the model made: lower bound "
-        f"{plus_minus(found['lower'])}, upper bound {plus_minus(found['upper'])}, a gap of "
-        f"{number(gap['mean'], 3)} ± {number(gap['stderr'], 3)} nats an image{_widest(found)} "
-        "(bidirectional Monte Carlo)",
+        f"from both sides, on {found.num_images:,} images that the model made: lower bound "
+        f"{plus_minus(found.lower.estimate)}, upper bound {plus_minus(found.upper.estimate)}, a gap of "
+        f"{plus_minus(found.gap, 3)} nats an image, the widest {format_number(found.widest_gap, 2)} (bidirectional "
+        "Monte Carlo; each bound holds in expectation, so noise can bring a gap below 0)",
         "  The upper bound holds for data simulated from the model, since only there an exact draw of p(z | x) is "
         "known; it says nothing certain about real data.",
     ]
 
 
-def _widest(found: dict[str, Any]) -> str:
-    """Each bound holds in expectation; what noise leaves of a closed gap is as often below 0."""
-    widest = f", the widest {number(found['widest_gap'], 2)}" if found["widest_gap"] > 0 else ""
-    return widest + (", below 0 by noise, since each bound holds in expectation" if found["gap"]["mean"] < 0 else "")
+def _describe_convergence(found: Certificate) -> str:
+    temperatures = _describe_curve(found.convergence.temperatures, found.temperatures)
+    return (
+        f"convergence, bounds by other draws minus that of AIS in full, on {found.convergence.num_images:,} of the "
+        f"images: temperatures {temperatures}; importance samples {_describe_curve(found.convergence.particles)}"
+    )
 
 
-def _convergence(entry: dict[str, Any]) -> list[str]:
-    found = entry["convergence"]
-    parts = []
-    for name, words in (("temperatures", "temperatures"), ("particles", "importance samples")):
-        curve = found[name]
-        shown = [
-            f"{effort:,}: {number(mean, 2)} ± {number(stderr, 2)}"
-            for effort, mean, stderr in zip(curve["effort"], curve["minus_ais"], curve["minus_ais_stderr"], strict=True)
-            if effort != entry["temperatures"] or name == "particles"
-        ]
-        if shown:
-            parts.append(f"{words} {', '.join(shown)}")
+def _describe_curve(curve: ConvergenceCurve, full: int | None = None) -> str:
+    """The differences by effort; that of the full effort, which is 0, is left out."""
+    rows = zip(curve.effort, curve.minus_ais, curve.minus_ais_stderr, strict=True)
+    shown = [f"{effort:,}: {plus_minus(Estimate(mean, stderr))}" for effort, mean, stderr in rows if effort != full]
+    return ", ".join(shown) or "none"
+
+
+def _describe_gaps(gaps: dict[str, SplitGap]) -> list[str]:
     return [
-        f"convergence, bounds by other draws minus that of AIS in full, on {found['num_images']:,} of the images: "
-        + "; ".join(parts)
+        "where log p(x) - ELBO is lost, nats an image (log p(x) by AIS, from below):",
+        *(
+            f"  {split}, {found.num_images:,} images: {plus_minus(found.total)} = approximation "
+            f"{plus_minus(found.approximation)} (the guide's family) + amortization {plus_minus(found.amortization)} "
+            "(one network for all images)"
+            for split, found in gaps.items()
+        ),
     ]
 
 
-def _gaps(gaps: dict[str, Any]) -> list[str]:
-    lines = ["where log p(x) - ELBO is lost, nats an image (log p(x) by AIS, from below):"]
-    for split, found in gaps.items():
-        parts = {name: plus_minus(found[name]) for name in ("total", "approximation", "amortization")}
-        lines.append(
-            f"  {split}, {found['num_images']:,} images: {parts['total']} = approximation {parts['approximation']} "
-            f"(the guide's family) + amortization {parts['amortization']} (one network for all images)"
-        )
-    return lines
-
-
-def _against(found: dict[str, Any]) -> list[str]:
-    own, other = found["own"], found["other"]
+def _describe_other(found: OtherDataset) -> list[str]:
+    own, other = (plus_minus(Estimate(each.mean, each.stderr)) for each in (found.own, found.other))
     return [
-        f"against {found['dataset']}: L_{found['num_particles']} {plus_minus(other)} nats an image on "
-        f"{other['num_images']:,} of its test images, {plus_minus(own)} on the run's own",
-        *(f"  {words[:1].upper()}{words[1:]}." for words in found["words"]),
+        f"against {found.dataset}: L_{found.num_particles} {other} nats an image on {found.other.num_images:,} of its "
+        f"test images, {own} on the run's own",
+        *(f"  {words[:1].upper()}{words[1:]}." for words in found.words),
     ]
 
 
-def _time(entry: dict[str, Any]) -> str:
-    stages = sorted(entry["stage_seconds"].items(), key=lambda each: -each[1])
-    told = [f"{name} {seconds:,.0f} s" for name, seconds in stages if seconds >= 1]
-    return f"took {entry['seconds']:,.0f} s" + (f": {', '.join(told)}" if told else "")
+def _describe_time(found: Certificate) -> str:
+    stages = sorted(found.stage_seconds.items(), key=lambda each: -each[1])
+    words = ", ".join(f"{name} {seconds:,.0f} s" for name, seconds in stages if seconds >= 1)
+    return f"took {found.seconds:,.0f} s" + (f": {words}" if words else "")
+
+
+# --- A table of certificates ---
+
+_HEADER = (
+    "run",
+    "images",
+    "AIS, below log p(x)",
+    "AIS - L_S of the guide",
+    "AIS - L_S refined",
+    "gap on simulated images",
+    "log p(x) - ELBO = approximation + amortization",
+    "minutes",
+)
+
+
+def certificate_table(rows: Sequence[tuple[str, Certificate, int]]) -> str:
+    """Each run's name, certificate and number of threads as a table in Markdown; gaps are of validation images."""
+    head, *body = (f"| {' | '.join(cells)} |" for cells in (_HEADER, *(_cells(*row) for row in rows)))
+    return "\n".join([head, "|" + "---|" * len(_HEADER), *body])
+
+
+def _cells(run: str, found: Certificate, threads: int) -> list[str]:
+    gap = (found.gaps or {}).get("validation")
+    parts = [] if gap is None else [plus_minus(each) for each in (gap.total, gap.approximation, gap.amortization)]
+    return [
+        f"`{run}`",
+        f"{found.num_images:,} of {found.split}",
+        f"{plus_minus(found.ais.estimate)} (Monte Carlo {format_number(found.ais.monte_carlo_stderr, 3)})",
+        plus_minus(found.ais_minus_importance.estimate, 3),
+        plus_minus(found.ais_minus_improved.estimate, 3),
+        "-" if found.simulated is None else plus_minus(found.simulated.gap, 3),
+        "{} = {} + {}".format(*parts) if parts else "-",
+        f"{found.seconds / 60:.0f}, {threads} thread{'s' * (threads != 1)}",
+    ]

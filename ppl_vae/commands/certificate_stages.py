@@ -20,7 +20,7 @@ from ppl_vae.evidence.rank_statistics import Ranks
 from ppl_vae.evidence.refinement import refine_proposal
 from ppl_vae.parts.posteriors import FullNormal
 from ppl_vae.runs.block_store import BlockStore, StageResults
-from ppl_vae.runs.certificate_results import AISSummary
+from ppl_vae.runs.certified_images import AISSummary
 from ppl_vae.runs.fit_arguments import decide_compile, matmul_precision
 from ppl_vae.runs.open import Say
 from ppl_vae.runtime.batching import pairs_per_pass

@@ -22,16 +22,8 @@ from ppl_vae.reports.certificate_figures import certificate_figures
 from ppl_vae.reports.text.certificate import certificate_table, describe_certificate
 from ppl_vae.runs.block_store import BlockStore, StageResults
 from ppl_vae.runs.build import build_likelihood
-from ppl_vae.runs.certificate_results import (
-    AISSummary,
-    Certificate,
-    CertifiedImages,
-    ConvergenceBounds,
-    ScoredImages,
-    add_certificate,
-    read_certificates,
-    summarize_images,
-)
+from ppl_vae.runs.certificate_results import Certificate, add_certificate, read_certificates
+from ppl_vae.runs.certified_images import AISSummary, CertifiedImages, ConvergenceBounds, ScoredImages, summarize_images
 from ppl_vae.runs.fit_arguments import decide_compile, find_device
 from ppl_vae.runs.open import Run, Say, check_density, load_evaluated_vae, open_run
 from ppl_vae.runs.outputs import write_figure

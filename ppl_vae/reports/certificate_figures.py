@@ -13,15 +13,8 @@ from ppl_vae.evidence.importance import UNRELIABLE_BIAS
 from ppl_vae.evidence.rank_statistics import Ranks, bin_edges, count_ranks, cumulative_band
 from ppl_vae.reports import figures as plots
 from ppl_vae.reports.display import choose_display
-from ppl_vae.runs.certificate_results import (
-    Certificate,
-    CertifiedImages,
-    ConvergenceCurve,
-    GuideVerdict,
-    OtherDataset,
-    ScoredImages,
-    SplitGap,
-)
+from ppl_vae.runs.certificate_results import Certificate, ConvergenceCurve, GuideVerdict, OtherDataset, SplitGap
+from ppl_vae.runs.certified_images import CertifiedImages, ScoredImages
 from ppl_vae.runs.open import Run
 
 _NUM_SHOWN, _NUM_COLUMNS = 20, 10

@@ -33,13 +33,8 @@ from ppl_vae.evidence.importance import IMPORTANCE_NAMES, Importance
 from ppl_vae.reports import figures as plots
 from ppl_vae.reports.text.certificate import certificate_table, describe_certificate
 from ppl_vae.runs.block_store import BlockStore
-from ppl_vae.runs.certificate_results import (
-    AISSummary,
-    Certificate,
-    CertifiedImages,
-    add_certificate,
-    read_certificates,
-)
+from ppl_vae.runs.certificate_results import Certificate, add_certificate, read_certificates
+from ppl_vae.runs.certified_images import AISSummary, CertifiedImages
 from ppl_vae.runs.files import replace_non_finite
 from ppl_vae.runs.options import PLAIN, Options
 from ppl_vae.runs.results import from_json, to_json

@@ -17,7 +17,7 @@ from ppl_vae import data
 from ppl_vae.data import arrays
 from ppl_vae.data.array_kinds import find_kind
 from ppl_vae.evidence.dequantization import dequantized
-from ppl_vae.evidence.importance import evaluate
+from ppl_vae.evidence.evaluation import evaluate
 from ppl_vae.evidence.moments import decode_mean, encode, sample_latents
 from ppl_vae.runs.build import build_likelihood, build_vae
 from ppl_vae.runs.fit_arguments import find_device, fit_arguments, initialize_output_bias

@@ -224,7 +224,7 @@ def evaluation(name: str, x: Tensor, *, num_particles: int, rounds: int) -> dict
     import torch
     from benchmark_contestants import MODELS, Task
 
-    from ppl_vae.evidence.importance import evaluate
+    from ppl_vae.evidence.evaluation import evaluate
     from ppl_vae.runs.build import build_vae
 
     torch.manual_seed(0)

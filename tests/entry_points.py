@@ -8,7 +8,7 @@ from fitting import fit as fit_vae
 from ppl_vae import diagnostics, objectives
 from ppl_vae.commands import sample as sampling
 from ppl_vae.diagnostics import exploration
-from ppl_vae.evidence import ais, chains, gaps, guide_calibration, missing, moments
+from ppl_vae.evidence import ais, chains, evaluation, gaps, guide_calibration, missing, moments
 from ppl_vae.evidence import importance as evidence
 from ppl_vae.evidence.adaptive import estimate_adaptively
 from ppl_vae.evidence.refinement import refine_proposal
@@ -33,10 +33,10 @@ SCORES = {
     "diagnostics.calibrate_pixels": lambda vae, x: diagnostics.calibrate_pixels(vae, x, num_draws=9),
     "diagnostics.elbo_split": lambda vae, x: diagnostics.elbo_split(vae, x),
     "diagnostics.implied_beta": lambda vae, x: diagnostics.implied_beta(vae, x),
-    "evidence.evaluate": lambda vae, x: evidence.evaluate(vae, x, num_particles=10, seed=0).log_evidence,
+    "evaluation.evaluate": lambda vae, x: evaluation.evaluate(vae, x, num_particles=10, seed=0).log_evidence,
     "evidence.importance": lambda vae, x: evidence.importance(vae.model, vae.guide, x, num_particles=10).elbo,
     "evidence.log_evidence": lambda vae, x: evidence.log_evidence(vae.model, vae.guide, x, num_particles=10),
-    "evidence.reconstruction": lambda vae, x: evidence.reconstruction(vae, x, seed=0),
+    "evaluation.reconstruction": lambda vae, x: evaluation.reconstruction(vae, x, seed=0),
     "evidence.gather_log_weights": lambda vae, x: evidence.gather_log_weights(vae, x, 10),
     "gaps.gaps": lambda vae, x: gaps.gaps(vae, x, torch.zeros(len(x)), steps=1, evaluation_particles=10),
     "missing.impute": lambda vae, x: missing.impute(missing.Observed(vae), x, num_particles=4, num_draws=1).mean,

@@ -13,7 +13,7 @@ import torch
 from oracles import LinearGaussian
 
 from ppl_vae import runs
-from ppl_vae.evidence.importance import evaluate, reconstruction
+from ppl_vae.evidence.evaluation import evaluate, reconstruction
 from ppl_vae.runtime import batching
 from ppl_vae.runtime import ranks as distributed
 from ppl_vae.runtime.blocks import Stopped

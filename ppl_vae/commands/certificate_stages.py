@@ -13,8 +13,9 @@ from torch import Tensor
 
 from ppl_vae.commands.evaluate import evaluate_with_progress
 from ppl_vae.evidence import ais, gaps
+from ppl_vae.evidence.evaluation import evaluate
 from ppl_vae.evidence.guide_calibration import compute_ranks
-from ppl_vae.evidence.importance import IMPORTANCE_NAMES, Importance, evaluate, gather_log_weights
+from ppl_vae.evidence.importance import IMPORTANCE_NAMES, Importance, gather_log_weights
 from ppl_vae.evidence.proposals import defend_proposal, replace_guide
 from ppl_vae.evidence.rank_statistics import Ranks
 from ppl_vae.evidence.refinement import refine_proposal

@@ -16,7 +16,8 @@ from ppl_vae.commands.options import Encode
 from ppl_vae.data import dequantize_uniformly
 from ppl_vae.data.registry import SPLITS
 from ppl_vae.evidence.estimate import Estimate
-from ppl_vae.evidence.importance import Importance, reconstruction
+from ppl_vae.evidence.evaluation import reconstruction
+from ppl_vae.evidence.importance import Importance
 from ppl_vae.evidence.moments import PosteriorMoments, encode
 from ppl_vae.reports.latents_figure import latents_figure, measure_latent_use
 from ppl_vae.reports.text.images import describe_encoding

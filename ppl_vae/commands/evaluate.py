@@ -17,7 +17,8 @@ from torch import Tensor
 from ppl_vae import data, runs
 from ppl_vae.commands.options import Evaluate
 from ppl_vae.evidence.estimate import Estimate
-from ppl_vae.evidence.importance import IMPORTANCE_NAMES, Importance, evaluate, reconstruction
+from ppl_vae.evidence.evaluation import evaluate, reconstruction
+from ppl_vae.evidence.importance import IMPORTANCE_NAMES, Importance
 from ppl_vae.parts.likelihoods import fit_independent_pixels
 from ppl_vae.reports.text.evaluation import describe_evaluation
 from ppl_vae.runs.block_store import BlockStore

@@ -15,7 +15,7 @@ from ppl_vae import runs
 from ppl_vae.commands.options import SIDES, Impute
 from ppl_vae.data.array_files import read_array_header
 from ppl_vae.evidence.estimate import Estimate
-from ppl_vae.evidence.importance import evaluate
+from ppl_vae.evidence.evaluation import evaluate
 from ppl_vae.evidence.missing import Imputation, Observed, impute
 from ppl_vae.reports import figures as plots
 from ppl_vae.reports.display import Display, choose_display

@@ -27,7 +27,8 @@ from ppl_vae.diagnostics.pictures import Blur, blur, reconstruction_variation
 from ppl_vae.diagnostics.pixel_calibration import PixelCalibration, calibrate_pixels
 from ppl_vae.diagnostics.values import CannotMeasure, PerLatent
 from ppl_vae.evidence.estimate import Estimate
-from ppl_vae.evidence.importance import Importance, evaluate, reconstruction
+from ppl_vae.evidence.evaluation import evaluate, reconstruction
+from ppl_vae.evidence.importance import Importance
 from ppl_vae.evidence.moments import (
     PosteriorMoments,
     compute_moments,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ppl_vae.evidence.estimate import Estimate
-from ppl_vae.evidence.importance import evaluate, reconstruction
+from ppl_vae.evidence.evaluation import evaluate, reconstruction
 from ppl_vae.protocols import Program
 from ppl_vae.runtime.errors import NotFinite
 from ppl_vae.runtime.global_state import evaluation_mode, seeded

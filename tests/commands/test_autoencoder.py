@@ -30,7 +30,8 @@ from ppl_vae.commands.impute import impute_images
 from ppl_vae.commands.options import CompareRuns, Encode, Evaluate, Impute
 from ppl_vae.commands.train import resume_run, train_run
 from ppl_vae.evidence.dequantization import dequantized
-from ppl_vae.evidence.importance import evaluate, importance, reconstruction
+from ppl_vae.evidence.evaluation import evaluate, reconstruction
+from ppl_vae.evidence.importance import importance
 from ppl_vae.parts.likelihoods import Bernoulli
 from ppl_vae.parts.networks import MLP
 from ppl_vae.parts.posteriors import Delta

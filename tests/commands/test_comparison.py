@@ -23,7 +23,8 @@ from ppl_vae.commands import compare_runs as comparison
 from ppl_vae.commands.compare_runs import compare_runs
 from ppl_vae.commands.options import CompareRuns
 from ppl_vae.commands.train import train_run
-from ppl_vae.evidence.importance import Importance, evaluate
+from ppl_vae.evidence.evaluation import evaluate
+from ppl_vae.evidence.importance import Importance
 from ppl_vae.evidence.paired import bound_difference, paired_difference, student_t_quantile
 from ppl_vae.reports import figures as plots
 from ppl_vae.runs.open import open_run

@@ -19,7 +19,7 @@ from ppl_vae.commands.options import Evaluate, Figures
 from ppl_vae.commands.report import draw_run
 from ppl_vae.commands.train import resume_run, train_run
 from ppl_vae.evidence.estimate import Estimate
-from ppl_vae.evidence.importance import evaluate
+from ppl_vae.evidence.evaluation import evaluate
 from ppl_vae.runs.build import build_vae
 from ppl_vae.runs.evaluations import read_per_image
 from ppl_vae.runs.fit_arguments import initialize_output_bias

@@ -17,7 +17,7 @@ from ppl_vae.commands import impute as imputation
 from ppl_vae.commands.encode import encode_images
 from ppl_vae.commands.impute import draw_imputations, hide_half, impute_images, read_mask
 from ppl_vae.commands.options import Encode, Impute
-from ppl_vae.evidence.importance import evaluate
+from ppl_vae.evidence.evaluation import evaluate
 from ppl_vae.evidence.missing import Imputation
 from ppl_vae.reports.display import Display
 

@@ -21,8 +21,8 @@ from small_run import SMALL, save_bars, train_small
 from ppl_vae import data, importance, load, runs
 from ppl_vae.commands.evaluate import evaluate_run, partial_path
 from ppl_vae.commands.options import Evaluate
-from ppl_vae.evidence import importance as evidence
-from ppl_vae.evidence.importance import evaluate
+from ppl_vae.evidence import evaluation
+from ppl_vae.evidence.evaluation import evaluate
 from ppl_vae.runs import block_store
 from ppl_vae.runs.open import open_run
 from ppl_vae.runs.options import Options
@@ -149,8 +149,8 @@ def test_two_models_have_the_same_seeds_for_the_same_images(num_particles, monke
     """Also where one of them holds so much of a pixel that its passes are smaller: noise is matched by images."""
     monkeypatch.setitem(batching.PASS_BYTES, "cpu", 8 * 6 * 12 * 100)
     seeds: list[list[tuple[int, int]]] = []
-    block_seed = evidence.block_seed
-    monkeypatch.setattr(evidence, "block_seed", lambda *places: seeds[-1].append(places) or block_seed(*places))
+    block_seed = evaluation.block_seed
+    monkeypatch.setattr(evaluation, "block_seed", lambda *places: seeds[-1].append(places) or block_seed(*places))
     for numbers in (6, 60):
         vae = bernoulli_vae(latent_dim=2)
         vae.likelihood.family.floats_per_pixel = numbers
@@ -218,7 +218,7 @@ _KILLED = """
 import os, signal, sys
 from ppl_vae.commands.evaluate import evaluate_run
 from ppl_vae.commands.options import Evaluate
-from ppl_vae.evidence import importance as evidence
+from ppl_vae.evidence import evaluation
 from ppl_vae.runtime import batching
 from ppl_vae.runs import block_store
 block_store._SECONDS_BETWEEN_WRITES, block_store._MOST_TIME_OF_WRITING = 0.0, float("inf")

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 from ppl_vae import VAE
 from ppl_vae.evidence.dequantization import dequantized
-from ppl_vae.evidence.importance import CapturedTerms, evaluate
+from ppl_vae.evidence.evaluation import CapturedTerms, evaluate
 from ppl_vae.runs.build import build_vae
 from ppl_vae.runs.options import PLAIN, Options
 from ppl_vae.runtime import capture

@@ -15,7 +15,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from ppl_vae import VAE, Conditional, Estimate, importance, log_evidence
-from ppl_vae.evidence.importance import evaluate
+from ppl_vae.evidence.evaluation import evaluate
 from ppl_vae.parts.likelihoods import Bernoulli
 from ppl_vae.parts.posteriors import DiagonalNormal
 from ppl_vae.parts.priors import StandardNormal
@@ -133,7 +133,7 @@ def test_memory_grows_neither_with_particles_nor_with_images():
     """In a process of its own: the default decoder, 100 times the particles, then 60 times the images."""
     program = """
 import resource, torch
-from ppl_vae.evidence.importance import evaluate
+from ppl_vae.evidence.evaluation import evaluate
 from ppl_vae.runs.build import build_vae
 from ppl_vae.runs.options import Options
 vae = build_vae(Options(), (1, 28, 28)).eval()

@@ -13,7 +13,7 @@ from torch.distributions import MultivariateNormal
 from torch.testing import assert_close
 
 from ppl_vae import VAE, Conditional, importance, log_weights
-from ppl_vae.evidence.importance import evaluate
+from ppl_vae.evidence.evaluation import evaluate
 from ppl_vae.evidence.proposals import Proposal, defend_proposal, fit_proposal, replace_guide
 from ppl_vae.evidence.refinement import refine_proposal
 from ppl_vae.hierarchy import BottomLayerOnly, BottomUp, HierarchicalVAE, LayeredPrior

@@ -11,7 +11,7 @@ from oracles import LinearGaussian, bernoulli_vae, quadrature_log_evidence
 from scipy import stats
 from torch.testing import assert_close
 
-from ppl_vae.evidence import importance as evidence
+from ppl_vae.evidence import evaluation
 from ppl_vae.evidence.typicality import auroc, mix_prior_into_guide, share_above, typicality
 from ppl_vae.reports.figures.certificate import against
 
@@ -36,7 +36,7 @@ def is_claimed_error(values, errors):
 
 
 def scored(vae, x, *, num_particles=2000, **options):
-    return evidence.evaluate(vae, x, num_particles=num_particles, seed=0, **options)
+    return evaluation.evaluate(vae, x, num_particles=num_particles, seed=0, **options)
 
 
 def test_a_guarded_guide_scores_images_that_the_guide_sends_elsewhere():

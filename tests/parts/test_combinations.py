@@ -12,7 +12,8 @@ from grids import images_for
 from torch.testing import assert_close
 
 from ppl_vae import dequantized, log_weights, runs
-from ppl_vae.evidence.importance import evaluate, log_evidence
+from ppl_vae.evidence.evaluation import evaluate
+from ppl_vae.evidence.importance import log_evidence
 from ppl_vae.evidence.missing import Observed, impute
 from ppl_vae.runs.build import build_likelihood, build_vae
 from ppl_vae.runs.fit_arguments import build_objective

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from ppl_vae import VAE, Conditional, importance, log_evidence, objectives
 from ppl_vae.evidence import ais, gaps, guide_calibration, missing
 from ppl_vae.evidence.adaptive import estimate_adaptively
-from ppl_vae.evidence.importance import evaluate
+from ppl_vae.evidence.evaluation import evaluate
 from ppl_vae.evidence.refinement import refine_proposal
 from ppl_vae.parts import flows, likelihoods, networks, posteriors, priors
 from ppl_vae.runs.options import Options, from_json, to_json

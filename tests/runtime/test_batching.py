@@ -12,8 +12,8 @@ import torch
 from oracles import LinearGaussian
 from torch.testing import assert_close
 
-from ppl_vae.evidence import importance as evidence
-from ppl_vae.evidence.importance import evaluate, reconstruction
+from ppl_vae.evidence import evaluation
+from ppl_vae.evidence.evaluation import evaluate, reconstruction
 from ppl_vae.runtime import batching
 from ppl_vae.runtime.batching import BatchSize
 from ppl_vae.runtime.errors import is_out_of_memory
@@ -89,7 +89,7 @@ def test_an_evaluation_that_runs_out_of_memory_ends_with_the_exact_number(
     held: list[int] = []
     said: list[str] = []
     monkeypatch.setitem(batching.PASS_BYTES, "cpu", 40 * 8 * 6 * 6)
-    monkeypatch.setattr(evidence, "log_weight_terms", _of_at_most(pairs, held))
+    monkeypatch.setattr(evaluation, "log_weight_terms", _of_at_most(pairs, held))
     x = oracle.draw(num_images)
     found = evaluate(oracle.vae(), x, num_particles=num_particles, seed=0, say=said.append)
     assert_close(found.log_evidence, oracle.log_evidence(x), rtol=1e-9, atol=0)
@@ -101,7 +101,7 @@ def test_an_evaluation_that_runs_out_of_memory_ends_with_the_exact_number(
 def test_the_line_names_what_did_not_fit(monkeypatch):
     oracle, said = LinearGaussian.random(), []
     monkeypatch.setitem(batching.PASS_BYTES, "cpu", 40 * 8 * 6 * 6)
-    monkeypatch.setattr(evidence, "log_weight_terms", _of_at_most(6, []))
+    monkeypatch.setattr(evaluation, "log_weight_terms", _of_at_most(6, []))
     evaluate(oracle.vae(), oracle.draw(3), num_particles=400, seed=0, say=said.append)
     assert said == ["Out of memory with 40 particles at once: continuing with 20."]
 
@@ -121,7 +121,7 @@ def test_a_group_that_is_done_again_draws_from_its_own_seed_again(monkeypatch):
             raise MemoryError
         return log_weight_terms(model, guide, images, num_particles)
 
-    monkeypatch.setattr(evidence, "log_weight_terms", short_once)
+    monkeypatch.setattr(evaluation, "log_weight_terms", short_once)
     found = evaluate(vae, x, num_particles=40, seed=0).log_evidence
     assert asked == [40, 40, 20, 20, 20, 20]
     # A torch generator gives 20 x 3 numbers in another order than half of 40 x 3, so these are compared by size.
@@ -132,14 +132,14 @@ def test_a_group_that_is_done_again_draws_from_its_own_seed_again(monkeypatch):
 def test_a_reconstruction_that_runs_out_of_memory_is_the_same(monkeypatch):
     oracle = LinearGaussian.random()
     vae, x = oracle.vae(), oracle.draw(9)
-    real, expected = evidence.log_reconstruction, reconstruction(vae, x, seed=0)
+    real, expected = evaluation.log_reconstruction, reconstruction(vae, x, seed=0)
 
     def short(model, guide, images):
         if len(images) > 4:
             raise MemoryError
         return real(model, guide, images)
 
-    monkeypatch.setattr(evidence, "log_reconstruction", short)
+    monkeypatch.setattr(evaluation, "log_reconstruction", short)
     found, exact = reconstruction(vae, x, seed=0), oracle.reconstruction(x, widen=1.0, shift=0.0)
     assert (found - exact).abs().max() < 10
     assert (expected - exact).abs().max() < 10
@@ -147,7 +147,7 @@ def test_a_reconstruction_that_runs_out_of_memory_is_the_same(monkeypatch):
 
 def test_what_does_not_fit_even_alone_is_an_error_of_memory(monkeypatch):
     oracle = LinearGaussian.random()
-    monkeypatch.setattr(evidence, "log_weight_terms", _of_at_most(0, []))
+    monkeypatch.setattr(evaluation, "log_weight_terms", _of_at_most(0, []))
     with pytest.raises(RuntimeError, match="can't allocate memory"):
         evaluate(oracle.vae(), oracle.draw(3), num_particles=4, seed=0)
 
@@ -169,18 +169,18 @@ def test_a_process_with_little_memory_evaluates_in_smaller_passes():
     program = """
 import resource, torch
 from oracles import LinearGaussian
-from ppl_vae.evidence import importance as evidence
+from ppl_vae.evidence import evaluation
 from ppl_vae.runtime import batching
 oracle = LinearGaussian.random()
 x = oracle.draw(2)
-evidence.evaluate(oracle.vae(), x, num_particles=10, seed=0)
+evaluation.evaluate(oracle.vae(), x, num_particles=10, seed=0)
 held = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmData"))
 resource.setrlimit(resource.RLIMIT_DATA, (held + 150 * 2**20, resource.RLIM_INFINITY))
 try:
     torch.empty(300 * 2**20, dtype=torch.uint8)
 except RuntimeError:
     batching.PASS_BYTES["cpu"] = 8 * 6 * 6 * 1_000_000
-    found = evidence.evaluate(oracle.vae(), x, num_particles=1_000_000, seed=0, say=print).log_evidence
+    found = evaluation.evaluate(oracle.vae(), x, num_particles=1_000_000, seed=0, say=print).log_evidence
     print(float((found - oracle.log_evidence(x)).abs().max()))
 else:
     print("no limit here")

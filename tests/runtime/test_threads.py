@@ -11,7 +11,7 @@ from entry_points import OTHERS, SCORES
 from fitting import fit
 from oracles import LinearGaussian, bernoulli_vae
 
-from ppl_vae.evidence.importance import evaluate
+from ppl_vae.evidence.evaluation import evaluate
 from ppl_vae.runs.build import build_vae
 from ppl_vae.runs.options import Options
 from ppl_vae.runtime.global_state import seeded

@@ -29,7 +29,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from ppl_vae import VAE, Conditional, objectives, training
-from ppl_vae.evidence.importance import evaluate
+from ppl_vae.evidence.evaluation import evaluate
 from ppl_vae.parts.networks import MLP
 from ppl_vae.parts.posteriors import DiagonalNormal
 from ppl_vae.parts.priors import StandardNormal

@@ -392,7 +392,7 @@ def test_an_evaluation_whose_capture_fails_goes_on_as_it_is_with_the_reason(
         raise CannotCapture("it is written in water")
 
     _train(replace(small, compile="off"), tmp_path)
-    monkeypatch.setattr("ppl_vae.evidence.importance.CapturedTerms", refuse)
+    monkeypatch.setattr("ppl_vae.evidence.evaluation.CapturedTerms", refuse)
     asked = {"split": "test", "num_particles": 30, "images": None, "device": "cpu", "seed": 0}
     results, said = {}, []
     for word in ("auto", "off"):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ppl_vae import objectives, runs
 from ppl_vae.commands.train import train_run
-from ppl_vae.evidence.importance import evaluate
+from ppl_vae.evidence.evaluation import evaluate
 from ppl_vae.runs.build import build_vae
 from ppl_vae.runs.fit_arguments import fit_arguments
 from ppl_vae.runs.options import Options

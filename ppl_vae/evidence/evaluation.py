@@ -1,0 +1,225 @@
+"""Evaluate a VAE with seeded groups of images: on one process or several, compiled or not, within the memory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+
+import pyro
+import torch
+from torch import Tensor
+
+from ppl_vae.evidence.importance import IMPORTANCE_NAMES, Importance, Terms, measure_group
+from ppl_vae.protocols import LatentModel, Program, StochasticFunction
+from ppl_vae.runtime.batching import (
+    BatchSize,
+    evaluation_batch_size,
+    even_divisor,
+    images_per_group,
+    images_per_pass,
+)
+from ppl_vae.runtime.blocks import block_seed, compute_blocks
+from ppl_vae.runtime.capture import compile_function, replace_tensors
+from ppl_vae.runtime.errors import CannotCapture, NotFinite, check_count
+from ppl_vae.runtime.global_state import evaluation_mode, seed_generators, seeded, serialize_threads
+from ppl_vae.runtime.ranks import agree
+from ppl_vae.support import check_support
+from ppl_vae.weights import log_reconstruction, log_weight_terms
+
+
+class CapturedTerms:
+    """``log_weight_terms`` of one VAE as a compiled graph, for batches of one size; other batches run uncompiled.
+
+    Args:
+        vae: in evaluation mode. Its weights may change later, its structure may not.
+        x: a batch (B, *E) of the size that the graph is for.
+        num_particles: S per batch.
+
+    Raises:
+        CannotCapture: see ``capture.compile_function``.
+    """
+
+    def __init__(self, vae: Program, x: Tensor, num_particles: int) -> None:
+        self._shape = (tuple(x.shape), num_particles)
+        values = dict(vae.named_parameters()) | dict(vae.named_buffers())
+        names = list(values)
+        self._tensors = [value.detach() for value in values.values()]  # shared memory, so changes in place are seen
+
+        def function(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+            with replace_tensors(vae, dict(zip(names, tensors[:-1], strict=True))):
+                return log_weight_terms(vae.model, vae.guide, tensors[-1], num_particles)
+
+        self._run = compile_function(function, [*self._tensors, x.contiguous()])
+
+    def __call__(
+        self, model: StochasticFunction, guide: StochasticFunction, x: Tensor, num_particles: int
+    ) -> tuple[Tensor, Tensor]:
+        if (tuple(x.shape), num_particles) != self._shape:
+            return log_weight_terms(model, guide, x, num_particles)
+        log_p_x_given_z, log_p_z_over_q_z = self._run([*self._tensors, x.contiguous()])
+        return log_p_x_given_z, log_p_z_over_q_z
+
+
+@serialize_threads()
+def evaluate(
+    vae: Program,
+    x: Tensor,
+    *,
+    num_particles: int,
+    seed: int,
+    check: bool = False,
+    compile: bool = False,
+    on_compiled: Callable[[float], None] | None = None,
+    progress: Callable[[int], None] | None = None,
+    done: Mapping[int, Tensor] | None = None,
+    on_block: Callable[[int, Tensor], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+    say: Callable[[str], None] | None = None,
+) -> Importance:
+    """``importance`` of a VAE in evaluation mode, with its own seed, on one process or several.
+
+    Images are computed in groups of ``images_per_group``, with noise seeded by (seed, index of the group's first
+    image). An image's numbers therefore depend neither on the number of ranks, each of which calls this and receives
+    all results, nor on interruptions.
+
+    With ``compile`` the log-weights of a pass are one compiled graph, which agrees up to rounding. A graph validates
+    nothing, so ``check`` then covers the first image alone. Where memory runs out, half as many particles are computed
+    at once, and so on (``batching.BatchSize``); from there on the bound is another draw, since a generator gives two
+    small passes their numbers in another order than one large pass.
+
+    The VAE's weights, buffers and mode and the global generators are restored.
+
+    Args:
+        vae: on the device of the images.
+        x: images (N, *E), the same on every rank.
+        num_particles: S.
+        seed: of the draws.
+        check: whether Pyro validates values.
+        compile: whether to compile.
+        on_compiled: called with the seconds that compiling took.
+        progress: called with the number of images after each group.
+        done: results of groups from before, as given to ``on_block``.
+        on_block: called with the index of a group's first image and the columns of ``Importance``, (n, 9).
+        should_stop: called after each group.
+        say: called with a message where memory runs out.
+
+    Raises:
+        CannotCapture: a ValueError: ``compile`` is asked for and impossible; says why.
+        Deterministic: a ValueError: the guide has no density; ``reconstruction`` needs none.
+        ValueError: an image off the support, or an argument out of its range.
+        NotFinite: a log-weight is NaN or +infinity.
+        Stopped: ``should_stop`` returned True; see ``blocks.compute_blocks``.
+        ConnectionError: another rank met an error.
+    """
+    num_particles = check_count("num_particles", num_particles)
+    if len(x) == 0:
+        raise ValueError("x: expected at least one image, got none")
+    check_support(vae.model, x)
+    with seeded(seed, x.device), pyro.validation_enabled(check), evaluation_mode(vae), torch.no_grad():
+        size = images_per_group(x, num_particles)
+        # The same with and without compiling, so that the noise is the same.
+        batch = BatchSize(*evaluation_batch_size(vae, x, num_particles), device=x.device, say=say)
+        terms: Terms = log_weight_terms
+        if compile:
+            terms = _captured(vae, x, batch, seed=seed, on_compiled=on_compiled)
+
+        def compute(group: slice) -> Tensor:
+            def attempt(particles: int, images: int) -> Tensor:
+                seed_generators(block_seed(seed, group.start), x.device)
+                parts = x[group].split(images)
+                found = [measure_group(vae.model, vae.guide, part, num_particles, particles, terms) for part in parts]
+                return torch.cat([torch.stack(fields, dim=1) for fields in found])
+
+            return batch.run(attempt)
+
+        table = compute_blocks(
+            compute,
+            len(x),
+            size,
+            num_columns=len(IMPORTANCE_NAMES),
+            device=x.device,
+            progress=progress,
+            done=done,
+            on_block=on_block,
+            should_stop=should_stop,
+        )
+    return Importance(*table.T.contiguous())
+
+
+def _captured(
+    vae: Program, x: Tensor, batch: BatchSize, *, seed: int, on_compiled: Callable[[float], None] | None
+) -> CapturedTerms:
+    """The log-weights of a full pass as a compiled graph, on every rank or on none."""
+    started, error = time.monotonic(), None
+    with seeded(seed, x.device):
+        log_weight_terms(vae.model, vae.guide, x[:1], 1)  # raises the errors of the uncompiled programs
+        try:
+            terms = CapturedTerms(vae, x[: batch.images], batch.particles)
+        except CannotCapture as caught:
+            error = str(caught)
+    if agree(error is not None):
+        raise CannotCapture(error or "another rank cannot compile it")
+    if on_compiled is not None:
+        on_compiled(time.monotonic() - started)
+    return terms
+
+
+@serialize_threads()
+@torch.no_grad()
+def reconstruction(
+    vae: Program,
+    x: Tensor,
+    *,
+    seed: int,
+    check: bool = False,
+    progress: Callable[[int], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+    say: Callable[[str], None] | None = None,
+) -> Tensor:
+    """log p(x | z) for one z ~ q(z | x) per image: the measure of an autoencoder, whose z is a function of x.
+
+    It is neither a log-likelihood nor a bound on one: it ignores how probable z is and how many z would do, and more
+    latents raise it without end. Groups, ranks, seeds, memory and what is restored are as in ``evaluate``.
+
+    Args:
+        vae: with or without a density q(z | x).
+        x: images (N, *E), the same on every rank.
+        seed: of z, where it is drawn, and of all else that the programs draw.
+        check: whether Pyro validates values.
+        progress: called with the number of images after each group.
+        should_stop: called after each group.
+        say: called with a message where memory runs out.
+
+    Returns:
+        (N,) nats, float64.
+
+    Raises:
+        ValueError: no images, one off the support, or as ``log_weights``.
+        NotFinite: a value is NaN or +infinity.
+        Stopped: ``should_stop`` returned True.
+        ConnectionError: another rank met an error.
+    """
+    if len(x) == 0:
+        raise ValueError("x: expected at least one image, got none")
+    check_support(vae.model, x)
+    size = images_per_group(x, 1)
+    likelihood = vae.likelihood if isinstance(vae, LatentModel) else None
+    most = images_per_pass(x, likelihood)
+    batch = BatchSize(1, even_divisor(size, most), device=x.device, say=say)
+
+    def compute(group: slice) -> Tensor:
+        def attempt(_: int, images: int) -> Tensor:
+            seed_generators(block_seed(seed, group.start), x.device)
+            parts = [log_reconstruction(vae.model, vae.guide, part) for part in x[group].split(images)]
+            return torch.cat(parts).double()[:, None]
+
+        rows = batch.run(attempt)
+        if rows.isnan().any() or rows.isposinf().any():
+            raise NotFinite("log p(x | z): expected numbers, got NaN or +infinity")
+        return rows
+
+    with seeded(seed, x.device), pyro.validation_enabled(check), evaluation_mode(vae):
+        table = compute_blocks(
+            compute, len(x), size, num_columns=1, device=x.device, progress=progress, should_stop=should_stop
+        )
+    return table[:, 0]

@@ -152,7 +152,8 @@ def _find_kind(path: Path, train: ArraySummary) -> str:
             return kind
     raise ValueError(
         f"{path}: expected zeros and ones, uint8 levels, counts from 0 to {LARGEST_COUNT:,}, or floats, "
-        f"got {train.dtype} from {train.low} to {train.high} in train (save as float32 for real values)"
+        f"got {train.dtype} from {train.low} to {train.high} in train; real values are saved as floats, centered in "
+        f"float64: {_advise_centering(path)}"
     )
 
 

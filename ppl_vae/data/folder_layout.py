@@ -91,9 +91,11 @@ _SPLIT_FOLDERS = {
 
 # A word in a folder's name that names a split ("train", "testset", "trainval"); the group says which split.
 _SPLIT_WORD = re.compile(
-    r"(?:(train|training)|(tests?|testing)|(val|valid|validate|validation|eval|evaluation|dev|devel|development|holdout))+"
+    r"x?(?:(train|training)|(tests?|testing)|(val|valid|validate|validation|eval|evaluation|dev|devel|development|holdout))+"
     r"(?:sets?|data|images)?"
 )
+# Short forms name a split only beside another one ("imagesTr" and "imagesTs"): "tr" alone may be a language.
+_SHORT_SPLIT_WORD = re.compile(r"(trn?)|(tst?|te)|(va|vld?)")
 # Words that leave it the name of a split: "test_images", "train_64x64", "trainA", "valid_HR".
 _QUALIFIER = re.compile(
     r"\d+|[^\W\d_]|sets?|data|datasets?|images?|imgs?|pics?|pictures?|photos?|split|full|small|all|final|new|old|raw|hr|lr"
@@ -189,17 +191,19 @@ def _exact_split(folder: str) -> str | None:
 def _find_split_names(folders: Iterable[str]) -> set[str]:
     """Find the folders that are named like a split.
 
-    "train2017" always is one. "seg_train" is one if there is also a "seg_test" or the like. A class such as
-    "bullet_train" or "test_tube" is none.
+    "train2017" always is one. "seg_train" is one if there is also a "seg_test" or the like, and so is "trn" beside
+    "tst". A class such as "bullet_train" or "test_tube" is none.
     """
     found: set[str] = set()
     partners: dict[tuple[str, ...], dict[str, list[int | None]]] = {}
     for folder in folders:
-        words = re.findall(r"\d+|[^\W\d_]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", folder).lower())
-        matches = [_SPLIT_WORD.fullmatch(word) for word in words]
+        spaced = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", folder).lower()
+        words = re.findall(r"\d+|[^\W\d_]+", re.sub(r"held\W?out", "holdout", spaced))
+        full = [_SPLIT_WORD.fullmatch(word) for word in words]
+        matches = [match or _SHORT_SPLIT_WORD.fullmatch(word) for match, word in zip(full, words, strict=True)]
         if not any(matches):
             continue
-        if all(match or _QUALIFIER.fullmatch(word) for word, match in zip(words, matches, strict=True)):
+        if any(full) and all(match or _QUALIFIER.fullmatch(word) for word, match in zip(words, matches, strict=True)):
             found.add(folder)
         key = tuple("*" if match else word for word, match in zip(words, matches, strict=True))
         partners.setdefault(key, {})[folder] = [match.lastindex for match in matches if match]

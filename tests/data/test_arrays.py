@@ -472,7 +472,7 @@ BAD_ARRAYS: dict[str, tuple[np.ndarray, str]] = {
     ),
     "integers below 0": (
         GRAY.astype(np.int64) - GRAY.min() - 1,
-        "uint8 levels, .* got int64 from -1 .*as float32 for real values",
+        "uint8 levels, .* got int64 from -1 .*centered in float64: x = numpy.load",
     ),
     "counts beyond single precision": (GRAY.astype(np.int64) + 2**25, "counts from 0 to 16,777,216, .* got int64 from"),
     "int8 below 0": (BITS.astype(np.int8) - 1, "zeros and ones, .* got int8 from -1 to 0"),

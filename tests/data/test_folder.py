@@ -173,7 +173,18 @@ REFUSED_LAYOUTS = {
     "names that nearly say it, within classes": (["cat/training", "cat/testing"], "cat/testing, cat/training"),
     "one folder": (["training"], "training"),
     "written together": (["testset", "trainset"], "testset, trainset"),
+    "short forms": (["trn", "tst"], "trn, tst"),
+    "two letters": (["te", "tr", "va"], "te, tr, va"),
+    "medical sets": (["imagesTr", "imagesTs"], "imagesTr, imagesTs"),
+    "Keras arrays as folders": (["xtest", "xtrain"], "xtest, xtrain"),
+    "held out": (["cats", "held-out"], "held-out"),
 }
+
+
+def test_a_language_code_is_a_class(tmp_path: Path) -> None:
+    for folder in ("de", "tr"):
+        fill(tmp_path / folder, range(12))
+    assert data.load(str(tmp_path)).class_names == ("de", "tr")
 
 
 @pytest.mark.parametrize("what", REFUSED_LAYOUTS)

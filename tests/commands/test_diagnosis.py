@@ -100,7 +100,7 @@ def test_four_factors_are_four_directions_above_the_noise(diagnosed):
     assert (len(noise.eigenvalues), noise.live_by_sum, noise.live_by_mean) == (64, 4, 0)
 
 
-def test_of_an_autoencoder_nothing_is_measured_that_needs_a_density(diagnosed):
+def test_an_autoencoder_has_no_measurement_of_a_density(diagnosed):
     numbers = diagnosed("autoencoder")[0].numbers
     assert [getattr(numbers, name) for name in OF_A_DENSITY] == [None] * len(OF_A_DENSITY)
     assert numbers.aggregate.holes is None
@@ -238,7 +238,7 @@ def test_the_noise_is_measured_without_moving_the_likelihood():
     assert all(torch.equal(before[name], tensor) for name, tensor in family.state_dict().items())
 
 
-def test_of_independent_pixels_no_direction_is_counted_that_chance_makes():
+def test_chance_directions_of_independent_pixels_are_not_counted():
     x = torch.bernoulli(torch.full((500, 50), 0.5), generator=torch.Generator().manual_seed(0))
     noise = measure_noise(likelihoods.Bernoulli((50,)), x)
     assert (noise.eigenvalues > 1).sum() > 15
@@ -250,7 +250,7 @@ def test_a_likelihood_without_a_location_has_no_noise():
     assert measure_noise(likelihoods.Categorical((6,)), torch.zeros(50, 6)) is None
 
 
-def test_one_particle_tells_nothing_of_its_estimate(small):
+def test_an_estimate_of_one_particle_is_unreliable(small):
     vae, x = load(small), torch.rand(30, 1, 8, 8).round()
     assert measure(vae, x, num_particles=1).importance.unreliable.mean == 1
 

@@ -75,7 +75,7 @@ def test_pixels_are_uniform_if_model_and_posterior_are_exact(name, num_draws):
     assert_shares(found, [1 / BINS] * BINS)
 
 
-def test_a_right_model_is_called_calibrate():
+def test_a_right_model_is_calibrated():
     vae = MODELS["normal"]()
     assert calibrate(vae, draw(vae, NUM_IMAGES)).verdict == "calibrated"
 
@@ -115,7 +115,7 @@ def test_dequantized_levels_beyond_the_ends_keep_the_transform_uniform():
 
 
 @pytest.mark.parametrize(("level", "expected"), [(-1e-9, -1), (0.0, 0), (255.5 / 256, 255), (1.0, 256), (2.0, 512)])
-def test_a_level_is_the_cell_that_holds_the_density_s_value(level, expected):
+def test_levels_are_cells_of_the_density(level, expected):
     assert levels_of(torch.tensor(level, dtype=torch.double)) == expected
 
 

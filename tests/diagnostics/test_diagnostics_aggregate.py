@@ -130,7 +130,7 @@ def test_p_values_of_equal_samples_are_uniform(monkeypatch):
 
 
 @pytest.mark.parametrize("shift", [0.5, 1.5])
-def test_a_shifted_aggregate_is_told_apart_as_well_as_can_be(shift):
+def test_the_classifier_is_nearly_optimal_for_a_shift(shift):
     """The best accuracy between N(0, I) and N(shift, I) in one of three latents is Phi(shift / 2)."""
     best = scipy.stats.norm.cdf(shift / 2)
     z = normal(4000, 3, seed=1)
@@ -147,7 +147,7 @@ def test_a_difference_that_no_latent_shows_alone_is_seen():
     assert classifier_test(ring, normal(4000, 2, seed=2)).effect.mean > 0.5
 
 
-def test_the_classifier_leaves_the_global_generator_alone():
+def test_the_classifier_does_not_change_the_global_generator():
     state = torch.get_rng_state()
     first, second = (classifier_test(normal(40, 2), normal(40, 2, seed=1), seed=3) for _ in range(2))
     assert first == second
@@ -179,7 +179,7 @@ def test_an_aggregate_that_is_the_prior_has_a_hundredth_in_holes(L):
     assert found.share.stderr < 0.006
 
 
-def test_the_share_of_a_prior_that_is_too_wide_is_the_one_outside():
+def test_the_share_in_holes_of_a_wide_prior_is_exact():
     """Posteriors near 0 alone: the prior's draws beyond the radius that holds 99% of them are in holes."""
     N = 2000
     loc = normal(N, 1) * 0.2
@@ -229,7 +229,7 @@ def test_the_draws_that_choose_the_bandwidth_set_no_threshold(monkeypatch):
     assert holes(vae, x, moved, z).threshold == holes(vae, x, held_out, z).threshold
 
 
-def test_the_bandwidth_is_of_draws_from_all_of_a_file_that_is_sorted():
+def test_the_bandwidth_does_not_depend_on_the_order_of_images():
     """Images of two classes one after the other: every 500 of 2,000 draws have both."""
     loc = torch.cat([normal(1000, 1), normal(1000, 1, seed=1) * 1e-3 + 5])
 
@@ -244,7 +244,7 @@ def test_the_bandwidth_is_of_draws_from_all_of_a_file_that_is_sorted():
     assert found == turned
 
 
-def test_a_share_of_no_draw_at_all_still_has_an_error():
+def test_a_share_of_zero_has_an_error():
     """Of 100 draws, none in a hole: the exact 95% bound on the share is 3 / 100."""
     oracle = LinearGaussian.random(L=2)
     vae = oracle.vae()
@@ -256,7 +256,7 @@ def test_a_share_of_no_draw_at_all_still_has_an_error():
 
 
 @pytest.mark.parametrize("default", [torch.float32, torch.float64])
-def test_the_classifier_names_samples_far_apart_rightly_whatever_the_default_precision(default):
+def test_the_classifier_works_in_either_default_precision(default):
     before = torch.get_default_dtype()
     torch.set_default_dtype(default)
     try:

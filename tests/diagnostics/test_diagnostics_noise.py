@@ -57,12 +57,12 @@ def binary_data(N=2000, pixels=6, seed=0):
 # --- Eigenvalues in units of the noise ---
 
 
-def test_of_a_normal_they_are_those_of_the_covariance_over_sigma_squared():
+def test_normal_eigenvalues_are_those_of_the_covariance_over_sigma_squared():
     found = eigenvalues_in_noise_units(UserNormal((D,), math.sqrt(SIGMA2)), gaussian_data(), features=torch.zeros(D))
     assert_close(found, EIGENVALUES / SIGMA2)
 
 
-def test_a_unit_that_was_fitted_is_part_of_the_noise():
+def test_a_fitted_unit_is_part_of_the_noise():
     x = gaussian_data()
     found = eigenvalues_in_noise_units(likelihoods.NormalFixed((D,), scale=0.5), x)
     assert_close(found, EIGENVALUES / (0.25 * EIGENVALUES.mean()), rtol=1e-6, atol=1e-6)
@@ -77,19 +77,19 @@ def test_a_learned_scale_is_the_one_of_the_collapsed_state():
     assert float(family.unit) == 1.0
 
 
-def test_of_a_bernoulli_they_are_those_of_the_correlation_matrix():
+def test_bernoulli_eigenvalues_are_those_of_the_correlation_matrix():
     x = binary_data(20_000)
     exact = np.linalg.eigvalsh(np.corrcoef(x.numpy().T))[::-1]
     np.testing.assert_allclose(eigenvalues_in_noise_units(likelihoods.Bernoulli((6,)), x), exact, rtol=1e-3)
 
 
-def test_of_a_normal_with_a_scale_a_pixel_they_are_those_of_the_correlation_matrix():
+def test_eigenvalues_of_a_normal_per_pixel_are_those_of_the_correlation_matrix():
     x = gaussian_data() * torch.linspace(0.5, 2, D)
     exact = np.linalg.eigvalsh(np.corrcoef(x.numpy().T))[::-1]
     np.testing.assert_allclose(eigenvalues_in_noise_units(likelihoods.NormalPerPixel((D,)), x), exact, rtol=1e-5)
 
 
-def test_of_a_laplace_they_are_those_of_the_signs():
+def test_laplace_eigenvalues_are_those_of_the_signs():
     x, family = gaussian_data(2001), likelihoods.Laplace((D,))
     signs = np.sign(x.numpy() - np.median(x.numpy(), axis=0))
     exact = np.linalg.eigvalsh(np.cov(signs.T, bias=True))[::-1]
@@ -180,14 +180,14 @@ def coins(N=2000, pixels=200):
     return torch.bernoulli(torch.full((N, pixels), 0.5).double(), generator=torch.Generator().manual_seed(0))
 
 
-def test_the_edge_of_independent_pixels_is_marchenkos_and_pasturs():
+def test_the_edge_of_independent_pixels_follows_marchenko_and_pastur():
     """(1 + sqrt(D / N))^2, the largest eigenvalue of a sample covariance of the identity."""
     for x in (coins(), coins(400, 800)):
         exact = (1 + math.sqrt(x.shape[1] / len(x))) ** 2
         assert noise_edge(likelihoods.Bernoulli(x.shape[1:]), x) == pytest.approx(exact, rel=0.04)
 
 
-def test_of_independent_pixels_hardly_any_direction_is_above_the_edge():
+def test_independent_pixels_have_hardly_any_direction_above_the_edge():
     """Though about half of them are above 1, the threshold."""
     x, family = coins(), likelihoods.Bernoulli((200,))
     eigenvalues = eigenvalues_in_noise_units(family, x)
@@ -217,7 +217,7 @@ def test_the_edge_counts_where_it_is_above_the_threshold():
     assert live_directions(eigenvalues, beta=10, edge=2.0) == 2
 
 
-def test_the_edge_leaves_the_images_and_the_global_generator_alone():
+def test_the_edge_changes_neither_images_nor_the_global_generator():
     x, state = coins(50, 6), torch.get_rng_state()
     before = x.clone()
     family = likelihoods.Bernoulli((6,))

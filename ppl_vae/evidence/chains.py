@@ -68,7 +68,11 @@ class Chains:
         self._run: Callable[[Sequence[Tensor]], tuple[Tensor, ...]] | None = None
 
     def begin(self, z: Tensor | None = None) -> Point:
-        """Chains that start at draws of q_0, or all chains of an image at its z, (B, L)."""
+        """Chains that start at draws of q_0, or all chains of an image at its z, (B, L).
+
+        Raises:
+            ValueError: z of another shape, or densities that draw noise.
+        """
         C, B = self._num_chains, len(self._x)
         if z is None:
             z = self._q_0.sample((C,) if len(self._q_0.batch_shape) else (C, B))

@@ -120,6 +120,9 @@ def importance(
         progress: called with the number of images after each group of them.
         terms: gives the two parts of the log-weights; see ``evaluation.CapturedTerms`` for another.
 
+    Returns:
+        ``Importance``, each field (N,).
+
     Raises:
         ValueError: an image off the support, as ``log_weights``, or an argument out of its range.
             ``weights.Deterministic`` is one: a guide without a density.
@@ -183,7 +186,7 @@ def summarize_log_weights(
 def measure_group(
     model: StochasticFunction, guide: StochasticFunction, x: Tensor, num_particles: int, chunk: int, terms: Terms
 ) -> tuple[Tensor, ...]:
-    """The fields of ``Importance``, in their order, for images that are held at once."""
+    """The fields of ``Importance``, (B,) each, for images (B, *E) that are held at once."""
     summary, reconstruction, kl = summarize_log_weights(model, guide, x, num_particles, chunk=chunk, terms=terms)
     return (
         summary.log_mean_exp(),
@@ -201,7 +204,9 @@ def measure_group(
 def log_evidence(
     model: StochasticFunction, guide: StochasticFunction, x: Tensor, *, num_particles: int, chunk: int | None = None
 ) -> Tensor:
-    """The bound L_S for each image: (N,) nats. Arguments and errors as ``importance``.
+    """The bound L_S for each image: (N,) nats.
+
+    Args: as ``importance``, whose errors are these too.
 
     Reference: Burda et al. 2016, arXiv 1509.00519, equation 8.
     """

@@ -220,7 +220,7 @@ def estimate_shape(of_each: Tensor, num_draws: int) -> NormalShape:
 
 
 def mean_stderr(of_each: Tensor) -> Tensor:
-    """The standard error of the mean over the first dimension; NaN for one value."""
+    """The standard error of the mean over the first of (N, ...); NaN for one value."""
     N = len(of_each)
     return of_each.std(0) / math.sqrt(N) if N > 1 else torch.full_like(of_each[0], math.nan)
 

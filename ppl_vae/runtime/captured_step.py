@@ -7,11 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ppl_vae.runtime import _inductor
 from ppl_vae.runtime.capture import capturing, compile_function, first_line, refuse_new_buffers, replace_tensors
 from ppl_vae.runtime.errors import CannotCapture
+from ppl_vae.runtime.flat_state import flatten_state
 
 # A first moment below this moves no weight (it is divided by at least 1e-8, and added to a weight), but on its way down
 # it becomes denormal, and arithmetic with denormal numbers is many times slower.
@@ -76,23 +77,20 @@ class CapturedStep:
         started = time.monotonic()
         trained = {name: w for name, w in module.named_parameters() if w.requires_grad}
         frozen = {name: w.detach() for name, w in module.named_parameters() if not w.requires_grad}
-        weights = {name: w.detach() for name, w in trained.items()}
-        if not weights:
-            raise CannotCapture("no parameter of the module is trained")
-        _check_memory(weights)
+        _check_parameters(trained)
         self._loss, self._module, self._transform = loss, module, transform
         self._clip_norm, self._skip_norm = clip_norm, skip_norm
         self._optimizer, self._constants = optimizer, optimizer.param_groups[0]
-        like = next(iter(weights.values()))
+        self._layout, vectors = flatten_state(trained, optimizer, averages or {})
+        like = vectors["weights"]
         self._index = torch.zeros(batch_size, dtype=torch.long, device=like.device)
         self._scalars = torch.zeros(5, dtype=like.dtype, device=like.device)  # a row of ``schedule``
         self.total = torch.zeros((), dtype=torch.double, device=like.device)
         self.counted, self.skipped, self.taken = (self._index.new_zeros(()) for _ in range(3))
         self.is_finite = torch.ones((), dtype=torch.bool, device=like.device)
         self._state = {
-            "weights": weights,
-            "moments": {name: adam_moments(optimizer, w) for name, w in trained.items()},
-            "averages": dict(averages or {}),
+            "weights": {name: w.detach() for name, w in trained.items()},  # views of the vector
+            "vectors": vectors,
             "buffers": dict(module.named_buffers()) | frozen,
             "stored": stored,
             "total": self.total,
@@ -104,9 +102,8 @@ class CapturedStep:
         }
         self._exchange = exchange
         if exchange is not None:
-            self._flat = torch.zeros(sum(w.numel() for w in weights.values()) + 1 + num_votes).to(like)
-            self.votes = self._flat[len(self._flat) - num_votes :]
-            self._summed = self._flat[: len(self._flat) - num_votes]
+            self._exchanged = like.new_zeros(len(like) + 1 + num_votes)  # gradient, loss, votes
+            self._summed, self.votes = self._exchanged.split([len(like) + 1, num_votes])
             # The weight of this process's part of the batch, and the number of images in the whole batch.
             self._share, self._whole = torch.zeros_like(self._scalars[0]), torch.zeros_like(self.counted)
             self._state |= {"summed": self._summed, "share": self._share, "whole": self._whole}
@@ -158,7 +155,7 @@ class CapturedStep:
             with capturing():
                 self._to_sum(*self._inputs[:-1], index)
         self.votes.copy_(votes)
-        self._exchange(self._flat)
+        self._exchange(self._exchanged)
         self._graphs[1]()
 
     def schedule(self, steps: Sequence[tuple[int, float, float, float]]) -> Tensor:
@@ -185,32 +182,28 @@ class CapturedStep:
 
     def _step(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         s, index = self._named(inputs)
-        gradients, loss = self._gradients(s, index)
-        self._update(s, gradients, loss, len(index))
+        g, loss = self._gradient(s, index)
+        self._update(s, g, loss, len(index))
         return (loss.detach(),)
 
     def _to_sum(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """The gradient and the loss as one vector, times this process's share of the images."""
         s, index = self._named(inputs)
-        gradients, loss = self._gradients(s, index)
-        parts = [gradients[name].reshape(-1).to(loss.dtype) for name in s["weights"]]
-        s["summed"].copy_(s["share"] * torch.cat([*parts, loss.detach().reshape(1)]))
+        g, loss = self._gradient(s, index)
+        s["summed"].copy_(s["share"] * torch.cat([g.to(loss.dtype), loss.detach().reshape(1)]))
         return ()
 
     def _from_sum(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """The update by that vector, once it is the sum over the processes."""
         s, _ = self._named(inputs)
-        sizes = [w.numel() for w in s["weights"].values()]
-        *parts, loss = s["summed"].split([*sizes, 1])
-        gradients = {n: g.view_as(w).to(w.dtype) for (n, w), g in zip(s["weights"].items(), parts, strict=True)}
-        self._update(s, gradients, loss[0], s["whole"])
+        self._update(s, s["summed"][:-1], s["summed"][-1], s["whole"])
         return ()
 
     def _named(self, inputs: Sequence[Tensor]) -> tuple[dict[str, Any], Tensor]:
         return _inductor.unflatten(inputs[:-1], self._structure), inputs[-1]
 
-    def _gradients(self, s: dict[str, Any], index: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """The gradient for each weight, and the loss, on the images of that index."""
+    def _gradient(self, s: dict[str, Any], index: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradient as one vector, and the loss, on the images of that index."""
         beta = s["scalars"][0]
         x = self._transform(s["stored"][index])
 
@@ -218,13 +211,14 @@ class CapturedStep:
             with replace_tensors(self._module, weights | s["buffers"]), refuse_new_buffers(self._module):
                 return self._loss(x, beta)
 
-        return torch.func.grad_and_value(loss_of)(s["weights"])
+        gradients, loss = torch.func.grad_and_value(loss_of)(s["weights"])
+        return self._layout.gather(gradients), loss
 
-    def _update(self, s: dict[str, Any], gradients: dict[str, Tensor], loss: Tensor, images: int | Tensor) -> None:
+    def _update(self, s: dict[str, Any], g: Tensor, loss: Tensor, images: int | Tensor) -> None:
         """Clip the gradient and take Adam's step, unless a number is not finite, or the norm is too large."""
         _, rate, root_of_correction, towards, decay = s["scalars"].unbind()
         beta_1, beta_2 = self._constants["betas"]
-        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients.values()]))
+        norm = torch.linalg.vector_norm(g)
         shrink = (self._clip_norm / (norm + 1e-6)).clamp(max=1.0)
         good = loss.isfinite() & norm.isfinite()
         if self._skip_norm is None:
@@ -236,20 +230,19 @@ class CapturedStep:
             s["skipped"].copy_(s["skipped"] + ~good)
         s["counted"].copy_(s["counted"] + good * images)
         s["total"].copy_(torch.where(good, s["total"] + loss.double() * images, s["total"]))
-        for name, w in s["weights"].items():
-            first, second = s["moments"][name]
-            g = gradients[name] * shrink
-            m = first + (1 - beta_1) * (g - first)
-            m = torch.where(m.abs() < _MIN_MOMENT, torch.zeros_like(m), m)
-            v = beta_2 * second + (1 - beta_2) * g * g
-            decayed = w - decay * w if self._constants["weight_decay"] else w
-            new = decayed - rate * m / (v.sqrt() / root_of_correction + self._constants["eps"])
-            if name in s["averages"]:
-                average = s["averages"][name]
-                average.copy_(torch.where(good, average + towards * (new - average), average))
-            w.copy_(torch.where(good, new, w))
-            first.copy_(torch.where(good, m, first))
-            second.copy_(torch.where(good, v, second))
+        w, first, second = (s["vectors"][name] for name in ("weights", "first", "second"))
+        g = g * shrink
+        m = first + (1 - beta_1) * (g - first)
+        m = torch.where(m.abs() < _MIN_MOMENT, torch.zeros_like(m), m)
+        v = beta_2 * second + (1 - beta_2) * g * g
+        decayed = w - decay * w if self._constants["weight_decay"] else w
+        new = decayed - rate * m / (v.sqrt() / root_of_correction + self._constants["eps"])
+        if "averages" in s["vectors"]:
+            average = s["vectors"]["averages"]
+            average.copy_(torch.where(good, average + towards * (new - average), average))
+        w.copy_(torch.where(good, new, w))
+        first.copy_(torch.where(good, m, first))
+        second.copy_(torch.where(good, v, second))
 
 
 def optimizer_obstacle(optimizer: torch.optim.Optimizer) -> str | None:
@@ -265,20 +258,15 @@ def optimizer_obstacle(optimizer: torch.optim.Optimizer) -> str | None:
     return f"a compiled step of Adam has no {' and no '.join(unknown)}" if unknown else None
 
 
-def adam_moments(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> tuple[Tensor, Tensor]:
-    """Adam's two moments of a parameter; zeros before its first step."""
-    state = optimizer.state[parameter]
-    if not state:
-        state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
-    return state["exp_avg"], state["exp_avg_sq"]
-
-
-def _check_memory(weights: Mapping[str, Tensor]) -> None:
-    """Refuse different parameters that share memory: the graph would keep the last of their updates only."""
+def _check_parameters(trained: Mapping[str, Tensor]) -> None:
+    """Refuse parameters of several types, and different ones over the same memory: one update would be lost."""
+    if not trained:
+        raise CannotCapture("no parameter of the module is trained")
+    if len({w.dtype for w in trained.values()}) > 1:
+        raise CannotCapture("the parameters of the module have several types")
     owners: dict[int, str] = {}
-    for name, w in weights.items():
-        place = w.untyped_storage().data_ptr()
+    for name, w in trained.items():
+        place = w.data_ptr()
         if w.numel() and place in owners:
             raise CannotCapture(f"the parameters {owners[place]} and {name} share their memory")
         owners[place] = name

@@ -144,6 +144,8 @@ def fit(
     while state.step < loop.total_steps:
         loop.run_epoch()
     program.load_state_dict(state.best_weights)
+    for w in program.parameters():  # a compiled step had made them views of one vector
+        w.data = w.detach().clone()
     program.eval()
     return state
 

@@ -14,6 +14,7 @@ from oracles import LinearGaussian
 
 from ppl_vae import runs
 from ppl_vae.evidence.evaluation import evaluate, reconstruction
+from ppl_vae.evidence.importance import Importance
 from ppl_vae.runtime import batching
 from ppl_vae.runtime import ranks as distributed
 from ppl_vae.runtime.blocks import Stopped
@@ -39,12 +40,17 @@ def model_and_images(num_images: int):
     return oracle.vae(widen=1.4), oracle.draw(num_images)
 
 
+def stack(result: Importance) -> torch.Tensor:
+    """The numbers of each image (N, 9)."""
+    return torch.stack(list(result.to_tensors().values()), dim=1)
+
+
 def all_cases() -> dict[str, torch.Tensor]:
     """(N, 9) of each case, and the reconstructions."""
     found = {}
     for name, (num_images, S) in CASES.items():
         vae, x = model_and_images(num_images)
-        found[name] = torch.stack(evaluate(vae, x, num_particles=S, seed=SEED), dim=1)
+        found[name] = stack(evaluate(vae, x, num_particles=S, seed=SEED))
     vae, x = model_and_images(31)
     found["reconstruction"] = reconstruction(vae, x, seed=SEED)
     return found
@@ -61,7 +67,7 @@ def error_of(call) -> str:
 def together(rank: int) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """The cases' numbers, and how each asked end of an evaluation looks on this rank."""
     vae, x = model_and_images(13)
-    whole = torch.stack(evaluate(vae, x, num_particles=40, seed=SEED), dim=1)
+    whole = stack(evaluate(vae, x, num_particles=40, seed=SEED))
     broken = x.clone()
     broken[1] = torch.inf  # on the support of a normal; the second rank's
 
@@ -71,7 +77,7 @@ def together(rank: int) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
             evaluate(vae, x, num_particles=40, seed=SEED, on_block=kept.__setitem__, should_stop=lambda: rank == 1)
         except Stopped:
             done = kept if rank == 0 else {}
-            taken_up = torch.stack(evaluate(vae, x, num_particles=40, seed=SEED, done=done), dim=1)
+            taken_up = stack(evaluate(vae, x, num_particles=40, seed=SEED, done=done))
             assert 0 < len(kept) < 13
             assert torch.equal(taken_up, whole)
             raise

@@ -123,7 +123,7 @@ class StageContext:
         widths = {name: math.prod(shape) for name, shape in shapes.items()}
         num_columns = sum(widths.values())
         done = self.store.open_stage(stage, num_items=num_items, block_size=block_size, num_columns=num_columns)
-        is_before_graph = is_compiled
+        is_before_graph, has_clock = is_compiled, False
         bar = Progress(
             total=num_items,
             initial=sum(map(len, done.values())),
@@ -141,9 +141,13 @@ class StageContext:
                 bar.update(max(0.0, min(count * size / max(1, calls), end - bar.count)))
 
             def run(compiled: bool) -> Tensors:
-                nonlocal is_before_graph
+                nonlocal is_before_graph, has_clock
                 if compiled and is_before_graph:
-                    self.say(f"Compiling: {words} ...")
+                    bar.show_clock(f"Compiling: {words}", self.say)
+                    has_clock = True
+                elif has_clock and not compiled:
+                    bar.close()
+                    has_clock = False
                 is_before_graph = False
                 with seeded(self.block_seed(stage, items.start // block_size), self.place):
                     return compute(items, advance, compiled)

@@ -241,11 +241,12 @@ def evaluate_with_progress(
     with _make_bar(len(x), words, before) as bar, matmul_precision("float32"):
 
         def told(seconds: float) -> None:
+            bar.show_bar()
             say(f"Compiled the passes of the evaluation in {seconds:.1f} s.")
 
         def run(compiled: bool) -> Importance:
             if compiled and distributed.is_writer():
-                say("Compiling the passes of the evaluation ...")
+                bar.show_clock("Compiling the passes of the evaluation", say)
             return evaluate(
                 vae,
                 x,

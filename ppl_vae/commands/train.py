@@ -258,6 +258,7 @@ class _TrainingRecord:
             self._say(describe_epoch(self._run.options, record, validated, seconds_left=left))
 
     def _on_compiled(self, seconds: float) -> None:
+        self._progress.show_bar()
         self._started = time.monotonic()
         self._say(f"Compiled the training step in {seconds:.1f} s.")
 
@@ -295,7 +296,7 @@ def _train(run: Run, saved: Saved | None, *, say: Say, compile_if_possible: bool
 
         def train(compile: bool) -> TrainingState:
             if compile and distributed.is_writer():
-                say("Compiling the training step ...")
+                progress.show_clock("Compiling the training step", say)
             return fit(
                 vae,
                 stored,

@@ -173,5 +173,37 @@ def release(device: torch.device) -> None:
             torch.cuda.empty_cache()
 
 
+def find_fitting_batch(try_step: Callable[[int], object], batch_size: int, device: torch.device) -> int | None:
+    """The largest of B / 2, B / 4, ..., 1 images for which a training step fits into memory; None where none does.
+
+    Args:
+        try_step: n -> a step of n images that changes neither weights nor random numbers.
+        batch_size: B, which did not fit.
+        device: of the step.
+
+    Raises:
+        Whatever ``try_step`` raises that is not about memory.
+    """
+    release(device)
+    while batch_size > 1:
+        batch_size //= 2
+        try:
+            try_step(batch_size)
+            return batch_size
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+        release(device)
+    return None
+
+
+def describe_memory_error(batch_size: int, fits: int | None) -> str:
+    """The message for a training batch that did not fit; ``fits`` is from ``find_fitting_batch``."""
+    message = f"out of memory in a step of {_count(batch_size, 'image')}"
+    if fits is None:
+        return f"{message}, and no smaller batch fits: a smaller network needs less"
+    return f"{message}; --batch-size {fits} fits"
+
+
 def _count(number: int, word: str) -> str:
     return f"{number:,} {word}{'s' * (number != 1)}"

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -37,11 +40,29 @@ class _Lines:
         """Nothing is buffered."""
 
 
+@contextmanager
+def running_clock(words: str) -> Iterator[None]:
+    """Show the words and a running clock on a terminal."""
+    ended = threading.Event()
+    with tqdm(desc=words, bar_format="{desc} ... {elapsed}", leave=False) as clock:
+
+        def tick() -> None:
+            while not ended.wait(1):
+                clock.refresh()
+
+        ticking = threading.Thread(target=tick, daemon=True)
+        ticking.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            ticking.join()
+
+
 class Progress:
-    """A progress bar that starts with the first update, so that its estimate leaves out the time to compile.
+    """A progress bar that starts with the first step, so that its estimate leaves out the time to compile.
 
     Args:
-        initial: How much was done before.
         options: As ``progress_bar`` takes them.
 
     Attributes:
@@ -52,6 +73,7 @@ class Progress:
         self.count = initial
         self._options = options
         self._bar: Any = None
+        self._shown = ExitStack()
 
     def __enter__(self) -> Progress:
         return self
@@ -62,15 +84,26 @@ class Progress:
         self.close()
 
     def close(self) -> None:
-        """End the bar."""
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
+        """End the clock or the bar."""
+        self._shown.close()
+        self._bar = None
+
+    def show_clock(self, words: str, say: Callable[[str], None]) -> None:
+        """Show a running clock until ``show_bar``; without a terminal, ``say`` prints the words."""
+        if has_terminal():
+            self._shown.enter_context(running_clock(words))
+        else:
+            say(f"{words} ...")
+
+    def show_bar(self) -> None:
+        """End the clock, and start the bar."""
+        self.close()
+        self._bar = self._shown.enter_context(progress_bar(initial=self.count, **self._options))
 
     def update(self, count: int = 1) -> None:
         """Add what was done since the last call."""
         if self._bar is None:
-            self._bar = progress_bar(initial=self.count, **self._options)
+            self.show_bar()
         self._bar.update(count)
         self.count += count
 

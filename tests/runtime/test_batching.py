@@ -15,7 +15,7 @@ from torch.testing import assert_close
 from ppl_vae.evidence import evaluation
 from ppl_vae.evidence.evaluation import evaluate, reconstruction
 from ppl_vae.runtime import batching
-from ppl_vae.runtime.batching import BatchSize
+from ppl_vae.runtime.batching import BatchSize, describe_memory_error, find_fitting_batch
 from ppl_vae.runtime.errors import is_out_of_memory
 from ppl_vae.weights import log_weight_terms
 
@@ -193,3 +193,32 @@ else:
     line, error = done.stdout.splitlines()
     assert line.startswith("Out of memory with 1,000,000 particles at once: continuing with 500,000")
     assert float(error) < 1e-6
+
+
+# --- Training ---
+
+
+@pytest.mark.parametrize(("room", "fits"), [(1, 1), (12, 12), (24, 12), (49, 25), (99, 50), (0, None)])
+def test_the_find_fitting_batch_is_the_first_of_the_halves_that_does(room, fits):
+    def step(num_images):
+        if num_images > room:
+            raise MemoryError
+
+    assert find_fitting_batch(step, 100, CPU) == fits
+
+
+def test_a_batch_of_one_image_has_no_half():
+    assert find_fitting_batch(lambda num_images: pytest.fail("tried"), 1, CPU) is None
+
+
+def test_an_error_in_a_dry_step_that_is_not_about_memory_is_raised():
+    def step(num_images):
+        raise ValueError("an image off the support")
+
+    with pytest.raises(ValueError, match="an image off the support"):
+        find_fitting_batch(step, 100, CPU)
+
+
+def test_what_a_user_is_told_names_the_batch():
+    assert describe_memory_error(100, 50) == "out of memory in a step of 100 images; --batch-size 50 fits"
+    assert "no smaller batch fits" in describe_memory_error(100, None)

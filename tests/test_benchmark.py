@@ -44,6 +44,7 @@ def test_what_is_timed_under_each_likelihood_is_a_plain_vae(benchmark, few_digit
     assert sum(weights.numel() for weights in vae.parameters()) == 1_116_865  # 300 300, 40 latents, and one scale
 
 
+@pytest.mark.thorough
 def test_the_reference_takes_part_whatever_is_asked_for(benchmark, few_digits):
     results = benchmark.under_likelihoods(["laplace"], few_digits, torch.device("cpu"), rounds=2)
     assert {name: list(records) for name, records in results.items()} == {
@@ -52,6 +53,7 @@ def test_the_reference_takes_part_whatever_is_asked_for(benchmark, few_digits):
     }
 
 
+@pytest.mark.thorough
 def test_a_ratio_is_that_of_medians_captured_to_captured_and_eager_to_eager(benchmark, few_digits):
     results = benchmark.under_likelihoods(["laplace"], few_digits, torch.device("cpu"), rounds=3)
     for records in results.values():

@@ -199,6 +199,7 @@ def test_a_copy_by_pickles_protocol_has_the_scale() -> None:
     assert (copy.deepcopy(fitted).score_samples(X) == fitted.score_samples(X)).all()
 
 
+@pytest.mark.thorough
 @pytest.mark.filterwarnings("ignore:X. Values repeat")  # wine's are rounded
 def test_wine_is_scored_on_its_own_scale() -> None:
     """Columns from 0.1 to 300 wide; independent normals with a scale for each have -22.55 nats."""

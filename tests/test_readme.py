@@ -33,6 +33,7 @@ PYTHON = [
 COMMANDS = sorted(set(re.findall(r"python (scripts/\w+\.py)((?: [^\s`|#\]]+)*)", README)))
 
 
+@pytest.mark.thorough
 def test_the_python_of_the_readme_runs_as_it_stands(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     pyro.clear_param_store()
@@ -79,6 +80,7 @@ def test_the_readme_mentions_every_module_of_the_package():
             assert f"`{path.name}`" in layout, path.name
 
 
+@pytest.mark.thorough
 def test_the_benchmark_runs_and_writes_only_what_it_is_asked_to(tmp_path):
     stored = ROOT / "scripts" / "results" / "benchmark.json"
     before = stored.read_bytes()
@@ -106,6 +108,7 @@ def test_the_benchmark_runs_and_writes_only_what_it_is_asked_to(tmp_path):
     assert f"| ppl_vae, captured | {captured[0]:.3g} ({captured[0] / reference[0]:.2f}) |" in done.stdout
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("words", "expected"),
     [

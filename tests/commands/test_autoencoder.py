@@ -234,6 +234,7 @@ def test_validation_draws_nothing_from_the_global_generator():
     assert torch.equal(*ends)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("compile", [False, True])
 def test_a_run_resumed_from_any_step_ends_bit_for_bit_where_the_undisturbed_one_does(graphs, compile):
     """Images are drawn anew at every access, so that the random numbers must go on as well."""

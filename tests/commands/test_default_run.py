@@ -42,6 +42,7 @@ def run(tmp_path_factory):
     return train_run(small, str(place / "run"), say=lambda line: None)
 
 
+@pytest.mark.thorough
 def test_config_holds_the_prior_and_the_objective_that_were_decided(run):
     options = runs.read_json(run / runs.CONFIG)["options"]
     assert (options["prior"], options["objective"]) == ("flow", "stl")

@@ -166,6 +166,7 @@ def test_encoding_leaves_the_random_state_and_the_run(encode, folder):
 # --- What is refused ---
 
 
+@pytest.mark.thorough
 def test_missing_pixels_are_refused(encode, tmp_path):
     place = tmp_path / "levels.npz"
     images = [255 * bars(count, seed=seed)[0] for seed, count in enumerate((60, 20, 20))]

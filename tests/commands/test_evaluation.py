@@ -37,6 +37,7 @@ def unfitted_run(options: Options, splits: data.Splits) -> Run:
     return Run(Path(), replace(options, binarization=data.resolve_binarization(splits, None)), splits)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("dataset", FLOORS)
 def test_the_floor_is_the_known_log_likelihood_of_independent_pixels(dataset):
     if dataset != "mnist" and DATA_DIR is None:
@@ -50,6 +51,7 @@ def test_the_floor_is_the_known_log_likelihood_of_independent_pixels(dataset):
     assert found.mean == pytest.approx(FLOORS[dataset], abs=0.011)
 
 
+@pytest.mark.thorough
 def test_mnists_binarization_has_its_known_entropy():
     found = binarization_entropy(unfitted_run(Options(), data.load("mnist")), "test", torch.arange(10_000))
     assert found == pytest.approx(45.53, abs=0.006)
@@ -101,6 +103,7 @@ def test_a_density_is_called_one_and_has_no_entropy_of_binarization(run):
     assert not any("entropy" in line for line in said)
 
 
+@pytest.mark.thorough
 def test_training_beats_the_floor_of_a_normal_whose_scale_it_learned(run):
     """Six pixels of rank two: a trained decoder must explain what independent pixels cannot."""
     folder, _, _ = run
@@ -142,6 +145,7 @@ def test_pixels_whose_squares_float32_cannot_hold_are_refused_and_leave_nothing(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("binarization", ["fixed", "threshold", "none"])
 def test_the_iwae_protocol_is_one_of_dynamic_binarization(binarization):
     with pytest.raises(ValueError, match=f"--protocol iwae: expected --binarization dynamic, .*, got {binarization}"):

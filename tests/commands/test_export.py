@@ -197,6 +197,7 @@ def test_a_damaged_config_is_refused_in_one_line(exported: Path, change: dict[st
 # --- What works on it ---
 
 
+@pytest.mark.thorough
 def test_the_scripts_take_an_export_from_any_directory(exported: Path, data_file: Path, tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
@@ -304,6 +305,7 @@ def test_a_pretrained_run_is_exported(tmp_path: Path) -> None:
     assert f"unreliable images (jackknife above 0.5 nats): {entry['unreliable_images']}" in card
 
 
+@pytest.mark.thorough
 def test_the_python_of_a_card_runs(exported: Path, data_file: Path) -> None:
     card = (exported / "README.md").read_text()
     lines = card.split("```python\n")[1].split("```")[0].replace("path/to/this/folder", str(exported))

@@ -139,6 +139,7 @@ def test_observed_pixels_are_written_as_they_were_given(impute, images):
         np.testing.assert_array_equal(filled[mask], x[:, None][mask])
 
 
+@pytest.mark.thorough
 def test_pictures_are_brought_to_a_runs_shape_by_its_own_fit_as_they_are_when_encoded(impute, tmp_path):
     """Bars drawn twice as wide, which --fit stretch undoes; a crop would lose their left and right quarters."""
     x = bars(40, seed=9)[0]

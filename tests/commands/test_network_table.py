@@ -59,6 +59,7 @@ def test_each_row_is_what_its_run_holds(table):
         assert row["epochs"] == len(runs.read_metrics(run))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("seconds", "epochs"), [(0.19, 3), (0.31, 1), (50.0, 1)])
 def test_epochs_fill_the_minutes_that_were_asked_for(options, tmp_path, monkeypatch, seconds, epochs):
     monkeypatch.setattr(network_table, "seconds_per_epoch", lambda options: seconds)

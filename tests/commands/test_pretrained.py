@@ -61,6 +61,7 @@ def shipped(trained, tmp_path, monkeypatch):
 # --- What ships ---
 
 
+@pytest.mark.thorough
 def test_weights_options_and_evaluation_ship_and_no_more(shipped):
     assert sorted(contents(shipped)) == [Path("config.json"), Path("evaluation.json"), Path("model.safetensors")]
 
@@ -126,6 +127,7 @@ def test_a_name_of_neither_a_folder_nor_a_pretrained_run_is_refused_with_those_t
         load("smal")
 
 
+@pytest.mark.thorough
 def test_its_evaluation_makes_the_number_again_beside_the_package(trained, shipped):
     before = contents(shipped)
     entry = evaluate_run(Evaluate("small", **ASKED), say=silent)
@@ -164,6 +166,7 @@ def test_its_training_cannot_be_gone_on_with(shipped):
     assert contents(Path("runs/small")) == contents(shipped)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("folder_of_that_name", [False, True])
 def test_a_training_starts_from_its_name_or_from_a_folder_of_that_name(shipped, monkeypatch, folder_of_that_name):
     """The command line, the weights and what config.json records mean one run."""

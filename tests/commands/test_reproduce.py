@@ -90,6 +90,7 @@ def measured(row):
 # --- What a row holds ---
 
 
+@pytest.mark.thorough
 def test_a_row_is_what_the_last_stages_run_holds(undisturbed):
     folder, row, _ = undisturbed
     entry = runs.read_evaluations(folder / "runs" / "2")["test"]
@@ -156,6 +157,7 @@ def test_active_latents_are_counted_in_variances_of_the_prior(undisturbed, tmp_p
 # --- Going on ---
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("where", "calls"),
     [
@@ -429,6 +431,7 @@ def script(*words):
     return done.returncode, done.stdout, done.stderr
 
 
+@pytest.mark.thorough
 def test_the_script_lists_the_recipes():
     code, out, _ = script("--list")
     assert code == 0

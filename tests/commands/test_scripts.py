@@ -346,6 +346,7 @@ def test_one_image_has_no_standard_error(copy: Path, run: Run) -> None:
 # --- Figures ---
 
 
+@pytest.mark.thorough
 def test_figures_are_drawn_again_the_same(first: tuple[Path, Done], copy: Path, tmp_path: Path) -> None:
     shutil.rmtree(copy / "figures")
     done = run_alone(FIGURES, copy, cwd=tmp_path)
@@ -422,6 +423,7 @@ def test_a_run_killed_before_its_evaluation_is_evaluated_without_training(
     assert contents(copy, but=changed) == contents(first[0], but=changed)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", [*IMAGE_FIGURES, *TABLE_FIGURES])
 def test_a_run_killed_before_a_figure_is_drawn_without_training(
     first: tuple[Path, Done], copy: Path, run: Run, name: str
@@ -445,6 +447,7 @@ def same_as_uninterrupted(folder: Path, whole: Path) -> None:
         np.testing.assert_array_equal(pictures(folder)[name], pictures(whole)[name], err_msg=name)
 
 
+@pytest.mark.thorough
 def test_a_run_killed_before_its_first_checkpoint_starts_from_step_0(
     first: tuple[Path, Done], copy: Path, run: Run
 ) -> None:
@@ -469,6 +472,7 @@ def uninterrupted(datasets: Path, run: Run, tmp_path_factory: pytest.TempPathFac
     return folder
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="commands are not forked")
 @pytest.mark.parametrize("files", range(1, 11))
 def test_a_run_killed_once_any_number_of_its_files_is_in_place_goes_on_as_if_it_was_not(
@@ -482,6 +486,7 @@ def test_a_run_killed_once_any_number_of_its_files_is_in_place_goes_on_as_if_it_
     same_as_uninterrupted(tmp_path / "run", uninterrupted)
 
 
+@pytest.mark.thorough
 def test_an_interrupted_run_stops_without_a_traceback_and_has_its_weights(datasets: Path, tmp_path: Path) -> None:
     words = ["--dataset", "bits.npy", "--run-dir", str(tmp_path / "run"), *SMALL, "--epochs", "1000000"]
     with subprocess.Popen(
@@ -522,6 +527,7 @@ def test_the_quick_evaluation_takes_all_images_where_there_are_no_more(table: tu
     assert read(table[0] / "evaluation.json")["test"]["num_images"] == 10
 
 
+@pytest.mark.thorough
 def test_runs_without_a_name_that_start_together_get_a_folder_each(datasets: Path, tmp_path: Path) -> None:
     words = ["--dataset", str(datasets / "bits.npy"), *SMALL]
     started = [
@@ -641,6 +647,7 @@ def words(command: str, folder: Path) -> list[str]:
     return [*command.split(), str(folder)]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("what", "command"), [(what, command) for what, (_, commands, _) in BAD_RUNS.items() for command in commands]
 )
@@ -650,6 +657,7 @@ def test_a_bad_run_folder_is_refused_in_one_line(copy: Path, run: Run, what: str
     assert re.search(message, refusal(run(*words(command, copy))))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("command", [EVALUATE, FIGURES])
 def test_weights_of_another_architecture_are_refused_in_one_line(
     copy: Path, run: Run, weights_of_another_architecture: Path, command: str
@@ -659,6 +667,7 @@ def test_weights_of_another_architecture_are_refused_in_one_line(
     assert "model.safetensors: the weights do not fit the run's config: " in line
 
 
+@pytest.mark.thorough
 def test_a_training_state_of_another_architecture_is_refused_in_one_line(
     copy: Path, run: Run, weights_of_another_architecture: Path
 ) -> None:
@@ -667,12 +676,14 @@ def test_a_training_state_of_another_architecture_is_refused_in_one_line(
     assert "training_state.safetensors: " in line
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("damage", ["evaluation damaged", "evaluation a list"])
 def test_a_damaged_evaluation_is_found_before_the_work(copy: Path, run: Run, damage: str) -> None:
     BAD_RUNS[damage][0](copy)
     assert "log p(x)" not in run(EVALUATE, copy).err
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("command", EVERY)
 def test_data_that_has_changed_since_training_is_refused(
     copy: Path, run: Run, datasets: Path, tmp_path: Path, command: str
@@ -687,6 +698,7 @@ def test_data_that_has_changed_since_training_is_refused(
     assert "SHA-256 differs" in line
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("command", [FIGURES, RESUME, EVALUATE])
 def test_data_that_was_copied_is_the_same_data(
     copy: Path, run: Run, datasets: Path, tmp_path: Path, command: str
@@ -700,11 +712,13 @@ def test_data_that_was_copied_is_the_same_data(
 DEVICES = ["cuda:99", "gpu", "meta", "hpu", "privateuseone", "CPU"]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_device_that_is_not_here_is_refused_by_evaluate(copy: Path, run: Run, device: str) -> None:
     assert "error: --device: expected a device" in refusal(run(EVALUATE, copy, "--device", device))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_device_that_is_not_here_is_refused_before_a_folder_is_made(
     datasets: Path, run: Run, tmp_path: Path, device: str
@@ -714,12 +728,14 @@ def test_a_device_that_is_not_here_is_refused_before_a_folder_is_made(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("dataset", ["no/such.npz", "cifar", "small.csv"])
 def test_bad_data_is_refused_before_a_folder_is_made(run: Run, tmp_path: Path, dataset: str) -> None:
     assert "dataset: " in refusal(run(TRAIN, "--dataset", dataset, cwd=tmp_path))
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.thorough
 def test_a_damaged_data_file_is_refused_before_a_folder_is_made(datasets: Path, tmp_path: Path) -> None:
     """In a process of its own: whatever Python says at its end counts too."""
     (tmp_path / "half.npz").write_bytes((datasets / "small.npz").read_bytes()[:5000])

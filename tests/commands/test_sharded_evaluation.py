@@ -71,6 +71,7 @@ def alone():
         return all_cases()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("case", [*CASES, "reconstruction"])
 def test_every_rank_has_the_numbers_of_a_process_alone(ranks, alone, case):
     for numbers, _ in ranks.values():
@@ -113,6 +114,7 @@ def test_the_script_under_torchrun_writes_what_it_writes_alone(tmp_path):
 # --- The numbers ---
 
 
+@pytest.mark.thorough
 def test_the_mean_over_groups_is_the_exact_evidence(monkeypatch):
     monkeypatch.setitem(batching.PASS_BYTES, "cpu", 40 * 8 * 6 * 12)
     vae = bernoulli_vae(latent_dim=1)
@@ -144,6 +146,7 @@ def test_the_bound_on_the_pretrained_run_is_that_of_fresh_draws():
     assert abs(difference.mean()) < 5 * difference.std() / math.sqrt(len(x))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("num_particles", [1, 7, 50, 200])
 def test_two_models_have_the_same_seeds_for_the_same_images(num_particles, monkeypatch):
     """Also where one of them holds so much of a pixel that its passes are smaller: noise is matched by images."""

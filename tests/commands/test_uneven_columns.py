@@ -21,6 +21,7 @@ def words_of_training(tmp_path, table: np.ndarray, likelihood: str) -> list[str]
     return said
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("likelihood", ["normal", "laplace"])
 def test_uneven_columns_are_warned_of_with_both_cures(tmp_path, likelihood):
     said = words_of_training(tmp_path, load_wine().data, likelihood)
@@ -29,6 +30,7 @@ def test_uneven_columns_are_warned_of_with_both_cures(tmp_path, likelihood):
     assert "--likelihood normal-per-pixel" in line
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("likelihood", ["normal", "normal-per-pixel"])
 def test_nothing_is_warned_of_where_one_scale_does_or_each_column_has_its_own(tmp_path, likelihood):
     wine = load_wine().data

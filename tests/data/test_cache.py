@@ -322,6 +322,7 @@ print(data.load(sys.argv[1]).train.sum().item())
 """
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("most", [100, 1000])
 def test_a_disk_that_is_full_stops_nothing_and_leaves_nothing(own: Path, kept: Path, most: int) -> None:
     """No file may be longer than 100 bytes (the images as they are read), or 1,000 (these fit, and the entry not)."""
@@ -373,6 +374,7 @@ data.load(sys.argv[1])
 """
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("where", ["reading", "writing", "header", "renaming"])
 def test_a_process_that_is_killed_leaves_no_wrong_entry(own: Path, kept: Path, where: str) -> None:
     assert run(KILLED, kept, own, where).returncode == -signal.SIGKILL
@@ -408,6 +410,7 @@ print(len(splits.train), data.is_mapped(splits.train))
 """
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 def test_a_folder_that_is_larger_than_memory_is_read(tmp_path: Path, kept: Path) -> None:
     """90 images of 1 MiB under a limit of 60; read into memory, they exceed it."""
@@ -433,6 +436,7 @@ def test_an_image_of_too_many_pixels_is_named(own: Path, recwarn: pytest.Warning
     assert [str(warning.message) for warning in recwarn if "bomb" in str(warning.message)] == []
 
 
+@pytest.mark.thorough
 def test_an_image_of_many_pixels_is_read_if_its_file_has_the_bytes_for_them(own: Path) -> None:
     levels = np.zeros((3000, 3000), np.uint8)
     Image.fromarray(levels).save(own / "dog" / "blank.png")

@@ -40,6 +40,7 @@ def found() -> dict[str, dict[str, Any]]:
     return found
 
 
+@pytest.mark.thorough
 def test_every_reader_is_tried() -> None:
     assert found().keys() == {*READERS, *FAULTY}
 

@@ -209,6 +209,7 @@ def limited(path: Path, kept: Path, *arguments: object) -> subprocess.CompletedP
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 @pytest.mark.parametrize(
     ("dtype", "pixels", "family"), [("float32", "none", "NormalPerPixel"), ("uint8", "dynamic", "Bernoulli")]

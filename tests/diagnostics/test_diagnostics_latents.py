@@ -186,6 +186,7 @@ def test_no_draw_carries_more_than_the_cap():
     assert (q.log_prob_per_image(z) - q.log_prob(z)).max() <= math.log(30) + 1e-9
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("rho", [0.3, 0.9])
 def test_the_total_correlation_of_a_correlated_normal_is_found(rho):
     """Means N(0, C - s^2 I) and posteriors of scale s: the aggregate is N(0, C), TC = -log(1 - rho^2) / 2."""

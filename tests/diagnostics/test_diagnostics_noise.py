@@ -312,6 +312,7 @@ def training(request):
     return options, case["live"], trained(gaussian_data(), **options)
 
 
+@pytest.mark.thorough
 def test_the_prediction_counts_the_live_latents_of_a_trained_linear_vae(training):
     options, live, vae = training
     x = gaussian_data()

@@ -62,6 +62,7 @@ def _binary(num_images=2, dtype=torch.double):
 # --- The weights ---
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("start", ["guide", "prior", "normal"])
 def test_forward_weights_are_unbiased(start):
     torch.manual_seed(0)
@@ -151,6 +152,7 @@ def test_a_few_lines_of_plain_torch_give_the_same_weights():
 # --- The sandwich ---
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("start", ["guide", "prior"])
 @pytest.mark.parametrize("guide", POSTERIORS.values(), ids=POSTERIORS)
 def test_the_bounds_enclose_the_evidence_and_close(guide, start):
@@ -187,6 +189,7 @@ def test_the_lower_bound_comes_to_quadrature(posterior):
     assert (ratio.std(0) < 1).all()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("guide", GUIDES)
 def test_so_do_models_of_several_layers(guide):
     torch.manual_seed(0)
@@ -197,6 +200,7 @@ def test_so_do_models_of_several_layers(guide):
     assert ((ratio.mean(0) - 1).abs() < 4 * ratio.std(0) / math.sqrt(200) + 1e-9).all()
 
 
+@pytest.mark.thorough
 def test_chains_end_where_nuts_goes():
     pyro.set_rng_seed(0)
     vae = bernoulli_vae(latent_dim=2)
@@ -232,6 +236,7 @@ def _potential(vae, x):
 # --- The pilot ---
 
 
+@pytest.mark.thorough
 def test_step_sizes_come_to_the_acceptance_that_is_asked_for():
     torch.manual_seed(0)
     vae, x = _built(latent_dim=20), _binary()
@@ -299,6 +304,7 @@ def test_temperatures_rise_from_0_to_1_and_are_symmetric(steepness):
 # --- Graphs ---
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("words", "dtype"),
     [

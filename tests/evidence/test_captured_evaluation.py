@@ -65,7 +65,11 @@ def _both(vae, x, *, num_particles, **asked):
 
 
 @pytest.mark.parametrize("num_particles", REMAINDERS.values(), ids=REMAINDERS)
-@pytest.mark.parametrize(("dtype", "relative"), [(torch.double, 1e-10), (torch.float, 1e-6)], ids=["double", "single"])
+@pytest.mark.parametrize(
+    ("dtype", "relative"),
+    [(torch.double, 1e-10), pytest.param(torch.float, 1e-6, marks=pytest.mark.thorough)],
+    ids=["double", "single"],
+)
 @pytest.mark.parametrize(("likelihood", "network"), LIKELIHOODS_AND_NETWORKS)
 def test_the_captured_estimate_is_the_plain_one(
     graphs, small_passes, likelihood, network, dtype, relative, num_particles
@@ -95,6 +99,7 @@ def test_the_compiled_estimate_is_the_plain_one(real_compiler, small_passes, net
     assert 0 < told[0] < 600
 
 
+@pytest.mark.thorough
 def test_compiled_images_may_lie_in_memory_in_any_order(real_compiler, small_passes):
     """The graph is for one layout of its inputs: a transposed array holds the same images."""
     vae, x = _vae(), _images()
@@ -104,6 +109,7 @@ def test_compiled_images_may_lie_in_memory_in_any_order(real_compiler, small_pas
     _assert_same(captured, plain, relative=1e-10)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("dtype", "relative"), [(torch.double, 1e-10), (torch.float, 1e-6)], ids=["double", "single"])
 @pytest.mark.parametrize("logit", [0.0, 1e-4, 1.0, 18.0, 40.0, 89.0, 300.0])
 def test_pixels_of_any_certainty_cost_what_they_cost_without_a_graph(graphs, logit, dtype, relative):

@@ -57,6 +57,7 @@ def estimates(name: str, num_draws: int, repeats: int = 4000) -> Tensor:
     return levels.log_prob(LEVELS.expand(repeats, 256))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("num_draws", [1, 4])
 @pytest.mark.parametrize("name", DENSITIES)
 def test_the_estimated_mass_is_unbiased_for_every_level(name, num_draws):
@@ -67,6 +68,7 @@ def test_the_estimated_mass_is_unbiased_for_every_level(name, num_draws):
     assert ((mass.mean(0) - exact).abs() <= 6 * stderr + 1e-9)[seen].all()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", DENSITIES)
 def test_the_bound_never_exceeds_the_exact_mass_and_rises_with_the_draws(name):
     exact, previous = exact_mass(name), -math.inf
@@ -81,6 +83,7 @@ def test_the_bound_never_exceeds_the_exact_mass_and_rises_with_the_draws(name):
         previous = bound
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", DENSITIES)
 def test_sixteen_draws_are_within_two_thousandths_of_a_nat_of_the_exact_mass(name):
     """One draw lacks 0.43 nats a pixel of the density that is narrower than a level, sixteen 0.0006."""
@@ -194,6 +197,7 @@ def test_the_bound_of_a_whole_vae_reaches_its_mass_of_levels():
     assert ((bounds.mean(0) - exact).abs() < 5 * bounds.std(0) / math.sqrt(20) + 0.01).all()
 
 
+@pytest.mark.thorough
 def test_one_draw_is_a_looser_bound_and_still_one():
     vae = normal_vae()
     x = levels_of(vae)

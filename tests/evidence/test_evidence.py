@@ -66,6 +66,7 @@ def test_reconstruction_and_kl_are_their_closed_forms(oracle):
         assert ((values.mean(0) - exact).abs() < 5 * values.std(0) / math.sqrt(50)).all(), name
 
 
+@pytest.mark.thorough
 def test_bounds_of_a_wide_guide_rise_with_particles_and_stay_below_the_evidence():
     oracle = LinearGaussian.random(D=12, L=8)
     vae, x = oracle.vae(widen=1.5), oracle.draw(1000)
@@ -105,6 +106,7 @@ def test_a_bernoulli_decoder_agrees_with_quadrature(latent_dim):
     assert (result.monte_carlo_stderr < 0.05).all()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("chunk", [1, 3, 64, 100, 1000])
 def test_the_chunk_changes_nothing_but_noise(chunk):
     vae = bernoulli_vae(latent_dim=2)
@@ -129,6 +131,7 @@ def test_no_more_pairs_of_particle_and_image_are_held_than_a_pass_takes(monkeypa
         held.clear()
 
 
+@pytest.mark.thorough
 def test_memory_grows_neither_with_particles_nor_with_images():
     """In a process of its own: the default decoder, 100 times the particles, then 60 times the images."""
     program = """
@@ -159,6 +162,7 @@ def test_the_monte_carlo_error_is_the_spread_over_repeated_draws():
     assert ((claimed / spread - 1).abs() < 0.25).all()
 
 
+@pytest.mark.thorough
 def test_the_jackknife_predicts_what_the_bound_still_lacks():
     oracle = LinearGaussian.random(D=12, L=8)
     vae, x = oracle.vae(widen=1.6), oracle.draw(6)

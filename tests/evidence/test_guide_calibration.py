@@ -175,6 +175,7 @@ def p_values_of_the_exact_guide():
     )
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("quantity", range(4), ids=["latent 1", "latent 2", "latent 3", "log p(x, z)"])
 def test_p_values_of_an_exact_guide_are_uniform(p_values_of_the_exact_guide, quantity):
     """Four tests with the same seed for good: each fails by chance once in a thousand seeds."""
@@ -241,6 +242,7 @@ def test_scale_and_shift_are_those_of_the_guide(widen, shift, num_draws):
     assert (((found.shift - shift) / found.shift_stderr).abs() < 4.5).all(), found
 
 
+@pytest.mark.thorough
 def test_the_errors_of_scale_and_shift_are_those_of_repeated_calibrations():
     """The standard deviation of 150 has an error of 6%."""
     vae = LinearGaussian.random().vae(widen=0.8, shift=0.4)

@@ -296,6 +296,7 @@ def test_free_bits_are_of_the_mean_over_the_batch_and_not_of_single_images(oracl
     assert float(_free_kl(vae, x, free_nats)) == pytest.approx(kl.sum(), rel=1e-12)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("num_particles", [1, 3])
 def test_a_captured_step_of_free_bits_ends_where_the_eager_one_does(graphs, num_particles):
     """lambda lies between the KLs of the latents, so that both branches are in the one graph."""

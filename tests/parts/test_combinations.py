@@ -126,6 +126,7 @@ def _assert_captured_is_eager(vae, objective, x):
         assert_close(g, e, rtol=1e-8, atol=1e-9 * max(1.0, float(e.abs().max())))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("words", CASES)
 def test_a_captured_step_is_the_eager_one(graphs, words):
     vae, x, objective = _built(words)
@@ -182,6 +183,7 @@ VAMPS = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("words", VAMPS.values(), ids=VAMPS)
 def test_pseudo_images_pass_through_the_encoder_in_a_captured_step(graphs, words):
     vae, x, objective = _built(words | PRIORS["vamp"] | {"num_particles": 1})

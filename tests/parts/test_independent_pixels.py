@@ -66,6 +66,7 @@ OF_LEVELS = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("word", OF_LEVELS)
 def test_a_density_of_levels_has_the_largest_mass_that_scipy_finds_in_each_pixel(word):
     """Within 0.003 nats per pixel."""
@@ -92,6 +93,7 @@ def test_large_counts_are_not_shrunk_under_a_poisson():
     )
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("mean", "total", "count"), [(3.0, 0.5, 5000), (40.0, 2.0, 5000), (2e4, 5.0, 200)])
 def test_a_negative_binomial_has_the_largest_mass_that_scipy_finds(mean, total, count):
     counts = np.random.default_rng(1).negative_binomial(total, total / (total + mean), (count, 1))
@@ -145,6 +147,7 @@ def test_levels_of_a_pixel_have_their_own_histogram_under_a_categorical():
 DENSITIES = [name for name, case in CASES.items() if case.make(case.event).measure == "density"]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", DENSITIES)
 def test_no_marginals_within_the_family_have_more_mass(name):
     x = dequantized_levels()
@@ -154,6 +157,7 @@ def test_no_marginals_within_the_family_have_more_mass(name):
     assert baseline(family, x, is_dequantized=True).mean() > within.mean() - 1e-3
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["normal", "laplace", "student-t", "logit-normal", "beta", "poisson", "categorical"])
 def test_a_constant_pixel_leaves_other_images_a_finite_baseline(name):
     family = CASES[name].make((3,))

@@ -441,6 +441,7 @@ def test_every_row_of_a_fitted_categorical_can_be_trained(num_pixels):
 # --- Between zero and one ---
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("base", ["Normal", "Laplace"])
 def test_the_mean_of_a_logit_is_right_at_every_location_and_scale(base):
     likelihood = likelihoods.Logit(getattr(likelihoods, base)((25,))).double()

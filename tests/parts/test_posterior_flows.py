@@ -434,6 +434,7 @@ def _as_stored(values, generator=None):
     return values
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", FLOWS)
 def test_a_trained_flow_guide_is_nearer_to_the_evidence_than_the_best_diagonal_one(name):
     """Two correlated latents: the diagonal guide's least gap is known, KL = sum_l log(s_l / t_l), t_l^2 = 1 / P_ll."""
@@ -470,6 +471,7 @@ def _bernoulli_flow_vae(name):
     return VAE(vae.prior, vae.likelihood, Conditional(encoder, posterior))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", FLOWS)
 def test_the_bound_with_a_flow_guide_is_the_evidence_by_quadrature(name):
     vae, x = _bernoulli_flow_vae(name), _images()
@@ -478,6 +480,7 @@ def test_the_bound_with_a_flow_guide_is_the_evidence_by_quadrature(name):
     assert_close(found, quadrature_log_evidence(vae, x, latent_dim=2), rtol=0, atol=0.05)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", FLOWS)
 def test_captured_steps_are_the_eager_ones(graphs, name):
     trained = {}
@@ -493,6 +496,7 @@ def test_captured_steps_are_the_eager_ones(graphs, name):
     assert len(graphs) > 0
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", FLOWS)
 def test_after_a_captured_run_the_same_module_has_numbers(graphs, name):
     vae, x = _bernoulli_flow_vae(name), _images()

@@ -433,6 +433,7 @@ def test_a_captured_training_ends_where_the_eager_one_does(graphs, name, objecti
             assert not torch.equal(eager[key], start[key.removeprefix("weights/")]), f"{key} is not trained"
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("name", "objective", "compile", "steps"),
     [

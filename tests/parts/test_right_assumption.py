@@ -68,6 +68,7 @@ def fitted(word: str, x: Tensor) -> tuple[object, Tensor]:
     return kind, h.detach()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("source", SOURCES)
 def test_the_right_assumption_wins_on_the_common_scale(source):
     """By more than three standard errors of the paired difference, on images that nothing was fitted to."""

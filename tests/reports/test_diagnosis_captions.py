@@ -30,6 +30,7 @@ OF_A_VAE = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", OF_A_VAE)
 def test_an_autoencoder_is_not_held_to_what_a_prior_asks(name, caption):
     assert OF_A_VAE[name] in caption("VAE", name)

@@ -87,6 +87,7 @@ def unsaved(tmp_path, shape, *, num_test=5, **options):
 # --- Which figures there are ---
 
 
+@pytest.mark.thorough
 def test_a_run_on_images_with_two_latents_has_every_figure(run):
     assert set(figure_names(run)) == ALL
     assert {path.name for path in (run.folder / "figures").iterdir()} == ALL
@@ -153,6 +154,7 @@ def trained_further(folder, tmp_path):
     return copy
 
 
+@pytest.mark.thorough
 def test_a_figure_of_former_weights_does_not_stay_beside_those_of_the_present_ones(trained_further):
     (trained_further / "figures" / "mine.png").write_bytes(b"")
     draw_run(Figures(str(trained_further)), say=lambda line: None)
@@ -160,6 +162,7 @@ def test_a_figure_of_former_weights_does_not_stay_beside_those_of_the_present_on
     assert left == ALL - {"log_likelihoods.png"} | {"mine.png"}
 
 
+@pytest.mark.thorough
 def test_a_figure_too_many_is_a_reason_to_draw_again(trained_further):
     draw_run(Figures(str(trained_further)), say=lambda line: None)
     run = open_run(str(trained_further))
@@ -171,12 +174,14 @@ def test_a_figure_too_many_is_a_reason_to_draw_again(trained_further):
 # --- Drawing changes nothing ---
 
 
+@pytest.mark.thorough
 def test_drawing_again_gives_the_same_files_and_touches_no_other(folder):
     before = contents(folder)
     draw_run(Figures(str(folder)), say=lambda line: None)
     assert contents(folder) == before
 
 
+@pytest.mark.thorough
 def test_drawing_leaves_the_random_state(folder):
     torch.manual_seed(5)
     before = torch.get_rng_state()

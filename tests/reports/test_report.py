@@ -65,6 +65,7 @@ def page_of(runs_of: dict[str, Path]) -> Callable[[str], str]:
     return page
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", ["vae", "autoencoder", "conv", "table"])
 def test_every_kind_of_run_has_a_page_with_its_verdicts(runs_of, page_of, kind):
     html = page_of(kind)

@@ -48,6 +48,7 @@ def endless(server: Server, dataset: Path, tmp_path: Path) -> Iterator[tuple[Pat
     running.wait()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "words",
     [

@@ -79,6 +79,7 @@ def _of_at_most(pairs: int, held: list[int]):
     return terms
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("pairs", [1, 3, 10, 30])
 @pytest.mark.parametrize(("num_images", "num_particles", "first_pass"), [(9, 1, 9), (9, 20, 40), (2, 500, 25)])
 def test_an_evaluation_that_runs_out_of_memory_ends_with_the_exact_number(
@@ -164,6 +165,7 @@ def test_other_errors_are_not_tried_again():
     assert tried == [8]
 
 
+@pytest.mark.thorough
 def test_a_process_with_little_memory_evaluates_in_smaller_passes():
     """The kernel's limit: passes of a million particles, which hold some hundred megabytes, under 150 more."""
     program = """

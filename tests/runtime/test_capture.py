@@ -297,6 +297,7 @@ def _bernoulli_sum(logits, x):
     return (dist.Bernoulli(logits=logits).to_event(3).log_prob(x),)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("scale", [0.1, 1.0, 5.0, 30.0, 90.0])
 @pytest.mark.parametrize("event", [(1, 28, 28), (3, 5, 7), (1, 1, 64)])
 def test_joined_logarithms_lose_no_more_than_they_may(graphs, scale, event):

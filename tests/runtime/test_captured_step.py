@@ -51,7 +51,7 @@ def _assert_captured_is_eager(case, *, relative):
 
 @pytest.mark.parametrize(
     ("dtype", "channels", "num_particles", "relative"),
-    [(torch.double, (2, 3), 3, 1e-10), (torch.float, (2,), 1, 1e-5)],
+    [(torch.double, (2, 3), 3, 1e-10), pytest.param(torch.float, (2,), 1, 1e-5, marks=pytest.mark.thorough)],
     ids=["double", "single"],
 )
 @pytest.mark.parametrize(("likelihood", "network"), LIKELIHOODS_AND_NETWORKS)
@@ -86,6 +86,7 @@ def test_a_batch_of_another_size_has_the_same_loss_and_gradient_too(graphs):
     assert len(graphs) == 1
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("dtype", "relative"), [(torch.double, 1e-8), (torch.float, 1e-5)], ids=["double", "single"])
 def test_pixels_that_are_all_but_certain_cost_what_they_cost_eagerly(graphs, dtype, relative):
     """Logits up to 90, where e^h overflows float32, for the right pixels and for the wrong ones."""
@@ -219,6 +220,7 @@ REFUSED = {("FactorOfTheGuide", "analytic"), ("WithoutFormula", "analytic")}
 COMBINATIONS = [(p, kl) for p in PROGRAMS for kl in ESTIMATORS if (p, kl) not in REFUSED]
 
 
+@pytest.mark.thorough
 @pytest.mark.filterwarnings("ignore:Failed to verify mean field restriction")  # TwoLayers: Pyro asks for one order
 @pytest.mark.parametrize(("program", "kl"), COMBINATIONS)
 def test_a_users_program_has_the_loss_and_the_gradient_of_pyros_own_estimator(graphs, program, kl):
@@ -248,6 +250,7 @@ def test_each_of_those_programs_has_a_loss_of_its_own(program):
 # --- Objectives of log-weights ---
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("prior", PRIORS)
 @pytest.mark.parametrize("num_particles", [1, 3])
 @pytest.mark.parametrize("name", OF_LOG_WEIGHTS)
@@ -266,6 +269,7 @@ def test_a_captured_step_on_log_weights_has_the_loss_and_the_gradient_of_the_eag
     assert len(graphs) == 1
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("objective", [objectives.elbo, partial(objectives.dreg, num_particles=2)])
 def test_a_module_at_two_places_has_its_parameters_back(graphs, objective):
     vae = _with_shared_posterior()
@@ -280,6 +284,7 @@ def test_a_module_at_two_places_has_its_parameters_back(graphs, objective):
 PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("name", "plain", "num_particles"), [("stl", "elbo", 1), ("dreg", "iwae", 3)])
 def test_the_second_pass_adds_no_matrix_product(graphs, name, plain, num_particles):
     vae = make_vae()
@@ -451,6 +456,7 @@ class ReadNumbers(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("size", [8, 5], ids=["whole batch", "ragged batch"])
 @pytest.mark.parametrize("kl", ESTIMATORS)
 def test_a_step_reads_no_number(graphs, kl, size):
@@ -490,6 +496,7 @@ def compiled_cases():
     return of
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("words", COMPILED)
 def test_a_compiled_step_has_the_loss_and_the_gradient_of_the_eager_one(compiled_cases, words):
     case, step, optimizer = compiled_cases(words)
@@ -558,6 +565,7 @@ def test_under_autocast_distributions_stay_in_the_type_of_the_data():
     assert all(types == {torch.float} for types in seen.values())
 
 
+@pytest.mark.thorough
 @needs_bf16
 def test_under_autocast_a_captured_step_is_the_eager_one(graphs):
     vae, x = _wide()

@@ -173,6 +173,7 @@ def test_k_of_pareto_weights_is_their_shape(k):
     assert abs(fitted.mean() - expected) < 5 * fitted.std() / math.sqrt(40)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("narrow", [0.3, 0.5, 0.7])
 def test_k_of_a_narrow_guide_is_one_minus_its_squared_scale(narrow):
     oracle = LinearGaussian.random(D=4, L=1)

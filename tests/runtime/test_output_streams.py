@@ -63,6 +63,7 @@ import torch.utils.cpp_extension
 """
 
 
+@pytest.mark.thorough
 def test_compiling_is_silent_where_a_cuda_toolkit_is_installed_without_a_gpu(tmp_path):
     settings = os.environ | {"CUDA_HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", COMPILE], env=settings, capture_output=True, timeout=300)
@@ -90,6 +91,7 @@ def trained(tmp_path_factory):
     return folder / "run", subprocess.run(command, env=os.environ | settings, capture_output=True, timeout=300)
 
 
+@pytest.mark.thorough
 def test_a_training_draws_its_figures_whatever_the_backend_of_a_notebook(trained):
     folder, done = trained
     assert done.returncode == 0, done.stderr

@@ -33,6 +33,7 @@ def study_folder(study) -> Path:
     return study[0]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", FIGURES)
 def test_each_figure_is_a_file_for_light_and_for_dark_pages(study_folder, name):
     paths = [study_folder / "figures" / f"{name}{suffix}.png" for suffix in ("", "-dark")]

@@ -41,6 +41,7 @@ from ppl_vae.runtime.errors import NotFinite
 from ppl_vae.training import CapturedSteps, Optimizer, Resident, TrainingState
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
 def test_every_likelihood_trains_as_one_graph_on_more_images_than_a_batch(graphs, likelihood):
     """Before the first step all images are compared with its support, several batches of them at once."""
@@ -174,6 +175,7 @@ def test_adamw_trains_captured_as_it_does_eagerly(graphs):
 # --- Exact resume ---
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("average_decay", [0.0, 0.9])
 @pytest.mark.parametrize("with_validation", [True, False])
 def test_a_captured_run_resumed_from_any_step_ends_bit_for_bit_where_the_undisturbed_one_does(
@@ -368,6 +370,7 @@ def test_a_fault_is_named_with_its_step_and_changes_nothing(graphs, at_step, fau
         assert torch.equal(now.nan_to_num(7.0), before.nan_to_num(7.0))
 
 
+@pytest.mark.thorough
 def test_a_failure_that_the_host_sees_late_is_told_with_its_own_step_and_images(graphs):
     vae, train = make_vae(), make_images()
     batches = torch.arange(37).split(8)
@@ -402,6 +405,7 @@ def test_one_training_image_off_the_support_is_found_before_anything_is_trained_
 # --- The real compiler ---
 
 
+@pytest.mark.thorough
 def test_a_compiled_training_ends_where_the_eager_one_does_and_resumes_bit_for_bit():
     if (reason := capture.capture_obstacle(torch.device("cpu"))) is not None:
         pytest.skip(reason)

@@ -183,6 +183,7 @@ def _assert_resumes_bit_for_bit(options, tmp_path, monkeypatch):
         assert one | {"seconds": 0} == other | {"seconds": 0}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("average_decay", [0.0, 0.99])
 @pytest.mark.parametrize("compile", ["on", "off"])
 def test_an_interrupted_run_ends_bit_for_bit_where_the_undisturbed_one_does(
@@ -193,12 +194,14 @@ def test_an_interrupted_run_ends_bit_for_bit_where_the_undisturbed_one_does(
     assert bool(graphs) == (compile == "on")
 
 
+@pytest.mark.thorough
 def test_so_does_one_through_the_real_compiler(no_figures, small, tmp_path, monkeypatch):
     if (reason := capture.capture_obstacle(torch.device("cpu"))) is not None:
         pytest.skip(reason)
     _assert_resumes_bit_for_bit(replace(small, compile="on"), tmp_path, monkeypatch)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("before", "after"), [("on", "off"), ("off", "on")])
 def test_resuming_with_the_other_word_changes_the_config_and_says_so(
     graphs, no_figures, small, tmp_path, before, after
@@ -228,6 +231,7 @@ def _interrupt_compiled(small, folder, monkeypatch):
         _train(options, folder)
 
 
+@pytest.mark.thorough
 def test_where_compiling_fails_on_resuming_a_compiled_run_goes_on_eagerly(
     graphs, no_figures, small, tmp_path, monkeypatch
 ):
@@ -246,6 +250,7 @@ def test_where_compiling_fails_on_resuming_a_compiled_run_goes_on_eagerly(
     _assert_same_bits(tmp_path / "fails", tmp_path / "off")
 
 
+@pytest.mark.thorough
 def test_where_compiling_fails_on_resuming_and_on_is_asked_for_that_is_an_error(
     graphs, no_figures, small, tmp_path, monkeypatch
 ):
@@ -279,6 +284,7 @@ def test_a_precision_that_this_machine_has_not_is_refused_before_anything_is_wri
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("compile", ["on", "off"])
 def test_bf16_multiplies_in_training_and_never_in_the_final_evaluation(
     graphs, no_figures, small, tmp_path, monkeypatch, compile

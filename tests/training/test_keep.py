@@ -97,6 +97,7 @@ def test_a_beta_is_shown_as_it_ends_unless_asked_otherwise(
     assert resolve(options, load_splits(options)).keep == expected
 
 
+@pytest.mark.thorough
 def test_a_run_that_keeps_the_last_weights_holds_those_of_its_last_step(tmp_path: Path) -> None:
     options: Options = replace(SMALL, dataset=str(save_bars(tmp_path / "bars.npz")), keep="last", epochs=3)
     folder = train_small(tmp_path / "run", options)

@@ -92,6 +92,7 @@ def _same_run(folder, undisturbed):
     assert {path.name for path in folder.rglob(".*")} <= {runs.LOCK}, "half-written files are left"
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_run_killed_again_and_again_ends_where_the_undisturbed_one_does(seed, small_mnist, undisturbed, tmp_path):
     folder, draw = tmp_path / "killed", random.Random(seed)
@@ -115,6 +116,7 @@ def test_a_run_killed_again_and_again_ends_where_the_undisturbed_one_does(seed, 
     _same_run(folder, undisturbed)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("moment", ["config.json", "metrics.jsonl", "model.safetensors", "evaluation.json", "figures"])
 def test_a_run_killed_when_a_file_appears_is_finished_by_resuming(moment, small_mnist, undisturbed, tmp_path):
     folder = tmp_path / "killed"
@@ -125,6 +127,7 @@ def test_a_run_killed_when_a_file_appears_is_finished_by_resuming(moment, small_
     assert "is finished" in _finish("--resume", folder)
 
 
+@pytest.mark.thorough
 def test_a_run_interrupted_in_the_middle_of_an_epoch_goes_on_from_there(small_mnist, undisturbed, tmp_path):
     folder = tmp_path / "killed"
     process = _start("--dataset", small_mnist, "--run-dir", folder, *SMALL)

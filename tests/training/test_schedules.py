@@ -131,6 +131,7 @@ def test_an_average_is_the_mean_of_what_was_seen_as_long_as_few_were():
 # --- In training ---
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("asked", "expected"),
     [

@@ -59,6 +59,7 @@ def trained(x: Tensor, *, skip_norm: float | None, epochs: int = 1, **options: A
     return records, state
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("compile", [False, True], ids=["eager", "captured"])
 @pytest.mark.parametrize("factor", [1e6, torch.inf, torch.nan], ids=str)
 def test_a_step_whose_gradient_is_astronomical_is_left_out_and_counted(
@@ -79,6 +80,7 @@ def test_a_step_whose_gradient_is_astronomical_is_left_out_and_counted(
     assert 5 < records[-1]["train_loss_nats_per_image"] < 20  # 16 pixels: the mean of the steps that were taken
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("compile", [False, True], ids=["eager", "captured"])
 def test_without_a_step_to_leave_out_the_weights_are_those_of_a_training_that_leaves_none_out(
     graphs: Any, compile: bool
@@ -248,6 +250,7 @@ def test_only_an_importance_weighted_objective_is_chosen_by_several_particles(ob
     assert fit_arguments(options, None)["validation"].num_particles == expected
 
 
+@pytest.mark.thorough
 def test_a_run_of_several_particles_says_by_which_bound_its_weights_were_chosen(tmp_path: Path) -> None:
     options = replace(SMALL, dataset=str(save_bars(tmp_path / "bars.npz")), objective="iwae", num_particles=4)
     said: list[str] = []

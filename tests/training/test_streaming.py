@@ -156,6 +156,7 @@ def test_streamed_images_train_the_same_weights_bit_for_bit(tmp_path: Path, opti
     assert scalars | {"seconds": 0} == others | {"seconds": 0}
 
 
+@pytest.mark.thorough
 def test_streamed_images_train_the_same_weights_bit_for_bit_when_compiled(tmp_path: Path) -> None:
     resident, _ = trained(levels(), compile=True)
     streamed, _ = trained(mapped(tmp_path, levels()), compile=True, stream=True)

@@ -225,6 +225,7 @@ def test_a_gradient_that_is_not_finite_stops_before_it_reaches_the_weights():
     assert all(torch.equal(p, w) for p, w in zip(vae.parameters(), weights[-1], strict=True))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("compile", [False, True])
 def test_a_nan_never_reaches_a_checkpoint(graphs, compile):
     vae, saved = _vae(), []
@@ -278,6 +279,7 @@ def test_a_trained_model_is_left_in_evaluation_mode():
 # --- Exact resume ---
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("num_particles", [1, 3])
 @pytest.mark.parametrize("with_validation", [True, False])
 def test_a_run_resumed_from_any_step_ends_bit_for_bit_where_the_undisturbed_one_does(num_particles, with_validation):
@@ -411,6 +413,7 @@ def test_a_double_vae_is_trained_on_images_in_double_precision(compile, graphs):
     assert len(graphs) == compile
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("compile", [False, True])
 def test_a_vae_built_in_double_precision_is_trained_on_levels(double_by_default, compile, graphs):
     vae, x = _vae(), _levels()

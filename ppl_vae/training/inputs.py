@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pyro
 import torch
+from pyro.infer.autoguide import AutoGuide
 from torch import Tensor, nn
 
 from ppl_vae.protocols import Program
@@ -55,7 +56,8 @@ def check_program(program: Program) -> None:
 
     Raises:
         ValueError: It has no model and guide, or no weight that a gradient can change; or a guide or model was assigned
-            to it as a submodule, where its method would be called instead.
+            to it as a submodule, where its method would be called instead; or it holds a guide from
+            pyro.infer.autoguide.
     """
     if not isinstance(program, Program):
         raise ValueError(
@@ -65,6 +67,9 @@ def check_program(program: Program) -> None:
         if name in ("model", "guide"):
             kind = type(part).__name__
             raise ValueError(f"{name}: expected the program's own method, got {kind} assigned to it; {NO_AUTOGUIDE}")
+    autoguide = _find_autoguide(program)
+    if autoguide is not None:
+        raise ValueError(f"guide: expected a guide with an encoder, got {type(autoguide).__name__}; {NO_AUTOGUIDE}")
     weights = list(program.parameters())
     if any(w.is_inference() for w in weights):
         raise ValueError(
@@ -75,6 +80,18 @@ def check_program(program: Program) -> None:
             f"program: expected weights that can be trained, got {len(weights)} and none with requires_grad; "
             "requires_grad_(True) makes them so"
         )
+
+
+def _find_autoguide(program: Program) -> AutoGuide | None:
+    """Return a guide from pyro.infer.autoguide that is the program's guide, or an attribute of one of its modules."""
+    found: list[object] = [program.guide, getattr(program.guide, "__self__", None)]
+    for module in [program, *program.modules()]:
+        found.append(module)
+        for value in [*vars(type(module)).values(), *vars(module).values()]:
+            found += (
+                value if isinstance(value, list | tuple) else value.values() if isinstance(value, dict) else [value]
+            )
+    return next((part for part in found if isinstance(part, AutoGuide)), None)
 
 
 def check_batch_of_one(

@@ -296,3 +296,42 @@ def test_an_autoguide_is_refused_in_one_line_that_names_the_cure(kind: Any) -> N
             use()
         assert len(str(caught.value).splitlines()) == 1
     pyro.clear_param_store()
+
+
+class HoldsAutoguide(torch.nn.Module):
+    """A program whose guide calls an autoguide, which it holds as one of several kinds of attribute."""
+
+    def __init__(self, place: str) -> None:
+        super().__init__()
+        vae = small_vae()
+        autoguide = AutoNormal(vae.model)
+        self.place = place
+        if place == "unregistered vae":
+            self.vae = (vae,)
+        else:
+            self.vae = torch.nn.ModuleList([vae])
+        if place == "guide method":
+            self.__dict__["guide"] = autoguide.forward
+        elif place == "list":
+            self.parts = [autoguide]
+        else:
+            self.parts = torch.nn.ModuleList([autoguide])
+
+    def model(self, x: torch.Tensor) -> None:
+        self.vae[0].model(x)
+
+    def guide(self, x: torch.Tensor) -> None:
+        self.parts[0](x)
+
+
+@pytest.mark.parametrize("batch_size", [100, 20])
+@pytest.mark.parametrize("place", ["submodule", "list", "guide method", "unregistered vae"])
+def test_a_program_that_holds_an_autoguide_is_refused_before_training(place: str, batch_size: int) -> None:
+    pyro.clear_param_store()
+    program = HoldsAutoguide(place)
+    before = {name: value.clone() for name, value in program.state_dict().items()}
+    with pytest.raises(ValueError, match=r"guide: expected .* got AutoNormal.*autoguide.*encoder") as caught:
+        fit(program, IMAGES, epochs=1, batch_size=batch_size)
+    assert len(str(caught.value).splitlines()) == 1
+    assert program.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in program.state_dict().items())

@@ -132,35 +132,57 @@ def incomplete_beta_fraction(a: Tensor, b: Tensor, x: Tensor) -> Tensor:
 
 
 def _log_beta_mass(p: StableBeta, x: Tensor) -> Tensor:
-    """A Beta's: by quadrature within a level, and by the tail at the ends and where the density falls steeply.
+    """Log-mass of levels under a Beta: by quadrature within a level, or by the tail. Of any shape.
 
-    Within a level, sum_i w_i p((x + u_i) / 256) / 256 with Gauss and Legendre's nodes u_i. At the ends the density may
-    have a pole, or most of its mass: there it is I_e(alpha, beta) of the inner edge e, or 1 - I_{1 - e}(beta, alpha),
-    whichever subtracts nothing. Where it falls by more than 16 nats within a level, the mass is that of the tail
-    beyond the level's edge next to the mode.
+    The quadrature holds within a level. At the ends the density may have a pole, or most of its mass: there the mass is
+    I_e(alpha, beta) of the inner edge e, or 1 - I_{1 - e}(beta, alpha), whichever subtracts nothing. Where the density
+    falls by more than 16 nats within a level, the mass is that of the tail beyond the level's edge next to the mode.
+
+    In single precision log p is a difference of numbers of the size of kappa, and all 784 pixels of an image share the
+    error of kappa = exp(log kappa): 0.009 nats per image at kappa = 8,100. It is therefore computed in double
+    precision.
     """
+    p = StableBeta(p.mean_logit.double(), p.log_concentration.double())
+    level = x.double()
     alpha, beta = p.exponents()
     first, last = x == 0, x == NUM_LEVELS - 1
     crossing = (alpha + 1) / (alpha + beta + 2)
-    is_right = (x + 0.5) / NUM_LEVELS > crossing
-    edge = torch.where(last | (is_right & ~first), x, x + 1) / NUM_LEVELS
+    center = (level + 0.5) / NUM_LEVELS
+    is_right = center > crossing
+    edge = torch.where(last | (is_right & ~first), level, level + 1) / NUM_LEVELS
     is_upper = edge > crossing
     a, b = torch.where(is_upper, beta, alpha), torch.where(is_upper, alpha, beta)
     fraction = incomplete_beta_fraction(a, b, torch.where(is_upper, 1 - edge, edge))
-    log_tail = p.log_prob(edge) + edge.log() + torch.log1p(-edge) - a.log() + fraction.log()
-    is_rest = (first & is_upper) | (last & ~is_upper)
-    rest = torch.log1p(-torch.where(is_rest, log_tail, -1.0).exp())
     slope = ((alpha - 1) / edge - (beta - 1) / (1 - edge)) / NUM_LEVELS
     is_tail = first | last | (slope.abs() > _STEEP)
-    return torch.where(is_rest, rest, torch.where(is_tail, log_tail, _log_quadrature(p, x)))
+    log_p = p.log_prob(torch.where(is_tail, edge, center))
+    log_tail = log_p + edge.log() + torch.log1p(-edge) - a.log() + fraction.log()
+    is_rest = (first & is_upper) | (last & ~is_upper)
+    rest = torch.log1p(-torch.where(is_rest, log_tail, -1.0).exp())
+    is_inside = ~is_tail  # elsewhere the ratio might overflow, and its gradient with it
+    ratio = _mean_ratio(*(torch.where(is_inside, h - 1, 0.0).to(x.dtype) for h in (alpha, beta)), x)
+    within = log_p + ratio.log() - math.log(NUM_LEVELS)
+    return torch.where(is_rest, rest, torch.where(is_tail, log_tail, within)).to(x.dtype)
 
 
-def _log_quadrature(p: Any, x: Tensor) -> Tensor:
-    """log (1/256) sum_i w_i p((x + u_i) / 256), w_i and u_i Gauss and Legendre's on [0, 1]."""
-    nodes, weights = (x.new_tensor(part / 2) for part in np.polynomial.legendre.leggauss(_NUM_NODES))
-    shape = (-1, *[1] * max(x.dim(), len(p.batch_shape)))
-    log_p = p.log_prob((x + 0.5 + nodes.reshape(shape)) / NUM_LEVELS)
-    return (log_p + weights.log().reshape(shape)).logsumexp(0) - math.log(NUM_LEVELS)
+def _mean_ratio(c: Tensor, d: Tensor, x: Tensor) -> Tensor:
+    """The mean of p over level x, divided by p at the level's center m, for p(y) proportional to y^c (1 - y)^d.
+
+    It is sum_i w_i p(m + t_i) / p(m) with the weights and nodes of Gauss and Legendre within a level, in which
+
+        log [p(m + t) / p(m)] = c log(1 + t / m) + d log(1 - t / (1 - m))
+
+    is small enough for single precision, which takes a third of the time of double precision.
+
+    Args:
+        c, d, x: Of shapes that broadcast to that of the ratio.
+    """
+    nodes, weights = (part / 2 for part in np.polynomial.legendre.leggauss(_NUM_NODES))
+    ratio = torch.zeros_like(c + d + x)
+    for t, weight in zip(nodes.tolist(), weights.tolist(), strict=True):
+        log_ratio = c * torch.log1p(t / (x + 0.5)) + d * torch.log1p(-t / (NUM_LEVELS - 0.5 - x))
+        ratio = ratio + weight * log_ratio.exp()
+    return ratio
 
 
 def _log_continuous_bernoulli_mass(p: StableContinuousBernoulli, x: Tensor) -> Tensor:

@@ -338,7 +338,7 @@ def anneal_simulated_images(
 
 
 def images_per_block(context: StageContext, x: Tensor, chain: ChainOptions) -> int:
-    """Blocks of nearly equal size, small enough that all chains of a block fit into one pass of the decoder."""
+    """Blocks of nearly equal size of x, (N, *E), so small that all chains of a block fit into one decoder pass."""
     return even_block_size(len(x), min(CHAIN_BLOCK, ais.images_per_block(context.vae, x, chain.chains)))
 
 

@@ -299,7 +299,7 @@ def estimate_independent_pixels(run: Run, x: Tensor) -> Estimate:
 
 
 def binarization_entropy(run: Run, split: str, index: Tensor) -> float | None:
-    """The mean entropy of the draw that binarized these images, in nats per image.
+    """The mean entropy of the draw that binarized the images at ``index``, (n,), in nats per image.
 
     A model that has not seen the draw cannot exceed minus this entropy in expectation. None where nothing was drawn, or
     where training saw the draw.

@@ -150,13 +150,20 @@ def load(run_dir: str | Path) -> VAE:
     """
     folder = find_run_folder(run_dir)
     options, seen = read_config(folder)
-    with torch.random.fork_rng(devices=[]):  # fresh weights are drawn, and replaced
-        model = build_vae(options, seen["event_shape"])
     try:
         weights, _ = runs.load_tensors(folder / runs.MODEL)
     except ValueError as error:
         cure = f"; --resume {folder} writes it again" if (folder / runs.TRAINING_STATE).exists() else ""
         raise ValueError(f"{error}{cure}") from None
+    try:
+        with torch.device("meta"):  # shapes without numbers: a damaged config may ask for more than the memory holds
+            fresh = build_vae(options, seen["event_shape"]).state_dict()
+    except ValueError as error:
+        raise ValueError(f"{folder / runs.CONFIG}: {error}") from None
+    if {name: w.shape for name, w in fresh.items()} != {name: w.shape for name, w in weights.items()}:
+        raise ValueError(f"{folder / runs.MODEL}: the weights do not fit the run's config: they differ in shape")
+    with torch.random.fork_rng(devices=[]):  # fresh weights are drawn, and replaced
+        model = build_vae(options, seen["event_shape"])
     load_weights(model, folder / runs.MODEL, weights)
     return model.eval()
 

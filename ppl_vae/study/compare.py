@@ -288,7 +288,10 @@ def measure_scale_gradients(options: Options, x: Tensor) -> tuple[ScaleGradient,
 
 
 def measure_scale_gradient(vae: VAE, x: Tensor, scale_map: str, largest: float) -> ScaleGradient:
-    """The gradient at one stretch, with the KL in closed form and with its estimate log q(z | x) - log p(z)."""
+    """The gradient at one stretch, with the KL in closed form and with its estimate log q(z | x) - log p(z).
+
+    x: (N, *E), as the model sees them.
+    """
     encoder: Any = vae.posterior
     with torch.no_grad():
         loc, feature = encoder.net(x).chunk(2, dim=-1)

@@ -61,6 +61,7 @@ def test_a_ratio_is_that_of_medians_captured_to_captured_and_eager_to_eager(benc
         assert records["laplace"]["ratio"] == middle["laplace"] / middle["bernoulli"]
 
 
+@pytest.mark.thorough
 def test_the_table_gives_the_features_per_pixel(benchmark, few_digits):
     results = benchmark.under_likelihoods(["discretized-logistic"], few_digits, torch.device("cpu"), rounds=1)
     captured, eager = (records["discretized-logistic"] for records in results.values())

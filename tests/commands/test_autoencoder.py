@@ -108,6 +108,7 @@ def test_the_loss_at_beta_zero_is_minus_log_p_of_x_given_its_own_code(kl, num_pa
     assert float(loss) == pytest.approx(-_by_hand(vae, x).mean(), rel=1e-12)
 
 
+@pytest.mark.thorough
 def test_the_trained_linear_autoencoder_reconstructs_as_pca_does():
     """Baldi and Hornik 1989: the least squared error of L latents is what the other principal directions hold."""
     vae, x = _linear(), _points()
@@ -329,6 +330,7 @@ def test_the_evaluation_is_the_log_mass_of_each_image_given_its_code(trained):
     np.testing.assert_allclose(tensors["reconstruction"].numpy(), expected, rtol=1e-5)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["trained", "gray"])
 def test_the_evaluation_holds_no_number_that_only_a_density_has(request, name):
     entry = request.getfixturevalue(name).entry

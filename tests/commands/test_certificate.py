@@ -41,6 +41,8 @@ from ppl_vae.runs.results import from_json, to_json
 from ppl_vae.runtime.blocks import block_seed, even_block_size
 from ppl_vae.runtime.errors import CannotCapture
 
+pytestmark = pytest.mark.thorough
+
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "certify_log_likelihood.py"
 ASKED: dict[str, Any] = {
@@ -127,7 +129,6 @@ def certified(trained: Path, other_bars: Path, tmp_path_factory: pytest.TempPath
 # --- What is written ---
 
 
-@pytest.mark.thorough
 def test_every_number_of_the_entry_is_known(certified: Certified) -> None:
     stored = runs.read_evaluations(certified[0])["certificate-test"]
     unknown = [path for path, value in numbers(stored) if value is None and not UNKNOWN & set(path.split("/"))]
@@ -236,7 +237,6 @@ def test_entries_of_other_weights_are_dropped(certified: Certified, tmp_path: Pa
     assert runs.read_evaluations(folder).keys() == {"test", "certificate-test"}
 
 
-@pytest.mark.thorough
 def test_a_report_is_written_beside_a_certificate(certified: Certified, tmp_path: Path) -> None:
     report_run(Report(str(certified[0]), output=str(tmp_path / "report.html")), say=lambda line: None)
     assert (tmp_path / "report.html").exists()
@@ -290,7 +290,6 @@ def interrupted_after(folder: Path, calls: int, name: str, monkeypatch: pytest.M
             certify(folder, **(LITTLE | words))
 
 
-@pytest.mark.thorough
 @pytest.mark.usefixtures("no_figures")
 @pytest.mark.parametrize(("calls", "name"), [(2, "lower"), (1, "upper"), (8, "lower")])
 def test_an_interrupted_certificate_ends_with_the_numbers_of_an_undisturbed_one(
@@ -327,7 +326,6 @@ def test_finished_blocks_are_not_measured_again(copy: Path, monkeypatch: pytest.
     assert len(sizes) == 1 + 3  # and 7 images again with one temperature
 
 
-@pytest.mark.thorough
 @pytest.mark.usefixtures("no_figures")
 def test_other_options_start_over_and_say_so(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     undisturbed = Path(shutil.copytree(copy, tmp_path / "undisturbed"))
@@ -394,7 +392,6 @@ def test_blocks_are_of_nearly_one_size(count: int, most: int, size: int) -> None
 BRIEF = LITTLE | {"images": 3, "simulated": 2, "gap_images": 0, "simulations": 0}
 
 
-@pytest.mark.thorough
 @pytest.mark.usefixtures("no_figures")
 def test_a_compiled_certificate_has_the_same_numbers(copy: Path, tmp_path: Path, graphs: list[Any]) -> None:
     eager = certify(Path(shutil.copytree(copy, tmp_path / "eager")), **BRIEF)
@@ -489,13 +486,11 @@ def test_a_folder_that_is_read_only_is_found_before_the_work(copy: Path, monkeyp
     refused(copy, "expected a folder that can be written to, got one that is read-only")
 
 
-@pytest.mark.thorough
 def test_an_autoencoder_is_refused(tmp_path: Path) -> None:
     options = replace(SMALL, dataset=str(save_bars(tmp_path / "bars.npz")), posterior="delta", beta=0.0)
     refused(train_small(tmp_path / "run", options), "got an autoencoder")
 
 
-@pytest.mark.thorough
 def test_dequantized_levels_are_refused(tmp_path: Path) -> None:
     images, _ = bars(100)
     np.save(tmp_path / "gray.npy", (200 * images + np.arange(8, dtype=np.uint8)).astype(np.uint8))
@@ -506,7 +501,6 @@ def test_dequantized_levels_are_refused(tmp_path: Path) -> None:
 # --- Other runs ---
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize("words", [{"prior": "flow"}, {"upper_latents": (2,)}, {"posterior": "full"}], ids=str)
 def test_runs_of_other_parts_are_certified(tmp_path: Path, words: dict[str, Any]) -> None:
     dataset = str(save_bars(tmp_path / "bars.npz"))
@@ -522,7 +516,6 @@ def test_runs_of_other_parts_are_certified(tmp_path: Path, words: dict[str, Any]
 # --- The script ---
 
 
-@pytest.mark.thorough
 def test_the_script_writes_nothing_but_progress_bars_on_stderr(copy: Path) -> None:
     words = ["--images", "3", "--simulated", "2", "--temperatures", "3", "--leapfrogs", "1", "--chains", "2"]
     words += ["--num-particles", "20", "--gap-images", "0", "--simulations", "10", "--draws", "5"]

@@ -176,6 +176,7 @@ def test_with_wider_guides_the_difference_is_that_of_log_p_x_within_the_monte_ca
     assert abs(found.bounds.mean - exact) < 5 * found.monte_carlo_stderr
 
 
+@pytest.mark.thorough
 def test_the_monte_carlo_error_is_how_much_other_particles_move_the_difference():
     x, second = FIRST.draw(30), replace(FIRST, scale=0.9)
     found = []
@@ -298,6 +299,7 @@ def _contents(folder):
     return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("names", "word"), [(["a", "b"], "better"), (["b", "a"], "worse")])
 def test_the_run_that_learned_more_is_the_better_one(folders, tmp_path, names, word):
     entry, said = _compare(folders, names, tmp_path / "out")

@@ -21,6 +21,8 @@ from ppl_vae.runs.build import build_vae
 from ppl_vae.runs.load import read_config
 from ppl_vae.runs.options import Options
 
+pytestmark = pytest.mark.thorough
+
 TRAIN = Path(__file__).parents[2] / "scripts" / "train_svi.py"
 
 
@@ -42,7 +44,6 @@ def run(tmp_path_factory):
     return train_run(small, str(place / "run"), say=lambda line: None)
 
 
-@pytest.mark.thorough
 def test_config_holds_the_prior_and_the_objective_that_were_decided(run):
     options = runs.read_json(run / runs.CONFIG)["options"]
     assert (options["prior"], options["objective"]) == ("flow", "stl")

@@ -28,6 +28,8 @@ from ppl_vae.runs.evaluations import DIAGNOSIS, read_diagnosis
 from ppl_vae.runs.open import open_run
 from ppl_vae.runs.results import Diagnosis, to_json
 
+pytestmark = pytest.mark.thorough
+
 EXPECTED = {
     "digits": {"healthy"},
     "factors": {"healthy"},
@@ -75,7 +77,6 @@ def small(tmp_path_factory):
 # --- Broken on purpose ---
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize("name", EXPECTED)
 def test_a_run_gets_the_verdicts_of_how_it_was_made_and_no_others(name, diagnosed):
     entry, _ = diagnosed(name)
@@ -128,7 +129,6 @@ def test_every_figure_that_is_named_is_there(name, diagnosed, trained):
     assert drawn == {word.strip(",").split("/")[-1] for word in said[-1].split() if word.strip(",").endswith(".png")}
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize(("saturated", "said"), [(True, " (cap"), (False, " ± ")])
 def test_an_information_at_its_cap_is_said_without_an_error(saturated, said, small):
     numbers = measure(load(small), torch.rand(8, 1, 8, 8).round(), num_particles=2)
@@ -159,7 +159,6 @@ def test_the_advised_options_are_options_of_the_command(name, diagnosed):
 # --- Kinds of data ---
 
 
-@pytest.mark.thorough
 def test_a_table_has_no_figures_of_images(tmp_path):
     x = np.random.default_rng(0).normal(size=(200, 5)).astype(np.float32)
     np.savez(tmp_path / "table.npz", train=x[:120], valid=x[120:150], test=x[150:])
@@ -170,7 +169,6 @@ def test_a_table_has_no_figures_of_images(tmp_path):
     assert not (folder / runs.FIGURES / "diagnosis-holes.png").exists()
 
 
-@pytest.mark.thorough
 def test_dequantized_levels_are_measured_as_their_density(tmp_path):
     x = np.random.default_rng(0).integers(0, 256, size=(200, 8, 8), dtype=np.uint8)
     np.savez(tmp_path / "levels.npz", train=x[:120], valid=x[120:150], test=x[150:])
@@ -186,7 +184,6 @@ def test_dequantized_levels_are_measured_as_their_density(tmp_path):
 CHECKERBOARD = np.indices((8, 8)).sum(0) % 2
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("train", "valid", "left_out"),
     [
@@ -268,12 +265,10 @@ def test_an_estimate_is_summarized_by_its_images():
     assert found.unreliable.mean == 0.75  # a bias of 1, 2 and 3 nats
 
 
-@pytest.mark.thorough
 def test_validation_is_measured_unless_another_split_is_asked_for(small):
     assert diagnose_run(Diagnose(str(small), images=4), say=lambda line: None).split == "validation"
 
 
-@pytest.mark.thorough
 def test_where_there_are_no_validation_images_test_is_measured_and_said(small, monkeypatch):
     run, said = open_run(str(small)), []
     splits = replace(run.splits, validation=run.splits.validation[:0])
@@ -282,7 +277,6 @@ def test_where_there_are_no_validation_images_test_is_measured_and_said(small, m
     assert "which has no validation split" in said[0]
 
 
-@pytest.mark.thorough
 def test_a_second_diagnosis_replaces_the_first(small):
     first = diagnose_run(Diagnose(str(small), split="test", images=20), say=lambda line: None)
     stale = small / runs.FIGURES / "diagnosis-of-before.png"

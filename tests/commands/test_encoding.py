@@ -56,6 +56,7 @@ def exact_log_evidence(folder, x):
 # --- The numbers ---
 
 
+@pytest.mark.thorough
 def test_log_p_of_an_image_is_its_integral(encode, folder, tmp_path):
     images, _ = bars(12, seed=9)
     np.save(tmp_path / "mine.npy", images)

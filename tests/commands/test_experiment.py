@@ -21,6 +21,8 @@ from ppl_vae.runs.load import read_config
 from ppl_vae.runs.options import MODEL_OPTIONS, PLAIN, Options
 from ppl_vae.runs.results import to_json
 
+pytestmark = pytest.mark.thorough
+
 SMALL = Options(
     **PLAIN,
     network="mlp",
@@ -62,7 +64,6 @@ def _resume(folder, epochs=None):
     return said
 
 
-@pytest.mark.thorough
 def test_the_state_holds_the_last_weights_where_the_best_are_others(train):
     """At beta = 0 the ELBO at beta = 1 falls while training succeeds: the first weights are kept, and it is said."""
     folder, said = train(beta=0.0, learning_rate=0.1, epochs=12, keep="best")
@@ -74,7 +75,6 @@ def test_the_state_holds_the_last_weights_where_the_best_are_others(train):
     assert any("are kept" in line and "beta = 0.0" in line for line in said)
 
 
-@pytest.mark.thorough
 def test_a_run_that_was_extended_starts_from_its_last_weights(train):
     folder, _ = train(beta=0.0, learning_rate=0.1, epochs=12, keep="best")
     before, _ = runs.load_tensors(folder / runs.TRAINING_STATE)
@@ -88,7 +88,6 @@ def test_a_run_that_was_extended_starts_from_its_last_weights(train):
     torch.testing.assert_close(after[name], before[name], rtol=0, atol=1e-6)
 
 
-@pytest.mark.thorough
 def test_an_evaluation_of_weights_that_are_gone_goes_with_them(train):
     folder, _ = train()
     options = {"num_particles": 5, "images": None, "device": "cpu", "seed": 0}
@@ -100,7 +99,6 @@ def test_an_evaluation_of_weights_that_are_gone_goes_with_them(train):
     assert {entry["step"] for entry in runs.read_evaluations(folder).values()} == {step}
 
 
-@pytest.mark.thorough
 def test_the_weights_of_a_finished_run_are_written_again_from_its_state(train):
     folder, _ = train()
     before = (folder / runs.MODEL).read_bytes()
@@ -175,7 +173,6 @@ def other(table, tmp_path):
     return tmp_path / "run"
 
 
-@pytest.mark.thorough
 def test_a_run_from_another_has_its_model_and_data_and_of_the_rest_what_is_given(other):
     options, theirs = from_run(other, "--seed", "3"), read_config(other)[0]
     assert all(getattr(options, name) == getattr(theirs, name) for name in MODEL_OPTIONS)
@@ -185,7 +182,6 @@ def test_a_run_from_another_has_its_model_and_data_and_of_the_rest_what_is_given
     assert all(getattr(options, name) == getattr(Options(), name) for name in rest)
 
 
-@pytest.mark.thorough
 def test_a_run_from_another_starts_at_the_elbo_of_its_kept_weights(other, tmp_path):
     """At a rate of next to nothing, and without a warm-up; its last weights are far from there."""
     said = train_further(from_run(other, "--learning-rate", "1e-12", "--num-particles", "1"), tmp_path / "further")
@@ -197,7 +193,6 @@ def test_a_run_from_another_starts_at_the_elbo_of_its_kept_weights(other, tmp_pa
     assert f"Starting from the weights of {other}." in said
 
 
-@pytest.mark.thorough
 def test_a_run_from_another_takes_all_of_its_weights(other, tmp_path):
     train_further(from_run(other, "--learning-rate", "1e-12"), tmp_path / "further")
     theirs, ours = load(other).state_dict(), load(tmp_path / "further").state_dict()
@@ -206,7 +201,6 @@ def test_a_run_from_another_takes_all_of_its_weights(other, tmp_path):
         torch.testing.assert_close(ours[name], expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.thorough
 def test_a_run_that_only_gets_worse_keeps_the_weights_that_it_started_from(other, tmp_path):
     said = train_further(from_run(other, "--learning-rate", "30", "--average-decay", "0"), tmp_path / "further")
     assert any("that of the weights that it started from: no epoch had a better one" in line for line in said)
@@ -214,7 +208,6 @@ def test_a_run_that_only_gets_worse_keeps_the_weights_that_it_started_from(other
     assert all(torch.equal(ours[name], w) for name, w in theirs.items())
 
 
-@pytest.mark.thorough
 def test_the_config_says_where_the_weights_came_from_wherever_it_was_asked(other, tmp_path, monkeypatch):
     monkeypatch.chdir(other.parent)
     train_further(from_run(other.name), tmp_path / "further")
@@ -225,7 +218,6 @@ class Killed(BaseException):
     """Nothing of the program runs after it."""
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize("compile", ["off", "on"])
 def test_a_run_from_another_goes_on_bit_for_bit_and_without_it(graphs, other, tmp_path, monkeypatch, compile):
     """With a flow prior, DReG and moving averages; the training is killed at its last step but one."""
@@ -258,7 +250,6 @@ def test_a_run_from_another_goes_on_bit_for_bit_and_without_it(graphs, other, tm
     assert one | {"seconds": 0} == expected | {"seconds": 0}
 
 
-@pytest.mark.thorough
 def test_a_run_that_was_killed_before_its_first_step_still_asks_for_the_other(other, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(runs, "record_environment", _killed)
@@ -283,7 +274,6 @@ def _with_config(text):
     return lambda folder: (folder / runs.CONFIG).write_text(text)
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("harm", "words", "expected"),
     [

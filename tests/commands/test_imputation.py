@@ -100,6 +100,7 @@ def test_log_p_of_the_observed_pixels_is_their_integral(impute, images, folder):
     assert (np.abs(error) < 5 * np.sqrt(1 / stored["ess"]) + 1e-3).all()
 
 
+@pytest.mark.thorough
 def test_log_p_of_the_hidden_pixels_is_the_ratio_of_two_integrals(impute, images, folder):
     x = bars(8, seed=9)[0].astype(float)
     stored, _, _ = impute(images(x), hide="left", num_particles=3000)
@@ -111,6 +112,7 @@ def test_log_p_of_the_hidden_pixels_is_the_ratio_of_two_integrals(impute, images
     assert (np.abs(stored["log_likelihood_hidden"] - exact) < 5 * stderr + 1e-3).all()
 
 
+@pytest.mark.thorough
 def test_the_summary_is_the_mean_over_images_and_its_standard_error(impute):
     stored, summary, _ = impute("test", hide="top")
     values = stored["log_likelihood_observed"]

@@ -28,6 +28,8 @@ from ppl_vae.runs.resolve import load_splits
 from ppl_vae.runs.results import to_json
 from ppl_vae.runtime.errors import NotFinite
 
+pytestmark = pytest.mark.thorough
+
 WORDS = ("binomial", "normal", "beta")
 PIXELS = 64
 
@@ -146,7 +148,6 @@ def test_a_table_that_is_asked_for_again_takes_its_runs_as_they_are(table, level
     assert weights_of(folder) == before
 
 
-@pytest.mark.thorough
 def test_an_interrupted_table_goes_on_with_what_is_left(table, levels, tmp_path, monkeypatch):
     """Killed before the second training: the first is not trained again, and rows are those of no interruption."""
     trained = []
@@ -169,7 +170,6 @@ def test_an_interrupted_table_goes_on_with_what_is_left(table, levels, tmp_path,
     assert measured(rows).items() <= measured(table[1]).items()
 
 
-@pytest.mark.thorough
 def test_a_normal_does_not_expect_black_as_often_as_it_falls_below(tmp_path):
     """Seven columns of eight are always black, and half of a normal around black lies below: cut, it would be black."""
     table = np.zeros((60, 8), dtype=np.uint8)
@@ -189,7 +189,6 @@ def test_a_calibration_of_other_weights_is_measured_anew(table, levels, tmp_path
     assert path.read_bytes() == right
 
 
-@pytest.mark.thorough
 def test_a_likelihood_whose_training_meets_a_nan_is_left_out_and_told_of(levels, tmp_path, monkeypatch):
     train = run_series.train_run
 
@@ -252,7 +251,6 @@ def test_a_folder_with_other_options_is_refused(table, levels, name):
     assert weights_of(folder) == before
 
 
-@pytest.mark.thorough
 def test_a_run_that_was_evaluated_otherwise_since_is_refused(table, levels, tmp_path):
     folder, _, _ = table
     run = folder / "runs" / "beta"
@@ -295,7 +293,6 @@ def test_zeros_and_ones_are_a_bernoullis_alone(tmp_path):
     assert found == ["bernoulli"]
 
 
-@pytest.mark.thorough
 def test_real_values_are_ranked_in_nats(tmp_path):
     np.save(tmp_path / "data.npy", np.random.default_rng(0).normal(size=(60, 5)))
     rows, said = compare(replace(SMALL, dataset=str(tmp_path / "data.npy")), tmp_path, ("normal", "laplace"))

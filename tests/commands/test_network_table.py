@@ -17,6 +17,8 @@ from ppl_vae.commands.compare_networks import compare_networks
 from ppl_vae.runs.options import PLAIN, Options
 from ppl_vae.runs.results import to_json
 
+pytestmark = pytest.mark.thorough
+
 SCRIPT = Path(__file__).parents[2] / "scripts" / "compare_networks.py"
 
 
@@ -59,7 +61,6 @@ def test_each_row_is_what_its_run_holds(table):
         assert row["epochs"] == len(runs.read_metrics(run))
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize(("seconds", "epochs"), [(0.19, 3), (0.31, 1), (50.0, 1)])
 def test_epochs_fill_the_minutes_that_were_asked_for(options, tmp_path, monkeypatch, seconds, epochs):
     monkeypatch.setattr(network_table, "seconds_per_epoch", lambda options: seconds)

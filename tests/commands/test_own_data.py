@@ -16,6 +16,8 @@ from PIL import Image
 
 from ppl_vae import runs
 
+pytestmark = pytest.mark.thorough
+
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 SMALL = ["--network", "mlp", "--hidden", "8", "--latent-dim", "2", "--prior", "standard-normal", "--epochs", "2"]
 SMALL += ["--batch-size", "20", "--evaluation-particles", "5", "--images", "30", "--compile", "off"]
@@ -109,7 +111,6 @@ def colors(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.thorough
 def test_a_folder_of_color_images_is_trained_on_as_levels(colors: Path) -> None:
     config = json.loads((colors / "run" / runs.CONFIG).read_text())
     assert config["data"]["kind"] == "8-bit levels"
@@ -137,7 +138,6 @@ def test_an_image_of_the_folder_is_encoded(colors: Path) -> None:
         assert any(stored[name].shape == (1, 2) for name in stored.files)
 
 
-@pytest.mark.thorough
 def test_a_table_of_zeros_and_ones_is_trained_evaluated_and_encoded(tmp_path: Path) -> None:
     generator = np.random.default_rng(1)
     rates = generator.uniform(0.05, 0.95, 17)
@@ -194,7 +194,6 @@ def check_beyond_memory(folder: Path, said: str, num_images: int) -> None:
 limited = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs RLIMIT_DATA")
 
 
-@pytest.mark.thorough
 @limited
 def test_a_file_larger_than_the_memory_limit_is_trained_on_and_evaluated(tmp_path: Path) -> None:
     """With the size from which on files are mapped lowered, so that the test is short."""

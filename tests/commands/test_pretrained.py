@@ -25,6 +25,8 @@ from ppl_vae.runs.options import Options
 from ppl_vae.runs.resolve import resolve
 from ppl_vae.runs.results import to_json
 
+pytestmark = pytest.mark.thorough
+
 ROOT = Path(__file__).parents[2]
 OPTIONS = Options(network="mlp", hidden=(8,), latent_dim=2)
 ASKED = {"split": "test", "num_particles": 10, "images": 30, "device": "cpu", "seed": 0}
@@ -61,7 +63,6 @@ def shipped(trained, tmp_path, monkeypatch):
 # --- What ships ---
 
 
-@pytest.mark.thorough
 def test_weights_options_and_evaluation_ship_and_no_more(shipped):
     assert sorted(contents(shipped)) == [Path("config.json"), Path("evaluation.json"), Path("model.safetensors")]
 
@@ -127,7 +128,6 @@ def test_a_name_of_neither_a_folder_nor_a_pretrained_run_is_refused_with_those_t
         load("smal")
 
 
-@pytest.mark.thorough
 def test_its_evaluation_makes_the_number_again_beside_the_package(trained, shipped):
     before = contents(shipped)
     entry = evaluate_run(Evaluate("small", **ASKED), say=silent)
@@ -166,7 +166,6 @@ def test_its_training_cannot_be_gone_on_with(shipped):
     assert contents(Path("runs/small")) == contents(shipped)
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize("folder_of_that_name", [False, True])
 def test_a_training_starts_from_its_name_or_from_a_folder_of_that_name(shipped, monkeypatch, folder_of_that_name):
     """The command line, the weights and what config.json records mean one run."""

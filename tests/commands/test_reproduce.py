@@ -35,6 +35,8 @@ from ppl_vae.runs.recipes import Recipe
 from ppl_vae.runs.reproduction_results import Published, Reproduction
 from ppl_vae.runs.results import from_json, to_json
 
+pytestmark = pytest.mark.thorough
+
 ROOT = Path(__file__).parents[2]
 EPOCHS = (10, 3)
 
@@ -90,7 +92,6 @@ def measured(row):
 # --- What a row holds ---
 
 
-@pytest.mark.thorough
 def test_a_row_is_what_the_last_stages_run_holds(undisturbed):
     folder, row, _ = undisturbed
     entry = runs.read_evaluations(folder / "runs" / "2")["test"]
@@ -157,7 +158,6 @@ def test_active_latents_are_counted_in_variances_of_the_prior(undisturbed, tmp_p
 # --- Going on ---
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("where", "calls"),
     [
@@ -431,7 +431,6 @@ def script(*words):
     return done.returncode, done.stdout, done.stderr
 
 
-@pytest.mark.thorough
 def test_the_script_lists_the_recipes():
     code, out, _ = script("--list")
     assert code == 0

@@ -84,6 +84,7 @@ def test_no_distribution_outlives_its_pass(monkeypatch):
     assert max(alive) <= 1
 
 
+@pytest.mark.thorough
 def test_latents_are_standard_normal(sample):
     z = arrays(sample(num_samples=5000)[0])["z"]
     assert z.shape == (5000, 2)

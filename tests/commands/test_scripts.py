@@ -289,6 +289,7 @@ def test_an_evaluation_says_what_was_measured(first: tuple[Path, Done], datasets
     assert expected.items() <= read(first[0] / "evaluation.json")["test"].items()
 
 
+@pytest.mark.thorough
 def test_k_hat_is_known_for_enough_particles(evaluated: tuple[Path, dict[str, Any], Done]) -> None:
     quantiles = evaluated[1]["pareto_k"]
     assert quantiles["q05"] <= quantiles["median"] <= quantiles["q95"]
@@ -318,6 +319,7 @@ def test_the_log_likelihood_that_is_written_is_the_integral_over_z(
     assert entry["log_likelihood"]["stderr"] == pytest.approx(float(exact.std() / math.sqrt(len(exact))), rel=0.02)
 
 
+@pytest.mark.thorough
 def test_an_evaluation_of_another_split_replaces_only_its_own_key(copy: Path, run: Run) -> None:
     before = read(copy / "evaluation.json")
     for particles in (5, 7):
@@ -360,6 +362,7 @@ def test_figures_are_drawn_again_the_same(first: tuple[Path, Done], copy: Path, 
 # --- Resumption ---
 
 
+@pytest.mark.thorough
 def test_a_finished_run_says_so_and_is_left_as_it_is(first: tuple[Path, Done], copy: Path, tmp_path: Path) -> None:
     done = run_alone(TRAIN, "--resume", copy, cwd=tmp_path)
     assert (done.code, done.err) == (0, "")
@@ -380,6 +383,7 @@ def extended(first: tuple[Path, Done], run: Run, tmp_path_factory: pytest.TempPa
     return folder, run(TRAIN, "--resume", folder, "--epochs", "4")
 
 
+@pytest.mark.thorough
 def test_an_extended_run_ends_well_and_says_what_it_does(extended: tuple[Path, Done]) -> None:
     assert (extended[1].code, extended[1].said) == (0, [])
     assert "Extended to 4 epochs" in extended[1].out
@@ -410,6 +414,7 @@ def test_an_extended_run_is_recorded_in_its_environment(extended: tuple[Path, Do
     ]
 
 
+@pytest.mark.thorough
 def test_a_run_killed_before_its_evaluation_is_evaluated_without_training(
     first: tuple[Path, Done], copy: Path, run: Run
 ) -> None:
@@ -511,6 +516,7 @@ def test_an_interrupted_run_stops_without_a_traceback_and_has_its_weights(datase
 # --- Other data and folders ---
 
 
+@pytest.mark.thorough
 def test_a_binary_table_trains(table: tuple[Path, Done]) -> None:
     assert (table[1].code, table[1].said) == (0, [])
     assert "bits.npy: binary, 16; train / validation / test 80 / 10 / 10" in table[1].out

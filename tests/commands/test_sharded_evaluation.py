@@ -78,6 +78,7 @@ def test_every_rank_has_the_numbers_of_a_process_alone(ranks, alone, case):
         assert torch.equal(numbers[case].nan_to_num(7.5), alone[case].nan_to_num(7.5))
 
 
+@pytest.mark.thorough
 def test_a_number_that_is_not_finite_on_one_rank_ends_all_of_them(ranks):
     for (_, rank), (_, ends) in ranks.items():
         assert ends["not finite"] == ("NotFinite" if rank == 1 else "EndedElsewhere")
@@ -339,6 +340,7 @@ def test_rows_of_other_groups_are_refused():
         evaluate(oracle.vae(), x, num_particles=3, seed=0, done={2: torch.zeros(3, 9, dtype=torch.double)})
 
 
+@pytest.mark.thorough
 def test_stored_images_of_a_run_have_not_changed_places(folder):
     """Row n of the file is image n: fresh draws of that image's bound go up and down with it."""
     _evaluate(folder)

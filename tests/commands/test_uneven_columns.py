@@ -39,6 +39,7 @@ def test_nothing_is_warned_of_where_one_scale_does_or_each_column_has_its_own(tm
     assert not any("differ in spread" in line for line in said)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("likelihood", ["normal", "normal-per-pixel"])
 def test_a_column_of_one_value_is_warned_of_by_its_number(tmp_path, likelihood):
     """Its density rises without end as its scale falls: the other columns' nats drown in it."""

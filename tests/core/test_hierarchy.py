@@ -452,6 +452,7 @@ def _fitted(vae, x, objective, **options):
     return {name: w.detach().clone() for name, w in vae.named_parameters()}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("guide", "name"), CAPTURED)
 def test_a_captured_training_ends_where_the_eager_one_does(graphs, guide, name):
     """In float64, with a ragged last batch: six steps."""

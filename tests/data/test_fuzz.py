@@ -45,6 +45,7 @@ def test_every_reader_is_tried() -> None:
     assert found().keys() == {*READERS, *FAULTY}
 
 
+@pytest.mark.thorough
 def test_ten_thousand_files_are_damaged() -> None:
     assert sum(of["files"] for name, of in found().items() if name in READERS) >= NUM_FILES
 

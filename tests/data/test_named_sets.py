@@ -79,12 +79,14 @@ def test_mnist_is_described_by_its_sizes_and_classes(mnist: data.Splits) -> None
     assert described.endswith("; 10 classes: 0, 1, 2, 3, 4 and 5 more")
 
 
+@pytest.mark.thorough
 def test_the_checksum_of_mnist_is_that_of_its_two_published_image_files(mnist: data.Splits) -> None:
     """Run folders hold it."""
     published = (hashlib.sha256(raw_mnist(f"{name}-images-idx3-ubyte")).hexdigest() for name in ("train", "t10k"))
     assert mnist.sha256 == hashlib.sha256("".join(published).encode()).hexdigest()
 
 
+@pytest.mark.thorough
 def test_the_embedded_files_have_the_checksums_of_the_notice() -> None:
     folder = Path(data.__file__).parent.parent / "mnist"
     notice = (folder / "NOTICE.md").read_text()

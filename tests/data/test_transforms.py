@@ -63,6 +63,7 @@ def large(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- Images of an evaluation ---
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("binarization", ["dynamic", "fixed"])
 def test_mnist_is_evaluated_on_the_published_draw(mnist: data.Splits, binarization: str) -> None:
     """The protocol as its authors' code has it: seed 777, one binomial draw over validation, then one over test."""
@@ -265,6 +266,7 @@ def test_levels_are_given_as_they_are(gray: data.Splits) -> None:
     assert torch.equal(data.expected_images(gray, "levels"), gray.train.float())
 
 
+@pytest.mark.thorough
 def test_a_training_starts_from_a_fixed_random_part_of_many_images(
     mnist: data.Splits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -309,6 +311,7 @@ def test_images_that_are_not_drawn_have_no_entropy(kind: str, binarization: str)
 # --- The protocol of Burda et al. (2015) ---
 
 
+@pytest.mark.thorough
 def test_under_iwae_all_training_images_and_labels_train(iwae: data.Splits, mnist: data.Splits) -> None:
     assert torch.equal(iwae.train, torch.cat([mnist.train, mnist.validation]))
     assert torch.equal(iwae.labels["train"], torch.cat([mnist.labels["train"], mnist.labels["validation"]]))

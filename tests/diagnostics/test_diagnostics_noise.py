@@ -350,6 +350,7 @@ def best_kl_of_a_bernoulli_vae(x, beta, steps=500):
     return float(kl.mean().detach())
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("ratio", [0.75, 1.25])
 def test_a_bernoulli_vae_leaves_the_collapsed_state_where_predicted(ratio):
     x = binary_data(400)

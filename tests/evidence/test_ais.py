@@ -171,6 +171,7 @@ def test_the_bounds_enclose_the_evidence_and_close(guide, start):
     assert abs(fine) < 0.1
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("posterior", ["diagonal", "iaf"])
 def test_the_lower_bound_comes_to_quadrature(posterior):
     torch.manual_seed(0)

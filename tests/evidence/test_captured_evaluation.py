@@ -80,6 +80,7 @@ def test_the_captured_estimate_is_the_plain_one(
     assert len(graphs) == 1
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("dtype", "relative"), [(torch.double, 1e-10), (torch.float, 1e-6)], ids=["double", "single"])
 @pytest.mark.parametrize("likelihood", ["normal", "beta"])
 def test_so_is_the_mass_of_levels_under_a_density(graphs, small_passes, likelihood, dtype, relative):

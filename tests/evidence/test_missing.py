@@ -289,6 +289,7 @@ def test_the_mean_and_covariance_of_draws_are_those_of_the_conditional_normal(pa
     assert abs(result.log_evidence[0] - log_p) < 4 * (1 / result.ess[0]).sqrt()
 
 
+@pytest.mark.thorough
 def test_draws_of_binary_pixels_have_the_frequencies_of_the_enumerated_posterior(passes):
     vae = bernoulli_vae(latent_dim=1)
     x = binary_images(1)

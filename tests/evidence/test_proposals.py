@@ -47,6 +47,7 @@ def full():
     return oracle, vae, x, refine_proposal(vae, x, steps=300, family=FullNormal(3).double(), learning_rate=0.1)
 
 
+@pytest.mark.thorough
 def test_a_full_normal_is_refined_to_the_exact_posterior(full):
     oracle, _, x, q = full
     A, C = oracle.posterior_map()
@@ -137,6 +138,7 @@ def test_the_vae_and_its_gradients_are_left_as_they_were():
     assert all(parameter.grad is None for parameter in vae.parameters())
 
 
+@pytest.mark.thorough
 def test_images_are_refined_in_groups_of_one_size(monkeypatch):
     oracle = _correlated()
     vae, x = oracle.vae(widen=1.5, shift=1.0), oracle.draw(7)
@@ -156,6 +158,7 @@ def test_images_are_refined_in_groups_of_one_size(monkeypatch):
     assert_close(_log_evidence(vae, q).elbo, oracle.log_evidence(x), rtol=0, atol=0.05)
 
 
+@pytest.mark.thorough
 def test_a_captured_step_computes_what_the_plain_one_does(graphs):
     oracle = _correlated()
     vae, x = oracle.vae(widen=1.5, shift=1.0), oracle.draw(4)

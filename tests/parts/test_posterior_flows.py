@@ -65,6 +65,7 @@ def test_a_density_integrates_to_one(name, L):
     assert float(q.log_prob(z).exp().sum() * cell) == pytest.approx(1.0, abs={1: 1e-5, 2: 1e-3}[L])
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("L", POINTS)
 @pytest.mark.parametrize("name", FLOWS)
 @torch.no_grad()

@@ -418,6 +418,7 @@ def _copied(state):
     return {name: tensor.clone() for name, tensor in tensors.items()}, scalars
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("name", "objective"),
     [(name, "elbo") for name in PARTS]

@@ -10,6 +10,8 @@ from small_run import SMALL, save_bars, train_small
 from ppl_vae.reports.text.captions import figure_caption
 from ppl_vae.runs.open import open_run
 
+pytestmark = pytest.mark.thorough
+
 
 @pytest.fixture(scope="module")
 def caption(tmp_path_factory):
@@ -30,7 +32,6 @@ OF_A_VAE = {
 }
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize("name", OF_A_VAE)
 def test_an_autoencoder_is_not_held_to_what_a_prior_asks(name, caption):
     assert OF_A_VAE[name] in caption("VAE", name)

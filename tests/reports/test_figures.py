@@ -29,6 +29,8 @@ from ppl_vae.reports.run_figures import figure_names, is_drawn
 from ppl_vae.runs.open import Run, open_run
 from ppl_vae.runs.options import Options
 
+pytestmark = pytest.mark.thorough
+
 with torch.random.fork_rng(devices=[]):
     torch.manual_seed(0)
     MIXTURE = Mixture(2, components=3)
@@ -87,7 +89,6 @@ def unsaved(tmp_path, shape, *, num_test=5, **options):
 # --- Which figures there are ---
 
 
-@pytest.mark.thorough
 def test_a_run_on_images_with_two_latents_has_every_figure(run):
     assert set(figure_names(run)) == ALL
     assert {path.name for path in (run.folder / "figures").iterdir()} == ALL
@@ -154,7 +155,6 @@ def trained_further(folder, tmp_path):
     return copy
 
 
-@pytest.mark.thorough
 def test_a_figure_of_former_weights_does_not_stay_beside_those_of_the_present_ones(trained_further):
     (trained_further / "figures" / "mine.png").write_bytes(b"")
     draw_run(Figures(str(trained_further)), say=lambda line: None)
@@ -162,7 +162,6 @@ def test_a_figure_of_former_weights_does_not_stay_beside_those_of_the_present_on
     assert left == ALL - {"log_likelihoods.png"} | {"mine.png"}
 
 
-@pytest.mark.thorough
 def test_a_figure_too_many_is_a_reason_to_draw_again(trained_further):
     draw_run(Figures(str(trained_further)), say=lambda line: None)
     run = open_run(str(trained_further))
@@ -174,14 +173,12 @@ def test_a_figure_too_many_is_a_reason_to_draw_again(trained_further):
 # --- Drawing changes nothing ---
 
 
-@pytest.mark.thorough
 def test_drawing_again_gives_the_same_files_and_touches_no_other(folder):
     before = contents(folder)
     draw_run(Figures(str(folder)), say=lambda line: None)
     assert contents(folder) == before
 
 
-@pytest.mark.thorough
 def test_drawing_leaves_the_random_state(folder):
     torch.manual_seed(5)
     before = torch.get_rng_state()

@@ -228,6 +228,7 @@ def test_an_option_is_accepted_with_its_own_part(name: str) -> None:
     build_vae(Options(**({"hidden": (5,)} | asked)), (1, 2, 3))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("words", CONFLICTS)
 def test_conflicting_options_are_refused_and_leave_no_folder(tmp_path: Path, words: str) -> None:
     asked, expected = CONFLICTS[words]

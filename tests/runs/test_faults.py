@@ -44,7 +44,10 @@ from ppl_vae.runs.evaluations import is_evaluated
 from ppl_vae.runs.open import open_run
 from ppl_vae.runs.options import Options
 
-pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="commands are forked")
+pytestmark = [
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="commands are forked"),
+    pytest.mark.thorough,
+]
 
 TRAIN, EVALUATE, FIGURES = "train_svi.py", "evaluate_log_likelihood.py", "make_figures.py"
 FILES = (CONFIG, ENVIRONMENT_FILE, METRICS, MODEL, STATE, PREVIOUS, EVALUATION, PER_IMAGE)
@@ -93,7 +96,6 @@ SWEEP = [
 ]
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize(("name", "damage"), SWEEP)
 def test_a_damaged_run_is_resumed_to_the_same_end_or_refused(
     server: Server, whole: Path, copy: Path, name: str, damage: str
@@ -247,7 +249,6 @@ def test_a_full_disk_at_a_checkpoint_leaves_the_old_files_and_says_what_is_lost(
     assert left_behind(copy) == []
 
 
-@pytest.mark.thorough
 def test_a_run_whose_disk_was_full_goes_on_as_if_it_was_not(server: Server, copy: Path, tmp_path: Path) -> None:
     other = Path(shutil.copytree(copy, tmp_path / "other"))
     smaller = (copy / STATE).stat().st_size - 100
@@ -332,7 +333,6 @@ def test_a_signal_in_training_ends_it_after_the_step_and_loses_nothing(
     assert left_behind(folder) == []
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_run_that_was_signaled_ends_as_if_it_was_not(
     server: Server, dataset: Path, whole: Path, tmp_path: Path, number: int
@@ -372,7 +372,6 @@ def everything_below(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize(
     "name",
     [MODEL, METRICS, *(pytest.param(name, marks=pytest.mark.slow) for name in FILES if name not in (MODEL, METRICS))],
@@ -449,7 +448,6 @@ def test_what_a_trained_run_was_started_from_is_not_opened_again(server: Server,
     assert server.run(TRAIN, "--resume", copy, "--epochs", "3").code == 0
 
 
-@pytest.mark.thorough
 def test_an_entry_of_an_evaluation_names_no_file(server: Server, copy: Path, tmp_path: Path) -> None:
     evaluations = json.loads((copy / EVALUATION).read_text())
     evaluations["test"]["split"] = "../../outside"

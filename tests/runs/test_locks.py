@@ -72,6 +72,7 @@ def test_a_run_that_is_training_is_refused_in_one_line_with_who_has_it(
     assert not running.has_ended()
 
 
+@pytest.mark.thorough
 def test_a_killed_process_leaves_a_run_that_others_may_take(endless: tuple[Path, Running]) -> None:
     folder, running = endless
     running.signal(KILL)

@@ -26,6 +26,8 @@ from ppl_vae.runs.open import load_evaluated_vae, open_run
 from ppl_vae.runs.options import LIKELIHOODS, Options
 from ppl_vae.runs.resolve import check_support, choose_evaluated_pixels, choose_pixels, describe_scale, resolve
 
+pytestmark = pytest.mark.thorough
+
 GENERATOR = np.random.default_rng(0)
 ARRAYS = {
     data.BINARY: GENERATOR.integers(0, 2, (60, 4, 4)).astype(np.uint8),
@@ -165,7 +167,6 @@ def entry_of(folder: Path) -> dict:
     return runs.read_evaluations(folder)["test"]
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize("word", ["discretized-logistic", "normal"])
 def test_bits_per_dimension_are_the_nats_of_the_levels(two, word):
     entry = entry_of(two[word])
@@ -193,7 +194,6 @@ def test_a_mass_and_a_density_of_the_same_levels_compare(two, tmp_path):
     assert not found.comparisons[0].same_noise
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize(
     "other",
     [{"likelihood": "bernoulli"}, {"likelihood": "normal", "dequantization": "none"}],
@@ -247,7 +247,6 @@ def test_a_run_is_evaluated_as_a_model_of_levels(two):
     assert drawn.max() <= 255
 
 
-@pytest.mark.thorough
 def test_an_optimal_scale_is_fitted_while_it_trains_and_left_alone_by_an_evaluation(tmp_path):
     path, _ = read(tmp_path, data.REAL)
     folder = train_small(tmp_path / "run", replace(SMALL, dataset=path, likelihood="normal-optimal", batch_size=2))
@@ -259,7 +258,6 @@ def test_an_optimal_scale_is_fitted_while_it_trains_and_left_alone_by_an_evaluat
     assert torch.equal(before, load(folder).likelihood.family.log_scale)
 
 
-@pytest.mark.thorough
 def test_a_scale_in_closed_form_resumes_bit_for_bit(tmp_path):
     """Extended by one epoch in between, as by an interruption: weights, scale and random numbers go on from there."""
     path, _ = read(tmp_path, data.REAL)
@@ -298,7 +296,6 @@ def test_an_option_of_one_likelihood_is_refused_beside_another(tmp_path, name, v
     resolved(tmp_path, data.LEVELS, likelihood=word, **{name: value})
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("scaled", "hint"),
     [(ARRAYS[data.LEVELS] / 255, "uint8"), (ARRAYS[data.LEVELS].astype(float), "negative-binomial"), (None, None)],
@@ -315,7 +312,6 @@ def test_a_density_of_values_on_a_grid_is_warned_of(tmp_path, scaled, hint):
     assert all(hint in line for line in warned)
 
 
-@pytest.mark.thorough
 def test_own_images_at_the_open_ends_of_a_density_are_refused(tmp_path):
     path, _ = read(tmp_path, data.PROBABILITIES)
     folder = train_small(tmp_path / "run", replace(SMALL, dataset=path, likelihood="beta"))

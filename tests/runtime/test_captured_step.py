@@ -313,6 +313,7 @@ def test_noise_is_fresh_at_every_step(graphs):
     assert abs(first - second) > 1e-4
 
 
+@pytest.mark.thorough
 def test_the_same_seed_gives_the_same_losses_bit_for_bit(graphs):
     assert _losses_of_two_steps(seed=5) == _losses_of_two_steps(seed=5)
     assert _losses_of_two_steps(seed=5) != _losses_of_two_steps(seed=6)
@@ -505,6 +506,7 @@ def test_a_compiled_step_has_the_loss_and_the_gradient_of_the_eager_one(compiled
         assert_same(captured, case.eager(INDEX, beta=beta, seed=seed), relative=1e-5)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("words", COMPILED)
 def test_noise_is_fresh_at_every_compiled_step_and_the_same_for_the_same_seed(compiled_cases, words):
     case, step, optimizer = compiled_cases(words)

@@ -23,6 +23,8 @@ from ppl_vae.runtime import ranks as distributed
 from ppl_vae.runtime.noise import _RANDOM, SharedNoise
 from ppl_vae.runtime.ranks import BatchShare
 
+pytestmark = pytest.mark.thorough
+
 ROOT = Path(__file__).parents[2]
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
 
@@ -68,7 +70,6 @@ def trained(tmp_path_factory):
 # --- The same training ---
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize("case", EAGER)
 def test_two_ranks_train_what_one_process_trains(trained, case):
     """51 steps in float64, of batches of 10, 10 and 1 image."""
@@ -119,7 +120,6 @@ def test_a_training_stops_on_all_ranks_where_one_is_asked_to(trained):
     assert _says(folder / "2", "interrupted", 2) == ["stopped at 20"] * 2
 
 
-@pytest.mark.thorough
 def test_a_checkpoint_of_two_ranks_goes_on_in_one_process(trained, tmp_path):
     """From the middle of an epoch to the end of the undisturbed training of one process."""
     folder, _ = trained
@@ -129,7 +129,6 @@ def test_a_checkpoint_of_two_ranks_goes_on_in_one_process(trained, tmp_path):
     _assert_same(folder / "1" / "elbo.safetensors", tmp_path / "elbo.safetensors", atol=1e-10)
 
 
-@pytest.mark.thorough
 def test_a_checkpoint_of_two_ranks_goes_on_in_three(trained, tmp_path):
     folder, _ = trained
     for name in ("from.safetensors", "from.json"):
@@ -340,7 +339,6 @@ def test_free_bits_decide_by_the_mean_over_the_batch(noise):
 # --- The command ---
 
 
-@pytest.mark.thorough
 def test_torchrun_trains_evaluates_and_draws_one_run(tmp_path):
     """Two processes, one folder, every line said once."""
     path = save_bars(tmp_path / "bars.npz")

@@ -79,6 +79,7 @@ def test_in_a_log_a_long_bar_is_lines(capsys, monkeypatch, leave):
     assert all(line.startswith(("study: ", "test: ")) for line in found.splitlines())
 
 
+@pytest.mark.thorough
 def test_an_error_ends_the_clock(capsys, monkeypatch):
     monkeypatch.setattr(progress, "has_terminal", lambda: True)
     with suppress(KeyError), Progress(total=2) as shown:

@@ -154,6 +154,7 @@ def test_all_particles_count_in_an_adaptive_estimate():
     assert_close(result.tenfold_gain, log_mean_exp(log_w) - tenths.mean(0))
 
 
+@pytest.mark.thorough
 def test_a_narrow_guide_in_many_dimensions_gets_the_particles_that_it_needs():
     """0.8 times the posterior's marginal scales in 20 dimensions: some weights have no variance.
 

@@ -68,6 +68,7 @@ def test_study_json_holds_the_numbers_and_nothing_else(study: Study) -> None:
     assert to_json(study[1]) == runs.read_json(study[0] / "study.json")
 
 
+@pytest.mark.thorough
 def test_a_killed_study_ends_with_the_numbers_of_an_uninterrupted_one(
     numbers: StudyNumbers, uninterrupted: StudyNumbers
 ) -> None:

@@ -167,6 +167,7 @@ def test_draws_of_each_density_have_the_moments_of_the_codes() -> None:
         torch.testing.assert_close(z.std(0), train.std(0), rtol=0.1, atol=0)
 
 
+@pytest.mark.thorough
 def test_fitting_leaves_the_global_generator_as_it_was_and_repeats() -> None:
     train, validation = clustered_codes(300, 0), clustered_codes(100, 1)
     torch.manual_seed(5)

@@ -18,6 +18,8 @@ from ppl_vae.study.page import compose_page, write_report
 from ppl_vae.study.questions import PageSource
 from ppl_vae.study.results import StudyNumbers, read_study
 
+pytestmark = pytest.mark.thorough
+
 MOST_FIGURE_BYTES = 150_000
 
 
@@ -33,7 +35,6 @@ def study_folder(study) -> Path:
     return study[0]
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize("name", FIGURES)
 def test_each_figure_is_a_file_for_light_and_for_dark_pages(study_folder, name):
     paths = [study_folder / "figures" / f"{name}{suffix}.png" for suffix in ("", "-dark")]

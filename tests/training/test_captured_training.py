@@ -75,6 +75,7 @@ def test_a_support_with_parameters_of_its_own_is_checked_on_its_batch_alone(grap
     assert flat_weights(vae).isfinite().all()
 
 
+@pytest.mark.thorough
 def test_a_users_module_with_two_latent_sites_trains_as_it_does_eagerly(graphs):
     ends = []
     for compile in (True, False):
@@ -87,6 +88,7 @@ def test_a_users_module_with_two_latent_sites_trains_as_it_does_eagerly(graphs):
 # --- Captured and eager training ---
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("kl", "average_decay", "clip_norm"), [("sampled", 0.9, 1.8), ("analytic", 0.0, 1.1)])
 def test_two_hundred_steps_end_where_the_eager_ones_do(graphs, kl, average_decay, clip_norm):
     """With a warm-up, a cosine, a ragged last batch, and clipping in some of the steps and not in others."""
@@ -122,6 +124,7 @@ def test_two_hundred_steps_end_where_the_eager_ones_do(graphs, kl, average_decay
         assert_close(captured[name], eager[name], rtol=0, atol=1e-8, msg=lambda text, name=name: f"{name}: {text}")
 
 
+@pytest.mark.thorough
 def test_the_records_of_an_epoch_are_those_of_the_eager_path(graphs):
     """With validation: beta, the rate, the mean loss over a ragged epoch, and the validation ELBO."""
     seen = {}

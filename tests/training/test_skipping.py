@@ -144,6 +144,7 @@ def test_after_steps_that_are_left_out_the_weights_are_those_of_adam_with_a_coun
     torch.testing.assert_close(w.detach(), weights, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("factor", [1e6, torch.inf, torch.nan], ids=str)
 @pytest.mark.parametrize("where", [0, 3])
 def test_captured_training_is_eager_training_where_steps_are_left_out(

@@ -295,6 +295,7 @@ def test_k_hat_is_known_for_enough_particles(evaluated: tuple[Path, dict[str, An
     assert quantiles["q05"] <= quantiles["median"] <= quantiles["q95"]
 
 
+@pytest.mark.thorough
 def test_the_log_likelihood_that_is_written_is_the_integral_over_z(
     evaluated: tuple[Path, dict[str, Any], Done], datasets: Path
 ) -> None:
@@ -390,6 +391,7 @@ def test_an_extended_run_ends_well_and_says_what_it_does(extended: tuple[Path, D
     assert "Going on from step 6." in extended[1].out
 
 
+@pytest.mark.thorough
 def test_an_extended_run_keeps_what_it_had_and_goes_on(first: tuple[Path, Done], extended: tuple[Path, Done]) -> None:
     assert records(extended[0])[:2] == records(first[0])
     assert [record["step"] for record in records(extended[0])] == [3, 6, 9, 12]
@@ -523,6 +525,7 @@ def test_a_binary_table_trains(table: tuple[Path, Done]) -> None:
     assert read(table[0] / "evaluation.json")["test"]["binarization"] == "none"
 
 
+@pytest.mark.thorough
 def test_a_table_has_no_figures_of_images_and_a_line_that_says_so(table: tuple[Path, Done]) -> None:
     assert "The data is a table, (N, D): figures of images are skipped." in table[1].out.splitlines()
     assert sorted(pictures(table[0])) == TABLE_FIGURES

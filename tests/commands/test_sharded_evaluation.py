@@ -31,6 +31,8 @@ from ppl_vae.runtime.batching import images_per_group
 from ppl_vae.runtime.errors import Interrupted
 from ppl_vae.runtime.global_state import seeded
 
+pytestmark = pytest.mark.thorough
+
 TESTS = Path(__file__).parents[1]
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 WORLDS = (2, 3)
@@ -71,14 +73,12 @@ def alone():
         return all_cases()
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize("case", [*CASES, "reconstruction"])
 def test_every_rank_has_the_numbers_of_a_process_alone(ranks, alone, case):
     for numbers, _ in ranks.values():
         assert torch.equal(numbers[case].nan_to_num(7.5), alone[case].nan_to_num(7.5))
 
 
-@pytest.mark.thorough
 def test_a_number_that_is_not_finite_on_one_rank_ends_all_of_them(ranks):
     for (_, rank), (_, ends) in ranks.items():
         assert ends["not finite"] == ("NotFinite" if rank == 1 else "EndedElsewhere")
@@ -115,7 +115,6 @@ def test_the_script_under_torchrun_writes_what_it_writes_alone(tmp_path):
 # --- The numbers ---
 
 
-@pytest.mark.thorough
 def test_the_mean_over_groups_is_the_exact_evidence(monkeypatch):
     monkeypatch.setitem(batching.PASS_BYTES, "cpu", 40 * 8 * 6 * 12)
     vae = bernoulli_vae(latent_dim=1)
@@ -147,7 +146,6 @@ def test_the_bound_on_the_pretrained_run_is_that_of_fresh_draws():
     assert abs(difference.mean()) < 5 * difference.std() / math.sqrt(len(x))
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize("num_particles", [1, 7, 50, 200])
 def test_two_models_have_the_same_seeds_for_the_same_images(num_particles, monkeypatch):
     """Also where one of them holds so much of a pixel that its passes are smaller: noise is matched by images."""
@@ -340,7 +338,6 @@ def test_rows_of_other_groups_are_refused():
         evaluate(oracle.vae(), x, num_particles=3, seed=0, done={2: torch.zeros(3, 9, dtype=torch.double)})
 
 
-@pytest.mark.thorough
 def test_stored_images_of_a_run_have_not_changed_places(folder):
     """Row n of the file is image n: fresh draws of that image's bound go up and down with it."""
     _evaluate(folder)

@@ -22,7 +22,10 @@ READERS = (
 )
 FAULTY = {read.__name__ for read in fuzzing.FAULTY}
 
-pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs RLIMIT_DATA")
+pytestmark = [
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs RLIMIT_DATA"),
+    pytest.mark.thorough,
+]
 
 
 @cache

@@ -21,12 +21,12 @@ def check(name, found):
     )
 
 
+THOROUGH = ("training_captured", "certificate", "run_folder_names")  # 5 to 40 seconds each
+
+
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=pytest.mark.thorough) if name in ("training_captured", "certificate") else name
-        for name in CASES
-    ],
+    [pytest.param(name, marks=pytest.mark.thorough) if name in THOROUGH else name for name in CASES],
 )
 def test_the_program_reproduces_the_golden_numbers(name, folder):
     check(name, compute(name, folder))

@@ -84,6 +84,7 @@ def test_a_killed_process_leaves_a_run_that_others_may_take(endless: tuple[Path,
     assert not (folder / ".lock").exists()
 
 
+@pytest.mark.thorough
 def test_two_runs_in_one_new_folder_are_one(server: Server, dataset: Path, tmp_path: Path) -> None:
     words = (TRAIN, "--dataset", dataset, "--run-dir", tmp_path / "run", *SMALL)
     both = [server.start(*words), server.start(*words)]

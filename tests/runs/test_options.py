@@ -23,6 +23,7 @@ def test_default_warmup_is_three_tenths_of_the_epochs(epochs: int, warmup: int) 
     assert default_warmup(epochs) == warmup
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("asked", "prior", "objective"),
     [

@@ -78,6 +78,7 @@ def test_a_killed_study_ends_with_the_numbers_of_an_uninterrupted_one(
     assert numbers.differences["beta"] == uninterrupted.differences["beta"]
 
 
+@pytest.mark.thorough
 def test_questions_without_their_runs_are_left_out(uninterrupted: StudyNumbers, tmp_path: Path) -> None:
     html = compose_page(PageSource(uninterrupted, tmp_path, {}))
     assert html.split("Not measured: ")[1].split("</p>")[0] == "Move through a latent space"

@@ -160,7 +160,8 @@ def _log_beta_mass(p: StableBeta, x: Tensor) -> Tensor:
     is_rest = (first & is_upper) | (last & ~is_upper)
     rest = torch.log1p(-torch.where(is_rest, log_tail, -1.0).exp())
     is_inside = ~is_tail  # elsewhere the ratio might overflow, and its gradient with it
-    ratio = _mean_ratio(*(torch.where(is_inside, h - 1, 0.0).to(x.dtype) for h in (alpha, beta)), x)
+    c, d = (torch.where(is_inside, h - 1, 0.0).to(x.dtype) for h in (alpha, beta))
+    ratio = _mean_ratio(c, d, x)
     within = log_p + ratio.log() - math.log(NUM_LEVELS)
     return torch.where(is_rest, rest, torch.where(is_tail, log_tail, within)).to(x.dtype)
 

@@ -11,6 +11,23 @@ from torch.distributions import Distribution
 from ppl_vae.runtime.errors import ShapeError
 
 
+def restore_precision(h: Tensor, c: Tensor) -> Tensor:
+    """Convert features of c to the type that they have without autocast.
+
+    Under autocast a network's features may be bfloat16, and parameters of distributions may not.
+
+    Args:
+        h: (..., F) features.
+        c: (..., *C) what the network was given.
+
+    Returns:
+        (..., F).
+    """
+    if not torch.is_autocast_enabled(h.device.type):
+        return h
+    return h.to(c.dtype if c.is_floating_point() else torch.float32)
+
+
 class Conditional(nn.Module):
     """p(y | c) = family(net(c)).
 
@@ -42,10 +59,7 @@ class Conditional(nn.Module):
                 f"net: expected one tensor of features, (..., {self.family.num_features}), got {type(h).__name__}; "
                 "torch.cat(parts, dim=-1) makes one of several"
             )
-        if torch.is_autocast_enabled(
-            h.device.type
-        ):  # features may be bfloat16 then; parameters of distributions are not
-            h = h.to(c.dtype if c.is_floating_point() else torch.float32)
+        h = restore_precision(h, c)
         if h.shape[-1] != self.family.num_features:
             F, name = self.family.num_features, type(self.family).__name__
             dims = len(self.event_shape)

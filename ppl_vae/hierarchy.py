@@ -21,7 +21,7 @@ from pyro.distributions import TorchDistribution, constraints
 from torch import Size, Tensor, nn
 from torch.distributions import Distribution
 
-from ppl_vae.conditional import Conditional
+from ppl_vae.conditional import Conditional, restore_precision
 from ppl_vae.vae import check_batch_shape, check_event_shape
 
 
@@ -218,17 +218,10 @@ class TopDown(nn.Module):
         """x: (B, *E) -> batch shape (B,), event shape (L_1 + ... + L_n,)."""
         from_x, d = [], x
         for feature, readout in zip(self.features, self.readouts, strict=True):
-            d = _restore_precision(self.activation(feature(d)), x)
+            d = restore_precision(self.activation(feature(d)), x)
             from_x.append(readout(d))
         links = [partial(_combine, r_l, layer) for r_l, layer in zip(from_x, self._prior[0].layers, strict=False)]
         return LayeredDistribution(from_x[-1], links[::-1], latent_dims=self.latent_dims, upward=False)
-
-
-def _restore_precision(d: Tensor, x: Tensor) -> Tensor:
-    """Convert features to the type that they have without autocast, for the distributions of the readouts."""
-    if not torch.is_autocast_enabled(d.device.type):
-        return d
-    return d.to(x.dtype if x.is_floating_point() else torch.float32)
 
 
 def _combine(r: Distribution, layer: Callable[[Tensor], Distribution], z_above: Tensor) -> dist.Independent:

@@ -17,7 +17,7 @@ from ppl_vae.evidence.hmc import Point, Terms, leapfrog, point_at, transition
 from ppl_vae.evidence.moments import compute_moments
 from ppl_vae.parts.posteriors.flow import Autoregressive
 from ppl_vae.protocols import LatentModel
-from ppl_vae.runtime.capture import compile_function, replace_tensors
+from ppl_vae.runtime.capture import compile_function, detach_tensors, replace_tensors
 from ppl_vae.runtime.errors import check_count
 from ppl_vae.runtime.global_state import evaluation_mode, seeded
 from ppl_vae.support import check_support
@@ -63,8 +63,7 @@ class Chains:
             self._features = _encode(vae, x, self.start)
             self._q_0, self._terms = _densities(vae, self.start, x, self._features)
         self._scale = _start_scale(self._q_0, len(x))
-        weights = dict(vae.named_parameters()) | dict(vae.named_buffers())
-        self._weights = {name: weight.detach() for name, weight in weights.items()}
+        self._weights = detach_tensors(vae)
         self._run: Callable[[Sequence[Tensor]], tuple[Tensor, ...]] | None = None
 
     def begin(self, z: Tensor | None = None) -> Point:

@@ -19,7 +19,7 @@ from ppl_vae.runtime.batching import (
     images_per_pass,
 )
 from ppl_vae.runtime.blocks import block_seed, compute_blocks
-from ppl_vae.runtime.capture import compile_function, replace_tensors
+from ppl_vae.runtime.capture import compile_function, detach_tensors, replace_tensors
 from ppl_vae.runtime.errors import CannotCapture, NotFinite, check_count
 from ppl_vae.runtime.global_state import evaluation_mode, seed_generators, seeded, serialize_threads
 from ppl_vae.runtime.ranks import agree
@@ -41,9 +41,8 @@ class CapturedTerms:
 
     def __init__(self, vae: Program, x: Tensor, num_particles: int) -> None:
         self._shape = (tuple(x.shape), num_particles)
-        values = dict(vae.named_parameters()) | dict(vae.named_buffers())
-        names = list(values)
-        self._tensors = [value.detach() for value in values.values()]  # shared memory, so changes in place are seen
+        values = detach_tensors(vae)  # shared memory, so changes in place are seen
+        names, self._tensors = list(values), list(values.values())
 
         def function(*tensors: Tensor) -> tuple[Tensor, Tensor]:
             with replace_tensors(vae, dict(zip(names, tensors[:-1], strict=True))):

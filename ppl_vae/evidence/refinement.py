@@ -15,7 +15,7 @@ from ppl_vae.evidence.moments import encode
 from ppl_vae.evidence.proposals import Proposal, normal_features, replace_guide
 from ppl_vae.protocols import LatentModel
 from ppl_vae.runtime.batching import images_per_pass, pairs_per_pass
-from ppl_vae.runtime.capture import compile_function, replace_tensors
+from ppl_vae.runtime.capture import compile_function, detach_tensors, replace_tensors
 from ppl_vae.runtime.errors import check_count
 from ppl_vae.runtime.global_state import evaluation_mode, serialize_threads
 from ppl_vae.support import check_support
@@ -125,8 +125,8 @@ class _Adam:
         self._objective, self._num_particles = objective, num_particles
         parts: list[Any] = [vae, family]
         self._parts = nn.ModuleList(parts)
-        values = dict(self._parts.named_parameters()) | dict(self._parts.named_buffers())
-        self._names, self._tensors = list(values), [value.detach() for value in values.values()]
+        values = detach_tensors(self._parts)
+        self._names, self._tensors = list(values), list(values.values())
 
     def begin(self, x: Tensor, h: Tensor) -> list[Tensor]:
         """The inputs of ``step``: weights and buffers, x, h, Adam's two moments, and the scalars of a step."""

@@ -177,6 +177,11 @@ class _HasTensors(Protocol):
     def named_buffers(self) -> Iterator[tuple[str, Tensor]]: ...
 
 
+def detach_tensors(module: _HasTensors) -> dict[str, Tensor]:
+    """The module's parameters and buffers by name, without gradients, in the same memory, of any shapes."""
+    return {name: w.detach() for name, w in [*module.named_parameters(), *module.named_buffers()]}
+
+
 @contextmanager
 def replace_tensors(module: _HasTensors, values: Mapping[str, Tensor]) -> Iterator[None]:
     """Use these tensors as the module's parameters and buffers of these names, wherever it holds them.

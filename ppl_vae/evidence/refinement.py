@@ -15,6 +15,7 @@ from ppl_vae.evidence.moments import encode
 from ppl_vae.evidence.proposals import Proposal, normal_features, replace_guide
 from ppl_vae.protocols import LatentModel
 from ppl_vae.runtime.batching import images_per_pass, pairs_per_pass
+from ppl_vae.runtime.blocks import even_block_size
 from ppl_vae.runtime.capture import compile_function, detach_tensors, replace_tensors
 from ppl_vae.runtime.errors import check_count
 from ppl_vae.runtime.global_state import evaluation_mode, serialize_threads
@@ -162,8 +163,7 @@ def _schedule(steps: int, learning_rate: float, like: Tensor) -> Tensor:
 
 def _even_groups(num_images: int, most: int) -> list[Tensor]:
     """Indices in groups of one size, at most ``most``: a graph is for one size. The last repeats its last image."""
-    count = math.ceil(num_images / most)
-    size = math.ceil(num_images / count)
+    size = even_block_size(num_images, most)
     return [torch.arange(g, g + size).clamp(max=num_images - 1) for g in range(0, num_images, size)]
 
 

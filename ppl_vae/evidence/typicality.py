@@ -21,8 +21,6 @@ LOWEST = 0.05  # the share of own images below whose quantile the other set's ar
 APART = 0.95
 _STDERRS = 3.0
 
-_ADDED = 4  # images that the error of a share adds, half of them above (Agresti and Coull)
-
 
 class PriorMixtureGuide(nn.Module):
     """x (B, *E) -> q(z | x) / 2 + p(z) / 2.
@@ -92,8 +90,8 @@ def _share_below(values: Tensor, among: Tensor) -> Tensor:
 def share_above(own: Tensor, other: Tensor, *, quantile: float) -> Estimate:
     """P(b > F^-1(q)): the share of the other set's values above the own set's quantile.
 
-    The error combines that of the share k / n, sqrt(p (1 - p) / (n + 4)) with p = (k + 2) / (n + 4), and that of the
-    quantile from m values: half the difference of the shares at the quantiles q -+ sqrt(q (1 - q) / m).
+    The error combines that of the share, see ``Estimate.from_flags``, and that of the quantile from m values: half the
+    difference of the shares at the quantiles q -+ sqrt(q (1 - q) / m).
 
     Args:
         own: (m,).
@@ -103,16 +101,14 @@ def share_above(own: Tensor, other: Tensor, *, quantile: float) -> Estimate:
     Raises:
         ValueError: a sample without a value, or with a NaN.
 
-    Reference: Agresti and Coull 1998, The American Statistician 52(2), 119-126 (the share's error); else ours.
+    Source: ours, but for the share's error.
     """
     own, other = _check_numbers("own", own), _check_numbers("other", other)
     reach = math.sqrt(quantile * (1 - quantile) / len(own))
     at = torch.tensor([quantile, max(0.0, quantile - reach), min(1.0, quantile + reach)], dtype=torch.double)
-    above = (other > own.quantile(at.to(own.device))[:, None]).double()
-    share, most, least = above.mean(1).tolist()
-    total = len(other) + _ADDED
-    p = (share * len(other) + _ADDED / 2) / total
-    return Estimate(share, math.hypot(math.sqrt(p * (1 - p) / total), (most - least) / 2))
+    above = other > own.quantile(at.to(own.device))[:, None]
+    share, most, least = (Estimate.from_flags(flags) for flags in above)
+    return Estimate(share.mean, math.hypot(share.stderr, (most.mean - least.mean) / 2))
 
 
 @dataclass(frozen=True)

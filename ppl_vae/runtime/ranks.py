@@ -124,11 +124,6 @@ def agree(value: bool) -> bool:
     return bool(votes > 0)
 
 
-def barrier() -> None:
-    """Wait until all ranks are here."""
-    agree(False)
-
-
 def broadcast(value: Any) -> Any:
     """Return rank 0's value on every rank, by way of JSON; the values of the others are ignored.
 

@@ -145,8 +145,9 @@ def fit(
     while state.step < loop.total_steps:
         loop.run_epoch()
     program.load_state_dict(state.best_weights)
-    for w in program.parameters():  # a compiled step had made them views of one vector
-        w.data = w.detach().clone()
+    if compile:
+        for w in program.parameters():  # the compiled step made them views of one vector
+            w.data = w.detach().clone()
     program.eval()
     return state
 

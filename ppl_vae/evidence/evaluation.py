@@ -11,13 +11,7 @@ from torch import Tensor
 
 from ppl_vae.evidence.importance import IMPORTANCE_NAMES, Importance, Terms, measure_group
 from ppl_vae.protocols import LatentModel, Program, StochasticFunction
-from ppl_vae.runtime.batching import (
-    BatchSize,
-    evaluation_batch_size,
-    even_divisor,
-    images_per_group,
-    images_per_pass,
-)
+from ppl_vae.runtime.batching import BatchSize, evaluation_batch_size, even_divisor, images_per_group, images_per_pass
 from ppl_vae.runtime.blocks import block_seed, compute_blocks
 from ppl_vae.runtime.capture import compile_function, detach_tensors, replace_tensors
 from ppl_vae.runtime.errors import CannotCapture, NotFinite, check_count

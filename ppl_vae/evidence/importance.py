@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 
 from ppl_vae.protocols import Program, StochasticFunction
-from ppl_vae.runtime.batching import (
-    pairs_per_pass,
-)
+from ppl_vae.runtime.batching import pairs_per_pass
 from ppl_vae.runtime.errors import NotFinite, check_count
 from ppl_vae.runtime.global_state import serialize_threads
 from ppl_vae.runtime.numerics import LogWeightSummary

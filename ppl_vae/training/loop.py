@@ -200,10 +200,8 @@ class _Loop:
         """Take the steps that are left of this epoch, validate, and save."""
         state, began, images_seen = self.state, time.monotonic(), 0
         epoch, place = divmod(state.step, self.steps_per_epoch)
-        seed, device = self.schedule.seed, state.device
-        batches = epoch_batches(self.num_images, self.schedule.batch_size, seed=seed, epoch=epoch, device=device)[
-            place:
-        ]
+        batch_size, seed = self.schedule.batch_size, self.schedule.seed
+        batches = epoch_batches(self.num_images, batch_size, seed=seed, epoch=epoch, device=state.device)[place:]
         lengths = {"total_steps": self.total_steps, "steps_per_epoch": self.steps_per_epoch}
         end = (epoch + 1) * self.steps_per_epoch
         values = [self.schedule.step_values(step, self.optimizer, **lengths) for step in range(state.step, end)]

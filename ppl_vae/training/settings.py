@@ -18,7 +18,6 @@ from ppl_vae.training.state import TrainingState
 
 StepValues = tuple[float, float, float]  # beta, learning rate and the averages' decay of one step
 
-
 FusedAdam = partial(torch.optim.Adam, fused=True)
 
 

@@ -83,9 +83,8 @@ class Streamed:
             OSError, MemoryError and the like: From the thread.
         """
         halves = [batches[first : first + self._at_once] for first in range(0, len(batches), self._at_once)]
-        order = [
-            torch.cat(list(half)).cpu() for half in halves
-        ]  # once per epoch, so that the thread never waits for a GPU
+        # Once per epoch, so that the thread never waits for a GPU.
+        order = [torch.cat(list(half)).cpu() for half in halves]
         filled: SimpleQueue[BaseException | None] = SimpleQueue()
         free, stopped = Semaphore(2), Event()
 

@@ -41,9 +41,8 @@ def exponential_log_scale(h: Tensor) -> Tensor:
 
 
 _SOFTPLUS_OFFSET = math.log(math.e - 1)  # softplus of it is 1, so that h = 0 gives the prior's scale
-_LEAST_SOFTPLUS = (
-    1.1e-19  # whose square is a normal float32: a KL takes it, and that of softplus(-55) is 0, a KL of inf
-)
+# Its square is a normal float32. A KL takes the square, and that of softplus(-55) is 0, which makes the KL infinite.
+_LEAST_SOFTPLUS = 1.1e-19
 
 
 def softplus_log_scale(h: Tensor) -> Tensor:

@@ -83,15 +83,16 @@ def check_program(program: Program) -> None:
 
 
 def _find_autoguide(program: Program) -> AutoGuide | None:
-    """Return a guide from pyro.infer.autoguide that is the program's guide, or an attribute of one of its modules."""
-    found: list[object] = [program.guide, getattr(program.guide, "__self__", None)]
+    """Find a guide from pyro.infer.autoguide that is the program's guide, or that one of its modules holds.
+
+    A module holds its submodules, its other attributes, and what is in a list, tuple or dictionary among them.
+    """
+    held: list[object] = [program.guide, getattr(program.guide, "__self__", None)]
     for module in [program, *program.modules()]:
-        found.append(module)
         for value in [*vars(type(module)).values(), *vars(module).values()]:
-            found += (
-                value if isinstance(value, list | tuple) else value.values() if isinstance(value, dict) else [value]
-            )
-    return next((part for part in found if isinstance(part, AutoGuide)), None)
+            items = value.values() if isinstance(value, dict) else value
+            held += items if isinstance(value, list | tuple | dict) else [value]
+    return next((part for part in held if isinstance(part, AutoGuide)), None)
 
 
 def check_batch_of_one(

@@ -49,7 +49,7 @@ class Chains:
         start: q_0, one of ``STARTS``; the attribute ``start`` is the resolved one.
         num_chains: C.
         num_leapfrogs: per transition.
-        compile: whether a leapfrog step is one compile_function graph.
+        compile: whether a leapfrog step is one compiled graph.
     """
 
     def __init__(

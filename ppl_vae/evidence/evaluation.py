@@ -98,7 +98,7 @@ def evaluate(
 
     Raises:
         CannotCapture: a ValueError: ``compile`` is asked for and impossible; says why.
-        Deterministic: a ValueError: the guide has no density; ``reconstruction`` needs none.
+        DeterministicGuide: a ValueError: the guide has no density; ``reconstruction`` needs none.
         ValueError: an image off the support, or an argument out of its range.
         NotFinite: a log-weight is NaN or +infinity.
         Stopped: ``should_stop`` returned True; see ``blocks.compute_blocks``.

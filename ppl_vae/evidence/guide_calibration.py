@@ -216,8 +216,10 @@ def _of_latent(shapes: NormalShape | None, latent: int) -> str:
 
 
 def _of_joint(mean: float, stderr: float) -> str:
-    """Too narrow a guide has draws of higher density than z*; one that is too wide, misplaced or blind to how latents
-    depend on each other has draws of lower density.
+    """What the mean rank of log p(x, z), with its standard error, says about the guide.
+
+    A guide that is too narrow has draws of higher density than z*. A guide that is too wide, misplaced, or blind to how
+    latents depend on each other has draws of lower density.
     """
     told = f"(mean rank {mean:.3f} ± {stderr:.3f})"
     if abs(mean - 0.5) <= STDERRS * stderr:

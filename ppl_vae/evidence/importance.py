@@ -123,7 +123,7 @@ def importance(
 
     Raises:
         ValueError: an image off the support, as ``log_weights``, or an argument out of its range.
-            ``weights.Deterministic`` is one: a guide without a density.
+            ``weights.DeterministicGuide`` is one: a guide without a density.
         NotFinite: a log-weight is NaN or +infinity.
 
     Reference: Burda et al. 2016, arXiv 1509.00519, equation 8.

@@ -89,7 +89,7 @@ class PairedDifference:
 
     @property
     def word(self) -> str:
-        """Of b: "better" or "worse" where the interval excludes 0, else "not distinguishable"."""
+        """Whether b is "better" or "worse", if the interval excludes 0; else "not distinguishable"."""
         if self.lower > 0:
             return BETTER
         return WORSE if self.upper < 0 else INDISTINCT

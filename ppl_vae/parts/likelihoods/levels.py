@@ -273,7 +273,7 @@ class DiscretizedLogistic(Pixels):
     floats_per_pixel = 13
 
     def pixel(self, loc: Tensor, feature: Tensor) -> LevelLogistic:
-        """Of a location and of what gives the scale."""
+        """From a location and the feature of the scale."""
         return LevelLogistic(loc, logistic_log_scale(feature))
 
     def fit_marginals(self, x: Tensor) -> Tensor:
@@ -332,7 +332,7 @@ class Binomial(Pixels):
     floats_per_pixel = 8
 
     def pixel(self, logits: Tensor) -> LevelBinomial:
-        """Of logits."""
+        """From logits."""
         return LevelBinomial(TOP, logits=logits)
 
     def fit_marginals(self, x: Tensor) -> Tensor:

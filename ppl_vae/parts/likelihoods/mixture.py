@@ -110,7 +110,7 @@ class ColorLogisticMixture(dist.TorchDistribution):
 
     @property
     def mode(self) -> Tensor:
-        """Of the heaviest component, the level with the largest mass of red, of green given it, of blue given both."""
+        """The heaviest component's level with the largest mass of red, of green given it, of blue given both."""
         modes = self._in_turn(lambda c, loc, log_scale: discretized_logistic_mode(loc, log_scale))
         return self._of_component(modes, self.logits.argmax(-3, keepdim=True))
 

@@ -121,7 +121,7 @@ class ContinuousBernoulli(Pixels):
     floats_per_pixel = 10
 
     def pixel(self, logits: Tensor) -> StableContinuousBernoulli:
-        """Of logits."""
+        """From logits."""
         return StableContinuousBernoulli(logits)
 
     def fit_marginals(self, x: Tensor) -> Tensor:
@@ -220,7 +220,7 @@ class Beta(Pixels):
     floats_per_pixel = 24
 
     def pixel(self, a: Tensor, b: Tensor) -> StableBeta:
-        """Of what gives the mean, and the concentration."""
+        """From the features of the mean and of the concentration."""
         log_concentration = _LOG_CONCENTRATION_CENTER + bounded(b, _LOG_CONCENTRATION_LIMIT)
         return StableBeta(bounded(a, _MEAN_LOGIT_LIMIT), log_concentration)
 

@@ -15,7 +15,7 @@ from ppl_vae.runtime.numerics import HALF_LOG_TWO_PI, bounded, mean_and_variance
 
 _LOG_MEAN_LIMIT = 15.0
 _LARGEST_MEAN = 3e6  # for a fit; features reach exp(15) = 3.27 million, where they have almost no gradient
-_LOG_TOTAL_LIMIT = 9.0
+LOG_TOTAL_LIMIT = 9.0
 _COUNTS_WORDS = "whole numbers from 0 on"
 
 
@@ -181,7 +181,7 @@ class NegativeBinomial(Pixels):
 
     def pixel(self, a: Tensor, b: Tensor) -> StableNegativeBinomial:
         """From the features of the mean and of the total count."""
-        return StableNegativeBinomial(bounded(a, _LOG_MEAN_LIMIT), bounded(b, _LOG_TOTAL_LIMIT))
+        return StableNegativeBinomial(bounded(a, _LOG_MEAN_LIMIT), bounded(b, LOG_TOTAL_LIMIT))
 
     def fit_marginals(self, x: Tensor) -> Tensor:
         """Each pixel's mean m, smoothed as in ``Poisson``, and r = m^2 / (variance - m). x: (N, *E) -> (2 prod(E),).
@@ -194,4 +194,4 @@ class NegativeBinomial(Pixels):
         mean, variance = mean_and_variance(x.flatten(1))
         smoothed = (0.5 + len(x) * mean) / (1 + len(x))
         total = smoothed.square() / (variance - smoothed).clamp(min=0)
-        return torch.cat([_log_mean_features(smoothed), unbounded(total.log(), _LOG_TOTAL_LIMIT)]).to(x.dtype)
+        return torch.cat([_log_mean_features(smoothed), unbounded(total.log(), LOG_TOTAL_LIMIT)]).to(x.dtype)

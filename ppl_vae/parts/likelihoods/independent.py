@@ -13,19 +13,31 @@ from torch import Tensor
 from ppl_vae import data
 from ppl_vae.data import NUM_LEVELS
 from ppl_vae.parts.likelihoods.base import ascend, level_counts, median_and_deviation, unbounded
-from ppl_vae.parts.likelihoods.counts import NegativeBinomial, Poisson, StableNegativeBinomial, StablePoisson
+from ppl_vae.parts.likelihoods.counts import (
+    LOG_TOTAL_LIMIT,
+    NegativeBinomial,
+    Poisson,
+    StableNegativeBinomial,
+    StablePoisson,
+)
 from ppl_vae.parts.likelihoods.level_mass import log_level_mass
 from ppl_vae.parts.likelihoods.levels import PIXELS_AT_ONCE, Categorical, LevelCategorical
 from ppl_vae.parts.likelihoods.logit import Logit, LogitNormal, Sigmoid
-from ppl_vae.parts.likelihoods.real import Laplace, Normal, NormalFixed, NormalOptimal, NormalPerPixel, StudentT
+from ppl_vae.parts.likelihoods.real import (
+    LOG_DF_LIMIT,
+    Laplace,
+    Normal,
+    NormalFixed,
+    NormalOptimal,
+    NormalPerPixel,
+    StudentT,
+)
 from ppl_vae.parts.likelihoods.unit_interval import Beta, ContinuousBernoulli
 from ppl_vae.runtime.numerics import bounded, mean_and_variance, sum_over_images
 
 _STEPS = 100  # of an ascent
 _MOST_NUMBERS = 2**21  # of the images that a Student's t or a negative binomial is fitted to
 _LOG_SCALE_LIMIT = 3.0  # a fitted scale is between 1/20 and 20 times the one that it starts from
-_LOG_DF_LIMIT = math.log(100)  # as ``StudentT`` has it
-_LOG_TOTAL_LIMIT = 9.0  # as ``NegativeBinomial`` has it
 _NOISE_SCALE = 1 / (NUM_LEVELS * math.sqrt(12))  # the spread of u / 256, u uniform: no fit to levels is narrower
 _SMALLEST_SCALE = 1e-3  # of a constant pixel, as a share of the spread of all pixels
 
@@ -90,7 +102,7 @@ def _fit_location_and_scale(family: Any, x: Tensor, *, is_dequantized: bool) -> 
     def pixels(h: Tensor, loc: Tensor, scale: Tensor) -> Any:
         own_loc, own_scale = loc + scale * h[0], (scale * bounded(h[1], _LOG_SCALE_LIMIT).exp()).clamp(min=least)
         if isinstance(base, StudentT):
-            return dist.StudentT(1 + bounded(math.log(4) + h[2], _LOG_DF_LIMIT).exp(), own_loc, own_scale)
+            return dist.StudentT(1 + bounded(math.log(4) + h[2], LOG_DF_LIMIT).exp(), own_loc, own_scale)
         return (dist.Laplace if isinstance(base, Laplace) else dist.Normal)(own_loc, own_scale)
 
     def seen(h: Tensor, loc: Tensor, scale: Tensor) -> Any:
@@ -111,10 +123,10 @@ def _fit_negative_binomial(x: Tensor) -> StableNegativeBinomial:
     """The maximum likelihood mean and total count of each column; the best mean is the same for every total count."""
     mean, variance = mean_and_variance(x)
     mean = mean + 0.5 / len(x)
-    start = unbounded((mean.square() / (variance - mean).clamp(min=0)).log(), _LOG_TOTAL_LIMIT)
+    start = unbounded((mean.square() / (variance - mean).clamp(min=0)).log(), LOG_TOTAL_LIMIT)
 
     def pixels(h: Tensor, log_mean: Tensor, start: Tensor) -> StableNegativeBinomial:
-        return StableNegativeBinomial(log_mean, bounded(start + h[0], _LOG_TOTAL_LIMIT))
+        return StableNegativeBinomial(log_mean, bounded(start + h[0], LOG_TOTAL_LIMIT))
 
     constants = [mean.log().to(x.dtype), start.to(x.dtype)]
     if x.max() < NUM_LEVELS:

@@ -15,6 +15,7 @@ from ppl_vae.parts.likelihoods.base import Pixels, median_and_deviation, unbound
 from ppl_vae.runtime.numerics import bounded, location_and_spread, mean_and_variance
 
 MAX_LOG_SCALE = 7.0  # of ``NormalPerPixel``, in units
+LOG_DF_LIMIT = math.log(100)  # of ``StudentT``, for df - 1
 
 
 class _InUnits(Pixels):
@@ -260,7 +261,7 @@ class StudentT(_InUnits):
     @property
     def df(self) -> Tensor:
         """Degrees of freedom, ()."""
-        return 1 + bounded(self.feature, math.log(100)).exp()
+        return 1 + bounded(self.feature, LOG_DF_LIMIT).exp()
 
     def pixel(self, loc: Tensor) -> dist.StudentT:
         """From a location in units."""
@@ -276,5 +277,5 @@ class StudentT(_InUnits):
         """
         with torch.no_grad():
             self.log_scale.fill_(math.log(3 / 5) / 2)
-            self.feature.copy_(unbounded(self.feature.new_tensor(math.log(4)), math.log(100)))
+            self.feature.copy_(unbounded(self.feature.new_tensor(math.log(4)), LOG_DF_LIMIT))
         return self._mean_in_units(x)

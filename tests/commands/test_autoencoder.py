@@ -13,6 +13,7 @@ import pyro
 import pytest
 import scipy.stats
 import torch
+from capture_cases import as_stored
 from fitting import fit
 from oracles import NormalFixed
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
@@ -79,12 +80,8 @@ def _binary(num_images: int = 37) -> torch.Tensor:
     return torch.bernoulli(torch.linspace(0.1, 0.9, 12, dtype=torch.double).expand(num_images, 12), generator=generator)
 
 
-def _as_stored(values: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
-    return values
-
-
 def _fit(vae: VAE, train: torch.Tensor, validation: torch.Tensor | None = None, **options: Any) -> Any:
-    asked = {"epochs": 4, "batch_size": 8, "transform": _as_stored, "beta": 0.0, "learning_rate": 0.02}
+    asked = {"epochs": 4, "batch_size": 8, "transform": as_stored, "beta": 0.0, "learning_rate": 0.02}
     return fit(vae, train, validation, **(asked | options))
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pyro
 import pytest
 import torch
+from capture_cases import as_stored
 from fitting import fit
 from oracles import NormalFixed
 from pyro import poutine
@@ -442,12 +443,8 @@ OBJECTIVES = {
 CAPTURED = [("top-down", "analytic"), ("top-down", "dreg"), ("bottom-up", "elbo")]
 
 
-def _as_stored(values, generator=None):
-    return values
-
-
 def _fitted(vae, x, objective, **options):
-    asked = {"epochs": 2, "batch_size": 8, "learning_rate": 0.01, "warmup_epochs": 1, "transform": _as_stored}
+    asked = {"epochs": 2, "batch_size": 8, "learning_rate": 0.01, "warmup_epochs": 1, "transform": as_stored}
     fit(vae, x, objective=objective, **(asked | options))
     return {name: w.detach().clone() for name, w in vae.named_parameters()}
 

@@ -9,6 +9,7 @@ import numpy as np
 import pyro
 import pytest
 import torch
+from capture_cases import as_stored
 from fitting import fit
 from oracles import LinearGaussian, bernoulli_vae, quadrature_log_evidence
 from pyro.distributions import Categorical, MixtureSameFamily
@@ -431,10 +432,6 @@ def test_a_mixture_of_flow_posteriors_is_the_mean_of_their_densities(name):
     assert mixture.sample((4,)).shape == (4, 3)
 
 
-def _as_stored(values, generator=None):
-    return values
-
-
 @pytest.mark.thorough
 @pytest.mark.parametrize("name", FLOWS)
 def test_a_trained_flow_guide_is_nearer_to_the_evidence_than_the_best_diagonal_one(name):
@@ -449,7 +446,7 @@ def test_a_trained_flow_guide_is_nearer_to_the_evidence_than_the_best_diagonal_o
     posterior = FLOWS[name](2, context_dim=C, num_layers=2, hidden=(16,)).double()
     encoder = MLP(3, posterior.num_features, hidden=()).double()
     vae = VAE(StandardNormal(2).double(), exact.vae().likelihood.requires_grad_(False), Conditional(encoder, posterior))
-    fit(vae, x, epochs=30, batch_size=100, learning_rate=1e-2, transform=_as_stored)
+    fit(vae, x, epochs=30, batch_size=100, learning_rate=1e-2, transform=as_stored)
     with torch.no_grad():
         gap = (exact.log_evidence(x) - log_weights(vae.model, vae.guide, x, 20)).mean().item()
     assert least_gap > 0.3
@@ -488,7 +485,7 @@ def test_captured_steps_are_the_eager_ones(graphs, name):
     for compile in (True, False):
         vae = _bernoulli_flow_vae(name)
         pyro.set_rng_seed(0)
-        fit(vae, _images(), epochs=3, batch_size=8, warmup_epochs=1, transform=_as_stored, compile=compile)
+        fit(vae, _images(), epochs=3, batch_size=8, warmup_epochs=1, transform=as_stored, compile=compile)
         trained[compile] = vae.state_dict()
     start = _bernoulli_flow_vae(name).state_dict()
     for key, expected in trained[False].items():
@@ -501,7 +498,7 @@ def test_captured_steps_are_the_eager_ones(graphs, name):
 @pytest.mark.parametrize("name", FLOWS)
 def test_after_a_captured_run_the_same_module_has_numbers(graphs, name):
     vae, x = _bernoulli_flow_vae(name), _images()
-    fit(vae, x, epochs=1, batch_size=8, transform=_as_stored, compile=True)
+    fit(vae, x, epochs=1, batch_size=8, transform=as_stored, compile=True)
     assert log_weights(vae.model, vae.guide, x, 3).isfinite().all()
 
 

@@ -10,9 +10,11 @@ import numpy as np
 import pyro
 import pytest
 import torch
+from capture_cases import copy_state
 from fitting import fit
 from oracles import bernoulli_vae
 from pyro import poutine
+from random_weights import at_random
 from safetensors.torch import load_file, save_file
 from scipy.special import logsumexp
 from scipy.stats import multivariate_normal, norm
@@ -57,21 +59,12 @@ COUPLED = ["flow", "spline flow"]
 IN_ONE = [name for name in PARTS if name not in COUPLED]  # of one latent, which no flow can halve
 
 
-def _at_random(module, *, size=0.3, seed=0):
-    """In float64, every parameter moved by a random number of this size, so that nothing is at its start."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in module.double().parameters():
-            parameter.add_(size * torch.randn(parameter.shape, generator=generator, dtype=torch.double))
-    return module
-
-
 def _vae(name, L=2, *, size=0.3):
     """A small Bernoulli VAE of this prior, in float64, with weights far from their start."""
     vae = bernoulli_vae(latent_dim=L, D=D)
     torch.manual_seed(0)
     guide = _guide(L)
-    return _at_random(VAE(PARTS[name](L, guide), vae.likelihood, guide), size=size)
+    return at_random(VAE(PARTS[name](L, guide), vae.likelihood, guide), size=size)
 
 
 def _images(num_images=30):
@@ -138,7 +131,7 @@ def test_a_prior_is_one_distribution_over_a_vector_for_any_leading_dimensions(na
 
 @torch.no_grad()
 def test_a_mixture_is_scipys_normals_by_their_weights():
-    prior = _at_random(Mixture(2, components=3))
+    prior = at_random(Mixture(2, components=3), size=0.3)
     z = 2 * torch.randn(50, 2, dtype=torch.double)
     log_weights = prior.logits.log_softmax(-1).numpy()
     scales = (7 * (prior.log_scale / 7).tanh()).exp().numpy()
@@ -151,7 +144,7 @@ def test_a_mixture_is_scipys_normals_by_their_weights():
 
 @torch.no_grad()
 def test_a_mixture_of_one_is_a_normal():
-    prior = _at_random(Mixture(3, components=1))
+    prior = at_random(Mixture(3, components=1), size=0.3)
     z = torch.randn(20, 3, dtype=torch.double)
     scale = (7 * (prior.log_scale[0] / 7).tanh()).exp()
     exact = norm.logpdf(z.numpy(), prior.loc[0].numpy(), scale.numpy()).sum(-1)
@@ -197,8 +190,8 @@ def test_a_flow_starts_as_the_standard_normal(name, L):
 @torch.no_grad()
 def test_a_vamp_prior_of_one_component_is_the_posterior_of_its_pseudo_image(family):
     guide = _guide(3, family)
-    prior = _at_random(VampPrior(guide, (D,), components=1))
-    _at_random(guide, seed=1)
+    prior = at_random(VampPrior(guide, (D,), components=1), size=0.3)
+    at_random(guide, size=0.3, seed=1)
     z = torch.randn(20, 3, dtype=torch.double)
     assert_close(prior().log_prob(z), guide(prior.pseudo_images[0]).log_prob(z), rtol=0, atol=1e-12)
 
@@ -408,14 +401,9 @@ def _trained(name, objective, *, compile, **changes):
         objective=OBJECTIVES[objective],
         transform=lambda values, generator: values,
         compile=compile,
-        on_checkpoint=lambda state: states.append(_copied(state)),
+        on_checkpoint=lambda state: states.append(copy_state(state)),
     )
     return states
-
-
-def _copied(state):
-    tensors, scalars = state.to_tensors()
-    return {name: tensor.clone() for name, tensor in tensors.items()}, scalars
 
 
 @pytest.mark.thorough

@@ -9,7 +9,7 @@ import numpy as np
 import pyro
 import pytest
 import torch
-from capture_cases import copy_state
+from capture_cases import copy_state, poison
 from fitting import fit
 from oracles import LinearGaussian, NormalFixed, bernoulli_vae, quadrature_log_evidence
 from pyro import poutine
@@ -168,11 +168,6 @@ def test_the_best_weights_by_validation_are_left_in_the_model():
 # --- The NaN guard ---
 
 
-def _poison(vae, site):
-    with torch.no_grad():
-        {"z": vae.posterior, "x": vae.likelihood}[site].net.output.weight.fill_(math.nan)
-
-
 @pytest.mark.parametrize(("site", "program"), [("z", "guide"), ("x", "model")])
 @pytest.mark.parametrize("at_step", [0, 10])
 def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_site(site, program, at_step):
@@ -180,10 +175,10 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_site(site, progra
 
     def on_step(state):
         if state.step == at_step:
-            _poison(vae, site)
+            poison(vae, site)
 
     if at_step == 0:
-        _poison(vae, site)
+        poison(vae, site)
     with pytest.raises(NotFinite, match=rf"step {at_step}: .*site '{site}' of the {program}"):
         _fit(vae, _levels(), on_step=on_step)
 
@@ -232,7 +227,7 @@ def test_a_nan_never_reaches_a_checkpoint(graphs, compile):
 
     def on_step(state):
         if state.step == 4:
-            _poison(vae, "x")
+            poison(vae, "x")
 
     with pytest.raises(NotFinite, match="step 4"):
         _fit(vae, _levels(), compile=compile, on_step=on_step, on_checkpoint=saved.append)

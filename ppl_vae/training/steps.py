@@ -101,8 +101,8 @@ class EagerSteps:
         """
         state = self._state
         shares = [batch_share(len(batch)) for batch in batches]
-        with closing(self._source.epoch(_own_parts(batches, shares))) as rows:
-            for (_, place), share, (beta, rate, decay) in zip(rows, shares, schedule, strict=True):
+        with closing(self._source.epoch(_own_parts(batches, shares))) as places:
+            for place, share, (beta, rate, decay) in zip(places, shares, schedule, strict=True):
                 self.noise.share = share
                 if self._several:
                     self.requested = requests()
@@ -254,7 +254,7 @@ class CapturedSteps:
         shares = [batch_share(len(batch)) for batch in batches]
         with closing(self._source.epoch(_own_parts(batches, shares))) as places:
             numbered = zip(places, batches, shares, rows.unbind(), schedule, strict=True)
-            for (_, place), batch, share, row, (beta, _, _) in numbered:
+            for place, batch, share, row, (beta, _, _) in numbered:
                 if self._several:
                     self._step_of_ranks(place, row, share, requests())
                 else:

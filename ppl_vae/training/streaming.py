@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ppl_vae.data.machine import get_available_memory, is_mapped
 
-Rows = Generator[tuple[Tensor, Tensor], None, None]
+Places = Generator[Tensor, None, None]
 
 
 class Resident:
@@ -25,10 +25,9 @@ class Resident:
         """The images at these places of the data set, (B,) -> (B, *E) on the device."""
         return self.stored[index]
 
-    def epoch(self, batches: Sequence[Tensor]) -> Rows:
-        """Yield, for each batch, its places in the data set and in ``stored``, (B,) int64, which are the same here."""
-        for index in batches:
-            yield index, index
+    def epoch(self, batches: Sequence[Tensor]) -> Places:
+        """Yield, for each batch of places in the data set, those in ``stored``, (B,) int64: the same ones here."""
+        yield from batches
 
 
 _HALF_BYTES = 2**20  # gathered at once: few hand-overs for small images, not much memory for large ones
@@ -76,8 +75,8 @@ class Streamed:
         """The images at these places of the data set, (B,) -> (B, *E) on the device."""
         return self._train[index.cpu()].to(self.stored.device)
 
-    def epoch(self, batches: Sequence[Tensor]) -> Rows:
-        """Yield, for each batch, its places in the data set and in ``stored``, (B,) int64; closing it ends the thread.
+    def epoch(self, batches: Sequence[Tensor]) -> Places:
+        """Yield, for each batch of places in the data set, those in ``stored``, (B,) int64; closing it ends the thread.
 
         Raises:
             OSError, MemoryError and the like: From the thread.
@@ -117,12 +116,12 @@ class Streamed:
             if self._copies is not None:
                 self._copies.end()
 
-    def _yield_half(self, which: int, half: Sequence[Tensor]) -> Rows:
+    def _yield_half(self, which: int, half: Sequence[Tensor]) -> Places:
         if self._copies is not None:
             self._copies.before_steps(which)
         first = which * self._half
         for index in half:
-            yield index, self._places[first : first + len(index)]
+            yield self._places[first : first + len(index)]
             first += len(index)
         if self._copies is not None:
             self._copies.after_steps(which)

@@ -59,7 +59,7 @@ def test_every_batch_is_in_the_ring_when_its_turn_comes(slots: int | None, dtype
     train = numbered(103, 2, 3).to(dtype)
     source = Streamed(train, CPU, 10, slots)
     batches = torch.randperm(103, generator=torch.Generator().manual_seed(1)).split(10)
-    for index, place in source.epoch(batches):
+    for index, place in zip(batches, source.epoch(batches), strict=True):
         assert torch.equal(source.stored[place].float(), index.to(dtype).float()[:, None, None].expand(-1, 2, 3))
 
 
@@ -67,14 +67,14 @@ def test_batches_may_be_smaller_and_empty() -> None:
     train = numbered(20, 4)
     source = Streamed(train, CPU, 5, 4)
     batches = [torch.tensor(rows, dtype=torch.int64) for rows in ([3], [], [1, 2, 0], [], [], [19, 7, 7, 7, 2])]
-    seen = [source.stored[place][:, 0].tolist() for _, place in source.epoch(batches)]
+    seen = [source.stored[place][:, 0].tolist() for place in source.epoch(batches)]
     assert seen == [[3], [], [1, 2, 0], [], [], [19, 7, 7, 7, 2]]
 
 
 def test_rows_that_lie_apart_are_gathered_too() -> None:
     train = numbered(30, 6)[:, ::2]
     source = Streamed(train, CPU, 7)
-    seen = torch.cat([source.stored[place] for _, place in source.epoch(torch.arange(30).flip(0).split(7))])
+    seen = torch.cat([source.stored[place] for place in source.epoch(torch.arange(30).flip(0).split(7))])
     assert torch.equal(seen, train.flip(0))
 
 
@@ -247,7 +247,8 @@ def test_on_a_gpu_every_batch_is_in_the_ring_when_its_turn_comes() -> None:
     train = numbered(2003, 100)
     source = Streamed(train, torch.device("cuda"), 10, 4)
     wrong = torch.zeros((), dtype=torch.int64, device="cuda")
-    for index, place in source.epoch(torch.randperm(2003).split(10)):
+    batches = torch.randperm(2003).split(10)
+    for index, place in zip(batches, source.epoch(batches), strict=True):
         torch.cuda._sleep(100_000)  # the device lags behind: a half that is overwritten too early is seen
         wrong += (source.stored[place][:, 0] != index.to("cuda").float()).sum()
     assert int(wrong) == 0

@@ -136,7 +136,7 @@ def dequantized(vae: LatentModel, *, num_draws: int = 16) -> VAE:
 
     Args:
         vae: of a density over (0, 1), or over real numbers, with pixels that are independent given z.
-        num_draws: M, draws of u a pixel and particle, where the likelihood's masses are not exact (``Dequantized``).
+        num_draws: M, draws of u per pixel and particle, where the likelihood's masses are not exact (``Dequantized``).
 
     Raises:
         ValueError: M below 1, or a likelihood that says it is a mass; from the likelihood: pixels that are not

@@ -1,6 +1,6 @@
 """Networks: tensors to tensors, with any leading dimensions (particles, batch) before the event.
 
-Each ends in a layer ``output`` with a ``bias`` of one number a feature, from which training sets where it starts.
+Each ends in a layer ``output`` with a ``bias`` of one number per feature, from which training sets where it starts.
 """
 
 from __future__ import annotations
@@ -215,7 +215,7 @@ class ConvEncoder(nn.Module):
         channels: of each stage.
         hidden: widths of the dense hidden layers.
         gated: every stage and hidden layer is u * sigmoid(v) (see ``GatedMLP``); else SiLU and ReLU follow them.
-        num_blocks: residual blocks a stage.
+        num_blocks: residual blocks per stage.
 
     ``forward`` takes (..., C, H, W) and returns (..., num_features).
 
@@ -279,8 +279,8 @@ class PixelOutput(nn.Module):
 class ConvDecoder(nn.Module):
     """The mirror of ``ConvEncoder``: a dense network, then stages of transposed convolutions that double the image.
 
-    The last stage gives planes of features, num_features / (H W) of them: for one feature a pixel, the planes are the
-    image's channels; likelihoods with k features a pixel get k times as many, feature by feature.
+    The last stage gives planes of features, num_features / (H W) of them: for one feature per pixel, the planes are the
+    image's channels; likelihoods with k features per pixel get k times as many, feature by feature.
 
     Args:
         latent_dim: L, the length of the input.

@@ -65,13 +65,13 @@ def _cosines(num: int) -> Tensor:
 class Categorical(nn.Module):
     """P(x | h) = prod_d softmax(l_d)_{x_d}, l_dv = b_v + sum_r h_dr A_rv, for x in {0, ..., 255}^E.
 
-    Any mass of a pixel's level, with no order assumed between levels. Free logits would be 256 features a pixel: behind
-    300 hidden units, 60 million weights for 28 x 28 pixels. Of low rank, a pixel has ``rank`` features, and what levels
-    have to do with each other, A and b, is learned and shared by all pixels. A starts as cosines.
+    Any mass of a pixel's level, with no order assumed between levels. Free logits would be 256 features per pixel:
+    after 300 hidden units, 60 million weights for 28 x 28 pixels. At low rank, a pixel has ``rank`` features, and how
+    levels are related, A and b, is learned and shared by all pixels. A starts as cosines.
 
     Args:
         event_shape: E, the shape of an image.
-        rank: features a pixel, from 1 to 255.
+        rank: features per pixel, from 1 to 255.
 
     Raises:
         ValueError: a rank out of its range.
@@ -261,8 +261,8 @@ class DiscretizedLogistic(Pixels):
     Args:
         event_shape: E, the shape of an image.
 
-    Reference: Kingma et al. 2016, arXiv 1606.04934, appendix (the discretization; there one scale a channel); Salimans
-    et al. 2017, arXiv 1701.05517, section 2.1 (the open ends).
+    Reference: Kingma et al. 2016, arXiv 1606.04934, appendix (the discretization; there one scale per channel);
+    Salimans et al. 2017, arXiv 1701.05517, section 2.1 (the open ends).
     """
 
     support = LEVELS
@@ -318,8 +318,8 @@ class LevelBinomial(dist.Binomial):
 class Binomial(Pixels):
     """P(x | h) = prod_d Binomial(x_d; 255, sigmoid(h_d)), for levels x in {0, ..., 255}^E.
 
-    One feature a pixel says both where the level is and how sure: the spread is sqrt(255 p (1 - p)), at most 8 levels.
-    Data that spreads more than that is told with far too much certainty.
+    One feature per pixel sets both the mean level and its spread, which is sqrt(255 p (1 - p)), at most 8 levels. Data
+    that spread more than that are predicted with far too much certainty.
 
     Args:
         event_shape: E, the shape of an image.

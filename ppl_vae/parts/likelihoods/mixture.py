@@ -160,10 +160,10 @@ class ColorLogisticMixture(dist.TorchDistribution):
 class DiscretizedLogisticMixture(nn.Module):
     """P(x | h) = prod_d sum_k pi_dk P(x_d; loc_dk, scale_dk), each P a discretized logistic, for levels x.
 
-    A gray image or a table has K logits, K locations and K scales a value, as ``DiscretizedLogistic`` has them. A color
-    image (3, H, W) has one mixture a position, whose component is drawn for its three colors together, and within which
-    green's location depends on red, and blue's on both, linearly (``ColorLogisticMixture``): 10 K features a position.
-    The coefficients are tanh of features, so between -1 and 1.
+    A gray image or a table has K logits, K locations and K scales per value, as ``DiscretizedLogistic`` has them. A
+    color image (3, H, W) has one mixture per position, whose component is drawn for its three colors together. Within
+    it green's location depends linearly on red, and blue's on both (``ColorLogisticMixture``): 10 K features per
+    position. The coefficients are tanh of features, so between -1 and 1.
 
     Args:
         event_shape: E, the shape of an image.

@@ -105,8 +105,8 @@ def _natural_parameter(mean: Tensor) -> Tensor:
 class ContinuousBernoulli(Pixels):
     """p(x | h) = prod_d e^{h_d x_d} h_d / (e^{h_d} - 1), for x in [0, 1]^E.
 
-    What a Bernoulli's formula becomes on gray pixels once it is divided by its integral: a density, with one feature a
-    pixel that says both where the pixel is and how sure. It is monotone: its peaks are black and white alone.
+    A Bernoulli's formula on gray pixels, divided by its integral, which makes it a density. One feature per pixel sets
+    both the mean and the spread. The density is monotone: its only peaks are black and white.
 
     Args:
         event_shape: E, the shape of an image.

@@ -40,7 +40,6 @@ _NUM_POINTS = 1000  # codes in the explorer's plane
 _EXTENT = 3.0  # of a standard normal prior; of others and of an autoencoder, what holds nearly all draws and codes
 _MOST_CODES = 0.99
 _PRIOR_POINTS = 1000
-_NORMAL = "standard-normal"
 FEWEST_DIAGNOSED = 4
 _LEAST_EXTENT = 1e-3
 

@@ -7,11 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ppl_vae import data, runs
 from ppl_vae.commands.train import resume_run, train_run
-from ppl_vae.runs.build import build_vae, is_autoencoder
+from ppl_vae.runs.build import build_meta_vae, count_weights, is_autoencoder
 from ppl_vae.runs.evaluations import read_evaluation
 from ppl_vae.runs.load import read_config
 from ppl_vae.runs.open import Run, Say, open_run
@@ -43,8 +41,7 @@ def check_runs(asked: Mapping[Path, Options], splits: data.Splits, *, free: froz
         check_has_density(options)
         resolved = resolve(options, splits)
         check_support(resolved, splits)
-        with torch.device("meta"):  # shapes without numbers
-            build_vae(resolved, splits.event_shape)
+        build_meta_vae(resolved, splits.event_shape)
         if (folder / runs.CONFIG).exists():
             check_same_options(folder, options, resolved, free)
         elif folder.exists() and not runs.is_empty(folder):
@@ -90,8 +87,6 @@ def train_or_resume(folder: Path, options: Options, like: Run | None, *, say: Sa
 def summarize_run(run: Run) -> dict[str, Any]:
     """The fields of a ``TrainedRow`` for a run that is trained and evaluated."""
     found, metrics = read_evaluation(run.folder), runs.read_metrics(run.folder)
-    with torch.device("meta"):
-        weights = build_vae(run.options, run.splits.event_shape).parameters()
     elbo = "validation_elbo_nats_per_image"
     shared = (
         *("split", "binarization", "num_images", "num_particles"),
@@ -99,7 +94,7 @@ def summarize_run(run: Run) -> dict[str, Any]:
     )
     return {
         **{name: getattr(found, name) for name in shared},
-        "weights": sum(w.numel() for w in weights),
+        "weights": count_weights(run.options, run.splits.event_shape),
         "epochs": metrics[-1]["epoch"],
         "best_epoch": max(metrics, key=lambda record: record.get(elbo, record["step"]))["epoch"],
         "seconds": metrics[-1]["seconds"],

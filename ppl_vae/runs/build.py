@@ -66,6 +66,17 @@ def build_vae(options: Options, event_shape: Sequence[int]) -> VAE:
     return built
 
 
+def build_meta_vae(options: Options, event_shape: Sequence[int]) -> VAE:
+    """``build_vae`` on the meta device: weights have shapes and no numbers, and take no memory. Raises as it does."""
+    with torch.device("meta"):
+        return build_vae(options, event_shape)
+
+
+def count_weights(options: Options, event_shape: Sequence[int]) -> int:
+    """The number of weights of the VAE that the options describe."""
+    return sum(w.numel() for w in build_meta_vae(options, event_shape).parameters())
+
+
 def has_closed_form_kl(options: Options, *, by_latent: bool) -> bool:
     """Whether torch has a closed form of KL(q(z | x) || p(z)), or of that of each latent.
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ppl_vae import data, runs
-from ppl_vae.runs.build import build_vae
+from ppl_vae.runs.build import build_meta_vae, build_vae
 from ppl_vae.runs.options import Options, is_export, read_options, to_json
 from ppl_vae.runs.resolve import check_support, load_splits, resolve
 from ppl_vae.vae import VAE
@@ -51,6 +51,11 @@ def read_config(run_dir: Path) -> tuple[Options, dict[str, Any]]:
         raise ValueError(f"{path}: {error}") from None
 
 
+def _has_same_shapes(vae: VAE, weights: dict[str, Tensor]) -> bool:
+    """Whether weights have the names and shapes of the VAE's own."""
+    return {name: w.shape for name, w in weights.items()} == {name: w.shape for name, w in vae.state_dict().items()}
+
+
 def load_weights(vae: VAE, path: Path, weights: dict[str, Tensor]) -> None:
     """Loads weights into a VAE of the same architecture. Raises ValueError if they do not fit."""
     try:
@@ -68,8 +73,7 @@ def load_starting_weights(vae: VAE, run_dir: str) -> None:
     """
     path = find_run_folder(run_dir) / runs.MODEL
     weights, _ = runs.load_tensors(path)
-    shapes = {name: w.shape for name, w in vae.state_dict().items()}
-    if {name: w.shape for name, w in weights.items()} != shapes:
+    if not _has_same_shapes(vae, weights):
         raise ValueError(f"--start-from: expected a run of the same model, got {run_dir}, whose weights are of another")
     load_weights(vae, path, weights)
 
@@ -100,10 +104,8 @@ def save(trained: VAE, run_dir: str | Path, options: Options, *, metrics: Sequen
     check_support(options, seen)
     if not all(type(record.get("step")) is int for record in metrics):
         raise ValueError("metrics: expected records with a whole number under 'step', as fit gives them to on_epoch")
-    with torch.device("meta"):  # shapes without numbers
-        fresh = build_vae(options, seen.event_shape).state_dict()
     weights = trained.state_dict()
-    if {name: w.shape for name, w in fresh.items()} != {name: w.shape for name, w in weights.items()}:
+    if not _has_same_shapes(build_meta_vae(options, seen.event_shape), weights):
         raise ValueError("options: expected those that the VAE was built with, got others (weights differ in shape)")
     folder = runs.make_run_dir(str(run_dir), dataset=options.dataset, likelihood=options.likelihood)
     runs.write_json(folder / runs.CONFIG, make_config(options, seen) | {"trained": _FROM_PYTHON})
@@ -156,11 +158,11 @@ def load(run_dir: str | Path) -> VAE:
         cure = f"; --resume {folder} writes it again" if (folder / runs.TRAINING_STATE).exists() else ""
         raise ValueError(f"{error}{cure}") from None
     try:
-        with torch.device("meta"):  # shapes without numbers: a damaged config may ask for more than the memory holds
-            fresh = build_vae(options, seen["event_shape"]).state_dict()
+        # Without numbers at first: a damaged config may ask for more weights than the memory holds.
+        expected = build_meta_vae(options, seen["event_shape"])
     except ValueError as error:
         raise ValueError(f"{folder / runs.CONFIG}: {error}") from None
-    if {name: w.shape for name, w in fresh.items()} != {name: w.shape for name, w in weights.items()}:
+    if not _has_same_shapes(expected, weights):
         raise ValueError(f"{folder / runs.MODEL}: the weights do not fit the run's config: they differ in shape")
     with torch.random.fork_rng(devices=[]):  # fresh weights are drawn, and replaced
         model = build_vae(options, seen["event_shape"])

@@ -12,13 +12,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from ppl_vae import data, runs
 from ppl_vae.data.registry import SPLITS
 from ppl_vae.reports.text.certificate import describe_certificate
 from ppl_vae.reports.text.evaluation import describe_evaluation
-from ppl_vae.runs.build import build_vae, is_autoencoder
+from ppl_vae.runs.build import count_weights, is_autoencoder
 from ppl_vae.runs.certificate_results import Certificate
 from ppl_vae.runs.open import Run
 from ppl_vae.runs.options import is_export
@@ -89,8 +87,7 @@ def _make_front_matter(run: Run) -> str:
 
 def _describe_model(run: Run) -> str:
     options, E = run.options, run.splits.event_shape
-    with torch.device("meta"):  # shapes without numbers
-        num_weights = sum(w.numel() for w in build_vae(options, E).parameters())
+    num_weights = count_weights(options, E)
     latents = " + ".join(map(str, (options.latent_dim, *(options.upper_latents or ()))))
     hidden = ", ".join(map(str, options.hidden or ())) or "as the network has them"
     opening = "A variational autoencoder, p(x, z) = p(z) p(x | z) with the guide q(z | x), by the package ppl_vae."

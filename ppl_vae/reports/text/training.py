@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from ppl_vae import data
-from ppl_vae.runs.build import build_likelihood, build_vae, is_autoencoder
+from ppl_vae.runs.build import build_likelihood, count_weights, is_autoencoder
 from ppl_vae.runs.fit_arguments import validation_particles
 from ppl_vae.runs.open import Run, describe_unused_draws
 from ppl_vae.runs.options import Options
@@ -27,8 +27,7 @@ def describe_model(run: Run) -> list[str]:
     """The network, the binarization and the likelihood of a run, and the scale of its numbers."""
     options, splits = run.options, run.splits
     likelihood = build_likelihood(options, splits.event_shape)
-    with torch.device("meta"):  # shapes without numbers
-        num_weights = sum(w.numel() for w in build_vae(options, splits.event_shape).parameters())
+    num_weights = count_weights(options, splits.event_shape)
     counts = " + ".join([str(options.latent_dim), *map(str, options.upper_latents or ())])
     guide = options.inference if options.upper_latents else options.posterior
     transform = ", transform logit" if options.transform == "logit" else ""

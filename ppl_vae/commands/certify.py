@@ -330,8 +330,7 @@ def _write(run: Run, certificate: Certificate, found: CertifiedImages, x: Tensor
     figures = certificate_figures(run, certificate, found, x)
     for name, figure in figures.items():
         write_figure(folder / f"{key}-{name}.png", figure)
-    stored = runs.read_evaluations(run.folder)
-    kept = {other: entry for other, entry in stored.items() if entry.get("step") == certificate.step}  # same weights
+    kept = runs.read_evaluations(run.folder, step=certificate.step)
     runs.write_json(run.folder / runs.EVALUATION, kept | {key: to_json(certificate)})
     if key in kept:
         replaced = kept[key].get("num_images", 0)

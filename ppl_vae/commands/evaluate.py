@@ -117,7 +117,7 @@ def write_evaluation(run: Run, options: Evaluate, *, say: Say) -> Evaluation:
             step=step,
             seconds=store.seconds(split),
         )
-        if split in _current_entries(folder, step) and (old := read_evaluation(folder, split)):
+        if split in runs.read_evaluations(folder, step=step) and (old := read_evaluation(folder, split)):
             say(f"Replaces the {split} split's estimate of {old.num_images:,} images with S = {old.num_particles:,}.")
         _write(run, found, {"index": index} | result.to_tensors(), say)
         store.remove()
@@ -198,17 +198,12 @@ def _load_images(run: Run, pixels: str, options: Evaluate, say: Say) -> tuple[Te
     return index, x[index]
 
 
-def _current_entries(folder: Path, step: int) -> dict[str, Any]:
-    """The entries of evaluation.json that were measured with these weights."""
-    return {key: old for key, old in runs.read_evaluations(folder).items() if old.get("step") == step}
-
-
 def _write(run: Run, found: Evaluation, tensors: dict[str, Tensor], say: Say) -> None:
     """Writes the numbers of each image, then the evaluation, and prints it."""
     scalars = {name: getattr(found, name) for name in ("num_particles", "seed", "step", "dequantization_draws")}
     with end_together():
         if distributed.is_writer():
-            kept = _current_entries(run.folder, found.step)
+            kept = runs.read_evaluations(run.folder, step=found.step)
             runs.save_tensors(run.folder / runs.per_image_file(found.split), tensors, scalars)
             runs.write_json(run.folder / runs.EVALUATION, kept | {found.split: to_json(found)})
     for line in describe_evaluation(found):

@@ -45,8 +45,8 @@ def export_run(options: Export, *, say: Say) -> Path:
     load(run.folder)  # weights that do not fit are found here, and not by whoever gets them
     weights, scalars = runs.load_tensors(run.folder / runs.MODEL)
     step = runs.get_step(run.folder / runs.MODEL, scalars)
-    every = runs.read_evaluations(run.folder)
-    entries = {key: entry for key, entry in every.items() if entry.get("step") == step}
+    entries = runs.read_evaluations(run.folder, step=step)
+    num_older = len(runs.read_evaluations(run.folder)) - len(entries)
     figures, older = _figures(run.folder)
     card = make_card(run, entries, step=step, figures=figures)
     with _whole(place) as partial:
@@ -58,7 +58,7 @@ def export_run(options: Export, *, say: Say) -> Path:
         for name in figures:
             (partial / runs.FIGURES).mkdir(exist_ok=True)
             runs.write_bytes(partial / runs.FIGURES / name, (run.folder / runs.FIGURES / name).read_bytes())
-    for line in describe_export(run, folder, entries, len(every) - len(entries), figures, older):
+    for line in describe_export(run, folder, entries, num_older, figures, older):
         say(line)
     return folder
 

@@ -170,14 +170,22 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def read_evaluations(run_dir: Path) -> dict[str, Any]:
-    """The content of evaluation.json, empty if there is none yet. Raises ValueError if it is damaged."""
+def read_evaluations(run_dir: Path, *, step: int | None = None) -> dict[str, Any]:
+    """The content of evaluation.json, empty if there is none yet.
+
+    Args:
+        run_dir: The run's folder.
+        step: Only the entries that were measured with the weights of this training step; None for all.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
     path = run_dir / EVALUATION
     evaluations = read_json(path) if path.exists() else {}
     for key, entry in evaluations.items():
         if not isinstance(entry, dict):
             raise ValueError(f"{path}: damaged: expected an object under {key!r}, got {type(entry).__name__}")
-    return evaluations
+    return {key: entry for key, entry in evaluations.items() if step is None or entry.get("step") == step}
 
 
 def append_metrics(run_dir: Path, record: dict[str, Any]) -> None:

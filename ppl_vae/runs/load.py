@@ -191,8 +191,7 @@ def ship(run_dir: str, name: str) -> Path:
         raise ValueError(f"name: expected small letters and digits with dashes between them, got {name!r}")
     if options.dataset not in data.DATASETS:
         raise ValueError(f"{folder}: expected a run on one of {', '.join(data.DATASETS)}, got {options.dataset}")
-    step = runs.load_step(folder / runs.MODEL)
-    entries = {key: entry for key, entry in runs.read_evaluations(folder).items() if entry.get("step") == step}
+    entries = runs.read_evaluations(folder, step=runs.load_step(folder / runs.MODEL))
     if "test" not in entries:
         raise ValueError(f"{folder}: expected an evaluation of its weights on the test split, got none")
     config = runs.read_json(folder / runs.CONFIG)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.evidence.importance import UNRELIABLE_BIAS
@@ -22,10 +21,8 @@ def format_number(value: float | None, digits: int) -> str:
     return "unknown" if value is None or math.isnan(value) else f"{value + 0.0:.{digits}f}"
 
 
-def plus_minus(estimate: Estimate | dict[str, Any] | None, digits: int = 2) -> str:
+def plus_minus(estimate: Estimate | None, digits: int = 2) -> str:
     """A mean ± its standard error. The error of a single image is unknown."""
-    if isinstance(estimate, dict):
-        estimate = Estimate(estimate["mean"], estimate["stderr"])
     if estimate is None:
         return "unknown"
     return f"{format_number(estimate.mean, digits)} ± {format_number(estimate.stderr, digits)}"

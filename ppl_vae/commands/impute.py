@@ -21,10 +21,10 @@ from ppl_vae.reports import figures as plots
 from ppl_vae.reports.display import Display, choose_display
 from ppl_vae.reports.text.images import FEW_PARTICLES, describe_imputation
 from ppl_vae.runs.fit_arguments import find_device
-from ppl_vae.runs.image_results import HiddenPixels, ImputationSummary, ImputedImage
+from ppl_vae.runs.image_results import ImputationSummary, ImputedImage
 from ppl_vae.runs.open import Images, Run, Say, check_density, load_evaluated_vae, load_given_images, open_run
 from ppl_vae.runs.outputs import make_output_folder, remove_if_empty, remove_record, write_arrays, write_figure
-from ppl_vae.runs.results import Quantiles, to_json
+from ppl_vae.runs.results import ImagesMean, Quantiles, to_json
 from ppl_vae.runtime.global_state import seeded
 from ppl_vae.runtime.progress import progress_bar
 from ppl_vae.vae import VAE
@@ -244,7 +244,7 @@ def _summarize(
         complete_images=int((~incomplete).sum()),
         empty_images=int(missing.all(1).sum()),
         log_likelihood_observed=Estimate.from_values(result.log_evidence, options.num_particles),
-        log_likelihood_hidden=None if of_known is None else HiddenPixels(of_known.mean, of_known.stderr, len(known)),
+        log_likelihood_hidden=None if of_known is None else ImagesMean(of_known.mean, of_known.stderr, len(known)),
         ess=Quantiles.from_values(result.ess),
         few_particles=int((result.ess[incomplete] < FEW_PARTICLES).sum()),
         mask=None if options.mask is None else str(Path(options.mask).resolve()),

@@ -9,7 +9,7 @@ from typing import Any
 from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.runs.environment import describe_environment
 from ppl_vae.runs.files import read_json, write_json
-from ppl_vae.runs.results import Provenance, Quantiles, from_json, to_json
+from ppl_vae.runs.results import ImagesMean, Provenance, Quantiles, from_json, to_json
 
 
 @dataclass(frozen=True)
@@ -133,21 +133,12 @@ class GuideVerdict:
 
 
 @dataclass(frozen=True)
-class MeanScore:
-    """The mean of a bound over the images of one data set, nats per image."""
-
-    mean: float
-    stderr: float
-    num_images: int
-
-
-@dataclass(frozen=True)
 class OtherDataset:
     """``typicality.Typicality``: log p(x) of another data set, compared with the run's own."""
 
     dataset: str
-    own: MeanScore
-    other: MeanScore
+    own: ImagesMean
+    other: ImagesMean
     num_particles: int
     share_above_own_median: Estimate
     share_above_own_5_percent_quantile: Estimate

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ppl_vae.evidence.estimate import Estimate
-from ppl_vae.runs.results import Provenance, Quantiles
+from ppl_vae.runs.results import ImagesMean, Provenance, Quantiles
 
 
 @dataclass(frozen=True)
@@ -50,15 +50,6 @@ class Encoding(Provenance):
 
 
 @dataclass(frozen=True)
-class HiddenPixels:
-    """log p(x_hidden | x_observed): the mean over images, its standard error, and the number of images."""
-
-    mean: float
-    stderr: float
-    num_images: int
-
-
-@dataclass(frozen=True)
 class ImputedImage:
     """An image with missing pixels. Nats; the log-likelihood of hidden pixels is NaN where one is not known."""
 
@@ -82,7 +73,7 @@ class ImputationSummary(Provenance):
         complete_images: Images without a missing pixel.
         empty_images: Images without an observed pixel.
         log_likelihood_observed: log p(x_observed), the bound L_S.
-        log_likelihood_hidden: Where pixels were hidden from images that are known in full.
+        log_likelihood_hidden: log p(x_hidden | x_observed), where pixels of complete images were hidden.
         ess: Effective sample size of the particles.
         few_particles: Images with missing pixels and too few effective particles.
         mask: The path of the mask.
@@ -99,7 +90,7 @@ class ImputationSummary(Provenance):
     complete_images: int
     empty_images: int
     log_likelihood_observed: Estimate
-    log_likelihood_hidden: HiddenPixels | None
+    log_likelihood_hidden: ImagesMean | None
     ess: Quantiles
     few_particles: int
     mask: str | None

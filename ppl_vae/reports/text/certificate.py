@@ -134,7 +134,7 @@ def _describe_gaps(gaps: dict[str, SplitGap]) -> list[str]:
 
 
 def _describe_other(found: OtherDataset) -> list[str]:
-    own, other = (plus_minus(Estimate(each.mean, each.stderr)) for each in (found.own, found.other))
+    own, other = plus_minus(found.own.estimate), plus_minus(found.other.estimate)
     return [
         f"against {found.dataset}: L_{found.num_particles} {other} nats an image on {found.other.num_images:,} of its "
         f"test images, {own} on the run's own",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.reports.text.evaluation import (
     NOT_A_LOG_LIKELIHOOD,
     describe_images_scale,
@@ -78,7 +77,7 @@ def describe_imputation(found: ImputationSummary) -> list[str]:
     hidden = found.log_likelihood_hidden
     if hidden is not None:
         lines.append(
-            f"log p(x_hidden | x_observed) {plus_minus(Estimate(hidden.mean, hidden.stderr))} nats an image: log p(x) "
+            f"log p(x_hidden | x_observed) {plus_minus(hidden.estimate)} nats an image: log p(x) "
             "- log p(x_observed), two such bounds, so no bound; where the second is looser, it flatters"
         )
     median = format_number(found.ess.median, 1)

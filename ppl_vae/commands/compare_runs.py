@@ -14,7 +14,7 @@ from torch import Tensor
 from ppl_vae import data, runs
 from ppl_vae.commands.evaluate import estimate_bits_per_dim, evaluate_with_progress
 from ppl_vae.commands.options import CompareRuns
-from ppl_vae.evidence.estimate import Estimate
+from ppl_vae.evidence.estimate import Estimate, combine_stderrs
 from ppl_vae.evidence.importance import Importance
 from ppl_vae.evidence.paired import BoundDifference, bound_difference
 from ppl_vae.reports import figures as plots
@@ -286,7 +286,7 @@ def _summarize_run(entrant: Entrant, result: Importance, num_particles: int) -> 
         bits_per_dim=estimate_bits_per_dim(entrant.run, result.log_evidence, num_particles),
         log_likelihood=Estimate.from_values(result.log_evidence, num_particles),
         elbo=Estimate.from_values(result.elbo, num_particles),
-        monte_carlo_stderr=float(result.monte_carlo_stderr.square().sum().sqrt()) / len(result.log_evidence),
+        monte_carlo_stderr=combine_stderrs(result.monte_carlo_stderr),
         rise=float(result.tenfold_gain.mean()),
     )
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ppl_vae import data, runs
 from ppl_vae.commands.options import Evaluate
-from ppl_vae.evidence.estimate import Estimate
+from ppl_vae.evidence.estimate import Estimate, combine_stderrs
 from ppl_vae.evidence.evaluation import evaluate, reconstruction
 from ppl_vae.evidence.importance import IMPORTANCE_NAMES, Importance
 from ppl_vae.parts.likelihoods import fit_independent_pixels
@@ -310,7 +310,7 @@ def _summarize(result: Importance, num_particles: int) -> dict[str, Any]:
     names = {"log_likelihood": "log_evidence", "elbo": "elbo", "reconstruction": "reconstruction", "kl": "kl"}
     return {
         **{key: Estimate.from_values(getattr(result, name), num_particles) for key, name in names.items()},
-        "monte_carlo_stderr": float(result.monte_carlo_stderr.square().sum().sqrt()) / len(result.log_evidence),
+        "monte_carlo_stderr": combine_stderrs(result.monte_carlo_stderr),
         "bias": float(result.bias.mean()),
         "rise": float(result.tenfold_gain.mean()),
         "ess": Quantiles.from_values(result.ess),

@@ -67,6 +67,15 @@ class Estimate:
         return {"mean": self.mean, "stderr": self.stderr}
 
 
+def combine_stderrs(stderrs: Tensor) -> float:
+    """The standard error of a mean of N independent numbers: sqrt(sum_n s_n^2) / N. NaN for none.
+
+    Args:
+        stderrs: (N,) the s_n, the standard error of each number.
+    """
+    return float(stderrs.square().sum().sqrt()) / len(stderrs) if len(stderrs) else math.nan
+
+
 def ratio_of_means(numerator: Tensor, denominator: Tensor) -> Estimate:
     """r = mean_n a_n / mean_n b_n, with the delta method's error: the a_n - r b_n, over mean_n b_n, have its spread.
 

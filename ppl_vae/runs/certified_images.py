@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -10,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ppl_vae.evidence.estimate import Estimate
+from ppl_vae.evidence.estimate import Estimate, combine_stderrs
 from ppl_vae.evidence.gaps import Gaps
 from ppl_vae.evidence.guide_calibration import judge
 from ppl_vae.evidence.importance import UNRELIABLE_BIAS, Importance
@@ -143,7 +142,7 @@ def summarize_chains(found: AISSummary) -> ChainBound:
     mean = Estimate.from_values(found.bound)
     ess, acceptance = Quantiles.from_values(found.ess), Quantiles.from_values(found.acceptance)
     return ChainBound(
-        mean.mean, mean.stderr, _mean_error(found.monte_carlo_stderr), float(found.bias.mean()), ess, acceptance
+        mean.mean, mean.stderr, combine_stderrs(found.monte_carlo_stderr), float(found.bias.mean()), ess, acceptance
     )
 
 
@@ -153,7 +152,7 @@ def summarize_importance(found: Importance, num_particles: int) -> ImportanceBou
     return ImportanceBound(
         mean=mean.mean,
         stderr=mean.stderr,
-        monte_carlo_stderr=_mean_error(found.monte_carlo_stderr),
+        monte_carlo_stderr=combine_stderrs(found.monte_carlo_stderr),
         bias=float(found.bias.mean()),
         num_particles=num_particles,
         corrected_estimate=Estimate.from_values(found.jackknife_estimate()),
@@ -204,8 +203,3 @@ def _summarize_gaps(found: Gaps) -> SplitGap:
 def _summarize_scores(found: ScoredImages, num_particles: int) -> OtherDataset:
     numbers = typicality(found.own, found.other, num_particles=num_particles).to_json()
     return from_json(OtherDataset, replace_non_finite(numbers | {"dataset": found.dataset}))
-
-
-def _mean_error(stderrs: Tensor) -> float:
-    """The standard error of the mean of independent numbers, from that of each."""
-    return float(stderrs.square().sum().sqrt()) / len(stderrs) if len(stderrs) else math.nan

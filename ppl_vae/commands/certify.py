@@ -22,7 +22,7 @@ from ppl_vae.reports.certificate_figures import certificate_figures
 from ppl_vae.reports.text.certificate import certificate_table, describe_certificate
 from ppl_vae.runs.block_store import BlockStore, StageResults
 from ppl_vae.runs.build import build_likelihood
-from ppl_vae.runs.certificate_results import Certificate, add_certificate, read_certificates
+from ppl_vae.runs.certificate_results import CERTIFICATE, Certificate, add_certificate, read_certificates
 from ppl_vae.runs.certified_images import AISSummary, CertifiedImages, ConvergenceBounds, ScoredImages, summarize_images
 from ppl_vae.runs.fit_arguments import decide_compile, find_device
 from ppl_vae.runs.open import Run, Say, check_density, load_evaluated_vae, open_run
@@ -39,7 +39,7 @@ _METHOD = 2
 
 def evaluation_key(split: str) -> str:
     """The certificate's key in evaluation.json."""
-    return f"certificate-{split}"
+    return f"{CERTIFICATE}{split}"
 
 
 def images_file(split: str) -> str:

@@ -11,6 +11,8 @@ from ppl_vae.runs.environment import describe_environment
 from ppl_vae.runs.files import read_json, write_json
 from ppl_vae.runs.results import ImagesMean, Provenance, Quantiles, from_json, to_json
 
+CERTIFICATE = "certificate-"  # begins the key of each certificate in evaluation.json; its split follows
+
 
 @dataclass(frozen=True)
 class Bound:

@@ -17,14 +17,13 @@ from ppl_vae.data.registry import SPLITS
 from ppl_vae.reports.text.certificate import describe_certificate
 from ppl_vae.reports.text.evaluation import describe_evaluation
 from ppl_vae.runs.build import count_weights, is_autoencoder
-from ppl_vae.runs.certificate_results import Certificate
+from ppl_vae.runs.certificate_results import CERTIFICATE, Certificate
 from ppl_vae.runs.open import Run
 from ppl_vae.runs.options import is_export
 from ppl_vae.runs.results import Evaluation, from_json
 
 CARD = "README.md"
 _MOST_CHARACTERS = 200  # of a name from a file
-_CERTIFICATE = "certificate-"
 
 
 def make_card(run: Run, evaluations: dict[str, Any], *, step: int, figures: Sequence[str] = ()) -> str:
@@ -105,7 +104,7 @@ def _describe_model(run: Run) -> str:
 
 def _describe_numbers(run: Run, evaluations: dict[str, Any]) -> str:
     splits = [split for split in SPLITS if split in evaluations]
-    certificates = sorted(key for key in evaluations if key.startswith(_CERTIFICATE))
+    certificates = sorted(key for key in evaluations if key.startswith(CERTIFICATE))
     parts = []
     if splits and not is_autoencoder(run.options):
         parts.append(
@@ -115,7 +114,7 @@ def _describe_numbers(run: Run, evaluations: dict[str, Any]) -> str:
     parts += [_describe_entry(_describe_evaluation, evaluations[split], split) for split in splits]
     for key in certificates:
         words = _describe_entry(_describe_certificate, evaluations[key], key)
-        parts.append(f"Certificate, {code(key.removeprefix(_CERTIFICATE))} split:\n\n{words}")
+        parts.append(f"Certificate, {code(key.removeprefix(CERTIFICATE))} split:\n\n{words}")
     if "test" not in evaluations:
         parts.append(f"There is no evaluation of {'the test split' if splits else 'these weights'}.")
     if not certificates and not is_autoencoder(run.options):

@@ -11,6 +11,7 @@ from torch import Tensor
 from ppl_vae import data, runs
 from ppl_vae.commands.options import Diagnose
 from ppl_vae.diagnostics.measurement import (
+    FEWEST_IMAGES,
     EstimateQuality,
     TrainedWith,
     measure,
@@ -149,8 +150,8 @@ def _load_images(run: Run, split: str, images: int | None, seed: int) -> tuple[T
     """A fixed random subset as the model sees it, and as gray images if those were binarized."""
     x = data.evaluation_images(run.splits, split, run.pixels, seed=seed)
     index = data.subset(len(x), images)
-    if len(index) < 4:
-        raise ValueError(f"--images: expected at least 4 images of the {split} split, got {len(index)}")
+    if len(index) < FEWEST_IMAGES:
+        raise ValueError(f"--images: expected at least {FEWEST_IMAGES} images of the {split} split, got {len(index)}")
     gray = data.probabilities(run.splits, split)[index] if run.binarization != "none" else None
     return x[index], gray
 

@@ -7,9 +7,10 @@ from pathlib import Path
 from ppl_vae import runs
 from ppl_vae.commands.diagnose import choose_split, diagnose_run
 from ppl_vae.commands.options import Diagnose, Figures, Report
+from ppl_vae.diagnostics.measurement import FEWEST_IMAGES
 from ppl_vae.reports.page import GENERATOR
 from ppl_vae.reports.run_figures import is_drawn, write_figures
-from ppl_vae.reports.run_page import FEWEST_DIAGNOSED, make_page
+from ppl_vae.reports.run_page import make_page
 from ppl_vae.runs.evaluations import read_diagnosis
 from ppl_vae.runs.open import Run, Say, open_run
 from ppl_vae.runs.results import Diagnosis
@@ -66,6 +67,6 @@ def _find_diagnosis(run: Run, step: int, options: Report, say: Say) -> Diagnosis
     stored = read_diagnosis(run.folder)
     if stored is not None and stored.step == step:
         return stored
-    if len(getattr(run.splits, choose_split(run))) < FEWEST_DIAGNOSED:
+    if len(getattr(run.splits, choose_split(run))) < FEWEST_IMAGES:
         return None
     return diagnose_run(Diagnose(str(run.folder), dataset=options.dataset, data_dir=options.data_dir), say=say)

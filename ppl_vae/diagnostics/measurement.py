@@ -41,6 +41,8 @@ from ppl_vae.protocols import LatentModel
 from ppl_vae.runtime.global_state import seeded
 from ppl_vae.weights import is_deterministic
 
+FEWEST_IMAGES = 4  # below which there is no diagnosis
+
 # Most images for measures that would take long on more: the pairs of the ELBO's split grow with their square.
 _MOST_PAIRED = 2000
 _MOST_PAIRED_BY_A_FLOW = 250  # for a guide whose density at another image's draws takes many passes of a network
@@ -232,8 +234,8 @@ def measure(
     Raises:
         ValueError: fewer than 4 images, or images that do not fit the VAE.
     """
-    if len(x) < 4:
-        raise ValueError(f"x: expected at least 4 images, got {len(x)}")
+    if len(x) < FEWEST_IMAGES:
+        raise ValueError(f"x: expected at least {FEWEST_IMAGES} images, got {len(x)}")
     left_out: dict[str, str] = {}
     kl = by_latent = implied = split = calibration = None
     with torch.no_grad(), pyro.validation_enabled(False):

@@ -10,6 +10,7 @@ import torch
 
 from ppl_vae import data, runs
 from ppl_vae.conditional import Conditional
+from ppl_vae.diagnostics.measurement import FEWEST_IMAGES
 from ppl_vae.evidence.moments import encode, sample_latents
 from ppl_vae.reports import page as report
 from ppl_vae.reports.page import Block, Explorer, Picture, Section, Table, Text, VerdictBlock, true_minus
@@ -40,7 +41,6 @@ _NUM_POINTS = 1000  # codes in the explorer's plane
 _EXTENT = 3.0  # of a standard normal prior; of others and of an autoencoder, what holds nearly all draws and codes
 _MOST_CODES = 0.99
 _PRIOR_POINTS = 1000
-FEWEST_DIAGNOSED = 4
 _LEAST_EXTENT = 1e-3
 
 
@@ -125,7 +125,7 @@ def _details(entry: Evaluation) -> str:
 
 def _verdicts(run: Run, diagnosis: Diagnosis | None, split: str) -> Section:
     if diagnosis is None:
-        few = f"There are fewer than {FEWEST_DIAGNOSED} {split} images: too few for a diagnosis."
+        few = f"There are fewer than {FEWEST_IMAGES} {split} images: too few for a diagnosis."
         return Section("What stands out", [Text(few)], anchor="verdicts")
     text = Text(f"Measured on {diagnosis.numbers.num_images:,} images of the {diagnosis.split} split.")
     blocks: list[Block] = [text, *(Text(make_sentence(line)) for line in describe_left_out(diagnosis.numbers))]

@@ -21,7 +21,7 @@ from ppl_vae.reports.text.reproduction import describe_recipes, describe_reprodu
 from ppl_vae.runs.evaluations import read_evaluation
 from ppl_vae.runs.fields import format_flag
 from ppl_vae.runs.open import Run, Say, load_evaluated_vae
-from ppl_vae.runs.options import Options
+from ppl_vae.runs.options import PLACES, Options
 from ppl_vae.runs.options import to_json as options_to_json
 from ppl_vae.runs.recipes import RECIPES, Recipe, recipe
 from ppl_vae.runs.reproduction_results import Budget, EvaluationProtocol, Reproduction, StageSeconds, ValidationCurve
@@ -32,7 +32,6 @@ from ppl_vae.vae import VAE
 EVALUATION_SEED = 0
 
 _ELBO, _BOUND = "validation_elbo_nats_per_image", "validation_bound_nats_per_image"
-_PLACES = ("data_dir", "start_from")  # paths on a machine, which a row does not hold
 
 
 def run(options: Reproduce, *, say: Say) -> None:
@@ -159,7 +158,7 @@ def _make_row(
         ),
         precision=run.options.precision,
         options=tuple(
-            {key: value for key, value in options_to_json(stage).items() if key not in _PLACES}
+            {key: value for key, value in options_to_json(stage).items() if key not in PLACES}
             for stage in stages.values()
         ),
         **{key: getattr(evaluation, name) for key, name in _NUMBERS.items()},

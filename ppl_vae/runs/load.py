@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ppl_vae import data, runs
 from ppl_vae.runs.build import build_meta_vae, build_vae
-from ppl_vae.runs.options import Options, is_export, read_options, to_json
+from ppl_vae.runs.options import PLACES, Options, is_export, read_options, to_json
 from ppl_vae.runs.resolve import check_support, load_splits, resolve
 from ppl_vae.vae import VAE
 
@@ -173,9 +173,6 @@ def load(run_dir: str | Path) -> VAE:
 # --- Pretrained runs ---
 
 
-_PLACES = ("data_dir", "start_from")  # of the machine that trained it
-
-
 def ship(run_dir: str, name: str) -> Path:
     """Copies a finished run's weights, options and evaluation into the package, as a pretrained run.
 
@@ -195,7 +192,7 @@ def ship(run_dir: str, name: str) -> Path:
     if "test" not in entries:
         raise ValueError(f"{folder}: expected an evaluation of its weights on the test split, got none")
     config = runs.read_json(folder / runs.CONFIG)
-    config |= {"options": to_json(options) | dict.fromkeys(_PLACES), "trained": SHIPPED}
+    config |= {"options": to_json(options) | dict.fromkeys(PLACES), "trained": SHIPPED}
     shipped = PRETRAINED / name
     shipped.mkdir(parents=True, exist_ok=True)
     runs.write_bytes(shipped / runs.MODEL, (folder / runs.MODEL).read_bytes())

@@ -38,6 +38,7 @@ from ppl_vae.runs.fields import (
 
 COMPILES = ("auto", "on", "off")
 PRECISIONS = ("float32", "tf32", "bf16")
+PLACES = ("data_dir", "start_from")  # options that are paths on the machine of a training
 
 # The plain VAE, which the study, the tables and the benchmark train: N(0, I), the sampled ELBO, torch's own
 # initialization, a rate that falls from the first step, and no averaged weights.

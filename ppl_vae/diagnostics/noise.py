@@ -64,7 +64,8 @@ def measure_noise(family: Any, x: Tensor) -> NoiseSpectrum | None:
     fitted = copy.deepcopy(family)
     with torch.no_grad(), seeded(0, x.device):
         fitted.fit_marginals(x)
-        eigenvalues, edge = eigenvalues_in_noise_units(fitted, x), noise_edge(fitted, x)
+        scores = _whiten_scores(fitted, x, None)
+        eigenvalues, edge = _eigenvalues(scores), _permutation_edge(scores, seed=0)
         variance = gaussian_variance(fitted, x)
     by_mean = live_directions(eigenvalues, reduction="mean", num_pixels=x[0].numel(), edge=edge)
     by_sum = live_directions(eigenvalues, edge=edge)
@@ -174,7 +175,11 @@ def noise_edge(family: Any, x: Tensor, *, features: Tensor | None = None, seed: 
     Reference: Horn 1965, Psychometrika 30(2), 179-185 (parallel analysis); Buja and Eyuboglu 1992, Multivariate
     Behavioral Research 27(4), 509-540 (by permutation). At the likelihood's own noise: ours.
     """
-    scores = _whiten_scores(family, x, features)
+    return _permutation_edge(_whiten_scores(family, x, features), seed=seed)
+
+
+def _permutation_edge(scores: Tensor, *, seed: int) -> float:
+    """``noise_edge`` from scores (N, D')."""
     scores = scores / scores.square().mean(0).sqrt()
     generator = torch.Generator().manual_seed(seed)
     edges = []

@@ -150,10 +150,10 @@ def _resume(run: Run, *, epochs: int | None, say: Say, compile: str | None, draw
     if compile == "on":
         check_compiler(find_device(options.device))
     if epochs is not None and epochs > options.epochs:
-        run = _with_option(run, "epochs", epochs)
+        run = _change_option(run, "epochs", epochs)
         say(f"Extended to {epochs} epochs; the learning rate falls until then, so it rises again at first.")
     if compile is not None and compile != "auto" and compile != run.options.compile:
-        run = _with_option(run, "compile", compile)
+        run = _change_option(run, "compile", compile)
         say(f"From here on --compile {compile}: the same to rounding, and no longer bit for bit.")
     with end_together():  # before another rank reads what is damaged
         if saved is not None and distributed.is_writer():
@@ -168,7 +168,7 @@ def _resume(run: Run, *, epochs: int | None, say: Say, compile: str | None, draw
     _go_on(run, saved, say=say, compile_if_possible=compile != "on", draw=draw)
 
 
-def _with_option(run: Run, name: str, value: Any) -> Run:
+def _change_option(run: Run, name: str, value: Any) -> Run:
     """Changes an option of the run, in its config too."""
     path = run.folder / runs.CONFIG
     with end_together():
@@ -317,7 +317,7 @@ def _train(run: Run, saved: Saved | None, *, say: Say, compile_if_possible: bool
                     raise
                 rounding = "" if saved is None else "; the same to rounding, and no longer bit for bit"
                 say(f"Falling back to eager training{rounding}: {error}.")
-                _with_option(run, "compile", "off")
+                _change_option(run, "compile", "off")
                 state = train(False)
             with end_together():  # the ranks evaluate what is in the file
                 if distributed.is_writer():

@@ -187,7 +187,7 @@ def elbo_split(vae: LatentModel, x: Tensor, *, draws: int = 1) -> ElboSplit:
     check_support(vae.model, x)
     q, prior = AggregatePosterior.encode(vae, x), vae.prior()
     by_latent = factors(prior) is not None and q.is_factorized
-    parts = [_one_draw(vae, x, q, prior, by_latent=by_latent) for _ in range(draws)]
+    parts = [_measure_draw(vae, x, q, prior, by_latent=by_latent) for _ in range(draws)]
     reconstruction, kl, information = (torch.stack(part).mean(0) for part in zip(*(p[:3] for p in parts), strict=True))
     total_correlation = dimension_kl = sum_of_dimension_kl = None
     if by_latent:
@@ -213,7 +213,9 @@ def elbo_split(vae: LatentModel, x: Tensor, *, draws: int = 1) -> ElboSplit:
     )
 
 
-def _one_draw(vae: LatentModel, x: Tensor, q: AggregatePosterior, prior: Any, *, by_latent: bool) -> tuple[Tensor, ...]:
+def _measure_draw(
+    vae: LatentModel, x: Tensor, q: AggregatePosterior, prior: Any, *, by_latent: bool
+) -> tuple[Tensor, ...]:
     """For one z ~ q(z | x_n) per image: reconstruction, KL and information (N,), and the last two by latent (N, L)."""
     z = q.sample()
     own = q.log_prob_per_image(z)

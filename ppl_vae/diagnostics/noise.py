@@ -98,7 +98,7 @@ def has_location(family: Any) -> bool:
     return not isinstance(family, Categorical | DiscretizedLogisticMixture)
 
 
-def _in_double(family: Any) -> Any:
+def _copy_in_double(family: Any) -> Any:
     """A copy in float64; the caller's own parameters stay as they are."""
     return copy.deepcopy(family).double() if isinstance(family, nn.Module) else family
 
@@ -202,7 +202,7 @@ def _whiten_scores(family: Any, x: Tensor, features: Tensor | None) -> Tensor:
         raise ValueError(f"family: expected a location for each pixel, got {type(family).__name__}, which has none")
     if len(x) < 2:
         raise ValueError(f"x: expected at least two images, got {len(x)}")
-    copied = _in_double(family)
+    copied = _copy_in_double(family)
     h = (copied.fit_marginals(x) if features is None else features).double()
     passes = x.split(images_per_pass(x.double()[:1], family))
     scores, curvatures = zip(*(_derive_scores(copied, h, group.double()) for group in passes), strict=True)
@@ -281,7 +281,7 @@ def gaussian_variance(family: Any, x: Tensor) -> float | None:
     if h is None:
         return None
     try:
-        variance = float(_in_double(family)(h.double()).variance.mean())
+        variance = float(_copy_in_double(family)(h.double()).variance.mean())
     except (NotImplementedError, AttributeError):
         return None
     return variance if 0 < variance < float("inf") else None

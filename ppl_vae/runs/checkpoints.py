@@ -110,7 +110,7 @@ def _check_digest(path: Path, told: object) -> None:
     if not isinstance(told, str):
         raise _Damaged("its SHA-256 is not where it was written")
     digest = hashlib.sha256()
-    for chunk in _with_zeros(path, told):
+    for chunk in _read_with_zeros(path, told):
         digest.update(chunk)
     if digest.hexdigest() != told:
         raise _Damaged("its bytes are not those that were written (SHA-256)")
@@ -122,7 +122,8 @@ def _is_named(path: Path) -> bool:
         return _needle("") in file.read(int.from_bytes(file.read(8), "little"))
 
 
-def _with_zeros(path: Path, told: str) -> Iterator[bytes]:
+def _read_with_zeros(path: Path, told: str) -> Iterator[bytes]:
+    """The bytes of the file in chunks, with zeros in the digest's place."""
     with path.open("rb") as file:
         start = file.read(8)
         header = file.read(int.from_bytes(start, "little"))
@@ -161,7 +162,7 @@ def find_newest_checkpoint(folder: Path, *, say: Say) -> Saved | None:
     if not damaged:
         return None
     both = f"; {runs.PREVIOUS_STATE} is damaged too" if len(damaged) > 1 else "; there is none before it"
-    raise ValueError(f"{damaged[0]}{both}; {_of_the_weights(folder)}")
+    raise ValueError(f"{damaged[0]}{both}; {_describe_weights(folder)}")
 
 
 def mend_states(folder: Path) -> None:
@@ -183,7 +184,8 @@ def mend_states(folder: Path) -> None:
             previous.replace(newest)
 
 
-def _of_the_weights(folder: Path) -> str:
+def _describe_weights(folder: Path) -> str:
+    """Whether the weights are whole, and what can be done with them."""
     try:
         step = runs.load_step(folder / runs.MODEL)
     except ValueError:

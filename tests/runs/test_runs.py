@@ -322,7 +322,7 @@ def fail_to_read(monkeypatch: pytest.MonkeyPatch) -> None:
     def chunks(*_: Any) -> Any:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(checkpoints, "_with_zeros", chunks)
+    monkeypatch.setattr(checkpoints, "_read_with_zeros", chunks)
 
 
 def fail_in_safetensors(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -233,11 +233,13 @@ def calibration_ranks(
     top.supxlabel("rank of the z that made an image, among draws of the guide", fontsize=8)
     axes = below.subplots()
     at = np.concatenate([[0], edges, [1]])
-    axes.fill_between(at, _from_line(lower, edges), _from_line(upper, edges), color="0.85", label="95% of exact guides")
+    axes.fill_between(
+        at, _subtract_line(lower, edges), _subtract_line(upper, edges), color="0.85", label="95% of exact guides"
+    )
     for row, latent in enumerate(latents):
         words = "latents" if row == 0 else None
-        axes.plot(at, _from_line(latent, edges), color="tab:blue", alpha=0.5, linewidth=0.7, label=words)
-    axes.plot(at, _from_line(joint, edges), color="tab:red", linewidth=1.8, label="log p(x, z)")
+        axes.plot(at, _subtract_line(latent, edges), color="tab:blue", alpha=0.5, linewidth=0.7, label=words)
+    axes.plot(at, _subtract_line(joint, edges), color="tab:red", linewidth=1.8, label="log p(x, z)")
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set_xlim(0, 1)
     axes.set_xlabel("rank, as a share of the draws", fontsize=8)
@@ -260,7 +262,8 @@ def _rank_histogram(axes: Any, histogram: RankHistogram, shares: Array) -> None:
     axes.tick_params(labelsize=7)
 
 
-def _from_line(below: Array, edges: Array) -> Array:
+def _subtract_line(below: Array, edges: Array) -> Array:
+    """A cumulative share minus that of uniform ranks, from edge to edge."""
     return np.concatenate([[0], below - edges, [0]])
 
 

@@ -47,7 +47,7 @@ def image_rows(rows: Mapping[str, Images], *, title: str, columns: Sequence[str]
 
 def image_grids(grids: Mapping[str, Images], *, columns: int, title: str) -> Figure:
     """Grids of images side by side, a heading over each. Values and shapes as ``image_rows``."""
-    tables = {label: _in_columns(images, columns) for label, images in grids.items()}
+    tables = {label: _arrange_in_columns(images, columns) for label, images in grids.items()}
     sizes = [_inches(table, tile=0.52) for table in tables.values()]
     figure = _figure(sum(width for width, _ in sizes) + 0.2, max(height for _, height in sizes) + 0.25, title)
     for axes, (label, table) in zip(figure.subplots(1, len(tables), squeeze=False)[0], tables.items(), strict=True):
@@ -119,7 +119,7 @@ def _sheet(table: Images) -> Images:
     return sheet.squeeze(-1) if channels == 1 else sheet
 
 
-def _in_columns(images: Images, columns: int) -> Images:
+def _arrange_in_columns(images: Images, columns: int) -> Images:
     """(N, C, H, W) -> (rows, columns, C, H, W), row by row, NaN where there are no more images."""
     columns = min(columns, len(images))
     missing = np.full((-len(images) % columns, *images.shape[1:]), np.nan)

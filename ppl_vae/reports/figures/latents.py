@@ -62,8 +62,8 @@ def latent_plane(
         center, reach = np.asarray(prior.mean), _reach_of_circles(axes, points, prior)
     else:
         axes.scatter(*prior.T, s=4, linewidths=0, color="0.75", label=f"prior: {len(prior):,} draws")
-        center, reach = _middle_and_reach(np.concatenate([points, _without_tails(prior)]))
-    for mask, style in _by_class(classes, len(points), class_names):
+        center, reach = _middle_and_reach(np.concatenate([points, _clip_tails(prior)]))
+    for mask, style in _group_by_class(classes, len(points), class_names):
         axes.scatter(*points[mask].T, s=6, linewidths=0, alpha=0.8, **style)
     axes.set(
         xlabel=names[0],
@@ -87,7 +87,7 @@ def _reach_of_circles(axes: Any, points: Array, prior: Scales) -> float:
     return float(1.05 * np.maximum(np.abs(points - center).max(0), 3 * np.asarray(prior.scale)).max())
 
 
-def _without_tails(prior: Array) -> Array:
+def _clip_tails(prior: Array) -> Array:
     """The draws (R, M) with the rarest ones clipped, since a single one far out would set the axes."""
     low, high = np.quantile(prior, [_TAIL, 1 - _TAIL], axis=0)
     return np.clip(prior, low, high)
@@ -118,11 +118,11 @@ def latent_line(
         title, classes, class_names: as ``latent_plane``.
     """
     figure, axes = _panel(title)
-    parts = _by_class(classes, len(points), class_names)
+    parts = _group_by_class(classes, len(points), class_names)
     if isinstance(prior, Scales):
         low, high = (prior.mean[0] + sign * 3 * prior.scale[0] for sign in (-1, 1))
     else:
-        low, high = _without_tails(prior).min(), _without_tails(prior).max()
+        low, high = _clip_tails(prior).min(), _clip_tails(prior).max()
     reach = {"bins": number_of_bins(len(points)), "range": (min(low, points.min()), max(high, points.max()))}
     axes.hist(
         [points[mask] for mask, _ in parts],
@@ -151,7 +151,9 @@ def _panel(title: str) -> tuple[Figure, Any]:
     return figure, figure.add_subplot()
 
 
-def _by_class(classes: Array | None, count: int, class_names: Sequence[str]) -> list[tuple[Array, dict[str, Any]]]:
+def _group_by_class(
+    classes: Array | None, count: int, class_names: Sequence[str]
+) -> list[tuple[Array, dict[str, Any]]]:
     """For each class, which of the points are in it, and their color and label."""
     if classes is None:
         return [(np.ones(count, dtype=bool), {"color": "tab:blue", "label": "images"})]

@@ -72,7 +72,7 @@ class DecoderWeights:
         return self.layers[0].weight.shape[1]
 
 
-def _in_units(family: Any) -> Link:
+def _link_in_units(family: Any) -> Link:
     return Link("identity", gain=float(family.unit))
 
 
@@ -84,12 +84,12 @@ _LINKS: dict[type[nn.Module], Callable[[Any], Link]] = {
     likelihoods.Binomial: lambda _: Link("sigmoid", gain=255.0, white=255.0),
     likelihoods.Poisson: lambda _: Link("exp", bound=15.0, white=255.0),
     likelihoods.NegativeBinomial: lambda _: Link("exp", bound=15.0, white=255.0),
-    likelihoods.Normal: _in_units,
-    likelihoods.NormalFixed: _in_units,
-    likelihoods.NormalOptimal: _in_units,
-    likelihoods.NormalPerPixel: _in_units,
-    likelihoods.Laplace: _in_units,
-    likelihoods.StudentT: _in_units,
+    likelihoods.Normal: _link_in_units,
+    likelihoods.NormalFixed: _link_in_units,
+    likelihoods.NormalOptimal: _link_in_units,
+    likelihoods.NormalPerPixel: _link_in_units,
+    likelihoods.Laplace: _link_in_units,
+    likelihoods.StudentT: _link_in_units,
 }
 
 

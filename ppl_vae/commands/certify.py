@@ -155,7 +155,7 @@ def _check_before_work(run: Run, options: Certify) -> None:
         if (run.folder / name).is_dir():
             raise ValueError(f"{run.folder / name}: expected a file, got a folder")
     if options.against_data_dir is not None and options.against is None:
-        raise ValueError("--against-data-dir: expected --against beside it, which it is of, got none")
+        raise ValueError("--against-data-dir: expected it together with --against, got it alone")
 
 
 def _plan(run: Run, vae: VAE, options: Certify, say: Say) -> Plan:

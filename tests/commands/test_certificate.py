@@ -581,7 +581,7 @@ def test_a_file_in_the_place_of_the_figures_is_found_before_the_work(copy: Path)
 
 
 def test_a_folder_of_no_other_data_is_refused(copy: Path) -> None:
-    with pytest.raises(ValueError, match="--against-data-dir: expected --against beside it"):
+    with pytest.raises(ValueError, match="--against-data-dir: expected it together with --against"):
         certify(copy, against_data_dir="somewhere")
 
 

@@ -100,5 +100,5 @@ def _describe_reconstructions(found: Evaluation) -> list[str]:
         f"reconstruction log p(x | z(x)) {plus_minus(found.reconstruction)} nats an image: {NOT_A_LOG_LIKELIHOOD}",
         f"  {found.split} split, {found.num_images:,} images, {describe_images_scale(found, found.seed)}; "
         "± is the standard error over images",
-        "  no floor and no entropy beside it: they are for log-likelihoods, which pay for what z says of x",
+        "  it has no floor and no entropy: those are for log-likelihoods, which pay for what z says of x",
     ]

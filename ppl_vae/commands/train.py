@@ -20,7 +20,13 @@ from ppl_vae.commands.options import Evaluate, Train
 from ppl_vae.reports.run_figures import is_drawn, write_figures
 from ppl_vae.reports.text.training import describe_epoch, describe_model, describe_training, describe_validation
 from ppl_vae.runs.build import build_vae, is_autoencoder
-from ppl_vae.runs.checkpoints import Saved, find_newest_checkpoint, mend_metrics, mend_states, mend_weights
+from ppl_vae.runs.checkpoints import (
+    Saved,
+    find_newest_checkpoint,
+    mend_and_report_metrics,
+    mend_states,
+    mend_weights,
+)
 from ppl_vae.runs.evaluations import is_evaluated
 from ppl_vae.runs.fit_arguments import (
     check_compiler,
@@ -160,7 +166,7 @@ def _resume(run: Run, *, epochs: int | None, say: Say, compile: str | None, draw
             mend_states(folder)
             mend_weights(folder, saved, say=say)
             an_epoch = _total_steps(run) // run.options.epochs
-            mend_metrics(folder, step=saved[1]["step"], steps_an_epoch=an_epoch, say=say)
+            mend_and_report_metrics(folder, step=saved[1]["step"], steps_an_epoch=an_epoch, say=say)
     if broadcast_decision(lambda: _is_trained(run, saved) and is_evaluated(folder) and (not draw or is_drawn(run))):
         done = "evaluated and drawn" if draw else "evaluated"
         say(f"{folder} is finished: {run.options.epochs} epochs, {done}. --epochs extends it.")

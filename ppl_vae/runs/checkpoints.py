@@ -207,7 +207,7 @@ def mend_weights(folder: Path, saved: Saved, *, say: Say) -> None:
         runs.save_tensors(path, best, {"step": saved[1].get("best_step", 0)})
 
 
-def mend_metrics(folder: Path, *, step: int, steps_an_epoch: int, say: Say) -> None:
+def mend_and_report_metrics(folder: Path, *, step: int, steps_an_epoch: int, say: Say) -> None:
     """Removes damaged records, and says which epochs up to the step have none."""
     damaged = runs.mend_metrics(folder)
     if damaged:

@@ -13,6 +13,7 @@ import os
 import struct
 import tarfile
 from collections.abc import Callable
+from http.client import HTTPException
 from importlib.resources import files
 from os.path import isfile  # False, where pathlib would raise, in a folder that is closed
 from pathlib import Path
@@ -136,7 +137,7 @@ def get_published_file(name: str, data_dir: Path, file: PublishedFile, *, downlo
             )
         try:
             _download(file, path)
-        except (OSError, ValueError) as error:  # an address that does not answer, a full disk, another file
+        except (OSError, HTTPException, ValueError) as error:  # no answer, a cut one, a full disk, another file
             raise ValueError(f"dataset: {name}: {file.url} cannot be downloaded ({_join(error)}); {advice}") from None
     try:
         with path.open("rb") as content:

@@ -11,6 +11,7 @@ import re
 import struct
 import sys
 import tarfile
+from http.client import IncompleteRead
 from importlib.resources import files
 from pathlib import Path
 from types import SimpleNamespace
@@ -285,6 +286,7 @@ PLACES = {
 FAILURES = {
     "no network": OSError("<urlopen error [Errno -3]\nTemporary failure in name resolution>"),
     "no address": ValueError("unknown url type"),
+    "a cut answer": IncompleteRead(b"", 100),
 }
 
 

@@ -139,6 +139,7 @@ def get_published_file(name: str, data_dir: Path, file: PublishedFile, *, downlo
             _download(file, path)
         except (OSError, HTTPException, ValueError) as error:  # no answer, a cut one, a full disk, another file
             raise ValueError(f"dataset: {name}: {file.url} cannot be downloaded ({_join(error)}); {advice}") from None
+        return path
     try:
         with path.open("rb") as content:
             md5 = hashlib.file_digest(content, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()

@@ -185,14 +185,14 @@ class VAEDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
         self.likelihood_, self._pixels_ = options.likelihood, choose_pixels(options, splits)
         self._n_features_out = options.latent_dim
         place = find_device(options.device)
-        stored, observe = data.training_images(splits, self._pixels_)
+        stored, transform = data.training_images(splits, self._pixels_)
         validation = None
         if len(splits.validation):
             validation = data.evaluation_images(splits, "validation", self._pixels_).to(place)
         with seeded(self.seed_, place):
             vae = build_vae(options, self.event_shape_).float()  # also where torch makes float64 by default
             initialize_output_bias(vae, data.initialization_images(splits, self._pixels_))
-            fit(vae.to(place), stored, **fit_arguments(options, validation), transform=observe)
+            fit(vae.to(place), stored, **fit_arguments(options, validation), transform=transform)
         self.vae_ = vae
         return self
 

@@ -79,13 +79,13 @@ from ppl_vae.training import CapturedSteps, Optimizer, Resident, TrainingState
 
 options = Options(**PLAIN)
 device = torch.device({device!r})
-stored, observe = data.training_images(data.load(options.dataset), "dynamic")
+stored, transform = data.training_images(data.load(options.dataset), "dynamic")
 state = TrainingState(build_vae(options, (1, 28, 28)).to(device))
 steps = CapturedSteps(
     state,
     objectives.elbo,
     Resident(stored, device),
-    observe,
+    transform,
     optimizer=Optimizer(clip_norm=options.clip_norm),
     batch_size=options.batch_size,
 )

@@ -214,14 +214,14 @@ def ppl_vae(task: Task, *, captured: bool) -> Steps:
 
 
 def _ppl_vae_steps(
-    vae: VAE, images: Tensor, observe: Callable[..., Tensor], batches: list[Tensor], *, captured: bool
+    vae: VAE, images: Tensor, transform: Callable[..., Tensor], batches: list[Tensor], *, captured: bool
 ) -> Steps:
     batch_size = len(batches[0])
     state = TrainingState(vae)
     kind = CapturedSteps if captured else EagerSteps
     more: Any = {"batch_size": batch_size} if captured else {}
     source = Resident(images, images.device)
-    stepper = kind(state, objectives.elbo, source, observe, optimizer=Optimizer(clip_norm=CLIP_NORM), **more)
+    stepper = kind(state, objectives.elbo, source, transform, optimizer=Optimizer(clip_norm=CLIP_NORM), **more)
     endless = cycle(batches)
 
     def steps(n: int) -> float:

@@ -191,7 +191,7 @@ def streaming(folder: Path, rounds: int) -> dict[str, Any]:
     mnist = data.load("mnist").train
     floats = torch.rand(6000, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     result = {}
-    for name, images, likelihood, observe, num_steps in (
+    for name, images, likelihood, transform, num_steps in (
         ("MNIST", mnist, "bernoulli", data.sample_bernoulli, 200),
         ("float32 3x64x64", floats, "continuous-bernoulli", data.convert_to_float, 40),
     ):
@@ -203,8 +203,8 @@ def streaming(folder: Path, rounds: int) -> dict[str, Any]:
             options = Options(**PLAIN | {"network": network, "likelihood": likelihood})
             say(f"  {name}, {network}, ms a step")
             steps = {
-                "resident": steps_on(options, images, observe, num_steps, streamed=False),
-                "streamed": steps_on(options, mapped, observe, num_steps, streamed=True),
+                "resident": steps_on(options, images, transform, num_steps, streamed=False),
+                "streamed": steps_on(options, mapped, transform, num_steps, streamed=True),
             }
             found = by_turns(steps, 2 * rounds)
             ratio = statistics.median(found["streamed"]) / statistics.median(found["resident"])
@@ -213,7 +213,7 @@ def streaming(folder: Path, rounds: int) -> dict[str, Any]:
 
 
 def steps_on(
-    options: Options, images: Tensor, observe: Callable[..., Tensor], num_steps: int, *, streamed: bool
+    options: Options, images: Tensor, transform: Callable[..., Tensor], num_steps: int, *, streamed: bool
 ) -> Callable[[], float]:
     """What takes so many compiled steps on other batches each time, and returns milliseconds a step."""
     import pyro
@@ -228,7 +228,7 @@ def steps_on(
     state = TrainingState(build_vae(options, tuple(images.shape[1:])))
     source = Streamed(images, device, size) if streamed else Resident(images, device)
     optimizer = Optimizer(clip_norm=options.clip_norm)
-    stepper = CapturedSteps(state, objectives.elbo, source, observe, optimizer=optimizer, batch_size=size)
+    stepper = CapturedSteps(state, objectives.elbo, source, transform, optimizer=optimizer, batch_size=size)
     generator = torch.Generator().manual_seed(1)
 
     def take(count: int) -> float:

@@ -70,7 +70,7 @@ def _trained(options: Options) -> Callable[[Path], None]:
 def _mean_over_pixels(options: Options) -> Callable[[Path], None]:
     def make(folder: Path) -> None:
         splits = load_splits(options)
-        stored, observe = data.training_images(splits, "dynamic")
+        stored, transform = data.training_images(splits, "dynamic")
         pyro.set_rng_seed(0)
         vae = build_vae(options, splits.event_shape)
         initialize_output_bias(vae, data.expected_images(splits, "dynamic"))
@@ -79,7 +79,7 @@ def _mean_over_pixels(options: Options) -> Callable[[Path], None]:
             stored,
             epochs=options.epochs,
             objective=average_over_pixels(objectives.elbo, math.prod(splits.event_shape)),
-            transform=observe,
+            transform=transform,
             learning_rate=3e-3,
         )
         save(vae, folder, options)

@@ -65,14 +65,14 @@ def copy_state(state):
     return {name: tensor.clone() for name, tensor in tensors.items()}, scalars
 
 
-def make_step(vae, objective, stored, *, batch_size, clip_norm=NEVER_CLIP, observe=as_stored):
+def make_step(vae, objective, stored, *, batch_size, clip_norm=NEVER_CLIP, transform=as_stored):
     optimizer = torch.optim.Adam(vae.parameters())
     step = CapturedStep(
         lambda x, beta: objective(vae.model, vae.guide, x, beta=beta),
         vae,
         optimizer,
         stored,
-        observe,
+        transform,
         batch_size=batch_size,
         clip_norm=clip_norm,
     )

@@ -83,12 +83,14 @@ def train(case: str, **more: Any) -> Any:
     torch.set_default_dtype(dtype)
     vae, objective = built(words)
 
-    def observe(values: Tensor, generator: torch.Generator | None) -> Tensor:
+    def transform(values: Tensor, generator: torch.Generator | None) -> Tensor:
         return data.sample_bernoulli(values.to(dtype), generator).to(dtype)
 
     settings: dict[str, Any] = {"epochs": EPOCHS, "batch_size": 10, "learning_rate": 0.01, "objective": objective}
     x = images()
-    return fit(vae.to(dtype), x, observe(x[:9], torch.Generator()), transform=observe, **(settings | arguments | more))
+    return fit(
+        vae.to(dtype), x, transform(x[:9], torch.Generator()), transform=transform, **(settings | arguments | more)
+    )
 
 
 def saved_by(state: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:

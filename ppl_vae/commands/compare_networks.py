@@ -95,7 +95,7 @@ def seconds_per_epoch(options: Options) -> float:
     splits = load_splits(options)
     options = resolve(options, splits)
     check_support(options, splits)
-    stored, observe = data.training_images(splits, choose_pixels(options, splits))
+    stored, transform = data.training_images(splits, choose_pixels(options, splits))
     some = stored[: _CALIBRATION_STEPS * options.batch_size]
     share = len(some) / len(stored)
     validation = None
@@ -110,7 +110,7 @@ def seconds_per_epoch(options: Options) -> float:
             some,
             epochs=3,  # the first runs with Pyro's validation on, and warms up
             objective=build_objective(options),
-            transform=observe,
+            transform=transform,
             optimizer=Optimizer(learning_rate=1e-12, average_decay=options.average_decay),
             schedule=Schedule(batch_size=options.batch_size),
             validation=Validation(validation),

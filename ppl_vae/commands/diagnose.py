@@ -140,9 +140,9 @@ def _measure_noise(run: Run) -> NoiseSpectrum | None:
     D = math.prod(run.splits.event_shape)
     if D > _MOST_PIXELS:
         return None
-    stored, observe = data.training_images(run.splits, run.pixels)
+    stored, transform = data.training_images(run.splits, run.pixels)
     index = data.subset(len(stored), _NOISE_PIXELS // D)
-    x = observe(stored[index], torch.Generator().manual_seed(_NOISE_SEED))
+    x = transform(stored[index], torch.Generator().manual_seed(_NOISE_SEED))
     return measure_noise(build_likelihood(run.options, run.splits.event_shape), x)
 
 

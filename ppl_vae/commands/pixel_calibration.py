@@ -47,10 +47,10 @@ def calibrate_run(run: Run) -> RunCalibration:
         seeded(_SEED, torch.device("cpu")),
         pyro.validation_enabled(False),
     ):
-        vae, observe = load(run.folder), None
+        vae, transform = load(run.folder), None
         if run.pixels == "dequantized":
-            vae, observe = VAE(vae.prior, vae.likelihood, LevelsPosterior(vae.posterior)), levels_of
-        found = calibrate_pixels(vae, x[index], num_draws=_NUM_DRAWS, observe=observe, progress=bar.update)
+            vae, transform = VAE(vae.prior, vae.likelihood, LevelsPosterior(vae.posterior)), levels_of
+        found = calibrate_pixels(vae, x[index], num_draws=_NUM_DRAWS, transform=transform, progress=bar.update)
     entry = to_json(found) | identity
     runs.write_json(path, entry)
     return from_json(RunCalibration, entry)

@@ -95,7 +95,7 @@ def calibrate_pixels(
     x: Tensor,
     *,
     num_draws: int = 99,
-    observe: Callable[[Tensor], Tensor] | None = None,
+    transform: Callable[[Tensor], Tensor] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> PixelCalibration:
     """The histogram over pixels of PIT_d = (#{j: x^j_d < x_d} + v_d (1 + #{j: x^j_d = x_d})) / (J + 1).
@@ -115,7 +115,7 @@ def calibrate_pixels(
         vae: in evaluation mode.
         x: images (N, *E) as the VAE sees them.
         num_draws: J.
-        observe: turns draws of p(x | z) into pixels as in x, such as ``dequantization.levels_of`` for a density of
+        transform: turns draws of p(x | z) into pixels as in x, such as ``dequantization.levels_of`` for a density of
             dequantized levels; x is then not checked against the support of p(x | z). By default draws are not changed.
         progress: called with the number of images after each pass.
 
@@ -129,14 +129,14 @@ def calibrate_pixels(
     num_draws = check_count("num_draws", num_draws)
     if len(x) == 0:
         raise ValueError("x: expected at least one image, got none")
-    if observe is None:
+    if transform is None:
         check_support(vae.model, x)
     sums = torch.zeros(BINS, dtype=torch.double, device=x.device)
     products = torch.zeros(BINS, BINS, dtype=torch.double, device=x.device)
     draws = images_per_pass(x)
     images_a_pass = max(1, min(draws // num_draws, images_per_pass(x, vae.likelihood)))
     for images in x.split(images_a_pass):
-        shares = _histograms(_transform(vae, images, num_draws, observe, chunk=draws))
+        shares = _histograms(_compute_pit(vae, images, num_draws, transform, chunk=draws))
         sums += shares.sum(0)
         products += shares.T @ shares
         if progress is not None:
@@ -147,15 +147,15 @@ def calibrate_pixels(
     return summarize_histogram(mean.cpu(), covariance.cpu(), num_images=N, num_draws=num_draws)
 
 
-def _transform(
-    vae: LatentModel, x: Tensor, num_draws: int, observe: Callable[[Tensor], Tensor] | None, *, chunk: int
+def _compute_pit(
+    vae: LatentModel, x: Tensor, num_draws: int, transform: Callable[[Tensor], Tensor] | None, *, chunk: int
 ) -> Tensor:
     """(B, D) the PIT of each pixel, float64. x: (B, *E)."""
     p = vae.likelihood(vae.posterior(x).sample())
     below, equal = torch.zeros_like(x, dtype=torch.double), torch.zeros_like(x, dtype=torch.double)
     for start in range(0, num_draws, chunk):
         drawn = p.sample((min(chunk, num_draws - start),))
-        drawn = drawn if observe is None else observe(drawn)
+        drawn = drawn if transform is None else transform(drawn)
         below += (drawn < x).sum(0)
         equal += (drawn == x).sum(0)
     return ((below + torch.rand_like(below) * (1 + equal)) / (num_draws + 1)).flatten(1)

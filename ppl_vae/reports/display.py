@@ -53,9 +53,9 @@ def choose_display(run: Run, pixels: Tensor | None = None) -> Display:
     if run.evaluated_pixels == "levels":
         return Display(0, 255)
     if pixels is None:
-        stored, observe = data.training_images(run.splits, run.pixels)
+        stored, transform = data.training_images(run.splits, run.pixels)
         generator: Any = torch.Generator().manual_seed(0)
-        pixels = observe(stored[data.subset(len(stored), _NUM_IMAGES)], generator)
+        pixels = transform(stored[data.subset(len(stored), _NUM_IMAGES)], generator)
     density = build_likelihood(run.options, run.splits.event_shape).measure == "density"
     if not density and pixels.min() >= 0 and pixels.max() <= 1:
         return Display()

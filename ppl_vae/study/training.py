@@ -106,7 +106,7 @@ def _fit_averaged(planned: Planned, run_dir: Path, *, say: Say) -> None:
     seen = load_splits(planned.options)
     options = resolve(planned.options, seen)
     pixels = choose_pixels(options, seen)
-    stored, observe = data.training_images(seen, pixels)
+    stored, transform = data.training_images(seen, pixels)
     pyro.set_rng_seed(options.seed)
     vae = build_vae(options, seen.event_shape)
     initialize_output_bias(vae, data.initialization_images(seen, pixels))
@@ -117,7 +117,7 @@ def _fit_averaged(planned: Planned, run_dir: Path, *, say: Say) -> None:
         vae,
         stored,
         **arguments,
-        transform=observe,
+        transform=transform,
         callbacks=Callbacks(on_epoch=metrics.append),
         compile=options.compile == "on",
     )

@@ -242,10 +242,10 @@ def test_a_run_resumed_from_any_step_ends_bit_for_bit_where_the_undisturbed_one_
         tensors, scalars = state.to_tensors()
         states[state.step] = {name: t.clone() for name, t in tensors.items()}, scalars
 
-    def observe(values, generator):
+    def transform(values, generator):
         return torch.bernoulli(0.2 + 0.6 * values)
 
-    asked = {"validation": _binary(20), "transform": observe, "compile": compile}
+    asked = {"validation": _binary(20), "transform": transform, "compile": compile}
     end = _fit(_bernoulli(), _binary(), on_checkpoint=keep, checkpoint_seconds=0.0, **asked)
     assert sorted(states) == list(range(1, 21))
     final, numbers = end.to_tensors()

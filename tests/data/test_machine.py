@@ -198,7 +198,7 @@ h = family(splits.event_shape).fit_marginals(x)
 for split in ("validation", "test"):
     x = data.evaluation_images(splits, split, pixels)
     data.binarization_entropy(splits, split, pixels)
-stored, observe = data.training_images(splits, "fixed" if pixels == "dynamic" else pixels)
+stored, transform = data.training_images(splits, "fixed" if pixels == "dynamic" else pixels)
 print(len(h), data.is_mapped(stored), len(x))
 """
 

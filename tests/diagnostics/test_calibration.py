@@ -108,7 +108,7 @@ def test_dequantized_levels_beyond_the_ends_keep_the_transform_uniform():
     assert (x < 0).double().mean() > 0.1
     dequantized = VAE(vae.prior, vae.likelihood, lambda images: vae.posterior(y[: len(images)]))
     with seeded(0, CPU):
-        pit = pixel_calibration._transform(dequantized, x, 99, levels_of, chunk=99)
+        pit = pixel_calibration._compute_pit(dequantized, x, 99, levels_of, chunk=99)
     expected = torch.full((BINS,), 1 / BINS, dtype=torch.double)
     shares = pixel_calibration._histograms(pit)
     assert ((shares.mean(0) - expected).abs() < STDERRS * shares.std(0) / math.sqrt(NUM_IMAGES)).all()

@@ -126,7 +126,7 @@ def train_in_double(words: str) -> dict[str, list[float]]:
     with _double_by_default():
         vae = build.build_vae(asked, splits.event_shape)
     initialize_output_bias(vae, data.initialization_images(splits, pixels).double())
-    stored, observe = data.training_images(splits, pixels)
+    stored, transform = data.training_images(splits, pixels)
     arguments = fit_arguments(asked, data.evaluation_images(splits, "validation", pixels).double())
     objective = arguments["objective"]
     losses, records = [], []
@@ -140,7 +140,7 @@ def train_in_double(words: str) -> dict[str, list[float]]:
         vae,
         stored,
         **arguments | {"objective": recorded},
-        transform=lambda values, generator=None: observe(values, generator).double(),
+        transform=lambda values, generator=None: transform(values, generator).double(),
         callbacks=Callbacks(on_epoch=records.append),
     )
     validation = [value for record in records for key, value in record.items() if key.startswith("validation")]

@@ -68,11 +68,11 @@ def test_what_is_drawn_of_the_stored_images_is_drawn_as_the_eager_step_draws_it(
     """8-bit levels, binarized anew at every access, before the noise of the sites."""
     vae = make_vae().float()
     levels = torch.randint(0, 256, (9, 12), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    observe = partial(data.sample_bernoulli, generator=None)
-    step, optimizer = make_step(vae, objectives.elbo, levels, batch_size=4, observe=observe)
+    transform = partial(data.sample_bernoulli, generator=None)
+    step, optimizer = make_step(vae, objectives.elbo, levels, batch_size=4, transform=transform)
     captured = captured_loss_and_gradient(vae, step, optimizer, INDEX, beta=1.0, seed=3)
     eager = eager_loss_and_gradient(
-        vae, lambda values: objectives.elbo(vae.model, vae.guide, observe(values)), levels[INDEX], seed=3
+        vae, lambda values: objectives.elbo(vae.model, vae.guide, transform(values)), levels[INDEX], seed=3
     )
     assert_same(captured, eager, relative=1e-5)
 

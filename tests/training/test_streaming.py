@@ -187,14 +187,23 @@ def test_a_failure_is_told_with_its_own_images(compile: bool) -> None:
     train = torch.rand(40, 64).round()
     bad = 23
 
-    def observe(values: Tensor, generator: Any) -> Tensor:
+    def transform(values: Tensor, generator: Any) -> Tensor:
         return values
 
     def poison(state: Any) -> None:
         train[bad] = math.nan  # after the check of all images
 
     with pytest.raises(NotFinite, match=r"site 'x'"):
-        fit(small_vae(), train, epochs=3, batch_size=4, transform=observe, compile=compile, stream=True, on_step=poison)
+        fit(
+            small_vae(),
+            train,
+            epochs=3,
+            batch_size=4,
+            transform=transform,
+            compile=compile,
+            stream=True,
+            on_step=poison,
+        )
 
 
 def test_a_pixel_off_the_support_is_refused_wherever_it_is() -> None:

@@ -112,12 +112,12 @@ def test_the_reported_loss_is_the_mean_over_images_with_a_ragged_last_batch():
 def test_every_image_is_seen_once_an_epoch_in_an_order_of_its_own():
     seen = []
 
-    def observe(values, generator):
+    def transform(values, generator):
         seen.append(values[:, 0].tolist())
         return (values > 50).float()
 
     train = torch.arange(50, dtype=torch.uint8)[:, None].expand(50, 12).contiguous()
-    _fit(_vae(), train, transform=observe, epochs=2)
+    _fit(_vae(), train, transform=transform, epochs=2)
     first, second = list(chain(*seen[:7])), list(chain(*seen[7:]))
     assert sorted(first) == sorted(second) == list(range(50))
     assert first != second

@@ -50,7 +50,7 @@ def load(
         data_dir: the folder of the named data sets; None: the environment variable PPL_VAE_DATA_DIR, else "data".
         protocol: "vampprior" (Tomczak and Welling 2018, arXiv 1705.07120), or for the gray named sets "iwae" (Burda et
             al. 2016, arXiv 1509.00519): all 60,000 images train, none validate, test is drawn anew at each evaluation.
-        image_size, fit, color: of a folder of images: see ``image_folder``.
+        image_size, fit, color: of a folder of images, as in ``folder.load_image_folder``.
         download: whether the files of a named data set are downloaded if they are missing.
 
     Raises:

@@ -262,7 +262,7 @@ def _read_idx_set(
     return _split(name, (train[:, None], train_labels), (test[:, None], test_labels), 10_000, class_names)
 
 
-_CIFAR10_BATCHES = (*(f"cifar-10-batches-bin/data_batch_{i}.bin" for i in range(1, 6)),)
+_CIFAR10_BATCHES = tuple(f"cifar-10-batches-bin/data_batch_{i}.bin" for i in range(1, 6))
 _CIFAR10_TEST = "cifar-10-batches-bin/test_batch.bin"
 
 

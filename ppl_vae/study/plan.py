@@ -185,8 +185,9 @@ def plan(size: Size, datasets: Sequence[str], *, num_pixels: Mapping[str, int] |
     runs = []
     for dataset in datasets:
         betas, D = size.betas_of(dataset_word(dataset)), (num_pixels or {}).get(dataset, 784)
-        codes = {beta: size.codes if beta == 1 else 0 for beta in betas}
-        runs += [Planned(sweep_name(dataset, b), base(size, dataset, beta=b), num_codes=codes[b]) for b in betas]
+        for beta in betas:
+            num_codes = size.codes if beta == 1 else 0
+            runs.append(Planned(sweep_name(dataset, beta), base(size, dataset, beta=beta), num_codes=num_codes))
         autoencoder = base(size, dataset, posterior="delta", beta=0.0)
         runs.append(Planned(mean_name(dataset), base(size, dataset), averaged=True))
         runs.append(Planned(beta_of_mean_name(dataset), base(size, dataset, beta=float(D))))

@@ -337,8 +337,8 @@ def table(title: str, results: dict[str, Any], ratio: str) -> list[str]:
 
 
 def likelihood_table(results: dict[str, Any]) -> list[str]:
-    """Likelihoods as rows: the features a pixel, and for a step captured and eager the median in ms and a ratio."""
-    lines = [f"| likelihood | features a pixel | {' | '.join(results)} |", "|---" * (len(results) + 2) + "|"]
+    """Likelihoods as rows: the features per pixel, and for a step captured and eager the median in ms and a ratio."""
+    lines = [f"| likelihood | features per pixel | {' | '.join(results)} |", "|---" * (len(results) + 2) + "|"]
     for word, record in results[CAPTURED].items():
         cells = [cell(records[word], "ratio") for records in results.values()]
         lines.append(f"| `{word}` | {record['features_per_pixel']} | {' | '.join(cells)} |")

@@ -247,7 +247,7 @@ def test_a_stage_moves_with_the_image():
 
 
 def test_planes_come_before_pixels():
-    """Two features a pixel: the first half of the output is the first feature of every pixel, in the image's order."""
+    """Two features per pixel: the first half of the output is the first feature of all pixels, in the image's order."""
     output = PixelOutput(2, 2, size=(4, 3)).double()
     with torch.no_grad():
         output.up.weight.zero_()

@@ -16,7 +16,7 @@ from ppl_vae.diagnostics.verdicts import is_reliable
 from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.evidence.importance import Importance
 from ppl_vae.evidence.moments import decode_mean, encode, sample_posterior
-from ppl_vae.runs.evaluations import read_evaluation, read_per_image
+from ppl_vae.runs.evaluations import PerImage, read_evaluation, read_per_image
 from ppl_vae.runs.load import load
 from ppl_vae.runs.results import Evaluation, from_json, to_json
 from ppl_vae.runtime.global_state import seeded
@@ -71,20 +71,23 @@ def measure_run(planned: Planned, folder: Path, study_data: StudyData, *, pictur
         if all((pictures.parent / name).exists() for name in found.pictures.values()):
             return found
     started = time.monotonic()
-    found = _add_evaluation(numbers, evaluation, folder)
+    vae, per_image = load(folder), read_per_image(folder, "test")  # None for an autoencoder
+    found = _add_evaluation(numbers, evaluation, vae, per_image, folder)
     if not planned.stressed:
-        found = _diagnose(found, planned, load(folder), folder, study_data, pictures)
+        found = _diagnose(found, planned, vae, per_image, study_data, pictures)
     found = replace(found, seconds_measuring=time.monotonic() - started)
     runs.write_json(path, {"key": key, "run": to_json(found)})
     return from_json(RunNumbers, runs.read_json(path)["run"])  # JSON has no NaN
 
 
-def _add_evaluation(run: RunNumbers, evaluation: Evaluation, folder: Path) -> RunNumbers:
+def _add_evaluation(
+    run: RunNumbers, evaluation: Evaluation, vae: VAE, per_image: PerImage | None, folder: Path
+) -> RunNumbers:
     """The run with the numbers of its own files."""
     run = replace(
         run,
         step=evaluation.step,
-        parameters=sum(weights.numel() for weights in load(folder).parameters()),
+        parameters=sum(weights.numel() for weights in vae.parameters()),
         seconds=runs.read_metrics(folder)[-1].get("seconds"),
         seconds_evaluation=evaluation.seconds,
         reconstruction=evaluation.reconstruction,
@@ -93,11 +96,10 @@ def _add_evaluation(run: RunNumbers, evaluation: Evaluation, folder: Path) -> Ru
         log_likelihood=evaluation.log_likelihood,
         tenfold_gain=evaluation.rise,
     )
-    stored = read_per_image(folder, "test")
-    if stored is None:  # an autoencoder
+    if per_image is None:
         return run
-    gap = Estimate.from_values(stored.result.log_evidence - stored.result.elbo)
-    return replace(run, gap=gap, reliable=_has_settled(stored.result))
+    gap = Estimate.from_values(per_image.result.log_evidence - per_image.result.elbo)
+    return replace(run, gap=gap, reliable=_has_settled(per_image.result))
 
 
 def _has_settled(result: Importance) -> bool:
@@ -112,11 +114,10 @@ def _has_settled(result: Importance) -> bool:
 
 @torch.no_grad()
 def _diagnose(
-    run: RunNumbers, planned: Planned, vae: VAE, folder: Path, study_data: StudyData, pictures: Path
+    run: RunNumbers, planned: Planned, vae: VAE, per_image: PerImage | None, study_data: StudyData, pictures: Path
 ) -> RunNumbers:
     """The run with every diagnostic, the quality of its samples, and its pictures."""
-    stored = read_per_image(folder, "test")
-    importance = None if stored is None else summarize_estimate(stored.result, stored.num_particles)
+    importance = None if per_image is None else summarize_estimate(per_image.result, per_image.num_particles)
     diagnosis = measure(vae, study_data.x, gray=study_data.gray, importance=importance)
     codes = encode(vae, study_data.x).mean
     generated = {"samples": decode_mean(vae, study_data.draw_prior(vae.prior()))}

@@ -25,6 +25,7 @@ from ppl_vae.diagnostics.measurement import AggregateNumbers
 from ppl_vae.diagnostics.values import PerLatent
 from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.runs.evaluations import read_evaluation, read_per_image
+from ppl_vae.runs.load import load
 from ppl_vae.runs.options import PLAIN
 from ppl_vae.runs.resolve import load_splits
 from ppl_vae.runs.results import to_json
@@ -327,4 +328,5 @@ def test_a_bound_that_may_still_rise_is_not_reliable(
     folder = study[0] / "runs" / "bars-beta-1"
     evaluation = read_evaluation(folder)
     assert evaluation is not None
-    assert measure._add_evaluation(run_of_bars, evaluation, folder).reliable is expected
+    per_image = read_per_image(folder, "test")
+    assert measure._add_evaluation(run_of_bars, evaluation, load(folder), per_image, folder).reliable is expected

@@ -53,14 +53,14 @@ def average_over_pixels(objective: Callable[..., Tensor], num_pixels: int) -> Ca
     return averaged
 
 
-def train_planned(planned: Planned, folder: Path, *, say: Say) -> bool:
-    """Trains a run, or the rest of it, and evaluates it; returns whether it ended with finite numbers.
+def train_planned(planned: Planned, folder: Path, *, say: Say) -> None:
+    """Trains a run, or the rest of it, and evaluates it.
 
     A run that meets a NaN is a result, too: it leaves ``failure.json`` with the message in its folder.
     """
     run_dir = folder / planned.name
     if (run_dir / FAILURE).exists():
-        return False
+        return
     try:
         if planned.averaged:
             _train_averaged(planned, run_dir, say=say)
@@ -71,8 +71,6 @@ def train_planned(planned: Planned, folder: Path, *, say: Say) -> bool:
     except NotFinite as error:
         runs.write_json(run_dir / FAILURE, {"error": str(error)})
         say(f"{planned.name}: {error}")
-        return False
-    return True
 
 
 def read_failure(run_dir: Path) -> str | None:

@@ -142,8 +142,8 @@ class StudyData:
         return data.evaluation_images(self.splits, split, choose_evaluated_pixels(self.options, self.splits))
 
 
-def study_data(options: Options, splits: data.Splits, num_images: int) -> StudyData:
-    """The data set of such options.
+def make_study_data(options: Options, splits: data.Splits, num_images: int) -> StudyData:
+    """Make the data set of such options.
 
     Raises:
         ValueError: The data are no images, or too few of them.

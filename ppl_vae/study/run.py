@@ -22,7 +22,7 @@ from ppl_vae.runtime import capture
 from ppl_vae.runtime.errors import Interrupted
 from ppl_vae.runtime.progress import progress_bar
 from ppl_vae.study.compare import assemble_numbers
-from ppl_vae.study.data import PICTURES, StudyData, originals_path, study_data, write_strip
+from ppl_vae.study.data import PICTURES, StudyData, make_study_data, originals_path, write_strip
 from ppl_vae.study.measure import measure_run
 from ppl_vae.study.page import write_report
 from ppl_vae.study.plan import DEFAULT, QUICK, Planned, Size, base, dataset_word, plan
@@ -115,7 +115,7 @@ def _load_data(size: Size, datasets: Sequence[str], data_dir: str | None) -> Loa
         options = replace(base(size, dataset), data_dir=data_dir)
         try:
             splits = load_splits(options)
-            each = study_data(options, splits, size.images)
+            each = make_study_data(options, splits, size.images)
             check_support(each.options, splits)
         except ValueError as error:
             reason = str(error).removeprefix("--datasets: ").removeprefix("dataset: ")

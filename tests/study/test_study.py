@@ -32,7 +32,7 @@ from ppl_vae.runs.results import to_json
 from ppl_vae.runtime import capture
 from ppl_vae.runtime.errors import NotFinite
 from ppl_vae.study import compare, measure, plan, run, training
-from ppl_vae.study.data import study_data
+from ppl_vae.study.data import make_study_data
 from ppl_vae.study.page import compose_page
 from ppl_vae.study.plan import DEFAULT, QUICK, Planned, Size
 from ppl_vae.study.questions import PageSource
@@ -304,7 +304,7 @@ def test_a_nan_of_an_evaluation_keeps_its_message(tmp_path: Path, monkeypatch: p
 def measure_again(folder: Path, bars_file: Path) -> RunNumbers:
     options = plan.base(TINY, str(bars_file), beta=1.0)
     planned = Planned("bars-beta-1", options, num_codes=TINY.codes)
-    bars = study_data(options, load_splits(options), TINY.images)
+    bars = make_study_data(options, load_splits(options), TINY.images)
     return measure.measure_run(planned, folder / "runs" / planned.name, bars, pictures=folder / "pictures")
 
 

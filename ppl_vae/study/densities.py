@@ -24,6 +24,7 @@ COMPONENTS = (10, 30, 100)  # candidates for a mixture
 _CODES_PER_COMPONENT = 20  # at least
 _RIDGE = 1e-6  # added to variances of standardized codes: a latent may be constant
 _COUPLINGS, _HIDDEN = 8, (128, 128)
+_SEED = 0  # of the mixture's start, and of the flow's start and batches
 _EPOCHS, _BATCH_SIZE, _LEARNING_RATE, _CLIP_NORM = 20, 500, 2e-3, 10.0
 
 
@@ -41,7 +42,7 @@ class FittedDensity(NamedTuple):
     num_components: int | None = None
 
 
-def fit_densities(train: Tensor, validation: Tensor, *, seed: int = 0) -> dict[str, FittedDensity]:
+def fit_densities(train: Tensor, validation: Tensor) -> dict[str, FittedDensity]:
     """A "normal", a "mixture" of normals and a "flow", each fitted to codes by maximum likelihood.
 
     Codes are standardized first. Torch's global generator is left as it was.
@@ -49,7 +50,6 @@ def fit_densities(train: Tensor, validation: Tensor, *, seed: int = 0) -> dict[s
     Args:
         train: (N, L) codes that are fitted to.
         validation: (M, L) codes that choose the mixture's number of components and the flow's epoch.
-        seed: Of the mixture's start, and of the flow's start and batches.
 
     Returns:
         By name. There is no mixture without scikit-learn or with fewer than 200 codes, and no flow of one latent.
@@ -61,10 +61,10 @@ def fit_densities(train: Tensor, validation: Tensor, *, seed: int = 0) -> dict[s
     standardize = AffineTransform(loc, scale, event_dim=1)
     u, u_validation = (train - loc) / scale, (validation - loc) / scale
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(_SEED)
         fitted = {
             "normal": (_fit_normal(u), None),
-            "mixture": _fit_mixture(u, u_validation, seed),
+            "mixture": _fit_mixture(u, u_validation),
             "flow": (_fit_flow(u, u_validation), None) if train.shape[1] > 1 else None,
         }
     found = {}
@@ -83,7 +83,7 @@ def _fit_normal(u: Tensor) -> MultivariateNormal:
     return MultivariateNormal(u.mean(0), covariance)
 
 
-def _fit_mixture(u: Tensor, validation: Tensor, seed: int) -> tuple[MixtureSameFamily, int] | None:
+def _fit_mixture(u: Tensor, validation: Tensor) -> tuple[MixtureSameFamily, int] | None:
     """Normals with full covariances by expectation-maximization; as many as give validation codes the highest density.
 
     Reference: Dempster, Laird and Rubin 1977.
@@ -96,7 +96,7 @@ def _fit_mixture(u: Tensor, validation: Tensor, seed: int) -> tuple[MixtureSameF
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # validation codes judge a candidate, converged or not
         candidates = [
-            GaussianMixture(K, reg_covar=_RIDGE, tol=1e-2, max_iter=50, random_state=seed).fit(u.numpy())
+            GaussianMixture(K, reg_covar=_RIDGE, tol=1e-2, max_iter=50, random_state=_SEED).fit(u.numpy())
             for K in COMPONENTS
             if len(u) >= K * _CODES_PER_COMPONENT
         ]

@@ -55,7 +55,7 @@ def jackknife(statistic: Callable[..., float], *samples: Tensor) -> Estimate:
     return Estimate(statistic(*samples), float(math.sqrt((G - 1) / G) * (each - each.mean()).norm()))
 
 
-def sample_quality(images: Tensor, real: Tensor, components: Components, *, seed: int = 0) -> Quality:
+def sample_quality(images: Tensor, real: Tensor, components: Components) -> Quality:
     """Images against real ones.
 
     "sharpness" is 1 where they have as much fine detail; "frechet" is measured in the first principal components of
@@ -68,7 +68,6 @@ def sample_quality(images: Tensor, real: Tensor, components: Components, *, seed
         images: (N, C, H, W).
         real: (M, C, H, W), real images of the same unit. Only the first min(N, M) of each count.
         components: Of the training images.
-        seed: Of the classifier.
 
     Source: See ``diagnostics.sharpness``, ``frechet_distance`` and ``diagnostics.classifier_test``; the choice is ours.
     """
@@ -76,5 +75,5 @@ def sample_quality(images: Tensor, real: Tensor, components: Components, *, seed
     images, real = images[:count], real[:count]
     points, real_points = components.project(images), components.project(real)
     scale = components.scale.clamp(min=_LEAST_SCALE)
-    found = diagnostics.classifier_test((points / scale).float(), (real_points / scale).float(), seed=seed)
+    found = diagnostics.classifier_test((points / scale).float(), (real_points / scale).float())
     return Quality(diagnostics.sharpness(images, real), jackknife(frechet_distance, points, real_points), found.effect)

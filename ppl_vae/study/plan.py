@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ppl_vae.runs.options import PLAIN, SCALE_MAPS, Options
+from ppl_vae.parts.registry import SCALE_MAPS
+from ppl_vae.runs.options import PLAIN, Options
 from ppl_vae.training.schedules import default_warmup
 
 

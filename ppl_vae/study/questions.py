@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ppl_vae.evidence.estimate import Estimate
+from ppl_vae.parts.registry import SCALE_MAPS
 from ppl_vae.reports.page import Block, Picture, Section, Slider, SliderStop, Table, Text
 from ppl_vae.reports.text import study as text
 from ppl_vae.study import plan
@@ -365,7 +366,7 @@ def explain_scale_maps(source: PageSource) -> Section:
     study = source.study
     gradients = [list(vars(each).values()) for each in study.gradients]
     stressed: list[list[Value]] = []
-    for scale_map in plan.SCALE_MAPS:
+    for scale_map in SCALE_MAPS:
         run = study.runs.get(plan.stress_name(study.datasets[0], scale_map))
         if run is not None:
             ended = "yes" if run.failed is None else "no"

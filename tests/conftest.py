@@ -8,7 +8,6 @@ import signal
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; child processes inherit it
 
 import pytest
-import torch._inductor.compile_fx as compiler
 from browser import chromium  # noqa: F401, a fixture, of which one process can start one
 
 from ppl_vae.runtime import capture
@@ -46,6 +45,6 @@ def graphs(monkeypatch):
         seen.append(graph)
         return lambda tensors: graph(*tensors)
 
-    monkeypatch.setattr(compiler, "compile_fx_inner", run_as_it_is)
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx_inner", run_as_it_is)  # imported only here: it is slow
     monkeypatch.setattr(capture, "capture_obstacle", lambda device: None)
     return seen

@@ -6,16 +6,7 @@ Networks should be in evaluation mode. Draws come from torch's global generator,
 from ppl_vae.diagnostics.aggregate import classifier_test, holes, kolmogorov_smirnov, latent_moments
 from ppl_vae.diagnostics.latents import ACTIVE_VARIANCE, active_units, elbo_split, implied_beta, latent_kl
 from ppl_vae.diagnostics.mixture import AggregatePosterior
-from ppl_vae.diagnostics.noise import (
-    eigenvalues_in_noise_units,
-    gaussian_variance,
-    has_location,
-    live_directions,
-    measure_noise,
-    noise_edge,
-    predicted_live,
-    variance_of_mean_squared_error,
-)
+from ppl_vae.diagnostics.noise import live_directions, measure_noise
 from ppl_vae.diagnostics.pictures import blur, reconstruction_variation, sharpness
 from ppl_vae.diagnostics.pixel_calibration import calibrate_pixels
 from ppl_vae.diagnostics.values import CannotMeasure
@@ -28,10 +19,7 @@ __all__ = [
     "blur",
     "calibrate_pixels",
     "classifier_test",
-    "eigenvalues_in_noise_units",
     "elbo_split",
-    "gaussian_variance",
-    "has_location",
     "holes",
     "implied_beta",
     "kolmogorov_smirnov",
@@ -39,9 +27,6 @@ __all__ = [
     "latent_moments",
     "live_directions",
     "measure_noise",
-    "noise_edge",
-    "predicted_live",
     "reconstruction_variation",
     "sharpness",
-    "variance_of_mean_squared_error",
 ]

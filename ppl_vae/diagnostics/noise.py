@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ppl_vae.diagnostics.values import CannotMeasure
 from ppl_vae.parts.likelihoods import Categorical, DiscretizedLogisticMixture
-from ppl_vae.parts.likelihoods.base import independent_pixels
+from ppl_vae.parts.likelihoods.base import Pixels, independent_pixels
 from ppl_vae.runtime.batching import images_per_pass
 from ppl_vae.runtime.global_state import seeded
-
-Reduction = Literal["sum", "mean"]
 
 # The edge of a single permutation can come from two rare pixels that meet in one image: for 20,000 binarized MNIST
 # images three permutations gave 1.59, 1.45 and 1.43. Source: ours.
@@ -45,9 +42,17 @@ class NoiseSpectrum:
     live_by_sum: int = 0
     live_by_mean: int = 0
 
+    def count_live(self, beta: float) -> int:
+        """The directions of the data above the noise at this beta, and above what independent pixels reach."""
+        return live_directions(self.eigenvalues, beta=beta, edge=self.edge)
 
-def measure_noise(family: Any, x: Tensor) -> NoiseSpectrum | None:
+
+def measure_noise(family: Pixels, x: Tensor) -> NoiseSpectrum | None:
     """The spectrum of training images (N, *E) in units of the likelihood's noise.
+
+    Its Gaussian variance is sigma^2 = (1/D) sum_d Var(x_d | h_d) at the features h of the pixels' marginals. Times beta
+    (and times D if log p is averaged over pixels), it is the noise that a linear VAE compares with the eigenvalues of
+    Cov(x).
 
     Args:
         family: the likelihood; a copy of it is fitted to the pixels' marginals.
@@ -61,36 +66,26 @@ def measure_noise(family: Any, x: Tensor) -> NoiseSpectrum | None:
     """
     if not has_location(family):
         return None
-    fitted = copy.deepcopy(family)
     with torch.no_grad(), seeded(0, x.device):
-        fitted.fit_marginals(x)
-        scores = _whiten_scores(fitted, x, None)
-        eigenvalues, edge = _eigenvalues(scores), _permutation_edge(scores, seed=0)
-        variance = gaussian_variance(fitted, x)
-    by_mean = live_directions(eigenvalues, reduction="mean", num_pixels=x[0].numel(), edge=edge)
-    by_sum = live_directions(eigenvalues, edge=edge)
-    return NoiseSpectrum(eigenvalues, edge, len(x), variance, live_by_sum=by_sum, live_by_mean=by_mean)
+        fitted = copy.deepcopy(family)
+        h = fitted.fit_marginals(x)
+        scores = whiten_scores(fitted, x)
+        eigenvalues, edge = compute_eigenvalues(scores), compute_edge(scores)
+        try:
+            variance = float(fitted.double()(h.double()).variance.mean())
+        except (NotImplementedError, AttributeError):
+            variance = 0.0
+    return NoiseSpectrum(
+        eigenvalues,
+        edge,
+        len(x),
+        variance if 0 < variance < float("inf") else None,
+        live_by_sum=live_directions(eigenvalues, edge=edge),
+        live_by_mean=live_directions(eigenvalues, beta=x[0].numel(), edge=edge),
+    )
 
 
-def threshold(*, beta: float = 1.0, reduction: Reduction = "sum", num_pixels: int = 1) -> float:
-    """t = beta if log p(x | z) is summed over pixels, t = beta D if it is averaged over D pixels.
-
-    reconstruction / D - beta KL = (reconstruction - beta D KL) / D, so a mean over pixels is a sum with beta D.
-
-    Args:
-        beta: the KL's weight.
-        reduction: of log p(x | z) over pixels, "sum" or "mean".
-        num_pixels: D, for a mean.
-
-    Raises:
-        ValueError: ``reduction`` is neither.
-    """
-    if reduction not in ("sum", "mean"):
-        raise ValueError(f"reduction: expected 'sum' or 'mean', got {reduction!r}")
-    return beta * (num_pixels if reduction == "mean" else 1)
-
-
-def has_location(family: Any) -> bool:
+def has_location(family: Pixels) -> bool:
     """Whether each pixel's first feature is its location, and pixels are independent given the features.
 
     That holds for all likelihoods of the package except ``Categorical`` and ``DiscretizedLogisticMixture``.
@@ -98,28 +93,9 @@ def has_location(family: Any) -> bool:
     return not isinstance(family, Categorical | DiscretizedLogisticMixture)
 
 
-def _copy_in_double(family: Any) -> Any:
-    """A copy in float64; the caller's own parameters stay as they are."""
-    return copy.deepcopy(family).double() if isinstance(family, nn.Module) else family
-
-
-def _derive_scores(family: Any, h: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """d log p / dh and -d2 log p / dh2 for the first feature of each pixel, (B, D). h: (F,), x: (B, *E)."""
-    D = x[0].numel()
-    with torch.enable_grad():
-        features = h.expand(len(x), -1).detach().clone().requires_grad_()
-        p_x = independent_pixels(family(features), "the expansion takes its curvature pixel by pixel")
-        score = torch.autograd.grad(p_x.log_prob(x).sum(), features, create_graph=True)[0][:, :D]
-        if not score.requires_grad:  # piecewise linear in h
-            return score, torch.zeros_like(score)
-        second = torch.autograd.grad(score.sum(), features, allow_unused=True)[0]
-    second = torch.zeros_like(score) if second is None else second[:, :D]
-    return score.detach(), -second
-
-
 @torch.no_grad()
-def eigenvalues_in_noise_units(family: Any, x: Tensor, *, features: Tensor | None = None) -> Tensor:
-    """Eigenvalues of H^-1/2 Cov(s) H^-1/2: the data's covariance in units of the likelihood's noise.
+def whiten_scores(family: Pixels, x: Tensor, *, features: Tensor | None = None) -> Tensor:
+    """(N, D') H^-1/2 (s - mean s), whose covariance is that of the data in units of the likelihood's noise.
 
     A decoder that ignores z has the features h of the pixels' marginals. Around them, log p(x | h + d) is
     log p(x | h) + s'd - d'H d / 2 to second order, with an image's score s = d log p / dh and the curvature
@@ -132,18 +108,17 @@ def eigenvalues_in_noise_units(family: Any, x: Tensor, *, features: Tensor | Non
     decoder can do more with one direction, and less well with many, so for it the count is only a guide.
 
     A learned scale is that of the marginals here; once the decoder explains pixels, it falls and more directions live.
-    (``StudentT`` fits its marginals only roughly.) Pixels that do not vary are left out. If log p has no second
-    derivative (``Laplace``), H is E[s^2], which is the same for data that the likelihood fits. A rare binary pixel is
-    one direction with an eigenvalue near 1.
+    (``StudentT`` fits its marginals only roughly.) If log p has no second derivative (``Laplace``), H is E[s^2], which
+    is the same for data that the likelihood fits. A rare binary pixel is one direction with an eigenvalue near 1.
 
     Args:
         family: p(x | h), with ``has_location``; a copy of it is used.
-        x: images (N, *E), as the model sees them, at least two. N D floats in float64 are held.
-        features: (F,) the h to expand around; by default those of ``fit_marginals(x)``, which also fits the family's
-            own parameters.
+        x: images (N, *E), as the model sees them, at least two.
+        features: (F,) the h to expand around; by default those of ``fit_marginals(x)``, which also fits the copy's own
+            parameters.
 
     Returns:
-        (D',) float64, descending, on the CPU; D' is the smaller of N and the number of pixels that vary.
+        float64, for the D' pixels that vary.
 
     Raises:
         ValueError: a family without a location, or fewer than two images.
@@ -152,57 +127,11 @@ def eigenvalues_in_noise_units(family: Any, x: Tensor, *, features: Tensor | Non
     Reference: Lucas et al. 2019, arXiv 1911.02469, and Dai et al. 2020, arXiv 1912.10702 (Gaussian noise). The
     expansion for other likelihoods is ours.
     """
-    return _eigenvalues(_whiten_scores(family, x, features))
-
-
-@torch.no_grad()
-def noise_edge(family: Any, x: Tensor, *, features: Tensor | None = None, seed: int = 0) -> float:
-    """The largest eigenvalue that independent pixels reach by chance, in units of the likelihood's noise.
-
-    It is the largest eigenvalue of Cov(u), u_d = P_d (H^-1/2 s)_d / scale_d: each pixel's scores, scaled to unit
-    variance, are permuted over the images by their own permutation P_d. They keep their distribution and become
-    independent of other pixels. For infinitely many images the covariance is the identity; for N images and D pixels
-    its eigenvalues spread to about (1 + sqrt(D / N))^2, and further for rare pixels. An eigenvalue of the data between
-    1 and this edge is not evidence of a direction. The result is the median of three permutations.
-
-    Args:
-        family, x, features: as for ``eigenvalues_in_noise_units``, x (N, *E).
-        seed: of the permutations; torch's global generator is not changed.
-
-    Raises:
-        ValueError: as ``eigenvalues_in_noise_units``.
-
-    Reference: Horn 1965, Psychometrika 30(2), 179-185 (parallel analysis); Buja and Eyuboglu 1992, Multivariate
-    Behavioral Research 27(4), 509-540 (by permutation). At the likelihood's own noise: ours.
-    """
-    return _permutation_edge(_whiten_scores(family, x, features), seed=seed)
-
-
-def _permutation_edge(scores: Tensor, *, seed: int) -> float:
-    """``noise_edge`` from scores (N, D')."""
-    scores = scores / scores.square().mean(0).sqrt()
-    generator = torch.Generator().manual_seed(seed)
-    edges = []
-    for _ in range(_PERMUTATIONS):
-        for d in range(scores.shape[1]):
-            scores[:, d] = scores[torch.randperm(len(scores), generator=generator).to(scores.device), d]
-        edges.append(_eigenvalues(scores)[0])
-    return float(torch.stack(edges).median())
-
-
-def _eigenvalues(scores: Tensor) -> Tensor:
-    """(min(N, D'),) eigenvalues of scores' scores / N, descending, on the CPU. scores: (N, D'), of mean 0."""
-    few = scores if scores.shape[0] > scores.shape[1] else scores.T
-    return torch.linalg.eigvalsh(few.T @ few / len(scores)).flip(0).clamp(min=0).cpu()
-
-
-def _whiten_scores(family: Any, x: Tensor, features: Tensor | None) -> Tensor:
-    """(N, D') H^-1/2 (s - mean s), float64, for the D' pixels that vary."""
     if not has_location(family):
         raise ValueError(f"family: expected a location for each pixel, got {type(family).__name__}, which has none")
     if len(x) < 2:
         raise ValueError(f"x: expected at least two images, got {len(x)}")
-    copied = _copy_in_double(family)
+    copied = copy.deepcopy(family).double()
     h = (copied.fit_marginals(x) if features is None else features).double()
     passes = x.split(images_per_pass(x.double()[:1], family))
     scores, curvatures = zip(*(_derive_scores(copied, h, group.double()) for group in passes), strict=True)
@@ -217,83 +146,64 @@ def _whiten_scores(family: Any, x: Tensor, features: Tensor | None) -> Tensor:
     return score[:, varies] / curvature[varies].sqrt()
 
 
-def live_directions(
-    eigenvalues: Tensor,
-    *,
-    beta: float = 1.0,
-    reduction: Reduction = "sum",
-    num_pixels: int = 1,
-    edge: float = 0.0,
-) -> int:
-    """#{d: lambda_d > max(t, e)}, with t = beta for a sum over pixels and beta D for a mean.
+def _derive_scores(family: Pixels, h: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """d log p / dh and -d2 log p / dh2 for the first feature of each pixel, (B, D). h: (F,), x: (B, *E)."""
+    D = x[0].numel()
+    with torch.enable_grad():
+        features = h.expand(len(x), -1).detach().clone().requires_grad_()
+        p_x = independent_pixels(family(features), "the expansion takes its curvature pixel by pixel")
+        score = torch.autograd.grad(p_x.log_prob(x).sum(), features, create_graph=True)[0][:, :D]
+        if not score.requires_grad:  # piecewise linear in h
+            return score, torch.zeros_like(score)
+        second = torch.autograd.grad(score.sum(), features, allow_unused=True)[0]
+    second = torch.zeros_like(score) if second is None else second[:, :D]
+    return score.detach(), -second
 
-    These are the directions that can stay live. The edge e leaves out those that finitely many images of independent
-    pixels show by chance.
+
+def compute_eigenvalues(scores: Tensor) -> Tensor:
+    """(min(N, D'),) eigenvalues of scores' scores / N, descending, on the CPU. scores: (N, D'), of mean 0."""
+    few = scores if scores.shape[0] > scores.shape[1] else scores.T
+    return torch.linalg.eigvalsh(few.T @ few / len(scores)).flip(0).clamp(min=0).cpu()
+
+
+def compute_edge(scores: Tensor, *, seed: int = 0) -> float:
+    """The largest eigenvalue that independent pixels reach by chance, in units of the likelihood's noise.
+
+    It is the largest eigenvalue of Cov(u), u_d = P_d (H^-1/2 s)_d / scale_d: each pixel's scores, scaled to unit
+    variance, are permuted over the images by their own permutation P_d. They keep their distribution and become
+    independent of other pixels. For infinitely many images the covariance is the identity; for N images and D pixels
+    its eigenvalues spread to about (1 + sqrt(D / N))^2, and further for rare pixels. An eigenvalue of the data between
+    1 and this edge is not evidence of a direction. The result is the median of three permutations.
 
     Args:
-        eigenvalues: (D',) in noise units, as ``eigenvalues_in_noise_units`` gives them.
+        scores: (N, D') from ``whiten_scores``.
+        seed: of the permutations; torch's global generator is not changed.
+
+    Reference: Horn 1965, Psychometrika 30(2), 179-185 (parallel analysis); Buja and Eyuboglu 1992, Multivariate
+    Behavioral Research 27(4), 509-540 (by permutation). At the likelihood's own noise: ours.
+    """
+    scores = scores / scores.square().mean(0).sqrt()
+    generator = torch.Generator().manual_seed(seed)
+    edges = []
+    for _ in range(_PERMUTATIONS):
+        for d in range(scores.shape[1]):
+            scores[:, d] = scores[torch.randperm(len(scores), generator=generator).to(scores.device), d]
+        edges.append(compute_eigenvalues(scores)[0])
+    return float(torch.stack(edges).median())
+
+
+def live_directions(eigenvalues: Tensor, *, beta: float = 1.0, edge: float = 0.0) -> int:
+    """#{d: lambda_d > max(beta, e)}: the directions that can stay live.
+
+    reconstruction / D - beta KL = (reconstruction - beta D KL) / D, so for log p(x | z) averaged over D pixels beta is
+    D times as large. The edge e leaves out the directions that finitely many images of independent pixels show by
+    chance.
+
+    Args:
+        eigenvalues: (D',) in noise units, from ``compute_eigenvalues``.
         beta: the KL's weight.
-        reduction: of log p(x | z) over pixels, "sum" or "mean".
-        num_pixels: D, for a mean.
-        edge: e, as ``noise_edge`` gives it; 0 for eigenvalues without sampling noise.
+        edge: e, from ``compute_edge``; 0 for eigenvalues without sampling noise.
 
-    Reference: as ``eigenvalues_in_noise_units``.
+    Reference: as ``whiten_scores``.
     """
-    return int((eigenvalues > max(edge, threshold(beta=beta, reduction=reduction, num_pixels=num_pixels))).sum())
-
-
-def predicted_live(eigenvalues_of_covariance: Tensor, *, sigma2: float, beta: float = 1.0) -> Tensor:
-    """lambda_d > beta sigma^2: which directions the linear VAE x = W z + b + sigma e keeps at its optimum.
-
-    There W W' + beta sigma^2 I has the covariance's eigenvalues in the live directions and beta sigma^2 in the others:
-    probabilistic PCA with noise beta sigma^2, for L at least the number of live directions.
-
-    Args:
-        eigenvalues_of_covariance: (D,) of Cov(x), squared units of pixels.
-        sigma2: the likelihood's variance, in those units. If its log is averaged over D pixels, give beta D as beta.
-        beta: the KL's weight.
-
-    Returns:
-        (D,) bool.
-
-    Reference: Tipping and Bishop 1999, Journal of the Royal Statistical Society B 61(3), 611-622, equation 7; Lucas
-    et al. 2019, arXiv 1911.02469.
-    """
-    return eigenvalues_of_covariance > beta * sigma2
-
-
-@torch.no_grad()
-def gaussian_variance(family: Any, x: Tensor) -> float | None:
-    """sigma^2 = (1/D) sum_d Var(x_d | h_d) at the features h of the pixels' marginals.
-
-    For a Normal with one scale that is its present scale squared; for a Bernoulli, mean_d p_d (1 - p_d). Times beta
-    (and times D if log p is averaged over pixels), it is the noise that a linear VAE compares with the eigenvalues of
-    Cov(x).
-
-    Args:
-        family: p(x | h); a copy of it is used.
-        x: images (N, *E), as the model sees them.
-
-    Returns:
-        Squared units of pixels, or None if the likelihood has no finite variance.
-    """
-    h = copy.deepcopy(family).fit_marginals(x) if hasattr(family, "fit_marginals") else None
-    if h is None:
-        return None
-    try:
-        variance = float(_copy_in_double(family)(h.double()).variance.mean())
-    except (NotImplementedError, AttributeError):
-        return None
-    return variance if 0 < variance < float("inf") else None
-
-
-def variance_of_mean_squared_error(num_pixels: int) -> float:
-    """sigma^2 = D / 2: (1/D) |x - y|^2 is -log Normal(x; y, sigma^2 I) up to a constant, as 1 / D = 1 / (2 sigma^2).
-
-    For 28 x 28 pixels that is 392 squared pixel units, above every eigenvalue of MNIST's covariance. Half of that error
-    corresponds to sigma^2 = D, and an error summed over pixels to 1/2.
-
-    Args:
-        num_pixels: D.
-    """
-    return num_pixels / 2
+    return int((eigenvalues > max(edge, beta)).sum())

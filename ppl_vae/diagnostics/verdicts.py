@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ppl_vae.diagnostics.measurement import Measurements, TrainedWith
-from ppl_vae.diagnostics.noise import NoiseSpectrum, live_directions
 from ppl_vae.diagnostics.values import plus_minus
 from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.training.schedules import default_warmup
@@ -131,7 +130,7 @@ def _explain_ignored_z(numbers: Measurements) -> tuple[str, Change]:
         return "", {"posterior": "diagonal", "beta": 1.0}
     if noise is None or trained is None:
         return "", _prevent_collapse(trained)
-    live = count_live(noise, trained.beta)
+    live = noise.count_live(trained.beta)
     if live == 0:
         largest = float(noise.eigenvalues.max()) if len(noise.eigenvalues) else 0.0
         reason = (
@@ -144,11 +143,6 @@ def _explain_ignored_z(numbers: Measurements) -> tuple[str, Change]:
         f"over pixels in the loss (with which {noise.live_by_mean} would), or for training without a warm-up"
     )
     return reason, _prevent_collapse(trained)
-
-
-def count_live(noise: NoiseSpectrum, beta: float) -> int:
-    """The directions of the data above the noise at this beta, and above what independent pixels reach by chance."""
-    return live_directions(noise.eigenvalues, beta=beta, edge=noise.edge)
 
 
 def _prevent_collapse(trained: TrainedWith | None) -> Change:

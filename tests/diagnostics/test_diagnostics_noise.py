@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import pyro.distributions as dist
 import pytest
 import torch
 from likelihood_cases import CASES
@@ -16,14 +15,12 @@ from torch.testing import assert_close
 from ppl_vae import VAE, Conditional
 from ppl_vae.diagnostics import latent_kl
 from ppl_vae.diagnostics.noise import (
-    eigenvalues_in_noise_units,
-    gaussian_variance,
+    compute_edge,
+    compute_eigenvalues,
     has_location,
     live_directions,
-    noise_edge,
-    predicted_live,
-    threshold,
-    variance_of_mean_squared_error,
+    measure_noise,
+    whiten_scores,
 )
 from ppl_vae.parts import likelihoods
 from ppl_vae.parts.networks import MLP
@@ -33,6 +30,14 @@ from ppl_vae.parts.priors import StandardNormal
 EIGENVALUES = torch.tensor([2.0, 1.4, 1.0, 0.7, 0.45, 0.3, 0.2, 0.12]).double()
 D = len(EIGENVALUES)
 SIGMA2 = 0.16
+
+
+def noise_eigenvalues(family, x, **options):
+    return compute_eigenvalues(whiten_scores(family, x, **options))
+
+
+def edge_of(family, x, *, seed=0, **options):
+    return compute_edge(whiten_scores(family, x, **options), seed=seed)
 
 
 def rotation():
@@ -58,13 +63,13 @@ def binary_data(N=2000, pixels=6, seed=0):
 
 
 def test_normal_eigenvalues_are_those_of_the_covariance_over_sigma_squared():
-    found = eigenvalues_in_noise_units(UserNormal((D,), math.sqrt(SIGMA2)), gaussian_data(), features=torch.zeros(D))
+    found = noise_eigenvalues(UserNormal((D,), math.sqrt(SIGMA2)), gaussian_data(), features=torch.zeros(D))
     assert_close(found, EIGENVALUES / SIGMA2)
 
 
 def test_a_fitted_unit_is_part_of_the_noise():
     x = gaussian_data()
-    found = eigenvalues_in_noise_units(likelihoods.NormalFixed((D,), scale=0.5), x)
+    found = noise_eigenvalues(likelihoods.NormalFixed((D,), scale=0.5), x)
     assert_close(found, EIGENVALUES / (0.25 * EIGENVALUES.mean()), rtol=1e-6, atol=1e-6)
 
 
@@ -72,7 +77,7 @@ def test_a_learned_scale_is_the_one_of_the_collapsed_state():
     x, family = gaussian_data(), likelihoods.Normal((D,))
     with torch.no_grad():
         family.log_scale.fill_(-3.0)
-    assert float(eigenvalues_in_noise_units(family, x).sum()) == pytest.approx(D, rel=1e-6)
+    assert float(noise_eigenvalues(family, x).sum()) == pytest.approx(D, rel=1e-6)
     assert float(family.log_scale.detach()) == -3.0
     assert float(family.unit) == 1.0
 
@@ -80,40 +85,40 @@ def test_a_learned_scale_is_the_one_of_the_collapsed_state():
 def test_bernoulli_eigenvalues_are_those_of_the_correlation_matrix():
     x = binary_data(20_000)
     exact = np.linalg.eigvalsh(np.corrcoef(x.numpy().T))[::-1]
-    np.testing.assert_allclose(eigenvalues_in_noise_units(likelihoods.Bernoulli((6,)), x), exact, rtol=1e-3)
+    np.testing.assert_allclose(noise_eigenvalues(likelihoods.Bernoulli((6,)), x), exact, rtol=1e-3)
 
 
 def test_eigenvalues_of_a_normal_per_pixel_are_those_of_the_correlation_matrix():
     x = gaussian_data() * torch.linspace(0.5, 2, D)
     exact = np.linalg.eigvalsh(np.corrcoef(x.numpy().T))[::-1]
-    np.testing.assert_allclose(eigenvalues_in_noise_units(likelihoods.NormalPerPixel((D,)), x), exact, rtol=1e-5)
+    np.testing.assert_allclose(noise_eigenvalues(likelihoods.NormalPerPixel((D,)), x), exact, rtol=1e-5)
 
 
 def test_laplace_eigenvalues_are_those_of_the_signs():
     x, family = gaussian_data(2001), likelihoods.Laplace((D,))
     signs = np.sign(x.numpy() - np.median(x.numpy(), axis=0))
     exact = np.linalg.eigvalsh(np.cov(signs.T, bias=True))[::-1]
-    np.testing.assert_allclose(eigenvalues_in_noise_units(family, x), exact, atol=0.05)
+    np.testing.assert_allclose(noise_eigenvalues(family, x), exact, atol=0.05)
 
 
 def test_pixels_that_never_vary_are_left_out():
     x = binary_data(500)
     padded = torch.cat([x, torch.zeros(500, 2).double(), torch.ones(500, 1).double()], dim=1)
-    found = eigenvalues_in_noise_units(likelihoods.Bernoulli((9,)), padded)
-    assert_close(found, eigenvalues_in_noise_units(likelihoods.Bernoulli((6,)), x))
+    found = noise_eigenvalues(likelihoods.Bernoulli((9,)), padded)
+    assert_close(found, noise_eigenvalues(likelihoods.Bernoulli((6,)), x))
 
 
 def test_fewer_images_than_pixels_give_the_same_eigenvalues():
     x = gaussian_data()[:5]
-    found = eigenvalues_in_noise_units(UserNormal((D,), 1.0), x, features=torch.zeros(D))
+    found = noise_eigenvalues(UserNormal((D,), 1.0), x, features=torch.zeros(D))
     exact = np.linalg.eigvalsh(np.cov(x.numpy().T, bias=True))[::-1]
     np.testing.assert_allclose(found, exact[:5], atol=1e-12)
 
 
 def test_images_keep_their_shape_through_the_expansion():
     x = binary_data(300)
-    flat = eigenvalues_in_noise_units(likelihoods.Bernoulli((6,)), x)
-    assert_close(eigenvalues_in_noise_units(likelihoods.Bernoulli((1, 2, 3)), x.reshape(300, 1, 2, 3)), flat)
+    flat = noise_eigenvalues(likelihoods.Bernoulli((6,)), x)
+    assert_close(noise_eigenvalues(likelihoods.Bernoulli((1, 2, 3)), x.reshape(300, 1, 2, 3)), flat)
 
 
 WITH_LOCATION = [word for word, case in CASES.items() if has_location(case.make(case.event))]
@@ -132,13 +137,13 @@ def test_pixels_of_the_likelihood_itself_are_noise_of_one(word):
     """E[s^2] = -E[d2 log p / dh2] (Fisher's information), whatever the likelihood."""
     case = CASES[word]
     family, x = drawn(case)
-    assert_noise_of_one(eigenvalues_in_noise_units(family, x, features=case.draw(1)[0]))
+    assert_noise_of_one(noise_eigenvalues(family, x, features=case.draw(1)[0]))
 
 
 @pytest.mark.parametrize("word", FITTED)
 def test_pixels_that_the_likelihood_was_fitted_to_are_noise_of_one(word):
     family, x = drawn(CASES[word])
-    assert_noise_of_one(eigenvalues_in_noise_units(family, x))
+    assert_noise_of_one(noise_eigenvalues(family, x))
 
 
 def assert_noise_of_one(eigenvalues, N=2000):
@@ -150,27 +155,22 @@ def assert_noise_of_one(eigenvalues, N=2000):
 @pytest.mark.parametrize("family", [likelihoods.Categorical((2,)), likelihoods.DiscretizedLogisticMixture((2,))])
 def test_a_likelihood_without_location_is_refused(family):
     with pytest.raises(ValueError, match="family: expected a location"):
-        eigenvalues_in_noise_units(family, torch.zeros(4, 2))
+        noise_eigenvalues(family, torch.zeros(4, 2))
 
 
 def test_images_that_are_all_the_same_are_refused():
     with pytest.raises(ValueError, match="x: expected pixels that vary"):
-        eigenvalues_in_noise_units(likelihoods.Bernoulli((6,)), torch.ones(10, 6))
+        noise_eigenvalues(likelihoods.Bernoulli((6,)), torch.ones(10, 6))
 
 
 # --- Thresholds ---
-
-
-def test_a_mean_over_pixels_multiplies_the_threshold_by_their_number():
-    assert threshold(beta=2.0, reduction="mean", num_pixels=784) == 2 * 784
-    assert threshold(beta=2.0, num_pixels=784) == 2
 
 
 def test_directions_above_the_threshold_are_counted():
     eigenvalues = torch.tensor([900.0, 50.0, 3.0, 1.5, 0.5])
     assert live_directions(eigenvalues) == 4
     assert live_directions(eigenvalues, beta=2) == 3
-    assert live_directions(eigenvalues, reduction="mean", num_pixels=784) == 1
+    assert live_directions(eigenvalues, beta=784) == 1
 
 
 # --- The edge of chance ---
@@ -184,21 +184,21 @@ def test_the_edge_of_independent_pixels_follows_marchenko_and_pastur():
     """(1 + sqrt(D / N))^2, the largest eigenvalue of a sample covariance of the identity."""
     for x in (coins(), coins(400, 800)):
         exact = (1 + math.sqrt(x.shape[1] / len(x))) ** 2
-        assert noise_edge(likelihoods.Bernoulli(x.shape[1:]), x) == pytest.approx(exact, rel=0.04)
+        assert edge_of(likelihoods.Bernoulli(x.shape[1:]), x) == pytest.approx(exact, rel=0.04)
 
 
 def test_independent_pixels_have_hardly_any_direction_above_the_edge():
     """Though about half of them are above 1, the threshold."""
     x, family = coins(), likelihoods.Bernoulli((200,))
-    eigenvalues = eigenvalues_in_noise_units(family, x)
+    eigenvalues = noise_eigenvalues(family, x)
     assert live_directions(eigenvalues) > 60
-    assert live_directions(eigenvalues, edge=noise_edge(family, x, seed=3)) <= 2
+    assert live_directions(eigenvalues, edge=edge_of(family, x, seed=3)) <= 2
 
 
 def test_one_factor_of_many_pixels_is_one_direction_above_the_edge():
     x, family = binary_data(2000, pixels=100), likelihoods.Bernoulli((100,))
-    eigenvalues = eigenvalues_in_noise_units(family, x)
-    assert live_directions(eigenvalues, edge=noise_edge(family, x)) == 1
+    eigenvalues = noise_eigenvalues(family, x)
+    assert live_directions(eigenvalues, edge=edge_of(family, x)) == 1
     assert live_directions(eigenvalues) > 1
 
 
@@ -207,8 +207,8 @@ def test_a_pixel_louder_than_the_noise_does_not_lift_the_edge():
     x = torch.randn(2000, 20, generator=torch.Generator().manual_seed(0), dtype=torch.double)
     x[:, 3] *= 3
     family, features = UserNormal((20,), 1.0), torch.zeros(20)
-    assert float(eigenvalues_in_noise_units(family, x, features=features)[0]) > 8
-    assert noise_edge(family, x, features=features) == pytest.approx((1 + math.sqrt(20 / 2000)) ** 2, rel=0.08)
+    assert float(noise_eigenvalues(family, x, features=features)[0]) > 8
+    assert edge_of(family, x, features=features) == pytest.approx((1 + math.sqrt(20 / 2000)) ** 2, rel=0.08)
 
 
 def test_the_edge_counts_where_it_is_above_the_threshold():
@@ -221,44 +221,23 @@ def test_the_edge_changes_neither_images_nor_the_global_generator():
     x, state = coins(50, 6), torch.get_rng_state()
     before = x.clone()
     family = likelihoods.Bernoulli((6,))
-    assert noise_edge(family, x, seed=1) == noise_edge(family, x, seed=1)
+    assert edge_of(family, x, seed=1) == edge_of(family, x, seed=1)
     assert torch.equal(x, before)
     assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_another_reduction_is_refused():
-    with pytest.raises(ValueError, match="reduction: expected"):
-        threshold(reduction="median")
-
-
-def test_a_mean_squared_error_is_a_gaussian_of_half_the_pixels():
-    x, y = torch.randn(2, 784, generator=torch.Generator().manual_seed(0), dtype=torch.double)
-    p = dist.Normal(y, math.sqrt(variance_of_mean_squared_error(784)))
-    difference = p.log_prob(y).sum() - p.log_prob(x).sum()
-    assert float(difference) == pytest.approx(float((x - y).square().mean()))
 
 
 # --- The noise as a Gaussian's ---
 
 
-def test_a_normals_noise_is_its_present_scale_squared():
-    family = likelihoods.Normal((D,))
-    family.fit_marginals(gaussian_data())
-    with torch.no_grad():
-        family.log_scale.fill_(-1.0)
-    exact = float(EIGENVALUES.mean()) * math.exp(-2)
-    assert gaussian_variance(family, gaussian_data()) == pytest.approx(exact, rel=1e-6)
-
-
 def test_a_bernoullis_noise_is_that_of_its_marginals():
     x = binary_data(20_000)
     rate = x.mean(0)
-    found = gaussian_variance(likelihoods.Bernoulli((6,)), x)
-    assert found == pytest.approx(float((rate * (1 - rate)).mean()), rel=1e-3)
+    found = measure_noise(likelihoods.Bernoulli((6,)), x)
+    assert found.gaussian_variance == pytest.approx(float((rate * (1 - rate)).mean()), rel=1e-3)
 
 
 def test_a_likelihood_without_variance_has_no_gaussian():
-    assert gaussian_variance(*drawn(CASES["discretized-logistic"], 100)) is None
+    assert measure_noise(*drawn(CASES["discretized-logistic"], 100)).gaussian_variance is None
 
 
 # --- Predicted, and trained ---
@@ -296,6 +275,10 @@ def trained(x, *, beta, reduction):
     return vae
 
 
+def threshold(beta, reduction):
+    return beta * (D if reduction == "mean" else 1)
+
+
 TRAININGS = {
     "beta 1": {"beta": 1.0, "reduction": "sum", "live": 7},
     "beta 2.3": {"beta": 2.3, "reduction": "sum", "live": 5},
@@ -316,16 +299,16 @@ def training(request):
 def test_the_prediction_counts_the_live_latents_of_a_trained_linear_vae(training):
     options, live, vae = training
     x = gaussian_data()
-    eigenvalues = eigenvalues_in_noise_units(vae.likelihood.family, x, features=x.mean(0))
-    assert live_directions(eigenvalues, **options, num_pixels=D) == live
+    eigenvalues = noise_eigenvalues(vae.likelihood.family, x, features=x.mean(0))
+    assert live_directions(eigenvalues, beta=threshold(**options)) == live
     assert int((latent_kl(vae, x).mean > 0.01).sum()) == live
 
 
 def test_the_prediction_names_the_live_directions_of_a_trained_linear_vae(training):
     """W W' = sum over live d of (lambda_d - t sigma^2) u_d u_d', t the threshold: direction by direction."""
     options, _, vae = training
-    t = threshold(**options, num_pixels=D)
-    live = predicted_live(EIGENVALUES, sigma2=SIGMA2, beta=t)
+    t = threshold(**options)
+    live = t * SIGMA2 < EIGENVALUES
     W, U = vae.likelihood.net.output.weight.detach(), rotation()
     expected = torch.where(live, EIGENVALUES - t * SIGMA2, torch.zeros(D).double())
     assert_close(U.T @ W @ W.T @ U, expected.diag(), rtol=0, atol=0.02)
@@ -354,7 +337,7 @@ def best_kl_of_a_bernoulli_vae(x, beta, steps=500):
 @pytest.mark.parametrize("ratio", [0.75, 1.25])
 def test_a_bernoulli_vae_leaves_the_collapsed_state_where_predicted(ratio):
     x = binary_data(400)
-    largest = float(eigenvalues_in_noise_units(likelihoods.Bernoulli((6,)), x)[0])
+    largest = float(noise_eigenvalues(likelihoods.Bernoulli((6,)), x)[0])
     kl = best_kl_of_a_bernoulli_vae(x, ratio * largest)
     assert (kl > 0.02) == (ratio < 1)
     assert (kl < 1e-3) == (ratio > 1)

@@ -62,6 +62,7 @@ class Pixels(nn.Module):
     features_per_pixel = 1
     floats_per_pixel = 6
     pixel: Callable[..., Any]
+    fit_marginals: Callable[[Tensor], Tensor]
 
     def __init__(self, event_shape: Sequence[int]) -> None:
         super().__init__()

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from ppl_vae.diagnostics.measurement import Measurements
 from ppl_vae.diagnostics.pixel_calibration import PixelCalibration
 from ppl_vae.diagnostics.values import plus_minus
-from ppl_vae.diagnostics.verdicts import Verdict, count_live, is_importance_weighted
+from ppl_vae.diagnostics.verdicts import Verdict, is_importance_weighted
 from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.reports.text.evaluation import describe_images_scale
 from ppl_vae.runs.fields import format_flag
@@ -161,7 +161,7 @@ def _describe_noise(numbers: Measurements) -> str:
     beta = numbers.trained_with.beta if numbers.trained_with else 1.0
     words = [f"{noise.live_by_sum:,} of {len(noise.eigenvalues):,} directions of the data exceed it at beta = 1"]
     if beta != 1:
-        words.append(f"{count_live(noise, beta):,} at beta = {beta:g}")
+        words.append(f"{noise.count_live(beta):,} at beta = {beta:g}")
     words.append(f"{noise.live_by_mean:,} had pixels been averaged")
     if noise.edge > min(1.0, beta):
         words.append(f"counted above {noise.edge:.2f}, which independent pixels reach by chance")

@@ -24,7 +24,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ppl_vae.commands.cli import parse_options
+from ppl_vae.commands.cli import Command, parse
 from ppl_vae.parts.registry import LIKELIHOODS
 from ppl_vae.runs.fields import NOT_EMPTY, POSITIVE_INTEGER, CheckedOptions, option
 from ppl_vae.runs.options import PLAIN, Options
@@ -441,7 +441,7 @@ def report(result: dict[str, Any]) -> Iterator[str]:
 
 
 def main() -> None:
-    asked = parse_options(Benchmark)
+    asked = parse(Command("", Benchmark))
     if asked.output is not None and not Path(asked.output).parent.is_dir():
         raise ValueError(f"--output: expected a file in a folder that exists, got {asked.output}")
     if not asked.device.startswith("cuda"):

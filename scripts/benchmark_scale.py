@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ppl_vae.commands.cli import parse_options
+from ppl_vae.commands.cli import Command, parse
 from ppl_vae.runs.fields import NOT_EMPTY, POSITIVE_INTEGER, CheckedOptions, option
 from ppl_vae.runs.options import PLAIN, Options
 from ppl_vae.runtime.process import run_script
@@ -284,7 +284,7 @@ def report(result: dict[str, Any]) -> Iterator[str]:
 
 
 def main() -> None:
-    asked = parse_options(Scale)
+    asked = parse(Command("", Scale))
     if asked.output is not None and not Path(asked.output).parent.is_dir():
         raise ValueError(f"--output: expected a file in a folder that exists, got {asked.output}")
     from ppl_vae import runs

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ppl_vae.commands.cli import parse_options
+from ppl_vae.commands.cli import Command, parse
 from ppl_vae.runs.fields import CheckedOptions, option
 from ppl_vae.runtime.process import run_script
 
@@ -19,7 +19,7 @@ class Docs(CheckedOptions):
 
 
 def main() -> None:
-    asked = parse_options(Docs)
+    asked = parse(Command("", Docs))
     try:
         import pdoc
     except ImportError:

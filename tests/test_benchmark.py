@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ppl_vae import data
-from ppl_vae.commands.cli import parse_options
+from ppl_vae.commands.cli import Command, parse
 from ppl_vae.parts.priors import StandardNormal
 from ppl_vae.runs.options import LIKELIHOODS
 
@@ -89,4 +89,4 @@ def test_a_captured_step_that_computes_another_loss_is_no_contestant(benchmark, 
 
 
 def test_all_likelihoods_are_timed_by_default(benchmark):
-    assert parse_options(benchmark.Benchmark, []).likelihoods == tuple(LIKELIHOODS)
+    assert parse(Command("", benchmark.Benchmark), []).likelihoods == tuple(LIKELIHOODS)

@@ -8,32 +8,25 @@ from __future__ import annotations
 
 import argparse
 import tomllib
-from collections.abc import Iterator, Sequence
-from dataclasses import Field, fields, is_dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import MISSING, Field, fields, is_dataclass
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
-from ppl_vae.commands.options import COMMANDS, Command, UnusableRun
-from ppl_vae.runs.fields import check_value, expand_home, format_flag, freeze_lists, get_kind, has_default, is_list
+from ppl_vae.commands.options import COMMANDS, Command
+from ppl_vae.runs.fields import check_value, convert_value, expand_home, format_flag, get_kind, is_list
 from ppl_vae.runtime.process import run_script
 
 METAVARS = {int: "N", float: "X", str: "WORD"}
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with one line for an error, and a suggestion for a mistyped option."""
+    """argparse with one line for an error, and exit code 2."""
 
     def error(self, message: str) -> NoReturn:
-        """Ends with exit code 2 and one line."""
         self.exit(2, f"error: {message.removeprefix('argument ')} (--help lists the options)\n")
-
-    def refuse_unknown(self, words: Sequence[str]) -> None:
-        """Ends the program if a word is no option, and suggests the nearest option."""
-        if words:
-            hint = suggest(words[0].split("=")[0], list(self._option_string_actions))
-            self.error(f"unrecognized arguments: {' '.join(words)}{hint}")
 
 
 def main(name: str, argv: Sequence[str] | None = None) -> None:
@@ -54,20 +47,12 @@ def main(name: str, argv: Sequence[str] | None = None) -> None:
     run_script(run)
 
 
-def parse_options(options: type, argv: Sequence[str] | None = None) -> Any:
-    """Reads the options of a script that is no command. The dataclass's docstring is its help."""
-    return parse(Command("", options, options.__doc__ or ""), argv)
-
-
 def parse(asked: Command, argv: Sequence[str] | None = None) -> Any:
     """Reads the options of a command. Ends with exit code 2 and one line if they are wrong.
 
     Args:
         asked: The command.
         argv: The words after the command; by default the process's own.
-
-    Raises:
-        ValueError: the run that --start-from names cannot be read.
 
     Returns:
         The command's dataclass, filled in: defaults, then ``--config``, then the command line.
@@ -78,14 +63,14 @@ def parse(asked: Command, argv: Sequence[str] | None = None) -> Any:
     if given.pop("help_all", False):
         print(build_parser(asked, show_all=True).format_help())
         parser.exit()
-    parser.refuse_unknown(unknown)
+    if unknown:
+        hint = suggest(unknown[0].split("=")[0], list(parser._option_string_actions))
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     config = given.pop("config", None)
     try:
         if config is not None:
             given = read_config_file(Path(config).expanduser(), asked.options) | given
-        return make_options(asked.options, expand_home(freeze_lists(given)))
-    except UnusableRun:
-        raise  # no fault of the command line
+        return asked.options.make({name: expand_home(value) for name, value in given.items()})  # type: ignore[attr-defined]
     except ValueError as error:
         parser.error(str(error))
 
@@ -98,9 +83,12 @@ def build_parser(asked: Command, *, show_all: bool = False) -> Parser:
         show_all: Whether rarely used options appear in its help.
     """
     parser = Parser(
-        description=asked.help, argument_default=argparse.SUPPRESS, allow_abbrev=False, usage=_format_usage(asked)
+        description=asked.options.__doc__,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+        usage=_format_usage(asked),
     )
-    groups: dict[str, Any] = {}
+    groups: dict[str, argparse._ArgumentGroup] = {}
     has_rare = False
     for spec in iterate_fields(asked.options):
         group = spec.metadata["group"]
@@ -114,7 +102,7 @@ def build_parser(asked: Command, *, show_all: bool = False) -> Parser:
     return parser
 
 
-def iterate_fields(options: type) -> Iterator[Field[Any]]:
+def iterate_fields(options: type) -> Iterator[Field[object]]:
     """The fields of a dataclass of options, including those of a dataclass inside it."""
     hints = get_type_hints(options)
     for spec in fields(options):
@@ -124,16 +112,7 @@ def iterate_fields(options: type) -> Iterator[Field[Any]]:
             yield spec
 
 
-def make_options(options: type, given: dict[str, Any]) -> Any:
-    """Makes a dataclass of options from the given values, by name.
-
-    A class with a method ``from_given`` decides itself, as train does for ``--resume``.
-    """
-    from_given = getattr(options, "from_given", None)
-    return options(**given) if from_given is None else from_given(given)
-
-
-def read_config_file(path: Path, options: type) -> dict[str, Any]:
+def read_config_file(path: Path, options: type) -> dict[str, object]:
     """Reads the options in a TOML file. Its keys are option names with - or _; tables only group them.
 
     Raises:
@@ -149,13 +128,12 @@ def read_config_file(path: Path, options: type) -> dict[str, Any]:
         name = key.replace("-", "_")
         if name not in known:
             raise ValueError(f"--config: {path}: unknown option {key!r}{suggest(name, list(known))}")
-        value = tuple(value) if isinstance(value, list) else value
-        check_value(known[name], (value,) if is_list(known[name]) and not isinstance(value, tuple) else value)
-        found[name] = value
+        found[name] = convert_value(known[name], tuple(value) if isinstance(value, list) else value)
+        check_value(known[name], found[name])
     return found
 
 
-def _flatten(table: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+def _flatten(table: dict[str, object]) -> Iterator[tuple[str, object]]:
     for key, value in table.items():
         if isinstance(value, dict):
             yield from _flatten(value)
@@ -173,7 +151,7 @@ def suggest(word: str, known: Sequence[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def _add(parser: Any, spec: Field[Any], *, show: bool) -> None:
+def _add(parser: argparse._ActionsContainer, spec: Field[object], *, show: bool) -> None:
     """Adds one option to a parser or to a group of it."""
     help = _format_help(spec) if show else argparse.SUPPRESS
     kind = get_kind(spec)
@@ -182,7 +160,7 @@ def _add(parser: Any, spec: Field[Any], *, show: bool) -> None:
         return
     several = "+" if is_list(spec) else None
     if spec.metadata["positional"]:
-        nargs = several or (None if not has_default(spec) else "?")
+        nargs = several or (None if spec.default is MISSING else "?")
         parser.add_argument(spec.name, metavar=_name_positional(spec), nargs=nargs, type=_reader(spec), help=help)
         return
     choices = spec.metadata["choices"]
@@ -190,15 +168,15 @@ def _add(parser: Any, spec: Field[Any], *, show: bool) -> None:
     parser.add_argument(format_flag(spec.name), type=_reader(spec), help=help, metavar=metavar, nargs=several)
 
 
-def _name_positional(spec: Field[Any]) -> str:
+def _name_positional(spec: Field[object]) -> str:
     return spec.name.upper().removesuffix("_DIRS").removesuffix("_DIR").removesuffix("_PATH")
 
 
-def _reader(spec: Field[Any]) -> Any:
+def _reader(spec: Field[object]) -> Callable[[str], object]:
     """The function that turns one word of the command line into a checked value."""
     kind, check, choices = get_kind(spec), spec.metadata["check"], spec.metadata["choices"]
 
-    def read(word: str) -> Any:
+    def read(word: str) -> object:
         try:
             value = kind(word)
         except ValueError:
@@ -211,20 +189,20 @@ def _reader(spec: Field[Any]) -> Any:
     return read
 
 
-def _format_help(spec: Field[Any]) -> str:
+def _format_help(spec: Field[object]) -> str:
     """The option's help with its default."""
     text = spec.metadata["help"].replace("%", "%%")
     default = spec.default
-    if not has_default(spec) or default is None or default is False or "(default" in text:
+    if spec.default is MISSING or default is None or default is False or "(default" in text:
         return text
     words = " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
     return f"{text} (default: {words})"
 
 
 def _format_usage(asked: Command) -> str:
-    positional = [spec for spec in iterate_fields(asked.options) if spec.metadata["positional"]]
-    names = [
-        (f"[{_name_positional(s)}]" if has_default(s) else _name_positional(s)) + (" ..." if is_list(s) else "")
-        for s in positional
-    ]
-    return " ".join(["%(prog)s", *names, "[options]"])
+    words = ["%(prog)s"]
+    for spec in iterate_fields(asked.options):
+        if spec.metadata["positional"]:
+            name = _name_positional(spec)
+            words.append((name if spec.default is MISSING else f"[{name}]") + " ..." * is_list(spec))
+    return " ".join([*words, "[options]"])

@@ -59,7 +59,7 @@ def run(options: Train, *, say: Say) -> None:
     if options.resume is None:
         train_run(options.options, options.run_dir, say=say)
     else:
-        resume_run(options.resume, **{"epochs": None, **(options.changes or {})}, say=say)
+        resume_run(options.resume, **vars(options.changes), say=say)
 
 
 def train_run(options: Options, run_dir: str | None, *, say: Say, draw: bool = True) -> Path:

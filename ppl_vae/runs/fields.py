@@ -8,10 +8,12 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
-from typing import Any
+from typing import Any, Self, TypeVar
 
+T = TypeVar("T")
+REQUIRED: Any = MISSING  # the default of an option that must be given
 KINDS: dict[str, type] = {"int": int, "float": float, "str": str, "bool": bool}
 
 
@@ -34,18 +36,18 @@ BOOLEAN = Check("true or false", lambda v: v in (True, False))
 
 
 def option(
-    default: Any,
+    default: T,
     help: str,
     check: Check | Iterable[str] = NOT_EMPTY,
     *,
     group: str = "",
     rare: bool = False,
     positional: bool = False,
-) -> Any:
+) -> T:
     """A dataclass field that is an option.
 
     Args:
-        default: Its value where nothing is given; ``MISSING`` for an argument that must be given.
+        default: Its value where nothing is given; ``REQUIRED`` for an argument that must be given.
         help: One line for ``--help``; the default is added to it.
         check: What each value must satisfy, or the words to choose from.
         group: The heading that it stands under in ``--help``.
@@ -55,15 +57,8 @@ def option(
     choices = None if isinstance(check, Check) else tuple(check)
     if choices is not None:
         check = Check(f"one of {', '.join(choices)}", lambda v, words=choices: v in words)  # type: ignore[misc]
-    metadata = {
-        "help": help,
-        "check": check,
-        "choices": choices,
-        "group": group,
-        "rare": rare,
-        "positional": positional,
-    }
-    return field(default=default, metadata=metadata)
+    shown = {"help": help, "group": group, "rare": rare, "positional": positional}
+    return field(default=default, metadata=shown | {"check": check, "choices": choices})
 
 
 def format_flag(name: str) -> str:
@@ -75,20 +70,25 @@ def format_flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def get_kind(spec: Field[Any]) -> type:
+def get_kind(spec: Field[object]) -> type:
     """The type of one value: int, float, str or bool, as the annotation says."""
     found = re.search("|".join(KINDS), str(spec.type))
     assert found is not None
     return KINDS[found.group()]
 
 
-def is_list(spec: Field[Any]) -> bool:
+def is_list(spec: Field[object]) -> bool:
     """Whether the option takes several values."""
     return "tuple[" in str(spec.type)
 
 
 class CheckedOptions:
     """Base of options whose values are checked when they are made."""
+
+    @classmethod
+    def make(cls, values: Mapping[str, object]) -> Self:
+        """The options with these values, by name."""
+        return cls(**values)
 
     def __post_init__(self) -> None:
         for spec in fields(self):  # type: ignore[arg-type]
@@ -98,7 +98,7 @@ class CheckedOptions:
                 object.__setattr__(self, spec.name, value)
 
 
-def convert_value(spec: Field[Any], value: Any) -> Any:
+def convert_value(spec: Field[object], value: object) -> object:
     """Converts NumPy's numbers and arrays to Python's, and lists and single values to tuples where a list is meant."""
     value = _to_python_number(value)  # an array becomes a list
     if not is_list(spec):
@@ -108,11 +108,11 @@ def convert_value(spec: Field[Any], value: Any) -> Any:
     return tuple(map(_to_python_number, value)) if isinstance(value, list | tuple) else value
 
 
-def _to_python_number(value: Any) -> Any:
+def _to_python_number(value: object) -> object:
     return value.tolist() if hasattr(value, "tolist") else value
 
 
-def check_value(spec: Field[Any], value: Any) -> None:
+def check_value(spec: Field[object], value: object) -> None:
     """Checks the value of one option. Raises ValueError, which names the option, what was expected and what came."""
     if value is None and "None" in str(spec.type):
         return
@@ -120,28 +120,14 @@ def check_value(spec: Field[Any], value: Any) -> None:
     name = spec.name.upper() if spec.metadata["positional"] else format_flag(spec.name)
     if is_list(spec) and (not isinstance(value, tuple) or not value):
         raise ValueError(f"{name}: expected a list, each {check.words}, got {value!r}")
-    for one in value if is_list(spec) else (value,):
+    for one in value if isinstance(value, tuple) else (value,):
         has_type = isinstance(one, (int, float) if kind is float else kind)
         if not has_type or (isinstance(one, bool) and kind is not bool) or not check.holds(one):
             raise ValueError(f"{name}: expected {check.words}, got {one!r}")
 
 
-def expand_home(values: dict[str, Any]) -> dict[str, Any]:
-    """The same values with the home folder in place of a leading ~, which a shell leaves alone in --name=~/photos."""
-
-    def expand(value: Any) -> Any:
-        return os.path.expanduser(value) if isinstance(value, str) else value
-
-    return {
-        name: tuple(map(expand, value)) if isinstance(value, tuple) else expand(value) for name, value in values.items()
-    }
-
-
-def freeze_lists(values: dict[str, Any]) -> dict[str, Any]:
-    """The same values with tuples in place of lists, as JSON, TOML and argparse give them."""
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-
-
-def has_default(spec: Field[Any]) -> bool:
-    """Whether the option may be left out."""
-    return spec.default is not MISSING
+def expand_home(value: object) -> object:
+    """The value with the home folder in place of a leading ~, which a shell leaves alone in --name=~/photos."""
+    if isinstance(value, list | tuple):
+        return tuple(map(expand_home, value))
+    return os.path.expanduser(value) if isinstance(value, str) else value

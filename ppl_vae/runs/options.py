@@ -32,7 +32,6 @@ from ppl_vae.runs.fields import (
     WIDTH,
     CheckedOptions,
     check_value,
-    freeze_lists,
     option,
 )
 
@@ -337,7 +336,7 @@ def _check_names(values: Any, known: set[str]) -> dict[str, Any]:
     if set(values) != known:
         odd = ", ".join(sorted(set(values) ^ known))
         raise ValueError(f"expected exactly the options of this version; missing or unknown: {odd}")
-    found = freeze_lists(values)
+    found = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     for spec in fields(Options):
         if spec.name in found:
             check_value(spec, found[spec.name])  # a file is held to what this program writes

@@ -61,7 +61,7 @@ def _command(name: str) -> Command:
     if word in COMMANDS:
         return COMMANDS[word]
     with mock.patch.object(sys, "path", [str(SCRIPTS), *sys.path]):
-        return Command("", runpy.run_path(str(SCRIPTS / f"{name}.py"))[word], "")
+        return Command("", runpy.run_path(str(SCRIPTS / f"{name}.py"))[word])
 
 
 def run_script(name: str, words: str, folder: Path) -> None:

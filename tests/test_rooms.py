@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -108,24 +109,21 @@ def unpicklings(tree: ast.AST) -> list[str]:
     return found + [name for name in imports(tree) if tuple(name.rsplit(".", 1)) in LOADERS]
 
 
-@pytest.fixture(params=SOURCES)
-def source(request: pytest.FixtureRequest) -> ast.Module:
-    return ast.parse(SOURCES[request.param].read_text(encoding="utf-8"))
+@functools.cache
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
 
 
 # --- The rooms ---
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_each_module_has_its_room(name: str) -> None:
-    assert module_of(MODULES[name]) in ROOMS
+def test_each_module_has_its_room() -> None:
+    assert {module_of(path) for path in MODULES.values()} == set(ROOMS)
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_a_module_imports_only_from_rooms_below_its_own(name: str) -> None:
-    path = MODULES[name]
-    found = imports_from_above(ast.parse(path.read_text(encoding="utf-8")), module_of(path))
-    assert found == set()
+def test_a_module_imports_only_from_rooms_below_its_own() -> None:
+    found = {name: imports_from_above(parse(path), module_of(path)) for name, path in MODULES.items()}
+    assert {name: rooms for name, rooms in found.items() if rooms} == {}
 
 
 @pytest.mark.parametrize(
@@ -154,27 +152,21 @@ def test_an_import_from_below_is_allowed() -> None:
 # --- What a room may import from outside ---
 
 
-def test_figures_run_no_model() -> None:
+def test_figures_run_no_model_and_save_nothing() -> None:
     for path in (PACKAGE / "reports/figures").glob("*.py"):
-        tree = ast.parse(path.read_text(encoding="utf-8"))
+        tree = parse(path)
         assert packages_imported(tree) & {"torch", "pyro"} == set()
         assert parts_imported(tree) - {"reports"} == set()
-
-
-def test_figures_save_nothing() -> None:
-    for path in (PACKAGE / "reports/figures").glob("*.py"):
-        tree = ast.parse(path.read_text(encoding="utf-8"))
         called = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
         assert called & {"savefig", "imsave", "open", "write_bytes", "write_text"} == set()
 
 
 def test_numerics_take_tensors_only() -> None:
-    tree = ast.parse((PACKAGE / "runtime/numerics.py").read_text(encoding="utf-8"))
-    assert parts_imported(tree) == set()
+    assert parts_imported(parse(PACKAGE / "runtime/numerics.py")) == set()
 
 
-def test_scipy_is_imported_only_where_it_is_asked_for(source: ast.Module) -> None:
-    assert "scipy" not in packages_imported(at_import(source))
+def test_scipy_is_imported_only_where_it_is_asked_for() -> None:
+    assert [name for name, path in SOURCES.items() if "scipy" in packages_imported(at_import(parse(path)))] == []
 
 
 @pytest.mark.parametrize("line", ["import scipy", "if x:\n    from scipy.io import loadmat"])
@@ -187,19 +179,17 @@ def test_an_import_that_waits_is_let_pass(line: str) -> None:
     assert "scipy" not in packages_imported(at_import(ast.parse(line)))
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_a_script_imports_no_package_before_its_command_line_is_read(name: str) -> None:
-    at_once = at_import(ast.parse(SCRIPTS[name].read_text(encoding="utf-8")))
-    assert packages_imported(at_once) - sys.stdlib_module_names <= {"ppl_vae"}
+def test_a_script_imports_no_package_before_its_command_line_is_read() -> None:
+    found = {name: packages_imported(at_import(parse(path))) for name, path in SCRIPTS.items()}
+    assert {name for name, packages in found.items() if packages - sys.stdlib_module_names - {"ppl_vae"}} == set()
 
 
 # --- Safety ---
 
 
-@pytest.mark.parametrize("name", SOURCES | SCRIPTS)
-def test_nothing_unpickles(name: str) -> None:
-    tree = ast.parse((SOURCES | SCRIPTS)[name].read_text(encoding="utf-8"))
-    assert unpicklings(tree) == []
+def test_nothing_unpickles() -> None:
+    found = {name: unpicklings(parse(path)) for name, path in (SOURCES | SCRIPTS).items()}
+    assert {name: places for name, places in found.items() if places} == {}
 
 
 @pytest.mark.parametrize(

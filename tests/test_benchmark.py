@@ -1,6 +1,5 @@
 """The benchmark's part ``likelihoods``: what it times, and what it says of it."""
 
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -9,9 +8,7 @@ import pytest
 import torch
 
 from ppl_vae import data
-from ppl_vae.commands.cli import Command, parse
 from ppl_vae.parts.priors import StandardNormal
-from ppl_vae.runs.options import LIKELIHOODS
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
@@ -53,27 +50,6 @@ def test_the_reference_takes_part_whatever_is_asked_for(benchmark, few_digits):
     }
 
 
-@pytest.mark.thorough
-def test_a_ratio_is_that_of_medians_captured_to_captured_and_eager_to_eager(benchmark, few_digits):
-    results = benchmark.under_likelihoods(["laplace"], few_digits, torch.device("cpu"), rounds=3)
-    for records in results.values():
-        middle = {word: sorted(record["ms"])[1] for word, record in records.items()}
-        assert records["laplace"]["ratio"] == middle["laplace"] / middle["bernoulli"]
-
-
-@pytest.mark.thorough
-def test_the_table_gives_the_features_per_pixel(benchmark, few_digits):
-    results = benchmark.under_likelihoods(["discretized-logistic"], few_digits, torch.device("cpu"), rounds=1)
-    captured, eager = (records["discretized-logistic"] for records in results.values())
-    cells = [f"{record['median_ms']:.3g} ({record['ratio']:.2f})" for record in (captured, eager)]
-    assert f"| `discretized-logistic` | 2 | {' | '.join(cells)} |" in benchmark.likelihood_table(results)
-
-
-def test_the_parts_record_is_json(benchmark, few_digits):
-    results = benchmark.under_likelihoods([], few_digits, torch.device("cpu"), rounds=1)
-    assert json.loads(json.dumps(results)) == results
-
-
 def test_a_captured_step_that_computes_another_loss_is_no_contestant(benchmark, few_digits, monkeypatch):
     import benchmark_contestants as by
 
@@ -86,7 +62,3 @@ def test_a_captured_step_that_computes_another_loss_is_no_contestant(benchmark, 
     monkeypatch.setattr(by.Setting, "steps", steps)
     with pytest.raises(ValueError, match="bernoulli: expected the same first loss captured and eager"):
         benchmark.under_likelihoods([], few_digits, torch.device("cpu"), rounds=1)
-
-
-def test_all_likelihoods_are_timed_by_default(benchmark):
-    assert parse(Command("", benchmark.Benchmark), []).likelihoods == tuple(LIKELIHOODS)

@@ -21,29 +21,20 @@ from small_run import SMALL, save_bars
 from torch import nn
 from torch.testing import assert_close
 
-from ppl_vae import VAE, Conditional, data, load, log_evidence, objectives, runs, save
-from ppl_vae.commands.compare_likelihoods import compare_likelihoods
-from ppl_vae.commands.compare_networks import compare_networks
+from ppl_vae import VAE, Conditional, data, load, objectives, runs
 from ppl_vae.commands.compare_runs import compare_runs
 from ppl_vae.commands.encode import encode_images
 from ppl_vae.commands.evaluate import evaluate_run
 from ppl_vae.commands.impute import impute_images
 from ppl_vae.commands.options import CompareRuns, Encode, Evaluate, Impute
-from ppl_vae.commands.train import resume_run, train_run
-from ppl_vae.evidence.dequantization import dequantized
-from ppl_vae.evidence.evaluation import evaluate, reconstruction
-from ppl_vae.evidence.importance import importance
+from ppl_vae.commands.train import train_run
+from ppl_vae.evidence.evaluation import reconstruction
 from ppl_vae.parts.likelihoods import Bernoulli
 from ppl_vae.parts.networks import MLP
 from ppl_vae.parts.posteriors import Delta
 from ppl_vae.parts.priors import StandardNormal
-from ppl_vae.reports import run_figures as figures
-from ppl_vae.runs.build import build_vae
 from ppl_vae.runs.open import open_run
-from ppl_vae.runs.options import PLAIN, Options
-from ppl_vae.runtime.blocks import block_seed
-from ppl_vae.runtime.errors import NotFinite
-from ppl_vae.weights import DeterministicGuide, log_weights
+from ppl_vae.runs.options import Options
 
 D, L, SCALE = 6, 2, 0.5
 KLS = {"sampled": Trace_ELBO, "analytic": TraceMeanField_ELBO}
@@ -139,57 +130,6 @@ def test_reconstruction_leaves_the_mode_and_the_random_numbers_as_they_are():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_reconstruction_of_a_guide_with_a_density_is_that_of_one_draw_by_the_seed():
-    options = Options(**PLAIN, network="mlp", hidden=(5,), latent_dim=2)
-    pyro.set_rng_seed(0)
-    vae, x = build_vae(options, (1, 4, 4)).eval(), torch.bernoulli(torch.full((6, 1, 4, 4), 0.5))
-    with torch.no_grad(), torch.random.fork_rng():
-        torch.manual_seed(block_seed(7, 0))
-        logits = vae.likelihood.net(vae.posterior(x).sample()).reshape(x.shape).double().numpy()
-    expected = scipy.stats.bernoulli(1 / (1 + np.exp(-logits))).logpmf(x.numpy()).sum((1, 2, 3))
-    np.testing.assert_allclose(reconstruction(vae, x, seed=7).numpy(), expected, rtol=1e-5)
-
-
-def test_reconstruction_of_no_images_is_refused():
-    with pytest.raises(ValueError, match="x: expected at least one image, got none"):
-        reconstruction(_linear(), _points(5)[:0], seed=0)
-
-
-def test_a_reconstruction_that_is_no_number_stops():
-    x = _points(5)
-    x[2, 1] = math.inf  # on the support of a normal
-    with pytest.raises(NotFinite, match=r"log p\(x \| z\): expected"):
-        reconstruction(_linear(), x, seed=0)
-
-
-# --- No number of it is a log-likelihood ---
-
-OF_A_DENSITY = {
-    "log_weights": lambda vae, x: log_weights(vae.model, vae.guide, x, 2),
-    "log_evidence": lambda vae, x: log_evidence(vae.model, vae.guide, x, num_particles=2),
-    "importance": lambda vae, x: importance(vae.model, vae.guide, x, num_particles=2),
-    "evaluate": lambda vae, x: evaluate(vae, x, num_particles=2, seed=0),
-    "evaluate, compiled": lambda vae, x: evaluate(vae, x, num_particles=2, seed=0, compile=True),
-}
-REFUSAL = (
-    r"guide: expected a density at site 'z', got a deterministic one \(Delta\): an autoencoder has reconstructions, "
-    "and neither an ELBO nor a log-likelihood"
-)
-
-
-@pytest.mark.parametrize("name", OF_A_DENSITY)
-def test_what_takes_a_density_refuses_a_deterministic_guide(graphs, name):
-    with pytest.raises(DeterministicGuide, match=REFUSAL):
-        OF_A_DENSITY[name](_linear(), _points(5))
-
-
-def test_the_levels_of_a_dequantized_autoencoder_have_no_density_either():
-    options = Options(likelihood="normal", posterior="delta", beta=0.0, network="mlp", hidden=(5,), latent_dim=2)
-    vae, x = dequantized(build_vae(options, (1, 4, 4))), torch.full((3, 1, 4, 4), 7.0)
-    with pytest.raises(DeterministicGuide, match=REFUSAL):
-        evaluate(vae, x, num_particles=2, seed=0)
-
-
 # --- Training ---
 
 
@@ -222,14 +162,6 @@ def test_the_best_weights_by_validation_reconstruction_are_left_in_the_model():
     assert best != 5
     assert state.best_validation == values[best]
     assert all(torch.equal(w, b) for w, b in zip(vae.parameters(), snapshots[best], strict=True))
-
-
-def test_validation_draws_nothing_from_the_global_generator():
-    ends = []
-    for validation in (None, _binary(20)):
-        _fit(_bernoulli(), _binary(), validation, epochs=2)
-        ends.append(torch.get_rng_state())
-    assert torch.equal(*ends)
 
 
 @pytest.mark.thorough
@@ -274,14 +206,6 @@ def test_captured_steps_end_where_the_eager_ones_do(graphs, kl):
     assert_close(ends[True], ends[False], rtol=1e-8, atol=1e-10)
     key = "validation_reconstruction_nats_per_image"
     assert [r[key] for r in records[True]] == pytest.approx([r[key] for r in records[False]], rel=1e-9)
-
-
-def test_a_code_that_is_not_finite_stops_with_the_step_and_the_site():
-    vae = _bernoulli()
-    with torch.no_grad():
-        vae.posterior.net.output.weight.fill_(math.nan)
-    with pytest.raises(NotFinite, match="step 0: site 'z' of the guide has a value that is not finite"):
-        _fit(vae, _binary())
 
 
 # --- A run ---
@@ -363,13 +287,6 @@ def test_dequantized_levels_are_reconstructed_as_training_saw_them(gray):
     assert any("a density of (level + u) / 256: never comparable with a mass" in line for line in gray.said)
 
 
-def test_an_extended_run_is_evaluated_again(trained, tmp_path):
-    options = open_run(str(trained.folder)).options
-    folder = train_run(options, str(tmp_path / "run"), say=lambda line: None, draw=False)
-    resume_run(str(folder), epochs=3, say=lambda line: None, draw=False)
-    assert runs.read_evaluations(folder)["test"]["step"] == 15
-
-
 def _ask(**more):
     return {"num_particles": 5, "images": None, "device": "cpu", "seed": 0} | more
 
@@ -413,22 +330,6 @@ def test_what_takes_a_density_refuses_the_run_in_one_line_and_writes_nothing(tra
     assert {path: path.stat().st_mtime_ns for path in trained.folder.rglob("*")} == before
 
 
-TABLES = {
-    "likelihoods": lambda options, place: compare_likelihoods(None, options, run_dir=place, output=None, say=print),
-    "networks": lambda options, place: compare_networks(
-        ["mlp"], options, minutes=0.01, run_dir=place, output=None, say=print
-    ),
-}
-
-
-@pytest.mark.parametrize("table", TABLES)
-def test_a_table_of_log_likelihoods_refuses_an_autoencoder(trained, tmp_path, table):
-    options = open_run(str(trained.folder)).options
-    with pytest.raises(ValueError, match=r"--posterior delta: expected a density .* got an autoencoder"):
-        TABLES[table](options, str(tmp_path / "table"))
-    assert not (tmp_path / "table").exists()
-
-
 def test_encoding_gives_codes_and_reconstructions(trained, tmp_path):
     said: list[str] = []
     folder = encode_images(Encode(str(trained.folder), "test", **_ask(output=str(tmp_path / "codes"))), say=said.append)
@@ -447,18 +348,6 @@ def test_encoding_gives_codes_and_reconstructions(trained, tmp_path):
 # --- Figures ---
 
 
-def _figure(folder: Path, name: str) -> Any:
-    run = open_run(str(folder))
-    with torch.no_grad():
-        return figures._FIGURES[name].draw(figures._Scene(run, runs.read_metrics(folder)))
-
-
-def _texts(figure: Any) -> str:
-    legends = [text.get_text() for axes in figure.axes if axes.get_legend() for text in axes.get_legend().get_texts()]
-    of_axes = [words for axes in figure.axes for words in (axes.get_title(), axes.get_xlabel(), axes.get_ylabel())]
-    return "\n".join([figure.get_suptitle(), *of_axes, *legends])
-
-
 def test_figures_of_log_likelihoods_are_left_out_and_that_is_said(trained):
     drawn = {path.name for path in (trained.folder / runs.FIGURES).iterdir()}
     assert drawn == {
@@ -470,35 +359,3 @@ def test_figures_of_log_likelihoods_are_left_out_and_that_is_said(trained):
         "latents.png",
     }
     assert "An autoencoder has no log p(x): log_likelihoods.png and particles.png are skipped." in trained.said
-
-
-def test_training_curves_are_of_reconstructions_and_of_nothing_else(trained):
-    figure = _figure(trained.folder, "training_curves.png")
-    assert len(figure.axes) == 1
-    words = _texts(figure)
-    assert "validation: log p(x | z(x))" in words
-    assert "ELBO" not in words
-    drawn = [list(line.get_ydata()) for line in figure.axes[0].get_lines()]
-    assert [r["validation_reconstruction_nats_per_image"] for r in runs.read_metrics(trained.folder)] in drawn
-
-
-def test_latents_are_in_the_order_of_their_variance(trained):
-    """Their KL is infinite."""
-    codes = load(trained.folder).posterior.net(open_run(str(trained.folder)).splits.test.float()).detach().numpy()
-    variance = codes.var(0)
-    first, second = np.argsort(-variance)[:2]
-    axes = _figure(trained.folder, "latents.png").axes[0]
-    assert axes.get_xlabel().startswith(f"z{first}, variance ")
-    assert axes.get_ylabel().startswith(f"z{second}, variance ")
-
-
-# --- From Python ---
-
-
-def test_what_python_saved_comes_back_with_its_weights_and_refuses_a_log_likelihood(trained, tmp_path):
-    options = open_run(str(trained.folder)).options
-    vae = load(trained.folder)
-    folder = save(vae, tmp_path / "saved", options)
-    assert_close(load(folder).state_dict(), vae.state_dict(), rtol=0, atol=0)
-    with pytest.raises(ValueError, match=r"got an autoencoder .*, which has no log-likelihood$"):
-        evaluate_run(Evaluate(str(folder), **_ask(split="test")), say=silent)

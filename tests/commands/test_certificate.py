@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import shutil
@@ -16,30 +15,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from matplotlib.image import imread
 from oracles import quadrature_log_evidence
 from safetensors.torch import load_file
-from small_run import SMALL, bars, save_bars, train_small
+from small_run import SMALL, save_bars, train_small
 
 from ppl_vae import data, load, runs
 from ppl_vae.commands import certificate_stages as stages
 from ppl_vae.commands import certify as certificate
 from ppl_vae.commands.certify import certify_run
-from ppl_vae.commands.evaluate import evaluate_run
-from ppl_vae.commands.options import Certify, Evaluate, Report
-from ppl_vae.commands.report import report_run
+from ppl_vae.commands.options import Certify
 from ppl_vae.evidence import ais
-from ppl_vae.evidence.importance import IMPORTANCE_NAMES, Importance
-from ppl_vae.reports import figures as plots
-from ppl_vae.reports.text.certificate import certificate_table, describe_certificate
-from ppl_vae.runs.block_store import BlockStore
+from ppl_vae.reports.text.certificate import certificate_table
 from ppl_vae.runs.certificate_results import Certificate, add_certificate, read_certificates
-from ppl_vae.runs.certified_images import AISSummary, CertifiedImages
 from ppl_vae.runs.files import replace_non_finite
 from ppl_vae.runs.options import PLAIN, Options
 from ppl_vae.runs.results import from_json, to_json
-from ppl_vae.runtime.blocks import block_seed, even_block_size
-from ppl_vae.runtime.errors import CannotCapture
 
 pytestmark = pytest.mark.thorough
 
@@ -62,7 +52,6 @@ ASKED: dict[str, Any] = {
     "compile": "off",
 }
 LITTLE = ASKED | {"temperatures": 3, "chains": 2, "num_particles": 20}
-FIGURES = ["agreement", "against", "calibration", "convergence", "gaps", "images", "simulated"]
 Certified = tuple[Path, dict[str, Any], list[str]]
 UNKNOWN = {"pareto_k", "shape", "upper"}  # of few particles, of ranks with few draws, of chains that share a draw
 
@@ -135,17 +124,6 @@ def test_every_number_of_the_entry_is_known(certified: Certified) -> None:
     assert unknown == []
 
 
-@pytest.mark.parametrize("part", ["simulated", "gaps", "calibration", "against", "convergence", "unreliable"])
-def test_every_part_is_in_the_entry(certified: Certified, part: str) -> None:
-    assert runs.read_evaluations(certified[0])["certificate-test"][part] is not None
-
-
-def test_the_entry_says_what_it_was_measured_with(certified: Certified) -> None:
-    asked = {name: ASKED[name] for name in ("split", "temperatures", "leapfrogs", "chains", "start", "seed")}
-    step = runs.load_step(certified[0] / runs.MODEL)
-    assert (asked | {"num_images": 7, "step": step}).items() <= certified[1].items()
-
-
 def test_the_bounds_agree_with_the_integral_over_z(certified: Certified) -> None:
     folder, entry, _ = certified
     vae = load(folder).double()
@@ -161,19 +139,6 @@ def test_the_upper_bound_is_above_the_lower_one_within_their_errors(certified: C
     found = certified[1]["simulated"]
     error = found["lower"]["monte_carlo_stderr"] + found["gap"]["stderr"]
     assert -4 * error < found["gap"]["mean"] < 4 * error + 0.5
-
-
-def test_the_upper_bound_has_no_monte_carlo_error(certified: Certified) -> None:
-    found = certified[1]["simulated"]["upper"]
-    assert [found[name] for name in ("monte_carlo_stderr", "bias", "ess")] == [None] * 3
-
-
-def test_an_image_with_two_infinite_bounds_is_unreliable() -> None:
-    none, one = torch.tensor([-math.inf, -1.0]), torch.zeros(2)
-    chains = AISSummary(none, one, torch.tensor([math.nan, 0.0]), one, one)
-    improved = Importance(*[none] * len(IMPORTANCE_NAMES))
-    found = CertifiedImages(one, chains, improved, one, improved, None, None, {}, None, None)
-    assert found.unreliable.tolist() == [True, False]
 
 
 def test_the_total_gap_is_the_bound_minus_the_elbo(certified: Certified) -> None:
@@ -203,29 +168,11 @@ def test_the_file_of_single_images_has_the_means_of_the_entry(certified: Certifi
         assert len(stored[values]) == 7
 
 
-@pytest.mark.parametrize("name", FIGURES)
-def test_a_figure_of_it_shows_something(certified: Certified, name: str) -> None:
-    assert imread(certified[0] / runs.FIGURES / f"certificate-test-{name}.png").std() > 0.01
-
-
-def test_the_finished_blocks_are_gone_at_the_end(certified: Certified) -> None:
-    assert [path.name for path in certified[0].iterdir() if "partial" in path.name] == []
-
-
 def test_the_evaluations_and_the_weights_stay_as_they_were(trained: Path, certified: Certified) -> None:
     before, after = runs.read_evaluations(trained), runs.read_evaluations(certified[0])
     assert after.keys() - before.keys() == {"certificate-test"}
     assert before.items() <= after.items()
     assert (certified[0] / runs.MODEL).read_bytes() == (trained / runs.MODEL).read_bytes()
-
-
-def test_a_new_evaluation_keeps_the_certificate(certified: Certified, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(certified[0], tmp_path / "run"))
-    before = runs.read_evaluations(folder)["certificate-test"]
-    evaluate_run(
-        Evaluate(str(folder), split="test", num_particles=10, images=5, device="cpu", seed=0), say=lambda line: None
-    )
-    assert runs.read_evaluations(folder)["certificate-test"] == before
 
 
 @pytest.mark.usefixtures("no_figures")
@@ -235,36 +182,6 @@ def test_entries_of_other_weights_are_dropped(certified: Certified, tmp_path: Pa
     runs.write_json(folder / runs.EVALUATION, stale)
     certify(folder)
     assert runs.read_evaluations(folder).keys() == {"test", "certificate-test"}
-
-
-def test_a_report_is_written_beside_a_certificate(certified: Certified, tmp_path: Path) -> None:
-    report_run(Report(str(certified[0]), output=str(tmp_path / "report.html")), say=lambda line: None)
-    assert (tmp_path / "report.html").exists()
-
-
-# --- In words ---
-
-
-def test_the_stored_entry_is_described_by_the_same_lines(certified: Certified) -> None:
-    stored = runs.read_evaluations(certified[0])["certificate-test"]
-    assert [line for line in describe_certificate(from_json(Certificate, stored)) if line not in certified[2]] == []
-
-
-def test_chains_below_importance_sampling_are_called_too_short(certified: Certified) -> None:
-    entry = certified[1]
-    short = entry | {"ais_minus_improved": {"mean": -1.0, "stderr": 0.1, "monte_carlo_stderr": 0.1}}
-    told = "the chains are too short"
-    assert told in " ".join(describe_certificate(from_json(Certificate, short)))
-    fine = entry | {"ais_minus_improved": {"mean": -0.1, "stderr": 0.1, "monte_carlo_stderr": 0.1}}
-    assert told not in " ".join(describe_certificate(from_json(Certificate, fine)))
-
-
-@pytest.mark.usefixtures("no_figures")
-def test_one_chain_and_one_particle_have_no_known_error(copy: Path) -> None:
-    said: list[str] = []
-    certify(copy, **(LITTLE | {"chains": 1, "num_particles": 1, "gap_images": 0, "simulations": 0}), say=said.append)
-    assert "Monte Carlo error unknown" in " ".join(said)
-    json.dumps(runs.read_evaluations(copy), allow_nan=False)
 
 
 # --- Interrupted, and gone on ---
@@ -338,55 +255,6 @@ def test_other_options_start_over_and_say_so(copy: Path, tmp_path: Path, monkeyp
     assert without_times(found) == without_times(expected)
 
 
-@pytest.mark.usefixtures("no_figures")
-def test_a_part_that_is_added_leaves_the_others_as_they_were(
-    certified: Certified, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = Path(shutil.copytree(certified[0], tmp_path / "run"))
-    monkeypatch.setattr(ais, "lower", None)
-    said: list[str] = []
-    found = certify(folder, simulations=50, say=said.append)
-    assert any(line.startswith("Taken from certificate-test.safetensors") for line in said)
-    assert found["calibration"]["num_simulations"] == 50
-    kept = ("ais", "importance", "improved", "simulated", "gaps", "convergence")
-    assert {key: found[key] for key in kept} == {key: certified[1][key] for key in kept}
-
-
-def test_a_damaged_file_of_blocks_is_said_and_measured_again(tmp_path: Path) -> None:
-    (tmp_path / "partial").write_bytes(b"nothing")
-    said: list[str] = []
-    store = BlockStore(tmp_path / "partial", {"a": {}}, said.append)
-    assert store.open_stage("a", num_items=3, block_size=2, num_columns=1) == {}
-    assert "damaged" in said[0]
-
-
-def test_a_block_comes_back_as_it_was_kept(tmp_path: Path) -> None:
-    identities = {"a": {"seed": 1}, "b": {"seed": 1, "S": 5}}
-    sizes = {"num_items": 5, "block_size": 3, "num_columns": 2}
-    first, rows = BlockStore(tmp_path / "partial", identities, print), torch.randn(2, 2, dtype=torch.double)
-    for stage in identities:
-        first.open_stage(stage, **sizes)
-        first.add(3, rows)
-    first.write()
-    second = BlockStore(tmp_path / "partial", identities | {"b": {"seed": 1, "S": 6}}, lambda line: None)
-    kept = second.open_stage("a", **sizes)
-    assert kept.keys() == {3}
-    assert torch.equal(kept[3], rows)
-    assert second.open_stage("b", **sizes) == {}
-    assert second.seconds("a") > 0
-
-
-def test_blocks_have_seeds_of_their_own() -> None:
-    seeds = {block_seed(seed, stage, number) for seed in (0, 1) for stage in ("a", "b", "a 1") for number in range(20)}
-    assert len(seeds) == 120
-    assert max(seeds) < 2**64
-
-
-@pytest.mark.parametrize(("count", "most", "size"), [(200, 25, 25), (50, 25, 25), (26, 25, 13), (7, 25, 7), (1, 1, 1)])
-def test_blocks_are_of_nearly_one_size(count: int, most: int, size: int) -> None:
-    assert even_block_size(count, most) == size
-
-
 # --- Compiled ---
 
 BRIEF = LITTLE | {"images": 3, "simulated": 2, "gap_images": 0, "simulations": 0}
@@ -405,50 +273,6 @@ def test_a_compiled_certificate_has_the_same_numbers(copy: Path, tmp_path: Path,
     for key in ("ais", "importance", "improved"):
         assert compiled[key]["mean"] == pytest.approx(eager[key]["mean"], abs=1e-3), key
     assert compiled["simulated"]["gap"]["mean"] == pytest.approx(eager["simulated"]["gap"]["mean"], abs=1e-3)
-
-
-def no_graph(*args: Any, compile: bool = False, **options: Any) -> Any:
-    if compile:
-        raise CannotCapture("it reads a number")
-    return PILOT(*args, compile=compile, **options)
-
-
-PILOT = ais.pilot
-
-
-@pytest.mark.usefixtures("no_figures", "graphs")
-def test_an_obstacle_to_compiling_is_reported_once(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ais, "pilot", no_graph)
-    monkeypatch.setattr("ppl_vae.commands.certify.decide_compile", lambda word, runs, place: True)
-    said: list[str] = []
-    assert math.isfinite(certify(copy, **(BRIEF | {"compile": "auto"}), say=said.append)["ais"]["mean"])
-    assert said.count("Not compiled: it reads a number.") == 1
-
-
-@pytest.mark.usefixtures("no_figures", "graphs")
-def test_an_obstacle_to_required_compiling_ends_the_command(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ais, "pilot", no_graph)
-    with pytest.raises(ValueError, match="--compile on: it reads a number"):
-        certify(copy, **(BRIEF | {"compile": "on"}))
-
-
-# --- What may be left out ---
-
-
-def test_parts_that_are_switched_off_are_null_and_have_no_figure(copy: Path) -> None:
-    entry = certify(copy, **(LITTLE | {"simulated": 0, "gap_images": 0, "simulations": 0}))
-    assert [entry[part] for part in ("simulated", "gaps", "calibration", "against")] == [None] * 4
-    drawn = {path.name for path in (copy / runs.FIGURES).glob("certificate-*")}
-    assert drawn == {f"certificate-test-{name}.png" for name in ("agreement", "convergence", "images")}
-
-
-@pytest.mark.usefixtures("no_figures")
-def test_more_images_than_there_are_are_all(copy: Path) -> None:
-    said: list[str] = []
-    few = LITTLE | {"simulated": 0, "gap_images": 0, "simulations": 0, "split": "validation", "images": 500}
-    entry = certify(copy, **few, say=said.append)
-    assert (entry["num_images"], entry["split"]) == (20, "validation")
-    assert "--images 500: the validation split has 20, and all are taken." in said
 
 
 # --- What is refused, before the work ---
@@ -471,31 +295,9 @@ def test_another_data_set_of_another_shape_is_refused(copy: Path) -> None:
     refused(copy, "--against mnist: expected images of shape 1x8x8, as the run's, got 1x28x28", against="mnist")
 
 
-def test_another_data_set_of_other_pixels_is_refused(copy: Path, tmp_path: Path) -> None:
-    gray = (255 * np.random.default_rng(0).random((60, 8, 8))).astype(np.uint8)
-    np.save(tmp_path / "gray.npy", gray)
-    refused(copy, "expected pixels that are .*, got 8-bit levels", against=str(tmp_path / "gray.npy"))
-
-
-def test_another_data_set_that_is_not_there_is_refused(copy: Path) -> None:
-    refused(copy, "nowhere", against="nowhere.npy")
-
-
-def test_a_folder_that_is_read_only_is_found_before_the_work(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.access", lambda path, mode: False)
-    refused(copy, "expected a folder that can be written to, got one that is read-only")
-
-
 def test_an_autoencoder_is_refused(tmp_path: Path) -> None:
     options = replace(SMALL, dataset=str(save_bars(tmp_path / "bars.npz")), posterior="delta", beta=0.0)
     refused(train_small(tmp_path / "run", options), "got an autoencoder")
-
-
-def test_dequantized_levels_are_refused(tmp_path: Path) -> None:
-    images, _ = bars(100)
-    np.save(tmp_path / "gray.npy", (200 * images + np.arange(8, dtype=np.uint8)).astype(np.uint8))
-    options = replace(SMALL, dataset=str(tmp_path / "gray.npy"), likelihood="normal", binarization="none")
-    refused(train_small(tmp_path / "run", options), "dequantized levels")
 
 
 # --- Other runs ---
@@ -531,26 +333,6 @@ def test_the_script_writes_nothing_but_progress_bars_on_stderr(copy: Path) -> No
 # --- Figures ---
 
 
-def test_a_stacked_bar_ends_at_the_sum_of_its_parts() -> None:
-    rows = {"train": {"a": (1.0, 0.1), "b": (2.0, math.nan)}, "validation": {"a": (0.5, 0.1), "b": (0.25, 0.1)}}
-    patches = plots.gap_bars(rows, title="").axes[0].patches
-    ends = {(round(patch.get_y() + patch.get_height() / 2), patch.get_x() + patch.get_width()) for patch in patches}
-    assert ends == {(0, 1.0), (0, 3.0), (1, 0.5), (1, 0.75)}
-
-
-def test_a_part_below_zero_goes_to_the_left() -> None:
-    rows = {"train": {"a": (1.0, 0.1), "b": (-0.25, 0.1)}}
-    axes = plots.gap_bars(rows, title="").axes[0]
-    assert {(patch.get_x(), patch.get_width()) for patch in axes.patches} == {(0.0, 1.0), (0.0, -0.25)}
-    assert axes.get_xlim()[0] < -0.25
-
-
-def test_every_image_of_several_rows_is_shown_with_its_caption() -> None:
-    figure = plots.pictured(np.zeros((13, 1, 4, 4)), [str(i) for i in range(13)], columns=5, title="title")
-    captions = [label.get_text() for axes in figure.axes for label in axes.get_xticklabels()]
-    assert captions == [str(i) for i in range(13)]
-
-
 @pytest.mark.usefixtures("no_figures")
 def test_chains_of_a_slow_guide_start_from_a_normal(tmp_path: Path) -> None:
     """An inverse autoregressive flow of many latents is slow at any z but its own draws."""
@@ -563,28 +345,6 @@ def test_chains_of_a_slow_guide_start_from_a_normal(tmp_path: Path) -> None:
     assert not any("chains from the guide" in line for line in said)
 
 
-@pytest.mark.usefixtures("no_figures")
-def test_a_stage_that_is_left_out_once_stays_in_the_file(certified: Certified, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(certified[0], tmp_path / "run"))
-    left_out = certify(folder, simulated=0, gap_images=0, simulations=0)
-    assert left_out["simulated"] is left_out["gaps"] is left_out["calibration"] is None
-    again = certify(folder)
-    assert again["stage_seconds"] == {s: v for s, v in certified[1]["stage_seconds"].items() if "against" not in s}
-
-
-def test_a_file_in_the_place_of_the_figures_is_found_before_the_work(copy: Path) -> None:
-    shutil.rmtree(copy / "figures", ignore_errors=True)
-    (copy / "figures").write_text("")
-    with pytest.raises(ValueError, match="figures: expected a folder, got a file"):
-        certify(copy)
-    assert not (copy / "certificate-test.partial.safetensors").exists()
-
-
-def test_a_folder_of_no_other_data_is_refused(copy: Path) -> None:
-    with pytest.raises(ValueError, match="--against-data-dir: expected it together with --against"):
-        certify(copy, against_data_dir="somewhere")
-
-
 # --- Several certificates in one file ---
 
 
@@ -595,36 +355,6 @@ def test_a_certificate_is_added_to_a_file_of_them_and_replaces_its_own(certified
         found = from_json(Certificate, replace_non_finite(entry | {"ais": entry["ais"] | {"mean": mean}}))
         add_certificate(output, run, found, "cpu")
     assert [(row.run, row.ais.mean) for row in read_certificates(output)] == [("a", -1.0), ("b", -3.0)]
-
-
-def test_a_row_holds_no_place_of_this_machine(certified: Certified, tmp_path: Path) -> None:
-    folder, entry, _ = certified
-    add_certificate(
-        tmp_path / "certificates.json", folder.name, from_json(Certificate, replace_non_finite(entry)), "cpu"
-    )
-    assert str(folder) not in (tmp_path / "certificates.json").read_text(encoding="utf-8")
-
-
-@pytest.mark.usefixtures("no_figures")
-def test_a_stored_certificate_is_added_to_the_file_without_new_measurements(
-    certified: Certified, tmp_path: Path
-) -> None:
-    folder = Path(shutil.copytree(certified[0], tmp_path / "run"))
-    said: list[str] = []
-    entry = certify(folder, output=str(tmp_path / "certificates.json"), say=said.append)
-    (row,) = read_certificates(tmp_path / "certificates.json")
-    assert to_json(row.ais) == entry["ais"] == certified[1]["ais"]
-    assert row.stage_seconds["ais"] == certified[1]["stage_seconds"]["ais"]
-    assert said[-1] == certificate_table([(row.run, row, row.environment["threads"])])
-
-
-@pytest.mark.parametrize("content", ["{}", "[", '{"certificates": [{"run": "a"}]}'])
-def test_a_damaged_file_of_certificates_is_refused_before_the_work(copy: Path, tmp_path: Path, content: str) -> None:
-    output = tmp_path / "certificates.json"
-    output.write_text(content)
-    with pytest.raises(ValueError, match=r"certificates\.json"):
-        certify(copy, output=str(output))
-    assert not (copy / "certificate-test.partial.safetensors").exists()
 
 
 def test_the_readmes_table_is_that_of_the_stored_certificates() -> None:

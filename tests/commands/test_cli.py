@@ -11,11 +11,10 @@ from typing import Any
 
 import pytest
 
-from ppl_vae.commands.cli import iterate_fields, parse, read_config_file
-from ppl_vae.commands.options import AIS_STARTS, COMMANDS, Changes, Evaluate, Train
-from ppl_vae.evidence import chains
+from ppl_vae.commands.cli import iterate_fields, parse
+from ppl_vae.commands.options import COMMANDS, Changes, Evaluate
 from ppl_vae.runs.fields import format_flag
-from ppl_vae.runs.options import PLAIN, Options, to_json
+from ppl_vae.runs.options import Options, to_json
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted(path for path in (ROOT / "scripts").glob("*.py") if "__main__" in path.read_text(encoding="utf-8"))
@@ -104,15 +103,6 @@ def test_a_mistyped_word_gets_a_suggestion(
 # --- From words to options ---
 
 
-def test_no_arguments_ask_for_the_defaults() -> None:
-    assert parse(TRAIN, []) == Train(Options())
-
-
-def test_the_table_of_likelihoods_trains_plain_vaes() -> None:
-    expected = Options(**PLAIN, epochs=10, evaluation_particles=100)
-    assert parse(COMMANDS["compare-likelihoods"], []).make_run_options() == expected
-
-
 def test_every_option_of_train_survives_the_command_line() -> None:
     changed = Options(dataset="own.npz", image_size=(28, 20), hidden=(7, 5, 3), beta=0.1, seed=2**31 - 1, color="rgb")
     words: list[str] = []
@@ -120,10 +110,6 @@ def test_every_option_of_train_survives_the_command_line() -> None:
         if value is not None:
             words += [format_flag(name), *map(str, value if isinstance(value, list) else [value])]
     assert parse(TRAIN, words).options == changed
-
-
-def test_the_starts_of_annealing_are_those_that_ais_knows() -> None:
-    assert AIS_STARTS == chains.STARTS
 
 
 # --- Config files ---
@@ -151,16 +137,6 @@ def test_a_wrong_config_file_is_refused_in_one_line(
     file = tmp_path / "run.toml"
     file.write_text(text)
     assert expected in refuse(capsys, "train", ["--config", str(file)])
-
-
-def test_a_missing_config_file_is_refused_in_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert "cannot be read" in refuse(capsys, "train", ["--config", str(tmp_path / "none.toml")])
-
-
-def test_a_config_file_may_hold_one_value_of_a_list(tmp_path: Path) -> None:
-    file = tmp_path / "run.toml"
-    file.write_text("hidden = [7]")
-    assert read_config_file(file, Options) == {"hidden": (7,)}
 
 
 # --- Refusals ---

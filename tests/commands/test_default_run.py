@@ -49,14 +49,6 @@ def test_config_holds_the_prior_and_the_objective_that_were_decided(run):
     assert (options["prior"], options["objective"]) == ("flow", "stl")
 
 
-@pytest.mark.parametrize("name", ["prior", "objective"])
-def test_a_config_in_which_they_are_open_is_damaged(run, tmp_path, name):
-    config = runs.read_json(run / runs.CONFIG)
-    runs.write_json(tmp_path / runs.CONFIG, config | {"options": config["options"] | {name: None}})
-    with pytest.raises(ValueError, match=f"expected {name} as it was resolved, got null"):
-        read_config(tmp_path)
-
-
 def test_a_vae_of_open_words_is_that_of_decided_ones(run):
     seen, x = read_config(run), torch.rand(3, 1, 8, 8).round()
     torch.manual_seed(0)

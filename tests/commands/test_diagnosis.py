@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import replace
 
 import numpy as np
@@ -13,19 +12,16 @@ from broken_runs import Runs
 from small_run import SMALL, bars, save_bars, train_small
 
 from ppl_vae import load, runs
-from ppl_vae.commands import diagnose as diagnosis
 from ppl_vae.commands.cli import parse
-from ppl_vae.commands.diagnose import describe_training, diagnose_run
+from ppl_vae.commands.diagnose import diagnose_run
 from ppl_vae.commands.options import COMMANDS, Diagnose, Report
 from ppl_vae.commands.report import report_run
 from ppl_vae.commands.train import train_run
-from ppl_vae.diagnostics.measurement import measure, summarize_estimate
+from ppl_vae.diagnostics.measurement import measure
 from ppl_vae.diagnostics.noise import measure_noise
-from ppl_vae.evidence.importance import IMPORTANCE_NAMES, Importance
 from ppl_vae.parts import likelihoods
-from ppl_vae.reports.text.diagnosis import SETTLED_RISE, describe_advice, describe_numbers
-from ppl_vae.runs.evaluations import DIAGNOSIS, read_diagnosis
-from ppl_vae.runs.open import open_run
+from ppl_vae.reports.text.diagnosis import describe_advice
+from ppl_vae.runs.evaluations import read_diagnosis
 from ppl_vae.runs.results import Diagnosis, to_json
 
 pytestmark = pytest.mark.thorough
@@ -44,7 +40,6 @@ EXPECTED = {
     "guide beside the posterior": {"unreliable estimate"},
     "autoencoder": {"autoencoder"},
 }
-OF_A_DENSITY = ("kl", "kl_by_latent", "implied_beta", "elbo_split", "calibration", "importance")
 
 
 @pytest.fixture(scope="session")
@@ -102,12 +97,6 @@ def test_four_factors_are_four_directions_above_the_noise(diagnosed):
     assert (len(noise.eigenvalues), noise.live_by_sum, noise.live_by_mean) == (64, 4, 0)
 
 
-def test_an_autoencoder_has_no_measurement_of_a_density(diagnosed):
-    numbers = diagnosed("autoencoder")[0].numbers
-    assert [getattr(numbers, name) for name in OF_A_DENSITY] == [None] * len(OF_A_DENSITY)
-    assert numbers.aggregate.holes is None
-
-
 # --- What is written and said ---
 
 
@@ -129,22 +118,6 @@ def test_every_figure_that_is_named_is_there(name, diagnosed, trained):
     assert drawn == {word.strip(",").split("/")[-1] for word in said[-1].split() if word.strip(",").endswith(".png")}
 
 
-@pytest.mark.parametrize(("saturated", "said"), [(True, " (cap"), (False, " ± ")])
-def test_an_information_at_its_cap_is_said_without_an_error(saturated, said, small):
-    numbers = measure(load(small), torch.rand(8, 1, 8, 8).round(), num_particles=2)
-    given = replace(numbers, elbo_split=replace(numbers.elbo_split, saturated=saturated))
-    (line,) = [line for line in describe_numbers(given) if "mutual information" in line]
-    assert re.search(r"mutual information -?[\d.]+" + re.escape(said), line)
-
-
-def test_each_verdict_is_said_with_its_evidence_and_its_advice(diagnosed):
-    entry, said = diagnosed("beta 0.001")
-    text = "\n".join(said)
-    for verdict in entry.verdicts:
-        assert verdict.evidence in text
-        assert describe_advice(verdict) in text
-
-
 @pytest.mark.parametrize("name", [name for name, words in EXPECTED.items() if words != {"healthy"}])
 def test_the_advised_options_are_options_of_the_command(name, diagnosed):
     for verdict in diagnosed(name)[0].verdicts:
@@ -157,16 +130,6 @@ def test_the_advised_options_are_options_of_the_command(name, diagnosed):
 
 
 # --- Kinds of data ---
-
-
-def test_a_table_has_no_figures_of_images(tmp_path):
-    x = np.random.default_rng(0).normal(size=(200, 5)).astype(np.float32)
-    np.savez(tmp_path / "table.npz", train=x[:120], valid=x[120:150], test=x[150:])
-    options = replace(SMALL, dataset=str(tmp_path / "table.npz"), likelihood="normal", epochs=1)
-    folder = train_run(options, str(tmp_path / "run"), say=lambda line: None, draw=False)
-    entry = diagnose_run(Diagnose(str(folder)), say=lambda line: None)
-    assert entry.numbers.pictures.blur is None
-    assert not (folder / runs.FIGURES / "diagnosis-holes.png").exists()
 
 
 def test_dequantized_levels_are_measured_as_their_density(tmp_path):
@@ -240,43 +203,6 @@ def test_the_noise_is_measured_without_moving_the_likelihood():
     assert all(torch.equal(before[name], tensor) for name, tensor in family.state_dict().items())
 
 
-def test_chance_directions_of_independent_pixels_are_not_counted():
-    x = torch.bernoulli(torch.full((500, 50), 0.5), generator=torch.Generator().manual_seed(0))
-    noise = measure_noise(likelihoods.Bernoulli((50,)), x)
-    assert (noise.eigenvalues > 1).sum() > 15
-    assert noise.live_by_sum <= 2
-    assert noise.edge > 1
-
-
-def test_a_likelihood_without_a_location_has_no_noise():
-    assert measure_noise(likelihoods.Categorical((6,)), torch.zeros(50, 6)) is None
-
-
-def test_an_estimate_of_one_particle_is_unreliable(small):
-    vae, x = load(small), torch.rand(30, 1, 8, 8).round()
-    assert measure(vae, x, num_particles=1).importance.unreliable.mean == 1
-
-
-def test_an_estimate_is_summarized_by_its_images():
-    values = torch.arange(4, dtype=torch.double)
-    result = Importance(*[values] * len(IMPORTANCE_NAMES))
-    found = summarize_estimate(result, 100)
-    assert (found.rise.mean, found.rise.stderr) == (1.5, pytest.approx(values.std().item() / 2))
-    assert found.unreliable.mean == 0.75  # a bias of 1, 2 and 3 nats
-
-
-def test_validation_is_measured_unless_another_split_is_asked_for(small):
-    assert diagnose_run(Diagnose(str(small), images=4), say=lambda line: None).split == "validation"
-
-
-def test_where_there_are_no_validation_images_test_is_measured_and_said(small, monkeypatch):
-    run, said = open_run(str(small)), []
-    splits = replace(run.splits, validation=run.splits.validation[:0])
-    monkeypatch.setattr(diagnosis, "open_run", lambda *_, **__: run._replace(splits=splits))
-    assert diagnose_run(Diagnose(str(small), images=4), say=said.append).split == "test"
-    assert "which has no validation split" in said[0]
-
-
 def test_a_second_diagnosis_replaces_the_first(small):
     first = diagnose_run(Diagnose(str(small), split="test", images=20), say=lambda line: None)
     stale = small / runs.FIGURES / "diagnosis-of-before.png"
@@ -285,54 +211,3 @@ def test_a_second_diagnosis_replaces_the_first(small):
     assert not stale.exists()
     assert (first.numbers.num_images, second.numbers.num_images) == (20, 25)
     assert read_diagnosis(small).numbers.num_images == 25
-
-
-def test_too_few_images_are_refused_and_nothing_is_written(small):
-    before = (small / DIAGNOSIS).read_bytes() if (small / DIAGNOSIS).exists() else None
-    with pytest.raises(ValueError, match="--images: expected at least 4"):
-        diagnose_run(Diagnose(str(small), images=3), say=lambda line: None)
-    assert ((small / DIAGNOSIS).read_bytes() if (small / DIAGNOSIS).exists() else None) == before
-
-
-def test_a_folder_that_is_no_run_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"no such file; is .* a run folder"):
-        diagnose_run(Diagnose(str(tmp_path)), say=lambda line: None)
-    assert list(tmp_path.iterdir()) == []
-
-
-# --- A training that had not settled ---
-
-
-@pytest.fixture
-def own_run(tmp_path):
-    return train_small(tmp_path / "run", replace(SMALL, dataset=str(save_bars(tmp_path / "bars.npz"))))
-
-
-def write_validation(folder, *values):
-    """The run, with these validation ELBOs in its metrics."""
-    (folder / runs.METRICS).unlink()
-    for epoch, value in enumerate(values, 1):
-        runs.append_metrics(folder, {"step": 5 * epoch, "epoch": epoch, "validation_elbo_nats_per_image": value})
-    return folder
-
-
-def diagnose(folder, images=20):
-    said = []
-    diagnose_run(Diagnose(str(folder), images=images), say=said.append)
-    return said
-
-
-@pytest.mark.parametrize(("values", "rise"), [((-50.0, -40.0, -32.5), 7.5), ((-50.0,), None)])
-def test_the_last_epochs_gain_is_taken_from_the_metrics(own_run, values, rise):
-    assert describe_training(open_run(str(write_validation(own_run, *values)))).last_rise == rise
-
-
-@pytest.mark.parametrize(("rise", "settled"), [(SETTLED_RISE - 0.1, True), (SETTLED_RISE + 0.1, False)])
-def test_a_training_that_had_not_settled_is_reported(own_run, rise, settled):
-    said = diagnose(write_validation(own_run, -50.0, -50.0 + rise))
-    assert any("training had not settled" in line for line in said) != settled
-
-
-def test_a_replaced_diagnosis_is_reported(own_run):
-    assert not any("Replaces" in line for line in diagnose(own_run))
-    assert "Replaces the diagnosis of 20 images." in diagnose(own_run, images=10)

@@ -12,10 +12,8 @@ import torch
 from small_run import SMALL, bars, save_bars, train_small
 
 from ppl_vae import load, runs
-from ppl_vae.commands import encode as encoding
 from ppl_vae.commands.encode import encode_images
 from ppl_vae.commands.options import Encode
-from ppl_vae.runtime.errors import NotFinite
 
 
 @pytest.fixture(scope="module")
@@ -85,24 +83,9 @@ def test_a_split_gives_the_numbers_of_the_runs_evaluation(encode, folder):
     np.testing.assert_array_equal(stored["ess"], evaluated["ess"])
 
 
-def test_the_summary_is_of_the_arrays(encode, folder):
-    stored, summary, _ = encode("validation", seed=4)
-    values = stored["log_likelihood"]
-    assert summary["log_likelihood"]["mean"] == pytest.approx(values.mean())
-    assert summary["log_likelihood"]["stderr"] == pytest.approx(values.std(ddof=1) / math.sqrt(20))
-    assert summary["elbo"]["mean"] == pytest.approx(stored["elbo"].mean())
-    assert (summary["num_images"], summary["num_particles"], summary["seed"]) == (20, 10, 4)
-    assert (summary["images"], summary["step"]) == ("validation", runs.load_step(folder / runs.MODEL))
-
-
 def test_labels_stand_beside_their_images(encode, folder, tmp_path):
     _, labels = bars(40, seed=2)
     np.testing.assert_array_equal(encode("test", output=tmp_path / "a")[0]["labels"], labels)
-
-
-def test_images_without_labels_have_none(encode, tmp_path):
-    np.save(tmp_path / "mine.npy", bars(5)[0])
-    assert "labels" not in encode(tmp_path / "mine.npy")[0]
 
 
 def test_a_subset_keeps_names_beside_their_images(encode, folder, tmp_path):
@@ -114,45 +97,7 @@ def test_a_subset_keeps_names_beside_their_images(encode, folder, tmp_path):
     np.testing.assert_array_equal(some["labels"], every["labels"][places])
 
 
-# --- The words ---
-
-
 # --- The files ---
-
-
-def test_the_runs_own_folder_is_named_after_the_images(encode, folder, tmp_path):
-    np.save(tmp_path / "mine.npy", bars(5)[0])
-    encode(tmp_path / "mine.npy", output=None)
-    names = sorted(path.name for path in (folder / "encodings" / "mine").iterdir())
-    assert names == ["encoded.json", "encoded.npz", "latents.png"]
-
-
-def test_no_record_stands_beside_the_files_of_other_images(encode, folder, tmp_path, monkeypatch):
-    """A second encoding ends between its files: encoded.json, which says what they are of, is gone."""
-
-    def fails(path, figure):
-        raise OSError("disk full")
-
-    np.save(tmp_path / "half.npy", bars(5)[0])
-    encode(tmp_path / "half.npy", output=None)
-    monkeypatch.setattr(encoding, "write_figure", fails)
-    with pytest.raises(OSError, match="disk full"):
-        encode(tmp_path / "half.npy", output=None, images=3)
-    assert {path.name for path in (folder / "encodings" / "half").iterdir()} == {"encoded.npz", "latents.png"}
-
-
-def test_results_of_before_stay_where_the_work_on_others_fails(encode, folder, tmp_path, monkeypatch):
-    def fails(*arguments, **options):
-        raise NotFinite("log-weights")
-
-    np.save(tmp_path / "kept.npy", bars(5)[0])
-    encode(tmp_path / "kept.npy", output=None)
-    place = folder / "encodings" / "kept"
-    before = {path.name: path.read_bytes() for path in place.iterdir()}
-    monkeypatch.setattr(encoding, "evaluate_with_progress", fails)
-    with pytest.raises(NotFinite, match="log-weights"):
-        encode(tmp_path / "kept.npy", output=None)
-    assert {path.name: path.read_bytes() for path in place.iterdir()} == before
 
 
 def test_encoding_leaves_the_random_state_and_the_run(encode, folder):
@@ -165,33 +110,6 @@ def test_encoding_leaves_the_random_state_and_the_run(encode, folder):
 
 
 # --- What is refused ---
-
-
-@pytest.mark.thorough
-def test_missing_pixels_are_refused(encode, tmp_path):
-    place = tmp_path / "levels.npz"
-    images = [255 * bars(count, seed=seed)[0] for seed, count in enumerate((60, 20, 20))]
-    images[0][0, 0, 0] = 7
-    np.savez(place, **dict(zip(("train", "valid", "test"), images, strict=True)))
-    run = train_small(tmp_path / "run", replace(SMALL, dataset=str(place), epochs=1))
-    holes = bars(5)[0].astype(np.float32)
-    holes[2, 0, 0] = np.nan
-    np.save(tmp_path / "holes.npy", holes)
-    with pytest.raises(
-        ValueError, match=r"holes\.npy: expected every pixel, got missing ones \(NaN\) in 1 of 5 images"
-    ):
-        encode(tmp_path / "holes.npy", run_dir=run)
-
-
-def test_images_of_another_shape_are_refused(encode, tmp_path):
-    np.save(tmp_path / "wide.npy", np.zeros((5, 8, 9), dtype=np.uint8))
-    with pytest.raises(ValueError, match=r"wide\.npy.*8"):
-        encode(tmp_path / "wide.npy")
-
-
-def test_a_file_that_is_missing_is_refused(encode, tmp_path):
-    with pytest.raises(ValueError, match=r"none\.npy"):
-        encode(tmp_path / "none.npy")
 
 
 def test_a_folder_that_holds_something_is_refused_before_the_work(encode, tmp_path):

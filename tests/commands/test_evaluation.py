@@ -25,7 +25,6 @@ from ppl_vae.runs.evaluations import read_per_image
 from ppl_vae.runs.fit_arguments import initialize_output_bias
 from ppl_vae.runs.open import Run
 from ppl_vae.runs.options import PLAIN, Options
-from ppl_vae.runs.resolve import resolve
 
 DATA_DIR = os.environ.get("PPL_VAE_DATA_DIR")
 
@@ -95,14 +94,6 @@ def test_the_floor_of_a_normal_is_that_of_scipy_with_a_scale_for_each_column(run
     assert entry["floor"]["stderr"] == pytest.approx(log_p.std(ddof=1) / math.sqrt(20), rel=1e-4)
 
 
-def test_a_density_is_called_one_and_has_no_entropy_of_binarization(run):
-    folder, _, said = run
-    entry = runs.read_evaluations(folder)["test"]
-    assert (entry["measure"], entry["binarization_entropy"], entry["bits_per_dim"]) == ("density", None, None)
-    assert any("a density of real values: never comparable with a mass" in line for line in said)
-    assert not any("entropy" in line for line in said)
-
-
 @pytest.mark.thorough
 def test_training_beats_the_floor_of_a_normal_whose_scale_it_learned(run):
     """Six pixels of rank two: a trained decoder must explain what independent pixels cannot."""
@@ -115,51 +106,6 @@ def test_training_beats_the_floor_of_a_normal_whose_scale_it_learned(run):
     entry = runs.read_evaluations(folder_2)["test"]
     assert entry["log_likelihood"]["mean"] > entry["floor"]["mean"] + 3
     assert load(folder_2).likelihood.family.log_scale < load(folder).likelihood.family.log_scale < 0.1
-
-
-def test_real_numbers_under_a_bernoulli_are_refused_and_leave_nothing(run, tmp_path):
-    folder, _, _ = run
-    options = replace(SMALL, dataset=str(folder.parent / "table.npy"))
-    with pytest.raises(ValueError, match="--likelihood bernoulli: expected pixels that are 0 or 1, got real values"):
-        train_run(options, str(tmp_path / "run"), say=print)
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("binarization", ["dynamic", "fixed", "threshold"])
-def test_a_density_of_pixels_that_were_made_zeros_and_ones_is_refused(tmp_path, binarization):
-    levels = np.random.default_rng(0).integers(0, 256, (100, 4, 3), dtype=np.uint8)
-    options = replace(
-        SMALL, dataset=str(table(tmp_path, levels)), likelihood="normal", binarization=binarization, epochs=1
-    )
-    with pytest.raises(ValueError, match=f"--likelihood normal: expected --binarization none, got {binarization}"):
-        train_run(options, str(tmp_path / "run"), say=print)
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("unit", [1e25, 1e-25])
-def test_pixels_whose_squares_float32_cannot_hold_are_refused_and_leave_nothing(tmp_path, unit):
-    pixels = (unit * np.random.default_rng(0).normal(size=(100, 4))).astype(np.float32)
-    options = replace(SMALL, dataset=str(table(tmp_path, pixels)), likelihood="normal")
-    with pytest.raises(ValueError, match="--likelihood normal: expected pixels that spread by 1e-15 to 1e"):
-        train_run(options, str(tmp_path / "run"), say=print)
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.thorough
-@pytest.mark.parametrize("binarization", ["fixed", "threshold", "none"])
-def test_the_iwae_protocol_is_one_of_dynamic_binarization(binarization):
-    with pytest.raises(ValueError, match=f"--protocol iwae: expected --binarization dynamic, .*, got {binarization}"):
-        resolve(Options(protocol="iwae", binarization=binarization), data.load("mnist", protocol="iwae"))
-
-
-@pytest.mark.parametrize(
-    ("split", "binarization", "known"), [("train", "fixed", False), ("train", "dynamic", True), ("test", "fixed", True)]
-)
-def test_a_draw_that_training_saw_sets_no_ceiling(split, binarization, known):
-    levels = torch.arange(256, dtype=torch.uint8).reshape(16, 1, 4, 4)
-    splits = data.Splits("gray", data.LEVELS, levels, levels, levels, sha256="", split="")
-    run = Run(Path(), replace(Options(), binarization=binarization), splits)
-    assert (binarization_entropy(run, split, torch.arange(16)) is not None) == known
 
 
 # --- The numbers of each image ---
@@ -194,33 +140,6 @@ def test_numbers_of_other_weights_are_not_given(run, tmp_path):
     assert read_per_image(stale, "test") is not None
     runs.save_tensors(stale / runs.MODEL, weights, {"step": 3})
     assert read_per_image(stale, "test") is None
-
-
-def test_numbers_that_evaluation_json_does_not_tell_of_are_not_given(run, tmp_path):
-    """As a full disk leaves them between the two writes."""
-    folder, _, _ = run
-    torn = tmp_path / "run"
-    torn.mkdir()
-    for path in folder.glob("*.*"):
-        (torn / path.name).write_bytes(path.read_bytes())
-    evaluations = runs.read_evaluations(torn)
-    runs.write_json(torn / runs.EVALUATION, {"test": evaluations["test"] | {"num_particles": 11}})
-    assert read_per_image(torn, "test") is None
-
-
-def test_a_damaged_file_of_the_images_numbers_is_refused(run, tmp_path):
-    path = tmp_path / runs.per_image_file("test")
-    runs.write_json(tmp_path / runs.EVALUATION, {"test": {}})
-    runs.save_tensors(path, {"index": torch.arange(3)}, {"num_particles": 1, "seed": 0, "step": 1})
-    with pytest.raises(ValueError, match=r"evaluation-test\.safetensors: damaged: no 'log_evidence' in it"):
-        read_per_image(tmp_path, "test")
-
-
-def test_a_folder_that_cannot_be_written_to_is_found_before_the_work(run, monkeypatch):
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
-    options = {"num_particles": 5, "images": None, "device": "cpu", "seed": 3}
-    with pytest.raises(ValueError, match="expected a folder that can be written to, got one that is read-only"):
-        evaluate_run(Evaluate(str(run[0]), split="validation", **options), say=print)
 
 
 # --- A VAE that was trained from Python ---
@@ -268,36 +187,6 @@ def test_what_python_saved_cannot_be_resumed_and_stays(from_python):
     with pytest.raises(ValueError, match=r"--resume: expected a run of train_svi.py, but .* was saved from Python"):
         resume_run(str(folder), epochs=10, say=print)
     assert (folder / runs.MODEL).read_bytes() == before
-
-
-def test_options_of_another_vae_are_refused_and_leave_nothing(from_python, tmp_path):
-    folder, vae = from_python
-    with pytest.raises(ValueError, match="options: expected those that the VAE was built with, got others"):
-        save(vae, tmp_path / "other", replace(SMALL, dataset=_dataset(folder), likelihood="normal", latent_dim=3))
-    assert not (tmp_path / "other").exists()
-
-
-def test_saving_what_the_likelihood_has_no_probability_for_is_refused(from_python, tmp_path):
-    """Gray pixels under a Bernoulli, which train_svi.py refuses as well."""
-    gray = np.random.default_rng(0).random((100, 6), dtype=np.float32)
-    options = replace(SMALL, dataset=str(table(tmp_path, gray)), binarization="none")
-    with pytest.raises(ValueError, match="--likelihood bernoulli: expected pixels that are 0 or 1, got probabilities"):
-        save(build_vae(options, (6,)), tmp_path / "other", options)
-    assert not (tmp_path / "other").exists()
-
-
-def test_records_without_a_step_are_refused_and_leave_nothing(from_python, tmp_path):
-    folder, vae = from_python
-    with pytest.raises(ValueError, match="metrics: expected records with a whole number under 'step'"):
-        save(vae, tmp_path / "other", replace(SMALL, dataset=_dataset(folder), likelihood="normal"), metrics=[{}])
-    assert not (tmp_path / "other").exists()
-
-
-def test_what_python_saved_without_records_has_no_training_curves(from_python, tmp_path):
-    folder, vae = from_python
-    bare = save(vae, tmp_path / "bare", replace(SMALL, dataset=_dataset(folder), likelihood="normal"))
-    draw_run(Figures(str(bare)), say=lambda line: None)
-    assert {path.name for path in (bare / runs.FIGURES).iterdir()} == {"latents.png", "particles.png"}
 
 
 def test_loading_draws_nothing_from_the_global_generator(run):

@@ -75,19 +75,6 @@ def test_the_state_holds_the_last_weights_where_the_best_are_others(train):
     assert any("are kept" in line and "beta = 0.0" in line for line in said)
 
 
-def test_a_run_that_was_extended_starts_from_its_last_weights(train):
-    folder, _ = train(beta=0.0, learning_rate=0.1, epochs=12, keep="best")
-    before, _ = runs.load_tensors(folder / runs.TRAINING_STATE)
-    config = runs.read_json(folder / runs.CONFIG)
-    # A rate of next to nothing: what it ends with is what it started from.
-    config["options"] |= {"learning_rate": 1e-12}
-    runs.write_json(folder / runs.CONFIG, config)
-    _resume(folder, epochs=13)
-    after, _ = runs.load_tensors(folder / runs.TRAINING_STATE)
-    name = "weights/likelihood.net.output.weight"
-    torch.testing.assert_close(after[name], before[name], rtol=0, atol=1e-6)
-
-
 def test_an_evaluation_of_weights_that_are_gone_goes_with_them(train):
     folder, _ = train()
     options = {"num_particles": 5, "images": None, "device": "cpu", "seed": 0}
@@ -105,16 +92,6 @@ def test_the_weights_of_a_finished_run_are_written_again_from_its_state(train):
     (folder / runs.MODEL).unlink()
     _resume(folder)
     assert (folder / runs.MODEL).read_bytes() == before
-
-
-def test_what_cannot_be_built_leaves_no_folder(train, tmp_path, monkeypatch):
-    def too_large(*arguments):
-        raise RuntimeError("can't allocate memory")
-
-    monkeypatch.setattr("ppl_vae.commands.train.build_vae", too_large)
-    with pytest.raises(RuntimeError, match="memory"):
-        train()
-    assert not (tmp_path / "run").exists()
 
 
 def test_the_written_evaluation_does_not_depend_on_the_beta_of_training(train):
@@ -191,27 +168,6 @@ def test_a_run_from_another_starts_at_the_elbo_of_its_kept_weights(other, tmp_pa
     assert first["validation_elbo_nats_per_image"] == pytest.approx(max(elbos), abs=1e-4)
     assert first["beta"] == 1.0
     assert f"Starting from the weights of {other}." in said
-
-
-def test_a_run_from_another_takes_all_of_its_weights(other, tmp_path):
-    train_further(from_run(other, "--learning-rate", "1e-12"), tmp_path / "further")
-    theirs, ours = load(other).state_dict(), load(tmp_path / "further").state_dict()
-    assert theirs.keys() == ours.keys()
-    for name, expected in theirs.items():
-        torch.testing.assert_close(ours[name], expected, rtol=0, atol=1e-6)
-
-
-def test_a_run_that_only_gets_worse_keeps_the_weights_that_it_started_from(other, tmp_path):
-    said = train_further(from_run(other, "--learning-rate", "30", "--average-decay", "0"), tmp_path / "further")
-    assert any("that of the weights that it started from: no epoch had a better one" in line for line in said)
-    theirs, ours = load(other).state_dict(), load(tmp_path / "further").state_dict()
-    assert all(torch.equal(ours[name], w) for name, w in theirs.items())
-
-
-def test_the_config_says_where_the_weights_came_from_wherever_it_was_asked(other, tmp_path, monkeypatch):
-    monkeypatch.chdir(other.parent)
-    train_further(from_run(other.name), tmp_path / "further")
-    assert runs.read_json(tmp_path / "further" / runs.CONFIG)["options"]["start_from"] == str(other.resolve())
 
 
 class Killed(BaseException):

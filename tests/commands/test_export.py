@@ -17,17 +17,15 @@ import pytest
 import torch
 
 from ppl_vae import load, runs
-from ppl_vae.commands import export
 from ppl_vae.commands.cli import parse
 from ppl_vae.commands.encode import encode_images
 from ppl_vae.commands.export import export_run
 from ppl_vae.commands.options import COMMANDS, Encode, Export, Sample
 from ppl_vae.commands.sample import sample_run
-from ppl_vae.commands.train import resume_run, train_run
+from ppl_vae.commands.train import train_run
 from ppl_vae.reports.text import card as model_card
-from ppl_vae.runs.load import read_config, save
 from ppl_vae.runs.open import open_without_data
-from ppl_vae.runs.options import Options, model_to_json
+from ppl_vae.runs.options import Options
 
 SMALL: dict[str, Any] = {"hidden": (8,), "latent_dim": 2, "prior": "standard-normal"}
 HOSTILE = "x`](javascript:alert(1))\n---\n<script>evil()</script>| # title"
@@ -94,21 +92,6 @@ def test_no_path_of_the_machine_is_in_an_export(data_file: Path, exported: Path)
         assert str(exported.parent).encode() not in content
 
 
-def test_no_option_of_the_training_is_in_an_export(exported: Path) -> None:
-    config = json.loads((exported / "config.json").read_text())
-    assert config.keys() == {"format", "model", "data"}
-    assert not {"epochs", "learning_rate", "seed", "data_dir", "device", "batch_size"} & config["model"].keys()
-
-
-@pytest.mark.parametrize("path", ["/home/me/digits.npy", "a\\digits.npy", "digits.npy", "x/digits.npy/"])
-def test_of_a_path_its_name_alone_is_exported(path: str) -> None:
-    assert model_to_json(Options(dataset=path))["dataset"] == "digits.npy"
-
-
-def test_a_folder_called_as_a_data_set_is_not_exported_as_that() -> None:
-    assert model_to_json(Options(dataset="/home/me/mnist"))["dataset"] == "own mnist"
-
-
 def test_an_export_of_an_export_is_the_same_model(exported: Path, tmp_path: Path) -> None:
     again = export_run(Export(str(exported), output=str(tmp_path / "again")), say=silent)
     for name in ("config.json", "model.safetensors", "evaluation.json"):
@@ -128,23 +111,6 @@ def test_evaluations_of_other_weights_are_left_out(run: Path, tmp_path: Path) ->
     assert any(line.startswith("Left out: 1") for line in said)
 
 
-def test_figures_of_these_weights_go_along(run: Path, tmp_path: Path) -> None:
-    copy = tmp_path / "run"
-    shutil.copytree(run, copy)
-    (copy / "figures").mkdir()
-    (copy / "figures" / "prior_samples.png").write_bytes(b"new")
-    (copy / "figures" / "latents.png").write_bytes(b"of the data")
-    (copy / "figures" / "reconstructions.png").write_bytes(b"old")
-    os.utime(copy / "figures" / "reconstructions.png", (1, 1))
-    said: list[str] = []
-    folder = export_run(Export(str(copy), output=str(tmp_path / "out")), say=said.append)
-    assert [path.name for path in (folder / "figures").iterdir()] == ["prior_samples.png"]
-    assert [line for line in said if line.startswith("Left out: figures/reconstructions.png, by the files' times")]
-    card = (folder / "README.md").read_text()
-    assert "figures/prior_samples.png" in card
-    assert "reconstructions.png" not in card
-
-
 # --- Whole or not at all ---
 
 
@@ -153,29 +119,6 @@ def test_a_folder_that_holds_something_is_refused_and_left_alone(run: Path, tmp_
     with pytest.raises(ValueError, match="expected a new or empty folder"):
         export_run(Export(str(run), output=str(tmp_path)), say=silent)
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
-
-
-def test_an_export_that_fails_leaves_nothing(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: Any) -> None:
-        raise OSError(28, "No space left on device", "model.safetensors")
-
-    monkeypatch.setattr(export.runs, "save_tensors", full)
-    before = sorted(path.name for path in run.iterdir())
-    with pytest.raises(OSError, match="No space left"):
-        export_run(Export(str(run), output=str(tmp_path / "out")), say=silent)
-    assert list(tmp_path.iterdir()) == []
-    assert sorted(path.name for path in run.iterdir()) == before
-
-
-@pytest.mark.parametrize("is_there", [True, False])
-def test_an_export_goes_where_a_link_points_to(run: Path, tmp_path: Path, is_there: bool) -> None:
-    (tmp_path / "link").symlink_to(tmp_path / "place")
-    if is_there:
-        (tmp_path / "place").mkdir()
-    folder = export_run(Export(str(run), output=str(tmp_path / "link")), say=silent)
-    assert load(folder).likelihood.event_shape == (1, 5, 4)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "place"]
-    assert (tmp_path / "link").is_symlink()
 
 
 @pytest.mark.parametrize(
@@ -226,11 +169,6 @@ def test_samples_and_codes_of_an_export_need_no_data(exported: Path, data_file: 
         assert arrays["mean"].shape == (6, 2)
 
 
-def test_training_goes_on_with_no_export(exported: Path, data_file: Path) -> None:
-    with pytest.raises(ValueError, match=r"--resume: expected a run of train_svi\.py"):
-        resume_run(str(exported), epochs=None, dataset=str(data_file), say=silent)
-
-
 def test_training_starts_from_an_export(exported: Path, data_file: Path) -> None:
     asked = parse(
         COMMANDS["train"], ["--start-from", str(exported), "--dataset", str(data_file), "--epochs", "1"]
@@ -256,16 +194,6 @@ def test_every_decimal_of_the_numbers_is_in_the_files(run: Path, exported: Path)
         assert any(f"{value:.{digits}f}" == word.lstrip("-") for value in values), word
 
 
-def test_epochs_of_a_training_from_python_are_those_of_its_records(run: Path, tmp_path: Path) -> None:
-    records = runs.read_metrics(run)[:1]
-    vae, of_run = load(run), read_config(run)[0]
-    folder = save(vae, tmp_path / "saved", replace(of_run, epochs=100), metrics=records)
-    said: list[str] = []
-    card = (export_run(Export(str(folder), output=str(tmp_path / "out")), say=said.append) / "README.md").read_text()
-    assert "- 1 epoch." in card
-    assert not any("not finished" in line for line in said)
-
-
 def test_a_hostile_name_stays_in_its_code_span(run: Path) -> None:
     opened = open_without_data(run)
     hostile = opened._replace(splits=replace(opened.splits, name=HOSTILE), options=replace(opened.options))
@@ -276,33 +204,12 @@ def test_a_hostile_name_stays_in_its_code_span(run: Path) -> None:
     assert len(re.findall("^---$", card, flags=re.MULTILINE)) == 2
 
 
-def test_a_hostile_entry_stays_in_its_code_block(run: Path, exported: Path) -> None:
-    entry = runs.read_evaluations(exported)["test"] | {"split": HOSTILE}
-    card = model_card.make_card(open_without_data(run), {"test": entry}, step=0)
-    lines = [line for line in card.splitlines() if "evil" in line or "javascript" in line]
-    assert lines
-    assert all(line.startswith("    ") for line in lines)
-
-
-def test_a_damaged_entry_is_refused_in_one_line(run: Path) -> None:
-    with pytest.raises(ValueError, match=r"evaluation\.json: damaged: 'test'"):
-        model_card.make_card(open_without_data(run), {"test": {"step": 1}}, step=1)
-
-
 def test_the_front_matter_is_what_hubs_read(exported: Path) -> None:
     lines = (exported / "README.md").read_text().splitlines()
     assert lines[0] == "---"
     front = lines[1 : lines.index("---", 1)]
     assert "library_name: ppl_vae" in front
     assert '- "likelihood-bernoulli"' in front
-
-
-def test_a_pretrained_run_is_exported(tmp_path: Path) -> None:
-    folder = export_run(Export("mnist-best", output=str(tmp_path / "out")), say=silent)
-    entry = runs.read_evaluations(folder)["test"]
-    card = (folder / "README.md").read_text()
-    assert f"{entry['log_likelihood']['mean']:.2f} ± {entry['log_likelihood']['stderr']:.2f}" in card
-    assert f"unreliable images (jackknife above 0.5 nats): {entry['unreliable_images']}" in card
 
 
 @pytest.mark.thorough

@@ -13,10 +13,8 @@ from PIL import Image
 from small_run import SMALL, bars, save_bars, train_small
 
 from ppl_vae import load
-from ppl_vae.commands import impute as imputation
-from ppl_vae.commands.encode import encode_images
 from ppl_vae.commands.impute import draw_imputations, hide_half, impute_images, read_mask
-from ppl_vae.commands.options import Encode, Impute
+from ppl_vae.commands.options import Impute
 from ppl_vae.evidence.evaluation import evaluate
 from ppl_vae.evidence.missing import Imputation
 from ppl_vae.reports.display import Display
@@ -112,14 +110,6 @@ def test_log_p_of_the_hidden_pixels_is_the_ratio_of_two_integrals(impute, images
     assert (np.abs(stored["log_likelihood_hidden"] - exact) < 5 * stderr + 1e-3).all()
 
 
-@pytest.mark.thorough
-def test_the_summary_is_the_mean_over_images_and_its_standard_error(impute):
-    stored, summary, _ = impute("test", hide="top")
-    values = stored["log_likelihood_observed"]
-    assert summary["log_likelihood_observed"]["mean"] == pytest.approx(values.mean())
-    assert summary["log_likelihood_observed"]["stderr"] == pytest.approx(values.std(ddof=1) / math.sqrt(40))
-
-
 def test_each_image_has_its_numbers_by_name(impute):
     stored, summary, _ = impute("test", hide="top", images=5)
     entries = summary["per_image"]
@@ -139,33 +129,6 @@ def test_observed_pixels_are_written_as_they_were_given(impute, images):
     np.testing.assert_array_equal(stored["mask"], mask)
     for filled in (*stored["draws"], stored["mean"]):
         np.testing.assert_array_equal(filled[mask], x[:, None][mask])
-
-
-@pytest.mark.thorough
-def test_pictures_are_brought_to_a_runs_shape_by_its_own_fit_as_they_are_when_encoded(impute, tmp_path):
-    """Bars drawn twice as wide, which --fit stretch undoes; a crop would lose their left and right quarters."""
-    x = bars(40, seed=9)[0]
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
-    for i, image in enumerate(x):
-        Image.fromarray(255 * image.repeat(2, axis=1)).save(pictures / f"{i:02d}.png")
-    changes = {"fit": "stretch", "image_size": (8, 8), "binarization": "threshold", "images": 4, "epochs": 1}
-    run = train_small(tmp_path / "run", replace(SMALL, dataset=str(pictures), **changes))
-    stored, summary, said = impute(pictures, run_dir=run)
-    seen = stored["mean"]
-    words = {"num_particles": 2, "images": None, "seed": 0, "device": "cpu", "output": str(tmp_path / "encoded")}
-    told: list[str] = []
-    written = encode_images(Encode(str(run), str(pictures), **words), say=told.append)
-    (note,) = summary["notes"]
-    assert "40 of 40 images" in note
-    assert "stretched to 8x8" in note
-    assert note in said
-    assert note in told
-    assert json.loads((written / "encoded.json").read_text())["notes"] == [note]
-    np.testing.assert_array_equal(seen[:, 0], x)
-    with torch.no_grad(), np.load(written / "encoded.npz", allow_pickle=False) as stored:
-        mean = load(run).posterior(torch.from_numpy(x)[:, None].float()).mean
-        np.testing.assert_allclose(stored["mean"], mean, rtol=1e-5, atol=1e-6)
 
 
 def test_the_same_seed_gives_the_same_draws_and_another_others(impute):
@@ -221,13 +184,6 @@ def test_a_mask_is_read_in_each_of_its_shapes(images, shape, event_shape, count)
     np.testing.assert_array_equal(observed, expected.reshape(observed.shape))
 
 
-def test_a_mask_belongs_to_the_images_before_a_subset_is_taken(impute, images):
-    """Image i of the test split has its first i pixels masked."""
-    mask = (np.arange(64) >= np.arange(40)[:, None]).reshape(40, 8, 8)
-    stored, summary, _ = impute("test", mask=images(mask, "mask.npy"), images=6)
-    assert [entry["missing_pixels"] for entry in summary["per_image"]] == [int(name) for name in stored["names"]]
-
-
 @pytest.mark.parametrize(
     ("array", "words"),
     [
@@ -244,41 +200,12 @@ def test_a_mask_that_is_none_is_refused(images, array, words):
         read_mask(str(images(array, "mask.npy")), 40, (1, 8, 8))
 
 
-def test_a_mask_file_that_is_no_array_is_refused(tmp_path):
-    (tmp_path / "mask.npy").write_text("1 0 1")
-    with pytest.raises(ValueError, match=r"mask\.npy: expected an \.npy file of zeros and ones, got something else"):
-        read_mask(str(tmp_path / "mask.npy"), 40, (1, 8, 8))
-
-
-def test_a_mask_file_that_is_missing_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"--mask: .*none\.npy cannot be read: No such file"):
-        read_mask(str(tmp_path / "none.npy"), 40, (1, 8, 8))
-
-
-def test_a_mask_and_a_side_together_are_refused(impute, images):
-    with pytest.raises(ValueError, match="--hide: expected one of --mask and --hide, got both"):
-        impute("test", mask=images(np.ones((8, 8)), "mask.npy"), hide="top")
-
-
 def test_a_table_has_no_side_to_hide(impute, table):
     with pytest.raises(ValueError, match=r"--hide: expected images .C, H, W., got a table of shape \(12,\)"):
         impute("test", run_dir=table, hide="top")
 
 
-def test_a_refused_mask_leaves_no_folder(impute, images, tmp_path):
-    with pytest.raises(ValueError, match="--mask"):
-        impute("test", mask=images(np.ones((5, 5)), "mask.npy"))
-    assert not (tmp_path / "out").exists()
-
-
 # --- What is said ---
-
-
-def test_few_effective_particles_are_a_warning(impute):
-    """With two particles an image has at most two effective ones, and with pixels missing all are counted."""
-    _, summary, said = impute("test", hide="top", images=6, num_particles=2)
-    assert summary["few_particles"] == 6
-    assert "Unreliable: 6 of 6 images with missing pixels have fewer than 5 effective particles of 2." in said
 
 
 def test_hidden_pixels_have_no_score_where_an_image_has_other_holes(impute, images):
@@ -302,29 +229,6 @@ def test_the_picture_is_written_beside_the_numbers(impute, tmp_path):
     }
     with Image.open(tmp_path / "out" / "imputations.png") as picture:
         assert min(picture.size) > 100
-
-
-def test_a_table_is_imputed_without_a_picture(impute, table, images, tmp_path):
-    x = np.random.default_rng(1).integers(0, 2, (5, 12)).astype(float)
-    x[:, ::2] = NAN
-    stored, _, said = impute(images(x), run_dir=table)
-    assert stored["draws"].shape == (3, 5, 12)
-    assert "there is no picture" in said
-    assert not (tmp_path / "out" / "imputations.png").exists()
-
-
-def test_no_record_stands_beside_the_files_of_other_images(impute, folder, monkeypatch):
-    """A second imputation ends between its files: imputations.json, which says what they are of, is gone."""
-
-    def fails(path, figure):
-        raise OSError("disk full")
-
-    impute("test", hide="left", images=2, output=None)
-    monkeypatch.setattr(imputation, "write_figure", fails)
-    with pytest.raises(OSError, match="disk full"):
-        impute("test", hide="left", images=3, output=None)
-    left = {path.name for path in (folder / "imputations").iterdir()}
-    assert left == {"imputed.npz", "imputations.png"}
 
 
 def test_nothing_of_the_run_changes_but_its_folder_imputations(impute, folder):
@@ -360,28 +264,3 @@ def test_the_truth_is_drawn_where_it_is_known():
     x[:, :, :2] = NAN
     assert sheet(figure_of(x, truth))[1][-1] == "truth"
     assert "truth" not in sheet(figure_of(x, x))[1]
-
-
-def test_missing_pixels_alone_have_a_color():
-    truth = torch.ones(1, 1, 4, 4)
-    x = truth.clone()
-    x[:, :, :2] = NAN
-    drawn, rows = sheet(figure_of(x, truth))
-    tiles = np.split(drawn, len(rows), axis=0)
-    half = len(tiles[0]) // 2
-    inside = slice(half // 2, half - 2), slice(4, -4)
-    red, green, blue = np.moveaxis(tiles[0][inside], -1, 0)
-    assert (blue > red).all()
-    assert (blue > green).all()
-    np.testing.assert_array_equal(tiles[0][half + 2 : -4, 4:-4], 1)
-    assert all((tile[..., 0] == tile[..., 2]).all() for tile in tiles[1:])
-
-
-def test_images_with_holes_are_drawn_first():
-    truth = torch.rand(30, 1, 4, 4, generator=torch.Generator().manual_seed(0))
-    x = truth.clone()
-    x[25, 0, 0] = NAN
-    assert len(figure_of(x, truth).axes[0].get_xticklabels()) == 1
-
-
-# --- The script ---

@@ -8,8 +8,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
-from PIL import Image
 from scipy import stats
 from small_run import SMALL, bars
 
@@ -17,12 +15,7 @@ from ppl_vae import runs
 from ppl_vae.commands import compare_likelihoods as likelihood_table
 from ppl_vae.commands import run_series
 from ppl_vae.commands.compare_likelihoods import compare_likelihoods
-from ppl_vae.commands.evaluate import evaluate_run
-from ppl_vae.commands.options import Evaluate
-from ppl_vae.reports import figures as plots
-from ppl_vae.reports import likelihood_figures
 from ppl_vae.runs.load import load
-from ppl_vae.runs.open import open_run
 from ppl_vae.runs.options import LIKELIHOODS
 from ppl_vae.runs.resolve import load_splits
 from ppl_vae.runs.results import to_json
@@ -94,17 +87,6 @@ def test_bits_are_minus_nats_over_pixels_and_log_2(table):
         assert row["floor_bits_per_dim"] == pytest.approx(-row["floor"]["mean"] / (PIXELS * math.log(2)))
 
 
-def test_rows_of_densities_say_that_their_masses_are_exact(table):
-    kinds = {row["likelihood"]: row["kind"] for row in table[1]}
-    assert kinds == {"binomial": "mass", "normal": "exact", "beta": "exact"}
-
-
-def test_the_best_row_is_the_first(table):
-    bits = [row["bits_per_dim"]["mean"] for row in table[1]]
-    assert bits == sorted(bits)
-    assert [row["rank"] for row in table[1]] == [1, 2, 3]
-
-
 def test_differences_from_the_best_are_paired_on_the_same_images(table):
     folder, rows, _ = table
     nats = {
@@ -127,12 +109,6 @@ def test_intervals_hold_for_all_rows_at_once(table):
         found = row["difference_bits_per_dim"]
         half = stats.t.ppf(1 - 0.05 / 2 / 2, row["num_images"] - 1) * found["stderr"]
         assert found["interval"] == pytest.approx([found["mean"] - half, found["mean"] + half])
-
-
-@pytest.mark.parametrize("name", ["reconstructions.png", "samples.png", "calibration.png"])
-def test_figures_are_drawn(table, name):
-    picture = np.asarray(Image.open(table[0] / "runs" / runs.FIGURES / name).convert("L"))
-    assert picture.std() > 10
 
 
 # --- Going on ---
@@ -170,25 +146,6 @@ def test_an_interrupted_table_goes_on_with_what_is_left(table, levels, tmp_path,
     assert measured(rows).items() <= measured(table[1]).items()
 
 
-def test_a_normal_does_not_expect_black_as_often_as_it_falls_below(tmp_path):
-    """Seven columns of eight are always black, and half of a normal around black lies below: cut, it would be black."""
-    table = np.zeros((60, 8), dtype=np.uint8)
-    table[:, 0] = np.random.default_rng(0).integers(0, 256, len(table))
-    np.save(tmp_path / "black.npy", table)
-    rows, _ = compare(replace(SMALL, dataset=str(tmp_path / "black.npy")), tmp_path, ("normal-fixed",))
-    assert rows[0]["calibration"]["below_10_percent_quantile"]["mean"] < 0.05
-
-
-def test_a_calibration_of_other_weights_is_measured_anew(table, levels, tmp_path):
-    folder, _, _ = table
-    run = open_run(str(folder / "runs" / "binomial"))
-    path = run.folder / "calibration.json"
-    right = path.read_bytes()
-    path.write_text(json.dumps(json.loads(right) | {"step": 1, "verdict": "old"}))
-    assert likelihood_table.calibrate_run(run).verdict != "old"
-    assert path.read_bytes() == right
-
-
 def test_a_likelihood_whose_training_meets_a_nan_is_left_out_and_told_of(levels, tmp_path, monkeypatch):
     train = run_series.train_run
 
@@ -219,18 +176,6 @@ def test_scales_are_never_mixed(levels, tmp_path):
     refused(levels, tmp_path, ("binomial", "bernoulli", "normal"), match)
 
 
-def test_a_likelihood_that_the_data_does_not_fit_is_found_before_any_training(levels, tmp_path):
-    np.save(tmp_path / "real.npy", np.random.default_rng(0).normal(size=(60, 5)))
-    asked = replace(levels, dataset=str(tmp_path / "real.npy"))
-    refused(asked, tmp_path, ("normal", "binomial"), "--likelihood binomial: expected 8-bit levels")
-
-
-def test_a_network_that_cannot_be_built_is_found_before_any_training(levels, tmp_path):
-    np.save(tmp_path / "table.npy", np.random.default_rng(0).integers(0, 200, (60, 5), dtype=np.uint8))
-    asked = replace(levels, dataset=str(tmp_path / "table.npy"), network="conv")
-    refused(asked, tmp_path, ("binomial", "normal"), r"expected images \(C, H, W\) for a convolutional network")
-
-
 @pytest.mark.parametrize(
     ("words", "changes", "match"),
     [
@@ -249,23 +194,6 @@ def test_a_folder_with_other_options_is_refused(table, levels, name):
     with pytest.raises(ValueError, match=f"expected a run with the options that are asked for, got others in {name};"):
         compare(replace(levels, **{name: 3}), folder)
     assert weights_of(folder) == before
-
-
-def test_a_run_that_was_evaluated_otherwise_since_is_refused(table, levels, tmp_path):
-    folder, _, _ = table
-    run = folder / "runs" / "beta"
-    kept = {path: path.read_bytes() for path in (run / runs.EVALUATION, run / runs.per_image_file("test"))}
-    evaluate_run(
-        Evaluate(str(run), split="test", num_particles=20, images=None, device="cpu", seed=0), say=lambda line: None
-    )
-    try:
-        with pytest.raises(
-            ValueError, match="num_images 40 instead of 25, num_particles 20 instead of 10; evaluate_log"
-        ):
-            compare(levels, folder)
-    finally:
-        for path, content in kept.items():
-            path.write_bytes(content)
 
 
 # --- Which likelihoods ---
@@ -291,39 +219,3 @@ def test_zeros_and_ones_are_a_bernoullis_alone(tmp_path):
     """Counts would take them too, and densities; neither is meant."""
     found = fitting(tmp_path, np.random.default_rng(0).integers(0, 2, (60, 4, 4), dtype=np.uint8))
     assert found == ["bernoulli"]
-
-
-def test_real_values_are_ranked_in_nats(tmp_path):
-    np.save(tmp_path / "data.npy", np.random.default_rng(0).normal(size=(60, 5)))
-    rows, said = compare(replace(SMALL, dataset=str(tmp_path / "data.npy")), tmp_path, ("normal", "laplace"))
-    assert [row["kind"] for row in rows] == ["density", "density"]
-    assert all(row["bits_per_dim"] is None and row["difference_bits_per_dim"] is None for row in rows)
-    assert rows[1]["difference_nats"]["mean"] <= 0
-    assert not any(line.startswith("bound: ") for line in said)
-    assert not (tmp_path / "runs" / runs.FIGURES / "samples.png").exists()
-
-
-# --- The figure ---
-
-
-def test_each_model_has_a_histogram_of_its_shares():
-    shares = np.linspace(0.03, 0.07, 20)
-    drawn = {name: plots.PixelHistogram(shares, np.full(20, 0.001), "calibrated") for name in "abcde"}
-    figure = plots.pixel_calibration(drawn, title="Calibration")
-    panels = [axes for axes in figure.axes if axes.patches]
-    assert [axes.get_title().splitlines()[0] for axes in panels] == list("abcde")
-    for axes in panels:
-        assert [bar.get_height() for bar in axes.patches] == pytest.approx((20 * shares).tolist())
-
-
-def test_samples_of_all_models_are_from_the_same_latents(table):
-    folder, _, _ = table
-    drawn = []
-    for word in ("binomial", "normal"):
-        vae = likelihood_figures.load_evaluated_vae(open_run(str(folder / "runs" / word)))
-        seen = []
-        vae.likelihood.register_forward_pre_hook(lambda module, inputs, seen=seen: seen.append(inputs[0]))
-        with torch.no_grad():
-            likelihood_figures._sampled(vae)
-        drawn.append(seen[0])
-    assert torch.equal(*drawn)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import runpy
 import sys
 from dataclasses import replace
@@ -68,15 +67,6 @@ def test_epochs_fill_the_minutes_that_were_asked_for(options, tmp_path, monkeypa
     assert rows[0]["epochs"] == epochs
 
 
-def test_an_epochs_time_is_that_of_all_its_images(options, monkeypatch):
-    """A clock that ticks a second at every reading: a few steps are scaled up to the whole training set."""
-    ticks = itertools.count()
-    monkeypatch.setattr(network_table.time, "perf_counter", lambda: float(next(ticks)))
-    monkeypatch.setattr(network_table, "_CALIBRATION_STEPS", 2)
-    num_train, num_timed = 240, 2 * options.batch_size
-    assert network_table.seconds_per_epoch(options) == pytest.approx(num_train / num_timed)
-
-
 def test_a_table_that_is_asked_for_again_takes_its_runs_as_they_are(table, options):
     folder, rows, _ = table
     before = {path: path.read_bytes() for path in (folder / "runs").rglob("*.safetensors")}
@@ -93,18 +83,6 @@ def test_a_folder_with_other_options_is_refused(table, options, name):
         compare(replace(options, **{name: 3}), folder)
 
 
-def test_a_run_that_was_streamed_or_logged_is_taken(table, options):
-    folder, rows, _ = table
-    assert compare(replace(options, stream="on", tensorboard="on"), folder)[0] == rows
-
-
-def test_a_folder_of_another_data_set_is_refused(table, options, tmp_path):
-    folder, _, _ = table
-    np.save(tmp_path / "other.npy", np.random.default_rng(1).integers(0, 2, (300, 6, 5), dtype=np.uint8))
-    with pytest.raises(ValueError, match="got others in dataset;"):
-        compare(replace(options, dataset=str(tmp_path / "other.npy")), folder)
-
-
 def test_the_command_is_of_plain_vaes(monkeypatch):
     asked = []
     monkeypatch.setattr(
@@ -113,10 +91,3 @@ def test_the_command_is_of_plain_vaes(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["compare_networks.py"])
     runpy.run_path(str(SCRIPT), run_name="__main__")
     assert asked == [Options(**PLAIN, evaluation_particles=100)]
-
-
-def test_a_network_that_cannot_be_built_is_found_before_any_training(options, tmp_path):
-    np.save(tmp_path / "table.npy", np.random.default_rng(1).integers(0, 2, (300, 6), dtype=np.uint8))
-    with pytest.raises(ValueError, match=r"expected images \(C, H, W\) for a convolutional network"):
-        compare(replace(options, dataset=str(tmp_path / "table.npy")), tmp_path)
-    assert not (tmp_path / "runs").exists()

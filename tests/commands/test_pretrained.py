@@ -9,13 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_run import save_bars
 
 from ppl_vae import data, load, runs, save
 from ppl_vae.commands.cli import parse
 from ppl_vae.commands.evaluate import evaluate_run
 from ppl_vae.commands.options import COMMANDS, Evaluate
-from ppl_vae.commands.train import resume_run
 from ppl_vae.runs import load as stored
 from ppl_vae.runs.build import build_vae
 from ppl_vae.runs.load import load_starting_weights, read_config
@@ -63,10 +61,6 @@ def shipped(trained, tmp_path, monkeypatch):
 # --- What ships ---
 
 
-def test_weights_options_and_evaluation_ship_and_no_more(shipped):
-    assert sorted(contents(shipped)) == [Path("config.json"), Path("evaluation.json"), Path("model.safetensors")]
-
-
 def test_what_ships_knows_no_place_of_the_machine(trained, shipped):
     assert "somewhere" in (trained / runs.CONFIG).read_text()
     assert "somewhere" not in (shipped / runs.CONFIG).read_text()
@@ -74,36 +68,10 @@ def test_what_ships_knows_no_place_of_the_machine(trained, shipped):
     assert (options["data_dir"], options["start_from"]) == (None, None)
 
 
-def test_shipping_again_replaces_what_was_there(trained, shipped):
-    before = contents(shipped)
-    (shipped / runs.EVALUATION).write_text("{}")
-    ship_run(str(trained), "small")
-    assert contents(shipped) == before
-
-
 @pytest.mark.parametrize("name", ["", "Small", "a/b", "..", "a--b", "a b"])
 def test_a_name_that_is_no_plain_word_is_refused(trained, shipped, name):
     with pytest.raises(ValueError, match="name: expected small letters and digits"):
         ship_run(str(trained), name)
-
-
-def test_a_run_without_an_evaluation_of_its_weights_does_not_ship(trained, shipped, tmp_path):
-    folder = tmp_path / "other"
-    folder.mkdir()
-    for name, content in contents(trained).items():
-        (folder / name).write_bytes(content)
-    entry = runs.read_evaluations(folder)["test"]
-    runs.write_json(folder / runs.EVALUATION, {"test": entry | {"step": entry["step"] + 1}})
-    with pytest.raises(ValueError, match="expected an evaluation of its weights on the test split, got none"):
-        ship_run(str(folder), "other")
-    assert not (shipped.parent / "other").exists()
-
-
-def test_a_run_on_a_file_of_ones_own_does_not_ship(shipped, tmp_path):
-    options = replace(OPTIONS, dataset=str(save_bars(tmp_path / "bars.npz")))
-    save(build_vae(options, (8, 8)), tmp_path / "bars", options)
-    with pytest.raises(ValueError, match=r"expected a run on one of mnist, .*, got .*bars\.npz"):
-        ship_run(str(tmp_path / "bars"), "bars")
 
 
 # --- What takes it ---
@@ -114,13 +82,6 @@ def test_a_name_gives_the_model(trained, shipped):
     found = load("small").state_dict()
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in found)
-
-
-def test_a_folder_of_that_name_goes_before_it(trained, shipped):
-    other = replace(OPTIONS, latent_dim=3)
-    save(build_vae(other, (1, 28, 28)), "small", other)
-    assert load("small").prior().event_shape == (3,)
-    assert open_run("small").folder == Path("small")
 
 
 def test_a_name_of_neither_a_folder_nor_a_pretrained_run_is_refused_with_those_there_are(shipped):
@@ -149,20 +110,6 @@ def test_a_copy_that_was_interrupted_is_made_whole(shipped, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             open_run("small", say=silent)
     assert open_run("small", say=silent).folder == Path("runs/small")
-    assert contents(Path("runs/small")) == contents(shipped)
-
-
-def test_another_run_in_the_copys_place_is_left_as_it_is(shipped):
-    save(build_vae(OPTIONS, (1, 28, 28)), "runs/small", OPTIONS)
-    before = contents(Path("runs/small"))
-    with pytest.raises(ValueError, match="runs/small: expected a copy of the pretrained run small, got another run"):
-        open_run("small", say=silent)
-    assert contents(Path("runs/small")) == before
-
-
-def test_its_training_cannot_be_gone_on_with(shipped):
-    with pytest.raises(ValueError, match=r"--resume: expected a run of train_svi\.py, but runs/small was .* shipped"):
-        resume_run("small", epochs=10, say=silent)
     assert contents(Path("runs/small")) == contents(shipped)
 
 

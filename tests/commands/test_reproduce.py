@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pyro
 import pytest
 import torch
 from small_run import SMALL, save_bars
@@ -18,19 +15,16 @@ from small_run import SMALL, save_bars
 from ppl_vae import runs
 from ppl_vae.commands import reproduce as reproduction
 from ppl_vae.commands import run_series
-from ppl_vae.commands.cli import parse
 from ppl_vae.commands.encode import encode_images
-from ppl_vae.commands.options import COMMANDS, Encode, Reproduce
+from ppl_vae.commands.options import Encode, Reproduce
 from ppl_vae.commands.reproduce import (
     read_rows,
-    read_validation_curve,
     reproduce_recipe,
     shorten_stages,
     write_row,
 )
-from ppl_vae.reports.text.reproduction import describe_reproduction, reproduction_table, seeds_table
+from ppl_vae.reports.text.reproduction import reproduction_table, seeds_table
 from ppl_vae.runs import recipes
-from ppl_vae.runs.open import load_evaluated_vae, open_run
 from ppl_vae.runs.recipes import Recipe
 from ppl_vae.runs.reproduction_results import Published, Reproduction
 from ppl_vae.runs.results import from_json, to_json
@@ -110,24 +104,6 @@ def test_a_row_is_what_the_last_stages_run_holds(undisturbed):
     assert len(row["seconds"]["training"]) == 2
 
 
-def test_a_row_is_written_and_says_with_what_it_was_made(undisturbed):
-    folder, row, _ = undisturbed
-    assert to_json(read_rows(str(folder / "results" / "rows.json"))) == [json.loads(json.dumps(row))]
-    release = row["environment"]["packages"]["torch"].split("+")[0]  # torch itself adds how it was built
-    assert release == torch.__version__.split("+")[0]
-    assert row["environment"]["device"]
-    assert len(row["commits"]) >= 1
-    assert len(row["commits"][0].removesuffix("-dirty")) == 40
-
-
-def test_a_rows_command_asks_for_the_same_again(tmp_path):
-    row, _ = reproduced(tmp_path, epochs_share=0.1, seed=3)
-    script, *words = row["command"].split()[1:]
-    assert (ROOT / script).exists()
-    asked = parse(COMMANDS["reproduce"], words)
-    assert (asked.name, asked.epochs_share, asked.seed, asked.epochs) == ("tiny", 0.1, 3, None)
-
-
 def test_a_later_stage_starts_from_the_weights_of_the_one_before(undisturbed):
     weights = weights_of(undisturbed[0])
     for name in (name for name in weights if name.startswith("2 ")):
@@ -141,18 +117,6 @@ def test_active_latents_are_those_whose_means_vary(undisturbed, tmp_path):
     encode_images(Encode(str(folder / "runs" / "2"), "test", **given), say=lambda line: None)
     means = np.load(tmp_path / "z" / "encoded.npz")["mean"]
     assert row["active_units"] == int((means.var(0, ddof=1) > 0.01).sum())
-
-
-def test_active_latents_are_counted_in_variances_of_the_prior(undisturbed, tmp_path, monkeypatch):
-    """Of a prior that is as wide as it takes for one latent to be just active, and for the other not to be."""
-    run = open_run(str(undisturbed[0] / "runs" / "2"))
-    vae = load_evaluated_vae(run)
-    given = {"num_particles": 2, "images": None, "device": "cpu", "seed": 0, "output": str(tmp_path / "z")}
-    encode_images(Encode(str(run.folder), "test", **given), say=lambda line: None)
-    means = torch.as_tensor(np.load(tmp_path / "z" / "encoded.npz")["mean"])
-    scale = (means.var(0) / 0.01).sqrt() * torch.tensor([0.9, 1.1])
-    monkeypatch.setattr(type(vae.prior), "forward", lambda self: pyro.distributions.Normal(0, scale).to_event(1))
-    assert reproduction._count_active_units(run, vae) == 1
 
 
 # --- Going on ---
@@ -204,13 +168,6 @@ def test_a_finished_recipe_is_taken_as_it_is(undisturbed, monkeypatch):
     assert {path: path.read_bytes() for path in (folder / "runs").rglob("*.safetensors")} == files
 
 
-def test_an_evaluation_with_other_particles_is_made_again(undisturbed, tiny, tmp_path, monkeypatch):
-    shutil.copytree(undisturbed[0], tmp_path / "copy")
-    monkeypatch.setitem(recipes.RECIPES, "tiny", lambda: tiny._replace(particles=12))
-    row, _ = reproduced(tmp_path / "copy")
-    assert row["protocol"]["num_particles"] == 12
-
-
 # --- Budgets ---
 
 
@@ -222,56 +179,6 @@ def test_a_share_is_of_each_stages_epochs_and_warmup(stages, share, epochs, warm
     found = shorten_stages(stages, share)
     assert [stage.epochs for stage in found] == epochs
     assert [stage.warmup_epochs for stage in found] == warmups
-
-
-@pytest.mark.parametrize(
-    ("elbos", "step", "expected"),
-    [
-        ([-9.0, -7.0, -8.0], 2, {"elbo": -7.0, "epoch": 2, "last_tenth_gains": [-1.0]}),
-        ([-9.0, -8.0, -7.5], 3, {"elbo": -7.5, "epoch": 3, "last_tenth_gains": [0.5]}),
-        ([float(e) for e in range(20)], 20, {"elbo": 19.0, "epoch": 20, "last_tenth_gains": [2.0]}),
-        ([-9.0], 1, {"elbo": -9.0, "epoch": 1, "last_tenth_gains": [None]}),
-    ],
-)
-def test_the_end_of_a_validation_curve_is_its_last_tenth_over_the_rest(elbos, step, expected):
-    metrics = [
-        {"step": epoch, "epoch": epoch, "validation_elbo_nats_per_image": elbo}
-        for epoch, elbo in enumerate(elbos, start=1)
-    ]
-    assert to_json(read_validation_curve([metrics], step)) == expected
-
-
-def test_of_weights_that_are_those_of_the_start_there_is_no_record():
-    stages = [[{"step": 2, "epoch": 1, "validation_elbo_nats_per_image": elbo}] for elbo in (-3.0, -4.0)]
-    assert to_json(read_validation_curve(stages, 0)) == {"elbo": None, "epoch": 0, "last_tenth_gains": [None, None]}
-
-
-def test_without_validation_images_there_is_no_validation_curve():
-    assert read_validation_curve([[{"step": 5, "epoch": 1}]], 5) is None
-
-
-def test_each_stage_has_the_end_of_its_own_curve():
-    elbo, bound = "validation_elbo_nats_per_image", "validation_bound_nats_per_image"
-    first = [{"step": e, "epoch": e, elbo: float(e)} for e in range(1, 21)]
-    second = [{"step": e, "epoch": e, elbo: -float(e), bound: value} for e, value in ((1, 30.0), (2, 30.25))]
-    assert to_json(read_validation_curve([first, second], 2)) == {
-        "elbo": -2.0,
-        "epoch": 2,
-        "last_tenth_gains": [2.0, 0.25],
-    }
-
-
-def test_the_end_of_each_stages_curve_is_told_and_in_the_table():
-    seen = {"elbo": -88.0, "epoch": 30, "last_tenth_gains": [0.021, 0.0004]}
-    budget = {"share": 1.0, "epochs": [300, 30], "recipe_epochs": [300, 30]}
-    row = made_up(validation=seen, budget=budget)
-    assert (
-        "  the last tenth of each stage's epochs gained +0.02, +0.00 nats of validation bound"
-        in describe_reproduction(row, "")
-    )
-    assert reproduction_table([row]).endswith("| +0.02, +0.00 |")
-    short = made_up(validation={"elbo": -88.0, "epoch": 30, "last_tenth_gains": [0.021, None]}, budget=budget)
-    assert reproduction_table([short]).endswith("| +0.02, - |")
 
 
 # --- The results file ---
@@ -353,29 +260,6 @@ def test_the_readmes_table_is_that_of_the_stored_rows():
     assert section.count("\n|") == sum(len(table.splitlines()) for table in tables)
 
 
-def test_seeds_of_one_recipe_are_told_together():
-    rows = [made_up(seed=seed, ours={"mean": mean, "stderr": 0.2}) for seed, mean in enumerate((-84.4, -84.7, -84.1))]
-    *_, line = seeds_table([*rows, made_up(seed=3, options=OTHER)]).splitlines()
-    # 0.30 / sqrt(3) = 0.173, and sqrt(0.173^2 + 0.12^2) = 0.211
-    assert line == "| `vae_gaussian` | 3 | -84.40 ± 0.17 | 0.30 | +0.05 ± 0.21 (VAE: there) |"
-    *_, line = seeds_table(
-        [replace(row, published=(Published(-84.45, None, "VAE: there"),)) for row in rows]
-    ).splitlines()
-    assert line.endswith("| +0.05 ± 0.17 (VAE: there) |")
-
-
-def test_an_option_that_is_younger_than_a_row_or_of_the_machine_is_no_other_training():
-    young = [{"epochs": 400, "num_particles": 1, "seed": 2, "stream": "on", "tensorboard": "on", "beta": 1.0}]
-    assert "| `vae_gaussian` | 3 |" in seeds_table([made_up(), made_up(seed=1), made_up(seed=2, options=young)])
-
-
-OTHER = [{"epochs": 400, "num_particles": 1, "seed": 3, "learning_rate": 1e-5}]
-
-
-def test_two_seeds_or_rows_of_other_trainings_make_no_table():
-    assert seeds_table([made_up(), made_up(seed=1), made_up(seed=2, options=OTHER)]) == ""
-
-
 # --- What is refused, before any training ---
 
 
@@ -386,30 +270,9 @@ def refused(folder, match, **asked):
     assert {path for path in folder.rglob("*") if path.is_file()} == before
 
 
-def test_a_name_of_no_recipe_is_refused(tmp_path):
-    refused(tmp_path, r"NAME: expected one of iwae_vae_1, .*, tiny, got 'vae_gauss'", name="vae_gauss")
-
-
-def test_an_output_that_cannot_be_made_is_refused(tmp_path):
-    (tmp_path / "file").touch()
-    refused(tmp_path / "run", "--output: .*file cannot be made: ", output=str(tmp_path / "file" / "rows.json"))
-
-
 @pytest.mark.parametrize(("asked", "what"), [({"seed": 1}, "seed"), ({"epochs": 1}, "epochs, warmup_epochs")])
 def test_run_folders_of_another_training_are_refused(undisturbed, asked, what):
     refused(undisturbed[0], f"1: expected a run with the options that are asked for, got others in {what};", **asked)
-
-
-def test_a_folder_of_something_else_in_a_later_stages_place_is_found_before_the_first(tmp_path):
-    (tmp_path / "runs" / "2").mkdir(parents=True)
-    (tmp_path / "runs" / "2" / "notes.txt").write_text("mine")
-    refused(tmp_path, "2: expected a run, a new or an empty folder, got another; name another --run-dir")
-
-
-def test_a_later_stage_that_cannot_be_trained_is_found_before_the_first(tiny, stages, tmp_path, monkeypatch):
-    changed = tiny._replace(stages=(stages[0], replace(stages[1], free_bits=0.5)))
-    monkeypatch.setitem(recipes.RECIPES, "tiny", lambda: changed)
-    refused(tmp_path, "--free-bits: expected --objective free-bits")
 
 
 @pytest.mark.parametrize(

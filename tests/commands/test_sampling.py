@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -14,11 +13,10 @@ from PIL import Image
 from small_run import SMALL, bars, save_bars, train_small
 from torch.testing import assert_close
 
-from ppl_vae import VAE, load
+from ppl_vae import load
 from ppl_vae.commands import sample as sampling
 from ppl_vae.commands.options import Sample
 from ppl_vae.commands.sample import sample_run
-from ppl_vae.runs import outputs
 
 
 @pytest.fixture(scope="module")
@@ -68,22 +66,6 @@ def test_the_mean_is_that_of_its_own_latent(monkeypatch):
     assert 0.5 < residual.std() < 1.5
 
 
-def test_no_distribution_outlives_its_pass(monkeypatch):
-    """Each holds its logits, as large as an image: kept to the end, they would take as much memory as the results."""
-    monkeypatch.setattr("ppl_vae.runtime.batching.items_per_pass", lambda *_, **__: 4)
-    vae, made, alive = LinearGaussian.random().vae(), [], []
-    decode = vae.likelihood
-
-    def likelihood(z):
-        alive.append(sum(each() is not None for each in made))
-        made.append(weakref.ref(decoded := decode(z)))
-        return decoded
-
-    sampling.sample(VAE(vae.prior, likelihood, vae.posterior), 40)
-    assert len(alive) == 11
-    assert max(alive) <= 1
-
-
 @pytest.mark.thorough
 def test_latents_are_standard_normal(sample):
     z = arrays(sample(num_samples=5000)[0])["z"]
@@ -114,29 +96,6 @@ def test_the_pictures_are_the_means_in_eight_bits(sample):
             np.testing.assert_array_equal(np.asarray(picture), np.rint(255 * mean[i, 0]).astype(np.uint8))
 
 
-def test_a_picture_in_color_keeps_its_channels(tmp_path):
-    sampling._write_pictures(tmp_path / "images", np.array([[[[10]], [[20]], [[30]]]], dtype=np.uint8))
-    with Image.open(tmp_path / "images" / "0000.png") as picture:
-        assert (picture.mode, picture.getpixel((0, 0))) == ("RGB", (10, 20, 30))
-
-
-def test_a_picture_that_cannot_be_put_in_its_place_leaves_nothing(tmp_path):
-    (tmp_path / "0000.png").mkdir()
-    with pytest.raises(OSError, match="directory"):
-        outputs.write_picture(tmp_path / "0000.png", np.zeros((1, 2, 2), dtype=np.uint8))
-    assert [path.name for path in tmp_path.iterdir()] == ["0000.png"]
-
-
-def test_a_failure_leaves_no_empty_folder(sample, tmp_path, monkeypatch):
-    def fails(vae, num_samples):
-        raise MemoryError("too many samples")
-
-    monkeypatch.setattr(sampling, "sample", fails)
-    with pytest.raises(MemoryError, match="too many samples"):
-        sample()
-    assert not (tmp_path / "out").exists()
-
-
 def test_the_same_seed_draws_the_same(sample, tmp_path):
     one, two = (arrays(sample(output=tmp_path / name)[0]) for name in "ab")
     for name in one:
@@ -150,14 +109,6 @@ def test_sampling_leaves_the_random_state_and_the_run(sample, folder):
     sample()
     assert torch.equal(torch.get_rng_state(), state)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
-
-
-def test_the_runs_own_folder_is_written_again_without_pictures_of_before(sample, folder):
-    sample(num_samples=7, output=None)
-    (folder / "samples" / "images" / "mine.png").write_bytes(b"")
-    sample(num_samples=3, output=None)
-    names = sorted(path.name for path in (folder / "samples" / "images").iterdir())
-    assert names == ["0000.png", "0001.png", "0002.png", "mine.png"]
 
 
 def test_a_folder_that_holds_something_is_refused(sample, tmp_path):

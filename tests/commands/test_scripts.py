@@ -180,13 +180,6 @@ def table(datasets: Path, run: Run, tmp_path_factory: pytest.TempPathFactory) ->
     return folder, run(TRAIN, "--dataset", datasets / "bits.npy", "--run-dir", folder, *options, "--images", "4000")
 
 
-@pytest.fixture(scope="module")
-def weights_of_another_architecture(datasets: Path, run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs") / "other"
-    assert run(TRAIN, "--dataset", datasets / "small.npz", "--run-dir", folder, *SMALL, "--hidden", "8").code == 0
-    return folder / "model.safetensors"
-
-
 @pytest.fixture
 def copy(first: tuple[Path, Done], tmp_path: Path) -> Path:
     """A finished run, to be changed."""
@@ -276,25 +269,6 @@ def evaluated(
     return folder, read(folder / "evaluation.json")["test"], done
 
 
-def test_an_evaluation_says_what_was_measured(first: tuple[Path, Done], datasets: Path) -> None:
-    expected = {
-        "dataset": "small.npz",
-        "split": "test",
-        "binarization": "dynamic",
-        "num_images": 20,
-        "num_particles": 10,
-        "likelihood": "bernoulli",
-        "measure": "mass",
-    }
-    assert expected.items() <= read(first[0] / "evaluation.json")["test"].items()
-
-
-@pytest.mark.thorough
-def test_k_hat_is_known_for_enough_particles(evaluated: tuple[Path, dict[str, Any], Done]) -> None:
-    quantiles = evaluated[1]["pareto_k"]
-    assert quantiles["q05"] <= quantiles["median"] <= quantiles["q95"]
-
-
 @pytest.mark.thorough
 def test_the_log_likelihood_that_is_written_is_the_integral_over_z(
     evaluated: tuple[Path, dict[str, Any], Done], datasets: Path
@@ -331,19 +305,9 @@ def test_an_evaluation_of_another_split_replaces_only_its_own_key(copy: Path, ru
     assert (after["validation"]["num_particles"], after["validation"]["num_images"]) == (7, 40)
 
 
-def test_an_evaluation_of_train_takes_the_training_images(copy: Path, run: Run) -> None:
-    assert run(EVALUATE, copy, "--split", "train", "--num-particles", "2").code == 0
-    assert read(copy / "evaluation.json")["train"]["num_images"] == 300
-
-
 def test_an_evaluation_changes_its_own_files_alone(first: tuple[Path, Done], copy: Path, run: Run) -> None:
     run(EVALUATE, copy, "--num-particles", "7")
     assert contents(copy, but=EVALUATION) == contents(first[0], but=EVALUATION)
-
-
-def test_one_image_has_no_standard_error(copy: Path, run: Run) -> None:
-    assert run(EVALUATE, copy, "--num-particles", "2", "--images", "1").code == 0
-    assert read(copy / "evaluation.json")["test"]["log_likelihood"]["stderr"] is None
 
 
 # --- Figures ---
@@ -371,24 +335,11 @@ def test_a_finished_run_says_so_and_is_left_as_it_is(first: tuple[Path, Done], c
     assert contents(copy) == contents(first[0])
 
 
-def test_fewer_epochs_than_a_run_has_are_refused(first: tuple[Path, Done], copy: Path, run: Run) -> None:
-    done = run(TRAIN, "--resume", copy, "--epochs", "1")
-    assert (done.code, done.said) == (1, ["error: --epochs: expected at least the run's 2, got 1"])
-    assert contents(copy) == contents(first[0])
-
-
 @pytest.fixture(scope="module")
 def extended(first: tuple[Path, Done], run: Run, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Done]:
     """The first run, extended by two epochs; and how that ended."""
     folder = Path(shutil.copytree(first[0], tmp_path_factory.mktemp("runs") / "extended"))
     return folder, run(TRAIN, "--resume", folder, "--epochs", "4")
-
-
-@pytest.mark.thorough
-def test_an_extended_run_ends_well_and_says_what_it_does(extended: tuple[Path, Done]) -> None:
-    assert (extended[1].code, extended[1].said) == (0, [])
-    assert "Extended to 4 epochs" in extended[1].out
-    assert "Going on from step 6." in extended[1].out
 
 
 @pytest.mark.thorough
@@ -405,17 +356,6 @@ def test_an_extended_run_has_its_new_epochs_in_its_config(
     assert read(extended[0] / "config.json") == expected
 
 
-def test_an_extended_run_is_evaluated_with_its_new_weights(extended: tuple[Path, Done]) -> None:
-    best = max(records(extended[0]), key=lambda record: record["validation_elbo_nats_per_image"])
-    assert read(extended[0] / "evaluation.json")["test"]["step"] == best["step"]
-
-
-def test_an_extended_run_is_recorded_in_its_environment(extended: tuple[Path, Done]) -> None:
-    assert [start["argv"][1:] for start in read(extended[0] / "environment.json")["resumed"]] == [
-        ["--resume", str(extended[0]), "--epochs", "4"]
-    ]
-
-
 @pytest.mark.thorough
 def test_a_run_killed_before_its_evaluation_is_evaluated_without_training(
     first: tuple[Path, Done], copy: Path, run: Run
@@ -430,19 +370,6 @@ def test_a_run_killed_before_its_evaluation_is_evaluated_without_training(
     assert contents(copy, but=changed) == contents(first[0], but=changed)
 
 
-@pytest.mark.thorough
-@pytest.mark.parametrize("name", [*IMAGE_FIGURES, *TABLE_FIGURES])
-def test_a_run_killed_before_a_figure_is_drawn_without_training(
-    first: tuple[Path, Done], copy: Path, run: Run, name: str
-) -> None:
-    (copy / "figures" / name).unlink()
-    done = run(TRAIN, "--resume", copy)
-    assert (done.code, done.said, "Trained" in done.out) == (0, [], False)
-    np.testing.assert_array_equal(pictures(copy)[name], pictures(first[0])[name])
-    unchanged = ["evaluation.json", "model.safetensors", "training_state.safetensors", "metrics.jsonl"]
-    assert all((copy / file).read_bytes() == (first[0] / file).read_bytes() for file in unchanged)
-
-
 def same_as_uninterrupted(folder: Path, whole: Path) -> None:
     """The same weights bit for bit, metrics, evaluation and figures."""
     assert (folder / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
@@ -452,18 +379,6 @@ def same_as_uninterrupted(folder: Path, whole: Path) -> None:
     assert set(pictures(folder)) == set(pictures(whole))
     for name in set(pictures(folder)) & set(IMAGE_FIGURES):
         np.testing.assert_array_equal(pictures(folder)[name], pictures(whole)[name], err_msg=name)
-
-
-@pytest.mark.thorough
-def test_a_run_killed_before_its_first_checkpoint_starts_from_step_0(
-    first: tuple[Path, Done], copy: Path, run: Run
-) -> None:
-    for path in copy.iterdir():
-        if path.name not in ("config.json", "environment.json"):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    done = run(TRAIN, "--resume", copy)
-    assert (done.code, done.said, "Going on" in done.out) == (0, [], False)
-    same_as_uninterrupted(copy, first[0])
 
 
 LEARNS = [*PLAIN_WORDS, "--hidden", "16", "--latent-dim", "2", "--epochs", "2", "--warmup-epochs", "0"]
@@ -516,24 +431,6 @@ def test_an_interrupted_run_stops_without_a_traceback_and_has_its_weights(datase
 
 
 # --- Other data and folders ---
-
-
-@pytest.mark.thorough
-def test_a_binary_table_trains(table: tuple[Path, Done]) -> None:
-    assert (table[1].code, table[1].said) == (0, [])
-    assert "bits.npy: binary, 16; train / validation / test 80 / 10 / 10" in table[1].out
-    assert read(table[0] / "evaluation.json")["test"]["binarization"] == "none"
-
-
-@pytest.mark.thorough
-def test_a_table_has_no_figures_of_images_and_a_line_that_says_so(table: tuple[Path, Done]) -> None:
-    assert "The data is a table, (N, D): figures of images are skipped." in table[1].out.splitlines()
-    assert sorted(pictures(table[0])) == TABLE_FIGURES
-
-
-def test_the_quick_evaluation_takes_all_images_where_there_are_no_more(table: tuple[Path, Done]) -> None:
-    assert "--images 4,000: the test split has 10, and all are taken." in table[1].out.splitlines()
-    assert read(table[0] / "evaluation.json")["test"]["num_images"] == 10
 
 
 @pytest.mark.thorough
@@ -667,32 +564,6 @@ def test_a_bad_run_folder_is_refused_in_one_line(copy: Path, run: Run, what: str
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("command", [EVALUATE, FIGURES])
-def test_weights_of_another_architecture_are_refused_in_one_line(
-    copy: Path, run: Run, weights_of_another_architecture: Path, command: str
-) -> None:
-    shutil.copy(weights_of_another_architecture, copy / "model.safetensors")
-    line = refusal(run(*words(command, copy)))
-    assert "model.safetensors: the weights do not fit the run's config: " in line
-
-
-@pytest.mark.thorough
-def test_a_training_state_of_another_architecture_is_refused_in_one_line(
-    copy: Path, run: Run, weights_of_another_architecture: Path
-) -> None:
-    shutil.copy(weights_of_another_architecture.with_name("training_state.safetensors"), copy)
-    line = refusal(run(TRAIN, "--resume", copy, "--epochs", "4"))
-    assert "training_state.safetensors: " in line
-
-
-@pytest.mark.thorough
-@pytest.mark.parametrize("damage", ["evaluation damaged", "evaluation a list"])
-def test_a_damaged_evaluation_is_found_before_the_work(copy: Path, run: Run, damage: str) -> None:
-    BAD_RUNS[damage][0](copy)
-    assert "log p(x)" not in run(EVALUATE, copy).err
-
-
-@pytest.mark.thorough
 @pytest.mark.parametrize("command", EVERY)
 def test_data_that_has_changed_since_training_is_refused(
     copy: Path, run: Run, datasets: Path, tmp_path: Path, command: str
@@ -707,24 +578,7 @@ def test_data_that_has_changed_since_training_is_refused(
     assert "SHA-256 differs" in line
 
 
-@pytest.mark.thorough
-@pytest.mark.parametrize("command", [FIGURES, RESUME, EVALUATE])
-def test_data_that_was_copied_is_the_same_data(
-    copy: Path, run: Run, datasets: Path, tmp_path: Path, command: str
-) -> None:
-    shutil.copy(datasets / "small.npz", tmp_path / "moved.npz")
-    set_option("dataset", str(tmp_path / "moved.npz"))(copy)
-    particles = ["--num-particles", "2"] if command == EVALUATE else []
-    assert run(*words(command, copy), *particles).code == 0
-
-
 DEVICES = ["cuda:99", "gpu", "meta", "hpu", "privateuseone", "CPU"]
-
-
-@pytest.mark.thorough
-@pytest.mark.parametrize("device", DEVICES)
-def test_a_device_that_is_not_here_is_refused_by_evaluate(copy: Path, run: Run, device: str) -> None:
-    assert "error: --device: expected a device" in refusal(run(EVALUATE, copy, "--device", device))
 
 
 @pytest.mark.thorough
@@ -734,22 +588,6 @@ def test_a_device_that_is_not_here_is_refused_before_a_folder_is_made(
 ) -> None:
     done = run(TRAIN, "--dataset", datasets / "small.npz", "--run-dir", tmp_path / "run", "--device", device)
     assert "error: --device: expected a device" in refusal(done)
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.thorough
-@pytest.mark.parametrize("dataset", ["no/such.npz", "cifar", "small.csv"])
-def test_bad_data_is_refused_before_a_folder_is_made(run: Run, tmp_path: Path, dataset: str) -> None:
-    assert "dataset: " in refusal(run(TRAIN, "--dataset", dataset, cwd=tmp_path))
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.thorough
-def test_a_damaged_data_file_is_refused_before_a_folder_is_made(datasets: Path, tmp_path: Path) -> None:
-    """In a process of its own: whatever Python says at its end counts too."""
-    (tmp_path / "half.npz").write_bytes((datasets / "small.npz").read_bytes()[:5000])
-    done = run_alone(TRAIN, "--dataset", "half.npz", "--run-dir", "run", cwd=tmp_path)
-    assert refusal(done).startswith("error: half.npz: not a readable array file: ")
     assert not (tmp_path / "run").exists()
 
 

@@ -18,13 +18,12 @@ from evaluation_worker import CASES, all_cases, small_passes
 from oracles import LinearGaussian, bernoulli_vae, quadrature_log_evidence
 from small_run import SMALL, save_bars, train_small
 
-from ppl_vae import data, importance, load, runs
+from ppl_vae import importance, load, runs
 from ppl_vae.commands.evaluate import evaluate_run, partial_path
 from ppl_vae.commands.options import Evaluate
 from ppl_vae.evidence import evaluation
 from ppl_vae.evidence.evaluation import evaluate
 from ppl_vae.runs import block_store
-from ppl_vae.runs.open import open_run
 from ppl_vae.runs.options import Options
 from ppl_vae.runtime import batching
 from ppl_vae.runtime.batching import images_per_group
@@ -82,15 +81,6 @@ def test_every_rank_has_the_numbers_of_a_process_alone(ranks, alone, case):
 def test_a_number_that_is_not_finite_on_one_rank_ends_all_of_them(ranks):
     for (_, rank), (_, ends) in ranks.items():
         assert ends["not finite"] == ("NotFinite" if rank == 1 else "EndedElsewhere")
-
-
-def test_one_rank_that_is_told_to_stop_stops_all_of_them(ranks):
-    assert {ends["stopped"] for _, ends in ranks.values()} == {"Stopped"}
-
-
-def test_what_cannot_be_kept_on_rank_0_ends_all_of_them(ranks):
-    for (_, rank), (_, ends) in ranks.items():
-        assert ends["not kept"] == ("OSError" if rank == 0 else "EndedElsewhere")
 
 
 @pytest.mark.slow
@@ -261,15 +251,6 @@ def test_a_signal_keeps_what_is_done_and_ends_with_its_number(folder, undisturbe
     assert _numbers(folder) == undisturbed
 
 
-def test_a_signal_during_the_last_images_ends_after_the_numbers_are_written(folder, undisturbed, monkeypatch):
-    with monkeypatch.context() as patch:
-        _stop_after(patch, 14)
-        with pytest.raises(Interrupted):
-            _evaluate(folder)
-    assert _numbers(folder) == undisturbed
-    assert not partial_path(folder, "test").exists()
-
-
 @pytest.mark.parametrize(
     ("other", "named"), [({"seed": 4}, "seed"), ({"num_particles": 31}, "num_particles"), ({"images": 39}, "images")]
 )
@@ -281,16 +262,6 @@ def test_what_was_done_of_another_evaluation_is_not_taken(folder, undisturbed, m
     said = _evaluate(folder)
     assert [line for line in said if "was begun with other" in line and named in line]
     assert _numbers(folder) == undisturbed
-
-
-def test_what_was_done_with_other_weights_is_not_taken(folder, monkeypatch):
-    with monkeypatch.context() as patch:
-        _stop_after(patch, 5)
-        with pytest.raises(Interrupted):
-            _evaluate(folder)
-    tensors, scalars = runs.load_tensors(folder / runs.MODEL)
-    runs.save_tensors(folder / runs.MODEL, {name: 1.5 * value for name, value in tensors.items()}, scalars)
-    assert any("was begun with other weights:" in line for line in _evaluate(folder))
 
 
 def _cut(content: bytes) -> bytes:
@@ -316,12 +287,6 @@ def test_a_damaged_file_of_what_is_done_is_said_and_the_evaluation_starts_over(
     assert _numbers(folder) == undisturbed
 
 
-def test_a_short_evaluation_writes_no_file_of_what_is_done(folder, monkeypatch):
-    monkeypatch.setattr(block_store, "_SECONDS_BETWEEN_WRITES", 60.0)
-    monkeypatch.setattr(block_store.BlockStore, "write", lambda self: pytest.fail("it wrote"))
-    _evaluate(folder)
-
-
 def test_a_run_that_another_process_writes_to_is_not_evaluated(folder):
     before = _numbers(folder)
     with (folder / runs.LOCK).open("w") as file:
@@ -329,23 +294,3 @@ def test_a_run_that_another_process_writes_to_is_not_evaluated(folder):
         with pytest.raises(ValueError, match="another process does"):
             _evaluate(folder)
     assert _numbers(folder) == before
-
-
-def test_rows_of_other_groups_are_refused():
-    oracle = LinearGaussian.random()
-    x = oracle.draw(5)
-    with pytest.raises(ValueError, match="done: expected rows of blocks of"):
-        evaluate(oracle.vae(), x, num_particles=3, seed=0, done={2: torch.zeros(3, 9, dtype=torch.double)})
-
-
-def test_stored_images_of_a_run_have_not_changed_places(folder):
-    """Row n of the file is image n: fresh draws of that image's bound go up and down with it."""
-    _evaluate(folder)
-    tensors, _ = runs.load_tensors(folder / runs.per_image_file("test"))
-    assert torch.equal(tensors["index"], torch.arange(40))
-    run = open_run(str(folder))
-    x = data.evaluation_images(run.splits, "test", run.evaluated_pixels, seed=3)
-    vae = load(folder)
-    with seeded(9, x.device):
-        fresh = importance(vae.model, vae.guide, x, num_particles=2000)
-    assert torch.corrcoef(torch.stack([tensors["log_evidence"], fresh.log_evidence]))[0, 1] > 0.9

@@ -14,7 +14,6 @@ from ppl_vae import runs
 from ppl_vae.commands import loggers as tensorboard
 from ppl_vae.commands.train import resume_run, train_run
 from ppl_vae.runs.options import Options
-from ppl_vae.runtime import ranks as distributed
 
 pytest.importorskip("tensorboard", reason="the extra tensorboard is not installed")
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -59,12 +58,6 @@ def test_events_are_the_records_of_the_metrics(run: Path, name: str) -> None:
     assert scalars(run)[name] == pytest.approx(records(run, name), rel=1e-6)
 
 
-def test_the_evaluation_is_an_event(run: Path) -> None:
-    entry = runs.read_evaluations(run)["test"]
-    told = {entry["step"]: entry["log_likelihood"]["mean"]}
-    assert scalars(run)["test/log_likelihood/mean"] == pytest.approx(told, rel=1e-6)
-
-
 def test_a_resumed_run_has_each_step_once(asked: Callable[..., Options], tmp_path: Path) -> None:
     folder = train_run(asked(), str(tmp_path / "a"), say=silent, draw=False)
     with tensorboard.metric_events(
@@ -77,23 +70,9 @@ def test_a_resumed_run_has_each_step_once(asked: Callable[..., Options], tmp_pat
     assert scalars(folder)[name] == pytest.approx(records(folder, name), rel=1e-6)
 
 
-def test_off_writes_no_events(asked: Callable[..., Options], tmp_path: Path) -> None:
-    folder = train_run(asked(tensorboard="off"), str(tmp_path / "a"), say=silent, draw=False)
-    assert not (folder / tensorboard.EVENTS).exists()
-
-
 def test_events_change_no_weight(run: Path, asked: Callable[..., Options], tmp_path: Path) -> None:
     other = train_run(asked(tensorboard="off"), str(tmp_path / "a"), say=silent, draw=False)
     assert (other / runs.MODEL).read_bytes() == (run / runs.MODEL).read_bytes()
-
-
-def test_another_rank_writes_no_events(
-    asked: Callable[..., Options], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(distributed, "is_writer", lambda: False)
-    with tensorboard.metric_events(tmp_path, asked(), step=0) as log:
-        log({"step": 1, "beta": 1.0})
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_without_the_package_nothing_is_written(

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import os
-import re
 import zipfile
 from pathlib import Path
 
@@ -48,12 +46,6 @@ def load(folder: Path, array: np.ndarray | None = None, **arrays: np.ndarray) ->
     path = folder / ("own.npz" if array is None else "own.npy")
     np.savez(path, **arrays) if array is None else np.save(path, array)
     return data.load(str(path))
-
-
-def sort_images(splits: data.Splits) -> np.ndarray:
-    """All images, in the order of their bytes."""
-    images = np.concatenate([splits.train, splits.validation, splits.test])
-    return images[np.lexsort(images.reshape(len(images), -1).T)]
 
 
 def number_images(start: int, stop: int) -> np.ndarray:
@@ -141,35 +133,6 @@ def test_a_large_file_is_read_once(tmp_path: Path) -> None:
         data.load(str(path))
 
 
-@pytest.mark.usefixtures("large")
-def test_a_large_file_is_read_where_nothing_can_be_kept(
-    tmp_path: Path, kept: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    kept.rmdir()
-    kept.write_text("a file")
-    array, _, dtype = FILES["real values"]
-    read = load(tmp_path, array)
-    for split, images in split_as_documented(array, dtype).items():
-        np.testing.assert_array_equal(getattr(read, split).numpy(), images, strict=True)
-    assert "own.npy: not kept in the cache folder" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("name", ["OWN.NPY", "own.Npy", "OWN.NPZ"])
-def test_the_end_of_a_files_name_may_be_upper_case(tmp_path: Path, size: str, name: str) -> None:
-    with (tmp_path / name).open("wb") as file:
-        np.savez(file, x=NUMBERS) if name.lower().endswith("z") else np.save(file, NUMBERS)
-    splits = data.load(str(tmp_path / name))
-    assert len(splits.train) == 48
-    assert data.is_mapped(splits.train) == (size == "large" and name.lower().endswith("npy"))
-    assert len(data.load_images(str(tmp_path / name), splits, "none").x) == 60
-
-
-@pytest.mark.parametrize("split", ["valid", "test"])
-def test_floats_that_are_whole_in_train_alone_are_real_values(tmp_path: Path, split: str) -> None:
-    counts = RNG.poisson(4.0, (50, 6)).astype(np.float64)
-    assert load(tmp_path, **{"train": counts, split: counts + 0.5}).kind == data.REAL
-
-
 DOUBTFUL = {  # shape -> E as it is read, and what makes it the other reading
     "one color image": ((64, 48, 3), (1, 48, 3), None, None),
     "one image with opacity": ((64, 48, 4), (1, 48, 4), None, None),
@@ -196,52 +159,14 @@ def test_a_shape_with_two_readings_is_read_with_a_line_on_both(tmp_path: Path, s
         assert (other.event_shape, other.notes) == (other_event_shape, ())
 
 
-@pytest.mark.parametrize(
-    "shape", [(50, 28, 28), (20, 28, 28), (50, 12), (50, 8, 9, 3), (50, 3, 8, 9), (50, 1, 8, 9), (50, 8, 9, 1)]
-)
-def test_a_shape_with_one_reading_needs_no_line(tmp_path: Path, shape: tuple[int, ...]) -> None:
-    assert load(tmp_path, RNG.integers(0, 256, shape, np.uint8)).notes == ()
-
-
 # --- Descriptions ---
 
 GRAY = RNG.integers(0, 256, (20, 4, 5)).astype(np.uint8)
 BITS = RNG.integers(0, 2, (20, 4, 5)).astype(np.uint8)
 FLOATS = RNG.random((20, 4, 5))
-DESCRIPTIONS = {
-    "8-bit levels from 0 to 255, 1x4x5; train / validation / test 20 / 7 / 9 (as the file gives them)": {
-        "train": np.where(GRAY < 9, 0, np.where(GRAY > 200, 255, GRAY)).astype(np.uint8),
-        "valid": GRAY[:7],
-        "test": GRAY[:9],
-    },
-    "8-bit levels from 0 to 16 (read as level / 255, so nearly black": {"x": np.arange(340).reshape(20, 17) % 17},
-    "real values from -1.25 to 3.5, 2;": {"x": np.array([[-1.25, 3.5]] * 20)},
-    "as uint8 they would be 8-bit levels": {"x": GRAY.astype(np.float32)},
-    "validation and test: a tenth of the images each": {"x": FLOATS},
-    "other arrays ignored: valid_labels, notes": {"train": FLOATS, "valid_labels": np.arange(9), "notes": np.arange(3)},
-    "; 7 classes": {"x": FLOATS, "y": np.arange(20) % 7},
-    "; 1 class": {"x": FLOATS, "y": np.zeros(20, int)},
-}
-
-
-@pytest.mark.parametrize("words", DESCRIPTIONS)
-def test_a_description_says_what_was_read(tmp_path: Path, words: str) -> None:
-    arrays = DESCRIPTIONS[words]
-    if "nearly black" in words:
-        arrays = {"x": arrays["x"].astype(np.uint8)}
-    assert words in load(tmp_path, **arrays).describe()
 
 
 # --- Splits ---
-
-
-@pytest.mark.parametrize("key", ["valid", "validation", "val"])
-def test_each_key_of_a_file_is_its_split(tmp_path: Path, key: str) -> None:
-    arrays = {"test": number_images(50, 60), key: number_images(40, 50), "train": number_images(0, 40)}
-    read = load(tmp_path, **arrays)
-    assert read_numbers(read.train) == list(range(40))
-    assert read_numbers(read.validation) == list(range(40, 50))
-    assert read_numbers(read.test) == list(range(50, 60))
 
 
 @pytest.mark.parametrize("count", [10, 19, 1000])
@@ -302,14 +227,6 @@ def test_usual_names_of_arrays_are_understood_for_training_and_for_further_image
     assert any("test" in note for note in further.notes)
 
 
-def test_training_images_alone_are_taken_as_further_images(tmp_path: Path) -> None:
-    path = str(tmp_path / "own.npz")
-    np.savez(path, x_train=NUMBERS, y_train=np.arange(60))
-    further = data.load_images(path, data.load(path), "none")
-    assert further.labels is not None
-    assert further.labels.tolist() == list(range(60))
-
-
 # --- Labels ---
 
 
@@ -320,12 +237,6 @@ def test_labels_follow_their_images_through_the_permutation(tmp_path: Path, key:
         assert read.labels[split].tolist() == read_numbers(getattr(read, split))
         assert read.labels[split].dtype == torch.int64
     assert load(tmp_path, x=number_images(0, 200)).labels == {}
-
-
-@pytest.mark.parametrize("labels", [np.arange(49), np.zeros((51, 50)), np.array(["a"] * 49), np.array(1)])
-def test_labels_of_another_number_than_the_images_are_refused(tmp_path: Path, labels: np.ndarray) -> None:
-    with pytest.raises(ValueError, match=r"own.npz: train labels: expected 50 labels, one per image, got shape"):
-        load(tmp_path, x=number_images(0, 50), y=labels)
 
 
 WORDS = np.array(["dog", "cat", "eel"])[np.arange(60) % 3]
@@ -354,20 +265,6 @@ def test_labels_in_other_forms_become_class_numbers(tmp_path: Path, form: str) -
     assert further.labels.tolist() == found[50:]
 
 
-def test_words_have_the_same_numbers_in_each_split(tmp_path: Path) -> None:
-    np.savez(
-        tmp_path / "own.npz",
-        train=NUMBERS[:40],
-        test=NUMBERS[40:],
-        train_labels=np.array(["b", "c"])[np.arange(40) % 2],
-        test_labels=np.array(["a", "c"])[np.arange(20) % 2],
-    )
-    splits = data.load(str(tmp_path / "own.npz"))
-    assert splits.class_names == ("a", "b", "c")
-    assert splits.labels["test"].tolist() == [0, 2] * 10
-    assert set(splits.labels["train"].tolist()) == {1, 2}
-
-
 UNUSABLE = {
     "fractions": np.arange(60) / 7,
     "not a number": np.full(60, np.nan),
@@ -388,16 +285,6 @@ def test_labels_that_are_no_classes_are_left_out_with_a_line(tmp_path: Path, wha
     assert "labels left out" in splits.describe() or "arrays ignored: y" in splits.describe()
     further = data.load_images(path, splits, "none")
     assert (further.labels, len(further.notes)) == (None, 1)
-
-
-def test_words_that_are_no_class_of_the_training_data_are_left_out_with_a_line(tmp_path: Path) -> None:
-    path = str(tmp_path / "own.npz")
-    np.savez(path, x=NUMBERS, y=WORDS)
-    splits = data.load(path)
-    np.savez(path, x=NUMBERS, y=np.where(WORDS == "cat", "elk", WORDS))
-    further = data.load_images(path, splits, "none")
-    assert further.labels is None
-    assert "'elk'" in further.notes[0]
 
 
 # --- Files and values that are refused ---
@@ -504,12 +391,6 @@ def test_an_array_that_cannot_be_used_is_refused_at_every_size(tmp_path: Path, s
         load(tmp_path, array)
 
 
-@pytest.mark.parametrize("noise", [0.0, 1e-16], ids=["exact", "rounded in double precision"])
-def test_a_constant_column_needs_no_resolution(tmp_path: Path, size: str, noise: float) -> None:
-    constant = 0.3 * (1 + noise * RNG.integers(-2, 3, 400))
-    assert load(tmp_path, np.stack([WIDE, constant], 1)).kind == data.REAL
-
-
 BAD_SPLITS = {
     "no train": ({"valid": GRAY, "test": GRAY}, r"arrays named train, valid and test, got \['valid', 'test'\]"),
     "only labels and names": ({"a": GRAY, "b": GRAY}, r"expected one array, or arrays named .* got \['a', 'b'\]"),
@@ -578,41 +459,6 @@ def test_a_pickle_is_never_run(tmp_path: Path) -> None:
     assert not (tmp_path / "was_run").exists()
 
 
-@pytest.mark.parametrize("name", ["missing.npz", "no/such/folder.npy", "folder.npz"])
-def test_a_missing_file_is_refused(tmp_path: Path, name: str) -> None:
-    (tmp_path / "folder.npz").mkdir()
-    with pytest.raises(ValueError, match=f"dataset: .*{name} cannot be read"):
-        data.load(str(tmp_path / name))
-
-
-@pytest.mark.parametrize("word", ["MNIST", "cifar", "own.csv", "own", ""])
-def test_an_unknown_data_set_is_refused(word: str) -> None:
-    with pytest.raises(ValueError, match=r"dataset: expected mnist, .*svhn, or the path of an \.npz or \.npy file or"):
-        data.load(word)
-
-
-@pytest.mark.parametrize("argument", [{"image_size": (8, 8)}, {"color": "gray"}], ids=str)
-@pytest.mark.parametrize("dataset", ["mnist", "own.npy"])
-def test_options_of_folders_are_refused_elsewhere(dataset: str, argument: dict) -> None:
-    with pytest.raises(ValueError, match=f"{next(iter(argument))}: expected none for {dataset}"):
-        data.load(dataset, **argument)
-
-
-@pytest.mark.parametrize("argument", ["protocol", "fit", "color"])
-def test_a_word_of_no_meaning_is_refused(argument: str) -> None:
-    with pytest.raises(ValueError, match=f"{argument}: expected one of .*, got 'sepia'"):
-        data.load("mnist", **{argument: "sepia"})
-
-
-@pytest.mark.parametrize("split", ["valid", "test"])
-def test_missing_values_of_another_split_are_called_so(tmp_path: Path, split: str) -> None:
-    splits = {name: RNG.normal(size=(20, 3)) for name in ("train", "valid", "test")}
-    splits[split][5, 2] = np.nan
-    np.savez(tmp_path / "own.npz", **splits)
-    with pytest.raises(ValueError, match=rf"NaN or infinity in {split}\w*: 1 of the values, in column 2"):
-        data.load(str(tmp_path / "own.npz"))
-
-
 # --- Sizes in headers ---
 
 
@@ -660,42 +506,6 @@ def test_an_archive_that_expands_beyond_the_limit_is_refused_before_it_is_read(
         data.load(str(tmp_path / "own.npz"))
 
 
-def test_an_archive_that_expands_within_the_limit_is_read(tmp_path: Path) -> None:
-    np.savez_compressed(tmp_path / "own.npz", np.zeros((100, 2**17), np.uint8))
-    assert data.load(str(tmp_path / "own.npz")).event_shape == (2**17,)
-
-
-def test_arrays_that_exceed_the_memory_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    np.savez(tmp_path / "own.npz", RNG.integers(0, 256, (100, 2**10), np.uint8))
-    monkeypatch.setattr(machine, "get_available_memory", lambda: 100_000)
-    with pytest.raises(ValueError, match=r"its arrays take 102,528 bytes, and 100,000 are available; save it as \.npy"):
-        data.load(str(tmp_path / "own.npz"))
-
-
-@pytest.mark.parametrize("names", [("train", "train.npy"), ("train.npy", "train")], ids=str)
-def test_two_arrays_of_one_name_are_refused(tmp_path: Path, names: tuple[str, str]) -> None:
-    """Of which one would be checked, and the other one be loaded."""
-    np.save(tmp_path / "one.npy", RNG.integers(0, 256, (40, 10), np.uint8))
-    with zipfile.ZipFile(tmp_path / "own.npz", "w") as archive:
-        for name in names:
-            archive.writestr(name, (tmp_path / "one.npy").read_bytes() if name.endswith(".npy") else b"no array")
-    message = r"own\.npz: not a readable array file: expected one array of each name, got two named 'train'$"
-    with pytest.raises(ValueError, match=message):
-        data.load(str(tmp_path / "own.npz"))
-
-
-def test_memory_that_runs_out_is_not_taken_for_a_broken_array(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    np.savez(tmp_path / "own.npz", RNG.integers(0, 256, (40, 10), np.uint8))
-
-    def full(*_: object) -> None:
-        raise MemoryError
-
-    monkeypatch.setattr(np.lib.npyio.NpzFile, "__getitem__", full)
-    message = r"own\.npz: the memory ran out while it was read; save it as \.npy, which is not read into memory$"
-    with pytest.raises(ValueError, match=message):
-        data.load(str(tmp_path / "own.npz"))
-
-
 def test_one_array_under_several_names_of_an_archive_counts_each_time(tmp_path: Path) -> None:
     """Members that overlap in the file, each a bomb within the limit of one."""
     np.savez_compressed(tmp_path / "one.npz", train=np.zeros((100, 2**19), np.uint8))
@@ -706,51 +516,3 @@ def test_one_array_under_several_names_of_an_archive_counts_each_time(tmp_path: 
             archive.writestr(f"{name}.npy", content)
     with pytest.raises(ValueError, match="its arrays take 157,286,784 bytes, more than 200 times the file"):
         data.load(str(tmp_path / "own.npz"))
-
-
-# --- Refusals that name the cure, which works ---
-
-
-def follow_advice(folder: Path, error: pytest.ExceptionInfo[ValueError], **replaced: str) -> str:
-    """Run the lines of NumPy that an error advises, in the folder, and return the path of the file that they write."""
-    lines = re.search(r"((?:x = )?numpy\..*\))", str(error.value))
-    assert lines is not None
-    code = lines.group(1)
-    for old, new in replaced.items():
-        code = code.replace(old, new)
-    before = set(folder.iterdir())
-    with contextlib.chdir(folder):
-        exec(code, {"numpy": np})
-    (written,) = set(folder.iterdir()) - before
-    return str(written)
-
-
-def test_the_advice_for_a_column_beyond_single_precision_makes_a_file_that_is_read(tmp_path: Path) -> None:
-    table = np.stack([WIDE, TIMES], 1)
-    with pytest.raises(ValueError, match="center them first") as error:
-        load(tmp_path, table)
-    read = data.load(follow_advice(tmp_path, error))
-    centered = (table - table.mean(0)).astype(np.float32)
-    np.testing.assert_array_equal(sort_images(read), centered[np.lexsort(centered.T)])
-
-
-@pytest.mark.parametrize(("name", "delimiter"), [("t.csv", ","), ("t.TSV", "\t"), ("t.txt", " ")])
-def test_the_advice_for_a_table_of_text_makes_a_file_that_is_read(tmp_path: Path, name: str, delimiter: str) -> None:
-    table = RNG.normal(size=(30, 3))
-    np.savetxt(tmp_path / name, table, delimiter=delimiter, header="a b c")
-    with pytest.raises(ValueError, match=r"expected an \.npz or \.npy file or a folder of images, got") as error:
-        data.load(str(tmp_path / name))
-    read = data.load(follow_advice(tmp_path, error))
-    np.testing.assert_allclose(sort_images(read), table[np.lexsort(table.T)], rtol=1e-6)
-
-
-def test_the_advice_for_an_archive_of_other_names_makes_a_file_that_is_read(tmp_path: Path) -> None:
-    """As dSprites has it: images, labels, and a dictionary that only unpickling could read."""
-    images = RNG.integers(0, 2, (30, 5, 4), np.uint8)
-    others = {"metadata": np.array({"a": 1}, object), "latents_values": np.zeros((30, 6))}
-    np.savez(tmp_path / "sprites.npz", imgs=images, **others)
-    with pytest.raises(ValueError, match="expected one array, or arrays named train, valid and test, got") as error:
-        data.load(str(tmp_path / "sprites.npz"))
-    read = data.load(follow_advice(tmp_path, error, NAME="imgs"))
-    assert (read.kind, read.event_shape) == (data.BINARY, (1, 5, 4))
-    assert sum(map(len, (read.train, read.validation, read.test))) == 30

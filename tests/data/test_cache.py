@@ -20,13 +20,13 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from PIL import EpsImagePlugin, Image
+from PIL import Image
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 
 from ppl_vae import data
-from ppl_vae.data import cache, folder, image_file, machine
+from ppl_vae.data import folder, machine
 
 SHAPE = (5, 6)
 
@@ -144,88 +144,6 @@ def test_a_folder_of_which_a_file_changed_is_read_again(
     assert len(entries(kept)) == 1
 
 
-ONCE = {
-    "on a bad disk": OSError(5, "Input/output error"),
-    "on a server that is away": OSError(116, "Stale file handle"),
-}
-
-
-@pytest.mark.parametrize("why", ONCE)
-def test_a_file_that_the_system_does_not_give_is_looked_at_again(own: Path, decoded: list[bytes], why: str) -> None:
-    opened = Path.open
-
-    def refuse(path: Path, *args: object, **options: object) -> object:
-        if path.name == "00.png":
-            raise ONCE[why]
-        return opened(path, *args, **options)
-
-    with mock.patch.object(Path, "open", refuse):
-        first, second = data.load(str(own)), data.load(str(own))
-    assert first.unreadable == second.unreadable == ("cat/00.png", "cat/broken.png")
-    decoded.clear()
-    assert_right(data.load(str(own)), own)
-    assert data.load(str(own)).unreadable == ("cat/broken.png",)
-    assert len(decoded) == 32
-
-
-def test_another_option_has_an_entry_of_its_own(own: Path, kept: Path) -> None:
-    data.load(str(own))
-    small = data.load(str(own), image_size=[2, 3], color="gray")
-    assert small.event_shape == (1, 2, 3)
-    assert_right(data.load(str(own)), own)
-    assert len(entries(kept)) == 2
-
-
-def test_a_file_that_is_no_image_is_counted_without_reading_again(own: Path, decoded: list[bytes]) -> None:
-    data.load(str(own))
-    (own / "notes.txt").write_text("mine")
-    assert "1 .txt" in data.load(str(own)).split
-    assert len(decoded) == 32
-
-
-def test_an_entry_of_an_older_reader_is_read_again(
-    own: Path, kept: Path, decoded: list[bytes], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as older:
-        older.setattr(cache, "_READER_VERSION", 1)
-        data.load(str(own))
-    decoded.clear()
-    assert_right(data.load(str(own)), own)
-    assert len(decoded) == 32
-    assert len(entries(kept)) == 1
-
-
-def test_notes_are_described_on_the_first_and_on_the_cached_start(tmp_path: Path) -> None:
-    def draft() -> cache.Draft:
-        return cache.Draft(
-            kind="8-bit levels",
-            dtype=torch.uint8,
-            event_shape=(2,),
-            sizes={"train": 1, "validation": 1, "test": 1},
-            blocks=iter([np.arange(6, dtype=np.uint8).reshape(3, 2)]),
-            sha256="0",
-            split="as given",
-            labels={},
-            notes=("The first note.", "The second note."),
-        )
-
-    source = cache.make_key(tmp_path, {}, [])
-    made = mock.Mock(side_effect=draft)
-    for _ in range(2):
-        read = cache.load_cached(source, "own", made, mock.Mock(side_effect=AssertionError))
-        assert read.describe().splitlines()[1:] == ["own: The first note.", "own: The second note."]
-    assert made.call_count == 1
-    assert cache.read_into_memory(draft(), "own").notes == read.notes
-
-
-def test_an_older_entry_that_is_still_mapped_keeps_its_images(own: Path) -> None:
-    first = data.load(str(own))
-    before = first.train.clone()
-    CHANGES["changed"](own)
-    data.load(str(own))
-    assert torch.equal(first.train, before)
-
-
 # --- What is damaged ---
 
 
@@ -299,15 +217,6 @@ def test_a_header_that_announces_something_else_is_refused(own: Path, kept: Path
 # --- Where nothing can be kept ---
 
 
-def test_a_cache_folder_that_cannot_be_made_stops_nothing(
-    own: Path, kept: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    kept.write_text("a file")
-    assert_right(data.load(str(own)), own)
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"own: not kept in the cache folder {kept}, but read into memory: ")
-
-
 def run(code: str, kept: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PPL_VAE_CACHE_DIR": str(kept), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", code, *map(str, arguments)]
@@ -333,21 +242,6 @@ def test_a_disk_that_is_full_stops_nothing_and_leaves_nothing(own: Path, kept: P
     assert (done.returncode, int(done.stdout)) == (0, int(expected(own)["train"].sum()))
     assert [line for line in done.stderr.splitlines() if "not kept in the cache folder" in line] != []
     assert [path.name for path in kept.iterdir() if path.suffix != ".lock"] == []
-
-
-def test_a_read_only_cache_folder_is_read(own: Path, kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    data.load(str(own))
-
-    def refuse(*_: object, **__: object) -> None:
-        raise PermissionError(13, "Permission denied")
-
-    for name in ("make_cache_folder", "_write"):
-        monkeypatch.setattr(cache, name, refuse)
-    assert data.is_mapped(data.load(str(own)).train)
-    shutil.rmtree(kept)
-    read = data.load(str(own))
-    assert not data.is_mapped(read.train)
-    assert_right(read, own)
 
 
 # --- Processes ---
@@ -429,24 +323,6 @@ def test_a_folder_that_is_larger_than_memory_is_read(tmp_path: Path, kept: Path)
 # --- Bombs ---
 
 
-def test_an_image_of_too_many_pixels_is_named(own: Path, recwarn: pytest.WarningsRecorder) -> None:
-    Image.new("1", (10_000, 9_000)).save(own / "dog" / "bomb.png")  # whole and valid; Pillow only warns
-    read = data.load(str(own), image_size=[5, 6])
-    assert set(read.unreadable) == {"cat/broken.png", "dog/bomb.png"}
-    assert [str(warning.message) for warning in recwarn if "bomb" in str(warning.message)] == []
-
-
-@pytest.mark.thorough
-def test_an_image_of_many_pixels_is_read_if_its_file_has_the_bytes_for_them(own: Path) -> None:
-    levels = np.zeros((3000, 3000), np.uint8)
-    Image.fromarray(levels).save(own / "dog" / "blank.png")
-    levels[:, ::3] = np.random.default_rng(0).integers(256, size=(3000, 1000), dtype=np.uint8)
-    Image.fromarray(levels).save(own / "dog" / "large.png")
-    Image.new("RGBA", (2900, 2890)).save(own / "dog" / "free.png")
-    read = data.load(str(own), image_size=[5, 6])
-    assert set(read.unreadable) == {"cat/broken.png", "dog/blank.png"}
-
-
 def test_a_small_file_that_announces_many_pixels_takes_no_memory_for_them(own: Path) -> None:
     buffer = BytesIO()
     Image.new("RGB", (4, 4)).save(buffer, "bmp")
@@ -505,21 +381,3 @@ def test_an_image_within_another_is_not_decoded(
     with mock.patch.object(inner, "load", lambda image: sizes.append(image.size) or load(image)):
         assert "dog/bomb.png" in data.load(str(own), image_size=[5, 6]).unreadable
     assert (5000, 4000) not in sizes
-
-
-def test_no_image_starts_ghostscript(own: Path) -> None:
-    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 16\n%%EndComments\nshowpage\n%%EOF\n"
-    (own / "dog" / "plain.png").write_bytes(eps)
-    (own / "dog" / "wrapped.png").write_bytes(wrapped_in_iptc(eps))
-    with mock.patch.object(EpsImagePlugin, "Ghostscript", side_effect=AssertionError("it is started")) as started:
-        read = data.load(str(own), image_size=[5, 6])
-    started.assert_not_called()
-    assert {"dog/plain.png", "dog/wrapped.png"} <= set(read.unreadable)
-
-
-def test_memory_that_runs_out_is_not_taken_for_a_broken_image(own: Path) -> None:
-    with (
-        mock.patch.object(image_file.ImageOps, "exif_transpose", side_effect=MemoryError),
-        pytest.raises(ValueError, match=r"\.png: the memory ran out while it was decoded$"),
-    ):
-        data.load(str(own), image_size=[5, 6])

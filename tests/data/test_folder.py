@@ -79,15 +79,6 @@ def test_folders_named_as_splits_are_splits(tmp_path: Path, word: str) -> None:
     ]
 
 
-def test_images_beside_a_test_folder_train(tmp_path: Path) -> None:
-    fill(tmp_path / "any", range(20))
-    fill(tmp_path / "test", range(100, 103))
-    read = data.load(str(tmp_path))
-    assert levels(read.test) == [100, 101, 102]
-    assert sorted([*levels(read.train), *levels(read.validation)]) == list(range(20))
-    assert len(read.validation) == 2
-
-
 REFUSED_SPLITS = {
     "images beside a train folder": (
         {"train": range(20), "cars": range(3)},
@@ -107,13 +98,6 @@ def test_a_folder_that_cannot_be_split_is_refused(tmp_path: Path, what: str) -> 
         data.load(str(tmp_path))
 
 
-def test_a_split_without_a_readable_image_is_refused(tmp_path: Path) -> None:
-    fill(tmp_path / "train", range(20))
-    write(tmp_path / "test" / "broken.png", b"no image")
-    with pytest.raises(ValueError, match="expected at least one image that can be read in test, got none"):
-        data.load(str(tmp_path))
-
-
 NEARLY_SPLITS = ["training", "Testing", "tests", "validate", "eval", "dev", "test_set", "train-images", "val images"]
 
 
@@ -127,16 +111,6 @@ def test_a_folder_whose_name_is_nearly_a_splits_is_refused_beside_others(
     known = "train; valid, validation or val; test"
     with pytest.raises(ValueError, match=f"^{re.escape(str(tmp_path))}: .*named {known}, got {word};"):
         data.load(str(tmp_path))
-
-
-CLASSES = ["trains", "devices", "testudo", "valley", "bullet_train", "test_tube", "train_station"]
-
-
-@pytest.mark.parametrize("word", CLASSES)
-def test_a_class_whose_name_begins_as_a_splits_is_a_class(tmp_path: Path, word: str) -> None:
-    for name in ("ant", word):
-        fill(tmp_path / name, range(10))
-    assert data.load(str(tmp_path)).class_names == ("ant", word)
 
 
 @pytest.mark.parametrize(
@@ -181,12 +155,6 @@ REFUSED_LAYOUTS = {
 }
 
 
-def test_a_language_code_is_a_class(tmp_path: Path) -> None:
-    for folder in ("de", "tr"):
-        fill(tmp_path / folder, range(12))
-    assert data.load(str(tmp_path)).class_names == ("de", "tr")
-
-
 @pytest.mark.parametrize("what", REFUSED_LAYOUTS)
 def test_any_other_layout_with_a_folder_named_like_a_split_is_refused(tmp_path: Path, what: str) -> None:
     folders, named = REFUSED_LAYOUTS[what]
@@ -194,36 +162,6 @@ def test_any_other_layout_with_a_folder_named_like_a_split_is_refused(tmp_path: 
         fill(tmp_path / folder, range(12))
     with pytest.raises(ValueError, match=f"^{re.escape(str(tmp_path))}: expected every split .*, got {named}"):
         data.load(str(tmp_path))
-
-
-def test_an_archive_in_its_own_folder_keeps_its_split(tmp_path: Path) -> None:
-    for start, name in ((0, "train"), (20, "test")):
-        fill(tmp_path / name / name, range(start, start + 10))
-    assert levels(data.load(str(tmp_path)).test) == [*range(20, 30)]
-
-
-def test_a_class_of_railroad_trains_is_a_class(tmp_path: Path) -> None:
-    """As in CIFAR-100 and in COCO."""
-    for start, name in ((0, "train"), (20, "test")):
-        fill(tmp_path / name / "ship", range(start, start + 10))
-        fill(tmp_path / name / "train", range(start + 100, start + 110))
-    read = data.load(str(tmp_path))
-    assert read.class_names == ("ship", "train")
-    assert sorted(levels(read.test)) == [*range(20, 30), *range(120, 130)]
-
-
-@pytest.mark.parametrize(
-    ("folders", "words"),
-    [
-        (("train",), "(validation and test: a tenth of the images each, by a fixed permutation)"),
-        (("train", "test"), "(validation: a tenth of the images, by a fixed permutation)"),
-        (("train", "valid"), "(test: a tenth of the images, by a fixed permutation)"),
-    ],
-)
-def test_the_words_say_which_splits_were_drawn(tmp_path: Path, folders: tuple[str, ...], words: str) -> None:
-    for folder in folders:
-        fill(tmp_path / folder, range(20))
-    assert words in data.load(str(tmp_path)).describe()
 
 
 def closed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,16 +189,6 @@ def test_a_folder_that_cannot_be_opened_is_refused(tmp_path: Path, name: str, mo
 # --- Links ---
 
 
-def test_a_linked_folder_of_a_class_is_read(tmp_path: Path) -> None:
-    for start, name in ((0, "ant"), (100, "cat")):
-        fill(tmp_path / "elsewhere" / name, range(start, start + 10))
-        (tmp_path / "own").mkdir(exist_ok=True)
-        (tmp_path / "own" / name).symlink_to(tmp_path / "elsewhere" / name)
-    read = data.load(str(tmp_path / "own"))
-    assert read.class_names == ("ant", "cat")
-    assert all_levels(read) == [*range(10), *range(100, 110)]
-
-
 @pytest.mark.parametrize("target", [".", "ant", ".."])
 def test_a_link_that_leads_back_is_not_followed(tmp_path: Path, target: str) -> None:
     for start, name in ((0, "ant"), (100, "cat")):
@@ -280,37 +208,6 @@ def test_subfolders_are_classes_in_the_order_of_their_names(tmp_path: Path) -> N
     assert read.class_names == ("ant", "cat", "dog")
     for split in ("train", "validation", "test"):
         assert read.labels[split].tolist() == [level // 100 for level in levels(getattr(read, split))]
-
-
-def test_a_class_that_the_training_images_lack_keeps_its_number(tmp_path: Path) -> None:
-    for split, name in (("train", "ant"), ("train", "dog"), ("valid", "ant"), ("test", "cat")):
-        fill(tmp_path / split / name, [1])
-    read = data.load(str(tmp_path))
-    assert (read.labels["train"].tolist(), read.labels["test"].tolist()) == ([0, 2], [1])
-
-
-@pytest.mark.parametrize("stray", ["stray.png", "train/stray.png"])
-def test_an_image_outside_the_classes_leaves_all_without_labels(tmp_path: Path, stray: str) -> None:
-    root = tmp_path / "train" if "/" in stray else tmp_path
-    for name in ("ant", "cat"):
-        fill(root / name, range(10))
-    write(tmp_path / stray, encoded(np.zeros(SIZE, np.uint8)))
-    read = data.load(str(tmp_path))
-    assert (read.labels, read.class_names) == ({}, ())
-
-
-def test_one_subfolder_is_no_class(tmp_path: Path) -> None:
-    fill(tmp_path / "images", range(10))
-    assert data.load(str(tmp_path)).class_names == ()
-
-
-def test_a_description_names_the_classes(tmp_path: Path) -> None:
-    for i in range(50):
-        write(tmp_path / "own" / ("ant", "cat")[i % 2] / f"{i}.png", encoded(np.array([[0, i, 255]], np.uint8)))
-    assert data.load(str(tmp_path / "own")).describe() == (
-        "own: 8-bit levels from 0 to 255, 1x1x3; train / validation / test 40 / 5 / 5 "
-        "(validation and test: a tenth of the images each, by a fixed permutation); 2 classes: ant, cat"
-    )
 
 
 # --- Sizes ---
@@ -347,31 +244,12 @@ def test_an_image_of_the_right_size_keeps_each_pixel(tmp_path: Path, options: di
     assert one(tmp_path, encoded(pixels), **options).permute(1, 2, 0).tolist() == pixels.tolist()
 
 
-def test_one_number_is_height_and_width(tmp_path: Path) -> None:
-    assert one(tmp_path, encoded(WIDE), image_size=(3,)).shape == (1, 3, 3)
-
-
 def test_images_of_several_sizes_are_brought_to_one(tmp_path: Path) -> None:
     for i in range(10):
         fill(tmp_path, [i], size=(4 + i, 12 - i))
     read = data.load(str(tmp_path), image_size=(4, 5))
     assert read.event_shape == (1, 4, 5)
     assert all_levels(read) == list(range(10))
-
-
-def test_several_sizes_without_an_image_size_are_refused(tmp_path: Path) -> None:
-    fill(tmp_path, range(8))
-    fill(tmp_path, range(8, 10), size=(3, 4))
-    fill(tmp_path, range(10, 12), size=(3, 2))
-    with pytest.raises(ValueError, match=r"got 3 sizes \(3x2, 3x4, 5x6\); --image-size H W brings them to one"):
-        data.load(str(tmp_path))
-
-
-@pytest.mark.parametrize("size", [(), (0,), (4, -1), (1, 2, 3), (2.5,), (True,)], ids=str)
-def test_a_wrong_image_size_is_refused(tmp_path: Path, size: tuple) -> None:
-    fill(tmp_path, range(10))
-    with pytest.raises(ValueError, match="image_size: expected height and width, or one number for both, got"):
-        data.load(str(tmp_path), image_size=size)
 
 
 # --- Modes and formats ---
@@ -427,12 +305,6 @@ def test_color_becomes_gray_where_asked(tmp_path: Path) -> None:
     assert abs(read.float().mean() - (0.299 * 200 + 0.587 * 100 + 0.114 * 50)) <= 0.5
 
 
-def test_gray_becomes_color_where_asked(tmp_path: Path) -> None:
-    read = one(tmp_path, encoded(np.full(SIZE, 77, np.uint8)), color="rgb")
-    assert read.shape == (3, *SIZE)
-    assert set(read.flatten().tolist()) == {77}
-
-
 def test_the_orientation_that_a_camera_noted_is_honored(tmp_path: Path) -> None:
     """Orientation 6 of the EXIF standard: what is stored as the first column is the top row of the picture."""
     exif = Image.Exif()
@@ -473,40 +345,6 @@ def test_a_broken_image_is_left_out_and_named(tmp_path: Path, name: str) -> None
     assert all_levels(read) == list(range(10))
 
 
-def test_a_link_to_nothing_is_left_out_and_named(tmp_path: Path) -> None:
-    fill(tmp_path, range(10))
-    (tmp_path / "dangling.png").symlink_to(tmp_path / "nowhere.png")
-    assert data.load(str(tmp_path)).unreadable == ("dangling.png",)
-
-
-def test_a_description_counts_the_broken_and_names_the_first(tmp_path: Path) -> None:
-    fill(tmp_path / "own", range(10))
-    for i in range(8):
-        write(tmp_path / "own" / f"broken{i}.png", b"")
-    named = ", ".join(f"broken{i}.png" for i in range(5))
-    expected = f"own: 8 files could not be read and left out: {named} and 3 more"
-    assert data.load(str(tmp_path / "own")).describe().splitlines()[1:] == [expected]
-
-
-def test_hidden_files_are_no_images(tmp_path: Path) -> None:
-    fill(tmp_path, range(10))
-    fill(tmp_path / ".thumbnails", range(10))
-    fill(tmp_path, [99], name="._{}.png")
-    read = data.load(str(tmp_path))
-    assert len(read.train) + len(read.validation) + len(read.test) == 10
-    assert read.unreadable == ()
-
-
-def test_other_files_are_ignored_counted_and_named_by_kind(tmp_path: Path) -> None:
-    fill(tmp_path, range(10))
-    for name in ("labels.csv", "0.HEIC", "1.heic", "README"):
-        write(tmp_path / "about" / name, b"0,1")
-    read = data.load(str(tmp_path))
-    assert read.unreadable == ()
-    (words,) = re.findall(r"4 other files \((.*)\) ignored", read.describe())
-    assert sorted(words.split(", ")) == ["1 .csv", "1 without an extension", "2 .heic"]
-
-
 NO_IMAGES = {
     "another kind of images": ({f"{i}.heic": b"ftypheic" for i in range(12)}, r"got 12 other files \(12 \.heic\)"),
     "broken images": ({"a.png": b"", "b.png": b""}, r"got 2 that cannot be read: a.png, b.png"),
@@ -522,11 +360,6 @@ def test_a_folder_without_readable_images_is_refused(tmp_path: Path, what: str) 
         write(tmp_path / name, content)
     with pytest.raises(ValueError, match=f"^{re.escape(str(tmp_path))}: expected images.*, {message}"):
         data.load(str(tmp_path))
-
-
-def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"or of a folder of images, got .*no/folder"):
-        data.load(str(tmp_path / "no" / "folder"))
 
 
 # --- The checksum ---

@@ -100,12 +100,6 @@ def test_levels_that_are_no_bytes_are_refused_with_a_remedy_that_helps(tmp_path:
     np.testing.assert_allclose(x.numpy(), array / 255, rtol=2e-7)
 
 
-@pytest.mark.parametrize("array", [REALS, 1000 * FRACTIONS, np.where(REALS > 0, np.inf, 0.0)])
-def test_what_are_no_levels_is_refused_without_that_remedy(tmp_path: Path, array: np.ndarray) -> None:
-    with pytest.raises(ValueError, match=r"got float64 from \S+ to \S+$"):
-        data.load_images(saved(tmp_path, array), trained_on(data.LEVELS), "none")
-
-
 # --- Arrays: shape ---
 
 COLOR = GENERATOR.integers(0, 256, (6, 3, 4, 5), np.uint8)
@@ -156,26 +150,11 @@ def test_each_name_of_images_is_read(tmp_path: Path, key: str, others: dict[str,
     assert read.names == tuple("012345")
 
 
-def test_several_arrays_of_other_names_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"expected one array, or one named test, images, x, got \['a', 'b'\]"):
-        data.load_images(saved(tmp_path, a=GREY, b=GREY), trained_on(data.LEVELS), "none")
-
-
 @pytest.mark.parametrize("key", ["labels", "y", "test_labels", "y_test"])
 def test_each_name_of_labels_is_read_beside_images(tmp_path: Path, key: str) -> None:
     read = data.load_images(saved(tmp_path, **{"test": GREY, key: np.arange(6)}), trained_on(data.LEVELS), "none")
     assert read.labels is not None
     assert read.labels.tolist() == list(range(6))
-
-
-def test_an_array_without_labels_has_none(tmp_path: Path) -> None:
-    assert data.load_images(saved(tmp_path, GREY), trained_on(data.LEVELS), "none").labels is None
-
-
-@pytest.mark.parametrize(("images", "expected"), [(GREY, "6 labels"), (GREY[:1], "1 label")])
-def test_labels_of_another_length_are_refused(tmp_path: Path, images: np.ndarray, expected: str) -> None:
-    with pytest.raises(ValueError, match=f"labels: expected {expected}, one per image, got shape"):
-        data.load_images(saved(tmp_path, x=images, y=np.arange(5)), trained_on(data.LEVELS), "none")
 
 
 # --- Binarization ---
@@ -190,11 +169,6 @@ def test_gray_images_are_one_draw_from_the_seed(
     expected = np.random.RandomState(3).binomial(1, rates)
     x = data.load_images(saved(tmp_path, array), trained_on(kind), binarization, seed=3).x
     np.testing.assert_array_equal(x[:, 0].numpy(), expected)
-
-
-def test_threshold_is_white_from_a_half(tmp_path: Path) -> None:
-    x = data.load_images(saved(tmp_path, GREY), trained_on(data.LEVELS), "threshold").x
-    np.testing.assert_array_equal(x[:, 0].numpy(), GREY >= 128)
 
 
 @pytest.mark.parametrize("binarization", ["dynamic", "fixed"])
@@ -217,12 +191,6 @@ def test_a_missing_pixel_stays_missing_and_no_other_is(tmp_path: Path, kind: str
     np.testing.assert_array_equal(x[:, 0].isnan().numpy(), HOLES)
 
 
-@pytest.mark.parametrize(("kind", "array"), [(data.BINARY, BITS), (data.REAL, REALS)])
-def test_observed_pixels_beside_missing_ones_keep_their_values(tmp_path: Path, kind: str, array: np.ndarray) -> None:
-    x = data.load_images(saved(tmp_path, np.where(HOLES, np.nan, array)), trained_on(kind), "none").x[:, 0]
-    np.testing.assert_allclose(x.numpy(), np.where(HOLES, np.nan, array), rtol=2e-7)
-
-
 def test_a_missing_pixel_in_training_data_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="expected finite values, got NaN or infinity"):
         data.load(saved(tmp_path, np.where(HOLES, np.nan, FRACTIONS)))
@@ -240,11 +208,6 @@ def test_a_folder_is_brought_to_size_and_gray(tmp_path: Path) -> None:
     np.testing.assert_allclose(read.x.numpy(), np.broadcast_to(expected, (3, *E)), rtol=2e-7)
 
 
-def test_gray_files_become_color_for_a_model_of_color(tmp_path: Path) -> None:
-    path = picture(tmp_path / "own.png", np.full((4, 5), 77, np.uint8))
-    assert data.load_images(path, trained_on(data.LEVELS, (3, 4, 5)), "none").x.shape == (1, 3, 4, 5)
-
-
 def test_a_single_image_file_is_one_image(tmp_path: Path) -> None:
     path = picture(tmp_path / "own.png", GREY[0])
     picture(tmp_path / "other.png", GREY[1])
@@ -255,25 +218,6 @@ def test_a_single_image_file_is_one_image(tmp_path: Path) -> None:
     drawn = data.load_images(path, trained_on(data.LEVELS), "dynamic", seed=4).x
     expected = np.random.RandomState(4).binomial(1, GREY[0].astype(np.float32) / 255)
     np.testing.assert_array_equal(drawn[0, 0].numpy(), expected)
-
-
-def test_black_and_white_files_suit_a_model_of_bits(tmp_path: Path) -> None:
-    path = picture(tmp_path / "own.png", BITS[0] * np.uint8(255))
-    np.testing.assert_array_equal(data.load_images(path, trained_on(data.BINARY), "none").x[0, 0].numpy(), BITS[0])
-
-
-def test_gray_files_do_not_suit_a_model_of_bits(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"expected black and white alone \(the model was trained on binary data\)"):
-        data.load_images(picture(tmp_path / "own.png", GREY[0]), trained_on(data.BINARY), "none")
-
-
-@pytest.mark.parametrize(("kind", "event_shape"), [(data.REAL, E), (data.LEVELS, (20,))])
-def test_image_files_do_not_suit_a_model_of_other_things(
-    tmp_path: Path, kind: str, event_shape: tuple[int, ...]
-) -> None:
-    path = picture(tmp_path / "own.png", GREY[0])
-    with pytest.raises(ValueError, match=r"expected an .npz or .npy file, since the model was trained on"):
-        data.load_images(path, trained_on(kind, event_shape), "none")
 
 
 @pytest.mark.parametrize(("names", "labels"), [(("cat", "dog"), [1, 2]), (("dog", "wolf"), None)])
@@ -288,13 +232,6 @@ def test_files_in_folders_of_known_classes_have_their_labels(
     assert ["wolf" in note for note in read.notes] == [True] * (labels is None)
 
 
-def test_a_broken_file_among_them_is_refused_by_name(tmp_path: Path) -> None:
-    picture(tmp_path / "own.png", GREY[0])
-    (tmp_path / "broken.png").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"^.*: expected images, got 1 that cannot be read: broken.png$"):
-        data.load_images(str(tmp_path), trained_on(data.LEVELS), "none")
-
-
 @pytest.mark.parametrize(
     ("name", "expected"),
     [("broken.png", "cannot be read: broken.png"), ("t.csv", r"t.csv: expected an \.npz or \.npy file, an image or a")],
@@ -303,17 +240,6 @@ def test_a_single_file_that_is_no_image_is_refused(tmp_path: Path, name: str, ex
     (tmp_path / name).write_text("no image")
     with pytest.raises(ValueError, match=expected):
         data.load_images(str(tmp_path / name), trained_on(data.LEVELS), "none")
-
-
-@pytest.mark.parametrize("name", ["missing.npz", "missing.png", "missing"])
-def test_a_missing_path_is_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(ValueError, match=rf"images: .*{name}.*: no such file"):
-        data.load_images(str(tmp_path / name), trained_on(data.LEVELS), "none")
-
-
-def test_a_folder_without_images_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="expected images, got an empty folder"):
-        data.load_images(str(tmp_path), trained_on(data.LEVELS), "none")
 
 
 OTHER_OPTIONS = {
@@ -328,37 +254,3 @@ def test_another_size_or_color_than_the_models_is_refused(tmp_path: Path, option
     path = picture(tmp_path / "own.png", GREY[0])
     with pytest.raises(ValueError, match=message):
         data.load_images(path, trained_on(data.LEVELS), "none", **{option: value})
-
-
-@pytest.mark.parametrize("fit", ["crop", "stretch"])
-def test_images_of_another_size_are_counted_with_what_was_done_to_them(tmp_path: Path, fit: str) -> None:
-    for i, size in enumerate([(4, 5), (8, 10), (40, 5)]):
-        picture(tmp_path / f"{i}.png", np.full(size, 50, np.uint8))
-    (note,) = data.load_images(str(tmp_path), trained_on(data.LEVELS), "none", fit=fit).notes
-    assert all(words in note for words in ("2 of 3 images", "1.png has 8x10", "4x5"))
-    assert ("cut" in note, "stretched" in note) == (fit == "crop", fit == "stretch")
-
-
-def test_colors_that_are_made_gray_are_counted(tmp_path: Path) -> None:
-    picture(tmp_path / "gray in color.png", np.repeat(GREY[0][..., None], 3, 2))
-    picture(tmp_path / "red.png", GREY[1][..., None] * np.array([1, 0, 0], np.uint8))
-    (note,) = data.load_images(str(tmp_path), trained_on(data.LEVELS), "none").notes
-    assert "1 of 2 images are in color" in note
-    assert data.load_images(str(tmp_path), trained_on(data.LEVELS, (3, 4, 5)), "none").notes == ()
-
-
-def test_what_image_files_leave_out_is_noted(tmp_path: Path) -> None:
-    frames = [Image.fromarray(image) for image in GREY[:3]]
-    frames[0].save(tmp_path / "pages.tif", save_all=True, append_images=frames[1:])
-    (tmp_path / "0.heic").write_bytes(b"")
-    own = data.load_images(str(tmp_path), trained_on(data.LEVELS), "none")
-    assert (255 * own.x[0, 0]).round().int().tolist() == GREY[0].tolist()
-    assert any("1 of 1 image" in note and "pages.tif has 3" in note for note in own.notes)
-    assert any("1 .heic" in note for note in own.notes)
-
-
-def test_white_strokes_on_a_transparent_ground_are_refused(tmp_path: Path) -> None:
-    opacity = Image.fromarray(GREY[0])
-    Image.merge("LA", [Image.new("L", opacity.size, 255), opacity]).save(tmp_path / "white.png")
-    with pytest.raises(ValueError, match="expected images that show something, got only level 255"):
-        data.load_images(str(tmp_path / "white.png"), trained_on(data.LEVELS), "none")

@@ -17,7 +17,6 @@ import torch
 from ppl_vae import data
 from ppl_vae.data import array_kinds, machine, transforms
 from ppl_vae.parts import likelihoods
-from ppl_vae.runtime import numerics
 from ppl_vae.runtime.numerics import mean_and_variance, sum_over_images
 
 RNG = np.random.default_rng(0)
@@ -55,14 +54,6 @@ def test_sums_over_images_are_bit_for_bit_those_of_all_columns_at_once(shape: tu
     assert torch.equal(mean_and_variance(x)[1], squares / len(x))
 
 
-def test_sums_over_very_many_images_are_those_of_double_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(numerics, "_LARGE", 1000)
-    array = np.random.default_rng(3).normal(100, 2, (3500, 30)).astype(np.float32)
-    mean, variance = mean_and_variance(torch.from_numpy(array))
-    np.testing.assert_allclose(mean, array.astype(np.longdouble).mean(0).astype(float), rtol=1e-14)
-    np.testing.assert_allclose(variance, array.astype(np.longdouble).var(0).astype(float), rtol=1e-12)
-
-
 FAMILIES: dict[str, Callable[[], tuple[torch.nn.Module, torch.Tensor]]] = {
     "laplace": lambda: (likelihoods.Laplace((70,)), torch.from_numpy(RNG.normal(size=(60, 70)).astype(np.float32))),
     "logit-normal": lambda: (likelihoods.LogitNormal((70,)), torch.from_numpy(RNG.random((60, 70)).astype(np.float32))),
@@ -78,13 +69,6 @@ def test_marginals_of_large_data_are_those_of_small(what: str, request: pytest.F
     assert torch.equal(family.fit_marginals(x), small)
 
 
-def test_a_median_leaves_the_images_alone() -> None:
-    x = torch.randn(40, 1)
-    before = x.clone()
-    likelihoods.Laplace((1,)).fit_marginals(x)
-    assert torch.equal(x, before)
-
-
 # --- Tensors in files ---
 
 
@@ -95,26 +79,6 @@ def test_a_large_tensor_lies_in_a_file_that_nobody_else_sees(kept: Path) -> None
     assert data.is_mapped(rows[7:])
     assert rows[49].tolist() == [147, 148, 149]
     assert list(kept.iterdir()) == []
-
-
-def test_a_small_tensor_is_in_memory(kept: Path) -> None:
-    assert not data.is_mapped(data.allocate((50, 3), torch.float32))
-    assert not kept.exists()
-
-
-@pytest.mark.usefixtures("large")
-def test_a_large_tensor_is_in_memory_where_the_disk_is_full(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kept: Path
-) -> None:
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(machine, "_reserve", full)
-    rows = data.allocate((50, 3), torch.float32)
-    rows.zero_()
-    assert not data.is_mapped(rows)
-    expected = f"{kept}: no space for 600 bytes, which go into memory: No space left on device\n"
-    assert capsys.readouterr().err == expected
 
 
 def test_the_memory_that_is_available_is_no_more_than_the_machine_says() -> None:

@@ -74,10 +74,6 @@ def test_columns_with_few_values_are_named() -> None:
     assert find_repeats(float32(noise.T)) is None
 
 
-def test_few_rows_do_not_repeat_by_chance() -> None:
-    assert find_repeats(float32(RNG.normal(size=(4, 6)))) is None
-
-
 @pytest.mark.parametrize(("levels", "takes_uint8"), [(256, True), (4096, False)])
 def test_uint8_is_advised_for_as_many_levels_as_it_has(levels: int, takes_uint8: bool) -> None:
     repeats = find_repeats(float32(RNG.integers(0, levels, (500, 1, 12, 12)) / levels))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -130,23 +129,6 @@ def test_images_neither_depend_on_global_generators_nor_change_them(gray: data.S
     assert torch.equal(subset, data.subset(10_000, 100))
 
 
-def test_the_splits_are_dequantized_by_other_noise(gray: data.Splits) -> None:
-    same = replace(gray, validation=gray.test)
-    noise = [256 * data.evaluation_images(same, split, "dequantized") % 1 for split in ("validation", "test")]
-    assert not torch.allclose(*noise)
-
-
-@pytest.mark.parametrize("split", ["valid", "all", ""])
-def test_an_unknown_split_is_refused(gray: data.Splits, split: str) -> None:
-    with pytest.raises(ValueError, match="split: expected one of test, validation, train"):
-        data.evaluation_images(gray, split, "dynamic")
-
-
-def test_an_unknown_word_is_refused(gray: data.Splits) -> None:
-    with pytest.raises(ValueError, match=r"pixels: expected one of .*, got 'soft'"):
-        data.training_images(gray, "soft")
-
-
 @pytest.mark.parametrize("word", ["levels", "dequantized"])
 def test_only_8_bit_data_has_levels(word: str) -> None:
     with pytest.raises(ValueError, match=rf"pixels: expected 8-bit levels for '{word}', got real values"):
@@ -173,14 +155,6 @@ def test_each_probability_is_drawn_at_its_own_rate() -> None:
     drawn = data.sample_bernoulli(rate.expand(num_draws, 5), torch.Generator().manual_seed(1)).double().mean(0)
     stderr = (rate * (1 - rate) / num_draws).sqrt()
     assert ((drawn - rate) / stderr).abs().max() < 4
-
-
-@pytest.mark.parametrize("level", [0, 255])
-@pytest.mark.parametrize("is_stored_as_level", [True, False])
-def test_black_and_white_are_certain(level: int, is_stored_as_level: bool) -> None:
-    stored = torch.tensor(level, dtype=torch.uint8) if is_stored_as_level else torch.tensor(level / 255)
-    drawn = data.sample_bernoulli(stored.expand(1_000_000), torch.Generator().manual_seed(2))
-    assert drawn.unique().tolist() == [level / 255]
 
 
 # torch.rand gives multiples of 2^-24 from 0 on, and never 1.
@@ -233,18 +207,6 @@ def test_images_that_are_not_drawn_anew_are_the_same_in_training_and_evaluation(
     assert torch.equal(x, data.expected_images(splits, word))
 
 
-@pytest.mark.parametrize("kind", [data.BINARY, data.REAL, data.COUNTS])
-def test_data_that_is_never_binarized_is_unchanged(kind: str) -> None:
-    splits = build(STORED[kind], kind)
-    stored, transform = data.training_images(splits, "none")
-    assert torch.equal(transform(stored, torch.Generator()), splits.train.float())
-    assert torch.equal(data.evaluation_images(splits, "test", "none"), splits.test.float())
-    assert data.resolve_binarization(splits, None) == "none"
-    for binarization in ("dynamic", "fixed", "threshold"):
-        with pytest.raises(ValueError, match=f"binarization: expected none for .*, got {binarization}"):
-            data.resolve_binarization(splits, binarization)
-
-
 @pytest.mark.parametrize("binarization", ["dynamic", "fixed"])
 def test_a_draw_from_ones_is_ones(binarization: str) -> None:
     """Stored ones of binary data are not the level 1 of 255."""
@@ -258,25 +220,6 @@ def test_gray_data_takes_each_binarization_and_resolves_to_the_default(gray: dat
     assert data.resolve_binarization(gray, None) == "dynamic"
     assert data.resolve_binarization(gray, None, default="threshold") == "threshold"
     assert [data.resolve_binarization(gray, word) for word in BINARIZATIONS] == [*BINARIZATIONS]
-
-
-def test_levels_are_given_as_they_are(gray: data.Splits) -> None:
-    stored, transform = data.training_images(gray, "levels")
-    assert torch.equal(transform(stored), gray.train.float())
-    assert torch.equal(data.expected_images(gray, "levels"), gray.train.float())
-
-
-@pytest.mark.thorough
-def test_a_training_starts_from_a_fixed_random_part_of_many_images(
-    mnist: data.Splits, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    every = data.initialization_images(mnist, "none").double()
-    assert len(every) == 50_000
-    monkeypatch.setattr(transforms, "_MOST_INITIALIZATION_PIXELS", 2000 * 784)
-    some = data.initialization_images(mnist, "none").double()
-    assert len(some) == 2000
-    assert ((some.mean(0) - every.mean(0)).abs() <= 6 * every.std(0) / 2000**0.5 + 0.002).all()
-    assert torch.equal(some, data.initialization_images(mnist, "none").double())
 
 
 # --- The entropy of a draw ---
@@ -298,14 +241,6 @@ def test_the_entropy_of_mnists_test_set_is_45_53_nats(mnist: data.Splits) -> Non
     assert entropy is not None
     assert (tuple(entropy.shape), entropy.dtype) == ((10_000,), torch.float64)
     assert entropy.mean().item() == pytest.approx(45.53, abs=0.005)
-
-
-@pytest.mark.parametrize(
-    ("kind", "binarization"),
-    [(data.LEVELS, "threshold"), (data.LEVELS, "none"), (data.BINARY, "dynamic"), (data.REAL, "dynamic")],
-)
-def test_images_that_are_not_drawn_have_no_entropy(kind: str, binarization: str) -> None:
-    assert data.binarization_entropy(build(STORED[kind], kind), "test", binarization) is None
 
 
 # --- The protocol of Burda et al. (2015) ---
@@ -352,11 +287,6 @@ def test_a_subset_is_ascending_and_has_the_size_that_was_asked_for(num_images: i
     assert index[-1] < num_images
 
 
-@pytest.mark.parametrize("most", [None, 50, 51, 10_000])
-def test_a_subset_is_all_images_where_there_are_no_more(most: int | None) -> None:
-    assert data.subset(50, most).tolist() == list(range(50))
-
-
 @pytest.mark.parametrize("most", [10, 100, 1_000])
 def test_a_subset_is_not_the_first_images(most: int) -> None:
     """Image i of a random subset of n among N lies near i N / n: the mean index is (N - 1) / 2, within its error."""
@@ -364,22 +294,3 @@ def test_a_subset_is_not_the_first_images(most: int) -> None:
     index = data.subset(num_images, most).double()
     stderr = math.sqrt((num_images**2 - 1) / 12 / most)
     assert (index.mean() - (num_images - 1) / 2).abs() < 4 * stderr
-
-
-# --- Further images at the levels ---
-
-
-def test_further_images_become_levels_and_keep_their_holes(tmp_path: Path) -> None:
-    splits = build(STORED[data.LEVELS], data.LEVELS)
-    values = STORED[data.LEVELS][:5] / 255
-    values[0, 0] = np.nan
-    np.save(tmp_path / "more.npy", values)
-    found = data.load_images(str(tmp_path / "more.npy"), splits, "levels").x
-    expected = np.where(np.isnan(values), np.nan, STORED[data.LEVELS][:5])
-    np.testing.assert_array_equal(found.numpy(), expected)
-
-
-def test_further_images_between_the_levels_are_refused(tmp_path: Path) -> None:
-    np.save(tmp_path / "more.npy", np.full((5, 6), 0.5))
-    with pytest.raises(ValueError, match=r"expected uint8 levels, or level / 255, got fractions between the levels"):
-        data.load_images(str(tmp_path / "more.npy"), build(STORED[data.LEVELS], data.LEVELS), "levels")

@@ -75,11 +75,6 @@ def test_pixels_are_uniform_if_model_and_posterior_are_exact(name, num_draws):
     assert_shares(found, [1 / BINS] * BINS)
 
 
-def test_a_right_model_is_calibrated():
-    vae = MODELS["normal"]()
-    assert calibrate(vae, draw(vae, NUM_IMAGES)).verdict == "calibrated"
-
-
 def places_of_a_wrong_scale(factor, num_draws):
     """P(PIT in bin k) = E[P(R in bin k)], R ~ Binomial(J, Phi(e / factor)), e ~ N(0, 1), by the trapezoidal rule."""
     e = torch.linspace(-9, 9, 4001, dtype=torch.double)
@@ -152,45 +147,6 @@ def test_the_standard_error_is_over_images_not_pixels():
     assert share.stderr > 5 * independent
 
 
-def test_each_share_has_the_mean_and_standard_error_of_the_images_shares(monkeypatch):
-    """One image at a time, so that what is streamed can be collected."""
-    seen = []
-    monkeypatch.setattr("ppl_vae.runtime.batching.items_per_pass", lambda *_, **__: 1)
-    histograms = pixel_calibration._histograms
-    monkeypatch.setattr(pixel_calibration, "_histograms", lambda pit: seen.append(histograms(pit)) or seen[-1])
-    vae = MODELS["normal"]()
-    found = calibrate(vae, draw(vae, 30), num_draws=5)
-    each = torch.cat(seen)
-    assert [share.mean for share in found.histogram] == pytest.approx(each.mean(0).tolist())
-    assert [share.stderr for share in found.histogram] == pytest.approx((each.std(0) / math.sqrt(30)).tolist())
-    above = each[:, -2:].sum(1)
-    assert (found.above_90_percent_quantile.mean, found.above_90_percent_quantile.stderr) == pytest.approx(
-        (float(above.mean()), float(above.std()) / math.sqrt(30))
-    )
-
-
-def test_pixels_are_uniform_when_draws_are_streamed_one_by_one(monkeypatch):
-    monkeypatch.setattr("ppl_vae.runtime.batching.items_per_pass", lambda *_, **__: 1)
-    vae = MODELS["categorical"]()
-    found = calibrate(vae, draw(vae, 400), num_draws=4)
-    assert_shares(found, [1 / BINS] * BINS)
-
-
-def test_draws_are_split_into_passes(monkeypatch):
-    vae, drawn = MODELS["normal"](), []
-    monkeypatch.setattr("ppl_vae.runtime.batching.items_per_pass", lambda *_, **__: 25)
-    sample = dist.Independent.sample
-
-    def counted(self, shape=()):
-        drawn.append(math.prod(shape) * math.prod(self.batch_shape))
-        return sample(self, torch.Size(shape))
-
-    x = draw(vae, 11)
-    monkeypatch.setattr(dist.Independent, "sample", counted)
-    calibrate(vae, x, num_draws=10)
-    assert max(drawn) <= 25
-
-
 def test_the_deviation_is_the_largest_of_the_cumulative_histogram():
     mean = torch.full((BINS,), 1 / BINS, dtype=torch.double)
     mean[3] += 0.03
@@ -200,31 +156,8 @@ def test_the_deviation_is_the_largest_of_the_cumulative_histogram():
     assert found.largest_deviation == pytest.approx(0.03)
 
 
-def test_one_image_has_shares_without_an_error():
-    vae = MODELS["normal"]()
-    found = calibrate(vae, draw(vae, 1), num_draws=5)
-    assert math.isnan(found.above_90_percent_quantile.stderr)
-    assert found.verdict == "calibrated"
-
-
 def test_weights_and_random_state_of_the_vae_stay():
     vae = MODELS["normal"]()
     before = {name: w.clone() for name, w in vae.state_dict().items()}
     calibrate(vae, draw(vae, 3), num_draws=5)
     assert all(torch.equal(w, before[name]) for name, w in vae.state_dict().items())
-
-
-def test_progress_counts_every_image():
-    vae, seen = MODELS["normal"](), []
-    calibrate(vae, draw(vae, 11), num_draws=5, progress=seen.append)
-    assert sum(seen) == 11
-
-
-@pytest.mark.parametrize(
-    ("images", "options", "words"),
-    [(0, {}, "x: expected at least"), (2, {"num_draws": 0}, "num_draws: expected at least 1, got 0")],
-)
-def test_no_image_and_no_draw_are_refused(images, options, words):
-    vae = MODELS["normal"]()
-    with pytest.raises(ValueError, match=words):
-        calibrate(vae, torch.zeros(images, 6, dtype=torch.double), **options)

@@ -67,12 +67,6 @@ def test_the_error_of_a_log_scale_is_that_of_repetitions():
     assert np.mean([float(moments.log_scale.stderr) for moments in found]) == pytest.approx(spread, rel=0.1)
 
 
-def test_the_effect_is_the_larger_of_shift_and_stretch():
-    z = (normal(20_000, 3) * torch.tensor([1.0, 1.0, 0.5])) + torch.tensor([0.0, 0.7, 0.1])
-    effect = latent_moments(z, standard(3)).effect
-    np.testing.assert_allclose(effect, [0.0, 0.7, math.log(2)], atol=0.03)
-
-
 def test_a_prior_known_by_its_draws_has_their_moments():
     with seeded(0, CPU):
         found = latent_moments(normal(5000, 2) + 0.5, OnlyDraws(2))
@@ -147,18 +141,6 @@ def test_a_difference_that_no_latent_shows_alone_is_seen():
     assert classifier_test(ring, normal(4000, 2, seed=2)).effect.mean > 0.5
 
 
-def test_the_classifier_does_not_change_the_global_generator():
-    state = torch.get_rng_state()
-    first, second = (classifier_test(normal(40, 2), normal(40, 2, seed=1), seed=3) for _ in range(2))
-    assert first == second
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_samples_of_different_sizes_are_refused():
-    with pytest.raises(ValueError, match="two samples"):
-        classifier_test(normal(40, 2), normal(50, 2))
-
-
 # --- Holes ---
 
 
@@ -215,72 +197,6 @@ def test_holes_are_seen_between_posteriors_that_miss_each_other(scale):
     assert found.bandwidth > 0
     assert found.share.mean > 0.5
     assert (z[found.worst[:50], :2].norm(dim=1) < 2.5).all()
-
-
-def test_the_draws_that_choose_the_bandwidth_set_no_threshold(monkeypatch):
-    monkeypatch.setattr(aggregate, "_BANDWIDTHS", (0.0,))
-    oracle = LinearGaussian.random(L=2)
-    vae = oracle.vae()
-    with seeded(0, CPU):
-        x, held_out = images_and_draws(oracle, vae, 200)
-        z = vae.prior().sample((200,))
-    moved = held_out.clone()
-    moved[::2] = 9.0
-    assert holes(vae, x, moved, z).threshold == holes(vae, x, held_out, z).threshold
-
-
-def test_the_bandwidth_does_not_depend_on_the_order_of_images():
-    """Images of two classes one after the other: every 500 of 2,000 draws have both."""
-    loc = torch.cat([normal(1000, 1), normal(1000, 1, seed=1) * 1e-3 + 5])
-
-    def posterior(x):
-        return dist.Normal(loc[x[..., 0].long()], 1e-3).to_event(1)
-
-    vae = VAE(StandardNormal(1).double(), lambda z: dist.Normal(z, 1.0).to_event(1), posterior)
-    index = torch.arange(2000).double()[:, None]
-    with seeded(0, CPU):
-        held_out, z = vae.posterior(index).sample(), vae.prior().sample((500,))
-        found, turned = (holes(vae, index, draws, z).bandwidth for draws in (held_out, held_out.flip(0)))
-    assert found == turned
-
-
-def test_a_share_of_zero_has_an_error():
-    """Of 100 draws, none in a hole: the exact 95% bound on the share is 3 / 100."""
-    oracle = LinearGaussian.random(L=2)
-    vae = oracle.vae()
-    with seeded(0, CPU):
-        x, held_out = images_and_draws(oracle, vae, 400)
-        found = holes(vae, x, held_out, torch.zeros(100, 2).double())
-    assert found.share.mean == 0
-    assert 2 * found.share.stderr == pytest.approx(0.03, rel=0.15)
-
-
-@pytest.mark.parametrize("default", [torch.float32, torch.float64])
-def test_the_classifier_works_in_either_default_precision(default):
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(default)
-    try:
-        found = classifier_test(normal(100, 2) + 20, normal(100, 2, seed=1))
-    finally:
-        torch.set_default_dtype(before)
-    assert found.effect.mean == 1.0
-
-
-def test_a_classifier_that_never_errs_still_has_an_error():
-    found = classifier_test(normal(100, 2) + 20, normal(100, 2, seed=1))
-    assert found.effect.mean == 1
-    assert found.effect.stderr == pytest.approx(3 / found.num_held_out, rel=0.15)
-
-
-def test_the_worst_draws_come_first():
-    oracle = LinearGaussian.random(L=2)
-    vae = oracle.vae()
-    z = normal(100, 2)
-    z[17] = 9.0
-    x, held_out = images_and_draws(oracle, vae, 100)
-    found = holes(vae, x, held_out, z)
-    assert found.worst[0] == 17
-    assert (found.prior_scores[found.worst].diff() >= 0).all()
 
 
 def test_the_error_of_a_share_is_that_of_repetitions():

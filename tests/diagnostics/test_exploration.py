@@ -15,7 +15,7 @@ from torch.testing import assert_close
 
 from ppl_vae.diagnostics.exploration import decode_plane, decode_traversals, kl_by_latent, latent_quantiles
 from ppl_vae.evidence.importance import gather_log_weights
-from ppl_vae.evidence.moments import PosteriorMoments, compute_moments, encode, mean_or_draw, sample_latents
+from ppl_vae.evidence.moments import PosteriorMoments, compute_moments, encode
 
 
 @pytest.fixture
@@ -44,26 +44,6 @@ def test_images_are_where_the_exact_posterior_puts_them(oracle, small_passes):
     codes = encode(oracle.vae(), x)
     assert_close(codes.mean, (x - oracle.b) @ A.T)
     assert_close(codes.scale, oracle.guide_scale().expand(20, -1))
-
-
-def test_a_mean_that_is_known_is_taken():
-    assert_close(mean_or_draw(dist.Normal(torch.tensor([1.0, 2.0]), 1.0).to_event(1)), torch.tensor([1.0, 2.0]))
-
-
-def test_a_mean_that_is_not_known_is_a_draw():
-    torch.manual_seed(0)
-    draw = mean_or_draw(without_moments([3.0, -1.0], [1e-3, 2e-3]))
-    assert_close(draw, torch.tensor([3.0, -1.0]), rtol=0, atol=0.01)
-    assert draw[0] != 3.0
-
-
-def test_draws_in_passes_are_as_many_as_asked(monkeypatch):
-    monkeypatch.setattr("ppl_vae.runtime.batching.items_per_pass", lambda *_, **__: 7)
-    torch.manual_seed(0)
-    z = sample_latents(dist.Normal(torch.tensor([1.0, 2.0]), 0.1).to_event(1), 100)
-    assert z.shape == (100, 2)
-    assert len(z.unique()) == 200
-    assert_close(z.mean(0), torch.tensor([1.0, 2.0]), rtol=0, atol=5 * 0.1 / 10)
 
 
 def test_moments_that_are_not_known_are_those_of_draws():
@@ -95,11 +75,6 @@ def test_the_kl_of_a_latent_is_its_integral():
     assert_close(kl_by_latent(codes, prior), torch.tensor(expected, dtype=torch.float), rtol=1e-5, atol=1e-5)
 
 
-def test_a_latent_whose_posterior_is_the_prior_has_no_kl():
-    codes = PosteriorMoments(torch.tensor([[0.0, 1.0]] * 3), torch.ones(3, 2))
-    assert kl_by_latent(codes, dist.Normal(torch.zeros(2), 1.0).to_event(1)).tolist() == [0.0, 0.5]
-
-
 # --- What latents move ---
 
 
@@ -111,18 +86,6 @@ def test_a_traversal_moves_one_latent_and_keeps_the_others(oracle):
             moved = z.clone()
             moved[latent] = step
             assert_close(images[row, column], oracle.W @ moved + oracle.b)
-
-
-def test_an_unused_latent_changes_nothing(oracle):
-    W = oracle.W.clone()
-    W[:, 1] = 0
-    vae = LinearGaussian(W, oracle.b, oracle.scale).vae()
-    images = decode_traversals(
-        vae, torch.zeros(3, dtype=torch.double), [1], torch.linspace(-3, 3, 5, dtype=torch.double)
-    )
-    assert_close(images, images[:, :1].expand_as(images), rtol=0, atol=0)
-    codes = encode(vae, oracle.draw(10))
-    assert kl_by_latent(codes, vae.prior())[1] < 1e-12
 
 
 def test_a_traversal_is_in_scales_of_the_prior(oracle):
@@ -166,9 +129,3 @@ def test_log_weights_gathered_in_passes_are_those_of_each_image(oracle, small_pa
     x = oracle.draw(10)
     log_w = gather_log_weights(oracle.vae(), x, 12)
     assert_close(log_w, oracle.log_evidence(x).expand(12, 10), rtol=0, atol=1e-9)
-
-
-def test_particles_of_different_passes_differ(oracle, monkeypatch):
-    monkeypatch.setattr("ppl_vae.runtime.batching.items_per_pass", lambda *_, **__: 20)
-    log_w = gather_log_weights(oracle.vae(widen=1.5), oracle.draw(10), 9)
-    assert len(log_w.unique()) == 90

@@ -7,7 +7,6 @@ import math
 import pyro
 import pytest
 import torch
-import torch._inductor.compile_fx as compiler
 from grids import LIKELIHOODS_AND_NETWORKS, images_for
 from oracles import LinearGaussian
 from torch.testing import assert_close
@@ -18,7 +17,6 @@ from ppl_vae.evidence.evaluation import CapturedTerms, evaluate
 from ppl_vae.runs.build import build_vae
 from ppl_vae.runs.options import PLAIN, Options
 from ppl_vae.runtime import capture
-from ppl_vae.runtime.batching import even_divisor
 from ppl_vae.runtime.errors import CannotCapture, NotFinite
 from ppl_vae.weights import log_weight_terms
 
@@ -98,28 +96,6 @@ def test_the_compiled_estimate_is_the_plain_one(real_compiler, small_passes, net
     _assert_same(captured, plain, relative=1e-6)
     assert len(told) == 1
     assert 0 < told[0] < 600
-
-
-@pytest.mark.thorough
-def test_compiled_images_may_lie_in_memory_in_any_order(real_compiler, small_passes):
-    """The graph is for one layout of its inputs: a transposed array holds the same images."""
-    vae, x = _vae(), _images()
-    transposed = x.mT.contiguous().mT
-    assert not transposed.is_contiguous()
-    captured, plain = _both(vae, transposed, num_particles=4)
-    _assert_same(captured, plain, relative=1e-10)
-
-
-@pytest.mark.thorough
-@pytest.mark.parametrize(("dtype", "relative"), [(torch.double, 1e-10), (torch.float, 1e-6)], ids=["double", "single"])
-@pytest.mark.parametrize("logit", [0.0, 1e-4, 1.0, 18.0, 40.0, 89.0, 300.0])
-def test_pixels_of_any_certainty_cost_what_they_cost_without_a_graph(graphs, logit, dtype, relative):
-    """Half of them right and half wrong; 64 pixels, whose factors 1 + e^-|h| a graph may multiply."""
-    vae, x = _vae(dtype), _images(dtype)
-    with torch.no_grad():
-        vae.likelihood.net.output.weight.zero_()
-        vae.likelihood.net.output.bias.copy_(logit * torch.tensor([1.0, -1]).repeat(32))
-    _assert_same(*_both(vae, x, num_particles=4), relative=relative)
 
 
 @pytest.mark.parametrize("num_images", [1, 2])
@@ -204,33 +180,6 @@ def test_a_program_that_reads_a_number_is_refused_with_everything_as_it_was(grap
     assert evaluate(vae, _images(), num_particles=4, seed=3).log_evidence.isfinite().all()
 
 
-def test_a_compiler_that_fails_is_a_reason_with_everything_as_it_was(graphs, monkeypatch):
-    def fail(*_, **__):
-        raise RuntimeError("no space left\nand more")
-
-    monkeypatch.setattr(compiler, "compile_fx_inner", fail)
-    vae = _vae()
-    before = _all(vae)
-    with pytest.raises(CannotCapture, match=r"^the compiler failed: RuntimeError: no space left$"):
-        evaluate(vae, _images(), num_particles=4, seed=3, compile=True)
-    _assert_nothing_changed(vae, before)
-
-
-def test_without_a_compiler_the_refusal_names_what_is_missing(monkeypatch):
-    monkeypatch.setattr(capture.shutil, "which", lambda *_, **__: None)
-    with pytest.raises(CannotCapture, match=r"^no C\+\+ compiler \(g\+\+ or clang\+\+\) is installed$"):
-        evaluate(_vae(), _images(), num_particles=4, seed=3, compile=True)
-
-
-@pytest.mark.parametrize("compile", [True, False])
-def test_log_weights_that_are_not_finite_are_refused(graphs, compile):
-    """An infinite image is on the support of a normal, and has no log-weight. The first one alone is validated."""
-    x = _images()
-    x[3] = math.inf
-    with pytest.raises(NotFinite, match="log-weights"):
-        evaluate(_vae(likelihood="normal"), x, num_particles=4, seed=3, compile=compile)
-
-
 @pytest.mark.parametrize("compile", [True, False])
 def test_weights_that_are_not_finite_are_told_in_the_same_words(graphs, compile):
     vae = _vae()
@@ -250,10 +199,3 @@ def test_with_the_exact_posterior_the_captured_estimate_is_log_evidence(graphs, 
     found = evaluate(exact.vae(), x, num_particles=num_particles, seed=3, compile=True)
     assert_close(found.log_evidence, exact.log_evidence(x), rtol=1e-10, atol=1e-10)
     assert len(graphs) == 1
-
-
-@pytest.mark.parametrize("most", [1, 2, 3, 7, 10, 64])
-def test_an_even_divisor_is_the_largest_divisor_above_half_of_the_most_or_the_most(most):
-    for S in range(1, 300):
-        divisors = [c for c in range(1, most + 1) if S % c == 0 and (2 * c > most or c == S)]
-        assert even_divisor(S, most) == max(divisors, default=most), S

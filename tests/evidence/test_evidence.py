@@ -35,15 +35,6 @@ def test_the_exact_posterior_gives_the_evidence_for_every_number_of_particles(or
     assert_close(bound, oracle.log_evidence(x), rtol=1e-9, atol=0)
 
 
-def test_with_the_exact_posterior_elbo_bound_and_evidence_are_one_number(oracle):
-    vae, x = oracle.vae(), oracle.draw(5)
-    result = importance(vae.model, vae.guide, x, num_particles=10)
-    assert_close(result.elbo, result.log_evidence, rtol=1e-9, atol=0)
-    assert_close(result.ess, torch.full((5,), 10.0, dtype=torch.double), rtol=1e-9, atol=0)
-    assert (result.monte_carlo_stderr < 1e-6).all()
-    assert (result.bias < 1e-9).all()
-
-
 @pytest.mark.parametrize(("widen", "shift"), [(1.4, 0.0), (0.6, 0.0), (1.0, 0.8), (1.2, -0.5)])
 def test_a_wrong_guide_lowers_the_elbo_by_its_divergence_from_the_posterior(oracle, widen, shift):
     vae, x = oracle.vae(widen=widen, shift=shift), oracle.draw(5)
@@ -198,18 +189,6 @@ def test_k_hat_above_its_alarm_does_not_make_an_image_unreliable():
     assert not result.unreliable().any()
 
 
-def test_with_heavy_tails_the_jackknife_sees_only_part_and_the_rise_shows_it():
-    """Why neither is called what is lacking: with k near 1 the bias falls far more slowly than 1 / S."""
-    oracle = LinearGaussian.random(D=12, L=8)
-    vae, x = oracle.vae(widen=0.4), oracle.draw(200)
-    torch.manual_seed(0)
-    result = importance(vae.model, vae.guide, x, num_particles=1000)
-    lacking = (oracle.log_evidence(x) - result.log_evidence).mean()
-    assert result.bias.mean() < lacking / 2
-    assert result.tenfold_gain.mean() > lacking / 5
-    assert result.pareto_k.median() > 0.5
-
-
 def test_the_rise_is_what_ten_times_the_particles_gain():
     oracle = LinearGaussian.random(D=12, L=8)
     vae, x = oracle.vae(widen=1.6), oracle.draw(300)
@@ -240,34 +219,6 @@ def test_weights_at_infinity_are_never_called_reliable(oracle, value):
         assert result.unreliable().all()
 
 
-def test_one_particle_claims_no_error_of_its_own(oracle):
-    vae = oracle.vae()
-    result = importance(vae.model, vae.guide, oracle.draw(3), num_particles=1)
-    assert result.monte_carlo_stderr.isnan().all()
-    assert result.bias.isnan().all()
-    assert result.unreliable().all()
-
-
-def test_draws_are_fresh_at_every_call():
-    oracle = LinearGaussian.random()
-    vae, x = oracle.vae(widen=1.5), oracle.draw(3)
-    first, second = (log_evidence(vae.model, vae.guide, x, num_particles=5) for _ in range(2))
-    assert (first != second).all()
-
-
-def test_no_gradient_is_kept(oracle):
-    vae = oracle.vae()
-    assert not log_evidence(vae.model, vae.guide, oracle.draw(2), num_particles=3).requires_grad
-
-
-def test_weights_that_are_not_finite_are_refused(oracle):
-    vae = oracle.vae()
-    with torch.no_grad():
-        vae.likelihood.net.output.bias[0] = math.nan
-    with pytest.raises(NotFinite, match="log-weights: expected numbers, got NaN"):
-        evaluate(vae, oracle.draw(2), num_particles=3, seed=0)
-
-
 @pytest.mark.parametrize(
     ("argument", "value"), [("num_particles", 0), ("num_particles", -3), ("chunk", 0), ("chunk", -1)]
 )
@@ -276,12 +227,6 @@ def test_numbers_out_of_range_are_refused(oracle, argument, value):
     options = {"num_particles": 3, "chunk": None} | {argument: value}
     with pytest.raises(ValueError, match=f"{argument}: expected at least 1, got {value}"):
         importance(vae.model, vae.guide, oracle.draw(2), **options)
-
-
-def test_no_images_are_refused(oracle):
-    vae = oracle.vae()
-    with pytest.raises(ValueError, match="x: expected at least one image"):
-        importance(vae.model, vae.guide, oracle.draw(2)[:0], num_particles=3)
 
 
 def test_an_estimate_is_the_mean_over_images_with_its_standard_error():
@@ -300,10 +245,6 @@ def test_a_ragged_last_group_weighs_by_its_images_and_not_as_a_group(monkeypatch
     assert Estimate.from_values(bound, 3).mean == pytest.approx(float(oracle.log_evidence(x).sum() / 5), rel=1e-9)
 
 
-def test_one_image_has_no_standard_error():
-    assert math.isnan(Estimate.from_values(torch.tensor([1.0]), 5).stderr)
-
-
 class _BatchNormNet(nn.Module):
     """A network that an evaluation would change if it ran in training mode."""
 
@@ -314,19 +255,6 @@ class _BatchNormNet(nn.Module):
     def forward(self, x):
         flat = self.norm(x.reshape(-1, x.shape[-1]))
         return self.linear(self.dropout(flat)).reshape(*x.shape[:-1], -1)
-
-
-def test_a_part_that_is_in_another_mode_than_the_whole_stays_in_it():
-    vae = VAE(
-        StandardNormal(2),
-        Conditional(_BatchNormNet(2, 12), Bernoulli((12,))),
-        Conditional(_BatchNormNet(12, 4), DiagonalNormal(2)),
-    ).train()
-    vae.posterior.net.norm.eval()
-    evaluate(vae, torch.zeros(3, 12), num_particles=2, seed=0)
-    assert vae.training
-    assert vae.posterior.net.dropout.training
-    assert not vae.posterior.net.norm.training
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -19,7 +19,6 @@ from ppl_vae.evidence.missing import DefensiveMixture, Observed, impute
 from ppl_vae.parts.networks import MLP
 from ppl_vae.parts.posteriors import DiagonalNormal
 from ppl_vae.parts.priors import StandardNormal
-from ppl_vae.runtime.errors import NotFinite
 
 NAN = math.nan
 
@@ -116,16 +115,6 @@ def test_an_image_without_holes_keeps_its_guide_beside_one_with_holes():
     torch.testing.assert_close(log_q, vae.posterior(x[0]).log_prob(z[:, 0]))
 
 
-@pytest.mark.parametrize("holes", ["one image", "all images"])
-def test_log_p_of_nothing_is_zero(holes):
-    vae = bernoulli_vae(latent_dim=2)
-    x = binary_images(3)
-    x[0 if holes == "one image" else slice(None)] = NAN
-    observed = Observed(vae)
-    result = log_evidence(observed.model, observed.guide, x, num_particles=20)[0]
-    torch.testing.assert_close(result, torch.zeros((), dtype=torch.double), rtol=0, atol=1e-12)
-
-
 def test_missing_pixels_of_an_image_with_channels_leave_the_sum():
     """p(x | z) on (3, 2, 2) is that of its flat pixels: the same holes, the same number."""
     flat = bernoulli_vae(latent_dim=1)
@@ -207,24 +196,6 @@ def test_the_guide_is_a_function_of_the_image_alone():
     torch.manual_seed(7)
     alone = [observed.posterior(x[i : i + 1]).log_prob(z[:, i : i + 1]) for i in (3, 2, 1, 0)][::-1]
     torch.testing.assert_close(together, torch.cat(alone, dim=1))
-
-
-def test_fillings_leave_the_global_generator_as_it_was():
-    x, observed = with_holes(binary_images(2)), Observed(bernoulli_vae(latent_dim=2))
-    before = torch.get_rng_state()
-    observed.posterior(x)
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_the_encoder_sees_as_many_images_for_one_particle_as_for_a_thousand():
-    vae = bernoulli_vae(latent_dim=2)
-    x, observed, seen = with_holes(binary_images(2)), Observed(vae), []
-    vae.posterior.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0][..., 0].numel()))
-    with torch.no_grad():
-        log_weights(observed.model, observed.guide, x, 1)
-        few, _ = sum(seen), seen.clear()
-        log_weights(observed.model, observed.guide, x, 1000)
-    assert sum(seen) == few
 
 
 def test_fillings_are_weighted_by_what_is_observed():
@@ -318,28 +289,6 @@ def test_an_image_of_holes_alone_is_imputed_by_draws_of_the_model():
     assert (error / (scales[:, None] * scales)).abs().max() < 4 * math.sqrt(2 / 2500)
 
 
-def test_observed_pixels_are_kept_as_they_are():
-    x = with_holes(binary_images(3))
-    result = impute(Observed(bernoulli_vae(latent_dim=2)), x, num_particles=10, num_draws=4)
-    seen = ~x.isnan()
-    assert result.draws.shape == (4, 3, 12)
-    assert all(torch.equal(filled[seen], x[seen]) for filled in (*result.draws, result.mean))
-
-
-def test_draws_of_missing_pixels_are_values_of_the_support():
-    x = with_holes(binary_images(3))
-    result = impute(Observed(bernoulli_vae(latent_dim=2)), x, num_particles=10, num_draws=4)
-    assert ((result.draws == 0) | (result.draws == 1)).all()
-
-
-def test_progress_counts_every_image():
-    counted = []
-    x = with_holes(binary_images(3))
-    observed = Observed(bernoulli_vae(latent_dim=1))
-    impute(observed, x, num_particles=5, num_draws=1, progress=counted.append)
-    assert sum(counted) == 3
-
-
 # --- What is refused ---
 
 
@@ -355,26 +304,6 @@ def test_pixels_that_are_not_independent_are_refused():
         log_evidence(observed.model, observed.guide, torch.tensor([[0.0, NAN]]), num_particles=2)
 
 
-def test_channels_that_depend_on_each_other_are_refused():
-    """Independent over pixels, but one pixel is a vector."""
-    torch.manual_seed(0)
-    vae = VAE(
-        StandardNormal(2),
-        lambda z: dist.MultivariateNormal(z.reshape(*z.shape[:-1], 1, 2), torch.eye(2)).to_event(1),
-        Conditional(MLP((1, 2), 4, hidden=()), DiagonalNormal(2)),
-    )
-    observed = Observed(vae)
-    with pytest.raises(ValueError, match="likelihood: expected pixels that are independent given z"):
-        log_evidence(observed.model, observed.guide, torch.tensor([[[0.0, NAN]]]), num_particles=2)
-
-
-def test_images_of_another_shape_are_refused():
-    observed = Observed(bernoulli_vae(latent_dim=1))
-    x = torch.full((2, 5), NAN, dtype=torch.double)
-    with pytest.raises(ValueError, match=r"x: expected shape \(B, 12\), got \(2, 5\)$"):
-        log_evidence(observed.model, observed.guide, x, num_particles=2)
-
-
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
@@ -388,22 +317,3 @@ def test_images_of_another_shape_are_refused():
 def test_options_of_the_guide_out_of_their_range_are_refused(changed, words):
     with pytest.raises(ValueError, match=words):
         Observed(bernoulli_vae(latent_dim=1), **changed)
-
-
-@pytest.mark.parametrize(("particles", "draws", "name"), [(0, 1, "num_particles"), (1, 0, "num_draws")])
-def test_no_particles_and_no_draws_are_refused(particles, draws, name):
-    with pytest.raises(ValueError, match=f"{name}: expected at least 1, got 0"):
-        impute(Observed(bernoulli_vae(latent_dim=1)), binary_images(1), num_particles=particles, num_draws=draws)
-
-
-def test_no_images_are_refused():
-    with pytest.raises(ValueError, match="x: expected at least one image, got none"):
-        impute(Observed(bernoulli_vae(latent_dim=1)), binary_images(0), num_particles=1, num_draws=1)
-
-
-def test_weights_that_are_not_numbers_are_said():
-    vae = bernoulli_vae(latent_dim=1)
-    with torch.no_grad():
-        vae.likelihood.net.output.bias.fill_(NAN)
-    with pyro.validation_enabled(False), pytest.raises(NotFinite, match="log-weights: expected numbers, got NaN"):
-        impute(Observed(vae), with_holes(binary_images(1)), num_particles=5, num_draws=1)

@@ -13,7 +13,7 @@ import torch
 from entry_points import OTHERS, SCORES
 from oracles import bernoulli_vae
 
-from ppl_vae import VAE, Conditional, dequantized, importance, log_evidence
+from ppl_vae import VAE, Conditional, importance
 from ppl_vae.evidence.missing import Observed
 from ppl_vae.parts import likelihoods
 from ppl_vae.parts.networks import MLP
@@ -115,13 +115,6 @@ def test_each_family_takes_the_values_that_it_has_a_probability_for_and_no_other
             check_support(vae.model, x)
 
 
-def test_a_mass_of_dequantized_levels_takes_levels():
-    vae = dequantized(_vae("Beta"), num_draws=2)
-    check_support(vae.model, torch.tensor([[0.0, 255.0, 3.0, 4.0]]))
-    with pytest.raises(ValueError, match="got at least 1 outside"):
-        check_support(vae.model, torch.tensor([[0.0, 255.5, 3.0, 4.0]]))
-
-
 def test_missing_pixels_are_no_values_off_the_support_where_a_program_knows_of_them():
     observed = Observed(bernoulli_vae(latent_dim=2), rounds=1, num_fillings=2)
     x = _binary()
@@ -162,20 +155,3 @@ def test_a_numpy_array_and_another_dtype_are_refused_in_one_line(name, convert, 
     with pytest.raises(ValueError, match=expected) as caught:
         SCORES[name](bernoulli_vae(latent_dim=2), convert(_binary()))
     assert "\n" not in str(caught.value)
-
-
-def test_a_model_that_converts_its_images_may_be_given_any_dtype():
-    class Converts(VAE):
-        def model(self, x):
-            super().model(x.double())
-
-        def guide(self, x):
-            super().guide(x.double())
-
-    vae = bernoulli_vae(latent_dim=2)
-    converts = Converts(vae.prior, vae.likelihood, vae.posterior)
-    torch.manual_seed(0)
-    expected = log_evidence(vae.model, vae.guide, _binary(), num_particles=3)
-    torch.manual_seed(0)
-    found = log_evidence(converts.model, converts.guide, _binary().byte(), num_particles=3)
-    assert torch.equal(found, expected)

@@ -13,7 +13,6 @@ from torch.testing import assert_close
 
 from ppl_vae.evidence import evaluation
 from ppl_vae.evidence.typicality import auroc, mix_prior_into_guide, share_above, typicality
-from ppl_vae.reports.figures.certificate import against
 
 ERRORS = 4.5
 
@@ -84,12 +83,6 @@ def test_aurocs_error_is_that_of_repeated_samples(loc):
     assert is_claimed_error([one.mean for one in found], [one.stderr for one in found])
 
 
-def test_sets_that_do_not_overlap_have_an_auroc_of_one_with_an_error():
-    found = auroc(normal(100), normal(50, loc=100.0))
-    assert found.mean == 1
-    assert found.stderr == pytest.approx(1 / 51)
-
-
 # --- Shares ---
 
 
@@ -125,75 +118,3 @@ def test_distance_tells_a_narrow_set_from_a_wide_one_where_density_does_not():
     found = typicality(normal(4000, seed=9), normal(4000, scale=3.0, seed=10), num_particles=1)
     assert within(found.distance, 2 * math.atan(3.0) / math.pi)
     assert within(found.density, 0.5)
-
-
-def words(own, other):
-    return " | ".join(typicality(own, other, num_particles=1).words)
-
-
-def test_a_higher_density_elsewhere_is_said_to_be_no_typicality():
-    assert "density is not typicality" in words(normal(500), normal(500, loc=2.0, seed=1))
-
-
-def test_a_lower_density_elsewhere_is_said_to_prove_nothing_of_other_sets():
-    said = words(normal(500), normal(500, loc=-8.0, seed=1))
-    assert "tells these two sets apart" in said
-    assert "does not follow that it would be low for every other set" in said
-
-
-def test_a_lower_bound_elsewhere_is_said_to_be_partly_the_guides():
-    assert "these are bounds" in words(normal(500), normal(500, loc=-8.0, seed=1))
-
-
-def test_overlap_is_said():
-    assert "the sets overlap" in words(normal(500), normal(500, loc=-0.7, seed=1))
-
-
-def test_sets_that_are_alike_are_not_said_to_be_told_apart():
-    said = words(normal(500), normal(500, seed=1))
-    assert said.startswith("log p(x) does not tell the two sets apart")
-    assert "distance" not in said
-
-
-def test_a_narrow_set_inside_the_own_one_is_said_to_look_typical():
-    assert "no test of this one number" in words(normal(500), normal(500, scale=0.2, seed=1))
-
-
-@pytest.mark.parametrize("values", [torch.empty(0), torch.tensor([1.0, math.nan])])
-def test_what_is_no_number_is_refused(values):
-    with pytest.raises(ValueError, match="other: expected numbers"):
-        typicality(normal(5), values, num_particles=1)
-
-
-# --- The figure ---
-
-
-def test_the_figures_bars_are_the_shares_of_each_set():
-    own, other = normal(200, loc=-80.0, scale=10.0).numpy(), normal(50, loc=-4000.0, scale=900.0).numpy()
-    axes = against(own, other, name="L_1", names=("a", "b"), median=-80.0, title="t").axes[0]
-    for container, values in zip(axes.containers, (own, other), strict=True):
-        for bar in container.patches[:-1]:  # the last bin holds its upper edge, too
-            inside = (values >= bar.get_x()) & (values < bar.get_x() + bar.get_width())
-            assert bar.get_height() == pytest.approx(100 * inside.mean())
-        assert sum(bar.get_height() for bar in container.patches) == pytest.approx(100)
-
-
-def test_the_figures_ticks_can_be_read_over_many_orders_of_magnitude():
-    own = normal(200, loc=-80.0, scale=10.0).numpy()
-    axes = against(own, np.array([-5e13, 3e4]), name="L_1", names=("a", "b"), median=-80.0, title="t").axes[0]
-    places = np.sort(axes.transData.transform([(tick, 0.0) for tick in axes.get_xticks()])[:, 0])
-    width = axes.transData.transform([(end, 0.0) for end in axes.get_xlim()])[:, 0]
-    far = np.diff(places) / (width[1] - width[0])
-    assert 5 < len(places) < 25
-    assert (np.sort(far)[2:] > 0.04).all()  # but for the own quantiles, which lie where they lie
-
-
-def test_an_own_image_without_a_density_is_refused_by_its_name():
-    with pytest.raises(ValueError, match="own: expected finite numbers, got an infinite one"):
-        typicality(torch.tensor([-math.inf, -1.0]), torch.tensor([-2.0]), num_particles=1)
-
-
-def test_a_few_images_that_are_all_lower_are_not_said_to_overlap():
-    found = typicality(torch.arange(10.0), torch.arange(10.0) - 100, num_particles=1)
-    assert "overlap" not in " ".join(found.words)
-    assert "too few of them" in found.words[0]

@@ -58,10 +58,6 @@ def test_what_it_asks_for_is_on_its_support(likelihood):
     assert likelihood.support.check(torch.tensor(some[likelihood.data_kind])).all()
 
 
-def test_it_says_in_words_what_a_pixel_can_be(likelihood):
-    assert isinstance(likelihood.support_words, str)
-
-
 # --- Shapes ---
 
 
@@ -88,10 +84,6 @@ def test_the_mean_and_the_mode_are_images(case, likelihood, name):
     assert tuple(getattr(distribution, name).shape) == (3, 4, *case.event)
 
 
-def test_samples_lie_on_the_left(case, likelihood):
-    assert tuple(likelihood(torch.randn(4, likelihood.num_features)).sample((2, 3)).shape) == (2, 3, 4, *case.event)
-
-
 def test_samples_are_on_the_support(likelihood):
     x = likelihood(3 * torch.randn(4, likelihood.num_features)).sample((100,))
     assert likelihood.support.check(x).all()
@@ -100,14 +92,6 @@ def test_samples_are_on_the_support(likelihood):
 def test_samples_carry_no_gradient(likelihood):
     h = torch.randn(4, likelihood.num_features, requires_grad=True)
     assert not likelihood(h).sample().requires_grad
-
-
-def test_a_distribution_expands_to_a_larger_batch(case, likelihood):
-    h = torch.randn(4, likelihood.num_features)
-    x = likelihood(h).sample((3,))
-    expanded = likelihood(h).expand((3, 4))
-    assert tuple(expanded.sample().shape) == (3, 4, *case.event)
-    assert_close(expanded.log_prob(x), likelihood(h).log_prob(x))
 
 
 def test_images_broadcast_against_particles(likelihood):
@@ -291,9 +275,3 @@ def test_marginals_of_constant_pixels_are_finite(case, likelihood):
     assert h.isfinite().all()
     assert all(tensor.isfinite().all() for tensor in likelihood.state_dict().values())
     assert likelihood(h).log_prob(x).isfinite().all()
-
-
-def test_fitting_leaves_what_is_trained_to_be_trained(case, likelihood):
-    before = [(name, w.requires_grad) for name, w in likelihood.named_parameters()]
-    likelihood.fit_marginals(_images(case))
-    assert [(name, w.requires_grad) for name, w in likelihood.named_parameters()] == before

@@ -8,14 +8,10 @@ import numpy as np
 import pyro.distributions as dist
 import pytest
 import torch
-from oracles import LinearGaussian
 from scipy.stats import multivariate_normal
 from torch.testing import assert_close
 
-from ppl_vae import VAE, Conditional, log_weights
-from ppl_vae.parts.networks import MLP
 from ppl_vae.parts.posteriors import MAX_LOG_SCALE, Delta, DiagonalNormal, FullNormal
-from ppl_vae.parts.priors import StandardNormal
 from ppl_vae.parts.registry import SCALE_MAPS
 
 FEATURES = [-80.0, -30.0, -5.0, -1e-3, 0.0, 0.5, 3.0, 20.0, 80.0]
@@ -40,11 +36,6 @@ def test_a_log_scale_in_single_precision_is_that_of_double_precision(name):
     features = [h for h in FEATURES if name != "softplus" or h > -44]  # below which its scale is held
     found = SCALE_MAPS[name].load()(torch.tensor(features)).double().numpy()
     np.testing.assert_allclose(found, EXACT[name](np.array(features)), rtol=3e-6, atol=3e-7)
-
-
-@pytest.mark.parametrize("name", SCALE_MAPS)
-def test_a_scale_rises_with_its_feature(name):
-    assert (SCALE_MAPS[name].load()(torch.linspace(-20, 20, 101)).diff() > 0).all()
 
 
 @pytest.mark.parametrize("name", SCALE_MAPS)
@@ -73,21 +64,11 @@ def test_where_exp_overflows_the_other_maps_still_have_a_kl(name, finite):
     assert math.isfinite(_kl(name, 100.0)) == finite
 
 
-def test_the_bounded_map_has_the_bound_that_it_names():
-    assert float(SCALE_MAPS["bounded"].load()(torch.tensor(1e6))) == pytest.approx(MAX_LOG_SCALE)
-
-
 @pytest.mark.parametrize("feature", [-44.0, -50.0, -104.0, -1e4])
 def test_the_softplus_map_never_gives_a_scale_without_a_kl(feature):
     """KL(N(0, s^2) || N(0, 1)) = -log s + (s^2 - 1) / 2, by torch from s^2, which is 0 in float32 below s = 1e-23."""
     s = max(1.1e-19, math.exp(feature) * math.expm1(1.0))
     assert _kl("softplus", feature) == pytest.approx(-math.log(s) - 0.5, rel=1e-5)
-
-
-def test_the_least_scale_of_the_softplus_map_has_a_normal_square():
-    """A subnormal float32 is one of few digits, and some devices take it for 0."""
-    scale = SCALE_MAPS["softplus"].load()(torch.tensor(-1e4)).exp()
-    assert float(scale.square()) >= torch.finfo(torch.float32).tiny
 
 
 @pytest.mark.parametrize("name", SCALE_MAPS)
@@ -104,12 +85,6 @@ def test_a_deterministic_guide_is_at_its_features_and_nowhere_else():
     assert (tuple(q.batch_shape), tuple(q.event_shape)) == ((4,), (3,))
     assert torch.equal(q.sample((2,)), h.expand(2, 4, 3))
     assert torch.equal(q.variance, torch.zeros(4, 3))
-
-
-def test_a_deterministic_guide_passes_gradients_to_its_features():
-    h = torch.randn(4, 3, requires_grad=True)
-    Delta(3)(h).rsample().sum().backward()
-    assert torch.equal(h.grad, torch.ones(4, 3))
 
 
 # --- A full covariance ---
@@ -136,27 +111,6 @@ def test_a_full_normal_has_the_covariance_of_its_features(L):
     q = FullNormal(L).double()(_features(T, loc))
     expected = multivariate_normal(loc.numpy(), (T @ T.T).numpy()).logpdf(z.numpy())
     np.testing.assert_allclose(q.log_prob(z).numpy(), expected, rtol=1e-9)
-
-
-def test_a_full_normal_has_as_many_features_as_it_says():
-    assert [FullNormal(L).num_features for L in (1, 2, 40)] == [2, 5, 860]
-
-
-@pytest.mark.parametrize("L", [1, 4])
-def test_a_full_normal_of_no_features_is_the_prior(L):
-    q = FullNormal(L)(torch.zeros(3, FullNormal(L).num_features))
-    assert_close(q.covariance_matrix, torch.eye(L).expand(3, L, L), rtol=0, atol=0)
-    assert torch.equal(q.mean, torch.zeros(3, L))
-
-
-def test_the_draws_of_a_full_normal_have_its_covariance():
-    """Each entry of the sample covariance in its standard error, sqrt((C_ij^2 + C_ii C_jj) / n)."""
-    T = _random_factor(3)
-    C = T @ T.T
-    torch.manual_seed(0)
-    z = FullNormal(3).double()(_features(T, torch.zeros(3, dtype=torch.double))).sample((200_000,))
-    stderr = ((C.square() + C.diagonal()[:, None] * C.diagonal()) / len(z)).sqrt()
-    assert ((z.T @ z / len(z) - C).abs() < 4.5 * stderr).all()
 
 
 @pytest.mark.parametrize("shape", [(), (7,), (3, 7)])
@@ -226,17 +180,6 @@ def test_the_kl_of_a_full_normal_is_the_mean_over_its_draws(name):
     assert ((log_ratio.mean(0) - torch.distributions.kl_divergence(q, p)).abs() < 5 * stderr).all()
 
 
-def test_the_kl_of_a_full_normal_close_to_singular_holds_in_single_precision():
-    L = 40
-    h = 30 * torch.randn(8, FullNormal(L).num_features, generator=torch.Generator().manual_seed(0))
-    q = FullNormal(L)(h)
-    T, loc = q.scale_tril.double().numpy(), h[:, :L].double().numpy()
-    log_det = 7 * np.tanh(h[:, L : 2 * L].double().numpy() / 7).sum(-1)
-    expected = ((T**2).sum((1, 2)) + (loc**2).sum(1) - L) / 2 - log_det
-    found = torch.distributions.kl_divergence(q, dist.Normal(torch.zeros(L), 1.0).to_event(1))
-    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5)
-
-
 @pytest.mark.parametrize(
     "p", [dist.Laplace(torch.zeros(4), 1.0).to_event(1), dist.Normal(torch.zeros(2, 4), 1.0).to_event(2)]
 )
@@ -254,19 +197,3 @@ def test_gradients_of_a_full_normal_are_finite_for_whatever_feature():
     (q.log_prob(z).sum() + z.sum()).backward()
     assert z.isfinite().all()
     assert h.grad.isfinite().all()
-
-
-def test_a_full_normal_reaches_the_exact_evidence_where_the_posterior_is_correlated():
-    """Every log-weight is then log p(x)."""
-    exact = LinearGaussian.random(D=6, L=3, orthogonal=False)
-    A, C = exact.posterior_map()
-    encoder = MLP(6, FullNormal(3).num_features, hidden=()).double()
-    with torch.no_grad():
-        encoder.output.weight.zero_()[:3] = A
-        encoder.output.bias.copy_(_features(torch.linalg.cholesky(C), -A @ exact.b))
-    vae = exact.vae()
-    full = VAE(StandardNormal(3).double(), vae.likelihood, Conditional(encoder, FullNormal(3)))
-    x = exact.draw(20)
-    log_w = log_weights(full.model, full.guide, x, 50)
-    assert_close(log_w, exact.log_evidence(x).expand(50, 20), rtol=0, atol=1e-12)
-    assert log_weights(vae.model, vae.guide, x, 50).std(0).min() > 0.01  # which no diagonal one does

@@ -13,7 +13,6 @@ import torch
 from capture_cases import copy_state
 from fitting import fit
 from oracles import bernoulli_vae
-from pyro import poutine
 from random_weights import at_random
 from safetensors.torch import load_file, save_file
 from scipy.special import logsumexp
@@ -142,26 +141,6 @@ def test_a_mixture_is_scipys_normals_by_their_weights():
     np.testing.assert_allclose(prior().log_prob(z), logsumexp(terms, axis=0), rtol=1e-10)
 
 
-@torch.no_grad()
-def test_a_mixture_of_one_is_a_normal():
-    prior = at_random(Mixture(3, components=1), size=0.3)
-    z = torch.randn(20, 3, dtype=torch.double)
-    scale = (7 * (prior.log_scale[0] / 7).tanh()).exp()
-    exact = norm.logpdf(z.numpy(), prior.loc[0].numpy(), scale.numpy()).sum(-1)
-    np.testing.assert_allclose(prior().log_prob(z), exact, rtol=1e-10)
-
-
-@torch.no_grad()
-def test_a_mixture_starts_with_equal_weights_scales_of_1_and_locations_of_a_standard_normal():
-    torch.manual_seed(0)
-    prior = Mixture(40, components=500)
-    normals = prior().component_distribution
-    assert_close(prior().mixture_distribution.probs, torch.full((500,), 1 / 500))
-    assert torch.equal(normals.base_dist.scale, torch.ones(500, 40))
-    assert abs(float(normals.base_dist.loc.mean())) < 4.5 / math.sqrt(20_000)
-    assert abs(float(normals.base_dist.loc.var()) - 1) < 4.5 * math.sqrt(2 / 20_000)
-
-
 @pytest.mark.parametrize("value", [-1e4, -100.0, 100.0, 1e4])
 def test_a_mixture_stays_finite_at_extreme_scales_in_single_precision(value):
     prior = Mixture(3, components=4)
@@ -208,22 +187,6 @@ def test_a_vamp_prior_is_the_mean_of_scipys_normals_of_the_encoders_features():
     np.testing.assert_allclose(vae.prior().log_prob(z), logsumexp(terms, axis=0), rtol=1e-10)
 
 
-@torch.no_grad()
-def test_a_vamp_prior_follows_the_guide():
-    vae, z = _vae("vamp"), torch.randn(5, 2, dtype=torch.double)
-    before = vae.prior().log_prob(z)
-    vae.posterior.net.output.bias.add_(1.0)
-    assert (vae.prior().log_prob(z) - before).abs().min() > 1e-3
-
-
-def test_a_vamp_priors_guide_is_held_once():
-    vae = _vae("vamp")
-    names = ["prior.pseudo_images"] + [f"posterior.net.{name}" for name, _ in vae.posterior.net.named_parameters()]
-    names += [f"likelihood.net.{name}" for name, _ in vae.likelihood.net.named_parameters()]
-    assert sorted(vae.state_dict()) == sorted(names)
-    assert sorted(name for name, _ in vae.named_parameters(remove_duplicate=False)) == sorted(names)
-
-
 @pytest.mark.parametrize("name", PARTS)
 @torch.no_grad()
 def test_a_prior_comes_back_from_a_file(name, tmp_path):
@@ -254,15 +217,6 @@ def test_a_copys_vamp_prior_is_of_the_copys_guide(copied):
     assert not torch.equal(other.prior().log_prob(z), before)
 
 
-@torch.no_grad()
-def test_a_vae_that_is_cast_keeps_its_vamp_prior_on_its_guide():
-    vae, z = _vae("vamp").to(torch.float), torch.randn(5, 2)
-    assert vae.prior().log_prob(z).dtype == torch.float
-    before = vae.prior().log_prob(z)
-    vae.posterior.net.output.bias.add_(1.0)
-    assert (vae.prior().log_prob(z) - before).abs().min() > 1e-3
-
-
 # --- What a VampPrior starts from ---
 
 
@@ -278,21 +232,6 @@ def test_pseudo_images_start_as_different_training_images(num_images):
     seen = {tuple(one) for one in prior.pseudo_images.tolist()}
     assert len(seen) == 5
     assert seen <= {tuple(one) for one in _numbered(num_images).tolist()}
-
-
-def test_of_fewer_images_than_components_pseudo_images_are_the_same_again():
-    prior = VampPrior(_guide(2), (D,), components=50).double()
-    prior.start_from(_numbered(3))
-    assert {tuple(one) for one in prior.pseudo_images.tolist()} == {tuple(one) for one in _numbered(3).tolist()}
-
-
-def test_one_pseudo_image_starts_as_any_of_the_images():
-    prior, seen = VampPrior(_guide(2), (D,), components=1).double(), set()
-    torch.manual_seed(0)
-    for _ in range(60):
-        prior.start_from(_numbered(4))
-        seen.add(float(prior.pseudo_images[0, 0]))
-    assert seen == {0.0, 0.25, 0.5, 0.75}
 
 
 @pytest.mark.parametrize("standardized", [False, True])
@@ -318,13 +257,6 @@ def test_a_gradient_of_the_density_reaches_every_parameter_of_the_prior(name):
     vae = _vae(name, 4)
     log_p = vae.prior().log_prob(torch.randn(50, 4, dtype=torch.double))
     gradients = torch.autograd.grad(log_p.sum(), list(vae.prior.parameters()))
-    assert all((g != 0).any() for g in gradients)
-
-
-def test_a_gradient_of_the_density_reaches_the_encoder_through_a_vamp_prior():
-    vae = _vae("vamp")
-    log_p = vae.prior().log_prob(torch.randn(50, 2, dtype=torch.double))
-    gradients = torch.autograd.grad(log_p.sum(), list(vae.posterior.parameters()))
     assert all((g != 0).any() for g in gradients)
 
 
@@ -369,16 +301,6 @@ def test_log_weights_estimate_the_evidence_of_quadrature(name):
     stderr = weights.std(0) / math.sqrt(len(weights))
     assert stderr.max() < 0.05
     assert ((weights.mean(0) - 1).abs() <= 4.5 * stderr).all()
-
-
-@pytest.mark.parametrize("name", PARTS)
-def test_a_latent_of_each_particle_and_image_is_drawn_by_itself(name):
-    vae = _vae(name)
-    torch.manual_seed(0)
-    with torch.no_grad(), pyro.plate("particles", 3, dim=-2):
-        z = poutine.trace(vae.model).get_trace(_images(4)).nodes["z"]["value"]
-    assert z.shape == (3, 4, 2)
-    assert len(z.reshape(-1, 2).unique(dim=0)) == 12
 
 
 OBJECTIVES = {
@@ -444,19 +366,3 @@ def test_a_training_goes_on_bit_for_bit_from_any_step(graphs, name, objective, c
         assert any(key.startswith("average/") for key in tensors)
         assert all(torch.equal(tensors[key], expected[key]) for key in tensors)
         assert scalars["step"] == 12
-
-
-def test_draws_of_a_vampprior_are_of_its_own_density() -> None:
-    """Of one component each: the mean of log p over them is minus the entropy, by quadrature of one latent."""
-    torch.manual_seed(0)
-    posterior = Conditional(MLP((3,), 2, hidden=(4,)), DiagonalNormal(1)).double()
-    prior = VampPrior(posterior, (3,), components=4).double()
-    with torch.no_grad():
-        prior.pseudo_images.mul_(6)
-        z = torch.linspace(-40, 40, 400_001, dtype=torch.double)[:, None]
-        log_p = prior().log_prob(z)
-        entropy = -torch.trapezoid(log_p.exp() * log_p, z[:, 0])
-        for drawn in (prior().sample((40_000,)), prior().expand((40_000,)).sample()):
-            found = -prior().log_prob(drawn)
-            assert drawn.shape == (40_000, 1)
-            assert abs(found.mean() - entropy) < 4.5 * found.std() / 200

@@ -15,16 +15,13 @@ import torch
 from matplotlib.figure import Figure
 from small_run import SMALL, save_bars, train_small
 
-from ppl_vae import VAE, Conditional, data, load, log_weights, runs
+from ppl_vae import VAE, data, load, log_weights, runs
 from ppl_vae.commands.options import Figures
 from ppl_vae.commands.report import draw_run
 from ppl_vae.evidence.moments import PosteriorMoments
-from ppl_vae.parts.likelihoods import Bernoulli
-from ppl_vae.parts.networks import MLP
-from ppl_vae.parts.priors import Mixture, StandardNormal
+from ppl_vae.parts.priors import Mixture
 from ppl_vae.reports import latents_figure as latents
 from ppl_vae.reports import run_figures as figures
-from ppl_vae.reports.display import Display, choose_display
 from ppl_vae.reports.run_figures import figure_names, is_drawn
 from ppl_vae.runs.open import Run, open_run
 from ppl_vae.runs.options import Options
@@ -89,11 +86,6 @@ def unsaved(tmp_path, shape, *, num_test=5, **options):
 # --- Which figures there are ---
 
 
-def test_a_run_on_images_with_two_latents_has_every_figure(run):
-    assert set(figure_names(run)) == ALL
-    assert {path.name for path in (run.folder / "figures").iterdir()} == ALL
-
-
 @pytest.mark.parametrize(
     ("shape", "num_test", "latent_dim", "missing"),
     [
@@ -111,28 +103,6 @@ def test_a_run_on_images_with_two_latents_has_every_figure(run):
 def test_the_data_and_the_latents_decide_which_figures_there_are(tmp_path, shape, num_test, latent_dim, missing):
     names = figure_names(unsaved(tmp_path, shape, num_test=num_test, latent_dim=latent_dim))
     assert set(names) == ALL - missing - {"log_likelihoods.png"}
-
-
-@pytest.mark.parametrize(
-    ("shape", "num_test", "words"),
-    [
-        ((8,), 5, "The data is a table, (N, D): figures of images are skipped."),
-        ((1, 8, 8), 1, "There is one test image: interpolations between two are skipped."),
-        ((1, 8, 8), 5, "There is no evaluation of single test images: log_likelihoods.png is skipped."),
-    ],
-)
-def test_what_is_left_out_is_said(tmp_path, shape, num_test, words):
-    assert words in figures._left_out(unsaved(tmp_path, shape, num_test=num_test))
-
-
-def test_nothing_is_said_where_nothing_is_left_out(run):
-    assert figures._left_out(run) == []
-
-
-def test_no_validation_split_changes_nothing(draw, run):
-    empty = run.splits.validation[:0]
-    for name in ("reconstructions.png", "traversals.png", "latents.png", "particles.png", "log_likelihoods.png"):
-        assert isinstance(draw(name, validation=empty), Figure)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "metrics.jsonl", "evaluation-test.safetensors"])
@@ -160,14 +130,6 @@ def test_a_figure_of_former_weights_does_not_stay_beside_those_of_the_present_on
     draw_run(Figures(str(trained_further)), say=lambda line: None)
     left = {path.name for path in (trained_further / "figures").iterdir()}
     assert left == ALL - {"log_likelihoods.png"} | {"mine.png"}
-
-
-def test_a_figure_too_many_is_a_reason_to_draw_again(trained_further):
-    draw_run(Figures(str(trained_further)), say=lambda line: None)
-    run = open_run(str(trained_further))
-    assert is_drawn(run)
-    (trained_further / "figures" / "log_likelihoods.png").write_bytes(b"")
-    assert not is_drawn(run)
 
 
 # --- Drawing changes nothing ---
@@ -200,10 +162,6 @@ def test_latents_are_the_posterior_means_by_class(draw, folder, run):
         np.testing.assert_allclose(points, mean[labels == int(word)], rtol=1e-5, atol=1e-6)
 
 
-def test_latents_without_labels_are_of_one_color(draw):
-    assert len(draw("latents.png", labels={}).axes[0].collections) == 1
-
-
 def test_the_latents_of_the_highest_kl_are_shown_and_named():
     torch.manual_seed(0)
     mean = torch.randn(500, 4) * torch.tensor([0.1, 3.0, 0.0, 2.0])
@@ -215,14 +173,6 @@ def test_the_latents_of_the_highest_kl_are_shown_and_named():
     assert axes.get_xlabel() == f"z1, KL {kl[1]:.2f} nats"
     assert axes.get_ylabel() == f"z3, KL {kl[3]:.2f} nats"
     np.testing.assert_array_equal(axes.collections[0].get_offsets(), mean[:, [1, 3]])
-
-
-def test_one_latent_is_shown_on_a_line():
-    codes = PosteriorMoments(torch.randn(30, 1, generator=torch.Generator().manual_seed(0)), torch.ones(30, 1))
-    prior = torch.distributions.Independent(torch.distributions.Normal(torch.zeros(1), torch.ones(1)), 1)
-    use = latents.measure_latent_use(VAE(lambda: prior, None, lambda x: prior), codes.mean, codes)
-    axes = latents.latents_figure(codes, use, prior, kind="image").axes[0]
-    assert sum(bar.get_height() for bar in axes.patches) == 30
 
 
 def test_the_histograms_mean_is_the_stored_evaluation(draw, folder):
@@ -250,11 +200,6 @@ def test_the_extremes_are_the_images_of_their_places_in_the_split(draw, folder, 
             np.testing.assert_array_equal(tile[step // 2 :: step, step // 2 :: step], run.splits.test[i, 0])
 
 
-def test_a_table_has_a_histogram_alone(draw, run, monkeypatch):
-    monkeypatch.setattr(figures, "_has_images", lambda run: False)
-    assert len(draw("log_likelihoods.png").axes) == 1
-
-
 def test_the_bound_starts_at_the_elbo_and_ends_at_the_evaluations_bound(draw, folder, run):
     """s = 1 and s = 1,000 against ELBO and L_S of the same images, drawn anew: both within 5 Monte Carlo errors."""
     axes = draw("particles.png").axes[0]
@@ -271,12 +216,6 @@ def test_the_bound_starts_at_the_elbo_and_ends_at_the_evaluations_bound(draw, fo
         stderr = (2 * (each.var(0) / 1000).sum()).sqrt() / len(bound)  # 2: the figure's own particles err as much
         assert abs(shown - bound.mean()) < 5 * stderr
     assert last > first
-
-
-def test_the_gain_is_the_bound_less_the_elbo(draw):
-    left, right = draw("particles.png").axes
-    bound, gain = (np.array(axes.containers[0][0].get_ydata(), dtype=float) for axes in (left, right))
-    np.testing.assert_allclose(gain, bound - bound[0], atol=1e-9)
 
 
 @pytest.fixture
@@ -319,35 +258,12 @@ def test_the_plane_has_fifteen_quantiles_each_way(draw):
     assert [label.get_text() for label in axes.get_yticklabels()][::7] == ["1.8", "0.0", "-1.8"]
 
 
-@pytest.mark.parametrize(
-    ("prior", "words"),
-    [(StandardNormal(2), "the prior's probability"), (MIXTURE, "each latent's own prior probability")],
-)
-def test_the_plane_says_how_its_grid_was_chosen(run, prior, words):
-    scene = figures._Scene(run, [])
-    scene.vae.prior = prior
-    with torch.no_grad():
-        title = figures._FIGURES["manifold.png"].draw(scene)._suptitle.get_text()
-    assert title.endswith(f"on a grid at equal steps of {words}")
-
-
 def test_latents_under_a_prior_that_is_no_normal_are_ranked_by_their_variance_in_its_unit():
     codes = PosteriorMoments(torch.tensor([[-1.0, -1.0], [1.0, 1.0]]), torch.ones(2, 2))
     q = torch.distributions.Independent(torch.distributions.Normal(codes.mean, codes.scale), 1)
     found = latents.measure_latent_use(VAE(MIXTURE, None, lambda x: q), codes.mean, codes)
     np.testing.assert_allclose(found.values, 2 / MIXTURE().variance.detach().numpy(), rtol=1e-5)
     assert (found.name, found.unit) == ("variance", "")
-
-
-def test_a_prior_that_is_no_normal_is_drawn_by_its_draws():
-    codes = PosteriorMoments(torch.tensor([[-1.0, -1.0], [1.0, 1.0]]), torch.ones(2, 2))
-    use = latents.LatentUse(torch.tensor([0.3, 0.2]), "variance", "", "", 0.01)
-    torch.manual_seed(0)
-    axes = latents.latents_figure(codes, use, MIXTURE(), kind="image").axes[0]
-    assert not list(axes.patches)
-    z = np.asarray(axes.collections[0].get_offsets())
-    error = MIXTURE().variance.detach().sqrt().numpy() / math.sqrt(len(z))
-    assert (np.abs(z.mean(0) - MIXTURE().mean.detach().numpy()) < 5 * error).all()
 
 
 def test_reconstructions_begin_with_the_test_images(draw, run):
@@ -358,49 +274,3 @@ def test_reconstructions_begin_with_the_test_images(draw, run):
         tile = picture[2 : width - 2, column * width + 2 : (column + 1) * width - 2]
         step = len(tile) // 8
         assert tile[step // 2 :: step, step // 2 :: step].astype(np.uint8).tobytes() in test
-
-
-# --- How much is computed ---
-
-
-@pytest.mark.parametrize(("latent_dim", "pixels", "expected"), [(2, 100, 1000), (100, 10_000, 500), (5000, 20_000, 10)])
-def test_a_costly_decoder_gets_fewer_particles(latent_dim, pixels, expected):
-    """One dense layer is 2 L D operations and 200 a pixel more: 3e11 / 100 images / (4e6) is 750, rounded to 500."""
-    decoder = Conditional(MLP(latent_dim, pixels, hidden=()), Bernoulli((pixels,)))
-    vae = VAE(StandardNormal(latent_dim), decoder, lambda x: None)
-    with torch.no_grad():
-        assert figures._affordable_particles(vae, 100) == expected
-
-
-# --- How pixels are shown ---
-
-
-def test_a_display_is_linear_between_black_and_white():
-    shown = Display(-2.0, 2.0)(torch.tensor([-3.0, -2.0, -1.0, 0.0, 2.0, 5.0]))
-    np.testing.assert_allclose(shown, [0.0, 0.0, 0.25, 0.5, 1.0, 1.0])
-
-
-def test_eight_bits_are_rounded():
-    assert Display().levels(torch.tensor([0.0, 0.5, 1.0, 100.4 / 255])).tolist() == [0, 128, 255, 100]
-
-
-def test_real_values_are_shown_by_the_range_of_the_training_images(tmp_path):
-    generator = torch.Generator().manual_seed(0)
-    x = 3 + 2 * torch.randn(100, 1, 8, 8, generator=generator)
-    splits = replace(splits_of((1, 8, 8), kind=data.REAL), train=x)
-    display = choose_display(Run(tmp_path, Options(binarization="none", likelihood="normal"), splits))
-    low, high = np.percentile(x.numpy(), [0.5, 99.5])
-    assert (display.low, display.high) == pytest.approx((low, high))
-    assert f"black is {low:.3g} and below, white {high:.3g} and above" in display.words
-
-
-@pytest.mark.parametrize(("kind", "binarization"), [(data.BINARY, "none"), (data.LEVELS, "dynamic")])
-def test_black_and_white_is_shown_as_it_is(tmp_path, kind, binarization):
-    splits = splits_of((1, 8, 8), kind=kind)
-    assert choose_display(Run(tmp_path, Options(binarization=binarization), splits)) == Display(0.0, 1.0, "")
-
-
-def test_pixels_that_are_all_alike_can_be_shown(tmp_path):
-    splits = replace(splits_of((1, 8, 8), kind=data.REAL), train=torch.full((5, 1, 8, 8), 7.0))
-    display = choose_display(Run(tmp_path, Options(binarization="none", likelihood="normal"), splits))
-    assert np.isfinite(display(torch.full((1, 8, 8), 7.0))).all()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 
 from ppl_vae.reports import figures as plots
 
@@ -35,16 +34,6 @@ def test_a_row_shows_its_images_from_left_to_right():
     np.testing.assert_allclose(shown, [[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]])
 
 
-def test_a_row_has_its_label_at_its_height():
-    axes = plots.image_rows({"a": gray(0.1), "b": gray(0.4)}, title="t").axes[0]
-    assert dict(zip(words(axes.get_yticklabels()), axes.get_yticks(), strict=True)) == {"a": 0.5, "b": 1.5}
-
-
-def test_a_column_has_its_heading_over_it():
-    axes = plots.image_rows({"a": gray(0.1, 0.2)}, columns=["left", "right"], title="t").axes[0]
-    assert dict(zip(words(axes.get_xticklabels()), axes.get_xticks(), strict=True)) == {"left": 0.5, "right": 1.5}
-
-
 def test_an_image_is_not_turned_or_mirrored():
     image = np.arange(12.0).reshape(1, 1, 3, 4) / 12
     picture = plots.image_rows({"a": image}, title="t").axes[0].get_images()[0].get_array()
@@ -55,38 +44,10 @@ def test_an_image_is_not_turned_or_mirrored():
     np.testing.assert_allclose(picture[np.ix_(*places)], image[0, 0])
 
 
-def test_colors_keep_their_channels():
-    image = np.stack([np.full((4, 4), level) for level in (0.1, 0.5, 0.9)])[None]
-    np.testing.assert_allclose(tile(plots.image_rows({"a": image}, title="t").axes[0], 0, 0), [0.1, 0.5, 0.9])
-
-
-def test_a_gray_row_stands_beside_one_in_color():
-    axes = plots.image_rows({"a": gray(0.3), "b": gray(0.6, shape=(3, 4, 4))}, title="t").axes[0]
-    np.testing.assert_allclose([tile(axes, 0, 0), tile(axes, 1, 0)], [[0.3] * 3, [0.6] * 3])
-
-
 def test_a_grid_is_read_by_rows_and_white_where_images_end():
     axes = plots.image_grids({"a": gray(0.1, 0.2, 0.3, 0.4, 0.5)}, columns=3, title="t").axes[0]
     shown = [[tile(axes, row, column) for column in range(3)] for row in range(2)]
     np.testing.assert_allclose(shown, [[0.1, 0.2, 0.3], [0.4, 0.5, 1.0]])
-
-
-def test_fewer_images_than_columns_make_one_row():
-    assert plots.image_grids({"a": gray(0.1, 0.2)}, columns=8, title="t").axes[0].get_images()[0].get_extent()[1] == 2
-
-
-def test_grids_stand_side_by_side_under_their_headings():
-    figure = plots.image_grids({"a": gray(0.1), "b": gray(0.2)}, columns=1, title="t")
-    assert [(axes.get_title(), float(tile(axes, 0, 0))) for axes in figure.axes] == [("a", 0.1), ("b", 0.2)]
-
-
-@pytest.mark.parametrize(
-    ("height", "width", "drawn"),
-    [(28, 28, 1.0), (10, 30, 3.0), (30, 10, 1 / 3), (1, 60, 5.0), (60, 1, 1 / 5), (1, 1, 1.0)],
-)
-def test_an_image_is_drawn_in_its_shape_and_never_as_a_line(height, width, drawn):
-    axes = plots.image_rows({"a": gray(0.1, 0.2, shape=(1, height, width))}, title="t").axes[0]
-    assert 1 / axes.get_aspect() == pytest.approx(drawn)
 
 
 def test_a_planes_second_coordinate_points_upwards():
@@ -114,38 +75,10 @@ def test_every_class_has_its_points_and_its_name():
     np.testing.assert_array_equal(shown["dog"], POINTS[[0, 2]])
 
 
-def test_classes_without_names_are_their_numbers():
-    axes = plots.latent_plane(POINTS, classes=np.array([7, 7, 3, 3]), **PLANE).axes[0]
-    assert [part.get_label() for part in axes.collections] == ["3", "7"]
-
-
-def test_without_classes_all_points_are_of_one_color():
-    axes = plots.latent_plane(POINTS, **PLANE).axes[0]
-    (part,) = axes.collections
-    np.testing.assert_array_equal(part.get_offsets(), POINTS)
-
-
-def test_more_classes_than_colors_are_only_counted():
-    for figure in (
-        plots.latent_plane(np.zeros((40, 2)), classes=np.arange(40), **PLANE),
-        plots.latent_line(np.zeros(40), classes=np.arange(40), **LINE),
-    ):
-        counted, prior = words(figure.legends[0].get_texts())
-        assert counted == "40 classes,\none color each"
-        assert prior.startswith("prior: ")
-
-
 def test_the_priors_scales_are_drawn_around_its_mean():
     axes = plots.latent_plane(POINTS, **PLANE).axes[0]
     drawn = [(ellipse.get_center(), ellipse.width, ellipse.height) for ellipse in axes.patches]
     assert drawn == [((0.0, 1.0), 2.0, 4.0), ((0.0, 1.0), 4.0, 8.0), ((0.0, 1.0), 6.0, 12.0)]
-
-
-def test_no_point_is_outside_of_the_axes():
-    axes = plots.latent_plane(100 * POINTS, **PLANE).axes[0]
-    (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
-    assert left < -400 < 200 < right
-    assert low < -100 < 100 < high
 
 
 def test_a_line_of_one_latent_counts_every_image():
@@ -165,28 +98,6 @@ def test_a_histogram_counts_every_image_and_marks_the_mean():
     assert sum(bar.get_height() for bar in axes.patches) == 4
     assert list(axes.lines[0].get_xdata()) == [-85.0, -85.0]
     assert words(axes.get_legend().get_texts()) == ["mean -85.00 ± 6.45"]
-
-
-def test_a_mean_of_one_image_has_no_error():
-    axes = plots.likelihood_histogram(np.array([-1.0]), mean=-1.0, stderr=np.nan, name="L", title="t").axes[0]
-    assert words(axes.get_legend().get_texts()) == ["mean -1.00"]
-
-
-def differences():
-    one = np.array([-1.0])
-    pair = plots.PairShown(("a", "b"), one, one + 1, one + 2, mean=1.0, lower=0.5, upper=1.5, words="w")
-    return plots.paired_bounds([pair], bound="L", title="t").axes
-
-
-def test_examples_stand_above_their_captions():
-    examples = {"highest": (gray(0.1, 0.2), ["one", "two"]), "lowest": (gray(0.3, 0.4), ["three", "four"])}
-    figure = plots.likelihood_histogram(np.zeros(4), mean=0, stderr=0, name="L", title="t", examples=examples)
-    for axes, (label, (_, captions)), levels in zip(
-        figure.axes[1:], examples.items(), [(0.1, 0.2), (0.3, 0.4)], strict=True
-    ):
-        assert words(axes.get_yticklabels()) == [label]
-        assert words(axes.get_xticklabels()) == captions
-        np.testing.assert_allclose([tile(axes, 0, 0), tile(axes, 0, 1)], levels)
 
 
 def test_a_bound_is_drawn_over_its_particles_with_its_errors():
@@ -221,29 +132,3 @@ def test_training_curves_are_the_records():
     shown = {label: values for label, values in curves(left).items() if label != "best, kept"}
     assert shown == {"training objective (the ELBO)": [-130.0, -110.0], "validation ELBO": [-120.0, -105.0]}
     assert curves(right) == {"-E_q[log p(x | z)]": [100.0, 85.0], "KL(q(z | x) || p(z))": [20.0, 20.0]}
-
-
-@pytest.mark.parametrize("epoch", [1, 7])
-def test_one_epoch_has_a_tick_of_its_own_on_an_axis_of_one_epoch(epoch):
-    for axes in plots.training_curves([record(epoch, 130.0, -120.0)], title="t").axes:
-        low, high = axes.get_xlim()
-        assert (low, high) == (epoch - 0.5, epoch + 0.5)
-        assert [tick for tick in axes.get_xticks() if low <= tick <= high] == [epoch]
-
-
-def test_the_best_epoch_is_marked():
-    records = [record(1, 130.0, -120.0), record(2, 110.0, -104.0), record(3, 100.0, -105.0)]
-    best = plots.training_curves(records, title="t").axes[0].lines[-1]
-    assert best.get_xydata().tolist() == [[2.0, -104.0]]
-
-
-def test_without_validation_the_objective_stands_alone():
-    (axes,) = plots.training_curves([record(1, 130.0), record(2, 110.0)], title="t").axes
-    assert curves(axes) == {"training objective (the ELBO)": [-130.0, -110.0]}
-
-
-def test_a_record_that_lacks_a_number_is_no_curve():
-    damaged = record(1, 130.0, -120.0)
-    del damaged["validation_kl_nats_per_image"]
-    with pytest.raises(KeyError, match="validation_kl_nats_per_image"):
-        plots.training_curves([damaged], title="t")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import math
 import re
 import struct
 import zlib
@@ -186,20 +185,6 @@ def test_the_slider_changes_all_pictures_and_numbers_together(visit) -> None:
         assert shown(seen.tab) == ([address(255), address(0), address(1)], "0.5 nats", "1")
 
 
-def test_without_scripts_every_stop_of_the_slider_is_shown(visit) -> None:
-    with visit(slider(), runs_scripts=False) as seen:
-        assert [seen.tab.locator(".stop").nth(k).is_visible() for k in range(3)] == [True] * 3
-
-
-def test_what_can_be_moved_is_reached_with_the_tab_key(visit) -> None:
-    with visit(slider(), Table(["a"], [[1]]), explorer()) as seen:
-        reached = []
-        for _ in range(4):
-            seen.tab.keyboard.press("Tab")
-            reached.append(seen.tab.evaluate("document.activeElement.className || document.activeElement.type"))
-        assert reached == ["theme", "range", "scroll", "pad"]
-
-
 @pytest.mark.parametrize(
     ("value", "shown"),
     [(1204500, "1,204,500"), (-86.1254, "−86.13"), (12345.6, "12,346"), (None, "–"), (np.int64(20000), "20,000")],
@@ -208,45 +193,12 @@ def test_a_number_is_written_as_people_read_it(value: object, shown: str) -> Non
     assert f'<td class="number">{shown}</td>' in page("t", [Section("s", [Table(["n"], [[value]])])])  # type: ignore[list-item]
 
 
-def test_every_picture_can_be_decoded(visit) -> None:
-    with visit() as seen:
-        widths = seen.tab.locator("img").evaluate_all(
-            "(all) => Promise.all(all.map((one) => one.decode().then(() => one.naturalWidth)))"
-        )
-        assert sorted(set(widths)) == [8, 900]
-
-
-def test_marks_become_bold_code_and_links(visit) -> None:
-    with visit() as seen:
-        first = seen.tab.locator("#first-words > p").first
-        assert first.inner_text() == "A bold word, some code, a link."
-        assert [first.locator(kind).inner_text() for kind in ("strong", "code", "a")] == ["bold", "code", "link"]
-        assert seen.tab.locator(first.locator("a").get_attribute("href")).count() == 1
-
-
-def test_only_columns_of_numbers_are_set_to_the_right(visit) -> None:
-    rows = [["12", -3.25, "−86.1 ± 0.2", "12 of the 30"], ["a4", None, "0.5 [0.4, 0.6]", "7"]]
-    with visit(Table(["text", "number", "error bar", "words"], rows)) as seen:
-        sides = seen.tab.locator("tbody tr:first-child td").evaluate_all(
-            "(all) => all.map((one) => getComputedStyle(one).textAlign)"
-        )
-        assert sides == ["left", "right", "right", "left"]
-
-
 @pytest.mark.parametrize(("scheme", "gray"), [("light", 200), ("dark", 30)])
 def test_a_picture_of_two_versions_shows_the_one_of_the_scheme(visit, scheme: str, gray: int) -> None:
     with visit(Picture(png(200), "Two", "two", dark_png=png(30)), scheme=scheme) as seen:
         assert seen.tab.locator("figure img:visible").evaluate_all("(all) => all.map((one) => one.src)") == [
             "data:image/png;base64," + base64.b64encode(png(gray)).decode()
         ]
-
-
-def test_the_button_turns_light_to_dark(visit) -> None:
-    with visit(Text("words")) as seen:
-        paper = "getComputedStyle(document.documentElement).backgroundColor"
-        before = seen.tab.evaluate(paper)
-        seen.tab.locator("button.theme").click()
-        assert (before, seen.tab.evaluate(paper)) == ("rgb(255, 255, 255)", "rgb(20, 22, 26)")
 
 
 # --- Readable ---
@@ -290,25 +242,6 @@ def test_all_words_have_the_contrast_that_wcag_asks_for(visit, scheme: str) -> N
         contrasts = seen.tab.evaluate(_CONTRASTS)
         assert len(contrasts) > 50
         assert [(round(ratio, 2), where) for ratio, where in contrasts if ratio < 4.5] == []
-
-
-def test_nothing_is_wider_than_the_window(visit) -> None:
-    with visit() as seen:
-        for width in (320, 400, 768, 1200, 1600):
-            seen.tab.set_viewport_size({"width": width, "height": 900})
-            assert seen.tab.evaluate("document.documentElement.scrollWidth") <= width
-
-
-def test_a_wide_table_scrolls_in_its_own_box(visit) -> None:
-    with visit(width=400) as seen:
-        inside, outside = seen.tab.locator(".table .scroll").evaluate("(box) => [box.scrollWidth, box.clientWidth]")
-        assert inside > outside
-
-
-def test_text_is_at_least_sixteen_pixels_at_the_width_of_a_phone(visit) -> None:
-    with visit(width=400) as seen:
-        size = seen.tab.locator("main p").first.evaluate("(one) => parseFloat(getComputedStyle(one).fontSize)")
-        assert size >= 16
 
 
 # --- The explorer ---
@@ -432,52 +365,6 @@ def test_the_picture_follows_the_pointer(visit) -> None:
         torch.testing.assert_close(shown, likelihood(torch.tensor([1.0, 1.0])).mean.flatten(), rtol=0, atol=0.03)
 
 
-def test_the_picture_follows_a_finger(visit) -> None:
-    likelihood = decoder()
-    with visit(explorer(likelihood, extent=2.0), width=400) as seen:
-        pad = seen.tab.locator("canvas.pad")
-        pad.scroll_into_view_if_needed()
-        box = pad.bounding_box()
-        seen.tab.touchscreen.tap(box["x"] + 0.25 * box["width"], box["y"] + 0.25 * box["height"])
-        seen.frame()
-        shown = torch.tensor(seen.tab.evaluate("window.pplExplorer.explorerPixels(0)"))
-        torch.testing.assert_close(shown, likelihood(torch.tensor([-1.0, 1.0])).mean.flatten(), rtol=0, atol=0.03)
-
-
-def test_the_picture_follows_the_arrow_keys(visit) -> None:
-    likelihood = decoder()
-    with visit(explorer(likelihood, start=(0.5, 0.0), extent=4.0)) as seen:
-        pad = seen.tab.locator("canvas.pad")
-        for key in ("ArrowLeft", "ArrowUp", "Shift+ArrowUp"):  # by a fortieth of the extent, and by five
-            pad.press(key)
-            seen.frame()
-        shown = torch.tensor(seen.tab.evaluate("window.pplExplorer.explorerPixels(0)"))
-        torch.testing.assert_close(shown, likelihood(torch.tensor([0.4, 0.6])).mean.flatten(), rtol=0, atol=1e-2)
-        assert seen.tab.locator(".readout").inner_text().split() == ["z0", "=", "0.40", "z1", "=", "0.60"]
-
-
-def test_two_explorers_on_a_page_do_not_mix(visit) -> None:
-    first, second = decoder(), decoder(network=networks.GatedMLP)
-    with visit(explorer(first), explorer(second)) as seen:
-        seen.tab.evaluate("window.pplExplorer.explorerSet(1, 2, -1)")
-        shown = [torch.tensor(seen.tab.evaluate(f"window.pplExplorer.explorerPixels({k})")) for k in (0, 1)]
-        torch.testing.assert_close(shown[0], first(torch.zeros(2)).mean.flatten(), rtol=0, atol=1e-2)
-        torch.testing.assert_close(shown[1], second(torch.tensor([2.0, -1.0])).mean.flatten(), rtol=0, atol=1e-2)
-
-
-def test_the_points_lie_where_their_codes_are(visit) -> None:
-    """A point darkens the plane at its place, and not at its mirror image."""
-    with visit(explorer(points=np.array([[1.5, 0.5]] * 50), extent=2.0)) as seen:
-        seen.frame()
-        ink = """(pad, at) => {
-          const [x, y] = [(at[0] / 2 + 1) / 2 * pad.width, (1 - at[1] / 2) / 2 * pad.height];
-          return pad.getContext("2d").getImageData(Math.round(x), Math.round(y), 1, 1).data[3];
-        }"""
-        pad = seen.tab.locator("canvas.pad")
-        assert pad.evaluate(ink, [1.5, 0.5]) > 150
-        assert pad.evaluate(ink, [0.5, 1.5]) < 50
-
-
 # --- What is refused, in words ---
 
 
@@ -533,9 +420,3 @@ WRONG = {
 def test_what_makes_no_page_is_refused_in_words(words: str) -> None:
     with pytest.raises(ValueError, match=words):
         WRONG[words]()
-
-
-def test_half_precision_halves_the_weights_of_the_decoder() -> None:
-    weights = decoder_weights(decoder())
-    assert {part.dtype for layer in weights.layers for part in (layer.weight, layer.bias)} == {np.dtype(np.float16)}
-    assert weights.layers[-1].weight.shape == (math.prod(SHAPE), 16)

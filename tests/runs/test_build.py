@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +17,13 @@ from ppl_vae.parts.registry import (
     POSTERIOR_FLOWS,
     POSTERIORS,
     PRIORS,
-    find_owners,
 )
 from ppl_vae.parts.registry import (
     TABLES as CHOICES,
 )
 from ppl_vae.runs.build import build_vae
 from ppl_vae.runs.fields import format_flag
-from ppl_vae.runs.options import PLAIN, Options
+from ppl_vae.runs.options import Options
 from ppl_vae.runs.resolve import resolve
 
 P, Q = len(PRIORS), len(POSTERIORS)
@@ -41,7 +39,6 @@ COMBINATIONS = [
     for j, likelihood in enumerate(LIKELIHOODS)
 ]
 REFUSED_PAIRS = {(prior, "delta") for prior in PRIORS if prior != "standard-normal"}
-TABLES = (NETWORKS, LIKELIHOODS, PRIORS, POSTERIORS)
 FEW_COMPONENTS = {"prior_components": 3}
 FEW_COUPLINGS: dict[str, Any] = {"prior_layers": 2, "prior_hidden": (4,)}
 SMALL_PRIORS = {"mixture": FEW_COMPONENTS, "vamp": FEW_COMPONENTS, "flow": FEW_COUPLINGS}
@@ -51,12 +48,6 @@ def small(**words: Any) -> Options:
     """Three latents, narrow networks, and a small prior."""
     sizes = {"hidden": (5, 4), "latent_dim": 3} | SMALL_PRIORS.get(words.get("prior", ""), {})
     return Options(**(sizes | words))
-
-
-@pytest.mark.parametrize(("one", "other"), list(itertools.combinations(range(4), 2)))
-def test_every_pair_of_words_is_built(one: int, other: int) -> None:
-    seen = {(words[one], words[other]) for words in COMBINATIONS}
-    assert seen == set(itertools.product(TABLES[one], TABLES[other]))
 
 
 @pytest.mark.parametrize(("network", "likelihood", "prior", "posterior"), COMBINATIONS)
@@ -110,17 +101,6 @@ def test_every_word_of_the_registry_names_something_that_can_be_imported(option:
     part = CHOICES[option][word]
     assert part.load() is not None
     assert set(part.arguments(Options())) == set(part.options.values())
-
-
-def test_an_option_of_all_words_belongs_to_none() -> None:
-    assert find_owners("num_particles") is None
-    assert find_owners("prior_layers") == ("prior", ("flow",))
-
-
-@pytest.mark.parametrize("decay_start", [Options().decay_start, PLAIN["decay_start"]])
-def test_stages_accept_a_default_start_of_the_cosine(decay_start: float) -> None:
-    asked = Options(schedule="stages", decay_start=decay_start, hidden=(5,), latent_dim=2)
-    assert build_vae(asked, (1, 2, 3)).likelihood.event_shape == (1, 2, 3)
 
 
 CONFLICTS = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -41,8 +40,6 @@ from disturbed_runs import (
 from ppl_vae import load, runs
 from ppl_vae.runs.checkpoints import find_newest_checkpoint, mend_states, mend_weights
 from ppl_vae.runs.evaluations import is_evaluated
-from ppl_vae.runs.open import open_run
-from ppl_vae.runs.options import Options
 
 pytestmark = [
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="commands are forked"),
@@ -185,27 +182,6 @@ def test_a_damaged_state_is_said_and_gives_way_to_the_one_before_it(server: Serv
     assert "Going on from step 9." in done.out  # of 10
 
 
-def test_two_damaged_states_are_refused_with_what_is_still_good(server: Server, copy: Path) -> None:
-    for name in (STATE, PREVIOUS):
-        truncate(copy / name, 0.5)
-    done = server.run(TRAIN, "--resume", copy)
-    one_line(done, STATE)
-    assert f"{MODEL}, of step " in done.said[0]
-    assert server.run(EVALUATE, copy, "--num-particles", "3").code == 0
-
-
-def test_the_previous_state_is_the_one_before_the_newest(copy: Path) -> None:
-    assert (runs.load_step(copy / PREVIOUS), runs.load_step(copy / STATE)) == (9, 10)
-
-
-def test_the_whole_state_is_kept_where_the_next_one_is_written_after_a_damaged_one(copy: Path) -> None:
-    truncate(copy / STATE, 0.5)
-    mend_states(copy)
-    tensors, scalars = runs.load_tensors(copy / STATE)
-    runs.save_tensors(copy / STATE, tensors, scalars | {"step": 11}, copy / PREVIOUS)
-    assert (runs.load_step(copy / PREVIOUS), runs.load_step(copy / STATE)) == (9, 11)
-
-
 @pytest.mark.parametrize("name", [STATE, MODEL])
 def test_a_file_that_cannot_be_read_now_is_replaced_by_none(
     copy: Path, monkeypatch: pytest.MonkeyPatch, name: str
@@ -249,15 +225,6 @@ def test_a_full_disk_at_a_checkpoint_leaves_the_old_files_and_says_what_is_lost(
     assert left_behind(copy) == []
 
 
-def test_a_run_whose_disk_was_full_goes_on_as_if_it_was_not(server: Server, copy: Path, tmp_path: Path) -> None:
-    other = Path(shutil.copytree(copy, tmp_path / "other"))
-    smaller = (copy / STATE).stat().st_size - 100
-    assert server.run(TRAIN, "--resume", copy, "--epochs", "3", most_bytes=smaller).code == 1
-    for folder, words in ((copy, ()), (other, ("--epochs", "3"))):
-        assert server.run(TRAIN, "--resume", folder, *words).code == 0
-    assert numbers_of(copy) == numbers_of(other)
-
-
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A small disk."""
@@ -292,16 +259,6 @@ def test_a_disk_without_room_ends_in_one_line_and_is_gone_on_with_when_there_is(
     assert done.code == 0, done
     assert numbers_of(folder) == numbers_of(whole)
     assert left_behind(folder) == []
-
-
-def test_a_read_only_run_is_refused_before_the_work(server: Server, copy: Path, disk: Path) -> None:
-    folder = Path(shutil.copytree(copy, disk / "run"))
-    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-    for words in ((TRAIN, "--resume", folder, "--epochs", "3"), (EVALUATE, folder)):
-        done = server.run(*words)
-        one_line(done, "expected a folder that can be written to, got one that is read-only")
-        assert "%|" not in done.err
-    assert load(folder) is not None
 
 
 # --- Signals ---
@@ -348,17 +305,6 @@ def test_a_run_that_was_signaled_ends_as_if_it_was_not(
     assert found == expected
 
 
-def test_a_second_signal_ends_at_once(server: Server, dataset: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    running = server.start(TRAIN, "--dataset", dataset, "--run-dir", folder, *SMALL, "--epochs", "100000")
-    wait_for(folder / STATE, running)
-    for _ in range(50):
-        running.signal(signal.SIGINT)
-    done = running.wait()
-    assert (done.code, "Traceback" in done.err) == (130, False)
-    assert runs.load_step(folder / STATE) > 0
-
-
 # --- Hostile configs ---
 
 
@@ -394,26 +340,6 @@ def test_a_link_out_of_the_folder_is_replaced_and_not_followed(
     assert not (copy / name).is_symlink() or name == CONFIG
 
 
-def test_a_figure_that_is_a_link_is_replaced_and_not_followed(server: Server, copy: Path, tmp_path: Path) -> None:
-    (tmp_path / "precious").write_bytes(b"mine")
-    figure = copy / "figures" / "latents.png"
-    figure.unlink()
-    figure.symlink_to(tmp_path / "precious")
-    assert server.run(FIGURES, copy).code == 0
-    assert (tmp_path / "precious").read_bytes() == b"mine"
-    assert not figure.is_symlink()
-
-
-def test_figures_that_are_a_link_to_elsewhere_are_refused(server: Server, copy: Path, tmp_path: Path) -> None:
-    outside = tmp_path / "outside"
-    shutil.move(copy / "figures", outside)
-    (copy / "figures").symlink_to(outside)
-    before = everything_below(outside)
-    for words in ((FIGURES, copy), (TRAIN, "--resume", copy, "--epochs", "3")):
-        one_line(server.run(*words), "figures: expected a folder of the run's own")
-    assert everything_below(outside) == before
-
-
 @pytest.mark.parametrize("data_dir", ["/no/such/folder", "../elsewhere"])
 def test_a_data_folder_that_a_config_names_is_never_made(
     server: Server, copy: Path, tmp_path: Path, data_dir: str
@@ -423,41 +349,3 @@ def test_a_data_folder_that_a_config_names_is_never_made(
     hostile(copy, data_dir=data_dir, dataset="static-mnist")
     assert server.run(FIGURES, copy, cwd=place).code == 1
     assert (list(place.iterdir()), (tmp_path / "elsewhere").exists()) == ([], False)
-
-
-def test_nothing_is_downloaded_into_a_folder_that_a_config_names(
-    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[bool] = []
-
-    def refuse(options: Options, *, download: bool) -> None:
-        asked.append(download)
-        raise ValueError("no data")
-
-    hostile(copy, data_dir=str(tmp_path), dataset="kmnist")
-    monkeypatch.setattr("ppl_vae.runs.open.load_splits", refuse)
-    for data_dir in (None, str(tmp_path)):
-        with pytest.raises(ValueError, match="no data"):
-            open_run(str(copy), data_dir=data_dir)
-    assert asked == [False, True]
-
-
-def test_what_a_trained_run_was_started_from_is_not_opened_again(server: Server, copy: Path, tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "model.safetensors")  # opening it would wait forever
-    hostile(copy, start_from=str(tmp_path))
-    assert server.run(TRAIN, "--resume", copy, "--epochs", "3").code == 0
-
-
-def test_an_entry_of_an_evaluation_names_no_file(server: Server, copy: Path, tmp_path: Path) -> None:
-    evaluations = json.loads((copy / EVALUATION).read_text())
-    evaluations["test"]["split"] = "../../outside"
-    evaluations["../outside"] = evaluations["test"]
-    (copy / EVALUATION).write_text(json.dumps(evaluations))
-    before = set(tmp_path.iterdir())
-    for words in (
-        (FIGURES, copy),
-        (TRAIN, "--resume", copy, "--epochs", "3"),
-        (EVALUATE, copy, "--num-particles", "3"),
-    ):
-        server.run(*words)
-    assert set(tmp_path.iterdir()) == before

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import os
 import signal
@@ -104,28 +102,6 @@ def test_a_lock_of_another_process_is_refused(tmp_path: Path) -> None:
         pass
 
 
-def test_a_process_may_take_its_own_lock_again(tmp_path: Path) -> None:
-    with runs.lock_folder(tmp_path):
-        with runs.lock_folder(tmp_path), runs.lock_folder(tmp_path / "." / "../" / tmp_path.name):
-            pass
-        assert (tmp_path / ".lock").exists()
-    assert not (tmp_path / ".lock").exists()
-
-
-def test_a_lock_outlives_the_end_of_an_inner_block(tmp_path: Path) -> None:
-    with runs.lock_folder(tmp_path):
-        with runs.lock_folder(tmp_path):
-            pass
-        child = os.fork()
-        if child == 0:
-            try:
-                with runs.lock_folder(tmp_path):
-                    os._exit(3)
-            except ValueError:
-                os._exit(4)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 4
-
-
 def test_a_child_that_outlives_its_killed_parent_holds_no_lock(tmp_path: Path) -> None:
     ready, told = os.pipe()
     parent = os.fork()
@@ -145,27 +121,6 @@ def test_a_child_that_outlives_its_killed_parent_holds_no_lock(tmp_path: Path) -
             pass
     finally:
         os.kill(child, signal.SIGKILL)
-
-
-def test_a_lock_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    folder.mkdir()
-    (tmp_path / "precious").write_text("mine")
-    (folder / ".lock").symlink_to(tmp_path / "precious")
-    with pytest.raises(OSError, match="symbolic links"), runs.lock_folder(folder):
-        pass
-    assert (tmp_path / "precious").read_text() == "mine"
-
-
-def test_a_file_system_without_locks_costs_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(fcntl, "flock", refuse)
-    entered = False
-    with pytest.warns(UserWarning, match=str(tmp_path)), runs.lock_folder(tmp_path):
-        entered = True
-    assert entered
 
 
 def test_what_killed_writes_left_goes_when_the_folder_is_taken(tmp_path: Path) -> None:

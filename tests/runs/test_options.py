@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -107,26 +107,11 @@ def test_options_survive_json(asked: Options) -> None:
     assert from_json(json.loads(json.dumps(to_json(asked)))) == asked
 
 
-def test_json_holds_every_field() -> None:
-    assert set(to_json(OTHER)) == {spec.name for spec in fields(Options)}
-
-
 @pytest.mark.parametrize("name", [spec.name for spec in fields(Options)])
 def test_a_missing_field_of_json_is_named_and_refused(name: str) -> None:
     values = to_json(Options())
     del values[name]
     with pytest.raises(ValueError, match=f"missing or unknown: {name}$"):
-        from_json(values)
-
-
-def test_unknown_fields_of_json_are_named_and_refused() -> None:
-    with pytest.raises(ValueError, match=r"missing or unknown: glitter, sparkle$"):
-        from_json(to_json(Options()) | {"sparkle": 1, "glitter": 2})
-
-
-@pytest.mark.parametrize("values", [[], None, 3, "text"])
-def test_json_that_is_no_object_is_refused(values: Any) -> None:
-    with pytest.raises(ValueError, match="expected an object of options, got"):
         from_json(values)
 
 
@@ -165,14 +150,3 @@ def test_a_field_of_json_of_the_wrong_type_or_range_is_refused(name: str, value:
     values = to_json(Options()) | {name: value}
     with pytest.raises(ValueError, match=f"{format_flag(name)}: expected .*, got "):
         from_json(values)
-
-
-def test_a_whole_number_is_a_float_too() -> None:
-    assert from_json(to_json(Options()) | {"beta": 4}).beta == 4
-
-
-@pytest.mark.parametrize("name", [spec.name for spec in fields(Options)])
-def test_a_wrong_type_is_refused_from_python(name: str) -> None:
-    """An object is no value of any option."""
-    with pytest.raises(ValueError, match=f"{format_flag(name)}: expected .*, got <object"):
-        replace(Options(), **{name: object()})

@@ -14,16 +14,13 @@ from torch.testing import assert_close
 
 from ppl_vae import data, runs, training
 from ppl_vae.commands.compare_runs import compare_runs
-from ppl_vae.commands.encode import encode_images
 from ppl_vae.commands.evaluate import evaluate_run
-from ppl_vae.commands.options import CompareRuns, Encode, Evaluate
+from ppl_vae.commands.options import CompareRuns, Evaluate
 from ppl_vae.commands.train import resume_run, train_run
-from ppl_vae.reports.text.evaluation import describe_evaluation
 from ppl_vae.runs.build import build_likelihood
-from ppl_vae.runs.evaluations import read_evaluation
 from ppl_vae.runs.load import load
 from ppl_vae.runs.open import load_evaluated_vae, open_run
-from ppl_vae.runs.options import LIKELIHOODS, Options
+from ppl_vae.runs.options import Options
 from ppl_vae.runs.resolve import check_support, choose_evaluated_pixels, choose_pixels, describe_scale, resolve
 
 pytestmark = pytest.mark.thorough
@@ -98,46 +95,13 @@ def test_data_off_the_support_is_refused_before_anything_is_written(tmp_path, li
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("likelihood", [word for word in LIKELIHOODS if word != "bernoulli"])
-def test_binarized_pixels_are_refused_by_all_that_ask_for_others(tmp_path, likelihood):
-    options, splits = resolved(tmp_path, data.LEVELS, likelihood=likelihood, binarization="dynamic")
-    with pytest.raises(ValueError, match=rf"--likelihood {likelihood}: expected --binarization none, got dynamic"):
-        check_support(options, splits)
-
-
 @pytest.mark.parametrize("likelihood", ["bernoulli", "categorical", "poisson"])
 def test_a_mass_is_not_dequantized(tmp_path, likelihood):
     with pytest.raises(ValueError, match=r"--dequantization: expected none for a mass of .*, got uniform"):
         resolved(tmp_path, data.LEVELS, likelihood=likelihood, dequantization="uniform")
 
 
-def test_real_values_are_not_dequantized(tmp_path):
-    with pytest.raises(ValueError, match=r"--dequantization: expected none for a density of real values, got"):
-        resolved(tmp_path, data.REAL, likelihood="normal", dequantization="uniform")
-
-
-def test_levels_without_dequantization_are_on_a_scale_of_their_own(tmp_path):
-    options, splits = resolved(tmp_path, data.LEVELS, likelihood="normal", dequantization="none")
-    assert (choose_pixels(options, splits), describe_scale(options, splits)) == ("none", "density of level / 255")
-
-
 # --- The logit transform ---
-
-
-@pytest.mark.parametrize("likelihood", ["bernoulli", "beta", "categorical", "poisson", "student-t"])
-def test_a_transform_is_refused_by_all_but_densities_of_real_numbers(tmp_path, likelihood):
-    with pytest.raises(
-        ValueError, match=r"--transform logit: expected a density of real numbers with quantiles .*, got"
-    ):
-        resolved(tmp_path, data.LEVELS, likelihood=likelihood, transform="logit")
-
-
-def test_a_transformed_density_refuses_pixels_beyond_the_unit_interval(tmp_path):
-    path, _ = read(tmp_path, data.REAL)
-    with pytest.raises(
-        ValueError, match=r"--likelihood normal: expected pixels that are .*; --transform none takes them"
-    ):
-        train_small(tmp_path / "run", replace(SMALL, dataset=path, likelihood="normal", transform="logit"))
 
 
 def test_the_jacobian_of_the_logit_is_counted():
@@ -177,23 +141,6 @@ def test_bits_per_dimension_are_the_nats_of_the_levels(two, word):
     assert entry["bits_per_dim"] == pytest.approx(expected)
 
 
-def test_a_mass_and_a_density_of_the_same_levels_compare(two, tmp_path):
-    found = compare_runs(
-        CompareRuns(
-            [str(folder) for folder in two.values()],
-            split="test",
-            num_particles=20,
-            images=None,
-            device="cpu",
-            seed=0,
-            output=str(tmp_path / "out"),
-        ),
-        say=lambda line: None,
-    )
-    assert found.scale == "mass of 8-bit levels"
-    assert not found.comparisons[0].same_noise
-
-
 @pytest.mark.parametrize(
     "other",
     [{"likelihood": "bernoulli"}, {"likelihood": "normal", "dequantization": "none"}],
@@ -217,23 +164,6 @@ def test_other_scales_are_refused_in_words(two, tmp_path, other):
             say=lambda line: None,
         )
     assert not (tmp_path / "out").exists()
-
-
-def test_draws_change_no_exact_mass_and_a_line_says_so(two):
-    said: list[str] = []
-    asked = {"split": "validation", "num_particles": 10, "images": None, "device": "cpu", "seed": 0}
-    with_draws, without = (
-        evaluate_run(Evaluate(str(two["normal"]), **asked, dequantization_draws=M), say=said.append) for M in (3, None)
-    )
-    assert with_draws.log_likelihood == without.log_likelihood
-    assert sum("--dequantization-draws 3 has no effect" in line for line in said) == 1
-
-
-def test_the_words_of_an_evaluation_say_whether_the_mass_is_a_densitys(two):
-    said = {word: "\n".join(describe_evaluation(read_evaluation(folder))) for word, folder in two.items()}
-    assert "mass of 8-bit levels, exact, under a density" in said["normal"]
-    assert "binarization none, mass of 8-bit levels;" in said["discretized-logistic"]
-    assert all("bits per dimension, by that bound" in words for words in said.values())
 
 
 def test_a_run_is_evaluated_as_a_model_of_levels(two):
@@ -286,17 +216,6 @@ def test_a_scale_in_closed_form_resumes_bit_for_bit(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "word"),
-    [("likelihood_scale", 0.2, "normal-fixed"), ("likelihood_components", 3, "discretized-logistic-mixture")],
-)
-def test_an_option_of_one_likelihood_is_refused_beside_another(tmp_path, name, value, word):
-    flag = "--" + name.replace("_", "-")
-    with pytest.raises(ValueError, match=f"{flag}: expected --likelihood {word}, got normal"):
-        resolved(tmp_path, data.LEVELS, likelihood="normal", **{name: value})
-    resolved(tmp_path, data.LEVELS, likelihood=word, **{name: value})
-
-
-@pytest.mark.parametrize(
     ("scaled", "hint"),
     [(ARRAYS[data.LEVELS] / 255, "uint8"), (ARRAYS[data.LEVELS].astype(float), "negative-binomial"), (None, None)],
     ids=["level / 255", "levels as floats", "continuous"],
@@ -310,16 +229,3 @@ def test_a_density_of_values_on_a_grid_is_warned_of(tmp_path, scaled, hint):
     warned = [line for line in said if "no upper bound" in line]
     assert len(warned) == (scaled is not None)
     assert all(hint in line for line in warned)
-
-
-def test_own_images_at_the_open_ends_of_a_density_are_refused(tmp_path):
-    path, _ = read(tmp_path, data.PROBABILITIES)
-    folder = train_small(tmp_path / "run", replace(SMALL, dataset=path, likelihood="beta"))
-    np.save(tmp_path / "ends.npy", np.where(ARRAYS[data.PROBABILITIES] > 0.9, 1.0, ARRAYS[data.PROBABILITIES]))
-    with pytest.raises(ValueError, match=r"ends.npy: expected pixels that are numbers between 0 and 1, neither"):
-        encode_images(
-            Encode(
-                str(folder), str(tmp_path / "ends.npy"), num_particles=5, images=None, seed=0, device="cpu", output=None
-            ),
-            say=lambda line: None,
-        )

@@ -13,9 +13,9 @@ from oracles import LinearGaussian
 from torch.testing import assert_close
 
 from ppl_vae.evidence import evaluation
-from ppl_vae.evidence.evaluation import evaluate, reconstruction
+from ppl_vae.evidence.evaluation import evaluate
 from ppl_vae.runtime import batching
-from ppl_vae.runtime.batching import BatchSize, describe_memory_error, find_fitting_batch
+from ppl_vae.runtime.batching import find_fitting_batch
 from ppl_vae.runtime.errors import is_out_of_memory
 from ppl_vae.weights import log_weight_terms
 
@@ -99,14 +99,6 @@ def test_an_evaluation_that_runs_out_of_memory_ends_with_the_exact_number(
     assert sum("Out of memory with" in line for line in said) == (first_pass > pairs)
 
 
-def test_the_line_names_what_did_not_fit(monkeypatch):
-    oracle, said = LinearGaussian.random(), []
-    monkeypatch.setitem(batching.PASS_BYTES, "cpu", 40 * 8 * 6 * 6)
-    monkeypatch.setattr(evaluation, "log_weight_terms", _of_at_most(6, []))
-    evaluate(oracle.vae(), oracle.draw(3), num_particles=400, seed=0, say=said.append)
-    assert said == ["Out of memory with 40 particles at once: continuing with 20."]
-
-
 def test_a_group_that_is_done_again_draws_from_its_own_seed_again(monkeypatch):
     """Memory that is short for a moment, at the second image's first pass: the other images' numbers do not move."""
     oracle = LinearGaussian.random()
@@ -128,41 +120,6 @@ def test_a_group_that_is_done_again_draws_from_its_own_seed_again(monkeypatch):
     # A torch generator gives 20 x 3 numbers in another order than half of 40 x 3, so these are compared by size.
     assert torch.equal(found[0], undisturbed[0])
     assert_close(found, undisturbed, rtol=0, atol=0.5)
-
-
-def test_a_reconstruction_that_runs_out_of_memory_is_the_same(monkeypatch):
-    oracle = LinearGaussian.random()
-    vae, x = oracle.vae(), oracle.draw(9)
-    real, expected = evaluation.log_reconstruction, reconstruction(vae, x, seed=0)
-
-    def short(model, guide, images):
-        if len(images) > 4:
-            raise MemoryError
-        return real(model, guide, images)
-
-    monkeypatch.setattr(evaluation, "log_reconstruction", short)
-    found, exact = reconstruction(vae, x, seed=0), oracle.reconstruction(x, widen=1.0, shift=0.0)
-    assert (found - exact).abs().max() < 10
-    assert (expected - exact).abs().max() < 10
-
-
-def test_what_does_not_fit_even_alone_is_an_error_of_memory(monkeypatch):
-    oracle = LinearGaussian.random()
-    monkeypatch.setattr(evaluation, "log_weight_terms", _of_at_most(0, []))
-    with pytest.raises(RuntimeError, match="can't allocate memory"):
-        evaluate(oracle.vae(), oracle.draw(3), num_particles=4, seed=0)
-
-
-def test_other_errors_are_not_tried_again():
-    tried = []
-
-    def attempt(particles, images):
-        tried.append(particles)
-        raise RuntimeError("shapes differ")
-
-    with pytest.raises(RuntimeError, match="shapes differ"):
-        BatchSize(8, 1, device=CPU).run(attempt)
-    assert tried == [8]
 
 
 @pytest.mark.thorough
@@ -207,20 +164,3 @@ def test_the_find_fitting_batch_is_the_first_of_the_halves_that_does(room, fits)
             raise MemoryError
 
     assert find_fitting_batch(step, 100, CPU) == fits
-
-
-def test_a_batch_of_one_image_has_no_half():
-    assert find_fitting_batch(lambda num_images: pytest.fail("tried"), 1, CPU) is None
-
-
-def test_an_error_in_a_dry_step_that_is_not_about_memory_is_raised():
-    def step(num_images):
-        raise ValueError("an image off the support")
-
-    with pytest.raises(ValueError, match="an image off the support"):
-        find_fitting_batch(step, 100, CPU)
-
-
-def test_what_a_user_is_told_names_the_batch():
-    assert describe_memory_error(100, 50) == "out of memory in a step of 100 images; --batch-size 50 fits"
-    assert "no smaller batch fits" in describe_memory_error(100, None)

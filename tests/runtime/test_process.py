@@ -50,21 +50,3 @@ def test_memory_that_ran_out_ends_in_one_line(capsys: pytest.CaptureFixture[str]
     with pytest.raises(SystemExit, match=r"^1$"):
         run_script(main)
     assert capsys.readouterr().err.startswith("error: out of memory; a smaller batch")
-
-
-@pytest.mark.parametrize("words", ["CUDA error: an illegal memory access was encountered", "Triton: shared memory"])
-def test_another_error_of_memory_keeps_its_traceback(words: str) -> None:
-    def main() -> None:
-        raise RuntimeError(words)
-
-    with pytest.raises(RuntimeError, match=words):
-        run_script(main)
-
-
-def test_a_traceback_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    def main() -> None:
-        raise ValueError("x: bad")
-
-    monkeypatch.setenv("PPL_VAE_TRACEBACK", "1")
-    with pytest.raises(ValueError, match="x: bad"):
-        run_script(main)

@@ -22,7 +22,7 @@ from ppl_vae.study.compare import measure_scale_gradient, measure_scale_gradient
 from ppl_vae.study.data import principal_components
 from ppl_vae.study.densities import fit_densities
 from ppl_vae.study.quality import frechet_distance, jackknife
-from ppl_vae.study.training import MeanOverPixels, average_over_pixels
+from ppl_vae.study.training import average_over_pixels
 
 
 def linear_vae(D: int, L: int) -> VAE:
@@ -73,15 +73,6 @@ def test_averaging_pixels_has_the_gradient_of_beta_d_over_d() -> None:
     torch.testing.assert_close(of_mean * D, of_beta, rtol=1e-9, atol=1e-12)
 
 
-def test_averaging_pixels_leaves_the_model_as_it_was() -> None:
-    vae, x = linear_vae(6, 2), torch.ones(4, 6)
-    torch.manual_seed(0)
-    before = objectives.elbo(vae.model, vae.guide, x)
-    MeanOverPixels(6)(vae.model)(x)
-    torch.manual_seed(0)
-    assert torch.equal(objectives.elbo(vae.model, vae.guide, x), before)
-
-
 # --- Distances between images ---
 
 
@@ -100,12 +91,6 @@ def test_the_frechet_distances_error_is_that_over_repetitions() -> None:
     spread = torch.tensor([found.mean for found in repeats]).std()
     told = torch.tensor([found.stderr for found in repeats]).mean()
     assert float(told / spread) == pytest.approx(1, abs=0.25)  # the spread of 100 is known to 7%, its jackknife alike
-
-
-def test_the_jackknife_of_a_mean_is_its_standard_error() -> None:
-    x = torch.from_numpy(np.random.default_rng(0).normal(size=(20, 1)))
-    found = jackknife(lambda x: float(x.mean()), x)
-    assert found.stderr == pytest.approx(float(x.std()) / math.sqrt(20), rel=1e-9)
 
 
 def test_the_jackknife_knows_what_samples_share() -> None:
@@ -165,25 +150,6 @@ def test_draws_of_each_density_have_the_moments_of_the_codes() -> None:
             z = fitted.distribution.sample((4000,))
         assert ((z.mean(0) - train.mean(0)) / train.std(0)).abs().max() < 0.1
         torch.testing.assert_close(z.std(0), train.std(0), rtol=0.1, atol=0)
-
-
-@pytest.mark.thorough
-def test_fitting_leaves_the_global_generator_as_it_was_and_repeats() -> None:
-    train, validation = clustered_codes(300, 0), clustered_codes(100, 1)
-    torch.manual_seed(5)
-    expected = torch.rand(3)
-    torch.manual_seed(5)
-    first = fit_densities(train, validation)
-    assert torch.equal(torch.rand(3), expected)
-    again = fit_densities(train, validation)
-    assert {name: each.log_density for name, each in first.items()} == {n: e.log_density for n, e in again.items()}
-
-
-def test_a_latent_that_never_varies_has_finite_densities() -> None:
-    train = torch.cat([clustered_codes(400, 0), torch.zeros(400, 1)], dim=1)
-    for fitted in fit_densities(train, train).values():
-        assert math.isfinite(fitted.log_density.mean)
-        assert fitted.distribution.sample((10,)).isfinite().all()
 
 
 # --- Gradients of scale maps ---

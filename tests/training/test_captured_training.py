@@ -13,7 +13,6 @@ from capture_cases import (
     ESTIMATORS,
     NEVER_CLIP,
     SHAPE,
-    TwoLayers,
     as_stored,
     copy_moments,
     copy_state,
@@ -23,13 +22,11 @@ from capture_cases import (
     make_vae,
     poison,
 )
-from fitting import fit
 from grids import images_for
 from torch import nn
 from torch.testing import assert_close
 
-from ppl_vae import VAE, Conditional, objectives, training
-from ppl_vae.evidence.evaluation import evaluate
+from ppl_vae import VAE, Conditional, objectives
 from ppl_vae.parts.networks import MLP
 from ppl_vae.parts.posteriors import DiagonalNormal
 from ppl_vae.parts.priors import StandardNormal
@@ -75,16 +72,6 @@ def test_a_support_with_parameters_of_its_own_is_checked_on_its_batch_alone(grap
     assert flat_weights(vae).isfinite().all()
 
 
-@pytest.mark.thorough
-def test_a_users_module_with_two_latent_sites_trains_as_it_does_eagerly(graphs):
-    ends = []
-    for compile in (True, False):
-        module = make_vae(TwoLayers)
-        fit_captured(module, make_images(), compile=compile)
-        ends.append(flat_weights(module))
-    assert_close(*ends, rtol=0, atol=1e-10)
-
-
 # --- Captured and eager training ---
 
 
@@ -122,20 +109,6 @@ def test_two_hundred_steps_end_where_the_eager_ones_do(graphs, kl, average_decay
     assert any(name.startswith("average/") for name in eager) == (average_decay > 0)
     for name in eager:
         assert_close(captured[name], eager[name], rtol=0, atol=1e-8, msg=lambda text, name=name: f"{name}: {text}")
-
-
-@pytest.mark.thorough
-def test_the_records_of_an_epoch_are_those_of_the_eager_path(graphs):
-    """With validation: beta, the rate, the mean loss over a ragged epoch, and the validation ELBO."""
-    seen = {}
-    for compile in (True, False):
-        records = seen[compile] = []
-        fit_captured(
-            make_vae(), make_images(), make_images(20), compile=compile, average_decay=0.5, on_epoch=records.append
-        )
-    for captured, eager in zip(seen[True], seen[False], strict=True):
-        for key in eager.keys() - {"seconds", "train_images_per_second"}:
-            assert captured[key] == pytest.approx(eager[key], rel=1e-9), key
 
 
 def test_one_graph_serves_a_whole_training(graphs):
@@ -259,42 +232,7 @@ def test_averages_follow_their_recursion(graphs, compile):
     assert (kept[-1] - expected).abs().max() > 1e-4  # the last weights are not their average
 
 
-@pytest.mark.parametrize("compile", [True, False])
-def test_what_is_validated_and_kept_are_the_averages(graphs, compile):
-    vae, records, averages = make_vae(), [], []
-    validation = 1 - make_images(20)  # other images than those that are trained on: it gets worse
-    state = fit_captured(
-        vae,
-        make_images(),
-        validation,
-        compile=compile,
-        average_decay=0.5,
-        learning_rate=0.05,
-        on_epoch=records.append,
-        on_checkpoint=lambda state: averages.append({name: a.clone() for name, a in state.averages.items()}),
-    )
-    other = make_vae(seed=1)
-    for record, values in zip(records, averages, strict=True):
-        other.load_state_dict(values)
-        exact = evaluate(other, validation, num_particles=1, seed=training.VALIDATION_SEED, check=False).elbo.mean()
-        assert record["validation_elbo_nats_per_image"] == pytest.approx(float(exact), rel=1e-12)
-    best = state.best_step // 5 - 1
-    assert best != len(records) - 1
-    assert all(torch.equal(vae.get_parameter(name), value) for name, value in averages[best].items())
-
-
 # --- Weights ---
-
-
-def test_the_optimizer_is_told_how_many_steps_it_has_taken(graphs):
-    """Adam's own count is what a saved state holds, and what eager steps go on from."""
-    vae, counts = make_vae(), []
-
-    def keep(state):
-        counts.append({int(value) for name, value in state.to_tensors()[0].items() if name.endswith("/step")})
-
-    fit_captured(vae, make_images(), on_checkpoint=keep, checkpoint_seconds=0.0, epochs=2)
-    assert counts == [{t} for t in range(1, 11)]
 
 
 def test_a_weight_that_is_frozen_stays_as_it_is(graphs):
@@ -305,16 +243,6 @@ def test_a_weight_that_is_frozen_stays_as_it_is(graphs):
         before = bias.clone()
         fit_captured(vae, make_images(), compile=compile, average_decay=0.5)
         assert torch.equal(bias, before), compile
-        ends[compile] = flat_weights(vae)
-    assert_close(ends[True], ends[False], rtol=0, atol=1e-10)
-
-
-def test_weights_that_are_shared_are_one_weight(graphs):
-    ends = {}
-    for compile in (True, False):
-        vae = make_vae(D=12, L=12)
-        vae.posterior.net.layers[0].weight = vae.likelihood.net.layers[0].weight  # both (6, 12)
-        fit_captured(vae, make_images(), compile=compile)
         ends[compile] = flat_weights(vae)
     assert_close(ends[True], ends[False], rtol=0, atol=1e-10)
 
@@ -393,18 +321,6 @@ def test_a_failure_that_the_host_sees_late_is_told_with_its_own_step_and_images(
     assert not torch.equal(weights[0], weights[1])
 
 
-def test_one_training_image_off_the_support_is_found_before_anything_is_trained_or_compiled(graphs):
-    images = torch.zeros(3000, 12, dtype=torch.double)
-    images[2718] = 0.5
-    vae = make_vae()
-    before, state = flat_weights(vae), torch.get_rng_state()
-    with pytest.raises(ValueError, match="site 'x': expected images within the support"):
-        fit_captured(vae, images)
-    assert torch.equal(flat_weights(vae), before)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert graphs == []
-
-
 # --- The real compiler ---
 
 
@@ -428,12 +344,6 @@ def test_a_compiled_training_ends_where_the_eager_one_does_and_resumes_bit_for_b
     assert [name for name in ends["compiled"] if not torch.equal(ends["resumed"][name], ends["compiled"][name])] == []
     for name, expected in ends["eager"].items():
         assert_close(ends["compiled"][name], expected, rtol=0, atol=1e-10)
-
-
-@pytest.mark.parametrize("word", ["on", "off", 1])
-def test_whether_to_compile_is_yes_or_no(word):
-    with pytest.raises(ValueError, match="compile: expected True or False"):
-        fit(make_vae(), make_images(), epochs=1, compile=word)
 
 
 # --- On a GPU ---

@@ -11,13 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch._inductor.compile_fx as compiler
-import torch._inductor.decomposition as decomposition
 from small_run import SMALL, save_bars
 
 from ppl_vae import runs
 from ppl_vae.commands import evaluate as evaluation
-from ppl_vae.commands.evaluate import evaluate_run
-from ppl_vae.commands.options import Evaluate
 from ppl_vae.commands.train import resume_run, train_run
 from ppl_vae.runs.evaluations import read_per_image
 from ppl_vae.runs.fit_arguments import matmul_precision
@@ -79,11 +76,6 @@ def _assert_same_bits(folder, other):
         assert [key for key in expected[name] if not torch.equal(found[name][key], expected[name][key])] == [], name
 
 
-def _told(said):
-    """What was said of the training's graph."""
-    return [line for line in said if "ompile" in line and "evaluation" not in line]
-
-
 # --- auto, on, off ---
 
 
@@ -92,16 +84,6 @@ def test_auto_compiles_where_five_thousand_steps_are_planned(graphs, small, batc
     """100 images: 5 steps an epoch of 20 each, 4 of 30."""
     asked = replace(small, epochs=epochs, batch_size=batch_size)
     assert resolve(asked, load_splits(asked)).compile == word
-
-
-def test_auto_is_off_without_a_compiler_and_words_stay_as_they_are(monkeypatch, small):
-    monkeypatch.setattr(capture, "capture_obstacle", lambda device: "none")
-    splits = load_splits(small)
-    for asked in ("auto", "off"):
-        assert resolve(replace(small, epochs=100_000, compile=asked), splits).compile == "off"
-    monkeypatch.setattr(capture, "capture_obstacle", lambda device: None)
-    for asked in ("on", "off"):
-        assert resolve(replace(small, epochs=1, compile=asked), splits).compile == asked
 
 
 def test_on_without_a_compiler_is_refused_before_anything_is_written(no_compiler, small, tmp_path):
@@ -133,19 +115,6 @@ def test_where_the_capture_fails_auto_says_why_and_trains_as_off_does(
     assert [line for line in said if "eager" in line and "it is written in water" in line]
     assert _config(tmp_path / "auto") == _config(tmp_path / "off")
     _assert_same_bits(tmp_path / "auto", tmp_path / "off")
-
-
-def test_a_torch_whose_compiler_has_other_names_trains_eagerly(always_pays, no_figures, small, tmp_path, monkeypatch):
-    monkeypatch.setattr(capture, "capture_obstacle", lambda device: None)
-    monkeypatch.delattr(decomposition, "select_decomp_table")
-    said = _train(replace(small, compile="auto"), tmp_path)
-    assert [line for line in said if "eager" in line and "select_decomp_table" in line]
-    assert _config(tmp_path)["compile"] == "off"
-
-
-def test_where_the_capture_fails_on_is_refused_in_one_line(cannot, graphs, small, tmp_path):
-    with pytest.raises(ValueError, match=r"^--compile on: it is written in water; --compile off does without$"):
-        _train(replace(small, compile="on"), tmp_path / "run")
 
 
 # --- Resuming ---
@@ -195,13 +164,6 @@ def test_an_interrupted_run_ends_bit_for_bit_where_the_undisturbed_one_does(
 
 
 @pytest.mark.thorough
-def test_so_does_one_through_the_real_compiler(no_figures, small, tmp_path, monkeypatch):
-    if (reason := capture.capture_obstacle(torch.device("cpu"))) is not None:
-        pytest.skip(reason)
-    _assert_resumes_bit_for_bit(replace(small, compile="on"), tmp_path, monkeypatch)
-
-
-@pytest.mark.thorough
 @pytest.mark.parametrize(("before", "after"), [("on", "off"), ("off", "on")])
 def test_resuming_with_the_other_word_changes_the_config_and_says_so(
     graphs, no_figures, small, tmp_path, before, after
@@ -212,17 +174,6 @@ def test_resuming_with_the_other_word_changes_the_config_and_says_so(
     assert f"From here on --compile {after}: the same to rounding, and no longer bit for bit." in said
     assert _config(tmp_path)["compile"] == after
     assert len(graphs) == (after == "on")
-
-
-@pytest.mark.parametrize("epochs", [None, 3])
-def test_resuming_with_on_without_a_compiler_is_refused_and_changes_nothing(
-    no_compiler, no_figures, small, tmp_path, epochs
-):
-    _train(replace(small, compile="off"), tmp_path)
-    before = _config(tmp_path)
-    with pytest.raises(ValueError, match=NO_COMPILER):
-        _resume(tmp_path, epochs=epochs, compile="on")
-    assert _config(tmp_path) == before
 
 
 def _interrupt_compiled(small, folder, monkeypatch):
@@ -248,16 +199,6 @@ def test_where_compiling_fails_on_resuming_a_compiled_run_goes_on_eagerly(
     assert [line for line in said if "eager" in line and "outside of a MetricsContext" in line]
     assert _config(tmp_path / "fails")["compile"] == "off"
     _assert_same_bits(tmp_path / "fails", tmp_path / "off")
-
-
-@pytest.mark.thorough
-def test_where_compiling_fails_on_resuming_and_on_is_asked_for_that_is_an_error(
-    graphs, no_figures, small, tmp_path, monkeypatch
-):
-    _interrupt_compiled(small, tmp_path, monkeypatch)
-    monkeypatch.setattr(compiler, "compile_fx_inner", lambda *_, **__: 1 / 0)
-    with pytest.raises(ValueError, match=r"^--compile on: the compiler failed: ZeroDivisionError"):
-        _resume(tmp_path, compile="on")
 
 
 # --- Precision ---
@@ -389,22 +330,3 @@ def test_an_evaluation_that_cannot_be_compiled_is_refused_by_on_and_done_by_auto
     assert runs.read_evaluations(tmp_path) == before
     _run(monkeypatch, "evaluate_log_likelihood.py", tmp_path, "--num-particles", 30, "--compile", "auto")
     assert runs.read_evaluations(tmp_path)["test"]["num_particles"] == 30
-
-
-def test_an_evaluation_whose_capture_fails_goes_on_as_it_is_with_the_reason(
-    graphs, always_pays, no_figures, small, tmp_path, monkeypatch
-):
-    def refuse(*_, **__):
-        raise CannotCapture("it is written in water")
-
-    _train(replace(small, compile="off"), tmp_path)
-    monkeypatch.setattr("ppl_vae.evidence.evaluation.CapturedTerms", refuse)
-    asked = {"split": "test", "num_particles": 30, "images": None, "device": "cpu", "seed": 0}
-    results, said = {}, []
-    for word in ("auto", "off"):
-        evaluate_run(Evaluate(str(tmp_path), **asked, compile=word), say=said.append)
-        results[word] = read_per_image(tmp_path, "test").result.log_evidence
-    assert _told(said) == ["Not compiled: it is written in water."]
-    assert torch.equal(results["auto"], results["off"])
-    with pytest.raises(ValueError, match=r"^--compile on: it is written in water"):
-        evaluate_run(Evaluate(str(tmp_path), **asked, compile="on"), say=said.append)

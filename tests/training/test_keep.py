@@ -10,11 +10,9 @@ import pyro
 import pytest
 import torch
 from fitting import fit
-from small_run import SMALL, save_bars, train_small
+from small_run import SMALL, save_bars
 
-from ppl_vae import runs
 from ppl_vae.runs.build import build_vae
-from ppl_vae.runs.options import Options
 from ppl_vae.runs.resolve import load_splits, resolve
 from ppl_vae.vae import VAE
 
@@ -48,11 +46,6 @@ def trained(
     return vae, state, last
 
 
-def test_the_best_weights_are_kept_where_nothing_else_is_asked() -> None:
-    _, state, _ = trained(keep_last=False)
-    assert state.best_step < state.step
-
-
 @pytest.mark.parametrize("average_decay", [0.0, 0.9])
 def test_the_last_weights_are_kept_where_they_are_asked_for(average_decay: float) -> None:
     vae, state, last = trained(keep_last=True, average_decay=average_decay)
@@ -74,11 +67,6 @@ def test_the_weights_at_the_start_are_kept_where_no_epoch_has_better_ones(averag
     assert without.best_validation < state.best_validation
 
 
-def test_a_start_that_is_validated_changes_no_step_of_the_training() -> None:
-    (*_, last), (*_, expected) = trained(keep_start=True), trained()
-    assert all(torch.equal(last[name], w) for name, w in expected.items())
-
-
 @pytest.mark.parametrize(
     ("asked", "expected"),
     [
@@ -95,13 +83,3 @@ def test_a_beta_is_shown_as_it_ends_unless_asked_otherwise(
 ) -> None:
     options = replace(SMALL, dataset=str(save_bars(tmp_path / "bars.npz")), **asked)
     assert resolve(options, load_splits(options)).keep == expected
-
-
-@pytest.mark.thorough
-def test_a_run_that_keeps_the_last_weights_holds_those_of_its_last_step(tmp_path: Path) -> None:
-    options: Options = replace(SMALL, dataset=str(save_bars(tmp_path / "bars.npz")), keep="last", epochs=3)
-    folder = train_small(tmp_path / "run", options)
-    weights, _ = runs.load_tensors(folder / runs.MODEL)
-    state, scalars = runs.load_tensors(folder / runs.TRAINING_STATE)
-    assert runs.load_step(folder / runs.MODEL) == scalars["step"] == 15
-    assert all(torch.equal(w, state[f"weights/{name}"]) for name, w in weights.items())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -90,30 +89,6 @@ def _same_run(folder, undisturbed):
     assert one | {"seconds": 0} == other | {"seconds": 0}
     assert {p.name for p in (folder / "figures").iterdir()} == {p.name for p in (undisturbed / "figures").iterdir()}
     assert {path.name for path in folder.rglob(".*")} <= {runs.LOCK}, "half-written files are left"
-
-
-@pytest.mark.thorough
-@pytest.mark.parametrize("seed", [0, 1])
-def test_a_run_killed_again_and_again_ends_where_the_undisturbed_one_does(seed, small_mnist, undisturbed, tmp_path):
-    folder, draw = tmp_path / "killed", random.Random(seed)
-    state = folder / "training_state.safetensors"
-    process = _start("--dataset", small_mnist, "--run-dir", folder, *SMALL)
-    kills = 0
-    for _ in range(4):
-        before = state.stat().st_mtime_ns if state.exists() else 0
-        # From the moment that this process makes progress, some milliseconds more: any point of a step or a write.
-        wait = draw.uniform(0, 0.4)
-        if not _kill_after(process, lambda b=before: state.exists() and state.stat().st_mtime_ns != b):
-            break
-        kills += 1
-        time.sleep(wait)
-        process = _start("--resume", folder)
-        if kills == 4:
-            break
-    output = process.communicate(timeout=300)[0].decode()
-    assert process.returncode == 0, output
-    assert kills >= 2
-    _same_run(folder, undisturbed)
 
 
 @pytest.mark.thorough

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -30,26 +29,6 @@ def _cosine(step, *, start=0.0):
 def test_a_cosine_starts_at_the_learning_rate_and_ends_at_0(start):
     assert _cosine(0, start=start) == 2e-3
     assert _cosine(STEPS, start=start) == pytest.approx(0.0, abs=1e-18)
-
-
-@pytest.mark.parametrize("start", [0.25, 0.6])
-def test_a_cosine_is_flat_until_it_begins_and_falls_from_there_on(start):
-    begin = int(start * STEPS)
-    rates = np.array([_cosine(step, start=start) for step in range(STEPS + 1)])
-    assert (rates[: begin + 1] == 2e-3).all()
-    assert (np.diff(rates[begin:]) < 0).all()
-
-
-@pytest.mark.parametrize("start", [0.0, 0.25, 0.6])
-def test_a_cosine_has_half_the_rate_in_the_middle_of_its_fall(start):
-    assert _cosine(int(STEPS * (1 + start) / 2), start=start) == pytest.approx(1e-3)
-
-
-@pytest.mark.parametrize("start", [0.0, 0.25, 0.6])
-def test_a_cosine_has_no_jump(start):
-    """No step is larger than the steepest slope of a cosine of that length, pi / 2 of its mean slope."""
-    rates = np.array([_cosine(step, start=start) for step in range(STEPS + 1)])
-    assert np.abs(np.diff(rates)).max() <= math.pi / 2 * 2e-3 / (STEPS * (1 - start)) * (1 + 1e-9)
 
 
 def test_a_cosine_is_torchs_annealing():
@@ -93,10 +72,6 @@ def test_the_stages_of_another_length_keep_their_shares(total_steps):
         assert abs((np.isclose(found, 10 ** (-stage / 7))).sum() - share * total_steps) < 1
 
 
-def test_the_rate_stays_that_of_the_last_stage_after_the_last_step():
-    assert stages(EPOCHS, learning_rate=0.001, total_steps=EPOCHS) == pytest.approx(1e-4)
-
-
 # --- The weight of the KL, and the averages ---
 
 
@@ -105,11 +80,6 @@ def test_the_rate_stays_that_of_the_last_stage_after_the_last_step():
 )
 def test_a_warm_up_rises_linearly_from_0_and_stays(step, expected):
     assert warmup(step, beta=4.0, warmup_steps=100) == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("step", [0, 1, 1000])
-def test_without_a_warm_up_beta_is_there_from_the_first_step(step):
-    assert warmup(step, beta=4.0, warmup_steps=0) == 4.0
 
 
 def test_an_average_forgets_its_first_weights_fast_and_then_no_faster_than_asked():
@@ -174,14 +144,3 @@ def test_training_takes_the_rate_of_the_schedule_at_every_step(graphs, compile, 
     assert largest[0] == pytest.approx(rates[0], rel=1e-3)  # |m / sqrt(v)| = 1 at Adam's first step
     # It is at most 1.2 in the first twenty, by Cauchy and Schwarz.
     assert all(step <= 1.2 * rate for step, rate in zip(largest, rates, strict=True))
-
-
-def test_the_flat_part_of_a_cosine_is_an_option():
-    rate = fit_arguments(Options(decay_start=0.6, warmup_epochs=0), None)["schedule"].rate
-    found = [rate(step, learning_rate=1.0, total_steps=10) for step in (0, 6, 8, 10)]
-    assert found == pytest.approx([1.0, 1.0, 0.5, 0.0])
-
-
-@pytest.mark.parametrize("rate", [cosine, partial(cosine, start=0.6), stages])
-def test_the_last_step_still_moves_the_weights(rate):
-    assert rate(99, learning_rate=1.0, total_steps=100) > 0

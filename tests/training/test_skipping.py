@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
@@ -12,11 +11,10 @@ import pyro
 import pytest
 import torch
 from fitting import fit
-from small_run import SMALL, save_bars
+from small_run import SMALL
 from torch import Tensor
 
-from ppl_vae import objectives, runs
-from ppl_vae.commands.train import train_run
+from ppl_vae import objectives
 from ppl_vae.evidence.evaluation import evaluate
 from ppl_vae.runs.build import build_vae
 from ppl_vae.runs.fit_arguments import fit_arguments
@@ -78,24 +76,6 @@ def test_a_step_whose_gradient_is_astronomical_is_left_out_and_counted(
     assert state.skipped == records[-1]["skipped_steps"] == 1
     assert changed.count(False) == 1
     assert 5 < records[-1]["train_loss_nats_per_image"] < 20  # 16 pixels: the mean of the steps that were taken
-
-
-@pytest.mark.thorough
-@pytest.mark.parametrize("compile", [False, True], ids=["eager", "captured"])
-def test_without_a_step_to_leave_out_the_weights_are_those_of_a_training_that_leaves_none_out(
-    graphs: Any, compile: bool
-) -> None:
-    (plain, _), (asked, state) = (trained(images(), skip_norm=norm, epochs=2, compile=compile) for norm in (None, 1e6))
-    assert [{k: v for k, v in r.items() if "second" not in k} for r in plain] == [
-        {k: v for k, v in r.items() if "second" not in k} for r in asked
-    ]
-    assert state.skipped == 0
-
-
-def test_a_step_that_is_not_finite_ends_a_training_that_leaves_none_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(globals(), "FACTOR", torch.inf)
-    with pytest.raises(NotFinite, match="the loss is inf"):
-        trained(marked(), skip_norm=None, objective=steep)
 
 
 @pytest.mark.parametrize("compile", [False, True], ids=["eager", "captured"])
@@ -206,12 +186,6 @@ def test_a_training_that_leaves_too_much_out_ends(graphs: Any, compile: bool) ->
         trained(marked(), skip_norm=1e3, objective=all_but_one, epochs=30, compile=compile)
 
 
-@pytest.mark.parametrize("compile", [False, True], ids=["eager", "captured"])
-def test_a_training_that_leaves_out_an_epoch_ends(graphs: Any, compile: bool) -> None:
-    with pytest.raises(NotFinite, match=r"step 6: every step of epoch 1 had a gradient above skip_norm"):
-        trained(images(), skip_norm=1e-9, epochs=30, compile=compile)
-
-
 def test_what_was_left_out_is_said_and_known_after_a_resumption(tmp_path: Path) -> None:
     _, state = trained(marked(), skip_norm=1e3, objective=steep, epochs=2)
     tensors, scalars = state.to_tensors()
@@ -249,13 +223,3 @@ def test_the_weights_of_an_importance_weighted_training_are_chosen_by_its_bound(
 def test_only_an_importance_weighted_objective_is_chosen_by_several_particles(objective: str, expected: int) -> None:
     options = Options(objective=objective, num_particles=3)
     assert fit_arguments(options, None)["validation"].num_particles == expected
-
-
-@pytest.mark.thorough
-def test_a_run_of_several_particles_says_by_which_bound_its_weights_were_chosen(tmp_path: Path) -> None:
-    options = replace(SMALL, dataset=str(save_bars(tmp_path / "bars.npz")), objective="iwae", num_particles=4)
-    said: list[str] = []
-    train_run(options, str(tmp_path / "run"), say=said.append)
-    records = runs.read_metrics(tmp_path / "run")
-    best = max(record["validation_bound_nats_per_image"] for record in records)
-    assert any(f"best validation bound L_4 {best:.2f} nats" in line for line in said)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from fitting import fit
 from torch import Tensor
 
-from ppl_vae import VAE, Conditional, data, objectives
+from ppl_vae import VAE, Conditional, data
 from ppl_vae.parts.likelihoods import Bernoulli
 from ppl_vae.parts.networks import MLP
 from ppl_vae.parts.posteriors import DiagonalNormal
@@ -61,34 +61,6 @@ def test_every_batch_is_in_the_ring_when_its_turn_comes(slots: int | None, dtype
     batches = torch.randperm(103, generator=torch.Generator().manual_seed(1)).split(10)
     for index, place in zip(batches, source.epoch(batches), strict=True):
         assert torch.equal(source.stored[place].float(), index.to(dtype).float()[:, None, None].expand(-1, 2, 3))
-
-
-def test_batches_may_be_smaller_and_empty() -> None:
-    train = numbered(20, 4)
-    source = Streamed(train, CPU, 5, 4)
-    batches = [torch.tensor(rows, dtype=torch.int64) for rows in ([3], [], [1, 2, 0], [], [], [19, 7, 7, 7, 2])]
-    seen = [source.stored[place][:, 0].tolist() for place in source.epoch(batches)]
-    assert seen == [[3], [], [1, 2, 0], [], [], [19, 7, 7, 7, 2]]
-
-
-def test_rows_that_lie_apart_are_gathered_too() -> None:
-    train = numbered(30, 6)[:, ::2]
-    source = Streamed(train, CPU, 7)
-    seen = torch.cat([source.stored[place] for place in source.epoch(torch.arange(30).flip(0).split(7))])
-    assert torch.equal(seen, train.flip(0))
-
-
-def test_the_ring_is_as_large_as_asked_for() -> None:
-    assert Streamed(numbered(1000, 4), CPU, 10, 6).stored.shape == (60, 4)
-
-
-def test_a_ring_of_large_images_holds_two_batches() -> None:
-    assert Streamed(torch.zeros(4, 3, 512, 512), CPU, 2).stored.shape == (4, 3, 512, 512)
-
-
-def test_one_slot_is_refused() -> None:
-    with pytest.raises(ValueError, match="slots: expected at least 2, got 1"):
-        Streamed(numbered(5, 2), CPU, 2, 1)
 
 
 # --- Its thread ---
@@ -213,23 +185,7 @@ def test_a_pixel_off_the_support_is_refused_wherever_it_is() -> None:
         fit(small_vae(), train, epochs=1, skip_norm=1e6, stream=True)
 
 
-def test_objectives_of_several_particles_stream(tmp_path: Path) -> None:
-    options: dict[str, Any] = {"objective": _iwae}
-    resident, _ = trained(levels(), **options)
-    streamed, _ = trained(mapped(tmp_path, levels()), stream=True, **options)
-    assert all(torch.equal(resident[name], streamed[name]) for name in resident)
-
-
-def _iwae(model: Callable[..., Any], guide: Callable[..., Any], x: Tensor, *, beta: float) -> Tensor:
-    return objectives.iwae(model, guide, x, beta=beta, num_particles=3)
-
-
 # --- Where it streams ---
-
-
-def test_images_in_memory_are_resident_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streaming, "get_available_memory", lambda: 1)
-    assert not exceeds_memory(levels(), CPU)
 
 
 @pytest.mark.parametrize(("available", "expected"), [(2 * 75 * 64 + 1, False), (2 * 75 * 64 - 1, True)])
@@ -239,13 +195,6 @@ def test_a_mapped_file_larger_than_half_the_memory_streams(
     monkeypatch.setattr(streaming, "is_mapped", lambda tensor: True)
     monkeypatch.setattr(streaming, "get_available_memory", lambda: available)
     assert exceeds_memory(levels(), CPU) is expected
-
-
-def test_on_a_gpu_the_free_memory_of_the_gpu_decides(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (75 * 64, 10**12))
-    assert exceeds_memory(levels(), torch.device("cuda"))
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**9, 10**12))
-    assert not exceeds_memory(levels(), torch.device("cuda"))
 
 
 # --- On a GPU ---

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from itertools import chain
 
-import numpy as np
 import pyro
 import pytest
 import torch
@@ -84,15 +83,6 @@ def test_the_gradient_is_clipped_by_its_global_norm():
 
     _fit(vae, _levels(), clip_norm=0.5, on_step=on_step)
     assert norms == pytest.approx([0.5] * len(norms), rel=1e-4)
-
-
-def test_a_second_model_in_one_process_trains_too():
-    for seed in (0, 1):
-        vae = _vae(seed=seed)
-        before = [p.detach().clone() for p in vae.parameters()]
-        _fit(vae, _levels(), epochs=1, warmup_epochs=0)
-        assert all((p != b).any() for p, b in zip(vae.parameters(), before, strict=True))
-    assert len(pyro.get_param_store()) == 0
 
 
 def test_the_reported_loss_is_the_mean_over_images_with_a_ragged_last_batch():
@@ -183,13 +173,6 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_site(site, progra
         _fit(vae, _levels(), on_step=on_step)
 
 
-def test_the_images_themselves_are_named_where_they_are_not_finite():
-    x = torch.rand(20, 12)
-    x[7, 3] = math.nan
-    with pytest.raises(NotFinite, match=r"step 0: site 'x': the images of this batch"):
-        _fit(_vae(), x, transform=data.convert_to_float, batch_size=20)
-
-
 def test_a_gradient_that_is_not_finite_stops_before_it_reaches_the_weights():
     vae = _vae()
     weights = []
@@ -234,11 +217,6 @@ def test_a_nan_never_reaches_a_checkpoint(graphs, compile):
     assert saved == []
 
 
-def test_values_off_the_support_stop_the_first_step():
-    with pytest.raises(ValueError, match="support"):
-        _fit(_vae(), _levels(), transform=lambda values, generator: values.float() / 255)
-
-
 @pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("where", ["train", "validation"])
 def test_one_image_off_the_support_is_found_wherever_it_is(graphs, where, compile):
@@ -258,17 +236,6 @@ def test_one_image_off_the_support_is_found_wherever_it_is(graphs, where, compil
 def test_arguments_out_of_range_are_refused_by_name(argument, value):
     with pytest.raises(ValueError, match=f"{argument}: expected .* got {value}"):
         _fit(_vae(), _levels(), **{argument: value})
-
-
-def test_no_training_images_are_refused():
-    with pytest.raises(ValueError, match="data: expected at least 1, got 0"):
-        _fit(_vae(), _levels()[:0])
-
-
-def test_a_trained_model_is_left_in_evaluation_mode():
-    vae = _vae()
-    _fit(vae, _levels(), epochs=1)
-    assert not any(module.training for module in vae.modules())
 
 
 # --- Exact resume ---
@@ -322,33 +289,6 @@ def test_a_convolutional_run_resumes_bit_for_bit_from_what_a_file_holds_of_it(ne
         assert all(torch.equal(tensors[name], final[name]) for name in final), step
 
 
-def test_a_parameter_that_never_has_a_gradient_does_not_stand_in_the_way_of_resuming():
-    def frozen(seed):
-        vae = _vae(seed=seed)
-        vae.likelihood.net.output.bias.requires_grad_(False)
-        return vae
-
-    vae, states = frozen(0), {}
-
-    def keep(state):
-        states[state.step] = copy_state(state)
-
-    end, _ = _fit(vae, _levels(), on_checkpoint=keep, checkpoint_seconds=0.0).to_tensors()
-    tensors, _ = _fit(frozen(9), _levels(), saved=states[5]).to_tensors()
-    assert all(torch.equal(tensors[name], end[name]) for name in end)
-
-
-def test_validation_that_starts_later_still_chooses_the_best():
-    def blacken(values, generator):
-        return torch.zeros(len(values), 12)
-
-    saved, records = copy_state(_fit(_vae(), _levels(), epochs=1, transform=blacken)), []
-    asked = {"epochs": 30, "learning_rate": 0.05, "transform": blacken, "saved": saved}
-    state = _fit(_vae(), _levels(), torch.zeros(20, 12), on_epoch=records.append, **asked)
-    assert state.best_validation == max(record["validation_elbo_nats_per_image"] for record in records)
-    assert state.best_step > 7
-
-
 def test_buffers_are_part_of_the_state():
     vae = VAE(
         StandardNormal(2),
@@ -362,18 +302,6 @@ def test_buffers_are_part_of_the_state():
     vae.posterior.net[0].running_mean.zero_()
     TrainingState(vae).restore(tensors, scalars)
     assert torch.equal(vae.posterior.net[0].running_mean, running)
-
-
-def test_a_state_to_go_on_from_is_left_as_it_is():
-    saved, ends = {}, []
-    _fit(_vae(), _levels(), on_checkpoint=lambda state: saved.setdefault("state", copy_state(state)))
-    before = {name: tensor.clone() for name, tensor in saved["state"][0].items()}
-    for _ in range(2):
-        vae = _vae(seed=1)
-        _fit(vae, _levels(), saved=saved["state"])
-        ends.append(torch.cat([p.detach().flatten() for p in vae.parameters()]))
-    assert [name for name, tensor in saved["state"][0].items() if not torch.equal(tensor, before[name])] == []
-    assert torch.equal(*ends)
 
 
 @pytest.mark.parametrize("lost", ["weights/", "adam/", "rng/torch"])
@@ -415,12 +343,6 @@ def test_a_vae_built_in_double_precision_is_trained_on_levels(double_by_default,
     state = _fit(vae, x, x.ge(128).double(), epochs=1, batch_size=20, compile=compile)
     assert {w.dtype for w in vae.parameters()} == {torch.double}
     assert state.step == 3
-
-
-def test_a_state_of_another_architecture_is_refused():
-    saved = _fit(_vae(), _levels(), epochs=1).to_tensors()
-    with pytest.raises(ValueError, match="size mismatch"):
-        _fit(_vae(L=3), _levels(), saved=saved)
 
 
 # --- A closed form ---
@@ -486,42 +408,6 @@ def test_training_beta_leaks_into_no_reported_number():
 
 
 # --- What is given from outside ---
-
-
-def _weights(vae):
-    return torch.cat([w.detach().flatten() for w in vae.parameters()])
-
-
-def test_an_array_of_the_other_byte_order_trains_as_its_own_values():
-    """As FITS and IDX files have it; torch refuses such an array."""
-    x = (_levels().numpy() / 255).round().astype(np.float32)
-    trained = []
-    for array in (x, x.astype(x.dtype.newbyteorder(">")), x.astype(x.dtype.newbyteorder("<"))):
-        vae = _vae()
-        _fit(vae, array, array[:9], transform=data.convert_to_float, epochs=1)
-        trained.append(_weights(vae))
-    assert torch.equal(trained[0], trained[1])
-    assert torch.equal(trained[0], trained[2])
-
-
-def test_masked_values_are_refused_and_an_empty_mask_is_none():
-    x = np.ma.masked_array((_levels().numpy() / 255).round().astype(np.float32))
-    _fit(_vae(), x, transform=data.convert_to_float, epochs=1)
-    x[3, 4] = np.ma.masked
-    with pytest.raises(ValueError, match="data: expected an array without masked values, got 1 masked of 600"):
-        _fit(_vae(), x, transform=data.convert_to_float)
-
-
-@pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode])
-def test_a_training_within_a_callers_block_without_gradients_trains_as_outside_it(around):
-    alone, within = _vae(), _vae()
-    pyro.set_rng_seed(1)
-    _fit(alone, _levels(), epochs=1)
-    pyro.set_rng_seed(1)
-    with around():
-        _fit(within, _levels(), epochs=1)
-    assert torch.equal(_weights(alone), _weights(within))
-    assert not torch.equal(_weights(alone), _weights(_vae()))
 
 
 def test_weights_that_cannot_be_trained_are_refused_before_the_first_step():

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from ppl_vae.protocols import Family
 from ppl_vae.runtime.errors import ShapeError
 
 
@@ -42,7 +41,7 @@ class Conditional(nn.Module):
         ValueError: The network has another number of features than the family.
     """
 
-    def __init__(self, net: nn.Module, family: Any) -> None:
+    def __init__(self, net: nn.Module, family: Family) -> None:
         super().__init__()
         self.net = net
         self.family = family

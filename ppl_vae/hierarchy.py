@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -41,7 +40,7 @@ class LayeredDistribution(TorchDistribution):
         ValueError: ``log_prob`` is given vectors that are not (..., L_1 + ... + L_n).
     """
 
-    arg_constraints: dict[str, Any] = {}  # noqa: RUF012, the name and type that torch asks for
+    arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012, the name and type that torch asks for
     support = constraints.real_vector
 
     def __init__(
@@ -91,7 +90,7 @@ class LayeredDistribution(TorchDistribution):
         self.draw(look_up)
         return sum(log_p[1:], log_p[0])
 
-    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> LayeredDistribution:
+    def expand(self, batch_shape: Sequence[int], _instance: Distribution | None = None) -> LayeredDistribution:
         first = self.first.expand(Size(batch_shape))
         return LayeredDistribution(first, self.links, latent_dims=self.latent_dims, upward=self.upward)
 
@@ -152,9 +151,9 @@ class BottomUp(nn.Module):
         return _latent_dims([*self.layers])
 
     @property
-    def net(self) -> Any:
+    def net(self) -> nn.Module:
         """The network that takes the image."""
-        return self.layers[0].net
+        return self.get_submodule("layers.0.net")
 
     def forward(self, x: Tensor) -> LayeredDistribution:
         """x: (B, *E) -> batch shape (B,), event shape (L_1 + ... + L_n,)."""
@@ -210,7 +209,7 @@ class TopDown(nn.Module):
         return _latent_dims([*self.readouts])
 
     @property
-    def net(self) -> Any:
+    def net(self) -> nn.Module:
         """The network that takes the image."""
         return self.features[0]
 
@@ -256,8 +255,8 @@ def _normal(distribution: Distribution) -> torch.distributions.Normal:
     return base
 
 
-def _latent_dims(parts: Sequence[Any]) -> tuple[int, ...]:
-    return tuple(part.event_shape[0] for part in parts)
+def _latent_dims(parts: Sequence[nn.Module]) -> tuple[int, ...]:
+    return tuple(part.event_shape[0] for part in parts)  # type: ignore[index, misc]
 
 
 class BottomLayerOnly(nn.Module):
@@ -280,9 +279,9 @@ class BottomLayerOnly(nn.Module):
         self.latent_dims = tuple(latent_dims)
 
     @property
-    def output(self) -> Any:
+    def output(self) -> nn.Module:
         """The network's last layer."""
-        return self.net.output
+        return self.net.get_submodule("output")
 
     def forward(self, z: Tensor) -> Tensor:
         if z.shape[-1:] != (sum(self.latent_dims),):

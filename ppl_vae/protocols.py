@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
-from torch.distributions import Distribution
+from torch.distributions import Distribution, constraints
 
 # A model or a guide: what Pyro calls a stochastic function, here of images x (B, *E) with one data plate at dim=-1.
-StochasticFunction = Callable[[Tensor], Any]
+StochasticFunction = Callable[[Tensor], object]
 
 
 class _Module(Protocol):
@@ -22,10 +22,10 @@ class _Module(Protocol):
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
     def named_buffers(self) -> Iterator[tuple[str, Tensor]]: ...
     def get_parameter(self, target: str) -> nn.Parameter: ...
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> Any: ...
-    def train(self, mode: bool = True) -> Any: ...
-    def eval(self) -> Any: ...
+    def state_dict(self) -> dict[str, Tensor]: ...
+    def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> object: ...
+    def train(self, mode: bool = True) -> object: ...
+    def eval(self) -> object: ...
     def zero_grad(self) -> None: ...
 
 
@@ -40,10 +40,10 @@ class Program(_Module, Protocol):
             def guide(self, x): ...   # samples the same latents
     """
 
-    def model(self, x: Tensor) -> Any:
+    def model(self, x: Tensor) -> object:
         """p(x, z). x: (B, *E), observed."""
 
-    def guide(self, x: Tensor) -> Any:
+    def guide(self, x: Tensor) -> object:
         """q(z | x). x: (B, *E)."""
 
 
@@ -54,3 +54,27 @@ class LatentModel(Program, Protocol):
     prior: Callable[[], Distribution]  # () -> p(z), event (L,)
     likelihood: Callable[[Tensor], Distribution]  # z (..., L) -> p(x | z), batch (...), event E
     posterior: Callable[[Tensor], Distribution]  # x (..., *E) -> q(z | x), batch (...), event (L,)
+
+
+class Family(Protocol):
+    """Features h (..., F) -> a distribution with batch shape (...), as likelihoods and posteriors have them."""
+
+    @property
+    def event_shape(self) -> Sequence[int]: ...
+    @property
+    def num_features(self) -> int: ...
+    def __call__(self, h: Tensor, /) -> Distribution: ...
+
+
+class Likelihood(Family, Protocol):
+    """p(x | h), a ``Family`` over images; see ``parts.likelihoods`` for what the attributes mean."""
+
+    @property
+    def support(self) -> constraints.Constraint: ...
+    @property
+    def support_words(self) -> str: ...
+    @property
+    def measure(self) -> str: ...
+    @property
+    def data_kind(self) -> str: ...
+    def fit_marginals(self, x: Tensor) -> Tensor: ...

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pyro
 import torch
 from pyro import poutine
 from torch import Tensor, nn
+from torch.distributions import constraints
 
+from ppl_vae.protocols import StochasticFunction
 from ppl_vae.runtime.global_state import evaluation_mode, seeded
 
 _CHECKED_AT_ONCE = 1000  # images
@@ -26,7 +27,7 @@ class ObservedSite(NamedTuple):
     """
 
     name: str
-    support: Any
+    support: constraints.Constraint
     replaces_missing: bool
 
 
@@ -73,7 +74,7 @@ def check_site(site: ObservedSite, x: Tensor) -> None:
 
 
 @torch.no_grad()
-def check_support(model: Callable[[Tensor], Any], x: Tensor) -> None:
+def check_support(model: StochasticFunction, x: Tensor) -> None:
     """Refuse images to which p(x | z) gives no probability; their computed "log-likelihood" would be meaningless.
 
     The model runs once, on two images, in evaluation mode and with a seed of its own, to find the sites that observe
@@ -109,19 +110,19 @@ def check_support(model: Callable[[Tensor], Any], x: Tensor) -> None:
             check_site(site, part)
 
 
-def describe_type(x: Any) -> str:
+def describe_type(x: object) -> str:
     """The type of an argument in words, with dtype and shape where it has them.
 
     >>> describe_type(torch.zeros(2, 3))
     'Tensor of dtype torch.float32 and shape (2, 3)'
     """
-    name = type(x).__name__
-    return f"{name} of dtype {x.dtype} and shape {tuple(x.shape)}" if hasattr(x, "dtype") else name
+    name, dtype = type(x).__name__, getattr(x, "dtype", None)
+    return name if dtype is None else f"{name} of dtype {dtype} and shape {tuple(getattr(x, 'shape', ()))}"
 
 
-def _check_dtype(model: Callable[[Tensor], Any], image: Tensor) -> None:
+def _check_dtype(model: StochasticFunction, image: Tensor) -> None:
     """Refuse images (1, *E) of another dtype than the weights, where the programs cannot be run on them."""
-    module: Any = getattr(model, "__self__", None)
+    module = getattr(model, "__self__", None)
     if not isinstance(module, nn.Module):
         return
     dtypes = {weights.dtype for weights in module.parameters() if weights.is_floating_point()}
@@ -145,7 +146,7 @@ def _check_dtype(model: Callable[[Tensor], Any], image: Tensor) -> None:
             ) from error
 
 
-def _sites_of(model: Callable[[Tensor], Any], x: Tensor, image: Tensor) -> list[ObservedSite]:
+def _sites_of(model: StochasticFunction, x: Tensor, image: Tensor) -> list[ObservedSite]:
     """Find ``observed_sites`` in a run of the model on two copies of one of the images x."""
     probe = image.expand(2, *x.shape[1:])
     module = getattr(model, "__self__", None)

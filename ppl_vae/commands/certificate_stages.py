@@ -385,7 +385,7 @@ def split_gaps(context: StageContext, stage: str, x: Tensor, log_evidence: Tenso
     pays = _is_refinement_compiled(context, len(x), size)
 
     def compute(items: slice, advance: Count, compiled: bool) -> Tensors:
-        return gaps.gaps(
+        found = gaps.gaps(
             context.vae,
             x[items],
             log_evidence[items].to(x.device),
@@ -393,9 +393,10 @@ def split_gaps(context: StageContext, stage: str, x: Tensor, log_evidence: Tenso
             num_particles=_REFINEMENT_PARTICLES,
             compile=compiled and pays,
             progress=advance,
-        )._asdict()
+        )
+        return vars(found)
 
-    shapes: Shapes = dict.fromkeys(gaps.Gaps._fields, ())
+    shapes: Shapes = dict.fromkeys(("log_evidence", "elbo", "refined_elbo"), ())
     calls = _REFINEMENT_STEPS * size
     found = context.run_stage(stage, len(x), size, shapes, compute, calls=calls, words=words, is_compiled=pays)
     return gaps.Gaps(**found)

@@ -95,7 +95,7 @@ def _impute_masked(
         result = impute(
             Observed(vae), given.x.to(place), num_particles=num_particles, num_draws=num_draws, progress=bar.update
         )
-    return Imputation(*(values.cpu() for values in result))
+    return Imputation(*(values.cpu() for values in vars(result).values()))
 
 
 def _write(

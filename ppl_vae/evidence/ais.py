@@ -22,7 +22,7 @@ Wu et al. 2017, arXiv 1611.04273.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -47,7 +47,8 @@ _PILOT_TEMPERATURES = 100
 _SMOOTHING = 5  # pilot temperatures on either side
 
 
-class Annealing(NamedTuple):
+@dataclass(frozen=True)
+class Annealing:
     """What a chain needs to run, fixed before it starts.
 
     Args:
@@ -63,7 +64,8 @@ class Annealing(NamedTuple):
     start: Start
 
 
-class AnnealedChains(NamedTuple):
+@dataclass(frozen=True)
+class AnnealedChains:
     """The results of C chains per image.
 
     Args:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
 
 from ppl_vae.conditional import Conditional
 from ppl_vae.evidence.hmc import Point, Terms, leapfrog, point_at, transition
@@ -24,6 +24,7 @@ from ppl_vae.support import check_support
 from ppl_vae.vae import check_batch_shape, check_event_shape
 from ppl_vae.weights import DeterministicGuide, is_deterministic
 
+_Graph = Callable[[Sequence[Tensor]], tuple[Tensor, ...]]
 Start = str  # "guide", "prior" or "normal"
 STARTS = ("guide", "prior", "normal")
 
@@ -64,7 +65,7 @@ class Chains:
             self._q_0, self._terms = _densities(vae, self.start, x, self._features)
         self._scale = _start_scale(self._q_0, len(x))
         self._weights = detach_tensors(vae)
-        self._run: Callable[[Sequence[Tensor]], tuple[Tensor, ...]] | None = None
+        self._run: _Graph | None = None
 
     def begin(self, z: Tensor | None = None) -> Point:
         """Chains that start at draws of q_0, or all chains of an image at its z, (B, L).
@@ -106,7 +107,7 @@ class Chains:
         *moved, momentum = self._run(inputs)
         return Point(*moved), momentum
 
-    def _graph(self, names: list[str], inputs: list[Tensor]) -> Callable[[Sequence[Tensor]], tuple[Tensor, ...]]:
+    def _graph(self, names: list[str], inputs: list[Tensor]) -> _Graph:
         """A leapfrog step as one graph, reused for the same VAE and shapes."""
         shapes = tuple((tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device) for tensor in inputs)
         known, key = _graphs.setdefault(self._vae, {}), (self.start, tuple(names), shapes)
@@ -126,7 +127,7 @@ class Chains:
         return function
 
 
-_graphs: WeakKeyDictionary[LatentModel, dict[Any, Any]] = WeakKeyDictionary()
+_graphs: WeakKeyDictionary[LatentModel, dict[object, _Graph]] = WeakKeyDictionary()
 
 
 def _encode(vae: LatentModel, x: Tensor, start: Start) -> Tensor:
@@ -140,7 +141,7 @@ def _encode(vae: LatentModel, x: Tensor, start: Start) -> Tensor:
     return x.new_zeros((len(x), 0))
 
 
-def _densities(vae: LatentModel, start: Start, x: Tensor, features: Tensor) -> tuple[Any, Terms]:
+def _densities(vae: LatentModel, start: Start, x: Tensor, features: Tensor) -> tuple[Distribution, Terms]:
     """q_0(z | x), and log q_0(z | x) and log p(x, z) as functions of z."""
     prior = vae.prior()
     if start == "prior":
@@ -158,14 +159,14 @@ def _densities(vae: LatentModel, start: Start, x: Tensor, features: Tensor) -> t
     return q_0, (q_0.log_prob, log_joint)
 
 
-def _start_scale(q_0: Any, num_images: int) -> Tensor:
+def _start_scale(q_0: Distribution, num_images: int) -> Tensor:
     """(B, L) the scales of q_0, from draws with a fixed seed where they have no formula."""
     with seeded(_MOMENTS_SEED, torch.device("cpu")):
         scale = compute_moments(q_0).scale
     return scale.expand(num_images, -1).contiguous()
 
 
-def _is_slow(posterior: Any) -> bool:
+def _is_slow(posterior: object) -> bool:
     """Whether its density at any z takes many sequential passes of a network."""
     parts = posterior.modules() if isinstance(posterior, nn.Module) else ()
     return any(isinstance(part, Autoregressive) and part.passes > _MAX_PASSES for part in parts)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
-from torch.distributions import constraints
+from torch.distributions import Distribution, constraints
 
 from ppl_vae.data import NUM_LEVELS, clamp_to_unit_interval, dequantize_uniformly
 from ppl_vae.parts.likelihoods.base import independent_pixels
@@ -51,17 +50,17 @@ class Dequantized(dist.TorchDistribution):
     (importance-weighted). Stratified draws for each pixel, which independence given z allows: ours.
     """
 
-    arg_constraints: dict[str, Any] = {}  # noqa: RUF012, the name and type that torch asks for
+    arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012, the name and type that torch asks for
     support = constraints.integer_interval(0, NUM_LEVELS - 1)
 
-    def __init__(self, base: Any, num_draws: int, validate_args: bool | None = None) -> None:
+    def __init__(self, base: Distribution, num_draws: int, validate_args: bool | None = None) -> None:
         num_draws = check_count("num_draws", num_draws)
         self.base = base
         self.num_draws = num_draws
         super().__init__(base.batch_shape, validate_args=validate_args)
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> Dequantized:
-        return Dequantized(self.base.expand(batch_shape), self.num_draws, validate_args=self._validate_args)
+    def expand(self, batch_shape: Sequence[int], _instance: Distribution | None = None) -> Dequantized:
+        return Dequantized(self.base.expand(torch.Size(batch_shape)), self.num_draws, validate_args=self._validate_args)
 
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
@@ -77,7 +76,7 @@ class Dequantized(dist.TorchDistribution):
         return log_p.logsumexp(0) - math.log(M * NUM_LEVELS)
 
     @torch.no_grad()
-    def sample(self, sample_shape: Any = ()) -> Tensor:
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         return levels_of(self.base.sample(torch.Size(sample_shape))).clamp(0, NUM_LEVELS - 1)
 
     @property
@@ -101,7 +100,7 @@ class LevelsLikelihood(nn.Module):
         ValueError: pixels that are not independent given z.
     """
 
-    def __init__(self, likelihood: Callable[[Tensor], Any], num_draws: int) -> None:
+    def __init__(self, likelihood: Callable[[Tensor], Distribution], num_draws: int) -> None:
         super().__init__()
         self.part = likelihood
         self.num_draws = num_draws
@@ -111,7 +110,7 @@ class LevelsLikelihood(nn.Module):
         return mass_of_levels(self.part(z), self.num_draws)
 
 
-def mass_of_levels(p_x: Any, num_draws: int = 16) -> dist.Independent:
+def mass_of_levels(p_x: dist.TorchDistribution, num_draws: int = 16) -> dist.Independent:
     """Mass of levels under a density of images in (0, 1)^E whose pixels are independent; M as in ``Dequantized``."""
     p_x = independent_pixels(p_x, "each pixel is dequantized by itself")
     return Dequantized(p_x.base_dist, num_draws).to_event(p_x.reinterpreted_batch_ndims)
@@ -120,11 +119,11 @@ def mass_of_levels(p_x: Any, num_draws: int = 16) -> dist.Independent:
 class LevelsPosterior(nn.Module):
     """q(z | x) of levels x: q(z | (x + u) / 256) with one draw of u, whose choice no bound depends on."""
 
-    def __init__(self, posterior: Callable[[Tensor], Any]) -> None:
+    def __init__(self, posterior: Callable[[Tensor], Distribution]) -> None:
         super().__init__()
         self.part = posterior
 
-    def forward(self, x: Tensor) -> Any:
+    def forward(self, x: Tensor) -> Distribution:
         return self.part(dequantize_uniformly(x))
 
 

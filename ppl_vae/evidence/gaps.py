@@ -10,7 +10,7 @@ lacks, which lowers log p(x).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import pyro
 from torch import Tensor
@@ -22,7 +22,8 @@ from ppl_vae.protocols import LatentModel
 from ppl_vae.runtime.global_state import evaluation_mode, serialize_threads
 
 
-class Gaps(NamedTuple):
+@dataclass(frozen=True)
+class Gaps:
     """Each image's nats; every field and property is (N,), float64.
 
     ``log_evidence`` is the best estimate of log p(x), ``elbo`` the guide's, and ``refined_elbo`` that of the best q of

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -101,7 +102,8 @@ def _images(vae: LatentModel, z: Tensor) -> Tensor:
 # --- Judgment ---
 
 
-class GuideCalibration(NamedTuple):
+@dataclass(frozen=True)
+class GuideCalibration:
     """The judgment on the ranks, by quantity: each latent, and last log p(x, z).
 
     Args:
@@ -172,7 +174,7 @@ class GuideCalibration(NamedTuple):
 
     def to_json(self) -> dict[str, Any]:
         """As reports hold it."""
-        shape = None if self.shape is None else {name: each.tolist() for name, each in self.shape._asdict().items()}
+        shape = None if self.shape is None else {name: each.tolist() for name, each in vars(self.shape).items()}
         return {
             "p_value": self.p_value,
             "p_values": self.p_values.tolist(),

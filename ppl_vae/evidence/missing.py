@@ -9,12 +9,14 @@ pixel is missing must not depend on its value.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
 
 from ppl_vae.evidence.proposals import DefensiveMixture
 from ppl_vae.parts.likelihoods.base import independent_pixels
@@ -33,7 +35,7 @@ class Particles(NamedTuple):
     """z (S, B, L) ~ q, p(x_observed | z) with batch shape (S, B), and log w (S, B) nats."""
 
     z: Tensor
-    likelihood: Any
+    likelihood: dist.Independent
     log_w: Tensor
 
 
@@ -93,19 +95,21 @@ class Observed(nn.Module):
         with pyro.plate("images", len(x), dim=-1):
             pyro.sample("z", self.posterior(x))
 
-    def prior(self) -> Any:
+    def prior(self) -> Distribution:
         """p(z), the VAE's."""
         return self.vae.prior()
 
-    def likelihood(self, z: Tensor, x: Tensor) -> Any:
+    def likelihood(self, z: Tensor, x: Tensor) -> dist.Independent:
         """p(x_observed | z), batch (..., B), event E; its draws and its mean are of all pixels. z: (..., B, L)."""
         p_x = self.vae.likelihood(z)
         p_x = independent_pixels(check_event_shape(p_x, x, z), "missing pixels cannot be left out")
         observed = ~x.isnan()
-        mask: Any = observed if observed.any() else False  # without an observed pixel there is no value to evaluate
+        mask: Tensor | bool = (
+            observed if observed.any() else False
+        )  # without an observed pixel there is no value to evaluate
         return p_x.base_dist.mask(mask).to_event(p_x.reinterpreted_batch_ndims)
 
-    def posterior(self, x: Tensor) -> Any:
+    def posterior(self, x: Tensor) -> Distribution:
         """q(z | x_observed), batch (B,), event (L,). x: (B, *E), NaN where missing."""
         missing = x.isnan().flatten(1)
         if not missing.any():
@@ -114,7 +118,7 @@ class Observed(nn.Module):
         share = torch.where(missing.all(1), 1.0, torch.where(missing.any(1), partly, 0.0))
         return self._mixture(torch.stack([self._fillings(image) for image in x.split(1)]), share)
 
-    def particles(self, q: Any, x: Tensor, num_particles: int) -> Particles:
+    def particles(self, q: Distribution, x: Tensor, num_particles: int) -> Particles:
         """z_s ~ q and log w_s = log p(x_observed | z_s) + log p(z_s) - log q(z_s). Draws use torch's global generator.
 
         Raises:
@@ -140,7 +144,7 @@ class Observed(nn.Module):
         if not missing.any():
             return x.expand(K, *x.shape[1:])
         share = torch.full_like(x.flatten()[:1], self.prior_share)
-        q: Any = self.vae.prior().expand((1,))
+        q: Distribution = self.vae.prior().expand((1,))
         with seeded(_FILLING_SEED, x.device):
             for _ in range(self.rounds):
                 z, _, log_w = self.particles(q, x, K)
@@ -161,7 +165,8 @@ def _in_support(x: Tensor) -> Tensor:
     return torch.where(missing, values[0] if len(values) else torch.zeros_like(x[:1].sum()), x)
 
 
-class Imputation(NamedTuple):
+@dataclass(frozen=True)
+class Imputation:
     """Missing pixels of each image, imputed with S particles.
 
     Args:

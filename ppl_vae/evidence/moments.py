@@ -5,10 +5,11 @@ Networks should be in evaluation mode. Draws come from torch's global generator.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 
 from ppl_vae.protocols import LatentModel
 from ppl_vae.runtime.batching import images_per_pass, latents_per_pass
@@ -34,7 +35,7 @@ class PosteriorMoments(NamedTuple):
 
 
 @serialize_threads()
-def mean_or_draw(distribution: Any) -> Tensor:
+def mean_or_draw(distribution: Distribution) -> Tensor:
     """The mean of a distribution over latents in closed form, else one draw. -> batch shape + (L,)."""
     try:
         return distribution.mean
@@ -44,7 +45,7 @@ def mean_or_draw(distribution: Any) -> Tensor:
 
 @serialize_threads()
 @torch.no_grad()
-def sample_latents(distribution: Any, count: int) -> Tensor:
+def sample_latents(distribution: Distribution, count: int) -> Tensor:
     """(count, *batch, L) draws of a distribution over latents."""
     chunk = max(1, latents_per_pass(distribution) // max(1, distribution.batch_shape.numel()))
     sizes = [min(chunk, count - start) for start in range(0, count, chunk)]
@@ -53,13 +54,13 @@ def sample_latents(distribution: Any, count: int) -> Tensor:
 
 @serialize_threads()
 @torch.no_grad()
-def compute_log_prob(distribution: Any, z: Tensor) -> Tensor:
+def compute_log_prob(distribution: Distribution, z: Tensor) -> Tensor:
     """(M,) log p(z), nats, float64. z: (M, L)."""
     return torch.cat([distribution.log_prob(part).double() for part in z.split(latents_per_pass(distribution))])
 
 
 @serialize_threads()
-def compute_moments(distribution: Any) -> PosteriorMoments:
+def compute_moments(distribution: Distribution) -> PosteriorMoments:
     """Mean and scale of each latent, in closed form where the distribution has them, else from draws.
 
     These are 200 draws of each distribution in a batch, and 20,000 of a single one, such as a prior.

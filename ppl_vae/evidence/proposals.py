@@ -10,17 +10,16 @@ L_S stays a lower bound on log p(x), whatever q is. The model p(x, z) does not c
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
-from torch.distributions import constraints
+from torch.distributions import Distribution, constraints
 
 from ppl_vae.parts.posteriors import MAX_LOG_SCALE, DiagonalNormal, FullNormal, bounded_log_scale, exponential_log_scale
 from ppl_vae.parts.posteriors.flow import ConditionedFlow
-from ppl_vae.protocols import LatentModel
+from ppl_vae.protocols import Family, LatentModel
 from ppl_vae.runtime.capture import is_capturing
 from ppl_vae.vae import VAE
 
@@ -34,10 +33,10 @@ class Proposal(dist.TorchDistribution):
         x: the images (N, *E).
     """
 
-    arg_constraints: dict[str, Any] = {}  # noqa: RUF012, the name and type that torch asks for
+    arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012, the name and type that torch asks for
     support = constraints.real_vector
 
-    def __init__(self, family: Any, h: Tensor, x: Tensor) -> None:
+    def __init__(self, family: Family, h: Tensor, x: Tensor) -> None:
         self.family, self.h, self.x = family, h, x
         self._q = family(h)
         super().__init__(self._q.batch_shape, self._q.event_shape, validate_args=False)
@@ -47,16 +46,16 @@ class Proposal(dist.TorchDistribution):
         """Whether draws have gradients, as in the family."""
         return self._q.has_rsample
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> Any:
+    def expand(self, batch_shape: Sequence[int], _instance: Distribution | None = None) -> Distribution:
         """The distribution alone, without its images, for another batch shape."""
-        return self._q.expand(batch_shape)
+        return self._q.expand(torch.Size(batch_shape))
 
-    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008 (torch's signature)
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """sample_shape + (N, L), without gradients."""
         with torch.no_grad():
             return self._q.sample(torch.Size(sample_shape))
 
-    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008 (torch's signature)
+    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """sample_shape + (N, L)."""
         return self._q.rsample(torch.Size(sample_shape))
 
@@ -83,7 +82,7 @@ class PerImageGuide(nn.Module):
     keys: Tensor
     h: Tensor
 
-    def __init__(self, q: Proposal, guide: Any) -> None:
+    def __init__(self, q: Proposal, guide: Callable[[Tensor], Distribution]) -> None:
         super().__init__()
         self.family = q.family
         self.guide = guide
@@ -95,7 +94,7 @@ class PerImageGuide(nn.Module):
         self.register_buffer("keys", pixels.double() @ self.direction, persistent=False)
         self.register_buffer("h", q.h.detach(), persistent=False)
 
-    def forward(self, x: Tensor) -> Any:
+    def forward(self, x: Tensor) -> Distribution:
         """x: (B, *E) -> batch shape (B,), event shape (L,)."""
         pixels = x.flatten(1)
         if pixels.shape[1] != self.pixels.shape[1]:
@@ -137,13 +136,13 @@ def replace_guide(vae: LatentModel, q: Proposal) -> VAE:
 
 # From log-scales to features, for the maps with a known inverse. The bounded map is inverted up to 6.99, where the
 # feature is 25 and the map still has a slope.
-_INVERSES: dict[Any, Callable[[Tensor], Tensor]] = {
+_INVERSES: dict[object, Callable[[Tensor], Tensor]] = {
     bounded_log_scale: lambda log_scale: MAX_LOG_SCALE * (log_scale.clamp(-6.99, 6.99) / MAX_LOG_SCALE).atanh(),
     exponential_log_scale: lambda log_scale: log_scale,
 }
 
 
-def normal_features(family: Any, loc: Tensor, T: Tensor) -> Tensor:
+def normal_features(family: nn.Module, loc: Tensor, T: Tensor) -> Tensor:
     """The features (N, F) of Normal(z; loc, T T') under a family of normals.
 
     Args:
@@ -239,23 +238,23 @@ class DefensiveMixture(dist.TorchDistribution):
     Reference: Hesterberg 1995, Technometrics 37(2), 185-194 (defensive mixture).
     """
 
-    arg_constraints: dict[str, Any] = {}  # noqa: RUF012, the name and type that torch asks for
+    arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012, the name and type that torch asks for
 
-    def __init__(self, proposal: Any, prior: Any, share: Tensor) -> None:
+    def __init__(self, proposal: Distribution, prior: Distribution, share: Tensor) -> None:
         self.proposal, self.share = proposal, share
         self.prior = prior.expand(proposal.batch_shape)
         super().__init__(proposal.batch_shape, proposal.event_shape, validate_args=False)
 
     @property
-    def support(self) -> Any:
+    def support(self) -> constraints.Constraint:
         """The support of p."""
         return self.prior.support
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> DefensiveMixture:
+    def expand(self, batch_shape: Sequence[int], _instance: Distribution | None = None) -> DefensiveMixture:
         """The same distribution for a larger batch shape."""
-        return type(self)(self.proposal.expand(batch_shape), self.prior, self.share.expand(batch_shape))
+        return type(self)(self.proposal.expand(torch.Size(batch_shape)), self.prior, self.share.expand(batch_shape))
 
-    def sample(self, sample_shape: Any = ()) -> Tensor:
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """(*sample_shape, *batch_shape, *event_shape), without gradients."""
         shape = (*sample_shape, *self.batch_shape)
         is_prior = torch.rand(shape, dtype=self.share.dtype, device=self.share.device) < self.share
@@ -275,7 +274,7 @@ class _NoiseMixture(DefensiveMixture):
 
     has_rsample = True
 
-    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008 (torch's signature)
+    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """sample_shape + batch shape + (L,)."""
         return self.sample(sample_shape)
 
@@ -289,17 +288,17 @@ class DefensiveFamily(nn.Module):
         widen: c.
     """
 
-    def __init__(self, family: Any, *, share: float, widen: float) -> None:
+    def __init__(self, family: Family, *, share: float, widen: float) -> None:
         super().__init__()
         self.family, self.share, self.widen = family, share, widen
         self.event_shape, self.num_features = family.event_shape, family.num_features
 
-    def forward(self, h: Tensor) -> Any:
+    def forward(self, h: Tensor) -> dist.TorchDistribution:
         """h: (..., F) -> batch shape (...), event shape (L,)."""
         return _mix_wide(self.family(h), self.share, self.widen)
 
 
-def defend_proposal(q: Any, *, share: float = 0.1, widen: float = 2.0) -> Any:
+def defend_proposal(q: Distribution, *, share: float = 0.1, widen: float = 2.0) -> dist.TorchDistribution:
     """q'(z) = (1 - a) q(z) + a q_c(z), where q_c is q with its scales c times as wide.
 
     Where q is too narrow, weights p(x, z) / q(z) are unbounded and may have no variance. Those of q' do not exceed
@@ -329,7 +328,7 @@ def defend_proposal(q: Any, *, share: float = 0.1, widen: float = 2.0) -> Any:
     return _mix_wide(q, share, widen)
 
 
-def _mix_wide(q: Any, share: float, widen: float) -> Any:
+def _mix_wide(q: Distribution, share: float, widen: float) -> dist.TorchDistribution:
     if isinstance(q, ConditionedFlow):  # its noise is widened, so the density stays one pass through the layers
         noise = _mix_wide(q.base, share, widen)
         noise = _NoiseMixture(noise.proposal, noise.prior, noise.share)
@@ -338,7 +337,7 @@ def _mix_wide(q: Any, share: float, widen: float) -> Any:
     return DefensiveMixture(q, wide, torch.full(q.batch_shape, share, dtype=q.mean.dtype, device=q.mean.device))
 
 
-def _widen(q: Any, widen: float) -> Any:
+def _widen(q: Distribution, widen: float) -> Distribution:
     if isinstance(q, torch.distributions.MultivariateNormal):
         return dist.MultivariateNormal(q.loc, scale_tril=widen * q._unbroadcasted_scale_tril)
     base = getattr(q, "base_dist", None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,7 +15,8 @@ _MIN_EXPECTED = 10  # ranks per bin, so that the tail of the chi-square distribu
 STDERRS = 3.0  # by which a scale or a location must be off to be called so. Source: ours
 
 
-class Ranks(NamedTuple):
+@dataclass(frozen=True)
+class Ranks:
     """The rank of the z* that made an image among M draws of q(z | x): uniform on 0, ..., M for the exact posterior.
 
     Args:
@@ -137,7 +138,8 @@ def _simulated_counts(N: int, t: Tensor) -> Tensor:
 # --- Normals that would explain the ranks ---
 
 
-class NormalShape(NamedTuple):
+@dataclass(frozen=True)
+class NormalShape:
     """The normals q = N(m + d s, (c s)^2), the guide, and p = N(m, s^2), the posterior, that would explain the ranks.
 
     Args:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pyro
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from ppl_vae.evidence.importance import importance
 from ppl_vae.evidence.moments import encode
 from ppl_vae.evidence.proposals import Proposal, normal_features, replace_guide
-from ppl_vae.protocols import LatentModel
+from ppl_vae.parts.posteriors import DiagonalNormal, FullNormal
+from ppl_vae.protocols import Family, LatentModel
 from ppl_vae.runtime.batching import images_per_pass, pairs_per_pass
 from ppl_vae.runtime.blocks import even_block_size
 from ppl_vae.runtime.capture import compile_function, detach_tensors, replace_tensors
@@ -36,7 +37,7 @@ def refine_proposal(
     steps: int = 300,
     num_particles: int = 8,
     objective: str = "elbo",
-    family: Any = None,
+    family: DiagonalNormal | FullNormal | None = None,
     learning_rate: float = 0.05,
     compile: bool = False,
     progress: Callable[[int], None] | None = None,
@@ -84,7 +85,7 @@ def refine_proposal(
         adam = _Adam(vae, start.family, objective=objective, num_particles=num_particles)
         schedule = _schedule(steps, learning_rate, start.h)
         groups = _even_groups(len(x), max(1, pairs_per_pass(vae, x) // num_particles))
-        step: Callable[[list[Tensor]], Any] = adam.step
+        step: Callable[[list[Tensor]], object] = adam.step
         if compile:
             first = groups[0]
             step = compile_function(lambda *state: adam.step(state), adam.begin(x[first], start.h[first]))
@@ -101,7 +102,7 @@ def refine_proposal(
 
 
 @torch.no_grad()
-def _start(vae: LatentModel, x: Tensor, family: Any) -> Proposal:
+def _start(vae: LatentModel, x: Tensor, family: DiagonalNormal | FullNormal | None) -> Proposal:
     """The guide's own features, or the features of ``family`` at the guide's moments."""
     posterior = vae.posterior
     if is_deterministic(posterior(x[:1])):
@@ -121,7 +122,7 @@ def _start(vae: LatentModel, x: Tensor, family: Any) -> Proposal:
 class _Adam:
     """Adam in the features h (B, F) of a batch of images, as a function of tensors that a graph can hold."""
 
-    def __init__(self, vae: LatentModel, family: Any, *, objective: str, num_particles: int) -> None:
+    def __init__(self, vae: LatentModel, family: Family, *, objective: str, num_particles: int) -> None:
         self._vae, self._family = vae, family
         self._objective, self._num_particles = objective, num_particles
         parts: list[Any] = [vae, family]
@@ -133,7 +134,7 @@ class _Adam:
         """The inputs of ``step``: weights and buffers, x, h, Adam's two moments, and the scalars of a step."""
         return [*self._tensors, x.contiguous(), h.clone(), torch.zeros_like(h), torch.zeros_like(h), h.new_zeros(2)]
 
-    def step(self, state: Any) -> tuple[Tensor, ...]:
+    def step(self, state: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """One step, which changes h and its moments in place. Returns the loss, (), nats."""
         *tensors, x, h, first, second, scalars = state
         rate, root_of_correction = scalars.unbind()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
 
 from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.evidence.proposals import DefensiveMixture
@@ -30,7 +32,7 @@ class PriorMixtureGuide(nn.Module):
         prior: p.
     """
 
-    def __init__(self, posterior: Any, prior: Any) -> None:
+    def __init__(self, posterior: Callable[[Tensor], Distribution], prior: Callable[[], Distribution]) -> None:
         super().__init__()
         self.posterior = posterior
         self.prior = prior

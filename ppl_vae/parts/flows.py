@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
-from torch.distributions import constraints
+from torch.distributions import Distribution, constraints
 from torch.nn.functional import softmax, softplus
 
 from ppl_vae.parts.networks import MLP
@@ -298,18 +297,18 @@ class Pushforward(TorchDistribution):
     support = constraints.real_vector
     has_rsample = True
 
-    def __init__(self, base: Any, flow: Any) -> None:
+    def __init__(self, base: Distribution, flow: Flow) -> None:
         self.base = base
         self.flow = flow
         super().__init__(base.batch_shape, base.event_shape, validate_args=False)
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> Pushforward:
+    def expand(self, batch_shape: Sequence[int], _instance: Distribution | None = None) -> Pushforward:
         """With another batch shape."""
-        return Pushforward(self.base.expand(batch_shape), self.flow)
+        return Pushforward(self.base.expand(torch.Size(batch_shape)), self.flow)
 
-    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008 (torch's signature)
+    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """sample_shape + batch shape + (L,)."""
-        return self.flow(self.base.rsample(sample_shape))[0]
+        return self.flow(self.base.rsample(torch.Size(sample_shape)))[0]
 
     def log_prob(self, value: Tensor) -> Tensor:
         """value: (..., L) -> (...) nats."""

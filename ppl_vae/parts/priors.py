@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
 
 from ppl_vae.parts import flows
 from ppl_vae.parts.posteriors import bounded_log_scale
@@ -72,7 +72,9 @@ class VampPrior(nn.Module):
     Reference: Tomczak and Welling 2018, arXiv 1705.07120, equation 9 (there the pseudo-images are clamped to [0, 1]).
     """
 
-    def __init__(self, posterior: Callable[[Tensor], Any], event_shape: Sequence[int], *, components: int) -> None:
+    def __init__(
+        self, posterior: Callable[[Tensor], Distribution], event_shape: Sequence[int], *, components: int
+    ) -> None:
         super().__init__()
         self._posterior = (posterior,)  # in a tuple, so that the guide's weights are not this module's too
         self.pseudo_images = nn.Parameter(torch.rand(components, *event_shape))
@@ -95,16 +97,16 @@ class VampPrior(nn.Module):
 class VampMixture(dist.MixtureSameFamily):
     """(1/K) sum_k q(z | u_k), drawn by choosing k first and encoding it alone; torch would draw from all K."""
 
-    posterior: Callable[[Tensor], Any]
+    posterior: Callable[[Tensor], Distribution]
     pseudo_images: Tensor
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> Any:
+    def expand(self, batch_shape: Sequence[int], _instance: Distribution | None = None) -> VampMixture:
         """With another batch shape."""
         mixture = super().expand(batch_shape, _instance)
         mixture.posterior, mixture.pseudo_images = self.posterior, self.pseudo_images
         return mixture
 
-    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008 (torch's signature)
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """sample_shape + batch shape + (L,)."""
         with torch.no_grad():
             shape = self._extended_shape(sample_shape)

@@ -33,7 +33,7 @@ class Part:
         module, name = self.target.split(":")
         return getattr(import_module(f"ppl_vae.{module}"), name)
 
-    def arguments(self, options: Any) -> dict[str, Any]:
+    def arguments(self, options: object) -> dict[str, Any]:
         """Keyword arguments of the part, read from a run's options. A word among them becomes what it names."""
         values = {name: getattr(options, name) for name in self.options}
         return {
@@ -41,7 +41,7 @@ class Part:
             for name, argument in self.options.items()
         }
 
-    def build(self, options: Any, **context: Any) -> Any:
+    def build(self, options: object, **context: object) -> Any:
         """The part itself. ``context`` holds what it may take: ``event_shape``, ``latent_dim``, ``posterior``."""
         return self.load()(*(context[name] for name in self.takes), **self.arguments(options))
 

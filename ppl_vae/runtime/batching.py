@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 
 from ppl_vae.runtime.errors import is_out_of_memory
 
@@ -31,20 +32,20 @@ _FLOATS_PER_PIXEL = 6  # features, values and log-probabilities, for a likelihoo
 _FLOATS_PER_SPLINE = 24  # features per latent in a layer of a flow, whose spline has eight bins
 
 
-def floats_per_pixel(likelihood: Any) -> int:
+def floats_per_pixel(likelihood: object) -> int:
     """The floats per pixel that log p(x | z) holds at once, as the likelihood or its family says; 6 by default."""
     family = getattr(likelihood, "family", None)
     return getattr(likelihood, "floats_per_pixel", getattr(family, "floats_per_pixel", _FLOATS_PER_PIXEL))
 
 
-def floats_per_latent(distribution: Any) -> int:
+def floats_per_latent(distribution: Distribution) -> int:
     """The floats per latent vector in the largest tensor that log p(z) takes.
 
     This is L for most distributions, the features of all latents for a flow, and K times a component's for a mixture.
     The parts of a distribution are found by the attribute names of Pyro and of this package.
     """
-    parts = [getattr(distribution, name, None) for name in ("base_dist", "first", "prior", "proposal")]
-    vectors = [part for part in parts if getattr(part, "event_shape", ())]
+    parts = (getattr(distribution, name, None) for name in ("base_dist", "first", "prior", "proposal"))
+    vectors = [part for part in parts if isinstance(part, Distribution) and part.event_shape]
     most = max([distribution.event_shape.numel(), *map(floats_per_latent, vectors)])
     if hasattr(distribution, "flow") or hasattr(distribution, "layers"):
         most *= _FLOATS_PER_SPLINE
@@ -57,7 +58,7 @@ def items_per_pass(floats_per_item: int, device_type: str = "cpu", *, bytes_per_
     return max(1, int(PASS_BYTES[device_type] / max(1, floats_per_item * bytes_per_float)))
 
 
-def images_per_pass(x: Tensor, likelihood: Any = None, *, extra_floats: int = 0) -> int:
+def images_per_pass(x: Tensor, likelihood: object = None, *, extra_floats: int = 0) -> int:
     """The number of images, or of pairs of a particle and an image, that one pass through the decoder holds.
 
     Args:
@@ -69,7 +70,7 @@ def images_per_pass(x: Tensor, likelihood: Any = None, *, extra_floats: int = 0)
     return items_per_pass(floats, x.device.type, bytes_per_float=max(4, x.element_size()))
 
 
-def latents_per_pass(distribution: Any, device_type: str = "cpu") -> int:
+def latents_per_pass(distribution: Distribution, device_type: str = "cpu") -> int:
     """The number of latent vectors that are drawn from a distribution, or evaluated under it, in one pass.
 
     A mixture of 500 normals in 40 dimensions holds 20,000 floats per vector, far more than a decoder holds per digit.
@@ -78,7 +79,7 @@ def latents_per_pass(distribution: Any, device_type: str = "cpu") -> int:
 
 
 @torch.no_grad()
-def pairs_per_pass(vae: Any, x: Tensor) -> int:
+def pairs_per_pass(vae: object, x: Tensor) -> int:
     """The number of pairs of a particle and an image whose log-weights one pass takes, by the likelihood and the prior.
 
     Args:
@@ -110,7 +111,7 @@ def images_per_group(x: Tensor, num_particles: int) -> int:
     return min(_MAX_IMAGES_PER_GROUP, max(1, pairs // even_divisor(num_particles, pairs)))
 
 
-def evaluation_batch_size(vae: Any, x: Tensor, num_particles: int) -> tuple[int, int]:
+def evaluation_batch_size(vae: object, x: Tensor, num_particles: int) -> tuple[int, int]:
     """The numbers of particles, and of images of a group, that an evaluation of S particles draws at once.
 
     Models differ in it, and the noise of two models is matched only if they agree in it. x: (N, *E).

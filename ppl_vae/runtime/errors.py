@@ -5,7 +5,6 @@ from __future__ import annotations
 import operator
 import signal
 from collections.abc import Sequence
-from typing import Any
 
 Widths = int | Sequence[int]
 
@@ -63,15 +62,14 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
-def check_count(name: str, value: Any, *, least: int = 1) -> int:
+def check_count(name: str, value: object, *, least: int = 1) -> int:
     """Return ``value`` as a Python int; NumPy's integers are accepted.
 
     Raises:
         ValueError: It is no whole number, or it is below ``least``.
     """
-    number: Any = None if isinstance(value, bool) else value
     try:
-        count = operator.index(number)
+        count = operator.index(None if isinstance(value, bool) else value)  # type: ignore[arg-type]
     except TypeError:
         raise ValueError(f"{name}: expected a whole number, got {value!r}") from None
     if count < least:
@@ -79,7 +77,7 @@ def check_count(name: str, value: Any, *, least: int = 1) -> int:
     return count
 
 
-def check_widths(name: str, value: Any) -> tuple[int, ...]:
+def check_widths(name: str, value: object) -> tuple[int, ...]:
     """Return the widths of layers, or the sizes of dimensions, as a tuple; one number becomes a tuple of one.
 
     Raises:
@@ -88,7 +86,7 @@ def check_widths(name: str, value: Any) -> tuple[int, ...]:
     if hasattr(value, "__index__") and not getattr(value, "shape", ()):  # arrays have the method too
         value = (value,)
     try:
-        widths = tuple(value)
+        widths = tuple(value)  # type: ignore[arg-type, var-annotated]
     except TypeError:
         raise ValueError(f"{name}: expected a whole number or a sequence of them, got {value!r}") from None
     return tuple(check_count(name, width) for width in widths)

@@ -6,7 +6,7 @@ import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import RLock
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -36,7 +36,7 @@ class _HasModes(Protocol):
     """The methods of a ``torch.nn.Module`` that concern training and evaluation mode."""
 
     def modules(self) -> Iterator[nn.Module]: ...
-    def eval(self) -> Any: ...
+    def eval(self) -> object: ...
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pyro
 import pyro.distributions as dist
@@ -301,7 +302,7 @@ def _lower(**changed):
         (lambda: _lower(annealing=_fixed(3, 4)), r"annealing: expected step sizes of shape \(2, 2\)"),
         (lambda: _lower(annealing=_fixed(3, 2, start="middle")), "start: expected one of guide, prior, normal"),
         (lambda: _lower(annealing=_fixed(3, 2, num_leapfrogs=0)), "num_leapfrogs: expected at least 1"),
-        (lambda: _lower(annealing=_fixed(3, 2)._replace(betas=torch.tensor([0.0, 0.5, 0.4, 1.0]))), "betas: expected"),
+        (lambda: _lower(annealing=replace(_fixed(3, 2), betas=torch.tensor([0.0, 0.5, 0.4, 1.0]))), "betas: expected"),
         (lambda: temperatures(0), "num_temperatures: expected at least 1"),
         (lambda: temperatures(3, steepness=-1.0), "steepness: expected at least 0"),
         (lambda: simulate(GENERAL.vae(), 0), "num_images: expected at least 1"),

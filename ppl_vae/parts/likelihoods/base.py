@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution, constraints
 from torch.distributions.utils import broadcast_all
 
 from ppl_vae.data import NUM_LEVELS
@@ -35,7 +35,7 @@ def unbounded(value: Tensor, limit: float) -> Tensor:
     return limit * (value / limit).clamp(-_LARGEST_SHARE, _LARGEST_SHARE).atanh()
 
 
-def independent_pixels(p_x: Any, because: str) -> dist.Independent:
+def independent_pixels(p_x: dist.TorchDistribution, because: str) -> dist.Independent:
     """p(x | z) itself, once it is known that its pixels are independent given z.
 
     Raises:
@@ -61,7 +61,7 @@ class Pixels(nn.Module):
 
     features_per_pixel = 1
     floats_per_pixel = 6
-    pixel: Callable[..., Any]
+    pixel: Callable[..., dist.TorchDistribution]
     fit_marginals: Callable[[Tensor], Tensor]
 
     def __init__(self, event_shape: Sequence[int]) -> None:
@@ -81,20 +81,20 @@ class Pixel(dist.TorchDistribution):
     ``arg_constraints``, in the order of its constructor.
     """
 
-    arg_constraints: dict[str, Any] = {}  # noqa: RUF012, the name and type that torch asks for
+    arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012, the name and type that torch asks for
 
     def __init__(self, *parameters: Tensor) -> None:
         for name, value in zip(self.arg_constraints, broadcast_all(*parameters), strict=True):
             setattr(self, name, value)
         super().__init__(getattr(self, next(iter(self.arg_constraints))).shape)
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> Any:
+    def expand(self, batch_shape: Sequence[int], _instance: Distribution | None = None) -> Pixel:
         """The same distribution for a larger batch shape."""
         new = type(self)(*(getattr(self, name).expand(torch.Size(batch_shape)) for name in self.arg_constraints))
         new._validate_args = self._validate_args
         return new
 
-    def uniform(self, sample_shape: Any) -> Tensor:
+    def uniform(self, sample_shape: Sequence[int]) -> Tensor:
         """u ~ Uniform[0, 1) for each pixel of each sample, (*sample_shape, *batch_shape), from torch's generator."""
         some = getattr(self, next(iter(self.arg_constraints)))
         return torch.rand(self.shape(torch.Size(sample_shape)), dtype=some.dtype, device=some.device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import pyro.distributions as dist
 import torch
@@ -141,7 +141,7 @@ class StableNegativeBinomial(Pixel):
         return (self.log_mean.exp() * (1 - (-self.log_total).exp())).floor().clamp(min=0)
 
     @torch.no_grad()
-    def sample(self, sample_shape: Any = ()) -> Tensor:
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """(*sample_shape, *batch_shape)."""
         library = dist.NegativeBinomial(self.log_total.exp(), logits=self.log_mean - self.log_total)
         return library.sample(torch.Size(sample_shape))

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import pyro.distributions as dist
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ppl_vae import data
 from ppl_vae.data import NUM_LEVELS
@@ -33,6 +32,7 @@ from ppl_vae.parts.likelihoods.real import (
     StudentT,
 )
 from ppl_vae.parts.likelihoods.unit_interval import Beta, ContinuousBernoulli
+from ppl_vae.protocols import Likelihood
 from ppl_vae.runtime.numerics import bounded, mean_and_variance, sum_over_images
 
 _STEPS = 100  # of an ascent
@@ -44,7 +44,9 @@ _SMALLEST_SCALE = 1e-3  # of a constant pixel, as a share of the spread of all p
 _REAL = (Normal, NormalFixed, NormalOptimal, NormalPerPixel, Laplace, StudentT)
 
 
-def fit_independent_pixels(family: Any, x: Tensor, *, is_dequantized: bool = False) -> Callable[[Tensor], Tensor]:
+def fit_independent_pixels(
+    family: Likelihood, x: Tensor, *, is_dequantized: bool = False
+) -> Callable[[Tensor], Tensor]:
     """log prod_d p(x_d), each p of the family's kind, fitted to its own pixel or column by maximum likelihood.
 
     Parameters that the family shares between pixels are fitted for each pixel here: a normal has a location and a scale
@@ -83,10 +85,11 @@ def fit_independent_pixels(family: Any, x: Tensor, *, is_dequantized: bool = Fal
 # --- Families ---
 
 
-def _fit_location_and_scale(family: Any, x: Tensor, *, is_dequantized: bool) -> Any:
+def _fit_location_and_scale(family: nn.Module, x: Tensor, *, is_dequantized: bool) -> dist.TorchDistribution:
     """A normal, Laplace or Student's t distribution for each column of x (N, D), or of its logit."""
-    has_logit = isinstance(family, Logit | LogitNormal)
-    base = family.logit.base if isinstance(family, LogitNormal) else family.base if has_logit else family
+    family = family.logit if isinstance(family, LogitNormal) else family
+    has_logit = isinstance(family, Logit)
+    base = family.base if isinstance(family, Logit) else family
     y = data.map_images(lambda part: data.clamp_to_unit_interval(part).logit(), x, dtype=x.dtype) if has_logit else x
     if isinstance(base, Laplace | StudentT):
         loc, scale = median_and_deviation(y)
@@ -99,13 +102,13 @@ def _fit_location_and_scale(family: Any, x: Tensor, *, is_dequantized: bool) -> 
     scale = torch.where(scale > 0, scale, _SMALLEST_SCALE * spread)
     least = _NOISE_SCALE if is_dequantized and not has_logit else 0.0
 
-    def pixels(h: Tensor, loc: Tensor, scale: Tensor) -> Any:
+    def pixels(h: Tensor, loc: Tensor, scale: Tensor) -> dist.TorchDistribution:
         own_loc, own_scale = loc + scale * h[0], (scale * bounded(h[1], _LOG_SCALE_LIMIT).exp()).clamp(min=least)
         if isinstance(base, StudentT):
             return dist.StudentT(1 + bounded(math.log(4) + h[2], LOG_DF_LIMIT).exp(), own_loc, own_scale)
         return (dist.Laplace if isinstance(base, Laplace) else dist.Normal)(own_loc, own_scale)
 
-    def seen(h: Tensor, loc: Tensor, scale: Tensor) -> Any:
+    def seen(h: Tensor, loc: Tensor, scale: Tensor) -> dist.TorchDistribution:
         return Sigmoid(pixels(h, loc, scale)) if has_logit else pixels(h, loc, scale)
 
     constants = [loc.to(x.dtype), scale.to(x.dtype)]
@@ -137,7 +140,7 @@ def _fit_negative_binomial(x: Tensor) -> StableNegativeBinomial:
     return pixels(h, *constants)
 
 
-def _fit_unit_interval(family: Beta | ContinuousBernoulli, x: Tensor) -> Any:
+def _fit_unit_interval(family: Beta | ContinuousBernoulli, x: Tensor) -> dist.TorchDistribution:
     """A beta or a continuous Bernoulli for each pixel of levels, x (N, *E) dequantized."""
     start = family.fit_marginals(x).unflatten(-1, (family.features_per_pixel, -1))
     if isinstance(family, Beta):
@@ -148,7 +151,9 @@ def _fit_unit_interval(family: Beta | ContinuousBernoulli, x: Tensor) -> Any:
 # --- Gradient ascent ---
 
 
-def _fit_levels(pixels: Callable[..., Any], constants: Sequence[Tensor], num_parameters: int, x: Tensor) -> Any:
+def _fit_levels(
+    pixels: Callable[..., dist.TorchDistribution], constants: Sequence[Tensor], num_parameters: int, x: Tensor
+) -> dist.TorchDistribution:
     """Pixels fitted to the masses of levels, x (N, D) dequantized."""
     h = _ascend(_log_mass_of_levels, pixels, constants, num_parameters, _shares((NUM_LEVELS * x).floor()))
     return pixels(h, *constants)
@@ -164,7 +169,7 @@ def _some(x: Tensor) -> Tensor:
     return x[data.subset(len(x), min(len(x), max(1000, _MOST_NUMBERS // x.shape[1])))]
 
 
-def _log_mass_of_levels(p: Any, share: Tensor) -> Tensor:
+def _log_mass_of_levels(p: dist.TorchDistribution, share: Tensor) -> Tensor:
     """sum_v share_v log P(v), (D,): exact at the ends, and by the density in the middle of all other levels.
 
     Args:
@@ -178,8 +183,8 @@ def _log_mass_of_levels(p: Any, share: Tensor) -> Tensor:
 
 
 def _ascend(
-    log_p: Callable[[Any, Tensor], Tensor],
-    pixels: Callable[..., Any],
+    log_p: Callable[[dist.TorchDistribution, Tensor], Tensor],
+    pixels: Callable[..., dist.TorchDistribution],
     constants: Sequence[Tensor],
     num_parameters: int,
     seen: Tensor,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pyro.distributions as dist
@@ -23,12 +22,12 @@ _MILLS_FROM, _MILLS_DEPTH = 5.0, 12
 _FARTHEST_LOGIT = 1e4  # in the place of logit(0) and logit(1), whose gradients would be no numbers
 
 
-def has_exact_mass(p: Any) -> bool:
+def has_exact_mass(p: dist.TorchDistribution) -> bool:
     """Whether ``log_level_mass`` knows the masses of levels under this density of a pixel."""
     return type(p.base if type(p) is Sigmoid else p) in _LOG_CDF or type(p) in _LOG_MASS
 
 
-def log_level_mass(p: Any, x: Tensor) -> Tensor:
+def log_level_mass(p: dist.TorchDistribution, x: Tensor) -> Tensor:
     """log P(x) = log [F((x + 1) / 256) - F(x / 256)], nats, F the distribution function of a pixel.
 
     A difference of distribution functions is taken in double precision, between the tails on the side of the interval
@@ -194,12 +193,12 @@ def _log_continuous_bernoulli_mass(p: StableContinuousBernoulli, x: Tensor) -> T
     return (-h.abs() * distance + (torch.expm1(-a / NUM_LEVELS) / torch.expm1(-a)).log()).to(x.dtype)
 
 
-_LOG_CDF: dict[type, Callable[[Any], Callable[[Tensor], Tensor]]] = {
+_LOG_CDF: dict[type, Callable[[dist.TorchDistribution], Callable[[Tensor], Tensor]]] = {
     dist.Normal: lambda p: _normal_log_cdf,
     dist.Laplace: lambda p: _laplace_log_cdf,
     dist.StudentT: lambda p: _student_log_cdf(p.df),
 }
-_LOG_MASS: dict[type, Callable[[Any, Tensor], Tensor]] = {
+_LOG_MASS: dict[type, Callable[[dist.TorchDistribution, Tensor], Tensor]] = {
     StableBeta: _log_beta_mass,
     StableContinuousBernoulli: _log_continuous_bernoulli_mass,
 }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import pyro.distributions as dist
 import torch
@@ -38,7 +37,7 @@ class LevelCategorical(dist.Categorical):
         """argmax_v P(v)."""
         return self.logits.argmax(-1).to(self.logits.dtype)
 
-    def sample(self, sample_shape: Any = ()) -> Tensor:
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """(*sample_shape, *batch_shape) levels, as floats."""
         return super().sample(torch.Size(sample_shape)).to(self.logits.dtype)
 
@@ -241,7 +240,7 @@ class LevelLogistic(Pixel):
         return discretized_logistic_mode(self.loc, self.log_scale)
 
     @torch.no_grad()
-    def sample(self, sample_shape: Any = ()) -> Tensor:
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """(*sample_shape, *batch_shape) levels."""
         return discretized_logistic_draw(self.uniform(sample_shape), self.loc, self.log_scale)
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution, constraints
 from torch.nn.functional import logsigmoid
 
 from ppl_vae import data
+from ppl_vae.parts.likelihoods.base import Pixels
 from ppl_vae.parts.likelihoods.real import NormalPerPixel
 from ppl_vae.parts.likelihoods.unit_interval import open_unit_interval
 
@@ -29,14 +30,14 @@ class Sigmoid(dist.TorchDistribution):
         base: a distribution of a real number, symmetric about its median, with ``icdf`` and ``cdf``.
     """
 
-    arg_constraints: dict[str, Any] = {}  # noqa: RUF012, the name and type that torch asks for
+    arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012, the name and type that torch asks for
     support = open_unit_interval
 
-    def __init__(self, base: Any) -> None:
+    def __init__(self, base: dist.TorchDistribution) -> None:
         self.base = base
         super().__init__(base.batch_shape, validate_args=base._validate_args)
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> Sigmoid:
+    def expand(self, batch_shape: Sequence[int], _instance: Distribution | None = None) -> Sigmoid:
         """The same distribution for a larger batch shape."""
         return Sigmoid(self.base.expand(torch.Size(batch_shape)))
 
@@ -97,7 +98,7 @@ class Sigmoid(dist.TorchDistribution):
         return data.clamp_to_unit_interval((start + share * span).sigmoid())
 
     @torch.no_grad()
-    def sample(self, sample_shape: Any = ()) -> Tensor:
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """(*sample_shape, *batch_shape), strictly inside."""
         return data.clamp_to_unit_interval(self.base.sample(torch.Size(sample_shape)).sigmoid())
 
@@ -115,7 +116,7 @@ class Sigmoid(dist.TorchDistribution):
         return log_p.to(self.base.mean.dtype)
 
 
-def has_quantiles(family: Any) -> bool:
+def has_quantiles(family: Pixels) -> bool:
     """Whether the distribution of a pixel has quantiles (``icdf``): a Student's t has none in closed form."""
     some = next(iter(family.state_dict().values()), torch.zeros(()))
     with torch.no_grad(), pyro.validation_enabled(False):  # it may be on the meta device, without numbers
@@ -143,15 +144,14 @@ class Logit(nn.Module):
     measure = "density"
     data_kind = data.UNIT_INTERVAL
 
-    def __init__(self, base: nn.Module) -> None:
+    def __init__(self, base: Pixels) -> None:
         super().__init__()
-        family: Any = base
-        if not has_quantiles(family):
+        if not has_quantiles(base):
             raise ValueError(f"base: expected a likelihood whose distribution has quantiles, got {type(base).__name__}")
-        self.base = family
-        self.event_shape: tuple[int, ...] = family.event_shape
-        self.num_features: int = family.num_features
-        self.floats_per_pixel: int = family.floats_per_pixel + 4
+        self.base = base
+        self.event_shape = base.event_shape
+        self.num_features = base.num_features
+        self.floats_per_pixel = base.floats_per_pixel + 4
 
     def forward(self, h: Tensor) -> dist.Independent:
         """h: (..., num_features) of the base -> batch shape (...), event shape E."""
@@ -171,7 +171,7 @@ class Logit(nn.Module):
     def refit(self) -> Callable[[Tensor, Tensor], None]:
         """(h, x) -> None: the base's ``refit`` with logit(x), for a base that has one, such as ``NormalOptimal``."""
         refit = self.base.refit
-        return lambda h, x: refit(h, data.clamp_to_unit_interval(x).logit())
+        return lambda h, x: refit(h, data.clamp_to_unit_interval(x).logit())  # type: ignore[operator]
 
 
 class LogitNormal(nn.Module):

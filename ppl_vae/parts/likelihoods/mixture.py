@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
-from torch.distributions import constraints
+from torch.distributions import Distribution, constraints
 
 from ppl_vae import data
 from ppl_vae.data import NUM_LEVELS
@@ -73,7 +72,7 @@ class ColorLogisticMixture(dist.TorchDistribution):
         self.logits, self.locs, self.log_scales, self.coefficients = logits, locs, log_scales, coefficients
         super().__init__(logits.shape[:-3], torch.Size((3, *logits.shape[-2:])))
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> ColorLogisticMixture:
+    def expand(self, batch_shape: Sequence[int], _instance: Distribution | None = None) -> ColorLogisticMixture:
         """The same distribution for a larger batch shape."""
         batch = torch.Size(batch_shape)
         new = ColorLogisticMixture(
@@ -83,7 +82,7 @@ class ColorLogisticMixture(dist.TorchDistribution):
         new._validate_args = self._validate_args
         return new
 
-    def _in_turn(self, channel: Any) -> Tensor:
+    def _in_turn(self, channel: Callable[[int, Tensor, Tensor], Tensor]) -> Tensor:
         """The three colors, each computed by channel(c, loc, log_scale) from the location that those before it give.
 
         Returns:
@@ -121,7 +120,7 @@ class ColorLogisticMixture(dist.TorchDistribution):
         return values.gather(-3, index).squeeze(-3)
 
     @torch.no_grad()
-    def sample(self, sample_shape: Any = ()) -> Tensor:
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """(*sample_shape, *batch_shape, 3, H, W) levels."""
         batch = torch.Size(sample_shape) + self.batch_shape
         component = dist.Categorical(logits=self.logits.movedim(-3, -1)).sample(torch.Size(sample_shape))
@@ -190,7 +189,7 @@ class DiscretizedLogisticMixture(nn.Module):
         D = math.prod(self.event_shape)
         self.num_features = 10 * components * D // 3 if self.is_color else 3 * components * D
 
-    def forward(self, h: Tensor) -> Any:
+    def forward(self, h: Tensor) -> dist.TorchDistribution:
         """h: (..., num_features) -> batch shape (...), event shape E.
 
         Planes of h are logits, locations, scales and (in color) coefficients, each for every component; a color image's

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
 
 import pyro.distributions as dist
 import torch
@@ -63,7 +63,7 @@ class StableContinuousBernoulli(Pixel):
         return (self.logits > 0).to(self.logits.dtype)
 
     @torch.no_grad()
-    def sample(self, sample_shape: Any = ()) -> Tensor:
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """x = -log(1 - u (1 - e^-|h|)) / |h|, u ~ Uniform[0, 1), which falls from 0 on; 1 - x where h > 0.
 
         (*sample_shape, *batch_shape).
@@ -172,7 +172,7 @@ class StableBeta(Pixel):
         return data.clamp_to_unit_interval(torch.where(has_peak, peak, (alpha > beta).to(alpha.dtype)))
 
     @torch.no_grad()
-    def sample(self, sample_shape: Any = ()) -> Tensor:
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """(*sample_shape, *batch_shape), strictly inside."""
         return data.clamp_to_unit_interval(dist.Beta(*self.exponents()).sample(torch.Size(sample_shape)))
 

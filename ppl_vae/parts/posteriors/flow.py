@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
-from typing import Any
 
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
-from torch.distributions import constraints
+from torch.distributions import Distribution, constraints
 from torch.nn.functional import linear
 
 from ppl_vae.parts.flows import Univariate, affine, spline
@@ -186,7 +185,14 @@ class ConditionedFlow(dist.TorchDistribution):
     has_rsample = True
 
     def __init__(
-        self, base: Any, layers: Iterable[Any], *, context: Tensor, loc: Tensor, log_scale: Tensor, checked: Any = None
+        self,
+        base: Distribution,
+        layers: Iterable[nn.Module],
+        *,
+        context: Tensor,
+        loc: Tensor,
+        log_scale: Tensor,
+        checked: bool | None = None,
     ) -> None:
         self.base = base
         self.layers = tuple(layers)
@@ -196,10 +202,10 @@ class ConditionedFlow(dist.TorchDistribution):
         self._own: CachedLogProb | None = None
         super().__init__(base.batch_shape, base.event_shape, validate_args=checked)
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> ConditionedFlow:
+    def expand(self, batch_shape: Sequence[int], _instance: Distribution | None = None) -> ConditionedFlow:
         """With another batch shape. The context does not expand, so that it is multiplied once per image."""
         return ConditionedFlow(
-            self.base.expand(batch_shape),
+            self.base.expand(torch.Size(batch_shape)),
             self.layers,
             context=self.context,
             loc=self.loc,
@@ -207,9 +213,9 @@ class ConditionedFlow(dist.TorchDistribution):
             checked=self._validate_args,
         )
 
-    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008 (torch's signature)
+    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """sample_shape + batch shape + (L,)."""
-        y = self.base.rsample(sample_shape)
+        y = self.base.rsample(torch.Size(sample_shape))
         log_q = self.base.log_prob(y) - self.log_scale.sum(-1)
         for layer in self.layers:
             y, log_volume = layer(y, self.context)
@@ -228,7 +234,7 @@ class ConditionedFlow(dist.TorchDistribution):
         u = (value - self.loc) * (-self.log_scale).exp()
         log_volume = -self.log_scale.sum(-1)
         for layer in reversed(self.layers):
-            u, of_layer = layer.inverse(u, self.context)
+            u, of_layer = layer.inverse(u, self.context)  # type: ignore[operator]
             log_volume = log_volume + of_layer
         return self.base.log_prob(u) + log_volume
 

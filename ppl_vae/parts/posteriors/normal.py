@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import pyro.distributions as dist
 import torch
@@ -117,7 +116,7 @@ class CachedLogProbNormal(dist.MultivariateNormal):
 
     _own: CachedLogProb | None = None
 
-    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008 (torch's signature)
+    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """sample_shape + batch shape + (L,)."""
         T = self._unbroadcasted_scale_tril
         noise = dist.Normal(torch.zeros_like(self.loc), 1.0).to_event(1)

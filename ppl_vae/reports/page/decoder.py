@@ -77,7 +77,7 @@ def _link_in_units(family: Any) -> Link:
 
 
 # What the mean of a pixel is, by the likelihood. Levels and counts are white at 255.
-_LINKS: dict[type[nn.Module], Callable[[Any], Link]] = {
+_LINKS: dict[type, Callable[[Any], Link]] = {
     likelihoods.Bernoulli: lambda _: Link("sigmoid"),
     likelihoods.ContinuousBernoulli: lambda _: Link("continuous-bernoulli"),
     likelihoods.Beta: lambda _: Link("sigmoid", bound=10.0),

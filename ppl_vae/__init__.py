@@ -7,7 +7,7 @@ Every name below is imported when it is first used, so that a script's ``--help`
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ppl_vae.conditional import Conditional
@@ -66,7 +66,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name in _HOME:
         return getattr(import_module(f"ppl_vae.{_HOME[name]}"), name)
     if name in _MODULES:

@@ -6,11 +6,11 @@ import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyro
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from ppl_vae import data
@@ -118,7 +118,7 @@ class VAEDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
         binarization: str = "none",
         image_shape: Sequence[int] | None = None,
         num_particles: int = 100,
-        random_state: Any = None,
+        random_state: int | np.random.RandomState | None = None,
         device: str = "cpu",
     ) -> None:
         self.likelihood = likelihood
@@ -143,7 +143,7 @@ class VAEDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
 
     # --- scikit-learn's methods ---
 
-    def fit(self, X: Any, y: Any = None) -> VAEDensity:
+    def fit(self, X: ArrayLike, y: object = None) -> VAEDensity:
         """Maximize the ELBO of X.
 
         Args:
@@ -196,7 +196,7 @@ class VAEDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
         self.vae_ = vae
         return self
 
-    def score_samples(self, X: Any) -> np.ndarray:
+    def score_samples(self, X: ArrayLike) -> np.ndarray:
         """L_S = log (1/S) sum_s p(x, z_s) / q(z_s | x), in expectation below log p(x), for each row.
 
         The same X gives the same scores; the draws for a row depend on its place in X.
@@ -214,18 +214,18 @@ class VAEDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
         log_volume = 0.0 if self.scaler_ is None else np.log(self.scaler_.scale_).sum()
         return result.log_evidence.cpu().numpy() - log_volume
 
-    def score(self, X: Any, y: Any = None) -> float:
+    def score(self, X: ArrayLike, y: object = None) -> float:
         """The mean of ``score_samples``, nats per row, which GridSearchCV maximizes."""
         return float(self.score_samples(X).mean())
 
-    def transform(self, X: Any) -> np.ndarray:
+    def transform(self, X: ArrayLike) -> np.ndarray:
         """E[z | x] under the guide q(z | x), (N, L). Raises ValueError and NotFittedError as ``score_samples``."""
         check_is_fitted(self)
         x = self._seen(X)
         with seeded(self.seed_, x.device):
             return encode(self._scored(), x).mean.double().cpu().numpy()
 
-    def inverse_transform(self, Z: Any) -> np.ndarray:
+    def inverse_transform(self, Z: ArrayLike) -> np.ndarray:
         """E[x | z], (N, *) in the layout and the unit of X. Z: (N, L).
 
         Raises:
@@ -240,7 +240,7 @@ class VAEDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
         with seeded(self.seed_, z.device):
             return self._layout(decode_mean(self._scored(), z))
 
-    def sample(self, n_samples: int = 1, random_state: Any = None) -> np.ndarray:
+    def sample(self, n_samples: int = 1, random_state: int | np.random.RandomState | None = None) -> np.ndarray:
         """z ~ p(z), x ~ p(x | z): (n_samples, *) in the layout and the unit of X.
 
         Args:
@@ -262,10 +262,11 @@ class VAEDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
 
     # --- From arrays to what the VAE sees, and back ---
 
-    def _validated(self, X: Any, *, reset: bool) -> np.ndarray:
+    def _validated(self, X: ArrayLike, *, reset: bool) -> np.ndarray:
         check_no_mask("X", X)
-        if reset and self.image_shape is None and hasattr(X, "ndim") and X.ndim > 4:
-            raise ValueError(f"X: expected (N, D), (N, H, W), (N, H, W, C) or (N, C, H, W), got shape {X.shape}")
+        shape = getattr(X, "shape", ())
+        if reset and self.image_shape is None and len(shape) > 4:
+            raise ValueError(f"X: expected (N, D), (N, H, W), (N, H, W, C) or (N, C, H, W), got shape {shape}")
         return validate_data(self, X, reset=reset, dtype="numeric", allow_nd=True, ensure_min_samples=1 + reset)
 
     def _images(self, X: np.ndarray) -> np.ndarray:
@@ -333,7 +334,7 @@ class VAEDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
             device=self.device,
         )
 
-    def _seen(self, X: Any) -> Tensor:
+    def _seen(self, X: ArrayLike) -> Tensor:
         """Convert X to (N, *E) on the device, as the scored model sees it; refuse values off its support."""
         images = self._images(self._validated(X, reset=False))
         if images.shape[1:] != self.event_shape_:
@@ -352,7 +353,7 @@ class VAEDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
             if self._pixels_ == "threshold":
                 x = (x / 255 if is_levels else x).ge(0.5).float()
         else:
-            family: Any = getattr(self.vae_.likelihood, "family", None)
+            family = self.vae_.likelihood.family  # type: ignore[attr-defined]
             if not family.support.check(x).all():
                 got = f"values from {x.min():.4g} to {x.max():.4g}"
                 raise ValueError(f"X: {self.likelihood_} expected values that are {family.support_words}, got {got}")

@@ -92,7 +92,7 @@ def _train_new(options: Options, run_dir: str | None, *, say: Say, draw: bool) -
     with end_together():
         if distributed.is_writer():
             run_dir = str(runs.make_run_dir(run_dir, dataset=options.dataset, likelihood=options.likelihood))
-    folder = Path(distributed.broadcast(run_dir))
+    folder = Path(str(distributed.broadcast(run_dir)))
     with ExitStack() as held:
         with end_together():
             held.enter_context(runs.lock_folder(folder))

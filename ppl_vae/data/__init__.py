@@ -65,7 +65,7 @@ _MODULES = {name: module for module, names in _NAMES.items() for name in names.s
 __all__ = sorted(_MODULES)
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name in _MODULES:
         return getattr(import_module(f"ppl_vae.data.{_MODULES[name]}"), name)
     raise AttributeError(f"module 'ppl_vae.data' has no attribute {name!r}")

@@ -315,7 +315,7 @@ def _read(file: IO[bytes], key: CacheKey, name: str, *, is_new: bool = False) ->
     return splits, draft.is_final
 
 
-def _check_count(value: Any) -> int:
+def _check_count(value: object) -> int:
     if type(value) is not int or value < 0:
         raise ValueError(f"its header has {value!r} for a count")
     return value

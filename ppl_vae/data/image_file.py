@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from io import BytesIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
+from PIL.ImageFile import ImageFile
 
 from ppl_vae.data.splits import abbreviate, pluralize
 
@@ -109,7 +110,7 @@ def decode(raw: bytes) -> DecodedImage:
     return DecodedImage(image, bits, highest, num_pages, num_left_out, is_transparent)
 
 
-def _reduce_long_levels(image: Image.Image, opened: Any, bits: int) -> DecodedImage:
+def _reduce_long_levels(image: Image.Image, opened: ImageFile, bits: int) -> DecodedImage:
     """Convert long gray levels to round(255 level / white); a level that the file calls transparent becomes white."""
     scaled_by_pillow = opened.format in ("PNG", "PPM")  # older versions of Pillow read 16 bits of a PNG in mode I
     if image.mode == "F":
@@ -128,12 +129,12 @@ def _reduce_long_levels(image: Image.Image, opened: Any, bits: int) -> DecodedIm
     return DecodedImage(Image.fromarray(pixels), bits, highest, num_pages=1, is_transparent=bool(transparent.any()))
 
 
-def _read_bits_per_channel(opened: Any, raw: bytes) -> int:
+def _read_bits_per_channel(opened: ImageFile, raw: bytes) -> int:
     """Read the bits per channel from the file's header; Pillow reports them for some formats only."""
     if opened.format == "PNG":
         return raw[24]  # the depth in IHDR
     if opened.format == "TIFF":
-        return max(opened.tag_v2.get(_TIFF_BITS, (1,)))
+        return max(opened.tag_v2.get(_TIFF_BITS, (1,)))  # type: ignore[attr-defined]
     if opened.format == "PPM":
         arguments = opened.tile[0].args
         return 16 if arguments == "I;16B" else arguments[-1].bit_length() if isinstance(arguments, tuple) else 8
@@ -146,11 +147,11 @@ def _read_bits_per_channel(opened: Any, raw: bytes) -> int:
     return (raw[place + offset] & 0x7F) + (opened.format == "JPEG2000") if marker and place >= 0 else 8
 
 
-def _read_tiff_tag(opened: Any, tag: int, default: int) -> int:
-    return int(opened.tag_v2.get(tag, default)) if opened.format == "TIFF" else default
+def _read_tiff_tag(opened: ImageFile, tag: int, default: int) -> int:
+    return int(opened.tag_v2.get(tag, default)) if opened.format == "TIFF" else default  # type: ignore[attr-defined]
 
 
-def _count_pages(opened: Any) -> int:
+def _count_pages(opened: ImageFile) -> int:
     """Count pages or frames; a Photoshop file's are layers, which are all in the image."""
     try:
         return 1 if opened.format == "PSD" else int(getattr(opened, "n_frames", 1))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from ppl_vae.diagnostics.mixture import AggregatePosterior, factors
@@ -107,7 +107,7 @@ def _check_draws(name: str, z: Tensor) -> Tensor:
 
 @serialize_threads()
 @torch.no_grad()
-def latent_moments(z: Tensor, prior: Any) -> LatentMoments:
+def latent_moments(z: Tensor, prior: Distribution) -> LatentMoments:
     """(mean z_l - m_l) / s_l and log(scale z_l / s_l), with the prior's mean m and scale s.
 
     The error of the log-scale is the delta method's, from the fourth moment.
@@ -132,7 +132,7 @@ def latent_moments(z: Tensor, prior: Any) -> LatentMoments:
 
 @serialize_threads()
 @torch.no_grad()
-def kolmogorov_smirnov(z: Tensor, prior: Any) -> KolmogorovSmirnov:
+def kolmogorov_smirnov(z: Tensor, prior: Distribution) -> KolmogorovSmirnov:
     """D_l = sup_t |F_N(t) - F_l(t)|, for the share F_N(t) of z_nl up to t and the prior's F_l(t).
 
     The p-value is that of Kolmogorov's limit at (sqrt(N) + 0.12 + 0.11 / sqrt(N)) D. With thousands of images every

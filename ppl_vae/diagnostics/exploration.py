@@ -6,11 +6,10 @@ Networks should be in evaluation mode. Draws come from torch's global generator.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import Independent, Normal, kl_divergence
+from torch.distributions import Distribution, Independent, Normal, kl_divergence
 
 from ppl_vae.evidence.moments import PRIOR_DRAWS, PosteriorMoments, compute_moments, sample_latents
 from ppl_vae.protocols import LatentModel
@@ -22,7 +21,7 @@ UNUSED_NATS = 0.01
 
 @serialize_threads()
 @torch.no_grad()
-def kl_by_latent(codes: PosteriorMoments, prior: Any) -> Tensor:
+def kl_by_latent(codes: PosteriorMoments, prior: Distribution) -> Tensor:
     """(1/N) sum_n KL(q(z_l | x_n) || p(z_l)) for a guide and a prior that are products of normals over latents.
 
     Other guides and priors have no KL for each latent, or another one; see ``latents.latent_kl``.
@@ -63,7 +62,7 @@ def decode_traversals(vae: LatentModel, z: Tensor, latents: Sequence[int], steps
 
 @serialize_threads()
 @torch.no_grad()
-def latent_quantiles(prior: Any, count: int) -> Tensor:
+def latent_quantiles(prior: Distribution, count: int) -> Tensor:
     """(count, L) F_l^-1((k + 1/2) / count), k = 0..count - 1: values of z_l that stand for equal probabilities.
 
     F_l is the marginal distribution function of latent l. A prior that is not a product over latents with such

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+from pyro.distributions import TorchDistribution
 from torch import Tensor
-from torch.distributions import Normal, kl_divergence
+from torch.distributions import Distribution, Normal, kl_divergence
 
 from ppl_vae.diagnostics.mixture import AggregatePosterior, factors, normal_factors
 from ppl_vae.diagnostics.values import PerLatent
@@ -90,7 +90,7 @@ class ElboSplit:
     saturated: bool
 
 
-def _kl_by_latent(q: Any, p: Any) -> Tensor | None:
+def _kl_by_latent(q: Distribution, p: Distribution) -> Tensor | None:
     """(B, L) KL(q(z_l | x) || p(z_l)): in closed form, else None."""
     q_l, p_l = factors(q), factors(p)
     if q_l is None or p_l is None:
@@ -126,7 +126,7 @@ def latent_kl(vae: LatentModel, x: Tensor, *, draws: int = 100) -> PerLatent | N
     return PerLatent.from_values(kl)
 
 
-def _kl_or_draws(q: Any, prior: Any, draws: int) -> Tensor:
+def _kl_or_draws(q: Distribution, prior: Distribution, draws: int) -> Tensor:
     """(B, L) KL(q(z_l | x) || p(z_l)), in closed form or from draws."""
     closed = _kl_by_latent(q, prior)
     if closed is not None:
@@ -214,7 +214,7 @@ def elbo_split(vae: LatentModel, x: Tensor, *, draws: int = 1) -> ElboSplit:
 
 
 def _measure_draw(
-    vae: LatentModel, x: Tensor, q: AggregatePosterior, prior: Any, *, by_latent: bool
+    vae: LatentModel, x: Tensor, q: AggregatePosterior, prior: Distribution, *, by_latent: bool
 ) -> tuple[Tensor, ...]:
     """For one z ~ q(z | x_n) per image: reconstruction, KL and information (N,), and the last two by latent (N, L)."""
     z = q.sample()
@@ -297,7 +297,7 @@ def _derivative(total: Tensor, log_c: Tensor) -> Tensor:
     return torch.zeros_like(log_c) if found is None else found
 
 
-def _log_prior(part: Any, prior: Any, z: Tensor, log_c: Tensor) -> Tensor:
+def _log_prior(part: object, prior: TorchDistribution, z: Tensor, log_c: Tensor) -> Tensor:
     """log p(z) after all of the guide's scales are multiplied by c.
 
     For a VampPrior that is log (1/K) sum_k q_k(m_k + (z - m_k) / c) / c^L; no other prior has the guide's scales.
@@ -321,7 +321,7 @@ def _log_prior(part: Any, prior: Any, z: Tensor, log_c: Tensor) -> Tensor:
     return log_p.logsumexp(-1) - z.shape[-1] * log_c
 
 
-def _slopes(vae: LatentModel, x: Tensor, prior: Any, draws: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _slopes(vae: LatentModel, x: Tensor, prior: Distribution, draws: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(B,) each: d/dlog c of the reconstruction and of the KL, the draws' mean distance from m, and the KL."""
     with torch.no_grad():
         q = vae.posterior(x)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import Independent, Normal
+from torch.distributions import Distribution, Independent, Normal
 
 from ppl_vae.protocols import LatentModel
 from ppl_vae.runtime.batching import floats_per_latent, images_per_pass
@@ -18,13 +18,14 @@ from ppl_vae.runtime.global_state import serialize_threads
 _PASS_NUMBERS = 8_000_000
 
 
-def factors(distribution: Any) -> Any:
+def factors(distribution: Distribution) -> Any:
     """The distributions of the latents, batch shape (..., L), if they are independent by construction; else None."""
-    is_product = isinstance(distribution, Independent) and distribution.reinterpreted_batch_ndims == 1
-    return distribution.base_dist if is_product and not distribution.base_dist.event_shape else None
+    if not isinstance(distribution, Independent) or distribution.reinterpreted_batch_ndims != 1:
+        return None
+    return None if distribution.base_dist.event_shape else distribution.base_dist
 
 
-def normal_factors(distribution: Any) -> Normal | None:
+def normal_factors(distribution: Distribution) -> Normal | None:
     """The distributions of the latents if they are independent normals; else None."""
     found = factors(distribution)
     return found if isinstance(found, Normal) else None
@@ -43,7 +44,7 @@ class AggregatePosterior:
         ValueError: no image.
     """
 
-    def __init__(self, groups: Sequence[Any]) -> None:
+    def __init__(self, groups: Sequence[Distribution]) -> None:
         if not groups:
             raise ValueError("x: expected at least one image, got none")
         self.groups = list(groups)
@@ -106,7 +107,7 @@ class AggregatePosterior:
         return z.split([int(q.batch_shape[0]) for q in self.groups])
 
     @staticmethod
-    def _log_sum(q: Any, z: Tensor) -> Tensor:
+    def _log_sum(q: Distribution, z: Tensor) -> Tensor:
         """(M,) log sum_n q(z | x_n) over one group of images."""
         B, normals = int(q.batch_shape[0]), normal_factors(q)
         if normals is None:
@@ -121,7 +122,7 @@ class AggregatePosterior:
         return torch.cat([log_prob(part).logsumexp(1) for part in z.double().split(max(1, _PASS_NUMBERS // B))])
 
     @staticmethod
-    def _log_sum_by_latent(q: Any, z: Tensor) -> Tensor:
+    def _log_sum_by_latent(q: Distribution, z: Tensor) -> Tensor:
         """(M, L) log sum_n q(z_l | x_n) over one group of images."""
         chunk = max(1, _PASS_NUMBERS // (4 * math.prod(q.batch_shape)))
         return torch.cat([q.log_prob(part[:, None]).logsumexp(1).double() for part in z.split(chunk)])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from matplotlib.figure import Figure
@@ -133,7 +131,7 @@ def _draw_holes(run: Run, numbers: AggregateNumbers, x: Tensor) -> Figure:
         "(0: alike, 1: apart)"
     )
 
-    def pictures(images: Tensor) -> Any:
+    def pictures(images: Tensor) -> np.ndarray:
         """Dequantized levels are drawn as levels, which is what the display expects."""
         return display(256 * images - 0.5 if run.pixels == "dequantized" else images)
 

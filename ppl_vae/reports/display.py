@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -54,7 +54,7 @@ def choose_display(run: Run, pixels: Tensor | None = None) -> Display:
         return Display(0, 255)
     if pixels is None:
         stored, transform = data.training_images(run.splits, run.pixels)
-        generator: Any = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(0)
         pixels = transform(stored[data.subset(len(stored), _NUM_IMAGES)], generator)
     density = build_likelihood(run.options, run.splits.event_shape).measure == "density"
     if not density and pixels.min() >= 0 and pixels.max() <= 1:

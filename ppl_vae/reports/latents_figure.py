@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
+from torch.distributions import Distribution
 
 from ppl_vae.diagnostics import ACTIVE_VARIANCE, active_units
 from ppl_vae.diagnostics.exploration import UNUSED_NATS, kl_by_latent
@@ -65,7 +67,7 @@ def measure_latent_use(vae: VAE, x: Tensor, codes: PosteriorMoments) -> LatentUs
 def latents_figure(
     codes: PosteriorMoments,
     use: LatentUse,
-    prior: Any,
+    prior: Distribution,
     *,
     kind: str,
     classes: Tensor | None = None,
@@ -99,7 +101,7 @@ def latents_figure(
     return plots.latent_plane(points, names=(names[0], names[1]), title=title, **colored)
 
 
-def _describe_prior(prior: Any, order: list[int]) -> plots.Scales | Any:
+def _describe_prior(prior: Distribution, order: list[int]) -> plots.Scales | np.ndarray:
     """Mean and scale of these latents where the prior is a product of normals, else draws of them (n, R)."""
     if normal_factors(prior) is None:
         return sample_latents(prior, _PRIOR_SHOWN)[:, order].cpu().numpy()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -83,7 +82,7 @@ def _setup(run: Run, step: int) -> Section:
     return Section("What was trained", [Text(words), table], anchor="setup")
 
 
-def _option(value: Any) -> str:
+def _option(value: object) -> str:
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 

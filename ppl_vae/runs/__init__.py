@@ -52,7 +52,7 @@ _NAMES = {
 _MODULES = {name: module for module, names in _NAMES.items() for name in names}
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name in _MODULES:
         return getattr(import_module(f"ppl_vae.runs.{_MODULES[name]}"), name)
     raise AttributeError(f"module 'ppl_vae.runs' has no attribute {name!r}")

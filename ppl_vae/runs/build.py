@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from itertools import pairwise
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import nn
+from torch.distributions import Distribution
 
 from ppl_vae import data
 from ppl_vae.conditional import Conditional
 from ppl_vae.hierarchy import BottomLayerOnly, BottomUp, HierarchicalVAE, LayeredPrior, TopDown
 from ppl_vae.parts import likelihoods, networks
 from ppl_vae.parts.registry import LIKELIHOODS, NETWORKS, POSTERIORS, PRIORS, find_owners
+from ppl_vae.protocols import Likelihood
 from ppl_vae.runs.fields import format_flag
 from ppl_vae.runs.options import PLAIN, Options, default_hidden, default_objective, default_prior
 from ppl_vae.runtime.global_state import seeded, serialize_threads
@@ -89,7 +91,7 @@ def has_closed_form_kl(options: Options, *, by_latent: bool) -> bool:
     with seeded(0, torch.device("cpu")):
         family = POSTERIORS[options.posterior].build(options, latent_dim=L)
 
-        def posterior(u: torch.Tensor) -> Any:
+        def posterior(u: torch.Tensor) -> Distribution:
             return family(torch.zeros(len(u), family.num_features))
 
         q = posterior(torch.zeros(1))
@@ -105,13 +107,14 @@ def has_closed_form_kl(options: Options, *, by_latent: bool) -> bool:
     return tuple(kl.shape) == ((1, L) if by_latent else (1,))
 
 
-def _find_dense_parts(vae: Any) -> list[nn.Module]:
+def _find_dense_parts(vae: nn.Module) -> list[nn.Module]:
     """The parts whose dense layers start wide: encoder and decoder, and with several layers also the prior."""
-    parts = [vae.likelihood, vae.posterior]
+    parts = [vae.get_submodule("likelihood"), vae.get_submodule("posterior")]
     if isinstance(vae, HierarchicalVAE):
         parts.append(vae.prior.layers)
     if isinstance(vae.posterior, TopDown):
-        parts += [feature.output for feature in vae.posterior.features if hasattr(feature, "output")]
+        outputs = (getattr(feature, "output", None) for feature in vae.posterior.features)
+        parts += [output for output in outputs if isinstance(output, nn.Module)]
     return parts
 
 
@@ -120,7 +123,7 @@ def _build_hierarchy(
     event_shape: Sequence[int],
     make_encoder: Callable[[int], nn.Module],
     make_decoder: Callable[[int], nn.Module],
-    family: Any,
+    family: Likelihood,
 ) -> HierarchicalVAE:
     """Builds a VAE of several latent layers, with z_1 next to the image. The options are resolved."""
     assert options.upper_latents is not None
@@ -138,7 +141,9 @@ def _build_hierarchy(
     if options.inference == "bottom-up":
         normal = POSTERIORS["diagonal"].build(options, latent_dim=dims[0])
         first = Conditional(make_encoder(normal.num_features), normal)
-        guide: Any = BottomUp([first, *(make_conditional(L, above, hidden) for L, above in pairwise(dims))])
+        guide: BottomUp | TopDown = BottomUp(
+            [first, *(make_conditional(L, above, hidden) for L, above in pairwise(dims))]
+        )
     else:
         widths = [options.hidden[-1]] + [hidden[-1]] * (len(dims) - 1)
         features = [make_encoder(widths[0]), *(dense(F, G, hidden=hidden[:-1]) for F, G in pairwise(widths))]
@@ -147,7 +152,7 @@ def _build_hierarchy(
     return HierarchicalVAE(prior, Conditional(net, family), guide)
 
 
-def build_likelihood(options: Options, event_shape: Sequence[int]) -> Any:
+def build_likelihood(options: Options, event_shape: Sequence[int]) -> Likelihood:
     """Builds the likelihood that the options name, with fresh parameters.
 
     Raises:

@@ -131,7 +131,7 @@ _ADVICE = {
 }
 
 
-def replace_non_finite(value: Any) -> Any:
+def replace_non_finite(value: object) -> Any:
     """The same value with None for NaN and infinity, which JSON does not have."""
     if isinstance(value, dict):
         return {key: replace_non_finite(v) for key, v in value.items()}
@@ -140,7 +140,7 @@ def replace_non_finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: object) -> None:
     """Writes strict JSON; numbers that are not finite become null."""
     write_bytes(path, (json.dumps(replace_non_finite(value), indent=2, allow_nan=False) + "\n").encode())
 

@@ -111,15 +111,13 @@ def initialize_output_bias(vae: VAE, x: Tensor) -> None:
 
     Source: Burda et al. 2016, arXiv 1509.00519, released code (output bias from the training pixels' means).
     """
-    decoder: Any = vae.likelihood
-    encoder: Any = vae.posterior
-    prior: Any = vae.prior
     with torch.no_grad():
-        decoder.net.output.bias.copy_(decoder.family.fit_marginals(x))
-        if isinstance(encoder.net, networks.Standardized):
-            encoder.net.fit_marginals(x)
-        if isinstance(prior, priors.VampPrior):
-            prior.start_from(x)
+        vae.likelihood.net.output.bias.copy_(vae.likelihood.family.fit_marginals(x))  # type: ignore[attr-defined]
+        net = getattr(vae.posterior, "net", None)
+        if isinstance(net, networks.Standardized):
+            net.fit_marginals(x)
+        if isinstance(vae.prior, priors.VampPrior):
+            vae.prior.start_from(x)
 
 
 def count_steps(options: Options, num_images: int) -> int:

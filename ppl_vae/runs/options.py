@@ -303,7 +303,7 @@ def compiling_pays(runs: int) -> bool:
     return runs >= _RUNS_THAT_PAY
 
 
-def model_options(config: Any) -> dict[str, Any]:
+def model_options(config: object) -> dict[str, Any]:
     """The options of a run's model and data in its ``config.json``, which a run that starts from it takes over.
 
     Raises:
@@ -320,7 +320,7 @@ def to_json(options: Options) -> dict[str, Any]:
     return json.loads(json.dumps(asdict(options)))
 
 
-def from_json(values: Any) -> Options:
+def from_json(values: object) -> Options:
     """The options that ``to_json`` wrote.
 
     Raises:
@@ -329,7 +329,7 @@ def from_json(values: Any) -> Options:
     return Options(**_check_names(values, {spec.name for spec in fields(Options)}))
 
 
-def _check_names(values: Any, known: set[str]) -> dict[str, Any]:
+def _check_names(values: object, known: set[str]) -> dict[str, Any]:
     """The values with tuples for lists. Raises ValueError unless they are an object of exactly these names."""
     if not isinstance(values, dict):
         raise ValueError(f"expected an object of options, got {type(values).__name__}")
@@ -359,7 +359,7 @@ def model_to_json(options: Options) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name in _EXPORTED}
 
 
-def model_from_json(values: Any) -> Options:
+def model_from_json(values: object) -> Options:
     """The options that ``model_to_json`` wrote, with defaults for those of training.
 
     Raises:

@@ -8,6 +8,7 @@ from typing import Any
 
 from ppl_vae import data
 from ppl_vae.parts import likelihoods
+from ppl_vae.protocols import Likelihood
 from ppl_vae.runs.build import build_likelihood, check_parts, is_autoencoder, resolve_parts
 from ppl_vae.runs.fit_arguments import check_objective, check_precision, count_steps, decide_compile, find_device
 from ppl_vae.runs.options import Options
@@ -139,7 +140,7 @@ def check_support(options: Options, seen: data.Splits) -> None:
             )
 
 
-def _check_kind(word: str, family: Any, seen: data.Splits) -> None:
+def _check_kind(word: str, family: Likelihood, seen: data.Splits) -> None:
     """Raises ValueError for data of another kind than the likelihood is made for."""
     if family.data_kind == data.LEVELS and seen.kind != data.LEVELS:
         raise ValueError(f"{word}: expected {data.LEVELS} (uint8, or pictures), got {seen.kind}; {_cure(seen, family)}")
@@ -147,7 +148,7 @@ def _check_kind(word: str, family: Any, seen: data.Splits) -> None:
         raise ValueError(f"{word}: expected {data.UNIT_INTERVAL}, got zeros and ones, which no density is of")
 
 
-def _cure(seen: data.Splits, family: Any) -> str:
+def _cure(seen: data.Splits, family: Likelihood) -> str:
     """What the user can do about data that does not fit the likelihood."""
     if family.data_kind == data.BINARY and seen.kind in (data.LEVELS, data.PROBABILITIES):
         return "another --binarization makes them so"

@@ -22,7 +22,7 @@ T = TypeVar("T")
 # --- To JSON and back ---
 
 
-def to_json(result: Any) -> Any:
+def to_json(result: object) -> Any:
     """The form of a result in a JSON file.
 
     A dataclass becomes an object with its fields as keys, a tuple or tensor a list, and an ``Estimate`` its mean and
@@ -42,7 +42,7 @@ def to_json(result: Any) -> Any:
     return [to_json(value) for value in result] if isinstance(result, list | tuple) else result
 
 
-def from_json(kind: type[T], values: Any) -> T:
+def from_json(kind: type[T], values: object) -> T:
     """A result from the object that ``to_json`` made of it.
 
     JSON has no NaN: a ``float`` that is null there becomes NaN. Unknown keys are ignored.

@@ -7,11 +7,11 @@ of ranks, and a checkpoint holds one state of the generator for all.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import Message
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -81,7 +81,9 @@ class SharedNoise(TorchFunctionMode):
             finally:
                 self.at = None
 
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, function: Callable[..., Tensor], types: object, args: tuple = (), kwargs: dict | None = None
+    ) -> Tensor:
         kwargs = dict(kwargs or {})
         name = getattr(function, "__name__", "")
         if name not in _RANDOM or not _draws(name, args, kwargs):
@@ -137,16 +139,16 @@ class _Sites(Messenger):
         super().__init__()
         self.noise = noise
 
-    def _process_message(self, msg: Any) -> None:
+    def _process_message(self, msg: Message) -> None:
         event_dim = getattr(msg["fn"], "event_dim", None)
         if msg["type"] == "sample" and not msg["is_observed"] and event_dim is not None:
             self.noise.at = -(event_dim + 1)
 
-    def _postprocess_message(self, msg: Any) -> None:
+    def _postprocess_message(self, msg: Message) -> None:
         self.noise.at = None
 
 
-def _draws(name: str, args: Any, kwargs: Any) -> bool:
+def _draws(name: str, args: tuple, kwargs: dict) -> bool:
     """Whether a function of that name draws noise with these arguments; dropout draws in training only."""
     if name in _DROPOUT:
         return bool(kwargs.get("training", kwargs.get("train", args[2] if len(args) > 2 else True)))
@@ -155,7 +157,7 @@ def _draws(name: str, args: Any, kwargs: Any) -> bool:
     return True
 
 
-def _size(args: Any, kwargs: dict[str, Any]) -> Sequence[int]:
+def _size(args: tuple, kwargs: dict) -> Sequence[int]:
     """The shape in torch.rand(2, 3), torch.rand((2, 3)) and torch.rand(size=(2, 3))."""
     size = kwargs.pop("size", args)
     return size[0] if len(size) == 1 and not isinstance(size[0], int) else size

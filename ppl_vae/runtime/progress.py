@@ -7,7 +7,6 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
-from typing import Any
 
 from tqdm import tqdm
 
@@ -20,11 +19,11 @@ def has_terminal() -> bool:
     return sys.stderr is not None and sys.stderr.isatty()
 
 
-def progress_bar(**options: Any) -> Any:
+def progress_bar(**options: object) -> tqdm:
     """tqdm's bar; without a terminal one line per minute, and none for shorter work."""
     if has_terminal():
         return tqdm(**options)
-    seconds: dict[str, Any] = dict.fromkeys(("mininterval", "maxinterval", "delay"), _SECONDS_BETWEEN_LINES)
+    seconds: dict[str, object] = dict.fromkeys(("mininterval", "maxinterval", "delay"), _SECONDS_BETWEEN_LINES)
     return tqdm(**(options | seconds | {"file": _Lines(), "bar_format": _LINE}))
 
 
@@ -69,10 +68,10 @@ class Progress:
         count: How much is done.
     """
 
-    def __init__(self, *, initial: int = 0, **options: Any) -> None:
+    def __init__(self, *, initial: int = 0, **options: object) -> None:
         self.count = initial
         self._options = options
-        self._bar: Any = None
+        self._bar: tqdm | None = None
         self._shown = ExitStack()
 
     def __enter__(self) -> Progress:
@@ -104,6 +103,7 @@ class Progress:
         """Add what was done since the last call."""
         if self._bar is None:
             self.show_bar()
+        assert self._bar is not None
         self._bar.update(count)
         self.count += count
 

@@ -124,15 +124,18 @@ def agree(value: bool) -> bool:
     return bool(votes > 0)
 
 
-def broadcast(value: Any) -> Any:
+def broadcast(value: Result) -> Result:
     """Return rank 0's value on every rank, by way of JSON; the values of the others are ignored.
 
     If rank 0 ends before this call, the others raise ConnectionError.
     """
-    return value if num_ranks() == 1 else gather_objects(value if rank() == 0 else None)[0]
+    if num_ranks() == 1:
+        return value
+    found: list[Any] = gather_objects(value if rank() == 0 else None)
+    return found[0]
 
 
-def gather_objects(value: Any) -> list[Any]:
+def gather_objects(value: Result) -> list[Result]:
     """Return the values of all ranks, in order of rank, on every rank, by way of JSON."""
     if num_ranks() == 1:
         return [value]
@@ -224,7 +227,7 @@ def mean_over_batch(mean: Tensor) -> Tensor:
     Outside of ``use_share``, the mean itself, detached.
 
     Args:
-        mean: Any shape.
+        mean: Of any shape.
 
     Raises:
         CannotCapture: There are several ranks, and a graph is being captured, which cannot wait for other processes.

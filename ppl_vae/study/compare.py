@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pyro
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from ppl_vae import diagnostics, runs
+from ppl_vae.conditional import Conditional
 from ppl_vae.diagnostics.noise import NoiseSpectrum, measure_noise
 from ppl_vae.evidence.estimate import Estimate, ratio_of_means
 from ppl_vae.evidence.moments import decode_mean, encode, sample_posterior
@@ -292,7 +292,8 @@ def measure_scale_gradient(vae: VAE, x: Tensor, scale_map: str, largest: float) 
 
     x: (N, *E), as the model sees them.
     """
-    encoder: Any = vae.posterior
+    encoder = vae.posterior
+    assert isinstance(encoder, Conditional)
     with torch.no_grad():
         loc, feature = encoder.net(x).chunk(2, dim=-1)
     feature = (feature * largest / feature.abs().max()).requires_grad_()

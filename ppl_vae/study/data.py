@@ -6,11 +6,12 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 
 from ppl_vae import data
 from ppl_vae.runs.options import Options
@@ -120,7 +121,7 @@ class StudyData:
         rest = [i for i in range(len(self.index)) if i not in first]
         return torch.tensor([*first, *rest][:NUM_SHOWN])
 
-    def draw_prior(self, prior: Any) -> Tensor:
+    def draw_prior(self, prior: Distribution) -> Tensor:
         """(N, L) draws of p(z), the same for every run with such a prior."""
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(_PRIOR_SEED)

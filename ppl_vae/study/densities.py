@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import copy
 import warnings
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributions import AffineTransform, Categorical, MixtureSameFamily, MultivariateNormal
+from torch.distributions import AffineTransform, Categorical, Distribution, MixtureSameFamily, MultivariateNormal
 from torch.distributions import TransformedDistribution as Transformed
 
 from ppl_vae.evidence.estimate import Estimate
@@ -37,7 +37,7 @@ class FittedDensity(NamedTuple):
         num_components: K of a mixture.
     """
 
-    distribution: Any
+    distribution: Distribution
     log_density: Estimate
     num_components: int | None = None
 
@@ -110,7 +110,7 @@ def _fit_mixture(u: Tensor, validation: Tensor) -> tuple[MixtureSameFamily, int]
 
 
 @torch.enable_grad()
-def _fit_flow(u: Tensor, validation: Tensor) -> Any:
+def _fit_flow(u: Tensor, validation: Tensor) -> Distribution:
     """Affine couplings from N(0, I), by Adam with a cosine schedule; the epoch of the best validation density."""
     prior = coupling_flow_prior(u.shape[1], coupling=affine_coupling, num_layers=_COUPLINGS, hidden=_HIDDEN)
     optimizer = torch.optim.Adam(prior.parameters(), lr=_LEARNING_RATE)

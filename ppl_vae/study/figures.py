@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 import matplotlib
 import numpy as np
 from cycler import cycler
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from PIL import Image
@@ -96,7 +97,7 @@ def _make_panels(columns: int, rows: int = 1, *, height: float = _HEIGHT, width:
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def _plain(value: float, _: Any = None) -> str:
+def _plain(value: float, _: object = None) -> str:
     return f"{value:g}"
 
 
@@ -112,7 +113,7 @@ def _stderr(value: Value) -> float:
 
 
 def _draw_curve(
-    axes: Any,
+    axes: Axes,
     x: Sequence[float],
     values: Sequence[Value],
     *,
@@ -130,7 +131,7 @@ def _draw_curve(
     axes.plot([], [], marker="o", color=color, markersize=4.5, linewidth=1.4, linestyle=style, label=label)
 
 
-def _set_beta_axis(axes: Any) -> None:
+def _set_beta_axis(axes: Axes) -> None:
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(FuncFormatter(_plain))
     axes.set_xlabel("beta")
@@ -180,7 +181,9 @@ def draw_rate_distortion(study: StudyNumbers) -> Figure | None:
     return figure
 
 
-def _label_points(axes: Any, labels: Sequence[float], x: Any, y: Any, rate: Any, distortion: Any) -> None:
+def _label_points(
+    axes: Axes, labels: Sequence[float], x: np.ndarray, y: np.ndarray, rate: np.ndarray, distortion: np.ndarray
+) -> None:
     """Writes each beta next to its point, except those that would cover the last one written. x, y: from 0 to 1."""
     last: tuple[float, float] | None = None
     for k, label in enumerate(labels):
@@ -309,7 +312,7 @@ def draw_aggregate(study: StudyNumbers) -> Figure | None:
 # --- Bars ---
 
 
-def _draw_bars(axes: Any, title: str, bars: dict[str, Value], mark: tuple[str, Value]) -> None:
+def _draw_bars(axes: Axes, title: str, bars: dict[str, Value], mark: tuple[str, Value]) -> None:
     """Bars with their errors, and a dashed line across."""
     means, places = [_mean(value) for value in bars.values()], range(len(bars))
     colors, stderr = [_color(place) for place in places], [_stderr(value) for value in bars.values()]

@@ -100,7 +100,7 @@ class Planned:
     num_codes: int = 0
 
 
-def base(size: Size, dataset: str, **changed: Any) -> Options:
+def base(size: Size, dataset: str, **changed: object) -> Options:
     """The plain VAE from which every run differs in one thing: gated, 40 latents, dynamic binarization."""
     common = PLAIN | {
         "dataset": dataset,

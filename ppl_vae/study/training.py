@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pyro
+from pyro.poutine.runtime import Message
 from pyro.poutine.scale_messenger import ScaleMessenger
 from torch import Tensor
 
@@ -16,6 +17,7 @@ from ppl_vae import data, runs
 from ppl_vae.commands.evaluate import write_evaluation
 from ppl_vae.commands.options import Evaluate
 from ppl_vae.commands.train import QUICK_EVALUATION_SEED, resume_run, train_run
+from ppl_vae.protocols import StochasticFunction
 from ppl_vae.runs.build import build_vae
 from ppl_vae.runs.evaluations import is_evaluated
 from ppl_vae.runs.fit_arguments import fit_arguments, initialize_output_bias
@@ -39,7 +41,7 @@ class MeanOverPixels(ScaleMessenger):
     def __init__(self, num_pixels: int) -> None:
         super().__init__(1 / num_pixels)
 
-    def _process_message(self, msg: Any) -> None:
+    def _process_message(self, msg: Message) -> None:
         if msg["type"] == "sample" and msg["is_observed"]:
             super()._process_message(msg)
 
@@ -47,7 +49,7 @@ class MeanOverPixels(ScaleMessenger):
 def average_over_pixels(objective: Callable[..., Tensor], num_pixels: int) -> Callable[..., Tensor]:
     """The objective of a model whose pixels are averaged."""
 
-    def averaged(model: Any, guide: Any, x: Tensor, *, beta: float | Tensor) -> Tensor:
+    def averaged(model: StochasticFunction, guide: StochasticFunction, x: Tensor, *, beta: float | Tensor) -> Tensor:
         return objective(MeanOverPixels(num_pixels)(model), guide, x, beta=beta)
 
     return averaged

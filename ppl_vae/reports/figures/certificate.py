@@ -7,6 +7,7 @@ from textwrap import fill
 from typing import Any, NamedTuple
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
@@ -55,7 +56,7 @@ def agreement(
     return figure
 
 
-def _scatter(axes: Any, first: Array, second: Array, flagged: Array) -> None:
+def _scatter(axes: Axes, first: Array, second: Array, flagged: Array) -> None:
     for chosen, color, words in ((~flagged, "tab:blue", None), (flagged, "tab:red", "unreliable")):
         if chosen.any():
             axes.scatter(first[chosen], second[chosen], s=9, alpha=0.7, linewidths=0, color=color, label=words)
@@ -67,7 +68,7 @@ def _scatter(axes: Any, first: Array, second: Array, flagged: Array) -> None:
         axes.legend(fontsize=8, loc="upper left")
 
 
-def _differences(axes: Any, difference: Array, margin: float) -> None:
+def _differences(axes: Axes, difference: Array, margin: float) -> None:
     axes.hist(difference, bins="auto" if len(difference) < 300 else 60, color="tab:blue", alpha=0.6)
     axes.axvline(0, color="black", linewidth=0.8)
     axes.axvspan(-margin, margin, color="0.5", alpha=0.12, linewidth=0, label=f"within {margin:g} nats")
@@ -249,7 +250,7 @@ def calibration_ranks(
     return figure
 
 
-def _rank_histogram(axes: Any, histogram: RankHistogram, shares: Array) -> None:
+def _rank_histogram(axes: Axes, histogram: RankHistogram, shares: Array) -> None:
     total = histogram.counts.sum()
     left = np.concatenate([[0], shares.cumsum()[:-1]])
     axes.bar(left, histogram.counts / (total * shares), width=shares, align="edge", color="tab:blue", alpha=0.7)

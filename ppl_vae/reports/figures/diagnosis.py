@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
@@ -188,6 +189,6 @@ def _or_none(stderr: float) -> float | None:
     return None if np.isnan(stderr) else stderr
 
 
-def _colored_bars(axes: Any, rank: Array, heights: Array, stderr: Array | None, active: Array) -> None:
+def _colored_bars(axes: Axes, rank: Array, heights: Array, stderr: Array | None, active: Array) -> None:
     colors = ["tab:blue" if one else "0.7" for one in active]
     axes.bar(rank, heights, yerr=None if stderr is None else np.nan_to_num(stderr), color=colors, ecolor="0.3")

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
@@ -78,7 +79,7 @@ def image_plane(
     return figure
 
 
-def show_tiles(axes: Any, table: Images) -> None:
+def show_tiles(axes: Axes, table: Images) -> None:
     """Draws images (rows, columns, C, H, W) into axes, the image of row i and column j around (j + 0.5, i + 0.5).
 
     A NaN is drawn white: where a table has no image.

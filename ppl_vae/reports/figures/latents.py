@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Ellipse
@@ -77,7 +78,7 @@ def latent_plane(
     return figure
 
 
-def _reach_of_circles(axes: Any, points: Array, prior: Scales) -> float:
+def _reach_of_circles(axes: Axes, points: Array, prior: Scales) -> float:
     """Draws circles at 1, 2 and 3 scales, and returns how far the axes reach from their middle."""
     center = (prior.mean[0], prior.mean[1])
     for radius in (1, 2, 3):
@@ -168,7 +169,7 @@ def _group_by_class(
     return parts
 
 
-def _legend(axes: Any, classes: Array | None) -> None:
+def _legend(axes: Axes, classes: Array | None) -> None:
     """Adds a legend next to the axes. With too many classes a single entry counts them."""
     handles, _ = axes.get_legend_handles_labels()
     count = 0 if classes is None else len(np.unique(classes))

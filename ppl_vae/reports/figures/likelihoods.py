@@ -8,6 +8,7 @@ from textwrap import fill
 from typing import Any, NamedTuple
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
@@ -132,7 +133,7 @@ def paired_bounds(pairs: Sequence[PairShown], *, bound: str, title: str) -> Figu
     return figure
 
 
-def _draw_scatter(axes: Any, pair: PairShown, bound: str) -> None:
+def _draw_scatter(axes: Axes, pair: PairShown, bound: str) -> None:
     faint = 0.8 if len(pair.first) < 300 else 0.25
     axes.scatter(pair.first, pair.second, s=6, alpha=faint, linewidths=0, color="tab:blue")
     axes.axline((pair.first[0], pair.first[0]), slope=1, color="black", linewidth=0.8)
@@ -150,7 +151,7 @@ def _draw_scatter(axes: Any, pair: PairShown, bound: str) -> None:
     )
 
 
-def _draw_differences(axes: Any, pair: PairShown) -> None:
+def _draw_differences(axes: Axes, pair: PairShown) -> None:
     """The middle 99% of many differences: a few images far out would squeeze the others into one bar."""
     few = len(pair.difference) < 300
     low, high = np.quantile(pair.difference, [0, 1] if few else [0.005, 0.995])

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -37,7 +37,7 @@ def training_curves(metrics: Records, *, title: str, autoencoder: bool = False) 
     return _finished(figure, panels, metrics, title)
 
 
-def _finished(figure: Figure, panels: Any, metrics: Records, title: str) -> Figure:
+def _finished(figure: Figure, panels: Sequence[Axes], metrics: Records, title: str) -> Figure:
     """Adds axes of whole epochs, legends and the title."""
     for axes in panels:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
@@ -49,7 +49,7 @@ def _finished(figure: Figure, panels: Any, metrics: Records, title: str) -> Figu
     return figure
 
 
-def _bounds(axes: Any, metrics: Records, *, validated: bool, marker: str) -> None:
+def _bounds(axes: Axes, metrics: Records, *, validated: bool, marker: str) -> None:
     epochs = [record["epoch"] for record in metrics]
     annealed = any(record["beta"] != 1 for record in metrics)
     several = {record.get("validation_particles", 1) for record in metrics} - {1}
@@ -65,7 +65,7 @@ def _bounds(axes: Any, metrics: Records, *, validated: bool, marker: str) -> Non
     _limited(axes, metrics, curves)
 
 
-def _reconstructions(axes: Any, metrics: Records, *, marker: str) -> None:
+def _reconstructions(axes: Axes, metrics: Records, *, marker: str) -> None:
     """Draws log p(x | z(x)) of the training images, and of the validation images if there are any."""
     epochs, key = [record["epoch"] for record in metrics], "validation_reconstruction_nats_per_image"
     curves = [[-record["train_loss_nats_per_image"] for record in metrics]]
@@ -76,21 +76,21 @@ def _reconstructions(axes: Any, metrics: Records, *, marker: str) -> None:
     _limited(axes, metrics, curves)
 
 
-def _validation(axes: Any, epochs: list[float], curve: list[float], *, label: str, marker: str) -> None:
+def _validation(axes: Axes, epochs: list[float], curve: list[float], *, label: str, marker: str) -> None:
     """Draws the curve, and its highest point."""
     axes.plot(epochs, curve, label=label, color="tab:blue", marker=marker)
     best, epoch = max(zip(curve, epochs, strict=True), key=lambda pair: pair[0])
     axes.plot(epoch, best, "o", color="tab:blue", label="best, kept")
 
 
-def _limited(axes: Any, metrics: Records, curves: list[list[float]]) -> None:
+def _limited(axes: Axes, metrics: Records, curves: list[list[float]]) -> None:
     if len(metrics) > 5:  # the first epochs would squeeze everything that matters into a line
         shown = [value for curve in curves for value in curve[len(metrics) // 5 :]]
         axes.set_ylim(bottom=min(shown) - 0.3 * (max(shown) - min(shown)))
     axes.set_ylabel("nats an image")
 
 
-def _terms(axes: Any, metrics: Records, *, marker: str) -> None:
+def _terms(axes: Axes, metrics: Records, *, marker: str) -> None:
     epochs = [record["epoch"] for record in metrics]
     reconstruction = [-record["validation_reconstruction_nats_per_image"] for record in metrics]
     axes.plot(epochs, reconstruction, label="-E_q[log p(x | z)]", marker=marker)

@@ -72,7 +72,7 @@ class DecoderWeights:
         return self.layers[0].weight.shape[1]
 
 
-def _link_in_units(family: Any) -> Link:
+def _link_in_units(family: likelihoods.Normal) -> Link:
     return Link("identity", gain=float(family.unit))
 
 

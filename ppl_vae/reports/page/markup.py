@@ -7,7 +7,6 @@ import html
 import json
 import re
 from numbers import Integral
-from typing import Any
 
 _MARKS = re.compile(r"`([^`]+)`|\*\*(.+?)\*\*|\[([^\]]+)\]\(#([\w-]+)\)")
 _NUMBER = re.compile(r"\s*[<>≤≥≈~]?\s*[-+−]?[\d.][\d.,eE+−–\- ±()\[\]×^%/]*[a-zA-Z%]{0,5}\s*")
@@ -51,7 +50,7 @@ def slug(words: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-") or "section"
 
 
-def cell(value: Any) -> str:
+def cell(value: str | float | None) -> str:
     """A table's cell: numbers to four digits, whole and large ones in full, with a true minus."""
     if value is None:
         return _NOTHING
@@ -61,7 +60,7 @@ def cell(value: Any) -> str:
     return (f"{value:,.0f}" if in_full else f"{value:.4g}").replace("-", "−")
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: object) -> bool:
     """Whether a cell is one, also as text such as "-86.1 ± 0.2"; an empty cell may stand among them."""
     return value in (None, "", _NOTHING) or not isinstance(value, str) or _NUMBER.fullmatch(value) is not None
 
@@ -71,6 +70,6 @@ def png_address(png: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}"
 
 
-def json_script(value: Any) -> str:
+def json_script(value: object) -> str:
     """JSON for a script element, without a "<" that could close it."""
     return json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from ppl_vae.reports.page.blocks import (
     Block,
@@ -136,7 +137,7 @@ def _slider(block: Slider, number: int) -> str:
     )
 
 
-def _base64(array: Any, kind: str) -> str:
+def _base64(array: ArrayLike, kind: str) -> str:
     return base64.b64encode(np.ascontiguousarray(array, dtype=kind).tobytes()).decode("ascii")
 
 

@@ -1,12 +1,14 @@
 """Networks: tensors to tensors, with any leading dimensions (particles, batch) before the event.
 
-Each ends in a layer ``output`` with a ``bias`` of one number per feature, from which training sets where it starts.
+Each has a last layer ``output``, whose ``bias`` holds one number per feature; training starts by setting it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -17,12 +19,12 @@ from ppl_vae.runtime.numerics import location_and_spread
 
 
 def start_wide(net: nn.Module) -> None:
-    """W ~ N(0, 1 / fan-in), b = 0, of every linear layer but the last: three times the variance of torch's own start.
+    """W ~ N(0, 1 / fan-in) and b = 0 in every linear layer but the last: three times the variance of torch's default.
 
-    Signals then shrink less from layer to layer; of rectified and gated layers they still do.
+    Signals then shrink less from layer to layer. Rectified signals would keep their size with twice this variance
+    (He et al. 2015, arXiv 1502.01852, equation 10).
 
-    Reference: LeCun et al. 1998, Efficient BackProp, section 4.6. What keeps the size of rectified signals is twice
-    that variance: He et al. 2015, arXiv 1502.01852, equation 10.
+    Reference: LeCun et al. 1998, Efficient BackProp, section 4.6.
     """
     for name, layer in net.named_modules():
         if isinstance(layer, nn.Linear) and name.rpartition(".")[2] != "output":
@@ -32,7 +34,7 @@ def start_wide(net: nn.Module) -> None:
 
 
 def _leading(x: Tensor, event_shape: tuple[int, ...]) -> torch.Size:
-    """The dimensions before the event; raises where the trailing dimensions are not E."""
+    """The dimensions before the event. Raises ShapeError unless x is (..., *E)."""
     leading = x.dim() - len(event_shape)
     if leading < 0 or tuple(x.shape[leading:]) != event_shape:
         raise ShapeError(
@@ -41,20 +43,14 @@ def _leading(x: Tensor, event_shape: tuple[int, ...]) -> torch.Size:
     return x.shape[:leading]
 
 
-def _flatten_event(x: Tensor, event_shape: tuple[int, ...]) -> Tensor:
-    """(..., *E) -> (..., prod(E))."""
-    return x.reshape(*_leading(x, event_shape), math.prod(event_shape))
-
-
 class Standardized(nn.Module):
-    """h = net((x - loc) / scale): a network that sees its input in the unit of the data, whatever that is.
+    """h = net((x - loc) / scale): a network whose input does not depend on the unit of the data.
+
+    The buffers ``loc`` (*E) and ``scale`` () are 0 and 1 until ``fit_marginals`` sets them.
 
     Args:
         net: (..., *E) -> (..., F).
         event_shape: E.
-
-    ``loc`` (*E) and ``scale`` () are buffers, 0 and 1 until ``fit_marginals(x)`` sets them to the pixels' means and the
-    root of the mean squared deviation from them.
     """
 
     loc: Tensor
@@ -67,7 +63,7 @@ class Standardized(nn.Module):
         self.register_buffer("scale", torch.ones(()))
 
     def fit_marginals(self, x: Tensor) -> None:
-        """Takes location and scale from images x, (N, *E). Constant images keep the scale."""
+        """Set loc to the mean image of x (N, *E), and scale to the standard deviation of all pixels if it is not 0."""
         loc, scale = location_and_spread(x)
         self.loc.copy_(loc)
         if scale > 0:
@@ -78,19 +74,35 @@ class Standardized(nn.Module):
         return self.net((x - self.loc) / self.scale)
 
 
-class MLP(nn.Module):
+class _Dense(nn.Module):
+    """Hidden layers, each made by layer(width_in, width_out), then an affine ``output``: abstract."""
+
+    def __init__(
+        self, event_shape: Widths, num_features: int, hidden: Widths, layer: Callable[[int, int], list[nn.Module]]
+    ) -> None:
+        super().__init__()
+        self.event_shape = check_widths("event_shape", event_shape)
+        widths = [math.prod(self.event_shape), *check_widths("hidden", hidden)]
+        self.layers = nn.Sequential(*(part for pair in pairwise(widths) for part in layer(*pair)))
+        self.output = nn.Linear(widths[-1], num_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., *E) -> (..., num_features)."""
+        flat = x.reshape(*_leading(x, self.event_shape), math.prod(self.event_shape))
+        return self.output(self.layers(flat))
+
+
+class MLP(_Dense):
     """h = W_n a(... a(W_1 x + b_1)) + b_n: a multilayer perceptron over the flattened event.
 
     Args:
-        event_shape: the input's event shape E; a number stands for a vector of that length.
-        num_features: the length of the output.
-        hidden: the widths of the hidden layers, one number for one layer; empty for an affine map.
+        event_shape: The input's event shape E, or the length of a vector.
+        num_features: The length of the output.
+        hidden: The widths of the hidden layers, or the width of the only one; () for an affine map.
         activation: a, applied after every hidden layer.
 
-    ``forward`` takes (..., *E) and returns (..., num_features). The last layer is ``output``.
-
     Raises:
-        ValueError: where the input's trailing shape is not E.
+        ValueError: The input is not (..., *E).
     """
 
     def __init__(
@@ -101,45 +113,25 @@ class MLP(nn.Module):
         hidden: Widths,
         activation: type[nn.Module] = nn.ReLU,
     ) -> None:
-        super().__init__()
-        self.event_shape = check_widths("event_shape", event_shape)
-        widths = [math.prod(self.event_shape), *check_widths("hidden", hidden)]
-        layers: list[nn.Module] = []
-        for width_in, width_out in pairwise(widths):
-            layers += [nn.Linear(width_in, width_out), activation()]
-        self.layers = nn.Sequential(*layers)
-        self.output = nn.Linear(widths[-1], num_features)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.output(self.layers(_flatten_event(x, self.event_shape)))
+        super().__init__(event_shape, num_features, hidden, lambda F, G: [nn.Linear(F, G), activation()])
 
 
-class GatedMLP(nn.Module):
-    """A multilayer perceptron whose hidden layers are (W x + b) * sigmoid(V x + c).
+class GatedMLP(_Dense):
+    """A multilayer perceptron with hidden layers (W x + b) * sigmoid(V x + c), computed by one matrix product each.
 
-    The sigmoid is a gate: it lets a unit be switched off by the input while the other factor stays linear, so that
-    gradients pass. Both factors are one matrix product. Arguments and shapes as ``MLP``.
+    The sigmoid can switch a unit off, while the other factor stays linear, so that gradients pass. Arguments, shapes
+    and errors as ``MLP``.
 
     Reference: Dauphin et al. 2017, arXiv 1612.08083, equation 1; used for VAEs by Tomczak and Welling 2018, 1705.07120.
     """
 
     def __init__(self, event_shape: Widths, num_features: int, *, hidden: Widths) -> None:
-        super().__init__()
-        self.event_shape = check_widths("event_shape", event_shape)
-        widths = [math.prod(self.event_shape), *check_widths("hidden", hidden)]
-        layers: list[nn.Module] = []
-        for width_in, width_out in pairwise(widths):
-            layers += [nn.Linear(width_in, 2 * width_out), nn.GLU(dim=-1)]
-        self.layers = nn.Sequential(*layers)
-        self.output = nn.Linear(widths[-1], num_features)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.output(self.layers(_flatten_event(x, self.event_shape)))
+        super().__init__(event_shape, num_features, hidden, lambda F, G: [nn.Linear(F, 2 * G), nn.GLU(dim=-1)])
 
 
 # --- Convolutions ---
 
-_KERNEL, _PADDING = 5, 2  # with stride 2 every size becomes half of itself, rounded up
+_KERNEL, _PADDING = 5, 2  # with stride 2 they halve every size, rounded up
 
 
 def _image_shape(event_shape: Sequence[int]) -> tuple[int, int, int]:
@@ -151,7 +143,7 @@ def _image_shape(event_shape: Sequence[int]) -> tuple[int, int, int]:
 
 
 def _sizes(height: int, width: int, num_stages: int) -> list[tuple[int, int]]:
-    """The size of the image before the first stage and after each: every stage halves it, rounded up."""
+    """(height, width) before the first stage and after each, which halves them, rounded up."""
     sizes = [(height, width)]
     for _ in range(num_stages):
         sizes.append(((sizes[-1][0] + 1) // 2, (sizes[-1][1] + 1) // 2))
@@ -159,8 +151,8 @@ def _sizes(height: int, width: int, num_stages: int) -> list[tuple[int, int]]:
 
 
 def _up(width_in: int, width_out: int, *, size: tuple[int, int], bias: bool = True) -> nn.ConvTranspose2d:
-    """The transposed convolution of a stage of the encoder: to images of ``size`` from those of half of it."""
-    odd = (size[0] % 2, size[1] % 2)  # a size n comes from ceil(n / 2), which gives 2 ceil(n / 2) - 1 without padding
+    """A transposed convolution from images of half the size, rounded up, to images of ``size``."""
+    odd = (size[0] % 2, size[1] % 2)  # without output padding, ceil(n / 2) becomes 2 ceil(n / 2) - 1
     return nn.ConvTranspose2d(
         width_in,
         width_out,
@@ -173,17 +165,18 @@ def _up(width_in: int, width_out: int, *, size: tuple[int, int], bias: bool = Tr
 
 
 def _channels_last(x: Tensor) -> Tensor:
-    """Lays images out with the channels innermost, as convolutions on CPUs are fastest, and returns the same numbers.
+    """The same images with channels innermost in memory, for which convolutions on CPUs are fastest.
 
-    Weights keep torch's own layout: of others ``pyro.module`` makes copies, which plain SVI then trains in their place.
+    Weights keep torch's layout: ``pyro.module`` would copy others, and plain SVI would train the copies.
     """
     return x.contiguous(memory_format=torch.channels_last)
 
 
 class ResidualBlock(nn.Module):
-    """x + W_2 * a(W_1 * a(x)): two 3x3 convolutions beside an identity; gated: x + u sigmoid(v), (u, v) = W_2 * ...
+    """x + W_2 * a(W_1 * a(x)), with 3x3 convolutions W; gated: x + u sigmoid(v), (u, v) = W_2 * a(W_1 * a(x)).
 
-    Without normalization: statistics of a batch would let images see each other. (..., width, H, W) to the same.
+    (N, width, H, W) -> the same shape. There is no normalization: with statistics of a batch, an image's features would
+    depend on the other images.
 
     Reference: He et al. 2016, arXiv 1603.05027, equation 4 (pre-activation); the gate as in ``GatedMLP``.
     """
@@ -203,24 +196,22 @@ class ResidualBlock(nn.Module):
 
 
 class ConvEncoder(nn.Module):
-    """h = MLP(a(W_n * ... a(W_1 * x))): stages of 5x5 convolutions that halve the image, then a dense network.
+    """h = MLP(a(W_n * ... a(W_1 * x))): stages of 5x5 convolutions of stride 2, then a dense network.
 
-    Every stage halves height and width (rounded up: any size will do, also odd and non-square) and gives its number of
-    channels; after it come ``num_blocks`` residual blocks. Widening the channels while the image shrinks keeps the work
-    of the stages alike; 28x28 in two stages becomes 7x7. The dense network sees all that is left, position by position.
+    A stage halves height and width, rounded up, and ends with ``num_blocks`` residual blocks. The dense network takes
+    all channels of all remaining positions.
 
     Args:
         event_shape: (C, H, W).
-        num_features: the length of the output.
-        channels: of each stage.
-        hidden: widths of the dense hidden layers.
-        gated: every stage and hidden layer is u * sigmoid(v) (see ``GatedMLP``); else SiLU and ReLU follow them.
-        num_blocks: residual blocks per stage.
-
-    ``forward`` takes (..., C, H, W) and returns (..., num_features).
+        num_features: The length of the output.
+        channels: The number of channels of each stage.
+        hidden: The widths of the dense hidden layers.
+        gated: Whether stages and hidden layers are u * sigmoid(v), as in ``GatedMLP``; otherwise SiLU follows a stage,
+            and ReLU a hidden layer.
+        num_blocks: The number of residual blocks per stage.
 
     Raises:
-        ValueError: where the event shape is no image's, or the input's trailing shape is another.
+        ValueError: The event shape is not (C, H, W), or the input is not (..., C, H, W).
     """
 
     def __init__(
@@ -254,16 +245,16 @@ class ConvEncoder(nn.Module):
         return self.dense.output
 
     def forward(self, x: Tensor) -> Tensor:
+        """(..., C, H, W) -> (..., num_features)."""
         leading = _leading(x, self.event_shape)
         h = self.dense(self.stages(_channels_last(x.reshape(-1, *self.event_shape))))
         return h.reshape(*leading, h.shape[-1])
 
 
 class PixelOutput(nn.Module):
-    """h = W * x + b: a transposed convolution to planes of pixels, flattened, with a bias for every pixel.
+    """h = W * x + b: a transposed convolution to planes of pixels, flattened, with a bias b for every pixel.
 
-    A convolution's own bias is the same everywhere; one of each pixel can hold the pixels' marginals, from which
-    training starts.
+    Training can then start from the marginal distribution of every pixel.
     """
 
     def __init__(self, width_in: int, planes: int, *, size: tuple[int, int]) -> None:
@@ -277,24 +268,21 @@ class PixelOutput(nn.Module):
 
 
 class ConvDecoder(nn.Module):
-    """The mirror of ``ConvEncoder``: a dense network, then stages of transposed convolutions that double the image.
+    """The mirror of ``ConvEncoder``: a dense network, then stages of transposed convolutions of stride 2.
 
-    The last stage gives planes of features, num_features / (H W) of them: for one feature per pixel, the planes are the
-    image's channels; likelihoods with k features per pixel get k times as many, feature by feature.
+    The features are num_features / (H W) planes of pixels: the C channels of the first feature, then of the second.
 
     Args:
         latent_dim: L, the length of the input.
-        event_shape: (C, H, W), of the image that is decoded.
-        num_features: a multiple of H W.
-        channels: of the stages, in the encoder's order.
-        hidden: widths of the dense hidden layers, in this network's order.
-        gated: as ``ConvEncoder``.
-        num_blocks: as ``ConvEncoder``.
-
-    ``forward`` takes (..., L) and returns (..., num_features), planes before pixels.
+        event_shape: (C, H, W), the shape of the decoded image.
+        num_features: A multiple of H W.
+        channels: The number of channels of each stage of the encoder, in its order.
+        hidden: The widths of the dense hidden layers, in this network's order.
+        gated, num_blocks: As in ``ConvEncoder``.
 
     Raises:
-        ValueError: where the event shape is no image's, features are no planes of it, or the input is not (..., L).
+        ValueError: The event shape is not (C, H, W), ``num_features`` is no multiple of H W, there is no stage, or the
+            input is not (..., L).
     """
 
     def __init__(
@@ -331,7 +319,62 @@ class ConvDecoder(nn.Module):
         self.output = PixelOutput(widths[-1], num_features // (height * width), size=(height, width))
 
     def forward(self, z: Tensor) -> Tensor:
+        """(..., L) -> (..., num_features)."""
         leading = _leading(z, self.event_shape)
         small = _channels_last(self.dense(z.reshape(-1, *self.event_shape)).reshape(-1, *self.small))
         h = self.output(self.stages(small))
         return h.reshape(*leading, h.shape[-1])
+
+
+# --- Encoder and decoder ---
+
+
+@dataclass(frozen=True)
+class NetworkPair:
+    """An encoder and its decoder: what a word of ``--network`` names.
+
+    Args:
+        dense: ``MLP`` or ``GatedMLP``, which is also the network between layers of latents.
+        num_blocks: The residual blocks per stage of convolutions; None for a dense pair, which ignores channels.
+    """
+
+    dense: Callable[..., nn.Module]
+    num_blocks: int | None = None
+
+    def encoder(
+        self, event_shape: Sequence[int], num_features: int, *, channels: Widths, hidden: Sequence[int]
+    ) -> nn.Module:
+        """A network (..., *E) -> (..., num_features)."""
+        if self.num_blocks is None:
+            return self.dense(event_shape, num_features, hidden=hidden)
+        gated = self.dense is GatedMLP
+        return ConvEncoder(
+            event_shape, num_features, channels=channels, hidden=hidden, gated=gated, num_blocks=self.num_blocks
+        )
+
+    def decoder(
+        self, latent_dim: int, event_shape: Sequence[int], num_features: int, *, channels: Widths, hidden: Sequence[int]
+    ) -> nn.Module:
+        """A network (..., L) -> (..., num_features); channels and hidden widths in the encoder's order."""
+        hidden = hidden[::-1]
+        if self.num_blocks is None:
+            return self.dense(latent_dim, num_features, hidden=hidden)
+        gated = self.dense is GatedMLP
+        return ConvDecoder(
+            latent_dim,
+            event_shape,
+            num_features,
+            channels=channels,
+            hidden=hidden,
+            gated=gated,
+            num_blocks=self.num_blocks,
+        )
+
+
+DENSE = NetworkPair(MLP)
+DENSE_TANH = NetworkPair(partial(MLP, activation=nn.Tanh))
+DENSE_GATED = NetworkPair(GatedMLP)
+CONV = NetworkPair(MLP, num_blocks=0)
+CONV_GATED = NetworkPair(GatedMLP, num_blocks=0)
+RESIDUAL = NetworkPair(MLP, num_blocks=1)
+RESIDUAL_GATED = NetworkPair(GatedMLP, num_blocks=1)

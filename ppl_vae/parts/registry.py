@@ -72,13 +72,13 @@ LIKELIHOODS = {
 }
 
 NETWORKS = {
-    "mlp": Part("parts.network_pairs:MLP", "dense, ReLU"),
-    "tanh": Part("parts.network_pairs:TANH", "dense, tanh, as in older papers"),
-    "gated": Part("parts.network_pairs:GATED", "dense, gated linear units"),
-    "conv": Part("parts.network_pairs:CONV", "convolutions of stride 2"),
-    "gated-conv": Part("parts.network_pairs:GATED_CONV", "gated convolutions of stride 2"),
-    "residual": Part("parts.network_pairs:RESIDUAL", "convolutions with residual blocks"),
-    "gated-residual": Part("parts.network_pairs:GATED_RESIDUAL", "gated convolutions with residual blocks"),
+    "mlp": Part("parts.networks:DENSE", "dense, ReLU"),
+    "tanh": Part("parts.networks:DENSE_TANH", "dense, tanh, as in older papers"),
+    "gated": Part("parts.networks:DENSE_GATED", "dense, gated linear units"),
+    "conv": Part("parts.networks:CONV", "convolutions of stride 2"),
+    "gated-conv": Part("parts.networks:CONV_GATED", "gated convolutions of stride 2"),
+    "residual": Part("parts.networks:RESIDUAL", "convolutions with residual blocks"),
+    "gated-residual": Part("parts.networks:RESIDUAL_GATED", "gated convolutions with residual blocks"),
 }
 DENSE_NETWORKS = ("mlp", "tanh", "gated")
 

@@ -101,7 +101,7 @@ def calls(number: Callable[[int], Any]) -> dict[str, Callable[[VAE], Any]]:
             ).draws
         ),
         "ranks": lambda v: guide_calibration.compute_ranks(v, num_simulations=n(6), num_draws=n(5)).latents,
-        "gaps": lambda v: gaps.gaps(v, IMAGES[:3], torch.zeros(3), steps=n(2), num_particles=n(2))[0],
+        "gaps": lambda v: gaps.gaps(v, IMAGES[:3], torch.zeros(3), steps=n(2), num_particles=n(2)).elbo,
     }
 
 

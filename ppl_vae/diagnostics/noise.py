@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ppl_vae.diagnostics.values import CannotMeasure
 from ppl_vae.parts.likelihoods import Categorical, DiscretizedLogisticMixture
-from ppl_vae.parts.likelihoods.base import Pixels, independent_pixels
+from ppl_vae.parts.likelihoods.base import independent_pixels
+from ppl_vae.protocols import Likelihood
 from ppl_vae.runtime.batching import images_per_pass
 from ppl_vae.runtime.global_state import seeded
 
@@ -47,7 +48,7 @@ class NoiseSpectrum:
         return live_directions(self.eigenvalues, beta=beta, edge=self.edge)
 
 
-def measure_noise(family: Pixels, x: Tensor) -> NoiseSpectrum | None:
+def measure_noise(family: Likelihood, x: Tensor) -> NoiseSpectrum | None:
     """The spectrum of training images (N, *E) in units of the likelihood's noise.
 
     Its Gaussian variance is sigma^2 = (1/D) sum_d Var(x_d | h_d) at the features h of the pixels' marginals. Times beta
@@ -85,7 +86,7 @@ def measure_noise(family: Pixels, x: Tensor) -> NoiseSpectrum | None:
     )
 
 
-def has_location(family: Pixels) -> bool:
+def has_location(family: Likelihood) -> bool:
     """Whether each pixel's first feature is its location, and pixels are independent given the features.
 
     That holds for all likelihoods of the package except ``Categorical`` and ``DiscretizedLogisticMixture``.
@@ -94,7 +95,7 @@ def has_location(family: Pixels) -> bool:
 
 
 @torch.no_grad()
-def whiten_scores(family: Pixels, x: Tensor, *, features: Tensor | None = None) -> Tensor:
+def whiten_scores(family: Likelihood, x: Tensor, *, features: Tensor | None = None) -> Tensor:
     """(N, D') H^-1/2 (s - mean s), whose covariance is that of the data in units of the likelihood's noise.
 
     A decoder that ignores z has the features h of the pixels' marginals. Around them, log p(x | h + d) is
@@ -146,7 +147,7 @@ def whiten_scores(family: Pixels, x: Tensor, *, features: Tensor | None = None) 
     return score[:, varies] / curvature[varies].sqrt()
 
 
-def _derive_scores(family: Pixels, h: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+def _derive_scores(family: Likelihood, h: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """d log p / dh and -d2 log p / dh2 for the first feature of each pixel, (B, D). h: (F,), x: (B, *E)."""
     D = x[0].numel()
     with torch.enable_grad():

@@ -36,7 +36,6 @@ EPOCHS = 17  # 51 steps
 
 FLOW = {"posterior": "flow", "posterior_layers": 1, "posterior_hidden": (5,)}
 UPPER = {"upper_latents": (2,), "upper_hidden": (5,)}
-STEPS = {"compile": False}
 
 # options, and arguments of fit
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {

@@ -74,6 +74,16 @@ for line in sys.stdin:
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
         if asked["most_bytes"]:
             resource.setrlimit(resource.RLIMIT_FSIZE, (asked["most_bytes"], resource.RLIM_INFINITY))
+        replace, left = os.replace, asked["dies_after"]
+
+        def replace_and_count(*paths):
+            global left
+            replace(*paths)
+            left -= 1
+            if left == 0:
+                os._exit(9)
+
+        os.replace = replace_and_count
         os.chdir(asked["cwd"])
         sys.argv = asked["argv"]
         code = 0
@@ -142,8 +152,15 @@ class Server:
         self._process.stdin.flush()
         return self._process.stdout.readline()
 
-    def start(self, script: str, *words: object, cwd: Path | None = None, most_bytes: int = 0) -> Running:
-        """``most_bytes``: a write beyond it in any file fails, as on a full disk; 0 for no limit."""
+    def start(
+        self, script: str, *words: object, cwd: Path | None = None, most_bytes: int = 0, dies_after: int = 0
+    ) -> Running:
+        """Start a script.
+
+        Args:
+            most_bytes: A write beyond it in any file fails, as on a full disk; 0 for no limit.
+            dies_after: It dies at once when so many files are in place; 0 for never.
+        """
         self._count += 1
         out, err = self._folder / f"out-{self._count}", self._folder / f"err-{self._count}"
         asked = {
@@ -152,11 +169,12 @@ class Server:
             "out": str(out),
             "err": str(err),
             "most_bytes": most_bytes,
+            "dies_after": dies_after,
         }
         return Running(self, int(self.ask(asked)), out, err)
 
-    def run(self, script: str, *words: object, cwd: Path | None = None, most_bytes: int = 0) -> Done:
-        return self.start(script, *words, cwd=cwd, most_bytes=most_bytes).wait()
+    def run(self, script: str, *words: object, **how: Any) -> Done:
+        return self.start(script, *words, **how).wait()
 
     def end(self) -> None:
         assert self._process.stdin is not None

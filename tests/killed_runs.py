@@ -12,7 +12,6 @@ from disturbed_runs import KILL, SMALL, Done, Running, Server, left_behind, numb
 
 TRAIN, EVALUATE = "train_svi.py", "evaluate_log_likelihood.py"
 ASKED = ("--num-particles", "300", "--images", "40", "--seed", "5")
-MOST_SECONDS = 300.0
 
 
 class Kills:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import shutil
 import signal
@@ -12,62 +11,34 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from disturbed_runs import ENVIRONMENT, SCRIPTS, Done, Server, served, without_times
 from matplotlib.image import imread
-from safetensors.torch import load_file, save_file
 
 import ppl_vae
 from ppl_vae import data
 from ppl_vae.runs.fields import format_flag
 from ppl_vae.runs.options import PLAIN
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="commands are not forked")
+
 TRAIN, EVALUATE, FIGURES = "train_svi.py", "evaluate_log_likelihood.py", "make_figures.py"
 PLAIN_WORDS = [word for name, value in PLAIN.items() for word in (format_flag(name), str(value))]
 # Without a warm-up the guide of so short a run stays wide, and importance weights keep a variance.
-SMALL = [
-    *PLAIN_WORDS,
-    "--hidden",
-    "16",
-    "--latent-dim",
-    "2",
-    "--epochs",
-    "2",
-    "--images",
-    "20",
-    "--evaluation-particles",
-    "10",
-]
-SMALL += ["--warmup-epochs", "0"]
+SMALL = """
+    --hidden 16 --latent-dim 2 --epochs 2 --images 20 --evaluation-particles 10 --warmup-epochs 0
+""".split()  # noqa: SIM905 (read as it is typed)
+SMALL = PLAIN_WORDS + SMALL
 TABLE_FIGURES = ["latents.png", "log_likelihoods.png", "particles.png", "training_curves.png"]
 IMAGE_FIGURES = ["interpolations.png", "manifold.png", "prior_samples.png", "reconstructions.png", "traversals.png"]
 EVALUATION = ["evaluation.json", "evaluation-test.safetensors"]
-ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PPL_VAE_TRACEBACK"} | {
-    "OMP_NUM_THREADS": "1",
-    "PYTHONUTF8": "1",
-}
-
-
-class Done(NamedTuple):
-    """How a command ended."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def said(self) -> list[str]:
-        """The lines of stderr without those of progress bars."""
-        parts = [part.strip() for part in re.split(r"[\r\n]+", self.err)]
-        return [part for part in parts if part and not re.search(r"\d+%\|", part)]
-
-
-# --- Running a script ---
+Run = Callable[..., Done]
 
 
 def run_alone(script: str, *words: object, cwd: Path) -> Done:
@@ -83,67 +54,15 @@ def run_alone(script: str, *words: object, cwd: Path) -> Done:
     return Done(done.returncode, done.stdout, done.stderr)
 
 
-# Most of a short run is the import of torch. This process has done it, and forks for each command, which so has a
-# process of its own, with nothing of an earlier command in it.
-SERVER = """
-import json, os, runpy, sys, traceback
-import matplotlib.backends.backend_agg, torch._dynamo, ppl_vae.commands
-for line in sys.stdin:
-    asked = json.loads(line)
-    child = os.fork()
-    if child == 0:
-        replace, left = os.replace, asked["dies_after"]
-
-        def replace_and_count(*paths):
-            global left
-            replace(*paths)
-            left -= 1
-            if left == 0:
-                os._exit(9)
-
-        os.replace = replace_and_count
-        for number, path in ((1, asked["out"]), (2, asked["err"])):
-            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-        os.chdir(asked["cwd"])
-        sys.argv = asked["argv"]
-        code = 0
-        try:
-            runpy.run_path(sys.argv[0], run_name="__main__")
-        except SystemExit as done:
-            code = done.code or 0
-        except BaseException:
-            traceback.print_exc()
-            code = 1
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-
-Run = Callable[..., Done]
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    yield from served(tmp_path_factory.mktemp("server"))
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
-    """Runs a script with these words in an empty folder, or in cwd; where asked, it dies once n files are in place."""
-    empty = tmp_path_factory.mktemp("cwd")
-    if not sys.platform.startswith("linux"):  # elsewhere a fork after the import of torch is not safe
-        yield lambda script, *words, cwd=empty: run_alone(script, *words, cwd=cwd)
-        return
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    outputs = tmp_path_factory.mktemp("outputs")
-    with subprocess.Popen([sys.executable, "-c", SERVER], env=ENVIRONMENT, encoding="utf-8", **pipes) as server:
-
-        def forked(script: str, *words: object, cwd: Path = empty, dies_after: int = 0) -> Done:
-            out, err = outputs / "out", outputs / "err"
-            argv = [str(SCRIPTS / script), *map(str, words)]
-            asked = {"argv": argv, "cwd": str(cwd), "out": str(out), "err": str(err), "dies_after": dies_after}
-            server.stdin.write(json.dumps(asked) + "\n")
-            server.stdin.flush()
-            code = int(server.stdout.readline())
-            return Done(code, out.read_text(encoding="utf-8"), err.read_text(encoding="utf-8"))
-
-        yield forked
+def run(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Runs a script with these words in an empty folder."""
+    return partial(server.run, cwd=tmp_path_factory.mktemp("cwd"))
 
 
 # --- Runs that several tests share: they copy them, and change only their copies ---
@@ -170,14 +89,6 @@ def first(datasets: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     """A run from start to end in a process of its own, its data given by a relative path; and how it ended."""
     folder = tmp_path_factory.mktemp("runs") / "first"
     return folder, run_alone(TRAIN, "--dataset", "small.npz", "--run-dir", folder, *SMALL, cwd=datasets)
-
-
-@pytest.fixture(scope="module")
-def table(datasets: Path, run: Run, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Done]:
-    """A run on a binary table, with more evaluation images asked for than there are; and how it ended."""
-    folder = tmp_path_factory.mktemp("runs") / "table"
-    options = [*PLAIN_WORDS, "--hidden", "16", "--latent-dim", "2", "--epochs", "1", "--evaluation-particles", "10"]
-    return folder, run(TRAIN, "--dataset", datasets / "bits.npy", "--run-dir", folder, *options, "--images", "4000")
 
 
 @pytest.fixture
@@ -207,10 +118,6 @@ def contents(folder: Path, *, but: Sequence[str] = ()) -> dict[str, bytes]:
 
 def pictures(folder: Path) -> dict[str, np.ndarray]:
     return {path.name: imread(path) for path in (folder / "figures").iterdir()}
-
-
-def without_times(value: dict[str, Any]) -> dict[str, Any]:
-    return {key: v for key, v in value.items() if "second" not in key}
 
 
 # --- A run ---
@@ -395,7 +302,6 @@ def uninterrupted(datasets: Path, run: Run, tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.mark.thorough
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="commands are not forked")
 @pytest.mark.parametrize("files", range(1, 11))
 def test_a_run_killed_once_any_number_of_its_files_is_in_place_goes_on_as_if_it_was_not(
     uninterrupted: Path, datasets: Path, run: Run, tmp_path: Path, files: int
@@ -500,14 +406,6 @@ def drop(*keys: str) -> Callable[[Path], None]:
     return lambda folder: change_json(folder / "config.json", change)
 
 
-def scale_weights(factor: float) -> Callable[[Path], None]:
-    def change(folder: Path) -> None:
-        weights = {name: factor * weight for name, weight in load_file(folder / "model.safetensors").items()}
-        save_file(weights, folder / "model.safetensors", metadata={"json": json.dumps({"step": 6})})
-
-    return change
-
-
 def to_both_states(damage: Callable[[str], Callable[[Path], Any]]) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
         for name in ("training_state.safetensors", "training_state.previous.safetensors"):
@@ -528,7 +426,6 @@ BAD_RUNS: dict[str, tuple[Callable[[Path], Any], tuple[str, ...], str]] = {
     "a wrong event shape": (set_data("event_shape", [784]), (EVALUATE, FIGURES), r"(?i)shape"),
     "no weights yet": (remove("model.safetensors"), (EVALUATE, FIGURES), r"the run in .* has no weights yet"),
     "truncated weights": (truncate("model.safetensors"), (EVALUATE, FIGURES), r"model\.safetensors: damaged"),
-    "weights that are not finite": (scale_weights(math.nan), (EVALUATE,), "expected numbers, got NaN"),
     "truncated states": (to_both_states(truncate), (RESUME,), r"training_state\.safetensors: damaged"),
     "evaluation damaged": (write("evaluation.json", "{"), (EVALUATE, RESUME), r"evaluation\.json: damaged: not JSON"),
     "evaluation a list": (

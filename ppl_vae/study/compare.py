@@ -1,39 +1,24 @@
-"""What compares the runs of a study: paired differences, the parts of the squared error, gradients of scale maps."""
+"""What compares the runs of a study: paired differences, the parts of the squared error, and the data's eigenvalues."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
-import pyro
 import torch
 from torch import Tensor
-from torch.distributions import kl_divergence
 
 from ppl_vae import diagnostics, runs
-from ppl_vae.conditional import Conditional
 from ppl_vae.diagnostics.noise import NoiseSpectrum, measure_noise
 from ppl_vae.evidence.estimate import Estimate, ratio_of_means
 from ppl_vae.evidence.moments import decode_mean, encode, sample_posterior
 from ppl_vae.evidence.paired import PairedDifference, bound_difference, paired_difference
-from ppl_vae.parts.registry import SCALE_MAPS
-from ppl_vae.runs.build import build_likelihood, build_vae
+from ppl_vae.runs.build import build_likelihood
 from ppl_vae.runs.evaluations import PerImage, read_evaluation, read_per_image
 from ppl_vae.runs.load import load
-from ppl_vae.runs.options import Options
 from ppl_vae.runtime.global_state import seeded
 from ppl_vae.study.data import MOST_TRAINING_IMAGES, StudyData, originals_path
-from ppl_vae.study.plan import (
-    REMEDIED_NETWORKS,
-    REMEDIES,
-    Size,
-    autoencoder_name,
-    latents_name,
-    network_name,
-    remedy_name,
-    sweep_name,
-)
+from ppl_vae.study.plan import REMEDIED_NETWORKS, REMEDIES, Size, name_run, remedy_name, sweep_name
 from ppl_vae.study.quality import sample_quality
 from ppl_vae.study.results import (
     RUNS,
@@ -42,12 +27,9 @@ from ppl_vae.study.results import (
     DataNumbers,
     Difference,
     RunNumbers,
-    ScaleGradient,
     StudyNumbers,
 )
 from ppl_vae.vae import VAE
-
-LARGEST_FEATURES = (1.0, 10.0, 30.0, 100.0)
 
 _NUM_NEIGHBORS = 20
 _NUM_NEIGHBORED = 500  # test images whose neighbors are averaged
@@ -69,7 +51,7 @@ def assemble_numbers(
         loaded: The data sets, by word; the first has all parts.
         found: The numbers of each run.
     """
-    first, place = next(iter(loaded)), folder / RUNS
+    place = folder / RUNS
     seconds = {
         "training": sum(run.seconds or 0.0 for run in found.values()),
         "evaluation": sum(run.seconds_evaluation or 0.0 for run in found.values()),
@@ -85,7 +67,6 @@ def assemble_numbers(
         seconds=seconds,
         differences=_compare_bounds(place, size, loaded),
         blur={word: blur for word in loaded if (blur := _split_blur(place, found, loaded[word])) is not None},
-        gradients=measure_scale_gradients(loaded[first].options, loaded[first].x[:500]),
     )
 
 
@@ -106,6 +87,14 @@ def _describe_data(place: Path, each: StudyData) -> DataNumbers:
     )
 
 
+def measure_training_noise(study_data: StudyData) -> NoiseSpectrum:
+    """The training images' eigenvalues in units of the likelihood's noise."""
+    family = build_likelihood(study_data.options, study_data.splits.event_shape)
+    found = measure_noise(family, study_data.train_seen(MOST_TRAINING_IMAGES))
+    assert found is not None  # the study's likelihood is a Bernoulli
+    return found
+
+
 def _compare_bounds(place: Path, size: Size, loaded: Mapping[str, StudyData]) -> dict[str, dict[str, BoundDifferences]]:
     """The differences of each table to its reference, by table."""
     tables: dict[str, dict[str, BoundDifferences]] = {"beta": {}, "collapse": {}, "networks": {}}
@@ -116,21 +105,11 @@ def _compare_bounds(place: Path, size: Size, loaded: Mapping[str, StudyData]) ->
     for network in REMEDIED_NETWORKS:
         remedies = [remedy_name(first, network, remedy) for remedy in REMEDIES]
         tables["collapse"] |= compare_with_reference(place, remedies, remedy_name(first, network, "none"))
-    varied = [latents_name(first, L) for L in size.latent_dims]
-    varied += [network_name(first, network) for network in size.networks]
+    varied = [f"latents-{L}" for L in size.latent_dims] + [f"network-{network}" for network in size.networks]
     base_name = sweep_name(first, 1.0)
-    tables["networks"] = compare_with_reference(place, [base_name, *varied], base_name)
+    names = [base_name, *(name_run(first, each) for each in varied)]
+    tables["networks"] = compare_with_reference(place, names, base_name)
     return tables
-
-
-def _split_blur(place: Path, found: dict[str, RunNumbers], each: StudyData) -> BlurParts | None:
-    """The parts of the error of one data set; None if the VAE or the autoencoder did not end."""
-    names = (sweep_name(each.word, 1.0), autoencoder_name(each.word), autoencoder_name(each.word, 2))
-    ended = [name in found and found[name].failed is None for name in names]
-    if not all(ended[:2]):
-        return None
-    two = load(place / names[2]) if ended[2] else None
-    return split_blur(load(place / names[0]), load(place / names[1]), two, each)
 
 
 # --- Paired differences ---
@@ -155,7 +134,9 @@ def compare_with_reference(folder: Path, names: Sequence[str], reference: str) -
         return {}
     a, found = evaluated.pop(reference), {}
     for name, b in evaluated.items():
-        _check_alike(folder / name, b, folder / reference, a)
+        for what in ("index", "num_particles", "seed"):  # another S is another bound
+            if not torch.equal(*(torch.as_tensor(getattr(each, what)) for each in (a, b))):
+                raise ValueError(f"{folder / name}: expected an evaluation with the {what} of {reference}, got another")
         bounds = bound_difference(a.result, b.result, comparisons=len(evaluated))
         elbo = paired_difference(a.result.elbo, b.result.elbo, comparisons=len(evaluated))
         log_likelihood = _difference(bounds.bounds, bounds.ranks_log_evidence)
@@ -172,46 +153,24 @@ def _difference(found: PairedDifference, ranks: bool | None = None) -> Differenc
     return Difference(found.mean, found.stderr, found.lower, found.upper, ranks)
 
 
-def _check_alike(folder: Path, found: PerImage, reference: Path, other: PerImage) -> None:
-    hint = f"as {reference}; evaluate it again with the options of that run"
-    if not torch.equal(found.index, other.index):
-        raise ValueError(f"{folder}: expected an evaluation of the same images {hint}")
-    for name in ("num_particles", "seed"):  # another S is another bound
-        expected, got = getattr(other, name), getattr(found, name)
-        if expected != got:
-            raise ValueError(f"{folder}: expected an evaluation with {name} {expected}, got {got}, {hint}")
-
-
-# --- The data's eigenvalues ---
-
-
-def measure_training_noise(study_data: StudyData) -> NoiseSpectrum:
-    """The training images' eigenvalues in units of the likelihood's noise.
-
-    Raises:
-        ValueError: A likelihood without a location.
-    """
-    family = build_likelihood(study_data.options, study_data.splits.event_shape)
-    found = measure_noise(family, study_data.train_seen(MOST_TRAINING_IMAGES))
-    if found is None:
-        raise ValueError(f"--likelihood {study_data.options.likelihood}: expected one with a location, for the study")
-    return found
-
-
 # --- Why reconstructions blur ---
+
+
+def _split_blur(place: Path, found: dict[str, RunNumbers], each: StudyData) -> BlurParts | None:
+    """The parts of the error of one data set; None if the VAE or the autoencoder did not end."""
+    names = [sweep_name(each.word, 1.0), *(name_run(each.word, word) for word in ("autoencoder", "autoencoder-2"))]
+    vae, autoencoder, two = (
+        load(place / name) if name in found and found[name].failed is None else None for name in names
+    )
+    return None if vae is None or autoencoder is None else split_blur(vae, autoencoder, two, each)
 
 
 def split_blur(vae: VAE, autoencoder: VAE, two_latents: VAE | None, study_data: StudyData) -> BlurParts:
     """E_q|x - y|^2 / D = Var_q y + the autoencoder's error + the rest, y = E[x | z], all on the same test images.
 
     The autoencoder has as many latents as the VAE and neither noise nor a KL, but it too has binary inputs, a network
-    and a training. The variance is sum_j |y_j - Y|^2 / (J - 1) of J draws with mean Y.
-
-    Args:
-        vae: The base.
-        autoencoder: The autoencoder with as many latents.
-        two_latents: The autoencoder with two latents, if it was trained.
-        study_data: The data.
+    and a training. The variance is sum_j |y_j - Y|^2 / (J - 1) of J draws with mean Y. ``two_latents`` is the
+    autoencoder with two latents, if it was trained.
     """
     x, gray = study_data.x, study_data.gray
     error, noise = _split_error(vae, x, gray)
@@ -264,52 +223,3 @@ def _compare_with_neighbors(vae: VAE, study_data: StudyData) -> dict[str, Estima
     means = torch.stack([train_gray[index].mean(0) for index in nearest])
     error = _squared_error(decode_mean(vae, codes), means)
     return {"sharpness": diagnostics.sharpness(means, gray), "error": Estimate.from_values(error)}
-
-
-# --- Scale maps ---
-
-
-def measure_scale_gradients(options: Options, x: Tensor) -> tuple[ScaleGradient, ...]:
-    """The ELBO's gradient for the scale features h of an untrained guide, h stretched until max |h| is 1, 10, 30, 100.
-
-    One bad step, or one odd image, can make a feature of 10 or 30. Float32, one draw of z per image.
-
-    Args:
-        options: Of a run with a diagonal guide; its scale map does not matter.
-        x: Images (N, *E), as the model sees them.
-    """
-    found = []
-    for word in SCALE_MAPS:
-        with torch.random.fork_rng(devices=[]), pyro.validation_enabled(False):  # an infinite scale is no error here
-            torch.manual_seed(options.seed)
-            vae = build_vae(replace(options, scale_map=word), tuple(x.shape[1:])).eval()
-            found += [measure_scale_gradient(vae, x, word, largest) for largest in LARGEST_FEATURES]
-    return tuple(found)
-
-
-def measure_scale_gradient(vae: VAE, x: Tensor, scale_map: str, largest: float) -> ScaleGradient:
-    """The gradient at one stretch, with the KL in closed form and with its estimate log q(z | x) - log p(z).
-
-    x: (N, *E), as the model sees them.
-    """
-    encoder = vae.posterior
-    assert isinstance(encoder, Conditional)
-    with torch.no_grad():
-        loc, feature = encoder.net(x).chunk(2, dim=-1)
-    feature = (feature * largest / feature.abs().max()).requires_grad_()
-    q, prior = encoder.family(torch.cat([loc, feature], dim=-1)), vae.prior()
-    torch.manual_seed(0)  # the same noise for every map
-    z = q.rsample()
-    reconstruction = vae.likelihood(z).log_prob(x)
-    closed = _measure_gradient(reconstruction - kl_divergence(q, prior.expand((len(x),))), feature)
-    sampled = _measure_gradient(reconstruction - q.log_prob(z) + prior.log_prob(z), feature)
-    return ScaleGradient(scale_map, largest, *closed, *sampled, float(q.stddev.detach().max()))
-
-
-def _measure_gradient(elbo: Tensor, feature: Tensor) -> tuple[Estimate | None, float]:
-    """The mean norm over images of the finite gradients, and the share of images whose gradient is not finite."""
-    (gradient,) = torch.autograd.grad(elbo.sum(), feature, retain_graph=True)
-    finite = gradient.isfinite().all(-1)
-    norm = gradient.double().norm(dim=-1)  # in float32 its squares overflow before the gradient does
-    mean = Estimate.from_values(norm[finite]) if finite.any() else None
-    return mean, float((~finite).double().mean())

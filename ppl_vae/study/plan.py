@@ -118,34 +118,14 @@ def dataset_word(dataset: str) -> str:
     return Path(dataset).stem
 
 
+def name_run(dataset: str, what: str) -> str:
+    """The run that differs from the base by what the words say, such as "autoencoder" or "latents-8"."""
+    return f"{dataset_word(dataset)}-{what}"
+
+
 def sweep_name(dataset: str, beta: float, seed: int = 0) -> str:
     """The run along beta."""
-    return f"{dataset_word(dataset)}-beta-{beta:g}" + (f"-seed-{seed}" if seed else "")
-
-
-def mean_name(dataset: str) -> str:
-    """The run whose pixels are averaged."""
-    return f"{dataset_word(dataset)}-mean-over-pixels"
-
-
-def beta_of_mean_name(dataset: str) -> str:
-    """The run with pixels summed and beta = D."""
-    return f"{dataset_word(dataset)}-beta-of-mean"
-
-
-def autoencoder_name(dataset: str, latent_dim: int | None = None) -> str:
-    """The run with a deterministic guide; ``latent_dim`` where it is not the base's."""
-    return f"{dataset_word(dataset)}-autoencoder" + ("" if latent_dim is None else f"-{latent_dim}")
-
-
-def latents_name(dataset: str, latent_dim: int) -> str:
-    """The base with another number of latents."""
-    return f"{dataset_word(dataset)}-latents-{latent_dim}"
-
-
-def network_name(dataset: str, network: str) -> str:
-    """The base with another network."""
-    return f"{dataset_word(dataset)}-network-{network}"
+    return name_run(dataset, f"beta-{beta:g}" + (f"-seed-{seed}" if seed else ""))
 
 
 # Remedies against collapse, and the options that they change. The residual network collapses without one; the gated
@@ -163,16 +143,7 @@ def remedy_name(dataset: str, network: str, remedy: str) -> str:
     """The network, trained with that remedy. The gated network with a warm-up is the base itself."""
     if (network, remedy) == ("gated", "warm-up"):
         return sweep_name(dataset, 1.0)
-    return f"{dataset_word(dataset)}-{network}-remedy-{remedy}"
-
-
-STRESS_RATE = 0.03  # ten times the learning rate of the other runs
-_NO_CLIPPING = 1e9
-
-
-def stress_name(dataset: str, scale_map: str) -> str:
-    """The base under stress, with that map from features to the guide's scales."""
-    return f"{dataset_word(dataset)}-stress-{scale_map}"
+    return name_run(dataset, f"{network}-remedy-{remedy}")
 
 
 def plan(size: Size, datasets: Sequence[str], *, num_pixels: Mapping[str, int] | None = None) -> list[Planned]:
@@ -185,36 +156,35 @@ def plan(size: Size, datasets: Sequence[str], *, num_pixels: Mapping[str, int] |
     """
     runs = []
     for dataset in datasets:
-        betas, D = size.betas_of(dataset_word(dataset)), (num_pixels or {}).get(dataset, 784)
-        for beta in betas:
+        for beta in size.betas_of(dataset_word(dataset)):
             num_codes = size.codes if beta == 1 else 0
             runs.append(Planned(sweep_name(dataset, beta), base(size, dataset, beta=beta), num_codes=num_codes))
-        autoencoder = base(size, dataset, posterior="delta", beta=0.0)
-        runs.append(Planned(mean_name(dataset), base(size, dataset), averaged=True))
-        runs.append(Planned(beta_of_mean_name(dataset), base(size, dataset, beta=float(D))))
-        runs.append(Planned(autoencoder_name(dataset), autoencoder, num_codes=size.codes))
+        D, autoencoder = float((num_pixels or {}).get(dataset, 784)), base(size, dataset, posterior="delta", beta=0.0)
+        runs += [
+            Planned(name_run(dataset, "mean-over-pixels"), base(size, dataset), averaged=True),
+            Planned(name_run(dataset, "beta-of-mean"), base(size, dataset, beta=D)),
+            Planned(name_run(dataset, "autoencoder"), autoencoder, num_codes=size.codes),
+        ]
     return runs + _plan_further(size, datasets[0])
 
 
 def _plan_further(size: Size, dataset: str) -> list[Planned]:
     """The parts for which one data set suffices."""
-    runs = [
-        Planned(sweep_name(dataset, beta, seed), base(size, dataset, beta=beta, seed=seed))
+    planned = {
+        sweep_name(dataset, beta, seed): base(size, dataset, beta=beta, seed=seed)
         for seed in size.seeds
         for beta in size.close_betas
-    ]
-    runs += [Planned(latents_name(dataset, L), base(size, dataset, latent_dim=L)) for L in size.latent_dims]
-    two = base(size, dataset, latent_dim=2, posterior="delta", beta=0.0)
-    runs.append(Planned(autoencoder_name(dataset, 2), two))
-    runs += [Planned(network_name(dataset, word), base(size, dataset, network=word)) for word in size.networks]
+    }
+    planned |= {name_run(dataset, f"latents-{L}"): base(size, dataset, latent_dim=L) for L in size.latent_dims}
+    planned[name_run(dataset, "autoencoder-2")] = base(size, dataset, latent_dim=2, posterior="delta", beta=0.0)
+    planned |= {name_run(dataset, f"network-{word}"): base(size, dataset, network=word) for word in size.networks}
     for network in REMEDIED_NETWORKS:
         epochs = size.collapse_epochs if network == "residual" else size.epochs
         options = replace(base(size, dataset, network=network), epochs=epochs, warmup_epochs=default_warmup(epochs))
-        names = {remedy: remedy_name(dataset, network, remedy) for remedy in REMEDIES}
-        new = {remedy: name for remedy, name in names.items() if name != sweep_name(dataset, 1.0)}
-        runs += [Planned(name, replace(options, **REMEDIES[remedy])) for remedy, name in new.items()]
-    for word in SCALE_MAPS:
-        stressed = base(size, dataset, scale_map=word, learning_rate=STRESS_RATE, clip_norm=_NO_CLIPPING)
-        stressed = replace(stressed, epochs=size.stress_epochs, warmup_epochs=0)
-        runs.append(Planned(stress_name(dataset, word), stressed, stressed=True))
-    return runs
+        planned |= {remedy_name(dataset, network, word): replace(options, **REMEDIES[word]) for word in REMEDIES}
+    del planned[sweep_name(dataset, 1.0)]  # the gated network with a warm-up, which is the base itself
+    stress = {"epochs": size.stress_epochs, "warmup_epochs": 0, "learning_rate": 0.03, "clip_norm": 1e9}
+    return [Planned(name, options) for name, options in planned.items()] + [
+        Planned(name_run(dataset, f"stress-{word}"), base(size, dataset, scale_map=word, **stress), stressed=True)
+        for word in SCALE_MAPS
+    ]

@@ -2,44 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
 import numpy as np
 
-from ppl_vae.evidence.estimate import Estimate
+from ppl_vae import runs
 from ppl_vae.parts.registry import SCALE_MAPS
-from ppl_vae.reports.page import Block, Picture, Section, Slider, SliderStop, Table, Text
+from ppl_vae.reports.page import Block, Picture, Section, Slider, SliderStop, Text
 from ppl_vae.reports.text import study as text
 from ppl_vae.study import plan
-from ppl_vae.study.figures import Drawn
 from ppl_vae.study.results import Quality, RunNumbers, StudyNumbers
-from ppl_vae.study.tables import (
-    Value,
-    format_cell,
-    format_mean,
-    format_share,
-    make_table,
-    name_data,
-    stack_strips,
-)
+from ppl_vae.study.tables import Value, format_cell, format_mean, format_share, make_table, stack_strips
 
 
 @dataclass(frozen=True)
 class PageSource:
-    """What the page is made of: the numbers, the study's folder, and its figures by name."""
+    """What the page is made of: the numbers, and the study's folder with its pictures and figures."""
 
     study: StudyNumbers
     folder: Path
-    drawn: Mapping[str, Drawn]
 
     def show_figure(self, name: str, caption: str) -> list[Block]:
-        """The figure, if there is one."""
-        if name not in self.drawn:
-            return []
-        return [Picture(self.drawn[name].light, caption, caption, dark_png=self.drawn[name].dark)]
+        """The figure, if it was drawn."""
+        png = self.read_picture(f"{runs.FIGURES}/{name}.png")
+        return [] if png is None else [Picture(png, caption, caption)]
 
     def read_picture(self, path: str | None) -> bytes | None:
         """The bytes of a picture in the study's folder, if it exists."""
@@ -57,10 +46,7 @@ class PageSource:
 
 
 def _make_section(title: str, anchor: str, paragraphs: str, *parts: Sequence[Block]) -> Section:
-    """The paragraphs and all parts; nothing if none of them is a table."""
-    blocks = [block for part in parts for block in part]
-    is_measured = any(isinstance(block, Table) for block in blocks)
-    return Section(title, [Text(paragraphs), *blocks] if is_measured else [], anchor=anchor)
+    return Section(title, [Text(paragraphs), *(block for part in parts for block in part)], anchor=anchor)
 
 
 def explain_beta(source: PageSource) -> Section:
@@ -86,7 +72,7 @@ def explain_beta(source: PageSource) -> Section:
         source.show_figure(
             "bounds",
             "Differences of L_S and of the ELBO to beta = 1 on the same test images, with standard errors, near the "
-            "best beta. Small dots are further seeds; hollow marks are estimates that have not settled.",
+            "best beta. Hollow marks are estimates that have not settled.",
         ),
         table,
         _tabulate_seeds(study),
@@ -94,10 +80,10 @@ def explain_beta(source: PageSource) -> Section:
 
 
 def _list_bounds(study: StudyNumbers, run: RunNumbers) -> list[Value]:
-    beta = f"{run.options['beta']:g}" + (" *" if run.reliable is False else "")
+    beta = f"{run.beta:g}" + (" *" if run.reliable is False else "")
     bounds = [run.kl, format_mean(run.reconstruction, scale=-1), run.elbo, run.log_likelihood]
     differences = study.find_differences("beta", run.name)
-    return [name_data(run.dataset), beta, *bounds, *differences, run.gap, run.active, run.implied_beta]
+    return [run.dataset, beta, *bounds, *differences, run.gap, run.active, run.implied_beta]
 
 
 def _tabulate_seeds(study: StudyNumbers) -> list[Block]:
@@ -105,11 +91,11 @@ def _tabulate_seeds(study: StudyNumbers) -> list[Block]:
     rows: list[list[Value]] = []
     dataset = study.datasets[0]
     for beta, (bound, word) in product(study.settings.close_betas, (("log_likelihood", "L_S"), ("elbo", "ELBO"))):
-        names = [plan.sweep_name(dataset, beta, seed) for seed in (0, *study.settings.seeds)]
-        values = [getattr(run, bound).mean for name in names if (run := study.find_run(name)) is not None]
+        found = study.find_runs(plan.sweep_name(dataset, beta, seed) for seed in (0, *study.settings.seeds))
+        values = [getattr(run, bound).mean for run in found]
         if len(values) > 1:
             rows.append([beta, word, ", ".join(f"{value:.2f}" for value in values), float(np.std(values, ddof=1))])
-    caption = f"{name_data(dataset)}: the same bounds for several seeds, nats per image."
+    caption = f"{dataset}: the same bounds for several seeds, nats per image."
     return make_table(["beta", "bound", "by seed", "spread"], rows, caption)
 
 
@@ -125,40 +111,32 @@ def _make_slider(source: PageSource, dataset: str, sweep: Sequence[RunNumbers]) 
             "distortion, nats": format_mean(run.reconstruction, scale=-1),
             "active latents": run.active,
         }
-        words = {name: "–" if value is None else str(format_cell(value)) for name, value in numbers.items()}
+        words = {name: str(format_cell(value)) for name, value in numbers.items()}
         if len(known) == len(pictures):
-            stops.append(SliderStop(f"{run.options['beta']:g}", known, words))
+            stops.append(SliderStop(f"{run.beta:g}", known, words))
     originals = source.read_originals(dataset)
     if not stops or originals is None:
         return []
-    labels = [stop.label for stop in stops]
     caption = (
-        f"{name_data(dataset)}. Move beta and compare both rows with the test images: where are reconstructions exact, "
-        "where are samples of the prior like the data, and from where on are all pictures the same?"
+        f"{dataset}. Move beta and compare both rows with the test images: where are reconstructions exact, where are "
+        "samples of the prior like the data, and from where on are all pictures the same?"
     )
-    start = labels.index("1") if "1" in labels else len(labels) // 2
+    start = [stop.label for stop in stops].index("1")
     return [Slider("beta", stops, caption, fixed=("test images", originals), start=start)]
 
 
 def explain_check(source: PageSource) -> Section:
     """How do I check that the regularization worked?"""
     study = source.study
-    pictures: list[Block] = []
-    rows: list[list[Value]] = []
-    for dataset in study.datasets:
-        holes = source.read_run_picture(plan.sweep_name(dataset, 1.0), "holes")
-        if holes is not None:
-            caption = (
-                f"{name_data(dataset)}, beta = 1: above, the prior samples that the codes cover least; below, others."
-            )
-            pictures.append(Picture(holes, caption, "Decoded prior samples in holes, and others", dark_png=holes))
-        autoencoder = study.find_run(plan.autoencoder_name(dataset))
-        runs = study.find_sweep(dataset) + ([] if autoencoder is None else [autoencoder])
-        rows += [_list_match(run) for run in runs if run.prior_match is not None]
+    found = [
+        run
+        for dataset in study.datasets
+        for run in study.find_sweep(dataset) + study.find_runs([plan.name_run(dataset, "autoencoder")])
+    ]
     columns = ["data", "beta", "active", "largest |mean|", "largest |log scale|", "largest KS", "rejected"]
     table = make_table(
         [*columns, "classifier", "holes", "mutual information", "KL to prior"],
-        rows,
+        [_list_match(run) for run in found],
         "Means and scales in scales of the prior. Rejected: latents whose Kolmogorov-Smirnov test rejects at 5%, "
         "corrected for their number. The last two columns add up to the mean KL, nats.",
     )
@@ -167,7 +145,7 @@ def explain_check(source: PageSource) -> Section:
         "Four measures of codes against the prior along beta; dashed: the autoencoder. The first three should be low, "
         "and the last should not be zero.",
     )
-    return _make_section("How do I check that the regularization worked?", "check", text.CHECK, figure, pictures, table)
+    return _make_section("How do I check that the regularization worked?", "check", text.CHECK, figure, table)
 
 
 def _list_match(run: RunNumbers) -> list[Value]:
@@ -175,8 +153,8 @@ def _list_match(run: RunNumbers) -> list[Value]:
     assert match is not None
     information = format_mean(match.mutual_information)
     return [
-        name_data(run.dataset),
-        "autoencoder" if run.is_autoencoder else run.options["beta"],
+        run.dataset,
+        "autoencoder" if run.is_autoencoder else run.beta,
         run.active,
         match.largest_mean,
         match.largest_log_scale,
@@ -184,7 +162,7 @@ def _list_match(run: RunNumbers) -> list[Value]:
         match.rejected,
         match.classifier,
         format_share(match.holes),
-        f"{information} (cap)" if information and match.saturated else information,
+        f"{information} (cap)" if match.saturated else information,
         match.marginal_kl,
     ]
 
@@ -192,44 +170,40 @@ def _list_match(run: RunNumbers) -> list[Value]:
 def explain_blur(source: PageSource) -> Section:
     """Why do VAEs blur, and autoencoders too?"""
     study = source.study
-    sharpness = source.show_figure(
-        "sharpness",
-        "Left: high-frequency power of reconstructions; the test images have one. Right: Fréchet distance between "
-        "decoded samples and test images; the line is what other real images have.",
+    pictures = [block for dataset in study.blur for block in _compare_pictures(source, dataset)]
+    parts = make_table(
+        ["data", "part of the error", "squared error", "share"],
+        [
+            [dataset, part.replace("_", " "), value, format_share(blur.shares[part])]
+            for dataset, blur in study.blur.items()
+            for part, value in blur.parts.items()
+        ],
+        "The squared error per pixel of one sampled reconstruction of the VAE in parts that add up: the noise of the "
+        "posterior, the error of an autoencoder with as many latents, and what is lost beyond both.",
     )
-    parts = source.show_figure(
-        "blur",
-        "The squared error of one sampled reconstruction in parts that add up: the error of an autoencoder with as "
-        "many latents, the noise of the posterior, and the rest.",
-    )
-    return _make_section(
-        "Why do VAEs blur, and autoencoders too?",
-        "blur",
-        text.BLUR,
-        *(_compare_pictures(source, dataset) for dataset in study.blur),
-        sharpness,
-        parts,
-        _tabulate_error(study),
-        _tabulate_samples(study),
-    )
+    tables = [parts, _tabulate_error(study), _tabulate_samples(study)]
+    return _make_section("Why do VAEs blur, and autoencoders too?", "blur", text.BLUR, pictures, *tables)
+
+
+_COMPARED = {
+    "reconstructions": "Reconstructions: look at edges and thin strokes.",
+    "samples": "Samples: which of them could be data?",
+    "normal_samples": "Samples of codes from a normal that was fitted to codes.",
+    "mixture_samples": "The same, from a fitted mixture.",
+    "flow_samples": "The same, from a fitted flow.",
+    "interpolations": "Straight lines between two codes: look at the middle.",
+}
 
 
 def _compare_pictures(source: PageSource, dataset: str) -> list[Block]:
     """Pictures of the VAE above those of the autoencoder."""
-    models = {"the VAE": plan.sweep_name(dataset, 1.0), "the autoencoder": plan.autoencoder_name(dataset)}
+    models = {"the VAE": plan.sweep_name(dataset, 1.0), "the autoencoder": plan.name_run(dataset, "autoencoder")}
     blocks: list[Block] = []
-    for what, name, hint in (
-        ("Reconstructions", "reconstructions", "look at edges and thin strokes."),
-        ("Samples", "samples", "which of them could be data?"),
-        ("Samples of a fitted normal", "normal_samples", "codes from a normal that was fitted to codes."),
-        ("Samples of a fitted mixture", "mixture_samples", "the same, from a fitted mixture."),
-        ("Samples of a fitted flow", "flow_samples", "the same, from a fitted flow."),
-        ("Interpolations", "interpolations", "straight lines between two codes; look at the middle."),
-    ):
+    for name, words in _COMPARED.items():
         named = [(model, source.read_run_picture(run, name)) for model, run in models.items()]
         if name == "reconstructions":
             named.insert(0, ("test images", source.read_originals(dataset)))
-        blocks += stack_strips(named, f"{name_data(dataset)}: {hint}", what)
+        blocks += stack_strips(named, f"{dataset}. {words}")
     return blocks
 
 
@@ -237,18 +211,17 @@ def _tabulate_error(study: StudyNumbers) -> list[Block]:
     """Reconstructions of the VAE and the autoencoder, by the number of latents."""
     rows: list[list[Value]] = []
     for dataset, blur in study.blur.items():
-        names = [plan.sweep_name(dataset, 1.0), *(plan.latents_name(dataset, L) for L in study.settings.latent_dims)]
-        names += [plan.autoencoder_name(dataset, 2), plan.autoencoder_name(dataset)]
-        found = [run for name in names if (run := study.find_run(name)) is not None]
+        varied = [f"latents-{L}" for L in study.settings.latent_dims] + ["autoencoder-2", "autoencoder"]
+        found = study.find_runs([plan.sweep_name(dataset, 1.0), *(plan.name_run(dataset, each) for each in varied)])
         for run in sorted(found, key=lambda run: (run.is_autoencoder, run.options["latent_dim"])):
-            model, parts = "autoencoder" if run.is_autoencoder else "VAE", run.blur
-            if parts is not None:
-                split = [None, None] if run.is_autoencoder else [parts.posterior_noise, parts.bias]
-                cells = [run.options["latent_dim"], run.reconstruction, parts.sharpness, parts.error, *split]
-                rows.append([name_data(dataset), model, *cells])
+            parts = run.blur
+            assert parts is not None
+            split = [None, None] if run.is_autoencoder else [parts.posterior_noise, parts.bias]
+            cells = [run.options["latent_dim"], run.reconstruction, parts.sharpness, parts.error, *split]
+            rows.append([dataset, "autoencoder" if run.is_autoencoder else "VAE", *cells])
         for model, latents, pair in (("neighbors", 2, blur.neighbors), ("the binary image", None, blur.binary)):
             if pair:
-                rows.append([name_data(dataset), model, latents, None, pair["sharpness"], pair["error"], None, None])
+                rows.append([dataset, model, latents, None, pair["sharpness"], pair["error"], None, None])
     columns = ["data", "model", "latents", "reconstruction, nats", "power", "squared error", "posterior noise"]
     return make_table(
         [*columns, "the rest"],
@@ -262,16 +235,15 @@ def _tabulate_samples(study: StudyNumbers) -> list[Block]:
     """Samples of the prior and of densities that were fitted to codes."""
     rows: list[list[Value]] = []
     for dataset, blur in study.blur.items():
-        for model, name in (("VAE", plan.sweep_name(dataset, 1.0)), ("autoencoder", plan.autoencoder_name(dataset))):
-            run = study.find_run(name)
-            if run is None or run.samples is None:
-                continue
-            rows.append([name_data(dataset), model, "prior", None, None, *_list_quality(run.samples)])
+        for run in study.find_runs([plan.sweep_name(dataset, 1.0), plan.name_run(dataset, "autoencoder")]):
+            model = "autoencoder" if run.is_autoencoder else "VAE"
+            assert run.samples is not None
+            rows.append([dataset, model, "prior", None, None, *_list_quality(run.samples)])
             for word, density in run.densities.items():
                 source = f"fitted {word}" + (f" of {density.num_components}" if density.num_components else "")
                 cells = [density.num_codes, density.log_density, *_list_quality(density.quality)]
-                rows.append([name_data(dataset), model, source, *cells])
-        rows.append([name_data(dataset), "other real images", None, None, None, *_list_quality(blur.floor)])
+                rows.append([dataset, model, source, *cells])
+        rows.append([dataset, "other real images", None, None, None, *_list_quality(blur.floor)])
     return make_table(
         ["data", "model", "codes from", "fitted to", "log density", "power", "Fréchet", "classifier"],
         rows,
@@ -280,7 +252,7 @@ def _tabulate_samples(study: StudyNumbers) -> list[Block]:
     )
 
 
-def _list_quality(quality: Quality) -> list[Estimate]:
+def _list_quality(quality: Quality) -> list[Value]:
     return [quality.sharpness, quality.frechet, quality.classifier]
 
 
@@ -292,14 +264,14 @@ def explain_averaging(source: PageSource) -> Section:
     for dataset in study.datasets:
         compared = {
             plan.sweep_name(dataset, 1.0): "the sum",
-            plan.mean_name(dataset): "the mean",
-            plan.beta_of_mean_name(dataset): "the sum with beta = D",
+            plan.name_run(dataset, "mean-over-pixels"): "the mean",
+            plan.name_run(dataset, "beta-of-mean"): "the sum with beta = D",
         }
         named = [("test images", source.read_originals(dataset))]
         named += [(words, source.read_run_picture(name, "reconstructions")) for name, words in compared.items()]
-        pictures += stack_strips(named, f"{name_data(dataset)}: same network, same training.", "Reconstructions")
-        names = list(dict.fromkeys([*compared, *(run.name for run in study.find_sweep(dataset))]))
-        rows += [_list_condition(study, run) for name in names if (run := study.find_run(name)) is not None]
+        pictures += stack_strips(named, f"{dataset}: reconstructions after the same training of the same network.")
+        names = dict.fromkeys([*compared, *(run.name for run in study.find_sweep(dataset))])
+        rows += [_list_condition(study, run) for run in study.find_runs(names)]
     spectrum = source.show_figure(
         "spectrum",
         "Eigenvalues of the training images' covariance, in units of the likelihood's noise, with the thresholds of a "
@@ -324,7 +296,7 @@ def explain_averaging(source: PageSource) -> Section:
 def _list_condition(study: StudyNumbers, run: RunNumbers) -> list[Value]:
     directions, threshold = study.count_directions(run), study.threshold(run)
     agrees = "yes" if (directions == 0) == (run.active == 0) else "no"
-    condition = [name_data(run.dataset), "mean" if run.averaged else "sum", run.options["beta"], threshold, directions]
+    condition = [run.dataset, "mean" if run.averaged else "sum", run.beta, threshold, directions]
     return [*condition, run.active, format_share(run.variation), run.kl, run.reconstruction, agrees]
 
 
@@ -333,8 +305,7 @@ def explain_collapse(source: PageSource) -> Section:
     study = source.study
     rows: list[list[Value]] = []
     for network, remedy in product(plan.REMEDIED_NETWORKS, plan.REMEDIES):
-        run = study.find_run(plan.remedy_name(study.datasets[0], network, remedy))
-        if run is not None:
+        for run in study.find_runs([plan.remedy_name(study.datasets[0], network, remedy)]):
             _, gain = study.find_differences("collapse", run.name)
             rows.append([network, remedy, run.active, run.kl, run.elbo, run.log_likelihood, gain])
     columns = ["network", "remedy", "active", "KL", "ELBO", "L_S", "L_S - that of none"]
@@ -346,40 +317,27 @@ def explain_networks(source: PageSource) -> Section:
     """Which network, and how many latents?"""
     study = source.study
     dataset, settings = study.datasets[0], study.settings
-    base = plan.sweep_name(dataset, 1.0)
-    names = [plan.latents_name(dataset, L) for L in settings.latent_dims] + [base]
-    names += [plan.network_name(dataset, network) for network in settings.networks]
-    found = [run for name in names if (run := study.find_run(name)) is not None]
+    varied = [f"latents-{L}" for L in settings.latent_dims] + [f"network-{network}" for network in settings.networks]
     rows: list[list[Value]] = []
-    for run in found:
+    for run in study.find_runs([plan.sweep_name(dataset, 1.0), *(plan.name_run(dataset, each) for each in varied)]):
         _, gain = study.find_differences("networks", run.name)
         size = [run.options["network"], run.options["latent_dim"], run.active, run.parameters]
         rows.append([*size, run.seconds, run.elbo, run.log_likelihood, gain])
     columns = ["network", "latents", "active", "weights", "seconds", "ELBO", "L_S", "L_S - that of the base"]
-    marked = [k for k, run in enumerate(found) if run.name == base]
-    table = make_table(columns, rows, "Nats per image; the marked row is the base.", marked)
+    table = make_table(columns, rows, "Nats per image; the first row is the base.")
     return _make_section("Which network, and how many latents?", "networks", text.NETWORKS, table)
 
 
 def explain_scale_maps(source: PageSource) -> Section:
     """Does it matter how the guide's scales are kept positive?"""
     study = source.study
-    gradients = [list(vars(each).values()) for each in study.gradients]
     stressed: list[list[Value]] = []
     for scale_map in SCALE_MAPS:
-        run = study.runs.get(plan.stress_name(study.datasets[0], scale_map))
-        if run is not None:
-            ended = "yes" if run.failed is None else "no"
-            stressed.append([scale_map, ended, run.step, run.elbo, run.failed])
-    columns = ["map", "largest feature", "gradient norm", "share NaN", "gradient norm, sampled KL"]
-    columns += ["share NaN, sampled KL", "largest scale"]
-    return _make_section(
-        "Does the scale map matter?",
-        "scale-maps",
-        text.SCALE_MAPS,
-        make_table(columns, gradients, "At initialization, nats per unit of h."),
-        make_table(["map", "finished", "last step", "ELBO", "message"], stressed, "Training under stress."),
-    )
+        run = study.runs[plan.name_run(study.datasets[0], f"stress-{scale_map}")]
+        ended = "yes" if run.failed is None else "no"
+        stressed.append([scale_map, ended, run.step, run.elbo, run.failed])
+    table = make_table(["map", "finished", "last step", "ELBO", "message"], stressed, "Training under stress.")
+    return _make_section("Does the scale map matter?", "scale-maps", text.SCALE_MAPS, table)
 
 
 def explain_method(source: PageSource) -> Section:
@@ -390,9 +348,21 @@ def explain_method(source: PageSource) -> Section:
         epochs=settings.epochs, num_particles=settings.num_particles, images=settings.images, **minutes
     )
     rows: list[list[Value]] = [
-        [name_data(word), each.description, each.train, each.validation, each.test, each.floor]
+        [word, each.description, each.train, each.validation, each.test, each.floor]
         for word, each in study.data.items()
     ]
     caption = "Floor: the log-likelihood of each pixel on its own, without latents, on the same test images, in nats."
     table = make_table(["data", "what it is", "train", "validation", "test", "floor"], rows, caption)
     return _make_section("How was it measured?", "method", method, table)
+
+
+QUESTIONS: tuple[Callable[[PageSource], Section], ...] = (
+    explain_beta,
+    explain_check,
+    explain_blur,
+    explain_averaging,
+    explain_collapse,
+    explain_networks,
+    explain_scale_maps,
+    explain_method,
+)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,13 @@ from ppl_vae.runs.results import from_json
 from ppl_vae.study.plan import Size, sweep_name
 
 STUDY, RUNS = "study.json", "runs"
-VERSION = 3
 
 
 @dataclass(frozen=True)
 class Difference:
     """The mean of b - a over the same images, with the corrected 95% interval [lower, upper], nats per image.
 
-    ``ranks_log_likelihood``: of L_S, whether the interval also exceeds what either bound may still gain with more
-    samples, so that log p(x) ranks as the bounds do (``evidence.paired.BoundDifference``). None for other numbers.
+    ``ranks_log_likelihood``: of L_S, whether log p(x) ranks as the bounds do (``evidence.paired.BoundDifference``).
     """
 
     mean: float
@@ -115,13 +114,9 @@ class RunNumbers:
     """One run: its options, its evaluation and its diagnosis. What was not measured is None.
 
     Args:
-        name: The run's folder.
-        dataset: The data set's word.
         options: The options that the study varies.
         averaged: Whether the log-likelihood was averaged over pixels in training.
         failed: The message that ended the run, where a number was not finite.
-        step: The last training step.
-        parameters: The number of weights.
         elbo, log_likelihood, gap: The ELBO, L_S, and L_S minus the ELBO, nats per image.
         tenfold_gain: What ten times the samples gained, from S / 10 to S, nats per image.
         reliable: Whether L_S has settled (``diagnostics.verdicts.is_reliable``).
@@ -163,6 +158,11 @@ class RunNumbers:
     def is_autoencoder(self) -> bool:
         """Whether the guide is deterministic."""
         return self.options["posterior"] == "delta"
+
+    @property
+    def beta(self) -> float:
+        """The weight of the KL in training."""
+        return self.options["beta"]
 
 
 @dataclass(frozen=True)
@@ -209,25 +209,6 @@ class BlurParts:
     neighbors: dict[str, Estimate] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class ScaleGradient:
-    """The gradient that reaches scale features stretched to a largest |h|, before training, for either form of the KL.
-
-    Args:
-        norm, sampled_norm: Mean over images of its norm where it is finite, nats per unit of h.
-        not_finite, sampled_not_finite: Share of images where it is not finite.
-        largest_scale: Largest scale of the guide.
-    """
-
-    scale_map: str
-    largest_feature: float
-    norm: Estimate | None
-    not_finite: float
-    sampled_norm: Estimate | None
-    sampled_not_finite: float
-    largest_scale: float | None
-
-
 @dataclass(frozen=True, kw_only=True)
 class StudyNumbers:
     """All numbers of a study, as ``study.json`` holds them.
@@ -240,7 +221,6 @@ class StudyNumbers:
         runs: By name, in the order of training.
         differences: By table ("beta", "collapse" or "networks"), then by run.
         blur: By data set.
-        gradients: Of each scale map.
     """
 
     size: str
@@ -252,22 +232,18 @@ class StudyNumbers:
     seconds: dict[str, float] = field(default_factory=dict)
     differences: dict[str, dict[str, BoundDifferences]] = field(default_factory=dict)
     blur: dict[str, BlurParts] = field(default_factory=dict)
-    gradients: tuple[ScaleGradient, ...] = ()
-    version: int = VERSION
 
-    def find_run(self, name: str) -> RunNumbers | None:
-        """The run, if it ended with finite numbers."""
-        run = self.runs.get(name)
-        return None if run is None or run.failed is not None else run
+    def find_runs(self, names: Iterable[str]) -> list[RunNumbers]:
+        """The runs that ended with finite numbers."""
+        return [run for name in names if (run := self.runs.get(name)) is not None and run.failed is None]
 
     def find_sweep(self, dataset: str) -> list[RunNumbers]:
         """The runs along beta, ascending."""
-        names = [sweep_name(dataset, beta) for beta in sorted(self.settings.betas_of(dataset))]
-        return [run for name in names if (run := self.find_run(name)) is not None]
+        return self.find_runs(sweep_name(dataset, beta) for beta in sorted(self.settings.betas_of(dataset)))
 
     def threshold(self, run: RunNumbers) -> float:
         """The eigenvalue above which a direction is kept: beta for a sum over pixels, beta D for a mean."""
-        return run.options["beta"] * (self.data[run.dataset].num_pixels if run.averaged else 1)
+        return run.beta * (self.data[run.dataset].num_pixels if run.averaged else 1)
 
     def count_directions(self, run: RunNumbers) -> int:
         """Directions of the data that a linear decoder near collapse keeps: the prediction of collapse."""

@@ -96,7 +96,6 @@ def everything() -> list[Section]:
         Section(
             "The plane",
             [
-                Picture(png(200, 900, 30), "Light and dark", "a band", dark_png=png(30, 900, 30)),
                 Picture(png(200, 900, 30), "Light alone", "a band"),
                 explorer(points=rng.normal(size=(50, 2)), labels=np.arange(50) % 10),
             ],
@@ -191,14 +190,6 @@ def test_the_slider_changes_all_pictures_and_numbers_together(visit) -> None:
 )
 def test_a_number_is_written_as_people_read_it(value: object, shown: str) -> None:
     assert f'<td class="number">{shown}</td>' in page("t", [Section("s", [Table(["n"], [[value]])])])  # type: ignore[list-item]
-
-
-@pytest.mark.parametrize(("scheme", "gray"), [("light", 200), ("dark", 30)])
-def test_a_picture_of_two_versions_shows_the_one_of_the_scheme(visit, scheme: str, gray: int) -> None:
-    with visit(Picture(png(200), "Two", "two", dark_png=png(30)), scheme=scheme) as seen:
-        assert seen.tab.locator("figure img:visible").evaluate_all("(all) => all.map((one) => one.src)") == [
-            "data:image/png;base64," + base64.b64encode(png(gray)).decode()
-        ]
 
 
 # --- Readable ---

@@ -1,4 +1,4 @@
-"""The study's measures against independent answers: averaging, distances, densities of codes, gradients."""
+"""The study's measures against independent answers: averaging, distances, densities of codes."""
 
 from __future__ import annotations
 
@@ -17,8 +17,6 @@ from ppl_vae.parts.likelihoods import Bernoulli
 from ppl_vae.parts.networks import MLP
 from ppl_vae.parts.posteriors import DiagonalNormal
 from ppl_vae.parts.priors import StandardNormal
-from ppl_vae.runs.options import PLAIN, Options
-from ppl_vae.study.compare import measure_scale_gradient, measure_scale_gradients
 from ppl_vae.study.data import principal_components
 from ppl_vae.study.densities import fit_densities
 from ppl_vae.study.quality import frechet_distance, jackknife
@@ -150,39 +148,3 @@ def test_draws_of_each_density_have_the_moments_of_the_codes() -> None:
             z = fitted.distribution.sample((4000,))
         assert ((z.mean(0) - train.mean(0)) / train.std(0)).abs().max() < 0.1
         torch.testing.assert_close(z.std(0), train.std(0), rtol=0.1, atol=0)
-
-
-# --- Gradients of scale maps ---
-
-
-def test_exp_overflows_where_the_bounded_map_does_not() -> None:
-    x = torch.rand(20, 1, 8, 8).round()
-    rows = measure_scale_gradients(Options(**PLAIN, network="mlp", hidden=(16,), latent_dim=4), x)
-    extreme = {row.scale_map: row for row in rows if row.largest_feature == 100}
-    assert extreme["exp"].largest_scale > 1e30
-    assert extreme["exp"].not_finite > 0
-    assert max(extreme[word].largest_scale for word in ("bounded", "softplus")) < 1100
-    finite = [row for row in rows if row.not_finite == 0]
-    assert len(finite) >= 9  # all but some at 100
-    assert all(row.norm is not None and math.isfinite(row.norm.mean) for row in finite)
-
-
-def test_gradients_of_both_kls_are_their_closed_forms_where_the_decoder_ignores_z() -> None:
-    D, L = 12, 3
-    vae, x = linear_vae(D, L), torch.rand(5, D).round()
-    encoder: Any = vae.posterior
-    decoder: Any = vae.likelihood
-    for weights in decoder.parameters():
-        nn.init.zeros_(weights)
-    found = measure_scale_gradient(vae, x, "bounded", 2.0)
-    loc, feature = (each.detach().double() for each in encoder.net(x).chunk(2, -1))
-    feature = feature * 2 / feature.abs().max()
-    scale, slope = (7 * (feature / 7).tanh()).exp(), 1 - (feature / 7).tanh().square()
-    torch.manual_seed(0)
-    noise = torch.randn(5, L).double()
-    z = loc + scale * noise
-    closed, sampled = slope * (scale.square() - 1), slope * (z * scale * noise - 1)
-    assert found.norm is not None
-    assert found.sampled_norm is not None
-    assert found.norm.mean == pytest.approx(float(closed.norm(dim=-1).mean()), rel=1e-4)
-    assert found.sampled_norm.mean == pytest.approx(float(sampled.norm(dim=-1).mean()), rel=1e-4)

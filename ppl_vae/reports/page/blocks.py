@@ -44,23 +44,14 @@ class Picture:
     """A picture with its caption.
 
     Args:
-        png: of a light page. In the dark it lies on a light card, unless there is ``dark_png``.
+        png: one of more than 480 pixels lies on a light card in the dark.
         caption: says what to see.
         alt: what the figure shows, for those who do not see it.
-        dark_png: the same figure for a dark page, with a transparent background.
-        wide: may be wider than the text.
     """
 
     png: bytes
     caption: str
     alt: str
-    dark_png: bytes | None = None
-    wide: bool = True
-
-    def __post_init__(self) -> None:
-        png_size(self.png)
-        if self.dark_png is not None:
-            png_size(self.dark_png)
 
 
 @dataclass(frozen=True)

@@ -40,13 +40,10 @@ def _file(name: str) -> str:
     return (_HERE / name).read_text(encoding="utf-8")
 
 
-def _image(png: bytes, alt: str, kind: str = "") -> str:
+def _image(png: bytes, alt: str) -> str:
     width, height = png_size(png)
-    drawn = "pixelated" if width <= _SMALL else "broad" if width >= _BROAD else ""
-    return (
-        f'<img class="{f"{kind} {drawn}".strip()}" src="{png_address(png)}" alt="{escape(alt)}" '
-        f'width="{width}" height="{height}">'
-    )
+    kind = "pixelated" if width <= _SMALL else "card broad" if width >= _BROAD else "card"
+    return f'<img class="{kind}" src="{png_address(png)}" alt="{escape(alt)}" width="{width}" height="{height}">'
 
 
 def _caption(words: str) -> str:
@@ -61,14 +58,8 @@ def _text(block: Text, number: int) -> str:
 
 
 def _picture(block: Picture, number: int) -> str:
-    if block.dark_png is None:
-        images = _image(block.png, block.alt, "card")
-    else:
-        images = _image(block.png, block.alt, "only-light") + _image(block.dark_png, block.alt, "only-dark")
-    return (
-        f'<figure class="picture{" wide" if block.wide else ""}"><div class="scroll">{images}</div>'
-        f"{_caption(block.caption)}</figure>"
-    )
+    image = _image(block.png, block.alt)
+    return f'<figure class="picture wide"><div class="scroll">{image}</div>{_caption(block.caption)}</figure>'
 
 
 def _verdict(block: VerdictBlock, number: int) -> str:

@@ -59,9 +59,9 @@ All networks are trained for the same epochs, so a slower one has had more time.
 the same test images; their errors say nothing about what another seed would give."""
 
 SCALE_MAPS = """\
-The encoder's output h must become a positive scale. The first table stretches h by hand at initialization and shows the
-gradient that reaches it: a good map keeps it neither huge nor broken. The second trains once with each map under
-stress: ten times the learning rate, no warm-up and no clipping."""
+The encoder's output h must become a positive scale. Each map is trained once under stress: ten times the learning rate,
+no warm-up and no clipping. One bad step, or one odd image, can make h large; a good map then keeps the gradient
+neither huge nor broken."""
 
 EXPLORE = """\
 Two latents are few, but they can be seen whole. Each point is a test image, where the encoder puts it; the picture is

@@ -9,7 +9,7 @@ from ppl_vae.diagnostics.mixture import AggregatePosterior
 from ppl_vae.diagnostics.noise import live_directions, measure_noise
 from ppl_vae.diagnostics.pictures import blur, reconstruction_variation, sharpness
 from ppl_vae.diagnostics.pixel_calibration import calibrate_pixels
-from ppl_vae.diagnostics.values import CannotMeasure
+from ppl_vae.runtime.errors import CannotMeasure
 
 __all__ = [
     "ACTIVE_VARIANCE",

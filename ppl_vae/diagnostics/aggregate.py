@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from ppl_vae.diagnostics.latents import PerLatent
 from ppl_vae.diagnostics.mixture import AggregatePosterior, factors
-from ppl_vae.diagnostics.values import PerLatent
 from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.evidence.moments import PRIOR_DRAWS, compute_log_prob, compute_moments, sample_latents
 from ppl_vae.protocols import LatentModel
@@ -20,6 +20,8 @@ from ppl_vae.runtime.global_state import seeded, serialize_threads
 # A prior draw is in a hole if its score is below this quantile of the scores of held-out images' draws.
 # Source: ours.
 HOLE_QUANTILE = 0.01
+
+_SHOWN = 12  # latents of prior draws that are kept for a picture
 
 # Bandwidths among which the one is chosen that makes held-out images' draws most likely, in standard deviations of the
 # posterior means over images.
@@ -78,24 +80,37 @@ class TwoSample:
 
 
 @dataclass(frozen=True)
+class HoleScores:
+    """Median scores log q(z) - log p(z), nats, of prior draws and of held-out images' draws."""
+
+    prior: float
+    held_out: float
+
+
+@dataclass(frozen=True)
 class Holes:
     """Prior draws that the smoothed aggregate posterior covers less than it covers 99% of other images' draws.
 
     Args:
-        share: of the prior draws that are in holes; 0.01 is expected if the aggregate posterior is the prior.
+        share: of the prior draws that are in holes.
+        expected: the share if the aggregate posterior were the prior.
         threshold: nats, the score below which a draw is in a hole.
         bandwidth: h, by which the posteriors were smoothed.
-        prior_scores: (M,) log q(z) - log p(z), nats, at the prior draws.
-        held_out_scores: (M',) the same at draws of q(z | x) of held-out images, those that did not choose h.
-        worst: (M,) indices of the prior draws, the lowest score first.
+        num_reference, num_prior: numbers of reference images and of prior draws.
+        median_score: nats.
+        worst, ordinary: latents of the prior draws that are covered least, the worst first, and of draws near the
+            median.
     """
 
     share: Estimate
+    expected: float
     threshold: float
     bandwidth: float
-    prior_scores: Tensor
-    held_out_scores: Tensor
-    worst: Tensor
+    num_reference: int
+    num_prior: int
+    median_score: HoleScores
+    worst: tuple[tuple[float, ...], ...]
+    ordinary: tuple[tuple[float, ...], ...]
 
 
 def _check_draws(name: str, z: Tensor) -> Tensor:
@@ -298,9 +313,6 @@ def holes(vae: LatentModel, x: Tensor, z_held_out: Tensor, z_prior: Tensor) -> H
             component.
         z_prior: (M, L) draws of the prior.
 
-    Returns:
-        The share, both samples' scores, and the prior draws in order of their scores.
-
     Raises:
         ValueError: no image, or fewer than two draws.
 
@@ -320,6 +332,20 @@ def holes(vae: LatentModel, x: Tensor, z_held_out: Tensor, z_prior: Tensor) -> H
     threshold_stderr = (
         share_below(HOLE_QUANTILE + quantile_stderr).mean - share_below(HOLE_QUANTILE - quantile_stderr).mean
     ) / 2
-    threshold = float(held_out.quantile(HOLE_QUANTILE))
-    found = Estimate(share.mean, math.hypot(share.stderr, threshold_stderr))
-    return Holes(found, threshold, bandwidth, at_prior, held_out, at_prior.argsort())
+    order = at_prior.argsort()
+    middle = len(order) // 2
+
+    def select(index: Tensor) -> tuple[tuple[float, ...], ...]:
+        return tuple(tuple(z) for z in z_prior[index.to(z_prior.device)].double().cpu().tolist())
+
+    return Holes(
+        share=Estimate(share.mean, math.hypot(share.stderr, threshold_stderr)),
+        expected=HOLE_QUANTILE,
+        threshold=float(held_out.quantile(HOLE_QUANTILE)),
+        bandwidth=bandwidth,
+        num_reference=len(x),
+        num_prior=len(z_prior),
+        median_score=HoleScores(float(at_prior.median()), float(held_out.median())),
+        worst=select(order[:_SHOWN]),
+        ordinary=select(order[max(0, middle - _SHOWN // 2) :][:_SHOWN]),
+    )

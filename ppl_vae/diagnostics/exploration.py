@@ -1,4 +1,4 @@
-"""What each latent does: its KL, the images along it, and the images over a plane of two latents.
+"""The images along each latent, and over a plane of two latents.
 
 Networks should be in evaluation mode. Draws come from torch's global generator.
 """
@@ -9,32 +9,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, Independent, Normal, kl_divergence
+from torch.distributions import Distribution
 
-from ppl_vae.evidence.moments import PRIOR_DRAWS, PosteriorMoments, compute_moments, sample_latents
+from ppl_vae.diagnostics.mixture import factors
+from ppl_vae.evidence.moments import PRIOR_DRAWS, compute_moments, sample_latents
 from ppl_vae.protocols import LatentModel
 from ppl_vae.runtime.global_state import serialize_threads
-
-# A latent with a mean KL below this many nats counts as unused. Source: ours.
-UNUSED_NATS = 0.01
-
-
-@serialize_threads()
-@torch.no_grad()
-def kl_by_latent(codes: PosteriorMoments, prior: Distribution) -> Tensor:
-    """(1/N) sum_n KL(q(z_l | x_n) || p(z_l)) for a guide and a prior that are products of normals over latents.
-
-    Other guides and priors have no KL for each latent, or another one; see ``latents.latent_kl``.
-
-    Args:
-        codes: of N images.
-        prior: p(z), event (L,).
-
-    Returns:
-        (L,) nats.
-    """
-    p = compute_moments(prior)
-    return kl_divergence(Normal(codes.mean, codes.scale), Normal(p.mean, p.scale)).mean(0)
 
 
 @serialize_threads()
@@ -70,9 +50,9 @@ def latent_quantiles(prior: Distribution, count: int) -> Tensor:
     """
     middles = (torch.arange(count, dtype=torch.double) + 0.5) / count
     try:
-        if not isinstance(prior, Independent):
+        marginals = factors(prior)
+        if marginals is None:
             raise NotImplementedError
-        marginals = prior.base_dist
         return marginals.icdf(middles.to(marginals.mean)[:, None])
     except NotImplementedError:
         z = sample_latents(prior, PRIOR_DRAWS)

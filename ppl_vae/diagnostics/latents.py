@@ -6,16 +6,14 @@ import math
 from dataclasses import dataclass
 
 import torch
-from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import Distribution, Normal, kl_divergence
 
 from ppl_vae.diagnostics.mixture import AggregatePosterior, factors, normal_factors
-from ppl_vae.diagnostics.values import PerLatent
 from ppl_vae.evidence.estimate import Estimate, ratio_of_means
 from ppl_vae.evidence.moments import PosteriorMoments, compute_log_prob, compute_moments
 from ppl_vae.hierarchy import LayeredDistribution
-from ppl_vae.parts.priors import VampPrior
+from ppl_vae.parts.priors import VampMixture
 from ppl_vae.protocols import LatentModel
 from ppl_vae.runtime.batching import images_per_pass, pairs_per_pass
 from ppl_vae.runtime.errors import check_count
@@ -36,6 +34,27 @@ _LEAST_KL = 0.1
 # latents that the guide uses. Source: ours.
 _LEAST_SLOPE = 0.05
 _STDERRS = 3.0
+
+
+@dataclass(frozen=True)
+class PerLatent:
+    """A mean over images and its standard error for each latent.
+
+    Args:
+        mean: (L,) float64, on the CPU.
+        stderr: (L,) float64, on the CPU; NaN for one image.
+    """
+
+    mean: Tensor
+    stderr: Tensor
+
+    @classmethod
+    def from_values(cls, values: Tensor) -> PerLatent:
+        """From one number for each image and latent, (N, L)."""
+        values = values.double().cpu()
+        N = len(values)
+        stderr = values.std(0) / math.sqrt(N) if N > 1 else values.new_full(values.shape[1:], math.nan)
+        return cls(values.mean(0), stderr)
 
 
 @dataclass(frozen=True)
@@ -90,13 +109,10 @@ class ElboSplit:
     saturated: bool
 
 
-def _kl_by_latent(q: Distribution, p: Distribution) -> Tensor | None:
-    """(B, L) KL(q(z_l | x) || p(z_l)): in closed form, else None."""
-    q_l, p_l = factors(q), factors(p)
-    if q_l is None or p_l is None:
-        return None
+def _closed_kl(q: Distribution | None, p: Distribution) -> Tensor | None:
+    """(B, L) KL(q(z_l | x) || p(z_l)) of the factors of a guide and a prior, in closed form, else None."""
     try:
-        return kl_divergence(q_l, p_l).double()
+        return None if q is None else kl_divergence(q, p).double()
     except NotImplementedError:
         return None
 
@@ -119,20 +135,17 @@ def latent_kl(vae: LatentModel, x: Tensor, *, draws: int = 100) -> PerLatent | N
     Raises:
         ValueError: no image.
     """
-    prior, posteriors = vae.prior(), AggregatePosterior.encode(vae, x)
-    if factors(prior) is None or not posteriors.is_factorized:
-        return None
-    kl = torch.cat([_kl_or_draws(q, prior, draws) for q in posteriors.groups])
-    return PerLatent.from_values(kl)
-
-
-def _kl_or_draws(q: Distribution, prior: Distribution, draws: int) -> Tensor:
-    """(B, L) KL(q(z_l | x) || p(z_l)), in closed form or from draws."""
-    closed = _kl_by_latent(q, prior)
-    if closed is not None:
-        return closed
-    z = q.sample((draws,))
-    return (factors(q).log_prob(z).double() - factors(prior).log_prob(z).double()).mean(0)
+    p, found = factors(vae.prior()), []
+    for group in AggregatePosterior.encode(vae, x).groups:
+        q = factors(group)
+        if p is None or q is None:
+            return None
+        kl = _closed_kl(q, p)
+        if kl is None:
+            z = group.sample((draws,))
+            kl = (q.log_prob(z).double() - p.log_prob(z).double()).mean(0)
+        found.append(kl)
+    return PerLatent.from_values(torch.cat(found))
 
 
 def active_units(codes: PosteriorMoments, prior_scale: Tensor | None = None) -> ActiveUnits:
@@ -159,13 +172,13 @@ def active_units(codes: PosteriorMoments, prior_scale: Tensor | None = None) -> 
 
 @serialize_threads()
 @torch.no_grad()
-def elbo_split(vae: LatentModel, x: Tensor, *, draws: int = 1) -> ElboSplit:
+def elbo_split(vae: LatentModel, x: Tensor) -> ElboSplit:
     """E KL(q(z | x) || p(z)) = I(z; n) + KL(q(z) || p(z)), and KL(q(z) || p(z)) = TC + sum_l KL(q(z_l) || p(z_l)).
 
     q(z) = (1/N) sum_n q(z | x_n) over exactly these N images, and I is the mutual information between z and the index
-    n, uniform on them. I = E[log q(z | x) - log q(z)] is estimated from draws of q(z | x_n); no draw gives more than
-    log N. The KL is computed in closed form if there is one, and the marginal KL as KL - I, so that both identities
-    hold exactly in the returned numbers.
+    n, uniform on them. I = E[log q(z | x) - log q(z)] is estimated from one draw of each q(z | x_n); no draw gives more
+    than log N. The KL is computed in closed form if there is one, and the marginal KL as KL - I, so that both
+    identities hold exactly in the returned numbers.
 
     I grows with N, up to that of the population of images. If the posteriors are so narrow that they hardly overlap, I
     is log N (9.2 nats for 10,000 images) whatever the population's value is, and the marginal KL is overstated by the
@@ -175,26 +188,30 @@ def elbo_split(vae: LatentModel, x: Tensor, *, draws: int = 1) -> ElboSplit:
     Args:
         vae: the VAE, whose guide has a density.
         x: images (N, *E), as the model sees them.
-        draws: of q(z | x) per image.
 
     Raises:
-        ValueError: no image, one off the support of p(x | z), or no draw.
+        ValueError: no image, or one off the support of p(x | z).
 
     Reference: Hoffman and Johnson 2016, ELBO surgery; Chen et al. 2018, arXiv 1802.04942, equation 2 (the total
     correlation; there by minibatches). The closed-form KL with sampled information is ours.
     """
-    draws = check_count("draws", draws)
     check_support(vae.model, x)
     q, prior = AggregatePosterior.encode(vae, x), vae.prior()
-    by_latent = factors(prior) is not None and q.is_factorized
-    parts = [_measure_draw(vae, x, q, prior, by_latent=by_latent) for _ in range(draws)]
-    reconstruction, kl, information = (torch.stack(part).mean(0) for part in zip(*(p[:3] for p in parts), strict=True))
+    latents = factors(prior) if q.is_factorized else None
+    z = q.sample()
+    log_q = q.log_prob_per_image(z)
+    information = log_q - q.log_prob(z)
+    reconstruction = _log_likelihood(vae, x, z)
     total_correlation = dimension_kl = sum_of_dimension_kl = None
-    if by_latent:
-        kl_by_latent, information_by_latent = (
-            torch.stack(part).mean(0) for part in zip(*(p[3:] for p in parts), strict=True)
-        )
-        remainder = kl_by_latent - information_by_latent
+    if latents is None:
+        kl = log_q - compute_log_prob(prior, z)
+    else:
+        log_q_by_latent = q.log_prob_per_latent(z)
+        found = [closed for group in q.groups if (closed := _closed_kl(factors(group), latents)) is not None]
+        sampled = log_q_by_latent - latents.log_prob(z).double()
+        kl_by_latent = torch.cat(found) if len(found) == len(q.groups) else sampled
+        kl = kl_by_latent.sum(-1)
+        remainder = kl_by_latent - (log_q_by_latent - q.log_prob_by_latent(z))
         total_correlation = Estimate.from_values(kl - information - remainder.sum(-1))
         sum_of_dimension_kl = Estimate.from_values(remainder.sum(-1))
         dimension_kl = PerLatent.from_values(remainder)
@@ -211,24 +228,6 @@ def elbo_split(vae: LatentModel, x: Tensor, *, draws: int = 1) -> ElboSplit:
         cap=cap,
         saturated=mutual_information.mean > SATURATED_SHARE * cap,
     )
-
-
-def _measure_draw(
-    vae: LatentModel, x: Tensor, q: AggregatePosterior, prior: Distribution, *, by_latent: bool
-) -> tuple[Tensor, ...]:
-    """For one z ~ q(z | x_n) per image: reconstruction, KL and information (N,), and the last two by latent (N, L)."""
-    z = q.sample()
-    own = q.log_prob_per_image(z)
-    information = own - q.log_prob(z)
-    reconstruction = _log_likelihood(vae, x, z)
-    if not by_latent:
-        return reconstruction, own - compute_log_prob(prior, z), information
-    own_by_latent = q.log_prob_per_latent(z)
-    closed = [_kl_by_latent(group, prior) for group in q.groups]
-    found = [kl for kl in closed if kl is not None]
-    sampled = own_by_latent - factors(prior).log_prob(z).double()
-    kl = torch.cat(found) if len(found) == len(closed) else sampled
-    return reconstruction, kl.sum(-1), information, kl, own_by_latent - q.log_prob_by_latent(z)
 
 
 def _log_likelihood(vae: LatentModel, x: Tensor, z: Tensor) -> Tensor:
@@ -297,21 +296,20 @@ def _derivative(total: Tensor, log_c: Tensor) -> Tensor:
     return torch.zeros_like(log_c) if found is None else found
 
 
-def _log_prior(part: object, prior: TorchDistribution, z: Tensor, log_c: Tensor) -> Tensor:
+def _log_prior(prior: Distribution, z: Tensor, log_c: Tensor) -> Tensor:
     """log p(z) after all of the guide's scales are multiplied by c.
 
     For a VampPrior that is log (1/K) sum_k q_k(m_k + (z - m_k) / c) / c^L; no other prior has the guide's scales.
 
     Args:
-        part: the VAE's prior.
-        prior: what it returns.
+        prior: p(z).
         z: (S, B, L).
         log_c: (B,).
 
     Returns:
         (S, B) nats.
     """
-    if not isinstance(part, VampPrior):
+    if not isinstance(prior, VampMixture):
         return prior.log_prob(z)
     components = prior.component_distribution
     with torch.no_grad():
@@ -335,7 +333,7 @@ def _slopes(vae: LatentModel, x: Tensor, prior: Distribution, draws: int) -> tup
         z = mean + log_c.exp()[:, None] * away
         gain = _derivative(vae.likelihood(z).log_prob(x).sum(), log_c) / len(z)
         if normals is None or p is None:
-            log_p = _log_prior(vae.prior, prior, z, log_c)
+            log_p = _log_prior(prior, z, log_c)
             rate = -z.shape[-1] - _derivative(log_p.sum(), log_c) / len(z)
             kl = (q.log_prob(z) - log_p).mean(0)
         else:

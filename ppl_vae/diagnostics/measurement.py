@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ppl_vae.diagnostics.aggregate import (
-    HOLE_QUANTILE,
+    Holes,
     KolmogorovSmirnov,
     LatentMoments,
     TwoSample,
@@ -21,11 +21,18 @@ from ppl_vae.diagnostics.aggregate import (
     kolmogorov_smirnov,
     latent_moments,
 )
-from ppl_vae.diagnostics.latents import ActiveUnits, ElboSplit, active_units, elbo_split, implied_beta, latent_kl
+from ppl_vae.diagnostics.latents import (
+    ActiveUnits,
+    ElboSplit,
+    PerLatent,
+    active_units,
+    elbo_split,
+    implied_beta,
+    latent_kl,
+)
 from ppl_vae.diagnostics.noise import NoiseSpectrum
 from ppl_vae.diagnostics.pictures import Blur, blur, reconstruction_variation
 from ppl_vae.diagnostics.pixel_calibration import PixelCalibration, calibrate_pixels
-from ppl_vae.diagnostics.values import CannotMeasure, PerLatent
 from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.evidence.evaluation import evaluate, reconstruction
 from ppl_vae.evidence.importance import Importance
@@ -38,6 +45,7 @@ from ppl_vae.evidence.moments import (
     sample_posterior,
 )
 from ppl_vae.protocols import LatentModel
+from ppl_vae.runtime.errors import CannotMeasure
 from ppl_vae.runtime.global_state import seeded
 from ppl_vae.weights import is_deterministic
 
@@ -48,7 +56,6 @@ _MOST_PAIRED = 2000
 _MOST_PAIRED_BY_A_FLOW = 250  # for a guide whose density at another image's draws takes many passes of a network
 _MOST_CALIBRATED = 300
 _MOST_WEIGHED = 300
-_SHOWN = 12  # latents of prior draws that are kept for a picture
 
 Result = TypeVar("Result")
 
@@ -79,46 +86,13 @@ class TrainedWith:
 
 
 @dataclass(frozen=True)
-class HoleScores:
-    """Median scores log q(z) - log p(z), nats, of prior draws and of held-out images' draws."""
-
-    prior: float
-    held_out: float
-
-
-@dataclass(frozen=True)
-class HoleNumbers:
-    """What is kept of ``aggregate.Holes``.
-
-    Args:
-        share: of the prior draws that are in holes.
-        expected: the share if the aggregate posterior were the prior.
-        threshold: nats, the score below which a draw is in a hole.
-        bandwidth: by which the posteriors were smoothed.
-        num_reference, num_prior: numbers of reference images and of prior draws.
-        median_score: nats.
-        worst, ordinary: latents of the prior draws that are covered least, and of draws near the median.
-    """
-
-    share: Estimate
-    expected: float
-    threshold: float
-    bandwidth: float
-    num_reference: int
-    num_prior: int
-    median_score: HoleScores
-    worst: tuple[tuple[float, ...], ...]
-    ordinary: tuple[tuple[float, ...], ...]
-
-
-@dataclass(frozen=True)
 class AggregateNumbers:
     """The aggregate posterior against the prior; ``holes`` is None for an autoencoder."""
 
     moments: LatentMoments
     kolmogorov_smirnov: KolmogorovSmirnov
     classifier: TwoSample
-    holes: HoleNumbers | None
+    holes: Holes | None
 
 
 @dataclass(frozen=True)
@@ -296,27 +270,7 @@ def _measure_aggregate(
         latent_moments(z, prior),
         kolmogorov_smirnov(z, prior),
         classifier_test(z, z_prior, seed=seed),
-        None if autoencoder else _measure_holes(vae, reference, held_out, z_prior[: len(held_out)]),
-    )
-
-
-def _measure_holes(vae: LatentModel, reference: Tensor, z_held_out: Tensor, z_prior: Tensor) -> HoleNumbers:
-    found = holes(vae, reference, z_held_out, z_prior)
-    middle = len(found.worst) // 2
-
-    def latents(index: Tensor) -> tuple[tuple[float, ...], ...]:
-        return tuple(tuple(z) for z in z_prior[index.to(z_prior.device)].double().cpu().tolist())
-
-    return HoleNumbers(
-        share=found.share,
-        expected=HOLE_QUANTILE,
-        threshold=found.threshold,
-        bandwidth=found.bandwidth,
-        num_reference=len(reference),
-        num_prior=len(z_prior),
-        median_score=HoleScores(float(found.prior_scores.median()), float(found.held_out_scores.median())),
-        worst=latents(found.worst[:_SHOWN]),
-        ordinary=latents(found.worst[max(0, middle - _SHOWN // 2) :][:_SHOWN]),
+        None if autoencoder else holes(vae, reference, held_out, z_prior[: len(held_out)]),
     )
 
 

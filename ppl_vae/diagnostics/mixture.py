@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal
 
 from ppl_vae.protocols import LatentModel
-from ppl_vae.runtime.batching import floats_per_latent, images_per_pass
+from ppl_vae.runtime.batching import floats_per_latent, images_per_pass, items_per_pass
 from ppl_vae.runtime.global_state import serialize_threads
 
-# The floats that one pass may hold: 64 MB in float64.
-_PASS_NUMBERS = 8_000_000
 
-
-def factors(distribution: Distribution) -> Any:
+def factors(distribution: Distribution) -> Distribution | None:
     """The distributions of the latents, batch shape (..., L), if they are independent by construction; else None."""
     if not isinstance(distribution, Independent) or distribution.reinterpreted_batch_ndims != 1:
         return None
-    return None if distribution.base_dist.event_shape else distribution.base_dist
+    base: Distribution = distribution.base_dist
+    return None if base.event_shape else base
 
 
 def normal_factors(distribution: Distribution) -> Normal | None:
@@ -78,8 +75,8 @@ class AggregatePosterior:
     @torch.no_grad()
     def log_prob_per_latent(self, z: Tensor) -> Tensor:
         """(N, L) log q(z_nl | x_n), nats, float64, for a factorized guide. z: (N, L)."""
-        parts = zip(self.groups, self._split(z), strict=True)
-        return torch.cat([factors(q).log_prob(part).double() for q, part in parts])
+        parts = zip(map(factors, self.groups), self._split(z), strict=True)
+        return torch.cat([q.log_prob(part).double() for q, part in parts if q is not None])
 
     @torch.no_grad()
     def log_prob(self, z: Tensor) -> Tensor:
@@ -90,7 +87,7 @@ class AggregatePosterior:
     @torch.no_grad()
     def log_prob_by_latent(self, z: Tensor) -> Tensor:
         """(M, L) log q(z_l) of each latent's marginal, nats, float64, for a factorized guide. z: (M, L)."""
-        parts = [self._log_sum_by_latent(factors(q), z) for q in self.groups]
+        parts = [self._log_sum_by_latent(q, z) for q in map(factors, self.groups) if q is not None]
         return torch.stack(parts).logsumexp(0) - math.log(self.num_images)
 
     @torch.no_grad()
@@ -111,7 +108,7 @@ class AggregatePosterior:
         """(M,) log sum_n q(z | x_n) over one group of images."""
         B, normals = int(q.batch_shape[0]), normal_factors(q)
         if normals is None:
-            chunk = max(1, _PASS_NUMBERS // (B * floats_per_latent(q)))
+            chunk = items_per_pass(B * floats_per_latent(q), z.device.type, bytes_per_float=8)
             return torch.cat([q.log_prob(part[:, None]).double().logsumexp(1) for part in z.split(chunk)])
         loc, precision = normals.loc.double(), normals.scale.double().pow(-2)
         constant = (loc.square() * precision - precision.log() + math.log(2 * math.pi)).sum(-1)
@@ -119,10 +116,11 @@ class AggregatePosterior:
         def log_prob(part: Tensor) -> Tensor:
             return -(part.square() @ precision.T - 2 * part @ (loc * precision).T + constant) / 2
 
-        return torch.cat([log_prob(part).logsumexp(1) for part in z.double().split(max(1, _PASS_NUMBERS // B))])
+        chunk = items_per_pass(B, z.device.type, bytes_per_float=8)
+        return torch.cat([log_prob(part).logsumexp(1) for part in z.double().split(chunk)])
 
     @staticmethod
     def _log_sum_by_latent(q: Distribution, z: Tensor) -> Tensor:
         """(M, L) log sum_n q(z_l | x_n) over one group of images."""
-        chunk = max(1, _PASS_NUMBERS // (4 * math.prod(q.batch_shape)))
+        chunk = items_per_pass(4 * q.batch_shape.numel(), z.device.type, bytes_per_float=8)
         return torch.cat([q.log_prob(part[:, None]).logsumexp(1).double() for part in z.split(chunk)])

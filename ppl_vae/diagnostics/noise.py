@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ppl_vae.diagnostics.values import CannotMeasure
 from ppl_vae.parts.likelihoods import Categorical, DiscretizedLogisticMixture
 from ppl_vae.parts.likelihoods.base import independent_pixels
 from ppl_vae.protocols import Likelihood
 from ppl_vae.runtime.batching import images_per_pass
+from ppl_vae.runtime.errors import CannotMeasure
 from ppl_vae.runtime.global_state import seeded
 
 # The edge of a single permutation can come from two rare pixels that meet in one image: for 20,000 binarized MNIST

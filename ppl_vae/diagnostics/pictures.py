@@ -8,12 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ppl_vae.diagnostics.values import CannotMeasure
 from ppl_vae.evidence.estimate import Estimate, ratio_of_means
 from ppl_vae.evidence.moments import mean_or_draw
 from ppl_vae.protocols import LatentModel
 from ppl_vae.runtime.batching import images_per_pass
-from ppl_vae.runtime.errors import check_count
+from ppl_vae.runtime.errors import CannotMeasure, check_count
 from ppl_vae.runtime.global_state import serialize_threads
 
 # Cycles a pixel: half of the Nyquist frequency of 1/2. Source: ours.

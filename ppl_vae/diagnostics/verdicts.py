@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ppl_vae.diagnostics.measurement import Measurements, TrainedWith
-from ppl_vae.diagnostics.values import plus_minus
 from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.training.schedules import default_warmup
 
@@ -69,6 +68,25 @@ class Verdict:
     evidence: str
     figure: str | None = None
     change: Change | None = None
+
+
+def plus_minus(value: Estimate, digits: int | None = None, *, sign: int = 1) -> str:
+    """An estimate as "mean ± stderr"; without "± stderr" if the error is unknown, "unknown" if the mean is.
+
+    Args:
+        value: the estimate; unknown numbers are NaN.
+        digits: after the point. By default the error has two significant digits; without an error there are three.
+        sign: -1 to write the estimate of the negative.
+
+    >>> plus_minus(Estimate(-81.234, 0.215))
+    '-81.23 ± 0.21'
+    """
+    if math.isnan(value.mean):
+        return "unknown"
+    if digits is None:
+        digits = max(0, 1 - math.floor(math.log10(value.stderr))) if value.stderr > 0 else 3
+    words = f"{round(sign * value.mean, digits) + 0.0:.{digits}f}"
+    return words if math.isnan(value.stderr) else f"{words} ± {value.stderr:.{digits}f}"
 
 
 def verdicts(numbers: Measurements) -> list[Verdict]:

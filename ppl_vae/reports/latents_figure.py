@@ -9,16 +9,16 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
-from torch.distributions import Distribution
+from torch.distributions import Distribution, Normal, kl_divergence
 
 from ppl_vae.diagnostics import ACTIVE_VARIANCE, active_units
-from ppl_vae.diagnostics.exploration import UNUSED_NATS, kl_by_latent
 from ppl_vae.diagnostics.mixture import normal_factors
 from ppl_vae.evidence.moments import PosteriorMoments, compute_moments, sample_latents
 from ppl_vae.reports import figures as plots
 from ppl_vae.reports.text.captions import latent_axis_name, latents_title
 from ppl_vae.vae import VAE
 
+_UNUSED_NATS = 0.01  # a latent with a smaller mean KL counts as unused. Source: ours
 _PRIOR_SHOWN = 2000  # draws of a prior that is not drawn as circles
 
 
@@ -56,9 +56,10 @@ def measure_latent_use(vae: VAE, x: Tensor, codes: PosteriorMoments) -> LatentUs
     if bool((codes.scale == 0).any()):
         values = codes.mean.var(0, correction=0)
         return LatentUse(values, "variance", "the variance of z_l", "", ACTIVE_VARIANCE)
-    if normal_factors(prior) is not None and normal_factors(vae.posterior(x[:1])) is not None:
-        meaning = "KL(q(z_l | x) || p(z_l)), the mean"
-        return LatentUse(kl_by_latent(codes, prior), "mean KL", meaning, " nats", UNUSED_NATS)
+    p = normal_factors(prior)
+    if p is not None and normal_factors(vae.posterior(x[:1])) is not None:
+        kl = kl_divergence(Normal(codes.mean, codes.scale), p).mean(0)
+        return LatentUse(kl, "mean KL", "KL(q(z_l | x) || p(z_l)), the mean", " nats", _UNUSED_NATS)
     values = active_units(codes, compute_moments(prior).scale).mean
     meaning = "the variance of E[z_l | x] in variances of the prior, taken"
     return LatentUse(values, "variance", meaning, "", ACTIVE_VARIANCE)

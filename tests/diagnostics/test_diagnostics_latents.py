@@ -114,7 +114,7 @@ def test_the_error_of_a_variance_is_that_of_repetitions():
 
 def test_the_parts_sum_to_the_kl(oracle):
     vae = oracle.vae(widen=1.3, shift=0.4)
-    split = elbo_split(vae, oracle.draw(100), draws=2)
+    split = elbo_split(vae, oracle.draw(100))
     assert split.kl.mean == pytest.approx(split.mutual_information.mean + split.marginal_kl.mean, abs=1e-12)
     assert split.marginal_kl.mean == pytest.approx(
         split.total_correlation.mean + float(split.dimension_kl.mean.sum()), abs=1e-12

@@ -13,9 +13,9 @@ import torch
 from oracles import LinearGaussian
 from torch.testing import assert_close
 
-from ppl_vae.diagnostics.exploration import decode_plane, decode_traversals, kl_by_latent, latent_quantiles
+from ppl_vae.diagnostics.exploration import decode_plane, decode_traversals, latent_quantiles
 from ppl_vae.evidence.importance import gather_log_weights
-from ppl_vae.evidence.moments import PosteriorMoments, compute_moments, encode
+from ppl_vae.evidence.moments import compute_moments, encode
 
 
 @pytest.fixture
@@ -52,27 +52,6 @@ def test_moments_that_are_not_known_are_those_of_draws():
     estimated = compute_moments(without_moments(loc.tolist(), scale.tolist()))
     assert ((estimated.mean - loc).abs() < 5 * scale / math.sqrt(200)).all()
     assert ((estimated.scale - scale).abs() < 5 * scale / math.sqrt(400)).all()
-
-
-# --- KL ---
-
-
-@pytest.mark.parametrize(("widen", "shift"), [(1.0, 0.0), (1.5, 0.5)])
-def test_the_kls_of_the_latents_sum_to_the_kl(oracle, widen, shift):
-    vae, x = oracle.vae(widen=widen, shift=shift), oracle.draw(20)
-    kl = kl_by_latent(encode(vae, x), vae.prior())
-    assert_close(kl.sum(), oracle.kl(x, widen=widen, shift=shift).mean())
-
-
-def test_the_kl_of_a_latent_is_its_integral():
-    codes = PosteriorMoments(torch.tensor([[0.5, -2.0]]), torch.tensor([[0.3, 1.5]]))
-    prior = dist.Normal(torch.tensor([0.0, 1.0]), torch.tensor([1.0, 2.0])).to_event(1)
-    expected = []
-    for m, s, m0, s0 in ((0.5, 0.3, 0.0, 1.0), (-2.0, 1.5, 1.0, 2.0)):
-        q, p = scipy.stats.norm(m, s), scipy.stats.norm(m0, s0)
-        integrand = lambda z, q=q, p=p: q.pdf(z) * (q.logpdf(z) - p.logpdf(z))  # noqa: E731
-        expected.append(scipy.integrate.quad(integrand, m - 12 * s, m + 12 * s)[0])
-    assert_close(kl_by_latent(codes, prior), torch.tensor(expected, dtype=torch.float), rtol=1e-5, atol=1e-5)
 
 
 # --- What latents move ---

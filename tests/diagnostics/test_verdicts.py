@@ -10,20 +10,17 @@ import pytest
 import torch
 
 from ppl_vae.diagnostics import verdicts as judge
-from ppl_vae.diagnostics.aggregate import KolmogorovSmirnov, LatentMoments, TwoSample
-from ppl_vae.diagnostics.latents import ActiveUnits
+from ppl_vae.diagnostics.aggregate import Holes, HoleScores, KolmogorovSmirnov, LatentMoments, TwoSample
+from ppl_vae.diagnostics.latents import ActiveUnits, PerLatent
 from ppl_vae.diagnostics.measurement import (
     AggregateNumbers,
     EstimateQuality,
-    HoleNumbers,
-    HoleScores,
     Measurements,
     PictureNumbers,
     TrainedWith,
 )
 from ppl_vae.diagnostics.noise import NoiseSpectrum
 from ppl_vae.diagnostics.pixel_calibration import PixelCalibration
-from ppl_vae.diagnostics.values import PerLatent
 from ppl_vae.diagnostics.verdicts import Verdict, verdicts
 from ppl_vae.evidence.estimate import Estimate
 
@@ -39,7 +36,7 @@ def value(mean: float, stderr: float = 0.0) -> Estimate:
 def aggregate(share: float | None = 0.05, effect: float = 0.2) -> AggregateNumbers:
     holes = None
     if share is not None:
-        holes = HoleNumbers(value(share), 0.01, -1.0, 0.0, 500, 500, HoleScores(0.0, 0.0), (), ())
+        holes = Holes(value(share), 0.01, -1.0, 0.0, 500, 500, HoleScores(0.0, 0.0), (), ())
     moments = LatentMoments(PerLatent(ZEROS, ZEROS), PerLatent(ZEROS, ZEROS))
     return AggregateNumbers(moments, KolmogorovSmirnov(ZEROS, ZEROS), TwoSample(value(effect), 0.5, 100), holes)
 

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 
 from ppl_vae.diagnostics.measurement import Measurements
 from ppl_vae.diagnostics.pixel_calibration import PixelCalibration
-from ppl_vae.diagnostics.values import plus_minus
-from ppl_vae.diagnostics.verdicts import Verdict, is_importance_weighted
+from ppl_vae.diagnostics.verdicts import Verdict, is_importance_weighted, plus_minus
 from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.reports.text.evaluation import describe_images_scale
 from ppl_vae.runs.fields import format_flag

@@ -22,11 +22,11 @@ SOURCES = {str(path.relative_to(ROOT)): path for path in sorted(PACKAGE.rglob("*
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
-# What a base class of torch or Pyro, or ``VAE``, documents, and every part defines in the same sense.
+# What a base class of torch or Pyro, ``VAE`` or ``Pixels`` documents, and every part defines in the same sense.
 OF_A_BASE = {
     *("forward", "log_prob", "sample", "rsample", "expand", "has_rsample", "mean", "variance", "mode", "icdf", "cdf"),
     *("support", "arg_constraints", "event_shape", "batch_shape", "check", "error", "entropy", "enumerate_support"),
-    *("model", "guide", "has_enumerate_support", "domain", "codomain", "log_abs_det_jacobian", "inv", "sign"),
+    *("model", "guide", "has_enumerate_support", "domain", "codomain", "log_abs_det_jacobian", "inv", "sign", "pixel"),
 }
 
 # (N, *E), (S, B), (..., L), (n,), (2, 3), (len(sizes), B); or that any shape will do, or one number.

@@ -129,11 +129,6 @@ class GuideCalibration:
     num_draws: int
 
     @property
-    def is_calibrated(self) -> bool:
-        """Whether the overall p-value is at least 0.01. More simulations may still show a difference."""
-        return self.p_value >= SIGNIFICANT
-
-    @property
     def worst(self) -> list[int]:
         """The latents, least uniform first: by p-value, and where that is 0 by scale and shift."""
         if self.shape is None:
@@ -146,30 +141,13 @@ class GuideCalibration:
     def verdict(self) -> str:
         """The judgment in one line."""
         p = f"p = {self.p_value:.2g}" if self.p_value >= 1e-300 else "p < 1e-300"
-        if self.is_calibrated:
+        if self.p_value >= SIGNIFICANT:
             return f"no sign that the guide is not the posterior ({p}, {self.num_simulations:,} simulations)"
         wrong = self.adjusted[:-1] < SIGNIFICANT
-        latents = f"{int(wrong.sum())} of {len(wrong)} latents are off by themselves{self._sizes(wrong)}"
-        joint = f"log p(x, z): {self.words[-1]}"
-        if not wrong.any():  # and yet something is: what no latent shows by itself
-            joint += "; latents one by one do not show it: the guide misses how they go together, or with x"
-        return f"the guide is not the posterior ({p}): {latents}; {joint}"
-
-    def _sizes(self, wrong: Tensor) -> str:
-        found = self.shape
-        if found is None:
-            return ""
-        kinds = {"too narrow or misplaced by image": found.narrow, "too wide": found.wide, "shifted": found.shifted}
-        counts = [f"{int((wrong & kind).sum())} {name}" for name, kind in kinds.items()]
-        told = f"{', '.join(counts)}; " if wrong.any() else ""
-        mean = f"{float(found.mean_scale):.3f} ± {float(found.mean_scale_stderr):.3f} on average"
-        known = ~found.scale.isnan()
-        if not known.any():
-            return " (of none do the ranks differ)"
-        least, most = float(found.scale[known].min()), float(found.scale[known].max())
+        scale = self.shape and f", with {self.shape.mean_scale:.3f} ± {self.shape.mean_scale_stderr:.3f} of its scale"
         return (
-            f" ({told}as the guide's scale over the posterior's: {mean}, {least:.2f} to {most:.2f}; shifted by up to "
-            f"{float(found.shift[known].abs().max()):.2f} of the posterior's scales)"
+            f"the guide is not the posterior ({p}): {int(wrong.sum())} of {len(wrong)} latents are off by themselves"
+            f"{scale or ''}; log p(x, z): {self.words[-1]}"
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -196,28 +174,20 @@ def judge(found: Ranks) -> GuideCalibration:
     u = (found.log_joint.double() + 0.5) / (found.num_draws + 1)
     joint, joint_stderr = float(u.mean()), float(mean_stderr(u))
     off = (holm < SIGNIFICANT).tolist()
-    words = [_of_latent(shapes, latent) if bad else "calibrated" for latent, bad in enumerate(off[:-1])]
-    words.append(_of_joint(joint, joint_stderr) if off[-1] else "calibrated")
+    words = [_describe_latent(shapes, latent) if bad else "calibrated" for latent, bad in enumerate(off[:-1])]
+    words.append(_describe_joint(joint, joint_stderr) if off[-1] else "calibrated")
     return GuideCalibration(float(holm.min()), p, holm, shapes, joint, joint_stderr, words, len(u), found.num_draws)
 
 
-def _of_latent(shapes: NormalShape | None, latent: int) -> str:
+def _describe_latent(shapes: NormalShape | None, latent: int) -> str:
     if shapes is None:
         return "not uniform"
-    c, d = float(shapes.scale[latent]), float(shapes.shift[latent])
-    if math.isnan(c):
-        return "off by more than the guide's draws reach: all ranks are the same"
-    words = []
-    if shapes.narrow[latent] or shapes.wide[latent]:
-        words.append(
-            f"too {'narrow, or now here and now there' if c < 1 else 'wide'}, as {c:.2f} of the posterior's scale"
-        )
-    if shapes.shifted[latent]:
-        words.append(f"{abs(d):.2f} scales {'above' if d > 0 else 'below'} the posterior")
-    return ", ".join(words) or "of another shape than the posterior"
+    too_narrow, too_wide = bool(shapes.narrow[latent]), bool(shapes.wide[latent])
+    width = "too narrow, or misplaced by image" if too_narrow else "too wide" if too_wide else "not as the posterior"
+    return f"{width}: {shapes.scale[latent]:.2f} of its scale, shifted by {shapes.shift[latent]:+.2f} scales"
 
 
-def _of_joint(mean: float, stderr: float) -> str:
+def _describe_joint(mean: float, stderr: float) -> str:
     """What the mean rank of log p(x, z), with its standard error, says about the guide.
 
     A guide that is too narrow has draws of higher density than z*. A guide that is too wide, misplaced, or blind to how
@@ -225,7 +195,5 @@ def _of_joint(mean: float, stderr: float) -> str:
     """
     told = f"(mean rank {mean:.3f} ± {stderr:.3f})"
     if abs(mean - 0.5) <= STDERRS * stderr:
-        return f"now below and now above its draws, or among them too often {told}"
-    if mean < 0.5:
-        return f"the z of an image is less probable than draws of the guide, which keep to where p is high {told}"
-    return f"the z of an image is more probable than draws of the guide, which go where it is not {told}"
+        return f"among its draws, too often or too seldom {told}"
+    return f"the z of an image is {'less' if mean < 0.5 else 'more'} probable than draws of the guide {told}"

@@ -64,9 +64,6 @@ def refine_proposal(
         compile: whether a step is one compiled graph.
         progress: called with the number of images after each step of a group of them, N times ``steps`` in all.
 
-    Returns:
-        q, batch shape (N,), event shape (L,).
-
     Raises:
         ValueError: an image off the support of p(x | z); a guide without features per image, and no family; a
             deterministic guide; or an argument out of its range.
@@ -109,7 +106,7 @@ def _start(vae: LatentModel, x: Tensor, family: DiagonalNormal | FullNormal | No
         raise ValueError("vae: expected a guide with a density, got a deterministic one (Delta)")
     if family is not None:
         found = encode(vae, x)
-        return Proposal(family.to(x.device), normal_features(family, found.mean, torch.diag_embed(found.scale)), x)
+        return Proposal(family.to(x.device), normal_features(family, found.mean, found.scale), x)
     net, own = getattr(posterior, "net", None), getattr(posterior, "family", None)
     if net is None or own is None:
         raise ValueError(

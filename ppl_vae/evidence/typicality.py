@@ -18,11 +18,6 @@ from ppl_vae.vae import VAE
 
 LOWEST = 0.05  # the share of own images below whose quantile the other set's are improbable
 
-# Two sets are told apart where random pairs of images are in order with at least this probability; sentences state only
-# what lies beyond its threshold by three standard errors. Source: ours.
-APART = 0.95
-_STDERRS = 3.0
-
 
 class PriorMixtureGuide(nn.Module):
     """x (B, *E) -> q(z | x) / 2 + p(z) / 2.
@@ -135,8 +130,18 @@ class Typicality:
 
     @property
     def words(self) -> list[str]:
-        """What the numbers mean, in sentences."""
-        return [*_of_density(self), *_of_distance(self), *_of_bounds(self)]
+        """How to read the numbers, in sentences."""
+        density, distance, above = (
+            f"{each.mean:.3f} ± {each.stderr:.3f}" for each in (self.density, self.distance, self.above_median)
+        )
+        return [
+            f"a low log p(x) tells the other images apart with an AUROC of {density} (1: surely, 1/2: not at all, "
+            "below: the model gives them the higher density)",
+            f"a share of {above} of them lies above the own images' median log p(x)",
+            f"the distance of log p(x) from the own mean, on either side, tells them apart with an AUROC of {distance}",
+            "a density is not typicality: a high log p(x) does not say that an image is like the data, and a low bound "
+            "may be due to a guide that has seen no such images",
+        ]
 
     def to_json(self) -> dict[str, Any]:
         """As reports hold it."""
@@ -188,51 +193,3 @@ def _check_numbers(name: str, values: Tensor) -> Tensor:
     if len(values) == 0 or values.isnan().any():
         raise ValueError(f"{name}: expected numbers, got {'a NaN' if len(values) else 'none'}")
     return values.double()
-
-
-# --- Sentences ---
-
-
-def _of_density(found: Typicality) -> list[str]:
-    """Which set has the higher density, and what that proves."""
-    A, share = found.density, found.above_median
-    numbers = f"AUROC {A.mean:.3f} ± {A.stderr:.3f}"
-    higher = f"{share.mean:.1%} ± {share.stderr:.1%} of the other images lie above the own images' median log p(x)"
-    if A.mean + _STDERRS * A.stderr < 0.5:
-        return [
-            f"density is not typicality: the model gives the other images the higher density ({higher}; {numbers}); "
-            "a high log p(x) does not say that an image is like the data, nor that the model would draw it"
-        ]
-    if A.mean - _STDERRS * A.stderr > APART:
-        return [
-            f"log p(x) tells these two sets apart ({numbers}): the other images have a low density; it does not "
-            "follow that it would be low for every other set: simpler images can have a higher one"
-        ]
-    if A.mean > APART:
-        return [f"the other images have a lower density ({numbers}), but there are too few of them to say how surely"]
-    if A.mean - _STDERRS * A.stderr > 0.5:
-        return [f"the other images tend to a lower density ({numbers}), but the sets overlap: {higher}"]
-    return [f"log p(x) does not tell the two sets apart ({numbers}): {higher}"]
-
-
-def _of_distance(found: Typicality) -> list[str]:
-    """Whether the distance tells more than the density does."""
-    A, T = found.density, found.distance
-    numbers = f"AUROC {T.mean:.3f} ± {T.stderr:.3f}"
-    if T.mean - A.mean > _STDERRS * math.hypot(T.stderr, A.stderr) and T.mean - _STDERRS * T.stderr > 0.5:
-        return [f"the distance of log p(x) from the own mean, on either side, tells more: {numbers}"]
-    if T.mean + _STDERRS * T.stderr < 0.5:
-        return [
-            f"the other images lie nearer to the own mean of log p(x) than most own ones ({numbers}): "
-            "no test of this one number could call them atypical"
-        ]
-    return []
-
-
-def _of_bounds(found: Typicality) -> list[str]:
-    if found.density.mean <= 0.5:
-        return []
-    return [
-        "these are bounds: where the guide has seen no such images its bound is looser, so that part of a low number "
-        "may be the guide's and not the density's"
-    ]

@@ -303,14 +303,11 @@ class Pushforward(TorchDistribution):
         super().__init__(base.batch_shape, base.event_shape, validate_args=False)
 
     def expand(self, batch_shape: Sequence[int], _instance: Distribution | None = None) -> Pushforward:
-        """With another batch shape."""
         return Pushforward(self.base.expand(torch.Size(batch_shape)), self.flow)
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """sample_shape + batch shape + (L,)."""
         return self.flow(self.base.rsample(torch.Size(sample_shape)))[0]
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """value: (..., L) -> (...) nats."""
         u, log_volume = self.flow.inverse(value)
         return self.base.log_prob(u) + log_volume

@@ -101,13 +101,11 @@ class VampMixture(dist.MixtureSameFamily):
     pseudo_images: Tensor
 
     def expand(self, batch_shape: Sequence[int], _instance: Distribution | None = None) -> VampMixture:
-        """With another batch shape."""
         mixture = super().expand(batch_shape, _instance)
         mixture.posterior, mixture.pseudo_images = self.posterior, self.pseudo_images
         return mixture
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """sample_shape + batch shape + (L,)."""
         with torch.no_grad():
             shape = self._extended_shape(sample_shape)
             index = torch.randint(len(self.pseudo_images), (shape[:-1].numel(),), device=self.pseudo_images.device)

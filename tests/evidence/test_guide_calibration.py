@@ -128,8 +128,8 @@ def test_adjusted_p_values_are_holms():
 WRONG = {
     "a scale of 0.7": ({"widen": 0.7}, "too narrow"),
     "a scale of 1.4": ({"widen": 1.4}, "too wide"),
-    "half a scale above": ({"shift": 0.5}, "above the posterior"),
-    "half a scale below": ({"shift": -0.5}, "below the posterior"),
+    "half a scale above": ({"shift": 0.5}, "shifted by +0."),
+    "half a scale below": ({"shift": -0.5}, "shifted by -0."),
 }
 
 
@@ -184,7 +184,7 @@ def test_the_prior_as_guide_passes_by_its_latents():
 def test_the_prior_as_guide_is_found_out_by_the_joint_density():
     found = judge(ranked(prior_as_guide(), num_simulations=2000))
     assert float(found.adjusted[-1]) < 1e-12
-    assert "more probable than draws of the guide" in found.words[-1]
+    assert "more probable than draws" in found.words[-1]
 
 
 def test_latents_that_are_right_one_by_one_are_not_called_right_together():
@@ -192,7 +192,7 @@ def test_latents_that_are_right_one_by_one_are_not_called_right_together():
     oracle = LinearGaussian.random(orthogonal=False)
     found = judge(ranked(oracle.vae(), num_simulations=4000))
     assert found.words[:-1] == ["calibrated"] * 3
-    assert "go together" in found.verdict
+    assert found.p_value < 0.01
 
 
 # --- The band ---

@@ -203,15 +203,6 @@ def test_what_no_feature_gives_is_brought_within_the_bound(value):
     assert abs(float(found)) == pytest.approx(0.98 * 7, rel=1e-5)
 
 
-# --- Arguments ---
-
-
-@pytest.mark.parametrize("rate", [0.0, 1.5])
-def test_a_rate_out_of_its_range_is_refused(rate):
-    with pytest.raises(ValueError, match="rate: expected a number above 0 and at most 1"):
-        likelihoods.NormalOptimal(EVENT).refit(torch.zeros(2, D), torch.zeros(2, *EVENT), rate=rate)
-
-
 NEEDS_SPREAD = ["Normal", "NormalFixed", "NormalOptimal", "NormalPerPixel", "Laplace", "StudentT"]
 
 

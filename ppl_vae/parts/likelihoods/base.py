@@ -89,7 +89,6 @@ class Pixel(dist.TorchDistribution):
         super().__init__(getattr(self, next(iter(self.arg_constraints))).shape)
 
     def expand(self, batch_shape: Sequence[int], _instance: Distribution | None = None) -> Pixel:
-        """The same distribution for a larger batch shape."""
         new = type(self)(*(getattr(self, name).expand(torch.Size(batch_shape)) for name in self.arg_constraints))
         new._validate_args = self._validate_args
         return new

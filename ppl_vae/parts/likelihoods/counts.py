@@ -22,11 +22,8 @@ _COUNTS_WORDS = "whole numbers from 0 on"
 class Bernoulli(Pixels):
     """p(x | h) = prod_d sigmoid(h_d)^{x_d} (1 - sigmoid(h_d))^{1 - x_d}, for x in {0, 1}^E.
 
-    Features are logits: probabilities would saturate in float32 and lose both value and gradient. Gray pixels are
-    refused: the Bernoulli formula at a fraction is not a density, since its integral is below one.
-
-    Args:
-        event_shape: E, the shape of an image, such as (1, 28, 28).
+    Features are logits: probabilities would saturate in float32. Gray pixels are refused: the Bernoulli formula at a
+    fraction is not a density, since its integral is below one.
     """
 
     support = constraints.boolean
@@ -35,7 +32,6 @@ class Bernoulli(Pixels):
     data_kind = data.BINARY
 
     def pixel(self, logits: Tensor) -> dist.Bernoulli:
-        """From logits."""
         return dist.Bernoulli(logits=logits)
 
     def fit_marginals(self, x: Tensor) -> Tensor:
@@ -45,11 +41,7 @@ class Bernoulli(Pixels):
 
 
 def _log_mean_features(mean: Tensor) -> Tensor:
-    """The features of these means, which are clamped to at least 1e-6.
-
-    Raises:
-        ValueError: a mean above 3 million.
-    """
+    """The features of these means, clamped to at least 1e-6. Raises ValueError for a mean above 3 million."""
     largest = float(mean.max())
     if not largest <= _LARGEST_MEAN:
         raise ValueError(
@@ -69,17 +61,13 @@ def _log_mass_at_mean(x: Tensor) -> Tensor:
 
 
 class StablePoisson(dist.Poisson):
-    """Pyro's Poisson distribution with a log-mass that is as exact as float32 allows.
+    """Pyro's Poisson, with a log-mass that is exact in float32.
 
-    Pyro subtracts x log(rate), the rate and log x! in float32. At a count of a million these are 13 million, where
-    float32 resolves 1.
+    Pyro subtracts x log(rate), the rate and log x!: 13 million at a count of a million, where float32 resolves 1.
     """
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """log P(value), (*sample_shape, *batch_shape), nats.
-
-        log Poisson(x; x) - [rate - x - x log(rate / x)]. Only the bracket can be large; it is computed in float64.
-        """
+        """log Poisson(x; x) - [rate - x - x log(rate / x)], whose bracket can be large and is computed in float64."""
         if self._validate_args:
             self._validate_sample(value)
         x, rate = value.double(), self.rate.double()
@@ -90,11 +78,7 @@ class StablePoisson(dist.Poisson):
 class Poisson(Pixels):
     """P(x | h) = prod_d Poisson(x_d; exp(15 tanh(h_d / 15))), for counts x in {0, 1, ...}^E.
 
-    The variance equals the mean. The bound keeps rates between 3e-7 and 3.27 million: exp alone overflows at 89, after
-    one bad step.
-
-    Args:
-        event_shape: E, the shape of an image.
+    The variance equals the mean. Rates lie between 3e-7 and 3.27 million: exp alone overflows after one bad step.
     """
 
     support = constraints.nonnegative_integer
@@ -104,7 +88,6 @@ class Poisson(Pixels):
     floats_per_pixel = 8
 
     def pixel(self, feature: Tensor) -> StablePoisson:
-        """From the feature of the log-rate."""
         return StablePoisson(bounded(feature, _LOG_MEAN_LIMIT).exp())
 
     def fit_marginals(self, x: Tensor) -> Tensor:
@@ -142,12 +125,11 @@ class StableNegativeBinomial(Pixel):
 
     @torch.no_grad()
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """(*sample_shape, *batch_shape)."""
         library = dist.NegativeBinomial(self.log_total.exp(), logits=self.log_mean - self.log_total)
         return library.sample(torch.Size(sample_shape))
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """log P(value), (*sample_shape, *batch_shape), nats.
+        """log P(x), nats, with x the value:
 
         (r + x) log[(r + x) / (r + m)] + x log(m / x) + log Poisson(x; x) - (1/2) log[(r + x) / r] + s(r + x) - s(r), s
         the remainder of Stirling's formula. The first two terms can be large and cancel: they are computed in float64.
@@ -167,9 +149,6 @@ class NegativeBinomial(Pixels):
     The variance is m + m^2 / r, above a Poisson's. h = (a, b), log m = 15 tanh(a / 15), as in ``Poisson``, and
     log r = 9 tanh(b / 9). r lies between 0.0001, where almost all counts are zero, and 8,100, where all but the largest
     counts have a Poisson distribution and r has almost no gradient.
-
-    Args:
-        event_shape: E, the shape of an image.
     """
 
     support = constraints.nonnegative_integer
@@ -180,7 +159,6 @@ class NegativeBinomial(Pixels):
     floats_per_pixel = 24
 
     def pixel(self, a: Tensor, b: Tensor) -> StableNegativeBinomial:
-        """From the features of the mean and of the total count."""
         return StableNegativeBinomial(bounded(a, _LOG_MEAN_LIMIT), bounded(b, LOG_TOTAL_LIMIT))
 
     def fit_marginals(self, x: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ LEVELS_WORDS = "whole numbers from 0 to 255"
 
 
 class LevelCategorical(dist.Categorical):
-    """P(x = v) = softmax(logits)_v: Pyro's Categorical with levels as floats, and with a mean and a mode."""
+    """P(x = v) = softmax(logits)_v: Pyro's Categorical, with levels as floats, a mean and a mode."""
 
     @property
     def mean(self) -> Tensor:
@@ -38,14 +38,10 @@ class LevelCategorical(dist.Categorical):
         return self.logits.argmax(-1).to(self.logits.dtype)
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """(*sample_shape, *batch_shape) levels, as floats."""
         return super().sample(torch.Size(sample_shape)).to(self.logits.dtype)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """sum_v [v = x] log P(v), (*sample_shape, *batch_shape), nats.
-
-        The library's look-up of a level is exact as well, but its gradient writes one number at a time.
-        """
+        """sum_v [v = x] log P(v), nats; the gradient of the library's look-up writes one number at a time."""
         if self._validate_args:
             self._validate_sample(value)
         levels = torch.arange(self.logits.shape[-1], dtype=value.dtype, device=value.device)
@@ -64,16 +60,15 @@ def _cosines(num: int) -> Tensor:
 class Categorical(nn.Module):
     """P(x | h) = prod_d softmax(l_d)_{x_d}, l_dv = b_v + sum_r h_dr A_rv, for x in {0, ..., 255}^E.
 
-    Any mass of a pixel's level, with no order assumed between levels. Free logits would be 256 features per pixel:
-    after 300 hidden units, 60 million weights for 28 x 28 pixels. At low rank, a pixel has ``rank`` features, and how
-    levels are related, A and b, is learned and shared by all pixels. A starts as cosines.
+    No order of the levels is assumed. 256 free logits per pixel would need 60 million weights after 300 hidden units
+    for 28 x 28 pixels; here a pixel has ``rank`` features, and all pixels share A and b. A starts as cosines.
 
     Args:
-        event_shape: E, the shape of an image.
-        rank: features per pixel, from 1 to 255.
+        event_shape: E.
+        rank: The features per pixel, from 1 to 255.
 
     Raises:
-        ValueError: a rank out of its range.
+        ValueError: The rank is out of its range.
 
     Source: a softmax over levels is van den Oord et al. 2016, arXiv 1601.06759, section 3.3; its low rank is ours.
     """
@@ -100,11 +95,10 @@ class Categorical(nn.Module):
         return LevelCategorical(logits=h @ self.A + self.b).to_event(len(self.event_shape))
 
     def fit_marginals(self, x: Tensor) -> Tensor:
-        """Log-histograms of each pixel, as far as the rank goes. x: (N, *E) -> (rank prod(E),).
+        """The closest to each pixel's log-histogram of that rank, in squares. x: (N, *E) -> (rank prod(E),).
 
-        With L_dv = log(n_dv + 1 / 256), n the counts: b is L's mean over pixels, and h A the closest to the rest in
-        squares (truncated singular value decomposition), the rows of A with mean square 1. Where the rest has fewer
-        directions than ``rank``, cosines take their place, with features 0.
+        b is the mean over pixels of L_dv = log softmax_v log(n_dv + 1 / 256), with n the counts, and h A is a truncated
+        singular value decomposition of L - b. Missing directions are cosines with features 0.
         """
         log_histogram = (level_counts(x) + 1 / NUM_LEVELS).log()
         log_histogram = log_histogram - log_histogram.logsumexp(-1, keepdim=True)
@@ -126,27 +120,24 @@ _LOG_SCALE_CENTER, _LOG_SCALE_LIMIT = -3.0, 4.0
 def logistic_log_scale(feature: Tensor) -> Tensor:
     """log scale = -3 + 4 tanh(feature / 4), in units of t = level / 127.5 - 1, between -7 and 1, in any shape.
 
-    At -7 a level is 8.6 scales wide and holds 0.973 of the mass in its middle, so that a pixel which never varies costs
-    0.027 nats; at 1 all levels together are 0.7 scales wide, and the mass is at the two ends. Both exp and its inverse
-    stay in range.
+    At -7 a level is 8.6 scales wide, and a pixel that never varies costs 0.027 nats; at 1 the mass is at the two ends.
     """
     return _LOG_SCALE_CENTER + bounded(feature, _LOG_SCALE_LIMIT)
 
 
 def logistic_log_scale_feature(log_scale: Tensor) -> Tensor:
-    """The feature of which ``logistic_log_scale`` makes that log scale, or the nearest that it can; in any shape."""
+    """The inverse of ``logistic_log_scale``, for values clamped into its range, in any shape."""
     return unbounded(log_scale - _LOG_SCALE_CENTER, _LOG_SCALE_LIMIT)
 
 
 def discretized_logistic_log_mass(x: Tensor, loc: Tensor, log_scale: Tensor) -> Tensor:
     """log P(x) = log [sigmoid(a) - sigmoid(b)], a, b = (x +- 1/2 - loc) / scale, with a = inf at 255, b = -inf at 0.
 
-    Computed as log sigmoid(a) + log sigmoid(-b) + log(1 - e^{-(a - b)}), which is the same and subtracts nothing; at
-    the ends only log sigmoid(a) or log sigmoid(-b) is left.
+    It equals log sigmoid(a) + log sigmoid(-b) + log(1 - e^{-(a - b)}), which has no differences.
 
     Args:
-        x: levels.
-        loc, log_scale: in units of t = level / 127.5 - 1, of shapes that broadcast to that of x.
+        x: Levels.
+        loc, log_scale: In units of t = level / 127.5 - 1; their shapes broadcast to that of x.
     """
     precision = (-log_scale).exp()
     middle = ((x - CENTER) / CENTER - loc) * precision
@@ -160,14 +151,9 @@ def discretized_logistic_log_mass(x: Tensor, loc: Tensor, log_scale: Tensor) -> 
 
 
 def discretized_logistic_mean(loc: Tensor, log_scale: Tensor, *, chunk: int = 15) -> Tensor:
-    """E[x] = sum_{v = 1}^{255} P(x >= v) = sum_v sigmoid((loc - edge_v) / scale), exactly, rounding and ends included.
+    """E[x] = sum_{v = 1}^{255} P(x >= v) = sum_v sigmoid((loc - edge_v) / scale). loc, log_scale: (...) -> (...).
 
-    Args:
-        loc, log_scale: (...), in units of t.
-        chunk: edges that are held at once.
-
-    Returns:
-        (...) levels.
+    ``chunk`` edges are held in memory at once.
     """
     precision = (-log_scale).exp()
     edges = (torch.arange(1, NUM_LEVELS, dtype=loc.dtype, device=loc.device) - 0.5) / CENTER - 1
@@ -178,11 +164,7 @@ def discretized_logistic_mean(loc: Tensor, log_scale: Tensor, *, chunk: int = 15
 
 
 def discretized_logistic_mode(loc: Tensor, log_scale: Tensor) -> Tensor:
-    """The level with the largest mass: the one nearest to loc, or an end, which holds all that is beyond it.
-
-    Args:
-        loc, log_scale: of one shape, which the level has too.
-    """
+    """The level with the largest mass: the one nearest to loc, or an end. loc, log_scale: (...) -> (...)."""
     nearest = ((loc + 1) * CENTER).round().clamp(1, TOP - 1)
     levels = torch.stack([nearest, torch.zeros_like(nearest), torch.full_like(nearest, TOP)])
     best = discretized_logistic_log_mass(levels, loc, log_scale).argmax(0, keepdim=True)
@@ -190,11 +172,7 @@ def discretized_logistic_mode(loc: Tensor, log_scale: Tensor) -> Tensor:
 
 
 def discretized_logistic_draw(u: Tensor, loc: Tensor, log_scale: Tensor) -> Tensor:
-    """The level of loc + scale logit(u), for u ~ Uniform[0, 1): the nearest, and the ends for what is beyond.
-
-    Args:
-        u, loc, log_scale: of shapes that broadcast to that of the levels.
-    """
+    """The level nearest to loc + scale logit(u), for u ~ Uniform[0, 1); the shapes broadcast."""
     return ((loc + log_scale.exp() * u.logit() + 1) * CENTER).round().clamp(0, TOP)
 
 
@@ -209,8 +187,8 @@ def level_moments(share: Tensor) -> tuple[Tensor, Tensor]:
 def logistic_moments(mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
     """(loc, feature) of a discretized logistic with about this mean and variance of the level, all of one shape.
 
-    The scale of a logistic distribution is sqrt(3) / pi spreads. A location at an end is brought one level beyond it:
-    of a narrow distribution around 0 itself, 2 percent would be at level 1.
+    The scale of a logistic distribution is sqrt(3) / pi standard deviations. A location at 0 or 255 is moved one level
+    outward, since a narrow distribution around 0 has 2% of its mass at level 1.
     """
     log_scale = (variance.sqrt() / CENTER * math.sqrt(3) / math.pi).log()  # -inf where all is one level
     beyond = (mean > TOP - 0.5).to(mean.dtype) - (mean < 0.5).to(mean.dtype)
@@ -221,7 +199,7 @@ class LevelLogistic(Pixel):
     """The logistic distribution of one pixel, rounded to levels.
 
     Args:
-        loc, log_scale: the batch's shape, in units of t = level / 127.5 - 1.
+        loc, log_scale: (*batch_shape), in units of t = level / 127.5 - 1.
     """
 
     arg_constraints = {"loc": constraints.real, "log_scale": constraints.real}  # noqa: RUF012, as torch has it
@@ -231,21 +209,17 @@ class LevelLogistic(Pixel):
 
     @property
     def mean(self) -> Tensor:
-        """E[x], exactly."""
         return discretized_logistic_mean(self.loc, self.log_scale)
 
     @property
     def mode(self) -> Tensor:
-        """The level with the largest mass."""
         return discretized_logistic_mode(self.loc, self.log_scale)
 
     @torch.no_grad()
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """(*sample_shape, *batch_shape) levels."""
         return discretized_logistic_draw(self.uniform(sample_shape), self.loc, self.log_scale)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """log P(value), (*sample_shape, *batch_shape), nats."""
         if self._validate_args:
             self._validate_sample(value)
         return discretized_logistic_log_mass(value, self.loc, self.log_scale)
@@ -254,11 +228,8 @@ class LevelLogistic(Pixel):
 class DiscretizedLogistic(Pixels):
     """P(x | h) = prod_d [sigmoid((x_d + 1/2 - loc_d) / scale_d) - sigmoid((x_d - 1/2 - loc_d) / scale_d)], levels x.
 
-    A logistic distribution rounded to the nearest level; what is beyond 0 or 255 belongs to them. h = (loc, feature),
-    both in units of t = level / 127.5 - 1, log scale = -3 + 4 tanh(feature / 4).
-
-    Args:
-        event_shape: E, the shape of an image.
+    A logistic distribution is rounded to the nearest level from 0 to 255. h = (loc, feature), in units of
+    t = level / 127.5 - 1, with log scale = -3 + 4 tanh(feature / 4).
 
     Reference: Kingma et al. 2016, arXiv 1606.04934, appendix (the discretization; there one scale per channel);
     Salimans et al. 2017, arXiv 1701.05517, section 2.1 (the open ends).
@@ -272,11 +243,10 @@ class DiscretizedLogistic(Pixels):
     floats_per_pixel = 13
 
     def pixel(self, loc: Tensor, feature: Tensor) -> LevelLogistic:
-        """From a location and the feature of the scale."""
         return LevelLogistic(loc, logistic_log_scale(feature))
 
     def fit_marginals(self, x: Tensor) -> Tensor:
-        """The most likely h of each pixel, from its mean and spread on. x: (N, *E) -> (2 prod(E),)."""
+        """The most likely h of each pixel. x: (N, *E) -> (2 prod(E),)."""
         share = level_counts(x) / len(x)
         h = torch.stack(logistic_moments(*level_moments(share)))
         parts = zip(h.split(PIXELS_AT_ONCE, 1), share.split(PIXELS_AT_ONCE), strict=True)
@@ -284,7 +254,7 @@ class DiscretizedLogistic(Pixels):
 
     @staticmethod
     def _fitted(start: Tensor, share: Tensor) -> Tensor:
-        """start: (2, D), share: (D, 256) of the images that have a level -> (2, D)."""
+        """start: (2, D), share: (D, 256), the share of images at each level -> (2, D)."""
         levels = torch.arange(NUM_LEVELS, dtype=share.dtype, device=share.device)
 
         def log_p(h: Tensor) -> Tensor:
@@ -295,16 +265,15 @@ class DiscretizedLogistic(Pixels):
 
 
 class LevelBinomial(dist.Binomial):
-    """Pyro's Binomial of 255, whose log-mass is as exact in float32 as float32 allows.
+    """Pyro's Binomial with 255 trials, and a log-mass that is exact in float32.
 
-    The library subtracts log-gamma functions up to 1,167, of which float32 knows 0.0001, and has the support of its
-    total count, a tensor of the batch's shape.
+    Pyro subtracts log-gamma functions up to 1,167, which float32 resolves to 0.0001.
     """
 
     support = LEVELS
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """log C(255, x) + x log sigmoid(h) + (255 - x) log sigmoid(-h), (*sample_shape, *batch_shape), nats."""
+        """log C(255, x) + x log sigmoid(h) + (255 - x) log sigmoid(-h), nats."""
         if self._validate_args:
             self._validate_sample(value)
         n = torch.arange(NUM_LEVELS, dtype=torch.double, device=value.device)
@@ -317,11 +286,8 @@ class LevelBinomial(dist.Binomial):
 class Binomial(Pixels):
     """P(x | h) = prod_d Binomial(x_d; 255, sigmoid(h_d)), for levels x in {0, ..., 255}^E.
 
-    One feature per pixel sets both the mean level and its spread, which is sqrt(255 p (1 - p)), at most 8 levels. Data
-    that spread more than that are predicted with far too much certainty.
-
-    Args:
-        event_shape: E, the shape of an image.
+    One feature per pixel sets both the mean level and its standard deviation sqrt(255 p (1 - p)), at most 8 levels.
+    Data that vary more are predicted with far too much certainty.
     """
 
     support = LEVELS
@@ -331,7 +297,6 @@ class Binomial(Pixels):
     floats_per_pixel = 8
 
     def pixel(self, logits: Tensor) -> LevelBinomial:
-        """From logits."""
         return LevelBinomial(TOP, logits=logits)
 
     def fit_marginals(self, x: Tensor) -> Tensor:

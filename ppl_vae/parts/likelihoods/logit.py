@@ -38,7 +38,6 @@ class Sigmoid(dist.TorchDistribution):
         super().__init__(base.batch_shape, validate_args=base._validate_args)
 
     def expand(self, batch_shape: Sequence[int], _instance: Distribution | None = None) -> Sigmoid:
-        """The same distribution for a larger batch shape."""
         return Sigmoid(self.base.expand(torch.Size(batch_shape)))
 
     def _quantile(self, u: float) -> Tensor:
@@ -48,11 +47,9 @@ class Sigmoid(dist.TorchDistribution):
     def mean(self) -> Tensor:
         """E[sigmoid(y)] by quadrature, within 2e-5 for a normal or Laplace base.
 
-        Where the base is narrower than the logistic distribution, the integral is over the base's own quantiles,
-        int_0^1 sigmoid(F^-1(u)) du. Where it is wider, sigmoid(F^-1(u)) is nearly a step, and the same number is
-        int_0^1 [1 - F(logit u)] du, over the logistic distribution's quantiles. Each half has 24 Gauss-Legendre points
-        in v, u = v^3 / 2 being the distance from the end: quantiles go to infinity there, and a base with a location
-        far from 0 varies only there.
+        It is int_0^1 sigmoid(F^-1(u)) du, or, where the base is wider than the logistic distribution and
+        sigmoid(F^-1(u)) is nearly a step, the equal int_0^1 [1 - F(logit u)] du. Each half has 24 Gauss-Legendre points
+        in v, where u = v^3 / 2 is the distance from the end: the integrand varies most there.
         """
         nodes, weights = np.polynomial.legendre.leggauss(_QUADRATURE_POINTS)
         is_wide = self._quantile(0.75) - self._quantile(0.25) > 2 * math.log(3)  # the logistic's own
@@ -70,9 +67,8 @@ class Sigmoid(dist.TorchDistribution):
     def mode(self) -> Tensor:
         """The x of the largest density, to a thousandth of the distance from the median to the end, or better.
 
-        With a symmetric base the density is largest between the median and the nearer end. The search uses a grid that
-        is fine near the median, then ternary search around the best point. Where the density has a pole at the end,
-        the mode is the number next to the end that data can have.
+        It lies between the median and the nearer end, and is found by a grid that is fine near the median, then by
+        ternary search. At a pole it is the number next to the end.
         """
         start = self._quantile(0.5)
         ends = data.clamp_to_unit_interval(torch.stack([torch.zeros_like(start), torch.ones_like(start)])).logit()
@@ -99,14 +95,12 @@ class Sigmoid(dist.TorchDistribution):
 
     @torch.no_grad()
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """(*sample_shape, *batch_shape), strictly inside."""
         return data.clamp_to_unit_interval(self.base.sample(torch.Size(sample_shape)).sigmoid())
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """log p_base(logit x) - log x - log(1 - x), (*sample_shape, *batch_shape), nats.
+        """log p_base(logit x) - log x - log(1 - x), nats.
 
-        The logit and its distance from the base's location are in float64: in float32 a logit of 14 is off by 1e-6,
-        which at a scale of 0.001 is 0.001 scales, and 0.02 nats at 20 scales from the location.
+        The logit is in float64: in float32 a logit of 14 is off by 1e-6, which can be 0.02 nats at a scale of 0.001.
         """
         if self._validate_args:
             self._validate_sample(value)
@@ -125,16 +119,13 @@ def has_quantiles(family: Pixels) -> bool:
 
 
 class Logit(nn.Module):
-    """p(x | h) = prod_d p_base(logit(x_d) | h) / (x_d (1 - x_d)), for x in (0, 1)^E.
-
-    x = sigmoid(y) with y ~ base(h), a likelihood of real numbers. 1 / (x (1 - x)) is the derivative of the logit, by
-    which the densities of x and y differ. Features are those of the base.
+    """p(x | h) = prod_d p_base(logit(x_d) | h) / (x_d (1 - x_d)), for x = sigmoid(y) in (0, 1)^E and y ~ base(h).
 
     Args:
-        base: a likelihood of real numbers whose distribution has quantiles.
+        base: A likelihood of real numbers, whose features it takes.
 
     Raises:
-        ValueError: a base without quantiles, such as ``StudentT``: the mean of sigmoid(y) is computed from them.
+        ValueError: The base has no quantiles, from which the mean of sigmoid(y) is computed, such as ``StudentT``.
 
     Reference: Aitchison and Shen 1980, Biometrika 67(2), 261-272 (the logit-normal distribution).
     """
@@ -159,11 +150,7 @@ class Logit(nn.Module):
         return Sigmoid(p_y.base_dist).to_event(len(self.event_shape))
 
     def fit_marginals(self, x: Tensor) -> Tensor:
-        """The base's, of logit(x). x: (N, *E) -> (num_features,).
-
-        Raises:
-            ValueError: as the base.
-        """
+        """``fit_marginals`` of the base at logit(x), with its errors. x: (N, *E) -> (num_features,)."""
         logits = data.map_images(lambda part: data.clamp_to_unit_interval(part).logit(), x, dtype=x.dtype)
         return self.base.fit_marginals(logits)
 
@@ -178,9 +165,6 @@ class LogitNormal(nn.Module):
     """p(x | h) = prod_d Normal(logit(x_d); loc_d, scale_d) / (x_d (1 - x_d)), for x in (0, 1)^E.
 
     ``Logit`` of ``NormalPerPixel``: a location and a scale for every pixel, as in ``Beta``.
-
-    Args:
-        event_shape: E, the shape of an image.
     """
 
     support = open_unit_interval
@@ -200,9 +184,5 @@ class LogitNormal(nn.Module):
         return self.logit(h)
 
     def fit_marginals(self, x: Tensor) -> Tensor:
-        """Each pixel's mean and spread of logit(x). x: (N, *E) -> (2 prod(E),).
-
-        Raises:
-            ValueError: every pixel is constant.
-        """
+        """Each pixel's mean and spread of logit(x). x: (N, *E) -> (2 prod(E),)."""
         return self.logit.fit_marginals(x)

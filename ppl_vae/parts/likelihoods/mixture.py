@@ -35,7 +35,7 @@ _APART = 0.25  # of a level: K components are spread by that much, so that those
 
 
 class LevelLogisticMixture(dist.MixtureSameFamily):
-    """sum_k pi_k P_k(x): Pyro's mixture, of discretized logistic distributions of one pixel, with a mode."""
+    """sum_k pi_k P_k(x): a mixture of discretized logistic distributions of one pixel, with a mode."""
 
     @property
     def mode(self) -> Tensor:
@@ -53,7 +53,7 @@ class ColorLogisticMixture(dist.TorchDistribution):
     """prod over positions of sum_k pi_k P_k(R) P_k(G | R) P_k(B | R, G), images (3, H, W) of levels.
 
     P_k are discretized logistic distributions, in units of t = level / 127.5 - 1, with locations loc_R,
-    loc_G + c_0 t_R and loc_B + c_1 t_R + c_2 t_G: one component for all three colors of a position.
+    loc_G + c_0 t_R and loc_B + c_1 t_R + c_2 t_G. The three colors of a position share one component.
 
     Args:
         logits: (..., K, H, W), of pi.
@@ -73,7 +73,6 @@ class ColorLogisticMixture(dist.TorchDistribution):
         super().__init__(logits.shape[:-3], torch.Size((3, *logits.shape[-2:])))
 
     def expand(self, batch_shape: Sequence[int], _instance: Distribution | None = None) -> ColorLogisticMixture:
-        """The same distribution for a larger batch shape."""
         batch = torch.Size(batch_shape)
         new = ColorLogisticMixture(
             self.logits.expand(batch + self.logits.shape[-3:]),
@@ -83,11 +82,7 @@ class ColorLogisticMixture(dist.TorchDistribution):
         return new
 
     def _in_turn(self, channel: Callable[[int, Tensor, Tensor], Tensor]) -> Tensor:
-        """The three colors, each computed by channel(c, loc, log_scale) from the location that those before it give.
-
-        Returns:
-            (..., 3, K, H, W).
-        """
+        """channel(c, loc, log_scale) of each color, whose location depends on those before it: (..., 3, K, H, W)."""
         loc, log_scale, c = self.locs.unbind(-4), self.log_scales.unbind(-4), self.coefficients.unbind(-4)
         red = channel(0, loc[0], log_scale[0])
         t_red = red / CENTER - 1
@@ -100,9 +95,8 @@ class ColorLogisticMixture(dist.TorchDistribution):
     def mean(self) -> Tensor:
         """sum_k pi_k E_k[x]: (..., 3, H, W) levels.
 
-        Red is exact. Green and blue take their locations' means, E_k[loc_G + c_0 t_R], for their locations: rounding
-        and open ends enter their own mean exactly, but not that it is no linear function of the location, so it is off
-        where an end is within the spread of the location, and exact where coefficients are 0.
+        It is exact for red, and where coefficients are 0. The means of green and blue are taken at the mean of their
+        location, E_k[loc_G + c_0 t_R], which is off where level 0 or 255 is within the spread of the location.
         """
         means = self._in_turn(lambda c, loc, log_scale: discretized_logistic_mean(loc, log_scale))
         return (self.logits.softmax(-3).unsqueeze(-4) * means).sum(-3)
@@ -121,7 +115,6 @@ class ColorLogisticMixture(dist.TorchDistribution):
 
     @torch.no_grad()
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """(*sample_shape, *batch_shape, 3, H, W) levels."""
         batch = torch.Size(sample_shape) + self.batch_shape
         component = dist.Categorical(logits=self.logits.movedim(-3, -1)).sample(torch.Size(sample_shape))
         of_sample = self.expand(batch)
@@ -137,7 +130,6 @@ class ColorLogisticMixture(dist.TorchDistribution):
         return single._in_turn(draw).squeeze(-3)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """log P(value), (*sample_shape, *batch_shape), nats."""
         if self._validate_args:
             self._validate_sample(value)
         x = value.unsqueeze(-3)  # (..., 3, 1, H, W)
@@ -159,17 +151,16 @@ class ColorLogisticMixture(dist.TorchDistribution):
 class DiscretizedLogisticMixture(nn.Module):
     """P(x | h) = prod_d sum_k pi_dk P(x_d; loc_dk, scale_dk), each P a discretized logistic, for levels x.
 
-    A gray image or a table has K logits, K locations and K scales per value, as ``DiscretizedLogistic`` has them. A
-    color image (3, H, W) has one mixture per position, whose component is drawn for its three colors together. Within
-    it green's location depends linearly on red, and blue's on both (``ColorLogisticMixture``): 10 K features per
-    position. The coefficients are tanh of features, so between -1 and 1.
+    A gray image or a table has K logits, locations and scales (see ``DiscretizedLogistic``) per value. A color image
+    (3, H, W) has one mixture per position, a ``ColorLogisticMixture``, whose coefficients are tanh of features: 10 K
+    features per position.
 
     Args:
-        event_shape: E, the shape of an image.
+        event_shape: E.
         components: K, at least 1.
 
     Raises:
-        ValueError: less than one component.
+        ValueError: K is below 1.
 
     Reference: Salimans et al. 2017, arXiv 1701.05517, sections 2.1 and 2.2.
     """
@@ -192,8 +183,8 @@ class DiscretizedLogisticMixture(nn.Module):
     def forward(self, h: Tensor) -> dist.TorchDistribution:
         """h: (..., num_features) -> batch shape (...), event shape E.
 
-        Planes of h are logits, locations, scales and (in color) coefficients, each for every component; a color image's
-        locations are those of red for every component, then of green, then of blue, and so on.
+        Planes of h are logits, locations, scales and (in color) coefficients, each for every component. The locations
+        of a color image are K for red, K for green and K for blue; scales and coefficients likewise.
         """
         K = self.components
         if self.is_color:
@@ -206,11 +197,11 @@ class DiscretizedLogisticMixture(nn.Module):
         return LevelLogisticMixture(dist.Categorical(logits=logits), component).to_event(len(self.event_shape))
 
     def fit_marginals(self, x: Tensor) -> Tensor:
-        """A mixture for every pixel, coefficients 0, by expectation and maximization. x: (N, *E) -> (num_features,).
+        """A mixture for every pixel by expectation-maximization, coefficients 0. x: (N, *E) -> (num_features,).
 
-        Component k of K starts as the k-th K-th of the pixel's sorted levels; in the end they are brought apart by a
-        fraction of a level, so that no two are alike. The maximization takes a component's mean and spread, in place of
-        its most likely parameters. In color a position's components have the channels' weights, averaged.
+        Component k starts with the k-th of K equal shares of the pixel's sorted levels. A maximization step matches the
+        mean and variance of each component. In the end components are moved apart by a fraction of a level, so that no
+        two are alike. In color a position has the mean of the three channels' weights.
         """
         share = level_counts(x) / len(x)
         parts = [_fitted(part.float(), self.components) for part in share.split(PIXELS_AT_ONCE)]
@@ -223,7 +214,7 @@ class DiscretizedLogisticMixture(nn.Module):
 
 
 def _fitted(share: Tensor, K: int) -> Tensor:
-    """Features of a mixture of K for D pixels, (3, K, D). share: (D, 256), of the images that have a level."""
+    """Features of a mixture of K for D pixels, (3, K, D). share: (D, 256), the share of images at each level."""
     levels = torch.arange(NUM_LEVELS, dtype=share.dtype, device=share.device)
     below = torch.arange(K, dtype=share.dtype, device=share.device)[:, None, None] / K
     cdf = share.cumsum(-1)

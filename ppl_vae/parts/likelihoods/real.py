@@ -21,8 +21,8 @@ LOG_DF_LIMIT = math.log(100)  # of ``StudentT``, for df - 1
 class _InUnits(Pixels):
     """A density of real numbers with features in units of ``unit``, the spread of the data: abstract.
 
-    The unit is a buffer, 1 until ``fit_marginals`` sets it, so that features and learning rates mean the same whatever
-    the unit of the pixels.
+    The unit is a buffer, 1 until ``fit_marginals`` sets it, which raises ValueError where every pixel is constant.
+    Features and learning rates then mean the same in every unit of the pixels.
     """
 
     support = constraints.real
@@ -52,13 +52,8 @@ class _InUnits(Pixels):
 class Normal(_InUnits):
     """p(x | h) = prod_d Normal(x_d; unit h_d, scale), with one learned scale for all pixels, for real x.
 
-    The scale is unit exp(``log_scale``), a parameter that is trained with the network by the same objective. It weighs
-    the reconstruction against the KL by maximum likelihood, while squared error has a scale that was fixed by choice.
-    As a density, its value depends on the unit of x and cannot be compared with a mass. It has no upper bound: where
-    the decoder reproduces pixels exactly, the scale shrinks without end.
-
-    Args:
-        event_shape: E, the shape of an image.
+    The scale, unit exp(``log_scale``), is trained with the network. It weighs the reconstruction against the KL by
+    maximum likelihood. Where the decoder reproduces pixels exactly, it shrinks without end, and the density grows.
 
     Reference: Rybkin et al. 2021, arXiv 2006.13202 (a shared, learned scale); the unit is ours.
     """
@@ -68,15 +63,10 @@ class Normal(_InUnits):
         self.log_scale = nn.Parameter(torch.zeros(()))
 
     def pixel(self, loc: Tensor) -> dist.Normal:
-        """From a mean in units."""
         return dist.Normal(self.unit * loc, self.unit * self.log_scale.exp())
 
     def fit_marginals(self, x: Tensor) -> Tensor:
-        """h_d = mean_n x_nd / unit, with unit^2 = scale^2 = mean_nd (x_nd - mean_n x_nd)^2. x: (N, *E) -> (prod(E),).
-
-        Raises:
-            ValueError: every pixel is constant, so no scale fits.
-        """
+        """h_d = mean_n x_nd / unit, with unit^2 = scale^2 = mean_nd (x_nd - mean_n x_nd)^2. (N, *E) -> (prod(E),)."""
         with torch.no_grad():
             self.log_scale.zero_()
         return self._mean_in_units(x)
@@ -86,14 +76,14 @@ class NormalFixed(_InUnits):
     """p(x | h) = prod_d Normal(x_d; unit h_d, unit scale), the scale a constant, for real x.
 
     Up to a constant, -log p is squared error over 2 scale^2, so the scale sets the weight of the reconstruction against
-    the KL; scale^2 = D / 2 is squared error averaged over D pixels. A badly chosen scale gives a low density.
+    the KL; scale^2 = D / 2 is squared error averaged over D pixels.
 
     Args:
         event_shape: E, the shape of an image.
-        scale: in units of ``unit``, the spread of the data once ``fit_marginals`` has seen it; above 0.
+        scale: In units of ``unit``, above 0.
 
     Raises:
-        ValueError: a scale that is not above 0.
+        ValueError: The scale is not above 0.
     """
 
     def __init__(self, event_shape: Sequence[int], *, scale: float = 0.5) -> None:
@@ -103,29 +93,19 @@ class NormalFixed(_InUnits):
         self.scale = scale
 
     def pixel(self, loc: Tensor) -> dist.Normal:
-        """From a mean in units."""
         return dist.Normal(self.unit * loc, self.unit * self.scale)
 
     def fit_marginals(self, x: Tensor) -> Tensor:
-        """h_d = mean_n x_nd / unit, with unit^2 = mean_nd (x_nd - mean_n x_nd)^2. x: (N, *E) -> (prod(E),).
-
-        Raises:
-            ValueError: every pixel is constant, so the data has no unit.
-        """
+        """h_d = mean_n x_nd / unit, with unit^2 = mean_nd (x_nd - mean_n x_nd)^2. x: (N, *E) -> (prod(E),)."""
         return self._mean_in_units(x)
 
 
 class NormalOptimal(_InUnits):
     """p(x | h) = prod_d Normal(x_d; unit h_d, scale), the scale in closed form of the training data.
 
-    For given means the best scale is scale^2 = mean (x - loc)^2. ``refit`` tracks it by a running mean (of about ten
-    batches; ``fit`` passes every tenth, so it lags by a hundred steps). ``log_scale`` is a buffer without gradients,
-    and constant in evaluation. A scale computed from the scored x itself would not give a log-likelihood:
-    max_scale Normal(x; loc, scale) does not integrate to one over x (for one pixel it is
-    1 / (|x - loc| sqrt(2 pi e)), whose integral is infinite).
-
-    Args:
-        event_shape: E, the shape of an image.
+    For given means the best scale is scale^2 = mean (x - loc)^2. ``refit`` tracks it by a running mean of about ten
+    batches; ``fit`` passes every tenth. ``log_scale`` is a buffer without gradients, and constant in evaluation. A
+    scale from the scored x itself would give no likelihood: max_scale Normal(x; loc, scale) has an infinite integral.
 
     Reference: Rybkin et al. 2021, arXiv 2006.13202, section 3 (the closed form; there of the batch that is scored).
     The running mean is ours.
@@ -138,25 +118,17 @@ class NormalOptimal(_InUnits):
         self.register_buffer("log_scale", torch.zeros(()))
 
     def pixel(self, loc: Tensor) -> dist.Normal:
-        """From a mean in units."""
         return dist.Normal(self.unit * loc, self.unit * self.log_scale.exp())
 
     @torch.no_grad()
     def refit(self, h: Tensor, x: Tensor, *, rate: float = 0.1) -> None:
-        """scale^2 <- (1 - rate) scale^2 + rate mean (x - loc)^2, over the batch and its pixels, in place.
-
-        It does not change where the result is not finite.
+        """scale^2 <- (1 - rate) scale^2 + rate mean (x - loc)^2, over the batch and its pixels, where that is finite.
 
         Args:
             h: (..., prod(E)) features of training images.
             x: (..., *E) those images.
-            rate: above 0, at most 1.
-
-        Raises:
-            ValueError: a rate out of its range.
+            rate: From 0 to 1.
         """
-        if not 0 < rate <= 1:
-            raise ValueError(f"rate: expected a number above 0 and at most 1, got {rate}")
         residual = x / self.unit - h.reshape(*h.shape[:-1], *self.event_shape)
         square = (1 - rate) * (2 * self.log_scale).exp() + rate * residual.square().mean()
         # Where the decoder reproduces every pixel exactly the best scale is zero, and its logarithm is -infinity.
@@ -164,11 +136,7 @@ class NormalOptimal(_InUnits):
         self.log_scale.copy_(torch.where(log_scale.isfinite(), log_scale, self.log_scale))
 
     def fit_marginals(self, x: Tensor) -> Tensor:
-        """h_d = mean_n x_nd / unit, with unit^2 = scale^2 = mean_nd (x_nd - mean_n x_nd)^2. x: (N, *E) -> (prod(E),).
-
-        Raises:
-            ValueError: every pixel is constant, so no scale fits.
-        """
+        """h_d = mean_n x_nd / unit, with unit^2 = scale^2 = mean_nd (x_nd - mean_n x_nd)^2. (N, *E) -> (prod(E),)."""
         self.log_scale.zero_()
         return self._mean_in_units(x)
 
@@ -176,11 +144,8 @@ class NormalOptimal(_InUnits):
 class NormalPerPixel(_InUnits):
     """p(x | h) = prod_d Normal(x_d; unit loc_d, unit scale_d), h = (loc, feature), log scale = 7 tanh(feature / 7).
 
-    Every pixel of every image has its own scale, between 0.0009 and 1,097 units. Without a lower bound, one pixel that
-    is reproduced exactly would have an infinite density; without an upper bound, exp overflows after one bad step.
-
-    Args:
-        event_shape: E, the shape of an image.
+    Every pixel of every image has its own scale, between 0.0009 and 1,097 units. Without bounds, one pixel that is
+    reproduced exactly would have an infinite density, and exp would overflow after one bad step.
 
     Reference: Kingma and Welling 2014, arXiv 1312.6114, appendix C.2; the bounds are ours.
     """
@@ -189,16 +154,12 @@ class NormalPerPixel(_InUnits):
     floats_per_pixel = 9
 
     def pixel(self, loc: Tensor, feature: Tensor) -> dist.Normal:
-        """From a mean in units and the feature of the scale."""
         return dist.Normal(self.unit * loc, self.unit * bounded(feature, MAX_LOG_SCALE).exp())
 
     def fit_marginals(self, x: Tensor) -> Tensor:
         """Each pixel's mean and spread, in units. x: (N, *E) -> (2 prod(E),).
 
         unit^2 = mean_nd (x_nd - mean_n x_nd)^2, the spread of all pixels. A constant pixel gets a scale of 0.001 units.
-
-        Raises:
-            ValueError: every pixel is constant, so the data has no unit.
         """
         mean, variance = mean_and_variance(x.flatten(1))
         spread = variance.mean().sqrt()
@@ -211,10 +172,7 @@ class Laplace(_InUnits):
     """p(x | h) = prod_d Laplace(x_d; unit h_d, scale), with one learned scale for all pixels, for real x.
 
     Up to the scale, -log p is absolute error: outliers count less than under a normal, and the location is a median.
-    The scale is unit exp(``log_scale``), a parameter, as in ``Normal``.
-
-    Args:
-        event_shape: E, the shape of an image.
+    The scale is that of ``Normal``.
     """
 
     def __init__(self, event_shape: Sequence[int]) -> None:
@@ -222,15 +180,10 @@ class Laplace(_InUnits):
         self.log_scale = nn.Parameter(torch.zeros(()))
 
     def pixel(self, loc: Tensor) -> dist.Laplace:
-        """From a median in units."""
         return dist.Laplace(self.unit * loc, self.unit * self.log_scale.exp())
 
     def fit_marginals(self, x: Tensor) -> Tensor:
-        """h_d = median_n x_nd / unit, with unit = scale = mean_nd |x_nd - median_n x_nd|. x: (N, *E) -> (prod(E),).
-
-        Raises:
-            ValueError: every pixel is constant, so no scale fits.
-        """
+        """h_d = median_n x_nd / unit, with unit = scale = mean_nd |x_nd - median_n x_nd|. x: (N, *E) -> (prod(E),)."""
         loc, deviation = median_and_deviation(x)
         spread = deviation.mean()
         self._take_unit(spread)
@@ -242,13 +195,9 @@ class Laplace(_InUnits):
 class StudentT(_InUnits):
     """p(x | h) = prod_d StudentT(x_d; df, unit h_d, scale), scale and df shared by all pixels and learned, for real x.
 
-    Its tails fall like |x|^-(df + 1): the further off an outlier is, the less it pulls at the location, and df learns
-    how many outliers there are. df = 1 + exp(f), f = log(100) tanh(``feature`` / log(100)), lies between 1.01, so that
-    the mean exists, and 101, where it equals a normal to three digits. The scale is unit exp(``log_scale``), as in
-    ``Normal``.
-
-    Args:
-        event_shape: E, the shape of an image.
+    Its tails fall like |x|^-(df + 1), so that distant outliers hardly move the location. df = 1 + exp(f), with
+    f = log(100) tanh(``feature`` / log(100)), lies between 1.01, where the mean exists, and 101, where the distribution
+    is nearly normal. The scale is that of ``Normal``.
     """
 
     floats_per_pixel = 10
@@ -264,17 +213,12 @@ class StudentT(_InUnits):
         return 1 + bounded(self.feature, LOG_DF_LIMIT).exp()
 
     def pixel(self, loc: Tensor) -> dist.StudentT:
-        """From a location in units."""
         return dist.StudentT(self.df, self.unit * loc, self.unit * self.log_scale.exp())
 
     def fit_marginals(self, x: Tensor) -> Tensor:
         """h_d = mean_n x_nd / unit, df = 5, and the scale at which the variance is unit^2. x: (N, *E) -> (prod(E),).
 
-        unit^2 = mean_nd (x_nd - mean_n x_nd)^2 = scale^2 df / (df - 2).
-
-        Raises:
-            ValueError: every pixel is constant, so no scale fits.
-        """
+        unit^2 = mean_nd (x_nd - mean_n x_nd)^2 = scale^2 df / (df - 2)."""
         with torch.no_grad():
             self.log_scale.fill_(math.log(3 / 5) / 2)
             self.feature.copy_(unbounded(self.feature.new_tensor(math.log(4)), LOG_DF_LIMIT))

@@ -37,12 +37,10 @@ _SERIES_BELOW = 0.5
 
 
 class StableContinuousBernoulli(Pixel):
-    """p(x) = e^{h x} h / (e^h - 1), 0 <= x <= 1, for every logit h.
-
-    Pyro's is off by nats in float32 at large logits, and takes a Taylor polynomial where the probability is near 1/2.
+    """p(x) = e^{h x} h / (e^h - 1), 0 <= x <= 1. Pyro's is off by nats in float32 at large logits.
 
     Args:
-        logits: h, the batch's shape.
+        logits: h, (*batch_shape).
     """
 
     arg_constraints = {"logits": constraints.real}  # noqa: RUF012, as torch has it
@@ -64,21 +62,17 @@ class StableContinuousBernoulli(Pixel):
 
     @torch.no_grad()
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """x = -log(1 - u (1 - e^-|h|)) / |h|, u ~ Uniform[0, 1), which falls from 0 on; 1 - x where h > 0.
-
-        (*sample_shape, *batch_shape).
-        """
+        """x = -log(1 - u (1 - e^-|h|)) / |h|, u ~ Uniform[0, 1), or 1 - x where h > 0."""
         u, h = self.uniform(sample_shape), self.logits
         a = h.abs().clamp(min=torch.finfo(h.dtype).tiny)  # at 0 the quotient would be 0 / 0; its limit is u
         x = -torch.log1p(u * torch.expm1(-a)) / a
         return torch.where(h > 0, 1 - x, x).clamp(0, 1)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """log p(value), (*sample_shape, *batch_shape), nats.
+        """-|h| d - log [(1 - e^-|h|) / |h|], nats, with d the distance from the mode.
 
-        -|h| d - log [(1 - e^-|h|) / |h|], d the distance from the mode, which cancels nothing however large h is; where
-        |h| < 1/2, h (x - 1/2) - log [sinh(h / 2) / (h / 2)] by its series, because the other's gradient is the
-        difference of two numbers of the size of 1 / h there, and none at 0.
+        For |h| < 1/2 it is h (x - 1/2) - log [sinh(h / 2) / (h / 2)], by its series: there, the gradient of the first
+        form is the difference of two numbers of the size of 1 / h.
         """
         if self._validate_args:
             self._validate_sample(value)
@@ -93,7 +87,7 @@ class StableContinuousBernoulli(Pixel):
 
 
 def _natural_parameter(mean: Tensor) -> Tensor:
-    """The h at which 1 / (1 - e^-h) - 1 / h is that mean, by bisection. float64, means from 0.001 to 0.999."""
+    """The h with 1 / (1 - e^-h) - 1 / h = mean, by bisection, for means from 0.001 to 0.999; float64."""
     low, high = torch.full_like(mean, -1100.0), torch.full_like(mean, 1100.0)
     for _ in range(60):
         middle = (low + high) / 2
@@ -105,11 +99,8 @@ def _natural_parameter(mean: Tensor) -> Tensor:
 class ContinuousBernoulli(Pixels):
     """p(x | h) = prod_d e^{h_d x_d} h_d / (e^{h_d} - 1), for x in [0, 1]^E.
 
-    A Bernoulli's formula on gray pixels, divided by its integral, which makes it a density. One feature per pixel sets
-    both the mean and the spread. The density is monotone: its only peaks are black and white.
-
-    Args:
-        event_shape: E, the shape of an image.
+    This is the Bernoulli formula on gray pixels, divided by its integral. One feature per pixel sets both the mean and
+    the spread. The density is monotone: its only peaks are black and white.
 
     Reference: Loaiza-Ganem and Cunningham 2019, arXiv 1907.06845.
     """
@@ -121,14 +112,10 @@ class ContinuousBernoulli(Pixels):
     floats_per_pixel = 10
 
     def pixel(self, logits: Tensor) -> StableContinuousBernoulli:
-        """From logits."""
         return StableContinuousBernoulli(logits)
 
     def fit_marginals(self, x: Tensor) -> Tensor:
-        """The h_d whose mean is the pixel's, which is brought to between 0.001 and 0.999. x: (N, *E) -> (prod(E),).
-
-        At 0 and 1 h would be infinite, and at 1e-5 too large for a gradient step to matter.
-        """
+        """The h_d with the pixel's mean, clamped to [0.001, 0.999]: h is infinite at 0 and 1. (N, *E) -> (prod(E),)."""
         mean, _ = mean_and_variance(x.flatten(1))
         return _natural_parameter(mean.clamp(0.001, 0.999)).to(x.dtype)
 
@@ -141,8 +128,8 @@ class StableBeta(Pixel):
     """p(x) = x^(alpha - 1) (1 - x)^(beta - 1) / B(alpha, beta), 0 < x < 1, alpha = mu kappa, beta = (1 - mu) kappa.
 
     Args:
-        mean_logit: logit(mu), the batch's shape.
-        log_concentration: log(kappa).
+        mean_logit: logit(mu), (*batch_shape).
+        log_concentration: log(kappa), (*batch_shape).
     """
 
     arg_constraints = {"mean_logit": constraints.real, "log_concentration": constraints.real}  # noqa: RUF012, as torch
@@ -162,10 +149,7 @@ class StableBeta(Pixel):
 
     @property
     def mode(self) -> Tensor:
-        """(alpha - 1) / (kappa - 2) where both exponents exceed 1; else the end of the smaller exponent.
-
-        There the density has a pole, or its largest value. The number is the one next to the end that data can have.
-        """
+        """(alpha - 1) / (kappa - 2) where both exponents exceed 1; else the number next to the end with the pole."""
         alpha, beta = self.exponents()
         has_peak = (alpha > 1) & (beta > 1)
         peak = (alpha - 1) / torch.where(has_peak, alpha + beta - 2, 1.0)
@@ -173,15 +157,13 @@ class StableBeta(Pixel):
 
     @torch.no_grad()
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """(*sample_shape, *batch_shape), strictly inside."""
         return data.clamp_to_unit_interval(dist.Beta(*self.exponents()).sample(torch.Size(sample_shape)))
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """log p(value), (*sample_shape, *batch_shape), nats.
+        """log p(x), nats, with x the value, and s the remainder of Stirling's formula:
 
         alpha log(x / mu) + beta log((1 - x) / (1 - mu)) - log x - log(1 - x) + (1/2) log[kappa mu (1 - mu) / 2 pi]
-        - s(alpha) - s(beta) + s(kappa), s what Stirling's formula leaves of log Gamma: the library's sum of log Gamma
-        functions loses 0.02 nats in float32 at kappa = 20,000.
+        - s(alpha) - s(beta) + s(kappa). A sum of log Gamma functions would lose 0.02 nats in float32 at kappa = 20,000.
         """
         if self._validate_args:
             self._validate_sample(value)
@@ -200,13 +182,9 @@ class StableBeta(Pixel):
 class Beta(Pixels):
     """p(x | h) = prod_d Beta(x_d; mu_d kappa_d, (1 - mu_d) kappa_d), for x in (0, 1)^E.
 
-    h = (a, b): the mean is mu = sigmoid(10 tanh(a / 10)), between 5e-5 and 1 - 5e-5, a hundredth of a level from the
-    ends; the concentration is log kappa = 3 + 6 tanh(b / 6), kappa between 0.05, where all mass is at the two ends, and
-    8,100, where the spread in the middle is 1.4 levels, and beyond which float32 knows log p no better than to 0.001.
-    Without bounds the exponents vanish or overflow after one bad step, and with them the gradients.
-
-    Args:
-        event_shape: E, the shape of an image.
+    h = (a, b). The mean mu = sigmoid(10 tanh(a / 10)) lies between 5e-5 and 1 - 5e-5. The concentration has
+    log kappa = 3 + 6 tanh(b / 6) and lies between 0.05, where all mass is at the two ends, and 8,100, where the spread
+    in the middle is 1.4 levels. Without bounds the exponents vanish or overflow after one bad step.
 
     Source: the parameters are those of beta regression (Ferrari and Cribari-Neto 2004, J. Appl. Stat. 31(7), 799-815);
     the bounds are ours.
@@ -220,15 +198,11 @@ class Beta(Pixels):
     floats_per_pixel = 24
 
     def pixel(self, a: Tensor, b: Tensor) -> StableBeta:
-        """From the features of the mean and of the concentration."""
         log_concentration = _LOG_CONCENTRATION_CENTER + bounded(b, _LOG_CONCENTRATION_LIMIT)
         return StableBeta(bounded(a, _MEAN_LOGIT_LIMIT), log_concentration)
 
     def fit_marginals(self, x: Tensor) -> Tensor:
-        """The most likely h of each pixel, by its means of log x and log(1 - x). x: (N, *E) -> (2 prod(E),).
-
-        From its mean m and spread on, kappa = m (1 - m) / spread^2 - 1.
-        """
+        """The most likely h of each pixel, from kappa = m (1 - m) / spread^2 - 1 on. x: (N, *E) -> (2 prod(E),)."""
         x = data.map_images(data.clamp_to_unit_interval, x, dtype=x.dtype)
         mean, variance = mean_and_variance(x.flatten(1))
         log_x, log_rest = mean_logs(x)

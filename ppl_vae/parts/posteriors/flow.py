@@ -214,7 +214,6 @@ class ConditionedFlow(dist.TorchDistribution):
         )
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """sample_shape + batch shape + (L,)."""
         y = self.base.rsample(torch.Size(sample_shape))
         log_q = self.base.log_prob(y) - self.log_scale.sum(-1)
         for layer in self.layers:
@@ -225,7 +224,6 @@ class ConditionedFlow(dist.TorchDistribution):
         return z
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """value: (..., L) -> (...) nats."""
         if self._validate_args:
             self._validate_sample(value)
         known = self._own.log_density(value) if self._own else None

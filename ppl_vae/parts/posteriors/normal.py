@@ -117,7 +117,6 @@ class CachedLogProbNormal(dist.MultivariateNormal):
     _own: CachedLogProb | None = None
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """sample_shape + batch shape + (L,)."""
         T = self._unbroadcasted_scale_tril
         noise = dist.Normal(torch.zeros_like(self.loc), 1.0).to_event(1)
         u = noise.rsample(sample_shape)
@@ -126,7 +125,6 @@ class CachedLogProbNormal(dist.MultivariateNormal):
         return z
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """value: (..., L) -> (...) nats."""
         known = self._own.log_density(value) if self._own else None
         return super().log_prob(value) if known is None else known
 

@@ -60,22 +60,37 @@ class Family(Protocol):
     """Features h (..., F) -> a distribution with batch shape (...), as likelihoods and posteriors have them."""
 
     @property
-    def event_shape(self) -> Sequence[int]: ...
+    def event_shape(self) -> Sequence[int]:
+        """The shape of one image, or of one latent vector."""
+
     @property
-    def num_features(self) -> int: ...
+    def num_features(self) -> int:
+        """F."""
+
     def __call__(self, h: Tensor, /) -> Distribution: ...
 
 
 class Likelihood(Family, Protocol):
-    """p(x | h), a ``Family`` over images; see ``parts.likelihoods`` for what the attributes mean."""
+    """p(x | h), a ``Family`` over images. Its package ``parts.likelihoods`` says what each attribute means."""
 
     @property
-    def support(self) -> constraints.Constraint: ...
+    def support(self) -> constraints.Constraint:
+        """The values that a pixel can take."""
+
     @property
-    def support_words(self) -> str: ...
+    def support_words(self) -> str:
+        """The support in words."""
+
     @property
-    def measure(self) -> str: ...
+    def measure(self) -> str:
+        """mass or density."""
+
     @property
-    def data_kind(self) -> str: ...
-    def fit_marginals(self, x: Tensor) -> Tensor: ...
-    def double(self) -> Likelihood: ...
+    def data_kind(self) -> str:
+        """The kind of pixels, in the words of ``data``."""
+
+    def fit_marginals(self, x: Tensor) -> Tensor:
+        """(F,) the features of the marginal distributions of the pixels of x (N, *E)."""
+
+    def double(self) -> Likelihood:
+        """The same module in float64."""

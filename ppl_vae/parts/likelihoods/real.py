@@ -209,7 +209,7 @@ class StudentT(_InUnits):
 
     @property
     def df(self) -> Tensor:
-        """Degrees of freedom, ()."""
+        """Degrees of freedom, of shape ()."""
         return 1 + bounded(self.feature, LOG_DF_LIMIT).exp()
 
     def pixel(self, loc: Tensor) -> dist.StudentT:

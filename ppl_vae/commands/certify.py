@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,18 +13,17 @@ from torch import Tensor
 from ppl_vae import data, runs
 from ppl_vae.commands import certificate_stages as stages
 from ppl_vae.commands.certificate_stages import ChainOptions, StageContext
+from ppl_vae.commands.evaluate import choose_images
 from ppl_vae.commands.options import Certify
 from ppl_vae.evidence.chains import resolve_start
-from ppl_vae.evidence.gaps import Gaps
 from ppl_vae.evidence.typicality import mix_prior_into_guide
 from ppl_vae.reports.certificate_figures import certificate_figures
 from ppl_vae.reports.text.certificate import certificate_table, describe_certificate
 from ppl_vae.runs.block_store import BlockStore, StageResults
-from ppl_vae.runs.build import build_likelihood
 from ppl_vae.runs.certificate_results import CERTIFICATE, Certificate, add_certificate, read_certificates
 from ppl_vae.runs.certified_images import AISSummary, CertifiedImages, ConvergenceBounds, ScoredImages, summarize_images
 from ppl_vae.runs.fit_arguments import decide_compile, find_device
-from ppl_vae.runs.open import Run, Say, check_density, load_evaluated_vae, open_run
+from ppl_vae.runs.open import Run, Say, check_density, check_images, load_evaluated_vae, open_run
 from ppl_vae.runs.outputs import write_figure
 from ppl_vae.runs.resolve import data_options
 from ppl_vae.runs.results import to_json
@@ -37,50 +35,25 @@ _CONVERGENCE_IMAGES = 25
 _METHOD = 2
 
 
-def evaluation_key(split: str) -> str:
-    """The certificate's key in evaluation.json."""
-    return f"{CERTIFICATE}{split}"
-
-
-def images_file(split: str) -> str:
-    """The file with the numbers of each image, by stage."""
-    return f"{evaluation_key(split)}.safetensors"
-
-
-def partial_file(split: str) -> str:
-    """The file of the finished blocks of a certificate that is not complete."""
-    return f"{evaluation_key(split)}.partial.safetensors"
-
-
-class OtherImages(NamedTuple):
-    """Images (n, *E) of another data set, as the run sees them, with its name and the SHA-256 of its bytes."""
-
-    name: str
-    x: Tensor
-    sha256: str
-
-
 @dataclass(frozen=True)
 class Plan:
     """What a certificate measures.
 
     Args:
         run, options: the run, and the command's options.
-        place: the device.
-        index, x: the images' places in their split, and the images (N, *E), on the CPU.
         chain: how chains are annealed.
+        index, x: the images' places in their split, and the images (N, *E), on the CPU.
         gap_splits: the splits whose gap is divided into its parts; empty if none.
-        other: another data set to score, if asked for.
+        other: images (n, *E) of another data set to score, if asked for, and that data set.
     """
 
     run: Run
     options: Certify
-    place: torch.device
+    chain: ChainOptions
     index: Tensor
     x: Tensor
-    chain: ChainOptions
     gap_splits: tuple[str, ...]
-    other: OtherImages | None
+    other: tuple[Tensor, data.Splits] | None
 
 
 def certify_run(options: Certify, *, say: Say) -> Certificate:
@@ -92,10 +65,6 @@ def certify_run(options: Certify, *, say: Say) -> Certificate:
     with the same options are not measured again. What is not asked for this time is not in the entry, but stays in the
     file.
 
-    Args:
-        options: The command's options.
-        say: Receives each line for the reader.
-
     Raises:
         Interrupted: SIGINT or SIGTERM, after the current block; finished blocks are kept.
         ValueError: before the work: no run, a damaged or a read-only one, one that another process writes to, an
@@ -105,10 +74,15 @@ def certify_run(options: Certify, *, say: Say) -> Certificate:
     run = open_run(options.run_dir, dataset=options.dataset, data_dir=options.data_dir)
     with runs.lock_folder(run.folder), stop_on_signals() as should_stop:
         _check_before_work(run, options)
-        vae = load_evaluated_vae(run).to(find_device(options.device))
+        place = find_device(options.device)
+        vae = load_evaluated_vae(run).to(place)
         plan = _plan(run, vae, options, say)
-        context = _stage_context(plan, vae, say, should_stop)
+        transitions = options.temperatures * options.leapfrogs * math.ceil(len(plan.x) / stages.CHAIN_BLOCK)
+        compiles = decide_compile(options.compile, transitions, place)
+        store, results = _open_stores(plan, compiles, say)
+        context = StageContext(vae, place, options, plan.chain, store, results, compiles, say, should_stop)
         found = _measure(context, plan)
+        seconds = {stage: results.seconds[stage] for stage, _ in _stage_identities(plan)}
         certificate = Certificate(
             **vars(run.provenance),
             split=options.split,
@@ -118,12 +92,12 @@ def certify_run(options: Certify, *, say: Say) -> Certificate:
             seed=options.seed,
             step=runs.load_step(run.folder / runs.MODEL),
             **summarize_images(found, options.num_particles),
-            stage_seconds=context.results.asked_seconds,
-            seconds=sum(context.results.asked_seconds.values()),
+            stage_seconds=seconds,
+            seconds=sum(seconds.values()),
         )
-        context.results.save({"index": plan.index})
+        results.save({"index": plan.index})
         _write(run, certificate, found, plan.x, say)
-        context.store.remove()
+        store.remove()
         if options.output is not None:
             rows = add_certificate(Path(options.output), run.folder.name, certificate, options.device)
             say(f"{options.output} has its row:")
@@ -135,7 +109,7 @@ def certify_run(options: Certify, *, say: Say) -> Certificate:
 
 
 def _check_before_work(run: Run, options: Certify) -> None:
-    """Find what would fail after the work: a damaged file, a read-only folder, a file in the place of a folder."""
+    """Find what would fail after the work, such as a damaged file or a read-only folder."""
     check_density(run, "log-likelihood")
     if run.pixels == "dequantized":  # no chain can start from the density of such a guide
         raise ValueError(
@@ -143,27 +117,16 @@ def _check_before_work(run: Run, options: Certify) -> None:
             "anew each time (dequantized levels), from which no chain can be annealed"
         )
     runs.read_evaluations(run.folder)
-    runs.check_writable(run.folder)
+    (run.folder / runs.FIGURES).mkdir(exist_ok=True)
     if options.output is not None:
         read_certificates(Path(options.output))
-        if not Path(options.output).parent.is_dir():
-            raise ValueError(f"--output: expected a file in a folder that is there, got {options.output}")
         runs.check_writable(Path(options.output).parent)
-    if (run.folder / runs.FIGURES).is_file():
-        raise ValueError(f"{run.folder / runs.FIGURES}: expected a folder, got a file")
-    for name in (partial_file(options.split), images_file(options.split)):
-        if (run.folder / name).is_dir():
-            raise ValueError(f"{run.folder / name}: expected a file, got a folder")
     if options.against_data_dir is not None and options.against is None:
         raise ValueError("--against-data-dir: expected it together with --against, got it alone")
 
 
 def _plan(run: Run, vae: VAE, options: Certify, say: Say) -> Plan:
-    other = None if options.against is None else _load_other_images(run, options, options.against)
-    x = data.evaluation_images(run.splits, options.split, run.evaluated_pixels, seed=options.seed)
-    if options.images > len(x):
-        say(f"--images {options.images:,}: the {options.split} split has {len(x):,}, and all are taken.")
-    index = data.subset(len(x), options.images)
+    index, x = choose_images(run, run.evaluated_pixels, options, say)
     chain = ChainOptions(options.temperatures, options.leapfrogs, options.chains, resolve_start(vae, options.start))
     if chain.start != options.start:
         say(
@@ -175,48 +138,39 @@ def _plan(run: Run, vae: VAE, options: Certify, say: Say) -> Plan:
         say("The gap is not split in two: a guide of several layers has no features of a single image to refine.")
     if not options.gap_images or run.options.upper_latents:
         gap_splits = ()
-    return Plan(run, options, find_device(options.device), index, x[index], chain, gap_splits, other)
+    other = None if options.against is None else _load_other_images(run, options, options.against)
+    return Plan(run, options, chain, index, x, gap_splits, other)
 
 
-def _load_other_images(run: Run, options: Certify, dataset: str) -> OtherImages:
+def _load_other_images(run: Run, options: Certify, dataset: str) -> tuple[Tensor, data.Splits]:
     """As many test images of another data set, binarized as the run's own.
 
     Raises:
         ValueError: the data set cannot be read, has images of another shape, or pixels outside the likelihood's
             support.
     """
+    own, data_dir = data_options(run.options), options.against_data_dir or run.options.data_dir
     is_folder = dataset not in data.DATASETS and not data.is_array_file(Path(dataset))
-    own = data_options(run.options)
-    reading = {name: own[name] for name in ("image_size", "fit", "color") if is_folder and name in own}
-    data_dir, stored_dir = options.against_data_dir, run.options.data_dir
+    reading = {name: own[name] for name in ("image_size", "fit", "color")} if is_folder else {}
     try:
-        download = data_dir is not None or stored_dir is None  # never into a folder that a config names
-        splits = data.load(dataset, data_dir=data_dir or stored_dir, download=download, **reading)
+        # Nothing is downloaded into a folder that a config names.
+        download = options.against_data_dir is not None or run.options.data_dir is None
+        splits = data.load(dataset, data_dir=data_dir, download=download, **reading)
         if splits.event_shape != run.splits.event_shape:
-            expected, got = ("x".join(map(str, each.event_shape)) for each in (run.splits, splits))
-            raise ValueError(f"expected images of shape {expected}, as the run's, got {got}")
+            raise ValueError(f"expected images of shape {run.splits.event_shape}, got {splits.event_shape}")
         x = data.evaluation_images(splits, "test", run.evaluated_pixels, seed=options.seed)
-        family = build_likelihood(run.options, run.splits.event_shape)
-        if not family.support.check(x).all():
-            raise ValueError(
-                f"expected pixels that are {family.support_words}, got {splits.kind} from {float(x.min()):.4g} to "
-                f"{float(x.max()):.4g}"
-            )
+        check_images(run, "test", x)
     except ValueError as error:
         raise ValueError(f"--against {dataset}: {error}") from None
-    return OtherImages(splits.name, x[data.subset(len(x), options.images)], splits.sha256)
+    return x[data.subset(len(x), options.images)], splits
 
 
-# --- The work ---
-
-
-def _stage_context(plan: Plan, vae: VAE, say: Say, should_stop: Callable[[], bool]) -> StageContext:
-    run, options = plan.run, plan.options
-    num_transitions = options.temperatures * options.leapfrogs * math.ceil(len(plan.x) / stages.CHAIN_BLOCK)
-    compiles = decide_compile(options.compile, num_transitions, plan.place)
+def _open_stores(plan: Plan, compiles: bool, say: Say) -> tuple[BlockStore, StageResults]:
+    """Finished blocks and finished stages, each with everything that decides its numbers."""
+    folder, options = plan.run.folder, plan.options
     common = {
-        "weights": data.compute_sha256(run.folder / runs.MODEL),
-        "data": run.splits.sha256,
+        "weights": data.compute_sha256(folder / runs.MODEL),
+        "data": plan.run.splits.sha256,
         "seed": options.seed,
         "device": options.device,
         "compile": [options.compile, compiles],
@@ -224,12 +178,14 @@ def _stage_context(plan: Plan, vae: VAE, say: Say, should_stop: Callable[[], boo
         "method": _METHOD,
     }
     identities = {stage: common | identity for stage, identity in _stage_identities(plan)}
-    store = BlockStore(run.folder / partial_file(options.split), identities, say)
-    results = StageResults(run.folder / images_file(options.split), identities, common, say)
-    return StageContext(vae, plan.place, options.seed, store, results, options.compile, compiles, say, should_stop)
+    path = folder / f"{CERTIFICATE}{options.split}"
+    return (
+        BlockStore(path.with_suffix(".partial.safetensors"), identities, say),
+        StageResults(path.with_suffix(".safetensors"), identities, common, say),
+    )
 
 
-def _stage_identities(plan: Plan) -> Iterator[tuple[str, dict[str, Any]]]:
+def _stage_identities(plan: Plan) -> Iterator[tuple[str, dict[str, object]]]:
     """Each stage's name, and what decides its numbers in addition to what decides those of every stage."""
     options, chain = plan.options, plan.chain
     images = {"split": options.split, "images": len(plan.x)}
@@ -247,75 +203,54 @@ def _stage_identities(plan: Plan) -> Iterator[tuple[str, dict[str, Any]]]:
     if options.simulations:
         yield "calibration", {"simulations": options.simulations, "draws": options.draws}
     if plan.other is not None:
+        x, splits = plan.other
         yield "against own", images | particles
-        yield "against", particles | {"against": [plan.other.name, plan.other.sha256, len(plan.other.x)]}
+        yield "against", particles | {"against": [splits.name, splits.sha256, len(x)]}
+
+
+# --- The work ---
 
 
 def _measure(context: StageContext, plan: Plan) -> CertifiedImages:
     """Run every stage, the quickest first, so that errors show early."""
-    options, chain, S = plan.options, plan.chain, plan.options.num_particles
-    x = plan.x.to(plan.place)
-    plain = stages.weigh_images(context, "importance", x, vae=context.vae, num_particles=S, words="importance sampling")
-    scored = None if plan.other is None else _score_other(context, x, plan.other, S)
-    ranks = simulated = None
+    options, x = plan.options, plan.x.to(context.place)
+    plain = stages.weigh_images(context, "importance", x, context.vae)
+    ranks = simulated = scored = None
+    if plan.other is not None:
+        other, splits = plan.other
+        vae = mix_prior_into_guide(context.vae)  # a guide that also covers images unlike the training data
+        own_bounds = stages.weigh_images(context, "against own", x, vae).log_evidence
+        other_bounds = stages.weigh_images(context, "against", other.to(context.place), vae).log_evidence
+        scored = ScoredImages(own_bounds, other_bounds, splits.name)
     if options.simulations:
-        words = "calibration of the guide"
-        ranks = stages.rank_simulations(context, "calibration", options.simulations, options.draws, words=words)
-    improved = stages.weigh_images_refined(context, "improved", x, num_particles=S, words="refined importance sampling")
-    chains = stages.anneal_images(context, "ais", x, chain, words="annealed importance sampling")
+        ranks = stages.rank_simulations(context, "calibration", options.simulations, options.draws)
+    improved = stages.weigh_images_refined(context, "improved", x)
+    chains = stages.anneal_images(context, "ais", x)
     if options.simulated:
-        words = "simulated images, from both sides"
-        simulated = stages.anneal_simulated_images(context, "simulated", options.simulated, chain, words=words)
-    sizes = stages.list_fewer_particles(S)
-    weighed = stages.weigh_fewer_particles(context, "particles", x, sizes, words="fewer importance samples")
-    converging = _measure_convergence(context, x, chain, sizes, weighed, chains)
-    gaps = {split: _split_gap(context, plan, split) for split in plan.gap_splits}
-    return CertifiedImages(
-        plan.index, chains, plain, weighed.smoothed, improved, converging, simulated, gaps, ranks, scored
-    )
-
-
-def _score_other(context: StageContext, x: Tensor, other: OtherImages, S: int) -> ScoredImages:
-    """The bound L_S of both data sets, with a guide that also covers images unlike the training data."""
-    vae = mix_prior_into_guide(context.vae)
-    both = {"against own": (x, "the run's own"), "against": (other.x.to(context.place), other.name)}
-    bounds = [
-        stages.weigh_images(
-            context, stage, images, vae=vae, num_particles=S, words=f"guarded importance sampling, {name}"
-        )
-        for stage, (images, name) in both.items()
-    ]
-    return ScoredImages(bounds[0].log_evidence, bounds[1].log_evidence, other.name)
+        simulated = stages.anneal_simulated_images(context, "simulated", options.simulated)
+    sizes = stages.list_fewer_particles(options.num_particles)
+    weighed, smoothed = stages.weigh_fewer_particles(context, "particles", x, sizes)
+    converging = _measure_convergence(context, x, chains, sizes, weighed)
+    gaps = {}
+    for split in plan.gap_splits:
+        images = data.evaluation_images(plan.run.splits, split, plan.run.evaluated_pixels)
+        images = images[data.subset(len(images), options.gap_images)].to(context.place)
+        log_p_x = stages.anneal_images(context, f"ais {split}", images).bound
+        gaps[split] = stages.split_gaps(context, f"gaps {split}", images, log_p_x)
+    return CertifiedImages(plan.index, chains, plain, smoothed, improved, converging, simulated, gaps, ranks, scored)
 
 
 def _measure_convergence(
-    context: StageContext,
-    x: Tensor,
-    chain: ChainOptions,
-    sizes: list[int],
-    weighed: stages.WeighedParticles,
-    full: AISSummary,
+    context: StageContext, x: Tensor, full: AISSummary, sizes: list[int], weighed: Tensor
 ) -> ConvergenceBounds:
     """Bounds with fewer temperatures and fewer particles, on images spread evenly: files may be sorted by class."""
     count = min(_CONVERGENCE_IMAGES, len(x))
     places = torch.arange(count) * len(x) // count
-    some, temperatures = x[places.to(x.device)], stages.list_fewer_temperatures(chain.temperatures)
-    bounds = [
-        stages.anneal_images(
-            context, f"temperatures {T}", some, chain._replace(temperatures=T), words=f"{T:,} temperatures"
-        ).bound
-        for T in temperatures
-    ]
+    some, T = x[places.to(x.device)], context.chain.temperatures
+    fewer = stages.list_fewer_temperatures(T)
+    bounds = [stages.anneal_images(context, f"temperatures {t}", some, temperatures=t).bound for t in fewer]
     annealed = torch.stack([*bounds, full.bound[places]])
-    return ConvergenceBounds(places, [*temperatures, chain.temperatures], annealed, sizes, weighed.bounds[:, places])
-
-
-def _split_gap(context: StageContext, plan: Plan, split: str) -> Gaps:
-    x = data.evaluation_images(plan.run.splits, split, plan.run.evaluated_pixels)
-    x = x[data.subset(len(x), plan.options.gap_images)].to(plan.place)
-    words = f"annealed importance sampling, {split}"
-    log_p_x = stages.anneal_images(context, f"ais {split}", x, plan.chain, words=words).bound
-    return stages.split_gaps(context, f"gaps {split}", x, log_p_x, words=f"refined guide, {split}")
+    return ConvergenceBounds(places, [*fewer, T], annealed, sizes, weighed[:, places])
 
 
 # --- After the work ---
@@ -323,8 +258,7 @@ def _split_gap(context: StageContext, plan: Plan, split: str) -> Gaps:
 
 def _write(run: Run, certificate: Certificate, found: CertifiedImages, x: Tensor, say: Say) -> None:
     """Write the figures and then the entry of evaluation.json, and say what they show."""
-    key, folder = evaluation_key(certificate.split), run.folder / runs.FIGURES
-    folder.mkdir(exist_ok=True)
+    key, folder = f"{CERTIFICATE}{certificate.split}", run.folder / runs.FIGURES
     for old in folder.glob(f"{key}-*.png"):
         old.unlink()
     figures = certificate_figures(run, certificate, found, x)
@@ -332,10 +266,7 @@ def _write(run: Run, certificate: Certificate, found: CertifiedImages, x: Tensor
         write_figure(folder / f"{key}-{name}.png", figure)
     kept = runs.read_evaluations(run.folder, step=certificate.step)
     runs.write_json(run.folder / runs.EVALUATION, kept | {key: to_json(certificate)})
-    if key in kept:
-        replaced = kept[key].get("num_images", 0)
-        say(f"Replaces the certificate of {replaced:,} images of the {certificate.split} split.")
     for line in describe_certificate(certificate):
         say(line)
     names = ", ".join(f"{key}-{name}.png" for name in figures)
-    say(f"In {run.folder}: {runs.EVALUATION} ({key}), {images_file(certificate.split)}; {runs.FIGURES}/{names}")
+    say(f"In {run.folder}: {runs.EVALUATION} ({key}), {key}.safetensors; {runs.FIGURES}/{names}")

@@ -22,7 +22,7 @@ from ppl_vae.reports.text.comparison import compare_in_words, comparison_title, 
 from ppl_vae.runs.comparison_results import ComparedPair, ComparedRun, Comparison
 from ppl_vae.runs.evaluations import read_per_image
 from ppl_vae.runs.fit_arguments import find_device
-from ppl_vae.runs.open import Run, Say, check_density, describe_unused_draws, load_evaluated_vae, open_run
+from ppl_vae.runs.open import Run, Say, check_density, load_evaluated_vae, open_run
 from ppl_vae.runs.outputs import make_output_folder, remove_if_empty, write_figure
 from ppl_vae.runs.results import to_json
 from ppl_vae.runtime.batching import evaluation_batch_size
@@ -85,9 +85,6 @@ def compare_runs(options: CompareRuns, *, say: Say) -> Comparison:
         Entrant(name, run, load_evaluated_vae(run), runs.load_step(run.folder / runs.MODEL))
         for name, run in zip(_choose_names(opened), opened, strict=True)
     ]
-    unused = [line for run in opened for line in describe_unused_draws(run, options.dequantization_draws)]
-    for line in dict.fromkeys(unused):
-        say(line)
     stored, place = _read_stored(entrants, conditions), find_device(options.device)
     folder = _make_folder(options.output, opened[0].splits.name)
     with remove_if_empty(folder):

@@ -8,25 +8,24 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ppl_vae import data, runs
-from ppl_vae.commands.options import Evaluate
+from ppl_vae.commands.options import Certify, Evaluate
 from ppl_vae.evidence.estimate import Estimate, combine_stderrs
 from ppl_vae.evidence.evaluation import evaluate, reconstruction
 from ppl_vae.evidence.importance import IMPORTANCE_NAMES, Importance
 from ppl_vae.parts.likelihoods import fit_independent_pixels
 from ppl_vae.reports.text.evaluation import describe_evaluation
 from ppl_vae.runs.block_store import BlockStore
-from ppl_vae.runs.build import build_likelihood
-from ppl_vae.runs.evaluations import read_evaluation
+from ppl_vae.runs.build import build_likelihood, is_autoencoder
 from ppl_vae.runs.fit_arguments import decide_compile, find_device, matmul_precision
 from ppl_vae.runs.load import load
-from ppl_vae.runs.open import Run, Say, check_density, describe_unused_draws, load_evaluated_vae, open_run
+from ppl_vae.runs.open import Run, Say, check_density, load_evaluated_vae, open_run
 from ppl_vae.runs.results import Evaluation, Quantiles, to_json
 from ppl_vae.runtime import ranks as distributed
 from ppl_vae.runtime.batching import images_per_group, images_per_pass, pairs_per_pass
@@ -45,12 +44,9 @@ _FLOATS_PER_MASS = 48  # that the exact mass of one pixel's level holds in memor
 def evaluate_run(options: Evaluate, *, say: Say) -> Evaluation:
     """Estimates log p(x) of a split, writes it into evaluation.json under the split's name, and prints it.
 
-    A density of 8-bit levels is evaluated as log P(levels) by exact masses, so that ``dequantization_draws`` has no
-    effect. Under torchrun the processes share the images, and rank 0 alone writes and prints. An interrupted evaluation
-    resumes where it stopped, and ends with the same numbers.
-
-    Returns:
-        The evaluation, as evaluation.json holds it. The numbers of each image are in evaluation-SPLIT.safetensors.
+    A density of 8-bit levels is evaluated as log P(levels) by exact masses. Under torchrun the processes share the
+    images, and rank 0 alone writes and prints. An interrupted evaluation resumes where it stopped, and ends with the
+    same numbers. The numbers of each image are in evaluation-SPLIT.safetensors.
 
     Raises:
         ValueError: No run, a damaged one, one that another process writes to, an autoencoder, or other data than it was
@@ -67,60 +63,23 @@ def evaluate_run(options: Evaluate, *, say: Say) -> Evaluation:
 
 
 def write_evaluation(run: Run, options: Evaluate, *, say: Say) -> Evaluation:
-    """``evaluate_run`` for a run that is already open and locked, and has a density."""
-    folder = run.folder
-    runs.read_evaluations(folder)  # a damaged file is found before the work, not after it
-    runs.check_writable(folder)
-    step = runs.load_step(folder / runs.MODEL)
-    split, S, seed, compile = options.split, options.num_particles, options.seed, options.compile
-    place = find_device(options.device)
-    for line in describe_unused_draws(run, options.dequantization_draws):
-        say(line)
-    vae = load_evaluated_vae(run).to(place)
-    index, x = _load_images(run, run.evaluated_pixels, options, say)
-    x = x.to(place)
-    store = _open_store(run, options, x, step, say)
-    done = store.open_stage(
-        split,
-        num_items=len(x),
-        block_size=images_per_group(x, S),
-        num_columns=len(IMPORTANCE_NAMES),
-    )
+    """``evaluate_run`` for a run that is already open and locked, which may be an autoencoder.
+
+    An autoencoder's evaluation is log p(x | z(x)) of pixels as in training, and None for whatever needs a density.
+    """
+    runs.read_evaluations(run.folder)  # a damaged file is found before the work, not after it
+    measure = _reconstruct if is_autoencoder(run.options) else _estimate
     with stop_on_signals() as should_stop:  # until all is written: a signal during the last image loses nothing
-        try:
-            result = evaluate_with_progress(
-                vae,
-                x,
-                num_particles=S,
-                seed=seed,
-                compile=compile,
-                say=say,
-                words=f"log p(x), {split}",
-                done=done,
-                on_block=store.add,
-                should_stop=should_stop,
-            )
-        except Stopped:
-            store.write()
-            kept = f"{store.num_finished(split):,} of {len(x):,} images are done and kept"
-            raise Interrupted(f"{kept}; evaluated again, the run goes on there") from None
-        found = Evaluation(
-            **vars(run.provenance),
-            split=split,
-            num_images=len(x),
-            num_particles=S,
-            seed=seed,
-            **_summarize(result, S),
-            floor=estimate_independent_pixels(run, x.cpu()),
-            binarization_entropy=binarization_entropy(run, split, index),
-            bits_per_dim=estimate_bits_per_dim(run, result.log_evidence, S),
-            step=step,
-            seconds=store.seconds(split),
-        )
-        if split in runs.read_evaluations(folder, step=step) and (old := read_evaluation(folder, split)):
-            say(f"Replaces the {split} split's estimate of {old.num_images:,} images with S = {old.num_particles:,}.")
-        _write(run, found, {"index": index} | result.to_tensors(), say)
-        store.remove()
+        found, tensors = measure(run, options, should_stop, say)
+        scalars = {name: getattr(found, name) for name in ("num_particles", "seed", "step", "dequantization_draws")}
+        with end_together():
+            if distributed.is_writer():
+                kept = runs.read_evaluations(run.folder, step=found.step)
+                runs.save_tensors(run.folder / runs.per_image_file(found.split), tensors, scalars)
+                runs.write_json(run.folder / runs.EVALUATION, kept | {found.split: to_json(found)})
+                partial_path(run.folder, found.split).unlink(missing_ok=True)
+    for line in describe_evaluation(found):
+        say(line)
     return found
 
 
@@ -129,85 +88,105 @@ def partial_path(folder: Path, split: str) -> Path:
     return folder / f"evaluation-{split}.partial.safetensors"
 
 
-def _open_store(run: Run, options: Evaluate, x: Tensor, step: int, say: Say) -> BlockStore:
-    """The finished blocks of this evaluation, identified by everything that decides its numbers."""
-    identity = {
-        "split": options.split,
-        "num_particles": options.num_particles,
+def _estimate(
+    run: Run, options: Evaluate, should_stop: Callable[[], bool], say: Say
+) -> tuple[Evaluation, dict[str, Tensor]]:
+    """log p(x) of each image, from the finished blocks of an interrupted evaluation."""
+    split, S, step = options.split, options.num_particles, runs.load_step(run.folder / runs.MODEL)
+    index, x = choose_images(run, run.evaluated_pixels, options, say)
+    vae, x = load_evaluated_vae(run).to(find_device(options.device)), x.to(find_device(options.device))
+    identity = {  # everything that decides the numbers
+        "split": split,
+        "num_particles": S,
         "seed": options.seed,
-        "dequantization_draws": None,
         "images": hashlib.sha256(x.cpu().contiguous().numpy().data).hexdigest(),
-        "images_per_group": images_per_group(x, options.num_particles),
+        "images_per_group": images_per_group(x, S),
         "dtype": str(x.dtype),
         "device": x.device.type,
         "compile": options.compile,
         "step": step,
         "weights": data.compute_sha256(run.folder / runs.MODEL),
     }
-    return BlockStore(partial_path(run.folder, options.split), {options.split: identity}, say)
+    store = BlockStore(partial_path(run.folder, split), {split: identity}, say)
+    done = store.open_stage(
+        split, num_items=len(x), block_size=images_per_group(x, S), num_columns=len(IMPORTANCE_NAMES)
+    )
+    try:
+        result = evaluate_with_progress(
+            vae,
+            x,
+            num_particles=S,
+            seed=options.seed,
+            compile=options.compile,
+            say=say,
+            words=f"log p(x), {split}",
+            done=done,
+            on_block=store.add,
+            should_stop=should_stop,
+        )
+    except Stopped:
+        store.write()
+        kept = f"{store.num_finished(split):,} of {len(x):,} images are done and kept"
+        raise Interrupted(f"{kept}; evaluated again, the run goes on there") from None
+    found = Evaluation(
+        **vars(run.provenance),
+        split=split,
+        num_images=len(x),
+        num_particles=S,
+        seed=options.seed,
+        log_likelihood=Estimate.from_values(result.log_evidence, S),
+        elbo=Estimate.from_values(result.elbo, S),
+        reconstruction=Estimate.from_values(result.reconstruction, S),
+        kl=Estimate.from_values(result.kl, S),
+        monte_carlo_stderr=combine_stderrs(result.monte_carlo_stderr),
+        bias=float(result.bias.mean()),
+        rise=float(result.tenfold_gain.mean()),
+        ess=Quantiles.from_values(result.ess),
+        pareto_k=Quantiles.from_values(result.pareto_k),
+        unreliable_images=int(result.unreliable().sum()) if S > 1 else None,
+        floor=estimate_independent_pixels(run, x.cpu()),
+        binarization_entropy=binarization_entropy(run, split, index),
+        bits_per_dim=estimate_bits_per_dim(run, result.log_evidence, S),
+        step=step,
+        seconds=store.seconds(split),
+    )
+    return found, {"index": index} | result.to_tensors()
 
 
-def write_reconstructions(run: Run, options: Evaluate, *, say: Say) -> Evaluation:
-    """An autoencoder's evaluation: log p(x | z(x)), and None for whatever needs a density.
-
-    Pixels are as in training: under a density, 8-bit levels become (level + u) / 256 with one draw of u per image.
-
-    Returns:
-        The evaluation. The number of each image is in evaluation-SPLIT.safetensors, as "reconstruction".
-
-    Raises:
-        ValueError: as ``evaluate_run``.
-    """
-    folder, place, split, seed = run.folder, find_device(options.device), options.split, options.seed
-    runs.read_evaluations(folder)
-    runs.check_writable(folder)
-    vae = load(folder).to(place)
-    index, x = _load_images(run, run.pixels, options, say)
-    started = time.monotonic()
-    with (
-        _make_bar(len(x), f"log p(x | z), {split}") as bar,
-        matmul_precision("float32"),
-        stop_on_signals() as should_stop,
-    ):
+def _reconstruct(
+    run: Run, options: Evaluate, should_stop: Callable[[], bool], say: Say
+) -> tuple[Evaluation, dict[str, Tensor]]:
+    """log p(x | z(x)) of each image; under a density, 8-bit levels become (level + u) / 256 with one draw of u each."""
+    started, place = time.monotonic(), find_device(options.device)
+    index, x = choose_images(run, run.pixels, options, say)
+    vae, x = load(run.folder).to(place), x.to(place)
+    with _make_bar(len(x), f"log p(x | z), {options.split}") as bar, matmul_precision("float32"):
         try:
             log_p_x_given_z = reconstruction(
-                vae, x.to(place), seed=seed, progress=bar.update, should_stop=should_stop, say=say
+                vae, x, seed=options.seed, progress=bar.update, should_stop=should_stop, say=say
             ).cpu()
         except Stopped:
             raise Interrupted("the evaluation was not finished, and nothing of it is kept") from None
     found = Evaluation(
         **vars(replace(run.provenance, scale=run.trained_scale)),
-        split=split,
+        split=options.split,
         num_images=len(x),
         num_particles=None,
-        seed=seed,
+        seed=options.seed,
         reconstruction=Estimate.from_values(log_p_x_given_z, 1),
-        step=runs.load_step(folder / runs.MODEL),
+        step=runs.load_step(run.folder / runs.MODEL),
         seconds=time.monotonic() - started,
     )
-    _write(run, found, {"index": index, "reconstruction": log_p_x_given_z}, say)
-    return found
+    return found, {"index": index, "reconstruction": log_p_x_given_z}
 
 
-def _load_images(run: Run, pixels: str, options: Evaluate, say: Say) -> tuple[Tensor, Tensor]:
+def choose_images(run: Run, pixels: str, options: Evaluate | Certify, say: Say) -> tuple[Tensor, Tensor]:
     """The indices in the split (n,) and the images (n, *E): all, or a fixed random subset."""
     x = data.evaluation_images(run.splits, options.split, pixels, seed=options.seed)
     if options.images is not None and options.images > len(x):
         say(f"--images {options.images:,}: the {options.split} split has {len(x):,}, and all are taken.")
     index = data.subset(len(x), options.images)
     return index, x[index]
-
-
-def _write(run: Run, found: Evaluation, tensors: dict[str, Tensor], say: Say) -> None:
-    """Writes the numbers of each image, then the evaluation, and prints it."""
-    scalars = {name: getattr(found, name) for name in ("num_particles", "seed", "step", "dequantization_draws")}
-    with end_together():
-        if distributed.is_writer():
-            kept = runs.read_evaluations(run.folder, step=found.step)
-            runs.save_tensors(run.folder / runs.per_image_file(found.split), tensors, scalars)
-            runs.write_json(run.folder / runs.EVALUATION, kept | {found.split: to_json(found)})
-    for line in describe_evaluation(found):
-        say(line)
 
 
 def evaluate_with_progress(
@@ -234,36 +213,30 @@ def evaluate_with_progress(
     compiled = decide_compile(compile, passes, x.device)
     before = sum(len(rows) for rows in (done or {}).values())
     with _make_bar(len(x), words, before) as bar, matmul_precision("float32"):
-
-        def told(seconds: float) -> None:
-            bar.show_bar()
-            say(f"Compiled the passes of the evaluation in {seconds:.1f} s.")
-
-        def run(compiled: bool) -> Importance:
-            if compiled and distributed.is_writer():
-                bar.show_clock("Compiling the passes of the evaluation", say)
-            return evaluate(
-                vae,
-                x,
-                num_particles=num_particles,
-                seed=seed,
-                compile=compiled,
-                on_compiled=told,
-                progress=bar.update,
-                done=done,
-                on_block=on_block,
-                should_stop=should_stop,
-                say=say,
-            )
-
+        run = partial(
+            evaluate,
+            vae,
+            x,
+            num_particles=num_particles,
+            seed=seed,
+            progress=bar.update,
+            done=done,
+            on_block=on_block,
+            should_stop=should_stop,
+            say=say,
+        )
+        if not compiled:
+            return run()
+        if distributed.is_writer():
+            bar.show_clock("Compiling the passes of the evaluation", say)
         try:
-            return run(compiled)
+            return run(compile=True, on_compiled=lambda seconds: bar.show_bar())
         except CannotCapture as error:
             bar.close()
             if compile == "on":
                 raise ValueError(f"--compile on: {error}") from None
             say(f"Not compiled: {error}.")
-            return run(False)
+            return run()
 
 
 def _make_bar(num_images: int, words: str, before: int = 0) -> Progress:
@@ -303,17 +276,3 @@ def binarization_entropy(run: Run, split: str, index: Tensor) -> float | None:
         return None
     entropy = data.binarization_entropy(run.splits, split, run.pixels)
     return None if entropy is None else float(entropy[index].mean())
-
-
-def _summarize(result: Importance, num_particles: int) -> dict[str, Any]:
-    """The fields of an ``Evaluation`` that come from the numbers of each image."""
-    names = {"log_likelihood": "log_evidence", "elbo": "elbo", "reconstruction": "reconstruction", "kl": "kl"}
-    return {
-        **{key: Estimate.from_values(getattr(result, name), num_particles) for key, name in names.items()},
-        "monte_carlo_stderr": combine_stderrs(result.monte_carlo_stderr),
-        "bias": float(result.bias.mean()),
-        "rise": float(result.tenfold_gain.mean()),
-        "ess": Quantiles.from_values(result.ess),
-        "pareto_k": Quantiles.from_values(result.pareto_k),
-        "unreliable_images": int(result.unreliable().sum()) if num_particles > 1 else None,
-    }

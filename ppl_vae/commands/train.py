@@ -14,12 +14,12 @@ import pyro
 from torch import Tensor
 
 from ppl_vae import data, runs
-from ppl_vae.commands.evaluate import write_evaluation, write_reconstructions
+from ppl_vae.commands.evaluate import write_evaluation
 from ppl_vae.commands.loggers import Log, check_tensorboard, log_evaluation, metric_events
 from ppl_vae.commands.options import Evaluate, Train
 from ppl_vae.reports.run_figures import is_drawn, write_figures
 from ppl_vae.reports.text.training import describe_epoch, describe_model, describe_training, describe_validation
-from ppl_vae.runs.build import build_vae, is_autoencoder
+from ppl_vae.runs.build import build_vae
 from ppl_vae.runs.checkpoints import (
     Saved,
     find_newest_checkpoint,
@@ -218,8 +218,7 @@ def _evaluate(run: Run, *, say: Say) -> None:
         seed=QUICK_EVALUATION_SEED,
         compile="off" if options.compile == "off" else "auto",
     )
-    write = write_reconstructions if is_autoencoder(options) else write_evaluation
-    log_evaluation(run.folder, options, to_json(write(run, asked, say=say)))
+    log_evaluation(run.folder, options, to_json(write_evaluation(run, asked, say=say)))
 
 
 class _TrainingRecord:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from ppl_vae.runtime.ranks import Say
 
 _SECONDS_BETWEEN_WRITES = 10.0
 _MOST_TIME_OF_WRITING = 0.02  # share of the work's time, for files so large that a write takes long
+
+Identities = Mapping[str, Mapping[str, object]]  # by stage, JSON of everything that decides its numbers
 
 
 class _Stage(NamedTuple):
@@ -38,7 +40,7 @@ class BlockStore:
         say: receives a line about what is used and what is not.
     """
 
-    def __init__(self, path: Path, identities: Mapping[str, Mapping[str, Any]], say: Say) -> None:
+    def __init__(self, path: Path, identities: Identities, say: Say) -> None:
         self._path, self._identities, self._say = path, dict(identities), say
         self._stages: dict[str, _Stage] = {}
         self._tensors: dict[str, Tensor] = {}
@@ -106,22 +108,25 @@ class BlockStore:
         self._since = now
 
     def _read(self) -> None:
+        asked = self._identities
         try:
             tensors, scalars = load_tensors(self._path)
             stored, seconds = scalars["stages"], scalars["seconds"]
-            kept = {stage for stage, identity in stored.items() if stage in self._identities}
-            differing = {stage: differing_keys(stored[stage], self._identities[stage]) for stage in kept}
-            self._tensors = {n: v for n, v in tensors.items() if differing.get(n.rpartition("/")[0], ["unknown"]) == []}
-            self._seconds = {stage: float(seconds[stage]) for stage in kept & set(seconds) if not differing[stage]}
-        except ValueError as error:
-            self._say(f"{error}; what it held is computed again.")
+            kept = {stage for stage in stored if stored[stage] == asked.get(stage)}
+            changed = {
+                key
+                for stage in stored.keys() & asked.keys() - kept
+                for key in stored[stage].keys() | asked[stage].keys()
+                if stored[stage].get(key) != asked[stage].get(key)
+            }
+            self._seconds = {stage: float(seconds[stage]) for stage in kept & seconds.keys()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            self._say(f"{self._path}: no finished blocks can be read ({error}); what it held is computed again.")
             return
-        except (KeyError, TypeError, AttributeError):
-            self._say(f"{self._path}: damaged: it does not hold finished blocks; what it held is computed again.")
-            return
-        changed = sorted(set().union(*differing.values()))
+        self._tensors = {name: value for name, value in tensors.items() if name.rpartition("/")[0] in kept}
         if changed:
-            self._say(f"{self._path.name} was begun with other {', '.join(changed)}: what depends on them starts over.")
+            names = ", ".join(sorted(changed))
+            self._say(f"{self._path.name} was begun with other {names}: what depends on them starts over.")
         count = sum(int(value.sum()) for name, value in self._tensors.items() if name.endswith("/is_done"))
         if count:
             self._say(f"Goes on: {self._path.name} holds {count:,} finished block{'s' * (count != 1)}.")
@@ -139,12 +144,10 @@ class StageResults:
         say: receives a line about what is used.
     """
 
-    def __init__(
-        self, path: Path, identities: Mapping[str, Mapping[str, Any]], common: Mapping[str, Any], say: Say
-    ) -> None:
-        self._path, self._asked, self.seconds = path, identities, dict[str, float]()
+    def __init__(self, path: Path, identities: Identities, common: Mapping[str, object], say: Say) -> None:
+        self._path, self._identities = path, dict(identities)
         self._stages: dict[str, dict[str, Tensor]] = {}
-        self._identities: dict[str, Mapping[str, Any]] = dict(identities)
+        self.seconds: dict[str, float] = {}
         if not path.exists():
             return
         try:
@@ -155,8 +158,8 @@ class StageResults:
         for stage, identity in scalars.get("stages", {}).items():
             if identity == identities.get(stage, identity | common):
                 self._identities[stage] = identity
-                self._stages[stage] = _select(tensors, stage)
-                self.seconds[stage] = scalars["seconds"][stage]
+                found = {n.removeprefix(f"{stage}/"): v for n, v in tensors.items() if n.startswith(f"{stage}/")}
+                self.add(stage, found, scalars["seconds"][stage])
         used = [stage for stage in identities if stage in self._stages]
         if used:
             say(f"Taken from {path.name}, as measured with the same options: {', '.join(used)}.")
@@ -169,22 +172,7 @@ class StageResults:
         """Add a complete stage and the seconds that it took; ``save`` writes it."""
         self._stages[stage], self.seconds[stage] = results, seconds
 
-    @property
-    def asked_seconds(self) -> dict[str, float]:
-        """Seconds of each stage of this certificate, including those of earlier calls."""
-        return {stage: self.seconds[stage] for stage in self._asked}
-
     def save(self, others: dict[str, Tensor]) -> None:
         """Replace the file: every stage's results as STAGE/NAME, and other tensors under their own names."""
         tensors = {f"{stage}/{name}": v for stage, found in self._stages.items() for name, v in found.items()}
         save_tensors(self._path, tensors | others, {"stages": self._identities, "seconds": self.seconds})
-
-
-def _select(tensors: dict[str, Tensor], stage: str) -> dict[str, Tensor]:
-    start = f"{stage}/"
-    return {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}
-
-
-def differing_keys(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
-    """The keys whose values differ, or that only one of the two has."""
-    return sorted(key for key in a.keys() | b.keys() if a.get(key) != b.get(key))

@@ -90,7 +90,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
     locked already. Under torchrun only the rank that writes takes the lock. What killed writes have left is removed.
 
     Raises:
-        ValueError: another process has the lock, the folder is read-only, or its figures are a link to elsewhere.
+        ValueError: another process has the lock, the folder is read-only, or its figures are a link or a file.
     """
     path = folder.resolve() / LOCK
     lock = FileLock(
@@ -100,8 +100,8 @@ def lock_folder(folder: Path) -> Iterator[None]:
         yield
         return
     check_writable(folder)
-    if (folder / FIGURES).is_symlink():
-        raise ValueError(f"{folder / FIGURES}: expected a folder of the run's own, got a link to elsewhere")
+    if (folder / FIGURES).is_symlink() or (folder / FIGURES).is_file():
+        raise ValueError(f"{folder / FIGURES}: expected a folder of the run's own, got a link or a file")
     _acquire(lock, folder)
     try:
         remove_partial(folder)

@@ -107,16 +107,6 @@ def check_density(run: Run, what: str) -> None:
         )
 
 
-def describe_unused_draws(run: Run, num_draws: int | None) -> list[str]:
-    """A line that --dequantization-draws has no effect, if it was given and pixels are dequantized."""
-    if num_draws is None or run.pixels != "dequantized":
-        return []
-    return [
-        f"--dequantization-draws {num_draws} has no effect: under --likelihood {run.options.likelihood} the masses of "
-        "levels are exact, and nothing is drawn."
-    ]
-
-
 def open_run(
     run_dir: str,
     *,
@@ -209,11 +199,10 @@ def open_without_data(folder: Path) -> Run:
 # --- Given images ---
 
 
-def _check_support(run: Run, source: str, x: Tensor) -> None:
-    """Raises ValueError for pixels off the likelihood's support. Levels and binarized pixels are always on it."""
-    family = build_likelihood(run.options, run.splits.event_shape)
-    seen = x[~x.isnan()]
-    if run.evaluated_pixels == "none" and not family.support.check(seen).all():
+def check_images(run: Run, source: str, x: Tensor) -> None:
+    """Raises ValueError for pixels off the likelihood's support. x: (n, *E), NaN where a pixel is missing."""
+    family, seen = build_likelihood(run.options, run.splits.event_shape), x[~x.isnan()]
+    if run.pixels != "dequantized" and not family.support.check(seen).all():
         raise ValueError(
             f"{source}: expected pixels that are {family.support_words}, got values from {float(seen.min()):.4g} to "
             f"{float(seen.max()):.4g}"
@@ -262,7 +251,7 @@ def load_given_images(run: Run, images_path: str, *, most: int | None, seed: int
         x, labels, names, notes = data.load_images(
             images_path, run.splits, run.evaluated_pixels, seed=seed, fit=run.options.fit
         )
-        _check_support(run, source, x)
+        check_images(run, source, x)
     places = data.subset(len(x), most)
     kept = tuple(names[i] for i in places.tolist())
     return Images(source, x[places], None if labels is None else labels[places], kept, places, len(x), notes)

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from ppl_vae import data
 from ppl_vae.runs.build import build_likelihood, count_weights, is_autoencoder
 from ppl_vae.runs.fit_arguments import validation_particles
-from ppl_vae.runs.open import Run, describe_unused_draws
+from ppl_vae.runs.open import Run
 from ppl_vae.runs.options import Options
 from ppl_vae.runtime.numerics import mean_and_variance
 from ppl_vae.training import TrainingState
@@ -59,13 +59,10 @@ def _describe_pixels(run: Run, measure: str) -> list[str]:
         return ["Pixels are (level + u) / 256, u uniform and drawn anew; its reconstructions are of that density."]
     if run.pixels == "dequantized":
         constant = math.prod(splits.event_shape) * math.log(256)
-        lines = [
+        return [
             "Pixels are (level + u) / 256, u uniform and drawn anew at every access. Training and validation are of "
             f"that density; {constant:,.1f} nats (D log 256) less, and it bounds the levels' mass, which is evaluated."
         ]
-        if options.dequantization_draws != Options().dequantization_draws:
-            lines += describe_unused_draws(run, options.dequantization_draws)
-        return lines
     if measure != "density":
         return []
     if splits.kind in (data.LEVELS, data.BINARY, data.COUNTS):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,10 @@ def save_bars(path: Path) -> Path:
     return path
 
 
-def train_small(folder: Path, options: Options) -> Path:
-    """Trains in silence; returns the run's folder."""
-    return train_run(options, str(folder), say=lambda line: None)
+def silent(line: str) -> None:
+    """Nothing is said."""
+
+
+def train_small(folder: Path, options: Options, *, say: Callable[[str], None] = silent, draw: bool = False) -> Path:
+    """Trains, without figures unless they are asked for: they take most of the time. Returns the run's folder."""
+    return train_run(options, str(folder), say=say, draw=draw)

@@ -17,7 +17,7 @@ from capture_cases import as_stored
 from fitting import fit
 from oracles import NormalFixed
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
-from small_run import SMALL, save_bars
+from small_run import SMALL, save_bars, train_small
 from torch import nn
 from torch.testing import assert_close
 
@@ -27,7 +27,6 @@ from ppl_vae.commands.encode import encode_images
 from ppl_vae.commands.evaluate import evaluate_run
 from ppl_vae.commands.impute import impute_images
 from ppl_vae.commands.options import CompareRuns, Encode, Evaluate, Impute
-from ppl_vae.commands.train import train_run
 from ppl_vae.evidence.evaluation import reconstruction
 from ppl_vae.parts.likelihoods import Bernoulli
 from ppl_vae.parts.networks import MLP
@@ -218,7 +217,7 @@ class Trained:
 
     def __init__(self, folder: Path, options: Options) -> None:
         self.said: list[str] = []
-        self.folder = train_run(options, str(folder), say=self.said.append)
+        self.folder = train_small(folder, options, say=self.said.append, draw=True)
         self.entry = runs.read_evaluations(self.folder)["test"]
 
 

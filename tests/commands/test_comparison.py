@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import shutil
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -13,18 +12,18 @@ import pytest
 import torch
 from oracles import LinearGaussian
 from scipy import stats
+from small_run import SMALL as SMALL_RUN
+from small_run import train_small
 
 from ppl_vae import data, runs
 from ppl_vae.commands import compare_runs as comparison
 from ppl_vae.commands.compare_runs import compare_runs
 from ppl_vae.commands.options import CompareRuns
-from ppl_vae.commands.train import train_run
 from ppl_vae.evidence.evaluation import evaluate
 from ppl_vae.evidence.importance import Importance
 from ppl_vae.evidence.paired import bound_difference, paired_difference, student_t_quantile
 from ppl_vae.reports import figures as plots
 from ppl_vae.runs.open import open_run
-from ppl_vae.runs.options import PLAIN, Options
 from ppl_vae.runs.results import to_json
 
 # --- The statistics ---
@@ -180,17 +179,7 @@ def test_the_rise_is_the_larger_of_the_two(swapped):
 
 # --- Run folders ---
 
-SMALL = Options(
-    **PLAIN,
-    network="mlp",
-    hidden=(8,),
-    latent_dim=2,
-    epochs=2,
-    batch_size=10,
-    images=30,
-    evaluation_particles=20,
-    checkpoint_seconds=1e6,
-)
+SMALL = replace(SMALL_RUN, batch_size=10, images=30, evaluation_particles=20)
 ASKED = {"split": "test", "num_particles": 20, "images": 30, "device": "cpu", "seed": 0}
 
 
@@ -212,17 +201,8 @@ def folders(tmp_path_factory):
         "fixed": {"dataset": str(place / "gray.npy"), "binarization": "fixed"},
         "threshold": {"dataset": str(place / "gray.npy"), "binarization": "threshold"},
     }
-    with pytest.MonkeyPatch.context() as patch:
-        # They take most of the time. By its name: the package's "train" is the function.
-        patch.setattr(import_module("ppl_vae.commands.train"), "write_figures", lambda run, *, say: None)
-        return {
-            name: train_run(
-                replace(SMALL, **({"dataset": str(place / "table.npy")} | changes)),
-                str(place / name),
-                say=lambda line: None,
-            )
-            for name, changes in changed.items()
-        }
+    asked = {name: {"dataset": str(place / "table.npy")} | changes for name, changes in changed.items()}
+    return {name: train_small(place / name, replace(SMALL, **changes)) for name, changes in asked.items()}
 
 
 def _compare(folders, names, output, **changes):

@@ -16,7 +16,6 @@ from ppl_vae.commands.cli import parse
 from ppl_vae.commands.diagnose import diagnose_run
 from ppl_vae.commands.options import COMMANDS, Diagnose, Report
 from ppl_vae.commands.report import report_run
-from ppl_vae.commands.train import train_run
 from ppl_vae.diagnostics.measurement import measure
 from ppl_vae.diagnostics.noise import measure_noise
 from ppl_vae.parts import likelihoods
@@ -136,7 +135,7 @@ def test_dequantized_levels_are_measured_as_their_density(tmp_path):
     x = np.random.default_rng(0).integers(0, 256, size=(200, 8, 8), dtype=np.uint8)
     np.savez(tmp_path / "levels.npz", train=x[:120], valid=x[120:150], test=x[150:])
     options = replace(SMALL, dataset=str(tmp_path / "levels.npz"), likelihood="normal", epochs=1)
-    folder = train_run(options, str(tmp_path / "run"), say=lambda line: None, draw=False)
+    folder = train_small(tmp_path / "run", options)
     entry = diagnose_run(Diagnose(str(folder)), say=lambda line: None)
     assert entry.pixels == "dequantized"
     assert entry.numbers.noise.gaussian_variance == pytest.approx(1 / 12, rel=0.1)
@@ -166,7 +165,7 @@ def test_a_measure_that_the_images_do_not_allow_is_left_out_with_its_reason(tmp_
     splits = {"train": images(train, 100), "valid": images(valid, 20), "test": images(train, 40)}
     np.savez(tmp_path / "images.npz", **{name: x.astype(np.uint8) for name, x in splits.items()})
     options = replace(SMALL, dataset=str(tmp_path / "images.npz"), epochs=1)
-    folder = train_run(options, str(tmp_path / "run"), say=lambda line: None)
+    folder = train_small(tmp_path / "run", options)
     said = []
     page = report_run(Report(str(folder)), say=said.append).read_text(encoding="utf-8")
     numbers = read_diagnosis(folder).numbers

@@ -12,19 +12,21 @@ import pytest
 import scipy.stats
 import torch
 from fitting import fit
+from small_run import SMALL as SMALL_RUN
+from small_run import train_small
 
 from ppl_vae import data, load, runs, save
 from ppl_vae.commands.evaluate import binarization_entropy, estimate_independent_pixels, evaluate_run
 from ppl_vae.commands.options import Evaluate, Figures
 from ppl_vae.commands.report import draw_run
-from ppl_vae.commands.train import resume_run, train_run
+from ppl_vae.commands.train import resume_run
 from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.evidence.evaluation import evaluate
 from ppl_vae.runs.build import build_vae
 from ppl_vae.runs.evaluations import read_per_image
 from ppl_vae.runs.fit_arguments import initialize_output_bias
 from ppl_vae.runs.open import Run
-from ppl_vae.runs.options import PLAIN, Options
+from ppl_vae.runs.options import Options
 
 DATA_DIR = os.environ.get("PPL_VAE_DATA_DIR")
 
@@ -61,9 +63,7 @@ def table(path: Path, array: np.ndarray) -> Path:
     return path / "table.npy"
 
 
-SMALL = Options(
-    **PLAIN, network="mlp", hidden=(8,), latent_dim=2, epochs=2, batch_size=50, images=20, evaluation_particles=10
-)
+SMALL = replace(SMALL_RUN, batch_size=50, images=20)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def run(tmp_path_factory):
     array = (generator.normal(size=(400, 2)) @ generator.normal(size=(2, 6)) * 3 + 10).astype(np.float32)
     said: list[str] = []
     options = replace(SMALL, dataset=str(table(folder, array)), likelihood="normal")
-    return train_run(options, str(folder / "run"), say=said.append), array, said
+    return train_small(folder / "run", options, say=said.append), array, said
 
 
 def test_real_numbers_are_taken_as_they_are(run):
@@ -102,7 +102,7 @@ def test_training_beats_the_floor_of_a_normal_whose_scale_it_learned(run):
     options = replace(
         SMALL, dataset=str(folder.parent / "table.npy"), likelihood="normal", epochs=60, learning_rate=0.03
     )
-    train_run(options, str(folder_2), say=lambda line: None)
+    train_small(folder_2, options)
     entry = runs.read_evaluations(folder_2)["test"]
     assert entry["log_likelihood"]["mean"] > entry["floor"]["mean"] + 3
     assert load(folder_2).likelihood.family.log_scale < load(folder).likelihood.family.log_scale < 0.1

@@ -9,6 +9,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from small_run import SMALL as SMALL_RUN
+from small_run import train_small
 
 from ppl_vae import load, runs
 from ppl_vae.commands.cli import parse
@@ -18,22 +20,12 @@ from ppl_vae.commands.train import resume_run, train_run
 from ppl_vae.runs.build import build_vae
 from ppl_vae.runs.fit_arguments import initialize_output_bias
 from ppl_vae.runs.load import read_config
-from ppl_vae.runs.options import MODEL_OPTIONS, PLAIN, Options
+from ppl_vae.runs.options import MODEL_OPTIONS, Options
 from ppl_vae.runs.results import to_json
 
 pytestmark = pytest.mark.thorough
 
-SMALL = Options(
-    **PLAIN,
-    network="mlp",
-    hidden=(8,),
-    latent_dim=2,
-    epochs=2,
-    batch_size=10,
-    images=20,
-    evaluation_particles=10,
-    checkpoint_seconds=1e6,
-)
+SMALL = replace(SMALL_RUN, batch_size=10, images=20)
 
 
 @pytest.fixture
@@ -52,7 +44,7 @@ def train(table, tmp_path):
 
     def run(**changes):
         said = []
-        folder = train_run(replace(SMALL, dataset=str(table), **changes), str(tmp_path / "run"), say=said.append)
+        folder = train_small(tmp_path / "run", replace(SMALL, dataset=str(table), **changes), say=said.append)
         return folder, said
 
     return run

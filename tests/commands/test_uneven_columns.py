@@ -7,9 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from sklearn.datasets import load_wine
-from small_run import SMALL
+from small_run import SMALL, train_small
 
-from ppl_vae.commands.train import train_run
 from ppl_vae.estimator import VAEDensity
 
 
@@ -17,7 +16,7 @@ def words_of_training(tmp_path, table: np.ndarray, likelihood: str) -> list[str]
     np.save(tmp_path / "table.npy", table)
     said: list[str] = []
     options = replace(SMALL, dataset=str(tmp_path / "table.npy"), network="mlp", epochs=1, likelihood=likelihood)
-    train_run(options, str(tmp_path / "run"), say=said.append)
+    train_small(tmp_path / "run", options, say=said.append)
     return said
 
 

@@ -19,8 +19,8 @@ def caption(tmp_path_factory):
     place = tmp_path_factory.mktemp("runs")
     options = replace(SMALL, dataset=str(save_bars(place / "bars.npz")), epochs=1)
     made = {
-        "VAE": train_small(place / "vae", options),
-        "autoencoder": train_small(place / "autoencoder", replace(options, posterior="delta", beta=0.0)),
+        "VAE": train_small(place / "vae", options, draw=True),
+        "autoencoder": train_small(place / "autoencoder", replace(options, posterior="delta", beta=0.0), draw=True),
     }
     return lambda kind, name: figure_caption(open_run(str(made[kind])), name)
 

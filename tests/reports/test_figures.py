@@ -49,7 +49,7 @@ ALL = {
 def folder(tmp_path_factory):
     """A trained run on labelled images, with two latents."""
     place = tmp_path_factory.mktemp("figures")
-    return train_small(place / "run", replace(SMALL, dataset=str(save_bars(place / "bars.npz"))))
+    return train_small(place / "run", replace(SMALL, dataset=str(save_bars(place / "bars.npz"))), draw=True)
 
 
 @pytest.fixture

@@ -43,7 +43,7 @@ def runs_of(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "conv": replace(options, network="conv", channels=(2, 4)),
         "table": replace(options, dataset=table, likelihood="normal", latent_dim=3, binarization=None),
     }
-    return {kind: train_small(folder / kind, each) for kind, each in kinds.items()}
+    return {kind: train_small(folder / kind, each, draw=True) for kind, each in kinds.items()}
 
 
 @pytest.fixture(scope="module")

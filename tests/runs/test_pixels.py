@@ -16,7 +16,7 @@ from ppl_vae import data, runs, training
 from ppl_vae.commands.compare_runs import compare_runs
 from ppl_vae.commands.evaluate import evaluate_run
 from ppl_vae.commands.options import CompareRuns, Evaluate
-from ppl_vae.commands.train import resume_run, train_run
+from ppl_vae.commands.train import resume_run
 from ppl_vae.runs.build import build_likelihood
 from ppl_vae.runs.load import load
 from ppl_vae.runs.open import load_evaluated_vae, open_run
@@ -223,9 +223,8 @@ def test_a_scale_in_closed_form_resumes_bit_for_bit(tmp_path):
 def test_a_density_of_values_on_a_grid_is_warned_of(tmp_path, scaled, hint):
     np.save(tmp_path / "own.npy", ARRAYS[data.REAL] if scaled is None else scaled)
     said: list[str] = []
-    train_run(
-        replace(SMALL, dataset=str(tmp_path / "own.npy"), likelihood="normal"), str(tmp_path / "run"), say=said.append
-    )
+    options = replace(SMALL, dataset=str(tmp_path / "own.npy"), likelihood="normal")
+    train_small(tmp_path / "run", options, say=said.append)
     warned = [line for line in said if "no upper bound" in line]
     assert len(warned) == (scaled is not None)
     assert all(hint in line for line in warned)

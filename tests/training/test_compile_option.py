@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch._inductor.compile_fx as compiler
-from small_run import SMALL, save_bars
+from small_run import SMALL, save_bars, train_small
 
 from ppl_vae import runs
 from ppl_vae.commands import evaluate as evaluation
-from ppl_vae.commands.train import resume_run, train_run
+from ppl_vae.commands.train import resume_run
 from ppl_vae.runs.evaluations import read_per_image
 from ppl_vae.runs.fit_arguments import matmul_precision
 from ppl_vae.runs.resolve import load_splits, resolve
@@ -51,7 +51,7 @@ def small(tmp_path_factory):
 
 def _train(options, folder):
     said = []
-    train_run(options, str(folder), say=said.append)
+    train_small(folder, options, say=said.append)
     return said
 
 

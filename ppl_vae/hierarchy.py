@@ -11,7 +11,6 @@ z = (z_1, ..., z_n), so that prior, posterior and likelihood have the same form 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import pyro
 import pyro.distributions as dist
@@ -25,14 +24,12 @@ from ppl_vae.vae import check_batch_shape, check_event_shape
 
 
 class LayeredDistribution(TorchDistribution):
-    """p(z_1, ..., z_n) = p(z_a) p(z_b | z_a) p(z_c | z_b) ...: layers drawn one from another, as one vector.
-
-    Layer 1 comes first in the vector, whichever layer is drawn first. Mean and variance have no formula.
+    """p(z_1, ..., z_n) = p(z_a) p(z_b | z_a) p(z_c | z_b) ...: a chain of layers, as one vector (z_1, ..., z_n).
 
     Args:
         first: p(z_a), batch (...), of layer 1 or n.
-        links: For each further layer, z of the previous layer (..., L) -> its distribution. All are reparametrized if
-            ``first`` is.
+        links: For each further layer, z of the previous layer (..., L) -> its distribution, reparametrized if ``first``
+            is.
         latent_dims: (L_1, ..., L_n).
         upward: Whether the layers are drawn from 1 up to n; otherwise from n down to 1.
 
@@ -59,7 +56,7 @@ class LayeredDistribution(TorchDistribution):
         return self.first.has_rsample
 
     def draw(self, sample: Callable[[str, Distribution], Tensor]) -> Tensor:
-        """Draw z (..., L_1 + ... + L_n) by sample("z_l", p(z_l | ...)) per layer; ``pyro.sample`` makes each a site."""
+        """z (..., L_1 + ... + L_n), each layer by sample("z_l", p(z_l | ...)), which ``pyro.sample`` makes a site."""
         names = [f"z_{layer + 1}" for layer in range(len(self.latent_dims))]
         first, *further = names if self.upward else names[::-1]
         z = [sample(first, self.first)]
@@ -68,11 +65,9 @@ class LayeredDistribution(TorchDistribution):
         return torch.cat(z if self.upward else z[::-1], dim=-1)
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """(*sample_shape, ..., L_1 + ... + L_n), with gradients."""
         return self._expanded_by(sample_shape).draw(lambda name, distribution: distribution.rsample())
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """(*sample_shape, ..., L_1 + ... + L_n)."""
         with torch.no_grad():
             return self._expanded_by(sample_shape).draw(lambda name, distribution: distribution.sample())
 
@@ -131,9 +126,8 @@ class LayeredPrior(nn.Module):
 class BottomUp(nn.Module):
     """q(z_1, ..., z_n | x) = q(z_1 | x) q(z_2 | z_1) ... q(z_n | z_{n-1}).
 
-    It draws in the opposite order of the model, so its KL must be sampled: E_q[log q(z_1 | x) - log p(z_1 | z_2)] is
-    not the mean of KL(q(z_1 | x) || p(z_1 | z_2)), since z_2 depends on z_1. With ``TopDown`` the KL of each layer can
-    be taken in closed form.
+    It draws in the opposite order of the model, so its KL must be sampled: z_2 depends on z_1, so that
+    E_q[log q(z_1 | x) - log p(z_1 | z_2)] is not the mean of KL(q(z_1 | x) || p(z_1 | z_2)).
 
     Args:
         layers: q(z_1 | x), q(z_2 | z_1), ..., each with event (L_l,).
@@ -168,20 +162,17 @@ class TopDown(nn.Module):
         q(z_n | x) = r_n(d_n)
         q(z_l | x, z_{l+1}) proportional to r_l(d_l) p(z_l | z_{l+1})          # downward; both diagonal normals
 
-    The readout r_l = N(loc_l(d_l), scale_l(d_l)^2) of the image and the prediction of the layer above are multiplied,
-    so that each is weighted by its precision.
-
     Args:
         features: f_1, ..., f_n, networks (..., F_{l-1}) -> (..., F_l); f_1 takes images.
         readouts: r_1, ..., r_n, each (..., F_l) -> a diagonal normal, event (L_l,).
-        prior: The prior of the same VAE. Its weights are used here, but registered only there.
-        activation: a, elementwise, after every f_l.
+        prior: The prior of the same VAE, whose weights are registered only there.
+        activation: a, elementwise.
 
     Raises:
         ValueError: The numbers of features, readouts and layers of the prior differ.
 
-    Reference: Sønderby et al. 2016, arXiv 1602.02282 (the ladder VAE), without their batch normalization, by which the
-    code of an image would depend on the rest of its batch.
+    Reference: Sønderby et al. 2016, arXiv 1602.02282 (the ladder VAE), without their batch normalization, with which
+    q(z | x) would depend on the other images of the batch.
     """
 
     def __init__(
@@ -219,13 +210,11 @@ class TopDown(nn.Module):
         for feature, readout in zip(self.features, self.readouts, strict=True):
             d = restore_precision(self.activation(feature(d)), x)
             from_x.append(readout(d))
-        links = [partial(_combine, r_l, layer) for r_l, layer in zip(from_x, self._prior[0].layers, strict=False)]
+        links = [
+            lambda z_above, r_l=r_l, layer=layer: product_of_normals(layer(z_above), r_l)
+            for r_l, layer in zip(from_x, self._prior[0].layers, strict=False)
+        ]
         return LayeredDistribution(from_x[-1], links[::-1], latent_dims=self.latent_dims, upward=False)
-
-
-def _combine(r: Distribution, layer: Callable[[Tensor], Distribution], z_above: Tensor) -> dist.Independent:
-    """q(z_l | x, z_{l+1}) proportional to r(z_l) p(z_l | z_{l+1})."""
-    return product_of_normals(layer(z_above), r)
 
 
 def product_of_normals(p: Distribution, q: Distribution) -> dist.Independent:
@@ -234,10 +223,7 @@ def product_of_normals(p: Distribution, q: Distribution) -> dist.Independent:
     It is computed from s_p / sqrt(s_p^2 + s_q^2), which is from 0 to 1, since a precision overflows for a small scale.
 
     Args:
-        p, q: Diagonal normals, batches (...), event (L,).
-
-    Returns:
-        A diagonal normal with the batch shape to which both broadcast.
+        p, q: Diagonal normals, event (L,), whose batch shapes broadcast.
 
     Raises:
         ValueError: One of them is no diagonal normal.
@@ -262,8 +248,7 @@ def _latent_dims(parts: Sequence[nn.Module]) -> tuple[int, ...]:
 class BottomLayerOnly(nn.Module):
     """h = net(z_1) for z = (z_1, ..., z_n): the network of a decoder p(x | z) = p(x | z_1) of the lowest layer only.
 
-    Without it, a network that takes all of z, (..., L_1 + ... + L_n), makes a decoder p(x | z_1, ..., z_n). Then every
-    layer acts on the image directly, and is lost less easily.
+    With a network of all of z, (..., L_1 + ... + L_n), every layer acts on the image directly, and is lost less easily.
 
     Args:
         net: (..., L_1) -> (..., F).

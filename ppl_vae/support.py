@@ -86,8 +86,7 @@ def check_support(model: StochasticFunction, x: Tensor) -> None:
         x: Images (N, *E). NaN is off every support, unless the program replaces it as ``missing.Observed`` does.
 
     Raises:
-        ValueError: x is no tensor, its dtype differs from that of the weights, an image is off the support, or an image
-            has another shape than the model's images.
+        ValueError: x is no tensor, an image is off the support, or an image has another shape than the model's images.
     """
     if not isinstance(x, Tensor):
         raise ValueError(
@@ -96,7 +95,6 @@ def check_support(model: StochasticFunction, x: Tensor) -> None:
         )
     if len(x) == 0:
         return
-    _check_dtype(model, x[:1])
     parts = x.split(_CHECKED_AT_ONCE)
     sites = _sites_of(model, x, x[:1])
     if all(bool(site.support.check(part).all()) for site in sites for part in parts):
@@ -118,32 +116,6 @@ def describe_type(x: object) -> str:
     """
     name, dtype = type(x).__name__, getattr(x, "dtype", None)
     return name if dtype is None else f"{name} of dtype {dtype} and shape {tuple(getattr(x, 'shape', ()))}"
-
-
-def _check_dtype(model: StochasticFunction, image: Tensor) -> None:
-    """Refuse images (1, *E) of another dtype than the weights, where the programs cannot be run on them."""
-    module = getattr(model, "__self__", None)
-    if not isinstance(module, nn.Module):
-        return
-    dtypes = {weights.dtype for weights in module.parameters() if weights.is_floating_point()}
-    if len(dtypes) != 1 or image.dtype in dtypes:
-        return
-    (dtype,) = dtypes
-    with (
-        seeded(0, image.device),
-        pyro.validation_enabled(False),
-        evaluation_mode(module),
-        poutine.block(),
-    ):
-        try:
-            for program in (model, getattr(module, "guide", None)):
-                if callable(program):
-                    program(image)
-        except RuntimeError as error:
-            raise ValueError(
-                f"x: expected images of dtype {dtype}, as the weights of the model, got {image.dtype}; x.to({dtype}) "
-                "converts them, and their values stay as they are"
-            ) from error
 
 
 def _sites_of(model: StochasticFunction, x: Tensor, image: Tensor) -> list[ObservedSite]:

@@ -301,7 +301,7 @@ def _train(run: Run, saved: Saved | None, *, say: Say, compile_if_possible: bool
 
         def train(compile: bool) -> TrainingState:
             if compile and distributed.is_writer():
-                progress.show_clock("Compiling the training step", say)
+                say("Compiling the training step ...")
             return fit(
                 vae,
                 stored,
@@ -317,7 +317,6 @@ def _train(run: Run, saved: Saved | None, *, say: Say, compile_if_possible: bool
             try:
                 state = train(options.compile == "on")
             except CannotCapture as error:
-                progress.close()
                 if not compile_if_possible:
                     raise
                 rounding = "" if saved is None else "; the same to rounding, and no longer bit for bit"

@@ -1,4 +1,4 @@
-"""The mass of 8-bit levels under a density: what makes the numbers of masses and of densities comparable."""
+"""The mass that a density gives to 8-bit levels, by which densities can be compared with masses."""
 
 from __future__ import annotations
 
@@ -22,32 +22,24 @@ from ppl_vae.vae import VAE
 class Dequantized(dist.TorchDistribution):
     """P(x) = int_0^1 p((x + u) / 256) du / 256, the mass that a density p over (0, 1) gives to a level x of a pixel.
 
-    Where the density is of a kind whose masses are known (``likelihoods.level_mass``: normal, Laplace, Student's t,
-    their images under the sigmoid, beta, continuous Bernoulli), ``log_prob`` is exact and draws nothing. For any other
-    it estimates the integral with M stratified draws, u_m = (m + v) / M for m = 0..M-1 and one v ~ U(0, 1)
-    for each pixel, by torch's global generator:
+    ``log_prob`` is exact for the densities of ``likelihoods.level_mass``. For any other density it estimates the
+    integral with M stratified draws, u_m = (m + v) / M for m = 0..M-1 and one v ~ U(0, 1) per pixel:
 
         log P^(x) = log (1/M) sum_m p((x + u_m) / 256) - log 256,    E[P^(x)] = P(x).
 
-    P^ is unbiased for each pixel, and pixels draw their own v, so that the product over pixels is unbiased as well:
-    exp(log P^ summed) may stand in an importance weight in the place of the mass. By Jensen's inequality
-    E[log P^] <= log P, and E[log (1/S) sum_s w_s] <= log P(image): every bound stays a bound for every M, and is
-    tighter for a larger one. M = 1 is the bound of uniform dequantization. A density over all real numbers has mass
-    outside (0, 1) too, which no level gets: then the masses sum to less than one, exact or not. Next to a pole at 0 or
-    1, what is nearer to it than single precision can tell (2^-33, 1 - 2^-24) is never drawn.
+    Pixels draw their own v, so the product over pixels is unbiased too, and P^ may replace P in an importance weight.
+    By Jensen's inequality every bound on log P stays a bound, and is tighter for a larger M; M = 1 is the bound of
+    uniform dequantization. A density over all real numbers has mass outside (0, 1), which no level gets.
 
     Args:
-        base: the density of a pixel (x + u) / 256: batch shape (..., *E), event shape ().
+        base: The density of a pixel (x + u) / 256: batch shape (..., *E), event shape ().
         num_draws: M, at least 1; without effect where masses are exact.
 
-    ``sample`` gives floor(256 y) for y ~ p, at the ends for y outside (0, 1); ``mean`` is 256 E[y] - 1/2, and ``mode``
-    the level of the density's mode, both cut to [0, 255].
-
-    Raises:
-        ValueError: M below 1.
+    ``sample`` gives floor(256 y) for y ~ p, ``mean`` is 256 E[y] - 1/2, and ``mode`` is the level of the density's
+    mode, all clamped to [0, 255].
 
     Reference: Theis et al. 2016, arXiv 1511.01844, section 3.1; Ho et al. 2019, arXiv 1902.00275, equation 13
-    (importance-weighted). Stratified draws for each pixel, which independence given z allows: ours.
+    (importance-weighted). Stratified draws for each pixel: ours.
     """
 
     arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012, the name and type that torch asks for
@@ -89,16 +81,12 @@ class Dequantized(dist.TorchDistribution):
 
 
 def levels_of(y: Tensor) -> Tensor:
-    """floor(256 y): the level of y in (0, 1), and whole numbers below 0 and above 255 for y beyond."""
+    """floor(256 y): the level of y in (0, 1), in the shape of y."""
     return (NUM_LEVELS * y).floor()
 
 
 class LevelsLikelihood(nn.Module):
-    """p(x | z) of levels x: every pixel's density, ``Dequantized``. z (..., L) -> batch (...), event E.
-
-    Raises:
-        ValueError: pixels that are not independent given z.
-    """
+    """p(x | z) of levels x: ``Dequantized`` for every pixel. z (..., L) -> batch (...), event E."""
 
     def __init__(self, likelihood: Callable[[Tensor], Distribution], num_draws: int) -> None:
         super().__init__()
@@ -111,13 +99,13 @@ class LevelsLikelihood(nn.Module):
 
 
 def mass_of_levels(p_x: dist.TorchDistribution, num_draws: int = 16) -> dist.Independent:
-    """Mass of levels under a density of images in (0, 1)^E whose pixels are independent; M as in ``Dequantized``."""
+    """The mass of levels under a density of images in (0, 1)^E, event E, with M draws; see ``Dequantized``."""
     p_x = independent_pixels(p_x, "each pixel is dequantized by itself")
     return Dequantized(p_x.base_dist, num_draws).to_event(p_x.reinterpreted_batch_ndims)
 
 
 class LevelsPosterior(nn.Module):
-    """q(z | x) of levels x: q(z | (x + u) / 256) with one draw of u, whose choice no bound depends on."""
+    """q(z | (x + u) / 256) for levels x (B, *E), with one draw of u."""
 
     def __init__(self, posterior: Callable[[Tensor], Distribution]) -> None:
         super().__init__()
@@ -128,18 +116,17 @@ class LevelsPosterior(nn.Module):
 
 
 def dequantized(vae: LatentModel, *, num_draws: int = 16) -> VAE:
-    """The same VAE as a model of levels x in {0, ..., 255}^E, for one that was trained on (x + u) / 256.
+    """A VAE that was trained on (x + u) / 256, as a model of levels x in {0, ..., 255}^E.
 
-    Its log-weights are log P^(x | z) + log p(z) - log q(z | x) (see ``Dequantized``): nats on the scale of a mass, of
-    which ``log_evidence`` is a bound. Bits per dimension are -log P(x) / (D log 2). It shares the VAE's weights.
+    Its log-weights are log P^(x | z) + log p(z) - log q(z | x) (see ``Dequantized``), so that ``log_evidence`` bounds
+    the log-mass of the levels. Bits per dimension are -log P(x) / (D log 2). The weights are shared.
 
     Args:
-        vae: of a density over (0, 1), or over real numbers, with pixels that are independent given z.
-        num_draws: M, draws of u per pixel and particle, where the likelihood's masses are not exact (``Dequantized``).
+        vae: A VAE with a density over (0, 1), or over real numbers, and pixels that are independent given z.
+        num_draws: M, draws of u per pixel and particle, where masses are not exact.
 
     Raises:
-        ValueError: M below 1, or a likelihood that says it is a mass; from the likelihood: pixels that are not
-            independent.
+        ValueError: M is below 1, or the likelihood is a mass; when called: pixels are not independent.
 
     Reference: Theis et al. 2016, arXiv 1511.01844, section 3.1 (the bound).
     """

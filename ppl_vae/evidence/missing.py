@@ -42,34 +42,31 @@ class Particles(NamedTuple):
 class Observed(nn.Module):
     """p(x_observed, z) = p(z) prod_{d observed} p(x_d | z), with a guide for images with missing pixels.
 
-    ``model`` and ``guide`` are for evaluation: ``log_evidence(observed.model, observed.guide, x, ...)`` bounds
-    log p(x_observed). Do not train with them: the guide is a mixture without reparametrized draws, so its gradients
-    have a high variance, and none pass through the fillings. The guide mixes the encoder's posteriors of K fillings of
-    the image and the prior,
+    ``log_evidence(observed.model, observed.guide, x, ...)`` bounds log p(x_observed). The programs are for evaluation
+    only: the guide has no reparametrized draws. It mixes the encoder's posteriors of K fillings of the image with the
+    prior,
 
         q(z | x_observed) = (1 - a) (1/K) sum_k q(z | x_observed, x_missing^k) + a p(z),
 
     since p(z | x_observed) = E[p(z | x_observed, x_missing)]. Fillings come from pseudo-Gibbs sampling (encode, decode,
     refill) with a correction in each round: K particles z from the mixture so far (at first from the prior) are
-    resampled by their importance weights, and x_missing ~ p(x | z). Fillings have no gradient. Each image uses the same
-    noise, whatever else is in x, and torch's global generator does not change (apart from the u that the encoder of a
-    dequantized VAE draws). Where all of x is observed, both programs are the VAE's own; for an image without an
-    observed pixel the guide is the prior.
+    resampled by their importance weights, and x_missing ~ p(x | z). Each image uses the same noise, whatever else is in
+    x, and torch's global generator does not change (apart from the u of a dequantized VAE). Where all of x is observed,
+    both programs are those of the VAE; for an image without an observed pixel the guide is the prior.
 
-    Measured on MNIST (15 epochs, 50 validation images, S = 500), L_S in nats with the lower half missing, and with nine
-    of ten pixels missing: the encoder on mean fillings -59.5 and -32.6; ten rounds of plain pseudo-Gibbs -55.4 and
-    -31.5; K = 30 without the weights -49.9 and -26.1; this guide -48.7 and -19.6. Twice the rounds and K = 100 gained
-    up to 1.1 nats for two and three times the work, and another seed of the fillings moved the bound by 0.6.
+    Measured on MNIST (15 epochs, S = 500), L_S in nats with the lower half missing, and with nine of ten pixels
+    missing: ten rounds of plain pseudo-Gibbs -55.4 and -31.5; this guide -48.7 and -19.6. Twice the rounds and K = 100
+    gained up to 1.1 nats, and another seed of the fillings moved the bound by 0.6.
 
     Args:
-        vae: a VAE whose likelihood's pixels are independent given z (``to_event`` over the whole image).
-        rounds: of refilling, at least 1.
-        num_fillings: K. Each pass of the guide computes and holds the fillings of all its images.
+        vae: A VAE whose likelihood's pixels are independent given z (``to_event`` over the whole image).
+        rounds: The rounds of refilling, at least 1.
+        num_fillings: K, which a pass of the guide holds for all its images.
         prior_share: a, above 0 and below 1.
 
     Raises:
-        ValueError: an argument out of its range; from the programs: a likelihood with pixels that are not independent,
-            or images of another shape.
+        ValueError: An argument is out of its range; from the programs: pixels are not independent, or images have
+            another shape.
 
     Reference: Rezende et al. 2014, arXiv 1401.4082, appendix F (pseudo-Gibbs); Cappé et al. 2004, JCGS 13(4)
     (population Monte Carlo). Their combination: ours.
@@ -119,10 +116,10 @@ class Observed(nn.Module):
         return self._mixture(torch.stack([self._fillings(image) for image in x.split(1)]), share)
 
     def particles(self, q: Distribution, x: Tensor, num_particles: int) -> Particles:
-        """z_s ~ q and log w_s = log p(x_observed | z_s) + log p(z_s) - log q(z_s). Draws use torch's global generator.
+        """z_s ~ q and log w_s = log p(x_observed | z_s) + log p(z_s) - log q(z_s), by torch's global generator.
 
         Raises:
-            NotFinite: an image has a log-weight of NaN or infinity, or none above -infinity.
+            NotFinite: An image has a log-weight of NaN or infinity, or none above -infinity.
         """
         z = q.sample((num_particles,))
         p_x = self.likelihood(z, x)
@@ -155,11 +152,7 @@ class Observed(nn.Module):
 
 
 def _in_support(x: Tensor) -> Tensor:
-    """x with the value of an observed pixel in place of NaN.
-
-    The mask removes these pixels from every sum, but a value off the support would fail validation, and an infinite
-    log-density would leave a gradient of 0 * infinity.
-    """
+    """x with the value of an observed pixel in place of NaN, which would fail validation although it is masked."""
     missing = x.isnan()
     values = x[~missing]
     return torch.where(missing, values[0] if len(values) else torch.zeros_like(x[:1].sum()), x)
@@ -196,21 +189,18 @@ def impute(
 
     The mean is that of the sum. A draw takes z_s with probability v_s, and then x_missing ~ p(x | z_s) (sampling
     importance resampling). Both are consistent as S grows, and no better than the effective sample size. Draws come
-    from torch's global generator. Particles are decoded in passes, so memory grows with S only by z and log w.
+    from torch's global generator.
 
     Args:
-        observed: the VAE for images with missing pixels, in evaluation mode.
+        observed: The VAE for images with missing pixels, in evaluation mode.
         x: (B, *E), NaN where missing.
         num_particles: S.
         num_draws: M.
-        progress: called with the number of images after each of them.
-
-    Returns:
-        ``Imputation``.
+        progress: Called with 1 after each image.
 
     Raises:
-        ValueError: an argument out of its range, a value off the support of p(x | z), or as ``Observed``.
-        NotFinite: a log-weight is NaN or infinite.
+        ValueError: An argument is out of its range, a value is off the support of p(x | z), or as ``Observed``.
+        NotFinite: A log-weight is NaN or infinite.
 
     Reference: Mattei and Frellsen 2019, arXiv 1812.02633 (single imputation by self-normalized importance sampling,
     multiple imputation by sampling importance resampling).

@@ -147,11 +147,7 @@ def test_the_check_draws_from_no_global_generator_and_leaves_the_modules_as_they
 
 
 @pytest.mark.parametrize("name", SCORES)
-@pytest.mark.parametrize(
-    ("convert", "expected"),
-    [(lambda x: x.numpy(), "expected a tensor"), (lambda x: x.float(), "expected images of dtype torch.float64")],
-)
-def test_a_numpy_array_and_another_dtype_are_refused_in_one_line(name, convert, expected):
-    with pytest.raises(ValueError, match=expected) as caught:
-        SCORES[name](bernoulli_vae(latent_dim=2), convert(_binary()))
+def test_a_numpy_array_is_refused_in_one_line(name):
+    with pytest.raises(ValueError, match="expected a tensor") as caught:
+        SCORES[name](bernoulli_vae(latent_dim=2), _binary().numpy())
     assert "\n" not in str(caught.value)

@@ -30,12 +30,12 @@ def has_exact_mass(p: dist.TorchDistribution) -> bool:
 def log_level_mass(p: dist.TorchDistribution, x: Tensor) -> Tensor:
     """log P(x) = log [F((x + 1) / 256) - F(x / 256)], nats, F the distribution function of a pixel.
 
-    A difference of distribution functions is taken in double precision, between the tails on the side of the interval
-    that is further from the median, so that nothing is lost where the density is narrow, wide, or far off.
+    The difference is taken in double precision, between the smaller tails, so that it is exact for narrow, wide and
+    distant densities.
 
     Args:
-        p: a density for which ``has_exact_mass``: batch shape (...), event shape ().
-        x: levels 0, 1, ..., 255, of a shape that broadcasts to (...).
+        p: A density for which ``has_exact_mass``: batch shape (...), event shape ().
+        x: Levels, whose shape broadcasts to (...).
 
     Returns:
         (...), in the precision of x.
@@ -52,7 +52,7 @@ def log_level_mass(p: dist.TorchDistribution, x: Tensor) -> Tensor:
 
 
 def _log_interval_mass(log_cdf: Callable[[Tensor], Tensor], lower: Tensor, upper: Tensor) -> Tensor:
-    """log [F(upper) - F(lower)] of a distribution that is symmetric about 0, by its lower tail log F, in any shape."""
+    """log [F(upper) - F(lower)] of a distribution that is symmetric about 0, from log F, in any shape."""
     is_right = lower + upper > 0
     lower, upper = torch.where(is_right, -upper, lower), torch.where(is_right, -lower, upper)
     log_upper = log_cdf(upper)
@@ -69,10 +69,9 @@ def _laplace_log_cdf(z: Tensor) -> Tensor:
 
 
 def _normal_log_cdf(z: Tensor) -> Tensor:
-    """log Phi(z), by the complementary error function, and by Mills' ratio where that one comes near to underflow.
+    """log Phi(z), by the complementary error function, and below -5 by 12 terms of Mills' ratio.
 
-    Phi(-t) / phi(t) = 1 / (t + 1 / (t + 2 / (t + 3 / ...))), which 12 terms give to 1e-10 from t = 5 on. torch's own
-    log_ndtr takes four times as long in a compiled graph.
+    Phi(-t) / phi(t) = 1 / (t + 1 / (t + 2 / (t + 3 / ...))). torch's log_ndtr is four times slower in a compiled graph.
 
     Reference: Abramowitz and Stegun 1964, 26.2.14 (the continued fraction).
     """
@@ -112,10 +111,7 @@ def incomplete_beta_fraction(a: Tensor, b: Tensor, x: Tensor) -> Tensor:
         c = 1 / (1 + d_1 / (1 + d_2 / (1 + ...))),
         d_2m = m (b - m) x / [(a + 2 m - 1) (a + 2 m)],   d_2m+1 = -(a + m) (a + b + m) x / [(a + 2 m) (a + 2 m + 1)],
 
-    cut at m = 16 and evaluated from there. It converges in O(sqrt(min(a, b))) terms, nearly at once far from the mode.
-
-    Args:
-        a, b, x: of shapes that broadcast to that of c.
+    cut at m = 16. It converges in O(sqrt(min(a, b))) terms. The shapes of a, b and x broadcast.
 
     Reference: Press et al. 2007, Numerical Recipes, section 6.4.
     """
@@ -131,15 +127,12 @@ def incomplete_beta_fraction(a: Tensor, b: Tensor, x: Tensor) -> Tensor:
 
 
 def _log_beta_mass(p: StableBeta, x: Tensor) -> Tensor:
-    """Log-mass of levels under a Beta: by quadrature within a level, or by the tail. Of any shape.
+    """Log-mass of levels under a Beta, in any shape: by quadrature within a level, or by the tail.
 
-    The quadrature holds within a level. At the ends the density may have a pole, or most of its mass: there the mass is
-    I_e(alpha, beta) of the inner edge e, or 1 - I_{1 - e}(beta, alpha), whichever subtracts nothing. Where the density
-    falls by more than 16 nats within a level, the mass is that of the tail beyond the level's edge next to the mode.
-
-    In single precision log p is a difference of numbers of the size of kappa, and all 784 pixels of an image share the
-    error of kappa = exp(log kappa): 0.009 nats per image at kappa = 8,100. It is therefore computed in double
-    precision.
+    The first and the last level, where the density may have a pole, have the mass I_e(alpha, beta) of their inner edge
+    e, or 1 - I_{1 - e}(beta, alpha), whichever is more exact. Where the density falls by more than 16 nats within a
+    level, its mass is that of the tail from the edge next to the mode. Double precision avoids an error of 0.009 nats
+    per image at kappa = 8,100.
     """
     p = StableBeta(p.mean_logit.double(), p.log_concentration.double())
     level = x.double()
@@ -172,10 +165,7 @@ def _mean_ratio(c: Tensor, d: Tensor, x: Tensor) -> Tensor:
 
         log [p(m + t) / p(m)] = c log(1 + t / m) + d log(1 - t / (1 - m))
 
-    is small enough for single precision, which takes a third of the time of double precision.
-
-    Args:
-        c, d, x: Of shapes that broadcast to that of the ratio.
+    is small enough for single precision, which takes a third of the time of double precision. Shapes broadcast.
     """
     nodes, weights = (part / 2 for part in np.polynomial.legendre.leggauss(_NUM_NODES))
     ratio = torch.zeros_like(c + d + x)

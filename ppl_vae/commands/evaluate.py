@@ -232,7 +232,6 @@ def evaluate_with_progress(
         try:
             return run(compile=True, on_compiled=lambda seconds: bar.show_bar())
         except CannotCapture as error:
-            bar.close()
             if compile == "on":
                 raise ValueError(f"--compile on: {error}") from None
             say(f"Not compiled: {error}.")

@@ -11,9 +11,8 @@ was made from. Real images have no upper bound.
     annealing = pilot(vae, x, betas=temperatures(1000), num_leapfrogs=5, num_chains=16)
     log_p_x = lower_bound(lower(vae, x, annealing, num_chains=16).log_w)
 
-Both bounds need step sizes that do not depend on the chain that they move. ``pilot`` finds them with chains of its own,
-and they are frozen. Draws come from torch's global generator. Memory grows with chains times images: callers pass
-blocks of images; see ``images_per_block``.
+Both bounds need step sizes that do not depend on the chain that they move: ``pilot`` finds them with other chains.
+Draws come from torch's global generator. Memory grows with chains times images; see ``images_per_block``.
 
 Reference: Neal 2001, arXiv physics/9803008; Grosse et al. 2015 and 2016, arXiv 1511.02543 and 1606.02275; for decoders
 Wu et al. 2017, arXiv 1611.04273.
@@ -84,15 +83,11 @@ def temperatures(num_temperatures: int, *, steepness: float = 4.0) -> Tensor:
 
     They are densest at both ends, and evenly spaced for a steepness d of 0.
 
-    Args:
-        num_temperatures: T.
-        steepness: d.
-
     Returns:
         (T + 1,) float64, from 0 to 1.
 
     Raises:
-        ValueError: T below 1, or d below 0.
+        ValueError: T is below 1, or d below 0.
 
     Reference: Grosse et al. 2015, arXiv 1511.02543, section 6, with d = 4 as in Wu et al. 2017.
     """
@@ -129,10 +124,8 @@ def images_per_block(vae: LatentModel, x: Tensor, num_chains: int) -> int:
 def simulate(vae: LatentModel, num_images: int) -> tuple[Tensor, Tensor]:
     """z ~ p(z), x ~ p(x | z): images with an exact draw of their posterior. -> x (N, *E) and z (N, L).
 
-    Draws come from torch's global generator, in passes that fit into memory.
-
     Raises:
-        ValueError: no images.
+        ValueError: N is below 1.
     """
     num_images = check_count("num_images", num_images)
     with evaluating(vae):
@@ -157,31 +150,29 @@ def pilot(
 ) -> Annealing:
     """Find step sizes: log step <- log step + 0.2 (acceptance - 0.7) along the temperatures.
 
-    Each image has its own step sizes, found with separate chains at no more than 100 temperatures, then smoothed over
-    neighbors and interpolated. A step size that followed the chain that it moves would depend on the chain's position,
-    which breaks both bounds.
+    Each image has its own step sizes, found at no more than 100 temperatures, then smoothed over neighbors and
+    interpolated.
 
-    q_0 is the guide, also one of several layers, if its density at any z takes one pass. The density of an inverse
-    autoregressive flow takes L sequential passes at each leapfrog step; "guide" then becomes "normal", the diagonal
-    normal with the guide's means and scales. The returned annealing says which it is.
+    The start "guide" becomes "normal", the diagonal normal with the guide's means and scales, for an inverse
+    autoregressive flow, whose density at any z takes L sequential passes. The returned annealing holds the start.
 
     Args:
-        vae: with ``prior``, ``likelihood`` and ``posterior``; a ``VAE`` or a ``HierarchicalVAE``.
-        x: images (B, *E).
+        vae: A VAE of one layer or several.
+        x: Images (B, *E).
         betas: (T + 1,) from 0 to 1; see ``temperatures``.
-        num_leapfrogs: per transition.
-        num_chains: per image. With ``compile``, use the number of the chains to come: they then share one graph.
+        num_leapfrogs: The leapfrog steps per transition.
+        num_chains: The chains per image. With ``compile``, use the number of the chains to come: they share one graph.
         start: q_0.
-        compile: whether a leapfrog step is one compiled graph, made once for each number of images and chains. The
-            VAE's weights may change later, its structure may not.
-        progress: called with numbers of temperatures, T in all.
+        compile: Whether a leapfrog step is one compiled graph, made once for each number of images and chains. The
+            weights may change later, the structure may not.
+        progress: Called with numbers of temperatures, T in all.
 
     Raises:
-        ValueError: no images, one off the support of p(x | z), an argument out of its range, discrete latents, or
-            densities that draw noise, as those of dequantized levels do.
-        DeterministicGuide: a ValueError: the guide has no density.
-        CannotCapture: a ValueError: ``compile`` is asked for and impossible.
-        NotFinite: a density is NaN.
+        ValueError: There is no image, or one is off the support of p(x | z); an argument is out of its range; latents
+            are discrete; or the densities draw noise, as those of dequantized levels may.
+        DeterministicGuide: A ValueError: the guide has no density.
+        CannotCapture: A ValueError: ``compile`` is asked for and impossible.
+        NotFinite: A density is NaN.
     """
     _check_betas(betas)
     inner = betas[1:-1].tolist()
@@ -217,15 +208,11 @@ def lower(
     """log w of chains from q_0(z | x) to p(z | x): E[w] = p(x). See ``lower_bound``.
 
     Args:
-        vae: as for ``pilot``.
-        x: images (B, *E), those of the annealing.
-        annealing: from ``pilot``.
+        vae, compile: As for ``pilot``, whose errors are these too.
+        x: The images (B, *E) of the annealing.
+        annealing: From ``pilot``.
         num_chains: C.
-        compile: as for ``pilot``.
-        progress: called with 1 after every temperature, T times.
-
-    Raises:
-        As ``pilot``.
+        progress: Called with 1 after every temperature, T times.
 
     Reference: Neal 2001, arXiv physics/9803008, equation 11.
     """
@@ -244,17 +231,12 @@ def upper(
 ) -> AnnealedChains:
     """log w of chains from p(z | x) to q_0(z | x), with the sign of the forward ones: E[1/w] = 1 / p(x).
 
-    All chains of an image start at its one exact draw. They depend on each other, which the expectation allows. See
-    ``upper_bound``.
+    All chains of an image start at its one exact draw. See ``upper_bound``.
 
     Args:
-        vae, num_chains, compile, progress: as for ``lower``.
-        x: images (B, *E) from the model, those of the annealing.
-        z: (B, L) what they were made from; see ``simulate``.
-        annealing: from ``pilot``, which never saw z.
-
-    Raises:
-        As ``pilot``; and ValueError for z of another shape.
+        vae, annealing, num_chains, compile, progress: As for ``lower``, whose errors are these too.
+        x: Images (B, *E) from the model.
+        z: (B, L) the latents that they were made from; see ``simulate``. Another shape raises ValueError.
 
     Reference: Grosse et al. 2015, arXiv 1511.02543, section 3.
     """
@@ -275,7 +257,9 @@ def _anneal(
 ) -> AnnealedChains:
     """Forward chains where ``exact`` is None, else backward chains from it."""
     betas, T = annealing.betas.tolist(), len(annealing.betas) - 1
-    _check_annealing(annealing, x)
+    expected = (T - 1, len(x))
+    if tuple(annealing.step_sizes.shape) != expected:
+        raise ValueError(f"annealing: expected step sizes {expected}, got {tuple(annealing.step_sizes.shape)}")
     acceptances = annealing.step_sizes.new_zeros((T - 1, len(x)))
     start, num_leapfrogs = annealing.start, annealing.num_leapfrogs
     with evaluating(vae):
@@ -314,13 +298,3 @@ def _check_betas(betas: Tensor) -> None:
     rises = betas.dim() == 1 and len(betas) > 1 and bool((betas.diff() > 0).all())
     if not rises or betas[0] != 0 or betas[-1] != 1:
         raise ValueError("betas: expected numbers that rise from 0 to 1, got others")
-
-
-def _check_annealing(annealing: Annealing, x: Tensor) -> None:
-    _check_betas(annealing.betas)
-    expected = (len(annealing.betas) - 2, len(x))
-    if tuple(annealing.step_sizes.shape) != expected:
-        raise ValueError(
-            f"annealing: expected step sizes of shape {expected}, one for each temperature and image, got "
-            f"{tuple(annealing.step_sizes.shape)}"
-        )

@@ -25,12 +25,12 @@ class CapturedTerms:
     """``log_weight_terms`` of one VAE as a compiled graph, for batches of one size; other batches run uncompiled.
 
     Args:
-        vae: in evaluation mode. Its weights may change later, its structure may not.
-        x: a batch (B, *E) of the size that the graph is for.
+        vae: In evaluation mode. Its weights may change later, its structure may not.
+        x: A batch (B, *E) of the size that the graph is for.
         num_particles: S per batch.
 
     Raises:
-        CannotCapture: see ``capture.compile_function``.
+        CannotCapture: See ``capture.compile_function``.
     """
 
     def __init__(self, vae: Program, x: Tensor, num_particles: int) -> None:
@@ -72,37 +72,31 @@ def evaluate(
     """``importance`` of a VAE in evaluation mode, with its own seed, on one process or several.
 
     Images are computed in groups of ``images_per_group``, with noise seeded by (seed, index of the group's first
-    image). An image's numbers therefore depend neither on the number of ranks, each of which calls this and receives
-    all results, nor on interruptions.
+    image). An image's numbers therefore do not depend on the number of ranks, each of which calls this and receives all
+    results, or on interruptions. The VAE and the global generators are left as they were.
 
-    With ``compile`` the log-weights of a pass are one compiled graph, which agrees up to rounding. A graph validates
-    nothing, so ``check`` then covers the first image alone. Where memory runs out, half as many particles are computed
-    at once, and so on (``batching.BatchSize``); from there on the bound is another draw, since a generator gives two
-    small passes their numbers in another order than one large pass.
-
-    The VAE's weights, buffers and mode and the global generators are restored.
+    With ``compile`` the log-weights of a pass are one compiled graph, which agrees up to rounding, and ``check`` covers
+    the first image alone. Where memory runs out, half as many particles are computed at once (``batching.BatchSize``);
+    from there on the bound is another draw.
 
     Args:
-        vae: on the device of the images.
-        x: images (N, *E), the same on every rank.
+        vae: On the device of the images.
+        x: Images (N, *E), the same on every rank.
         num_particles: S.
-        seed: of the draws.
-        check: whether Pyro validates values.
-        compile: whether to compile.
-        on_compiled: called with the seconds that compiling took.
-        progress: called with the number of images after each group.
-        done: results of groups from before, as given to ``on_block``.
-        on_block: called with the index of a group's first image and the columns of ``Importance``, (n, 9).
-        should_stop: called after each group.
-        say: called with a message where memory runs out.
+        seed: The seed of the draws.
+        check: Whether Pyro validates values.
+        compile: Whether to compile.
+        on_compiled: Called with the seconds that compiling took.
+        progress, done, on_block, should_stop: As in ``blocks.compute_blocks``, with the columns of ``Importance``,
+            (n, 9).
+        say: Called with a message where memory runs out.
 
     Raises:
-        CannotCapture: a ValueError: ``compile`` is asked for and impossible; says why.
-        DeterministicGuide: a ValueError: the guide has no density; ``reconstruction`` needs none.
-        ValueError: an image off the support, or an argument out of its range.
-        NotFinite: a log-weight is NaN or +infinity.
-        Stopped: ``should_stop`` returned True; see ``blocks.compute_blocks``.
-        ConnectionError: another rank met an error.
+        CannotCapture: A ValueError: ``compile`` is asked for and impossible.
+        DeterministicGuide: A ValueError: the guide has no density; ``reconstruction`` needs none.
+        ValueError: An image is off the support, or an argument is out of its range.
+        NotFinite: A log-weight is NaN or +infinity.
+        Stopped, ConnectionError: As in ``blocks.compute_blocks``.
     """
     num_particles = check_count("num_particles", num_particles)
     if len(x) == 0:
@@ -171,26 +165,11 @@ def reconstruction(
 ) -> Tensor:
     """log p(x | z) for one z ~ q(z | x) per image: the measure of an autoencoder, whose z is a function of x.
 
-    It is neither a log-likelihood nor a bound on one: it ignores how probable z is and how many z would do, and more
-    latents raise it without end. Groups, ranks, seeds, memory and what is restored are as in ``evaluate``.
-
-    Args:
-        vae: with or without a density q(z | x).
-        x: images (N, *E), the same on every rank.
-        seed: of z, where it is drawn, and of all else that the programs draw.
-        check: whether Pyro validates values.
-        progress: called with the number of images after each group.
-        should_stop: called after each group.
-        say: called with a message where memory runs out.
+    It is neither a log-likelihood nor a bound on one: it ignores how probable z is and how many z would do. The guide
+    may have no density. Groups, ranks, seeds, memory, arguments and errors are as in ``evaluate``.
 
     Returns:
         (N,) nats, float64.
-
-    Raises:
-        ValueError: no images, one off the support, or as ``log_weights``.
-        NotFinite: a value is NaN or +infinity.
-        Stopped: ``should_stop`` returned True.
-        ConnectionError: another rank met an error.
     """
     if len(x) == 0:
         raise ValueError("x: expected at least one image, got none")

@@ -45,16 +45,14 @@ def _value_and_slope(term: Callable[[Tensor], Tensor], z: Tensor) -> tuple[Tenso
 def leapfrog(terms: Terms, coefficients: Tensor, point: Point, momentum: Tensor, step: Tensor) -> tuple[Point, Tensor]:
     """p <- p + (s/2) grad log pi(z);  z <- z + s p;  p <- p + (s/2) grad log pi(z).
 
-    It preserves volume and is reversible: from its end, with the momentum reversed, it leads back to the start. Along
-    a path of fixed length the error of the energy is O(s^2). It computes one gradient, at its end.
+    It preserves volume and is reversible. Along a path of fixed length the error of the energy is O(s^2).
 
     Args:
-        terms: the f_k.
+        terms: The f_k.
         coefficients: (K,) c_k.
-        point: the start.
+        point: The start.
         momentum: p (C, B, L).
-        step: s, which broadcasts with z: the step size times the scale of each latent. In coordinates z / scale this
-            is the step size alone, with a mass of 1.
+        step: s, which broadcasts with z: the step size times the scale of each latent.
 
     Returns:
         The end, and the momentum there.
@@ -86,11 +84,11 @@ def transition(
     Args:
         leap: (coefficients, point, momentum, step) -> point and momentum: ``leapfrog`` with the terms, compiled or not.
         coefficients: (K,) c_k.
-        point: the positions.
+        point: The positions.
         momentum: (C, B, L), a draw of N(0, I).
         uniform: (C, B), a draw of U(0, 1).
-        scale: (B, L) the approximate width of the target along each latent, the unit of the step size.
-        step_size: (B,), or (C, B) for each chain. It must not depend on the positions.
+        scale: (B, L) the approximate width of the target along each latent.
+        step_size: (B,) or (C, B), in units of ``scale``. It must not depend on the positions.
         num_leapfrogs: n.
 
     Returns:

@@ -34,8 +34,7 @@ class Importance:
     """What S particles say about each image; every field is (N,), float64, in nats where no other unit is given.
 
     The Monte Carlo error and the bias assume weights with a variance, k below 0.5. Above, as for most images of a
-    trained VAE, they are lower bounds: they cannot see regions that no particle has visited. The tenfold gain makes no
-    such assumption.
+    trained VAE, they are lower bounds. The tenfold gain makes no such assumption.
 
     Args:
         log_evidence: L_S, whose expectation is a lower bound on log p(x) that rises with S.
@@ -104,27 +103,25 @@ def importance(
 ) -> Importance:
     """L_S = log (1/S) sum_s p(x, z_s) / q(z_s | x), z_s ~ q(z | x), for each image, with its errors.
 
-    Log-weights are streamed, so memory grows with neither S nor N, apart from the results. Draws come from torch's
-    global generator. Weights and modes do not change, and no gradients are kept; networks with dropout or batch norm
-    should be in evaluation mode. Images are checked against the support of p(x | z); other values are validated where
-    Pyro's validation is on.
+    Log-weights are streamed, so memory does not grow with S. Draws come from torch's global generator. No gradients are
+    kept. Networks with dropout or batch norm should be in evaluation mode.
 
     Args:
-        model: a Pyro program over x with one data plate at dim=-1.
-        guide: a Pyro program over x that samples every latent site of the model.
-        x: images (N, *E).
+        model: A Pyro program over x with one data plate at dim=-1.
+        guide: A Pyro program over x that samples every latent site of the model.
+        x: Images (N, *E).
         num_particles: S.
-        chunk: the most particles per image that are held at once; by default as many as fit into one pass.
-        progress: called with the number of images after each group of them.
-        terms: gives the two parts of the log-weights; see ``evaluation.CapturedTerms`` for another.
+        chunk: The most particles per image that are held at once; by default as many as fit into one pass.
+        progress: Called with the number of images after each group of them.
+        terms: Gives the two parts of the log-weights, such as ``evaluation.CapturedTerms``.
 
     Returns:
         ``Importance``, each field (N,).
 
     Raises:
-        ValueError: an image off the support, as ``log_weights``, or an argument out of its range.
-            ``weights.DeterministicGuide`` is one: a guide without a density.
-        NotFinite: a log-weight is NaN or +infinity.
+        ValueError: An image is off the support of p(x | z), as in ``log_weights``, or an argument is out of its range.
+        DeterministicGuide: A ValueError: the guide has no density.
+        NotFinite: A log-weight is NaN or +infinity.
 
     Reference: Burda et al. 2016, arXiv 1509.00519, equation 8.
     """
@@ -156,10 +153,7 @@ def summarize_log_weights(
 ) -> tuple[LogWeightSummary, Tensor, Tensor]:
     """A summary of S log-weights per image, and the means of log p(x | z) and of log q(z | x) - log p(z), (B,).
 
-    Arguments as ``importance``. All images are held at once, and nothing is checked.
-
-    Raises:
-        NotFinite: a log-weight is NaN or +infinity.
+    Arguments as ``importance``. All images (B, *E) are held at once. Raises NotFinite for NaN or +infinity.
     """
     summary = LogWeightSummary(num_particles, len(x), device=x.device)
     reconstruction = torch.zeros(len(x), dtype=torch.double, device=x.device)

@@ -299,7 +299,7 @@ def _lower(**changed):
     [
         (lambda: _lower(num_chains=0), "num_chains: expected at least 1"),
         (lambda: _lower(x=GENERAL.draw(2)[:0], annealing=_fixed(3, 0)), "x: expected at least one image"),
-        (lambda: _lower(annealing=_fixed(3, 4)), r"annealing: expected step sizes of shape \(2, 2\)"),
+        (lambda: _lower(annealing=_fixed(3, 4)), r"annealing: expected step sizes \(2, 2\)"),
         (lambda: _lower(annealing=_fixed(3, 2, start="middle")), "start: expected one of guide, prior, normal"),
         (lambda: _lower(annealing=_fixed(3, 2, num_leapfrogs=0)), "num_leapfrogs: expected at least 1"),
         (lambda: _lower(annealing=replace(_fixed(3, 2), betas=torch.tensor([0.0, 0.5, 0.4, 1.0]))), "betas: expected"),

@@ -52,24 +52,23 @@ def estimate_adaptively(
     """log (1/S_n) sum_{s <= S_n} w_s, with S_n doubled until bias and tenfold gain are within the tolerance.
 
     It is no bound: the number of particles depends on their weights, so that images whose weights happen to agree stop
-    early, whether too low or too high. All particles count. Draws come from torch's global generator.
+    early. Draws come from torch's global generator.
 
     If the estimate lacks a / S^r, the tenfold gain is 10^r - 1 times what is still lacking: nine times for weights with
     a variance (r = 1), and at least as much down to r = 0.3. An image that reaches ``most`` particles with a gain above
-    the tolerance has not converged. An image that has met no large weight stops too early: with a guide in 20
-    dimensions at 0.8 times the posterior's marginal scales, the estimates lack 0.07 nats on average, and 0.4 for the
-    third of them that stopped within the tolerance. ``defend_proposal`` guards against narrow guides.
+    the tolerance has not converged. An image that has met no large weight stops too early, under a narrow guide by
+    tenths of a nat; ``defend_proposal`` guards against such guides.
 
     Args:
-        vae: any, also from ``replace_guide``.
-        x: images (N, *E).
+        vae: Any, also from ``replace_guide``.
+        x: Images (N, *E).
         num_particles: S at first.
-        most: where doubling ends, whatever the tolerance says.
-        tolerance: nats.
-        progress: called with the number of images that are done, N in all.
+        most: Where doubling ends.
+        tolerance: In nats.
+        progress: Called with the number of images that are done, N in all.
 
     Raises:
-        ValueError: ``most`` below ``num_particles``, or as ``importance``.
+        ValueError: ``most`` is below ``num_particles``, or as ``importance``.
 
     Source: ours.
     """

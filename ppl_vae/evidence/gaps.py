@@ -65,25 +65,18 @@ def gaps(
 ) -> Gaps:
     """The two gaps of each image, by refining its q within the guide's family.
 
-    Both ELBOs are means over fresh particles, drawn after the refinement. For a flow guide the features of an image are
-    refined but not the layers: what other layers would gain for this image counts as approximation gap. Draws come from
-    torch's global generator.
+    Both ELBOs are means over fresh particles. What other layers of a flow guide would gain for an image counts as
+    approximation gap. Draws come from torch's global generator.
 
     Args:
-        vae: with a guide ``Conditional(net, family)``.
-        x: images (N, *E).
+        vae: A VAE with a guide ``Conditional(net, family)``, so with one layer of latents.
+        x: Images (N, *E).
         log_evidence: (N,) nats, from annealed importance sampling or a tight bound.
-        steps, num_particles, compile, progress: as ``refinement.refine_proposal``.
-        evaluation_particles: for each of the two ELBOs.
-
-    Returns:
-        ``Gaps``.
+        steps, num_particles, compile, progress: As in ``refine_proposal``, whose errors are these too.
+        evaluation_particles: The particles of each of the two ELBOs.
 
     Raises:
-        ValueError: an image off the support of p(x | z); a guide of several stochastic layers, whose later layers have
-            features of each draw and not of the image, so that only the total gap is known; a deterministic guide; or
-            an evidence that is not (N,).
-        CannotCapture: a ValueError; see ``capture.compile_function``.
+        ValueError: ``log_evidence`` is not (N,).
 
     Reference: Cremer et al. 2018, arXiv 1801.03558, equations 4 to 6.
     """

@@ -37,24 +37,22 @@ def compute_ranks(
     """R_l = #{m: z_ml < z*_l} and R = #{m: log p(x, z_m) < log p(x, z*)}: z* ~ p(z), x ~ p(x | z*), z_m ~ q(z | x).
 
     If q(z | x) = p(z | x), then given x the z* and the z_m are M + 1 independent draws from one distribution, and every
-    rank is exactly uniform on 0, ..., M, for every N and M; ties are broken at random. Ranks that are not uniform show
-    that the guide is not the model's posterior, for images from the model, whatever the data are. Uniform ranks prove
-    less: a guide that ignores x and draws from the prior has uniform ranks of z. The rank of log p(x, z) detects it.
+    rank is uniform on 0, ..., M; ties are broken at random. Ranks that are not uniform show that the guide is not the
+    model's posterior, for images from the model. Uniform ranks prove less: a guide that ignores x and draws from the
+    prior has uniform ranks of z. The rank of log p(x, z) detects it.
 
-    A density of dequantized levels is calibrated on images in (0, 1). The ranks are also exact for a ``dequantized``
-    VAE, whose log p(x | z) may be estimated, since each z has its own noise. Draws come from torch's global generator.
-    Memory grows with neither N nor M, apart from the results and the z*; the encoder runs once per image.
+    Draws come from torch's global generator. Memory does not grow with M.
 
     Args:
-        vae: in evaluation mode, of one layer or several: the latents of all layers are one vector.
+        vae: In evaluation mode, of one layer or several.
         num_simulations: N.
         num_draws: M.
-        progress: called with the number of images after each group of them.
+        progress: Called with the number of images after each group of them.
 
     Raises:
-        ValueError: N or M below 1.
-        DeterministicGuide: a ValueError: the guide has no density, and all its draws are one point.
-        NotFinite: a z or a log p(x, z) is NaN.
+        ValueError: N or M is below 1.
+        DeterministicGuide: A ValueError: the guide has no density.
+        NotFinite: A z or a log p(x, z) is NaN.
 
     Reference: Talts et al. 2018, arXiv 1804.06788, theorem 1; Modrák et al. 2023, arXiv 2211.02383 (log p(x, z)).
     """

@@ -58,8 +58,7 @@ def rank_p_values(found: Ranks) -> Tensor:
     pi_k is the share of the M + 1 ranks that bin k holds.
 
     Returns:
-        (L + 1,) float64: of each latent, and last of log p(x, z). Each is uniform on (0, 1) for an exact guide, as
-        closely as N discrete ranks allow. They depend on each other, since they share the simulations.
+        (L + 1,) float64: of each latent, and last of log p(x, z). They depend on each other.
 
     Reference: Pearson 1900; for ranks Talts et al. 2018, arXiv 1804.06788, section 5.
     """
@@ -73,13 +72,7 @@ def rank_p_values(found: Ranks) -> Tensor:
 def adjust_p_values(p: Tensor) -> Tensor:
     """Holm's correction, max_{j <= i} min(1, (n - j + 1) p_(j)) for the i-th smallest of n p-values.
 
-    The smallest corrected one is the p-value of "all ranks are uniform", however the quantities depend on each other.
-
-    Args:
-        p: (n,).
-
-    Returns:
-        (n,), in the same order.
+    The smallest corrected one is the p-value of "all ranks are uniform". p: (n,) -> (n,), in the same order.
 
     Reference: Holm 1979, Scandinavian Journal of Statistics 6(2), 65-70.
     """
@@ -93,13 +86,11 @@ def cumulative_band(num_simulations: int, num_draws: int, *, coverage: float = 0
 
         n_k ~ Binomial(N, t_k),   t_k = edge_k / (M + 1),   lower_k <= n_k <= upper_k for all k at once
 
-    The bounds are quantiles of each binomial, at one level for all k that is found by 20,000 simulations with a fixed
-    seed.
+    The bounds are quantiles of each binomial, at one level for all k, found by 20,000 simulations with a fixed seed.
 
     Args:
-        num_simulations: N.
-        num_draws: M.
-        coverage: the probability, for all k together.
+        num_simulations, num_draws: N and M.
+        coverage: The probability, for all k together.
 
     Returns:
         t, lower and upper, each (K - 1,): the bins' inner edges, and bounds on the share of ranks below them.
@@ -179,19 +170,15 @@ def estimate_shape(of_each: Tensor, num_draws: int) -> NormalShape:
     """c and d with E[u] = Phi(a) and E[u^2] = Phi_2(a, a; r), r = 1 / (1 + c^2), a = -d sqrt(r).
 
     u = Q(z* | x), the guide's distribution function, is Phi((z* - m - d s) / (c s)), and a rank is Binomial(M, u). The
-    means of R / M and R (R - 1) / (M (M - 1)) therefore estimate those of u and u^2, for every M. Phi_2 is the
-    distribution function of two standard normals of correlation r. Standard errors are the delta method's.
+    means of R / M and R (R - 1) / (M (M - 1)) therefore estimate those of u and u^2. Phi_2 is the distribution function
+    of two standard normals of correlation r. Standard errors are the delta method's.
 
-    Two numbers summarize what may differ between images: a guide of the right scale that is misplaced in some images
-    upward and in others downward also looks too narrow. Other shapes are not seen. The result is NaN for a quantity
-    whose ranks are all the same, and the means are over the others.
+    A guide of the right scale that is misplaced upward in some images and downward in others also looks too narrow. The
+    result is NaN for a quantity whose ranks are all the same, and the means are over the others.
 
     Args:
         of_each: (N, n) ranks from 0 to M.
-        num_draws: M, at least 2.
-
-    Raises:
-        ValueError: M below 2.
+        num_draws: M, at least 2; a smaller one raises ValueError.
 
     Reference: ours; of Phi_2, Plackett 1954, Biometrika 41(3-4), 351-360.
     """

@@ -45,29 +45,25 @@ def refine_proposal(
     """h_n* = argmax_h ELBO_n(h), or E[L_k,n(h)], for q(z | x_n) = family(h), separately for each image.
 
     The features h start at the encoder's, net(x_n), and follow Adam with a learning rate that falls to zero, along
-    reparametrized gradients without the density's own score. The decoder, the prior and the layers of a flow guide do
-    not change: only the features of a flow guide are refined. At the end each image keeps the better of the start and
-    the refined q, judged by 500 fresh draws of each, so refining never loses, up to their noise. A bound that is
-    measured afterwards with fresh draws is unbiased by this choice.
-
-    Draws come from torch's global generator. The VAE is used in evaluation mode and is not changed.
+    reparametrized gradients without the score of q. Nothing else changes, not even the layers of a flow guide. At the
+    end each image keeps the better of the start and the refined q, judged by 500 fresh draws of each. Draws come from
+    torch's global generator.
 
     Args:
-        vae: with a guide ``Conditional(net, family)``; any, also a hierarchical one, where ``family`` is given.
-        x: images (N, *E).
-        steps: of Adam.
+        vae: A VAE with a guide ``Conditional(net, family)``, or any VAE where ``family`` is given.
+        x: Images (N, *E).
+        steps: The number of steps.
         num_particles: k, draws per image and step.
         objective: "elbo", or "importance", which maximizes L_k and leads to a wider q.
-        family: ``DiagonalNormal`` or ``FullNormal`` of L latents, which start at the guide's moments. By default the
-            guide's own.
-        learning_rate: of Adam at first.
-        compile: whether a step is one compiled graph.
-        progress: called with the number of images after each step of a group of them, N times ``steps`` in all.
+        family: A family of normals with L latents, which start at the guide's moments; by default the guide's family.
+        learning_rate: The first one.
+        compile: Whether a step is one compiled graph.
+        progress: Called with the number of images after each step of a group of them, N times ``steps`` in all.
 
     Raises:
-        ValueError: an image off the support of p(x | z); a guide without features per image, and no family; a
-            deterministic guide; or an argument out of its range.
-        CannotCapture: a ValueError; see ``capture.compile_function``.
+        ValueError: An image is off the support of p(x | z); the guide has no features per image, and there is no
+            family; the guide is deterministic; or an argument is out of its range.
+        CannotCapture: A ValueError; see ``capture.compile_function``.
 
     Reference: Cremer et al. 2018, arXiv 1801.03558, section 4; Kim et al. 2018, arXiv 1802.02550. The gradients: Roeder
     et al. 2017, arXiv 1703.09194 (ELBO), and Tucker et al. 2019, arXiv 1810.04152 (L_k).
@@ -143,7 +139,7 @@ class _Adam:
         return (loss.detach(),)
 
     def _loss(self, h: Tensor, x: Tensor) -> Tensor:
-        """Its gradient in h is minus that of the expected bound; its value is a weighted mean of log-weights."""
+        """A weighted mean of log-weights, whose gradient in h is minus that of the expected bound."""
         z = self._family(h).rsample(torch.Size([self._num_particles]))
         log_q = self._family(h.detach()).log_prob(z)  # of a second object, whose log-density z has not been cached in
         log_w = self._vae.prior().log_prob(z) + self._vae.likelihood(z).log_prob(x) - log_q

@@ -43,11 +43,7 @@ def mix_prior_into_guide(vae: LatentModel) -> VAE:
     The guide may send such images where the prior has almost no density, and every weight p(x, z) / q(z | x) then
     reflects the guide alone: under a flow prior, images of clothes scored by a model of digits came out at -5e13 nats,
     and at -1,337 with prior draws among the particles. Half of the S particles come from the prior, so no bound lies
-    below that of S / 2 prior draws; on the model's own images this costs about as much as halving the particles. The
-    weights are shared with the VAE. Score both sets with it, so that the same bound is compared.
-
-    Args:
-        vae: of one layer or several.
+    below that of S / 2 prior draws. The weights are shared. Score both sets with it, to compare the same bound.
 
     Reference: Hesterberg 1995, Technometrics 37(2), 185-194 (defensive mixture).
     """
@@ -58,15 +54,14 @@ def auroc(low: Tensor, high: Tensor) -> Estimate:
     """P(a < b) + P(a = b) / 2, a of ``low`` and b of ``high``: 1/2 where they are alike, 1 where all b are higher.
 
     The squared error is Var(F(b)) / n + Var(1 - G(a)) / m, with F and G the empirical distribution functions of a and
-    b. The error is at least 1 / (k + 1), k the smaller sample size: where all pairs are in order the variances are 0,
-    although k images cannot show that no other pair is out of order.
+    b. The error is at least 1 / (k + 1), k the smaller sample size: where all pairs are in order the variances are 0.
 
     Args:
         low: (m,).
         high: (n,).
 
     Raises:
-        ValueError: a sample without a value, or with a NaN.
+        ValueError: A sample is empty, or has a NaN.
 
     Reference: DeLong et al. 1988, Biometrics 44(3), 837-845. The least error: ours.
     """
@@ -96,7 +91,7 @@ def share_above(own: Tensor, other: Tensor, *, quantile: float) -> Estimate:
         quantile: q, in (0, 1).
 
     Raises:
-        ValueError: a sample without a value, or with a NaN.
+        ValueError: A sample is empty, or has a NaN.
 
     Source: ours, but for the share's error.
     """
@@ -162,7 +157,7 @@ def typicality(own: Tensor, other: Tensor, *, num_particles: int) -> Typicality:
 
     Samples of p have log p(x) near its mean, -H(p), and not where it is highest, so images may have a high density and
     be unlike samples. The distance |log p(x) - (1/m) sum_i log p(x_i)|, over m own images, calls an image atypical on
-    either side. The converse does not hold: images with a typical density need not resemble the data.
+    either side. Images with a typical density need not resemble the data.
 
     Args:
         own: (m,) log p(x), nats, of images that the model was not trained on; see ``mix_prior_into_guide``.
@@ -170,7 +165,7 @@ def typicality(own: Tensor, other: Tensor, *, num_particles: int) -> Typicality:
         num_particles: S of the estimates.
 
     Raises:
-        ValueError: a set without an image, a NaN, or an own number that is infinite.
+        ValueError: A set is empty, a number is NaN, or an own one is infinite.
 
     Reference: Nalisnick et al. 2019, arXiv 1810.09136 (higher density elsewhere); Nalisnick et al. 2019, arXiv
     1906.02994 (typicality, for batches; here for single images, with the mean over the own images).

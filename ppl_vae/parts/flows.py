@@ -1,8 +1,8 @@
 """Normalizing flows: invertible maps with the logarithm of their volume, and the distribution that a map makes.
 
 A layer maps u to y (``forward``, to draw) and back (``inverse``, for a density), each in one pass and with
-log |det dy/du| or log |det du/dy|, for any leading dimensions. Pyro's own transforms cache tensors between calls and
-its splines branch on values, which a compiled graph cannot do; these layers hold only their weights.
+log |det dy/du| or log |det du/dy|, for any leading dimensions. Pyro's transforms cannot be compiled: they cache tensors
+between calls, and its splines branch on values.
 """
 
 from __future__ import annotations
@@ -103,18 +103,14 @@ def spline(u: Tensor, h: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
 class Coupling(nn.Module):
     """y = (a, t(b; h)) for u = (a, b), t monotone in each b_l, h_l = net_l(10 tanh(a / 10)): the identity at first.
 
-    The network's input is bounded. Otherwise an affine map's shift grows with a, the next coupling's with that, and ten
-    couplings carry a slightly unusual draw to 10^9: among 50 million draws of a trained guide a few had a log-density
-    of -10^17 nats, which ruins the ELBO.
+    The network's input is bounded. Otherwise shifts grow from coupling to coupling: among 50 million draws of a trained
+    guide a few had a log-density of -10^17 nats, which ruins the ELBO.
 
     Args:
-        dim: L, of which the first half, rounded up, is a.
+        dim: L, of which the first half, rounded up, is a. Raises ValueError below 2.
         univariate: t, of ``num_features`` features for each b_l.
         num_features: F.
-        hidden: widths of the network's hidden layers.
-
-    Raises:
-        ValueError: fewer than two latents, which have no halves.
+        hidden: The widths of the network's hidden layers.
 
     Reference: Dinh et al. 2017, arXiv 1605.08803, section 3.2; the bound on the network's input is ours.
     """
@@ -180,10 +176,8 @@ def rational_quadratic_spline(x: Tensor, h: Tensor, *, bound: float, inverse: bo
     and 1 at the two ends. h = 0 is the identity.
 
     Args:
-        x: (...), the argument; with ``inverse`` the value.
+        x: (...), the argument of the map, or of its inverse.
         h: (..., 3 K - 1) features.
-        bound: half of the interval.
-        inverse: whether the inverse map is taken.
 
     Returns:
         The value (...), and the logarithm of its derivative with respect to x, (...).
@@ -223,8 +217,7 @@ def rational_quadratic_spline(x: Tensor, h: Tensor, *, bound: float, inverse: bo
 def _place_in_bin(r: Tensor, s: Tensor, d_0: Tensor, d_1: Tensor) -> tuple[Tensor, Tensor]:
     """t and 1 - t of r = (s t^2 + d_0 t (1 - t)) / (s (t^2 + (1 - t)^2) + (d_0 + d_1) t (1 - t)).
 
-    The root of a quadratic equation, written without a difference of nearly equal numbers, which is 0 in float32 where
-    slopes are far apart, and has no gradient there.
+    The root of a quadratic equation, without a difference of nearly equal numbers, which could be 0 in float32.
 
     Source: Durkan et al. 2019, arXiv 1906.04032, equations 6 to 8, of which this form is ours.
     """

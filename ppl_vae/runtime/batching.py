@@ -42,7 +42,6 @@ def floats_per_latent(distribution: Distribution) -> int:
     """The floats per latent vector in the largest tensor that log p(z) takes.
 
     This is L for most distributions, the features of all latents for a flow, and K times a component's for a mixture.
-    The parts of a distribution are found by the attribute names of Pyro and of this package.
     """
     parts = (getattr(distribution, name, None) for name in ("base_dist", "first", "prior", "proposal"))
     vectors = [part for part in parts if isinstance(part, Distribution) and part.event_shape]
@@ -62,29 +61,24 @@ def images_per_pass(x: Tensor, likelihood: object = None, *, extra_floats: int =
     """The number of images, or of pairs of a particle and an image, that one pass through the decoder holds.
 
     Args:
-        x: images (N, *E), of which the size and the device count.
-        likelihood: says its floats per pixel; see ``floats_per_pixel``.
-        extra_floats: floats per pixel in addition.
+        x: Images (N, *E), for their size and device.
+        likelihood: See ``floats_per_pixel``.
+        extra_floats: Floats per pixel in addition.
     """
     floats = (floats_per_pixel(likelihood) + extra_floats) * x[:1].numel()
     return items_per_pass(floats, x.device.type, bytes_per_float=max(4, x.element_size()))
 
 
 def latents_per_pass(distribution: Distribution, device_type: str = "cpu") -> int:
-    """The number of latent vectors that are drawn from a distribution, or evaluated under it, in one pass.
-
-    A mixture of 500 normals in 40 dimensions holds 20,000 floats per vector, far more than a decoder holds per digit.
-    """
+    """The number of latent vectors that are drawn from a distribution, or evaluated under it, in one pass."""
     return items_per_pass(floats_per_latent(distribution), device_type)
 
 
 @torch.no_grad()
 def pairs_per_pass(vae: object, x: Tensor) -> int:
-    """The number of pairs of a particle and an image whose log-weights one pass takes, by the likelihood and the prior.
+    """The number of pairs of a particle and an image x (N, *E) whose log-weights one pass takes.
 
-    Args:
-        vae: with ``likelihood`` and ``prior``; any other program counts as one that holds little.
-        x: images (N, *E).
+    It follows from the likelihood and the prior of ``vae``; any other program counts as one that holds little.
     """
     pairs = images_per_pass(x, getattr(vae, "likelihood", None))
     prior = getattr(vae, "prior", None)
@@ -102,19 +96,18 @@ def even_divisor(total: int, most: int) -> int:
 
 
 def images_per_group(x: Tensor, num_particles: int) -> int:
-    """The number of images whose noise comes from one seed.
+    """The number of images x (N, *E) whose noise comes from one seed.
 
-    It depends on the size of an image, S and the kind of device alone: two models have the same groups, and so have one
-    process and several. x: (N, *E).
+    It depends on the size of an image, S and the kind of device alone, so that models and processes have equal groups.
     """
     pairs = images_per_pass(x)
     return min(_MAX_IMAGES_PER_GROUP, max(1, pairs // even_divisor(num_particles, pairs)))
 
 
 def evaluation_batch_size(vae: object, x: Tensor, num_particles: int) -> tuple[int, int]:
-    """The numbers of particles, and of images of a group, that an evaluation of S particles draws at once.
+    """The numbers of particles, and of images x (N, *E), that an evaluation of S particles draws at once.
 
-    Models differ in it, and the noise of two models is matched only if they agree in it. x: (N, *E).
+    The noise of two models is matched only if these numbers are equal.
     """
     pairs = pairs_per_pass(vae, x)
     particles = even_divisor(num_particles, pairs)
@@ -124,13 +117,7 @@ def evaluation_batch_size(vae: object, x: Tensor, num_particles: int) -> tuple[i
 class BatchSize:
     """The numbers of particles and of images that are computed at once; halved for good where memory runs out.
 
-    The particles are halved first, down to one, and then the images.
-
-    Args:
-        particles: of each image, at the start.
-        images: at the start.
-        device: of the computation.
-        say: is called once, at the first halving.
+    The particles are halved first, down to one, and then the images. ``say`` is called at the first halving.
     """
 
     def __init__(
@@ -140,11 +127,7 @@ class BatchSize:
         self._device, self._say = device, say
 
     def run(self, attempt: Callable[[int, int], Result]) -> Result:
-        """attempt(particles, images), repeated from its start with half of them for as long as memory runs out.
-
-        Raises:
-            MemoryError, RuntimeError: one particle of one image does not fit either.
-        """
+        """attempt(particles, images), repeated with half of them until it fits; raises its error if 1 x 1 does not."""
         while True:
             try:
                 return attempt(self.particles, self.images)
@@ -180,10 +163,7 @@ def find_fitting_batch(try_step: Callable[[int], object], batch_size: int, devic
     Args:
         try_step: n -> a step of n images that changes neither weights nor random numbers.
         batch_size: B, which did not fit.
-        device: of the step.
-
-    Raises:
-        Whatever ``try_step`` raises that is not about memory.
+        device: The device of the step.
     """
     release(device)
     while batch_size > 1:

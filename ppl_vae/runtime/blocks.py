@@ -46,20 +46,19 @@ def compute_blocks(
 ) -> Tensor:
     """Compute one row of numbers for each item; of the unfinished blocks, rank r of R computes r, r + R, ...
 
-    Every rank calls this with the same items and returns all rows, bit for bit as one process computes them. An error
-    on one rank ends all of them.
+    Every rank calls this with the same items and returns all rows, bit for bit as one process computes them.
 
     Args:
-        compute: takes the slice of a block's items and returns (n, F) float64; its noise depends on the slice alone.
+        compute: Takes the slice of a block's items and returns (n, F) float64; its noise depends on the slice alone.
         num_items: N.
-        block_size: items per block; the last block may be smaller.
+        block_size: Items per block; the last block may be smaller.
         num_columns: F.
-        device: where ``compute`` leaves its rows.
-        progress: called with the number of items after each block; with several ranks, after one block on each.
+        device: Where ``compute`` leaves its rows.
+        progress: Called with the number of items after each block.
         done: (n, F) rows of finished blocks by the index of their first item. Only those of rank 0 are used.
-        on_block: called on every rank with the index of a block's first item and its (n, F) rows, for each block that
+        on_block: Called on every rank with the index of a block's first item and its (n, F) rows, for each block that
             this call computes; with several ranks about every two seconds.
-        should_stop: asked after each block, or about every two seconds; True on one rank stops all ranks.
+        should_stop: Called as ``on_block``; True on one rank stops all ranks.
 
     Returns:
         (N, F) float64, on the device.

@@ -19,8 +19,7 @@ def serialize_threads() -> Iterator[None]:
     """Keep other threads out of the library's functions for the length of a block; also a decorator.
 
     Pyro's stack of effect handlers, torch's generators, and the mode and weights of a module are shared by all threads.
-    A function that runs a program, draws, or seeds a generator does so alone; another thread that calls one waits, even
-    for a whole training. Threads that draw from torch's generators by themselves are not kept out.
+    Another thread that calls such a function waits, even for a whole training.
 
     >>> @serialize_threads()
     ... def draw():

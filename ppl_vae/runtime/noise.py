@@ -43,12 +43,10 @@ _RANDOM = {*_SHAPES, *_LIKE, *_IN_PLACE, *_OF_PARAMETERS, *_REFUSED, *_DROPOUT, 
 class SharedNoise(TorchFunctionMode):
     """A mode in which random functions draw the noise of the whole batch, and return the rows of this rank's images.
 
-    The dimension of the images is 0 in ``transform``, and -(event_dim + 1) at a sample site of a Pyro program.
-    Elsewhere it is unknown, and random functions are refused.
-
     Attributes:
         share: The rank's part of the batch.
-        at: The dimension of images in the noise that is drawn now; None outside of these places.
+        at: The dimension of images in the noise that is drawn now: 0 in ``transform``, -(event_dim + 1) at a sample
+            site. Elsewhere it is None, and random functions are refused.
     """
 
     def __init__(self) -> None:

@@ -19,33 +19,22 @@ _TENTHS = 10
 
 
 def log_mean_exp(log_w: Tensor, dim: int = 0) -> Tensor:
-    """log (1/S) sum_s exp(log w_s), without overflow.
-
-    Args:
-        log_w: log-weights, any shape, nats.
-        dim: the dimension of the S particles.
-
-    Returns:
-        The shape of ``log_w`` without ``dim``, nats.
-    """
+    """log (1/S) sum_s exp(log w_s) over the dimension ``dim`` of log-weights of any shape, nats, without overflow."""
     return log_w.logsumexp(dim) - math.log(log_w.shape[dim])
 
 
 def bound_by_particles(log_w: Tensor, sizes: Sequence[int]) -> Tensor:
     """E[L_s], L_s = log (1/s) sum_{t <= s} w_t, estimated by the mean of L_s over the S // s disjoint blocks of s.
 
-    Each block is an independent draw of L_s, so the estimate is unbiased for every s; s = 1 is the ELBO. E[L_s] never
-    falls with s (Burda et al. 2016, arXiv 1509.00519, theorem 1), but noisy estimates can.
+    The estimate is unbiased for every s; s = 1 is the ELBO. E[L_s] never falls with s (Burda et al. 2016, arXiv
+    1509.00519, theorem 1), but noisy estimates can.
 
     Args:
         log_w: (S, B) log-weights of independent particles, nats.
-        sizes: The numbers s, each from 1 to S.
+        sizes: The numbers s. Raises ValueError for one that is not from 1 to S.
 
     Returns:
         (len(sizes), B) nats, float64.
-
-    Raises:
-        ValueError: A size is out of its range.
     """
     S = len(log_w)
     for s in sizes:
@@ -56,16 +45,14 @@ def bound_by_particles(log_w: Tensor, sizes: Sequence[int]) -> Tensor:
 
 
 def tenfold_gain(log_sums: Tensor, sizes: Tensor) -> Tensor:
-    """L_S - (1/10) sum_g L_{S/10}, where the g-th term uses the g-th tenth of the S particles.
-
-    This is what ten times as many particles gained. It is at least 0 if the tenths have equal sizes.
+    """L_S - (1/10) sum_g L_{S/10}, with the g-th tenth of the S particles: what ten times as many particles gained.
 
     Args:
         log_sums: (10, B) logarithms of the sums of the weights in each tenth, nats.
         sizes: (10,) the number of particles in each tenth.
 
     Returns:
-        (B,) nats; NaN if a tenth is empty.
+        (B,) nats, at least 0 for equal sizes; NaN if a tenth is empty.
     """
     if not sizes.all():
         return torch.full_like(log_sums[0], math.nan)
@@ -90,15 +77,13 @@ def pareto_k(largest_log_w: Tensor) -> Tensor:
     """k-hat, the shape of a generalized Pareto distribution fitted to the largest weights.
 
     The weights have 1 / k moments: above 0.5 their variance is infinite, and above 0.7 an estimate from a practical
-    number of particles is considered unreliable (Vehtari et al. 2024, arXiv 1507.02646). For a good VAE at S = 5,000
-    nearly every image is above 0.7: its bound is a bound, but not a tight one.
+    number of particles is considered unreliable (Vehtari et al. 2024, arXiv 1507.02646).
 
     Args:
         largest_log_w: (M + 1, B) the largest log-weights in descending order; the last is the threshold.
 
     Returns:
-        (B,) k-hat; NaN for fewer than 5 exceedances or if all are equal, infinity if the largest weight exceeds a
-        quarter of the others beyond float64's range.
+        (B,) k-hat; NaN for fewer than 5 exceedances or if all are equal, infinity if they exceed float64's range.
     """
     if len(largest_log_w) <= _SMALLEST_TAIL:
         return largest_log_w.new_full(largest_log_w.shape[1:], math.nan, dtype=torch.double)
@@ -113,9 +98,8 @@ def smoothed_log_mean_exp(log_w: Tensor) -> Tensor:
 
         w~_(m) = min(u + F^-1((m - 1/2) / M; k-hat, scale), max_s w_s), m = 1..M, u the largest of the other weights
 
-    It estimates log E[w], and is no bound. The mean of heavy-tailed weights depends on the few largest, whose quantiles
-    vary less: the squared error is smaller for k below about 0.7. No quantile exceeds the largest observed weight, so
-    it is usually below the plain mean, and does not make up for large weights that were never drawn.
+    It estimates log E[w], and is no bound. Its squared error is smaller than the plain mean's for k below about 0.7. It
+    does not make up for large weights that were never drawn.
 
     Args:
         log_w: (S, B) log-weights of independent particles, nats.
@@ -155,14 +139,12 @@ class LogWeightSummary:
     - ``log_mean_exp``: L_S = log (1/S) sum_s w_s
     - ``effective_sample_size``: 1 / sum_s v_s^2
     - ``monte_carlo_stderr``: sqrt(sum_s v_s^2 - 1/S), the delta method's standard error of L_S over repeated draws
-    - ``bias``: the jackknife's estimate of the nats by which E[L_S] lies below log p(x), never negative:
-      (S - 1) (L_S - (1/S) sum_s L_{-s}), L_{-s} the bound without particle s. It takes the bias to fall like 1/S.
-      Weights without a variance (k above 0.5) have a bias that falls more slowly, and is underestimated.
-    - ``tenfold_gain``: L_S - (1/10) sum_g L_{S/10}, see there
-    - ``pareto_k``: see ``pareto_k``
+    - ``bias``: the jackknife's estimate of log p(x) - E[L_S], never negative: (S - 1) (L_S - (1/S) sum_s L_{-s}), with
+      L_{-s} the bound without particle s. It assumes that the bias falls like 1/S, which is too fast for k above 0.5.
+    - ``tenfold_gain`` and ``pareto_k``: see the functions of these names
 
-    The M largest log-weights are kept, the others summed. That is exact except for the bias, where log(1 - v) of a
-    summed weight is approximated by -v - v^2/2; such a v is below 1/M, so the error is below 1/(3 M^2) nats.
+    The M largest log-weights are kept, the others summed. That is exact except for the bias, whose error is below
+    1/(3 M^2) nats.
 
     Args:
         num_particles: S, the number of particles of the whole stream.
@@ -249,20 +231,12 @@ _COLUMNS = 64  # per block: their sums stay in the processor's cache
 
 
 def _by_columns(x: Tensor) -> Sequence[Tensor]:
-    """Split x (..., D) into blocks of columns, the last one of 64 to 127.
-
-    torch sums the last few columns of a table in another order than the others. Each block therefore begins where a
-    group of columns begins in the whole table too, and the sums are the same bit for bit.
-    """
+    """Split x (..., D) into blocks of 64 columns, the last one of 64 to 127, which have the same sums bit for bit."""
     return x.tensor_split(list(range(_COLUMNS, x.shape[-1] - _COLUMNS + 1, _COLUMNS)), dim=-1)
 
 
 def sum_over_images(x: Tensor, *, chunk: int = 1000) -> Tensor:
-    """sum_n x_n. x: (N, *E) -> (*E), float64.
-
-    Args:
-        chunk: Images that are summed at once if there are very many numbers.
-    """
+    """sum_n x_n. x: (N, *E) -> (*E), float64, ``chunk`` images at once if x is very large."""
     rows = chunk if x.numel() * x.element_size() > _LARGE else max(1, len(x))
     total = torch.zeros(math.prod(x.shape[1:]), dtype=torch.double, device=x.device)
     for part in x.reshape(-1, len(total)).split(rows):
@@ -272,15 +246,7 @@ def sum_over_images(x: Tensor, *, chunk: int = 1000) -> Tensor:
 
 
 def mean_and_variance(x: Tensor, *, chunk: int = 1000) -> tuple[Tensor, Tensor]:
-    """mean_n x_n and mean_n (x_n - mean_n x_n)^2.
-
-    Args:
-        x: (N, *E).
-        chunk: Images in double precision at once.
-
-    Returns:
-        (*E) and (*E), both float64.
-    """
+    """mean_n x_n and mean_n (x_n - mean_n x_n)^2. x: (N, *E) -> (*E) and (*E), float64, ``chunk`` images at once."""
     mean = sum_over_images(x, chunk=chunk) / len(x)
     squares = torch.zeros(mean.numel(), dtype=torch.double, device=x.device)
     blocks = list(zip(_by_columns(mean.flatten()), _by_columns(squares), strict=True))
@@ -291,13 +257,7 @@ def mean_and_variance(x: Tensor, *, chunk: int = 1000) -> tuple[Tensor, Tensor]:
 
 
 def location_and_spread(x: Tensor, *, chunk: int = 1000) -> tuple[Tensor, Tensor]:
-    """The mean image, mean_n x_n, and one standard deviation for all pixels, sqrt(mean_nd (x_nd - mean_n x_nd)^2).
-
-    Args: As ``mean_and_variance``.
-
-    Returns:
-        (*E) and (), both float64.
-    """
+    """The mean image, mean_n x_n, (*E), and one scale, sqrt(mean_nd (x_nd - mean_n x_nd)^2), (). x: (N, *E)."""
     mean, variance = mean_and_variance(x, chunk=chunk)
     return mean, variance.mean().sqrt()
 
@@ -325,13 +285,11 @@ _SERIES = (1 / 12, -1 / 360, 1 / 1260, -1 / 1680, 1 / 1188, -691 / 360360, 1 / 1
 def stirling_remainder(z: Tensor) -> Tensor:
     """s(z) = log Gamma(z) - (z - 1/2) log z + z - (1/2) log 2 pi, for z > 0.
 
-    log Gamma(1,000) is 5,905, of which single precision knows 0.0005; s(1,000) is 1 / 12,000. Where log-gamma functions
-    are subtracted from each other, as in a Beta's density, their large parts cancel on paper and s is what is left. By
-    its series from z = 8 on, and below from log Gamma(z + 8) = log Gamma(z) + sum_k log(z + k), k = 0, ..., 7, as
+    log Gamma(1,000) is 5,905, which single precision resolves to 0.0005; s(1,000) is 1 / 12,000. Where log-gamma
+    functions are subtracted, as in a Beta's density, their large parts cancel on paper and s is left. It is computed by
+    its series for z >= 8, and below from log Gamma(z + 8) = log Gamma(z) + sum_k log(z + k), k = 0, ..., 7, as
 
-        s(z) = s(z + 8) - (z + 1/2) log [z / (z + 8)] - log prod_{k = 1}^{7} [(z + k) / (z + 8)] - 8,
-
-    no term of which is large: two logarithms, where log Gamma and its derivative take many times as long.
+        s(z) = s(z + 8) - (z + 1/2) log [z / (z + 8)] - log prod_{k = 1}^{7} [(z + k) / (z + 8)] - 8.
 
     Reference: Abramowitz and Stegun 1964, 6.1.40 (the series) and 6.1.15 (the recurrence).
     """

@@ -82,9 +82,8 @@ def _exit_with(error: object) -> NoReturn:
 def stop_on_signals(words: str = "") -> Iterator[Callable[[], bool]]:
     """Yield a function that says whether SIGINT or SIGTERM has arrived; a second signal ends the block at once.
 
-    At its next safe point the block raises ``Interrupted(words)``, where words say what is kept and how to continue,
-    or simply ends. In both cases ``Interrupted`` with the signal's number leaves this context. A signal that the
-    process ignores stays ignored. Outside the main thread, where signals cannot be handled, the function returns False.
+    The block raises ``Interrupted`` at its next safe point, or ends. In both cases ``Interrupted`` with the signal's
+    number leaves this context. Outside the main thread, where signals cannot be handled, the function returns False.
 
     Args:
         words: The message of ``Interrupted`` when the block came to its end.

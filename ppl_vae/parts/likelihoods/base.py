@@ -26,21 +26,12 @@ def planes(h: Tensor, num: int, event_shape: Sequence[int]) -> tuple[Tensor, ...
 
 
 def unbounded(value: Tensor, limit: float) -> Tensor:
-    """The inverse of ``numerics.bounded``, for values clamped to 0.98 of the limit.
-
-    Args:
-        value: of any shape, also the result's.
-        limit: as in ``bounded``.
-    """
+    """The inverse of ``numerics.bounded``, for values of any shape, clamped to 0.98 of the limit."""
     return limit * (value / limit).clamp(-_LARGEST_SHARE, _LARGEST_SHARE).atanh()
 
 
 def independent_pixels(p_x: dist.TorchDistribution, because: str) -> dist.Independent:
-    """p(x | z) itself, once it is known that its pixels are independent given z.
-
-    Raises:
-        ValueError: they are not; ``because`` says why they must be.
-    """
+    """Return p(x | z). Raises ValueError, with the words ``because``, unless pixels are independent given z."""
     if not isinstance(p_x, dist.Independent) or p_x.base_dist.event_shape:
         raise ValueError(
             f"likelihood: expected pixels that are independent given z (Independent over the whole image), got "
@@ -103,11 +94,7 @@ class Pixel(dist.TorchDistribution):
 
 
 def mean_logs(x: Tensor, *, chunk: int = 1000) -> tuple[Tensor, Tensor]:
-    """mean_n log x_nd and mean_n log(1 - x_nd). x: (N, *E), strictly inside (0, 1) -> (prod(E),) and (prod(E),).
-
-    Args:
-        chunk: images whose logarithms are held at once.
-    """
+    """mean_n log x_nd and mean_n log(1 - x_nd). x: (N, *E), strictly inside (0, 1) -> (prod(E),) and (prod(E),)."""
     parts = x.flatten(1).split(chunk)
     log_x = sum(part.log().sum(0, dtype=torch.double) for part in parts)
     log_rest = sum(torch.log1p(-part).sum(0, dtype=torch.double) for part in parts)
@@ -115,11 +102,7 @@ def mean_logs(x: Tensor, *, chunk: int = 1000) -> tuple[Tensor, Tensor]:
 
 
 def level_counts(x: Tensor, *, chunk: int = 1000) -> Tensor:
-    """How many images have level v at pixel d. x: (N, *E), levels -> (prod(E), 256), float64.
-
-    Args:
-        chunk: images whose levels are held as indices at once.
-    """
+    """How many images have level v at pixel d. x: (N, *E), levels -> (prod(E), 256), float64."""
     x = x.flatten(1)
     D = x.shape[1]
     offset = NUM_LEVELS * torch.arange(D, device=x.device)
@@ -130,11 +113,7 @@ def level_counts(x: Tensor, *, chunk: int = 1000) -> Tensor:
 
 
 def median_and_deviation(x: Tensor, *, chunk: int = 64) -> tuple[Tensor, Tensor]:
-    """median_n x_nd and mean_n |x_nd - median_n x_nd|. x: (N, *E) -> (prod(E),) and (prod(E),), float64.
-
-    Args:
-        chunk: pixels that are sorted at once.
-    """
+    """median_n x_nd and mean_n |x_nd - median_n x_nd|. x: (N, *E) -> (prod(E),) and (prod(E),), float64."""
     medians, deviations = [], []
     for columns in x.flatten(1).split(chunk, dim=1):
         part = columns.T.contiguous()
@@ -145,7 +124,7 @@ def median_and_deviation(x: Tensor, *, chunk: int = 64) -> tuple[Tensor, Tensor]
 
 @torch.enable_grad()
 def ascend(log_p: Callable[[Tensor], Tensor], start: Tensor, *, steps: int = 60, rate: float = 0.3) -> Tensor:
-    """A maximum of log_p near ``start`` for each pixel, where no formula gives it. Adam's steps, a cosine of them.
+    """A maximum of log_p near ``start`` for each pixel, by Adam with a cosine schedule.
 
     Args:
         log_p: (F, D) features of D pixels -> (D,) nats, those of a pixel by its own features alone.

@@ -49,21 +49,21 @@ def fit_independent_pixels(
 ) -> Callable[[Tensor], Tensor]:
     """log prod_d p(x_d), each p of the family's kind, fitted to its own pixel or column by maximum likelihood.
 
-    Parameters that the family shares between pixels are fitted for each pixel here: a normal has a location and a scale
-    in each. For a density of dequantized levels, the exact masses of levels are maximized and returned. A rate or a
-    share of 0 is replaced by half a count, or 1/256 of one; a constant pixel's scale is a thousandth of the spread of
-    all pixels. A family that this function does not know is fitted by its own ``fit_marginals``.
+    Every pixel has its own parameters: a normal has a location and a scale in each. For a density of dequantized
+    levels, the exact masses of levels are maximized and returned. A rate or a share of 0 is replaced by half a count,
+    or 1/256 of one; a constant pixel's scale is a thousandth of the spread of all pixels. Other families are fitted by
+    their ``fit_marginals``.
 
     Args:
-        family: a likelihood. Its own parameters may change, as by ``fit_marginals``.
+        family: A likelihood, whose parameters may change, as by ``fit_marginals``.
         x: (N, *E) training images as the model sees them.
-        is_dequantized: whether x is (level + u) / 256.
+        is_dequantized: Whether x is (level + u) / 256.
 
     Returns:
         Images (n, *E) -> (n,) nats; where x is dequantized, of levels.
 
     Raises:
-        ValueError: a density of real numbers, where every pixel is constant.
+        ValueError: Every pixel is constant, under a density of real numbers.
     """
     if isinstance(family, (*_REAL, Logit, LogitNormal)):
         pixels = _fit_location_and_scale(family, x.flatten(1), is_dequantized=is_dequantized)

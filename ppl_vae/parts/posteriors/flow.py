@@ -38,17 +38,14 @@ class MaskedNetwork(nn.Module):
     """h_l = net_l({u_m: order_m < order_l}, c): one network with features for every latent, its weights masked.
 
     A hidden unit of degree d depends on the latents of order below d, and those of order d and above depend on it.
-    Degrees are spread evenly; units of degree 0 depend on the context alone. The context is added in the first layer,
-    so that it is multiplied once per image and not once per particle. h starts at 0.
+    Degrees are spread evenly. The context is added in the first layer, so that it is multiplied once per image and not
+    once per particle. h starts at 0.
 
     Args:
         order: L integers from 0.
         num_features: F, of each latent.
         context_dim: C.
-        hidden: widths of the hidden layers, at least one.
-
-    Raises:
-        ValueError: no hidden layer.
+        hidden: The widths of the hidden layers. Raises ValueError for none.
 
     Reference: Germain et al. 2015 (MADE), arXiv 1502.03509, equations 8 to 11; the even degrees and the context as in
     Papamakarios et al. 2017, arXiv 1705.07057, section 3.4.
@@ -88,9 +85,7 @@ class Autoregressive(nn.Module):
     Args:
         order: L integers from 0; each latent is mapped given those of lower order.
         univariate: t, of ``num_features`` features, monotone in its argument.
-        num_features: F.
-        context_dim: C.
-        hidden: widths of the network's hidden layers.
+        num_features, context_dim, hidden: As in ``MaskedNetwork``.
 
     Reference: Kingma et al. 2016, arXiv 1606.04934; as one layer with its couplings in Papamakarios et al. 2021,
     arXiv 1912.02762, section 3.1.
@@ -131,15 +126,14 @@ class Autoregressive(nn.Module):
 class FlowPosterior(nn.Module):
     """q(z | h) of z = loc + scale f(u; c), u ~ N(0, I), with h = (loc, feature, c) and log scale = g(feature).
 
-    log q(z | h) = log N(u; 0, I) - log |det df/du| - sum_l log scale_l. f acts on the noise, not on z, so that the flow
-    has its full resolution whatever the location and width of the posterior; the family of distributions is the same.
-
-    The density of the distribution's own draw is cached. At any other z the layers are inverted.
+    log q(z | h) = log N(u; 0, I) - log |det df/du| - sum_l log scale_l. f acts on the noise, so that its resolution
+    does not depend on the location and width of the posterior. The density of the distribution's own draw is cached; at
+    any other z the layers are inverted.
 
     Args:
         latent_dim: L.
-        layers: of f, each (u (..., L), c (..., C)) -> the value and its log |det|, with an ``inverse`` likewise.
-        context_dim: C, how many features of an image the layers see.
+        layers: Of f, each (u (..., L), c (..., C)) -> the value and its log |det|, with an ``inverse`` likewise.
+        context_dim: C, the features of an image that the layers see.
         log_scale: g, elementwise; by default 7 tanh(feature / 7).
 
     Reference: Rezende and Mohamed 2015, arXiv 1505.05770; Kingma et al. 2016, arXiv 1606.04934, section 3, where the
@@ -248,14 +242,7 @@ def inverse_autoregressive_flow(
     """A flow of affine layers that map each latent given all before it, in alternating order.
 
     A draw and its density take one pass per layer; the density at any other z takes L sequential passes. It starts as
-    the diagonal normal.
-
-    Args:
-        latent_dim: L.
-        context_dim: C.
-        num_layers: of f.
-        hidden: widths of each layer's hidden layers.
-        log_scale: as in ``FlowPosterior``.
+    the diagonal normal. Arguments as ``FlowPosterior``, with the number of layers and the widths of their networks.
 
     Reference: Kingma et al. 2016, arXiv 1606.04934, section 4.
     """
@@ -285,17 +272,9 @@ def spline_flow(
     """A flow of spline couplings: one half of the latents given the context, the other given the first half too.
 
     A draw and its density take one pass per layer; the density at any other z takes two. Layers come in pairs that swap
-    the halves; a latent's half in the k-th pair is the k-th bit of its index, so that after log2(L) pairs any two
-    latents have been in different halves. It starts as the diagonal normal. Beyond 5 scales each layer is the identity,
-    so the tails are those of a normal.
-
-    Args:
-        latent_dim: L.
-        context_dim: C.
-        num_layers: of f.
-        hidden: widths of each layer's hidden layers.
-        num_bins: K, of each spline.
-        log_scale: as in ``FlowPosterior``.
+    the halves; a latent's half in the k-th pair is the k-th bit of its index. It starts as the diagonal normal, and
+    keeps a normal's tails: beyond 5 scales each layer is the identity. Arguments as ``inverse_autoregressive_flow``,
+    with the number of bins of each spline.
 
     Reference: Durkan et al. 2019, arXiv 1906.04032, section 3; which half is which is ours.
     """
@@ -327,13 +306,5 @@ def flow_posterior(
     hidden: Sequence[int],
     log_scale: Callable[[Tensor], Tensor] = bounded_log_scale,
 ) -> FlowPosterior:
-    """A normal followed by layers that depend on ``hidden[0]`` features of the image.
-
-    Args:
-        latent_dim: L.
-        flow: ``inverse_autoregressive_flow`` or ``spline_flow``.
-        num_layers: The number of layers.
-        hidden: Widths of the hidden layers of each layer's network.
-        log_scale: From features to log-scales, elementwise.
-    """
+    """``flow``, of the two above, with layers that depend on ``hidden[0]`` features of the image."""
     return flow(latent_dim, context_dim=hidden[0], num_layers=num_layers, hidden=hidden, log_scale=log_scale)

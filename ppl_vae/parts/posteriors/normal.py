@@ -20,11 +20,8 @@ MAX_LOG_SCALE = 7.0
 def bounded_log_scale(h: Tensor) -> Tensor:
     """log sigma = 7 tanh(h / 7): the map from a feature to a latent's log-scale, in the shape of h.
 
-    It has slope one at h = 0, where it gives sigma = 1, the prior's scale; it is smooth, with a gradient for every
-    feature up to |h| = 60 in float32; and it is bounded. An unbounded exp(h) overflows the KL after one bad step (at
-    h = 50, sigma^2 = 10^43), and lets a scale vanish, where log q(z | x) is infinite; softplus cannot overflow, but its
-    slope makes small scales slow to learn and needs an epsilon at the bottom. A posterior narrower than 0.0009 prior
-    scales cannot be expressed.
+    It has slope one at h = 0, where sigma = 1, and a gradient up to |h| = 60 in float32. An unbounded exp(h) overflows
+    the KL after one bad step (at h = 50, sigma^2 = 10^43); softplus is slow to learn small scales.
 
     Source: ours.
     """
@@ -77,13 +74,12 @@ class DiagonalNormal(nn.Module):
 class FullNormal(nn.Module):
     """q(z | h) = Normal(z; loc, T T'), T = diag(scale) (I + U / sqrt(L)), with h = (loc, feature, U).
 
-    log scale = g(feature), and U is strictly lower triangular. Its entries are relative to the scale of their row, so
-    that a latent can become narrow without relearning its correlations, and to 1 / sqrt(L), so that features of order
-    one give marginal scales of order one for every L. They are unbounded, so every correlation can be reached. h = 0 is
-    N(0, I).
+    log scale = g(feature), and U is strictly lower triangular and unbounded. Its entries are relative to the scale of
+    their row, so that a latent can become narrow without relearning its correlations, and to 1 / sqrt(L), so that
+    features of order one give marginal scales of order one. h = 0 is N(0, I).
 
     The density of the distribution's own draw comes from its noise, and stays exact in float32 where T is nearly
-    singular; at any other z a triangular system is solved.
+    singular.
 
     Args:
         latent_dim: L.
@@ -150,8 +146,8 @@ def _kl_full_diagonal(q: MultivariateNormal, p: Independent) -> Tensor:
 class Delta(nn.Module):
     """q(z | h) = delta(z - h): the deterministic guide of a plain autoencoder.
 
-    It has no density: a model with it has reconstructions, and neither an ELBO nor a log-likelihood. Trained with the
-    latent sites' weight 0, the loss is -log p(x | z(x)).
+    A model with it has reconstructions, and neither an ELBO nor a log-likelihood. With beta 0 the loss is
+    -log p(x | z(x)).
 
     Args:
         latent_dim: L.
@@ -172,7 +168,6 @@ class Delta(nn.Module):
 class CachedLogProb:
     """A draw z of a distribution, with log q(z) from the noise that z was made from.
 
-    It belongs to the distribution of one call of the guide, not to the module, so nothing carries over between calls.
     The gradient of log q(z) in the parameters is the total one, through z too; for the partial one, evaluate the
     density at ``z.detach()``.
 

@@ -166,7 +166,7 @@ def reconstruction(
     """log p(x | z) for one z ~ q(z | x) per image: the measure of an autoencoder, whose z is a function of x.
 
     It is neither a log-likelihood nor a bound on one: it ignores how probable z is and how many z would do. The guide
-    may have no density. Groups, ranks, seeds, memory and arguments are as in ``evaluate``, and it raises the same errors.
+    may have no density. Groups, ranks, seeds, memory and arguments are as in ``evaluate``; it raises the same errors.
 
     Returns:
         (N,) nats, float64.

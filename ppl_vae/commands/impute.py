@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,7 +11,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ppl_vae import runs
-from ppl_vae.commands.options import SIDES, Impute
+from ppl_vae.commands.options import Impute
 from ppl_vae.data.array_files import read_array_header
 from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.evidence.evaluation import evaluate
@@ -23,7 +22,7 @@ from ppl_vae.reports.text.images import FEW_PARTICLES, describe_imputation
 from ppl_vae.runs.fit_arguments import find_device
 from ppl_vae.runs.image_results import ImputationSummary, ImputedImage
 from ppl_vae.runs.open import Images, Run, Say, check_density, load_evaluated_vae, load_given_images, open_run
-from ppl_vae.runs.outputs import make_output_folder, remove_if_empty, remove_record, write_arrays, write_figure
+from ppl_vae.runs.outputs import make_output_folder, write_arrays, write_figure
 from ppl_vae.runs.results import ImagesMean, Quantiles, to_json
 from ppl_vae.runtime.global_state import seeded
 from ppl_vae.runtime.progress import progress_bar
@@ -33,38 +32,13 @@ _NUM_SHOWN, _DRAWS_SHOWN = 10, 3
 _MISSING_COLOR = (0.36, 0.55, 0.80)
 
 
-class _MaskedImages(NamedTuple):
-    """Images with missing pixels, and how they were read.
-
-    Args:
-        source: a split's name, or an absolute path.
-        x: (n, *E), NaN where a pixel is missing.
-        truth: (n, *E), NaN where nobody knows the pixel.
-        names: (n).
-        notes: sentences for the user.
-    """
-
-    source: str
-    x: Tensor
-    truth: Tensor
-    names: tuple[str, ...]
-    notes: tuple[str, ...]
-
-
 def impute_images(options: Impute, *, say: Say) -> Path:
-    """Estimates log p(x_observed) of images, and draws x_missing ~ p(x_missing | x_observed).
+    """Estimates log p(x_observed) of images, draws x_missing ~ p(x_missing | x_observed), and returns the folder.
 
     Writes imputed.npz, imputations.json and imputations.png. imputed.npz holds ``draws`` (M, n, *E), ``mean`` (n, *E),
     ``mask`` (n, *E) (1 = observed), ``log_likelihood_observed`` and ``ess`` (n,), and ``names``. If pixels were hidden
     from images that are otherwise complete, it also holds ``log_likelihood_hidden``, log p(x_hidden | x_observed) =
     log p(x) - log p(x_observed), with NaN for the other images.
-
-    Args:
-        options: The command's options.
-        say: Takes each line for the reader.
-
-    Returns:
-        The folder that was written.
 
     Raises:
         ValueError: no run, a damaged one, an autoencoder, other data than it was trained on, images or a mask that do
@@ -72,56 +46,38 @@ def impute_images(options: Impute, *, say: Say) -> Path:
     """
     run = open_run(options.run_dir, dataset=options.dataset, data_dir=options.data_dir)
     check_density(run, "p(x_missing | x_observed) to draw from")
-    place = find_device(options.device)
+    place, S = find_device(options.device), options.num_particles
     vae = load_evaluated_vae(run).to(place)
-    given = _hide_pixels(
-        load_given_images(run, options.images_path, most=options.images, seed=options.seed), options.mask, options.hide
-    )
+    given = load_given_images(run, options.images_path, most=options.images, seed=options.seed)
+    x = torch.where(_find_observed(given, options), given.x, torch.nan)
     folder = make_output_folder(options.output, run.folder / "imputations")
-    with remove_if_empty(folder):
-        result = _impute_masked(vae, given, options.num_particles, options.num_draws, options.seed, place)
-        hidden = _estimate_hidden(vae, given, result, place, options.num_particles, options.seed)
-    summary = _summarize(run, given, result, hidden, options)
-    _write(folder, run, given, result, hidden, summary, say)
-    return folder
-
-
-def _impute_masked(
-    vae: VAE, given: _MaskedImages, num_particles: int, num_draws: int, seed: int, place: torch.device
-) -> Imputation:
-    """On the CPU."""
     title = f"imputing {Path(given.source).name}"
-    with seeded(seed, place), progress_bar(total=len(given.x), unit="image", desc=title) as bar:
-        result = impute(
-            Observed(vae), given.x.to(place), num_particles=num_particles, num_draws=num_draws, progress=bar.update
-        )
-    return Imputation(*(values.cpu() for values in vars(result).values()))
-
-
-def _write(
-    folder: Path,
-    run: Run,
-    given: _MaskedImages,
-    result: Imputation,
-    hidden: Tensor,
-    summary: ImputationSummary,
-    say: Say,
-) -> None:
-    """Writes the arrays, the picture, and last imputations.json, and prints the result."""
-    table, picture = len(run.splits.event_shape) == 1, folder / "imputations.png"
-    figure = None if table else draw_imputations(choose_display(run), given.x, given.truth, result)
-    if replaced := remove_record(folder / "imputations.json"):
-        say(replaced)
-    write_arrays(folder / "imputed.npz", _make_arrays(given, result, hidden))
-    if figure is None:
+    with seeded(options.seed, place), progress_bar(total=len(x), unit="image", desc=title) as bar:
+        found = impute(Observed(vae), x.to(place), num_particles=S, num_draws=options.num_draws, progress=bar.update)
+    result = Imputation(*(values.cpu() for values in vars(found).values()))
+    hidden = _estimate_hidden(vae, x, given.x, result, options)
+    arrays = {
+        "draws": result.draws,
+        "mean": result.mean,
+        "mask": (~x.isnan()).byte(),
+        "log_likelihood_observed": result.log_evidence,
+        "ess": result.ess,
+    }
+    if not hidden.isnan().all():
+        arrays |= {"log_likelihood_hidden": hidden}
+    summary = _summarize(run, given, x, result, hidden, options)
+    picture, is_table = folder / "imputations.png", len(run.splits.event_shape) == 1
+    (folder / "imputations.json").unlink(missing_ok=True)  # the last that is written: it never describes other arrays
+    write_arrays(folder / "imputed.npz", arrays, given.names)
+    if is_table:
         picture.unlink(missing_ok=True)
-        say("The data is a table, (N, D): there is no picture.")
     else:
-        write_figure(picture, figure)
+        write_figure(picture, draw_imputations(choose_display(run), x, given.x, result))
     runs.write_json(folder / "imputations.json", to_json(summary))
     for line in (*given.notes, *describe_imputation(summary)):
         say(line)
-    say(f"In {folder}: imputed.npz (draws, means, mask), imputations.json{', imputations.png' * (not table)}")
+    say(f"In {folder}: imputed.npz (draws, means, mask), imputations.json{', imputations.png' * (not is_table)}")
+    return folder
 
 
 # --- What is missing ---
@@ -147,19 +103,16 @@ def read_mask(path: str, num_images: int, event_shape: tuple[int, ...]) -> Tenso
         raise ValueError(f"--mask: {path}: expected an .npy file of zeros and ones, got something else") from None
     if array.dtype.kind not in "buif" or not ((array == 0) | (array == 1)).all():
         raise ValueError(f"--mask: {path}: expected zeros (missing) and ones (observed) alone, got other values")
-    one, plane, channels_last = event_shape, event_shape[-2:], (*event_shape[1:], event_shape[0])
-    observed = torch.from_numpy(array.astype(bool))
-    if array.shape == one:
-        return observed[None]
-    if array.shape == (num_images, *one):
-        return observed
-    if len(event_shape) == 3 and array.shape in (plane, (num_images, *plane)):
-        return observed.reshape(-1, 1, *plane).expand(-1, *one)
-    if len(event_shape) == 3 and array.shape == (num_images, *channels_last):
+    observed, whole = torch.from_numpy(array.astype(bool)), tuple(event_shape)
+    if array.shape in (whole, (num_images, *whole)):
+        return observed.reshape(-1, *whole)
+    if len(whole) == 3 and array.shape in (whole[1:], (num_images, *whole[1:])):
+        return observed.reshape(-1, 1, *whole[1:]).expand(-1, *whole)
+    if len(whole) == 3 and array.shape == (num_images, *whole[1:], whole[0]):
         return observed.permute(0, 3, 1, 2)
     raise ValueError(
-        f"--mask: {path}: expected the shape of an image {one} or of {num_images:,} images "
-        f"{(num_images, *one)}{', with or without channels' * (len(one) == 3)}, got {array.shape}"
+        f"--mask: {path}: expected the shape of an image {whole} or of {num_images:,} images {(num_images, *whole)}, "
+        f"also without channels, got {array.shape}"
     )
 
 
@@ -167,10 +120,8 @@ def hide_half(side: str, event_shape: tuple[int, ...]) -> Tensor:
     """A mask (1, *E) that is False in one half of the image, the smaller one for an odd size.
 
     Raises:
-        ValueError: no such side, or a table, which has none.
+        ValueError: a table, which has no sides.
     """
-    if side not in SIDES:
-        raise ValueError(f"--hide: expected one of {', '.join(SIDES)}, got {side!r}")
     if len(event_shape) != 3:
         raise ValueError(f"--hide: expected images (C, H, W), got a table of shape {event_shape}; --mask hides in one")
     observed = torch.ones(1, *event_shape, dtype=torch.bool)
@@ -181,63 +132,49 @@ def hide_half(side: str, event_shape: tuple[int, ...]) -> Tensor:
     return observed
 
 
-def _hide_pixels(found: Images, mask: str | None, hide: str | None) -> _MaskedImages:
-    """The images, with NaN for pixels that the mask hides. A mask belongs to all images that were found."""
-    if mask is not None and hide is not None:
+def _find_observed(found: Images, options: Impute) -> Tensor:
+    """(n, *E), False where the mask hides a pixel. A mask belongs to all images that were found."""
+    if options.mask is not None and options.hide is not None:
         raise ValueError("--hide: expected one of --mask and --hide, got both")
     event_shape = tuple(found.x.shape[1:])
     observed = torch.ones(1, *event_shape, dtype=torch.bool)
-    if mask is not None:
-        observed = read_mask(mask, found.num_found, event_shape)
-    elif hide is not None:
-        observed = hide_half(hide, event_shape)
-    observed = observed.expand(found.num_found, *event_shape)[found.places]
-    return _MaskedImages(found.source, torch.where(observed, found.x, torch.nan), found.x, found.names, found.notes)
+    if options.mask is not None:
+        observed = read_mask(options.mask, found.num_found, event_shape)
+    elif options.hide is not None:
+        observed = hide_half(options.hide, event_shape)
+    return observed.expand(found.num_found, *event_shape)[found.places]
 
 
 # --- Numbers ---
 
 
-def _estimate_hidden(
-    vae: VAE, given: _MaskedImages, result: Imputation, place: torch.device, num_particles: int, seed: int
-) -> Tensor:
+def _estimate_hidden(vae: VAE, x: Tensor, truth: Tensor, result: Imputation, options: Impute) -> Tensor:
     """log p(x_hidden | x_observed) = log p(x) - log p(x_observed) of each image, (n,) nats.
 
     NaN for an image without a hidden pixel, and for one with pixels that nobody knows.
 
     Both terms are bounds with S particles; their difference is an estimate and no bound.
     """
-    hidden = given.x.isnan().flatten(1).any(1) & ~given.truth.isnan().flatten(1).any(1)
+    hidden = x.isnan().flatten(1).any(1) & ~truth.isnan().flatten(1).any(1)
     log_p = torch.full((len(hidden),), torch.nan, dtype=torch.double)
     if hidden.any():
-        whole = evaluate(vae, given.truth[hidden].to(place), num_particles=num_particles, seed=seed).log_evidence
-        log_p[hidden] = whole.cpu() - result.log_evidence[hidden]
+        whole = truth[hidden].to(find_device(options.device))
+        found = evaluate(vae, whole, num_particles=options.num_particles, seed=options.seed).log_evidence
+        log_p[hidden] = found.cpu() - result.log_evidence[hidden]
     return log_p
 
 
-def _make_arrays(given: _MaskedImages, result: Imputation, hidden: Tensor) -> dict[str, Any]:
-    arrays: dict[str, Any] = {
-        "draws": result.draws.numpy(),
-        "mean": result.mean.numpy(),
-        "mask": (~given.x.isnan()).numpy().astype(np.uint8),
-        "log_likelihood_observed": result.log_evidence.numpy(),
-        "ess": result.ess.numpy(),
-        "names": np.array(given.names),
-    }
-    return arrays if hidden.isnan().all() else arrays | {"log_likelihood_hidden": hidden.numpy()}
-
-
 def _summarize(
-    run: Run, given: _MaskedImages, result: Imputation, hidden: Tensor, options: Impute
+    run: Run, given: Images, x: Tensor, result: Imputation, hidden: Tensor, options: Impute
 ) -> ImputationSummary:
-    missing = given.x.isnan().flatten(1)
+    missing = x.isnan().flatten(1)
     incomplete, known = missing.any(1), hidden[~hidden.isnan()]
     columns = (missing.sum(1), result.log_evidence, result.ess, hidden)
     of_known = Estimate.from_values(known, options.num_particles) if len(known) else None
     return ImputationSummary(
         **vars(run.provenance),
         images=given.source,
-        num_images=len(given.x),
+        num_images=len(x),
         num_particles=options.num_particles,
         missing_pixels=int(missing.sum()),
         num_pixels=missing.numel(),

@@ -18,7 +18,7 @@ from ppl_vae.reports.text.captions import NOT_TRAINED_ON_PRIOR
 from ppl_vae.runs.build import is_autoencoder
 from ppl_vae.runs.fit_arguments import find_device
 from ppl_vae.runs.open import Say, load_evaluated_vae, open_run_or_export
-from ppl_vae.runs.outputs import make_output_folder, remove_if_empty, write_arrays, write_figure, write_picture
+from ppl_vae.runs.outputs import make_output_folder, write_arrays, write_figure, write_picture
 from ppl_vae.runtime.batching import images_per_pass
 from ppl_vae.runtime.global_state import seeded, serialize_threads
 from ppl_vae.vae import VAE
@@ -62,13 +62,6 @@ def sample_run(options: Sample, *, say: Say) -> Path:
     that p(x | z) draws independently. The draws themselves are in samples.npz. Tables have no pictures. An export needs
     no data for it.
 
-    Args:
-        options: The command's options.
-        say: Takes each line for the reader.
-
-    Returns:
-        The folder that was written.
-
     Raises:
         ValueError: no run, a damaged one, other data than it was trained on, or a folder that holds something.
     """
@@ -78,9 +71,9 @@ def sample_run(options: Sample, *, say: Say) -> Path:
     if is_autoencoder(run.options):
         say(f"No samples of a model: these are decoded draws of N(0, I), {NOT_TRAINED_ON_PRIOR}.")
     folder = make_output_folder(options.output, run.folder / "samples")
-    with remove_if_empty(folder), seeded(options.seed, place):
+    with seeded(options.seed, place):
         samples = Samples(*(values.cpu() for values in sample(vae, options.num_samples)))
-    write_arrays(folder / "samples.npz", {name: values.numpy() for name, values in samples._asdict().items()})
+    write_arrays(folder / "samples.npz", samples._asdict())
     say(f"{options.num_samples:,} samples, z ~ p(z), x ~ p(x | z), seed {options.seed}, in {folder}:")
     say("  samples.npz: z, mean E[x | z], and images x ~ p(x | z)")
     if len(run.splits.event_shape) == 1:

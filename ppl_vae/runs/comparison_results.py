@@ -41,7 +41,6 @@ class ComparedPair:
         bound: "better", "worse" or "not distinguishable".
         ranks_log_likelihood: Whether log p(x) ranks as the bounds do (``paired.BoundDifference``).
         verdict: The comparison in one sentence.
-        same_noise: Whether both guides draw the same numbers from one seed.
     """
 
     name: str
@@ -55,7 +54,6 @@ class ComparedPair:
     bound: str
     ranks_log_likelihood: bool
     verdict: str
-    same_noise: bool
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 
 from ppl_vae import runs
 
@@ -32,35 +31,6 @@ def make_output_folder(output: str | None, default: Path) -> Path:
     except OSError as error:
         raise ValueError(f"--output: {folder} cannot be made: {error.strerror}") from None
     return folder
-
-
-@contextmanager
-def remove_if_empty(folder: Path) -> Iterator[None]:
-    """Removes the folder if the block fails before anything is written into it."""
-    try:
-        yield
-    except BaseException:
-        with suppress(OSError):  # it holds something
-            folder.rmdir()
-        raise
-
-
-def remove_record(path: Path) -> str | None:
-    """Removes the JSON that describes a folder's other files, before they are replaced.
-
-    It is written again as the last file, so that it never describes files of other images.
-
-    Returns:
-        What is replaced, in words; None if there was no such file.
-    """
-    if not path.exists():
-        return None
-    try:
-        former = runs.read_json(path).get("images", "images that it does not name")
-    except ValueError:
-        former = "images that are not known, since its record is damaged"
-    path.unlink()
-    return f"Replaces the results in {path.parent}, of {former}."
 
 
 def write_figure(path: Path, figure: Figure) -> None:
@@ -84,8 +54,11 @@ def write_picture(path: Path, levels: NDArray[np.uint8]) -> None:
         raise
 
 
-def write_arrays(path: Path, arrays: dict[str, Any]) -> None:
-    """Writes named arrays as compressed .npz, without pickle."""
+def write_arrays(path: Path, tensors: Mapping[str, Tensor], names: Sequence[str] = ()) -> None:
+    """Writes tensors, and the names of images as "names", as compressed .npz without pickle."""
+    arrays = {name: values.numpy() for name, values in tensors.items()}
+    if names:
+        arrays["names"] = np.array(names)
     npz = io.BytesIO()
-    np.savez_compressed(npz, **arrays)
+    np.savez_compressed(npz, **arrays)  # type: ignore[arg-type]
     runs.write_bytes(path, npz.getvalue())

@@ -37,7 +37,8 @@ def compare_in_words(name: str, baseline: str, found: PairedDifference) -> str:
 def describe_comparison(found: Comparison) -> list[str]:
     """A comparison of runs, line by line."""
     S = found.num_particles
-    lines = [comparison_title(found), *_describe_source(found)]
+    stored = "taken from the runs' stored evaluations, which are of exactly this kind"
+    lines = [comparison_title(found), f"  {stored if found.stored_evaluations else 'evaluated now'}"]
     for run in found.runs:
         bits = f" ({run.bits_per_dim.mean:.4f} bits per dimension)" if run.bits_per_dim else ""
         gained = "" if math.isnan(run.rise) else f"; ten times the particles gained {run.rise:.3f}"
@@ -54,18 +55,6 @@ def describe_comparison(found: Comparison) -> list[str]:
         "One training each: these trained models are compared, not methods. Another seed moves a VAE by "
         f"{low} to {high} nats, so a claim about methods under {high} nats needs several seeds of each.",
     ]
-
-
-def _describe_source(found: Comparison) -> list[str]:
-    source = "evaluated now; the run folders are left as they are"
-    noise = "matched: the guides draw the same numbers"
-    if found.stored_evaluations:
-        source = "taken from the runs' stored evaluations, which are of exactly this kind"
-        noise = "matched, where all were evaluated on one kind of device: the guides draw the same numbers"
-    unmatched = [pair.name for pair in found.comparisons if not pair.same_noise]
-    if unmatched:
-        noise = f"not matched for {', '.join(unmatched)}: the guide draws other numbers from the same seed"
-    return [f"  {source}", f"  noise of the particles {noise}"]
 
 
 def _describe_errors(pair: ComparedPair) -> str:

@@ -25,7 +25,6 @@ from ppl_vae.commands import certify as certificate
 from ppl_vae.commands.certify import certify_run
 from ppl_vae.commands.options import Certify
 from ppl_vae.evidence import ais
-from ppl_vae.reports.text.certificate import certificate_table
 from ppl_vae.runs.certificate_results import Certificate, add_certificate, read_certificates
 from ppl_vae.runs.files import replace_non_finite
 from ppl_vae.runs.options import PLAIN, Options
@@ -351,13 +350,3 @@ def test_a_certificate_is_added_to_a_file_of_them_and_replaces_its_own(certified
         found = from_json(Certificate, replace_non_finite(entry | {"ais": entry["ais"] | {"mean": mean}}))
         add_certificate(output, run, found, "cpu")
     assert [(row.run, row.ais.mean) for row in read_certificates(output)] == [("a", -1.0), ("b", -3.0)]
-
-
-def test_the_readmes_table_is_that_of_the_stored_certificates() -> None:
-    stored = read_certificates(ROOT / "scripts" / "results" / "certificates.json")
-    rows = [(row.run, row, row.environment["threads"]) for row in stored]
-    section = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## Certify a likelihood\n")[1]
-    section = section.split("\n## ")[0]
-    assert rows
-    assert f"\n\n{certificate_table(rows)}\n\n" in section
-    assert section.count("\n|") == 2 + len(rows)

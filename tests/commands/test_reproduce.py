@@ -23,7 +23,7 @@ from ppl_vae.commands.reproduce import (
     shorten_stages,
     write_row,
 )
-from ppl_vae.reports.text.reproduction import reproduction_table, seeds_table
+from ppl_vae.reports.text.reproduction import reproduction_table
 from ppl_vae.runs import recipes
 from ppl_vae.runs.recipes import Recipe
 from ppl_vae.runs.reproduction_results import Published, Reproduction
@@ -249,15 +249,6 @@ def test_the_table_has_a_line_a_row():
         "| 400 | 64 | 0 | +0.01 |"
     )
     assert "| 200 (of 400), bf16 |" in lines[1]
-
-
-def test_the_readmes_table_is_that_of_the_stored_rows():
-    rows = read_rows(str(ROOT / "scripts" / "results" / "reproductions.json"))
-    section = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## Published results\n")[1].split("\n## ")[0]
-    tables = [table for table in (reproduction_table(rows), seeds_table(rows)) if table]
-    for table in tables:
-        assert f"\n\n{table}\n\n" in section
-    assert section.count("\n|") == sum(len(table.splitlines()) for table in tables)
 
 
 # --- What is refused, before any training ---

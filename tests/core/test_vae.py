@@ -69,7 +69,7 @@ def test_the_decoder_takes_a_particle_dimension_and_equals_a_loop():
 
 
 def _registered(vae):
-    """The README's lines: SVI finds parameters in the store, where pyro.module puts them."""
+    """The manual's lines: SVI finds parameters in the store, where pyro.module puts them."""
 
     def model(x):
         pyro.module("vae", vae)

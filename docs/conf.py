@@ -1,0 +1,49 @@
+"""How Sphinx builds the manual; ``python scripts/make_docs.py`` calls it."""
+
+import re
+
+project = "ppl_vae"
+author = "ppl_vae contributors"
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+myst_heading_anchors = 3
+html_theme = "furo"
+html_title = "ppl_vae"
+html_copy_source = False
+autodoc_typehints = "none"
+autodoc_member_order = "bysource"
+suppress_warnings = ["ref.python", "ref.term", "ref.ref"]  # names in docstrings that more than one module defines
+
+SECTION = re.compile(r"\s*(Args|Returns|Raises|Yields|Attributes|Example|Examples)\b.*:")
+
+
+def indentation(line):
+    return len(line) - len(line.lstrip())
+
+
+def escape(line):
+    """Plain text as reStructuredText: what looks like markup, outside of ``code``, is taken as it is written."""
+    parts = re.split(r"(``.*?``)", line)
+    return "".join(
+        part if part.startswith("``") else re.sub(r"([*|`]|(?<=\w)_(?!\w))", r"\\\1", part) for part in parts
+    )
+
+
+def mark_up(app, what, name, obj, options, lines):
+    """Docstrings are plain text in which an indented paragraph is an equation or code."""
+    marked, last, literal = [], "", False
+    for k, line in enumerate(lines):
+        begins = k > 0 and not lines[k - 1].strip() and line.strip()
+        if literal and line.strip() and indentation(line) <= indentation(last):
+            literal = False
+        if begins and not literal and indentation(line) > indentation(last) and not SECTION.fullmatch(last):
+            literal = True
+            marked += [" " * indentation(last) + "::", ""]
+        if not literal:
+            last = line if line.strip() else last
+        keep = literal or line.lstrip().startswith((">>>", "..."))
+        marked.append(line if keep else escape(line))
+    lines[:] = marked
+
+
+def setup(app):
+    app.connect("autodoc-process-docstring", mark_up, priority=1)  # before napoleon's

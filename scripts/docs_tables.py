@@ -1,0 +1,337 @@
+"""The tables of README.md and docs/, each made from stored results or from the program's own tables.
+
+A page holds a table between the lines ``<!-- table: NAME -->`` and ``<!-- end -->``; NAME is a key of ``TABLES``.
+"""
+
+import json
+import re
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import MISSING
+from pathlib import Path
+from typing import Any
+
+from benchmark import likelihood_table, table
+
+from ppl_vae.commands.cli import build_parser, iterate_fields
+from ppl_vae.commands.options import COMMANDS
+from ppl_vae.commands.reproduce import read_rows
+from ppl_vae.evidence.estimate import Estimate
+from ppl_vae.parts.registry import NETWORKS, OBJECTIVES, POSTERIORS, PRIORS
+from ppl_vae.reports.text.certificate import certificate_table
+from ppl_vae.reports.text.diagnosis import describe_numbers, describe_verdicts
+from ppl_vae.reports.text.evaluation import describe_evaluation, plus_minus
+from ppl_vae.reports.text.reproduction import reproduction_table, seeds_table
+from ppl_vae.runs.certificate_results import read_certificates
+from ppl_vae.runs.fields import format_flag
+from ppl_vae.runs.options import Options
+from ppl_vae.runs.reproduction_results import Reproduction
+from ppl_vae.runs.results import Diagnosis, Evaluation, from_json
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "scripts" / "results"
+BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.S)
+
+
+def refresh(text: str) -> str:
+    """The text of a page with every marked block made anew.
+
+    Raises:
+        ValueError: a block names no table.
+    """
+
+    def fill(match: re.Match[str]) -> str:
+        if match[2] not in TABLES:
+            raise ValueError(f"expected a table among {', '.join(TABLES)}, got {match[2]!r}")
+        return f"{match[1]}\n{TABLES[match[2]]()}\n\n{match[4]}"
+
+    return BLOCK.sub(fill, text)
+
+
+def pages() -> list[Path]:
+    """README.md, CONTRIBUTING.md and every page of the manual."""
+    manual = (path for path in (ROOT / "docs").rglob("*.md") if "_build" not in path.parts)
+    return [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(manual)]
+
+
+def stored(name: str) -> Any:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(cells)} |" for cells in (header, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(header), *lines[1:]])
+
+
+def mean(value: dict[str, float], decimals: int = 2) -> str:
+    return plus_minus(Estimate(value["mean"], value["stderr"]), decimals)
+
+
+def code(lines: Sequence[str]) -> str:
+    return "\n".join(["```text", *lines, "```"])
+
+
+# --- Measured numbers ---
+
+
+def default_run() -> str:
+    return code(describe_evaluation(from_json(Evaluation, stored("default_run")["test"])))
+
+
+def diagnosis() -> str:
+    found = from_json(Diagnosis, stored("diagnosis"))
+    return code([*describe_numbers(found.numbers), *describe_verdicts(found.verdicts)])
+
+
+def likelihoods() -> str:
+    rows = []
+    for row in stored("likelihoods")["rows"]:
+        behind = row["difference_bits_per_dim"]
+        nats = row["log_likelihood"]
+        rows.append(
+            [
+                f"`{row['likelihood']}`",
+                row["kind"],
+                mean(row["bits_per_dim"], 3),
+                "" if behind is None else f"{behind['mean']:+.3f} ± {behind['stderr']:.3f}",
+                f"{nats['mean']:,.1f} ± {nats['stderr']:.1f}",
+                f"{row['reconstruction']['mean']:,.1f}",
+                f"{row['kl']['mean']:.1f}",
+                f"{row['floor_bits_per_dim']:.3f}",
+                f"{row['calibration']['above_90_percent_quantile']['mean']:.0%}",
+                f"{row['seconds']:,.0f}",
+            ]
+        )
+    header = ["likelihood", "kind", "bits per dim", "behind the first", "log P", "reconstruction", "KL"]
+    return markdown([*header, "baseline, bits", "> 90%", "training, s"], rows)
+
+
+def likelihood_steps() -> str:
+    return "\n".join(likelihood_table(stored("likelihood_steps")["likelihoods"]))
+
+
+def networks() -> str:
+    header = ["network", "weights", "s / epoch", "epochs", "log p(x), L_100", "ELBO"]
+    return markdown(
+        header,
+        [
+            [
+                f"`{row['network']}`",
+                f"{row['weights']:,}",
+                f"{row['seconds_an_epoch']:.1f}",
+                str(row["epochs"]),
+                mean(row["log_likelihood"]),
+                f"{row['elbo']['mean']:.2f}",
+            ]
+            for row in stored("networks")["rows"]
+        ],
+    )
+
+
+def fifteen_minutes() -> str:
+    rows = []
+    for dataset, found in stored("fifteen_minutes").items():
+        for network, row in found["networks"].items():
+            test = row["test"]
+            rows.append(
+                [
+                    dataset,
+                    f"`{network}`",
+                    str(row["epochs"]),
+                    f"{row['seconds'] / 60:.1f}",
+                    mean(test["log_likelihood"]),
+                    mean(test["elbo"]),
+                    f"{test['floor']['mean']:.2f}",
+                ]
+            )
+    header = ["data", "network", "epochs", "minutes", "log p(x), L_500", "ELBO", "independent pixels"]
+    return markdown(header, rows)
+
+
+def reproductions() -> list[Reproduction]:
+    return read_rows(str(RESULTS / "reproductions.json"))
+
+
+def published_ours() -> str:
+    """The program's own table without the column of numbers in print, which ``published_in_print`` has once."""
+    head, _, *lines = (line.strip("| ").split(" | ") for line in reproduction_table(reproductions()).splitlines())
+    kept = [k for k, name in enumerate(head) if name != "published"]
+    names = {"rise": "tenfold gain", "L_S, S = 5,000": "L_5000"}
+    return markdown([names.get(head[k], head[k]) for k in kept], [[cells[k] for k in kept] for cells in lines])
+
+
+def published_in_print() -> str:
+    found: dict[str, dict[str, None]] = {}
+    for row in reproductions():
+        for number in row.published:
+            error = "" if number.stderr is None else f" ± {number.stderr:.2f}"
+            cells = f"{number.log_likelihood:.2f}{error} | {number.source}"
+            found.setdefault(cells, {})[f"`{row.recipe}`"] = None
+    return markdown(["in print", "source", "beside"], [[cells, ", ".join(names)] for cells, names in found.items()])
+
+
+def published_seeds() -> str:
+    return seeds_table(reproductions())
+
+
+def published_short() -> str:
+    """For README: one line per recipe, the mean over its seeds, and the nearest comparison in print."""
+    what = {
+        "iwae_vae_1": "one tanh layer of 50 latents, k = 1",
+        "iwae_1": "the same, then the bound L_16",
+        "vae_gaussian": "dense, N(0, I) prior",
+        "vae_flow": "the same with a flow prior",
+        "ladder": "ladder of two layers of latents",
+        "static_flow": "flow prior, static MNIST",
+    }
+    groups: dict[str, list[Reproduction]] = {}
+    for row in reproductions():
+        groups.setdefault(row.recipe, []).append(row)
+    rows = []
+    for recipe, words in what.items():
+        found = groups[recipe]
+        number = found[0].published[0]
+        error = "" if number.stderr is None else f" ± {number.stderr:.2f}"
+        name, _, source = number.source.partition(": ")
+        rows.append(
+            [
+                words,
+                f"{statistics.mean(row.ours.mean for row in found):.2f} ± {found[0].ours.stderr:.2f}",
+                str(len(found)),
+                f"{number.log_likelihood:.2f}{error}: {name}, {source.split(',')[0]}",
+            ]
+        )
+    return markdown(["model", "here, L_5000", "seeds", "in print"], rows)
+
+
+def certificates() -> str:
+    rows = read_certificates(RESULTS / "certificates.json")
+    return certificate_table([(row.run, row, row.environment["threads"]) for row in rows])
+
+
+def speed_training() -> str:
+    return "\n".join(table("training", stored("benchmark")["training"], "ratio"))
+
+
+def speed_short() -> str:
+    """For README: four ways to take the step."""
+    names = ["PyTorch, eager, default Adam", "PyTorch, whole step compiled", "ppl_vae, captured", "Pyro's example loop"]
+    found = stored("benchmark")["training"]
+    kept = {model: {name: records[name] for name in names} for model, records in found.items()}
+    return "\n".join(table("training", kept, "ratio"))
+
+
+def speed_evaluation() -> str:
+    return "\n".join(table("log p(x)", stored("benchmark")["evaluation"], "ratio_to_floor"))
+
+
+def scale() -> str:
+    found = stored("scale")
+    later = found["folder"]["later_than_mnist_seconds"]
+    streamed = {f"{of['ratio']:.2f}" for of in found["streaming"].values()}
+    return markdown(
+        ["what", "measured"],
+        [
+            ["log p(x) by two processes, times as fast as by one", f"{found['ranks']['times_as_fast']:.2f}"],
+            [
+                f"{found['folder']['pictures']:,} PNG files of 64x64 in color: first start, to the first training step",
+                f"{found['folder']['first_seconds']:.0f} s",
+            ],
+            *(
+                [f"later starts, compared with embedded MNIST, `{likelihood}`", f"{seconds:+.1f} s"]
+                for likelihood, seconds in later.items()
+            ),
+            [f"a streamed step over a resident one ({len(found['streaming'])} networks)", ", ".join(sorted(streamed))],
+            ["resuming, compared with starting", f"{found['resume']['more_than_a_start_seconds']:+.1f} s"],
+        ],
+    )
+
+
+# --- The program's own tables ---
+
+SCRIPTS = {
+    "train": "train_svi",
+    "evaluate": "evaluate_log_likelihood",
+    "certify": "certify_log_likelihood",
+    "compare": "compare_runs",
+    "figures": "make_figures",
+}
+
+
+def _parts(words: dict[str, Any]) -> str:
+    rows = []
+    for word, part in words.items():
+        own = ", ".join(f"`{format_flag(name)}`" for name in part.options)
+        rows.append([f"`{word}`", part.help.replace("|", "\\|"), own])
+    return markdown(["word", "what it is", "its options"], rows)
+
+
+def _options(command: str) -> Iterator[tuple[str, list[str]]]:
+    """The options of a command: the group, and the flag with its choices, default and help."""
+    for spec in iterate_fields(COMMANDS[command].options):
+        if spec.metadata["positional"]:
+            continue
+        default = spec.default
+        if default is MISSING or default is None:
+            shown = ""
+        elif default is False:
+            shown = "off"
+        else:
+            shown = " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
+        choices = spec.metadata["choices"]
+        help = spec.metadata["help"].replace("|", "\\|")
+        help += f" (one of {', '.join(f'`{word}`' for word in choices)})" if choices and len(choices) < 8 else ""
+        yield spec.metadata["group"] or "options", [f"`{format_flag(spec.name)}`", shown, help]
+
+
+def commands() -> str:
+    """Every command: its usage, what it does, and a table of its options other than train's."""
+    train = {format_flag(spec.name) for spec in iterate_fields(Options)}
+    sections = []
+    for name, command in COMMANDS.items():
+        script = f"scripts/{SCRIPTS.get(name, name.replace('-', '_'))}.py"
+        usage = build_parser(command).format_usage().split(maxsplit=2)[-1].strip()
+        rows = [cells for _, cells in _options(name)]
+        note = ""
+        if name != "train" and len(rows) > 40:
+            rows = [cells for cells in rows if cells[0].strip("`") not in train]
+            note = "It also takes the options of a training: see [configuration](configuration.md).\n\n"
+        body = "Its options are in [configuration](configuration.md)." if name == "train" else ""
+        if not body:
+            body = note + (markdown(["option", "default", "what it does"], rows) if rows else "")
+        sections.append(f"## {name}\n\n{command.options.__doc__}\n\n    python {script} {usage}\n\n{body}")
+    return "\n\n".join(sections)
+
+
+def configuration() -> str:
+    """The options of a training, a table for each group."""
+    groups: dict[str, list[list[str]]] = {}
+    for group, cells in _options("train"):
+        groups.setdefault(group, []).append(cells)
+    header = ["option", "default", "what it does"]
+    return "\n\n".join(f"## {group.capitalize()}\n\n{markdown(header, rows)}" for group, rows in groups.items())
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "default-run": default_run,
+    "diagnosis": diagnosis,
+    "likelihoods": likelihoods,
+    "likelihood-steps": likelihood_steps,
+    "networks": networks,
+    "fifteen-minutes": fifteen_minutes,
+    "published-ours": published_ours,
+    "published-in-print": published_in_print,
+    "published-seeds": published_seeds,
+    "published-short": published_short,
+    "certificates": certificates,
+    "speed-training": speed_training,
+    "speed-short": speed_short,
+    "speed-evaluation": speed_evaluation,
+    "scale": scale,
+    "words-networks": lambda: _parts(NETWORKS),
+    "words-priors": lambda: _parts(PRIORS),
+    "words-posteriors": lambda: _parts(POSTERIORS),
+    "words-objectives": lambda: _parts(OBJECTIVES),
+    "commands": commands,
+    "configuration": configuration,
+}

@@ -8,12 +8,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from docs_tables import ROOT, pages, refresh
-
 from ppl_vae.commands.cli import Command, parse
 from ppl_vae.runs.fields import BOOLEAN, CheckedOptions, option
 from ppl_vae.runtime.process import run_script
 
+ROOT = Path(__file__).parents[1]
 BUILD = ROOT / "docs" / "_build"
 EXTRAS = ("sphinx", "myst_parser", "furo")
 
@@ -29,6 +28,8 @@ class Docs(CheckedOptions):
 
 def main() -> None:
     asked = parse(Command("", Docs))
+    from docs_tables import pages, refresh
+
     stale = [path for path in pages() if refresh(path.read_text(encoding="utf-8")) != path.read_text(encoding="utf-8")]
     if asked.check:
         if stale:

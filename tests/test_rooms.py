@@ -155,10 +155,10 @@ def test_an_import_from_below_is_allowed() -> None:
 def test_figures_run_no_model_and_save_nothing() -> None:
     for path in (PACKAGE / "reports/figures").glob("*.py"):
         tree = parse(path)
-        assert packages_imported(tree) & {"torch", "pyro"} == set()
-        assert parts_imported(tree) - {"reports"} == set()
+        assert "pyro" not in packages_imported(tree)
         called = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
         assert called & {"savefig", "imsave", "open", "write_bytes", "write_text"} == set()
+        assert called & {"prior", "likelihood", "posterior", "model", "guide"} == set()
 
 
 def test_numerics_take_tensors_only() -> None:

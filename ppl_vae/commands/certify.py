@@ -17,7 +17,7 @@ from ppl_vae.commands.evaluate import choose_images
 from ppl_vae.commands.options import Certify
 from ppl_vae.evidence.chains import resolve_start
 from ppl_vae.evidence.typicality import mix_prior_into_guide
-from ppl_vae.reports.certificate_figures import certificate_figures
+from ppl_vae.reports.figures.certificate import certificate_figures
 from ppl_vae.reports.text.certificate import certificate_table, describe_certificate
 from ppl_vae.runs.block_store import BlockStore, StageResults
 from ppl_vae.runs.certificate_results import CERTIFICATE, Certificate, add_certificate, read_certificates

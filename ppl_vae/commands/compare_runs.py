@@ -15,7 +15,7 @@ from ppl_vae.commands.options import CompareRuns
 from ppl_vae.evidence.estimate import Estimate, combine_stderrs
 from ppl_vae.evidence.importance import Importance
 from ppl_vae.evidence.paired import BoundDifference, bound_difference
-from ppl_vae.reports import figures as plots
+from ppl_vae.reports.figures.pairs import paired_bounds
 from ppl_vae.reports.text.comparison import compare_in_words, comparison_title, describe_comparison
 from ppl_vae.runs.comparison_results import ComparedPair, ComparedRun, Comparison
 from ppl_vae.runs.evaluations import read_per_image
@@ -220,19 +220,6 @@ def _write(folder: Path, found: Comparison, places: Tensor, bounds: dict[str, Te
     runs.save_tensors(
         folder / PER_IMAGE, {"index": places} | {f"log_evidence/{name}": L for name, L in bounds.items()}, scalars
     )
-    shown = [
-        plots.PairShown(
-            names=(pair.baseline, pair.name),
-            first=bounds[pair.baseline].numpy(),
-            second=bounds[pair.name].numpy(),
-            difference=(bounds[pair.name] - bounds[pair.baseline]).numpy(),
-            mean=pair.difference.mean,
-            lower=pair.interval[0],
-            upper=pair.interval[1],
-            words=pair.verdict,
-        )
-        for pair in found.comparisons
-    ]
-    figure = plots.paired_bounds(shown, bound=f"L_{found.num_particles}", title=comparison_title(found))
+    figure = paired_bounds(found, bounds, title=comparison_title(found))
     write_figure(folder / FIGURE, figure)
     runs.write_json(folder / COMPARISON, to_json(found))

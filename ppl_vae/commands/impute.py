@@ -16,8 +16,8 @@ from ppl_vae.data.array_files import read_array_header
 from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.evidence.evaluation import evaluate
 from ppl_vae.evidence.missing import Imputation, Observed, impute
-from ppl_vae.reports import figures as plots
 from ppl_vae.reports.display import Display, choose_display
+from ppl_vae.reports.figures.images import image_rows
 from ppl_vae.reports.text.images import FEW_PARTICLES, describe_imputation
 from ppl_vae.runs.fit_arguments import find_device
 from ppl_vae.runs.image_results import ImputationSummary, ImputedImage
@@ -217,7 +217,7 @@ def draw_imputations(display: Display, x: Tensor, truth: Tensor, result: Imputat
         rows["truth"] = _color_missing(display, truth[first])
     ess = [f"ESS {value:.0f}" for value in result.ess[first].tolist()]
     title = "x_missing ~ p(x_missing | x_observed); missing pixels are blue; ESS: effective particles"
-    return plots.image_rows(rows, title=title + display.words, columns=ess)
+    return image_rows(rows, title=title + display.words, columns=ess)
 
 
 def _color_missing(display: Display, x: Tensor) -> np.ndarray:

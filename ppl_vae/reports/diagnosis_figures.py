@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from ppl_vae.diagnostics import ACTIVE_VARIANCE
-from ppl_vae.diagnostics.measurement import AggregateNumbers, Measurements
-from ppl_vae.diagnostics.pixel_calibration import PixelCalibration
+from ppl_vae.diagnostics.measurement import Measurements
 from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.evidence.moments import mean_or_draw
-from ppl_vae.reports import figures as plots
 from ppl_vae.reports.display import choose_display
+from ppl_vae.reports.figures import make_figure
+from ppl_vae.reports.figures.images import image_rows
+from ppl_vae.reports.figures.likelihoods import pixel_calibration
 from ppl_vae.runs.load import load
 from ppl_vae.runs.open import Run
 
@@ -40,61 +42,98 @@ def diagnosis_figures(run: Run, numbers: Measurements, x: Tensor) -> dict[str, F
     """Every figure by the name of its file. x: (N, *E) the images, as the model sees them."""
     draw = {
         "diagnosis-latents.png": lambda: _draw_latents(numbers),
-        "diagnosis-aggregate.png": lambda: _draw_aggregate(numbers.aggregate),
+        "diagnosis-aggregate.png": lambda: _draw_aggregate(numbers),
         "diagnosis-elbo.png": lambda: _draw_split(numbers),
         "diagnosis-noise.png": lambda: _draw_noise(numbers),
-        "diagnosis-holes.png": lambda: _draw_holes(run, numbers.aggregate, x),
+        "diagnosis-holes.png": lambda: _draw_holes(run, numbers, x),
         "diagnosis-pictures.png": lambda: _draw_pictures(numbers),
-        "diagnosis-pixels.png": lambda: _draw_pixels(run, numbers.calibration),
+        "diagnosis-pixels.png": lambda: _draw_pixels(run, numbers),
     }
     return {name: draw[name]() for name in list_figures(run, numbers)}
 
 
-def _bar(value: Estimate, sign: int = 1) -> plots.Bar:
-    return plots.Bar(sign * value.mean, value.stderr)
-
-
 def _draw_latents(numbers: Measurements) -> Figure:
+    """KL, and variance of the posterior mean, of each latent, the most used first; inactive ones are gray."""
     active, kl = numbers.active, numbers.kl_by_latent
-    return plots.latents_used(
-        variance=active.mean.numpy(),
-        variance_stderr=active.stderr.numpy(),
-        threshold=ACTIVE_VARIANCE,
-        kl=None if kl is None else kl.mean.numpy(),
-        kl_stderr=None if kl is None else kl.stderr.numpy(),
-        title=f"Which latents carry anything: {active.count} of {numbers.latent_dim} are active",
+    variance = active.mean.numpy()
+    figure = make_figure(f"Which latents carry anything: {active.count} of {numbers.latent_dim} are active")
+    panels = figure.subplots(1, 1 if kl is None else 2, squeeze=False)[0]
+    order = np.argsort(-(variance if kl is None else kl.mean.numpy()))
+    colors = np.where(variance[order] > ACTIVE_VARIANCE, "tab:blue", "0.7")
+    rank = np.arange(1, len(order) + 1)
+    if kl is not None:
+        panels[0].bar(rank, kl.mean.numpy()[order], yerr=kl.stderr.numpy()[order], color=colors, ecolor="0.3")
+        panels[0].set_ylabel("KL(q(z_l | x) || p(z_l)), nats")
+    panels[-1].bar(
+        rank, np.maximum(variance[order], 1e-12), yerr=active.stderr.numpy()[order], color=colors, ecolor="0.3"
     )
+    panels[-1].set_yscale("log")
+    panels[-1].set_ylim(bottom=min(ACTIVE_VARIANCE / 100, max(1e-6, float(variance.min()) / 2)))
+    panels[-1].axhline(ACTIVE_VARIANCE, color="black", linestyle="--", label=f"active above {ACTIVE_VARIANCE}")
+    panels[-1].set_ylabel("variance over images of E[z_l | x] / the prior's", fontsize=9)
+    panels[-1].legend(fontsize=8)
+    for axes in panels:
+        axes.set_xlabel("latents, the most used first (gray: inactive)", fontsize=8)
+    return figure
 
 
-def _draw_aggregate(found: AggregateNumbers) -> Figure:
-    return plots.aggregate_against_prior(
-        mean=found.moments.mean.mean.numpy(),
-        log_scale=found.moments.log_scale.mean.numpy(),
-        distance=found.kolmogorov_smirnov.statistic.numpy(),
-        effect=_bar(found.classifier.effect),
-        title="Is the aggregate posterior the prior? Each latent alone can look right while all together do not",
-    )
+def _draw_aggregate(numbers: Measurements) -> Figure:
+    """Mean and log scale of the aggregate posterior of each latent, and its distance from the prior."""
+    found = numbers.aggregate
+    mean, log_scale = (each.mean.numpy() for each in (found.moments.mean, found.moments.log_scale))
+    figure = make_figure("Is the aggregate posterior the prior? Each latent alone can look right while all do not")
+    left, right = figure.subplots(1, 2)
+    left.scatter(mean, log_scale, s=14, label="a latent")
+    left.plot(0, 0, "+", color="black", markersize=12, label="the prior")
+    reach = 1.1 * max(0.3, float(np.abs(mean).max()), float(np.abs(log_scale).max()))
+    left.set(xlim=(-reach, reach), ylim=(-reach, reach))
+    left.set_xlabel("mean of the aggregate posterior, in scales of the prior", fontsize=8)
+    left.set_ylabel("log(its scale / the prior's)", fontsize=8)
+    left.legend(fontsize=8, loc="lower left")
+    distance, effect = np.sort(found.kolmogorov_smirnov.statistic.numpy())[::-1], found.classifier.effect
+    right.bar(np.arange(1, len(distance) + 1), distance)
+    right.set_ylim(0, 1)
+    words = f"all latents together, a classifier's effect: {effect.mean:.2f} ± {effect.stderr:.2f}"
+    right.axhline(max(0.0, effect.mean), color="tab:red", label=words)
+    right.set_xlabel("latents, the farthest first", fontsize=8)
+    right.set_ylabel("Kolmogorov-Smirnov distance to the prior", fontsize=8)
+    right.legend(fontsize=8)
+    return figure
 
 
 def _draw_split(numbers: Measurements) -> Figure:
+    """-ELBO and the KL as stacked bars of the parts that sum to them, nats."""
     split, kl = numbers.elbo_split, numbers.kl
     assert split is not None
     assert kl is not None
-    parts = [("mutual information", _bar(split.mutual_information))]
-    if split.total_correlation is None or split.sum_of_dimension_kl is None:
-        parts.append(("KL(q(z) || p(z))", _bar(split.marginal_kl)))
-    else:
-        parts.append(("total correlation", _bar(split.total_correlation)))
-        parts.append(("sum of KL(q(z_l) || p(z_l))", _bar(split.sum_of_dimension_kl)))
-    bars = {"rate": parts}
-    if numbers.reconstruction.mean < 0:  # a density above 1 has no distortion to draw
-        bars = {"-ELBO": [("distortion", _bar(numbers.reconstruction, -1)), ("rate", _bar(kl))], **bars}
-    cap = f"log {split.num_images:,} = {split.cap:.1f} nats"
+    parts = {"mutual information": split.mutual_information, "KL(q(z) || p(z))": split.marginal_kl}
+    if split.total_correlation is not None and split.sum_of_dimension_kl is not None:
+        del parts["KL(q(z) || p(z))"]
+        parts |= {"total correlation": split.total_correlation}
+        parts |= {"sum of KL(q(z_l) || p(z_l))": split.sum_of_dimension_kl}
     reached = "is at its cap" if split.saturated else "is below its cap"
-    return plots.split_bars(bars, title=f"What the ELBO is made of; the mutual information {reached}, {cap}")
+    cap = f"log {split.num_images:,} = {split.cap:.1f} nats"
+    figure = make_figure(f"What the ELBO is made of; the mutual information {reached}, {cap}", height=2.4)
+    axes = figure.subplots()
+    _stack_bars(axes, "rate", parts)
+    if numbers.reconstruction.mean < 0:  # a density above 1 has no distortion to draw
+        distortion = Estimate(-numbers.reconstruction.mean, numbers.reconstruction.stderr)
+        _stack_bars(axes, "-ELBO", {"distortion": distortion, "rate": kl})
+    axes.set_xlabel("nats an image")
+    axes.legend(fontsize=8, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False)
+    return figure
+
+
+def _stack_bars(axes: Axes, name: str, parts: dict[str, Estimate]) -> None:
+    start = 0.0
+    for words, part in parts.items():
+        length = max(0.0, part.mean)  # noise can bring a part below 0
+        axes.barh(name, length, left=start, alpha=0.8, label=f"{words} {part.mean:.2f} ± {part.stderr:.2f}")
+        start += length
 
 
 def _draw_noise(numbers: Measurements) -> Figure:
+    """Eigenvalues of the data's covariance in units of the noise, and the thresholds for live directions."""
     noise = numbers.noise
     assert noise is not None
     beta = numbers.trained_with.beta if numbers.trained_with else 1.0
@@ -102,18 +141,27 @@ def _draw_noise(numbers: Measurements) -> Figure:
     thresholds = {
         f"{name}, above what independent pixels reach" if noise.edge > value else name: max(value, noise.edge)
         for name, value in betas.items()
-    }
-    return plots.noise_spectrum(
-        noise.eigenvalues.numpy(),
-        thresholds=thresholds | {"a mean over pixels": float(numbers.num_pixels)},
-        active=numbers.active.count,
-        title="Which directions of the data rise above the likelihood's noise\n"
-        "A linear decoder near the state that ignores z learns those above the line",
+    } | {"a mean over pixels": float(numbers.num_pixels)}
+    figure = make_figure(
+        "Which directions of the data rise above the likelihood's noise\n"
+        "A linear decoder near the state that ignores z learns those above the line"
     )
+    axes, eigenvalues = figure.subplots(), noise.eigenvalues.numpy()
+    axes.loglog(np.arange(1, len(eigenvalues) + 1), np.maximum(eigenvalues, 1e-12), marker=".", markersize=3)
+    for (name, value), color in zip(thresholds.items(), ("black", "tab:red", "tab:orange"), strict=False):
+        live = int((eigenvalues > value).sum())
+        axes.axhline(value, color=color, label=f"{name}: {live:,} directions live above {value:.3g}")
+    if numbers.active.count:
+        words = f"this run: {numbers.active.count:,} active latents"
+        axes.axvline(numbers.active.count, color="tab:green", linestyle=":", label=words)
+    axes.set_ylim(bottom=min([*thresholds.values(), float(eigenvalues.max()) / 1e3]) / 3)
+    axes.set(xlabel="directions of the data, the largest first", ylabel="variance in units of the noise")
+    axes.legend(fontsize=8, loc="lower left")
+    return figure
 
 
-def _draw_holes(run: Run, numbers: AggregateNumbers, x: Tensor) -> Figure:
-    vae, display, found = load(run.folder), choose_display(run), numbers.holes
+def _draw_holes(run: Run, numbers: Measurements, x: Tensor) -> Figure:
+    vae, display, found = load(run.folder), choose_display(run), numbers.aggregate.holes
     assert found is not None
     dtype = next(vae.parameters()).dtype
     some = x[torch.linspace(0, len(x) - 1, min(_SHOWN, len(x))).long()].cpu()
@@ -123,40 +171,41 @@ def _draw_holes(run: Run, numbers: AggregateNumbers, x: Tensor) -> Figure:
         "reconstructions": vae.likelihood(mean_or_draw(vae.posterior(some))).mean,
         "their images": some,
     }
+    if run.pixels == "dequantized":  # drawn as levels, which is what the display expects
+        rows = {name: 256 * images - 0.5 for name, images in rows.items()}
     shown = min(map(len, rows.values()))
     title = (
         "Does E[x | z] of prior draws look like that of images?\n"
         f"{found.share.mean:.1%} of prior draws are in holes ({found.expected:.0%} if the aggregate posterior were the "
-        f"prior), a classifier tells the two apart with an effect of {numbers.classifier.effect.mean:.2f} "
+        f"prior), a classifier tells the two apart with an effect of {numbers.aggregate.classifier.effect.mean:.2f} "
         "(0: alike, 1: apart)"
     )
-
-    def pictures(images: Tensor) -> np.ndarray:
-        """Dequantized levels are drawn as levels, which is what the display expects."""
-        return display(256 * images - 0.5 if run.pixels == "dequantized" else images)
-
-    return plots.image_rows({name: pictures(images[:shown]) for name, images in rows.items()}, title=title)
+    return image_rows({name: display(images[:shown]) for name, images in rows.items()}, title=title)
 
 
 def _draw_pictures(numbers: Measurements) -> Figure:
+    """Sharpness of reconstructions relative to the data, and how much they vary from image to image."""
     variation, blur = numbers.pictures.variation, numbers.pictures.blur
-    rows = {}
+    bars = {} if variation is None else {"vary from image to image": variation}
     if blur is not None:
-        rows = {
-            "sharpness at the posterior's mean": _bar(blur.at_mean),
-            "sharpness at a draw of the posterior": _bar(blur.at_draw),
-            "sharpness averaged over its draws": _bar(blur.averaged),
+        bars |= {
+            "sharpness at the posterior's mean": blur.at_mean,
+            "sharpness at a draw of the posterior": blur.at_draw,
+            "sharpness averaged over its draws": blur.averaged,
         }
-    return plots.sharpness_strip(
-        rows,
-        variation=None if variation is None else _bar(variation),
-        title="Reconstructions against the data: 0 all the same or without edges, 1 as the data",
-    )
+    title = "Reconstructions against the data: 0 all the same or without edges, 1 as the data"
+    figure = make_figure(title, width=7.5, height=1.0 + 0.36 * len(bars))
+    axes = figure.subplots()
+    means, stderr = [bar.mean for bar in bars.values()], [bar.stderr for bar in bars.values()]
+    axes.barh(list(bars), means, xerr=stderr, alpha=0.8, ecolor="0.3")
+    axes.axvline(1, color="black", linewidth=1)
+    axes.invert_yaxis()
+    axes.set_xlabel("1: as the data")
+    return figure
 
 
-def _draw_pixels(run: Run, found: PixelCalibration | None) -> Figure:
+def _draw_pixels(run: Run, numbers: Measurements) -> Figure:
+    found = numbers.calibration
     assert found is not None
-    mean, stderr = (np.array([getattr(share, name) for share in found.histogram]) for name in ("mean", "stderr"))
-    histogram = plots.PixelHistogram(mean, np.nan_to_num(stderr), found.verdict)
     title = f"Where pixels lie in p(x | z), {found.num_images:,} images: flat is right"
-    return plots.pixel_calibration({run.options.likelihood: histogram}, title=title)
+    return pixel_calibration({run.options.likelihood: found}, title=title)

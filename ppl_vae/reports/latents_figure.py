@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
+import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 from torch.distributions import Distribution, Normal, kl_divergence
 
 from ppl_vae.diagnostics import ACTIVE_VARIANCE, active_units
 from ppl_vae.diagnostics.mixture import normal_factors
 from ppl_vae.evidence.moments import PosteriorMoments, compute_moments, sample_latents
-from ppl_vae.reports import figures as plots
+from ppl_vae.reports.figures import make_figure
+from ppl_vae.reports.figures.likelihoods import number_of_bins
 from ppl_vae.reports.text.captions import latent_axis_name, latents_title
 from ppl_vae.vae import VAE
 
 _UNUSED_NATS = 0.01  # a latent with a smaller mean KL counts as unused. Source: ours
-_PRIOR_SHOWN = 2000  # draws of a prior that is not drawn as circles
+_PRIOR_SHOWN = 2000  # draws
+_MOST_CLASSES = 20  # in the legend: the colors of more could not be told apart
 
 
 @dataclass(frozen=True)
@@ -74,9 +77,9 @@ def latents_figure(
     classes: Tensor | None = None,
     class_names: tuple[str, ...] = (),
 ) -> Figure:
-    """Posterior means in the two latents that are used most; with two latents in their own order; or in the only one.
+    """Posterior means in the two latents that are used most, colored by class, over draws of the prior in gray.
 
-    A normal prior is drawn by its circles, any other by draws, from torch's global generator.
+    A single latent has a histogram. The draws are from torch's global generator.
 
     Args:
         codes: The posterior moments of N images.
@@ -86,25 +89,44 @@ def latents_figure(
         classes: (N,) int64, where they are known.
         class_names: The word for each class.
     """
-    L = codes.mean.shape[1]
+    N, L = codes.mean.shape
     order = list(range(L)) if L <= 2 else use.values.argsort(descending=True)[:2].tolist()
     names = [latent_axis_name(latent, use.name, float(use.values[latent]), use.unit) for latent in order]
-    points = codes.mean[:, order].numpy()
+    points, draws = (each[:, order].cpu().numpy() for each in (codes.mean, sample_latents(prior, _PRIOR_SHOWN)))
     is_deterministic = bool((codes.scale == 0).any())
-    title = latents_title(len(points), kind, L, use.name, is_deterministic=is_deterministic)
-    colored: dict[str, Any] = {
-        "classes": None if classes is None else classes.numpy(),
-        "class_names": class_names,
-        "prior": _describe_prior(prior, order),
-    }
+    figure = make_figure(latents_title(N, kind, L, use.name, is_deterministic=is_deterministic), width=6.8, height=5.0)
+    axes, words = figure.subplots(), f"prior: {len(draws):,} draws"
+    groups = _group_by_class(classes, N, class_names)
     if L == 1:
-        return plots.latent_line(points[:, 0], name=names[0], title=title, **colored)
-    return plots.latent_plane(points, names=(names[0], names[1]), title=title, **colored)
+        both = np.concatenate([points, draws])[:, 0]
+        bins = np.linspace(both.min(), both.max(), number_of_bins(N) + 1).tolist()
+        weights = np.full(len(draws), N / len(draws))
+        axes.hist(draws[:, 0], bins, weights=weights, histtype="step", color="0.4", label=words)
+        masks, colors, labels = zip(*groups, strict=True)
+        axes.hist([points[mask, 0] for mask in masks], bins, stacked=True, color=colors, label=labels)
+        axes.set(xlabel=names[0], ylabel="images")
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    else:
+        axes.scatter(draws[:, 0], draws[:, 1], s=4, linewidths=0, color="0.8", label=words)
+        for mask, color, word in groups:
+            axes.scatter(points[mask, 0], points[mask, 1], s=6, linewidths=0, alpha=0.8, color=color, label=word)
+        axes.set(xlabel=names[0], ylabel=names[1], aspect="equal", anchor="W")
+    handles, _ = axes.get_legend_handles_labels()
+    figure.legend(handles=handles, fontsize=8, markerscale=2, loc="outside right upper", frameon=False)
+    return figure
 
 
-def _describe_prior(prior: Distribution, order: list[int]) -> plots.Scales | np.ndarray:
-    """Mean and scale of these latents where the prior is a product of normals, else draws of them (n, R)."""
-    if normal_factors(prior) is None:
-        return sample_latents(prior, _PRIOR_SHOWN)[:, order].cpu().numpy()
-    p = compute_moments(prior)
-    return plots.Scales(p.mean[order].tolist(), p.scale[order].tolist())
+def _group_by_class(
+    classes: Tensor | None, count: int, class_names: tuple[str, ...]
+) -> list[tuple[np.ndarray, tuple[float, float, float, float] | str, str]]:
+    """For each class, which of the points are in it, its color and its word, which a legend of many leaves out."""
+    if classes is None:
+        return [(np.ones(count, dtype=bool), "tab:blue", "images")]
+    present = classes.unique().tolist()
+    few = len(present) <= _MOST_CLASSES
+    palette = matplotlib.colormaps["tab10" if len(present) <= 10 else "tab20" if few else "turbo"]
+    words = [class_names[value] if 0 <= value < len(class_names) else str(value) for value in present]
+    return [
+        ((classes == value).numpy(), palette(i if few else i / len(present)), words[i] if few else f"_{words[i]}")
+        for i, value in enumerate(present)
+    ]

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ppl_vae import data
-from ppl_vae.reports import figures as plots
 from ppl_vae.reports.display import choose_display
+from ppl_vae.reports.figures.images import image_rows
+from ppl_vae.reports.figures.likelihoods import pixel_calibration
 from ppl_vae.runs.comparison_results import LikelihoodRow
 from ppl_vae.runs.open import Run, Say, load_evaluated_vae
 from ppl_vae.runs.outputs import write_figure
@@ -28,30 +29,16 @@ def write_likelihood_figures(folder: Path, opened: Sequence[Run], rows: Sequence
     """Writes calibration.png, and for images reconstructions.png and samples.png, the best likelihood first."""
     folder.mkdir(exist_ok=True)
     by_word = {run.options.likelihood: run for run in opened}
-    ordered = [by_word[found.likelihood] for found in rows]
-    figures = {"calibration.png": _calibration_figure(rows, opened[0])}
+    title = (
+        f"{opened[0].splits.name}: where pixels of {rows[0].calibration.num_images:,} test images lie in p(x | z), "
+        "z ~ q(z | x)\n(probability integral transform; uniform if the model were right; bars are standard errors)"
+    )
+    figures = {"calibration.png": pixel_calibration({row.likelihood: row.calibration for row in rows}, title=title)}
     if len(opened[0].splits.event_shape) > 1:
-        figures |= _picture_figures(ordered)
+        figures |= _picture_figures([by_word[row.likelihood] for row in rows])
     for name, figure in figures.items():
         write_figure(folder / name, figure)
     say(f"Figures in {folder}: {', '.join(figures)}")
-
-
-def _calibration_figure(rows: Sequence[LikelihoodRow], run: Run) -> Figure:
-    histograms = {}
-    for found in rows:
-        shares = found.calibration.histogram
-        histograms[found.likelihood] = plots.PixelHistogram(
-            shares=np.array([share.mean for share in shares]),
-            stderr=np.array([share.stderr for share in shares]),
-            words=found.calibration.verdict,
-        )
-    return plots.pixel_calibration(
-        histograms,
-        title=f"{run.splits.name}: where pixels of {rows[0].calibration.num_images:,} test images lie in p(x | z), "
-        "z ~ q(z | x)\n"
-        "(probability integral transform; uniform if the model were right; bars are standard errors over images)",
-    )
 
 
 @torch.no_grad()
@@ -67,10 +54,10 @@ def _picture_figures(opened: Sequence[Run]) -> dict[str, Figure]:
         samples |= {f"{word}\nE[x | z]": display(means), f"{word}\nx ~ p(x | z)": display(draws)}
     name = first.splits.name
     return {
-        "reconstructions.png": plots.image_rows(
+        "reconstructions.png": image_rows(
             reconstructions, title=f"{name}: reconstructions E[x | z], z ~ q(z | x)" + display.words
         ),
-        "samples.png": plots.image_rows(
+        "samples.png": image_rows(
             samples,
             title=f"{name}: samples, z ~ p(z) by one seed, in the latents of each model" + display.words,
         ),

@@ -7,39 +7,28 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from ppl_vae import data, runs
 from ppl_vae.diagnostics.exploration import decode_plane, decode_traversals, latent_quantiles
-from ppl_vae.diagnostics.mixture import normal_factors
-from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.evidence.importance import gather_log_weights
 from ppl_vae.evidence.moments import PosteriorMoments, encode, mean_or_draw
-from ppl_vae.reports import figures as plots
 from ppl_vae.reports.display import Display, choose_display
+from ppl_vae.reports.figures.images import Images, image_grids, image_rows
+from ppl_vae.reports.figures.likelihoods import bound_by_particles, likelihood_histogram
+from ppl_vae.reports.figures.training import training_curves
 from ppl_vae.reports.latents_figure import LatentUse, latents_figure, measure_latent_use
-from ppl_vae.reports.text.captions import (
-    count_images,
-    format_use,
-    interpolations_title,
-    particles_title,
-    plane_title,
-    reconstructions_title,
-    samples_title,
-    training_title,
-    traversals_title,
-)
+from ppl_vae.reports.text.captions import NOT_TRAINED_ON_PRIOR, count_images, format_use
 from ppl_vae.runs.build import is_autoencoder
 from ppl_vae.runs.evaluations import PerImage, read_per_image
 from ppl_vae.runs.open import Run, Say, load_evaluated_vae
 from ppl_vae.runs.outputs import write_figure
+from ppl_vae.runtime import numerics
 from ppl_vae.runtime.global_state import seeded
-from ppl_vae.runtime.numerics import bound_by_particles
 from ppl_vae.vae import VAE
 
 _FIGURE_SEED = 0
@@ -53,12 +42,8 @@ _MANIFOLD = 15
 _LATENT_PIXELS = 2000 * 784
 _MOST_LATENTS = 2000
 
-# The particles figure: its images, its most particles, and how much the decoder may compute for it. On one core a
-# default run takes all 1,000 in 1.5 s, a convolutional decoder of 2.2 MFLOP an image in 7 s; one of 8.9 MFLOP gets 200.
-_PARTICLE_IMAGES = 100
-_MOST_PARTICLES = 1000
-_DECODER_FLOP = 3e11
-_FLOP_A_PIXEL = 200  # the log-probability's, which the counter does not see
+_PARTICLE_IMAGES = 50
+_PARTICLES = [1, 2, 5, 10, 20, 50, 100, 200, 500]
 
 
 # --- Which figures there are ---
@@ -116,9 +101,7 @@ def _left_out(run: Run) -> list[str]:
     lines = []
     if not _has_images(run):
         lines.append("The data is a table, (N, D): figures of images are skipped.")
-    elif not _has_pairs(run):
-        lines.append("There is one test image: interpolations between two are skipped.")
-    if not _has_a_density(run):
+    if is_autoencoder(run.options):
         lines.append("An autoencoder has no log p(x): log_likelihoods.png and particles.png are skipped.")
     elif not _is_evaluated(run):
         lines.append("There is no evaluation of single test images: log_likelihoods.png is skipped.")
@@ -130,24 +113,12 @@ def _has_curves(run: Run) -> bool:
     return not run.from_python or bool(runs.read_metrics(run.folder))
 
 
-def _always(run: Run) -> bool:
-    return True
-
-
 def _has_images(run: Run) -> bool:
     return len(run.splits.event_shape) > 1
 
 
-def _has_pairs(run: Run) -> bool:
-    return _has_images(run) and len(run.splits.test) > 1
-
-
 def _has_a_plane(run: Run) -> bool:
     return _has_images(run) and run.options.latent_dim == 2 and not run.options.upper_latents
-
-
-def _has_a_density(run: Run) -> bool:
-    return not is_autoencoder(run.options)
 
 
 def _is_evaluated(run: Run) -> bool:
@@ -162,7 +133,7 @@ class _Scene:
     """A run, and what several of its figures share, computed once."""
 
     run: Run
-    metrics: list[dict[str, Any]]
+    metrics: list[dict[str, float]]
 
     @cached_property
     def vae(self) -> VAE:
@@ -197,23 +168,16 @@ class _Scene:
         with seeded(_FIGURE_SEED, torch.device("cpu")):
             return measure_latent_use(self.vae, self.x[index], codes)
 
-    @property
-    def is_autoencoder(self) -> bool:
-        return is_autoencoder(self.run.options)
-
-    @property
-    def has_dependent_prior(self) -> bool:
-        """Whether the prior is not a product of normals."""
-        return normal_factors(self.vae.prior()) is None
-
 
 # --- The figures ---
 
 
 def _training_curves(scene: _Scene) -> Figure:
-    title = training_title(scene.run.splits.name, is_dequantized=scene.run.pixels == "dequantized")
+    title = f"{scene.run.splits.name}: training"
+    if scene.run.pixels == "dequantized":
+        title += " of the density of (level + u) / 256"
     try:
-        return plots.training_curves(scene.metrics, title=title, autoencoder=scene.is_autoencoder)
+        return training_curves(scene.metrics, title=title, autoencoder=is_autoencoder(scene.run.options))
     except KeyError as error:
         raise ValueError(f"{scene.run.folder / runs.METRICS}: damaged: a record is missing {error}") from None
 
@@ -222,23 +186,25 @@ def _reconstructions(scene: _Scene) -> Figure:
     x = scene.x[scene.shown]
     decoded = scene.vae.likelihood(scene.vae.posterior(x).sample())
     rows = {"test image x": x, "E[x | z]": decoded.mean, "x ~ p(x | z)": decoded.sample()}
-    return plots.image_rows(
-        {label: scene.display(images) for label, images in rows.items()},
-        title=reconstructions_title(is_autoencoder=scene.is_autoencoder) + scene.display.words,
-    )
+    title = "Reconstructions, z ~ q(z | x)" + scene.display.words
+    return image_rows({label: scene.display(images) for label, images in rows.items()}, title=title)
 
 
 def _prior_samples(scene: _Scene) -> Figure:
     decoded = scene.vae.likelihood(scene.vae.prior().expand((_NUM_SAMPLES,)).sample())
-    return samples_figure(scene.display, decoded.mean, decoded.sample(), autoencoder=scene.is_autoencoder)
+    autoencoder = is_autoencoder(scene.run.options)
+    return samples_figure(scene.display, decoded.mean, decoded.sample(), autoencoder=autoencoder)
 
 
 def samples_figure(display: Display, means: Tensor, images: Tensor, *, autoencoder: bool = False) -> Figure:
     """Means E[x | z] beside draws x ~ p(x | z), for z ~ p(z). means, images: (N, *E)."""
-    return plots.image_grids(
+    title = "Samples from the prior, z ~ p(z)"
+    if autoencoder:
+        title = f"No samples of a model: decoded draws of the prior, z ~ N(0, I),\n{NOT_TRAINED_ON_PRIOR}"
+    return image_grids(
         {"means E[x | z]": display(means), "images x ~ p(x | z)": display(images)},
         columns=math.ceil(math.sqrt(len(means))),
-        title=samples_title(is_autoencoder=autoencoder) + display.words,
+        title=title + display.words,
     )
 
 
@@ -250,44 +216,37 @@ def _interpolations(scene: _Scene) -> Figure:
         f"pair {i + 1}": scene.display(scene.vae.likelihood((1 - weight) * ends[i] + weight * ends[pairs + i]).mean)
         for i in range(pairs)
     }
-    title = interpolations_title(is_autoencoder=scene.is_autoencoder) + scene.display.words
-    return plots.image_rows(rows, title=title)
+    return image_rows(rows, title="E[x | z] on the line between the codes of two test images" + scene.display.words)
 
 
 def _traversals(scene: _Scene) -> Figure:
     """Draws the bottom layer's latents, each moved alone. The decoder may see no others."""
     use, L = scene.use, scene.run.options.latent_dim
     values = use.values[:L]
-    num_rows = max(1, min(_NUM_SHOWN, int((values >= use.least).sum())))  # an unused latent moves nothing
-    most_used = values.argsort(descending=True)[:num_rows].tolist()
+    num_unused = int((values < use.least).sum())  # an unused latent moves nothing
+    most_used = values.argsort(descending=True)[: max(1, min(_NUM_SHOWN, L - num_unused))].tolist()
     middle = _NUM_STEPS // 2
     steps = 3 * torch.arange(-middle, middle + 1) / middle
     place = int(scene.shown[0])
     z = mean_or_draw(scene.vae.posterior(scene.x[place : place + 1]))[0]
     images = decode_traversals(scene.vae, z, most_used, steps)
     labels = [f"z{latent}, {format_use(float(values[latent]))}{use.unit}" for latent in most_used]
-    title = traversals_title(
-        place=place,
-        num_images=len(scene.encoded[0]),
-        num_rows=num_rows,
-        num_latents=L,
-        num_unused=int((values < use.least).sum()),
-        meaning=use.meaning,
-        threshold=f"{use.name} below {use.least}{use.unit}",
-        is_autoencoder=scene.is_autoencoder,
-        has_upper_layers=len(use.values) > L,
-        has_dependent_prior=scene.has_dependent_prior,
-    )
     rows = {label: scene.display(row) for label, row in zip(labels, images, strict=True)}
-    return plots.image_rows(rows, columns=[f"{t:.1f}" for t in steps], title=title + scene.display.words)
+    title = (
+        "E[x | z] as one latent moves, in scales of the prior; the others stay at the code of test image no. "
+        f"{place}\nrows: the most used latents, by {use.meaning} over {len(scene.encoded[0]):,} test images\n"
+        f"unused latents, with a {use.name} below {use.least}{use.unit}: {num_unused} of {L}{scene.display.words}"
+    )
+    return image_rows(rows, columns=[f"{t:.1f}" for t in steps], title=title)
 
 
 def _manifold(scene: _Scene) -> Figure:
     grid = latent_quantiles(scene.vae.prior(), _MANIFOLD)
     x, y = grid.T.tolist()
-    title = plane_title(is_autoencoder=scene.is_autoencoder, has_dependent_prior=scene.has_dependent_prior)
-    images = scene.display(decode_plane(scene.vae, grid))
-    return plots.image_plane(images, x=x, y=y, names=("z0", "z1"), title=title + scene.display.words)
+    planes = scene.display(decode_plane(scene.vae, grid))
+    rows = {f"z1 = {value:.2g}": row for value, row in zip(reversed(y), planes[::-1], strict=True)}
+    title = "E[x | z] over the plane of two latents, at equal steps of each latent's prior probability; across: z0"
+    return image_rows(rows, columns=[f"{value:.2g}" for value in x], title=title + scene.display.words)
 
 
 def _latents(scene: _Scene) -> Figure:
@@ -307,27 +266,22 @@ def _log_likelihoods(scene: _Scene) -> Figure:
     stored = read_per_image(scene.run.folder, "test")
     assert stored is not None
     values = stored.result.log_evidence
-    estimate = Estimate.from_values(values, stored.num_particles)
-    name = "ELBO" if stored.num_particles == 1 else f"log p(x), the bound L_{stored.num_particles:,}"
-    return plots.likelihood_histogram(
-        values.numpy(),
-        mean=estimate.mean,
-        stderr=estimate.stderr,
-        name=name,
+    return likelihood_histogram(
+        values,
+        name=f"log p(x), the bound L_{stored.num_particles:,}",
         title=f"{scene.run.splits.name}: log p(x) of {count_images(len(values), 'test image')}",
-        examples=_extremes(scene, stored) if _has_images(scene.run) else None,
+        examples=_extremes(scene, stored) if _has_images(scene.run) else {},
     )
 
 
-def _extremes(scene: _Scene, stored: PerImage) -> dict[str, tuple[Any, list[str]]]:
+def _extremes(scene: _Scene, stored: PerImage) -> dict[str, tuple[Images, list[str]]]:
     """The images with the highest and the lowest bound, with their nats and index in the split."""
     x = data.evaluation_images(scene.run.splits, "test", scene.run.evaluated_pixels, seed=stored.seed)
     values = stored.result.log_evidence
     ascending = values.argsort()
-    count = min(_NUM_SHOWN, len(values) // 2)
-    chosen = {"highest": ascending.flip(0)[:count], "lowest": ascending[:count]} if count else {"the image": ascending}
     rows = {}
-    for label, places in chosen.items():
+    for label, order in (("highest", ascending.flip(0)), ("lowest", ascending)):
+        places = order[:_NUM_SHOWN]
         captions = [f"{values[i]:.1f}\nno. {int(stored.index[i])}" for i in places.tolist()]
         rows[label] = (scene.display(x[stored.index[places]]), captions)
     return rows
@@ -335,41 +289,12 @@ def _extremes(scene: _Scene, stored: PerImage) -> dict[str, tuple[Any, list[str]
 
 def _particles(scene: _Scene) -> Figure:
     x = scene.x[data.subset(len(scene.x), _PARTICLE_IMAGES)]
-    num_particles = _affordable_particles(scene.vae, len(x))
-    sizes = [s for s in _round_numbers() if s <= num_particles]
-    bounds = bound_by_particles(gather_log_weights(scene.vae, x, num_particles), sizes)
-    return plots.bound_by_particles(
-        sizes,
-        bound=_mean_and_stderr(bounds),
-        gain=_mean_and_stderr(bounds - bounds[0]),
-        title=particles_title(len(x), num_particles),
+    log_weights = gather_log_weights(scene.vae, x, _PARTICLES[-1])
+    title = (
+        "The bound L_s on log p(x) by its number of importance samples s\n"
+        f"{count_images(len(x), 'test image')}; bars are standard errors over images"
     )
-
-
-def _mean_and_stderr(values: Tensor) -> tuple[Any, Any]:
-    """(K, N) -> the mean over N and its standard error, each (K,); no error of one image."""
-    estimates = [Estimate.from_values(row, 1) for row in values]
-    stderr = [0.0 if math.isnan(e.stderr) else e.stderr for e in estimates]
-    return [e.mean for e in estimates], stderr
-
-
-def _round_numbers() -> list[int]:
-    """The numbers 1, 2, 5, 10, ... up to the largest number of particles."""
-    numbers = [digit * 10**power for power in range(10) for digit in (1, 2, 5)]
-    return [number for number in numbers if number <= _MOST_PARTICLES]
-
-
-def _affordable_particles(vae: VAE, num_images: int) -> int:
-    """The largest round number of particles, at least 10, within the decoder's limit of operations.
-
-    By counted operations, never by a clock: the same run is drawn the same on every machine.
-    """
-    z = vae.prior().sample((1,))
-    with FlopCounterMode(display=False) as counter:
-        decoded = vae.likelihood(z)
-    cost = counter.get_total_flops() + _FLOP_A_PIXEL * math.prod(decoded.event_shape)
-    most = _DECODER_FLOP / (cost * num_images)
-    return max(number for number in _round_numbers() if number <= max(10, most))
+    return bound_by_particles(_PARTICLES, numerics.bound_by_particles(log_weights, _PARTICLES), title=title)
 
 
 class _Drawing(NamedTuple):
@@ -383,10 +308,10 @@ _FIGURES = {
     "training_curves.png": _Drawing(_has_curves, _training_curves),
     "reconstructions.png": _Drawing(_has_images, _reconstructions),
     "prior_samples.png": _Drawing(_has_images, _prior_samples),
-    "interpolations.png": _Drawing(_has_pairs, _interpolations),
+    "interpolations.png": _Drawing(lambda run: _has_images(run) and len(run.splits.test) > 1, _interpolations),
     "traversals.png": _Drawing(_has_images, _traversals),
     "manifold.png": _Drawing(_has_a_plane, _manifold),
-    "latents.png": _Drawing(_always, _latents),
+    "latents.png": _Drawing(lambda run: True, _latents),
     "log_likelihoods.png": _Drawing(_is_evaluated, _log_likelihoods),
-    "particles.png": _Drawing(_has_a_density, _particles),
+    "particles.png": _Drawing(lambda run: not is_autoencoder(run.options), _particles),
 }

@@ -12,8 +12,9 @@ from ppl_vae.conditional import Conditional
 from ppl_vae.diagnostics.measurement import FEWEST_IMAGES
 from ppl_vae.evidence.moments import encode, sample_latents
 from ppl_vae.reports import page as report
+from ppl_vae.reports.latents_figure import measure_latent_use
 from ppl_vae.reports.page import Block, Explorer, Picture, Section, Table, Text, VerdictBlock, true_minus
-from ppl_vae.reports.run_figures import figure_names, measure_latent_use
+from ppl_vae.reports.run_figures import figure_names
 from ppl_vae.reports.text.captions import (
     DIAGNOSIS_FIGURES,
     EVALUATION_ROWS,

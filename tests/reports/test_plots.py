@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
+from matplotlib.patches import Rectangle
 
-from ppl_vae.reports import figures as plots
+from ppl_vae.evidence.moments import PosteriorMoments
+from ppl_vae.reports import latents_figure as latents
+from ppl_vae.reports.figures import images, likelihoods, training
 
 
 def gray(*levels, shape=(1, 4, 4)):
@@ -29,14 +33,14 @@ def words(labels):
 
 
 def test_a_row_shows_its_images_from_left_to_right():
-    axes = plots.image_rows({"a": gray(0.1, 0.2, 0.3), "b": gray(0.4, 0.5, 0.6)}, title="t").axes[0]
+    axes = images.image_rows({"a": gray(0.1, 0.2, 0.3), "b": gray(0.4, 0.5, 0.6)}, title="t").axes[0]
     shown = [[tile(axes, row, column) for column in range(3)] for row in range(2)]
     np.testing.assert_allclose(shown, [[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]])
 
 
 def test_an_image_is_not_turned_or_mirrored():
     image = np.arange(12.0).reshape(1, 1, 3, 4) / 12
-    picture = plots.image_rows({"a": image}, title="t").axes[0].get_images()[0].get_array()
+    picture = images.image_rows({"a": image}, title="t").axes[0].get_images()[0].get_array()
     places = [
         [int((i + 0.5) / count * (length - 4)) + 2 for i in range(count)]  # a line and a margin of 1 pixel on each side
         for count, length in zip((3, 4), picture.shape, strict=True)
@@ -45,71 +49,60 @@ def test_an_image_is_not_turned_or_mirrored():
 
 
 def test_a_grid_is_read_by_rows_and_white_where_images_end():
-    axes = plots.image_grids({"a": gray(0.1, 0.2, 0.3, 0.4, 0.5)}, columns=3, title="t").axes[0]
+    axes = images.image_grids({"a": gray(0.1, 0.2, 0.3, 0.4, 0.5)}, columns=3, title="t").axes[0]
     shown = [[tile(axes, row, column) for column in range(3)] for row in range(2)]
     np.testing.assert_allclose(shown, [[0.1, 0.2, 0.3], [0.4, 0.5, 1.0]])
 
 
-def test_a_planes_second_coordinate_points_upwards():
-    images = np.stack([gray(0.1, 0.2), gray(0.3, 0.4)])
-    axes = plots.image_plane(images, x=[-1, 1], y=[-2, 2], names=("a", "b"), title="t").axes[0]
-    np.testing.assert_allclose(
-        [[tile(axes, row, column) for column in range(2)] for row in range(2)], [[0.3, 0.4], [0.1, 0.2]]
-    )
-    assert words(axes.get_yticklabels()) == ["2.0", "-2.0"]
-    assert words(axes.get_xticklabels()) == ["-1.0", "1.0"]
-
-
 # --- Latents ---
 
-POINTS = np.array([[0.0, 1.0], [2.0, -1.0], [0.5, 0.5], [-4.0, 0.0]])
-LINE = {"name": "z0", "prior": plots.Scales([0.0], [1.0]), "title": "t"}
-PLANE = {"names": ("z0", "z1"), "prior": plots.Scales([0.0, 1.0], [1.0, 2.0]), "title": "t"}
+
+def normal(num_latents):
+    zeros = torch.zeros(num_latents)
+    return torch.distributions.Independent(torch.distributions.Normal(zeros, zeros + 1), 1)
+
+
+USE = latents.LatentUse(torch.tensor([0.3, 0.2]), "variance", "", "", 0.01)
+POINTS = torch.tensor([[0.0, 1.0], [2.0, -1.0], [0.5, 0.5], [-4.0, 0.0]])
 
 
 def test_every_class_has_its_points_and_its_name():
-    axes = plots.latent_plane(POINTS, classes=np.array([1, 0, 1, 0]), class_names=("cat", "dog"), **PLANE).axes[0]
-    shown = {part.get_label(): np.asarray(part.get_offsets()) for part in axes.collections}
-    assert shown.keys() == {"cat", "dog"}
+    codes, classes = PosteriorMoments(POINTS, torch.ones(4, 2)), torch.tensor([1, 0, 1, 0])
+    figure = latents.latents_figure(codes, USE, normal(2), kind="x", classes=classes, class_names=("cat", "dog"))
+    shown = {part.get_label(): np.asarray(part.get_offsets()) for part in figure.axes[0].collections}
+    assert shown.keys() == {"prior: 2,000 draws", "cat", "dog"}
     np.testing.assert_array_equal(shown["cat"], POINTS[[1, 3]])
     np.testing.assert_array_equal(shown["dog"], POINTS[[0, 2]])
 
 
-def test_the_priors_scales_are_drawn_around_its_mean():
-    axes = plots.latent_plane(POINTS, **PLANE).axes[0]
-    drawn = [(ellipse.get_center(), ellipse.width, ellipse.height) for ellipse in axes.patches]
-    assert drawn == [((0.0, 1.0), 2.0, 4.0), ((0.0, 1.0), 4.0, 8.0), ((0.0, 1.0), 6.0, 12.0)]
-
-
-def test_a_line_of_one_latent_counts_every_image():
-    points = np.linspace(-5, 2, 50)
-    axes = plots.latent_line(points, classes=np.arange(50) % 2, **LINE).axes[0]
-    counts = sum(bar.get_height() for bar in axes.patches)
-    assert counts == 50
-    assert [line.get_xdata()[0] for line in axes.lines] == [-3, -2, -1, 0, 1, 2, 3]
+def test_one_latent_has_a_histogram_that_counts_every_image():
+    codes = PosteriorMoments(torch.linspace(-5, 2, 50)[:, None], torch.ones(50, 1))
+    figure = latents.latents_figure(codes, USE, normal(1), kind="x", classes=torch.arange(50) % 2)
+    bars = [patch for patch in figure.axes[0].patches if isinstance(patch, Rectangle)]
+    assert sum(bar.get_height() for bar in bars) == 50
 
 
 # --- Likelihoods ---
 
 
 def test_a_histogram_counts_every_image_and_marks_the_mean():
-    values = np.array([-90.0, -80.0, -100.0, -70.0])
-    axes = plots.likelihood_histogram(values, mean=-85.0, stderr=6.45, name="L_10", title="t").axes[0]
+    values = torch.tensor([-90.0, -80.0, -100.0, -70.0])
+    axes = likelihoods.likelihood_histogram(values, name="L_10", title="t", examples={}).axes[0]
     assert sum(bar.get_height() for bar in axes.patches) == 4
     assert list(axes.lines[0].get_xdata()) == [-85.0, -85.0]
     assert words(axes.get_legend().get_texts()) == ["mean -85.00 ± 6.45"]
 
 
 def test_a_bound_is_drawn_over_its_particles_with_its_errors():
-    bound, gain = ([-90.0, -88.0, -87.5], [1.0, 1.1, 1.2]), ([0.0, 2.0, 2.5], [0.0, 0.1, 0.2])
-    left, right = plots.bound_by_particles([1, 10, 100], bound=bound, gain=gain, title="t").axes
-    for axes, (mean, stderr) in ((left, bound), (right, gain)):
+    bounds = torch.tensor([[-90.0, -80.0], [-88.0, -79.0], [-87.0, -78.0]])
+    left, right = likelihoods.bound_by_particles([1, 10, 100], bounds, title="t").axes
+    for axes, mean, stderr in ((left, [-85, -83.5, -82.5], [5, 4.5, 4.5]), (right, [0, 1.5, 2.5], [0, 0.5, 0.5])):
         curve, _, (bars,) = axes.containers[0]
         np.testing.assert_allclose(curve.get_xydata(), np.stack([[1, 10, 100], mean], axis=1))
         lengths = [segment[1, 1] - segment[0, 1] for segment in bars.get_segments()]
         np.testing.assert_allclose(lengths, 2 * np.array(stderr), atol=1e-12)
         assert axes.get_xscale() == "log"
-    assert list(left.lines[-1].get_ydata()) == [-90.0, -90.0]
+    assert list(left.lines[-1].get_ydata()) == [-85.0, -85.0]
 
 
 # --- Training ---
@@ -128,7 +121,7 @@ def curves(axes):
 
 
 def test_training_curves_are_the_records():
-    left, right = plots.training_curves([record(1, 130.0, -120.0), record(2, 110.0, -105.0)], title="t").axes
-    shown = {label: values for label, values in curves(left).items() if label != "best, kept"}
-    assert shown == {"training objective (the ELBO)": [-130.0, -110.0], "validation ELBO": [-120.0, -105.0]}
+    left, right = training.training_curves([record(1, 130.0, -120.0), record(2, 110.0, -105.0)], title="t").axes
+    shown = {label: values for label, values in curves(left).items() if label != "best"}
+    assert shown == {"training objective": [-130.0, -110.0], "validation ELBO": [-120.0, -105.0]}
     assert curves(right) == {"-E_q[log p(x | z)]": [100.0, 85.0], "KL(q(z | x) || p(z))": [20.0, 20.0]}

@@ -30,19 +30,20 @@ def image_rows(rows: Mapping[str, Images], *, title: str, columns: Sequence[str]
     Args:
         rows: a label and images (N, C, H, W) with 1 or 3 channels, values in [0, 1]; the same N in each row.
         title: over the figure; it may have several lines.
-        columns: a heading for each of the N columns, or none.
+        columns: words of one or several lines over each of the N columns, or none.
     """
     channels = max(images.shape[1] for images in rows.values())
     table = np.stack([np.repeat(images, channels // images.shape[1], axis=1) for images in rows.values()])
     width, height = _inches(table, tile=0.75)
     label_width = 0.08 * max(len(line) for label in rows for line in label.splitlines())
-    figure = _figure(width + label_width, height + 0.2 * bool(columns), title)
+    lines = max((words.count("\n") + 1 for words in columns), default=0)
+    figure = _figure(width + label_width, height + 0.2 * lines, title)
     axes = figure.add_subplot()
     show_tiles(axes, table)
     axes.set_yticks([i + 0.5 for i in range(len(rows))], list(rows), fontsize=8)
     if columns:
         axes.xaxis.tick_top()
-        axes.set_xticks([i + 0.5 for i in range(len(columns))], columns, fontsize=8)
+        axes.set_xticks([i + 0.5 for i in range(len(columns))], columns, fontsize=8 if lines == 1 else 7)
     return figure
 
 
@@ -54,28 +55,6 @@ def image_grids(grids: Mapping[str, Images], *, columns: int, title: str) -> Fig
     for axes, (label, table) in zip(figure.subplots(1, len(tables), squeeze=False)[0], tables.items(), strict=True):
         show_tiles(axes, table)
         axes.set_title(label, fontsize=9)
-    return figure
-
-
-def image_plane(
-    images: Images, *, x: Sequence[float], y: Sequence[float], names: tuple[str, str], title: str
-) -> Figure:
-    """Images over two coordinates, the first to the right and the second upwards.
-
-    Args:
-        images: (len(y), len(x), C, H, W), values in [0, 1]; the first row is the lowest.
-        x, y: the coordinates of the columns and of the rows.
-        names: of the two coordinates.
-        title: over the figure.
-    """
-    width, height = _inches(images, tile=0.5)
-    figure = _figure(width + 0.6, height + 0.5, title)
-    axes = figure.add_subplot()
-    show_tiles(axes, images[::-1])
-    axes.set_xticks([i + 0.5 for i in range(len(x))], [f"{value:.1f}" for value in x], fontsize=7)
-    axes.set_yticks([i + 0.5 for i in range(len(y))], [f"{value:.1f}" for value in reversed(y)], fontsize=7)
-    axes.set_xlabel(names[0], fontsize=9)
-    axes.set_ylabel(names[1], fontsize=9)
     return figure
 
 

@@ -21,7 +21,7 @@ _FIGURES = {
     "over each other.",
     "traversals.png": "One latent at a time is moved. A row in which nothing changes is a latent that is not used.",
     "manifold.png": "The whole plane of two latents, decoded.",
-    "latents.png": "Codes of test images. They should fill the circles of the prior, without gaps or far outliers.",
+    "latents.png": "Codes of test images, and draws of the prior in gray. Each should be where the other is.",
     "log_likelihoods.png": "log p(x) is a mean over images that differ much. Look at the least likely ones.",
     "particles.png": "The bound rises with importance samples. Flat at its right end, it may have settled; with a "
     "k-hat above 0.7 rare particles carry it, and it can be flat and still too low.",
@@ -40,13 +40,6 @@ DIAGNOSIS_FIGURES = {
     "diagnosis-pixels.png": "Whether pixels are distributed as the likelihood says: the bars should be level.",
 }
 
-# Captions for priors that circles do not describe.
-_LEARNED_PRIOR_FIGURES = {
-    "latents.png": "Codes of test images, and draws of the prior in gray. Each should be where the other is.",
-    "traversals.png": "One latent at a time is moved, over scales of the prior. A row in which nothing changes is a "
-    "latent that is not used; where the prior itself puts nothing, there may be no image.",
-}
-
 # Captions for a plain autoencoder: its training has no prior, and asks nothing of codes but reconstructions.
 _AUTOENCODER_FIGURES = {
     "training_curves.png": "Training. The reconstruction term alone: look whether the validation curve still rises at "
@@ -56,8 +49,8 @@ _AUTOENCODER_FIGURES = {
     "interpolations.png": "Straight lines between the codes of two images. Between codes the decoder was not trained, "
     "and what stands there may be no image.",
     "manifold.png": "The whole plane of two latents, decoded, most of it perhaps far from any code.",
-    "latents.png": "Codes of test images, and the circles of a standard normal for scale: training asked no code to "
-    "lie within them.",
+    "latents.png": "Codes of test images, and draws of a standard normal for scale: training asked no code to lie "
+    "among them.",
     "diagnosis-latents.png": "How much each latent varies over images; those near zero are unused.",
     "diagnosis-aggregate.png": "All codes together against a standard normal, latent by latent. No prior was in the "
     "training, so long bars are no fault.",
@@ -71,10 +64,7 @@ def has_standard_normal(run: Run) -> bool:
 
 def figure_caption(run: Run, name: str) -> str:
     """The caption of one of a run's figures, by its file name; empty for a figure without one."""
-    if is_autoencoder(run.options):
-        own = _AUTOENCODER_FIGURES
-    else:
-        own = {} if has_standard_normal(run) else _LEARNED_PRIOR_FIGURES
+    own = _AUTOENCODER_FIGURES if is_autoencoder(run.options) else {}
     return (_FIGURES | DIAGNOSIS_FIGURES | own).get(name, "")
 
 
@@ -163,91 +153,3 @@ def latents_title(count: int, kind: str, num_latents: int, name: str, *, is_dete
     means = "Codes z(x)" if is_deterministic else "Posterior means"
     title = f"{means} of {count_images(count, kind)}"
     return title if num_latents <= 2 else f"{title},\nin the two of {num_latents} latents with the highest {name}"
-
-
-def training_title(dataset: str, *, is_dequantized: bool) -> str:
-    """The title of the training curves."""
-    return f"{dataset}: training" + (" of the density of (level + u) / 256" if is_dequantized else "")
-
-
-def reconstructions_title(*, is_autoencoder: bool) -> str:
-    """The title of the reconstructions."""
-    return "Reconstructions, z = z(x)" if is_autoencoder else "Reconstructions, z ~ q(z | x)"
-
-
-def samples_title(*, is_autoencoder: bool) -> str:
-    """The title of the prior samples. An autoencoder's prior has no part in training, and the title says so."""
-    if is_autoencoder:
-        return f"No samples of a model: decoded draws of the prior, z ~ N(0, I),\n{NOT_TRAINED_ON_PRIOR}"
-    return "Samples from the prior, z ~ p(z)"
-
-
-def interpolations_title(*, is_autoencoder: bool) -> str:
-    """The title of the interpolations."""
-    ends = "codes z(x)" if is_autoencoder else "posterior means"
-    return f"E[x | z] on the line between the {ends} of two test images"
-
-
-def traversals_title(
-    *,
-    place: int,
-    num_images: int,
-    num_rows: int,
-    num_latents: int,
-    num_unused: int,
-    meaning: str,
-    threshold: str,
-    is_autoencoder: bool,
-    has_upper_layers: bool,
-    has_dependent_prior: bool,
-) -> str:
-    """The title of the traversals.
-
-    Args:
-        place: The test image at which the other latents stay.
-        num_images: The images by which the latents are ranked.
-        num_rows: The latents that are shown.
-        num_latents: The latents that the decoder sees.
-        num_unused: Those of them that are not used.
-        meaning: What ranks them.
-        threshold: Below what a latent is unused.
-        is_autoencoder: Whether the guide is deterministic.
-        has_upper_layers: Whether there are latents above those.
-        has_dependent_prior: Whether the prior is not a product of normals.
-    """
-    where = "code z(x)" if is_autoencoder else "posterior mean"
-    first = (
-        "E[x | z] as one latent moves, in scales of the prior; "
-        f"the others stay at the {where} of test image no. {place}"
-    )
-    if has_dependent_prior:
-        first = (
-            "E[x | z] as one latent moves, in scales of the prior, which may itself put nothing there;\n"
-            f"the others stay at the {where} of test image no. {place}"
-        )
-    if num_rows == num_latents:
-        rows = "the latents"
-    elif num_rows == 1:
-        rows = f"the most used of {num_latents} latents"
-    else:
-        rows = f"the {num_rows} most used of {num_latents} latents"
-    rows += " next to the image" if has_upper_layers else ""
-    return (
-        f"{first}\nrows: {rows}, by {meaning} over {count_images(num_images, 'test image')}\n"
-        f"unused latents, with a {threshold}: {num_unused} of {num_latents}"
-    )
-
-
-def plane_title(*, is_autoencoder: bool, has_dependent_prior: bool) -> str:
-    """The title of the plane of two latents."""
-    steps = "each latent's own prior probability" if has_dependent_prior else "the prior's probability"
-    title = f"E[x | z] over the plane of the two latents,\non a grid at equal steps of {steps}"
-    return f"{title},\n{NOT_TRAINED_ON_PRIOR}" if is_autoencoder else title
-
-
-def particles_title(num_images: int, num_particles: int) -> str:
-    """The title of the bound by its number of particles."""
-    return (
-        f"The bound L_s on log p(x) by its number of importance samples s\n{count_images(num_images, 'test image')}, "
-        f"means over {num_particles:,} samples an image; bars are standard errors over images"
-    )

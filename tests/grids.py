@@ -20,6 +20,11 @@ LIKELIHOODS_AND_NETWORKS = list(
 )
 
 
+def by_default(likelihood: str, network: str) -> bool:
+    """Whether the default tests capture the pair: each likelihood once, and each network under a Bernoulli."""
+    return network == "gated" or likelihood == "bernoulli"
+
+
 def images_for(family: Any, num_images: int, *, dtype: torch.dtype = torch.double) -> Tensor:
     """(N, *E) of what the likelihood asks for: zeros and ones, levels, numbers inside (0, 1), or counts."""
     generator = torch.Generator().manual_seed(1)

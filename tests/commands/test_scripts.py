@@ -255,6 +255,7 @@ def test_an_extended_run_keeps_what_it_had_and_goes_on(first: tuple[Path, Done],
     assert [record["step"] for record in records(extended[0])] == [3, 6, 9, 12]
 
 
+@pytest.mark.thorough
 def test_an_extended_run_has_its_new_epochs_in_its_config(
     first: tuple[Path, Done], extended: tuple[Path, Done]
 ) -> None:

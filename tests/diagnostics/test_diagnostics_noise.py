@@ -224,7 +224,13 @@ TRAININGS = {
 }
 
 
-@pytest.fixture(scope="module", params=TRAININGS)
+BY_DEFAULT = ("beta 2.3", "mean over pixels")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=() if name in BY_DEFAULT else pytest.mark.thorough) for name in TRAININGS],
+)
 def training(request):
     case = TRAININGS[request.param]
     options = {"beta": case["beta"], "reduction": case["reduction"]}

@@ -7,7 +7,7 @@ import math
 import pyro
 import pytest
 import torch
-from grids import LIKELIHOODS_AND_NETWORKS, images_for
+from grids import LIKELIHOODS_AND_NETWORKS, by_default, images_for
 from oracles import LinearGaussian
 from torch.testing import assert_close
 
@@ -62,13 +62,25 @@ def _both(vae, x, *, num_particles, **asked):
     return [evaluate(vae, x, num_particles=num_particles, seed=3, compile=c, **asked) for c in (True, False)]
 
 
-@pytest.mark.parametrize("num_particles", REMAINDERS.values(), ids=REMAINDERS)
-@pytest.mark.parametrize(
-    ("dtype", "relative"),
-    [(torch.double, 1e-10), pytest.param(torch.float, 1e-6, marks=pytest.mark.thorough)],
-    ids=["double", "single"],
-)
-@pytest.mark.parametrize(("likelihood", "network"), LIKELIHOODS_AND_NETWORKS)
+CASES = [
+    pytest.param(
+        *pair,
+        dtype,
+        relative,
+        REMAINDERS[remainder],
+        marks=()
+        if by_default(*pair)
+        and remainder == ("last chunk" if pair[1] == "gated" else "last group")
+        and dtype is torch.double
+        else pytest.mark.thorough,
+    )
+    for pair in LIKELIHOODS_AND_NETWORKS
+    for dtype, relative in ((torch.double, 1e-10), (torch.float, 1e-6))
+    for remainder in REMAINDERS
+]
+
+
+@pytest.mark.parametrize(("likelihood", "network", "dtype", "relative", "num_particles"), CASES, ids=str)
 def test_the_captured_estimate_is_the_plain_one(
     graphs, small_passes, likelihood, network, dtype, relative, num_particles
 ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import shutil
@@ -13,14 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 from browser import Visit
-from small_run import SMALL, save_bars, train_small
+from small_run import SMALL, save_bars, silent, train_small
 
 from ppl_vae.commands.options import Report
 from ppl_vae.commands.report import report_run
-
-
-def silent(line: str) -> None:
-    """Nothing is said."""
 
 
 def save_table(path: Path) -> Path:
@@ -31,9 +28,12 @@ def save_table(path: Path) -> Path:
     return path
 
 
+KINDS = ["vae", *(pytest.param(kind, marks=pytest.mark.thorough) for kind in ("autoencoder", "conv", "table"))]
+
+
 @pytest.fixture(scope="module")
-def runs_of(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A run of each kind."""
+def run_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The run of each kind, trained once."""
     folder = tmp_path_factory.mktemp("runs")
     options = replace(SMALL, dataset=str(save_bars(folder / "bars.npz")))
     table = str(save_table(folder / "table.npy"))
@@ -43,80 +43,73 @@ def runs_of(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "conv": replace(options, network="conv", channels=(2, 4)),
         "table": replace(options, dataset=table, likelihood="normal", latent_dim=3, binarization=None),
     }
-    return {kind: train_small(folder / kind, each, draw=True) for kind, each in kinds.items()}
+    return functools.cache(lambda kind: train_small(folder / kind, kinds[kind], draw=True))
 
 
 @pytest.fixture(scope="module")
-def page_of(runs_of: dict[str, Path]) -> Callable[[str], str]:
+def page_of(run_of: Callable[[str], Path]) -> Callable[[str], str]:
     """The page of each run, written once."""
-    pages: dict[str, str] = {}
-
-    def page(kind: str) -> str:
-        if kind not in pages:
-            pages[kind] = report_run(Report(str(runs_of[kind])), say=silent).read_text()
-        return pages[kind]
-
-    return page
+    return functools.cache(lambda kind: report_run(Report(str(run_of(kind))), say=silent).read_text())
 
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("kind", ["vae", "autoencoder", "conv", "table"])
-def test_every_kind_of_run_has_a_page_with_its_verdicts(runs_of, page_of, kind):
+def test_every_kind_of_run_has_a_page_with_its_verdicts(run_of, page_of, kind):
     html = page_of(kind)
-    diagnosis: dict[str, Any] = json.loads((runs_of[kind] / "diagnosis.json").read_text())
+    diagnosis: dict[str, Any] = json.loads((run_of(kind) / "diagnosis.json").read_text())
     words = re.findall(r'aria-label="Verdict: (.*?)"', html)
     assert words == [verdict["word"] for verdict in diagnosis["verdicts"]]
     assert words
 
 
-@pytest.mark.parametrize("kind", ["vae", "autoencoder", "conv", "table"])
-def test_every_figure_of_the_run_is_on_its_page(runs_of, page_of, kind):
-    html, figures = page_of(kind), list((runs_of[kind] / "figures").glob("*.png"))
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_figure_of_the_run_is_on_its_page(run_of, page_of, kind):
+    html, figures = page_of(kind), list((run_of(kind) / "figures").glob("*.png"))
     assert len(figures) > 5
     assert len(re.findall(r'<figure class="picture', html)) >= len(figures)
 
 
-def test_a_likelihood_is_shown_with_its_error_and_what_it_means(runs_of, page_of):
-    entry = json.loads((runs_of["vae"] / "evaluation.json").read_text())["test"]["log_likelihood"]
+def test_a_likelihood_is_shown_with_its_error_and_what_it_means(run_of, page_of):
+    entry = json.loads((run_of("vae") / "evaluation.json").read_text())["test"]["log_likelihood"]
     assert f"−{-entry['mean']:.2f} ± {entry['stderr']:.2f}" in page_of("vae")
     assert "a lower bound on log p(x)" in page_of("vae")
 
 
-@pytest.mark.parametrize("kind", ["vae", "autoencoder"])
-def test_a_dense_decoder_draws_on_the_page(runs_of, page_of, chromium, kind):
+@pytest.mark.parametrize("kind", KINDS[:2])
+def test_a_dense_decoder_draws_on_the_page(run_of, page_of, chromium, kind):
     page_of(kind)
-    with Visit(chromium, runs_of[kind] / "report.html", width=400) as visit:
+    with Visit(chromium, run_of(kind) / "report.html", width=400) as visit:
         assert len(visit.tab.evaluate("() => window.pplExplorer.explorerPixels(0)")) == 64
         assert visit.tab.evaluate("() => document.documentElement.scrollWidth") <= 400
         assert visit.complaints == []
 
 
-def test_a_diagnosis_of_these_weights_is_not_made_again(runs_of, page_of):
+def test_a_diagnosis_of_these_weights_is_not_made_again(run_of, page_of):
     page_of("vae")
-    path = runs_of["vae"] / "diagnosis.json"
+    path = run_of("vae") / "diagnosis.json"
     marked = json.loads(path.read_text())
     marked["verdicts"][0]["evidence"] = "as it was written before"
     path.write_text(json.dumps(marked))
-    page = report_run(Report(str(runs_of["vae"]), output=str(runs_of["vae"] / "again.html")), say=silent)
+    page = report_run(Report(str(run_of("vae")), output=str(run_of("vae") / "again.html")), say=silent)
     assert "As it was written before." in page.read_text()
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "own.npz"])
-def test_a_page_takes_the_place_of_a_page_alone(runs_of, tmp_path, name):
-    place = (tmp_path if name == "own.npz" else runs_of["conv"]) / name
+def test_a_page_takes_the_place_of_a_page_alone(run_of, tmp_path, name):
+    place = (tmp_path if name == "own.npz" else run_of("vae")) / name
     if name == "own.npz":
         place.write_bytes(b"numbers")
     before = place.read_bytes()
     with pytest.raises(ValueError, match="expected a new file, or an earlier page"):
-        report_run(Report(str(runs_of["conv"]), output=str(place)), say=silent)
+        report_run(Report(str(run_of("vae")), output=str(place)), say=silent)
     assert place.read_bytes() == before
 
 
 @pytest.mark.parametrize("damage", ["numbers", "verdicts", "split"])
-def test_a_damaged_diagnosis_is_named_in_one_line(runs_of, page_of, tmp_path, damage):
+def test_a_damaged_diagnosis_is_named_in_one_line(run_of, page_of, tmp_path, damage):
     page_of("vae")  # which diagnoses it
     folder = tmp_path / "run"
-    shutil.copytree(runs_of["vae"], folder)
+    shutil.copytree(run_of("vae"), folder)
     stored = json.loads((folder / "diagnosis.json").read_text())
     del stored[damage]
     (folder / "diagnosis.json").write_text(json.dumps(stored))

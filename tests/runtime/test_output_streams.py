@@ -83,8 +83,11 @@ def trained(tmp_path_factory):
     return folder / "run", subprocess.run(command, env=os.environ | settings, capture_output=True, timeout=300)
 
 
-def test_a_log_has_a_line_for_each_epoch_and_no_bar(trained):
+@pytest.mark.thorough
+def test_a_log_has_a_line_for_each_epoch_and_no_bar_whatever_the_backend_of_a_notebook(trained):
     folder, done = trained
+    assert done.returncode == 0
+    assert list((folder / runs.FIGURES).iterdir())
     assert b"%|" not in done.stdout + done.stderr
     assert b"\r" not in done.stdout + done.stderr
     records = runs.read_metrics(folder)

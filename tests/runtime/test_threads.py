@@ -35,7 +35,7 @@ def test_one_vae_scored_from_four_threads_gives_the_serial_numbers():
     assert all(torch.equal(a, b) for a, b in zip(found, serial, strict=True))
 
 
-@pytest.mark.parametrize("name", SCORES | OTHERS)
+@pytest.mark.parametrize("name", [*SCORES, *(pytest.param(name, marks=pytest.mark.thorough) for name in OTHERS)])
 def test_another_thread_does_not_change_a_score_that_is_being_taken(name):
     """The other thread starts when the guide's network runs: its draws would come before those of the score."""
     vae, other, x = bernoulli_vae(latent_dim=2), bernoulli_vae(latent_dim=2, seed=1), _binary()

@@ -18,7 +18,7 @@ from ppl_vae.parts.networks import MLP
 from ppl_vae.parts.posteriors import DiagonalNormal
 from ppl_vae.parts.priors import StandardNormal
 from ppl_vae.study.data import principal_components
-from ppl_vae.study.densities import fit_densities
+from ppl_vae.study.densities import FittedDensity, fit_densities
 from ppl_vae.study.quality import frechet_distance, jackknife
 from ppl_vae.study.training import average_over_pixels
 
@@ -120,31 +120,36 @@ def true_log_density(z: Tensor) -> Tensor:
     return torch.stack(parts).logsumexp(0) - math.log(2)
 
 
-def test_a_fitted_normal_has_the_density_of_the_maximum_likelihood() -> None:
+TRAIN, VALIDATION = clustered_codes(4000, 0), clustered_codes(1000, 1)
+
+
+@pytest.fixture(scope="module")
+def densities() -> dict[str, FittedDensity]:
     pytest.importorskip("sklearn")
-    train, validation = clustered_codes(1000, 0), clustered_codes(500, 1)
-    found = fit_densities(train, validation)["normal"]
-    expected = MultivariateNormal(train.double().mean(0), torch.cov(train.double().T)).log_prob(validation.double())
+    return fit_densities(TRAIN, VALIDATION)
+
+
+def test_a_fitted_normal_has_the_density_of_the_maximum_likelihood(densities: dict[str, FittedDensity]) -> None:
+    found = densities["normal"]
+    expected = MultivariateNormal(TRAIN.double().mean(0), torch.cov(TRAIN.double().T)).log_prob(VALIDATION.double())
     assert found.log_density.mean == pytest.approx(float(expected.mean()), abs=1e-3)
 
 
 @pytest.mark.parametrize("name", ["mixture", "flow"])
-def test_a_mixture_and_a_flow_come_near_to_the_true_density_of_clusters(name: str) -> None:
-    pytest.importorskip("sklearn")
-    train, validation = clustered_codes(4000, 0), clustered_codes(2000, 1)
-    densities = fit_densities(train, validation)
-    truth = float(true_log_density(validation).mean())
+def test_a_mixture_and_a_flow_come_near_to_the_true_density_of_clusters(
+    densities: dict[str, FittedDensity], name: str
+) -> None:
+    truth = float(true_log_density(VALIDATION).mean())
     found = densities[name].log_density.mean
     assert truth - 0.5 < found < truth + 0.1
     assert found > densities["normal"].log_density.mean + 0.5
     assert densities[name].num_components == (10 if name == "mixture" else None)  # the fewest of the candidates
 
 
-def test_draws_of_each_density_have_the_moments_of_the_codes() -> None:
-    train = clustered_codes(4000, 0)
-    for fitted in fit_densities(train, clustered_codes(1000, 1)).values():
+def test_draws_of_each_density_have_the_moments_of_the_codes(densities: dict[str, FittedDensity]) -> None:
+    for fitted in densities.values():
         torch.manual_seed(0)
         with torch.no_grad():
             z = fitted.distribution.sample((4000,))
-        assert ((z.mean(0) - train.mean(0)) / train.std(0)).abs().max() < 0.1
-        torch.testing.assert_close(z.std(0), train.std(0), rtol=0.1, atol=0)
+        assert ((z.mean(0) - TRAIN.mean(0)) / TRAIN.std(0)).abs().max() < 0.1
+        torch.testing.assert_close(z.std(0), TRAIN.std(0), rtol=0.1, atol=0)

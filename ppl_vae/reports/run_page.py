@@ -22,7 +22,6 @@ from ppl_vae.reports.text.captions import (
     evaluation_row_name,
     explorer_caption,
     figure_caption,
-    has_standard_normal,
     make_sentence,
 )
 from ppl_vae.reports.text.diagnosis import describe_advice, describe_left_out
@@ -37,10 +36,8 @@ from ppl_vae.runs.results import Diagnosis, Evaluation
 from ppl_vae.runtime.global_state import seeded
 
 _SEED = 0
-_NUM_POINTS = 1000  # codes in the explorer's plane
-_EXTENT = 3.0  # of a standard normal prior; of others and of an autoencoder, what holds nearly all draws and codes
-_MOST_CODES = 0.99
-_PRIOR_POINTS = 1000
+_NUM_POINTS = 1000  # codes, and draws of the prior, which the explorer's plane holds nearly all of
+_MOST_CODES = 0.995
 _LEAST_EXTENT = 1e-3
 
 
@@ -163,19 +160,18 @@ def _drawn(title: str, run: Run, names: list[str], anchor: str) -> Section:
 
 
 def _exploration(run: Run) -> Section:
-    title = "Move through its latent space"
     try:
-        block: Block = _explorer(run)
+        block: Block = make_explorer(run)
     except ValueError as error:
         block = Text(f"There is no live picture here. {make_sentence(str(error))}")
-    return Section(title, [block], anchor="explore")
+    return Section("Move through its latent space", [block], anchor="explore")
 
 
-def _explorer(run: Run) -> Explorer:
-    """The live decoder over the plane of the two most used latents.
+def make_explorer(run: Run) -> Explorer:
+    """The live decoder over the plane of the two most used latents; the others stay as they are of a first image.
 
     Raises:
-        ValueError: a decoder that a page cannot draw, in words.
+        ValueError: A decoder that a page cannot draw, with the reason.
     """
     vae = load(run.folder)
     if not isinstance(vae.likelihood, Conditional):
@@ -188,26 +184,21 @@ def _explorer(run: Run) -> Explorer:
     with seeded(_SEED, torch.device("cpu")), torch.no_grad():
         codes = encode(vae, x[index])
         use = measure_latent_use(vae, x[index], codes)
-        z = sample_latents(vae.prior(), _PRIOR_POINTS)
-    order = use.values.argsort(descending=True)[:2].tolist()
-    axes = (min(order), max(order))
-    autoencoder = is_autoencoder(run.options)
-    points = codes.mean[:, list(axes)].numpy()
+        draws = sample_latents(vae.prior(), _NUM_POINTS)
+    i, j = sorted(use.values.argsort(descending=True)[:2].tolist())
+    points = codes.mean[:, [i, j]].numpy()
+    reach = np.quantile(np.abs(np.concatenate([points, draws[:, [i, j]].numpy()])), _MOST_CODES)
     labels = run.splits.labels.get("test")
     classes = None if labels is None else labels[index].numpy()
     few = classes is not None and classes.min() >= 0 and classes.max() < 10
-    normal = has_standard_normal(run) and not autoencoder
-    center = torch.zeros(decoder.latent_dim) if normal else codes.mean.mean(0) if autoencoder else codes.mean[0]
-    seen = points if normal or autoencoder else np.concatenate([points, z[:, list(axes)].numpy()])
-    reach = float(np.quantile(np.abs(seen), _MOST_CODES))
     return Explorer(
         decoder,
-        explorer_caption(run, axes),
+        explorer_caption(run, (i, j)),
+        points,
         start=(float(points[0, 0]), float(points[0, 1])),
-        extent=max(_EXTENT, reach) if normal or autoencoder else max(_LEAST_EXTENT, reach),
-        points=points,
+        extent=float(max(reach, _LEAST_EXTENT)),
         labels=classes if few else None,
         label_names=run.splits.class_names if few else (),
-        axes=axes,
-        base=center.numpy(),
+        axes=(i, j),
+        base=codes.mean[0].numpy(),
     )

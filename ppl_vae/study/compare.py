@@ -79,7 +79,6 @@ def _describe_data(place: Path, each: StudyData) -> DataNumbers:
         train=len(splits.train),
         validation=len(splits.validation),
         test=len(splits.test),
-        classes=tuple(splits.class_names),
         eigenvalues=tuple(noise.eigenvalues.tolist()),
         edge=noise.edge,
         floor=None if evaluation is None else evaluation.floor,

@@ -30,15 +30,13 @@ from ppl_vae.vae import VAE
 
 MEASUREMENT = "measurement.json"
 
-_VERSION = 3  # to be raised when a diagnostic comes to another number: measurements of other versions are done again
+_VERSION = 4  # to be raised when a diagnostic comes to another number: measurements of other versions are done again
 _OPTIONS = (
     *("network", "latent_dim", "beta", "objective", "free_bits", "warmup_epochs", "epochs", "seed", "scale_map"),
     *("posterior", "learning_rate", "likelihood"),
 )
-_MOST_CODES = 1000
 _NUM_SAMPLES_SHOWN = 20
 _NUM_PAIRS = 4  # between which a picture interpolates
-_NUM_HOLES_SHOWN = 6
 _LEVEL = 0.05  # of all tests of one run's latents together
 
 
@@ -67,9 +65,7 @@ def measure_run(planned: Planned, folder: Path, study_data: StudyData, *, pictur
     path = folder / MEASUREMENT
     stored = runs.read_json(path) if path.exists() else {}
     if stored.get("key") == key:
-        found = from_json(RunNumbers, stored["run"])
-        if all((pictures.parent / name).exists() for name in found.pictures.values()):
-            return found
+        return from_json(RunNumbers, stored["run"])
     started = time.monotonic()
     vae, per_image = load(folder), read_per_image(folder, "test")  # None for an autoencoder
     found = _add_evaluation(numbers, evaluation, vae, per_image, folder)
@@ -135,8 +131,7 @@ def _diagnose(
         prior_match=_match_prior(diagnosis),
         samples=sample_quality(generated["samples"], study_data.gray, study_data.components),
         densities=densities,
-        pictures=_write_pictures(pictures / run.name, vae, codes[study_data.shown], generated, diagnosis),
-        codes=_list_codes(codes, study_data.labels) if codes.shape[1] == 2 else (),
+        pictures=_write_pictures(pictures / run.name, vae, codes[study_data.shown], generated),
     )
 
 
@@ -182,43 +177,24 @@ def _largest(values: list[float]) -> float | None:
     return max(map(abs, values)) if all(map(math.isfinite, values)) else None
 
 
-def _list_codes(codes: Tensor, labels: Tensor | None) -> tuple[tuple[float | None, ...], ...]:
-    """(z_1, z_2, class) of the first test images."""
-    classes = [None] * len(codes) if labels is None else labels.tolist()
-    pairs = zip(codes[:_MOST_CODES].tolist(), classes, strict=False)
-    return tuple((round(a, 4), round(b, 4), label) for (a, b), label in pairs)
-
-
 # --- Pictures ---
 
 
-def _write_pictures(
-    folder: Path, vae: VAE, codes: Tensor, generated: dict[str, Tensor], diagnosis: Measurements
-) -> dict[str, str]:
-    """Writes the run's pictures, each of decoded means.
+def _write_pictures(folder: Path, vae: VAE, codes: Tensor, generated: dict[str, Tensor]) -> dict[str, str]:
+    """Writes the run's pictures, each of decoded means, and returns the file of each, by name.
 
     Args:
         folder: The run's folder of pictures.
         vae: Its weights.
         codes: (10, L) codes of the test images that are shown.
         generated: Images (M, C, H, W), by name.
-        diagnosis: The run's diagnosis, which knows prior samples in holes and as many ordinary ones.
-
-    Returns:
-        The file of each picture, by name.
     """
     images = {"reconstructions": vae.likelihood(codes).mean}
     images |= {name: each[:_NUM_SAMPLES_SHOWN] for name, each in generated.items()}
     if len(generated) > 1:
         images["interpolations"] = interpolate(vae, codes)
-    holes = diagnosis.aggregate.holes
-    if holes is not None:
-        count = min(_NUM_HOLES_SHOWN, len(holes.worst), len(holes.ordinary))
-        z = torch.tensor(holes.worst[:count] + holes.ordinary[:count], dtype=codes.dtype)
-        images["holes"] = vae.likelihood(z).mean
     for name, each in images.items():
-        columns = len(each) // 2 if name == "holes" else min(NUM_SHOWN, len(each))
-        write_strip(folder / f"{name}.png", each, columns=columns)
+        write_strip(folder / f"{name}.png", each, columns=min(NUM_SHOWN, len(each)))
     return {name: f"{folder.parent.name}/{folder.name}/{name}.png" for name in images}
 
 

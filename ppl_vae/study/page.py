@@ -3,31 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import cast
-
-import numpy as np
 
 from ppl_vae import runs
-from ppl_vae.conditional import Conditional
 from ppl_vae.reports import page as report
-from ppl_vae.reports.page import Explorer, Section, Text
+from ppl_vae.reports.page import Section, Text
+from ppl_vae.reports.run_page import make_explorer
 from ppl_vae.reports.text.study import EXPLORE
-from ppl_vae.runs.load import load
+from ppl_vae.runs.open import open_run
 from ppl_vae.runs.outputs import write_figure
 from ppl_vae.study.figures import draw_figures
+from ppl_vae.study.plan import name_run
 from ppl_vae.study.questions import QUESTIONS, PageSource
-from ppl_vae.study.results import RUNS, RunNumbers, read_study
+from ppl_vae.study.results import RUNS, read_study
 
 REPORT = "report.html"
-
-_EXTENT = 3.0  # of the plane of a standard normal prior
-_AUTOENCODER_SHARE = 0.99  # of an autoencoder's codes, which have no scale of their own, lie within its plane
 
 
 def write_report(folder: Path) -> Path:
     """Writes FOLDER/report.html from study.json and the pictures next to it, and the figures as files.
 
-    It runs no model. Of the runs it reads only the decoders with two latents, which the page draws with.
+    Of the runs it reads only those with two latents, whose decoders the page draws with.
 
     Returns:
         The page's file.
@@ -55,29 +50,10 @@ def compose_page(source: PageSource) -> str:
     return report.page("What a VAE does and why", [*sections, _explore(source)], subtitle=subtitle)
 
 
-# --- Latent spaces of two dimensions, which the page draws itself ---
-
-
 def _explore(source: PageSource) -> Section:
     """A map of each latent space of two dimensions whose weights are there, the VAE's first."""
-    found = sorted((run for run in source.study.runs.values() if run.codes), key=lambda run: run.is_autoencoder)
-    there = [run for run in found if (source.folder / RUNS / run.name / runs.MODEL).exists()]
-    explorers = [_make_explorer(source, run) for run in there]
+    places = [
+        source.folder / RUNS / name_run(source.study.datasets[0], what) for what in ("latents-2", "autoencoder-2")
+    ]
+    explorers = [make_explorer(open_run(str(place))) for place in places if (place / runs.MODEL).exists()]
     return Section("Move through a latent space", [Text(EXPLORE), *explorers], anchor="explore")
-
-
-def _make_explorer(source: PageSource, run: RunNumbers) -> Explorer:
-    decoder = report.decoder_weights(cast(Conditional, load(source.folder / RUNS / run.name).likelihood))
-    points = np.array([code[:2] for code in run.codes], dtype=np.float32)
-    classes = [code[2] for code in run.codes if code[2] is not None]
-    extent = _EXTENT
-    if run.is_autoencoder:
-        extent = max(_EXTENT, float(np.ceil(np.quantile(np.abs(points), _AUTOENCODER_SHARE))))
-    return Explorer(
-        decoder,
-        "The plain autoencoder, on its own scale." if run.is_autoencoder else "The VAE: its prior is N(0, I).",
-        extent=extent,
-        points=points,
-        labels=np.array(classes, dtype=np.uint8) if classes else None,
-        label_names=source.study.data[run.dataset].classes,
-    )

@@ -124,7 +124,6 @@ class RunNumbers:
         samples: Decoded prior draws.
         densities: Decoded draws of densities that were fitted to the codes: "normal", "mixture", "flow".
         pictures: Files in the study's folder, by what they show.
-        codes: [z_1, z_2, class] of test images, of a run with two latents.
     """
 
     name: str
@@ -152,7 +151,6 @@ class RunNumbers:
     samples: Quality | None = None
     densities: dict[str, DensityQuality] = field(default_factory=dict)
     pictures: dict[str, str] = field(default_factory=dict)
-    codes: tuple[tuple[float | None, ...], ...] = ()
 
     @property
     def is_autoencoder(self) -> bool:
@@ -181,7 +179,6 @@ class DataNumbers:
     train: int
     validation: int
     test: int
-    classes: tuple[str, ...]
     eigenvalues: tuple[float, ...]
     edge: float
     floor: Estimate | None = None

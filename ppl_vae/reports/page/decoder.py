@@ -111,38 +111,26 @@ def _hidden_layers(layers: nn.Sequential) -> tuple[Layer, ...]:
     for k, (linear, activation) in enumerate(zip(modules[::2], modules[1::2], strict=True)):
         name = _ACTIVATIONS.get(type(activation))
         if name is None or not isinstance(linear, nn.Linear):
-            known = ", ".join(kind.__name__ for kind in _ACTIVATIONS)
             raise ValueError(
-                f"decoder: a page can draw dense layers followed by {known}, got {type(activation).__name__}"
+                f"decoder: a page can draw dense layers followed by {', '.join(_ACTIVATIONS.values())}, got "
+                f"{type(activation).__name__}"
             )
         found.append(_layer(linear, name, f"decoder layer {k}"))
     return tuple(found)
-
-
-def _image_shape(event_shape: tuple[int, ...]) -> tuple[int, int, int]:
-    if len(event_shape) != 3 or event_shape[0] not in (1, 3):
-        raise ValueError(f"decoder: a page can draw images (1, H, W) or (3, H, W), got event shape {event_shape}")
-    channels, height, width = event_shape
-    return channels, height, width
 
 
 def decoder_weights(likelihood: Conditional) -> DecoderWeights:
     """The decoder p(x | z) = family(net(z)) in half precision, with the features that its mean needs.
 
     Args:
-        likelihood: a dense network (``MLP`` or ``GatedMLP``) over the latents, with any likelihood whose mean is a
-            function of one feature a pixel.
-
-    Returns:
-        The weights, for an ``Explorer``.
+        likelihood: A dense network over the latents, with a likelihood whose mean is a function of one feature a pixel.
 
     Raises:
-        ValueError: a decoder that a page cannot draw; says in words why: convolutions, a likelihood whose mean takes
-            more than a formula, data that is no image, or weights beyond half precision.
+        ValueError: A decoder that a page cannot draw, with the reason.
     """
     if not isinstance(likelihood, Conditional):
         raise ValueError(f"decoder: expected a network that ends in a likelihood, got {type(likelihood).__name__}")
-    net, family = likelihood.net, likelihood.family
+    net, family, event_shape = likelihood.net, likelihood.family, likelihood.event_shape
     if not isinstance(net, networks.MLP | networks.GatedMLP):
         raise ValueError(f"decoder: a page can draw dense networks (mlp, gated), got {type(net).__name__}")
     link = _LINKS.get(type(family))
@@ -151,6 +139,8 @@ def decoder_weights(likelihood: Conditional) -> DecoderWeights:
             f"decoder: a page can draw likelihoods whose mean is a function of one feature a pixel, got "
             f"{type(family).__name__}"
         )
-    event_shape = _image_shape(likelihood.event_shape)
+    if len(event_shape) != 3 or event_shape[0] not in (1, 3):
+        raise ValueError(f"decoder: a page can draw images (1, H, W) or (3, H, W), got event shape {event_shape}")
     output = _layer(net.output, "none", "decoder output", rows=math.prod(event_shape))
-    return DecoderWeights((*_hidden_layers(net.layers), output), event_shape, link(family))
+    channels, height, width = event_shape
+    return DecoderWeights((*_hidden_layers(net.layers), output), (channels, height, width), link(family))

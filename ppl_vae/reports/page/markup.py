@@ -1,14 +1,14 @@
-"""Text as HTML, with everything escaped except three marks; and embedded pictures and JSON."""
+"""Text as HTML, with everything escaped except two marks; and embedded pictures and JSON."""
 
 from __future__ import annotations
 
-import base64
 import html
 import json
 import re
 from numbers import Integral
 
-_MARKS = re.compile(r"`([^`]+)`|\*\*(.+?)\*\*|\[([^\]]+)\]\(#([\w-]+)\)")
+_CODE = re.compile(r"`([^`]+)`")
+_BOLD = re.compile(r"\*\*(.+?)\*\*")
 _NUMBER = re.compile(r"\s*[<>≤≥≈~]?\s*[-+−]?[\d.][\d.,eE+−–\- ±()\[\]×^%/]*[a-zA-Z%]{0,5}\s*")
 _MINUS = re.compile(r"(?<![\w-])-(?=[\d.])")
 _NOTHING = "–"
@@ -20,19 +20,8 @@ def escape(words: str) -> str:
 
 
 def inline(words: str) -> str:
-    """``**bold**``, ```code``` and ``[words](#anchor)``; everything else is escaped."""
-    done, parts = 0, []
-    for mark in _MARKS.finditer(words):
-        parts.append(escape(words[done : mark.start()]))
-        code, bold, link, anchor = mark.groups()
-        if code is not None:
-            parts.append(f"<code>{escape(code)}</code>")
-        elif bold is not None:
-            parts.append(f"<strong>{inline(bold)}</strong>")
-        else:
-            parts.append(f'<a href="#{anchor}">{inline(link)}</a>')
-        done = mark.end()
-    return "".join([*parts, escape(words[done:])])
+    """``**bold**`` and ```code```; everything else is escaped."""
+    return _BOLD.sub(r"<strong>\1</strong>", _CODE.sub(r"<code>\1</code>", escape(words)))
 
 
 def paragraphs(words: str) -> str:
@@ -43,11 +32,6 @@ def paragraphs(words: str) -> str:
 def true_minus(words: str) -> str:
     """The same text with a true minus before numbers, but not within words, options or ranges."""
     return _MINUS.sub("−", words)
-
-
-def slug(words: str) -> str:
-    """The anchor of a heading: its letters and digits, joined by hyphens."""
-    return re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-") or "section"
 
 
 def cell(value: str | float | None) -> str:
@@ -65,9 +49,9 @@ def is_number(value: object) -> bool:
     return value in (None, "", _NOTHING) or not isinstance(value, str) or _NUMBER.fullmatch(value) is not None
 
 
-def png_address(png: bytes) -> str:
-    """The picture as a data URL."""
-    return f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}"
+def png_size(png: bytes) -> tuple[int, int]:
+    """Width and height of a PNG, pixels."""
+    return int.from_bytes(png[16:20], "big"), int.from_bytes(png[20:24], "big")
 
 
 def json_script(value: object) -> str:

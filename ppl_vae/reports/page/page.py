@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import base64
-from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from ppl_vae.reports.page.blocks import (
-    Block,
     Cell,
     Explorer,
     NamedPicture,
@@ -24,26 +21,29 @@ from ppl_vae.reports.page.blocks import (
     Table,
     Text,
     VerdictBlock,
-    png_size,
 )
 from ppl_vae.reports.page.decoder import DecoderWeights
-from ppl_vae.reports.page.markup import cell, escape, inline, is_number, json_script, paragraphs, png_address, slug
+from ppl_vae.reports.page.markup import cell, escape, inline, is_number, json_script, paragraphs, png_size
 
 _HERE = Path(__file__).parent
 _SMALL = 480  # pixels; a picture up to this width is of single pixels, and is enlarged without smoothing
 _BROAD = 900  # pixels; a picture from this width on has words in it, which a phone would make too small to read
 _LONG = 32  # letters, from which a table's text is broken into lines
-_CONTENTS_FROM = 3  # sections, below which a list of them says nothing
 
 
 def _file(name: str) -> str:
     return (_HERE / name).read_text(encoding="utf-8")
 
 
+def _base64(values: bytes | np.ndarray) -> str:
+    return base64.b64encode(values if isinstance(values, bytes) else values.tobytes()).decode("ascii")
+
+
 def _image(png: bytes, alt: str) -> str:
     width, height = png_size(png)
     kind = "pixelated" if width <= _SMALL else "card broad" if width >= _BROAD else "card"
-    return f'<img class="{kind}" src="{png_address(png)}" alt="{escape(alt)}" width="{width}" height="{height}">'
+    source = f"data:image/png;base64,{_base64(png)}"
+    return f'<img class="{kind}" src="{source}" alt="{escape(alt)}" width="{width}" height="{height}">'
 
 
 def _caption(words: str) -> str:
@@ -81,12 +81,11 @@ def _column_class(cells: Sequence[Cell]) -> str:
 def _table(block: Table, number: int) -> str:
     columns = range(len(block.columns))
     kinds = [_column_class([row[k] for row in block.rows]) for k in columns]
-    chosen = {block.highlight} if isinstance(block.highlight, int) else set(block.highlight or ())
     head = "".join(f'<th scope="col"{kinds[k]}>{inline(block.columns[k])}</th>' for k in columns)
     body = []
     for i, row in enumerate(block.rows):
         cells = "".join(f"<td{kinds[k]}>{cell(row[k])}</td>" for k in columns)
-        mark = ' class="highlight"' if i in chosen else ""
+        mark = ' class="highlight"' if i == block.highlight else ""
         body.append(f"<tr{mark}>{cells}</tr>")
     name = f' aria-labelledby="caption-{number}"' if block.caption else ' aria-label="Table"'
     caption = f'<figcaption id="caption-{number}">{inline(block.caption)}</figcaption>' if block.caption else ""
@@ -123,13 +122,9 @@ def _slider(block: Slider, number: int) -> str:
         f'<input type="range" id="range-{number}" min="0" max="{len(stops) - 1}" step="1" value="{block.start}" '
         f'aria-valuetext="{escape(block.label)} = {escape(now)}" autocomplete="off">'
         f'<div class="ends" aria-hidden="true"><span>{escape(ends[0])}</span><span>{escape(ends[1])}</span></div></div>'
-        f"{_strip(block.fixed, 'unchanged') if block.fixed else ''}"
+        f"{_strip(block.fixed, 'unchanged')}"
         f'<div class="stops">{"".join(stops)}</div></div>{_caption(block.caption)}</figure>'
     )
-
-
-def _base64(array: ArrayLike, kind: str) -> str:
-    return base64.b64encode(np.ascontiguousarray(array, dtype=kind).tobytes()).decode("ascii")
 
 
 def _decoder(decoder: DecoderWeights) -> dict[str, Any]:
@@ -141,22 +136,20 @@ def _decoder(decoder: DecoderWeights) -> dict[str, Any]:
         "link": decoder.link.name,
         "bound": decoder.link.bound if np.isfinite(decoder.link.bound) else None,
         "scale": decoder.link.gain / decoder.link.white,
-        "weights": _base64(np.concatenate(flat), "<f2"),
+        "weights": _base64(np.concatenate(flat).astype("<f2")),
     }
 
 
-def _explorer_data(block: Explorer) -> dict[str, Any]:
-    base = np.zeros(block.decoder.latent_dim) if block.base is None else np.asarray(block.base, dtype=float)
-    points = np.zeros((0, 2)) if block.points is None else block.points
-    labels = np.zeros(len(points)) if block.labels is None else block.labels
+def _explorer_data(block: Explorer) -> dict[str, object]:
+    base = np.zeros(block.decoder.latent_dim) if block.base is None else block.base
     return {
         "decoder": _decoder(block.decoder),
         "start": list(block.start),
         "extent": block.extent,
         "axes": list(block.axes),
         "base": base.tolist(),
-        "points": _base64(np.clip(points, -60000, 60000), "<f2"),
-        "labels": None if block.labels is None else _base64(labels, "u1"),
+        "points": _base64(np.clip(block.points, -60000, 60000).astype("<f2")),
+        "labels": None if block.labels is None else _base64(block.labels.astype("u1")),
     }
 
 
@@ -200,32 +193,11 @@ _RENDERERS: dict[type, Callable[[Any, int], str]] = {
 }
 
 
-def _block(block: Block, number: int) -> str:
-    if type(block) not in _RENDERERS:
-        raise ValueError(
-            f"blocks: expected one of {[kind.__name__ for kind in _RENDERERS]}, got {type(block).__name__}"
-        )
-    return _RENDERERS[type(block)](block, number)
-
-
 # --- The page ---
 
 
-def _anchors(sections: Sequence[Section]) -> list[str]:
-    anchors = [section.anchor or slug(section.title) for section in sections]
-    twice = [anchor for anchor, times in Counter(anchors).items() if times > 1]
-    if twice:
-        raise ValueError(f"sections: expected anchors that differ, got more than one {', '.join(twice)}")
-    return anchors
-
-
-def _contents(sections: Sequence[Section], anchors: Sequence[str]) -> str:
-    if len(sections) < _CONTENTS_FROM:
-        return ""
-    items = "".join(
-        f'<li><a href="#{escape(anchor)}">{inline(section.title)}</a></li>'
-        for section, anchor in zip(sections, anchors, strict=True)
-    )
+def _contents(sections: Sequence[Section]) -> str:
+    items = "".join(f'<li><a href="#{section.anchor}">{inline(section.title)}</a></li>' for section in sections)
     return f'<nav class="contents" aria-label="Contents"><h2>Contents</h2><ol>{items}</ol></nav>'
 
 
@@ -235,26 +207,19 @@ GENERATOR = '<meta name="generator" content="ppl_vae">'  # by which a page is kn
 def page(title: str, sections: Sequence[Section], *, subtitle: str = "") -> str:
     """One self-contained HTML page, for light and dark displays.
 
+    What is interactive in it also says what it shows without a script.
+
     Args:
-        title: of the page.
-        sections: in order; from three on there is a list of contents.
-        subtitle: a sentence below the title.
-
-    Returns:
-        The whole page. What is interactive in it also says what it shows without a script.
-
-    Raises:
-        ValueError: two sections of one anchor, or a block that is none.
-
-    Source: ours.
+        title: Of the page.
+        sections: In order, below a list of contents.
+        subtitle: A sentence below the title.
     """
-    anchors = _anchors(sections)
     numbers = count(1)
     body = "\n".join(
-        f'<section id="{escape(anchor)}"><h2>{inline(section.title)}</h2>\n'
-        + "\n".join(_block(block, next(numbers)) for block in section.blocks)
+        f'<section id="{section.anchor}"><h2>{inline(section.title)}</h2>\n'
+        + "\n".join(_RENDERERS[type(block)](block, next(numbers)) for block in section.blocks)
         + "</section>"
-        for section, anchor in zip(sections, anchors, strict=True)
+        for section in sections
     )
     lead = f'<p class="subtitle">{inline(subtitle)}</p>' if subtitle else ""
     scripts = "\n".join(f"<script>\n{_file(name)}</script>" for name in ("theme.js", "slider.js", "explorer.js"))
@@ -277,7 +242,7 @@ input {{ display: none; }} .stop[hidden] {{ display: block; }}
 <body>
 <button class="theme" type="button" aria-label="Switch between light and dark" hidden></button>
 <header><h1>{inline(title)}</h1>{lead}</header>
-{_contents(sections, anchors)}
+{_contents(sections)}
 <main>
 {body}
 </main>

@@ -57,11 +57,6 @@ _AUTOENCODER_FIGURES = {
 }
 
 
-def has_standard_normal(run: Run) -> bool:
-    """Whether the prior of all latents is N(0, I). With several layers ``--prior`` is that of the top layer alone."""
-    return run.options.prior == "standard-normal" and not run.options.upper_latents
-
-
 def figure_caption(run: Run, name: str) -> str:
     """The caption of one of a run's figures, by its file name; empty for a figure without one."""
     own = _AUTOENCODER_FIGURES if is_autoencoder(run.options) else {}
@@ -69,22 +64,12 @@ def figure_caption(run: Run, name: str) -> str:
 
 
 def explorer_caption(run: Run, axes: tuple[int, int]) -> str:
-    """The caption of the plane of two latents with a live decoder.
-
-    Args:
-        run: The run.
-        axes: The two latents that are moved.
-    """
+    """The caption of the plane of two latents with a live decoder. ``axes``: the two that are moved."""
     words = "Each point is a test image, where the encoder puts it; the picture is the decoder's mean."
     if run.options.latent_dim > 2:
-        others = "as they are of the first picture's image"
-        if is_autoencoder(run.options):
-            others = "at the mean of all codes"
-        elif has_standard_normal(run):
-            others = "at the prior's mean"
         words += (
-            f" Moved are z{axes[0]} and z{axes[1]}, the two of {run.options.latent_dim} that tell most; the others "
-            f"stay {others}, so a point's picture is not the reconstruction of its image."
+            f" Moved are z{axes[0]} and z{axes[1]}, the two of {run.options.latent_dim} that tell most; the others are "
+            "those of the first picture's image, so a point's picture is not the reconstruction of its image."
         )
     if is_autoencoder(run.options):
         words += " Nothing asked these codes to lie together: between them the decoder was never trained."

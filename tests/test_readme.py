@@ -9,12 +9,14 @@ import re
 import subprocess
 import sys
 import tempfile
+import tomllib
 from pathlib import Path
 
 import pyro
 import pytest
 import torch
 
+import ppl_vae
 from ppl_vae.commands.options import COMMANDS
 from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.runs.options import LIKELIHOODS
@@ -157,6 +159,19 @@ def test_nothing_in_the_manual_waits_to_be_filled_in():
         *("PPL_VAE_DATA_DIR", "PPL_VAE_CACHE_DIR", "XDG_CACHE_HOME"),
         "OMP_NUM_THREADS",
     }
+
+
+def test_every_file_that_names_the_version_names_the_same():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert re.findall(r"^version: (.+)$", citation, re.M) == [project["project"]["version"]] == [ppl_vae.__version__]
+
+
+def test_a_commit_is_checked_by_the_same_ruff_as_the_tests():
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8")
+    wanted = re.search(r'"(ruff==[\d.]+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert wanted is not None
+    assert set(re.findall(r"ruff==[\d.]+", hooks)) == {wanted[1]}
 
 
 # --- Numbers ---

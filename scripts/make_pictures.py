@@ -1,0 +1,177 @@
+"""Draw the pictures of README and the manual, each for a light and a dark page."""
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ppl_vae.commands.cli import Command, parse
+from ppl_vae.runs.fields import BOOLEAN, CheckedOptions, option
+from ppl_vae.runtime.process import run_script
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ROOT = Path(__file__).parents[1]
+PLAIN = (
+    "--prior standard-normal --objective elbo --initialization shrinking --learning-rate 3e-3 --decay-start 0 "
+    "--average-decay 0 --epochs 10 --images 100 --evaluation-particles 10"
+)
+BETAS = ("0.01", "1", "5", "20", "100")
+LIKELIHOODS = ("discretized-logistic", "beta", "continuous-bernoulli", "normal-per-pixel", "normal", "binomial")
+COLUMNS, MAGNIFIED = 16, 2
+
+
+@dataclass(frozen=True)
+class Pictures(CheckedOptions):
+    """Draw the pictures of README and the manual from mnist-best, stored results and the runs of the two strips."""
+
+    output: str = option(str(ROOT / "docs" / "pictures"), "folder of the pictures")
+    runs: str = option("runs/pictures", "folder of the runs of the strips along beta and of likelihoods")
+    train: bool = option(False, "train those of these runs that are missing; a minute or two each", BOOLEAN)
+
+
+class Page(NamedTuple):
+    """The colors of a page where a pixel is 0 and where it is 1."""
+
+    name: str
+    low: tuple[int, int, int]
+    high: tuple[int, int, int]
+
+
+PAGES = (Page("light", (255, 255, 255), (20, 24, 32)), Page("dark", (13, 17, 23), (240, 244, 250)))
+Row = tuple[str, "Tensor"]  # words on its left, and (N, H, W) images with values in [0, 1]
+
+
+def main() -> None:
+    asked = parse(Command("", Pictures))
+    from ppl_vae import data
+
+    output, folder = Path(asked.output), Path(asked.runs)
+    output.mkdir(parents=True, exist_ok=True)
+    digits = data.load("mnist").test.float() / 255
+    draw(output, "samples", samples_of_prior(), margin=0)
+    draw(output, "reconstructions", reconstructions(digits), margin=110)
+    words = {f"beta-{beta}": f"--beta {beta} --keep last" for beta in BETAS}
+    words |= {f"likelihood-{word}": f"--dataset fashion-mnist --likelihood {word}" for word in LIKELIHOODS}
+    for name, more in words.items():
+        if asked.train and not (folder / name / "evaluation.json").exists():
+            train = [sys.executable, ROOT / "scripts" / "train_svi.py", *PLAIN.split(), *more.split()]
+            subprocess.run([*train, "--run-dir", folder / name], check=True)
+    if all((folder / f"beta-{beta}").is_dir() for beta in BETAS):
+        draw(output, "beta", strip_of_betas(folder, digits), margin=200)
+    else:
+        print(f"No strip along beta: its runs are not in {folder}, and --train trains them")
+    if all((folder / f"likelihood-{word}").is_dir() for word in LIKELIHOODS):
+        draw(output, "likelihoods", strip_of_likelihoods(folder), margin=190)
+    else:
+        print(f"No strip of likelihoods: its runs are not in {folder}, and --train trains them")
+
+
+# --- What is shown ---
+
+
+def samples_of_prior() -> list[Row]:
+    """E[x | z] of the pretrained model at z ~ p(z)."""
+    import torch
+
+    from ppl_vae import load
+    from ppl_vae.evidence.moments import decode_mean, sample_latents
+
+    torch.manual_seed(0)
+    vae = load("mnist-best")
+    images = decode_mean(vae, sample_latents(vae.prior(), 4 * COLUMNS))
+    return [("", row) for row in images.squeeze(1).split(COLUMNS)]
+
+
+def reconstructions(digits: "Tensor") -> list[Row]:
+    """The first test images as they are and binarized, and what the pretrained model makes of them."""
+    import torch
+
+    from ppl_vae import load
+
+    torch.manual_seed(0)
+    x = torch.bernoulli(digits[:COLUMNS])
+    images = {"test image": digits[:COLUMNS], "binarized": x, "reconstruction": reconstruct(load("mnist-best"), x)[0]}
+    return [(name, row.squeeze(1)) for name, row in images.items()]
+
+
+def reconstruct(vae: Any, x: "Tensor") -> tuple["Tensor", "Tensor"]:
+    """E[x | z] and a draw of p(x | z) at the mean of q(z | x)."""
+    import torch
+
+    from ppl_vae.evidence.moments import encode
+
+    with torch.no_grad():
+        decoded = vae.likelihood(encode(vae, x).mean)
+        return decoded.mean, decoded.sample()
+
+
+def strip_of_betas(folder: Path, digits: "Tensor") -> list[Row]:
+    """Reconstructions along beta, with rate and distortion as the study measured them."""
+    import torch
+    from docs_tables import stored
+
+    from ppl_vae import load
+
+    torch.manual_seed(0)
+    x = torch.bernoulli(digits[:COLUMNS])
+    found = stored("study")["runs"]
+    rows = [("test image", x.squeeze(1))]
+    for beta in BETAS:
+        numbers = found[f"mnist-beta-{beta}"]
+        rate, distortion = numbers["kl"]["mean"], -numbers["reconstruction"]["mean"]
+        words = f"beta {beta}\nrate {rate:.1f}, distortion {distortion:.1f}"
+        rows.append((words, reconstruct(load(str(folder / f"beta-{beta}")), x)[0].squeeze(1)))
+    return rows
+
+
+def strip_of_likelihoods(folder: Path) -> list[Row]:
+    """Means and draws of p(x | z) under six likelihoods, with the bits per dimension of their table."""
+    import torch
+    from docs_tables import stored
+
+    from ppl_vae import data, load
+
+    torch.manual_seed(0)
+    levels = data.load("fashion-mnist").test[: COLUMNS // 2].float()
+    bits = {row["likelihood"]: row["bits_per_dim"]["mean"] for row in stored("likelihoods")["rows"]}
+    rows = [("test image, twice", torch.cat([levels, levels]).squeeze(1) / 255)]
+    for word in LIKELIHOODS:
+        vae = load(str(folder / f"likelihood-{word}"))
+        is_mass = vae.likelihood.family.measure == "mass"
+        pair = torch.cat(reconstruct(vae, levels if is_mass else (levels + 0.5) / 256))
+        rows.append((f"{word}\n{bits[word]:.2f} bits per dim", (pair / 255 if is_mass else pair).squeeze(1)))
+    return rows
+
+
+# --- How it is drawn ---
+
+
+def draw(output: Path, name: str, rows: list[Row], *, margin: int) -> None:
+    """Writes NAME-light.png and NAME-dark.png: rows of images with words on their left, in 32 colors."""
+    import numpy as np
+    from PIL import Image, ImageDraw, ImageFont
+
+    gap, tile, font = 2, 28 * MAGNIFIED, ImageFont.load_default(15)
+    width = margin + len(rows[0][1]) * (tile + gap) - gap
+    canvas = Image.new("L", (width, len(rows) * (tile + gap) - gap))
+    ink = ImageDraw.Draw(canvas)
+    for k, (words, images) in enumerate(rows):
+        top = k * (tile + gap)
+        if words:
+            ink.multiline_text((0, top + tile // 2), words, fill=180, font=font, anchor="lm", spacing=5)
+        for j, image in enumerate(images.clamp(0, 1).numpy()):
+            small = Image.fromarray(np.rint(255 * image).astype(np.uint8))
+            canvas.paste(small.resize((tile, tile), Image.Resampling.BICUBIC), (margin + j * (tile + gap), top))
+    colors = np.rint(np.asarray(canvas) * (31 / 255)).astype(np.uint8)
+    for page in PAGES:
+        picture = Image.fromarray(colors, "P")
+        picture.putpalette(np.rint(np.linspace(page.low, page.high, 32)).astype(np.uint8).tobytes())
+        picture.save(output / f"{name}-{page.name}.png", optimize=True, bits=5)
+    print(f"{name}: {(output / f'{name}-light.png').stat().st_size / 1024:.0f} kB")
+
+
+if __name__ == "__main__":
+    run_script(main)

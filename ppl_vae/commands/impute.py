@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,6 @@ from torch import Tensor
 
 from ppl_vae import runs
 from ppl_vae.commands.options import Impute
-from ppl_vae.data.array_files import read_array_header
 from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.evidence.evaluation import evaluate
 from ppl_vae.evidence.missing import Imputation, Observed, impute
@@ -93,10 +91,7 @@ def read_mask(path: str, num_images: int, event_shape: tuple[int, ...]) -> Tenso
         ValueError: no such file, another shape, or other values.
     """
     try:
-        with open(path, "rb") as file:
-            read_array_header(file, os.path.getsize(path))
-            file.seek(0)
-            array = np.load(file, allow_pickle=False)
+        array = np.array(np.load(path, mmap_mode="r", allow_pickle=False))  # a header that announces more is refused
     except OSError as error:
         raise ValueError(f"--mask: {path} cannot be read: {error.strerror or 'not an .npy file'}") from None
     except Exception:  # a damaged header is parsed as Python, and raises nearly every type

@@ -1,9 +1,9 @@
 """Read .npz and .npy files without unpickling: their headers, the roles of their arrays, and labels.
 
-Sizes are checked against a header before memory is allocated for what it announces. An array's header must announce
-exactly the bytes that are there. The arrays that are read from an .npz file may together take ``FREE_EXPANSION``
-bytes, or ``MOST_EXPANSION`` times the bytes of the file: binary images shrink to a twentieth of their size, and a file
-that was made to fill memory shrinks to a thousandth.
+An array's header must announce exactly the bytes that are there, which is checked before memory is allocated. The
+arrays that are read from an .npz file may together take ``FREE_EXPANSION`` bytes, or ``MOST_EXPANSION`` times the bytes
+of the file: binary images shrink to a twentieth of their size, and a file that was made to fill memory shrinks to a
+thousandth.
 """
 
 from __future__ import annotations
@@ -36,61 +36,6 @@ def is_array_file(path: Path) -> bool:
 def is_text_table(path: Path) -> bool:
     """Whether a file has the name of a table of text, such as .csv."""
     return path.suffix.lower() in _DELIMITERS and path.is_file()
-
-
-# --- Headers ---
-
-_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-
-
-class ObjectArrayError(ValueError):
-    """An array of Python objects, which only unpickling could read."""
-
-
-class ArrayHeader(NamedTuple):
-    """Header of an .npy file; the numbers begin at ``offset``."""
-
-    shape: tuple[int, ...]
-    is_fortran: bool
-    dtype: np.dtype
-    offset: int
-
-
-def read_array_header(file: IO[bytes], num_bytes: int) -> ArrayHeader:
-    """Read an .npy header, whose announced size must be that of the file.
-
-    Args:
-        num_bytes: of the header and the array together.
-
-    Raises:
-        ValueError: no such header, objects, or an array of another size.
-    """
-    start = file.tell()
-    version = np.lib.format.read_magic(file)
-    if version not in _HEADERS:
-        raise ValueError(f"expected a header of version 1 or 2, got {version[0]}")
-    shape, is_fortran, dtype = _HEADERS[version](file)
-    if dtype.hasobject:
-        raise ObjectArrayError("Object arrays are not read")
-    offset = file.tell() - start
-    announced = math.prod(shape) * dtype.itemsize
-    if any(isinstance(n, bool) or n < 0 for n in shape) or announced != num_bytes - offset:
-        raise ValueError(
-            f"its header announces {dtype} {shape}, which is {announced:,} bytes, and it holds {num_bytes - offset:,}"
-        )
-    return ArrayHeader(shape, is_fortran, dtype, offset)
-
-
-def _check_expansion(path: Path, num_bytes: int) -> None:
-    """Raises ValueError where ``num_bytes`` of arrays are more than an .npz file of that size may hold, or than fit."""
-    most = max(FREE_EXPANSION, MOST_EXPANSION * os.path.getsize(path))
-    if num_bytes > most:
-        raise ValueError(
-            f"its arrays take {num_bytes:,} bytes, more than {MOST_EXPANSION} times the file ({most:,}); {_ADVICE}"
-        )
-    available = machine.get_available_memory()
-    if available is not None and num_bytes > available:
-        raise ValueError(f"its arrays take {num_bytes:,} bytes, and {available:,} are available; {_ADVICE}")
 
 
 # --- Arrays ---
@@ -146,12 +91,13 @@ def read_arrays(
     """
     try:
         with path.open("rb") as file:
-            is_array = file.read(len(np.lib.format.MAGIC_PREFIX)) == np.lib.format.MAGIC_PREFIX
-            if is_array:
-                file.seek(0)
-                read_array_header(file, os.path.getsize(path))
-        loaded = np.load(path, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
+            if file.read(6) == np.lib.format.MAGIC_PREFIX:
+                _check_version(file)
+        with np.errstate(over="ignore"):  # of a size that no address has, which is refused
+            loaded = np.load(path, mmap_mode="r", allow_pickle=False)
+        if isinstance(loaded, np.memmap):
+            if loaded.offset + loaded.nbytes != os.path.getsize(path):
+                raise ValueError(f"its header announces {loaded.nbytes:,} bytes of {loaded.dtype} {loaded.shape}")
             return dict.fromkeys(choose(["array"]), loaded), []
         with loaded:
             names = list(loaded.files)
@@ -159,10 +105,12 @@ def read_arrays(
             objects = _check_members(path, chosen)
             arrays = {role: loaded[name] for role, name in chosen.items() if name not in objects}
     except MemoryError as error:
-        advice = "" if path.suffix.lower() == ".npy" else f"; {_ADVICE}"
-        raise ValueError(f"{path}: the memory ran out while it was read{advice}") from error
-    except Exception as error:  # a damaged zip also raises zlib.error, struct.error and more
-        raise ValueError(f"{path}: not a readable array file: {explain_unreadable(error)}") from None
+        raise ValueError(f"{path}: the memory ran out while it was read; {_ADVICE}") from error
+    except Exception as error:  # a damaged header is parsed as Python, and raises nearly every type
+        reason = "object arrays are not read" if "Python objects" in str(error) else str(error)
+        if "allow_pickle" in reason:
+            reason = "it is neither an .npy nor an .npz file"
+        raise ValueError(f"{path}: not a readable array file: {reason}") from None
     others = [name for name in names if name not in chosen.values()]
     return arrays, [*others, *(f"{name} (objects are not read)" for name in objects)]
 
@@ -171,29 +119,40 @@ def _check_members(path: Path, chosen: Mapping[str, str]) -> list[str]:
     """Check the headers of the chosen arrays, and return the names of labels that are Python objects.
 
     Raises:
-        ValueError: an array is not of the size that the archive says, all are more than may be, or two have one name.
+        ValueError: an array is not of the size that the archive says, or all are more than may be.
     """
-    names, objects = set(chosen.values()), []
-    labels = {name for role, name in chosen.items() if role.endswith("labels")}
+    labels, objects = {name for role, name in chosen.items() if role.endswith("labels")}, []
     with zipfile.ZipFile(path) as archive:
-        present: dict[str, zipfile.ZipInfo] = {}
-        for member in archive.infolist():
-            name = member.filename.removesuffix(".npy")
-            if name in present:  # numpy might load another one than the one that was checked
-                raise ValueError(f"expected one array of each name, got two named {name!r}")
-            present[name] = member
-        members = [present[name] for name in names if name in present]
-        _check_expansion(path, sum(member.file_size for member in members))
-        for member in members:
-            name = member.filename.removesuffix(".npy")
+        found = [(member.filename.removesuffix(".npy"), member) for member in archive.infolist()]
+        members = [(name, member) for name, member in found if name in chosen.values()]
+        num_bytes = sum(member.file_size for _, member in members)
+        most = max(FREE_EXPANSION, MOST_EXPANSION * os.path.getsize(path))
+        if num_bytes > most:
+            raise ValueError(
+                f"its arrays take {num_bytes:,} bytes, more than {MOST_EXPANSION} times the file ({most:,}); {_ADVICE}"
+            )
+        available = machine.get_available_memory()
+        if available is not None and num_bytes > available:
+            raise ValueError(f"its arrays take {num_bytes:,} bytes, and {available:,} are available; {_ADVICE}")
+        for name, member in members:
             with archive.open(member) as file:
-                try:
-                    read_array_header(file, member.file_size)
-                except ObjectArrayError:
-                    if name not in labels:
-                        raise
+                file.read(6)
+                _check_version(file)
+                shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+                announced = math.prod(shape) * dtype.itemsize
+                if dtype.hasobject and name in labels:
                     objects.append(name)
+                elif dtype.hasobject:
+                    raise ValueError("Python objects are not read")
+                elif min(shape, default=0) < 0 or announced != member.file_size - file.tell():
+                    raise ValueError(f"its header announces {announced:,} bytes of {dtype} {shape}")
     return objects
+
+
+def _check_version(file: IO[bytes]) -> None:
+    """Refuse a header of another version, which may announce 4 GiB of itself."""
+    if (version := file.read(2)) != b"\1\0":
+        raise ValueError(f"expected a header of version 1.0, got {'.'.join(map(str, version))}")
 
 
 def advise_array(path: Path, names: list[str]) -> str:
@@ -213,15 +172,6 @@ def advise_conversion(path: Path) -> str:
         return "; numpy.save makes one of an array"
     line = f"numpy.save({path.stem + '.npy'!r}, numpy.loadtxt({path.name!r}, delimiter={delimiter!r}, skiprows=1))"
     return f"; {line} makes one of numbers below a header"
-
-
-def explain_unreadable(error: Exception) -> object:
-    """Explain why an array file could not be read, without numpy's advice to set allow_pickle."""
-    if "Object arrays" in str(error):
-        return "object arrays are not read"
-    if "allow_pickle" in str(error):
-        return "it is neither an .npy nor an .npz file"
-    return error
 
 
 # --- Labels ---

@@ -2,43 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from ppl_vae.data import cache, machine
-from ppl_vae.data.array_files import (
-    advise_array,
-    explain_unreadable,
-    find_roles,
-    read_array_header,
-    read_arrays,
-    read_labels,
-)
-from ppl_vae.data.array_kinds import BLOCK, count_rows, find_kind_of_splits, summarize
-from ppl_vae.data.splits import (
-    BINARY,
-    COUNTS,
-    LEVELS,
-    PROBABILITIES,
-    REAL,
-    SPLIT_ORDER,
-    Splits,
-    complete_splits,
-    pluralize,
-)
-
-_STORED: dict[str, tuple[type[np.generic], torch.dtype]] = {
-    BINARY: (np.uint8, torch.uint8),
-    LEVELS: (np.uint8, torch.uint8),
-    PROBABILITIES: (np.float32, torch.float32),
-    REAL: (np.float32, torch.float32),
-    COUNTS: (np.float32, torch.float32),
-}
+from ppl_vae.data.array_files import advise_array, find_roles, read_arrays, read_labels
+from ppl_vae.data.array_kinds import count_rows, find_kind_of_splits, summarize
+from ppl_vae.data.splits import BINARY, LEVELS, SPLIT_ORDER, Splits, complete_splits, pluralize
 
 
 def load_arrays(path: Path) -> Splits:
@@ -53,104 +27,65 @@ def load_arrays(path: Path) -> Splits:
         ValueError: a file that cannot be read, or arrays that are no images.
     """
     try:
-        if path.suffix.lower() == ".npy" and os.path.getsize(path) > machine.LARGE:
-            return _load_large_array(path)
-        sha256 = cache.compute_sha256(path)
+        status = os.stat(path)
+        if path.suffix.lower() != ".npy" or status.st_size <= machine.LARGE:
+            return cache.read_into_memory(_draft(path))
+        key = cache.make_key(path, {"array": "own"}, [status.st_size, status.st_mtime_ns])
+        return cache.load_cached(key, path.name, lambda _: _draft(path))
     except OSError as error:
         raise ValueError(f"dataset: {path} cannot be read: {error.strerror}") from None
+
+
+def _draft(path: Path) -> cache.Draft:
+    sha256 = cache.compute_sha256(path)
     arrays, ignored = read_arrays(path, _find_roles)
     if "train" not in arrays:
         got = ignored or "none"
         raise ValueError(
             f"{path}: expected one array, or arrays named train, valid and test, got {got}{advise_array(path, ignored)}"
         )
-    images = {split: arrays[split] for split in SPLIT_ORDER if split in arrays}
-    for array in images.values():
-        _check_not_empty(path, array)
-    kind = find_kind_of_splits(path, {split: summarize(array) for split, array in images.items()})
-    tensors = {
-        split: torch.from_numpy(np.ascontiguousarray(move_channels_first(path, split, array), dtype=_STORED[kind][0]))
-        for split, array in images.items()
-    }
-    shapes = {tuple(x.shape[1:]) for x in tensors.values()}
+    given = {split: arrays[split] for split in SPLIT_ORDER if split in arrays}
+    if any(array.ndim > 0 and len(array) == 0 for array in given.values()):
+        raise ValueError(f"{path}: expected at least one image in every split, got an empty array")
+    kind = find_kind_of_splits(path, {split: summarize(array) for split, array in given.items()})
+    images = {split: move_channels_first(path, split, array) for split, array in given.items()}
+    shapes = {array.shape[1:] for array in images.values()}
     if len(shapes) > 1:
         raise ValueError(f"{path}: expected images of one shape in all splits, got {sorted(shapes)}")
-    label_arrays = {split: arrays[f"{split} labels"] for split in tensors if f"{split} labels" in arrays}
-    labels = read_labels(str(path), label_arrays, {split: len(x) for split, x in tensors.items()})
-    completed, numbers, words = complete_splits(str(path), tensors, labels.numbers)
+    label_arrays = {split: arrays[f"{split} labels"] for split in images if f"{split} labels" in arrays}
+    labels = read_labels(str(path), label_arrays, {split: len(array) for split, array in images.items()})
+    rows, numbers, words = complete_splits(
+        str(path), {split: torch.arange(len(array)) for split, array in images.items()}, labels.numbers
+    )
     if words == "as given":
         words = "as the file gives them"
     if ignored:
         words += f"; other arrays ignored: {', '.join(ignored)}"
-    return Splits(
-        name=path.name,
-        kind=kind,
-        train=completed["train"],
-        validation=completed["validation"],
-        test=completed["test"],
+    dtype = torch.uint8 if kind in (BINARY, LEVELS) else torch.float32
+    stored = str(dtype).removeprefix("torch.")
+
+    def iterate_blocks() -> Iterator[np.ndarray]:
+        for split in SPLIT_ORDER:
+            source = images.get(split, images["train"])
+            for part in rows[split].split(count_rows(source)):
+                yield np.ascontiguousarray(source[part.numpy()], dtype=stored)
+
+    splits = Splits(
+        path.name,
+        kind,
+        *cache.outline(rows, shapes.pop(), dtype),
         sha256=sha256,
         split=words,
         labels=numbers,
         class_names=labels.class_names,
-        notes=(*_describe_shape(images["train"].shape), *labels.notes),
+        notes=(*_describe_shape(given["train"].shape), *labels.notes),
     )
+    return cache.Draft(splits, iterate_blocks())
 
 
 def _find_roles(names: list[str]) -> dict[str, str]:
     roles = find_roles(names, "train")
     return roles if "train" in roles else {}
-
-
-def _check_not_empty(path: Path, array: np.ndarray) -> None:
-    if array.ndim > 0 and len(array) == 0:
-        raise ValueError(f"{path}: expected at least one image in every split, got an empty array")
-
-
-# --- An array that is not read into memory ---
-
-
-def _load_large_array(path: Path) -> Splits:
-    """Load an .npy file through the cache: it is read once, in blocks, and then mapped."""
-    status = os.stat(path)
-    key = cache.make_key(path, {"array": "own"}, [status.st_size, status.st_mtime_ns])
-    return cache.load_cached(key, path.name, partial(_draft, path))
-
-
-def _draft(path: Path) -> cache.Draft:
-    """Read a file twice: for its kind and its checksum, and then in the order of the splits."""
-    try:
-        with path.open("rb") as file:
-            header = read_array_header(file, os.path.getsize(path))
-            file.seek(0)
-            digest = hashlib.sha256(file.read(header.offset))
-            if header.is_fortran:  # the blocks that are summarized are not in the order of the bytes
-                while block := file.read(BLOCK):
-                    digest.update(block)
-        mapped = np.memmap(
-            path, header.dtype, "r", header.offset, header.shape, order="F" if header.is_fortran else "C"
-        )
-    except OSError as error:
-        raise ValueError(f"dataset: {path} cannot be read: {error.strerror}") from None
-    except Exception as error:  # a damaged header is parsed as Python, and raises nearly every type
-        raise ValueError(f"{path}: not a readable array file: {explain_unreadable(error)}") from None
-    array = np.asarray(mapped)
-    _check_not_empty(path, array)
-    kind = find_kind_of_splits(path, {"train": summarize(array, None if header.is_fortran else digest.update)})
-    images = move_channels_first(path, "train", array)
-    rows, labels, words = complete_splits(str(path), {"train": torch.arange(len(images))}, {})
-    stored, dtype = _STORED[kind]
-    places = torch.cat([rows[split] for split in SPLIT_ORDER]).split(count_rows(images))
-    return cache.Draft(
-        kind=kind,
-        dtype=dtype,
-        event_shape=tuple(images.shape[1:]),
-        sizes={split: len(index) for split, index in rows.items()},
-        blocks=(np.ascontiguousarray(images[index.numpy()], dtype=stored) for index in places),
-        sha256=digest.hexdigest(),
-        split="as the file gives them" if words == "as given" else words,
-        labels=labels,
-        notes=_describe_shape(array.shape),
-    )
 
 
 # --- The meaning of axes ---

@@ -83,8 +83,7 @@ def load_image_folder(path: Path, *, image_size: Sequence[int] | None, fit: str,
     key = cache.make_key(
         path, {"image_size": options.size, "fit": fit, "color": color}, _describe_state(path, found.images)
     )
-    draft = partial(_draft, path, found.images, options)
-    splits = cache.load_cached(key, path.resolve().name, partial(draft, in_file=True), partial(draft, in_file=False))
+    splits = cache.load_cached(key, path.resolve().name, partial(_draft, path, found.images, options))
     if not found.others:
         return splits
     return replace(splits, split=f"{splits.split}; {found.describe_others()} ignored")
@@ -102,7 +101,7 @@ def _describe_state(root: Path, names: Sequence[str]) -> list[tuple[str, int, in
     return state
 
 
-def _draft(path: Path, names: Sequence[str], options: ImageOptions, *, in_file: bool) -> cache.Draft:
+def _draft(path: Path, names: Sequence[str], options: ImageOptions, in_file: bool) -> cache.Draft:
     """Read images into a nameless file or into memory; how many can be read is known only afterwards.
 
     Raises:
@@ -138,20 +137,18 @@ def _draft(path: Path, names: Sequence[str], options: ImageOptions, *, in_file: 
                 block[i] = stored[offsets[row] : offsets[row + 1]].reshape(height, width, -1).transpose(2, 0, 1)
             yield block
 
-    return cache.Draft(
-        kind=LEVELS,
-        dtype=torch.uint8,
-        event_shape=event_shape,
-        sizes={split: len(rows) for split, rows in rows_of_splits.items()},
-        blocks=iterate_blocks(),
+    splits = Splits(
+        path.resolve().name,
+        LEVELS,
+        *cache.outline(rows_of_splits, event_shape, torch.uint8),
         sha256=reader.sha256,
         split=layout.words if words == "as given" else words,
         labels=labels,
         class_names=class_names,
         unreadable=tuple(reader.unreadable),
         notes=reader.notes.list_notes(options.color),
-        is_final=reader.is_final,
     )
+    return cache.Draft(splits, iterate_blocks(), reader.is_final)
 
 
 def check_image_size(image_size: Widths | None) -> tuple[int, int] | None:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-import mmap
 import os
+import re
 import sys
 import tempfile
 import warnings
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import IO, TypeVar
 from weakref import WeakValueDictionary
 
@@ -63,33 +62,21 @@ def get_available_memory() -> int | None:
 
 _PROCESS_GROUPS, _ALL_GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
-# Files by the version of control groups: the limit, the used bytes, and the field of memory.stat with the bytes of
-# files that can be dropped.
-_VERSION_2 = ("memory.max", "memory.current", "file")
-_VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-
 
 def _read_control_groups() -> Iterator[int]:
-    """Yield the bytes left in each control group with a limit that contains this process.
+    """Yield the bytes left in each control group (version 2) with a limit that contains this process.
 
-    Reference: Linux, Documentation/admin-guide, cgroup-v2.rst and cgroup-v1/memory.rst; man 7 cgroups.
+    Reference: Linux, Documentation/admin-guide/cgroup-v2.rst.
     """
     try:
-        lines = _PROCESS_GROUPS.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+        place = re.search("^0::/(.*)$", _PROCESS_GROUPS.read_text(errors="surrogateescape"), re.MULTILINE)
     except OSError:
         return
-    for line in lines:
-        controllers, _, place = line.partition(":")[2].partition(":")
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        top, names = (_ALL_GROUPS / "memory", _VERSION_1) if controllers else (_ALL_GROUPS, _VERSION_2)
-        group = top.joinpath(*PurePosixPath(place).parts[1:])  # does not exist where only a part of the tree is mounted
-        for folder in (group, *group.parents):
-            with suppress(OSError, ValueError):  # the limit reads "max" where there is none
-                limit, used = (int((folder / name).read_text(encoding="ascii")) for name in names[:2])
-                yield limit - used + _read_field(folder / "memory.stat", names[2])
-            if folder == top:
-                break
+    group = _ALL_GROUPS / (place[1] if place else "")  # does not exist where only a part of the tree is mounted
+    for folder in (group, *group.parents):
+        with suppress(OSError, ValueError):  # the limit reads "max" where there is none
+            limit, used = (int((folder / name).read_text()) for name in ("memory.max", "memory.current"))
+            yield limit - used + _read_field(folder / "memory.stat", "file")
 
 
 def _read_field(path: str | Path, name: str) -> int:
@@ -111,17 +98,15 @@ def get_cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "ppl_vae"
 
 
-def make_cache_folder() -> None:
+def make_cache_folder() -> Path:
     """Make the cache folder, which others cannot open: the images may be private."""
-    get_cache_folder().mkdir(parents=True, exist_ok=True, mode=0o700)
+    folder = get_cache_folder()
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return folder
 
 
 def is_mapped(tensor: Tensor) -> bool:
-    """Whether a tensor lies in a mapped file, which the system can drop from memory and read again.
-
-    Args:
-        tensor: of any shape.
-    """
+    """Whether a tensor of any shape lies in a mapped file, which the system can drop from memory and read again."""
     return tensor.untyped_storage().data_ptr() in _MAPPED
 
 
@@ -129,19 +114,14 @@ def allocate(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Allocate an uninitialized tensor in memory or, where it is too large, in a nameless file of the cache folder.
 
     ``fits_in_memory`` decides. Where the disk is full, the tensor is in memory, and one line says so.
-
-    Args:
-        shape: of the tensor.
-        dtype: of the tensor.
     """
     num_bytes = math.prod(shape) * dtype.itemsize
     if fits_in_memory(num_bytes):
         return torch.empty(shape, dtype=dtype)
     try:
-        make_cache_folder()
-        with tempfile.TemporaryFile(dir=get_cache_folder()) as file:
+        with tempfile.TemporaryFile(dir=make_cache_folder()) as file:
             _reserve(file, num_bytes)
-            return map_tensor(mmap.mmap(file.fileno(), num_bytes), shape, dtype)
+            return map_tensor(np.memmap(file, str(dtype).removeprefix("torch."), "r+", shape=shape))
     except OSError as error:
         reason = error.strerror or error
         say(f"{get_cache_folder()}: no space for {num_bytes:,} bytes, which go into memory: {reason}")
@@ -156,20 +136,19 @@ def _reserve(file: IO[bytes], num_bytes: int) -> None:
         file.truncate(num_bytes)
 
 
-def map_tensor(mapping: mmap.mmap, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """View the start of a mapping as a tensor of that shape, for which ``is_mapped`` is true."""
-    numbers = np.frombuffer(mapping, str(dtype).removeprefix("torch."), math.prod(shape))
+def map_tensor(mapped: np.ndarray) -> Tensor:
+    """View an array in a mapped file as a tensor for which ``is_mapped`` is true."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nobody writes to stored images
-        tensor = torch.from_numpy(numbers)
-    _MAPPED[tensor.untyped_storage().data_ptr()] = numbers
-    return tensor.view(shape)
+        tensor = torch.from_numpy(mapped)
+    _MAPPED[tensor.untyped_storage().data_ptr()] = mapped
+    return tensor
 
 
 # --- Threads ---
 
 _MOST_THREADS = 16
-_MOST_WAITING = 4  # results for each thread
+_ITEMS_PER_THREAD = 4  # of the items that are worked on at once
 
 
 def count_threads() -> int:
@@ -178,22 +157,16 @@ def count_threads() -> int:
     return min(cores, _MOST_THREADS)
 
 
-def map_in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+def map_in_threads(function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
     """Yield function(item) for each item, in order, for work that releases the interpreter's lock.
 
     Only a few results wait for their turn at any time.
     """
-    num_threads = count_threads()
-    if num_threads == 1:
-        yield from map(function, items)
-        return
-    pool, waiting = ThreadPoolExecutor(num_threads, "ppl_vae-data"), deque[Future[Result]]()
-    try:
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) >= _MOST_WAITING * num_threads:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+    size = _ITEMS_PER_THREAD * count_threads()
+    with ThreadPoolExecutor(count_threads(), "ppl_vae-data") as pool:
+        waiting: Iterator[Result] = iter(())
+        for start in range(0, len(items), size):
+            following = pool.map(function, items[start : start + size])
+            yield from waiting
+            waiting = following
+        yield from waiting

@@ -35,8 +35,7 @@ class Dequantized(dist.TorchDistribution):
         base: The density of a pixel (x + u) / 256: batch shape (..., *E), event shape ().
         num_draws: M, at least 1; without effect where masses are exact.
 
-    ``sample`` gives floor(256 y) for y ~ p, ``mean`` is 256 E[y] - 1/2, and ``mode`` is the level of the density's
-    mode, all clamped to [0, 255].
+    ``sample`` gives floor(256 y) for y ~ p, and ``mean`` is 256 E[y] - 1/2, both clamped to [0, 255].
 
     Reference: Theis et al. 2016, arXiv 1511.01844, section 3.1; Ho et al. 2019, arXiv 1902.00275, equation 13
     (importance-weighted). Stratified draws for each pixel: ours.
@@ -69,20 +68,11 @@ class Dequantized(dist.TorchDistribution):
 
     @torch.no_grad()
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        return levels_of(self.base.sample(torch.Size(sample_shape))).clamp(0, NUM_LEVELS - 1)
+        return (NUM_LEVELS * self.base.sample(torch.Size(sample_shape))).floor().clamp(0, NUM_LEVELS - 1)
 
     @property
     def mean(self) -> Tensor:
         return (NUM_LEVELS * self.base.mean - 0.5).clamp(0, NUM_LEVELS - 1)
-
-    @property
-    def mode(self) -> Tensor:
-        return levels_of(self.base.mode).clamp(0, NUM_LEVELS - 1)
-
-
-def levels_of(y: Tensor) -> Tensor:
-    """floor(256 y): the level of y in (0, 1), in the shape of y."""
-    return (NUM_LEVELS * y).floor()
 
 
 class LevelsLikelihood(nn.Module):

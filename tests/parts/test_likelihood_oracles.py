@@ -313,19 +313,6 @@ def test_the_mean_of_a_discretized_logistic_is_exact_at_the_ends_too(feature):
     assert_close(p.mean, (mass * levels[:, None]).sum(0), rtol=1e-10, atol=1e-10)
 
 
-def test_the_mode_of_a_color_mixture_is_greedy_in_its_heaviest_component():
-    torch.manual_seed(1)
-    K = 3
-    h = torch.cat([torch.tensor([0.0, 2.0, 1.0]), 0.5 * torch.randn(9), torch.randn(9), torch.randn(9)]).double()
-    mode = likelihoods.DiscretizedLogisticMixture((3, 1, 1), components=K)(h).mode.flatten().numpy()
-    planes_of = h[K:].reshape(3, 3, K)[:, :, 1].numpy()
-    locs, log_scales, c = planes_of[0], -3 + bound(planes_of[1], 4), np.tanh(planes_of[2])
-    levels, t = np.arange(256.0), mode / 127.5 - 1
-    expected = [locs[0], locs[1] + c[0] * t[0], locs[2] + c[1] * t[0] + c[2] * t[1]]
-    for color in range(3):
-        assert mode[color] == logistic_levels(levels, expected[color], log_scales[color]).argmax()
-
-
 def test_components_of_a_fitted_mixture_differ_even_where_pixels_are_constant():
     likelihood = likelihoods.DiscretizedLogisticMixture(EVENT)
     h = likelihood.fit_marginals(torch.full((20, *EVENT), 7.0))
@@ -374,12 +361,3 @@ def test_the_mean_of_a_logit_is_right_at_every_location_and_scale(base):
             mean = likelihood(loc).mean.numpy()
         expected = [scipy.special.expit(reference(float(m), scale).ppf(u)).mean() for m in loc]
         np.testing.assert_allclose(mean, expected, rtol=0, atol=2e-5)
-
-
-@pytest.mark.parametrize(("scale", "loc"), [(0.01, 1.0), (0.7, -3.0), (1.3, 0.5), (2.0, 0.4), (2.0, -1.0), (3.0, 0.01)])
-def test_the_mode_of_a_logit_normal_solves_its_equation(scale, loc):
-    """The derivative of log p vanishes where y = loc + scale^2 tanh(y / 2), x = sigmoid(y)."""
-    h = torch.tensor([loc, 7 * math.atanh(math.log(scale) / 7)], dtype=torch.double)
-    y = float(likelihoods.LogitNormal((1,))(h).mode.logit())
-    assert y == pytest.approx(loc + scale**2 * math.tanh(y / 2), abs=1e-4 * scale)
-    assert y * loc >= 0

@@ -68,7 +68,7 @@ class Pixels(nn.Module):
 class Pixel(dist.TorchDistribution):
     """A distribution of one pixel, abstract: parameters of one common shape, the batch's, and an empty event shape.
 
-    A subclass has ``support``, ``mean``, ``mode``, ``sample`` and ``log_prob``, and names its parameters in
+    A subclass has ``support``, ``mean``, ``sample`` and ``log_prob``, and names its parameters in
     ``arg_constraints``, in the order of its constructor.
     """
 

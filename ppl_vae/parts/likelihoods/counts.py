@@ -118,11 +118,6 @@ class StableNegativeBinomial(Pixel):
         """m."""
         return self.log_mean.exp()
 
-    @property
-    def mode(self) -> Tensor:
-        """The largest whole number that is not above (r - 1) m / r, or 0."""
-        return (self.log_mean.exp() * (1 - (-self.log_total).exp())).floor().clamp(min=0)
-
     @torch.no_grad()
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         library = dist.NegativeBinomial(self.log_total.exp(), logits=self.log_mean - self.log_total)

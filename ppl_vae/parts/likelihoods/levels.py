@@ -24,18 +24,13 @@ LEVELS_WORDS = "whole numbers from 0 to 255"
 
 
 class LevelCategorical(dist.Categorical):
-    """P(x = v) = softmax(logits)_v: Pyro's Categorical, with levels as floats, a mean and a mode."""
+    """P(x = v) = softmax(logits)_v: Pyro's Categorical, with levels as floats and a mean."""
 
     @property
     def mean(self) -> Tensor:
         """sum_v v P(v)."""
         levels = torch.arange(self.logits.shape[-1], dtype=self.logits.dtype, device=self.logits.device)
         return (self.logits.exp() * levels).sum(-1)
-
-    @property
-    def mode(self) -> Tensor:
-        """argmax_v P(v)."""
-        return self.logits.argmax(-1).to(self.logits.dtype)
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         return super().sample(torch.Size(sample_shape)).to(self.logits.dtype)
@@ -163,14 +158,6 @@ def discretized_logistic_mean(loc: Tensor, log_scale: Tensor, *, chunk: int = 15
     return total
 
 
-def discretized_logistic_mode(loc: Tensor, log_scale: Tensor) -> Tensor:
-    """The level with the largest mass: the one nearest to loc, or an end. loc, log_scale: (...) -> (...)."""
-    nearest = ((loc + 1) * CENTER).round().clamp(1, TOP - 1)
-    levels = torch.stack([nearest, torch.zeros_like(nearest), torch.full_like(nearest, TOP)])
-    best = discretized_logistic_log_mass(levels, loc, log_scale).argmax(0, keepdim=True)
-    return levels.gather(0, best)[0]
-
-
 def discretized_logistic_draw(u: Tensor, loc: Tensor, log_scale: Tensor) -> Tensor:
     """The level nearest to loc + scale logit(u), for u ~ Uniform[0, 1); the shapes broadcast."""
     return ((loc + log_scale.exp() * u.logit() + 1) * CENTER).round().clamp(0, TOP)
@@ -210,10 +197,6 @@ class LevelLogistic(Pixel):
     @property
     def mean(self) -> Tensor:
         return discretized_logistic_mean(self.loc, self.log_scale)
-
-    @property
-    def mode(self) -> Tensor:
-        return discretized_logistic_mode(self.loc, self.log_scale)
 
     @torch.no_grad()
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:

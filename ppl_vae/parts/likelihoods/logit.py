@@ -11,7 +11,6 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
-from torch.nn.functional import logsigmoid
 
 from ppl_vae import data
 from ppl_vae.parts.likelihoods.base import Pixels
@@ -19,8 +18,6 @@ from ppl_vae.parts.likelihoods.real import NormalPerPixel
 from ppl_vae.parts.likelihoods.unit_interval import open_unit_interval
 
 _QUADRATURE_POINTS = 24  # of each half of the quantiles
-_MODE_POINTS = 96
-_MODE_REFINEMENTS = 30
 
 
 class Sigmoid(dist.TorchDistribution):
@@ -62,36 +59,6 @@ class Sigmoid(dist.TorchDistribution):
                 of_wide = 1 - self.base.cdf(torch.full_like(total, logit))
                 total = total + du * torch.where(is_wide, of_wide, self._quantile(quantile).sigmoid())
         return total
-
-    @property
-    def mode(self) -> Tensor:
-        """The x of the largest density, to a thousandth of the distance from the median to the end, or better.
-
-        It lies between the median and the nearer end, and is found by a grid that is fine near the median, then by
-        ternary search. At a pole it is the number next to the end.
-        """
-        start = self._quantile(0.5)
-        ends = data.clamp_to_unit_interval(torch.stack([torch.zeros_like(start), torch.ones_like(start)])).logit()
-        start = torch.minimum(torch.maximum(start, ends[0]), ends[1])
-        span = torch.where(start > 0, ends[1], ends[0]) - start
-
-        def log_p(share: Tensor) -> Tensor:
-            y = start + share * span
-            return self.base.log_prob(y) - logsigmoid(y) - logsigmoid(-y)
-
-        grid = torch.cat([torch.zeros(1), torch.logspace(-6, 0, _MODE_POINTS - 1)]).to(start)
-        best, highest = torch.zeros_like(start, dtype=torch.long), log_p(torch.zeros_like(start))
-        for i, share in enumerate(grid[1:], 1):
-            here = log_p(share.expand(start.shape))
-            best, highest = torch.where(here > highest, i, best), torch.maximum(here, highest)
-        low, high = grid[(best - 1).clamp(min=0)], grid[(best + 1).clamp(max=_MODE_POINTS - 1)]
-        for _ in range(_MODE_REFINEMENTS):
-            third = (high - low) / 3
-            is_right = log_p(low + third) < log_p(high - third)
-            low, high = torch.where(is_right, low + third, low), torch.where(is_right, high, high - third)
-        share = (low + high) / 2
-        share = torch.where(log_p(share) > highest, share, grid[best])
-        return data.clamp_to_unit_interval((start + share * span).sigmoid())
 
     @torch.no_grad()
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:

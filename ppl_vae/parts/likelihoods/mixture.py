@@ -22,7 +22,6 @@ from ppl_vae.parts.likelihoods.levels import (
     discretized_logistic_draw,
     discretized_logistic_log_mass,
     discretized_logistic_mean,
-    discretized_logistic_mode,
     level_moments,
     logistic_log_scale,
     logistic_moments,
@@ -32,21 +31,6 @@ from ppl_vae.runtime.errors import check_count
 _EM_STEPS = 20
 _SMALLEST_WEIGHT = 1e-4  # of a component, so that it stays one that can be trained
 _APART = 0.25  # of a level: K components are spread by that much, so that those of a constant pixel differ
-
-
-class LevelLogisticMixture(dist.MixtureSameFamily):
-    """sum_k pi_k P_k(x): a mixture of discretized logistic distributions of one pixel, with a mode."""
-
-    @property
-    def mode(self) -> Tensor:
-        """The level with the largest mass, of all 256."""
-        best = torch.zeros(self.batch_shape, dtype=self.mean.dtype, device=self.mean.device)
-        highest = self.log_prob(best)
-        for v in range(1, NUM_LEVELS):
-            level = torch.full_like(best, v)
-            log_p = self.log_prob(level)
-            best, highest = torch.where(log_p > highest, level, best), torch.maximum(log_p, highest)
-        return best
 
 
 class ColorLogisticMixture(dist.TorchDistribution):
@@ -100,12 +84,6 @@ class ColorLogisticMixture(dist.TorchDistribution):
         """
         means = self._in_turn(lambda c, loc, log_scale: discretized_logistic_mean(loc, log_scale))
         return (self.logits.softmax(-3).unsqueeze(-4) * means).sum(-3)
-
-    @property
-    def mode(self) -> Tensor:
-        """The heaviest component's level with the largest mass of red, of green given it, of blue given both."""
-        modes = self._in_turn(lambda c, loc, log_scale: discretized_logistic_mode(loc, log_scale))
-        return self._of_component(modes, self.logits.argmax(-3, keepdim=True))
 
     @staticmethod
     def _of_component(values: Tensor, component: Tensor) -> Tensor:
@@ -194,7 +172,7 @@ class DiscretizedLogisticMixture(nn.Module):
         logits, loc, feature = planes(h, 3, (K, *self.event_shape))
         logits, loc, feature = (p.movedim(-len(self.event_shape) - 1, -1) for p in (logits, loc, feature))
         component = LevelLogistic(loc, logistic_log_scale(feature))
-        return LevelLogisticMixture(dist.Categorical(logits=logits), component).to_event(len(self.event_shape))
+        return dist.MixtureSameFamily(dist.Categorical(logits=logits), component).to_event(len(self.event_shape))
 
     def fit_marginals(self, x: Tensor) -> Tensor:
         """A mixture for every pixel by expectation-maximization, coefficients 0. x: (N, *E) -> (num_features,).

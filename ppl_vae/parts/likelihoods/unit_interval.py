@@ -55,11 +55,6 @@ class StableContinuousBernoulli(Pixel):
         near, far = torch.where(small, h, 0.0), torch.where(small, 1.0, h)
         return torch.where(small, 0.5 + near * polynomial(_COTH, near.square()), -1 / torch.expm1(-far) - 1 / far)
 
-    @property
-    def mode(self) -> Tensor:
-        """1 where h > 0, else 0: the density is monotone (at h = 0 constant, and every x is a mode)."""
-        return (self.logits > 0).to(self.logits.dtype)
-
     @torch.no_grad()
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """x = -log(1 - u (1 - e^-|h|)) / |h|, u ~ Uniform[0, 1), or 1 - x where h > 0."""
@@ -146,14 +141,6 @@ class StableBeta(Pixel):
     def mean(self) -> Tensor:
         """mu."""
         return self.mean_logit.sigmoid()
-
-    @property
-    def mode(self) -> Tensor:
-        """(alpha - 1) / (kappa - 2) where both exponents exceed 1; else the number next to the end with the pole."""
-        alpha, beta = self.exponents()
-        has_peak = (alpha > 1) & (beta > 1)
-        peak = (alpha - 1) / torch.where(has_peak, alpha + beta - 2, 1.0)
-        return data.clamp_to_unit_interval(torch.where(has_peak, peak, (alpha > beta).to(alpha.dtype)))
 
     @torch.no_grad()
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import pyro
@@ -47,7 +46,6 @@ def estimate_adaptively(
     num_particles: int = 1000,
     most: int = 64_000,
     tolerance: float = 0.02,
-    progress: Callable[[int], None] | None = None,
 ) -> AdaptiveEstimate:
     """log (1/S_n) sum_{s <= S_n} w_s, with S_n doubled until bias and tenfold gain are within the tolerance.
 
@@ -65,7 +63,6 @@ def estimate_adaptively(
         num_particles: S at first.
         most: Where doubling ends.
         tolerance: In nats.
-        progress: Called with the number of images that are done, N in all.
 
     Raises:
         ValueError: ``most`` is below ``num_particles``, or as ``importance``.
@@ -87,8 +84,6 @@ def estimate_adaptively(
             counts[waiting] = sums.num_particles
             done = (found[1:, waiting] <= tolerance).all(0)
             done |= torch.full_like(done, 2 * sums.num_particles > most)
-            if progress is not None and done.any():
-                progress(int(done.sum()))
             waiting, sums = waiting[~done], sums.select(~done)
     estimate, bias, gain = found
     return AdaptiveEstimate(estimate, counts, bias, gain)

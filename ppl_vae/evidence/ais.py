@@ -20,7 +20,6 @@ Wu et al. 2017, arXiv 1611.04273.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -34,8 +33,6 @@ from ppl_vae.runtime.batching import pairs_per_pass
 from ppl_vae.runtime.errors import NotFinite, check_count
 from ppl_vae.runtime.global_state import serialize_threads
 from ppl_vae.runtime.numerics import log_mean_exp
-
-Progress = Callable[[int], None]
 
 # The rule of the pilot. Source: ours.
 _ACCEPTANCE = 0.7
@@ -146,7 +143,6 @@ def pilot(
     num_chains: int,
     start: Start = "guide",
     compile: bool = False,
-    progress: Progress | None = None,
 ) -> Annealing:
     """Find step sizes: log step <- log step + 0.2 (acceptance - 0.7) along the temperatures.
 
@@ -165,7 +161,6 @@ def pilot(
         start: q_0.
         compile: Whether a leapfrog step is one compiled graph, made once for each number of images and chains. The
             weights may change later, the structure may not.
-        progress: Called with numbers of temperatures, T in all.
 
     Raises:
         ValueError: There is no image, or one is off the support of p(x | z); an argument is out of its range; latents
@@ -179,7 +174,7 @@ def pilot(
     places = _spread_evenly(len(inner), _PILOT_TEMPERATURES)
     with evaluating(vae):
         chains = Chains(vae, x, start=start, num_chains=num_chains, num_leapfrogs=num_leapfrogs, compile=compile)
-        point, reported = chains.begin(), 0
+        point = chains.begin()
         log_step = point.z.new_full((len(x),), _FIRST_STEP_SIZE).log()
         found = []
         for index, place in enumerate(places):
@@ -187,23 +182,12 @@ def pilot(
                 point, acceptance = chains.move(point, inner[place], log_step.exp())
                 log_step = log_step + _GAIN * (acceptance.mean(0) - _ACCEPTANCE)
             found.append(log_step)
-            if progress is not None:
-                progress(place + 1 - reported)
-                reported = place + 1
-    if progress is not None:
-        progress(len(betas) - 1 - reported)
     log_steps = _interpolate(torch.stack(found), len(inner)) if found else point.z.new_zeros((0, len(x)))
     return Annealing(betas, log_steps.exp(), num_leapfrogs, chains.start)
 
 
 def lower(
-    vae: LatentModel,
-    x: Tensor,
-    annealing: Annealing,
-    *,
-    num_chains: int,
-    compile: bool = False,
-    progress: Progress | None = None,
+    vae: LatentModel, x: Tensor, annealing: Annealing, *, num_chains: int, compile: bool = False
 ) -> AnnealedChains:
     """log w of chains from q_0(z | x) to p(z | x): E[w] = p(x). See ``lower_bound``.
 
@@ -212,48 +196,33 @@ def lower(
         x: The images (B, *E) of the annealing.
         annealing: From ``pilot``.
         num_chains: C.
-        progress: Called with 1 after every temperature, T times.
 
     Reference: Neal 2001, arXiv physics/9803008, equation 11.
     """
-    return _anneal(vae, x, None, annealing, num_chains=num_chains, compile=compile, progress=progress)
+    return _anneal(vae, x, None, annealing, num_chains=num_chains, compile=compile)
 
 
 def upper(
-    vae: LatentModel,
-    x: Tensor,
-    z: Tensor,
-    annealing: Annealing,
-    *,
-    num_chains: int,
-    compile: bool = False,
-    progress: Progress | None = None,
+    vae: LatentModel, x: Tensor, z: Tensor, annealing: Annealing, *, num_chains: int, compile: bool = False
 ) -> AnnealedChains:
     """log w of chains from p(z | x) to q_0(z | x), with the sign of the forward ones: E[1/w] = 1 / p(x).
 
     All chains of an image start at its one exact draw. See ``upper_bound``.
 
     Args:
-        vae, annealing, num_chains, compile, progress: As for ``lower``, whose errors are these too.
+        vae, annealing, num_chains, compile: As for ``lower``, whose errors are these too.
         x: Images (B, *E) from the model.
         z: (B, L) the latents that they were made from; see ``simulate``. Another shape raises ValueError.
 
     Reference: Grosse et al. 2015, arXiv 1511.02543, section 3.
     """
-    return _anneal(vae, x, z, annealing, num_chains=num_chains, compile=compile, progress=progress)
+    return _anneal(vae, x, z, annealing, num_chains=num_chains, compile=compile)
 
 
 @serialize_threads()
 @torch.no_grad()
 def _anneal(
-    vae: LatentModel,
-    x: Tensor,
-    exact: Tensor | None,
-    annealing: Annealing,
-    *,
-    num_chains: int,
-    compile: bool,
-    progress: Progress | None,
+    vae: LatentModel, x: Tensor, exact: Tensor | None, annealing: Annealing, *, num_chains: int, compile: bool
 ) -> AnnealedChains:
     """Forward chains where ``exact`` is None, else backward chains from it."""
     betas, T = annealing.betas.tolist(), len(annealing.betas) - 1
@@ -273,8 +242,6 @@ def _anneal(
             if 0 < after < T:
                 point, acceptance = chains.move(point, betas[after], annealing.step_sizes[after - 1])
                 acceptances[after - 1] = acceptance.mean(0)
-            if progress is not None:
-                progress(1)
     if log_w.isnan().any() or log_w.isposinf().any():
         raise NotFinite("log-weights: expected numbers, got NaN or +infinity")
     return AnnealedChains(log_w, acceptances, point.z)

@@ -68,11 +68,16 @@ class Dequantized(dist.TorchDistribution):
 
     @torch.no_grad()
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        return (NUM_LEVELS * self.base.sample(torch.Size(sample_shape))).floor().clamp(0, NUM_LEVELS - 1)
+        return levels_of(self.base.sample(torch.Size(sample_shape))).clamp(0, NUM_LEVELS - 1)
 
     @property
     def mean(self) -> Tensor:
         return (NUM_LEVELS * self.base.mean - 0.5).clamp(0, NUM_LEVELS - 1)
+
+
+def levels_of(y: Tensor) -> Tensor:
+    """floor(256 y): the level of y in (0, 1), in the shape of y."""
+    return (NUM_LEVELS * y).floor()
 
 
 class LevelsLikelihood(nn.Module):

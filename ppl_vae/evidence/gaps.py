@@ -9,7 +9,6 @@ lacks, which lowers log p(x).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import pyro
@@ -61,7 +60,6 @@ def gaps(
     num_particles: int = 8,
     evaluation_particles: int = 1000,
     compile: bool = False,
-    progress: Callable[[int], None] | None = None,
 ) -> Gaps:
     """The two gaps of each image, by refining its q within the guide's family.
 
@@ -72,7 +70,7 @@ def gaps(
         vae: A VAE with a guide ``Conditional(net, family)``, so with one layer of latents.
         x: Images (N, *E).
         log_evidence: (N,) nats, from annealed importance sampling or a tight bound.
-        steps, num_particles, compile, progress: As in ``refine_proposal``, whose errors are these too.
+        steps, num_particles, compile: As in ``refine_proposal``, whose errors are these too.
         evaluation_particles: The particles of each of the two ELBOs.
 
     Raises:
@@ -82,7 +80,7 @@ def gaps(
     """
     if tuple(log_evidence.shape) != (len(x),):
         raise ValueError(f"log_evidence: expected shape ({len(x)},), got {tuple(log_evidence.shape)}")
-    q = refine_proposal(vae, x, steps=steps, num_particles=num_particles, compile=compile, progress=progress)
+    q = refine_proposal(vae, x, steps=steps, num_particles=num_particles, compile=compile)
     with evaluation_mode(vae), pyro.validation_enabled(False):
         elbos = [
             importance(guided.model, guided.guide, x, num_particles=evaluation_particles).elbo

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,9 +30,7 @@ SIGNIFICANT = 0.01  # the overall p-value below which a guide is not calibrated.
 
 @serialize_threads()
 @torch.no_grad()
-def compute_ranks(
-    vae: LatentModel, *, num_simulations: int, num_draws: int, progress: Callable[[int], None] | None = None
-) -> Ranks:
+def compute_ranks(vae: LatentModel, *, num_simulations: int, num_draws: int) -> Ranks:
     """R_l = #{m: z_ml < z*_l} and R = #{m: log p(x, z_m) < log p(x, z*)}: z* ~ p(z), x ~ p(x | z*), z_m ~ q(z | x).
 
     If q(z | x) = p(z | x), then given x the z* and the z_m are M + 1 independent draws from one distribution, and every
@@ -47,7 +44,6 @@ def compute_ranks(
         vae: In evaluation mode, of one layer or several.
         num_simulations: N.
         num_draws: M.
-        progress: Called with the number of images after each group of them.
 
     Raises:
         ValueError: N or M is below 1.
@@ -69,8 +65,6 @@ def compute_ranks(
     group = max(1, pairs // (num_draws + 1))
     for z, place in zip(z_true.split(group), found.split(group), strict=True):
         place.copy_(_ranks_of_group(vae, z, num_draws, chunk=max(1, pairs // len(z) - 1)))
-        if progress is not None:
-            progress(len(z))
     return Ranks(found[:, :-1].cpu(), found[:, -1].cpu(), num_draws)
 
 

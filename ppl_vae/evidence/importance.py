@@ -98,7 +98,6 @@ def importance(
     *,
     num_particles: int,
     chunk: int | None = None,
-    progress: Callable[[int], None] | None = None,
     terms: Terms = log_weight_terms,
 ) -> Importance:
     """L_S = log (1/S) sum_s p(x, z_s) / q(z_s | x), z_s ~ q(z | x), for each image, with its errors.
@@ -112,7 +111,6 @@ def importance(
         x: Images (N, *E).
         num_particles: S.
         chunk: The most particles per image that are held at once; by default as many as fit into one pass.
-        progress: Called with the number of images after each group of them.
         terms: Gives the two parts of the log-weights, such as ``evaluation.CapturedTerms``.
 
     Returns:
@@ -137,8 +135,6 @@ def importance(
     group = max(1, pairs // chunk)
     for images, place in zip(x.split(group), results.split(group, dim=1), strict=True):
         torch.stack(measure_group(model, guide, images, num_particles, chunk, terms), out=place)
-        if progress is not None:
-            progress(len(images))
     return Importance(*results)
 
 

@@ -23,8 +23,6 @@ from ppl_vae.runtime.global_state import evaluation_mode, serialize_threads
 from ppl_vae.support import check_support
 from ppl_vae.weights import is_deterministic
 
-OBJECTIVES = ("elbo", "importance")
-
 _BETA_1, _BETA_2, _EPSILON = 0.9, 0.999, 1e-8  # the defaults of torch.optim.Adam
 _COMPARISON_PARTICLES = 500  # per image, for each of the two q that are compared at the end
 
@@ -36,13 +34,11 @@ def refine_proposal(
     *,
     steps: int = 300,
     num_particles: int = 8,
-    objective: str = "elbo",
     family: DiagonalNormal | FullNormal | None = None,
     learning_rate: float = 0.05,
     compile: bool = False,
-    progress: Callable[[int], None] | None = None,
 ) -> Proposal:
-    """h_n* = argmax_h ELBO_n(h), or E[L_k,n(h)], for q(z | x_n) = family(h), separately for each image.
+    """h_n* = argmax_h ELBO_n(h) for q(z | x_n) = family(h), separately for each image.
 
     The features h start at the encoder's, net(x_n), and follow Adam with a learning rate that falls to zero, along
     reparametrized gradients without the score of q. Nothing else changes, not even the layers of a flow guide. At the
@@ -54,11 +50,9 @@ def refine_proposal(
         x: Images (N, *E).
         steps: The number of steps.
         num_particles: k, draws per image and step.
-        objective: "elbo", or "importance", which maximizes L_k and leads to a wider q.
         family: A family of normals with L latents, which start at the guide's moments; by default the guide's family.
         learning_rate: The first one.
         compile: Whether a step is one compiled graph.
-        progress: Called with the number of images after each step of a group of them, N times ``steps`` in all.
 
     Raises:
         ValueError: An image is off the support of p(x | z); the guide has no features per image, and there is no
@@ -66,16 +60,14 @@ def refine_proposal(
         CannotCapture: A ValueError; see ``capture.compile_function``.
 
     Reference: Cremer et al. 2018, arXiv 1801.03558, section 4; Kim et al. 2018, arXiv 1802.02550. The gradients: Roeder
-    et al. 2017, arXiv 1703.09194 (ELBO), and Tucker et al. 2019, arXiv 1810.04152 (L_k).
+    et al. 2017, arXiv 1703.09194.
     """
-    if objective not in OBJECTIVES:
-        raise ValueError(f"objective: expected one of {', '.join(OBJECTIVES)}, got {objective!r}")
     steps, num_particles = check_count("steps", steps), check_count("num_particles", num_particles)
     check_count("len(x)", len(x))
     check_support(vae.model, x)
     with evaluation_mode(vae), pyro.validation_enabled(False):
         start = _start(vae, x, family)
-        adam = _Adam(vae, start.family, objective=objective, num_particles=num_particles)
+        adam = _Adam(vae, start.family, num_particles)
         schedule = _schedule(steps, learning_rate, start.h)
         groups = _even_groups(len(x), max(1, pairs_per_pass(vae, x) // num_particles))
         step: Callable[[list[Tensor]], object] = adam.step
@@ -88,10 +80,8 @@ def refine_proposal(
             for scalars in schedule:
                 state[-1].copy_(scalars)
                 step(state)
-                if progress is not None:
-                    progress(len(index.unique()))
             h[index] = state[-4]
-        return _keep_better(vae, start, h, 1 if objective == "elbo" else num_particles)
+        return _keep_better(vae, start, h)
 
 
 @torch.no_grad()
@@ -115,9 +105,8 @@ def _start(vae: LatentModel, x: Tensor, family: DiagonalNormal | FullNormal | No
 class _Adam:
     """Adam in the features h (B, F) of a batch of images, as a function of tensors that a graph can hold."""
 
-    def __init__(self, vae: LatentModel, family: Family, *, objective: str, num_particles: int) -> None:
-        self._vae, self._family = vae, family
-        self._objective, self._num_particles = objective, num_particles
+    def __init__(self, vae: LatentModel, family: Family, num_particles: int) -> None:
+        self._vae, self._family, self._num_particles = vae, family, num_particles
         parts: list[Any] = [vae, family]
         self._parts = nn.ModuleList(parts)
         values = detach_tensors(self._parts)
@@ -139,13 +128,11 @@ class _Adam:
         return (loss.detach(),)
 
     def _loss(self, h: Tensor, x: Tensor) -> Tensor:
-        """A weighted mean of log-weights, whose gradient in h is minus that of the expected bound."""
+        """-(1/k) sum_k log w_k, summed over images, without the score of q in its gradient."""
         z = self._family(h).rsample(torch.Size([self._num_particles]))
         log_q = self._family(h.detach()).log_prob(z)  # of a second object, whose log-density z has not been cached in
         log_w = self._vae.prior().log_prob(z) + self._vae.likelihood(z).log_prob(x) - log_q
-        if self._objective == "elbo":
-            return -log_w.mean(0).sum()
-        return -(log_w.detach().softmax(0).square() * log_w).sum()
+        return -log_w.mean(0).sum()
 
 
 def _schedule(steps: int, learning_rate: float, like: Tensor) -> Tensor:
@@ -162,18 +149,11 @@ def _even_groups(num_images: int, most: int) -> list[Tensor]:
 
 
 @torch.no_grad()
-def _keep_better(vae: LatentModel, start: Proposal, h: Tensor, num_particles: int) -> Proposal:
-    """The better of start and h for each image, by L_k with fresh draws of both."""
+def _keep_better(vae: LatentModel, start: Proposal, h: Tensor) -> Proposal:
+    """The better of start and h for each image, by ELBOs from fresh draws of both."""
     h = torch.where(h.isfinite().all(1, keepdim=True), h, start.h)
-    before, after = (_bound(vae, q, num_particles) for q in (start, Proposal(start.family, h, start.x)))
+    guides = [replace_guide(vae, Proposal(start.family, features, start.x)) for features in (start.h, h)]
+    before, after = (
+        importance(guided.model, guided.guide, start.x, num_particles=_COMPARISON_PARTICLES).elbo for guided in guides
+    )
     return Proposal(start.family, torch.where((after > before)[:, None], h, start.h), start.x)
-
-
-def _bound(vae: LatentModel, q: Proposal, num_particles: int) -> Tensor:
-    """(N,) E[L_k]: the mean over blocks of k particles."""
-    guided = replace_guide(vae, q)
-    if num_particles == 1:
-        return importance(guided.model, guided.guide, q.x, num_particles=_COMPARISON_PARTICLES).elbo
-    blocks = math.ceil(_COMPARISON_PARTICLES / num_particles)
-    bounds = (importance(guided.model, guided.guide, q.x, num_particles=num_particles) for _ in range(blocks))
-    return torch.stack([bound.log_evidence for bound in bounds]).mean(0)

@@ -75,7 +75,7 @@ def test_the_bound_of_a_refined_guide_is_unbiased_as_an_evidence():
     vae = bernoulli_vae(latent_dim=2)
     x = torch.bernoulli(torch.full((10, 12), 0.5, dtype=torch.double), generator=torch.Generator().manual_seed(1))
     torch.manual_seed(0)
-    result = _log_evidence(vae, defend_proposal(refine_proposal(vae, x, steps=100, objective="importance")), 20_000)
+    result = _log_evidence(vae, defend_proposal(refine_proposal(vae, x, steps=100)), 20_000)
     error = result.log_evidence - quadrature_log_evidence(vae, x, latent_dim=2)
     assert (error.abs() < 5 * result.monte_carlo_stderr).all()
 
@@ -115,9 +115,7 @@ def test_a_captured_step_computes_what_the_plain_one_does(graphs):
     found = []
     for compile in (False, True):
         torch.manual_seed(0)
-        found.append(
-            refine_proposal(vae, x, steps=30, objective="importance", family=FullNormal(3).double(), compile=compile)
-        )
+        found.append(refine_proposal(vae, x, steps=30, family=FullNormal(3).double(), compile=compile))
     assert len(graphs) == 1
     assert_close(found[1].h, found[0].h, rtol=0, atol=1e-9)
 
@@ -164,7 +162,6 @@ def test_a_normal_over_all_layers_bounds_the_same_evidence():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"objective": "iwae"}, "objective: expected one of elbo, importance, got 'iwae'"),
         ({"steps": 0}, "steps: expected at least 1, got 0"),
         ({"num_particles": 0}, "num_particles: expected at least 1, got 0"),
         ({"family": FullNormal(4)}, "family: expected 3 latents, as the guide has, got 4"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from itertools import pairwise
 
 import pyro.distributions as dist
@@ -143,7 +144,7 @@ class FlowPosterior(nn.Module):
     def __init__(
         self,
         latent_dim: int,
-        layers: Sequence[nn.Module],
+        layers: Iterable[nn.Module],
         *,
         context_dim: int,
         log_scale: Callable[[Tensor], Tensor] = bounded_log_scale,
@@ -179,33 +180,19 @@ class ConditionedFlow(dist.TorchDistribution):
     has_rsample = True
 
     def __init__(
-        self,
-        base: Distribution,
-        layers: Iterable[nn.Module],
-        *,
-        context: Tensor,
-        loc: Tensor,
-        log_scale: Tensor,
-        checked: bool | None = None,
+        self, base: Distribution, layers: Iterable[nn.Module], *, context: Tensor, loc: Tensor, log_scale: Tensor
     ) -> None:
-        self.base = base
-        self.layers = tuple(layers)
-        self.context = context
-        self.loc = loc
-        self.log_scale = log_scale
+        self.base, self.layers = base, tuple(layers)
+        self.context, self.loc, self.log_scale = context, loc, log_scale
         self._own: CachedLogProb | None = None
-        super().__init__(base.batch_shape, base.event_shape, validate_args=checked)
+        super().__init__(base.batch_shape, base.event_shape)
 
     def expand(self, batch_shape: Sequence[int], _instance: Distribution | None = None) -> ConditionedFlow:
         """With another batch shape. The context does not expand, so that it is multiplied once per image."""
-        return ConditionedFlow(
-            self.base.expand(torch.Size(batch_shape)),
-            self.layers,
-            context=self.context,
-            loc=self.loc,
-            log_scale=self.log_scale,
-            checked=self._validate_args,
-        )
+        base = self.base.expand(torch.Size(batch_shape))
+        flow = ConditionedFlow(base, self.layers, context=self.context, loc=self.loc, log_scale=self.log_scale)
+        flow._validate_args = self._validate_args
+        return flow
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         y = self.base.rsample(torch.Size(sample_shape))
@@ -246,18 +233,9 @@ def inverse_autoregressive_flow(
 
     Reference: Kingma et al. 2016, arXiv 1606.04934, section 4.
     """
-    order = range(latent_dim)
-    layers = [
-        Autoregressive(
-            order[::-1] if index % 2 else order,
-            univariate=affine,
-            num_features=2,
-            context_dim=context_dim,
-            hidden=hidden,
-        )
-        for index in range(num_layers)
-    ]
-    return FlowPosterior(latent_dim, layers, context_dim=context_dim, log_scale=log_scale)
+    orders = [range(latent_dim)[:: -1 if index % 2 else 1] for index in range(num_layers)]
+    layer = partial(Autoregressive, univariate=affine, num_features=2, context_dim=context_dim, hidden=hidden)
+    return FlowPosterior(latent_dim, map(layer, orders), context_dim=context_dim, log_scale=log_scale)
 
 
 def spline_flow(
@@ -279,17 +257,10 @@ def spline_flow(
     Reference: Durkan et al. 2019, arXiv 1906.04032, section 3; which half is which is ours.
     """
     latent_dim = check_count("latent_dim", latent_dim)
-    layers = [
-        Autoregressive(
-            _half(latent_dim, index),
-            univariate=spline,
-            num_features=3 * num_bins - 1,
-            context_dim=context_dim,
-            hidden=hidden,
-        )
-        for index in range(num_layers)
-    ]
-    return FlowPosterior(latent_dim, layers, context_dim=context_dim, log_scale=log_scale)
+    halves = [_half(latent_dim, index) for index in range(num_layers)]
+    F = 3 * num_bins - 1
+    layer = partial(Autoregressive, univariate=spline, num_features=F, context_dim=context_dim, hidden=hidden)
+    return FlowPosterior(latent_dim, map(layer, halves), context_dim=context_dim, log_scale=log_scale)
 
 
 def _half(latent_dim: int, index: int) -> list[int]:

@@ -58,7 +58,7 @@ def estimate_adaptively(
     tenths of a nat; ``defend_proposal`` guards against such guides.
 
     Args:
-        vae: Any, also from ``replace_guide``.
+        vae: A VAE, also one from ``replace_guide``.
         x: Images (N, *E).
         num_particles: S at first.
         most: Where doubling ends.

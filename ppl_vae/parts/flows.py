@@ -92,14 +92,6 @@ def affine(u: Tensor, h: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
     return log_scale.exp() * u + shift, log_scale
 
 
-def spline(u: Tensor, h: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-    """A monotone rational-quadratic spline on [-5, 5], the identity outside. u: (...), h: (..., 3 K - 1), h = 0: y = u.
-
-    Reference: Durkan et al. 2019 (neural spline flows), arXiv 1906.04032, section 3.
-    """
-    return rational_quadratic_spline(u, h, bound=SPLINE_BOUND, inverse=inverse)
-
-
 class Coupling(nn.Module):
     """y = (a, t(b; h)) for u = (a, b), t monotone in each b_l, h_l = net_l(10 tanh(a / 10)): the identity at first.
 
@@ -169,8 +161,8 @@ def _zero_at_first(net: MLP) -> MLP:
     return net
 
 
-def rational_quadratic_spline(x: Tensor, h: Tensor, *, bound: float, inverse: bool = False) -> tuple[Tensor, Tensor]:
-    """A monotone map of [-bound, bound] onto itself, a ratio of quadratics between knots, and the identity outside.
+def spline(x: Tensor, h: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+    """A monotone map of [-5, 5] onto itself, a ratio of quadratics between knots, and the identity outside.
 
     K bins of widths softmax(h[:K]) and heights softmax(h[K:2K]); slopes at the inner knots softplus(h[2K:] + log(e-1)),
     and 1 at the two ends. h = 0 is the identity.
@@ -178,12 +170,14 @@ def rational_quadratic_spline(x: Tensor, h: Tensor, *, bound: float, inverse: bo
     Args:
         x: (...), the argument of the map, or of its inverse.
         h: (..., 3 K - 1) features.
+        inverse: Which of them.
 
     Returns:
         The value (...), and the logarithm of its derivative with respect to x, (...).
 
     Reference: Gregory and Delbourgo 1982; Durkan et al. 2019, arXiv 1906.04032, equations 4 to 8 and appendix A.1.
     """
+    bound = SPLINE_BOUND
     K = (h.shape[-1] + 1) // 3
     widths, left = _bins(h[..., :K], bound)
     heights, bottom = _bins(h[..., K : 2 * K], bound)

@@ -116,34 +116,21 @@ class FlowPrior(nn.Module):
     """p(z) of z = f(u), u ~ N(0, I), f a normalizing flow: log p(z) = log N(f^-1(z)) + log |det df^-1/dz|.
 
     Args:
-        latent_dim: L.
-        flow: f of L latents; see ``flows.stack_couplings``.
+        latent_dim: L, at least 2.
+        coupling, num_layers, hidden: Of f, as in ``flows.stack_couplings``.
 
     Reference: Dinh et al. 2017, arXiv 1605.08803; as a prior Chen et al. 2017, arXiv 1611.02731, Xu et al. 2019,
     arXiv 1905.13452.
     """
 
-    def __init__(self, latent_dim: int, *, flow: flows.Flow) -> None:
+    def __init__(
+        self, latent_dim: int, *, coupling: Callable[..., nn.Module], num_layers: int, hidden: Sequence[int]
+    ) -> None:
         super().__init__()
         self.base = StandardNormal(latent_dim)
         self.event_shape = (latent_dim,)
-        self.flow = flow
+        self.flow = flows.stack_couplings(latent_dim, coupling=coupling, num_layers=num_layers, hidden=hidden)
 
     def forward(self) -> flows.Pushforward:
         """-> batch shape (), event shape (L,)."""
         return flows.Pushforward(self.base(), self.flow)
-
-
-def coupling_flow_prior(
-    latent_dim: int, *, coupling: Callable[..., nn.Module], num_layers: int, hidden: Sequence[int]
-) -> FlowPrior:
-    """A flow prior of couplings that alternate between the two halves of z.
-
-    Args:
-        latent_dim: L, at least 2.
-        coupling: ``flows.affine_coupling`` or ``flows.spline_coupling``.
-        num_layers: The number of couplings.
-        hidden: Widths of the hidden layers of each coupling's network.
-    """
-    flow = flows.stack_couplings(latent_dim, coupling=coupling, num_layers=num_layers, hidden=hidden)
-    return FlowPrior(latent_dim, flow=flow)

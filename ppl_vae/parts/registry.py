@@ -108,7 +108,7 @@ PRIORS = {
         ("posterior", "event_shape"),
     ),
     "flow": Part(
-        "parts.priors:coupling_flow_prior",
+        "parts.priors:FlowPrior",
         "a normalizing flow of couplings",
         {"prior_flow": "coupling", "prior_layers": "num_layers", "prior_hidden": "hidden"},
         ("latent_dim",),

@@ -18,7 +18,7 @@ from torch.distributions import TransformedDistribution as Transformed
 
 from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.parts.flows import affine_coupling
-from ppl_vae.parts.priors import coupling_flow_prior
+from ppl_vae.parts.priors import FlowPrior
 
 COMPONENTS = (10, 30, 100)  # candidates for a mixture
 _CODES_PER_COMPONENT = 20  # at least
@@ -112,7 +112,7 @@ def _fit_mixture(u: Tensor, validation: Tensor) -> tuple[MixtureSameFamily, int]
 @torch.enable_grad()
 def _fit_flow(u: Tensor, validation: Tensor) -> Distribution:
     """Affine couplings from N(0, I), by Adam with a cosine schedule; the epoch of the best validation density."""
-    prior = coupling_flow_prior(u.shape[1], coupling=affine_coupling, num_layers=_COUPLINGS, hidden=_HIDDEN)
+    prior = FlowPrior(u.shape[1], coupling=affine_coupling, num_layers=_COUPLINGS, hidden=_HIDDEN)
     optimizer = torch.optim.Adam(prior.parameters(), lr=_LEARNING_RATE)
     batches = -(-len(u) // _BATCH_SIZE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, _EPOCHS * batches)

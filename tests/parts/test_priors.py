@@ -21,7 +21,6 @@ from torch.testing import assert_close
 
 from ppl_vae import VAE, Conditional, log_weights, objectives
 from ppl_vae.parts import registry
-from ppl_vae.parts.flows import stack_couplings
 from ppl_vae.parts.networks import MLP, Standardized
 from ppl_vae.parts.posteriors import DiagonalNormal, FullNormal
 from ppl_vae.parts.priors import FlowPrior, Mixture, StandardNormal, VampPrior
@@ -41,7 +40,7 @@ def _guide(L, family=DiagonalNormal):
 def _flow(name):
     def prior(L, guide):
         coupling = COUPLINGS[name]
-        return FlowPrior(L, flow=stack_couplings(L, coupling=coupling, num_layers=2, hidden=(8,)))
+        return FlowPrior(L, coupling=coupling, num_layers=2, hidden=(8,))
 
     return prior
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.evidence.moments import sample_latents
 from ppl_vae.evidence.rank_statistics import (
     STDERRS,
@@ -16,7 +15,6 @@ from ppl_vae.evidence.rank_statistics import (
     Ranks,
     adjust_p_values,
     estimate_shape,
-    mean_stderr,
     rank_p_values,
 )
 from ppl_vae.protocols import LatentModel
@@ -99,63 +97,26 @@ class GuideCalibration:
     """The judgment on the ranks, by quantity: each latent, and last log p(x, z).
 
     Args:
-        p_value: of all quantities together being uniform.
+        p_value: Of all quantities together being uniform. Below 0.01 the guide is not the posterior.
         p_values: (L + 1,) of each quantity by itself.
-        adjusted: (L + 1,) with Holm's correction.
-        shape: of the L latents, or None for a single draw.
-        mean_joint_rank: the mean of (R + 1/2) / (M + 1) of log p(x, z): 1/2 where it is uniform.
-        mean_joint_rank_stderr: its standard error.
+        adjusted_p_values: (L + 1,) with Holm's correction.
+        shape: Of the L latents, or None for a single draw.
+        mean_joint_rank: The mean of (R + 1/2) / (M + 1) of log p(x, z): 1/2 where it is uniform.
         words: (L + 1,) what is wrong with each, or "calibrated".
+        verdict: The judgment in one line.
         num_simulations: N.
         num_draws: M.
     """
 
     p_value: float
     p_values: Tensor
-    adjusted: Tensor
+    adjusted_p_values: Tensor
     shape: NormalShape | None
-    mean_joint_rank: float
-    mean_joint_rank_stderr: float
-    words: list[str]
+    mean_joint_rank: Estimate
+    words: tuple[str, ...]
+    verdict: str
     num_simulations: int
     num_draws: int
-
-    @property
-    def worst(self) -> list[int]:
-        """The latents, least uniform first: by p-value, and where that is 0 by scale and shift."""
-        if self.shape is None:
-            return self.p_values[:-1].argsort().tolist()
-        off = (self.shape.scale.log().abs() + self.shape.shift.abs()).nan_to_num(math.inf).tolist()
-        p = self.p_values[:-1].tolist()
-        return sorted(range(len(p)), key=lambda latent: (p[latent], -off[latent]))
-
-    @property
-    def verdict(self) -> str:
-        """The judgment in one line."""
-        p = f"p = {self.p_value:.2g}" if self.p_value >= 1e-300 else "p < 1e-300"
-        if self.p_value >= SIGNIFICANT:
-            return f"no sign that the guide is not the posterior ({p}, {self.num_simulations:,} simulations)"
-        wrong = self.adjusted[:-1] < SIGNIFICANT
-        scale = self.shape and f", with {self.shape.mean_scale:.3f} ± {self.shape.mean_scale_stderr:.3f} of its scale"
-        return (
-            f"the guide is not the posterior ({p}): {int(wrong.sum())} of {len(wrong)} latents are off by themselves"
-            f"{scale or ''}; log p(x, z): {self.words[-1]}"
-        )
-
-    def to_json(self) -> dict[str, Any]:
-        """As reports hold it."""
-        shape = None if self.shape is None else {name: each.tolist() for name, each in vars(self.shape).items()}
-        return {
-            "p_value": self.p_value,
-            "p_values": self.p_values.tolist(),
-            "adjusted_p_values": self.adjusted.tolist(),
-            "shape": shape,
-            "mean_joint_rank": {"mean": self.mean_joint_rank, "stderr": self.mean_joint_rank_stderr},
-            "words": self.words,
-            "verdict": self.verdict,
-            "num_simulations": self.num_simulations,
-            "num_draws": self.num_draws,
-        }
 
 
 def judge(found: Ranks) -> GuideCalibration:
@@ -163,12 +124,21 @@ def judge(found: Ranks) -> GuideCalibration:
     p = rank_p_values(found)
     holm = adjust_p_values(p)
     shapes = estimate_shape(found.latents, found.num_draws) if found.num_draws > 1 else None
-    u = (found.log_joint.double() + 0.5) / (found.num_draws + 1)
-    joint, joint_stderr = float(u.mean()), float(mean_stderr(u))
-    off = (holm < SIGNIFICANT).tolist()
-    words = [_describe_latent(shapes, latent) if bad else "calibrated" for latent, bad in enumerate(off[:-1])]
-    words.append(_describe_joint(joint, joint_stderr) if off[-1] else "calibrated")
-    return GuideCalibration(float(holm.min()), p, holm, shapes, joint, joint_stderr, words, len(u), found.num_draws)
+    joint = Estimate.from_values((found.log_joint.double() + 0.5) / (found.num_draws + 1))
+    N, is_off = len(found.log_joint), (holm < SIGNIFICANT).tolist()
+    words = [_describe_latent(shapes, latent) if off else "calibrated" for latent, off in enumerate(is_off[:-1])]
+    words.append(_describe_joint(joint) if is_off[-1] else "calibrated")
+    overall = float(holm.min())
+    told = f"p = {overall:.2g}" if overall >= 1e-300 else "p < 1e-300"
+    if overall >= SIGNIFICANT:
+        verdict = f"no sign that the guide is not the posterior ({told}, {N:,} simulations)"
+    else:
+        scale = shapes and f", with {shapes.mean_scale:.3f} ± {shapes.mean_scale_stderr:.3f} of its scale"
+        verdict = (
+            f"the guide is not the posterior ({told}): {sum(is_off[:-1])} of {len(is_off) - 1} latents are off by "
+            f"themselves{scale or ''}; log p(x, z): {words[-1]}"
+        )
+    return GuideCalibration(overall, p, holm, shapes, joint, tuple(words), verdict, N, found.num_draws)
 
 
 def _describe_latent(shapes: NormalShape | None, latent: int) -> str:
@@ -179,13 +149,13 @@ def _describe_latent(shapes: NormalShape | None, latent: int) -> str:
     return f"{width}: {shapes.scale[latent]:.2f} of its scale, shifted by {shapes.shift[latent]:+.2f} scales"
 
 
-def _describe_joint(mean: float, stderr: float) -> str:
-    """What the mean rank of log p(x, z), with its standard error, says about the guide.
+def _describe_joint(rank: Estimate) -> str:
+    """What the mean rank of log p(x, z) says about the guide.
 
     A guide that is too narrow has draws of higher density than z*. A guide that is too wide, misplaced, or blind to how
     latents depend on each other has draws of lower density.
     """
-    told = f"(mean rank {mean:.3f} ± {stderr:.3f})"
-    if abs(mean - 0.5) <= STDERRS * stderr:
+    told = f"(mean rank {rank.mean:.3f} ± {rank.stderr:.3f})"
+    if abs(rank.mean - 0.5) <= STDERRS * rank.stderr:
         return f"among its draws, too often or too seldom {told}"
-    return f"the z of an image is {'less' if mean < 0.5 else 'more'} probable than draws of the guide {told}"
+    return f"the z of an image is {'less' if rank.mean < 0.5 else 'more'} probable than draws of the guide {told}"

@@ -139,16 +139,16 @@ class NormalShape:
         scale_stderr: (n,).
         shift: (n,) d, how far the guide lies above the posterior, in the posterior's scales: a sloped histogram.
         shift_stderr: (n,).
-        mean_scale: (), the mean of the n scales.
-        mean_scale_stderr: (), over simulations, which includes the correlations between the n scales.
+        mean_scale: The mean of the n scales.
+        mean_scale_stderr: Over simulations, which includes the correlations between the n scales.
     """
 
     scale: Tensor
     scale_stderr: Tensor
     shift: Tensor
     shift_stderr: Tensor
-    mean_scale: Tensor
-    mean_scale_stderr: Tensor
+    mean_scale: float
+    mean_scale_stderr: float
 
     @property
     def narrow(self) -> Tensor:
@@ -200,15 +200,15 @@ def estimate_shape(of_each: Tensor, num_draws: int) -> NormalShape:
     known = (R[0] != R).any(0)
     return NormalShape(
         scale=scale.where(known, math.nan),
-        scale_stderr=mean_stderr(scale_each).where(known, math.nan),
+        scale_stderr=_mean_stderr(scale_each).where(known, math.nan),
         shift=shift.where(known, math.nan),
-        shift_stderr=mean_stderr(shift_each).where(known, math.nan),
-        mean_scale=scale[known].mean(),
-        mean_scale_stderr=mean_stderr(scale_each[:, known].mean(1)),
+        shift_stderr=_mean_stderr(shift_each).where(known, math.nan),
+        mean_scale=float(scale[known].mean()),
+        mean_scale_stderr=float(_mean_stderr(scale_each[:, known].mean(1))),
     )
 
 
-def mean_stderr(of_each: Tensor) -> Tensor:
+def _mean_stderr(of_each: Tensor) -> Tensor:
     """The standard error of the mean over the first of (N, ...); NaN for one value."""
     N = len(of_each)
     return of_each.std(0) / math.sqrt(N) if N > 1 else torch.full_like(of_each[0], math.nan)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -124,32 +123,19 @@ class Typicality:
     distance: Estimate
 
     @property
-    def words(self) -> list[str]:
+    def words(self) -> tuple[str, ...]:
         """How to read the numbers, in sentences."""
         density, distance, above = (
             f"{each.mean:.3f} ± {each.stderr:.3f}" for each in (self.density, self.distance, self.above_median)
         )
-        return [
+        return (
             f"a low log p(x) tells the other images apart with an AUROC of {density} (1: surely, 1/2: not at all, "
             "below: the model gives them the higher density)",
             f"a share of {above} of them lies above the own images' median log p(x)",
             f"the distance of log p(x) from the own mean, on either side, tells them apart with an AUROC of {distance}",
             "a density is not typicality: a high log p(x) does not say that an image is like the data, and a low bound "
             "may be due to a guide that has seen no such images",
-        ]
-
-    def to_json(self) -> dict[str, Any]:
-        """As reports hold it."""
-        return {
-            "own": self.own.to_json() | {"num_images": self.own.n},
-            "other": self.other.to_json() | {"num_images": self.other.n},
-            "num_particles": self.own.num_particles,
-            "share_above_own_median": self.above_median.to_json(),
-            "share_above_own_5_percent_quantile": self.above_lowest.to_json(),
-            "auroc_of_density": self.density.to_json(),
-            "auroc_of_distance": self.distance.to_json(),
-            "words": self.words,
-        }
+        )
 
 
 def typicality(own: Tensor, other: Tensor, *, num_particles: int) -> Typicality:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ppl_vae.evidence.estimate import Estimate
+from ppl_vae.evidence.guide_calibration import GuideCalibration
 from ppl_vae.runs.environment import describe_environment
 from ppl_vae.runs.files import read_json, write_json
 from ppl_vae.runs.results import ImagesMean, Provenance, Quantiles, from_json, to_json
@@ -108,33 +109,6 @@ class SplitGap:
 
 
 @dataclass(frozen=True)
-class GuideShape:
-    """``guide_calibration.Shape``: by latent, the guide's scale and shift relative to the posterior."""
-
-    scale: tuple[float, ...]
-    scale_stderr: tuple[float, ...]
-    shift: tuple[float, ...]
-    shift_stderr: tuple[float, ...]
-    mean_scale: float
-    mean_scale_stderr: float
-
-
-@dataclass(frozen=True)
-class GuideVerdict:
-    """``guide_calibration.GuideCalibration``: whether the guide is the posterior, on the model's own images."""
-
-    p_value: float
-    p_values: tuple[float, ...]
-    adjusted_p_values: tuple[float, ...]
-    shape: GuideShape | None
-    mean_joint_rank: Estimate
-    words: tuple[str, ...]
-    verdict: str
-    num_simulations: int
-    num_draws: int
-
-
-@dataclass(frozen=True)
 class OtherDataset:
     """``typicality.Typicality``: log p(x) of another data set, compared with the run's own."""
 
@@ -191,7 +165,7 @@ class Certificate(Provenance):
     simulated: SimulatedBounds | None
     convergence: Convergence
     gaps: dict[str, SplitGap] | None
-    calibration: GuideVerdict | None
+    calibration: GuideCalibration | None
     against: OtherDataset | None
     stage_seconds: dict[str, float]
     seconds: float

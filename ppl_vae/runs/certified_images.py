@@ -21,14 +21,12 @@ from ppl_vae.runs.certificate_results import (
     Convergence,
     ConvergenceCurve,
     GuideBound,
-    GuideVerdict,
     ImportanceBound,
     OtherDataset,
     SimulatedBounds,
     SplitGap,
 )
-from ppl_vae.runs.files import replace_non_finite
-from ppl_vae.runs.results import Quantiles, from_json
+from ppl_vae.runs.results import ImagesMean, Quantiles
 
 
 class AISSummary(NamedTuple):
@@ -130,9 +128,7 @@ def summarize_images(found: CertifiedImages, num_particles: int) -> dict[str, An
             _summarize_curve(curves.particles, curves.weighed, ais),
         ),
         "gaps": {split: _summarize_gaps(gaps) for split, gaps in found.gaps.items()} or None,
-        "calibration": None
-        if found.ranks is None
-        else from_json(GuideVerdict, replace_non_finite(judge(found.ranks).to_json())),
+        "calibration": None if found.ranks is None else judge(found.ranks),
         "against": None if found.scored is None else _summarize_scores(found.scored, num_particles),
     }
 
@@ -201,5 +197,15 @@ def _summarize_gaps(found: Gaps) -> SplitGap:
 
 
 def _summarize_scores(found: ScoredImages, num_particles: int) -> OtherDataset:
-    numbers = typicality(found.own, found.other, num_particles=num_particles).to_json()
-    return from_json(OtherDataset, replace_non_finite(numbers | {"dataset": found.dataset}))
+    numbers = typicality(found.own, found.other, num_particles=num_particles)
+    return OtherDataset(
+        found.dataset,
+        ImagesMean(numbers.own.mean, numbers.own.stderr, len(found.own)),
+        ImagesMean(numbers.other.mean, numbers.other.stderr, len(found.other)),
+        num_particles,
+        numbers.above_median,
+        numbers.above_lowest,
+        numbers.density,
+        numbers.distance,
+        numbers.words,
+    )

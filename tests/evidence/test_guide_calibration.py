@@ -170,20 +170,20 @@ def test_the_error_of_the_mean_scale_knows_what_latents_have_to_do_with_each_oth
     """Of the same latent twice it is that of one."""
     found = ranked(LinearGaussian.random().vae(widen=0.8)).latents[:, :1]
     one, two = estimate_shape(found, 99), estimate_shape(found.repeat(1, 2), 99)
-    assert_close(two.mean_scale, one.scale[0])
-    assert_close(two.mean_scale_stderr, one.scale_stderr[0])
+    assert two.mean_scale == pytest.approx(float(one.scale[0]))
+    assert two.mean_scale_stderr == pytest.approx(float(one.scale_stderr[0]))
 
 
 def test_the_prior_as_guide_passes_by_its_latents():
     """The blind spot of ranks of z: (z*, x) and (z, x) have the same marginals."""
     found = judge(ranked(prior_as_guide(), num_simulations=2000))
-    assert float(found.adjusted[:-1].min()) > 0.01
-    assert found.words[:-1] == ["calibrated"] * 3
+    assert float(found.adjusted_p_values[:-1].min()) > 0.01
+    assert found.words[:-1] == ("calibrated",) * 3
 
 
 def test_the_prior_as_guide_is_found_out_by_the_joint_density():
     found = judge(ranked(prior_as_guide(), num_simulations=2000))
-    assert float(found.adjusted[-1]) < 1e-12
+    assert float(found.adjusted_p_values[-1]) < 1e-12
     assert "more probable than draws" in found.words[-1]
 
 
@@ -191,7 +191,7 @@ def test_latents_that_are_right_one_by_one_are_not_called_right_together():
     """Of a posterior with correlations, a diagonal guide with the marginals' scales."""
     oracle = LinearGaussian.random(orthogonal=False)
     found = judge(ranked(oracle.vae(), num_simulations=4000))
-    assert found.words[:-1] == ["calibrated"] * 3
+    assert found.words[:-1] == ("calibrated",) * 3
     assert found.p_value < 0.01
 
 

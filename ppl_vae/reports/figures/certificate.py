@@ -6,13 +6,14 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from ppl_vae.evidence.guide_calibration import GuideCalibration
 from ppl_vae.evidence.importance import UNRELIABLE_BIAS
 from ppl_vae.evidence.rank_statistics import Ranks, bin_edges, count_ranks, cumulative_band
 from ppl_vae.reports.display import choose_display
 from ppl_vae.reports.figures import make_figure
 from ppl_vae.reports.figures.images import image_rows
 from ppl_vae.reports.figures.pairs import draw_pair
-from ppl_vae.runs.certificate_results import Certificate, GuideVerdict, OtherDataset
+from ppl_vae.runs.certificate_results import Certificate, OtherDataset
 from ppl_vae.runs.certified_images import CertifiedImages, ScoredImages
 from ppl_vae.runs.open import Run
 
@@ -74,7 +75,7 @@ def _draw_convergence(certificate: Certificate) -> Figure:
     return figure
 
 
-def _draw_calibration(verdict: GuideVerdict, ranks: Ranks) -> Figure:
+def _draw_calibration(verdict: GuideCalibration, ranks: Ranks) -> Figure:
     """The share of ranks below each edge minus that of uniform ranks, of each latent and of log p(x, z)."""
     N, M = len(ranks.log_joint), ranks.num_draws
     edges, lower, upper = (each.numpy() for each in cumulative_band(N, M))

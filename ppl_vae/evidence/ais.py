@@ -225,6 +225,7 @@ def _anneal(
     vae: LatentModel, x: Tensor, exact: Tensor | None, annealing: Annealing, *, num_chains: int, compile: bool
 ) -> AnnealedChains:
     """Forward chains where ``exact`` is None, else backward chains from it."""
+    _check_betas(annealing.betas)
     betas, T = annealing.betas.tolist(), len(annealing.betas) - 1
     expected = (T - 1, len(x))
     if tuple(annealing.step_sizes.shape) != expected:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -347,10 +348,7 @@ class NetworkPair:
         """A network (..., *E) -> (..., num_features)."""
         if self.num_blocks is None:
             return self.dense(event_shape, num_features, hidden=hidden)
-        gated = self.dense is GatedMLP
-        return ConvEncoder(
-            event_shape, num_features, channels=channels, hidden=hidden, gated=gated, num_blocks=self.num_blocks
-        )
+        return ConvEncoder(event_shape, num_features, channels=channels, hidden=hidden, **self._stages())
 
     def decoder(
         self, latent_dim: int, event_shape: Sequence[int], num_features: int, *, channels: Widths, hidden: Sequence[int]
@@ -359,16 +357,10 @@ class NetworkPair:
         hidden = hidden[::-1]
         if self.num_blocks is None:
             return self.dense(latent_dim, num_features, hidden=hidden)
-        gated = self.dense is GatedMLP
-        return ConvDecoder(
-            latent_dim,
-            event_shape,
-            num_features,
-            channels=channels,
-            hidden=hidden,
-            gated=gated,
-            num_blocks=self.num_blocks,
-        )
+        return ConvDecoder(latent_dim, event_shape, num_features, channels=channels, hidden=hidden, **self._stages())
+
+    def _stages(self) -> dict[str, Any]:
+        return {"gated": self.dense is GatedMLP, "num_blocks": self.num_blocks}
 
 
 DENSE = NetworkPair(MLP)

@@ -120,7 +120,7 @@ def check_value(spec: Field[object], value: object) -> None:
     name = spec.name.upper() if spec.metadata["positional"] else format_flag(spec.name)
     if is_list(spec) and (not isinstance(value, tuple) or not value):
         raise ValueError(f"{name}: expected a list, each {check.words}, got {value!r}")
-    for one in value if isinstance(value, tuple) else (value,):
+    for one in value if is_list(spec) and isinstance(value, tuple) else (value,):
         has_type = isinstance(one, (int, float) if kind is float else kind)
         if not has_type or (isinstance(one, bool) and kind is not bool) or not check.holds(one):
             raise ValueError(f"{name}: expected {check.words}, got {one!r}")

@@ -72,18 +72,6 @@ def test_images_keep_their_layout(shape: tuple[int, ...], words: dict[str, Any])
     assert fitted.inverse_transform(fitted.transform(X[:3])).shape == (3, *shape)
 
 
-@pytest.mark.parametrize("words", [{}, {"image_shape": (3, 4, 5)}], ids=["images", "rows"])
-def test_channels_that_come_first_do_so_in_what_is_given_back(words: dict[str, Any]) -> None:
-    levels = np.array([0.1, 0.5, 0.9])  # red, green and blue
-    X = np.random.RandomState(0).normal(levels[:, None, None], 0.01, (40, 3, 4, 5))
-    X = X.reshape(40, -1) if words else X
-    fitted = VAEDensity(**TINY, **words).fit(X)
-    assert fitted.event_shape_ == (3, 4, 5)
-    for given in (fitted.inverse_transform(fitted.transform(X)), fitted.sample(40)):
-        assert given.shape == X.shape
-        np.testing.assert_allclose(given.reshape(40, 3, 20).mean((0, 2)), levels, atol=0.1)
-
-
 # --- Scores ---
 
 
@@ -202,18 +190,6 @@ def test_a_pipeline_and_a_grid_search_choose_by_nats() -> None:
     assert search.transform(X).shape == (60, search.best_params_["vaedensity__latent_dim"])
 
 
-def test_the_latents_have_names_and_come_as_a_data_frame() -> None:
-    pandas = pytest.importorskip("pandas")
-    X, _ = OF_KINDS["real values"]
-    table = pandas.DataFrame(X, index=range(100, 160))
-    table.columns = list("abcdef")
-    fitted = VAEDensity(**TINY).fit(table).set_output(transform="pandas")
-    z = fitted.transform(table)
-    assert list(z.columns) == list(fitted.get_feature_names_out()) == ["vaedensity0", "vaedensity1"]
-    assert list(z.index) == list(table.index)
-    assert (fitted.inverse_transform(z) == fitted.inverse_transform(z.to_numpy())).all()
-
-
 # --- Refusals ---
 
 
@@ -250,28 +226,6 @@ def test_what_cannot_be_fitted_is_refused_in_one_line(X: Any, words: dict[str, A
     with pytest.raises(ValueError, match=message) as caught:
         VAEDensity(**TINY | words).fit(X)
     assert len(str(caught.value).splitlines()) == 1
-
-
-@pytest.mark.parametrize(
-    ("kind", "X"),
-    [("binary", np.full((3, 6), 2)), ("8-bit levels", np.full((3, 6), 0.5)), ("counts", np.full((3, 6), -1))],
-)
-def test_values_off_the_support_are_refused(kind: str, X: Any) -> None:
-    fitted = VAEDensity(**TINY).fit(OF_KINDS[kind][0])
-    with pytest.raises(ValueError, match=r"X: .*expected"):
-        fitted.score_samples(X)
-
-
-@pytest.mark.parametrize(
-    ("levels", "scale"), [(True, 1 / 255), (True, 1000), (True, -1), (False, 255), (False, -1)], ids=str
-)
-def test_gray_on_another_scale_is_not_cut_at_a_threshold(levels: bool, scale: float) -> None:
-    X = np.random.RandomState(0).randint(256, size=(30, 6), dtype=np.uint8)
-    X = X if levels else (X / 255).astype(np.float32)
-    fitted = VAEDensity(**TINY, binarization="threshold").fit(X)
-    assert np.isfinite(fitted.score_samples(X)).all()
-    with pytest.raises(ValueError, match=r"X: expected (levels from 0 to 255|gray from 0 to 1), as the X that"):
-        fitted.score_samples(X.astype(np.float64) * scale)
 
 
 def test_without_scikit_learn_one_line_says_what_is_missing() -> None:

@@ -121,14 +121,6 @@ def test_reconstruction_in_passes_is_that_of_all_at_once(monkeypatch):
     assert told == [3, 3, 1]
 
 
-def test_reconstruction_leaves_the_mode_and_the_random_numbers_as_they_are():
-    vae = _linear().train()
-    before = torch.get_rng_state()
-    reconstruction(vae, _points(5), seed=3)
-    assert vae.training
-    assert torch.equal(torch.get_rng_state(), before)
-
-
 # --- Training ---
 
 
@@ -342,19 +334,3 @@ def test_encoding_gives_codes_and_reconstructions(trained, tmp_path):
     assert written["log_likelihood"] is None
     assert written["reconstruction"]["mean"] == pytest.approx(arrays["reconstruction"].mean(), rel=1e-9)
     assert "not a log-likelihood" in said[0]
-
-
-# --- Figures ---
-
-
-def test_figures_of_log_likelihoods_are_left_out_and_that_is_said(trained):
-    drawn = {path.name for path in (trained.folder / runs.FIGURES).iterdir()}
-    assert drawn == {
-        "training_curves.png",
-        "reconstructions.png",
-        "prior_samples.png",
-        "interpolations.png",
-        "traversals.png",
-        "latents.png",
-    }
-    assert "An autoencoder has no log p(x): log_likelihoods.png and particles.png are skipped." in trained.said

@@ -25,10 +25,8 @@ from ppl_vae.commands import certify as certificate
 from ppl_vae.commands.certify import certify_run
 from ppl_vae.commands.options import Certify
 from ppl_vae.evidence import ais
-from ppl_vae.runs.certificate_results import Certificate, add_certificate, read_certificates
-from ppl_vae.runs.files import replace_non_finite
 from ppl_vae.runs.options import PLAIN, Options
-from ppl_vae.runs.results import from_json, to_json
+from ppl_vae.runs.results import to_json
 
 pytestmark = pytest.mark.thorough
 
@@ -242,18 +240,6 @@ def test_finished_blocks_are_not_measured_again(copy: Path, monkeypatch: pytest.
     assert len(sizes) == 1 + 3  # and 7 images again with one temperature
 
 
-@pytest.mark.usefixtures("no_figures")
-def test_other_options_start_over_and_say_so(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    undisturbed = Path(shutil.copytree(copy, tmp_path / "undisturbed"))
-    few = LITTLE | {"simulated": 0, "gap_images": 0, "simulations": 0, "seed": 1}
-    expected = certify(undisturbed, **few)
-    interrupted_after(copy, 2, "lower", monkeypatch)
-    said: list[str] = []
-    found = certify(copy, **few, say=said.append)
-    assert any("was begun with other seed" in line for line in said)
-    assert without_times(found) == without_times(expected)
-
-
 # --- Compiled ---
 
 BRIEF = LITTLE | {"images": 3, "simulated": 2, "gap_images": 0, "simulations": 0}
@@ -338,15 +324,3 @@ def test_chains_of_a_slow_guide_start_from_a_normal(tmp_path: Path) -> None:
     assert certify(folder, **little, say=said.append)["start"] == "normal"
     assert any("chains from a normal with the guide's moments" in line for line in said)
     assert not any("chains from the guide" in line for line in said)
-
-
-# --- Several certificates in one file ---
-
-
-def test_a_certificate_is_added_to_a_file_of_them_and_replaces_its_own(certified: Certified, tmp_path: Path) -> None:
-    _, entry, _ = certified
-    output = tmp_path / "certificates.json"
-    for run, mean in (("b", -2.0), ("a", -1.0), ("b", -3.0)):
-        found = from_json(Certificate, replace_non_finite(entry | {"ais": entry["ais"] | {"mean": mean}}))
-        add_certificate(output, run, found, "cpu")
-    assert [(row.run, row.ais.mean) for row in read_certificates(output)] == [("a", -1.0), ("b", -3.0)]

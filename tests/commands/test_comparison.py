@@ -236,12 +236,6 @@ def test_the_stored_numbers_of_each_image_give_the_difference(folders, tmp_path)
     assert scalars == {"split": "test", "num_particles": 20, "seed": 0}
 
 
-def test_each_further_run_is_compared_with_the_first(folders, tmp_path):
-    entry, _ = _compare(folders, ["b", "a", "wide"], tmp_path / "out")
-    assert [(each["baseline"], each["name"]) for each in entry["comparisons"]] == [("b", "a"), ("b", "wide")]
-    assert {each["confidence"] for each in entry["comparisons"]} == {0.975}
-
-
 def test_stored_evaluations_of_the_same_kind_are_taken(folders, tmp_path, no_evaluation):
     entry, said = _compare(folders, ["a", "b"], tmp_path / "out")
     assert entry["stored_evaluations"]
@@ -335,49 +329,6 @@ def test_what_cannot_be_compared_is_refused_and_leaves_no_folder(folders, tmp_pa
     with pytest.raises(ValueError, match=words):
         _compare(folders, names, tmp_path / "out", **changes)
     assert not (tmp_path / "out").exists()
-
-
-def _refusal_of_changed(folders, tmp_path, monkeypatch, change):
-    """What is said where the second run opens as another one."""
-    opened = comparison.open_run
-
-    def changed(run_dir, **options):
-        run = opened(run_dir, **options)
-        return change(run) if run.folder == folders["b"] else run
-
-    monkeypatch.setattr(comparison, "open_run", changed)
-    with pytest.raises(ValueError, match="expected") as refused:
-        _compare(folders, ["a", "b"], tmp_path / "out")
-    return str(refused.value)
-
-
-@pytest.mark.usefixtures("no_evaluation")
-def test_a_mass_is_never_compared_with_a_density(folders, tmp_path, monkeypatch):
-    said = _refusal_of_changed(
-        folders, tmp_path, monkeypatch, lambda run: run._replace(options=replace(run.options, likelihood="normal"))
-    )
-    assert said.startswith("scale: expected one for all runs, got the mass of binary pixels in ")
-    assert "the density of binary pixels in " in said
-
-
-@pytest.mark.usefixtures("no_evaluation")
-def test_images_that_differ_in_a_pixel_are_refused(folders, tmp_path, monkeypatch):
-    """As of one folder of images that was cropped for one run and stretched for the other: the same bytes."""
-
-    def change(run):
-        test = run.splits.test.clone()
-        test[0, 0] = 1 - test[0, 0]
-        return run._replace(splits=replace(run.splits, test=test))
-
-    said = _refusal_of_changed(folders, tmp_path, monkeypatch, change)
-    assert said.startswith("test images: expected the same in all runs, got others in ")
-
-
-def test_a_folder_that_holds_something_is_refused_and_kept(folders, tmp_path):
-    (tmp_path / "note.txt").write_text("mine", encoding="utf-8")
-    with pytest.raises(ValueError, match="--output: expected a new or empty folder"):
-        _compare(folders, ["a", "b"], tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["note.txt"]
 
 
 # --- The script and the figure ---

@@ -9,16 +9,13 @@ import numpy as np
 import pytest
 import torch
 from broken_runs import Runs
-from small_run import SMALL, bars, save_bars, train_small
+from small_run import SMALL, save_bars, train_small
 
 from ppl_vae import load, runs
 from ppl_vae.commands.cli import parse
 from ppl_vae.commands.diagnose import diagnose_run
-from ppl_vae.commands.options import COMMANDS, Diagnose, Report
-from ppl_vae.commands.report import report_run
+from ppl_vae.commands.options import COMMANDS, Diagnose
 from ppl_vae.diagnostics.measurement import measure
-from ppl_vae.diagnostics.noise import measure_noise
-from ppl_vae.parts import likelihoods
 from ppl_vae.reports.text.diagnosis import describe_advice
 from ppl_vae.runs.evaluations import read_diagnosis
 from ppl_vae.runs.results import Diagnosis, to_json
@@ -141,46 +138,6 @@ def test_dequantized_levels_are_measured_as_their_density(tmp_path):
     assert entry.numbers.noise.gaussian_variance == pytest.approx(1 / 12, rel=0.1)
 
 
-# --- Measures that the images do not allow ---
-
-CHECKERBOARD = np.indices((8, 8)).sum(0) % 2
-
-
-@pytest.mark.parametrize(
-    ("train", "valid", "left_out"),
-    [
-        ("bars", np.zeros((8, 8)), {"variation", "blur"}),  # nothing varies, and there are no edges
-        ("bars", CHECKERBOARD, {"variation"}),  # nothing but edges, the same in all images
-        (np.zeros((8, 8)), np.zeros((8, 8)), {"variation", "blur", "noise"}),
-        ("pixels", "pixels", {"blur"}),  # one pixel has no edges
-    ],
-    ids=["blank", "checkerboard", "all blank", "one pixel"],
-)
-def test_a_measure_that_the_images_do_not_allow_is_left_out_with_its_reason(tmp_path, train, valid, left_out):
-    def images(kind, count):
-        if isinstance(kind, str):
-            return bars(count)[0] if kind == "bars" else (np.arange(count) % 2)[:, None, None]
-        return np.broadcast_to(kind, (count, *kind.shape))
-
-    splits = {"train": images(train, 100), "valid": images(valid, 20), "test": images(train, 40)}
-    np.savez(tmp_path / "images.npz", **{name: x.astype(np.uint8) for name, x in splits.items()})
-    options = replace(SMALL, dataset=str(tmp_path / "images.npz"), epochs=1)
-    folder = train_small(tmp_path / "run", options)
-    said = []
-    page = report_run(Report(str(folder)), say=said.append).read_text(encoding="utf-8")
-    numbers = read_diagnosis(folder).numbers
-    assert set(numbers.left_out) == left_out
-    found = vars(numbers.pictures) | {"noise": numbers.noise}
-    assert {name for name, value in found.items() if value is None} == left_out
-    for reason in numbers.left_out.values():
-        assert [line for line in said if reason in line]
-        assert reason in page
-    if "variation" in left_out:  # all images have one code
-        assert numbers.active.mean.tolist() == pytest.approx([0, 0], abs=1e-12)
-    pictures = (folder / runs.FIGURES / "diagnosis-pictures.png").exists()
-    assert pictures == (not {"variation", "blur"} <= left_out)
-
-
 # --- What it leaves as it was, and what it refuses ---
 
 
@@ -192,14 +149,6 @@ def test_measuring_moves_neither_weights_nor_generators(small):
     assert json.dumps(to_json(first)) == json.dumps(to_json(second))
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(before[name], tensor) for name, tensor in vae.state_dict().items())
-
-
-def test_the_noise_is_measured_without_moving_the_likelihood():
-    family = likelihoods.Normal((6,))
-    before = {name: tensor.clone() for name, tensor in family.state_dict().items()}
-    noise = measure_noise(family, torch.randn(50, 6, generator=torch.Generator().manual_seed(0)))
-    assert len(noise.eigenvalues) == 6
-    assert all(torch.equal(before[name], tensor) for name, tensor in family.state_dict().items())
 
 
 def test_a_second_diagnosis_replaces_the_first(small):

@@ -107,12 +107,3 @@ def test_encoding_leaves_the_random_state_and_the_run(encode, folder):
     encode("test")
     assert torch.equal(torch.get_rng_state(), state)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
-
-
-# --- What is refused ---
-
-
-def test_a_folder_that_holds_something_is_refused_before_the_work(encode, tmp_path):
-    (tmp_path / "note.txt").write_text("mine")
-    with pytest.raises(ValueError, match=r"--output: expected a new or empty folder, but .* exists"):
-        encode("test", output=tmp_path)

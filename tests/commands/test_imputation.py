@@ -9,7 +9,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from small_run import SMALL, bars, save_bars, train_small
 
 from ppl_vae import load
@@ -26,14 +25,6 @@ NAN = math.nan
 def folder(tmp_path_factory):
     place = tmp_path_factory.mktemp("imputation")
     return train_small(place / "run", replace(SMALL, dataset=str(save_bars(place / "bars.npz")), epochs=1))
-
-
-@pytest.fixture(scope="module")
-def table(tmp_path_factory):
-    """A run on rows of 12 bits, which are no images."""
-    place = tmp_path_factory.mktemp("table")
-    np.save(place / "bits.npy", np.random.default_rng(0).integers(0, 2, (60, 12)).astype(np.uint8))
-    return train_small(place / "run", replace(SMALL, dataset=str(place / "bits.npy"), epochs=1))
 
 
 @pytest.fixture
@@ -108,17 +99,6 @@ def test_log_p_of_the_hidden_pixels_is_the_ratio_of_two_integrals(impute, images
     whole = evaluate(load(folder), torch.from_numpy(x)[:, None].float(), num_particles=3000, seed=0)
     stderr = np.sqrt(1 / stored["ess"] + 1 / whole.ess.numpy())
     assert (np.abs(stored["log_likelihood_hidden"] - exact) < 5 * stderr + 1e-3).all()
-
-
-def test_each_image_has_its_numbers_by_name(impute):
-    stored, summary, _ = impute("test", hide="top", images=5)
-    entries = summary["per_image"]
-    assert [entry["name"] for entry in entries] == stored["names"].tolist()
-    assert [entry["ess"] for entry in entries] == pytest.approx(stored["ess"].tolist())
-    assert [entry["log_likelihood_hidden"] for entry in entries] == pytest.approx(
-        stored["log_likelihood_hidden"].tolist()
-    )
-    assert {entry["missing_pixels"] for entry in entries} == {32}
 
 
 def test_observed_pixels_are_written_as_they_were_given(impute, images):
@@ -200,11 +180,6 @@ def test_a_mask_that_is_none_is_refused(images, array, words):
         read_mask(str(images(array, "mask.npy")), 40, (1, 8, 8))
 
 
-def test_a_table_has_no_side_to_hide(impute, table):
-    with pytest.raises(ValueError, match=r"--hide: expected images .C, H, W., got a table of shape \(12,\)"):
-        impute("test", run_dir=table, hide="top")
-
-
 # --- What is said ---
 
 
@@ -218,17 +193,6 @@ def test_hidden_pixels_have_no_score_where_an_image_has_other_holes(impute, imag
 
 
 # --- What is written ---
-
-
-def test_the_picture_is_written_beside_the_numbers(impute, tmp_path):
-    impute("test", hide="right", images=3)
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "imputed.npz",
-        "imputations.json",
-        "imputations.png",
-    }
-    with Image.open(tmp_path / "out" / "imputations.png") as picture:
-        assert min(picture.size) > 100
 
 
 def test_nothing_of_the_run_changes_but_its_folder_imputations(impute, folder):

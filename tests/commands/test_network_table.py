@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import runpy
-import sys
-from dataclasses import replace
-from pathlib import Path
-
 import numpy as np
 import pytest
 
@@ -17,8 +12,6 @@ from ppl_vae.runs.options import PLAIN, Options
 from ppl_vae.runs.results import to_json
 
 pytestmark = pytest.mark.thorough
-
-SCRIPT = Path(__file__).parents[2] / "scripts" / "compare_networks.py"
 
 
 @pytest.fixture(scope="module")
@@ -74,20 +67,3 @@ def test_a_table_that_is_asked_for_again_takes_its_runs_as_they_are(table, optio
     assert again == rows
     assert sum("is finished" in line for line in said) == 2
     assert {path: path.read_bytes() for path in (folder / "runs").rglob("*.safetensors")} == before
-
-
-@pytest.mark.parametrize("name", ["images", "latent_dim", "evaluation_particles"])
-def test_a_folder_with_other_options_is_refused(table, options, name):
-    folder, _, _ = table
-    with pytest.raises(ValueError, match=f"expected a run with the options that are asked for, got others in {name};"):
-        compare(replace(options, **{name: 3}), folder)
-
-
-def test_the_command_is_of_plain_vaes(monkeypatch):
-    asked = []
-    monkeypatch.setattr(
-        "ppl_vae.commands.compare_networks.compare_networks", lambda networks, options, **_: asked.append(options)
-    )
-    monkeypatch.setattr(sys, "argv", ["compare_networks.py"])
-    runpy.run_path(str(SCRIPT), run_name="__main__")
-    assert asked == [Options(**PLAIN, evaluation_particles=100)]

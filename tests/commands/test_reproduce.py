@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,7 +21,6 @@ from ppl_vae.commands.reproduce import (
     shorten_stages,
     write_row,
 )
-from ppl_vae.reports.text.reproduction import reproduction_table
 from ppl_vae.runs import recipes
 from ppl_vae.runs.recipes import Recipe
 from ppl_vae.runs.reproduction_results import Published, Reproduction
@@ -31,7 +28,6 @@ from ppl_vae.runs.results import from_json, to_json
 
 pytestmark = pytest.mark.thorough
 
-ROOT = Path(__file__).parents[2]
 EPOCHS = (10, 3)
 
 
@@ -207,48 +203,12 @@ def made_up(**changes):
     return from_json(Reproduction, row | changes)
 
 
-SHORT = {"share": 0.5, "epochs": [200], "recipe_epochs": [400]}
-
-
 @pytest.mark.parametrize("change", [{}, {"ours": {"mean": -1.0, "stderr": 0.1}}, {"published": []}])
 def test_a_row_of_the_same_recipe_seed_budget_and_precision_is_replaced(tmp_path, change):
     path = str(tmp_path / "rows.json")
     write_row(path, made_up())
     write_row(path, made_up(**change))
     assert read_rows(path) == [made_up(**change)]
-
-
-@pytest.mark.parametrize("change", [{"seed": 1}, {"budget": SHORT}, {"precision": "bf16"}, {"recipe": "ladder"}])
-def test_any_other_row_stands_beside_it(tmp_path, change):
-    path = str(tmp_path / "rows.json")
-    write_row(path, made_up())
-    write_row(path, made_up(**change))
-    assert read_rows(path) == [made_up(), made_up(**change)]
-
-
-def test_rows_are_in_the_order_of_the_recipes_and_seeds(tmp_path):
-    path = str(tmp_path / "rows.json")
-    for change in ({"recipe": "ladder"}, {"seed": 2}, {"recipe": "iwae_1"}, {"seed": 1}):
-        write_row(path, made_up(**change))
-    assert [(row.recipe, row.seed) for row in read_rows(path)] == [
-        ("iwae_1", 0),
-        ("vae_gaussian", 1),
-        ("vae_gaussian", 2),
-        ("ladder", 0),
-    ]
-
-
-# --- In words ---
-
-
-def test_the_table_has_a_line_a_row():
-    head, rule, *lines = reproduction_table([made_up(), made_up(budget=SHORT, precision="bf16")]).splitlines()
-    assert head.count("|") == rule.count("|") == lines[0].count("|") == lines[1].count("|")
-    assert lines[0] == (
-        "| `vae_gaussian` | mnist, dynamic | -84.40 ± 0.22 | +0.23 | -88.10 ± 0.23 | -84.45 ± 0.12 (VAE: there) "
-        "| 400 | 64 | 0 | +0.01 |"
-    )
-    assert "| 200 (of 400), bf16 |" in lines[1]
 
 
 # --- What is refused, before any training ---
@@ -264,30 +224,3 @@ def refused(folder, match, **asked):
 @pytest.mark.parametrize(("asked", "what"), [({"seed": 1}, "seed"), ({"epochs": 1}, "epochs, warmup_epochs")])
 def test_run_folders_of_another_training_are_refused(undisturbed, asked, what):
     refused(undisturbed[0], f"1: expected a run with the options that are asked for, got others in {what};", **asked)
-
-
-@pytest.mark.parametrize(
-    ("content", "match"), [("{", "not JSON"), ('{"rows": [1]}', "Reproduction: expected Reproduction, got 1")]
-)
-def test_a_damaged_results_file_is_refused(tmp_path, content, match):
-    (tmp_path / "results").mkdir()
-    (tmp_path / "results" / "rows.json").write_text(content)
-    refused(tmp_path, f"rows.json: damaged: .*{match}")
-
-
-# --- The script ---
-
-
-def script(*words):
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "reproduce.py"), *words], capture_output=True, text=True, timeout=60
-    )
-    return done.returncode, done.stdout, done.stderr
-
-
-def test_the_script_lists_the_recipes():
-    code, out, _ = script("--list")
-    assert code == 0
-    assert [line.partition(":")[0] for line in out.splitlines() if line[0] != " "] == [
-        name for name in recipes.RECIPES if name != "tiny"
-    ]

@@ -158,11 +158,6 @@ def test_a_figure_shows_something(first: tuple[Path, Done], name: str) -> None:
     assert pictures(first[0])[name].std() > 0.01
 
 
-def test_a_runs_weights_load_from_python(first: tuple[Path, Done]) -> None:
-    x = data.evaluation_images(data.load(read(first[0] / "config.json")["options"]["dataset"]), "test", "dynamic")
-    assert ppl_vae.load(first[0]).posterior(x).sample().shape == (50, 2)
-
-
 # --- Evaluation ---
 
 
@@ -215,20 +210,6 @@ def test_an_evaluation_of_another_split_replaces_only_its_own_key(copy: Path, ru
 def test_an_evaluation_changes_its_own_files_alone(first: tuple[Path, Done], copy: Path, run: Run) -> None:
     run(EVALUATE, copy, "--num-particles", "7")
     assert contents(copy, but=EVALUATION) == contents(first[0], but=EVALUATION)
-
-
-# --- Figures ---
-
-
-@pytest.mark.thorough
-def test_figures_are_drawn_again_the_same(first: tuple[Path, Done], copy: Path, tmp_path: Path) -> None:
-    shutil.rmtree(copy / "figures")
-    done = run_alone(FIGURES, copy, cwd=tmp_path)
-    assert (done.code, done.err) == (0, "")
-    again, before = pictures(copy), pictures(first[0])
-    assert set(again) == set(before)
-    for name, picture in before.items():
-        np.testing.assert_array_equal(again[name], picture, err_msg=name)
 
 
 # --- Resumption ---
@@ -335,30 +316,6 @@ def test_an_interrupted_run_stops_without_a_traceback_and_has_its_weights(datase
     assert process.returncode == 130
     assert re.fullmatch(rf"interrupted: stopped at step [\d,]+; --resume {tmp_path / 'run'} goes on", line)
     assert ppl_vae.load(tmp_path / "run").likelihood.event_shape == (16,)
-
-
-# --- Other data and folders ---
-
-
-@pytest.mark.thorough
-def test_runs_without_a_name_that_start_together_get_a_folder_each(datasets: Path, tmp_path: Path) -> None:
-    words = ["--dataset", str(datasets / "bits.npy"), *SMALL]
-    started = [
-        subprocess.Popen(
-            [sys.executable, str(SCRIPTS / TRAIN), *words],
-            cwd=tmp_path,
-            env=ENVIRONMENT,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        for _ in range(2)
-    ]
-    assert [process.wait(timeout=300) for process in started] == [0, 0]
-    folders = list((tmp_path / "runs").iterdir())
-    assert len(folders) == 2
-    assert all(
-        folder.name.startswith("bits-bernoulli-") and (folder / "evaluation.json").exists() for folder in folders
-    )
 
 
 # --- What goes wrong: one line, a non-zero exit, no traceback ---

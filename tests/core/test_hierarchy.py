@@ -14,7 +14,7 @@ from capture_cases import as_stored
 from fitting import fit
 from oracles import NormalFixed
 from pyro import poutine
-from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from safetensors.torch import load_file, save_file
 from scipy import integrate, stats
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from ppl_vae.hierarchy import BottomLayerOnly, BottomUp, HierarchicalVAE, Layere
 from ppl_vae.parts.likelihoods import Bernoulli
 from ppl_vae.parts.networks import MLP
 from ppl_vae.parts.posteriors import DiagonalNormal, exponential_log_scale
-from ppl_vae.parts.priors import Mixture, StandardNormal
+from ppl_vae.parts.priors import StandardNormal
 
 GUIDES = ["bottom-up", "top-down"]
 
@@ -250,11 +250,6 @@ def test_weighing_takes_scales_whose_precision_is_no_float(p, q):
     assert float(both.scale) == pytest.approx(expected[1], rel=1e-6)
 
 
-def test_the_ladder_refuses_what_is_no_diagonal_normal():
-    with pytest.raises(ValueError, match="ladder: expected diagonal normals at every layer, got MixtureSameFamily"):
-        product_of_normals(Mixture(2, components=3)(), StandardNormal(2)())
-
-
 # --- Chains: layers as one distribution ---
 
 E = (1, 3, 4)
@@ -454,24 +449,6 @@ def test_the_gradient_without_the_score_has_the_expectation_of_pyros(guide):
     assert a.abs().max() > 0.1
 
 
-def test_plain_pyro_svi_moves_every_weight_of_the_ladder_and_of_its_prior():
-    pyro.clear_param_store()
-    vae, x = _vae("top-down", dtype=torch.float), _images(dtype=torch.float)
-
-    def model(x):
-        pyro.module("vae", vae)
-        return vae.model(x)
-
-    def guide(x):
-        pyro.module("vae", vae)
-        return vae.guide(x)
-
-    before = {name: w.clone() for name, w in vae.named_parameters()}
-    SVI(model, guide, pyro.optim.Adam({"lr": 0.02}), Trace_ELBO()).step(x)
-    assert [name for name, w in vae.named_parameters() if torch.equal(w, before[name])] == []
-    pyro.clear_param_store()
-
-
 # --- Weights in their places ---
 
 
@@ -500,10 +477,3 @@ def test_weights_are_stored_once_and_come_back(guide, tmp_path):
 def test_images_of_another_shape_are_refused_and_never_broadcast(guide, program, shape):
     with pytest.raises(ValueError, match="expected shape"):
         getattr(_vae(guide), program)(torch.zeros(shape, dtype=torch.double))
-
-
-def test_free_bits_refuses_a_guide_that_draws_against_the_models_order() -> None:
-    """KL(q(z_1 | x) || p(z_1 | z_2)) is then no term of the ELBO: z_2 depends on z_1."""
-    vae = _vae("bottom-up", (3, 2))
-    with pytest.raises(ValueError, match=r"guide: expected latent sites in the model's order \['z_2', 'z_1'\], got"):
-        objectives.free_bits(vae.model, vae.guide, _images(), free_nats=0.1)

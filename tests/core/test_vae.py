@@ -93,20 +93,3 @@ def test_plain_pyro_svi_moves_every_weight_of_every_network(network):
     SVI(*_registered(vae), pyro.optim.Adam({"lr": 0.02}), Trace_ELBO()).step(x)
     assert [name for name, w in vae.named_parameters() if torch.equal(w, before[name])] == []
     pyro.clear_param_store()
-
-
-def test_features_keep_their_type_whatever_the_condition_has():
-    """Only under autocast are they brought to the type of the data: a latent mean is no byte."""
-    net = MLP(6, 4, hidden=())
-    encoder = Conditional(Floats(net), DiagonalNormal(2))
-    x = torch.arange(12, dtype=torch.uint8).reshape(2, 6)
-    assert_close(encoder(x).base_dist.loc, net(x.float())[:, :2])
-
-
-class Floats(torch.nn.Module):
-    def __init__(self, net):
-        super().__init__()
-        self.net = net
-
-    def forward(self, x):
-        return self.net(x.float())

@@ -63,22 +63,15 @@ FILES: dict[str, tuple[np.ndarray, str, type]] = {  # -> kind, as stored
     "levels in color": (RNG.integers(0, 256, (53, 5, 6, 3), np.uint8), "8-bit levels", np.uint8),
     "levels, channels first": (RNG.integers(0, 256, (53, 3, 5, 6), np.uint8), "8-bit levels", np.uint8),
     "gray levels": (RNG.integers(0, 256, (53, 5, 6), np.uint8), "8-bit levels", np.uint8),
-    "gray levels, one channel last": (RNG.integers(0, 256, (53, 5, 6, 1), np.uint8), "8-bit levels", np.uint8),
-    "gray levels, one channel first": (RNG.integers(0, 256, (53, 1, 5, 6), np.uint8), "8-bit levels", np.uint8),
     "zeros and ones, uint8": (RNG.integers(0, 2, (53, 9)).astype(np.uint8), "binary", np.uint8),
     "zeros and ones, int64": (RNG.integers(0, 2, (53, 9)).astype(np.int64), "binary", np.uint8),
-    "zeros and ones, float64": (RNG.integers(0, 2, (53, 9)).astype(np.float64), "binary", np.uint8),
     "bits": (RNG.integers(0, 2, (53, 9)).astype(bool), "binary", np.uint8),
     "counts, int64": (RNG.poisson(4.0, (53, 7)), "counts", np.float32),
-    "counts, uint16": (RNG.integers(0, 2000, (53, 7)).astype(np.uint16), "counts", np.float32),
-    "counts, float16": (RNG.poisson(4.0, (53, 7)).astype(np.float16), "counts", np.float32),
     "counts, float64": (RNG.poisson(4.0, (53, 7)).astype(np.float64), "counts", np.float32),
     "whole numbers below 0": (RNG.integers(-3, 300, (53, 7)).astype(np.float32), "real values", np.float32),
-    "probabilities, float16": (RNG.random((53, 5, 6, 1)).astype(np.float16), "probabilities", np.float32),
     "probabilities, float64": (RNG.random((53, 9)), "probabilities", np.float32),
     "probabilities, other bytes first": (RNG.random((53, 9)).astype(">f4"), "probabilities", np.float32),
     "real values": (RNG.normal(size=(53, 5, 6)) * 3 + 100, "real values", np.float32),
-    "real values above 1, float16": (1.5 * RNG.random((53, 9)).astype(np.float16), "real values", np.float32),
     "real values, columns first": (
         np.asfortranarray(RNG.normal(size=(53, 7)).astype(np.float32)),
         "real values",
@@ -135,11 +128,8 @@ def test_a_large_file_is_read_once(tmp_path: Path) -> None:
 
 DOUBTFUL = {  # shape -> E as it is read, and what makes it the other reading
     "one color image": ((64, 48, 3), (1, 48, 3), None, None),
-    "one image with opacity": ((64, 48, 4), (1, 48, 4), None, None),
     "images along the last axis": ((28, 28, 50), (1, 28, 50), lambda a: np.moveaxis(a, -1, 0), (1, 28, 28)),
-    "images along the last axis, not square": ((12, 30, 50), (1, 30, 50), lambda a: np.moveaxis(a, -1, 0), (1, 12, 30)),
     "rows along the last axis": ((12, 50), (50,), lambda a: a.T, (12,)),
-    "one gray image": ((64, 64), (64,), None, None),
     "channels at both ends": ((50, 3, 8, 1), (1, 3, 8), lambda a: a.transpose(0, 2, 3, 1), None),
 }
 
@@ -202,13 +192,11 @@ NUMBERS = RNG.integers(0, 256, (60, 4, 5), np.uint8)
 KERAS = {"x_train": NUMBERS[:40], "y_train": np.arange(40), "x_test": NUMBERS[40:], "y_test": np.arange(40, 60)}
 STYLES = {
     "Keras": KERAS,
-    "scikit-learn": {name.replace("x_", "X_"): array for name, array in KERAS.items()},
     "MedMNIST": {
         f"{split}_{what}": KERAS[f"{letter}_{split}"].reshape(-1, *shape)
         for split in ("train", "test")
         for what, letter, shape in (("images", "x", (4, 5)), ("labels", "y", (1,)))
     },
-    "the split first": {f"{name[2:]}_{name[0]}": array for name, array in KERAS.items()},
 }
 
 
@@ -243,9 +231,7 @@ WORDS = np.array(["dog", "cat", "eel"])[np.arange(60) % 3]
 IN_OTHER_FORMS = {
     "words": (WORDS, [1, 0, 2]),
     "bytes": (WORDS.astype("S"), [1, 0, 2]),
-    "one-hot integers": (np.eye(3, dtype=np.uint8)[np.arange(60) % 3], [0, 1, 2]),
     "one-hot floats": (np.eye(3)[np.arange(60) % 3], [0, 1, 2]),
-    "whole floats": ((np.arange(60) % 3).astype(float), [0, 1, 2]),
     "whole floats in a column": ((np.arange(60) % 3).astype(float)[:, None], [0, 1, 2]),
 }
 
@@ -269,9 +255,7 @@ UNUSABLE = {
     "fractions": np.arange(60) / 7,
     "not a number": np.full(60, np.nan),
     "several of 3 classes": RNG.integers(0, 2, (60, 3)) | np.array([1, 1, 0]),
-    "two numbers": np.arange(120).reshape(60, 2),
     "boxes": np.zeros((60, 2, 2)),
-    "dates": np.zeros(60, "datetime64[s]"),
     "objects": np.array([f"class {i % 3}" for i in range(60)], dtype=object),
 }
 
@@ -322,8 +306,6 @@ def encode_objects(name: str) -> bytes:
 
 BAD_FILES = {
     "an empty file": ("own.npy", b"", "own.npy: not a readable array file"),
-    "an empty archive file": ("own.npz", b"", "own.npz: not a readable array file"),
-    "a truncated npz": ("own.npz", encode("own.npz", train=GRAY)[:-60], "own.npz: not a readable array file"),
     "half an npz": ("own.npz", encode("own.npz", train=GRAY)[:200], "own.npz: not a readable array file"),
     "an npz with a flipped byte": (
         "own.npz",
@@ -331,7 +313,6 @@ BAD_FILES = {
         "own.npz: not a readable array file",
     ),
     "a truncated npy": ("own.npy", encode("own.npy", array=GRAY)[:-10], "own.npy: not a readable array file"),
-    "a truncated npy header": ("own.npy", encode("own.npy", array=GRAY)[:40], "own.npy: not a readable array file"),
     "text": ("own.npy", b"0 1 1 0\n1 0 0 1\n", "own.npy: not a readable array file"),
     "objects": ("own.npy", encode_objects("own.npy"), "not a readable array file: object arrays are not read"),
     "objects in an npz": (
@@ -346,28 +327,18 @@ WIDE = 1e9 * RNG.normal(size=400)
 NOT_FINITE = "expected finite values, got NaN or infinity in train"
 BAD_ARRAYS: dict[str, tuple[np.ndarray, str]] = {
     "strings": (np.array(["a", "b"] * 10), "expected numbers, got dtype <U1"),
-    "complex numbers": (FLOATS.astype(np.complex128), "expected numbers, got dtype complex128"),
     "records": (np.zeros(20, dtype=[("x", "f4")]), "expected numbers, got dtype"),
-    "dates": (np.zeros((20, 4), "datetime64[s]"), "expected numbers, got dtype"),
     "NaN": (set_value(FLOATS, np.nan), NOT_FINITE),
     "infinity": (set_value(FLOATS, np.inf), NOT_FINITE),
-    "minus infinity": (set_value(FLOATS, -np.inf), NOT_FINITE),
     "floats beyond float32": (set_value(FLOATS, 1e39), NOT_FINITE),
-    "NaN in columns of a table": (
-        np.where(np.arange(200).reshape(40, 5) % 70 == 1, np.nan, 0.5),
-        f"{NOT_FINITE}: 3 of the values, in column 1, counted from 0",
-    ),
     "integers below 0": (
         GRAY.astype(np.int64) - GRAY.min() - 1,
         "uint8 levels, .* got int64 from -1 .*centered in float64: x = numpy.load",
     ),
     "counts beyond single precision": (GRAY.astype(np.int64) + 2**25, "counts from 0 to 16,777,216, .* got int64 from"),
-    "int8 below 0": (BITS.astype(np.int8) - 1, "zeros and ones, .* got int8 from -1 to 0"),
     "five dimensions": (np.zeros((20, 1, 4, 5, 1), np.uint8), r"got shape \(20, 1, 4, 5, 1\) in train"),
-    "one dimension": (np.zeros(20, np.uint8), r"got shape \(20,\) in train"),
     "no dimension": (np.array(1, np.uint8), r"got shape \(\)"),
     "two channels": (np.zeros((20, 4, 5, 2), np.uint8), r"with 1 or 3 channels, got shape \(20, 4, 5, 2\)"),
-    "images last": (np.zeros((8, 9, 3, 20), np.uint8), r"got shape \(8, 9, 3, 20\) in train; .*moveaxis"),
     "no images": (np.zeros((0, 4, 5), np.uint8), "expected at least one image in every split, got an empty array"),
     "no width": (np.zeros((20, 4, 0), np.uint8), r"expected at least one pixel, got shape \(20, .*4, 0\) in train"),
     "nine images": (np.zeros((9, 4, 5), np.uint8), "expected at least 10 images to split, got 9"),
@@ -375,12 +346,6 @@ BAD_ARRAYS: dict[str, tuple[np.ndarray, str]] = {
         np.stack([WIDE, TIMES], 1),
         r"tell apart, got float64 around 1.6e\+09 with a spread of 1[78] in column 1 of train; center",
     ),
-    "the same, columns first": (
-        np.asfortranarray(np.stack([WIDE, TIMES], 1)),
-        r"around 1.6e\+09 with a spread of 1[78] in column 1 of train; center",
-    ),
-    "several columns": (np.stack([WIDE, TIMES, -TIMES, 2 * TIMES], 1), "column 1 of train, and likewise in 2 more col"),
-    "images far from 0": (1e9 + RNG.normal(size=(40, 2, 5)), "around 1e.09 with a spread of .* in train"),
 }
 
 
@@ -393,36 +358,17 @@ def test_an_array_that_cannot_be_used_is_refused_at_every_size(tmp_path: Path, s
 
 BAD_SPLITS = {
     "no train": ({"valid": GRAY, "test": GRAY}, r"arrays named train, valid and test, got \['valid', 'test'\]"),
-    "only labels and names": ({"a": GRAY, "b": GRAY}, r"expected one array, or arrays named .* got \['a', 'b'\]"),
     "no arrays": ({}, "expected one array, or arrays named train, valid and test, got none"),
     "images of two shapes": (
         {"train": GRAY, "test": GRAY[:, :, :4]},
         r"expected images of one shape in all splits, got \[\(1, 4, 4\), \(1, 4, 5\)\]",
     ),
-    "images and a table": (
-        {"train": GRAY, "test": GRAY.reshape(20, 20)},
-        r"expected images of one shape in all splits, got \[\(1, 4, 5\), \(20,\)\]",
-    ),
     "binary train, gray test": ({"train": BITS, "test": GRAY}, "expected binary in test as in train"),
-    "binary train, fractions in validation": (
-        {"train": BITS, "valid": FLOATS},
-        "expected binary in validation as in train",
-    ),
     "uint8 train, float test": ({"train": GRAY, "test": FLOATS}, "expected 8-bit levels in test as in train"),
-    "float train, uint8 test": ({"train": FLOATS, "test": GRAY}, "expected probabilities in test as in train"),
     "NaN in test": (
         {"train": FLOATS, "test": set_value(FLOATS, np.nan)},
         "expected finite values, got NaN or infinity in test: 1 of the values",
     ),
-    "infinity in a test of real values": (
-        {"train": 3 * FLOATS, "test": set_value(FLOATS, np.inf)},
-        "expected finite values, got NaN or infinity in test: 1 of the values",
-    ),
-    "integers in a test of real values": (
-        {"train": 3 * FLOATS, "test": GRAY},
-        "expected real values in test as in train",
-    ),
-    "strings in test": ({"train": BITS, "test": np.array(["a"] * 20)}, "expected binary in test as in train"),
     "an empty test split": (
         {"train": GRAY, "test": GRAY[:0]},
         "expected at least one image in every split, got an empty array",
@@ -470,15 +416,10 @@ def header_of(shape: object, dtype: str = "<f8") -> bytes:
 
 LIES = {
     "terabytes": header_of((10**9, 1000)) + bytes(80),
-    "more than any address": header_of((10**20, 10**20)) + bytes(80),
     "a row too many": header_of((11, 1)) + bytes(80),
-    "a row too few": header_of((9, 1)) + bytes(80),
     "below zero": header_of((-10, -1)) + bytes(80),
-    "yes or no": header_of((True, 10)) + bytes(80),
     "objects": header_of((10, 1), "|O") + bytes(80),
-    "no shape": header_of("None") + bytes(80),
     "no header": b"\x93NUMPY\x01\x00",
-    "another version": b"\x93NUMPY\x09\x00" + header_of((10, 1))[8:] + bytes(80),
 }
 
 

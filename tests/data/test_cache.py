@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
-import struct
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 from unittest import mock
@@ -20,8 +17,6 @@ import pytest
 import torch
 from PIL import Image
 from PIL.BmpImagePlugin import BmpImageFile
-from PIL.JpegImagePlugin import JpegImageFile
-from PIL.PngImagePlugin import PngImageFile
 
 from ppl_vae import data
 from ppl_vae.data import folder, machine
@@ -254,36 +249,6 @@ def test_two_at_once_read_a_folder_once(own: Path, decoded: list[bytes]) -> None
         assert_right(one, own)
 
 
-MEMORY = """
-import resource, sys
-from pathlib import Path
-from unittest import mock
-from ppl_vae import data
-from ppl_vae.data import machine, sources
-machine.count_threads = lambda: 1
-used = next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if "VmData" in line)
-resource.setrlimit(resource.RLIMIT_DATA, (1024 * used + 60 * 2**20,) * 2)
-splits = data.load(sys.argv[1])
-print(len(splits.train), data.is_mapped(splits.train))
-"""
-
-
-@pytest.mark.thorough
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
-def test_a_folder_that_is_larger_than_memory_is_read(tmp_path: Path, kept: Path) -> None:
-    """90 images of 1 MiB under a limit of 60; read into memory, they exceed it."""
-    buffer = BytesIO()
-    Image.fromarray(np.full((1024, 1024), 7, np.uint8)).save(buffer, "png", compress_level=1)
-    (tmp_path / "own").mkdir()
-    for i in range(90):
-        (tmp_path / "own" / f"{i}.png").write_bytes(buffer.getvalue())
-    done = run(MEMORY, kept, tmp_path / "own")
-    assert (done.returncode, done.stdout) == (0, "72 True\n"), done.stderr
-    shutil.rmtree(kept)
-    kept.write_text("a file")  # so that nothing can be kept
-    assert "MemoryError" in run(MEMORY, kept, tmp_path / "own").stderr
-
-
 # --- Bombs ---
 
 
@@ -296,52 +261,3 @@ def test_a_small_file_that_announces_many_pixels_takes_no_memory_for_them(own: P
     with mock.patch.object(BmpImageFile, "load", side_effect=AssertionError("its pixels are asked for")) as asked:
         assert "dog/bomb.bmp" in data.load(str(own), image_size=[5, 6]).unreadable
     asked.assert_not_called()
-
-
-def wrapped_in_ico(inner: bytes) -> bytes:
-    """An icon that announces 16 x 16 pixels."""
-    return struct.pack("<3H4B2H2I", 0, 1, 1, 16, 16, 0, 0, 1, 32, len(inner), 22) + inner
-
-
-def wrapped_in_icns(inner: bytes) -> bytes:
-    """An icon that announces 128 x 128 pixels."""
-    return b"icns" + struct.pack(">I", 16 + len(inner)) + b"ic07" + struct.pack(">I", 8 + len(inner)) + inner
-
-
-def wrapped_in_blp(inner: bytes) -> bytes:
-    """A texture of 16 x 16 pixels."""
-    header = b"BLP1" + struct.pack("<iIIIii", 0, 0, 16, 16, 0, 0)
-    return header + struct.pack("<33I", 160, *[0] * 15, len(inner), *[0] * 15, 0) + inner
-
-
-def wrapped_in_iptc(inner: bytes) -> bytes:
-    """A press photograph of 16 x 16 pixels, in another format."""
-    fields = [(3, 60, b"\1\0"), (3, 20, b"\0\x10"), (3, 30, b"\0\x10"), (3, 120, b"\5"), (8, 10, inner), (9, 10, b"")]
-    return b"".join(struct.pack(">3BH", 0x1C, *tag, len(value)) + value for *tag, value in fields)
-
-
-def huge(form: str) -> bytes:
-    """20 million pixels in some kilobytes."""
-    file = BytesIO()
-    Image.new("L", (5000, 4000)).save(file, form)
-    return file.getvalue()
-
-
-@pytest.mark.parametrize(
-    ("wrapped", "inner"),
-    [
-        (wrapped_in_ico, PngImageFile),
-        (wrapped_in_icns, PngImageFile),
-        (wrapped_in_blp, JpegImageFile),
-        (wrapped_in_iptc, PngImageFile),
-    ],
-)
-def test_an_image_within_another_is_not_decoded(
-    own: Path, wrapped: Callable[[bytes], bytes], inner: type[Image.Image]
-) -> None:
-    (own / "dog" / "bomb.png").write_bytes(wrapped(huge(str(inner.format))))
-    load = inner.load
-    sizes: list[tuple[int, int]] = []
-    with mock.patch.object(inner, "load", lambda image: sizes.append(image.size) or load(image)):
-        assert "dog/bomb.png" in data.load(str(own), image_size=[5, 6]).unreadable
-    assert (5000, 4000) not in sizes

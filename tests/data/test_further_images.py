@@ -83,23 +83,6 @@ def test_an_array_of_another_scale_is_refused(tmp_path: Path, what: str) -> None
         data.load_images(saved(tmp_path, array), trained_on(kind), "none")
 
 
-LEVELS_AS_NUMBERS = {
-    "floats": GREY.astype(np.float64),
-    "floats with holes": np.where(GREY > 200, np.nan, GREY),
-    "whole numbers": GREY.astype(np.int32),
-}
-
-
-@pytest.mark.parametrize("what", LEVELS_AS_NUMBERS)
-@pytest.mark.parametrize("kind", [data.LEVELS, data.PROBABILITIES])
-def test_levels_that_are_no_bytes_are_refused_with_a_remedy_that_helps(tmp_path: Path, what: str, kind: str) -> None:
-    array = LEVELS_AS_NUMBERS[what]
-    with pytest.raises(ValueError, match=r"; if these are levels from 0 to 255, divide by 255$"):
-        data.load_images(saved(tmp_path, array), trained_on(kind), "none")
-    x = data.load_images(saved(tmp_path, array / 255), trained_on(kind), "none").x[:, 0]
-    np.testing.assert_allclose(x.numpy(), array / 255, rtol=2e-7)
-
-
 # --- Arrays: shape ---
 
 COLOR = GENERATOR.integers(0, 256, (6, 3, 4, 5), np.uint8)
@@ -150,13 +133,6 @@ def test_each_name_of_images_is_read(tmp_path: Path, key: str, others: dict[str,
     assert read.names == tuple("012345")
 
 
-@pytest.mark.parametrize("key", ["labels", "y", "test_labels", "y_test"])
-def test_each_name_of_labels_is_read_beside_images(tmp_path: Path, key: str) -> None:
-    read = data.load_images(saved(tmp_path, **{"test": GREY, key: np.arange(6)}), trained_on(data.LEVELS), "none")
-    assert read.labels is not None
-    assert read.labels.tolist() == list(range(6))
-
-
 # --- Binarization ---
 
 
@@ -169,12 +145,6 @@ def test_gray_images_are_one_draw_from_the_seed(
     expected = np.random.RandomState(3).binomial(1, rates)
     x = data.load_images(saved(tmp_path, array), trained_on(kind), binarization, seed=3).x
     np.testing.assert_array_equal(x[:, 0].numpy(), expected)
-
-
-@pytest.mark.parametrize("binarization", ["dynamic", "fixed"])
-def test_black_and_white_survives_a_draw(tmp_path: Path, binarization: str) -> None:
-    x = data.load_images(saved(tmp_path, BITS), trained_on(data.LEVELS), binarization).x
-    np.testing.assert_array_equal(x[:, 0].numpy(), BITS)
 
 
 # --- Missing pixels ---
@@ -230,27 +200,3 @@ def test_files_in_folders_of_known_classes_have_their_labels(
     assert read.names == tuple(f"{name}/own.png" for name in names)
     assert (None if read.labels is None else read.labels.tolist()) == labels
     assert ["wolf" in note for note in read.notes] == [True] * (labels is None)
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [("broken.png", "cannot be read: broken.png"), ("t.csv", r"t.csv: expected an \.npz or \.npy file, an image or a")],
-)
-def test_a_single_file_that_is_no_image_is_refused(tmp_path: Path, name: str, expected: str) -> None:
-    (tmp_path / name).write_text("no image")
-    with pytest.raises(ValueError, match=expected):
-        data.load_images(str(tmp_path / name), trained_on(data.LEVELS), "none")
-
-
-OTHER_OPTIONS = {
-    "image_size": ((8, 8), r"image_size: expected 4 5, as the model has it, got \[8, 8\]"),
-    "color": ("rgb", "color: expected gray, as the model has it, got rgb"),
-}
-
-
-@pytest.mark.parametrize("option", OTHER_OPTIONS)
-def test_another_size_or_color_than_the_models_is_refused(tmp_path: Path, option: str) -> None:
-    value, message = OTHER_OPTIONS[option]
-    path = picture(tmp_path / "own.png", GREY[0])
-    with pytest.raises(ValueError, match=message):
-        data.load_images(path, trained_on(data.LEVELS), "none", **{option: value})

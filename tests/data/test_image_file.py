@@ -86,16 +86,6 @@ def test_levels_of_a_known_scale_become_256_and_the_reduction_is_told(tmp_path: 
 
 
 COLORS = np.stack([FULL, FULL[::-1], FULL // 2], 2)
-LONG_COLORS = {
-    "PNG": ("png", None),
-    "PPM": ("ppm", b"P6 6 5 65535\n" + COLORS.astype(">u2").tobytes()),
-    "SGI": (
-        "sgi",
-        struct.pack(">HBBHHHHII", 474, 0, 2, 3, 6, 5, 3, 0, 65_535)
-        + bytes(492)
-        + COLORS[::-1].transpose(2, 0, 1).astype(">u2").tobytes(),
-    ),
-}
 
 
 def png_of_16_bits(colors: np.ndarray) -> bytes:
@@ -108,14 +98,6 @@ def png_of_16_bits(colors: np.ndarray) -> bytes:
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in colors)
     header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-
-
-@pytest.mark.parametrize("what", LONG_COLORS)
-def test_colors_of_16_bits_become_8_and_the_reduction_is_told(tmp_path: Path, what: str) -> None:
-    suffix, content = LONG_COLORS[what]
-    read = data.load(folder_of(tmp_path, [content or png_of_16_bits(COLORS)] * 10, suffix))
-    assert np.abs(read.train[0].permute(1, 2, 0).numpy() - COLORS / 257).max() <= 1
-    assert "10 of 10 images" in note_on("65,536 levels", read)
 
 
 NO_SCALE = {
@@ -143,12 +125,6 @@ def test_levels_without_a_known_scale_are_refused(tmp_path: Path, what: str) -> 
     suffix, content, reason = NO_SCALE[what]
     with pytest.raises(ValueError, match=reason):
         data.load(folder_of(tmp_path, [content] * 10, suffix))
-
-
-def test_dark_images_of_16_bits_beside_bright_ones_keep_their_scale(tmp_path: Path) -> None:
-    read = data.load(folder_of(tmp_path, [encoded(np.full((5, 6), 257 * 7 * i, np.uint16)) for i in range(20)]))
-    images = torch.cat([read.train, read.validation, read.test])
-    assert sorted(images[:, 0, 0, 0].tolist()) == [7 * i for i in range(20)]
 
 
 # --- Pages ---
@@ -185,17 +161,6 @@ def test_transparent_images_are_laid_over_white_and_counted(tmp_path: Path) -> N
         expected = torch.from_numpy(np.where(20 * i < GRADIENT, 0, 255)).flatten()
         assert (images == expected).all(1).any()
     assert "7 of 12 images" in note_on("white", read)
-
-
-@pytest.mark.parametrize("split", ["all", "test"])
-@pytest.mark.parametrize("form", ["png", "gif", "webp"])
-def test_a_split_that_is_blank_over_white_is_refused(tmp_path: Path, split: str, form: str) -> None:
-    for word in ("train", "test"):
-        image = strokes(255, 1) if split in ("all", word) else Image.fromarray(GRADIENT)
-        (tmp_path / word).mkdir()
-        folder_of(tmp_path / word, [encoded(image.convert("RGBA"), form)] * 10, form)
-    with pytest.raises(ValueError, match=f"only level 255 in {'train' if split == 'all' else 'test'}, .*transparent"):
-        data.load(str(tmp_path))
 
 
 # --- Large images ---

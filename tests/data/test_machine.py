@@ -162,23 +162,3 @@ def limited(path: Path, kept: Path, *arguments: object) -> subprocess.CompletedP
     environment = os.environ | {"PPL_VAE_CACHE_DIR": str(kept), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", LIMITED, str(path), *map(str, arguments)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-
-
-@pytest.mark.thorough
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
-@pytest.mark.parametrize(
-    ("dtype", "pixels", "family"), [("float32", "none", "NormalPerPixel"), ("uint8", "dynamic", "Bernoulli")]
-)
-def test_a_file_that_is_larger_than_memory_is_prepared_for_training(
-    tmp_path: Path, kept: Path, dtype: str, pixels: str, family: str
-) -> None:
-    """96 MiB in single precision under a limit of 64: that file, or one of levels that become as much."""
-    stored = np.lib.format.open_memmap(tmp_path / "own.npy", "w+", dtype, (24 * 256, 4096))
-    for rows in np.split(stored, 24):
-        rows[:] = RNG.integers(0, 256, rows.shape)
-        rows[:] = rows / np.float32(3) if dtype == "float32" else rows
-    done = limited(tmp_path / "own.npy", kept, pixels, family, 2**24)
-    num_features = 4096 * (2 if dtype == "float32" else 1)
-    assert (done.returncode, done.stdout) == (0, f"{num_features} True 614\n"), done.stderr
-    if dtype == "float32":  # read whole, it does not fit
-        assert "allocate memory" in limited(tmp_path / "own.npy", kept, pixels, family, 2**40).stderr.lower()

@@ -93,14 +93,6 @@ def test_a_latent_is_active_where_its_means_vary_by_more_than_a_hundredth():
     assert found.count == 2
 
 
-def test_the_error_of_means_that_are_drawn_is_not_counted_as_activity():
-    torch.manual_seed(0)
-    codes = PosteriorMoments(2 + 3 * torch.randn(20_000, 2).double() / math.sqrt(50), torch.full((20_000, 2), 3.0), 50)
-    found = active_units(codes)
-    assert (found.mean.abs() < 4 * found.stderr).all()
-    assert (active_units(codes._replace(num_draws=None)).mean > 0.1).all()
-
-
 def test_the_error_of_a_variance_is_that_of_repetitions():
     generator = torch.Generator().manual_seed(0)  # a skewed law, whose fourth moment is not a normal's
     means = torch.empty(400, 500, 1, dtype=torch.double).exponential_(generator=generator)

@@ -14,7 +14,6 @@ from oracles import LinearGaussian
 from torch.testing import assert_close
 
 from ppl_vae.diagnostics.exploration import decode_plane, decode_traversals, latent_quantiles
-from ppl_vae.evidence.importance import gather_log_weights
 from ppl_vae.evidence.moments import compute_moments, encode
 
 
@@ -81,16 +80,6 @@ def test_quantiles_of_a_normal_prior_are_exact():
     np.testing.assert_allclose(latent_quantiles(prior, 15), exact, atol=1e-5)
 
 
-def test_quantiles_of_another_prior_are_those_of_each_latent_by_itself():
-    torch.manual_seed(0)
-    normals = dist.Normal(torch.tensor([[-3.0, 0.0], [1.0, 5.0]]), torch.tensor([[0.5, 1.0], [1.0, 0.2]])).to_event(1)
-    weights = (0.3, 0.7)
-    found = latent_quantiles(dist.MixtureSameFamily(dist.Categorical(torch.tensor(weights)), normals), 5)
-    for latent, parts in enumerate((((-3.0, 0.5), (1.0, 1.0)), ((0.0, 1.0), (5.0, 0.2)))):
-        each = [w * scipy.stats.norm.cdf(found[:, latent], *part) for w, part in zip(weights, parts, strict=True)]
-        np.testing.assert_allclose(sum(each), (np.arange(5) + 0.5) / 5, atol=5 * 0.5 / math.sqrt(20_000))
-
-
 def test_a_plane_has_the_first_latent_along_its_columns():
     oracle = LinearGaussian.random(L=2)
     grid = torch.tensor([[-1.0, 3.0], [0.5, 1.0], [2.0, -2.0]], dtype=torch.double)
@@ -99,12 +88,3 @@ def test_a_plane_has_the_first_latent_along_its_columns():
         for column in range(3):
             z = torch.stack([grid[column, 0], grid[row, 1]])
             assert_close(images[row, column], oracle.W @ z + oracle.b)
-
-
-# --- Log-weights ---
-
-
-def test_log_weights_gathered_in_passes_are_those_of_each_image(oracle, small_passes):
-    x = oracle.draw(10)
-    log_w = gather_log_weights(oracle.vae(), x, 12)
-    assert_close(log_w, oracle.log_evidence(x).expand(12, 10), rtol=0, atol=1e-9)

@@ -119,31 +119,6 @@ def test_exact_draws_of_a_bent_target_stay_exact(step_size):
         assert stats.kstest(value.numpy(), "norm").pvalue > 1e-3
 
 
-def test_a_step_size_is_counted_in_scales():
-    """The chain over z / scale, with the target stretched likewise, takes the very same decisions."""
-    torch.manual_seed(5)
-    scale = torch.tensor([[0.1, 5.0], [3.0, 0.7]], dtype=torch.double)
-    u, noise = torch.randn(20, 2, 2, dtype=torch.double), torch.randn(20, 2, 2, dtype=torch.double)
-    uniform = torch.rand(20, 2, dtype=torch.double)
-
-    def moved(terms, z, scale):
-        return transition(
-            partial(leapfrog, terms),
-            torch.ones(1, dtype=torch.double),
-            point_at(terms, z),
-            momentum=noise,
-            uniform=uniform,
-            scale=scale,
-            step_size=torch.tensor([0.7, 0.9], dtype=torch.double),
-            num_leapfrogs=3,
-        )
-
-    plain, a = moved([_banana], u, torch.ones_like(scale))
-    stretched, b = moved([lambda z: _banana(z / scale)], u * scale, scale)
-    assert_close(stretched.z / scale, plain.z)
-    assert_close(a, b)
-
-
 @pytest.mark.parametrize("bad", [math.nan, -math.inf, math.inf], ids=["NaN", "no density", "infinite density"])
 def test_a_place_without_a_finite_energy_is_never_taken(bad):
     torch.manual_seed(6)

@@ -14,9 +14,7 @@ import pytest
 import torch
 from oracles import LinearGaussian
 from pyro.distributions.testing.fakes import NonreparameterizedNormal
-from pyro.distributions.torch_transform import TransformModule
 from torch import nn
-from torch.distributions import constraints
 from torch.testing import assert_close
 
 from ppl_vae import VAE, log_weights, objectives
@@ -316,46 +314,6 @@ def test_random_numbers_are_drawn_once(oracle, objective):
     assert torch.equal(torch.get_rng_state(), after)
 
 
-class Scale(TransformModule):
-    """y = exp(s) x, s a parameter; with a cache it knows the inverse of what it gave last."""
-
-    domain = codomain = constraints.real_vector
-    bijective = True
-
-    def __init__(self, cache_size):
-        super().__init__(cache_size=cache_size)
-        self.log_scale = nn.Parameter(torch.tensor([0.3, -0.2, 0.1], dtype=torch.double))
-
-    def _call(self, x):
-        return x * self.log_scale.exp()
-
-    def _inverse(self, y):
-        return y * (-self.log_scale).exp()
-
-    def log_abs_det_jacobian(self, x, y):
-        return self.log_scale.sum().expand(x.shape[:-1])
-
-
-class Scaled(nn.Module):
-    def __init__(self, posterior, *, cache_size):
-        super().__init__()
-        self.posterior = posterior
-        self.transform = Scale(cache_size)
-
-    def forward(self, x):
-        return dist.TransformedDistribution(self.posterior(x), [self.transform])
-
-
-@pytest.mark.parametrize("objective", ["stl", "dreg"])
-def test_a_transform_that_remembers_changes_no_gradient(oracle, objective):
-    gradients = []
-    for cache_size in (0, 1):
-        vae, x = oracle.vae(widen=1.3, shift=0.4), oracle.draw(3)
-        behind = VAE(vae.prior, vae.likelihood, Scaled(vae.posterior, cache_size=cache_size))
-        gradients.append(_guides_gradients(behind, x, objective, repeats=2, num_particles=3))
-    assert_close(*gradients, rtol=1e-10, atol=1e-12)
-
-
 @pytest.mark.parametrize("flow", ["iaf", "spline"])
 @pytest.mark.parametrize("objective", ["stl", "dreg"])
 def test_of_a_flow_guide_the_gradient_is_that_of_a_frozen_copys_density(objective, flow):
@@ -399,14 +357,3 @@ def test_a_guide_that_is_not_reparametrized_is_refused(oracle, objective):
     guide = OtherGuide(lambda B: NonreparameterizedNormal(torch.zeros(B, 3), torch.ones(3)).to_event(1))
     with pytest.raises(ValueError, match="site 'z': expected a reparametrized guide, got Independent"):
         OBJECTIVES[objective](vae.model, guide, x, num_particles=2)
-
-
-@pytest.mark.parametrize("objective", ["stl", "dreg"])
-def test_a_guide_with_a_parameter_of_the_store_is_refused(oracle, objective):
-    vae, x = oracle.vae().float(), oracle.draw(4).float()
-    guide = OtherGuide(lambda B: dist.Normal(pyro.param("loc", torch.zeros(3)).expand(B, 3), 1.0).to_event(1))
-    try:
-        with pytest.raises(ValueError, match=r"pyro\.param 'loc': expected the guide's parameters in its module"):
-            OBJECTIVES[objective](vae.model, guide, x, num_particles=2)
-    finally:
-        pyro.clear_param_store()

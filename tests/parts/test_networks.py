@@ -255,21 +255,3 @@ def test_a_wide_start_keeps_the_size_of_signals_in_a_linear_network():
         ratio = y.square().sum(-1) / x.square().sum(-1)
         assert ((ratio - 1).abs() < 4.5 * math.sqrt(2 / 1000)).all()
         x = y
-
-
-@pytest.mark.parametrize("word", NETWORKS)
-def test_a_wide_start_is_of_every_dense_layer_but_the_last(word):
-    """Of a standard deviation of the square root of 1 / fan-in, and no bias; convolutions stay as they are."""
-    torch.manual_seed(0)
-    net = encoder(word, (1, 12, 12), 7)
-    before = {name: w.clone() for name, w in net.named_parameters()}
-    wide(net)
-    for name, layer in net.named_modules():
-        if not list(layer.parameters(recurse=False)):
-            continue
-        starts_wide = isinstance(layer, torch.nn.Linear) and name.rpartition(".")[2] != "output"
-        assert torch.equal(layer.weight, before[f"{name}.weight"]) != starts_wide
-        if starts_wide:
-            spread = layer.weight.std() * math.sqrt(layer.in_features)
-            assert abs(spread - 1) < 4.5 / math.sqrt(2 * layer.weight.numel())
-            assert not layer.bias.any()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import re
 import struct
 import zlib
@@ -168,72 +167,12 @@ def test_words_cannot_close_the_data_of_an_explorer(visit) -> None:
 # --- What is shown ---
 
 
-def test_the_slider_changes_all_pictures_and_numbers_together(visit) -> None:
-    def shown(tab: Any) -> tuple[list[str], str, str]:
-        pictures = tab.locator("figure.slider img:visible").evaluate_all("(all) => all.map((one) => one.src)")
-        numbers = tab.locator("figure.slider dd:visible").inner_text()
-        return pictures, numbers, tab.locator("figure.slider output").inner_text()
-
-    def address(gray: int) -> str:
-        return "data:image/png;base64," + base64.b64encode(png(gray)).decode()
-
-    with visit(slider()) as seen:
-        assert shown(seen.tab) == ([address(255), address(20), address(10)], "1.5 nats", "10")
-        seen.tab.locator("input[type=range]").press("ArrowRight")
-        assert shown(seen.tab) == ([address(255), address(40), address(19)], "2.5 nats", "100")
-        seen.tab.locator("input[type=range]").fill("0")
-        assert shown(seen.tab) == ([address(255), address(0), address(1)], "0.5 nats", "1")
-
-
 @pytest.mark.parametrize(
     ("value", "shown"),
     [(1204500, "1,204,500"), (-86.1254, "−86.13"), (12345.6, "12,346"), (None, "–"), (np.int64(20000), "20,000")],
 )
 def test_a_number_is_written_as_people_read_it(value: object, shown: str) -> None:
     assert f'<td class="number">{shown}</td>' in page("t", [Section("s", [Table(["n"], [[value]])], "s")])  # type: ignore[list-item]
-
-
-# --- Readable ---
-
-_CONTRASTS = """() => {
-  const canvas = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
-  const rgba = (color) => {
-    canvas.clearRect(0, 0, 1, 1);
-    canvas.fillStyle = color;
-    canvas.fillRect(0, 0, 1, 1);
-    const [r, g, b, a] = canvas.getImageData(0, 0, 1, 1).data;
-    return [r, g, b, a / 255];
-  };
-  const luminance = (rgb) => {
-    const shares = rgb.slice(0, 3).map((c) => c / 255);
-    const linear = shares.map((c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4));
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2];
-  };
-  const behind = (element) => {
-    for (let at = element; at; at = at.parentElement) {
-      const color = rgba(getComputedStyle(at).backgroundColor);
-      if (color[3] > 0.99) return color;
-    }
-    return [255, 255, 255, 1];
-  };
-  const found = [];
-  for (const element of document.querySelectorAll("body *")) {
-    const words = [...element.childNodes].some((node) => node.nodeType === 3 && node.textContent.trim());
-    if (!words || !element.checkVisibility() || ["SCRIPT", "NOSCRIPT"].includes(element.tagName)) continue;
-    const pair = [luminance(rgba(getComputedStyle(element).color)), luminance(behind(element))].sort((a, b) => b - a);
-    found.push([(pair[0] + 0.05) / (pair[1] + 0.05), element.tagName + "." + element.className]);
-  }
-  return found;
-}"""
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_all_words_have_the_contrast_that_wcag_asks_for(visit, scheme: str) -> None:
-    """(L1 + 0.05) / (L2 + 0.05) >= 4.5, relative luminances. Reference: WCAG 2.2, success criterion 1.4.3."""
-    with visit(scheme=scheme) as seen:
-        contrasts = seen.tab.evaluate(_CONTRASTS)
-        assert len(contrasts) > 50
-        assert [(round(ratio, 2), where) for ratio, where in contrasts if ratio < 4.5] == []
 
 
 # --- The explorer ---
@@ -345,16 +284,6 @@ def test_the_canvas_shows_the_pixels_in_their_rows_and_colors(visit) -> None:
         )
         image = torch.tensor(canvas).reshape(7, 5, 4)[..., :3].permute(2, 0, 1) / 255
         torch.testing.assert_close(image, likelihood(torch.tensor([1.0, 2.0])).mean, rtol=0, atol=1e-2)
-
-
-def test_the_picture_follows_the_pointer(visit) -> None:
-    likelihood = decoder()
-    with visit(explorer(likelihood, extent=2.0)) as seen:
-        box = seen.tab.locator("canvas.pad").bounding_box()
-        seen.tab.mouse.move(box["x"] + 0.75 * box["width"], box["y"] + 0.25 * box["height"])
-        seen.frame()
-        shown = torch.tensor(seen.tab.evaluate("window.pplExplorer.explorerPixels(0)"))
-        torch.testing.assert_close(shown, likelihood(torch.tensor([1.0, 1.0])).mean.flatten(), rtol=0, atol=0.03)
 
 
 # --- What is refused, in words ---

@@ -29,7 +29,6 @@ from disturbed_runs import (
     Running,
     Server,
     damages,
-    flip,
     left_behind,
     numbers_of,
     served,
@@ -38,8 +37,6 @@ from disturbed_runs import (
 )
 
 from ppl_vae import load, runs
-from ppl_vae.runs.checkpoints import find_newest_checkpoint, mend_states, mend_weights
-from ppl_vae.runs.evaluations import is_evaluated
 
 pytestmark = [
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="commands are forked"),
@@ -165,13 +162,6 @@ def test_damaged_weights_are_loaded_right_or_refused(whole: Path, copy: Path, na
     assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
-@pytest.mark.parametrize("place", [i / 10 for i in range(11)])
-def test_a_bit_that_turns_in_the_weights_is_noticed(copy: Path, place: float) -> None:
-    flip(copy / MODEL, place)
-    with pytest.raises(ValueError, match=r"model\.safetensors: damaged"):
-        load(copy)
-
-
 # --- Two checkpoints ---
 
 
@@ -180,34 +170,6 @@ def test_a_damaged_state_is_said_and_gives_way_to_the_one_before_it(server: Serv
     done = server.run(TRAIN, "--resume", copy)
     assert f"{STATE}: damaged" in done.out
     assert "Going on from step 9." in done.out  # of 10
-
-
-@pytest.mark.parametrize("name", [STATE, MODEL])
-def test_a_file_that_cannot_be_read_now_is_replaced_by_none(
-    copy: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    before = everything_below(copy)
-    genuine = Path.open
-
-    def opened(path: Path, *words: Any, **options: Any) -> Any:
-        if path.name == name:
-            raise OSError(5, "Input/output error", str(path))
-        return genuine(path, *words, **options)
-
-    saved = runs.load_tensors(copy / STATE)
-    monkeypatch.setattr(Path, "open", opened)
-    for work in (
-        lambda: (
-            find_newest_checkpoint(copy, say=pytest.fail)
-            if name == STATE
-            else mend_weights(copy, saved, say=pytest.fail)
-        ),
-        lambda: mend_states(copy) if name == STATE else is_evaluated(copy),
-    ):
-        with pytest.raises(OSError, match=rf"Input/output error.*{name}"):
-            work()
-    monkeypatch.undo()
-    assert everything_below(copy) == before
 
 
 # --- No room ---

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -48,57 +47,18 @@ def test_default_prior_and_objective_suit_the_other_options(asked: dict[str, Any
     assert resolve(resolved, data.load("mnist")) == resolved
 
 
+# Of each type of value, others than the defaults: none, words, whole numbers, floats, one and several numbers.
 OTHER = Options(
     dataset="own.npz",
-    data_dir="elsewhere",
-    protocol="iwae",
     image_size=(28, 20),
-    fit="stretch",
-    color="rgb",
     channels=(3, 4, 5),
-    stream="on",
-    tensorboard="on",
-    prior="mixture",
-    prior_components=7,
-    prior_flow="spline",
-    prior_layers=3,
     prior_hidden=(9, 8),
-    posterior="full",
-    posterior_flow="spline",
-    posterior_layers=4,
-    posterior_hidden=(6,),
     upper_latents=(5, 2),
-    upper_hidden=(4,),
-    inference="bottom-up",
-    decoder_input="all",
-    initialization="shrinking",
-    schedule="stages",
     decay_start=0.25,
     binarization="threshold",
-    dequantization="uniform",
-    dequantization_draws=3,
-    likelihood_scale=0.25,
-    likelihood_components=2,
-    transform="logit",
-    network="mlp",
-    hidden=(7, 5, 3),
-    scale_map="softplus",
-    objective="free-bits",
-    free_bits=0.5,
-    kl="analytic",
-    beta=0.1,
-    warmup_epochs=0,
-    latent_dim=2,
-    epochs=3,
-    batch_size=11,
     learning_rate=1e-5,
-    clip_norm=0.5,
-    num_particles=4,
+    warmup_epochs=0,
     seed=2**31 - 1,
-    device="cuda:1",
-    checkpoint_seconds=0.25,
-    images=8,
-    evaluation_particles=9,
 )
 
 
@@ -107,41 +67,18 @@ def test_options_survive_json(asked: Options) -> None:
     assert from_json(json.loads(json.dumps(to_json(asked)))) == asked
 
 
-@pytest.mark.parametrize("name", [spec.name for spec in fields(Options)])
-def test_a_missing_field_of_json_is_named_and_refused(name: str) -> None:
-    values = to_json(Options())
-    del values[name]
-    with pytest.raises(ValueError, match=f"missing or unknown: {name}$"):
-        from_json(values)
+def test_a_missing_field_of_json_is_named_and_refused() -> None:
+    for name in to_json(Options()):
+        with pytest.raises(ValueError, match=f"missing or unknown: {name}$"):
+            from_json({other: value for other, value in to_json(Options()).items() if other != name})
 
 
 BAD_JSON = [
-    ("hidden", 5),
-    ("hidden", []),
-    ("hidden", "300"),
-    ("hidden", [[300]]),
-    ("hidden", [300.0]),
-    ("channels", []),
-    ("channels", None),
-    ("image_size", [28.5]),
-    ("epochs", 2.0),
-    ("epochs", "2"),
-    ("epochs", True),
-    ("epochs", None),
-    ("epochs", [2]),
-    ("epochs", 0),
-    ("scale_map", "log"),
-    ("free_bits", -0.1),
-    ("keep", "first"),
-    ("beta", "1"),
-    ("beta", math.nan),
-    ("learning_rate", math.inf),
-    ("likelihood", "gaussian"),
-    ("likelihood", 3),
-    ("binarization", ""),
-    ("warmup_epochs", -1),
-    ("device", 0),
-    ("dataset", ""),
+    *[("hidden", value) for value in (5, [], "300", [[300]], [300.0])],
+    *[("epochs", value) for value in (2.0, "2", True, None, [2], 0)],
+    *[("learning_rate", value) for value in ("1", math.nan, math.inf)],
+    *[("likelihood", value) for value in ("gaussian", 3)],
+    *[("channels", None), ("dataset", ""), ("device", 0), ("free_bits", -0.1)],
 ]
 
 

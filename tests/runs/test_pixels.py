@@ -13,9 +13,8 @@ from small_run import SMALL, train_small
 from torch.testing import assert_close
 
 from ppl_vae import data, runs, training
-from ppl_vae.commands.compare_runs import compare_runs
 from ppl_vae.commands.evaluate import evaluate_run
-from ppl_vae.commands.options import CompareRuns, Evaluate
+from ppl_vae.commands.options import Evaluate
 from ppl_vae.commands.train import resume_run
 from ppl_vae.runs.build import build_likelihood
 from ppl_vae.runs.load import load
@@ -139,31 +138,6 @@ def test_bits_per_dimension_are_the_nats_of_the_levels(two, word):
         key: sign * entry["log_likelihood"][key] / (16 * math.log(2)) for key, sign in (("mean", -1), ("stderr", 1))
     }
     assert entry["bits_per_dim"] == pytest.approx(expected)
-
-
-@pytest.mark.parametrize(
-    "other",
-    [{"likelihood": "bernoulli"}, {"likelihood": "normal", "dequantization": "none"}],
-    ids=["binary", "density"],
-)
-def test_other_scales_are_refused_in_words(two, tmp_path, other):
-    folder = two["normal"]
-    options = replace(SMALL, dataset=str(folder.parent / "own.npy"), epochs=1, **other)
-    run = train_small(tmp_path / "other", options)
-    with pytest.raises(ValueError, match=r"expected one for all runs, got .* in .* and .* in"):
-        compare_runs(
-            CompareRuns(
-                [str(folder), str(run)],
-                split="test",
-                num_particles=2,
-                images=None,
-                device="cpu",
-                seed=0,
-                output=str(tmp_path / "out"),
-            ),
-            say=lambda line: None,
-        )
-    assert not (tmp_path / "out").exists()
 
 
 def test_a_run_is_evaluated_as_a_model_of_levels(two):

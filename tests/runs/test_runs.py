@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ import pytest
 import torch
 
 from ppl_vae import runs
-from ppl_vae.runs import checkpoints
 
 
 def names(folder: Path) -> list[str]:
@@ -207,89 +205,7 @@ def test_a_tensor_comes_back_bit_for_bit(tmp_path: Path, name: str) -> None:
     assert torch.equal(read, TENSORS[name])
 
 
-@pytest.mark.parametrize("kept", [0, 4, 100, -1])
-def test_a_truncated_tensor_file_is_named_and_refused(tmp_path: Path, kept: int) -> None:
-    path = tmp_path / "file.safetensors"
-    runs.save_tensors(path, TENSORS, {})
-    path.write_bytes(path.read_bytes()[:kept])
-    with pytest.raises(ValueError, match=r"file\.safetensors: damaged"):
-        runs.load_tensors(path)
-
-
-def test_a_tensor_file_with_a_damaged_header_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "file.safetensors"
-    runs.save_tensors(path, TENSORS, {})
-    content = path.read_bytes()
-    path.write_bytes(content[:8] + b"x" * 20 + content[28:])
-    with pytest.raises(ValueError, match=r"file\.safetensors: damaged"):
-        runs.load_tensors(path)
-
-
-def fail_to_open(monkeypatch: pytest.MonkeyPatch) -> None:
-    def opened(path: Path, *_: Any, **__: Any) -> Any:
-        raise OSError(24, "Too many open files", str(path))
-
-    monkeypatch.setattr(Path, "open", opened)
-
-
-def fail_to_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Such an error has no file's name."""
-
-    def chunks(*_: Any) -> Any:
-        raise OSError(5, "Input/output error")
-
-    monkeypatch.setattr(checkpoints, "_read_with_zeros", chunks)
-
-
-def fail_in_safetensors(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its errors have no number, and whatever it cannot open is missing."""
-
-    def opened(*_: Any, **__: Any) -> Any:
-        raise FileNotFoundError("No such file or directory: file.safetensors")
-
-    monkeypatch.setattr(checkpoints, "safe_open", opened)
-
-
-UNREADABLE = {"open": fail_to_open, "read": fail_to_read, "safetensors": fail_in_safetensors}
-
-
-@pytest.mark.parametrize("failure", UNREADABLE)
-def test_tensors_that_cannot_be_read_now_are_not_called_damaged(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: str
-) -> None:
-    path = tmp_path / "file.safetensors"
-    runs.save_tensors(path, TENSORS, {})
-    UNREADABLE[failure](monkeypatch)
-    with pytest.raises(OSError, match=r"Too many|Input/output|No such file") as caught:
-        runs.load_tensors(path)
-    assert caught.value.filename == str(path)
-
-
-# --- Environment ---
-
-
-@pytest.mark.parametrize("package", ["torch", "numpy", "pyro-ppl", "safetensors"])
-def test_the_environment_holds_each_packages_version(package: str) -> None:
-    module = __import__(package.removesuffix("-ppl"))
-    assert runs.describe_environment("cpu")["packages"][package].split("+")[0] == module.__version__.split("+")[0]
-
-
-def test_each_later_start_is_recorded_as_resumed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for word in ("first", "second", "third"):
-        monkeypatch.setattr(sys, "argv", [word])
-        runs.record_environment(tmp_path, "cpu")
-    recorded = runs.read_json(tmp_path / "environment.json")
-    assert recorded["argv"] == ["first"]
-    assert [start["argv"] for start in recorded["resumed"]] == [["second"], ["third"]]
-
-
 # --- New folders ---
-
-
-def test_a_folder_that_holds_something_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "notes.txt").touch()
-    with pytest.raises(ValueError, match=r"--run-dir: expected a new or empty folder, but .* exists$"):
-        runs.make_run_dir(str(tmp_path), dataset="mnist", likelihood="bernoulli")
 
 
 def test_a_folder_that_holds_a_run_is_refused_with_the_way_to_go_on(tmp_path: Path) -> None:

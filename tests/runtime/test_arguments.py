@@ -15,12 +15,8 @@ from pyro.infer.autoguide import AutoDiagonalNormal, AutoNormal, AutoStructured
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from ppl_vae import VAE, Conditional, importance, log_evidence, objectives
-from ppl_vae.evidence import ais, gaps, guide_calibration, missing
-from ppl_vae.evidence.adaptive import estimate_adaptively
-from ppl_vae.evidence.evaluation import evaluate
-from ppl_vae.evidence.refinement import refine_proposal
-from ppl_vae.parts import flows, likelihoods, networks, posteriors, priors
+from ppl_vae import VAE, Conditional, log_evidence, objectives
+from ppl_vae.parts import likelihoods, networks, posteriors, priors
 
 E, L = (1, 4, 4), 2
 
@@ -74,70 +70,6 @@ def test_a_training_by_numpys_numbers_has_the_weights_of_one_by_pythons(name: st
     expected = weights_after(**{name: FIT_ARGUMENTS[name]})
     for value in as_numpy(FIT_ARGUMENTS[name]):
         assert all(map(torch.equal, weights_after(**{name: value}), expected)), repr(value)
-
-
-def calls(number: Callable[[int], Any]) -> dict[str, Callable[[VAE], Any]]:
-    """Public functions with counts, each of which is made by ``number``."""
-    n = number
-
-    def annealed(vae: VAE) -> Any:
-        betas = ais.temperatures(n(3))
-        pilot = ais.pilot(vae, IMAGES, betas=betas, num_leapfrogs=n(1), num_chains=n(2))
-        return ais.lower(vae, IMAGES, pilot, num_chains=n(2)).log_w
-
-    return {
-        "log_evidence": lambda v: log_evidence(v.model, v.guide, IMAGES, num_particles=n(9), chunk=n(4)),
-        "importance": lambda v: importance(v.model, v.guide, IMAGES, num_particles=n(9)).elbo,
-        "evaluate": lambda v: evaluate(v, IMAGES, num_particles=n(9), seed=n(7)).log_evidence,
-        "iwae": lambda v: objectives.iwae(v.model, v.guide, IMAGES, num_particles=n(3)).detach(),
-        "dreg": lambda v: objectives.dreg(v.model, v.guide, IMAGES, num_particles=n(3)).detach(),
-        "ais": annealed,
-        "simulate": lambda v: ais.simulate(v, n(5))[0],
-        "refined": lambda v: refine_proposal(v, IMAGES, steps=n(2), num_particles=n(2)).h,
-        "adaptive": lambda v: estimate_adaptively(v, IMAGES, num_particles=n(8), most=n(16)).estimate,
-        "impute": lambda v: (
-            missing.impute(
-                missing.Observed(v, rounds=n(2), num_fillings=n(3)), IMAGES[:2], num_particles=n(4), num_draws=n(2)
-            ).draws
-        ),
-        "ranks": lambda v: guide_calibration.compute_ranks(v, num_simulations=n(6), num_draws=n(5)).latents,
-        "gaps": lambda v: gaps.gaps(v, IMAGES[:3], torch.zeros(3), steps=n(2), num_particles=n(2)).elbo,
-    }
-
-
-@pytest.mark.parametrize("name", calls(int))
-@pytest.mark.parametrize("number", [np.int64, np.uint8])
-def test_a_function_gives_the_same_for_numpys_counts(name: str, number: Callable[[int], Any]) -> None:
-    vae = small_vae().eval()
-    found = []
-    for make in (int, number):
-        torch.manual_seed(3)
-        found.append(calls(make)[name](vae))
-    assert torch.equal(*found)
-
-
-PARTS: dict[str, Callable[[Any, Any], nn.Module]] = {
-    "MLP": lambda n, widths: networks.MLP(n(16), n(4), hidden=widths),
-    "GatedMLP": lambda n, widths: networks.GatedMLP(n(16), n(4), hidden=widths),
-    "ConvEncoder": lambda n, widths: networks.ConvEncoder((n(1), n(8), n(8)), n(4), channels=widths, hidden=widths),
-    "ConvDecoder": lambda n, widths: networks.ConvDecoder(
-        n(3), (n(1), n(8), n(8)), n(64), channels=widths, hidden=widths
-    ),
-    "flow prior": lambda n, widths: flows.stack_couplings(
-        n(4), coupling=flows.affine_coupling, num_layers=n(2), hidden=widths
-    ),
-    "iaf": lambda n, widths: posteriors.inverse_autoregressive_flow(
-        n(4), context_dim=n(3), num_layers=n(2), hidden=widths
-    ),
-    "spline": lambda n, widths: posteriors.spline_flow(n(4), context_dim=n(3), num_layers=n(2), hidden=widths),
-}
-
-
-@pytest.mark.parametrize("name", PARTS)
-@pytest.mark.parametrize("widths", [8, np.int64(8), [8], np.array([8])], ids=repr)
-def test_a_network_takes_one_width_or_several_of_any_kind(name: str, widths: Any) -> None:
-    found, expected = PARTS[name](np.int64, widths).state_dict(), PARTS[name](int, (8,)).state_dict()
-    assert {k: v.shape for k, v in found.items()} == {k: v.shape for k, v in expected.items()}
 
 
 # --- Images ---
@@ -209,16 +141,6 @@ def test_a_network_in_the_place_of_a_distribution_is_refused_in_one_line(part: s
     with pytest.raises(ValueError, match=rf"^{part}: expected a function that returns a distribution") as caught:
         log_evidence(vae.model, vae.guide, IMAGES, num_particles=3)
     assert len(str(caught.value).splitlines()) == 1
-
-
-def test_pixels_that_are_no_event_are_refused_with_the_cure() -> None:
-    vae = VAE(
-        priors.StandardNormal(L),
-        lambda z: pyro.distributions.Bernoulli(logits=torch.zeros(*z.shape[:-1], *E)),
-        small_vae().posterior,
-    )
-    with pytest.raises(ValueError, match=r"\.to_event\(3\)"):
-        fit(vae, IMAGES, epochs=1)
 
 
 # --- Batch normalization ---

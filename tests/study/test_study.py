@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from disturbed_runs import end, held_elsewhere
-from small_study import TINY, raise_killed, run_tiny_study, silent, without_times
+from small_study import TINY, raise_killed, run_tiny_study, without_times
 
 from ppl_vae import data, runs
 from ppl_vae.commands.options import RunStudy
@@ -21,9 +19,8 @@ from ppl_vae.runs.load import load
 from ppl_vae.runs.options import PLAIN
 from ppl_vae.runs.results import to_json
 from ppl_vae.study import compare, measure, plan, run
-from ppl_vae.study.plan import DEFAULT, QUICK, Size
+from ppl_vae.study.plan import DEFAULT
 from ppl_vae.study.results import RunNumbers, StudyNumbers, read_study
-from ppl_vae.study.run import collect
 from ppl_vae.study.training import FAILURE
 
 Study = tuple[Path, StudyNumbers]
@@ -78,35 +75,12 @@ def test_the_stored_study_is_that_of_the_planned_runs() -> None:
         assert {word: getattr(options, word) for word in others} == {word: PLAIN[word] for word in others}
 
 
-@pytest.mark.parametrize("size", [DEFAULT, QUICK])
-def test_names_of_runs_are_unique(size: Size) -> None:
-    names = [each.name for each in plan.plan(size, ["mnist", "fashion-mnist"])]
-    assert len(set(names)) == len(names)
-
-
 # --- Refusals ---
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a process is forked")
-def test_a_folder_that_another_process_writes_to_is_refused(study: Study, bars_file: Path) -> None:
-    child = held_elsewhere(study[0])
-    try:
-        with pytest.raises(ValueError, match=rf"but process {child} on "):
-            run_tiny_study(study[0], bars_file)
-    finally:
-        end(child)
 
 
 def test_a_folder_with_a_study_of_another_size_is_refused(study: Study, bars_file: Path) -> None:
     with pytest.raises(ValueError, match="expected a study like this one, got the tiny study of bars"):
         run_tiny_study(study[0], bars_file, replace(TINY, epochs=2))
-
-
-def test_unreadable_data_are_refused_before_any_training(tmp_path: Path, bars_file: Path) -> None:
-    datasets = [str(bars_file), str(tmp_path / "missing.npz")]
-    with pytest.raises(ValueError, match=r"--datasets .*missing.npz: "):
-        collect(TINY, datasets, name="x", output=str(tmp_path / "s"), say=silent)
-    assert not (tmp_path / "s").exists()
 
 
 # --- The numbers ---
@@ -152,11 +126,6 @@ def test_directions_are_kept_above_the_eigenvalues_of_permuted_pixels(numbers: S
     assert numbers.data["bars"].edge == pytest.approx(edge, rel=0.1)
     kept = int((np.linalg.eigvalsh(np.corrcoef(x.T)) > edge).sum())
     assert numbers.count_directions(numbers.runs["bars-beta-1"]) == kept
-
-
-@pytest.mark.parametrize("name", ["bars-mean-over-pixels", "bars-beta-of-mean"])
-def test_no_direction_is_kept_under_a_mean_over_pixels(numbers: StudyNumbers, name: str) -> None:
-    assert numbers.count_directions(numbers.runs[name]) == 0  # eigenvalues of correlations add up to D
 
 
 def test_the_parts_of_the_error_are_those_of_the_diagnoses(numbers: StudyNumbers) -> None:

@@ -7,8 +7,6 @@ import re
 from pathlib import Path
 
 import pytest
-from browser import Visit
-from small_study import TINY
 
 from ppl_vae.study.page import compose_page, write_report
 from ppl_vae.study.questions import PageSource
@@ -35,29 +33,6 @@ def test_the_report_has_every_section_and_figure(study_folder):
     figures = list((study_folder / "figures").glob("*.png"))
     assert len(figures) == 5
     assert all(base64.b64encode(path.read_bytes()).decode() in html for path in figures)
-
-
-def test_beta_moves_pictures_and_numbers_together(study_folder, chromium):
-    with Visit(chromium, study_folder / "report.html") as visit:
-        slider = visit.tab.locator("figure.slider").first
-        seen = []
-        for place in range(len(TINY.betas["bars"])):
-            slider.locator("input").fill(str(place))
-            visit.frame()
-            stop = slider.locator(".stop:visible")
-            pictures = stop.locator("img").evaluate_all("images => images.map((image) => image.src)")
-            seen.append((pictures, stop.locator("dd").all_inner_texts()))
-        assert visit.complaints == []
-    assert all(len(pictures) == 2 for pictures, _ in seen)
-    assert all(seen[k][part] != seen[k + 1][part] for k in range(len(seen) - 1) for part in (0, 1))
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_report_reads_on_a_phone(study_folder, chromium, scheme):
-    with Visit(chromium, study_folder / "report.html", width=400, scheme=scheme) as visit:
-        assert visit.tab.evaluate("() => document.documentElement.scrollWidth") <= 400
-        assert visit.complaints == []
-        assert all(address.startswith(("file:", "data:")) for address in visit.requests)
 
 
 def test_the_stored_study_has_a_page_without_its_pictures(tmp_path):

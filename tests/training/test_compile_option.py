@@ -20,12 +20,9 @@ from ppl_vae.runs.evaluations import read_per_image
 from ppl_vae.runs.fit_arguments import matmul_precision
 from ppl_vae.runs.resolve import load_splits, resolve
 from ppl_vae.runtime import capture
-from ppl_vae.runtime.errors import CannotCapture
-from ppl_vae.training import loop
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 NO_COMPILER = r"^--compile on: no C\+\+ compiler \(g\+\+ or clang\+\+\) is installed; --compile off does without$"
-STEPS_AN_EPOCH = 5  # 100 images, 20 a step
 
 
 @pytest.fixture
@@ -96,24 +93,6 @@ def test_auto_without_a_compiler_trains_as_off_does(no_compiler, always_pays, no
     for word in ("auto", "off"):
         _train(replace(small, compile=word), tmp_path / word)
         assert _config(tmp_path / word)["compile"] == "off"
-    _assert_same_bits(tmp_path / "auto", tmp_path / "off")
-
-
-@pytest.fixture
-def cannot(monkeypatch):
-    def refuse(*_, **__):
-        raise CannotCapture("it is written in water")
-
-    monkeypatch.setattr(loop, "CapturedSteps", refuse)
-
-
-def test_where_the_capture_fails_auto_says_why_and_trains_as_off_does(
-    cannot, graphs, always_pays, no_figures, small, tmp_path
-):
-    said = _train(replace(small, compile="auto"), tmp_path / "auto")
-    _train(replace(small, compile="off"), tmp_path / "off")
-    assert [line for line in said if "eager" in line and "it is written in water" in line]
-    assert _config(tmp_path / "auto") == _config(tmp_path / "off")
     _assert_same_bits(tmp_path / "auto", tmp_path / "off")
 
 
@@ -274,23 +253,6 @@ def test_the_settings_of_products_are_put_back_even_after_an_error(precision, be
         assert settings() == before
     finally:
         put(at_first)
-
-
-# --- Averages of the weights ---
-
-
-@pytest.mark.parametrize("compile", ["on", "off"])
-def test_what_is_kept_are_the_averages(graphs, no_figures, small, tmp_path, compile):
-    _train(replace(small, average_decay=0.99, compile=compile, keep="last"), tmp_path)
-    state, scalars = runs.load_tensors(tmp_path / runs.TRAINING_STATE)
-    assert scalars["best_step"] == scalars["step"] == 2 * STEPS_AN_EPOCH
-    model = _tensors(tmp_path)[runs.MODEL]
-    averages = {name.removeprefix("average/"): w for name, w in state.items() if name.startswith("average/")}
-    assert averages.keys() <= model.keys()
-    assert len(averages) > 4
-    for name, average in averages.items():
-        assert torch.equal(model[name], average)
-        assert not torch.equal(model[name], state[f"weights/{name}"])
 
 
 # --- The scripts of the evaluation ---

@@ -17,8 +17,6 @@ from torch import Tensor
 from ppl_vae import objectives
 from ppl_vae.evidence.evaluation import evaluate
 from ppl_vae.runs.build import build_vae
-from ppl_vae.runs.fit_arguments import fit_arguments
-from ppl_vae.runs.options import Options
 from ppl_vae.runtime.errors import NotFinite
 from ppl_vae.training import VALIDATION_SEED, TrainingState, epoch_batches
 from ppl_vae.vae import VAE
@@ -217,9 +215,3 @@ def test_the_weights_of_an_importance_weighted_training_are_chosen_by_its_bound(
     assert all(r["validation_bound_nats_per_image"] > r["validation_elbo_nats_per_image"] for r in records)
     again = evaluate(vae, 1 - x, num_particles=5, seed=VALIDATION_SEED).log_evidence.mean()
     assert float(again) == pytest.approx(max(bounds), abs=1e-5)
-
-
-@pytest.mark.parametrize(("objective", "expected"), [("elbo", 1), ("stl", 1), ("iwae", 3), ("dreg", 3)])
-def test_only_an_importance_weighted_objective_is_chosen_by_several_particles(objective: str, expected: int) -> None:
-    options = Options(objective=objective, num_particles=3)
-    assert fit_arguments(options, None)["validation"].num_particles == expected

@@ -81,15 +81,6 @@ def test_what_goes_wrong_in_the_thread_is_raised_in_the_training(monkeypatch: py
         next(rows)
 
 
-@pytest.mark.parametrize("taken", [0, 1, 5])
-def test_an_epoch_that_is_left_ends_its_thread(taken: int) -> None:
-    rows = Streamed(numbered(100, 2), CPU, 10, 2).epoch(torch.arange(100).split(10))
-    for _ in range(taken):
-        next(rows)
-    rows.close()
-    assert threads() == []
-
-
 # --- Training ---
 
 
@@ -176,13 +167,6 @@ def test_a_failure_is_told_with_its_own_images(compile: bool) -> None:
             stream=True,
             on_step=poison,
         )
-
-
-def test_a_pixel_off_the_support_is_refused_wherever_it_is() -> None:
-    train = torch.zeros(2500, 64)
-    train[2400, 27] = 2.0
-    with pytest.raises(ValueError, match="site 'x': expected images within the support"):
-        fit(small_vae(), train, epochs=1, skip_norm=1e6, stream=True)
 
 
 # --- Where it streams ---

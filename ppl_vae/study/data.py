@@ -97,12 +97,6 @@ class StudyData:
         return data.probabilities(self.splits, "test")[self.index]
 
     @cached_property
-    def labels(self) -> Tensor | None:
-        """(N,) their classes, if there are any."""
-        found = self.splits.labels.get("test")
-        return None if found is None else found[self.index]
-
-    @cached_property
     def other_gray(self) -> Tensor:
         """(M, *E) gray validation images, at most N: real images that no run was fitted to."""
         return data.probabilities(self.splits, "validation")[data.subset(len(self.splits.validation), self.num_images)]
@@ -114,12 +108,8 @@ class StudyData:
 
     @cached_property
     def shown(self) -> Tensor:
-        """(10,) places among the N test images that are shown: the first of each class, then the first of the rest."""
-        first: list[int] = []
-        if self.labels is not None:
-            first = [int((self.labels == label).nonzero()[0, 0]) for label in self.labels.unique()][:NUM_SHOWN]
-        rest = [i for i in range(len(self.index)) if i not in first]
-        return torch.tensor([*first, *rest][:NUM_SHOWN])
+        """(10,) places among the N test images that are shown, evenly spaced: a file may be sorted by class."""
+        return torch.linspace(0, len(self.index) - 1, NUM_SHOWN).long()
 
     def draw_prior(self, prior: Distribution) -> Tensor:
         """(N, L) draws of p(z), the same for every run with such a prior."""
@@ -161,16 +151,10 @@ def originals_path(word: str) -> str:
     return f"{PICTURES}/{word}/originals.png"
 
 
-def write_strip(path: Path, images: Tensor, *, columns: int) -> None:
-    """Writes images (N, C, H, W) in [0, 1] row by row as one PNG without margins. Images that fill no row are left out.
-
-    Args:
-        path: The file.
-        images: At least one row of them.
-        columns: Images per row.
-    """
-    rows, (C, H, W) = len(images) // columns, images.shape[1:]
-    table = images[: rows * columns].float().reshape(rows, columns, C, H, W).permute(2, 0, 3, 1, 4)
-    levels = (255 * table.reshape(C, rows * H, columns * W)).round().clamp(0, 255)
+def write_strip(path: Path, images: Tensor) -> None:
+    """Writes images (N, C, H, W) in [0, 1] as one PNG, ten in a row. Those that fill no row are left out."""
+    rows, (C, H, W) = len(images) // NUM_SHOWN, images.shape[1:]
+    table = images[: rows * NUM_SHOWN].float().reshape(rows, NUM_SHOWN, C, H, W).permute(2, 0, 3, 1, 4)
+    levels = (255 * table.reshape(C, rows * H, NUM_SHOWN * W)).round().clamp(0, 255)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_picture(path, levels.numpy().astype(np.uint8))

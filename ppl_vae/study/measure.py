@@ -194,7 +194,7 @@ def _write_pictures(folder: Path, vae: VAE, codes: Tensor, generated: dict[str, 
     if len(generated) > 1:
         images["interpolations"] = interpolate(vae, codes)
     for name, each in images.items():
-        write_strip(folder / f"{name}.png", each, columns=min(NUM_SHOWN, len(each)))
+        write_strip(folder / f"{name}.png", each)
     return {name: f"{folder.parent.name}/{folder.name}/{name}.png" for name in images}
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import signal
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from ppl_vae import runs
 from ppl_vae.commands.options import RunStudy
@@ -16,6 +14,7 @@ from ppl_vae.commands.run_series import check_same_options
 from ppl_vae.runs.fit_arguments import count_steps, find_device
 from ppl_vae.runs.open import Say
 from ppl_vae.runs.options import compiling_pays
+from ppl_vae.runs.outputs import make_output_folder
 from ppl_vae.runs.resolve import check_support, load_splits, resolve
 from ppl_vae.runs.results import to_json
 from ppl_vae.runtime import capture
@@ -29,8 +28,6 @@ from ppl_vae.study.plan import DEFAULT, QUICK, Planned, Size, base, dataset_word
 from ppl_vae.study.results import RUNS, STUDY, RunNumbers
 from ppl_vae.study.tables import format_mean
 from ppl_vae.study.training import is_finished, train_planned
-
-PLAN = "plan.json"
 
 LoadedData = dict[str, StudyData]
 
@@ -65,9 +62,6 @@ def collect(
         say: Takes each line for the reader.
         data_dir: The folder of the named data sets.
 
-    Returns:
-        The JSON file.
-
     Raises:
         Interrupted: SIGINT or SIGTERM; finished runs are kept.
         ValueError: Before any training: data that cannot be read or are no images, or a folder that holds something
@@ -81,15 +75,14 @@ def collect(
     ]
     planned = choose_compiled(planned, loaded)
     folder = Path(output)
-    settings = json.loads(json.dumps(asdict(size)))
-    _check_folder(folder, planned, loaded, {"size": name, "datasets": [*loaded], "settings": settings})
+    _make_folder(folder, planned, loaded)
     with runs.lock_folder(folder):
         say(
             f"The {name} study of {', '.join(loaded)}: {len(planned)} runs, in {folder}. "
             "After an interruption the same command continues it."
         )
         for word, each in loaded.items():
-            write_strip(folder / originals_path(word), each.gray[each.shown], columns=len(each.shown))
+            write_strip(folder / originals_path(word), each.gray[each.shown])
         try:
             found = _train_and_measure(folder, planned, loaded, say)
         except KeyboardInterrupt as error:
@@ -138,12 +131,12 @@ def choose_compiled(planned: Sequence[Planned], loaded: LoadedData) -> list[Plan
     if capture.capture_obstacle(find_device("cpu")) is not None:
         return list(planned)
 
-    def graph(each: Planned) -> tuple[Any, ...]:
+    def graph(each: Planned) -> tuple[object, ...]:
         options, shape = each.options, _find_data(each, loaded).splits.event_shape
         model = (options.network, options.latent_dim, options.posterior, options.scale_map, *shape)
         return (*model, options.objective, options.free_bits, options.clip_norm, each.averaged)
 
-    steps: Counter[Any] = Counter()
+    steps: Counter[object] = Counter()
     for each in planned:
         steps[graph(each)] += count_steps(each.options, len(_find_data(each, loaded).splits.train))
     return [
@@ -152,34 +145,21 @@ def choose_compiled(planned: Sequence[Planned], loaded: LoadedData) -> list[Plan
     ]
 
 
-def _check_folder(folder: Path, planned: Sequence[Planned], loaded: LoadedData, asked: dict[str, Any]) -> None:
-    """Takes a new or empty folder, or one of the same study, and writes ``plan.json`` into it.
+def _make_folder(folder: Path, planned: Sequence[Planned], loaded: LoadedData) -> None:
+    """Makes a new folder, or takes one with runs of the same options.
 
     Raises:
         ValueError: Another folder.
     """
-    path = folder / PLAN
-    if path.exists():
-        stored = runs.read_json(path)
-        differ = [key for key, value in asked.items() if stored.get(key) != value]
-        if differ:
-            raise ValueError(
-                f"{folder}: expected a study like this one, got the {stored.get('size')} study of "
-                f"{', '.join(stored.get('datasets', []))}, with other {' and '.join(differ)}; name another --output"
-            )
-    elif folder.exists() and not (runs.is_empty(folder) or (folder / RUNS).is_dir()):
-        raise ValueError(f"{folder}: expected a new or empty folder, or that of a study; name another --output")
     for each in planned:
         run_dir = folder / RUNS / each.name
         if (run_dir / runs.CONFIG).exists():
             splits = _find_data(each, loaded).splits
             check_same_options(run_dir, each.options, resolve(each.options, splits), frozenset({"compile"}))
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--output: {folder} cannot be made: {error.strerror}") from None
+    if not (folder / RUNS).is_dir():
+        make_output_folder(str(folder), folder)
+        (folder / RUNS).mkdir()
     runs.check_writable(folder)
-    runs.write_json(path, asked)
 
 
 # --- Training and measuring ---
@@ -208,7 +188,6 @@ def describe_run(run: RunNumbers) -> str:
     """One run in a line."""
     if run.failed is not None:
         return f"{run.name}: ended by {run.failed}"
-    words = f"{run.name}: reconstruction {format_mean(run.reconstruction)}"
-    if run.log_likelihood is not None:
-        words += f", KL {format_mean(run.kl)}, L_S {format_mean(run.log_likelihood)} nats"
-    return words + ("" if run.active is None else f", {run.active} latents active")
+    numbers = {"reconstruction": run.reconstruction, "KL": run.kl, "L_S": run.log_likelihood}
+    words = [f"{name} {format_mean(value)}" for name, value in numbers.items() if value is not None]
+    return f"{run.name}: {', '.join(words)} nats"

@@ -123,7 +123,6 @@ def test_opening_and_using_a_page_asks_for_no_other_file_and_logs_nothing(visit)
     with visit() as seen:
         seen.tab.locator("input[type=range]").press("ArrowRight")
         seen.tab.locator("canvas.pad").hover()
-        seen.tab.locator("button.theme").click()
         seen.frame()
         asked = [address for address in seen.requests if not address.startswith("data:")]
         assert (asked, seen.complaints) == ([seen.tab.url], [])

@@ -221,7 +221,7 @@
       paintPad();
     };
     new ResizeObserver(repaint).observe(pad);
-    addEventListener("themechange", repaint);
+    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", repaint);
     repaint();
     show();
 

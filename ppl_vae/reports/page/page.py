@@ -222,7 +222,7 @@ def page(title: str, sections: Sequence[Section], *, subtitle: str = "") -> str:
         for section in sections
     )
     lead = f'<p class="subtitle">{inline(subtitle)}</p>' if subtitle else ""
-    scripts = "\n".join(f"<script>\n{_file(name)}</script>" for name in ("theme.js", "slider.js", "explorer.js"))
+    scripts = "\n".join(f"<script>\n{_file(name)}</script>" for name in ("slider.js", "explorer.js"))
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -240,7 +240,6 @@ input {{ display: none; }} .stop[hidden] {{ display: block; }}
 </style></noscript>
 </head>
 <body>
-<button class="theme" type="button" aria-label="Switch between light and dark" hidden></button>
 <header><h1>{inline(title)}</h1>{lead}</header>
 {_contents(sections)}
 <main>

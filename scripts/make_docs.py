@@ -65,6 +65,7 @@ def build(output: Path) -> None:
     sys.path.insert(0, str(ROOT))
     if build_main(["-q", "-W", "--keep-going", "-b", "html", "-d", str(BUILD / "doctrees"), str(source), str(output)]):
         raise ValueError("the HTML pages could not be built; the lines above say why")
+    shutil.copytree(source / "pictures", output / "pictures", dirs_exist_ok=True)  # which pages name in plain HTML
     print(f"{len(list(output.rglob('*.html'))):,} pages in {output}; begin with {output / 'index.html'}")
 
 

@@ -1,5 +1,6 @@
 """Draw the pictures of README and the manual, each for a light and a dark page."""
 
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -19,8 +20,15 @@ PLAIN = (
     "--average-decay 0 --epochs 10 --images 100 --evaluation-particles 10"
 )
 BETAS = ("0.01", "1", "5", "20", "100")
-LIKELIHOODS = ("discretized-logistic", "beta", "continuous-bernoulli", "normal-per-pixel", "normal", "binomial")
-COLUMNS, MAGNIFIED = 16, 2
+LIKELIHOODS = {  # and whether it is a mass of levels
+    "discretized-logistic": True,
+    "beta": False,
+    "continuous-bernoulli": False,
+    "normal-per-pixel": False,
+    "normal": False,
+    "binomial": True,
+}
+COLUMNS, MAGNIFIED = 10, 2
 
 
 @dataclass(frozen=True)
@@ -29,6 +37,7 @@ class Pictures(CheckedOptions):
 
     output: str = option(str(ROOT / "docs" / "pictures"), "folder of the pictures")
     runs: str = option("runs/pictures", "folder of the runs of the strips along beta and of likelihoods")
+    report: str | None = option(None, "a run's report.html, of whose latent explorer a browser takes a picture")
     train: bool = option(False, "train those of these runs that are missing; a minute or two each", BOOLEAN)
 
 
@@ -52,19 +61,21 @@ def main() -> None:
     output.mkdir(parents=True, exist_ok=True)
     digits = data.load("mnist").test.float() / 255
     draw(output, "samples", samples_of_prior(), margin=0)
-    draw(output, "reconstructions", reconstructions(digits), margin=110)
+    draw(output, "reconstructions", reconstructions(digits), margin=130)
+    if asked.report is not None:
+        photograph_explorer(output, Path(asked.report))
     words = {f"beta-{beta}": f"--beta {beta} --keep last" for beta in BETAS}
     words |= {f"likelihood-{word}": f"--dataset fashion-mnist --likelihood {word}" for word in LIKELIHOODS}
     for name, more in words.items():
         if asked.train and not (folder / name / "evaluation.json").exists():
-            train = [sys.executable, ROOT / "scripts" / "train_svi.py", *PLAIN.split(), *more.split()]
-            subprocess.run([*train, "--run-dir", folder / name], check=True)
+            train = [sys.executable, str(ROOT / "scripts" / "train_svi.py"), *PLAIN.split(), *more.split()]
+            subprocess.run([*train, "--run-dir", str(folder / name)], check=True)
     if all((folder / f"beta-{beta}").is_dir() for beta in BETAS):
-        draw(output, "beta", strip_of_betas(folder, digits), margin=200)
+        draw(output, "beta", strip_of_betas(folder, digits), margin=220)
     else:
         print(f"No strip along beta: its runs are not in {folder}, and --train trains them")
     if all((folder / f"likelihood-{word}").is_dir() for word in LIKELIHOODS):
-        draw(output, "likelihoods", strip_of_likelihoods(folder), margin=190)
+        draw(output, "likelihoods", strip_of_likelihoods(folder), margin=180)
     else:
         print(f"No strip of likelihoods: its runs are not in {folder}, and --train trains them")
 
@@ -81,8 +92,8 @@ def samples_of_prior() -> list[Row]:
 
     torch.manual_seed(0)
     vae = load("mnist-best")
-    images = decode_mean(vae, sample_latents(vae.prior(), 4 * COLUMNS))
-    return [("", row) for row in images.squeeze(1).split(COLUMNS)]
+    images = decode_mean(vae, sample_latents(vae.prior(), 4 * 16))
+    return [("", row) for row in images.squeeze(1).split(16)]
 
 
 def reconstructions(digits: "Tensor") -> list[Row]:
@@ -118,11 +129,11 @@ def strip_of_betas(folder: Path, digits: "Tensor") -> list[Row]:
     torch.manual_seed(0)
     x = torch.bernoulli(digits[:COLUMNS])
     found = stored("study")["runs"]
-    rows = [("test image", x.squeeze(1))]
+    rows = [("test image, binarized", x.squeeze(1))]
     for beta in BETAS:
         numbers = found[f"mnist-beta-{beta}"]
         rate, distortion = numbers["kl"]["mean"], -numbers["reconstruction"]["mean"]
-        words = f"beta {beta}\nrate {rate:.1f}, distortion {distortion:.1f}"
+        words = f"beta {beta}: rate {rate:.1f},\ndistortion {distortion:.1f}"
         rows.append((words, reconstruct(load(str(folder / f"beta-{beta}")), x)[0].squeeze(1)))
     return rows
 
@@ -140,7 +151,7 @@ def strip_of_likelihoods(folder: Path) -> list[Row]:
     rows = [("test image, twice", torch.cat([levels, levels]).squeeze(1) / 255)]
     for word in LIKELIHOODS:
         vae = load(str(folder / f"likelihood-{word}"))
-        is_mass = vae.likelihood.family.measure == "mass"
+        is_mass = LIKELIHOODS[word]
         pair = torch.cat(reconstruct(vae, levels if is_mass else (levels + 0.5) / 256))
         rows.append((f"{word}\n{bits[word]:.2f} bits per dim", (pair / 255 if is_mass else pair).squeeze(1)))
     return rows
@@ -154,7 +165,7 @@ def draw(output: Path, name: str, rows: list[Row], *, margin: int) -> None:
     import numpy as np
     from PIL import Image, ImageDraw, ImageFont
 
-    gap, tile, font = 2, 28 * MAGNIFIED, ImageFont.load_default(15)
+    gap, tile, font = 2, 28 * MAGNIFIED, ImageFont.load_default(18)
     width = margin + len(rows[0][1]) * (tile + gap) - gap
     canvas = Image.new("L", (width, len(rows) * (tile + gap) - gap))
     ink = ImageDraw.Draw(canvas)
@@ -171,6 +182,23 @@ def draw(output: Path, name: str, rows: list[Row], *, margin: int) -> None:
         picture.putpalette(np.rint(np.linspace(page.low, page.high, 32)).astype(np.uint8).tobytes())
         picture.save(output / f"{name}-{page.name}.png", optimize=True, bits=5)
     print(f"{name}: {(output / f'{name}-light.png').stat().st_size / 1024:.0f} kB")
+
+
+def photograph_explorer(output: Path, report: Path) -> None:
+    """Writes explorer-light.png and explorer-dark.png, as chromium shows that part of the report."""
+    from io import BytesIO
+
+    from PIL import Image
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        for page in PAGES:
+            tab = browser.new_page(viewport={"width": 1100, "height": 900}, color_scheme=page.name)  # type: ignore
+            tab.goto(report.resolve().as_uri())
+            seen = Image.open(BytesIO(tab.locator(".explorer .stage").first.screenshot()))
+            seen.convert("RGB").quantize(256).save(output / f"explorer-{page.name}.png", optimize=True)
+        browser.close()
 
 
 if __name__ == "__main__":

@@ -238,7 +238,7 @@ def readers(folder: Path) -> list[Reader]:
     """All readers, by files of a small run that is trained here."""
     images, _ = bars(40)
     rest = {"dataset": str(save_bars(folder / "bars.npz")), "epochs": 1}
-    run = train_small(folder / "run", SMALL.__class__(**{**vars(SMALL), **rest}), draw=True)
+    run = train_small(folder / "run", SMALL.__class__(**{**vars(SMALL), **rest}))
     return [*of_data(folder, images), *of_runs(run), *of_published(folder)]
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -30,8 +28,6 @@ from ppl_vae.runs.results import to_json
 
 pytestmark = pytest.mark.thorough
 
-ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "scripts" / "certify_log_likelihood.py"
 ASKED: dict[str, Any] = {
     "split": "test",
     "images": 7,
@@ -157,28 +153,11 @@ def test_noise_is_scored_lower_than_the_runs_own_images(certified: Certified) ->
     assert found["other"]["mean"] < found["own"]["mean"]
 
 
-def test_the_file_of_single_images_has_the_means_of_the_entry(certified: Certified) -> None:
-    folder, entry, _ = certified
-    stored = load_file(folder / "certificate-test.safetensors")
-    for name, values in (("ais", "ais/bound"), ("importance", "importance/log_evidence")):
-        assert entry[name]["mean"] == pytest.approx(float(stored[values].mean()), abs=1e-12)
-        assert len(stored[values]) == 7
-
-
 def test_the_evaluations_and_the_weights_stay_as_they_were(trained: Path, certified: Certified) -> None:
     before, after = runs.read_evaluations(trained), runs.read_evaluations(certified[0])
     assert after.keys() - before.keys() == {"certificate-test"}
     assert before.items() <= after.items()
     assert (certified[0] / runs.MODEL).read_bytes() == (trained / runs.MODEL).read_bytes()
-
-
-@pytest.mark.usefixtures("no_figures")
-def test_entries_of_other_weights_are_dropped(certified: Certified, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(certified[0], tmp_path / "run"))
-    stale = runs.read_evaluations(folder) | {"validation": {"step": 1}}
-    runs.write_json(folder / runs.EVALUATION, stale)
-    certify(folder)
-    assert runs.read_evaluations(folder).keys() == {"test", "certificate-test"}
 
 
 # --- Interrupted, and gone on ---
@@ -294,33 +273,3 @@ def test_runs_of_other_parts_are_certified(tmp_path: Path, words: dict[str, Any]
     folder = train_small(tmp_path / "run", replace(options, dataset=dataset, evaluation_particles=10, **few))
     entry = certify(folder, **(LITTLE | {"images": 3, "simulated": 2, "gap_images": 2}))
     assert math.isfinite(entry["improved"]["mean"])
-
-
-# --- The script ---
-
-
-def test_the_script_writes_nothing_but_progress_bars_on_stderr(copy: Path) -> None:
-    words = ["--images", "3", "--simulated", "2", "--temperatures", "3", "--leapfrogs", "1", "--chains", "2"]
-    words += ["--num-particles", "20", "--gap-images", "0", "--simulations", "10", "--draws", "5"]
-    done = subprocess.run(
-        [sys.executable, SCRIPT, copy, *words], capture_output=True, encoding="utf-8", timeout=120, cwd=copy.parent
-    )
-    parts = [part.strip() for part in re.split(r"[\r\n]+", done.stderr)]
-    assert [part for part in parts if part and not re.search(r"\d+%\|", part)] == []
-    assert done.returncode == 0
-    assert "certificate-test" in runs.read_evaluations(copy)
-
-
-# --- Figures ---
-
-
-@pytest.mark.usefixtures("no_figures")
-def test_chains_of_a_slow_guide_start_from_a_normal(tmp_path: Path) -> None:
-    """An inverse autoregressive flow of many latents is slow at any z but its own draws."""
-    words = {"posterior": "flow", "latent_dim": 4, "dataset": str(save_bars(tmp_path / "bars.npz"))}
-    folder = train_small(tmp_path / "run", replace(SMALL, **words))
-    said: list[str] = []
-    little = LITTLE | {"simulated": 0, "gap_images": 0, "simulations": 0, "images": 2}
-    assert certify(folder, **little, say=said.append)["start"] == "normal"
-    assert any("chains from a normal with the guide's moments" in line for line in said)
-    assert not any("chains from the guide" in line for line in said)

@@ -10,8 +10,6 @@ import numpy as np
 import pyro
 import pytest
 import torch
-from capture_cases import as_stored
-from fitting import fit
 from oracles import NormalFixed
 from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
@@ -381,35 +379,6 @@ def test_the_encoder_runs_once_an_image_and_never_once_a_particle(guide):
 # --- Training ---
 
 
-OBJECTIVES = {
-    "elbo": lambda m, g, x, *, beta: objectives.elbo(m, g, x, beta=beta),
-    "analytic": lambda m, g, x, *, beta: objectives.elbo(m, g, x, beta=beta, estimator=TraceMeanField_ELBO),
-    "dreg": lambda m, g, x, *, beta: objectives.dreg(m, g, x, beta=beta, num_particles=3),
-}
-CAPTURED = [("top-down", "analytic"), ("top-down", "dreg"), ("bottom-up", "elbo")]
-
-
-def _fitted(vae, x, objective, **options):
-    asked = {"epochs": 2, "batch_size": 8, "learning_rate": 0.01, "warmup_epochs": 1, "transform": as_stored}
-    fit(vae, x, objective=objective, **(asked | options))
-    return {name: w.detach().clone() for name, w in vae.named_parameters()}
-
-
-@pytest.mark.thorough
-@pytest.mark.parametrize(("guide", "name"), CAPTURED)
-def test_a_captured_training_ends_where_the_eager_one_does(graphs, guide, name):
-    """In float64, with a ragged last batch: six steps."""
-    start = {name: w.detach().clone() for name, w in _vae(guide, (2, 1)).named_parameters()}
-    ends = []
-    for compile in (False, True):
-        pyro.set_rng_seed(7)
-        ends.append(_fitted(_vae(guide, (2, 1)), _images(21), OBJECTIVES[name], compile=compile))
-    assert len(graphs) == 1
-    for weight, expected in ends[0].items():
-        assert_close(ends[1][weight], expected, rtol=0, atol=1e-10)
-        assert (expected - start[weight]).abs().max() > 1e-4
-
-
 @pytest.mark.parametrize("guide", GUIDES)
 def test_doubly_reparametrized_gradients_have_the_expectation_of_the_plain_ones(guide):
     """Also for what a ladder shares with its prior. Means of 30 gradients of 1,000 images, entry by entry."""
@@ -464,16 +433,3 @@ def test_weights_are_stored_once_and_come_back(guide, tmp_path):
     other.load_state_dict(load_file(tmp_path / "weights.safetensors"))
     for ours, theirs in ((vae.posterior(x), other.posterior(x)), (vae.prior(), other.prior())):
         assert torch.equal(ours.log_prob(z), theirs.log_prob(z))
-
-
-# --- What is refused ---
-
-
-@pytest.mark.parametrize(
-    "shape", [(12,), (6, 12), (1, 12), (6, 1), (6, 4, 3), (6, 1, 3, 1), (1, 1, 4, 3), (2, 6, 1, 3, 4)]
-)
-@pytest.mark.parametrize("program", ["model", "guide"])
-@pytest.mark.parametrize("guide", GUIDES)
-def test_images_of_another_shape_are_refused_and_never_broadcast(guide, program, shape):
-    with pytest.raises(ValueError, match="expected shape"):
-        getattr(_vae(guide), program)(torch.zeros(shape, dtype=torch.double))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import pyro
 import pyro.distributions as dist
@@ -286,32 +285,3 @@ def test_weights_modes_and_gradients_stay():
 def test_a_deterministic_guide_is_refused():
     with pytest.raises(DeterministicGuide, match="an autoencoder has no log-likelihood"):
         pilot(_built(posterior="delta"), _binary(), betas=temperatures(3), num_leapfrogs=1, num_chains=2)
-
-
-def _lower(**changed):
-    x = GENERAL.draw(2)
-    asked = {"x": x, "annealing": _fixed(3, 2), "num_chains": 2} | changed
-    return lower(GENERAL.vae(), asked.pop("x"), asked.pop("annealing"), **asked)
-
-
-@pytest.mark.parametrize(
-    ("call", "match"),
-    [
-        (lambda: _lower(num_chains=0), "num_chains: expected at least 1"),
-        (lambda: _lower(x=GENERAL.draw(2)[:0], annealing=_fixed(3, 0)), "x: expected at least one image"),
-        (lambda: _lower(annealing=_fixed(3, 4)), r"annealing: expected step sizes \(2, 2\)"),
-        (lambda: _lower(annealing=_fixed(3, 2, start="middle")), "start: expected one of guide, prior, normal"),
-        (lambda: _lower(annealing=_fixed(3, 2, num_leapfrogs=0)), "num_leapfrogs: expected at least 1"),
-        (lambda: _lower(annealing=replace(_fixed(3, 2), betas=torch.tensor([0.0, 0.5, 0.4, 1.0]))), "betas: expected"),
-        (lambda: temperatures(0), "num_temperatures: expected at least 1"),
-        (lambda: temperatures(3, steepness=-1.0), "steepness: expected at least 0"),
-        (lambda: simulate(GENERAL.vae(), 0), "num_images: expected at least 1"),
-        (
-            lambda: upper(GENERAL.vae(), GENERAL.draw(2), torch.zeros(2, 4), _fixed(3, 2), num_chains=1),
-            r"z: expected shape \(2, 3\)",
-        ),
-    ],
-)
-def test_arguments_are_checked(call, match):
-    with pytest.raises(ValueError, match=match):
-        call()

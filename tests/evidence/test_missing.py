@@ -106,15 +106,6 @@ def test_images_without_holes_get_the_vaes_own_numbers():
     assert torch.equal(log_evidence(observed.model, observed.guide, x, num_particles=50), bare)
 
 
-def test_an_image_without_holes_keeps_its_guide_beside_one_with_holes():
-    vae = bernoulli_vae(latent_dim=2)
-    x = binary_images(2)
-    x[1, :5] = NAN
-    z = torch.randn(40, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.double)
-    log_q = Observed(vae).posterior(x).log_prob(z)[:, 0]
-    torch.testing.assert_close(log_q, vae.posterior(x[0]).log_prob(z[:, 0]))
-
-
 def test_missing_pixels_of_an_image_with_channels_leave_the_sum():
     """p(x | z) on (3, 2, 2) is that of its flat pixels: the same holes, the same number."""
     flat = bernoulli_vae(latent_dim=1)
@@ -302,18 +293,3 @@ def test_pixels_that_are_not_independent_are_refused():
     observed = Observed(vae)
     with pytest.raises(ValueError, match="likelihood: expected pixels that are independent given z"):
         log_evidence(observed.model, observed.guide, torch.tensor([[0.0, NAN]]), num_particles=2)
-
-
-@pytest.mark.parametrize(
-    ("changed", "words"),
-    [
-        ({"rounds": 0}, "rounds: expected at least 1, got 0"),
-        ({"num_fillings": 0}, "num_fillings: expected at least 1, got 0"),
-        ({"prior_share": 0.0}, "prior_share: expected a number between 0 and 1, got 0.0"),
-        ({"prior_share": 1.0}, "prior_share: expected a number between 0 and 1, got 1.0"),
-    ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
-)
-def test_options_of_the_guide_out_of_their_range_are_refused(changed, words):
-    with pytest.raises(ValueError, match=words):
-        Observed(bernoulli_vae(latent_dim=1), **changed)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import pyro
 import pytest
 import torch
 from pyro.distributions.transforms.spline import _monotonic_rational_spline
@@ -307,13 +306,3 @@ def test_the_gradient_of_a_draw_is_that_of_its_expectation(name):
     stderr = found.std(0) / math.sqrt(len(found))
     assert exact.abs().max() > 0.1
     assert ((found.mean(0) - exact).abs() <= 4.5 * stderr + 1e-3 * exact.abs()).all()
-
-
-@pytest.mark.parametrize("name", COUPLINGS)
-def test_a_site_under_particles_and_images_draws_each_by_itself(name):
-    p = _pushforward(name)
-    torch.manual_seed(0)
-    with pyro.plate("particles", 3, dim=-2), pyro.plate("images", 4, dim=-1):
-        z = pyro.sample("z", p)
-    assert z.shape == (3, 4, 2)
-    assert len(z.detach().reshape(-1, 2).unique(dim=0)) == 12

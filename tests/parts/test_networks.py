@@ -110,12 +110,6 @@ def test_an_image_of_another_shape_is_refused(word, shape):
 # --- Dense networks ---
 
 
-def test_no_hidden_layers_are_an_affine_map(network):
-    net = network((2, 3), 4, hidden=()).double()
-    x = torch.randn(5, 2, 3, dtype=torch.double)
-    assert_close(net(x), x.reshape(5, 6) @ net.output.weight.T + net.output.bias)
-
-
 def test_an_mlp_is_its_equation():
     net = MLP(3, 2, hidden=(4,), activation=torch.nn.Tanh).double()
     x = torch.randn(5, 3, dtype=torch.double)

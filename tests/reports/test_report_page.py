@@ -274,17 +274,6 @@ def test_the_explorer_draws_the_mean_of_every_likelihood_that_it_takes(all_decod
         torch.testing.assert_close(shown, exact.flatten(), rtol=0, atol=1e-2)
 
 
-def test_the_canvas_shows_the_pixels_in_their_rows_and_colors(visit) -> None:
-    likelihood = decoder(shape=(3, 7, 5))
-    with visit(explorer(likelihood)) as seen:
-        shown_pixels(seen, (1.0, 2.0))
-        canvas = seen.tab.locator("canvas.drawn").evaluate(
-            "(one) => [...one.getContext('2d').getImageData(0, 0, one.width, one.height).data]"
-        )
-        image = torch.tensor(canvas).reshape(7, 5, 4)[..., :3].permute(2, 0, 1) / 255
-        torch.testing.assert_close(image, likelihood(torch.tensor([1.0, 2.0])).mean, rtol=0, atol=1e-2)
-
-
 # --- What is refused, in words ---
 
 

@@ -320,7 +320,7 @@ def of_runs(run: Path) -> Iterator[Reader]:
         at(runs.METRICS, lambda: runs.read_metrics(run)),
         (other_lines,) * 6,
     )
-    read = at(runs.METRICS, lambda: runs.mend_metrics(run))
+    read = at(runs.METRICS, lambda: runs.mend_metrics(run, 10**9))
     yield Reader("mended metrics", ".jsonl", whole(runs.METRICS), read, (other_lines,) * 3)
     read = at(runs.MODEL, lambda: load(run))
     yield Reader("weights", ".safetensors", tensors(run, runs.MODEL), read, (tensor_header,) * 6, 3)

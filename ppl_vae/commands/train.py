@@ -20,13 +20,7 @@ from ppl_vae.commands.options import Evaluate, Train
 from ppl_vae.reports.run_figures import is_drawn, write_figures
 from ppl_vae.reports.text.training import describe_epoch, describe_model, describe_training, describe_validation
 from ppl_vae.runs.build import build_vae
-from ppl_vae.runs.checkpoints import (
-    Saved,
-    find_newest_checkpoint,
-    mend_and_report_metrics,
-    mend_states,
-    mend_weights,
-)
+from ppl_vae.runs.checkpoints import Saved, find_newest_checkpoint, is_whole, mend_states
 from ppl_vae.runs.evaluations import is_evaluated
 from ppl_vae.runs.fit_arguments import (
     check_compiler,
@@ -121,8 +115,8 @@ def resume_run(
     """Resumes a run bit for bit, finishes its evaluation and figures, or extends it to more epochs.
 
     A damaged training state gives way to the one before it, damaged weights are written again from the training state,
-    and damaged records of epochs are left out; each is said. A compiled run goes on eagerly where compiling fails now,
-    which is said, unless ``compile`` is "on". ``like`` is a run that is open, whose data is taken where it is the same.
+    and damaged records of epochs are left out. A compiled run goes on eagerly where compiling fails now, unless
+    ``compile`` is "on". ``like`` is a run that is open, whose data is taken where it is the same.
 
     Raises:
         ValueError: no run, one that another process writes to, one that is damaged beyond that, one saved from Python,
@@ -164,9 +158,9 @@ def _resume(run: Run, *, epochs: int | None, say: Say, compile: str | None, draw
     with end_together():  # before another rank reads what is damaged
         if saved is not None and distributed.is_writer():
             mend_states(folder)
-            mend_weights(folder, saved, say=say)
-            an_epoch = _total_steps(run) // run.options.epochs
-            mend_and_report_metrics(folder, step=saved[1]["step"], steps_an_epoch=an_epoch, say=say)
+            damaged = runs.mend_metrics(folder, saved[1]["step"])
+            if damaged:
+                say(f"{folder / runs.METRICS}: damaged: left out line {', '.join(map(str, damaged))}.")
     if broadcast_decision(lambda: _is_trained(run, saved) and is_evaluated(folder) and (not draw or is_drawn(run))):
         done = "evaluated and drawn" if draw else "evaluated"
         say(f"{folder} is finished: {run.options.epochs} epochs, {done}. --epochs extends it.")
@@ -188,9 +182,8 @@ def _go_on(run: Run, saved: Saved | None, *, say: Say, compile_if_possible: bool
     """Does what is left of training, the quick evaluation and the figures, from a training state."""
     folder, options, splits = run.folder, run.options, run.splits
     with end_together():
-        lost = runs.record_environment(folder, options.device) if distributed.is_writer() else None
-    if lost is not None:
-        say(lost)
+        if distributed.is_writer():
+            runs.record_environment(folder, options.device)
     say(splits.describe())
     for line in describe_model(run):
         say(line)
@@ -287,9 +280,7 @@ def _train(run: Run, saved: Saved | None, *, say: Say, compile_if_possible: bool
     vae = _prepare_vae(run, saved, say)
     step = 0 if saved is None else saved[1]["step"]
     if distributed.is_writer():
-        if saved is None:
-            runs.mend_metrics(folder)
-        runs.cut_metrics(folder, step)
+        runs.mend_metrics(folder, step)
     silent = not (distributed.is_writer() and has_terminal())  # a log has a line for each epoch instead
     with (
         stop_on_signals(f"--resume {folder} goes on") as should_stop,
@@ -395,4 +386,4 @@ def _total_steps(run: Run) -> int:
 
 
 def _is_trained(run: Run, saved: Saved | None) -> bool:
-    return saved is not None and saved[1]["step"] >= _total_steps(run) and (run.folder / runs.MODEL).exists()
+    return saved is not None and saved[1]["step"] >= _total_steps(run) and is_whole(run.folder / runs.MODEL)

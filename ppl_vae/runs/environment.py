@@ -6,6 +6,7 @@ import platform
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -66,19 +67,11 @@ def describe_environment(device: str) -> dict[str, Any]:
     }
 
 
-def record_environment(run_dir: Path, device: str) -> str | None:
-    """Writes environment.json at the first start; later starts of the run go into its list "resumed".
-
-    Returns:
-        In words, what was lost, where the file was damaged and is begun anew; None otherwise.
-    """
-    path, lost = run_dir / ENVIRONMENT, None
-    now = describe_environment(device)
+def record_environment(run_dir: Path, device: str) -> None:
+    """Writes environment.json at the first start, and again if it is damaged; later starts go into its "resumed"."""
+    path, now = run_dir / ENVIRONMENT, describe_environment(device)
     if path.exists():
-        try:
+        with suppress(ValueError, TypeError):
             first = read_json(path)
             now = first | {"resumed": [*first.get("resumed", []), now]}
-        except (ValueError, TypeError) as error:
-            lost = f"{error}; what earlier starts were made with is lost, and it is begun anew"
     write_json(path, now)
-    return lost

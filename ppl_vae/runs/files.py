@@ -35,7 +35,7 @@ def write_bytes(path: Path, content: bytes, previous: Path | None = None) -> Non
     Args:
         path: the file.
         content: all of it.
-        previous: The name that the old file gets. At every moment there is a whole file of one of the two names.
+        previous: The name that the old file gets. At every moment one of the two names is that of a whole file.
 
     Raises:
         OSError: it cannot be written; names the file.
@@ -48,7 +48,7 @@ def write_bytes(path: Path, content: bytes, previous: Path | None = None) -> Non
             file.flush()
             os.fsync(file.fileno())
         if previous is not None and path.is_file():
-            _keep(path, previous)
+            os.replace(path, previous)
         os.replace(partial, path)
     except BaseException as error:
         with suppress(OSError):
@@ -57,19 +57,6 @@ def write_bytes(path: Path, content: bytes, previous: Path | None = None) -> Non
             raise add_file_name(error, path) from None
         raise
     _sync(path.parent)
-
-
-def _keep(path: Path, previous: Path) -> None:
-    """Gives the file a second name in one step."""
-    link = previous.with_name(f".{previous.name}.partial")
-    link.unlink(missing_ok=True)
-    try:
-        os.link(path, link, follow_symlinks=False)
-    except OSError:  # a file system without hard links: for a moment there is only the previous one
-        os.replace(path, previous)
-        return
-    os.replace(link, previous)
-    link.unlink(missing_ok=True)  # replacing a name by another of the same file leaves both
 
 
 def append_line(path: Path, line: str) -> None:
@@ -124,12 +111,6 @@ def _sync(folder: Path) -> None:
 
 MOST_BYTES = 64 * 2**20  # the largest JSON file that is read
 
-# What to do where a file is damaged, and the others are not.
-_ADVICE = {
-    CONFIG: f"; {MODEL} and the training state are not touched by that",
-    EVALUATION: f"; {MODEL} is not touched by that, and without the file its evaluations are measured again",
-}
-
 
 def replace_non_finite(value: object) -> Any:
     """The same value with None for NaN and infinity, which JSON does not have."""
@@ -159,12 +140,10 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_bytes().decode())
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; is {path.parent} a run folder?") from None
-    except NotADirectoryError:
-        raise ValueError(f"{path.parent}: expected a run folder, got a file") from None
-    except IsADirectoryError:
-        raise ValueError(f"{path}: expected a file, got a folder") from None
+    except (NotADirectoryError, IsADirectoryError) as error:
+        raise ValueError(f"{path}: expected a file of a run folder, got: {error.strerror}") from None
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path}: damaged: not JSON ({error}){_ADVICE.get(path.name, '')}") from None
+        raise ValueError(f"{path}: damaged: not JSON ({error})") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: damaged: expected a JSON object, got {type(value).__name__}")
     return value
@@ -190,7 +169,7 @@ def read_evaluations(run_dir: Path, *, step: int | None = None) -> dict[str, Any
 
 def append_metrics(run_dir: Path, record: dict[str, Any]) -> None:
     """Appends a record to metrics.jsonl, on disk when this returns. A failure leaves the file unchanged."""
-    append_line(run_dir / METRICS, _line(replace_non_finite(record)))
+    append_line(run_dir / METRICS, json.dumps(replace_non_finite(record), allow_nan=False))
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
@@ -200,54 +179,38 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
         ValueError: another line is damaged.
     """
     path, records = run_dir / METRICS, []
-    for number, record in _lines(path):
+    for number, record in _read_lines(path):
         if record is None:
             raise ValueError(
-                f"{path}: damaged: line {number} is no record of an epoch; weights and training state are "
-                f"not touched by that, and --resume {run_dir} goes on without the line"
+                f"{path}: damaged: line {number} is no record of an epoch; --resume {run_dir} goes on without the line"
             )
         records.append(record)
     return records
 
 
-def mend_metrics(run_dir: Path) -> list[int]:
-    """Removes damaged lines from the file, and returns their numbers."""
+def mend_metrics(run_dir: Path, step: int) -> list[int]:
+    """Removes damaged lines and every record after this step from the file; returns the numbers of damaged lines.
+
+    A resumed run trains the epochs after the step again.
+    """
     path = run_dir / METRICS
-    lines = list(_lines(path))
-    damaged = [number for number, record in lines if record is None]
-    if damaged:
-        _write(path, [record for _, record in lines if record is not None])
-    return damaged
+    lines = list(_read_lines(path))
+    kept = [record for _, record in lines if record is not None and record["step"] <= step]
+    content = "".join(f"{json.dumps(record, allow_nan=False)}\n" for record in kept).encode()
+    if path.is_symlink() or not path.exists() or path.read_bytes() != content:
+        write_bytes(path, content)
+    return [number for number, record in lines if record is None]
 
 
-def cut_metrics(run_dir: Path, step: int) -> None:
-    """Removes every record after this step, since a resumed run trains these epochs again."""
-    _write(run_dir / METRICS, [record for record in read_metrics(run_dir) if record["step"] <= step])
-
-
-def _write(path: Path, records: list[dict[str, Any]]) -> None:
-    write_bytes(path, "".join(f"{_line(record)}\n" for record in records).encode())
-
-
-def _line(record: dict[str, Any]) -> str:
-    return json.dumps(record, allow_nan=False)
-
-
-def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
+def _read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
     """The number of each line, from 1, and its record; None for a damaged line."""
-    content = path.read_bytes() if path.exists() else b""
-    lines = content.splitlines(keepends=True)
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     for number, line in enumerate(lines, start=1):
-        record = _record(line)
-        if record is None and number == len(lines) and not line.endswith(b"\n"):
-            return  # the line that was being written when the run was killed
+        try:
+            record = json.loads(line)
+            record["step"] + 0
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            if number == len(lines) and not line.endswith(b"\n"):
+                return  # the line that was being written when the run was killed
+            record = None
         yield number, record
-
-
-def _record(line: bytes) -> dict[str, Any] | None:
-    try:
-        record = json.loads(line)
-        record["step"] + 0
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return None
-    return record

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from ppl_vae import data, runs
 from ppl_vae.runs.build import build_meta_vae, build_vae
-from ppl_vae.runs.options import PLACES, Options, is_export, read_options, to_json
+from ppl_vae.runs.options import Options, is_export, read_options, to_json
 from ppl_vae.runs.resolve import check_support, load_splits, resolve
 from ppl_vae.vae import VAE
 
@@ -78,8 +77,8 @@ def load_starting_weights(vae: VAE, run_dir: str) -> None:
     load_weights(vae, path, weights)
 
 
-# In config.json, of a run folder without its training: what ``save`` made, and what came with the package.
-_FROM_PYTHON, SHIPPED = "from Python", "shipped"
+# In config.json, "trained" of a run folder without its training: what ``save`` made, and what came with the package.
+_FROM_PYTHON, _SHIPPED = "from Python", "shipped"
 
 
 def save(trained: VAE, run_dir: str | Path, options: Options, *, metrics: Sequence[dict[str, Any]] = ()) -> Path:
@@ -119,7 +118,7 @@ def save(trained: VAE, run_dir: str | Path, options: Options, *, metrics: Sequen
 def is_from_python(run_dir: Path) -> bool:
     """Whether there is no training to resume: a folder by ``save``, a pretrained run or an export."""
     config = runs.read_json(run_dir / runs.CONFIG)
-    return is_export(config) or config.get("trained") in (_FROM_PYTHON, SHIPPED)
+    return is_export(config) or config.get("trained") in (_FROM_PYTHON, _SHIPPED)
 
 
 PRETRAINED = Path(__file__).parents[1] / "pretrained"
@@ -171,34 +170,6 @@ def load(run_dir: str | Path) -> VAE:
 
 
 # --- Pretrained runs ---
-
-
-def ship(run_dir: str, name: str) -> Path:
-    """Copies a finished run's weights, options and evaluation into the package, as a pretrained run.
-
-    Returns:
-        Its folder, which ``load(name)`` and every script then take; an older one of the same name is replaced.
-
-    Raises:
-        ValueError: no run, one without an evaluation of its weights, one of a data file of one's own, or a bad name.
-    """
-    folder = Path(run_dir)
-    options, _ = read_config(folder)
-    if not re.fullmatch("[a-z0-9]+(-[a-z0-9]+)*", name):
-        raise ValueError(f"name: expected small letters and digits with dashes between them, got {name!r}")
-    if options.dataset not in data.DATASETS:
-        raise ValueError(f"{folder}: expected a run on one of {', '.join(data.DATASETS)}, got {options.dataset}")
-    entries = runs.read_evaluations(folder, step=runs.load_step(folder / runs.MODEL))
-    if "test" not in entries:
-        raise ValueError(f"{folder}: expected an evaluation of its weights on the test split, got none")
-    config = runs.read_json(folder / runs.CONFIG)
-    config |= {"options": to_json(options) | dict.fromkeys(PLACES), "trained": SHIPPED}
-    shipped = PRETRAINED / name
-    shipped.mkdir(parents=True, exist_ok=True)
-    runs.write_bytes(shipped / runs.MODEL, (folder / runs.MODEL).read_bytes())
-    runs.write_json(shipped / runs.EVALUATION, entries)
-    runs.write_json(shipped / runs.CONFIG, config)
-    return shipped
 
 
 def copy_pretrained(run_dir: str, say: Callable[[str], None]) -> Path:

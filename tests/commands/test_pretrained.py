@@ -17,7 +17,6 @@ from ppl_vae.commands.options import COMMANDS, Evaluate
 from ppl_vae.runs import load as stored
 from ppl_vae.runs.build import build_vae
 from ppl_vae.runs.load import load_starting_weights, read_config
-from ppl_vae.runs.load import ship as ship_run
 from ppl_vae.runs.open import open_run
 from ppl_vae.runs.options import Options
 from ppl_vae.runs.resolve import resolve
@@ -55,23 +54,14 @@ def shipped(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(stored, "PRETRAINED", tmp_path / "package")
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
-    return ship_run(str(trained), "small")
-
-
-# --- What ships ---
-
-
-def test_what_ships_knows_no_place_of_the_machine(trained, shipped):
-    assert "somewhere" in (trained / runs.CONFIG).read_text()
-    assert "somewhere" not in (shipped / runs.CONFIG).read_text()
-    options = runs.read_json(shipped / runs.CONFIG)["options"]
-    assert (options["data_dir"], options["start_from"]) == (None, None)
-
-
-@pytest.mark.parametrize("name", ["", "Small", "a/b", "..", "a--b", "a b"])
-def test_a_name_that_is_no_plain_word_is_refused(trained, shipped, name):
-    with pytest.raises(ValueError, match="name: expected small letters and digits"):
-        ship_run(str(trained), name)
+    folder = tmp_path / "package" / "small"
+    folder.mkdir(parents=True)
+    for name in (runs.MODEL, runs.EVALUATION):
+        (folder / name).write_bytes((trained / name).read_bytes())
+    config = runs.read_json(trained / runs.CONFIG)
+    config["options"]["data_dir"] = None
+    runs.write_json(folder / runs.CONFIG, config | {"trained": "shipped"})
+    return folder
 
 
 # --- What takes it ---

@@ -180,8 +180,8 @@ def test_a_damaged_line_in_the_middle_is_named_and_refused(metrics: Path, damage
 
 
 @pytest.mark.parametrize("step", [0, 9, 10, 15, 20, 30, 31])
-def test_cut_metrics_keeps_what_lies_up_to_the_step(metrics: Path, step: int) -> None:
-    runs.cut_metrics(metrics, step)
+def test_mended_metrics_keep_what_lies_up_to_the_step(metrics: Path, step: int) -> None:
+    runs.mend_metrics(metrics, step)
     assert runs.read_metrics(metrics) == [record for record in RECORDS if record["step"] <= step]
 
 

@@ -77,7 +77,7 @@ BAD_JSON = [
     *[("hidden", value) for value in (5, [], "300", [[300]], [300.0])],
     *[("epochs", value) for value in (2.0, "2", True, None, [2], 0)],
     *[("learning_rate", value) for value in ("1", math.nan, math.inf)],
-    *[("likelihood", value) for value in ("gaussian", 3)],
+    *[("likelihood", value) for value in ("gaussian", 3, [])],
     *[("channels", None), ("dataset", ""), ("device", 0), ("free_bits", -0.1)],
 ]
 

@@ -20,6 +20,8 @@ from torch import Size, Tensor, nn
 from torch.distributions import Distribution
 
 from ppl_vae.conditional import Conditional, restore_precision
+from ppl_vae.protocols import StochasticFunction
+from ppl_vae.registration import register_programs
 from ppl_vae.vae import check_batch_shape, check_event_shape
 
 
@@ -314,3 +316,7 @@ class HierarchicalVAE(nn.Module):
         """z_1..z_n ~ q(z_1..z_n | x), layer by layer. x: (B, *E)."""
         with pyro.plate("images", len(x), dim=-1):
             check_batch_shape(self.posterior(x), x).draw(pyro.sample)
+
+    def programs(self) -> tuple[StochasticFunction, StochasticFunction]:
+        """Return model and guide with their parameters registered, for plain ``pyro.infer.SVI``, as ``VAE`` does."""
+        return register_programs(self)

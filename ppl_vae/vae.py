@@ -10,6 +10,8 @@ from pyro.infer.autoguide import AutoGuide
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from ppl_vae.protocols import StochasticFunction
+from ppl_vae.registration import register_programs
 from ppl_vae.runtime.errors import ShapeError
 
 AnyDistribution = TypeVar("AnyDistribution", bound=Distribution)
@@ -115,3 +117,13 @@ class VAE(nn.Module):
         """z ~ q(z | x). x: (B, *E)."""
         with pyro.plate("images", len(x), dim=-1):
             pyro.sample("z", check_batch_shape(self.posterior(x), x))
+
+    def programs(self) -> tuple[StochasticFunction, StochasticFunction]:
+        """Return model and guide with their parameters registered, for plain ``pyro.infer.SVI``.
+
+        >>> svi = SVI(*vae.programs(), pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO())  # doctest: +SKIP
+        >>> loss = svi.step(x)  # nats, the sum over the images of x  # doctest: +SKIP
+
+        See ``register_programs``.
+        """
+        return register_programs(self)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pyro
@@ -25,7 +23,7 @@ class DeterministicGuide(ValueError):
     """The guide is deterministic, and the result needs a density q(z | x)."""
 
 
-def _log_prob(name: str, site: dict[str, Any], shape: tuple[int, int]) -> Tensor:
+def site_log_prob(name: str, site: dict[str, Any], shape: tuple[int, int]) -> Tensor:
     """The log-density of a site, (S, B), nats. Masks apply, scales do not."""
     if not any(frame.dim == -1 and frame.size == shape[1] for frame in site["cond_indep_stack"]):
         # Checked by the plate and not by the shape alone, which one image would satisfy.
@@ -59,10 +57,10 @@ def _check_value_shape(name: str, site: dict[str, Any]) -> None:
 def _log_joint(trace: poutine.Trace, names: list[str], shape: tuple[int, int], device: torch.device) -> Tensor:
     """The sum of the log-densities of these sites, (S, B), nats."""
     zero = torch.zeros(shape, device=device)
-    return sum((_log_prob(name, trace.nodes[name], shape) for name in names), zero)
+    return sum((site_log_prob(name, trace.nodes[name], shape) for name in names), zero)
 
 
-def _observed_sites(trace: poutine.Trace) -> list[str]:
+def observed_sites(trace: poutine.Trace) -> list[str]:
     """The names of observed sites and factors; a pyro.deterministic site has no density and is left out."""
     return [name for name in trace.observation_nodes if not trace.nodes[name]["infer"].get("_deterministic")]
 
@@ -101,18 +99,13 @@ def log_reconstruction(model: StochasticFunction, guide: StochasticFunction, x: 
     Raises:
         ValueError: As ``log_weight_terms``, except that the guide may be deterministic.
     """
-    _, p, _ = _traces(model, guide, x, 1)
-    return _log_joint(p, _observed_sites(p), (1, len(x)), x.device)[0]
+    p, _ = trace_programs(model, guide, x, 1)
+    return _log_joint(p, observed_sites(p), (1, len(x)), x.device)[0]
 
 
 @serialize_threads()
 def log_weight_terms(
-    model: StochasticFunction,
-    guide: StochasticFunction,
-    x: Tensor,
-    num_particles: int,
-    *,
-    guide_context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    model: StochasticFunction, guide: StochasticFunction, x: Tensor, num_particles: int
 ) -> tuple[Tensor, Tensor]:
     """Compute log p(x | z) and log p(z) - log q(z | x), for z ~ q(z | x); their sum is log w.
 
@@ -123,8 +116,6 @@ def log_weight_terms(
         guide: A Pyro program over x that samples every latent site of the model.
         x: Images (B, *E).
         num_particles: S.
-        guide_context: The context in which the guide runs, and later its density is evaluated, which may use its
-            parameters again.
 
     Returns:
         Two tensors (S, B), nats.
@@ -134,34 +125,36 @@ def log_weight_terms(
             the images' plate; or the guide has observed sites or factors.
         DeterministicGuide: A ValueError: the guide is deterministic at a latent site.
     """
-
-    def guide_in_context(x: Tensor) -> Any:
-        with guide_context():
-            return guide(x)
-
-    q, p, latents = _traces(model, guide_in_context, x, num_particles)
-    for name in latents:
-        if is_deterministic(q.nodes[name]["fn"]):
-            raise DeterministicGuide(
-                f"guide: expected a density at site {name!r}, got a deterministic one (Delta): an autoencoder has "
-                "reconstructions, and neither an ELBO nor a log-likelihood"
-            )
-    shape = (num_particles, len(x))
-    log_p_x_given_z = _log_joint(p, _observed_sites(p), shape, x.device)
-    log_p_z = _log_joint(p, latents, shape, x.device)
-    with guide_context():
-        log_q_z = _log_joint(q, latents, shape, x.device)
-    return log_p_x_given_z, log_p_z - log_q_z
+    p, q = trace_programs(model, guide, x, num_particles)
+    latents, shape = latent_sites(p), (num_particles, len(x))
+    check_densities(q)
+    log_p_x_given_z = _log_joint(p, observed_sites(p), shape, x.device)
+    log_p_z_over_q_z = _log_joint(p, latents, shape, x.device) - _log_joint(q, latents, shape, x.device)
+    return log_p_x_given_z, log_p_z_over_q_z
 
 
-def _traces(
+def trace_programs(
     model: StochasticFunction, guide: StochasticFunction, x: Tensor, num_particles: int
-) -> tuple[poutine.Trace, poutine.Trace, list[str]]:
-    """The guide's trace, the model's on the same draws, and the latent sites that both have."""
+) -> tuple[poutine.Trace, poutine.Trace]:
+    """Run the guide, and the model on the same draws, with S particles of every image; return both traces, model first.
+
+    Raises:
+        ValueError: As ``check_sites``.
+    """
     num_particles = check_count("num_particles", num_particles)
     particles = pyro.plate("_importance_particles", num_particles, dim=-2)
     q = poutine.trace(particles(guide)).get_trace(x)
     p = poutine.trace(poutine.replay(particles(model), trace=q)).get_trace(x)
+    check_sites(p, q)
+    return p, q
+
+
+def check_sites(p: poutine.Trace, q: poutine.Trace) -> None:
+    """Check that the model's and the guide's trace have the same latent sites, and the guide no observed ones.
+
+    Raises:
+        ValueError: They have not.
+    """
     latents, proposed = latent_sites(p), latent_sites(q)
     if any(q.nodes[name]["infer"].get("is_auxiliary") for name in proposed):
         raise ValueError(f"guide: expected the model's latent sites {latents}, got {proposed}; {NO_AUTOGUIDE}")
@@ -170,10 +163,19 @@ def _traces(
             f"guide: expected the model's latent sites {latents}, got {proposed}; "
             "a latent site of only one of them would leave its density out of the weight"
         )
-    stray = _observed_sites(q)
+    stray = observed_sites(q)
     if stray:
         raise ValueError(f"guide: expected sampled sites only, got observed sites or factors {stray}")
-    return q, p, latents
+
+
+def check_densities(q: poutine.Trace) -> None:
+    """Raise DeterministicGuide unless every latent site of the guide has a density."""
+    for name in latent_sites(q):
+        if is_deterministic(q.nodes[name]["fn"]):
+            raise DeterministicGuide(
+                f"guide: expected a density at site {name!r}, got a deterministic one (Delta): an autoencoder has "
+                "reconstructions, and neither an ELBO nor a log-likelihood"
+            )
 
 
 @serialize_threads()

@@ -72,6 +72,8 @@ FIRST_STEP = """
 import time
 
 import torch
+from functools import partial
+
 from ppl_vae import data, objectives
 from ppl_vae.runs.build import build_vae
 from ppl_vae.runs.options import PLAIN, Options
@@ -83,7 +85,7 @@ stored, transform = data.training_images(data.load(options.dataset), "dynamic")
 state = TrainingState(build_vae(options, (1, 28, 28)).to(device))
 steps = CapturedSteps(
     state,
-    objectives.elbo,
+    partial(objectives.loss_per_image, objectives.elbo()),
     Resident(stored, device),
     transform,
     optimizer=Optimizer(clip_norm=options.clip_norm),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from copy import deepcopy
+from functools import partial
 from itertools import cycle, islice, pairwise
 from typing import Any, NamedTuple
 
@@ -221,7 +222,15 @@ def _ppl_vae_steps(
     kind = CapturedSteps if captured else EagerSteps
     more: Any = {"batch_size": batch_size} if captured else {}
     source = Resident(images, images.device)
-    stepper = kind(state, objectives.elbo, source, transform, optimizer=Optimizer(clip_norm=CLIP_NORM), **more)
+    loss = partial(objectives.loss_per_image, objectives.elbo())
+    stepper = kind(
+        state,
+        loss,
+        source,
+        transform,
+        optimizer=Optimizer(clip_norm=CLIP_NORM),
+        **more,
+    )
     endless = cycle(batches)
 
     def steps(n: int) -> float:

@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -228,7 +229,15 @@ def steps_on(
     state = TrainingState(build_vae(options, tuple(images.shape[1:])))
     source = Streamed(images, device, size) if streamed else Resident(images, device)
     optimizer = Optimizer(clip_norm=options.clip_norm)
-    stepper = CapturedSteps(state, objectives.elbo, source, transform, optimizer=optimizer, batch_size=size)
+    loss = partial(objectives.loss_per_image, objectives.elbo())
+    stepper = CapturedSteps(
+        state,
+        loss,
+        source,
+        transform,
+        optimizer=optimizer,
+        batch_size=size,
+    )
     generator = torch.Generator().manual_seed(1)
 
     def take(count: int) -> float:

@@ -78,7 +78,7 @@ def _mean_over_pixels(options: Options) -> Callable[[Path], None]:
             vae,
             stored,
             epochs=options.epochs,
-            objective=average_over_pixels(objectives.elbo, math.prod(splits.event_shape)),
+            objective=average_over_pixels(objectives.elbo(), math.prod(splits.event_shape)),
             transform=transform,
             learning_rate=3e-3,
         )

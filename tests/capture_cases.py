@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
+import per_image
 import pyro
 import torch
 from fitting import fit
@@ -14,7 +16,8 @@ from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from torch import nn
 from torch.testing import assert_close
 
-from ppl_vae import VAE, Conditional, objectives
+from ppl_vae import VAE, Conditional
+from ppl_vae.objectives import loss_per_image
 from ppl_vae.parts.likelihoods import Bernoulli
 from ppl_vae.parts.networks import MLP
 from ppl_vae.parts.posteriors import DiagonalNormal
@@ -119,7 +122,7 @@ class Case(NamedTuple):
         vae = build_vae(options, SHAPE).to(dtype)
         with torch.no_grad():
             drawn = poutine.trace(poutine.uncondition(vae.model)).get_trace(torch.zeros(9, *SHAPE, dtype=dtype))
-        return cls(vae, drawn.nodes["x"]["value"], build_objective(options))
+        return cls(vae, drawn.nodes["x"]["value"], partial(loss_per_image, build_objective(options)))
 
     def step(self):
         return make_step(self.vae, self.objective, self.x, batch_size=4)
@@ -160,7 +163,7 @@ class TwoLayers(nn.Module):
 
 
 def elbo(model, guide, x, beta):
-    return objectives.elbo(model, guide, x, beta=beta)
+    return per_image.elbo(model, guide, x, beta=beta)
 
 
 def poison(vae, site):
@@ -176,7 +179,7 @@ def count_operators(graph, target):
     return sum(node.target is target for node in graph.graph.nodes)
 
 
-OF_LOG_WEIGHTS = {"iwae": objectives.iwae, "dreg": objectives.dreg, "stl": objectives.stl}
+OF_LOG_WEIGHTS = {"iwae": per_image.iwae, "dreg": per_image.dreg, "stl": per_image.stl}
 
 
 class SharedPosterior(nn.Module):

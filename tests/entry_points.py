@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import per_image
 import torch
 from fitting import fit as fit_vae
 
-from ppl_vae import diagnostics, objectives
+from ppl_vae import diagnostics
 from ppl_vae.commands import sample as sampling
 from ppl_vae.diagnostics import exploration
 from ppl_vae.evidence import ais, chains, evaluation, gaps, guide_calibration, missing, moments
@@ -63,11 +64,11 @@ OTHERS = {
     "guide_calibration.compute_ranks": lambda vae, x: guide_calibration.compute_ranks(
         vae, num_simulations=3, num_draws=2
     ),
-    "objectives.dreg": lambda vae, x: objectives.dreg(vae.model, vae.guide, x, num_particles=2),
-    "objectives.elbo": lambda vae, x: objectives.elbo(vae.model, vae.guide, x),
-    "objectives.free_bits": lambda vae, x: objectives.free_bits(vae.model, vae.guide, x, free_nats=0.1),
-    "objectives.iwae": lambda vae, x: objectives.iwae(vae.model, vae.guide, x, num_particles=2),
-    "objectives.stl": lambda vae, x: objectives.stl(vae.model, vae.guide, x),
+    "objectives.dreg": lambda vae, x: per_image.dreg(vae.model, vae.guide, x, num_particles=2),
+    "objectives.elbo": lambda vae, x: per_image.elbo(vae.model, vae.guide, x),
+    "objectives.free_bits": lambda vae, x: per_image.free_bits(vae.model, vae.guide, x, free_nats=0.1),
+    "objectives.iwae": lambda vae, x: per_image.iwae(vae.model, vae.guide, x, num_particles=2),
+    "objectives.stl": lambda vae, x: per_image.stl(vae.model, vae.guide, x),
     "experiment.sampling.sample": lambda vae, x: sampling.sample(vae, 3),
     "weights.is_autoencoder": lambda vae, x: is_autoencoder(vae.guide, x),
     "weights.log_reconstruction": lambda vae, x: log_reconstruction(vae.model, vae.guide, x),

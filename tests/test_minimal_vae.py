@@ -8,12 +8,13 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import per_image
 import pyro
 import pytest
 import torch
 from torch import Tensor
 
-from ppl_vae import data, log_evidence, log_weights, objectives
+from ppl_vae import data, log_evidence, log_weights
 
 PATH = Path(__file__).parent.parent / "docs" / "minimal_vae.py"
 
@@ -77,7 +78,7 @@ def test_its_tempered_loss_is_the_objective_of_the_package(minimal: ModuleType, 
         pyro.set_rng_seed(2)
         tempered = pyro.infer.Trace_ELBO().loss(lambda x, b=beta: vae.model(x, b), lambda x, b=beta: vae.guide(x, b), x)
         pyro.set_rng_seed(2)
-        ours = objectives.elbo(vae.model, vae.guide, x, beta=beta)
+        ours = per_image.elbo(vae.model, vae.guide, x, beta=beta)
         assert tempered / len(x) == pytest.approx(ours.item(), rel=1e-5)
         losses[beta] = tempered
     assert losses[4.0] > losses[0.5]

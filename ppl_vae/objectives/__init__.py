@@ -1,9 +1,22 @@
-"""Objectives: (model, guide, x, *, beta) -> loss, nats per image. They change training; the programs stay bare."""
+"""Objectives are Pyro losses, nats of a batch. They change training; the programs stay bare."""
 
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 
-from ppl_vae.objectives.free_kl import free_bits
-from ppl_vae.objectives.importance import dreg, iwae, stl
-from ppl_vae.objectives.tempered import Temper, autocast, elbo
+from ppl_vae.objectives.free_kl import FreeBits
+from ppl_vae.objectives.importance import IWAE, STL, DReG
+from ppl_vae.objectives.tempered import Loss, Temper, autocast, elbo, loss_of_batch, loss_per_image
 
-__all__ = ["Temper", "TraceMeanField_ELBO", "Trace_ELBO", "autocast", "dreg", "elbo", "free_bits", "iwae", "stl"]
+__all__ = [
+    "IWAE",
+    "STL",
+    "DReG",
+    "FreeBits",
+    "Loss",
+    "Temper",
+    "TraceMeanField_ELBO",
+    "Trace_ELBO",
+    "autocast",
+    "elbo",
+    "loss_of_batch",
+    "loss_per_image",
+]

@@ -11,53 +11,47 @@ from pyro.poutine import Trace
 from torch import Tensor
 from torch.distributions import kl_divergence
 
+from ppl_vae.objectives.importance import DifferentiableLoss
 from ppl_vae.protocols import StochasticFunction
-from ppl_vae.runtime.global_state import serialize_threads
 from ppl_vae.runtime.ranks import mean_over_batch
 from ppl_vae.weights import is_deterministic, latent_sites
 
 
-@serialize_threads()
-def free_bits(
-    model: StochasticFunction,
-    guide: StochasticFunction,
-    x: Tensor,
-    *,
-    beta: float | Tensor = 1.0,
-    free_nats: float,
-    num_particles: int = 1,
-) -> Tensor:
-    """-(E_q[log p(x | z)] - beta sum_l max(lambda, KL_l)), KL_l = mean_n KL(q(z_l | x_n) || p(z_l)) over the batch.
+class FreeBits(DifferentiableLoss):
+    """The ELBO with a KL that costs nothing below lambda nats per latent, as a Pyro loss.
 
-    The KL of a latent below lambda nats is free, so that no latent is lost early in training. lambda = 0 at beta = 1 is
-    the ELBO with its KL in closed form. At beta >= 1 minus the loss is a lower bound on the mean log p(x), and never
-    tighter than the ELBO, since max(lambda, KL_l) >= KL_l. Only beta < 1 can break the bound. Reports never use it.
+        -sum_b E_q[log p(x_b | z)] + B sum_l max(lambda, KL_l),   KL_l = mean_b KL(q(z_l | x_b) || p(z_l))
+
+    No latent is lost early in training. lambda = 0 is the ELBO with its KL in closed form. Minus the loss is a lower
+    bound on the sum of log p(x_b), and never tighter than the ELBO, since max(lambda, KL_l) >= KL_l. With ``Temper``
+    the second term has the weight beta, of which only beta < 1 can break the bound. Reports never use it.
 
     Args:
-        model, guide: Pyro programs over x with one data plate at dim=-1; every latent site is a vector (L,) of
-            independent latents whose KL is known in closed form, such as that of two normals.
-        x: Images (B, *E).
-        beta: The weight of the KL, a number or a 0-d tensor.
-        free_nats: lambda, nats per latent.
         num_particles: Draws of z per image.
-
-    Returns:
-        A 0-d tensor to minimize, nats per image.
+        free_nats: lambda, nats per latent.
 
     Raises:
-        ValueError: A site of the guide is deterministic or not reparametrized, its latents are not independent, or its
-            KL has no formula; or the guide draws several sites in another order than the model.
+        ValueError: When it is taken: a site of the guide is deterministic or not reparametrized, its latents are not
+            independent, or its KL has no formula, such as that of two normals; or the guide draws several sites in
+            another order than the model.
 
     Reference: Kingma et al. 2016, arXiv 1606.04934, equation 15, with each latent a group of its own.
     """
-    particles = pyro.plate("_particles", num_particles, dim=-2)
-    q = poutine.trace(particles(guide)).get_trace(x)
-    p = poutine.trace(poutine.replay(particles(model), trace=q)).get_trace(x)
-    _check_order(q, p)
-    p.compute_log_prob(lambda name, site: site["is_observed"])
-    reconstruction = torch.stack([p.nodes[name]["log_prob_sum"] for name in p.observation_nodes]).sum()
-    kl = torch.stack([_free_kl(name, q, p, free_nats) for name in latent_sites(p)]).sum()
-    return -(reconstruction / (num_particles * len(x)) - beta * kl)
+
+    def __init__(self, num_particles: int = 1, *, free_nats: float) -> None:
+        super().__init__(num_particles)
+        self.free_nats = free_nats
+
+    def differentiable_loss(self, model: StochasticFunction, guide: StochasticFunction, x: Tensor) -> Tensor:
+        """The loss of the images x, (B, *E): a 0-d tensor, nats."""
+        particles = pyro.plate("_particles", self.num_particles, dim=-2)
+        q = poutine.trace(particles(guide)).get_trace(x)
+        p = poutine.trace(poutine.replay(particles(model), trace=q)).get_trace(x)
+        _check_order(q, p)
+        p.compute_log_prob(lambda name, site: site["is_observed"])
+        reconstruction = torch.stack([p.nodes[name]["log_prob_sum"] for name in p.observation_nodes]).sum()
+        kl = torch.stack([_free_kl(name, q, p, self.free_nats) for name in latent_sites(p)]).sum()
+        return len(x) * kl - reconstruction / self.num_particles
 
 
 def _check_order(q: Trace, p: Trace) -> None:
@@ -73,7 +67,7 @@ def _check_order(q: Trace, p: Trace) -> None:
 
 
 def _free_kl(name: str, q: Trace, p: Trace, free_nats: float) -> Tensor:
-    """sum_l max(lambda, mean_n KL(q(z_l | x_n) || p(z_l))) of one site, nats."""
+    """sum_l max(lambda, mean_n KL(q(z_l | x_n) || p(z_l))) of one site times its scale, nats."""
     proposed, prior = q.nodes[name], p.nodes[name]["fn"]
     posterior = proposed["fn"]
     if is_deterministic(posterior):
@@ -88,7 +82,6 @@ def _free_kl(name: str, q: Trace, p: Trace, free_nats: float) -> Tensor:
     if kl is None or kl.shape != proposed["value"].shape:
         words = " and ".join(type(fn).__name__ for fn in factors)
         raise ValueError(f"site {name!r}: expected independent latents whose KL has a formula, got {words}")
-    kl = scale_and_mask(kl.movedim(-1, 0), scale=proposed["scale"], mask=proposed["mask"])
-    kl = kl.flatten(1).mean(1)
+    kl = scale_and_mask(kl.movedim(-1, 0), mask=proposed["mask"]).flatten(1).mean(1)
     # The mean over the whole batch decides which latents are free; the ranks' losses add up to the formula's value.
-    return torch.where(mean_over_batch(kl) < free_nats, free_nats, kl).sum()
+    return proposed["scale"] * torch.where(mean_over_batch(kl) < free_nats, free_nats, kl).sum()

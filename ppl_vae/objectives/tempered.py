@@ -1,4 +1,4 @@
-"""The ELBO of a model and a guide, with the weight beta of its KL as an effect handler, and objectives in bfloat16."""
+"""A Pyro loss of a model and a guide, with the weight beta of its KL as an effect handler; and losses in bfloat16."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from pyro.poutine.scale_messenger import ScaleMessenger
 from torch import Tensor
 from torch.distributions import kl_divergence
 
+from ppl_vae.objectives.importance import STL, DifferentiableLoss
 from ppl_vae.protocols import StochasticFunction
 from ppl_vae.runtime.capture import is_capturing
-from ppl_vae.runtime.errors import CannotCapture
+from ppl_vae.runtime.errors import CannotCapture, check_count
 from ppl_vae.runtime.global_state import serialize_threads
 
 
@@ -39,27 +40,39 @@ class Temper(ScaleMessenger):
             super()._process_message(msg)
 
 
-@serialize_threads()
-def elbo(
-    model: StochasticFunction,
-    guide: StochasticFunction,
-    x: Tensor,
-    *,
-    beta: float | Tensor = 1.0,
-    estimator: type[ELBO] = Trace_ELBO,
-    num_particles: int = 1,
-) -> Tensor:
-    """-(E_q[log p(x | z)] - beta KL(q(z | x) || p(z))) per image: Pyro's ELBO of two tempered programs.
+# A loss is one of Pyro's, or a function (model, guide, x) -> nats, the sum over the images, a 0-d tensor to minimize.
+Loss = ELBO | Callable[[StochasticFunction, StochasticFunction, Tensor], Tensor]
 
-    It is minus an ELBO only at beta = 1. A beta above 1 is beta-VAE's objective; one that rises from 0 is a warm-up.
+
+def elbo(estimator: type[ELBO] = Trace_ELBO, num_particles: int = 1) -> ELBO:
+    """Pyro's own ELBO, sum_b E_q[log q(z | x_b) - log p(x_b, z)], of programs with one plate of images at dim=-1.
+
+    >>> svi = SVI(*vae.programs(), pyro.optim.Adam({"lr": 1e-3}), loss=elbo())  # doctest: +SKIP
 
     Args:
+        estimator: ``Trace_ELBO`` samples the KL. ``TraceMeanField_ELBO`` takes it in closed form, by torch's
+            ``kl_divergence``; it needs a guide that draws several sites in the model's order, and Pyro warns otherwise.
+        num_particles: Draws of z per image, all at once.
+    """
+    # The nesting is given, since Pyro would run the guide once more to find it, which would break exact resuming.
+    num_particles = check_count("num_particles", num_particles)
+    return estimator(num_particles=num_particles, vectorize_particles=True, max_plate_nesting=1)
+
+
+@serialize_threads()
+def loss_per_image(
+    loss: Loss, model: StochasticFunction, guide: StochasticFunction, x: Tensor, *, beta: float | Tensor = 1.0
+) -> Tensor:
+    """A Pyro loss of the two programs, with the weight beta on their KL, divided by the number of images.
+
+    With ``elbo()`` this is -(E_q[log p(x | z)] - beta KL(q(z | x) || p(z))), minus an ELBO only at beta = 1. A beta
+    above 1 is beta-VAE's objective; one that rises from 0 is a warm-up.
+
+    Args:
+        loss: Such as ``elbo()``, ``STL()``, ``IWAE(5)``, ``pyro.infer.Trace_ELBO()``, or a function.
         model, guide: Pyro programs over x with one data plate at dim=-1.
         x: Images (B, *E).
         beta: The weight of the KL, a number or a 0-d tensor, 0 included.
-        estimator: Pyro's ``Trace_ELBO`` samples the KL. ``TraceMeanField_ELBO`` takes it in closed form, by torch's
-            ``kl_divergence``; it needs a guide that draws several sites in the model's order, and Pyro warns otherwise.
-        num_particles: Draws of z per image.
 
     Returns:
         A 0-d tensor to minimize, nats per image (the mean over the batch; pixels are summed). A plate of the user's
@@ -67,29 +80,35 @@ def elbo(
 
     Raises:
         ValueError: ``TraceMeanField_ELBO`` with a pair of distributions whose KL has no registered formula, which Pyro
-            by itself would sample without a warning, or with a guide that is not reparametrized.
+            by itself would sample without a warning, or with a guide that is not reparametrized; or as the loss.
 
     Reference: Higgins et al. 2017 (beta-VAE), equation 4; Sønderby et al. 2016 (warm-up), arXiv 1602.02282.
     """
-    # The nesting is given, since Pyro would run the guide once more to find it, which would break exact resuming.
-    bound = estimator(num_particles=num_particles, vectorize_particles=True, max_plate_nesting=1)
-    programs = Temper(beta)(model), Temper(beta)(guide)
-    if is_capturing() or type(bound) is TraceMeanField_ELBO:
-        return _loss_of_traces(bound, *programs, x) / len(x)
-    return bound.differentiable_loss(*programs, x) / len(x)
+    return loss_of_batch(loss, Temper(beta)(model), Temper(beta)(guide), x) / len(x)
 
 
-def _loss_of_traces(bound: ELBO, model: StochasticFunction, guide: StochasticFunction, x: Tensor) -> Tensor:
-    """Compute ``bound.differentiable_loss`` from the same two traces, without reading a number of a tensor.
+def loss_of_batch(loss: Loss, model: StochasticFunction, guide: StochasticFunction, x: Tensor) -> Tensor:
+    """A loss of the images x, (B, *E), in a form that a compiled graph can hold where it is captured: 0-d, nats."""
+    if not isinstance(loss, ELBO):
+        return loss(model, guide, x)
+    if type(loss) is TraceMeanField_ELBO or (is_capturing() and type(loss) in (Trace_ELBO, STL)):
+        return _loss_of_traces(loss, model, guide, x)
+    if is_capturing() and not isinstance(loss, DifferentiableLoss):
+        raise CannotCapture(
+            f"objective: expected Trace_ELBO, TraceMeanField_ELBO or a loss of ppl_vae, got {type(loss).__name__}"
+        )
+    return loss.differentiable_loss(model, guide, x)
+
+
+def _loss_of_traces(loss: ELBO, model: StochasticFunction, guide: StochasticFunction, x: Tensor) -> Tensor:
+    """Compute ``loss.differentiable_loss`` from the same two traces, without reading a number of a tensor.
 
     Pyro's losses read a number at every site, which no graph can hold. They also sample a KL that has no formula, and
     add score-function terms for sites that are not reparametrized; both are refused here.
     """
-    if type(bound) not in (Trace_ELBO, TraceMeanField_ELBO):
-        raise CannotCapture(f"estimator: expected Trace_ELBO or TraceMeanField_ELBO, got {type(bound).__name__}")
-    analytic = isinstance(bound, TraceMeanField_ELBO)
+    analytic = isinstance(loss, TraceMeanField_ELBO)
     total = torch.zeros((), dtype=x.dtype, device=x.device)
-    for p, q in bound._get_traces(model, guide, (x,), {}):
+    for p, q in loss._get_traces(model, guide, (x,), {}):
         for name, site in [*p.nodes.items(), *q.nodes.items()]:
             if site["type"] == "param" and is_capturing():
                 raise CannotCapture(f"pyro.param {name!r}: parameters belong to modules")
@@ -98,7 +117,7 @@ def _loss_of_traces(bound: ELBO, model: StochasticFunction, guide: StochasticFun
                 error = CannotCapture if is_capturing() else ValueError
                 raise error(f"site {name!r}: {type(site['fn']).__name__} is not reparametrized")
         total = total + _elbo_of_traces(p, q, analytic=analytic)
-    return -total / bound.num_particles
+    return -total / loss.num_particles
 
 
 def _elbo_of_traces(p: Trace, q: Trace, *, analytic: bool) -> Tensor:
@@ -127,14 +146,14 @@ def _kl(name: str, q: dict[str, Any], p: dict[str, Any]) -> Tensor:
     return scale_and_mask(kl, scale=q["scale"], mask=q["mask"]).sum()
 
 
-def autocast(objective: Callable[..., Tensor], dtype: torch.dtype) -> Callable[..., Tensor]:
-    """The objective with matrix products and convolutions in a narrower type, such as bfloat16; so are its gradients.
+def autocast(loss: Loss, dtype: torch.dtype) -> Loss:
+    """The loss with matrix products and convolutions in a narrower type, such as bfloat16; so are its gradients.
 
     Distributions keep the type of the data (see ``Conditional``). Evaluations never use it.
     """
 
-    def narrowed(model: StochasticFunction, guide: StochasticFunction, x: Tensor, *, beta: float | Tensor) -> Tensor:
+    def narrowed(model: StochasticFunction, guide: StochasticFunction, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, dtype=dtype):
-            return objective(model, guide, x, beta=beta)
+            return loss_of_batch(loss, model, guide, x)
 
     return narrowed

@@ -141,15 +141,15 @@ KLS = {
     "analytic": Part("objectives:TraceMeanField_ELBO", "Pyro's TraceMeanField_ELBO"),
 }
 OBJECTIVES = {
-    "elbo": Part("objectives:elbo", "the ELBO", {"kl": "estimator", "num_particles": "num_particles"}),
+    "elbo": Part("objectives:elbo", "Pyro's ELBO, --kl", {"kl": "estimator", "num_particles": "num_particles"}),
     "free-bits": Part(
-        "objectives:free_bits",
+        "objectives:FreeBits",
         "the ELBO, with free nats for each latent",
         {"free_bits": "free_nats", "num_particles": "num_particles"},
     ),
-    "iwae": Part("objectives:iwae", "the importance-weighted bound", {"num_particles": "num_particles"}),
-    "dreg": Part("objectives:dreg", "the same, doubly reparametrized gradients", {"num_particles": "num_particles"}),
-    "stl": Part("objectives:stl", "the ELBO, gradients without the guide's score", {"num_particles": "num_particles"}),
+    "iwae": Part("objectives:IWAE", "the importance-weighted bound", {"num_particles": "num_particles"}),
+    "dreg": Part("objectives:DReG", "the same, doubly reparametrized gradients", {"num_particles": "num_particles"}),
+    "stl": Part("objectives:STL", "the ELBO, gradients without the guide's score", {"num_particles": "num_particles"}),
 }
 SCHEDULES = {
     "cosine": Part("training.schedules:cosine", "flat, then to 0 on a cosine", {"decay_start": "start"}),

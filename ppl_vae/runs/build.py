@@ -84,7 +84,7 @@ def has_closed_form_kl(options: Options, *, by_latent: bool) -> bool:
 
     Args:
         options: With their parts resolved.
-        by_latent: Whether a formula for each latent is needed, as ``objectives.free_bits`` does.
+        by_latent: Whether a formula for each latent is needed, as ``objectives.FreeBits`` does.
     """
     assert options.prior is not None
     L = (options.latent_dim, *(options.upper_latents or ()))[-1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -22,10 +22,10 @@ from ppl_vae.training import Optimizer, Schedule, Validation
 from ppl_vae.vae import VAE
 
 
-def build_objective(options: Options) -> Callable[..., Tensor]:
-    """The objective that the options name: (model, guide, x, *, beta) -> loss, nats per image."""
+def build_objective(options: Options) -> objectives.Loss:
+    """The Pyro loss that the options name."""
     part = OBJECTIVES[options.objective or default_objective(options)]
-    found = partial(part.load(), **part.arguments(options))
+    found = part.load()(**part.arguments(options))
     return objectives.autocast(found, torch.bfloat16) if options.precision == "bf16" else found
 
 

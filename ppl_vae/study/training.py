@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from ppl_vae import data, runs
 from ppl_vae.commands.evaluate import write_evaluation
 from ppl_vae.commands.options import Evaluate
 from ppl_vae.commands.train import QUICK_EVALUATION_SEED, resume_run, train_run
+from ppl_vae.objectives import Loss, loss_of_batch
 from ppl_vae.protocols import StochasticFunction
 from ppl_vae.runs.build import build_vae
 from ppl_vae.runs.evaluations import is_evaluated
@@ -46,11 +46,11 @@ class MeanOverPixels(ScaleMessenger):
             super()._process_message(msg)
 
 
-def average_over_pixels(objective: Callable[..., Tensor], num_pixels: int) -> Callable[..., Tensor]:
-    """The objective of a model whose pixels are averaged."""
+def average_over_pixels(loss: Loss, num_pixels: int) -> Loss:
+    """The loss of a model whose pixels are averaged."""
 
-    def averaged(model: StochasticFunction, guide: StochasticFunction, x: Tensor, *, beta: float | Tensor) -> Tensor:
-        return objective(MeanOverPixels(num_pixels)(model), guide, x, beta=beta)
+    def averaged(model: StochasticFunction, guide: StochasticFunction, x: Tensor) -> Tensor:
+        return loss_of_batch(loss, MeanOverPixels(num_pixels)(model), guide, x)
 
     return averaged
 

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -53,7 +54,7 @@ def fit(
     data: Tensor,
     *,
     epochs: int,
-    objective: Callable[..., Tensor] = objectives.elbo,
+    objective: objectives.Loss | None = None,
     transform: Callable[[Tensor, torch.Generator | None], Tensor] = image_data.convert_to_float,
     optimizer: Optimizer = Optimizer(),  # noqa: B008, it is frozen
     schedule: Schedule = Schedule(),  # noqa: B008
@@ -85,7 +86,9 @@ def fit(
         data: (N, *E) training images as stored. They are copied to the program's device, except with ``stream``. A
             program whose weights are all float64 sees the images as float64.
         epochs: Passes through the data.
-        objective: (model, guide, x, *, beta) -> loss, nats per image.
+        objective: A Pyro loss, such as ``objectives.STL()`` or ``pyro.infer.Trace_ELBO()``, or a function
+            (model, guide, x) -> nats, the sum over the images x. None is ``objectives.elbo()``. The programs that it
+            gets have ``Temper`` around them, and its gradient is divided by the number of images.
         transform: (stored images, generator) -> images as the model sees them, at every access; the generator is None
             for torch's global one.
         optimizer, schedule, validation, callbacks: See these classes.
@@ -114,6 +117,8 @@ def fit(
     check_count("data", len(train))
     epochs = check_count("epochs", epochs)
     check_program(program)
+    if isinstance(objective, type):
+        raise ValueError(f"objective: expected a loss such as {objective.__name__}(), got the class")
     if not isinstance(compile, bool | np.bool_):
         raise ValueError(f"compile: expected True or False, got {compile!r}")
     some = next(program.parameters())
@@ -131,11 +136,12 @@ def fit(
     if obstacle is not None:
         warnings.warn(f"Falling back to eager training: {obstacle}", stacklevel=3)
         compile = False
-    loop = _Loop(state, source, objective, transform, optimizer, schedule, validation, callbacks, epochs, len(train))
+    loss = partial(objectives.loss_per_image, objectives.elbo() if objective is None else objective)
+    loop = _Loop(state, source, loss, transform, optimizer, schedule, validation, callbacks, epochs, len(train))
     program.train()
     if (len(train) - 1) % schedule.batch_size == 0:
         one = source.images(torch.zeros(1, dtype=torch.long, device=some.device))
-        check_batch_of_one(program, objective, transform, one)
+        check_batch_of_one(program, loss, transform, one)
     if (compile or loop.must_skip or loop.several) and state.step < loop.total_steps:
         check_ranks(state)
         check_images(state, train, transform, batch_size=schedule.batch_size)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import per_image
 import pyro
 import pytest
 import scipy.stats
@@ -21,7 +22,7 @@ from small_run import SMALL, save_bars, train_small
 from torch import nn
 from torch.testing import assert_close
 
-from ppl_vae import VAE, Conditional, data, load, objectives, runs
+from ppl_vae import VAE, Conditional, data, load, runs
 from ppl_vae.commands.compare_runs import compare_runs
 from ppl_vae.commands.encode import encode_images
 from ppl_vae.commands.evaluate import evaluate_run
@@ -91,7 +92,7 @@ def _by_hand(vae: VAE, x: torch.Tensor) -> np.ndarray:
 @pytest.mark.parametrize("num_particles", [1, 3])
 def test_the_loss_at_beta_zero_is_minus_log_p_of_x_given_its_own_code(kl, num_particles):
     vae, x = _linear(), _points(5)
-    loss = objectives.elbo(vae.model, vae.guide, x, beta=0.0, estimator=KLS[kl], num_particles=num_particles)
+    loss = per_image.elbo(vae.model, vae.guide, x, beta=0.0, estimator=KLS[kl], num_particles=num_particles)
     assert float(loss) == pytest.approx(-_by_hand(vae, x).mean(), rel=1e-12)
 
 
@@ -190,7 +191,7 @@ def test_captured_steps_end_where_the_eager_ones_do(graphs, kl):
             _binary(20),
             compile=compile,
             on_epoch=records[compile].append,
-            objective=lambda model, guide, x, *, beta: objectives.elbo(model, guide, x, beta=beta, estimator=KLS[kl]),
+            objective=lambda model, guide, x, *, beta: per_image.elbo(model, guide, x, beta=beta, estimator=KLS[kl]),
         )
         ends[compile] = vae.state_dict()
     assert len(graphs) > 0

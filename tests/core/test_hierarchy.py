@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
+import per_image
 import pyro
 import pytest
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
 from torch.testing import assert_close
 
-from ppl_vae import Conditional, importance, log_weights, objectives
+from ppl_vae import Conditional, importance, log_weights
 from ppl_vae.hierarchy import BottomLayerOnly, BottomUp, HierarchicalVAE, LayeredPrior, TopDown, product_of_normals
 from ppl_vae.parts.likelihoods import Bernoulli
 from ppl_vae.parts.networks import MLP
@@ -184,7 +185,7 @@ def test_beta_scales_every_latent_site_and_no_image(guide, estimator, beta):
     vae, x = oracle.vae(guide), oracle.draw(20)
     pyro.set_rng_seed(0)
     asked = {"beta": beta, "estimator": estimator, "num_particles": 100}
-    losses = torch.stack([objectives.elbo(vae.model, vae.guide, x, **asked).detach() for _ in range(30)])
+    losses = torch.stack([per_image.elbo(vae.model, vae.guide, x, **asked).detach() for _ in range(30)])
     rec = oracle.reconstruction(x)
     expected = -(rec - beta * (rec - oracle.log_evidence(x))).mean()
     assert abs(float(losses.mean() - expected)) < 5 * float(losses.std()) / math.sqrt(30) + 1e-10
@@ -195,7 +196,7 @@ def test_free_bits_of_none_is_the_ladders_bound():
     vae, x = oracle.vae("top-down"), oracle.draw(20)
     pyro.set_rng_seed(0)
     losses = torch.stack(
-        [objectives.free_bits(vae.model, vae.guide, x, free_nats=0.0, num_particles=100).detach() for _ in range(30)]
+        [per_image.free_bits(vae.model, vae.guide, x, free_nats=0.0, num_particles=100).detach() for _ in range(30)]
     )
     error = float(losses.mean() + oracle.log_evidence(x).mean())
     assert abs(error) < 5 * float(losses.std()) / math.sqrt(30)
@@ -205,7 +206,7 @@ def test_free_bits_of_none_is_the_ladders_bound():
 def test_the_importance_weighted_objective_is_the_evidence_at_the_exact_posterior(guide):
     oracle = TwoLayers.random()
     vae, x = oracle.vae(guide), oracle.draw(20)
-    loss = objectives.iwae(vae.model, vae.guide, x, num_particles=7)
+    loss = per_image.iwae(vae.model, vae.guide, x, num_particles=7)
     assert_close(loss, -oracle.log_evidence(x).mean(), rtol=0, atol=1e-11)
 
 
@@ -387,7 +388,7 @@ def test_doubly_reparametrized_gradients_have_the_expectation_of_the_plain_ones(
     pyro.set_rng_seed(0)
     weights = [w for w in vae.parameters() if w.requires_grad]
     means, errors = [], []
-    for objective in (objectives.iwae, objectives.dreg):
+    for objective in (per_image.iwae, per_image.dreg):
         found = []
         for _ in range(30):
             loss = objective(vae.model, vae.guide, x, num_particles=3)
@@ -411,7 +412,7 @@ def test_the_gradient_without_the_score_has_the_expectation_of_pyros(guide):
         return torch.cat([g.flatten() for g in torch.autograd.grad(loss, weights)])
 
     pyros = Trace_ELBO(num_particles=50, vectorize_particles=True)
-    ours = [gradients(objectives.stl(vae.model, vae.guide, x, num_particles=50)) for _ in range(60)]
+    ours = [gradients(per_image.stl(vae.model, vae.guide, x, num_particles=50)) for _ in range(60)]
     theirs = [gradients(pyros.differentiable_loss(vae.model, vae.guide, x) / len(x)) for _ in range(60)]
     (a, a_error), (b, b_error) = ((g.mean(0), g.std(0) / 60**0.5) for g in map(torch.stack, (ours, theirs)))
     assert ((a - b).abs() <= 5 * torch.hypot(a_error, b_error) + 1e-12).all()

@@ -25,6 +25,7 @@ from ppl_vae import data, fit, save
 from ppl_vae.commands.cli import Command, build_parser, iterate_fields, parse
 from ppl_vae.commands.options import COMMANDS
 from ppl_vae.evidence import ais
+from ppl_vae.objectives import loss_of_batch
 from ppl_vae.runs import build
 from ppl_vae.runs.fit_arguments import fit_arguments, initialize_output_bias
 from ppl_vae.runs.options import Options
@@ -131,9 +132,9 @@ def train_in_double(words: str) -> dict[str, list[float]]:
     objective = arguments["objective"]
     losses, records = [], []
 
-    def recorded(*arguments: Any, **named: Any) -> Tensor:
-        loss = objective(*arguments, **named)
-        losses.append(loss.item())
+    def recorded(model: Any, guide: Any, x: Tensor) -> Tensor:
+        loss = loss_of_batch(objective, model, guide, x)
+        losses.append(loss.item() / len(x))
         return loss
 
     fit(

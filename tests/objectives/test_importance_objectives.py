@@ -8,6 +8,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
+import per_image
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -17,11 +18,11 @@ from pyro.distributions.testing.fakes import NonreparameterizedNormal
 from torch import nn
 from torch.testing import assert_close
 
-from ppl_vae import VAE, log_weights, objectives
+from ppl_vae import VAE, log_weights
 from ppl_vae.runs.build import build_vae
 from ppl_vae.runs.options import Options
 
-OBJECTIVES = {"iwae": objectives.iwae, "dreg": objectives.dreg, "stl": objectives.stl}
+OBJECTIVES = {"iwae": per_image.iwae, "dreg": per_image.dreg, "stl": per_image.stl}
 BETAS = (0.0, 0.4, 1.0, 3.0)
 
 
@@ -239,7 +240,7 @@ def test_at_the_exact_posterior_the_guides_gradient_has_no_noise(oracle, objecti
 def test_dreg_leaves_the_models_gradient_as_it_is(oracle):
     vae, x = oracle.vae(widen=1.3, shift=0.4), oracle.draw(5)
     gradients = []
-    for objective in (objectives.iwae, objectives.dreg):
+    for objective in (per_image.iwae, per_image.dreg):
         torch.manual_seed(0)
         loss = objective(vae.model, vae.guide, x, num_particles=5)
         gradients.append(torch.autograd.grad(loss, vae.likelihood.net.output.weight)[0])
@@ -253,7 +254,7 @@ def test_the_loss_falls_with_particles_and_never_below_minus_the_evidence(oracle
         torch.manual_seed(0)
         drawn = torch.stack(
             [
-                objectives.iwae(vae.model, vae.guide, x.repeat(100, 1), num_particles=num_particles).detach()
+                per_image.iwae(vae.model, vae.guide, x.repeat(100, 1), num_particles=num_particles).detach()
                 for _ in range(20)
             ]
         )

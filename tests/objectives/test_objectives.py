@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import per_image
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -16,7 +17,6 @@ from pyro.distributions.testing.fakes import NonreparameterizedNormal
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from torch.testing import assert_close
 
-from ppl_vae import objectives
 from ppl_vae.objectives import Temper
 from ppl_vae.parts.registry import PRIORS
 from ppl_vae.runs.build import build_vae, resolve_parts
@@ -34,7 +34,7 @@ def oracle():
 
 def _mean_and_error(vae, x, *, repeats=60, **options):
     torch.manual_seed(0)
-    losses = torch.stack([objectives.elbo(vae.model, vae.guide, x, **options).detach() for _ in range(repeats)])
+    losses = torch.stack([per_image.elbo(vae.model, vae.guide, x, **options).detach() for _ in range(repeats)])
     return float(losses.mean()), float(losses.std()) / math.sqrt(repeats)
 
 
@@ -65,7 +65,7 @@ def test_beta_enters_the_gradient_as_it_enters_the_loss(oracle, kl, beta):
     for parameter in vae.parameters():
         parameter.requires_grad_(True)
     torch.manual_seed(0)
-    loss = objectives.elbo(vae.model, vae.guide, x, beta=beta, estimator=KLS[kl], num_particles=3)
+    loss = per_image.elbo(vae.model, vae.guide, x, beta=beta, estimator=KLS[kl], num_particles=3)
     gradients = torch.autograd.grad(loss, vae.posterior.net.output.weight)[0]
     torch.manual_seed(0)
     q = vae.posterior(x)
@@ -83,7 +83,7 @@ def test_beta_enters_the_gradient_as_it_enters_the_loss(oracle, kl, beta):
 def test_with_the_exact_guide_the_loss_is_minus_the_evidence(oracle):
     vae, x = oracle.vae(), oracle.draw(5)
     for num_particles in (1, 4):
-        loss = objectives.elbo(vae.model, vae.guide, x, num_particles=num_particles)
+        loss = per_image.elbo(vae.model, vae.guide, x, num_particles=num_particles)
         assert_close(loss, -oracle.log_evidence(x).mean(), rtol=1e-9, atol=0)
 
 
@@ -91,11 +91,11 @@ def test_pixels_are_summed_and_images_averaged(oracle):
     vae, x = oracle.vae(), oracle.draw(4)
     repeated = torch.cat([x, x, x])
     assert_close(
-        objectives.elbo(vae.model, vae.guide, repeated), objectives.elbo(vae.model, vae.guide, x), rtol=1e-9, atol=0
+        per_image.elbo(vae.model, vae.guide, repeated), per_image.elbo(vae.model, vae.guide, x), rtol=1e-9, atol=0
     )
     wide = LinearGaussian(torch.cat([oracle.W] * 2), torch.cat([oracle.b] * 2), oracle.scale)
     wide_x = torch.cat([x, x], dim=1)
-    loss = objectives.elbo(wide.vae().model, wide.vae().guide, wide_x)
+    loss = per_image.elbo(wide.vae().model, wide.vae().guide, wide_x)
     assert_close(loss, -wide.log_evidence(wide_x).mean(), rtol=1e-9, atol=0)
 
 
@@ -103,7 +103,7 @@ def test_particles_draw_no_random_numbers_beyond_their_own(oracle):
     """An estimator that guesses the plate nesting runs the guide once more at its first call, and breaks resuming."""
     vae, x = oracle.vae(widen=1.3), oracle.draw(3)
     torch.manual_seed(0)
-    objectives.elbo(vae.model, vae.guide, x, num_particles=2)
+    per_image.elbo(vae.model, vae.guide, x, num_particles=2)
     after = torch.get_rng_state()
     torch.manual_seed(0)
     torch.randn(2, 3, 3, dtype=torch.double)
@@ -131,7 +131,7 @@ def _vae_of(posterior, prior):
 def _loss_of(vae, beta):
     torch.manual_seed(0)
     x = torch.bernoulli(torch.full((5, 6), 0.5))
-    return objectives.elbo(vae.model, vae.guide, x, beta=beta, estimator=TraceMeanField_ELBO)
+    return per_image.elbo(vae.model, vae.guide, x, beta=beta, estimator=TraceMeanField_ELBO)
 
 
 WITH_A_FORMULA = [("diagonal", "standard-normal"), ("full", "standard-normal")]
@@ -192,7 +192,7 @@ def _free_kl(vae, x, free_nats):
     losses = []
     for beta in (1.0, 0.0):
         torch.manual_seed(0)
-        losses.append(objectives.free_bits(vae.model, vae.guide, x, beta=beta, free_nats=free_nats))
+        losses.append(per_image.free_bits(vae.model, vae.guide, x, beta=beta, free_nats=free_nats))
     return losses[0] - losses[1]
 
 
@@ -202,9 +202,9 @@ def test_free_bits_of_nothing_are_the_elbo_with_its_kl_in_closed_form(oracle, be
     vae, x = oracle.vae(widen=1.3, shift=0.4), oracle.draw(5)
     asked = {"beta": beta, "num_particles": num_particles}
     torch.manual_seed(0)
-    expected = objectives.elbo(vae.model, vae.guide, x, estimator=TraceMeanField_ELBO, **asked)
+    expected = per_image.elbo(vae.model, vae.guide, x, estimator=TraceMeanField_ELBO, **asked)
     torch.manual_seed(0)
-    assert_close(objectives.free_bits(vae.model, vae.guide, x, free_nats=0.0, **asked), expected, rtol=1e-12, atol=0)
+    assert_close(per_image.free_bits(vae.model, vae.guide, x, free_nats=0.0, **asked), expected, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("place", [0.5, 1.5, 2.5, 3.5])
@@ -295,4 +295,4 @@ def test_free_bits_refuse_a_guide_whose_latents_have_no_kl_of_their_own(oracle, 
     distribution, words = GUIDES[guide]
     vae, x = oracle.vae().float(), oracle.draw(4).float()
     with pytest.raises(ValueError, match=f"site 'z': {words}"):
-        objectives.free_bits(vae.model, _guide(distribution), x, free_nats=0.1)
+        per_image.free_bits(vae.model, _guide(distribution), x, free_nats=0.1)

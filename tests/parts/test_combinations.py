@@ -5,6 +5,8 @@ What each part computes is tested where the part is; here that none of them need
 
 from __future__ import annotations
 
+from functools import partial
+
 import pyro
 import pytest
 import torch
@@ -15,6 +17,7 @@ from ppl_vae import runs
 from ppl_vae.evidence.evaluation import evaluate
 from ppl_vae.evidence.importance import log_evidence
 from ppl_vae.evidence.missing import Observed, impute
+from ppl_vae.objectives import loss_per_image
 from ppl_vae.runs.build import build_likelihood, build_vae
 from ppl_vae.runs.fit_arguments import build_objective
 from ppl_vae.runs.load import load_weights
@@ -88,7 +91,7 @@ def _built(words):
     with torch.no_grad():
         for w in vae.parameters():
             w.add_(0.05 * torch.randn_like(w))
-    return vae, images_for(build_likelihood(options, SHAPE), 9), build_objective(options)
+    return vae, images_for(build_likelihood(options, SHAPE), 9), partial(loss_per_image, build_objective(options))
 
 
 def _captured(vae, objective, x, index, *, beta, seed):

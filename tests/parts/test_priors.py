@@ -7,6 +7,7 @@ import math
 from functools import partial
 
 import numpy as np
+import per_image
 import pyro
 import pytest
 import torch
@@ -19,7 +20,7 @@ from scipy.special import logsumexp
 from scipy.stats import multivariate_normal, norm
 from torch.testing import assert_close
 
-from ppl_vae import VAE, Conditional, log_weights, objectives
+from ppl_vae import VAE, Conditional, log_weights
 from ppl_vae.parts import registry
 from ppl_vae.parts.networks import MLP, Standardized
 from ppl_vae.parts.posteriors import DiagonalNormal, FullNormal
@@ -294,10 +295,10 @@ def test_log_weights_estimate_the_evidence_of_quadrature(name):
 
 
 OBJECTIVES = {
-    "elbo": objectives.elbo,
-    "iwae": partial(objectives.iwae, num_particles=3),
-    "dreg": partial(objectives.dreg, num_particles=3),
-    "stl": partial(objectives.stl, num_particles=1),
+    "elbo": per_image.elbo,
+    "iwae": partial(per_image.iwae, num_particles=3),
+    "dreg": partial(per_image.dreg, num_particles=3),
+    "stl": partial(per_image.stl, num_particles=1),
 }
 
 

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import per_image
 import pyro
 import pytest
 import torch
@@ -15,7 +16,7 @@ from pyro.infer.autoguide import AutoDiagonalNormal, AutoNormal, AutoStructured
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from ppl_vae import VAE, Conditional, log_evidence, objectives
+from ppl_vae import VAE, Conditional, log_evidence
 from ppl_vae.parts import likelihoods, networks, posteriors, priors
 
 E, L = (1, 4, 4), 2
@@ -126,7 +127,7 @@ WRONG_DECODERS: dict[str, tuple[Callable[[nn.Module, Tensor], Any], str]] = {
 def test_a_decoder_of_another_shape_is_refused_in_one_line(name: str) -> None:
     last, message = WRONG_DECODERS[name]
     for use in (
-        lambda vae: fit(vae, IMAGES, epochs=1, objective=partial(objectives.iwae, num_particles=3)),
+        lambda vae: fit(vae, IMAGES, epochs=1, objective=partial(per_image.iwae, num_particles=3)),
         lambda vae: log_evidence(vae.model, vae.guide, IMAGES, num_particles=3),
     ):
         with pytest.raises(ValueError, match=message) as caught:

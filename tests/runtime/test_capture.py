@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 
 import pyro
 import pyro.distributions as dist
@@ -107,10 +106,8 @@ REFUSED_OBJECTIVES = {
         lambda m, g, x, *, beta: elbo(m, g, x, beta) if elbo(m, g, x, beta) > 0 else x.sum(),
         READ,
     ),
-    "a branch on beta": (lambda m, g, x, *, beta: elbo(m, g, x, beta if beta > 0 else 1.0), READ),
     "an item of the images": (lambda m, g, x, *, beta: elbo(m, g, x, beta) * x.mean().item(), READ),
     "a float of the images": (lambda m, g, x, *, beta: elbo(m, g, x, beta) * float(x.mean()), READ),
-    "a float of beta": (lambda m, g, x, *, beta: elbo(m, g, x, float(beta)), READ),
     "a shape by values": (lambda m, g, x, *, beta: elbo(m, g, x[x[:, 6] > 0.5], beta), SHAPE),
     "a tensor from outside": (lambda m, g, x, *, beta: elbo(m, g, x, beta) + (x * _CLOSED_OVER).sum(), OUTSIDE),
     "a number from outside": (lambda m, g, x, *, beta: elbo(m, g, x, beta) * _CLOSED_OVER[0], OUTSIDE),
@@ -165,8 +162,8 @@ def test_a_number_of_a_tensor_from_outside_is_refused_or_read_anew_at_every_step
 def test_an_estimator_other_than_the_two_is_refused_by_name(graphs, estimator):
     vae = make_vae()
     before = flat_weights(vae)
-    with pytest.raises(CannotCapture, match=f"expected Trace_ELBO or TraceMeanField_ELBO, got {estimator.__name__}"):
-        fit_captured(vae, make_images(), objective=partial(objectives.elbo, estimator=estimator))
+    with pytest.raises(CannotCapture, match=f"expected Trace_ELBO, TraceMeanField_ELBO .*, got {estimator.__name__}"):
+        fit_captured(vae, make_images(), objective=objectives.elbo(estimator))
     assert torch.equal(flat_weights(vae), before)
 
 
@@ -200,7 +197,7 @@ def test_after_a_refusal_the_same_model_trains_eagerly(graphs):
     """Nothing of the capture is left behind: neither its mark nor Pyro's validation switched off."""
     vae, other = make_vae(), make_vae()
     with pytest.raises(CannotCapture, match=READ):
-        fit_captured(vae, make_images(), objective=lambda m, g, x, *, beta: elbo(m, g, x, float(beta)))
+        fit_captured(vae, make_images(), objective=lambda m, g, x, *, beta: elbo(m, g, x, float(x.mean())))
     assert not capture.is_capturing()
     pyro.set_rng_seed(1)
     fit_captured(vae, make_images(), compile=False)

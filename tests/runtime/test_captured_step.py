@@ -6,6 +6,7 @@ import math
 from functools import partial
 from pathlib import Path
 
+import per_image
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -35,6 +36,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ppl_vae import VAE, data, objectives
+from ppl_vae.objectives import loss_per_image
 from ppl_vae.runs.options import KLS
 from ppl_vae.runtime import capture
 from ppl_vae.runtime.captured_step import CapturedStep, optimizer_obstacle
@@ -78,10 +80,10 @@ def test_what_is_drawn_of_the_stored_images_is_drawn_as_the_eager_step_draws_it(
     vae = make_vae().float()
     levels = torch.randint(0, 256, (9, 12), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     transform = partial(data.sample_bernoulli, generator=None)
-    step, optimizer = make_step(vae, objectives.elbo, levels, batch_size=4, transform=transform)
+    step, optimizer = make_step(vae, per_image.elbo, levels, batch_size=4, transform=transform)
     captured = captured_loss_and_gradient(vae, step, optimizer, INDEX, beta=1.0, seed=3)
     eager = eager_loss_and_gradient(
-        vae, lambda values: objectives.elbo(vae.model, vae.guide, transform(values)), levels[INDEX], seed=3
+        vae, lambda values: per_image.elbo(vae.model, vae.guide, transform(values)), levels[INDEX], seed=3
     )
     assert_same(captured, eager, relative=1e-5)
 
@@ -104,9 +106,9 @@ def test_pixels_that_are_all_but_certain_cost_what_they_cost_eagerly(graphs, dty
     for sign in (1, -1):
         with torch.no_grad():
             vae.likelihood.net.output.bias.copy_(sign * sizes)
-        step, optimizer = make_step(vae, objectives.elbo, stored, batch_size=4)
+        step, optimizer = make_step(vae, per_image.elbo, stored, batch_size=4)
         captured = captured_loss_and_gradient(vae, step, optimizer, INDEX, beta=1.0, seed=0)
-        eager = eager_loss_and_gradient(vae, lambda x: objectives.elbo(vae.model, vae.guide, x), stored[INDEX], seed=0)
+        eager = eager_loss_and_gradient(vae, lambda x: per_image.elbo(vae.model, vae.guide, x), stored[INDEX], seed=0)
         assert_same(captured, eager, relative=relative)
 
 
@@ -234,7 +236,7 @@ COMBINATIONS = [(p, kl) for p in PROGRAMS for kl in ESTIMATORS if (p, kl) not in
 @pytest.mark.parametrize(("program", "kl"), COMBINATIONS)
 def test_a_users_program_has_the_loss_and_the_gradient_of_pyros_own_estimator(graphs, program, kl):
     vae, stored = make_vae(PROGRAMS[program]), make_images()
-    objective = partial(objectives.elbo, estimator=ESTIMATORS[kl], num_particles=3)
+    objective = partial(per_image.elbo, estimator=ESTIMATORS[kl], num_particles=3)
     step, optimizer = make_step(vae, objective, stored, batch_size=4)
     captured = captured_loss_and_gradient(vae, step, optimizer, INDEX, beta=1.0, seed=2)
     pyros = ESTIMATORS[kl](num_particles=3, vectorize_particles=True, max_plate_nesting=1)
@@ -419,7 +421,7 @@ class ReadNumbers(TorchDispatchMode):
 @pytest.mark.parametrize("kl", ESTIMATORS)
 def test_a_step_reads_no_number(graphs, kl, size):
     vae = make_vae()
-    step, _ = make_step(vae, partial(objectives.elbo, estimator=ESTIMATORS[kl]), make_images(), batch_size=8)
+    step, _ = make_step(vae, partial(per_image.elbo, estimator=ESTIMATORS[kl]), make_images(), batch_size=8)
     row = step.schedule([(0, 1.0, 0.01, 0.0)])[0]
     with ReadNumbers() as read:
         torch.ones(()).item()
@@ -495,7 +497,7 @@ def test_under_autocast_distributions_stay_in_the_type_of_the_data():
     vae, x = _wide()
     seen = {}
 
-    def objective(model, guide, x, *, beta):
+    def objective(model, guide, x):
         q = poutine.trace(guide).get_trace(x)
         p = poutine.trace(poutine.replay(model, trace=q)).get_trace(x)
         seen["product"] = vae.posterior.net(x).dtype
@@ -506,7 +508,7 @@ def test_under_autocast_distributions_stay_in_the_type_of_the_data():
                     seen[program, name] = {site.mean.dtype, site.variance.dtype, trace.nodes[name]["value"].dtype}
         return x.sum()
 
-    objectives.autocast(objective, torch.bfloat16)(vae.model, vae.guide, x, beta=1.0)
+    objectives.autocast(objective, torch.bfloat16)(vae.model, vae.guide, x)
     assert seen.pop("product") == torch.bfloat16  # else nothing was narrowed
     assert set(seen) == {("guide", "z"), ("model", "z"), ("model", "x")}
     assert all(types == {torch.float} for types in seen.values())
@@ -516,12 +518,12 @@ def test_under_autocast_distributions_stay_in_the_type_of_the_data():
 @needs_bf16
 def test_under_autocast_a_captured_step_is_the_eager_one(graphs):
     vae, x = _wide()
-    objective = objectives.autocast(objectives.elbo, torch.bfloat16)
+    objective = partial(loss_per_image, objectives.autocast(per_image.elbo(), torch.bfloat16))
     step, optimizer = make_step(vae, objective, x, batch_size=len(x))
     index = torch.arange(len(x))
     captured = captured_loss_and_gradient(vae, step, optimizer, index, beta=1.0, seed=0)
     eager = eager_loss_and_gradient(vae, lambda x: objective(vae.model, vae.guide, x, beta=1.0), x, seed=0)
-    exact = eager_loss_and_gradient(vae, lambda x: objectives.elbo(vae.model, vae.guide, x), x, seed=0)
+    exact = eager_loss_and_gradient(vae, lambda x: per_image.elbo(vae.model, vae.guide, x), x, seed=0)
     assert_close(captured[0], eager[0].double(), rtol=1e-4, atol=0)
     for g, rounded, whole in zip(captured[1], eager[1], exact[1], strict=True):
         assert (g - rounded).norm() < 0.02 * rounded.norm()

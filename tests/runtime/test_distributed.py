@@ -14,11 +14,11 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from per_image import free_bits
 from safetensors.torch import load_file
 from small_run import save_bars
 
 from ppl_vae import runs
-from ppl_vae.objectives import free_bits
 from ppl_vae.runtime.noise import _RANDOM, SharedNoise
 from ppl_vae.runtime.ranks import BatchShare
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from functools import partial
 
+import per_image
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -26,7 +27,7 @@ from grids import images_for
 from torch import nn
 from torch.testing import assert_close
 
-from ppl_vae import VAE, Conditional, objectives
+from ppl_vae import VAE, Conditional
 from ppl_vae.parts.networks import MLP
 from ppl_vae.parts.posteriors import DiagonalNormal
 from ppl_vae.parts.priors import StandardNormal
@@ -97,7 +98,7 @@ def test_two_hundred_steps_end_where_the_eager_ones_do(graphs, kl, average_decay
             learning_rate=0.01,
             clip_norm=clip_norm,
             average_decay=average_decay,
-            objective=partial(objectives.elbo, estimator=ESTIMATORS[kl]),
+            objective=partial(per_image.elbo, estimator=ESTIMATORS[kl]),
             on_step=on_step,
             on_checkpoint=lambda state, compile=compile: ends.update({compile: copy_state(state)}),
         )
@@ -291,7 +292,7 @@ def test_a_fault_is_named_with_its_step_and_changes_nothing(graphs, at_step, fau
 
     def objective(model, guide, x, *, beta):
         root = vae.likelihood.net.output.bias[0].abs().sqrt() if fault == "a gradient" else 0.0
-        return objectives.elbo(model, guide, x, beta=beta) + root
+        return per_image.elbo(model, guide, x, beta=beta) + root
 
     def snapshot(state):
         averages = [average.clone() for average in state.averages.values()]
@@ -316,7 +317,7 @@ def test_a_failure_that_the_host_sees_late_is_told_with_its_own_step_and_images(
     state = TrainingState(vae)
     source = Resident(train, state.device)
     steps = CapturedSteps(
-        state, objectives.elbo, source, as_stored, batch_size=8, optimizer=Optimizer(clip_norm=NEVER_CLIP)
+        state, per_image.elbo, source, as_stored, batch_size=8, optimizer=Optimizer(clip_norm=NEVER_CLIP)
     )
     state.device = torch.device("cuda")  # as it is there: the host looks only in settle
     weights = [flat_weights(vae) for _ in steps.epoch(batches, [(1.0, 0.01, 0.0)] * 5, validate=False)]
@@ -398,7 +399,7 @@ def test_on_a_gpu_the_host_waits_for_nothing_within_an_epoch():
     train = make_images(37).float().to(device)  # four whole batches and a ragged one
     steps = CapturedSteps(
         TrainingState(vae),
-        objectives.elbo,
+        per_image.elbo,
         Resident(train, device),
         as_stored,
         batch_size=8,

@@ -7,6 +7,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+import per_image
 import pyro
 import pytest
 import torch
@@ -14,7 +15,6 @@ from fitting import fit
 from small_run import SMALL
 from torch import Tensor
 
-from ppl_vae import objectives
 from ppl_vae.evidence.evaluation import evaluate
 from ppl_vae.runs.build import build_vae
 from ppl_vae.runtime.errors import NotFinite
@@ -35,7 +35,7 @@ def fresh() -> VAE:
 
 def steep(model: Any, guide: Any, x: Tensor, *, beta: Any) -> Tensor:
     """The ELBO; of batches with a mark in their first image a loss that is steep, or not finite."""
-    loss = objectives.elbo(model, guide, x, beta=beta)
+    loss = per_image.elbo(model, guide, x, beta=beta)
     return loss * torch.where((x == 1).all(dim=(1, 2, 3)).any(), FACTOR, 1.0)
 
 
@@ -174,7 +174,7 @@ def test_a_value_that_is_not_finite_in_the_first_epoch_is_left_out_and_no_error(
 
 def all_but_one(model: Any, guide: Any, x: Tensor, *, beta: Any) -> Tensor:
     """The ELBO of a batch with the mark; of all others a loss that is steep."""
-    loss = objectives.elbo(model, guide, x, beta=beta)
+    loss = per_image.elbo(model, guide, x, beta=beta)
     return loss * torch.where((x == 1).all(dim=(1, 2, 3)).any(), 1.0, 1e9)
 
 
@@ -204,7 +204,7 @@ def test_the_weights_of_an_importance_weighted_training_are_chosen_by_its_bound(
         epochs=4,
         batch_size=10,
         learning_rate=0.03,
-        objective=partial(objectives.dreg, num_particles=5),
+        objective=partial(per_image.dreg, num_particles=5),
         validation_particles=5,
         on_epoch=records.append,
     )

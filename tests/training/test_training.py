@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from itertools import chain
 
+import per_image
 import pyro
 import pytest
 import torch
@@ -15,7 +16,7 @@ from pyro import poutine
 from pyro.infer import TraceMeanField_ELBO
 from torch import nn
 
-from ppl_vae import VAE, Conditional, data, objectives, runs
+from ppl_vae import VAE, Conditional, data, runs
 from ppl_vae.evidence.importance import log_evidence
 from ppl_vae.parts.likelihoods import Bernoulli
 from ppl_vae.parts.networks import MLP
@@ -45,7 +46,7 @@ def _fit(vae, train, validation=None, *, num_particles=1, **options):
     options = {"epochs": 3, "batch_size": 8, "transform": data.sample_bernoulli, "warmup_epochs": 1} | options
 
     def objective(model, guide, x, *, beta):
-        return objectives.elbo(model, guide, x, beta=beta, num_particles=num_particles)
+        return per_image.elbo(model, guide, x, beta=beta, num_particles=num_particles)
 
     return fit(vae, train, validation, objective=objective, **options)
 
@@ -54,8 +55,8 @@ def test_every_step_gets_the_beta_and_the_rate_of_its_number():
     seen = []
 
     def objective(model, guide, x, *, beta):
-        seen.append(beta)
-        return objectives.elbo(model, guide, x, beta=beta)
+        seen.append(poutine.trace(guide).get_trace(x).nodes["z"]["scale"])
+        return per_image.elbo(model, guide, x)
 
     rates = []
     asked = {"epochs": 2, "batch_size": 8, "beta": 3.0, "warmup_epochs": 1, "learning_rate": 0.01}
@@ -119,10 +120,10 @@ def test_the_validation_elbo_is_at_beta_one_whatever_is_trained():
     _fit(vae, _levels(), x, beta=20.0, epochs=1, warmup_epochs=0, learning_rate=1e-9, on_epoch=records.append)
     with torch.no_grad():
         torch.manual_seed(0)
-        draws = torch.stack([-objectives.elbo(vae.model, vae.guide, x) for _ in range(200)])
+        draws = torch.stack([-per_image.elbo(vae.model, vae.guide, x) for _ in range(200)])
     # Both have the noise of one draw an image; the objective at beta = 20 is far outside.
     assert abs(records[0]["validation_elbo_nats_per_image"] - draws.mean()) < 5 * draws.std()
-    at_twenty = -objectives.elbo(vae.model, vae.guide, x, beta=20.0).detach()
+    at_twenty = -per_image.elbo(vae.model, vae.guide, x, beta=20.0).detach()
     assert abs(at_twenty - draws.mean()) > 10 * draws.std()
 
 
@@ -187,7 +188,7 @@ def test_a_gradient_that_is_not_finite_stops_before_it_reaches_the_weights():
             return gradient * math.inf
 
     def objective(model, guide, x, *, beta):
-        loss = objectives.elbo(model, guide, x, beta=beta)
+        loss = per_image.elbo(model, guide, x, beta=beta)
         return Explode.apply(loss) if len(weights) == 3 else loss
 
     with pytest.raises(NotFinite, match=r"step 3: the gradient is not finite, in .*net"):
@@ -371,7 +372,7 @@ def test_the_linear_vae_reaches_the_maximum_likelihood_of_probabilistic_pca():
         batch_size=100,
         learning_rate=0.02,
         transform=lambda values, generator: values,
-        objective=lambda model, guide, x, *, beta: objectives.elbo(
+        objective=lambda model, guide, x, *, beta: per_image.elbo(
             model, guide, x, beta=beta, estimator=TraceMeanField_ELBO
         ),
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from small_run import bars
+from small_run import bars, silent
 
 from ppl_vae.study.plan import Size
 from ppl_vae.study.results import StudyNumbers, read_study
@@ -33,10 +33,6 @@ class Killed(RuntimeError):
 
 def raise_killed(*args: Any, **kwargs: Any) -> None:
     raise Killed
-
-
-def silent(line: str) -> None:
-    pass
 
 
 def save_gray_bars(path: Path) -> Path:

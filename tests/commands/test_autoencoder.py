@@ -18,7 +18,7 @@ from capture_cases import as_stored
 from fitting import fit
 from oracles import NormalFixed
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
-from small_run import SMALL, save_bars, train_small
+from small_run import SMALL, save_bars, silent, train_small
 from torch import nn
 from torch.testing import assert_close
 
@@ -281,10 +281,6 @@ def test_dequantized_levels_are_reconstructed_as_training_saw_them(gray):
 
 def _ask(**more):
     return {"num_particles": 5, "images": None, "device": "cpu", "seed": 0} | more
-
-
-def silent(line: str) -> None:
-    pass
 
 
 REFUSED = {

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from small_run import silent
 
 from ppl_vae import load, runs
 from ppl_vae.commands.cli import parse
@@ -28,10 +29,6 @@ from ppl_vae.runs.options import Options
 
 SMALL: dict[str, Any] = {"hidden": (8,), "latent_dim": 2, "prior": "standard-normal"}
 HOSTILE = "x`](javascript:alert(1))\n---\n<script>evil()</script>| # title"
-
-
-def silent(line: str) -> None:
-    pass
 
 
 @pytest.fixture(scope="module")

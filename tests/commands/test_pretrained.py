@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_run import silent
 
 from ppl_vae import data, load, runs, save
 from ppl_vae.commands.cli import parse
@@ -28,10 +29,6 @@ ROOT = Path(__file__).parents[2]
 OPTIONS = Options(network="mlp", hidden=(8,), latent_dim=2)
 ASKED = {"split": "test", "num_particles": 10, "images": 30, "device": "cpu", "seed": 0}
 SHIPPED = sorted(path.parent for path in (ROOT / "ppl_vae" / "pretrained").glob("*/config.json"))
-
-
-def silent(line):
-    pass
 
 
 def contents(folder):

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from small_run import silent
 
 from ppl_vae import runs
 from ppl_vae.commands import loggers as tensorboard
@@ -17,10 +18,6 @@ from ppl_vae.runs.options import Options
 
 pytest.importorskip("tensorboard", reason="the extra tensorboard is not installed")
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-
-def silent(line: str) -> None:
-    pass
 
 
 @pytest.fixture(scope="module")

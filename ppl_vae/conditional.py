@@ -52,17 +52,8 @@ class Conditional(nn.Module):
         return tuple(self.family.event_shape)
 
     def forward(self, c: Tensor) -> Distribution:
-        h = self.net(c)
-        if not isinstance(h, Tensor):
-            raise ShapeError(
-                f"net: expected one tensor of features, (..., {self.family.num_features}), got {type(h).__name__}; "
-                "torch.cat(parts, dim=-1) makes one of several"
-            )
-        h = restore_precision(h, c)
-        if h.shape[-1] != self.family.num_features:
-            F, name = self.family.num_features, type(self.family).__name__
-            dims = len(self.event_shape)
-            is_image = 1 < dims < h.dim() and h.shape[-dims:].numel() == F
-            cure = f"; .flatten(-{dims}) makes one dimension of an image-shaped output" if is_image else ""
-            raise ShapeError(f"net: expected {F} features for {name}, got {h.shape[-1]}, shape {tuple(h.shape)}{cure}")
-        return self.family(h)
+        h, F = self.net(c), self.family.num_features
+        if not isinstance(h, Tensor) or h.shape[-1] != F:
+            got = tuple(h.shape) if isinstance(h, Tensor) else type(h).__name__
+            raise ShapeError(f"net: expected one tensor of {F} features for {type(self.family).__name__}, got {got}")
+        return self.family(restore_precision(h, c))

@@ -86,7 +86,7 @@ def check_support(model: StochasticFunction, x: Tensor) -> None:
         x: Images (N, *E). NaN is off every support, unless the program replaces it as ``missing.Observed`` does.
 
     Raises:
-        ValueError: x is no tensor, an image is off the support, or an image has another shape than the model's images.
+        ValueError: x is no tensor or empty, or an image is off the support or has another shape than the model's.
     """
     if not isinstance(x, Tensor):
         raise ValueError(
@@ -94,7 +94,7 @@ def check_support(model: StochasticFunction, x: Tensor) -> None:
             "makes one of a NumPy array"
         )
     if len(x) == 0:
-        return
+        raise ValueError("x: expected at least one image, got none")
     parts = x.split(_CHECKED_AT_ONCE)
     sites = _sites_of(model, x, x[:1])
     if all(bool(site.support.check(part).all()) for site in sites for part in parts):

@@ -270,8 +270,6 @@ def implied_beta(vae: LatentModel, x: Tensor, *, draws: int = 8) -> Estimate | N
     Source: ours.
     """
     draws = check_count("draws", draws)
-    if len(x) == 0:
-        raise ValueError("x: expected at least one image, got none")
     check_support(vae.model, x)
     prior = vae.prior()
     if isinstance(prior, LayeredDistribution):

@@ -163,8 +163,8 @@ def pilot(
             weights may change later, the structure may not.
 
     Raises:
-        ValueError: There is no image, or one is off the support of p(x | z); an argument is out of its range; latents
-            are discrete; or the densities draw noise, as those of dequantized levels may.
+        ValueError: There is no image, or one is off the support of p(x | z); an argument is out of its range; or the
+            densities draw noise, as those of dequantized levels may.
         DeterministicGuide: A ValueError: the guide has no density.
         CannotCapture: A ValueError: ``compile`` is asked for and impossible.
         NotFinite: A density is NaN.

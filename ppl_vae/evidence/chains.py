@@ -200,11 +200,6 @@ def _check_arguments(vae: LatentModel, x: Tensor, *, start: Start, num_chains: i
         raise ValueError(f"start: expected one of {', '.join(STARTS)}, got {start!r}")
     check_count("num_chains", num_chains)
     check_count("num_leapfrogs", num_leapfrogs)
-    if len(x) == 0:
-        raise ValueError("x: expected at least one image, got none")
-    support = vae.prior().support
-    if support is not None and support.is_discrete:
-        raise ValueError("prior: expected continuous latents, got discrete ones, which no leapfrog moves")
     check_support(vae.model, x)
     if is_deterministic(vae.posterior(x[:1])):
         raise DeterministicGuide(

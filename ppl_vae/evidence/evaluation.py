@@ -99,8 +99,6 @@ def evaluate(
         Stopped, ConnectionError: As in ``blocks.compute_blocks``.
     """
     num_particles = check_count("num_particles", num_particles)
-    if len(x) == 0:
-        raise ValueError("x: expected at least one image, got none")
     check_support(vae.model, x)
     with seeded(seed, x.device), pyro.validation_enabled(check), evaluation_mode(vae), torch.no_grad():
         size = images_per_group(x, num_particles)
@@ -171,8 +169,6 @@ def reconstruction(
     Returns:
         (N,) nats, float64.
     """
-    if len(x) == 0:
-        raise ValueError("x: expected at least one image, got none")
     check_support(vae.model, x)
     size = images_per_group(x, 1)
     likelihood = vae.likelihood if isinstance(vae, LatentModel) else None

@@ -125,8 +125,6 @@ def importance(
     """
     num_particles = check_count("num_particles", num_particles)
     chunk = chunk if chunk is None else check_count("chunk", chunk)
-    if len(x) == 0:
-        raise ValueError("x: expected at least one image, got none")
     check_support(model, x)
     pairs = pairs_per_pass(getattr(model, "__self__", None), x)
     chunk = min(num_particles, chunk or pairs)

@@ -206,8 +206,6 @@ def impute(
     multiple imputation by sampling importance resampling).
     """
     num_particles, num_draws = check_count("num_particles", num_particles), check_count("num_draws", num_draws)
-    if len(x) == 0:
-        raise ValueError("x: expected at least one image, got none")
     check_support(observed.model, x)
     result = Imputation(
         x.new_empty(num_draws, *x.shape),

@@ -63,7 +63,6 @@ def refine_proposal(
     et al. 2017, arXiv 1703.09194.
     """
     steps, num_particles = check_count("steps", steps), check_count("num_particles", num_particles)
-    check_count("len(x)", len(x))
     check_support(vae.model, x)
     with evaluation_mode(vae), pyro.validation_enabled(False):
         start = _start(vae, x, family)

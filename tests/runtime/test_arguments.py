@@ -117,9 +117,12 @@ class Decoder(nn.Module):
 
 WRONG_DECODERS: dict[str, tuple[Callable[[nn.Module, Tensor], Any], str]] = {
     "particles lost": (lambda layer, z: layer(z.view(-1, L)), r"likelihood: expected batch shape \(3, 21\).*view"),
-    "image-shaped": (lambda layer, z: layer(z).unflatten(-1, E), r"net: expected 16 features.*\.flatten\(-3\)"),
-    "several": (lambda layer, z: (layer(z), layer(z)), "net: expected one tensor of features.*got tuple"),
-    "too few": (lambda layer, z: layer(z)[..., :5], "net: expected 16 features for Bernoulli, got 5"),
+    "image-shaped": (
+        lambda layer, z: layer(z).unflatten(-1, E),
+        "net: expected one tensor of 16 features for Bernoulli, got",
+    ),
+    "several": (lambda layer, z: (layer(z), layer(z)), "net: expected one tensor of 16 features.*got tuple"),
+    "too few": (lambda layer, z: layer(z)[..., :5], "net: expected one tensor of 16 features for Bernoulli, got"),
 }
 
 

@@ -96,13 +96,9 @@ def check_support(model: StochasticFunction, x: Tensor) -> None:
     if len(x) == 0:
         raise ValueError("x: expected at least one image, got none")
     parts = x.split(_CHECKED_AT_ONCE)
-    sites = _sites_of(model, x, x[:1])
-    if all(bool(site.support.check(part).all()) for site in sites for part in parts):
-        return
-    holes = next((part for part in parts if part.isnan().any()), None)
-    if holes is not None:  # only an image with a NaN shows whether the program replaces it
-        first = int(holes.isnan().reshape(len(holes), -1).any(1).int().argmax())
-        sites = _sites_of(model, x, holes[first : first + 1])
+    # Only an image with a NaN shows whether the program replaces it.
+    probe = next((part[part.isnan().flatten(1).any(1)] for part in parts if part.isnan().any()), x)[:1]
+    sites = _sites_of(model, x, probe)
     for site in sites:
         for part in parts:
             check_site(site, part)

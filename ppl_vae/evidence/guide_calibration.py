@@ -145,7 +145,13 @@ def _describe_latent(shapes: NormalShape | None, latent: int) -> str:
     if shapes is None:
         return "not uniform"
     too_narrow, too_wide = bool(shapes.narrow[latent]), bool(shapes.wide[latent])
-    width = "too narrow, or misplaced by image" if too_narrow else "too wide" if too_wide else "not as the posterior"
+    width = (
+        "too narrow, or misplaced by image"
+        if too_narrow
+        else "too wide"
+        if too_wide
+        else "shifted, or of another shape"
+    )
     return f"{width}: {shapes.scale[latent]:.2f} of its scale, shifted by {shapes.shift[latent]:+.2f} scales"
 
 

@@ -129,13 +129,13 @@ def judge(found: Ranks) -> GuideCalibration:
     words = [_describe_latent(shapes, latent) if off else "calibrated" for latent, off in enumerate(is_off[:-1])]
     words.append(_describe_joint(joint) if is_off[-1] else "calibrated")
     overall = float(holm.min())
-    told = f"p = {overall:.2g}" if overall >= 1e-300 else "p < 1e-300"
+    p_words = f"p = {overall:.2g}" if overall >= 1e-300 else "p < 1e-300"
     if overall >= SIGNIFICANT:
-        verdict = f"no sign that the guide is not the posterior ({told}, {N:,} simulations)"
+        verdict = f"no sign that the guide is not the posterior ({p_words}, {N:,} simulations)"
     else:
         scale = shapes and f", with {shapes.mean_scale:.3f} ± {shapes.mean_scale_stderr:.3f} of its scale"
         verdict = (
-            f"the guide is not the posterior ({told}): {sum(is_off[:-1])} of {len(is_off) - 1} latents are off by "
+            f"the guide is not the posterior ({p_words}): {sum(is_off[:-1])} of {len(is_off) - 1} latents are off by "
             f"themselves{scale or ''}; log p(x, z): {words[-1]}"
         )
     return GuideCalibration(overall, p, holm, shapes, joint, tuple(words), verdict, N, found.num_draws)
@@ -161,7 +161,7 @@ def _describe_joint(rank: Estimate) -> str:
     A guide that is too narrow has draws of higher density than z*. A guide that is too wide, misplaced, or blind to how
     latents depend on each other has draws of lower density.
     """
-    told = f"(mean rank {rank.mean:.3f} ± {rank.stderr:.3f})"
+    rank_words = f"(mean rank {rank.mean:.3f} ± {rank.stderr:.3f})"
     if abs(rank.mean - 0.5) <= STDERRS * rank.stderr:
-        return f"among its draws, too often or too seldom {told}"
-    return f"the z of an image is {'less' if rank.mean < 0.5 else 'more'} probable than draws of the guide {told}"
+        return f"among its draws, too often or too seldom {rank_words}"
+    return f"the z of an image is {'less' if rank.mean < 0.5 else 'more'} probable than draws of the guide {rank_words}"

@@ -27,7 +27,7 @@ _LEAST_SHARE = 1e-3  # of a spline's interval that a bin takes, and the least sl
 
 
 class ElementwiseAffine(nn.Module):
-    """y = loc + exp(log_scale) u, each latent by itself: an activation norm that starts as the identity.
+    """y = loc + exp(log_scale) u, elementwise: an activation norm that starts as the identity.
 
     Args:
         dim: L.
@@ -213,7 +213,7 @@ def _place_in_bin(r: Tensor, s: Tensor, d_0: Tensor, d_1: Tensor) -> tuple[Tenso
 
     The root of a quadratic equation, without a difference of nearly equal numbers, which could be 0 in float32.
 
-    Source: Durkan et al. 2019, arXiv 1906.04032, equations 6 to 8, of which this form is ours.
+    Source: Durkan et al. 2019, arXiv 1906.04032, equations 6 to 8; this form is ours.
     """
     e = d_0 * (1 - r) - d_1 * r
     is_rising = e >= 0

@@ -1,4 +1,4 @@
-"""Independent pixels fitted by maximum likelihood: the baseline of a model that knows no dependence between pixels."""
+"""Independent pixels fitted by maximum likelihood: the baseline without dependence between pixels."""
 
 from __future__ import annotations
 

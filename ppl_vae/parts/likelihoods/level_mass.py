@@ -19,7 +19,7 @@ _FRACTION_DEPTH = 16  # of the incomplete beta function's continued fraction: ri
 _NUM_NODES = 10  # of the Gauss-Legendre rule within one level of a Beta
 _STEEP = 16.0  # nats by which a Beta's density falls within a level, beyond which its far edge is negligible (e^-16)
 _MILLS_FROM, _MILLS_DEPTH = 5.0, 12
-_FARTHEST_LOGIT = 1e4  # in the place of logit(0) and logit(1), whose gradients would be no numbers
+_FARTHEST_LOGIT = 1e4  # replaces logit(0) and logit(1), whose gradients would be NaN
 
 
 def has_exact_mass(p: dist.TorchDistribution) -> bool:

@@ -170,7 +170,7 @@ class ConditionedFlow(dist.TorchDistribution):
     Args:
         base: of the noise u, batch shape (...), event shape (L,).
         layers: of f.
-        context: c, whose shape (..., C) goes with the batch shape by broadcasting, like those of the next two.
+        context: c, (..., C). Its leading dimensions, and those of the next two, broadcast with the batch shape.
         loc: (..., L).
         log_scale: (..., L).
     """
@@ -277,5 +277,5 @@ def flow_posterior(
     hidden: Sequence[int],
     log_scale: Callable[[Tensor], Tensor] = bounded_log_scale,
 ) -> FlowPosterior:
-    """``flow``, of the two above, with layers that depend on ``hidden[0]`` features of the image."""
+    """The given ``flow`` with layers that depend on ``hidden[0]`` features of the image."""
     return flow(latent_dim, context_dim=hidden[0], num_layers=num_layers, hidden=hidden, log_scale=log_scale)

@@ -22,10 +22,9 @@ def indentation(line):
 
 def escape(line):
     """Plain text as reStructuredText: what looks like markup, outside of ``code``, is taken as it is written."""
+    markup = re.compile(r"[*|`]|(?<=\w)_(?!\w)|(?<=: [A-Z])\.$")  # the last would begin a numbered list
     parts = re.split(r"(``.*?``)", line)
-    return "".join(
-        part if part.startswith("``") else re.sub(r"([*|`]|(?<=\w)_(?!\w))", r"\\\1", part) for part in parts
-    )
+    return "".join(part if part.startswith("``") else markup.sub(r"\\\g<0>", part) for part in parts)
 
 
 def mark_up(app, what, name, obj, options, lines):

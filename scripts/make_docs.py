@@ -57,7 +57,7 @@ def build(output: Path) -> None:
     shutil.rmtree(source, ignore_errors=True)
     shutil.copytree(ROOT / "docs", source, ignore=shutil.ignore_patterns("_build", "__pycache__"))
     for path in source.rglob("*.md"):
-        path.write_text(point_into_manual(path.read_text(encoding="utf-8")), encoding="utf-8")
+        path.write_text(prepare(path.read_text(encoding="utf-8")), encoding="utf-8")
     (source / "minimal_vae.md").write_text(minimal_page((source / "minimal_vae.py").read_text(encoding="utf-8")))
     (source / "contributing.md").write_text((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), encoding="utf-8")
     write_api(source / "api")
@@ -69,8 +69,9 @@ def build(output: Path) -> None:
     print(f"{len(list(output.rglob('*.html'))):,} pages in {output}; begin with {output / 'index.html'}")
 
 
-def point_into_manual(text: str) -> str:
-    """Links to files that are no pages of the manual, as links to the pages that are made of them."""
+def prepare(text: str) -> str:
+    """Links to files that are no pages of the manual, as links to the pages made of them, and unbroken errors."""
+    text = text.replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}")
     text = re.sub(r"\]\((\.\./)*minimal_vae\.py\)", r"](/minimal_vae.md)", text)
     return re.sub(r"\]\((\.\./)+CONTRIBUTING\.md\)", r"](/contributing.md)", text)
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-Images = NDArray[Any]
+Images = NDArray[np.floating]
 
 # Pixels of a tile's shorter side, at least: below it the lines between tiles would be as wide as the images.
 _SMALLEST_TILE = 56

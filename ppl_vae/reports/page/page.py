@@ -127,7 +127,7 @@ def _slider(block: Slider, number: int) -> str:
     )
 
 
-def _decoder(decoder: DecoderWeights) -> dict[str, Any]:
+def _decoder(decoder: DecoderWeights) -> dict[str, object]:
     """The decoder for explorer.js: the weights of all layers in one string, each matrix by rows, then its bias."""
     flat = [part.ravel() for layer in decoder.layers for part in (layer.weight, layer.bias)]
     return {

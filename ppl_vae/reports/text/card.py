@@ -8,9 +8,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 from ppl_vae import data, runs
 from ppl_vae.data.registry import SPLITS
@@ -26,7 +25,7 @@ CARD = "README.md"
 _MOST_CHARACTERS = 200  # of a name from a file
 
 
-def make_card(run: Run, evaluations: dict[str, Any], *, step: int, figures: Sequence[str] = ()) -> str:
+def make_card(run: Run, evaluations: Mapping[str, object], *, step: int, figures: Sequence[str] = ()) -> str:
     """The model card in Markdown, with YAML front matter for hubs.
 
     Args:
@@ -49,13 +48,10 @@ def make_card(run: Run, evaluations: dict[str, Any], *, step: int, figures: Sequ
         "## How to load it\n\n" + _explain_loading(run),
     ]
     if figures:
-        pictures = [f"![{_PICTURES[name]}]({runs.FIGURES}/{name})" for name in figures]
+        pictures = [f"![{Path(name).stem.replace('_', ' ')}]({runs.FIGURES}/{name})" for name in figures]
         sections.append("## Figures\n\n" + "\n\n".join(pictures))
     sections.append("## License\n\nNot said yet: fill in the license of these weights, which the data's may bind.")
     return "\n\n".join(sections) + "\n"
-
-
-_PICTURES = {"prior_samples.png": "Samples of the model", "reconstructions.png": "Images and their reconstructions"}
 
 
 def code(value: object) -> str:
@@ -102,39 +98,25 @@ def _describe_model(run: Run) -> str:
     return f"{opening}\n\n{_make_bullets(facts)}"
 
 
-def _describe_numbers(run: Run, evaluations: dict[str, Any]) -> str:
-    splits = [split for split in SPLITS if split in evaluations]
-    certificates = sorted(key for key in evaluations if key.startswith(CERTIFICATE))
+def _describe_numbers(run: Run, evaluations: Mapping[str, object]) -> str:
     parts = []
-    if splits and not is_autoencoder(run.options):
+    if not is_autoencoder(run.options):
         parts.append(
-            "In nats an image, the mean ± its standard error over images. A log-likelihood here is an "
+            "In nats per image, the mean ± its standard error over images. A log-likelihood here is an "
             "importance-weighted bound: a lower bound in expectation, and not the value of log p(x)."
         )
-    parts += [_describe_entry(_describe_evaluation, evaluations[split], split) for split in splits]
-    for key in certificates:
-        words = _describe_entry(_describe_certificate, evaluations[key], key)
-        parts.append(f"Certificate, {code(key.removeprefix(CERTIFICATE))} split:\n\n{words}")
-    if "test" not in evaluations:
-        parts.append(f"There is no evaluation of {'the test split' if splits else 'these weights'}.")
-    if not certificates and not is_autoencoder(run.options):
-        parts.append("There is no certificate: log p(x) has no second bound besides importance sampling.")
-    return "\n\n".join(parts)
-
-
-def _describe_certificate(entry: dict[str, Any]) -> list[str]:
-    return describe_certificate(from_json(Certificate, entry))
-
-
-def _describe_evaluation(entry: dict[str, Any]) -> list[str]:
-    return describe_evaluation(from_json(Evaluation, entry))
-
-
-def _describe_entry(describe: Callable[[dict[str, Any]], list[str]], entry: dict[str, Any], key: str) -> str:
     try:
-        return block(describe(entry))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{runs.EVALUATION}: damaged: {key!r} is not what an evaluation writes ({error!r})") from None
+        parts += [
+            block(describe_evaluation(from_json(Evaluation, evaluations[key]))) for key in SPLITS if key in evaluations
+        ]
+        for key in sorted(key for key in evaluations if key.startswith(CERTIFICATE)):
+            words = block(describe_certificate(from_json(Certificate, evaluations[key])))
+            parts.append(f"Certificate, {code(key.removeprefix(CERTIFICATE))} split:\n\n{words}")
+    except ValueError as error:
+        raise ValueError(f"{runs.EVALUATION}: damaged: {error}") from None
+    if "test" not in evaluations:
+        parts.append("There is no evaluation of the test split with these weights.")
+    return "\n\n".join(parts)
 
 
 _PIXELS = {
@@ -170,58 +152,37 @@ def _describe_training(run: Run, step: int) -> str:
     options, facts = run.options, [f"Weights of step {step:,}."]
     if run.from_python:
         facts.append("Trained from Python, or shipped: how is not in the run's files, beyond the options below.")
+    environment = run.folder / runs.ENVIRONMENT
+    found = runs.read_json(environment) if environment.exists() else {}
+    versions = ", ".join(f"{name} {version}" for name, version in found.get("packages", {}).items() if version)
     facts += [
-        f"{trained_epochs(run).words}.",
+        f"{describe_epochs(run)}.",
         f"Batches of {options.batch_size:,}, Adam from {options.learning_rate:g}, objective {options.objective}, "
         f"beta {options.beta:g}, KL warm-up {options.warmup_epochs:,} epochs.",
         f"Seed {options.seed}: one training, whose numbers say nothing of how others would differ.",
         f"Kept: the {options.keep} weights; moving average {options.average_decay:g}; precision {options.precision}.",
-        _describe_environment(run.folder / runs.ENVIRONMENT),
+        f"Versions: {code(versions or 'unknown')}, Python {code(found.get('python'))}. Device: "
+        f"{code(found.get('device'))}.",
     ]
     return _make_bullets(facts)
 
 
-def _describe_environment(path: Path) -> str:
-    if not path.exists():
-        return "Versions and device are not in the run's files."
-    found = runs.read_json(path)
-    packages = found.get("packages")
-    if not isinstance(packages, dict):
-        raise ValueError(f"{path}: damaged: expected an object under packages, got {type(packages).__name__}")
-    versions = ", ".join(f"{name} {version}" for name, version in packages.items() if version is not None)
-    return f"Versions: {code(versions)}, Python {code(found.get('python'))}. Device: {code(found.get('device'))}."
-
-
-class TrainedEpochs(NamedTuple):
-    """How far a training came in words, and whether it is unfinished."""
-
-    words: str
-    unfinished: bool
-
-
-def trained_epochs(run: Run) -> TrainedEpochs:
-    """The trained epochs by the last record of metrics.jsonl, compared with the epochs in the options.
-
-    Raises:
-        ValueError: The records are damaged.
-    """
+def describe_epochs(run: Run) -> str:
+    """How far a training came: the epochs of the last record of metrics.jsonl, of those in the options."""
     records, asked = runs.read_metrics(run.folder), run.options.epochs
-    done = records[-1].get("epoch") if records else None
-    if type(done) is not int:
-        return TrainedEpochs(f"{asked:,} epochs by the options; how many were trained is not in the run's files", False)
-    if run.from_python or done >= asked:
-        return TrainedEpochs("1 epoch" if done == 1 else f"{done:,} epochs", False)
-    return TrainedEpochs(f"{done:,} of {asked:,} epochs: the training was not finished", True)
+    if not records:
+        return f"{asked:,} epochs by the options; how many were trained is not in the run's files"
+    return f"{records[-1]['epoch']:,} of {asked:,} epochs"
 
 
 def describe_export(
-    run: Run, folder: Path, entries: dict[str, Any], num_older: int, figures: list[str], older: list[str]
+    run: Run, folder: Path, entries: Mapping[str, object], num_older: int, figures: list[str], older: list[str]
 ) -> list[str]:
     """The lines about an export: where it is, and what it lacks."""
-    trained = trained_epochs(run)
     lines = [
         f"Exported to {folder}: load({str(folder)!r}) makes the model of it. {CARD} is its model card: read it,",
         "  and fill in the license. No option of the training and no path of this machine is in the folder.",
+        f"Trained: {describe_epochs(run)}.",
     ]
     if not entries:
         lines.append("There is no evaluation of these weights; evaluate_log_likelihood.py makes one.")
@@ -231,13 +192,9 @@ def describe_export(
         lines.append(
             "figures/reconstructions.png shows images of the data: delete it where those are not to be shared."
         )
-    if trained.unfinished:
-        lines.append(f"{trained.words}; train_svi.py --resume {run.folder} goes on.")
     if older:
         names = ", ".join(f"{runs.FIGURES}/{name}" for name in older)
-        lines.append(
-            f"Left out: {names}, by the files' times older than the weights; make_figures.py draws them again."
-        )
+        lines.append(f"Left out: {names}, older than the weights; make_figures.py draws them again.")
     return lines
 
 
@@ -254,12 +211,10 @@ def _describe_limits(run: Run) -> str:
         )
     elif "density" in run.scale:
         limits.append("A density can be above 1 and its log above 0; where values lie on a grid it has no bound.")
-    limits += [
+    limits.append(
         "A high log p(x) does not say that an image is like the training data: smooth and simple images of another "
-        "kind can score higher (Nalisnick et al. 2019, arXiv 1810.09136). It finds no outliers by itself.",
-        "If Pareto k-hat is above 0.5, the importance weights may have no variance: the Monte Carlo error and the "
-        "jackknife are then lower bounds, and the count of unreliable images is rough.",
-    ]
+        "kind can score higher (Nalisnick et al. 2019, arXiv 1810.09136). It finds no outliers by itself."
+    )
     return _make_bullets(limits)
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from tqdm import tqdm
@@ -103,14 +102,14 @@ def _name_criterion(options: Options) -> tuple[str, str]:
     return ("ELBO", "elbo") if S == 1 else (f"bound L_{S}", "bound")
 
 
-def describe_validation(options: Options, record: dict[str, Any]) -> str:
+def describe_validation(options: Options, record: Mapping[str, float]) -> str:
     """The validation number of an epoch."""
     criterion, key = _name_criterion(options)
     value = record.get(f"validation_{key}_nats_per_image")
     return "no validation images" if value is None else f"validation {criterion} {value:.2f} nats"
 
 
-def describe_epoch(options: Options, record: dict[str, Any], validated: str, *, seconds_left: float) -> str:
+def describe_epoch(options: Options, record: Mapping[str, float], validated: str, *, seconds_left: float) -> str:
     """An epoch's numbers and times, for a log."""
     elapsed, left = map(tqdm.format_interval, (record["seconds"], seconds_left))
     return (

@@ -40,12 +40,7 @@ class AdaptiveEstimate:
 @serialize_threads()
 @torch.no_grad()
 def estimate_adaptively(
-    vae: LatentModel,
-    x: Tensor,
-    *,
-    num_particles: int = 1000,
-    most: int = 64_000,
-    tolerance: float = 0.02,
+    vae: LatentModel, x: Tensor, *, num_particles: int = 1000, most: int = 64_000, tolerance: float = 0.02
 ) -> AdaptiveEstimate:
     """log (1/S_n) sum_{s <= S_n} w_s, with S_n doubled until bias and tenfold gain are within the tolerance.
 

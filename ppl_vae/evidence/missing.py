@@ -178,12 +178,7 @@ class Imputation:
 @serialize_threads()
 @torch.no_grad()
 def impute(
-    observed: Observed,
-    x: Tensor,
-    *,
-    num_particles: int,
-    num_draws: int,
-    progress: Callable[[int], None] | None = None,
+    observed: Observed, x: Tensor, *, num_particles: int, num_draws: int, progress: Callable[[int], None] | None = None
 ) -> Imputation:
     """p(x_missing | x_observed) ~ sum_s v_s p(x_missing | z_s), v_s = w_s / sum_t w_t, z_s ~ q(z | x_observed).
 

@@ -107,12 +107,7 @@ class MLP(_Dense):
     """
 
     def __init__(
-        self,
-        event_shape: Widths,
-        num_features: int,
-        *,
-        hidden: Widths,
-        activation: type[nn.Module] = nn.ReLU,
+        self, event_shape: Widths, num_features: int, *, hidden: Widths, activation: type[nn.Module] = nn.ReLU
     ) -> None:
         super().__init__(event_shape, num_features, hidden, lambda F, G: [nn.Linear(F, G), activation()])
 
@@ -155,13 +150,7 @@ def _up(width_in: int, width_out: int, *, size: tuple[int, int], bias: bool = Tr
     """A transposed convolution from images of half the size, rounded up, to images of ``size``."""
     odd = (size[0] % 2, size[1] % 2)  # without output padding, ceil(n / 2) becomes 2 ceil(n / 2) - 1
     return nn.ConvTranspose2d(
-        width_in,
-        width_out,
-        _KERNEL,
-        stride=2,
-        padding=_PADDING,
-        output_padding=(1 - odd[0], 1 - odd[1]),
-        bias=bias,
+        width_in, width_out, _KERNEL, stride=2, padding=_PADDING, output_padding=(1 - odd[0], 1 - odd[1]), bias=bias
     )
 
 

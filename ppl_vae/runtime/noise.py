@@ -35,7 +35,7 @@ _DROPOUT = {
     *("feature_dropout", "feature_dropout_", "feature_alpha_dropout", "feature_alpha_dropout_", "native_dropout"),
 }
 _WITH_DROPOUT = {
-    *("gru", "lstm", "rnn_relu", "rnn_tanh", "scaled_dot_product_attention", "multi_head_attention_forward"),
+    *("gru", "lstm", "rnn_relu", "rnn_tanh", "scaled_dot_product_attention", "multi_head_attention_forward")
 }
 _RANDOM = {*_SHAPES, *_LIKE, *_IN_PLACE, *_OF_PARAMETERS, *_REFUSED, *_DROPOUT, *_WITH_DROPOUT}
 

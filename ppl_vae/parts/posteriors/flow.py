@@ -95,13 +95,7 @@ class Autoregressive(nn.Module):
     order: Tensor
 
     def __init__(
-        self,
-        order: Sequence[int],
-        *,
-        univariate: Univariate,
-        num_features: int,
-        context_dim: int,
-        hidden: Widths,
+        self, order: Sequence[int], *, univariate: Univariate, num_features: int, context_dim: int, hidden: Widths
     ) -> None:
         super().__init__()
         self.univariate = univariate

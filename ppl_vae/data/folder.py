@@ -8,7 +8,6 @@ import stat
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from io import BytesIO
@@ -127,7 +126,8 @@ def _draft(path: Path, names: Sequence[str], options: ImageOptions, in_file: boo
     except ValueError as error:  # a file of many pages counts as one image, which only the notes say
         raise ValueError("; ".join([str(error), *reader.notes.list_notes("gray")])) from None
     for split in SPLIT_ORDER:
-        reader.notes.check_not_blank(path, split, rows_of_splits[split].numpy())
+        rows = rows_of_splits[split].tolist()
+        reader.notes.check_not_blank(path, split, rows, (stored[offsets[row] : offsets[row + 1]] for row in rows))
     order = torch.cat([rows_of_splits[split] for split in SPLIT_ORDER])
 
     def iterate_blocks() -> Iterator[np.ndarray]:
@@ -203,7 +203,8 @@ class ImageReader:
         bar = progress_bar(iterable=self.files, unit="image", desc=f"reading {self.root.name}", delay=1, leave=False)
         list_formats()  # once, before several threads ask for them
         read = partial(_read_image, self.root, self.options)
-        with _silence_decoders(), bar:
+        with warnings.catch_warnings(), bar:
+            warnings.filterwarnings("ignore", module="PIL")  # of files that it repairs; sizes are checked here
             for name, found in zip(bar, map_in_threads(read, self.files), strict=True):
                 if not isinstance(found, tuple):
                     self.unreadable.append(name)
@@ -229,14 +230,6 @@ class ImageReader:
                 "--image-size H W brings them to one"
             )
         self.notes.check_scale(self.root)
-
-
-@contextmanager
-def _silence_decoders() -> Iterator[None]:
-    """Silence Pillow's warnings about files that it repairs; the size of an image is checked here."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="PIL")
-        yield
 
 
 def _read_image(

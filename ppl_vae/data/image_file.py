@@ -7,6 +7,8 @@ allocated for the pixels.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 from PIL.ImageFile import ImageFile
+from PIL.TiffImagePlugin import TiffImageFile
 
 from ppl_vae.data.splits import abbreviate, pluralize
 
@@ -28,9 +31,7 @@ _NOT_PIXELS = (
     *("IPTC", "ICO", "ICNS", "BLP"),  # contain another image, which is read whatever its format or its size
 )
 _FORMATS_WITH_16_BITS = ("PNG", "TIFF", "PPM", "JPEG2000", "IM")  # their gray levels run from 0 to a known white
-# The place of the number of bits after a marker. JPEG 2000 stores the number less one, and a highest bit for "signed".
-_BITS_AFTER_MARKER = {"JPEG2000": (b"\xff\x4f\xff\x51", 42), "AVIF": (b"pixi", 9)}
-_TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_CHANNELS = 258, 262, 277  # tags of TIFF 6.0
+_TIFF_BITS, _TIFF_PHOTOMETRIC = 258, 262  # tags of TIFF 6.0
 
 
 class UnreadableImageError(ValueError):
@@ -45,7 +46,6 @@ class DecodedImage(NamedTuple):
         bits: per channel of the file.
         highest: the largest stored level of any channel where there are more than 8 bits, on a scale up to 65,535.
         num_pages: pages or frames of the file; the image is the first.
-        num_left_out: channels that are neither gray, nor red, green or blue, nor opacity.
         is_transparent: whether any pixel is not opaque; the image is laid over white.
     """
 
@@ -53,7 +53,6 @@ class DecodedImage(NamedTuple):
     bits: int
     highest: int
     num_pages: int
-    num_left_out: int = 0
     is_transparent: bool = False
 
 
@@ -99,15 +98,14 @@ def decode(raw: bytes) -> DecodedImage:
         num_pages = _count_pages(opened)
         if image.mode.startswith(("I", "F")):
             return _reduce_long_levels(image, opened, bits)._replace(num_pages=num_pages)
-        num_left_out = max(0, _read_tiff_tag(opened, _TIFF_CHANNELS, 1) - len(opened.getbands()))
     gray, is_transparent = image.mode in _GRAY_MODES, False
-    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+    if image.has_transparency_data:
         image = image.convert("RGBA")
         is_transparent = bool(np.asarray(image.getchannel("A")).min() < 255)
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image = image.convert("L" if gray else "RGB")
     highest = 257 * int(np.asarray(image).max()) if bits > 8 else 0
-    return DecodedImage(image, bits, highest, num_pages, num_left_out, is_transparent)
+    return DecodedImage(image, bits, highest, num_pages, is_transparent)
 
 
 def _reduce_long_levels(image: Image.Image, opened: ImageFile, bits: int) -> DecodedImage:
@@ -120,7 +118,8 @@ def _reduce_long_levels(image: Image.Image, opened: ImageFile, bits: int) -> Dec
     white = 2**bits - 1 if opened.format == "TIFF" else 65_535  # Pillow brings the other formats to 16 bits
     levels = np.asarray(image)
     table = ((np.arange(white + 1) * 510 + white) // (2 * white)).astype(np.uint8)
-    if _read_tiff_tag(opened, _TIFF_PHOTOMETRIC, 1) == 0:  # white is zero, which Pillow inverts for 8 bits alone
+    # Where white is zero, Pillow inverts 8 bits alone.
+    if isinstance(opened, TiffImageFile) and opened.tag_v2.get(_TIFF_PHOTOMETRIC) == 0:
         table = table[::-1]
     pixels = table[levels]
     transparent = levels == image.info.get("transparency")
@@ -130,25 +129,15 @@ def _reduce_long_levels(image: Image.Image, opened: ImageFile, bits: int) -> Dec
 
 
 def _read_bits_per_channel(opened: ImageFile, raw: bytes) -> int:
-    """Read the bits per channel from the file's header; Pillow reports them for some formats only."""
+    """Read the bits per channel from the file's header; of further formats Pillow decodes 8, or 16 of gray."""
     if opened.format == "PNG":
         return raw[24]  # the depth in IHDR
-    if opened.format == "TIFF":
-        return max(opened.tag_v2.get(_TIFF_BITS, (1,)))  # type: ignore[attr-defined]
+    if isinstance(opened, TiffImageFile):
+        return int(max(opened.tag_v2.get(_TIFF_BITS, (1,))))
     if opened.format == "PPM":
         arguments = opened.tile[0].args
         return 16 if arguments == "I;16B" else arguments[-1].bit_length() if isinstance(arguments, tuple) else 8
-    if opened.format == "SGI":
-        return 8 * raw[3]
-    if opened.format == "IM":
-        return 16 if opened.mode.startswith("I") else 8
-    marker, offset = _BITS_AFTER_MARKER.get(opened.format or "", (b"", 0))
-    place = raw.find(marker)
-    return (raw[place + offset] & 0x7F) + (opened.format == "JPEG2000") if marker and place >= 0 else 8
-
-
-def _read_tiff_tag(opened: ImageFile, tag: int, default: int) -> int:
-    return int(opened.tag_v2.get(tag, default)) if opened.format == "TIFF" else default  # type: ignore[attr-defined]
+    return 16 if opened.mode.startswith("I") else 8
 
 
 def _count_pages(opened: ImageFile) -> int:
@@ -171,41 +160,35 @@ _LEAST_HIGHEST = 2**14  # if all 16-bit levels are below it, they have 14 bits o
 class ImageFacts(NamedTuple):
     """Facts of an image that are counted.
 
-    The first five are of its ``DecodedImage``, the others of the pixels that are kept.
-
     Args:
-        is_in_color: whether the pixels have three channels.
-        is_gray: whether the channels agree.
-        low, high: the lowest and the highest level.
-        other_size: (H, W) before the image was resized; None: it was not.
-        was_in_color: whether colors became gray.
+        kinds: what holds of it, in words of ``ImageNotes``.
+        bits, highest, num_pages: as in ``DecodedImage``.
+        size: (H, W) before the image was resized.
     """
 
+    kinds: tuple[str, ...]
     bits: int
     highest: int
     num_pages: int
-    num_left_out: int
-    is_transparent: bool
-    is_in_color: bool
-    is_gray: bool
-    low: int
-    high: int
-    other_size: tuple[int, int] | None
-    was_in_color: bool
+    size: tuple[int, int]
 
 
 def find_facts(decoded: DecodedImage, pixels: np.ndarray) -> ImageFacts:
     """Collect the facts of an image whose ``pixels`` (H, W) or (H, W, 3) are kept."""
     width, height = decoded.image.size
-    return ImageFacts(
-        *decoded[1:],
-        is_in_color=pixels.ndim == 3,
-        is_gray=pixels.ndim == 2 or _is_gray(pixels),
-        low=int(pixels.min()),
-        high=int(pixels.max()),
-        other_size=None if (height, width) == pixels.shape[:2] else (height, width),
-        was_in_color=pixels.ndim == 2 and decoded.image.mode == "RGB" and not _is_gray(np.asarray(decoded.image)),
-    )
+    is_color = pixels.ndim == 3
+    found = {
+        "image": True,
+        "page": decoded.num_pages > 1,
+        "size": (height, width) != pixels.shape[:2],
+        "deep": decoded.bits > 8,
+        "transparent": decoded.is_transparent,
+        "color": is_color,
+        "gray": not is_color or _is_gray(pixels),
+        "grayed": not is_color and decoded.image.mode == "RGB" and not _is_gray(np.asarray(decoded.image)),
+    }
+    kinds = tuple(kind for kind, holds in found.items() if holds)
+    return ImageFacts(kinds, decoded.bits, decoded.highest, decoded.num_pages, (height, width))
 
 
 def _is_gray(pixels: np.ndarray) -> bool:
@@ -223,33 +206,25 @@ class ImageNotes:
     """Counts of what the files of a folder contain beyond the pixels that are kept."""
 
     def __init__(self) -> None:
-        self.num_images = 0
+        self._counts: Counter[str] = Counter()
+        self._first: dict[str, str] = {}  # the first file of a kind, and what it has
+        self._transparent: set[int] = set()  # places of images, in the order in which they were added
+        self._num_pages = self._bits = self._highest = 0  # the highest level is that of files with 16 bits
         self._refused: dict[str, list[str]] = {}  # files that are left out, by the reason
-        self._pages: dict[str, int] = {}  # number of pages of the files with more than one
-        self._deep: list[int] = []  # bits per channel of the files with more than 8
-        self._highest_of_16_bits: list[int] = []  # highest level of each file with 16 bits
-        self._other_sizes: dict[str, tuple[int, int]] = {}  # (H, W) of the files that were resized
-        self._num_with_channels_left_out = self._num_gray = self._num_in_color = self._num_grayed = 0
-        self._transparent, self._low, self._high = bytearray(), bytearray(), bytearray()  # one per image
 
     def add(self, name: str, facts: ImageFacts) -> None:
         """Count an image."""
-        self.num_images += 1
-        if facts.num_pages > 1:
-            self._pages[name] = facts.num_pages
-        if facts.bits > 8:
-            self._deep.append(facts.bits)
+        if "transparent" in facts.kinds:
+            self._transparent.add(self._counts["image"])
+        if "page" in facts.kinds:
+            self._first.setdefault("page", f"{name} has {facts.num_pages:,}")
+            self._num_pages += facts.num_pages
+        if "size" in facts.kinds:
+            self._first.setdefault("size", f"{name} has {facts.size[0]}x{facts.size[1]}")
         if facts.bits == 16:
-            self._highest_of_16_bits.append(facts.highest)
-        self._num_with_channels_left_out += facts.num_left_out > 0
-        self._num_in_color += facts.is_in_color
-        self._num_gray += facts.is_gray
-        self._num_grayed += facts.was_in_color
-        if facts.other_size is not None:
-            self._other_sizes[name] = facts.other_size
-        self._transparent.append(facts.is_transparent)
-        self._low.append(facts.low)
-        self._high.append(facts.high)
+            self._highest = max(self._highest, facts.highest)
+        self._bits = max(self._bits, facts.bits)
+        self._counts.update(facts.kinds)
 
     def add_refused(self, name: str, reason: str) -> None:
         """Count a file that is left out for a reason that the user should know."""
@@ -257,33 +232,33 @@ class ImageNotes:
 
     def check_scale(self, root: Path) -> None:
         """Raises ValueError where the levels of all 16-bit files have no known scale."""
-        highest, count = max(self._highest_of_16_bits, default=0), len(self._highest_of_16_bits)
-        if 0 < highest < _LEAST_HIGHEST:
+        if 0 < self._highest < _LEAST_HIGHEST:
             raise ValueError(
-                f"{root}: expected 16-bit levels on a scale where white is 65,535, got no level above {highest:,} in "
-                f"{pluralize(count, 'image')}, as of {highest.bit_length()} bits; multiply the levels "
-                "so that white is 65,535, or save the images with 8 bits"
+                f"{root}: expected 16-bit levels on a scale where white is 65,535, got no level above "
+                f"{self._highest:,}, as of {self._highest.bit_length()} bits; multiply the levels so that white is "
+                "65,535, or save the images with 8 bits"
             )
 
-    def check_not_blank(self, root: Path, split: str, rows: np.ndarray) -> None:
-        """Refuse partly transparent images of a single level: laid over white, they show nothing.
+    def check_not_blank(self, root: Path, split: str, rows: Sequence[int], images: Iterable[np.ndarray]) -> None:
+        """Raises ValueError where images of a split, some partly transparent, have one level: they show nothing.
 
         Args:
             split: what the error calls the images.
-            rows: (n,) places of the images, in the order in which they were added.
-
-        Raises:
-            ValueError: they have one level.
+            rows: places of the images, in the order in which they were added.
+            images: their pixels.
         """
-        transparent = np.frombuffer(self._transparent, np.uint8)[rows]
-        low = np.frombuffer(self._low, np.uint8)[rows].min()
-        high = np.frombuffer(self._high, np.uint8)[rows].max()
-        if transparent.any() and low == high:
-            raise ValueError(
-                f"{root}: expected images that show something, got only level {low} in {split}, since the "
-                f"transparent pixels ({transparent.sum():,} of {pluralize(len(rows), 'image')}) are laid over white; "
-                "save the images over another color"
-            )
+        count, level = len(self._transparent.intersection(rows)), None
+        if not count:
+            return
+        for pixels in images:
+            level = pixels.flat[0] if level is None else level
+            if (pixels != level).any():
+                return
+        raise ValueError(
+            f"{root}: expected images that show something, got only level {level} in {split}, since the transparent "
+            f"pixels ({count:,} of {pluralize(len(rows), 'image')}) are laid over white; save the images over another "
+            "color"
+        )
 
     def list_reasons(self) -> tuple[str, ...]:
         """List why files were left out, one sentence for each reason."""
@@ -295,35 +270,17 @@ class ImageNotes:
         Args:
             color: as the user asked for it, or None.
         """
-        found = [*self.list_reasons()]
-        if self._pages:
-            first, pages = next(iter(self._pages.items()))
-            num_pages = sum(self._pages.values())
-            found.append(
-                f"several pages or frames in {self._count_of_all(len(self._pages))} ({num_pages:,} in all; "
-                f"{first} has {pages:,}): only the first is kept"
-            )
-        if self._deep:
-            bits = max(self._deep)
-            found.append(
-                f"up to {bits} bits per channel ({2**bits:,} levels) in {self._count_of_all(len(self._deep))}: "
-                "8 bits (256 levels) are kept"
-            )
-        if count := self._num_with_channels_left_out:
-            found.append(f"further channels in {self._count_of_all(count)}: they are left out")
-        if count := sum(self._transparent):
-            extremes = zip(self._transparent, self._low, self._high, strict=True)
-            num_blank = sum(is_transparent and low == high for is_transparent, low, high in extremes)
-            found.append(
-                f"transparency in {self._count_of_all(count)}: it is laid over white"
-                + f"; {num_blank:,} of them show nothing then" * (num_blank > 0)
-            )
-        if color is None and self._num_in_color and 2 * self._num_gray >= self.num_images:
-            found.append(
-                f"only gray pixels in {self._count_of_all(self._num_gray)}, which are read as red, green and blue: "
-                "--color gray reads one channel"
-            )
-        return tuple(found)
+        sentences = {
+            "page": f"several pages or frames in {{}} ({self._num_pages:,} in all; {self._first.get('page')}): "
+            "only the first is kept",
+            "deep": f"up to {self._bits} bits per channel ({2**self._bits:,} levels) in {{}}: 8 bits (256 levels) are "
+            "kept",
+            "transparent": "transparency in {}: it is laid over white",
+        }
+        if color is None and self._counts["color"] and 2 * self._counts["gray"] >= self._counts["image"]:
+            read = "which are read as red, green and blue: --color gray reads one channel"
+            sentences["gray"] = f"only gray pixels in {{}}, {read}"
+        return (*self.list_reasons(), *self._fill(sentences))
 
     def describe_changes(self, size: tuple[int, int], fit: str) -> tuple[str, ...]:
         """Describe the images that were resized or made gray for a model, one sentence each.
@@ -332,17 +289,13 @@ class ImageNotes:
             size: (H, W) that they were brought to.
             fit: "crop" or "stretch".
         """
-        found, wanted = [], "x".join(map(str, size))
-        if self._other_sizes:
-            first, (height, width) = next(iter(self._other_sizes.items()))
-            how = f"scaled to cover {wanted} and cut to the middle" if fit == "crop" else f"stretched to {wanted}"
-            found.append(
-                f"{self._count_of_all(len(self._other_sizes))} have a height or width other than {wanted} "
-                f"({first} has {height}x{width}), and were {how}"
-            )
-        if self._num_grayed:
-            found.append(f"{self._count_of_all(self._num_grayed)} are in color, and were made gray")
-        return tuple(found)
+        wanted = "x".join(map(str, size))
+        how = f"scaled to cover {wanted} and cut to the middle" if fit == "crop" else f"stretched to {wanted}"
+        other = f"{{}} have a height or width other than {wanted} ({self._first.get('size')}), and were {how}"
+        return self._fill({"size": other, "grayed": "{} are in color, and were made gray"})
 
-    def _count_of_all(self, count: int) -> str:
-        return f"{count:,} of {pluralize(self.num_images, 'image')}"
+    def _fill(self, sentences: Mapping[str, str]) -> tuple[str, ...]:
+        """Put the number of images into the sentences of the kinds that there are."""
+        of_all = f" of {pluralize(self._counts['image'], 'image')}"
+        found = [(self._counts[kind], words) for kind, words in sentences.items()]
+        return tuple(words.replace("{}", f"{count:,}{of_all}", 1) for count, words in found if count)

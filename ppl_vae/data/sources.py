@@ -274,7 +274,7 @@ def _load_images_from_files(
     if unreadable := reader.unreadable:  # refused: the user asked for an answer for each image
         got = f"{len(unreadable):,} that cannot be read: {abbreviate(unreadable)}"
         raise ValueError("; ".join([f"{path}: expected images, got {got}", *reader.notes.list_reasons()]))
-    reader.notes.check_not_blank(path, "them", np.arange(len(reader.names)))
+    reader.notes.check_not_blank(path, "them", range(len(levels)), levels)
     x = torch.from_numpy(levels).float() / 255
     if splits.kind == BINARY and not ((x == 0) | (x == 1)).all():
         raise ValueError(f"{path}: expected black and white alone (the model was trained on {splits.kind} data)")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from io import BytesIO
 from os.path import isfile  # False, where pathlib would raise, in a folder that is closed
 from pathlib import Path
 
@@ -12,12 +11,11 @@ import numpy as np
 import torch
 
 from ppl_vae.data.array_files import read_arrays
-from ppl_vae.data.image_sets import import_loadmat
+from ppl_vae.data.image_sets import PublishedFile, get_published_file, import_loadmat
 from ppl_vae.data.splits import BINARY, Splits
 
 _NUM_PIXELS = 28 * 28
 _MOST_AMAT_BYTES = 50_000 * (2 * _NUM_PIXELS + 2)  # for each pixel a digit and a space, then the end of the line
-_MOST_MAT_BYTES = 2**26
 
 # SHA-256 of each split's pixels, one byte each, row by row.
 _STATIC_MNIST_SHA256 = {
@@ -148,7 +146,11 @@ def _unpack(path: Path, bits: np.ndarray) -> np.ndarray:
 
 def _read_amat(path: Path) -> np.ndarray:
     """Read pixels (N, 784) from a text file with one image per line, as zeros and ones between spaces."""
-    digits = np.frombuffer(_read_bytes(path, _MOST_AMAT_BYTES).translate(None, b" \t\r\n"), np.uint8)
+    try:
+        content = np.fromfile(path, np.uint8, _MOST_AMAT_BYTES).tobytes()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    digits = np.frombuffer(content.translate(None, b" \t\r\n"), np.uint8)
     if digits.size % _NUM_PIXELS or not ((digits == ord("0")) | (digits == ord("1"))).all():
         raise ValueError(f"{path}: expected lines of {_NUM_PIXELS} zeros and ones, got {digits.size:,} characters")
     return (digits - ord("0")).reshape(-1, _NUM_PIXELS)
@@ -159,25 +161,12 @@ def _read_mat(path: Path) -> dict[str, np.ndarray]:
 
     scipy opens no other file than the published one, so that no damaged header can announce more than there is.
     """
-    content = _read_bytes(path, _MOST_MAT_BYTES)
-    if hashlib.md5(content, usedforsecurity=False).hexdigest() != _CALTECH_MAT_MD5:
-        raise ValueError(f"{path}: the checksum is not that of the published file; fetch it again from {_CALTECH_URL}")
-    stored = import_loadmat("caltech-silhouettes")(BytesIO(content))
+    file = PublishedFile(path.name, _CALTECH_URL, _CALTECH_MAT_MD5)
+    get_published_file("caltech-silhouettes", path.parent, file, download=False)
+    stored = import_loadmat("caltech-silhouettes")(path)
     arrays = {f"{split} labels": stored[f"{word}_labels"] for split, word in _IN_MAT.items()}
     arrays["class names"] = np.array([name.item() for name in stored["classnames"].reshape(-1)])
     for split, word in _IN_MAT.items():
         columns = stored[f"{word}_data"].astype(np.uint8).reshape(-1, 28, 28)
         arrays[split] = columns.transpose(0, 2, 1).reshape(-1, _NUM_PIXELS)
     return arrays
-
-
-def _read_bytes(path: Path, most: int) -> bytes:
-    """Read a file of at most ``most`` bytes."""
-    try:
-        with path.open("rb") as file:
-            content = file.read(most + 1)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-    if len(content) > most:
-        raise ValueError(f"{path}: expected at most {most:,} bytes, got more")
-    return content

@@ -9,7 +9,6 @@ from __future__ import annotations
 import gzip
 import hashlib
 import lzma
-import os
 import struct
 import tarfile
 from collections.abc import Callable
@@ -18,15 +17,14 @@ from importlib.resources import files
 from os.path import isfile  # False, where pathlib would raise, in a folder that is closed
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.request import Request, urlopen
 
 import numpy as np
 import torch
+from torch.hub import download_url_to_file
 
 from ppl_vae.data.splits import LEVELS, Splits
-from ppl_vae.runtime.progress import progress_bar
+from ppl_vae.runtime.progress import has_terminal
 
-_BLOCK, _TIMEOUT = 2**20, 60  # bytes, seconds
 _DIGITS = tuple("0123456789")
 
 
@@ -136,10 +134,11 @@ def get_published_file(name: str, data_dir: Path, file: PublishedFile, *, downlo
                 + advice
             )
         try:
-            _download(file, path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            download_url_to_file(file.url, str(path), progress=has_terminal())
         except (OSError, HTTPException, ValueError) as error:  # no answer, a cut one, a full disk, another file
-            raise ValueError(f"dataset: {name}: {file.url} cannot be downloaded ({_join(error)}); {advice}") from None
-        return path
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ValueError(f"dataset: {name}: {file.url} cannot be downloaded ({reason}); {advice}") from None
     try:
         with path.open("rb") as content:
             md5 = hashlib.file_digest(content, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
@@ -153,41 +152,8 @@ def get_published_file(name: str, data_dir: Path, file: PublishedFile, *, downlo
     return path
 
 
-def _download(file: PublishedFile, path: Path) -> None:
-    """Download a file under another name, and rename it once its checksum is right."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    digest = hashlib.md5(usedforsecurity=False)
-    request = Request(file.url, headers={"User-Agent": "ppl_vae"})
-    try:
-        with urlopen(request, timeout=_TIMEOUT) as response, partial.open("wb") as output:
-            total = int(response.headers.get("Content-Length") or 0) or None
-            with progress_bar(total=total, unit="byte", unit_scale=True, desc=path.name, leave=False) as bar:
-                while block := response.read(_BLOCK):
-                    output.write(block)
-                    digest.update(block)
-                    bar.update(len(block))
-        if digest.hexdigest() != file.md5:
-            raise ValueError("the file at this address is not the published one")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _join(error: Exception) -> str:
-    """Write an error in one line, with its type."""
-    return " ".join(f"{type(error).__name__}: {error}".split())
-
-
 def import_loadmat(name: str) -> Callable[..., dict[str, Any]]:
-    """Import ``scipy.io.loadmat``, which reads MATLAB's files.
-
-    Args:
-        name: of the data set, for the error.
-
-    Raises:
-        ValueError: scipy cannot be imported.
-    """
+    """Import ``scipy.io.loadmat``, which reads MATLAB's files. Raises ValueError where scipy is not installed."""
     try:
         from scipy.io import loadmat
     except ImportError:

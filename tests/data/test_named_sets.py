@@ -250,16 +250,6 @@ def test_a_file_with_another_checksum_is_not_opened(tmp_path: Path, name: str, d
         data.load(name, data_dir=str(tmp_path))
 
 
-@pytest.mark.usefixtures("made_up_files")
-def test_a_download_of_another_file_is_refused_and_leaves_nothing(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(image_sets, "_CIFAR10", image_sets._CIFAR10._replace(md5="0" * 32))
-    with pytest.raises(ValueError, match="the file at this address is not the published one"):
-        data.load("cifar10", data_dir=str(tmp_path))
-    assert list(tmp_path.iterdir()) == []
-
-
 # --- Made-up files of the binary sets ---
 
 BITS = {split: np.random.default_rng(i).integers(0, 2, (12 + i, 28, 28), np.uint8) for i, split in enumerate(WORDS)}

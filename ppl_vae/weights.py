@@ -24,7 +24,11 @@ class DeterministicGuide(ValueError):
 
 
 def site_log_prob(name: str, site: dict[str, Any], shape: tuple[int, int]) -> Tensor:
-    """The log-density of a site, (S, B), nats. Masks apply, scales do not."""
+    """The log-density of a site, (S, B), nats. Masks apply, scales do not.
+
+    Raises:
+        ValueError: The site is not in the images' plate, or has not one number per particle and image.
+    """
     if not any(frame.dim == -1 and frame.size == shape[1] for frame in site["cond_indep_stack"]):
         # Checked by the plate and not by the shape alone, which one image would satisfy.
         raise ValueError(f"site {name!r}: expected it in the images' plate, of size {shape[1]} at dim=-1")
@@ -136,7 +140,10 @@ def log_weight_terms(
 def trace_programs(
     model: StochasticFunction, guide: StochasticFunction, x: Tensor, num_particles: int
 ) -> tuple[poutine.Trace, poutine.Trace]:
-    """Run the guide, and the model on the same draws, with S particles of every image; return both traces, model first.
+    """Run the guide, and the model on the same draws, with S particles of every image x, (B, *E).
+
+    Returns:
+        The model's trace and the guide's, whose sites have the batch shape (S, B).
 
     Raises:
         ValueError: As ``check_sites``.

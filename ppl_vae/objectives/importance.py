@@ -79,11 +79,11 @@ class DifferentiableLoss(ELBO):
         raise NotImplementedError
 
     def loss(self, model: StochasticFunction, guide: StochasticFunction, x: Tensor) -> float:
-        """The value of ``differentiable_loss``."""
+        """The value of ``differentiable_loss`` for images x, (B, *E)."""
         return float(torch_item(self.differentiable_loss(model, guide, x)))
 
     def loss_and_grads(self, model: StochasticFunction, guide: StochasticFunction, x: Tensor) -> float:
-        """As ``loss``; adds the gradient to the parameters'."""
+        """The value for images x, (B, *E); adds the gradient to the parameters'."""
         loss = self.differentiable_loss(model, guide, x)
         loss.backward()
         return float(torch_item(loss))
@@ -146,7 +146,7 @@ class DReG(IWAE):
     """
 
     def differentiable_loss(self, model: StochasticFunction, guide: StochasticFunction, x: Tensor) -> Tensor:
-        """As ``IWAE``; only the gradient differs."""
+        """Minus the bound of the images x, (B, *E): a 0-d tensor, nats, as ``IWAE``'s; only the gradient differs."""
         module, shape = _find_module(guide), (self.num_particles, len(x))
         _, drawn = self._get_trace(model, guide, (x,), {})
         _check_guide(drawn)

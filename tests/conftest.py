@@ -12,6 +12,17 @@ from browser import chromium  # noqa: F401, a fixture, of which one process can 
 
 from ppl_vae.runtime import capture
 
+# The files that take longest, in that order. They come first: a worker that began one last would end alone.
+LONGEST = (
+    *("test_scripts", "test_captured_step", "test_kills", "test_golden", "test_captured_evaluation", "test_study"),
+    *("test_training", "test_estimator", "test_captured_training", "test_readme", "test_report", "test_study_measures"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    rank = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+
 
 def pytest_configure() -> None:
     """Ctrl-C is heard, also where the tests were started in the background, which ignores it, as children then do."""

@@ -137,8 +137,8 @@ def _judge_ignored_z(numbers: Measurements) -> Verdict | None:
     if rate is not None:
         evidence.append(f"rate {plus_minus(rate, 2)} nats (threshold {SAME_RATE})")
     reason, change = _explain_ignored_z(numbers)
-    figure = "diagnosis-pictures.png" if same else "diagnosis-latents.png"
-    return Verdict("decoder ignores z", "broken", ", ".join(evidence) + reason, figure, change)
+    words = ", ".join(evidence) + reason
+    return Verdict("decoder ignores z", "broken", words, "diagnosis-latents.png", change)
 
 
 def _explain_ignored_z(numbers: Measurements) -> tuple[str, Change]:
@@ -191,7 +191,7 @@ def _judge_regularization(numbers: Measurements) -> Verdict | None:
         f"the weights are stationary at beta = {plus_minus(implied)} (threshold {limit:g}): "
         f"the latents carry {rate} nats ({numbers.active.count} of {numbers.latent_dim} latents are active), for a "
         f"distortion of {distortion}{reason}",
-        "diagnosis-elbo.png",
+        "diagnosis-latents.png",
         change,
     )
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from ppl_vae.diagnostics import ACTIVE_VARIANCE
 from ppl_vae.diagnostics.measurement import Measurements
-from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.evidence.moments import mean_or_draw
 from ppl_vae.reports.display import choose_display
 from ppl_vae.reports.figures import make_figure
@@ -25,14 +23,11 @@ _SHOWN = 12
 def list_figures(run: Run, numbers: Measurements) -> list[str]:
     """The names of the figures that these measurements have."""
     has_images = len(run.splits.event_shape) > 1
-    pictures = numbers.pictures
     is_drawn = {
         "diagnosis-latents.png": True,
         "diagnosis-aggregate.png": True,
-        "diagnosis-elbo.png": numbers.elbo_split is not None,
         "diagnosis-noise.png": numbers.noise is not None and not numbers.autoencoder,
         "diagnosis-holes.png": has_images and numbers.aggregate.holes is not None,
-        "diagnosis-pictures.png": pictures.variation is not None or pictures.blur is not None,
         "diagnosis-pixels.png": numbers.calibration is not None,
     }
     return [name for name, drawn in is_drawn.items() if drawn]
@@ -43,10 +38,8 @@ def diagnosis_figures(run: Run, numbers: Measurements, x: Tensor) -> dict[str, F
     draw = {
         "diagnosis-latents.png": lambda: _draw_latents(numbers),
         "diagnosis-aggregate.png": lambda: _draw_aggregate(numbers),
-        "diagnosis-elbo.png": lambda: _draw_split(numbers),
         "diagnosis-noise.png": lambda: _draw_noise(numbers),
         "diagnosis-holes.png": lambda: _draw_holes(run, numbers, x),
-        "diagnosis-pictures.png": lambda: _draw_pictures(numbers),
         "diagnosis-pixels.png": lambda: _draw_pixels(run, numbers),
     }
     return {name: draw[name]() for name in list_figures(run, numbers)}
@@ -101,37 +94,6 @@ def _draw_aggregate(numbers: Measurements) -> Figure:
     return figure
 
 
-def _draw_split(numbers: Measurements) -> Figure:
-    """-ELBO and the KL as stacked bars of the parts that sum to them, nats."""
-    split, kl = numbers.elbo_split, numbers.kl
-    assert split is not None
-    assert kl is not None
-    parts = {"mutual information": split.mutual_information, "KL(q(z) || p(z))": split.marginal_kl}
-    if split.total_correlation is not None and split.sum_of_dimension_kl is not None:
-        del parts["KL(q(z) || p(z))"]
-        parts |= {"total correlation": split.total_correlation}
-        parts |= {"sum of KL(q(z_l) || p(z_l))": split.sum_of_dimension_kl}
-    reached = "is at its cap" if split.saturated else "is below its cap"
-    cap = f"log {split.num_images:,} = {split.cap:.1f} nats"
-    figure = make_figure(f"What the ELBO is made of; the mutual information {reached}, {cap}", height=2.4)
-    axes = figure.subplots()
-    _stack_bars(axes, "rate", parts)
-    if numbers.reconstruction.mean < 0:  # a density above 1 has no distortion to draw
-        distortion = Estimate(-numbers.reconstruction.mean, numbers.reconstruction.stderr)
-        _stack_bars(axes, "-ELBO", {"distortion": distortion, "rate": kl})
-    axes.set_xlabel("nats an image")
-    axes.legend(fontsize=8, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False)
-    return figure
-
-
-def _stack_bars(axes: Axes, name: str, parts: dict[str, Estimate]) -> None:
-    start = 0.0
-    for words, part in parts.items():
-        length = max(0.0, part.mean)  # noise can bring a part below 0
-        axes.barh(name, length, left=start, alpha=0.8, label=f"{words} {part.mean:.2f} ± {part.stderr:.2f}")
-        start += length
-
-
 def _draw_noise(numbers: Measurements) -> Figure:
     """Eigenvalues of the data's covariance in units of the noise, and the thresholds for live directions."""
     noise = numbers.noise
@@ -181,27 +143,6 @@ def _draw_holes(run: Run, numbers: Measurements, x: Tensor) -> Figure:
         "(0: alike, 1: apart)"
     )
     return image_rows({name: display(images[:shown]) for name, images in rows.items()}, title=title)
-
-
-def _draw_pictures(numbers: Measurements) -> Figure:
-    """Sharpness of reconstructions relative to the data, and how much they vary from image to image."""
-    variation, blur = numbers.pictures.variation, numbers.pictures.blur
-    bars = {} if variation is None else {"vary from image to image": variation}
-    if blur is not None:
-        bars |= {
-            "sharpness at the posterior's mean": blur.at_mean,
-            "sharpness at a draw of the posterior": blur.at_draw,
-            "sharpness averaged over its draws": blur.averaged,
-        }
-    title = "Reconstructions against the data: 0 all the same or without edges, 1 as the data"
-    figure = make_figure(title, width=7.5, height=1.0 + 0.36 * len(bars))
-    axes = figure.subplots()
-    means, stderr = [bar.mean for bar in bars.values()], [bar.stderr for bar in bars.values()]
-    axes.barh(list(bars), means, xerr=stderr, alpha=0.8, ecolor="0.3")
-    axes.axvline(1, color="black", linewidth=1)
-    axes.invert_yaxis()
-    axes.set_xlabel("1: as the data")
-    return figure
 
 
 def _draw_pixels(run: Run, numbers: Measurements) -> Figure:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,14 +19,10 @@ HalfArray = npt.NDArray[np.float16]
 _ACTIVATIONS: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.SiLU: "silu", nn.Tanh: "tanh", nn.GLU: "glu"}
 
 
-@dataclass(frozen=True)
-class Layer:
-    """a(W x + b).
+class Layer(NamedTuple):
+    """a(W x + b), with W (out, in) and b (out,) in half precision.
 
-    Args:
-        weight: (out, in), half precision.
-        bias: (out,), half precision.
-        activation: "relu", "silu", "tanh", "glu" (u sigmoid(v) of the two halves) or "none".
+    The activation is "relu", "silu", "tanh", "glu" (u sigmoid(v) of the two halves) or "none".
     """
 
     weight: HalfArray
@@ -35,15 +30,14 @@ class Layer:
     activation: str
 
 
-@dataclass(frozen=True)
-class Link:
+class Link(NamedTuple):
     """mean = gain f(bound tanh(h / bound)): from a pixel's feature to its mean.
 
     Args:
         name: f: "identity", "sigmoid", "exp" or "continuous-bernoulli", 1 / (1 - e^-h) - 1 / h.
-        bound: infinite where the feature is taken as it is.
-        gain: in the unit of the data.
-        white: the mean that is shown as white; 0 is black.
+        bound: Infinite where the feature is taken as it is.
+        gain: In the unit of the data.
+        white: The mean that is shown as white; 0 is black.
     """
 
     name: str
@@ -52,15 +46,8 @@ class Link:
     white: float = 1.0
 
 
-@dataclass(frozen=True)
-class DecoderWeights:
-    """E[x | z] = link(W_n a(... a(W_1 z + b_1)) + b_n), one feature a pixel.
-
-    Args:
-        layers: from the latents to the pixels' first features, plane by plane.
-        event_shape: (C, H, W), C = 1 or 3.
-        link: from features to means.
-    """
+class DecoderWeights(NamedTuple):
+    """E[x | z] = link(W_n a(... a(W_1 z + b_1)) + b_n), one feature a pixel of an image (C, H, W), C = 1 or 3."""
 
     layers: tuple[Layer, ...]
     event_shape: tuple[int, int, int]

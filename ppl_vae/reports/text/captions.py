@@ -30,13 +30,10 @@ DIAGNOSIS_FIGURES = {
     "diagnosis-latents.png": "What each latent tells, and how much its mean varies over images; those near zero are "
     "unused.",
     "diagnosis-aggregate.png": "All codes together against the prior, latent by latent: the bars should be short.",
-    "diagnosis-elbo.png": "The ELBO in parts: reconstruction, information about the image, and the distance of "
-    "all codes from the prior.",
     "diagnosis-noise.png": "The data's directions in units of the likelihood's noise; a linear "
     "decoder near the state that ignores z learns those above the line.",
     "diagnosis-holes.png": "Decoded prior draws that the images' smoothed posteriors cover least, beside ordinary ones "
     "and reconstructions.",
-    "diagnosis-pictures.png": "How sharp reconstructions are, and how much they differ, against the data.",
     "diagnosis-pixels.png": "Whether pixels are distributed as the likelihood says: the bars should be level.",
 }
 

@@ -23,7 +23,7 @@ from ppl_vae.diagnostics.verdicts import Verdict, verdicts
 from ppl_vae.reports.diagnosis_figures import diagnosis_figures, list_figures
 from ppl_vae.reports.text.diagnosis import describe_diagnosis
 from ppl_vae.runs.build import build_likelihood
-from ppl_vae.runs.evaluations import DIAGNOSIS, read_diagnosis, read_per_image
+from ppl_vae.runs.evaluations import DIAGNOSIS, read_per_image
 from ppl_vae.runs.fit_arguments import find_device
 from ppl_vae.runs.load import load
 from ppl_vae.runs.open import Run, Say, open_run
@@ -48,10 +48,6 @@ def diagnose_run(options: Diagnose, *, say: Say) -> Diagnosis:
     Writes diagnosis.json and figures/diagnosis-*.png. For dequantized levels the numbers are those of the density of
     (level + u) / 256, with one draw of u. The advice depends on the images that are measured, so by default they are
     not the test images, on which results are reported.
-
-    Args:
-        options: The command's options.
-        say: Receives each line for the reader.
 
     Raises:
         ValueError: no run, a damaged or a read-only one, one that another process writes to, other data than it was
@@ -83,12 +79,9 @@ def diagnose_run(options: Diagnose, *, say: Say) -> Diagnosis:
             numbers=numbers,
             verdicts=tuple(_drop_missing_figure(run, verdict, split, figures) for verdict in verdicts(numbers)),
         )
-        replaced = _find_replaced(run, found.step)
         _write(run, found, x)
         for line in describe_diagnosis(found, str(run.folder), has_validation=len(run.splits.validation) > 0):
             say(line)
-        if replaced is not None:
-            say(f"Replaces the diagnosis of {replaced.numbers.num_images:,} images.")
         say(f"In {run.folder}: {DIAGNOSIS}; {runs.FIGURES}/{', '.join(figures)}")
         return found
 
@@ -101,6 +94,8 @@ def choose_split(run: Run) -> str:
 def describe_training(run: Run) -> TrainedWith:
     """What the verdicts need to know of a run's training."""
     options = run.options
+    records = runs.read_metrics(run.folder)[-2:]
+    last = [r["validation_elbo_nats_per_image"] for r in records if "validation_elbo_nats_per_image" in r]
     return TrainedWith(
         beta=options.beta,
         likelihood=options.likelihood,
@@ -111,25 +106,8 @@ def describe_training(run: Run) -> TrainedWith:
         prior=options.prior or "standard-normal",
         posterior=options.posterior,
         data=run.splits.kind,
-        last_rise=_compute_last_rise(run),
+        last_rise=last[1] - last[0] if len(last) == 2 else None,
     )
-
-
-def _compute_last_rise(run: Run) -> float | None:
-    """What the last epoch added to the validation ELBO, nats; None unless it was measured twice."""
-    records = runs.read_metrics(run.folder) if (run.folder / runs.METRICS).exists() else []
-    key = "validation_elbo_nats_per_image"
-    last = [record[key] for record in records[-2:] if key in record]
-    return last[1] - last[0] if len(last) == 2 else None
-
-
-def _find_replaced(run: Run, step: int) -> Diagnosis | None:
-    """The stored diagnosis of the same weights, if there is one and it is whole."""
-    try:
-        stored = read_diagnosis(run.folder)
-    except ValueError:  # damaged: it is made again
-        return None
-    return stored if stored is not None and stored.step == step else None
 
 
 def _measure_noise(run: Run) -> NoiseSpectrum | None:

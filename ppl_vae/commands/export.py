@@ -8,7 +8,6 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from ppl_vae import runs
 from ppl_vae.commands.options import Export
@@ -26,13 +25,6 @@ def export_run(options: Export, *, say: Say) -> Path:
     ``load``, evaluate_log_likelihood.py, sample.py and encode.py take the folder, wherever it is. It holds the model's
     options and the shape of its data, no option of the training and no path, and the evaluations of these weights.
     It is written as a whole or not at all.
-
-    Args:
-        options: The command's options.
-        say: Takes each line for the reader.
-
-    Returns:
-        The folder that was written.
 
     Raises:
         ValueError: no run, one without weights, a damaged one, or an output folder that holds something or cannot be
@@ -63,7 +55,7 @@ def export_run(options: Export, *, say: Say) -> Path:
     return folder
 
 
-def _config(run: Run) -> dict[str, Any]:
+def _config(run: Run) -> dict[str, object]:
     splits = run.splits
     seen = {"kind": splits.kind, "event_shape": list(splits.event_shape), "sha256": splits.sha256}
     return {"format": EXPORT_FORMAT, "model": model_to_json(run.options), "data": seen}

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from ppl_vae import data, runs
 from ppl_vae.commands.evaluate import write_evaluation
-from ppl_vae.commands.loggers import Log, check_tensorboard, log_evaluation, metric_events
+from ppl_vae.commands.loggers import Log, check_tensorboard, open_events
 from ppl_vae.commands.options import Evaluate, Train
 from ppl_vae.reports.run_figures import is_drawn, write_figures
 from ppl_vae.reports.text.training import describe_epoch, describe_model, describe_training, describe_validation
@@ -125,16 +124,11 @@ def resume_run(
     """
     with joined("cpu"), ExitStack() as held:
         with end_together():
-            held.enter_context(_locked(run_dir))
+            if (Path(run_dir) / runs.CONFIG).is_file():  # ``open_run`` refuses other folders
+                held.enter_context(runs.lock_folder(Path(run_dir)))
         run = rank_zero_first(lambda: open_run(run_dir, dataset=dataset, data_dir=data_dir, like=like))
         distributed.join(run.options.device)
         _resume(run, epochs=epochs, say=rank_zero_only(say), compile=compile, draw=draw)
-
-
-def _locked(run_dir: str) -> AbstractContextManager[None]:
-    """The lock of the run's folder, if it is one; ``open_run`` refuses other folders."""
-    folder = Path(run_dir)
-    return runs.lock_folder(folder) if (folder / runs.CONFIG).is_file() else nullcontext()
 
 
 def _resume(run: Run, *, epochs: int | None, say: Say, compile: str | None, draw: bool) -> None:
@@ -168,14 +162,14 @@ def _resume(run: Run, *, epochs: int | None, say: Say, compile: str | None, draw
     _go_on(run, saved, say=say, compile_if_possible=compile != "on", draw=draw)
 
 
-def _change_option(run: Run, name: str, value: Any) -> Run:
+def _change_option(run: Run, name: str, value: str | int) -> Run:
     """Changes an option of the run, in its config too."""
     path = run.folder / runs.CONFIG
     with end_together():
         if distributed.is_writer():
             config = runs.read_json(path)
             runs.write_json(path, config | {"options": config["options"] | {name: value}})
-    return run._replace(options=replace(run.options, **{name: value}))
+    return run._replace(options=Options.make(vars(run.options) | {name: value}))
 
 
 def _go_on(run: Run, saved: Saved | None, *, say: Say, compile_if_possible: bool = False, draw: bool = True) -> None:
@@ -211,7 +205,9 @@ def _evaluate(run: Run, *, say: Say) -> None:
         seed=QUICK_EVALUATION_SEED,
         compile="off" if options.compile == "off" else "auto",
     )
-    log_evaluation(run.folder, options, to_json(write_evaluation(run, asked, say=say)))
+    found = write_evaluation(run, asked, say=say)
+    with open_events(run.folder, options, prefix=f"{found.split}/") as log:
+        log(to_json(found))
 
 
 class _TrainingRecord:
@@ -225,8 +221,7 @@ class _TrainingRecord:
     def __init__(self, run: Run, step: int, *, progress: Progress, log: Log, say: Say) -> None:
         self.speeds: list[float] = []
         self.kept = step
-        self._run, self._first, self._progress, self._log, self._say = run, step, progress, log, say
-        self._started = time.monotonic()
+        self._run, self._progress, self._log, self._say = run, progress, log, say
 
     def callbacks(self, should_stop: Callable[[], bool]) -> Callbacks:
         """The functions that ``fit`` calls."""
@@ -251,13 +246,10 @@ class _TrainingRecord:
         validated = describe_validation(self._run.options, record)
         self._progress.describe(f"epoch {record['epoch']}/{self._run.options.epochs}, {validated}")
         if not has_terminal():
-            speed = (record["step"] - self._first) / (time.monotonic() - self._started)
-            left = (_total_steps(self._run) - record["step"]) / speed
-            self._say(describe_epoch(self._run.options, record, validated, seconds_left=left))
+            self._say(describe_epoch(self._run.options, record, validated))
 
     def _on_compiled(self, seconds: float) -> None:
         self._progress.show_bar()
-        self._started = time.monotonic()
         self._say(f"Compiled the training step in {seconds:.1f} s.")
 
     def _on_checkpoint(self, state: TrainingState) -> None:
@@ -284,10 +276,11 @@ def _train(run: Run, saved: Saved | None, *, say: Say, compile_if_possible: bool
     silent = not (distributed.is_writer() and has_terminal())  # a log has a line for each epoch instead
     with (
         stop_on_signals(f"--resume {folder} goes on") as should_stop,
-        metric_events(folder, options, step=step) as log,
+        open_events(folder, options, step=step) as log,
         Progress(total=_total_steps(run), initial=step, unit="step", desc="training", disable=silent) as progress,
-        silence_nan_warnings(),
+        warnings.catch_warnings(),
     ):
+        warnings.filterwarnings("ignore", "Encountered NaN")  # the error that follows names the step and the site
         record = _TrainingRecord(run, step, progress=progress, log=log, say=say)
 
         def train(compile: bool) -> TrainingState:
@@ -371,14 +364,6 @@ def _explain_errors(run: Run, record: _TrainingRecord, progress: Progress, *, is
         raise NotFinite(
             f"{error}; a new run with a smaller --learning-rate or --beta may pass it, or one with --skip-norm"
         ) from None
-
-
-@contextmanager
-def silence_nan_warnings() -> Iterator[None]:
-    """Silences Pyro's warning of NaN: the error that follows names the step and the site."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Encountered NaN")
-        yield
 
 
 def _total_steps(run: Run) -> int:

@@ -57,9 +57,7 @@ def test_events_are_the_records_of_the_metrics(run: Path, name: str) -> None:
 
 def test_a_resumed_run_has_each_step_once(asked: Callable[..., Options], tmp_path: Path) -> None:
     folder = train_run(asked(), str(tmp_path / "a"), say=silent, draw=False)
-    with tensorboard.metric_events(
-        folder, asked(), step=9
-    ) as log:  # of a process that was killed before its checkpoint
+    with tensorboard.open_events(folder, asked(), step=9) as log:  # of a process that was killed before its checkpoint
         log({"step": 12, "train_loss_nats_per_image": 1e6, "beta": 1.0})
     resume_run(str(folder), epochs=5, say=silent, draw=False)
     name = "train_loss_nats_per_image"

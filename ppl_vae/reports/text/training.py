@@ -109,12 +109,11 @@ def describe_validation(options: Options, record: Mapping[str, float]) -> str:
     return "no validation images" if value is None else f"validation {criterion} {value:.2f} nats"
 
 
-def describe_epoch(options: Options, record: Mapping[str, float], validated: str, *, seconds_left: float) -> str:
+def describe_epoch(options: Options, record: Mapping[str, float], validated: str) -> str:
     """An epoch's numbers and times, for a log."""
-    elapsed, left = map(tqdm.format_interval, (record["seconds"], seconds_left))
     return (
         f"Epoch {record['epoch']} of {options.epochs}: {validated}, training loss "
-        f"{record['train_loss_nats_per_image']:.2f} nats; {elapsed} elapsed, {left} left."
+        f"{record['train_loss_nats_per_image']:.2f} nats; {tqdm.format_interval(record['seconds'])} elapsed."
     )
 
 

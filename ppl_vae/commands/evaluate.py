@@ -228,7 +228,7 @@ def evaluate_with_progress(
         if not compiled:
             return run()
         if distributed.is_writer():
-            say("Compiling the passes of the evaluation ...")
+            bar.show_clock("Compiling the passes of the evaluation", say)
         try:
             return run(compile=True, on_compiled=lambda seconds: bar.show_bar())
         except CannotCapture as error:

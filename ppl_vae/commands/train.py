@@ -285,7 +285,7 @@ def _train(run: Run, saved: Saved | None, *, say: Say, compile_if_possible: bool
 
         def train(compile: bool) -> TrainingState:
             if compile and distributed.is_writer():
-                say("Compiling the training step ...")
+                progress.show_clock("Compiling the training step", say)
             return fit(
                 vae,
                 stored,
@@ -301,6 +301,7 @@ def _train(run: Run, saved: Saved | None, *, say: Say, compile_if_possible: bool
             try:
                 state = train(options.compile == "on")
             except CannotCapture as error:
+                progress.close()
                 if not compile_if_possible:
                     raise
                 rounding = "" if saved is None else "; the same to rounding, and no longer bit for bit"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import codecs
 import io
 import os
 import signal
 import sys
 import threading
+import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
@@ -113,8 +115,30 @@ def stop_on_signals(words: str = "") -> Iterator[Callable[[], bool]]:
         raise Interrupted(words, number=received[0])
 
 
+_ASCII = {"±": "+/-", "−": "-", "–": "-", "×": "x", "≈": "~", "≤": "<=", "≥": ">=", "’": "'"}
+_HANDLER = "ppl_vae.ascii"
+
+
 def prepare_streams() -> None:
-    """Write each line of output at once, and escape characters that the encoding lacks instead of failing."""
+    """Write each line of output at once, and replace characters that the encoding lacks by ASCII.
+
+    Otherwise a "±" ends a script whose output is ASCII or Latin-2, as does a file name that is no valid UTF-8, and a
+    log file shows nothing before its buffer is full.
+    """
+    codecs.register_error(_HANDLER, _replace_by_ascii)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace", line_buffering=True)
+            stream.reconfigure(errors=_HANDLER, line_buffering=True)
+
+
+def _replace_by_ascii(error: UnicodeError) -> tuple[str, int]:
+    """The error handler of a codec: returns a replacement, and the position at which to continue."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return "".join(map(_ascii_of, error.object[error.start : error.end])), error.end
+
+
+def _ascii_of(character: str) -> str:
+    """+/- for a plus-minus sign, e for an e with an accent, otherwise an escape sequence."""
+    without_accents = unicodedata.normalize("NFKD", character).encode("ascii", "ignore").decode()
+    return _ASCII.get(character) or without_accents or character.encode("ascii", "backslashreplace").decode()

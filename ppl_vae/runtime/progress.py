@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from types import TracebackType
 
 from tqdm import tqdm
 
@@ -35,11 +39,29 @@ class _Lines:
         """Nothing is buffered."""
 
 
+@contextmanager
+def running_clock(words: str) -> Iterator[None]:
+    """Show the words and a running clock on a terminal."""
+    ended = threading.Event()
+    with tqdm(desc=words, bar_format="{desc} ... {elapsed}", leave=False) as clock:
+
+        def tick() -> None:
+            while not ended.wait(1):
+                clock.refresh()
+
+        ticking = threading.Thread(target=tick, daemon=True)
+        ticking.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            ticking.join()
+
+
 class Progress:
     """A progress bar that starts with the first step, so that its estimate leaves out the time to compile.
 
     Args:
-        initial: How much was done before.
         options: As ``progress_bar`` takes them.
 
     Attributes:
@@ -50,17 +72,32 @@ class Progress:
         self.count = initial
         self._options = options
         self._bar: tqdm | None = None
+        self._shown = ExitStack()
 
     def __enter__(self) -> Progress:
         return self
 
-    def __exit__(self, *error: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the clock or the bar."""
+        self._shown.close()
+        self._bar = None
+
+    def show_clock(self, words: str, say: Callable[[str], None]) -> None:
+        """Show a running clock until ``show_bar``; without a terminal, ``say`` prints the words."""
+        if has_terminal():
+            self._shown.enter_context(running_clock(words))
+        else:
+            say(f"{words} ...")
 
     def show_bar(self) -> None:
-        """Start the bar."""
-        self._bar = progress_bar(initial=self.count, **self._options)
+        """End the clock, and start the bar."""
+        self.close()
+        self._bar = self._shown.enter_context(progress_bar(initial=self.count, **self._options))
 
     def update(self, count: int = 1) -> None:
         """Add what was done since the last call."""

@@ -16,6 +16,7 @@ TRAINING = """
 import time
 from ppl_vae.runtime.progress import Progress
 with Progress(total=3, initial=1, unit="step", desc="training") as shown:
+    shown.show_clock("Compiling the training step", print)
     time.sleep(2.5)
     shown.show_bar()
     shown.update()
@@ -41,18 +42,23 @@ def on_terminal(program: str) -> str:
     return b"".join(parts).decode()
 
 
-def test_on_a_terminal_the_bar_starts_with_the_first_step():
+def test_on_a_terminal_a_clock_runs_while_the_step_is_compiled_and_the_bar_starts_afterwards():
     shown = on_terminal(TRAINING)
-    assert re.match(r"\s*training:  33%\|\S* *\| 1/3 \[00:00<\?", shown)  # without the seconds of the compiler
-    assert "3/3" in shown
+    clock, bar = shown[: shown.index("training:")], shown[shown.index("training:") :]
+    assert re.findall(r"Compiling the training step \.\.\. 00:0(\d)", clock)[:3] == ["0", "1", "2"]
+    assert "Compiling" not in bar
+    assert re.match(r"training:  33%\|\S* *\| 1/3 \[00:00<\?", bar)  # without the seconds of the compiler
+    assert "3/3" in bar
 
 
-def test_in_a_log_a_short_bar_is_not_shown(capsys):
+def test_in_a_log_a_clock_is_one_line_of_output_and_a_short_bar_none(capsys):
+    said = []
     with Progress(total=2, unit="step", desc="training") as shown:
+        shown.show_clock("Compiling the training step", said.append)
         shown.update()
         shown.update()
         assert shown.count == 2
-    assert capsys.readouterr().err == ""
+    assert (said, capsys.readouterr().err) == (["Compiling the training step ..."], "")
 
 
 @pytest.mark.parametrize("leave", [True, False])

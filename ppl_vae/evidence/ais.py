@@ -171,7 +171,8 @@ def pilot(
     """
     _check_betas(betas)
     inner = betas[1:-1].tolist()
-    places = _spread_evenly(len(inner), _PILOT_TEMPERATURES)
+    count = min(len(inner), _PILOT_TEMPERATURES)
+    places = [round(index * (len(inner) - 1) / max(1, count - 1)) for index in range(count)]
     with evaluating(vae):
         chains = Chains(vae, x, start=start, num_chains=num_chains, num_leapfrogs=num_leapfrogs, compile=compile)
         point = chains.begin()
@@ -246,12 +247,6 @@ def _anneal(
     if log_w.isnan().any() or log_w.isposinf().any():
         raise NotFinite("log-weights: expected numbers, got NaN or +infinity")
     return AnnealedChains(log_w, acceptances, point.z)
-
-
-def _spread_evenly(count: int, most: int) -> list[int]:
-    """At most ``most`` of 0..count - 1, evenly spread, with both ends."""
-    number = min(count, most)
-    return [round(index * (count - 1) / max(1, number - 1)) for index in range(number)]
 
 
 def _interpolate(found: Tensor, count: int) -> Tensor:

@@ -38,7 +38,9 @@ _JITTER = 0.3
 
 def resolve_start(vae: LatentModel, start: Start) -> Start:
     """The start that chains of this VAE use for the requested one; see ``ais.pilot``."""
-    return "normal" if start == "guide" and _is_slow(vae.posterior) else start
+    parts = vae.posterior.modules() if isinstance(vae.posterior, nn.Module) else ()
+    is_slow = any(isinstance(part, Autoregressive) and part.passes > _MAX_PASSES for part in parts)
+    return "normal" if start == "guide" and is_slow else start
 
 
 class Chains:
@@ -63,7 +65,8 @@ class Chains:
         with _refuse_noise(x.device):
             self._features = _encode(vae, x, self.start)
             self._q_0, self._terms = _densities(vae, self.start, x, self._features)
-        self._scale = _start_scale(self._q_0, len(x))
+        with seeded(_MOMENTS_SEED, torch.device("cpu")):  # for scales that have no formula
+            self._scale = compute_moments(self._q_0).scale.expand(len(x), -1).contiguous()
         self._weights = detach_tensors(vae)
         self._run: _Graph | None = None
 
@@ -157,19 +160,6 @@ def _densities(vae: LatentModel, start: Start, x: Tensor, features: Tensor) -> t
         return prior.log_prob(z) + check_event_shape(vae.likelihood(z), x, z).log_prob(x)
 
     return q_0, (q_0.log_prob, log_joint)
-
-
-def _start_scale(q_0: Distribution, num_images: int) -> Tensor:
-    """(B, L) the scales of q_0, from draws with a fixed seed where they have no formula."""
-    with seeded(_MOMENTS_SEED, torch.device("cpu")):
-        scale = compute_moments(q_0).scale
-    return scale.expand(num_images, -1).contiguous()
-
-
-def _is_slow(posterior: object) -> bool:
-    """Whether its density at any z takes many sequential passes of a network."""
-    parts = posterior.modules() if isinstance(posterior, nn.Module) else ()
-    return any(isinstance(part, Autoregressive) and part.passes > _MAX_PASSES for part in parts)
 
 
 @contextmanager

@@ -68,7 +68,9 @@ def refine_proposal(
         start = _start(vae, x, family)
         adam = _Adam(vae, start.family, num_particles)
         schedule = _schedule(steps, learning_rate, start.h)
-        groups = _even_groups(len(x), max(1, pairs_per_pass(vae, x) // num_particles))
+        # Groups have one size, that of the graph: the last one repeats its last image.
+        size = even_block_size(len(x), max(1, pairs_per_pass(vae, x) // num_particles))
+        groups = [torch.arange(first, first + size).clamp(max=len(x) - 1) for first in range(0, len(x), size)]
         step: Callable[[list[Tensor]], object] = adam.step
         if compile:
             first = groups[0]
@@ -139,12 +141,6 @@ def _schedule(steps: int, learning_rate: float, like: Tensor) -> Tensor:
     t = torch.arange(1, steps + 1, dtype=torch.double)
     rate = learning_rate * (1 + (math.pi * (t - 1) / steps).cos()) / 2
     return torch.stack([rate / (1 - _BETA_1**t), (1 - _BETA_2**t).sqrt()], dim=1).to(like)
-
-
-def _even_groups(num_images: int, most: int) -> list[Tensor]:
-    """Indices in groups of one size, at most ``most``: a graph is for one size. The last repeats its last image."""
-    size = even_block_size(num_images, most)
-    return [torch.arange(g, g + size).clamp(max=num_images - 1) for g in range(0, num_images, size)]
 
 
 @torch.no_grad()

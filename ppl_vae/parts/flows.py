@@ -109,10 +109,15 @@ class Coupling(nn.Module):
 
     def __init__(self, dim: int, *, univariate: Univariate, num_features: int, hidden: Widths) -> None:
         super().__init__()
-        self.kept = _half(dim)
+        if dim < 2:
+            message = "latents of a coupling flow: expected at least 2, one half mapped by the other"
+            raise ValueError(f"{message}, got {dim}")
+        self.kept = (dim + 1) // 2
         self.univariate = univariate
         self.num_features = num_features
-        self.net = _zero_at_first(MLP(self.kept, num_features * (dim - self.kept), hidden=hidden))
+        self.net = MLP(self.kept, num_features * (dim - self.kept), hidden=hidden)
+        nn.init.zeros_(self.net.output.weight)
+        nn.init.zeros_(self.net.output.bias)
 
     def forward(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """u: (..., L) -> y (..., L) and log |det dy/du|, (...)."""
@@ -144,21 +149,6 @@ def spline_coupling(dim: int, *, hidden: Widths, bins: int = 8) -> Coupling:
 
 def _spline_of_the_density(u: Tensor, h: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
     return spline(u, h, not inverse)
-
-
-def _half(dim: int) -> int:
-    """Half of the latents, rounded up."""
-    if dim < 2:
-        raise ValueError(f"latents of a coupling flow: expected at least 2, one half mapped by the other, got {dim}")
-    return (dim + 1) // 2
-
-
-def _zero_at_first(net: MLP) -> MLP:
-    """The network with its last layer set to 0: what it parametrizes starts as the identity."""
-    with torch.no_grad():
-        net.output.weight.zero_()
-        net.output.bias.zero_()
-    return net
 
 
 def spline(x: Tensor, h: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:

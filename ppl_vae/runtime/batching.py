@@ -135,15 +135,12 @@ class BatchSize:
                 if not is_out_of_memory(error) or self.particles == self.images == 1:
                     raise
             release(self._device)  # after the except clause, see there
-            self._halve()
-
-    def _halve(self) -> None:
-        word = "particle" if self.particles > 1 else "image"
-        before = getattr(self, f"{word}s")
-        setattr(self, f"{word}s", before // 2)
-        if self._say is not None:
-            self._say(f"Out of memory with {_count(before, word)} at once: continuing with {before // 2:,}.")
-            self._say = None
+            word = "particle" if self.particles > 1 else "image"
+            before = getattr(self, f"{word}s")
+            setattr(self, f"{word}s", before // 2)
+            if self._say is not None:
+                self._say(f"Out of memory with {_count(before, word)} at once: continuing with {before // 2:,}.")
+                self._say = None
 
 
 def release(device: torch.device) -> None:

@@ -251,16 +251,11 @@ def spline_flow(
     Reference: Durkan et al. 2019, arXiv 1906.04032, section 3; which half is which is ours.
     """
     latent_dim = check_count("latent_dim", latent_dim)
-    halves = [_half(latent_dim, index) for index in range(num_layers)]
+    bits = [index // 2 % max(1, (latent_dim - 1).bit_length()) for index in range(num_layers)]
+    halves = [[(latent >> bit & 1) ^ (i % 2) for latent in range(latent_dim)] for i, bit in enumerate(bits)]
     F = 3 * num_bins - 1
     layer = partial(Autoregressive, univariate=spline, num_features=F, context_dim=context_dim, hidden=hidden)
     return FlowPosterior(latent_dim, map(layer, halves), context_dim=context_dim, log_scale=log_scale)
-
-
-def _half(latent_dim: int, index: int) -> list[int]:
-    """The half, 0 or 1, of each latent in the layer of this index."""
-    bit = index // 2 % max(1, (latent_dim - 1).bit_length())
-    return [(latent >> bit & 1) ^ (index % 2) for latent in range(latent_dim)]
 
 
 def flow_posterior(

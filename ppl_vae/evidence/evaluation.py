@@ -72,8 +72,8 @@ def evaluate(
     """``importance`` of a VAE in evaluation mode, with its own seed, on one process or several.
 
     Images are computed in groups of ``images_per_group``, with noise seeded by (seed, index of the group's first
-    image). An image's numbers therefore do not depend on the number of ranks, each of which calls this and receives all
-    results, or on interruptions. The VAE and the global generators are left as they were.
+    image). An image's numbers therefore do not depend on the number of ranks or on interruptions. Each rank calls this
+    and receives all results. The VAE and the global generators are left as they were.
 
     With ``compile`` the log-weights of a pass are one compiled graph, which agrees up to rounding, and ``check`` covers
     the first image alone. Where memory runs out, half as many particles are computed at once (``batching.BatchSize``);

@@ -52,7 +52,9 @@ class STL(Trace_ELBO):
     def __init__(self, num_particles: int = 1) -> None:
         super().__init__(check_count("num_particles", num_particles), max_plate_nesting=1, vectorize_particles=True)
 
-    def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Trace, Trace]:
+    def _get_trace(
+        self, model: StochasticFunction, guide: StochasticFunction, args: tuple, kwargs: dict
+    ) -> tuple[Trace, Trace]:
         module = _find_module(guide)
         drawn = poutine.trace(guide).get_trace(*args, **kwargs)
         _check_guide(drawn)
@@ -88,7 +90,9 @@ class DifferentiableLoss(ELBO):
         loss.backward()
         return float(torch_item(loss))
 
-    def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Trace, Trace]:
+    def _get_trace(
+        self, model: StochasticFunction, guide: StochasticFunction, args: tuple, kwargs: dict
+    ) -> tuple[Trace, Trace]:
         return trace_programs(model, guide, *args, self.num_particles)
 
 

@@ -99,7 +99,7 @@ class Coupling(nn.Module):
     guide a few had a log-density of -10^17 nats, which ruins the ELBO.
 
     Args:
-        dim: L, of which the first half, rounded up, is a. Raises ValueError below 2.
+        dim: L; a is the first half, rounded up. Raises ValueError for L below 2.
         univariate: t, of ``num_features`` features for each b_l.
         num_features: F.
         hidden: The widths of the network's hidden layers.
@@ -179,12 +179,12 @@ def spline(x: Tensor, h: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
     below_end = torch.cat([inside[..., None] < starts[..., 1:], torch.ones_like(ends).bool()], dim=-1)
     is_bin = (inside[..., None] >= starts) & below_end
 
-    def of_bin(values: Tensor) -> Tensor:
+    def select_bin(values: Tensor) -> Tensor:
         return torch.where(is_bin, values, torch.zeros_like(values)).sum(-1)
 
-    w, hgt = of_bin(widths), of_bin(heights)
-    x_0, y_0 = of_bin(left), of_bin(bottom)
-    d_0, d_1, s = of_bin(slopes[..., :-1]), of_bin(slopes[..., 1:]), hgt / w
+    w, hgt = select_bin(widths), select_bin(heights)
+    x_0, y_0 = select_bin(left), select_bin(bottom)
+    d_0, d_1, s = select_bin(slopes[..., :-1]), select_bin(slopes[..., 1:]), hgt / w
     if inverse:
         t, rest = _place_in_bin(((inside - y_0) / hgt).clamp(0, 1), s, d_0, d_1)
     else:

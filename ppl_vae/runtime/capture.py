@@ -135,7 +135,9 @@ class _GraphForm(TorchFunctionMode):
     gradients the logarithm is split, max(h, 0) + log(1 + e^-|h|), for ``join_logarithms``.
     """
 
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, function: Callable[..., Tensor], types: object, args: tuple = (), kwargs: dict | None = None
+    ) -> Tensor:
         kwargs = kwargs or {}
         if function in _READERS:
             raise CannotCapture(f"it reads a number of a tensor ({function.__name__}), which a graph cannot")

@@ -121,7 +121,7 @@ def smoothed_log_mean_exp(log_w: Tensor) -> Tensor:
 
 
 def _smoothed_tail(largest: Tensor) -> Tensor:
-    """The quantiles (M,) for the largest weights (M + 1,) in descending order, the last of which is the threshold."""
+    """The quantiles (M,) for the largest weights (M + 1,) in descending order; the last is the threshold."""
     tail, threshold = largest[:-1], largest[-1]
     k, scale = _pareto_fit(tail - threshold)
     if not math.isfinite(k):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from pyro.distributions.util import scale_and_mask
@@ -41,7 +41,7 @@ class Temper(ScaleMessenger):
 
 
 # A loss is one of Pyro's, or a function (model, guide, x) -> nats, the sum over the images, a 0-d tensor to minimize.
-Loss = ELBO | Callable[[StochasticFunction, StochasticFunction, Tensor], Tensor]
+Loss: TypeAlias = ELBO | Callable[[StochasticFunction, StochasticFunction, Tensor], Tensor]
 
 
 def elbo(estimator: type[ELBO] = Trace_ELBO, num_particles: int = 1) -> ELBO:

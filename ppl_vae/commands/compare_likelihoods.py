@@ -13,19 +13,17 @@ from ppl_vae import data, runs
 from ppl_vae.commands.options import CompareLikelihoods
 from ppl_vae.commands.pixel_calibration import calibrate_run
 from ppl_vae.commands.run_series import check_has_density, check_runs, summarize_run, train_or_resume
-from ppl_vae.commands.train import QUICK_EVALUATION_SEED
 from ppl_vae.evidence.paired import bound_difference
 from ppl_vae.reports.likelihood_figures import write_likelihood_figures
 from ppl_vae.reports.text.comparison import describe_likelihood_table
 from ppl_vae.runs.build import build_likelihood
 from ppl_vae.runs.comparison_results import LikelihoodRow, PairedRow
-from ppl_vae.runs.evaluations import PerImage, is_evaluated, read_evaluation, read_per_image
+from ppl_vae.runs.evaluations import PerImage, read_evaluation, read_per_image
 from ppl_vae.runs.open import Run, Say
 from ppl_vae.runs.options import LIKELIHOODS, Options
 from ppl_vae.runs.resolve import check_support, describe_scale, load_splits, resolve
 from ppl_vae.runs.results import to_json
 from ppl_vae.runtime.errors import NotFinite
-from ppl_vae.runtime.progress import progress_bar
 
 # The scale on which likelihoods are compared where none are named, by the kind of data; worded as ``describe_scale``.
 _SCALES = {
@@ -66,9 +64,6 @@ def compare_likelihoods(
         output: A JSON file for the table, or None.
         say: Takes each line for the reader.
 
-    Returns:
-        The rows of the table, the best first.
-
     Raises:
         ValueError: An autoencoder, likelihoods that are not on one scale or do not fit the data, a VAE that cannot be
             built, or a folder that holds a run with other options. Nothing is trained or written then.
@@ -80,8 +75,6 @@ def compare_likelihoods(
     folders = {word: Path(run_dir) / word for word in words}
     scale = _check_words(asked, options, splits)
     check_runs({folders[word]: own for word, own in asked.items()}, splits)
-    for word, own in asked.items():
-        _check_evaluation(folders[word], own, splits)
     if output is not None and Path(output).is_dir():
         raise ValueError(f"--output: expected a JSON file, got the folder {output}")
     say(f"{len(words)} likelihoods, compared by the {scale}: {', '.join(words)}")
@@ -89,21 +82,19 @@ def compare_likelihoods(
         Path(output).parent.mkdir(parents=True, exist_ok=True)
     opened: list[Run] = []
     rows, failed = [], {}
-    finished = sum(map(_is_finished, folders.values()))
-    with progress_bar(total=len(words), initial=finished, unit="likelihood", desc="likelihoods") as bar:
-        for word, own in asked.items():
-            was_finished = _is_finished(folders[word])
-            bar.set_description(f"{word}: training")
-            try:
-                run = train_or_resume(folders[word], own, opened[0] if opened else None, say=say)
-                _check_finite(run)
-            except NotFinite as error:
-                failed[word] = str(error)
-                say(f"{word} is left out: {error}")
-            else:
-                rows.append(make_row(run))
-                opened.append(run)
-            bar.update(not was_finished)
+    for word, own in asked.items():
+        say(f"{word}: {folders[word]}")
+        try:
+            run = train_or_resume(folders[word], own, opened[0] if opened else None, say=say)
+            broken = int((~_per_image(run).result.log_evidence.isfinite()).sum())
+            if broken:  # then there is no mean, and nothing to rank
+                raise NotFinite(f"expected a finite bound for every test image, got {broken:,} that are not")
+        except NotFinite as error:
+            failed[word] = str(error)
+            say(f"{word} is left out: {error}")
+        else:
+            rows.append(make_row(run))
+            opened.append(run)
     if not opened:
         raise NotFinite(f"none of {', '.join(words)} was trained: {failed[words[0]]}")
     rows = rank_rows(rows, opened)
@@ -162,39 +153,6 @@ def _check_words(asked: dict[str, Options], options: Options, splits: data.Split
     return next(iter(scales))
 
 
-def _check_evaluation(folder: Path, asked: Options, splits: data.Splits) -> None:
-    """Refuses a finished run that was evaluated again on other images or with other particles."""
-    if not (folder / runs.CONFIG).exists() or not _is_finished(folder):
-        return
-    entry = runs.read_evaluations(folder)["test"]
-    expected = {
-        "scale": Run(folder, resolve(asked, splits), splits).scale,
-        "num_images": min(asked.images, len(splits.test)),
-        "num_particles": asked.evaluation_particles,
-        "seed": QUICK_EVALUATION_SEED,
-    }
-    differ = [
-        f"{key} {entry.get(key)} instead of {value}" for key, value in expected.items() if entry.get(key) != value
-    ]
-    if differ:
-        raise ValueError(
-            f"{folder}: expected the evaluation that the others have, got one with {', '.join(differ)}; "
-            f"evaluate_log_likelihood.py {folder} --images {expected['num_images']} "
-            f"--num-particles {expected['num_particles']} makes it again"
-        )
-
-
-def _check_finite(run: Run) -> None:
-    """Raises NotFinite where a test image has no finite bound: then there is no mean, and nothing to rank."""
-    broken = int((~_per_image(run).result.log_evidence.isfinite()).sum())
-    if broken:
-        raise NotFinite(f"expected a finite bound for every test image, got {broken:,} that are not")
-
-
-def _is_finished(folder: Path) -> bool:
-    return (folder / runs.MODEL).exists() and is_evaluated(folder)
-
-
 # --- The rows ---
 
 
@@ -238,9 +196,14 @@ def rank_rows(rows: Sequence[LikelihoodRow], opened: Sequence[Run]) -> list[Like
         ValueError: Rows of other images, or of another scale.
     """
     results = [_per_image(run) for run in opened]
+    first = results[0]
     for run, result in zip(opened, results, strict=True):
-        if not torch.equal(result.index, results[0].index) or run.scale != opened[0].scale:
-            raise ValueError(f"{run.folder}: expected an evaluation on the same images and scale as {opened[0].folder}")
+        measured = [(each.num_particles, each.seed, owner.scale) for each, owner in ((result, run), (first, opened[0]))]
+        if measured[0] != measured[1] or not torch.equal(result.index, first.index):
+            raise ValueError(
+                f"{run.folder}: expected an evaluation of the same images, particles, seed and scale as "
+                f"{opened[0].folder}, got another; evaluate_log_likelihood.py makes it again"
+            )
     best, *others = sorted(range(len(rows)), key=lambda i: -rows[i].log_likelihood.mean)
     ranked = [rows[best]]
     for rank, i in enumerate(others, start=2):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -80,21 +79,15 @@ def _find_place(folder: Path) -> Path:
 @contextmanager
 def _whole(folder: Path) -> Iterator[Path]:
     """A temporary folder that takes the folder's place at the end of the block, and is removed if the block fails."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a killed export
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
+        partial.mkdir(parents=True)
     except OSError as error:
         raise ValueError(f"--output: {folder} cannot be made: {error.strerror}") from None
     try:
         yield partial
-        partial.chmod(0o777 & ~_umask())  # mkdtemp's is for its owner alone
         os.replace(partial, folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -20,6 +19,7 @@ from ppl_vae.reports.run_figures import is_drawn, write_figures
 from ppl_vae.reports.text.reproduction import describe_recipes, describe_reproduction, reproduction_table, seeds_table
 from ppl_vae.runs.evaluations import read_evaluation
 from ppl_vae.runs.fields import format_flag
+from ppl_vae.runs.files import JsonObject
 from ppl_vae.runs.open import Run, Say, load_evaluated_vae
 from ppl_vae.runs.options import PLACES, Options
 from ppl_vae.runs.options import to_json as options_to_json
@@ -89,7 +89,7 @@ def reproduce_recipe(options: Reproduce, *, say: Say) -> Reproduction:
 
 def _plan_stages(found: Recipe, share: float, options: Reproduce, parent: Path) -> dict[Path, Options]:
     """The options of each stage, by its run folder. Each stage but the first starts from the weights of the last."""
-    changes: dict[str, Any] = {"seed": options.seed, "device": options.device, "data_dir": options.data_dir}
+    changes: JsonObject = {"seed": options.seed, "device": options.device, "data_dir": options.data_dir}
     if options.precision is not None:
         changes["precision"] = options.precision
     stages: dict[Path, Options] = {}
@@ -189,7 +189,7 @@ def _count_active_units(run: Run, vae: VAE) -> int | None:
         return active_units(encode(vae, x), compute_moments(vae.prior()).scale).count
 
 
-def read_validation_curve(stages: Sequence[Sequence[dict[str, Any]]], step: int) -> ValidationCurve | None:
+def read_validation_curve(stages: Sequence[Sequence[JsonObject]], step: int) -> ValidationCurve | None:
     """How the validation curve of each stage ended: max of the last tenth - max before.
 
     Args:
@@ -211,8 +211,8 @@ def read_validation_curve(stages: Sequence[Sequence[dict[str, Any]]], step: int)
     return ValidationCurve(kept[_ELBO], kept["epoch"], gains)
 
 
-def _find_last_gain(records: Sequence[dict[str, Any]]) -> float | None:
-    curve = [record.get(_BOUND, record[_ELBO]) for record in records]
+def _find_last_gain(records: Sequence[JsonObject]) -> float | None:
+    curve = [record[_BOUND if _BOUND in record else _ELBO] for record in records]
     tenth = math.ceil(len(curve) / 10)
     return max(curve[-tenth:]) - max(curve[:-tenth]) if len(curve) > 1 else None
 
@@ -225,7 +225,7 @@ def _make_command(asked: Reproduce) -> str:
     return " ".join(["python scripts/reproduce.py", str(asked.name), *words])
 
 
-def _find_origins(folders: Sequence[Path], device: str | None) -> tuple[tuple[str, ...], dict[str, Any]]:
+def _find_origins(folders: Sequence[Path], device: str | None) -> tuple[tuple[str, ...], JsonObject]:
     """Every commit that took part, and the versions, device and time of the last stage's start."""
     firsts = [runs.read_json(folder / runs.ENVIRONMENT) for folder in folders]
     starts = [start for first in firsts for start in (first, *first.get("resumed", []))]
@@ -254,7 +254,7 @@ def read_rows(output: str) -> list[Reproduction]:
 def write_row(output: str, row: Reproduction) -> None:
     """Adds the row, or replaces the one of the same recipe, seed, budget and precision; the file as a whole."""
 
-    def identify(row: Reproduction) -> tuple[Any, ...]:
+    def identify(row: Reproduction) -> tuple[object, ...]:
         return row.recipe, row.seed, row.budget.share, row.precision
 
     kept = [old for old in read_rows(output) if identify(old) != identify(row)]

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from ppl_vae import data, runs
 from ppl_vae.commands.train import resume_run, train_run
 from ppl_vae.runs.build import build_meta_vae, count_weights, is_autoencoder
 from ppl_vae.runs.evaluations import read_evaluation
+from ppl_vae.runs.files import JsonObject
 from ppl_vae.runs.load import read_config
 from ppl_vae.runs.open import Run, Say, open_run
 from ppl_vae.runs.options import Options
@@ -84,7 +84,7 @@ def train_or_resume(folder: Path, options: Options, like: Run | None, *, say: Sa
     return open_run(str(folder), data_dir=options.data_dir, like=like)
 
 
-def summarize_run(run: Run) -> dict[str, Any]:
+def summarize_run(run: Run) -> JsonObject:
     """The fields of a ``TrainedRow`` for a run that is trained and evaluated."""
     found, metrics = read_evaluation(run.folder), runs.read_metrics(run.folder)
     elbo = "validation_elbo_nats_per_image"
@@ -96,6 +96,6 @@ def summarize_run(run: Run) -> dict[str, Any]:
         **{name: getattr(found, name) for name in shared},
         "weights": count_weights(run.options, run.splits.event_shape),
         "epochs": metrics[-1]["epoch"],
-        "best_epoch": max(metrics, key=lambda record: record.get(elbo, record["step"]))["epoch"],
+        "best_epoch": max(metrics, key=lambda record: record[elbo if elbo in record else "step"])["epoch"],
         "seconds": metrics[-1]["seconds"],
     }

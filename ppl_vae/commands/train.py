@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pyro
 from torch import Tensor
@@ -21,6 +20,7 @@ from ppl_vae.reports.text.training import describe_epoch, describe_model, descri
 from ppl_vae.runs.build import build_vae
 from ppl_vae.runs.checkpoints import Saved, find_newest_checkpoint, is_whole, mend_states
 from ppl_vae.runs.evaluations import is_evaluated
+from ppl_vae.runs.files import JsonObject
 from ppl_vae.runs.fit_arguments import (
     check_compiler,
     check_precision,
@@ -238,7 +238,7 @@ class _TrainingRecord:
         """Writes the weights that are evaluated."""
         runs.save_tensors(self._run.folder / runs.MODEL, state.best_weights, {"step": state.best_step})
 
-    def _on_epoch(self, record: dict[str, Any]) -> None:
+    def _on_epoch(self, record: JsonObject) -> None:
         if distributed.is_writer():
             runs.append_metrics(self._run.folder, record)
         self._log(record)

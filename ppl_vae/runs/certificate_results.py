@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.evidence.guide_calibration import GuideCalibration
 from ppl_vae.runs.environment import describe_environment
-from ppl_vae.runs.files import read_json, write_json
+from ppl_vae.runs.files import JsonObject, read_json, write_json
 from ppl_vae.runs.results import ImagesMean, Provenance, Quantiles, from_json, to_json
 
 CERTIFICATE = "certificate-"  # begins the key of each certificate in evaluation.json; its split follows
@@ -179,7 +178,7 @@ class StoredCertificate(Certificate):
     """A certificate in a file of several, with the run's name and what it was made with."""
 
     run: str
-    environment: dict[str, Any]
+    environment: JsonObject
 
 
 def read_certificates(path: Path) -> list[StoredCertificate]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from ppl_vae.runs.certificate_results import (
     SimulatedBounds,
     SplitGap,
 )
+from ppl_vae.runs.files import JsonObject
 from ppl_vae.runs.results import ImagesMean, Quantiles
 
 
@@ -109,7 +110,7 @@ class CertifiedImages:
 # --- Their summary ---
 
 
-def summarize_images(found: CertifiedImages, num_particles: int) -> dict[str, Any]:
+def summarize_images(found: CertifiedImages, num_particles: int) -> JsonObject:
     """The fields of a ``Certificate`` that summarize the numbers of each image."""
     curves, ais = found.convergence, found.chains.bound[found.convergence.places]
     plain = vars(summarize_importance(found.plain, num_particles))

@@ -6,24 +6,21 @@ import errno
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from ppl_vae import runs
-from ppl_vae.runs.files import add_file_name, write_bytes
+from ppl_vae.runs.files import JsonObject, add_file_name, write_bytes
 from ppl_vae.runtime.ranks import Say
 
 _DIGEST = "sha256"
 _UNKNOWN = "0" * 64  # stands in the place of the digest while it is computed
 _MOST_HEADER = 32 * 2**20  # bytes
 
-Scalars = dict[str, Any]  # a JSON object
 
-
-def save_tensors(path: Path, tensors: dict[str, Tensor], scalars: Scalars, previous: Path | None = None) -> None:
+def save_tensors(path: Path, tensors: dict[str, Tensor], scalars: JsonObject, previous: Path | None = None) -> None:
     """Writes named tensors and a JSON object into one safetensors file.
 
     Args:
@@ -40,7 +37,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], scalars: Scalars, previ
     write_bytes(path, b"".join((content[:place], digest, content[place + len(digest) :])), previous)
 
 
-def load_tensors(path: Path) -> tuple[dict[str, Tensor], Scalars]:
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], JsonObject]:
     """Reads the tensors and the JSON object of a file by ``save_tensors``.
 
     Raises:
@@ -55,7 +52,7 @@ def load_step(path: Path) -> int:
     return get_step(path, _read_tensors(path, headers_only=True)[1])
 
 
-def get_step(path: Path, scalars: Scalars) -> int:
+def get_step(path: Path, scalars: JsonObject) -> int:
     """The training step among a file's scalars. Raises ValueError if there is none."""
     step = scalars.get("step")
     if type(step) is not int or step < 0:
@@ -63,7 +60,7 @@ def get_step(path: Path, scalars: Scalars) -> int:
     return step
 
 
-def _read_tensors(path: Path, *, headers_only: bool) -> tuple[dict[str, Tensor], Scalars]:
+def _read_tensors(path: Path, *, headers_only: bool) -> tuple[dict[str, Tensor], JsonObject]:
     try:
         _check_bytes(path)
         with safe_open(path, framework="pt", device="cpu") as file:
@@ -115,7 +112,7 @@ def _check_bytes(path: Path) -> None:
 # --- Resuming ---
 
 
-Saved = tuple[dict[str, Tensor], Scalars]
+Saved = tuple[dict[str, Tensor], JsonObject]
 
 
 def find_newest_checkpoint(folder: Path, *, say: Say) -> Saved | None:

@@ -9,11 +9,10 @@ import time
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from ppl_vae.runs.files import ENVIRONMENT, read_json, write_json
+from ppl_vae.runs.files import ENVIRONMENT, JsonObject, read_json, write_json
 from ppl_vae.runtime import ranks as distributed
 
 
@@ -50,7 +49,7 @@ def _processor() -> str:
     return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
 
 
-def describe_environment(device: str) -> dict[str, Any]:
+def describe_environment(device: str) -> JsonObject:
     """Versions, device, threads, git commit and whether dirty, argv, time."""
     commit = _commit()
     return {

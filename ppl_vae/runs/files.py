@@ -12,6 +12,7 @@ from typing import Any
 
 CONFIG, ENVIRONMENT, METRICS, EVALUATION = "config.json", "environment.json", "metrics.jsonl", "evaluation.json"
 MODEL, TRAINING_STATE, FIGURES = "model.safetensors", "training_state.safetensors", "figures"
+JsonObject = dict[str, Any]  # of a JSON file
 LOCK = ".lock"  # there while a process writes to the folder
 PREVIOUS_STATE = "training_state.previous.safetensors"  # the checkpoint before the newest
 
@@ -112,7 +113,7 @@ def _sync(folder: Path) -> None:
 MOST_BYTES = 64 * 2**20  # the largest JSON file that is read
 
 
-def replace_non_finite(value: object) -> Any:
+def replace_non_finite(value: object) -> object:
     """The same value with None for NaN and infinity, which JSON does not have."""
     if isinstance(value, dict):
         return {key: replace_non_finite(v) for key, v in value.items()}
@@ -126,7 +127,7 @@ def write_json(path: Path, value: object) -> None:
     write_bytes(path, (json.dumps(replace_non_finite(value), indent=2, allow_nan=False) + "\n").encode())
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> JsonObject:
     """The JSON object in a file.
 
     Raises:
@@ -149,7 +150,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def read_evaluations(run_dir: Path, *, step: int | None = None) -> dict[str, Any]:
+def read_evaluations(run_dir: Path, *, step: int | None = None) -> JsonObject:
     """The content of evaluation.json, empty if there is none yet.
 
     Args:
@@ -167,12 +168,12 @@ def read_evaluations(run_dir: Path, *, step: int | None = None) -> dict[str, Any
     return {key: entry for key, entry in evaluations.items() if step is None or entry.get("step") == step}
 
 
-def append_metrics(run_dir: Path, record: dict[str, Any]) -> None:
+def append_metrics(run_dir: Path, record: JsonObject) -> None:
     """Appends a record to metrics.jsonl, on disk when this returns. A failure leaves the file unchanged."""
     append_line(run_dir / METRICS, json.dumps(replace_non_finite(record), allow_nan=False))
 
 
-def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+def read_metrics(run_dir: Path) -> list[JsonObject]:
     """The records of metrics.jsonl, without a half-written last line.
 
     Raises:
@@ -202,7 +203,7 @@ def mend_metrics(run_dir: Path, step: int) -> list[int]:
     return [number for number, record in lines if record is None]
 
 
-def _read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
+def _read_lines(path: Path) -> Iterator[tuple[int, JsonObject | None]]:
     """The number of each line, from 1, and its record; None for a damaged line."""
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     for number, line in enumerate(lines, start=1):

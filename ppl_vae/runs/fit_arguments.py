@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from ppl_vae import objectives
 from ppl_vae.parts import networks, priors
 from ppl_vae.parts.registry import OBJECTIVES, SCHEDULES
 from ppl_vae.runs.build import has_closed_form_kl, is_autoencoder
+from ppl_vae.runs.files import JsonObject
 from ppl_vae.runs.options import Options, compiling_pays, default_objective
 from ppl_vae.runtime import capture
 from ppl_vae.runtime.global_state import serialize_threads
@@ -63,7 +63,7 @@ def _check_closed_form(options: Options) -> None:
     raise ValueError(f"{asked}: expected --posterior {guides}, whose KL has a formula, got {options.posterior}")
 
 
-def fit_arguments(options: Options, validation: Tensor | None) -> dict[str, Any]:
+def fit_arguments(options: Options, validation: Tensor | None) -> JsonObject:
     """The arguments of ``fit`` that the options name: epochs, objective, optimizer, schedule and validation.
 
     Args:

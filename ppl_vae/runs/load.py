@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ppl_vae import data, runs
 from ppl_vae.runs.build import build_meta_vae, build_vae
+from ppl_vae.runs.files import JsonObject
 from ppl_vae.runs.options import Options, is_export, read_options, to_json
 from ppl_vae.runs.resolve import check_support, load_splits, resolve
 from ppl_vae.vae import VAE
 
 
-def make_config(options: Options, seen: data.Splits) -> dict[str, Any]:
+def make_config(options: Options, seen: data.Splits) -> JsonObject:
     """The content of config.json for a run with these (resolved) options on this data."""
     return {
         "options": to_json(options),
@@ -24,7 +24,7 @@ def make_config(options: Options, seen: data.Splits) -> dict[str, Any]:
     }
 
 
-def read_config(run_dir: Path) -> tuple[Options, dict[str, Any]]:
+def read_config(run_dir: Path) -> tuple[Options, JsonObject]:
     """The options of a run or an export, and its data's event_shape (a tuple) and sha256.
 
     Raises:
@@ -81,7 +81,7 @@ def load_starting_weights(vae: VAE, run_dir: str) -> None:
 _FROM_PYTHON, _SHIPPED = "from Python", "shipped"
 
 
-def save(trained: VAE, run_dir: str | Path, options: Options, *, metrics: Sequence[dict[str, Any]] = ()) -> Path:
+def save(trained: VAE, run_dir: str | Path, options: Options, *, metrics: Sequence[JsonObject] = ()) -> Path:
     """Makes a run folder of a VAE that was trained from Python. It can be loaded and evaluated, but not resumed.
 
     Args:

@@ -129,7 +129,8 @@ def open_run(
     """
     folder = copy_pretrained(run_dir, say)
     options, seen = read_config(folder)
-    stored = _stored_data_dir(options)
+    # A folder that a config names is never made.
+    stored = options.data_dir if options.data_dir is not None and os.path.isdir(options.data_dir) else None
     options = replace(options, dataset=dataset or options.dataset, data_dir=data_dir or stored)
     download = data_dir is not None or stored is None  # into a folder of the user's choice, and of nobody else's
     if options.dataset not in data.DATASETS and not os.path.exists(options.dataset):
@@ -146,11 +147,6 @@ def open_run(
         )
     check_support(options, splits)
     return Run(folder, options, splits, from_python=is_from_python(folder))
-
-
-def _stored_data_dir(options: Options) -> str | None:
-    """The folder of named data sets in a config, if it exists: a folder that a config names is never made."""
-    return options.data_dir if options.data_dir is not None and os.path.isdir(options.data_dir) else None
 
 
 # --- Exports ---

@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
 
 from ppl_vae.data.registry import BINARIZATIONS, COLORS, DATASETS, DEQUANTIZATIONS, FITS, PROTOCOLS
 from ppl_vae.parts.registry import (
@@ -34,6 +33,7 @@ from ppl_vae.runs.fields import (
     check_value,
     option,
 )
+from ppl_vae.runs.files import JsonObject
 
 COMPILES = ("auto", "on", "off")
 PRECISIONS = ("float32", "tf32", "bf16")
@@ -41,7 +41,7 @@ PLACES = ("data_dir", "start_from")  # options that are paths on the machine of 
 
 # The plain VAE, which the study, the tables and the benchmark train: N(0, I), the sampled ELBO, torch's own
 # initialization, a rate that falls from the first step, and no averaged weights.
-PLAIN: dict[str, Any] = {
+PLAIN: JsonObject = {
     "prior": "standard-normal",
     "objective": "elbo",
     "initialization": "shrinking",
@@ -303,7 +303,7 @@ def compiling_pays(runs: int) -> bool:
     return runs >= _RUNS_THAT_PAY
 
 
-def model_options(config: object) -> dict[str, Any]:
+def model_options(config: object) -> JsonObject:
     """The options of a run's model and data in its ``config.json``, which a run that starts from it takes over.
 
     Raises:
@@ -315,7 +315,7 @@ def model_options(config: object) -> dict[str, Any]:
     return {name: getattr(other, name) for name in MODEL_OPTIONS}
 
 
-def to_json(options: Options) -> dict[str, Any]:
+def to_json(options: Options) -> JsonObject:
     """The options as in ``config.json``."""
     return json.loads(json.dumps(asdict(options)))
 
@@ -329,7 +329,7 @@ def from_json(values: object) -> Options:
     return Options(**_check_names(values, {spec.name for spec in fields(Options)}))
 
 
-def _check_names(values: object, known: set[str]) -> dict[str, Any]:
+def _check_names(values: object, known: set[str]) -> JsonObject:
     """The values with tuples for lists. Raises ValueError unless they are an object of exactly these names."""
     if not isinstance(values, dict):
         raise ValueError(f"expected an object of options, got {type(values).__name__}")
@@ -349,7 +349,7 @@ EXPORT_FORMAT = "ppl_vae model 1"  # the "format" of its config.json
 _EXPORTED = {*MODEL_OPTIONS, "dequantization_draws"} - {"data_dir"}
 
 
-def model_to_json(options: Options) -> dict[str, Any]:
+def model_to_json(options: Options) -> JsonObject:
     """The options of the model alone, for an export's ``config.json``. The data has its name and no path."""
     name = options.dataset
     if name not in DATASETS:
@@ -369,12 +369,12 @@ def model_from_json(values: object) -> Options:
     return replace(options, objective=default_objective(options), warmup_epochs=0)
 
 
-def is_export(config: Mapping[str, Any]) -> bool:
+def is_export(config: Mapping[str, object]) -> bool:
     """Whether a ``config.json`` belongs to an export."""
     return "format" in config
 
 
-def read_options(config: Mapping[str, Any]) -> Options:
+def read_options(config: Mapping[str, object]) -> Options:
     """The options of a run's ``config.json``, or of an export's.
 
     Raises:

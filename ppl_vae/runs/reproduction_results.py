@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from ppl_vae.evidence.estimate import Estimate
+from ppl_vae.runs.files import JsonObject
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Reproduction:
     seed: int
     budget: Budget
     precision: str
-    options: tuple[dict[str, Any], ...]
+    options: tuple[JsonObject, ...]
     ours: Estimate
     elbo: Estimate
     kl: Estimate
@@ -104,4 +104,4 @@ class Reproduction:
     seconds: StageSeconds
     command: str
     commits: tuple[str, ...]
-    environment: dict[str, Any]
+    environment: JsonObject

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from ppl_vae import data
 from ppl_vae.parts import likelihoods
 from ppl_vae.protocols import Likelihood
 from ppl_vae.runs.build import build_likelihood, check_parts, is_autoencoder, resolve_parts
+from ppl_vae.runs.files import JsonObject
 from ppl_vae.runs.fit_arguments import check_objective, check_precision, count_steps, decide_compile, find_device
 from ppl_vae.runs.options import Options
 from ppl_vae.training.schedules import default_warmup
@@ -61,7 +61,7 @@ def _resolve_dequantization(options: Options, seen: data.Splits, binarization: s
     return "none"
 
 
-def data_options(options: Options) -> dict[str, Any]:
+def data_options(options: Options) -> JsonObject:
     """The options that decide the data set, as arguments of ``data.load``."""
     names = ("dataset", "data_dir", "protocol", "image_size", "fit", "color")
     return {name: getattr(options, name) for name in names}

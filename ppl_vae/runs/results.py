@@ -15,6 +15,7 @@ from ppl_vae.diagnostics.measurement import Measurements
 from ppl_vae.diagnostics.pixel_calibration import PixelCalibration
 from ppl_vae.diagnostics.verdicts import Verdict
 from ppl_vae.evidence.estimate import Estimate
+from ppl_vae.runs.files import JsonObject
 
 T = TypeVar("T")
 
@@ -88,7 +89,7 @@ def _decode(kind: Any, value: Any, name: str) -> Any:
     raise ValueError(f"{name}: expected {getattr(kind, '__name__', kind)}, got {value!r}")
 
 
-def _decode_fields(kind: Any, values: dict[str, Any], name: str) -> Any:
+def _decode_fields(kind: Any, values: JsonObject, name: str) -> Any:
     hints = get_type_hints(kind)
     found = {}
     for spec in fields(kind):

@@ -17,7 +17,6 @@ from ppl_vae.diagnostics.mixture import normal_factors
 from ppl_vae.evidence.moments import PosteriorMoments, compute_moments, sample_latents
 from ppl_vae.reports.figures import make_figure
 from ppl_vae.reports.figures.likelihoods import number_of_bins
-from ppl_vae.reports.text.captions import latent_axis_name, latents_title
 from ppl_vae.vae import VAE
 
 _UNUSED_NATS = 0.01  # a latent with a smaller mean KL counts as unused. Source: ours
@@ -91,10 +90,12 @@ def latents_figure(
     """
     N, L = codes.mean.shape
     order = list(range(L)) if L <= 2 else use.values.argsort(descending=True)[:2].tolist()
-    names = [latent_axis_name(latent, use.name, float(use.values[latent]), use.unit) for latent in order]
+    names = [f"z{k}, {use.name.removeprefix('mean ')} {use.values[k]:.2f}{use.unit}" for k in order]
     points, draws = (each[:, order].cpu().numpy() for each in (codes.mean, sample_latents(prior, _PRIOR_SHOWN)))
-    is_deterministic = bool((codes.scale == 0).any())
-    figure = make_figure(latents_title(N, kind, L, use.name, is_deterministic=is_deterministic), width=6.8, height=5.0)
+    title = f"Posterior means of {N:,} {kind}s"
+    if L > 2:
+        title += f",\nin the two of {L} latents with the highest {use.name}"
+    figure = make_figure(title, width=6.8, height=5.0)
     axes, words = figure.subplots(), f"prior: {len(draws):,} draws"
     groups = _group_by_class(classes, N, class_names)
     if L == 1:

@@ -22,7 +22,7 @@ from ppl_vae.reports.figures.images import Images, image_grids, image_rows
 from ppl_vae.reports.figures.likelihoods import bound_by_particles, likelihood_histogram
 from ppl_vae.reports.figures.training import training_curves
 from ppl_vae.reports.latents_figure import LatentUse, latents_figure, measure_latent_use
-from ppl_vae.reports.text.captions import NOT_TRAINED_ON_PRIOR, count_images, format_use
+from ppl_vae.reports.text.captions import NOT_TRAINED_ON_PRIOR
 from ppl_vae.runs.build import is_autoencoder
 from ppl_vae.runs.evaluations import PerImage, read_per_image
 from ppl_vae.runs.open import Run, Say, load_evaluated_vae
@@ -80,8 +80,6 @@ def write_figures(run: Run, *, say: Say) -> None:
         if not metrics and _has_curves(run):
             raise ValueError(f"{run.folder / runs.METRICS}: expected the record of at least one epoch, got none")
         scene = _Scene(run, metrics)
-        for line in _left_out(run):
-            say(line)
         figures = {}
         for name in figure_names(run):
             with seeded(_FIGURE_SEED, torch.device("cpu")), torch.no_grad():
@@ -94,18 +92,6 @@ def write_figures(run: Run, *, say: Say) -> None:
         for name, figure in figures.items():
             write_figure(folder / name, figure)
         say(f"Figures in {folder}: {', '.join(figures)}")
-
-
-def _left_out(run: Run) -> list[str]:
-    """Which figures are missing, and why."""
-    lines = []
-    if not _has_images(run):
-        lines.append("The data is a table, (N, D): figures of images are skipped.")
-    if is_autoencoder(run.options):
-        lines.append("An autoencoder has no log p(x): log_likelihoods.png and particles.png are skipped.")
-    elif not _is_evaluated(run):
-        lines.append("There is no evaluation of single test images: log_likelihoods.png is skipped.")
-    return lines
 
 
 def _has_curves(run: Run) -> bool:
@@ -230,7 +216,7 @@ def _traversals(scene: _Scene) -> Figure:
     place = int(scene.shown[0])
     z = mean_or_draw(scene.vae.posterior(scene.x[place : place + 1]))[0]
     images = decode_traversals(scene.vae, z, most_used, steps)
-    labels = [f"z{latent}, {format_use(float(values[latent]))}{use.unit}" for latent in most_used]
+    labels = [f"z{latent}, {values[latent]:.2f}{use.unit}" for latent in most_used]
     rows = {label: scene.display(row) for label, row in zip(labels, images, strict=True)}
     title = (
         "E[x | z] as one latent moves, in scales of the prior; the others stay at the code of test image no. "
@@ -269,7 +255,7 @@ def _log_likelihoods(scene: _Scene) -> Figure:
     return likelihood_histogram(
         values,
         name=f"log p(x), the bound L_{stored.num_particles:,}",
-        title=f"{scene.run.splits.name}: log p(x) of {count_images(len(values), 'test image')}",
+        title=f"{scene.run.splits.name}: log p(x) of {len(values):,} test images",
         examples=_extremes(scene, stored) if _has_images(scene.run) else {},
     )
 
@@ -292,7 +278,7 @@ def _particles(scene: _Scene) -> Figure:
     log_weights = gather_log_weights(scene.vae, x, _PARTICLES[-1])
     title = (
         "The bound L_s on log p(x) by its number of importance samples s\n"
-        f"{count_images(len(x), 'test image')}; bars are standard errors over images"
+        f"{len(x):,} test images; bars are standard errors over images"
     )
     return bound_by_particles(_PARTICLES, numerics.bound_by_particles(log_weights, _PARTICLES), title=title)
 

@@ -18,7 +18,6 @@ from ppl_vae.reports.run_figures import figure_names
 from ppl_vae.reports.text.captions import (
     DIAGNOSIS_FIGURES,
     EVALUATION_ROWS,
-    describe_run,
     evaluation_row_name,
     explorer_caption,
     figure_caption,
@@ -26,6 +25,7 @@ from ppl_vae.reports.text.captions import (
 )
 from ppl_vae.reports.text.diagnosis import describe_advice, describe_left_out
 from ppl_vae.reports.text.evaluation import describe_evaluation, plus_minus
+from ppl_vae.reports.text.training import describe_model
 from ppl_vae.runs.build import is_autoencoder
 from ppl_vae.runs.evaluations import is_evaluated, read_evaluation
 from ppl_vae.runs.fields import format_flag
@@ -62,7 +62,7 @@ def make_page(run: Run, step: int, diagnosis: Diagnosis | None, *, split: str) -
     return report.page(
         f"{run.folder.resolve().name}: one {what} of {run.splits.name}",
         [section for section in sections if section is not None and section.blocks],
-        subtitle=describe_run(run),
+        subtitle=make_sentence(describe_model(run)[0]),
     )
 
 

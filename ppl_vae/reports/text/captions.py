@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from ppl_vae.runs.build import is_autoencoder
 from ppl_vae.runs.open import Run
-from ppl_vae.runs.options import Options
 from ppl_vae.runs.results import Evaluation
 
 # Part of the title of every figure that decodes draws of an autoencoder's prior.
@@ -73,24 +72,6 @@ def explorer_caption(run: Run, axes: tuple[int, int]) -> str:
     return words
 
 
-def describe_run(run: Run) -> str:
-    """A run in a sentence or two: network, latents, likelihood, prior and training."""
-    options = run.options
-    latents = "1 latent" if options.latent_dim == 1 else f"{options.latent_dim:,} latents"
-    if options.upper_latents:
-        above = " and ".join(f"{count:,}" for count in options.upper_latents)
-        latents = f"{latents} next to the image, {above} in the layers above them"
-    parts = [f"a {options.likelihood} likelihood"]
-    how = "a plain autoencoder: a deterministic code and no prior in its training"
-    if not is_autoencoder(options):
-        parts.append(f"a {options.prior} prior")
-        how = f"objective {options.objective} at beta = {options.beta:g}"
-        if options.posterior != Options().posterior:
-            parts.append(f"a {options.posterior} posterior")
-    model = f"A {options.network} network with {latents}, {' and '.join(parts)}"
-    return f"{model}, trained for {options.epochs} epochs; {how}."
-
-
 # The rows of the page's table of an evaluation, by the field of ``Evaluation``.
 EVALUATION_ROWS = {
     "log_likelihood": "a lower bound on log p(x), tighter with more importance samples: the number to compare by",
@@ -109,29 +90,3 @@ def evaluation_row_name(found: Evaluation, field: str) -> str:
 def make_sentence(words: str) -> str:
     """Words with a capital letter and a full stop."""
     return words[:1].upper() + words[1:] + ("" if words.endswith(".") else ".")
-
-
-def count_images(count: int, kind: str) -> str:
-    """A number of images in words.
-
-    >>> count_images(2, "test image")
-    '2 test images'
-    """
-    return f"{count:,} {kind}" if count == 1 else f"{count:,} {kind}s"
-
-
-def format_use(value: float) -> str:
-    """How much a latent is used, with more digits where it is little."""
-    return f"{value:.2f}" if value >= 0.1 else f"{value:.3f}"
-
-
-def latent_axis_name(latent: int, name: str, value: float, unit: str) -> str:
-    """The label of an axis that is one latent: its number, and how much it is used."""
-    return f"z{latent}, {name.removeprefix('mean ')} {format_use(value)}{unit}"
-
-
-def latents_title(count: int, kind: str, num_latents: int, name: str, *, is_deterministic: bool) -> str:
-    """The title of the figure of latents."""
-    means = "Codes z(x)" if is_deterministic else "Posterior means"
-    title = f"{means} of {count_images(count, kind)}"
-    return title if num_latents <= 2 else f"{title},\nin the two of {num_latents} latents with the highest {name}"

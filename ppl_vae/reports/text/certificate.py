@@ -11,8 +11,6 @@ from ppl_vae.runs.certificate_results import (
     Bound,
     Certificate,
     ConvergenceCurve,
-    GuideBound,
-    ImportanceBound,
     OtherDataset,
     SimulatedBounds,
     SplitGap,
@@ -58,15 +56,12 @@ def _describe_bounds(found: Certificate) -> list[str]:
     if found.total_gap is not None:
         elbo, gap = plus_minus(plain.elbo), plus_minus(found.total_gap)
         lines.append(f"  log p(x) - ELBO, AIS minus the guide's ELBO {elbo}: {gap}")
-    return [*lines, _describe_estimates(plain, improved)]
-
-
-def _describe_estimates(plain: GuideBound, improved: ImportanceBound) -> str:
-    return (
+    return [
+        *lines,
         "  estimates, no bounds: with the jackknife's correction these two are "
         f"{plus_minus(plain.corrected_estimate)} and {plus_minus(improved.corrected_estimate)}; with as many other "
-        f"draws of the guide, their largest weights smoothed, it is {plus_minus(plain.smoothed_estimate)}"
-    )
+        f"draws of the guide, their largest weights smoothed, it is {plus_minus(plain.smoothed_estimate)}",
+    ]
 
 
 def _describe_difference(found: Bound) -> str:

@@ -10,7 +10,7 @@ Every name is imported when it is first used, so that ``ppl_vae.data.registry`` 
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ppl_vae.data.array_files import is_array_file

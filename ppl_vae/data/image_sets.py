@@ -16,7 +16,7 @@ from http.client import HTTPException
 from importlib.resources import files
 from os.path import isfile  # False, where pathlib would raise, in a folder that is closed
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -152,7 +152,7 @@ def get_published_file(name: str, data_dir: Path, file: PublishedFile, *, downlo
     return path
 
 
-def import_loadmat(name: str) -> Callable[..., dict[str, Any]]:
+def import_loadmat(name: str) -> Callable[..., dict[str, np.ndarray]]:
     """Import ``scipy.io.loadmat``, which reads MATLAB's files. Raises ValueError where scipy is not installed."""
     try:
         from scipy.io import loadmat

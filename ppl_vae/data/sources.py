@@ -22,7 +22,7 @@ from ppl_vae.data.array_files import (
     read_arrays,
     read_labels,
 )
-from ppl_vae.data.array_kinds import LARGEST_COUNT
+from ppl_vae.data.array_kinds import summarize
 from ppl_vae.data.arrays import load_arrays
 from ppl_vae.data.folder import ImageOptions, ImageReader, check_image_size, load_image_folder
 from ppl_vae.data.folder_layout import FoundFiles, find_images, find_layout, label_by_folder
@@ -223,30 +223,30 @@ def _match_event_shape(file: Path, array: np.ndarray, event_shape: tuple[int, ..
     return array
 
 
+# What an array for a model of each kind of data may hold, and its kinds.
+_ACCEPTED = {
+    BINARY: ("zeros and ones", (BINARY,)),
+    LEVELS: ("uint8 levels, or floats in [0, 1]", (BINARY, LEVELS, PROBABILITIES)),
+    PROBABILITIES: ("floats in [0, 1]", (BINARY, PROBABILITIES)),
+    COUNTS: ("whole numbers from 0", (COUNTS,)),
+    REAL: ("finite floats", (REAL,)),
+}
+
+
 def _match_scale(file: Path, array: np.ndarray, kind: str) -> np.ndarray:
     """Convert an array to float32 on the scale of the training data, and refuse another kind."""
     if array.dtype.kind not in "buif":
         raise ValueError(f"{file}: expected numbers, got dtype {array.dtype}")
-    is_float = array.dtype.kind == "f"
-    observed = array[~np.isnan(array)] if is_float else array
-    low, high = (observed.min(), observed.max()) if observed.size else (0, 0)
-    is_binary = bool(((observed == 0) | (observed == 1)).all())
-    has_fractions = is_float and bool(low >= 0 and high <= 1)
-    is_count = bool(low >= 0 and high <= LARGEST_COUNT and (observed == np.round(observed)).all())
-    expected = {
-        BINARY: ("zeros and ones", is_binary),
-        LEVELS: ("uint8 levels, or floats in [0, 1]", is_binary or array.dtype == np.uint8 or has_fractions),
-        PROBABILITIES: ("floats in [0, 1]", is_binary or has_fractions),
-        COUNTS: ("whole numbers from 0", is_count),
-        REAL: ("finite floats", is_float and bool(max(abs(low), abs(high)) <= np.finfo(np.float32).max)),
-    }
-    words, holds = expected[kind]
-    if not holds:
-        has_levels = kind in (LEVELS, PROBABILITIES) and bool(low >= 0 and 1 < high <= 255)
+    observed = array[~np.isnan(array)] if array.dtype.kind == "f" else array
+    summary = summarize(observed if observed.size else np.zeros_like(array, shape=1))
+    words, kinds = _ACCEPTED[kind]
+    if not any(map(summary.has_kind, kinds)):
+        has_levels = kind in (LEVELS, PROBABILITIES) and bool(summary.low >= 0 and 1 < summary.high <= 255)
         raise ValueError(
-            f"{file}: expected {words} (the model was trained on {kind}), got {array.dtype} from {low} to {high}"
-            + "; if these are levels from 0 to 255, divide by 255" * has_levels
+            f"{file}: expected {words} (the model was trained on {kind}), got {array.dtype} from {summary.low} to "
+            f"{summary.high}" + "; if these are levels from 0 to 255, divide by 255" * has_levels
         )
+    is_binary = summary.is_binary
     scale = 255 if array.dtype == np.uint8 and kind in (LEVELS, PROBABILITIES) and not is_binary else 1
     return np.ascontiguousarray(array, dtype=np.float32) / np.float32(scale)
 

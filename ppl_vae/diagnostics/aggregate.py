@@ -230,11 +230,11 @@ def classifier_test(z_posterior: Tensor, z_prior: Tensor, *, seed: int = 0) -> T
         raise ValueError(f"z_posterior, z_prior: expected two samples (N, L) of one shape, N at least 4, got {got}")
     with seeded(seed, z_posterior.device):
         posterior_halves, prior_halves = _split_in_halves(z_posterior), _split_in_halves(z_prior)
-        z, label = _label_draws(posterior_halves[0], prior_halves[0])
-        classifier = _train_classifier(z, label)
-    held_out, truth = _label_draws(posterior_halves[1], prior_halves[1])
+        (features, label), (held_out, truth) = map(_label_features, posterior_halves, prior_halves)
+        loc, scale = features.mean(0), features.std(0).clamp(min=1e-6)  # a latent may be constant in both samples
+        classifier = _train_classifier((features - loc) / scale, label)
     with torch.no_grad():
-        right = (classifier(held_out) > 0) == (truth > 0.5)
+        right = (classifier((held_out - loc) / scale).squeeze(-1) > 0) == (truth > 0.5)
     n = len(truth)
     accuracy = Estimate.from_flags(right)
     effect = Estimate(2 * accuracy.mean - 1, 2 * accuracy.stderr, n)
@@ -246,39 +246,27 @@ def _split_in_halves(z: Tensor) -> tuple[Tensor, Tensor]:
     return z[: len(z) // 2], z[len(z) // 2 :]
 
 
-def _label_draws(posterior: Tensor, prior: Tensor) -> tuple[Tensor, Tensor]:
-    """Both samples, and 1 for the posterior's draws, 0 for the prior's."""
+def _label_features(posterior: Tensor, prior: Tensor) -> tuple[Tensor, Tensor]:
+    """(z, z^2) of both samples, (M, 2 L), and 1 for the posterior's draws, 0 for the prior's."""
     z = torch.cat([posterior, prior])
-    return z, torch.cat([z.new_ones(len(posterior)), z.new_zeros(len(prior))])
-
-
-class _Classifier(nn.Module):
-    """z (M, L) -> (M,) log-odds that z is a posterior draw, from (z, z^2) standardized on the training sample."""
-
-    def __init__(self, z: Tensor) -> None:
-        super().__init__()
-        features = torch.cat([z, z.square()], dim=-1)
-        self.loc = features.mean(0)
-        self.scale = features.std(0).clamp(min=1e-6)  # a latent may be constant in both samples
-        self.net = nn.Sequential(nn.Linear(features.shape[1], _HIDDEN), nn.SiLU(), nn.Linear(_HIDDEN, 1)).to(z)
-
-    def forward(self, z: Tensor) -> Tensor:
-        return self.net((torch.cat([z, z.square()], dim=-1) - self.loc) / self.scale).squeeze(-1)
+    label = torch.cat([z.new_ones(len(posterior)), z.new_zeros(len(prior))])
+    return torch.cat([z, z.square()], dim=-1), label
 
 
 @torch.enable_grad()
-def _train_classifier(z: Tensor, label: Tensor) -> _Classifier:
-    classifier = _Classifier(z)
-    optimizer = torch.optim.AdamW(classifier.parameters(), lr=_RATE, weight_decay=_DECAY)
-    steps = _EPOCHS * math.ceil(len(z) / _BATCH)
+def _train_classifier(features: Tensor, label: Tensor) -> nn.Module:
+    """A network of standardized features (M, F) -> (M, 1), the log-odds of label 1."""
+    net = nn.Sequential(nn.Linear(features.shape[1], _HIDDEN), nn.SiLU(), nn.Linear(_HIDDEN, 1)).to(features)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=_RATE, weight_decay=_DECAY)
+    steps = _EPOCHS * math.ceil(len(label) / _BATCH)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     for _ in range(_EPOCHS):
-        for index in torch.randperm(len(z)).to(z.device).split(_BATCH):
+        for index in torch.randperm(len(label)).to(label.device).split(_BATCH):
             optimizer.zero_grad()
-            binary_cross_entropy_with_logits(classifier(z[index]), label[index]).backward()
+            binary_cross_entropy_with_logits(net(features[index]).squeeze(-1), label[index]).backward()
             optimizer.step()
             schedule.step()
-    return classifier
+    return net
 
 
 def _choose_bandwidth(q: AggregatePosterior, z: Tensor) -> tuple[float, AggregatePosterior]:

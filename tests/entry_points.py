@@ -8,7 +8,7 @@ from fitting import fit as fit_vae
 
 from ppl_vae import diagnostics
 from ppl_vae.commands import sample as sampling
-from ppl_vae.diagnostics import exploration
+from ppl_vae.diagnostics import pictures
 from ppl_vae.evidence import ais, chains, evaluation, gaps, guide_calibration, missing, moments
 from ppl_vae.evidence import importance as evidence
 from ppl_vae.evidence.adaptive import estimate_adaptively
@@ -56,8 +56,8 @@ OTHERS = {
     "moments.decode_mean": lambda vae, x: moments.decode_mean(vae, torch.zeros(3, 2).to(x)),
     "moments.sample_posterior": lambda vae, x: moments.sample_posterior(vae, x),
     "moments.encode": lambda vae, x: moments.encode(vae, x),
-    "exploration.decode_plane": lambda vae, x: exploration.decode_plane(vae, torch.zeros(2, 2).to(x)),
-    "exploration.decode_traversals": lambda vae, x: exploration.decode_traversals(
+    "pictures.decode_plane": lambda vae, x: pictures.decode_plane(vae, torch.zeros(2, 2).to(x)),
+    "pictures.decode_traversals": lambda vae, x: pictures.decode_traversals(
         vae, torch.zeros(2).to(x), [0], torch.zeros(1).to(x)
     ),
     "fit": lambda vae, x: fit_vae(vae, x, epochs=1, batch_size=2),

@@ -212,8 +212,7 @@ def classifier_test(z_posterior: Tensor, z_prior: Tensor, *, seed: int = 0) -> T
     """2 A - 1, with the held-out accuracy A = P(a classifier names the sample that a draw came from).
 
     A small network of (z, z^2) is trained on a random half of each sample and tested on the other. The p-value is
-    P(Binomial(n, 1/2) >= the number of correct answers). It holds for every classifier: half of the held-out draws are
-    of each kind, so a classifier that prefers one kind can only make the p-value too large.
+    P(Binomial(n, 1/2) >= the number of correct answers), which holds for every classifier.
 
     Args:
         z_posterior: (N, L) one draw of q(z | x_n) per image.
@@ -285,14 +284,12 @@ def holes(vae: LatentModel, x: Tensor, z_held_out: Tensor, z_prior: Tensor) -> H
     """P_{z ~ p}(r(z) < t), r(z) = log q(z) - log p(z), with the 1% quantile t of r at held-out images' posterior draws.
 
     q(z) = (1/N) sum_n q_h(z | x_n) over the N reference images. No absolute threshold would do: in many dimensions
-    narrow posteriors leave even a perfect model's prior draws far from each of them. The held-out draws show how well N
-    images can cover. If the aggregate posterior is the prior, held-out and prior draws have one distribution, and 1% of
-    the prior draws are in holes, whatever q is.
+    narrow posteriors leave even a perfect model's prior draws far from each of them. If the aggregate posterior is the
+    prior, held-out and prior draws have one distribution, and 1% of the prior draws are in holes, whatever q is.
 
-    The power depends on q. Posteriors too narrow to overlap show only how narrow the nearest one is, so a normal
-    guide's variances s^2 are widened to s^2 + h^2 Var_n m_n, with the h (0 included) that makes held-out draws most
-    likely. Other guides are not widened. Every other held-out draw chooses h and the rest set t, since draws that h was
-    fitted to would set it too high. The error is that of the share and of t as a sample quantile.
+    Posteriors too narrow to overlap show only how narrow the nearest one is, so a normal guide's variances s^2 are
+    widened to s^2 + h^2 Var_n m_n, with the h (0 included) that makes held-out draws most likely. Every other held-out
+    draw chooses h, and the rest set t. The error is that of the share and of t as a sample quantile.
 
     Args:
         vae: the VAE, whose guide has a density.

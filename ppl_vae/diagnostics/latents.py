@@ -125,8 +125,7 @@ def latent_kl(vae: LatentModel, x: Tensor, *, draws: int = 100) -> PerLatent | N
     It is computed in closed form if torch has one for the distributions of a latent, else from draws of q.
 
     Args:
-        vae: the VAE.
-        x: images (N, *E), as the model sees them.
+        x: (N, *E), as the model sees images.
         draws: of q(z | x) per image, if there is no closed form.
 
     Returns:
@@ -187,7 +186,7 @@ def elbo_split(vae: LatentModel, x: Tensor) -> ElboSplit:
 
     Args:
         vae: the VAE, whose guide has a density.
-        x: images (N, *E), as the model sees them.
+        x: (N, *E), as the model sees images.
 
     Raises:
         ValueError: no image, or one off the support of p(x | z).
@@ -245,9 +244,9 @@ def implied_beta(vae: LatentModel, x: Tensor, *, draws: int = 8) -> Estimate | N
     widen every posterior about its mean, z = m + c (z_0 - m), z_0 ~ q(z | x). So the weights show which beta they were
     trained with, in the unit of the likelihood's nats: a mean over D pixels implies D.
 
-    Only the guide's widths enter. If training was cut short, or the guide cannot express other widths, the result is
-    not the beta of training; free bits, which limit the KL's pressure, imply less. A latent whose posterior is the
-    prior adds nothing to either derivative. A VampPrior consists of the guide's posteriors, so it widens with them.
+    If training was cut short, or the guide cannot express other widths, the result is not the beta of training; free
+    bits, which limit the KL's pressure, imply less. A VampPrior consists of the guide's posteriors, so it widens with
+    them.
 
     d log p(x | z) / d log c is computed by autograd at pairs of draws z_0 and 2 m - z_0, whose linear terms cancel. The
     KL's derivative is closed for normals (sum_l s_l^2 - 1 for a standard normal prior), else
@@ -255,7 +254,7 @@ def implied_beta(vae: LatentModel, x: Tensor, *, draws: int = 8) -> Estimate | N
 
     Args:
         vae: the VAE. Its weights are not changed, and get no gradient.
-        x: images (N, *E), as the model sees them.
+        x: (N, *E), as the model sees images.
         draws: pairs of draws per image.
 
     Returns:

@@ -131,20 +131,11 @@ class Measurements:
 
     Args:
         autoencoder: whether the guide is deterministic.
-        num_images, num_pixels: N and D.
-        trained_with: what is known of the training.
-        latent_dim: L.
-        active: active units.
-        reconstruction: E_q[log p(x | z)], nats per image.
-        kl: nats per image.
+        num_images, num_pixels, latent_dim: N, D and L.
+        reconstruction, kl: E_q[log p(x | z)] and the KL, nats per image.
         kl_by_latent: nats; None unless latents have a KL of their own.
         implied_beta: the beta that the weights imply, if they do.
-        elbo_split: the parts of the KL, on at most 2,000 images.
-        aggregate: the aggregate posterior against the prior.
-        pictures: reconstructions as pictures.
-        calibration: of pixels, on at most 300 images.
-        noise: the data in units of the likelihood's noise.
-        importance: the estimate of log p(x).
+        elbo_split, calibration: on at most 2,000 and 300 images.
         left_out: by name, the reason why the images do not allow a measure.
     """
 
@@ -195,7 +186,6 @@ def measure(
     Weights, mode and the global generators are not changed.
 
     Args:
-        vae: in evaluation mode.
         x: images (N, *E) as the VAE sees them, at least 4.
         gray: (N, *E) images that reconstructions are compared with, in the unit of the likelihood's mean: the gray
             images of binarized x. By default x.

@@ -102,17 +102,15 @@ def calibrate_pixels(
 
     Each image has one z ~ q(z | x), J draws x^j ~ p(x | z) and v_d ~ Uniform(0, 1). If x ~ p(x) and q is the exact
     posterior, then (x, z) is one draw of p(x, z), so given z the pixel x_d and the x^j_d are J + 1 independent draws of
-    one distribution. In their order, with ties broken at random, the rank R of x_d is uniform on 0, ..., J: it is
-    #{x^j_d < x_d} plus, for T ties, a uniform choice of 0 to T, which is the integer part of v_d (1 + T). The fraction
-    is uniform on (0, 1) and independent. So PIT_d = (R + uniform) / (J + 1) is exactly uniform for every J, for masses
-    as for densities. A new z for each draw would not do: x and the x^j would come from several distributions.
+    one distribution. The rank R of x_d, with ties broken at random, is then uniform on 0, ..., J, and
+    PIT_d = (R + uniform) / (J + 1) is exactly uniform for every J, for masses as for densities. A new z for each draw
+    would not do: x and the x^j would come from several distributions.
 
     If it is not uniform, the likelihood, the guide or the prior is wrong; it cannot tell which. Uniform pixels prove
     nothing about how pixels depend on each other. The bins' edges are quantiles of J draws, which blurs deviations by
     at most 1 / (2 sqrt(J)). Draws come from torch's global generator. Memory depends on neither N nor J.
 
     Args:
-        vae: in evaluation mode.
         x: images (N, *E) as the VAE sees them.
         num_draws: J.
         transform: turns draws of p(x | z) into pixels as in x, such as ``dequantization.levels_of`` for a density of

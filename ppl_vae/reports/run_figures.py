@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ppl_vae import data, runs
-from ppl_vae.diagnostics.exploration import decode_plane, decode_traversals, latent_quantiles
+from ppl_vae.diagnostics.pictures import decode_plane, decode_traversals, latent_quantiles
 from ppl_vae.evidence.importance import gather_log_weights
 from ppl_vae.evidence.moments import PosteriorMoments, encode, mean_or_draw
 from ppl_vae.reports.display import Display, choose_display

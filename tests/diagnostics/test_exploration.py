@@ -13,7 +13,7 @@ import torch
 from oracles import LinearGaussian
 from torch.testing import assert_close
 
-from ppl_vae.diagnostics.exploration import decode_plane, decode_traversals, latent_quantiles
+from ppl_vae.diagnostics.pictures import decode_plane, decode_traversals, latent_quantiles
 from ppl_vae.evidence.moments import compute_moments, encode
 
 

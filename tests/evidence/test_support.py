@@ -26,7 +26,7 @@ MODULES = [
     for name in ("adaptive", "ais", "chains", "evaluation", "gaps", "guide_calibration", "importance")
 ]
 MODULES += [f"evidence.{name}" for name in ("missing", "moments", "proposals", "refinement")]
-MODULES += [f"diagnostics.{name}" for name in ("aggregate", "exploration", "latents", "pixel_calibration")]
+MODULES += [f"diagnostics.{name}" for name in ("aggregate", "latents", "pixel_calibration")]
 MODULES += ["weights", "objectives", "commands.sample"]
 
 

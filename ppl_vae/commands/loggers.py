@@ -31,6 +31,9 @@ def open_events(folder: Path, options: Options, *, step: int | None = None, pref
         options: The run's options.
         step: The step at which training starts or resumes. Events after it are purged, since the work is done again.
         prefix: Begins the name of each number; the names of nested objects follow, as in test/log_likelihood/mean.
+
+    Raises:
+        ValueError: The folder of events is a link, or tensorboard is not installed.
     """
     if options.tensorboard != "on" or not distributed.is_writer():
         yield lambda record: None

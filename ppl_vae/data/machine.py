@@ -111,7 +111,7 @@ def is_mapped(tensor: Tensor) -> bool:
 
 
 def allocate(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Allocate an uninitialized tensor in memory or, where it is too large, in a nameless file of the cache folder.
+    """Allocate a tensor of a shape in memory, or in a nameless file of the cache folder if it is too large.
 
     ``fits_in_memory`` decides. Where the disk is full, the tensor is in memory, and one line says so.
     """
@@ -137,7 +137,7 @@ def _reserve(file: IO[bytes], num_bytes: int) -> None:
 
 
 def map_tensor(mapped: np.ndarray) -> Tensor:
-    """View an array in a mapped file as a tensor for which ``is_mapped`` is true."""
+    """View an array of any shape in a mapped file as a tensor for which ``is_mapped`` is true."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nobody writes to stored images
         tensor = torch.from_numpy(mapped)

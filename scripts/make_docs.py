@@ -23,7 +23,7 @@ class Docs(CheckedOptions):
 
     check: bool = option(False, "change nothing: fail if a table is not the one that would be made", BOOLEAN)
     html: bool = option(False, "fail, instead of leaving the pages out, if Sphinx, MyST or furo are missing", BOOLEAN)
-    output: str = option(str(BUILD / "html"), "folder of the HTML pages")
+    output: str = option("docs/_build/html", "folder of the HTML pages, from the project's folder")
 
 
 def main() -> None:
@@ -42,7 +42,7 @@ def main() -> None:
         print(f"Refreshed the tables of {path.relative_to(ROOT)}")
     missing = [name for name in EXTRAS if importlib.util.find_spec(name) is None]
     if not missing:
-        build(Path(asked.output))
+        build(ROOT / asked.output)
     elif asked.html:
         raise ValueError(f"expected {', '.join(EXTRAS)}, got no {missing[0]}; pip install -e '.[docs]' brings them")
     else:

@@ -207,6 +207,7 @@ def test_an_evaluation_of_another_split_replaces_only_its_own_key(copy: Path, ru
     assert (after["validation"]["num_particles"], after["validation"]["num_images"]) == (7, 40)
 
 
+@pytest.mark.thorough
 def test_an_evaluation_changes_its_own_files_alone(first: tuple[Path, Done], copy: Path, run: Run) -> None:
     run(EVALUATE, copy, "--num-particles", "7")
     assert contents(copy, but=EVALUATION) == contents(first[0], but=EVALUATION)

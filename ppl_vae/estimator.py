@@ -295,7 +295,7 @@ class VAEDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
         dtype = np.uint8 if is_small else np.float32
         stored = torch.from_numpy(images.astype(dtype))
         order = np.random.RandomState(self.seed_).permutation(len(stored))
-        count = self._num_validation(len(stored))
+        count = int(len(stored) * self.validation_fraction)
         validation, train = (torch.from_numpy(np.sort(part)) for part in (order[:count], order[count:]))
         return data.Splits(
             name="X",
@@ -307,11 +307,9 @@ class VAEDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
             split="validation by random_state",
         )
 
-    def _num_validation(self, num_rows: int) -> int:
-        return int(num_rows * self.validation_fraction)
-
     def _options(self, num_rows: int) -> Options:
-        steps_an_epoch = -(-(num_rows - self._num_validation(num_rows)) // max(1, self.batch_size))
+        num_train = num_rows - int(num_rows * self.validation_fraction)
+        steps_an_epoch = -(-num_train // max(1, self.batch_size))
         usual = min(_MOST_EPOCHS, max(_FEWEST_EPOCHS, -(-_USUAL_STEPS // steps_an_epoch)))
         return Options(
             dataset="X",

@@ -15,7 +15,6 @@ from benchmark import likelihood_table, table
 
 from ppl_vae.commands.cli import build_parser, iterate_fields
 from ppl_vae.commands.options import COMMANDS
-from ppl_vae.commands.reproduce import read_rows
 from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.parts.registry import NETWORKS, OBJECTIVES, POSTERIORS, PRIORS
 from ppl_vae.reports.text.certificate import certificate_table
@@ -25,7 +24,7 @@ from ppl_vae.reports.text.reproduction import reproduction_table, seeds_table
 from ppl_vae.runs.certificate_results import read_certificates
 from ppl_vae.runs.fields import format_flag
 from ppl_vae.runs.options import Options
-from ppl_vae.runs.reproduction_results import Reproduction
+from ppl_vae.runs.reproduction_results import Reproduction, read_reproductions
 from ppl_vae.runs.results import Diagnosis, Evaluation, from_json
 
 ROOT = Path(__file__).parents[1]
@@ -149,7 +148,7 @@ def fifteen_minutes() -> str:
 
 
 def reproductions() -> list[Reproduction]:
-    return read_rows(str(RESULTS / "reproductions.json"))
+    return read_reproductions(RESULTS / "reproductions.json")
 
 
 def published_ours() -> str:

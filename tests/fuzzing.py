@@ -36,7 +36,6 @@ from small_run import SMALL, bars, save_bars, train_small
 
 from ppl_vae import data, runs
 from ppl_vae.commands import impute as imputation
-from ppl_vae.commands import reproduce as reproduction
 from ppl_vae.data import binary_sets, image_sets, machine
 from ppl_vae.data import folder as image_folder
 from ppl_vae.runs.block_store import BlockStore
@@ -44,6 +43,7 @@ from ppl_vae.runs.certificate_results import read_certificates
 from ppl_vae.runs.checkpoints import find_newest_checkpoint
 from ppl_vae.runs.evaluations import read_per_image
 from ppl_vae.runs.load import load, read_config
+from ppl_vae.runs.reproduction_results import read_reproductions
 
 MOST_BYTES = 192 * 2**20  # a reader's own limits allow 64 MiB, twice: for what is read, and for what is made of it
 MOST_WARNINGS = 3  # of one file
@@ -330,7 +330,7 @@ def of_runs(run: Path) -> Iterator[Reader]:
     yield Reader("per image", ".safetensors", tensors(run, per_image), read, (tensor_header,) * 6, 2)
     yield of_block_store(run)
     rows = (Path(__file__).parents[1] / "scripts" / "results" / "reproductions.json").read_bytes()
-    yield Reader("results", ".json", (rows,), lambda path: reproduction.read_rows(str(path)), (other_json,) * 3)
+    yield Reader("results", ".json", (rows,), read_reproductions, (other_json,) * 3)
     rows = (Path(__file__).parents[1] / "scripts/results/certificates.json").read_bytes()
     yield Reader("certificates", ".json", (rows,), read_certificates, (other_json,) * 3)
 

@@ -57,13 +57,6 @@ def compare_likelihoods(
     that are not distinguishable from it (Hsu 1984). A table that was interrupted goes on; its finished runs are taken
     as they are. A likelihood whose training meets a NaN is left out, with a message.
 
-    Args:
-        likelihoods: Words of ``--likelihood``, or None for all that fit the data and have its scale.
-        options: All other options; their likelihood does not count.
-        run_dir: The folder of the run folders, and of figures/.
-        output: A JSON file for the table, or None.
-        say: Takes each line for the reader.
-
     Raises:
         ValueError: An autoencoder, likelihoods that are not on one scale or do not fit the data, a VAE that cannot be
             built, or a folder that holds a run with other options. Nothing is trained or written then.

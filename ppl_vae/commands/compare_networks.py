@@ -51,14 +51,6 @@ def compare_networks(
     Epochs are planned from the measured time of a few steps, so that each training, with its validation, takes about
     that long when nothing else runs. A table that was interrupted goes on; its finished runs are taken as they are.
 
-    Args:
-        networks: Words of ``--network``.
-        options: All other options; their network and epochs do not count.
-        minutes: The time of each training.
-        run_dir: The folder of the run folders.
-        output: A JSON file for the table, or None.
-        say: Takes each line for the reader.
-
     Raises:
         ValueError: As ``train_run``, an autoencoder, or a folder that holds a run with other options.
     """

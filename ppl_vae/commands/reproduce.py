@@ -24,9 +24,16 @@ from ppl_vae.runs.open import Run, Say, load_evaluated_vae
 from ppl_vae.runs.options import PLACES, Options
 from ppl_vae.runs.options import to_json as options_to_json
 from ppl_vae.runs.recipes import RECIPES, Recipe, recipe
-from ppl_vae.runs.reproduction_results import Budget, EvaluationProtocol, Reproduction, StageSeconds, ValidationCurve
+from ppl_vae.runs.reproduction_results import (
+    Budget,
+    EvaluationProtocol,
+    Reproduction,
+    StageSeconds,
+    ValidationCurve,
+    read_reproductions,
+)
 from ppl_vae.runs.resolve import load_splits
-from ppl_vae.runs.results import from_json, to_json
+from ppl_vae.runs.results import to_json
 from ppl_vae.vae import VAE
 
 EVALUATION_SEED = 0
@@ -39,7 +46,7 @@ def run(options: Reproduce, *, say: Say) -> None:
     if options.list:
         say("\n".join(describe_recipes({name: recipe(name) for name in RECIPES})))
     elif options.table:
-        rows = read_rows(options.output)
+        rows = read_reproductions(Path(options.output))
         say("\n\n".join(table for table in (reproduction_table(rows), seeds_table(rows)) if table))
     else:
         reproduce_recipe(options, say=say)
@@ -63,7 +70,7 @@ def reproduce_recipe(options: Reproduce, *, say: Say) -> Reproduction:
         share = options.epochs_share
     parent = Path(options.run_dir or f"runs/reproduce/{options.name}-seed{options.seed}")
     stages = _plan_stages(found, share, options, parent)
-    read_rows(options.output)
+    read_reproductions(Path(options.output))
     check_runs(stages, load_splits(next(iter(stages.values()))), free=frozenset({"start_from"}))
     try:
         Path(options.output).parent.mkdir(parents=True, exist_ok=True)
@@ -235,29 +242,13 @@ def _find_origins(folders: Sequence[Path], device: str | None) -> tuple[tuple[st
     return tuple(dict.fromkeys(commits)), last
 
 
-def read_rows(output: str) -> list[Reproduction]:
-    """The rows of a results file; none where there is no file. Raises ValueError for a damaged one."""
-    path = Path(output)
-    if not path.exists():
-        return []
-    if path.is_dir():
-        raise ValueError(f"--output: expected a file, got the folder {path}")
-    rows = runs.read_json(path).get("rows")
-    if not isinstance(rows, list):
-        raise ValueError(f"{path}: damaged: expected a list of rows")
-    try:
-        return [from_json(Reproduction, row) for row in rows]
-    except ValueError as error:
-        raise ValueError(f"{path}: damaged: {error}") from None
-
-
 def write_row(output: str, row: Reproduction) -> None:
     """Adds the row, or replaces the one of the same recipe, seed, budget and precision; the file as a whole."""
 
     def identify(row: Reproduction) -> tuple[object, ...]:
         return row.recipe, row.seed, row.budget.share, row.precision
 
-    kept = [old for old in read_rows(output) if identify(old) != identify(row)]
+    kept = [old for old in read_reproductions(Path(output)) if identify(old) != identify(row)]
     order = {name: place for place, name in enumerate(RECIPES)}
     rows = sorted([*kept, row], key=lambda row: (order.get(row.recipe, len(order)), row.seed))
     runs.write_json(Path(output), {"rows": to_json(rows)})

@@ -70,12 +70,7 @@ def check_same_options(folder: Path, asked: Options, resolved: Options, free: fr
 def train_or_resume(folder: Path, options: Options, like: Run | None, *, say: Say, draw: bool = True) -> Run:
     """Trains the run in a folder to its end, from wherever it stands, and opens it.
 
-    Args:
-        folder: The run's folder.
-        options: The run's options.
-        like: A run that is open already, whose data is taken where it is the same.
-        say: Takes each line for the reader.
-        draw: Whether the figures are drawn too.
+    ``like`` is a run that is open already, whose data is taken where it is the same.
     """
     if (folder / runs.CONFIG).exists():
         resume_run(str(folder), epochs=None, say=say, data_dir=options.data_dir, like=like, draw=draw)

@@ -8,8 +8,8 @@ from pathlib import Path
 from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.evidence.guide_calibration import GuideCalibration
 from ppl_vae.runs.environment import describe_environment
-from ppl_vae.runs.files import JsonObject, read_json, write_json
-from ppl_vae.runs.results import ImagesMean, Provenance, Quantiles, from_json, to_json
+from ppl_vae.runs.files import JsonObject, write_json
+from ppl_vae.runs.results import ImagesMean, Provenance, Quantiles, read_rows, to_json
 
 CERTIFICATE = "certificate-"  # begins the key of each certificate in evaluation.json; its split follows
 
@@ -182,22 +182,8 @@ class StoredCertificate(Certificate):
 
 
 def read_certificates(path: Path) -> list[StoredCertificate]:
-    """The certificates in a file of several; none if there is no file.
-
-    Raises:
-        ValueError: a folder, or a damaged file.
-    """
-    if path.is_dir():
-        raise ValueError(f"--output: expected a file, got the folder {path}")
-    if not path.exists():
-        return []
-    rows = read_json(path).get("certificates")
-    if not isinstance(rows, list):
-        raise ValueError(f"{path}: damaged: expected a list of certificates")
-    try:
-        return [from_json(StoredCertificate, row) for row in rows]
-    except ValueError as error:
-        raise ValueError(f"{path}: damaged: {error}") from None
+    """The certificates in a file of several; none if there is no file. Raises ValueError for a damaged one."""
+    return read_rows(path, "certificates", StoredCertificate)
 
 
 def add_certificate(path: Path, run: str, found: Certificate, device: str) -> list[StoredCertificate]:

@@ -30,8 +30,6 @@ class ComparedPair:
     """The paired difference L_S(x; run) - L_S(x; baseline) of two runs on the same images. Nats per image.
 
     Args:
-        name: The run.
-        baseline: The run that it is compared with.
         difference: The mean over the images, and its standard error.
         interval: The two-sided t interval of the mean, Bonferroni-corrected.
         confidence: The confidence of that interval.
@@ -61,13 +59,11 @@ class Comparison:
     """Several runs on the same images of one split: comparison.json.
 
     Args:
-        time: When it was made.
         binarization: The words of all runs, joined by "or".
         scale: What the nats measure, one for all runs.
         stored_evaluations: Whether the numbers are those of the runs' own evaluations.
-        runs: The runs; the first is the baseline.
+        runs: The first is the baseline.
         comparisons: Each further run against the baseline.
-        seconds: How long it took.
     """
 
     time: str

@@ -25,7 +25,6 @@ class Encoding(Provenance):
 
     Args:
         images: The split, or the path of the images.
-        num_images: n.
         num_particles: S. None for an autoencoder.
         log_likelihood: The importance-weighted bound L_S.
         reconstruction: log p(x | z(x)) of an autoencoder.
@@ -66,18 +65,13 @@ class ImputationSummary(Provenance):
 
     Args:
         images: The split, or the path of the images.
-        num_images: n.
-        num_particles: S.
-        missing_pixels: The number of missing pixels of all images.
-        num_pixels: The number of pixels of all images.
+        missing_pixels, num_pixels: Of all images.
         complete_images: Images without a missing pixel.
         empty_images: Images without an observed pixel.
         log_likelihood_observed: log p(x_observed), the bound L_S.
         log_likelihood_hidden: log p(x_hidden | x_observed), where pixels of complete images were hidden.
         ess: Effective sample size of the particles.
         few_particles: Images with missing pixels and too few effective particles.
-        mask: The path of the mask.
-        hide: The half that was hidden.
         num_draws: Draws of the missing pixels of each image.
         notes: Sentences about how the images were read.
     """

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.runs.files import JsonObject
+from ppl_vae.runs.results import read_rows
 
 
 @dataclass(frozen=True)
@@ -73,8 +75,6 @@ class Reproduction:
     """A published model that was trained again: a row of the file of reproductions. Nats per image.
 
     Args:
-        recipe: The recipe's name.
-        model: What the model is, in words.
         published: The numbers in print that it is compared with.
         differs: How the training differs from the source's.
         options: The options of each stage, without places on a machine.
@@ -82,7 +82,7 @@ class Reproduction:
         active_units: How many latents vary over images (``diagnostics.active_units``). None with several layers.
         command: The command line that makes the row again.
         commits: The commits of the code that took part.
-        environment: The versions and the device of the last stage.
+        environment: Of the last stage.
     """
 
     recipe: str
@@ -105,3 +105,8 @@ class Reproduction:
     command: str
     commits: tuple[str, ...]
     environment: JsonObject
+
+
+def read_reproductions(path: Path) -> list[Reproduction]:
+    """The rows of a file of reproductions; none if there is no file. Raises ValueError for a damaged one."""
+    return read_rows(path, "rows", Reproduction)

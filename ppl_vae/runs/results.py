@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -15,7 +16,7 @@ from ppl_vae.diagnostics.measurement import Measurements
 from ppl_vae.diagnostics.pixel_calibration import PixelCalibration
 from ppl_vae.diagnostics.verdicts import Verdict
 from ppl_vae.evidence.estimate import Estimate
-from ppl_vae.runs.files import JsonObject
+from ppl_vae.runs.files import JsonObject, read_json
 
 T = TypeVar("T")
 
@@ -59,6 +60,19 @@ def from_json(kind: type[T], values: object) -> T:
     Quantiles(median=1.0, q05=None, q95=2.0)
     """
     return _decode(kind, values, kind.__name__)
+
+
+def read_rows(path: Path, key: str, kind: type[T]) -> list[T]:
+    """The list of results under a key of a JSON file; none if there is no file. Raises ValueError for a damaged one."""
+    if not path.exists():
+        return []
+    rows = read_json(path).get(key)
+    if not isinstance(rows, list):
+        raise ValueError(f"{path}: damaged: expected a list of {key}")
+    try:
+        return [from_json(kind, row) for row in rows]
+    except ValueError as error:
+        raise ValueError(f"{path}: damaged: {error}") from None
 
 
 def _decode(kind: Any, value: Any, name: str) -> Any:
@@ -172,10 +186,7 @@ class Evaluation(Provenance):
     An autoencoder has no density. Its evaluation holds the reconstruction alone, and None for every other estimate.
 
     Args:
-        split: "train", "validation" or "test".
-        num_images: n.
         num_particles: S. None for an autoencoder.
-        seed: The seed of the particles.
         dequantization_draws: Always None, since masses of levels are exact.
         log_likelihood: The importance-weighted bound L_S.
         elbo: E_q[log p(x, z) - log q(z | x)].
@@ -191,7 +202,6 @@ class Evaluation(Provenance):
         binarization_entropy: The mean entropy of the binarization's draw, where one was made.
         bits_per_dim: -log2 P(x) / D for 8-bit levels.
         step: The training step of the weights.
-        seconds: How long the evaluation took.
     """
 
     split: str

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,14 +17,13 @@ from ppl_vae.commands import run_series
 from ppl_vae.commands.encode import encode_images
 from ppl_vae.commands.options import Encode, Reproduce
 from ppl_vae.commands.reproduce import (
-    read_rows,
     reproduce_recipe,
     shorten_stages,
     write_row,
 )
 from ppl_vae.runs import recipes
 from ppl_vae.runs.recipes import Recipe
-from ppl_vae.runs.reproduction_results import Published, Reproduction
+from ppl_vae.runs.reproduction_results import Published, Reproduction, read_reproductions
 from ppl_vae.runs.results import from_json, to_json
 
 pytestmark = pytest.mark.thorough
@@ -208,7 +208,7 @@ def test_a_row_of_the_same_recipe_seed_budget_and_precision_is_replaced(tmp_path
     path = str(tmp_path / "rows.json")
     write_row(path, made_up())
     write_row(path, made_up(**change))
-    assert read_rows(path) == [made_up(**change)]
+    assert read_reproductions(Path(path)) == [made_up(**change)]
 
 
 # --- What is refused, before any training ---

@@ -17,7 +17,7 @@ from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.evidence.evaluation import reconstruction
 from ppl_vae.evidence.moments import PosteriorMoments, encode
 from ppl_vae.reports.latents_figure import latents_figure, measure_latent_use
-from ppl_vae.reports.text.images import describe_encoding
+from ppl_vae.reports.text.evaluation import describe_encoding
 from ppl_vae.runs.build import is_autoencoder
 from ppl_vae.runs.fit_arguments import find_device
 from ppl_vae.runs.image_results import Encoding, ImageScore

@@ -44,7 +44,7 @@ from ppl_vae.runtime.ranks import broadcast_decision, end_together, joined, rank
 from ppl_vae.training import Callbacks, TrainingState, TrainingStopped, exceeds_memory, fit
 from ppl_vae.vae import VAE
 
-QUICK_EVALUATION_SEED = 0
+_QUICK_EVALUATION_SEED = 0
 
 
 def run(options: Train, *, say: Say) -> None:
@@ -186,7 +186,7 @@ def _go_on(run: Run, saved: Saved | None, *, say: Say, compile_if_possible: bool
         with matmul_precision(options.precision):
             _train(run, saved, say=say, compile_if_possible=compile_if_possible)
     if not broadcast_decision(lambda: is_evaluated(folder)):
-        _evaluate(run, say=say)
+        evaluate_trained_run(run, say=say)
     if not distributed.is_writer():
         return
     distributed.leave()  # the others are done: nothing of the figures is shared out
@@ -194,15 +194,15 @@ def _go_on(run: Run, saved: Saved | None, *, say: Say, compile_if_possible: bool
         write_figures(run, say=say)
 
 
-def _evaluate(run: Run, *, say: Say) -> None:
-    """Evaluates some test images."""
+def evaluate_trained_run(run: Run, *, say: Say) -> None:
+    """Evaluates some test images, as many as the run's options say."""
     options = run.options
     asked = Evaluate(
         str(run.folder),
         num_particles=options.evaluation_particles,
         images=options.images,
         device=options.device,
-        seed=QUICK_EVALUATION_SEED,
+        seed=_QUICK_EVALUATION_SEED,
         compile="off" if options.compile == "off" else "auto",
     )
     found = write_evaluation(run, asked, say=say)

@@ -14,7 +14,6 @@ from ppl_vae import runs
 from ppl_vae.diagnostics.measurement import Measurements, measure, summarize_estimate
 from ppl_vae.diagnostics.verdicts import is_reliable
 from ppl_vae.evidence.estimate import Estimate
-from ppl_vae.evidence.importance import Importance
 from ppl_vae.evidence.moments import decode_mean, encode, sample_posterior
 from ppl_vae.runs.evaluations import PerImage, read_evaluation, read_per_image
 from ppl_vae.runs.load import load
@@ -95,14 +94,8 @@ def _add_evaluation(
     if per_image is None:
         return run
     gap = Estimate.from_values(per_image.result.log_evidence - per_image.result.elbo)
-    return replace(run, gap=gap, reliable=_has_settled(per_image.result))
-
-
-def _has_settled(result: Importance) -> bool:
-    gain = Estimate.from_values(result.tenfold_gain)
-    if math.isnan(gain.mean):
-        return False
-    return is_reliable(gain, Estimate.from_flags(result.unreliable()))
+    quality = summarize_estimate(per_image.result, per_image.num_particles)
+    return replace(run, gap=gap, reliable=is_reliable(quality.rise, quality.unreliable))
 
 
 # --- The weights ---

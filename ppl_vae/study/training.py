@@ -13,9 +13,7 @@ from pyro.poutine.scale_messenger import ScaleMessenger
 from torch import Tensor
 
 from ppl_vae import data, runs
-from ppl_vae.commands.evaluate import write_evaluation
-from ppl_vae.commands.options import Evaluate
-from ppl_vae.commands.train import QUICK_EVALUATION_SEED, resume_run, train_run
+from ppl_vae.commands.train import evaluate_trained_run, resume_run, train_run
 from ppl_vae.objectives import Loss, loss_of_batch
 from ppl_vae.protocols import StochasticFunction
 from ppl_vae.runs.build import build_vae
@@ -91,15 +89,7 @@ def _train_averaged(planned: Planned, run_dir: Path, *, say: Say) -> None:
     if not (run_dir / runs.MODEL).exists():
         _fit_averaged(planned, run_dir, say=say)
     if not is_evaluated(run_dir):
-        options = planned.options
-        asked = Evaluate(
-            str(run_dir),
-            num_particles=options.evaluation_particles,
-            images=options.images,
-            device=options.device,
-            seed=QUICK_EVALUATION_SEED,
-        )
-        write_evaluation(open_run(str(run_dir)), asked, say=say)
+        evaluate_trained_run(open_run(str(run_dir)), say=say)
 
 
 def _fit_averaged(planned: Planned, run_dir: Path, *, say: Say) -> None:

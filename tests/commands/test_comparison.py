@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from matplotlib.figure import Figure
 from oracles import LinearGaussian
 from scipy import stats
 from small_run import SMALL as SMALL_RUN
@@ -23,7 +22,6 @@ from ppl_vae.commands.options import CompareRuns
 from ppl_vae.evidence.evaluation import evaluate
 from ppl_vae.evidence.importance import Importance
 from ppl_vae.evidence.paired import bound_difference, paired_difference, student_t_quantile
-from ppl_vae.reports.figures.pairs import draw_pair
 from ppl_vae.runs.open import open_run
 from ppl_vae.runs.results import to_json
 
@@ -329,16 +327,3 @@ def test_what_cannot_be_compared_is_refused_and_leaves_no_folder(folders, tmp_pa
     with pytest.raises(ValueError, match=words):
         _compare(folders, names, tmp_path / "out", **changes)
     assert not (tmp_path / "out").exists()
-
-
-# --- The script and the figure ---
-
-
-def test_the_figure_shows_every_image_and_the_interval():
-    a, b = _correlated(40, shift=0.5)
-    figure = Figure()
-    draw_pair(figure, {"one": a, "two": b}, interval=(0.2, 0.8), interval_name="interval of the mean")
-    scatter, histogram = figure.axes
-    np.testing.assert_array_equal(scatter.collections[0].get_offsets(), np.stack([a.numpy(), b.numpy()], 1))
-    assert sum(bar.get_height() for bar in histogram.patches if bar.get_height() != 1 or bar.get_x() != 0.2) == 40
-    assert [line.get_xdata()[0] for line in histogram.lines] == [0, pytest.approx(float((b - a).mean()))]

@@ -71,11 +71,6 @@ def test_a_name_gives_the_model(trained, shipped):
     assert all(torch.equal(found[name], expected[name]) for name in found)
 
 
-def test_a_name_of_neither_a_folder_nor_a_pretrained_run_is_refused_with_those_there_are(shipped):
-    with pytest.raises(ValueError, match=r"^smal: expected a run folder, or a pretrained run \(small\), got neither$"):
-        load("smal")
-
-
 def test_its_evaluation_makes_the_number_again_beside_the_package(trained, shipped):
     before = contents(shipped)
     entry = evaluate_run(Evaluate("small", **ASKED), say=silent)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,12 +18,11 @@ from ppl_vae.commands.options import Encode, Reproduce
 from ppl_vae.commands.reproduce import (
     reproduce_recipe,
     shorten_stages,
-    write_row,
 )
 from ppl_vae.runs import recipes
 from ppl_vae.runs.recipes import Recipe
-from ppl_vae.runs.reproduction_results import Published, Reproduction, read_reproductions
-from ppl_vae.runs.results import from_json, to_json
+from ppl_vae.runs.reproduction_results import Published
+from ppl_vae.runs.results import to_json
 
 pytestmark = pytest.mark.thorough
 
@@ -175,40 +173,6 @@ def test_a_share_is_of_each_stages_epochs_and_warmup(stages, share, epochs, warm
     found = shorten_stages(stages, share)
     assert [stage.epochs for stage in found] == epochs
     assert [stage.warmup_epochs for stage in found] == warmups
-
-
-# --- The results file ---
-
-
-def made_up(**changes):
-    budget = {"share": 1.0, "epochs": [400], "recipe_epochs": [400]} | changes.get("budget", {})
-    row = {
-        "recipe": "vae_gaussian",
-        "seed": 0,
-        "precision": "float32",
-        "options": [{"epochs": n, "num_particles": 1, "seed": changes.get("seed", 0)} for n in budget["epochs"]],
-        "rise": 0.2349,
-        "budget": budget,
-        "ours": {"mean": -84.404, "stderr": 0.221},
-        "elbo": {"mean": -88.1, "stderr": 0.23},
-        "kl": {"mean": 25.0, "stderr": 0.1},
-        **{"model": "one layer", "differs": "", "weights": 7, "active_units": 2, "command": ""},
-        **{"commits": [], "environment": {}},
-        "published": [{"log_likelihood": -84.45, "stderr": 0.12, "source": "VAE: there"}],
-        "protocol": {"dataset": "mnist", "protocol": "vampprior", "binarization": "dynamic", "split": "test"}
-        | {"num_images": 10_000, "num_particles": 5000},
-        "validation": {"elbo": -88.0, "epoch": 399, "last_tenth_gains": [0.0123]},
-        "seconds": {"training": [3600.0], "evaluation": 240.0},
-    }
-    return from_json(Reproduction, row | changes)
-
-
-@pytest.mark.parametrize("change", [{}, {"ours": {"mean": -1.0, "stderr": 0.1}}, {"published": []}])
-def test_a_row_of_the_same_recipe_seed_budget_and_precision_is_replaced(tmp_path, change):
-    path = str(tmp_path / "rows.json")
-    write_row(path, made_up())
-    write_row(path, made_up(**change))
-    assert read_reproductions(Path(path)) == [made_up(**change)]
 
 
 # --- What is refused, before any training ---

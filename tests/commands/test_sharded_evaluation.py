@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import math
 import os
 import shutil
@@ -285,12 +284,3 @@ def test_a_damaged_file_of_what_is_done_is_said_and_the_evaluation_starts_over(
     said = _evaluate(folder)
     assert sum("damaged" in line and "computed again" in line for line in said) == 1
     assert _numbers(folder) == undisturbed
-
-
-def test_a_run_that_another_process_writes_to_is_not_evaluated(folder):
-    before = _numbers(folder)
-    with (folder / runs.LOCK).open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(ValueError, match="another process does"):
-            _evaluate(folder)
-    assert _numbers(folder) == before

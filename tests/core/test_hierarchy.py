@@ -344,16 +344,6 @@ def test_draws_of_a_chain_have_the_moments_of_its_density(name):
 
 
 @pytest.mark.parametrize("guide", GUIDES)
-def test_the_draws_of_one_seed_are_the_same_as_sites_and_as_a_vector(guide):
-    vae, x = _vae(guide), _images()
-    torch.manual_seed(0)
-    sites = poutine.trace(vae.guide).get_trace(x)
-    torch.manual_seed(0)
-    expected = torch.cat([sites.nodes[f"z_{layer}"]["value"] for layer in (1, 2, 3)], dim=-1)
-    assert torch.equal(vae.posterior(x).rsample(), expected)
-
-
-@pytest.mark.parametrize("guide", GUIDES)
 def test_a_batch_is_as_many_batches_of_one(guide):
     vae, x = _vae(guide), _images()
     q, p = _traces(vae, x)

@@ -197,25 +197,6 @@ def test_a_dynamic_draw_is_the_expected_image_on_average() -> None:
     assert ((mean - expected).abs() <= 5 * error + 1e-6).all()
 
 
-@pytest.mark.parametrize("word", ["fixed", "threshold", "none"])
-@pytest.mark.parametrize("kind", [data.BINARY, data.LEVELS, data.PROBABILITIES])
-def test_images_that_are_not_drawn_anew_are_the_same_in_training_and_evaluation(word: str, kind: str) -> None:
-    splits = build(STORED[kind], kind)
-    stored, transform = data.training_images(splits, word)
-    x = transform(stored, torch.Generator())
-    assert torch.equal(x, data.evaluation_images(splits, "train", word))
-    assert torch.equal(x, data.expected_images(splits, word))
-
-
-@pytest.mark.parametrize("binarization", ["dynamic", "fixed"])
-def test_a_draw_from_ones_is_ones(binarization: str) -> None:
-    """Stored ones of binary data are not the level 1 of 255."""
-    splits = build(np.ones((40, 6), np.uint8), data.BINARY)
-    stored, transform = data.training_images(splits, binarization)
-    assert transform(stored, torch.Generator().manual_seed(0)).mean() == 1
-    assert data.evaluation_images(splits, "test", binarization).mean() == 1
-
-
 def test_gray_data_takes_each_binarization_and_resolves_to_the_default(gray: data.Splits) -> None:
     assert data.resolve_binarization(gray, None) == "dynamic"
     assert data.resolve_binarization(gray, None, default="threshold") == "threshold"

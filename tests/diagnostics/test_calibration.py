@@ -154,10 +154,3 @@ def test_the_deviation_is_the_largest_of_the_cumulative_histogram():
     covariance = torch.zeros(BINS, BINS, dtype=torch.double)
     found = summarize_histogram(mean, covariance, num_images=10, num_draws=99)
     assert found.largest_deviation == pytest.approx(0.03)
-
-
-def test_weights_and_random_state_of_the_vae_stay():
-    vae = MODELS["normal"]()
-    before = {name: w.clone() for name, w in vae.state_dict().items()}
-    calibrate(vae, draw(vae, 3), num_draws=5)
-    assert all(torch.equal(w, before[name]) for name, w in vae.state_dict().items())

@@ -273,15 +273,6 @@ def test_one_graph_gives_what_runs_as_it_stands(graphs, words, dtype):
 # --- What is left as it was, and what is refused ---
 
 
-def test_weights_modes_and_gradients_stay():
-    vae, x = _built().train(), _binary()
-    before = {name: value.clone() for name, value in vae.state_dict().items()}
-    lower(vae, x, _fixed(4, 2), num_chains=3)
-    assert vae.training
-    assert all(torch.equal(value, before[name]) for name, value in vae.state_dict().items())
-    assert all(parameter.grad is None for parameter in vae.parameters())
-
-
 def test_a_deterministic_guide_is_refused():
     with pytest.raises(DeterministicGuide, match="an autoencoder has no log-likelihood"):
         pilot(_built(posterior="delta"), _binary(), betas=temperatures(3), num_leapfrogs=1, num_chains=2)

@@ -109,19 +109,6 @@ def test_the_chunk_changes_nothing_but_noise(chunk):
     assert ((unbiased.mean(0) - 1).abs() < 5 * unbiased.std(0) / math.sqrt(30)).all()
 
 
-def test_no_more_pairs_of_particle_and_image_are_held_than_a_pass_takes(monkeypatch):
-    vae = bernoulli_vae(latent_dim=2)
-    x = torch.bernoulli(torch.full((7, 12), 0.5, dtype=torch.double))
-    monkeypatch.setattr("ppl_vae.runtime.batching.items_per_pass", lambda *_, **__: 20)
-    held = []
-    vae.likelihood.net.register_forward_hook(lambda module, inputs, output: held.append(inputs[0].shape[:-1].numel()))
-    for num_particles in (1, 6, 20, 21, 500):
-        log_evidence(vae.model, vae.guide, x, num_particles=num_particles)
-        assert max(held) <= 20
-        assert sum(held) == num_particles * len(x) + 2  # and the two by which the support is found
-        held.clear()
-
-
 @pytest.mark.thorough
 def test_memory_grows_neither_with_particles_nor_with_images():
     """In a process of its own: the default decoder, 100 times the particles, then 60 times the images."""

@@ -292,14 +292,6 @@ def test_refitting_a_logit_is_refitting_its_base_to_the_logit():
     assert_close(bent.base.log_scale, base.log_scale)
 
 
-def test_scoring_leaves_the_optimal_scale_alone():
-    likelihood = likelihoods.NormalOptimal(EVENT)
-    before = {name: tensor.clone() for name, tensor in likelihood.state_dict().items()}
-    p = likelihood(torch.zeros(3, D))
-    p.log_prob(p.sample())
-    assert all(torch.equal(tensor, before[name]) for name, tensor in likelihood.state_dict().items())
-
-
 # --- Levels ---
 
 

@@ -89,18 +89,6 @@ def test_every_parameter_of_a_decoder_has_a_gradient(word):
     assert all(parameter.grad.abs().sum() > 0 for parameter in net.parameters())
 
 
-def test_the_last_layer_has_a_bias_for_every_feature(word):
-    """Training starts from the pixels' marginals through it: adding to the bias adds to the features."""
-    for net, x, num_features in (
-        (encoder(word, (2, 6, 5), 4), torch.randn(3, 2, 6, 5), 4),
-        (decoder(word, 3, (2, 6, 5), 60), torch.randn(3, 3), 60),
-    ):
-        before, step = net(x), torch.arange(num_features) / 7
-        with torch.no_grad():
-            net.output.bias.add_(step)
-        assert_close(net(x), before + step, rtol=0, atol=1e-5)
-
-
 @pytest.mark.parametrize("shape", [(6,), (4, 6), (6, 5, 2), (4, 2, 6, 1), (3, 6, 5)])
 def test_an_image_of_another_shape_is_refused(word, shape):
     with pytest.raises(ValueError, match=r"network input: expected shape \(\.\.\., 2, 6, 5\), got"):

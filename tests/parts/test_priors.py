@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from functools import partial
 
@@ -197,40 +196,7 @@ def test_a_prior_comes_back_from_a_file(name, tmp_path):
     assert torch.equal(other.prior().log_prob(z), vae.prior().log_prob(z))
 
 
-def _through_a_state(vae):
-    other = _vae("vamp", size=0.1)
-    other.load_state_dict(vae.state_dict())
-    return other
-
-
-@pytest.mark.parametrize("copied", [copy.deepcopy, _through_a_state], ids=["copy", "state"])
-@torch.no_grad()
-def test_a_copys_vamp_prior_is_of_the_copys_guide(copied):
-    vae, z = _vae("vamp"), torch.randn(5, 2, dtype=torch.double)
-    other, before = copied(vae), vae.prior().log_prob(z)
-    assert torch.equal(other.prior().log_prob(z), before)
-    vae.posterior.net.output.bias.add_(1.0)
-    assert torch.equal(other.prior().log_prob(z), before)
-    other.posterior.net.output.bias.add_(1.0)
-    assert torch.equal(other.prior().log_prob(z), vae.prior().log_prob(z))
-    assert not torch.equal(other.prior().log_prob(z), before)
-
-
 # --- What a VampPrior starts from ---
-
-
-def _numbered(num_images):
-    return torch.arange(num_images, dtype=torch.double)[:, None].expand(num_images, D) / num_images
-
-
-@pytest.mark.parametrize("num_images", [5, 6, 100])
-def test_pseudo_images_start_as_different_training_images(num_images):
-    prior = VampPrior(_guide(2), (D,), components=5).double()
-    torch.manual_seed(0)
-    prior.start_from(_numbered(num_images))
-    seen = {tuple(one) for one in prior.pseudo_images.tolist()}
-    assert len(seen) == 5
-    assert seen <= {tuple(one) for one in _numbered(num_images).tolist()}
 
 
 @pytest.mark.parametrize("standardized", [False, True])

@@ -300,14 +300,3 @@ def test_a_link_out_of_the_folder_is_replaced_and_not_followed(
     assert done.code == 0, done
     assert everything_below(outside) == before
     assert not (copy / name).is_symlink() or name == CONFIG
-
-
-@pytest.mark.parametrize("data_dir", ["/no/such/folder", "../elsewhere"])
-def test_a_data_folder_that_a_config_names_is_never_made(
-    server: Server, copy: Path, tmp_path: Path, data_dir: str
-) -> None:
-    place = tmp_path / "place"
-    place.mkdir()
-    hostile(copy, data_dir=data_dir, dataset="static-mnist")
-    assert server.run(FIGURES, copy, cwd=place).code == 1
-    assert (list(place.iterdir()), (tmp_path / "elsewhere").exists()) == ([], False)

@@ -130,34 +130,6 @@ def test_an_objective_that_no_graph_can_hold_is_refused_with_the_weights_untouch
     assert graphs == []
 
 
-@pytest.mark.parametrize("read", [float, torch.Tensor.item, torch.Tensor.tolist], ids=["float", "item", "tolist"])
-def test_a_number_of_a_tensor_from_outside_is_refused_or_read_anew_at_every_step(graphs, read):
-    temperature = torch.ones((), dtype=torch.double)
-    ends = {}
-    for compile in (True, False):
-        vae = make_vae()
-        temperature.fill_(1.0)
-
-        def on_step(state):
-            temperature.fill_(1.0 + state.step)
-
-        try:
-            fit_captured(
-                vae,
-                make_images(),
-                compile=compile,
-                clip_norm=1.0,
-                objective=lambda m, g, x, *, beta: elbo(m, g, x, read(temperature)),
-                on_step=on_step,
-            )
-        except CannotCapture as error:
-            assert compile
-            assert "reads a number" in str(error)  # noqa: PT017
-            return
-        ends[compile] = flat_weights(vae)
-    assert_close(ends[True], ends[False], rtol=0, atol=1e-10)
-
-
 @pytest.mark.parametrize("estimator", [TraceGraph_ELBO, RenyiELBO, TraceEnum_ELBO, JitTrace_ELBO])
 def test_an_estimator_other_than_the_two_is_refused_by_name(graphs, estimator):
     vae = make_vae()

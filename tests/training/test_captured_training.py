@@ -236,18 +236,6 @@ def test_averages_follow_their_recursion(graphs, compile):
 # --- Weights ---
 
 
-def test_a_weight_that_is_frozen_stays_as_it_is(graphs):
-    ends = {}
-    for compile in (True, False):
-        vae = make_vae()
-        bias = vae.likelihood.net.output.bias.requires_grad_(False)
-        before = bias.clone()
-        fit_captured(vae, make_images(), compile=compile, average_decay=0.5)
-        assert torch.equal(bias, before), compile
-        ends[compile] = flat_weights(vae)
-    assert_close(ends[True], ends[False], rtol=0, atol=1e-10)
-
-
 def test_dropout_draws_the_same_units_as_it_does_eagerly(graphs):
     ends = {}
     for compile in (True, False):

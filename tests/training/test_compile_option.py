@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch._inductor.compile_fx as compiler
 from small_run import SMALL, save_bars, train_small
 
 from ppl_vae import runs
@@ -155,31 +154,6 @@ def test_resuming_with_the_other_word_changes_the_config_and_says_so(
     assert len(graphs) == (after == "on")
 
 
-def _interrupt_compiled(small, folder, monkeypatch):
-    options = replace(small, compile="on", checkpoint_seconds=0.0)
-    with _interrupted_after(monkeypatch, 3), pytest.raises(KeyboardInterrupt):
-        _train(options, folder)
-
-
-@pytest.mark.thorough
-def test_where_compiling_fails_on_resuming_a_compiled_run_goes_on_eagerly(
-    graphs, no_figures, small, tmp_path, monkeypatch
-):
-    """From the same state as a run that is asked to go on eagerly."""
-    for name in ("fails", "off"):
-        _interrupt_compiled(small, tmp_path / name, monkeypatch)
-    _resume(tmp_path / "off", compile="off")
-
-    def fail(*_, **__):
-        raise RuntimeError("outside of a MetricsContext")
-
-    monkeypatch.setattr(compiler, "compile_fx_inner", fail)
-    said = _resume(tmp_path / "fails")
-    assert [line for line in said if "eager" in line and "outside of a MetricsContext" in line]
-    assert _config(tmp_path / "fails")["compile"] == "off"
-    _assert_same_bits(tmp_path / "fails", tmp_path / "off")
-
-
 # --- Precision ---
 
 
@@ -276,19 +250,3 @@ def test_the_evaluation_is_the_same_for_each_word_of_compile(
     assert captured == {"off": 0, "on": 1, "auto": 1}
     for word in ("on", "auto"):
         torch.testing.assert_close(found[word], found["off"], rtol=1e-6, atol=0)
-
-
-def test_an_evaluation_that_cannot_be_compiled_is_refused_by_on_and_done_by_auto(
-    no_compiler, always_pays, no_figures, small, tmp_path, monkeypatch, capsys
-):
-    _train(replace(small, compile="off"), tmp_path)
-    before = runs.read_evaluations(tmp_path)
-    with pytest.raises(SystemExit) as ended:
-        _run(monkeypatch, "evaluate_log_likelihood.py", tmp_path, "--num-particles", 30, "--compile", "on")
-    assert ended.value.code == 1
-    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-    assert len(said) == 1
-    assert said[0].startswith("error: --compile on: no C++ compiler")
-    assert runs.read_evaluations(tmp_path) == before
-    _run(monkeypatch, "evaluate_log_likelihood.py", tmp_path, "--num-particles", 30, "--compile", "auto")
-    assert runs.read_evaluations(tmp_path)["test"]["num_particles"] == 30

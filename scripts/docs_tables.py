@@ -166,7 +166,8 @@ def published_in_print() -> str:
             error = "" if number.stderr is None else f" ± {number.stderr:.2f}"
             cells = f"{number.log_likelihood:.2f}{error} | {number.source}"
             found.setdefault(cells, {})[f"`{row.recipe}`"] = None
-    return markdown(["in print", "source", "beside"], [[cells, ", ".join(names)] for cells, names in found.items()])
+    rows = [[cells, ", ".join(names)] for cells, names in found.items()]
+    return markdown(["in print", "source", "compare with"], rows)
 
 
 def published_seeds() -> str:

@@ -22,9 +22,9 @@ PLAIN = (
 BETAS = ("0.01", "1", "5", "20", "100")
 LIKELIHOODS = {  # and whether it is a mass of levels
     "discretized-logistic": True,
-    "beta": False,
     "continuous-bernoulli": False,
     "normal-per-pixel": False,
+    "laplace": False,
     "normal": False,
     "binomial": True,
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -104,55 +104,41 @@ def _iterate_blocks(array: np.ndarray) -> Iterator[np.ndarray]:
         yield from (array[i : i + num_rows] for i in range(0, len(array), num_rows))
 
 
-def find_kind(path: Path, name: str, array: np.ndarray, *, check_resolution: bool = True) -> str:
-    """Find the kind of an array's numbers, a word of ``data.splits``.
+def find_kind(path: Path, splits: Mapping[str, np.ndarray], *, check_resolution: bool = True) -> str:
+    """Find the kind of the numbers of the first split, a word of ``data.splits``, and refuse others of another kind.
+
+    Floats are counts only where they are whole numbers in every split.
 
     Args:
-        path, name: what errors call the file and the array.
-        array: (N, *E), one row or more.
+        path: what errors call the file.
+        splits: (N, *E) each, one row or more.
         check_resolution: whether real values that single precision cannot tell apart are refused.
 
     Raises:
         ValueError: numbers of no kind, or that single precision cannot tell apart.
     """
-    summary = summarize(array)
-    if check_resolution:
-        return find_kind_of_splits(path, {name: summary})
-    _check_finite(path, name, summary)
-    return _find_kind(path, summary)
-
-
-def find_kind_of_splits(path: Path, summaries: dict[str, ArraySummary]) -> str:
-    """Find the kind of the first split, and refuse others of another kind or beyond the precision of float32.
-
-    Floats are counts only where they are whole numbers in every split.
-    """
+    summaries = {split: summarize(array) for split, array in splits.items()}
     for split, summary in summaries.items():
         _check_finite(path, split, summary)
     train, *others = summaries.values()
-    kind = _find_kind(path, train)
+    if train.dtype.kind not in "buif":
+        raise ValueError(f"{path}: expected numbers, got dtype {train.dtype}")
+    kind = next((kind for kind in (BINARY, LEVELS, PROBABILITIES, COUNTS, REAL) if train.has_kind(kind)), None)
+    if kind is None:
+        raise ValueError(
+            f"{path}: expected zeros and ones, uint8 levels, counts from 0 to {LARGEST_COUNT:,}, or floats, "
+            f"got {train.dtype} from {train.low} to {train.high} in train; real values are saved as floats, centered "
+            f"in float64: {_advise_centering(path)}"
+        )
     if kind == COUNTS and train.dtype.kind == "f" and not all(other.has_kind(COUNTS) for other in others):
         kind = REAL
     for split, summary in summaries.items():
         if not summary.has_kind(kind):
             got = f"other values (dtype {summary.dtype})"
             raise ValueError(f"{path}: expected {kind} in {split} as in train, got {got}")
-        if kind == REAL:
+        if kind == REAL and check_resolution:
             _check_resolution(path, split, summary)
     return kind
-
-
-def _find_kind(path: Path, train: ArraySummary) -> str:
-    if train.dtype.kind not in "buif":
-        raise ValueError(f"{path}: expected numbers, got dtype {train.dtype}")
-    for kind in (BINARY, LEVELS, PROBABILITIES, COUNTS, REAL):
-        if train.has_kind(kind):
-            return kind
-    raise ValueError(
-        f"{path}: expected zeros and ones, uint8 levels, counts from 0 to {LARGEST_COUNT:,}, or floats, "
-        f"got {train.dtype} from {train.low} to {train.high} in train; real values are saved as floats, centered in "
-        f"float64: {_advise_centering(path)}"
-    )
 
 
 def _check_finite(path: Path, split: str, summary: ArraySummary) -> None:

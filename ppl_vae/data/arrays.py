@@ -11,7 +11,7 @@ import torch
 
 from ppl_vae.data import cache, machine
 from ppl_vae.data.array_files import advise_array, find_roles, read_arrays, read_labels
-from ppl_vae.data.array_kinds import count_rows, find_kind_of_splits, summarize
+from ppl_vae.data.array_kinds import count_rows, find_kind
 from ppl_vae.data.splits import BINARY, LEVELS, SPLIT_ORDER, Splits, complete_splits, pluralize
 
 
@@ -47,7 +47,7 @@ def _draft(path: Path) -> cache.Draft:
     given = {split: arrays[split] for split in SPLIT_ORDER if split in arrays}
     if any(array.ndim > 0 and len(array) == 0 for array in given.values()):
         raise ValueError(f"{path}: expected at least one image in every split, got an empty array")
-    kind = find_kind_of_splits(path, {split: summarize(array) for split, array in given.items()})
+    kind = find_kind(path, given)
     images = {split: move_channels_first(path, split, array) for split, array in given.items()}
     shapes = {array.shape[1:] for array in images.values()}
     if len(shapes) > 1:

@@ -159,10 +159,7 @@ def check_image_size(image_size: Widths | None) -> tuple[int, int] | None:
     """
     if image_size is None:
         return None
-    try:
-        size = check_widths("image_size", image_size)
-    except ValueError:
-        size = ()
+    size = check_widths("image_size", image_size)
     if len(size) not in (1, 2):
         raise ValueError(f"image_size: expected height and width, or one number for both, got {image_size!r}")
     return size[0], size[-1]

@@ -23,7 +23,7 @@ from ppl_vae.runs.files import JsonObject
 from ppl_vae.runs.open import Run, Say, load_evaluated_vae
 from ppl_vae.runs.options import PLACES, Options
 from ppl_vae.runs.options import to_json as options_to_json
-from ppl_vae.runs.recipes import RECIPES, Recipe, recipe
+from ppl_vae.runs.recipes import RECIPES, Recipe, find_recipe
 from ppl_vae.runs.reproduction_results import (
     Budget,
     EvaluationProtocol,
@@ -44,7 +44,7 @@ _ELBO, _BOUND = "validation_elbo_nats_per_image", "validation_bound_nats_per_ima
 def run(options: Reproduce, *, say: Say) -> None:
     """The command: lists the recipes, prints the table, or reproduces a model."""
     if options.list:
-        say("\n".join(describe_recipes({name: recipe(name) for name in RECIPES})))
+        say("\n".join(describe_recipes(RECIPES)))
     elif options.table:
         rows = read_reproductions(Path(options.output))
         say("\n\n".join(table for table in (reproduction_table(rows), seeds_table(rows)) if table))
@@ -63,7 +63,7 @@ def reproduce_recipe(options: Reproduce, *, say: Say) -> Reproduction:
             with other options. Nothing is trained then.
     """
     assert options.name is not None
-    found, share = recipe(options.name), 1.0
+    found, share = find_recipe(options.name), 1.0
     if options.epochs is not None:
         share = options.epochs / sum(stage.epochs for stage in found.stages)
     elif options.epochs_share is not None:

@@ -55,26 +55,16 @@ def _has_same_shapes(vae: VAE, weights: dict[str, Tensor]) -> bool:
     return {name: w.shape for name, w in weights.items()} == {name: w.shape for name, w in vae.state_dict().items()}
 
 
-def load_weights(vae: VAE, path: Path, weights: dict[str, Tensor]) -> None:
-    """Loads weights into a VAE of the same architecture. Raises ValueError if they do not fit."""
-    try:
-        vae.load_state_dict(weights)
-    except RuntimeError as error:
-        first = str(error).splitlines()[-1].strip()
-        raise ValueError(f"{path}: the weights do not fit the run's config: {first}") from None
-
-
 def load_starting_weights(vae: VAE, run_dir: str) -> None:
     """Loads a run's evaluated weights into a VAE of the same model.
 
     Raises:
         ValueError: no such run, or weights that do not fit.
     """
-    path = find_run_folder(run_dir) / runs.MODEL
-    weights, _ = runs.load_tensors(path)
+    weights, _ = runs.load_tensors(find_run_folder(run_dir) / runs.MODEL)
     if not _has_same_shapes(vae, weights):
         raise ValueError(f"--start-from: expected a run of the same model, got {run_dir}, whose weights are of another")
-    load_weights(vae, path, weights)
+    vae.load_state_dict(weights)
 
 
 # In config.json, "trained" of a run folder without its training: what ``save`` made, and what came with the package.
@@ -165,7 +155,7 @@ def load(run_dir: str | Path) -> VAE:
         raise ValueError(f"{folder / runs.MODEL}: the weights do not fit the run's config: they differ in shape")
     with torch.random.fork_rng(devices=[]):  # fresh weights are drawn, and replaced
         model = build_vae(options, seen["event_shape"])
-    load_weights(model, folder / runs.MODEL, weights)
+    model.load_state_dict(weights)
     return model.eval()
 
 

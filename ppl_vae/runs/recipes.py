@@ -8,7 +8,6 @@ if the source of a number has another.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -90,100 +89,63 @@ def _burda_differs(epochs: int) -> str:
     )
 
 
-def iwae_vae_1() -> Recipe:
-    """p(z) = N(0, I), 50 latents, two tanh layers of 200 each way; the ELBO.
+_BURDA_FIRST = replace(
+    _COMMON, network="tanh", hidden=(200, 200), latent_dim=50, initialization="shrinking", epochs=1000
+)
+_BURDA_SECOND = replace(
+    _BURDA_FIRST, objective="dreg", num_particles=16, epochs=300, learning_rate=1e-3, decay_start=0.0, warmup_epochs=0
+)
+_LADDER = _finished_by_dreg(
+    replace(_GATED, upper_latents=(40,), upper_hidden=(300, 300), decoder_input="all", prior="flow")
+)
 
-    Reference: Burda et al. 2016, arXiv 1509.00519, Table 1, one stochastic layer, k = 1.
-    """
-    first = replace(_COMMON, network="tanh", hidden=(200, 200), latent_dim=50, initialization="shrinking", epochs=1000)
-    return Recipe(
+RECIPES = {
+    # Burda et al., Table 1, one stochastic layer, k = 1.
+    "iwae_vae_1": Recipe(
         "one layer of 50 latents, two tanh layers of 200 each way, k = 1",
-        (first,),
+        (_BURDA_FIRST,),
         (Published(-86.76, None, f"VAE, k = 1: {_BURDA}, Table 1"),),
         _burda_differs(1000),
-    )
-
-
-def iwae_1() -> Recipe:
-    """p(z) = N(0, I), 50 latents, two tanh layers of 200 each way; L_16, the importance-weighted bound of 16 particles.
-
-    Reference: Burda et al. 2016, arXiv 1509.00519, Table 1, one stochastic layer, k = 5 and 50; the gradient is that of
-    Tucker et al. 2019, arXiv 1810.04152.
-    """
-    first = iwae_vae_1().stages[0]
-    finish = replace(
-        first, objective="dreg", num_particles=16, epochs=300, learning_rate=1e-3, decay_start=0.0, warmup_epochs=0
-    )
-    return Recipe(
+    ),
+    # The same table, k = 5 and 50, held against L_16; the gradient is that of Tucker et al. 2019, arXiv 1810.04152.
+    "iwae_1": Recipe(
         "one layer of 50 latents, two tanh layers of 200 each way, k = 16",
-        (first, finish),
+        (_BURDA_FIRST, _BURDA_SECOND),
         (
             Published(-85.54, None, f"IWAE, k = 5: {_BURDA}, Table 1"),
             Published(-84.78, None, f"IWAE, k = 50: {_BURDA}, Table 1"),
         ),
         f"{_burda_differs(1000)}; k = 1 for these, and 300 epochs more on L_16, by the doubly reparametrized gradient, "
         "at 1e-3, falling on a cosine; there one k throughout",
-    )
-
-
-def vae_gaussian() -> Recipe:
-    """p(z) = N(0, I), 40 latents, two gated layers of 300 each way.
-
-    Reference: Norouzi et al. 2020, arXiv 2004.04795, density estimation on dynamic MNIST: VAE, Gaussian prior.
-    """
-    return Recipe(
+    ),
+    # Norouzi et al., density estimation on dynamic MNIST: VAE, Gaussian prior.
+    "vae_gaussian": Recipe(
         "one layer of 40 latents, N(0, I), two gated layers of 300 each way",
         (_GATED,),
         (Published(-84.45, 0.12, f"VAE, Gaussian prior: {_NOROUZI}, dynamic MNIST"),),
         _gated_differs(300),
-    )
-
-
-def vae_flow() -> Recipe:
-    """p(z) = |det df(z)/dz| N(f(z); 0, I), f ten affine couplings; else as ``vae_gaussian``.
-
-    Reference: ours, held against the priors of Norouzi et al. 2020, arXiv 2004.04795, density estimation on dynamic
-    MNIST: VAE, VampPrior and Exemplar prior; and against the same kind of prior behind convolutions, Xu et al. 2019,
-    arXiv 1905.13452. The gradient of the first stage is that of Roeder et al. 2017, arXiv 1703.09194, of the second
-    that of Tucker et al. 2019, arXiv 1810.04152.
-    """
-    return Recipe(
+    ),
+    # Ours, held against the priors of Norouzi et al. and a prior of the same kind behind convolutions. The gradient of
+    # the first stage is that of Roeder et al. 2017, arXiv 1703.09194, of the second that of Tucker et al. 2019.
+    "vae_flow": Recipe(
         "one layer of 40 latents, a flow prior of ten affine couplings, two gated layers of 300 each way",
         _finished_by_dreg(replace(_GATED, prior="flow")),
         (_VAMPPRIOR, _EXEMPLAR, _REALNVP),
         f"the prior; {_gated_differs(300)}; 30 epochs more on L_8",
-    )
-
-
-def vae_flow_wide() -> Recipe:
-    """p(z) = |det df(z)/dz| N(f(z); 0, I), as ``vae_flow`` with layers of 500: the widest of one latent layer here.
-
-    Reference: ours, held against what ``vae_flow`` is, of Norouzi et al. 2020, arXiv 2004.04795, and Xu et al. 2019,
-    arXiv 1905.13452.
-    """
-    first = replace(_GATED, hidden=(500, 500), prior="flow")
-    return Recipe(
+    ),
+    # Ours: the widest of one latent layer here.
+    "vae_flow_wide": Recipe(
         "one layer of 40 latents, a flow prior of ten affine couplings, two gated layers of 500 each way",
-        _finished_by_dreg(first),
+        _finished_by_dreg(replace(_GATED, hidden=(500, 500), prior="flow")),
         (_VAMPPRIOR, _EXEMPLAR, _REALNVP),
         f"the prior and the widths; {_gated_differs(300)}; 30 epochs more on L_8",
-    )
-
-
-def ladder() -> Recipe:
-    """p(z2) p(z1 | z2) p(x | z1, z2), q(z2 | x) q(z1 | x, z2), p(z2) a flow; 40 and 40 latents.
-
-    It ends with the importance-weighted bound's plain gradient. The doubly reparametrized one leaves out the score of
-    the prior's layer in the guide alone, which is large where that layer is narrow.
-
-    Reference: the guide of Sønderby et al. 2016, arXiv 1602.02282; held against their five layers, fine-tuned, and the
-    two of Norouzi et al. 2020, arXiv 2004.04795, density estimation on dynamic MNIST: HVAE, Exemplar prior.
-    """
-    first = replace(_GATED, upper_latents=(40,), upper_hidden=(300, 300), decoder_input="all", prior="flow")
-    stages = _finished_by_dreg(first)
-    return Recipe(
+    ),
+    # The guide of Sønderby et al. It ends with the importance-weighted bound's plain gradient: the doubly
+    # reparametrized one leaves out the score of the prior's layer in the guide alone, which is large where that layer
+    # is narrow.
+    "ladder": Recipe(
         "two layers of 40 latents, top-down, a flow prior on top, gated layers of 300",
-        (stages[0], replace(stages[1], objective="iwae")),
+        (_LADDER[0], replace(_LADDER[1], objective="iwae")),
         (
             Published(-81.22, 0.05, f"HVAE, Exemplar prior: {_NOROUZI}, dynamic MNIST"),
             Published(-81.20, None, f"ladder VAE, five layers, fine-tuned: {_SONDERBY}"),
@@ -191,37 +153,19 @@ def ladder() -> Recipe:
         f"the prior; a guide that weighs by precisions, which the HVAE's does not; {_gated_differs(300)}; "
         "30 epochs more on L_8. Sønderby et al. have five layers of 64, 32, 16, 8 and 4 latents, batch normalization, "
         "batches of 256 at 1e-3 and a warm-up of 200; tested on the draw of Tomczak and Welling, which is not theirs",
-    )
-
-
-def static_flow() -> Recipe:
-    """p(z) = |det df(z)/dz| N(f(z); 0, I), as ``vae_flow``, on static MNIST: one draw of the pixels for all epochs.
-
-    Reference: ours, held against Tomczak and Welling 2018, arXiv 1705.07120, Table 1: static MNIST, VAE (L = 1),
-    VampPrior, and against the same kind of prior behind convolutions, Xu et al. 2019, arXiv 1905.13452.
-    """
-    first = replace(_GATED, dataset="static-mnist", epochs=100, prior="flow")
-    return Recipe(
+    ),
+    # Ours, held against Tomczak and Welling, Table 1, and a prior of the same kind behind convolutions.
+    "static_flow": Recipe(
         "one layer of 40 latents, a flow prior of ten affine couplings, two gated layers of 300 each way, static MNIST",
-        _finished_by_dreg(first),
+        _finished_by_dreg(replace(_GATED, dataset="static-mnist", epochs=100, prior="flow")),
         (Published(-85.57, None, f"VAE, VampPrior: {_TOMCZAK}, Table 1"), _REALNVP_STATIC),
         f"the prior; {_gated_differs(100)}; 30 epochs more on L_8",
-    )
-
-
-RECIPES: dict[str, Callable[[], Recipe]] = {
-    "iwae_vae_1": iwae_vae_1,
-    "iwae_1": iwae_1,
-    "vae_gaussian": vae_gaussian,
-    "vae_flow": vae_flow,
-    "vae_flow_wide": vae_flow_wide,
-    "ladder": ladder,
-    "static_flow": static_flow,
+    ),
 }
 
 
-def recipe(name: str) -> Recipe:
+def find_recipe(name: str) -> Recipe:
     """The recipe of that name. Raises ValueError where there is none."""
     if name not in RECIPES:
         raise ValueError(f"NAME: expected one of {', '.join(RECIPES)}, got {name!r}")
-    return RECIPES[name]()
+    return RECIPES[name]

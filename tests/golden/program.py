@@ -81,8 +81,6 @@ def default_values(name: str) -> dict[str, Any]:
     values = {spec.name: spec.default for spec in iterate_fields(_command(name).options)}
     if name == "study":
         values["output"] = "runs/study"  # decided where the command runs
-    if name == "make_docs":
-        values["output"] = str(Path(values["output"]).relative_to(SCRIPTS.parent))
     return values
 
 

@@ -20,7 +20,6 @@ from ppl_vae.evidence.missing import Observed, impute
 from ppl_vae.objectives import loss_per_image
 from ppl_vae.runs.build import build_likelihood, build_vae
 from ppl_vae.runs.fit_arguments import build_objective
-from ppl_vae.runs.load import load_weights
 from ppl_vae.runs.options import PLAIN, Options
 from ppl_vae.runtime.captured_step import CapturedStep
 
@@ -151,7 +150,7 @@ def test_stored_weights_have_the_same_log_weights(tmp_path, words):
     runs.save_tensors(tmp_path / "model.safetensors", vae.state_dict(), {})
     torch.manual_seed(7)
     other = build_vae(Options(**(SMALL | words)), SHAPE).double().eval()
-    load_weights(other, tmp_path / "model.safetensors", runs.load_tensors(tmp_path / "model.safetensors")[0])
+    other.load_state_dict(runs.load_tensors(tmp_path / "model.safetensors")[0])
     found = [evaluate(one, x, num_particles=4, seed=3).log_evidence for one in (vae, other)]
     assert torch.equal(*found)
 

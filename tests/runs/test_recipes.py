@@ -12,7 +12,7 @@ from ppl_vae import data
 from ppl_vae.runs.build import build_vae
 from ppl_vae.runs.fit_arguments import build_objective, fit_arguments
 from ppl_vae.runs.options import MODEL_OPTIONS
-from ppl_vae.runs.recipes import RECIPES, recipe
+from ppl_vae.runs.recipes import RECIPES, find_recipe
 from ppl_vae.runs.resolve import resolve
 
 # Read in the papers' tables, in nats and negative there.
@@ -46,24 +46,24 @@ def digits():
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_each_published_number_is_the_printed_one(name):
-    assert [(-found.log_likelihood, found.stderr) for found in recipe(name).published] == PRINTED[name]
+    assert [(-found.log_likelihood, found.stderr) for found in RECIPES[name].published] == PRINTED[name]
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_each_recipe_has_the_prior_and_the_objectives_of_its_model_whatever_the_defaults_are(name):
-    assert [(stage.prior, stage.objective) for stage in recipe(name).stages] == TRAINED[name]
+    assert [(stage.prior, stage.objective) for stage in RECIPES[name].stages] == TRAINED[name]
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_stages_of_a_recipe_train_one_model(name):
-    first, *later = recipe(name).stages
+    first, *later = RECIPES[name].stages
     for stage in later:
         assert [getattr(stage, option) for option in MODEL_OPTIONS] == [getattr(first, o) for o in MODEL_OPTIONS]
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_each_stage_can_be_built_and_has_an_objective_at_beta_one(name, digits):
-    for stage in recipe(name).stages:
+    for stage in RECIPES[name].stages:
         options = resolve(replace(stage, dataset="mnist"), digits)
         with torch.device("meta"):
             vae = build_vae(options, digits.event_shape)
@@ -75,10 +75,10 @@ def test_each_stage_can_be_built_and_has_an_objective_at_beta_one(name, digits):
 @pytest.mark.parametrize("name", RECIPES)
 def test_no_recipe_chooses_its_weights_by_test_images(name):
     """Kept weights are the best by validation, of a protocol that has validation images."""
-    for stage in recipe(name).stages:
+    for stage in RECIPES[name].stages:
         assert (stage.protocol, stage.keep, stage.start_from) == ("vampprior", None, None)
 
 
 def test_a_recipe_that_is_not_there_is_refused_with_the_names_of_those_that_are():
     with pytest.raises(ValueError, match=rf"NAME: expected one of {', '.join(RECIPES)}, got 'vae'"):
-        recipe("vae")
+        find_recipe("vae")

@@ -148,12 +148,15 @@ def strip_of_likelihoods(folder: Path) -> list[Row]:
     torch.manual_seed(0)
     levels = data.load("fashion-mnist").test[: COLUMNS // 2].float()
     bits = {row["likelihood"]: row["bits_per_dim"]["mean"] for row in stored("likelihoods")["rows"]}
-    rows = [("test image, twice", torch.cat([levels, levels]).squeeze(1) / 255)]
+    gap = torch.zeros(1, 28, 28)
+    test = levels.squeeze(1) / 255
+    rows = [("test image, twice", torch.cat([test, gap, test]))]
     for word in LIKELIHOODS:
         vae = load(str(folder / f"likelihood-{word}"))
         is_mass = LIKELIHOODS[word]
-        pair = torch.cat(reconstruct(vae, levels if is_mass else (levels + 0.5) / 256))
-        rows.append((f"{word}\n{bits[word]:.2f} bits per dim", (pair / 255 if is_mass else pair).squeeze(1)))
+        mean, drawn = reconstruct(vae, levels if is_mass else (levels + 0.5) / 256)
+        shown = torch.cat([mean.squeeze(1), gap, drawn.squeeze(1)])
+        rows.append((f"{word}\n{bits[word]:.2f} bits per dim", shown / 255 if is_mass else shown))
     return rows
 
 

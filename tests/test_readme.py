@@ -12,9 +12,11 @@ import tempfile
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pyro
 import pytest
 import torch
+from PIL import Image
 
 import ppl_vae
 from ppl_vae.commands.options import COMMANDS
@@ -335,3 +337,28 @@ def test_the_benchmark_says_in_one_line_what_is_wrong(words, expected, tmp_path)
     assert done.returncode != 0
     (line,) = done.stderr.splitlines()
     assert expected in line
+
+
+# --- Pictures ---
+
+
+def test_every_picture_is_small_and_there_for_light_and_dark_pages():
+    pictures = {path.name: path.stat().st_size for path in (ROOT / "docs" / "pictures").glob("*.png")}
+    assert max(pictures.values()) < 100_000
+    assert {name.replace("-dark", "-light") for name in pictures if "-dark" in name} == {
+        name for name in pictures if "-light" in name
+    }
+    assert {name for name in pictures if name not in ALL} == set()
+
+
+@pytest.mark.thorough
+def test_the_pictures_that_need_no_training_are_drawn_again(tmp_path):
+    script = ROOT / "scripts" / "make_pictures.py"
+    words = ["--output", str(tmp_path / "pictures"), "--runs", str(tmp_path / "runs")]
+    subprocess.run([sys.executable, script, *words], capture_output=True, text=True, check=True, timeout=120)
+    names = {f"{name}-{page}.png" for name in ("samples", "reconstructions") for page in ("light", "dark")}
+    assert {path.name for path in (tmp_path / "pictures").iterdir()} == names
+    for name in names:
+        drawn, kept = (Image.open(folder / name) for folder in (tmp_path / "pictures", ROOT / "docs" / "pictures"))
+        assert drawn.size == kept.size
+        assert np.abs(np.asarray(drawn, dtype=int) - np.asarray(kept, dtype=int)).mean() < 0.5  # of 31 gray levels

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from ppl_vae.commands.cli import Command, parse
 from ppl_vae.runs.fields import BOOLEAN, CheckedOptions, option
@@ -41,15 +41,7 @@ class Pictures(CheckedOptions):
     train: bool = option(False, "train those of these runs that are missing; a minute or two each", BOOLEAN)
 
 
-class Page(NamedTuple):
-    """The colors of a page where a pixel is 0 and where it is 1."""
-
-    name: str
-    low: tuple[int, int, int]
-    high: tuple[int, int, int]
-
-
-PAGES = (Page("light", (255, 255, 255), (20, 24, 32)), Page("dark", (13, 17, 23), (240, 244, 250)))
+INK = {"light": (20, 24, 32), "dark": (240, 244, 250)}  # the color of a pixel that is 1; one that is 0 is transparent
 Row = tuple[str, "Tensor"]  # words on its left, and (N, H, W) images with values in [0, 1]
 
 
@@ -164,7 +156,7 @@ def strip_of_likelihoods(folder: Path) -> list[Row]:
 
 
 def draw(output: Path, name: str, rows: list[Row], *, margin: int) -> None:
-    """Writes NAME-light.png and NAME-dark.png: rows of images with words on their left, in 32 colors."""
+    """Writes NAME-light.png and NAME-dark.png: rows of images with words on their left, in 32 levels."""
     import numpy as np
     from PIL import Image, ImageDraw, ImageFont
 
@@ -180,10 +172,11 @@ def draw(output: Path, name: str, rows: list[Row], *, margin: int) -> None:
             small = Image.fromarray(np.rint(255 * image).astype(np.uint8))
             canvas.paste(small.resize((tile, tile), Image.Resampling.BICUBIC), (margin + j * (tile + gap), top))
     colors = np.rint(np.asarray(canvas) * (31 / 255)).astype(np.uint8)
-    for page in PAGES:
+    for page, color in INK.items():
         picture = Image.fromarray(colors, "P")
-        picture.putpalette(np.rint(np.linspace(page.low, page.high, 32)).astype(np.uint8).tobytes())
-        picture.save(output / f"{name}-{page.name}.png", optimize=True, bits=5)
+        picture.putpalette(32 * color)
+        opacity = bytes(np.rint(np.linspace(0, 255, 32)).astype(np.uint8))
+        picture.save(output / f"{name}-{page}.png", optimize=True, bits=5, transparency=opacity)
     print(f"{name}: {(output / f'{name}-light.png').stat().st_size / 1024:.0f} kB")
 
 
@@ -196,11 +189,11 @@ def photograph_explorer(output: Path, report: Path) -> None:
 
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        for page in PAGES:
-            tab = browser.new_page(viewport={"width": 1100, "height": 900}, color_scheme=page.name)  # type: ignore
+        for page in INK:
+            tab = browser.new_page(viewport={"width": 1100, "height": 900}, color_scheme=page)  # type: ignore
             tab.goto(report.resolve().as_uri())
             seen = Image.open(BytesIO(tab.locator(".explorer .stage").first.screenshot()))
-            seen.convert("RGB").quantize(256).save(output / f"explorer-{page.name}.png", optimize=True)
+            seen.convert("RGB").quantize(256).save(output / f"explorer-{page}.png", optimize=True)
         browser.close()
 
 

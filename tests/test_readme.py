@@ -361,4 +361,4 @@ def test_the_pictures_that_need_no_training_are_drawn_again(tmp_path):
     for name in names:
         drawn, kept = (Image.open(folder / name) for folder in (tmp_path / "pictures", ROOT / "docs" / "pictures"))
         assert drawn.size == kept.size
-        assert np.abs(np.asarray(drawn, dtype=int) - np.asarray(kept, dtype=int)).mean() < 0.5  # of 31 gray levels
+        assert np.abs(np.asarray(drawn, dtype=int) - np.asarray(kept, dtype=int)).mean() < 0.5  # of 31 levels

@@ -82,7 +82,7 @@ FILES: dict[str, tuple[np.ndarray, str, type]] = {  # -> kind, as stored
 
 
 def split_as_documented(array: np.ndarray, dtype: type) -> dict[str, np.ndarray]:
-    """By the words of README alone: channels first, split 80/10/10 by the frozen permutation."""
+    """by the words of the manual alone: channels first, split 80/10/10 by the frozen permutation."""
     if array.ndim == 3:
         array = array[:, None]
     elif array.ndim == 4 and array.shape[1] not in (1, 3):

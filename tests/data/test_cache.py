@@ -57,7 +57,7 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
 
 
 def expected(folder: Path) -> dict[str, torch.Tensor]:
-    """The splits by the words of README alone: each file by Pillow, in the order of the names, split 80/10/10."""
+    """The splits by the words of the manual alone: each file by Pillow, in the order of the names, split 80/10/10."""
     files = sorted(folder.rglob("[0-9]*.png"), key=lambda path: path.relative_to(folder).as_posix())
     images = np.stack([np.asarray(Image.open(path).convert("RGB")).transpose(2, 0, 1) for path in files])
     labels = np.array([["cat", "dog"].index(path.parent.name) for path in files])

@@ -20,9 +20,15 @@ from ppl_vae.evidence.dequantization import dequantized
 from ppl_vae.evidence.evaluation import evaluate
 from ppl_vae.evidence.moments import decode_mean, encode, sample_latents
 from ppl_vae.runs.build import build_likelihood, build_vae
-from ppl_vae.runs.fit_arguments import find_device, fit_arguments, initialize_output_bias
 from ppl_vae.runs.options import Options
-from ppl_vae.runs.resolve import check_support, choose_pixels, resolve
+from ppl_vae.runs.resolve import (
+    check_support,
+    choose_pixels,
+    find_device,
+    fit_arguments,
+    initialize_output_bias,
+    resolve,
+)
 from ppl_vae.runtime.batching import images_per_pass
 from ppl_vae.runtime.errors import Widths, check_count, check_widths
 from ppl_vae.runtime.global_state import seeded

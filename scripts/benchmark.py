@@ -386,7 +386,7 @@ def measure(asked: Benchmark) -> dict[str, Any]:
     import torch
 
     from ppl_vae import data
-    from ppl_vae.runs.fit_arguments import find_device
+    from ppl_vae.runs.resolve import find_device
 
     device = find_device(asked.device)
     left_out = why_no_numpyro(device) if "training" in asked.parts else None

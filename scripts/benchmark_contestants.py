@@ -26,9 +26,8 @@ from ppl_vae import data, objectives
 from ppl_vae.conditional import Conditional
 from ppl_vae.parts import likelihoods, networks, posteriors, priors
 from ppl_vae.runs.build import build_vae
-from ppl_vae.runs.fit_arguments import initialize_output_bias
 from ppl_vae.runs.options import PLAIN, Options
-from ppl_vae.runs.resolve import choose_pixels, resolve
+from ppl_vae.runs.resolve import choose_pixels, initialize_output_bias, resolve
 from ppl_vae.training import CapturedSteps, EagerSteps, Optimizer, Resident, TrainingState
 from ppl_vae.vae import VAE
 

@@ -21,10 +21,10 @@ from ppl_vae.reports.text.certificate import certificate_table
 from ppl_vae.reports.text.diagnosis import describe_numbers, describe_verdicts
 from ppl_vae.reports.text.evaluation import describe_evaluation, plus_minus
 from ppl_vae.reports.text.reproduction import reproduction_table, seeds_table
-from ppl_vae.runs.certificate_results import read_certificates
+from ppl_vae.runs.certificates import read_certificates
 from ppl_vae.runs.fields import format_flag
 from ppl_vae.runs.options import Options
-from ppl_vae.runs.reproduction_results import Reproduction, read_reproductions
+from ppl_vae.runs.recipes import Reproduction, read_reproductions
 from ppl_vae.runs.results import Diagnosis, Evaluation, from_json
 
 ROOT = Path(__file__).parents[1]

@@ -16,10 +16,9 @@ from fitting import fit
 from ppl_vae import data, objectives
 from ppl_vae.commands.train import train_run
 from ppl_vae.runs.build import build_vae
-from ppl_vae.runs.fit_arguments import initialize_output_bias
 from ppl_vae.runs.load import load, save
 from ppl_vae.runs.options import PLAIN, Options
-from ppl_vae.runs.resolve import load_splits
+from ppl_vae.runs.resolve import initialize_output_bias, load_splits
 from ppl_vae.study.training import average_over_pixels
 
 DIGITS = Options(

@@ -23,8 +23,8 @@ from ppl_vae.parts.networks import MLP
 from ppl_vae.parts.posteriors import DiagonalNormal
 from ppl_vae.parts.priors import StandardNormal
 from ppl_vae.runs.build import build_vae
-from ppl_vae.runs.fit_arguments import build_objective
 from ppl_vae.runs.options import PLAIN, Options
+from ppl_vae.runs.resolve import build_objective
 from ppl_vae.runtime.captured_step import CapturedStep
 
 ESTIMATORS = {"sampled": Trace_ELBO, "analytic": TraceMeanField_ELBO}

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from ppl_vae import data
 from ppl_vae.runs.build import build_vae
-from ppl_vae.runs.fit_arguments import build_objective
 from ppl_vae.runs.options import PLAIN, Options
+from ppl_vae.runs.resolve import build_objective
 from ppl_vae.runtime import ranks as distributed
 from ppl_vae.training import TrainingStopped
 

@@ -7,7 +7,7 @@ import torch
 from fitting import fit as fit_vae
 
 from ppl_vae import diagnostics
-from ppl_vae.commands import sample as sampling
+from ppl_vae.commands import latents as sampling
 from ppl_vae.diagnostics import pictures
 from ppl_vae.evidence import ais, chains, evaluation, gaps, guide_calibration, missing, moments
 from ppl_vae.evidence import importance as evidence

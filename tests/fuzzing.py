@@ -39,11 +39,11 @@ from ppl_vae.commands import impute as imputation
 from ppl_vae.data import binary_sets, image_sets, machine
 from ppl_vae.data import folder as image_folder
 from ppl_vae.runs.block_store import BlockStore
-from ppl_vae.runs.certificate_results import read_certificates
+from ppl_vae.runs.certificates import read_certificates
 from ppl_vae.runs.checkpoints import find_newest_checkpoint
-from ppl_vae.runs.evaluations import read_per_image
 from ppl_vae.runs.load import load, read_config
-from ppl_vae.runs.reproduction_results import read_reproductions
+from ppl_vae.runs.recipes import read_reproductions
+from ppl_vae.runs.results import read_per_image
 
 MOST_BYTES = 192 * 2**20  # a reader's own limits allow 64 MiB, twice: for what is read, and for what is made of it
 MOST_WARNINGS = 3  # of one file

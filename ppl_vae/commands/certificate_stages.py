@@ -21,9 +21,9 @@ from ppl_vae.evidence.rank_statistics import Ranks
 from ppl_vae.evidence.refinement import refine_proposal
 from ppl_vae.parts.posteriors import FullNormal
 from ppl_vae.runs.block_store import BlockStore, StageResults
-from ppl_vae.runs.certified_images import AISSummary
-from ppl_vae.runs.fit_arguments import decide_compile, matmul_precision
+from ppl_vae.runs.certificates import AISSummary
 from ppl_vae.runs.open import Say
+from ppl_vae.runs.resolve import decide_compile, matmul_precision
 from ppl_vae.runtime.batching import pairs_per_pass
 from ppl_vae.runtime.blocks import Stopped, block_seed, compute_blocks, even_block_size
 from ppl_vae.runtime.errors import CannotCapture, Interrupted

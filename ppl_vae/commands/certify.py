@@ -20,12 +20,20 @@ from ppl_vae.evidence.typicality import mix_prior_into_guide
 from ppl_vae.reports.figures.certificate import certificate_figures
 from ppl_vae.reports.text.certificate import certificate_table, describe_certificate
 from ppl_vae.runs.block_store import BlockStore, StageResults
-from ppl_vae.runs.certificate_results import CERTIFICATE, Certificate, add_certificate, read_certificates
-from ppl_vae.runs.certified_images import AISSummary, CertifiedImages, ConvergenceBounds, ScoredImages, summarize_images
-from ppl_vae.runs.fit_arguments import decide_compile, find_device
+from ppl_vae.runs.certificates import (
+    CERTIFICATE,
+    AISSummary,
+    Certificate,
+    CertifiedImages,
+    ConvergenceBounds,
+    ScoredImages,
+    add_certificate,
+    read_certificates,
+    summarize_images,
+)
 from ppl_vae.runs.open import Run, Say, check_density, check_images, load_evaluated_vae, open_run
 from ppl_vae.runs.outputs import write_figure
-from ppl_vae.runs.resolve import data_options
+from ppl_vae.runs.resolve import data_options, decide_compile, find_device
 from ppl_vae.runs.results import to_json
 from ppl_vae.runtime.process import stop_on_signals
 from ppl_vae.vae import VAE

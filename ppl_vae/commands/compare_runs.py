@@ -17,12 +17,11 @@ from ppl_vae.evidence.importance import Importance
 from ppl_vae.evidence.paired import BoundDifference, bound_difference
 from ppl_vae.reports.figures.pairs import paired_bounds
 from ppl_vae.reports.text.comparison import compare_in_words, comparison_title, describe_comparison
-from ppl_vae.runs.comparison_results import ComparedPair, ComparedRun, Comparison
-from ppl_vae.runs.evaluations import read_per_image
-from ppl_vae.runs.fit_arguments import find_device
+from ppl_vae.runs.command_results import ComparedPair, ComparedRun, Comparison
 from ppl_vae.runs.open import Run, Say, check_density, load_evaluated_vae, open_run
 from ppl_vae.runs.outputs import make_output_folder, write_figure
-from ppl_vae.runs.results import to_json
+from ppl_vae.runs.resolve import find_device
+from ppl_vae.runs.results import read_per_image, to_json
 
 COMPARISON, FIGURE, PER_IMAGE = "comparison.json", "comparison.png", "comparison.safetensors"
 

@@ -23,9 +23,9 @@ from ppl_vae.parts.likelihoods import fit_independent_pixels
 from ppl_vae.reports.text.evaluation import describe_evaluation
 from ppl_vae.runs.block_store import BlockStore
 from ppl_vae.runs.build import build_likelihood, is_autoencoder
-from ppl_vae.runs.fit_arguments import decide_compile, find_device, matmul_precision
 from ppl_vae.runs.load import load
 from ppl_vae.runs.open import Run, Say, check_density, load_evaluated_vae, open_run
+from ppl_vae.runs.resolve import decide_compile, find_device, matmul_precision
 from ppl_vae.runs.results import Evaluation, Quantiles, to_json
 from ppl_vae.runtime import ranks as distributed
 from ppl_vae.runtime.batching import images_per_group, images_per_pass, pairs_per_pass

@@ -17,10 +17,10 @@ from ppl_vae.evidence.missing import Imputation, Observed, impute
 from ppl_vae.reports.display import Display, choose_display
 from ppl_vae.reports.figures.images import image_rows
 from ppl_vae.reports.text.evaluation import FEW_PARTICLES, describe_imputation
-from ppl_vae.runs.fit_arguments import find_device
-from ppl_vae.runs.image_results import ImputationSummary, ImputedImage
+from ppl_vae.runs.command_results import ImputationSummary, ImputedImage
 from ppl_vae.runs.open import Images, Run, Say, check_density, load_evaluated_vae, load_given_images, open_run
 from ppl_vae.runs.outputs import make_output_folder, write_arrays, write_figure
+from ppl_vae.runs.resolve import find_device
 from ppl_vae.runs.results import ImagesMean, Quantiles, to_json
 from ppl_vae.runtime.global_state import seeded
 from ppl_vae.runtime.progress import progress_bar

@@ -1,19 +1,171 @@
-"""A run's figures and its HTML page, drawn from its files."""
+"""A run's diagnosis, its figures and its HTML page."""
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from pathlib import Path
 
-from ppl_vae import runs
-from ppl_vae.commands.diagnose import choose_split, diagnose_run
+import torch
+from torch import Tensor
+
+from ppl_vae import data, runs
 from ppl_vae.commands.options import Diagnose, Figures, Report
-from ppl_vae.diagnostics.measurement import FEWEST_IMAGES
+from ppl_vae.diagnostics.measurement import (
+    FEWEST_IMAGES,
+    EstimateQuality,
+    TrainedWith,
+    measure,
+    measure_if_possible,
+    summarize_estimate,
+)
+from ppl_vae.diagnostics.noise import NoiseSpectrum, measure_noise
+from ppl_vae.diagnostics.verdicts import Verdict, verdicts
+from ppl_vae.reports.diagnosis_figures import diagnosis_figures, list_figures
 from ppl_vae.reports.page import GENERATOR
 from ppl_vae.reports.run_figures import is_drawn, write_figures
 from ppl_vae.reports.run_page import make_page
-from ppl_vae.runs.evaluations import read_diagnosis
+from ppl_vae.reports.text.diagnosis import describe_diagnosis
+from ppl_vae.runs.build import build_likelihood
+from ppl_vae.runs.load import load
 from ppl_vae.runs.open import Run, Say, open_run
-from ppl_vae.runs.results import Diagnosis
+from ppl_vae.runs.outputs import write_figure
+from ppl_vae.runs.resolve import find_device
+from ppl_vae.runs.results import DIAGNOSIS, Diagnosis, read_diagnosis, read_per_image, to_json
+from ppl_vae.runtime.global_state import seeded
+
+# Training pixels whose covariance is measured, and the largest image for which D^3 operations are affordable.
+_NOISE_PIXELS = 20_000 * 784
+_MOST_PIXELS = 4096
+_NOISE_SEED = 0
+
+_PARTICLES = "particles.png"  # a figure of the run's test images
+
+# A stored evaluation with fewer particles says little about the run; the one that ends a training has this many.
+_FEWEST_PARTICLES = 200
+
+
+def diagnose_run(options: Diagnose, *, say: Say) -> Diagnosis:
+    """Measure a run, and say what stands out and what would change it.
+
+    Writes diagnosis.json and figures/diagnosis-*.png. For dequantized levels the numbers are those of the density of
+    (level + u) / 256, with one draw of u. The advice depends on the images that are measured, so by default they are
+    not the test images, on which results are reported.
+
+    Raises:
+        ValueError: no run, a damaged or a read-only one, one that another process writes to, other data than it was
+            trained on, or fewer than 4 images; nothing is written.
+    """
+    run = open_run(options.run_dir, dataset=options.dataset, data_dir=options.data_dir)
+    with runs.lock_folder(run.folder):
+        place = find_device(options.device)
+        split = choose_split(run) if options.split is None else options.split
+        x, gray = _load_images(run, split, options.images, options.seed)
+        left_out: dict[str, str] = {}
+        noise = measure_if_possible(left_out, "noise", lambda: _measure_noise(run))
+        numbers = measure(
+            load(run.folder).to(place),
+            x.to(place),
+            gray=None if gray is None else gray.to(place),
+            noise=noise,
+            trained_with=describe_training(run),
+            importance=_summarize_stored_estimate(run, split),
+            seed=options.seed,
+        )
+        numbers = replace(numbers, left_out=numbers.left_out | left_out)
+        figures = list_figures(run, numbers)
+        found = Diagnosis(
+            **vars(replace(run.provenance, scale=run.trained_scale)),
+            step=runs.load_step(run.folder / runs.MODEL),
+            split=split,
+            seed=options.seed,
+            numbers=numbers,
+            verdicts=tuple(_drop_missing_figure(run, verdict, split, figures) for verdict in verdicts(numbers)),
+        )
+        _write(run, found, x)
+        for line in describe_diagnosis(found, str(run.folder), has_validation=len(run.splits.validation) > 0):
+            say(line)
+        say(f"In {run.folder}: {DIAGNOSIS}; {runs.FIGURES}/{', '.join(figures)}")
+        return found
+
+
+def choose_split(run: Run) -> str:
+    """The split that is diagnosed by default: validation, or test if there are no validation images."""
+    return "validation" if len(run.splits.validation) else "test"
+
+
+def describe_training(run: Run) -> TrainedWith:
+    """What the verdicts need to know of a run's training."""
+    options = run.options
+    records = runs.read_metrics(run.folder)[-2:]
+    last = [r["validation_elbo_nats_per_image"] for r in records if "validation_elbo_nats_per_image" in r]
+    return TrainedWith(
+        beta=options.beta,
+        likelihood=options.likelihood,
+        epochs=options.epochs,
+        warmup_epochs=options.warmup_epochs,
+        objective=options.objective or "elbo",
+        num_particles=options.num_particles,
+        prior=options.prior or "standard-normal",
+        posterior=options.posterior,
+        data=run.splits.kind,
+        last_rise=last[1] - last[0] if len(last) == 2 else None,
+    )
+
+
+def _measure_noise(run: Run) -> NoiseSpectrum | None:
+    """``measure_noise`` of the run's likelihood, with new parameters, and its training images.
+
+    None for images of more than 4,096 pixels, or a likelihood whose first feature is not a location.
+    """
+    D = math.prod(run.splits.event_shape)
+    if D > _MOST_PIXELS:
+        return None
+    stored, transform = data.training_images(run.splits, run.pixels)
+    index = data.subset(len(stored), _NOISE_PIXELS // D)
+    x = transform(stored[index], torch.Generator().manual_seed(_NOISE_SEED))
+    return measure_noise(build_likelihood(run.options, run.splits.event_shape), x)
+
+
+def _load_images(run: Run, split: str, images: int | None, seed: int) -> tuple[Tensor, Tensor | None]:
+    """A fixed random subset as the model sees it, and as gray images if those were binarized."""
+    x = data.evaluation_images(run.splits, split, run.pixels, seed=seed)
+    index = data.subset(len(x), images)
+    if len(index) < FEWEST_IMAGES:
+        raise ValueError(f"--images: expected at least {FEWEST_IMAGES} images of the {split} split, got {len(index)}")
+    gray = data.probabilities(run.splits, split)[index] if run.binarization != "none" else None
+    return x[index], gray
+
+
+def _summarize_stored_estimate(run: Run, split: str) -> EstimateQuality | None:
+    """The quality of the run's stored evaluation with these weights; None if S < 200."""
+    stored = read_per_image(run.folder, split)
+    if stored is None or stored.num_particles < _FEWEST_PARTICLES:
+        return None
+    return summarize_estimate(stored.result, stored.num_particles)
+
+
+def _drop_missing_figure(run: Run, verdict: Verdict, split: str, figures: list[str]) -> Verdict:
+    """The verdict without a figure that is neither drawn now nor there already."""
+    if verdict.figure is None or verdict.figure in figures:
+        return verdict
+    is_there = (run.folder / runs.FIGURES / verdict.figure).exists()
+    return verdict if is_there and (verdict.figure != _PARTICLES or split == "test") else replace(verdict, figure=None)
+
+
+def _write(run: Run, found: Diagnosis, x: Tensor) -> None:
+    """Write the figures and then the numbers, so that numbers never stand next to figures of others."""
+    with seeded(found.seed, torch.device("cpu")), torch.no_grad():
+        figures = diagnosis_figures(run, found.numbers, x)
+    folder, path = run.folder / runs.FIGURES, run.folder / DIAGNOSIS
+    folder.mkdir(exist_ok=True)
+    path.unlink(missing_ok=True)
+    for old in folder.glob("diagnosis-*.png"):
+        old.unlink()
+    for name, figure in figures.items():
+        write_figure(folder / name, figure)
+    runs.write_json(path, to_json(found))
+
 
 REPORT = "report.html"
 

@@ -17,23 +17,24 @@ from ppl_vae.diagnostics import active_units
 from ppl_vae.evidence.moments import compute_moments, encode
 from ppl_vae.reports.run_figures import is_drawn, write_figures
 from ppl_vae.reports.text.reproduction import describe_recipes, describe_reproduction, reproduction_table, seeds_table
-from ppl_vae.runs.evaluations import read_evaluation
 from ppl_vae.runs.fields import format_flag
 from ppl_vae.runs.files import JsonObject
 from ppl_vae.runs.open import Run, Say, load_evaluated_vae
 from ppl_vae.runs.options import PLACES, Options
 from ppl_vae.runs.options import to_json as options_to_json
-from ppl_vae.runs.recipes import RECIPES, Recipe, find_recipe
-from ppl_vae.runs.reproduction_results import (
+from ppl_vae.runs.recipes import (
+    RECIPES,
     Budget,
     EvaluationProtocol,
+    Recipe,
     Reproduction,
     StageSeconds,
     ValidationCurve,
+    find_recipe,
     read_reproductions,
 )
 from ppl_vae.runs.resolve import load_splits
-from ppl_vae.runs.results import to_json
+from ppl_vae.runs.results import read_evaluation, to_json
 from ppl_vae.vae import VAE
 
 EVALUATION_SEED = 0

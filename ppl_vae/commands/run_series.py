@@ -9,12 +9,12 @@ from pathlib import Path
 from ppl_vae import data, runs
 from ppl_vae.commands.train import resume_run, train_run
 from ppl_vae.runs.build import build_meta_vae, count_weights, is_autoencoder
-from ppl_vae.runs.evaluations import read_evaluation
 from ppl_vae.runs.files import JsonObject
 from ppl_vae.runs.load import read_config
 from ppl_vae.runs.open import Run, Say, open_run
 from ppl_vae.runs.options import Options
 from ppl_vae.runs.resolve import check_support, resolve
+from ppl_vae.runs.results import read_evaluation
 
 
 def check_has_density(options: Options) -> None:

@@ -13,29 +13,30 @@ from torch import Tensor
 
 from ppl_vae import data, runs
 from ppl_vae.commands.evaluate import write_evaluation
-from ppl_vae.commands.loggers import Log, check_tensorboard, open_events
 from ppl_vae.commands.options import Evaluate, Train
 from ppl_vae.reports.run_figures import is_drawn, write_figures
 from ppl_vae.reports.text.training import describe_epoch, describe_model, describe_training, describe_validation
 from ppl_vae.runs.build import build_vae
 from ppl_vae.runs.checkpoints import Saved, find_newest_checkpoint, is_whole, mend_states
-from ppl_vae.runs.evaluations import is_evaluated
 from ppl_vae.runs.files import JsonObject
-from ppl_vae.runs.fit_arguments import (
+from ppl_vae.runs.load import load_starting_weights, make_config
+from ppl_vae.runs.open import Run, Say, open_run
+from ppl_vae.runs.options import Options
+from ppl_vae.runs.outputs import Log, check_tensorboard, open_events
+from ppl_vae.runs.resolve import (
     check_compiler,
     check_precision,
+    check_support,
     count_steps,
     explain_eager,
     find_device,
     fit_arguments,
     initialize_output_bias,
+    load_splits,
     matmul_precision,
+    resolve,
 )
-from ppl_vae.runs.load import load_starting_weights, make_config
-from ppl_vae.runs.open import Run, Say, open_run
-from ppl_vae.runs.options import Options
-from ppl_vae.runs.resolve import check_support, load_splits, resolve
-from ppl_vae.runs.results import to_json
+from ppl_vae.runs.results import is_evaluated, to_json
 from ppl_vae.runtime import ranks as distributed
 from ppl_vae.runtime.errors import CannotCapture, Interrupted, NotFinite
 from ppl_vae.runtime.process import stop_on_signals

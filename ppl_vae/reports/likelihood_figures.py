@@ -15,7 +15,7 @@ from ppl_vae import data
 from ppl_vae.reports.display import choose_display
 from ppl_vae.reports.figures.images import image_rows
 from ppl_vae.reports.figures.likelihoods import pixel_calibration
-from ppl_vae.runs.comparison_results import LikelihoodRow
+from ppl_vae.runs.command_results import LikelihoodRow
 from ppl_vae.runs.open import Run, Say, load_evaluated_vae
 from ppl_vae.runs.outputs import write_figure
 from ppl_vae.runtime.global_state import seeded

@@ -24,9 +24,9 @@ from ppl_vae.reports.figures.training import training_curves
 from ppl_vae.reports.latents_figure import LatentUse, latents_figure, measure_latent_use
 from ppl_vae.reports.text.captions import NOT_TRAINED_ON_PRIOR
 from ppl_vae.runs.build import is_autoencoder
-from ppl_vae.runs.evaluations import PerImage, read_per_image
 from ppl_vae.runs.open import Run, Say, load_evaluated_vae
 from ppl_vae.runs.outputs import write_figure
+from ppl_vae.runs.results import PerImage, read_per_image
 from ppl_vae.runtime import numerics
 from ppl_vae.runtime.global_state import seeded
 from ppl_vae.vae import VAE

@@ -35,13 +35,13 @@ from ppl_vae.runs.files import (
 
 if TYPE_CHECKING:
     from ppl_vae.runs.checkpoints import get_step, load_step, load_tensors, save_tensors
-    from ppl_vae.runs.environment import describe_environment, record_environment
     from ppl_vae.runs.folders import check_new, check_writable, is_empty, lock_folder, make_new_folder, make_run_dir
+    from ppl_vae.runs.outputs import describe_environment, record_environment
 
 
 _NAMES = {
     "checkpoints": "get_step load_step load_tensors save_tensors",
-    "environment": "describe_environment record_environment",
+    "outputs": "describe_environment record_environment",
     "folders": "check_new check_writable is_empty lock_folder make_new_folder make_run_dir",
 }
 

@@ -1,18 +1,89 @@
-"""Results as files: figures, pictures and arrays, each written as a whole or not at all."""
+"""What a run folder holds beside its numbers: its environment, TensorBoard's events, figures and arrays."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from ppl_vae import runs
+from ppl_vae.runs.files import ENVIRONMENT, JsonObject, read_json, write_json
+from ppl_vae.runs.options import Options
+from ppl_vae.runtime import ranks as distributed
+
+
+def _git(*words: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), *words], capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _commit() -> str | None:
+    """The commit of the repository that tracks the package's files, not of a project whose .venv they are in."""
+    is_tracked = _git("ls-files", "--error-unmatch", "__init__.py") is not None
+    return _git("rev-parse", "HEAD") if is_tracked else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    """The CPU's name, and the vector instructions that torch uses."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def describe_environment(device: str) -> JsonObject:
+    """Versions, device, threads, git commit and whether dirty, argv, time."""
+    commit = _commit()
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "argv": sys.argv,
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "packages": {name: _version(name) for name in ("ppl_vae", "torch", "pyro-ppl", "numpy", "safetensors")},
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else _processor(),
+        "threads": torch.get_num_threads(),
+        "ranks": distributed.num_ranks(),
+        "git_commit": commit,
+        "git_dirty": bool(_git("status", "--porcelain")) if commit else None,
+    }
+
+
+def record_environment(run_dir: Path, device: str) -> None:
+    """Writes environment.json at the first start, and again if it is damaged; later starts go into its "resumed"."""
+    path, now = run_dir / ENVIRONMENT, describe_environment(device)
+    if path.exists():
+        with suppress(ValueError, TypeError):
+            first = read_json(path)
+            now = first | {"resumed": [*first.get("resumed", []), now]}
+    write_json(path, now)
+
 
 _DOTS_AN_INCH = 130
 
@@ -62,3 +133,70 @@ def write_arrays(path: Path, tensors: Mapping[str, Tensor], names: Sequence[str]
     npz = io.BytesIO()
     np.savez_compressed(npz, **arrays)  # type: ignore[arg-type]
     runs.write_bytes(path, npz.getvalue())
+
+
+# --- TensorBoard's events ---
+
+EVENTS = "tensorboard"
+Log = Callable[[Mapping[str, object]], None]
+
+
+def check_tensorboard(options: Options) -> None:
+    """Raises ValueError if events are asked for and the package is missing."""
+    if options.tensorboard == "on":
+        _import_writer()
+
+
+@contextmanager
+def open_events(folder: Path, options: Options, *, step: int | None = None, prefix: str = "") -> Iterator[Log]:
+    """Yields a function that writes every number of a record by the record's step.
+
+    It does nothing with ``--tensorboard off``, and on ranks that do not write.
+
+    Args:
+        folder: The run's folder.
+        options: The run's options.
+        step: The step at which training starts or resumes. Events after it are purged, since the work is done again.
+        prefix: Begins the name of each number; the names of nested objects follow, as in test/log_likelihood/mean.
+
+    Raises:
+        ValueError: The folder of events is a link, or tensorboard is not installed.
+    """
+    if options.tensorboard != "on" or not distributed.is_writer():
+        yield lambda record: None
+        return
+    path = folder / EVENTS
+    if path.is_symlink():
+        raise ValueError(f"{path}: expected a folder of the run's own, got a link to elsewhere")
+    with _import_writer()(str(path), purge_step=None if step is None or not path.exists() else step + 1) as writer:
+
+        def write(record: Mapping[str, object]) -> None:
+            try:
+                for name, value in _iterate_numbers(record, prefix):
+                    if name != f"{prefix}step":
+                        writer.add_scalar(name, value, record["step"])
+                writer.flush()
+            except OSError as error:
+                raise runs.add_file_name(error, path) from None
+
+        yield write
+
+
+def _iterate_numbers(values: Mapping[str, object], prefix: str) -> Iterator[tuple[str, float]]:
+    """Every number of an object and of the objects in it, by its path of names."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _iterate_numbers(value, f"{prefix}{name}/")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield prefix + name, float(value)
+
+
+def _import_writer() -> type:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError(
+            "--tensorboard on: expected the package tensorboard, which is not installed; pip install "
+            "'ppl_vae[tensorboard]' brings it"
+        ) from None
+    return SummaryWriter

@@ -1,18 +1,205 @@
-"""Options with every default decided: by other options, by the data, and by this machine."""
+"""Options with every default decided, and what follows from them: device, precision and the arguments of fit."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-from ppl_vae import data
-from ppl_vae.parts import likelihoods
+import torch
+from torch import Tensor
+
+from ppl_vae import data, objectives
+from ppl_vae.parts import likelihoods, networks, priors
+from ppl_vae.parts.registry import OBJECTIVES, SCHEDULES
 from ppl_vae.protocols import Likelihood
-from ppl_vae.runs.build import build_likelihood, check_parts, is_autoencoder, resolve_parts
+from ppl_vae.runs.build import build_likelihood, check_parts, has_closed_form_kl, is_autoencoder, resolve_parts
 from ppl_vae.runs.files import JsonObject
-from ppl_vae.runs.fit_arguments import check_objective, check_precision, count_steps, decide_compile, find_device
-from ppl_vae.runs.options import Options
+from ppl_vae.runs.options import Options, compiling_pays, default_objective
+from ppl_vae.runtime import capture
+from ppl_vae.runtime.global_state import serialize_threads
+from ppl_vae.training import Optimizer, Schedule, Validation
 from ppl_vae.training.schedules import default_warmup
+from ppl_vae.vae import VAE
+
+
+def build_objective(options: Options) -> objectives.Loss:
+    """The Pyro loss that the options name."""
+    part = OBJECTIVES[options.objective or default_objective(options)]
+    found = part.load()(**part.arguments(options))
+    return objectives.autocast(found, torch.bfloat16) if options.precision == "bf16" else found
+
+
+def check_objective(options: Options) -> None:
+    """Raise ValueError for an objective that the chosen parts do not have.
+
+    Args:
+        options: With their parts resolved.
+    """
+    closed = options.objective == "free-bits" or options.kl == "analytic"
+    if closed:
+        _check_closed_form(options)
+    if closed and options.upper_latents and options.inference == "bottom-up":
+        raise ValueError(
+            "--inference bottom-up: expected a sampled KL (no --kl analytic, no free-bits), got one in closed form, "
+            "which a guide that draws in the opposite order of the model does not have"
+        )
+    if is_autoencoder(options) and options.objective != "elbo":
+        raise ValueError(f"--objective {options.objective}: expected --posterior diagonal, got {options.posterior}")
+    if is_autoencoder(options) and options.beta != 0:
+        raise ValueError(
+            "--posterior delta: expected --beta 0 (a deterministic guide has no KL: it makes a plain autoencoder), got "
+            f"--beta {options.beta:g}"
+        )
+
+
+def _check_closed_form(options: Options) -> None:
+    """Raise ValueError if torch has no formula for the KL of the guide and the prior."""
+    if has_closed_form_kl(options, by_latent=options.objective == "free-bits"):
+        return
+    asked = "--objective free-bits" if options.objective == "free-bits" else "--kl analytic"
+    if options.prior != "standard-normal":
+        raise ValueError(f"{asked}: expected --prior standard-normal, whose KL has a formula, got {options.prior}")
+    guides = "diagonal" if options.objective == "free-bits" else "diagonal or full"
+    raise ValueError(f"{asked}: expected --posterior {guides}, whose KL has a formula, got {options.posterior}")
+
+
+def fit_arguments(options: Options, validation: Tensor | None) -> JsonObject:
+    """The arguments of ``fit`` that the options name: epochs, objective, optimizer, schedule and validation.
+
+    Args:
+        options: With their parts resolved.
+        validation: (M, *E) images as evaluated, or None.
+    """
+    rate = SCHEDULES[options.schedule]
+    return {
+        "epochs": options.epochs,
+        "objective": build_objective(options),
+        "optimizer": Optimizer(
+            learning_rate=options.learning_rate,
+            clip_norm=options.clip_norm,
+            skip_norm=options.skip_norm,
+            average_decay=options.average_decay,
+        ),
+        "schedule": Schedule(
+            batch_size=options.batch_size,
+            seed=options.seed,
+            rate=partial(rate.load(), **rate.arguments(options)),
+            beta=options.beta,
+            warmup_epochs=options.warmup_epochs or 0,
+        ),
+        "validation": Validation(
+            validation,
+            num_particles=validation_particles(options),
+            keep_last=options.keep == "last",
+            keep_start=options.start_from is not None,
+        ),
+    }
+
+
+def validation_particles(options: Options) -> int:
+    """S of the bound that chooses the best weights: the objective's if it is importance-weighted, otherwise 1."""
+    return options.num_particles if options.objective in ("iwae", "dreg") else 1
+
+
+@serialize_threads()
+def initialize_output_bias(vae: VAE, x: Tensor) -> None:
+    """Set the decoder's output bias, and units if it has any, so that training starts from the pixels' marginals.
+
+    Args:
+        vae: With parts of this package.
+        x: (N, *E) training images as the model sees them, or their expectation.
+
+    Source: Burda et al. 2016, arXiv 1509.00519, released code (output bias from the training pixels' means).
+    """
+    with torch.no_grad():
+        vae.likelihood.net.output.bias.copy_(vae.likelihood.family.fit_marginals(x))  # type: ignore[attr-defined]
+        net = getattr(vae.posterior, "net", None)
+        if isinstance(net, networks.Standardized):
+            net.fit_marginals(x)
+        if isinstance(vae.prior, priors.VampPrior):
+            vae.prior.start_from(x)
+
+
+def count_steps(options: Options, num_images: int) -> int:
+    """The number of steps of a training on this many images."""
+    return options.epochs * math.ceil(num_images / options.batch_size)
+
+
+def decide_compile(word: str, num_runs: int, place: torch.device) -> bool:
+    """Whether a graph that will run this many times is compiled, by the word of --compile.
+
+    Raises:
+        ValueError: The word is "on", and nothing can be compiled for that device.
+    """
+    if word == "on":
+        check_compiler(place)
+    return word == "on" or (word == "auto" and compiling_pays(num_runs) and capture.capture_obstacle(place) is None)
+
+
+def explain_eager(options: Options, num_images: int) -> str | None:
+    """Why ``--compile auto`` became off although compiling would pay; None otherwise."""
+    pays = options.compile == "off" and compiling_pays(count_steps(options, num_images))
+    return capture.capture_obstacle(find_device(options.device)) if pays else None
+
+
+def check_compiler(place: torch.device) -> None:
+    """Raise ValueError if nothing can be compiled for that device."""
+    reason = capture.capture_obstacle(place)
+    if reason is not None:
+        raise ValueError(f"--compile on: {reason}; --compile off does without")
+
+
+def check_precision(options: Options) -> None:
+    """Raise ValueError if the device has no arithmetic of that precision, and would emulate it slowly."""
+    place = find_device(options.device)
+    recent_gpu = place.type == "cuda" and torch.cuda.get_device_capability(place) >= (8, 0)
+    if options.precision == "tf32" and not recent_gpu:
+        raise ValueError(f"--precision tf32: expected an NVIDIA GPU since Ampere, got {place}")
+    if options.precision == "bf16" and not (recent_gpu or (place.type == "cpu" and _cpu_has_bf16())):
+        raise ValueError(
+            "--precision bf16: expected hardware for it (a CPU with AVX512-BF16 or AMX, or a recent GPU), "
+            f"got {place} without"
+        )
+
+
+def _cpu_has_bf16() -> bool:
+    """Whether this CPU multiplies in bf16. Torch says so by private names, which a version may lack."""
+    tests = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return any(test() for test in tests if test is not None)
+
+
+@contextmanager
+def matmul_precision(precision: str) -> Iterator[None]:
+    """Use TF32 for matrix products and convolutions on a GPU if asked, for the length of a block; otherwise float32."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+
+
+def find_device(word: str) -> torch.device:
+    """Return the device of that name: cpu, cuda, cuda:1, ...
+
+    Raises:
+        ValueError: There is no such device here, or none whose random numbers a training state holds.
+    """
+    try:
+        found = torch.device(word)
+        if found.type not in ("cpu", "cuda"):
+            raise RuntimeError
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError):
+        choices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+        raise ValueError(f"--device: expected a device of this machine ({', '.join(choices)}), got {word!r}") from None
+    return found
 
 
 def resolve(options: Options, seen: data.Splits) -> Options:

@@ -14,8 +14,8 @@ from ppl_vae.evidence.estimate import Estimate, ratio_of_means
 from ppl_vae.evidence.moments import decode_mean, encode, sample_posterior
 from ppl_vae.evidence.paired import PairedDifference, bound_difference, paired_difference
 from ppl_vae.runs.build import build_likelihood
-from ppl_vae.runs.evaluations import PerImage, read_evaluation, read_per_image
 from ppl_vae.runs.load import load
+from ppl_vae.runs.results import PerImage, read_evaluation, read_per_image
 from ppl_vae.runtime.global_state import seeded
 from ppl_vae.study.data import MOST_TRAINING_IMAGES, StudyData, originals_path
 from ppl_vae.study.plan import REMEDIED_NETWORKS, REMEDIES, Size, name_run, remedy_name, sweep_name

@@ -15,9 +15,8 @@ from ppl_vae.diagnostics.measurement import Measurements, measure, summarize_est
 from ppl_vae.diagnostics.verdicts import is_reliable
 from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.evidence.moments import decode_mean, encode, sample_posterior
-from ppl_vae.runs.evaluations import PerImage, read_evaluation, read_per_image
 from ppl_vae.runs.load import load
-from ppl_vae.runs.results import Evaluation, from_json, to_json
+from ppl_vae.runs.results import Evaluation, PerImage, from_json, read_evaluation, read_per_image, to_json
 from ppl_vae.runtime.global_state import seeded
 from ppl_vae.study.data import NUM_SHOWN, StudyData, write_strip
 from ppl_vae.study.densities import fit_densities

@@ -11,11 +11,10 @@ from pathlib import Path
 from ppl_vae import runs
 from ppl_vae.commands.options import RunStudy
 from ppl_vae.commands.run_series import check_same_options
-from ppl_vae.runs.fit_arguments import count_steps, find_device
 from ppl_vae.runs.open import Say
 from ppl_vae.runs.options import compiling_pays
 from ppl_vae.runs.outputs import make_output_folder
-from ppl_vae.runs.resolve import check_support, load_splits, resolve
+from ppl_vae.runs.resolve import check_support, count_steps, find_device, load_splits, resolve
 from ppl_vae.runs.results import to_json
 from ppl_vae.runtime import capture
 from ppl_vae.runtime.errors import Interrupted

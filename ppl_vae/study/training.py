@@ -17,11 +17,10 @@ from ppl_vae.commands.train import evaluate_trained_run, resume_run, train_run
 from ppl_vae.objectives import Loss, loss_of_batch
 from ppl_vae.protocols import StochasticFunction
 from ppl_vae.runs.build import build_vae
-from ppl_vae.runs.evaluations import is_evaluated
-from ppl_vae.runs.fit_arguments import fit_arguments, initialize_output_bias
 from ppl_vae.runs.load import save
 from ppl_vae.runs.open import Say, open_run
-from ppl_vae.runs.resolve import choose_pixels, load_splits, resolve
+from ppl_vae.runs.resolve import choose_pixels, fit_arguments, initialize_output_bias, load_splits, resolve
+from ppl_vae.runs.results import is_evaluated
 from ppl_vae.runtime.errors import NotFinite
 from ppl_vae.study.plan import Planned
 from ppl_vae.training import Callbacks, TrainingState, fit

@@ -13,8 +13,8 @@ import torch
 from small_run import save_bars
 
 from ppl_vae import load, log_weights, runs
-from ppl_vae.commands.diagnose import diagnose_run
 from ppl_vae.commands.options import Diagnose
+from ppl_vae.commands.report import diagnose_run
 from ppl_vae.commands.train import train_run
 from ppl_vae.parts.flows import Pushforward
 from ppl_vae.runs.build import build_vae

@@ -13,12 +13,11 @@ from small_run import SMALL, save_bars, train_small
 
 from ppl_vae import load, runs
 from ppl_vae.commands.cli import parse
-from ppl_vae.commands.diagnose import diagnose_run
 from ppl_vae.commands.options import COMMANDS, Diagnose
+from ppl_vae.commands.report import diagnose_run
 from ppl_vae.diagnostics.measurement import measure
 from ppl_vae.reports.text.diagnosis import describe_advice
-from ppl_vae.runs.evaluations import read_diagnosis
-from ppl_vae.runs.results import Diagnosis, to_json
+from ppl_vae.runs.results import Diagnosis, read_diagnosis, to_json
 
 pytestmark = pytest.mark.thorough
 

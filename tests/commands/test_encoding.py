@@ -12,7 +12,7 @@ import torch
 from small_run import SMALL, bars, save_bars, train_small
 
 from ppl_vae import load, runs
-from ppl_vae.commands.encode import encode_images
+from ppl_vae.commands.latents import encode_images
 from ppl_vae.commands.options import Encode
 
 

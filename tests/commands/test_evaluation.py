@@ -23,10 +23,10 @@ from ppl_vae.commands.train import resume_run
 from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.evidence.evaluation import evaluate
 from ppl_vae.runs.build import build_vae
-from ppl_vae.runs.evaluations import read_per_image
-from ppl_vae.runs.fit_arguments import initialize_output_bias
 from ppl_vae.runs.open import Run
 from ppl_vae.runs.options import Options
+from ppl_vae.runs.resolve import initialize_output_bias
+from ppl_vae.runs.results import read_per_image
 
 DATA_DIR = os.environ.get("PPL_VAE_DATA_DIR")
 

@@ -18,9 +18,9 @@ from ppl_vae.commands.evaluate import evaluate_run
 from ppl_vae.commands.options import COMMANDS, Evaluate
 from ppl_vae.commands.train import resume_run, train_run
 from ppl_vae.runs.build import build_vae
-from ppl_vae.runs.fit_arguments import initialize_output_bias
 from ppl_vae.runs.load import read_config
 from ppl_vae.runs.options import MODEL_OPTIONS, Options
+from ppl_vae.runs.resolve import initialize_output_bias
 from ppl_vae.runs.results import to_json
 
 pytestmark = pytest.mark.thorough

@@ -13,15 +13,14 @@ from small_run import SMALL, save_bars
 from ppl_vae import runs
 from ppl_vae.commands import reproduce as reproduction
 from ppl_vae.commands import run_series
-from ppl_vae.commands.encode import encode_images
+from ppl_vae.commands.latents import encode_images
 from ppl_vae.commands.options import Encode, Reproduce
 from ppl_vae.commands.reproduce import (
     reproduce_recipe,
     shorten_stages,
 )
 from ppl_vae.runs import recipes
-from ppl_vae.runs.recipes import Recipe
-from ppl_vae.runs.reproduction_results import Published
+from ppl_vae.runs.recipes import Published, Recipe
 from ppl_vae.runs.results import to_json
 
 pytestmark = pytest.mark.thorough

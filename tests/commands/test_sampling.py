@@ -13,9 +13,9 @@ from small_run import SMALL, bars, save_bars, train_small
 from torch.testing import assert_close
 
 from ppl_vae import load
-from ppl_vae.commands import sample as sampling
+from ppl_vae.commands import latents as sampling
+from ppl_vae.commands.latents import sample_run
 from ppl_vae.commands.options import Sample
-from ppl_vae.commands.sample import sample_run
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ import pytest
 from small_run import silent
 
 from ppl_vae import runs
-from ppl_vae.commands import loggers as tensorboard
 from ppl_vae.commands.train import resume_run, train_run
+from ppl_vae.runs import outputs as tensorboard
 from ppl_vae.runs.options import Options
 
 pytest.importorskip("tensorboard", reason="the extra tensorboard is not installed")

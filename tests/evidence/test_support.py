@@ -27,7 +27,7 @@ MODULES = [
 ]
 MODULES += [f"evidence.{name}" for name in ("missing", "moments", "proposals", "refinement")]
 MODULES += [f"diagnostics.{name}" for name in ("aggregate", "latents", "pixel_calibration")]
-MODULES += ["weights", "objectives", "commands.sample"]
+MODULES += ["weights", "objectives", "commands.latents"]
 
 
 def _binary(num_images=4):

@@ -27,9 +27,15 @@ from ppl_vae.commands.options import COMMANDS
 from ppl_vae.evidence import ais
 from ppl_vae.objectives import loss_of_batch
 from ppl_vae.runs import build
-from ppl_vae.runs.fit_arguments import fit_arguments, initialize_output_bias
 from ppl_vae.runs.options import Options
-from ppl_vae.runs.resolve import choose_evaluated_pixels, choose_pixels, load_splits, resolve
+from ppl_vae.runs.resolve import (
+    choose_evaluated_pixels,
+    choose_pixels,
+    fit_arguments,
+    initialize_output_bias,
+    load_splits,
+    resolve,
+)
 from ppl_vae.training import Callbacks
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"

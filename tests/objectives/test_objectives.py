@@ -20,8 +20,8 @@ from torch.testing import assert_close
 from ppl_vae.objectives import Temper
 from ppl_vae.parts.registry import PRIORS
 from ppl_vae.runs.build import build_vae, resolve_parts
-from ppl_vae.runs.fit_arguments import build_objective, check_objective
 from ppl_vae.runs.options import Options
+from ppl_vae.runs.resolve import build_objective, check_objective
 
 KLS = {"sampled": Trace_ELBO, "analytic": TraceMeanField_ELBO}
 BETAS = (0.0, 0.3, 1.0, 4.0)

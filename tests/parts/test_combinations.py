@@ -19,8 +19,8 @@ from ppl_vae.evidence.importance import log_evidence
 from ppl_vae.evidence.missing import Observed, impute
 from ppl_vae.objectives import loss_per_image
 from ppl_vae.runs.build import build_likelihood, build_vae
-from ppl_vae.runs.fit_arguments import build_objective
 from ppl_vae.runs.options import PLAIN, Options
+from ppl_vae.runs.resolve import build_objective
 from ppl_vae.runtime.captured_step import CapturedStep
 
 SHAPE = (1, 8, 8)

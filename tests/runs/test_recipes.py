@@ -10,10 +10,9 @@ from pyro.infer import ELBO
 
 from ppl_vae import data
 from ppl_vae.runs.build import build_vae
-from ppl_vae.runs.fit_arguments import build_objective, fit_arguments
 from ppl_vae.runs.options import MODEL_OPTIONS
 from ppl_vae.runs.recipes import RECIPES, find_recipe
-from ppl_vae.runs.resolve import resolve
+from ppl_vae.runs.resolve import build_objective, fit_arguments, resolve
 
 # Read in the papers' tables, in nats and negative there.
 PRINTED = {

@@ -14,10 +14,9 @@ from small_study import TINY, raise_killed, run_tiny_study, without_times
 from ppl_vae import data, runs
 from ppl_vae.commands.options import RunStudy
 from ppl_vae.diagnostics import verdicts
-from ppl_vae.runs.evaluations import read_evaluation, read_per_image
 from ppl_vae.runs.load import load
 from ppl_vae.runs.options import PLAIN
-from ppl_vae.runs.results import to_json
+from ppl_vae.runs.results import read_evaluation, read_per_image, to_json
 from ppl_vae.study import compare, measure, plan, run
 from ppl_vae.study.plan import DEFAULT
 from ppl_vae.study.results import RunNumbers, StudyNumbers, read_study

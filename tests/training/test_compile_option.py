@@ -15,9 +15,8 @@ from small_run import SMALL, save_bars, train_small
 from ppl_vae import runs
 from ppl_vae.commands import evaluate as evaluation
 from ppl_vae.commands.train import resume_run
-from ppl_vae.runs.evaluations import read_per_image
-from ppl_vae.runs.fit_arguments import matmul_precision
-from ppl_vae.runs.resolve import load_splits, resolve
+from ppl_vae.runs.resolve import load_splits, matmul_precision, resolve
+from ppl_vae.runs.results import read_per_image
 from ppl_vae.runtime import capture
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"

@@ -10,8 +10,8 @@ import pytest
 import torch
 from oracles import bernoulli_vae
 
-from ppl_vae.runs.fit_arguments import fit_arguments
 from ppl_vae.runs.options import Options
+from ppl_vae.runs.resolve import fit_arguments
 from ppl_vae.training import Callbacks, fit
 from ppl_vae.training.schedules import averaging, cosine, stages, warmup
 

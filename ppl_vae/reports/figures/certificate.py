@@ -13,8 +13,7 @@ from ppl_vae.reports.display import choose_display
 from ppl_vae.reports.figures import make_figure
 from ppl_vae.reports.figures.images import image_rows
 from ppl_vae.reports.figures.pairs import draw_pair
-from ppl_vae.runs.certificate_results import Certificate, OtherDataset
-from ppl_vae.runs.certified_images import CertifiedImages, ScoredImages
+from ppl_vae.runs.certificates import Certificate, CertifiedImages, OtherDataset, ScoredImages
 from ppl_vae.runs.open import Run
 
 _NUM_SHOWN = 10

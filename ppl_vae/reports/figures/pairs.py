@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from ppl_vae.reports.figures import make_figure
-from ppl_vae.runs.comparison_results import Comparison
+from ppl_vae.runs.command_results import Comparison
 
 _MANY = 300  # images, from which points are fainter and a few differences far out are left out
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.evidence.importance import UNRELIABLE_BIAS
 from ppl_vae.reports.text.evaluation import describe_images_scale, format_number, plus_minus
-from ppl_vae.runs.certificate_results import (
+from ppl_vae.runs.certificates import (
     Bound,
     Certificate,
     ConvergenceCurve,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from ppl_vae.evidence.paired import CONFIDENCE, INDISTINCT, SEED_NATS, PairedDifference
 from ppl_vae.reports.text.diagnosis import describe_calibration
 from ppl_vae.reports.text.evaluation import plus_minus
-from ppl_vae.runs.comparison_results import ComparedPair, Comparison, LikelihoodRow, NetworkRow
+from ppl_vae.runs.command_results import ComparedPair, Comparison, LikelihoodRow, NetworkRow
 
 # With fewer differences their mean is not yet close to normal unless they are. Source: a rule of thumb.
 _FEW_IMAGES = 30

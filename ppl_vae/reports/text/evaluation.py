@@ -6,7 +6,7 @@ import math
 
 from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.evidence.importance import UNRELIABLE_BIAS
-from ppl_vae.runs.image_results import Encoding, ImputationSummary
+from ppl_vae.runs.command_results import Encoding, ImputationSummary
 from ppl_vae.runs.results import Evaluation, Provenance
 
 BINARY_SCALE = "mass of binary pixels"  # as ``describe_scale`` words it

@@ -10,8 +10,7 @@ from collections.abc import Mapping, Sequence
 from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.reports.text.evaluation import plus_minus
 from ppl_vae.runs.options import PLACES, Options, to_json
-from ppl_vae.runs.recipes import Recipe
-from ppl_vae.runs.reproduction_results import Published, Reproduction
+from ppl_vae.runs.recipes import Published, Recipe, Reproduction
 
 # Options that do not decide how good the trained model is, apart from the noise of the seed.
 _UNIMPORTANT = {

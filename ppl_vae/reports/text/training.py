@@ -11,9 +11,9 @@ from tqdm import tqdm
 
 from ppl_vae import data
 from ppl_vae.runs.build import build_likelihood, count_weights, is_autoencoder
-from ppl_vae.runs.fit_arguments import validation_particles
 from ppl_vae.runs.open import Run
 from ppl_vae.runs.options import Options
+from ppl_vae.runs.resolve import validation_particles
 from ppl_vae.runtime.numerics import mean_and_variance
 from ppl_vae.training import TrainingState
 

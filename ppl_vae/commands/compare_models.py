@@ -1,29 +1,45 @@
-"""One table of likelihoods: the same network and latents under each, trained for the same epochs, on one scale."""
+"""Tables of likelihoods and of networks, each trained and evaluated in the same way."""
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
+import pyro
 import torch
 
 from ppl_vae import data, runs
-from ppl_vae.commands.options import CompareLikelihoods
-from ppl_vae.commands.pixel_calibration import calibrate_run
+from ppl_vae.commands.options import CompareLikelihoods, CompareNetworks
 from ppl_vae.commands.run_series import check_has_density, check_runs, summarize_run, train_or_resume
+from ppl_vae.diagnostics.pixel_calibration import calibrate_pixels
+from ppl_vae.evidence.dequantization import LevelsPosterior, levels_of
 from ppl_vae.evidence.paired import bound_difference
 from ppl_vae.reports.likelihood_figures import write_likelihood_figures
-from ppl_vae.reports.text.comparison import describe_likelihood_table
-from ppl_vae.runs.build import build_likelihood
-from ppl_vae.runs.comparison_results import LikelihoodRow, PairedRow
-from ppl_vae.runs.evaluations import PerImage, read_evaluation, read_per_image
+from ppl_vae.reports.text.comparison import describe_likelihood_table, describe_network_table
+from ppl_vae.runs.build import build_likelihood, build_vae
+from ppl_vae.runs.command_results import LikelihoodRow, NetworkRow, PairedRow
+from ppl_vae.runs.load import load
 from ppl_vae.runs.open import Run, Say
 from ppl_vae.runs.options import LIKELIHOODS, Options
-from ppl_vae.runs.resolve import check_support, describe_scale, load_splits, resolve
-from ppl_vae.runs.results import to_json
+from ppl_vae.runs.resolve import (
+    build_objective,
+    check_support,
+    choose_pixels,
+    describe_scale,
+    find_device,
+    load_splits,
+    resolve,
+)
+from ppl_vae.runs.results import PerImage, RunCalibration, from_json, read_evaluation, read_per_image, to_json
 from ppl_vae.runtime.errors import NotFinite
+from ppl_vae.runtime.global_state import seeded
+from ppl_vae.runtime.progress import progress_bar
+from ppl_vae.training import Callbacks, Optimizer, Schedule, Validation, fit
+from ppl_vae.vae import VAE
 
 # The scale on which likelihoods are compared where none are named, by the kind of data; worded as ``describe_scale``.
 _SCALES = {
@@ -35,7 +51,7 @@ _SCALES = {
 }
 
 
-def run(options: CompareLikelihoods, *, say: Say) -> None:
+def run_likelihoods(options: CompareLikelihoods, *, say: Say) -> None:
     """The command: trains and evaluates the runs of the table, and prints it."""
     compare_likelihoods(
         options.likelihoods,
@@ -214,3 +230,132 @@ def rank_rows(rows: Sequence[LikelihoodRow], opened: Sequence[Run]) -> list[Like
             )
         )
     return ranked
+
+
+_CALIBRATION_STEPS = 40
+
+
+def run_networks(options: CompareNetworks, *, say: Say) -> None:
+    """The command: trains and evaluates the runs of the table, and prints it."""
+    run_dir = options.run_dir or f"runs/networks-{Path(options.dataset).stem}"
+    compare_networks(
+        options.networks,
+        options.make_run_options(),
+        minutes=options.minutes,
+        run_dir=run_dir,
+        output=options.output,
+        say=say,
+    )
+    if len(options.networks) > 1:
+        folders = " ".join(f"{run_dir}/{network}" for network in options.networks)
+        say(f"Paired differences: python scripts/compare_runs.py {folders}")
+
+
+def compare_networks(
+    networks: Sequence[str], options: Options, *, minutes: float, run_dir: str, output: str | None, say: Say
+) -> list[NetworkRow]:
+    """Trains each network for about the same time, in run folders of their own; writes and says one table.
+
+    Epochs are planned from the measured time of a few steps, so that each training, with its validation, takes about
+    that long when nothing else runs. A table that was interrupted goes on; its finished runs are taken as they are.
+
+    Raises:
+        ValueError: As ``train_run``, an autoencoder, or a folder that holds a run with other options.
+    """
+    check_has_density(options)
+    splits = load_splits(options)
+    asked = {Path(run_dir) / network: replace(options, network=network) for network in networks}
+    check_runs(asked, splits, free=frozenset({"epochs", "warmup_epochs"}))
+    rows = []
+    for folder, own in asked.items():
+        if not (folder / runs.CONFIG).exists():
+            seconds = seconds_per_epoch(own)
+            epochs = max(1, math.floor(60 * minutes / seconds))
+            if own.compile == "auto" and resolve(replace(own, epochs=epochs), splits).compile == "on":
+                seconds = seconds_per_epoch(replace(own, compile="on"))
+                epochs = max(1, math.floor(60 * minutes / seconds))
+            say(f"{own.network}: an epoch takes about {seconds:.2g} s, so {minutes:g} minutes are {epochs} of them.")
+            own = replace(own, epochs=epochs)
+        found = summarize_run(train_or_resume(folder, own, None, say=say))
+        rows.append(NetworkRow(**found, network=own.network, seconds_an_epoch=found["seconds"] / found["epochs"]))
+    if output is not None:
+        table = {"dataset": options.dataset, "minutes": minutes, "rows": to_json(rows)}
+        runs.write_json(Path(output), table | {"environment": runs.describe_environment(options.device)})
+    for line in describe_network_table(rows):
+        say(line)
+    return rows
+
+
+def seconds_per_epoch(options: Options) -> float:
+    """The time of one epoch of training and validation on this machine, measured on a few steps of a new VAE.
+
+    The step is compiled where ``--compile`` is "on".
+    """
+    compile = options.compile == "on"
+    splits = load_splits(options)
+    options = resolve(options, splits)
+    check_support(options, splits)
+    stored, transform = data.training_images(splits, choose_pixels(options, splits))
+    some = stored[: _CALIBRATION_STEPS * options.batch_size]
+    share = len(some) / len(stored)
+    validation = None
+    if len(splits.validation):
+        validation = data.evaluation_images(splits, "validation", choose_pixels(options, splits))
+        validation = validation[: max(1, round(share * len(validation)))]
+    with torch.random.fork_rng(devices=[]):
+        vae = build_vae(options, splits.event_shape).to(find_device(options.device))
+        ended: list[float] = []
+        fit(
+            vae,
+            some,
+            epochs=3,  # the first runs with Pyro's validation on, and warms up
+            objective=build_objective(options),
+            transform=transform,
+            optimizer=Optimizer(learning_rate=1e-12, average_decay=options.average_decay),
+            schedule=Schedule(batch_size=options.batch_size),
+            validation=Validation(validation),
+            callbacks=Callbacks(on_epoch=lambda record: ended.append(time.perf_counter())),
+            compile=compile,
+        )
+    return min(after - before for before, after in pairwise(ended)) / share
+
+
+CALIBRATION = "calibration.json"
+
+_SEED = 0
+_MOST_IMAGES = 1000
+_NUM_DRAWS = 99
+
+
+def calibrate_run(run: Run) -> RunCalibration:
+    """``calibrate_pixels`` on 1,000 fixed random test images, or the stored result for the same weights.
+
+    A density of dequantized levels is calibrated as the mass that it gives to levels, and to the whole numbers beyond 0
+    and 255, where no pixel can be. If it were cut at the ends, a density with half its mass below 0 would seem to
+    expect black half of the time. Its guide sees (x + u) / 256 with a uniform u, not a u from p(u | x), so the result
+    for an exact posterior is uniform only up to how the density varies within a level.
+    """
+    path = run.folder / CALIBRATION
+    x = data.evaluation_images(run.splits, "test", run.evaluated_pixels)
+    index = data.subset(len(x), min(run.options.images, _MOST_IMAGES))
+    identity = {
+        "step": runs.load_step(run.folder / runs.MODEL),
+        "split": "test",
+        "num_images": len(index),
+        "num_draws": _NUM_DRAWS,
+        "seed": _SEED,
+    }
+    if path.exists() and identity.items() <= (stored := runs.read_json(path)).items():
+        return from_json(RunCalibration, stored)
+    with (
+        progress_bar(total=len(index), unit="image", desc="calibration") as bar,
+        seeded(_SEED, torch.device("cpu")),
+        pyro.validation_enabled(False),
+    ):
+        vae, transform = load(run.folder), None
+        if run.pixels == "dequantized":
+            vae, transform = VAE(vae.prior, vae.likelihood, LevelsPosterior(vae.posterior)), levels_of
+        found = calibrate_pixels(vae, x[index], num_draws=_NUM_DRAWS, transform=transform, progress=bar.update)
+    entry = to_json(found) | identity
+    runs.write_json(path, entry)
+    return from_json(RunCalibration, entry)

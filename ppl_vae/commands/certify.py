@@ -16,7 +16,9 @@ from ppl_vae.commands.certificate_stages import ChainOptions, StageContext
 from ppl_vae.commands.evaluate import choose_images
 from ppl_vae.commands.options import Certify
 from ppl_vae.evidence.chains import resolve_start
-from ppl_vae.evidence.typicality import mix_prior_into_guide
+from ppl_vae.evidence.estimate import Estimate
+from ppl_vae.evidence.guide_calibration import judge
+from ppl_vae.evidence.typicality import mix_prior_into_guide, typicality
 from ppl_vae.reports.figures.certificate import certificate_figures
 from ppl_vae.reports.text.certificate import certificate_table, describe_certificate
 from ppl_vae.runs.block_store import BlockStore, StageResults
@@ -25,12 +27,18 @@ from ppl_vae.runs.certificates import (
     AISSummary,
     Certificate,
     CertifiedImages,
-    ConvergenceBounds,
-    ScoredImages,
+    Convergence,
+    GuideBound,
     add_certificate,
     read_certificates,
-    summarize_images,
+    subtract_importance,
+    summarize_chains,
+    summarize_curve,
+    summarize_gaps,
+    summarize_importance,
+    summarize_simulated,
 )
+from ppl_vae.runs.files import JsonObject
 from ppl_vae.runs.open import Run, Say, check_density, check_images, load_evaluated_vae, open_run
 from ppl_vae.runs.outputs import write_figure
 from ppl_vae.runs.resolve import data_options, decide_compile, find_device
@@ -89,7 +97,7 @@ def certify_run(options: Certify, *, say: Say) -> Certificate:
         compiles = decide_compile(options.compile, transitions, place)
         store, results = _open_stores(plan, compiles, say)
         context = StageContext(vae, place, options, plan.chain, store, results, compiles, say, should_stop)
-        found = _measure(context, plan)
+        found, summary = _measure(context, plan)
         seconds = {stage: results.seconds[stage] for stage, _ in _stage_identities(plan)}
         certificate = Certificate(
             **vars(run.provenance),
@@ -99,7 +107,7 @@ def certify_run(options: Certify, *, say: Say) -> Certificate:
             num_particles=options.num_particles,
             seed=options.seed,
             step=runs.load_step(run.folder / runs.MODEL),
-            **summarize_images(found, options.num_particles),
+            **summary,
             stage_seconds=seconds,
             seconds=sum(seconds.values()),
         )
@@ -219,46 +227,60 @@ def _stage_identities(plan: Plan) -> Iterator[tuple[str, dict[str, object]]]:
 # --- The work ---
 
 
-def _measure(context: StageContext, plan: Plan) -> CertifiedImages:
-    """Run every stage, the quickest first, so that errors show early."""
-    options, x = plan.options, plan.x.to(context.place)
+def _measure(context: StageContext, plan: Plan) -> tuple[CertifiedImages, JsonObject]:
+    """Run every stage, the quickest first, so that errors show early; the fields of a ``Certificate`` come second."""
+    options, x, S = plan.options, plan.x.to(context.place), plan.options.num_particles
     plain = stages.weigh_images(context, "importance", x, context.vae)
-    ranks = simulated = scored = None
+    ranks = simulated = scored = against = None
     if plan.other is not None:
         other, splits = plan.other
         vae = mix_prior_into_guide(context.vae)  # a guide that also covers images unlike the training data
-        own_bounds = stages.weigh_images(context, "against own", x, vae).log_evidence
-        other_bounds = stages.weigh_images(context, "against", other.to(context.place), vae).log_evidence
-        scored = ScoredImages(own_bounds, other_bounds, splits.name)
+        scored = (
+            stages.weigh_images(context, "against own", x, vae).log_evidence,
+            stages.weigh_images(context, "against", other.to(context.place), vae).log_evidence,
+        )
+        against = typicality(*scored, dataset=splits.name, num_particles=S)
     if options.simulations:
         ranks = stages.rank_simulations(context, "calibration", options.simulations, options.draws)
     improved = stages.weigh_images_refined(context, "improved", x)
     chains = stages.anneal_images(context, "ais", x)
     if options.simulated:
-        simulated = stages.anneal_simulated_images(context, "simulated", options.simulated)
-    sizes = stages.list_fewer_particles(options.num_particles)
-    weighed, smoothed = stages.weigh_fewer_particles(context, "particles", x, sizes)
-    converging = _measure_convergence(context, x, chains, sizes, weighed)
+        simulated = summarize_simulated(*stages.anneal_simulated_images(context, "simulated", options.simulated))
+    convergence, smoothed = _measure_convergence(context, x, chains)
     gaps = {}
     for split in plan.gap_splits:
         images = data.evaluation_images(plan.run.splits, split, plan.run.evaluated_pixels)
         images = images[data.subset(len(images), options.gap_images)].to(context.place)
         log_p_x = stages.anneal_images(context, f"ais {split}", images).bound
-        gaps[split] = stages.split_gaps(context, f"gaps {split}", images, log_p_x)
-    return CertifiedImages(plan.index, chains, plain, smoothed, improved, converging, simulated, gaps, ranks, scored)
+        gaps[split] = summarize_gaps(stages.split_gaps(context, f"gaps {split}", images, log_p_x))
+    found = CertifiedImages(plan.index, chains, plain, improved, ranks, scored)
+    return found, {
+        "ais": summarize_chains(chains),
+        "importance": GuideBound(**vars(summarize_importance(plain, S)), smoothed_estimate=smoothed),
+        "improved": summarize_importance(improved, S),
+        "ais_minus_importance": subtract_importance(chains, plain),
+        "ais_minus_improved": subtract_importance(chains, improved),
+        "total_gap": Estimate.from_values(chains.bound - plain.elbo),
+        "unreliable": tuple(plan.index[found.unreliable].tolist()),
+        "simulated": simulated,
+        "convergence": convergence,
+        "gaps": gaps or None,
+        "calibration": None if ranks is None else judge(ranks),
+        "against": against,
+    }
 
 
-def _measure_convergence(
-    context: StageContext, x: Tensor, full: AISSummary, sizes: list[int], weighed: Tensor
-) -> ConvergenceBounds:
-    """Bounds with fewer temperatures and fewer particles, on images spread evenly: files may be sorted by class."""
-    count = min(_CONVERGENCE_IMAGES, len(x))
+def _measure_convergence(context: StageContext, x: Tensor, full: AISSummary) -> tuple[Convergence, Estimate]:
+    """Bounds with less effort, on images spread evenly (files may be sorted by class), and the smoothed estimate."""
+    count, T = min(_CONVERGENCE_IMAGES, len(x)), context.chain.temperatures
+    sizes, fewer = stages.list_fewer_particles(context.options.num_particles), stages.list_fewer_temperatures(T)
+    weighed, smoothed = stages.weigh_fewer_particles(context, "particles", x, sizes)
     places = torch.arange(count) * len(x) // count
-    some, T = x[places.to(x.device)], context.chain.temperatures
-    fewer = stages.list_fewer_temperatures(T)
+    some, ais = x[places.to(x.device)], full.bound[places]
     bounds = [stages.anneal_images(context, f"temperatures {t}", some, temperatures=t).bound for t in fewer]
-    annealed = torch.stack([*bounds, full.bound[places]])
-    return ConvergenceBounds(places, [*fewer, T], annealed, sizes, weighed[:, places])
+    temperatures = summarize_curve([*fewer, T], torch.stack([*bounds, ais]), ais)
+    particles = summarize_curve(sizes, weighed[:, places], ais)
+    return Convergence(count, temperatures, particles), Estimate.from_values(smoothed)
 
 
 # --- After the work ---

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ppl_vae import runs
 from ppl_vae.commands.options import Impute
-from ppl_vae.evidence.estimate import Estimate
+from ppl_vae.evidence.estimate import Estimate, ImagesMean
 from ppl_vae.evidence.evaluation import evaluate
 from ppl_vae.evidence.missing import Imputation, Observed, impute
 from ppl_vae.reports.display import Display, choose_display
@@ -21,7 +21,7 @@ from ppl_vae.runs.command_results import ImputationSummary, ImputedImage
 from ppl_vae.runs.open import Images, Run, Say, check_density, load_evaluated_vae, load_given_images, open_run
 from ppl_vae.runs.outputs import make_output_folder, write_arrays, write_figure
 from ppl_vae.runs.resolve import find_device
-from ppl_vae.runs.results import ImagesMean, Quantiles, to_json
+from ppl_vae.runs.results import Quantiles, to_json
 from ppl_vae.runtime.global_state import seeded
 from ppl_vae.runtime.progress import progress_bar
 from ppl_vae.vae import VAE
@@ -165,7 +165,6 @@ def _summarize(
     missing = x.isnan().flatten(1)
     incomplete, known = missing.any(1), hidden[~hidden.isnan()]
     columns = (missing.sum(1), result.log_evidence, result.ess, hidden)
-    of_known = Estimate.from_values(known, options.num_particles) if len(known) else None
     return ImputationSummary(
         **vars(run.provenance),
         images=given.source,
@@ -176,7 +175,7 @@ def _summarize(
         complete_images=int((~incomplete).sum()),
         empty_images=int(missing.all(1).sum()),
         log_likelihood_observed=Estimate.from_values(result.log_evidence, options.num_particles),
-        log_likelihood_hidden=None if of_known is None else ImagesMean(of_known.mean, of_known.stderr, len(known)),
+        log_likelihood_hidden=ImagesMean.from_values(known) if len(known) else None,
         ess=Quantiles.from_values(result.ess),
         few_particles=int((result.ess[incomplete] < FEW_PARTICLES).sum()),
         mask=None if options.mask is None else str(Path(options.mask).resolve()),

@@ -67,6 +67,26 @@ class Estimate:
         return {"mean": self.mean, "stderr": self.stderr}
 
 
+@dataclass(frozen=True)
+class ImagesMean:
+    """The mean over images of a number per image in nats, its standard error, and the number of images."""
+
+    mean: float
+    stderr: float
+    num_images: int
+
+    @classmethod
+    def from_values(cls, values: Tensor) -> ImagesMean:
+        """The mean of (n,) numbers."""
+        found = Estimate.from_values(values)
+        return cls(found.mean, found.stderr, len(values))
+
+    @property
+    def estimate(self) -> Estimate:
+        """The mean and its standard error."""
+        return Estimate(self.mean, self.stderr)
+
+
 def combine_stderrs(stderrs: Tensor) -> float:
     """The standard error of a mean of N independent numbers: sqrt(sum_n s_n^2) / N. NaN for none.
 

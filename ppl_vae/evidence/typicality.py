@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from ppl_vae.evidence.estimate import Estimate
+from ppl_vae.evidence.estimate import Estimate, ImagesMean
 from ppl_vae.evidence.proposals import DefensiveMixture
 from ppl_vae.protocols import LatentModel
 from ppl_vae.vae import VAE
@@ -107,38 +107,29 @@ class Typicality:
     """log p(x) of images from another data set, compared with images like the training data.
 
     Args:
-        own, other: the means, nats per image.
-        above_median: P(log p(x) of another image > the own images' median): 1/2 if the sets are alike.
-        above_lowest: the same for the own images' 5% quantile: 0.95 if the sets are alike.
-        density: AUROC of the classifier "low log p(x) means another set": 1/2 if it knows nothing, below 1/2 if the
+        dataset: the name of the other data set.
+        own, other: the means of L_S, nats per image.
+        num_particles: S.
+        share_above_own_median: P(log p(x) of another image > the own images' median): 1/2 if the sets are alike.
+        share_above_own_5_percent_quantile: the same for the own images' 5% quantile: 0.95 if the sets are alike.
+        auroc_of_density: of the classifier "low log p(x) means another set": 1/2 if it knows nothing, below 1/2 if the
             other images have the higher density.
-        distance: AUROC of the classifier "log p(x) far from the own mean, on either side, means another set".
+        auroc_of_distance: of the classifier "log p(x) far from the own mean, on either side, means another set".
+        words: how to read the numbers, in sentences.
     """
 
-    own: Estimate
-    other: Estimate
-    above_median: Estimate
-    above_lowest: Estimate
-    density: Estimate
-    distance: Estimate
-
-    @property
-    def words(self) -> tuple[str, ...]:
-        """How to read the numbers, in sentences."""
-        density, distance, above = (
-            f"{each.mean:.3f} ± {each.stderr:.3f}" for each in (self.density, self.distance, self.above_median)
-        )
-        return (
-            f"a low log p(x) tells the other images apart with an AUROC of {density} (1: surely, 1/2: not at all, "
-            "below: the model gives them the higher density)",
-            f"a share of {above} of them lies above the own images' median log p(x)",
-            f"the distance of log p(x) from the own mean, on either side, tells them apart with an AUROC of {distance}",
-            "a density is not typicality: a high log p(x) does not say that an image is like the data, and a low bound "
-            "may be due to a guide that has seen no such images",
-        )
+    dataset: str
+    own: ImagesMean
+    other: ImagesMean
+    num_particles: int
+    share_above_own_median: Estimate
+    share_above_own_5_percent_quantile: Estimate
+    auroc_of_density: Estimate
+    auroc_of_distance: Estimate
+    words: tuple[str, ...]
 
 
-def typicality(own: Tensor, other: Tensor, *, num_particles: int) -> Typicality:
+def typicality(own: Tensor, other: Tensor, *, dataset: str, num_particles: int) -> Typicality:
     """How high log p(x) is on another data set, and whether it tells the two sets apart.
 
     Samples of p have log p(x) near its mean, -H(p), and not where it is highest, so images may have a high density and
@@ -148,6 +139,7 @@ def typicality(own: Tensor, other: Tensor, *, num_particles: int) -> Typicality:
     Args:
         own: (m,) log p(x), nats, of images that the model was not trained on; see ``mix_prior_into_guide``.
         other: (n,) the same of the other set, by the same estimate.
+        dataset: the other set's name.
         num_particles: S of the estimates.
 
     Raises:
@@ -159,14 +151,26 @@ def typicality(own: Tensor, other: Tensor, *, num_particles: int) -> Typicality:
     own, other = _check_numbers("own", own), _check_numbers("other", other)
     if not own.isfinite().all():
         raise ValueError("own: expected finite numbers, got an infinite one, from which nothing has a distance")
-    center = own.mean()
+    distances = [(values - own.mean()).abs() for values in (own, other)]
+    found = (share_above(own, other, quantile=0.5), auroc(other, own), auroc(*distances))
+    above, density, distance = (f"{each.mean:.3f} ± {each.stderr:.3f}" for each in found)
     return Typicality(
-        own=Estimate.from_values(own, num_particles),
-        other=Estimate.from_values(other, num_particles),
-        above_median=share_above(own, other, quantile=0.5),
-        above_lowest=share_above(own, other, quantile=LOWEST),
-        density=auroc(other, own),
-        distance=auroc((own - center).abs(), (other - center).abs()),
+        dataset=dataset,
+        own=ImagesMean.from_values(own),
+        other=ImagesMean.from_values(other),
+        num_particles=num_particles,
+        share_above_own_median=found[0],
+        share_above_own_5_percent_quantile=share_above(own, other, quantile=LOWEST),
+        auroc_of_density=found[1],
+        auroc_of_distance=found[2],
+        words=(
+            f"a low log p(x) tells the other images apart with an AUROC of {density} (1: surely, 1/2: not at all, "
+            "below: the model gives them the higher density)",
+            f"a share of {above} of them lies above the own images' median log p(x)",
+            f"the distance of log p(x) from the own mean, on either side, tells them apart with an AUROC of {distance}",
+            "a density is not typicality: a high log p(x) does not say that an image is like the data, and a low bound "
+            "may be due to a guide that has seen no such images",
+        ),
     )
 
 

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from ppl_vae.evidence.estimate import Estimate, combine_stderrs
 from ppl_vae.evidence.gaps import Gaps
-from ppl_vae.evidence.guide_calibration import GuideCalibration, judge
+from ppl_vae.evidence.guide_calibration import GuideCalibration
 from ppl_vae.evidence.importance import UNRELIABLE_BIAS, Importance
 from ppl_vae.evidence.rank_statistics import Ranks
-from ppl_vae.evidence.typicality import typicality
+from ppl_vae.evidence.typicality import Typicality
 from ppl_vae.runs.files import JsonObject, write_json
 from ppl_vae.runs.outputs import describe_environment
-from ppl_vae.runs.results import ImagesMean, Provenance, Quantiles, read_rows, to_json
+from ppl_vae.runs.results import Provenance, Quantiles, read_rows, to_json
 
 CERTIFICATE = "certificate-"  # begins the key of each certificate in evaluation.json; its split follows
 
@@ -116,21 +116,6 @@ class SplitGap:
     amortization: Estimate
 
 
-@dataclass(frozen=True)
-class OtherDataset:
-    """``typicality.Typicality``: log p(x) of another data set, compared with the run's own."""
-
-    dataset: str
-    own: ImagesMean
-    other: ImagesMean
-    num_particles: int
-    share_above_own_median: Estimate
-    share_above_own_5_percent_quantile: Estimate
-    auroc_of_density: Estimate
-    auroc_of_distance: Estimate
-    words: tuple[str, ...]
-
-
 @dataclass(frozen=True, kw_only=True)
 class Certificate(Provenance):
     """log p(x) of a split from both sides: an entry of evaluation.json. What was not asked for is None.
@@ -174,7 +159,7 @@ class Certificate(Provenance):
     convergence: Convergence
     gaps: dict[str, SplitGap] | None
     calibration: GuideCalibration | None
-    against: OtherDataset | None
+    against: Typicality | None
     stage_seconds: dict[str, float]
     seconds: float
 
@@ -220,57 +205,25 @@ class AISSummary(NamedTuple):
     acceptance: Tensor
 
 
-class ConvergenceBounds(NamedTuple):
-    """Bounds with less effort on some of the images.
-
-    Args:
-        places: (n,) int64 of these images among the measured ones.
-        temperatures, annealed: the numbers T, ascending, and (K, n) the chains' bounds; the last is the full one.
-        particles, weighed: the numbers s, ascending, and (K', n) E[L_s] with the guide.
-    """
-
-    places: Tensor
-    temperatures: list[int]
-    annealed: Tensor
-    particles: list[int]
-    weighed: Tensor
-
-
-class ScoredImages(NamedTuple):
-    """The same bound on log p(x), nats, of the run's own images (N,) and of another data set's (n,), with its name."""
-
-    own: Tensor
-    other: Tensor
-    dataset: str
-
-
 @dataclass(frozen=True)
 class CertifiedImages:
-    """The numbers of each image, (N,) for the split's images unless said otherwise. What was not asked for is None.
+    """The numbers of each image that figures show, (N,). What was not asked for is None.
 
     Args:
         index: the images' places in their split, int64, ascending.
         chains: annealed importance sampling.
         plain: importance sampling with the guide.
-        smoothed: the Pareto-smoothed estimate from as many particles of the guide.
         improved: importance sampling with a proposal refined for each image.
-        convergence: some of the images with less effort.
-        simulated: images of the model itself, from below and from above.
-        gaps: by split, for other images.
         ranks: of the guide's calibration.
-        scored: these images and those of another data set, with the same number of particles.
+        scored: L_S of these images (N,) and of those of another data set (n,), with one guide for both.
     """
 
     index: Tensor
     chains: AISSummary
     plain: Importance
-    smoothed: Tensor
     improved: Importance
-    convergence: ConvergenceBounds
-    simulated: tuple[AISSummary, AISSummary] | None
-    gaps: dict[str, Gaps]
     ranks: Ranks | None
-    scored: ScoredImages | None
+    scored: tuple[Tensor, Tensor] | None
 
     @property
     def unreliable(self) -> Tensor:
@@ -280,33 +233,6 @@ class CertifiedImages:
         """
         near = (self.chains.bound - self.improved.log_evidence).abs() <= UNRELIABLE_BIAS  # False if both are -infinity
         return ~near | (self.chains.bias > UNRELIABLE_BIAS)
-
-
-# --- Their summary ---
-
-
-def summarize_images(found: CertifiedImages, num_particles: int) -> JsonObject:
-    """The fields of a ``Certificate`` that summarize the numbers of each image."""
-    curves, ais = found.convergence, found.chains.bound[found.convergence.places]
-    plain = vars(summarize_importance(found.plain, num_particles))
-    return {
-        "ais": summarize_chains(found.chains),
-        "importance": GuideBound(**plain, smoothed_estimate=Estimate.from_values(found.smoothed)),
-        "improved": summarize_importance(found.improved, num_particles),
-        "ais_minus_importance": _difference(found.chains, found.plain),
-        "ais_minus_improved": _difference(found.chains, found.improved),
-        "total_gap": Estimate.from_values(found.chains.bound - found.plain.elbo),
-        "unreliable": tuple(found.index[found.unreliable].tolist()),
-        "simulated": None if found.simulated is None else summarize_simulated(*found.simulated),
-        "convergence": Convergence(
-            len(ais),
-            _summarize_curve(curves.temperatures, curves.annealed, ais),
-            _summarize_curve(curves.particles, curves.weighed, ais),
-        ),
-        "gaps": {split: _summarize_gaps(gaps) for split, gaps in found.gaps.items()} or None,
-        "calibration": None if found.ranks is None else judge(found.ranks),
-        "against": None if found.scored is None else _summarize_scores(found.scored, num_particles),
-    }
 
 
 def summarize_chains(found: AISSummary) -> ChainBound:
@@ -349,14 +275,14 @@ def summarize_simulated(below: AISSummary, above: AISSummary) -> SimulatedBounds
     )
 
 
-def _difference(chains: AISSummary, other: Importance) -> Bound:
+def subtract_importance(chains: AISSummary, other: Importance) -> Bound:
     """The chains' bound minus L_S, paired."""
     mean = Estimate.from_values(chains.bound - other.log_evidence)
     noise = torch.cat([chains.monte_carlo_stderr, other.monte_carlo_stderr])
     return Bound(mean.mean, mean.stderr, float(noise.square().sum().sqrt()) / len(chains.bound))
 
 
-def _summarize_curve(effort: Sequence[int], bounds: Tensor, ais: Tensor) -> ConvergenceCurve:
+def summarize_curve(effort: Sequence[int], bounds: Tensor, ais: Tensor) -> ConvergenceCurve:
     """Bounds (K, N) by effort, and their difference from annealed importance sampling in full (N,)."""
     differences = [Estimate.from_values(bound - ais) for bound in bounds]
     return ConvergenceCurve(
@@ -367,21 +293,7 @@ def _summarize_curve(effort: Sequence[int], bounds: Tensor, ais: Tensor) -> Conv
     )
 
 
-def _summarize_gaps(found: Gaps) -> SplitGap:
+def summarize_gaps(found: Gaps) -> SplitGap:
+    """The means of the parts of log p(x) - ELBO."""
     names = ("log_evidence", "elbo", "refined_elbo", "total", "approximation", "amortization")
     return SplitGap(len(found.elbo), *(Estimate.from_values(getattr(found, name)) for name in names))
-
-
-def _summarize_scores(found: ScoredImages, num_particles: int) -> OtherDataset:
-    numbers = typicality(found.own, found.other, num_particles=num_particles)
-    return OtherDataset(
-        found.dataset,
-        ImagesMean(numbers.own.mean, numbers.own.stderr, len(found.own)),
-        ImagesMean(numbers.other.mean, numbers.other.stderr, len(found.other)),
-        num_particles,
-        numbers.above_median,
-        numbers.above_lowest,
-        numbers.density,
-        numbers.distance,
-        numbers.words,
-    )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ppl_vae.evidence.estimate import Estimate
-from ppl_vae.runs.results import ImagesMean, Provenance, Quantiles, RunCalibration
+from ppl_vae.evidence.estimate import Estimate, ImagesMean
+from ppl_vae.runs.results import Provenance, Quantiles, RunCalibration
 
 
 @dataclass(frozen=True, kw_only=True)

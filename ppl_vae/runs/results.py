@@ -139,20 +139,6 @@ class Quantiles:
         return cls(*(float(known.quantile(share, interpolation="lower")) for share in (0.5, 0.05, 0.95)))
 
 
-@dataclass(frozen=True)
-class ImagesMean:
-    """The mean over images of a number per image in nats, its standard error, and the number of images."""
-
-    mean: float
-    stderr: float
-    num_images: int
-
-    @property
-    def estimate(self) -> Estimate:
-        """The mean and its standard error."""
-        return Estimate(self.mean, self.stderr)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Provenance:
     """What a number in nats depends on besides the model.

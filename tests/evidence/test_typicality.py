@@ -101,15 +101,15 @@ def test_a_shares_error_holds_that_of_the_quantile(count):
 
 def test_means_and_their_errors_are_those_of_the_two_sets():
     own, other = normal(400, loc=-90.0, seed=7), normal(100, loc=-200.0, scale=30.0, seed=8)
-    found = typicality(own, other, num_particles=50)
+    found = typicality(own, other, dataset="other", num_particles=50)
     for estimate, values in ((found.own, own), (found.other, other)):
         assert estimate.mean == pytest.approx(float(values.mean()), abs=1e-9)
         assert estimate.stderr == pytest.approx(stats.sem(values), rel=1e-9)
-        assert estimate.num_particles == 50
+        assert estimate.num_images == len(values)
 
 
 def test_distance_tells_a_narrow_set_from_a_wide_one_where_density_does_not():
     """P(|a| < |b|) of normals of scales 1 and s about one mean is 2 atan(s) / pi."""
-    found = typicality(normal(4000, seed=9), normal(4000, scale=3.0, seed=10), num_particles=1)
-    assert within(found.distance, 2 * math.atan(3.0) / math.pi)
-    assert within(found.density, 0.5)
+    found = typicality(normal(4000, seed=9), normal(4000, scale=3.0, seed=10), dataset="wide", num_particles=1)
+    assert within(found.auroc_of_distance, 2 * math.atan(3.0) / math.pi)
+    assert within(found.auroc_of_density, 0.5)

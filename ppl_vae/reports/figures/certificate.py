@@ -9,11 +9,12 @@ from torch import Tensor
 from ppl_vae.evidence.guide_calibration import GuideCalibration
 from ppl_vae.evidence.importance import UNRELIABLE_BIAS
 from ppl_vae.evidence.rank_statistics import Ranks, bin_edges, count_ranks, cumulative_band
+from ppl_vae.evidence.typicality import Typicality
 from ppl_vae.reports.display import choose_display
 from ppl_vae.reports.figures import make_figure
 from ppl_vae.reports.figures.images import image_rows
 from ppl_vae.reports.figures.pairs import draw_pair
-from ppl_vae.runs.certificates import Certificate, CertifiedImages, OtherDataset, ScoredImages
+from ppl_vae.runs.certificates import Certificate, CertifiedImages
 from ppl_vae.runs.open import Run
 
 _NUM_SHOWN = 10
@@ -92,7 +93,7 @@ def _draw_calibration(verdict: GuideCalibration, ranks: Ranks) -> Figure:
     return figure
 
 
-def _draw_other(certificate: Certificate, found: OtherDataset, scored: ScoredImages) -> Figure:
+def _draw_other(certificate: Certificate, found: Typicality, scored: tuple[Tensor, Tensor]) -> Figure:
     """Histograms of log p(x) minus the own median, linear near it and logarithmic far from it."""
     auroc = found.auroc_of_density
     figure = make_figure(
@@ -100,12 +101,13 @@ def _draw_other(certificate: Certificate, found: OtherDataset, scored: ScoredIma
         f"{auroc.mean:.3f} ± {auroc.stderr:.3f}\nA density says how probable an image is, not whether it is like the "
         "data: simpler images can score higher"
     )
-    axes, median = figure.subplots(), float(scored.own.median())
+    own, other = scored
+    axes, median = figure.subplots(), float(own.median())
     both = {
-        f"{certificate.dataset}, {certificate.split}": scored.own.numpy() - median,
-        f"{found.dataset}, test": scored.other.numpy() - median,
+        f"{certificate.dataset}, {certificate.split}": own.numpy() - median,
+        f"{found.dataset}, test": other.numpy() - median,
     }
-    unit = max(float(scored.own.std()), 1e-6)
+    unit = max(float(own.std()), 1e-6)
     ends = np.arcsinh([extreme(extreme(each) for each in both.values()) / unit for extreme in (min, max)])
     bins = unit * np.sinh(np.linspace(ends[0] - 0.05, ends[1] + 0.05, 61))
     for name, values in both.items():

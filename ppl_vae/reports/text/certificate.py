@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.evidence.importance import UNRELIABLE_BIAS
+from ppl_vae.evidence.typicality import Typicality
 from ppl_vae.reports.text.evaluation import describe_images_scale, format_number, plus_minus
 from ppl_vae.runs.certificates import (
     Bound,
     Certificate,
     ConvergenceCurve,
-    OtherDataset,
     SimulatedBounds,
     SplitGap,
 )
@@ -128,7 +128,7 @@ def _describe_gaps(gaps: dict[str, SplitGap]) -> list[str]:
     ]
 
 
-def _describe_other(found: OtherDataset) -> list[str]:
+def _describe_other(found: Typicality) -> list[str]:
     own, other = plus_minus(found.own.estimate), plus_minus(found.other.estimate)
     return [
         f"against {found.dataset}: L_{found.num_particles} {other} nats an image on {found.other.num_images:,} of its "

@@ -80,8 +80,10 @@ def compile_function(
     reason = capture_obstacle(inputs[0].device)
     if reason is not None:
         raise CannotCapture(reason)
+    _inductor.silence_cuda_warning()
     try:
-        return _compile(function, inputs)
+        with _inductor.busy_compiler(inputs[0].device):
+            return _compile(function, inputs)
     except OSError as error:
         where = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "its default place")
         raise CannotCapture(f"the compiler's cache, {where}, cannot be used: {first_line(error)}") from error
@@ -92,8 +94,6 @@ def compile_function(
 def _compile(
     function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]
 ) -> Callable[[Sequence[Tensor]], tuple[Tensor, ...]]:
-    _inductor.silence_cuda_warning()
-
     def captured(*tensors: Tensor) -> Sequence[Tensor]:
         with capturing():
             return function(*tensors)

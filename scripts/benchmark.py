@@ -118,6 +118,7 @@ def contestants(task: Task) -> Iterator[tuple[str, Callable[[], Callable[[int], 
     if why_no_numpyro(task.device) is None:
         yield "NumPyro, fori_loop", lambda: by.numpyro_steps(task, as_loop=True)
         yield "NumPyro, jitted steps", lambda: by.numpyro_steps(task, as_loop=False)
+        yield "JAX and optax, one scan", lambda: by.jax_steps(task)
     yield FLOOR, lambda: by.matrix_products(task)
 
 
@@ -169,8 +170,10 @@ def take_turns(contestants: list[tuple[Callable[[int], Any], dict[str, Any]]], *
     """Times steps, each for ``TURN_SECONDS`` a round: the milliseconds of one step, round by round, in its record."""
     for steps, record in contestants:
         probe = 3
+        steps(probe)  # a scan is compiled for each number of steps
         seconds = timed(partial(steps, probe))
         record |= {"steps_a_turn": max(1, round(TURN_SECONDS * probe / seconds)), "ms": []}
+        steps(record["steps_a_turn"])
     for _ in range(rounds):
         for steps, record in contestants:
             n = record["steps_a_turn"]
@@ -373,7 +376,7 @@ def environment(device: str) -> dict[str, Any]:
     from ppl_vae import runs
 
     found = runs.describe_environment(device)
-    for name in ("jax", "jaxlib", "numpyro"):
+    for name in ("jax", "jaxlib", "numpyro", "optax"):
         try:
             found["packages"][name] = version(name)
         except PackageNotFoundError:

@@ -379,6 +379,51 @@ def numpyro_steps(task: Task, *, as_loop: bool) -> Steps:
     return steps
 
 
+# --- JAX ---
+
+
+def jax_steps(task: Task) -> Steps:
+    """Written by hand in JAX, float32, data resident: the ELBO, optax's Adam, and n steps as one compiled scan."""
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    L, B = task.model.latent_dim, task.model.batch_size
+    (start_encoder, encode), (start_decoder, decode) = (_in_jax(net) for net in task.plain_networks())
+    key = jax.random.PRNGKey(0)
+    weights = start_encoder(key, (B, _PIXELS))[1], start_decoder(key, (B, L))[1]
+    adam = optax.adam(LEARNING_RATE)
+    images = jnp.asarray(task.images.flatten(1).cpu().numpy())
+    batches = jnp.asarray(torch.stack(task.batches).cpu().numpy())
+
+    def negative_elbo(weights: Any, x: Any, key: Any) -> Any:
+        loc, log_scale = jnp.split(encode(weights[0], x), 2, axis=-1)
+        z = loc + jnp.exp(log_scale) * jax.random.normal(key, loc.shape)
+        logits = decode(weights[1], z)
+        reconstruction = (x * logits - jax.nn.softplus(logits)).sum()
+        log_p_over_q = (log_scale + ((z - loc) / jnp.exp(log_scale)) ** 2 / 2 - z**2 / 2).sum()
+        return -(reconstruction + log_p_over_q)
+
+    def step(carry: Any, index: Any) -> Any:
+        weights, moments, key = carry
+        key, own = jax.random.split(key)
+        loss, slopes = jax.value_and_grad(negative_elbo)(weights, images[index].astype(jnp.float32), own)
+        change, moments = adam.update(slopes, moments)
+        return (optax.apply_updates(weights, change), moments, key), loss
+
+    several = jax.jit(lambda carry, indices: jax.lax.scan(step, carry, indices), donate_argnums=0)
+    carry, taken = (weights, adam.init(weights), key), 0
+
+    def steps(n: int) -> float:
+        nonlocal carry, taken
+        carry, losses = several(carry, batches[(taken + jnp.arange(n)) % len(batches)])
+        taken += n
+        jax.block_until_ready(carry)
+        return float(losses.sum()) / (n * B)
+
+    return steps
+
+
 def _in_jax(net: nn.Module) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """(init, apply), as ``numpyro.module`` takes them, of a plain network: its layers, and its weights as the first."""
     import jax

@@ -33,7 +33,7 @@ from ppl_vae.runtime.batching import images_per_pass
 from ppl_vae.runtime.errors import Widths, check_count, check_widths
 from ppl_vae.runtime.global_state import seeded
 from ppl_vae.training import fit
-from ppl_vae.training.inputs import check_no_mask
+from ppl_vae.training.checks import check_no_mask
 from ppl_vae.vae import VAE
 
 try:

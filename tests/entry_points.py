@@ -9,10 +9,10 @@ from fitting import fit as fit_vae
 from ppl_vae import diagnostics
 from ppl_vae.commands import latents as sampling
 from ppl_vae.diagnostics import pictures
-from ppl_vae.evidence import ais, chains, evaluation, gaps, guide_calibration, missing, moments
+from ppl_vae.evidence import ais, chains, evaluation, guide_calibration, missing, moments
 from ppl_vae.evidence import importance as evidence
 from ppl_vae.evidence.adaptive import estimate_adaptively
-from ppl_vae.evidence.refinement import refine_proposal
+from ppl_vae.evidence.refinement import measure_gaps, refine_proposal
 from ppl_vae.weights import is_autoencoder, log_reconstruction, log_weight_terms, log_weights
 
 
@@ -39,7 +39,9 @@ SCORES = {
     "evidence.log_evidence": lambda vae, x: evidence.log_evidence(vae.model, vae.guide, x, num_particles=10),
     "evaluation.reconstruction": lambda vae, x: evaluation.reconstruction(vae, x, seed=0),
     "evidence.gather_log_weights": lambda vae, x: evidence.gather_log_weights(vae, x, 10),
-    "gaps.gaps": lambda vae, x: gaps.gaps(vae, x, torch.zeros(len(x)), steps=1, evaluation_particles=10),
+    "refinement.measure_gaps": lambda vae, x: measure_gaps(
+        vae, x, torch.zeros(len(x)), steps=1, evaluation_particles=10
+    ),
     "missing.impute": lambda vae, x: missing.impute(missing.Observed(vae), x, num_particles=4, num_draws=1).mean,
     "adaptive.estimate_adaptively": lambda vae, x: estimate_adaptively(vae, x, num_particles=10, most=20).estimate,
     "refinement.refine_proposal": lambda vae, x: refine_proposal(vae, x, steps=1).h,

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from ppl_vae.commands.options import Certify
-from ppl_vae.evidence import ais, gaps
+from ppl_vae.evidence import ais
 from ppl_vae.evidence.evaluation import evaluate
 from ppl_vae.evidence.guide_calibration import compute_ranks
 from ppl_vae.evidence.importance import IMPORTANCE_NAMES, Importance, gather_log_weights
 from ppl_vae.evidence.proposals import defend_proposal, replace_guide
 from ppl_vae.evidence.rank_statistics import Ranks
-from ppl_vae.evidence.refinement import refine_proposal
+from ppl_vae.evidence.refinement import Gaps, measure_gaps, refine_proposal
 from ppl_vae.parts.posteriors import FullNormal
 from ppl_vae.runs.block_store import BlockStore, StageResults
 from ppl_vae.runs.certificates import AISSummary
@@ -313,12 +313,12 @@ def list_fewer_temperatures(temperatures: int) -> list[int]:
 # --- Gaps, calibration ---
 
 
-def split_gaps(context: StageContext, stage: str, x: Tensor, log_evidence: Tensor) -> gaps.Gaps:
+def split_gaps(context: StageContext, stage: str, x: Tensor, log_evidence: Tensor) -> Gaps:
     """log p(x) - ELBO in its two parts, (N,) each. x: (N, *E), log_evidence: (N,) nats."""
     size = even_block_size(len(x), REFINEMENT_BLOCK)
 
     def compute(items: slice, compiled: bool) -> Tensors:
-        found = gaps.gaps(
+        found = measure_gaps(
             context.vae,
             x[items],
             log_evidence[items].to(x.device),
@@ -329,7 +329,7 @@ def split_gaps(context: StageContext, stage: str, x: Tensor, log_evidence: Tenso
         return vars(found)
 
     shapes: Shapes = dict.fromkeys(("log_evidence", "elbo", "refined_elbo"), ())
-    return gaps.Gaps(**context.run_stage(stage, len(x), size, shapes, compute))
+    return Gaps(**context.run_stage(stage, len(x), size, shapes, compute))
 
 
 def rank_simulations(context: StageContext, stage: str, num_simulations: int, num_draws: int) -> Ranks:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ppl_vae.diagnostics.measurement import Measurements, TrainedWith
 from ppl_vae.evidence.estimate import Estimate
-from ppl_vae.training.schedules import default_warmup
+from ppl_vae.training.settings import default_warmup
 
 # A number differs from a threshold if it is beyond it by so many standard errors. Source: ours.
 STDERRS = 3.0

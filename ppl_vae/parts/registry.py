@@ -152,8 +152,8 @@ OBJECTIVES = {
     "stl": Part("objectives:STL", "the ELBO, gradients without the guide's score", {"num_particles": "num_particles"}),
 }
 SCHEDULES = {
-    "cosine": Part("training.schedules:cosine", "flat, then to 0 on a cosine", {"decay_start": "start"}),
-    "stages": Part("training.schedules:stages", "the eight stages of Burda et al. 2016"),
+    "cosine": Part("training.settings:cosine", "flat, then to 0 on a cosine", {"decay_start": "start"}),
+    "stages": Part("training.settings:stages", "the eight stages of Burda et al. 2016"),
 }
 
 # Options whose value is itself a word of a table.

@@ -22,7 +22,7 @@ from ppl_vae.runs.options import Options, compiling_pays, default_objective
 from ppl_vae.runtime import capture
 from ppl_vae.runtime.global_state import serialize_threads
 from ppl_vae.training import Optimizer, Schedule, Validation
-from ppl_vae.training.schedules import default_warmup
+from ppl_vae.training.settings import default_warmup
 from ppl_vae.vae import VAE
 
 

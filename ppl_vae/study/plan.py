@@ -9,7 +9,7 @@ from typing import Any
 
 from ppl_vae.parts.registry import SCALE_MAPS
 from ppl_vae.runs.options import PLAIN, Options
-from ppl_vae.training.schedules import default_warmup
+from ppl_vae.training.settings import default_warmup
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,14 @@ from ppl_vae.runtime.errors import CannotCapture, check_count, is_out_of_memory
 from ppl_vae.runtime.global_state import seeded, serialize_threads
 from ppl_vae.runtime.noise import SharedNoise
 from ppl_vae.runtime.ranks import BatchShare, agree, gather_objects, gather_rows, is_writer, num_ranks
-from ppl_vae.training.guard import check_images, check_ranks, check_skipped
-from ppl_vae.training.inputs import check_batch_of_one, check_program, images_tensor
+from ppl_vae.training.checks import (
+    check_batch_of_one,
+    check_images,
+    check_program,
+    check_ranks,
+    check_skipped,
+    images_tensor,
+)
 from ppl_vae.training.settings import Callbacks, Optimizer, Schedule, Validation
 from ppl_vae.training.state import TrainingState
 from ppl_vae.training.steps import CapturedSteps, EagerSteps, Requests

@@ -1,4 +1,4 @@
-"""The settings of a training: optimizer, schedule, validation, and the functions that it calls."""
+"""The settings of a training: optimizer, schedule, validation, and the functions that are called."""
 
 from __future__ import annotations
 
@@ -13,8 +13,52 @@ import torch
 from torch import Tensor
 
 from ppl_vae.runtime.errors import check_count
-from ppl_vae.training.schedules import averaging, cosine, warmup
 from ppl_vae.training.state import TrainingState
+
+# --- Functions of the step ---
+
+NUM_STAGES = 8
+
+
+def warmup(step: int, *, beta: float, warmup_steps: int) -> float:
+    """beta min(1, step / warmup_steps): from 0 at the first step, linearly."""
+    return beta * min(1.0, step / warmup_steps) if warmup_steps else beta
+
+
+def default_warmup(epochs: int) -> int:
+    """Three tenths of the epochs, at most 15, and at least one if there are several.
+
+    Without a warm-up latents collapse early and stay collapsed: after two epochs on MNIST the plain VAE's validation
+    ELBO was -121.0 nats without a warm-up and -107.9 with one epoch of it.
+    """
+    return 0 if epochs == 1 else max(1, min(15, 3 * epochs // 10))
+
+
+def cosine(step: int, *, learning_rate: float, total_steps: int, start: float = 0.0) -> float:
+    """learning_rate (1 + cos(pi t)) / 2, t = (step / total_steps - start) / (1 - start) or 0 before: flat, then to 0.
+
+    Reference: Loshchilov and Hutter 2017, arXiv 1608.03983, equation 5, without restarts; the flat part is ours.
+    """
+    t = max(0.0, step / total_steps - start) / (1 - start)
+    return learning_rate * (1 + math.cos(math.pi * t)) / 2
+
+
+def stages(step: int, *, learning_rate: float, total_steps: int) -> float:
+    """learning_rate 10^(-i/7) in stage i = 0..7, which has 3^i of 3,280 parts of the steps.
+
+    Reference: Burda et al. 2016, arXiv 1509.00519, section 5 (there a part is one epoch, learning_rate 0.001).
+    """
+    ends = (total_steps * (3 ** (i + 1) - 1) / (3**NUM_STAGES - 1) for i in range(NUM_STAGES))
+    stage = next((i for i, end in enumerate(ends) if step < end), NUM_STAGES - 1)
+    return learning_rate * 10 ** (-stage / (NUM_STAGES - 1))
+
+
+def averaging(step: int, *, decay: float) -> float:
+    """min(decay, (1 + step) / (10 + step)): early in the training the average forgets the initial weights faster."""
+    return min(decay, (1 + step) / (10 + step))
+
+
+# --- Settings ---
 
 StepValues = tuple[float, float, float]  # beta, learning rate and the averages' decay of one step
 
@@ -35,7 +79,7 @@ class Optimizer:
             counts skipped steps. The training ends if more than a hundred steps and more than one in a hundred were
             skipped, or all of one epoch.
         average_decay: The decay of an exponential moving average of the weights. If it is above 0, the averages are
-            what is validated and kept. See ``schedules.averaging``.
+            what is validated and kept. See ``averaging``.
 
     Reference: Kingma and Ba 2015, arXiv 1412.6980; Polyak and Juditsky 1992 (averages).
     """
@@ -63,7 +107,7 @@ class Schedule:
     Args:
         batch_size: Images per step. The last batch of an epoch may be smaller.
         seed: The seed of the images' order.
-        rate: (step, *, learning_rate, total_steps) -> the learning rate of that step; see ``schedules``.
+        rate: (step, *, learning_rate, total_steps) -> the learning rate of that step; such as ``cosine`` or ``stages``.
         beta: The weight of the KL after the warm-up.
         warmup_epochs: The epochs over which beta rises linearly from 0.
     """

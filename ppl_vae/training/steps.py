@@ -21,7 +21,7 @@ from ppl_vae.runtime.errors import NotFinite
 from ppl_vae.runtime.flat_state import adam_moments
 from ppl_vae.runtime.noise import SharedNoise
 from ppl_vae.runtime.ranks import BatchShare, batch_share, gather_objects, num_ranks, sum_over_ranks, use_share
-from ppl_vae.training.guard import find_gradients_not_finite, find_not_finite, find_site_not_finite
+from ppl_vae.training.checks import find_gradients_not_finite, find_not_finite, find_site_not_finite
 from ppl_vae.training.settings import Optimizer, StepValues
 from ppl_vae.training.state import TrainingState
 from ppl_vae.training.streaming import Resident, Streamed

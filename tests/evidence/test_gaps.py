@@ -10,7 +10,7 @@ from oracles import LinearGaussian
 from test_proposals import _hierarchical
 from torch.testing import assert_close
 
-from ppl_vae.evidence.gaps import gaps
+from ppl_vae.evidence.refinement import measure_gaps
 
 
 def _mean_field_gap(oracle):
@@ -32,7 +32,7 @@ def test_the_gaps_of_a_correlated_posterior_are_those_in_closed_form(widen, shif
     oracle = LinearGaussian.random(orthogonal=False, seed=3)
     vae, x = oracle.vae(widen=widen, shift=shift), oracle.draw(20)
     torch.manual_seed(0)
-    found = gaps(vae, x, oracle.log_evidence(x), steps=200, num_particles=8, evaluation_particles=4000)
+    found = measure_gaps(vae, x, oracle.log_evidence(x), steps=200, num_particles=8, evaluation_particles=4000)
     approximation, total = _mean_field_gap(oracle), _guides_gap(oracle, widen, shift)
     assert approximation > 0.1  # there is one to be found
     for gap, exact in (
@@ -47,7 +47,7 @@ def test_an_exact_guide_has_no_gap():
     oracle = LinearGaussian.random()
     vae, x = oracle.vae(), oracle.draw(5)
     torch.manual_seed(0)
-    found = gaps(vae, x, oracle.log_evidence(x), steps=100, num_particles=4)
+    found = measure_gaps(vae, x, oracle.log_evidence(x), steps=100, num_particles=4)
     for gap in (found.approximation, found.amortization, found.total):
         assert_close(gap, torch.zeros(5, dtype=torch.double), rtol=0, atol=1e-4)
 
@@ -56,11 +56,11 @@ def test_a_shifted_guide_of_an_orthogonal_model_loses_by_amortization_alone():
     oracle = LinearGaussian.random()
     vae, x = oracle.vae(widen=1.3, shift=1.0), oracle.draw(10)
     torch.manual_seed(0)
-    found = gaps(vae, x, oracle.log_evidence(x), steps=200, num_particles=8)
+    found = measure_gaps(vae, x, oracle.log_evidence(x), steps=200, num_particles=8)
     assert (found.approximation.abs() < 1e-3).all()
     assert found.amortization.mean() > 1
 
 
 def test_a_guide_of_several_layers_has_only_a_total_gap():
     with pytest.raises(ValueError, match=r"expected a guide Conditional\(net, family\)"):
-        gaps(_hierarchical(), torch.ones(2, 6, dtype=torch.double), torch.zeros(2), steps=2, num_particles=1)
+        measure_gaps(_hierarchical(), torch.ones(2, 6, dtype=torch.double), torch.zeros(2), steps=2, num_particles=1)

@@ -11,7 +11,7 @@ from scipy import stats
 from torch.distributions import MultivariateNormal, Normal
 from torch.testing import assert_close
 
-from ppl_vae.evidence.hmc import Point, leapfrog, point_at, transition
+from ppl_vae.evidence.chains import Point, leapfrog, point_at, transition
 
 COVARIANCE = torch.tensor([[1.0, 0.9, 0.2], [0.9, 2.0, -0.3], [0.2, -0.3, 0.5]], dtype=torch.double)
 MEAN = torch.tensor([1.0, -2.0, 0.5], dtype=torch.double)

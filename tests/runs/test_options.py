@@ -12,7 +12,7 @@ from ppl_vae import data
 from ppl_vae.runs.fields import format_flag
 from ppl_vae.runs.options import PLAIN, Options, from_json, to_json
 from ppl_vae.runs.resolve import resolve
-from ppl_vae.training.schedules import default_warmup
+from ppl_vae.training.settings import default_warmup
 
 
 @pytest.mark.parametrize(

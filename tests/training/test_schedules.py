@@ -13,7 +13,7 @@ from oracles import bernoulli_vae
 from ppl_vae.runs.options import Options
 from ppl_vae.runs.resolve import fit_arguments
 from ppl_vae.training import Callbacks, fit
-from ppl_vae.training.schedules import averaging, cosine, stages, warmup
+from ppl_vae.training.settings import averaging, cosine, stages, warmup
 
 STEPS = 1000
 

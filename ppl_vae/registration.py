@@ -31,13 +31,13 @@ def register_programs(program: Program) -> tuple[StochasticFunction, StochasticF
     if program not in _names:
         _names[program] = f"{type(program).__name__}_{next(_numbers)}"
     for w in program.parameters():
-        w.data = w.data.contiguous()  # of others the store would train a copy
+        w.data = w.data.contiguous()  # the store would train copies of other layouts
     register = _RegisterParameters(_names[program], program)
-    return register(program.model), register(program.guide)
+    return register(program.model), register(program.guide)  # each within the handler
 
 
 class _RegisterParameters(Messenger):
-    """Registers a module's parameters under a name, as ``pyro.module`` does, when a program starts."""
+    """An effect handler that registers a module's parameters, as ``pyro.module`` does, whenever a program starts."""
 
     def __init__(self, name: str, module: Program) -> None:
         super().__init__()

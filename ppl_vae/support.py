@@ -17,7 +17,7 @@ from ppl_vae.runtime.global_state import evaluation_mode, seeded
 _CHECKED_AT_ONCE = 1000  # images
 
 
-class ObservedSite(NamedTuple):
+class ImageSite(NamedTuple):
     """An observed site whose value is the images.
 
     Args:
@@ -31,7 +31,7 @@ class ObservedSite(NamedTuple):
     replaces_missing: bool
 
 
-def observed_sites(trace: poutine.Trace, x: Tensor) -> list[ObservedSite]:
+def find_image_sites(trace: poutine.Trace, x: Tensor) -> list[ImageSite]:
     """Find the sites of the model's trace on x (B, *E), B at least 2, that observe x itself, pixel by pixel.
 
     A site whose support depends on the parameters of an image's distribution is left out: it holds for that image only.
@@ -46,11 +46,11 @@ def observed_sites(trace: poutine.Trace, x: Tensor) -> list[ObservedSite]:
         except NotImplementedError:
             continue
         if len(support.check(x[:1])) == 1:
-            found.append(ObservedSite(name, support, bool(x.isnan().any() and not value.isnan().any())))
+            found.append(ImageSite(name, support, bool(x.isnan().any() and not value.isnan().any())))
     return found
 
 
-def check_site(site: ObservedSite, x: Tensor) -> None:
+def check_site(site: ImageSite, x: Tensor) -> None:
     """Raise ValueError if an image of x (B, *E) is off the site's support; a NaN is, unless it is replaced."""
     if site.support.check(x).all():
         return
@@ -114,8 +114,8 @@ def describe_type(x: object) -> str:
     return name if dtype is None else f"{name} of dtype {dtype} and shape {tuple(getattr(x, 'shape', ()))}"
 
 
-def _sites_of(model: StochasticFunction, x: Tensor, image: Tensor) -> list[ObservedSite]:
-    """Find ``observed_sites`` in a run of the model on two copies of one of the images x."""
+def _sites_of(model: StochasticFunction, x: Tensor, image: Tensor) -> list[ImageSite]:
+    """Find ``find_image_sites`` in a run of the model on two copies of one of the images x."""
     probe = image.expand(2, *x.shape[1:])
     module = getattr(model, "__self__", None)
     with (
@@ -129,4 +129,4 @@ def _sites_of(model: StochasticFunction, x: Tensor, image: Tensor) -> list[Obser
         except ValueError as error:  # such as images of another shape; Pyro adds lines of its own
             words = str(error).splitlines()[0].replace(str(tuple(probe.shape)), str(tuple(x.shape)))
             raise ValueError(words) from error
-    return observed_sites(trace, probe)
+    return find_image_sites(trace, probe)

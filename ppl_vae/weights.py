@@ -27,7 +27,7 @@ def site_log_prob(name: str, site: dict[str, Any], shape: tuple[int, int]) -> Te
     """The log-density of a site, (S, B), nats. Masks apply, scales do not.
 
     Raises:
-        ValueError: The site is not in the images' plate, or has not one number per particle and image.
+        ValueError: The site is not in the images' plate, or does not have one number per particle and image.
     """
     if not any(frame.dim == -1 and frame.size == shape[1] for frame in site["cond_indep_stack"]):
         # Checked by the plate and not by the shape alone, which one image would satisfy.

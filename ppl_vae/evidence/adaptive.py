@@ -25,8 +25,8 @@ class AdaptiveEstimate:
     Args:
         estimate: log (1/S_n) sum_s w_s, nats, float64.
         num_particles: S_n, int64.
-        bias: The delta method's estimate of what the estimate lacks, Var(w) / (2 S E[w]^2), nats, float64. A lower
-            bound: for weights without a variance, those of a guide that is too narrow, it sees only what was drawn.
+        bias: The delta method's estimate of what the estimate lacks, Var(w) / (2 S E[w]^2), nats, float64. It is a
+            lower bound: under a guide that is too narrow, the largest weights are not among those that were drawn.
         tenfold_gain: What ten times the particles gained: the estimate minus the mean of the ten estimates from tenths
             of the same particles, nats, float64. NaN below ten particles.
     """
@@ -49,14 +49,14 @@ def estimate_adaptively(
 
     If the estimate lacks a / S^r, the tenfold gain is 10^r - 1 times what is still lacking: nine times for weights with
     a variance (r = 1), and at least as much down to r = 0.3. An image that reaches ``most`` particles with a gain above
-    the tolerance has not converged. An image that has met no large weight stops too early, under a narrow guide by
-    tenths of a nat; ``defend_proposal`` guards against such guides.
+    the tolerance has not converged. An image without a large weight among its draws stops too early, which costs tenths
+    of a nat under a narrow guide; ``defend_proposal`` guards against such guides.
 
     Args:
         vae: A VAE, also one from ``replace_guide``.
         x: Images (N, *E).
         num_particles: S at first.
-        most: Where doubling ends.
+        most: The largest S_n.
         tolerance: In nats.
 
     Raises:

@@ -84,13 +84,11 @@ def temperatures(num_temperatures: int, *, steepness: float = 4.0) -> Tensor:
         (T + 1,) float64, from 0 to 1.
 
     Raises:
-        ValueError: T is below 1, or d below 0.
+        ValueError: T is below 1.
 
     Reference: Grosse et al. 2015, arXiv 1511.02543, section 6, with d = 4 as in Wu et al. 2017.
     """
     num_temperatures = check_count("num_temperatures", num_temperatures)
-    if steepness < 0:
-        raise ValueError(f"steepness: expected at least 0, got {steepness}")
     even = torch.linspace(0, 1, num_temperatures + 1, dtype=torch.double)
     if steepness == 0:
         return even

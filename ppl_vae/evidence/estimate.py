@@ -97,7 +97,7 @@ def combine_stderrs(stderrs: Tensor) -> float:
 
 
 def ratio_of_means(numerator: Tensor, denominator: Tensor) -> Estimate:
-    """r = mean_n a_n / mean_n b_n, with the delta method's error: the a_n - r b_n, over mean_n b_n, have its spread.
+    """r = mean_n a_n / mean_n b_n, with the error of the mean of (a_n - r b_n) / mean_n b_n (delta method).
 
     Args:
         numerator: (N,) the a_n.

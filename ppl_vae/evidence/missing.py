@@ -61,7 +61,7 @@ class Observed(nn.Module):
     Args:
         vae: A VAE whose likelihood's pixels are independent given z (``to_event`` over the whole image).
         rounds: The rounds of refilling, at least 1.
-        num_fillings: K, which a pass of the guide holds for all its images.
+        num_fillings: K. A pass of the guide holds K copies of each of its images.
         prior_share: a, above 0 and below 1.
 
     Raises:

@@ -9,6 +9,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from ppl_vae.evidence.estimate import combine_stderrs
 from ppl_vae.evidence.importance import Importance
 
 CONFIDENCE = 0.95
@@ -159,9 +160,8 @@ class BoundDifference:
 def bound_difference(first: Importance, second: Importance, *, comparisons: int = 1) -> BoundDifference:
     """The second's L_S minus the first's, of the same N images. Arguments and errors as ``paired_difference``."""
     gains = [float(result.tenfold_gain.mean()) for result in (first, second)]
-    errors = torch.cat([first.monte_carlo_stderr, second.monte_carlo_stderr])
     return BoundDifference(
         paired_difference(first.log_evidence, second.log_evidence, comparisons=comparisons),
         math.nan if any(map(math.isnan, gains)) else max(0.0, *gains),
-        float(errors.square().sum().sqrt()) / len(first.log_evidence),
+        combine_stderrs(torch.hypot(first.monte_carlo_stderr, second.monte_carlo_stderr)),
     )

@@ -166,7 +166,7 @@ class NormalShape:
         return self.shift.abs() > STDERRS * self.shift_stderr
 
 
-def estimate_shape(of_each: Tensor, num_draws: int) -> NormalShape:
+def estimate_shape(ranks: Tensor, num_draws: int) -> NormalShape:
     """c and d with E[u] = Phi(a) and E[u^2] = Phi_2(a, a; r), r = 1 / (1 + c^2), a = -d sqrt(r).
 
     u = Q(z* | x), the guide's distribution function, is Phi((z* - m - d s) / (c s)), and a rank is Binomial(M, u). The
@@ -177,14 +177,14 @@ def estimate_shape(of_each: Tensor, num_draws: int) -> NormalShape:
     result is NaN for a quantity whose ranks are all the same, and the means are over the others.
 
     Args:
-        of_each: (N, n) ranks from 0 to M.
+        ranks: (N, n) from 0 to M.
         num_draws: M, at least 2; a smaller one raises ValueError.
 
     Reference: ours; of Phi_2, Plackett 1954, Biometrika 41(3-4), 351-360.
     """
     num_draws = check_count("num_draws", num_draws, least=2)
-    N, M = len(of_each), num_draws
-    R = of_each.double()
+    N, M = len(ranks), num_draws
+    R = ranks.double()
     least = 1 / (2 * N * M)  # if all ranks are at one end, count half of one draw at the other
     mean = (R / M).mean(0).clamp(least, 1 - least)
     square = (R * (R - 1) / (M * (M - 1))).mean(0)
@@ -208,10 +208,10 @@ def estimate_shape(of_each: Tensor, num_draws: int) -> NormalShape:
     )
 
 
-def _mean_stderr(of_each: Tensor) -> Tensor:
+def _mean_stderr(values: Tensor) -> Tensor:
     """The standard error of the mean over the first of (N, ...); NaN for one value."""
-    N = len(of_each)
-    return of_each.std(0) / math.sqrt(N) if N > 1 else torch.full_like(of_each[0], math.nan)
+    N = len(values)
+    return values.std(0) / math.sqrt(N) if N > 1 else torch.full_like(values[0], math.nan)
 
 
 _NODES = (torch.arange(64, dtype=torch.double) + 0.5) / 64

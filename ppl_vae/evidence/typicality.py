@@ -65,9 +65,9 @@ def auroc(low: Tensor, high: Tensor) -> Estimate:
     Reference: DeLong et al. 1988, Biometrics 44(3), 837-845. The least error: ours.
     """
     low, high = _check_numbers("low", low), _check_numbers("high", high)
-    of_high, of_low = _share_below(high, low), 1 - _share_below(low, high)
-    variance = sum(float(shares.var(correction=0)) / len(shares) for shares in (of_high, of_low))
-    return Estimate(float(of_high.mean()), max(math.sqrt(variance), 1 / (min(len(low), len(high)) + 1)))
+    high_shares, low_shares = _share_below(high, low), 1 - _share_below(low, high)
+    variance = sum(float(shares.var(correction=0)) / len(shares) for shares in (high_shares, low_shares))
+    return Estimate(float(high_shares.mean()), max(math.sqrt(variance), 1 / (min(len(low), len(high)) + 1)))
 
 
 def _share_below(values: Tensor, among: Tensor) -> Tensor:

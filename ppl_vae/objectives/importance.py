@@ -33,9 +33,9 @@ class STL(Trace_ELBO):
     guide nears the exact posterior, where log p(x, z) - log q(z | x) no longer depends on z. Inside an
     importance-weighted bound the score's expectation is not 0, and omitting it would be biased: use ``DReG`` there.
 
-    The guide runs a second time on the same draws with its parameters held, except parameters of a prior that the
-    guide's density uses, as a top-down guide's does. Their score in log q cancels the one in log p where the guide adds
-    nothing to the prior; each alone has a noise of 1 / scale (ours).
+    The guide runs a second time on the same draws, with its parameters held constant. A top-down guide's density also
+    uses parameters of the prior. Those are not held: where the guide adds nothing to the prior, their scores in log q
+    and in log p cancel, and each alone has a noise of 1 / scale (ours).
 
     >>> svi = SVI(*vae.programs(), pyro.optim.Adam({"lr": 1e-3}), loss=STL())  # doctest: +SKIP
 
@@ -59,9 +59,9 @@ class STL(Trace_ELBO):
         drawn = poutine.trace(guide).get_trace(*args, **kwargs)
         _check_guide(drawn)
         _check_parameters(drawn, module)
-        # New tensors of the same values: a transform that recognizes z would return its inverse without a gradient.
+        # New tensors of the same values: a transform returns the noise of its own draw from a cache, without gradients.
         values = {name: drawn.nodes[name]["value"].view_as(drawn.nodes[name]["value"]) for name in latent_sites(drawn)}
-        with _hold_parameters(module, but=_parameters_of_prior_alone(module)):
+        with _hold_parameters(module, free=_parameters_of_prior_alone(module)):
             q = poutine.trace(_UseValues(values)(guide)).get_trace(*args, **kwargs)
             q.compute_score_parts()
         p = poutine.trace(poutine.replay(model, trace=q)).get_trace(*args, **kwargs)
@@ -132,9 +132,9 @@ class DReG(IWAE):
     """The value of ``IWAE``; the guide's gradient is sum_s v_s^2 (d log w_s / d z_s) (d z_s / d phi), v = w / sum w.
 
     It has the expectation of ``IWAE``'s gradient, and its noise vanishes as the guide nears the exact posterior, where
-    log w no longer depends on z. phi are all parameters with which z is drawn. How q's density changes with its
-    parameters at a fixed z, a score, is left out; v_s^2 instead of v_s makes up for it. The model's gradient is that of
-    ``IWAE``, sum_s v_s d log w_s, also for parameters of the guide that the prior uses too.
+    log w no longer depends on z. phi are all parameters with which z is drawn. The score, d log q(z | x) / d phi at a
+    fixed z, is left out, and v_s^2 instead of v_s makes up for it. The model's gradient is that of ``IWAE``,
+    sum_s v_s d log w_s, also for parameters of the guide that the prior uses too.
 
     At another beta the score has the weight beta, and v_s^2 becomes (1 - beta) v_s + beta v_s^2 (ours).
 
@@ -226,16 +226,16 @@ def _check_parameters(q: Trace, module: nn.Module) -> None:
 
 
 @contextmanager
-def _hold_parameters(module: nn.Module, *, but: Collection[int] = ()) -> Iterator[None]:
-    """Make constants of the module's parameters; gradients pass through the sites' values.
+def _hold_parameters(module: nn.Module, *, free: Collection[int] = ()) -> Iterator[None]:
+    """Hold the module's parameters constant; gradients pass through the sites' values alone.
 
-    A flow's density uses the parameters of its layers when it is evaluated, after the guide has run: both belong in it.
+    A flow's density uses its parameters when it is evaluated, so the block contains that as well as the guide's run.
 
     Args:
         module: The guide's.
-        but: The identities of parameters that are not held.
+        free: The identities of parameters that are not held.
     """
-    held = {name: w.detach() for name, w in module.named_parameters() if id(w) not in but}
+    held = {name: w.detach() for name, w in module.named_parameters() if id(w) not in free}
     with replace_tensors(module, held):
         yield
 

@@ -121,13 +121,13 @@ class Coupling(nn.Module):
 
     def forward(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """u: (..., L) -> y (..., L) and log |det dy/du|, (...)."""
-        return self._mapped(u, False)
+        return self._map(u, False)
 
     def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """y: (..., L) -> u (..., L) and log |det du/dy|, (...)."""
-        return self._mapped(y, True)
+        return self._map(y, True)
 
-    def _mapped(self, u: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+    def _map(self, u: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
         a, b = u[..., : self.kept], u[..., self.kept :]
         h = self.net(bounded(a, MAX_INPUT)).to(a.dtype).unflatten(-1, (self.num_features, -1)).transpose(-1, -2)
         found, log_slope = self.univariate(b, h, inverse)
@@ -144,10 +144,10 @@ def spline_coupling(dim: int, *, hidden: Widths, bins: int = 8) -> Coupling:
 
     The spline is evaluated directly for the density; drawing solves a quadratic equation.
     """
-    return Coupling(dim, univariate=_spline_of_the_density, num_features=3 * bins - 1, hidden=hidden)
+    return Coupling(dim, univariate=_inverted_spline, num_features=3 * bins - 1, hidden=hidden)
 
 
-def _spline_of_the_density(u: Tensor, h: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+def _inverted_spline(u: Tensor, h: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
     return spline(u, h, not inverse)
 
 

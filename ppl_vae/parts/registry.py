@@ -20,7 +20,7 @@ class Part:
         target: "module:name", the module below ``ppl_vae``.
         help: What the part is, in a few words.
         options: Names of options, each with the keyword argument that it becomes.
-        takes: What the part is built from besides: the positional arguments, by name.
+        takes: The names of its positional arguments, which the caller of ``build`` gives.
     """
 
     target: str

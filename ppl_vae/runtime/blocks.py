@@ -44,7 +44,7 @@ def compute_blocks(
     on_block: Callable[[int, Tensor], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> Tensor:
-    """Compute one row of numbers for each item; of the unfinished blocks, rank r of R computes r, r + R, ...
+    """Compute one row of numbers for each item; rank r of R computes the unfinished blocks r, r + R, ...
 
     Every rank calls this with the same items and returns all rows, bit for bit as one process computes them.
 

@@ -109,7 +109,7 @@ class CapturedStep:
             self._state |= {"summed": self._summed, "share": self._share, "whole": self._whole}
         leaves, self._structure = _inductor.flatten(self._state)
         self._inputs = [*leaves, self._index]
-        parts = (self._step,) if exchange is None else (self._to_sum, self._from_sum)
+        parts = (self._step,) if exchange is None else (self._share_gradient, self._apply_sum)
         self._graphs = [self._compile(part) for part in parts]
         self.compile_seconds = time.monotonic() - started
 
@@ -153,7 +153,7 @@ class CapturedStep:
             self._graphs[0]()
         else:
             with capturing():
-                self._to_sum(*self._inputs[:-1], index)
+                self._share_gradient(*self._inputs[:-1], index)
         self.votes.copy_(votes)
         self._exchange(self._exchanged)
         self._graphs[1]()
@@ -186,14 +186,14 @@ class CapturedStep:
         self._update(s, g, loss, len(index))
         return (loss.detach(),)
 
-    def _to_sum(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+    def _share_gradient(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """The gradient and the loss as one vector, times this process's share of the images."""
         s, index = self._named(inputs)
         g, loss = self._gradient(s, index)
         s["summed"].copy_(s["share"] * torch.cat([g.to(loss.dtype), loss.detach().reshape(1)]))
         return ()
 
-    def _from_sum(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+    def _apply_sum(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """The update by that vector, once it is the sum over the processes."""
         s, _ = self._named(inputs)
         self._update(s, s["summed"][:-1], s["summed"][-1], s["whole"])

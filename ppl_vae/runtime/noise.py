@@ -56,7 +56,7 @@ class SharedNoise(TorchFunctionMode):
 
     @contextmanager
     def along(self, dim: int) -> Iterator[None]:
-        """Images are this dimension of all noise that the block draws."""
+        """``dim`` is the dimension of images in all noise that the block draws."""
         if self._is_whole():
             yield
             return

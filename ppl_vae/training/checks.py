@@ -18,7 +18,7 @@ from ppl_vae.protocols import Program
 from ppl_vae.runtime.errors import NotFinite
 from ppl_vae.runtime.global_state import seeded
 from ppl_vae.runtime.ranks import gather_objects, num_ranks
-from ppl_vae.support import check_site, describe_type, observed_sites
+from ppl_vae.support import check_site, describe_type, find_image_sites
 from ppl_vae.training.state import TrainingState
 from ppl_vae.vae import NO_AUTOGUIDE
 from ppl_vae.weights import latent_sites
@@ -206,7 +206,7 @@ def check_images(state: TrainingState, train: Tensor, transform: Callable[..., T
             raise NotFinite(f"step {state.step}: {fault}") from None
         finally:
             program.train()
-        sites = observed_sites(p, x)
+        sites = find_image_sites(p, x)
         for part in train.split(_CHECKED_AT_ONCE):
             x = transform(part.to(state.device), None)
             if sites and not x.isfinite().all():

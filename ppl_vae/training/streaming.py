@@ -58,10 +58,8 @@ class Streamed:
     def __init__(self, train: Tensor, device: torch.device, batch_size: int, slots: int | None = None) -> None:
         if train.device.type != "cpu":
             raise ValueError(f"train: expected images in the host's memory to stream from, got {train.device}")
-        if slots is not None and slots < 2:
-            raise ValueError(f"slots: expected at least 2, got {slots}")
         batch_bytes = max(1, batch_size * train[0].numel() * train.element_size())
-        self._at_once = slots // 2 if slots else min(_MAX_BATCHES, max(1, _HALF_BYTES // batch_bytes))  # batches a half
+        self._at_once = slots // 2 if slots else min(_MAX_BATCHES, max(1, _HALF_BYTES // batch_bytes))  # per half
         self._half = self._at_once * batch_size  # images
         self._train = train
         shape = (2 * self._half, *train.shape[1:])

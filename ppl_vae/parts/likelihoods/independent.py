@@ -108,18 +108,18 @@ def _fit_location_and_scale(family: nn.Module, x: Tensor, *, is_dequantized: boo
             return dist.StudentT(1 + bounded(math.log(4) + h[2], LOG_DF_LIMIT).exp(), own_loc, own_scale)
         return (dist.Laplace if isinstance(base, Laplace) else dist.Normal)(own_loc, own_scale)
 
-    def seen(h: Tensor, loc: Tensor, scale: Tensor) -> dist.TorchDistribution:
+    def x_pixels(h: Tensor, loc: Tensor, scale: Tensor) -> dist.TorchDistribution:
         return Sigmoid(pixels(h, loc, scale)) if has_logit else pixels(h, loc, scale)
 
     constants = [loc.to(x.dtype), scale.to(x.dtype)]
     num_parameters = 3 if isinstance(base, StudentT) else 2
     if is_dequantized:
-        return _fit_levels(seen, constants, num_parameters, x)
+        return _fit_levels(x_pixels, constants, num_parameters, x)
     if isinstance(base, StudentT):
-        rows = _some(y)
+        rows = _sample_rows(y)
         h = _ascend(lambda p, rows: p.log_prob(rows.T).mean(0), pixels, constants, num_parameters, rows.T)
-        return seen(h, *constants)
-    return seen(x.new_zeros(num_parameters, x.shape[1]), *constants)
+        return x_pixels(h, *constants)
+    return x_pixels(x.new_zeros(num_parameters, x.shape[1]), *constants)
 
 
 def _fit_negative_binomial(x: Tensor) -> StableNegativeBinomial:
@@ -136,7 +136,7 @@ def _fit_negative_binomial(x: Tensor) -> StableNegativeBinomial:
         levels = torch.arange(NUM_LEVELS, dtype=x.dtype)[:, None]
         h = _ascend(lambda p, n: (n.T * p.log_prob(levels)).sum(0), pixels, constants, 1, _shares(x))
     else:
-        h = _ascend(lambda p, rows: p.log_prob(rows.T).mean(0), pixels, constants, 1, _some(x).T)
+        h = _ascend(lambda p, rows: p.log_prob(rows.T).mean(0), pixels, constants, 1, _sample_rows(x).T)
     return pixels(h, *constants)
 
 
@@ -164,7 +164,7 @@ def _shares(levels: Tensor) -> Tensor:
     return (level_counts(levels) / len(levels)).to(levels.dtype)
 
 
-def _some(x: Tensor) -> Tensor:
+def _sample_rows(x: Tensor) -> Tensor:
     """All rows of x (N, D), or a fixed random subset where there are too many."""
     return x[data.subset(len(x), min(len(x), max(1000, _MOST_NUMBERS // x.shape[1])))]
 
@@ -187,16 +187,17 @@ def _ascend(
     pixels: Callable[..., dist.TorchDistribution],
     constants: Sequence[Tensor],
     num_parameters: int,
-    seen: Tensor,
+    statistics: Tensor,
 ) -> Tensor:
-    """The h (num_parameters, D) that maximizes log_p(pixels(h, *constants), seen) in each of D pixels, from h = 0.
+    """The h (num_parameters, D) that maximizes log_p(pixels(h, *constants), statistics) in each pixel, from h = 0.
 
     Args:
-        log_p: the distribution of D pixels and their data, (D, ...) -> (D,) nats.
+        log_p: the distribution of D pixels, and their statistics, (D, ...) -> (D,) nats.
         pixels: parameters h and the constants, each (D,) -> the distribution.
+        statistics: (D, ...) rows of the data, or shares of levels.
     """
     found = []
-    for part, *own in zip(*(t.split(PIXELS_AT_ONCE) for t in (seen, *constants)), strict=True):
+    for part, *own in zip(*(t.split(PIXELS_AT_ONCE) for t in (statistics, *constants)), strict=True):
         start = part.new_zeros(num_parameters, len(part))
 
         def log_p_of_part(h: Tensor, part: Tensor = part, own: Sequence[Tensor] = own) -> Tensor:

@@ -233,10 +233,10 @@ class DiscretizedLogistic(Pixels):
         share = level_counts(x) / len(x)
         h = torch.stack(logistic_moments(*level_moments(share)))
         parts = zip(h.split(PIXELS_AT_ONCE, 1), share.split(PIXELS_AT_ONCE), strict=True)
-        return torch.cat([self._fitted(start.float(), part.float()) for start, part in parts], 1).flatten().to(x.dtype)
+        return torch.cat([self._fit(start.float(), part.float()) for start, part in parts], 1).flatten().to(x.dtype)
 
     @staticmethod
-    def _fitted(start: Tensor, share: Tensor) -> Tensor:
+    def _fit(start: Tensor, share: Tensor) -> Tensor:
         """start: (2, D), share: (D, 256), the share of images at each level -> (2, D)."""
         levels = torch.arange(NUM_LEVELS, dtype=share.dtype, device=share.device)
 

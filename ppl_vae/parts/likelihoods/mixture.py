@@ -65,7 +65,7 @@ class ColorLogisticMixture(dist.TorchDistribution):
         new._validate_args = self._validate_args
         return new
 
-    def _in_turn(self, channel: Callable[[int, Tensor, Tensor], Tensor]) -> Tensor:
+    def _map_channels(self, channel: Callable[[int, Tensor, Tensor], Tensor]) -> Tensor:
         """channel(c, loc, log_scale) of each color, whose location depends on those before it: (..., 3, K, H, W)."""
         loc, log_scale, c = self.locs.unbind(-4), self.log_scales.unbind(-4), self.coefficients.unbind(-4)
         red = channel(0, loc[0], log_scale[0])
@@ -82,11 +82,11 @@ class ColorLogisticMixture(dist.TorchDistribution):
         It is exact for red, and where coefficients are 0. The means of green and blue are taken at the mean of their
         location, E_k[loc_G + c_0 t_R], which is off where level 0 or 255 is within the spread of the location.
         """
-        means = self._in_turn(lambda c, loc, log_scale: discretized_logistic_mean(loc, log_scale))
+        means = self._map_channels(lambda c, loc, log_scale: discretized_logistic_mean(loc, log_scale))
         return (self.logits.softmax(-3).unsqueeze(-4) * means).sum(-3)
 
     @staticmethod
-    def _of_component(values: Tensor, component: Tensor) -> Tensor:
+    def _select_component(values: Tensor, component: Tensor) -> Tensor:
         """values: (..., 3, K, H, W), component: (..., 1, H, W) -> (..., 3, H, W)."""
         index = component.unsqueeze(-4).expand(*values.shape[:-3], 1, *values.shape[-2:])
         return values.gather(-3, index).squeeze(-3)
@@ -98,14 +98,14 @@ class ColorLogisticMixture(dist.TorchDistribution):
         of_sample = self.expand(batch)
         chosen = component.unsqueeze(-3)
         parameters = (of_sample.locs, of_sample.log_scales, of_sample.coefficients)
-        locs, log_scales, coefficients = (self._of_component(p, chosen).unsqueeze(-3) for p in parameters)
+        locs, log_scales, coefficients = (self._select_component(p, chosen).unsqueeze(-3) for p in parameters)
         single = ColorLogisticMixture(torch.zeros_like(locs[..., 0, :, :, :]), locs, log_scales, coefficients)
         u = torch.rand_like(locs)
 
         def draw(c: int, loc: Tensor, log_scale: Tensor) -> Tensor:
             return discretized_logistic_draw(u[..., c, :, :, :], loc, log_scale)
 
-        return single._in_turn(draw).squeeze(-3)
+        return single._map_channels(draw).squeeze(-3)
 
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
@@ -182,7 +182,7 @@ class DiscretizedLogisticMixture(nn.Module):
         two are alike. In color a position has the mean of the three channels' weights.
         """
         share = level_counts(x) / len(x)
-        parts = [_fitted(part.float(), self.components) for part in share.split(PIXELS_AT_ONCE)]
+        parts = [_fit_mixture(part.float(), self.components) for part in share.split(PIXELS_AT_ONCE)]
         features = torch.cat(parts, dim=-1)  # (3, K, D)
         if not self.is_color:
             return features.flatten().to(x.dtype)
@@ -191,7 +191,7 @@ class DiscretizedLogisticMixture(nn.Module):
         return torch.cat([weights, by_color[1], by_color[2], nothing]).flatten().to(x.dtype)
 
 
-def _fitted(share: Tensor, K: int) -> Tensor:
+def _fit_mixture(share: Tensor, K: int) -> Tensor:
     """Features of a mixture of K for D pixels, (3, K, D). share: (D, 256), the share of images at each level."""
     levels = torch.arange(NUM_LEVELS, dtype=share.dtype, device=share.device)
     below = torch.arange(K, dtype=share.dtype, device=share.device)[:, None, None] / K

@@ -18,7 +18,7 @@ MAX_LOG_SCALE = 7.0  # of ``NormalPerPixel``, in units
 LOG_DF_LIMIT = math.log(100)  # of ``StudentT``, for df - 1
 
 
-class _InUnits(Pixels):
+class _RealPixels(Pixels):
     """A density of real numbers with features in units of ``unit``, the spread of the data: abstract.
 
     The unit is a buffer, 1 until ``fit_marginals`` sets it, which raises ValueError where every pixel is constant.
@@ -49,7 +49,7 @@ class _InUnits(Pixels):
         return (loc.flatten() / spread).to(self.unit.dtype)
 
 
-class Normal(_InUnits):
+class Normal(_RealPixels):
     """p(x | h) = prod_d Normal(x_d; unit h_d, scale), with one learned scale for all pixels, for real x.
 
     The scale, unit exp(``log_scale``), is trained with the network. It weighs the reconstruction against the KL by
@@ -72,7 +72,7 @@ class Normal(_InUnits):
         return self._mean_in_units(x)
 
 
-class NormalFixed(_InUnits):
+class NormalFixed(_RealPixels):
     """p(x | h) = prod_d Normal(x_d; unit h_d, unit scale), the scale a constant, for real x.
 
     Up to a constant, -log p is squared error over 2 scale^2, so the scale sets the weight of the reconstruction against
@@ -100,7 +100,7 @@ class NormalFixed(_InUnits):
         return self._mean_in_units(x)
 
 
-class NormalOptimal(_InUnits):
+class NormalOptimal(_RealPixels):
     """p(x | h) = prod_d Normal(x_d; unit h_d, scale), the scale in closed form of the training data.
 
     For given means the best scale is scale^2 = mean (x - loc)^2. ``refit`` tracks it by a running mean of about ten
@@ -141,7 +141,7 @@ class NormalOptimal(_InUnits):
         return self._mean_in_units(x)
 
 
-class NormalPerPixel(_InUnits):
+class NormalPerPixel(_RealPixels):
     """p(x | h) = prod_d Normal(x_d; unit loc_d, unit scale_d), h = (loc, feature), log scale = 7 tanh(feature / 7).
 
     Every pixel of every image has its own scale, between 0.0009 and 1,097 units. Without bounds, one pixel that is
@@ -168,7 +168,7 @@ class NormalPerPixel(_InUnits):
         return torch.cat([mean / spread, unbounded(log_scale, MAX_LOG_SCALE)]).to(self.unit.dtype)
 
 
-class Laplace(_InUnits):
+class Laplace(_RealPixels):
     """p(x | h) = prod_d Laplace(x_d; unit h_d, scale), with one learned scale for all pixels, for real x.
 
     Up to the scale, -log p is absolute error: outliers count less than under a normal, and the location is a median.
@@ -192,7 +192,7 @@ class Laplace(_InUnits):
         return (loc / spread).to(self.log_scale.dtype)
 
 
-class StudentT(_InUnits):
+class StudentT(_RealPixels):
     """p(x | h) = prod_d StudentT(x_d; df, unit h_d, scale), scale and df shared by all pixels and learned, for real x.
 
     Its tails fall like |x|^-(df + 1), so that distant outliers hardly move the location. df = 1 + exp(f), with

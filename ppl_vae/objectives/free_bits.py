@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import pyro
 import torch
-from pyro import poutine
 from pyro.distributions import Independent
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine import Trace
@@ -44,9 +42,7 @@ class FreeBits(DifferentiableLoss):
 
     def differentiable_loss(self, model: StochasticFunction, guide: StochasticFunction, x: Tensor) -> Tensor:
         """The loss of the images x, (B, *E): a 0-d tensor, nats."""
-        particles = pyro.plate("_particles", self.num_particles, dim=-2)
-        q = poutine.trace(particles(guide)).get_trace(x)
-        p = poutine.trace(poutine.replay(particles(model), trace=q)).get_trace(x)
+        p, q = self._get_trace(model, guide, (x,), {})
         _check_order(q, p)
         p.compute_log_prob(lambda name, site: site["is_observed"])
         reconstruction = torch.stack([p.nodes[name]["log_prob_sum"] for name in p.observation_nodes]).sum()

@@ -23,7 +23,6 @@ from ppl_vae.reports.text.evaluation import describe_evaluation, plus_minus
 from ppl_vae.reports.text.reproduction import reproduction_table, seeds_table
 from ppl_vae.runs.certificates import read_certificates
 from ppl_vae.runs.fields import format_flag
-from ppl_vae.runs.options import Options
 from ppl_vae.runs.recipes import Reproduction, read_reproductions
 from ppl_vae.runs.results import Diagnosis, Evaluation, from_json
 
@@ -285,20 +284,15 @@ def _options(command: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def commands() -> str:
-    """Every command: its usage, what it does, and a table of its options other than train's."""
-    train = {format_flag(spec.name) for spec in iterate_fields(Options)}
+    """Every command: its usage, what it does, and a table of its options."""
     sections = []
     for name, command in COMMANDS.items():
         script = f"scripts/{SCRIPTS.get(name, name.replace('-', '_'))}.py"
         usage = build_parser(command).format_usage().split(maxsplit=2)[-1].strip()
         rows = [cells for _, cells in _options(name)]
-        note = ""
-        if name != "train" and len(rows) > 40:
-            rows = [cells for cells in rows if cells[0].strip("`") not in train]
-            note = "It also takes the options of a training: see [configuration](configuration.md).\n\n"
-        body = "Its options are in [configuration](configuration.md)." if name == "train" else ""
-        if not body:
-            body = note + (markdown(["option", "default", "what it does"], rows) if rows else "")
+        body = markdown(["option", "default", "what it does"], rows) if rows else ""
+        if name == "train":
+            body = "Its options are in [configuration](configuration.md)."
         sections.append(f"## {name}\n\n{command.options.__doc__}\n\n    python {script} {usage}\n\n{body}")
     return "\n\n".join(sections)
 

@@ -101,12 +101,8 @@ def _check_arguments(run_dirs: Sequence[str], images: int | None) -> None:
         raise ValueError(f"RUN: expected at least two run folders, got {len(run_dirs)}")
     if images is not None and images < 2:
         raise ValueError(f"--images: expected at least 2, for a standard error, got {images}")
-    seen: dict[Path, str] = {}
-    for run_dir in run_dirs:
-        place = Path(run_dir).resolve()
-        if place in seen:
-            raise ValueError(f"RUN: expected different run folders, got {seen[place]} and {run_dir}, which are one")
-        seen[place] = run_dir
+    if len({Path(run_dir).resolve() for run_dir in run_dirs}) < len(run_dirs):
+        raise ValueError(f"RUN: expected different run folders, got one of them twice: {', '.join(run_dirs)}")
 
 
 def _describe_scale(run: Run, split: str) -> dict[str, str]:

@@ -37,8 +37,9 @@ def export_run(options: Export, *, say: Say) -> Path:
     weights, scalars = runs.load_tensors(run.folder / runs.MODEL)
     step = runs.get_step(run.folder / runs.MODEL, scalars)
     entries = runs.read_evaluations(run.folder, step=step)
-    num_older = len(runs.read_evaluations(run.folder)) - len(entries)
-    figures, older = _figures(run.folder)
+    drawn_of = (run.folder / runs.MODEL).stat().st_mtime_ns
+    paths = [run.folder / runs.FIGURES / name for name in FIGURES]
+    figures = [path.name for path in paths if path.is_file() and path.stat().st_mtime_ns >= drawn_of]
     card = make_card(run, entries, step=step, figures=figures)
     with _whole(place) as partial:
         runs.write_json(partial / runs.CONFIG, _config(run))
@@ -49,7 +50,7 @@ def export_run(options: Export, *, say: Say) -> Path:
         for name in figures:
             (partial / runs.FIGURES).mkdir(exist_ok=True)
             runs.write_bytes(partial / runs.FIGURES / name, (run.folder / runs.FIGURES / name).read_bytes())
-    for line in describe_export(run, folder, entries, num_older, figures, older):
+    for line in describe_export(run, folder, entries, figures):
         say(line)
     return folder
 
@@ -58,14 +59,6 @@ def _config(run: Run) -> dict[str, object]:
     splits = run.splits
     seen = {"kind": splits.kind, "event_shape": list(splits.event_shape), "sha256": splits.sha256}
     return {"format": EXPORT_FORMAT, "model": model_to_json(run.options), "data": seen}
-
-
-def _figures(folder: Path) -> tuple[list[str], list[str]]:
-    """The figures that are exported, and those that are older than the weights and stay behind, by the files' times."""
-    drawn_of = (folder / runs.MODEL).stat().st_mtime_ns
-    paths = [path for name in FIGURES if (path := folder / runs.FIGURES / name).is_file()]
-    older = [path.name for path in paths if path.stat().st_mtime_ns < drawn_of]
-    return [path.name for path in paths if path.name not in older], older
 
 
 def _find_place(folder: Path) -> Path:

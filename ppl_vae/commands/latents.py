@@ -218,12 +218,9 @@ def sample_run(options: Sample, *, say: Say) -> Path:
 
 
 def _write_pictures(folder: Path, levels: NDArray[np.uint8]) -> None:
-    """Writes 0000.png and so on, and removes pictures of an earlier call that drew more."""
+    """Writes 0000.png and so on in place of the pictures of an earlier call."""
     folder.mkdir(exist_ok=True)
-    digits = max(4, len(str(len(levels) - 1)))
-    names = {f"{i:0{digits}d}.png" for i in range(len(levels))}
     for old in folder.glob("[0-9]*.png"):
-        if old.name not in names and old.stem.isdigit():
-            old.unlink()
-    for name, image in zip(sorted(names), levels, strict=True):
-        write_picture(folder / name, image)
+        old.unlink()
+    for i, image in enumerate(levels):
+        write_picture(folder / f"{i:04d}.png", image)

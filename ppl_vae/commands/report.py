@@ -39,8 +39,6 @@ _NOISE_PIXELS = 20_000 * 784
 _MOST_PIXELS = 4096
 _NOISE_SEED = 0
 
-_PARTICLES = "particles.png"  # a figure of the run's test images
-
 # A stored evaluation with fewer particles says little about the run; the one that ends a training has this many.
 _FEWEST_PARTICLES = 200
 
@@ -80,7 +78,7 @@ def diagnose_run(options: Diagnose, *, say: Say) -> Diagnosis:
             split=split,
             seed=options.seed,
             numbers=numbers,
-            verdicts=tuple(_drop_missing_figure(run, verdict, split, figures) for verdict in verdicts(numbers)),
+            verdicts=tuple(_drop_missing_figure(run, verdict, figures) for verdict in verdicts(numbers)),
         )
         _write(run, found, x)
         for line in describe_diagnosis(found, str(run.folder), has_validation=len(run.splits.validation) > 0):
@@ -145,12 +143,11 @@ def _summarize_stored_estimate(run: Run, split: str) -> EstimateQuality | None:
     return summarize_estimate(stored.result, stored.num_particles)
 
 
-def _drop_missing_figure(run: Run, verdict: Verdict, split: str, figures: list[str]) -> Verdict:
+def _drop_missing_figure(run: Run, verdict: Verdict, figures: list[str]) -> Verdict:
     """The verdict without a figure that is neither drawn now nor there already."""
-    if verdict.figure is None or verdict.figure in figures:
+    if verdict.figure in figures or (run.folder / runs.FIGURES / (verdict.figure or "")).is_file():
         return verdict
-    is_there = (run.folder / runs.FIGURES / verdict.figure).exists()
-    return verdict if is_there and (verdict.figure != _PARTICLES or split == "test") else replace(verdict, figure=None)
+    return replace(verdict, figure=None)
 
 
 def _write(run: Run, found: Diagnosis, x: Tensor) -> None:

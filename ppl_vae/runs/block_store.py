@@ -113,20 +113,13 @@ class BlockStore:
             tensors, scalars = load_tensors(self._path)
             stored, seconds = scalars["stages"], scalars["seconds"]
             kept = {stage for stage in stored if stored[stage] == asked.get(stage)}
-            changed = {
-                key
-                for stage in stored.keys() & asked.keys() - kept
-                for key in stored[stage].keys() | asked[stage].keys()
-                if stored[stage].get(key) != asked[stage].get(key)
-            }
             self._seconds = {stage: float(seconds[stage]) for stage in kept & seconds.keys()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             self._say(f"{self._path}: no finished blocks can be read ({error}); what it held is computed again.")
             return
         self._tensors = {name: value for name, value in tensors.items() if name.rpartition("/")[0] in kept}
-        if changed:
-            names = ", ".join(sorted(changed))
-            self._say(f"{self._path.name} was begun with other {names}: what depends on them starts over.")
+        if len(kept) < len(stored):
+            self._say(f"{self._path.name} was begun with other options or weights: what depends on them starts over.")
         count = sum(int(value.sum()) for name, value in self._tensors.items() if name.endswith("/is_done"))
         if count:
             self._say(f"Goes on: {self._path.name} holds {count:,} finished block{'s' * (count != 1)}.")

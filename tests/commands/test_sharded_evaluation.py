@@ -250,16 +250,14 @@ def test_a_signal_keeps_what_is_done_and_ends_with_its_number(folder, undisturbe
     assert _numbers(folder) == undisturbed
 
 
-@pytest.mark.parametrize(
-    ("other", "named"), [({"seed": 4}, "seed"), ({"num_particles": 31}, "num_particles"), ({"images": 39}, "images")]
-)
-def test_what_was_done_of_another_evaluation_is_not_taken(folder, undisturbed, monkeypatch, other, named):
+@pytest.mark.parametrize("other", [{"seed": 4}, {"num_particles": 31}, {"images": 39}], ids=str)
+def test_what_was_done_of_another_evaluation_is_not_taken(folder, undisturbed, monkeypatch, other):
     with monkeypatch.context() as patch:
         _stop_after(patch, 5)
         with pytest.raises(Interrupted):
             _evaluate(folder, **other)
     said = _evaluate(folder)
-    assert [line for line in said if "was begun with other" in line and named in line]
+    assert [line for line in said if "was begun with other" in line]
     assert _numbers(folder) == undisturbed
 
 

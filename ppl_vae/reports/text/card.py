@@ -175,9 +175,7 @@ def describe_epochs(run: Run) -> str:
     return f"{records[-1]['epoch']:,} of {asked:,} epochs"
 
 
-def describe_export(
-    run: Run, folder: Path, entries: Mapping[str, object], num_older: int, figures: list[str], older: list[str]
-) -> list[str]:
+def describe_export(run: Run, folder: Path, entries: Mapping[str, object], figures: list[str]) -> list[str]:
     """The lines about an export: where it is, and what it lacks."""
     lines = [
         f"Exported to {folder}: load({str(folder)!r}) makes the model of it. {CARD} is its model card: read it,",
@@ -186,15 +184,10 @@ def describe_export(
     ]
     if not entries:
         lines.append("There is no evaluation of these weights; evaluate_log_likelihood.py makes one.")
-    if num_older:
-        lines.append(f"Left out: {num_older} of the run's evaluations, which are of weights that it has no longer.")
     if "reconstructions.png" in figures:
         lines.append(
             "figures/reconstructions.png shows images of the data: delete it where those are not to be shared."
         )
-    if older:
-        names = ", ".join(f"{runs.FIGURES}/{name}" for name in older)
-        lines.append(f"Left out: {names}, older than the weights; make_figures.py draws them again.")
     return lines
 
 

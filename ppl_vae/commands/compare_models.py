@@ -26,11 +26,11 @@ from ppl_vae.runs.load import load
 from ppl_vae.runs.open import Run, Say
 from ppl_vae.runs.options import LIKELIHOODS, Options
 from ppl_vae.runs.resolve import (
-    build_objective,
     check_support,
     choose_pixels,
     describe_scale,
     find_device,
+    fit_arguments,
     load_splits,
     resolve,
 )
@@ -38,7 +38,7 @@ from ppl_vae.runs.results import PerImage, RunCalibration, from_json, read_evalu
 from ppl_vae.runtime.errors import NotFinite
 from ppl_vae.runtime.global_state import seeded
 from ppl_vae.runtime.progress import progress_bar
-from ppl_vae.training import Callbacks, Optimizer, Schedule, Validation, fit
+from ppl_vae.training import Callbacks, fit
 from ppl_vae.vae import VAE
 
 # The scale on which likelihoods are compared where none are named, by the kind of data; worded as ``describe_scale``.
@@ -308,23 +308,15 @@ def seconds_per_epoch(options: Options) -> float:
         fit(
             vae,
             some,
-            epochs=3,  # the first runs with Pyro's validation on, and warms up
-            objective=build_objective(options),
+            **fit_arguments(replace(options, epochs=3), validation),  # the first runs with Pyro's validation on
             transform=transform,
-            optimizer=Optimizer(learning_rate=1e-12, average_decay=options.average_decay),
-            schedule=Schedule(batch_size=options.batch_size),
-            validation=Validation(validation),
             callbacks=Callbacks(on_epoch=lambda record: ended.append(time.perf_counter())),
             compile=compile,
         )
     return min(after - before for before, after in pairwise(ended)) / share
 
 
-CALIBRATION = "calibration.json"
-
-_SEED = 0
-_MOST_IMAGES = 1000
-_NUM_DRAWS = 99
+_SEED, _MOST_IMAGES, _NUM_DRAWS = 0, 1000, 99  # of a calibration
 
 
 def calibrate_run(run: Run) -> RunCalibration:
@@ -335,7 +327,7 @@ def calibrate_run(run: Run) -> RunCalibration:
     expect black half of the time. Its guide sees (x + u) / 256 with a uniform u, not a u from p(u | x), so the result
     for an exact posterior is uniform only up to how the density varies within a level.
     """
-    path = run.folder / CALIBRATION
+    path = run.folder / "calibration.json"
     x = data.evaluation_images(run.splits, "test", run.evaluated_pixels)
     index = data.subset(len(x), min(run.options.images, _MOST_IMAGES))
     identity = {

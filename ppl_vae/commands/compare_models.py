@@ -18,7 +18,7 @@ from ppl_vae.commands.run_series import check_has_density, check_runs, summarize
 from ppl_vae.diagnostics.pixel_calibration import calibrate_pixels
 from ppl_vae.evidence.dequantization import LevelsPosterior, levels_of
 from ppl_vae.evidence.paired import bound_difference
-from ppl_vae.reports.likelihood_figures import write_likelihood_figures
+from ppl_vae.reports.run_figures import write_likelihood_figures
 from ppl_vae.reports.text.comparison import describe_likelihood_table, describe_network_table
 from ppl_vae.runs.build import build_likelihood, build_vae
 from ppl_vae.runs.command_results import LikelihoodRow, NetworkRow, PairedRow

@@ -22,8 +22,8 @@ from ppl_vae.evidence.moments import PosteriorMoments, encode, sample_latents
 from ppl_vae.reports.display import choose_display
 from ppl_vae.reports.latents_figure import latents_figure, measure_latent_use
 from ppl_vae.reports.run_figures import samples_figure
-from ppl_vae.reports.text.captions import NOT_TRAINED_ON_PRIOR
 from ppl_vae.reports.text.evaluation import describe_encoding
+from ppl_vae.reports.text.pages import NOT_TRAINED_ON_PRIOR
 from ppl_vae.runs.build import is_autoencoder
 from ppl_vae.runs.command_results import Encoding, ImageScore
 from ppl_vae.runs.load import load

@@ -16,7 +16,7 @@ from ppl_vae.commands.run_series import check_runs, train_or_resume
 from ppl_vae.diagnostics import active_units
 from ppl_vae.evidence.moments import compute_moments, encode
 from ppl_vae.reports.run_figures import is_drawn, write_figures
-from ppl_vae.reports.text.reproduction import describe_recipes, describe_reproduction, reproduction_table, seeds_table
+from ppl_vae.reports.text.comparison import describe_recipes, describe_reproduction, reproduction_table, seeds_table
 from ppl_vae.runs.fields import format_flag
 from ppl_vae.runs.files import JsonObject
 from ppl_vae.runs.open import Run, Say, load_evaluated_vae

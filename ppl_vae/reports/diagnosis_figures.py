@@ -11,9 +11,8 @@ from ppl_vae.diagnostics import ACTIVE_VARIANCE
 from ppl_vae.diagnostics.measurement import Measurements
 from ppl_vae.evidence.moments import mean_or_draw
 from ppl_vae.reports.display import choose_display
-from ppl_vae.reports.figures import make_figure
+from ppl_vae.reports.figures.charts import make_figure, pixel_calibration
 from ppl_vae.reports.figures.images import image_rows
-from ppl_vae.reports.figures.likelihoods import pixel_calibration
 from ppl_vae.runs.load import load
 from ppl_vae.runs.open import Run
 

@@ -15,8 +15,7 @@ from torch.distributions import Distribution, Normal, kl_divergence
 from ppl_vae.diagnostics import ACTIVE_VARIANCE, active_units
 from ppl_vae.diagnostics.mixture import normal_factors
 from ppl_vae.evidence.moments import PosteriorMoments, compute_moments, sample_latents
-from ppl_vae.reports.figures import make_figure
-from ppl_vae.reports.figures.likelihoods import number_of_bins
+from ppl_vae.reports.figures.charts import make_figure, number_of_bins
 from ppl_vae.vae import VAE
 
 _UNUSED_NATS = 0.01  # a latent with a smaller mean KL counts as unused. Source: ours

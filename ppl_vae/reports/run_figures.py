@@ -1,16 +1,17 @@
-"""The figures of a run, drawn from its files: config, weights, metrics, evaluation, data."""
+"""The figures of a run, drawn from its files, and those of a table of likelihoods."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ppl_vae import data, runs
@@ -18,12 +19,12 @@ from ppl_vae.diagnostics.pictures import decode_plane, decode_traversals, latent
 from ppl_vae.evidence.importance import gather_log_weights
 from ppl_vae.evidence.moments import PosteriorMoments, encode, mean_or_draw
 from ppl_vae.reports.display import Display, choose_display
+from ppl_vae.reports.figures.charts import bound_by_particles, likelihood_histogram, pixel_calibration, training_curves
 from ppl_vae.reports.figures.images import Images, image_grids, image_rows
-from ppl_vae.reports.figures.likelihoods import bound_by_particles, likelihood_histogram
-from ppl_vae.reports.figures.training import training_curves
 from ppl_vae.reports.latents_figure import LatentUse, latents_figure, measure_latent_use
-from ppl_vae.reports.text.captions import NOT_TRAINED_ON_PRIOR
+from ppl_vae.reports.text.pages import NOT_TRAINED_ON_PRIOR
 from ppl_vae.runs.build import is_autoencoder
+from ppl_vae.runs.command_results import LikelihoodRow
 from ppl_vae.runs.open import Run, Say, load_evaluated_vae
 from ppl_vae.runs.outputs import write_figure
 from ppl_vae.runs.results import PerImage, read_per_image
@@ -64,7 +65,7 @@ def _drawn(folder: Path) -> list[Path]:
 
 def figure_names(run: Run) -> list[str]:
     """The names of the figures that this run has, by its data, its latents and its evaluation."""
-    return [name for name, drawing in _FIGURES.items() if drawing.applies(run)]
+    return [name for name, (applies, _) in _FIGURES.items() if applies(run)]
 
 
 def write_figures(run: Run, *, say: Say) -> None:
@@ -83,7 +84,7 @@ def write_figures(run: Run, *, say: Say) -> None:
         figures = {}
         for name in figure_names(run):
             with seeded(_FIGURE_SEED, torch.device("cpu")), torch.no_grad():
-                figures[name] = _FIGURES[name].draw(scene)
+                figures[name] = _FIGURES[name][1](scene)
         folder = run.folder / runs.FIGURES
         folder.mkdir(exist_ok=True)
         for path in _drawn(run.folder):
@@ -283,21 +284,60 @@ def _particles(scene: _Scene) -> Figure:
     return bound_by_particles(_PARTICLES, numerics.bound_by_particles(log_weights, _PARTICLES), title=title)
 
 
-class _Drawing(NamedTuple):
-    """Which runs have a figure, and how it is drawn."""
-
-    applies: Callable[[Run], bool]
-    draw: Callable[[_Scene], Figure]
-
-
-_FIGURES = {
-    "training_curves.png": _Drawing(_has_curves, _training_curves),
-    "reconstructions.png": _Drawing(_has_images, _reconstructions),
-    "prior_samples.png": _Drawing(_has_images, _prior_samples),
-    "interpolations.png": _Drawing(lambda run: _has_images(run) and len(run.splits.test) > 1, _interpolations),
-    "traversals.png": _Drawing(_has_images, _traversals),
-    "manifold.png": _Drawing(_has_a_plane, _manifold),
-    "latents.png": _Drawing(lambda run: True, _latents),
-    "log_likelihoods.png": _Drawing(_is_evaluated, _log_likelihoods),
-    "particles.png": _Drawing(lambda run: not is_autoencoder(run.options), _particles),
+# By the name of its file: which runs have a figure, and how it is drawn.
+_FIGURES: dict[str, tuple[Callable[[Run], bool], Callable[[_Scene], Figure]]] = {
+    "training_curves.png": (_has_curves, _training_curves),
+    "reconstructions.png": (_has_images, _reconstructions),
+    "prior_samples.png": (_has_images, _prior_samples),
+    "interpolations.png": (lambda run: _has_images(run) and len(run.splits.test) > 1, _interpolations),
+    "traversals.png": (_has_images, _traversals),
+    "manifold.png": (_has_a_plane, _manifold),
+    "latents.png": (lambda run: True, _latents),
+    "log_likelihoods.png": (_is_evaluated, _log_likelihoods),
+    "particles.png": (lambda run: not is_autoencoder(run.options), _particles),
 }
+
+
+# --- A table of likelihoods ---
+
+
+def write_likelihood_figures(folder: Path, opened: Sequence[Run], rows: Sequence[LikelihoodRow], say: Say) -> None:
+    """Writes calibration.png, and for images reconstructions.png and samples.png, the best likelihood first."""
+    folder.mkdir(exist_ok=True)
+    by_word = {run.options.likelihood: run for run in opened}
+    title = (
+        f"{opened[0].splits.name}: where pixels of {rows[0].calibration.num_images:,} test images lie in p(x | z), "
+        "z ~ q(z | x)\n(probability integral transform; uniform if the model were right; bars are standard errors)"
+    )
+    figures = {"calibration.png": pixel_calibration({row.likelihood: row.calibration for row in rows}, title=title)}
+    if len(opened[0].splits.event_shape) > 1:
+        figures |= _picture_figures([by_word[row.likelihood] for row in rows])
+    for name, figure in figures.items():
+        write_figure(folder / name, figure)
+    say(f"Figures in {folder}: {', '.join(figures)}")
+
+
+@torch.no_grad()
+def _picture_figures(opened: Sequence[Run]) -> dict[str, Figure]:
+    first = opened[0]
+    display, x = choose_display(first), data.evaluation_images(first.splits, "test", first.evaluated_pixels)
+    x = x[data.subset(len(x), _NUM_SHOWN)]
+    reconstructions, samples = {"test image x": display(x)}, dict[str, NDArray[np.float32]]()
+    for run in opened:
+        word, vae = run.options.likelihood, load_evaluated_vae(run)
+        with seeded(_FIGURE_SEED, torch.device("cpu")):
+            reconstructions[word] = display(vae.likelihood(vae.posterior(x).sample()).mean)
+        with seeded(_FIGURE_SEED, torch.device("cpu")):
+            decoded = vae.likelihood(vae.prior().expand((_NUM_SHOWN,)).sample())
+            samples[f"{word}\nE[x | z]"] = display(decoded.mean)
+            samples[f"{word}\nx ~ p(x | z)"] = display(decoded.sample())
+    name = first.splits.name
+    return {
+        "reconstructions.png": image_rows(
+            reconstructions, title=f"{name}: reconstructions E[x | z], z ~ q(z | x)" + display.words
+        ),
+        "samples.png": image_rows(
+            samples,
+            title=f"{name}: samples, z ~ p(z) by one seed, in the latents of each model" + display.words,
+        ),
+    }

@@ -15,7 +15,9 @@ from ppl_vae.reports import page as report
 from ppl_vae.reports.latents_figure import measure_latent_use
 from ppl_vae.reports.page import Block, Explorer, Picture, Section, Table, Text, VerdictBlock, true_minus
 from ppl_vae.reports.run_figures import figure_names
-from ppl_vae.reports.text.captions import (
+from ppl_vae.reports.text.diagnosis import describe_advice, describe_left_out
+from ppl_vae.reports.text.evaluation import describe_evaluation, plus_minus
+from ppl_vae.reports.text.pages import (
     DIAGNOSIS_FIGURES,
     EVALUATION_ROWS,
     evaluation_row_name,
@@ -23,8 +25,6 @@ from ppl_vae.reports.text.captions import (
     figure_caption,
     make_sentence,
 )
-from ppl_vae.reports.text.diagnosis import describe_advice, describe_left_out
-from ppl_vae.reports.text.evaluation import describe_evaluation, plus_minus
 from ppl_vae.reports.text.training import describe_model
 from ppl_vae.runs.build import is_autoencoder
 from ppl_vae.runs.fields import format_flag

@@ -17,9 +17,8 @@ from ppl_vae.runs.build import build_likelihood
 from ppl_vae.runs.load import load
 from ppl_vae.runs.results import PerImage, read_evaluation, read_per_image
 from ppl_vae.runtime.global_state import seeded
-from ppl_vae.study.data import MOST_TRAINING_IMAGES, StudyData, originals_path
+from ppl_vae.study.data import MOST_TRAINING_IMAGES, StudyData, originals_path, sample_quality
 from ppl_vae.study.plan import REMEDIED_NETWORKS, REMEDIES, Size, name_run, remedy_name, sweep_name
-from ppl_vae.study.quality import sample_quality
 from ppl_vae.study.results import (
     RUNS,
     BlurParts,

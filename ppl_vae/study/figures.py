@@ -1,16 +1,22 @@
-"""The study's figures: each a function from its numbers to a Figure."""
+"""The study's figures, its numbers as cells of tables, and its pictures."""
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from PIL import Image
 
+from ppl_vae import runs
 from ppl_vae.evidence.estimate import Estimate
+from ppl_vae.reports.page import Block, Picture, Table, true_minus
 from ppl_vae.study.plan import name_run
 from ppl_vae.study.results import Difference, RunNumbers, StudyNumbers
 
@@ -183,3 +189,95 @@ _FIGURES: dict[str, Callable[[StudyNumbers], Figure]] = {
     "bounds": draw_bounds,
     "aggregate": draw_aggregate,
 }
+
+
+# --- Tables ---
+
+
+Cell = Estimate | Difference | str | float | int | None
+
+_TWO_DIGITS = 3.55  # an error whose digits are below it has two of them. Source: the Particle Data Group's rule
+
+
+def format_mean(value: Estimate | Difference | None, *, scale: float = 1.0, signed: bool = False) -> str | None:
+    """mean ± stderr, with one or two digits of the error; None where nothing is known.
+
+    >>> format_mean(Estimate(-85.118, 0.217))
+    '-85.12 ± 0.22'
+    """
+    if value is None:
+        return None
+    mean, stderr = scale * value.mean, abs(scale) * value.stderr
+    sign = "+" if signed and mean > 0 else ""
+    if not stderr or not math.isfinite(stderr):
+        return f"{sign}{mean:.4g}"
+    power = math.floor(math.log10(stderr))
+    decimals = (1 if stderr / 10**power < _TWO_DIGITS else 0) - power
+    if decimals > 6:
+        return f"{sign}{mean:.3g} ± {stderr:.1g}"
+    decimals = max(0, decimals)
+    return f"{sign}{round(mean, decimals) + 0.0:,.{decimals}f} ± {stderr:,.{decimals}f}"
+
+
+def format_share(value: Estimate | None) -> str | None:
+    """A share with its error, as a percentage."""
+    text = format_mean(value, scale=100.0)
+    return None if text is None else f"{text}%"
+
+
+def format_cell(value: Cell) -> str | float | int | None:
+    """A cell of a table: estimates with their errors, and differences with their signs."""
+    if isinstance(value, Difference):
+        return true_minus(f"{format_mean(value, signed=True)}" + (f" ({value.remark})" if value.remark else ""))
+    value = format_mean(value) if isinstance(value, Estimate) else value
+    return true_minus(value) if isinstance(value, str) else value
+
+
+def make_table(columns: Sequence[str], rows: Sequence[Sequence[Cell]], caption: str) -> list[Block]:
+    """A table without columns that are empty in every row; nothing if there is no row."""
+    kept = [k for k in range(len(columns)) if any(row[k] is not None for row in rows)]
+    cells = [[format_cell(row[k]) for k in kept] for row in rows]
+    return [Table([columns[k] for k in kept], cells, caption)] if rows else []
+
+
+# --- Pictures ---
+
+
+@dataclass(frozen=True)
+class PageSource:
+    """What the page is made of: the numbers, and the study's folder with its pictures and figures."""
+
+    study: StudyNumbers
+    folder: Path
+
+    def show_figure(self, name: str, caption: str) -> list[Block]:
+        """The figure, if it was drawn."""
+        png = self.read_picture(f"{runs.FIGURES}/{name}.png")
+        return [] if png is None else [Picture(png, caption, caption)]
+
+    def read_picture(self, path: str | None) -> bytes | None:
+        """The bytes of a picture in the study's folder, if it exists."""
+        place = None if path is None else self.folder / path
+        return place.read_bytes() if place is not None and place.is_file() else None
+
+    def read_run_picture(self, run: str, name: str) -> bytes | None:
+        """A run's picture by its name, if it exists."""
+        found = self.study.runs.get(run)
+        return None if found is None else self.read_picture(found.pictures.get(name))
+
+    def read_originals(self, dataset: str) -> bytes | None:
+        """The test images of a data set that are shown."""
+        return self.read_picture(self.study.data[dataset].originals)
+
+
+def stack_strips(named: Sequence[tuple[str, bytes | None]], caption: str) -> list[Block]:
+    """Strips of one width below each other, named from the top in the caption; nothing for fewer than two."""
+    known = [(name, strip) for name, strip in named if strip is not None]
+    if len(known) < 2:
+        return []
+    images = [np.asarray(Image.open(io.BytesIO(strip)).convert("RGB")) for _, strip in known]
+    gap = np.full((2, *images[0].shape[1:]), 128, dtype=np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(np.concatenate([part for image in images for part in (image, gap)][:-1])).save(out, format="png")
+    words = f"From the top: {'; '.join(name for name, _ in known)}. {caption}"
+    return [Picture(out.getvalue(), words, words)]

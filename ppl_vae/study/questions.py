@@ -3,46 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
 
 import numpy as np
 
-from ppl_vae import runs
 from ppl_vae.parts.registry import SCALE_MAPS
-from ppl_vae.reports.page import Block, Picture, Section, Slider, SliderStop, Text
-from ppl_vae.reports.text import study as text
+from ppl_vae.reports.page import Block, Section, Slider, SliderStop, Text
+from ppl_vae.reports.text import pages as text
 from ppl_vae.study import plan
+from ppl_vae.study.figures import (
+    Cell,
+    PageSource,
+    format_cell,
+    format_mean,
+    format_share,
+    make_table,
+    stack_strips,
+)
 from ppl_vae.study.results import Quality, RunNumbers, StudyNumbers
-from ppl_vae.study.tables import Value, format_cell, format_mean, format_share, make_table, stack_strips
-
-
-@dataclass(frozen=True)
-class PageSource:
-    """What the page is made of: the numbers, and the study's folder with its pictures and figures."""
-
-    study: StudyNumbers
-    folder: Path
-
-    def show_figure(self, name: str, caption: str) -> list[Block]:
-        """The figure, if it was drawn."""
-        png = self.read_picture(f"{runs.FIGURES}/{name}.png")
-        return [] if png is None else [Picture(png, caption, caption)]
-
-    def read_picture(self, path: str | None) -> bytes | None:
-        """The bytes of a picture in the study's folder, if it exists."""
-        place = None if path is None else self.folder / path
-        return place.read_bytes() if place is not None and place.is_file() else None
-
-    def read_run_picture(self, run: str, name: str) -> bytes | None:
-        """A run's picture by its name, if it exists."""
-        found = self.study.runs.get(run)
-        return None if found is None else self.read_picture(found.pictures.get(name))
-
-    def read_originals(self, dataset: str) -> bytes | None:
-        """The test images of a data set that are shown."""
-        return self.read_picture(self.study.data[dataset].originals)
 
 
 def _make_section(title: str, anchor: str, paragraphs: str, *parts: Sequence[Block]) -> Section:
@@ -79,7 +57,7 @@ def explain_beta(source: PageSource) -> Section:
     )
 
 
-def _list_bounds(study: StudyNumbers, run: RunNumbers) -> list[Value]:
+def _list_bounds(study: StudyNumbers, run: RunNumbers) -> list[Cell]:
     beta = f"{run.beta:g}" + (" *" if run.reliable is False else "")
     bounds = [run.kl, format_mean(run.reconstruction, scale=-1), run.elbo, run.log_likelihood]
     differences = study.find_differences("beta", run.name)
@@ -88,7 +66,7 @@ def _list_bounds(study: StudyNumbers, run: RunNumbers) -> list[Value]:
 
 def _tabulate_seeds(study: StudyNumbers) -> list[Block]:
     """Both bounds for several seeds of one beta."""
-    rows: list[list[Value]] = []
+    rows: list[list[Cell]] = []
     dataset = study.datasets[0]
     for beta, (bound, word) in product(study.settings.close_betas, (("log_likelihood", "L_S"), ("elbo", "ELBO"))):
         found = study.find_runs(plan.sweep_name(dataset, beta, seed) for seed in (0, *study.settings.seeds))
@@ -105,7 +83,7 @@ def _make_slider(source: PageSource, dataset: str, sweep: Sequence[RunNumbers]) 
     for run in sweep:
         pictures = [(name, source.read_run_picture(run.name, name)) for name in ("reconstructions", "samples")]
         known = [(name, png) for name, png in pictures if png is not None]
-        numbers: dict[str, Value] = {
+        numbers: dict[str, Cell] = {
             "L_S, nats": run.log_likelihood,
             "rate, nats": run.kl,
             "distortion, nats": format_mean(run.reconstruction, scale=-1),
@@ -148,7 +126,7 @@ def explain_check(source: PageSource) -> Section:
     return _make_section("How do I check that the regularization worked?", "check", text.CHECK, figure, table)
 
 
-def _list_match(run: RunNumbers) -> list[Value]:
+def _list_match(run: RunNumbers) -> list[Cell]:
     match = run.prior_match
     assert match is not None
     information = format_mean(match.mutual_information)
@@ -209,7 +187,7 @@ def _compare_pictures(source: PageSource, dataset: str) -> list[Block]:
 
 def _tabulate_error(study: StudyNumbers) -> list[Block]:
     """Reconstructions of the VAE and the autoencoder, by the number of latents."""
-    rows: list[list[Value]] = []
+    rows: list[list[Cell]] = []
     for dataset, blur in study.blur.items():
         varied = [f"latents-{L}" for L in study.settings.latent_dims] + ["autoencoder-2", "autoencoder"]
         found = study.find_runs([plan.sweep_name(dataset, 1.0), *(plan.name_run(dataset, each) for each in varied)])
@@ -233,7 +211,7 @@ def _tabulate_error(study: StudyNumbers) -> list[Block]:
 
 def _tabulate_samples(study: StudyNumbers) -> list[Block]:
     """Samples of the prior and of densities that were fitted to codes."""
-    rows: list[list[Value]] = []
+    rows: list[list[Cell]] = []
     for dataset, blur in study.blur.items():
         for run in study.find_runs([plan.sweep_name(dataset, 1.0), plan.name_run(dataset, "autoencoder")]):
             model = "autoencoder" if run.is_autoencoder else "VAE"
@@ -252,7 +230,7 @@ def _tabulate_samples(study: StudyNumbers) -> list[Block]:
     )
 
 
-def _list_quality(quality: Quality) -> list[Value]:
+def _list_quality(quality: Quality) -> list[Cell]:
     return [quality.sharpness, quality.frechet, quality.classifier]
 
 
@@ -260,7 +238,7 @@ def explain_averaging(source: PageSource) -> Section:
     """What does averaging over pixels do?"""
     study = source.study
     pictures: list[Block] = []
-    rows: list[list[Value]] = []
+    rows: list[list[Cell]] = []
     for dataset in study.datasets:
         compared = {
             plan.sweep_name(dataset, 1.0): "the sum",
@@ -293,7 +271,7 @@ def explain_averaging(source: PageSource) -> Section:
     return _make_section(title, "averaging", text.AVERAGING, spectrum, active, pictures, table)
 
 
-def _list_condition(study: StudyNumbers, run: RunNumbers) -> list[Value]:
+def _list_condition(study: StudyNumbers, run: RunNumbers) -> list[Cell]:
     directions, threshold = study.count_directions(run), study.threshold(run)
     agrees = "yes" if (directions == 0) == (run.active == 0) else "no"
     condition = [run.dataset, "mean" if run.averaged else "sum", run.beta, threshold, directions]
@@ -303,7 +281,7 @@ def _list_condition(study: StudyNumbers, run: RunNumbers) -> list[Value]:
 def explain_collapse(source: PageSource) -> Section:
     """What helps against posterior collapse?"""
     study = source.study
-    rows: list[list[Value]] = []
+    rows: list[list[Cell]] = []
     for network, remedy in product(plan.REMEDIED_NETWORKS, plan.REMEDIES):
         for run in study.find_runs([plan.remedy_name(study.datasets[0], network, remedy)]):
             _, gain = study.find_differences("collapse", run.name)
@@ -318,7 +296,7 @@ def explain_networks(source: PageSource) -> Section:
     study = source.study
     dataset, settings = study.datasets[0], study.settings
     varied = [f"latents-{L}" for L in settings.latent_dims] + [f"network-{network}" for network in settings.networks]
-    rows: list[list[Value]] = []
+    rows: list[list[Cell]] = []
     for run in study.find_runs([plan.sweep_name(dataset, 1.0), *(plan.name_run(dataset, each) for each in varied)]):
         _, gain = study.find_differences("networks", run.name)
         size = [run.options["network"], run.options["latent_dim"], run.active, run.parameters]
@@ -331,7 +309,7 @@ def explain_networks(source: PageSource) -> Section:
 def explain_scale_maps(source: PageSource) -> Section:
     """Does it matter how the guide's scales are kept positive?"""
     study = source.study
-    stressed: list[list[Value]] = []
+    stressed: list[list[Cell]] = []
     for scale_map in SCALE_MAPS:
         run = study.runs[plan.name_run(study.datasets[0], f"stress-{scale_map}")]
         ended = "yes" if run.failed is None else "no"
@@ -347,7 +325,7 @@ def explain_method(source: PageSource) -> Section:
     method = text.METHOD.format(
         epochs=settings.epochs, num_particles=settings.num_particles, images=settings.images, **minutes
     )
-    rows: list[list[Value]] = [
+    rows: list[list[Cell]] = [
         [word, each.description, each.train, each.validation, each.test, each.floor]
         for word, each in study.data.items()
     ]

@@ -11,9 +11,13 @@ from pathlib import Path
 from ppl_vae import runs
 from ppl_vae.commands.options import RunStudy
 from ppl_vae.commands.run_series import check_same_options
-from ppl_vae.runs.open import Say
+from ppl_vae.reports import page as report
+from ppl_vae.reports.page import Section, Text
+from ppl_vae.reports.run_page import make_explorer
+from ppl_vae.reports.text.pages import EXPLORE
+from ppl_vae.runs.open import Say, open_run
 from ppl_vae.runs.options import compiling_pays
-from ppl_vae.runs.outputs import make_output_folder
+from ppl_vae.runs.outputs import make_output_folder, write_figure
 from ppl_vae.runs.resolve import check_support, count_steps, find_device, load_splits, resolve
 from ppl_vae.runs.results import to_json
 from ppl_vae.runtime import capture
@@ -21,12 +25,11 @@ from ppl_vae.runtime.errors import Interrupted
 from ppl_vae.runtime.progress import progress_bar
 from ppl_vae.study.compare import assemble_numbers
 from ppl_vae.study.data import PICTURES, StudyData, make_study_data, originals_path, write_strip
-from ppl_vae.study.measure import measure_run
-from ppl_vae.study.page import write_report
-from ppl_vae.study.plan import DEFAULT, QUICK, Planned, Size, base, dataset_word, plan
-from ppl_vae.study.results import RUNS, STUDY, RunNumbers
-from ppl_vae.study.tables import format_mean
-from ppl_vae.study.training import is_finished, train_planned
+from ppl_vae.study.experiment import is_finished, measure_run, train_planned
+from ppl_vae.study.figures import PageSource, draw_figures, format_mean
+from ppl_vae.study.plan import DEFAULT, QUICK, Planned, Size, base, dataset_word, name_run, plan
+from ppl_vae.study.questions import QUESTIONS
+from ppl_vae.study.results import RUNS, STUDY, RunNumbers, read_study
 
 LoadedData = dict[str, StudyData]
 
@@ -42,8 +45,8 @@ def run(options: RunStudy, *, say: Say) -> None:
         say=say,
     )
     with runs.lock_folder(path.parent):
-        report = write_report(path.parent)
-    say(f"All numbers are in {path}, and the report is {report}.")
+        page = write_report(path.parent)
+    say(f"All numbers are in {path}, and the report is {page}.")
 
 
 def collect(
@@ -190,3 +193,46 @@ def describe_run(run: RunNumbers) -> str:
     numbers = {"reconstruction": run.reconstruction, "KL": run.kl, "L_S": run.log_likelihood}
     words = [f"{name} {format_mean(value)}" for name, value in numbers.items() if value is not None]
     return f"{run.name}: {', '.join(words)} nats"
+
+
+# --- The report ---
+
+
+def write_report(folder: Path) -> Path:
+    """Writes FOLDER/report.html from study.json and the pictures next to it, and the figures as files.
+
+    Of the runs it reads only those with two latents, whose decoders the page draws with.
+
+    Returns:
+        The page's file.
+
+    Raises:
+        ValueError: No study, or a damaged one.
+    """
+    study = read_study(folder)
+    (folder / runs.FIGURES).mkdir(exist_ok=True)
+    for name, figure in draw_figures(study).items():
+        write_figure(folder / runs.FIGURES / f"{name}.png", figure)
+    runs.write_bytes(folder / "report.html", compose_page(PageSource(study, folder)).encode())
+    return folder / "report.html"
+
+
+def compose_page(source: PageSource) -> str:
+    """The page as a string."""
+    study = source.study
+    failed = sum(run.failed is not None for run in study.runs.values())
+    subtitle = (
+        f"{len(study.runs)} trainings on {' and '.join(study.datasets)}, measured by one command; ended without a "
+        f"result: {failed}. The size of this study is {study.size}; the numbers of a quick one are rough."
+    )
+    sections = [explain(source) for explain in QUESTIONS]
+    return report.page("What a VAE does and why", [*sections, _explore(source)], subtitle=subtitle)
+
+
+def _explore(source: PageSource) -> Section:
+    """A map of each latent space of two dimensions whose weights are there, the VAE's first."""
+    places = [
+        source.folder / RUNS / name_run(source.study.datasets[0], what) for what in ("latents-2", "autoencoder-2")
+    ]
+    explorers = [make_explorer(open_run(str(place))) for place in places if (place / runs.MODEL).exists()]
+    return Section("Move through a latent space", [Text(EXPLORE), *explorers], anchor="explore")

@@ -65,7 +65,7 @@ def draw(run) -> Figure:
         changed = run._replace(splits=replace(run.splits, **splits))
         scene = figures._Scene(changed, runs.read_metrics(run.folder))
         with torch.no_grad():
-            return figures._FIGURES[name].draw(scene)
+            return figures._FIGURES[name][1](scene)
 
     return figure
 

@@ -8,7 +8,7 @@ from matplotlib.patches import Rectangle
 
 from ppl_vae.evidence.moments import PosteriorMoments
 from ppl_vae.reports import latents_figure as latents
-from ppl_vae.reports.figures import images, likelihoods, training
+from ppl_vae.reports.figures import charts, images
 
 
 def gray(*levels, shape=(1, 4, 4)):
@@ -87,7 +87,7 @@ def test_one_latent_has_a_histogram_that_counts_every_image():
 
 def test_a_histogram_counts_every_image_and_marks_the_mean():
     values = torch.tensor([-90.0, -80.0, -100.0, -70.0])
-    axes = likelihoods.likelihood_histogram(values, name="L_10", title="t", examples={}).axes[0]
+    axes = charts.likelihood_histogram(values, name="L_10", title="t", examples={}).axes[0]
     assert sum(bar.get_height() for bar in axes.patches) == 4
     assert list(axes.lines[0].get_xdata()) == [-85.0, -85.0]
     assert words(axes.get_legend().get_texts()) == ["mean -85.00 ± 6.45"]
@@ -95,7 +95,7 @@ def test_a_histogram_counts_every_image_and_marks_the_mean():
 
 def test_a_bound_is_drawn_over_its_particles_with_its_errors():
     bounds = torch.tensor([[-90.0, -80.0], [-88.0, -79.0], [-87.0, -78.0]])
-    left, right = likelihoods.bound_by_particles([1, 10, 100], bounds, title="t").axes
+    left, right = charts.bound_by_particles([1, 10, 100], bounds, title="t").axes
     for axes, mean, stderr in ((left, [-85, -83.5, -82.5], [5, 4.5, 4.5]), (right, [0, 1.5, 2.5], [0, 0.5, 0.5])):
         curve, _, (bars,) = axes.containers[0]
         np.testing.assert_allclose(curve.get_xydata(), np.stack([[1, 10, 100], mean], axis=1))
@@ -121,7 +121,7 @@ def curves(axes):
 
 
 def test_training_curves_are_the_records():
-    left, right = training.training_curves([record(1, 130.0, -120.0), record(2, 110.0, -105.0)], title="t").axes
+    left, right = charts.training_curves([record(1, 130.0, -120.0), record(2, 110.0, -105.0)], title="t").axes
     shown = {label: values for label, values in curves(left).items() if label != "best"}
     assert shown == {"training objective": [-130.0, -110.0], "validation ELBO": [-120.0, -105.0]}
     assert curves(right) == {"-E_q[log p(x | z)]": [100.0, 85.0], "KL(q(z | x) || p(z))": [20.0, 20.0]}

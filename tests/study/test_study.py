@@ -17,10 +17,10 @@ from ppl_vae.diagnostics import verdicts
 from ppl_vae.runs.load import load
 from ppl_vae.runs.options import PLAIN
 from ppl_vae.runs.results import read_evaluation, read_per_image, to_json
-from ppl_vae.study import compare, measure, plan, run
+from ppl_vae.study import compare, experiment, plan, run
+from ppl_vae.study.experiment import FAILURE
 from ppl_vae.study.plan import DEFAULT
 from ppl_vae.study.results import RunNumbers, StudyNumbers, read_study
-from ppl_vae.study.training import FAILURE
 
 Study = tuple[Path, StudyNumbers]
 
@@ -60,7 +60,7 @@ def test_a_finished_study_trains_and_measures_nothing_again(
     study: Study, bars_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run, "train_planned", raise_killed)
-    monkeypatch.setattr(measure, "measure", raise_killed)
+    monkeypatch.setattr(experiment, "measure", raise_killed)
     assert without_times(to_json(run_tiny_study(study[0], bars_file))) == without_times(to_json(study[1]))
 
 
@@ -164,4 +164,4 @@ def test_a_bound_that_may_still_rise_is_not_reliable(
     evaluation = read_evaluation(folder)
     assert evaluation is not None
     per_image = read_per_image(folder, "test")
-    assert measure._add_evaluation(run_of_bars, evaluation, load(folder), per_image, folder).reliable is expected
+    assert experiment._add_evaluation(run_of_bars, evaluation, load(folder), per_image, folder).reliable is expected

@@ -18,10 +18,9 @@ from ppl_vae.parts.likelihoods import Bernoulli
 from ppl_vae.parts.networks import MLP
 from ppl_vae.parts.posteriors import DiagonalNormal
 from ppl_vae.parts.priors import StandardNormal
-from ppl_vae.study.data import principal_components
+from ppl_vae.study.data import frechet_distance, jackknife, principal_components
 from ppl_vae.study.densities import FittedDensity, fit_densities
-from ppl_vae.study.quality import frechet_distance, jackknife
-from ppl_vae.study.training import average_over_pixels
+from ppl_vae.study.experiment import average_over_pixels
 
 
 def linear_vae(D: int, L: int) -> VAE:

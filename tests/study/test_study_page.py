@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from ppl_vae.study.page import compose_page, write_report
-from ppl_vae.study.questions import PageSource
+from ppl_vae.study.figures import PageSource
 from ppl_vae.study.results import read_study
+from ppl_vae.study.run import compose_page, write_report
 
 pytestmark = pytest.mark.thorough
 

@@ -11,9 +11,8 @@ from ppl_vae.evidence.importance import UNRELIABLE_BIAS
 from ppl_vae.evidence.rank_statistics import Ranks, bin_edges, count_ranks, cumulative_band
 from ppl_vae.evidence.typicality import Typicality
 from ppl_vae.reports.display import choose_display
-from ppl_vae.reports.figures import make_figure
+from ppl_vae.reports.figures.charts import draw_pair, make_figure
 from ppl_vae.reports.figures.images import image_rows
-from ppl_vae.reports.figures.pairs import draw_pair
 from ppl_vae.runs.certificates import Certificate, CertifiedImages
 from ppl_vae.runs.open import Run
 

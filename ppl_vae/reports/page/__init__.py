@@ -3,10 +3,19 @@
 Strings and arrays in, a string out. Runs no model, and writes no file.
 """
 
-from ppl_vae.reports.page.blocks import Block, Explorer, Picture, Section, Slider, SliderStop, Table, Text, VerdictBlock
-from ppl_vae.reports.page.decoder import decoder_weights
-from ppl_vae.reports.page.markup import true_minus
-from ppl_vae.reports.page.page import GENERATOR, page
+from ppl_vae.reports.page.blocks import (
+    Block,
+    Explorer,
+    Picture,
+    Section,
+    Slider,
+    SliderStop,
+    Table,
+    Text,
+    VerdictBlock,
+    decoder_weights,
+)
+from ppl_vae.reports.page.page import GENERATOR, page, true_minus
 
 __all__ = [
     "GENERATOR",

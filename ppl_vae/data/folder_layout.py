@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from posixpath import commonpath
@@ -89,11 +89,13 @@ _SPLIT_FOLDERS = {
     "test": "test",
 }
 
-# A word in a folder's name that names a split, such as "train", "testset" or "trainval".
+# A word in a folder's name that names a split ("train", "testset", "trainval"); the group says which split.
 _SPLIT_WORD = re.compile(
-    r"x?(?:training|train|tests?|testing|val|valid|validate|validation|eval|evaluation|dev|devel|development|holdout)+"
+    r"x?(?:(train|training)|(tests?|testing)|(val|valid|validate|validation|eval|evaluation|dev|devel|development|holdout))+"
     r"(?:sets?|data|images)?"
 )
+# Short forms name a split only beside another one ("imagesTr" and "imagesTs"): "tr" alone may be a language.
+_SHORT_SPLIT_WORD = re.compile(r"(trn?)|(tst?|te)|(va|vld?)")
 # Words that leave it the name of a split: "test_images", "train_64x64", "trainA", "valid_HR".
 _QUALIFIER = re.compile(
     r"\d+|[^\W\d_]|sets?|data|datasets?|images?|imgs?|pics?|pictures?|photos?|split|full|small|all|final|new|old|raw|hr|lr"
@@ -125,7 +127,11 @@ class Layout(NamedTuple):
 
     def place(self, name: str) -> Place:
         """Find the split and the class of an image from its path below the data set's folder."""
-        folders = _folders(name)[self.num_outer :]
+        return self.place_folders(_folders(name))
+
+    def place_folders(self, folders: tuple[str, ...]) -> Place:
+        """Find the split and the class of images from the names of the folders that they lie in."""
+        folders = folders[self.num_outer :]
         if self.is_class_first:
             return Place(_exact_split(folders[1]), folders[0])
         split = _exact_split(folders[0]) if folders else None
@@ -154,7 +160,7 @@ def check_layout(root: Path, names: Iterable[str], layout: Layout) -> None:
     Raises:
         ValueError: there is such a folder, at any depth.
     """
-    places = {_folders(name): layout.place(name) for name in names}
+    places = {folders: layout.place_folders(folders) for folders in map(_folders, names)}
     suspects = _find_split_names({folder for folders in places for folder in folders})
     train_classes = {place.class_name for place in places.values() if place.split == "train"}
     class_names = {name for name in train_classes if name and name.lower() == "train"} if len(train_classes) > 1 else ()
@@ -185,19 +191,26 @@ def _exact_split(folder: str) -> str | None:
 def _find_split_names(folders: Iterable[str]) -> set[str]:
     """Find the folders that are named like a split.
 
-    "train2017" always is one, and "seg_train" if there is also a "seg_test" or the like. A class such as "bullet_train"
-    or "test_tube" is none.
+    "train2017" always is one. "seg_train" is one if there is also a "seg_test" or the like, and so is "trn" beside
+    "tst". A class such as "bullet_train" or "test_tube" is none.
     """
     found: set[str] = set()
-    partners: dict[tuple[str, ...], set[str]] = defaultdict(set)
+    partners: dict[tuple[str, ...], dict[str, list[int | None]]] = {}
     for folder in folders:
-        words = re.findall(r"\d+|[^\W\d_]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", folder).lower())
-        others = [word for word in words if not _SPLIT_WORD.fullmatch(word)]
-        if len(others) < len(words):
-            partners[tuple(word if word in others else "*" for word in words)].add(folder)
-            if all(_QUALIFIER.fullmatch(word) for word in others):
-                found.add(folder)
-    return found.union(*(names for names in partners.values() if len(names) > 1))
+        spaced = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", folder).lower()
+        words = re.findall(r"\d+|[^\W\d_]+", re.sub(r"held\W?out", "holdout", spaced))
+        full = [_SPLIT_WORD.fullmatch(word) for word in words]
+        matches = [match or _SHORT_SPLIT_WORD.fullmatch(word) for match, word in zip(full, words, strict=True)]
+        if not any(matches):
+            continue
+        if any(full) and all(match or _QUALIFIER.fullmatch(word) for word, match in zip(words, matches, strict=True)):
+            found.add(folder)
+        key = tuple("*" if match else word for word, match in zip(words, matches, strict=True))
+        partners.setdefault(key, {})[folder] = [match.lastindex for match in matches if match]
+    for splits in partners.values():
+        if any(of_folder != next(iter(splits.values())) for of_folder in splits.values()):
+            found |= splits.keys()
+    return found
 
 
 # --- Splits and classes ---

@@ -126,6 +126,9 @@ REFUSED_LAYOUTS = {
     "doubled archives": (["seg_train/seg_train/sea", "seg_test/seg_test/sea"], "seg_test, seg_test/seg_test"),
     "names that nearly say it, within classes": (["cat/training", "cat/testing"], "cat/testing, cat/training"),
     "written together": (["testset", "trainset"], "testset, trainset"),
+    "short forms in pairs": (["imagesTr", "imagesTs"], "imagesTr, imagesTs"),
+    "shorter forms in pairs": (["trn", "tst"], "trn, tst"),
+    "two words": (["train", "held-out"], "held-out"),
 }
 
 

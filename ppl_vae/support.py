@@ -14,7 +14,7 @@ from torch.distributions import constraints
 from ppl_vae.protocols import StochasticFunction
 from ppl_vae.runtime.global_state import evaluation_mode, seeded
 
-_CHECKED_AT_ONCE = 1000  # images
+CHECKED_AT_ONCE = 1000  # images
 
 
 class ImageSite(NamedTuple):
@@ -95,7 +95,7 @@ def check_support(model: StochasticFunction, x: Tensor) -> None:
         )
     if len(x) == 0:
         raise ValueError("x: expected at least one image, got none")
-    parts = x.split(_CHECKED_AT_ONCE)
+    parts = x.split(CHECKED_AT_ONCE)
     # Only an image with a NaN shows whether the program replaces it.
     probe = next((part[part.isnan().flatten(1).any(1)] for part in parts if part.isnan().any()), x)[:1]
     sites = _sites_of(model, x, probe)

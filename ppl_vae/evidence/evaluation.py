@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ppl_vae.evidence.importance import IMPORTANCE_NAMES, Importance, Terms, measure_group
-from ppl_vae.protocols import LatentModel, Program, StochasticFunction
+from ppl_vae.protocols import Program, StochasticFunction
 from ppl_vae.runtime.batching import BatchSize, evaluation_batch_size, even_divisor, images_per_group, images_per_pass
 from ppl_vae.runtime.blocks import block_seed, compute_blocks
 from ppl_vae.runtime.capture import compile_function, detach_tensors, replace_tensors
@@ -171,8 +171,7 @@ def reconstruction(
     """
     check_support(vae.model, x)
     size = images_per_group(x, 1)
-    likelihood = vae.likelihood if isinstance(vae, LatentModel) else None
-    most = images_per_pass(x, likelihood)
+    most = images_per_pass(x, getattr(vae, "likelihood", None))
     batch = BatchSize(1, even_divisor(size, most), device=x.device, say=say)
 
     def compute(group: slice) -> Tensor:

@@ -34,7 +34,7 @@ def start_wide(net: nn.Module) -> None:
                 nn.init.zeros_(layer.bias)
 
 
-def _leading(x: Tensor, event_shape: tuple[int, ...]) -> torch.Size:
+def _leading_shape(x: Tensor, event_shape: tuple[int, ...]) -> torch.Size:
     """The dimensions before the event. Raises ShapeError unless x is (..., *E)."""
     leading = x.dim() - len(event_shape)
     if leading < 0 or tuple(x.shape[leading:]) != event_shape:
@@ -71,7 +71,7 @@ class Standardized(nn.Module):
             self.scale.copy_(scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        _leading(x, tuple(self.loc.shape))
+        _leading_shape(x, tuple(self.loc.shape))
         return self.net((x - self.loc) / self.scale)
 
 
@@ -89,7 +89,7 @@ class _Dense(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., *E) -> (..., num_features)."""
-        flat = x.reshape(*_leading(x, self.event_shape), math.prod(self.event_shape))
+        flat = x.reshape(*_leading_shape(x, self.event_shape), math.prod(self.event_shape))
         return self.output(self.layers(flat))
 
 
@@ -236,7 +236,7 @@ class ConvEncoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C, H, W) -> (..., num_features)."""
-        leading = _leading(x, self.event_shape)
+        leading = _leading_shape(x, self.event_shape)
         h = self.dense(self.stages(_channels_last(x.reshape(-1, *self.event_shape))))
         return h.reshape(*leading, h.shape[-1])
 
@@ -310,7 +310,7 @@ class ConvDecoder(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """(..., L) -> (..., num_features)."""
-        leading = _leading(z, self.event_shape)
+        leading = _leading_shape(z, self.event_shape)
         small = _channels_last(self.dense(z.reshape(-1, *self.event_shape)).reshape(-1, *self.small))
         h = self.output(self.stages(small))
         return h.reshape(*leading, h.shape[-1])

@@ -21,7 +21,7 @@ from ppl_vae.runtime.ranks import BatchShare
 _SHAPES = {"rand", "randn"}
 _LIKE = {"rand_like", "randn_like"}
 _IN_PLACE = {"normal_", "uniform_", "bernoulli_", "exponential_", "cauchy_", "geometric_", "log_normal_"}
-_OF_PARAMETERS = {"normal", "bernoulli"}
+_PARAMETRIC = {"normal", "bernoulli"}
 
 # All others: the amount of noise depends on values, or the image that a number belongs to is unknown.
 _REFUSED = {
@@ -34,10 +34,10 @@ _DROPOUT = {
     *("dropout", "dropout_", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "alpha_dropout_"),
     *("feature_dropout", "feature_dropout_", "feature_alpha_dropout", "feature_alpha_dropout_", "native_dropout"),
 }
-_WITH_DROPOUT = {
+_HAS_DROPOUT = {
     *("gru", "lstm", "rnn_relu", "rnn_tanh", "scaled_dot_product_attention", "multi_head_attention_forward")
 }
-_RANDOM = {*_SHAPES, *_LIKE, *_IN_PLACE, *_OF_PARAMETERS, *_REFUSED, *_DROPOUT, *_WITH_DROPOUT}
+_RANDOM = {*_SHAPES, *_LIKE, *_IN_PLACE, *_PARAMETRIC, *_REFUSED, *_DROPOUT, *_HAS_DROPOUT}
 
 
 class SharedNoise(TorchFunctionMode):
@@ -45,14 +45,14 @@ class SharedNoise(TorchFunctionMode):
 
     Attributes:
         share: The rank's part of the batch.
-        at: The dimension of images in the noise that is drawn now: 0 in ``transform``, -(event_dim + 1) at a sample
-            site. Elsewhere it is None, and random functions are refused.
+        image_dim: The dimension of images in the noise that is drawn now: 0 in ``transform``, -(event_dim + 1) at a
+            sample site. Elsewhere it is None, and random functions are refused.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.share: BatchShare | None = None
-        self.at: int | None = None
+        self.image_dim: int | None = None
 
     @contextmanager
     def along(self, dim: int) -> Iterator[None]:
@@ -61,11 +61,11 @@ class SharedNoise(TorchFunctionMode):
             yield
             return
         with self:
-            self.at = dim
+            self.image_dim = dim
             try:
                 yield
             finally:
-                self.at = None
+                self.image_dim = None
 
     @contextmanager
     def draw_at_sites(self) -> Iterator[None]:
@@ -77,7 +77,7 @@ class SharedNoise(TorchFunctionMode):
             try:
                 yield
             finally:
-                self.at = None
+                self.image_dim = None
 
     def __torch_function__(
         self, function: Callable[..., Tensor], types: object, args: tuple = (), kwargs: dict | None = None
@@ -86,23 +86,23 @@ class SharedNoise(TorchFunctionMode):
         name = getattr(function, "__name__", "")
         if name not in _RANDOM or not _draws(name, args, kwargs):
             return function(*args, **kwargs)
-        if self.at is None:
+        if self.image_dim is None:
             raise ValueError(f"torch.{name}: under several ranks noise is drawn at a sample site or by transform alone")
         if name in _SHAPES:
             return self._rows(function(self._widened(_size(args, kwargs), name), **kwargs))
         tensors = [argument for argument in [*args, *kwargs.values()] if isinstance(argument, Tensor)]
-        if name in _OF_PARAMETERS and len(tensors) == len(args) and not kwargs:
+        if name in _PARAMETRIC and len(tensors) == len(args) and not kwargs:
             return self._rows(function(*(self._padded(parameter, name) for parameter in args)))
         if (name in _LIKE or name in _IN_PLACE) and len(tensors) == 1 and args[0].is_contiguous():
             wide = args[0].new_empty(self._widened(args[0].shape, name))
             drawn = self._rows(function(wide, *args[1:], **kwargs))
             return drawn if name in _LIKE else args[0].copy_(drawn)
-        words = ", ".join(sorted(_SHAPES | _LIKE | _IN_PLACE | _OF_PARAMETERS))
+        words = ", ".join(sorted(_SHAPES | _LIKE | _IN_PLACE | _PARAMETRIC))
         raise ValueError(f"torch.{name}: under several ranks expected noise whose place is known ({words}), got this")
 
     def _widened(self, shape: Sequence[int], name: str) -> tuple[int, ...]:
         """The shape with all images of the batch instead of this rank's."""
-        share, at = self._share(), self.at or 0
+        share, at = self._share(), self.image_dim or 0
         if not -len(shape) <= at < len(shape) or shape[at] != share.stop - share.start:
             raise ValueError(
                 f"torch.{name}: under several ranks expected noise for {share.stop - share.start} images at dimension "
@@ -120,7 +120,7 @@ class SharedNoise(TorchFunctionMode):
 
     def _rows(self, wide: Tensor) -> Tensor:
         share = self._share()
-        return wide.narrow(self.at or 0, share.start, share.stop - share.start)
+        return wide.narrow(self.image_dim or 0, share.start, share.stop - share.start)
 
     def _is_whole(self) -> bool:
         return self.share is None or self.share.num_images == self.share.stop - self.share.start
@@ -140,17 +140,17 @@ class _Sites(Messenger):
     def _process_message(self, msg: Message) -> None:
         event_dim = getattr(msg["fn"], "event_dim", None)
         if msg["type"] == "sample" and not msg["is_observed"] and event_dim is not None:
-            self.noise.at = -(event_dim + 1)
+            self.noise.image_dim = -(event_dim + 1)
 
     def _postprocess_message(self, msg: Message) -> None:
-        self.noise.at = None
+        self.noise.image_dim = None
 
 
 def _draws(name: str, args: tuple, kwargs: dict) -> bool:
     """Whether a function of that name draws noise with these arguments; dropout draws in training only."""
     if name in _DROPOUT:
         return bool(kwargs.get("training", kwargs.get("train", args[2] if len(args) > 2 else True)))
-    if name in _WITH_DROPOUT:
+    if name in _HAS_DROPOUT:
         return kwargs.get("dropout_p", 0.0) > 0 or any(isinstance(a, float) and a > 0 for a in args)
     return True
 

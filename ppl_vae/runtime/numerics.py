@@ -230,7 +230,7 @@ _LARGE = 2**28  # bytes; a larger array may be in a file, and is read once, row 
 _COLUMNS = 64  # per block: their sums stay in the processor's cache
 
 
-def _by_columns(x: Tensor) -> Sequence[Tensor]:
+def _split_columns(x: Tensor) -> Sequence[Tensor]:
     """Split x (..., D) into blocks of 64 columns, the last one of 64 to 127, which have the same sums bit for bit."""
     return x.tensor_split(list(range(_COLUMNS, x.shape[-1] - _COLUMNS + 1, _COLUMNS)), dim=-1)
 
@@ -240,7 +240,7 @@ def sum_over_images(x: Tensor, *, chunk: int = 1000) -> Tensor:
     rows = chunk if x.numel() * x.element_size() > _LARGE else max(1, len(x))
     total = torch.zeros(math.prod(x.shape[1:]), dtype=torch.double, device=x.device)
     for part in x.reshape(-1, len(total)).split(rows):
-        for columns, own_total in zip(_by_columns(part), _by_columns(total), strict=True):
+        for columns, own_total in zip(_split_columns(part), _split_columns(total), strict=True):
             own_total += columns.sum(0, dtype=torch.double)
     return total.reshape(x.shape[1:])
 
@@ -249,9 +249,9 @@ def mean_and_variance(x: Tensor, *, chunk: int = 1000) -> tuple[Tensor, Tensor]:
     """mean_n x_n and mean_n (x_n - mean_n x_n)^2. x: (N, *E) -> (*E) and (*E), float64, ``chunk`` images at once."""
     mean = sum_over_images(x, chunk=chunk) / len(x)
     squares = torch.zeros(mean.numel(), dtype=torch.double, device=x.device)
-    blocks = list(zip(_by_columns(mean.flatten()), _by_columns(squares), strict=True))
+    blocks = list(zip(_split_columns(mean.flatten()), _split_columns(squares), strict=True))
     for part in x.reshape(len(x), mean.numel()).split(chunk):
-        for columns, (own_mean, own_squares) in zip(_by_columns(part), blocks, strict=True):
+        for columns, (own_mean, own_squares) in zip(_split_columns(part), blocks, strict=True):
             own_squares += (columns.double() - own_mean).square().sum(0)
     return mean, squares.reshape(mean.shape) / len(x)
 

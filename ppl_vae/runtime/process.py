@@ -31,7 +31,7 @@ def run_script(main: Callable[[], None]) -> None:
         signal.signal(signal.SIGTERM, _raise_interrupted)
     try:
         main()
-        _end_of_several()
+        _end_rank()
     except KeyboardInterrupt as error:
         number = getattr(error, "number", signal.SIGINT)
         for ignored in (signal.SIGINT, signal.SIGTERM):  # a second Ctrl-C while Python ends shows no traceback
@@ -55,7 +55,7 @@ def run_script(main: Callable[[], None]) -> None:
         _exit_with(f"out of memory; a smaller batch, network, or number of particles needs less {first}")
 
 
-def _end_of_several() -> None:
+def _end_rank() -> None:
     """Under torchrun, end the process at once: threads of its libraries can abort Python's own shutdown.
 
     Rank 1 of 2 was once seen to end by SIGABRT after all its work.

@@ -18,7 +18,7 @@ from ppl_vae.protocols import Program
 from ppl_vae.runtime.errors import NotFinite
 from ppl_vae.runtime.global_state import seeded
 from ppl_vae.runtime.ranks import gather_objects, num_ranks
-from ppl_vae.support import check_site, describe_type, find_image_sites
+from ppl_vae.support import CHECKED_AT_ONCE, check_site, describe_type, find_image_sites
 from ppl_vae.training.state import TrainingState
 from ppl_vae.vae import NO_AUTOGUIDE
 from ppl_vae.weights import latent_sites
@@ -178,9 +178,6 @@ def _sha256(tensors: Iterable[Tensor]) -> str:
     return digest.hexdigest()
 
 
-_CHECKED_AT_ONCE = 1000  # images
-
-
 def check_images(state: TrainingState, train: Tensor, transform: Callable[..., Tensor], *, batch_size: int) -> None:
     """Check the training images as Pyro's validation would, without running the networks on all of them.
 
@@ -207,7 +204,7 @@ def check_images(state: TrainingState, train: Tensor, transform: Callable[..., T
         finally:
             program.train()
         sites = find_image_sites(p, x)
-        for part in train.split(_CHECKED_AT_ONCE):
+        for part in train.split(CHECKED_AT_ONCE):
             x = transform(part.to(state.device), None)
             if sites and not x.isfinite().all():
                 raise NotFinite(f"step {state.step}: site 'x': the training images hold values that are not finite")

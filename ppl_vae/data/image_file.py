@@ -31,6 +31,8 @@ _NOT_PIXELS = (
     *("IPTC", "ICO", "ICNS", "BLP"),  # contain another image, which is read whatever its format or its size
 )
 _FORMATS_WITH_16_BITS = ("PNG", "TIFF", "PPM", "JPEG2000", "IM")  # their gray levels run from 0 to a known white
+# The place of the number of bits after a marker. JPEG 2000 stores the number less one, and a highest bit for "signed".
+_BITS_AFTER_MARKER = {"JPEG2000": (b"\xff\x4f\xff\x51", 42), "AVIF": (b"pixi", 9)}
 _TIFF_BITS, _TIFF_PHOTOMETRIC = 258, 262  # tags of TIFF 6.0
 
 
@@ -129,7 +131,7 @@ def _reduce_long_levels(image: Image.Image, opened: ImageFile, bits: int) -> Dec
 
 
 def _read_bits_per_channel(opened: ImageFile, raw: bytes) -> int:
-    """Read the bits per channel from the file's header; of further formats Pillow decodes 8, or 16 of gray."""
+    """Read the bits per channel from the file's header; Pillow reports them for some formats only."""
     if opened.format == "PNG":
         return raw[24]  # the depth in IHDR
     if isinstance(opened, TiffImageFile):
@@ -137,7 +139,13 @@ def _read_bits_per_channel(opened: ImageFile, raw: bytes) -> int:
     if opened.format == "PPM":
         arguments = opened.tile[0].args
         return 16 if arguments == "I;16B" else arguments[-1].bit_length() if isinstance(arguments, tuple) else 8
-    return 16 if opened.mode.startswith("I") else 8
+    if opened.format == "SGI":
+        return 8 * raw[3]
+    if opened.format == "IM":
+        return 16 if opened.mode.startswith("I") else 8
+    marker, offset = _BITS_AFTER_MARKER.get(opened.format or "", (b"", 0))
+    place = raw.find(marker)
+    return (raw[place + offset] & 0x7F) + (opened.format == "JPEG2000") if marker and place >= 0 else 8
 
 
 def _count_pages(opened: ImageFile) -> int:

@@ -20,6 +20,7 @@ from typing import Any
 import pyro
 import torch
 from fitting import fit
+from pyro.poutine.messenger import unwrap
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -142,7 +143,7 @@ def not_finite(case: str, folder: Path) -> str:
     def objective(model: Any, guide: Any, x: Tensor, *, beta: Any) -> Tensor:
         count[0] += 1
         bad = distributed.rank() == distributed.num_ranks() - 1 and count[0] == 5
-        return (model.__self__.posterior(x).mean * (math.nan if bad else 1.0)).square().mean()
+        return (unwrap(model).__self__.posterior(x).mean * (math.nan if bad else 1.0)).square().mean()
 
     def poison(state: Any) -> None:
         if compiled and state.step == 4:
@@ -181,7 +182,7 @@ def refused(case: str, folder: Path) -> str:
     """An objective with dropout, noise that no site draws."""
 
     def objective(model: Any, guide: Any, x: Tensor, *, beta: Any) -> Tensor:
-        return torch.nn.functional.dropout(model.__self__.posterior(x).mean, 0.5).mean()
+        return torch.nn.functional.dropout(unwrap(model).__self__.posterior(x).mean, 0.5).mean()
 
     train("elbo", objective=objective)
     return "ended"

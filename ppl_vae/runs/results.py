@@ -82,7 +82,7 @@ def _decode(kind: Any, value: Any, name: str) -> Any:
     origin, arguments = get_origin(kind), get_args(kind)
     if kind is Any:
         return value
-    if kind is Tensor and isinstance(value, list):
+    if kind is Tensor and isinstance(value, list) and all(each is None or type(each) in (int, float) for each in value):
         return torch.tensor([math.nan if each is None else each for each in value], dtype=torch.double)
     if origin in (Union, UnionType) and len(arguments) - (NoneType in arguments) > 1:
         if type(value) in arguments:

@@ -496,7 +496,7 @@ def _wide(dtype=torch.float):
 @needs_bf16
 def test_under_autocast_a_captured_step_is_the_eager_one(graphs):
     vae, x = _wide()
-    objective = partial(loss_per_image, objectives.autocast(per_image.elbo(), torch.bfloat16))
+    objective = partial(loss_per_image, objectives.autocast(objectives.elbo(), torch.bfloat16))
     step, optimizer = make_step(vae, objective, x, batch_size=len(x))
     index = torch.arange(len(x))
     captured = captured_loss_and_gradient(vae, step, optimizer, index, beta=1.0, seed=0)

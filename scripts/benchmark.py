@@ -372,7 +372,7 @@ def ranges(results: dict[str, Any]) -> list[str]:
 
 
 def environment(device: str) -> dict[str, Any]:
-    """``runs.environment``, with the other programs' versions."""
+    """``runs.outputs``, with the other programs' versions."""
     from ppl_vae import runs
 
     found = runs.describe_environment(device)

@@ -234,3 +234,14 @@ def test_without_scikit_learn_one_line_says_what_is_missing() -> None:
     assert done.stderr.splitlines()[-1] == (
         "ImportError: ppl_vae.estimator: expected scikit-learn; pip install 'ppl_vae[sklearn]' brings it"
     )
+
+
+def test_counts_are_counts_also_as_floats() -> None:
+    fitted = VAEDensity(**TINY).fit(OF_KINDS["counts"][0].astype(float))
+    assert (fitted.kind_, fitted.likelihood_) == ("counts", "negative-binomial")
+
+
+def test_a_density_of_levels_is_warned_of() -> None:
+    levels = np.random.RandomState(0).randint(0, 17, (200, 6))
+    with pytest.warns(UserWarning, match="X: Values repeat in columns 0, 1, 2, 3, 4 and 1 more"):
+        VAEDensity(**TINY).fit(StandardScaler().fit_transform(levels))

@@ -192,3 +192,11 @@ def test_files_in_folders_of_known_classes_have_their_labels(
     assert read.names == tuple(f"{name}/own.png" for name in names)
     assert (None if read.labels is None else read.labels.tolist()) == labels
     assert ["wolf" in note for note in read.notes] == [True] * (labels is None)
+
+
+def test_colors_that_are_made_gray_are_counted(tmp_path: Path) -> None:
+    picture(tmp_path / "gray in color.png", np.repeat(GREY[0][..., None], 3, 2))
+    picture(tmp_path / "red.png", GREY[1][..., None] * np.array([1, 0, 0], np.uint8))
+    (note,) = data.load_images(str(tmp_path), trained_on(data.LEVELS), "none").notes
+    assert "1 of 2 images are in color" in note
+    assert data.load_images(str(tmp_path), trained_on(data.LEVELS, (3, 4, 5)), "none").notes == ()

@@ -175,3 +175,55 @@ def test_a_large_scan_is_left_out_and_the_limit_is_named(tmp_path: Path) -> None
     read = data.load(str(tmp_path))
     assert read.unreadable == ("scan.tif",)
     assert "scan.tif" in note_on("8,388,608 pixels", read)
+
+
+def test_one_file_of_many_pages_is_too_few_and_the_pages_are_told(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"expected at least 10 images to split, got 1; .*several pages or frames"):
+        data.load(folder_of(tmp_path, [PAGES["tiff"]], "tif"))
+
+
+def test_a_transparent_level_of_16_bits_is_white_and_counted(tmp_path: Path) -> None:
+    content = encoded(FULL, transparency=int(FULL[0, 0]))
+    read = data.load(folder_of(tmp_path, [content] * 10))
+    assert read.train[0, 0, 0, 0] == 255
+    assert read.train[0, 0].flatten()[1:].tolist() == np.floor(FULL.flatten()[1:] / 257 + 0.5).tolist()
+    assert "10 of 10 images" in note_on("white", read)
+
+
+@pytest.mark.parametrize("split", ["all", "test"])
+@pytest.mark.parametrize("form", ["png", "gif", "webp"])
+def test_a_split_that_is_blank_over_white_is_refused(tmp_path: Path, split: str, form: str) -> None:
+    for word in ("train", "test"):
+        image = strokes(255, 1) if split in ("all", word) else Image.fromarray(GRADIENT)
+        (tmp_path / word).mkdir()
+        folder_of(tmp_path / word, [encoded(image.convert("RGBA"), form)] * 10, form)
+    with pytest.raises(ValueError, match=f"only level 255 in {'train' if split == 'all' else 'test'}, .*transparent"):
+        data.load(str(tmp_path))
+
+
+GRAY_IN_COLOR = {
+    "palette": ("png", encoded(Image.fromarray(GRADIENT).convert("P"))),
+    "GIF": ("gif", encoded(Image.fromarray(GRADIENT).convert("RGB").quantize(), "gif")),
+    "RGB": ("png", encoded(Image.fromarray(GRADIENT).convert("RGB"))),
+    "JPEG": ("jpg", encoded(Image.fromarray(GRADIENT).convert("RGB"), "jpeg")),
+    "WebP": ("webp", encoded(GRADIENT, "webp")),
+}
+
+
+@pytest.mark.parametrize("what", GRAY_IN_COLOR)
+def test_gray_images_stored_in_color_come_with_a_hint(tmp_path: Path, what: str) -> None:
+    suffix, content = GRAY_IN_COLOR[what]
+    path = folder_of(tmp_path, [content] * 10, suffix)
+    read = data.load(path)
+    assert read.event_shape[0] == 3
+    assert "10 of 10 images" in note_on("--color gray", read)
+    gray = data.load(path, color="gray")
+    assert (gray.event_shape[0], gray.notes) == (1, ())
+    assert data.load(path, color="rgb").notes == ()
+
+
+def test_one_image_in_color_among_gray_ones_is_told(tmp_path: Path) -> None:
+    red = np.zeros((5, 6, 3), np.uint8)
+    red[..., 0] = GRADIENT
+    read = data.load(folder_of(tmp_path, [encoded(GRADIENT)] * 11 + [encoded(red)]))
+    assert "11 of 12 images" in note_on("--color gray", read)

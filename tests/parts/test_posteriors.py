@@ -8,10 +8,14 @@ import numpy as np
 import pyro.distributions as dist
 import pytest
 import torch
+from oracles import LinearGaussian
 from scipy.stats import multivariate_normal
 from torch.testing import assert_close
 
+from ppl_vae import VAE, Conditional, log_weights
+from ppl_vae.parts.networks import MLP
 from ppl_vae.parts.posteriors import MAX_LOG_SCALE, Delta, DiagonalNormal, FullNormal
+from ppl_vae.parts.priors import StandardNormal
 from ppl_vae.parts.registry import SCALE_MAPS
 
 FEATURES = [-80.0, -30.0, -5.0, -1e-3, 0.0, 0.5, 3.0, 20.0, 80.0]
@@ -197,3 +201,26 @@ def test_gradients_of_a_full_normal_are_finite_for_whatever_feature():
     (q.log_prob(z).sum() + z.sum()).backward()
     assert z.isfinite().all()
     assert h.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("L", [1, 4])
+def test_a_full_normal_of_no_features_is_the_prior(L):
+    q = FullNormal(L)(torch.zeros(3, FullNormal(L).num_features))
+    assert_close(q.covariance_matrix, torch.eye(L).expand(3, L, L), rtol=0, atol=0)
+    assert torch.equal(q.mean, torch.zeros(3, L))
+
+
+def test_a_full_normal_reaches_the_exact_evidence_where_the_posterior_is_correlated():
+    """Every log-weight is then log p(x)."""
+    exact = LinearGaussian.random(D=6, L=3, orthogonal=False)
+    A, C = exact.posterior_map()
+    encoder = MLP(6, FullNormal(3).num_features, hidden=()).double()
+    with torch.no_grad():
+        encoder.output.weight.zero_()[:3] = A
+        encoder.output.bias.copy_(_features(torch.linalg.cholesky(C), -A @ exact.b))
+    vae = exact.vae()
+    full = VAE(StandardNormal(3).double(), vae.likelihood, Conditional(encoder, FullNormal(3)))
+    x = exact.draw(20)
+    log_w = log_weights(full.model, full.guide, x, 50)
+    assert_close(log_w, exact.log_evidence(x).expand(50, 20), rtol=0, atol=1e-12)
+    assert log_weights(vae.model, vae.guide, x, 50).std(0).min() > 0.01  # which no diagonal one does

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from small_run import SMALL, save_bars
 
 from ppl_vae import runs
@@ -77,3 +78,18 @@ def test_a_log_has_a_line_for_each_epoch_and_no_bar_whatever_the_backend_of_a_no
         assert line.startswith(f"Epoch {epoch} of {SMALL.epochs}: ")
         assert f"{record['validation_elbo_nats_per_image']:.2f}" in line
         assert f"{record['train_loss_nats_per_image']:.2f}" in line
+
+
+@pytest.mark.thorough
+def test_a_training_draws_its_figures_whatever_the_backend_of_a_notebook(trained):
+    folder, done = trained
+    assert done.returncode == 0, done.stderr
+    with Image.open(folder / "figures" / "reconstructions.png") as picture:
+        assert picture.format == "PNG"
+        picture.load()
+
+
+def test_a_training_ends_with_an_ascii_log(trained):
+    _, done = trained
+    assert done.returncode == 0, done.stderr
+    assert b"+/-" in done.stdout.decode("ascii").encode()

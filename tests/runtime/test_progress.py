@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import suppress
 
 import pytest
 
@@ -76,3 +77,14 @@ def test_in_a_log_a_long_bar_is_lines(capsys, monkeypatch, leave):
     shares = re.findall(r"^test: (\d+)% of 4 images, ", found, flags=re.MULTILINE)
     assert list(dict.fromkeys(shares)) == ["0", "25", "50", "75", "100"]
     assert all(line.startswith(("study: ", "test: ")) for line in found.splitlines())
+
+
+@pytest.mark.thorough
+def test_an_error_ends_the_clock(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "has_terminal", lambda: True)
+    with suppress(KeyError), Progress(total=2) as shown:
+        shown.show_clock("Compiling", print)
+        raise KeyError
+    before = capsys.readouterr().err
+    progress.threading.Event().wait(1.2)
+    assert (capsys.readouterr().err, "Compiling" in before) == ("", True)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from entry_points import OTHERS, SCORES
 from fitting import fit
-from oracles import bernoulli_vae
+from oracles import LinearGaussian, bernoulli_vae
 
 from ppl_vae.evidence.evaluation import evaluate
 from ppl_vae.runs.build import build_vae
@@ -76,3 +76,13 @@ def test_runs_trained_in_threads_have_the_weights_of_serial_runs():
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(_trained, range(4)))
     assert all(torch.equal(a, b) for a, b in zip(found, serial, strict=True))
+
+
+def test_exact_scores_stay_exact_in_threads():
+    """With the exact guide every bound is log p(x), which is known."""
+    oracle = LinearGaussian.random()
+    vae, x = oracle.vae(), oracle.draw(5)
+    with ThreadPoolExecutor(4) as pool:
+        found = pool.map(lambda seed: evaluate(vae, x, num_particles=7, seed=seed).log_evidence, range(40))
+    for log_evidence in found:
+        torch.testing.assert_close(log_evidence, oracle.log_evidence(x), rtol=0, atol=1e-9)

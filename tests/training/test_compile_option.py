@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._inductor.decomposition as decomposition
 from small_run import SMALL, save_bars, train_small
 
 from ppl_vae import runs
@@ -249,3 +250,11 @@ def test_the_evaluation_is_the_same_for_each_word_of_compile(
     assert captured == {"off": 0, "on": 1, "auto": 1}
     for word in ("on", "auto"):
         torch.testing.assert_close(found[word], found["off"], rtol=1e-6, atol=0)
+
+
+def test_a_torch_whose_compiler_has_other_names_trains_eagerly(always_pays, no_figures, small, tmp_path, monkeypatch):
+    monkeypatch.setattr(capture, "capture_obstacle", lambda device: None)
+    monkeypatch.delattr(decomposition, "select_decomp_table")
+    said = _train(replace(small, compile="auto"), tmp_path)
+    assert [line for line in said if "eager" in line and "select_decomp_table" in line]
+    assert _config(tmp_path)["compile"] == "off"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from itertools import chain
 
+import numpy as np
 import per_image
 import pyro
 import pytest
@@ -418,3 +419,19 @@ def test_weights_that_cannot_be_trained_are_refused_before_the_first_step():
         vae = _vae()
     with pytest.raises(ValueError, match=r"made in torch\.inference_mode"):
         _fit(vae, _levels())
+
+
+def _weights(vae):
+    return torch.cat([w.detach().flatten() for w in vae.parameters()])
+
+
+def test_an_array_of_the_other_byte_order_trains_as_its_own_values():
+    """As FITS and IDX files have it; torch refuses such an array."""
+    x = (_levels().numpy() / 255).round().astype(np.float32)
+    trained = []
+    for array in (x, x.astype(x.dtype.newbyteorder(">")), x.astype(x.dtype.newbyteorder("<"))):
+        vae = _vae()
+        _fit(vae, array, array[:9], transform=data.convert_to_float, epochs=1)
+        trained.append(_weights(vae))
+    assert torch.equal(trained[0], trained[1])
+    assert torch.equal(trained[0], trained[2])

@@ -148,12 +148,20 @@ def trace_programs(
     Raises:
         ValueError: As ``check_sites``.
     """
-    num_particles = check_count("num_particles", num_particles)
-    particles = pyro.plate("_importance_particles", num_particles, dim=-2)
-    q = poutine.trace(particles(guide)).get_trace(x)
-    p = poutine.trace(poutine.replay(particles(model), trace=q)).get_trace(x)
+    q = trace_guide(guide, x, num_particles)
+    p = poutine.trace(poutine.replay(_particles(num_particles)(model), trace=q)).get_trace(x)
     check_sites(p, q)
     return p, q
+
+
+def trace_guide(guide: StochasticFunction, x: Tensor, num_particles: int) -> poutine.Trace:
+    """Run the guide alone with S particles of every image x, (B, *E); its sites have the batch shape (S, B)."""
+    return poutine.trace(_particles(check_count("num_particles", num_particles))(guide)).get_trace(x)
+
+
+def _particles(num_particles: int) -> pyro.plate:
+    """The plate of particles, to the left of the images' plate."""
+    return pyro.plate("_importance_particles", num_particles, dim=-2)
 
 
 def check_sites(p: poutine.Trace, q: poutine.Trace) -> None:

@@ -21,7 +21,15 @@ from ppl_vae.protocols import StochasticFunction
 from ppl_vae.runtime.capture import replace_tensors
 from ppl_vae.runtime.errors import check_count
 from ppl_vae.runtime.numerics import log_mean_exp
-from ppl_vae.weights import check_densities, check_sites, latent_sites, observed_sites, site_log_prob, trace_programs
+from ppl_vae.weights import (
+    check_densities,
+    check_sites,
+    latent_sites,
+    observed_sites,
+    site_log_prob,
+    trace_guide,
+    trace_programs,
+)
 
 
 class STL(Trace_ELBO):
@@ -153,7 +161,7 @@ class DReG(IWAE):
     def differentiable_loss(self, model: StochasticFunction, guide: StochasticFunction, x: Tensor) -> Tensor:
         """Minus the bound of the images x, (B, *E): a 0-d tensor, nats, as ``IWAE``'s; only the gradient differs."""
         module, shape = _find_module(guide), (self.num_particles, len(x))
-        _, drawn = self._get_trace(model, guide, (x,), {})
+        drawn = trace_guide(guide, x, self.num_particles)
         _check_guide(drawn)
         _check_parameters(drawn, module)
         z = {name: drawn.nodes[name]["value"] for name in latent_sites(drawn)}

@@ -166,6 +166,7 @@ def check_layout(root: Path, names: Iterable[str], layout: Layout) -> None:
     class_names = {name for name in train_classes if name and name.lower() == "train"} if len(train_classes) > 1 else ()
     refused = set()
     for folders, (split, class_name) in places.items():
+        # The layout has read one level as the split, and the level below it as the class.
         split_depth = layout.num_outer + layout.is_class_first if split else None
         for depth, folder in enumerate(folders):
             is_understood = depth == split_depth or (split is not None and split == _exact_split(folder))
@@ -195,6 +196,8 @@ def _find_split_names(folders: Iterable[str]) -> set[str]:
     "tst". A class such as "bullet_train" or "test_tube" is none.
     """
     found: set[str] = set()
+    # Folders by their words, "*" for each that names a split: ("seg", "*") -> {"seg_train": [1], "seg_test": [2]}. The
+    # numbers say which split. Folders that differ in them alone are splits of one data set.
     partners: dict[tuple[str, ...], dict[str, list[int | None]]] = {}
     for folder in folders:
         spaced = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", folder).lower()

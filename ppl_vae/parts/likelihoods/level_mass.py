@@ -134,6 +134,9 @@ def _log_beta_mass(p: StableBeta, x: Tensor) -> Tensor:
     level, its mass is that of the tail from the edge next to the mode. Double precision avoids an error of 0.009 nats
     per image at kappa = 8,100.
     """
+    # ``crossing`` is near the mean. The fraction converges for the lower tail to its left, and for the upper tail, with
+    # alpha and beta swapped (a, b), to its right. ``edge`` is the side of a level that is nearer to the mean. ``rest``
+    # is 1 minus the other tail. c and d are the exponents of the density, for the quadrature within a level.
     p = StableBeta(p.mean_logit.double(), p.log_concentration.double())
     level = x.double()
     alpha, beta = p.exponents()

@@ -138,7 +138,7 @@ def complete_splits(
     if "train" in labels:
         numbers |= {split: labels["train"][index] for split, index in parts.items()}
     each = " each" * (len(missing) > 1)
-    return images, numbers, f"{' and '.join(missing)}: a tenth of the images{each}, by a fixed permutation"
+    return images, numbers, f"{' and '.join(missing)}: a tenth of the training images{each}, by a fixed permutation"
 
 
 def subset(num_images: int, most: int | None) -> Tensor:

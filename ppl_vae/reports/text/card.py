@@ -133,7 +133,9 @@ def _describe_data(run: Run) -> str:
     options, splits = run.options, run.splits
     protocol = f"the {options.protocol} protocol"
     if options.dataset not in data.DATASETS:
-        protocol = "as the data names them; what it lacks is a tenth of the images each, by a fixed permutation"
+        protocol = (
+            "as the data names them; what it lacks is a tenth of the training images each, by a fixed permutation"
+        )
     if options.image_size is not None:
         size = "x".join(str(n) for n in (options.image_size[0], options.image_size[-1]))
         protocol += f". Images were brought to {size} ({options.fit})"

@@ -13,6 +13,8 @@ BINARY_SCALE = "mass of binary pixels"  # as ``describe_scale`` words it
 
 # Below this Pareto k-hat the weights have a variance, which the delta method and the jackknife assume.
 _K_WITH_VARIANCE = 0.5
+# From 1 on they have no mean either: the bound may be too low by any amount.
+_K_WITHOUT_MEAN = 1.0
 
 # With fewer effective particles, the draws of an image are nearly all of one or two z. Source: ours.
 FEW_PARTICLES = 5
@@ -78,9 +80,11 @@ def describe_evaluation(found: Evaluation) -> list[str]:
         return [*lines, "  one importance sample says nothing of its own error: take more"]
     k = found.pareto_k.median
     fitted = "not estimated" if k is None else f"median {k:.2f}"
+    trust = "above 0.7 is normal for a healthy VAE"
+    if k is not None and k >= _K_WITHOUT_MEAN:
+        trust = "from 1 on the bound cannot be trusted: take more particles, or a certificate"
     lines.append(
-        f"  effective particles: median {format_number(found.ess.median, 1)} of {S:,}; Pareto k-hat: {fitted} "
-        "(above 0.7 is normal for a healthy VAE)"
+        f"  effective particles: median {format_number(found.ess.median, 1)} of {S:,}; Pareto k-hat: {fitted} ({trust})"
     )
     if k is None:
         seen = "see, as a floor since k-hat is not known at so few samples,"

@@ -10,6 +10,7 @@ import torch
 from tqdm import tqdm
 
 from ppl_vae import data
+from ppl_vae.data.splits import pluralize
 from ppl_vae.runs.build import build_likelihood, count_weights, is_autoencoder
 from ppl_vae.runs.open import Run
 from ppl_vae.runs.options import Options
@@ -136,7 +137,7 @@ def describe_training(run: Run, state: TrainingState, speeds: Sequence[float]) -
     if not len(run.splits.validation):
         chosen = "no validation images, so the last weights are kept"
     speed = f", {statistics.median(speeds):,.0f} training images a second" if speeds else ""
-    lines = [f"Trained {options.epochs} epochs in {state.seconds:.0f} s{speed}; {chosen}."]
+    lines = [f"Trained {pluralize(options.epochs, 'epoch')} in {state.seconds:.0f} s{speed}; {chosen}."]
     if state.skipped:
         lines.append(
             f"{state.skipped:,} of {state.step:,} steps were left out: their gradient's norm was above --skip-norm, or "

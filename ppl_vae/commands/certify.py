@@ -260,7 +260,7 @@ def _measure(context: StageContext, plan: Plan) -> tuple[CertifiedImages, JsonOb
         "improved": summarize_importance(improved, S),
         "ais_minus_importance": subtract_importance(chains, plain),
         "ais_minus_improved": subtract_importance(chains, improved),
-        "total_gap": Estimate.from_values(chains.bound - plain.elbo),
+        "total_gap": Estimate.mean_of(chains.bound - plain.elbo),
         "unreliable": tuple(plan.index[found.unreliable].tolist()),
         "simulated": simulated,
         "convergence": convergence,
@@ -280,7 +280,7 @@ def _measure_convergence(context: StageContext, x: Tensor, full: AISSummary) -> 
     bounds = [stages.anneal_images(context, f"temperatures {t}", some, temperatures=t).bound for t in fewer]
     temperatures = summarize_curve([*fewer, T], torch.stack([*bounds, ais]), ais)
     particles = summarize_curve(sizes, weighed[:, places], ais)
-    return Convergence(count, temperatures, particles), Estimate.from_values(smoothed)
+    return Convergence(count, temperatures, particles), Estimate.mean_of(smoothed)
 
 
 # --- After the work ---

@@ -185,8 +185,8 @@ def _summarize_run(run: Run, name: str, result: Importance, num_particles: int) 
         binarization=run.binarization,
         likelihood=run.options.likelihood,
         bits_per_dim=estimate_bits_per_dim(run, result.log_evidence, num_particles),
-        log_likelihood=Estimate.from_values(result.log_evidence, num_particles),
-        elbo=Estimate.from_values(result.elbo, num_particles),
+        log_likelihood=Estimate.mean_of(result.log_evidence, num_particles),
+        elbo=Estimate.mean_of(result.elbo, num_particles),
         monte_carlo_stderr=combine_stderrs(result.monte_carlo_stderr),
         rise=float(result.tenfold_gain.mean()),
     )

@@ -134,15 +134,15 @@ def _estimate(
         num_images=len(x),
         num_particles=S,
         seed=options.seed,
-        log_likelihood=Estimate.from_values(result.log_evidence, S),
-        elbo=Estimate.from_values(result.elbo, S),
-        reconstruction=Estimate.from_values(result.reconstruction, S),
-        kl=Estimate.from_values(result.kl, S),
+        log_likelihood=Estimate.mean_of(result.log_evidence, S),
+        elbo=Estimate.mean_of(result.elbo, S),
+        reconstruction=Estimate.mean_of(result.reconstruction, S),
+        kl=Estimate.mean_of(result.kl, S),
         monte_carlo_stderr=combine_stderrs(result.monte_carlo_stderr),
         bias=float(result.bias.mean()),
         rise=float(result.tenfold_gain.mean()),
-        ess=Quantiles.from_values(result.ess),
-        pareto_k=Quantiles.from_values(result.pareto_k),
+        ess=Quantiles.compute(result.ess),
+        pareto_k=Quantiles.compute(result.pareto_k),
         unreliable_images=int(result.unreliable().sum()) if S > 1 else None,
         floor=estimate_independent_pixels(run, x.cpu()),
         binarization_entropy=binarization_entropy(run, split, index),
@@ -173,7 +173,7 @@ def _reconstruct(
         num_images=len(x),
         num_particles=None,
         seed=options.seed,
-        reconstruction=Estimate.from_values(log_p_x_given_z, 1),
+        reconstruction=Estimate.mean_of(log_p_x_given_z, 1),
         step=runs.load_step(run.folder / runs.MODEL),
         seconds=time.monotonic() - started,
     )
@@ -248,7 +248,7 @@ def estimate_bits_per_dim(run: Run, log_p: Tensor, num_particles: int) -> Estima
     if run.evaluated_pixels != "levels":
         return None
     num_pixels = math.prod(run.splits.event_shape)
-    return Estimate.from_values(-log_p / (num_pixels * math.log(2)), num_particles)
+    return Estimate.mean_of(-log_p / (num_pixels * math.log(2)), num_particles)
 
 
 def estimate_independent_pixels(run: Run, x: Tensor) -> Estimate:
@@ -262,7 +262,7 @@ def estimate_independent_pixels(run: Run, x: Tensor) -> Estimate:
         train = data.expected_images(run.splits, run.pixels)
         log_prob = fit_independent_pixels(likelihood, train, is_dequantized=run.pixels == "dequantized")
         chunk = images_per_pass(x, likelihood, extra_floats=_FLOATS_PER_MASS)
-        return Estimate.from_values(torch.cat([log_prob(part) for part in x.split(chunk)]), 1)
+        return Estimate.mean_of(torch.cat([log_prob(part) for part in x.split(chunk)]), 1)
 
 
 def binarization_entropy(run: Run, split: str, index: Tensor) -> float | None:

@@ -118,9 +118,9 @@ def _evaluate_images(run: Run, given: Images, options: Encode, say: Say) -> Enco
     summary = replace(
         _summarize(run, given, options),
         num_particles=S,
-        log_likelihood=Estimate.from_values(result.log_evidence, S),
-        elbo=Estimate.from_values(result.elbo, S),
-        ess=Quantiles.from_values(result.ess),
+        log_likelihood=Estimate.mean_of(result.log_evidence, S),
+        elbo=Estimate.mean_of(result.elbo, S),
+        ess=Quantiles.compute(result.ess),
         unreliable_images=int(result.unreliable().sum()) if S > 1 else None,
         lowest=tuple(ImageScore(given.names[i], log_likelihood=float(result.log_evidence[i])) for i in lowest),
     )
@@ -139,7 +139,7 @@ def _reconstruct_images(run: Run, given: Images, options: Encode, say: Say) -> E
     summary = replace(
         _summarize(run, given, options),
         scale=run.trained_scale,
-        reconstruction=Estimate.from_values(found, 1),
+        reconstruction=Estimate.mean_of(found, 1),
         lowest=tuple(
             ImageScore(given.names[i], reconstruction=float(found[i])) for i in found.argsort()[:_NUM_LOWEST].tolist()
         ),

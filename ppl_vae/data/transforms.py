@@ -71,7 +71,7 @@ def convert_to_float(values: Tensor, generator: torch.Generator | None = None) -
     return values.float()
 
 
-def to_unit_interval(values: Tensor, generator: torch.Generator | None = None) -> Tensor:
+def scale_to_unit_interval(values: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Convert 8-bit levels of any shape to level / 255."""
     return values.float() / 255
 
@@ -115,7 +115,7 @@ def training_images(splits: Splits, pixels: str) -> tuple[Tensor, Callable[..., 
     """
     _check_pixels(splits, pixels)
     if pixels in ("none", "levels") or splits.kind in _NEVER_BINARIZED:
-        return splits.train, to_unit_interval if splits.kind == LEVELS and pixels == "none" else convert_to_float
+        return splits.train, scale_to_unit_interval if splits.kind == LEVELS and pixels == "none" else convert_to_float
     if pixels == "dequantized":
         return splits.train, dequantize_uniformly
     if pixels == "dynamic":
@@ -216,7 +216,7 @@ def probabilities(splits: Splits, split: str) -> Tensor:
 
 def _find_scaling(splits: Splits) -> Callable[[Tensor], Tensor]:
     """Return the transform from stored values to probabilities, or to floats."""
-    return to_unit_interval if splits.kind == LEVELS else convert_to_float
+    return scale_to_unit_interval if splits.kind == LEVELS else convert_to_float
 
 
 def binarization_entropy(splits: Splits, split: str, pixels: str) -> Tensor | None:

@@ -235,7 +235,7 @@ def classifier_test(z_posterior: Tensor, z_prior: Tensor, *, seed: int = 0) -> T
     with torch.no_grad():
         right = (classifier((held_out - loc) / scale).squeeze(-1) > 0) == (truth > 0.5)
     n = len(truth)
-    accuracy = Estimate.from_flags(right)
+    accuracy = Estimate.share_of(right)
     effect = Estimate(2 * accuracy.mean - 1, 2 * accuracy.stderr, n)
     return TwoSample(effect, binomial_tail(int(right.sum()), n), n)
 
@@ -311,7 +311,7 @@ def holes(vae: LatentModel, x: Tensor, z_held_out: Tensor, z_prior: Tensor) -> H
     quantile_stderr = math.sqrt(HOLE_QUANTILE * (1 - HOLE_QUANTILE) / len(held_out))
 
     def share_below(quantile: float) -> Estimate:
-        return Estimate.from_flags(at_prior < held_out.quantile(min(1.0, max(0.0, quantile))))
+        return Estimate.share_of(at_prior < held_out.quantile(min(1.0, max(0.0, quantile))))
 
     share = share_below(HOLE_QUANTILE)
     threshold_stderr = (

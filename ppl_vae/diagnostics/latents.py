@@ -49,7 +49,7 @@ class PerLatent:
     stderr: Tensor
 
     @classmethod
-    def from_values(cls, values: Tensor) -> PerLatent:
+    def mean_of(cls, values: Tensor) -> PerLatent:
         """From one number for each image and latent, (N, L)."""
         values = values.double().cpu()
         N = len(values)
@@ -144,7 +144,7 @@ def latent_kl(vae: LatentModel, x: Tensor, *, draws: int = 100) -> PerLatent | N
             z = group.sample((draws,))
             kl = (q.log_prob(z).double() - p.log_prob(z).double()).mean(0)
         found.append(kl)
-    return PerLatent.from_values(torch.cat(found))
+    return PerLatent.mean_of(torch.cat(found))
 
 
 def active_units(codes: PosteriorMoments, prior_scale: Tensor | None = None) -> ActiveUnits:
@@ -165,7 +165,7 @@ def active_units(codes: PosteriorMoments, prior_scale: Tensor | None = None) -> 
     squares = squares * len(squares) / max(1, len(squares) - 1)
     if codes.num_draws is not None:
         squares = squares - (codes.scale.double() / unit).square() / codes.num_draws
-    variance = PerLatent.from_values(squares)
+    variance = PerLatent.mean_of(squares)
     return ActiveUnits(int((variance.mean > ACTIVE_VARIANCE).sum()), variance.mean, variance.stderr)
 
 
@@ -211,15 +211,15 @@ def elbo_split(vae: LatentModel, x: Tensor) -> ElboSplit:
         kl_by_latent = torch.cat(found) if len(found) == len(q.groups) else sampled
         kl = kl_by_latent.sum(-1)
         remainder = kl_by_latent - (log_q_by_latent - q.log_prob_by_latent(z))
-        total_correlation = Estimate.from_values(kl - information - remainder.sum(-1))
-        sum_of_dimension_kl = Estimate.from_values(remainder.sum(-1))
-        dimension_kl = PerLatent.from_values(remainder)
-    mutual_information, cap = Estimate.from_values(information), math.log(len(x))
+        total_correlation = Estimate.mean_of(kl - information - remainder.sum(-1))
+        sum_of_dimension_kl = Estimate.mean_of(remainder.sum(-1))
+        dimension_kl = PerLatent.mean_of(remainder)
+    mutual_information, cap = Estimate.mean_of(information), math.log(len(x))
     return ElboSplit(
-        reconstruction=Estimate.from_values(reconstruction),
-        kl=Estimate.from_values(kl),
+        reconstruction=Estimate.mean_of(reconstruction),
+        kl=Estimate.mean_of(kl),
         mutual_information=mutual_information,
-        marginal_kl=Estimate.from_values(kl - information),
+        marginal_kl=Estimate.mean_of(kl - information),
         total_correlation=total_correlation,
         dimension_kl=dimension_kl,
         sum_of_dimension_kl=sum_of_dimension_kl,
@@ -276,7 +276,7 @@ def implied_beta(vae: LatentModel, x: Tensor, *, draws: int = 8) -> Estimate | N
     passes = x.split(max(1, pairs_per_pass(vae, x) // (2 * draws)))
     parts = [_slopes(vae, images, prior, draws) for images in passes]
     gain, rate, width, kl = (torch.cat(part) for part in zip(*parts, strict=True))
-    slope = Estimate.from_values(rate)
+    slope = Estimate.mean_of(rate)
     is_flat = not abs(slope.mean) > max(_LEAST_SLOPE, _STDERRS * slope.stderr)
     says_nothing = not float(kl.mean()) > _LEAST_KL
     if is_flat or says_nothing or not (width > 0).any() or (x == x[:1]).all():

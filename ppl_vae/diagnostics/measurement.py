@@ -209,7 +209,7 @@ def measure(
             active = active_units(codes, compute_moments(vae.prior()).scale)
             most_paired = _MOST_PAIRED if codes.num_draws is None else _MOST_PAIRED_BY_A_FLOW
             if autoencoder:
-                log_p_x_given_z = Estimate.from_values(reconstruction(vae, x, seed=0))  # z is a function of x
+                log_p_x_given_z = Estimate.mean_of(reconstruction(vae, x, seed=0))  # z is a function of x
             else:
                 split = elbo_split(vae, _take_evenly(x, most_paired))
                 by_latent, implied = latent_kl(vae, x), implied_beta(vae, x)
@@ -278,10 +278,10 @@ def summarize_estimate(result: Importance, num_particles: int) -> EstimateQualit
     """How far an importance-weighted estimate with S particles can be trusted."""
     known = result.pareto_k[~result.pareto_k.isnan()]
     return EstimateQuality(
-        log_likelihood=Estimate.from_values(result.log_evidence),
-        elbo=Estimate.from_values(result.elbo),
-        rise=Estimate.from_values(result.tenfold_gain),
-        unreliable=Estimate.from_flags(result.unreliable()),
+        log_likelihood=Estimate.mean_of(result.log_evidence),
+        elbo=Estimate.mean_of(result.elbo),
+        rise=Estimate.mean_of(result.tenfold_gain),
+        unreliable=Estimate.share_of(result.unreliable()),
         pareto_k=float(known.median()) if len(known) else None,
         num_images=len(result.tenfold_gain),
         num_particles=num_particles,

@@ -172,9 +172,9 @@ def blur(vae: LatentModel, x: Tensor, *, gray: Tensor | None = None, draws: int 
         at_mean=ratio_of_means(at_mean, reference),
         at_draw=ratio_of_means(at_draw, reference),
         averaged=ratio_of_means(averaged, reference),
-        error=Estimate.from_values(error),
-        posterior_noise=Estimate.from_values(noise),
-        bias=Estimate.from_values(error - noise),
+        error=Estimate.mean_of(error),
+        posterior_noise=Estimate.mean_of(noise),
+        bias=Estimate.mean_of(error - noise),
     )
 
 

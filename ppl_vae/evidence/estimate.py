@@ -29,11 +29,11 @@ class Estimate:
     num_particles: int | None = None
 
     @classmethod
-    def from_values(cls, values: Tensor, num_particles: int | None = None) -> Estimate:
+    def mean_of(cls, values: Tensor, num_particles: int | None = None) -> Estimate:
         """The mean of one number per image, (N,), and its standard error.
 
         >>> import torch
-        >>> Estimate.from_values(torch.tensor([1.0, 2.0, 3.0])).mean
+        >>> Estimate.mean_of(torch.tensor([1.0, 2.0, 3.0])).mean
         2.0
         """
         values = values.double().cpu()
@@ -41,7 +41,7 @@ class Estimate:
         return cls(float(values.mean()), stderr, len(values), num_particles)
 
     @classmethod
-    def from_flags(cls, flags: Tensor) -> Estimate:
+    def share_of(cls, flags: Tensor) -> Estimate:
         """The share k / N of flags that are set, with a standard error that is not 0 where the share is 0 or 1.
 
         The error is sqrt(q (1 - q) / (N + 4)), q = (k + 2) / (N + 4). There sqrt(p (1 - p) / N) is 0, as if N samples
@@ -76,9 +76,9 @@ class ImagesMean:
     num_images: int
 
     @classmethod
-    def from_values(cls, values: Tensor) -> ImagesMean:
+    def mean_of(cls, values: Tensor) -> ImagesMean:
         """The mean of (n,) numbers."""
-        found = Estimate.from_values(values)
+        found = Estimate.mean_of(values)
         return cls(found.mean, found.stderr, len(values))
 
     @property
@@ -105,4 +105,4 @@ def ratio_of_means(numerator: Tensor, denominator: Tensor) -> Estimate:
     """
     a, b = numerator.double().cpu(), denominator.double().cpu()
     r = a.mean() / b.mean()
-    return Estimate(float(r), Estimate.from_values((a - r * b) / b.mean()).stderr)
+    return Estimate(float(r), Estimate.mean_of((a - r * b) / b.mean()).stderr)

@@ -117,7 +117,7 @@ def judge(found: Ranks) -> GuideCalibration:
     p = rank_p_values(found)
     holm = adjust_p_values(p)
     shapes = estimate_shape(found.latents, found.num_draws) if found.num_draws > 1 else None
-    joint = Estimate.from_values((found.log_joint.double() + 0.5) / (found.num_draws + 1))
+    joint = Estimate.mean_of((found.log_joint.double() + 0.5) / (found.num_draws + 1))
     N, is_off = len(found.log_joint), (holm < SIGNIFICANT).tolist()
     words = [_describe_latent(shapes, latent) if off else "calibrated" for latent, off in enumerate(is_off[:-1])]
     words.append(_describe_joint(joint) if is_off[-1] else "calibrated")

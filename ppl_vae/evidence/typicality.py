@@ -81,7 +81,7 @@ def _share_below(values: Tensor, among: Tensor) -> Tensor:
 def share_above(own: Tensor, other: Tensor, *, quantile: float) -> Estimate:
     """P(b > F^-1(q)): the share of the other set's values above the own set's quantile.
 
-    The error combines that of the share, see ``Estimate.from_flags``, and that of the quantile from m values: half the
+    The error combines that of the share, see ``Estimate.share_of``, and that of the quantile from m values: half the
     difference of the shares at the quantiles q -+ sqrt(q (1 - q) / m).
 
     Args:
@@ -98,7 +98,7 @@ def share_above(own: Tensor, other: Tensor, *, quantile: float) -> Estimate:
     reach = math.sqrt(quantile * (1 - quantile) / len(own))
     at = torch.tensor([quantile, max(0.0, quantile - reach), min(1.0, quantile + reach)], dtype=torch.double)
     above = other > own.quantile(at.to(own.device))[:, None]
-    share, most, least = (Estimate.from_flags(flags) for flags in above)
+    share, most, least = (Estimate.share_of(flags) for flags in above)
     return Estimate(share.mean, math.hypot(share.stderr, (most.mean - least.mean) / 2))
 
 
@@ -156,8 +156,8 @@ def typicality(own: Tensor, other: Tensor, *, dataset: str, num_particles: int) 
     above, density, distance = (f"{each.mean:.3f} ± {each.stderr:.3f}" for each in found)
     return Typicality(
         dataset=dataset,
-        own=ImagesMean.from_values(own),
-        other=ImagesMean.from_values(other),
+        own=ImagesMean.mean_of(own),
+        other=ImagesMean.mean_of(other),
         num_particles=num_particles,
         share_above_own_median=found[0],
         share_above_own_5_percent_quantile=share_above(own, other, quantile=LOWEST),

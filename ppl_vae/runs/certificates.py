@@ -237,8 +237,8 @@ class CertifiedImages:
 
 def summarize_chains(found: AISSummary) -> ChainBound:
     """The mean bound of chains."""
-    mean = Estimate.from_values(found.bound)
-    ess, acceptance = Quantiles.from_values(found.ess), Quantiles.from_values(found.acceptance)
+    mean = Estimate.mean_of(found.bound)
+    ess, acceptance = Quantiles.compute(found.ess), Quantiles.compute(found.acceptance)
     return ChainBound(
         mean.mean, mean.stderr, combine_stderrs(found.monte_carlo_stderr), float(found.bias.mean()), ess, acceptance
     )
@@ -246,45 +246,45 @@ def summarize_chains(found: AISSummary) -> ChainBound:
 
 def summarize_importance(found: Importance, num_particles: int) -> ImportanceBound:
     """The mean L_S, and an estimate of log p(x) that is not a bound."""
-    mean = Estimate.from_values(found.log_evidence)
+    mean = Estimate.mean_of(found.log_evidence)
     return ImportanceBound(
         mean=mean.mean,
         stderr=mean.stderr,
         monte_carlo_stderr=combine_stderrs(found.monte_carlo_stderr),
         bias=float(found.bias.mean()),
         num_particles=num_particles,
-        corrected_estimate=Estimate.from_values(found.jackknife_estimate()),
+        corrected_estimate=Estimate.mean_of(found.jackknife_estimate()),
         rise=float(found.tenfold_gain.mean()),
-        elbo=Estimate.from_values(found.elbo),
-        ess=Quantiles.from_values(found.ess),
-        pareto_k=Quantiles.from_values(found.pareto_k),
+        elbo=Estimate.mean_of(found.elbo),
+        ess=Quantiles.compute(found.ess),
+        pareto_k=Quantiles.compute(found.pareto_k),
         unreliable_images=int(found.unreliable().sum()),
     )
 
 
 def summarize_simulated(below: AISSummary, above: AISSummary) -> SimulatedBounds:
     """Both bounds. The reverse chains of an image share its exact draw, so they do not show the upper bound's error."""
-    gap, upper = above.bound - below.bound, Estimate.from_values(above.bound)
-    acceptance = Quantiles.from_values(above.acceptance)
+    gap, upper = above.bound - below.bound, Estimate.mean_of(above.bound)
+    acceptance = Quantiles.compute(above.acceptance)
     return SimulatedBounds(
         num_images=len(gap),
         lower=summarize_chains(below),
         upper=ChainBound(upper.mean, upper.stderr, None, None, None, acceptance),
-        gap=Estimate.from_values(gap),
+        gap=Estimate.mean_of(gap),
         widest_gap=float(gap.max()),
     )
 
 
 def subtract_importance(chains: AISSummary, other: Importance) -> Bound:
     """The chains' bound minus L_S, paired."""
-    mean = Estimate.from_values(chains.bound - other.log_evidence)
+    mean = Estimate.mean_of(chains.bound - other.log_evidence)
     noise = torch.cat([chains.monte_carlo_stderr, other.monte_carlo_stderr])
     return Bound(mean.mean, mean.stderr, float(noise.square().sum().sqrt()) / len(chains.bound))
 
 
 def summarize_curve(effort: Sequence[int], bounds: Tensor, ais: Tensor) -> ConvergenceCurve:
     """Bounds (K, N) by effort, and their difference from annealed importance sampling in full (N,)."""
-    differences = [Estimate.from_values(bound - ais) for bound in bounds]
+    differences = [Estimate.mean_of(bound - ais) for bound in bounds]
     return ConvergenceCurve(
         tuple(effort),
         tuple(float(bound.mean()) for bound in bounds),
@@ -296,4 +296,4 @@ def summarize_curve(effort: Sequence[int], bounds: Tensor, ais: Tensor) -> Conve
 def summarize_gaps(found: Gaps) -> SplitGap:
     """The means of the parts of log p(x) - ELBO."""
     names = ("log_evidence", "elbo", "refined_elbo", "total", "approximation", "amortization")
-    return SplitGap(len(found.elbo), *(Estimate.from_values(getattr(found, name)) for name in names))
+    return SplitGap(len(found.elbo), *(Estimate.mean_of(getattr(found, name)) for name in names))

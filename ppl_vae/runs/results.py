@@ -131,7 +131,7 @@ class Quantiles:
     q95: float | None
 
     @classmethod
-    def from_values(cls, values: Tensor) -> Quantiles:
+    def compute(cls, values: Tensor) -> Quantiles:
         """Quantiles of (n,) numbers, without those that are NaN."""
         known = values[~values.isnan()]
         if not len(known):

@@ -176,10 +176,10 @@ def split_blur(vae: VAE, autoencoder: VAE, two_latents: VAE | None, study_data: 
     parts = {"posterior_noise": noise, "autoencoder_error": plain, "lost": error - noise - plain}
     binary = {}
     if not torch.equal(x, gray):
-        error_of_binary = Estimate.from_values(_squared_error(x, gray))
+        error_of_binary = Estimate.mean_of(_squared_error(x, gray))
         binary = {"sharpness": diagnostics.sharpness(x, gray), "error": error_of_binary}
     return BlurParts(
-        {name: Estimate.from_values(part) for name, part in parts.items()},
+        {name: Estimate.mean_of(part) for name, part in parts.items()},
         {name: ratio_of_means(part, error) for name, part in parts.items()},
         sample_quality(study_data.other_gray, gray, study_data.components),
         binary,
@@ -220,4 +220,4 @@ def _compare_with_neighbors(vae: VAE, study_data: StudyData) -> dict[str, Estima
     nearest = distances.topk(min(_NUM_NEIGHBORS, len(train)), largest=False).indices
     means = torch.stack([train_gray[index].mean(0) for index in nearest])
     error = _squared_error(decode_mean(vae, codes), means)
-    return {"sharpness": diagnostics.sharpness(means, gray), "error": Estimate.from_values(error)}
+    return {"sharpness": diagnostics.sharpness(means, gray), "error": Estimate.mean_of(error)}

@@ -72,7 +72,7 @@ def fit_densities(train: Tensor, validation: Tensor) -> dict[str, FittedDensity]
         if pair is not None:
             distribution = Transformed(pair[0], [standardize])
             with torch.no_grad():
-                log_density = Estimate.from_values(distribution.log_prob(validation))
+                log_density = Estimate.mean_of(distribution.log_prob(validation))
             found[name] = FittedDensity(distribution, log_density, pair[1])
     return found
 

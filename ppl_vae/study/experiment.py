@@ -201,7 +201,7 @@ def _add_evaluation(
     )
     if per_image is None:
         return run
-    gap = Estimate.from_values(per_image.result.log_evidence - per_image.result.elbo)
+    gap = Estimate.mean_of(per_image.result.log_evidence - per_image.result.elbo)
     quality = summarize_estimate(per_image.result, per_image.num_particles)
     return replace(run, gap=gap, reliable=is_reliable(quality.rise, quality.unreliable))
 

@@ -39,14 +39,14 @@ def _measure(state: TrainingState, validation: Validation, *, check: bool) -> di
         return {}
     if _has_deterministic_guide(state.program, images):
         log_p_x_given_z = reconstruction(state.program, images, seed=VALIDATION_SEED, check=check)
-        found = Estimate.from_values(log_p_x_given_z, 1)
+        found = Estimate.mean_of(log_p_x_given_z, 1)
         _keep_if_best(state, found.mean, "reconstruction")
         return {
             "validation_reconstruction_nats_per_image": found.mean,
             "validation_reconstruction_stderr_nats_per_image": found.stderr,
         }
     result = evaluate(state.program, images, num_particles=S, seed=VALIDATION_SEED, check=check)
-    elbo = Estimate.from_values(result.elbo, S)
+    elbo = Estimate.mean_of(result.elbo, S)
     record = {
         "validation_elbo_nats_per_image": elbo.mean,
         "validation_elbo_stderr_nats_per_image": elbo.stderr,
@@ -56,7 +56,7 @@ def _measure(state: TrainingState, validation: Validation, *, check: bool) -> di
     if S == 1:
         _keep_if_best(state, elbo.mean, "ELBO")
         return record
-    bound = Estimate.from_values(result.log_evidence, S)
+    bound = Estimate.mean_of(result.log_evidence, S)
     _keep_if_best(state, bound.mean, f"bound L_{S}")
     return record | {
         "validation_particles": S,

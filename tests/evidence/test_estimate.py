@@ -12,7 +12,7 @@ from ppl_vae.evidence.estimate import Estimate
 
 
 def share(k, N):
-    return Estimate.from_flags(torch.arange(N) < k)
+    return Estimate.share_of(torch.arange(N) < k)
 
 
 def test_a_share_is_what_was_counted():

@@ -218,7 +218,7 @@ def test_numbers_out_of_range_are_refused(oracle, argument, value):
 
 def test_an_estimate_is_the_mean_over_images_with_its_standard_error():
     values = torch.tensor([1.0, 2.0, 6.0])
-    estimate = Estimate.from_values(values, 5)
+    estimate = Estimate.mean_of(values, 5)
     assert (estimate.mean, estimate.n, estimate.num_particles) == (3.0, 3, 5)
     assert estimate.stderr == pytest.approx(math.sqrt(7.0 / 3))
 
@@ -229,7 +229,7 @@ def test_a_ragged_last_group_weighs_by_its_images_and_not_as_a_group(monkeypatch
     x[4] += 30.0  # alone in its group: the mean of the groups' means would weigh it as much as the other four
     monkeypatch.setattr("ppl_vae.runtime.batching.items_per_pass", lambda *_, **__: 4 * 3)
     bound = log_evidence(vae.model, vae.guide, x, num_particles=3)
-    assert Estimate.from_values(bound, 3).mean == pytest.approx(float(oracle.log_evidence(x).sum() / 5), rel=1e-9)
+    assert Estimate.mean_of(bound, 3).mean == pytest.approx(float(oracle.log_evidence(x).sum() / 5), rel=1e-9)
 
 
 class _BatchNormNet(nn.Module):

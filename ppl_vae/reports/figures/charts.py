@@ -94,7 +94,7 @@ def likelihood_histogram(
     figure = make_figure(title, height=3.0 + sum(heights))
     top, *below = figure.subplots(1 + len(examples), 1, height_ratios=[3.0, *heights], squeeze=False)[:, 0]
     top.hist(values.numpy(), bins=number_of_bins(len(values)), alpha=0.8)
-    mean = Estimate.from_values(values)
+    mean = Estimate.mean_of(values)
     error = "" if math.isnan(mean.stderr) else f" ± {mean.stderr:.2f}"
     top.axvline(mean.mean, color="black", linewidth=1, label=f"mean {mean.mean:.2f}{error}")
     top.set(xlabel=f"{name}, nats an image", ylabel="images")
@@ -123,7 +123,7 @@ def bound_by_particles(sizes: Sequence[int], bounds: Tensor, *, title: str) -> F
     figure = make_figure(title)
     left, right = figure.subplots(1, 2)
     for axes, values in ((left, bounds), (right, bounds - bounds[0])):
-        estimates = [Estimate.from_values(row) for row in values]
+        estimates = [Estimate.mean_of(row) for row in values]
         stderr = np.nan_to_num([each.stderr for each in estimates])
         axes.errorbar(sizes, [each.mean for each in estimates], yerr=stderr, marker=".", capsize=2)
         axes.set_xscale("log")

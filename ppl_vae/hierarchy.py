@@ -20,8 +20,7 @@ from torch import Size, Tensor, nn
 from torch.distributions import Distribution
 
 from ppl_vae.conditional import Conditional, restore_precision
-from ppl_vae.protocols import StochasticFunction
-from ppl_vae.registration import register_programs
+from ppl_vae.protocols import StochasticFunction, register_programs
 from ppl_vae.vae import check_batch_shape, check_event_shape
 
 

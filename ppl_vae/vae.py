@@ -10,8 +10,7 @@ from pyro.infer.autoguide import AutoGuide
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from ppl_vae.protocols import StochasticFunction
-from ppl_vae.registration import register_programs
+from ppl_vae.protocols import StochasticFunction, register_programs
 from ppl_vae.runtime.errors import ShapeError
 
 AnyDistribution = TypeVar("AnyDistribution", bound=Distribution)

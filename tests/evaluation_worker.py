@@ -17,7 +17,7 @@ from ppl_vae.evidence.evaluation import evaluate, reconstruction
 from ppl_vae.evidence.importance import Importance
 from ppl_vae.runtime import batching
 from ppl_vae.runtime import ranks as distributed
-from ppl_vae.runtime.blocks import Stopped
+from ppl_vae.runtime.batching import Stopped
 
 # (images, particles) at 12 pairs a pass.
 CASES = {

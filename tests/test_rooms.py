@@ -18,7 +18,7 @@ ROOMS = (
     *("runtime", "core", "data", "parts", "objectives", "evidence", "training"),
     *("diagnostics", "runs", "reports", "commands", "estimator", "study"),
 )
-CORE = {"conditional", "hierarchy", "protocols", "registration", "support", "vae", "weights"}
+CORE = {"conditional", "hierarchy", "protocols", "support", "vae", "weights"}
 
 SOURCES = {str(path.relative_to(ROOT)): path for path in sorted(PACKAGE.rglob("*.py"))}
 SCRIPTS = {

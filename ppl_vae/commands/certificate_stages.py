@@ -24,12 +24,11 @@ from ppl_vae.runs.block_store import BlockStore, StageResults
 from ppl_vae.runs.certificates import AISSummary
 from ppl_vae.runs.open import Say
 from ppl_vae.runs.resolve import decide_compile, matmul_precision
-from ppl_vae.runtime.batching import pairs_per_pass
-from ppl_vae.runtime.blocks import Stopped, block_seed, compute_blocks, even_block_size
+from ppl_vae.runtime.batching import Stopped, block_seed, compute_blocks, even_block_size, pairs_per_pass
 from ppl_vae.runtime.errors import CannotCapture, Interrupted
 from ppl_vae.runtime.global_state import seeded
 from ppl_vae.runtime.numerics import LogWeightSummary, bound_by_particles, smoothed_log_mean_exp
-from ppl_vae.runtime.progress import progress_bar
+from ppl_vae.runtime.process import progress_bar
 from ppl_vae.vae import VAE
 
 # Images and simulations per block: an interruption loses at most one block. Each block of refinement compiles a graph.

@@ -37,7 +37,7 @@ from ppl_vae.runs.resolve import (
 from ppl_vae.runs.results import PerImage, RunCalibration, from_json, read_evaluation, read_per_image, to_json
 from ppl_vae.runtime.errors import NotFinite
 from ppl_vae.runtime.global_state import seeded
-from ppl_vae.runtime.progress import progress_bar
+from ppl_vae.runtime.process import progress_bar
 from ppl_vae.training import Callbacks, fit
 from ppl_vae.vae import VAE
 

@@ -28,12 +28,10 @@ from ppl_vae.runs.open import Run, Say, check_density, load_evaluated_vae, open_
 from ppl_vae.runs.resolve import decide_compile, find_device, matmul_precision
 from ppl_vae.runs.results import Evaluation, Quantiles, to_json
 from ppl_vae.runtime import ranks as distributed
-from ppl_vae.runtime.batching import images_per_group, images_per_pass, pairs_per_pass
-from ppl_vae.runtime.blocks import Stopped
+from ppl_vae.runtime.batching import Stopped, images_per_group, images_per_pass, pairs_per_pass
 from ppl_vae.runtime.errors import CannotCapture, Interrupted
 from ppl_vae.runtime.global_state import seeded
-from ppl_vae.runtime.process import stop_on_signals
-from ppl_vae.runtime.progress import Progress
+from ppl_vae.runtime.process import Progress, stop_on_signals
 from ppl_vae.runtime.ranks import end_together, joined, rank_zero_first, rank_zero_only
 from ppl_vae.vae import VAE
 

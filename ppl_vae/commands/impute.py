@@ -23,7 +23,7 @@ from ppl_vae.runs.outputs import make_output_folder, write_arrays, write_figure
 from ppl_vae.runs.resolve import find_device
 from ppl_vae.runs.results import Quantiles, to_json
 from ppl_vae.runtime.global_state import seeded
-from ppl_vae.runtime.progress import progress_bar
+from ppl_vae.runtime.process import progress_bar
 from ppl_vae.vae import VAE
 
 _NUM_SHOWN, _DRAWS_SHOWN = 10, 3

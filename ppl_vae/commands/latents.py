@@ -33,7 +33,7 @@ from ppl_vae.runs.resolve import find_device
 from ppl_vae.runs.results import Quantiles, to_json
 from ppl_vae.runtime.batching import images_per_pass
 from ppl_vae.runtime.global_state import seeded, serialize_threads
-from ppl_vae.runtime.progress import progress_bar
+from ppl_vae.runtime.process import progress_bar
 from ppl_vae.vae import VAE
 
 _NUM_LOWEST = 5

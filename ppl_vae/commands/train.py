@@ -39,8 +39,7 @@ from ppl_vae.runs.resolve import (
 from ppl_vae.runs.results import is_evaluated, to_json
 from ppl_vae.runtime import ranks as distributed
 from ppl_vae.runtime.errors import CannotCapture, Interrupted, NotFinite
-from ppl_vae.runtime.process import stop_on_signals
-from ppl_vae.runtime.progress import Progress, has_terminal
+from ppl_vae.runtime.process import Progress, has_terminal, stop_on_signals
 from ppl_vae.runtime.ranks import broadcast_decision, end_together, joined, rank_zero_first, rank_zero_only
 from ppl_vae.training import Callbacks, TrainingState, TrainingStopped, exceeds_memory, fit
 from ppl_vae.vae import VAE

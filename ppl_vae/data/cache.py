@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ppl_vae.data.machine import allocate, get_cache_folder, make_cache_folder, map_in_threads, map_tensor, say
 from ppl_vae.data.splits import SPLIT_ORDER, Splits
-from ppl_vae.runtime.progress import progress_bar
+from ppl_vae.runtime.process import progress_bar
 
 # Raise this number when files are read differently than before: it makes the entries of older versions stale.
 _READER_VERSION = 6

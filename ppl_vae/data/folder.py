@@ -32,7 +32,7 @@ from ppl_vae.data.image_file import (
 from ppl_vae.data.machine import get_cache_folder, map_in_threads
 from ppl_vae.data.splits import LEVELS, SPLIT_ORDER, Splits, abbreviate, complete_splits
 from ppl_vae.runtime.errors import Widths, check_widths
-from ppl_vae.runtime.progress import progress_bar
+from ppl_vae.runtime.process import progress_bar
 
 _BLOCK = 2**23  # bytes of a block of images
 

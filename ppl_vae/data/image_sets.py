@@ -23,7 +23,7 @@ import torch
 from torch.hub import download_url_to_file
 
 from ppl_vae.data.splits import LEVELS, Splits
-from ppl_vae.runtime.progress import has_terminal
+from ppl_vae.runtime.process import has_terminal
 
 _DIGITS = tuple("0123456789")
 

@@ -19,7 +19,7 @@ from torch.distributions import Distribution
 
 from ppl_vae.conditional import Conditional
 from ppl_vae.evidence.moments import compute_moments
-from ppl_vae.parts.posteriors.flow import Autoregressive
+from ppl_vae.parts.flows import Autoregressive
 from ppl_vae.protocols import LatentModel
 from ppl_vae.runtime.capture import compile_function, detach_tensors, replace_tensors
 from ppl_vae.runtime.errors import check_count

@@ -11,8 +11,15 @@ from torch import Tensor
 
 from ppl_vae.evidence.importance import IMPORTANCE_NAMES, Importance, Terms, measure_group
 from ppl_vae.protocols import Program, StochasticFunction
-from ppl_vae.runtime.batching import BatchSize, evaluation_batch_size, even_divisor, images_per_group, images_per_pass
-from ppl_vae.runtime.blocks import block_seed, compute_blocks
+from ppl_vae.runtime.batching import (
+    BatchSize,
+    block_seed,
+    compute_blocks,
+    evaluation_batch_size,
+    even_divisor,
+    images_per_group,
+    images_per_pass,
+)
 from ppl_vae.runtime.capture import compile_function, detach_tensors, replace_tensors
 from ppl_vae.runtime.errors import CannotCapture, NotFinite, check_count
 from ppl_vae.runtime.global_state import evaluation_mode, seed_generators, seeded, serialize_threads

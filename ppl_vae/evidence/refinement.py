@@ -16,8 +16,7 @@ from ppl_vae.evidence.moments import encode
 from ppl_vae.evidence.proposals import Proposal, normal_features, replace_guide
 from ppl_vae.parts.posteriors import DiagonalNormal, FullNormal
 from ppl_vae.protocols import Family, LatentModel
-from ppl_vae.runtime.batching import images_per_pass, pairs_per_pass
-from ppl_vae.runtime.blocks import even_block_size
+from ppl_vae.runtime.batching import even_block_size, images_per_pass, pairs_per_pass
 from ppl_vae.runtime.capture import compile_function, detach_tensors, replace_tensors
 from ppl_vae.runtime.errors import check_count
 from ppl_vae.runtime.global_state import evaluation_mode, serialize_threads

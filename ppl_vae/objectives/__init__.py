@@ -2,9 +2,8 @@
 
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 
-from ppl_vae.objectives.free_bits import FreeBits
 from ppl_vae.objectives.importance import IWAE, STL, DReG
-from ppl_vae.objectives.tempered import Loss, Temper, autocast, elbo, loss_of_batch, loss_per_image
+from ppl_vae.objectives.tempered import FreeBits, Loss, Temper, autocast, elbo, loss_of_batch, loss_per_image
 
 __all__ = [
     "IWAE",

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
-from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
-from torch.distributions import Distribution, constraints
-from torch.nn.functional import softmax, softplus
+from torch.nn.functional import linear, softmax, softplus
 
 from ppl_vae.parts.networks import MLP
-from ppl_vae.runtime.errors import Widths
+from ppl_vae.runtime.errors import Widths, check_widths
 from ppl_vae.runtime.numerics import bounded
 
 MAX_LOG_SCALE = 2.0  # of one affine layer: a factor between 0.14 and 7.4
@@ -247,44 +246,102 @@ class Flow(nn.Module):
         return y, total
 
 
-def stack_couplings(dim: int, *, coupling: Callable[..., nn.Module], num_layers: int, hidden: Widths) -> Flow:
-    """num_layers times an elementwise affine map, a coupling and a permutation, and an affine map at the end.
+class MaskedLinear(nn.Linear):
+    """y = (W * mask) u + b.
 
     Args:
-        dim: L.
-        coupling: ``affine_coupling`` or ``spline_coupling``.
-        num_layers: The number of couplings.
-        hidden: Widths of the hidden layers of each coupling's network.
+        mask: (outputs, inputs), whether an output sees an input.
     """
-    layers: list[nn.Module] = []
-    for _ in range(num_layers):
-        layers += [ElementwiseAffine(dim), coupling(dim, hidden=hidden), Permutation(dim)]
-    return Flow([*layers, ElementwiseAffine(dim)])
+
+    mask: Tensor
+
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__(mask.shape[1], mask.shape[0])
+        self.register_buffer("mask", mask.to(self.weight.dtype), persistent=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., inputs) -> (..., outputs)."""
+        return linear(input, self.weight * self.mask, self.bias)
 
 
-class Pushforward(TorchDistribution):
-    """The distribution of z = f(u), u ~ base: log p(z) = log base(f^-1(z)) + log |det df^-1/dz|.
+class MaskedNetwork(nn.Module):
+    """h_l = net_l({u_m: order_m < order_l}, c): one network with features for every latent, its weights masked.
+
+    A hidden unit of degree d depends on the latents of order below d, and those of order d and above depend on it.
+    Degrees are spread evenly. The context is added in the first layer, so that it is multiplied once per image and not
+    once per particle. h starts at 0.
 
     Args:
-        base: a reparametrized distribution of u, event (L,).
-        flow: f, with ``forward`` and ``inverse``.
+        order: L integers from 0.
+        num_features: F, of each latent.
+        context_dim: C.
+        hidden: The widths of the hidden layers. Raises ValueError for none.
+
+    Reference: Germain et al. 2015 (MADE), arXiv 1502.03509, equations 8 to 11; the even degrees and the context as in
+    Papamakarios et al. 2017, arXiv 1705.07057, section 3.4.
     """
 
-    arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012 (torch's name and form)
-    support = constraints.real_vector
-    has_rsample = True
+    def __init__(self, order: Sequence[int], *, num_features: int, context_dim: int, hidden: Widths) -> None:
+        super().__init__()
+        hidden = check_widths("hidden", hidden)
+        if not hidden:
+            raise ValueError("hidden: expected at least one width, got none")
+        passes, of_latents = max(order) + 1, torch.tensor(order)
+        degrees = [torch.arange(width) * passes // width for width in hidden]
+        masks = [degrees[0][:, None] > of_latents]
+        masks += [after[:, None] >= before for before, after in pairwise(degrees)]
+        masks += [of_latents.repeat_interleave(num_features)[:, None] >= degrees[-1]]
+        self.num_features = num_features
+        self.context = nn.Linear(context_dim, hidden[0], bias=False)
+        self.first = MaskedLinear(masks[0])
+        self.further = nn.Sequential(*(nn.Sequential(nn.ReLU(), MaskedLinear(mask)) for mask in masks[1:-1]))
+        self.output = MaskedLinear(masks[-1])
+        with torch.no_grad():
+            self.output.weight.zero_()
+            self.output.bias.zero_()
 
-    def __init__(self, base: Distribution, flow: Flow) -> None:
-        self.base = base
-        self.flow = flow
-        super().__init__(base.batch_shape, base.event_shape, validate_args=False)
+    def forward(self, u: Tensor, context: Tensor) -> Tensor:
+        """u: (..., L), context: (..., C) -> (..., L, F)."""
+        h = self.further(self.first(u) + self.context(context))
+        return self.output(h.relu()).to(u.dtype).unflatten(-1, (-1, self.num_features))
 
-    def expand(self, batch_shape: Sequence[int], _instance: Distribution | None = None) -> Pushforward:
-        return Pushforward(self.base.expand(torch.Size(batch_shape)), self.flow)
 
-    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        return self.flow(self.base.rsample(torch.Size(sample_shape)))[0]
+class Autoregressive(nn.Module):
+    """y_l = t(u_l; h_l), h_l = net_l({u_m: order_m < order_l}, c): triangular, so that log |det dy/du| is a sum.
 
-    def log_prob(self, value: Tensor) -> Tensor:
-        u, log_volume = self.flow.inverse(value)
-        return self.base.log_prob(u) + log_volume
+    u to y takes one pass of the network; y to u takes one pass per distinct number in the order: L for a full order, 2
+    for a coupling, where one half is mapped given the other. It starts as y = u.
+
+    Args:
+        order: L integers from 0; each latent is mapped given those of lower order.
+        univariate: t, of ``num_features`` features, monotone in its argument.
+        num_features, context_dim, hidden: As in ``MaskedNetwork``.
+
+    Reference: Kingma et al. 2016, arXiv 1606.04934; as one layer with its couplings in Papamakarios et al. 2021,
+    arXiv 1912.02762, section 3.1.
+    """
+
+    order: Tensor
+
+    def __init__(
+        self, order: Sequence[int], *, univariate: Univariate, num_features: int, context_dim: int, hidden: Widths
+    ) -> None:
+        super().__init__()
+        self.univariate = univariate
+        self.passes = max(order) + 1
+        self.register_buffer("order", torch.tensor(order), persistent=False)
+        self.net = MaskedNetwork(order, num_features=num_features, context_dim=context_dim, hidden=hidden)
+
+    def forward(self, u: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        """u: (..., L), context: (..., C) -> y (..., L) and log |det dy/du|, (...)."""
+        y, log_slope = self.univariate(u, self.net(u, context), False)
+        return y, log_slope.sum(-1)
+
+    def inverse(self, y: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        """y: (..., L), context: (..., C) -> u (..., L) and log |det du/dy|, (...)."""
+        u = torch.zeros_like(y)
+        for index in range(self.passes - 1):
+            found, _ = self.univariate(y, self.net(u, context), True)
+            u = torch.where(self.order == index, found, u)  # only latents of this order are known now
+        u, log_slope = self.univariate(y, self.net(u, context), True)
+        return u, log_slope.sum(-1)

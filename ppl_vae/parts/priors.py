@@ -6,11 +6,13 @@ from collections.abc import Callable, Sequence
 
 import pyro.distributions as dist
 import torch
+from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
-from torch.distributions import Distribution
+from torch.distributions import Distribution, constraints
 
-from ppl_vae.parts import flows
+from ppl_vae.parts.flows import ElementwiseAffine, Flow, Permutation
 from ppl_vae.parts.posteriors import bounded_log_scale
+from ppl_vae.runtime.errors import Widths
 
 
 class StandardNormal(nn.Module):
@@ -117,7 +119,7 @@ class FlowPrior(nn.Module):
 
     Args:
         latent_dim: L, at least 2.
-        coupling, num_layers, hidden: Of f, as in ``flows.stack_couplings``.
+        coupling, num_layers, hidden: Of f, as in ``stack_couplings``.
 
     Reference: Dinh et al. 2017, arXiv 1605.08803; as a prior Chen et al. 2017, arXiv 1611.02731, Xu et al. 2019,
     arXiv 1905.13452.
@@ -129,8 +131,51 @@ class FlowPrior(nn.Module):
         super().__init__()
         self.base = StandardNormal(latent_dim)
         self.event_shape = (latent_dim,)
-        self.flow = flows.stack_couplings(latent_dim, coupling=coupling, num_layers=num_layers, hidden=hidden)
+        self.flow = stack_couplings(latent_dim, coupling=coupling, num_layers=num_layers, hidden=hidden)
 
-    def forward(self) -> flows.Pushforward:
+    def forward(self) -> Pushforward:
         """-> batch shape (), event shape (L,)."""
-        return flows.Pushforward(self.base(), self.flow)
+        return Pushforward(self.base(), self.flow)
+
+
+def stack_couplings(dim: int, *, coupling: Callable[..., nn.Module], num_layers: int, hidden: Widths) -> Flow:
+    """num_layers times an elementwise affine map, a coupling and a permutation, and an affine map at the end.
+
+    Args:
+        dim: L.
+        coupling: ``affine_coupling`` or ``spline_coupling``.
+        num_layers: The number of couplings.
+        hidden: Widths of the hidden layers of each coupling's network.
+    """
+    layers: list[nn.Module] = []
+    for _ in range(num_layers):
+        layers += [ElementwiseAffine(dim), coupling(dim, hidden=hidden), Permutation(dim)]
+    return Flow([*layers, ElementwiseAffine(dim)])
+
+
+class Pushforward(TorchDistribution):
+    """The distribution of z = f(u), u ~ base: log p(z) = log base(f^-1(z)) + log |det df^-1/dz|.
+
+    Args:
+        base: a reparametrized distribution of u, event (L,).
+        flow: f, with ``forward`` and ``inverse``.
+    """
+
+    arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012 (torch's name and form)
+    support = constraints.real_vector
+    has_rsample = True
+
+    def __init__(self, base: Distribution, flow: Flow) -> None:
+        self.base = base
+        self.flow = flow
+        super().__init__(base.batch_shape, base.event_shape, validate_args=False)
+
+    def expand(self, batch_shape: Sequence[int], _instance: Distribution | None = None) -> Pushforward:
+        return Pushforward(self.base.expand(torch.Size(batch_shape)), self.flow)
+
+    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        return self.flow(self.base.rsample(torch.Size(sample_shape)))[0]
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        u, log_volume = self.flow.inverse(value)
+        return self.base.log_prob(u) + log_volume

@@ -1,4 +1,4 @@
-"""How a script's process writes its output, reacts to signals, and ends. It imports the standard library only."""
+"""How a script's process writes its output and its progress, reacts to signals, and ends. It needs no torch."""
 
 from __future__ import annotations
 
@@ -10,11 +10,16 @@ import sys
 import threading
 import unicodedata
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from types import FrameType
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from ppl_vae.runtime.errors import EndedElsewhere, Interrupted, is_out_of_memory
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+# --- The end of a process ---
 
 
 def run_script(main: Callable[[], None]) -> None:
@@ -37,7 +42,7 @@ def run_script(main: Callable[[], None]) -> None:
         for ignored in (signal.SIGINT, signal.SIGTERM):  # a second Ctrl-C while Python ends shows no traceback
             with suppress(ValueError):
                 signal.signal(ignored, signal.SIG_IGN)
-        if _is_rank_zero():
+        if _rank() == "0":
             what = "interrupted" if number == signal.SIGINT else "terminated"
             print(f"\n{what}: {error}" if str(error) else f"\n{what}", file=sys.stderr)
         sys.exit(128 + number)
@@ -70,13 +75,13 @@ def _raise_interrupted(number: int, frame: FrameType | None) -> None:
     raise Interrupted(number=number)
 
 
-def _is_rank_zero() -> bool:
-    return os.environ.get("RANK", "0") == "0"
+def _rank() -> str:
+    return os.environ.get("RANK", "0")
 
 
 def _exit_with(error: object) -> NoReturn:
     first = (str(error).splitlines() or ["unknown"])[0]  # Pyro appends the shapes of a whole trace
-    print(f"error: {first}" if _is_rank_zero() else f"error on rank {os.environ['RANK']}: {first}", file=sys.stderr)
+    print(f"error: {first}" if _rank() == "0" else f"error on rank {_rank()}: {first}", file=sys.stderr)
     sys.exit(1)
 
 
@@ -115,8 +120,9 @@ def stop_on_signals(words: str = "") -> Iterator[Callable[[], bool]]:
         raise Interrupted(words, number=received[0])
 
 
+# --- Output ---
+
 _ASCII = {"±": "+/-", "−": "-", "–": "-", "×": "x", "≈": "~", "≤": "<=", "≥": ">=", "’": "'"}
-_HANDLER = "ppl_vae.ascii"
 
 
 def prepare_streams() -> None:
@@ -125,10 +131,10 @@ def prepare_streams() -> None:
     Otherwise a "±" ends a script whose output is ASCII or Latin-2, as does a file name that is no valid UTF-8, and a
     log file shows nothing before its buffer is full.
     """
-    codecs.register_error(_HANDLER, _replace_by_ascii)
+    codecs.register_error("ppl_vae.ascii", _replace_by_ascii)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors=_HANDLER, line_buffering=True)
+            stream.reconfigure(errors="ppl_vae.ascii", line_buffering=True)
 
 
 def _replace_by_ascii(error: UnicodeError) -> tuple[str, int]:
@@ -142,3 +148,102 @@ def _ascii_of(character: str) -> str:
     """+/- for a plus-minus sign, e for an e with an accent, otherwise an escape sequence."""
     without_accents = unicodedata.normalize("NFKD", character).encode("ascii", "ignore").decode()
     return _ASCII.get(character) or without_accents or character.encode("ascii", "backslashreplace").decode()
+
+
+# --- Progress ---
+
+_SECONDS_BETWEEN_LINES = 60
+_LINE = "{desc}: {percentage:.0f}% of {total_fmt} {unit}s, {elapsed} elapsed, {remaining} left"
+
+
+def has_terminal() -> bool:
+    """Whether standard error is a terminal, on which a bar can be redrawn."""
+    return sys.stderr is not None and sys.stderr.isatty()
+
+
+def progress_bar(**options: object) -> tqdm:
+    """tqdm's bar; without a terminal one line per minute, and none for shorter work."""
+    from tqdm import tqdm  # --help needs none
+
+    if has_terminal():
+        return tqdm(**options)
+    seconds: dict[str, object] = dict.fromkeys(("mininterval", "maxinterval", "delay"), _SECONDS_BETWEEN_LINES)
+    return tqdm(**(options | seconds | {"file": _Lines(), "bar_format": _LINE}))
+
+
+class _Lines:
+    """A file for tqdm that prints each state of a bar as a line, without the codes that move a cursor."""
+
+    def write(self, text: str) -> None:
+        line = text.replace("\x1b[A", "").strip()
+        if line:
+            print(line, file=sys.stderr)
+
+    def flush(self) -> None:
+        """Nothing is buffered."""
+
+
+@contextmanager
+def _running_clock(words: str) -> Iterator[None]:
+    """Show the words and a running clock on a terminal."""
+    ended = threading.Event()
+    with progress_bar(desc=words, bar_format="{desc} ... {elapsed}", leave=False) as clock:
+
+        def tick() -> None:
+            while not ended.wait(1):
+                clock.refresh()
+
+        ticking = threading.Thread(target=tick, daemon=True)
+        ticking.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            ticking.join()
+
+
+class Progress(ExitStack):
+    """A progress bar that starts with the first step, so that its estimate leaves out the time to compile.
+
+    Args:
+        options: As ``progress_bar`` takes them.
+
+    Attributes:
+        count: How much is done.
+    """
+
+    def __init__(self, *, initial: int = 0, **options: object) -> None:
+        super().__init__()
+        self.count = initial
+        self._options = options
+        self._bar: tqdm | None = None
+
+    def close(self) -> None:
+        """End the clock or the bar."""
+        super().close()
+        self._bar = None
+
+    def show_clock(self, words: str, say: Callable[[str], None]) -> None:
+        """Show a running clock until ``show_bar``; without a terminal, ``say`` prints the words."""
+        if has_terminal():
+            self.enter_context(_running_clock(words))
+        else:
+            say(f"{words} ...")
+
+    def show_bar(self) -> None:
+        """End the clock, and start the bar."""
+        self.close()
+        self._bar = self.enter_context(progress_bar(initial=self.count, **self._options))
+
+    def update(self, count: int = 1) -> None:
+        """Add what was done since the last call."""
+        if self._bar is None:
+            self.show_bar()
+        assert self._bar is not None
+        self._bar.update(count)
+        self.count += count
+
+    def describe(self, words: str) -> None:
+        """Show these words behind the bar."""
+        if self._bar is not None:
+            self._bar.set_postfix_str(words)

@@ -22,7 +22,7 @@ from ppl_vae.runs.resolve import check_support, count_steps, find_device, load_s
 from ppl_vae.runs.results import to_json
 from ppl_vae.runtime import capture
 from ppl_vae.runtime.errors import Interrupted
-from ppl_vae.runtime.progress import progress_bar
+from ppl_vae.runtime.process import progress_bar
 from ppl_vae.study.compare import assemble_numbers
 from ppl_vae.study.data import PICTURES, StudyData, make_study_data, originals_path, write_strip
 from ppl_vae.study.experiment import is_finished, measure_run, train_planned

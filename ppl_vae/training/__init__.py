@@ -1,11 +1,10 @@
 """Training by SVI: the loop, its settings, eager and compiled steps, and a state from which a run continues exactly."""
 
 from ppl_vae.training.loop import TrainingStopped, epoch_batches, fit
-from ppl_vae.training.settings import Callbacks, Optimizer, Schedule, Validation
+from ppl_vae.training.settings import VALIDATION_SEED, Callbacks, Optimizer, Schedule, Validation
 from ppl_vae.training.state import TrainingState
 from ppl_vae.training.steps import CapturedSteps, EagerSteps
 from ppl_vae.training.streaming import Resident, Streamed, exceeds_memory
-from ppl_vae.training.validation import VALIDATION_SEED
 
 __all__ = [
     "VALIDATION_SEED",

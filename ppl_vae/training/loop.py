@@ -33,11 +33,10 @@ from ppl_vae.training.checks import (
     check_skipped,
     images_tensor,
 )
-from ppl_vae.training.settings import Callbacks, Optimizer, Schedule, Validation
+from ppl_vae.training.settings import Callbacks, Optimizer, Schedule, Validation, validate
 from ppl_vae.training.state import TrainingState
 from ppl_vae.training.steps import CapturedSteps, EagerSteps, Requests
 from ppl_vae.training.streaming import Resident, Streamed
-from ppl_vae.training.validation import validate
 
 
 class TrainingStopped(Exception):

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from ppl_vae.runtime.captured_step import CapturedStep
+from ppl_vae.runtime.captured_step import CapturedStep, adam_moments
 from ppl_vae.runtime.errors import NotFinite
-from ppl_vae.runtime.flat_state import adam_moments
 from ppl_vae.runtime.noise import SharedNoise
 from ppl_vae.runtime.ranks import BatchShare, batch_share, gather_objects, num_ranks, sum_over_ranks, use_share
 from ppl_vae.training.checks import find_gradients_not_finite, find_not_finite, find_site_not_finite

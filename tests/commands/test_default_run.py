@@ -16,7 +16,7 @@ from ppl_vae import load, log_weights, runs
 from ppl_vae.commands.options import Diagnose
 from ppl_vae.commands.report import diagnose_run
 from ppl_vae.commands.train import train_run
-from ppl_vae.parts.flows import Pushforward
+from ppl_vae.parts.priors import Pushforward
 from ppl_vae.runs.build import build_vae
 from ppl_vae.runs.load import read_config
 from ppl_vae.runs.options import Options

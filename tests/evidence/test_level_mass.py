@@ -18,8 +18,7 @@ from torch.testing import assert_close
 
 from ppl_vae.evidence.dequantization import Dequantized
 from ppl_vae.parts.likelihoods.level_mass import has_exact_mass, log_level_mass
-from ppl_vae.parts.likelihoods.logit import Sigmoid
-from ppl_vae.parts.likelihoods.unit_interval import StableBeta, StableContinuousBernoulli
+from ppl_vae.parts.likelihoods.unit_interval import Sigmoid, StableBeta, StableContinuousBernoulli
 
 LEVELS = torch.arange(256, dtype=torch.double)
 EDGES = np.arange(257) / 256

@@ -15,11 +15,9 @@ from ppl_vae.parts.flows import (
     SPLINE_BOUND,
     ElementwiseAffine,
     Permutation,
-    Pushforward,
     spline,
-    stack_couplings,
 )
-from ppl_vae.parts.priors import StandardNormal
+from ppl_vae.parts.priors import Pushforward, StandardNormal, stack_couplings
 
 COUPLINGS = {word: part.load() for word, part in registry.COUPLINGS.items()}
 

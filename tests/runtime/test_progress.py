@@ -10,12 +10,12 @@ from contextlib import suppress
 
 import pytest
 
-from ppl_vae.runtime import progress
-from ppl_vae.runtime.progress import Progress, progress_bar
+from ppl_vae.runtime import process as progress
+from ppl_vae.runtime.process import Progress, progress_bar
 
 TRAINING = """
 import time
-from ppl_vae.runtime.progress import Progress
+from ppl_vae.runtime.process import Progress
 with Progress(total=3, initial=1, unit="step", desc="training") as shown:
     shown.show_clock("Compiling the training step", print)
     time.sleep(2.5)

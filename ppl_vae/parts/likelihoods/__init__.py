@@ -18,10 +18,9 @@ Features come plane by plane: the first of every pixel, then the second.
 from ppl_vae.parts.likelihoods.counts import Bernoulli, NegativeBinomial, Poisson
 from ppl_vae.parts.likelihoods.independent import fit_independent_pixels
 from ppl_vae.parts.likelihoods.levels import Binomial, Categorical, DiscretizedLogistic
-from ppl_vae.parts.likelihoods.logit import Logit, LogitNormal, has_quantiles
 from ppl_vae.parts.likelihoods.mixture import DiscretizedLogisticMixture
 from ppl_vae.parts.likelihoods.real import Laplace, Normal, NormalFixed, NormalOptimal, NormalPerPixel, StudentT
-from ppl_vae.parts.likelihoods.unit_interval import Beta, ContinuousBernoulli
+from ppl_vae.parts.likelihoods.unit_interval import Beta, ContinuousBernoulli, Logit, LogitNormal, has_quantiles
 
 __all__ = [
     "Bernoulli",

@@ -21,7 +21,6 @@ from ppl_vae.parts.likelihoods.counts import (
 )
 from ppl_vae.parts.likelihoods.level_mass import log_level_mass
 from ppl_vae.parts.likelihoods.levels import PIXELS_AT_ONCE, Categorical, LevelCategorical
-from ppl_vae.parts.likelihoods.logit import Logit, LogitNormal, Sigmoid
 from ppl_vae.parts.likelihoods.real import (
     LOG_DF_LIMIT,
     Laplace,
@@ -31,7 +30,7 @@ from ppl_vae.parts.likelihoods.real import (
     NormalPerPixel,
     StudentT,
 )
-from ppl_vae.parts.likelihoods.unit_interval import Beta, ContinuousBernoulli
+from ppl_vae.parts.likelihoods.unit_interval import Beta, ContinuousBernoulli, Logit, LogitNormal, Sigmoid
 from ppl_vae.protocols import Likelihood
 from ppl_vae.runtime.numerics import bounded, mean_and_variance, sum_over_images
 

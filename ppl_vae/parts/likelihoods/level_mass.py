@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from ppl_vae.data import NUM_LEVELS
-from ppl_vae.parts.likelihoods.logit import Sigmoid
-from ppl_vae.parts.likelihoods.unit_interval import StableBeta, StableContinuousBernoulli
+from ppl_vae.parts.likelihoods.unit_interval import Sigmoid, StableBeta, StableContinuousBernoulli
 from ppl_vae.runtime.numerics import HALF_LOG_TWO_PI, stirling_remainder
 
 _FRACTION_DEPTH = 16  # of the incomplete beta function's continued fraction: right to 1e-12 for the densities here

@@ -26,8 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from ppl_vae.commands.cli import Command, parse
 from ppl_vae.parts.registry import LIKELIHOODS
-from ppl_vae.runs.fields import NOT_EMPTY, POSITIVE_INTEGER, CheckedOptions, option
-from ppl_vae.runs.options import PLAIN, Options
+from ppl_vae.runs.options import NOT_EMPTY, PLAIN, POSITIVE_INTEGER, CheckedOptions, Options, option
 from ppl_vae.runtime.process import run_script
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from ppl_vae.reports.text.comparison import reproduction_table, seeds_table
 from ppl_vae.reports.text.diagnosis import describe_numbers, describe_verdicts
 from ppl_vae.reports.text.evaluation import describe_evaluation, plus_minus
 from ppl_vae.runs.certificates import read_certificates
-from ppl_vae.runs.fields import format_flag
+from ppl_vae.runs.options import format_flag
 from ppl_vae.runs.recipes import Reproduction, read_reproductions
 from ppl_vae.runs.results import Diagnosis, Evaluation, from_json
 

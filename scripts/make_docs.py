@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ppl_vae.commands.cli import Command, parse
-from ppl_vae.runs.fields import BOOLEAN, CheckedOptions, option
+from ppl_vae.runs.options import BOOLEAN, CheckedOptions, option
 from ppl_vae.runtime.process import run_script
 
 ROOT = Path(__file__).parents[1]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ppl_vae.commands.cli import Command, parse
-from ppl_vae.runs.fields import BOOLEAN, CheckedOptions, option
+from ppl_vae.runs.options import BOOLEAN, CheckedOptions, option
 from ppl_vae.runtime.process import run_script
 
 if TYPE_CHECKING:

@@ -35,12 +35,11 @@ from scipy.io import savemat
 from small_run import SMALL, bars, save_bars, train_small
 
 from ppl_vae import data, runs
-from ppl_vae.commands import impute as imputation
+from ppl_vae.commands import latents as imputation
 from ppl_vae.data import binary_sets, image_sets, machine
 from ppl_vae.data import folder as image_folder
-from ppl_vae.runs.block_store import BlockStore
 from ppl_vae.runs.certificates import read_certificates
-from ppl_vae.runs.checkpoints import find_newest_checkpoint
+from ppl_vae.runs.checkpoints import BlockStore, find_newest_checkpoint
 from ppl_vae.runs.load import load, read_config
 from ppl_vae.runs.recipes import read_reproductions
 from ppl_vae.runs.results import read_per_image

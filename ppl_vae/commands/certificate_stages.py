@@ -20,8 +20,8 @@ from ppl_vae.evidence.proposals import defend_proposal, replace_guide
 from ppl_vae.evidence.rank_statistics import Ranks
 from ppl_vae.evidence.refinement import Gaps, measure_gaps, refine_proposal
 from ppl_vae.parts.posteriors import FullNormal
-from ppl_vae.runs.block_store import BlockStore, StageResults
 from ppl_vae.runs.certificates import AISSummary
+from ppl_vae.runs.checkpoints import BlockStore, StageResults
 from ppl_vae.runs.open import Say
 from ppl_vae.runs.resolve import decide_compile, matmul_precision
 from ppl_vae.runtime.batching import Stopped, block_seed, compute_blocks, even_block_size, pairs_per_pass

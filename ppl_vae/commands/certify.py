@@ -21,7 +21,6 @@ from ppl_vae.evidence.guide_calibration import judge
 from ppl_vae.evidence.typicality import mix_prior_into_guide, typicality
 from ppl_vae.reports.figures.certificate import certificate_figures
 from ppl_vae.reports.text.certificate import certificate_table, describe_certificate
-from ppl_vae.runs.block_store import BlockStore, StageResults
 from ppl_vae.runs.certificates import (
     CERTIFICATE,
     AISSummary,
@@ -38,6 +37,7 @@ from ppl_vae.runs.certificates import (
     summarize_importance,
     summarize_simulated,
 )
+from ppl_vae.runs.checkpoints import BlockStore, StageResults
 from ppl_vae.runs.files import JsonObject
 from ppl_vae.runs.open import Run, Say, check_density, check_images, load_evaluated_vae, open_run
 from ppl_vae.runs.outputs import write_figure

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
 from ppl_vae.commands.options import COMMANDS, Command
-from ppl_vae.runs.fields import check_value, convert_value, expand_home, format_flag, get_kind, is_list
+from ppl_vae.runs.options import check_value, convert_value, expand_home, format_flag, get_kind, is_list
 from ppl_vae.runtime.process import run_script
 
 METAVARS = {int: "N", float: "X", str: "WORD"}

@@ -11,27 +11,30 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import pyro
 import torch
 from torch import Tensor
 
 from ppl_vae import data, runs
 from ppl_vae.commands.options import Certify, Evaluate
+from ppl_vae.diagnostics.pixel_calibration import calibrate_pixels
+from ppl_vae.evidence.dequantization import LevelsPosterior, levels_of
 from ppl_vae.evidence.estimate import Estimate, combine_stderrs
 from ppl_vae.evidence.evaluation import evaluate, reconstruction
 from ppl_vae.evidence.importance import IMPORTANCE_NAMES, Importance
 from ppl_vae.parts.likelihoods import fit_independent_pixels
 from ppl_vae.reports.text.evaluation import describe_evaluation
-from ppl_vae.runs.block_store import BlockStore
 from ppl_vae.runs.build import build_likelihood, is_autoencoder
+from ppl_vae.runs.checkpoints import BlockStore
 from ppl_vae.runs.load import load
 from ppl_vae.runs.open import Run, Say, check_density, load_evaluated_vae, open_run
 from ppl_vae.runs.resolve import decide_compile, find_device, matmul_precision
-from ppl_vae.runs.results import Evaluation, Quantiles, to_json
+from ppl_vae.runs.results import Evaluation, Quantiles, RunCalibration, from_json, to_json
 from ppl_vae.runtime import ranks as distributed
 from ppl_vae.runtime.batching import Stopped, images_per_group, images_per_pass, pairs_per_pass
 from ppl_vae.runtime.errors import CannotCapture, Interrupted
 from ppl_vae.runtime.global_state import seeded
-from ppl_vae.runtime.process import Progress, stop_on_signals
+from ppl_vae.runtime.process import Progress, progress_bar, stop_on_signals
 from ppl_vae.runtime.ranks import end_together, joined, rank_zero_first, rank_zero_only
 from ppl_vae.vae import VAE
 
@@ -273,3 +276,42 @@ def binarization_entropy(run: Run, split: str, index: Tensor) -> float | None:
         return None
     entropy = data.binarization_entropy(run.splits, split, run.pixels)
     return None if entropy is None else float(entropy[index].mean())
+
+
+# --- Calibration of pixels ---
+
+_CALIBRATION_SEED, _MOST_IMAGES, _NUM_DRAWS = 0, 1000, 99
+
+
+def calibrate_run(run: Run) -> RunCalibration:
+    """``calibrate_pixels`` on 1,000 fixed random test images, or the stored result for the same weights.
+
+    A density of dequantized levels is calibrated as the mass that it gives to levels, and to the whole numbers beyond 0
+    and 255, where no pixel can be. If it were cut at the ends, a density with half its mass below 0 would seem to
+    expect black half of the time. Its guide sees (x + u) / 256 with a uniform u, not a u from p(u | x), so the result
+    for an exact posterior is uniform only up to how the density varies within a level.
+    """
+    path = run.folder / "calibration.json"
+    x = data.evaluation_images(run.splits, "test", run.evaluated_pixels)
+    index = data.subset(len(x), min(run.options.images, _MOST_IMAGES))
+    identity = {
+        "step": runs.load_step(run.folder / runs.MODEL),
+        "split": "test",
+        "num_images": len(index),
+        "num_draws": _NUM_DRAWS,
+        "seed": _CALIBRATION_SEED,
+    }
+    if path.exists() and identity.items() <= (stored := runs.read_json(path)).items():
+        return from_json(RunCalibration, stored)
+    with (
+        progress_bar(total=len(index), unit="image", desc="calibration") as bar,
+        seeded(_CALIBRATION_SEED, torch.device("cpu")),
+        pyro.validation_enabled(False),
+    ):
+        vae, transform = load(run.folder), None
+        if run.pixels == "dequantized":
+            vae, transform = VAE(vae.prior, vae.likelihood, LevelsPosterior(vae.posterior)), levels_of
+        found = calibrate_pixels(vae, x[index], num_draws=_NUM_DRAWS, transform=transform, progress=bar.update)
+    entry = to_json(found) | identity
+    runs.write_json(path, entry)
+    return from_json(RunCalibration, entry)

@@ -1,33 +1,42 @@
-"""From images to latents, and from latents to new images."""
+"""Images of a person under a run: their latents, and their missing pixels; and new images from a run."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ppl_vae import runs
 from ppl_vae.commands.evaluate import evaluate_with_progress
-from ppl_vae.commands.options import Encode, Sample
+from ppl_vae.commands.options import Encode, Impute, Sample
 from ppl_vae.data import dequantize_uniformly
 from ppl_vae.data.registry import SPLITS
-from ppl_vae.evidence.estimate import Estimate
-from ppl_vae.evidence.evaluation import reconstruction
+from ppl_vae.evidence.estimate import Estimate, ImagesMean
+from ppl_vae.evidence.evaluation import evaluate, reconstruction
+from ppl_vae.evidence.missing import Imputation, Observed, impute
 from ppl_vae.evidence.moments import PosteriorMoments, encode, sample_latents
-from ppl_vae.reports.display import choose_display
+from ppl_vae.reports.display import choose_display, draw_imputations
 from ppl_vae.reports.latents_figure import latents_figure, measure_latent_use
 from ppl_vae.reports.run_figures import samples_figure
-from ppl_vae.reports.text.evaluation import describe_encoding
+from ppl_vae.reports.text.evaluation import FEW_PARTICLES, describe_encoding, describe_imputation
 from ppl_vae.reports.text.pages import NOT_TRAINED_ON_PRIOR
 from ppl_vae.runs.build import is_autoencoder
-from ppl_vae.runs.command_results import Encoding, ImageScore
+from ppl_vae.runs.command_results import Encoding, ImageScore, ImputationSummary, ImputedImage
+from ppl_vae.runs.files import JsonObject
 from ppl_vae.runs.load import load
-from ppl_vae.runs.open import Images, Run, Say, load_evaluated_vae, load_given_images, open_run, open_run_or_export
+from ppl_vae.runs.open import (
+    Images,
+    Run,
+    Say,
+    check_density,
+    load_evaluated_vae,
+    load_given_images,
+    open_run,
+    open_run_or_export,
+)
 from ppl_vae.runs.outputs import make_output_folder, write_arrays, write_figure, write_picture
 from ppl_vae.runs.resolve import find_device
 from ppl_vae.runs.results import Quantiles, to_json
@@ -37,6 +46,21 @@ from ppl_vae.runtime.process import progress_bar
 from ppl_vae.vae import VAE
 
 _NUM_LOWEST = 5
+_MOST_DRAWN = 256  # in samples.png
+
+
+def _describe_given(run: Run, given: Images, options: Encode | Impute) -> JsonObject:
+    """The fields that the summaries of given images share."""
+    return vars(run.provenance) | {
+        "images": given.source,
+        "num_images": len(given.x),
+        "seed": options.seed,
+        "step": runs.load_step(run.folder / runs.MODEL),
+        "notes": given.notes,
+    }
+
+
+# --- Latents ---
 
 
 def encode_images(options: Encode, *, say: Say) -> Path:
@@ -49,11 +73,7 @@ def encode_images(options: Encode, *, say: Say) -> Path:
     An autoencoder has no density: ``mean`` is z(x), and ``reconstruction``, log p(x | z(x)), is the only other number.
     For dequantized levels both use the same (x + u) / 256.
 
-    An export of a run needs no data for a person's own images.
-
-    Raises:
-        ValueError: no run, a damaged one, other data than it was trained on, images that do not fit it or have missing
-            pixels, or a folder that holds something.
+    An export of a run needs no data for a person's own images. Images with missing pixels are refused.
     """
     is_split = options.images_path in SPLITS
     opened = open_run if is_split else open_run_or_export
@@ -91,20 +111,6 @@ def encode_images(options: Encode, *, say: Say) -> Path:
 Encoded = tuple[PosteriorMoments, dict[str, Tensor], Encoding]  # latents, numbers of each image, and their summary
 
 
-def _summarize(run: Run, given: Images, options: Encode) -> Encoding:
-    """The fields that both kinds of runs have."""
-    return Encoding(
-        **vars(run.provenance),
-        images=given.source,
-        num_images=len(given.x),
-        num_particles=None,
-        lowest=(),
-        seed=options.seed,
-        step=runs.load_step(run.folder / runs.MODEL),
-        notes=given.notes,
-    )
-
-
 def _evaluate_images(run: Run, given: Images, options: Encode, say: Say) -> Encoded:
     place, S = find_device(options.device), options.num_particles
     vae, x = load_evaluated_vae(run).to(place), given.x.to(place)
@@ -115,8 +121,8 @@ def _evaluate_images(run: Run, given: Images, options: Encode, say: Say) -> Enco
         vae, x, num_particles=S, seed=options.seed, compile="auto", say=say, words=words
     ).cpu()
     lowest = result.log_evidence.argsort()[:_NUM_LOWEST].tolist()
-    summary = replace(
-        _summarize(run, given, options),
+    summary = Encoding(
+        **_describe_given(run, given, options),
         num_particles=S,
         log_likelihood=Estimate.mean_of(result.log_evidence, S),
         elbo=Estimate.mean_of(result.elbo, S),
@@ -124,7 +130,7 @@ def _evaluate_images(run: Run, given: Images, options: Encode, say: Say) -> Enco
         unreliable_images=int(result.unreliable().sum()) if S > 1 else None,
         lowest=tuple(ImageScore(given.names[i], log_likelihood=float(result.log_evidence[i])) for i in lowest),
     )
-    codes = _move_to_cpu(codes)
+    codes = codes._replace(mean=codes.mean.cpu(), scale=codes.scale.cpu())
     numbers = {"scale": codes.scale, "log_likelihood": result.log_evidence}
     return codes, numbers | {"elbo": result.elbo, "ess": result.ess, "pareto_k": result.pareto_k}, summary
 
@@ -136,22 +142,159 @@ def _reconstruct_images(run: Run, given: Images, options: Encode, say: Say) -> E
         x = dequantize_uniformly(x) if run.pixels == "dequantized" else x
     with progress_bar(total=len(x), unit="image", desc=f"log p(x | z), {Path(given.source).name}") as bar:
         found = reconstruction(vae, x, seed=options.seed, progress=bar.update).cpu()
-    summary = replace(
-        _summarize(run, given, options),
-        scale=run.trained_scale,
+    lowest = found.argsort()[:_NUM_LOWEST].tolist()
+    summary = Encoding(
+        **_describe_given(run, given, options) | {"scale": run.trained_scale},
+        num_particles=None,
         reconstruction=Estimate.mean_of(found, 1),
-        lowest=tuple(
-            ImageScore(given.names[i], reconstruction=float(found[i])) for i in found.argsort()[:_NUM_LOWEST].tolist()
+        lowest=tuple(ImageScore(given.names[i], reconstruction=float(found[i])) for i in lowest),
+    )
+    codes = encode(vae, x)
+    return codes._replace(mean=codes.mean.cpu(), scale=codes.scale.cpu()), {"reconstruction": found}, summary
+
+
+# --- Missing pixels ---
+
+
+def impute_images(options: Impute, *, say: Say) -> Path:
+    """Estimates log p(x_observed) of images, draws x_missing ~ p(x_missing | x_observed), and returns the folder.
+
+    Writes imputed.npz, imputations.json and imputations.png. imputed.npz holds ``draws`` (M, n, *E), ``mean`` (n, *E),
+    ``mask`` (n, *E) (1 = observed), ``log_likelihood_observed`` and ``ess`` (n,), and ``names``. If pixels were hidden
+    from images that are otherwise complete, it also holds ``log_likelihood_hidden``, log p(x_hidden | x_observed) =
+    log p(x) - log p(x_observed), with NaN for the other images.
+    """
+    run = open_run(options.run_dir, dataset=options.dataset, data_dir=options.data_dir)
+    check_density(run, "p(x_missing | x_observed) to draw from")
+    place, S = find_device(options.device), options.num_particles
+    vae = load_evaluated_vae(run).to(place)
+    given = load_given_images(run, options.images_path, most=options.images, seed=options.seed)
+    x = torch.where(_find_observed(given, options), given.x, torch.nan)
+    folder = make_output_folder(options.output, run.folder / "imputations")
+    title = f"imputing {Path(given.source).name}"
+    with seeded(options.seed, place), progress_bar(total=len(x), unit="image", desc=title) as bar:
+        found = impute(Observed(vae), x.to(place), num_particles=S, num_draws=options.num_draws, progress=bar.update)
+    result = Imputation(*(values.cpu() for values in vars(found).values()))
+    hidden = _estimate_hidden(vae, x, given.x, result, options)
+    arrays = {
+        "draws": result.draws,
+        "mean": result.mean,
+        "mask": (~x.isnan()).byte(),
+        "log_likelihood_observed": result.log_evidence,
+        "ess": result.ess,
+    }
+    if not hidden.isnan().all():
+        arrays |= {"log_likelihood_hidden": hidden}
+    summary = _summarize_imputation(run, given, x, result, hidden, options)
+    picture, is_table = folder / "imputations.png", len(run.splits.event_shape) == 1
+    (folder / "imputations.json").unlink(missing_ok=True)  # the last that is written: it never describes other arrays
+    write_arrays(folder / "imputed.npz", arrays, given.names)
+    if is_table:
+        picture.unlink(missing_ok=True)
+    else:
+        write_figure(picture, draw_imputations(choose_display(run), x, given.x, result))
+    runs.write_json(folder / "imputations.json", to_json(summary))
+    for line in (*given.notes, *describe_imputation(summary)):
+        say(line)
+    say(f"In {folder}: imputed.npz (draws, means, mask), imputations.json{', imputations.png' * (not is_table)}")
+    return folder
+
+
+def read_mask(path: str, num_images: int, event_shape: tuple[int, ...]) -> Tensor:
+    """Reads a mask file as (N, *E), True where a pixel is observed; or (1, *E) for all images.
+
+    An .npy file of zeros and ones: (*E), (H, W), (N, *E), (N, H, W) or (N, H, W, C); a shape that is both an image's
+    and that of N images without a channel is read as an image's. Raises ValueError for any other file.
+    """
+    try:
+        array = np.array(np.load(path, mmap_mode="r", allow_pickle=False))  # a header that announces more is refused
+    except OSError as error:
+        raise ValueError(f"--mask: {path} cannot be read: {error.strerror or 'not an .npy file'}") from None
+    except Exception:  # a damaged header is parsed as Python, and raises nearly every type
+        raise ValueError(f"--mask: {path}: expected an .npy file of zeros and ones, got something else") from None
+    if array.dtype.kind not in "buif" or not ((array == 0) | (array == 1)).all():
+        raise ValueError(f"--mask: {path}: expected zeros (missing) and ones (observed) alone, got other values")
+    observed, whole = torch.from_numpy(array.astype(bool)), tuple(event_shape)
+    if array.shape in (whole, (num_images, *whole)):
+        return observed.reshape(-1, *whole)
+    if len(whole) == 3 and array.shape in (whole[1:], (num_images, *whole[1:])):
+        return observed.reshape(-1, 1, *whole[1:]).expand(-1, *whole)
+    if len(whole) == 3 and array.shape == (num_images, *whole[1:], whole[0]):
+        return observed.permute(0, 3, 1, 2)
+    raise ValueError(
+        f"--mask: {path}: expected the shape of an image {whole} or of {num_images:,} images {(num_images, *whole)}, "
+        f"also without channels, got {array.shape}"
+    )
+
+
+def hide_half(side: str, event_shape: tuple[int, ...]) -> Tensor:
+    """A mask (1, *E) that is False in one half of the image, the smaller one for an odd size. Refuses tables."""
+    if len(event_shape) != 3:
+        raise ValueError(f"--hide: expected images (C, H, W), got a table of shape {event_shape}; --mask hides in one")
+    observed = torch.ones(1, *event_shape, dtype=torch.bool)
+    dim = 2 if side in ("top", "bottom") else 3
+    size = observed.shape[dim]
+    start = 0 if side in ("top", "left") else size - size // 2
+    observed.narrow(dim, start, size // 2).fill_(False)
+    return observed
+
+
+def _find_observed(found: Images, options: Impute) -> Tensor:
+    """(n, *E), False where the mask hides a pixel. A mask belongs to all images that were found."""
+    if options.mask is not None and options.hide is not None:
+        raise ValueError("--hide: expected one of --mask and --hide, got both")
+    event_shape = tuple(found.x.shape[1:])
+    observed = torch.ones(1, *event_shape, dtype=torch.bool)
+    if options.mask is not None:
+        observed = read_mask(options.mask, found.num_found, event_shape)
+    elif options.hide is not None:
+        observed = hide_half(options.hide, event_shape)
+    return observed.expand(found.num_found, *event_shape)[found.places]
+
+
+def _estimate_hidden(vae: VAE, x: Tensor, truth: Tensor, result: Imputation, options: Impute) -> Tensor:
+    """log p(x_hidden | x_observed) = log p(x) - log p(x_observed) of each image, (n,) nats.
+
+    NaN for an image without a hidden pixel, and for one with pixels that nobody knows.
+
+    Both terms are bounds with S particles; their difference is an estimate and no bound.
+    """
+    hidden = x.isnan().flatten(1).any(1) & ~truth.isnan().flatten(1).any(1)
+    log_p = torch.full((len(hidden),), torch.nan, dtype=torch.double)
+    if hidden.any():
+        whole = truth[hidden].to(find_device(options.device))
+        found = evaluate(vae, whole, num_particles=options.num_particles, seed=options.seed).log_evidence
+        log_p[hidden] = found.cpu() - result.log_evidence[hidden]
+    return log_p
+
+
+def _summarize_imputation(
+    run: Run, given: Images, x: Tensor, result: Imputation, hidden: Tensor, options: Impute
+) -> ImputationSummary:
+    missing = x.isnan().flatten(1)
+    incomplete, known = missing.any(1), hidden[~hidden.isnan()]
+    columns = (missing.sum(1), result.log_evidence, result.ess, hidden)
+    return ImputationSummary(
+        **_describe_given(run, given, options),
+        num_particles=options.num_particles,
+        missing_pixels=int(missing.sum()),
+        num_pixels=missing.numel(),
+        complete_images=int((~incomplete).sum()),
+        empty_images=int(missing.all(1).sum()),
+        log_likelihood_observed=Estimate.mean_of(result.log_evidence, options.num_particles),
+        log_likelihood_hidden=ImagesMean.mean_of(known) if len(known) else None,
+        ess=Quantiles.compute(result.ess),
+        few_particles=int((result.ess[incomplete] < FEW_PARTICLES).sum()),
+        mask=None if options.mask is None else str(Path(options.mask).resolve()),
+        hide=options.hide,
+        num_draws=options.num_draws,
+        per_image=tuple(
+            ImputedImage(*row) for row in zip(given.names, *(column.tolist() for column in columns), strict=True)
         ),
     )
-    return _move_to_cpu(encode(vae, x)), {"reconstruction": found}, summary
 
 
-def _move_to_cpu(codes: PosteriorMoments) -> PosteriorMoments:
-    return codes._replace(mean=codes.mean.cpu(), scale=codes.scale.cpu())
-
-
-_MOST_DRAWN = 256  # in samples.png
+# --- New images ---
 
 
 class Samples(NamedTuple):
@@ -189,9 +332,6 @@ def sample_run(options: Sample, *, say: Say) -> Path:
     The single pictures are of the means, in 8 bits: what the decoder is sure of, without the noise of single pixels
     that p(x | z) draws independently. The draws themselves are in samples.npz. Tables have no pictures. An export needs
     no data for it.
-
-    Raises:
-        ValueError: no run, a damaged one, other data than it was trained on, or a folder that holds something.
     """
     run = open_run_or_export(options.run_dir, dataset=options.dataset, data_dir=options.data_dir, say=say)
     place = find_device(options.device)
@@ -211,16 +351,11 @@ def sample_run(options: Sample, *, say: Say) -> Path:
     shown = Samples(*(values[:_MOST_DRAWN] for values in samples))
     figure = samples_figure(display, shown.mean, shown.images, autoencoder=is_autoencoder(run.options))
     write_figure(folder / "samples.png", figure)
-    _write_pictures(folder / "images", display.levels(samples.mean))
+    (folder / "images").mkdir(exist_ok=True)
+    for old in (folder / "images").glob("[0-9]*.png"):
+        old.unlink()
+    for i, image in enumerate(display.levels(samples.mean)):
+        write_picture(folder / "images" / f"{i:04d}.png", image)
     first = f" of the first {_MOST_DRAWN}" if options.num_samples > _MOST_DRAWN else ""
     say(f"  samples.png: means and images{first}; images/: a picture of each mean")
     return folder
-
-
-def _write_pictures(folder: Path, levels: NDArray[np.uint8]) -> None:
-    """Writes 0000.png and so on in place of the pictures of an earlier call."""
-    folder.mkdir(exist_ok=True)
-    for old in folder.glob("[0-9]*.png"):
-        old.unlink()
-    for i, image in enumerate(levels):
-        write_picture(folder / f"{i:04d}.png", image)

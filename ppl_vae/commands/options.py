@@ -5,25 +5,27 @@ The docstring of a dataclass is the command's help.
 
 from __future__ import annotations
 
-import json
 from dataclasses import KW_ONLY, dataclass, fields
-from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from ppl_vae.data.registry import SPLITS
 from ppl_vae.parts.registry import LIKELIHOODS, NETWORKS
-from ppl_vae.runs.fields import (
+from ppl_vae.runs.options import (
     BOOLEAN,
+    COMPILES,
+    MODEL_OPTIONS,
     NON_NEGATIVE_INTEGER,
     NOT_EMPTY,
+    PLAIN,
     POSITIVE,
     POSITIVE_INTEGER,
+    PRECISIONS,
     REQUIRED,
     CheckedOptions,
+    Options,
     format_flag,
     option,
 )
-from ppl_vae.runs.options import COMPILES, PLAIN, PRECISIONS, Options, model_options
 
 SIDES = ("top", "bottom", "left", "right")
 AIS_STARTS = ("guide", "prior", "normal")
@@ -130,22 +132,17 @@ class Train:
         return cls(Options(), **own, changes=Changes(**values))  # type: ignore[arg-type]
 
 
-_PRETRAINED = Path(__file__).parents[1] / "pretrained"
-
-
 def _continue_from_run(given: dict[str, object]) -> Options:
     """The model and data options of the run that training starts from, replaced by the given ones."""
-    folder = Path(str(given["start_from"]))
-    shipped = _PRETRAINED / folder
-    if len(folder.parts) == 1 and not folder.exists() and (shipped / "config.json").exists():
-        folder, given = shipped, given | {"start_from": str(shipped)}
-    path = folder / "config.json"
+    from ppl_vae.runs.load import find_run_folder, read_config  # needs torch
+
     try:
-        other = model_options(json.loads(path.read_text(encoding="utf-8")))
-    except OSError:
-        raise ValueError(f"--start-from: expected a run folder, but {path} cannot be read") from None
-    except ValueError as error:  # JSON's errors, and those of bytes that are no text
-        raise ValueError(f"{path}: damaged: {error}") from None
+        folder = find_run_folder(str(given["start_from"]))
+        options, _ = read_config(folder)
+    except ValueError as error:
+        raise ValueError(f"--start-from: {error}") from None
+    given = given | {"start_from": str(folder)}
+    other = {name: getattr(options, name) for name in MODEL_OPTIONS}
     for part in ("prior", "posterior"):  # another one has other options
         if given.get(part, other[part]) != other[part]:
             other = {name: value for name, value in other.items() if not name.startswith(f"{part}_")}
@@ -350,15 +347,15 @@ COMMANDS = {
     "evaluate": Command("commands.evaluate:evaluate_run", Evaluate),
     "certify": Command("commands.certify:certify_run", Certify),
     "compare": Command("commands.compare_runs:compare_runs", CompareRuns),
-    "compare-likelihoods": Command("commands.compare_models:run_likelihoods", CompareLikelihoods),
-    "compare-networks": Command("commands.compare_models:run_networks", CompareNetworks),
+    "compare-likelihoods": Command("commands.run_series:run_likelihoods", CompareLikelihoods),
+    "compare-networks": Command("commands.run_series:run_networks", CompareNetworks),
     "diagnose": Command("commands.report:diagnose_run", Diagnose),
     "report": Command("commands.report:report_run", Report),
     "figures": Command("commands.report:draw_run", Figures),
     "sample": Command("commands.latents:sample_run", Sample),
     "encode": Command("commands.latents:encode_images", Encode),
-    "impute": Command("commands.impute:impute_images", Impute),
+    "impute": Command("commands.latents:impute_images", Impute),
     "reproduce": Command("commands.reproduce:run", Reproduce),
     "study": Command("study.run:run", RunStudy),
-    "export": Command("commands.export:export_run", Export),
+    "export": Command("commands.report:export_run", Export),
 }

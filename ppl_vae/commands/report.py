@@ -1,8 +1,12 @@
-"""A run's diagnosis, its figures and its HTML page."""
+"""A run's diagnosis, its figures, its HTML page, and its export as one folder to share."""
 
 from __future__ import annotations
 
 import math
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ppl_vae import data, runs
-from ppl_vae.commands.options import Diagnose, Figures, Report
+from ppl_vae.commands.options import Diagnose, Export, Figures, Report
 from ppl_vae.diagnostics.measurement import (
     FEWEST_IMAGES,
     EstimateQuality,
@@ -25,10 +29,11 @@ from ppl_vae.reports.diagnosis_figures import diagnosis_figures, list_figures
 from ppl_vae.reports.page import GENERATOR
 from ppl_vae.reports.run_figures import is_drawn, write_figures
 from ppl_vae.reports.run_page import make_page
+from ppl_vae.reports.text.card import CARD, describe_export, make_card
 from ppl_vae.reports.text.diagnosis import describe_diagnosis
 from ppl_vae.runs.build import build_likelihood
-from ppl_vae.runs.load import load
-from ppl_vae.runs.open import Run, Say, open_run
+from ppl_vae.runs.load import find_run_folder, load, make_config
+from ppl_vae.runs.open import Run, Say, open_run, open_without_data
 from ppl_vae.runs.outputs import write_figure
 from ppl_vae.runs.resolve import find_device
 from ppl_vae.runs.results import DIAGNOSIS, Diagnosis, read_diagnosis, read_per_image, to_json
@@ -219,3 +224,70 @@ def _find_diagnosis(run: Run, step: int, options: Report, say: Say) -> Diagnosis
     if len(getattr(run.splits, choose_split(run))) < FEWEST_IMAGES:
         return None
     return diagnose_run(Diagnose(str(run.folder), dataset=options.dataset, data_dir=options.data_dir), say=say)
+
+
+# --- Export ---
+
+_EXPORTED_FIGURES = ("prior_samples.png", "reconstructions.png")
+
+
+def export_run(options: Export, *, say: Say) -> Path:
+    """Writes config.json, model.safetensors, evaluation.json, README.md and figures/ of a run into one folder.
+
+    ``load``, evaluate_log_likelihood.py, sample.py and encode.py take the folder, wherever it is. It holds the model's
+    options and the shape of its data, no option of the training and no path, and the evaluations of these weights.
+    It is written as a whole or not at all.
+
+    Raises:
+        ValueError: no run, one without weights, a damaged one, or an output folder that holds something or cannot be
+            replaced.
+        OSError: it cannot be written; nothing is left of it.
+    """
+    run = open_without_data(find_run_folder(options.run_dir))
+    folder = Path(options.output) if options.output is not None else Path("exports") / run.folder.resolve().name
+    place = _find_place(folder)
+    load(run.folder)  # weights that do not fit are found here, and not by whoever gets them
+    weights, scalars = runs.load_tensors(run.folder / runs.MODEL)
+    step = runs.get_step(run.folder / runs.MODEL, scalars)
+    entries = runs.read_evaluations(run.folder, step=step)
+    drawn_of = (run.folder / runs.MODEL).stat().st_mtime_ns
+    paths = [run.folder / runs.FIGURES / name for name in _EXPORTED_FIGURES]
+    figures = [path.name for path in paths if path.is_file() and path.stat().st_mtime_ns >= drawn_of]
+    card = make_card(run, entries, step=step, figures=figures)
+    with _whole(place) as partial:
+        runs.write_json(partial / runs.CONFIG, make_config(run.options, run.splits, exported=True))
+        runs.save_tensors(partial / runs.MODEL, weights, {"step": step})
+        if entries:
+            runs.write_json(partial / runs.EVALUATION, entries)
+        runs.write_bytes(partial / CARD, card.encode())
+        for name in figures:
+            (partial / runs.FIGURES).mkdir(exist_ok=True)
+            runs.write_bytes(partial / runs.FIGURES / name, (run.folder / runs.FIGURES / name).read_bytes())
+    for line in describe_export(run, folder, entries, figures):
+        say(line)
+    return folder
+
+
+def _find_place(folder: Path) -> Path:
+    """The folder that is written: where a link points to. Raises ValueError where it holds something."""
+    place = folder.resolve()
+    if place.exists() and (not place.is_dir() or any(place.iterdir())):
+        raise ValueError(f"--output: expected a new or empty folder, but {folder} exists")
+    return place
+
+
+@contextmanager
+def _whole(folder: Path) -> Iterator[Path]:
+    """A temporary folder that takes the folder's place at the end of the block, and is removed if the block fails."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a killed export
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise ValueError(f"--output: {folder} cannot be made: {error.strerror}") from None
+    try:
+        yield partial
+        os.replace(partial, folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise

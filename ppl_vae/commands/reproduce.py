@@ -17,11 +17,9 @@ from ppl_vae.diagnostics import active_units
 from ppl_vae.evidence.moments import compute_moments, encode
 from ppl_vae.reports.run_figures import is_drawn, write_figures
 from ppl_vae.reports.text.comparison import describe_recipes, describe_reproduction, reproduction_table, seeds_table
-from ppl_vae.runs.fields import format_flag
 from ppl_vae.runs.files import JsonObject
 from ppl_vae.runs.open import Run, Say, load_evaluated_vae
-from ppl_vae.runs.options import PLACES, Options
-from ppl_vae.runs.options import to_json as options_to_json
+from ppl_vae.runs.options import PLACES, Options, format_flag
 from ppl_vae.runs.recipes import (
     RECIPES,
     Budget,
@@ -166,8 +164,7 @@ def _make_row(
         ),
         precision=run.options.precision,
         options=tuple(
-            {key: value for key, value in options_to_json(stage).items() if key not in PLACES}
-            for stage in stages.values()
+            {key: value for key, value in to_json(stage).items() if key not in PLACES} for stage in stages.values()
         ),
         **{key: getattr(evaluation, name) for key, name in _NUMBERS.items()},
         protocol=EvaluationProtocol(**{key: getattr(evaluation, key) for key in keys}),

@@ -27,11 +27,10 @@ from ppl_vae.reports.text.pages import (
 )
 from ppl_vae.reports.text.training import describe_model
 from ppl_vae.runs.build import is_autoencoder
-from ppl_vae.runs.fields import format_flag
 from ppl_vae.runs.load import load
 from ppl_vae.runs.open import Run
-from ppl_vae.runs.options import to_json
-from ppl_vae.runs.results import Diagnosis, Evaluation, is_evaluated, read_evaluation
+from ppl_vae.runs.options import format_flag
+from ppl_vae.runs.results import Diagnosis, Evaluation, is_evaluated, read_evaluation, to_json
 from ppl_vae.runtime.global_state import seeded
 
 _SEED = 0

@@ -20,7 +20,6 @@ from ppl_vae.runs.files import (
     MODEL,
     PREVIOUS_STATE,
     TRAINING_STATE,
-    add_file_name,
     append_line,
     append_metrics,
     mend_metrics,
@@ -35,19 +34,23 @@ from ppl_vae.runs.files import (
 
 if TYPE_CHECKING:
     from ppl_vae.runs.checkpoints import get_step, load_step, load_tensors, save_tensors
-    from ppl_vae.runs.folders import check_new, check_writable, is_empty, lock_folder, make_new_folder, make_run_dir
-    from ppl_vae.runs.outputs import describe_environment, record_environment
+    from ppl_vae.runs.outputs import (
+        check_new,
+        check_writable,
+        describe_environment,
+        is_empty,
+        lock_folder,
+        make_new_folder,
+        make_run_dir,
+        record_environment,
+    )
 
-
-_NAMES = {
-    "checkpoints": "get_step load_step load_tensors save_tensors",
-    "outputs": "describe_environment record_environment",
-    "folders": "check_new check_writable is_empty lock_folder make_new_folder make_run_dir",
-}
+_HOME = dict.fromkeys(("get_step", "load_step", "load_tensors", "save_tensors"), "checkpoints")
+_HOME |= dict.fromkeys(("check_new", "check_writable", "describe_environment", "is_empty", "lock_folder"), "outputs")
+_HOME |= dict.fromkeys(("make_new_folder", "make_run_dir", "record_environment"), "outputs")
 
 
 def __getattr__(name: str) -> object:
-    for module, names in _NAMES.items():
-        if name in names.split():
-            return getattr(import_module(f"ppl_vae.runs.{module}"), name)
+    if name in _HOME:
+        return getattr(import_module(f"ppl_vae.runs.{_HOME[name]}"), name)
     raise AttributeError(f"module 'ppl_vae.runs' has no attribute {name!r}")

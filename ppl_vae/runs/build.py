@@ -15,10 +15,9 @@ from ppl_vae import data
 from ppl_vae.conditional import Conditional
 from ppl_vae.hierarchy import BottomLayerOnly, BottomUp, HierarchicalVAE, LayeredPrior, TopDown
 from ppl_vae.parts import likelihoods, networks
-from ppl_vae.parts.registry import LIKELIHOODS, NETWORKS, POSTERIORS, PRIORS, find_owners
+from ppl_vae.parts.registry import DENSE_NETWORKS, LIKELIHOODS, NETWORKS, POSTERIORS, PRIORS, find_owners
 from ppl_vae.protocols import Likelihood
-from ppl_vae.runs.fields import format_flag
-from ppl_vae.runs.options import PLAIN, Options, default_hidden, default_objective, default_prior
+from ppl_vae.runs.options import PLAIN, Options, default_objective, format_flag
 from ppl_vae.runtime.global_state import seeded, serialize_threads
 from ppl_vae.vae import VAE
 from ppl_vae.weights import is_deterministic
@@ -217,11 +216,18 @@ def _check_owners(options: Options, choice: str) -> None:
 
 
 def resolve_parts(options: Options) -> Options:
-    """The options with the defaults filled in that depend on other options alone."""
+    """The options with the defaults filled in that depend on other options alone.
+
+    Widths are two layers of 300 (Tomczak and Welling 2018), or one of 256 next to convolutions. The prior is a flow, or
+    N(0, I) if the KL is in closed form or absent, or there is a single latent.
+    """
+    has_closed_form = options.kl == "analytic" or options.objective == "free-bits"
+    top = (options.upper_latents or (options.latent_dim,))[-1]
+    is_plain = has_closed_form or is_autoencoder(options) or top == 1
     return replace(
         options,
-        hidden=options.hidden or default_hidden(options.network),
-        prior=options.prior or default_prior(options),
+        hidden=options.hidden or ((300, 300) if options.network in DENSE_NETWORKS else (256,)),
+        prior=options.prior or ("standard-normal" if is_plain else "flow"),
         objective=options.objective or default_objective(options),
     )
 

@@ -1,18 +1,23 @@
-"""Weights and training states: named tensors in safetensors files with a SHA-256, and how a damaged one is replaced."""
+"""What work goes on from: tensors with a SHA-256 in safetensors files, training states, and finished blocks."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
 import json
+import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from ppl_vae import runs
 from ppl_vae.runs.files import JsonObject, add_file_name, write_bytes
+from ppl_vae.runtime import ranks as distributed
 from ppl_vae.runtime.ranks import Say
 
 _DIGEST = "sha256"
@@ -166,3 +171,162 @@ def is_whole(path: Path) -> bool:
     except ValueError:
         return False
     return True
+
+
+# --- Finished blocks of an evaluation or a certificate ---
+
+_SECONDS_BETWEEN_WRITES = 10.0
+_MOST_TIME_OF_WRITING = 0.02  # share of the work's time, for files so large that a write takes long
+
+Identities = Mapping[str, Mapping[str, object]]  # by stage, JSON of everything that decides its numbers
+
+
+class _Stage(NamedTuple):
+    """The rows (N, F) of all items of a stage, and which of its blocks are finished (K,)."""
+
+    rows: Tensor
+    is_done: Tensor
+    block_size: int
+
+
+class BlockStore:
+    """Finished blocks by stage, in one file that is replaced as a whole about every ten seconds and on request.
+
+    Under torchrun rank 0 alone reads and writes the file.
+
+    Args:
+        path: the file.
+        identities: for each stage, JSON of everything that decides its numbers. Blocks in the file that were computed
+            with anything else are not used.
+        say: receives a line about what is used and what is not.
+    """
+
+    def __init__(self, path: Path, identities: Identities, say: Say) -> None:
+        self._path, self._identities, self._say = path, dict(identities), say
+        self._stages: dict[str, _Stage] = {}
+        self._tensors: dict[str, Tensor] = {}
+        self._seconds: dict[str, float] = {}
+        if distributed.is_writer() and path.exists():
+            self._read()
+        self._current, self._since = "", time.monotonic()
+        self._next_write = self._since + _SECONDS_BETWEEN_WRITES
+
+    def open_stage(self, stage: str, *, num_items: int, block_size: int, num_columns: int) -> dict[int, Tensor]:
+        """Make this the stage that ``add`` adds to, and return the rows of its finished blocks by their first item."""
+        self._count_seconds()
+        self._current = stage
+        num_blocks = -(-num_items // block_size)
+        rows = torch.zeros(num_items, num_columns, dtype=torch.double)
+        is_done = torch.zeros(num_blocks, dtype=torch.bool)
+        if f"{stage}/rows" in self._tensors:
+            stored = [self._tensors[f"{stage}/rows"], self._tensors.get(f"{stage}/is_done", rows)]
+            if [(t.shape, t.dtype) for t in stored] == [(t.shape, t.dtype) for t in (rows, is_done)]:
+                rows, is_done = stored
+            else:
+                self._say(f"{self._path}: damaged: the rows of {stage} have another shape; it starts over.")
+        self._stages[stage] = _Stage(rows, is_done, block_size)
+        firsts = (is_done.nonzero()[:, 0] * block_size).tolist()
+        return {first: rows[first : first + block_size] for first in firsts}
+
+    def add(self, first: int, rows: Tensor) -> None:
+        """Add the block that begins with item ``first``, rows (n, F), and write the file if a write is due."""
+        stage = self._stages[self._current]
+        stage.rows[first : first + len(rows)] = rows.cpu()
+        stage.is_done[first // stage.block_size] = True
+        now = time.monotonic()
+        if now >= self._next_write:
+            self.write()
+            took = time.monotonic() - now
+            self._next_write = now + took + max(_SECONDS_BETWEEN_WRITES, took / _MOST_TIME_OF_WRITING)
+
+    def num_finished(self, stage: str) -> int:
+        """How many items of an opened stage are finished."""
+        rows, is_done, block_size = self._stages[stage]
+        return int(is_done.repeat_interleave(block_size)[: len(rows)].sum())
+
+    def seconds(self, stage: str) -> float:
+        """Seconds that a stage has taken, without the interruptions."""
+        self._count_seconds()
+        return self._seconds[stage]
+
+    def write(self) -> None:
+        """Replace the file as a whole."""
+        self._count_seconds()
+        for name, stage in self._stages.items():
+            self._tensors |= {f"{name}/rows": stage.rows, f"{name}/is_done": stage.is_done}
+        if distributed.is_writer():
+            save_tensors(self._path, self._tensors, {"stages": self._identities, "seconds": self._seconds})
+
+    def remove(self) -> None:
+        """Remove the file, once everything in it is stored elsewhere."""
+        if distributed.is_writer():
+            self._path.unlink(missing_ok=True)
+
+    def _count_seconds(self) -> None:
+        now = time.monotonic()
+        if self._current:
+            self._seconds[self._current] = self._seconds.get(self._current, 0.0) + now - self._since
+        self._since = now
+
+    def _read(self) -> None:
+        asked = self._identities
+        try:
+            tensors, scalars = load_tensors(self._path)
+            stored, seconds = scalars["stages"], scalars["seconds"]
+            kept = {stage for stage in stored if stored[stage] == asked.get(stage)}
+            self._seconds = {stage: float(seconds[stage]) for stage in kept & seconds.keys()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            self._say(f"{self._path}: no finished blocks can be read ({error}); what it held is computed again.")
+            return
+        self._tensors = {name: value for name, value in tensors.items() if name.rpartition("/")[0] in kept}
+        if len(kept) < len(stored):
+            self._say(f"{self._path.name} was begun with other options or weights: what depends on them starts over.")
+        count = sum(int(value.sum()) for name, value in self._tensors.items() if name.endswith("/is_done"))
+        if count:
+            self._say(f"Goes on: {self._path.name} holds {count:,} finished block{'s' * (count != 1)}.")
+
+
+class StageResults:
+    """The complete stages of a certificate, in a file that stays, so that a later certificate need not repeat them.
+
+    Args:
+        path: the file, with the results of each stage as STAGE/NAME.
+        identities: for each stage of this certificate, JSON of everything that decides its numbers. A stored stage is
+            used if its identity is the same.
+        common: what decides the numbers of every stage. A stored stage that is not in ``identities`` stays in the file
+            if it agrees with this.
+        say: receives a line about what is used.
+    """
+
+    def __init__(self, path: Path, identities: Identities, common: Mapping[str, object], say: Say) -> None:
+        self._path, self._identities = path, dict(identities)
+        self._stages: dict[str, dict[str, Tensor]] = {}
+        self.seconds: dict[str, float] = {}
+        if not path.exists():
+            return
+        try:
+            tensors, scalars = load_tensors(path)
+        except ValueError as error:
+            say(f"{error}; what it held is computed again.")
+            return
+        for stage, identity in scalars.get("stages", {}).items():
+            if identity == identities.get(stage, identity | common):
+                self._identities[stage] = identity
+                found = {n.removeprefix(f"{stage}/"): v for n, v in tensors.items() if n.startswith(f"{stage}/")}
+                self.add(stage, found, scalars["seconds"][stage])
+        used = [stage for stage in identities if stage in self._stages]
+        if used:
+            say(f"Taken from {path.name}, as measured with the same options: {', '.join(used)}.")
+
+    def get(self, stage: str) -> dict[str, Tensor] | None:
+        """The results of a complete stage; None if it must be computed."""
+        return self._stages.get(stage)
+
+    def add(self, stage: str, results: dict[str, Tensor], seconds: float) -> None:
+        """Add a complete stage and the seconds that it took; ``save`` writes it."""
+        self._stages[stage], self.seconds[stage] = results, seconds
+
+    def save(self, others: dict[str, Tensor]) -> None:
+        """Replace the file: every stage's results as STAGE/NAME, and other tensors under their own names."""
+        tensors = {f"{stage}/{name}": v for stage, found in self._stages.items() for name, v in found.items()}
+        save_tensors(self._path, tensors | others, {"stages": self._identities, "seconds": self.seconds})

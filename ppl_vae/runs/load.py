@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -11,17 +13,69 @@ from torch import Tensor
 from ppl_vae import data, runs
 from ppl_vae.runs.build import build_meta_vae, build_vae
 from ppl_vae.runs.files import JsonObject
-from ppl_vae.runs.options import Options, is_export, read_options, to_json
+from ppl_vae.runs.options import MODEL_OPTIONS, Options, check_value, default_objective
 from ppl_vae.runs.resolve import check_support, load_splits, resolve
+from ppl_vae.runs.results import to_json
 from ppl_vae.vae import VAE
 
+# An export is the model without its training: the "format" of its config.json, and the options in it.
+_EXPORT_FORMAT = "ppl_vae model 1"
+_EXPORTED = {*MODEL_OPTIONS, "dequantization_draws"} - {"data_dir"}
 
-def make_config(options: Options, seen: data.Splits) -> JsonObject:
-    """The content of config.json for a run with these (resolved) options on this data."""
-    return {
-        "options": to_json(options),
-        "data": {"kind": seen.kind, "event_shape": list(seen.event_shape), "sha256": seen.sha256},
-    }
+# In config.json, "trained" of a run folder without its training: what ``save`` made, and what came with the package.
+_FROM_PYTHON, _SHIPPED = "from Python", "shipped"
+
+PRETRAINED = Path(__file__).parents[1] / "pretrained"
+
+
+# --- config.json ---
+
+
+def make_config(options: Options, seen: data.Splits, *, exported: bool = False) -> JsonObject:
+    """The content of config.json for these (resolved) options and this data.
+
+    An export has the options of the model alone, and its data has a name and no path.
+    """
+    described = {"kind": seen.kind, "event_shape": list(seen.event_shape), "sha256": seen.sha256}
+    if not exported:
+        return {"options": to_json(options), "data": described}
+    name = options.dataset
+    if name not in data.DATASETS:
+        name = re.split(r"[/\\]", name.rstrip("/\\"))[-1]
+        # No path may become the name of another data set.
+        name = f"own {name}" if name in data.DATASETS else name or "data"
+    values = to_json(replace(options, dataset=name))
+    model = {key: value for key, value in values.items() if key in _EXPORTED}
+    return {"format": _EXPORT_FORMAT, "model": model, "data": described}
+
+
+def is_export(config: Mapping[str, object]) -> bool:
+    """Whether a ``config.json`` belongs to an export."""
+    return "format" in config
+
+
+def read_options(config: Mapping[str, object]) -> Options:
+    """The options in the ``config.json`` of a run, or of an export, which has defaults for those of training.
+
+    Raises:
+        KeyError: It has none.
+        ValueError: An unknown format, or an option that is missing, unknown or out of its range.
+    """
+    exported = is_export(config)
+    if exported and config["format"] != _EXPORT_FORMAT:
+        raise ValueError(f"format: expected {_EXPORT_FORMAT!r}, got {config['format']!r}; another version wrote it")
+    values = config["model" if exported else "options"]
+    if not isinstance(values, dict):
+        raise ValueError(f"expected an object of options, got {type(values).__name__}")
+    specs = [spec for spec in fields(Options) if not exported or spec.name in _EXPORTED]
+    odd = set(values) ^ {spec.name for spec in specs}
+    if odd:
+        raise ValueError(f"expected exactly the options of this version; missing or unknown: {', '.join(sorted(odd))}")
+    found: JsonObject = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    for spec in specs:
+        check_value(spec, found[spec.name])  # a file is held to what this program writes
+    options = Options.make(found)
+    return replace(options, objective=default_objective(options), warmup_epochs=0) if exported else options
 
 
 def read_config(run_dir: Path) -> tuple[Options, JsonObject]:
@@ -50,25 +104,94 @@ def read_config(run_dir: Path) -> tuple[Options, JsonObject]:
         raise ValueError(f"{path}: {error}") from None
 
 
+def is_from_python(run_dir: Path) -> bool:
+    """Whether there is no training to resume: a folder by ``save``, a pretrained run or an export."""
+    config = runs.read_json(run_dir / runs.CONFIG)
+    return is_export(config) or config.get("trained") in (_FROM_PYTHON, _SHIPPED)
+
+
+# --- The run's folder ---
+
+
+def find_run_folder(run_dir: str | Path) -> Path:
+    """The run's folder: a path, or the name of a pretrained run in the package.
+
+    Raises:
+        ValueError: a single word that is neither.
+    """
+    folder = Path(run_dir)
+    names = sorted(path.parent.name for path in PRETRAINED.glob(f"*/{runs.CONFIG}"))
+    if folder.exists() or len(folder.parts) > 1 or not names:
+        return folder
+    if folder.name not in names:
+        raise ValueError(f"{folder}: expected a run folder, or a pretrained run ({', '.join(names)}), got neither")
+    return PRETRAINED / folder.name
+
+
+def copy_pretrained(run_dir: str, say: Callable[[str], None]) -> Path:
+    """The run's folder. A pretrained run is first copied to runs/NAME, since the package is not written to.
+
+    Raises:
+        ValueError: a word that is neither a folder nor a pretrained run, or runs/NAME is another run.
+    """
+    folder = find_run_folder(run_dir)
+    if folder.resolve().parent != PRETRAINED.resolve():
+        return folder
+    copy = Path("runs") / folder.name
+    if not (copy / runs.CONFIG).exists():
+        copy.mkdir(parents=True, exist_ok=True)
+        for name in (runs.MODEL, runs.EVALUATION, runs.CONFIG):  # the last says that the copy is whole
+            runs.write_bytes(copy / name, (folder / name).read_bytes())
+        say(f"{folder.name} is a pretrained run of the package; its copy {copy} takes what is made of it.")
+    elif not (copy / runs.MODEL).exists() or (copy / runs.MODEL).read_bytes() != (folder / runs.MODEL).read_bytes():
+        raise ValueError(f"{copy}: expected a copy of the pretrained run {folder.name}, got another run; move it away")
+    return copy
+
+
+# --- Weights ---
+
+
 def _has_same_shapes(vae: VAE, weights: dict[str, Tensor]) -> bool:
     """Whether weights have the names and shapes of the VAE's own."""
     return {name: w.shape for name, w in weights.items()} == {name: w.shape for name, w in vae.state_dict().items()}
 
 
-def load_starting_weights(vae: VAE, run_dir: str) -> None:
-    """Loads a run's evaluated weights into a VAE of the same model.
+def load(run_dir: str | Path) -> VAE:
+    """The trained VAE of a run folder, or of a pretrained run by its name, on the CPU, in evaluation mode.
+
+    It sees pixels as its training did. One of a density of 8-bit levels is a density of (level + u) / 256, which takes
+    any numbers without a word: ``dequantized(load(run))`` is the mass of levels, and what the run's evaluation reports.
 
     Raises:
-        ValueError: no such run, or weights that do not fit.
+        ValueError: the folder is no run, has no weights yet, or is damaged.
+        OSError: the weights cannot be read now.
     """
+    folder = find_run_folder(run_dir)
+    options, seen = read_config(folder)
+    try:
+        weights, _ = runs.load_tensors(folder / runs.MODEL)
+    except ValueError as error:
+        cure = f"; --resume {folder} writes it again" if (folder / runs.TRAINING_STATE).exists() else ""
+        raise ValueError(f"{error}{cure}") from None
+    try:
+        # Without numbers at first: a damaged config may ask for more weights than the memory holds.
+        expected = build_meta_vae(options, seen["event_shape"])
+    except ValueError as error:
+        raise ValueError(f"{folder / runs.CONFIG}: {error}") from None
+    if not _has_same_shapes(expected, weights):
+        raise ValueError(f"{folder / runs.MODEL}: the weights do not fit the run's config: they differ in shape")
+    with torch.random.fork_rng(devices=[]):  # fresh weights are drawn, and replaced
+        model = build_vae(options, seen["event_shape"])
+    model.load_state_dict(weights)
+    return model.eval()
+
+
+def load_starting_weights(vae: VAE, run_dir: str) -> None:
+    """Loads a run's evaluated weights into a VAE of the same model. Raises ValueError if they do not fit."""
     weights, _ = runs.load_tensors(find_run_folder(run_dir) / runs.MODEL)
     if not _has_same_shapes(vae, weights):
         raise ValueError(f"--start-from: expected a run of the same model, got {run_dir}, whose weights are of another")
     vae.load_state_dict(weights)
-
-
-# In config.json, "trained" of a run folder without its training: what ``save`` made, and what came with the package.
-_FROM_PYTHON, _SHIPPED = "from Python", "shipped"
 
 
 def save(trained: VAE, run_dir: str | Path, options: Options, *, metrics: Sequence[JsonObject] = ()) -> Path:
@@ -103,80 +226,3 @@ def save(trained: VAE, run_dir: str | Path, options: Options, *, metrics: Sequen
         runs.append_metrics(folder, record)
     runs.save_tensors(folder / runs.MODEL, weights, {"step": metrics[-1]["step"] if metrics else 0})
     return folder
-
-
-def is_from_python(run_dir: Path) -> bool:
-    """Whether there is no training to resume: a folder by ``save``, a pretrained run or an export."""
-    config = runs.read_json(run_dir / runs.CONFIG)
-    return is_export(config) or config.get("trained") in (_FROM_PYTHON, _SHIPPED)
-
-
-PRETRAINED = Path(__file__).parents[1] / "pretrained"
-
-
-def find_run_folder(run_dir: str | Path) -> Path:
-    """The run's folder: a path, or the name of a pretrained run in the package.
-
-    Raises:
-        ValueError: a single word that is neither.
-    """
-    folder = Path(run_dir)
-    names = sorted(path.parent.name for path in PRETRAINED.glob(f"*/{runs.CONFIG}"))
-    if folder.exists() or len(folder.parts) > 1 or not names:
-        return folder
-    if folder.name not in names:
-        raise ValueError(f"{folder}: expected a run folder, or a pretrained run ({', '.join(names)}), got neither")
-    return PRETRAINED / folder.name
-
-
-def load(run_dir: str | Path) -> VAE:
-    """The trained VAE of a run folder, or of a pretrained run by its name, on the CPU, in evaluation mode.
-
-    It sees pixels as its training did. One of a density of 8-bit levels is a density of (level + u) / 256, which takes
-    any numbers without a word: ``dequantized(load(run))`` is the mass of levels, and what the run's evaluation reports.
-
-    Raises:
-        ValueError: the folder is no run, has no weights yet, or is damaged.
-        OSError: the weights cannot be read now.
-    """
-    folder = find_run_folder(run_dir)
-    options, seen = read_config(folder)
-    try:
-        weights, _ = runs.load_tensors(folder / runs.MODEL)
-    except ValueError as error:
-        cure = f"; --resume {folder} writes it again" if (folder / runs.TRAINING_STATE).exists() else ""
-        raise ValueError(f"{error}{cure}") from None
-    try:
-        # Without numbers at first: a damaged config may ask for more weights than the memory holds.
-        expected = build_meta_vae(options, seen["event_shape"])
-    except ValueError as error:
-        raise ValueError(f"{folder / runs.CONFIG}: {error}") from None
-    if not _has_same_shapes(expected, weights):
-        raise ValueError(f"{folder / runs.MODEL}: the weights do not fit the run's config: they differ in shape")
-    with torch.random.fork_rng(devices=[]):  # fresh weights are drawn, and replaced
-        model = build_vae(options, seen["event_shape"])
-    model.load_state_dict(weights)
-    return model.eval()
-
-
-# --- Pretrained runs ---
-
-
-def copy_pretrained(run_dir: str, say: Callable[[str], None]) -> Path:
-    """The run's folder. A pretrained run is first copied to runs/NAME, since the package is not written to.
-
-    Raises:
-        ValueError: a word that is neither a folder nor a pretrained run, or runs/NAME is another run.
-    """
-    folder = find_run_folder(run_dir)
-    if folder.resolve().parent != PRETRAINED.resolve():
-        return folder
-    copy = Path("runs") / folder.name
-    if not (copy / runs.CONFIG).exists():
-        copy.mkdir(parents=True, exist_ok=True)
-        for name in (runs.MODEL, runs.EVALUATION, runs.CONFIG):  # the last says that the copy is whole
-            runs.write_bytes(copy / name, (folder / name).read_bytes())
-        say(f"{folder.name} is a pretrained run of the package; its copy {copy} takes what is made of it.")
-    elif not (copy / runs.MODEL).exists() or (copy / runs.MODEL).read_bytes() != (folder / runs.MODEL).read_bytes():
-        raise ValueError(f"{copy}: expected a copy of the pretrained run {folder.name}, got another run; move it away")
-    return copy

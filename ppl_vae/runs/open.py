@@ -15,8 +15,8 @@ from ppl_vae import data, runs
 from ppl_vae.data.registry import SPLITS
 from ppl_vae.evidence.dequantization import dequantized
 from ppl_vae.runs.build import build_likelihood, is_autoencoder
-from ppl_vae.runs.load import copy_pretrained, find_run_folder, is_from_python, load, read_config
-from ppl_vae.runs.options import Options, is_export
+from ppl_vae.runs.load import copy_pretrained, find_run_folder, is_export, is_from_python, load, read_config
+from ppl_vae.runs.options import Options
 from ppl_vae.runs.resolve import (
     check_support,
     choose_evaluated_pixels,

@@ -1,16 +1,20 @@
-"""All options of a run: what decides its data, its model, its training and its evaluation."""
+"""All options of a run, as dataclass fields: each declares its default, help, check and group once.
+
+The command line, ``--config FILE.toml``, the checks of Python callers and ``config.json`` all read these fields.
+"""
 
 from __future__ import annotations
 
-import json
+import math
+import os
 import re
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields
+from typing import Any, Self, TypeVar
 
 from ppl_vae.data.registry import BINARIZATIONS, COLORS, DATASETS, DEQUANTIZATIONS, FITS, PROTOCOLS
 from ppl_vae.parts.registry import (
     COUPLINGS,
-    DENSE_NETWORKS,
     KLS,
     LIKELIHOODS,
     NETWORKS,
@@ -21,19 +25,132 @@ from ppl_vae.parts.registry import (
     SCALE_MAPS,
     SCHEDULES,
 )
-from ppl_vae.runs.fields import (
-    BELOW_ONE,
-    NON_NEGATIVE,
-    NON_NEGATIVE_INTEGER,
-    NOT_EMPTY,
-    POSITIVE,
-    POSITIVE_INTEGER,
-    WIDTH,
-    CheckedOptions,
-    check_value,
-    option,
-)
 from ppl_vae.runs.files import JsonObject
+
+T = TypeVar("T")
+REQUIRED: Any = MISSING  # the default of an option that must be given
+KINDS: dict[str, type] = {"int": int, "float": float, "str": str, "bool": bool}
+
+
+@dataclass(frozen=True)
+class Check:
+    """A condition on a value, in words and as a predicate."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+
+POSITIVE_INTEGER = Check("a whole number, at least 1", lambda v: 1 <= v <= 2**31)
+WIDTH = Check("a whole number, 1 to 65,536", lambda v: 1 <= v <= 2**16)
+NON_NEGATIVE_INTEGER = Check("a whole number, 0 to 2^31 - 1", lambda v: 0 <= v < 2**31)
+POSITIVE = Check("a finite number above 0", lambda v: 0 < v < math.inf)
+NON_NEGATIVE = Check("a finite number, at least 0", lambda v: 0 <= v < math.inf)
+BELOW_ONE = Check("a number, 0 or more and below 1", lambda v: 0 <= v < 1)
+NOT_EMPTY = Check("a word", lambda v: bool(v))
+BOOLEAN = Check("true or false", lambda v: v in (True, False))
+
+
+def option(
+    default: T,
+    help: str,
+    check: Check | Iterable[str] = NOT_EMPTY,
+    group: str = "",
+    *,
+    rare: bool = False,
+    positional: bool = False,
+) -> T:
+    """A dataclass field that is an option.
+
+    Args:
+        default: Its value where nothing is given; ``REQUIRED`` for an argument that must be given.
+        help: One line for ``--help``; the default is added to it.
+        check: What each value must satisfy, or the words to choose from.
+        group: The heading that it stands under in ``--help``.
+        rare: Whether only ``--help-all`` shows it.
+        positional: Whether it is an argument without a flag.
+    """
+    choices = None
+    if not isinstance(check, Check):
+        choices = tuple(check)
+        check = Check(f"one of {', '.join(choices)}", choices.__contains__)
+    shown = {"help": help, "group": group, "rare": rare, "positional": positional}
+    return field(default=default, metadata=shown | {"check": check, "choices": choices})
+
+
+def _rare(default: T, help: str, check: Check | Iterable[str] = NOT_EMPTY, group: str = "") -> T:
+    """An option that only ``--help-all`` shows."""
+    return option(default, help, check, group, rare=True)
+
+
+def format_flag(name: str) -> str:
+    """A field's name as it is typed.
+
+    >>> format_flag("batch_size")
+    '--batch-size'
+    """
+    return "--" + name.replace("_", "-")
+
+
+def get_kind(spec: Field[object]) -> type:
+    """The type of one value: int, float, str or bool, as the annotation says."""
+    return next(kind for word, kind in KINDS.items() if re.search(word, str(spec.type)))
+
+
+def is_list(spec: Field[object]) -> bool:
+    """Whether the option takes several values."""
+    return "tuple[" in str(spec.type)
+
+
+class CheckedOptions:
+    """Base of options whose values are checked when they are made."""
+
+    @classmethod
+    def make(cls, values: Mapping[str, object]) -> Self:
+        """The options with these values, by name."""
+        return cls(**values)
+
+    def __post_init__(self) -> None:
+        for spec in fields(self):  # type: ignore[arg-type]
+            if "check" in spec.metadata:
+                value = convert_value(spec, getattr(self, spec.name))
+                check_value(spec, value)
+                object.__setattr__(self, spec.name, value)
+
+
+def convert_value(spec: Field[object], value: object) -> object:
+    """Converts NumPy's numbers and arrays to Python's, and lists and single values to tuples where a list is meant."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if not is_list(spec):
+        return value
+    if isinstance(value, int | str) and not isinstance(value, bool):
+        value = (value,)
+    if not isinstance(value, list | tuple):
+        return value
+    return tuple(each.tolist() if hasattr(each, "tolist") else each for each in value)
+
+
+def check_value(spec: Field[object], value: object) -> None:
+    """Raises ValueError unless the value has the option's type and satisfies its check."""
+    if value is None and "None" in str(spec.type):
+        return
+    kind, check = get_kind(spec), spec.metadata["check"]
+    name = spec.name.upper() if spec.metadata["positional"] else format_flag(spec.name)
+    if is_list(spec) and (not isinstance(value, tuple) or not value):
+        raise ValueError(f"{name}: expected a list, each {check.words}, got {value!r}")
+    for one in value if is_list(spec) and isinstance(value, tuple) else (value,):
+        has_type = isinstance(one, (int, float) if kind is float else kind)
+        if not has_type or (isinstance(one, bool) and kind is not bool) or not check.holds(one):
+            raise ValueError(f"{name}: expected {check.words}, got {one!r}")
+
+
+def expand_home(value: object) -> object:
+    """The value with the home folder in place of a leading ~, which a shell leaves alone in --name=~/photos."""
+    if isinstance(value, list | tuple):
+        return tuple(map(expand_home, value))
+    return os.path.expanduser(value) if isinstance(value, str) else value
+
+
+# --- The options of a run ---
 
 COMPILES = ("auto", "on", "off")
 PRECISIONS = ("float32", "tf32", "bf16")
@@ -59,231 +176,161 @@ class Options(CheckedOptions):
         "mnist",
         f"{', '.join(DATASETS)}; or the path of an .npz or .npy file or of a folder of images",
         NOT_EMPTY,
-        group="data",
+        "data",
     )
     data_dir: str | None = option(
         None,
         "folder of the named data sets (default: the environment variable PPL_VAE_DATA_DIR, else data)",
         group="data",
     )
-    protocol: str = option(
+    protocol: str = _rare(
         "vampprior",
         "vampprior: validation images, test drawn once; iwae: all 60,000 images train, test drawn anew",
         PROTOCOLS,
-        group="data",
-        rare=True,
+        "data",
     )
     image_size: tuple[int, ...] | None = option(
-        None, "height and width to which a folder's images are brought; one number for both", WIDTH, group="data"
+        None, "height and width to which a folder's images are brought; one number for both", WIDTH, "data"
     )
-    fit: str = option("crop", "how: crop the middle, or stretch", FITS, group="data", rare=True)
-    color: str | None = option(
-        None, "of a folder's images (default: gray where all of them are)", COLORS, group="data", rare=True
-    )
+    fit: str = _rare("crop", "how: crop the middle, or stretch", FITS, "data")
+    color: str | None = _rare(None, "of a folder's images (default: gray where all of them are)", COLORS, "data")
     binarization: str | None = option(
         None,
         "how gray pixels become zeros and ones (default: dynamic under a likelihood of zeros and ones)",
         BINARIZATIONS,
-        group="data",
+        "data",
     )
-    dequantization: str | None = option(
+    dequantization: str | None = _rare(
         None,
         "8-bit levels under a density: uniform, (level + u) / 256, or none, level / 255 (default: uniform)",
         DEQUANTIZATIONS,
-        group="data",
-        rare=True,
+        "data",
     )
 
-    likelihood: str = option("bernoulli", "p(x | z)", LIKELIHOODS, group="model")
-    likelihood_scale: float = option(
-        0.5,
-        "scale of normal-fixed, as a fraction of the spread of the training pixels",
-        POSITIVE,
-        group="model",
-        rare=True,
+    likelihood: str = option("bernoulli", "p(x | z)", LIKELIHOODS, "model")
+    likelihood_scale: float = _rare(
+        0.5, "scale of normal-fixed, as a fraction of the spread of the training pixels", POSITIVE, "model"
     )
-    likelihood_components: int = option(
-        5, "logistics per pixel of discretized-logistic-mixture", WIDTH, group="model", rare=True
+    likelihood_components: int = _rare(5, "logistics per pixel of discretized-logistic-mixture", WIDTH, "model")
+    transform: str = _rare(
+        "none", "logit: put a density of real numbers on the logit of pixels in (0, 1)", ("none", "logit"), "model"
     )
-    transform: str = option(
-        "none",
-        "logit: put a density of real numbers on the logit of pixels in (0, 1)",
-        ("none", "logit"),
-        group="model",
-        rare=True,
-    )
-    network: str = option("gated", "encoder and decoder", NETWORKS, group="model")
+    network: str = option("gated", "encoder and decoder", NETWORKS, "model")
     hidden: tuple[int, ...] | None = option(
         None,
         "widths of the encoder's dense layers, reversed in the decoder (default: 300 300; 256 with convolutions)",
         WIDTH,
-        group="model",
+        "model",
     )
-    channels: tuple[int, ...] = option(
-        (16, 32), "channels of each stage of a convolutional network", WIDTH, group="model"
-    )
-    latent_dim: int = option(40, "dimensions of z", WIDTH, group="model")
+    channels: tuple[int, ...] = option((16, 32), "channels of each stage of a convolutional network", WIDTH, "model")
+    latent_dim: int = option(40, "dimensions of z", WIDTH, "model")
     prior: str | None = option(
         None,
         "p(z) (default: flow; standard-normal with an analytic KL, a delta posterior or one latent)",
         PRIORS,
-        group="model",
+        "model",
     )
-    prior_components: int = option(500, "components of mixture and vamp", WIDTH, group="model", rare=True)
-    prior_flow: str = option("affine", "couplings of the flow prior", COUPLINGS, group="model", rare=True)
-    prior_layers: int = option(10, "number of couplings of the flow prior", WIDTH, group="model", rare=True)
-    prior_hidden: tuple[int, ...] = option(
-        (256,), "widths of the hidden layers of each coupling", WIDTH, group="model", rare=True
+    prior_components: int = _rare(500, "components of mixture and vamp", WIDTH, "model")
+    prior_flow: str = _rare("affine", "couplings of the flow prior", COUPLINGS, "model")
+    prior_layers: int = _rare(10, "number of couplings of the flow prior", WIDTH, "model")
+    prior_hidden: tuple[int, ...] = _rare((256,), "widths of the hidden layers of each coupling", WIDTH, "model")
+    posterior: str = option("diagonal", "the guide q(z | x)", POSTERIORS, "model")
+    posterior_flow: str = _rare("iaf", "layers of the flow posterior", POSTERIOR_FLOWS, "model")
+    posterior_layers: int = _rare(2, "number of layers of the flow posterior", WIDTH, "model")
+    posterior_hidden: tuple[int, ...] = _rare(
+        (256,), "widths of the hidden layers of each layer of the flow posterior", WIDTH, "model"
     )
-    posterior: str = option("diagonal", "the guide q(z | x)", POSTERIORS, group="model")
-    posterior_flow: str = option("iaf", "layers of the flow posterior", POSTERIOR_FLOWS, group="model", rare=True)
-    posterior_layers: int = option(2, "number of layers of the flow posterior", WIDTH, group="model", rare=True)
-    posterior_hidden: tuple[int, ...] = option(
-        (256,), "widths of the hidden layers of each layer of the flow posterior", WIDTH, group="model", rare=True
+    scale_map: str = _rare("bounded", "from the encoder's output h to the guide's scale", SCALE_MAPS, "model")
+    upper_latents: tuple[int, ...] | None = _rare(
+        None, "dimensions of further latent layers above z, from the bottom to the top", WIDTH, "model"
     )
-    scale_map: str = option(
-        "bounded", "from the encoder's output h to the guide's scale", SCALE_MAPS, group="model", rare=True
+    upper_hidden: tuple[int, ...] = _rare(
+        (100, 100), "widths of the hidden layers to and from each further layer", WIDTH, "model"
     )
-    upper_latents: tuple[int, ...] | None = option(
-        None, "dimensions of further latent layers above z, from the bottom to the top", WIDTH, group="model", rare=True
+    inference: str = _rare(
+        "top-down", "guide of several layers: top-down (a ladder) or bottom-up", ("top-down", "bottom-up"), "model"
     )
-    upper_hidden: tuple[int, ...] = option(
-        (100, 100), "widths of the hidden layers to and from each further layer", WIDTH, group="model", rare=True
-    )
-    inference: str = option(
-        "top-down",
-        "guide of several layers: top-down (a ladder) or bottom-up",
-        ("top-down", "bottom-up"),
-        group="model",
-        rare=True,
-    )
-    decoder_input: str = option(
-        "bottom",
-        "what the decoder sees of several layers: the bottom one, or all",
-        ("bottom", "all"),
-        group="model",
-        rare=True,
+    decoder_input: str = _rare(
+        "bottom", "what the decoder sees of several layers: the bottom one, or all", ("bottom", "all"), "model"
     )
 
     objective: str | None = option(
         None,
         "what is maximized (default: stl; elbo with --kl analytic and with a flow or delta posterior)",
         OBJECTIVES,
-        group="objective",
+        "objective",
     )
     beta: float = option(
-        1.0,
-        "weight of the KL in training (beta-VAE); reports are always at 1",
-        NON_NEGATIVE,
-        group="objective",
+        1.0, "weight of the KL in training (beta-VAE); reports are always at 1", NON_NEGATIVE, "objective"
     )
     warmup_epochs: int | None = option(
         None,
         "epochs in which that weight rises from 0 (default: 0.3 of the epochs, at most 15)",
         NON_NEGATIVE_INTEGER,
-        group="objective",
+        "objective",
     )
-    kl: str = option(
-        "sampled", "sampled (Trace_ELBO), or in closed form (TraceMeanField_ELBO)", KLS, group="objective", rare=True
+    kl: str = _rare("sampled", "sampled (Trace_ELBO), or in closed form (TraceMeanField_ELBO)", KLS, "objective")
+    free_bits: float = _rare(
+        0.1, "nats of KL that cost nothing, for each latent, of free-bits", NON_NEGATIVE, "objective"
     )
-    free_bits: float = option(
-        0.1, "nats of KL that cost nothing, for each latent, of free-bits", NON_NEGATIVE, group="objective", rare=True
-    )
-    num_particles: int = option(1, "samples of z per image and training step", POSITIVE_INTEGER, group="objective")
+    num_particles: int = option(1, "samples of z per image and training step", POSITIVE_INTEGER, "objective")
 
-    epochs: int = option(50, "passes through the training images", POSITIVE_INTEGER, group="optimization")
-    batch_size: int = option(100, "images per step", POSITIVE_INTEGER, group="optimization")
-    learning_rate: float = option(2e-3, "Adam's learning rate at the start", POSITIVE, group="optimization")
-    schedule: str = option("cosine", "how the learning rate falls", SCHEDULES, group="optimization", rare=True)
-    decay_start: float = option(
-        0.5, "fraction of the steps before the cosine begins", BELOW_ONE, group="optimization", rare=True
-    )
-    initialization: str = option(
+    epochs: int = option(50, "passes through the training images", POSITIVE_INTEGER, "optimization")
+    batch_size: int = option(100, "images per step", POSITIVE_INTEGER, "optimization")
+    learning_rate: float = option(2e-3, "Adam's learning rate at the start", POSITIVE, "optimization")
+    schedule: str = _rare("cosine", "how the learning rate falls", SCHEDULES, "optimization")
+    decay_start: float = _rare(0.5, "fraction of the steps before the cosine begins", BELOW_ONE, "optimization")
+    initialization: str = _rare(
         "wide",
         "dense hidden layers: shrinking (torch's own), or wide (three times its variance)",
         ("shrinking", "wide"),
-        group="optimization",
-        rare=True,
+        "optimization",
     )
-    start_from: str | None = option(
-        None, "run folder whose weights training starts from", group="optimization", rare=True
-    )
-    clip_norm: float = option(100.0, "largest norm of the whole gradient", POSITIVE, group="optimization", rare=True)
-    skip_norm: float | None = option(
-        None,
-        "leave out steps whose gradient has a larger norm",
-        POSITIVE,
-        group="optimization",
-        rare=True,
-    )
-    average_decay: float = option(
+    start_from: str | None = _rare(None, "run folder whose weights training starts from", group="optimization")
+    clip_norm: float = _rare(100.0, "largest norm of the whole gradient", POSITIVE, "optimization")
+    skip_norm: float | None = _rare(None, "leave out steps whose gradient has a larger norm", POSITIVE, "optimization")
+    average_decay: float = _rare(
         0.999,
         "decay of the averaged weights, which are validated, kept and evaluated; 0: none",
         BELOW_ONE,
-        group="optimization",
-        rare=True,
+        "optimization",
     )
-    keep: str | None = option(
+    keep: str | None = _rare(
         None,
         "weights that are kept: best by validation, or last (default: best; last where beta is not 1)",
         ("best", "last"),
-        group="optimization",
-        rare=True,
+        "optimization",
     )
 
     images: int = option(
-        5000, "test images of the evaluation at the end, a fixed random subset", POSITIVE_INTEGER, group="evaluation"
+        5000, "test images of the evaluation at the end, a fixed random subset", POSITIVE_INTEGER, "evaluation"
     )
     evaluation_particles: int = option(
-        200, "importance samples per image of that evaluation", POSITIVE_INTEGER, group="evaluation"
+        200, "importance samples per image of that evaluation", POSITIVE_INTEGER, "evaluation"
     )
-    dequantization_draws: int = option(
+    dequantization_draws: int = _rare(
         16,
         "without effect: masses of levels are exact under every likelihood of the list",
         POSITIVE_INTEGER,
-        group="evaluation",
-        rare=True,
+        "evaluation",
     )
 
-    seed: int = option(0, "of the weights, the noise and the order of images", NON_NEGATIVE_INTEGER, group="run")
-    device: str = option("cpu", "cpu, cuda, cuda:1, ...", NOT_EMPTY, group="run")
-    compile: str = option("auto", "the training step as one compiled graph", COMPILES, group="run")
-    precision: str = option(
-        "float32",
-        "of matrix products in training; tf32 needs an NVIDIA GPU",
-        PRECISIONS,
-        group="run",
-        rare=True,
-    )
-    stream: str = option(
+    seed: int = option(0, "of the weights, the noise and the order of images", NON_NEGATIVE_INTEGER, "run")
+    device: str = option("cpu", "cpu, cuda, cuda:1, ...", NOT_EMPTY, "run")
+    compile: str = option("auto", "the training step as one compiled graph", COMPILES, "run")
+    precision: str = _rare("float32", "of matrix products in training; tf32 needs an NVIDIA GPU", PRECISIONS, "run")
+    stream: str = _rare(
         "auto",
         "bring each batch to the device on demand (auto: for data larger than half of its free memory)",
         ("auto", "on", "off"),
-        group="run",
-        rare=True,
+        "run",
     )
-    checkpoint_seconds: float = option(
-        60.0, "longest time between two checkpoints", NON_NEGATIVE, group="run", rare=True
-    )
-    tensorboard: str = option(
-        "off", "also write the numbers as TensorBoard events", ("off", "on"), group="run", rare=True
-    )
+    checkpoint_seconds: float = _rare(60.0, "longest time between two checkpoints", NON_NEGATIVE, "run")
+    tensorboard: str = _rare("off", "also write the numbers as TensorBoard events", ("off", "on"), "run")
 
 
 # What a model and its data are, apart from how it is trained: a run that starts from another takes these from it.
 MODEL_OPTIONS = tuple(spec.name for spec in fields(Options) if spec.metadata["group"] in ("data", "model"))
-
-
-def default_hidden(network: str) -> tuple[int, ...]:
-    """The default widths: two layers of 300 (Tomczak and Welling 2018), or one of 256 next to convolutions."""
-    return (300, 300) if network in DENSE_NETWORKS else (256,)
-
-
-def default_prior(options: Options) -> str:
-    """The default prior: a flow, or N(0, I) if the KL is in closed form or absent, or there is a single latent."""
-    has_closed_form = options.kl == "analytic" or options.objective == "free-bits"
-    top = (options.upper_latents or (options.latent_dim,))[-1]
-    return "standard-normal" if has_closed_form or options.posterior == "delta" or top == 1 else "flow"
 
 
 def default_objective(options: Options) -> str:
@@ -301,88 +348,3 @@ _RUNS_THAT_PAY = 5000
 def compiling_pays(runs: int) -> bool:
     """Whether ``--compile auto`` compiles a graph that will run that often."""
     return runs >= _RUNS_THAT_PAY
-
-
-def model_options(config: object) -> JsonObject:
-    """The options of a run's model and data in its ``config.json``, which a run that starts from it takes over.
-
-    Raises:
-        ValueError: no options in it, or some that ``from_json`` refuses.
-    """
-    if not isinstance(config, dict) or not {"options", "model"} & config.keys():
-        raise ValueError("expected an object with options")
-    other = read_options(config)
-    return {name: getattr(other, name) for name in MODEL_OPTIONS}
-
-
-def to_json(options: Options) -> JsonObject:
-    """The options as in ``config.json``."""
-    return json.loads(json.dumps(asdict(options)))
-
-
-def from_json(values: object) -> Options:
-    """The options that ``to_json`` wrote.
-
-    Raises:
-        ValueError: a field that is missing, unknown, or out of its range.
-    """
-    return Options(**_check_names(values, {spec.name for spec in fields(Options)}))
-
-
-def _check_names(values: object, known: set[str]) -> JsonObject:
-    """The values with tuples for lists. Raises ValueError unless they are an object of exactly these names."""
-    if not isinstance(values, dict):
-        raise ValueError(f"expected an object of options, got {type(values).__name__}")
-    if set(values) != known:
-        odd = ", ".join(sorted(set(values) ^ known))
-        raise ValueError(f"expected exactly the options of this version; missing or unknown: {odd}")
-    found = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    for spec in fields(Options):
-        if spec.name in found:
-            check_value(spec, found[spec.name])  # a file is held to what this program writes
-    return found
-
-
-# --- An export: the model without its training ---
-
-EXPORT_FORMAT = "ppl_vae model 1"  # the "format" of its config.json
-_EXPORTED = {*MODEL_OPTIONS, "dequantization_draws"} - {"data_dir"}
-
-
-def model_to_json(options: Options) -> JsonObject:
-    """The options of the model alone, for an export's ``config.json``. The data has its name and no path."""
-    name = options.dataset
-    if name not in DATASETS:
-        name = re.split(r"[/\\]", name.rstrip("/\\"))[-1]
-        name = f"own {name}" if name in DATASETS else name or "data"  # no path may become the name of another data set
-    values = to_json(options) | {"dataset": name}
-    return {name: value for name, value in values.items() if name in _EXPORTED}
-
-
-def model_from_json(values: object) -> Options:
-    """The options that ``model_to_json`` wrote, with defaults for those of training.
-
-    Raises:
-        ValueError: an option that is missing, unknown, or out of its range.
-    """
-    options = Options(**_check_names(values, _EXPORTED))
-    return replace(options, objective=default_objective(options), warmup_epochs=0)
-
-
-def is_export(config: Mapping[str, object]) -> bool:
-    """Whether a ``config.json`` belongs to an export."""
-    return "format" in config
-
-
-def read_options(config: Mapping[str, object]) -> Options:
-    """The options of a run's ``config.json``, or of an export's.
-
-    Raises:
-        KeyError: it has none.
-        ValueError: an unknown format, or options out of their range.
-    """
-    if not is_export(config):
-        return from_json(config["options"])
-    if config["format"] != EXPORT_FORMAT:
-        raise ValueError(f"format: expected {EXPORT_FORMAT!r}, got {config['format']!r}; another version wrote it")
-    return model_from_json(config["model"])

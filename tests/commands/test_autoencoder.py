@@ -24,8 +24,7 @@ from torch.testing import assert_close
 from ppl_vae import VAE, Conditional, data, load, runs
 from ppl_vae.commands.compare_runs import compare_runs
 from ppl_vae.commands.evaluate import evaluate_run
-from ppl_vae.commands.impute import impute_images
-from ppl_vae.commands.latents import encode_images
+from ppl_vae.commands.latents import encode_images, impute_images
 from ppl_vae.commands.options import CompareRuns, Encode, Evaluate, Impute
 from ppl_vae.evidence.evaluation import reconstruction
 from ppl_vae.parts.likelihoods import Bernoulli

@@ -13,8 +13,8 @@ import pytest
 
 from ppl_vae.commands.cli import iterate_fields, parse
 from ppl_vae.commands.options import COMMANDS, Changes, Evaluate
-from ppl_vae.runs.fields import format_flag
-from ppl_vae.runs.options import Options, to_json
+from ppl_vae.runs.options import Options, format_flag
+from ppl_vae.runs.results import to_json
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted(path for path in (ROOT / "scripts").glob("*.py") if "__main__" in path.read_text(encoding="utf-8"))

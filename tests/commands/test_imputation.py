@@ -12,11 +12,11 @@ import torch
 from small_run import SMALL, bars, save_bars, train_small
 
 from ppl_vae import load
-from ppl_vae.commands.impute import draw_imputations, hide_half, impute_images, read_mask
+from ppl_vae.commands.latents import hide_half, impute_images, read_mask
 from ppl_vae.commands.options import Impute
 from ppl_vae.evidence.evaluation import evaluate
 from ppl_vae.evidence.missing import Imputation
-from ppl_vae.reports.display import Display
+from ppl_vae.reports.display import Display, draw_imputations
 
 NAN = math.nan
 

@@ -12,9 +12,9 @@ from scipy import stats
 from small_run import SMALL, bars
 
 from ppl_vae import runs
-from ppl_vae.commands import compare_models as likelihood_table
 from ppl_vae.commands import run_series
-from ppl_vae.commands.compare_models import compare_likelihoods
+from ppl_vae.commands import run_series as likelihood_table
+from ppl_vae.commands.run_series import compare_likelihoods
 from ppl_vae.runs.load import load
 from ppl_vae.runs.options import LIKELIHOODS
 from ppl_vae.runs.resolve import load_splits
@@ -111,7 +111,7 @@ def test_intervals_hold_for_all_rows_at_once(table):
 def test_a_table_that_is_asked_for_again_takes_its_runs_as_they_are(table, levels, monkeypatch):
     folder, rows, _ = table
     before = weights_of(folder)
-    monkeypatch.setattr("ppl_vae.commands.compare_models.calibrate_pixels", None)
+    monkeypatch.setattr("ppl_vae.commands.evaluate.calibrate_pixels", None)
     again, said = compare(levels, folder)
     assert again == rows
     assert sum("is finished" in line for line in said) == len(WORDS)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from ppl_vae import load, runs
-from ppl_vae.commands import compare_models as network_table
-from ppl_vae.commands.compare_models import compare_networks
+from ppl_vae.commands import run_series as network_table
+from ppl_vae.commands.run_series import compare_networks
 from ppl_vae.runs.options import PLAIN, Options
 from ppl_vae.runs.results import to_json
 

@@ -98,7 +98,6 @@ def test_a_copy_that_was_interrupted_is_made_whole(shipped, monkeypatch):
 @pytest.mark.parametrize("folder_of_that_name", [False, True])
 def test_a_training_starts_from_its_name_or_from_a_folder_of_that_name(shipped, monkeypatch, folder_of_that_name):
     """The command line, the weights and what config.json records mean one run."""
-    monkeypatch.setattr("ppl_vae.commands.options._PRETRAINED", stored.PRETRAINED)
     expected = shipped
     if folder_of_that_name:
         save(build_vae(replace(OPTIONS, latent_dim=3), (1, 28, 28)), "small", replace(OPTIONS, latent_dim=3))

@@ -23,8 +23,7 @@ from matplotlib.image import imread
 
 import ppl_vae
 from ppl_vae import data
-from ppl_vae.runs.fields import format_flag
-from ppl_vae.runs.options import PLAIN
+from ppl_vae.runs.options import PLAIN, format_flag
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="commands are not forked")
 

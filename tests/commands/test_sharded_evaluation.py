@@ -22,7 +22,7 @@ from ppl_vae.commands.evaluate import evaluate_run, partial_path
 from ppl_vae.commands.options import Evaluate
 from ppl_vae.evidence import evaluation
 from ppl_vae.evidence.evaluation import evaluate
-from ppl_vae.runs import block_store
+from ppl_vae.runs import checkpoints
 from ppl_vae.runs.options import Options
 from ppl_vae.runtime import batching
 from ppl_vae.runtime.batching import images_per_group
@@ -165,8 +165,8 @@ def trained(tmp_path_factory):
 @pytest.fixture
 def folder(trained, tmp_path, monkeypatch):
     """A trained run; groups of 3 images at S = 30, and a write after each."""
-    monkeypatch.setattr(block_store, "_SECONDS_BETWEEN_WRITES", 0.0)
-    monkeypatch.setattr(block_store, "_MOST_TIME_OF_WRITING", math.inf)
+    monkeypatch.setattr(checkpoints, "_SECONDS_BETWEEN_WRITES", 0.0)
+    monkeypatch.setattr(checkpoints, "_MOST_TIME_OF_WRITING", math.inf)
     monkeypatch.setitem(batching.PASS_BYTES, "cpu", 100 * 4 * 6 * 64)
     return Path(shutil.copytree(trained, tmp_path / "run"))
 
@@ -187,7 +187,7 @@ def _numbers(folder: Path) -> tuple[dict, bytes]:
 
 def _stop_after(monkeypatch, groups: int, number: int = signal.SIGINT) -> None:
     """The signal comes while a group is computed."""
-    add, seen = block_store.BlockStore.add, []
+    add, seen = checkpoints.BlockStore.add, []
 
     def add_and_signal(self, first, rows):
         add(self, first, rows)
@@ -195,7 +195,7 @@ def _stop_after(monkeypatch, groups: int, number: int = signal.SIGINT) -> None:
         if len(seen) == groups:
             os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(block_store.BlockStore, "add", add_and_signal)
+    monkeypatch.setattr(checkpoints.BlockStore, "add", add_and_signal)
 
 
 @pytest.fixture
@@ -211,16 +211,16 @@ from ppl_vae.commands.evaluate import evaluate_run
 from ppl_vae.commands.options import Evaluate
 from ppl_vae.evidence import evaluation
 from ppl_vae.runtime import batching
-from ppl_vae.runs import block_store
-block_store._SECONDS_BETWEEN_WRITES, block_store._MOST_TIME_OF_WRITING = 0.0, float("inf")
+from ppl_vae.runs import checkpoints
+checkpoints._SECONDS_BETWEEN_WRITES, checkpoints._MOST_TIME_OF_WRITING = 0.0, float("inf")
 batching.PASS_BYTES["cpu"] = 100 * 4 * 6 * 64
-add, seen = block_store.BlockStore.add, []
+add, seen = checkpoints.BlockStore.add, []
 def add_and_die(self, first, rows):
     add(self, first, rows)
     seen.append(first)
     if len(seen) == 4:
         os.kill(os.getpid(), signal.SIGKILL)
-block_store.BlockStore.add = add_and_die
+checkpoints.BlockStore.add = add_and_die
 evaluate_run(Evaluate(sys.argv[1], num_particles=30, seed=3), say=print)
 """
 

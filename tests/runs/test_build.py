@@ -22,8 +22,7 @@ from ppl_vae.parts.registry import (
     TABLES as CHOICES,
 )
 from ppl_vae.runs.build import build_vae
-from ppl_vae.runs.fields import format_flag
-from ppl_vae.runs.options import Options
+from ppl_vae.runs.options import Options, format_flag
 from ppl_vae.runs.resolve import resolve
 
 P, Q = len(PRIORS), len(POSTERIORS)

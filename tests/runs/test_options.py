@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from ppl_vae import data
-from ppl_vae.runs.fields import format_flag
-from ppl_vae.runs.options import PLAIN, Options, from_json, to_json
+from ppl_vae.runs.load import read_options
+from ppl_vae.runs.options import PLAIN, Options, format_flag
 from ppl_vae.runs.resolve import resolve
+from ppl_vae.runs.results import to_json
 from ppl_vae.training.settings import default_warmup
 
 
@@ -64,13 +65,13 @@ OTHER = Options(
 
 @pytest.mark.parametrize("asked", [Options(), OTHER], ids=["defaults", "others"])
 def test_options_survive_json(asked: Options) -> None:
-    assert from_json(json.loads(json.dumps(to_json(asked)))) == asked
+    assert read_options({"options": json.loads(json.dumps(to_json(asked)))}) == asked
 
 
 def test_a_missing_field_of_json_is_named_and_refused() -> None:
     for name in to_json(Options()):
         with pytest.raises(ValueError, match=f"missing or unknown: {name}$"):
-            from_json({other: value for other, value in to_json(Options()).items() if other != name})
+            read_options({"options": {other: value for other, value in to_json(Options()).items() if other != name}})
 
 
 BAD_JSON = [
@@ -86,4 +87,4 @@ BAD_JSON = [
 def test_a_field_of_json_of_the_wrong_type_or_range_is_refused(name: str, value: Any) -> None:
     values = to_json(Options()) | {name: value}
     with pytest.raises(ValueError, match=f"{format_flag(name)}: expected .*, got "):
-        from_json(values)
+        read_options({"options": values})

@@ -12,8 +12,8 @@ from PIL import Image
 from small_run import SMALL, save_bars
 
 from ppl_vae import runs
-from ppl_vae.runs.fields import format_flag
-from ppl_vae.runs.options import to_json
+from ppl_vae.runs.options import format_flag
+from ppl_vae.runs.results import to_json
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 

@@ -17,8 +17,8 @@ from ppl_vae.reports.text.certificate import describe_certificate
 from ppl_vae.reports.text.evaluation import describe_evaluation
 from ppl_vae.runs.build import count_weights, is_autoencoder
 from ppl_vae.runs.certificates import CERTIFICATE, Certificate
+from ppl_vae.runs.load import is_export
 from ppl_vae.runs.open import Run
-from ppl_vae.runs.options import is_export
 from ppl_vae.runs.results import Evaluation, from_json
 
 CARD = "README.md"

@@ -12,8 +12,9 @@ from ppl_vae.evidence.paired import CONFIDENCE, INDISTINCT, SEED_NATS, PairedDif
 from ppl_vae.reports.text.diagnosis import describe_calibration
 from ppl_vae.reports.text.evaluation import plus_minus
 from ppl_vae.runs.command_results import ComparedPair, Comparison, LikelihoodRow, NetworkRow
-from ppl_vae.runs.options import PLACES, Options, to_json
+from ppl_vae.runs.options import PLACES, Options
 from ppl_vae.runs.recipes import Published, Recipe, Reproduction
+from ppl_vae.runs.results import to_json
 
 # With fewer differences their mean is not yet close to normal unless they are. Source: a rule of thumb.
 _FEW_IMAGES = 30

@@ -10,7 +10,7 @@ from ppl_vae.diagnostics.pixel_calibration import PixelCalibration
 from ppl_vae.diagnostics.verdicts import Verdict, is_importance_weighted, plus_minus
 from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.reports.text.evaluation import describe_images_scale
-from ppl_vae.runs.fields import format_flag
+from ppl_vae.runs.options import format_flag
 from ppl_vae.runs.results import Diagnosis
 
 # Training has not settled if its last epoch raised the validation ELBO by more nats than this. Source: ours.

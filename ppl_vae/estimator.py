@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ppl_vae import data
 from ppl_vae.data import arrays
-from ppl_vae.data.array_kinds import find_kind
+from ppl_vae.data.arrays import find_kind
 from ppl_vae.evidence.dequantization import dequantized
 from ppl_vae.evidence.evaluation import evaluate
 from ppl_vae.evidence.moments import decode_mean, encode, sample_latents

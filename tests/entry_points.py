@@ -11,7 +11,7 @@ from ppl_vae.commands import latents as sampling
 from ppl_vae.diagnostics import pictures
 from ppl_vae.evidence import ais, chains, evaluation, guide_calibration, missing, moments
 from ppl_vae.evidence import importance as evidence
-from ppl_vae.evidence.adaptive import estimate_adaptively
+from ppl_vae.evidence.importance import estimate_adaptively
 from ppl_vae.evidence.refinement import measure_gaps, refine_proposal
 from ppl_vae.weights import is_autoencoder, log_reconstruction, log_weight_terms, log_weights
 

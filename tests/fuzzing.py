@@ -36,7 +36,7 @@ from small_run import SMALL, bars, save_bars, train_small
 
 from ppl_vae import data, runs
 from ppl_vae.commands import latents as imputation
-from ppl_vae.data import binary_sets, image_sets, machine
+from ppl_vae.data import binary_sets, image_sets, storage
 from ppl_vae.data import folder as image_folder
 from ppl_vae.runs.certificates import read_certificates
 from ppl_vae.runs.checkpoints import BlockStore, find_newest_checkpoint
@@ -254,7 +254,7 @@ def of_data(folder: Path, images: np.ndarray) -> Iterator[Reader]:
     yield Reader("npz", ".npz", archives, load, (npz_bomb,), 2)
 
     def load_large(path: Path) -> object:
-        with mock.patch.object(machine, "LARGE", 0):
+        with mock.patch.object(storage, "LARGE", 0):
             return data.load(str(path))
 
     yield Reader("large npy", ".npy", arrays, load_large, (npy_shape,))
@@ -262,7 +262,7 @@ def of_data(folder: Path, images: np.ndarray) -> Iterator[Reader]:
     source = folder / "source.npy"
     np.save(source, floats)
     expected = load_large(source)
-    (entry,) = machine.get_cache_folder().glob("*/splits.json")
+    (entry,) = storage.get_cache_folder().glob("*/splits.json")
     contents = entry.read_bytes(), entry.with_name("images.npy").read_bytes()
 
     def load_entry(path: Path) -> None:

@@ -14,10 +14,9 @@ from torch import Tensor
 from ppl_vae.commands.options import Certify
 from ppl_vae.evidence import ais
 from ppl_vae.evidence.evaluation import evaluate
-from ppl_vae.evidence.guide_calibration import compute_ranks
+from ppl_vae.evidence.guide_calibration import Ranks, compute_ranks
 from ppl_vae.evidence.importance import IMPORTANCE_NAMES, Importance, gather_log_weights
 from ppl_vae.evidence.proposals import defend_proposal, replace_guide
-from ppl_vae.evidence.rank_statistics import Ranks
 from ppl_vae.evidence.refinement import Gaps, measure_gaps, refine_proposal
 from ppl_vae.parts.posteriors import FullNormal
 from ppl_vae.runs.certificates import AISSummary

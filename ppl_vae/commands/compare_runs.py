@@ -12,9 +12,8 @@ from torch import Tensor
 from ppl_vae import data, runs
 from ppl_vae.commands.evaluate import estimate_bits_per_dim, evaluate_with_progress
 from ppl_vae.commands.options import CompareRuns
-from ppl_vae.evidence.estimate import Estimate, combine_stderrs
+from ppl_vae.evidence.estimate import BoundDifference, Estimate, bound_difference, combine_stderrs
 from ppl_vae.evidence.importance import Importance
-from ppl_vae.evidence.paired import BoundDifference, bound_difference
 from ppl_vae.reports.figures.charts import paired_bounds
 from ppl_vae.reports.text.comparison import compare_in_words, comparison_title, describe_comparison
 from ppl_vae.runs.command_results import ComparedPair, ComparedRun, Comparison

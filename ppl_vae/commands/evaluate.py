@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ppl_vae import data, runs
 from ppl_vae.commands.options import Certify, Evaluate
-from ppl_vae.diagnostics.pixel_calibration import calibrate_pixels
+from ppl_vae.diagnostics.likelihood import calibrate_pixels
 from ppl_vae.evidence.dequantization import LevelsPosterior, levels_of
 from ppl_vae.evidence.estimate import Estimate, combine_stderrs
 from ppl_vae.evidence.evaluation import evaluate, reconstruction

@@ -12,8 +12,7 @@ from torch import Tensor
 from ppl_vae import runs
 from ppl_vae.commands.evaluate import evaluate_with_progress
 from ppl_vae.commands.options import Encode, Impute, Sample
-from ppl_vae.data import dequantize_uniformly
-from ppl_vae.data.registry import SPLITS
+from ppl_vae.data import SPLITS, dequantize_uniformly
 from ppl_vae.evidence.estimate import Estimate, ImagesMean
 from ppl_vae.evidence.evaluation import evaluate, reconstruction
 from ppl_vae.evidence.missing import Imputation, Observed, impute

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import KW_ONLY, dataclass, fields
 from typing import NamedTuple, TypeVar
 
-from ppl_vae.data.registry import SPLITS
+from ppl_vae.data import SPLITS
 from ppl_vae.parts.registry import LIKELIHOODS, NETWORKS
 from ppl_vae.runs.options import (
     BOOLEAN,

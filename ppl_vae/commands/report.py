@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ppl_vae import data, runs
 from ppl_vae.commands.options import Diagnose, Export, Figures, Report
+from ppl_vae.diagnostics.likelihood import NoiseSpectrum, measure_noise
 from ppl_vae.diagnostics.measurement import (
     FEWEST_IMAGES,
     EstimateQuality,
@@ -23,7 +24,6 @@ from ppl_vae.diagnostics.measurement import (
     measure_if_possible,
     summarize_estimate,
 )
-from ppl_vae.diagnostics.noise import NoiseSpectrum, measure_noise
 from ppl_vae.diagnostics.verdicts import Verdict, verdicts
 from ppl_vae.reports.diagnosis_figures import diagnosis_figures, list_figures
 from ppl_vae.reports.page import GENERATOR

@@ -15,7 +15,7 @@ from ppl_vae import data, runs
 from ppl_vae.commands.evaluate import calibrate_run
 from ppl_vae.commands.options import CompareLikelihoods, CompareNetworks
 from ppl_vae.commands.train import resume_run, train_run
-from ppl_vae.evidence.paired import bound_difference
+from ppl_vae.evidence.estimate import bound_difference
 from ppl_vae.reports.run_figures import write_likelihood_figures
 from ppl_vae.reports.text.comparison import describe_likelihood_table, describe_network_table
 from ppl_vae.runs.build import build_likelihood, build_meta_vae, build_vae, count_weights, is_autoencoder

@@ -3,66 +3,72 @@
 Every split, draw and subset comes from a constant, never from a run's seed, so that two runs are measured on the same
 images. Only the iwae protocol draws its test images from the seed of an evaluation.
 
-Every name is imported when it is first used, so that ``ppl_vae.data.registry`` needs no torch.
+Words that say which data is read and how stand here. Other names are imported when they are first used, so that the
+words need no torch. A new data set takes a reader, a function ``(data_dir, *, download) -> Splits``, and a line in
+``DATASETS``.
 """
-# ruff: noqa: F401 (the imports are for type checkers)
+# ruff: noqa: F403, F405 (the imports are for type checkers)
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ppl_vae.data.array_files import is_array_file
-    from ppl_vae.data.cache import compute_sha256
-    from ppl_vae.data.machine import allocate, is_mapped
-    from ppl_vae.data.registry import DATASETS
-    from ppl_vae.data.sources import UserImages, load, load_images
-    from ppl_vae.data.splits import (
-        BINARY,
-        COUNTS,
-        KINDS,
-        LEVELS,
-        NUM_LEVELS,
-        PROBABILITIES,
-        REAL,
-        UNIT_INTERVAL,
-        Splits,
-        subset,
-    )
-    from ppl_vae.data.transforms import (
-        PIXELS,
-        binarization_entropy,
-        clamp_to_unit_interval,
-        convert_to_float,
-        dequantize_uniformly,
-        describe_constant_columns,
-        evaluation_images,
-        expected_images,
-        find_repeats,
-        initialization_images,
-        map_images,
-        probabilities,
-        resolve_binarization,
-        sample_bernoulli,
-        scale_to_unit_interval,
-        training_images,
-    )
+    from ppl_vae.data.array_files import *
+    from ppl_vae.data.sources import *
+    from ppl_vae.data.splits import *
+    from ppl_vae.data.storage import *
+    from ppl_vae.data.transforms import *
+
+
+@dataclass(frozen=True)
+class NamedSet:
+    """A data set that has a name.
+
+    Args:
+        reader: "module:function", the module below ``ppl_vae.data``.
+        help: What the data set is, in a few words.
+    """
+
+    reader: str
+    help: str
+
+    def import_reader(self) -> Callable[..., Splits]:
+        """Import the function that reads the data set: ``(data_dir, *, download) -> Splits``."""
+        module, name = self.reader.split(":")
+        reader: Callable[..., Splits] = getattr(import_module(f"ppl_vae.data.{module}"), name)
+        return reader
+
+
+DATASETS = {
+    "mnist": NamedSet("image_sets:read_mnist", "digits, embedded in the package"),
+    "static-mnist": NamedSet("binary_sets:read_static_mnist", "digits, binarized once (Larochelle and Murray 2011)"),
+    "fashion-mnist": NamedSet("image_sets:read_fashion_mnist", "clothes, gray"),
+    "kmnist": NamedSet("image_sets:read_kmnist", "Japanese characters, gray"),
+    "caltech-silhouettes": NamedSet("binary_sets:read_caltech_silhouettes", "outlines, binary"),
+    "cifar10": NamedSet("image_sets:read_cifar10", "photographs, color"),
+    "svhn": NamedSet("image_sets:read_svhn", "house numbers, color"),
+}
+PROTOCOLS = ("vampprior", "iwae")
+FITS = ("crop", "stretch")
+COLORS = ("gray", "rgb")
+BINARIZATIONS = ("dynamic", "fixed", "threshold", "none")
+DEQUANTIZATIONS = ("uniform", "none")
+SPLITS = ("test", "validation", "train")
 
 _NAMES = {
     "array_files": "is_array_file",
-    "cache": "compute_sha256",
-    "machine": "allocate is_mapped",
-    "registry": "DATASETS",
     "sources": "UserImages load load_images",
     "splits": "BINARY COUNTS KINDS LEVELS NUM_LEVELS PROBABILITIES REAL UNIT_INTERVAL Splits subset",
+    "storage": "allocate compute_sha256 is_mapped",
     "transforms": "PIXELS binarization_entropy clamp_to_unit_interval convert_to_float dequantize_uniformly "
     "describe_constant_columns evaluation_images expected_images find_repeats initialization_images map_images "
     "probabilities resolve_binarization sample_bernoulli scale_to_unit_interval training_images",
 }
 _MODULES = {name: module for module, names in _NAMES.items() for name in names.split()}
-
-__all__ = sorted(_MODULES)
 
 
 def __getattr__(name: str) -> object:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ppl_vae.data import machine
+from ppl_vae.data import storage
 from ppl_vae.data.splits import pluralize
 
 FREE_EXPANSION, MOST_EXPANSION = 2**26, 200
@@ -131,7 +131,7 @@ def _check_members(path: Path, chosen: Mapping[str, str]) -> list[str]:
             raise ValueError(
                 f"its arrays take {num_bytes:,} bytes, more than {MOST_EXPANSION} times the file ({most:,}); {_ADVICE}"
             )
-        available = machine.get_available_memory()
+        available = storage.get_available_memory()
         if available is not None and num_bytes > available:
             raise ValueError(f"its arrays take {num_bytes:,} bytes, and {available:,} are available; {_ADVICE}")
         for name, member in members:

@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from ppl_vae.data import cache, machine
+from ppl_vae.data import storage
 from ppl_vae.data.array_files import advise_array, find_roles, read_arrays, read_labels
-from ppl_vae.data.array_kinds import count_rows, find_kind
-from ppl_vae.data.splits import BINARY, LEVELS, SPLIT_ORDER, Splits, complete_splits, pluralize
+from ppl_vae.data.splits import (
+    BINARY,
+    COUNTS,
+    LEVELS,
+    PROBABILITIES,
+    REAL,
+    SPLIT_ORDER,
+    Splits,
+    abbreviate,
+    complete_splits,
+    pluralize,
+)
+
+LARGEST_COUNT = 2**24  # single precision holds every whole number up to this one
+BLOCK = 2**23  # bytes that are read at once
+_MOST_ROUNDING = 0.01  # of the spread of real values
+_CONSTANT = 64 * np.finfo(np.float64).eps  # of the mean: what a constant that was computed may vary by
+_LARGEST_FLOAT = np.finfo(np.float32).max
 
 
 def load_arrays(path: Path) -> Splits:
@@ -28,22 +46,20 @@ def load_arrays(path: Path) -> Splits:
     """
     try:
         status = os.stat(path)
-        if path.suffix.lower() != ".npy" or status.st_size <= machine.LARGE:
-            return cache.read_into_memory(_draft(path))
-        key = cache.make_key(path, {"array": "own"}, [status.st_size, status.st_mtime_ns])
-        return cache.load_cached(key, path.name, lambda _: _draft(path))
+        if path.suffix.lower() != ".npy" or status.st_size <= storage.LARGE:
+            return storage.read_into_memory(_draft(path))
+        key = storage.make_key(path, {"array": "own"}, [status.st_size, status.st_mtime_ns])
+        return storage.load_cached(key, path.name, lambda _: _draft(path))
     except OSError as error:
         raise ValueError(f"dataset: {path} cannot be read: {error.strerror}") from None
 
 
-def _draft(path: Path) -> cache.Draft:
-    sha256 = cache.compute_sha256(path)
+def _draft(path: Path) -> storage.Draft:
+    sha256 = storage.compute_sha256(path)
     arrays, ignored = read_arrays(path, _find_roles)
     if "train" not in arrays:
-        got = ignored or "none"
-        raise ValueError(
-            f"{path}: expected one array, or arrays named train, valid and test, got {got}{advise_array(path, ignored)}"
-        )
+        got = f"{ignored or 'none'}{advise_array(path, ignored)}"
+        raise ValueError(f"{path}: expected one array, or arrays named train, valid and test, got {got}")
     given = {split: arrays[split] for split in SPLIT_ORDER if split in arrays}
     if any(array.ndim > 0 and len(array) == 0 for array in given.values()):
         raise ValueError(f"{path}: expected at least one image in every split, got an empty array")
@@ -54,38 +70,40 @@ def _draft(path: Path) -> cache.Draft:
         raise ValueError(f"{path}: expected images of one shape in all splits, got {sorted(shapes)}")
     label_arrays = {split: arrays[f"{split} labels"] for split in images if f"{split} labels" in arrays}
     labels = read_labels(str(path), label_arrays, {split: len(array) for split, array in images.items()})
-    rows, numbers, words = complete_splits(
-        str(path), {split: torch.arange(len(array)) for split, array in images.items()}, labels.numbers
-    )
-    if words == "as given":
-        words = "as the file gives them"
+    all_rows = {split: torch.arange(len(array)) for split, array in images.items()}
+    rows, numbers, words = complete_splits(str(path), all_rows, labels.numbers)
+    words = "as the file gives them" if words == "as given" else words
     if ignored:
         words += f"; other arrays ignored: {', '.join(ignored)}"
     dtype = torch.uint8 if kind in (BINARY, LEVELS) else torch.float32
-    stored = str(dtype).removeprefix("torch.")
 
     def iterate_blocks() -> Iterator[np.ndarray]:
         for split in SPLIT_ORDER:
             source = images.get(split, images["train"])
-            for part in rows[split].split(count_rows(source)):
-                yield np.ascontiguousarray(source[part.numpy()], dtype=stored)
+            for part in rows[split].split(_count_rows(source)):
+                yield np.ascontiguousarray(source[part.numpy()], dtype=str(dtype).removeprefix("torch."))
 
     splits = Splits(
         path.name,
         kind,
-        *cache.outline(rows, shapes.pop(), dtype),
+        *storage.outline(rows, shapes.pop(), dtype),
         sha256=sha256,
         split=words,
         labels=numbers,
         class_names=labels.class_names,
         notes=(*_describe_shape(given["train"].shape), *labels.notes),
     )
-    return cache.Draft(splits, iterate_blocks())
+    return storage.Draft(splits, iterate_blocks())
 
 
 def _find_roles(names: list[str]) -> dict[str, str]:
     roles = find_roles(names, "train")
     return roles if "train" in roles else {}
+
+
+def _count_rows(array: np.ndarray) -> int:
+    """Count the rows of a block."""
+    return max(1, BLOCK * len(array) // max(1, array.nbytes))
 
 
 # --- The meaning of axes ---
@@ -137,3 +155,155 @@ def _describe_shape(shape: tuple[int, ...]) -> tuple[str, ...]:
     else:
         return ()
     return (f"shape {shape} was read as {read}; {otherwise}",)
+
+
+# --- The kind of the numbers ---
+
+_NONE = np.zeros(1)
+
+
+class ArraySummary(NamedTuple):
+    """Summary of an array's numbers.
+
+    The last four are of floats, for each column of a table (N, D) or for all pixels of images together:
+    ``num_not_finite`` counts NaN and values that single precision cannot hold; for floats longer than single precision
+    there are the largest error of rounding to it, the mean and the standard deviation.
+    """
+
+    dtype: np.dtype
+    is_binary: bool = False
+    is_whole: bool = False
+    low: float = math.nan
+    high: float = math.nan
+    num_not_finite: np.ndarray = _NONE
+    rounding: np.ndarray = _NONE
+    mean: np.ndarray = _NONE
+    spread: np.ndarray = _NONE
+
+    def has_kind(self, kind: str) -> bool:
+        """Whether the numbers are of a kind, a word of ``data.splits``."""
+        is_float = self.dtype.kind == "f"
+        if kind == BINARY:
+            return self.is_binary
+        if kind == LEVELS:
+            return self.dtype == np.uint8
+        if kind == PROBABILITIES:
+            return is_float and bool(self.low >= 0 and self.high <= 1)
+        if kind == REAL:
+            return is_float and self.is_finite()
+        return self.dtype.kind in "buif" and self.is_whole and 0 <= float(self.low) <= float(self.high) <= LARGEST_COUNT
+
+    def is_finite(self) -> bool:
+        """Whether both ends are finite, also as float32; False where one is NaN."""
+        return bool(self.low >= -_LARGEST_FLOAT and self.high <= _LARGEST_FLOAT)
+
+
+def summarize(array: np.ndarray) -> ArraySummary:
+    """Summarize an array in one pass over blocks of rows.
+
+    The mean and the variance of blocks are combined as of Chan, Golub and LeVeque (1983).
+    """
+    if array.dtype.kind not in "buif":
+        return ArraySummary(array.dtype)
+    is_float = array.dtype.kind == "f"
+    is_binary, is_whole, lows, highs = True, True, [], []
+    num_not_finite, rounding, count, mean, squares = _NONE, _NONE, 0, _NONE, _NONE
+    axis = 0 if array.ndim == 2 else None
+    rows = array.reshape(1) if array.ndim == 0 else array
+    num_rows = _count_rows(rows)
+    for block in (rows[start : start + num_rows] for start in range(0, len(rows) if rows.size else 0, num_rows)):
+        is_binary = is_binary and bool(((block == 0) | (block == 1)).all())
+        is_whole = is_whole and (not is_float or bool((block == np.round(block)).all()))
+        lows.append(block.min())
+        highs.append(block.max())
+        if not is_float:
+            continue
+        if not (lows[-1] >= -_LARGEST_FLOAT and highs[-1] <= _LARGEST_FLOAT):
+            num_not_finite = num_not_finite + (~(np.abs(block) <= _LARGEST_FLOAT)).sum(axis=axis)
+        elif array.dtype.itemsize > 4:
+            error = np.abs(block.astype(np.float32).astype(np.float64) - block)
+            rounding = np.maximum(rounding, error.max(axis=axis))
+            size = len(block) if axis == 0 else block.size
+            step, total = block.mean(axis=axis, dtype=np.float64) - mean, count + size
+            mean = mean + step * size / total
+            squares = squares + size * block.var(axis=axis, dtype=np.float64) + step * step * count * size / total
+            count = total
+    low, high = (np.min(lows), np.max(highs)) if lows else (math.nan, math.nan)  # either is NaN where a block's is
+    spread = np.sqrt(squares / max(1, count))
+    return ArraySummary(array.dtype, is_binary, is_whole, low, high, num_not_finite, rounding, mean, spread)
+
+
+def find_kind(path: Path, splits: Mapping[str, np.ndarray], *, check_resolution: bool = True) -> str:
+    """Find the kind of the numbers of the first split, a word of ``data.splits``, and refuse others of another kind.
+
+    Floats are counts only where they are whole numbers in every split.
+
+    Args:
+        path: what errors call the file.
+        splits: (N, *E) each, one row or more.
+        check_resolution: whether real values that single precision cannot tell apart are refused.
+
+    Raises:
+        ValueError: numbers of no kind, or that single precision cannot tell apart.
+    """
+    summaries = {split: summarize(array) for split, array in splits.items()}
+    for split, summary in summaries.items():
+        _check_finite(path, split, summary)
+    train, *others = summaries.values()
+    if train.dtype.kind not in "buif":
+        raise ValueError(f"{path}: expected numbers, got dtype {train.dtype}")
+    kind = next((kind for kind in (BINARY, LEVELS, PROBABILITIES, COUNTS, REAL) if train.has_kind(kind)), None)
+    if kind is None:
+        raise ValueError(
+            f"{path}: expected zeros and ones, uint8 levels, counts from 0 to {LARGEST_COUNT:,}, or floats, "
+            f"got {train.dtype} from {train.low} to {train.high} in train; real values are saved as floats, centered "
+            f"in float64: {_advise_centering(path)}"
+        )
+    if kind == COUNTS and train.dtype.kind == "f" and not all(other.has_kind(COUNTS) for other in others):
+        kind = REAL
+    for split, summary in summaries.items():
+        if not summary.has_kind(kind):
+            got = f"other values (dtype {summary.dtype})"
+            raise ValueError(f"{path}: expected {kind} in {split} as in train, got {got}")
+        if kind == REAL and check_resolution:
+            _check_resolution(path, split, summary)
+    return kind
+
+
+def _check_finite(path: Path, split: str, summary: ArraySummary) -> None:
+    """Refuse NaN, infinity and what float32 cannot hold, and name the columns of a table that have them."""
+    if summary.dtype.kind != "f" or summary.is_binary or summary.is_finite():
+        return
+    counts = summary.num_not_finite
+    columns = np.flatnonzero(counts).tolist() if counts.size > 1 else []
+    where = f", in {'column' if len(columns) == 1 else 'columns'} {abbreviate(map(str, columns))}, counted from 0"
+    raise ValueError(
+        f"{path}: expected finite values, got NaN or infinity in {split}: {int(counts.sum()):,} of the values"
+        + where * bool(columns)
+    )
+
+
+def _check_resolution(path: Path, split: str, summary: ArraySummary) -> None:
+    """Refuse values that float32 rounds to a coarse grid, such as timestamps: a density would fit the grid.
+
+    A column whose spread is the rounding of float64 itself is a constant, and passes.
+    """
+    is_constant = summary.spread <= _CONSTANT * np.abs(summary.mean)
+    columns = np.flatnonzero((summary.rounding > _MOST_ROUNDING * summary.spread) & ~is_constant).tolist()
+    if not columns:
+        return
+    mean, spread = float(summary.mean.flat[columns[0]]), float(summary.spread.flat[columns[0]])
+    where = f"in {split}" if summary.spread.size == 1 else f"in column {columns[0]} of {split}"
+    more = f", and likewise in {pluralize(len(columns) - 1, 'more column')}" * (len(columns) > 1)
+    raise ValueError(
+        f"{path}: expected values that single precision can tell apart, got {summary.dtype} around {mean:.7g} with a "
+        f"spread of {spread:.2g} {where}{more}; center them first, in float64: {_advise_centering(path)}"
+    )
+
+
+def _advise_centering(path: Path) -> str:
+    """Write the line of NumPy that centers the columns of a file; VAEDensity centers its tables itself."""
+    if path.suffix.lower() == ".npy":
+        name = repr(path.name)
+        return f"x = numpy.load({name}); numpy.save('centered.npy', x - x.mean(0))"
+    return "x - train.mean(0), with the training means for every split"

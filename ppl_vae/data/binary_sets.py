@@ -12,7 +12,7 @@ import torch
 
 from ppl_vae.data.array_files import read_arrays
 from ppl_vae.data.image_sets import PublishedFile, get_published_file, import_loadmat
-from ppl_vae.data.splits import BINARY, Splits
+from ppl_vae.data.splits import BINARY, SPLIT_ORDER, Splits
 
 _NUM_PIXELS = 28 * 28
 _MOST_AMAT_BYTES = 50_000 * (2 * _NUM_PIXELS + 2)  # for each pixel a digit and a space, then the end of the line
@@ -32,15 +32,10 @@ _CALTECH_URL = "https://people.cs.umass.edu/~marlin/data/caltech101_silhouettes_
 _CALTECH_MAT_MD5 = "4483e9c14b188fd09937f9ea6f9ea777"  # as in NEVIS'22 (github.com/google-deepmind/dm_nevis)
 
 _STATIC_NPZ = "static_mnist.npz"
-_STATIC_AMAT = {
-    "train": "binarized_mnist_train.amat",
-    "validation": "binarized_mnist_valid.amat",
-    "test": "binarized_mnist_test.amat",
-}
 _CALTECH_NPZ, _CALTECH_MAT = "caltech101_silhouettes.npz", "caltech101_silhouettes_28_split1.mat"
-
 _IN_NPZ = {"train": "train", "validation": "valid", "test": "test"}
-_IN_MAT = {"train": "train", "validation": "val", "test": "test"}
+_IN_MAT = _IN_NPZ | {"validation": "val"}
+_STATIC_AMAT = {split: f"binarized_mnist_{word}.amat" for split, word in _IN_NPZ.items()}
 
 
 def read_static_mnist(data_dir: Path, *, download: bool = True) -> Splits:
@@ -106,25 +101,24 @@ def _build(
     for split, numbers in (labels or {}).items():
         if len(numbers) != len(pixels[split]) or numbers.min() < 0 or numbers.max() >= len(class_names):
             raise ValueError(f"{where}: the labels of {split} are not those of {name}; fetch the file again")
-    images = {split: torch.from_numpy(array.reshape(-1, 1, 28, 28)) for split, array in pixels.items()}
+    train, validation, test = (torch.from_numpy(pixels[split].reshape(-1, 1, 28, 28)) for split in SPLIT_ORDER)
     return Splits(
-        name=name,
-        kind=BINARY,
+        name,
+        BINARY,
+        train,
+        validation,
+        test,
         sha256=hashlib.sha256("".join(checksums.values()).encode()).hexdigest(),
         split="as published",
         labels={split: torch.from_numpy(numbers) for split, numbers in (labels or {}).items()},
         class_names=class_names,
-        train=images["train"],
-        validation=images["validation"],
-        test=images["test"],
     )
 
 
 def _missing_file(name: str, folders: tuple[Path, ...], expected: str) -> ValueError:
     """The error that says which files are expected where."""
-    where = " or ".join(map(str, folders))
     return ValueError(
-        f"dataset: {name}: expected {expected} in {where}, got no such file; "
+        f"dataset: {name}: expected {expected} in {' or '.join(map(str, folders))}, got no such file; "
         "--data-dir or the environment variable PPL_VAE_DATA_DIR says where the data is"
     )
 

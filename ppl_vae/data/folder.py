@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from ppl_vae.data import cache
+from ppl_vae.data import storage
 from ppl_vae.data.folder_layout import check_layout, find_images, find_layout, index_splits, label_by_folder
 from ppl_vae.data.image_file import (
     MOST_BYTES,
@@ -29,8 +29,8 @@ from ppl_vae.data.image_file import (
     find_facts,
     list_formats,
 )
-from ppl_vae.data.machine import get_cache_folder, map_in_threads
 from ppl_vae.data.splits import LEVELS, SPLIT_ORDER, Splits, abbreviate, complete_splits
+from ppl_vae.data.storage import get_cache_folder, map_in_threads
 from ppl_vae.runtime.errors import Widths, check_widths
 from ppl_vae.runtime.process import progress_bar
 
@@ -79,10 +79,10 @@ def load_image_folder(path: Path, *, image_size: Sequence[int] | None, fit: str,
         raise ValueError(f"{path}: expected images that Pillow reads (such as PNG), got {found.describe_others()}")
     check_layout(path, found.images, find_layout(found.images))
     options = ImageOptions(check_image_size(image_size), fit, color)
-    key = cache.make_key(
+    key = storage.make_key(
         path, {"image_size": options.size, "fit": fit, "color": color}, _describe_state(path, found.images)
     )
-    splits = cache.load_cached(key, path.resolve().name, partial(_draft, path, found.images, options))
+    splits = storage.load_cached(key, path.resolve().name, partial(_draft, path, found.images, options))
     if not found.others:
         return splits
     return replace(splits, split=f"{splits.split}; {found.describe_others()} ignored")
@@ -100,7 +100,7 @@ def _describe_state(root: Path, names: Sequence[str]) -> list[tuple[str, int, in
     return state
 
 
-def _draft(path: Path, names: Sequence[str], options: ImageOptions, in_file: bool) -> cache.Draft:
+def _draft(path: Path, names: Sequence[str], options: ImageOptions, in_file: bool) -> storage.Draft:
     """Read images into a nameless file or into memory; how many can be read is known only afterwards.
 
     Raises:
@@ -140,7 +140,7 @@ def _draft(path: Path, names: Sequence[str], options: ImageOptions, in_file: boo
     splits = Splits(
         path.resolve().name,
         LEVELS,
-        *cache.outline(rows_of_splits, event_shape, torch.uint8),
+        *storage.outline(rows_of_splits, event_shape, torch.uint8),
         sha256=reader.sha256,
         split=layout.words if words == "as given" else words,
         labels=labels,
@@ -148,7 +148,7 @@ def _draft(path: Path, names: Sequence[str], options: ImageOptions, in_file: boo
         unreadable=tuple(reader.unreadable),
         notes=reader.notes.list_notes(options.color),
     )
-    return cache.Draft(splits, iterate_blocks(), reader.is_final)
+    return storage.Draft(splits, iterate_blocks(), reader.is_final)
 
 
 def check_image_size(image_size: Widths | None) -> tuple[int, int] | None:

@@ -11,7 +11,7 @@ import hashlib
 import lzma
 import struct
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from http.client import HTTPException
 from importlib.resources import files
 from os.path import isfile  # False, where pathlib would raise, in a folder that is closed
@@ -27,26 +27,21 @@ from ppl_vae.runtime.process import has_terminal
 
 _DIGITS = tuple("0123456789")
 
-
 # --- MNIST ---
 
-_MNIST_IMAGES_SHA256 = {
+_IDX_SHA256 = {
     "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
     "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
-}
-_MNIST_LABELS_SHA256 = {
     "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
     "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
 }
-_IDX_NAMES = (*_MNIST_IMAGES_SHA256, *_MNIST_LABELS_SHA256)
 _MOST_IDX_BYTES = 16 + 60_000 * 28 * 28
 
 
 def read_mnist(data_dir: Path, *, download: bool = True) -> Splits:
     """MNIST (LeCun and Cortes), from the package itself: 50,000 / 10,000 / 10,000 images (1, 28, 28)."""
-    train, test, train_labels, test_labels = (_read_embedded(name) for name in _IDX_NAMES)
-    sha256 = hashlib.sha256("".join(_MNIST_IMAGES_SHA256.values()).encode()).hexdigest()
-    return _split("mnist", (train[:, None], train_labels), (test[:, None], test_labels), 10_000, _DIGITS, sha256)
+    sha256 = hashlib.sha256("".join([*_IDX_SHA256.values()][:2]).encode()).hexdigest()
+    return _split_idx("mnist", map(_read_embedded, _IDX_SHA256), _DIGITS, sha256)
 
 
 def _read_embedded(name: str) -> np.ndarray:
@@ -58,7 +53,7 @@ def _read_embedded(name: str) -> np.ndarray:
         raise ValueError(
             f"{resource}: the embedded MNIST cannot be read ({error}); install the package again"
         ) from None
-    if hashlib.sha256(content).hexdigest() != (_MNIST_IMAGES_SHA256 | _MNIST_LABELS_SHA256)[name]:
+    if hashlib.sha256(content).hexdigest() != _IDX_SHA256[name]:
         raise ValueError(f"{resource}: the checksum is not that of MNIST; install the package again")
     return _parse_idx(content)
 
@@ -68,6 +63,14 @@ def _parse_idx(content: bytes) -> np.ndarray:
     num_axes = content[3]
     shape = struct.unpack(f">{num_axes}I", content[4 : 4 + 4 * num_axes])
     return np.frombuffer(content, np.uint8, offset=4 + 4 * num_axes).reshape(shape).copy()
+
+
+def _split_idx(
+    name: str, arrays: Iterable[np.ndarray], class_names: tuple[str, ...], sha256: str | None = None
+) -> Splits:
+    """Build the splits of the four arrays of MNIST's format."""
+    train, test, train_labels, test_labels = arrays
+    return _split(name, (train[:, None], train_labels), (test[:, None], test_labels), 10_000, class_names, sha256)
 
 
 def _split(
@@ -89,11 +92,11 @@ def _split(
         sha256 = hashlib.sha256("".join(checksums).encode()).hexdigest()
     images, numbers = torch.from_numpy(pixels), torch.from_numpy(labels.astype(np.int64))
     return Splits(
-        name=name,
-        kind=LEVELS,
-        train=images[:-num_validation],
-        validation=images[-num_validation:],
-        test=torch.from_numpy(test_pixels),
+        name,
+        LEVELS,
+        images[:-num_validation],
+        images[-num_validation:],
+        torch.from_numpy(test_pixels),
         sha256=sha256,
         split=f"the last {num_validation:,} training images are validation",
         labels={
@@ -165,7 +168,7 @@ def import_loadmat(name: str) -> Callable[..., dict[str, np.ndarray]]:
 
 
 def _idx_files(folder: str, url: str, *md5s: str) -> tuple[PublishedFile, ...]:
-    names = (f"{name}.gz" for name in _IDX_NAMES)
+    names = (f"{name}.gz" for name in _IDX_SHA256)
     return tuple(PublishedFile(f"{folder}/raw/{name}", url + name, md5) for name, md5 in zip(names, md5s, strict=True))
 
 
@@ -186,22 +189,14 @@ _CIFAR10 = PublishedFile(
     "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
     "c32a1d4ab5d03f1284b67883e8d87530",
 )
-_SVHN = (
-    PublishedFile(
-        "train_32x32.mat", "http://ufldl.stanford.edu/housenumbers/train_32x32.mat", "e26dedcc434d2e4c54c9b2d4a06d8373"
-    ),
-    PublishedFile(
-        "test_32x32.mat", "http://ufldl.stanford.edu/housenumbers/test_32x32.mat", "eb5a983be6a315427106f1b164d9cef3"
-    ),
+_SVHN = tuple(
+    PublishedFile(f"{split}_32x32.mat", f"http://ufldl.stanford.edu/housenumbers/{split}_32x32.mat", md5)
+    for split, md5 in (("train", "e26dedcc434d2e4c54c9b2d4a06d8373"), ("test", "eb5a983be6a315427106f1b164d9cef3"))
 )
 
 
 def read_fashion_mnist(data_dir: Path, *, download: bool = True) -> Splits:
-    """Fashion-MNIST (Xiao et al. 2017, arXiv 1708.07747): 50,000 / 10,000 / 10,000 images (1, 28, 28).
-
-    Raises:
-        ValueError: a file is missing or damaged, and cannot be downloaded.
-    """
+    """Fashion-MNIST (Xiao et al. 2017, arXiv 1708.07747): 50,000 / 10,000 / 10,000 images (1, 28, 28)."""
     class_names = (
         *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
         *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
@@ -210,11 +205,7 @@ def read_fashion_mnist(data_dir: Path, *, download: bool = True) -> Splits:
 
 
 def read_kmnist(data_dir: Path, *, download: bool = True) -> Splits:
-    """KMNIST (Clanuwat et al. 2018, arXiv 1812.01718): 50,000 / 10,000 / 10,000 images (1, 28, 28).
-
-    Raises:
-        ValueError: a file is missing or damaged, and cannot be downloaded.
-    """
+    """KMNIST (Clanuwat et al. 2018, arXiv 1812.01718): 50,000 / 10,000 / 10,000 images (1, 28, 28)."""
     class_names = ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo")
     return _read_idx_set("kmnist", data_dir, _KMNIST, class_names, download=download)
 
@@ -224,12 +215,7 @@ def _read_idx_set(
 ) -> Splits:
     """Read the four files of a data set in the format of MNIST."""
     paths = [get_published_file(name, data_dir, file, download=download) for file in published]
-    train, test, train_labels, test_labels = (_parse_idx(gzip.decompress(path.read_bytes())) for path in paths)
-    return _split(name, (train[:, None], train_labels), (test[:, None], test_labels), 10_000, class_names)
-
-
-_CIFAR10_BATCHES = tuple(f"cifar-10-batches-bin/data_batch_{i}.bin" for i in range(1, 6))
-_CIFAR10_TEST = "cifar-10-batches-bin/test_batch.bin"
+    return _split_idx(name, (_parse_idx(gzip.decompress(path.read_bytes())) for path in paths), class_names)
 
 
 def read_cifar10(data_dir: Path, *, download: bool = True) -> Splits:
@@ -237,29 +223,22 @@ def read_cifar10(data_dir: Path, *, download: bool = True) -> Splits:
 
     Read from the published binary version, of which nothing is unpacked on disk. The version for Python is a pickle,
     and is not read. Each image is a byte with its label, and then its pixels.
-
-    Raises:
-        ValueError: the archive is missing or damaged, and cannot be downloaded.
     """
     path = get_published_file("cifar10", data_dir, _CIFAR10, download=download)
-    batches = {}
+    batches = []
     with tarfile.open(path, "r:gz") as archive:
-        for name in (*_CIFAR10_BATCHES, _CIFAR10_TEST):
-            member = archive.extractfile(name)
+        for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"):
+            member = archive.extractfile(f"cifar-10-batches-bin/{name}.bin")
             assert member is not None, f"{name} is a file of the published archive"
-            batches[name] = np.frombuffer(member.read(), np.uint8).reshape(-1, 1 + 3 * 32 * 32)
-    train, test = np.concatenate([batches[name] for name in _CIFAR10_BATCHES]), batches[_CIFAR10_TEST]
+            batches.append(np.frombuffer(member.read(), np.uint8).reshape(-1, 1 + 3 * 32 * 32))
+    *train, test = batches
     class_names = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-    parts = [(np.array(rows[:, 1:]).reshape(-1, 3, 32, 32), rows[:, 0]) for rows in (train, test)]
+    parts = [(np.array(rows[:, 1:]).reshape(-1, 3, 32, 32), rows[:, 0]) for rows in (np.concatenate(train), test)]
     return _split("cifar10", parts[0], parts[1], 5_000, class_names)
 
 
 def read_svhn(data_dir: Path, *, download: bool = True) -> Splits:
-    """SVHN (Netzer et al. 2011): 65,932 / 7,325 / 26,032 images (3, 32, 32).
-
-    Raises:
-        ValueError: scipy cannot be imported, or a file is missing or damaged, and cannot be downloaded.
-    """
+    """SVHN (Netzer et al. 2011): 65,932 / 7,325 / 26,032 images (3, 32, 32)."""
     loadmat = import_loadmat("svhn")
     parts = []
     for file in _SVHN:

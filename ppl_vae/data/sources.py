@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ppl_vae.data import COLORS, DATASETS, FITS, PROTOCOLS
 from ppl_vae.data.array_files import (
     advise_array,
     advise_conversion,
@@ -22,11 +23,9 @@ from ppl_vae.data.array_files import (
     read_arrays,
     read_labels,
 )
-from ppl_vae.data.array_kinds import summarize
-from ppl_vae.data.arrays import load_arrays
+from ppl_vae.data.arrays import load_arrays, summarize
 from ppl_vae.data.folder import ImageOptions, ImageReader, check_image_size, load_image_folder
 from ppl_vae.data.folder_layout import FoundFiles, find_images, find_layout, label_by_folder
-from ppl_vae.data.registry import COLORS, DATASETS, FITS, PROTOCOLS
 from ppl_vae.data.splits import BINARY, COUNTS, LEVELS, PROBABILITIES, REAL, Splits, abbreviate
 from ppl_vae.data.transforms import is_drawn, sample_binomial
 

@@ -15,8 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ppl_vae.data.machine import allocate
-from ppl_vae.data.registry import BINARIZATIONS, SPLITS
+from ppl_vae.data import BINARIZATIONS, SPLITS
 from ppl_vae.data.splits import (
     BINARY,
     COUNTS,
@@ -29,6 +28,7 @@ from ppl_vae.data.splits import (
     pluralize,
     subset,
 )
+from ppl_vae.data.storage import allocate
 
 PIXELS = (*BINARIZATIONS, "levels", "dequantized")
 

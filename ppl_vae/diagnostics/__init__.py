@@ -5,10 +5,9 @@ Networks should be in evaluation mode. Draws come from torch's global generator,
 
 from ppl_vae.diagnostics.aggregate import classifier_test, holes, kolmogorov_smirnov, latent_moments
 from ppl_vae.diagnostics.latents import ACTIVE_VARIANCE, active_units, elbo_split, implied_beta, latent_kl
-from ppl_vae.diagnostics.mixture import AggregatePosterior
-from ppl_vae.diagnostics.noise import live_directions, measure_noise
+from ppl_vae.diagnostics.likelihood import calibrate_pixels, live_directions, measure_noise
 from ppl_vae.diagnostics.pictures import blur, reconstruction_variation, sharpness
-from ppl_vae.diagnostics.pixel_calibration import calibrate_pixels
+from ppl_vae.evidence.moments import AggregatePosterior
 from ppl_vae.runtime.errors import CannotMeasure
 
 __all__ = [

@@ -11,9 +11,15 @@ from torch.distributions import Distribution
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from ppl_vae.diagnostics.latents import PerLatent
-from ppl_vae.diagnostics.mixture import AggregatePosterior, factors
 from ppl_vae.evidence.estimate import Estimate
-from ppl_vae.evidence.moments import PRIOR_DRAWS, compute_log_prob, compute_moments, sample_latents
+from ppl_vae.evidence.moments import (
+    PRIOR_DRAWS,
+    AggregatePosterior,
+    compute_log_prob,
+    compute_moments,
+    factors,
+    sample_latents,
+)
 from ppl_vae.protocols import LatentModel
 from ppl_vae.runtime.global_state import seeded, serialize_threads
 

@@ -9,9 +9,15 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Normal, kl_divergence
 
-from ppl_vae.diagnostics.mixture import AggregatePosterior, factors, normal_factors
 from ppl_vae.evidence.estimate import Estimate, ratio_of_means
-from ppl_vae.evidence.moments import PosteriorMoments, compute_log_prob, compute_moments
+from ppl_vae.evidence.moments import (
+    AggregatePosterior,
+    PosteriorMoments,
+    compute_log_prob,
+    compute_moments,
+    factors,
+    normal_factors,
+)
 from ppl_vae.hierarchy import LayeredDistribution
 from ppl_vae.parts.priors import VampMixture
 from ppl_vae.protocols import LatentModel

@@ -30,9 +30,8 @@ from ppl_vae.diagnostics.latents import (
     implied_beta,
     latent_kl,
 )
-from ppl_vae.diagnostics.noise import NoiseSpectrum
+from ppl_vae.diagnostics.likelihood import NoiseSpectrum, PixelCalibration, calibrate_pixels
 from ppl_vae.diagnostics.pictures import Blur, blur, reconstruction_variation
-from ppl_vae.diagnostics.pixel_calibration import PixelCalibration, calibrate_pixels
 from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.evidence.evaluation import evaluate, reconstruction
 from ppl_vae.evidence.importance import Importance

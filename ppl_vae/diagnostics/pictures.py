@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from ppl_vae.diagnostics.mixture import factors
 from ppl_vae.evidence.estimate import Estimate, ratio_of_means
-from ppl_vae.evidence.moments import PRIOR_DRAWS, compute_moments, mean_or_draw, sample_latents
+from ppl_vae.evidence.moments import PRIOR_DRAWS, compute_moments, factors, mean_or_draw, sample_latents
 from ppl_vae.protocols import LatentModel
 from ppl_vae.runtime.batching import images_per_pass
 from ppl_vae.runtime.errors import CannotMeasure, check_count

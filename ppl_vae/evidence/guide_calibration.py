@@ -8,8 +8,15 @@ import torch
 from torch import Tensor
 
 from ppl_vae.evidence.estimate import Estimate
+from ppl_vae.evidence.guide_calibration import (
+    STDERRS,
+    NormalShape,
+    Ranks,
+    adjust_p_values,
+    estimate_shape,
+    rank_p_values,
+)
 from ppl_vae.evidence.moments import sample_latents
-from ppl_vae.evidence.rank_statistics import STDERRS, NormalShape, Ranks, adjust_p_values, estimate_shape, rank_p_values
 from ppl_vae.protocols import LatentModel
 from ppl_vae.runtime.batching import pairs_per_pass
 from ppl_vae.runtime.errors import NotFinite, check_count

@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Normal, kl_divergence
 
 from ppl_vae.diagnostics import ACTIVE_VARIANCE, active_units
-from ppl_vae.diagnostics.mixture import normal_factors
-from ppl_vae.evidence.moments import PosteriorMoments, compute_moments, sample_latents
+from ppl_vae.evidence.moments import PosteriorMoments, compute_moments, normal_factors, sample_latents
 from ppl_vae.reports.figures.charts import make_figure, number_of_bins
 from ppl_vae.vae import VAE
 

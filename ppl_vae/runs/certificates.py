@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from ppl_vae.evidence.estimate import Estimate, combine_stderrs
-from ppl_vae.evidence.guide_calibration import GuideCalibration
+from ppl_vae.evidence.guide_calibration import GuideCalibration, Ranks
 from ppl_vae.evidence.importance import UNRELIABLE_BIAS, Importance
-from ppl_vae.evidence.rank_statistics import Ranks
 from ppl_vae.evidence.refinement import Gaps
 from ppl_vae.evidence.typicality import Typicality
 from ppl_vae.runs.files import JsonObject, write_json

@@ -37,7 +37,7 @@ class ComparedPair:
         monte_carlo_stderr: The particles' part of the standard error, by the delta method.
         rise: The larger of what ten times the particles gained for either run.
         bound: "better", "worse" or "not distinguishable".
-        ranks_log_likelihood: Whether log p(x) ranks as the bounds do (``paired.BoundDifference``).
+        ranks_log_likelihood: Whether log p(x) ranks as the bounds do (``estimate.BoundDifference``).
         verdict: The comparison in one sentence.
     """
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ppl_vae import data, runs
-from ppl_vae.data.registry import SPLITS
+from ppl_vae.data import SPLITS
 from ppl_vae.evidence.dequantization import dequantized
 from ppl_vae.runs.build import build_likelihood, is_autoencoder
 from ppl_vae.runs.load import copy_pretrained, find_run_folder, is_export, is_from_python, load, read_config

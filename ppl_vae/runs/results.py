@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ppl_vae import runs
+from ppl_vae.diagnostics.likelihood import PixelCalibration
 from ppl_vae.diagnostics.measurement import Measurements
-from ppl_vae.diagnostics.pixel_calibration import PixelCalibration
 from ppl_vae.diagnostics.verdicts import Verdict
 from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.evidence.importance import Importance

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from ppl_vae import diagnostics, runs
-from ppl_vae.diagnostics.noise import NoiseSpectrum, measure_noise
-from ppl_vae.evidence.estimate import Estimate, ratio_of_means
+from ppl_vae.diagnostics.likelihood import NoiseSpectrum, measure_noise
+from ppl_vae.evidence.estimate import Estimate, PairedDifference, bound_difference, paired_difference, ratio_of_means
 from ppl_vae.evidence.moments import decode_mean, encode, sample_posterior
-from ppl_vae.evidence.paired import PairedDifference, bound_difference, paired_difference
 from ppl_vae.runs.build import build_likelihood
 from ppl_vae.runs.load import load
 from ppl_vae.runs.results import PerImage, read_evaluation, read_per_image

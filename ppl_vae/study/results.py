@@ -10,8 +10,7 @@ from typing import Any
 import torch
 
 from ppl_vae import diagnostics, runs
-from ppl_vae.evidence.estimate import Estimate
-from ppl_vae.evidence.paired import INDISTINCT
+from ppl_vae.evidence.estimate import INDISTINCT, Estimate
 from ppl_vae.runs.results import from_json
 from ppl_vae.study.plan import Size, sweep_name
 
@@ -22,7 +21,7 @@ STUDY, RUNS = "study.json", "runs"
 class Difference:
     """The mean of b - a over the same images, with the corrected 95% interval [lower, upper], nats per image.
 
-    ``ranks_log_likelihood``: of L_S, whether log p(x) ranks as the bounds do (``evidence.paired.BoundDifference``).
+    ``ranks_log_likelihood``: of L_S, whether log p(x) ranks as the bounds do (``evidence.estimate.BoundDifference``).
     """
 
     mean: float

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ppl_vae.data.machine import get_available_memory, is_mapped
+from ppl_vae.data.storage import get_available_memory, is_mapped
 
 Places = Generator[Tensor, None, None]
 

@@ -19,9 +19,9 @@ from ppl_vae import data, runs
 from ppl_vae.commands import compare_runs as comparison
 from ppl_vae.commands.compare_runs import compare_runs
 from ppl_vae.commands.options import CompareRuns
+from ppl_vae.evidence.estimate import bound_difference, paired_difference, student_t_quantile
 from ppl_vae.evidence.evaluation import evaluate
 from ppl_vae.evidence.importance import Importance
-from ppl_vae.evidence.paired import bound_difference, paired_difference, student_t_quantile
 from ppl_vae.runs.open import open_run
 from ppl_vae.runs.results import to_json
 

@@ -27,7 +27,7 @@ SMALL += ["--batch-size", "20", "--evaluation-particles", "5", "--images", "30",
 DRIVER = """
 import json, resource, runpy, sys
 import numpy, torch
-from ppl_vae.data import machine
+from ppl_vae.data import storage
 
 def run(words):
     sys.argv = words
@@ -42,7 +42,7 @@ torch.set_num_threads(1)
 for words in asked["before"]:  # libraries take their own share
     run(words)
 if asked["large"]:
-    machine.LARGE = asked["large"]
+    storage.LARGE = asked["large"]
 if asked["limit"]:
     now = next(line for line in open("/proc/self/status") if line.startswith("VmData"))
     resource.setrlimit(resource.RLIMIT_DATA, (1024 * int(now.split()[1]) + asked["limit"],) * 2)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from ppl_vae import data
-from ppl_vae.data import array_kinds, machine
+from ppl_vae.data import arrays, storage
 
 RNG = np.random.default_rng(0)
 SPLITS = ("train", "validation", "test")
@@ -30,8 +30,8 @@ def kept(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPat
 @pytest.fixture
 def large(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every .npy file is mapped, and read a few rows at a time."""
-    monkeypatch.setattr(machine, "LARGE", 0)
-    monkeypatch.setattr(array_kinds, "BLOCK", 300)
+    monkeypatch.setattr(storage, "LARGE", 0)
+    monkeypatch.setattr(arrays, "BLOCK", 300)
 
 
 @pytest.fixture(params=["small", "large"])

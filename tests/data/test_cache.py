@@ -19,7 +19,7 @@ from PIL import Image
 from PIL.BmpImagePlugin import BmpImageFile
 
 from ppl_vae import data
-from ppl_vae.data import folder, machine
+from ppl_vae.data import folder, storage
 
 SHAPE = (5, 6)
 
@@ -98,7 +98,7 @@ def test_a_folder_is_what_pillow_reads_of_it_decoded_once(own: Path, decoded: li
 
 @pytest.mark.parametrize("num_threads", [1, 4])
 def test_the_number_of_threads_changes_nothing(own: Path, num_threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "count_threads", lambda: num_threads)
+    monkeypatch.setattr(storage, "count_threads", lambda: num_threads)
     assert_right(data.load(str(own)), own)
 
 
@@ -212,7 +212,7 @@ def test_a_disk_that_is_full_stops_nothing_and_leaves_nothing(own: Path, kept: P
 KILLED = """
 import os, signal, sys
 from ppl_vae import data
-from ppl_vae.data import cache, folder
+from ppl_vae.data import folder, storage
 def kill(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 where = sys.argv[2]
@@ -220,7 +220,7 @@ if where == "reading":
     decode, seen = folder.decode, []
     folder.decode = lambda raw: kill() if len(seen) > 20 else seen.append(0) or decode(raw)
 elif where == "writing":
-    cache._digest = kill
+    storage._digest = kill
 else:
     os.rename = kill
 data.load(sys.argv[1])

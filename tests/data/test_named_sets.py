@@ -20,8 +20,7 @@ import torch
 from scipy.io import savemat
 
 from ppl_vae import data
-from ppl_vae.data import binary_sets, image_sets
-from ppl_vae.data.registry import DATASETS
+from ppl_vae.data import DATASETS, binary_sets, image_sets
 
 WORDS = {"train": "train", "validation": "valid", "test": "test"}
 

@@ -11,7 +11,7 @@ import torch
 from scipy.stats import bernoulli
 
 from ppl_vae import data
-from ppl_vae.data import machine, transforms
+from ppl_vae.data import storage, transforms
 
 RNG = np.random.default_rng(0)
 SPLITS = ("train", "validation", "test")
@@ -55,7 +55,7 @@ def gray() -> data.Splits:
 @pytest.fixture
 def large(monkeypatch: pytest.MonkeyPatch) -> None:
     """Results lie in files, and images are transformed a few at a time."""
-    monkeypatch.setattr(machine, "fits_in_memory", lambda num_bytes: num_bytes <= 100)
+    monkeypatch.setattr(storage, "fits_in_memory", lambda num_bytes: num_bytes <= 100)
     monkeypatch.setattr(transforms, "_MOST_PIXELS", 150)
 
 

@@ -8,10 +8,10 @@ import pyro.distributions as dist
 import pytest
 import torch
 from oracles import LinearGaussian
+from ppl_vae.diagnostics.likelihood import BINS, calibrate_pixels, summarize_histogram
 
 from ppl_vae import VAE
 from ppl_vae.diagnostics import pixel_calibration
-from ppl_vae.diagnostics.pixel_calibration import BINS, calibrate_pixels, summarize_histogram
 from ppl_vae.evidence.dequantization import levels_of
 from ppl_vae.runtime.global_state import seeded
 

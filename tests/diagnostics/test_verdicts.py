@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from ppl_vae.diagnostics.likelihood import NoiseSpectrum, PixelCalibration
 
 from ppl_vae.diagnostics import verdicts as judge
 from ppl_vae.diagnostics.aggregate import Holes, HoleScores, KolmogorovSmirnov, LatentMoments, TwoSample
@@ -19,8 +20,6 @@ from ppl_vae.diagnostics.measurement import (
     PictureNumbers,
     TrainedWith,
 )
-from ppl_vae.diagnostics.noise import NoiseSpectrum
-from ppl_vae.diagnostics.pixel_calibration import PixelCalibration
 from ppl_vae.diagnostics.verdicts import Verdict, verdicts
 from ppl_vae.evidence.estimate import Estimate
 

@@ -12,13 +12,13 @@ from torch.testing import assert_close
 
 from ppl_vae import VAE
 from ppl_vae.evidence import guide_calibration
-from ppl_vae.evidence.guide_calibration import judge
-from ppl_vae.evidence.rank_statistics import (
+from ppl_vae.evidence.guide_calibration import (
     Ranks,
     adjust_p_values,
     bin_edges,
     cumulative_band,
     estimate_shape,
+    judge,
     rank_p_values,
 )
 from ppl_vae.runtime.global_state import seeded

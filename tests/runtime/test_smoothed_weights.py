@@ -11,7 +11,7 @@ from oracles import LinearGaussian
 from torch.testing import assert_close
 
 from ppl_vae import importance, log_weights
-from ppl_vae.evidence.adaptive import estimate_adaptively
+from ppl_vae.evidence.importance import estimate_adaptively
 from ppl_vae.runtime.numerics import log_mean_exp, smoothed_log_mean_exp
 
 

@@ -6,9 +6,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from ppl_vae.evidence.guide_calibration import GuideCalibration
+from ppl_vae.evidence.guide_calibration import GuideCalibration, Ranks, bin_edges, count_ranks, cumulative_band
 from ppl_vae.evidence.importance import UNRELIABLE_BIAS
-from ppl_vae.evidence.rank_statistics import Ranks, bin_edges, count_ranks, cumulative_band
 from ppl_vae.evidence.typicality import Typicality
 from ppl_vae.reports.display import choose_display
 from ppl_vae.reports.figures.charts import draw_pair, make_figure

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from ppl_vae.diagnostics.pixel_calibration import PixelCalibration
+from ppl_vae.diagnostics.likelihood import PixelCalibration
 from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.reports.figures.images import Images, elongation, show_tiles
 from ppl_vae.runs.command_results import Comparison

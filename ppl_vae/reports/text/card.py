@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ppl_vae import data, runs
-from ppl_vae.data.registry import SPLITS
+from ppl_vae.data import SPLITS
 from ppl_vae.reports.text.certificate import describe_certificate
 from ppl_vae.reports.text.evaluation import describe_evaluation
 from ppl_vae.runs.build import count_weights, is_autoencoder

@@ -7,8 +7,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 
-from ppl_vae.evidence.estimate import Estimate
-from ppl_vae.evidence.paired import CONFIDENCE, INDISTINCT, SEED_NATS, PairedDifference
+from ppl_vae.evidence.estimate import CONFIDENCE, INDISTINCT, SEED_NATS, Estimate, PairedDifference
 from ppl_vae.reports.text.diagnosis import describe_calibration
 from ppl_vae.reports.text.evaluation import plus_minus
 from ppl_vae.runs.command_results import ComparedPair, Comparison, LikelihoodRow, NetworkRow

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from ppl_vae.diagnostics.likelihood import PixelCalibration
 from ppl_vae.diagnostics.measurement import Measurements
-from ppl_vae.diagnostics.pixel_calibration import PixelCalibration
 from ppl_vae.diagnostics.verdicts import Verdict, is_importance_weighted, plus_minus
 from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.reports.text.evaluation import describe_images_scale

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from ppl_vae import data
-from ppl_vae.data import array_kinds, machine, transforms
+from ppl_vae.data import arrays, storage, transforms
 from ppl_vae.parts import likelihoods
 from ppl_vae.runtime.numerics import mean_and_variance, sum_over_images
 
@@ -32,9 +32,9 @@ def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def large(monkeypatch: pytest.MonkeyPatch) -> None:
     """Results lie in files, and images are transformed a few at a time."""
-    monkeypatch.setattr(machine, "fits_in_memory", lambda num_bytes: num_bytes <= 100)
+    monkeypatch.setattr(storage, "fits_in_memory", lambda num_bytes: num_bytes <= 100)
     monkeypatch.setattr(transforms, "_MOST_PIXELS", 150)
-    monkeypatch.setattr(array_kinds, "BLOCK", 300)
+    monkeypatch.setattr(arrays, "BLOCK", 300)
 
 
 # --- The same numbers in parts ---
@@ -82,7 +82,7 @@ def test_a_large_tensor_lies_in_a_file_that_nobody_else_sees(kept: Path) -> None
 
 
 def test_the_memory_that_is_available_is_no_more_than_the_machine_says() -> None:
-    available = machine.get_available_memory()
+    available = storage.get_available_memory()
     said = re.search(r"MemTotal: +(\d+)", Path("/proc/meminfo").read_text(encoding="ascii"))
     assert said is not None
     assert available is not None
@@ -103,22 +103,22 @@ def test_the_memory_that_is_available_is_what_the_control_groups_leave(
 ) -> None:
     line, limited = GROUPS[what]
     (tmp_path / "own").write_text(f"{line}\n")
-    monkeypatch.setattr(machine, "_PROCESS_GROUPS", tmp_path / "own")
-    monkeypatch.setattr(machine, "_ALL_GROUPS", tmp_path / "all")
+    monkeypatch.setattr(storage, "_PROCESS_GROUPS", tmp_path / "own")
+    monkeypatch.setattr(storage, "_ALL_GROUPS", tmp_path / "all")
     for place in {"slurm/job_7/step_0", "slurm/job_7", "slurm", "."}:
         group = tmp_path / "all" / place
         group.mkdir(parents=True, exist_ok=True)
         (group / "memory.max").write_text("2000000\n" if place == limited else "max\n")
         (group / "memory.current").write_text("1500000\n")
         (group / "memory.stat").write_text("anon 1\nfile 300000\n")
-    assert machine.get_available_memory() == 800_000
+    assert storage.get_available_memory() == 800_000
 
 
 # --- Threads ---
 
 
 def test_results_of_threads_come_in_order_and_few_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "count_threads", lambda: 4)
+    monkeypatch.setattr(storage, "count_threads", lambda: 4)
     started: list[int] = []
 
     def late(i: int) -> int:
@@ -126,7 +126,7 @@ def test_results_of_threads_come_in_order_and_few_are_held(monkeypatch: pytest.M
         time.sleep(0.002 * (i % 3))
         return i
 
-    results = machine.map_in_threads(late, range(200))
+    results = storage.map_in_threads(late, range(200))
     assert [next(results) for _ in range(20)] == list(range(20))
     assert len(started) <= 20 + 2 * 4 * 4
     assert list(results) == list(range(20, 200))
@@ -140,10 +140,10 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from ppl_vae import data, likelihoods
-from ppl_vae.data import machine, sources, transforms
+from ppl_vae.data import sources, storage, transforms
 path, pixels, family, large = sys.argv[1], sys.argv[2], getattr(likelihoods, sys.argv[3]), int(sys.argv[4])
 torch.ones(64, 64) @ torch.ones(64, 64)
-machine.LARGE = large
+storage.LARGE = large
 used = next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if "VmData" in line)
 resource.setrlimit(resource.RLIMIT_DATA, (1024 * used + 64 * 2**20,) * 2)
 splits = data.load(path)

@@ -43,7 +43,7 @@ SCORES = {
         vae, x, torch.zeros(len(x)), steps=1, evaluation_particles=10
     ),
     "missing.impute": lambda vae, x: missing.impute(missing.Observed(vae), x, num_particles=4, num_draws=1).mean,
-    "adaptive.estimate_adaptively": lambda vae, x: estimate_adaptively(vae, x, num_particles=10, most=20).estimate,
+    "importance.estimate_adaptively": lambda vae, x: estimate_adaptively(vae, x, num_particles=10, most=20).estimate,
     "refinement.refine_proposal": lambda vae, x: refine_proposal(vae, x, steps=1).h,
     "weights.log_weights": lambda vae, x: log_weights(vae.model, vae.guide, x, 3),
 }

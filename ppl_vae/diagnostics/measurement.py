@@ -188,7 +188,7 @@ def measure(
         x: images (N, *E) as the VAE sees them, at least 4.
         gray: (N, *E) images that reconstructions are compared with, in the unit of the likelihood's mean: the gray
             images of binarized x. By default x.
-        noise: ``noise.measure_noise`` of the likelihood and the training images; it depends on no weight.
+        noise: ``likelihood.measure_noise`` of the likelihood and the training images; it depends on no weight.
         trained_with: what is known of the training, for the verdicts.
         importance: the quality of an estimate of log p(x); by default it is measured here on 300 images.
         num_particles: S of that estimate.

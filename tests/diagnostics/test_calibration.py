@@ -8,10 +8,10 @@ import pyro.distributions as dist
 import pytest
 import torch
 from oracles import LinearGaussian
-from ppl_vae.diagnostics.likelihood import BINS, calibrate_pixels, summarize_histogram
 
 from ppl_vae import VAE
-from ppl_vae.diagnostics import pixel_calibration
+from ppl_vae.diagnostics import likelihood
+from ppl_vae.diagnostics.likelihood import BINS, calibrate_pixels, summarize_histogram
 from ppl_vae.evidence.dequantization import levels_of
 from ppl_vae.runtime.global_state import seeded
 
@@ -103,9 +103,9 @@ def test_dequantized_levels_beyond_the_ends_keep_the_transform_uniform():
     assert (x < 0).double().mean() > 0.1
     dequantized = VAE(vae.prior, vae.likelihood, lambda images: vae.posterior(y[: len(images)]))
     with seeded(0, CPU):
-        pit = pixel_calibration._compute_pit(dequantized, x, 99, levels_of, chunk=99)
+        pit = likelihood._compute_pit(dequantized, x, 99, levels_of, chunk=99)
     expected = torch.full((BINS,), 1 / BINS, dtype=torch.double)
-    shares = pixel_calibration._histograms(pit)
+    shares = likelihood._histograms(pit)
     assert ((shares.mean(0) - expected).abs() < STDERRS * shares.std(0) / math.sqrt(NUM_IMAGES)).all()
 
 

@@ -9,6 +9,11 @@ import pytest
 import torch
 from likelihood_cases import CASES
 from oracles import NormalFixed as UserNormal
+from torch import nn
+from torch.testing import assert_close
+
+from ppl_vae import VAE, Conditional
+from ppl_vae.diagnostics import latent_kl
 from ppl_vae.diagnostics.likelihood import (
     compute_edge,
     compute_eigenvalues,
@@ -17,11 +22,6 @@ from ppl_vae.diagnostics.likelihood import (
     measure_noise,
     whiten_scores,
 )
-from torch import nn
-from torch.testing import assert_close
-
-from ppl_vae import VAE, Conditional
-from ppl_vae.diagnostics import latent_kl
 from ppl_vae.parts import likelihoods
 from ppl_vae.parts.networks import MLP
 from ppl_vae.parts.posteriors import DiagonalNormal

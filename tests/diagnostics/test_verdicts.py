@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from ppl_vae.diagnostics.likelihood import NoiseSpectrum, PixelCalibration
 
 from ppl_vae.diagnostics import verdicts as judge
 from ppl_vae.diagnostics.aggregate import Holes, HoleScores, KolmogorovSmirnov, LatentMoments, TwoSample
 from ppl_vae.diagnostics.latents import ActiveUnits, PerLatent
+from ppl_vae.diagnostics.likelihood import NoiseSpectrum, PixelCalibration
 from ppl_vae.diagnostics.measurement import (
     AggregateNumbers,
     EstimateQuality,

@@ -1,11 +1,11 @@
 """Time training steps and log p(x) side by side with other programs that compute the same; print tables, store all.
 
 Of training, one step is from a batch of resident data to new weights. Contestants take turns of about 0.3 s, round by
-round, after each has warmed up (compilation is not in the times, but in those of the first step) and shown that it
-computes the same loss. Of evaluation, the time is that of log p(x) of all images, with its errors, without compilation.
-Of likelihoods, it is ppl_vae's own step, compiled and not, of a plain VAE under each of them.
-The start is a process of its own: from nothing to the end of its first compiled training step, twice. Compilers begin
-with an empty cache (but where TORCHINDUCTOR_CACHE_DIR names one).
+round, after each has warmed up (compilation is not in the times, but in those of the first step, with an empty cache
+and again with a filled one) and shown that it computes the same loss. Of evaluation, the time is that of log p(x) of
+all images, with its errors, without compilation. Of likelihoods, it is ppl_vae's own step, compiled and not, of a plain
+VAE under each of them. The first minute is the default run with one epoch, by stages, in a process of its own, twice.
+Compilers begin with an empty cache (but where TORCHINDUCTOR_CACHE_DIR names one).
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ if TYPE_CHECKING:
     from ppl_vae import VAE
     from ppl_vae.data import Splits
 
-MODEL_NAMES = ("mlp128", "iwae20", "iwae100", "conv128", "default")
-PARTS = ("training", "evaluation", "likelihoods", "start")
+MODEL_NAMES = ("mlp128", "iwae20", "iwae100", "conv128", "resflow100", "default")
+PARTS = ("training", "evaluation", "likelihoods", "first-minute")
 
 
 @dataclass(frozen=True)
 class Benchmark(CheckedOptions):
-    """Time training steps and log p(x) beside other programs that compute the same, in turn, and a fresh start."""
+    """Time training steps and log p(x) beside other programs that compute the same, in turn, and the first minute."""
 
     models: tuple[str, ...] = option(MODEL_NAMES, "which models; default is the network of train_svi.py", MODEL_NAMES)
     parts: tuple[str, ...] = option(PARTS, "what is timed", PARTS)
@@ -59,41 +59,41 @@ class Benchmark(CheckedOptions):
 
 TURN_SECONDS = 0.3
 CHECKED_STEPS, WARM_UP_STEPS = 20, 20
-TOLERANCE = 0.05  # of the mean loss of 20 steps with fresh noise, relative
+TOLERANCE = 0.05  # of the mean loss of 20 steps with fresh noise, relative; bf16 stays within it too
 REFERENCE = "PyTorch, eager, default Adam"
 FLOOR = "matrix products alone (sgemm floor)"
 BARE = "decoder's matrix products alone"
-EAGER, CAPTURED = "ppl_vae, eager", "ppl_vae, captured"
+EAGER, CAPTURED, COMPILED = "ppl_vae, eager", "ppl_vae, captured", "PyTorch, whole step compiled"
 FIRST_LOSS_TOLERANCE = 1e-3  # of the first step's loss with the same noise, relative, and of a nat
 LIKELIHOOD_REFERENCE = "bernoulli"
 EVALUATED = ("mlp128", "iwae20", "default")
-FIRST_STEP = """
-import time
+FIRST_MINUTE = """
+import sys, time
 
-import torch
-from functools import partial
+def mark(stage):
+    print(stage, time.time(), sep="\t")
 
-from ppl_vae import data, objectives
-from ppl_vae.runs.build import build_vae
-from ppl_vae.runs.options import PLAIN, Options
-from ppl_vae.training import CapturedSteps, Optimizer, Resident, TrainingState
+def say(line):
+    for beginning, stage in STAGES.items():
+        if line.startswith(beginning):
+            mark(stage)
 
-options = Options(**PLAIN)
-device = torch.device({device!r})
-stored, transform = data.training_images(data.load(options.dataset), "dynamic")
-state = TrainingState(build_vae(options, (1, 28, 28)).to(device))
-steps = CapturedSteps(
-    state,
-    partial(objectives.loss_per_image, objectives.elbo()),
-    Resident(stored, device),
-    transform,
-    optimizer=Optimizer(clip_norm=options.clip_norm),
-    batch_size=options.batch_size,
-)
-index = torch.arange(options.batch_size, device=device)
-next(steps.epoch((index,), [(1.0, options.learning_rate, 0.0)], validate=False))
-steps.settle()
-print(time.time())  # the process's end is not part of the start
+# What each line of a training says is done.
+STAGES = {
+    "Compiling": "model", "Compiled": "compile", "Epoch 1": "first epoch", "log-l": "evaluation", "Figures": "figures"
+}
+
+from ppl_vae.commands import train
+from ppl_vae.runs.options import Options
+
+def load_splits(options, load=train.load_splits):
+    mark("import")
+    splits = load(options)
+    mark("data")
+    return splits
+
+train.load_splits = load_splits
+train.train_run(Options(epochs=1, compile="on", device=sys.argv[1]), sys.argv[2], say=say)
 """
 
 
@@ -110,15 +110,29 @@ def contestants(task: Task) -> Iterator[tuple[str, Callable[[], Callable[[int], 
 
     yield REFERENCE, lambda: by.pytorch_eager(task, fused=False)
     yield "PyTorch, eager, fused Adam", lambda: by.pytorch_eager(task, fused=True)
-    yield "PyTorch, whole step compiled", lambda: by.pytorch_whole_step(task)
+    yield COMPILED, lambda: by.pytorch_whole_step(task)
     yield EAGER, lambda: by.ppl_vae(task, captured=False)
     yield CAPTURED, lambda: by.ppl_vae(task, captured=True)
     yield "Pyro's example loop", lambda: by.pyro_example(task)
-    if why_no_numpyro(task.device) is None:
+    if why_no_numpyro(task.device) is None and task.model.is_translated:
         yield "NumPyro, fori_loop", lambda: by.numpyro_steps(task, as_loop=True)
         yield "NumPyro, jitted steps", lambda: by.numpyro_steps(task, as_loop=False)
         yield "JAX and optax, one scan", lambda: by.jax_steps(task)
+    if has_bf16(task.device):
+        yield f"{COMPILED}, bf16", lambda: by.pytorch_whole_step(task, bf16=True)
+        yield f"{CAPTURED}, bf16", lambda: by.ppl_vae(task, captured=True, bf16=True)
     yield FLOOR, lambda: by.matrix_products(task)
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies in bf16."""
+    from ppl_vae.runs.resolve import check_precision
+
+    try:
+        check_precision(Options(precision="bf16", device=str(device)))
+    except ValueError:
+        return False
+    return True
 
 
 def why_no_numpyro(device: torch.device) -> str | None:
@@ -162,6 +176,9 @@ def training(name: str, images: Tensor, *, rounds: int) -> dict[str, Any]:
         ready[contestant], records[contestant] = steps, record
         say(f"  {name}: {contestant} is ready ({record['first_seconds']:.1f} s to the end of its first step)")
     take_turns([(steps, records[contestant]) for contestant, steps in ready.items()], rounds=rounds)
+    for contestant, prepare in contestants(task):
+        if contestant in (COMPILED, CAPTURED):
+            records[contestant]["first_again_seconds"] = timed(lambda: prepare()(1))  # noqa: B023, called at once
     return summarized(records, reference=REFERENCE, floor=FLOOR)
 
 
@@ -311,20 +328,27 @@ def under_likelihoods(words: Sequence[str], splits: Splits, device: torch.device
     return {name: summarized(r, reference=LIKELIHOOD_REFERENCE, floor=None) for name, r in results.items()}
 
 
-# --- Start ---
+# --- The first minute ---
 
 
-def start(device: str) -> list[float]:
-    """Seconds from the start of a process to the end of its first compiled step: empty caches, then filled ones."""
-    with tempfile.TemporaryDirectory() as cache:
-        words = [sys.executable, "-c", FIRST_STEP.format(device=device)]
-        environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache}
-        seconds = []
-        for _ in range(2):
-            started = time.time()
-            said = subprocess.run(words, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
-            seconds.append(float(said.split()[-1]) - started)
-        return seconds
+def first_minute(device: str) -> list[dict[str, float]]:
+    """Seconds of each stage of the default run with one epoch, in a new process: an empty cache, then a filled one.
+
+    The stages are import, data, model, compile, first epoch, evaluation (5,000 images, S = 200) and figures.
+    """
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(Path(folder) / "cache")}
+        for run in ("empty", "filled"):
+            words = [sys.executable, "-c", FIRST_MINUTE, device, str(Path(folder) / run)]
+            before = time.time()
+            said = subprocess.run(words, env=environment, check=True, capture_output=True, text=True).stdout
+            seconds = {}
+            for stage, now in (line.split("\t") for line in said.splitlines()):
+                seconds[stage] = float(now) - before
+                before = float(now)
+            found.append(seconds)
+    return found
 
 
 # --- Tables ---
@@ -363,6 +387,7 @@ def ranges(results: dict[str, Any]) -> list[str]:
             lines.append(
                 f"  {model:8} {name:36} {min(record['ms']):9.3f} to {max(record['ms']):9.3f} ms, "
                 f"{to_floor}first {record['first_seconds']:5.1f} s"
+                + (f", again {record['first_again_seconds']:.1f} s" if "first_again_seconds" in record else "")
             )
     return lines
 
@@ -395,7 +420,7 @@ def measure(asked: Benchmark) -> dict[str, Any]:
     if left_out:
         say(left_out)
     digits = data.load("mnist")
-    result: dict[str, Any] = {"rounds": asked.rounds, "training": {}, "evaluation": {}, "start_seconds": []}
+    result: dict[str, Any] = {"rounds": asked.rounds, "training": {}, "evaluation": {}, "first_minute": []}
     result["likelihoods"] = {}
     result |= {"images": asked.images, "num_particles": asked.num_particles, "left_out": left_out}
     if "training" in asked.parts:
@@ -413,9 +438,9 @@ def measure(asked: Benchmark) -> dict[str, Any]:
                 result["evaluation"][name] = evaluation(name, x, num_particles=asked.num_particles, rounds=asked.rounds)
     if "likelihoods" in asked.parts:
         result["likelihoods"] = under_likelihoods(asked.likelihoods, digits, device, rounds=asked.rounds)
-    if "start" in asked.parts:
-        say("  start")
-        result["start_seconds"] = start(asked.device)
+    if "first-minute" in asked.parts:
+        say("  the first minute")
+        result["first_minute"] = first_minute(asked.device)
     return result | {"threads": torch.get_num_threads(), "environment": environment(asked.device)}
 
 
@@ -438,10 +463,12 @@ def report(result: dict[str, Any]) -> Iterator[str]:
         yield from likelihood_table(result["likelihoods"])
         yield ""
         yield from ranges(result["likelihoods"])
-    if result["start_seconds"]:
-        cold, warm = result["start_seconds"]
-        yield "\nFrom a fresh process to the end of its first compiled step, the default model:"
-        yield f"  {cold:.1f} s; again, with the compiler's cache filled, {warm:.1f} s"
+    if result["first_minute"]:
+        yield "\nThe default run with one epoch, seconds of each stage; in brackets with the compiler's cache filled:"
+        empty, filled = result["first_minute"]
+        for stage, seconds in empty.items():
+            yield f"  {stage:12} {seconds:6.1f} ({filled[stage]:.1f})"
+        yield f"  {'together':12} {sum(empty.values()):6.1f} ({sum(filled.values()):.1f})"
 
 
 def main() -> None:

@@ -1,8 +1,8 @@
 """The same VAE trained by different programs: what ``benchmark.py`` times. Each takes steps from the same weights.
 
 Every contestant but the floor minimizes E_q[log q(z | x) - log p(x, z)], with one draw of z an image (a sampled KL), by
-Adam with a learning rate of 1e-3, and adds up the loss of its steps. p(z) is a standard Normal, p(x | z) 784 Bernoullis
-and q(z | x) a diagonal Normal. ``Setting`` has other likelihoods, for ppl_vae's own steps alone.
+Adam with a learning rate of 1e-3, and adds up the loss of its steps. p(z) is a standard Normal or a flow, p(x | z) 784
+Bernoullis and q(z | x) a diagonal Normal. ``Setting`` has other likelihoods, for ppl_vae's own steps alone.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from ppl_vae import data, objectives
 from ppl_vae.conditional import Conditional
-from ppl_vae.parts import likelihoods, networks, posteriors, priors
+from ppl_vae.parts import flows, likelihoods, networks, posteriors, priors
 from ppl_vae.runs.build import build_vae
 from ppl_vae.runs.options import PLAIN, Options
 from ppl_vae.runs.resolve import choose_pixels, initialize_output_bias, resolve
@@ -38,13 +38,20 @@ _PIXELS = math.prod(EVENT_SHAPE)
 
 
 class Model(NamedTuple):
-    """An encoder, whose decoder is its mirror; ``channels`` make it convolutional."""
+    """An encoder, whose decoder is its mirror; convolutional with ``channels``, its prior a flow with ``couplings``."""
 
     hidden: tuple[int, ...]
     latent_dim: int
     batch_size: int
     activation: type[nn.Module] = nn.ReLU
     channels: tuple[int, ...] = ()
+    convolutional: networks.NetworkPair = networks.CONV
+    couplings: int = 0
+
+    @property
+    def is_translated(self) -> bool:
+        """Whether it is written for NumPyro and JAX too."""
+        return self.convolutional is networks.CONV and not self.couplings
 
 
 MODELS = {
@@ -52,6 +59,7 @@ MODELS = {
     "iwae20": Model((200, 200), 50, 20, nn.Tanh),
     "iwae100": Model((200, 200), 50, 100, nn.Tanh),
     "conv128": Model((256,), 40, 128, channels=(16, 32)),
+    "resflow100": Model((256,), 40, 100, channels=(16, 32), convolutional=networks.RESIDUAL, couplings=10),
 }
 
 
@@ -70,6 +78,7 @@ class Task:
         self.batches = _batches(images, model.batch_size)
         torch.manual_seed(0)
         self._weights = [[w.detach().clone() for w in net.parameters()] for net in self.vae_networks()]
+        self._prior = self._fresh_prior().to(self.device)
 
     def _with_first_weights(self, encoder: nn.Module, decoder: nn.Module) -> tuple[nn.Module, nn.Module]:
         with torch.no_grad():
@@ -80,11 +89,11 @@ class Task:
 
     def vae_networks(self) -> tuple[nn.Module, nn.Module]:
         """ppl_vae's encoder, (B, 1, 28, 28) -> (B, 2 L), and decoder, (..., L) -> (..., 784), with fresh weights."""
-        hidden, L, _, activation, channels = self.model
+        hidden, L, _, activation, channels, pair, _ = self.model
         if channels:
             return (
-                networks.ConvEncoder(EVENT_SHAPE, 2 * L, channels=channels, hidden=hidden),
-                networks.ConvDecoder(L, EVENT_SHAPE, _PIXELS, channels=channels, hidden=hidden[::-1]),
+                pair.encoder(EVENT_SHAPE, 2 * L, channels=channels, hidden=hidden),
+                pair.decoder(L, EVENT_SHAPE, _PIXELS, channels=channels, hidden=hidden),
             )
         return (
             networks.MLP(EVENT_SHAPE, 2 * L, hidden=hidden, activation=activation),
@@ -93,7 +102,7 @@ class Task:
 
     def plain_networks(self) -> tuple[nn.Module, nn.Module]:
         """The same functions as one would write them in PyTorch, with the first weights."""
-        hidden, L, _, activation, channels = self.model
+        hidden, L, _, activation, channels, _, _ = self.model
         if channels:
             return self._with_first_weights(*self.vae_networks())
 
@@ -104,11 +113,21 @@ class Task:
         encoder = nn.Sequential(nn.Flatten(), *dense(_PIXELS, *hidden, 2 * L))
         return self._with_first_weights(encoder, dense(L, *hidden[::-1], _PIXELS))
 
+    def _fresh_prior(self) -> nn.Module:
+        if not self.model.couplings:
+            return priors.StandardNormal(self.model.latent_dim)
+        how: Any = {"coupling": flows.affine_coupling, "num_layers": self.model.couplings, "hidden": (256,)}
+        return priors.FlowPrior(self.model.latent_dim, **how)
+
+    def prior(self) -> nn.Module:
+        """() -> p(z), with the first weights."""
+        return deepcopy(self._prior)
+
     def vae(self) -> VAE:
         """The model as ppl_vae has it, with the first weights."""
         encoder, decoder = self._with_first_weights(*self.vae_networks())
         return VAE(
-            priors.StandardNormal(self.model.latent_dim),
+            self.prior(),
             Conditional(decoder, likelihoods.Bernoulli(EVENT_SHAPE)),
             Conditional(encoder, posteriors.DiagonalNormal(self.model.latent_dim)),
         ).to(self.device)
@@ -130,23 +149,27 @@ Steps = Callable[[int], float]
 class Loss(nn.Module):
     """log q(z | x) - log p(x, z), z ~ q(z | x), a mean over images: x (B, 1, 28, 28) -> ()."""
 
-    def __init__(self, encoder: nn.Module, decoder: nn.Module) -> None:
+    def __init__(self, task: Task) -> None:
         super().__init__()
-        self.encoder = encoder
-        self.decoder = decoder
+        self.encoder, self.decoder = task.plain_networks()
+        self.flow = task.prior() if task.model.couplings else None
 
     def forward(self, x: Tensor) -> Tensor:
-        loc, log_scale = self.encoder(x).chunk(2, dim=-1)
+        loc, log_scale = self.encoder(x).float().chunk(2, dim=-1)  # bf16 under autocast
         noise = torch.randn_like(loc)
         z = loc + log_scale.exp() * noise
         reconstruction = F.binary_cross_entropy_with_logits(self.decoder(z), x.flatten(1), reduction="sum")
-        kl = (0.5 * (z * z - noise * noise) - log_scale).sum()
+        if self.flow is None:
+            kl = (0.5 * (z * z - noise * noise) - log_scale).sum()
+        else:
+            log_q = -(0.5 * (noise * noise + math.log(2 * math.pi)) + log_scale).sum()
+            kl = log_q - self.flow().log_prob(z).sum()
         return (reconstruction + kl) / len(x)
 
 
 def pytorch_eager(task: Task, *, fused: bool) -> Steps:
     """A training loop by hand: loss, backward, torch's Adam as it comes or fused."""
-    loss_of = Loss(*task.plain_networks())
+    loss_of = Loss(task)
     optimizer = torch.optim.Adam(loss_of.parameters(), lr=LEARNING_RATE, fused=fused or None)
     batches = cycle(task.batches)
 
@@ -163,13 +186,13 @@ def pytorch_eager(task: Task, *, fused: bool) -> Steps:
     return steps
 
 
-def pytorch_whole_step(task: Task) -> Steps:
-    """Gather, loss, gradient and Adam, written as one function for torch.compile.
+def pytorch_whole_step(task: Task, *, bf16: bool = False) -> Steps:
+    """Gather, loss, gradient and Adam, written as one function for torch.compile; in bf16, under autocast.
 
     ``fullgraph`` makes a graph break an error. Of what else inductor offers, a wrapper in C++ was the fastest on CPUs.
     """
     torch._dynamo.reset()  # the function below is compiled anew for each task
-    loss_of = Loss(*task.plain_networks())
+    loss_of = Loss(task)
     weights = {name: w.detach() for name, w in loss_of.named_parameters()}
     moments = [(w, torch.zeros_like(w), torch.zeros_like(w)) for w in weights.values()]
     total = torch.zeros((), device=task.device)
@@ -179,10 +202,15 @@ def pytorch_whole_step(task: Task) -> Steps:
         for tensor in (total, *(tensor for triple in moments for tensor in triple)):
             torch._dynamo.mark_static_address(tensor)
 
+    def loss_under_precision(weights: dict[str, Tensor], x: Tensor) -> Tensor:
+        with torch.autocast(task.device.type, torch.bfloat16, enabled=bf16):
+            loss: Tensor = torch.func.functional_call(loss_of, weights, (x,))
+            return loss
+
     @torch.compile(fullgraph=True, options=options)
     def step(index: Tensor, rate: Tensor, root_of_correction: Tensor) -> None:
         x = task.images[index].float()
-        gradients, loss = torch.func.grad_and_value(lambda w: torch.func.functional_call(loss_of, w, (x,)))(weights)
+        gradients, loss = torch.func.grad_and_value(loss_under_precision)(weights, x)
         for (weight, first, second), gradient in zip(moments, gradients.values(), strict=True):
             first.lerp_(gradient, 0.1)
             second.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
@@ -208,20 +236,27 @@ def pytorch_whole_step(task: Task) -> Steps:
 # --- ppl_vae ---
 
 
-def ppl_vae(task: Task, *, captured: bool) -> Steps:
+def ppl_vae(task: Task, *, captured: bool, bf16: bool = False) -> Steps:
     """The steps of ``training.fit``, which also clip the gradient and stop where a number is not finite."""
-    return _ppl_vae_steps(task.vae(), task.images, data.convert_to_float, task.batches, captured=captured)
+    return _ppl_vae_steps(task.vae(), task.images, data.convert_to_float, task.batches, captured=captured, bf16=bf16)
 
 
 def _ppl_vae_steps(
-    vae: VAE, images: Tensor, transform: Callable[..., Tensor], batches: list[Tensor], *, captured: bool
+    vae: VAE,
+    images: Tensor,
+    transform: Callable[..., Tensor],
+    batches: list[Tensor],
+    *,
+    captured: bool,
+    bf16: bool = False,
 ) -> Steps:
     batch_size = len(batches[0])
     state = TrainingState(vae)
     kind = CapturedSteps if captured else EagerSteps
     more: Any = {"batch_size": batch_size} if captured else {}
     source = Resident(images, images.device)
-    loss = partial(objectives.loss_per_image, objectives.elbo())
+    elbo = objectives.autocast(objectives.elbo(), torch.bfloat16) if bf16 else objectives.elbo()
+    loss = partial(objectives.loss_per_image, elbo)
     stepper = kind(
         state,
         loss,
@@ -282,15 +317,18 @@ def pyro_example(task: Task) -> Steps:
     pyro.clear_param_store()
     # In torch's own memory layout: of weights in another, pyro.module trains a copy that the network never sees.
     encoder, decoder = task.plain_networks()
+    flow = task.prior() if task.model.couplings else None
     for parameter in [*encoder.parameters(), *decoder.parameters()]:
         parameter.data = parameter.data.contiguous()
 
     def model(x: Tensor) -> None:
         pyro.module("decoder", decoder)
+        if flow is not None:
+            pyro.module("prior", flow)
         with pyro.plate("data", x.shape[0]):
             z_loc = x.new_zeros(torch.Size((x.shape[0], task.model.latent_dim)))
             z_scale = x.new_ones(torch.Size((x.shape[0], task.model.latent_dim)))
-            z = pyro.sample("latent", dist.Normal(z_loc, z_scale).to_event(1))
+            z = pyro.sample("latent", dist.Normal(z_loc, z_scale).to_event(1) if flow is None else flow())
             rate = torch.sigmoid(decoder(z))
             pyro.sample("obs", dist.Bernoulli(rate, validate_args=False).to_event(1), obs=x.reshape(-1, _PIXELS))
 
@@ -494,18 +532,21 @@ def matrix_products(task: Task) -> Callable[[int], None]:
     not need. Dense layers are bare ``torch.mm`` into memory that is there; convolutions allocate what they return.
     """
     encoder, decoder = task.plain_networks()
+    prior = task.prior()
     products: list[Callable[[], Any]] = []
     hooks = []
 
     def note(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         products.extend(_products(layer, inputs[0].detach().clone(), output.detach(), is_first=not products))
 
-    for layer in [*encoder.modules(), *decoder.modules()]:
+    for layer in [*encoder.modules(), *decoder.modules(), *prior.modules()]:
         if isinstance(layer, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
             hooks.append(layer.register_forward_hook(note))
     with torch.no_grad():
         h = encoder(task.images[task.batches[0]].float())
-        decoder(h[:, : task.model.latent_dim])
+        z = h[:, : task.model.latent_dim]
+        decoder(z)
+        prior().log_prob(z)
     for hook in hooks:
         hook.remove()
 

@@ -220,6 +220,25 @@ def speed_short() -> str:
     return "\n".join(table("training", kept, "ratio"))
 
 
+def speed_compiling() -> str:
+    """Seconds to the end of the first step: with an empty cache, and with a filled one in brackets."""
+    found = stored("benchmark")["training"]
+    names = [name for name, record in next(iter(found.values())).items() if "first_again_seconds" in record]
+    rows = []
+    for name in names:
+        records = [found[model][name] for model in found]
+        rows.append([name, *(f"{r['first_seconds']:.1f} ({r['first_again_seconds']:.1f})" for r in records)])
+    return markdown(["first step", *found], rows)
+
+
+def first_minute() -> str:
+    """Seconds of each stage of the default run with one epoch."""
+    empty, filled = stored("benchmark")["first_minute"]
+    rows = [[stage, f"{seconds:.1f}", f"{filled[stage]:.1f}"] for stage, seconds in empty.items()]
+    rows.append(["together", f"{sum(empty.values()):.1f}", f"{sum(filled.values()):.1f}"])
+    return markdown(["stage", "seconds, empty cache", "filled cache"], rows)
+
+
 def speed_evaluation() -> str:
     return "\n".join(table("log p(x)", stored("benchmark")["evaluation"], "ratio_to_floor"))
 
@@ -320,6 +339,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "certificates": certificates,
     "speed-training": speed_training,
     "speed-short": speed_short,
+    "speed-compiling": speed_compiling,
+    "first-minute": first_minute,
     "speed-evaluation": speed_evaluation,
     "scale": scale,
     "words-networks": lambda: _parts(NETWORKS),

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ppl_vae.vae import VAE
     from ppl_vae.weights import log_weights
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOME = {
     "VAE": "vae",

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from ppl_vae.data import Splits
 
 MODEL_NAMES = ("mlp128", "iwae20", "iwae100", "conv128", "resflow100", "default")
-PARTS = ("training", "evaluation", "likelihoods", "first-minute")
+PARTS = ("training", "evaluation", "likelihoods", "start")
 
 
 @dataclass(frozen=True)
@@ -438,7 +438,7 @@ def measure(asked: Benchmark) -> dict[str, Any]:
                 result["evaluation"][name] = evaluation(name, x, num_particles=asked.num_particles, rounds=asked.rounds)
     if "likelihoods" in asked.parts:
         result["likelihoods"] = under_likelihoods(asked.likelihoods, digits, device, rounds=asked.rounds)
-    if "first-minute" in asked.parts:
+    if "start" in asked.parts:
         say("  the first minute")
         result["first_minute"] = first_minute(asked.device)
     return result | {"threads": torch.get_num_threads(), "environment": environment(asked.device)}

@@ -152,7 +152,7 @@ class Loss(nn.Module):
     def __init__(self, task: Task) -> None:
         super().__init__()
         self.encoder, self.decoder = task.plain_networks()
-        self.flow = task.prior() if task.model.couplings else None
+        self.flow: Any = task.prior() if task.model.couplings else None
 
     def forward(self, x: Tensor) -> Tensor:
         loc, log_scale = self.encoder(x).float().chunk(2, dim=-1)  # bf16 under autocast
@@ -163,7 +163,9 @@ class Loss(nn.Module):
             kl = (0.5 * (z * z - noise * noise) - log_scale).sum()
         else:
             log_q = -(0.5 * (noise * noise + math.log(2 * math.pi)) + log_scale).sum()
-            kl = log_q - self.flow().log_prob(z).sum()
+            u, log_slope = self.flow.flow.inverse(z)
+            log_p = log_slope.sum() - (0.5 * (u * u + math.log(2 * math.pi))).sum()
+            kl = log_q - log_p
         return (reconstruction + kl) / len(x)
 
 

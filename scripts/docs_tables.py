@@ -312,7 +312,8 @@ def commands() -> str:
         body = markdown(["option", "default", "what it does"], rows) if rows else ""
         if name == "train":
             body = "Its options are in [configuration](configuration.md)."
-        sections.append(f"## {name}\n\n{command.options.__doc__}\n\n    python {script} {usage}\n\n{body}")
+        calls = f"    ppl-vae {name} {usage}\n    python {script} {usage}"
+        sections.append(f"## {name}\n\n{command.options.__doc__}\n\n{calls}\n\n{body}")
     return "\n\n".join(sections)
 
 

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "ppl_vae"
 # From the bottom to the top: a room may import from those before it. The core is the files at the top.
 ROOMS = (
     *("runtime", "core", "data", "parts", "objectives", "evidence", "training"),
-    *("diagnostics", "runs", "reports", "commands", "estimator", "study"),
+    *("diagnostics", "runs", "reports", "commands", "estimator", "study", "__main__"),
 )
 CORE = {"conditional", "hierarchy", "protocols", "support", "vae", "weights"}
 

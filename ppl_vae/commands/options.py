@@ -320,7 +320,7 @@ class Reproduce(_Seeded):
     precision: str | None = option(None, "of matrix products in training (default: the recipe's)", PRECISIONS)
     data_dir: str | None = _same("data_dir")
     run_dir: str | None = option(None, "folder of the run folders (default: runs/reproduce/NAME-seedN)")
-    output: str = option("scripts/results/reproductions.json", "JSON file of the rows")
+    output: str = option("runs/reproduce/reproductions.json", "JSON file of the rows")
 
     def __post_init__(self) -> None:
         super().__post_init__()

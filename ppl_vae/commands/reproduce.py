@@ -227,7 +227,7 @@ def _make_command(asked: Reproduce) -> str:
     given = {name: getattr(asked, name) for name in ("epochs", "epochs_share", "precision", "seed")}
     given["device"] = None if asked.device == "cpu" else asked.device
     words = [f"{format_flag(name)} {value}" for name, value in given.items() if value is not None]
-    return " ".join(["python scripts/reproduce.py", str(asked.name), *words])
+    return " ".join(["ppl-vae reproduce", str(asked.name), *words])
 
 
 def _find_origins(folders: Sequence[Path], device: str | None) -> tuple[tuple[str, ...], JsonObject]:

@@ -289,7 +289,7 @@ def rank_rows(rows: Sequence[LikelihoodRow], opened: Sequence[Run]) -> list[Like
         if measured[0] != measured[1] or not torch.equal(result.index, first.index):
             raise ValueError(
                 f"{run.folder}: expected an evaluation of the same images, particles, seed and scale as "
-                f"{opened[0].folder}, got another; evaluate_log_likelihood.py makes it again"
+                f"{opened[0].folder}, got another; ppl-vae evaluate makes it again"
             )
     best, *others = sorted(range(len(rows)), key=lambda i: -rows[i].log_likelihood.mean)
     ranked = [rows[best]]
@@ -326,7 +326,7 @@ def run_networks(options: CompareNetworks, *, say: Say) -> None:
     )
     if len(options.networks) > 1:
         folders = " ".join(f"{run_dir}/{network}" for network in options.networks)
-        say(f"Paired differences: python scripts/compare_runs.py {folders}")
+        say(f"Paired differences: ppl-vae compare {folders}")
 
 
 def compare_networks(

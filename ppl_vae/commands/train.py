@@ -135,7 +135,7 @@ def _resume(run: Run, *, epochs: int | None, say: Say, compile: str | None, draw
     folder, options = run.folder, run.options
     find_device(options.device)
     if run.from_python:
-        raise ValueError(f"--resume: expected a run of train_svi.py, but {folder} was saved from Python, or shipped")
+        raise ValueError(f"--resume: expected a run of ppl-vae train, but {folder} was saved from Python, or shipped")
     check_tensorboard(options)
     if epochs is not None and epochs < options.epochs:
         raise ValueError(f"--epochs: expected at least the run's {options.epochs}, got {epochs}")

@@ -90,7 +90,7 @@ def _likelihood(run: Run) -> Section:
     title = "How well it reconstructs" if autoencoder else "How likely it finds test images"
     entry = read_evaluation(run.folder) if is_evaluated(run.folder) else None
     if entry is None:
-        command = "" if autoencoder else f"`python scripts/evaluate_log_likelihood.py {run.folder}` makes one."
+        command = "" if autoencoder else f"`ppl-vae evaluate {run.folder}` makes one."
         words = f"There is no evaluation of the test images with these weights. {command}".strip()
         return Section(title, [Text(words)], anchor="likelihood")
     keys = ("reconstruction",) if entry.log_likelihood is None else tuple(EVALUATION_ROWS)

@@ -278,7 +278,7 @@ def read_diagnosis(folder: Path) -> Diagnosis | None:
     try:
         return from_json(Diagnosis, runs.read_json(path))
     except ValueError as error:
-        raise ValueError(f"{path}: damaged: {error}; scripts/diagnose.py makes it again") from None
+        raise ValueError(f"{path}: damaged: {error}; ppl-vae diagnose makes it again") from None
 
 
 def is_evaluated(folder: Path) -> bool:
@@ -327,7 +327,7 @@ def read_per_image(folder: Path, split: str) -> PerImage | None:
     try:
         tensors, scalars = runs.load_tensors(path)
     except ValueError as error:
-        raise ValueError(f"{error}; evaluate_log_likelihood.py {folder} --split {split} measures it again") from None
+        raise ValueError(f"{error}; ppl-vae evaluate {folder} --split {split} measures it again") from None
     try:
         result = Importance.from_tensors(tensors)
         stored = PerImage(tensors["index"], result, *(scalars[name] for name in ("num_particles", "seed", "step")))

@@ -168,7 +168,7 @@ def _dataset(folder: Path) -> str:
 def test_what_python_saved_cannot_be_resumed_and_stays(from_python):
     folder, _ = from_python
     before = (folder / runs.MODEL).read_bytes()
-    with pytest.raises(ValueError, match=r"--resume: expected a run of train_svi.py, but .* was saved from Python"):
+    with pytest.raises(ValueError, match=r"--resume: expected a run of ppl-vae train, but .* was saved from Python"):
         resume_run(str(folder), epochs=10, say=print)
     assert (folder / runs.MODEL).read_bytes() == before
 

@@ -185,7 +185,7 @@ def describe_export(run: Run, folder: Path, entries: Mapping[str, object], figur
         f"Trained: {describe_epochs(run)}.",
     ]
     if not entries:
-        lines.append("There is no evaluation of these weights; evaluate_log_likelihood.py makes one.")
+        lines.append("There is no evaluation of these weights; ppl-vae evaluate makes one.")
     if "reconstructions.png" in figures:
         lines.append(
             "figures/reconstructions.png shows images of the data: delete it where those are not to be shared."

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ppl_vae import data
-from ppl_vae.runs.options import LIKELIHOODS, NETWORKS
+from ppl_vae.parts.registry import LIKELIHOODS, NETWORKS
 
 # Every likelihood with one network, and every network with one mass and one density: not all with all.
 LIKELIHOODS_AND_NETWORKS = list(

@@ -21,7 +21,7 @@ from PIL import Image
 import ppl_vae
 from ppl_vae.commands.options import COMMANDS
 from ppl_vae.evidence.estimate import Estimate
-from ppl_vae.runs.options import LIKELIHOODS
+from ppl_vae.parts.registry import LIKELIHOODS
 from ppl_vae.study.figures import format_mean
 
 ROOT = Path(__file__).parent.parent

@@ -54,29 +54,17 @@ class ChainOptions(NamedTuple):
 
 @dataclass
 class StageContext:
-    """What every stage works with.
+    """What every stage works with."""
 
-    Args:
-        vae: on its device, in evaluation mode.
-        place: the device.
-        options: the certificate's.
-        chain: how chains are annealed.
-        store: finished blocks of unfinished stages.
-        results: complete stages.
-        compiles: whether chains are compiled.
-        say: receives each line for the reader.
-        should_stop: asked after each block.
-    """
-
-    vae: VAE
+    vae: VAE  # on its device, in evaluation mode
     place: torch.device
     options: Certify
     chain: ChainOptions
-    store: BlockStore
-    results: StageResults
-    compiles: bool
+    store: BlockStore  # finished blocks of unfinished stages
+    results: StageResults  # complete stages
+    compiles: bool  # whether chains are compiled
     say: Say
-    should_stop: Callable[[], bool]
+    should_stop: Callable[[], bool]  # asked after each block
     _eager: set[str] = field(default_factory=set)  # stages that cannot be compiled
 
     def block_seed(self, stage: str, number: int) -> int:
@@ -93,9 +81,7 @@ class StageContext:
             compute: takes the block's slice and whether it may compile, and returns tensors (n, *shape). The global
                 generators are seeded for each block.
 
-        Raises:
-            Interrupted: SIGINT or SIGTERM; the finished blocks are kept.
-            ValueError: --compile on, and the stage cannot be compiled.
+        Raises Interrupted on SIGINT or SIGTERM; the finished blocks are kept.
         """
         stored = self.results.get(stage)
         if stored is not None:
@@ -127,11 +113,10 @@ class StageContext:
                     on_block=self.store.add,
                     should_stop=self.should_stop,
                 )
-        except Stopped:
+        except BaseException as error:
             self.store.write()
-            raise Interrupted("the finished blocks are kept, and the same command goes on from there") from None
-        except BaseException:
-            self.store.write()
+            if isinstance(error, Stopped):
+                raise Interrupted("the finished blocks are kept, and the same command goes on from there") from None
             raise
         columns = zip(shapes.items(), rows.split(widths, dim=1), strict=True)
         found = {name: values.reshape(num_items, *shape).contiguous() for (name, shape), values in columns}
@@ -157,9 +142,6 @@ class StageContext:
             self.say(f"Stage {stage} is not compiled: {error}.")
             self._eager.add(stage)
             return run(False)
-
-
-# --- Importance sampling ---
 
 
 def weigh_images(context: StageContext, stage: str, x: Tensor, vae: VAE) -> Importance:
@@ -212,7 +194,6 @@ def weigh_fewer_particles(context: StageContext, stage: str, x: Tensor, numbers:
     """Bounds with s particles of the guide, and the Pareto-smoothed estimate with all S, which is no bound.
 
     Args:
-        context, stage: where they are measured, and the stage's name.
         x: (N, *E).
         numbers: s, ascending; the last is S.
 
@@ -234,9 +215,6 @@ def weigh_fewer_particles(context: StageContext, stage: str, x: Tensor, numbers:
 def list_fewer_particles(num_particles: int) -> list[int]:
     """S/100, S/50, S/20, S/10, S/5, S/2 and S, ascending and without repeats."""
     return sorted({max(1, num_particles // divisor) for divisor in (1, 2, 5, 10, 20, 50, 100)})
-
-
-# --- Annealing ---
 
 
 def anneal_images(context: StageContext, stage: str, x: Tensor, *, temperatures: int | None = None) -> AISSummary:
@@ -306,9 +284,6 @@ def _summarize_chains(log_w: Tensor, acceptance: Tensor, sign: int) -> Tensors:
 def list_fewer_temperatures(temperatures: int) -> list[int]:
     """T/8, T/4 and T/2, ascending, without repeats and without T itself."""
     return sorted({max(1, temperatures // divisor) for divisor in (8, 4, 2)} - {temperatures})
-
-
-# --- Gaps, calibration ---
 
 
 def split_gaps(context: StageContext, stage: str, x: Tensor, log_evidence: Tensor) -> Gaps:

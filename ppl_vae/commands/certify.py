@@ -21,22 +21,8 @@ from ppl_vae.evidence.guide_calibration import judge
 from ppl_vae.evidence.typicality import mix_prior_into_guide, typicality
 from ppl_vae.reports.figures.certificate import certificate_figures
 from ppl_vae.reports.text.certificate import certificate_table, describe_certificate
-from ppl_vae.runs.certificates import (
-    CERTIFICATE,
-    AISSummary,
-    Certificate,
-    CertifiedImages,
-    Convergence,
-    GuideBound,
-    add_certificate,
-    read_certificates,
-    subtract_importance,
-    summarize_chains,
-    summarize_curve,
-    summarize_gaps,
-    summarize_importance,
-    summarize_simulated,
-)
+from ppl_vae.runs import certificates
+from ppl_vae.runs.certificates import CERTIFICATE, AISSummary, Certificate, CertifiedImages, Convergence, GuideBound
 from ppl_vae.runs.checkpoints import BlockStore, StageResults
 from ppl_vae.runs.files import JsonObject
 from ppl_vae.runs.open import Run, Say, check_density, check_images, load_evaluated_vae, open_run
@@ -53,23 +39,15 @@ _METHOD = 2
 
 @dataclass(frozen=True)
 class Plan:
-    """What a certificate measures.
-
-    Args:
-        run, options: the run, and the command's options.
-        chain: how chains are annealed.
-        index, x: the images' places in their split, and the images (N, *E), on the CPU.
-        gap_splits: the splits whose gap is divided into its parts; empty if none.
-        other: images (n, *E) of another data set to score, if asked for, and that data set.
-    """
+    """What a certificate measures."""
 
     run: Run
     options: Certify
     chain: ChainOptions
-    index: Tensor
-    x: Tensor
-    gap_splits: tuple[str, ...]
-    other: tuple[Tensor, data.Splits] | None
+    index: Tensor  # the images' places in their split
+    x: Tensor  # (N, *E), on the CPU
+    gap_splits: tuple[str, ...]  # the splits whose gap is divided into its parts
+    other: tuple[Tensor, data.Splits] | None  # images (n, *E) of another data set to score, and that data set
 
 
 def certify_run(options: Certify, *, say: Say) -> Certificate:
@@ -80,12 +58,6 @@ def certify_run(options: Certify, *, say: Say) -> Certificate:
     certificate-SPLIT.partial.safetensors, and ends with the same numbers. Stages that an earlier certificate measured
     with the same options are not measured again. What is not asked for this time is not in the entry, but stays in the
     file.
-
-    Raises:
-        Interrupted: SIGINT or SIGTERM, after the current block; finished blocks are kept.
-        ValueError: before the work: no run, a damaged or a read-only one, one that another process writes to, an
-            autoencoder, dequantized levels, other data than the run was trained on, or another data set that does not
-            fit.
     """
     run = open_run(options.run_dir, dataset=options.dataset, data_dir=options.data_dir)
     with runs.lock_folder(run.folder), stop_on_signals() as should_stop:
@@ -115,13 +87,10 @@ def certify_run(options: Certify, *, say: Say) -> Certificate:
         _write(run, certificate, found, plan.x, say)
         store.remove()
         if options.output is not None:
-            rows = add_certificate(Path(options.output), run.folder.name, certificate, options.device)
+            rows = certificates.add_certificate(Path(options.output), run.folder.name, certificate, options.device)
             say(f"{options.output} has its row:")
             say(certificate_table([(row.run, row, row.environment["threads"]) for row in rows]))
         return certificate
-
-
-# --- Before the work ---
 
 
 def _check_before_work(run: Run, options: Certify) -> None:
@@ -135,7 +104,7 @@ def _check_before_work(run: Run, options: Certify) -> None:
     runs.read_evaluations(run.folder)
     (run.folder / runs.FIGURES).mkdir(exist_ok=True)
     if options.output is not None:
-        read_certificates(Path(options.output))
+        certificates.read_certificates(Path(options.output))
         runs.check_writable(Path(options.output).parent)
     if options.against_data_dir is not None and options.against is None:
         raise ValueError("--against-data-dir: expected it together with --against, got it alone")
@@ -159,12 +128,7 @@ def _plan(run: Run, vae: VAE, options: Certify, say: Say) -> Plan:
 
 
 def _load_other_images(run: Run, options: Certify, dataset: str) -> tuple[Tensor, data.Splits]:
-    """As many test images of another data set, binarized as the run's own.
-
-    Raises:
-        ValueError: the data set cannot be read, has images of another shape, or pixels outside the likelihood's
-            support.
-    """
+    """As many test images of another data set, binarized as the run's own."""
     own, data_dir = data_options(run.options), options.against_data_dir or run.options.data_dir
     is_folder = dataset not in data.DATASETS and not data.is_array_file(Path(dataset))
     reading = {name: own[name] for name in ("image_size", "fit", "color")} if is_folder else {}
@@ -224,9 +188,6 @@ def _stage_identities(plan: Plan) -> Iterator[tuple[str, dict[str, object]]]:
         yield "against", particles | {"against": [splits.name, splits.sha256, len(x)]}
 
 
-# --- The work ---
-
-
 def _measure(context: StageContext, plan: Plan) -> tuple[CertifiedImages, JsonObject]:
     """Run every stage, the quickest first, so that errors show early; the fields of a ``Certificate`` come second."""
     options, x, S = plan.options, plan.x.to(context.place), plan.options.num_particles
@@ -245,21 +206,22 @@ def _measure(context: StageContext, plan: Plan) -> tuple[CertifiedImages, JsonOb
     improved = stages.weigh_images_refined(context, "improved", x)
     chains = stages.anneal_images(context, "ais", x)
     if options.simulated:
-        simulated = summarize_simulated(*stages.anneal_simulated_images(context, "simulated", options.simulated))
+        below, above = stages.anneal_simulated_images(context, "simulated", options.simulated)
+        simulated = certificates.summarize_simulated(below, above)
     convergence, smoothed = _measure_convergence(context, x, chains)
     gaps = {}
     for split in plan.gap_splits:
         images = data.evaluation_images(plan.run.splits, split, plan.run.evaluated_pixels)
         images = images[data.subset(len(images), options.gap_images)].to(context.place)
         log_p_x = stages.anneal_images(context, f"ais {split}", images).bound
-        gaps[split] = summarize_gaps(stages.split_gaps(context, f"gaps {split}", images, log_p_x))
+        gaps[split] = certificates.summarize_gaps(stages.split_gaps(context, f"gaps {split}", images, log_p_x))
     found = CertifiedImages(plan.index, chains, plain, improved, ranks, scored)
     return found, {
-        "ais": summarize_chains(chains),
-        "importance": GuideBound(**vars(summarize_importance(plain, S)), smoothed_estimate=smoothed),
-        "improved": summarize_importance(improved, S),
-        "ais_minus_importance": subtract_importance(chains, plain),
-        "ais_minus_improved": subtract_importance(chains, improved),
+        "ais": certificates.summarize_chains(chains),
+        "importance": GuideBound(**vars(certificates.summarize_bound(plain, S)), smoothed_estimate=smoothed),
+        "improved": certificates.summarize_bound(improved, S),
+        "ais_minus_importance": certificates.subtract_importance(chains, plain),
+        "ais_minus_improved": certificates.subtract_importance(chains, improved),
         "total_gap": Estimate.mean_of(chains.bound - plain.elbo),
         "unreliable": tuple(plan.index[found.unreliable].tolist()),
         "simulated": simulated,
@@ -278,12 +240,9 @@ def _measure_convergence(context: StageContext, x: Tensor, full: AISSummary) -> 
     places = torch.arange(count) * len(x) // count
     some, ais = x[places.to(x.device)], full.bound[places]
     bounds = [stages.anneal_images(context, f"temperatures {t}", some, temperatures=t).bound for t in fewer]
-    temperatures = summarize_curve([*fewer, T], torch.stack([*bounds, ais]), ais)
-    particles = summarize_curve(sizes, weighed[:, places], ais)
+    temperatures = certificates.summarize_curve([*fewer, T], torch.stack([*bounds, ais]), ais)
+    particles = certificates.summarize_curve(sizes, weighed[:, places], ais)
     return Convergence(count, temperatures, particles), Estimate.mean_of(smoothed)
-
-
-# --- After the work ---
 
 
 def _write(run: Run, certificate: Certificate, found: CertifiedImages, x: Tensor, say: Say) -> None:

@@ -30,12 +30,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(name: str, argv: Sequence[str] | None = None) -> None:
-    """Runs a command by its name: reads its command line, then calls its function. Errors end in one line.
-
-    Args:
-        name: A word of ``COMMANDS``.
-        argv: The words after the command; by default the process's own.
-    """
+    """Runs a command by its name: reads its command line, then calls its function. Errors end in one line."""
 
     def run() -> None:
         options = parse(COMMANDS[name], argv)
@@ -48,14 +43,9 @@ def main(name: str, argv: Sequence[str] | None = None) -> None:
 
 
 def parse(asked: Command, argv: Sequence[str] | None = None) -> Any:
-    """Reads the options of a command. Ends with exit code 2 and one line if they are wrong.
+    """The command's dataclass, filled in: defaults, then ``--config``, then the command line.
 
-    Args:
-        asked: The command.
-        argv: The words after the command; by default the process's own.
-
-    Returns:
-        The command's dataclass, filled in: defaults, then ``--config``, then the command line.
+    Ends with exit code 2 and one line if they are wrong.
     """
     parser = build_parser(asked)
     known, unknown = parser.parse_known_args(argv)
@@ -76,12 +66,7 @@ def parse(asked: Command, argv: Sequence[str] | None = None) -> Any:
 
 
 def build_parser(asked: Command, *, show_all: bool = False) -> Parser:
-    """The parser of a command.
-
-    Args:
-        asked: The command.
-        show_all: Whether rarely used options appear in its help.
-    """
+    """The parser of a command, whose help may show rarely used options too."""
     parser = Parser(
         description=asked.options.__doc__,
         argument_default=argparse.SUPPRESS,
@@ -115,8 +100,7 @@ def iterate_fields(options: type) -> Iterator[Field[object]]:
 def read_config_file(path: Path, options: type) -> dict[str, object]:
     """Reads the options in a TOML file. Its keys are option names with - or _; tables only group them.
 
-    Raises:
-        ValueError: the file cannot be read, or has an unknown option or a wrong value.
+    Raises ValueError for an unknown option or a wrong value.
     """
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))

@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 
 from ppl_vae import data, runs
-from ppl_vae.commands.evaluate import estimate_bits_per_dim, evaluate_with_progress
+from ppl_vae.commands.evaluate import estimate_bits_per_dim, evaluate_images
 from ppl_vae.commands.options import CompareRuns
-from ppl_vae.evidence.estimate import BoundDifference, Estimate, bound_difference, combine_stderrs
+from ppl_vae.evidence.estimate import Estimate, bound_difference
 from ppl_vae.evidence.importance import Importance
 from ppl_vae.reports.figures.charts import paired_bounds
 from ppl_vae.reports.text.comparison import compare_in_words, comparison_title, describe_comparison
 from ppl_vae.runs.command_results import ComparedPair, ComparedRun, Comparison
-from ppl_vae.runs.open import Run, Say, check_density, load_evaluated_vae, open_run
-from ppl_vae.runs.outputs import make_output_folder, write_figure
+from ppl_vae.runs.open import Run, Say, check_density, open_run
+from ppl_vae.runs.outputs import make_new_folder, make_output_folder, write_figure
 from ppl_vae.runs.resolve import find_device
-from ppl_vae.runs.results import read_per_image, to_json
+from ppl_vae.runs.results import read_per_image, summarize_importance, to_json
 
 COMPARISON, FIGURE, PER_IMAGE = "comparison.json", "comparison.png", "comparison.safetensors"
 
@@ -31,77 +31,83 @@ def compare_runs(options: CompareRuns, *, say: Say) -> Comparison:
     Images, their binarization and the seed of the importance samples are one for all runs. What the runs have stored is
     taken where every one of them was evaluated, with its present weights, on exactly these images with this S and seed;
     else all are evaluated. Nothing is written into the run folders. The statistics are in ``paired``: two-sided 95% t
-    intervals, Bonferroni-corrected, and a rule for when a difference of bounds may be read as one of log p(x).
+    intervals, Bonferroni-corrected, and a rule for when a difference of bounds may be read as one of log p(x). Raises
+    ValueError before any evaluation for runs whose numbers are not on one scale.
 
     Returns:
         The comparison, as comparison.json holds it.
-
-    Raises:
-        ValueError: fewer than two runs or images, a run twice, an autoencoder, or runs whose numbers are not on one
-            scale: other data, protocol, binarization, images or measure. All of that is found before any evaluation.
     """
-    _check_arguments(options.run_dirs, options.images)
-    first, *others = options.run_dirs
-    opened = [open_run(first, dataset=options.dataset, data_dir=options.data_dir)]
-    for path in others:  # data that runs share is read once
-        opened.append(open_run(path, dataset=options.dataset, data_dir=options.data_dir, like=opened[0]))
-    for run in opened:
-        check_density(run, "bound on log p(x) to compare")
-        _check_scale(opened[0], run, options.split)
+    opened = _open_runs(options)
+    first, S = opened[0], options.num_particles
     places, x = _load_shared_images(opened, options)
     find_device(options.device)
     if options.output is None:
-        folder = runs.make_new_folder(f"compare-{Path(opened[0].splits.name).stem}")
+        folder = make_new_folder(f"compare-{Path(first.splits.name).stem}")
     else:
         folder = make_output_folder(options.output, Path(options.output))
     started = time.monotonic()
     names = [run.folder.resolve().name for run in opened]
     names = names if len(set(names)) == len(names) else [str(run.folder) for run in opened]
     stored = _read_stored(opened, places, options)
-    results = stored or [_evaluate_run(run, x, name, options, say) for run, name in zip(opened, names, strict=True)]
-    for name, result in zip(names, results, strict=True):
-        broken = int((~result.log_evidence.isfinite()).sum())
+    results = stored or [
+        evaluate_images(run, x, options, compile=options.compile, words=f"log p(x), {name}", say=say)
+        for run, name in zip(opened, names, strict=True)
+    ]
+    bounds = {name: result.log_evidence for name, result in zip(names, results, strict=True)}
+    for name, bound in bounds.items():
+        broken = int((~bound.isfinite()).sum())
         if broken:
             raise ValueError(f"{name}: expected a finite bound for every image, got {broken:,} that are not")
-    pairs = []
-    for name, result in zip(names[1:], results[1:], strict=True):
-        pairs.append(_make_pair(names[0], name, bound_difference(results[0], result, comparisons=len(results) - 1)))
     found = Comparison(
         time=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        dataset=opened[0].splits.name,
+        dataset=first.splits.name,
         split=options.split,
-        protocol=opened[0].splits.protocol,
+        protocol=first.splits.protocol,
         binarization=" or ".join(sorted({run.binarization for run in opened})),
-        scale=opened[0].scale,
+        scale=first.scale,
         num_images=len(places),
-        num_particles=options.num_particles,
+        num_particles=S,
         seed=options.seed,
         stored_evaluations=stored is not None,
-        runs=tuple(
-            _summarize_run(run, name, result, options.num_particles)
-            for run, name, result in zip(opened, names, results, strict=True)
-        ),
-        comparisons=tuple(pairs),
+        runs=tuple(_summarize_run(*each, S) for each in zip(opened, names, results, strict=True)),
+        comparisons=tuple(_compare(names, results, i) for i in range(1, len(opened))),
         seconds=time.monotonic() - started,
     )
-    bounds = {name: result.log_evidence for name, result in zip(names, results, strict=True)}
-    _write(folder, found, places, bounds)
+    scalars = {"split": options.split, "num_particles": S, "seed": options.seed}
+    tensors = {"index": places} | {f"log_evidence/{name}": bound for name, bound in bounds.items()}
+    runs.save_tensors(folder / PER_IMAGE, tensors, scalars)
+    write_figure(folder / FIGURE, paired_bounds(found, bounds, title=comparison_title(found)))
+    runs.write_json(folder / COMPARISON, to_json(found))
     for line in describe_comparison(found):
         say(line)
     say(f"Written to {folder}: {COMPARISON}, {FIGURE}, {PER_IMAGE}")
     return found
 
 
-# --- What is refused ---
-
-
-def _check_arguments(run_dirs: Sequence[str], images: int | None) -> None:
+def _open_runs(options: CompareRuns) -> list[Run]:
+    """The runs, whose nats must be comparable. Data that they share is read once."""
+    run_dirs, images = options.run_dirs, options.images
     if len(run_dirs) < 2:
         raise ValueError(f"RUN: expected at least two run folders, got {len(run_dirs)}")
     if images is not None and images < 2:
         raise ValueError(f"--images: expected at least 2, for a standard error, got {images}")
     if len({Path(run_dir).resolve() for run_dir in run_dirs}) < len(run_dirs):
         raise ValueError(f"RUN: expected different run folders, got one of them twice: {', '.join(run_dirs)}")
+    opened: list[Run] = []
+    for path in run_dirs:
+        like = opened[0] if opened else None
+        opened.append(open_run(path, dataset=options.dataset, data_dir=options.data_dir, like=like))
+    first = opened[0]
+    for run in opened:
+        check_density(run, "bound on log p(x) to compare")
+        found = _describe_scale(run, options.split)
+        for name, value in _describe_scale(first, options.split).items():
+            if found[name] != value:
+                raise ValueError(
+                    f"{name}: expected one for all runs, got {value} in {first.folder} and {found[name]} in "
+                    f"{run.folder}"
+                )
+    return opened
 
 
 def _describe_scale(run: Run, split: str) -> dict[str, str]:
@@ -117,15 +123,6 @@ def _describe_scale(run: Run, split: str) -> dict[str, str]:
         "protocol": splits.protocol,
         "binarization": "dynamic or fixed" if one_draw else run.binarization,
     }
-
-
-def _check_scale(first: Run, run: Run, split: str) -> None:
-    expected, found = _describe_scale(first, split), _describe_scale(run, split)
-    for name, value in expected.items():
-        if found[name] != value:
-            raise ValueError(
-                f"{name}: expected one for all runs, got {value} in {first.folder} and {found[name]} in {run.folder}"
-            )
 
 
 def _load_shared_images(opened: Sequence[Run], options: CompareRuns) -> tuple[Tensor, Tensor]:
@@ -146,9 +143,6 @@ def _load_shared_images(opened: Sequence[Run], options: CompareRuns) -> tuple[Te
     return places, x[places]
 
 
-# --- What is measured ---
-
-
 def _read_stored(opened: Sequence[Run], places: Tensor, options: CompareRuns) -> list[Importance] | None:
     """The runs' own evaluations, if every run has one of exactly this kind."""
     found = []
@@ -162,19 +156,6 @@ def _read_stored(opened: Sequence[Run], places: Tensor, options: CompareRuns) ->
     return found
 
 
-def _evaluate_run(run: Run, x: Tensor, name: str, options: CompareRuns, say: Say) -> Importance:
-    place = find_device(options.device)
-    return evaluate_with_progress(
-        load_evaluated_vae(run).to(place),
-        x.to(place),
-        num_particles=options.num_particles,
-        seed=options.seed,
-        compile=options.compile,
-        say=say,
-        words=f"log p(x), {name}",
-    ).cpu()
-
-
 def _summarize_run(run: Run, name: str, result: Importance, num_particles: int) -> ComparedRun:
     return ComparedRun(
         name=name,
@@ -185,17 +166,17 @@ def _summarize_run(run: Run, name: str, result: Importance, num_particles: int) 
         likelihood=run.options.likelihood,
         bits_per_dim=estimate_bits_per_dim(run, result.log_evidence, num_particles),
         log_likelihood=Estimate.mean_of(result.log_evidence, num_particles),
-        elbo=Estimate.mean_of(result.elbo, num_particles),
-        monte_carlo_stderr=combine_stderrs(result.monte_carlo_stderr),
-        rise=float(result.tenfold_gain.mean()),
+        **vars(summarize_importance(result, num_particles)),
     )
 
 
-def _make_pair(baseline: str, name: str, found: BoundDifference) -> ComparedPair:
+def _compare(names: Sequence[str], results: Sequence[Importance], i: int) -> ComparedPair:
+    """Run i minus the first."""
+    found = bound_difference(results[0], results[i], comparisons=len(results) - 1)
     bounds = found.bounds
     return ComparedPair(
-        name=name,
-        baseline=baseline,
+        name=names[i],
+        baseline=names[0],
         difference=Estimate(bounds.mean, bounds.stderr, bounds.n),
         interval=(bounds.lower, bounds.upper),
         confidence=bounds.confidence,
@@ -204,16 +185,5 @@ def _make_pair(baseline: str, name: str, found: BoundDifference) -> ComparedPair
         rise=found.tenfold_gain,
         bound=bounds.word,
         ranks_log_likelihood=found.ranks_log_evidence,
-        verdict=compare_in_words(name, baseline, bounds),
+        verdict=compare_in_words(names[i], names[0], bounds),
     )
-
-
-def _write(folder: Path, found: Comparison, places: Tensor, bounds: dict[str, Tensor]) -> None:
-    """Writes the bounds of each image, the figure, and last comparison.json."""
-    scalars = {key: getattr(found, key) for key in ("split", "num_particles", "seed")}
-    runs.save_tensors(
-        folder / PER_IMAGE, {"index": places} | {f"log_evidence/{name}": L for name, L in bounds.items()}, scalars
-    )
-    figure = paired_bounds(found, bounds, title=comparison_title(found))
-    write_figure(folder / FIGURE, figure)
-    runs.write_json(folder / COMPARISON, to_json(found))

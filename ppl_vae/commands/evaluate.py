@@ -10,16 +10,17 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import pyro
 import torch
 from torch import Tensor
 
 from ppl_vae import data, runs
-from ppl_vae.commands.options import Certify, Evaluate
+from ppl_vae.commands.options import Certify, CompareRuns, Encode, Evaluate
 from ppl_vae.diagnostics.likelihood import calibrate_pixels
 from ppl_vae.evidence.dequantization import LevelsPosterior, levels_of
-from ppl_vae.evidence.estimate import Estimate, combine_stderrs
+from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.evidence.evaluation import evaluate, reconstruction
 from ppl_vae.evidence.importance import IMPORTANCE_NAMES, Importance
 from ppl_vae.parts.likelihoods import fit_independent_pixels
@@ -29,7 +30,7 @@ from ppl_vae.runs.checkpoints import BlockStore
 from ppl_vae.runs.load import load
 from ppl_vae.runs.open import Run, Say, check_density, load_evaluated_vae, open_run
 from ppl_vae.runs.resolve import decide_compile, find_device, matmul_precision
-from ppl_vae.runs.results import Evaluation, Quantiles, RunCalibration, from_json, to_json
+from ppl_vae.runs.results import Evaluation, RunCalibration, from_json, summarize_importance, to_json
 from ppl_vae.runtime import ranks as distributed
 from ppl_vae.runtime.batching import Stopped, images_per_group, images_per_pass, pairs_per_pass
 from ppl_vae.runtime.errors import CannotCapture, Interrupted
@@ -48,11 +49,6 @@ def evaluate_run(options: Evaluate, *, say: Say) -> Evaluation:
     A density of 8-bit levels is evaluated as log P(levels) by exact masses. Under torchrun the processes share the
     images, and rank 0 alone writes and prints. An interrupted evaluation resumes where it stopped, and ends with the
     same numbers. The numbers of each image are in evaluation-SPLIT.safetensors.
-
-    Raises:
-        ValueError: No run, a damaged one, one that another process writes to, an autoencoder, or other data than it was
-            trained on.
-        Interrupted: Ctrl-C or SIGTERM; the finished images are kept.
     """
     find_device(options.device)
     with joined(options.device), ExitStack() as held:
@@ -95,7 +91,7 @@ def _estimate(
     """log p(x) of each image, from the finished blocks of an interrupted evaluation."""
     split, S, step = options.split, options.num_particles, runs.load_step(run.folder / runs.MODEL)
     index, x = choose_images(run, run.evaluated_pixels, options, say)
-    vae, x = load_evaluated_vae(run).to(find_device(options.device)), x.to(find_device(options.device))
+    x = x.to(find_device(options.device))
     identity = {  # everything that decides the numbers
         "split": split,
         "num_particles": S,
@@ -109,22 +105,11 @@ def _estimate(
         "weights": data.compute_sha256(run.folder / runs.MODEL),
     }
     store = BlockStore(partial_path(run.folder, split), {split: identity}, say)
-    done = store.open_stage(
-        split, num_items=len(x), block_size=images_per_group(x, S), num_columns=len(IMPORTANCE_NAMES)
-    )
+    shape = {"num_items": len(x), "block_size": images_per_group(x, S), "num_columns": len(IMPORTANCE_NAMES)}
+    blocks = Blocks(store.open_stage(split, **shape), store.add, should_stop)
+    words = f"log p(x), {split}"
     try:
-        result = evaluate_with_progress(
-            vae,
-            x,
-            num_particles=S,
-            seed=options.seed,
-            compile=options.compile,
-            say=say,
-            words=f"log p(x), {split}",
-            done=done,
-            on_block=store.add,
-            should_stop=should_stop,
-        )
+        result = evaluate_images(run, x, options, compile=options.compile, words=words, say=say, blocks=blocks)
     except Stopped:
         store.write()
         kept = f"{store.num_finished(split):,} of {len(x):,} images are done and kept"
@@ -136,15 +121,9 @@ def _estimate(
         num_particles=S,
         seed=options.seed,
         log_likelihood=Estimate.mean_of(result.log_evidence, S),
-        elbo=Estimate.mean_of(result.elbo, S),
+        **vars(summarize_importance(result, S)),
         reconstruction=Estimate.mean_of(result.reconstruction, S),
         kl=Estimate.mean_of(result.kl, S),
-        monte_carlo_stderr=combine_stderrs(result.monte_carlo_stderr),
-        bias=float(result.bias.mean()),
-        rise=float(result.tenfold_gain.mean()),
-        ess=Quantiles.compute(result.ess),
-        pareto_k=Quantiles.compute(result.pareto_k),
-        unreliable_images=int(result.unreliable().sum()) if S > 1 else None,
         floor=estimate_independent_pixels(run, x.cpu()),
         binarization_entropy=binarization_entropy(run, split, index),
         bits_per_dim=estimate_bits_per_dim(run, result.log_evidence, S),
@@ -190,53 +169,54 @@ def choose_images(run: Run, pixels: str, options: Evaluate | Certify, say: Say) 
     return index, x[index]
 
 
-def evaluate_with_progress(
-    vae: VAE,
-    x: Tensor,
-    *,
-    num_particles: int,
-    seed: int,
-    compile: str,
-    say: Say,
-    words: str,
-    done: Mapping[int, Tensor] | None = None,
-    on_block: Callable[[int, Tensor], None] | None = None,
-    should_stop: Callable[[], bool] | None = None,
-) -> Importance:
-    """``evaluate`` of x (N, *E) with a progress bar, compiled if ``compile`` asks for it and it is possible.
+class Blocks(NamedTuple):
+    """What is finished of an evaluation (by a block's first image), where it is kept, and whether to stop."""
 
-    Raises:
-        ValueError: compile is "on", and it is impossible.
-        Stopped: ``should_stop`` said so.
+    done: Mapping[int, Tensor] = {}
+    on_block: Callable[[int, Tensor], None] | None = None
+    should_stop: Callable[[], bool] | None = None
+
+
+def evaluate_images(
+    run: Run,
+    x: Tensor,
+    options: Evaluate | Encode | CompareRuns,
+    *,
+    words: str,
+    say: Say,
+    compile: str = "auto",
+    blocks: Blocks = Blocks(),  # noqa: B008  (frozen)
+) -> Importance:
+    """``evaluate`` of x (N, *E) with a progress bar, compiled if that is asked for and possible; the result on the CPU.
+
+    Raises ``Stopped`` where the blocks' ``should_stop`` says so, and ValueError where compile is "on", and it is
+    impossible.
     """
+    S, place = options.num_particles, find_device(options.device)
+    vae, x = load_evaluated_vae(run).to(place), x.to(place)
     # By all passes, of all ranks and of before: what is computed may not depend on who computes it and when.
-    passes = math.ceil(len(x) * num_particles / pairs_per_pass(vae, x))
-    compiled = decide_compile(compile, passes, x.device)
-    before = sum(len(rows) for rows in (done or {}).values())
-    with _make_bar(len(x), words, before) as bar, matmul_precision("float32"):
-        run = partial(
+    compiled = decide_compile(compile, math.ceil(len(x) * S / pairs_per_pass(vae, x)), place)
+    with _make_bar(len(x), words, sum(map(len, blocks.done.values()))) as bar, matmul_precision("float32"):
+        measure = partial(
             evaluate,
             vae,
             x,
-            num_particles=num_particles,
-            seed=seed,
+            num_particles=S,
+            seed=options.seed,
             progress=bar.update,
-            done=done,
-            on_block=on_block,
-            should_stop=should_stop,
             say=say,
+            **blocks._asdict(),
         )
-        if not compiled:
-            return run()
-        if distributed.is_writer():
+        if compiled and distributed.is_writer():
             bar.show_clock("Compiling the passes of the evaluation", say)
-        try:
-            return run(compile=True, on_compiled=lambda seconds: bar.show_bar())
-        except CannotCapture as error:
-            if compile == "on":
-                raise ValueError(f"--compile on: {error}") from None
-            say(f"Not compiled: {error}.")
-            return run()
+        if compiled:
+            try:
+                return measure(compile=True, on_compiled=lambda seconds: bar.show_bar()).cpu()
+            except CannotCapture as error:
+                if compile == "on":
+                    raise ValueError(f"--compile on: {error}") from None
+                say(f"Not compiled: {error}.")
+        return measure().cpu()
 
 
 def _make_bar(num_images: int, words: str, before: int = 0) -> Progress:

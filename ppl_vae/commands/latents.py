@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ppl_vae import runs
-from ppl_vae.commands.evaluate import evaluate_with_progress
+from ppl_vae.commands.evaluate import evaluate_images
 from ppl_vae.commands.options import Encode, Impute, Sample
 from ppl_vae.data import SPLITS, dequantize_uniformly
 from ppl_vae.evidence.estimate import Estimate, ImagesMean
@@ -38,7 +38,7 @@ from ppl_vae.runs.open import (
 )
 from ppl_vae.runs.outputs import make_output_folder, write_arrays, write_figure, write_picture
 from ppl_vae.runs.resolve import find_device
-from ppl_vae.runs.results import Quantiles, to_json
+from ppl_vae.runs.results import Quantiles, summarize_importance, to_json
 from ppl_vae.runtime.batching import images_per_pass
 from ppl_vae.runtime.global_state import seeded, serialize_threads
 from ppl_vae.runtime.process import progress_bar
@@ -115,18 +115,13 @@ def _evaluate_images(run: Run, given: Images, options: Encode, say: Say) -> Enco
     vae, x = load_evaluated_vae(run).to(place), given.x.to(place)
     with seeded(options.seed, place):
         codes = encode(vae, x)
-    words = f"log p(x), {Path(given.source).name}"
-    result = evaluate_with_progress(
-        vae, x, num_particles=S, seed=options.seed, compile="auto", say=say, words=words
-    ).cpu()
+    result = evaluate_images(run, given.x, options, words=f"log p(x), {Path(given.source).name}", say=say)
     lowest = result.log_evidence.argsort()[:_NUM_LOWEST].tolist()
     summary = Encoding(
         **_describe_given(run, given, options),
+        **vars(summarize_importance(result, S)),
         num_particles=S,
         log_likelihood=Estimate.mean_of(result.log_evidence, S),
-        elbo=Estimate.mean_of(result.elbo, S),
-        ess=Quantiles.compute(result.ess),
-        unreliable_images=int(result.unreliable().sum()) if S > 1 else None,
         lowest=tuple(ImageScore(given.names[i], log_likelihood=float(result.log_evidence[i])) for i in lowest),
     )
     codes = codes._replace(mean=codes.mean.cpu(), scale=codes.scale.cpu())
@@ -144,7 +139,6 @@ def _reconstruct_images(run: Run, given: Images, options: Encode, say: Say) -> E
     lowest = found.argsort()[:_NUM_LOWEST].tolist()
     summary = Encoding(
         **_describe_given(run, given, options) | {"scale": run.trained_scale},
-        num_particles=None,
         reconstruction=Estimate.mean_of(found, 1),
         lowest=tuple(ImageScore(given.names[i], reconstruction=float(found[i])) for i in lowest),
     )
@@ -297,17 +291,11 @@ def _summarize_imputation(
 
 
 class Samples(NamedTuple):
-    """Draws z ~ p(z), and for each the mean and a draw of p(x | z).
+    """Draws z ~ p(z), and for each the mean and a draw of p(x | z)."""
 
-    Args:
-        z: (N, L).
-        mean: (N, *E) E[x | z].
-        images: (N, *E) x ~ p(x | z).
-    """
-
-    z: Tensor
-    mean: Tensor
-    images: Tensor
+    z: Tensor  # (N, L)
+    mean: Tensor  # (N, *E) E[x | z]
+    images: Tensor  # (N, *E) x ~ p(x | z)
 
 
 @serialize_threads()

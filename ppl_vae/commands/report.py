@@ -18,13 +18,12 @@ from ppl_vae.commands.options import Diagnose, Export, Figures, Report
 from ppl_vae.diagnostics.likelihood import NoiseSpectrum, measure_noise
 from ppl_vae.diagnostics.measurement import (
     FEWEST_IMAGES,
-    EstimateQuality,
     TrainedWith,
     measure,
     measure_if_possible,
     summarize_estimate,
 )
-from ppl_vae.diagnostics.verdicts import Verdict, verdicts
+from ppl_vae.diagnostics.verdicts import verdicts
 from ppl_vae.reports.diagnosis_figures import diagnosis_figures, list_figures
 from ppl_vae.reports.page import GENERATOR
 from ppl_vae.reports.run_figures import is_drawn, write_figures
@@ -32,9 +31,10 @@ from ppl_vae.reports.run_page import make_page
 from ppl_vae.reports.text.card import CARD, describe_export, make_card
 from ppl_vae.reports.text.diagnosis import describe_diagnosis
 from ppl_vae.runs.build import build_likelihood
+from ppl_vae.runs.checkpoints import get_step
 from ppl_vae.runs.load import find_run_folder, load, make_config
 from ppl_vae.runs.open import Run, Say, open_run, open_without_data
-from ppl_vae.runs.outputs import write_figure
+from ppl_vae.runs.outputs import check_new, make_folder, write_figure
 from ppl_vae.runs.resolve import find_device
 from ppl_vae.runs.results import DIAGNOSIS, Diagnosis, read_diagnosis, read_per_image, to_json
 from ppl_vae.runtime.global_state import seeded
@@ -54,10 +54,6 @@ def diagnose_run(options: Diagnose, *, say: Say) -> Diagnosis:
     Writes diagnosis.json and figures/diagnosis-*.png. For dequantized levels the numbers are those of the density of
     (level + u) / 256, with one draw of u. The advice depends on the images that are measured, so by default they are
     not the test images, on which results are reported.
-
-    Raises:
-        ValueError: no run, a damaged or a read-only one, one that another process writes to, other data than it was
-            trained on, or fewer than 4 images; nothing is written.
     """
     run = open_run(options.run_dir, dataset=options.dataset, data_dir=options.data_dir)
     with runs.lock_folder(run.folder):
@@ -66,24 +62,30 @@ def diagnose_run(options: Diagnose, *, say: Say) -> Diagnosis:
         x, gray = _load_images(run, split, options.images, options.seed)
         left_out: dict[str, str] = {}
         noise = measure_if_possible(left_out, "noise", lambda: _measure_noise(run))
+        stored = read_per_image(run.folder, split)
+        quality = None
+        if stored is not None and stored.num_particles >= _FEWEST_PARTICLES:
+            quality = summarize_estimate(stored.result, stored.num_particles)
         numbers = measure(
             load(run.folder).to(place),
             x.to(place),
             gray=None if gray is None else gray.to(place),
             noise=noise,
             trained_with=describe_training(run),
-            importance=_summarize_stored_estimate(run, split),
+            importance=quality,
             seed=options.seed,
         )
         numbers = replace(numbers, left_out=numbers.left_out | left_out)
         figures = list_figures(run, numbers)
+        there = {path.name for path in (run.folder / runs.FIGURES).glob("*.png")} | set(figures)
+        found_verdicts = (each if each.figure in there else replace(each, figure=None) for each in verdicts(numbers))
         found = Diagnosis(
             **vars(replace(run.provenance, scale=run.trained_scale)),
             step=runs.load_step(run.folder / runs.MODEL),
             split=split,
             seed=options.seed,
             numbers=numbers,
-            verdicts=tuple(_drop_missing_figure(run, verdict, figures) for verdict in verdicts(numbers)),
+            verdicts=tuple(found_verdicts),
         )
         _write(run, found, x)
         for line in describe_diagnosis(found, str(run.folder), has_validation=len(run.splits.validation) > 0):
@@ -99,18 +101,11 @@ def choose_split(run: Run) -> str:
 
 def describe_training(run: Run) -> TrainedWith:
     """What the verdicts need to know of a run's training."""
-    options = run.options
     records = runs.read_metrics(run.folder)[-2:]
     last = [r["validation_elbo_nats_per_image"] for r in records if "validation_elbo_nats_per_image" in r]
+    names = "beta likelihood epochs warmup_epochs objective num_particles prior posterior"
     return TrainedWith(
-        beta=options.beta,
-        likelihood=options.likelihood,
-        epochs=options.epochs,
-        warmup_epochs=options.warmup_epochs,
-        objective=options.objective or "elbo",
-        num_particles=options.num_particles,
-        prior=options.prior or "standard-normal",
-        posterior=options.posterior,
+        **{name: getattr(run.options, name) for name in names.split()},
         data=run.splits.kind,
         last_rise=last[1] - last[0] if len(last) == 2 else None,
     )
@@ -140,21 +135,6 @@ def _load_images(run: Run, split: str, images: int | None, seed: int) -> tuple[T
     return x[index], gray
 
 
-def _summarize_stored_estimate(run: Run, split: str) -> EstimateQuality | None:
-    """The quality of the run's stored evaluation with these weights; None if S < 200."""
-    stored = read_per_image(run.folder, split)
-    if stored is None or stored.num_particles < _FEWEST_PARTICLES:
-        return None
-    return summarize_estimate(stored.result, stored.num_particles)
-
-
-def _drop_missing_figure(run: Run, verdict: Verdict, figures: list[str]) -> Verdict:
-    """The verdict without a figure that is neither drawn now nor there already."""
-    if verdict.figure in figures or (run.folder / runs.FIGURES / (verdict.figure or "")).is_file():
-        return verdict
-    return replace(verdict, figure=None)
-
-
 def _write(run: Run, found: Diagnosis, x: Tensor) -> None:
     """Write the figures and then the numbers, so that numbers never stand next to figures of others."""
     with seeded(found.seed, torch.device("cpu")), torch.no_grad():
@@ -175,55 +155,38 @@ _HEAD = 1000  # bytes of a page, within which its generator stands
 
 
 def draw_run(options: Figures, *, say: Say) -> None:
-    """Draws a run's figures again, from its files.
-
-    Raises:
-        ValueError: No run, a damaged one, or other data than it was trained on.
-    """
+    """Draws a run's figures again, from its files."""
     write_figures(open_run(options.run_dir, dataset=options.dataset, data_dir=options.data_dir), say=say)
 
 
 def report_run(options: Report, *, say: Say) -> Path:
     """Writes one self-contained page of a run; draws and diagnoses it first, where that is not done.
 
+    Refuses to replace any file but an earlier page.
+
     Returns:
         The page.
-
-    Raises:
-        ValueError: No run, a damaged one, other data than it was trained on, or a file that cannot be written. No page
-            is written then.
     """
     run = open_run(options.run_dir, dataset=options.dataset, data_dir=options.data_dir)
     path = run.folder / REPORT if options.output is None else Path(options.output)
-    _check_file(path, is_ours=options.output is None)
-    step = runs.load_step(run.folder / runs.MODEL)
-    if not is_drawn(run):
-        write_figures(run, say=say)
-    diagnosis = _find_diagnosis(run, step, options, say)
-    runs.write_bytes(path, make_page(run, step, diagnosis, split=choose_split(run)).encode())
-    say(f"The page of this run: {path}")
-    return path
-
-
-def _check_file(path: Path, *, is_ours: bool) -> None:
-    """Checks before the work that the page can be written. An earlier page is replaced, any other file is not."""
     if path.is_dir():
         raise ValueError(f"--output: expected a file, but {path} is a folder")
-    if path.exists() and not is_ours and GENERATOR.encode() not in path.read_bytes()[:_HEAD]:
+    if path.exists() and options.output is not None and GENERATOR.encode() not in path.read_bytes()[:_HEAD]:
         raise ValueError(f"--output: expected a new file, or an earlier page, but {path} is neither")
     if not path.parent.is_dir():
         raise ValueError(f"--output: expected a file in a folder that is there, but {path.parent} is not")
     runs.check_writable(path.parent)
-
-
-def _find_diagnosis(run: Run, step: int, options: Report, say: Say) -> Diagnosis | None:
-    """The diagnosis of these weights, made now if there is none; None if there are too few images."""
-    stored = read_diagnosis(run.folder)
-    if stored is not None and stored.step == step:
-        return stored
-    if len(getattr(run.splits, choose_split(run))) < FEWEST_IMAGES:
-        return None
-    return diagnose_run(Diagnose(str(run.folder), dataset=options.dataset, data_dir=options.data_dir), say=say)
+    step = runs.load_step(run.folder / runs.MODEL)
+    if not is_drawn(run):
+        write_figures(run, say=say)
+    diagnosis = read_diagnosis(run.folder)
+    if diagnosis is None or diagnosis.step != step:
+        asked = Diagnose(str(run.folder), dataset=options.dataset, data_dir=options.data_dir)
+        is_enough = len(getattr(run.splits, choose_split(run))) >= FEWEST_IMAGES
+        diagnosis = diagnose_run(asked, say=say) if is_enough else None
+    runs.write_bytes(path, make_page(run, step, diagnosis, split=choose_split(run)).encode())
+    say(f"The page of this run: {path}")
+    return path
 
 
 # --- Export ---
@@ -237,18 +200,14 @@ def export_run(options: Export, *, say: Say) -> Path:
     ``load``, evaluate_log_likelihood.py, sample.py and encode.py take the folder, wherever it is. It holds the model's
     options and the shape of its data, no option of the training and no path, and the evaluations of these weights.
     It is written as a whole or not at all.
-
-    Raises:
-        ValueError: no run, one without weights, a damaged one, or an output folder that holds something or cannot be
-            replaced.
-        OSError: it cannot be written; nothing is left of it.
     """
     run = open_without_data(find_run_folder(options.run_dir))
     folder = Path(options.output) if options.output is not None else Path("exports") / run.folder.resolve().name
-    place = _find_place(folder)
+    place = folder.resolve()  # where a link points to
+    check_new(place, "--output")
     load(run.folder)  # weights that do not fit are found here, and not by whoever gets them
     weights, scalars = runs.load_tensors(run.folder / runs.MODEL)
-    step = runs.get_step(run.folder / runs.MODEL, scalars)
+    step = get_step(run.folder / runs.MODEL, scalars)
     entries = runs.read_evaluations(run.folder, step=step)
     drawn_of = (run.folder / runs.MODEL).stat().st_mtime_ns
     paths = [run.folder / runs.FIGURES / name for name in _EXPORTED_FIGURES]
@@ -268,23 +227,12 @@ def export_run(options: Export, *, say: Say) -> Path:
     return folder
 
 
-def _find_place(folder: Path) -> Path:
-    """The folder that is written: where a link points to. Raises ValueError where it holds something."""
-    place = folder.resolve()
-    if place.exists() and (not place.is_dir() or any(place.iterdir())):
-        raise ValueError(f"--output: expected a new or empty folder, but {folder} exists")
-    return place
-
-
 @contextmanager
 def _whole(folder: Path) -> Iterator[Path]:
     """A temporary folder that takes the folder's place at the end of the block, and is removed if the block fails."""
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a killed export
-    try:
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise ValueError(f"--output: {folder} cannot be made: {error.strerror}") from None
+    make_folder(partial, "--output")
     try:
         yield partial
         os.replace(partial, folder)

@@ -20,6 +20,7 @@ from ppl_vae.reports.text.comparison import describe_recipes, describe_reproduct
 from ppl_vae.runs.files import JsonObject
 from ppl_vae.runs.open import Run, Say, load_evaluated_vae
 from ppl_vae.runs.options import PLACES, Options, format_flag
+from ppl_vae.runs.outputs import make_folder
 from ppl_vae.runs.recipes import (
     RECIPES,
     Budget,
@@ -55,11 +56,8 @@ def reproduce_recipe(options: Reproduce, *, say: Say) -> Reproduction:
     """Trains a recipe in run folders RUN_DIR/1, /2, ..., evaluates the last on every test image, and adds a row.
 
     Called again it goes on where it stands: finished stages and a finished evaluation are taken as they are. A row of
-    the same recipe, seed, budget and precision is replaced.
-
-    Raises:
-        ValueError: No such recipe, a VAE that cannot be built, a damaged results file, or a folder that holds a run
-            with other options. Nothing is trained then.
+    the same recipe, seed, budget and precision is replaced. Raises ValueError before any training for what would end a
+    later stage.
     """
     assert options.name is not None
     found, share = find_recipe(options.name), 1.0
@@ -68,13 +66,17 @@ def reproduce_recipe(options: Reproduce, *, say: Say) -> Reproduction:
     elif options.epochs_share is not None:
         share = options.epochs_share
     parent = Path(options.run_dir or f"runs/reproduce/{options.name}-seed{options.seed}")
-    stages = _plan_stages(found, share, options, parent)
+    changes: JsonObject = {"seed": options.seed, "device": options.device, "data_dir": options.data_dir}
+    if options.precision is not None:
+        changes["precision"] = options.precision
+    stages: dict[Path, Options] = {}
+    for place, stage in enumerate(shorten_stages(found.stages, share), start=1):
+        if stages:
+            changes["start_from"] = str(parent / str(place - 1))
+        stages[parent / str(place)] = replace(stage, **changes)
     read_reproductions(Path(options.output))
     check_runs(stages, load_splits(next(iter(stages.values()))), free=frozenset({"start_from"}))
-    try:
-        Path(options.output).parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--output: {Path(options.output).parent} cannot be made: {error.strerror}") from None
+    make_folder(Path(options.output).parent, "--output")
     run = None
     for folder, stage in stages.items():
         say(f"{options.name}, stage {folder.name} of {len(stages)}: {stage.epochs:,} epochs.")
@@ -88,22 +90,6 @@ def reproduce_recipe(options: Reproduce, *, say: Say) -> Reproduction:
     if not is_drawn(run):
         write_figures(run, say=say)
     return row
-
-
-# --- Stages ---
-
-
-def _plan_stages(found: Recipe, share: float, options: Reproduce, parent: Path) -> dict[Path, Options]:
-    """The options of each stage, by its run folder. Each stage but the first starts from the weights of the last."""
-    changes: JsonObject = {"seed": options.seed, "device": options.device, "data_dir": options.data_dir}
-    if options.precision is not None:
-        changes["precision"] = options.precision
-    stages: dict[Path, Options] = {}
-    for place, stage in enumerate(shorten_stages(found.stages, share), start=1):
-        if stages:
-            changes["start_from"] = str(parent / str(place - 1))
-        stages[parent / str(place)] = replace(stage, **changes)
-    return stages
 
 
 def shorten_stages(stages: Sequence[Options], share: float) -> list[Options]:
@@ -138,9 +124,6 @@ def _evaluate(run: Run, num_particles: int, device: str, say: Say) -> bool:
     return True
 
 
-# --- The row ---
-
-
 def _make_row(
     asked: Reproduce, found: Recipe, share: float, stages: Mapping[Path, Options], run: Run, *, is_new: bool
 ) -> Reproduction:
@@ -148,6 +131,7 @@ def _make_row(
     assert asked.name is not None
     evaluation, metrics = read_evaluation(run.folder), [runs.read_metrics(folder) for folder in stages]
     assert evaluation is not None
+    assert evaluation.log_likelihood is not None
     vae = load_evaluated_vae(run)
     keys = ("dataset", "protocol", "binarization", "split", "num_images", "num_particles")
     commits, environment = _find_origins(list(stages), asked.device if is_new else None)
@@ -166,10 +150,11 @@ def _make_row(
         options=tuple(
             {key: value for key, value in to_json(stage).items() if key not in PLACES} for stage in stages.values()
         ),
-        **{key: getattr(evaluation, name) for key, name in _NUMBERS.items()},
+        ours=evaluation.log_likelihood,
+        **{key: getattr(evaluation, key) for key in ("elbo", "kl", "rise")},
         protocol=EvaluationProtocol(**{key: getattr(evaluation, key) for key in keys}),
         weights=sum(w.numel() for w in vae.parameters()),
-        active_units=_count_active_units(run, vae),
+        active_units=None if run.options.upper_latents is not None else _count_active_units(run, vae),
         validation=read_validation_curve(metrics, evaluation.step),
         seconds=StageSeconds(tuple(records[-1]["seconds"] for records in metrics), evaluation.seconds),
         command=_make_command(asked),
@@ -178,16 +163,8 @@ def _make_row(
     )
 
 
-_NUMBERS = {"ours": "log_likelihood", "elbo": "elbo", "kl": "kl", "rise": "rise"}
-
-
-def _count_active_units(run: Run, vae: VAE) -> int | None:
-    """How many latents' posterior means vary over test images by more than 0.01, in variances of the prior.
-
-    None with several layers of latents.
-    """
-    if run.options.upper_latents is not None:
-        return None
+def _count_active_units(run: Run, vae: VAE) -> int:
+    """How many latents' posterior means vary over test images by more than 0.01, in variances of the prior."""
     x = data.evaluation_images(run.splits, "test", run.evaluated_pixels, seed=EVALUATION_SEED)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(EVALUATION_SEED)
@@ -195,7 +172,7 @@ def _count_active_units(run: Run, vae: VAE) -> int | None:
 
 
 def read_validation_curve(stages: Sequence[Sequence[JsonObject]], step: int) -> ValidationCurve | None:
-    """How the validation curve of each stage ended: max of the last tenth - max before.
+    """How the validation curve of each stage ended: max of the last tenth - max before. Source: ours.
 
     Args:
         stages: The records of each stage, one per epoch.
@@ -203,8 +180,6 @@ def read_validation_curve(stages: Sequence[Sequence[JsonObject]], step: int) -> 
 
     Returns:
         The curve's end, or None where there are no validation images.
-
-    Source: ours.
     """
     seen = [[record for record in records if record.get(_ELBO) is not None] for records in stages]
     if not all(seen):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +17,7 @@ from ppl_vae.commands.evaluate import calibrate_run
 from ppl_vae.commands.options import CompareLikelihoods, CompareNetworks
 from ppl_vae.commands.train import resume_run, train_run
 from ppl_vae.evidence.estimate import bound_difference
+from ppl_vae.parts.registry import LIKELIHOODS
 from ppl_vae.reports.run_figures import write_likelihood_figures
 from ppl_vae.reports.text.comparison import describe_likelihood_table, describe_network_table
 from ppl_vae.runs.build import build_likelihood, build_meta_vae, build_vae, count_weights, is_autoencoder
@@ -23,7 +25,8 @@ from ppl_vae.runs.command_results import LikelihoodRow, NetworkRow, PairedRow
 from ppl_vae.runs.files import JsonObject
 from ppl_vae.runs.load import read_config
 from ppl_vae.runs.open import Run, Say, open_run
-from ppl_vae.runs.options import LIKELIHOODS, Options
+from ppl_vae.runs.options import Options
+from ppl_vae.runs.outputs import is_empty, make_folder
 from ppl_vae.runs.resolve import (
     check_support,
     choose_pixels,
@@ -47,16 +50,12 @@ def check_has_density(options: Options) -> None:
 
 
 def check_runs(asked: Mapping[Path, Options], splits: data.Splits, *, free: frozenset[str] = frozenset()) -> None:
-    """Finds before the first training what would end a later one.
+    """Raises ValueError before the first training for what would end a later one.
 
     Args:
         asked: The options of the run in each folder.
         splits: The data of all runs.
         free: The options in which a run that is already there may differ.
-
-    Raises:
-        ValueError: An autoencoder, options that do not fit the data, a VAE that cannot be built, or a folder that holds
-            something else than such a run.
     """
     for folder, options in asked.items():
         check_has_density(options)
@@ -65,18 +64,15 @@ def check_runs(asked: Mapping[Path, Options], splits: data.Splits, *, free: froz
         build_meta_vae(resolved, splits.event_shape)
         if (folder / runs.CONFIG).exists():
             check_same_options(folder, options, resolved, free)
-        elif folder.exists() and not runs.is_empty(folder):
+        elif folder.exists() and not is_empty(folder):
             raise ValueError(f"{folder}: expected a run, a new or an empty folder, got another; name another --run-dir")
 
 
 def check_same_options(folder: Path, asked: Options, resolved: Options, free: frozenset[str]) -> None:
-    """Checks that the run in a folder has the options that are asked for.
+    """Raises ValueError unless the run in a folder has the options that are asked for.
 
     The place of the data is free, since its SHA-256 decides, and so is whether images are streamed and events logged.
     Whether the run was compiled is free where ``--compile auto`` leaves it to the program.
-
-    Raises:
-        ValueError: The folder is no run, or the run has other options.
     """
     stored, _ = read_config(folder)
     free |= {"data_dir", "stream", "tensorboard"} | ({"compile"} if asked.compile == "auto" else set())
@@ -104,20 +100,15 @@ def summarize_run(run: Run) -> JsonObject:
     """The fields of a ``TrainedRow`` for a run that is trained and evaluated."""
     found, metrics = read_evaluation(run.folder), runs.read_metrics(run.folder)
     elbo = "validation_elbo_nats_per_image"
-    shared = (
-        *("split", "binarization", "num_images", "num_particles"),
-        *("log_likelihood", "elbo", "kl", "rise", "floor"),
-    )
+    shared = "split binarization num_images num_particles log_likelihood elbo kl rise floor"
     return {
-        **{name: getattr(found, name) for name in shared},
+        **{name: getattr(found, name) for name in shared.split()},
         "weights": count_weights(run.options, run.splits.event_shape),
         "epochs": metrics[-1]["epoch"],
         "best_epoch": max(metrics, key=lambda record: record[elbo if elbo in record else "step"])["epoch"],
         "seconds": metrics[-1]["seconds"],
     }
 
-
-# --- The table of likelihoods ---
 
 # The scale on which likelihoods are compared where none are named, by the kind of data; worded as ``describe_scale``.
 _SCALES = {
@@ -151,9 +142,7 @@ def compare_likelihoods(
     that are not distinguishable from it (Hsu 1984). A table that was interrupted goes on; its finished runs are taken
     as they are. A likelihood whose training meets a NaN is left out, with a message.
 
-    Raises:
-        ValueError: An autoencoder, likelihoods that are not on one scale or do not fit the data, a VAE that cannot be
-            built, or a folder that holds a run with other options. Nothing is trained or written then.
+    Raises ValueError before any training, for likelihoods on two scales and as ``check_runs``.
     """
     check_has_density(options)
     splits = load_splits(options)
@@ -162,11 +151,11 @@ def compare_likelihoods(
     folders = {word: Path(run_dir) / word for word in words}
     scale = _check_words(asked, options, splits)
     check_runs({folders[word]: own for word, own in asked.items()}, splits)
-    if output is not None and Path(output).is_dir():
-        raise ValueError(f"--output: expected a JSON file, got the folder {output}")
-    say(f"{len(words)} likelihoods, compared by the {scale}: {', '.join(words)}")
     if output is not None:
-        Path(output).parent.mkdir(parents=True, exist_ok=True)
+        if Path(output).is_dir():
+            raise ValueError(f"--output: expected a JSON file, got the folder {output}")
+        make_folder(Path(output).parent, "--output")
+    say(f"{len(words)} likelihoods, compared by the {scale}: {', '.join(words)}")
     opened: list[Run] = []
     rows, failed = [], {}
     for word, own in asked.items():
@@ -194,25 +183,20 @@ def compare_likelihoods(
     return rows
 
 
-# --- Which likelihoods are compared, and what is refused ---
-
-
 def fitting_likelihoods(options: Options, splits: data.Splits) -> list[str]:
     """Every likelihood that the data fits, and whose numbers are on the scale of that kind of data.
 
     Zeros and ones fit the Bernoulli alone: likelihoods of counts would take them, and nobody means that.
     """
-
-    def fits(word: str) -> bool:
+    fitting = []
+    for word in LIKELIHOODS:
         asked = replace(options, likelihood=word)
         if splits.kind == data.BINARY and build_likelihood(asked, splits.event_shape).data_kind != data.BINARY:
-            return False
-        try:
-            return _find_scale(asked, splits) == _SCALES[splits.kind]
-        except ValueError:
-            return False
-
-    return [word for word in LIKELIHOODS if fits(word)]
+            continue
+        with suppress(ValueError):
+            if _find_scale(asked, splits) == _SCALES[splits.kind]:
+                fitting.append(word)
+    return fitting
 
 
 def _find_scale(asked: Options, splits: data.Splits) -> str:
@@ -238,9 +222,6 @@ def _check_words(asked: dict[str, Options], options: Options, splits: data.Split
             f"--likelihoods: expected one scale for all, since numbers on two are never ranked, got {each}"
         )
     return next(iter(scales))
-
-
-# --- The rows ---
 
 
 def _per_image(run: Run) -> PerImage:
@@ -275,18 +256,13 @@ def _nats_per_bit(run: Run) -> float:
 def rank_rows(rows: Sequence[LikelihoodRow], opened: Sequence[Run]) -> list[LikelihoodRow]:
     """The rows by their bound, the best first, each with its paired difference from the best, in nats and in bits.
 
-    Args:
-        rows: The rows of the runs.
-        opened: The runs, in the same order.
-
-    Raises:
-        ValueError: Rows of other images, or of another scale.
+    Raises ValueError where the runs, in the order of the rows, were evaluated on other images or another scale.
     """
     results = [_per_image(run) for run in opened]
     first = results[0]
     for run, result in zip(opened, results, strict=True):
-        measured = [(each.num_particles, each.seed, owner.scale) for each, owner in ((result, run), (first, opened[0]))]
-        if measured[0] != measured[1] or not torch.equal(result.index, first.index):
+        identity, expected = ((each.num_particles, each.seed) for each in (result, first))
+        if (identity, run.scale) != (expected, opened[0].scale) or not torch.equal(result.index, first.index):
             raise ValueError(
                 f"{run.folder}: expected an evaluation of the same images, particles, seed and scale as "
                 f"{opened[0].folder}, got another; ppl-vae evaluate makes it again"
@@ -336,9 +312,6 @@ def compare_networks(
 
     Epochs are planned from the measured time of a few steps, so that each training, with its validation, takes about
     that long when nothing else runs. A table that was interrupted goes on; its finished runs are taken as they are.
-
-    Raises:
-        ValueError: As ``train_run``, an autoencoder, or a folder that holds a run with other options.
     """
     check_has_density(options)
     splits = load_splits(options)

@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pyro
-from torch import Tensor
 
 from ppl_vae import data, runs
 from ppl_vae.commands.evaluate import write_evaluation
@@ -22,7 +21,7 @@ from ppl_vae.runs.files import JsonObject
 from ppl_vae.runs.load import load_starting_weights, make_config
 from ppl_vae.runs.open import Run, Say, open_run
 from ppl_vae.runs.options import Options
-from ppl_vae.runs.outputs import Log, check_tensorboard, open_events
+from ppl_vae.runs.outputs import Log, check_new, check_tensorboard, open_events, record_environment
 from ppl_vae.runs.resolve import (
     check_compiler,
     check_precision,
@@ -60,37 +59,30 @@ def train_run(options: Options, run_dir: str | None, *, say: Say, draw: bool = T
 
     config.json is written first, so that a run can be resumed from the moment its folder exists. Under torchrun the
     processes train one VAE; rank 0 alone writes and says.
-
-    Raises:
-        ValueError: bad options, data or folder; nothing is written.
-        NotFinite: training met a NaN or an infinity; the last checkpoint is kept.
     """
     find_device(options.device)
     check_tensorboard(options)
-    with joined(options.device):
-        return _train_new(options, run_dir, say=rank_zero_only(say), draw=draw)
-
-
-def _train_new(options: Options, run_dir: str | None, *, say: Say, draw: bool) -> Path:
-    splits = rank_zero_first(lambda: load_splits(options))
-    if_possible = options.compile == "auto"
-    options = resolve(options, splits)
-    options = replace(options, compile=distributed.broadcast(options.compile))
-    if (options.warmup_epochs or 0) >= options.epochs and options.beta > 0:
-        say(f"The warm-up of {options.warmup_epochs} epochs outlasts the training: beta never reaches {options.beta}.")
-    check_support(options, splits)
-    built = build_vae(options, splits.event_shape)  # what cannot be built, or needs too much memory, leaves no folder
-    if options.start_from:
-        load_starting_weights(built, options.start_from)
-    with end_together():
-        if distributed.is_writer():
-            run_dir = str(runs.make_run_dir(run_dir, dataset=options.dataset, likelihood=options.likelihood))
-    folder = Path(str(distributed.broadcast(run_dir)))
-    with ExitStack() as held:
+    with joined(options.device), ExitStack() as held:
+        say = rank_zero_only(say)
+        splits = rank_zero_first(lambda: load_splits(options))
+        if_possible = options.compile == "auto"
+        options = resolve(options, splits)
+        options = replace(options, compile=distributed.broadcast(options.compile))
+        warmup = options.warmup_epochs or 0
+        if warmup >= options.epochs and options.beta > 0:
+            say(f"The warm-up of {warmup} epochs outlasts the training: beta never reaches {options.beta}.")
+        check_support(options, splits)
+        built = build_vae(options, splits.event_shape)  # what cannot be built, or has no memory, leaves no folder
+        if options.start_from:
+            load_starting_weights(built, options.start_from)
+        with end_together():
+            if distributed.is_writer():
+                run_dir = str(runs.make_run_dir(run_dir, dataset=options.dataset, likelihood=options.likelihood))
+        folder = Path(str(distributed.broadcast(run_dir)))
         with end_together():
             held.enter_context(runs.lock_folder(folder))
             if distributed.is_writer():
-                runs.check_new(folder)  # once more: it may have been another's a moment ago
+                check_new(folder)  # once more: it may have been another's a moment ago
                 runs.write_json(folder / runs.CONFIG, make_config(options, splits))
         say(f"Run folder {folder}; --resume {folder} goes on if it is interrupted.")
         reason = explain_eager(options, len(splits.train)) if if_possible else None
@@ -115,12 +107,8 @@ def resume_run(
 
     A damaged training state gives way to the one before it, damaged weights are written again from the training state,
     and damaged records of epochs are left out. A compiled run goes on eagerly where compiling fails now, unless
-    ``compile`` is "on". ``like`` is a run that is open, whose data is taken where it is the same.
-
-    Raises:
-        ValueError: no run, one that another process writes to, one that is damaged beyond that, one saved from Python,
-            other data than it was trained on, or fewer epochs than it was given.
-        Interrupted: SIGINT or SIGTERM; what was done is kept.
+    ``compile`` is "on". ``like`` is a run that is open, whose data is taken where it is the same. What is damaged
+    beyond that, and a run saved from Python, is refused.
     """
     with joined("cpu"), ExitStack() as held:
         with end_together():
@@ -172,12 +160,12 @@ def _change_option(run: Run, name: str, value: str | int) -> Run:
     return run._replace(options=Options.make(vars(run.options) | {name: value}))
 
 
-def _go_on(run: Run, saved: Saved | None, *, say: Say, compile_if_possible: bool = False, draw: bool = True) -> None:
+def _go_on(run: Run, saved: Saved | None, *, say: Say, compile_if_possible: bool, draw: bool) -> None:
     """Does what is left of training, the quick evaluation and the figures, from a training state."""
     folder, options, splits = run.folder, run.options, run.splits
     with end_together():
         if distributed.is_writer():
-            runs.record_environment(folder, options.device)
+            record_environment(folder, options.device)
     say(splits.describe())
     for line in describe_model(run):
         say(line)
@@ -211,16 +199,11 @@ def evaluate_trained_run(run: Run, *, say: Say) -> None:
 
 
 class _TrainingRecord:
-    """What a training leaves in its run folder while it goes, and the lines and the bar that show it.
-
-    Attributes:
-        speeds: The training images per second of each epoch.
-        kept: The step of the newest checkpoint on disk.
-    """
+    """What a training leaves in its run folder while it goes, and the lines and the bar that show it."""
 
     def __init__(self, run: Run, step: int, *, progress: Progress, log: Log, say: Say) -> None:
-        self.speeds: list[float] = []
-        self.kept = step
+        self.speeds: list[float] = []  # training images per second of each epoch
+        self.kept = step  # of the newest checkpoint on disk
         self._run, self._progress, self._log, self._say = run, progress, log, say
 
     def callbacks(self, should_stop: Callable[[], bool]) -> Callbacks:
@@ -267,7 +250,11 @@ def _train(run: Run, saved: Saved | None, *, say: Say, compile_if_possible: bool
     """Trains a run from its start or from a checkpoint, and writes its weights, states and metrics."""
     folder, options, splits = run.folder, run.options, run.splits
     stored, transform = data.training_images(splits, run.pixels)
-    stream = _is_streamed(options, stored, say)
+    is_large = options.stream == "auto" and exceeds_memory(stored, find_device(options.device))
+    stream = options.stream == "on" or is_large
+    if stream:
+        gib = stored.numel() * stored.element_size() / 2**30
+        say(f"The training images ({gib:.2f} GiB) are not held on the device: each batch is brought there in time.")
     validation = data.evaluation_images(splits, "validation", run.pixels) if len(splits.validation) else None
     vae = _prepare_vae(run, saved, say)
     step = 0 if saved is None else saved[1]["step"]
@@ -313,16 +300,6 @@ def _train(run: Run, saved: Saved | None, *, say: Say, compile_if_possible: bool
                     record.save_weights(state)  # once more: the file may have been lost since
     for line in describe_training(run, state, record.speeds):
         say(line)
-
-
-def _is_streamed(options: Options, stored: Tensor, say: Say) -> bool:
-    """Whether each batch is brought to the device on demand."""
-    device = find_device(options.device)
-    stream = options.stream == "on" or (options.stream == "auto" and exceeds_memory(stored, device))
-    if stream:
-        gib = stored.numel() * stored.element_size() / 2**30
-        say(f"The training images ({gib:.2f} GiB) are not held on the device: each batch is brought there in time.")
-    return stream
 
 
 def _prepare_vae(run: Run, saved: Saved | None, say: Say) -> VAE:

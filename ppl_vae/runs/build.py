@@ -34,9 +34,6 @@ def build_vae(options: Options, event_shape: Sequence[int]) -> VAE:
     Args:
         options: Those of a run.
         event_shape: The shape of one image, (C, H, W), or of one row, (D,).
-
-    Raises:
-        ValueError: an option of a part that was not chosen, or parts that do not go together.
     """
     options = resolve_parts(options)
     assert options.prior is not None
@@ -152,11 +149,7 @@ def _build_hierarchy(
 
 
 def build_likelihood(options: Options, event_shape: Sequence[int]) -> Likelihood:
-    """Builds the likelihood that the options name, with fresh parameters.
-
-    Raises:
-        ValueError: a transform that it cannot have, or an option of another likelihood.
-    """
+    """Builds the likelihood that the options name, with fresh parameters. Refuses an option of another likelihood."""
     _check_owners(options, "likelihood")
     family = LIKELIHOODS[options.likelihood].build(options, event_shape=event_shape)
     if options.transform == "none":
@@ -172,11 +165,10 @@ def build_likelihood(options: Options, event_shape: Sequence[int]) -> Likelihood
 def check_parts(options: Options) -> None:
     """Checks that no option belongs to a part that was not chosen, and that the parts go together.
 
+    Raises ValueError for an option that would do nothing, and for parts at odds.
+
     Args:
         options: With their parts resolved.
-
-    Raises:
-        ValueError: an option that would do nothing, or parts at odds.
     """
     for choice in ("prior", "posterior", "objective", "schedule"):
         _check_owners(options, choice)

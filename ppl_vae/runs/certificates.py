@@ -17,24 +17,25 @@ from ppl_vae.evidence.refinement import Gaps
 from ppl_vae.evidence.typicality import Typicality
 from ppl_vae.runs.files import JsonObject, write_json
 from ppl_vae.runs.outputs import describe_environment
-from ppl_vae.runs.results import Provenance, Quantiles, read_rows, to_json
+from ppl_vae.runs.results import (
+    ImportanceSummary,
+    Provenance,
+    Quantiles,
+    read_rows,
+    summarize_importance,
+    to_json,
+)
 
 CERTIFICATE = "certificate-"  # begins the key of each certificate in evaluation.json; its split follows
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Bound:
-    """The mean of a bound over images, nats per image.
-
-    Args:
-        mean: of the bound.
-        stderr: over images.
-        monte_carlo_stderr: the part of the mean's error that other draws would change; None if it is not known.
-    """
+    """The mean of a bound over images, nats per image."""
 
     mean: float
-    stderr: float
-    monte_carlo_stderr: float | None
+    stderr: float  # over images
+    monte_carlo_stderr: float | None  # what other draws would change; None if it is not known
 
     @property
     def estimate(self) -> Estimate:
@@ -42,30 +43,24 @@ class Bound:
         return Estimate(self.mean, self.stderr)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ChainBound(Bound):
     """The bound of chains; ``bias`` is what the jackknife sees still lacking, nats per image."""
 
-    bias: float | None
-    ess: Quantiles | None
+    bias: float | None = None
+    ess: Quantiles | None = None
     acceptance: Quantiles
 
 
-@dataclass(frozen=True)
-class ImportanceBound(Bound):
+@dataclass(frozen=True, kw_only=True)
+class ImportanceBound(ImportanceSummary, Bound):
     """L_S. ``corrected_estimate``, by the jackknife, is not a bound."""
 
-    bias: float
     num_particles: int
     corrected_estimate: Estimate
-    rise: float
-    elbo: Estimate
-    ess: Quantiles
-    pareto_k: Quantiles
-    unreliable_images: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class GuideBound(ImportanceBound):
     """L_S with the guide. ``smoothed_estimate``, by Pareto smoothing of as many other draws, is not a bound."""
 
@@ -120,22 +115,15 @@ class Certificate(Provenance):
     """log p(x) of a split from both sides: an entry of evaluation.json. What was not asked for is None.
 
     Args:
-        split, num_images: the images.
         temperatures, leapfrogs, chains, start: how chains were annealed.
         num_particles: S.
-        seed: of every draw.
         step: of the weights.
-        ais: annealed importance sampling.
         importance, improved: importance sampling, with the guide and with a proposal refined for each image.
         ais_minus_importance, ais_minus_improved: paired differences.
         total_gap: log p(x) - ELBO, by annealed importance sampling.
         unreliable: the places of unreliable images in their split.
-        simulated: both bounds on images of the model itself.
-        convergence: bounds by effort.
         gaps: by split, the parts of log p(x) - ELBO.
-        calibration: of the guide.
         against: another data set.
-        stage_seconds, seconds: how long each stage and all of them took.
     """
 
     split: str
@@ -161,9 +149,6 @@ class Certificate(Provenance):
     against: Typicality | None
     stage_seconds: dict[str, float]
     seconds: float
-
-
-# --- Certificates of several runs in one file ---
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,23 +191,14 @@ class AISSummary(NamedTuple):
 
 @dataclass(frozen=True)
 class CertifiedImages:
-    """The numbers of each image that figures show, (N,). What was not asked for is None.
+    """The numbers of each image that figures show, (N,). What was not asked for is None."""
 
-    Args:
-        index: the images' places in their split, int64, ascending.
-        chains: annealed importance sampling.
-        plain: importance sampling with the guide.
-        improved: importance sampling with a proposal refined for each image.
-        ranks: of the guide's calibration.
-        scored: L_S of these images (N,) and of those of another data set (n,), with one guide for both.
-    """
-
-    index: Tensor
+    index: Tensor  # the images' places in their split, int64, ascending
     chains: AISSummary
-    plain: Importance
-    improved: Importance
-    ranks: Ranks | None
-    scored: tuple[Tensor, Tensor] | None
+    plain: Importance  # with the guide
+    improved: Importance  # with a proposal refined for each image
+    ranks: Ranks | None  # of the guide's calibration
+    scored: tuple[Tensor, Tensor] | None  # L_S of these images (N,) and of another data set's (n,), with one guide
 
     @property
     def unreliable(self) -> Tensor:
@@ -236,28 +212,21 @@ class CertifiedImages:
 
 def summarize_chains(found: AISSummary) -> ChainBound:
     """The mean bound of chains."""
-    mean = Estimate.mean_of(found.bound)
-    ess, acceptance = Quantiles.compute(found.ess), Quantiles.compute(found.acceptance)
     return ChainBound(
-        mean.mean, mean.stderr, combine_stderrs(found.monte_carlo_stderr), float(found.bias.mean()), ess, acceptance
+        **Estimate.mean_of(found.bound).to_json(),
+        monte_carlo_stderr=combine_stderrs(found.monte_carlo_stderr),
+        bias=float(found.bias.mean()),
+        ess=Quantiles.compute(found.ess),
+        acceptance=Quantiles.compute(found.acceptance),
     )
 
 
-def summarize_importance(found: Importance, num_particles: int) -> ImportanceBound:
+def summarize_bound(found: Importance, num_particles: int) -> ImportanceBound:
     """The mean L_S, and an estimate of log p(x) that is not a bound."""
-    mean = Estimate.mean_of(found.log_evidence)
     return ImportanceBound(
-        mean=mean.mean,
-        stderr=mean.stderr,
-        monte_carlo_stderr=combine_stderrs(found.monte_carlo_stderr),
-        bias=float(found.bias.mean()),
+        **vars(summarize_importance(found, num_particles)) | Estimate.mean_of(found.log_evidence).to_json(),
         num_particles=num_particles,
         corrected_estimate=Estimate.mean_of(found.jackknife_estimate()),
-        rise=float(found.tenfold_gain.mean()),
-        elbo=Estimate.mean_of(found.elbo),
-        ess=Quantiles.compute(found.ess),
-        pareto_k=Quantiles.compute(found.pareto_k),
-        unreliable_images=int(found.unreliable().sum()),
     )
 
 
@@ -268,7 +237,7 @@ def summarize_simulated(below: AISSummary, above: AISSummary) -> SimulatedBounds
     return SimulatedBounds(
         num_images=len(gap),
         lower=summarize_chains(below),
-        upper=ChainBound(upper.mean, upper.stderr, None, None, None, acceptance),
+        upper=ChainBound(mean=upper.mean, stderr=upper.stderr, monte_carlo_stderr=None, acceptance=acceptance),
         gap=Estimate.mean_of(gap),
         widest_gap=float(gap.max()),
     )
@@ -276,9 +245,9 @@ def summarize_simulated(below: AISSummary, above: AISSummary) -> SimulatedBounds
 
 def subtract_importance(chains: AISSummary, other: Importance) -> Bound:
     """The chains' bound minus L_S, paired."""
-    mean = Estimate.mean_of(chains.bound - other.log_evidence)
     noise = torch.cat([chains.monte_carlo_stderr, other.monte_carlo_stderr])
-    return Bound(mean.mean, mean.stderr, float(noise.square().sum().sqrt()) / len(chains.bound))
+    stderr = float(noise.square().sum().sqrt()) / len(chains.bound)
+    return Bound(**Estimate.mean_of(chains.bound - other.log_evidence).to_json(), monte_carlo_stderr=stderr)
 
 
 def summarize_curve(effort: Sequence[int], bounds: Tensor, ais: Tensor) -> ConvergenceCurve:

@@ -26,12 +26,9 @@ _MOST_HEADER = 32 * 2**20  # bytes
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], scalars: JsonObject, previous: Path | None = None) -> None:
-    """Writes named tensors and a JSON object into one safetensors file.
+    """Writes named tensors and a JSON object into one safetensors file, which is replaced as a whole or not at all.
 
-    Args:
-        path: the file, which is replaced as a whole or not at all.
-        tensors, scalars: what it holds.
-        previous: the name that the old file then has.
+    The old file gets the name ``previous``.
     """
     own = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
     # In the one string of the metadata: safetensors writes several in an order that changes from process to process.
@@ -45,9 +42,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], scalars: JsonObject, pr
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], JsonObject]:
     """Reads the tensors and the JSON object of a file by ``save_tensors``.
 
-    Raises:
-        ValueError: the file is missing or damaged.
-        OSError: it cannot be read now, which says nothing of what it holds; names the file.
+    Raises ValueError for a missing or damaged file, and OSError for one that cannot be read now.
     """
     return _read_tensors(path, headers_only=False)
 
@@ -78,16 +73,12 @@ def _read_tensors(path: Path, *, headers_only: bool) -> tuple[dict[str, Tensor],
             raise ValueError(f"{path}: damaged: expected a file, got a folder") from None
         # Also safetensors' own, which have no number and tell of any as missing.
         raise add_file_name(error, path) from None
-    except (SafetensorError, json.JSONDecodeError, RecursionError, _Damaged) as error:
+    except (SafetensorError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: damaged: {error}") from None
     if not isinstance(scalars, dict):
         raise ValueError(f"{path}: damaged: expected a JSON object in its header, got {type(scalars).__name__}")
     scalars.pop(_DIGEST, None)
     return tensors, scalars
-
-
-class _Damaged(Exception):
-    """A file is damaged; the message says how."""
 
 
 def _needle(digest: str) -> bytes:
@@ -103,7 +94,7 @@ def _check_bytes(path: Path) -> None:
     content = path.read_bytes()
     length = int.from_bytes(content[:8], "little")
     if length > min(max(0, len(content) - 8), _MOST_HEADER):
-        raise _Damaged(f"a header of {length:,} bytes in a file of {len(content):,}, or one above {_MOST_HEADER:,}")
+        raise ValueError(f"a header of {length:,} bytes in a file of {len(content):,}, or one above {_MOST_HEADER:,}")
     place = content.find(_needle(""), 8, 8 + length)
     if place < 0:
         return
@@ -111,7 +102,7 @@ def _check_bytes(path: Path) -> None:
     digest = hashlib.sha256(content[:place] + _UNKNOWN.encode())
     digest.update(memoryview(content)[place + len(_UNKNOWN) :])
     if digest.hexdigest().encode() != content[place : place + len(_UNKNOWN)]:
-        raise _Damaged("its bytes are not those that were written (SHA-256)")
+        raise ValueError("its bytes are not those that were written (SHA-256)")
 
 
 # --- Resuming ---
@@ -123,9 +114,7 @@ Saved = tuple[dict[str, Tensor], JsonObject]
 def find_newest_checkpoint(folder: Path, *, say: Say) -> Saved | None:
     """The newest of the last two training states that is whole; None if there is none yet.
 
-    Raises:
-        ValueError: whatever states there are, are damaged.
-        OSError: one cannot be read now; an older one is not taken for that.
+    Raises ValueError if whatever states there are, are damaged. For one that cannot be read now, no older one is taken.
     """
     damaged: list[str] = []
     for path in (folder / runs.TRAINING_STATE, folder / runs.PREVIOUS_STATE):
@@ -133,7 +122,7 @@ def find_newest_checkpoint(folder: Path, *, say: Say) -> Saved | None:
             continue
         try:
             saved = runs.load_tensors(path)
-            step = runs.get_step(path, saved[1])
+            step = get_step(path, saved[1])
         except ValueError as error:
             damaged.append(str(error))
             continue
@@ -151,11 +140,8 @@ def find_newest_checkpoint(folder: Path, *, say: Say) -> Saved | None:
 def mend_states(folder: Path) -> None:
     """Replaces a damaged newest training state by the one before it.
 
-    Otherwise the next checkpoint would overwrite the whole one with the damaged one.
-
-    Raises:
-        ValueError: a folder is in the newest one's place.
-        OSError: the newest one cannot be read now, and stays.
+    Otherwise the next checkpoint would overwrite the whole one with the damaged one. Raises ValueError for a folder in
+    the newest one's place.
     """
     newest, previous = folder / runs.TRAINING_STATE, folder / runs.PREVIOUS_STATE
     if newest.is_dir():
@@ -182,23 +168,16 @@ Identities = Mapping[str, Mapping[str, object]]  # by stage, JSON of everything 
 
 
 class _Stage(NamedTuple):
-    """The rows (N, F) of all items of a stage, and which of its blocks are finished (K,)."""
-
-    rows: Tensor
-    is_done: Tensor
+    rows: Tensor  # (N, F) of all items
+    is_done: Tensor  # (K,) which blocks are finished
     block_size: int
 
 
 class BlockStore:
     """Finished blocks by stage, in one file that is replaced as a whole about every ten seconds and on request.
 
-    Under torchrun rank 0 alone reads and writes the file.
-
-    Args:
-        path: the file.
-        identities: for each stage, JSON of everything that decides its numbers. Blocks in the file that were computed
-            with anything else are not used.
-        say: receives a line about what is used and what is not.
+    Under torchrun rank 0 alone reads and writes the file. Blocks in it that have another identity than their stage are
+    not used. ``say`` receives a line about what is used and what is not.
     """
 
     def __init__(self, path: Path, identities: Identities, say: Say) -> None:
@@ -289,13 +268,8 @@ class BlockStore:
 class StageResults:
     """The complete stages of a certificate, in a file that stays, so that a later certificate need not repeat them.
 
-    Args:
-        path: the file, with the results of each stage as STAGE/NAME.
-        identities: for each stage of this certificate, JSON of everything that decides its numbers. A stored stage is
-            used if its identity is the same.
-        common: what decides the numbers of every stage. A stored stage that is not in ``identities`` stays in the file
-            if it agrees with this.
-        say: receives a line about what is used.
+    The file has the results of each stage as STAGE/NAME. A stored stage is used if its identity is the same. One that
+    is not in ``identities`` stays in the file if it agrees with ``common``, which decides the numbers of every stage.
     """
 
     def __init__(self, path: Path, identities: Identities, common: Mapping[str, object], say: Say) -> None:

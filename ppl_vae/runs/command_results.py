@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ppl_vae.evidence.estimate import Estimate, ImagesMean
-from ppl_vae.runs.results import Provenance, Quantiles, RunCalibration
+from ppl_vae.runs.results import ImportanceSummary, Provenance, Quantiles, RunCalibration
 
 
 @dataclass(frozen=True, kw_only=True)
-class ComparedRun:
+class ComparedRun(ImportanceSummary):
     """One of the runs of a ``Comparison``, by its own numbers. Nats per image."""
 
     name: str
@@ -20,62 +20,42 @@ class ComparedRun:
     likelihood: str
     bits_per_dim: Estimate | None
     log_likelihood: Estimate
-    elbo: Estimate
-    monte_carlo_stderr: float
-    rise: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class ComparedPair:
     """The paired difference L_S(x; run) - L_S(x; baseline) of two runs on the same images. Nats per image.
 
-    Args:
-        difference: The mean over the images, and its standard error.
-        interval: The two-sided t interval of the mean, Bonferroni-corrected.
-        confidence: The confidence of that interval.
-        unpaired_stderr: The standard error that the difference would have on different images.
-        monte_carlo_stderr: The particles' part of the standard error, by the delta method.
-        rise: The larger of what ten times the particles gained for either run.
-        bound: "better", "worse" or "not distinguishable".
-        ranks_log_likelihood: Whether log p(x) ranks as the bounds do (``estimate.BoundDifference``).
-        verdict: The comparison in one sentence.
+    See ``estimate.PairedDifference`` and ``estimate.BoundDifference``.
     """
 
     name: str
     baseline: str
     difference: Estimate
-    interval: tuple[float, float]
-    confidence: float
-    unpaired_stderr: float
+    interval: tuple[float, float]  # the two-sided t interval of the mean, Bonferroni-corrected
+    confidence: float  # of that interval
+    unpaired_stderr: float  # that the difference would have on different images
     monte_carlo_stderr: float
-    rise: float
-    bound: str
-    ranks_log_likelihood: bool
-    verdict: str
+    rise: float  # the larger of what ten times the particles gained for either run
+    bound: str  # "better", "worse" or "not distinguishable"
+    ranks_log_likelihood: bool  # whether log p(x) ranks as the bounds do
+    verdict: str  # the comparison in one sentence
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Several runs on the same images of one split: comparison.json.
-
-    Args:
-        binarization: The words of all runs, joined by "or".
-        scale: What the nats measure, one for all runs.
-        stored_evaluations: Whether the numbers are those of the runs' own evaluations.
-        runs: The first is the baseline.
-        comparisons: Each further run against the baseline.
-    """
+    """Several runs on the same images of one split: comparison.json. The first run is the baseline of all others."""
 
     time: str
     dataset: str
     split: str
     protocol: str
-    binarization: str
+    binarization: str  # the words of all runs, joined by "or"
     scale: str
     num_images: int
     num_particles: int
     seed: int
-    stored_evaluations: bool
+    stored_evaluations: bool  # whether the numbers are those of the runs' own evaluations
     runs: tuple[ComparedRun, ...]
     comparisons: tuple[ComparedPair, ...]
     seconds: float
@@ -119,33 +99,20 @@ class PairedRow:
 
 @dataclass(frozen=True, kw_only=True)
 class LikelihoodRow(TrainedRow):
-    """A row of the table of likelihoods.
-
-    Args:
-        likelihood: A word of ``--likelihood``.
-        kind: "mass", "density", or "exact" for the exact masses of a density of dequantized levels.
-        scale: What the nats measure, one for all rows.
-        bits_per_dim: For 8-bit levels.
-        floor_bits_per_dim: That of independent pixels.
-        rank: From 1, the row with the best bound.
-        difference_nats: Below 0 where the row is worse than the best. None for the best row.
-        difference_bits_per_dim: Above 0 where the row is worse than the best.
-        verdict: "best", "worse" or "not distinguishable".
-        ranks_log_likelihood: Whether log p(x) ranks as the bounds do.
-    """
+    """A row of the table of likelihoods, which all are on one scale."""
 
     likelihood: str
-    kind: str
+    kind: str  # "mass", "density", or "exact" for the exact masses of a density of dequantized levels
     scale: str
-    bits_per_dim: Estimate | None
+    bits_per_dim: Estimate | None  # for 8-bit levels
     reconstruction: Estimate
-    floor_bits_per_dim: float | None
+    floor_bits_per_dim: float | None  # of independent pixels
     calibration: RunCalibration
     rank: int = 1
-    difference_nats: PairedRow | None = None
-    difference_bits_per_dim: PairedRow | None = None
-    verdict: str = "best"
-    ranks_log_likelihood: bool | None = None
+    difference_nats: PairedRow | None = None  # below 0 where the row is worse than the best, which has None
+    difference_bits_per_dim: PairedRow | None = None  # above 0 where the row is worse
+    verdict: str = "best"  # or "worse", or "not distinguishable"
+    ranks_log_likelihood: bool | None = None  # whether log p(x) ranks as the bounds do
 
 
 @dataclass(frozen=True)
@@ -158,34 +125,27 @@ class ImageScore:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Encoding(Provenance):
+class GivenImages(Provenance):
+    """What every result about a person's images says of them."""
+
+    images: str  # the split, or the path of the images
+    num_images: int
+    seed: int
+    step: int  # of the weights
+    notes: tuple[str, ...]  # sentences about how the images were read
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoding(ImportanceSummary, GivenImages):
     """The latents and log p(x) of a person's images: encoded.json. Nats per image.
 
     An autoencoder has the reconstruction alone, and None for every other estimate.
-
-    Args:
-        images: The split, or the path of the images.
-        num_particles: S. None for an autoencoder.
-        log_likelihood: The importance-weighted bound L_S.
-        reconstruction: log p(x | z(x)) of an autoencoder.
-        ess: Effective sample size of the particles.
-        unreliable_images: The number of images whose jackknife bias is large.
-        lowest: The images with the lowest score.
-        notes: Sentences about how the images were read.
     """
 
-    images: str
-    num_images: int
-    num_particles: int | None
-    log_likelihood: Estimate | None = None
-    elbo: Estimate | None = None
-    reconstruction: Estimate | None = None
-    ess: Quantiles | None = None
-    unreliable_images: int | None = None
-    lowest: tuple[ImageScore, ...]
-    seed: int
-    step: int
-    notes: tuple[str, ...]
+    num_particles: int | None = None
+    log_likelihood: Estimate | None = None  # the importance-weighted bound L_S
+    reconstruction: Estimate | None = None  # log p(x | z(x)) of an autoencoder
+    lowest: tuple[ImageScore, ...]  # the images with the lowest score
 
 
 @dataclass(frozen=True)
@@ -200,37 +160,19 @@ class ImputedImage:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImputationSummary(Provenance):
-    """Images with missing pixels: imputations.json. Nats per image.
+class ImputationSummary(GivenImages):
+    """Images with missing pixels: imputations.json. Nats per image."""
 
-    Args:
-        images: The split, or the path of the images.
-        missing_pixels, num_pixels: Of all images.
-        complete_images: Images without a missing pixel.
-        empty_images: Images without an observed pixel.
-        log_likelihood_observed: log p(x_observed), the bound L_S.
-        log_likelihood_hidden: log p(x_hidden | x_observed), where pixels of complete images were hidden.
-        ess: Effective sample size of the particles.
-        few_particles: Images with missing pixels and too few effective particles.
-        num_draws: Draws of the missing pixels of each image.
-        notes: Sentences about how the images were read.
-    """
-
-    images: str
-    num_images: int
     num_particles: int
     missing_pixels: int
     num_pixels: int
-    complete_images: int
-    empty_images: int
-    log_likelihood_observed: Estimate
-    log_likelihood_hidden: ImagesMean | None
+    complete_images: int  # without a missing pixel
+    empty_images: int  # without an observed pixel
+    log_likelihood_observed: Estimate  # log p(x_observed), the bound L_S
+    log_likelihood_hidden: ImagesMean | None  # log p(x_hidden | x_observed), where it is known
     ess: Quantiles
-    few_particles: int
+    few_particles: int  # images with missing pixels and too few effective particles
     mask: str | None
     hide: str | None
-    num_draws: int
-    seed: int
-    step: int
-    notes: tuple[str, ...]
+    num_draws: int  # of the missing pixels of each image
     per_image: tuple[ImputedImage, ...]

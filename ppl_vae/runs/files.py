@@ -22,24 +22,14 @@ def per_image_file(split: str) -> str:
     return f"evaluation-{split}.safetensors"
 
 
-# --- Bytes and lines ---
-
-
 PARTIAL = ".*.partial"  # the files that killed writes leave
 
 
 def write_bytes(path: Path, content: bytes, previous: Path | None = None) -> None:
     """Replaces a file as a whole or not at all, and returns when it is on disk.
 
-    A link in its place is replaced, never followed.
-
-    Args:
-        path: the file.
-        content: all of it.
-        previous: The name that the old file gets. At every moment one of the two names is that of a whole file.
-
-    Raises:
-        OSError: it cannot be written; names the file.
+    A link in its place is replaced, never followed. The old file gets the name ``previous``: at every moment one of the
+    two names is that of a whole file. An OSError names the file.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -57,15 +47,18 @@ def write_bytes(path: Path, content: bytes, previous: Path | None = None) -> Non
         if isinstance(error, OSError):
             raise add_file_name(error, path) from None
         raise
-    _sync(path.parent)
+    # The folder's list of names. Some network and FUSE file systems have no such thing (EINVAL), and some systems open
+    # no folders; the file is whole and in its place without it.
+    with suppress(OSError):
+        descriptor = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def append_line(path: Path, line: str) -> None:
-    """Appends a line to a text file, on disk when this returns. A failure leaves the file unchanged.
-
-    Raises:
-        OSError: it cannot be written, or is a link; names the file.
-    """
+    """Appends a line to a text file, on disk when this returns. A failure or a link leaves the file unchanged."""
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
     with open(descriptor, "ab", buffering=0) as file:
         size = os.fstat(descriptor).st_size
@@ -93,23 +86,6 @@ def remove_partial(folder: Path) -> None:
                 path.unlink()
 
 
-def _sync(folder: Path) -> None:
-    """Writes the folder's list of names to the disk.
-
-    Some network and FUSE file systems have no such thing (EINVAL), and some systems open no folders; the file is whole
-    and in its place without it.
-    """
-    with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-# --- JSON ---
-
-
 MOST_BYTES = 64 * 2**20  # the largest JSON file that is read
 
 
@@ -128,11 +104,7 @@ def write_json(path: Path, value: object) -> None:
 
 
 def read_json(path: Path) -> JsonObject:
-    """The JSON object in a file.
-
-    Raises:
-        ValueError: The file is missing, too large, or holds no JSON object.
-    """
+    """The JSON object in a file. Raises ValueError where there is none."""
     try:
         if path.stat().st_size > MOST_BYTES:
             raise ValueError(
@@ -151,14 +123,9 @@ def read_json(path: Path) -> JsonObject:
 
 
 def read_evaluations(run_dir: Path, *, step: int | None = None) -> JsonObject:
-    """The content of evaluation.json, empty if there is none yet.
+    """The content of evaluation.json, empty if there is none yet. Raises ValueError for a damaged file.
 
-    Args:
-        run_dir: The run's folder.
-        step: Only the entries that were measured with the weights of this training step; None for all.
-
-    Raises:
-        ValueError: The file is damaged.
+    With a step, only the entries that were measured with the weights of this training step.
     """
     path = run_dir / EVALUATION
     evaluations = read_json(path) if path.exists() else {}
@@ -174,11 +141,7 @@ def append_metrics(run_dir: Path, record: JsonObject) -> None:
 
 
 def read_metrics(run_dir: Path) -> list[JsonObject]:
-    """The records of metrics.jsonl, without a half-written last line.
-
-    Raises:
-        ValueError: another line is damaged.
-    """
+    """The records of metrics.jsonl, without a half-written last line. Raises ValueError for another damaged line."""
     path, records = run_dir / METRICS, []
     for number, record in _read_lines(path):
         if record is None:

@@ -14,6 +14,7 @@ from ppl_vae import data, runs
 from ppl_vae.runs.build import build_meta_vae, build_vae
 from ppl_vae.runs.files import JsonObject
 from ppl_vae.runs.options import MODEL_OPTIONS, Options, check_value, default_objective
+from ppl_vae.runs.outputs import record_environment
 from ppl_vae.runs.resolve import check_support, load_splits, resolve
 from ppl_vae.runs.results import to_json
 from ppl_vae.vae import VAE
@@ -81,8 +82,7 @@ def read_options(config: Mapping[str, object]) -> Options:
 def read_config(run_dir: Path) -> tuple[Options, JsonObject]:
     """The options of a run or an export, and its data's event_shape (a tuple) and sha256.
 
-    Raises:
-        ValueError: the folder is no run, or its config is damaged.
+    Raises ValueError for a damaged config.
     """
     path = run_dir / runs.CONFIG
     config = runs.read_json(path)
@@ -116,8 +116,7 @@ def is_from_python(run_dir: Path) -> bool:
 def find_run_folder(run_dir: str | Path) -> Path:
     """The run's folder: a path, or the name of a pretrained run in the package.
 
-    Raises:
-        ValueError: a single word that is neither.
+    Raises ValueError for a single word that is neither.
     """
     folder = Path(run_dir)
     names = sorted(path.parent.name for path in PRETRAINED.glob(f"*/{runs.CONFIG}"))
@@ -131,8 +130,7 @@ def find_run_folder(run_dir: str | Path) -> Path:
 def copy_pretrained(run_dir: str, say: Callable[[str], None]) -> Path:
     """The run's folder. A pretrained run is first copied to runs/NAME, since the package is not written to.
 
-    Raises:
-        ValueError: a word that is neither a folder nor a pretrained run, or runs/NAME is another run.
+    Raises ValueError where runs/NAME is another run.
     """
     folder = find_run_folder(run_dir)
     if folder.resolve().parent != PRETRAINED.resolve():
@@ -221,7 +219,7 @@ def save(trained: VAE, run_dir: str | Path, options: Options, *, metrics: Sequen
         raise ValueError("options: expected those that the VAE was built with, got others (weights differ in shape)")
     folder = runs.make_run_dir(str(run_dir), dataset=options.dataset, likelihood=options.likelihood)
     runs.write_json(folder / runs.CONFIG, make_config(options, seen) | {"trained": _FROM_PYTHON})
-    runs.record_environment(folder, options.device)
+    record_environment(folder, options.device)
     for record in metrics:
         runs.append_metrics(folder, record)
     runs.save_tensors(folder / runs.MODEL, weights, {"step": metrics[-1]["step"] if metrics else 0})

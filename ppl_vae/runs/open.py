@@ -90,14 +90,7 @@ def load_evaluated_vae(run: Run) -> VAE:
 
 
 def check_density(run: Run, what: str) -> None:
-    """Raises ValueError for an autoencoder where a density q(z | x) is needed.
-
-    Args:
-        what: What needs the density, in words.
-
-    Raises:
-        ValueError: the run's guide is deterministic.
-    """
+    """Raises ValueError for an autoencoder, which lacks what needs a density q(z | x)."""
     if is_autoencoder(run.options):
         stored = "its reconstructions are in evaluation.json"
         there = "test" in runs.read_evaluations(run.folder)
@@ -115,7 +108,7 @@ def open_run(
     like: Run | None = None,
     say: Say = tqdm.write,
 ) -> Run:
-    """Opens a run with its data.
+    """Opens a run with its data. Raises ValueError for a damaged one, or other data than it was trained on.
 
     Args:
         run_dir: The run's folder, or the name of a pretrained run, which is copied to runs/NAME and opened there.
@@ -123,9 +116,6 @@ def open_run(
         data_dir: The folder of the named data sets, if it has moved.
         like: A run that is open already, whose data is shared if it is the same.
         say: Takes a line about a pretrained run's new folder.
-
-    Raises:
-        ValueError: no run, a damaged one, or other data than it was trained on.
     """
     folder = copy_pretrained(run_dir, say)
     options, seen = read_config(folder)
@@ -149,15 +139,8 @@ def open_run(
     return Run(folder, options, splits, from_python=is_from_python(folder))
 
 
-# --- Exports ---
-
-
 def open_run_or_export(run_dir: str, *, dataset: str | None, data_dir: str | None, say: Say) -> Run:
-    """Opens a run with its data, or an export without data unless its place is given.
-
-    Raises:
-        ValueError: as ``open_run``.
-    """
+    """Opens a run with its data, or an export without data unless its place is given."""
     folder = find_run_folder(run_dir)
     told = dataset is not None or data_dir is not None
     if told or not (folder / runs.CONFIG).is_file() or not is_export(runs.read_json(folder / runs.CONFIG)):
@@ -168,8 +151,7 @@ def open_run_or_export(run_dir: str, *, dataset: str | None, data_dir: str | Non
 def open_without_data(folder: Path) -> Run:
     """Opens a run or an export without images: its splits have only their kind and shape.
 
-    Raises:
-        ValueError: it is damaged, or says nothing of the kind of its data.
+    Raises ValueError for a damaged one.
     """
     options, seen = read_config(folder)
     kind = runs.read_json(folder / runs.CONFIG)["data"].get("kind")
@@ -192,9 +174,6 @@ def open_without_data(folder: Path) -> Run:
     return Run(folder, options, splits, from_python=is_from_python(folder))
 
 
-# --- Given images ---
-
-
 def check_images(run: Run, source: str, x: Tensor) -> None:
     """Raises ValueError for pixels off the likelihood's support. x: (n, *E), NaN where a pixel is missing."""
     family, seen = build_likelihood(run.options, run.splits.event_shape), x[~x.isnan()]
@@ -206,36 +185,21 @@ def check_images(run: Run, source: str, x: Tensor) -> None:
 
 
 class Images(NamedTuple):
-    """Some of the N images of a split or a path.
+    """Some of the N images of a split or a path."""
 
-    Args:
-        source: The split's name, or the absolute path.
-        x: (n, *E) as the model sees them, with NaN for missing pixels.
-        labels: (n,) int64, or None.
-        names: (n) names of files, or indices among the N.
-        places: (n,) int64, the indices among the N, ascending.
-        num_found: N.
-        notes: Sentences for the user about how the images were read.
-    """
-
-    source: str
-    x: Tensor
-    labels: Tensor | None
-    names: tuple[str, ...]
-    places: Tensor
-    num_found: int
-    notes: tuple[str, ...] = ()
+    source: str  # the split's name, or the absolute path
+    x: Tensor  # (n, *E) as the model sees them, with NaN for missing pixels
+    labels: Tensor | None  # (n,) int64
+    names: tuple[str, ...]  # of files, or indices among the N
+    places: Tensor  # (n,) int64, the indices among the N, ascending
+    num_found: int  # N
+    notes: tuple[str, ...] = ()  # sentences for the user about how the images were read
 
 
 def load_given_images(run: Run, images_path: str, *, most: int | None, seed: int) -> Images:
     """Loads a split by its name, or a file or folder of images, resized as the run's own data was.
 
-    Args:
-        most: The size of a fixed random subset; None for all images.
-        seed: The seed of a binarization that draws anew.
-
-    Raises:
-        ValueError: a split without images, files that cannot be read, or images that do not fit the run's data.
+    They are a fixed random subset of at most ``most`` images. The seed is that of a binarization that draws anew.
     """
     notes: tuple[str, ...] = ()
     if images_path in SPLITS:

@@ -13,18 +13,7 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, Self, TypeVar
 
 from ppl_vae.data import BINARIZATIONS, COLORS, DATASETS, DEQUANTIZATIONS, FITS, PROTOCOLS
-from ppl_vae.parts.registry import (
-    COUPLINGS,
-    KLS,
-    LIKELIHOODS,
-    NETWORKS,
-    OBJECTIVES,
-    POSTERIOR_FLOWS,
-    POSTERIORS,
-    PRIORS,
-    SCALE_MAPS,
-    SCHEDULES,
-)
+from ppl_vae.parts import registry as parts
 from ppl_vae.runs.files import JsonObject
 
 T = TypeVar("T")
@@ -207,7 +196,7 @@ class Options(CheckedOptions):
         "data",
     )
 
-    likelihood: str = option("bernoulli", "p(x | z)", LIKELIHOODS, "model")
+    likelihood: str = option("bernoulli", "p(x | z)", parts.LIKELIHOODS, "model")
     likelihood_scale: float = _rare(
         0.5, "scale of normal-fixed, as a fraction of the spread of the training pixels", POSITIVE, "model"
     )
@@ -215,7 +204,7 @@ class Options(CheckedOptions):
     transform: str = _rare(
         "none", "logit: put a density of real numbers on the logit of pixels in (0, 1)", ("none", "logit"), "model"
     )
-    network: str = option("gated", "encoder and decoder", NETWORKS, "model")
+    network: str = option("gated", "encoder and decoder", parts.NETWORKS, "model")
     hidden: tuple[int, ...] | None = option(
         None,
         "widths of the encoder's dense layers, reversed in the decoder (default: 300 300; 256 with convolutions)",
@@ -227,20 +216,20 @@ class Options(CheckedOptions):
     prior: str | None = option(
         None,
         "p(z) (default: flow; standard-normal with an analytic KL, a delta posterior or one latent)",
-        PRIORS,
+        parts.PRIORS,
         "model",
     )
     prior_components: int = _rare(500, "components of mixture and vamp", WIDTH, "model")
-    prior_flow: str = _rare("affine", "couplings of the flow prior", COUPLINGS, "model")
+    prior_flow: str = _rare("affine", "couplings of the flow prior", parts.COUPLINGS, "model")
     prior_layers: int = _rare(10, "number of couplings of the flow prior", WIDTH, "model")
     prior_hidden: tuple[int, ...] = _rare((256,), "widths of the hidden layers of each coupling", WIDTH, "model")
-    posterior: str = option("diagonal", "the guide q(z | x)", POSTERIORS, "model")
-    posterior_flow: str = _rare("iaf", "layers of the flow posterior", POSTERIOR_FLOWS, "model")
+    posterior: str = option("diagonal", "the guide q(z | x)", parts.POSTERIORS, "model")
+    posterior_flow: str = _rare("iaf", "layers of the flow posterior", parts.POSTERIOR_FLOWS, "model")
     posterior_layers: int = _rare(2, "number of layers of the flow posterior", WIDTH, "model")
     posterior_hidden: tuple[int, ...] = _rare(
         (256,), "widths of the hidden layers of each layer of the flow posterior", WIDTH, "model"
     )
-    scale_map: str = _rare("bounded", "from the encoder's output h to the guide's scale", SCALE_MAPS, "model")
+    scale_map: str = _rare("bounded", "from the encoder's output h to the guide's scale", parts.SCALE_MAPS, "model")
     upper_latents: tuple[int, ...] | None = _rare(
         None, "dimensions of further latent layers above z, from the bottom to the top", WIDTH, "model"
     )
@@ -257,7 +246,7 @@ class Options(CheckedOptions):
     objective: str | None = option(
         None,
         "what is maximized (default: stl; elbo with --kl analytic and with a flow or delta posterior)",
-        OBJECTIVES,
+        parts.OBJECTIVES,
         "objective",
     )
     beta: float = option(
@@ -269,7 +258,7 @@ class Options(CheckedOptions):
         NON_NEGATIVE_INTEGER,
         "objective",
     )
-    kl: str = _rare("sampled", "sampled (Trace_ELBO), or in closed form (TraceMeanField_ELBO)", KLS, "objective")
+    kl: str = _rare("sampled", "sampled (Trace_ELBO), or in closed form (TraceMeanField_ELBO)", parts.KLS, "objective")
     free_bits: float = _rare(
         0.1, "nats of KL that cost nothing, for each latent, of free-bits", NON_NEGATIVE, "objective"
     )
@@ -278,7 +267,7 @@ class Options(CheckedOptions):
     epochs: int = option(50, "passes through the training images", POSITIVE_INTEGER, "optimization")
     batch_size: int = option(100, "images per step", POSITIVE_INTEGER, "optimization")
     learning_rate: float = option(2e-3, "Adam's learning rate at the start", POSITIVE, "optimization")
-    schedule: str = _rare("cosine", "how the learning rate falls", SCHEDULES, "optimization")
+    schedule: str = _rare("cosine", "how the learning rate falls", parts.SCHEDULES, "optimization")
     decay_start: float = _rare(0.5, "fraction of the steps before the cosine begins", BELOW_ONE, "optimization")
     initialization: str = _rare(
         "wide",

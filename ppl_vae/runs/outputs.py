@@ -24,64 +24,57 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from ppl_vae.runs.files import (
-    CONFIG,
-    ENVIRONMENT,
-    FIGURES,
-    LOCK,
-    MODEL,
-    PARTIAL,
-    TRAINING_STATE,
-    JsonObject,
-    add_file_name,
-    read_json,
-    remove_partial,
-    write_bytes,
-    write_json,
-)
+from ppl_vae.runs import files
+from ppl_vae.runs.files import JsonObject
 from ppl_vae.runs.options import Options
 from ppl_vae.runtime import ranks as distributed
 
 
 def make_run_dir(run_dir: str | None, *, dataset: str, likelihood: str) -> Path:
-    """Makes the folder of a new run: the given one, or one below runs/ named by data set, likelihood and time.
-
-    Raises:
-        ValueError: the folder exists and holds something.
-    """
+    """Makes the folder of a new run: the given one, or one below runs/ named by data set, likelihood and time."""
     if run_dir is None:
         return make_new_folder(f"{Path(dataset).stem}-{likelihood}")
-    path = Path(run_dir)
-    check_new(path)
+    check_new(Path(run_dir))
+    make_folder(Path(run_dir), "--run-dir")
+    check_writable(Path(run_dir))
+    return Path(run_dir)
+
+
+def make_output_folder(output: str | None, default: Path) -> Path:
+    """Makes the folder of a command's results: a new or empty one that was given, or the default one."""
+    folder = default if output is None else Path(output)
+    if output is not None:
+        check_new(folder, "--output")
+    make_folder(folder, "--output")
+    return folder
+
+
+def make_folder(path: Path, flag: str) -> None:
+    """Makes a folder, or raises ValueError in the name of the option that names it."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"--run-dir: {path} cannot be made: {error.strerror}") from None
-    check_writable(path)
-    return path
+        raise ValueError(f"{flag}: {path} cannot be made: {error.strerror}") from None
 
 
-def check_new(path: Path) -> None:
+def check_new(path: Path, flag: str = "--run-dir") -> None:
     """Raises ValueError if the path is not free and not an empty folder."""
     if path.exists() and not is_empty(path):
-        saved_from_python = (path / MODEL).exists() and not (path / TRAINING_STATE).exists()
-        trained = (path / CONFIG).exists() and not saved_from_python
-        advice = f" (--resume {path} goes on with it)" if trained else ""
-        raise ValueError(f"--run-dir: expected a new or empty folder, but {path} exists{advice}")
+        saved_from_python = (path / files.MODEL).exists() and not (path / files.TRAINING_STATE).exists()
+        can_resume = flag == "--run-dir" and (path / files.CONFIG).exists() and not saved_from_python
+        advice = f" (--resume {path} goes on with it)" if can_resume else ""
+        raise ValueError(f"{flag}: expected a new or empty folder, but {path} exists{advice}")
 
 
 def is_empty(folder: Path) -> bool:
     """Whether the folder holds nothing, apart from what a process leaves that was killed at its start."""
-    return folder.is_dir() and all(path.name == LOCK or path.match(PARTIAL) for path in folder.iterdir())
+    return folder.is_dir() and all(path.name == files.LOCK or path.match(files.PARTIAL) for path in folder.iterdir())
 
 
 def make_new_folder(stem: str) -> Path:
     """Makes runs/STEM-DATE-TIME, or runs/STEM-DATE-TIME-2 and so on.
 
-    Making the folder reserves the name, so that two processes never share one.
-
-    Raises:
-        ValueError: it cannot be made.
+    Making the folder reserves the name, so that two processes never share one. Raises ValueError where that fails.
     """
     name = f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     for suffix in ("", *(f"-{i}" for i in range(2, 1000))):
@@ -96,22 +89,6 @@ def make_new_folder(stem: str) -> Path:
     raise ValueError(f"runs/{name}: expected a free name, but a thousand like it are taken; name a folder yourself")
 
 
-def make_output_folder(output: str | None, default: Path) -> Path:
-    """Makes the folder of a command's results: a new or empty one that was given, or the default one.
-
-    Raises:
-        ValueError: what was asked for holds something, or cannot be made.
-    """
-    folder = Path(output) if output is not None else default
-    try:
-        if output is not None and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ValueError(f"--output: expected a new or empty folder, but {folder} exists")
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--output: {folder} cannot be made: {error.strerror}") from None
-    return folder
-
-
 def check_writable(folder: Path) -> None:
     """Raises ValueError if the folder is read-only."""
     if not os.access(folder, os.W_OK):
@@ -120,21 +97,17 @@ def check_writable(folder: Path) -> None:
 
 # --- One writer per run folder ---
 
-
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)  # of some network file systems
 
 
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Lock a folder against other writing processes until the end of the block.
+    """Locks a folder against other writing processes until the end of the block, or raises ValueError.
 
     The kernel releases the lock when the process ends, however it ends. A process may lock a folder again that it has
     locked already. Under torchrun only the rank that writes takes the lock. What killed writes have left is removed.
-
-    Raises:
-        ValueError: another process has the lock, the folder is read-only, or its figures are a link or a file.
     """
-    path = folder.resolve() / LOCK
+    path = folder.resolve() / files.LOCK
     lock = FileLock(
         path, timeout=0, thread_local=False, is_singleton=True, fallback_to_soft=False, on_acquired=_write_owner
     )
@@ -142,22 +115,24 @@ def lock_folder(folder: Path) -> Iterator[None]:
         yield
         return
     check_writable(folder)
-    if (folder / FIGURES).is_symlink() or (folder / FIGURES).is_file():
-        raise ValueError(f"{folder / FIGURES}: expected a folder of the run's own, got a link or a file")
+    if (folder / files.FIGURES).is_symlink() or (folder / files.FIGURES).is_file():
+        raise ValueError(f"{folder / files.FIGURES}: expected a folder of the run's own, got a link or a file")
     try:
         lock.acquire()
     except Timeout:
+        owner = "another process"
+        with suppress(OSError):
+            owner = path.read_bytes()[:300].decode(errors="replace").strip() or owner
         raise ValueError(
-            f"{folder}: expected a run folder that no other process writes to, but {_read_owner(folder)} does; "
-            "wait until it ends"
+            f"{folder}: expected a run folder that no other process writes to, but {owner} does; wait until it ends"
         ) from None
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
         warnings.warn(f"{folder}: its file system has no locks; start nothing else in this folder", stacklevel=3)
     try:
-        remove_partial(folder)
-        remove_partial(folder / FIGURES)
+        files.remove_partial(folder)
+        files.remove_partial(folder / files.FIGURES)
         yield
     finally:
         if lock.is_locked:  # not in a forked child, nor where the file system has no locks
@@ -170,12 +145,6 @@ def _write_owner(descriptor: int) -> None:
     with suppress(OSError):  # on a full disk the owner stays unknown, and the lock holds
         os.ftruncate(descriptor, 0)
         os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-
-
-def _read_owner(folder: Path) -> str:
-    with suppress(OSError):
-        return (folder / LOCK).read_bytes()[:300].decode(errors="replace").strip() or "another process"
-    return "another process"
 
 
 # --- The environment ---
@@ -191,19 +160,6 @@ def _git(*words: str) -> str | None:
     return done.stdout.strip()
 
 
-def _commit() -> str | None:
-    """The commit of the repository that tracks the package's files, not of a project whose .venv they are in."""
-    is_tracked = _git("ls-files", "--error-unmatch", "__init__.py") is not None
-    return _git("rev-parse", "HEAD") if is_tracked else None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
 def _processor() -> str:
     """The CPU's name, and the vector instructions that torch uses."""
     try:
@@ -216,13 +172,20 @@ def _processor() -> str:
 
 def describe_environment(device: str) -> JsonObject:
     """Versions, device, threads, git commit and whether dirty, argv, time."""
-    commit = _commit()
+    # Of the repository that tracks the package's files, not of a project whose .venv they are in.
+    is_tracked = _git("ls-files", "--error-unmatch", "__init__.py") is not None
+    commit = _git("rev-parse", "HEAD") if is_tracked else None
+    packages: dict[str, str | None] = {}
+    for name in ("ppl_vae", "torch", "pyro-ppl", "numpy", "safetensors"):
+        packages[name] = None
+        with suppress(PackageNotFoundError):
+            packages[name] = version(name)
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "argv": sys.argv,
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
-        "packages": {name: _version(name) for name in ("ppl_vae", "torch", "pyro-ppl", "numpy", "safetensors")},
+        "packages": packages,
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else _processor(),
         "threads": torch.get_num_threads(),
         "ranks": distributed.num_ranks(),
@@ -233,12 +196,12 @@ def describe_environment(device: str) -> JsonObject:
 
 def record_environment(run_dir: Path, device: str) -> None:
     """Writes environment.json at the first start, and again if it is damaged; later starts go into its "resumed"."""
-    path, now = run_dir / ENVIRONMENT, describe_environment(device)
+    path, now = run_dir / files.ENVIRONMENT, describe_environment(device)
     if path.exists():
         with suppress(ValueError, TypeError):
-            first = read_json(path)
+            first = files.read_json(path)
             now = first | {"resumed": [*first.get("resumed", []), now]}
-    write_json(path, now)
+    files.write_json(path, now)
 
 
 # --- Figures and arrays ---
@@ -248,7 +211,7 @@ def write_figure(path: Path, figure: Figure) -> None:
     """Writes a figure as PNG."""
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=130)
-    write_bytes(path, png.getvalue())
+    files.write_bytes(path, png.getvalue())
 
 
 def write_picture(path: Path, levels: NDArray[np.uint8]) -> None:
@@ -272,7 +235,7 @@ def write_arrays(path: Path, tensors: Mapping[str, Tensor], names: Sequence[str]
         arrays["names"] = np.array(names)
     npz = io.BytesIO()
     np.savez_compressed(npz, **arrays)  # type: ignore[arg-type]
-    write_bytes(path, npz.getvalue())
+    files.write_bytes(path, npz.getvalue())
 
 
 # --- TensorBoard's events ---
@@ -291,16 +254,14 @@ def check_tensorboard(options: Options) -> None:
 def open_events(folder: Path, options: Options, *, step: int | None = None, prefix: str = "") -> Iterator[Log]:
     """Yields a function that writes every number of a record by the record's step.
 
-    It does nothing with ``--tensorboard off``, and on ranks that do not write.
+    It does nothing with ``--tensorboard off``, and on ranks that do not write. Raises ValueError for a folder of events
+    that is a link, and where tensorboard is not installed.
 
     Args:
         folder: The run's folder.
         options: The run's options.
         step: The step at which training starts or resumes. Events after it are purged, since the work is done again.
         prefix: Begins the name of each number; the names of nested objects follow, as in test/log_likelihood/mean.
-
-    Raises:
-        ValueError: The folder of events is a link, or tensorboard is not installed.
     """
     if options.tensorboard != "on" or not distributed.is_writer():
         yield lambda record: None
@@ -317,7 +278,7 @@ def open_events(folder: Path, options: Options, *, step: int | None = None, pref
                         writer.add_scalar(name, value, record["step"])
                 writer.flush()
             except OSError as error:
-                raise add_file_name(error, path) from None
+                raise files.add_file_name(error, path) from None
 
         yield write
 

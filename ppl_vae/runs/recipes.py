@@ -20,17 +20,11 @@ from ppl_vae.runs.results import read_rows
 
 @dataclass(frozen=True)
 class Published:
-    """A number that is in print.
+    """A number that is in print."""
 
-    Args:
-        log_likelihood: Nats per image.
-        stderr: The error that is printed with it, or None.
-        source: The model in a few words, and where it is published.
-    """
-
-    log_likelihood: float
-    stderr: float | None
-    source: str
+    log_likelihood: float  # nats per image
+    stderr: float | None  # the error that is printed with it
+    source: str  # the model in a few words, and where it is published
 
 
 @dataclass(frozen=True)
@@ -58,15 +52,12 @@ class EvaluationProtocol:
 class ValidationCurve:
     """How the validation curve of each training stage ended. Nats per image.
 
-    Args:
-        elbo: The validation ELBO of the kept weights. None where the last stage's initial weights are kept.
-        epoch: Their epoch in the last stage, 0 for the initial weights.
-        last_tenth_gains: What the last tenth of each stage's epochs gained over the best epoch before, by the
-            validation ELBO, or by the bound L_S where that chooses the weights. None for a stage of one epoch.
+    The gains are those of the last tenth of each stage's epochs over the best epoch before, by the validation ELBO, or
+    by the bound L_S where that chooses the weights. None for a stage of one epoch.
     """
 
-    elbo: float | None
-    epoch: int
+    elbo: float | None  # of the kept weights; None where the last stage's initial weights are kept
+    epoch: int  # theirs in the last stage, 0 for the initial weights
     last_tenth_gains: tuple[float | None, ...]
 
 
@@ -80,39 +71,28 @@ class StageSeconds:
 
 @dataclass(frozen=True, kw_only=True)
 class Reproduction:
-    """A published model that was trained again: a row of the file of reproductions. Nats per image.
-
-    Args:
-        published: The numbers in print that it is compared with.
-        differs: How the training differs from the source's.
-        options: The options of each stage, without places on a machine.
-        ours: log p(x), the importance-weighted bound L_S.
-        active_units: How many latents vary over images (``diagnostics.active_units``). None with several layers.
-        command: The command line that makes the row again.
-        commits: The commits of the code that took part.
-        environment: Of the last stage.
-    """
+    """A published model that was trained again: a row of the file of reproductions. Nats per image."""
 
     recipe: str
     model: str
-    published: tuple[Published, ...]
-    differs: str
+    published: tuple[Published, ...]  # the numbers in print that it is compared with
+    differs: str  # how the training differs from the source's
     seed: int
     budget: Budget
     precision: str
-    options: tuple[JsonObject, ...]
-    ours: Estimate
+    options: tuple[JsonObject, ...]  # of each stage, without places on a machine
+    ours: Estimate  # log p(x), the importance-weighted bound L_S
     elbo: Estimate
     kl: Estimate
     rise: float
     protocol: EvaluationProtocol
     weights: int
-    active_units: int | None
+    active_units: int | None  # how many latents vary over images (``diagnostics``); None with several layers
     validation: ValidationCurve | None
     seconds: StageSeconds
-    command: str
-    commits: tuple[str, ...]
-    environment: JsonObject
+    command: str  # the command line that makes the row again
+    commits: tuple[str, ...]  # of the code that took part
+    environment: JsonObject  # of the last stage
 
 
 def read_reproductions(path: Path) -> list[Reproduction]:
@@ -121,21 +101,13 @@ def read_reproductions(path: Path) -> list[Reproduction]:
 
 
 class Recipe(NamedTuple):
-    """A model and how it is trained.
-
-    Args:
-        model: The model in words.
-        stages: The options of each training. Each but the first starts from the weights of the one before.
-        published: Numbers of the same model, or of the best of its kind.
-        differs: How the training differs from the source's.
-        particles: S of the evaluation of every test image.
-    """
+    """A model and how it is trained."""
 
     model: str
-    stages: tuple[Options, ...]
-    published: tuple[Published, ...]
-    differs: str
-    particles: int = 5000
+    stages: tuple[Options, ...]  # each but the first starts from the weights of the one before
+    published: tuple[Published, ...]  # numbers of the same model, or of the best of its kind
+    differs: str  # how the training differs from the source's
+    particles: int = 5000  # S of the evaluation of every test image
 
 
 _BURDA = "Burda et al. 2016, arXiv 1509.00519"

@@ -130,11 +130,7 @@ def count_steps(options: Options, num_images: int) -> int:
 
 
 def decide_compile(word: str, num_runs: int, place: torch.device) -> bool:
-    """Whether a graph that will run this many times is compiled, by the word of --compile.
-
-    Raises:
-        ValueError: The word is "on", and nothing can be compiled for that device.
-    """
+    """Whether a graph that will run this many times is compiled, by the word of --compile."""
     if word == "on":
         check_compiler(place)
     return word == "on" or (word == "auto" and compiling_pays(num_runs) and capture.capture_obstacle(place) is None)
@@ -186,11 +182,7 @@ def matmul_precision(precision: str) -> Iterator[None]:
 
 
 def find_device(word: str) -> torch.device:
-    """Return the device of that name: cpu, cuda, cuda:1, ...
-
-    Raises:
-        ValueError: There is no such device here, or none whose random numbers a training state holds.
-    """
+    """Return the device of that name: cpu, cuda, cuda:1, ... Raises ValueError for one that is not here."""
     try:
         found = torch.device(word)
         if found.type not in ("cpu", "cuda"):
@@ -205,9 +197,7 @@ def find_device(word: str) -> torch.device:
 def resolve(options: Options, seen: data.Splits) -> Options:
     """The options with every default filled in that depends on others or on the data, and with absolute paths.
 
-    Raises:
-        ValueError: a binarization, dequantization or transform that the data, the likelihood or the protocol cannot
-            have, or a compiler or a precision that this machine has not.
+    Raises ValueError for options at odds with the data, with each other, or with this machine.
     """
     options = resolve_parts(options)
     family = build_likelihood(options, seen.event_shape)
@@ -294,9 +284,8 @@ _LEAST_SPREAD = 1e-15  # of real pixels: a density squares deviations and scales
 def check_support(options: Options, seen: data.Splits) -> None:
     """Checks that the data, as the model sees it, is on the likelihood's support. The options are resolved.
 
-    Raises:
-        ValueError: pixels off the support, zeros and ones under anything that asks for gray or real pixels, or, for a
-            density, one image again and again.
+    Raises ValueError for pixels off the support, for zeros and ones under anything that asks for gray or real pixels,
+    and, for a density, for one image again and again.
     """
     family = build_likelihood(options, seen.event_shape)
     word = f"--likelihood {options.likelihood}"
@@ -307,7 +296,10 @@ def check_support(options: Options, seen: data.Splits) -> None:
                 f"of {family.data_kind}, and has no use for pixels that were made zeros and ones"
             )
         return
-    _check_kind(word, family, seen)
+    if family.data_kind == data.LEVELS and seen.kind != data.LEVELS:
+        raise ValueError(f"{word}: expected {data.LEVELS} (uint8, or pictures), got {seen.kind}; {_cure(seen, family)}")
+    if family.data_kind == data.UNIT_INTERVAL and seen.kind == data.BINARY:
+        raise ValueError(f"{word}: expected {data.UNIT_INTERVAL}, got zeros and ones, which no density is of")
     # Levels are on the support of whatever takes levels, and dequantized ones are between 0 and 1.
     for split in ("train", "validation", "test") if choose_pixels(options, seen) == "none" else ():
         seen_by_model = data.probabilities(seen, split)
@@ -325,14 +317,6 @@ def check_support(options: Options, seen: data.Splits) -> None:
                 f"{word}: expected pixels that spread by {_LEAST_SPREAD:g} to {1 / _LEAST_SPREAD:g}, got "
                 f"{spread:.3g}; in another unit their squares can be computed in single precision"
             )
-
-
-def _check_kind(word: str, family: Likelihood, seen: data.Splits) -> None:
-    """Raises ValueError for data of another kind than the likelihood is made for."""
-    if family.data_kind == data.LEVELS and seen.kind != data.LEVELS:
-        raise ValueError(f"{word}: expected {data.LEVELS} (uint8, or pictures), got {seen.kind}; {_cure(seen, family)}")
-    if family.data_kind == data.UNIT_INTERVAL and seen.kind == data.BINARY:
-        raise ValueError(f"{word}: expected {data.UNIT_INTERVAL}, got zeros and ones, which no density is of")
 
 
 def _cure(seen: data.Splits, family: Likelihood) -> str:

@@ -16,21 +16,17 @@ from ppl_vae import runs
 from ppl_vae.diagnostics.likelihood import PixelCalibration
 from ppl_vae.diagnostics.measurement import Measurements
 from ppl_vae.diagnostics.verdicts import Verdict
-from ppl_vae.evidence.estimate import Estimate
+from ppl_vae.evidence.estimate import Estimate, combine_stderrs
 from ppl_vae.evidence.importance import Importance
-from ppl_vae.runs.files import JsonObject, read_json
+from ppl_vae.runs.files import read_json
 
 T = TypeVar("T")
-
-
-# --- To JSON and back ---
 
 
 def to_json(result: object) -> Any:
     """The form of a result in a JSON file.
 
-    A dataclass becomes an object with its fields as keys, a tuple or tensor a list, and an ``Estimate`` its mean and
-    stderr.
+    A dataclass becomes an object, a tuple or tensor a list, and an ``Estimate`` its mean and stderr.
 
     >>> to_json(Quantiles(median=1.0, q05=0.5, q95=2.0))
     {'median': 1.0, 'q05': 0.5, 'q95': 2.0}
@@ -47,16 +43,9 @@ def to_json(result: object) -> Any:
 
 
 def from_json(kind: type[T], values: object) -> T:
-    """A result from the object that ``to_json`` made of it.
+    """A result from the object that ``to_json`` made of it, where unknown keys are ignored.
 
-    JSON has no NaN: a ``float`` that is null there becomes NaN. Unknown keys are ignored.
-
-    Args:
-        kind: The dataclass of the result.
-        values: The JSON object.
-
-    Raises:
-        ValueError: A key is missing, or a value has another type than the field.
+    JSON has no NaN: a ``float`` that is null there becomes NaN. Raises ValueError for a missing key or another type.
 
     >>> from_json(Quantiles, {"median": 1, "q05": None, "q95": 2.0})
     Quantiles(median=1.0, q05=None, q95=2.0)
@@ -84,14 +73,20 @@ def _decode(kind: Any, value: Any, name: str) -> Any:
         return value
     if kind is Tensor and isinstance(value, list) and all(each is None or type(each) in (int, float) for each in value):
         return torch.tensor([math.nan if each is None else each for each in value], dtype=torch.double)
-    if origin in (Union, UnionType) and len(arguments) - (NoneType in arguments) > 1:
+    if origin in (Union, UnionType):
         if type(value) in arguments:
             return value
-    elif origin in (Union, UnionType):
-        (inner,) = (argument for argument in arguments if argument is not NoneType)
-        return None if value is None else _decode(inner, value, name)
+        inner = [argument for argument in arguments if argument is not NoneType]
+        if len(inner) == 1:
+            return _decode(inner[0], value, name)
     if is_dataclass(kind) and isinstance(value, dict):
-        return _decode_fields(kind, value, name)
+        hints, specs = get_type_hints(kind), fields(kind)
+        for spec in specs:
+            if spec.name not in value and spec.default is MISSING and spec.default_factory is MISSING:
+                raise ValueError(f"{name}: expected the key {spec.name!r}, which is missing")
+        names = [spec.name for spec in specs if spec.name in value]
+        make: Any = kind
+        return make(**{each: _decode(hints[each], value[each], f"{name}.{each}") for each in names})
     if origin is tuple and isinstance(value, list):
         kinds = arguments[:1] * len(value) if arguments[1:] == (...,) else arguments
         if len(kinds) == len(value):
@@ -103,20 +98,6 @@ def _decode(kind: Any, value: Any, name: str) -> Any:
     if kind in (int, str, bool) and type(value) is kind:
         return value
     raise ValueError(f"{name}: expected {getattr(kind, '__name__', kind)}, got {value!r}")
-
-
-def _decode_fields(kind: Any, values: JsonObject, name: str) -> Any:
-    hints = get_type_hints(kind)
-    found = {}
-    for spec in fields(kind):
-        if spec.name in values:
-            found[spec.name] = _decode(hints[spec.name], values[spec.name], f"{name}.{spec.name}")
-        elif spec.default is MISSING and spec.default_factory is MISSING:
-            raise ValueError(f"{name}: expected the key {spec.name!r}, which is missing")
-    return kind(**found)
-
-
-# --- What several results hold ---
 
 
 @dataclass(frozen=True)
@@ -141,90 +122,69 @@ class Quantiles:
 
 @dataclass(frozen=True, kw_only=True)
 class Provenance:
-    """What a number in nats depends on besides the model.
-
-    Args:
-        dataset: The name of the data set.
-        protocol: A word of ``--protocol``.
-        binarization: A word of ``--binarization``.
-        likelihood: A word of ``--likelihood``.
-        transform: A word of ``--transform``.
-        measure: "mass" or "density".
-        pixels: How training saw pixels, a word of ``data.PIXELS``.
-        scale: What the nats measure, such as "mass of binary pixels". Only numbers on one scale can be compared.
-    """
+    """What a number in nats depends on besides the model, in words of the command line where it has them."""
 
     dataset: str
     protocol: str
     binarization: str
     likelihood: str
     transform: str
-    measure: str
-    pixels: str
-    scale: str
-
-
-# --- The results ---
+    measure: str  # "mass" or "density"
+    pixels: str  # how training saw pixels, a word of ``data.PIXELS``
+    scale: str  # what the nats measure, such as "mass of binary pixels"; only numbers on one scale can be compared
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluation(Provenance):
+class ImportanceSummary:
+    """The means over images of what S particles say of each image. Nats per image; None for an autoencoder."""
+
+    elbo: Estimate | None = None  # E_q[log p(x, z) - log q(z | x)]
+    monte_carlo_stderr: float | None = None  # the particles' part of the error of the mean L_S, by the delta method
+    bias: float | None = None  # what L_S lacks of log p(x) by the jackknife
+    rise: float | None = None  # what ten times the particles gained, L_S - L_{S/10}
+    ess: Quantiles | None = None  # effective sample size of the particles
+    pareto_k: Quantiles | None = None  # k-hat of the importance weights
+    unreliable_images: int | None = None  # those whose jackknife bias is large (``importance.UNRELIABLE_BIAS``)
+
+
+def summarize_importance(found: Importance, num_particles: int) -> ImportanceSummary:
+    """The summary of fields (N,) of single images. A single particle shows no unreliable images."""
+    return ImportanceSummary(
+        elbo=Estimate.mean_of(found.elbo, num_particles),
+        monte_carlo_stderr=combine_stderrs(found.monte_carlo_stderr),
+        bias=float(found.bias.mean()),
+        rise=float(found.tenfold_gain.mean()),
+        ess=Quantiles.compute(found.ess),
+        pareto_k=Quantiles.compute(found.pareto_k),
+        unreliable_images=int(found.unreliable().sum()) if num_particles > 1 else None,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation(ImportanceSummary, Provenance):
     """log p(x) of the images of one split: an entry of evaluation.json. Nats per image.
 
     An autoencoder has no density. Its evaluation holds the reconstruction alone, and None for every other estimate.
-
-    Args:
-        num_particles: S. None for an autoencoder.
-        dequantization_draws: Always None, since masses of levels are exact.
-        log_likelihood: The importance-weighted bound L_S.
-        elbo: E_q[log p(x, z) - log q(z | x)].
-        reconstruction: E_q[log p(x | z)]; log p(x | z(x)) for an autoencoder.
-        kl: KL(q(z | x) || p(z)).
-        monte_carlo_stderr: The particles' part of the error of ``log_likelihood``, by the delta method.
-        bias: What L_S lacks of log p(x) by the jackknife.
-        rise: What ten times the particles gained, L_S - L_{S/10}.
-        ess: Effective sample size of the particles.
-        pareto_k: k-hat of the importance weights.
-        unreliable_images: The number of images whose jackknife bias is large (``importance.UNRELIABLE_BIAS``).
-        floor: log p(x) of independent pixels, each with its maximum-likelihood marginal on the training images.
-        binarization_entropy: The mean entropy of the binarization's draw, where one was made.
-        bits_per_dim: -log2 P(x) / D for 8-bit levels.
-        step: The training step of the weights.
     """
 
     split: str
     num_images: int
     num_particles: int | None
     seed: int
-    dequantization_draws: int | None = None
-    log_likelihood: Estimate | None = None
-    elbo: Estimate | None = None
-    reconstruction: Estimate
-    kl: Estimate | None = None
-    monte_carlo_stderr: float | None = None
-    bias: float | None = None
-    rise: float | None = None
-    ess: Quantiles | None = None
-    pareto_k: Quantiles | None = None
-    unreliable_images: int | None = None
-    floor: Estimate | None = None
-    binarization_entropy: float | None = None
-    bits_per_dim: Estimate | None = None
-    step: int
+    dequantization_draws: int | None = None  # always None, since masses of levels are exact
+    log_likelihood: Estimate | None = None  # the importance-weighted bound L_S
+    reconstruction: Estimate  # E_q[log p(x | z)]; log p(x | z(x)) for an autoencoder
+    kl: Estimate | None = None  # KL(q(z | x) || p(z))
+    floor: Estimate | None = None  # log p(x) of independent pixels with maximum-likelihood marginals of training images
+    binarization_entropy: float | None = None  # mean entropy of the binarization's draw, where one was made
+    bits_per_dim: Estimate | None = None  # -log2 P(x) / D for 8-bit levels
+    step: int  # of the weights
     seconds: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class Diagnosis(Provenance):
-    """The diagnosis of a run: diagnosis.json.
-
-    Args:
-        step: The training step of the weights.
-        split: The split whose images were measured.
-        seed: The seed of every draw.
-        numbers: The measurements.
-        verdicts: What stands out, the worst first.
-    """
+    """The diagnosis of a run on images of a split: diagnosis.json. The worst verdict is the first."""
 
     step: int
     split: str
@@ -235,13 +195,7 @@ class Diagnosis(Provenance):
 
 @dataclass(frozen=True, kw_only=True)
 class RunCalibration(PixelCalibration):
-    """The calibration of a run's test pixels: calibration.json.
-
-    Args:
-        step: The training step of the weights.
-        split: Always "test".
-        seed: The seed of every draw.
-    """
+    """The calibration of a run's test pixels: calibration.json."""
 
     step: int
     split: str
@@ -252,11 +206,7 @@ DIAGNOSIS = "diagnosis.json"
 
 
 def read_evaluation(folder: Path, split: str = "test") -> Evaluation | None:
-    """The evaluation of a split in evaluation.json; None where there is none.
-
-    Raises:
-        ValueError: The file is damaged.
-    """
+    """The evaluation of a split in evaluation.json; None where there is none. Raises ValueError for a damaged one."""
     entry = runs.read_evaluations(folder).get(split)
     if entry is None:
         return None
@@ -267,11 +217,7 @@ def read_evaluation(folder: Path, split: str = "test") -> Evaluation | None:
 
 
 def read_diagnosis(folder: Path) -> Diagnosis | None:
-    """The diagnosis in diagnosis.json; None where there is none.
-
-    Raises:
-        ValueError: The file is damaged.
-    """
+    """The diagnosis in diagnosis.json; None where there is none. Raises ValueError for a damaged one."""
     path = folder / DIAGNOSIS
     if not path.exists():
         return None
@@ -295,31 +241,21 @@ def is_evaluated(folder: Path) -> bool:
 
 @dataclass(frozen=True)
 class PerImage:
-    """The evaluation of each image of a split.
+    """The evaluation of each image of a split."""
 
-    Args:
-        index: (n,) int64, the images' places in their split, ascending.
-        result: ``Importance``, each field (n,) float64.
-        num_particles: S.
-        seed: The seed of the particles.
-        step: The training step of the weights.
-    """
-
-    index: Tensor
-    result: Importance
+    index: Tensor  # (n,) int64, the images' places in their split, ascending
+    result: Importance  # each field (n,) float64
     num_particles: int
     seed: int
-    step: int
+    step: int  # of the weights
 
 
 def read_per_image(folder: Path, split: str) -> PerImage | None:
     """The numbers of each image of the evaluation in evaluation.json.
 
     None where there is no such evaluation, where it is an autoencoder's (it has only reconstructions), where the run
-    has other weights by now, or where an interrupted write left the two files with different evaluations.
-
-    Raises:
-        ValueError: A file is damaged.
+    has other weights by now, or where an interrupted write left the two files with different evaluations. Raises
+    ValueError for a damaged file.
     """
     path, entry = folder / runs.per_image_file(split), runs.read_evaluations(folder).get(split)
     if entry is None or not path.exists() or ("log_likelihood" in entry and entry["log_likelihood"] is None):

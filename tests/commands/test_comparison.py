@@ -22,7 +22,7 @@ from ppl_vae.commands.options import CompareRuns
 from ppl_vae.evidence.estimate import bound_difference, paired_difference, student_t_quantile
 from ppl_vae.evidence.evaluation import evaluate
 from ppl_vae.evidence.importance import Importance
-from ppl_vae.runs.open import open_run
+from ppl_vae.runs.open import load_evaluated_vae, open_run
 from ppl_vae.runs.results import to_json
 
 # --- The statistics ---
@@ -218,7 +218,7 @@ def no_evaluation(monkeypatch):
     def evaluated(*arguments, **options):
         raise AssertionError("evaluated")
 
-    monkeypatch.setattr(comparison, "evaluate_with_progress", evaluated)
+    monkeypatch.setattr(comparison, "evaluate_images", evaluated)
 
 
 def _contents(folder):
@@ -277,7 +277,7 @@ def test_a_difference_below_the_rise_ranks_the_bounds_alone(folders, tmp_path, m
     a, b = _correlated(30, shift=2.0, noise=0.02)
     results = iter([_constant(a, rise), _constant(b, 0.0)])
     monkeypatch.setattr(comparison, "read_per_image", lambda folder, split: None)
-    monkeypatch.setattr(comparison, "evaluate_with_progress", lambda *arguments, **options: next(results))
+    monkeypatch.setattr(comparison, "evaluate_images", lambda *arguments, **options: next(results))
     entry, said = _compare(folders, ["a", "b"], tmp_path / "out")
     assert entry["comparisons"][0]["bound"] == "better"
     assert entry["comparisons"][0]["ranks_log_likelihood"] is ranked
@@ -294,11 +294,11 @@ def test_training_on_dynamic_or_fixed_draws_leaves_one_test_set(folders, tmp_pat
         assert torch.equal(data.evaluation_images(run.splits, "test", name), expected)
     seen = []
 
-    def evaluated(vae, x, *, num_particles, seed, **options):
+    def evaluated(run, x, options, **how):
         seen.append(x)
-        return evaluate(vae, x, num_particles=num_particles, seed=seed)
+        return evaluate(load_evaluated_vae(run), x, num_particles=options.num_particles, seed=options.seed)
 
-    monkeypatch.setattr(comparison, "evaluate_with_progress", evaluated)
+    monkeypatch.setattr(comparison, "evaluate_images", evaluated)
     entry, _ = _compare(folders, ["dynamic", "fixed"], tmp_path / "out", images=None, num_particles=7)
     assert [torch.equal(x, expected) for x in seen] == [True, True]
     assert entry["num_images"] == len(splits.test)

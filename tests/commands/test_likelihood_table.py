@@ -15,8 +15,8 @@ from ppl_vae import runs
 from ppl_vae.commands import run_series
 from ppl_vae.commands import run_series as likelihood_table
 from ppl_vae.commands.run_series import compare_likelihoods
+from ppl_vae.parts.registry import LIKELIHOODS
 from ppl_vae.runs.load import load
-from ppl_vae.runs.options import LIKELIHOODS
 from ppl_vae.runs.resolve import load_splits
 from ppl_vae.runs.results import to_json
 from ppl_vae.runtime.errors import NotFinite

@@ -16,8 +16,9 @@ from ppl_vae.parts.likelihoods import Bernoulli
 from ppl_vae.parts.networks import MLP
 from ppl_vae.parts.posteriors import DiagonalNormal
 from ppl_vae.parts.priors import StandardNormal
+from ppl_vae.parts.registry import NETWORKS
 from ppl_vae.runs.build import build_vae
-from ppl_vae.runs.options import NETWORKS, PLAIN, Options
+from ppl_vae.runs.options import PLAIN, Options
 
 
 def _vae(E=(1, 4, 3), L=2):

@@ -24,8 +24,9 @@ from ppl_vae.parts import registry
 from ppl_vae.parts.networks import MLP, Standardized
 from ppl_vae.parts.posteriors import DiagonalNormal, FullNormal
 from ppl_vae.parts.priors import FlowPrior, Mixture, StandardNormal, VampPrior
+from ppl_vae.parts.registry import PRIORS
 from ppl_vae.runs.build import build_vae
-from ppl_vae.runs.options import PRIORS, Options
+from ppl_vae.runs.options import Options
 from ppl_vae.runs.resolve import initialize_output_bias
 
 COUPLINGS = {word: part.load() for word, part in registry.COUPLINGS.items()}

@@ -37,7 +37,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ppl_vae import VAE, data, objectives
 from ppl_vae.objectives import loss_per_image
-from ppl_vae.runs.options import KLS
+from ppl_vae.parts.registry import KLS
 from ppl_vae.runtime import capture
 from ppl_vae.runtime.captured_step import CapturedStep, optimizer_obstacle
 

@@ -31,8 +31,9 @@ from ppl_vae import VAE, Conditional
 from ppl_vae.parts.networks import MLP
 from ppl_vae.parts.posteriors import DiagonalNormal
 from ppl_vae.parts.priors import StandardNormal
+from ppl_vae.parts.registry import LIKELIHOODS
 from ppl_vae.runs.build import build_vae
-from ppl_vae.runs.options import LIKELIHOODS, PLAIN, Options
+from ppl_vae.runs.options import PLAIN, Options
 from ppl_vae.runs.resolve import initialize_output_bias
 from ppl_vae.runtime import capture
 from ppl_vae.runtime.errors import NotFinite

@@ -46,7 +46,7 @@ def describe_comparison(found: Comparison) -> list[str]:
     lines = [comparison_title(found), f"  {stored if found.stored_evaluations else 'evaluated now'}"]
     for run in found.runs:
         bits = f" ({run.bits_per_dim.mean:.4f} bits per dimension)" if run.bits_per_dim else ""
-        gained = "" if math.isnan(run.rise) else f"; ten times the particles gained {run.rise:.3f}"
+        gained = "" if run.rise is None or math.isnan(run.rise) else f"; ten times the particles gained {run.rise:.3f}"
         lines.append(f"  {run.name}: bound L_{S} {plus_minus(run.log_likelihood)} nats an image{bits}{gained}")
     for pair in found.comparisons:
         lines += [pair.verdict, _describe_errors(pair), _describe_log_p(pair, S)]

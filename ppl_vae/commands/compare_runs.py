@@ -30,7 +30,7 @@ def compare_runs(options: CompareRuns, *, say: Say) -> Comparison:
 
     Images, their binarization and the seed of the importance samples are one for all runs. What the runs have stored is
     taken where every one of them was evaluated, with its present weights, on exactly these images with this S and seed;
-    else all are evaluated. Nothing is written into the run folders. The statistics are in ``paired``: two-sided 95% t
+    else all are evaluated. Nothing is written into the run folders. The statistics are in ``estimate``: two-sided 95% t
     intervals, Bonferroni-corrected, and a rule for when a difference of bounds may be read as one of log p(x). Raises
     ValueError before any evaluation for runs whose numbers are not on one scale.
 

@@ -29,11 +29,8 @@ _OF_SEVERAL_LAYERS = ("upper_hidden", "inference", "decoder_input")
 def build_vae(options: Options, event_shape: Sequence[int]) -> VAE:
     """Builds the VAE that the options describe, with fresh weights from torch's global generator.
 
-    With several layers of latents it is a ``HierarchicalVAE``, which has the same parts and the same two programs.
-
-    Args:
-        options: Those of a run.
-        event_shape: The shape of one image, (C, H, W), or of one row, (D,).
+    With several layers of latents it is a ``HierarchicalVAE``, which has the same parts and the same two programs. The
+    event shape is that of one image, (C, H, W), or of one row, (D,).
     """
     options = resolve_parts(options)
     assert options.prior is not None
@@ -76,12 +73,7 @@ def count_weights(options: Options, event_shape: Sequence[int]) -> int:
 
 
 def has_closed_form_kl(options: Options, *, by_latent: bool) -> bool:
-    """Whether torch has a closed form of KL(q(z | x) || p(z)), or of that of each latent.
-
-    Args:
-        options: With their parts resolved.
-        by_latent: Whether a formula for each latent is needed, as ``objectives.FreeBits`` does.
-    """
+    """Whether torch has a closed form of KL(q(z | x) || p(z)), or of each latent's, as ``FreeBits`` needs it."""
     assert options.prior is not None
     L = (options.latent_dim, *(options.upper_latents or ()))[-1]
     with seeded(0, torch.device("cpu")):
@@ -163,13 +155,7 @@ def build_likelihood(options: Options, event_shape: Sequence[int]) -> Likelihood
 
 
 def check_parts(options: Options) -> None:
-    """Checks that no option belongs to a part that was not chosen, and that the parts go together.
-
-    Raises ValueError for an option that would do nothing, and for parts at odds.
-
-    Args:
-        options: With their parts resolved.
-    """
+    """Raises ValueError for an option of a part that was not chosen, and for parts at odds. The parts are resolved."""
     for choice in ("prior", "posterior", "objective", "schedule"):
         _check_owners(options, choice)
     if is_autoencoder(options) and options.prior != "standard-normal":

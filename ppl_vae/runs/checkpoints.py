@@ -39,33 +39,16 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], scalars: JsonObject, pr
     write_bytes(path, b"".join((content[:place], digest, content[place + len(digest) :])), previous)
 
 
-def load_tensors(path: Path) -> tuple[dict[str, Tensor], JsonObject]:
+def load_tensors(path: Path, *, header_only: bool = False) -> tuple[dict[str, Tensor], JsonObject]:
     """Reads the tensors and the JSON object of a file by ``save_tensors``.
 
     Raises ValueError for a missing or damaged file, and OSError for one that cannot be read now.
     """
-    return _read_tensors(path, headers_only=False)
-
-
-def load_step(path: Path) -> int:
-    """The training step in the header of a file by ``save_tensors``. Raises as ``load_tensors``."""
-    return get_step(path, _read_tensors(path, headers_only=True)[1])
-
-
-def get_step(path: Path, scalars: JsonObject) -> int:
-    """The training step among a file's scalars. Raises ValueError if there is none."""
-    step = scalars.get("step")
-    if type(step) is not int or step < 0:
-        raise ValueError(f"{path}: damaged: expected the number of a step in its header, got {step!r}")
-    return step
-
-
-def _read_tensors(path: Path, *, headers_only: bool) -> tuple[dict[str, Tensor], JsonObject]:
     try:
         _check_bytes(path)
         with safe_open(path, framework="pt", device="cpu") as file:
             scalars = json.loads((file.metadata() or {}).get("json", "{}"))
-            tensors = {name: file.get_tensor(name) for name in ([] if headers_only else file.keys())}
+            tensors = {name: file.get_tensor(name) for name in ([] if header_only else file.keys())}
     except OSError as error:
         if error.errno == errno.ENOENT:
             raise ValueError(f"{path}: no such file; the run in {path.parent} has no weights yet") from None
@@ -79,6 +62,19 @@ def _read_tensors(path: Path, *, headers_only: bool) -> tuple[dict[str, Tensor],
         raise ValueError(f"{path}: damaged: expected a JSON object in its header, got {type(scalars).__name__}")
     scalars.pop(_DIGEST, None)
     return tensors, scalars
+
+
+def load_step(path: Path) -> int:
+    """The training step in the header of a file by ``save_tensors``. Raises as ``load_tensors``."""
+    return get_step(path, load_tensors(path, header_only=True)[1])
+
+
+def get_step(path: Path, scalars: JsonObject) -> int:
+    """The training step among a file's scalars. Raises ValueError if there is none."""
+    step = scalars.get("step")
+    if type(step) is not int or step < 0:
+        raise ValueError(f"{path}: damaged: expected the number of a step in its header, got {step!r}")
+    return step
 
 
 def _needle(digest: str) -> bytes:

@@ -58,9 +58,7 @@ def is_export(config: Mapping[str, object]) -> bool:
 def read_options(config: Mapping[str, object]) -> Options:
     """The options in the ``config.json`` of a run, or of an export, which has defaults for those of training.
 
-    Raises:
-        KeyError: It has none.
-        ValueError: An unknown format, or an option that is missing, unknown or out of its range.
+    Raises KeyError where there are none, and ValueError for an option that is missing, unknown or out of its range.
     """
     exported = is_export(config)
     if exported and config["format"] != _EXPORT_FORMAT:
@@ -206,8 +204,7 @@ def save(trained: VAE, run_dir: str | Path, options: Options, *, metrics: Sequen
         The folder.
 
     Raises:
-        ValueError: options that describe another VAE, data that cannot be read or is off the likelihood's support,
-            records without a step, or a folder that is not empty; nothing is written.
+        ValueError: before anything is written: options of another VAE, or data off the likelihood's support.
     """
     seen = load_splits(options)
     options = resolve(options, seen)

@@ -34,14 +34,15 @@ def build_objective(options: Options) -> objectives.Loss:
 
 
 def check_objective(options: Options) -> None:
-    """Raise ValueError for an objective that the chosen parts do not have.
-
-    Args:
-        options: With their parts resolved.
-    """
-    closed = options.objective == "free-bits" or options.kl == "analytic"
-    if closed:
-        _check_closed_form(options)
+    """Raise ValueError for an objective that the chosen parts, which are resolved, do not have."""
+    by_latent = options.objective == "free-bits"
+    closed = by_latent or options.kl == "analytic"
+    if closed and not has_closed_form_kl(options, by_latent=by_latent):
+        asked = "--objective free-bits" if by_latent else "--kl analytic"
+        if options.prior != "standard-normal":
+            raise ValueError(f"{asked}: expected --prior standard-normal, whose KL has a formula, got {options.prior}")
+        guides = "diagonal" if by_latent else "diagonal or full"
+        raise ValueError(f"{asked}: expected --posterior {guides}, whose KL has a formula, got {options.posterior}")
     if closed and options.upper_latents and options.inference == "bottom-up":
         raise ValueError(
             "--inference bottom-up: expected a sampled KL (no --kl analytic, no free-bits), got one in closed form, "
@@ -56,24 +57,8 @@ def check_objective(options: Options) -> None:
         )
 
 
-def _check_closed_form(options: Options) -> None:
-    """Raise ValueError if torch has no formula for the KL of the guide and the prior."""
-    if has_closed_form_kl(options, by_latent=options.objective == "free-bits"):
-        return
-    asked = "--objective free-bits" if options.objective == "free-bits" else "--kl analytic"
-    if options.prior != "standard-normal":
-        raise ValueError(f"{asked}: expected --prior standard-normal, whose KL has a formula, got {options.prior}")
-    guides = "diagonal" if options.objective == "free-bits" else "diagonal or full"
-    raise ValueError(f"{asked}: expected --posterior {guides}, whose KL has a formula, got {options.posterior}")
-
-
 def fit_arguments(options: Options, validation: Tensor | None) -> JsonObject:
-    """The arguments of ``fit`` that the options name: epochs, objective, optimizer, schedule and validation.
-
-    Args:
-        options: With their parts resolved.
-        validation: (M, *E) images as evaluated, or None.
-    """
+    """The arguments of ``fit`` that the (resolved) options name. validation: (M, *E) images as evaluated, or None."""
     rate = SCHEDULES[options.schedule]
     return {
         "epochs": options.epochs,
@@ -109,9 +94,7 @@ def validation_particles(options: Options) -> int:
 def initialize_output_bias(vae: VAE, x: Tensor) -> None:
     """Set the decoder's output bias, and units if it has any, so that training starts from the pixels' marginals.
 
-    Args:
-        vae: With parts of this package.
-        x: (N, *E) training images as the model sees them, or their expectation.
+    x: (N, *E) training images as the model sees them, or their expectation.
 
     Source: Burda et al. 2016, arXiv 1509.00519, released code (output bias from the training pixels' means).
     """
@@ -153,19 +136,16 @@ def check_precision(options: Options) -> None:
     """Raise ValueError if the device has no arithmetic of that precision, and would emulate it slowly."""
     place = find_device(options.device)
     recent_gpu = place.type == "cuda" and torch.cuda.get_device_capability(place) >= (8, 0)
+    # Torch says by private names, which a version may lack, whether this CPU multiplies in bf16.
+    tests = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    cpu_has_bf16 = place.type == "cpu" and any(test() for test in tests if test is not None)
     if options.precision == "tf32" and not recent_gpu:
         raise ValueError(f"--precision tf32: expected an NVIDIA GPU since Ampere, got {place}")
-    if options.precision == "bf16" and not (recent_gpu or (place.type == "cpu" and _cpu_has_bf16())):
+    if options.precision == "bf16" and not (recent_gpu or cpu_has_bf16):
         raise ValueError(
             "--precision bf16: expected hardware for it (a CPU with AVX512-BF16 or AMX, or a recent GPU), "
             f"got {place} without"
         )
-
-
-def _cpu_has_bf16() -> bool:
-    """Whether this CPU multiplies in bf16. Torch says so by private names, which a version may lack."""
-    tests = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-    return any(test() for test in tests if test is not None)
 
 
 @contextmanager

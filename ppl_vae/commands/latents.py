@@ -88,6 +88,7 @@ def encode_images(options: Encode, *, say: Say) -> Path:
     folder = make_output_folder(options.output, run.folder / "encodings" / name)
     measure = _reconstruct_images if is_autoencoder(run.options) else _evaluate_images
     codes, numbers, summary = measure(run, given, options, say)
+    codes = codes._replace(mean=codes.mean.cpu(), scale=codes.scale.cpu())
     arrays = {"mean": codes.mean} | numbers
     if given.labels is not None:
         arrays |= {"labels": given.labels}
@@ -124,8 +125,7 @@ def _evaluate_images(run: Run, given: Images, options: Encode, say: Say) -> Enco
         log_likelihood=Estimate.mean_of(result.log_evidence, S),
         lowest=tuple(ImageScore(given.names[i], log_likelihood=float(result.log_evidence[i])) for i in lowest),
     )
-    codes = codes._replace(mean=codes.mean.cpu(), scale=codes.scale.cpu())
-    numbers = {"scale": codes.scale, "log_likelihood": result.log_evidence}
+    numbers = {"scale": codes.scale.cpu(), "log_likelihood": result.log_evidence}
     return codes, numbers | {"elbo": result.elbo, "ess": result.ess, "pareto_k": result.pareto_k}, summary
 
 
@@ -142,8 +142,7 @@ def _reconstruct_images(run: Run, given: Images, options: Encode, say: Say) -> E
         reconstruction=Estimate.mean_of(found, 1),
         lowest=tuple(ImageScore(given.names[i], reconstruction=float(found[i])) for i in lowest),
     )
-    codes = encode(vae, x)
-    return codes._replace(mean=codes.mean.cpu(), scale=codes.scale.cpu()), {"reconstruction": found}, summary
+    return encode(vae, x), {"reconstruction": found}, summary
 
 
 # --- Missing pixels ---
@@ -248,9 +247,8 @@ def _find_observed(found: Images, options: Impute) -> Tensor:
 def _estimate_hidden(vae: VAE, x: Tensor, truth: Tensor, result: Imputation, options: Impute) -> Tensor:
     """log p(x_hidden | x_observed) = log p(x) - log p(x_observed) of each image, (n,) nats.
 
-    NaN for an image without a hidden pixel, and for one with pixels that nobody knows.
-
-    Both terms are bounds with S particles; their difference is an estimate and no bound.
+    NaN for an image without a hidden pixel, and for one with pixels that nobody knows. Both terms are bounds with S
+    particles; their difference is an estimate and no bound.
     """
     hidden = x.isnan().flatten(1).any(1) & ~truth.isnan().flatten(1).any(1)
     log_p = torch.full((len(hidden),), torch.nan, dtype=torch.double)

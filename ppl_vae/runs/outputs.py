@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -77,16 +78,16 @@ def make_new_folder(stem: str) -> Path:
     Making the folder reserves the name, so that two processes never share one. Raises ValueError where that fails.
     """
     name = f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-    for suffix in ("", *(f"-{i}" for i in range(2, 1000))):
-        path = Path("runs") / f"{name}{suffix}"
+    for i in count(1):
+        path = Path("runs") / (name if i == 1 else f"{name}-{i}")
         try:
             path.mkdir(parents=True)
         except FileExistsError:
             continue
         except OSError as error:
             raise ValueError(f"{path}: expected a folder that can be made, got: {error.strerror}") from None
-        return path
-    raise ValueError(f"runs/{name}: expected a free name, but a thousand like it are taken; name a folder yourself")
+        break
+    return path
 
 
 def check_writable(folder: Path) -> None:

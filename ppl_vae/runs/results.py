@@ -60,10 +60,14 @@ def read_rows(path: Path, key: str, kind: type[T]) -> list[T]:
     rows = read_json(path).get(key)
     if not isinstance(rows, list):
         raise ValueError(f"{path}: damaged: expected a list of {key}")
+    return [_from_file(path, kind, row) for row in rows]
+
+
+def _from_file(path: Path, kind: type[T], values: object, advice: str = "") -> T:
     try:
-        return [from_json(kind, row) for row in rows]
+        return from_json(kind, values)
     except ValueError as error:
-        raise ValueError(f"{path}: damaged: {error}") from None
+        raise ValueError(f"{path}: damaged: {error}{advice}") from None
 
 
 def _decode(kind: Any, value: Any, name: str) -> Any:
@@ -208,12 +212,7 @@ DIAGNOSIS = "diagnosis.json"
 def read_evaluation(folder: Path, split: str = "test") -> Evaluation | None:
     """The evaluation of a split in evaluation.json; None where there is none. Raises ValueError for a damaged one."""
     entry = runs.read_evaluations(folder).get(split)
-    if entry is None:
-        return None
-    try:
-        return from_json(Evaluation, entry)
-    except ValueError as error:
-        raise ValueError(f"{folder / runs.EVALUATION}: damaged: {error}") from None
+    return None if entry is None else _from_file(folder / runs.EVALUATION, Evaluation, entry)
 
 
 def read_diagnosis(folder: Path) -> Diagnosis | None:
@@ -221,10 +220,7 @@ def read_diagnosis(folder: Path) -> Diagnosis | None:
     path = folder / DIAGNOSIS
     if not path.exists():
         return None
-    try:
-        return from_json(Diagnosis, runs.read_json(path))
-    except ValueError as error:
-        raise ValueError(f"{path}: damaged: {error}; ppl-vae diagnose makes it again") from None
+    return _from_file(path, Diagnosis, runs.read_json(path), "; ppl-vae diagnose makes it again")
 
 
 def is_evaluated(folder: Path) -> bool:

@@ -12,17 +12,19 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import pyro
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.nn.functional import binary_cross_entropy_with_logits, softplus
 from torch.overrides import TorchFunctionMode
 
 from ppl_vae.runtime import _inductor
 from ppl_vae.runtime.errors import CannotCapture
+from ppl_vae.runtime.global_state import ModuleMethods
 
+aten = torch.ops.aten
 _is_capturing = False
 
 
@@ -80,10 +82,24 @@ def compile_function(
     reason = capture_obstacle(inputs[0].device)
     if reason is not None:
         raise CannotCapture(reason)
+
+    def captured(*tensors: Tensor) -> Sequence[Tensor]:
+        with capturing():
+            return function(*tensors)
+
     _inductor.silence_cuda_warning()
     try:
         with _inductor.busy_compiler(inputs[0].device):
-            return _compile(function, inputs)
+            traced = _inductor.trace(captured, inputs, {aten.addmm.default: _addmm})
+            join_logarithms(traced.module.graph)
+            merge_equal_operations(traced.module.graph)
+            try:
+                run = _inductor.compile_traced(traced)
+            except Exception as error:
+                raise CannotCapture(f"the compiler failed: {first_line(error)}") from error
+        return lambda tensors: tuple(run(list(tensors)))
+    except _inductor.TracingFailed as failed:
+        raise CannotCapture(_explain(failed.__cause__)) from failed.__cause__
     except OSError as error:
         where = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "its default place")
         raise CannotCapture(f"the compiler's cache, {where}, cannot be used: {first_line(error)}") from error
@@ -91,24 +107,32 @@ def compile_function(
         raise CannotCapture(f"torch {torch.__version__} has another compiler: {first_line(error)}") from error
 
 
-def _compile(
-    function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]
-) -> Callable[[Sequence[Tensor]], tuple[Tensor, ...]]:
-    def captured(*tensors: Tensor) -> Sequence[Tensor]:
-        with capturing():
-            return function(*tensors)
+def record_cuda_graph(run: Callable[[], Any], changing: Sequence[Tensor]) -> Callable[[], None]:
+    """Record the launches of ``run``, to be replayed as one; all that it changes, of any shape, is as before.
 
-    try:
-        traced = _inductor.trace(captured, inputs, {torch.ops.aten.addmm.default: _addmm})
-    except _inductor.TracingFailed as failed:
-        raise CannotCapture(_explain(failed.__cause__)) from failed.__cause__
-    join_logarithms(traced.module.graph)
-    merge_equal_operations(traced.module.graph)
-    try:
-        run = _inductor.compile_traced(traced)
-    except Exception as error:
-        raise CannotCapture(f"the compiler failed: {first_line(error)}") from error
-    return lambda tensors: tuple(run(list(tensors)))
+    Raises:
+        CannotCapture: Something in it cannot be recorded, such as a copy to the host.
+    """
+    device = changing[0].device
+    with torch.cuda.device(device):
+        before = [tensor.clone() for tensor in changing]
+        random_state = torch.cuda.get_rng_state(device)
+        try:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                run()  # what is created lazily at a first call must not be recorded
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                run()
+        except RuntimeError as error:
+            raise CannotCapture(f"no CUDA graph: {first_line(error)}") from error
+        finally:
+            for tensor, value in zip(changing, before, strict=True):
+                tensor.copy_(value)
+            torch.cuda.set_rng_state(random_state, device)
+    return graph.replay
 
 
 def _addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
@@ -171,21 +195,13 @@ def _explain(error: BaseException | None) -> str:
     return first_line(error)
 
 
-class _HasTensors(Protocol):
-    """The methods of a ``torch.nn.Module`` that name its parameters and buffers."""
-
-    def modules(self) -> Iterator[nn.Module]: ...
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
-    def named_buffers(self) -> Iterator[tuple[str, Tensor]]: ...
-
-
-def detach_tensors(module: _HasTensors) -> dict[str, Tensor]:
+def detach_tensors(module: ModuleMethods) -> dict[str, Tensor]:
     """The module's parameters and buffers by name, without gradients, in the same memory, of any shapes."""
     return {name: w.detach() for name, w in [*module.named_parameters(), *module.named_buffers()]}
 
 
 @contextmanager
-def replace_tensors(module: _HasTensors, values: Mapping[str, Tensor]) -> Iterator[None]:
+def replace_tensors(module: ModuleMethods, values: Mapping[str, Tensor]) -> Iterator[None]:
     """Use these tensors as the module's parameters and buffers of these names, wherever it holds them.
 
     ``torch.func.functional_call`` does not restore a module that is registered twice, such as the posterior that a
@@ -210,7 +226,7 @@ def replace_tensors(module: _HasTensors, values: Mapping[str, Tensor]) -> Iterat
 
 
 @contextmanager
-def refuse_new_buffers(module: _HasTensors) -> Iterator[None]:
+def refuse_new_buffers(module: ModuleMethods) -> Iterator[None]:
     """Raise CannotCapture if the block replaces a buffer of the module by another tensor, which a graph forgets."""
     before = dict(module.named_buffers())
     yield
@@ -219,7 +235,7 @@ def refuse_new_buffers(module: _HasTensors) -> Iterator[None]:
         raise CannotCapture(f"it replaces a buffer of the module, {others[0]}, which the graph would forget")
 
 
-aten = torch.ops.aten
+# --- Rewriting of a traced graph before it is compiled: fewer logarithms, and nothing computed twice ---
 
 _MAX_FACTORS = 64
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ppl_vae.runtime import _inductor
-from ppl_vae.runtime.capture import capturing, compile_function, first_line, refuse_new_buffers, replace_tensors
+from ppl_vae.runtime.capture import capturing, compile_function, record_cuda_graph, refuse_new_buffers, replace_tensors
 from ppl_vae.runtime.errors import CannotCapture
+from ppl_vae.runtime.ranks import BatchShare, batch_share, num_ranks, sum_over_ranks
 
 # A first moment below this moves no weight (it is divided by at least 1e-8, and added to a weight), but on its way down
 # it becomes denormal, and arithmetic with denormal numbers is many times slower.
@@ -25,11 +26,12 @@ class CapturedStep:
         x = transform(stored[index]);  g = d loss(x, beta) / d weights;  g <- g min(1, clip_norm / |g|)
         Adam's update of the weights;  average <- average + (1 - decay) (weights - average)
 
-    It changes the module's parameters and the optimizer's moments in place, and computes what
-    ``torch.nn.utils.clip_grad_norm_`` and ``torch.optim.Adam`` or ``AdamW`` do, to rounding. beta, the learning rate
-    and the decay are tensors: one graph serves all their values. Once a loss or a gradient is not finite, that step and
-    all later ones change nothing. A batch of another size runs the same function without the compiler. A parameter that
-    is not in the loss has the gradient 0, so that AdamW decays it, which torch's does not.
+    It changes the module's parameters and the optimizer's moments in place, as ``torch.nn.utils.clip_grad_norm_`` and
+    ``torch.optim.Adam`` or ``AdamW`` do, to rounding. beta, the learning rate and the decay are tensors: one graph
+    serves all their values. Once a loss or a gradient is not finite, that step and all later ones change nothing. A
+    batch of another size runs the same function without the compiler. A parameter that is not in the loss has the
+    gradient 0, so that AdamW decays it, which torch's does not. Several ranks have two graphs: one ends with the
+    gradient as one vector, and one starts from its sum.
 
     Args:
         loss: (x, beta) -> a 0-d tensor, by way of the module's parameters and buffers.
@@ -37,14 +39,11 @@ class CapturedStep:
         optimizer: Adam or AdamW over the module's parameters, whose moments are used; see ``optimizer_obstacle``.
         stored: (N, *E) the data, on the module's device.
         transform: (B, *E) stored images -> x.
-        batch_size: B.
+        batch_size: B, of all ranks together.
         clip_norm: The largest global norm of the gradient.
         skip_norm: A step whose gradient has a larger norm, or whose loss or gradient is not finite, changes nothing but
             ``skipped``; None for no such step.
         averages: A running average for each parameter, by name; None for none.
-        exchange: Sums a vector over several processes, in place. Each process then works on its part of every batch,
-            and the step is two graphs: one that ends with the gradient as one vector, and one that starts from its sum.
-        num_votes: How many further numbers that vector holds.
 
     Attributes:
         total: 0-d float64, the sum of loss * B over all steps since it was last set, except skipped ones.
@@ -52,7 +51,7 @@ class CapturedStep:
         skipped: 0-d int64, the number of skipped steps.
         is_finite: 0-d bool, whether all steps so far were finite.
         taken: 0-d int64, the number of finite steps.
-        votes: (num_votes,) of the last step, summed over the processes.
+        votes: (2,) of the last step, summed over the ranks.
         compile_seconds: What tracing and compiling took.
 
     Raises:
@@ -71,8 +70,6 @@ class CapturedStep:
         clip_norm: float,
         skip_norm: float | None = None,
         averages: Mapping[str, Tensor] | None = None,
-        exchange: Callable[[Tensor], None] | None = None,
-        num_votes: int = 0,
     ) -> None:
         started = time.monotonic()
         trained = {name: w for name, w in module.named_parameters() if w.requires_grad}
@@ -82,8 +79,9 @@ class CapturedStep:
         self._clip_norm, self._skip_norm = clip_norm, skip_norm
         self._optimizer, self._constants = optimizer, optimizer.param_groups[0]
         self._layout, vectors = flatten_state(trained, optimizer, averages or {})
-        like = vectors["weights"]
-        self._index = torch.zeros(batch_size, dtype=torch.long, device=like.device)
+        self._compiled_for = batch_share(batch_size)
+        like, size = vectors["weights"], self._compiled_for.stop - self._compiled_for.start
+        self._index = torch.zeros(size, dtype=torch.long, device=like.device)
         self._scalars = torch.zeros(5, dtype=like.dtype, device=like.device)  # a row of ``schedule``
         self.total = torch.zeros((), dtype=torch.double, device=like.device)
         self.counted, self.skipped, self.taken = (self._index.new_zeros(()) for _ in range(3))
@@ -93,23 +91,18 @@ class CapturedStep:
             "vectors": vectors,
             "buffers": dict(module.named_buffers()) | frozen,
             "stored": stored,
-            "total": self.total,
-            "counted": self.counted,
-            "skipped": self.skipped,
-            "is_finite": self.is_finite,
-            "taken": self.taken,
             "scalars": self._scalars,
         }
-        self._exchange = exchange
-        if exchange is not None:
-            self._exchanged = like.new_zeros(len(like) + 1 + num_votes)  # gradient, loss, votes
-            self._summed, self.votes = self._exchanged.split([len(like) + 1, num_votes])
-            # The weight of this process's part of the batch, and the number of images in the whole batch.
+        self._state |= {name: getattr(self, name) for name in ("total", "counted", "skipped", "is_finite", "taken")}
+        if num_ranks() > 1:
+            self._exchanged = like.new_zeros(len(like) + 3)  # gradient, loss, votes
+            self._summed, self.votes = self._exchanged.split([len(like) + 1, 2])
+            # The weight of this rank's part of the batch, and the number of images in the whole batch.
             self._share, self._whole = torch.zeros_like(self._scalars[0]), torch.zeros_like(self.counted)
             self._state |= {"summed": self._summed, "share": self._share, "whole": self._whole}
         leaves, self._structure = _inductor.flatten(self._state)
         self._inputs = [*leaves, self._index]
-        parts = (self._step,) if exchange is None else (self._share_gradient, self._apply_sum)
+        parts = (self._step,) if num_ranks() == 1 else (self._share_gradient, self._apply_sum)
         self._graphs = [self._compile(part) for part in parts]
         self.compile_seconds = time.monotonic() - started
 
@@ -119,57 +112,40 @@ class CapturedStep:
         if self._index.device.type != "cuda":
             return lambda: run(inputs)
         changing = [tensor for tensor in inputs if tensor is not self._state["stored"]]
-        return _record_cuda_graph(lambda: run(inputs), changing)
+        return record_cuda_graph(lambda: run(inputs), changing)
 
     def __call__(self, index: Tensor, scalars: Tensor) -> None:
         """Take one step on the images of that index, (B,), with the scalars of that step, a row of ``schedule``."""
         self._scalars.copy_(scalars)
-        if len(index) != len(self._index):
-            with capturing():  # on numbers, but in the same form as in the graph
-                self._step(*self._inputs[:-1], index)
-            return
-        self._index.copy_(index)
-        self._graphs[0]()
+        self._run(self._step, index, as_compiled=len(index) == len(self._index))
 
-    def step_on_part(
-        self, index: Tensor, scalars: Tensor, *, share: float, whole: int, votes: Tensor, as_compiled: bool
-    ) -> None:
-        """Take one step of several processes; this one works on the images of that index.
+    def step_on_part(self, index: Tensor, scalars: Tensor, share: BatchShare, votes: Tensor) -> None:
+        """Take one step of several ranks; this one works on its share of the batch, the images of that index, (b,).
 
-        Args:
-            index: (b,), this process's images.
-            scalars: As ``__call__``.
-            share: The weight of their mean in that over the whole batch.
-            whole: B, of the whole batch.
-            votes: (num_votes,) this process's.
-            as_compiled: Whether the part and the whole batch have the sizes for which the graph was made.
+        ``scalars`` are those of ``__call__``, and ``votes`` (2,) this rank's.
         """
-        assert self._exchange is not None
         self._scalars.copy_(scalars)
-        self._share.fill_(share)
-        self._whole.fill_(whole)
+        self._share.fill_(share.weight)
+        self._whole.fill_(share.num_images)
+        self._run(self._share_gradient, index, as_compiled=share == self._compiled_for)
+        self.votes.copy_(votes)
+        sum_over_ranks(self._exchanged)
+        self._graphs[1]()
+
+    def _run(self, part: Callable[..., Any], index: Tensor, *, as_compiled: bool) -> None:
         if as_compiled:
             self._index.copy_(index)
             self._graphs[0]()
         else:
-            with capturing():
-                self._share_gradient(*self._inputs[:-1], index)
-        self.votes.copy_(votes)
-        self._exchange(self._exchanged)
-        self._graphs[1]()
+            with capturing():  # on numbers, but in the same form as in the graph
+                part(*self._inputs[:-1], index)
 
     def schedule(self, steps: Sequence[tuple[int, float, float, float]]) -> Tensor:
         """(n, 5): what the graph needs for each (step, beta, learning rate, decay of the averages); steps from 0."""
-        beta_1, beta_2 = self._constants["betas"]
+        (beta_1, beta_2), weight_decay = self._constants["betas"], self._constants["weight_decay"]
         rows = [
-            (
-                beta,
-                rate / (1 - beta_1 ** (step + 1)),
-                (1 - beta_2 ** (step + 1)) ** 0.5,
-                1 - decay,
-                rate * self._constants["weight_decay"],
-            )
-            for step, beta, rate, decay in steps
+            (beta, rate / (1 - beta_1 ** (t + 1)), (1 - beta_2 ** (t + 1)) ** 0.5, 1 - decay, rate * weight_decay)
+            for t, beta, rate, decay in steps
         ]
         return torch.tensor(rows, dtype=torch.double).to(self._scalars)
 
@@ -187,14 +163,14 @@ class CapturedStep:
         return (loss.detach(),)
 
     def _share_gradient(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """The gradient and the loss as one vector, times this process's share of the images."""
+        """The gradient and the loss as one vector, times this rank's share of the images."""
         s, index = self._named(inputs)
         g, loss = self._gradient(s, index)
         s["summed"].copy_(s["share"] * torch.cat([g.to(loss.dtype), loss.detach().reshape(1)]))
         return ()
 
     def _apply_sum(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """The update by that vector, once it is the sum over the processes."""
+        """The update by that vector, once it is the sum over the ranks."""
         s, _ = self._named(inputs)
         self._update(s, s["summed"][:-1], s["summed"][-1], s["whole"])
         return ()
@@ -272,34 +248,6 @@ def _check_parameters(trained: Mapping[str, Tensor]) -> None:
         owners[place] = name
 
 
-def _record_cuda_graph(run: Callable[[], Any], changing: Sequence[Tensor]) -> Callable[[], None]:
-    """Record the launches of ``run``, to be replayed as one; afterwards all that it changes is as before.
-
-    Raises:
-        CannotCapture: Something in it cannot be recorded, such as a copy to the host.
-    """
-    device = changing[0].device
-    with torch.cuda.device(device):
-        before = [tensor.clone() for tensor in changing]
-        random_state = torch.cuda.get_rng_state(device)
-        try:
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                run()  # what is created lazily at a first call must not be recorded
-            torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                run()
-        except RuntimeError as error:
-            raise CannotCapture(f"no CUDA graph: {first_line(error)}") from error
-        finally:
-            for tensor, value in zip(changing, before, strict=True):
-                tensor.copy_(value)
-            torch.cuda.set_rng_state(random_state, device)
-    return graph.replay
-
-
 _ALIGNMENT = 16  # numbers: vector instructions load this many at once
 
 
@@ -354,15 +302,15 @@ def flatten_state(
         The layout, and the vectors "weights", "first", "second" and, if there are averages, "averages".
     """
     moments = {name: adam_moments(optimizer, w) for name, w in trained.items()}
-    weights = {name: w.detach() for name, w in trained.items()}
-    layout = FlatLayout(weights)
-    vectors = {
-        "weights": layout.gather(weights),
-        "first": layout.gather({name: first for name, (first, _) in moments.items()}),
-        "second": layout.gather({name: second for name, (_, second) in moments.items()}),
+    parts = {
+        "weights": {name: w.detach() for name, w in trained.items()},
+        "first": {name: first for name, (first, _) in moments.items()},
+        "second": {name: second for name, (_, second) in moments.items()},
     }
     if averages:
-        vectors["averages"] = layout.gather(averages)
+        parts["averages"] = dict(averages)
+    layout = FlatLayout(parts["weights"])
+    vectors = {kind: layout.gather(tensors) for kind, tensors in parts.items()}
     for name, w in trained.items():
         w.data = layout.view(vectors["weights"], name)
         optimizer.state[w]["exp_avg"] = layout.view(vectors["first"], name)

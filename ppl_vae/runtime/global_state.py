@@ -9,7 +9,7 @@ from threading import RLock
 from typing import Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 _lock = RLock()
 
@@ -31,15 +31,17 @@ def serialize_threads() -> Iterator[None]:
         yield
 
 
-class _HasModes(Protocol):
-    """The methods of a ``torch.nn.Module`` that concern training and evaluation mode."""
+class ModuleMethods(Protocol):
+    """The methods of a ``torch.nn.Module`` that this room calls: a protocol, such as ``Program``, is no module."""
 
     def modules(self) -> Iterator[nn.Module]: ...
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+    def named_buffers(self) -> Iterator[tuple[str, Tensor]]: ...
     def eval(self) -> object: ...
 
 
 @contextmanager
-def evaluation_mode(module: _HasModes) -> Iterator[None]:
+def evaluation_mode(module: ModuleMethods) -> Iterator[None]:
     """Put a module and its parts into evaluation mode, and each back into its own mode afterwards."""
     with serialize_threads():
         modes = [(part, part.training) for part in module.modules()]

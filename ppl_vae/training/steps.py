@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
-from typing import Any
 
 import pyro
 import torch
@@ -27,33 +26,12 @@ from ppl_vae.training.streaming import Resident, Streamed
 
 Requests = tuple[bool, bool]  # whether the training should end, and whether its state should be saved
 
+_NO_REQUESTS = (False, False)
 _READ_EVERY = 50  # steps between two readings of requests on a GPU, where the host would wait for the device
 
 
-def no_requests() -> Requests:
-    """Neither an end nor a checkpoint."""
-    return False, False
-
-
-def share_batch(
-    noise: SharedNoise, transform: Callable[..., Tensor], objective: Callable[..., Tensor]
-) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
-    """The same two functions for a rank's part of the batch, with the noise that one process would draw for it."""
-
-    def transform_part(values: Tensor, generator: torch.Generator | None) -> Tensor:
-        with noise.along(0):
-            return transform(values, generator)
-
-    def objective_of_part(*arguments: Any, **options: Any) -> Tensor:
-        assert noise.share is not None
-        with use_share(noise.share), noise.draw_at_sites():
-            return objective(*arguments, **options)
-
-    return transform_part, objective_of_part
-
-
-class EagerSteps:
-    """Steps by Pyro's own loss and the torch optimizer, one operation at a time.
+class _Steps:
+    """What both kinds of steps hold, and a rank's part of the batch with the noise that one process would draw for it.
 
     Args:
         state: The state of the training.
@@ -75,12 +53,30 @@ class EagerSteps:
         *,
         optimizer: Optimizer,
     ) -> None:
-        self.noise, self._several = SharedNoise(), num_ranks() > 1
-        if self._several:
-            transform, objective = share_batch(self.noise, transform, objective)
         self._state, self._objective, self._source, self._transform = state, objective, source, transform
-        self._limits = optimizer
-        self.requested = no_requests()
+        self._limits, self._several = optimizer, num_ranks() > 1
+        self.noise, self.requested = SharedNoise(), _NO_REQUESTS
+
+    def _transform_part(self, values: Tensor) -> Tensor:
+        with self.noise.along(0):
+            return self._transform(values, None)
+
+    def _loss_of_part(self, x: Tensor, beta: float | Tensor) -> Tensor:
+        program = self._state.program
+        if not self._several:
+            return self._objective(program.model, program.guide, x, beta=beta)
+        assert self.noise.share is not None
+        with use_share(self.noise.share), self.noise.draw_at_sites():
+            return self._objective(program.model, program.guide, x, beta=beta)
+
+    def _own_parts(self, batches: Sequence[Tensor]) -> tuple[list[BatchShare], tuple[Tensor, ...]]:
+        """This rank's share of each batch, and its images."""
+        shares = [batch_share(len(batch)) for batch in batches]
+        return shares, tuple(batch[share.start : share.stop] for batch, share in zip(batches, shares, strict=True))
+
+
+class EagerSteps(_Steps):
+    """Steps by Pyro's own loss and the torch optimizer, one operation at a time. Arguments as ``_Steps``."""
 
     def epoch(
         self,
@@ -88,7 +84,7 @@ class EagerSteps:
         schedule: Sequence[StepValues],
         *,
         validate: bool,
-        requests: Callable[[], Requests] = no_requests,
+        requests: Callable[[], Requests] = lambda: _NO_REQUESTS,
     ) -> Generator[Tensor, None, None]:
         """Yield, after each step, the places of its images in the source's ``stored``; with several ranks, this rank's.
 
@@ -99,15 +95,15 @@ class EagerSteps:
             requests: What this rank requests, asked at every step.
         """
         state = self._state
-        shares = [batch_share(len(batch)) for batch in batches]
-        with closing(self._source.epoch(_own_parts(batches, shares))) as places:
+        shares, own = self._own_parts(batches)
+        with closing(self._source.epoch(own)) as places:
             for place, share, (beta, rate, decay) in zip(places, shares, schedule, strict=True):
                 self.noise.share = share
                 if self._several:
                     self.requested = requests()
                 for group in state.optimizer.param_groups:
                     group["lr"] = rate
-                x = self._transform(self._source.stored[place], None)
+                x = self._transform_part(self._source.stored[place])
                 loss = self._step(x, beta, share, validate=validate)
                 state.step += 1
                 if loss is None:
@@ -125,7 +121,7 @@ class EagerSteps:
         state, program, optimizer = self._state, self._state.program, self._state.optimizer
         with pyro.validation_enabled(validate):
             try:
-                loss = self._objective(program.model, program.guide, x, beta=beta)
+                loss = self._loss_of_part(x, beta)
             except ValueError:
                 fault = find_site_not_finite(program, x)
                 if fault is None:
@@ -174,11 +170,6 @@ class EagerSteps:
         """Bring the state up to date, which it always is here."""
 
 
-def _own_parts(batches: Sequence[Tensor], shares: Sequence[BatchShare]) -> tuple[Tensor, ...]:
-    """This rank's images of each batch."""
-    return tuple(batch[share.start : share.stop] for batch, share in zip(batches, shares, strict=True))
-
-
 def _count_skipped(state: TrainingState) -> None:
     """Let Adam's bias correction count skipped steps too, as the captured step does."""
     if not isinstance(state.optimizer, torch.optim.Adam | torch.optim.AdamW):
@@ -189,15 +180,14 @@ def _count_skipped(state: TrainingState) -> None:
             state.optimizer.state[w]["step"].fill_(state.step)
 
 
-class CapturedSteps:
+class CapturedSteps(_Steps):
     """Steps as one compiled graph; see ``CapturedStep``. On a GPU the host waits for it only in ``settle``.
 
     Args:
-        state, objective, source, transform, optimizer: As ``EagerSteps``; the state's optimizer is Adam or AdamW.
+        state, objective, source, transform, optimizer: As ``_Steps``; the state's optimizer is Adam or AdamW.
         batch_size: Images of a whole batch.
 
     Attributes:
-        noise, requested: As ``EagerSteps``.
         compile_seconds: What tracing and compiling took.
     """
 
@@ -211,26 +201,19 @@ class CapturedSteps:
         optimizer: Optimizer,
         batch_size: int,
     ) -> None:
-        self._state, self._objective, self._source, self._transform = state, objective, source, transform
-        self.noise, self._several = SharedNoise(), num_ranks() > 1
-        if self._several:
-            transform, objective = share_batch(self.noise, transform, objective)
-        program = state.program
-        self._compiled_for = self.noise.share = batch_share(batch_size)
+        super().__init__(state, objective, source, transform, optimizer=optimizer)
+        self.noise.share = batch_share(batch_size)
         self._step = CapturedStep(
-            lambda x, beta: objective(program.model, program.guide, x, beta=beta),
-            program,
+            self._loss_of_part,
+            state.program,
             state.optimizer,
             source.stored,
-            lambda values: transform(values, None),
-            batch_size=self._compiled_for.stop - self._compiled_for.start,
+            self._transform_part,
+            batch_size=batch_size,
             clip_norm=optimizer.clip_norm,
             skip_norm=optimizer.skip_norm,
             averages=state.averages,
-            exchange=sum_over_ranks if self._several else None,
-            num_votes=2 if self._several else 0,
         )
-        self.requested = no_requests()
         self.compile_seconds = self._step.compile_seconds
         self._started = self._settled = state.step  # where ``taken`` starts to count, and where ``_recent`` begins
         self._recent: list[tuple[Tensor, float]] = []
@@ -241,7 +224,7 @@ class CapturedSteps:
         schedule: Sequence[StepValues],
         *,
         validate: bool,
-        requests: Callable[[], Requests] = no_requests,
+        requests: Callable[[], Requests] = lambda: _NO_REQUESTS,
     ) -> Generator[Tensor, None, None]:
         """As ``EagerSteps.epoch``; a GPU has only started the step by then, and requests are read every 50 steps."""
         state, step = self._state, self._step
@@ -249,9 +232,8 @@ class CapturedSteps:
         step.counted.fill_(state.epoch_images)
         step.skipped.fill_(state.skipped)
         rows = step.schedule([(state.step + i, *values) for i, values in enumerate(schedule)])
-        on_host = state.device.type == "cpu"
-        shares = [batch_share(len(batch)) for batch in batches]
-        with closing(self._source.epoch(_own_parts(batches, shares))) as places:
+        shares, own = self._own_parts(batches)
+        with closing(self._source.epoch(own)) as places:
             numbered = zip(places, batches, shares, rows.unbind(), schedule, strict=True)
             for place, batch, share, row, (beta, _, _) in numbered:
                 if self._several:
@@ -260,21 +242,14 @@ class CapturedSteps:
                     step(place, row)
                 self._recent.append((batch, beta))
                 state.step += 1
-                if on_host:
+                if state.device.type == "cpu":
                     self._check()
                 yield place
 
     def _step_of_ranks(self, place: Tensor, row: Tensor, share: BatchShare, requests: Requests) -> None:
         self.noise.share = share
-        self._step.step_on_part(
-            place,
-            row,
-            share=share.weight,
-            whole=share.num_images,
-            votes=torch.tensor(requests),
-            as_compiled=share == self._compiled_for,
-        )
-        self.requested = no_requests()
+        self._step.step_on_part(place, row, share, torch.tensor(requests))
+        self.requested = _NO_REQUESTS
         if self._state.device.type == "cpu" or (self._state.step + 1) % _READ_EVERY == 0:
             ends, saves = self._step.votes.tolist()
             self.requested = ends > 0, saves > 0

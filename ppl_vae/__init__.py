@@ -3,6 +3,7 @@
 Every name below is imported when it is first used, so that a script's ``--help`` needs no torch.
 ``ppl_vae.estimator``, which needs scikit-learn, is imported by its own name alone.
 """
+# ruff: noqa: F401 (the imports are for type checkers)
 
 from __future__ import annotations
 
@@ -44,26 +45,7 @@ _MODULES = {
     "runs": "runs",
 }
 
-__all__ = [
-    "VAE",
-    "Conditional",
-    "Estimate",
-    "data",
-    "dequantized",
-    "fit",
-    "importance",
-    "likelihoods",
-    "load",
-    "log_evidence",
-    "log_weights",
-    "missing",
-    "networks",
-    "objectives",
-    "posteriors",
-    "priors",
-    "runs",
-    "save",
-]
+__all__ = sorted([*_HOME, *_MODULES])
 
 
 def __getattr__(name: str) -> object:

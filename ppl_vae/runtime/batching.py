@@ -1,9 +1,10 @@
-"""How much is computed at once: one rule for what fits into memory, and halving where it does not.
+"""How much is computed at once, by one rule for what fits into memory; and resumable work in blocks.
 
     items per pass = bytes of a pass / (floats per item x bytes per float)
 
 An item is an image, a pair of one particle and one image, or a latent vector. ``images_per_group`` and
-``evaluation_batch_size``, which decide the random numbers that an image gets, follow from the same rule.
+``evaluation_batch_size``, which decide the random numbers that an image gets, follow from the same rule. A block of
+items has its own seed, and any rank may compute it, now or in a later call.
 """
 
 from __future__ import annotations
@@ -149,10 +150,7 @@ class BatchSize:
 
 
 def release(device: torch.device) -> None:
-    """Free what a failed attempt held.
-
-    Call it after the except clause: until then, the error's frames hold the attempt's tensors.
-    """
+    """Free what a failed attempt held; after the except clause, since the error's frames hold its tensors."""
     gc.collect()
     if device.type == "cuda":
         with torch.cuda.device(device):

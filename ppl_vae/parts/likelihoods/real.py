@@ -37,13 +37,12 @@ class _RealPixels(Pixels):
 
     @torch.no_grad()
     def _take_unit(self, spread: Tensor) -> None:
-        """Set the unit. Raises ValueError where the data has no spread."""
         if not spread > 0:
             raise ValueError("x: expected pixels that vary, got the same image every time: no scale fits")
         self.unit.copy_(spread)
 
-    def _mean_in_units(self, x: Tensor) -> Tensor:
-        """mean_n x_nd / unit, with unit^2 = mean_nd (x_nd - mean_n x_nd)^2. x: (N, *E) -> (prod(E),)."""
+    def fit_marginals(self, x: Tensor) -> Tensor:
+        """h_d = mean_n x_nd / unit, with unit^2 = mean_nd (x_nd - mean_n x_nd)^2. x: (N, *E) -> (prod(E),)."""
         loc, spread = location_and_spread(x)
         self._take_unit(spread)
         return (loc.flatten() / spread).to(self.unit.dtype)
@@ -69,7 +68,7 @@ class Normal(_RealPixels):
         """h_d = mean_n x_nd / unit, with unit^2 = scale^2 = mean_nd (x_nd - mean_n x_nd)^2. (N, *E) -> (prod(E),)."""
         with torch.no_grad():
             self.log_scale.zero_()
-        return self._mean_in_units(x)
+        return super().fit_marginals(x)
 
 
 class NormalFixed(_RealPixels):
@@ -94,10 +93,6 @@ class NormalFixed(_RealPixels):
 
     def pixel(self, loc: Tensor) -> dist.Normal:
         return dist.Normal(self.unit * loc, self.unit * self.scale)
-
-    def fit_marginals(self, x: Tensor) -> Tensor:
-        """h_d = mean_n x_nd / unit, with unit^2 = mean_nd (x_nd - mean_n x_nd)^2. x: (N, *E) -> (prod(E),)."""
-        return self._mean_in_units(x)
 
 
 class NormalOptimal(_RealPixels):
@@ -136,9 +131,9 @@ class NormalOptimal(_RealPixels):
         self.log_scale.copy_(torch.where(log_scale.isfinite(), log_scale, self.log_scale))
 
     def fit_marginals(self, x: Tensor) -> Tensor:
-        """h_d = mean_n x_nd / unit, with unit^2 = scale^2 = mean_nd (x_nd - mean_n x_nd)^2. (N, *E) -> (prod(E),)."""
+        """As ``Normal``: the scale is the unit. x: (N, *E) -> (prod(E),)."""
         self.log_scale.zero_()
-        return self._mean_in_units(x)
+        return super().fit_marginals(x)
 
 
 class NormalPerPixel(_RealPixels):
@@ -222,4 +217,4 @@ class StudentT(_RealPixels):
         with torch.no_grad():
             self.log_scale.fill_(math.log(3 / 5) / 2)
             self.feature.copy_(unbounded(self.feature.new_tensor(math.log(4)), LOG_DF_LIMIT))
-        return self._mean_in_units(x)
+        return super().fit_marginals(x)

@@ -52,6 +52,11 @@ _USUAL = {
     data.PROBABILITIES: "normal",
     data.REAL: "normal",
 }
+# What ``Options`` takes as it is; the others are decided by the data.
+_OPTIONS = (
+    *("network", "hidden", "latent_dim", "prior", "posterior", "objective"),
+    *("batch_size", "learning_rate", "beta", "warmup_epochs", "average_decay", "device"),
+)
 _X = Path("X")  # the name of the array in errors
 _USUAL_STEPS, _FEWEST_EPOCHS, _MOST_EPOCHS = 1000, 10, 500
 
@@ -72,9 +77,9 @@ class VAEDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
     The unit of a column thus changes the scores by a constant only, and no scaler is needed. A constant column keeps
     its unit, s_d = 1. Images and 8-bit levels are not standardized.
 
-    Scores are densities or masses of X as this estimator receives it. After a scaler in a Pipeline they are densities
-    of scaled data, which differ from those of the data by log |det| of the scaling: scores after different scalers
-    cannot be compared. Neither can a mass with a density, nor one kind of data with another.
+    Scores are densities or masses of X as this estimator receives it: after a scaler in a Pipeline, of scaled data,
+    which differ by log |det| of the scaling. Scores after different scalers cannot be compared; neither can a mass with
+    a density, nor one kind of data with another.
 
     Args:
         likelihood: A word of ``--likelihood``, or None for the default of that kind of data.
@@ -147,17 +152,8 @@ class VAEDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
         self.random_state = random_state
         self.device = device
 
-    # --- scikit-learn's methods ---
-
     def fit(self, X: ArrayLike, y: object = None) -> VAEDensity:
-        """Maximize the ELBO of X.
-
-        Args:
-            X: (N, D), (N, H, W), (N, H, W, C) or (N, C, H, W), two rows or more.
-            y: Ignored.
-
-        Returns:
-            The estimator itself.
+        """Maximize the ELBO of X, of two rows or more, and return the estimator itself. y is ignored.
 
         Raises:
             ValueError: A value is off the likelihood's support, or a parameter is out of its range.
@@ -178,7 +174,9 @@ class VAEDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
         self.row_shape_, self.event_shape_ = rows.shape[1:], images.shape[1:]
         self.seed_ = int(check_random_state(self.random_state).randint(2**31 - 1))
         options = self._options(len(images))
-        self.scaler_ = StandardScaler().fit(images) if self._is_standardized(options) else None
+        is_table = images.ndim == 2 and self.kind_ != data.LEVELS
+        is_real = is_table and build_likelihood(options, self.event_shape_).data_kind == data.REAL
+        self.scaler_ = StandardScaler().fit(images) if is_real else None
         splits = self._splits(self._standardized(images))
         options = resolve(options, splits)
         check_support(options, splits)
@@ -205,10 +203,7 @@ class VAEDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
     def score_samples(self, X: ArrayLike) -> np.ndarray:
         """L_S = log (1/S) sum_s p(x, z_s) / q(z_s | x), in expectation below log p(x), for each row.
 
-        The same X gives the same scores; the draws for a row depend on its place in X.
-
-        Returns:
-            (N,) nats, float64.
+        The same X gives the same scores, (N,) nats, float64; the draws for a row depend on its place in X.
 
         Raises:
             ValueError: X has other features than in ``fit``, or values off the likelihood's support.
@@ -232,12 +227,7 @@ class VAEDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
             return encode(self._scored(), x).mean.double().cpu().numpy()
 
     def inverse_transform(self, Z: ArrayLike) -> np.ndarray:
-        """E[x | z], (N, *) in the layout and the unit of X. Z: (N, L).
-
-        Raises:
-            ValueError: Z has another number of latents.
-            NotFittedError: ``fit`` was not called.
-        """
+        """E[x | z], (N, *) in the layout and the unit of X, for Z (N, L); raises as ``transform``."""
         check_is_fitted(self)
         Z = np.asarray(Z, dtype=np.float32)
         if Z.ndim != 2 or Z.shape[1] != self._n_features_out or not len(Z):
@@ -250,12 +240,8 @@ class VAEDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
         """z ~ p(z), x ~ p(x | z): (n_samples, *) in the layout and the unit of X.
 
         Args:
-            n_samples: At least 1.
+            n_samples: At least 1; raises ValueError for fewer.
             random_state: Of the draws; None gives the same draws at every call.
-
-        Raises:
-            ValueError: ``n_samples`` below 1.
-            NotFittedError: ``fit`` was not called.
         """
         check_is_fitted(self)
         n_samples = check_count("n_samples", n_samples)
@@ -286,11 +272,6 @@ class VAEDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
             X = X.astype(np.float64)
         return np.ascontiguousarray(arrays.move_channels_first(_X, "X", X))
 
-    def _is_standardized(self, options: Options) -> bool:
-        """Whether X is a table, under a likelihood of real numbers."""
-        is_table = len(self.event_shape_) == 1 and self.kind_ != data.LEVELS
-        return is_table and build_likelihood(options, self.event_shape_).data_kind == data.REAL
-
     def _standardized(self, images: np.ndarray) -> np.ndarray:
         """Standardize columns (N, D) to mean 0 and standard deviation 1; return (N, *E) unchanged without a scaler."""
         return images if self.scaler_ is None else self.scaler_.transform(images)
@@ -315,27 +296,16 @@ class VAEDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
 
     def _options(self, num_rows: int) -> Options:
         num_train = num_rows - int(num_rows * self.validation_fraction)
-        steps_an_epoch = -(-num_train // max(1, self.batch_size))
-        usual = min(_MOST_EPOCHS, max(_FEWEST_EPOCHS, -(-_USUAL_STEPS // steps_an_epoch)))
+        steps_per_epoch = -(-num_train // max(1, self.batch_size))
+        usual = min(_MOST_EPOCHS, max(_FEWEST_EPOCHS, -(-_USUAL_STEPS // steps_per_epoch)))
         return Options(
+            **{name: getattr(self, name) for name in _OPTIONS},
             dataset="X",
             binarization=None if self.kind_ in (data.BINARY, data.REAL, data.COUNTS) else self.binarization,
             likelihood=self.likelihood or ("bernoulli" if self.binarization != "none" else _USUAL[self.kind_]),
-            network=self.network,
-            hidden=self.hidden,  # type: ignore[arg-type]  # Options makes a tuple of one width or several
-            latent_dim=self.latent_dim,
-            prior=self.prior,
-            posterior=self.posterior,
-            objective=self.objective,
             epochs=usual if self.epochs is None else self.epochs,
-            batch_size=self.batch_size,
-            learning_rate=self.learning_rate,
-            beta=self.beta,
-            warmup_epochs=self.warmup_epochs,
-            average_decay=self.average_decay,
             compile="off",
             seed=self.seed_,
-            device=self.device,
         )
 
     def _seen(self, X: ArrayLike) -> Tensor:
@@ -343,24 +313,23 @@ class VAEDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
         images = self._images(self._validated(X, reset=False))
         if images.shape[1:] != self.event_shape_:
             raise ValueError(f"X: expected rows of event shape {self.event_shape_}, got {images.shape[1:]}")
-        single = _as_single(self._standardized(images))
-        if not np.isfinite(single).all():
+        with np.errstate(over="ignore"):
+            x = torch.from_numpy(self._standardized(images).astype(np.float32))
+        if not x.isfinite().all():
             raise ValueError("X: expected numbers that single precision holds, got larger ones")
-        x = torch.from_numpy(single)
+        is_levels = self.kind_ == data.LEVELS
         if self._pixels_ in ("threshold", "levels", "dequantized"):
-            is_levels = self.kind_ == data.LEVELS
-            on_scale = (x >= 0) & (x <= (255 if is_levels else 1))
-            if not (on_scale & (x == x.round()) if is_levels else on_scale).all():
-                words = "levels from 0 to 255" if is_levels else "gray from 0 to 1"
-                got = f"values from {x.min():.4g} to {x.max():.4g}"
-                raise ValueError(f"X: expected {words}, as the X that this is fitted to, got {got}")
-            if self._pixels_ == "threshold":
-                x = (x / 255 if is_levels else x).ge(0.5).float()
+            good = (x >= 0) & (x <= (255 if is_levels else 1)) & (x == (x.round() if is_levels else x))
+            scale = "levels from 0 to 255" if is_levels else "gray from 0 to 1"
+            words = f"expected {scale}, as the X that this is fitted to"
         else:
             family = self.vae_.likelihood.family  # type: ignore[attr-defined]
-            if not family.support.check(x).all():
-                got = f"values from {x.min():.4g} to {x.max():.4g}"
-                raise ValueError(f"X: {self.likelihood_} expected values that are {family.support_words}, got {got}")
+            good = family.support.check(x)
+            words = f"{self.likelihood_} expected values that are {family.support_words}"
+        if not good.all():
+            raise ValueError(f"X: {words}, got values from {x.min():.4g} to {x.max():.4g}")
+        if self._pixels_ == "threshold":
+            x = (x / 255 if is_levels else x).ge(0.5).float()
         return x.to(find_device(self.device))
 
     def _scored(self) -> VAE:
@@ -375,9 +344,3 @@ class VAEDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
         if values.ndim == 4 and not arrays.has_channels_first((len(values), *layout)):
             values = values.transpose(0, 2, 3, 1)
         return values.reshape(len(values), *self.row_shape_)
-
-
-def _as_single(values: np.ndarray) -> np.ndarray:
-    """Convert to single precision; numbers beyond its range become infinite, for which the callers check."""
-    with np.errstate(over="ignore"):
-        return values.astype(np.float32)

@@ -27,15 +27,14 @@ from ppl_vae.vae import check_batch_shape, check_event_shape
 class LayeredDistribution(TorchDistribution):
     """p(z_1, ..., z_n) = p(z_a) p(z_b | z_a) p(z_c | z_b) ...: a chain of layers, as one vector (z_1, ..., z_n).
 
+    ``log_prob`` raises ValueError for vectors that are not (..., L_1 + ... + L_n).
+
     Args:
         first: p(z_a), batch (...), of layer 1 or n.
         links: For each further layer, z of the previous layer (..., L) -> its distribution, reparametrized if ``first``
             is.
         latent_dims: (L_1, ..., L_n).
         upward: Whether the layers are drawn from 1 up to n; otherwise from n down to 1.
-
-    Raises:
-        ValueError: ``log_prob`` is given vectors that are not (..., L_1 + ... + L_n).
     """
 
     arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012, the name and type that torch asks for
@@ -101,6 +100,10 @@ class LayeredPrior(nn.Module):
         top: () -> p(z_n), event (L_n,), with an ``event_shape``: any prior of a VAE with one layer.
         layers: p(z_1 | z_2), ..., p(z_{n-1} | z_n), each (..., L_{l+1}) -> event (L_l,).
 
+    Attributes:
+        latent_dims: (L_1, ..., L_n).
+        event_shape: (L_1 + ... + L_n,).
+
     Reference: Rezende et al. 2014, arXiv 1401.4082; Burda et al. 2016, 1509.00519; Sønderby et al. 2016, 1602.02282.
     """
 
@@ -108,16 +111,8 @@ class LayeredPrior(nn.Module):
         super().__init__()
         self.top = top
         self.layers = nn.ModuleList(layers)
-
-    @property
-    def latent_dims(self) -> tuple[int, ...]:
-        """(L_1, ..., L_n)."""
-        return _latent_dims([*self.layers, self.top])
-
-    @property
-    def event_shape(self) -> tuple[int, ...]:
-        """(L_1 + ... + L_n,)."""
-        return (sum(self.latent_dims),)
+        self.latent_dims = _latent_dims([*layers, top])
+        self.event_shape = (sum(self.latent_dims),)
 
     def forward(self) -> LayeredDistribution:
         """-> batch shape (), event shape (L_1 + ... + L_n,)."""
@@ -133,17 +128,16 @@ class BottomUp(nn.Module):
     Args:
         layers: q(z_1 | x), q(z_2 | z_1), ..., each with event (L_l,).
 
+    Attributes:
+        latent_dims: (L_1, ..., L_n).
+
     Reference: Burda et al. 2016, arXiv 1509.00519 (their models with two layers).
     """
 
     def __init__(self, layers: Sequence[Conditional]) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
-
-    @property
-    def latent_dims(self) -> tuple[int, ...]:
-        """(L_1, ..., L_n)."""
-        return _latent_dims([*self.layers])
+        self.latent_dims = _latent_dims(layers)
 
     @property
     def net(self) -> nn.Module:
@@ -166,11 +160,14 @@ class TopDown(nn.Module):
     Args:
         features: f_1, ..., f_n, networks (..., F_{l-1}) -> (..., F_l); f_1 takes images.
         readouts: r_1, ..., r_n, each (..., F_l) -> a diagonal normal, event (L_l,).
-        prior: The prior of the same VAE, whose weights are registered only there.
+        prior: The prior of the same VAE, whose weights are registered only there, with as many layers.
         activation: a, elementwise.
 
+    Attributes:
+        latent_dims: (L_1, ..., L_n).
+
     Raises:
-        ValueError: The numbers of features, readouts and layers of the prior differ.
+        ValueError: The numbers of layers differ.
 
     Reference: Sønderby et al. 2016, arXiv 1602.02282 (the ladder VAE), without their batch normalization, with which
     q(z | x) would depend on the other images of the batch.
@@ -192,13 +189,9 @@ class TopDown(nn.Module):
             )
         self.features = nn.ModuleList(features)
         self.readouts = nn.ModuleList(readouts)
+        self.latent_dims = _latent_dims(readouts)
         self.activation = activation()
         self._prior = (prior,)  # in a tuple, so that its weights are not registered, and stored, twice
-
-    @property
-    def latent_dims(self) -> tuple[int, ...]:
-        """(L_1, ..., L_n)."""
-        return _latent_dims([*self.readouts])
 
     @property
     def net(self) -> nn.Module:
@@ -224,10 +217,7 @@ def product_of_normals(p: Distribution, q: Distribution) -> dist.Independent:
     It is computed from s_p / sqrt(s_p^2 + s_q^2), which is from 0 to 1, since a precision overflows for a small scale.
 
     Args:
-        p, q: Diagonal normals, event (L,), whose batch shapes broadcast.
-
-    Raises:
-        ValueError: One of them is no diagonal normal.
+        p, q: Diagonal normals, event (L,), whose batch shapes broadcast; a ValueError refuses others.
     """
     p, q = _normal(p), _normal(q)
     both = torch.hypot(p.scale, q.scale)
@@ -250,13 +240,11 @@ class BottomLayerOnly(nn.Module):
     """h = net(z_1) for z = (z_1, ..., z_n): the network of a decoder p(x | z) = p(x | z_1) of the lowest layer only.
 
     With a network of all of z, (..., L_1 + ... + L_n), every layer acts on the image directly, and is lost less easily.
+    It raises ValueError for z of another shape.
 
     Args:
         net: (..., L_1) -> (..., F).
         latent_dims: (L_1, ..., L_n).
-
-    Raises:
-        ValueError: z is not (..., L_1 + ... + L_n).
     """
 
     def __init__(self, net: nn.Module, latent_dims: Sequence[int]) -> None:
@@ -286,8 +274,7 @@ class HierarchicalVAE(nn.Module):
         posterior: x (B, *E) -> q(z_1..z_n | x), ``BottomUp`` or ``TopDown``.
 
     Raises:
-        ValueError: Prior and posterior have different layers, or the shape of an image is not the likelihood's event
-            shape.
+        ValueError: Prior and posterior have different layers, or an image has another shape than the likelihood.
 
     Reference: Burda et al. 2016, arXiv 1509.00519; Sønderby et al. 2016, arXiv 1602.02282.
     """

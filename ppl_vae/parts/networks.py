@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,9 +37,8 @@ def _leading_shape(x: Tensor, event_shape: tuple[int, ...]) -> torch.Size:
     """The dimensions before the event. Raises ShapeError unless x is (..., *E)."""
     leading = x.dim() - len(event_shape)
     if leading < 0 or tuple(x.shape[leading:]) != event_shape:
-        raise ShapeError(
-            f"network input: expected shape (..., {', '.join(map(str, event_shape))}), got {tuple(x.shape)}"
-        )
+        expected = ", ".join(map(str, event_shape))
+        raise ShapeError(f"network input: expected shape (..., {expected}), got {tuple(x.shape)}")
     return x.shape[:leading]
 
 
@@ -97,13 +95,10 @@ class MLP(_Dense):
     """h = W_n a(... a(W_1 x + b_1)) + b_n: a multilayer perceptron over the flattened event.
 
     Args:
-        event_shape: The input's event shape E, or the length of a vector.
+        event_shape: E, or the length of a vector; an input that is not (..., *E) raises ValueError.
         num_features: The length of the output.
         hidden: The widths of the hidden layers, or the width of the only one; () for an affine map.
         activation: a, applied after every hidden layer.
-
-    Raises:
-        ValueError: The input is not (..., *E).
     """
 
     def __init__(
@@ -140,18 +135,19 @@ def _image_shape(event_shape: Sequence[int]) -> tuple[int, int, int]:
 
 def _sizes(height: int, width: int, num_stages: int) -> list[tuple[int, int]]:
     """(height, width) before the first stage and after each, which halves them, rounded up."""
-    sizes = [(height, width)]
-    for _ in range(num_stages):
-        sizes.append(((sizes[-1][0] + 1) // 2, (sizes[-1][1] + 1) // 2))
-    return sizes
+    return [(-(-height // 2**i), -(-width // 2**i)) for i in range(num_stages + 1)]
+
+
+def _stage_end(width: int, *, gated: bool, num_blocks: int = 0) -> list[nn.Module]:
+    """The activation of a stage, and its residual blocks."""
+    blocks = [ResidualBlock(width, gated=gated) for _ in range(num_blocks)]
+    return [nn.GLU(dim=-3) if gated else nn.SiLU(), *blocks]
 
 
 def _up(width_in: int, width_out: int, *, size: tuple[int, int], bias: bool = True) -> nn.ConvTranspose2d:
     """A transposed convolution from images of half the size, rounded up, to images of ``size``."""
-    odd = (size[0] % 2, size[1] % 2)  # without output padding, ceil(n / 2) becomes 2 ceil(n / 2) - 1
-    return nn.ConvTranspose2d(
-        width_in, width_out, _KERNEL, stride=2, padding=_PADDING, output_padding=(1 - odd[0], 1 - odd[1]), bias=bias
-    )
+    extra = (1 - size[0] % 2, 1 - size[1] % 2)  # without it, ceil(n / 2) becomes 2 ceil(n / 2) - 1
+    return nn.ConvTranspose2d(width_in, width_out, _KERNEL, stride=2, padding=_PADDING, output_padding=extra, bias=bias)
 
 
 def _channels_last(x: Tensor) -> Tensor:
@@ -192,16 +188,13 @@ class ConvEncoder(nn.Module):
     all channels of all remaining positions.
 
     Args:
-        event_shape: (C, H, W).
+        event_shape: (C, H, W); a ValueError refuses another, and inputs that are not (..., C, H, W).
         num_features: The length of the output.
         channels: The number of channels of each stage.
         hidden: The widths of the dense hidden layers.
         gated: Whether stages and hidden layers are u * sigmoid(v), as in ``GatedMLP``; otherwise SiLU follows a stage,
             and ReLU a hidden layer.
         num_blocks: The number of residual blocks per stage.
-
-    Raises:
-        ValueError: The event shape is not (C, H, W), or the input is not (..., C, H, W).
     """
 
     def __init__(
@@ -222,12 +215,10 @@ class ConvEncoder(nn.Module):
         for width_in, width_out in pairwise([planes, *channels]):
             wide = 2 * width_out if gated else width_out
             stages.append(nn.Conv2d(width_in, wide, _KERNEL, stride=2, padding=_PADDING))
-            stages.append(nn.GLU(dim=-3) if gated else nn.SiLU())
-            stages += [ResidualBlock(width_out, gated=gated) for _ in range(num_blocks)]
+            stages += _stage_end(width_out, gated=gated, num_blocks=num_blocks)
         self.stages = nn.Sequential(*stages)
-        small = _sizes(height, width, len(channels))[-1]
-        dense = GatedMLP if gated else MLP
-        self.dense = dense(([planes, *channels][-1], *small), num_features, hidden=hidden)
+        small = ([planes, *channels][-1], *_sizes(height, width, len(channels))[-1])
+        self.dense = (GatedMLP if gated else MLP)(small, num_features, hidden=hidden)
 
     @property
     def output(self) -> nn.Linear:
@@ -264,15 +255,11 @@ class ConvDecoder(nn.Module):
 
     Args:
         latent_dim: L, the length of the input.
-        event_shape: (C, H, W), the shape of the decoded image.
+        event_shape: (C, H, W), the shape of the decoded image; a ValueError refuses another.
         num_features: A multiple of H W.
-        channels: The number of channels of each stage of the encoder, in its order.
+        channels: The number of channels of each stage of the encoder, in its order; at least one.
         hidden: The widths of the dense hidden layers, in this network's order.
         gated, num_blocks: As in ``ConvEncoder``.
-
-    Raises:
-        ValueError: The event shape is not (C, H, W), ``num_features`` is no multiple of H W, there is no stage, or the
-            input is not (..., L).
     """
 
     def __init__(
@@ -296,15 +283,12 @@ class ConvDecoder(nn.Module):
         sizes = _sizes(height, width, len(channels))
         self.event_shape = (latent_dim,)
         self.small = (channels[-1], *sizes[-1])
-        dense = GatedMLP if gated else MLP
-        stages: list[nn.Module] = [] if gated else [nn.SiLU()]
-        widths = [*channels[::-1]]
+        widths = channels[::-1]
+        stages = _stage_end(widths[0], gated=gated, num_blocks=num_blocks)[gated:]  # the dense network is not gated
         for i, (width_in, width_out) in enumerate(pairwise(widths)):
-            stages += [ResidualBlock(width_in, gated=gated) for _ in range(num_blocks)]
             stages.append(_up(width_in, 2 * width_out if gated else width_out, size=sizes[-2 - i]))
-            stages.append(nn.GLU(dim=-3) if gated else nn.SiLU())
-        stages += [ResidualBlock(widths[-1], gated=gated) for _ in range(num_blocks)]
-        self.dense = dense(latent_dim, math.prod(self.small), hidden=hidden)
+            stages += _stage_end(width_out, gated=gated, num_blocks=num_blocks)
+        self.dense = (GatedMLP if gated else MLP)(latent_dim, math.prod(self.small), hidden=hidden)
         self.stages = nn.Sequential(*stages)
         self.output = PixelOutput(widths[-1], num_features // (height * width), size=(height, width))
 
@@ -337,7 +321,8 @@ class NetworkPair:
         """A network (..., *E) -> (..., num_features)."""
         if self.num_blocks is None:
             return self.dense(event_shape, num_features, hidden=hidden)
-        return ConvEncoder(event_shape, num_features, channels=channels, hidden=hidden, **self._stages())
+        encoder = partial(ConvEncoder, gated=self.dense is GatedMLP, num_blocks=self.num_blocks)
+        return encoder(event_shape, num_features, channels=channels, hidden=hidden)
 
     def decoder(
         self, latent_dim: int, event_shape: Sequence[int], num_features: int, *, channels: Widths, hidden: Sequence[int]
@@ -346,10 +331,8 @@ class NetworkPair:
         hidden = hidden[::-1]
         if self.num_blocks is None:
             return self.dense(latent_dim, num_features, hidden=hidden)
-        return ConvDecoder(latent_dim, event_shape, num_features, channels=channels, hidden=hidden, **self._stages())
-
-    def _stages(self) -> dict[str, Any]:
-        return {"gated": self.dense is GatedMLP, "num_blocks": self.num_blocks}
+        decoder = partial(ConvDecoder, gated=self.dense is GatedMLP, num_blocks=self.num_blocks)
+        return decoder(latent_dim, event_shape, num_features, channels=channels, hidden=hidden)
 
 
 DENSE = NetworkPair(MLP)

@@ -49,11 +49,7 @@ class ElementwiseAffine(nn.Module):
 
 
 class Permutation(nn.Module):
-    """y_l = u_{pi(l)}: a fixed order, drawn once from torch's global generator.
-
-    Args:
-        dim: L.
-    """
+    """y_l = u_{pi(l)}, l = 1..L: a fixed order, drawn once from torch's global generator."""
 
     order: Tensor
     back: Tensor
@@ -109,8 +105,9 @@ class Coupling(nn.Module):
     def __init__(self, dim: int, *, univariate: Univariate, num_features: int, hidden: Widths) -> None:
         super().__init__()
         if dim < 2:
-            message = "latents of a coupling flow: expected at least 2, one half mapped by the other"
-            raise ValueError(f"{message}, got {dim}")
+            raise ValueError(
+                f"latents of a coupling flow: expected at least 2, one half mapped by the other, got {dim}"
+            )
         self.kept = (dim + 1) // 2
         self.univariate = univariate
         self.num_features = num_features
@@ -143,11 +140,11 @@ def spline_coupling(dim: int, *, hidden: Widths, bins: int = 8) -> Coupling:
 
     The spline is evaluated directly for the density; drawing solves a quadratic equation.
     """
-    return Coupling(dim, univariate=_inverted_spline, num_features=3 * bins - 1, hidden=hidden)
 
+    def inverted(u: Tensor, h: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+        return spline(u, h, not inverse)
 
-def _inverted_spline(u: Tensor, h: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-    return spline(u, h, not inverse)
+    return Coupling(dim, univariate=inverted, num_features=3 * bins - 1, hidden=hidden)
 
 
 def spline(x: Tensor, h: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
@@ -168,8 +165,7 @@ def spline(x: Tensor, h: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
     """
     bound = SPLINE_BOUND
     K = (h.shape[-1] + 1) // 3
-    widths, left = _bins(h[..., :K], bound)
-    heights, bottom = _bins(h[..., K : 2 * K], bound)
+    (widths, left), (heights, bottom) = _bins(h[..., :K]), _bins(h[..., K : 2 * K])
     inner = _LEAST_SHARE + (1 - _LEAST_SHARE) * softplus(h[..., 2 * K :] + math.log(math.e - 1))
     ends = torch.ones_like(h[..., :1])
     slopes = torch.cat([ends, inner, ends], dim=-1)
@@ -211,19 +207,15 @@ def _place_in_bin(r: Tensor, s: Tensor, d_0: Tensor, d_1: Tensor) -> tuple[Tenso
     return low / (low + high), high / (low + high)
 
 
-def _bins(h: Tensor, bound: float) -> tuple[Tensor, Tensor]:
-    """Lengths of K bins of [-bound, bound], and where each begins. h: (..., K) -> (..., K) twice."""
+def _bins(h: Tensor) -> tuple[Tensor, Tensor]:
+    """Lengths of K bins of [-5, 5], and where each begins. h: (..., K) -> (..., K) twice."""
     shares = _LEAST_SHARE + (1 - _LEAST_SHARE * h.shape[-1]) * softmax(h, dim=-1)
-    lengths = 2 * bound * shares
-    return lengths, lengths.cumsum(-1) - lengths - bound
+    lengths = 2 * SPLINE_BOUND * shares
+    return lengths, lengths.cumsum(-1) - lengths - SPLINE_BOUND
 
 
 class Flow(nn.Module):
-    """y = f_n(... f_1(u)): layers one after the other; the volumes' logarithms add up.
-
-    Args:
-        layers: each with ``forward`` and ``inverse``.
-    """
+    """y = f_n(... f_1(u)): layers one after the other; the volumes' logarithms add up."""
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
         super().__init__()
@@ -247,11 +239,7 @@ class Flow(nn.Module):
 
 
 class MaskedLinear(nn.Linear):
-    """y = (W * mask) u + b.
-
-    Args:
-        mask: (outputs, inputs), whether an output sees an input.
-    """
+    """y = (W * mask) u + b, mask (outputs, inputs): whether an output sees an input."""
 
     mask: Tensor
 

@@ -22,15 +22,14 @@ from ppl_vae.runtime.numerics import bounded
 
 # |log scale| never exceeds this: scales lie between 0.0009 and 1,097.
 MAX_LOG_SCALE = 7.0
+_SPLINE_BINS = 8
 
 
 def bounded_log_scale(h: Tensor) -> Tensor:
-    """log sigma = 7 tanh(h / 7): the map from a feature to a latent's log-scale, in the shape of h.
+    """log sigma = 7 tanh(h / 7): the map from a feature to a latent's log-scale, in the shape of h (ours).
 
     It has slope one at h = 0, where sigma = 1, and a gradient up to |h| = 60 in float32. An unbounded exp(h) overflows
     the KL after one bad step (at h = 50, sigma^2 = 10^43); softplus is slow to learn small scales.
-
-    Source: ours.
     """
     return bounded(h, MAX_LOG_SCALE)
 
@@ -151,15 +150,10 @@ def _kl_full_diagonal(q: MultivariateNormal, p: Independent) -> Tensor:
 
 
 class Delta(nn.Module):
-    """q(z | h) = delta(z - h): the deterministic guide of a plain autoencoder.
+    """q(z | h) = delta(z - h): the deterministic guide of a plain autoencoder (Hinton and Salakhutdinov 2006).
 
     A model with it has reconstructions, and neither an ELBO nor a log-likelihood. With beta 0 the loss is
     -log p(x | z(x)).
-
-    Args:
-        latent_dim: L.
-
-    Reference: Hinton and Salakhutdinov 2006.
     """
 
     def __init__(self, latent_dim: int) -> None:
@@ -247,11 +241,9 @@ class ConditionedFlow(dist.TorchDistribution):
     """The distribution of z = loc + scale f(u; c), u ~ base. It has no mean in closed form.
 
     Args:
-        base: of the noise u, batch shape (...), event shape (L,).
-        layers: of f.
-        context: c, (..., C). Its leading dimensions, and those of the next two, broadcast with the batch shape.
-        loc: (..., L).
-        log_scale: (..., L).
+        base: Of the noise u, batch shape (...), event shape (L,).
+        layers: Of f.
+        context, loc, log_scale: c, (..., C), (..., L) and (..., L). Leading dimensions broadcast with the batch shape.
     """
 
     arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012 (torch's name and form)
@@ -323,22 +315,20 @@ def spline_flow(
     context_dim: int,
     num_layers: int,
     hidden: Widths,
-    num_bins: int = 8,
     log_scale: Callable[[Tensor], Tensor] = bounded_log_scale,
 ) -> FlowPosterior:
     """A flow of spline couplings: one half of the latents given the context, the other given the first half too.
 
     A draw and its density take one pass per layer; the density at any other z takes two. Layers come in pairs that swap
     the halves; a latent's half in the k-th pair is the k-th bit of its index. It starts as the diagonal normal, and
-    keeps a normal's tails: beyond 5 scales each layer is the identity. Arguments as ``inverse_autoregressive_flow``,
-    with the number of bins of each spline.
+    keeps a normal's tails: beyond 5 scales each layer is the identity. Arguments as ``inverse_autoregressive_flow``.
 
     Reference: Durkan et al. 2019, arXiv 1906.04032, section 3; which half is which is ours.
     """
     latent_dim = check_count("latent_dim", latent_dim)
     bits = [index // 2 % max(1, (latent_dim - 1).bit_length()) for index in range(num_layers)]
     halves = [[(latent >> bit & 1) ^ (i % 2) for latent in range(latent_dim)] for i, bit in enumerate(bits)]
-    F = 3 * num_bins - 1
+    F = 3 * _SPLINE_BINS - 1
     layer = partial(Autoregressive, univariate=spline, num_features=F, context_dim=context_dim, hidden=hidden)
     return FlowPosterior(latent_dim, map(layer, halves), context_dim=context_dim, log_scale=log_scale)
 

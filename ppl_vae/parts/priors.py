@@ -16,11 +16,7 @@ from ppl_vae.runtime.errors import Widths
 
 
 class StandardNormal(nn.Module):
-    """p(z) = prod_l Normal(z_l; 0, 1).
-
-    Args:
-        latent_dim: L.
-    """
+    """p(z) = prod_l Normal(z_l; 0, 1), l = 1..L."""
 
     loc: Tensor
     scale: Tensor
@@ -81,12 +77,11 @@ class VampPrior(nn.Module):
         self._posterior = (posterior,)  # in a tuple, so that the guide's weights are not this module's too
         self.pseudo_images = nn.Parameter(torch.rand(components, *event_shape))
 
+    @torch.no_grad()
     def start_from(self, x: Tensor) -> None:
         """Sets the pseudo-images to some of the images x, (N, *E), drawn from torch's global generator."""
-        K = len(self.pseudo_images)
-        with torch.no_grad():
-            few = len(x) < K
-            self.pseudo_images.copy_(x[torch.randint(len(x), (K,)) if few else torch.randperm(len(x))[:K]])
+        K, N = len(self.pseudo_images), len(x)
+        self.pseudo_images.copy_(x[torch.randint(N, (K,)) if N < K else torch.randperm(N)[:K]])
 
     def forward(self) -> dist.MixtureSameFamily:
         """-> batch shape (), event shape (L,)."""
@@ -157,8 +152,8 @@ class Pushforward(TorchDistribution):
     """The distribution of z = f(u), u ~ base: log p(z) = log base(f^-1(z)) + log |det df^-1/dz|.
 
     Args:
-        base: a reparametrized distribution of u, event (L,).
-        flow: f, with ``forward`` and ``inverse``.
+        base: A reparametrized distribution of u, event (L,).
+        flow: f.
     """
 
     arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012 (torch's name and form)

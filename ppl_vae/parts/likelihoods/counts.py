@@ -93,20 +93,14 @@ class Poisson(Pixels):
     def fit_marginals(self, x: Tensor) -> Tensor:
         """rate_d = (1/2 + sum_n x_nd) / (1 + N), each pixel's mean, smoothed. x: (N, *E) -> (prod(E),).
 
-        Raises:
-            ValueError: a mean above 3 million.
+        A mean above 3 million raises ValueError.
         """
         mean = (0.5 + sum_over_images(x.flatten(1))) / (1 + len(x))
         return _log_mean_features(mean).to(x.dtype)
 
 
 class StableNegativeBinomial(Pixel):
-    """P(x) = C(x + r - 1, x) (r / (r + m))^r (m / (r + m))^x: a Poisson whose rate is Gamma with mean m and shape r.
-
-    Args:
-        log_mean: log m, the batch's shape.
-        log_total: log r.
-    """
+    """P(x) = C(x + r - 1, x) (r / (r + m))^r (m / (r + m))^x: a Poisson whose rate is Gamma with mean m and shape r."""
 
     arg_constraints = {"log_mean": constraints.real, "log_total": constraints.real}  # noqa: RUF012, as torch has it
     support = constraints.nonnegative_integer
@@ -115,7 +109,6 @@ class StableNegativeBinomial(Pixel):
 
     @property
     def mean(self) -> Tensor:
-        """m."""
         return self.log_mean.exp()
 
     @torch.no_grad()
@@ -159,10 +152,7 @@ class NegativeBinomial(Pixels):
     def fit_marginals(self, x: Tensor) -> Tensor:
         """Each pixel's mean m, smoothed as in ``Poisson``, and r = m^2 / (variance - m). x: (N, *E) -> (2 prod(E),).
 
-        A pixel with a variance of at most its mean gets r = 6,800.
-
-        Raises:
-            ValueError: a mean above 3 million.
+        A pixel with a variance of at most its mean gets r = 6,800. A mean above 3 million raises ValueError.
         """
         mean, variance = mean_and_variance(x.flatten(1))
         smoothed = (0.5 + len(x) * mean) / (1 + len(x))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import pyro.distributions as dist
 import torch
@@ -60,10 +61,7 @@ class Categorical(nn.Module):
 
     Args:
         event_shape: E.
-        rank: The features per pixel, from 1 to 255.
-
-    Raises:
-        ValueError: The rank is out of its range.
+        rank: The features per pixel, from 1 to 255; raises ValueError for others.
 
     Source: a softmax over levels is van den Oord et al. 2016, arXiv 1601.06759, section 3.3; its low rank is ours.
     """
@@ -120,11 +118,6 @@ def logistic_log_scale(feature: Tensor) -> Tensor:
     return _LOG_SCALE_CENTER + bounded(feature, _LOG_SCALE_LIMIT)
 
 
-def logistic_log_scale_feature(log_scale: Tensor) -> Tensor:
-    """The inverse of ``logistic_log_scale``, for values clamped into its range, in any shape."""
-    return unbounded(log_scale - _LOG_SCALE_CENTER, _LOG_SCALE_LIMIT)
-
-
 def discretized_logistic_log_mass(x: Tensor, loc: Tensor, log_scale: Tensor) -> Tensor:
     """log P(x) = log [sigmoid(a) - sigmoid(b)], a, b = (x +- 1/2 - loc) / scale, with a = inf at 255, b = -inf at 0.
 
@@ -179,15 +172,11 @@ def logistic_moments(mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
     """
     log_scale = (variance.sqrt() / CENTER * math.sqrt(3) / math.pi).log()  # -inf where all is one level
     beyond = (mean > TOP - 0.5).to(mean.dtype) - (mean < 0.5).to(mean.dtype)
-    return (mean + beyond) / CENTER - 1, logistic_log_scale_feature(log_scale)
+    return (mean + beyond) / CENTER - 1, unbounded(log_scale - _LOG_SCALE_CENTER, _LOG_SCALE_LIMIT)
 
 
 class LevelLogistic(Pixel):
-    """The logistic distribution of one pixel, rounded to levels.
-
-    Args:
-        loc, log_scale: (*batch_shape), in units of t = level / 127.5 - 1.
-    """
+    """The logistic distribution of one pixel, rounded to levels; loc, log_scale in units of t = level / 127.5 - 1."""
 
     arg_constraints = {"loc": constraints.real, "log_scale": constraints.real}  # noqa: RUF012, as torch has it
     support = LEVELS
@@ -231,20 +220,15 @@ class DiscretizedLogistic(Pixels):
     def fit_marginals(self, x: Tensor) -> Tensor:
         """The most likely h of each pixel. x: (N, *E) -> (2 prod(E),)."""
         share = level_counts(x) / len(x)
-        h = torch.stack(logistic_moments(*level_moments(share)))
-        parts = zip(h.split(PIXELS_AT_ONCE, 1), share.split(PIXELS_AT_ONCE), strict=True)
-        return torch.cat([self._fit(start.float(), part.float()) for start, part in parts], 1).flatten().to(x.dtype)
+        start = torch.stack(logistic_moments(*level_moments(share)))
+        levels = torch.arange(NUM_LEVELS, dtype=torch.float, device=share.device)
 
-    @staticmethod
-    def _fit(start: Tensor, share: Tensor) -> Tensor:
-        """start: (2, D), share: (D, 256), the share of images at each level -> (2, D)."""
-        levels = torch.arange(NUM_LEVELS, dtype=share.dtype, device=share.device)
-
-        def log_p(h: Tensor) -> Tensor:
+        def log_p(h: Tensor, share: Tensor) -> Tensor:
             loc, log_scale = h[0, :, None], logistic_log_scale(h[1, :, None])
             return (share * discretized_logistic_log_mass(levels, loc, log_scale)).sum(-1)
 
-        return ascend(log_p, start)
+        parts = zip(start.float().split(PIXELS_AT_ONCE, 1), share.float().split(PIXELS_AT_ONCE), strict=True)
+        return torch.cat([ascend(partial(log_p, share=part), h) for h, part in parts], 1).flatten().to(x.dtype)
 
 
 class LevelBinomial(dist.Binomial):

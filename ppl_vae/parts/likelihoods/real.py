@@ -213,7 +213,8 @@ class StudentT(_RealPixels):
     def fit_marginals(self, x: Tensor) -> Tensor:
         """h_d = mean_n x_nd / unit, df = 5, and the scale at which the variance is unit^2. x: (N, *E) -> (prod(E),).
 
-        unit^2 = mean_nd (x_nd - mean_n x_nd)^2 = scale^2 df / (df - 2)."""
+        unit^2 = mean_nd (x_nd - mean_n x_nd)^2 = scale^2 df / (df - 2).
+        """
         with torch.no_grad():
             self.log_scale.fill_(math.log(3 / 5) / 2)
             self.feature.copy_(unbounded(self.feature.new_tensor(math.log(4)), LOG_DF_LIMIT))

@@ -40,11 +40,7 @@ _SERIES_BELOW = 0.5
 
 
 class StableContinuousBernoulli(Pixel):
-    """p(x) = e^{h x} h / (e^h - 1), 0 <= x <= 1. Pyro's is off by nats in float32 at large logits.
-
-    Args:
-        logits: h, (*batch_shape).
-    """
+    """p(x) = e^{h x} h / (e^h - 1), 0 <= x <= 1, h the logits. Pyro's is off by nats in float32 at large logits."""
 
     arg_constraints = {"logits": constraints.real}  # noqa: RUF012, as torch has it
     support = constraints.unit_interval
@@ -84,16 +80,6 @@ class StableContinuousBernoulli(Pixel):
         return torch.where(small, near * (value - 0.5) - log_sinhc, steep)
 
 
-def _natural_parameter(mean: Tensor) -> Tensor:
-    """The h with 1 / (1 - e^-h) - 1 / h = mean, by bisection, for means from 0.001 to 0.999; float64."""
-    low, high = torch.full_like(mean, -1100.0), torch.full_like(mean, 1100.0)
-    for _ in range(60):
-        middle = (low + high) / 2
-        is_below = StableContinuousBernoulli(middle).mean < mean
-        low, high = torch.where(is_below, middle, low), torch.where(is_below, high, middle)
-    return (low + high) / 2
-
-
 class ContinuousBernoulli(Pixels):
     """p(x | h) = prod_d e^{h_d x_d} h_d / (e^{h_d} - 1), for x in [0, 1]^E.
 
@@ -113,9 +99,17 @@ class ContinuousBernoulli(Pixels):
         return StableContinuousBernoulli(logits)
 
     def fit_marginals(self, x: Tensor) -> Tensor:
-        """The h_d with the pixel's mean, clamped to [0.001, 0.999]: h is infinite at 0 and 1. (N, *E) -> (prod(E),)."""
-        mean, _ = mean_and_variance(x.flatten(1))
-        return _natural_parameter(mean.clamp(0.001, 0.999)).to(x.dtype)
+        """The h_d with the pixel's mean, by bisection in float64. x: (N, *E) -> (prod(E),).
+
+        The mean is clamped to [0.001, 0.999], since h is infinite at 0 and 1.
+        """
+        mean = mean_and_variance(x.flatten(1))[0].clamp(0.001, 0.999)
+        low, high = torch.full_like(mean, -1100.0), torch.full_like(mean, 1100.0)
+        for _ in range(60):
+            middle = (low + high) / 2
+            is_below = StableContinuousBernoulli(middle).mean < mean
+            low, high = torch.where(is_below, middle, low), torch.where(is_below, high, middle)
+        return ((low + high) / 2).to(x.dtype)
 
 
 _MEAN_LOGIT_LIMIT = 10.0
@@ -125,9 +119,7 @@ _LOG_CONCENTRATION_CENTER, _LOG_CONCENTRATION_LIMIT = 3.0, 6.0
 class StableBeta(Pixel):
     """p(x) = x^(alpha - 1) (1 - x)^(beta - 1) / B(alpha, beta), 0 < x < 1, alpha = mu kappa, beta = (1 - mu) kappa.
 
-    Args:
-        mean_logit: logit(mu), (*batch_shape).
-        log_concentration: log(kappa), (*batch_shape).
+    Its parameters are logit(mu) and log(kappa).
     """
 
     arg_constraints = {"mean_logit": constraints.real, "log_concentration": constraints.real}  # noqa: RUF012, as torch
@@ -142,7 +134,6 @@ class StableBeta(Pixel):
 
     @property
     def mean(self) -> Tensor:
-        """mu."""
         return self.mean_logit.sigmoid()
 
     @torch.no_grad()
@@ -208,8 +199,7 @@ _QUADRATURE_POINTS = 24  # of each half of the quantiles
 class Sigmoid(dist.TorchDistribution):
     """The distribution of x = sigmoid(y), y ~ base: p(x) = p_base(logit x) / (x (1 - x)), 0 < x < 1, of one pixel.
 
-    Args:
-        base: a distribution of a real number, symmetric about its median, with ``icdf`` and ``cdf``.
+    The base is a distribution of a real number, symmetric about its median, with ``icdf`` and ``cdf``.
     """
 
     arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012, the name and type that torch asks for
@@ -274,10 +264,8 @@ class Logit(nn.Module):
     """p(x | h) = prod_d p_base(logit(x_d) | h) / (x_d (1 - x_d)), for x = sigmoid(y) in (0, 1)^E and y ~ base(h).
 
     Args:
-        base: A likelihood of real numbers, whose features it takes.
-
-    Raises:
-        ValueError: The base has no quantiles, from which the mean of sigmoid(y) is computed, such as ``StudentT``.
+        base: A likelihood of real numbers, whose features it takes. One without quantiles, from which the mean of
+            sigmoid(y) is computed, raises ValueError, such as ``StudentT``.
 
     Reference: Aitchison and Shen 1980, Biometrika 67(2), 261-272 (the logit-normal distribution).
     """

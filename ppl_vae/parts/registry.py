@@ -46,8 +46,20 @@ class Part:
         return self.load()(*(context[name] for name in self.takes), **self.arguments(options))
 
 
+def _part(target: str, help: str, *takes: str, **options: str) -> Part:
+    return Part(target, help, options, takes)
+
+
 def _likelihood(name: str, help: str, **options: str) -> Part:
-    return Part(f"parts.likelihoods:{name}", help, options, ("event_shape",))
+    return _part(f"parts.likelihoods:{name}", help, "event_shape", **options)
+
+
+def _posterior(name: str, help: str, **options: str) -> Part:
+    return _part(f"parts.posteriors:{name}", help, "latent_dim", **options)
+
+
+def _objective(name: str, help: str, **options: str) -> Part:
+    return _part(f"objectives:{name}", help, **options, num_particles="num_particles")
 
 
 LIKELIHOODS = {
@@ -72,88 +84,61 @@ LIKELIHOODS = {
 }
 
 NETWORKS = {
-    "mlp": Part("parts.networks:DENSE", "dense, ReLU"),
-    "tanh": Part("parts.networks:DENSE_TANH", "dense, tanh, as in older papers"),
-    "gated": Part("parts.networks:DENSE_GATED", "dense, gated linear units"),
-    "conv": Part("parts.networks:CONV", "convolutions of stride 2"),
-    "gated-conv": Part("parts.networks:CONV_GATED", "gated convolutions of stride 2"),
-    "residual": Part("parts.networks:RESIDUAL", "convolutions with residual blocks"),
-    "gated-residual": Part("parts.networks:RESIDUAL_GATED", "gated convolutions with residual blocks"),
+    "mlp": _part("parts.networks:DENSE", "dense, ReLU"),
+    "tanh": _part("parts.networks:DENSE_TANH", "dense, tanh, as in older papers"),
+    "gated": _part("parts.networks:DENSE_GATED", "dense, gated linear units"),
+    "conv": _part("parts.networks:CONV", "convolutions of stride 2"),
+    "gated-conv": _part("parts.networks:CONV_GATED", "gated convolutions of stride 2"),
+    "residual": _part("parts.networks:RESIDUAL", "convolutions with residual blocks"),
+    "gated-residual": _part("parts.networks:RESIDUAL_GATED", "gated convolutions with residual blocks"),
 }
 DENSE_NETWORKS = ("mlp", "tanh", "gated")
 
 COUPLINGS = {
-    "affine": Part("parts.flows:affine_coupling", "scale and shift"),
-    "spline": Part("parts.flows:spline_coupling", "rational-quadratic splines"),
+    "affine": _part("parts.flows:affine_coupling", "scale and shift"),
+    "spline": _part("parts.flows:spline_coupling", "rational-quadratic splines"),
 }
 SCALE_MAPS = {
-    "bounded": Part("parts.posteriors:bounded_log_scale", "exp(7 tanh(h / 7))"),
-    "exp": Part("parts.posteriors:exponential_log_scale", "exp(h)"),
-    "softplus": Part("parts.posteriors:softplus_log_scale", "log(1 + exp(h))"),
+    "bounded": _part("parts.posteriors:bounded_log_scale", "exp(7 tanh(h / 7))"),
+    "exp": _part("parts.posteriors:exponential_log_scale", "exp(h)"),
+    "softplus": _part("parts.posteriors:softplus_log_scale", "log(1 + exp(h))"),
 }
 POSTERIOR_FLOWS = {
-    "iaf": Part("parts.posteriors:inverse_autoregressive_flow", "inverse autoregressive"),
-    "spline": Part("parts.posteriors:spline_flow", "coupled splines"),
+    "iaf": _part("parts.posteriors:inverse_autoregressive_flow", "inverse autoregressive"),
+    "spline": _part("parts.posteriors:spline_flow", "coupled splines"),
 }
 
+_FLOW = {"prior_flow": "coupling", "prior_layers": "num_layers", "prior_hidden": "hidden"}
+_VAMP = "a mixture of the guide's posteriors of learned pseudo-images"
 PRIORS = {
-    "standard-normal": Part("parts.priors:StandardNormal", "N(0, I)", takes=("latent_dim",)),
-    "mixture": Part(
-        "parts.priors:Mixture", "a mixture of normals", {"prior_components": "components"}, ("latent_dim",)
-    ),
-    "vamp": Part(
-        "parts.priors:VampPrior",
-        "a mixture of the guide's posteriors of learned pseudo-images",
-        {"prior_components": "components"},
-        ("posterior", "event_shape"),
-    ),
-    "flow": Part(
-        "parts.priors:FlowPrior",
-        "a normalizing flow of couplings",
-        {"prior_flow": "coupling", "prior_layers": "num_layers", "prior_hidden": "hidden"},
-        ("latent_dim",),
-    ),
+    "standard-normal": _part("parts.priors:StandardNormal", "N(0, I)", "latent_dim"),
+    "mixture": _part("parts.priors:Mixture", "a mixture of normals", "latent_dim", prior_components="components"),
+    "vamp": _part("parts.priors:VampPrior", _VAMP, "posterior", "event_shape", prior_components="components"),
+    "flow": _part("parts.priors:FlowPrior", "a normalizing flow of couplings", "latent_dim", **_FLOW),
 }
 
+_LAYERS = {"posterior_flow": "flow", "posterior_layers": "num_layers", "posterior_hidden": "hidden"}
 POSTERIORS = {
-    "diagonal": Part(
-        "parts.posteriors:DiagonalNormal", "independent normals", {"scale_map": "log_scale"}, ("latent_dim",)
-    ),
-    "full": Part(
-        "parts.posteriors:FullNormal", "a normal with full covariance", {"scale_map": "log_scale"}, ("latent_dim",)
-    ),
-    "flow": Part(
-        "parts.posteriors:flow_posterior",
-        "a normal followed by a flow",
-        {
-            "posterior_flow": "flow",
-            "posterior_layers": "num_layers",
-            "posterior_hidden": "hidden",
-            "scale_map": "log_scale",
-        },
-        ("latent_dim",),
-    ),
-    "delta": Part("parts.posteriors:Delta", "one point: a plain autoencoder, with --beta 0", takes=("latent_dim",)),
+    "diagonal": _posterior("DiagonalNormal", "independent normals", scale_map="log_scale"),
+    "full": _posterior("FullNormal", "a normal with full covariance", scale_map="log_scale"),
+    "flow": _posterior("flow_posterior", "a normal followed by a flow", **_LAYERS, scale_map="log_scale"),
+    "delta": _posterior("Delta", "one point: a plain autoencoder, with --beta 0"),
 }
 
 KLS = {
-    "sampled": Part("objectives:Trace_ELBO", "Pyro's Trace_ELBO"),
-    "analytic": Part("objectives:TraceMeanField_ELBO", "Pyro's TraceMeanField_ELBO"),
+    "sampled": _part("objectives:Trace_ELBO", "Pyro's Trace_ELBO"),
+    "analytic": _part("objectives:TraceMeanField_ELBO", "Pyro's TraceMeanField_ELBO"),
 }
 OBJECTIVES = {
-    "elbo": Part("objectives:elbo", "Pyro's ELBO, --kl", {"kl": "estimator", "num_particles": "num_particles"}),
-    "free-bits": Part(
-        "objectives:FreeBits",
-        "the ELBO, with free nats for each latent",
-        {"free_bits": "free_nats", "num_particles": "num_particles"},
-    ),
-    "iwae": Part("objectives:IWAE", "the importance-weighted bound", {"num_particles": "num_particles"}),
-    "dreg": Part("objectives:DReG", "the same, doubly reparametrized gradients", {"num_particles": "num_particles"}),
-    "stl": Part("objectives:STL", "the ELBO, gradients without the guide's score", {"num_particles": "num_particles"}),
+    "elbo": _objective("elbo", "Pyro's ELBO, --kl", kl="estimator"),
+    "free-bits": _objective("FreeBits", "the ELBO, with free nats for each latent", free_bits="free_nats"),
+    "iwae": _objective("IWAE", "the importance-weighted bound"),
+    "dreg": _objective("DReG", "the same, doubly reparametrized gradients"),
+    "stl": _objective("STL", "the ELBO, gradients without the guide's score"),
 }
 SCHEDULES = {
-    "cosine": Part("training.settings:cosine", "flat, then to 0 on a cosine", {"decay_start": "start"}),
-    "stages": Part("training.settings:stages", "the eight stages of Burda et al. 2016"),
+    "cosine": _part("training.settings:cosine", "flat, then to 0 on a cosine", decay_start="start"),
+    "stages": _part("training.settings:stages", "the eight stages of Burda et al. 2016"),
 }
 
 # Options whose value is itself a word of a table.

@@ -29,10 +29,8 @@ from ppl_vae.weights import latent_sites
 def images_tensor(name: str, x: Any) -> Tensor:
     """Return images as one tensor (N, *E); a NumPy array is not copied if that is possible.
 
-    An array of the other byte order, as FITS and IDX files have it, is converted.
-
-    Raises:
-        ValueError: x is neither of these, but for example a list or a ``DataLoader``; or an array with masked values.
+    An array of the other byte order, as FITS and IDX files have it, is converted. Anything else raises ValueError, such
+    as a list, a ``DataLoader`` or an array with masked values.
     """
     check_no_mask(name, x)
     if isinstance(x, np.ndarray) and x.dtype.kind in "buif":
@@ -47,11 +45,7 @@ def images_tensor(name: str, x: Any) -> Tensor:
 
 
 def check_no_mask(name: str, x: Any) -> None:
-    """Refuse a NumPy array with masked values: NumPy's conversions drop the mask, and would train on what it hides.
-
-    Raises:
-        ValueError: A value is masked.
-    """
+    """Refuse a NumPy array with masked values: NumPy's conversions drop the mask, and would train on what it hides."""
     if isinstance(x, np.ma.MaskedArray) and (count := int(np.ma.getmaskarray(x).sum())):
         raise ValueError(
             f"{name}: expected an array without masked values, got {count:,} masked of {x.size:,}; leave out their "
@@ -60,12 +54,10 @@ def check_no_mask(name: str, x: Any) -> None:
 
 
 def check_program(program: Program) -> None:
-    """Refuse a program that cannot be trained.
+    """Refuse a program that cannot be trained, with a ValueError.
 
-    Raises:
-        ValueError: It has no model and guide, or no weight that a gradient can change; or a guide or model was assigned
-            to it as a submodule, where its method would be called instead; or it holds a guide from
-            pyro.infer.autoguide.
+    Such a program has no model and guide, or no weight that a gradient can change; or a guide or model was assigned to
+    it as a submodule, where its method would be called instead; or it holds a guide from pyro.infer.autoguide.
     """
     if not isinstance(program, Program):
         raise ValueError(
@@ -79,15 +71,13 @@ def check_program(program: Program) -> None:
     if autoguide is not None:
         raise ValueError(f"guide: expected a guide with an encoder, got {type(autoguide).__name__}; {NO_AUTOGUIDE}")
     weights = list(program.parameters())
+    got = ""
     if any(w.is_inference() for w in weights):
-        raise ValueError(
-            "program: expected weights that can be trained, got some made in torch.inference_mode; build it outside"
-        )
-    if not any(w.requires_grad for w in weights):
-        raise ValueError(
-            f"program: expected weights that can be trained, got {len(weights)} and none with requires_grad; "
-            "requires_grad_(True) makes them so"
-        )
+        got = "some made in torch.inference_mode; build it outside"
+    elif not any(w.requires_grad for w in weights):
+        got = f"{len(weights)} and none with requires_grad; requires_grad_(True) makes them so"
+    if got:
+        raise ValueError(f"program: expected weights that can be trained, got {got}")
 
 
 def _find_autoguide(program: Program) -> AutoGuide | None:
@@ -114,9 +104,6 @@ def check_batch_of_one(
         program: In training mode.
         objective, transform: As ``fit`` takes them.
         x: (1, *E), as stored, on the program's device.
-
-    Raises:
-        ValueError: A layer of batch normalization cannot train on it.
     """
     if not any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in program.modules()):
         return
@@ -141,14 +128,10 @@ _FEW_SKIPPED = 100  # a start from fresh weights skips some
 
 def check_skipped(state: TrainingState, epoch: int) -> None:
     """Raise NotFinite if so many steps were skipped that the rest is no training."""
-    if not state.epoch_images:
-        raise NotFinite(
-            f"step {state.step}: every step of epoch {epoch} had a gradient above skip_norm, or none that is finite"
-        )
-    if state.skipped > max(_FEW_SKIPPED, _MAX_SKIPPED * state.step):
-        raise NotFinite(
-            f"step {state.step}: {state.skipped} steps so far had a gradient above skip_norm, or none that is finite"
-        )
+    if state.epoch_images and state.skipped <= max(_FEW_SKIPPED, _MAX_SKIPPED * state.step):
+        return
+    which = f"{state.skipped} steps so far" if state.epoch_images else f"every step of epoch {epoch}"
+    raise NotFinite(f"step {state.step}: {which} had a gradient above skip_norm, or none that is finite")
 
 
 class RanksDiffer(ArithmeticError):
@@ -179,13 +162,10 @@ def _sha256(tensors: Iterable[Tensor]) -> str:
 
 
 def check_images(state: TrainingState, train: Tensor, transform: Callable[..., Tensor], *, batch_size: int) -> None:
-    """Check the training images as Pyro's validation would, without running the networks on all of them.
+    """Check the training images (N, *E) as Pyro's validation would, without running the networks on all of them.
 
     The program runs once, with validation; then every image is compared with the support of the sites that observe it.
-
-    Raises:
-        NotFinite: The weights or images hold values that are not finite.
-        ValueError: A value is off its support, or a shape is wrong.
+    Values that are not finite raise NotFinite; those off their support and wrong shapes raise ValueError.
     """
     program = state.program
     with seeded(0, state.device), torch.no_grad():
@@ -213,14 +193,7 @@ def check_images(state: TrainingState, train: Tensor, transform: Callable[..., T
 
 
 def find_not_finite(state: TrainingState, objective: Callable[..., Tensor], x: Tensor, beta: float) -> str:
-    """Repeat the step that failed, with other noise and without its update, and say what is not finite.
-
-    Args:
-        state: Of the training.
-        objective: As ``fit`` takes it.
-        x: The batch (B, *E).
-        beta: Of that step.
-    """
+    """Repeat a failed step on x (B, *E), with other noise and without its update, and say what is not finite."""
     program = state.program
     program.zero_grad()
     with pyro.validation_enabled(False):

@@ -102,7 +102,7 @@ class Optimizer:
                 raise ValueError(f"{name}: expected a finite number above 0, got {value}")
         if not 0 <= self.average_decay < 1:
             raise ValueError(f"average_decay: expected a number from 0 to below 1, got {self.average_decay}")
-        _convert(self, float, "learning_rate", "average_decay")
+        _set(self, learning_rate=float(self.learning_rate), average_decay=float(self.average_decay))
 
 
 @dataclass(frozen=True)
@@ -124,10 +124,10 @@ class Schedule:
     warmup_epochs: int = 0
 
     def __post_init__(self) -> None:
-        check_count("batch_size", self.batch_size)
-        check_count("warmup_epochs", self.warmup_epochs, least=0)
-        _convert(self, operator.index, "batch_size", "warmup_epochs", "seed")
-        _convert(self, float, "beta")
+        batch_size = check_count("batch_size", self.batch_size)
+        warmup_epochs = check_count("warmup_epochs", self.warmup_epochs, least=0)
+        seed, beta = operator.index(self.seed), float(self.beta)
+        _set(self, batch_size=batch_size, warmup_epochs=warmup_epochs, seed=seed, beta=beta)
 
     def step_values(self, step: int, optimizer: Optimizer, *, total_steps: int, steps_per_epoch: int) -> StepValues:
         """beta, the learning rate and the averages' decay of a step."""
@@ -156,8 +156,7 @@ class Validation:
     keep_start: bool = False
 
     def __post_init__(self) -> None:
-        check_count("num_particles", self.num_particles)
-        _convert(self, operator.index, "num_particles")
+        _set(self, num_particles=check_count("num_particles", self.num_particles))
 
 
 @dataclass(frozen=True)
@@ -181,11 +180,13 @@ class Callbacks:
     should_stop: Callable[[], bool] | None = None
 
 
-def _convert(settings: Any, kind: Callable[[Any], Any], *names: str) -> None:
-    """Make Python's numbers of NumPy's, in a frozen dataclass."""
-    for name in names:
-        object.__setattr__(settings, name, kind(getattr(settings, name)))
+def _set(settings: object, **values: object) -> None:
+    """Set fields of a frozen dataclass: Python's numbers instead of NumPy's."""
+    for name, value in values.items():
+        object.__setattr__(settings, name, value)
 
+
+# --- Validation after an epoch ---
 
 VALIDATION_SEED = 20140501
 
@@ -196,55 +197,40 @@ def validate(state: TrainingState, validation: Validation, *, check: bool) -> di
     The record holds the validation ELBO at beta = 1, its two terms, and L_S of several particles. For an autoencoder it
     holds the reconstruction log p(x | z(x)). Numbers are nats per image; ``check`` validates values against supports.
     """
+    record: dict[str, float] = {}
     with state.evaluated_weights():
-        record = _measure(state, validation, check=check)
-        if validation.keep_last:
+        if validation.images is not None:
+            record, name, value = _measure(state.program, validation.images, validation.num_particles, check=check)
+            if not math.isfinite(value):
+                raise NotFinite(f"step {state.step}: the validation {name} is {value}")
+        is_best = validation.images is None or value > state.best_validation
+        if is_best and record:
+            state.best_validation = value
+        if is_best or validation.keep_last:
             state.keep_weights()
     return record
 
 
-def _measure(state: TrainingState, validation: Validation, *, check: bool) -> dict[str, float]:
-    images, S = validation.images, validation.num_particles
-    if images is None:
-        state.keep_weights()
-        return {}
-    if _has_deterministic_guide(state.program, images):
-        log_p_x_given_z = reconstruction(state.program, images, seed=VALIDATION_SEED, check=check)
-        found = Estimate.mean_of(log_p_x_given_z, 1)
-        _keep_if_best(state, found.mean, "reconstruction")
-        return {
-            "validation_reconstruction_nats_per_image": found.mean,
-            "validation_reconstruction_stderr_nats_per_image": found.stderr,
-        }
-    result = evaluate(state.program, images, num_particles=S, seed=VALIDATION_SEED, check=check)
-    elbo = Estimate.mean_of(result.elbo, S)
-    record = {
-        "validation_elbo_nats_per_image": elbo.mean,
-        "validation_elbo_stderr_nats_per_image": elbo.stderr,
+def _measure(program: Program, x: Tensor, S: int, *, check: bool) -> tuple[dict[str, float], str, float]:
+    """The record of images x (M, *E), and the name and value of the number that chooses the weights."""
+    with seeded(VALIDATION_SEED, x.device), torch.no_grad(), evaluation_mode(program):
+        has_no_density = is_autoencoder(program.guide, x)
+    if has_no_density:
+        found = Estimate.mean_of(reconstruction(program, x, seed=VALIDATION_SEED, check=check), 1)
+        return _entries("reconstruction", found), "reconstruction", found.mean
+    result = evaluate(program, x, num_particles=S, seed=VALIDATION_SEED, check=check)
+    elbo, bound = (Estimate.mean_of(values, S) for values in (result.elbo, result.log_evidence))
+    record = _entries("elbo", elbo) | {
         "validation_reconstruction_nats_per_image": float(result.reconstruction.mean()),
         "validation_kl_nats_per_image": float(result.kl.mean()),
     }
     if S == 1:
-        _keep_if_best(state, elbo.mean, "ELBO")
-        return record
-    bound = Estimate.mean_of(result.log_evidence, S)
-    _keep_if_best(state, bound.mean, f"bound L_{S}")
-    return record | {
-        "validation_particles": S,
-        "validation_bound_nats_per_image": bound.mean,
-        "validation_bound_stderr_nats_per_image": bound.stderr,
+        return record, "ELBO", elbo.mean
+    return record | {"validation_particles": S} | _entries("bound", bound), f"bound L_{S}", bound.mean
+
+
+def _entries(name: str, found: Estimate) -> dict[str, float]:
+    return {
+        f"validation_{name}_nats_per_image": found.mean,
+        f"validation_{name}_stderr_nats_per_image": found.stderr,
     }
-
-
-def _has_deterministic_guide(program: Program, x: Tensor) -> bool:
-    with seeded(VALIDATION_SEED, x.device), torch.no_grad(), evaluation_mode(program):
-        return is_autoencoder(program.guide, x)
-
-
-def _keep_if_best(state: TrainingState, value: float, name: str) -> None:
-    """Keep the weights if the value, nats per image, is the highest so far; ``name`` says what it is."""
-    if not math.isfinite(value):
-        raise NotFinite(f"step {state.step}: the validation {name} is {value}")
-    if value > state.best_validation:
-        state.best_validation = value
-        state.keep_weights()

@@ -145,7 +145,9 @@ class BatchSize:
             before = getattr(self, f"{word}s")
             setattr(self, f"{word}s", before // 2)
             if self._say is not None:
-                self._say(f"Out of memory with {_count(before, word)} at once: continuing with {before // 2:,}.")
+                self._say(
+                    f"Out of memory with {describe_count(before, word)} at once: continuing with {before // 2:,}."
+                )
                 self._say = None
 
 
@@ -178,17 +180,12 @@ def find_fitting_batch(try_step: Callable[[int], object], batch_size: int, devic
     return None
 
 
-def describe_memory_error(batch_size: int, fits: int | None) -> str:
-    """The message for a training batch that did not fit; ``fits`` is from ``find_fitting_batch``."""
-    message = f"out of memory in a step of {_count(batch_size, 'image')}"
-    if fits is None:
-        return f"{message}, and no smaller batch fits: a smaller network needs less"
-    return f"{message}; --batch-size {fits} fits"
-
-
-def _count(number: int, word: str) -> str:
+def describe_count(number: int, word: str) -> str:
+    """The number with its noun, such as "1,000 images"."""
     return f"{number:,} {word}{'s' * (number != 1)}"
 
+
+# --- Blocks ---
 
 # How often several ranks exchange their rows, and learn of an error or of a request to stop on another rank.
 _SECONDS_BETWEEN_EXCHANGES = 2.0
@@ -223,7 +220,8 @@ def compute_blocks(
 ) -> Tensor:
     """Compute one row of numbers for each item; rank r of R computes the unfinished blocks r, r + R, ...
 
-    Every rank calls this with the same items and returns all rows, bit for bit as one process computes them.
+    Every rank calls this with the same items and returns all rows, bit for bit as one process computes them. It raises
+    Stopped if ``should_stop`` returned True before the last block, and ConnectionError if another rank met an error.
 
     Args:
         compute: Takes the slice of a block's items and returns (n, F) float64; its noise depends on the slice alone.
@@ -239,11 +237,6 @@ def compute_blocks(
 
     Returns:
         (N, F) float64, on the device.
-
-    Raises:
-        Stopped: ``should_stop`` returned True before the last block.
-        ValueError: ``done`` does not fit these blocks.
-        ConnectionError: another rank raised an error.
     """
     # Allocated before the work: small tensors kept between large ones would fragment memory for good.
     table = torch.empty(num_items, num_columns, dtype=torch.double, device=device)
@@ -253,7 +246,14 @@ def compute_blocks(
         started = time.monotonic()
         current, remaining = remaining[: rounds * num_ranks], remaining[rounds * num_ranks :]
         with end_together():
-            computed = _compute_own(compute, current, progress)
+            computed = []
+            for i in range(0, len(current), num_ranks):
+                blocks = current[i : i + num_ranks]
+                if distributed.rank() < len(blocks):
+                    block = blocks[distributed.rank()]
+                    computed.append((block, compute(block)))
+                if progress is not None:
+                    progress(sum(block.stop - block.start for block in blocks))
         _exchange(table, current, computed)
         with end_together():
             if on_block is not None:
@@ -282,27 +282,12 @@ def _fill_finished(table: Tensor, block_size: int, done: Mapping[int, Tensor]) -
     return [block for block in blocks if block.start not in firsts]
 
 
-def _compute_own(
-    compute: Callable[[slice], Tensor], current: list[slice], progress: Callable[[int], None] | None
-) -> list[tuple[slice, Tensor]]:
-    """Compute this rank's block of each round, and return the blocks with their rows."""
-    rank, num_ranks = distributed.rank(), distributed.num_ranks()
-    computed = []
-    for start in range(0, len(current), num_ranks):
-        blocks = current[start : start + num_ranks]
-        if rank < len(blocks):
-            computed.append((blocks[rank], compute(blocks[rank])))
-        if progress is not None:
-            progress(sum(block.stop - block.start for block in blocks))
-    return computed
-
-
 def _exchange(table: Tensor, blocks: list[slice], computed: list[tuple[slice, Tensor]]) -> None:
     """Set table[block] for all blocks, each from the rank that computed it."""
     first, end = blocks[0].start, blocks[-1].stop
     rows = torch.cat([table.new_empty(0, table.shape[1]), *(rows for _, rows in computed)])
-    index = torch.arange(first, end, device=table.device)
-    places = torch.cat([index[:0], *(index[block.start - first : block.stop - first] for block, _ in computed)])
+    index = torch.arange(end, device=table.device)
+    places = torch.cat([index[:0], *(index[block] for block, _ in computed)])
     found = distributed.gather_rows(rows, end - first, places - first)
     for block in blocks:
         table[block] = found[block.start - first : block.stop - first]

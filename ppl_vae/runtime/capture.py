@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from ppl_vae.runtime import _inductor
 from ppl_vae.runtime.errors import CannotCapture
-from ppl_vae.runtime.global_state import ModuleMethods
+from ppl_vae.runtime.global_state import _Module
 
 aten = torch.ops.aten
 _is_capturing = False
@@ -195,13 +195,13 @@ def _explain(error: BaseException | None) -> str:
     return first_line(error)
 
 
-def detach_tensors(module: ModuleMethods) -> dict[str, Tensor]:
+def detach_tensors(module: _Module) -> dict[str, Tensor]:
     """The module's parameters and buffers by name, without gradients, in the same memory, of any shapes."""
     return {name: w.detach() for name, w in [*module.named_parameters(), *module.named_buffers()]}
 
 
 @contextmanager
-def replace_tensors(module: ModuleMethods, values: Mapping[str, Tensor]) -> Iterator[None]:
+def replace_tensors(module: _Module, values: Mapping[str, Tensor]) -> Iterator[None]:
     """Use these tensors as the module's parameters and buffers of these names, wherever it holds them.
 
     ``torch.func.functional_call`` does not restore a module that is registered twice, such as the posterior that a
@@ -226,7 +226,7 @@ def replace_tensors(module: ModuleMethods, values: Mapping[str, Tensor]) -> Iter
 
 
 @contextmanager
-def refuse_new_buffers(module: ModuleMethods) -> Iterator[None]:
+def refuse_new_buffers(module: _Module) -> Iterator[None]:
     """Raise CannotCapture if the block replaces a buffer of the module by another tensor, which a graph forgets."""
     before = dict(module.named_buffers())
     yield

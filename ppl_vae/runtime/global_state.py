@@ -31,7 +31,7 @@ def serialize_threads() -> Iterator[None]:
         yield
 
 
-class ModuleMethods(Protocol):
+class _Module(Protocol):
     """The methods of a ``torch.nn.Module`` that this room calls: a protocol, such as ``Program``, is no module."""
 
     def modules(self) -> Iterator[nn.Module]: ...
@@ -41,7 +41,7 @@ class ModuleMethods(Protocol):
 
 
 @contextmanager
-def evaluation_mode(module: ModuleMethods) -> Iterator[None]:
+def evaluation_mode(module: _Module) -> Iterator[None]:
     """Put a module and its parts into evaluation mode, and each back into its own mode afterwards."""
     with serialize_threads():
         modes = [(part, part.training) for part in module.modules()]

@@ -33,14 +33,8 @@ TIMEOUT = timedelta(minutes=30)  # how long one exchange waits for the other ran
 def join(device: str) -> torch.device:
     """Join the other processes that torchrun started, if any, and return the device of this one.
 
-    Under torchrun "cuda" means one GPU per process, cuda:LOCAL_RANK. A second call changes nothing.
-
-    Args:
-        device: "cpu", "cuda" or a device with its index.
-
-    Raises:
-        ValueError: There are more processes than GPUs on this machine, or several processes were given one GPU.
-        ConnectionError: The other processes were not found.
+    Under torchrun "cuda" means one GPU per process, cuda:LOCAL_RANK; a ValueError refuses several processes on one GPU.
+    A second call changes nothing.
     """
     place = torch.device(device)
     if not _has_other_processes():
@@ -98,15 +92,12 @@ def sum_over_ranks(tensor: Tensor) -> None:
 
 
 def gather_rows(mine: Tensor, num_rows: int, rows: Tensor) -> Tensor:
-    """Collect a table's rows from all ranks, bit for bit, and return the whole table on every rank.
+    """Collect a table's rows from all ranks, bit for bit, and return the whole table, (num_rows, *rest), on every rank.
 
     Args:
         mine: (n, *rest) this rank's rows; n may be 0, and ``rest`` and the type are the same on all ranks.
         num_rows: The number of rows of the whole table.
         rows: (n,) int64, their places in it. Each row belongs to exactly one rank.
-
-    Returns:
-        (num_rows, *rest).
     """
     table = mine.new_zeros((num_rows, *mine.shape[1:]))
     table[rows] = mine
@@ -125,12 +116,7 @@ def agree(value: bool) -> bool:
 
 
 def broadcast(value: Result) -> Result:
-    """Return rank 0's value on every rank, by way of JSON; the values of the others are ignored.
-
-    If rank 0 ends before this call, the others raise ConnectionError.
-    """
-    if num_ranks() == 1:
-        return value
+    """Return rank 0's value on every rank, by way of JSON; ConnectionError if rank 0 has ended."""
     found: list[Any] = gather_objects(value if rank() == 0 else None)
     return found[0]
 
@@ -224,13 +210,8 @@ def use_share(share: BatchShare) -> Iterator[None]:
 def mean_over_batch(mean: Tensor) -> Tensor:
     """The mean over the whole batch, without gradients, from the mean over this rank's images.
 
-    Outside of ``use_share``, the mean itself, detached.
-
-    Args:
-        mean: Of any shape.
-
-    Raises:
-        CannotCapture: There are several ranks, and a graph is being captured, which cannot wait for other processes.
+    Outside of ``use_share`` it is the mean itself, of any shape, detached. A graph of several ranks that is being
+    captured cannot wait for other processes, and raises CannotCapture.
     """
     if _share is None or num_ranks() == 1:
         return mean.detach()

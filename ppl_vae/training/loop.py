@@ -19,7 +19,7 @@ from torch import Tensor
 from ppl_vae import data as image_data
 from ppl_vae import objectives
 from ppl_vae.protocols import Program
-from ppl_vae.runtime.batching import describe_memory_error, find_fitting_batch
+from ppl_vae.runtime.batching import describe_count, find_fitting_batch
 from ppl_vae.runtime.captured_step import optimizer_obstacle
 from ppl_vae.runtime.errors import CannotCapture, check_count, is_out_of_memory
 from ppl_vae.runtime.global_state import seeded, serialize_threads
@@ -40,11 +40,7 @@ from ppl_vae.training.streaming import Resident, Streamed
 
 
 class TrainingStopped(Exception):
-    """The training ended early because it was asked to; its state was given to ``on_checkpoint``.
-
-    Attributes:
-        step: The number of steps that were taken.
-    """
+    """The training ended early, after ``step`` steps, because it was asked to; ``on_checkpoint`` got its state."""
 
     def __init__(self, step: int) -> None:
         super().__init__(f"stopped at step {step:,}")
@@ -213,9 +209,10 @@ class _Loop:
         epoch, place = divmod(state.step, self.steps_per_epoch)
         batch_size, seed = self.schedule.batch_size, self.schedule.seed
         batches = epoch_batches(self.num_images, batch_size, seed=seed, epoch=epoch, device=state.device)[place:]
-        lengths = {"total_steps": self.total_steps, "steps_per_epoch": self.steps_per_epoch}
-        end = (epoch + 1) * self.steps_per_epoch
-        values = [self.schedule.step_values(step, self.optimizer, **lengths) for step in range(state.step, end)]
+        values_of = partial(
+            self.schedule.step_values, total_steps=self.total_steps, steps_per_epoch=self.steps_per_epoch
+        )
+        values = [values_of(step, self.optimizer) for step in range(state.step, (epoch + 1) * self.steps_per_epoch)]
         # Pyro's validation raises for a step that is not finite, which skip_norm asks to skip. It would also end one
         # of several ranks and leave the others waiting. In both cases all images are checked before the first step.
         is_first = epoch == self.first_epoch
@@ -288,9 +285,12 @@ class _Loop:
                 if not is_out_of_memory(error):
                     raise
         # The error is gone here, and its frames hold no tensors any more. Each rank has its part of the batch.
-        batch_size, device = min(self.schedule.batch_size, self.num_images), self.state.device
-        fits = find_fitting_batch(self._try_step, -(-batch_size // num_ranks()), device)
-        raise ValueError(describe_memory_error(batch_size, fits and fits * num_ranks()))
+        batch_size = min(self.schedule.batch_size, self.num_images)
+        fits = find_fitting_batch(self._try_step, -(-batch_size // num_ranks()), self.state.device)
+        cause = f"out of memory in a step of {describe_count(batch_size, 'image')}"
+        if fits is None:
+            raise ValueError(f"{cause}, and no smaller batch fits: a smaller network needs less")
+        raise ValueError(f"{cause}; --batch-size {fits * num_ranks()} fits")
 
     def _try_step(self, num_images: int) -> None:
         """Take the loss and gradient of so many images; change nothing and consume no random numbers."""

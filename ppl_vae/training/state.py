@@ -12,6 +12,8 @@ from torch import Tensor
 
 from ppl_vae.protocols import Program
 
+_SCALARS = ("step", "epoch_loss", "epoch_images", "skipped", "seconds", "best_step")
+
 
 class TrainingState:
     """Everything on which the next step depends: weights, optimizer, random numbers, place in the epoch, best weights.
@@ -42,13 +44,9 @@ class TrainingState:
         self.device = next(program.parameters()).device
         self.optimizer = torch.optim.Adam(program.parameters(), fused=True) if optimizer is None else optimizer
         self.averages = {name: w.detach().clone() for name, w in program.named_parameters()} if averaged else {}
-        self.step = 0
-        self.epoch_loss = 0.0
-        self.epoch_images = 0
-        self.skipped = 0
-        self.seconds = 0.0
+        self.step = self.epoch_images = self.skipped = self.best_step = 0
+        self.epoch_loss = self.seconds = 0.0
         self.best_validation = -math.inf
-        self.best_step = 0
         self.best_weights: dict[str, Tensor] = {}
 
     @contextmanager
@@ -83,24 +81,12 @@ class TrainingState:
         tensors |= {"rng/torch": torch.get_rng_state()}
         if self.device.type == "cuda":
             tensors["rng/cuda"] = torch.cuda.get_rng_state(self.device)
-        scalars = {
-            "step": self.step,
-            "trained": [names[index] for index in states],
-            "epoch_loss": self.epoch_loss,
-            "epoch_images": self.epoch_images,
-            "skipped": self.skipped,
-            "seconds": self.seconds,
-            "best_validation": self.best_validation if math.isfinite(self.best_validation) else None,
-            "best_step": self.best_step,
-        }
-        return tensors, scalars
+        best = self.best_validation if math.isfinite(self.best_validation) else None
+        scalars = {name: getattr(self, name) for name in _SCALARS}
+        return tensors, scalars | {"trained": [names[index] for index in states], "best_validation": best}
 
     def restore(self, tensors: dict[str, Tensor], scalars: dict[str, Any]) -> None:
-        """Restore what ``to_tensors`` returned, for a program of the same architecture.
-
-        Raises:
-            ValueError: Something is missing, or does not fit the program.
-        """
+        """Restore what ``to_tensors`` returned, for a program of the same architecture; a ValueError refuses others."""
         try:
             self.program.load_state_dict(_remove_prefix("weights/", tensors))
             for name, average in self.averages.items():
@@ -110,9 +96,8 @@ class TrainingState:
             if self.device.type == "cuda":
                 torch.cuda.set_rng_state(tensors["rng/cuda"], self.device)
             self.best_weights = {name: w.to(self.device) for name, w in _remove_prefix("best/", tensors).items()}
-            self.step, self.epoch_loss = scalars["step"], scalars["epoch_loss"]
-            self.epoch_images, self.skipped = scalars["epoch_images"], scalars["skipped"]
-            self.seconds, self.best_step = scalars["seconds"], scalars["best_step"]
+            for name in _SCALARS:
+                setattr(self, name, scalars[name])
             best = scalars["best_validation"]
             self.best_validation = -math.inf if best is None else best
         except KeyError as error:

@@ -70,15 +70,11 @@ class Streamed:
         self._places = torch.arange(2 * self._half, device=device)
 
     def images(self, index: Tensor) -> Tensor:
-        """The images at these places of the data set, (B,) -> (B, *E) on the device."""
+        """As ``Resident``: (B,) -> (B, *E) on the device."""
         return self._train[index.cpu()].to(self.stored.device)
 
     def epoch(self, batches: Sequence[Tensor]) -> Places:
-        """Yield, for each batch of places in the data set, those in ``stored``, (B,) int64; closing it ends the thread.
-
-        Raises:
-            OSError, MemoryError and the like: From the thread.
-        """
+        """As ``Resident``, (B,) int64; closing it ends the thread, whose errors it raises."""
         halves = [batches[first : first + self._at_once] for first in range(0, len(batches), self._at_once)]
         # Once per epoch, so that the thread never waits for a GPU.
         order = [torch.cat(list(half)).cpu() for half in halves]

@@ -81,12 +81,10 @@ def check_support(model: StochasticFunction, x: Tensor) -> None:
     the images. Then every image is compared with the support of these sites. A site that observes something else, such
     as images that the program rescales, is not checked.
 
-    Args:
-        model: A Pyro program over x.
-        x: Images (N, *E). NaN is off every support, unless the program replaces it as ``missing.Observed`` does.
+    NaN is off every support, unless the program replaces it as ``missing.Observed`` does.
 
     Raises:
-        ValueError: x is no tensor or empty, or an image is off the support or has another shape than the model's.
+        ValueError: x is no tensor (N, *E) or empty, or an image is off the support or of another shape than the model's.
     """
     if not isinstance(x, Tensor):
         raise ValueError(

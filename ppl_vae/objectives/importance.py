@@ -1,4 +1,7 @@
-"""Pyro losses from log-weights: the importance-weighted bound, and gradients that lose their noise near the optimum."""
+"""Pyro losses from log-weights: the importance-weighted bound, and gradients that lose their noise near the optimum.
+
+``num_particles`` is S, the draws of z per image.
+"""
 
 from __future__ import annotations
 
@@ -46,9 +49,6 @@ class STL(Trace_ELBO):
     and in log p cancel, and each alone has a noise of 1 / scale (ours).
 
     >>> svi = SVI(*vae.programs(), pyro.optim.Adam({"lr": 1e-3}), loss=STL())  # doctest: +SKIP
-
-    Args:
-        num_particles: S, draws of z per image.
 
     Raises:
         ValueError: When it is taken: the guide is no module, method of one, or program of ``register_programs``, whose
@@ -98,12 +98,6 @@ class DifferentiableLoss(ELBO):
         loss.backward()
         return float(torch_item(loss))
 
-    def _get_trace(
-        self, model: StochasticFunction, guide: StochasticFunction, args: tuple, kwargs: dict
-    ) -> tuple[Trace, Trace]:
-        (x,) = args
-        return trace_programs(model, guide, x, self.num_particles)
-
 
 class IWAE(DifferentiableLoss):
     """The importance-weighted bound of every image, as a Pyro loss.
@@ -116,9 +110,6 @@ class IWAE(DifferentiableLoss):
     A site's density is raised to the power of its scale, so that ``Temper`` gives log p(x | z) + beta (log p(z) -
     log q(z | x)). The subsampling scale of a plate multiplies the bound instead.
 
-    Args:
-        num_particles: S, draws of z per image.
-
     Raises:
         ValueError: When it is taken: a latent site of the guide is not reparametrized, or as ``log_weight_terms``.
 
@@ -130,7 +121,7 @@ class IWAE(DifferentiableLoss):
 
     def differentiable_loss(self, model: StochasticFunction, guide: StochasticFunction, x: Tensor) -> Tensor:
         """Minus the bound of the images x, (B, *E): a 0-d tensor, nats."""
-        p, q = self._get_trace(model, guide, (x,), {})
+        p, q = trace_programs(model, guide, x, self.num_particles)
         _check_guide(q)
         shape = (self.num_particles, len(x))
         return -_plate_scale(p) * log_mean_exp(_log_joint(p, shape) - _log_joint(q, shape)).sum()
@@ -149,9 +140,6 @@ class DReG(IWAE):
     The guide runs a second time on the same draws, with its parameters held. With several latent sites, each density
     still depends on the draws of the others.
 
-    Args:
-        num_particles: S, draws of z per image.
-
     Raises:
         ValueError: As ``IWAE``, and for a guide whose parameters cannot be held, as ``STL``.
 
@@ -167,7 +155,7 @@ class DReG(IWAE):
         z = {name: drawn.nodes[name]["value"] for name in latent_sites(drawn)}
 
         def negative_bound(fixed: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-            p, q = self._get_trace(model, _UseValues(fixed)(_hold_parameters(module)(guide)), (x,), {})
+            p, q = trace_programs(model, _UseValues(fixed)(_hold_parameters(module)(guide)), x, self.num_particles)
             with _hold_parameters(module):
                 log_q = _log_joint(q, shape)
             log_w = _log_joint(p, shape) - log_q
@@ -179,9 +167,9 @@ class DReG(IWAE):
         v = log_w.detach().softmax(0)  # (S, B)
         for name, slope in slopes.items():
             beta = _exponent(drawn.nodes[name])
-            factor = 1 - beta + beta * v
+            factor = (1 - beta + beta * v).reshape(*v.shape, *[1] * (slope.dim() - v.dim()))
             # z - fixed is 0, and carries the gradient of z
-            loss = loss + (_align_left(factor, slope) * slope.detach() * (z[name] - fixed[name])).sum()
+            loss = loss + (factor * slope.detach() * (z[name] - fixed[name])).sum()
         return loss
 
 
@@ -208,11 +196,7 @@ def _subsampling_scale(frame: CondIndepStackFrame) -> float:
 
 
 def _find_module(guide: StochasticFunction) -> nn.Module:
-    """The module whose parameters the guide uses: itself, or the one whose method it is, within effect handlers.
-
-    Raises:
-        ValueError: There is none.
-    """
+    """The module whose parameters the guide uses: itself, or the one whose method it is, within effect handlers."""
     bare = unwrap(guide)
     module = bare if isinstance(bare, nn.Module) else getattr(bare, "__self__", None)
     if not isinstance(module, nn.Module):
@@ -235,13 +219,9 @@ def _check_parameters(q: Trace, module: nn.Module) -> None:
 
 @contextmanager
 def _hold_parameters(module: nn.Module, *, free: Collection[int] = ()) -> Iterator[None]:
-    """Hold the module's parameters constant; gradients pass through the sites' values alone.
+    """Hold the module's parameters constant, except those of the identities ``free``.
 
     A flow's density uses its parameters when it is evaluated, so the block contains that as well as the guide's run.
-
-    Args:
-        module: The guide's.
-        free: The identities of parameters that are not held.
     """
     held = {name: w.detach() for name, w in module.named_parameters() if id(w) not in free}
     with replace_tensors(module, held):
@@ -275,8 +255,3 @@ class _UseValues(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         if msg["name"] in self.values:
             msg["value"], msg["done"] = self.values[msg["name"]], True
-
-
-def _align_left(tensor: Tensor, like: Tensor) -> Tensor:
-    """(S, B) with further dimensions of size 1 on the right, as many as ``like`` has."""
-    return tensor.reshape(*tensor.shape, *[1] * (like.dim() - tensor.dim()))

@@ -21,7 +21,7 @@ from ppl_vae.runtime.capture import is_capturing
 from ppl_vae.runtime.errors import CannotCapture, check_count
 from ppl_vae.runtime.global_state import serialize_threads
 from ppl_vae.runtime.ranks import mean_over_batch
-from ppl_vae.weights import is_deterministic, latent_sites
+from ppl_vae.weights import is_deterministic, latent_sites, trace_programs
 
 
 class Temper(ScaleMessenger):
@@ -52,10 +52,9 @@ def elbo(estimator: type[ELBO] = Trace_ELBO, num_particles: int = 1) -> ELBO:
 
     >>> svi = SVI(*vae.programs(), pyro.optim.Adam({"lr": 1e-3}), loss=elbo())  # doctest: +SKIP
 
-    Args:
-        estimator: ``Trace_ELBO`` samples the KL. ``TraceMeanField_ELBO`` takes it in closed form, by torch's
-            ``kl_divergence``; it needs a guide that draws several sites in the model's order, and Pyro warns otherwise.
-        num_particles: Draws of z per image, all at once.
+    ``Trace_ELBO`` samples the KL, with all draws of z per image, ``num_particles``, at once. ``TraceMeanField_ELBO``
+    takes it in closed form, by torch's ``kl_divergence``; it needs a guide that draws several sites in the model's
+    order, and Pyro warns otherwise.
     """
     # The nesting is given, since Pyro would run the guide once more to find it, which would break exact resuming.
     num_particles = check_count("num_particles", num_particles)
@@ -75,15 +74,15 @@ def loss_per_image(
         loss: Such as ``elbo()``, ``STL()``, ``IWAE(5)``, ``pyro.infer.Trace_ELBO()``, or a function.
         model, guide: Pyro programs over x with one data plate at dim=-1.
         x: Images (B, *E).
-        beta: The weight of the KL, a number or a 0-d tensor, 0 included.
+        beta: The weight of the KL, 0 included; a tensor is 0-d.
 
     Returns:
         A 0-d tensor to minimize, nats per image (the mean over the batch; pixels are summed). A plate of the user's
         that subsamples, of size N, multiplies it by N / B.
 
     Raises:
-        ValueError: ``TraceMeanField_ELBO`` with a pair of distributions whose KL has no registered formula, which Pyro
-            by itself would sample without a warning, or with a guide that is not reparametrized; or as the loss.
+        ValueError: ``TraceMeanField_ELBO`` with a KL that has no registered formula, which Pyro by itself would sample
+            without a warning, or with a guide that is not reparametrized; or as the loss.
 
     Reference: Higgins et al. 2017 (beta-VAE), equation 4; Sønderby et al. 2016 (warm-up), arXiv 1602.02282.
     """
@@ -176,9 +175,8 @@ class FreeBits(DifferentiableLoss):
         free_nats: lambda, nats per latent.
 
     Raises:
-        ValueError: When it is taken: a site of the guide is deterministic or not reparametrized, its latents are not
-            independent, or its KL has no formula, such as that of two normals; or the guide draws several sites in
-            another order than the model.
+        ValueError: When it is taken: a site of the guide is deterministic, not reparametrized, of dependent latents or
+            without a formula for its KL; or the guide draws several sites in another order than the model.
 
     Reference: Kingma et al. 2016, arXiv 1606.04934, equation 15, with each latent a group of its own.
     """
@@ -189,7 +187,7 @@ class FreeBits(DifferentiableLoss):
 
     def differentiable_loss(self, model: StochasticFunction, guide: StochasticFunction, x: Tensor) -> Tensor:
         """The loss of the images x, (B, *E): a 0-d tensor, nats."""
-        p, q = self._get_trace(model, guide, (x,), {})
+        p, q = trace_programs(model, guide, x, self.num_particles)
         _check_order(q, p)
         p.compute_log_prob(lambda name, site: site["is_observed"])
         reconstruction = torch.stack([p.nodes[name]["log_prob_sum"] for name in p.observation_nodes]).sum()
@@ -198,7 +196,7 @@ class FreeBits(DifferentiableLoss):
 
 
 def _check_order(q: Trace, p: Trace) -> None:
-    """Raise ValueError if the guide draws latent sites in another order than the model.
+    """Refuse a guide with latent sites in another order than the model's.
 
     E_q[log q(z_1 | x) - log p(z_1 | z_2)] is the mean of KL(q(z_1 | x) || p(z_1 | z_2)) only if z_2 does not depend on
     z_1.

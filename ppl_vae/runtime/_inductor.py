@@ -12,11 +12,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import copy_context
 from threading import Thread
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 from unittest.mock import patch
 
 import torch
 from torch import Tensor, fx
+
+from ppl_vae.runtime.errors import CannotCapture, first_line
 
 _OPTIONS = {
     "fallback_random": True,  # else the compiler's random numbers are others than torch's own for the same seed
@@ -32,43 +34,35 @@ class TracingFailed(Exception):
     """The function raised an error, its cause, or does something that no graph can hold."""
 
 
-class TracedGraph(NamedTuple):
-    """A function as a graph of torch's operators, with the fake tensors that it was traced with.
-
-    Args:
-        module: Its ``graph`` may be rewritten before it is compiled.
-        inputs: Stand-ins of the inputs: shapes, types and devices without numbers.
-        mode: The mode that made them.
-    """
-
-    module: fx.GraphModule
-    inputs: Sequence[Tensor]
-    mode: Any
-
-
-def trace(
+def compile_graph(
     function: Callable[..., Sequence[Tensor]],
     inputs: Sequence[Tensor],
     replacements: Mapping[Any, Callable[..., Tensor]],
-) -> TracedGraph:
-    """Call the function once on stand-ins of the inputs, and record the operators that it uses.
+    rewrite: Callable[[fx.Graph], None],
+) -> Callable[[list[Tensor]], Any]:
+    """Call the function once on stand-ins of the inputs, record the operators that it uses, and compile their graph.
 
-    Changes of inputs in place become part of the graph.
+    Changes of inputs in place become part of the graph, which is called with the list of its inputs.
 
     Args:
         function: Tensors -> tensors.
         inputs: Tensors of the shapes, strides, types and devices with which the graph will be called.
         replacements: Operators that are recorded as these functions of the same arguments.
+        rewrite: Changes the graph before it is compiled.
 
     Raises:
         TracingFailed: From the error that the function, or the recording of it, raised.
+        CannotCapture: The compiler raised an error.
     """
+    from torch._guards import TracingContext, tracing
     from torch._inductor import config
+    from torch._inductor.compile_fx import compile_fx_inner
     from torch._inductor.decomposition import select_decomp_table
     from torch._subclasses import FakeTensorMode
     from torch.func import functionalize
     from torch.fx.experimental.proxy_tensor import make_fx
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
+    from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
     mode = FakeTensorMode(shape_env=ShapeEnv())  # without symbolic shapes nothing is cached, although none occurs
     stand_ins = [mode.from_tensor(tensor.detach(), static_shapes=True) for tensor in inputs]
@@ -82,24 +76,16 @@ def trace(
             module = record(*stand_ins)
         except Exception as error:
             raise TracingFailed from error
-    return TracedGraph(module, stand_ins, mode)
-
-
-def compile_traced(traced: TracedGraph) -> Callable[[list[Tensor]], Any]:
-    """Compile a traced graph; it is called with the list of its inputs."""
-    from torch._guards import TracingContext, tracing
-    from torch._inductor import config
-    from torch._inductor.compile_fx import compile_fx_inner
-    from torch.fx.passes.fake_tensor_prop import FakeTensorProp
-
-    graph = traced.module.graph
-    with config.patch(_options()):
-        graph.eliminate_dead_code()
-        traced.module.recompile()
-        FakeTensorProp(traced.module, traced.mode).propagate_dont_convert_inputs(*traced.inputs)
-        stand_ins = [node.meta["val"] for node in graph.nodes if node.op == "placeholder"]
-        with tracing(TracingContext(traced.mode)):
-            return compile_fx_inner(traced.module, stand_ins)
+        rewrite(module.graph)
+        try:
+            module.graph.eliminate_dead_code()
+            module.recompile()
+            FakeTensorProp(module, mode).propagate_dont_convert_inputs(*stand_ins)
+            stand_ins = [node.meta["val"] for node in module.graph.nodes if node.op == "placeholder"]
+            with tracing(TracingContext(mode)):
+                return compile_fx_inner(module, stand_ins)
+        except Exception as error:
+            raise CannotCapture(f"the compiler failed: {first_line(error)}") from error
 
 
 def _options() -> dict[str, bool]:
@@ -113,8 +99,8 @@ def _options() -> dict[str, bool]:
 def busy_compiler(device: torch.device) -> Iterator[None]:
     """Keep the C++ compiler busy while Python still works on the graph.
 
-    It compiles torch's headers while the function is traced, and each kernel as soon as its code is there, not after
-    the code of all kernels. The default training step then takes 26 s instead of 39 s from an empty cache on two cores.
+    It compiles torch's headers while the function is traced, and each kernel as soon as its code is there. The default
+    training step then takes 26 s instead of 39 s from an empty cache on two cores.
     """
     from torch._inductor import config
     from torch._inductor.async_compile import AsyncCompile
@@ -140,8 +126,7 @@ def busy_compiler(device: torch.device) -> Iterator[None]:
 
 def silence_cuda_warning() -> None:
     """Silence a warning about CUDA that the compiler's import prints if a toolkit is installed without a GPU."""
-    logger = logging.getLogger("torch.utils.cpp_extension")
-    logger.addFilter(_is_not_about_cuda)
+    logging.getLogger("torch.utils.cpp_extension").addFilter(_is_not_about_cuda)
 
 
 def _is_not_about_cuda(record: logging.LogRecord) -> bool:

@@ -21,7 +21,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, softplus
 from torch.overrides import TorchFunctionMode
 
 from ppl_vae.runtime import _inductor
-from ppl_vae.runtime.errors import CannotCapture
+from ppl_vae.runtime.errors import CannotCapture, first_line
 from ppl_vae.runtime.global_state import _Module
 
 aten = torch.ops.aten
@@ -87,16 +87,14 @@ def compile_function(
         with capturing():
             return function(*tensors)
 
+    def rewrite(graph: fx.Graph) -> None:
+        join_logarithms(graph)
+        merge_equal_operations(graph)
+
     _inductor.silence_cuda_warning()
     try:
         with _inductor.busy_compiler(inputs[0].device):
-            traced = _inductor.trace(captured, inputs, {aten.addmm.default: _addmm})
-            join_logarithms(traced.module.graph)
-            merge_equal_operations(traced.module.graph)
-            try:
-                run = _inductor.compile_traced(traced)
-            except Exception as error:
-                raise CannotCapture(f"the compiler failed: {first_line(error)}") from error
+            run = _inductor.compile_graph(captured, inputs, {aten.addmm.default: _addmm}, rewrite)
         return lambda tensors: tuple(run(list(tensors)))
     except _inductor.TracingFailed as failed:
         raise CannotCapture(_explain(failed.__cause__)) from failed.__cause__
@@ -173,12 +171,6 @@ class _GraphForm(TorchFunctionMode):
                     return softplus(logits, threshold=40) - logits * x
                 return logits.clamp(min=0) + (-logits.abs()).exp().log1p() - logits * x
         return function(*args, **kwargs)
-
-
-def first_line(error: Exception) -> str:
-    """The type of an error and the first line of its message."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
 
 
 def _explain(error: BaseException | None) -> str:

@@ -59,6 +59,12 @@ class EndedElsewhere(ConnectionError):
     """Another process of the same training or evaluation raised an error, which it reports itself."""
 
 
+def first_line(error: Exception) -> str:
+    """The type of an error and the first line of its message."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out. A process that the system kills for memory raises none."""
     if isinstance(error, MemoryError):

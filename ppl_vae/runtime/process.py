@@ -61,10 +61,7 @@ def run_script(main: Callable[[], None]) -> None:
 
 
 def _end_rank() -> None:
-    """Under torchrun, end the process at once: threads of its libraries can abort Python's own shutdown.
-
-    Rank 1 of 2 was once seen to end by SIGABRT after all its work.
-    """
+    """Under torchrun, end the process at once: threads of its libraries can abort Python's own shutdown (SIGABRT)."""
     if "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1":
         sys.stdout.flush()
         sys.stderr.flush()
@@ -90,10 +87,8 @@ def stop_on_signals(words: str = "") -> Iterator[Callable[[], bool]]:
     """Yield a function that says whether SIGINT or SIGTERM has arrived; a second signal ends the block at once.
 
     The block raises ``Interrupted`` at its next safe point, or ends. In both cases ``Interrupted`` with the signal's
-    number leaves this context. Outside the main thread, where signals cannot be handled, the function returns False.
-
-    Args:
-        words: The message of ``Interrupted`` when the block came to its end.
+    number leaves this context; if the block came to its end, with these words. Outside the main thread, where signals
+    cannot be handled, the function returns False.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False

@@ -84,7 +84,7 @@ def check_support(model: StochasticFunction, x: Tensor) -> None:
     NaN is off every support, unless the program replaces it as ``missing.Observed`` does.
 
     Raises:
-        ValueError: x is no tensor (N, *E) or empty, or an image is off the support or of another shape than the model's.
+        ValueError: x is no tensor (N, *E) or empty, or an image is off the support or of another shape.
     """
     if not isinstance(x, Tensor):
         raise ValueError(

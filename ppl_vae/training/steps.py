@@ -7,6 +7,7 @@ which also carries the loss and the ranks' requests. Everything that follows fro
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 
@@ -30,7 +31,7 @@ _NO_REQUESTS = (False, False)
 _READ_EVERY = 50  # steps between two readings of requests on a GPU, where the host would wait for the device
 
 
-class _Steps:
+class _Steps(ABC):
     """What both kinds of steps hold, and a rank's part of the batch with the noise that one process would draw for it.
 
     Args:
@@ -57,6 +58,12 @@ class _Steps:
         self._limits, self._several = optimizer, num_ranks() > 1
         self.noise, self.requested = SharedNoise(), _NO_REQUESTS
 
+    @abstractmethod
+    def _begin(self, schedule: Sequence[StepValues]) -> None: ...
+
+    @abstractmethod
+    def _take(self, place: Tensor, batch: Tensor, share: BatchShare, values: StepValues, *, validate: bool) -> None: ...
+
     def _transform_part(self, values: Tensor) -> Tensor:
         with self.noise.along(0):
             return self._transform(values, None)
@@ -68,15 +75,6 @@ class _Steps:
         assert self.noise.share is not None
         with use_share(self.noise.share), self.noise.draw_at_sites():
             return self._objective(program.model, program.guide, x, beta=beta)
-
-    def _own_parts(self, batches: Sequence[Tensor]) -> tuple[list[BatchShare], tuple[Tensor, ...]]:
-        """This rank's share of each batch, and its images."""
-        shares = [batch_share(len(batch)) for batch in batches]
-        return shares, tuple(batch[share.start : share.stop] for batch, share in zip(batches, shares, strict=True))
-
-
-class EagerSteps(_Steps):
-    """Steps by Pyro's own loss and the torch optimizer, one operation at a time. Arguments as ``_Steps``."""
 
     def epoch(
         self,
@@ -91,30 +89,41 @@ class EagerSteps(_Steps):
         Args:
             batches: For each step the images' places in the data set, (B,).
             schedule: For each step beta, the learning rate and the averages' decay.
-            validate: Whether Pyro checks values and shapes.
+            validate: Whether Pyro checks values and shapes; a compiled step never does.
             requests: What this rank requests, asked at every step.
         """
-        state = self._state
-        shares, own = self._own_parts(batches)
+        self._begin(schedule)
+        shares = [batch_share(len(batch)) for batch in batches]
+        own = tuple(batch[share.start : share.stop] for batch, share in zip(batches, shares, strict=True))
         with closing(self._source.epoch(own)) as places:
-            for place, share, (beta, rate, decay) in zip(places, shares, schedule, strict=True):
+            for place, batch, share, values in zip(places, batches, shares, schedule, strict=True):
                 self.noise.share = share
                 if self._several:
                     self.requested = requests()
-                for group in state.optimizer.param_groups:
-                    group["lr"] = rate
-                x = self._transform_part(self._source.stored[place])
-                loss = self._step(x, beta, share, validate=validate)
-                state.step += 1
-                if loss is None:
-                    state.skipped += 1
-                else:
-                    with torch.no_grad():
-                        for name, average in state.averages.items():
-                            average.lerp_(state.program.get_parameter(name), 1 - decay)
-                    state.epoch_loss += loss * share.num_images
-                    state.epoch_images += share.num_images
+                self._take(place, batch, share, values, validate=validate)
                 yield place
+
+
+class EagerSteps(_Steps):
+    """Steps by Pyro's own loss and the torch optimizer, one operation at a time. Arguments as ``_Steps``."""
+
+    def _begin(self, schedule: Sequence[StepValues]) -> None:
+        """Nothing has to be prepared."""
+
+    def _take(self, place: Tensor, batch: Tensor, share: BatchShare, values: StepValues, *, validate: bool) -> None:
+        state, (beta, rate, decay) = self._state, values
+        for group in state.optimizer.param_groups:
+            group["lr"] = rate
+        loss = self._step(self._transform_part(self._source.stored[place]), beta, share, validate=validate)
+        state.step += 1
+        if loss is None:
+            state.skipped += 1
+            return
+        with torch.no_grad():
+            for name, average in state.averages.items():
+                average.lerp_(state.program.get_parameter(name), 1 - decay)
+        state.epoch_loss += loss * share.num_images
+        state.epoch_images += share.num_images
 
     def _step(self, x: Tensor, beta: float, share: BatchShare, *, validate: bool) -> float | None:
         """One step; return the loss before it, nats per image, or None if the step was skipped."""
@@ -218,41 +227,28 @@ class CapturedSteps(_Steps):
         self._started = self._settled = state.step  # where ``taken`` starts to count, and where ``_recent`` begins
         self._recent: list[tuple[Tensor, float]] = []
 
-    def epoch(
-        self,
-        batches: Sequence[Tensor],
-        schedule: Sequence[StepValues],
-        *,
-        validate: bool,
-        requests: Callable[[], Requests] = lambda: _NO_REQUESTS,
-    ) -> Generator[Tensor, None, None]:
-        """As ``EagerSteps.epoch``; a GPU has only started the step by then, and requests are read every 50 steps."""
+    def _begin(self, schedule: Sequence[StepValues]) -> None:
         state, step = self._state, self._step
         step.total.fill_(state.epoch_loss)
         step.counted.fill_(state.epoch_images)
         step.skipped.fill_(state.skipped)
-        rows = step.schedule([(state.step + i, *values) for i, values in enumerate(schedule)])
-        shares, own = self._own_parts(batches)
-        with closing(self._source.epoch(own)) as places:
-            numbered = zip(places, batches, shares, rows.unbind(), schedule, strict=True)
-            for place, batch, share, row, (beta, _, _) in numbered:
-                if self._several:
-                    self._step_of_ranks(place, row, share, requests())
-                else:
-                    step(place, row)
-                self._recent.append((batch, beta))
-                state.step += 1
-                if state.device.type == "cpu":
-                    self._check()
-                yield place
+        self._rows = iter(step.schedule([(state.step + i, *values) for i, values in enumerate(schedule)]).unbind())
 
-    def _step_of_ranks(self, place: Tensor, row: Tensor, share: BatchShare, requests: Requests) -> None:
-        self.noise.share = share
-        self._step.step_on_part(place, row, share, torch.tensor(requests))
-        self.requested = _NO_REQUESTS
-        if self._state.device.type == "cpu" or (self._state.step + 1) % _READ_EVERY == 0:
-            ends, saves = self._step.votes.tolist()
-            self.requested = ends > 0, saves > 0
+    def _take(self, place: Tensor, batch: Tensor, share: BatchShare, values: StepValues, *, validate: bool) -> None:
+        """Take a step, which a GPU has only started by then; there requests are read every 50 steps."""
+        step, on_host = self._step, self._state.device.type == "cpu"
+        if self._several:
+            step.step_on_part(place, next(self._rows), share, torch.tensor(self.requested))
+            self.requested = _NO_REQUESTS
+            if on_host or (self._state.step + 1) % _READ_EVERY == 0:
+                ends, saves = step.votes.tolist()
+                self.requested = ends > 0, saves > 0
+        else:
+            step(place, next(self._rows))
+        self._recent.append((batch, values[0]))
+        self._state.step += 1
+        if on_host:
+            self._check()
 
     def settle(self) -> None:
         """Wait for the device, and bring the state up to date."""

@@ -63,13 +63,11 @@ class LatentModel(Program, Protocol):
 class Family(Protocol):
     """Features h (..., F) -> a distribution with batch shape (...), as likelihoods and posteriors have them."""
 
+    num_features: int  # F
+
     @property
     def event_shape(self) -> Sequence[int]:
         """The shape of one image, or of one latent vector."""
-
-    @property
-    def num_features(self) -> int:
-        """F."""
 
     def __call__(self, h: Tensor, /) -> Distribution: ...
 
@@ -77,21 +75,13 @@ class Family(Protocol):
 class Likelihood(Family, Protocol):
     """p(x | h), a ``Family`` over images. Its package ``parts.likelihoods`` says what each attribute means."""
 
+    support_words: str
+    measure: str
+    data_kind: str
+
     @property
     def support(self) -> constraints.Constraint:
         """The values that a pixel can take."""
-
-    @property
-    def support_words(self) -> str:
-        """The support in words."""
-
-    @property
-    def measure(self) -> str:
-        """mass or density."""
-
-    @property
-    def data_kind(self) -> str:
-        """The kind of pixels, in the words of ``data``."""
 
     def fit_marginals(self, x: Tensor) -> Tensor:
         """(F,) the features of the marginal distributions of the pixels of x (N, *E)."""

@@ -98,6 +98,11 @@ class DifferentiableLoss(ELBO):
         loss.backward()
         return float(torch_item(loss))
 
+    def _get_trace(
+        self, model: StochasticFunction, guide: StochasticFunction, args: tuple, kwargs: dict
+    ) -> tuple[Trace, Trace]:
+        return trace_programs(model, guide, *args, self.num_particles)
+
 
 class IWAE(DifferentiableLoss):
     """The importance-weighted bound of every image, as a Pyro loss.
@@ -121,7 +126,7 @@ class IWAE(DifferentiableLoss):
 
     def differentiable_loss(self, model: StochasticFunction, guide: StochasticFunction, x: Tensor) -> Tensor:
         """Minus the bound of the images x, (B, *E): a 0-d tensor, nats."""
-        p, q = trace_programs(model, guide, x, self.num_particles)
+        p, q = self._get_trace(model, guide, (x,), {})
         _check_guide(q)
         shape = (self.num_particles, len(x))
         return -_plate_scale(p) * log_mean_exp(_log_joint(p, shape) - _log_joint(q, shape)).sum()
@@ -155,7 +160,7 @@ class DReG(IWAE):
         z = {name: drawn.nodes[name]["value"] for name in latent_sites(drawn)}
 
         def negative_bound(fixed: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-            p, q = trace_programs(model, _UseValues(fixed)(_hold_parameters(module)(guide)), x, self.num_particles)
+            p, q = self._get_trace(model, _UseValues(fixed)(_hold_parameters(module)(guide)), (x,), {})
             with _hold_parameters(module):
                 log_q = _log_joint(q, shape)
             log_w = _log_joint(p, shape) - log_q

@@ -21,7 +21,7 @@ from ppl_vae.runtime.capture import is_capturing
 from ppl_vae.runtime.errors import CannotCapture, check_count
 from ppl_vae.runtime.global_state import serialize_threads
 from ppl_vae.runtime.ranks import mean_over_batch
-from ppl_vae.weights import is_deterministic, latent_sites, trace_programs
+from ppl_vae.weights import is_deterministic, latent_sites
 
 
 class Temper(ScaleMessenger):
@@ -187,7 +187,7 @@ class FreeBits(DifferentiableLoss):
 
     def differentiable_loss(self, model: StochasticFunction, guide: StochasticFunction, x: Tensor) -> Tensor:
         """The loss of the images x, (B, *E): a 0-d tensor, nats."""
-        p, q = trace_programs(model, guide, x, self.num_particles)
+        p, q = self._get_trace(model, guide, (x,), {})
         _check_order(q, p)
         p.compute_log_prob(lambda name, site: site["is_observed"])
         reconstruction = torch.stack([p.nodes[name]["log_prob_sum"] for name in p.observation_nodes]).sum()

@@ -230,7 +230,4 @@ def _measure(program: Program, x: Tensor, S: int, *, check: bool) -> tuple[dict[
 
 
 def _entries(name: str, found: Estimate) -> dict[str, float]:
-    return {
-        f"validation_{name}_nats_per_image": found.mean,
-        f"validation_{name}_stderr_nats_per_image": found.stderr,
-    }
+    return {f"validation_{name}_nats_per_image": found.mean, f"validation_{name}_stderr_nats_per_image": found.stderr}

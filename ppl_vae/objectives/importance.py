@@ -101,7 +101,8 @@ class DifferentiableLoss(ELBO):
     def _get_trace(
         self, model: StochasticFunction, guide: StochasticFunction, args: tuple, kwargs: dict
     ) -> tuple[Trace, Trace]:
-        return trace_programs(model, guide, *args, self.num_particles)
+        (x,) = args
+        return trace_programs(model, guide, x, self.num_particles)
 
 
 class IWAE(DifferentiableLoss):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import pyro.distributions as dist
 import torch
@@ -11,25 +12,11 @@ from torch import Tensor, nn
 
 from ppl_vae import data
 from ppl_vae.data import NUM_LEVELS
+from ppl_vae.parts.likelihoods import counts
 from ppl_vae.parts.likelihoods.base import ascend, level_counts, median_and_deviation, unbounded
-from ppl_vae.parts.likelihoods.counts import (
-    LOG_TOTAL_LIMIT,
-    NegativeBinomial,
-    Poisson,
-    StableNegativeBinomial,
-    StablePoisson,
-)
 from ppl_vae.parts.likelihoods.level_mass import log_level_mass
 from ppl_vae.parts.likelihoods.levels import PIXELS_AT_ONCE, Categorical, LevelCategorical
-from ppl_vae.parts.likelihoods.real import (
-    LOG_DF_LIMIT,
-    Laplace,
-    Normal,
-    NormalFixed,
-    NormalOptimal,
-    NormalPerPixel,
-    StudentT,
-)
+from ppl_vae.parts.likelihoods.real import LOG_DF_LIMIT, Laplace, RealPixels, StudentT
 from ppl_vae.parts.likelihoods.unit_interval import Beta, ContinuousBernoulli, Logit, LogitNormal, Sigmoid
 from ppl_vae.protocols import Likelihood
 from ppl_vae.runtime.numerics import bounded, mean_and_variance, sum_over_images
@@ -39,8 +26,6 @@ _MOST_NUMBERS = 2**21  # of the images that a Student's t or a negative binomial
 _LOG_SCALE_LIMIT = 3.0  # a fitted scale is between 1/20 and 20 times the one that it starts from
 _NOISE_SCALE = 1 / (NUM_LEVELS * math.sqrt(12))  # the spread of u / 256, u uniform: no fit to levels is narrower
 _SMALLEST_SCALE = 1e-3  # of a constant pixel, as a share of the spread of all pixels
-
-_REAL = (Normal, NormalFixed, NormalOptimal, NormalPerPixel, Laplace, StudentT)
 
 
 def fit_independent_pixels(
@@ -64,13 +49,13 @@ def fit_independent_pixels(
     Raises:
         ValueError: Every pixel is constant, under a density of real numbers.
     """
-    if isinstance(family, (*_REAL, Logit, LogitNormal)):
+    if isinstance(family, RealPixels | Logit | LogitNormal):
         pixels = _fit_location_and_scale(family, x.flatten(1), is_dequantized=is_dequantized)
     elif isinstance(family, Categorical):
         pixels = LevelCategorical(logits=(level_counts(x) + 1 / NUM_LEVELS).log().to(x.dtype))
-    elif isinstance(family, Poisson):
-        pixels = StablePoisson(((0.5 + sum_over_images(x.flatten(1))) / len(x)).to(x.dtype))
-    elif isinstance(family, NegativeBinomial):
+    elif isinstance(family, counts.Poisson):
+        pixels = counts.StablePoisson(((0.5 + sum_over_images(x.flatten(1))) / len(x)).to(x.dtype))
+    elif isinstance(family, counts.NegativeBinomial):
         pixels = _fit_negative_binomial(x.flatten(1))
     elif isinstance(family, Beta | ContinuousBernoulli) and is_dequantized:
         pixels = _fit_unit_interval(family, x)
@@ -121,14 +106,14 @@ def _fit_location_and_scale(family: nn.Module, x: Tensor, *, is_dequantized: boo
     return x_pixels(x.new_zeros(num_parameters, x.shape[1]), *constants)
 
 
-def _fit_negative_binomial(x: Tensor) -> StableNegativeBinomial:
+def _fit_negative_binomial(x: Tensor) -> counts.StableNegativeBinomial:
     """The maximum likelihood mean and total count of each column; the best mean is the same for every total count."""
     mean, variance = mean_and_variance(x)
     mean = mean + 0.5 / len(x)
-    start = unbounded((mean.square() / (variance - mean).clamp(min=0)).log(), LOG_TOTAL_LIMIT)
+    start = unbounded((mean.square() / (variance - mean).clamp(min=0)).log(), counts.LOG_TOTAL_LIMIT)
 
-    def pixels(h: Tensor, log_mean: Tensor, start: Tensor) -> StableNegativeBinomial:
-        return StableNegativeBinomial(log_mean, bounded(start + h[0], LOG_TOTAL_LIMIT))
+    def pixels(h: Tensor, log_mean: Tensor, start: Tensor) -> counts.StableNegativeBinomial:
+        return counts.StableNegativeBinomial(log_mean, bounded(start + h[0], counts.LOG_TOTAL_LIMIT))
 
     constants = [mean.log().to(x.dtype), start.to(x.dtype)]
     if x.max() < NUM_LEVELS:
@@ -169,12 +154,7 @@ def _sample_rows(x: Tensor) -> Tensor:
 
 
 def _log_mass_of_levels(p: dist.TorchDistribution, share: Tensor) -> Tensor:
-    """sum_v share_v log P(v), (D,): exact at the ends, and by the density in the middle of all other levels.
-
-    Args:
-        p: D densities.
-        share: (D, 256).
-    """
+    """sum_v share_v log P(v), (D,), share (D, 256): exact at the ends, and by the density in the middle of others."""
     middle = (torch.arange(1, NUM_LEVELS - 1, dtype=share.dtype)[:, None] + 0.5) / NUM_LEVELS
     inner = (share[:, 1:-1].T * (p.log_prob(middle) - math.log(NUM_LEVELS))).sum(0)
     ends = (share[:, v] * log_level_mass(p, torch.full_like(share[:, v], v)) for v in (0, NUM_LEVELS - 1))
@@ -191,16 +171,18 @@ def _ascend(
     """The h (num_parameters, D) that maximizes log_p(pixels(h, *constants), statistics) in each pixel, from h = 0.
 
     Args:
-        log_p: the distribution of D pixels, and their statistics, (D, ...) -> (D,) nats.
-        pixels: parameters h and the constants, each (D,) -> the distribution.
+        log_p: The distribution of D pixels, and their statistics, (D, ...) -> (D,) nats.
+        pixels: Parameters h and the constants, each (D,) -> the distribution.
         statistics: (D, ...) rows of the data, or shares of levels.
     """
-    found = []
-    for part, *own in zip(*(t.split(PIXELS_AT_ONCE) for t in (statistics, *constants)), strict=True):
-        start = part.new_zeros(num_parameters, len(part))
 
-        def log_p_of_part(h: Tensor, part: Tensor = part, own: Sequence[Tensor] = own) -> Tensor:
-            return log_p(pixels(h, *own), part)
+    def objective(h: Tensor, *, part: Tensor, own: Sequence[Tensor]) -> Tensor:
+        return log_p(pixels(h, *own), part)
 
-        found.append(ascend(log_p_of_part, start, steps=_STEPS))
+    parts = zip(*(t.split(PIXELS_AT_ONCE) for t in (statistics, *constants)), strict=True)
+    zero = statistics.new_zeros
+    found = [
+        ascend(partial(objective, part=part, own=own), zero(num_parameters, len(part)), steps=_STEPS)
+        for part, *own in parts
+    ]
     return torch.cat(found, 1)

@@ -18,7 +18,7 @@ MAX_LOG_SCALE = 7.0  # of ``NormalPerPixel``, in units
 LOG_DF_LIMIT = math.log(100)  # of ``StudentT``, for df - 1
 
 
-class _RealPixels(Pixels):
+class RealPixels(Pixels):
     """A density of real numbers with features in units of ``unit``, the spread of the data: abstract.
 
     The unit is a buffer, 1 until ``fit_marginals`` sets it, which raises ValueError where every pixel is constant.
@@ -48,7 +48,7 @@ class _RealPixels(Pixels):
         return (loc.flatten() / spread).to(self.unit.dtype)
 
 
-class Normal(_RealPixels):
+class Normal(RealPixels):
     """p(x | h) = prod_d Normal(x_d; unit h_d, scale), with one learned scale for all pixels, for real x.
 
     The scale, unit exp(``log_scale``), is trained with the network. It weighs the reconstruction against the KL by
@@ -71,7 +71,7 @@ class Normal(_RealPixels):
         return super().fit_marginals(x)
 
 
-class NormalFixed(_RealPixels):
+class NormalFixed(RealPixels):
     """p(x | h) = prod_d Normal(x_d; unit h_d, unit scale), the scale a constant, for real x.
 
     Up to a constant, -log p is squared error over 2 scale^2, so the scale sets the weight of the reconstruction against
@@ -95,7 +95,7 @@ class NormalFixed(_RealPixels):
         return dist.Normal(self.unit * loc, self.unit * self.scale)
 
 
-class NormalOptimal(_RealPixels):
+class NormalOptimal(RealPixels):
     """p(x | h) = prod_d Normal(x_d; unit h_d, scale), the scale in closed form of the training data.
 
     For given means the best scale is scale^2 = mean (x - loc)^2. ``refit`` tracks it by a running mean of about ten
@@ -136,7 +136,7 @@ class NormalOptimal(_RealPixels):
         return super().fit_marginals(x)
 
 
-class NormalPerPixel(_RealPixels):
+class NormalPerPixel(RealPixels):
     """p(x | h) = prod_d Normal(x_d; unit loc_d, unit scale_d), h = (loc, feature), log scale = 7 tanh(feature / 7).
 
     Every pixel of every image has its own scale, between 0.0009 and 1,097 units. Without bounds, one pixel that is
@@ -163,7 +163,7 @@ class NormalPerPixel(_RealPixels):
         return torch.cat([mean / spread, unbounded(log_scale, MAX_LOG_SCALE)]).to(self.unit.dtype)
 
 
-class Laplace(_RealPixels):
+class Laplace(RealPixels):
     """p(x | h) = prod_d Laplace(x_d; unit h_d, scale), with one learned scale for all pixels, for real x.
 
     Up to the scale, -log p is absolute error: outliers count less than under a normal, and the location is a median.
@@ -187,7 +187,7 @@ class Laplace(_RealPixels):
         return (loc / spread).to(self.log_scale.dtype)
 
 
-class StudentT(_RealPixels):
+class StudentT(RealPixels):
     """p(x | h) = prod_d StudentT(x_d; df, unit h_d, scale), scale and df shared by all pixels and learned, for real x.
 
     Its tails fall like |x|^-(df + 1), so that distant outliers hardly move the location. df = 1 + exp(f), with

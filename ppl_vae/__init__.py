@@ -22,28 +22,19 @@ if TYPE_CHECKING:
 
 __version__ = "0.2.0"
 
-_HOME = {
-    "VAE": "vae",
-    "Conditional": "conditional",
-    "Estimate": "evidence.estimate",
-    "dequantized": "evidence.dequantization",
-    "fit": "training",
-    "importance": "evidence.importance",
-    "load": "runs.load",
-    "log_evidence": "evidence.importance",
-    "log_weights": "weights",
-    "save": "runs.load",
+_NAMES = {
+    "conditional": "Conditional",
+    "evidence.dequantization": "dequantized",
+    "evidence.estimate": "Estimate",
+    "evidence.importance": "importance log_evidence",
+    "runs.load": "load save",
+    "training": "fit",
+    "vae": "VAE",
+    "weights": "log_weights",
 }
-_MODULES = {
-    "data": "data",
-    "likelihoods": "parts.likelihoods",
-    "missing": "evidence.missing",
-    "networks": "parts.networks",
-    "objectives": "objectives",
-    "posteriors": "parts.posteriors",
-    "priors": "parts.priors",
-    "runs": "runs",
-}
+_HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
+_PARTS = ("parts.likelihoods", "parts.networks", "parts.posteriors", "parts.priors")
+_MODULES = {place.rpartition(".")[2]: place for place in ("data", "evidence.missing", "objectives", "runs", *_PARTS)}
 
 __all__ = sorted([*_HOME, *_MODULES])
 
@@ -57,4 +48,4 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return __all__

@@ -27,14 +27,9 @@ def bound_by_particles(log_w: Tensor, sizes: Sequence[int]) -> Tensor:
     """E[L_s], L_s = log (1/s) sum_{t <= s} w_t, estimated by the mean of L_s over the S // s disjoint blocks of s.
 
     The estimate is unbiased for every s; s = 1 is the ELBO. E[L_s] never falls with s (Burda et al. 2016, arXiv
-    1509.00519, theorem 1), but noisy estimates can.
+    1509.00519, theorem 1), but noisy estimates can. A size that is not from 1 to S raises ValueError.
 
-    Args:
-        log_w: (S, B) log-weights of independent particles, nats.
-        sizes: The numbers s. Raises ValueError for one that is not from 1 to S.
-
-    Returns:
-        (len(sizes), B) nats, float64.
+    log_w: (S, B), independent particles -> (len(sizes), B) nats, float64.
     """
     S = len(log_w)
     for s in sizes:
@@ -47,12 +42,8 @@ def bound_by_particles(log_w: Tensor, sizes: Sequence[int]) -> Tensor:
 def tenfold_gain(log_sums: Tensor, sizes: Tensor) -> Tensor:
     """L_S - (1/10) sum_g L_{S/10}, with the g-th tenth of the S particles: what ten times as many particles gained.
 
-    Args:
-        log_sums: (10, B) logarithms of the sums of the weights in each tenth, nats.
-        sizes: (10,) the number of particles in each tenth.
-
-    Returns:
-        (B,) nats, at least 0 for equal sizes; NaN if a tenth is empty.
+    From the log-sums (10, B) of the weights in each tenth and the tenths' sizes (10,) to (B,) nats, at least 0 for
+    equal sizes; NaN if a tenth is empty.
     """
     if not sizes.all():
         return torch.full_like(log_sums[0], math.nan)
@@ -65,7 +56,7 @@ def tail_length(num_particles: int) -> int:
 
 
 def _pareto_fit(exceedances: Tensor) -> tuple[float, float]:
-    """Fit the shape k and scale of a generalized Pareto distribution; NaN or infinity if there is no fit."""
+    """The shape k and scale of a generalized Pareto distribution; NaN or infinity if there is no fit."""
     if not exceedances[0] > _ROUNDING:
         return math.nan, math.nan
     if exceedances[3 * len(exceedances) // 4] < torch.finfo(torch.double).tiny:  # the fit divides by a lower quartile
@@ -79,11 +70,8 @@ def pareto_k(largest_log_w: Tensor) -> Tensor:
     The weights have 1 / k moments: above 0.5 their variance is infinite, and above 0.7 an estimate from a practical
     number of particles is considered unreliable (Vehtari et al. 2024, arXiv 1507.02646).
 
-    Args:
-        largest_log_w: (M + 1, B) the largest log-weights in descending order; the last is the threshold.
-
-    Returns:
-        (B,) k-hat; NaN for fewer than 5 exceedances or if all are equal, infinity if they exceed float64's range.
+    From the largest log-weights (M + 1, B) in descending order, of which the last is the threshold, to (B,). It is NaN
+    for fewer than 5 exceedances or if all are equal, and infinity if they exceed float64's range.
     """
     if len(largest_log_w) <= _SMALLEST_TAIL:
         return largest_log_w.new_full(largest_log_w.shape[1:], math.nan, dtype=torch.double)
@@ -99,13 +87,8 @@ def smoothed_log_mean_exp(log_w: Tensor) -> Tensor:
         w~_(m) = min(u + F^-1((m - 1/2) / M; k-hat, scale), max_s w_s), m = 1..M, u the largest of the other weights
 
     It estimates log E[w], and is no bound. Its squared error is smaller than the plain mean's for k below about 0.7. It
-    does not make up for large weights that were never drawn.
-
-    Args:
-        log_w: (S, B) log-weights of independent particles, nats.
-
-    Returns:
-        (B,) nats, float64. The plain log-mean if k-hat is undefined, as for fewer than 21 particles.
+    does not make up for large weights that were never drawn. Where k-hat is undefined, as for fewer than 21 particles,
+    it is the plain log-mean. log_w: (S, B), independent particles -> (B,) nats, float64.
 
     Reference: Vehtari et al. 2024, arXiv 1507.02646, section 2.4, with its weakly informed k-hat; M as in section 6.
     """

@@ -65,7 +65,7 @@ class STL(Trace_ELBO):
     ) -> tuple[Trace, Trace]:
         module = _find_module(guide)
         drawn = poutine.trace(guide).get_trace(*args, **kwargs)
-        _check_guide(drawn)
+        check_guide(drawn)
         _check_parameters(drawn, module)
         # New tensors of the same values: a transform returns the noise of its own draw from a cache, without gradients.
         values = {name: drawn.nodes[name]["value"].view_as(drawn.nodes[name]["value"]) for name in latent_sites(drawn)}
@@ -128,7 +128,7 @@ class IWAE(DifferentiableLoss):
     def differentiable_loss(self, model: StochasticFunction, guide: StochasticFunction, x: Tensor) -> Tensor:
         """Minus the bound of the images x, (B, *E): a 0-d tensor, nats."""
         p, q = self._get_trace(model, guide, (x,), {})
-        _check_guide(q)
+        check_guide(q)
         shape = (self.num_particles, len(x))
         return -_plate_scale(p) * log_mean_exp(_log_joint(p, shape) - _log_joint(q, shape)).sum()
 
@@ -156,7 +156,7 @@ class DReG(IWAE):
         """Minus the bound of the images x, (B, *E): a 0-d tensor, nats, as ``IWAE``'s; only the gradient differs."""
         module, shape = _find_module(guide), (self.num_particles, len(x))
         drawn = trace_guide(guide, x, self.num_particles)
-        _check_guide(drawn)
+        check_guide(drawn)
         _check_parameters(drawn, module)
         z = {name: drawn.nodes[name]["value"] for name in latent_sites(drawn)}
 
@@ -242,8 +242,8 @@ def _parameters_of_prior_alone(module: nn.Module) -> set[int]:
     return {id(w) for w in prior.parameters()} - {id(w) for w in posterior.parameters()}
 
 
-def _check_guide(q: Trace) -> None:
-    """Refuse a guide with a site that has no density, or whose draws have no gradient."""
+def check_guide(q: Trace) -> None:
+    """Raise ValueError for a guide with a site that has no density, or whose draws have no gradient."""
     check_densities(q)
     for name in latent_sites(q):
         fn = q.nodes[name]["fn"]

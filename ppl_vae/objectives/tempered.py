@@ -15,13 +15,13 @@ from pyro.poutine.scale_messenger import ScaleMessenger
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from ppl_vae.objectives.importance import STL, DifferentiableLoss
+from ppl_vae.objectives.importance import STL, DifferentiableLoss, check_guide
 from ppl_vae.protocols import StochasticFunction
 from ppl_vae.runtime.capture import is_capturing
 from ppl_vae.runtime.errors import CannotCapture, check_count
 from ppl_vae.runtime.global_state import serialize_threads
 from ppl_vae.runtime.ranks import mean_over_batch
-from ppl_vae.weights import is_deterministic, latent_sites
+from ppl_vae.weights import latent_sites
 
 
 class Temper(ScaleMessenger):
@@ -188,34 +188,21 @@ class FreeBits(DifferentiableLoss):
     def differentiable_loss(self, model: StochasticFunction, guide: StochasticFunction, x: Tensor) -> Tensor:
         """The loss of the images x, (B, *E): a 0-d tensor, nats."""
         p, q = self._get_trace(model, guide, (x,), {})
-        _check_order(q, p)
+        check_guide(q)
+        of_model, of_guide = ([name for name in trace.nodes if name in latent_sites(p)] for trace in (p, q))
+        if of_model != of_guide:
+            # E_q[log q(z_1 | x) - log p(z_1 | z_2)] is the mean of a KL only if z_2 does not depend on z_1.
+            raise ValueError(f"guide: expected latent sites in the model's order {of_model}, got {of_guide}")
         p.compute_log_prob(lambda name, site: site["is_observed"])
         reconstruction = torch.stack([p.nodes[name]["log_prob_sum"] for name in p.observation_nodes]).sum()
         kl = torch.stack([_free_kl(name, q, p, self.free_nats) for name in latent_sites(p)]).sum()
         return len(x) * kl - reconstruction / self.num_particles
 
 
-def _check_order(q: Trace, p: Trace) -> None:
-    """Refuse a guide with latent sites in another order than the model's.
-
-    E_q[log q(z_1 | x) - log p(z_1 | z_2)] is the mean of KL(q(z_1 | x) || p(z_1 | z_2)) only if z_2 does not depend on
-    z_1.
-    """
-    latents = set(latent_sites(p))
-    of_model, of_guide = ([name for name in trace.nodes if name in latents] for trace in (p, q))
-    if of_model != of_guide:
-        raise ValueError(f"guide: expected latent sites in the model's order {of_model}, got {of_guide}")
-
-
 def _free_kl(name: str, q: Trace, p: Trace, free_nats: float) -> Tensor:
     """sum_l max(lambda, mean_n KL(q(z_l | x_n) || p(z_l))) of one site times its scale, nats."""
     proposed, prior = q.nodes[name], p.nodes[name]["fn"]
-    posterior = proposed["fn"]
-    if is_deterministic(posterior):
-        raise ValueError(f"site {name!r}: expected a guide with a density, got a deterministic one (Delta)")
-    if not posterior.has_rsample:
-        raise ValueError(f"site {name!r}: expected a reparametrized guide, got {type(posterior).__name__}")
-    factors = [fn.base_dist if isinstance(fn, Independent) else fn for fn in (posterior, prior)]
+    factors = [fn.base_dist if isinstance(fn, Independent) else fn for fn in (proposed["fn"], prior)]
     try:
         kl = kl_divergence(*factors)  # (S, B, L)
     except NotImplementedError:

@@ -285,7 +285,7 @@ GUIDES = {
     ),
     "deterministic": (
         lambda B: dist.Delta(torch.zeros(B, 3), event_dim=1),
-        r"expected a guide with a density, got a deterministic one \(Delta\)",
+        r"expected a density at site .z., got a deterministic one \(Delta\)",
     ),
 }
 

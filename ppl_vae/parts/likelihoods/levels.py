@@ -156,20 +156,16 @@ def discretized_logistic_draw(u: Tensor, loc: Tensor, log_scale: Tensor) -> Tens
     return ((loc + log_scale.exp() * u.logit() + 1) * CENTER).round().clamp(0, TOP)
 
 
-def level_moments(share: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance of levels that have these shares, (..., 256) -> (...) and (...)."""
+def match_moments(share: Tensor) -> tuple[Tensor, Tensor]:
+    """(loc, feature) of a discretized logistic with about the mean and variance of levels with these shares.
+
+    The scale of a logistic distribution is sqrt(3) / pi standard deviations. A location at 0 or 255 is moved one level
+    outward, since a narrow distribution around 0 has 2% of its mass at level 1. share: (..., 256) -> (...) and (...).
+    """
     levels = torch.arange(NUM_LEVELS, dtype=share.dtype, device=share.device)
     total = share.sum(-1).clamp(min=torch.finfo(share.dtype).tiny)
     mean = share @ levels / total
-    return mean, (share * (levels - mean[..., None]).square()).sum(-1) / total
-
-
-def logistic_moments(mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
-    """(loc, feature) of a discretized logistic with about this mean and variance of the level, all of one shape.
-
-    The scale of a logistic distribution is sqrt(3) / pi standard deviations. A location at 0 or 255 is moved one level
-    outward, since a narrow distribution around 0 has 2% of its mass at level 1.
-    """
+    variance = (share * (levels - mean[..., None]).square()).sum(-1) / total
     log_scale = (variance.sqrt() / CENTER * math.sqrt(3) / math.pi).log()  # -inf where all is one level
     beyond = (mean > TOP - 0.5).to(mean.dtype) - (mean < 0.5).to(mean.dtype)
     return (mean + beyond) / CENTER - 1, unbounded(log_scale - _LOG_SCALE_CENTER, _LOG_SCALE_LIMIT)
@@ -220,7 +216,7 @@ class DiscretizedLogistic(Pixels):
     def fit_marginals(self, x: Tensor) -> Tensor:
         """The most likely h of each pixel. x: (N, *E) -> (2 prod(E),)."""
         share = level_counts(x) / len(x)
-        start = torch.stack(logistic_moments(*level_moments(share)))
+        start = torch.stack(match_moments(share))
         levels = torch.arange(NUM_LEVELS, dtype=torch.float, device=share.device)
 
         def log_p(h: Tensor, share: Tensor) -> Tensor:

@@ -22,9 +22,8 @@ from ppl_vae.parts.likelihoods.levels import (
     discretized_logistic_draw,
     discretized_logistic_log_mass,
     discretized_logistic_mean,
-    level_moments,
     logistic_log_scale,
-    logistic_moments,
+    match_moments,
 )
 from ppl_vae.runtime.errors import check_count
 
@@ -44,12 +43,7 @@ class ColorLogisticMixture(dist.TorchDistribution):
         locs, log_scales, coefficients: (..., 3, K, H, W).
     """
 
-    arg_constraints = {  # noqa: RUF012, as torch has it
-        "logits": constraints.real,
-        "locs": constraints.real,
-        "log_scales": constraints.real,
-        "coefficients": constraints.real,
-    }
+    arg_constraints = dict.fromkeys(("logits", "locs", "log_scales", "coefficients"), constraints.real)
     support = constraints.independent(LEVELS, 3)
 
     def __init__(self, logits: Tensor, locs: Tensor, log_scales: Tensor, coefficients: Tensor) -> None:
@@ -85,20 +79,13 @@ class ColorLogisticMixture(dist.TorchDistribution):
         means = self._map_channels(lambda c, loc, log_scale: discretized_logistic_mean(loc, log_scale))
         return (self.logits.softmax(-3).unsqueeze(-4) * means).sum(-3)
 
-    @staticmethod
-    def _select_component(values: Tensor, component: Tensor) -> Tensor:
-        """values: (..., 3, K, H, W), component: (..., 1, H, W) -> (..., 3, H, W)."""
-        index = component.unsqueeze(-4).expand(*values.shape[:-3], 1, *values.shape[-2:])
-        return values.gather(-3, index).squeeze(-3)
-
     @torch.no_grad()
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        batch = torch.Size(sample_shape) + self.batch_shape
         component = dist.Categorical(logits=self.logits.movedim(-3, -1)).sample(torch.Size(sample_shape))
-        of_sample = self.expand(batch)
-        chosen = component.unsqueeze(-3)
+        of_sample = self.expand(torch.Size(sample_shape) + self.batch_shape)
+        index = component[..., None, None, :, :].expand(*of_sample.locs.shape[:-3], 1, *component.shape[-2:])
         parameters = (of_sample.locs, of_sample.log_scales, of_sample.coefficients)
-        locs, log_scales, coefficients = (self._select_component(p, chosen).unsqueeze(-3) for p in parameters)
+        locs, log_scales, coefficients = (p.gather(-3, index) for p in parameters)
         single = ColorLogisticMixture(torch.zeros_like(locs[..., 0, :, :, :]), locs, log_scales, coefficients)
         u = torch.rand_like(locs)
 
@@ -111,18 +98,15 @@ class ColorLogisticMixture(dist.TorchDistribution):
         if self._validate_args:
             self._validate_sample(value)
         x = value.unsqueeze(-3)  # (..., 3, 1, H, W)
-        t = x / CENTER - 1
-        red, green = t[..., 0, :, :, :], t[..., 1, :, :, :]
-        c = self.coefficients.unbind(-4)
-        locs = torch.stack(
-            torch.broadcast_tensors(
-                self.locs[..., 0, :, :, :],
-                self.locs[..., 1, :, :, :] + c[0] * red,
-                self.locs[..., 2, :, :, :] + c[1] * red + c[2] * green,
-            ),
-            dim=-4,
-        )
-        log_p = discretized_logistic_log_mass(x, locs, self.log_scales).sum(-4)
+        locs = []
+
+        def look_up(c: int, loc: Tensor, log_scale: Tensor) -> Tensor:
+            locs.append(loc)
+            return x[..., c, :, :, :]
+
+        self._map_channels(look_up)
+        given = torch.stack(torch.broadcast_tensors(*locs), dim=-4)
+        log_p = discretized_logistic_log_mass(x, given, self.log_scales).sum(-4)
         return (log_p + self.logits.log_softmax(-3)).logsumexp(-3).sum((-2, -1))
 
 
@@ -199,7 +183,7 @@ def _fit_mixture(share: Tensor, K: int) -> Tensor:
     of_component = (torch.minimum(cdf, below + 1 / K) - torch.maximum(cdf - share, below)).clamp(min=0)  # (K, D, 256)
     for _ in range(_EM_STEPS):
         logits = of_component.sum(-1).clamp(min=_SMALLEST_WEIGHT).log()
-        loc, feature = logistic_moments(*level_moments(of_component))
+        loc, feature = match_moments(of_component)
         log_p = discretized_logistic_log_mass(levels, loc[..., None], logistic_log_scale(feature)[..., None])
         of_component = share * (logits[..., None] + log_p).softmax(0)
     apart = _APART * (below[..., 0] - (K - 1) / (2 * K)) / CENTER

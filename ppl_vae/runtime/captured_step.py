@@ -80,8 +80,8 @@ class CapturedStep:
         self._optimizer, self._constants = optimizer, optimizer.param_groups[0]
         self._layout, vectors = flatten_state(trained, optimizer, averages or {})
         self._compiled_for = batch_share(batch_size)
-        like, size = vectors["weights"], self._compiled_for.stop - self._compiled_for.start
-        self._index = torch.zeros(size, dtype=torch.long, device=like.device)
+        like = vectors["weights"]
+        self._index = torch.zeros(self._compiled_for.size, dtype=torch.long, device=like.device)
         self._scalars = torch.zeros(5, dtype=like.dtype, device=like.device)  # a row of ``schedule``
         self.total = torch.zeros((), dtype=torch.double, device=like.device)
         self.counted, self.skipped, self.taken = (self._index.new_zeros(()) for _ in range(3))

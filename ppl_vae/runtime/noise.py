@@ -8,7 +8,7 @@ of ranks, and a checkpoint holds one state of the generator for all.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import Message
@@ -55,25 +55,13 @@ class SharedNoise(TorchFunctionMode):
         self.image_dim: int | None = None
 
     @contextmanager
-    def along(self, dim: int) -> Iterator[None]:
-        """``dim`` is the dimension of images in all noise that the block draws."""
-        if self._is_whole():
+    def along(self, dim: int | None) -> Iterator[None]:
+        """``dim`` is the dimension of images in all noise of the block; None: as each sample site has it."""
+        if self.share is None or self.share.num_images == self.share.size:
             yield
             return
-        with self:
+        with _Sites(self) if dim is None else nullcontext(), self:
             self.image_dim = dim
-            try:
-                yield
-            finally:
-                self.image_dim = None
-
-    @contextmanager
-    def draw_at_sites(self) -> Iterator[None]:
-        """The block draws noise at the sample sites of Pyro programs whose images are the plate at dim -1."""
-        if self._is_whole():
-            yield
-            return
-        with _Sites(self), self:
             try:
                 yield
             finally:
@@ -102,11 +90,12 @@ class SharedNoise(TorchFunctionMode):
 
     def _widened(self, shape: Sequence[int], name: str) -> tuple[int, ...]:
         """The shape with all images of the batch instead of this rank's."""
-        share, at = self._share(), self.image_dim or 0
-        if not -len(shape) <= at < len(shape) or shape[at] != share.stop - share.start:
+        share, at = self.share, self.image_dim or 0
+        assert share is not None
+        if not -len(shape) <= at < len(shape) or shape[at] != share.size:
             raise ValueError(
-                f"torch.{name}: under several ranks expected noise for {share.stop - share.start} images at dimension "
-                f"{at}, got the shape {tuple(shape)}"
+                f"torch.{name}: under several ranks expected noise for {share.size} images at dimension {at}, got the "
+                f"shape {tuple(shape)}"
             )
         wide = list(shape)
         wide[at] = share.num_images
@@ -119,15 +108,8 @@ class SharedNoise(TorchFunctionMode):
         return wide
 
     def _rows(self, wide: Tensor) -> Tensor:
-        share = self._share()
-        return wide.narrow(self.image_dim or 0, share.start, share.stop - share.start)
-
-    def _is_whole(self) -> bool:
-        return self.share is None or self.share.num_images == self.share.stop - self.share.start
-
-    def _share(self) -> BatchShare:
         assert self.share is not None
-        return self.share
+        return wide.narrow(self.image_dim or 0, self.share.start, self.share.size)
 
 
 class _Sites(Messenger):

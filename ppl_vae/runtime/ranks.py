@@ -184,6 +184,11 @@ class BatchShare:
     stop: int
     weight: float
 
+    @property
+    def size(self) -> int:
+        """The number of its images."""
+        return self.stop - self.start
+
 
 def batch_share(num_images: int) -> BatchShare:
     """This rank's contiguous part of a batch; the parts of two ranks differ by at most one image."""

@@ -326,7 +326,7 @@ def _gather_batch(values: Tensor, share: BatchShare | None) -> Tensor:
     """(b, ...) of this rank's images -> (B, ...) of the whole batch."""
     if share is None or num_ranks() == 1:
         return values
-    own = slice(0, share.stop - share.start if share.weight else 0)
+    own = slice(0, share.size if share.weight else 0)
     rows = torch.arange(share.start, share.stop, device=values.device)
     return gather_rows(values[own], share.num_images, rows[own])
 

@@ -73,7 +73,7 @@ class _Steps(ABC):
         if not self._several:
             return self._objective(program.model, program.guide, x, beta=beta)
         assert self.noise.share is not None
-        with use_share(self.noise.share), self.noise.draw_at_sites():
+        with use_share(self.noise.share), self.noise.along(None):
             return self._objective(program.model, program.guide, x, beta=beta)
 
     def epoch(

@@ -214,7 +214,7 @@ def test_at_a_site_of_a_program_the_images_are_left_of_its_event(noise):
     torch.manual_seed(1)
     one, two = program(WHOLE)
     torch.manual_seed(1)
-    with noise.draw_at_sites():
+    with noise.along(None):
         rows = program(STOP - START)
     assert torch.equal(rows[0], one[:, START:STOP])
     assert torch.equal(rows[1], two[:, START:STOP])

@@ -136,21 +136,15 @@ class EagerSteps(_Steps):
                 if fault is None:
                     raise
                 raise NotFinite(f"step {state.step}: {fault}") from None
-        if self._several:
-            optimizer.zero_grad()
-            loss.backward()
-            value = self._sum_gradients(loss, share)
-        else:
-            value = loss.item()
+        optimizer.zero_grad()
+        loss.backward()
+        value = self._sum_gradients(loss, share) if self._several else loss.item()
         if not math.isfinite(value):
             if self._limits.skip_norm is not None:
                 return None
             faults = gather_objects(find_site_not_finite(program, x))  # the images at fault may be one rank's alone
             fault = next((found for found in faults if found), "every site is finite when z is drawn again")
             raise NotFinite(f"step {state.step}: the loss is {value}: {fault}")
-        if not self._several:
-            optimizer.zero_grad()
-            loss.backward()
         norm = clip_grad_norm_(program.parameters(), self._limits.clip_norm)
         if self._limits.skip_norm is not None and not norm <= self._limits.skip_norm:
             return None

@@ -285,7 +285,7 @@ GUIDES = {
     ),
     "deterministic": (
         lambda B: dist.Delta(torch.zeros(B, 3), event_dim=1),
-        r"expected a density at site .z., got a deterministic one \(Delta\)",
+        r"got a deterministic one \(Delta\)",
     ),
 }
 
@@ -294,5 +294,5 @@ GUIDES = {
 def test_free_bits_refuse_a_guide_whose_latents_have_no_kl_of_their_own(oracle, guide):
     distribution, words = GUIDES[guide]
     vae, x = oracle.vae().float(), oracle.draw(4).float()
-    with pytest.raises(ValueError, match=f"site 'z': {words}"):
+    with pytest.raises(ValueError, match=f"site 'z'.*{words}"):
         per_image.free_bits(vae.model, _guide(distribution), x, free_nats=0.1)

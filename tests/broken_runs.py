@@ -19,7 +19,7 @@ from ppl_vae.runs.build import build_vae
 from ppl_vae.runs.load import load, save
 from ppl_vae.runs.options import PLAIN, Options
 from ppl_vae.runs.resolve import initialize_output_bias, load_splits
-from ppl_vae.study.experiment import average_over_pixels
+from ppl_vae.study.run import average_over_pixels
 
 DIGITS = Options(
     **PLAIN,

@@ -22,7 +22,7 @@ import ppl_vae
 from ppl_vae.commands.options import COMMANDS
 from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.parts.registry import LIKELIHOODS
-from ppl_vae.study.figures import format_mean
+from ppl_vae.study.questions import format_mean
 
 ROOT = Path(__file__).parent.parent
 MANUAL = sorted(path for path in (ROOT / "docs").rglob("*.md") if "_build" not in path.parts)

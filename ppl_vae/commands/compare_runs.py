@@ -14,7 +14,7 @@ from ppl_vae.commands.evaluate import estimate_bits_per_dim, evaluate_images
 from ppl_vae.commands.options import CompareRuns
 from ppl_vae.evidence.estimate import Estimate, bound_difference
 from ppl_vae.evidence.importance import Importance
-from ppl_vae.reports.figures.charts import paired_bounds
+from ppl_vae.reports.figures.measurements import paired_bounds
 from ppl_vae.reports.text.comparison import compare_in_words, comparison_title, describe_comparison
 from ppl_vae.runs.command_results import ComparedPair, ComparedRun, Comparison
 from ppl_vae.runs.open import Run, Say, check_density, open_run

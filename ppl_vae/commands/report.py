@@ -24,12 +24,11 @@ from ppl_vae.diagnostics.measurement import (
     summarize_estimate,
 )
 from ppl_vae.diagnostics.verdicts import verdicts
-from ppl_vae.reports.diagnosis_figures import diagnosis_figures, list_figures
-from ppl_vae.reports.page import GENERATOR
-from ppl_vae.reports.run_figures import is_drawn, write_figures
-from ppl_vae.reports.run_page import make_page
-from ppl_vae.reports.text.card import CARD, describe_export, make_card
+from ppl_vae.reports.page.blocks import GENERATOR
+from ppl_vae.reports.page.run import make_page
+from ppl_vae.reports.run_figures import diagnosis_figures, is_drawn, write_figures
 from ppl_vae.reports.text.diagnosis import describe_diagnosis
+from ppl_vae.reports.text.run import CARD, describe_export, make_card
 from ppl_vae.runs.build import build_likelihood
 from ppl_vae.runs.checkpoints import get_step
 from ppl_vae.runs.load import find_run_folder, load, make_config
@@ -76,7 +75,7 @@ def diagnose_run(options: Diagnose, *, say: Say) -> Diagnosis:
             seed=options.seed,
         )
         numbers = replace(numbers, left_out=numbers.left_out | left_out)
-        figures = list_figures(run, numbers)
+        figures = list(diagnosis_figures(run, numbers))
         there = {path.name for path in (run.folder / runs.FIGURES).glob("*.png")} | set(figures)
         found_verdicts = (each if each.figure in there else replace(each, figure=None) for each in verdicts(numbers))
         found = Diagnosis(
@@ -138,7 +137,7 @@ def _load_images(run: Run, split: str, images: int | None, seed: int) -> tuple[T
 def _write(run: Run, found: Diagnosis, x: Tensor) -> None:
     """Write the figures and then the numbers, so that numbers never stand next to figures of others."""
     with seeded(found.seed, torch.device("cpu")), torch.no_grad():
-        figures = diagnosis_figures(run, found.numbers, x)
+        figures = {name: draw(x) for name, draw in diagnosis_figures(run, found.numbers).items()}
     folder, path = run.folder / runs.FIGURES, run.folder / DIAGNOSIS
     folder.mkdir(exist_ok=True)
     path.unlink(missing_ok=True)

@@ -14,7 +14,7 @@ from ppl_vae import data, runs
 from ppl_vae.commands.evaluate import write_evaluation
 from ppl_vae.commands.options import Evaluate, Train
 from ppl_vae.reports.run_figures import is_drawn, write_figures
-from ppl_vae.reports.text.training import describe_epoch, describe_model, describe_training, describe_validation
+from ppl_vae.reports.text.run import describe_epoch, describe_model, describe_training, describe_validation
 from ppl_vae.runs.build import build_vae
 from ppl_vae.runs.checkpoints import Saved, find_newest_checkpoint, is_whole, mend_states
 from ppl_vae.runs.files import JsonObject

@@ -1,30 +1,38 @@
-"""The figures of a run, drawn from its files, and those of a table of likelihoods."""
+"""The figures of a run, of its diagnosis and of a table of likelihoods, for which trained weights are used."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
 import torch
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 from torch import Tensor
+from torch.distributions import Normal, kl_divergence
 
 from ppl_vae import data, runs
+from ppl_vae.diagnostics import ACTIVE_VARIANCE, active_units
+from ppl_vae.diagnostics.measurement import Measurements
 from ppl_vae.diagnostics.pictures import decode_plane, decode_traversals, latent_quantiles
 from ppl_vae.evidence.importance import gather_log_weights
-from ppl_vae.evidence.moments import PosteriorMoments, encode, mean_or_draw
-from ppl_vae.reports.display import Display, choose_display
-from ppl_vae.reports.figures.charts import bound_by_particles, likelihood_histogram, pixel_calibration, training_curves
-from ppl_vae.reports.figures.images import Images, image_grids, image_rows
-from ppl_vae.reports.latents_figure import LatentUse, latents_figure, measure_latent_use
-from ppl_vae.reports.text.pages import NOT_TRAINED_ON_PRIOR
+from ppl_vae.evidence.moments import PosteriorMoments, compute_moments, encode, mean_or_draw, normal_factors
+from ppl_vae.reports.figures.charts import (
+    LatentUse,
+    bound_by_particles,
+    latents_figure,
+    likelihood_histogram,
+    pixel_calibration,
+    training_curves,
+)
+from ppl_vae.reports.figures.images import Display, Images, choose_display, image_grids, image_rows
+from ppl_vae.reports.figures.measurements import draw_aggregate, draw_latents, draw_noise
+from ppl_vae.reports.text.pages import TITLES
 from ppl_vae.runs.build import is_autoencoder
 from ppl_vae.runs.command_results import LikelihoodRow
+from ppl_vae.runs.load import load
 from ppl_vae.runs.open import Run, Say, load_evaluated_vae
 from ppl_vae.runs.outputs import write_figure
 from ppl_vae.runs.results import PerImage, read_per_image
@@ -38,6 +46,8 @@ _NUM_PAIRS = 5
 _NUM_SAMPLES = 64
 _NUM_STEPS = 11  # of a traversal: odd, so that the middle one is the prior's mean
 _MANIFOLD = 15
+_MOST_DRAWS = 12  # in or out of holes
+_UNUSED_NATS = 0.01  # a latent with a smaller mean KL counts as unused. Source: ours
 
 # Images whose latents are drawn: those of a pass over two thousand 28 x 28 images.
 _LATENT_PIXELS = 2000 * 784
@@ -156,13 +166,36 @@ class _Scene:
             return measure_latent_use(self.vae, self.x[index], codes)
 
 
+@torch.no_grad()
+def measure_latent_use(vae: VAE, x: Tensor, codes: PosteriorMoments) -> LatentUse:
+    """The mean KL of each latent where guide and prior are products of normals, else the variance of E[z_l | x].
+
+    A latent of another guide or prior has no KL of its own in closed form. Under a deterministic guide it is infinite.
+
+    Args:
+        vae: The VAE.
+        x: Images (N, *E).
+        codes: Their posterior moments.
+    """
+    prior = vae.prior()
+    if bool((codes.scale == 0).any()):
+        values = codes.mean.var(0, correction=0)
+        return LatentUse(values, "variance", "the variance of z_l", "", ACTIVE_VARIANCE)
+    p = normal_factors(prior)
+    if p is not None and normal_factors(vae.posterior(x[:1])) is not None:
+        kl = kl_divergence(Normal(codes.mean, codes.scale), p).mean(0)
+        return LatentUse(kl, "mean KL", "KL(q(z_l | x) || p(z_l)), the mean", " nats", _UNUSED_NATS)
+    values = active_units(codes, compute_moments(prior).scale).mean
+    meaning = "the variance of E[z_l | x] in variances of the prior, taken"
+    return LatentUse(values, "variance", meaning, "", ACTIVE_VARIANCE)
+
+
 # --- The figures ---
 
 
 def _training_curves(scene: _Scene) -> Figure:
-    title = f"{scene.run.splits.name}: training"
-    if scene.run.pixels == "dequantized":
-        title += " of the density of (level + u) / 256"
+    title = TITLES["training-dequantized" if scene.run.pixels == "dequantized" else "training"]
+    title = title.format(name=scene.run.splits.name)
     try:
         return training_curves(scene.metrics, title=title, autoencoder=is_autoencoder(scene.run.options))
     except KeyError as error:
@@ -173,8 +206,13 @@ def _reconstructions(scene: _Scene) -> Figure:
     x = scene.x[scene.shown]
     decoded = scene.vae.likelihood(scene.vae.posterior(x).sample())
     rows = {"test image x": x, "E[x | z]": decoded.mean, "x ~ p(x | z)": decoded.sample()}
-    title = "Reconstructions, z ~ q(z | x)" + scene.display.words
-    return image_rows({label: scene.display(images) for label, images in rows.items()}, title=title)
+    return _show_rows(scene.display, rows, "reconstructions")
+
+
+def _show_rows(display: Display, rows: Mapping[str, Tensor], title: str, **words: object) -> Figure:
+    """Rows of images (N, *E) as the model sees them, with the title of that name."""
+    shown = {label: display(images) for label, images in rows.items()}
+    return image_rows(shown, title=TITLES[title].format(**words) + display.words)
 
 
 def _prior_samples(scene: _Scene) -> Figure:
@@ -185,14 +223,9 @@ def _prior_samples(scene: _Scene) -> Figure:
 
 def samples_figure(display: Display, means: Tensor, images: Tensor, *, autoencoder: bool = False) -> Figure:
     """Means E[x | z] beside draws x ~ p(x | z), for z ~ p(z). means, images: (N, *E)."""
-    title = "Samples from the prior, z ~ p(z)"
-    if autoencoder:
-        title = f"No samples of a model: decoded draws of the prior, z ~ N(0, I),\n{NOT_TRAINED_ON_PRIOR}"
-    return image_grids(
-        {"means E[x | z]": display(means), "images x ~ p(x | z)": display(images)},
-        columns=math.ceil(math.sqrt(len(means))),
-        title=title + display.words,
-    )
+    grids = {"means E[x | z]": display(means), "images x ~ p(x | z)": display(images)}
+    title = TITLES["prior-samples-autoencoder" if autoencoder else "prior-samples"] + display.words
+    return image_grids(grids, columns=math.ceil(math.sqrt(len(means))), title=title)
 
 
 def _interpolations(scene: _Scene) -> Figure:
@@ -200,10 +233,10 @@ def _interpolations(scene: _Scene) -> Figure:
     ends = mean_or_draw(scene.vae.posterior(scene.x[scene.shown[: 2 * pairs]]))
     weight = torch.linspace(0, 1, _NUM_SHOWN).reshape(-1, 1)
     rows = {
-        f"pair {i + 1}": scene.display(scene.vae.likelihood((1 - weight) * ends[i] + weight * ends[pairs + i]).mean)
+        f"pair {i + 1}": scene.vae.likelihood((1 - weight) * ends[i] + weight * ends[pairs + i]).mean
         for i in range(pairs)
     }
-    return image_rows(rows, title="E[x | z] on the line between the codes of two test images" + scene.display.words)
+    return _show_rows(scene.display, rows, "interpolations")
 
 
 def _traversals(scene: _Scene) -> Figure:
@@ -219,12 +252,9 @@ def _traversals(scene: _Scene) -> Figure:
     images = decode_traversals(scene.vae, z, most_used, steps)
     labels = [f"z{latent}, {values[latent]:.2f}{use.unit}" for latent in most_used]
     rows = {label: scene.display(row) for label, row in zip(labels, images, strict=True)}
-    title = (
-        "E[x | z] as one latent moves, in scales of the prior; the others stay at the code of test image no. "
-        f"{place}\nrows: the most used latents, by {use.meaning} over {len(scene.encoded[0]):,} test images\n"
-        f"unused latents, with a {use.name} below {use.least}{use.unit}: {num_unused} of {L}{scene.display.words}"
-    )
-    return image_rows(rows, columns=[f"{t:.1f}" for t in steps], title=title)
+    num_images, title = len(scene.encoded[0]), TITLES["traversals"]
+    title = title.format(place=place, use=use, num_images=num_images, num_unused=num_unused, num_latents=L)
+    return image_rows(rows, columns=[f"{t:.1f}" for t in steps], title=title + scene.display.words)
 
 
 def _manifold(scene: _Scene) -> Figure:
@@ -232,8 +262,8 @@ def _manifold(scene: _Scene) -> Figure:
     x, y = grid.T.tolist()
     planes = scene.display(decode_plane(scene.vae, grid))
     rows = {f"z1 = {value:.2g}": row for value, row in zip(reversed(y), planes[::-1], strict=True)}
-    title = "E[x | z] over the plane of two latents, at equal steps of each latent's prior probability; across: z0"
-    return image_rows(rows, columns=[f"{value:.2g}" for value in x], title=title + scene.display.words)
+    title = TITLES["manifold"] + scene.display.words
+    return image_rows(rows, columns=[f"{value:.2g}" for value in x], title=title)
 
 
 def _latents(scene: _Scene) -> Figure:
@@ -256,7 +286,7 @@ def _log_likelihoods(scene: _Scene) -> Figure:
     return likelihood_histogram(
         values,
         name=f"log p(x), the bound L_{stored.num_particles:,}",
-        title=f"{scene.run.splits.name}: log p(x) of {len(values):,} test images",
+        title=TITLES["log-likelihoods"].format(name=scene.run.splits.name, num_images=len(values)),
         examples=_extremes(scene, stored) if _has_images(scene.run) else {},
     )
 
@@ -277,11 +307,8 @@ def _extremes(scene: _Scene, stored: PerImage) -> dict[str, tuple[Images, list[s
 def _particles(scene: _Scene) -> Figure:
     x = scene.x[data.subset(len(scene.x), _PARTICLE_IMAGES)]
     log_weights = gather_log_weights(scene.vae, x, _PARTICLES[-1])
-    title = (
-        "The bound L_s on log p(x) by its number of importance samples s\n"
-        f"{len(x):,} test images; bars are standard errors over images"
-    )
-    return bound_by_particles(_PARTICLES, numerics.bound_by_particles(log_weights, _PARTICLES), title=title)
+    bounds = numerics.bound_by_particles(log_weights, _PARTICLES)
+    return bound_by_particles(_PARTICLES, bounds, title=TITLES["particles"].format(num_images=len(x)))
 
 
 # By the name of its file: which runs have a figure, and how it is drawn.
@@ -298,6 +325,46 @@ _FIGURES: dict[str, tuple[Callable[[Run], bool], Callable[[_Scene], Figure]]] = 
 }
 
 
+# --- A diagnosis ---
+
+
+def diagnosis_figures(run: Run, numbers: Measurements) -> dict[str, Callable[[Tensor], Figure]]:
+    """How each figure that these measurements have is drawn, by the name of its file, given the images (N, *E)."""
+    has_images, found = len(run.splits.event_shape) > 1, numbers.calibration
+    draw: dict[str, Callable[[Tensor], Figure]] = {
+        "diagnosis-latents.png": lambda x: draw_latents(numbers),
+        "diagnosis-aggregate.png": lambda x: draw_aggregate(numbers),
+    }
+    if numbers.noise is not None and not numbers.autoencoder:
+        draw["diagnosis-noise.png"] = lambda x: draw_noise(numbers)
+    if has_images and numbers.aggregate.holes is not None:
+        draw["diagnosis-holes.png"] = lambda x: _draw_holes(run, numbers, x)
+    if found is not None:
+        title = TITLES["diagnosis-pixels"].format(num_images=found.num_images)
+        draw["diagnosis-pixels.png"] = lambda x: pixel_calibration({run.options.likelihood: found}, title=title)
+    return draw
+
+
+def _draw_holes(run: Run, numbers: Measurements, x: Tensor) -> Figure:
+    vae, display, found = load(run.folder), choose_display(run), numbers.aggregate.holes
+    assert found is not None
+    dtype = next(vae.parameters()).dtype
+    some = x[torch.linspace(0, len(x) - 1, min(_MOST_DRAWS, len(x))).long()].cpu()
+    rows = {
+        "prior draws\nthat posteriors\ncover least": vae.likelihood(torch.tensor(found.worst, dtype=dtype)).mean,
+        "ordinary\nprior draws": vae.likelihood(torch.tensor(found.ordinary, dtype=dtype)).mean,
+        "reconstructions": vae.likelihood(mean_or_draw(vae.posterior(some))).mean,
+        "their images": some,
+    }
+    if run.pixels == "dequantized":  # drawn as levels, which is what the display expects
+        rows = {name: 256 * images - 0.5 for name, images in rows.items()}
+    shown = min(map(len, rows.values()))
+    effect = numbers.aggregate.classifier.effect.mean
+    return _show_rows(
+        display, {name: images[:shown] for name, images in rows.items()}, "diagnosis-holes", holes=found, effect=effect
+    )
+
+
 # --- A table of likelihoods ---
 
 
@@ -305,10 +372,7 @@ def write_likelihood_figures(folder: Path, opened: Sequence[Run], rows: Sequence
     """Writes calibration.png, and for images reconstructions.png and samples.png, the best likelihood first."""
     folder.mkdir(exist_ok=True)
     by_word = {run.options.likelihood: run for run in opened}
-    title = (
-        f"{opened[0].splits.name}: where pixels of {rows[0].calibration.num_images:,} test images lie in p(x | z), "
-        "z ~ q(z | x)\n(probability integral transform; uniform if the model were right; bars are standard errors)"
-    )
+    title = TITLES["calibration"].format(name=opened[0].splits.name, num_images=rows[0].calibration.num_images)
     figures = {"calibration.png": pixel_calibration({row.likelihood: row.calibration for row in rows}, title=title)}
     if len(opened[0].splits.event_shape) > 1:
         figures |= _picture_figures([by_word[row.likelihood] for row in rows])
@@ -322,22 +386,16 @@ def _picture_figures(opened: Sequence[Run]) -> dict[str, Figure]:
     first = opened[0]
     display, x = choose_display(first), data.evaluation_images(first.splits, "test", first.evaluated_pixels)
     x = x[data.subset(len(x), _NUM_SHOWN)]
-    reconstructions, samples = {"test image x": display(x)}, dict[str, NDArray[np.float32]]()
+    reconstructions, samples = {"test image x": x}, dict[str, Tensor]()
     for run in opened:
         word, vae = run.options.likelihood, load_evaluated_vae(run)
         with seeded(_FIGURE_SEED, torch.device("cpu")):
-            reconstructions[word] = display(vae.likelihood(vae.posterior(x).sample()).mean)
+            reconstructions[word] = vae.likelihood(vae.posterior(x).sample()).mean
         with seeded(_FIGURE_SEED, torch.device("cpu")):
             decoded = vae.likelihood(vae.prior().expand((_NUM_SHOWN,)).sample())
-            samples[f"{word}\nE[x | z]"] = display(decoded.mean)
-            samples[f"{word}\nx ~ p(x | z)"] = display(decoded.sample())
+            samples |= {f"{word}\nE[x | z]": decoded.mean, f"{word}\nx ~ p(x | z)": decoded.sample()}
     name = first.splits.name
     return {
-        "reconstructions.png": image_rows(
-            reconstructions, title=f"{name}: reconstructions E[x | z], z ~ q(z | x)" + display.words
-        ),
-        "samples.png": image_rows(
-            samples,
-            title=f"{name}: samples, z ~ p(z) by one seed, in the latents of each model" + display.words,
-        ),
+        "reconstructions.png": _show_rows(display, reconstructions, "likelihood-reconstructions", name=name),
+        "samples.png": _show_rows(display, samples, "likelihood-samples", name=name),
     }

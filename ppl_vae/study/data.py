@@ -1,8 +1,10 @@
-"""The images on which runs are measured, and how far generated images are from real ones."""
+"""The images on which runs are measured, how far generated images are from them, and densities of their codes."""
 
 from __future__ import annotations
 
+import copy
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,13 +14,22 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributions import Distribution
+from torch.distributions import (
+    AffineTransform,
+    Categorical,
+    Distribution,
+    MixtureSameFamily,
+    MultivariateNormal,
+    TransformedDistribution,
+)
 
 from ppl_vae import data, diagnostics
 from ppl_vae.evidence.estimate import Estimate
+from ppl_vae.parts.flows import affine_coupling
+from ppl_vae.parts.priors import FlowPrior
 from ppl_vae.runs.options import Options
 from ppl_vae.runs.outputs import write_picture
-from ppl_vae.runs.resolve import choose_evaluated_pixels, resolve
+from ppl_vae.runs.resolve import check_support, choose_evaluated_pixels, load_splits, resolve
 from ppl_vae.study.plan import dataset_word
 from ppl_vae.study.results import Quality
 
@@ -69,7 +80,7 @@ class StudyData:
     Args:
         options: The resolved options of any run on it.
         splits: The data.
-        num_images: The number of test images that are measured.
+        num_images: N, the number of test images that are measured.
     """
 
     options: Options
@@ -86,35 +97,40 @@ class StudyData:
         """D."""
         return math.prod(self.splits.event_shape)
 
-    @cached_property
-    def index(self) -> Tensor:
-        """(N,) places of the test images, those of the runs' evaluation."""
-        return data.subset(len(self.splits.test), self.num_images)
+    def load_seen(self, split: str, most: int | None = None) -> Tensor:
+        """(n, *E) images as the model sees them, a fixed subset of at most that many."""
+        images = data.evaluation_images(self.splits, split, choose_evaluated_pixels(self.options, self.splits))
+        return images[data.subset(len(images), most)]
+
+    def load_gray(self, split: str, most: int | None = None) -> Tensor:
+        """(n, *E) the same images before binarization."""
+        images = data.probabilities(self.splits, split)
+        return images[data.subset(len(images), most)]
 
     @cached_property
     def x(self) -> Tensor:
-        """(N, *E) test images as the model sees them."""
-        return self._seen("test")[self.index]
+        """(N, *E) test images as the model sees them, those of the runs' evaluation."""
+        return self.load_seen("test", self.num_images)
 
     @cached_property
     def gray(self) -> Tensor:
         """(N, *E) the same test images before binarization."""
-        return data.probabilities(self.splits, "test")[self.index]
-
-    @cached_property
-    def other_gray(self) -> Tensor:
-        """(M, *E) gray validation images, at most N: real images that no run was fitted to."""
-        return data.probabilities(self.splits, "validation")[data.subset(len(self.splits.validation), self.num_images)]
+        return self.load_gray("test", self.num_images)
 
     @cached_property
     def components(self) -> Components:
         """Principal components of the gray training images."""
-        return principal_components(self.train_gray(MOST_TRAINING_IMAGES))
+        return principal_components(self.load_gray("train", MOST_TRAINING_IMAGES))
 
     @cached_property
     def shown(self) -> Tensor:
         """(10,) places among the N test images that are shown, evenly spaced: a file may be sorted by class."""
-        return torch.linspace(0, len(self.index) - 1, NUM_SHOWN).long()
+        return torch.linspace(0, self.num_images - 1, NUM_SHOWN).long()
+
+    @property
+    def originals(self) -> str:
+        """The picture of the test images that are shown, in the study's folder."""
+        return f"{PICTURES}/{self.word}/originals.png"
 
     def draw_prior(self, prior: Distribution) -> Tensor:
         """(N, L) draws of p(z), the same for every run with such a prior."""
@@ -122,38 +138,41 @@ class StudyData:
             torch.manual_seed(_PRIOR_SEED)
             return prior.expand((self.num_images,)).sample()
 
-    def train_seen(self, most: int) -> Tensor:
-        """(n, *E) training images as the model sees them, a fixed subset of at most that many."""
-        return self._seen("train")[data.subset(len(self.splits.train), most)]
+    def measure_quality(self, images: Tensor) -> Quality:
+        """Images (M, C, H, W) against the gray test images, of each the first min(M, N).
 
-    def train_gray(self, most: int) -> Tensor:
-        """(n, *E) the same training images before binarization."""
-        return data.probabilities(self.splits, "train")[data.subset(len(self.splits.train), most)]
+        "sharpness" is 1 where they have as much fine detail; "frechet" is measured in the first principal components of
+        the training images, in squared pixel units; "classifier" is 2 accuracy - 1 of a classifier between the two in
+        the same components, each divided by its scale: 0 where they are alike, 1 where they are always told apart. The
+        first says nothing about what is shown, the second nothing beyond means and covariances, the third nothing
+        beyond those components. Network features are usual, but those networks were trained on photos.
 
-    def validation_seen(self) -> Tensor:
-        """(M, *E) all validation images as the model sees them."""
-        return self._seen("validation")
+        Source: See ``diagnostics.sharpness``, ``frechet_distance`` and ``diagnostics.classifier_test``; the choice is
+        ours.
+        """
+        count = min(len(images), len(self.gray))
+        images, real = images[:count], self.gray[:count]
+        points, real_points = self.components.project(images), self.components.project(real)
+        scale = self.components.scale.clamp(min=_LEAST_SCALE)
+        found = diagnostics.classifier_test((points / scale).float(), (real_points / scale).float())
+        frechet = jackknife(frechet_distance, points, real_points)
+        return Quality(diagnostics.sharpness(images, real), frechet, found.effect)
 
-    def _seen(self, split: str) -> Tensor:
-        return data.evaluation_images(self.splits, split, choose_evaluated_pixels(self.options, self.splits))
 
-
-def make_study_data(options: Options, splits: data.Splits, num_images: int) -> StudyData:
-    """Make the data set of such options.
+def load_study_data(options: Options, num_images: int) -> StudyData:
+    """The data set of such options.
 
     Raises:
-        ValueError: The data are no images, or too few of them.
+        ValueError: The data cannot be read, do not fit the options, or are no images, or too few of them.
     """
+    splits = load_splits(options)
     if len(splits.event_shape) != 3:
-        raise ValueError(f"--datasets: expected images, got {splits.name}, whose shape is {splits.event_shape}")
+        raise ValueError(f"expected images, got {splits.name}, whose shape is {splits.event_shape}")
     if min(len(splits.validation), len(splits.test)) < NUM_SHOWN:
-        raise ValueError(f"--datasets: expected at least {NUM_SHOWN} validation and test images in {splits.name}")
-    return StudyData(resolve(options, splits), splits, min(num_images, len(splits.test)))
-
-
-def originals_path(word: str) -> str:
-    """The picture of test images of a data set, in the study's folder."""
-    return f"{PICTURES}/{word}/originals.png"
+        raise ValueError(f"expected at least {NUM_SHOWN} validation and test images in {splits.name}")
+    options = resolve(options, splits)
+    check_support(options, splits)
+    return StudyData(options, splits, min(num_images, len(splits.test)))
 
 
 def write_strip(path: Path, images: Tensor) -> None:
@@ -206,25 +225,111 @@ def jackknife(statistic: Callable[..., float], *samples: Tensor) -> Estimate:
     return Estimate(statistic(*samples), float(math.sqrt((G - 1) / G) * (each - each.mean()).norm()))
 
 
-def sample_quality(images: Tensor, real: Tensor, components: Components) -> Quality:
-    """Images against real ones.
+# --- Densities of codes ---
 
-    "sharpness" is 1 where they have as much fine detail; "frechet" is measured in the first principal components of
-    the training images, in squared pixel units; "classifier" is 2 accuracy - 1 of a classifier between the two in the
-    same components, each divided by its scale: 0 where they are alike, 1 where they are always told apart. The first
-    says nothing about what is shown, the second nothing beyond means and covariances, the third nothing beyond those
-    components. Network features are usual, but those networks were trained on photos.
+COMPONENTS = (10, 30, 100)  # candidates for a mixture
+_CODES_PER_COMPONENT = 20  # at least
+_RIDGE = 1e-6  # added to variances of standardized codes: a latent may be constant
+_COUPLINGS, _HIDDEN = 8, (128, 128)
+_SEED = 0  # of the mixture's start, and of the flow's start and batches
+_EPOCHS, _BATCH_SIZE, _LEARNING_RATE, _CLIP_NORM = 20, 500, 2e-3, 10.0
+
+
+class FittedDensity(NamedTuple):
+    """A density of codes.
 
     Args:
-        images: (N, C, H, W).
-        real: (M, C, H, W), real images of the same unit. Only the first min(N, M) of each count.
-        components: Of the training images.
-
-    Source: See ``diagnostics.sharpness``, ``frechet_distance`` and ``diagnostics.classifier_test``; the choice is ours.
+        distribution: Event (L,).
+        log_density: Mean log-density of the validation codes, nats.
+        num_components: K of a mixture.
     """
-    count = min(len(images), len(real))
-    images, real = images[:count], real[:count]
-    points, real_points = components.project(images), components.project(real)
-    scale = components.scale.clamp(min=_LEAST_SCALE)
-    found = diagnostics.classifier_test((points / scale).float(), (real_points / scale).float())
-    return Quality(diagnostics.sharpness(images, real), jackknife(frechet_distance, points, real_points), found.effect)
+
+    distribution: Distribution
+    log_density: Estimate
+    num_components: int | None = None
+
+
+def fit_densities(train: Tensor, validation: Tensor) -> dict[str, FittedDensity]:
+    """A "normal", a "mixture" of normals and a "flow", each fitted to codes by maximum likelihood.
+
+    A plain autoencoder is not trained with a prior, so its decoder can be judged fairly only with codes that are drawn
+    from such a density. Codes are standardized first. Torch's global generator is left as it was.
+
+    Args:
+        train: (N, L) codes of training images, which are fitted to.
+        validation: (M, L) codes that choose the mixture's number of components and the flow's epoch.
+
+    Returns:
+        By name. There is no mixture without scikit-learn or with fewer than 200 codes, and no flow of one latent.
+
+    Reference: Ghosh et al. 2020, arXiv 1903.12436 (a mixture fitted to an autoencoder's codes); Dai and Wipf 2019,
+    arXiv 1903.05789 (a second model of a VAE's codes).
+    """
+    L, loc, scale = train.shape[1], train.mean(0), train.std(0).clamp(min=_RIDGE)
+    u, u_validation = (train - loc) / scale, (validation - loc) / scale
+    covariance = torch.cov(u.T).reshape(L, L) + _RIDGE * torch.eye(L)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(_SEED)
+        fitted: dict[str, Distribution | None] = {
+            "normal": MultivariateNormal(u.mean(0), covariance),
+            "mixture": _fit_mixture(u, u_validation),
+            "flow": _fit_flow(u, u_validation) if L > 1 else None,
+        }
+    found = {}
+    for name, density in fitted.items():
+        if density is not None:
+            distribution = TransformedDistribution(density, [AffineTransform(loc, scale, event_dim=1)])
+            with torch.no_grad():
+                log_density = Estimate.mean_of(distribution.log_prob(validation))
+            K = len(density.mixture_distribution.probs) if isinstance(density, MixtureSameFamily) else None
+            found[name] = FittedDensity(distribution, log_density, K)
+    return found
+
+
+def _fit_mixture(u: Tensor, validation: Tensor) -> MixtureSameFamily | None:
+    """Normals with full covariances by expectation-maximization; as many as give validation codes the highest density.
+
+    Reference: Dempster, Laird and Rubin 1977.
+    """
+    try:
+        from sklearn.exceptions import ConvergenceWarning
+        from sklearn.mixture import GaussianMixture
+    except ImportError:  # the extra is not installed
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # validation codes judge a candidate, converged or not
+        candidates = [
+            GaussianMixture(K, reg_covar=_RIDGE, tol=1e-2, max_iter=50, random_state=_SEED).fit(u.numpy())
+            for K in COMPONENTS
+            if len(u) >= K * _CODES_PER_COMPONENT
+        ]
+    if not candidates:
+        return None
+    best = max(candidates, key=lambda candidate: candidate.score(validation.numpy()))
+    parameters = (best.weights_, best.means_, best.covariances_)
+    weights, means, covariances = (torch.as_tensor(each).to(u) for each in parameters)
+    return MixtureSameFamily(Categorical(weights), MultivariateNormal(means, covariances))
+
+
+@torch.enable_grad()
+def _fit_flow(u: Tensor, validation: Tensor) -> Distribution:
+    """Affine couplings from N(0, I), by Adam with a cosine schedule; the epoch of the best validation density."""
+    prior = FlowPrior(u.shape[1], coupling=affine_coupling, num_layers=_COUPLINGS, hidden=_HIDDEN)
+    optimizer = torch.optim.Adam(prior.parameters(), lr=_LEARNING_RATE)
+    batches = -(-len(u) // _BATCH_SIZE)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, _EPOCHS * batches)
+    best, weights = -torch.inf, copy.deepcopy(prior.state_dict())
+    for _ in range(_EPOCHS):
+        for index in torch.randperm(len(u)).split(_BATCH_SIZE):
+            loss = -prior().log_prob(u[index]).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(prior.parameters(), _CLIP_NORM)
+            optimizer.step()
+            schedule.step()
+        with torch.no_grad():
+            reached = float(prior().log_prob(validation).mean())
+        if reached > best:
+            best, weights = reached, copy.deepcopy(prior.state_dict())
+    prior.load_state_dict(weights)
+    return prior().expand(())

@@ -20,7 +20,7 @@ class Size:
         epochs: Of most runs.
         collapse_epochs: Of the residual networks that collapse without a warm-up.
         stress_epochs: Of the scale maps at ten times the learning rate.
-        betas: The betas along which each data set is studied.
+        betas: Of each data set; the last list serves data sets that have none of their own.
         seeds: Further seeds, at the betas between which the likelihood peaks.
         close_betas: Those betas.
         latent_dims: Numbers of latents other than the base's.
@@ -43,7 +43,7 @@ class Size:
     codes: int
 
     def betas_of(self, dataset: str) -> tuple[float, ...]:
-        """The betas of a data set; the last list serves data sets that have none of their own."""
+        """The betas along which a data set is studied."""
         return self.betas.get(dataset, [*self.betas.values()][-1])
 
 
@@ -81,6 +81,44 @@ QUICK = Size(
 )
 
 
+def dataset_word(dataset: str) -> str:
+    """A data set in the names of runs: the name of a known one, the file's stem of a path."""
+    return Path(dataset).stem
+
+
+def name_run(dataset: str, what: str) -> str:
+    """The run that differs from the base by what the words say, such as "autoencoder" or "latents-8"."""
+    return f"{dataset_word(dataset)}-{what}"
+
+
+def sweep_name(dataset: str, beta: float = 1.0, seed: int = 0) -> str:
+    """The run along beta; at beta = 1 it is the base."""
+    return name_run(dataset, f"beta-{beta:g}" + (f"-seed-{seed}" if seed else ""))
+
+
+def varied_names(size: Size, dataset: str) -> list[str]:
+    """The base, and the runs with other numbers of latents or another network."""
+    varied = [f"latents-{L}" for L in size.latent_dims] + [f"network-{word}" for word in size.networks]
+    return [sweep_name(dataset), *(name_run(dataset, each) for each in varied)]
+
+
+# Remedies against collapse, and the options that they change. The residual network collapses without one; the gated
+# network loses some latents.
+REMEDIES: dict[str, dict[str, Any]] = {
+    "none": {"warmup_epochs": 0},
+    "warm-up": {},
+    "free-bits": {"warmup_epochs": 0, "objective": "free-bits", "free_bits": 0.25},
+    "both": {"objective": "free-bits", "free_bits": 0.25},
+}
+REMEDIED_NETWORKS = ("gated", "residual")
+
+
+def remedy_name(dataset: str, network: str, remedy: str) -> str:
+    """The network, trained with that remedy. The gated network with a warm-up is the base itself."""
+    is_base = (network, remedy) == ("gated", "warm-up")
+    return sweep_name(dataset) if is_base else name_run(dataset, f"{network}-remedy-{remedy}")
+
+
 @dataclass(frozen=True)
 class Planned:
     """One run of the study.
@@ -113,39 +151,6 @@ def base(size: Size, dataset: str, **changed: object) -> Options:
     return Options(**(common | changed))
 
 
-def dataset_word(dataset: str) -> str:
-    """A data set in the names of runs: the name of a known one, the file's stem of a path."""
-    return Path(dataset).stem
-
-
-def name_run(dataset: str, what: str) -> str:
-    """The run that differs from the base by what the words say, such as "autoencoder" or "latents-8"."""
-    return f"{dataset_word(dataset)}-{what}"
-
-
-def sweep_name(dataset: str, beta: float, seed: int = 0) -> str:
-    """The run along beta."""
-    return name_run(dataset, f"beta-{beta:g}" + (f"-seed-{seed}" if seed else ""))
-
-
-# Remedies against collapse, and the options that they change. The residual network collapses without one; the gated
-# network loses some latents.
-REMEDIES: dict[str, dict[str, Any]] = {
-    "none": {"warmup_epochs": 0},
-    "warm-up": {},
-    "free-bits": {"warmup_epochs": 0, "objective": "free-bits", "free_bits": 0.25},
-    "both": {"objective": "free-bits", "free_bits": 0.25},
-}
-REMEDIED_NETWORKS = ("gated", "residual")
-
-
-def remedy_name(dataset: str, network: str, remedy: str) -> str:
-    """The network, trained with that remedy. The gated network with a warm-up is the base itself."""
-    if (network, remedy) == ("gated", "warm-up"):
-        return sweep_name(dataset, 1.0)
-    return name_run(dataset, f"{network}-remedy-{remedy}")
-
-
 def plan(size: Size, datasets: Sequence[str], *, num_pixels: Mapping[str, int] | None = None) -> list[Planned]:
     """Every run of the study, in the order of training; the first data set has all parts.
 
@@ -165,10 +170,10 @@ def plan(size: Size, datasets: Sequence[str], *, num_pixels: Mapping[str, int] |
             Planned(name_run(dataset, "beta-of-mean"), base(size, dataset, beta=D)),
             Planned(name_run(dataset, "autoencoder"), autoencoder, num_codes=size.codes),
         ]
-    return runs + _plan_further(size, datasets[0])
+    return runs + _plan_first(size, datasets[0])
 
 
-def _plan_further(size: Size, dataset: str) -> list[Planned]:
+def _plan_first(size: Size, dataset: str) -> list[Planned]:
     """The parts for which one data set suffices."""
     planned = {
         sweep_name(dataset, beta, seed): base(size, dataset, beta=beta, seed=seed)
@@ -182,7 +187,7 @@ def _plan_further(size: Size, dataset: str) -> list[Planned]:
         epochs = size.collapse_epochs if network == "residual" else size.epochs
         options = replace(base(size, dataset, network=network), epochs=epochs, warmup_epochs=default_warmup(epochs))
         planned |= {remedy_name(dataset, network, word): replace(options, **REMEDIES[word]) for word in REMEDIES}
-    del planned[sweep_name(dataset, 1.0)]  # the gated network with a warm-up, which is the base itself
+    del planned[sweep_name(dataset)]  # the gated network with a warm-up, which is the base itself
     stress = {"epochs": size.stress_epochs, "warmup_epochs": 0, "learning_rate": 0.03, "clip_norm": 1e9}
     return [Planned(name, options) for name, options in planned.items()] + [
         Planned(name_run(dataset, f"stress-{word}"), base(size, dataset, scale_map=word, **stress), stressed=True)

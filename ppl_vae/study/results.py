@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from ppl_vae import diagnostics, runs
-from ppl_vae.evidence.estimate import INDISTINCT, Estimate
+from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.runs.results import from_json
 from ppl_vae.study.plan import Size, sweep_name
 
-STUDY, RUNS = "study.json", "runs"
+STUDY, RUNS, FAILURE = "study.json", "runs", "failure.json"
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,6 @@ class Difference:
     upper: float
     ranks_log_likelihood: bool | None = None
 
-    @property
-    def remark(self) -> str:
-        """What the table says next to the difference."""
-        if self.lower <= 0 <= self.upper:
-            return INDISTINCT
-        return "log p(x) not ranked" if self.ranks_log_likelihood is False else ""
-
 
 @dataclass(frozen=True)
 class BoundDifferences:
@@ -49,7 +42,7 @@ class BoundDifferences:
 
 @dataclass(frozen=True)
 class Quality:
-    """Generated images against real ones; see ``quality.sample_quality``."""
+    """Generated images against real ones; see ``StudyData.measure_quality``."""
 
     sharpness: Estimate
     frechet: Estimate
@@ -155,6 +148,11 @@ class RunNumbers:
     def is_autoencoder(self) -> bool:
         """Whether the guide is deterministic."""
         return self.options["posterior"] == "delta"
+
+    @property
+    def model(self) -> str:
+        """Its kind in words."""
+        return "autoencoder" if self.is_autoencoder else "VAE"
 
     @property
     def beta(self) -> float:
@@ -264,3 +262,9 @@ def read_study(folder: Path) -> StudyNumbers:
         return from_json(StudyNumbers, stored)
     except ValueError as error:
         raise ValueError(f"{folder / STUDY}: damaged: {error}") from None
+
+
+def read_failure(run_dir: Path) -> str | None:
+    """The message that ended a run; None if none did. That of a training begins with its step."""
+    path = run_dir / FAILURE
+    return runs.read_json(path)["error"] if path.exists() else None

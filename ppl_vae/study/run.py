@@ -2,34 +2,55 @@
 
 from __future__ import annotations
 
+import math
+import shutil
 import signal
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from ppl_vae import runs
+import pyro
+from pyro.poutine.runtime import Message
+from pyro.poutine.scale_messenger import ScaleMessenger
+from torch import Tensor
+
+from ppl_vae import data, runs
 from ppl_vae.commands.options import RunStudy
 from ppl_vae.commands.run_series import check_same_options
-from ppl_vae.reports import page as report
-from ppl_vae.reports.page import Section, Text
-from ppl_vae.reports.run_page import make_explorer
-from ppl_vae.reports.text.pages import EXPLORE
+from ppl_vae.commands.train import evaluate_trained_run, resume_run, train_run
+from ppl_vae.diagnostics.likelihood import measure_noise
+from ppl_vae.objectives import Loss, loss_of_batch
+from ppl_vae.protocols import StochasticFunction
+from ppl_vae.reports.page.blocks import Section, Text, page
+from ppl_vae.reports.page.run import make_explorer
+from ppl_vae.reports.text.pages import QUESTIONS, SUBTITLE, TITLE
+from ppl_vae.runs.build import build_likelihood, build_vae
+from ppl_vae.runs.load import save
 from ppl_vae.runs.open import Say, open_run
-from ppl_vae.runs.options import compiling_pays
+from ppl_vae.runs.options import Options, compiling_pays
 from ppl_vae.runs.outputs import make_output_folder, write_figure
-from ppl_vae.runs.resolve import check_support, count_steps, find_device, load_splits, resolve
-from ppl_vae.runs.results import to_json
+from ppl_vae.runs.resolve import (
+    choose_pixels,
+    count_steps,
+    find_device,
+    fit_arguments,
+    initialize_output_bias,
+    load_splits,
+    resolve,
+)
+from ppl_vae.runs.results import is_evaluated, read_evaluation, to_json
 from ppl_vae.runtime import capture
-from ppl_vae.runtime.errors import Interrupted
+from ppl_vae.runtime.errors import Interrupted, NotFinite
 from ppl_vae.runtime.process import progress_bar
-from ppl_vae.study.compare import assemble_numbers
-from ppl_vae.study.data import PICTURES, StudyData, make_study_data, originals_path, write_strip
-from ppl_vae.study.experiment import is_finished, measure_run, train_planned
-from ppl_vae.study.figures import PageSource, draw_figures, format_mean
-from ppl_vae.study.plan import DEFAULT, QUICK, Planned, Size, base, dataset_word, name_run, plan
-from ppl_vae.study.questions import QUESTIONS
-from ppl_vae.study.results import RUNS, STUDY, RunNumbers, read_study
+from ppl_vae.study.data import MOST_TRAINING_IMAGES, StudyData, load_study_data, write_strip
+from ppl_vae.study.figures import draw_figures
+from ppl_vae.study.measure import compare_bounds, measure_run, split_blur
+from ppl_vae.study.plan import DEFAULT, QUICK, Planned, Size, base, dataset_word, name_run, plan, sweep_name
+from ppl_vae.study.questions import EXPLANATIONS, PageSource, format_mean
+from ppl_vae.study.results import FAILURE, RUNS, STUDY, DataNumbers, RunNumbers, StudyNumbers, read_study
+from ppl_vae.training import Callbacks, fit
 
 LoadedData = dict[str, StudyData]
 
@@ -45,8 +66,8 @@ def run(options: RunStudy, *, say: Say) -> None:
         say=say,
     )
     with runs.lock_folder(path.parent):
-        page = write_report(path.parent)
-    say(f"All numbers are in {path}, and the report is {page}.")
+        report = write_report(path.parent)
+    say(f"All numbers are in {path}, and the report is {report}.")
 
 
 def collect(
@@ -83,16 +104,15 @@ def collect(
             f"The {name} study of {', '.join(loaded)}: {len(planned)} runs, in {folder}. "
             "After an interruption the same command continues it."
         )
-        for word, each in loaded.items():
-            write_strip(folder / originals_path(word), each.gray[each.shown])
+        for each in loaded.values():
+            write_strip(folder / each.originals, each.gray[each.shown])
         try:
             found = _train_and_measure(folder, planned, loaded, say)
         except KeyboardInterrupt as error:
             words = f"finished runs are in {folder}, and the same command continues the study"
             raise Interrupted(words, number=getattr(error, "number", signal.SIGINT)) from None
         say("Comparing the runs.")
-        study = assemble_numbers(folder, size, name, loaded, found)
-        runs.write_json(folder / STUDY, to_json(study))
+        runs.write_json(folder / STUDY, to_json(_assemble_numbers(folder / RUNS, size, name, loaded, found)))
     return folder / STUDY
 
 
@@ -107,17 +127,13 @@ def _load_data(size: Size, datasets: Sequence[str], data_dir: str | None) -> Loa
     """
     found: LoadedData = {}
     for dataset in datasets:
-        options = replace(base(size, dataset), data_dir=data_dir)
         try:
-            splits = load_splits(options)
-            each = make_study_data(options, splits, size.images)
-            check_support(each.options, splits)
+            each = load_study_data(replace(base(size, dataset), data_dir=data_dir), size.images)
         except ValueError as error:
-            reason = str(error).removeprefix("--datasets: ").removeprefix("dataset: ")
-            raise ValueError(f"--datasets {dataset}: {reason}") from None
-        if dataset_word(dataset) in found:
-            raise ValueError(f"--datasets: expected different names, got {dataset_word(dataset)} twice")
-        found[dataset_word(dataset)] = each
+            raise ValueError(f"--datasets {dataset}: {str(error).removeprefix('dataset: ')}") from None
+        if each.word in found:
+            raise ValueError(f"--datasets: expected different names, got {each.word} twice")
+        found[each.word] = each
     return found
 
 
@@ -156,8 +172,8 @@ def _make_folder(folder: Path, planned: Sequence[Planned], loaded: LoadedData) -
     for each in planned:
         run_dir = folder / RUNS / each.name
         if (run_dir / runs.CONFIG).exists():
-            splits = _find_data(each, loaded).splits
-            check_same_options(run_dir, each.options, resolve(each.options, splits), frozenset({"compile"}))
+            resolved = resolve(each.options, _find_data(each, loaded).splits)
+            check_same_options(run_dir, each.options, resolved, frozenset({"compile"}))
     if not (folder / RUNS).is_dir():
         make_output_folder(str(folder), folder)
         (folder / RUNS).mkdir()
@@ -170,17 +186,14 @@ def _make_folder(folder: Path, planned: Sequence[Planned], loaded: LoadedData) -
 def _train_and_measure(folder: Path, planned: Sequence[Planned], loaded: LoadedData, say: Say) -> dict[str, RunNumbers]:
     """The numbers of each run, in the order of training."""
     found = {}
-    finished = sum(is_finished(folder / RUNS / each.name) for each in planned)  # they would spoil the time left
-    with progress_bar(total=len(planned), initial=finished, unit="run", desc="study") as bar:
+    finished = {each.name for each in planned if is_finished(folder / RUNS / each.name)}
+    with progress_bar(total=len(planned), initial=len(finished), unit="run", desc="study") as bar:
         for each in planned:
             bar.set_description(each.name)
-            run_dir = folder / RUNS / each.name
-            new = not is_finished(run_dir)
-            if new:
-                train_planned(each, folder / RUNS, say=lambda line: None)  # its folder holds what it says
-            numbers = measure_run(each, run_dir, _find_data(each, loaded), pictures=folder / PICTURES)
-            found[each.name] = numbers
-            if new:
+            if each.name not in finished:
+                train_planned(each, folder / RUNS)
+            numbers = found[each.name] = measure_run(each, folder, _find_data(each, loaded))
+            if each.name not in finished:
                 say(describe_run(numbers))
                 bar.update()
     return found
@@ -193,6 +206,114 @@ def describe_run(run: RunNumbers) -> str:
     numbers = {"reconstruction": run.reconstruction, "KL": run.kl, "L_S": run.log_likelihood}
     words = [f"{name} {format_mean(value)}" for name, value in numbers.items() if value is not None]
     return f"{run.name}: {', '.join(words)} nats"
+
+
+def is_finished(run_dir: Path) -> bool:
+    """Whether a run was trained to the end and evaluated, which comes last, or was ended by a NaN."""
+    return (run_dir / FAILURE).exists() or ((run_dir / runs.MODEL).exists() and is_evaluated(run_dir))
+
+
+def train_planned(planned: Planned, folder: Path) -> None:
+    """Trains a run, or the rest of it, and evaluates it.
+
+    A run that meets a NaN is a result, too: it leaves ``failure.json`` with the message in its folder.
+    """
+
+    def say(line: str) -> None:
+        """The run's folder holds what it says."""
+
+    run_dir = folder / planned.name
+    try:
+        if planned.averaged:
+            if not (run_dir / runs.MODEL).exists():
+                _train_averaged(planned.options, run_dir)
+            evaluate_trained_run(open_run(str(run_dir)), say=say)
+        elif (run_dir / runs.CONFIG).exists():
+            resume_run(str(run_dir), epochs=None, say=say, draw=False)
+        else:
+            train_run(planned.options, str(run_dir), say=say, draw=False)
+    except NotFinite as error:
+        runs.write_json(run_dir / FAILURE, {"error": str(error)})
+
+
+class MeanOverPixels(ScaleMessenger):
+    """log p(x | z) / D: what a loss that is averaged over pixels does to a model, as an effect handler.
+
+    It scales the observed site by 1 / D, so that the objective is rec / D - KL, which has the optimum of beta = D. The
+    library itself never averages.
+    """
+
+    def __init__(self, num_pixels: int) -> None:
+        super().__init__(1 / num_pixels)
+
+    def _process_message(self, msg: Message) -> None:
+        if msg["type"] == "sample" and msg["is_observed"]:
+            super()._process_message(msg)
+
+
+def average_over_pixels(loss: Loss, num_pixels: int) -> Loss:
+    """The loss of a model whose pixels are averaged."""
+
+    def averaged(model: StochasticFunction, guide: StochasticFunction, x: Tensor) -> Tensor:
+        return loss_of_batch(loss, MeanOverPixels(num_pixels)(model), guide, x)
+
+    return averaged
+
+
+def _train_averaged(options: Options, run_dir: Path) -> None:
+    """Trains as the command ``train`` does it, but for the objective: no option asks for a mean."""
+    splits = load_splits(options)
+    resolved = resolve(options, splits)
+    pixels = choose_pixels(resolved, splits)
+    stored, transform = data.training_images(splits, pixels)
+    pyro.set_rng_seed(resolved.seed)
+    vae = build_vae(resolved, splits.event_shape)
+    initialize_output_bias(vae, data.initialization_images(splits, pixels))
+    metrics: list[dict[str, Any]] = []
+    arguments = fit_arguments(resolved, data.evaluation_images(splits, "validation", pixels))
+    arguments["objective"] = average_over_pixels(arguments["objective"], math.prod(splits.event_shape))
+    callbacks, compiled = Callbacks(on_epoch=metrics.append), resolved.compile == "on"
+    fit(vae, stored, **arguments, transform=transform, callbacks=callbacks, compile=compiled)
+    partial = run_dir.with_name(f".{run_dir.name}.partial")  # renamed when whole: a folder that exists is a whole run
+    shutil.rmtree(partial, ignore_errors=True)
+    save(vae, partial, resolved, metrics=metrics)
+    partial.replace(run_dir)
+
+
+def _assemble_numbers(
+    place: Path, size: Size, name: str, loaded: LoadedData, found: dict[str, RunNumbers]
+) -> StudyNumbers:
+    """All numbers of the study, whose runs are in a folder, and of a size with a name."""
+    fields = {"training": "seconds", "evaluation": "seconds_evaluation", "measuring": "seconds_measuring"}
+    return StudyNumbers(
+        size=name,
+        settings=size,
+        datasets=tuple(loaded),
+        data={word: _describe_data(place, each) for word, each in loaded.items()},
+        runs=found,
+        environment=runs.describe_environment("cpu"),
+        seconds={what: sum(getattr(run, field) or 0.0 for run in found.values()) for what, field in fields.items()},
+        differences=compare_bounds(place, size, tuple(loaded)),
+        blur={word: blur for word in loaded if (blur := split_blur(place, found, loaded[word])) is not None},
+    )
+
+
+def _describe_data(place: Path, each: StudyData) -> DataNumbers:
+    splits, evaluation = each.splits, read_evaluation(place / sweep_name(each.word))
+    family = build_likelihood(each.options, splits.event_shape)
+    noise = measure_noise(family, each.load_seen("train", MOST_TRAINING_IMAGES))
+    assert noise is not None  # the study's likelihood is a Bernoulli
+    return DataNumbers(
+        description=splits.describe(),
+        num_pixels=each.num_pixels,
+        train=len(splits.train),
+        validation=len(splits.validation),
+        test=len(splits.test),
+        eigenvalues=tuple(noise.eigenvalues.tolist()),
+        edge=noise.edge,
+        floor=None if evaluation is None else evaluation.floor,
+        originals=each.originals,
+    )
 
 
 # --- The report ---
@@ -213,26 +334,21 @@ def write_report(folder: Path) -> Path:
     (folder / runs.FIGURES).mkdir(exist_ok=True)
     for name, figure in draw_figures(study).items():
         write_figure(folder / runs.FIGURES / f"{name}.png", figure)
-    runs.write_bytes(folder / "report.html", compose_page(PageSource(study, folder)).encode())
+    runs.write_bytes(folder / "report.html", compose_page(study, folder).encode())
     return folder / "report.html"
 
 
-def compose_page(source: PageSource) -> str:
-    """The page as a string."""
-    study = source.study
-    failed = sum(run.failed is not None for run in study.runs.values())
-    subtitle = (
-        f"{len(study.runs)} trainings on {' and '.join(study.datasets)}, measured by one command; ended without a "
-        f"result: {failed}. The size of this study is {study.size}; the numbers of a quick one are rough."
-    )
-    sections = [explain(source) for explain in QUESTIONS]
-    return report.page("What a VAE does and why", [*sections, _explore(source)], subtitle=subtitle)
-
-
-def _explore(source: PageSource) -> Section:
-    """A map of each latent space of two dimensions whose weights are there, the VAE's first."""
-    places = [
-        source.folder / RUNS / name_run(source.study.datasets[0], what) for what in ("latents-2", "autoencoder-2")
-    ]
+def compose_page(study: StudyNumbers, folder: Path) -> str:
+    """The page as a string, with what a study's folder has of pictures, figures, and decoders of two latents."""
+    sections = [explain(PageSource(study, folder)) for explain in EXPLANATIONS]
+    places = [folder / RUNS / name_run(study.datasets[0], what) for what in ("latents-2", "autoencoder-2")]
     explorers = [make_explorer(open_run(str(place))) for place in places if (place / runs.MODEL).exists()]
-    return Section("Move through a latent space", [Text(EXPLORE), *explorers], anchor="explore")
+    title, words = QUESTIONS["explore"]
+    sections.append(Section(title, [Text(words), *explorers], anchor="explore"))
+    subtitle = SUBTITLE.format(
+        trainings=len(study.runs),
+        datasets=" and ".join(study.datasets),
+        failed=sum(run.failed is not None for run in study.runs.values()),
+        size=study.size,
+    )
+    return page(TITLE, sections, subtitle=subtitle)

@@ -22,7 +22,7 @@ from ppl_vae.commands.latents import encode_images, sample_run
 from ppl_vae.commands.options import COMMANDS, Encode, Export, Sample
 from ppl_vae.commands.report import export_run
 from ppl_vae.commands.train import train_run
-from ppl_vae.reports.text import card as model_card
+from ppl_vae.reports.text import run as model_card
 from ppl_vae.runs.open import open_without_data
 from ppl_vae.runs.options import Options
 

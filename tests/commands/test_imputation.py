@@ -16,7 +16,7 @@ from ppl_vae.commands.latents import hide_half, impute_images, read_mask
 from ppl_vae.commands.options import Impute
 from ppl_vae.evidence.evaluation import evaluate
 from ppl_vae.evidence.missing import Imputation
-from ppl_vae.reports.display import Display, draw_imputations
+from ppl_vae.reports.figures.images import Display, draw_imputations
 
 NAN = math.nan
 

@@ -14,13 +14,11 @@ from small_study import TINY, raise_killed, run_tiny_study, without_times
 from ppl_vae import data, runs
 from ppl_vae.commands.options import RunStudy
 from ppl_vae.diagnostics import verdicts
-from ppl_vae.runs.load import load
 from ppl_vae.runs.options import PLAIN
-from ppl_vae.runs.results import read_evaluation, read_per_image, to_json
-from ppl_vae.study import compare, experiment, plan, run
-from ppl_vae.study.experiment import FAILURE
+from ppl_vae.runs.results import read_per_image, to_json
+from ppl_vae.study import measure, plan, run
 from ppl_vae.study.plan import DEFAULT
-from ppl_vae.study.results import RunNumbers, StudyNumbers, read_study
+from ppl_vae.study.results import FAILURE, StudyNumbers, read_study
 
 Study = tuple[Path, StudyNumbers]
 
@@ -60,7 +58,7 @@ def test_a_finished_study_trains_and_measures_nothing_again(
     study: Study, bars_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run, "train_planned", raise_killed)
-    monkeypatch.setattr(experiment, "measure", raise_killed)
+    monkeypatch.setattr(measure, "measure", raise_killed)
     assert without_times(to_json(run_tiny_study(study[0], bars_file))) == without_times(to_json(study[1]))
 
 
@@ -103,9 +101,9 @@ def test_evaluations_with_other_particles_or_another_seed_are_not_subtracted(
     stored = {"a": read_per_image(study[0] / "runs" / "bars-beta-1", "test")}
     assert stored["a"] is not None
     stored["b"] = replace(stored["a"], **changed)
-    monkeypatch.setattr(compare, "_read", lambda folder: stored[folder.name])
+    monkeypatch.setattr(measure, "_read", lambda folder: stored[folder.name])
     with pytest.raises(ValueError, match=f"b: expected an evaluation with the {next(iter(changed))}"):
-        compare.compare_with_reference(Path(), ["a", "b"], "a")
+        measure.compare_with_reference(Path(), ["a", "b"], "a")
 
 
 def pixels_seen(bars_file: Path) -> np.ndarray:
@@ -159,9 +157,6 @@ def test_a_bound_that_may_still_rise_is_not_reliable(
 ) -> None:
     monkeypatch.setattr(verdicts, "MOST_RISE", most)
     monkeypatch.setattr(verdicts, "MOST_UNRELIABLE", 1.0)
-    run_of_bars = RunNumbers(name="x", dataset="bars", options={})
-    folder = study[0] / "runs" / "bars-beta-1"
-    evaluation = read_evaluation(folder)
-    assert evaluation is not None
-    per_image = read_per_image(folder, "test")
-    assert experiment._add_evaluation(run_of_bars, evaluation, load(folder), per_image, folder).reliable is expected
+    per_image = read_per_image(study[0] / "runs" / "bars-beta-1", "test")
+    assert per_image is not None
+    assert measure.has_settled(per_image) is expected

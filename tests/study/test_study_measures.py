@@ -18,9 +18,8 @@ from ppl_vae.parts.likelihoods import Bernoulli
 from ppl_vae.parts.networks import MLP
 from ppl_vae.parts.posteriors import DiagonalNormal
 from ppl_vae.parts.priors import StandardNormal
-from ppl_vae.study.data import frechet_distance, jackknife, principal_components
-from ppl_vae.study.densities import FittedDensity, fit_densities
-from ppl_vae.study.experiment import average_over_pixels
+from ppl_vae.study.data import FittedDensity, fit_densities, frechet_distance, jackknife, principal_components
+from ppl_vae.study.run import average_over_pixels
 
 
 def linear_vae(D: int, L: int) -> VAE:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from ppl_vae.study.figures import PageSource
 from ppl_vae.study.results import read_study
 from ppl_vae.study.run import compose_page, write_report
 
@@ -37,4 +36,4 @@ def test_the_report_has_every_section_and_figure(study_folder):
 
 def test_the_stored_study_has_a_page_without_its_pictures(tmp_path):
     stored = read_study(Path(__file__).parents[2] / "scripts" / "results")
-    assert len(headings(compose_page(PageSource(stored, tmp_path)))) == 9
+    assert len(headings(compose_page(stored, tmp_path))) == 9

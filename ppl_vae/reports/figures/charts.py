@@ -1,21 +1,28 @@
-"""Charts of training, of log p(x) over images and particles, of two bounds, and of the calibration of pixels."""
+"""Charts of a run: its training, log p(x) over images and particles, its latents, and the calibration of its pixels."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from textwrap import fill
 
+import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure, SubFigure
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
+from torch.distributions import Distribution
 
 from ppl_vae.diagnostics.likelihood import PixelCalibration
 from ppl_vae.evidence.estimate import Estimate
+from ppl_vae.evidence.moments import PosteriorMoments, sample_latents
 from ppl_vae.reports.figures.images import Images, elongation, show_tiles
-from ppl_vae.runs.command_results import Comparison
+from ppl_vae.reports.text.pages import TITLES
+
+_COLUMNS = 4  # of a table of calibrations
+_PRIOR_SHOWN = 2000  # draws
+_MOST_CLASSES = 20  # in the legend: the colors of more could not be told apart
 
 
 def make_figure(title: str, *, width: float = 9.0, height: float = 3.4) -> Figure:
@@ -74,9 +81,6 @@ def training_curves(metrics: Records, *, title: str, autoencoder: bool = False) 
 
 def _read(metrics: Records, name: str) -> list[float]:
     return [record[f"validation_{name}_nats_per_image"] for record in metrics]
-
-
-_COLUMNS = 4
 
 
 def likelihood_histogram(
@@ -165,69 +169,84 @@ def pixel_calibration(found: Mapping[str, PixelCalibration], *, title: str) -> F
     return figure
 
 
-_MANY = 300  # images, from which points are fainter and a few differences far out are left out
-
-
-def paired_bounds(found: Comparison, bounds: Mapping[str, Tensor], *, title: str) -> Figure:
-    """A row for each pair of runs: the second's bounds over the first's, and the histogram of their differences.
+@dataclass(frozen=True)
+class LatentUse:
+    """How much each latent says about an image.
 
     Args:
-        found: The comparison.
-        bounds: By run, the bound of each image, (N,) nats.
-        title: Over all of it.
+        values: (L,), above ``least`` for a latent that is used.
+        name: "mean KL" or "variance".
+        meaning: The values in words.
+        unit: What follows a value, such as " nats".
+        least: The smallest value of a used latent.
     """
-    figure = make_figure(title, width=9.5, height=4.3 * len(found.comparisons))
-    rows = figure.subfigures(len(found.comparisons), 1, squeeze=False)[:, 0]
-    for row, pair in zip(rows, found.comparisons, strict=True):
-        row.suptitle(fill(pair.verdict, 135), fontsize=9)
-        names = {name: bounds[name] for name in (pair.baseline, pair.name)}
-        draw_pair(row, names, interval=pair.interval, interval_name="interval of the mean")
+
+    values: Tensor
+    name: str
+    meaning: str
+    unit: str
+    least: float
+
+
+def latents_figure(
+    codes: PosteriorMoments,
+    use: LatentUse,
+    prior: Distribution,
+    *,
+    kind: str,
+    classes: Tensor | None = None,
+    class_names: tuple[str, ...] = (),
+) -> Figure:
+    """Posterior means in the two latents that are used most, colored by class, over draws of the prior in gray.
+
+    A single latent has a histogram. The draws are from torch's global generator.
+
+    Args:
+        codes: The posterior moments of N images.
+        use: How much each latent is used.
+        prior: p(z), event (L,).
+        kind: One of the images in words, such as "test image".
+        classes: (N,) int64, where they are known.
+        class_names: The word for each class.
+    """
+    N, L = codes.mean.shape
+    order = list(range(L)) if L <= 2 else use.values.argsort(descending=True)[:2].tolist()
+    names = [f"z{k}, {use.name.removeprefix('mean ')} {use.values[k]:.2f}{use.unit}" for k in order]
+    points, draws = (each[:, order].cpu().numpy() for each in (codes.mean, sample_latents(prior, _PRIOR_SHOWN)))
+    title = TITLES["latents-chosen" if L > 2 else "latents"].format(num_images=N, kind=kind, num_latents=L, use=use)
+    figure = make_figure(title, width=6.8, height=5.0)
+    axes, words = figure.subplots(), f"prior: {len(draws):,} draws"
+    groups = _group_by_class(classes, N, class_names)
+    if L == 1:
+        both = np.concatenate([points, draws])[:, 0]
+        bins = np.linspace(both.min(), both.max(), number_of_bins(N) + 1).tolist()
+        weights = np.full(len(draws), N / len(draws))
+        axes.hist(draws[:, 0], bins, weights=weights, histtype="step", color="0.4", label=words)
+        masks, colors, labels = zip(*groups, strict=True)
+        axes.hist([points[mask, 0] for mask in masks], bins, stacked=True, color=colors, label=labels)
+        axes.set(xlabel=names[0], ylabel="images")
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    else:
+        axes.scatter(draws[:, 0], draws[:, 1], s=4, linewidths=0, color="0.8", label=words)
+        for mask, color, word in groups:
+            axes.scatter(points[mask, 0], points[mask, 1], s=6, linewidths=0, alpha=0.8, color=color, label=word)
+        axes.set(xlabel=names[0], ylabel=names[1], aspect="equal", anchor="W")
+    handles, _ = axes.get_legend_handles_labels()
+    figure.legend(handles=handles, fontsize=8, markerscale=2, loc="outside right upper", frameon=False)
     return figure
 
 
-def draw_pair(
-    figure: Figure | SubFigure,
-    bounds: Mapping[str, Tensor],
-    *,
-    interval: tuple[float, float],
-    interval_name: str,
-    flagged: Tensor | None = None,
-) -> None:
-    """A scatter plot of two bounds, and the histogram of the second minus the first.
-
-    Args:
-        figure: Where both are drawn.
-        bounds: Two bounds by their names, each (N,) nats.
-        interval: Of differences, which is shaded.
-        interval_name: What it is.
-        flagged: (N,) bool, images to mark.
-    """
-    left, right = figure.subplots(1, 2, width_ratios=[1, 1.25])
-    (first_name, first), (second_name, second) = ((name, values.numpy()) for name, values in bounds.items())
-    left.scatter(first, second, s=7, alpha=0.8 if len(first) < _MANY else 0.25, linewidths=0)
-    if flagged is not None and flagged.any():
-        left.scatter(first[flagged], second[flagged], s=9, linewidths=0, color="tab:red", label="unreliable")
-        left.legend(fontsize=8)
-    left.axline((first[0], first[0]), slope=1, color="black", linewidth=0.8)
-    low = min(*left.get_xlim(), *left.get_ylim())
-    high = max(*left.get_xlim(), *left.get_ylim())
-    left.set(xlim=(low, high), ylim=(low, high), aspect="equal")
-    left.set(xlabel=fill(f"{first_name}, nats", 45), ylabel=fill(f"{second_name}, nats", 40))
-    _draw_differences(right, second - first, interval, interval_name)
-    right.set_xlabel(fill(f"{second_name} minus {first_name}, nats an image", 55))
-
-
-def _draw_differences(axes: Axes, difference: np.ndarray, interval: tuple[float, float], interval_name: str) -> None:
-    """The middle 99% of many differences: a few images far out would squeeze the others into one bar."""
-    few = len(difference) < _MANY
-    low, high = np.quantile(difference, [0, 1] if few else [0.005, 0.995])
-    shown = difference[(difference >= low) & (difference <= high)]
-    axes.hist(shown, bins="auto" if few else 60, alpha=0.6)
-    if len(shown) < len(difference):
-        axes.set_title(f"{len(difference) - len(shown):,} of {len(difference):,} lie beyond", fontsize=8)
-    axes.axvline(0, color="black", linewidth=0.8)
-    axes.axvspan(*interval, color="0.5", alpha=0.25, linewidth=0, label=interval_name)
-    axes.axvline(difference.mean(), color="tab:red", label=f"mean {difference.mean():+.3g}")
-    axes.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    axes.set_ylabel("images")
-    axes.legend(fontsize=8)
+def _group_by_class(
+    classes: Tensor | None, count: int, class_names: tuple[str, ...]
+) -> list[tuple[np.ndarray, tuple[float, float, float, float] | str, str]]:
+    """For each class, which of the points are in it, its color and its word, which a legend of many leaves out."""
+    if classes is None:
+        return [(np.ones(count, dtype=bool), "tab:blue", "images")]
+    present = classes.unique().tolist()
+    few = len(present) <= _MOST_CLASSES
+    palette = matplotlib.colormaps["tab10" if len(present) <= 10 else "tab20" if few else "turbo"]
+    words = [class_names[value] if 0 <= value < len(class_names) else str(value) for value in present]
+    return [
+        ((classes == value).numpy(), palette(i if few else i / len(present)), words[i] if few else f"_{words[i]}")
+        for i, value in enumerate(present)
+    ]

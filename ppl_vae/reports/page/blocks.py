@@ -1,4 +1,4 @@
-"""The blocks of a page, as frozen dataclasses.
+"""The blocks of a page as frozen dataclasses, and the page that they make: one self-contained HTML file.
 
 ``Text``, captions and evidence know two marks, ``**bold**`` and ```code``` between backticks. All else is escaped. A
 blank line starts a new paragraph.
@@ -6,144 +6,81 @@ blank line starts a new paragraph.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+import base64
+import html
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, TypeAlias
+from itertools import count
+from numbers import Integral
+from pathlib import Path
+from typing import Literal, Protocol, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
-from torch import Tensor, nn
-
-from ppl_vae.conditional import Conditional
-from ppl_vae.parts import likelihoods, networks
-
-# --- A decoder for the browser ---
-
-HalfArray = npt.NDArray[np.float16]
-
-# Hidden activations that explorer.js knows; the last layer has "none".
-_ACTIVATIONS: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.SiLU: "silu", nn.Tanh: "tanh", nn.GLU: "glu"}
-
-
-class Layer(NamedTuple):
-    """a(W x + b), with W (out, in) and b (out,) in half precision.
-
-    The activation is "relu", "silu", "tanh", "glu" (u sigmoid(v) of the two halves) or "none".
-    """
-
-    weight: HalfArray
-    bias: HalfArray
-    activation: str
-
-
-class Link(NamedTuple):
-    """mean = gain f(bound tanh(h / bound)): from a pixel's feature to its mean.
-
-    Args:
-        name: f: "identity", "sigmoid", "exp" or "continuous-bernoulli", 1 / (1 - e^-h) - 1 / h.
-        bound: Infinite where the feature is taken as it is.
-        gain: In the unit of the data.
-        white: The mean that is shown as white; 0 is black.
-    """
-
-    name: str
-    bound: float = math.inf
-    gain: float = 1.0
-    white: float = 1.0
-
-
-class DecoderWeights(NamedTuple):
-    """E[x | z] = link(W_n a(... a(W_1 z + b_1)) + b_n), one feature a pixel of an image (C, H, W), C = 1 or 3."""
-
-    layers: tuple[Layer, ...]
-    event_shape: tuple[int, int, int]
-    link: Link
-
-    @property
-    def latent_dim(self) -> int:
-        """The number of latents L."""
-        return self.layers[0].weight.shape[1]
-
-
-def _link_in_units(family: likelihoods.Normal) -> Link:
-    return Link("identity", gain=float(family.unit))
-
-
-# What the mean of a pixel is, by the likelihood. Levels and counts are white at 255.
-_LINKS: dict[type, Callable[[Any], Link]] = {
-    likelihoods.Bernoulli: lambda _: Link("sigmoid"),
-    likelihoods.ContinuousBernoulli: lambda _: Link("continuous-bernoulli"),
-    likelihoods.Beta: lambda _: Link("sigmoid", bound=10.0),
-    likelihoods.Binomial: lambda _: Link("sigmoid", gain=255.0, white=255.0),
-    likelihoods.Poisson: lambda _: Link("exp", bound=15.0, white=255.0),
-    likelihoods.NegativeBinomial: lambda _: Link("exp", bound=15.0, white=255.0),
-    likelihoods.Normal: _link_in_units,
-    likelihoods.NormalFixed: _link_in_units,
-    likelihoods.NormalOptimal: _link_in_units,
-    likelihoods.NormalPerPixel: _link_in_units,
-    likelihoods.Laplace: _link_in_units,
-    likelihoods.StudentT: _link_in_units,
-}
-
-
-def _half(values: Tensor, name: str) -> HalfArray:
-    largest = float(np.finfo(np.float16).max)
-    if not values.detach().abs().max() <= largest:  # also where it is no number
-        raise ValueError(f"{name}: expected weights of at most {largest:.0f} in size (half precision), got larger ones")
-    return values.detach().cpu().numpy().astype(np.float16)
-
-
-def _layer(linear: nn.Linear, activation: str, name: str, *, rows: int | None = None) -> Layer:
-    return Layer(_half(linear.weight[:rows], name), _half(linear.bias[:rows], name), activation)
-
-
-def _hidden_layers(layers: nn.Sequential) -> tuple[Layer, ...]:
-    """The layers of the pairs (linear, activation) that both networks consist of."""
-    found = []
-    modules = list(layers)
-    for k, (linear, activation) in enumerate(zip(modules[::2], modules[1::2], strict=True)):
-        name = _ACTIVATIONS.get(type(activation))
-        if name is None or not isinstance(linear, nn.Linear):
-            raise ValueError(
-                f"decoder: a page can draw dense layers followed by {', '.join(_ACTIVATIONS.values())}, got "
-                f"{type(activation).__name__}"
-            )
-        found.append(_layer(linear, name, f"decoder layer {k}"))
-    return tuple(found)
-
-
-def decoder_weights(likelihood: Conditional) -> DecoderWeights:
-    """The decoder p(x | z) = family(net(z)) in half precision, with the features that its mean needs.
-
-    Args:
-        likelihood: A dense network over the latents, with a likelihood whose mean is a function of one feature a pixel.
-
-    Raises:
-        ValueError: A decoder that a page cannot draw, with the reason.
-    """
-    if not isinstance(likelihood, Conditional):
-        raise ValueError(f"decoder: expected a network that ends in a likelihood, got {type(likelihood).__name__}")
-    net, family, event_shape = likelihood.net, likelihood.family, likelihood.event_shape
-    if not isinstance(net, networks.MLP | networks.GatedMLP):
-        raise ValueError(f"decoder: a page can draw dense networks (mlp, gated), got {type(net).__name__}")
-    link = _LINKS.get(type(family))
-    if link is None:
-        raise ValueError(
-            f"decoder: a page can draw likelihoods whose mean is a function of one feature a pixel, got "
-            f"{type(family).__name__}"
-        )
-    if len(event_shape) != 3 or event_shape[0] not in (1, 3):
-        raise ValueError(f"decoder: a page can draw images (1, H, W) or (3, H, W), got event shape {event_shape}")
-    output = _layer(net.output, "none", "decoder output", rows=math.prod(event_shape))
-    channels, height, width = event_shape
-    return DecoderWeights((*_hidden_layers(net.layers), output), (channels, height, width), link(family))
-
-
-# --- Blocks ---
 
 Cell: TypeAlias = str | float | int | None
 NamedPicture: TypeAlias = tuple[str, bytes]
+
+_CODE = re.compile(r"`([^`]+)`")
+_BOLD = re.compile(r"\*\*(.+?)\*\*", re.DOTALL)
+_NUMBER = re.compile(r"\s*[<>≤≥≈~]?\s*[-+−]?[\d.][\d.,eE+−–\- ±()\[\]×^%/]*[a-zA-Z%]{0,5}\s*")
+_MINUS = re.compile(r"(?<![\w-])-(?=[\d.])")
+_NOTHING = "–"
+_HERE = Path(__file__).parent
+_SMALL = 480  # pixels; a picture up to this width is of single pixels, and is enlarged without smoothing
+_BROAD = 900  # pixels; a picture from this width on has words in it, which a phone would make too small to read
+_LONG = 32  # letters, from which a table's text is broken into lines
+
+
+# --- Text as HTML, with everything escaped except two marks ---
+
+
+def escape(words: str) -> str:
+    """As text or between quotes."""
+    return html.escape(words, quote=True)
+
+
+def inline(words: str) -> str:
+    """``**bold**`` and ```code```; everything else is escaped."""
+    return _BOLD.sub(r"<strong>\1</strong>", _CODE.sub(r"<code>\1</code>", escape(words)))
+
+
+def _paragraphs(words: str) -> str:
+    return "\n".join(f"<p>{inline(part.strip())}</p>" for part in re.split(r"\n\s*\n", words) if part.strip())
+
+
+def true_minus(words: str) -> str:
+    """The same text with a true minus before numbers, but not within words, options or ranges."""
+    return _MINUS.sub("−", words)
+
+
+def caption_html(words: str, name: str = "") -> str:
+    """The caption of a figure, if it has one. ``name``: its id."""
+    label = f' id="{name}"' if name else ""
+    return f"<figcaption{label}>{inline(words)}</figcaption>" if words else ""
+
+
+def encode_base64(values: bytes | np.ndarray) -> str:
+    """The bytes as a string."""
+    return base64.b64encode(values if isinstance(values, bytes) else values.tobytes()).decode("ascii")
+
+
+def _image(png: bytes, alt: str) -> str:
+    width, height = int.from_bytes(png[16:20], "big"), int.from_bytes(png[20:24], "big")  # of a PNG's header
+    kind = "pixelated" if width <= _SMALL else "card broad" if width >= _BROAD else "card"
+    source = f"data:image/png;base64,{encode_base64(png)}"
+    return f'<img class="{kind}" src="{source}" alt="{escape(alt)}" width="{width}" height="{height}">'
+
+
+# --- Blocks. ``number`` is the block's own on its page. ---
+
+
+class Block(Protocol):
+    """What a page consists of."""
+
+    def to_html(self, number: int) -> str:
+        """The block as HTML."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -151,6 +88,10 @@ class Text:
     """Paragraphs."""
 
     text: str
+
+    def to_html(self, number: int) -> str:
+        """The block as HTML."""
+        return _paragraphs(self.text)
 
 
 @dataclass(frozen=True)
@@ -160,6 +101,11 @@ class Picture:
     png: bytes
     caption: str
     alt: str
+
+    def to_html(self, number: int) -> str:
+        """The block as HTML."""
+        image = f'<div class="scroll">{_image(self.png, self.alt)}</div>'
+        return f'<figure class="picture wide">{image}{caption_html(self.caption)}</figure>'
 
 
 @dataclass(frozen=True)
@@ -171,6 +117,16 @@ class VerdictBlock:
     advice: str = ""
     figure: Picture | None = None
     severity: Literal["healthy", "warning"] = "warning"
+
+    def to_html(self, number: int) -> str:
+        """The block as HTML."""
+        sign = {"healthy": "✓", "warning": "!"}[self.severity]
+        return (
+            f'<section class="verdict {self.severity}" aria-label="Verdict: {escape(self.word)}">'
+            f'<h3><span class="sign" aria-hidden="true">{sign}</span>{inline(self.word)}</h3>\n'
+            f"{_paragraphs(self.evidence)}{_paragraphs(self.advice)}"
+            f"{self.figure.to_html(number) if self.figure else ''}</section>"
+        )
 
 
 @dataclass(frozen=True)
@@ -189,6 +145,46 @@ class Table:
     caption: str = ""
     highlight: int | None = None
 
+    def to_html(self, number: int) -> str:
+        """The block as HTML."""
+        kinds = [_column_class([row[k] for row in self.rows]) for k in range(len(self.columns))]
+        head = "".join(
+            f'<th scope="col"{kind}>{inline(name)}</th>' for kind, name in zip(kinds, self.columns, strict=True)
+        )
+        body = []
+        for i, row in enumerate(self.rows):
+            cells = "".join(f"<td{kind}>{_cell(value)}</td>" for kind, value in zip(kinds, row, strict=True))
+            mark = ' class="highlight"' if i == self.highlight else ""
+            body.append(f"<tr{mark}>{cells}</tr>")
+        label = f'aria-labelledby="caption-{number}"' if self.caption else 'aria-label="Table"'
+        return (
+            f'<figure class="table wide"><div class="scroll" tabindex="0" role="region" {label}>'
+            f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
+            f"{caption_html(self.caption, f'caption-{number}')}</figure>"
+        )
+
+
+def _cell(value: Cell) -> str:
+    """A table's cell: numbers to four digits, whole and large ones in full, with a true minus."""
+    if value is None:
+        return _NOTHING
+    if isinstance(value, str):
+        return inline(value)
+    in_full = isinstance(value, Integral) or abs(value) >= 1e4
+    return (f"{value:,.0f}" if in_full else f"{value:.4g}").replace("-", "−")
+
+
+def _column_class(cells: Sequence[Cell]) -> str:
+    """The class of a column. Text such as "-86.1 ± 0.2" is a number, and an empty cell may stand among numbers."""
+    if all(not isinstance(value, str) or value in ("", _NOTHING) or _NUMBER.fullmatch(value) for value in cells):
+        return ' class="number"'
+    return ' class="long"' if max(len(str(value)) for value in cells) > _LONG else ""
+
+
+def _strip(row: NamedPicture, where: str) -> str:
+    name, png = row
+    return f'<div class="strip"><span class="name">{inline(name)}</span>{_image(png, f"{name}, {where}")}</div>'
+
 
 @dataclass(frozen=True)
 class SliderStop:
@@ -203,6 +199,17 @@ class SliderStop:
     label: str
     rows: Sequence[NamedPicture]
     numbers: dict[str, str] = field(default_factory=dict)
+
+    def to_html(self, quantity: str, *, is_shown: bool) -> str:
+        """The stop of that quantity's slider as HTML."""
+        numbers = "".join(
+            f"<div><dt>{inline(k)}</dt><dd>{inline(value)}</dd></div>" for k, value in self.numbers.items()
+        )
+        return (
+            f'<div class="stop" data-label="{escape(self.label)}"{"" if is_shown else " hidden"}>'
+            f"{''.join(_strip(row, f'{quantity} = {self.label}') for row in self.rows)}"
+            f"{f'<dl>{numbers}</dl>' if numbers else ''}</div>"
+        )
 
 
 @dataclass(frozen=True)
@@ -223,35 +230,23 @@ class Slider:
     fixed: NamedPicture
     start: int = 0
 
-
-@dataclass(frozen=True)
-class Explorer:
-    """The plane of two latents, and the decoder's mean at the pointer, computed by the page itself.
-
-    Args:
-        decoder: Its weights.
-        caption: Says what to see.
-        points: (N, 2) codes to show in the plane, such as posterior means.
-        start: Where it begins, (z_i, z_j).
-        extent: The plane shows -extent to extent in both.
-        labels: (N,) whole numbers from 0 that color the points.
-        label_names: Of the labels, for the legend; their numbers where empty.
-        axes: (i, j), which latents are moved.
-        base: (L,), where the others stay; 0 where None.
-    """
-
-    decoder: DecoderWeights
-    caption: str
-    points: npt.NDArray[np.floating]
-    start: tuple[float, float] = (0.0, 0.0)
-    extent: float = 3.0
-    labels: npt.NDArray[np.integer] | None = None
-    label_names: Sequence[str] = ()
-    axes: tuple[int, int] = (0, 1)
-    base: npt.NDArray[np.floating] | None = None
+    def to_html(self, number: int) -> str:
+        """The block as HTML."""
+        stops = [stop.to_html(self.label, is_shown=k == self.start) for k, stop in enumerate(self.positions)]
+        first, now, last = (escape(self.positions[k].label) for k in (0, self.start, -1))
+        return (
+            f'<figure class="slider wide" id="slider-{number}"><div class="panel">'
+            f'<div class="control"><label for="range-{number}">{inline(self.label)} '
+            f'= <output for="range-{number}">{now}</output></label>'
+            f'<input type="range" id="range-{number}" min="0" max="{len(stops) - 1}" step="1" value="{self.start}" '
+            f'aria-valuetext="{escape(self.label)} = {now}" autocomplete="off">'
+            f'<div class="ends" aria-hidden="true"><span>{first}</span><span>{last}</span></div></div>'
+            f"{_strip(self.fixed, 'unchanged')}"
+            f'<div class="stops">{"".join(stops)}</div></div>{caption_html(self.caption)}</figure>'
+        )
 
 
-Block: TypeAlias = Text | VerdictBlock | Table | Picture | Slider | Explorer
+# --- The page ---
 
 
 @dataclass(frozen=True)
@@ -261,3 +256,57 @@ class Section:
     title: str
     blocks: Sequence[Block]
     anchor: str
+
+
+GENERATOR = '<meta name="generator" content="ppl_vae">'  # by which a page is known as one that may be written again
+
+
+def page(title: str, sections: Sequence[Section], *, subtitle: str = "") -> str:
+    """One self-contained HTML page, for light and dark displays.
+
+    What is interactive in it also says what it shows without a script.
+
+    Args:
+        title: Of the page.
+        sections: In order, below a list of contents.
+        subtitle: A sentence below the title.
+    """
+    files = {name: (_HERE / name).read_text(encoding="utf-8") for name in ("style.css", "slider.js", "explorer.js")}
+    numbers = count(1)
+    body = "\n".join(
+        f'<section id="{section.anchor}"><h2>{inline(section.title)}</h2>\n'
+        + "\n".join(block.to_html(next(numbers)) for block in section.blocks)
+        + "</section>"
+        for section in sections
+    )
+    contents = "".join(f'<li><a href="#{section.anchor}">{inline(section.title)}</a></li>' for section in sections)
+    lead = f'<p class="subtitle">{inline(subtitle)}</p>' if subtitle else ""
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+{GENERATOR}
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{escape(title)}</title>
+<link rel="icon" href="data:,">
+<style>
+{files["style.css"]}</style>
+<noscript><style>
+input {{ display: none; }} .stop[hidden] {{ display: block; }}
+.stop::before {{ content: attr(data-label); font-weight: 600; }}
+</style></noscript>
+</head>
+<body>
+<header><h1>{inline(title)}</h1>{lead}</header>
+<nav class="contents" aria-label="Contents"><h2>Contents</h2><ol>{contents}</ol></nav>
+<main>
+{body}
+</main>
+<script>
+{files["slider.js"]}</script>
+<script>
+{files["explorer.js"]}</script>
+</body>
+</html>
+"""

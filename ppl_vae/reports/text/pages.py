@@ -1,13 +1,75 @@
-"""The wording of pages: captions of a run's figures, and the paragraphs of the study."""
+"""The wording of figures and of pages: titles, captions, and the paragraphs of a run's page and of the study's.
+
+A word in braces is filled in with what a figure or a page shows.
+"""
 
 from __future__ import annotations
 
+from ppl_vae.diagnostics.measurement import FEWEST_IMAGES
 from ppl_vae.runs.build import is_autoencoder
 from ppl_vae.runs.open import Run
 from ppl_vae.runs.results import Evaluation
 
+
+def make_sentence(words: str) -> str:
+    """Words with a capital letter and a full stop."""
+    return words[:1].upper() + words[1:] + ("" if words.endswith(".") else ".")
+
+
+# --- Titles of figures ---
+
 # Part of the title of every figure that decodes draws of an autoencoder's prior.
 NOT_TRAINED_ON_PRIOR = "on which an autoencoder was never trained"
+
+TITLES = {
+    # of a run
+    "training": "{name}: training",
+    "training-dequantized": "{name}: training of the density of (level + u) / 256",
+    "reconstructions": "Reconstructions, z ~ q(z | x)",
+    "prior-samples": "Samples from the prior, z ~ p(z)",
+    "prior-samples-autoencoder": "No samples of a model: decoded draws of the prior, z ~ N(0, I),\n"
+    f"{NOT_TRAINED_ON_PRIOR}",
+    "interpolations": "E[x | z] on the line between the codes of two test images",
+    "traversals": "E[x | z] as one latent moves, in scales of the prior; the others stay at the code of test image no. "
+    "{place}\nrows: the most used latents, by {use.meaning} over {num_images:,} test images\n"
+    "unused latents, with a {use.name} below {use.least}{use.unit}: {num_unused} of {num_latents}",
+    "manifold": "E[x | z] over the plane of two latents, at equal steps of each latent's prior probability; across: z0",
+    "log-likelihoods": "{name}: log p(x) of {num_images:,} test images",
+    "particles": "The bound L_s on log p(x) by its number of importance samples s\n"
+    "{num_images:,} test images; bars are standard errors over images",
+    "latents": "Posterior means of {num_images:,} {kind}s",
+    "latents-chosen": "Posterior means of {num_images:,} {kind}s,\nin the two of {num_latents} latents with the "
+    "highest {use.name}",
+    "imputations": "x_missing ~ p(x_missing | x_observed); missing pixels are blue; ESS: effective particles",
+    "display": "\nblack is {low:.3g} and below, white {high:.3g} and above",  # follows another title
+    # of a table of likelihoods
+    "calibration": "{name}: where pixels of {num_images:,} test images lie in p(x | z), z ~ q(z | x)\n"
+    "(probability integral transform; uniform if the model were right; bars are standard errors)",
+    "likelihood-reconstructions": "{name}: reconstructions E[x | z], z ~ q(z | x)",
+    "likelihood-samples": "{name}: samples, z ~ p(z) by one seed, in the latents of each model",
+    # of a diagnosis
+    "diagnosis-latents": "Which latents carry anything: {active} of {num_latents} are active",
+    "diagnosis-aggregate": "Is the aggregate posterior the prior? Each latent alone can look right while all do not",
+    "diagnosis-noise": "Which directions of the data rise above the likelihood's noise\n"
+    "A linear decoder near the state that ignores z learns those above the line",
+    "diagnosis-holes": "Does E[x | z] of prior draws look like that of images?\n"
+    "{holes.share.mean:.1%} of prior draws are in holes ({holes.expected:.0%} if the aggregate posterior were the "
+    "prior), a classifier tells the two apart with an effect of {effect:.2f} (0: alike, 1: apart)",
+    "diagnosis-pixels": "Where pixels lie in p(x | z), {num_images:,} images: flat is right",
+    # of a certificate
+    "agreement": "Two ways to log p(x), {num_images:,} {split} images: all are lower bounds, and the higher is the "
+    "tighter\nOn the line they agree, so that either has lost little, or both have lost the same",
+    "convergence": "How the bounds rise with effort, on {num_images:,} of the images: flat at the right is settled",
+    "guide": "Is the guide the posterior, on images of the model's own?\n{verdict}",
+    "against": "log p(x) of {other} under a model of {dataset}: tells the two apart with an AUROC of {auroc.mean:.3f} "
+    "± {auroc.stderr:.3f}\nA density says how probable an image is, not whether it is like the data: simpler images "
+    "can score higher",
+    "doubtful": "Images whose bounds are farthest apart, with their places\n{unreliable:,} of {num_images:,}, marked "
+    "!, are unreliable",
+}
+
+
+# --- Captions of a run's figures ---
 
 _FIGURES = {
     "training_curves.png": "Training. Look whether the validation curve still rises at the end (train longer) or falls "
@@ -59,6 +121,51 @@ def figure_caption(run: Run, name: str) -> str:
     return (_FIGURES | DIAGNOSIS_FIGURES | own).get(name, "")
 
 
+# --- A run's page ---
+
+SECTIONS = {
+    "likelihood": "How likely it finds test images",
+    "verdicts": "What stands out",
+    "explore": "Move through its latent space",
+    "figures": "Training and pictures",
+    "diagnosis": "Behind the verdicts",
+    "setup": "What was trained",
+}
+AUTOENCODER_SECTIONS = {"likelihood": "How well it reconstructs"}
+
+NO_EXPLORER = "There is no live picture here. {reason}"
+EXPLORER_HELP = (
+    "Move over the plane, or touch it. With the keyboard: arrow keys, with Shift for larger steps, and Home to return."
+)
+EXPLORER_NO_SCRIPT = "The plane is drawn by a script, which this browser does not run."
+TOO_FEW_IMAGES = f"There are fewer than {FEWEST_IMAGES} {{split}} images: too few for a diagnosis."
+MEASURED_ON = "Measured on {num_images:,} images of the {split} split."
+OPTIONS_CAPTION = "Every option of the run; config.json holds the same."
+EVALUATION_CAPTION = (
+    "{num_images:,} test images. The standard error is over images: how far the mean would move with other test "
+    "images. It does not know what another training would give."
+)
+
+
+def page_title(run: Run) -> str:
+    """The title of a run's page."""
+    what = "autoencoder" if is_autoencoder(run.options) else "VAE"
+    return f"{run.folder.resolve().name}: one {what} of {run.splits.name}"
+
+
+def describe_setup(run: Run, step: int) -> str:
+    """The data of a run, and where its weights are from."""
+    words = f"{run.splits.describe()}\n\nThe weights are those of step {step:,}; its folder is `{run.folder}`."
+    return words + (" Its training is elsewhere: in Python, or before it was shipped." if run.from_python else "")
+
+
+def describe_missing_evaluation(run: Run) -> str:
+    """What stands in the place of an evaluation."""
+    command = f" `ppl-vae evaluate {run.folder}` makes one."
+    words = "There is no evaluation of the test images with these weights."
+    return words + ("" if is_autoencoder(run.options) else command)
+
+
 def explorer_caption(run: Run, axes: tuple[int, int]) -> str:
     """The caption of the plane of two latents with a live decoder. ``axes``: the two that are moved."""
     words = "Each point is a test image, where the encoder puts it; the picture is the decoder's mean."
@@ -87,25 +194,15 @@ def evaluation_row_name(found: Evaluation, field: str) -> str:
     return names.get(field, field)
 
 
-def make_sentence(words: str) -> str:
-    """Words with a capital letter and a full stop."""
-    return words[:1].upper() + words[1:] + ("" if words.endswith(".") else ".")
-
-
-# --- The study ---
+# --- The study's page ---
 
 # No sentence depends on a number: a comparison that can go either way is read off its row of a table.
 
-AVERAGING = """\
-A loss that is averaged over the D pixels instead of summed divides the reconstruction term by D and leaves the KL as it
-is: it is the objective of beta = D, even with beta set to one. A linear decoder near collapse keeps a direction of the
-data only if its eigenvalue, in units of the likelihood's noise, is above beta (Lucas et al. 2019; Dai et al. 2020). The
-table compares this prediction, made before any training, with what each training showed: "directions above" is the
-prediction, "active" what came, and "as predicted" says whether a run collapsed exactly where no direction is above the
-threshold. The rows of the mean and of beta = D should agree, since their objectives differ by a factor alone. A squared
-error that is averaged over D pixels has the same fault: it is the likelihood of a normal with variance D / 2."""
-
-REGULARIZER = """\
+# The title and the paragraphs of each section, by its anchor.
+QUESTIONS = {
+    "beta": (
+        "Why is the regularizer troublesome?",
+        """\
 The KL term is a price on information: each nat that a code tells about its image costs beta nats, and pays only if it
 earns more than that in the reconstruction. Along beta the rate (the KL) falls and the distortion (minus the
 reconstruction term) rises. The price is the same for all latents, so those that would earn least go first: see how the
@@ -117,14 +214,21 @@ depends on the guide, on training images, in a training that ends. Read the colu
 paired on the same test images. "Not distinguishable" means that the 95% interval, corrected for the number of
 comparisons, contains zero. A star marks an estimate that has not settled: with more importance samples it may still
 rise, so log p(x) itself may be higher there. Peaks are chosen on the test images that they are reported on, from one
-training for each beta; the second table shows how much another seed changes."""
-
-COLLAPSE = """\
-Early in training the decoder has not learned to use its latents, and the KL pushes them to the prior before it does. A
-warm-up lowers the price at the beginning; free bits make the first nats of each latent free. Free bits count latents as
-active nearly by construction, so look at the bound L_S as well as at the number of active latents."""
-
-BLUR = """\
+training for each beta; the second table shows how much another seed changes.""",
+    ),
+    "check": (
+        "How do I check that the regularization worked?",
+        """\
+The regularization worked if codes of test images, one sample each, look like samples of the prior, and still say
+something about the images. The first is measured by a Kolmogorov-Smirnov distance for each latent, by a classifier
+between codes and prior samples (effect 0: alike, 1: always told apart) and by holes (prior samples that the codes cover
+less than all but one percent of other images' codes; one percent is expected by chance). The second is the mutual
+information, which cannot exceed the logarithm of the number of images. Codes can match the prior because they are
+empty: read both together. The autoencoder was never asked to match anything.""",
+    ),
+    "blur": (
+        "Why do VAEs blur, and autoencoders too?",
+        """\
 What is shown as a reconstruction is a mean of all images that the decoder holds possible for a code; a mean of sharp
 images that differ is not sharp. **Why a VAE blurs:** the guide's noise makes several images share a code, and the error
 of one reconstruction splits exactly into that "posterior noise" and the error that is left without it. **Why an
@@ -136,32 +240,42 @@ comes from binary inputs.
 **Samples.** The autoencoder was never trained with a prior, so decoding N(0, I) judges it unfairly. The rows "fitted"
 decode draws of a density that was fitted to the codes of training images afterwards, which is the fair comparison: a
 normal, a mixture of normals (validation codes choose their number) and a flow. Fréchet distances are in principal
-components of the training images; the row "other real images" is what real images would have."""
-
-CHECK = """\
-The regularization worked if codes of test images, one sample each, look like samples of the prior, and still say
-something about the images. The first is measured by a Kolmogorov-Smirnov distance for each latent, by a classifier
-between codes and prior samples (effect 0: alike, 1: always told apart) and by holes (prior samples that the codes cover
-less than all but one percent of other images' codes; one percent is expected by chance). The second is the mutual
-information, which cannot exceed the logarithm of the number of images. Codes can match the prior because they are
-empty: read both together. The autoencoder was never asked to match anything."""
-
-NETWORKS = """\
+components of the training images; the row "other real images" is what real images would have.""",
+    ),
+    "averaging": (
+        "What does averaging over pixels do?",
+        """\
+A loss that is averaged over the D pixels instead of summed divides the reconstruction term by D and leaves the KL as it
+is: it is the objective of beta = D, even with beta set to one. A linear decoder near collapse keeps a direction of the
+data only if its eigenvalue, in units of the likelihood's noise, is above beta (Lucas et al. 2019; Dai et al. 2020). The
+table compares this prediction, made before any training, with what each training showed: "directions above" is the
+prediction, "active" what came, and "as predicted" says whether a run collapsed exactly where no direction is above the
+threshold. The rows of the mean and of beta = D should agree, since their objectives differ by a factor alone. A squared
+error that is averaged over D pixels has the same fault: it is the likelihood of a normal with variance D / 2.""",
+    ),
+    "collapse": (
+        "What helps against collapse?",
+        """\
+Early in training the decoder has not learned to use its latents, and the KL pushes them to the prior before it does. A
+warm-up lowers the price at the beginning; free bits make the first nats of each latent free. Free bits count latents as
+active nearly by construction, so look at the bound L_S as well as at the number of active latents.""",
+    ),
+    "networks": (
+        "Which network, and how many latents?",
+        """\
 All networks are trained for the same epochs, so a slower one has had more time. Differences to the base are paired on
-the same test images; their errors say nothing about what another seed would give."""
-
-SCALE_MAPS = """\
+the same test images; their errors say nothing about what another seed would give.""",
+    ),
+    "scale-maps": (
+        "Does the scale map matter?",
+        """\
 The encoder's output h must become a positive scale. Each map is trained once under stress: ten times the learning rate,
 no warm-up and no clipping. One bad step, or one odd image, can make h large; a good map then keeps the gradient
-neither huge nor broken."""
-
-EXPLORE = """\
-Two latents are few, but they can be seen whole. Each point is a test image, where the encoder puts it; the picture is
-what the decoder makes of the place under the pointer. The network itself runs in this page. Between the classes of a
-VAE the decoder may draw what is neither; between the codes of an autoencoder it was never trained."""
-
-
-METHOD = """\
+neither huge nor broken.""",
+    ),
+    "method": (
+        "How was it measured?",
+        """\
 Every run is the same plain VAE unless its name says otherwise, trained for {epochs} epochs. Its last weights are kept.
 beta is a matter of training alone: every reported number is at beta = 1. log p(x) is estimated from below by the
 importance-weighted bound L_S with S = {num_particles:,} samples per image, on {images:,} fixed random test images. Runs
@@ -171,4 +285,65 @@ L_S at beta = 1 is hardly above the floor, a model has learned little, and its n
 ± is one standard error over images; it says nothing about what another training would give. Differences between bounds
 on the same images are paired, with 95% intervals that are corrected for the number of comparisons in their table.
 
-Training took {training:.3g}, evaluation {evaluation:.3g} and measuring {measuring:.3g} minutes."""
+Training took {training:.3g}, evaluation {evaluation:.3g} and measuring {measuring:.3g} minutes.""",
+    ),
+    "explore": (
+        "Move through a latent space",
+        """\
+Two latents are few, but they can be seen whole. Each point is a test image, where the encoder puts it; the picture is
+what the decoder makes of the place under the pointer. The network itself runs in this page. Between the classes of a
+VAE the decoder may draw what is neither; between the codes of an autoencoder it was never trained.""",
+    ),
+}
+
+# Below each figure and table, by its name.
+CAPTIONS = {
+    "rate-distortion": "Each point is a model, with its beta. The sum of both axes is minus the ELBO: all points of "
+    "the dotted line have the best one.",
+    "bounds": "Differences of L_S and of the ELBO to beta = 1 on the same test images, with standard errors, near the "
+    "best beta. Hollow marks are estimates that have not settled.",
+    "beta": "Nats per image ± standard error over images. L_S is the importance-weighted bound on log p(x).",
+    "seeds": "{dataset}: the same bounds for several seeds, nats per image.",
+    "slider": "{dataset}. Move beta and compare both rows with the test images: where are reconstructions exact, where "
+    "are samples of the prior like the data, and from where on are all pictures the same?",
+    "aggregate": "Four measures of codes against the prior along beta; dashed: the autoencoder. The first three should "
+    "be low, and the last should not be zero.",
+    "check": "Means and scales in scales of the prior. Rejected: latents whose Kolmogorov-Smirnov test rejects at 5%, "
+    "corrected for their number. The last two columns add up to the mean KL, nats.",
+    "error-parts": "The squared error per pixel of one sampled reconstruction of the VAE in parts that add up: the "
+    "noise of the posterior, the error of an autoencoder with as many latents, and what is lost beyond both.",
+    "errors": "Reconstructions; squared errors are per pixel. The autoencoder's nats are log p(x | z(x)), never a "
+    "log-likelihood. The error of neighbors is that of the autoencoder's reconstructions against them.",
+    "samples": "Decoded samples. Fitted to: training codes. Log density: of validation codes, nats; each model has its "
+    "own codes. Classifier: 0 where samples cannot be told from real images, 1 where they always can.",
+    "spectrum": "Eigenvalues of the training images' covariance, in units of the likelihood's noise, with the "
+    "thresholds of a sum and of a mean. A direction above a threshold is kept.",
+    "active": "Active latents along beta, measured and predicted; the cross is the mean over pixels, at the beta that "
+    "it amounts to.",
+    "averaged-pictures": "{dataset}: reconstructions after the same training of the same network.",
+    "averaging": "Nats per image. Variation: how much reconstructions differ between images, relative to the images "
+    "themselves; at zero they are all one picture.",
+    "collapse": "Nats per image; differences are paired.",
+    "networks": "Nats per image; the first row is the base.",
+    "scale-maps": "Training under stress.",
+    "data": "Floor: the log-likelihood of each pixel on its own, without latents, on the same test images, in nats.",
+    "strips": "From the top: {names}. {caption}",
+}
+
+# Below the pictures of the VAE and of the autoencoder, by what they show.
+COMPARED_PICTURES = {
+    "reconstructions": "Reconstructions: look at edges and thin strokes.",
+    "samples": "Samples: which of them could be data?",
+    "normal_samples": "Samples of codes from a normal that was fitted to codes.",
+    "mixture_samples": "The same, from a fitted mixture.",
+    "flow_samples": "The same, from a fitted flow.",
+    "interpolations": "Straight lines between two codes: look at the middle.",
+}
+
+NOT_RANKED = "log p(x) not ranked"  # said of a difference in L_S
+
+TITLE = "What a VAE does and why"
+SUBTITLE = (
+    "{trainings} trainings on {datasets}, measured by one command; ended without a result: {failed}. The size of this "
+    "study is {size}; the numbers of a quick one are rough."
+)

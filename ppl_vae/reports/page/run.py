@@ -1,0 +1,105 @@
+"""One run as one HTML page: what it is, its likelihood, what stands out, its figures, and its decoder to play with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ppl_vae import runs
+from ppl_vae.reports.page.blocks import Block, Picture, Section, Table, Text, VerdictBlock, page, true_minus
+from ppl_vae.reports.page.explorer import make_explorer
+from ppl_vae.reports.run_figures import figure_names
+from ppl_vae.reports.text import pages as text
+from ppl_vae.reports.text.diagnosis import describe_advice, describe_left_out
+from ppl_vae.reports.text.evaluation import describe_evaluation, plus_minus
+from ppl_vae.reports.text.run import describe_model
+from ppl_vae.runs.build import is_autoencoder
+from ppl_vae.runs.open import Run
+from ppl_vae.runs.options import format_flag
+from ppl_vae.runs.results import Diagnosis, is_evaluated, read_evaluation, to_json
+
+
+def make_page(run: Run, step: int, diagnosis: Diagnosis | None, *, split: str) -> str:
+    """The page of a run as HTML.
+
+    Args:
+        run: The run, evaluated and drawn.
+        step: The step of its weights.
+        diagnosis: The run's diagnosis, or None if there are too few images.
+        split: The split that is diagnosed.
+    """
+    try:
+        explorer: Block = make_explorer(run)
+    except ValueError as error:
+        explorer = Text(text.NO_EXPLORER.format(reason=text.make_sentence(str(error))))
+    blocks: dict[str, Sequence[Block]] = {
+        "likelihood": _likelihood(run),
+        "verdicts": _verdicts(run, diagnosis, split),
+        "explore": [explorer],
+        "figures": _pictures(run, figure_names(run)),
+        "diagnosis": _pictures(run, list(text.DIAGNOSIS_FIGURES)) if diagnosis else [],
+        "setup": _setup(run, step),
+    }
+    titles = text.SECTIONS | (text.AUTOENCODER_SECTIONS if is_autoencoder(run.options) else {})
+    sections = [Section(titles[anchor], found, anchor) for anchor, found in blocks.items() if found]
+    return page(text.page_title(run), sections, subtitle=text.make_sentence(describe_model(run)[0]))
+
+
+def _setup(run: Run, step: int) -> list[Block]:
+    """Every option of the run, and its data."""
+
+    def show(value: object) -> str:
+        return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+    options = {name: value for name, value in to_json(run.options).items() if value is not None}
+    rows = [[f"`{format_flag(name)}`", show(value)] for name, value in options.items()]
+    return [Text(text.describe_setup(run, step)), Table(["option", "value"], rows, text.OPTIONS_CAPTION)]
+
+
+def _likelihood(run: Run) -> list[Block]:
+    """The evaluation: its numbers, how they were measured, and how far to trust them."""
+    entry = read_evaluation(run.folder) if is_evaluated(run.folder) else None
+    if entry is None:
+        return [Text(text.describe_missing_evaluation(run))]
+    keys = ("reconstruction",) if entry.log_likelihood is None else tuple(text.EVALUATION_ROWS)
+    rows = [
+        [text.evaluation_row_name(entry, key), true_minus(plus_minus(getattr(entry, key))), text.EVALUATION_ROWS[key]]
+        for key in keys
+    ]
+    caption = text.EVALUATION_CAPTION.format(num_images=entry.num_images)
+    highlight = None if is_autoencoder(run.options) else 0
+    lines = [line.strip() for line in describe_evaluation(entry)]
+    details = [text.make_sentence(line) for line in lines if not line.startswith(("log-likelihood ", "ELBO "))]
+    table = Table(["nats an image", "mean ± standard error", "what it is"], rows, caption, highlight)
+    return [table, Text(true_minus(" ".join(details)))]
+
+
+def _verdicts(run: Run, diagnosis: Diagnosis | None, split: str) -> list[Block]:
+    """What stands out, and what could not be measured."""
+    if diagnosis is None:
+        return [Text(text.TOO_FEW_IMAGES.format(split=split))]
+    numbers = diagnosis.numbers
+    blocks: list[Block] = [Text(text.MEASURED_ON.format(num_images=numbers.num_images, split=diagnosis.split))]
+    blocks += [Text(text.make_sentence(line)) for line in describe_left_out(numbers)]
+    for verdict in diagnosis.verdicts:
+        figures = _pictures(run, [verdict.figure] if verdict.figure else [])
+        blocks.append(
+            VerdictBlock(
+                verdict.word,
+                true_minus(text.make_sentence(verdict.evidence)),
+                describe_advice(verdict),
+                figure=figures[0] if figures else None,
+                severity="healthy" if verdict.severity == "note" else "warning",
+            )
+        )
+    return blocks
+
+
+def _pictures(run: Run, names: Sequence[str]) -> list[Picture]:
+    """The figures of the run's folder that exist, with their captions."""
+    found = []
+    for name in names:
+        path, caption = run.folder / runs.FIGURES / name, text.figure_caption(run, name)
+        if path.is_file():
+            found.append(Picture(path.read_bytes(), caption, caption or Path(name).stem))
+    return found

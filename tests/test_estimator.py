@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import subprocess
 import sys
+import warnings
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from sklearn.base import clone
+from sklearn.exceptions import NotFittedError
 
 pytest.importorskip("sklearn", reason="the extra sklearn is not installed")
 from sklearn.datasets import load_wine
@@ -70,6 +74,18 @@ def test_images_keep_their_layout(shape: tuple[int, ...], words: dict[str, Any])
     assert fitted.score_samples(X[:7]).shape == (7,)
     assert fitted.sample(2).shape == (2, *shape)
     assert fitted.inverse_transform(fitted.transform(X[:3])).shape == (3, *shape)
+
+
+@pytest.mark.parametrize("words", [{}, {"image_shape": (3, 4, 5)}], ids=["images", "rows"])
+def test_channels_that_come_first_do_so_in_what_is_given_back(words: dict[str, Any]) -> None:
+    levels = np.array([0.1, 0.5, 0.9])  # red, green and blue
+    X = np.random.RandomState(0).normal(levels[:, None, None], 0.01, (40, 3, 4, 5))
+    X = X.reshape(40, -1) if words else X
+    fitted = VAEDensity(**TINY, **words).fit(X)
+    assert fitted.event_shape_ == (3, 4, 5)
+    for given in (fitted.inverse_transform(fitted.transform(X)), fitted.sample(40)):
+        assert given.shape == X.shape
+        np.testing.assert_allclose(given.reshape(40, 3, 20).mean((0, 2)), levels, atol=0.1)
 
 
 # --- Scores ---
@@ -136,6 +152,36 @@ def test_the_unit_of_a_column_changes_scores_by_its_logarithm_alone(likelihood: 
     np.testing.assert_allclose(other.transform(X * UNITS + 3 * UNITS), plain.transform(X), atol=1e-3)
 
 
+def test_scores_are_those_behind_a_standard_scaler_with_the_jacobian() -> None:
+    X = correlated(60) * UNITS
+    scaler = StandardScaler().fit(X)
+    scaled = VAEDensity(**TINY).fit(scaler.transform(X)).score_samples(scaler.transform(X))
+    np.testing.assert_allclose(
+        VAEDensity(**TINY).fit(X).score_samples(X), scaled - np.log(scaler.scale_).sum(), atol=2e-3
+    )
+
+
+@pytest.mark.filterwarnings("ignore:.*hold one value")
+def test_a_constant_column_and_a_narrow_one_far_from_zero_are_taken() -> None:
+    """Seconds since 1970 within a minute: in single precision they are multiples of 128."""
+    times = 1.6e9 + 30 * correlated(300)[:, :1]
+    X = np.hstack([times, np.full((300, 1), 4.5)])
+    fitted = VAEDensity(**TINY | {"epochs": 20}).fit(X)
+    samples = fitted.sample(500)
+    assert samples[:, 0].mean() == pytest.approx(1.6e9, abs=10)
+    assert samples[:, 0].std() == pytest.approx(30, rel=0.3)
+    assert fitted.inverse_transform(fitted.transform(X))[:, 1] == pytest.approx(4.5, abs=0.5)
+    grid = np.stack([np.linspace(1.6e9 - 300, 1.6e9 + 300, 601), np.full(601, 4.5)], axis=1)
+    two = fitted.score_samples(grid) - fitted.score_samples(grid[300:301])  # log p(t, 4.5) - log p(1.6e9, 4.5)
+    assert np.exp(two).argmax() == pytest.approx(300, abs=15)
+
+
+def test_a_copy_by_pickles_protocol_has_the_scale() -> None:
+    X = correlated(60) * UNITS
+    fitted = VAEDensity(**TINY).fit(X)
+    assert (copy.deepcopy(fitted).score_samples(X) == fitted.score_samples(X)).all()
+
+
 @pytest.mark.thorough
 @pytest.mark.filterwarnings("ignore:X. Values repeat")  # wine's are rounded
 def test_wine_is_scored_on_its_own_scale() -> None:
@@ -182,12 +228,35 @@ def test_a_pipeline_and_a_grid_search_choose_by_nats() -> None:
     X = np.random.RandomState(0).randn(60, 3) * [1, 10, 100]
     search = GridSearchCV(
         make_pipeline(StandardScaler(), VAEDensity(**TINY)),
-        {"vaedensity__latent_dim": [1, 2]},
+        {"vaedensity__latent_dim": np.arange(1, 3)},
         cv=2,
         error_score="raise",
     ).fit(X)
     assert np.isfinite(search.cv_results_["mean_test_score"]).all()
     assert search.transform(X).shape == (60, search.best_params_["vaedensity__latent_dim"])
+
+
+def test_the_latents_have_names() -> None:
+    fitted = VAEDensity(**TINY).fit(OF_KINDS["real values"][0])
+    assert list(fitted.get_feature_names_out()) == ["vaedensity0", "vaedensity1"]
+    assert fitted.set_output(transform="default") is fitted
+
+
+def test_the_latents_of_a_data_frame_come_as_one() -> None:
+    pandas = pytest.importorskip("pandas")
+    table = pandas.DataFrame(OF_KINDS["real values"][0], index=range(100, 160), columns=list("abcdef"))
+    fitted = VAEDensity(**TINY).fit(table).set_output(transform="pandas")
+    z = fitted.transform(table)
+    assert list(z.columns) == list(fitted.get_feature_names_out())
+    assert list(z.index) == list(table.index)
+    assert (fitted.inverse_transform(z) == fitted.inverse_transform(z.to_numpy())).all()
+
+
+def test_a_clone_has_the_parameters_as_they_were_given() -> None:
+    hidden = [7, 5]
+    estimator = VAEDensity(hidden=hidden, image_shape=None)
+    assert estimator.hidden is hidden
+    assert clone(estimator).get_params() == estimator.get_params()
 
 
 # --- Refusals ---
@@ -228,6 +297,34 @@ def test_what_cannot_be_fitted_is_refused_in_one_line(X: Any, words: dict[str, A
     assert len(str(caught.value).splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("kind", "X"),
+    [("binary", np.full((3, 6), 2)), ("8-bit levels", np.full((3, 6), 0.5)), ("counts", np.full((3, 6), -1))],
+)
+def test_values_off_the_support_are_refused(kind: str, X: Any) -> None:
+    fitted = VAEDensity(**TINY).fit(OF_KINDS[kind][0])
+    with pytest.raises(ValueError, match=r"X: .*expected"):
+        fitted.score_samples(X)
+
+
+@pytest.mark.parametrize(
+    ("levels", "scale"), [(True, 1 / 255), (True, 1000), (True, -1), (False, 255), (False, -1)], ids=str
+)
+def test_gray_on_another_scale_is_not_cut_at_a_threshold(levels: bool, scale: float) -> None:
+    X = np.random.RandomState(0).randint(256, size=(30, 6), dtype=np.uint8)
+    X = X if levels else (X / 255).astype(np.float32)
+    fitted = VAEDensity(**TINY, binarization="threshold").fit(X)
+    assert np.isfinite(fitted.score_samples(X)).all()
+    with pytest.raises(ValueError, match=r"X: expected (levels from 0 to 255|gray from 0 to 1), as the X that"):
+        fitted.score_samples(X.astype(np.float64) * scale)
+
+
+@pytest.mark.parametrize("name", ["score_samples", "score", "transform", "inverse_transform"])
+def test_what_is_not_fitted_says_so(name: str) -> None:
+    with pytest.raises(NotFittedError):
+        getattr(VAEDensity(), name)(np.zeros((3, 2)))
+
+
 def test_without_scikit_learn_one_line_says_what_is_missing() -> None:
     code = "import sys; sys.modules['sklearn'] = None; import ppl_vae.estimator"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
@@ -245,3 +342,10 @@ def test_a_density_of_levels_is_warned_of() -> None:
     levels = np.random.RandomState(0).randint(0, 17, (200, 6))
     with pytest.warns(UserWarning, match="X: Values repeat in columns 0, 1, 2, 3, 4 and 1 more"):
         VAEDensity(**TINY).fit(StandardScaler().fit_transform(levels))
+
+
+@pytest.mark.parametrize("X", [ROWS.randn(200, 6), ROWS.rand(200, 6), ROWS.poisson(3.0, (200, 6)).astype(float)])
+def test_continuous_values_and_masses_are_not_warned_of(X: np.ndarray) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        VAEDensity(**TINY).fit(X)

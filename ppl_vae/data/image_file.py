@@ -33,7 +33,7 @@ _NOT_PIXELS = (
 _FORMATS_WITH_16_BITS = ("PNG", "TIFF", "PPM", "JPEG2000", "IM")  # their gray levels run from 0 to a known white
 # The place of the number of bits after a marker. JPEG 2000 stores the number less one, and a highest bit for "signed".
 _BITS_AFTER_MARKER = {"JPEG2000": (b"\xff\x4f\xff\x51", 42), "AVIF": (b"pixi", 9)}
-_TIFF_BITS, _TIFF_PHOTOMETRIC = 258, 262  # tags of TIFF 6.0
+_TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_CHANNELS = 258, 262, 277  # tags of TIFF 6.0
 
 
 class UnreadableImageError(ValueError):
@@ -49,6 +49,7 @@ class DecodedImage(NamedTuple):
         highest: the largest stored level of any channel where there are more than 8 bits, on a scale up to 65,535.
         num_pages: pages or frames of the file; the image is the first.
         is_transparent: whether any pixel is not opaque; the image is laid over white.
+        has_further_channels: whether the file has channels that are neither colors nor opacity; they are left out.
     """
 
     image: Image.Image
@@ -56,6 +57,7 @@ class DecodedImage(NamedTuple):
     highest: int
     num_pages: int
     is_transparent: bool = False
+    has_further_channels: bool = False
 
 
 def list_formats() -> list[str]:
@@ -98,6 +100,8 @@ def decode(raw: bytes) -> DecodedImage:
         opened.load()
         image: Image.Image = ImageOps.exif_transpose(opened)
         num_pages = _count_pages(opened)
+        num_channels = opened.tag_v2.get(_TIFF_CHANNELS, 1) if isinstance(opened, TiffImageFile) else 0
+        has_further_channels = num_channels > len(opened.getbands())
         if image.mode.startswith(("I", "F")):
             return _reduce_long_levels(image, opened, bits)._replace(num_pages=num_pages)
     gray, is_transparent = image.mode in _GRAY_MODES, False
@@ -107,7 +111,7 @@ def decode(raw: bytes) -> DecodedImage:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image = image.convert("L" if gray else "RGB")
     highest = 257 * int(np.asarray(image).max()) if bits > 8 else 0
-    return DecodedImage(image, bits, highest, num_pages, is_transparent)
+    return DecodedImage(image, bits, highest, num_pages, is_transparent, has_further_channels)
 
 
 def _reduce_long_levels(image: Image.Image, opened: ImageFile, bits: int) -> DecodedImage:
@@ -191,6 +195,8 @@ def find_facts(decoded: DecodedImage, pixels: np.ndarray) -> ImageFacts:
         "size": (height, width) != pixels.shape[:2],
         "deep": decoded.bits > 8,
         "transparent": decoded.is_transparent,
+        "blank": decoded.is_transparent and bool(pixels.min() == pixels.max()),
+        "channels": decoded.has_further_channels,
         "color": is_color,
         "gray": not is_color or _is_gray(pixels),
         "grayed": not is_color and decoded.image.mode == "RGB" and not _is_gray(np.asarray(decoded.image)),
@@ -283,7 +289,9 @@ class ImageNotes:
             "only the first is kept",
             "deep": f"up to {self._bits} bits per channel ({2**self._bits:,} levels) in {{}}: 8 bits (256 levels) are "
             "kept",
+            "channels": "further channels in {}: they are left out",
             "transparent": "transparency in {}: it is laid over white",
+            "blank": "{} show nothing without their transparency",
         }
         if color is None and self._counts["color"] and 2 * self._counts["gray"] >= self._counts["image"]:
             read = "which are read as red, green and blue: --color gray reads one channel"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import os
+import re
 import zipfile
 from pathlib import Path
 
@@ -48,6 +50,12 @@ def load(folder: Path, array: np.ndarray | None = None, **arrays: np.ndarray) ->
     return data.load(str(path))
 
 
+def sort_images(splits: data.Splits) -> np.ndarray:
+    """All images, in the order of their bytes."""
+    images = np.concatenate([splits.train, splits.validation, splits.test])
+    return images[np.lexsort(images.reshape(len(images), -1).T)]
+
+
 def number_images(start: int, stop: int) -> np.ndarray:
     """(N, 1) images that can be told apart: image i is the probability (i + 1) / 1024, exact in float32."""
     return (np.arange(start, stop)[:, None] + 1) / 1024
@@ -63,6 +71,8 @@ FILES: dict[str, tuple[np.ndarray, str, type]] = {  # -> kind, as stored
     "levels in color": (RNG.integers(0, 256, (53, 5, 6, 3), np.uint8), "8-bit levels", np.uint8),
     "levels, channels first": (RNG.integers(0, 256, (53, 3, 5, 6), np.uint8), "8-bit levels", np.uint8),
     "gray levels": (RNG.integers(0, 256, (53, 5, 6), np.uint8), "8-bit levels", np.uint8),
+    "gray levels, one channel first": (RNG.integers(0, 256, (53, 1, 5, 6), np.uint8), "8-bit levels", np.uint8),
+    "gray levels, one channel last": (RNG.integers(0, 256, (53, 5, 6, 1), np.uint8), "8-bit levels", np.uint8),
     "zeros and ones, uint8": (RNG.integers(0, 2, (53, 9)).astype(np.uint8), "binary", np.uint8),
     "zeros and ones, int64": (RNG.integers(0, 2, (53, 9)).astype(np.int64), "binary", np.uint8),
     "bits": (RNG.integers(0, 2, (53, 9)).astype(bool), "binary", np.uint8),
@@ -117,9 +127,28 @@ def test_a_large_file_is_read_once(tmp_path: Path) -> None:
         data.load(str(path))
 
 
+@pytest.mark.parametrize("name", ["OWN.NPY", "own.Npy", "OWN.NPZ"])
+def test_the_end_of_a_files_name_may_be_upper_case(tmp_path: Path, size: str, name: str) -> None:
+    with (tmp_path / name).open("wb") as file:
+        np.savez(file, x=NUMBERS) if name.lower().endswith("z") else np.save(file, NUMBERS)
+    splits = data.load(str(tmp_path / name))
+    assert len(splits.train) == 48
+    assert data.is_mapped(splits.train) == (size == "large" and name.lower().endswith("npy"))
+    assert len(data.load_images(str(tmp_path / name), splits, "none").x) == 60
+
+
+@pytest.mark.parametrize("split", ["valid", "test"])
+def test_floats_that_are_whole_in_train_alone_are_real_values(tmp_path: Path, split: str) -> None:
+    counts = RNG.poisson(4.0, (50, 6)).astype(np.float64)
+    assert load(tmp_path, **{"train": counts, split: counts + 0.5}).kind == data.REAL
+
+
 DOUBTFUL = {  # shape -> E as it is read, and what makes it the other reading
     "one color image": ((64, 48, 3), (1, 48, 3), None, None),
     "images along the last axis": ((28, 28, 50), (1, 28, 50), lambda a: np.moveaxis(a, -1, 0), (1, 28, 28)),
+    "images along the last axis, not square": ((12, 30, 50), (1, 30, 50), lambda a: np.moveaxis(a, -1, 0), (1, 12, 30)),
+    "one gray image": ((64, 64), (64,), None, None),
+    "one image with opacity": ((64, 48, 4), (1, 48, 4), None, None),
     "rows along the last axis": ((12, 50), (50,), lambda a: a.T, (12,)),
     "channels at both ends": ((50, 3, 8, 1), (1, 3, 8), lambda a: a.transpose(0, 2, 3, 1), None),
 }
@@ -138,6 +167,13 @@ def test_a_shape_with_two_readings_is_read_with_a_line_on_both(tmp_path: Path, s
     if other_event_shape is not None:
         other = load(tmp_path, otherwise(array))
         assert (other.event_shape, other.notes) == (other_event_shape, ())
+
+
+@pytest.mark.parametrize(
+    "shape", [(50, 28, 28), (20, 28, 28), (50, 12), (50, 8, 9, 3), (50, 3, 8, 9), (50, 1, 8, 9), (50, 8, 9, 1)]
+)
+def test_a_shape_with_one_reading_needs_no_line(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    assert load(tmp_path, RNG.integers(0, 256, shape, np.uint8)).notes == ()
 
 
 # --- Descriptions ---
@@ -183,6 +219,8 @@ NUMBERS = RNG.integers(0, 256, (60, 4, 5), np.uint8)
 KERAS = {"x_train": NUMBERS[:40], "y_train": np.arange(40), "x_test": NUMBERS[40:], "y_test": np.arange(40, 60)}
 STYLES = {
     "Keras": KERAS,
+    "scikit-learn": {name.replace("x_", "X_"): array for name, array in KERAS.items()},
+    "the split first": {f"{name[2:]}_{name[0]}": array for name, array in KERAS.items()},
     "MedMNIST": {
         f"{split}_{what}": KERAS[f"{letter}_{split}"].reshape(-1, *shape)
         for split in ("train", "test")
@@ -206,6 +244,14 @@ def test_usual_names_of_arrays_are_understood_for_training_and_for_further_image
     assert any("test" in note for note in further.notes)
 
 
+def test_training_images_alone_are_taken_as_further_images(tmp_path: Path) -> None:
+    path = str(tmp_path / "own.npz")
+    np.savez(path, x_train=NUMBERS, y_train=np.arange(60))
+    further = data.load_images(path, data.load(path), "none")
+    assert further.labels is not None
+    assert further.labels.tolist() == list(range(60))
+
+
 # --- Labels ---
 
 
@@ -218,11 +264,18 @@ def test_labels_follow_their_images_through_the_permutation(tmp_path: Path, key:
     assert load(tmp_path, x=number_images(0, 200)).labels == {}
 
 
+@pytest.mark.parametrize("labels", [np.arange(49), np.zeros((51, 50)), np.array(["a"] * 49), np.array(1)])
+def test_labels_of_another_number_than_the_images_are_refused(tmp_path: Path, labels: np.ndarray) -> None:
+    with pytest.raises(ValueError, match=r"own.npz: train labels: expected 50 labels, one per image, got shape"):
+        load(tmp_path, x=number_images(0, 50), y=labels)
+
+
 WORDS = np.array(["dog", "cat", "eel"])[np.arange(60) % 3]
 IN_OTHER_FORMS = {
     "words": (WORDS, [1, 0, 2]),
     "bytes": (WORDS.astype("S"), [1, 0, 2]),
     "one-hot floats": (np.eye(3)[np.arange(60) % 3], [0, 1, 2]),
+    "one-hot integers": (np.eye(3, dtype=np.uint8)[np.arange(60) % 3], [0, 1, 2]),
     "whole floats in a column": ((np.arange(60) % 3).astype(float)[:, None], [0, 1, 2]),
 }
 
@@ -242,11 +295,26 @@ def test_labels_in_other_forms_become_class_numbers(tmp_path: Path, form: str) -
     assert further.labels.tolist() == found[50:]
 
 
+def test_words_have_the_same_numbers_in_each_split(tmp_path: Path) -> None:
+    np.savez(
+        tmp_path / "own.npz",
+        train=NUMBERS[:40],
+        test=NUMBERS[40:],
+        train_labels=np.array(["b", "c"])[np.arange(40) % 2],
+        test_labels=np.array(["a", "c"])[np.arange(20) % 2],
+    )
+    splits = data.load(str(tmp_path / "own.npz"))
+    assert splits.class_names == ("a", "b", "c")
+    assert splits.labels["test"].tolist() == [0, 2] * 10
+    assert set(splits.labels["train"].tolist()) == {1, 2}
+
+
 UNUSABLE = {
     "fractions": np.arange(60) / 7,
     "not a number": np.full(60, np.nan),
     "several of 3 classes": RNG.integers(0, 2, (60, 3)) | np.array([1, 1, 0]),
     "boxes": np.zeros((60, 2, 2)),
+    "two numbers": np.arange(120).reshape(60, 2),
     "objects": np.array([f"class {i % 3}" for i in range(60)], dtype=object),
 }
 
@@ -260,6 +328,16 @@ def test_labels_that_are_no_classes_are_left_out_with_a_line(tmp_path: Path, wha
     assert "labels left out" in splits.describe() or "arrays ignored: y" in splits.describe()
     further = data.load_images(path, splits, "none")
     assert (further.labels, len(further.notes)) == (None, 1)
+
+
+def test_words_that_are_no_class_of_the_training_data_are_left_out_with_a_line(tmp_path: Path) -> None:
+    path = str(tmp_path / "own.npz")
+    np.savez(path, x=NUMBERS, y=WORDS)
+    splits = data.load(path)
+    np.savez(path, x=NUMBERS, y=np.where(WORDS == "cat", "elk", WORDS))
+    further = data.load_images(path, splits, "none")
+    assert further.labels is None
+    assert "'elk'" in further.notes[0]
 
 
 # --- Files and values that are refused ---
@@ -329,6 +407,7 @@ BAD_ARRAYS: dict[str, tuple[np.ndarray, str]] = {
     "counts beyond single precision": (GRAY.astype(np.int64) + 2**25, "counts from 0 to 16,777,216, .* got int64 from"),
     "five dimensions": (np.zeros((20, 1, 4, 5, 1), np.uint8), r"got shape \(20, 1, 4, 5, 1\) in train"),
     "no dimension": (np.array(1, np.uint8), r"got shape \(\)"),
+    "images last": (np.zeros((8, 9, 3, 20), np.uint8), r"got shape \(8, 9, 3, 20\) in train; .*moveaxis"),
     "two channels": (np.zeros((20, 4, 5, 2), np.uint8), r"with 1 or 3 channels, got shape \(20, 4, 5, 2\)"),
     "no images": (np.zeros((0, 4, 5), np.uint8), "expected at least one image in every split, got an empty array"),
     "no width": (np.zeros((20, 4, 0), np.uint8), r"expected at least one pixel, got shape \(20, .*4, 0\) in train"),
@@ -337,6 +416,12 @@ BAD_ARRAYS: dict[str, tuple[np.ndarray, str]] = {
         np.stack([WIDE, TIMES], 1),
         r"tell apart, got float64 around 1.6e\+09 with a spread of 1[78] in column 1 of train; center",
     ),
+    "the same, columns first": (
+        np.asfortranarray(np.stack([WIDE, TIMES], 1)),
+        r"around 1.6e\+09 with a spread of 1[78] in column 1 of train; center",
+    ),
+    "several columns": (np.stack([WIDE, TIMES, -TIMES, 2 * TIMES], 1), "column 1 of train, and likewise in 2 more col"),
+    "images far from 0": (1e9 + RNG.normal(size=(40, 2, 5)), "around 1e.09 with a spread of .* in train"),
 }
 
 
@@ -345,6 +430,12 @@ def test_an_array_that_cannot_be_used_is_refused_at_every_size(tmp_path: Path, s
     array, message = BAD_ARRAYS[what]
     with pytest.raises(ValueError, match=f"own.npy: .*{message}"):
         load(tmp_path, array)
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-16], ids=["exact", "rounded in double precision"])
+def test_a_constant_column_needs_no_resolution(tmp_path: Path, size: str, noise: float) -> None:
+    constant = 0.3 * (1 + noise * RNG.integers(-2, 3, 400))
+    assert load(tmp_path, np.stack([WIDE, constant], 1)).kind == data.REAL
 
 
 BAD_SPLITS = {
@@ -396,6 +487,15 @@ def test_a_pickle_is_never_run(tmp_path: Path) -> None:
     assert not (tmp_path / "was_run").exists()
 
 
+@pytest.mark.parametrize("split", ["valid", "test"])
+def test_missing_values_of_another_split_are_called_so(tmp_path: Path, split: str) -> None:
+    splits = {name: RNG.normal(size=(20, 3)) for name in ("train", "valid", "test")}
+    splits[split][5, 2] = np.nan
+    np.savez(tmp_path / "own.npz", **splits)
+    with pytest.raises(ValueError, match=rf"NaN or infinity in {split}\w*: 1 of the values, in column 2"):
+        data.load(str(tmp_path / "own.npz"))
+
+
 # --- Sizes in headers ---
 
 
@@ -436,3 +536,48 @@ def test_an_archive_that_expands_beyond_the_limit_is_refused_before_it_is_read(
     monkeypatch.setattr(np.lib.npyio.NpzFile, "__getitem__", lambda *_: pytest.fail("it was read"))
     with pytest.raises(ValueError, match=r"its arrays take 104,857,728 bytes, more than 200 times the file"):
         data.load(str(tmp_path / "own.npz"))
+
+
+def follow_advice(folder: Path, error: pytest.ExceptionInfo[ValueError], **replaced: str) -> str:
+    """Run the lines of NumPy that an error advises, in the folder, and return the path of the file that they write."""
+    lines = re.search(r"((?:x = )?numpy\..*\))", str(error.value))
+    assert lines is not None
+    code = lines.group(1)
+    for old, new in replaced.items():
+        code = code.replace(old, new)
+    before = set(folder.iterdir())
+    with contextlib.chdir(folder):
+        exec(code, {"numpy": np})
+    (written,) = set(folder.iterdir()) - before
+    return str(written)
+
+
+def test_the_advice_for_a_column_beyond_single_precision_makes_a_file_that_is_read(tmp_path: Path) -> None:
+    table = np.stack([WIDE, TIMES], 1)
+    with pytest.raises(ValueError, match="center them first") as error:
+        load(tmp_path, table)
+    read = data.load(follow_advice(tmp_path, error))
+    centered = (table - table.mean(0)).astype(np.float32)
+    np.testing.assert_array_equal(sort_images(read), centered[np.lexsort(centered.T)])
+
+
+@pytest.mark.parametrize(("name", "delimiter"), [("t.csv", ","), ("t.TSV", "\t"), ("t.txt", " ")])
+def test_the_advice_for_a_table_of_text_makes_a_file_that_is_read(tmp_path: Path, name: str, delimiter: str) -> None:
+    table = RNG.normal(size=(30, 3))
+    np.savetxt(tmp_path / name, table, delimiter=delimiter, header="a b c")
+    with pytest.raises(ValueError, match=r"expected an \.npz or \.npy file or a folder of images, got") as error:
+        data.load(str(tmp_path / name))
+    read = data.load(follow_advice(tmp_path, error))
+    np.testing.assert_allclose(sort_images(read), table[np.lexsort(table.T)], rtol=1e-6)
+
+
+def test_the_advice_for_an_archive_of_other_names_makes_a_file_that_is_read(tmp_path: Path) -> None:
+    """As dSprites has it: images, labels, and a dictionary that only unpickling could read."""
+    images = RNG.integers(0, 2, (30, 5, 4), np.uint8)
+    others = {"metadata": np.array({"a": 1}, object), "latents_values": np.zeros((30, 6))}
+    np.savez(tmp_path / "sprites.npz", imgs=images, **others)
+    with pytest.raises(ValueError, match="expected one array, or arrays named train, valid and test, got") as error:
+        data.load(str(tmp_path / "sprites.npz"))
+    read = data.load(follow_advice(tmp_path, error, NAME="imgs"))
+    assert (read.kind, read.event_shape) == (data.BINARY, (1, 5, 4))
+    assert sum(map(len, (read.train, read.validation, read.test))) == 30

@@ -79,6 +79,15 @@ def test_folders_named_as_splits_are_splits(tmp_path: Path, word: str) -> None:
     ]
 
 
+def test_images_beside_a_test_folder_train(tmp_path: Path) -> None:
+    fill(tmp_path / "any", range(20))
+    fill(tmp_path / "test", range(100, 103))
+    read = data.load(str(tmp_path))
+    assert levels(read.test) == [100, 101, 102]
+    assert sorted([*levels(read.train), *levels(read.validation)]) == list(range(20))
+    assert len(read.validation) == 2
+
+
 REFUSED_SPLITS = {
     "images beside a train folder": (
         {"train": range(20), "cars": range(3)},
@@ -96,6 +105,38 @@ def test_a_folder_that_cannot_be_split_is_refused(tmp_path: Path, what: str) -> 
         fill(tmp_path / name, images)
     with pytest.raises(ValueError, match=message):
         data.load(str(tmp_path))
+
+
+def test_a_split_without_a_readable_image_is_refused(tmp_path: Path) -> None:
+    fill(tmp_path / "train", range(20))
+    write(tmp_path / "test" / "broken.png", b"no image")
+    with pytest.raises(ValueError, match="expected at least one image that can be read in test, got none"):
+        data.load(str(tmp_path))
+
+
+NEARLY_SPLITS = ["training", "Testing", "tests", "validate", "eval", "dev", "test_set", "train-images", "val images"]
+
+
+@pytest.mark.parametrize("word", NEARLY_SPLITS)
+@pytest.mark.parametrize("beside", ["train", "ant", "."])
+def test_a_folder_whose_name_is_nearly_a_splits_is_refused_beside_others(
+    tmp_path: Path, word: str, beside: str
+) -> None:
+    fill(tmp_path / beside, range(20))
+    fill(tmp_path / word, range(20))
+    known = "train; valid, validation or val; test"
+    with pytest.raises(ValueError, match=f"^{re.escape(str(tmp_path))}: .*named {known}, got {word};"):
+        data.load(str(tmp_path))
+
+
+CLASSES = ["trains", "devices", "testudo", "valley", "bullet_train", "test_tube", "train_station"]
+
+
+@pytest.mark.parametrize("word", CLASSES)
+def test_a_class_whose_name_begins_as_a_splits_is_a_class(tmp_path: Path, word: str) -> None:
+    for name in ("ant", word):
+        fill(tmp_path / name, range(10))
+    assert data.load(str(tmp_path)).class_names == ("ant", word)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +161,12 @@ REFUSED_LAYOUTS = {
     "a class without splits": (["cat/train", "cat/test", "dog"], "cat/test, cat/train"),
     "classes in groups": (["pets/cat/train", "pets/cat/test", "cars/red/train"], "cars/red/train, pets/cat/test"),
     "a test folder among the training images": (["train/cat/test", "train/dog"], "train/cat/test"),
+    "a test folder within a class's training images": (["cat/train/test", "cat/train/more"], "cat/train/test"),
     "years": (["train2017", "val2017"], "train2017, val2017"),
+    "years, one level down": (["images/train2017", "images/val2017"], "images/train2017, images/val2017"),
+    "sizes": (["train_64x64", "valid_64x64"], "train_64x64, valid_64x64"),
+    "numbers": (["train/a", "test/test1"], "test/test1"),
+    "a number": (["cat", "test1"], "test1"),
     "letters": (["trainA", "trainB", "testA"], "testA, trainA, trainB"),
     "several words": (["DIV2K_train_HR", "DIV2K_valid_HR"], "DIV2K_train_HR, DIV2K_valid_HR"),
     "doubled archives": (["seg_train/seg_train/sea", "seg_test/seg_test/sea"], "seg_test, seg_test/seg_test"),
@@ -128,8 +174,18 @@ REFUSED_LAYOUTS = {
     "written together": (["testset", "trainset"], "testset, trainset"),
     "short forms in pairs": (["imagesTr", "imagesTs"], "imagesTr, imagesTs"),
     "shorter forms in pairs": (["trn", "tst"], "trn, tst"),
+    "two letters": (["te", "tr", "va"], "te, tr, va"),
     "two words": (["train", "held-out"], "held-out"),
+    "one folder": (["training"], "training"),
+    "Keras arrays as folders": (["xtest", "xtrain"], "xtest, xtrain"),
+    "held out": (["cats", "held-out"], "held-out"),
 }
+
+
+def test_a_language_code_is_a_class(tmp_path: Path) -> None:
+    for folder in ("de", "tr"):
+        fill(tmp_path / folder, range(12))
+    assert data.load(str(tmp_path)).class_names == ("de", "tr")
 
 
 @pytest.mark.parametrize("what", REFUSED_LAYOUTS)
@@ -139,6 +195,22 @@ def test_any_other_layout_with_a_folder_named_like_a_split_is_refused(tmp_path: 
         fill(tmp_path / folder, range(12))
     with pytest.raises(ValueError, match=f"^{re.escape(str(tmp_path))}: expected every split .*, got {named}"):
         data.load(str(tmp_path))
+
+
+def test_an_archive_in_its_own_folder_keeps_its_split(tmp_path: Path) -> None:
+    for start, name in ((0, "train"), (20, "test")):
+        fill(tmp_path / name / name, range(start, start + 10))
+    assert levels(data.load(str(tmp_path)).test) == [*range(20, 30)]
+
+
+def test_a_class_of_railroad_trains_is_a_class(tmp_path: Path) -> None:
+    """As in CIFAR-100 and in COCO."""
+    for start, name in ((0, "train"), (20, "test")):
+        fill(tmp_path / name / "ship", range(start, start + 10))
+        fill(tmp_path / name / "train", range(start + 100, start + 110))
+    read = data.load(str(tmp_path))
+    assert read.class_names == ("ship", "train")
+    assert sorted(levels(read.test)) == [*range(20, 30), *range(120, 130)]
 
 
 def closed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,6 +245,23 @@ def test_subfolders_are_classes_in_the_order_of_their_names(tmp_path: Path) -> N
     assert read.class_names == ("ant", "cat", "dog")
     for split in ("train", "validation", "test"):
         assert read.labels[split].tolist() == [level // 100 for level in levels(getattr(read, split))]
+
+
+def test_a_class_that_the_training_images_lack_keeps_its_number(tmp_path: Path) -> None:
+    for split, name in (("train", "ant"), ("train", "dog"), ("valid", "ant"), ("test", "cat")):
+        fill(tmp_path / split / name, [1])
+    read = data.load(str(tmp_path))
+    assert (read.labels["train"].tolist(), read.labels["test"].tolist()) == ([0, 2], [1])
+
+
+@pytest.mark.parametrize("stray", ["stray.png", "train/stray.png"])
+def test_an_image_outside_the_classes_leaves_all_without_labels(tmp_path: Path, stray: str) -> None:
+    root = tmp_path / "train" if "/" in stray else tmp_path
+    for name in ("ant", "cat"):
+        fill(root / name, range(10))
+    write(tmp_path / stray, encoded(np.zeros(SIZE, np.uint8)))
+    read = data.load(str(tmp_path))
+    assert (read.labels, read.class_names) == ({}, ())
 
 
 # --- Sizes ---
@@ -215,6 +304,14 @@ def test_images_of_several_sizes_are_brought_to_one(tmp_path: Path) -> None:
     read = data.load(str(tmp_path), image_size=(4, 5))
     assert read.event_shape == (1, 4, 5)
     assert all_levels(read) == list(range(10))
+
+
+def test_several_sizes_without_an_image_size_are_refused(tmp_path: Path) -> None:
+    fill(tmp_path, range(8))
+    fill(tmp_path, range(8, 10), size=(3, 4))
+    fill(tmp_path, range(10, 12), size=(3, 2))
+    with pytest.raises(ValueError, match=r"got 3 sizes \(3x2, 3x4, 5x6\); --image-size H W brings them to one"):
+        data.load(str(tmp_path))
 
 
 # --- Modes and formats ---
@@ -299,6 +396,25 @@ def test_a_broken_image_is_left_out_and_named(tmp_path: Path, name: str) -> None
     read = data.load(str(tmp_path))
     assert read.unreadable == (f"deep/{name}",)
     assert all_levels(read) == list(range(10))
+
+
+def test_hidden_files_are_no_images(tmp_path: Path) -> None:
+    fill(tmp_path, range(10))
+    fill(tmp_path / ".thumbnails", range(10))
+    fill(tmp_path, [99], name="._{}.png")
+    read = data.load(str(tmp_path))
+    assert len(read.train) + len(read.validation) + len(read.test) == 10
+    assert read.unreadable == ()
+
+
+def test_other_files_are_ignored_counted_and_named_by_kind(tmp_path: Path) -> None:
+    fill(tmp_path, range(10))
+    for name in ("labels.csv", "0.HEIC", "1.heic", "README"):
+        write(tmp_path / "about" / name, b"0,1")
+    read = data.load(str(tmp_path))
+    assert read.unreadable == ()
+    (words,) = re.findall(r"4 other files \((.*)\) ignored", read.describe())
+    assert sorted(words.split(", ")) == ["1 .csv", "1 without an extension", "2 .heic"]
 
 
 NO_IMAGES = {

@@ -77,6 +77,23 @@ def test_an_array_of_another_scale_is_refused(tmp_path: Path, what: str) -> None
         data.load_images(saved(tmp_path, array), trained_on(kind), "none")
 
 
+LEVELS_AS_NUMBERS = {
+    "floats": GREY.astype(np.float64),
+    "floats with holes": np.where(GREY > 200, np.nan, GREY),
+    "whole numbers": GREY.astype(np.int32),
+}
+
+
+@pytest.mark.parametrize("what", LEVELS_AS_NUMBERS)
+@pytest.mark.parametrize("kind", [data.LEVELS, data.PROBABILITIES])
+def test_levels_that_are_no_bytes_are_refused_with_a_remedy_that_helps(tmp_path: Path, what: str, kind: str) -> None:
+    array = LEVELS_AS_NUMBERS[what]
+    with pytest.raises(ValueError, match=r"; if these are levels from 0 to 255, divide by 255$"):
+        data.load_images(saved(tmp_path, array), trained_on(kind), "none")
+    x = data.load_images(saved(tmp_path, array / 255), trained_on(kind), "none").x[:, 0]
+    np.testing.assert_allclose(x.numpy(), array / 255, rtol=2e-7)
+
+
 # --- Arrays: shape ---
 
 COLOR = GENERATOR.integers(0, 256, (6, 3, 4, 5), np.uint8)
@@ -123,6 +140,13 @@ def test_each_name_of_images_is_read(tmp_path: Path, key: str, others: dict[str,
     read = data.load_images(saved(tmp_path, **{**others, key: GREY}), trained_on(data.LEVELS), "none")
     np.testing.assert_allclose(read.x[:, 0], GREY / 255, rtol=2e-7)
     assert read.names == tuple("012345")
+
+
+@pytest.mark.parametrize("key", ["labels", "y", "test_labels", "y_test"])
+def test_each_name_of_labels_is_read_beside_images(tmp_path: Path, key: str) -> None:
+    read = data.load_images(saved(tmp_path, **{"test": GREY, key: np.arange(6)}), trained_on(data.LEVELS), "none")
+    assert read.labels is not None
+    assert read.labels.tolist() == list(range(6))
 
 
 # --- Binarization ---
@@ -194,9 +218,35 @@ def test_files_in_folders_of_known_classes_have_their_labels(
     assert ["wolf" in note for note in read.notes] == [True] * (labels is None)
 
 
+@pytest.mark.parametrize("fit", ["crop", "stretch"])
+def test_images_of_another_size_are_counted_with_what_was_done_to_them(tmp_path: Path, fit: str) -> None:
+    for i, size in enumerate([(4, 5), (8, 10), (40, 5)]):
+        picture(tmp_path / f"{i}.png", np.full(size, 50, np.uint8))
+    (note,) = data.load_images(str(tmp_path), trained_on(data.LEVELS), "none", fit=fit).notes
+    assert all(words in note for words in ("2 of 3 images", "1.png has 8x10", "4x5"))
+    assert ("cut" in note, "stretched" in note) == (fit == "crop", fit == "stretch")
+
+
 def test_colors_that_are_made_gray_are_counted(tmp_path: Path) -> None:
     picture(tmp_path / "gray in color.png", np.repeat(GREY[0][..., None], 3, 2))
     picture(tmp_path / "red.png", GREY[1][..., None] * np.array([1, 0, 0], np.uint8))
     (note,) = data.load_images(str(tmp_path), trained_on(data.LEVELS), "none").notes
     assert "1 of 2 images are in color" in note
     assert data.load_images(str(tmp_path), trained_on(data.LEVELS, (3, 4, 5)), "none").notes == ()
+
+
+def test_what_image_files_leave_out_is_noted(tmp_path: Path) -> None:
+    frames = [Image.fromarray(image) for image in GREY[:3]]
+    frames[0].save(tmp_path / "pages.tif", save_all=True, append_images=frames[1:])
+    (tmp_path / "0.heic").write_bytes(b"")
+    own = data.load_images(str(tmp_path), trained_on(data.LEVELS), "none")
+    assert (255 * own.x[0, 0]).round().int().tolist() == GREY[0].tolist()
+    assert any("1 of 1 image" in note and "pages.tif has 3" in note for note in own.notes)
+    assert any("1 .heic" in note for note in own.notes)
+
+
+def test_white_strokes_on_a_transparent_ground_are_refused(tmp_path: Path) -> None:
+    opacity = Image.fromarray(GREY[0])
+    Image.merge("LA", [Image.new("L", opacity.size, 255), opacity]).save(tmp_path / "white.png")
+    with pytest.raises(ValueError, match="expected images that show something, got only level 255"):
+        data.load_images(str(tmp_path / "white.png"), trained_on(data.LEVELS), "none")

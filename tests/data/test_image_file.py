@@ -59,6 +59,21 @@ def kept(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("PPL_VAE_CACHE_DIR", str(tmp_path_factory.mktemp("kept")))
 
 
+PHOTO = np.random.default_rng(0).integers(0, 256, (5, 6, 3), np.uint8)
+
+
+PLAIN = {
+    "color": [PHOTO] * 10,
+    "color, and one gray": [PHOTO] * 11 + [GRADIENT],
+    "opaque everywhere": [Image.fromarray(GRADIENT).convert("LA")] * 10,
+}
+
+
+@pytest.mark.parametrize("what", PLAIN)
+def test_plain_images_have_no_notes(tmp_path: Path, what: str) -> None:
+    assert data.load(folder_of(tmp_path, map(encoded, PLAIN[what]))).notes == ()
+
+
 # --- Levels ---
 
 FULL = np.linspace(0, 65_535, 30).astype(np.uint16).reshape(5, 6)
@@ -88,6 +103,18 @@ def test_levels_of_a_known_scale_become_256_and_the_reduction_is_told(tmp_path: 
 COLORS = np.stack([FULL, FULL[::-1], FULL // 2], 2)
 
 
+LONG_COLORS = {
+    "PNG": ("png", None),
+    "PPM": ("ppm", b"P6 6 5 65535\n" + COLORS.astype(">u2").tobytes()),
+    "SGI": (
+        "sgi",
+        struct.pack(">HBBHHHHII", 474, 0, 2, 3, 6, 5, 3, 0, 65_535)
+        + bytes(492)
+        + COLORS[::-1].transpose(2, 0, 1).astype(">u2").tobytes(),
+    ),
+}
+
+
 def png_of_16_bits(colors: np.ndarray) -> bytes:
     """By the words of the PNG specification: Pillow writes no color of 16 bits."""
 
@@ -98,6 +125,14 @@ def png_of_16_bits(colors: np.ndarray) -> bytes:
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in colors)
     header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("what", LONG_COLORS)
+def test_colors_of_16_bits_become_8_and_the_reduction_is_told(tmp_path: Path, what: str) -> None:
+    suffix, content = LONG_COLORS[what]
+    read = data.load(folder_of(tmp_path, [content or png_of_16_bits(COLORS)] * 10, suffix))
+    assert np.abs(read.train[0].permute(1, 2, 0).numpy() - COLORS / 257).max() <= 1
+    assert "10 of 10 images" in note_on("65,536 levels", read)
 
 
 NO_SCALE = {
@@ -125,6 +160,12 @@ def test_levels_without_a_known_scale_are_refused(tmp_path: Path, what: str) -> 
     suffix, content, reason = NO_SCALE[what]
     with pytest.raises(ValueError, match=reason):
         data.load(folder_of(tmp_path, [content] * 10, suffix))
+
+
+def test_dark_images_of_16_bits_beside_bright_ones_keep_their_scale(tmp_path: Path) -> None:
+    read = data.load(folder_of(tmp_path, [encoded(np.full((5, 6), 257 * 7 * i, np.uint16)) for i in range(20)]))
+    images = torch.cat([read.train, read.validation, read.test])
+    assert sorted(images[:, 0, 0, 0].tolist()) == [7 * i for i in range(20)]
 
 
 # --- Pages ---
@@ -177,6 +218,23 @@ def test_a_large_scan_is_left_out_and_the_limit_is_named(tmp_path: Path) -> None
     assert "scan.tif" in note_on("8,388,608 pixels", read)
 
 
+def test_a_folder_of_large_scans_is_refused_by_the_limit(tmp_path: Path) -> None:
+    scan = encoded(Image.new("1", (4960, 7016), 1), "tiff", compression="group4")
+    with pytest.raises(ValueError, match=r"got 10 that cannot be read: .*8,388,608 pixels .* 200 per byte"):
+        data.load(folder_of(tmp_path, [scan] * 10, "tif"), image_size=(64, 64))
+
+
+def test_notes_are_the_same_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    contents = [encoded(strokes(0, i)) for i in range(1, 8)] + [encoded(FULL)] * 4
+    path = folder_of(tmp_path, [*contents, PAGES["png"], encoded(GRADIENT.astype(np.float32), "tiff")])
+    first = data.load(path)
+    monkeypatch.setattr("ppl_vae.data.folder.decode", None)  # nothing is decoded again
+    second = data.load(path)
+    assert len(first.notes) == 4
+    assert second.describe() == first.describe()
+    assert set(first.notes) <= {line.removeprefix(f"{first.name}: ") for line in second.describe().splitlines()}
+
+
 def test_one_file_of_many_pages_is_too_few_and_the_pages_are_told(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"expected at least 10 images to split, got 1; .*several pages or frames"):
         data.load(folder_of(tmp_path, [PAGES["tiff"]], "tif"))
@@ -190,6 +248,14 @@ def test_a_transparent_level_of_16_bits_is_white_and_counted(tmp_path: Path) -> 
     assert "10 of 10 images" in note_on("white", read)
 
 
+@pytest.mark.parametrize("level", [255, 200])
+def test_half_opacity_over_white_is_half_of_each(tmp_path: Path, level: int) -> None:
+    image = Image.merge("LA", [Image.fromarray(GRADIENT), Image.new("L", (6, 5), level)])
+    read = data.load(folder_of(tmp_path, [encoded(image)] * 10))
+    expected = GRADIENT * (level / 255) + 255 * (1 - level / 255)
+    assert np.abs(read.train[0, 0].numpy() - expected).max() <= 1
+
+
 @pytest.mark.parametrize("split", ["all", "test"])
 @pytest.mark.parametrize("form", ["png", "gif", "webp"])
 def test_a_split_that_is_blank_over_white_is_refused(tmp_path: Path, split: str, form: str) -> None:
@@ -199,6 +265,13 @@ def test_a_split_that_is_blank_over_white_is_refused(tmp_path: Path, split: str,
         folder_of(tmp_path / word, [encoded(image.convert("RGBA"), form)] * 10, form)
     with pytest.raises(ValueError, match=f"only level 255 in {'train' if split == 'all' else 'test'}, .*transparent"):
         data.load(str(tmp_path))
+
+
+def test_images_that_show_nothing_are_counted(tmp_path: Path) -> None:
+    contents = [encoded(strokes(255 * (i % 2), 1)) for i in range(40)]
+    read = data.load(folder_of(tmp_path, contents))
+    assert "40 of 40 images" in note_on("white", read)
+    assert "20 of 40 images" in note_on("show nothing", read)
 
 
 GRAY_IN_COLOR = {
@@ -227,3 +300,14 @@ def test_one_image_in_color_among_gray_ones_is_told(tmp_path: Path) -> None:
     red[..., 0] = GRADIENT
     read = data.load(folder_of(tmp_path, [encoded(GRADIENT)] * 11 + [encoded(red)]))
     assert "11 of 12 images" in note_on("--color gray", read)
+
+
+def test_further_channels_of_a_tiff_file_are_told(tmp_path: Path) -> None:
+    """Red, green, blue and near infrared, without a word on what the fourth is."""
+    bands = np.random.default_rng(0).integers(0, 256, (5, 6, 4), np.uint8)
+    content = encoded(Image.fromarray(bands, "RGBA"), "tiff").replace(
+        struct.pack("<HHII", 338, 3, 1, 2), struct.pack("<HHII", 338, 3, 1, 0)
+    )
+    read = data.load(folder_of(tmp_path, [content] * 10, "tif"))
+    assert read.train[0].permute(1, 2, 0).tolist() == bands[..., :3].tolist()
+    assert "10 of 10 images" in note_on("channels", read)

@@ -17,6 +17,7 @@ import torch
 from ppl_vae import data
 from ppl_vae.data import arrays, storage, transforms
 from ppl_vae.parts import likelihoods
+from ppl_vae.runtime import numerics
 from ppl_vae.runtime.numerics import mean_and_variance, sum_over_images
 
 RNG = np.random.default_rng(0)
@@ -52,6 +53,14 @@ def test_sums_over_images_are_bit_for_bit_those_of_all_columns_at_once(shape: tu
     assert torch.equal(sum_over_images(x), x.sum(0, dtype=torch.double))
     assert torch.equal(mean_and_variance(x)[0], mean)
     assert torch.equal(mean_and_variance(x)[1], squares / len(x))
+
+
+def test_sums_over_very_many_images_are_those_of_double_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(numerics, "_LARGE", 1000)
+    array = np.random.default_rng(3).normal(100, 2, (3500, 30)).astype(np.float32)
+    mean, variance = mean_and_variance(torch.from_numpy(array))
+    np.testing.assert_allclose(mean, array.astype(np.longdouble).mean(0).astype(float), rtol=1e-14)
+    np.testing.assert_allclose(variance, array.astype(np.longdouble).var(0).astype(float), rtol=1e-12)
 
 
 FAMILIES: dict[str, Callable[[], tuple[torch.nn.Module, torch.Tensor]]] = {

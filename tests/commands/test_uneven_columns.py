@@ -9,6 +9,8 @@ import pytest
 from sklearn.datasets import load_wine
 from small_run import SMALL, train_small
 
+from ppl_vae.estimator import VAEDensity
+
 
 def words_of_training(tmp_path, table: np.ndarray, likelihood: str) -> list[str]:
     np.save(tmp_path / "table.npy", table)
@@ -34,3 +36,16 @@ def test_nothing_is_warned_of_where_one_scale_does_or_each_column_has_its_own(tm
     table = (wine - wine.mean(0)) / wine.std(0) if likelihood == "normal" else wine
     said = words_of_training(tmp_path, table, likelihood)
     assert not any("differ in spread" in line for line in said)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("likelihood", ["normal", "normal-per-pixel"])
+def test_a_column_of_one_value_is_warned_of_by_its_number(tmp_path, likelihood):
+    """Its density rises without end as its scale falls: the other columns' nats drown in it."""
+    wine = load_wine().data
+    table = np.c_[wine[:, :2], np.full(len(wine), 3.0), wine[:, 2]]
+    said = words_of_training(tmp_path, table, likelihood)
+    (line,) = [line for line in said if "hold one value" in line]
+    assert "(counted from 0: 2)" in line
+    with pytest.warns(UserWarning, match=r"\(counted from 0: 2\) hold one value"):
+        VAEDensity(likelihood=likelihood, epochs=1, hidden=8, latent_dim=2, random_state=0).fit(table)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from pyro.distributions.transforms.spline import _monotonic_rational_spline
 from random_weights import at_random
+from scipy.stats import kstest
 from torch.testing import assert_close
 
 from ppl_vae.parts import registry
@@ -123,6 +126,12 @@ def test_a_coupling_keeps_one_half_and_maps_each_of_the_other_by_it(name, dim):
 
 
 @torch.no_grad()
+def test_no_weights_scale_a_latent_by_more_than_the_bound():
+    layer = _layer("affine", 6, size=100.0)
+    assert layer(_randn(100, 6))[1].abs().max() <= 3 * 2.0 + 1e-12
+
+
+@torch.no_grad()
 def test_the_order_of_a_permutation_is_saved_with_the_weights():
     torch.manual_seed(0)
     one, other = _couplings("affine", 20), _couplings("affine", 20)
@@ -145,6 +154,20 @@ def test_a_layer_stays_finite_far_outside_in_single_precision(name, way):
         (y * 1e-6).sum() + log_volume.sum(), [u, *layer.parameters()], allow_unused=True, materialize_grads=True
     )
     assert all(found.isfinite().all() for found in (y, log_volume, *gradients))
+
+
+@pytest.mark.parametrize("name", COUPLINGS)
+@torch.no_grad()
+def test_a_flow_of_many_layers_inverts_in_single_precision(name):
+    """Ten couplings of 40 latents, as the prior's defaults have them."""
+    torch.manual_seed(0)
+    flow = at_random(_couplings(name, 40, num_layers=10, hidden=(256,)), size=0.02).float()
+    u = torch.randn(500, 40)
+    y, log_volume = flow(u)
+    back, log_volume_back = flow.inverse(y)
+    assert (y.sort(-1).values - u.sort(-1).values).abs().max() > 0.3
+    assert_close(back, u, rtol=0, atol=1e-3)
+    assert_close(log_volume_back, -log_volume, rtol=0, atol=2e-2)
 
 
 # --- The spline ---
@@ -181,6 +204,15 @@ def test_a_spline_is_pyros(way, size):
     found, found_log_slope = _spline(x, h, inverse=WAYS[way])
     assert_close(found, value, rtol=0, atol=1e-7)
     assert_close(found_log_slope, log_slope, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_splines_slope_is_its_numeric_derivative(way):
+    h, step = _features(2_000), 1e-6
+    x = 11 * torch.rand(2_000, generator=torch.Generator().manual_seed(1), dtype=torch.double) - 5.5
+    above, below = (_spline(x + sign * step, h, inverse=WAYS[way])[0] for sign in (1, -1))
+    _, log_slope = _spline(x, h, inverse=WAYS[way])
+    assert_close(log_slope.exp(), (above - below) / (2 * step), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -227,6 +259,14 @@ def test_value_and_slope_of_a_spline_are_continuous_at_its_bound(way, sign, dtyp
 
 @pytest.mark.parametrize("size", [1.0, 10.0, 100.0])
 @pytest.mark.parametrize("way", WAYS)
+def test_a_spline_rises_everywhere(way, size):
+    x = torch.linspace(-6, 6, 20_001, dtype=torch.double)
+    for h in _features(10, size=size):
+        assert (_spline(x, h.expand(len(x), -1), inverse=WAYS[way])[0].diff() > 0).all()
+
+
+@pytest.mark.parametrize("size", [1.0, 10.0, 100.0])
+@pytest.mark.parametrize("way", WAYS)
 def test_a_spline_and_its_gradient_are_finite_in_single_precision(way, size):
     """Knots of slopes that are far apart included: a difference of alike numbers under a root has no gradient."""
     h = _features(20_000, size=size).float().requires_grad_()
@@ -237,6 +277,17 @@ def test_a_spline_and_its_gradient_are_finite_in_single_precision(way, size):
     value, log_slope = _spline(x, h, inverse=WAYS[way])
     gradients = torch.autograd.grad(value.sum() + log_slope.sum(), [x, h])
     assert all(found.isfinite().all() for found in (value, log_slope, *gradients))
+
+
+@pytest.mark.parametrize("size", [10.0, 30.0])
+@torch.no_grad()
+def test_the_inverse_of_a_spline_in_single_precision_is_that_in_double_precision(size):
+    """To what the places of knots in single precision leave; slopes here go from 0.001 to 100."""
+    h = _features(50_000, size=size).float()
+    x = 10 * torch.rand(50_000, generator=torch.Generator().manual_seed(1)) - 5
+    single, double = _spline(x, h, inverse=True), _spline(x.double(), h.double(), inverse=True)
+    assert_close(single[0].double(), double[0], rtol=0, atol=5e-3)
+    assert_close(single[1].double(), double[1], rtol=0, atol=0.15)
 
 
 # --- The distribution that a map makes ---
@@ -285,6 +336,20 @@ def test_draws_have_the_moments_of_the_density(name):
     assert ((found.mean(0) - exact).abs() <= 4.5 * stderr + 1e-3 * exact.abs()).all()
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("name", COUPLINGS)
+@torch.no_grad()
+def test_draws_of_a_latent_have_the_distribution_function_of_the_density(name, axis):
+    p, points = _pushforward(name), 401
+    z, cell = _grid(p, points=points)
+    marginal = p.log_prob(z).exp().reshape(points, points).sum(1 - axis)
+    nodes = z.reshape(points, points, 2).select(1 - axis, 0)[:, axis].numpy()
+    below = ((marginal.cumsum(0) - marginal / 2) * cell).numpy()
+    torch.manual_seed(0)
+    draws = p.sample((5_000,))[:, axis].numpy()
+    assert kstest(draws, lambda at: np.interp(at, nodes, below)).pvalue > 1e-3
+
+
 @pytest.mark.parametrize("name", COUPLINGS)
 def test_the_gradient_of_a_draw_is_that_of_its_expectation(name):
     """d/dw E[sin(z_1 + 2 z_2)] by quadrature of the density's gradient, and by draws, in their standard errors."""
@@ -304,3 +369,38 @@ def test_the_gradient_of_a_draw_is_that_of_its_expectation(name):
     stderr = found.std(0) / math.sqrt(len(found))
     assert exact.abs().max() > 0.1
     assert ((found.mean(0) - exact).abs() <= 4.5 * stderr + 1e-3 * exact.abs()).all()
+
+
+@pytest.mark.parametrize("of", ["density", "draw"])
+@pytest.mark.parametrize("name", COUPLINGS)
+def test_a_gradient_reaches_every_parameter(name, of):
+    p = _pushforward(name, dim=5)
+    torch.manual_seed(0)
+    value = p.log_prob(_randn(50, 5)) if of == "density" else p.rsample((50,)).square()
+    gradients = torch.autograd.grad(value.sum(), list(p.flow.parameters()))
+    assert all((g != 0).any() for g in gradients)
+
+
+@pytest.mark.parametrize("name", COUPLINGS)
+def test_an_expanded_distribution_draws_each_by_itself_and_has_the_same_density(name):
+    p = _pushforward(name)
+    wide = p.expand((3, 4))
+    torch.manual_seed(0)
+    z = wide.rsample((2,))
+    assert (wide.batch_shape, wide.event_shape, z.shape) == ((3, 4), (2,), (2, 3, 4, 2))
+    assert len(z.detach().reshape(-1, 2).unique(dim=0)) == 24
+    assert_close(wide.log_prob(z), p.log_prob(z))
+
+
+def test_a_flow_is_its_layers_one_after_the_other():
+    flow = _layer("flow of spline", 4)
+    values = [_randn(3, 4)]
+    for layer in flow.layers:
+        values.append(layer(values[-1])[0])
+    log_volumes = [
+        torch.autograd.functional.jacobian(lambda u, layer=layer: layer(u)[0], u[0]).slogdet().logabsdet
+        for layer, (u, _) in zip(flow.layers, pairwise(values), strict=True)
+    ]
+    y, log_volume = flow(values[0])
+    assert torch.equal(y, values[-1])
+    assert_close(log_volume[0], torch.stack(log_volumes).sum())

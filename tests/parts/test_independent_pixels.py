@@ -116,6 +116,26 @@ def test_columns_of_a_table_have_a_scale_each_under_a_normal(family):
     assert found.mean() == pytest.approx(exact.mean(), abs=1e-3)
 
 
+def test_columns_of_a_table_have_a_scale_each_under_a_laplace():
+    wine = load_wine().data
+    exact = sum(scipy.stats.laplace(*scipy.stats.laplace.fit(column)).logpdf(column).mean() for column in wine.T)
+    assert baseline(likelihoods.Laplace((13,)), torch.from_numpy(wine).float()).mean() == pytest.approx(exact, abs=1e-2)
+
+
+@pytest.mark.thorough
+def test_columns_of_a_table_have_tails_each_under_a_student_t():
+    rng = np.random.default_rng(2)
+    table = np.stack([100 + 5 * rng.standard_t(2, 500), 0.01 * rng.standard_t(6, 500), rng.normal(size=500)], 1)
+    for column in table.T:
+
+        def log_p(t, column=column):
+            return scipy.stats.t.logpdf(column, np.exp(t[0]), t[1], np.exp(t[2]))
+
+        best = optimum(log_p, [1.0, float(np.median(column)), math.log(np.abs(column - np.median(column)).mean())])
+        found = baseline(likelihoods.StudentT((1,)), torch.from_numpy(column[:, None]).float()).mean()
+        assert found == pytest.approx(best, abs=3e-3)
+
+
 def test_levels_of_a_pixel_have_their_own_histogram_under_a_categorical():
     """No rank in the way: 20 pixels of unrelated levels, where the family's 16 features could not hold them."""
     levels = np.random.default_rng(3).integers(0, 256, (200, 20))
@@ -148,3 +168,8 @@ def test_a_constant_pixel_leaves_other_images_a_finite_baseline(name):
         seen = data.dequantize_uniformly(x, torch.Generator().manual_seed(0)) if is_density else x
         log_prob = fit_independent_pixels(family, seen, is_dequantized=is_density)
         assert log_prob(torch.tensor([[7.0, 5.0, 100.0]])).isfinite().all()
+
+
+def test_the_same_table_every_time_has_no_scale():
+    with pytest.raises(ValueError, match="x: expected pixels that vary"):
+        fit_independent_pixels(likelihoods.Normal((3,)), torch.ones(10, 3))

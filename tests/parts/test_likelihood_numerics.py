@@ -70,6 +70,16 @@ def test_gradients_in_single_precision_agree_with_double_at_extreme_features(wor
     assert (error <= (1e-4 + 3e-7 * log_p.abs()) * norm + ABSOLUTE[word][1]).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float, torch.double])
+@pytest.mark.parametrize("word", CASES)
+def test_log_p_is_in_the_type_of_the_features(word, dtype):
+    case = CASES[word]
+    likelihood = case.make(case.event).to(dtype)
+    distribution = likelihood(case.draw(3).to(dtype))
+    x = distribution.sample()
+    assert x.dtype == distribution.log_prob(x).dtype == distribution.mean.dtype == dtype
+
+
 # --- As a graph ---
 
 
@@ -139,6 +149,13 @@ def test_a_continuous_bernoulli_is_exact_on_both_sides_of_its_seam(h, dtype, dig
         expected, slope = _exactly(logits.item(), x.item())
         assert log_p.item() == pytest.approx(expected, rel=4 * digits, abs=2 * digits)
         assert torch.autograd.grad(log_p, logits)[0].item() == pytest.approx(slope, rel=4 * digits, abs=4 * digits)
+
+
+def test_a_continuous_bernoulli_is_uniform_at_zero():
+    h = torch.zeros(1, requires_grad=True)
+    log_p = likelihoods.ContinuousBernoulli((1,))(h).log_prob(torch.tensor([0.9]))
+    assert log_p.item() == 0
+    assert torch.autograd.grad(log_p, h)[0].item() == pytest.approx(0.4)
 
 
 @pytest.mark.parametrize("h", [0.0, 1e-8, 0.49999, 0.50001, -3.0, 40.0, -900.0])

@@ -197,10 +197,20 @@ def test_planes_are_the_first_feature_of_every_pixel_and_then_the_second():
     assert_close(second, torch.arange(6.0, 12.0).reshape(EVENT))
 
 
+def test_bounded_features_come_back():
+    value = torch.linspace(-6.5, 6.5, 20, dtype=torch.double)
+    assert_close(bounded(unbounded(value, 7.0), 7.0), value)
+
+
 @pytest.mark.parametrize("value", [-math.inf, -7.0, 7.0, 1e9, math.inf])
 def test_what_no_feature_gives_is_brought_within_the_bound(value):
     found = bounded(unbounded(torch.tensor(value), 7.0), 7.0)
     assert abs(float(found)) == pytest.approx(0.98 * 7, rel=1e-5)
+
+
+def test_the_logit_of_a_student_t_is_refused():
+    with pytest.raises(ValueError, match="base: expected a likelihood whose distribution has quantiles, got StudentT"):
+        likelihoods.Logit(likelihoods.StudentT(EVENT))
 
 
 NEEDS_SPREAD = ["Normal", "NormalFixed", "NormalOptimal", "NormalPerPixel", "Laplace", "StudentT"]
@@ -283,6 +293,12 @@ def test_refitting_moves_the_squared_scale_by_its_rate():
     assert float(likelihood(h).base_dist.scale[0, 0, 0]) ** 2 == pytest.approx(0.9 * before + 0.1 * residual)
 
 
+def test_refitting_to_exact_pixels_stays_finite():
+    likelihood = likelihoods.NormalOptimal(EVENT)
+    likelihood.refit(torch.ones(2, D), torch.ones(2, *EVENT), rate=1.0)
+    assert likelihood.log_scale.isfinite()
+
+
 def test_refitting_a_logit_is_refitting_its_base_to_the_logit():
     torch.manual_seed(0)
     bent, base = likelihoods.Logit(likelihoods.NormalOptimal(EVENT)), likelihoods.NormalOptimal(EVENT)
@@ -303,6 +319,26 @@ def test_the_mean_of_a_discretized_logistic_is_exact_at_the_ends_too(feature):
     levels = torch.arange(256, dtype=torch.double)
     mass = p.base_dist.log_prob(levels[:, None]).exp()
     assert_close(p.mean, (mass * levels[:, None]).sum(0), rtol=1e-10, atol=1e-10)
+
+
+def test_the_mean_of_a_color_mixture_without_coupling_is_exact_at_the_ends_too():
+    torch.manual_seed(0)
+    K = 2
+    h = torch.cat([torch.randn(K), 1.5 * torch.randn(3 * K), 2 * torch.randn(3 * K), torch.zeros(3 * K)]).double()
+    color = likelihoods.DiscretizedLogisticMixture((3, 1, 1), components=K)(h)
+    per_value = h[:K].expand(3, K).T, h[K : 4 * K].reshape(3, K).T, h[4 * K : 7 * K].reshape(3, K).T
+    gray = likelihoods.DiscretizedLogisticMixture((3,), components=K)(torch.cat([p.flatten() for p in per_value]))
+    assert_close(color.mean.flatten(), gray.mean, rtol=1e-10, atol=1e-10)
+
+
+def test_color_couples_channels():
+    """With c_0 = tanh(20) = 1 green follows red, and blue, whose coefficients are 0, does not."""
+    torch.manual_seed(0)
+    h = torch.tensor([0.0, *[0.0] * 3, 1.0, -4.0, -4.0, 20.0, 0.0, 0.0])
+    x = likelihoods.DiscretizedLogisticMixture((3, 1, 1), components=1)(h).sample((4000,)).flatten(1).T
+    correlation = torch.corrcoef(x)
+    assert correlation[0, 1] > 0.98
+    assert correlation[0, 2].abs() < 0.08
 
 
 # --- Categories ---

@@ -93,6 +93,14 @@ def test_samples_carry_no_gradient(likelihood):
     assert not likelihood(h).sample().requires_grad
 
 
+def test_a_distribution_expands_to_a_larger_batch(case, likelihood):
+    h = torch.randn(4, likelihood.num_features)
+    x = likelihood(h).sample((3,))
+    expanded = likelihood(h).expand((3, 4))
+    assert tuple(expanded.sample().shape) == (3, 4, *case.event)
+    assert_close(expanded.log_prob(x), likelihood(h).log_prob(x))
+
+
 def test_images_broadcast_against_particles(likelihood):
     h = torch.randn(3, 4, likelihood.num_features)
     x = likelihood(h[0]).sample()

@@ -89,10 +89,28 @@ def test_every_parameter_of_a_decoder_has_a_gradient(word):
     assert all(parameter.grad.abs().sum() > 0 for parameter in net.parameters())
 
 
+def test_the_last_layer_has_a_bias_for_every_feature(word):
+    """Training starts from the pixels' marginals through it: adding to the bias adds to the features."""
+    for net, x, num_features in (
+        (encoder(word, (2, 6, 5), 4), torch.randn(3, 2, 6, 5), 4),
+        (decoder(word, 3, (2, 6, 5), 60), torch.randn(3, 3), 60),
+    ):
+        before, step = net(x), torch.arange(num_features) / 7
+        with torch.no_grad():
+            net.output.bias.add_(step)
+        assert_close(net(x), before + step, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("shape", [(6,), (4, 6), (6, 5, 2), (4, 2, 6, 1), (3, 6, 5)])
 def test_an_image_of_another_shape_is_refused(word, shape):
     with pytest.raises(ValueError, match=r"network input: expected shape \(\.\.\., 2, 6, 5\), got"):
         encoder(word, (2, 6, 5), 4)(torch.zeros(shape))
+
+
+def test_no_hidden_layers_are_an_affine_map(network):
+    net = network((2, 3), 4, hidden=()).double()
+    x = torch.randn(5, 2, 3, dtype=torch.double)
+    assert_close(net(x), x.reshape(5, 6) @ net.output.weight.T + net.output.bias)
 
 
 # --- Dense networks ---
@@ -171,12 +189,35 @@ def test_a_convolutional_decoder_is_an_mlp_whose_matrix_repeats_its_weights(chan
     assert_close(conv(z), mlp(z), rtol=1e-10, atol=1e-12)
 
 
+@torch.no_grad()
+def test_two_stages_with_residual_blocks_are_the_composition_of_their_parts():
+    torch.manual_seed(0)
+    conv = ConvEncoder((1, 6, 5), 4, channels=(2, 3), hidden=(), num_blocks=1).double()
+    x = torch.randn(5, 1, 6, 5, dtype=torch.double)
+    h, size = x, (6, 5)
+    for stage, block in ((conv.stages[0], conv.stages[2]), (conv.stages[3], conv.stages[5])):
+        small = (-(-size[0] // 2), -(-size[1] // 2))
+        flat = h.reshape(5, -1) @ halving_matrix(stage.weight, *size).T
+        h = torch.nn.functional.silu(flat.reshape(5, -1, *small) + stage.bias[:, None, None])
+        h, size = h + block.branch(h), small
+    assert_close(conv(x), h.reshape(5, -1) @ conv.output.weight.T + conv.output.bias, rtol=1e-10, atol=1e-12)
+
+
 def test_a_gated_residual_block_is_its_equation():
     torch.manual_seed(0)
     block = ResidualBlock(3, gated=True).double()
     x = torch.randn(2, 3, 4, 5, dtype=torch.double)
     u, v = block.branch(x).split(3, dim=1)
     assert_close(block(x), x + u / (1 + torch.exp(-v)))
+
+
+def test_a_stage_moves_with_the_image():
+    """Shifting the input by two pixels shifts the stage's output by one: the weights are the same everywhere."""
+    torch.manual_seed(0)
+    stage = ConvEncoder((1, 16, 16), 4, channels=(3,), hidden=()).double().stages
+    x = torch.zeros(1, 1, 16, 16, dtype=torch.double)
+    x[..., 4:8, 4:8] = torch.randn(4, 4, dtype=torch.double)
+    assert_close(stage(x.roll((2, 2), (-2, -1))), stage(x).roll((1, 1), (-2, -1)))
 
 
 def test_planes_come_before_pixels():
@@ -219,6 +260,12 @@ def test_a_standardized_network_sees_pixels_without_their_unit():
     assert float(seen[0].square().mean()) == pytest.approx(1, rel=1e-6)
 
 
+def test_a_standardized_network_of_constant_images_stays_finite():
+    net = Standardized(torch.nn.Identity(), (2,))
+    net.fit_marginals(torch.ones(5, 2))
+    assert_close(net(torch.ones(3, 2)), torch.zeros(3, 2))
+
+
 # --- Where training starts ---
 
 
@@ -237,3 +284,21 @@ def test_a_wide_start_keeps_the_size_of_signals_in_a_linear_network():
         ratio = y.square().sum(-1) / x.square().sum(-1)
         assert ((ratio - 1).abs() < 4.5 * math.sqrt(2 / 1000)).all()
         x = y
+
+
+@pytest.mark.parametrize("word", NETWORKS)
+def test_a_wide_start_is_of_every_dense_layer_but_the_last(word):
+    """Of a standard deviation of the square root of 1 / fan-in, and no bias; convolutions stay as they are."""
+    torch.manual_seed(0)
+    net = encoder(word, (1, 12, 12), 7)
+    before = {name: w.clone() for name, w in net.named_parameters()}
+    wide(net)
+    for name, layer in net.named_modules():
+        if not list(layer.parameters(recurse=False)):
+            continue
+        starts_wide = isinstance(layer, torch.nn.Linear) and name.rpartition(".")[2] != "output"
+        assert torch.equal(layer.weight, before[f"{name}.weight"]) != starts_wide
+        if starts_wide:
+            spread = layer.weight.std() * math.sqrt(layer.in_features)
+            assert abs(spread - 1) < 4.5 / math.sqrt(2 * layer.weight.numel())
+            assert not layer.bias.any()

@@ -6,18 +6,21 @@ import copy
 import math
 
 import numpy as np
+import pyro
 import pytest
 import torch
 from capture_cases import as_stored
 from fitting import fit
 from oracles import LinearGaussian, bernoulli_vae, quadrature_log_evidence
+from pyro.distributions import Categorical, MixtureSameFamily
 from random_weights import at_random
 from scipy.stats import kstest
 from torch.testing import assert_close
 
 from ppl_vae import VAE, Conditional, log_evidence, log_weights
+from ppl_vae.diagnostics.mixture import AggregatePosterior
 from ppl_vae.parts.networks import MLP
-from ppl_vae.parts.posteriors import inverse_autoregressive_flow, spline_flow
+from ppl_vae.parts.posteriors import DiagonalNormal, inverse_autoregressive_flow, spline_flow
 from ppl_vae.parts.priors import StandardNormal
 
 FLOWS = {"iaf": inverse_autoregressive_flow, "spline": spline_flow}
@@ -122,6 +125,16 @@ def test_a_flow_starts_as_the_diagonal_normal(name, L):
     assert_close(posterior(h).log_prob(z), exact)
 
 
+@pytest.mark.parametrize("name", FLOWS)
+def test_a_flow_starts_with_the_draws_of_the_diagonal_normal(name):
+    posterior = FLOWS[name](3, context_dim=C, num_layers=2, hidden=(8,)).double()
+    h = _h(posterior, 6)
+    torch.manual_seed(0)
+    z = posterior(h).rsample((4,))
+    torch.manual_seed(0)
+    assert_close(z, DiagonalNormal(3)(h[:, :6]).rsample((4,)))
+
+
 # --- Both directions ---
 
 
@@ -160,6 +173,16 @@ def test_an_own_draw_takes_one_pass_a_layer_and_its_density_none(name):
     q = posterior(_h(posterior, 3))
     q.log_prob(q.rsample())
     assert len(passes) == 2
+
+
+@pytest.mark.parametrize("name", FLOWS)
+@torch.no_grad()
+def test_draws_and_densities_take_any_leading_dimensions(name):
+    posterior = _posterior(name, 3)
+    h = _h(posterior, 2, 5)
+    z = torch.randn(4, 2, 5, 3, dtype=torch.double)
+    one_by_one = [[[posterior(h[b, c]).log_prob(z[a, b, c]) for c in range(5)] for b in range(2)] for a in range(4)]
+    assert_close(posterior(h).log_prob(z), torch.tensor(one_by_one))
 
 
 # --- What a latent is mapped by ---
@@ -202,6 +225,27 @@ def test_the_shape_of_a_posterior_is_the_contexts(name, L):
     assert (log_q[:, 0] - log_q[:, 1]).abs().median() > 0.05
 
 
+@pytest.mark.parametrize("of", ["draw", "own density", "density"])
+@pytest.mark.parametrize("name", FLOWS)
+def test_a_gradient_reaches_every_parameter_and_feature(name, of):
+    posterior = _posterior(name, 4)
+    h = _h(posterior, 5).requires_grad_()
+    q = posterior(h)
+    z = q.rsample()
+    total = {
+        "draw": lambda: z.square(),
+        "own density": lambda: q.log_prob(z),
+        "density": lambda: q.log_prob(z.detach()),
+    }
+    total[of]().sum().backward()
+    without = [name for name, w in posterior.named_parameters() if w.grad is None or not w.grad.any()]
+    if of != "density":  # of which alone the place is part
+        assert not h.grad[:, 4:].eq(0).any()
+    else:
+        assert not h.grad.eq(0).any()
+    assert without == []
+
+
 # --- Gradients ---
 
 
@@ -223,6 +267,31 @@ def test_the_slope_of_an_own_draws_density_is_the_whole_one(name):
     (own,) = torch.autograd.grad(q.log_prob(z).sum(), h, retain_graph=True)
     (whole,) = torch.autograd.grad(posterior(h).log_prob(z).sum(), h)
     assert_close(own, whole, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_a_draw_without_gradients_has_a_density_with_gradients(name):
+    posterior = _posterior(name, 3)
+    q = posterior(_h(posterior, 4))
+    z = q.sample()
+    q.log_prob(z).sum().backward()
+    expected = [w.grad.clone() for w in posterior.parameters()]
+    posterior.zero_grad()
+    posterior(_h(posterior, 4)).log_prob(z.clone()).sum().backward()
+    for w, g in zip(posterior.parameters(), expected, strict=True):
+        assert_close(w.grad, g)
+
+
+@pytest.mark.parametrize("name", FLOWS)
+@torch.no_grad()
+def test_the_density_of_a_draw_that_was_written_to_is_that_of_what_it_is_now(name):
+    posterior = _posterior(name, 3)
+    q = posterior(_h(posterior, 4))
+    z = q.sample()
+    before = q.log_prob(z)
+    z.add_(1.0)
+    assert_close(q.log_prob(z), posterior(_h(posterior, 4)).log_prob(z.clone()))
+    assert (q.log_prob(z) - before).abs().min() > 1e-6
 
 
 # --- Numbers of whatever size ---
@@ -285,6 +354,29 @@ def test_weights_of_a_flow_guide_average_to_the_evidence(name):
     assert ((w.mean(0) - 1).abs() < 4.5 * w.std(0) / math.sqrt(len(w))).all()
 
 
+@pytest.mark.parametrize("name", FLOWS)
+@torch.no_grad()
+def test_a_batch_has_the_densities_of_its_images_one_by_one(name):
+    exact = LinearGaussian.random(D=4, L=3)
+    vae, x = _flow_vae(name, exact), exact.draw(5)
+    z = torch.randn(5, 3, dtype=torch.double)
+    one_by_one = torch.cat([vae.posterior(x[n : n + 1]).log_prob(z[n : n + 1]) for n in range(5)])
+    assert_close(vae.posterior(x).log_prob(z), one_by_one)
+
+
+@pytest.mark.parametrize("name", FLOWS)
+@torch.no_grad()
+def test_a_mixture_of_flow_posteriors_is_the_mean_of_their_densities(name):
+    exact = LinearGaussian.random(D=4, L=3)
+    vae, x = _flow_vae(name, exact), exact.draw(5)
+    z = torch.randn(6, 3, dtype=torch.double)
+    parts = torch.stack([vae.posterior(x[n : n + 1]).log_prob(z) for n in range(5)])
+    mixture = MixtureSameFamily(Categorical(logits=torch.zeros(5, dtype=torch.double)), vae.posterior(x))
+    assert_close(mixture.log_prob(z), parts.logsumexp(0) - math.log(5))
+    assert_close(AggregatePosterior.encode(vae, x).log_prob(z), parts.logsumexp(0) - math.log(5))
+    assert mixture.sample((4,)).shape == (4, 3)
+
+
 @pytest.mark.thorough
 @pytest.mark.parametrize("name", FLOWS)
 def test_a_trained_flow_guide_is_nearer_to_the_evidence_than_the_best_diagonal_one(name):
@@ -329,3 +421,19 @@ def test_the_bound_with_a_flow_guide_is_the_evidence_by_quadrature(name):
     torch.manual_seed(0)
     found = log_evidence(vae.model, vae.guide, x, num_particles=10_000)
     assert_close(found, quadrature_log_evidence(vae, x, latent_dim=2), rtol=0, atol=0.05)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", FLOWS)
+def test_captured_steps_are_the_eager_ones(graphs, name):
+    trained = {}
+    for compile in (True, False):
+        vae = _bernoulli_flow_vae(name)
+        pyro.set_rng_seed(0)
+        fit(vae, _images(), epochs=3, batch_size=8, warmup_epochs=1, transform=as_stored, compile=compile)
+        trained[compile] = vae.state_dict()
+    start = _bernoulli_flow_vae(name).state_dict()
+    for key, expected in trained[False].items():
+        assert_close(trained[True][key], expected, rtol=1e-9, atol=1e-11)
+        assert (expected - start[key]).abs().max() > 1e-6
+    assert len(graphs) > 0

@@ -75,6 +75,12 @@ def test_the_softplus_map_never_gives_a_scale_without_a_kl(feature):
     assert _kl("softplus", feature) == pytest.approx(-math.log(s) - 0.5, rel=1e-5)
 
 
+def test_the_least_scale_of_the_softplus_map_has_a_normal_square():
+    """A subnormal float32 is one of few digits, and some devices take it for 0."""
+    scale = SCALE_MAPS["softplus"].load()(torch.tensor(-1e4)).exp()
+    assert float(scale.square()) >= torch.finfo(torch.float32).tiny
+
+
 @pytest.mark.parametrize("name", SCALE_MAPS)
 def test_a_diagonal_normal_takes_its_scales_from_the_map(name):
     h = torch.tensor([[0.3, -2.0, 0.5, -1.0], [1.0, 0.0, 2.0, 0.0]])
@@ -184,6 +190,17 @@ def test_the_kl_of_a_full_normal_is_the_mean_over_its_draws(name):
     assert ((log_ratio.mean(0) - torch.distributions.kl_divergence(q, p)).abs() < 5 * stderr).all()
 
 
+def test_the_kl_of_a_full_normal_close_to_singular_holds_in_single_precision():
+    L = 40
+    h = 30 * torch.randn(8, FullNormal(L).num_features, generator=torch.Generator().manual_seed(0))
+    q = FullNormal(L)(h)
+    T, loc = q.scale_tril.double().numpy(), h[:, :L].double().numpy()
+    log_det = 7 * np.tanh(h[:, L : 2 * L].double().numpy() / 7).sum(-1)
+    expected = ((T**2).sum((1, 2)) + (loc**2).sum(1) - L) / 2 - log_det
+    found = torch.distributions.kl_divergence(q, dist.Normal(torch.zeros(L), 1.0).to_event(1))
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     "p", [dist.Laplace(torch.zeros(4), 1.0).to_event(1), dist.Normal(torch.zeros(2, 4), 1.0).to_event(2)]
 )
@@ -208,6 +225,16 @@ def test_a_full_normal_of_no_features_is_the_prior(L):
     q = FullNormal(L)(torch.zeros(3, FullNormal(L).num_features))
     assert_close(q.covariance_matrix, torch.eye(L).expand(3, L, L), rtol=0, atol=0)
     assert torch.equal(q.mean, torch.zeros(3, L))
+
+
+def test_the_draws_of_a_full_normal_have_its_covariance():
+    """Each entry of the sample covariance in its standard error, sqrt((C_ij^2 + C_ii C_jj) / n)."""
+    T = _random_factor(3)
+    C = T @ T.T
+    torch.manual_seed(0)
+    z = FullNormal(3).double()(_features(T, torch.zeros(3, dtype=torch.double))).sample((200_000,))
+    stderr = ((C.square() + C.diagonal()[:, None] * C.diagonal()) / len(z)).sqrt()
+    assert ((z.T @ z / len(z) - C).abs() < 4.5 * stderr).all()
 
 
 def test_a_full_normal_reaches_the_exact_evidence_where_the_posterior_is_correlated():

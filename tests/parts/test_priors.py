@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from functools import partial
 
@@ -53,6 +54,9 @@ PARTS = {
     "flow": _flow("affine"),
     "spline flow": _flow("spline"),
 }
+
+
+TRAINED = [name for name in PARTS if name != "standard-normal"]
 COUPLED = ["flow", "spline flow"]
 IN_ONE = [name for name in PARTS if name not in COUPLED]  # of one latent, which no flow can halve
 
@@ -140,6 +144,26 @@ def test_a_mixture_is_scipys_normals_by_their_weights():
     np.testing.assert_allclose(prior().log_prob(z), logsumexp(terms, axis=0), rtol=1e-10)
 
 
+@torch.no_grad()
+def test_a_mixture_of_one_is_a_normal():
+    prior = at_random(Mixture(3, components=1), size=0.3)
+    z = torch.randn(20, 3, dtype=torch.double)
+    scale = (7 * (prior.log_scale[0] / 7).tanh()).exp()
+    exact = norm.logpdf(z.numpy(), prior.loc[0].numpy(), scale.numpy()).sum(-1)
+    np.testing.assert_allclose(prior().log_prob(z), exact, rtol=1e-10)
+
+
+@torch.no_grad()
+def test_a_mixture_starts_with_equal_weights_scales_of_1_and_locations_of_a_standard_normal():
+    torch.manual_seed(0)
+    prior = Mixture(40, components=500)
+    normals = prior().component_distribution
+    assert_close(prior().mixture_distribution.probs, torch.full((500,), 1 / 500))
+    assert torch.equal(normals.base_dist.scale, torch.ones(500, 40))
+    assert abs(float(normals.base_dist.loc.mean())) < 4.5 / math.sqrt(20_000)
+    assert abs(float(normals.base_dist.loc.var()) - 1) < 4.5 * math.sqrt(2 / 20_000)
+
+
 @pytest.mark.parametrize("value", [-1e4, -100.0, 100.0, 1e4])
 def test_a_mixture_stays_finite_at_extreme_scales_in_single_precision(value):
     prior = Mixture(3, components=4)
@@ -186,6 +210,14 @@ def test_a_vamp_prior_is_the_mean_of_scipys_normals_of_the_encoders_features():
     np.testing.assert_allclose(vae.prior().log_prob(z), logsumexp(terms, axis=0), rtol=1e-10)
 
 
+@torch.no_grad()
+def test_a_vamp_prior_follows_the_guide():
+    vae, z = _vae("vamp"), torch.randn(5, 2, dtype=torch.double)
+    before = vae.prior().log_prob(z)
+    vae.posterior.net.output.bias.add_(1.0)
+    assert (vae.prior().log_prob(z) - before).abs().min() > 1e-3
+
+
 @pytest.mark.parametrize("name", PARTS)
 @torch.no_grad()
 def test_a_prior_comes_back_from_a_file(name, tmp_path):
@@ -195,6 +227,39 @@ def test_a_prior_comes_back_from_a_file(name, tmp_path):
     save_file(vae.state_dict(), tmp_path / "weights.safetensors")
     other.load_state_dict(load_file(tmp_path / "weights.safetensors"))
     assert torch.equal(other.prior().log_prob(z), vae.prior().log_prob(z))
+
+
+def _through_a_state(vae):
+    other = _vae("vamp", size=0.1)
+    other.load_state_dict(vae.state_dict())
+    return other
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, _through_a_state], ids=["copy", "state"])
+@torch.no_grad()
+def test_a_copys_vamp_prior_is_of_the_copys_guide(copied):
+    vae, z = _vae("vamp"), torch.randn(5, 2, dtype=torch.double)
+    other, before = copied(vae), vae.prior().log_prob(z)
+    assert torch.equal(other.prior().log_prob(z), before)
+    vae.posterior.net.output.bias.add_(1.0)
+    assert torch.equal(other.prior().log_prob(z), before)
+    other.posterior.net.output.bias.add_(1.0)
+    assert torch.equal(other.prior().log_prob(z), vae.prior().log_prob(z))
+    assert not torch.equal(other.prior().log_prob(z), before)
+
+
+def _numbered(num_images):
+    return torch.arange(num_images, dtype=torch.double)[:, None].expand(num_images, D) / num_images
+
+
+@pytest.mark.parametrize("num_images", [5, 6, 100])
+def test_pseudo_images_start_as_different_training_images(num_images):
+    prior = VampPrior(_guide(2), (D,), components=5).double()
+    torch.manual_seed(0)
+    prior.start_from(_numbered(num_images))
+    seen = {tuple(one) for one in prior.pseudo_images.tolist()}
+    assert len(seen) == 5
+    assert seen <= {tuple(one) for one in _numbered(num_images).tolist()}
 
 
 # --- What a VampPrior starts from ---
@@ -213,6 +278,21 @@ def test_training_starts_a_vamp_prior_from_its_images(standardized):
     z = torch.randn(3, 2)
     terms = torch.stack([vae.posterior(u).log_prob(z) for u in vae.prior.pseudo_images])
     assert_close(vae.prior().log_prob(z), terms.logsumexp(0) - math.log(4))
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_gradient_of_the_density_reaches_every_parameter_of_the_prior(name):
+    vae = _vae(name, 4)
+    log_p = vae.prior().log_prob(torch.randn(50, 4, dtype=torch.double))
+    gradients = torch.autograd.grad(log_p.sum(), list(vae.prior.parameters()))
+    assert all((g != 0).any() for g in gradients)
+
+
+def test_a_gradient_of_the_density_reaches_the_encoder_through_a_vamp_prior():
+    vae = _vae("vamp")
+    log_p = vae.prior().log_prob(torch.randn(50, 2, dtype=torch.double))
+    gradients = torch.autograd.grad(log_p.sum(), list(vae.posterior.parameters()))
+    assert all((g != 0).any() for g in gradients)
 
 
 # --- Gradients ---
@@ -324,3 +404,19 @@ def test_a_training_goes_on_bit_for_bit_from_any_step(graphs, name, objective, c
         assert any(key.startswith("average/") for key in tensors)
         assert all(torch.equal(tensors[key], expected[key]) for key in tensors)
         assert scalars["step"] == 12
+
+
+def test_draws_of_a_vampprior_are_of_its_own_density() -> None:
+    """Of one component each: the mean of log p over them is minus the entropy, by quadrature of one latent."""
+    torch.manual_seed(0)
+    posterior = Conditional(MLP((3,), 2, hidden=(4,)), DiagonalNormal(1)).double()
+    prior = VampPrior(posterior, (3,), components=4).double()
+    with torch.no_grad():
+        prior.pseudo_images.mul_(6)
+        z = torch.linspace(-40, 40, 400_001, dtype=torch.double)[:, None]
+        log_p = prior().log_prob(z)
+        entropy = -torch.trapezoid(log_p.exp() * log_p, z[:, 0])
+        for drawn in (prior().sample((40_000,)), prior().expand((40_000,)).sample()):
+            found = -prior().log_prob(drawn)
+            assert drawn.shape == (40_000, 1)
+            assert abs(found.mean() - entropy) < 4.5 * found.std() / 200

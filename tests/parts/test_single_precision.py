@@ -11,6 +11,7 @@ import scipy.special
 import scipy.stats
 import torch
 from likelihood_cases import WORDS
+from torch.testing import assert_close
 
 from ppl_vae.parts import likelihoods
 from ppl_vae.parts.likelihoods.counts import StableNegativeBinomial, StablePoisson
@@ -83,6 +84,13 @@ def test_the_log_mass_of_a_negative_binomial_is_exact_at_every_mean_total_and_co
     check(distribution.log_prob(torch.tensor(x).float()), negative_binomial_log_mass(x, mean, total))
 
 
+def test_the_gradient_of_a_poisson_is_count_over_rate_minus_one(poissons):
+    distribution, x = poissons
+    rate = distribution.rate.expand(x.shape).clone().requires_grad_()
+    StablePoisson(rate).log_prob(torch.tensor(x).float()).sum().backward()
+    np.testing.assert_allclose(double(rate.grad), x / double(rate) - 1, rtol=1e-6)
+
+
 def test_gradients_of_a_negative_binomial_agree_with_its_derivatives(negative_binomials):
     distribution, x = negative_binomials
     parameters = [p.expand(x.shape).clone().requires_grad_() for p in (distribution.log_mean, distribution.log_total)]
@@ -122,6 +130,15 @@ def test_compiled_log_masses_are_exact(poissons, negative_binomials):
         of_x, of_y = capture.compile_function(log_masses, arguments)(arguments)
     check(of_x, poisson_log_mass(x, double(poisson.rate)))
     check(of_y, negative_binomial_log_mass(y, *(np.exp(double(p)) for p in parameters)))
+
+
+@pytest.mark.parametrize("word", ["poisson", "negative-binomial"])
+def test_means_that_no_feature_gives_are_refused(word):
+    family = WORDS[word].make((2,))
+    x = torch.tensor([[5.0, 2.9e6]]).repeat(10_000, 1)
+    assert_close(family(family.fit_marginals(x)).mean, torch.tensor([5.0, 2.9e6]), rtol=2e-4, atol=0)
+    with pytest.raises(ValueError, match=r"mean of at most 3,000,000 .* got 9,9"):
+        family.fit_marginals(x.clamp(max=1e6) + torch.tensor([0.0, 9e6]))
 
 
 # --- Every other family ---

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import subprocess
 import sys
@@ -13,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from sklearn.base import clone
-from sklearn.exceptions import NotFittedError
 
 pytest.importorskip("sklearn", reason="the extra sklearn is not installed")
 from sklearn.datasets import load_wine
@@ -176,12 +174,6 @@ def test_a_constant_column_and_a_narrow_one_far_from_zero_are_taken() -> None:
     assert np.exp(two).argmax() == pytest.approx(300, abs=15)
 
 
-def test_a_copy_by_pickles_protocol_has_the_scale() -> None:
-    X = correlated(60) * UNITS
-    fitted = VAEDensity(**TINY).fit(X)
-    assert (copy.deepcopy(fitted).score_samples(X) == fitted.score_samples(X)).all()
-
-
 @pytest.mark.thorough
 @pytest.mark.filterwarnings("ignore:X. Values repeat")  # wine's are rounded
 def test_wine_is_scored_on_its_own_scale() -> None:
@@ -305,24 +297,6 @@ def test_values_off_the_support_are_refused(kind: str, X: Any) -> None:
     fitted = VAEDensity(**TINY).fit(OF_KINDS[kind][0])
     with pytest.raises(ValueError, match=r"X: .*expected"):
         fitted.score_samples(X)
-
-
-@pytest.mark.parametrize(
-    ("levels", "scale"), [(True, 1 / 255), (True, 1000), (True, -1), (False, 255), (False, -1)], ids=str
-)
-def test_gray_on_another_scale_is_not_cut_at_a_threshold(levels: bool, scale: float) -> None:
-    X = np.random.RandomState(0).randint(256, size=(30, 6), dtype=np.uint8)
-    X = X if levels else (X / 255).astype(np.float32)
-    fitted = VAEDensity(**TINY, binarization="threshold").fit(X)
-    assert np.isfinite(fitted.score_samples(X)).all()
-    with pytest.raises(ValueError, match=r"X: expected (levels from 0 to 255|gray from 0 to 1), as the X that"):
-        fitted.score_samples(X.astype(np.float64) * scale)
-
-
-@pytest.mark.parametrize("name", ["score_samples", "score", "transform", "inverse_transform"])
-def test_what_is_not_fitted_says_so(name: str) -> None:
-    with pytest.raises(NotFittedError):
-        getattr(VAEDensity(), name)(np.zeros((3, 2)))
 
 
 def test_without_scikit_learn_one_line_says_what_is_missing() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -11,6 +11,8 @@ import per_image
 import pyro
 import pytest
 import torch
+from capture_cases import as_stored
+from fitting import fit
 from oracles import NormalFixed
 from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
@@ -25,7 +27,7 @@ from ppl_vae.hierarchy import BottomLayerOnly, BottomUp, HierarchicalVAE, Layere
 from ppl_vae.parts.likelihoods import Bernoulli
 from ppl_vae.parts.networks import MLP
 from ppl_vae.parts.posteriors import DiagonalNormal, exponential_log_scale
-from ppl_vae.parts.priors import StandardNormal
+from ppl_vae.parts.priors import Mixture, StandardNormal
 
 GUIDES = ["bottom-up", "top-down"]
 
@@ -210,6 +212,18 @@ def test_the_importance_weighted_objective_is_the_evidence_at_the_exact_posterio
     assert_close(loss, -oracle.log_evidence(x).mean(), rtol=0, atol=1e-11)
 
 
+def test_the_prior_of_affine_layers_is_one_normal_over_all_latents():
+    """z_2 ~ N(0, I), z_1 = A z_2 + c + s e, A any matrix: covariance [[A A' + s^2, A], [A', I]]."""
+    generator = torch.Generator().manual_seed(0)
+    A, c = (torch.randn(*shape, generator=generator, dtype=torch.double) for shape in ((3, 2), (3,)))
+    s = torch.tensor([0.5, 1.0, 2.0], dtype=torch.double)
+    prior = LayeredPrior(StandardNormal(2).double(), [_normal(A, c, s)])
+    top = np.block([[(A @ A.T + torch.diag(s**2)).numpy(), A.numpy()], [A.T.numpy(), np.eye(2)]])
+    joint = stats.multivariate_normal(np.concatenate([c.numpy(), np.zeros(2)]), top)
+    z = 2 * torch.randn(50, 5, generator=generator, dtype=torch.double)
+    np.testing.assert_allclose(prior().log_prob(z).detach().numpy(), joint.logpdf(z.numpy()), rtol=1e-11)
+
+
 # --- The weighing of two normals ---
 
 
@@ -344,6 +358,28 @@ def test_draws_of_a_chain_have_the_moments_of_its_density(name):
 
 
 @pytest.mark.parametrize("guide", GUIDES)
+def test_a_chain_draws_and_expands_as_any_distribution_does(guide):
+    vae, x = _vae(guide), _images()
+    for chain, batch in ((vae.prior(), ()), (vae.posterior(x), (6,))):
+        assert (tuple(chain.batch_shape), tuple(chain.event_shape)) == (batch, (6,))
+        assert chain.sample().shape == (*batch, 6)
+        assert chain.sample((4, 5)).shape == (4, 5, *batch, 6)
+        wide = chain.expand((3, 6))
+        assert (tuple(wide.batch_shape), wide.sample((2,)).shape) == ((3, 6), (2, 3, 6, 6))
+        assert wide.log_prob(wide.sample((2,))).shape == (2, 3, 6)
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+def test_the_draws_of_one_seed_are_the_same_as_sites_and_as_a_vector(guide):
+    vae, x = _vae(guide), _images()
+    torch.manual_seed(0)
+    sites = poutine.trace(vae.guide).get_trace(x)
+    torch.manual_seed(0)
+    expected = torch.cat([sites.nodes[f"z_{layer}"]["value"] for layer in (1, 2, 3)], dim=-1)
+    assert torch.equal(vae.posterior(x).rsample(), expected)
+
+
+@pytest.mark.parametrize("guide", GUIDES)
 def test_a_batch_is_as_many_batches_of_one(guide):
     vae, x = _vae(guide), _images()
     q, p = _traces(vae, x)
@@ -365,6 +401,23 @@ def test_the_encoder_runs_once_an_image_and_never_once_a_particle(guide):
     vae.posterior.net.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape))
     log_weights(vae.model, vae.guide, x, 5)
     assert seen == [x.shape]
+
+
+def test_a_decoder_of_the_bottom_layer_sees_no_other():
+    z = torch.randn(4, 6, dtype=torch.double, requires_grad=True)
+    for sees_all in (False, True):
+        log_p = _vae("top-down", sees_all=sees_all).likelihood(z).log_prob(_images(4))
+        moved = torch.autograd.grad(log_p.sum(), z)[0].abs().sum(0)
+        assert (moved[:3] > 0).all()
+        assert ((moved[3:] > 0) == sees_all).all()
+
+
+@pytest.mark.parametrize("sees_all", [False, True])
+@pytest.mark.parametrize("guide", GUIDES)
+def test_every_named_parameter_has_a_gradient(guide, sees_all):
+    vae = _vae(guide, sees_all=sees_all, top=Mixture(1, components=2))
+    per_image.elbo(vae.model, vae.guide, _images()).backward()
+    assert [name for name, w in vae.named_parameters() if w.grad is None or not w.grad.any()] == []
 
 
 # --- Training ---
@@ -409,6 +462,46 @@ def test_the_gradient_without_the_score_has_the_expectation_of_pyros(guide):
     assert a.abs().max() > 0.1
 
 
+def test_where_the_guide_adds_nothing_to_a_narrow_prior_its_layer_has_no_gradient():
+    """q(z_1 | x, z_2) = p(z_1 | z_2) whatever the prior's weights are, and no pixel sees z_1: each draw says 0.
+
+    A score left out would be of the order of 1 / s = 1,000 in its place.
+    """
+    oracle = replace(TwoLayers.random(), s=torch.full((2,), 1e-3, dtype=torch.double))
+    vae, x = oracle.vae("top-down"), oracle.draw(5)
+    vae.posterior.readouts[0] = _normal(torch.eye(2).double(), torch.zeros(2).double(), torch.full((2,), 1e12).double())
+    with torch.no_grad():
+        vae.likelihood.net.net.output.weight.zero_()
+    pyro.set_rng_seed(0)
+    loss = per_image.stl(vae.model, vae.guide, x)
+    of_the_layer = torch.autograd.grad(loss, list(vae.prior.layers.parameters()), allow_unused=True)
+    assert max(g.abs().max() for g in of_the_layer) < 1e-6
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+def test_training_from_a_wrong_posterior_comes_near_the_evidence(guide):
+    """The guide starts at zero weights; the model is held at the truth, whose evidence is the best that can be had."""
+    oracle = TwoLayers.random()
+    vae, x = oracle.vae(guide), oracle.draw(200)
+    for w in [*vae.prior.parameters(), *vae.likelihood.parameters()]:
+        w.requires_grad_(False)
+    with torch.no_grad():
+        for w in vae.posterior.parameters():
+            w.mul_(0.3)
+    pyro.set_rng_seed(0)
+    before = _gap(vae, x, oracle)
+    fit(vae, x, epochs=40, batch_size=50, learning_rate=0.03, warmup_epochs=0, transform=as_stored)
+    after = _gap(vae, x, oracle)
+    assert before > 1.0
+    assert -1e-2 < after < 0.05
+
+
+@torch.no_grad()
+def _gap(vae, x, oracle):
+    """log p(x) - ELBO, nats an image."""
+    return float((oracle.log_evidence(x) - log_weights(vae.model, vae.guide, x, 50)).mean())
+
+
 # --- Weights in their places ---
 
 
@@ -424,3 +517,31 @@ def test_weights_are_stored_once_and_come_back(guide, tmp_path):
     other.load_state_dict(load_file(tmp_path / "weights.safetensors"))
     for ours, theirs in ((vae.posterior(x), other.posterior(x)), (vae.prior(), other.prior())):
         assert torch.equal(ours.log_prob(z), theirs.log_prob(z))
+
+
+def test_parameters_put_in_the_place_of_the_priors_reach_the_ladder():
+    """As captured steps and held guides put them."""
+    vae, x = _vae("top-down"), _images()
+    z = vae.posterior(x).sample()
+    moved = {name: w + 1.0 for name, w in vae.named_parameters() if name.startswith("prior.layers")}
+    found = torch.func.functional_call(_LogQ(vae), {f"vae.{name}": w for name, w in moved.items()}, (x, z))
+    with torch.no_grad():
+        for name, w in moved.items():
+            vae.get_parameter(name).copy_(w)
+    assert_close(found, vae.posterior(x).log_prob(z), rtol=1e-12, atol=0)
+
+
+class _LogQ(nn.Module):
+    def __init__(self, vae):
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, x, z):
+        return self.vae.posterior(x).log_prob(z)
+
+
+def test_free_bits_refuses_a_guide_that_draws_against_the_models_order() -> None:
+    """KL(q(z_1 | x) || p(z_1 | z_2)) is then no term of the ELBO: z_2 depends on z_1."""
+    vae = _vae("bottom-up", (3, 2))
+    with pytest.raises(ValueError, match=r"guide: expected latent sites in the model's order \['z_2', 'z_1'\], got"):
+        per_image.free_bits(vae.model, vae.guide, _images(), free_nats=0.1)

@@ -33,6 +33,13 @@ def test_weights_of_the_exact_posterior_are_the_evidence_with_zero_variance(orac
     assert_close(log_w, oracle.log_evidence(x).expand(num_particles, num_images), rtol=1e-9, atol=0)
 
 
+def test_weights_of_a_batch_are_those_of_its_images_one_by_one(oracle):
+    vae, x = oracle.vae(), oracle.draw(8)
+    together = log_weights(vae.model, vae.guide, x, 3)
+    alone = torch.cat([log_weights(vae.model, vae.guide, image[None], 3) for image in x], dim=1)
+    assert_close(together, alone, rtol=1e-9, atol=0)
+
+
 def test_weights_are_the_densities_of_the_draws_written_out(oracle):
     vae, x = oracle.vae(widen=1.3, shift=0.4), oracle.draw(4)
     torch.manual_seed(0)
@@ -75,6 +82,12 @@ def test_a_training_beta_around_the_programs_does_not_enter_a_weight(oracle, bet
     assert_close(log_w, oracle.log_evidence(x).expand(3, 4), rtol=1e-9, atol=0)
 
 
+def test_a_scaled_program_has_the_weights_of_the_bare_one(oracle):
+    vae, x = oracle.vae(), oracle.draw(4)
+    log_w = log_weights(poutine.scale(vae.model, 7.0), poutine.scale(vae.guide, 7.0), x, 3)
+    assert_close(log_w, oracle.log_evidence(x).expand(3, 4), rtol=1e-9, atol=0)
+
+
 def test_the_scale_of_a_subsampled_plate_does_not_enter_a_weight(oracle):
     vae, x = oracle.vae(), oracle.draw(8)
     N = 80
@@ -99,6 +112,23 @@ def test_a_mask_in_the_program_leaves_its_images_out(oracle):
     kept = torch.tensor([True, False, True, False])
     log_w = log_weights(poutine.mask(vae.model, kept), poutine.mask(vae.guide, kept), x, 3)
     assert_close(log_w, torch.where(kept, oracle.log_evidence(x), 0.0).expand(3, 4), rtol=1e-9, atol=0)
+
+
+def test_a_site_outside_the_images_plate_is_refused(oracle):
+    vae, x = oracle.vae(), oracle.draw(4)
+
+    def model(x):
+        u = pyro.sample("u", dist.Normal(torch.zeros((), dtype=torch.double), 1.0))
+        with pyro.plate("images", len(x), dim=-1):
+            z = pyro.sample("z", vae.prior())
+            pyro.sample("x", dist.Normal(vae.likelihood(z).mean + u[..., None], 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        pyro.sample("u", dist.Normal(torch.zeros((), dtype=torch.double), 1.0))
+        vae.guide(x)
+
+    with pytest.raises(ValueError, match=r"site 'u': expected it in the images' plate, of size 4 at dim=-1"):
+        log_weights(model, guide, x, 3)
 
 
 @pytest.mark.parametrize("num_images", [1, 2, 4])
@@ -142,6 +172,16 @@ def test_a_factor_in_the_model_is_part_of_its_joint(oracle):
             pyro.factor("f", torch.full((len(x),), 3.0))
 
     assert_close(log_weights(model, vae.guide, x, 3), (oracle.log_evidence(x) + 3).expand(3, 4), rtol=1e-9, atol=0)
+
+
+def test_a_deterministic_site_has_no_density(oracle):
+    vae, x = oracle.vae(), oracle.draw(4)
+
+    def model(x):
+        pyro.deterministic("constant", torch.ones(7))
+        vae.model(x)
+
+    assert_close(log_weights(model, vae.guide, x, 3), oracle.log_evidence(x).expand(3, 4), rtol=1e-9, atol=0)
 
 
 def test_pixels_that_are_not_in_the_event_are_refused(oracle):

@@ -247,23 +247,6 @@ def test_subfolders_are_classes_in_the_order_of_their_names(tmp_path: Path) -> N
         assert read.labels[split].tolist() == [level // 100 for level in levels(getattr(read, split))]
 
 
-def test_a_class_that_the_training_images_lack_keeps_its_number(tmp_path: Path) -> None:
-    for split, name in (("train", "ant"), ("train", "dog"), ("valid", "ant"), ("test", "cat")):
-        fill(tmp_path / split / name, [1])
-    read = data.load(str(tmp_path))
-    assert (read.labels["train"].tolist(), read.labels["test"].tolist()) == ([0, 2], [1])
-
-
-@pytest.mark.parametrize("stray", ["stray.png", "train/stray.png"])
-def test_an_image_outside_the_classes_leaves_all_without_labels(tmp_path: Path, stray: str) -> None:
-    root = tmp_path / "train" if "/" in stray else tmp_path
-    for name in ("ant", "cat"):
-        fill(root / name, range(10))
-    write(tmp_path / stray, encoded(np.zeros(SIZE, np.uint8)))
-    read = data.load(str(tmp_path))
-    assert (read.labels, read.class_names) == ({}, ())
-
-
 # --- Sizes ---
 
 WIDE = np.array([[10, 20, 30, 40, 50, 60, 70, 80]] * 4, np.uint8)  # (4, 8): each column has its level
@@ -304,14 +287,6 @@ def test_images_of_several_sizes_are_brought_to_one(tmp_path: Path) -> None:
     read = data.load(str(tmp_path), image_size=(4, 5))
     assert read.event_shape == (1, 4, 5)
     assert all_levels(read) == list(range(10))
-
-
-def test_several_sizes_without_an_image_size_are_refused(tmp_path: Path) -> None:
-    fill(tmp_path, range(8))
-    fill(tmp_path, range(8, 10), size=(3, 4))
-    fill(tmp_path, range(10, 12), size=(3, 2))
-    with pytest.raises(ValueError, match=r"got 3 sizes \(3x2, 3x4, 5x6\); --image-size H W brings them to one"):
-        data.load(str(tmp_path))
 
 
 # --- Modes and formats ---
@@ -396,15 +371,6 @@ def test_a_broken_image_is_left_out_and_named(tmp_path: Path, name: str) -> None
     read = data.load(str(tmp_path))
     assert read.unreadable == (f"deep/{name}",)
     assert all_levels(read) == list(range(10))
-
-
-def test_hidden_files_are_no_images(tmp_path: Path) -> None:
-    fill(tmp_path, range(10))
-    fill(tmp_path / ".thumbnails", range(10))
-    fill(tmp_path, [99], name="._{}.png")
-    read = data.load(str(tmp_path))
-    assert len(read.train) + len(read.validation) + len(read.test) == 10
-    assert read.unreadable == ()
 
 
 def test_other_files_are_ignored_counted_and_named_by_kind(tmp_path: Path) -> None:

@@ -77,23 +77,6 @@ def test_an_array_of_another_scale_is_refused(tmp_path: Path, what: str) -> None
         data.load_images(saved(tmp_path, array), trained_on(kind), "none")
 
 
-LEVELS_AS_NUMBERS = {
-    "floats": GREY.astype(np.float64),
-    "floats with holes": np.where(GREY > 200, np.nan, GREY),
-    "whole numbers": GREY.astype(np.int32),
-}
-
-
-@pytest.mark.parametrize("what", LEVELS_AS_NUMBERS)
-@pytest.mark.parametrize("kind", [data.LEVELS, data.PROBABILITIES])
-def test_levels_that_are_no_bytes_are_refused_with_a_remedy_that_helps(tmp_path: Path, what: str, kind: str) -> None:
-    array = LEVELS_AS_NUMBERS[what]
-    with pytest.raises(ValueError, match=r"; if these are levels from 0 to 255, divide by 255$"):
-        data.load_images(saved(tmp_path, array), trained_on(kind), "none")
-    x = data.load_images(saved(tmp_path, array / 255), trained_on(kind), "none").x[:, 0]
-    np.testing.assert_allclose(x.numpy(), array / 255, rtol=2e-7)
-
-
 # --- Arrays: shape ---
 
 COLOR = GENERATOR.integers(0, 256, (6, 3, 4, 5), np.uint8)

@@ -11,6 +11,7 @@ import torch
 from oracles import LinearGaussian, bernoulli_vae, quadrature_log_evidence
 from pyro.infer import MCMC, NUTS
 from pyro.ops.stats import effective_sample_size
+from test_hierarchy import GUIDES, TwoLayers
 from torch.testing import assert_close
 
 from ppl_vae import Conditional
@@ -187,6 +188,17 @@ def test_the_lower_bound_comes_to_quadrature(posterior):
 
 
 @pytest.mark.thorough
+@pytest.mark.parametrize("guide", GUIDES)
+def test_so_do_models_of_several_layers(guide):
+    torch.manual_seed(0)
+    model = TwoLayers.random()
+    vae, x = model.vae(guide), model.draw(3)
+    annealing = pilot(vae, x, betas=temperatures(60), num_leapfrogs=3, num_chains=8)
+    ratio = (lower(vae, x, annealing, num_chains=200).log_w - model.log_evidence(x)).exp()
+    assert ((ratio.mean(0) - 1).abs() < 4 * ratio.std(0) / math.sqrt(200) + 1e-9).all()
+
+
+@pytest.mark.thorough
 def test_chains_end_where_nuts_goes():
     pyro.set_rng_seed(0)
     vae = bernoulli_vae(latent_dim=2)
@@ -231,6 +243,19 @@ def test_step_sizes_come_to_the_acceptance_that_is_asked_for():
     assert ((acceptance.mean(0) > 0.6) & (acceptance.mean(0) < 0.8)).all()
 
 
+def test_chains_do_not_move_the_step_sizes_that_a_pilot_froze():
+    torch.manual_seed(0)
+    vae, x = GENERAL.vae(widen=0.4), GENERAL.draw(3)
+    annealing = pilot(vae, x, betas=temperatures(30), num_leapfrogs=2, num_chains=4)
+    before = annealing.step_sizes.clone()
+    accepted = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        accepted.append(lower(vae, x, annealing, num_chains=4).acceptance)
+        assert torch.equal(annealing.step_sizes, before)
+    assert not torch.equal(*accepted)
+
+
 @pytest.mark.parametrize("steepness", [0.0, 4.0])
 def test_temperatures_rise_from_0_to_1_and_are_symmetric(steepness):
     betas = temperatures(10, steepness=steepness)
@@ -270,9 +295,31 @@ def test_one_graph_gives_what_runs_as_it_stands(graphs, words, dtype):
     assert len(graphs) == 1
 
 
+def test_a_graph_sees_weights_that_change_later(graphs):
+    vae, x = _built(), _binary()
+    for _ in range(2):
+        found = []
+        for compile in (False, True):
+            torch.manual_seed(3)
+            found.append(lower(vae, x, _fixed(4, 2), num_chains=3, compile=compile).log_w)
+        assert_close(found[1], found[0])
+        with torch.no_grad():
+            vae.likelihood.net.output.bias.add_(1)
+    assert len(graphs) == 1
+
+
 # --- What is left as it was, and what is refused ---
 
 
 def test_a_deterministic_guide_is_refused():
     with pytest.raises(DeterministicGuide, match="an autoencoder has no log-likelihood"):
         pilot(_built(posterior="delta"), _binary(), betas=temperatures(3), num_leapfrogs=1, num_chains=2)
+
+
+def test_simulated_images_have_the_moments_of_the_model():
+    torch.manual_seed(0)
+    x, z = simulate(GENERAL.vae(), 5000)
+    residual = (x - GENERAL.b - z @ GENERAL.W.T) / GENERAL.scale
+    for value in (residual, z):
+        assert (value.mean(0).abs() < 4 / math.sqrt(5000)).all()
+        assert ((value.var(0) - 1).abs() < 4 * math.sqrt(2 / 5000)).all()

@@ -16,11 +16,13 @@ from ppl_vae.evidence.guide_calibration import (
     Ranks,
     adjust_p_values,
     bin_edges,
+    count_ranks,
     cumulative_band,
     estimate_shape,
     judge,
     rank_p_values,
 )
+from ppl_vae.parts.networks import MLP
 from ppl_vae.runtime.global_state import seeded
 
 CPU = torch.device("cpu")
@@ -41,6 +43,11 @@ def prior_as_guide():
     """q(z | x) = p(z), which knows nothing of x."""
     vae = LinearGaussian.random().vae()
     return VAE(vae.prior, vae.likelihood, lambda x: vae.prior().expand((len(x),)))
+
+
+def affine(inputs, outputs, *, seed):
+    torch.manual_seed(seed)
+    return MLP(inputs, outputs, hidden=()).double()
 
 
 # --- Ranks ---
@@ -117,6 +124,14 @@ def test_the_p_value_is_chi_squares(num_draws):
     assert_close(rank_p_values(found), torch.tensor(right, dtype=torch.double))
 
 
+@pytest.mark.parametrize("num_draws", [1, 2, 10, 19, 99, 100, 4000])
+@pytest.mark.parametrize("num_simulations", [1, 30, 1000])
+def test_bins_hold_every_rank_once(num_simulations, num_draws):
+    counts = count_ranks(torch.arange(num_draws + 1), bin_edges(num_simulations, num_draws))
+    assert int(counts.sum()) == num_draws + 1
+    assert int(counts.max() - counts.min()) <= 1
+
+
 def test_adjusted_p_values_are_holms():
     """By hand: 4 x 0.01, then 3 x 0.02 = 0.06, then 2 x 0.025 = 0.05, raised to the one before, then 0.9."""
     p = torch.tensor([0.025, 0.01, 0.9, 0.02], dtype=torch.double)
@@ -175,7 +190,9 @@ def test_the_error_of_the_mean_scale_knows_what_latents_have_to_do_with_each_oth
 
 
 def test_the_prior_as_guide_is_found_out_by_the_joint_density():
+    """The blind spot of ranks of z, which are calibrated: (z*, x) and (z, x) have the same marginals."""
     found = judge(ranked(prior_as_guide(), num_simulations=2000))
+    assert float(found.adjusted_p_values[:-1].min()) > 0.01
     assert float(found.adjusted_p_values[-1]) < 1e-12
     assert "more probable than draws" in found.words[-1]
 
@@ -199,3 +216,10 @@ def test_the_band_holds_uniform_ranks_as_often_as_it_says():
     below = (generator.integers(M + 1, size=(2000, N, 1)) < np.round(t.numpy() * (M + 1))).mean(1)
     inside = ((below >= lower.numpy()) & (below <= upper.numpy())).all(1).mean()
     assert 0.93 < inside < 0.98
+
+
+def test_the_band_of_one_edge_is_the_binomials():
+    t, lower, upper = cumulative_band(400, 1)
+    assert_close(t, torch.tensor([0.5], dtype=torch.double))
+    right = stats.binom(400, 0.5).ppf([0.025, 0.975]) / 400
+    np.testing.assert_allclose([float(lower), float(upper)], right, atol=1.5 / 400)

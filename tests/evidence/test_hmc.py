@@ -18,6 +18,9 @@ MEAN = torch.tensor([1.0, -2.0, 0.5], dtype=torch.double)
 CORRELATED = MultivariateNormal(MEAN, COVARIANCE)
 
 
+CORRELATED_2 = MultivariateNormal(MEAN[:2], COVARIANCE[:2, :2])
+
+
 def _banana(z):
     """z_1 ~ N(0, 1), z_2 | z_1 ~ N(z_1^2, 0.5^2)."""
     return Normal(0.0, 1.0).log_prob(z[..., 0]) + Normal(z[..., 0].square(), 0.5).log_prob(z[..., 1])
@@ -26,6 +29,10 @@ def _banana(z):
 def _draws_of_banana(*shape):
     first = torch.randn(*shape, dtype=torch.double)
     return torch.stack([first, first.square() + 0.5 * torch.randn(*shape, dtype=torch.double)], dim=-1)
+
+
+def _normal(loc, scale, z):
+    return Normal(loc, scale).log_prob(z).sum(-1)
 
 
 def _chain(terms, coefficients, z, *, step_size, num_transitions, num_leapfrogs=4):
@@ -117,6 +124,50 @@ def test_exact_draws_of_a_bent_target_stay_exact(step_size):
     first, second = point.z.flatten(0, 1).unbind(-1)
     for value in (first, (second - first.square()) / 0.5):
         assert stats.kstest(value.numpy(), "norm").pvalue > 1e-3
+
+
+def test_coefficients_weigh_the_terms():
+    torch.manual_seed(3)
+    terms = [partial(_normal, 0.0, 2.0), partial(_normal, 3.0, 1.0)]
+    z = torch.zeros(8000, 1, 1, dtype=torch.double)
+    point, _ = _chain(terms, [0.25, 0.75], z, step_size=0.4, num_transitions=30)
+    precision = 0.25 / 4 + 0.75
+    exact = Normal(0.75 * 3.0 / precision, precision**-0.5)
+    assert stats.kstest(point.z.flatten().numpy(), lambda z: exact.cdf(torch.as_tensor(z)).numpy()).pvalue > 1e-3
+
+
+def test_values_and_slopes_stay_with_the_point():
+    torch.manual_seed(4)
+    terms = [_banana, CORRELATED_2.log_prob]
+    point, acceptance = _chain(terms, [0.4, 0.6], _draws_of_banana(300, 2), step_size=0.5, num_transitions=3)
+    assert 0.1 < acceptance < 0.95
+    for found, exact in zip(point, point_at(terms, point.z), strict=True):
+        assert_close(found, exact)
+
+
+def test_a_step_size_is_counted_in_scales():
+    """The chain over z / scale, with the target stretched likewise, takes the very same decisions."""
+    torch.manual_seed(5)
+    scale = torch.tensor([[0.1, 5.0], [3.0, 0.7]], dtype=torch.double)
+    u, noise = torch.randn(20, 2, 2, dtype=torch.double), torch.randn(20, 2, 2, dtype=torch.double)
+    uniform = torch.rand(20, 2, dtype=torch.double)
+
+    def moved(terms, z, scale):
+        return transition(
+            partial(leapfrog, terms),
+            torch.ones(1, dtype=torch.double),
+            point_at(terms, z),
+            momentum=noise,
+            uniform=uniform,
+            scale=scale,
+            step_size=torch.tensor([0.7, 0.9], dtype=torch.double),
+            num_leapfrogs=3,
+        )
+
+    plain, a = moved([_banana], u, torch.ones_like(scale))
+    stretched, b = moved([lambda z: _banana(z / scale)], u * scale, scale)
+    assert_close(stretched.z / scale, plain.z)
+    assert_close(a, b)
 
 
 @pytest.mark.parametrize("bad", [math.nan, -math.inf, math.inf], ids=["NaN", "no density", "infinite density"])

@@ -106,6 +106,25 @@ def test_images_without_holes_get_the_vaes_own_numbers():
     assert torch.equal(log_evidence(observed.model, observed.guide, x, num_particles=50), bare)
 
 
+def test_an_image_without_holes_keeps_its_guide_beside_one_with_holes():
+    vae = bernoulli_vae(latent_dim=2)
+    x = binary_images(2)
+    x[1, :5] = NAN
+    z = torch.randn(40, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.double)
+    log_q = Observed(vae).posterior(x).log_prob(z)[:, 0]
+    torch.testing.assert_close(log_q, vae.posterior(x[0]).log_prob(z[:, 0]))
+
+
+@pytest.mark.parametrize("holes", ["one image", "all images"])
+def test_log_p_of_nothing_is_zero(holes):
+    vae = bernoulli_vae(latent_dim=2)
+    x = binary_images(3)
+    x[0 if holes == "one image" else slice(None)] = NAN
+    observed = Observed(vae)
+    result = log_evidence(observed.model, observed.guide, x, num_particles=20)[0]
+    torch.testing.assert_close(result, torch.zeros((), dtype=torch.double), rtol=0, atol=1e-12)
+
+
 def test_missing_pixels_of_an_image_with_channels_leave_the_sum():
     """p(x | z) on (3, 2, 2) is that of its flat pixels: the same holes, the same number."""
     flat = bernoulli_vae(latent_dim=1)

@@ -10,7 +10,7 @@ import torch
 from oracles import LinearGaussian, bernoulli_vae, quadrature_log_evidence
 from torch.testing import assert_close
 
-from ppl_vae import Conditional, importance, log_weights
+from ppl_vae import VAE, Conditional, importance, log_weights
 from ppl_vae.evidence.evaluation import evaluate
 from ppl_vae.evidence.proposals import DefensiveFamily, Proposal, defend_proposal, replace_guide
 from ppl_vae.evidence.refinement import refine_proposal
@@ -18,7 +18,8 @@ from ppl_vae.hierarchy import BottomLayerOnly, BottomUp, HierarchicalVAE, Layere
 from ppl_vae.parts.likelihoods import Bernoulli
 from ppl_vae.parts.networks import MLP
 from ppl_vae.parts.posteriors import Delta, DiagonalNormal, FullNormal, exponential_log_scale, spline_flow
-from ppl_vae.parts.priors import StandardNormal
+from ppl_vae.parts.priors import StandardNormal, VampPrior
+from ppl_vae.runtime.errors import NotFinite
 
 
 def _correlated():
@@ -174,6 +175,20 @@ def test_what_cannot_be_refined_is_refused(arguments, message):
         refine_proposal(oracle.vae(), oracle.draw(2), **arguments)
 
 
+def test_images_may_come_in_any_order_and_groups(full):
+    _, vae, x, q = full
+    posterior = replace_guide(vae, q).posterior
+    order = torch.tensor([5, 0, 0, 7, 2])
+    assert torch.equal(posterior(x[order]).loc, q.family(q.h).loc[order])
+
+
+def test_another_image_is_refused(full):
+    _, vae, x, q = full
+    others = torch.cat([x[:2], x[:3] + 1e-9])
+    with pytest.raises(ValueError, match="got 3 of 5 that are not among its 8"):
+        replace_guide(vae, q).guide(others)
+
+
 # --- For its images only ---
 
 
@@ -184,6 +199,27 @@ def test_a_captured_evaluation_finds_the_same(full, graphs):
     assert len(graphs) == 1
     assert_close(results[1].log_evidence, results[0].log_evidence)
     assert_close(results[1].log_evidence, oracle.log_evidence(x), rtol=0, atol=1e-4)
+
+
+def test_another_image_in_a_captured_evaluation_is_not_finite(full, graphs):
+    _, vae, x, q = full
+    others = torch.cat([x[:4], x[4:] + 1])
+    with pytest.raises(NotFinite):
+        evaluate(replace_guide(vae, q), others, num_particles=100, seed=0, compile=True)
+
+
+@pytest.mark.thorough
+def test_a_prior_of_the_guides_own_posteriors_stays_what_it_was(graphs):
+    """A VampPrior holds the guide that the proposal takes the place of, in a captured evaluation too."""
+    vae = bernoulli_vae(latent_dim=2)
+    vae = VAE(VampPrior(vae.posterior, (12,), components=3), vae.likelihood, vae.posterior).double()
+    x = torch.bernoulli(torch.full((4, 12), 0.5, dtype=torch.double))
+    torch.manual_seed(0)
+    q = refine_proposal(vae, x, steps=20, compile=True)
+    own = evaluate(vae, x, num_particles=20_000, seed=0)
+    other = evaluate(replace_guide(vae, q), x, num_particles=20_000, seed=1, compile=True)
+    error = torch.hypot(own.monte_carlo_stderr, other.monte_carlo_stderr)
+    assert ((own.log_evidence - other.log_evidence).abs() < 5 * error).all()
 
 
 # --- Defended ---

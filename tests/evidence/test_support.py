@@ -13,7 +13,7 @@ import torch
 from entry_points import OTHERS, SCORES
 from oracles import bernoulli_vae
 
-from ppl_vae import VAE, Conditional, importance
+from ppl_vae import VAE, Conditional, dequantized, importance
 from ppl_vae.evidence.missing import Observed
 from ppl_vae.parts import likelihoods
 from ppl_vae.parts.networks import MLP
@@ -121,6 +121,13 @@ def test_each_family_takes_the_values_that_it_has_a_probability_for_and_no_other
         x[1, 2] = value
         with pytest.raises(ValueError, match=r"site 'x': expected images within the support .* got at least 1 outside"):
             check_support(vae.model, x)
+
+
+def test_a_mass_of_dequantized_levels_takes_levels():
+    vae = dequantized(_vae("Beta"), num_draws=2)
+    check_support(vae.model, torch.tensor([[0.0, 255.0, 3.0, 4.0]]))
+    with pytest.raises(ValueError, match="got at least 1 outside"):
+        check_support(vae.model, torch.tensor([[0.0, 255.5, 3.0, 4.0]]))
 
 
 def test_missing_pixels_are_no_values_off_the_support_where_a_program_knows_of_them():

@@ -78,6 +78,12 @@ def test_aurocs_error_is_that_of_repeated_samples(loc):
     assert is_claimed_error([one.mean for one in found], [one.stderr for one in found])
 
 
+def test_sets_that_do_not_overlap_have_an_auroc_of_one_with_an_error():
+    found = auroc(normal(100), normal(50, loc=100.0))
+    assert found.mean == 1
+    assert found.stderr == pytest.approx(1 / 51)
+
+
 # --- Shares ---
 
 

@@ -15,7 +15,9 @@ import pytest
 import torch
 from oracles import LinearGaussian
 from pyro.distributions.testing.fakes import NonreparameterizedNormal
+from pyro.distributions.torch_transform import TransformModule
 from torch import nn
+from torch.distributions import constraints
 from torch.testing import assert_close
 
 from ppl_vae import VAE, log_weights
@@ -237,6 +239,21 @@ def test_at_the_exact_posterior_the_guides_gradient_has_no_noise(oracle, objecti
     assert gradients.abs().max() < 1e-12
 
 
+@pytest.mark.parametrize("num_particles", [1, 5])
+def test_at_the_exact_posterior_the_plain_gradient_has_noise(oracle, num_particles):
+    gradients = _guides_gradients(oracle.vae(), oracle.draw(5), "iwae", num_particles=num_particles)
+    assert gradients.std(0).min() > 0.01
+
+
+def test_the_noise_goes_with_the_distance_from_the_exact_posterior(oracle):
+    """Of a hundredth of the shift, a hundredth of the deviation."""
+    near, nearer = (
+        _guides_gradients(oracle.vae(shift=shift), oracle.draw(5), "dreg", num_particles=5).std(0).max()
+        for shift in (0.1, 0.001)
+    )
+    assert_close(nearer / near, torch.tensor(0.01).double(), rtol=0.1, atol=0)
+
+
 def test_dreg_leaves_the_models_gradient_as_it_is(oracle):
     vae, x = oracle.vae(widen=1.3, shift=0.4), oracle.draw(5)
     gradients = []
@@ -278,6 +295,16 @@ def test_values_are_those_of_the_log_weights_that_are_reported(oracle, num_parti
         assert loss.item() == pytest.approx(expected[name], rel=1e-12)
 
 
+@pytest.mark.parametrize("beta", BETAS)
+def test_stl_has_the_value_of_the_elbo_whatever_beta(oracle, beta):
+    vae, x = oracle.vae(widen=1.3, shift=0.4), oracle.draw(5)
+    losses = []
+    for objective in (per_image.elbo, per_image.stl):
+        torch.manual_seed(0)
+        losses.append(objective(vae.model, vae.guide, x, beta=beta, num_particles=3))
+    assert_close(*losses, rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_images_do_not_touch_each_other(oracle, objective):
     """The bound is one an image: with the same draws, a batch of five is the mean of five batches of one."""
@@ -313,6 +340,65 @@ def test_random_numbers_are_drawn_once(oracle, objective):
     torch.manual_seed(0)
     torch.randn(2, 3, 3, dtype=torch.double)
     assert torch.equal(torch.get_rng_state(), after)
+
+
+class Scale(TransformModule):
+    """y = exp(s) x, s a parameter; with a cache it knows the inverse of what it gave last."""
+
+    domain = codomain = constraints.real_vector
+    bijective = True
+
+    def __init__(self, cache_size):
+        super().__init__(cache_size=cache_size)
+        self.log_scale = nn.Parameter(torch.tensor([0.3, -0.2, 0.1], dtype=torch.double))
+
+    def _call(self, x):
+        return x * self.log_scale.exp()
+
+    def _inverse(self, y):
+        return y * (-self.log_scale).exp()
+
+    def log_abs_det_jacobian(self, x, y):
+        return self.log_scale.sum().expand(x.shape[:-1])
+
+
+class Scaled(nn.Module):
+    def __init__(self, posterior, *, cache_size):
+        super().__init__()
+        self.posterior = posterior
+        self.transform = Scale(cache_size)
+
+    def forward(self, x):
+        return dist.TransformedDistribution(self.posterior(x), [self.transform])
+
+
+@pytest.mark.parametrize("objective", ["stl", "dreg"])
+def test_a_transform_that_remembers_changes_no_gradient(oracle, objective):
+    gradients = []
+    for cache_size in (0, 1):
+        vae, x = oracle.vae(widen=1.3, shift=0.4), oracle.draw(3)
+        behind = VAE(vae.prior, vae.likelihood, Scaled(vae.posterior, cache_size=cache_size))
+        gradients.append(_guides_gradients(behind, x, objective, repeats=2, num_particles=3))
+    assert_close(*gradients, rtol=1e-10, atol=1e-12)
+
+
+class Folded(Scaled):
+    """The same distribution as a normal, of whose density no parameter is asked for after the guide has run."""
+
+    def forward(self, x):
+        q, factor = self.posterior(x).base_dist, self.transform.log_scale.exp()
+        return dist.Normal(q.loc * factor, q.scale * factor).to_event(1)
+
+
+@pytest.mark.parametrize("cache_size", [0, 1])
+@pytest.mark.parametrize("objective", ["stl", "dreg"])
+def test_a_transforms_parameters_are_held_where_its_density_is_taken(oracle, objective, cache_size):
+    gradients = []
+    for guide in (Scaled, Folded):
+        vae, x = oracle.vae(widen=1.3, shift=0.4), oracle.draw(3)
+        behind = VAE(vae.prior, vae.likelihood, guide(vae.posterior, cache_size=cache_size))
+        gradients.append(_guides_gradients(behind, x, objective, repeats=2, num_particles=3))
+    assert_close(*gradients, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("flow", ["iaf", "spline"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import numpy as np
 import per_image
@@ -48,6 +49,24 @@ def test_beta_weighs_the_kl_and_only_the_kl(oracle, kl, beta, as_tensor):
     mean, error = _mean_and_error(vae, x, beta=weight, estimator=KLS[kl], num_particles=100)
     assert abs(mean - float(exact.mean())) < 5 * error
     assert error < 0.05
+
+
+@pytest.mark.parametrize("kl", KLS)
+def test_beta_in_only_one_program_would_be_another_objective(oracle, kl):
+    """Why the messenger goes around both: the same estimators, with it around one of them, miss the closed form."""
+    vae, x = oracle.vae(widen=1.3, shift=0.4), oracle.draw(5)
+    exact = float((-oracle.reconstruction(x, widen=1.3, shift=0.4) + 4 * oracle.kl(x, widen=1.3, shift=0.4)).mean())
+    estimator = KLS[kl](num_particles=2000, vectorize_particles=True, max_plate_nesting=1)
+    torch.manual_seed(0)
+    model_only = float(estimator.differentiable_loss(Temper(4.0)(vae.model), vae.guide, x)) / 5
+    assert abs(model_only - exact) > 1.0
+
+
+@pytest.mark.parametrize("kl", KLS)
+def test_beta_zero_leaves_the_reconstruction(oracle, kl):
+    vae, x = oracle.vae(widen=1.3), oracle.draw(5)
+    mean, error = _mean_and_error(vae, x, beta=0.0, estimator=KLS[kl], num_particles=100)
+    assert abs(mean + float(oracle.reconstruction(x, widen=1.3).mean())) < 5 * error
 
 
 @pytest.mark.parametrize("scale", [0.0, 3.0])
@@ -163,6 +182,14 @@ def test_a_kl_without_a_formula_is_refused_and_not_sampled(posterior, prior):
         _loss_of(_vae_of(posterior, prior), 1.0)
 
 
+def test_a_kl_without_a_formula_is_refused_in_a_captured_step(graphs):
+    """A graph, too, would hold draws in the place of the formula."""
+    x = torch.bernoulli(torch.full((5, 6), 0.5))
+    analytic = partial(per_image.elbo, estimator=TraceMeanField_ELBO)
+    with pytest.raises(ValueError, match="whose KL has a formula"):
+        fit(_vae_of("diagonal", "mixture"), x, epochs=1, batch_size=5, objective=analytic, compile=True)
+
+
 @pytest.mark.parametrize(("posterior", "prior"), WITH_A_FORMULA + WITHOUT_A_FORMULA)
 def test_the_options_accept_the_pairs_that_the_objective_accepts(posterior, prior):
     options = resolve_parts(Options(posterior=posterior, prior=prior, kl="analytic"))
@@ -173,6 +200,23 @@ def test_the_options_accept_the_pairs_that_the_objective_accepts(posterior, prio
         with pytest.raises(ValueError, match="--kl analytic: expected"):
             check_objective(options)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_an_analytic_kl_refuses_a_guide_that_is_not_reparametrized():
+    """Its formula would have a gradient, and the reconstruction none for the guide."""
+
+    def program(distribution):
+        def run(x):
+            with pyro.plate("images", len(x), dim=-1):
+                z = pyro.sample("z", distribution(torch.zeros(3), 1.0).to_event(1))
+                if distribution is dist.Normal:
+                    pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+        return run
+
+    model, guide = program(dist.Normal), program(NonreparameterizedNormal)
+    with pytest.raises(ValueError, match="is not reparametrized"):
+        per_image.elbo(model, guide, torch.zeros(2, 3), estimator=TraceMeanField_ELBO)
 
 
 # --- Free bits ---
@@ -217,6 +261,16 @@ def test_each_latent_costs_its_mean_kl_or_what_is_free_if_that_is_more(oracle, p
     assert (kl < free_nats).sum() == int(place)
     expected = np.maximum(kl, free_nats).sum()
     assert float(_free_kl(oracle.vae(widen=1.3, shift=0.4), x, free_nats)) == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_latent_below_its_free_bits_is_not_pushed(oracle):
+    vae, x = oracle.vae(widen=1.3, shift=0.4), oracle.draw(5)
+    weight = vae.posterior.net.output.weight.requires_grad_(True)
+    kl = _kl_by_latent(oracle, x, widen=1.3, shift=0.4)
+    free_nats = float(np.sort(kl)[:2].mean())
+    gradient = torch.autograd.grad(_free_kl(vae, x, free_nats), weight)[0].reshape(2, 3, -1).abs().amax((0, 2))
+    assert [bool(g == 0) for g in gradient] == list(kl < free_nats)
+    assert sorted(kl < free_nats) == [False, False, True]
 
 
 def test_free_bits_are_of_the_mean_over_the_batch_and_not_of_single_images(oracle):

@@ -13,7 +13,7 @@ import torch
 from grids import images_for
 from torch.testing import assert_close
 
-from ppl_vae import dequantized, runs
+from ppl_vae import runs
 from ppl_vae.evidence.evaluation import evaluate
 from ppl_vae.evidence.importance import log_evidence
 from ppl_vae.evidence.missing import Observed, impute
@@ -194,15 +194,6 @@ def test_pseudo_images_are_in_the_unit_of_the_data():
         z, q = torch.randn(6, 3, dtype=torch.double), vae.posterior(x[:4])
         each = torch.stack([torch.distributions.Normal(q.mean[k], q.stddev[k]).log_prob(z).sum(-1) for k in range(4)])
         assert_close(vae.prior().log_prob(z), each.logsumexp(0) - torch.tensor(4.0).log().double())
-
-
-def test_the_mass_of_levels_has_the_prior_of_their_density():
-    vae, _, _ = _built({"likelihood": "normal"} | PRIORS["vamp"])
-    levels = (256 * torch.rand(5, *SHAPE, generator=torch.Generator().manual_seed(0), dtype=torch.double)).floor()
-    mass_of_levels = dequantized(vae, num_draws=4)
-    z = torch.randn(6, 3, dtype=torch.double)
-    assert_close(mass_of_levels.prior().log_prob(z), vae.prior().log_prob(z))
-    assert log_evidence(mass_of_levels.model, mass_of_levels.guide, levels, num_particles=20).isfinite().all()
 
 
 # --- Missing pixels ---

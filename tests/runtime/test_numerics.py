@@ -16,6 +16,7 @@ from ppl_vae.runtime.numerics import (
     bound_by_particles,
     location_and_spread,
     log_mean_exp,
+    pareto_k,
     tail_length,
 )
 
@@ -54,6 +55,16 @@ def test_the_bound_of_a_wide_guide_rises_with_particles_towards_log_evidence():
     bounds = bound_by_particles(log_w, [1, 2, 5, 10, 20, 50, 100]).mean(1)
     assert (bounds.diff() > 0).all()
     assert (bounds < exact.mean()).all()
+
+
+def test_a_bound_with_one_particle_is_the_elbo_of_a_wide_guide():
+    """Against reconstruction - KL in closed form."""
+    oracle = LinearGaussian.random()
+    x = oracle.draw(50)
+    log_w, _ = _linear_gaussian_weights(widen=1.5, num_particles=2000, num_images=50)
+    elbo = oracle.reconstruction(x, widen=1.5) - oracle.kl(x, widen=1.5)
+    stderr = log_w.std(0) / math.sqrt(2000)
+    assert ((bound_by_particles(log_w, [1])[0] - elbo).abs() < 5 * stderr).all()
 
 
 @pytest.mark.parametrize("size", [0, 5])
@@ -151,6 +162,17 @@ def test_k_of_a_narrow_guide_is_one_minus_its_squared_scale(narrow):
     k = importance(vae.model, vae.guide, x, num_particles=50_000).pareto_k
     # The normal's tail approaches its power law like 1 / log S: the fit is a little below the limit.
     assert abs(k.mean() - (1 - narrow**2)) < 0.12
+
+
+def test_k_is_one_number_an_image():
+    good, bad = torch.randn(1000, 1) * 0.1, -2.0 * torch.rand(1000, 1).log()
+    k = _summary(torch.cat([good, bad], dim=1), 100).pareto_k()
+    assert k[0] < 0.5 < 1 < k[1]
+
+
+def test_k_does_not_depend_on_the_scale_of_the_weights():
+    log_w = torch.randn(500, 3, dtype=torch.double).sort(dim=0, descending=True).values[:60]
+    assert_close(pareto_k(log_w), pareto_k(log_w - 5000.0), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 1000])

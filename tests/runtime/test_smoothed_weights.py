@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from ppl_vae import importance, log_weights
 from ppl_vae.evidence.importance import estimate_adaptively
-from ppl_vae.runtime.numerics import log_mean_exp, smoothed_log_mean_exp
+from ppl_vae.runtime.numerics import log_mean_exp, pareto_k, smoothed_log_mean_exp
 
 
 def _zhang_stephens(x):
@@ -72,6 +72,18 @@ def test_weights_without_a_tail_have_their_plain_mean(log_w):
     assert_close(smoothed_log_mean_exp(log_w), log_mean_exp(log_w.double()))
 
 
+def test_weights_that_differ_by_rounding_alone_have_no_tail():
+    """The log-weights of an exact guide: the fit of such a tail divided by zero."""
+    log_w = -6.4 + 2e-15 * torch.randn(500, 50, generator=torch.Generator().manual_seed(0), dtype=torch.double)
+    assert pareto_k(log_w.sort(dim=0, descending=True).values[:100]).isnan().all()
+    assert_close(smoothed_log_mean_exp(log_w), torch.full((50,), -6.4, dtype=torch.double))
+
+
+def test_one_weight_beyond_all_others_is_no_trouble():
+    log_w = 1e4 * torch.randn(500, 4, generator=torch.Generator().manual_seed(0), dtype=torch.double)
+    assert_close(smoothed_log_mean_exp(log_w), log_mean_exp(log_w))
+
+
 def test_the_jackknifes_correction_takes_most_of_a_bounds_bias_away():
     """A wide guide at S = 10 and 2,000 images, against exact log p(x)."""
     oracle = LinearGaussian.random()
@@ -115,6 +127,12 @@ def test_particles_are_doubled_until_an_image_is_within_the_tolerance():
     assert error.mean().abs() < 5 * error.std() / math.sqrt(30)
 
 
+def test_doubling_ends_at_the_most():
+    _, vae, x = _guided(shift=1.5)
+    torch.manual_seed(0)
+    assert estimate_adaptively(vae, x[:5], num_particles=10, most=35, tolerance=0.0).num_particles.tolist() == [20] * 5
+
+
 def test_all_particles_count_in_an_adaptive_estimate():
     """The same draws at once: 20 + 20 + 40 particles are one set of 80, and each eight of them a tenth of it."""
     _, vae, x = _guided(shift=1.0)
@@ -144,3 +162,11 @@ def test_a_narrow_guide_in_many_dimensions_gets_the_particles_that_it_needs():
     assert lacking.mean() < 0.2
     assert ((result.tenfold_gain <= 0.02) | (result.num_particles == 64_000)).all()
     assert result.tenfold_gain.mean() > lacking.mean()  # what is reported is of the size of what is lacking
+
+
+def test_fewer_than_ten_particles_have_not_gained_anything_yet():
+    """Without a tenth of them to compare with, even weights that are all equal do not stop the doubling."""
+    oracle = LinearGaussian.random()
+    vae, x = oracle.vae(), oracle.draw(3)
+    assert estimate_adaptively(vae, x, num_particles=4, most=8, tolerance=1.0).tenfold_gain.isnan().all()
+    assert estimate_adaptively(vae, x, num_particles=4, most=1000).num_particles.tolist() == [16] * 3

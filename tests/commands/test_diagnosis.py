@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 from broken_runs import Runs
-from small_run import SMALL, save_bars, train_small
+from small_run import SMALL, bars, save_bars, train_small
 
 from ppl_vae import load, runs
 from ppl_vae.commands.cli import parse
-from ppl_vae.commands.options import COMMANDS, Diagnose
-from ppl_vae.commands.report import diagnose_run
+from ppl_vae.commands.options import COMMANDS, Diagnose, Report
+from ppl_vae.commands.report import diagnose_run, report_run
+from ppl_vae.commands.train import train_run
 from ppl_vae.diagnostics.measurement import measure
 from ppl_vae.reports.text.diagnosis import describe_advice
 from ppl_vae.runs.results import Diagnosis, read_diagnosis, to_json
@@ -135,6 +136,42 @@ def test_dequantized_levels_are_measured_as_their_density(tmp_path):
     entry = diagnose_run(Diagnose(str(folder)), say=lambda line: None)
     assert entry.pixels == "dequantized"
     assert entry.numbers.noise.gaussian_variance == pytest.approx(1 / 12, rel=0.1)
+
+
+CHECKERBOARD = np.indices((8, 8)).sum(0) % 2
+
+
+@pytest.mark.parametrize(
+    ("train", "valid", "left_out"),
+    [
+        ("bars", np.zeros((8, 8)), {"variation", "blur"}),  # nothing varies, and there are no edges
+        ("bars", CHECKERBOARD, {"variation"}),  # nothing but edges, the same in all images
+        (np.zeros((8, 8)), np.zeros((8, 8)), {"variation", "blur", "noise"}),
+        ("pixels", "pixels", {"blur"}),  # one pixel has no edges
+    ],
+    ids=["blank", "checkerboard", "all blank", "one pixel"],
+)
+def test_a_measure_that_the_images_do_not_allow_is_left_out_with_its_reason(tmp_path, train, valid, left_out):
+    def images(kind, count):
+        if isinstance(kind, str):
+            return bars(count)[0] if kind == "bars" else (np.arange(count) % 2)[:, None, None]
+        return np.broadcast_to(kind, (count, *kind.shape))
+
+    splits = {"train": images(train, 100), "valid": images(valid, 20), "test": images(train, 40)}
+    np.savez(tmp_path / "images.npz", **{name: x.astype(np.uint8) for name, x in splits.items()})
+    options = replace(SMALL, dataset=str(tmp_path / "images.npz"), epochs=1)
+    folder = train_run(options, str(tmp_path / "run"), say=lambda line: None)
+    said = []
+    page = report_run(Report(str(folder)), say=said.append).read_text(encoding="utf-8")
+    numbers = read_diagnosis(folder).numbers
+    assert set(numbers.left_out) == left_out
+    found = vars(numbers.pictures) | {"noise": numbers.noise}
+    assert {name for name, value in found.items() if value is None} == left_out
+    for reason in numbers.left_out.values():
+        assert [line for line in said if reason in line]
+        assert reason in page
+    if "variation" in left_out:  # all images have one code
+        assert numbers.active.mean.tolist() == pytest.approx([0, 0], abs=1e-12)
 
 
 # --- What it leaves as it was, and what it refuses ---

@@ -9,11 +9,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from small_run import SMALL, bars, save_bars, train_small
 
 from ppl_vae import load
-from ppl_vae.commands.latents import hide_half, impute_images, read_mask
-from ppl_vae.commands.options import Impute
+from ppl_vae.commands.latents import encode_images, hide_half, impute_images, read_mask
+from ppl_vae.commands.options import Encode, Impute
 from ppl_vae.evidence.evaluation import evaluate
 from ppl_vae.evidence.missing import Imputation
 from ppl_vae.reports.figures.images import Display, draw_imputations
@@ -109,6 +110,33 @@ def test_observed_pixels_are_written_as_they_were_given(impute, images):
     np.testing.assert_array_equal(stored["mask"], mask)
     for filled in (*stored["draws"], stored["mean"]):
         np.testing.assert_array_equal(filled[mask], x[:, None][mask])
+
+
+@pytest.mark.thorough
+def test_pictures_are_brought_to_a_runs_shape_by_its_own_fit_as_they_are_when_encoded(impute, tmp_path):
+    """Bars drawn twice as wide, which --fit stretch undoes; a crop would lose their left and right quarters."""
+    x = bars(40, seed=9)[0]
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for i, image in enumerate(x):
+        Image.fromarray(255 * image.repeat(2, axis=1)).save(pictures / f"{i:02d}.png")
+    changes = {"fit": "stretch", "image_size": (8, 8), "binarization": "threshold", "images": 4, "epochs": 1}
+    run = train_small(tmp_path / "run", replace(SMALL, dataset=str(pictures), **changes))
+    stored, summary, said = impute(pictures, run_dir=run)
+    seen = stored["mean"]
+    words = {"num_particles": 2, "images": None, "seed": 0, "device": "cpu", "output": str(tmp_path / "encoded")}
+    told: list[str] = []
+    written = encode_images(Encode(str(run), str(pictures), **words), say=told.append)
+    (note,) = summary["notes"]
+    assert "40 of 40 images" in note
+    assert "stretched to 8x8" in note
+    assert note in said
+    assert note in told
+    assert json.loads((written / "encoded.json").read_text())["notes"] == [note]
+    np.testing.assert_array_equal(seen[:, 0], x)
+    with torch.no_grad(), np.load(written / "encoded.npz", allow_pickle=False) as stored:
+        mean = load(run).posterior(torch.from_numpy(x)[:, None].float()).mean
+        np.testing.assert_allclose(stored["mean"], mean, rtol=1e-5, atol=1e-6)
 
 
 def test_the_same_seed_gives_the_same_draws_and_another_others(impute):

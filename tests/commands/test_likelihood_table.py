@@ -81,6 +81,12 @@ def test_each_row_is_what_its_run_holds(table):
         assert row["likelihood"] == runs.read_json(run / runs.CONFIG)["options"]["likelihood"]
 
 
+@pytest.mark.thorough
+def test_rows_of_densities_say_that_their_masses_are_exact(table):
+    kinds = {row["likelihood"]: row["kind"] for row in table[1]}
+    assert kinds == {"binomial": "mass", "normal": "exact", "beta": "exact"}
+
+
 def test_differences_from_the_best_are_paired_on_the_same_images(table):
     folder, rows, _ = table
     nats = {

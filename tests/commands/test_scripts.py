@@ -270,6 +270,18 @@ def same_as_uninterrupted(folder: Path, whole: Path) -> None:
         np.testing.assert_array_equal(pictures(folder)[name], pictures(whole)[name], err_msg=name)
 
 
+@pytest.mark.thorough
+def test_a_run_killed_before_its_first_checkpoint_starts_from_step_0(
+    first: tuple[Path, Done], copy: Path, run: Run
+) -> None:
+    for path in copy.iterdir():
+        if path.name not in ("config.json", "environment.json"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    done = run(TRAIN, "--resume", copy)
+    assert (done.code, done.said, "Going on" in done.out) == (0, [], False)
+    same_as_uninterrupted(copy, first[0])
+
+
 LEARNS = [*PLAIN_WORDS, "--hidden", "16", "--latent-dim", "2", "--epochs", "2", "--warmup-epochs", "0"]
 LEARNS += ["--learning-rate", "0.02"]
 

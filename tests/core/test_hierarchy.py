@@ -358,18 +358,6 @@ def test_draws_of_a_chain_have_the_moments_of_its_density(name):
 
 
 @pytest.mark.parametrize("guide", GUIDES)
-def test_a_chain_draws_and_expands_as_any_distribution_does(guide):
-    vae, x = _vae(guide), _images()
-    for chain, batch in ((vae.prior(), ()), (vae.posterior(x), (6,))):
-        assert (tuple(chain.batch_shape), tuple(chain.event_shape)) == (batch, (6,))
-        assert chain.sample().shape == (*batch, 6)
-        assert chain.sample((4, 5)).shape == (4, 5, *batch, 6)
-        wide = chain.expand((3, 6))
-        assert (tuple(wide.batch_shape), wide.sample((2,)).shape) == ((3, 6), (2, 3, 6, 6))
-        assert wide.log_prob(wide.sample((2,))).shape == (2, 3, 6)
-
-
-@pytest.mark.parametrize("guide", GUIDES)
 def test_the_draws_of_one_seed_are_the_same_as_sites_and_as_a_vector(guide):
     vae, x = _vae(guide), _images()
     torch.manual_seed(0)
@@ -401,15 +389,6 @@ def test_the_encoder_runs_once_an_image_and_never_once_a_particle(guide):
     vae.posterior.net.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape))
     log_weights(vae.model, vae.guide, x, 5)
     assert seen == [x.shape]
-
-
-def test_a_decoder_of_the_bottom_layer_sees_no_other():
-    z = torch.randn(4, 6, dtype=torch.double, requires_grad=True)
-    for sees_all in (False, True):
-        log_p = _vae("top-down", sees_all=sees_all).likelihood(z).log_prob(_images(4))
-        moved = torch.autograd.grad(log_p.sum(), z)[0].abs().sum(0)
-        assert (moved[:3] > 0).all()
-        assert ((moved[3:] > 0) == sees_all).all()
 
 
 @pytest.mark.parametrize("sees_all", [False, True])

@@ -114,23 +114,6 @@ def test_a_mask_in_the_program_leaves_its_images_out(oracle):
     assert_close(log_w, torch.where(kept, oracle.log_evidence(x), 0.0).expand(3, 4), rtol=1e-9, atol=0)
 
 
-def test_a_site_outside_the_images_plate_is_refused(oracle):
-    vae, x = oracle.vae(), oracle.draw(4)
-
-    def model(x):
-        u = pyro.sample("u", dist.Normal(torch.zeros((), dtype=torch.double), 1.0))
-        with pyro.plate("images", len(x), dim=-1):
-            z = pyro.sample("z", vae.prior())
-            pyro.sample("x", dist.Normal(vae.likelihood(z).mean + u[..., None], 1.0).to_event(1), obs=x)
-
-    def guide(x):
-        pyro.sample("u", dist.Normal(torch.zeros((), dtype=torch.double), 1.0))
-        vae.guide(x)
-
-    with pytest.raises(ValueError, match=r"site 'u': expected it in the images' plate, of size 4 at dim=-1"):
-        log_weights(model, guide, x, 3)
-
-
 @pytest.mark.parametrize("num_images", [1, 2, 4])
 def test_a_site_of_the_whole_batch_is_refused_for_a_batch_of_one_too(oracle, num_images):
     """With one image the shapes agree: only the plate tells."""

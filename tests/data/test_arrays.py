@@ -487,15 +487,6 @@ def test_a_pickle_is_never_run(tmp_path: Path) -> None:
     assert not (tmp_path / "was_run").exists()
 
 
-@pytest.mark.parametrize("split", ["valid", "test"])
-def test_missing_values_of_another_split_are_called_so(tmp_path: Path, split: str) -> None:
-    splits = {name: RNG.normal(size=(20, 3)) for name in ("train", "valid", "test")}
-    splits[split][5, 2] = np.nan
-    np.savez(tmp_path / "own.npz", **splits)
-    with pytest.raises(ValueError, match=rf"NaN or infinity in {split}\w*: 1 of the values, in column 2"):
-        data.load(str(tmp_path / "own.npz"))
-
-
 # --- Sizes in headers ---
 
 

@@ -199,6 +199,17 @@ def test_holes_are_seen_between_posteriors_that_miss_each_other(scale):
     assert (torch.tensor(found.worst)[:, :2].norm(dim=1) < 2.5).all()
 
 
+@pytest.mark.parametrize("default", [torch.float32, torch.float64])
+def test_the_classifier_works_in_either_default_precision(default):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        found = classifier_test(normal(100, 2) + 20, normal(100, 2, seed=1))
+    finally:
+        torch.set_default_dtype(before)
+    assert found.effect.mean == 1.0
+
+
 def test_the_error_of_a_share_is_that_of_repetitions():
     oracle = LinearGaussian.random(L=2, scale=1.0)
     vae = oracle.vae()

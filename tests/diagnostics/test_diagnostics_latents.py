@@ -14,7 +14,7 @@ from oracles import LinearGaussian
 from torch.testing import assert_close
 
 from ppl_vae import VAE
-from ppl_vae.diagnostics import active_units, elbo_split, implied_beta, latent_kl
+from ppl_vae.diagnostics import AggregatePosterior, active_units, elbo_split, implied_beta, latent_kl
 from ppl_vae.evidence.moments import PosteriorMoments
 from ppl_vae.parts.priors import StandardNormal, VampPrior
 from ppl_vae.runtime.global_state import seeded
@@ -176,6 +176,18 @@ def test_a_shifted_latent_has_the_marginal_kl_of_its_shift():
         split = elbo_split(guided(loc, np.full((N, 2), s)), indices(N))
     for latent, exact in enumerate((0.5, 0.0)):
         assert abs(float(split.dimension_kl.mean[latent]) - exact) < 4 * float(split.dimension_kl.stderr[latent]) + 0.01
+
+
+def test_the_aggregate_posterior_is_the_mixture_of_all_images(monkeypatch):
+    monkeypatch.setattr("ppl_vae.runtime.batching.items_per_pass", lambda *_, **__: 3)
+    rng = np.random.default_rng(0)
+    loc, scale, z = rng.normal(size=(7, 2)), rng.uniform(0.01, 2, size=(7, 2)), rng.normal(size=(9, 2))
+    q = AggregatePosterior.encode(guided(loc, scale), indices(7))
+    by_latent = scipy.stats.norm.logpdf(z[:, None], loc, scale)
+    exact = scipy.special.logsumexp(by_latent.sum(-1), axis=1) - math.log(7)
+    np.testing.assert_allclose(q.log_prob(torch.from_numpy(z)), exact, rtol=1e-9)
+    exact_by_latent = scipy.special.logsumexp(by_latent, axis=1) - math.log(7)
+    np.testing.assert_allclose(q.log_prob_by_latent(torch.from_numpy(z)), exact_by_latent, rtol=1e-9)
 
 
 def test_a_guide_that_is_no_product_has_the_same_information_and_nothing_by_latent():

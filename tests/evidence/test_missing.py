@@ -106,15 +106,6 @@ def test_images_without_holes_get_the_vaes_own_numbers():
     assert torch.equal(log_evidence(observed.model, observed.guide, x, num_particles=50), bare)
 
 
-def test_an_image_without_holes_keeps_its_guide_beside_one_with_holes():
-    vae = bernoulli_vae(latent_dim=2)
-    x = binary_images(2)
-    x[1, :5] = NAN
-    z = torch.randn(40, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.double)
-    log_q = Observed(vae).posterior(x).log_prob(z)[:, 0]
-    torch.testing.assert_close(log_q, vae.posterior(x[0]).log_prob(z[:, 0]))
-
-
 @pytest.mark.parametrize("holes", ["one image", "all images"])
 def test_log_p_of_nothing_is_zero(holes):
     vae = bernoulli_vae(latent_dim=2)

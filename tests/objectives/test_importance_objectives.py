@@ -372,16 +372,6 @@ class Scaled(nn.Module):
         return dist.TransformedDistribution(self.posterior(x), [self.transform])
 
 
-@pytest.mark.parametrize("objective", ["stl", "dreg"])
-def test_a_transform_that_remembers_changes_no_gradient(oracle, objective):
-    gradients = []
-    for cache_size in (0, 1):
-        vae, x = oracle.vae(widen=1.3, shift=0.4), oracle.draw(3)
-        behind = VAE(vae.prior, vae.likelihood, Scaled(vae.posterior, cache_size=cache_size))
-        gradients.append(_guides_gradients(behind, x, objective, repeats=2, num_particles=3))
-    assert_close(*gradients, rtol=1e-10, atol=1e-12)
-
-
 class Folded(Scaled):
     """The same distribution as a normal, of whose density no parameter is asked for after the guide has run."""
 

@@ -89,18 +89,6 @@ def test_every_parameter_of_a_decoder_has_a_gradient(word):
     assert all(parameter.grad.abs().sum() > 0 for parameter in net.parameters())
 
 
-def test_the_last_layer_has_a_bias_for_every_feature(word):
-    """Training starts from the pixels' marginals through it: adding to the bias adds to the features."""
-    for net, x, num_features in (
-        (encoder(word, (2, 6, 5), 4), torch.randn(3, 2, 6, 5), 4),
-        (decoder(word, 3, (2, 6, 5), 60), torch.randn(3, 3), 60),
-    ):
-        before, step = net(x), torch.arange(num_features) / 7
-        with torch.no_grad():
-            net.output.bias.add_(step)
-        assert_close(net(x), before + step, rtol=0, atol=1e-5)
-
-
 @pytest.mark.parametrize("shape", [(6,), (4, 6), (6, 5, 2), (4, 2, 6, 1), (3, 6, 5)])
 def test_an_image_of_another_shape_is_refused(word, shape):
     with pytest.raises(ValueError, match=r"network input: expected shape \(\.\.\., 2, 6, 5\), got"):
@@ -272,21 +260,3 @@ def test_a_wide_start_keeps_the_size_of_signals_in_a_linear_network():
         ratio = y.square().sum(-1) / x.square().sum(-1)
         assert ((ratio - 1).abs() < 4.5 * math.sqrt(2 / 1000)).all()
         x = y
-
-
-@pytest.mark.parametrize("word", NETWORKS)
-def test_a_wide_start_is_of_every_dense_layer_but_the_last(word):
-    """Of a standard deviation of the square root of 1 / fan-in, and no bias; convolutions stay as they are."""
-    torch.manual_seed(0)
-    net = encoder(word, (1, 12, 12), 7)
-    before = {name: w.clone() for name, w in net.named_parameters()}
-    wide(net)
-    for name, layer in net.named_modules():
-        if not list(layer.parameters(recurse=False)):
-            continue
-        starts_wide = isinstance(layer, torch.nn.Linear) and name.rpartition(".")[2] != "output"
-        assert torch.equal(layer.weight, before[f"{name}.weight"]) != starts_wide
-        if starts_wide:
-            spread = layer.weight.std() * math.sqrt(layer.in_features)
-            assert abs(spread - 1) < 4.5 / math.sqrt(2 * layer.weight.numel())
-            assert not layer.bias.any()

@@ -75,12 +75,6 @@ def test_the_softplus_map_never_gives_a_scale_without_a_kl(feature):
     assert _kl("softplus", feature) == pytest.approx(-math.log(s) - 0.5, rel=1e-5)
 
 
-def test_the_least_scale_of_the_softplus_map_has_a_normal_square():
-    """A subnormal float32 is one of few digits, and some devices take it for 0."""
-    scale = SCALE_MAPS["softplus"].load()(torch.tensor(-1e4)).exp()
-    assert float(scale.square()) >= torch.finfo(torch.float32).tiny
-
-
 @pytest.mark.parametrize("name", SCALE_MAPS)
 def test_a_diagonal_normal_takes_its_scales_from_the_map(name):
     h = torch.tensor([[0.3, -2.0, 0.5, -1.0], [1.0, 0.0, 2.0, 0.0]])

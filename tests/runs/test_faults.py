@@ -29,6 +29,7 @@ from disturbed_runs import (
     Running,
     Server,
     damages,
+    flip,
     left_behind,
     numbers_of,
     served,
@@ -162,6 +163,13 @@ def test_damaged_weights_are_loaded_right_or_refused(whole: Path, copy: Path, na
     assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
+@pytest.mark.parametrize("place", [i / 10 for i in range(11)])
+def test_a_bit_that_turns_in_the_weights_is_noticed(copy: Path, place: float) -> None:
+    flip(copy / MODEL, place)
+    with pytest.raises(ValueError, match=r"model\.safetensors: damaged"):
+        load(copy)
+
+
 # --- Two checkpoints ---
 
 
@@ -170,6 +178,15 @@ def test_a_damaged_state_is_said_and_gives_way_to_the_one_before_it(server: Serv
     done = server.run(TRAIN, "--resume", copy)
     assert f"{STATE}: damaged" in done.out
     assert "Going on from step 9." in done.out  # of 10
+
+
+def test_two_damaged_states_are_refused_with_what_is_still_good(server: Server, copy: Path) -> None:
+    for name in (STATE, PREVIOUS):
+        truncate(copy / name, 0.5)
+    done = server.run(TRAIN, "--resume", copy)
+    one_line(done, STATE)
+    assert MODEL in done.said[0]
+    assert server.run(EVALUATE, copy, "--num-particles", "3").code == 0
 
 
 # --- No room ---
@@ -185,6 +202,15 @@ def test_a_full_disk_at_a_checkpoint_leaves_the_old_files_and_says_what_is_lost(
     for name in (STATE, PREVIOUS):
         assert (copy / name).read_bytes() == before[name]
     assert left_behind(copy) == []
+
+
+def test_a_run_whose_disk_was_full_goes_on_as_if_it_was_not(server: Server, copy: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(copy, tmp_path / "other"))
+    smaller = (copy / STATE).stat().st_size - 100
+    assert server.run(TRAIN, "--resume", copy, "--epochs", "3", most_bytes=smaller).code == 1
+    for folder, words in ((copy, ()), (other, ("--epochs", "3"))):
+        assert server.run(TRAIN, "--resume", folder, *words).code == 0
+    assert numbers_of(copy) == numbers_of(other)
 
 
 @pytest.fixture
@@ -265,6 +291,17 @@ def test_a_run_that_was_signaled_ends_as_if_it_was_not(
     assert done.code == 0, done
     found, expected = numbers_of(folder), numbers_of(whole)
     assert found == expected
+
+
+def test_a_second_signal_ends_at_once(server: Server, dataset: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    running = server.start(TRAIN, "--dataset", dataset, "--run-dir", folder, *SMALL, "--epochs", "100000")
+    wait_for(folder / STATE, running)
+    for _ in range(50):
+        running.signal(signal.SIGINT)
+    done = running.wait()
+    assert (done.code, "Traceback" in done.err) == (130, False)
+    assert runs.load_step(folder / STATE) > 0
 
 
 # --- Hostile configs ---

@@ -9,18 +9,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_run import SMALL, train_small
+from small_run import SMALL, silent, train_small
 from torch.testing import assert_close
 
 from ppl_vae import data, runs, training
 from ppl_vae.commands.evaluate import evaluate_run
 from ppl_vae.commands.options import Evaluate
 from ppl_vae.commands.train import resume_run
+from ppl_vae.reports.text.evaluation import describe_evaluation
 from ppl_vae.runs.build import build_likelihood
 from ppl_vae.runs.load import load
 from ppl_vae.runs.open import load_evaluated_vae, open_run
 from ppl_vae.runs.options import Options
 from ppl_vae.runs.resolve import check_support, choose_evaluated_pixels, choose_pixels, describe_scale, resolve
+from ppl_vae.runs.results import read_evaluation
 
 pytestmark = pytest.mark.thorough
 
@@ -138,6 +140,19 @@ def test_bits_per_dimension_are_the_nats_of_the_levels(two, word):
         key: sign * entry["log_likelihood"][key] / (16 * math.log(2)) for key, sign in (("mean", -1), ("stderr", 1))
     }
     assert entry["bits_per_dim"] == pytest.approx(expected)
+
+
+def test_draws_change_no_exact_mass(two):
+    asked = {"split": "validation", "num_particles": 10, "images": None, "device": "cpu", "seed": 0}
+    with_draws, without = (
+        evaluate_run(Evaluate(str(two["normal"]), **asked, dequantization_draws=M), say=silent) for M in (3, None)
+    )
+    assert with_draws.log_likelihood == without.log_likelihood
+
+
+def test_the_words_of_an_evaluation_say_whether_the_mass_is_a_densitys(two):
+    said = {word: "\n".join(describe_evaluation(read_evaluation(folder))) for word, folder in two.items()}
+    assert {word: "exact" in words for word, words in said.items()} == {word: word == "normal" for word in said}
 
 
 def test_a_run_is_evaluated_as_a_model_of_levels(two):

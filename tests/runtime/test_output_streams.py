@@ -43,6 +43,28 @@ def test_characters_that_the_encoding_lacks_are_written_in_ascii(stream, encodin
     assert getattr(done, stream).splitlines() == [expected]
 
 
+def test_an_error_with_such_a_character_is_one_line():
+    done = run_main("raise ValueError('expected 1 ± 2')", encoding="ascii")
+    assert (done.returncode, done.stderr.splitlines()) == (1, [b"error: expected 1 +/- 2"])
+
+
+COMPILE = """
+import torch, torch._inductor.compile_fx as compiler
+from ppl_vae.runtime import capture
+compiler.compile_fx_inner = lambda graph, inputs: lambda tensors: graph(*tensors)
+capture.capture_obstacle = lambda device: None
+capture.compile_function(lambda x: (2 * x,), [torch.ones(3)])
+import torch.utils.cpp_extension
+"""
+
+
+@pytest.mark.thorough
+def test_compiling_is_silent_where_a_cuda_toolkit_is_installed_without_a_gpu(tmp_path):
+    settings = os.environ | {"CUDA_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", COMPILE], env=settings, capture_output=True, timeout=300)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A training by the script, as from a notebook's cell, with an ASCII log."""

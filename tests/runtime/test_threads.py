@@ -78,6 +78,13 @@ def test_runs_trained_in_threads_have_the_weights_of_serial_runs():
     assert all(torch.equal(a, b) for a, b in zip(found, serial, strict=True))
 
 
+def test_a_function_that_calls_back_into_the_library_does_not_wait_for_itself():
+    vae, x = bernoulli_vae(latent_dim=2), _binary()
+    scores = []
+    fit(vae, x, epochs=1, on_epoch=lambda record: scores.append(evaluate(vae, x, num_particles=2, seed=0)))
+    assert len(scores) == 1
+
+
 def test_exact_scores_stay_exact_in_threads():
     """With the exact guide every bound is log p(x), which is known."""
     oracle = LinearGaussian.random()

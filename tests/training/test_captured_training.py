@@ -14,6 +14,7 @@ from capture_cases import (
     ESTIMATORS,
     NEVER_CLIP,
     SHAPE,
+    TwoLayers,
     as_stored,
     copy_moments,
     copy_state,
@@ -72,6 +73,16 @@ def test_a_support_with_parameters_of_its_own_is_checked_on_its_batch_alone(grap
     ).double()
     fit_captured(vae, make_images(), epochs=1)
     assert flat_weights(vae).isfinite().all()
+
+
+@pytest.mark.thorough
+def test_a_users_module_with_two_latent_sites_trains_as_it_does_eagerly(graphs):
+    ends = []
+    for compile in (True, False):
+        module = make_vae(TwoLayers)
+        fit_captured(module, make_images(), compile=compile)
+        ends.append(flat_weights(module))
+    assert_close(*ends, rtol=0, atol=1e-10)
 
 
 # --- Captured and eager training ---
@@ -232,6 +243,28 @@ def test_averages_follow_their_recursion(graphs, compile):
     averages = torch.cat([average.flatten() for average in state.averages.values()])
     assert_close(averages, expected, rtol=0, atol=1e-12)
     assert (kept[-1] - expected).abs().max() > 1e-4  # the last weights are not their average
+
+
+def test_a_weight_that_is_frozen_stays_as_it_is(graphs):
+    ends = {}
+    for compile in (True, False):
+        vae = make_vae()
+        bias = vae.likelihood.net.output.bias.requires_grad_(False)
+        before = bias.clone()
+        fit_captured(vae, make_images(), compile=compile, average_decay=0.5)
+        assert torch.equal(bias, before), compile
+        ends[compile] = flat_weights(vae)
+    assert_close(ends[True], ends[False], rtol=0, atol=1e-10)
+
+
+def test_weights_that_are_shared_are_one_weight(graphs):
+    ends = {}
+    for compile in (True, False):
+        vae = make_vae(D=12, L=12)
+        vae.posterior.net.layers[0].weight = vae.likelihood.net.layers[0].weight  # both (6, 12)
+        fit_captured(vae, make_images(), compile=compile)
+        ends[compile] = flat_weights(vae)
+    assert_close(ends[True], ends[False], rtol=0, atol=1e-10)
 
 
 # --- Weights ---

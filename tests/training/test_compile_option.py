@@ -10,15 +10,20 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._inductor.compile_fx as compiler
 import torch._inductor.decomposition as decomposition
 from small_run import SMALL, save_bars, train_small
 
 from ppl_vae import runs
 from ppl_vae.commands import evaluate as evaluation
+from ppl_vae.commands.evaluate import evaluate_run
+from ppl_vae.commands.options import Evaluate
 from ppl_vae.commands.train import resume_run
 from ppl_vae.runs.resolve import load_splits, matmul_precision, resolve
 from ppl_vae.runs.results import read_per_image
 from ppl_vae.runtime import capture
+from ppl_vae.runtime.errors import CannotCapture
+from ppl_vae.training import loop
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 NO_COMPILER = r"^--compile on: no C\+\+ compiler \(g\+\+ or clang\+\+\) is installed; --compile off does without$"
@@ -95,6 +100,24 @@ def test_auto_without_a_compiler_trains_as_off_does(no_compiler, always_pays, no
     _assert_same_bits(tmp_path / "auto", tmp_path / "off")
 
 
+@pytest.fixture
+def cannot(monkeypatch):
+    def refuse(*_, **__):
+        raise CannotCapture("it is written in water")
+
+    monkeypatch.setattr(loop, "CapturedSteps", refuse)
+
+
+def test_where_the_capture_fails_auto_says_why_and_trains_as_off_does(
+    cannot, graphs, always_pays, no_figures, small, tmp_path
+):
+    said = _train(replace(small, compile="auto"), tmp_path / "auto")
+    _train(replace(small, compile="off"), tmp_path / "off")
+    assert [line for line in said if "eager" in line and "it is written in water" in line]
+    assert _config(tmp_path / "auto") == _config(tmp_path / "off")
+    _assert_same_bits(tmp_path / "auto", tmp_path / "off")
+
+
 # --- Resuming ---
 
 
@@ -142,6 +165,13 @@ def test_an_interrupted_run_ends_bit_for_bit_where_the_undisturbed_one_does(
 
 
 @pytest.mark.thorough
+def test_a_run_through_the_real_compiler_resumes_bit_for_bit(no_figures, small, tmp_path, monkeypatch):
+    if (reason := capture.capture_obstacle(torch.device("cpu"))) is not None:
+        pytest.skip(reason)
+    _assert_resumes_bit_for_bit(replace(small, compile="on"), tmp_path, monkeypatch)
+
+
+@pytest.mark.thorough
 @pytest.mark.parametrize(("before", "after"), [("on", "off"), ("off", "on")])
 def test_resuming_with_the_other_word_changes_the_config_and_says_so(
     graphs, no_figures, small, tmp_path, before, after
@@ -152,6 +182,31 @@ def test_resuming_with_the_other_word_changes_the_config_and_says_so(
     assert f"From here on --compile {after}: the same to rounding, and no longer bit for bit." in said
     assert _config(tmp_path)["compile"] == after
     assert len(graphs) == (after == "on")
+
+
+def _interrupt_compiled(small, folder, monkeypatch):
+    options = replace(small, compile="on", checkpoint_seconds=0.0)
+    with _interrupted_after(monkeypatch, 3), pytest.raises(KeyboardInterrupt):
+        _train(options, folder)
+
+
+@pytest.mark.thorough
+def test_where_compiling_fails_on_resuming_a_compiled_run_goes_on_eagerly(
+    graphs, no_figures, small, tmp_path, monkeypatch
+):
+    """From the same state as a run that is asked to go on eagerly."""
+    for name in ("fails", "off"):
+        _interrupt_compiled(small, tmp_path / name, monkeypatch)
+    _resume(tmp_path / "off", compile="off")
+
+    def fail(*_, **__):
+        raise RuntimeError("outside of a MetricsContext")
+
+    monkeypatch.setattr(compiler, "compile_fx_inner", fail)
+    said = _resume(tmp_path / "fails")
+    assert [line for line in said if "eager" in line and "outside of a MetricsContext" in line]
+    assert _config(tmp_path / "fails")["compile"] == "off"
+    _assert_same_bits(tmp_path / "fails", tmp_path / "off")
 
 
 # --- Precision ---
@@ -250,6 +305,25 @@ def test_the_evaluation_is_the_same_for_each_word_of_compile(
     assert captured == {"off": 0, "on": 1, "auto": 1}
     for word in ("on", "auto"):
         torch.testing.assert_close(found[word], found["off"], rtol=1e-6, atol=0)
+
+
+def test_an_evaluation_whose_capture_fails_goes_on_as_it_is_with_the_reason(
+    graphs, always_pays, no_figures, small, tmp_path, monkeypatch
+):
+    def refuse(*_, **__):
+        raise CannotCapture("it is written in water")
+
+    _train(replace(small, compile="off"), tmp_path)
+    monkeypatch.setattr("ppl_vae.evidence.evaluation.CapturedTerms", refuse)
+    asked = {"split": "test", "num_particles": 30, "images": None, "device": "cpu", "seed": 0}
+    results, said = {}, []
+    for word in ("auto", "off"):
+        evaluate_run(Evaluate(str(tmp_path), **asked, compile=word), say=said.append)
+        results[word] = read_per_image(tmp_path, "test").result.log_evidence
+    assert any("it is written in water" in line for line in said)
+    assert torch.equal(results["auto"], results["off"])
+    with pytest.raises(ValueError, match=r"^--compile on: it is written in water"):
+        evaluate_run(Evaluate(str(tmp_path), **asked, compile="on"), say=said.append)
 
 
 def test_a_torch_whose_compiler_has_other_names_trains_eagerly(always_pays, no_figures, small, tmp_path, monkeypatch):

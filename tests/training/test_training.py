@@ -306,6 +306,18 @@ def test_buffers_are_part_of_the_state():
     assert torch.equal(vae.posterior.net[0].running_mean, running)
 
 
+def test_a_state_to_go_on_from_is_left_as_it_is():
+    saved, ends = {}, []
+    _fit(_vae(), _levels(), on_checkpoint=lambda state: saved.setdefault("state", copy_state(state)))
+    before = {name: tensor.clone() for name, tensor in saved["state"][0].items()}
+    for _ in range(2):
+        vae = _vae(seed=1)
+        _fit(vae, _levels(), saved=saved["state"])
+        ends.append(torch.cat([p.detach().flatten() for p in vae.parameters()]))
+    assert [name for name, tensor in saved["state"][0].items() if not torch.equal(tensor, before[name])] == []
+    assert torch.equal(*ends)
+
+
 @pytest.mark.parametrize("lost", ["weights/", "adam/", "rng/torch"])
 def test_a_state_that_lacks_something_is_refused(lost):
     vae = _vae()
@@ -435,3 +447,23 @@ def test_an_array_of_the_other_byte_order_trains_as_its_own_values():
         trained.append(_weights(vae))
     assert torch.equal(trained[0], trained[1])
     assert torch.equal(trained[0], trained[2])
+
+
+def test_masked_values_are_refused_and_an_empty_mask_is_none():
+    x = np.ma.masked_array((_levels().numpy() / 255).round().astype(np.float32))
+    _fit(_vae(), x, transform=data.convert_to_float, epochs=1)
+    x[3, 4] = np.ma.masked
+    with pytest.raises(ValueError, match="data: expected an array without masked values, got 1 masked of 600"):
+        _fit(_vae(), x, transform=data.convert_to_float)
+
+
+@pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode])
+def test_a_training_within_a_callers_block_without_gradients_trains_as_outside_it(around):
+    alone, within = _vae(), _vae()
+    pyro.set_rng_seed(1)
+    _fit(alone, _levels(), epochs=1)
+    pyro.set_rng_seed(1)
+    with around():
+        _fit(within, _levels(), epochs=1)
+    assert torch.equal(_weights(alone), _weights(within))
+    assert not torch.equal(_weights(alone), _weights(_vae()))

@@ -12,13 +12,13 @@ import torch
 from capture_cases import as_stored
 from fitting import fit
 from oracles import LinearGaussian, bernoulli_vae, quadrature_log_evidence
-from ppl_vae.diagnostics.mixture import AggregatePosterior
 from pyro.distributions import Categorical, MixtureSameFamily
 from random_weights import at_random
 from scipy.stats import kstest
 from torch.testing import assert_close
 
 from ppl_vae import VAE, Conditional, log_evidence, log_weights
+from ppl_vae.evidence.moments import AggregatePosterior
 from ppl_vae.parts.networks import MLP
 from ppl_vae.parts.posteriors import inverse_autoregressive_flow, spline_flow
 from ppl_vae.parts.priors import StandardNormal

@@ -11,16 +11,9 @@ from ppl_vae.runtime.errors import ShapeError
 
 
 def restore_precision(h: Tensor, c: Tensor) -> Tensor:
-    """Convert features of c to the type that they have without autocast.
+    """Convert features h (..., F) of c (..., *C) to the type that they have without autocast.
 
     Under autocast a network's features may be bfloat16, and parameters of distributions may not.
-
-    Args:
-        h: (..., F) features.
-        c: (..., *C) what the network was given.
-
-    Returns:
-        (..., F).
     """
     if not torch.is_autocast_enabled(h.device.type):
         return h

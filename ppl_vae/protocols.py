@@ -97,15 +97,9 @@ _numbers = count()
 def register_programs(program: Program) -> tuple[StochasticFunction, StochasticFunction]:
     """Return a program's model and guide, which register its parameters whenever they run.
 
-    ``pyro.infer.SVI`` trains the parameters that it meets while the model and the guide run. The store has one name for
-    each program, such as ``VAE_0``, so two programs never share weights. The parameters stay the module's own: SVI
-    changes them in place.
-
-    Args:
-        program: Such as a ``VAE``. Parameters without ``requires_grad`` are left out.
-
-    Returns:
-        The model and the guide, for ``SVI(model, guide, optimizer, loss)``.
+    They are for ``pyro.infer.SVI(model, guide, optimizer, loss)``, which trains the parameters that it meets while they
+    run; those without ``requires_grad`` are left out. The store has one name for each program, such as ``VAE_0``, so
+    two programs never share weights. The parameters stay the module's own: SVI changes them in place.
     """
     if program not in _names:
         _names[program] = f"{type(program).__name__}_{next(_numbers)}"

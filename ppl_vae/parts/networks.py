@@ -45,11 +45,8 @@ def _leading_shape(x: Tensor, event_shape: tuple[int, ...]) -> torch.Size:
 class Standardized(nn.Module):
     """h = net((x - loc) / scale): a network whose input does not depend on the unit of the data.
 
-    The buffers ``loc`` (*E) and ``scale`` () are 0 and 1 until ``fit_marginals`` sets them.
-
-    Args:
-        net: (..., *E) -> (..., F).
-        event_shape: E.
+    The net maps (..., *E) to (..., F). The buffers ``loc`` (*E) and ``scale`` () are 0 and 1 until ``fit_marginals``
+    sets them.
     """
 
     loc: Tensor

@@ -169,12 +169,8 @@ class Delta(nn.Module):
 class CachedLogProb:
     """A draw z of a distribution, with log q(z) from the noise that z was made from.
 
-    The gradient of log q(z) in the parameters is the total one, through z too; for the partial one, evaluate the
-    density at ``z.detach()``.
-
-    Args:
-        z: (..., L).
-        log_q: (...) nats.
+    The gradient of log q(z), (...) nats, in the parameters is the total one, through z (..., L) too; for the partial
+    one, evaluate the density at ``z.detach()``.
     """
 
     def __init__(self, z: Tensor, log_q: Tensor) -> None:

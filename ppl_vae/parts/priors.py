@@ -136,11 +136,7 @@ class FlowPrior(nn.Module):
 def stack_couplings(dim: int, *, coupling: Callable[..., nn.Module], num_layers: int, hidden: Widths) -> Flow:
     """num_layers times an elementwise affine map, a coupling and a permutation, and an affine map at the end.
 
-    Args:
-        dim: L.
-        coupling: ``affine_coupling`` or ``spline_coupling``.
-        num_layers: The number of couplings.
-        hidden: Widths of the hidden layers of each coupling's network.
+    It is for L = dim latents, with ``affine_coupling`` or ``spline_coupling`` and the hidden widths of its networks.
     """
     layers: list[nn.Module] = []
     for _ in range(num_layers):
@@ -151,9 +147,7 @@ def stack_couplings(dim: int, *, coupling: Callable[..., nn.Module], num_layers:
 class Pushforward(TorchDistribution):
     """The distribution of z = f(u), u ~ base: log p(z) = log base(f^-1(z)) + log |det df^-1/dz|.
 
-    Args:
-        base: A reparametrized distribution of u, event (L,).
-        flow: f.
+    The base is reparametrized, event (L,), and the flow is f.
     """
 
     arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012 (torch's name and form)

@@ -108,8 +108,7 @@ def compile_function(
 def record_cuda_graph(run: Callable[[], Any], changing: Sequence[Tensor]) -> Callable[[], None]:
     """Record the launches of ``run``, to be replayed as one; all that it changes, of any shape, is as before.
 
-    Raises:
-        CannotCapture: Something in it cannot be recorded, such as a copy to the host.
+    What cannot be recorded, such as a copy to the host, raises CannotCapture.
     """
     device = changing[0].device
     with torch.cuda.device(device):

@@ -255,10 +255,7 @@ class FlatLayout:
     """Places tensors of one type in one vector, each at a multiple of 16 numbers, with zeros in between.
 
     One operation on the vector replaces one on each tensor. Compiling the step of a VAE with a flow prior then took
-    79 s instead of 147 s.
-
-    Args:
-        like: Dense tensors by name, whose shapes and strides the views have.
+    79 s instead of 147 s. The views have the shapes and strides of the dense tensors ``like``, by name.
     """
 
     def __init__(self, like: Mapping[str, Tensor]) -> None:
@@ -292,11 +289,6 @@ def flatten_state(
     trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, averages: Mapping[str, Tensor]
 ) -> tuple[FlatLayout, dict[str, Tensor]]:
     """Move the parameters, their moments and their averages into one vector each, of which they become views.
-
-    Args:
-        trained: The parameters, of any shapes, by name.
-        optimizer: Adam or AdamW over them.
-        averages: Their running averages, by name; none if empty.
 
     Returns:
         The layout, and the vectors "weights", "first", "second" and, if there are averages, "averages".

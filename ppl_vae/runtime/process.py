@@ -200,11 +200,7 @@ def _running_clock(words: str) -> Iterator[None]:
 class Progress(ExitStack):
     """A progress bar that starts with the first step, so that its estimate leaves out the time to compile.
 
-    Args:
-        options: As ``progress_bar`` takes them.
-
-    Attributes:
-        count: How much is done.
+    Its options are those of ``progress_bar``, and ``count`` says how much is done.
     """
 
     def __init__(self, *, initial: int = 0, **options: object) -> None:

@@ -98,12 +98,8 @@ def check_batch_of_one(
 ) -> None:
     """Refuse a batch of one image if batch normalization needs a variance over the batch.
 
-    Nothing is changed, and no random numbers are consumed.
-
-    Args:
-        program: In training mode.
-        objective, transform: As ``fit`` takes them.
-        x: (1, *E), as stored, on the program's device.
+    Nothing is changed, and no random numbers are consumed. The program is in training mode, objective and transform are
+    those of ``fit``, and x is (1, *E), as stored, on the program's device.
     """
     if not any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in program.modules()):
         return

@@ -124,14 +124,10 @@ def median_and_deviation(x: Tensor, *, chunk: int = 64) -> tuple[Tensor, Tensor]
 
 @torch.enable_grad()
 def ascend(log_p: Callable[[Tensor], Tensor], start: Tensor, *, steps: int = 60, rate: float = 0.3) -> Tensor:
-    """A maximum of log_p near ``start`` for each pixel, by Adam with a cosine schedule.
+    """A maximum of log_p near ``start`` for each pixel, (F, D), without gradients, by Adam with a cosine schedule.
 
-    Args:
-        log_p: (F, D) features of D pixels -> (D,) nats, those of a pixel by its own features alone.
-        start: (F, D).
-
-    Returns:
-        (F, D), without gradients; a pixel that is not better for it keeps its start.
+    log_p maps features (F, D) of D pixels to (D,) nats, those of a pixel by its own features alone. A pixel that is not
+    better for it keeps its start.
     """
     h = start.detach().clone().requires_grad_()
     optimizer = torch.optim.Adam([h], lr=rate)

@@ -30,14 +30,7 @@ def log_level_mass(p: dist.TorchDistribution, x: Tensor) -> Tensor:
     """log P(x) = log [F((x + 1) / 256) - F(x / 256)], nats, F the distribution function of a pixel.
 
     The difference is taken in double precision, between the smaller tails, so that it is exact for narrow, wide and
-    distant densities.
-
-    Args:
-        p: A density for which ``has_exact_mass``: batch shape (...), event shape ().
-        x: Levels, whose shape broadcasts to (...).
-
-    Returns:
-        (...), in the precision of x.
+    distant densities. The result has the batch shape of p, for which ``has_exact_mass``, and the precision of x.
     """
     if type(p) in _LOG_MASS:
         return _LOG_MASS[type(p)](p, x)

@@ -17,10 +17,10 @@ from ppl_vae.commands.cli import build_parser, iterate_fields
 from ppl_vae.commands.options import COMMANDS
 from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.parts.registry import NETWORKS, OBJECTIVES, POSTERIORS, PRIORS
-from ppl_vae.reports.text.certificate import certificate_table
+from ppl_vae.reports.text import plus_minus
 from ppl_vae.reports.text.comparison import reproduction_table, seeds_table
 from ppl_vae.reports.text.diagnosis import describe_numbers, describe_verdicts
-from ppl_vae.reports.text.evaluation import describe_evaluation, plus_minus
+from ppl_vae.reports.text.evaluation import certificate_table, describe_evaluation
 from ppl_vae.runs.certificates import read_certificates
 from ppl_vae.runs.options import format_flag
 from ppl_vae.runs.recipes import Reproduction, read_reproductions

@@ -20,7 +20,7 @@ from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.evidence.guide_calibration import judge
 from ppl_vae.evidence.typicality import mix_prior_into_guide, typicality
 from ppl_vae.reports.figures.measurements import certificate_figures
-from ppl_vae.reports.text.certificate import certificate_table, describe_certificate
+from ppl_vae.reports.text.evaluation import certificate_table, describe_certificate
 from ppl_vae.runs import certificates
 from ppl_vae.runs.certificates import CERTIFICATE, AISSummary, Certificate, CertifiedImages, Convergence, GuideBound
 from ppl_vae.runs.checkpoints import BlockStore, StageResults

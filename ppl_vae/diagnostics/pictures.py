@@ -1,4 +1,4 @@
-"""Variation and sharpness of reconstructions, what blurs them, and the images along latents."""
+"""Variation and sharpness of reconstructions, what blurs them, and the images along the latents that matter."""
 
 from __future__ import annotations
 
@@ -8,10 +8,19 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution
+from torch.distributions import Distribution, Normal, kl_divergence
 
+from ppl_vae.diagnostics.latents import ACTIVE_VARIANCE, active_units
 from ppl_vae.evidence.estimate import Estimate, ratio_of_means
-from ppl_vae.evidence.moments import PRIOR_DRAWS, compute_moments, factors, mean_or_draw, sample_latents
+from ppl_vae.evidence.moments import (
+    PRIOR_DRAWS,
+    PosteriorMoments,
+    compute_moments,
+    factors,
+    mean_or_draw,
+    normal_factors,
+    sample_latents,
+)
 from ppl_vae.protocols import LatentModel
 from ppl_vae.runtime.batching import images_per_pass
 from ppl_vae.runtime.errors import CannotMeasure, check_count
@@ -253,3 +262,51 @@ def decode_plane(vae: LatentModel, grid: Tensor) -> Tensor:
     """
     second, first = torch.meshgrid(grid[:, 1], grid[:, 0], indexing="ij")
     return vae.likelihood(torch.stack([first, second], dim=-1)).mean
+
+
+# --- Which latents to show ---
+
+_UNUSED_NATS = 0.01  # a latent with a smaller mean KL counts as unused. Source: ours
+
+
+@dataclass(frozen=True)
+class LatentUse:
+    """How much each latent says about an image.
+
+    Args:
+        values: (L,), above ``least`` for a latent that is used.
+        name: "mean KL" or "variance".
+        meaning: The values in words.
+        unit: What follows a value, such as " nats".
+        least: The smallest value of a used latent.
+    """
+
+    values: Tensor
+    name: str
+    meaning: str
+    unit: str
+    least: float
+
+
+@torch.no_grad()
+def measure_latent_use(vae: LatentModel, x: Tensor, codes: PosteriorMoments) -> LatentUse:
+    """The mean KL of each latent where guide and prior are products of normals, else the variance of E[z_l | x].
+
+    A latent of another guide or prior has no KL of its own in closed form. Under a deterministic guide it is infinite.
+
+    Args:
+        vae: The VAE.
+        x: Images (N, *E).
+        codes: Their posterior moments.
+    """
+    prior = vae.prior()
+    if bool((codes.scale == 0).any()):
+        values = codes.mean.var(0, correction=0)
+        return LatentUse(values, "variance", "the variance of z_l", "", ACTIVE_VARIANCE)
+    p = normal_factors(prior)
+    if p is not None and normal_factors(vae.posterior(x[:1])) is not None:
+        kl = kl_divergence(Normal(codes.mean, codes.scale), p).mean(0)
+        return LatentUse(kl, "mean KL", "KL(q(z_l | x) || p(z_l)), the mean", " nats", _UNUSED_NATS)
+    values = active_units(codes, compute_moments(prior).scale).mean
+    meaning = "the variance of E[z_l | x] in variances of the prior, taken"
+    return LatentUse(values, "variance", meaning, "", ACTIVE_VARIANCE)

@@ -11,16 +11,19 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
-from torch.distributions import Normal, kl_divergence
 
 from ppl_vae import data, runs
-from ppl_vae.diagnostics import ACTIVE_VARIANCE, active_units
 from ppl_vae.diagnostics.measurement import Measurements
-from ppl_vae.diagnostics.pictures import decode_plane, decode_traversals, latent_quantiles
-from ppl_vae.evidence.importance import gather_log_weights
-from ppl_vae.evidence.moments import PosteriorMoments, compute_moments, encode, mean_or_draw, normal_factors
-from ppl_vae.reports.figures.charts import (
+from ppl_vae.diagnostics.pictures import (
     LatentUse,
+    decode_plane,
+    decode_traversals,
+    latent_quantiles,
+    measure_latent_use,
+)
+from ppl_vae.evidence.importance import gather_log_weights
+from ppl_vae.evidence.moments import PosteriorMoments, encode, mean_or_draw
+from ppl_vae.reports.figures.charts import (
     bound_by_particles,
     latents_figure,
     likelihood_histogram,
@@ -47,7 +50,6 @@ _NUM_SAMPLES = 64
 _NUM_STEPS = 11  # of a traversal: odd, so that the middle one is the prior's mean
 _MANIFOLD = 15
 _MOST_DRAWS = 12  # in or out of holes
-_UNUSED_NATS = 0.01  # a latent with a smaller mean KL counts as unused. Source: ours
 
 # Images whose latents are drawn: those of a pass over two thousand 28 x 28 images.
 _LATENT_PIXELS = 2000 * 784
@@ -64,13 +66,8 @@ def is_drawn(run: Run) -> bool:
     """Whether exactly the run's figures exist, and are newer than the files they show."""
     sources = [run.folder / name for name in (runs.MODEL, runs.METRICS, runs.per_image_file("test"))]
     newest = max(path.stat().st_mtime_ns for path in sources if path.exists())
-    drawn = {path.name: path.stat().st_mtime_ns for path in _drawn(run.folder)}
+    drawn = {name: path.stat().st_mtime_ns for name in _FIGURES if (path := run.folder / runs.FIGURES / name).exists()}
     return drawn.keys() == set(figure_names(run)) and all(time >= newest for time in drawn.values())
-
-
-def _drawn(folder: Path) -> list[Path]:
-    """The run's figures that exist."""
-    return [path for name in _FIGURES if (path := folder / runs.FIGURES / name).exists()]
 
 
 def figure_names(run: Run) -> list[str]:
@@ -96,13 +93,16 @@ def write_figures(run: Run, *, say: Say) -> None:
             with seeded(_FIGURE_SEED, torch.device("cpu")), torch.no_grad():
                 figures[name] = _FIGURES[name][1](scene)
         folder = run.folder / runs.FIGURES
-        folder.mkdir(exist_ok=True)
-        for path in _drawn(run.folder):
-            if path.name not in figures:
-                path.unlink()
-        for name, figure in figures.items():
-            write_figure(folder / name, figure)
-        say(f"Figures in {folder}: {', '.join(figures)}")
+        for name in _FIGURES.keys() - figures.keys():
+            (folder / name).unlink(missing_ok=True)
+        _write(folder, figures, say)
+
+
+def _write(folder: Path, figures: Mapping[str, Figure], say: Say) -> None:
+    folder.mkdir(exist_ok=True)
+    for name, figure in figures.items():
+        write_figure(folder / name, figure)
+    say(f"Figures in {folder}: {', '.join(figures)}")
 
 
 def _has_curves(run: Run) -> bool:
@@ -114,12 +114,8 @@ def _has_images(run: Run) -> bool:
     return len(run.splits.event_shape) > 1
 
 
-def _has_a_plane(run: Run) -> bool:
+def _has_plane(run: Run) -> bool:
     return _has_images(run) and run.options.latent_dim == 2 and not run.options.upper_latents
-
-
-def _is_evaluated(run: Run) -> bool:
-    return read_per_image(run.folder, "test") is not None
 
 
 # --- What they are drawn from ---
@@ -166,30 +162,6 @@ class _Scene:
             return measure_latent_use(self.vae, self.x[index], codes)
 
 
-@torch.no_grad()
-def measure_latent_use(vae: VAE, x: Tensor, codes: PosteriorMoments) -> LatentUse:
-    """The mean KL of each latent where guide and prior are products of normals, else the variance of E[z_l | x].
-
-    A latent of another guide or prior has no KL of its own in closed form. Under a deterministic guide it is infinite.
-
-    Args:
-        vae: The VAE.
-        x: Images (N, *E).
-        codes: Their posterior moments.
-    """
-    prior = vae.prior()
-    if bool((codes.scale == 0).any()):
-        values = codes.mean.var(0, correction=0)
-        return LatentUse(values, "variance", "the variance of z_l", "", ACTIVE_VARIANCE)
-    p = normal_factors(prior)
-    if p is not None and normal_factors(vae.posterior(x[:1])) is not None:
-        kl = kl_divergence(Normal(codes.mean, codes.scale), p).mean(0)
-        return LatentUse(kl, "mean KL", "KL(q(z_l | x) || p(z_l)), the mean", " nats", _UNUSED_NATS)
-    values = active_units(codes, compute_moments(prior).scale).mean
-    meaning = "the variance of E[z_l | x] in variances of the prior, taken"
-    return LatentUse(values, "variance", meaning, "", ACTIVE_VARIANCE)
-
-
 # --- The figures ---
 
 
@@ -209,10 +181,12 @@ def _reconstructions(scene: _Scene) -> Figure:
     return _show_rows(scene.display, rows, "reconstructions")
 
 
-def _show_rows(display: Display, rows: Mapping[str, Tensor], title: str, **words: object) -> Figure:
+def _show_rows(
+    display: Display, rows: Mapping[str, Tensor], title: str, *, columns: Sequence[str] = (), **words: object
+) -> Figure:
     """Rows of images (N, *E) as the model sees them, with the title of that name."""
     shown = {label: display(images) for label, images in rows.items()}
-    return image_rows(shown, title=TITLES[title].format(**words) + display.words)
+    return image_rows(shown, title=TITLES[title].format(**words) + display.words, columns=columns)
 
 
 def _prior_samples(scene: _Scene) -> Figure:
@@ -232,10 +206,8 @@ def _interpolations(scene: _Scene) -> Figure:
     pairs = min(_NUM_PAIRS, len(scene.shown) // 2)
     ends = mean_or_draw(scene.vae.posterior(scene.x[scene.shown[: 2 * pairs]]))
     weight = torch.linspace(0, 1, _NUM_SHOWN).reshape(-1, 1)
-    rows = {
-        f"pair {i + 1}": scene.vae.likelihood((1 - weight) * ends[i] + weight * ends[pairs + i]).mean
-        for i in range(pairs)
-    }
+    lines = [(1 - weight) * ends[i] + weight * ends[pairs + i] for i in range(pairs)]
+    rows = {f"pair {i + 1}": scene.vae.likelihood(z).mean for i, z in enumerate(lines)}
     return _show_rows(scene.display, rows, "interpolations")
 
 
@@ -250,33 +222,25 @@ def _traversals(scene: _Scene) -> Figure:
     place = int(scene.shown[0])
     z = mean_or_draw(scene.vae.posterior(scene.x[place : place + 1]))[0]
     images = decode_traversals(scene.vae, z, most_used, steps)
-    labels = [f"z{latent}, {values[latent]:.2f}{use.unit}" for latent in most_used]
-    rows = {label: scene.display(row) for label, row in zip(labels, images, strict=True)}
-    num_images, title = len(scene.encoded[0]), TITLES["traversals"]
-    title = title.format(place=place, use=use, num_images=num_images, num_unused=num_unused, num_latents=L)
-    return image_rows(rows, columns=[f"{t:.1f}" for t in steps], title=title + scene.display.words)
+    rows = {f"z{k}, {values[k]:.2f}{use.unit}": row for k, row in zip(most_used, images, strict=True)}
+    words = {"place": place, "use": use, "num_images": len(scene.encoded[0]), "num_unused": num_unused}
+    columns = [f"{t:.1f}" for t in steps]
+    return _show_rows(scene.display, rows, "traversals", columns=columns, num_latents=L, **words)
 
 
 def _manifold(scene: _Scene) -> Figure:
     grid = latent_quantiles(scene.vae.prior(), _MANIFOLD)
     x, y = grid.T.tolist()
-    planes = scene.display(decode_plane(scene.vae, grid))
-    rows = {f"z1 = {value:.2g}": row for value, row in zip(reversed(y), planes[::-1], strict=True)}
-    title = TITLES["manifold"] + scene.display.words
-    return image_rows(rows, columns=[f"{value:.2g}" for value in x], title=title)
+    planes = decode_plane(scene.vae, grid).flip(0)
+    rows = {f"z1 = {value:.2g}": plane for value, plane in zip(reversed(y), planes, strict=True)}
+    return _show_rows(scene.display, rows, "manifold", columns=[f"{value:.2g}" for value in x])
 
 
 def _latents(scene: _Scene) -> Figure:
-    index, codes = scene.encoded
-    labels = scene.run.splits.labels.get("test")
-    return latents_figure(
-        codes,
-        scene.use,
-        scene.vae.prior(),
-        classes=None if labels is None else labels[index],
-        class_names=scene.run.splits.class_names,
-        kind="test image",
-    )
+    (index, codes), splits = scene.encoded, scene.run.splits
+    classes, names = splits.labels["test"][index] if "test" in splits.labels else None, splits.class_names
+    prior = scene.vae.prior()
+    return latents_figure(codes, scene.use, prior, kind="test image", classes=classes, class_names=names)
 
 
 def _log_likelihoods(scene: _Scene) -> Figure:
@@ -298,9 +262,9 @@ def _extremes(scene: _Scene, stored: PerImage) -> dict[str, tuple[Images, list[s
     ascending = values.argsort()
     rows = {}
     for label, order in (("highest", ascending.flip(0)), ("lowest", ascending)):
-        places = order[:_NUM_SHOWN]
-        captions = [f"{values[i]:.1f}\nno. {int(stored.index[i])}" for i in places.tolist()]
-        rows[label] = (scene.display(x[stored.index[places]]), captions)
+        places = stored.index[order[:_NUM_SHOWN]]
+        captions = [f"{values[i]:.1f}\nno. {int(stored.index[i])}" for i in order[:_NUM_SHOWN].tolist()]
+        rows[label] = (scene.display(x[places]), captions)
     return rows
 
 
@@ -318,9 +282,9 @@ _FIGURES: dict[str, tuple[Callable[[Run], bool], Callable[[_Scene], Figure]]] = 
     "prior_samples.png": (_has_images, _prior_samples),
     "interpolations.png": (lambda run: _has_images(run) and len(run.splits.test) > 1, _interpolations),
     "traversals.png": (_has_images, _traversals),
-    "manifold.png": (_has_a_plane, _manifold),
+    "manifold.png": (_has_plane, _manifold),
     "latents.png": (lambda run: True, _latents),
-    "log_likelihoods.png": (_is_evaluated, _log_likelihoods),
+    "log_likelihoods.png": (lambda run: read_per_image(run.folder, "test") is not None, _log_likelihoods),
     "particles.png": (lambda run: not is_autoencoder(run.options), _particles),
 }
 
@@ -330,14 +294,14 @@ _FIGURES: dict[str, tuple[Callable[[Run], bool], Callable[[_Scene], Figure]]] = 
 
 def diagnosis_figures(run: Run, numbers: Measurements) -> dict[str, Callable[[Tensor], Figure]]:
     """How each figure that these measurements have is drawn, by the name of its file, given the images (N, *E)."""
-    has_images, found = len(run.splits.event_shape) > 1, numbers.calibration
+    found = numbers.calibration
     draw: dict[str, Callable[[Tensor], Figure]] = {
         "diagnosis-latents.png": lambda x: draw_latents(numbers),
         "diagnosis-aggregate.png": lambda x: draw_aggregate(numbers),
     }
     if numbers.noise is not None and not numbers.autoencoder:
         draw["diagnosis-noise.png"] = lambda x: draw_noise(numbers)
-    if has_images and numbers.aggregate.holes is not None:
+    if _has_images(run) and numbers.aggregate.holes is not None:
         draw["diagnosis-holes.png"] = lambda x: _draw_holes(run, numbers, x)
     if found is not None:
         title = TITLES["diagnosis-pixels"].format(num_images=found.num_images)
@@ -370,15 +334,12 @@ def _draw_holes(run: Run, numbers: Measurements, x: Tensor) -> Figure:
 
 def write_likelihood_figures(folder: Path, opened: Sequence[Run], rows: Sequence[LikelihoodRow], say: Say) -> None:
     """Writes calibration.png, and for images reconstructions.png and samples.png, the best likelihood first."""
-    folder.mkdir(exist_ok=True)
     by_word = {run.options.likelihood: run for run in opened}
     title = TITLES["calibration"].format(name=opened[0].splits.name, num_images=rows[0].calibration.num_images)
     figures = {"calibration.png": pixel_calibration({row.likelihood: row.calibration for row in rows}, title=title)}
-    if len(opened[0].splits.event_shape) > 1:
+    if _has_images(opened[0]):
         figures |= _picture_figures([by_word[row.likelihood] for row in rows])
-    for name, figure in figures.items():
-        write_figure(folder / name, figure)
-    say(f"Figures in {folder}: {', '.join(figures)}")
+    _write(folder, figures, say)
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from small_run import SMALL, save_bars, train_small
 from ppl_vae import VAE, data, load, log_weights, runs
 from ppl_vae.commands.options import Figures
 from ppl_vae.commands.report import draw_run
+from ppl_vae.diagnostics import pictures
 from ppl_vae.evidence.moments import PosteriorMoments
 from ppl_vae.parts.priors import Mixture
 from ppl_vae.reports import run_figures as figures
@@ -161,7 +162,7 @@ def test_the_latents_of_the_highest_kl_are_shown_and_named():
     mean = torch.randn(500, 4) * torch.tensor([0.1, 3.0, 0.0, 2.0])
     codes = PosteriorMoments(mean, torch.ones(500, 4))
     prior = torch.distributions.Independent(torch.distributions.Normal(torch.zeros(4), torch.ones(4)), 1)
-    use = figures.measure_latent_use(VAE(lambda: prior, None, lambda x: prior), mean, codes)
+    use = pictures.measure_latent_use(VAE(lambda: prior, None, lambda x: prior), mean, codes)
     axes = latents_figure(codes, use, prior, kind="image").axes[0]
     kl = mean.square().mean(0) / 2  # of normals with the prior's scale
     assert axes.get_xlabel() == f"z1, KL {kl[1]:.2f} nats"
@@ -228,7 +229,7 @@ def rows(figure):
 def test_traversals_are_of_the_used_latents_but_of_one_at_least(draw, kl, num_used, monkeypatch):
     above, below = kl.max().item(), kl.min().item()
     threshold = {0: 2 * above, 1: (above + below) / 2, 2: below / 2}[num_used]
-    monkeypatch.setattr(figures, "_UNUSED_NATS", threshold)
+    monkeypatch.setattr(pictures, "_UNUSED_NATS", threshold)
     figure = draw("traversals.png")
     assert rows(figure) == [f"z{i}" for i in kl.argsort(descending=True).tolist()][: max(1, num_used)]
     title = figure._suptitle.get_text()
@@ -238,6 +239,6 @@ def test_traversals_are_of_the_used_latents_but_of_one_at_least(draw, kl, num_us
 def test_latents_under_a_prior_that_is_no_normal_are_ranked_by_their_variance_in_its_unit():
     codes = PosteriorMoments(torch.tensor([[-1.0, -1.0], [1.0, 1.0]]), torch.ones(2, 2))
     q = torch.distributions.Independent(torch.distributions.Normal(codes.mean, codes.scale), 1)
-    found = figures.measure_latent_use(VAE(MIXTURE, None, lambda x: q), codes.mean, codes)
+    found = pictures.measure_latent_use(VAE(MIXTURE, None, lambda x: q), codes.mean, codes)
     np.testing.assert_allclose(found.values, 2 / MIXTURE().variance.detach().numpy(), rtol=1e-5)
     assert (found.name, found.unit) == ("variance", "")

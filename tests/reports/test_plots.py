@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from matplotlib.patches import Rectangle
 
+from ppl_vae.diagnostics.pictures import LatentUse
 from ppl_vae.evidence.moments import PosteriorMoments
 from ppl_vae.reports.figures import charts, images
 
@@ -61,7 +62,7 @@ def normal(num_latents):
     return torch.distributions.Independent(torch.distributions.Normal(zeros, zeros + 1), 1)
 
 
-USE = charts.LatentUse(torch.tensor([0.3, 0.2]), "variance", "", "", 0.01)
+USE = LatentUse(torch.tensor([0.3, 0.2]), "variance", "", "", 0.01)
 POINTS = torch.tensor([[0.0, 1.0], [2.0, -1.0], [0.5, 0.5], [-4.0, 0.0]])
 
 

@@ -18,7 +18,7 @@ from browser import Visit
 from ppl_vae.conditional import Conditional
 from ppl_vae.parts import likelihoods, networks
 from ppl_vae.reports.page.blocks import Picture, Section, Slider, SliderStop, Table, Text, VerdictBlock, page
-from ppl_vae.reports.page.explorer import Explorer, decoder_weights
+from ppl_vae.reports.page.run import Explorer, decoder_weights
 
 SHAPE = (1, 7, 5)  # higher than wide, so that rows and columns cannot be mistaken
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from textwrap import fill
 
 import matplotlib
@@ -15,6 +14,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from ppl_vae.diagnostics.likelihood import PixelCalibration
+from ppl_vae.diagnostics.pictures import LatentUse
 from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.evidence.moments import PosteriorMoments, sample_latents
 from ppl_vae.reports.figures.images import Images, elongation, show_tiles
@@ -167,25 +167,6 @@ def pixel_calibration(found: Mapping[str, PixelCalibration], *, title: str) -> F
     figure.supylabel("density, 1 if right", fontsize=8)
     figure.supxlabel("where the pixel lies in p(x | z), as the share of draws below it", fontsize=8)
     return figure
-
-
-@dataclass(frozen=True)
-class LatentUse:
-    """How much each latent says about an image.
-
-    Args:
-        values: (L,), above ``least`` for a latent that is used.
-        name: "mean KL" or "variance".
-        meaning: The values in words.
-        unit: What follows a value, such as " nats".
-        least: The smallest value of a used latent.
-    """
-
-    values: Tensor
-    name: str
-    meaning: str
-    unit: str
-    least: float
 
 
 def latents_figure(

@@ -8,8 +8,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 from ppl_vae.evidence.estimate import CONFIDENCE, INDISTINCT, SEED_NATS, Estimate, PairedDifference
+from ppl_vae.reports.text import plus_minus
 from ppl_vae.reports.text.diagnosis import describe_calibration
-from ppl_vae.reports.text.evaluation import plus_minus
 from ppl_vae.runs.command_results import ComparedPair, Comparison, LikelihoodRow, NetworkRow
 from ppl_vae.runs.options import PLACES, Options
 from ppl_vae.runs.recipes import Published, Recipe, Reproduction

@@ -9,7 +9,7 @@ from ppl_vae.diagnostics.likelihood import PixelCalibration
 from ppl_vae.diagnostics.measurement import Measurements
 from ppl_vae.diagnostics.verdicts import Verdict, is_importance_weighted, plus_minus
 from ppl_vae.evidence.estimate import Estimate
-from ppl_vae.reports.text.evaluation import describe_images_scale
+from ppl_vae.reports.text import describe_sample
 from ppl_vae.runs.options import format_flag
 from ppl_vae.runs.results import Diagnosis
 
@@ -44,9 +44,8 @@ def describe_diagnosis(found: Diagnosis, run: str, *, has_validation: bool) -> l
     """A diagnosis, line by line."""
     lacking = "" if has_validation or found.split != "test" else " (which has no validation split)"
     images = f"{found.numbers.num_images:,} images of the {found.split} split of {found.dataset}{lacking}"
-    scale = describe_images_scale(found, found.seed)
     return [
-        f"{run}: {images}, {scale}; ± is the standard error over images",
+        f"{run}: {describe_sample(images, found, found.seed)}",
         *describe_numbers(found.numbers),
         *describe_verdicts(found.verdicts),
     ]

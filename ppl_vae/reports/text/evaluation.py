@@ -1,15 +1,16 @@
-"""The wording of log p(x): of a split, and of given images with their latents or their missing pixels."""
+"""The wording of log p(x): of a split, of given images with their latents or missing pixels, and of a certificate."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 
 from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.evidence.importance import UNRELIABLE_BIAS
+from ppl_vae.evidence.typicality import Typicality
+from ppl_vae.reports.text import describe_measure, describe_sample, format_number, make_sentence, plus_minus
+from ppl_vae.runs.certificates import Bound, Certificate, ConvergenceCurve, SimulatedBounds, SplitGap
 from ppl_vae.runs.command_results import Encoding, ImputationSummary
-from ppl_vae.runs.results import Evaluation, Provenance
-
-BINARY_SCALE = "mass of binary pixels"  # as ``describe_scale`` words it
+from ppl_vae.runs.results import Evaluation, Quantiles
 
 # Below this Pareto k-hat the weights have a variance, which the delta method and the jackknife assume.
 _K_WITH_VARIANCE = 0.5
@@ -21,48 +22,30 @@ FEW_PARTICLES = 5
 
 NOT_A_LOG_LIKELIHOOD = "not a log-likelihood; the guide is deterministic, an autoencoder has no density"
 
-
-def format_number(value: float | None, digits: int) -> str:
-    """A rounded number, or "unknown" for None and NaN."""
-    return "unknown" if value is None or math.isnan(value) else f"{value + 0.0:.{digits}f}"
-
-
-def plus_minus(estimate: Estimate | None, digits: int = 2) -> str:
-    """A mean ± its standard error. The error of a single image is unknown."""
-    if estimate is None:
-        return "unknown"
-    return f"{format_number(estimate.mean, digits)} ± {format_number(estimate.stderr, digits)}"
+_MOST_NAMED = 12  # unreliable images of a certificate
+_STDERRS = 3.0
+_STARTS = {"guide": "the guide", "prior": "the prior", "normal": "a normal with the guide's moments"}
 
 
-def describe_images_scale(provenance: Provenance, seed: int) -> str:
-    """The binarization and the scale of a result: what a reader must know before comparing it with others."""
-    words = [f"binarization {provenance.binarization}"]
-    if provenance.protocol == "iwae":
-        words.append(f"iwae protocol, drawn by seed {seed}")
-    return ", ".join([*words, *filter(None, [describe_measure(provenance)])])
-
-
-def describe_measure(provenance: Provenance) -> str:
-    """Whether the numbers are masses or densities; nothing for binary pixels, whose binarization says it."""
-    scale = provenance.scale
-    if provenance.pixels == "dequantized" and scale.startswith("mass"):
-        return f"{scale}, exact, under a density"
-    if provenance.measure == "density":
-        return f"a {scale}: never comparable with a mass"
-    return "" if scale == BINARY_SCALE else scale
+# --- A split, and given images ---
 
 
 def describe_evaluation(found: Evaluation) -> list[str]:
     """An evaluation, line by line."""
+    S, n = found.num_particles, found.num_images
+    sample = f"  {describe_sample(f'{found.split} split, {n:,} images', found, found.seed)}"
     if found.log_likelihood is None:
-        return _describe_reconstructions(found)
-    assert found.num_particles is not None
+        return [
+            f"reconstruction log p(x | z(x)) {plus_minus(found.reconstruction)} nats an image: {NOT_A_LOG_LIKELIHOOD}",
+            sample,
+            "  it has no floor and no entropy: those are for log-likelihoods, which pay for what z says of x",
+        ]
+    assert S is not None
     assert found.pareto_k is not None
     assert found.ess is not None
-    S, n = found.num_particles, found.num_images
-    references = [f"independent pixels (marginals of the training images) {plus_minus(found.floor)}"]
+    references = f"independent pixels (marginals of the training images) {plus_minus(found.floor)}"
     if found.binarization_entropy is not None:
-        references.append(f"no model expects above {-found.binarization_entropy:.2f}, the binarization's own entropy")
+        references += f"; no model expects above {-found.binarization_entropy:.2f}, the binarization's own entropy"
     lines = [
         f"log-likelihood {plus_minus(found.log_likelihood)} nats an image: the importance-weighted bound L_{S}, "
         "in expectation below log p(x)"
@@ -70,9 +53,8 @@ def describe_evaluation(found: Evaluation) -> list[str]:
     if found.bits_per_dim is not None:
         lines.append(f"  at most {plus_minus(found.bits_per_dim, 4)} bits per dimension, by that bound")
     lines += [
-        f"  {found.split} split, {n:,} images, {describe_images_scale(found, found.seed)}; "
-        "± is the standard error over images",
-        f"  for scale: {'; '.join(references)}",
+        sample,
+        f"  for scale: {references}",
         f"  ELBO (beta = 1) {plus_minus(found.elbo)} = reconstruction {plus_minus(found.reconstruction)} - "
         f"KL {plus_minus(found.kl)}",
     ]
@@ -83,17 +65,14 @@ def describe_evaluation(found: Evaluation) -> list[str]:
     trust = "above 0.7 is normal for a healthy VAE"
     if k is not None and k >= _K_WITHOUT_MEAN:
         trust = "from 1 on the bound cannot be trusted: take more particles, or a certificate"
-    lines.append(
-        f"  effective particles: median {format_number(found.ess.median, 1)} of {S:,}; Pareto k-hat: {fitted} ({trust})"
-    )
-    if k is None:
-        seen = "see, as a floor since k-hat is not known at so few samples,"
-    else:
-        seen = "see" if k < _K_WITH_VARIANCE else "see, as a floor since k-hat is not below 0.5,"
-    lines.append(
-        f"  delta method and jackknife {seen} a Monte Carlo error of {format_number(found.monte_carlo_stderr, 3)} "
-        f"and {format_number(found.bias, 3)} nats still lacking"
-    )
+    floor = "" if k is not None and k < _K_WITH_VARIANCE else ", as a floor since k-hat is not below 0.5,"
+    floor = ", as a floor since k-hat is not known at so few samples," if k is None else floor
+    lines += [
+        f"  effective particles: median {format_number(found.ess.median, 1)} of {S:,}; Pareto k-hat: {fitted} "
+        f"({trust})",
+        f"  delta method and jackknife see{floor} a Monte Carlo error of {format_number(found.monte_carlo_stderr, 3)} "
+        f"and {format_number(found.bias, 3)} nats still lacking",
+    ]
     if S >= 10:
         gain = format_number(found.rise, 3)
         lines.append(f"  ten times the particles, S = {S // 10:,} to {S:,}, gained {gain} nats")
@@ -103,57 +82,30 @@ def describe_evaluation(found: Evaluation) -> list[str]:
     ]
 
 
-def _describe_reconstructions(found: Evaluation) -> list[str]:
-    return [
-        f"reconstruction log p(x | z(x)) {plus_minus(found.reconstruction)} nats an image: {NOT_A_LOG_LIKELIHOOD}",
-        f"  {found.split} split, {found.num_images:,} images, {describe_images_scale(found, found.seed)}; "
-        "± is the standard error over images",
-        "  it has no floor and no entropy: those are for log-likelihoods, which pay for what z says of x",
-    ]
-
-
-# --- Given images ---
-
-
 def describe_encoding(found: Encoding) -> list[str]:
-    """The log p(x) of images, line by line."""
-    if found.log_likelihood is None:
-        return _describe_image_reconstructions(found)
-    S, n = found.num_particles, found.num_images
-    if n == 1:
-        mean = f"{found.log_likelihood.mean:.2f}"
-        return [f"log-likelihood {mean} nats of one image: the bound L_{S}, in expectation below log p(x)"]
-    lowest = ", ".join(f"{image.name} {image.log_likelihood:.2f}" for image in found.lowest)
-    assert found.ess is not None
+    """The log p(x) of images, or an autoencoder's log p(x | z(x)), line by line."""
+    key = "reconstruction" if found.log_likelihood is None else "log_likelihood"
+    estimate, name = getattr(found, key), "reconstruction log p(x | z(x))"
+    meaning, lowest = NOT_A_LOG_LIKELIHOOD, "lowest log p(x | z(x)), the worst reconstructed"
+    if found.log_likelihood is not None:
+        meaning = f"the bound L_{found.num_particles}, in expectation below log p(x)"
+        name, lowest = "log-likelihood", "lowest log p(x), perhaps unlike the training images"
+    if found.num_images == 1:
+        return [f"{name} {estimate.mean:.2f} nats of one image: {meaning}"]
+    scores = ", ".join(f"{image.name} {getattr(image, key):.2f}" for image in found.lowest)
+    lines = [
+        f"{name} {plus_minus(estimate)} nats an image: {meaning}",
+        f"  {describe_sample(f'{found.num_images:,} images ({found.images}), seed {found.seed}', found, found.seed)}",
+        f"  {lowest}: {scores}",
+    ]
+    if found.ess is None:
+        return lines
+    lines.insert(2, f"  effective particles: median {format_number(found.ess.median, 1)} of {found.num_particles:,}")
     return [
-        f"log-likelihood {plus_minus(found.log_likelihood)} nats an image: the bound L_{S}, in expectation below "
-        "log p(x)",
-        _describe_images(found),
-        f"  effective particles: median {format_number(found.ess.median, 1)} of {S:,}",
-        f"  lowest log p(x), perhaps unlike the training images: {lowest}",
+        *lines,
         "  That alone does not find outliers: smooth and simple images of another kind can score higher than the "
         "training data's own (Nalisnick et al. 2019, arXiv 1810.09136).",
     ]
-
-
-def _describe_image_reconstructions(found: Encoding) -> list[str]:
-    assert found.reconstruction is not None
-    if found.num_images == 1:
-        mean = f"{found.reconstruction.mean:.2f}"
-        return [f"reconstruction log p(x | z(x)) {mean} nats of one image: {NOT_A_LOG_LIKELIHOOD}"]
-    lowest = ", ".join(f"{image.name} {image.reconstruction:.2f}" for image in found.lowest)
-    return [
-        f"reconstruction log p(x | z(x)) {plus_minus(found.reconstruction)} nats an image: {NOT_A_LOG_LIKELIHOOD}",
-        _describe_images(found),
-        f"  lowest log p(x | z(x)), the worst reconstructed: {lowest}",
-    ]
-
-
-def _describe_images(found: Encoding) -> str:
-    return (
-        f"  {found.num_images:,} images ({found.images}), seed {found.seed}, "
-        f"{describe_images_scale(found, found.seed)}; ± is the standard error over images"
-    )
 
 
 def describe_imputation(found: ImputationSummary) -> list[str]:
@@ -189,3 +141,159 @@ def describe_imputation(found: ImputationSummary) -> list[str]:
             "what is possible, and log p(x_observed) may lie above its bound; more --num-particles help."
         )
     return lines
+
+
+# --- A certificate ---
+
+
+def describe_certificate(found: Certificate) -> list[str]:
+    """A certificate, line by line."""
+    lines = [*_describe_bounds(found), *_describe_doubts(found)]
+    if found.simulated is not None:
+        lines += _describe_simulated(found.simulated)
+    lines.append(_describe_convergence(found))
+    if found.gaps is not None:
+        lines += _describe_gaps(found.gaps)
+    if found.calibration is not None:
+        lines.append(f"calibration of the guide on the model's own images: {found.calibration.verdict}")
+    if found.against is not None:
+        lines += _describe_other(found.against)
+    return [*lines, _describe_time(found)]
+
+
+def _describe_bounds(found: Certificate) -> list[str]:
+    chains, plain, improved, S = found.ais, found.importance, found.improved, found.num_particles
+    lines = [
+        f"log p(x) {plus_minus(chains.estimate)} nats an image: the bound of annealed importance sampling (AIS), in "
+        "expectation below log p(x)",
+        f"  {describe_sample(f'{found.split} split, {found.num_images:,} images', found, found.seed)}",
+        f"  {found.chains} chains from {_STARTS[found.start]}, {found.temperatures:,} temperatures, {found.leapfrogs} "
+        f"leapfrogs: Monte Carlo error {format_number(chains.monte_carlo_stderr, 3)}, and by the jackknife "
+        f"{format_number(chains.bias, 3)} nats still lacking, both as floors; accepted "
+        f"{_describe_acceptance(chains.acceptance)}",
+        f"  importance sampling with the guide, bound L_{S}: {plus_minus(plain.estimate)}; AIS minus it "
+        f"{_describe_difference(found.ais_minus_importance)}",
+        f"  with a normal refined for each image, bound L_{S}: {plus_minus(improved.estimate)}; AIS minus it "
+        f"{_describe_difference(found.ais_minus_improved)}",
+    ]
+    if found.total_gap is not None:
+        elbo, gap = plus_minus(plain.elbo), plus_minus(found.total_gap)
+        lines.append(f"  log p(x) - ELBO, AIS minus the guide's ELBO {elbo}: {gap}")
+    return [
+        *lines,
+        "  estimates, no bounds: with the jackknife's correction these two are "
+        f"{plus_minus(plain.corrected_estimate)} and {plus_minus(improved.corrected_estimate)}; with as many other "
+        f"draws of the guide, their largest weights smoothed, it is {plus_minus(plain.smoothed_estimate)}",
+    ]
+
+
+def _describe_difference(found: Bound) -> str:
+    return f"{plus_minus(found.estimate, 3)} (paired; Monte Carlo error {format_number(found.monte_carlo_stderr, 3)})"
+
+
+def _describe_acceptance(found: Quantiles) -> str:
+    if found.median is None:
+        return "no proposals, as there were none"
+    return f"{found.median:.0%} of the proposals of the median image ({found.q05:.0%} to {found.q95:.0%})"
+
+
+def _describe_doubts(found: Certificate) -> list[str]:
+    lines, improved, places = [], found.ais_minus_improved, found.unreliable
+    if improved.monte_carlo_stderr is not None and improved.mean < -_STDERRS * improved.monte_carlo_stderr:
+        lines.append(
+            "  importance sampling is above AIS by more than three Monte Carlo errors: the chains are too short; take "
+            "more --temperatures, or --start guide"
+        )
+    named = ", ".join(map(str, places[:_MOST_NAMED]))
+    more = f" and {len(places) - _MOST_NAMED} more" if len(places) > _MOST_NAMED else ""
+    lines.append(
+        f"  unreliable images (AIS and the refined normal more than {UNRELIABLE_BIAS} nats apart, or AIS still lacking "
+        f"as much): {len(places):,} of {found.num_images:,}" + (f", at the places {named}{more}" if places else "")
+    )
+    return lines
+
+
+def _describe_simulated(found: SimulatedBounds) -> list[str]:
+    return [
+        f"from both sides, on {found.num_images:,} images that the model made: lower bound "
+        f"{plus_minus(found.lower.estimate)}, upper bound {plus_minus(found.upper.estimate)}, a gap of "
+        f"{plus_minus(found.gap, 3)} nats an image, the widest {format_number(found.widest_gap, 2)} (bidirectional "
+        "Monte Carlo; each bound holds in expectation, so noise can bring a gap below 0)",
+        "  The upper bound holds for data simulated from the model, since only there an exact draw of p(z | x) is "
+        "known; it says nothing certain about real data.",
+    ]
+
+
+def _describe_convergence(found: Certificate) -> str:
+    temperatures = _describe_curve(found.convergence.temperatures, found.temperatures)
+    return (
+        f"convergence, bounds by other draws minus that of AIS in full, on {found.convergence.num_images:,} of the "
+        f"images: temperatures {temperatures}; importance samples {_describe_curve(found.convergence.particles)}"
+    )
+
+
+def _describe_curve(curve: ConvergenceCurve, full: int | None = None) -> str:
+    """The differences by effort; that of the full effort, which is 0, is left out."""
+    rows = zip(curve.effort, curve.minus_ais, curve.minus_ais_stderr, strict=True)
+    shown = [f"{effort:,}: {plus_minus(Estimate(mean, stderr))}" for effort, mean, stderr in rows if effort != full]
+    return ", ".join(shown) or "none"
+
+
+def _describe_gaps(gaps: dict[str, SplitGap]) -> list[str]:
+    return [
+        "where log p(x) - ELBO is lost, nats an image (log p(x) by AIS, from below):",
+        *(
+            f"  {split}, {found.num_images:,} images: {plus_minus(found.total)} = approximation "
+            f"{plus_minus(found.approximation)} (the guide's family) + amortization {plus_minus(found.amortization)} "
+            "(one network for all images)"
+            for split, found in gaps.items()
+        ),
+    ]
+
+
+def _describe_other(found: Typicality) -> list[str]:
+    own, other = plus_minus(found.own.estimate), plus_minus(found.other.estimate)
+    return [
+        f"against {found.dataset}: L_{found.num_particles} {other} nats an image on {found.other.num_images:,} of its "
+        f"test images, {own} on the run's own",
+        *(f"  {make_sentence(words)}" for words in found.words),
+    ]
+
+
+def _describe_time(found: Certificate) -> str:
+    stages = sorted(found.stage_seconds.items(), key=lambda each: -each[1])
+    words = ", ".join(f"{name} {seconds:,.0f} s" for name, seconds in stages if seconds >= 1)
+    return f"took {found.seconds:,.0f} s" + (f": {words}" if words else "")
+
+
+_HEADER = (
+    "run",
+    "images",
+    "AIS, below log p(x)",
+    "AIS - L_S of the guide",
+    "AIS - L_S refined",
+    "gap on simulated images",
+    "log p(x) - ELBO = approximation + amortization",
+    "minutes",
+)
+
+
+def certificate_table(rows: Sequence[tuple[str, Certificate, int]]) -> str:
+    """Each run's name, certificate and number of threads as a table in Markdown; gaps are of validation images."""
+    head, *body = (f"| {' | '.join(cells)} |" for cells in (_HEADER, *(_cells(*row) for row in rows)))
+    return "\n".join([head, "|" + "---|" * len(_HEADER), *body])
+
+
+def _cells(run: str, found: Certificate, threads: int) -> list[str]:
+    gap = (found.gaps or {}).get("validation")
+    parts = [] if gap is None else [plus_minus(each) for each in (gap.total, gap.approximation, gap.amortization)]
+    return [
+        f"`{run}`",
+        f"{found.num_images:,} of {found.split}",
+        f"{plus_minus(found.ais.estimate)} (Monte Carlo {format_number(found.ais.monte_carlo_stderr, 3)})",
+        plus_minus(found.ais_minus_importance.estimate, 3),
+        plus_minus(found.ais_minus_improved.estimate, 3),
+        "-" if found.simulated is None else plus_minus(found.simulated.gap, 3),
+        "{} = {} + {}".format(*parts) if parts else "-",
+        f"{found.seconds / 60:.0f}, {threads} thread{'s' * (threads != 1)}",
+    ]

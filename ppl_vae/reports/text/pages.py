@@ -10,12 +10,6 @@ from ppl_vae.runs.build import is_autoencoder
 from ppl_vae.runs.open import Run
 from ppl_vae.runs.results import Evaluation
 
-
-def make_sentence(words: str) -> str:
-    """Words with a capital letter and a full stop."""
-    return words[:1].upper() + words[1:] + ("" if words.endswith(".") else ".")
-
-
 # --- Titles of figures ---
 
 # Part of the title of every figure that decodes draws of an autoencoder's prior.

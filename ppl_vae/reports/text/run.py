@@ -18,8 +18,7 @@ from tqdm import tqdm
 from ppl_vae import data, runs
 from ppl_vae.data import SPLITS
 from ppl_vae.data.splits import pluralize
-from ppl_vae.reports.text.certificate import describe_certificate
-from ppl_vae.reports.text.evaluation import describe_evaluation
+from ppl_vae.reports.text.evaluation import describe_certificate, describe_evaluation
 from ppl_vae.runs.build import build_likelihood, count_weights, is_autoencoder
 from ppl_vae.runs.certificates import CERTIFICATE, Certificate
 from ppl_vae.runs.load import is_export

@@ -108,10 +108,9 @@ def _describe_uneven_columns(options: Options, splits: data.Splits) -> list[str]
 
 def _name_criterion(options: Options) -> tuple[str, str]:
     """What the best weights are chosen by, in words and in the keys of metrics.jsonl."""
-    if is_autoencoder(options):
-        return "reconstruction", "reconstruction"
     S = validation_particles(options)
-    return ("ELBO", "elbo") if S == 1 else (f"bound L_{S}", "bound")
+    word = ("ELBO", "elbo") if S == 1 else (f"bound L_{S}", "bound")
+    return ("reconstruction", "reconstruction") if is_autoencoder(options) else word
 
 
 def describe_validation(options: Options, record: Mapping[str, float]) -> str:
@@ -130,13 +129,7 @@ def describe_epoch(options: Options, record: Mapping[str, float], validated: str
 
 
 def describe_training(run: Run, state: TrainingState, speeds: Sequence[float]) -> list[str]:
-    """How a training ended: its time, the weights that are kept, and the steps that were skipped.
-
-    Args:
-        run: The run.
-        state: The state at its end.
-        speeds: The training images per second of each epoch.
-    """
+    """How a training ended: its time, its speeds in images per second by epoch, the kept weights, skipped steps."""
     options = run.options
     density = " of the density of (level + u) / 256" if run.pixels == "dequantized" else ""
     best = f"best validation {_name_criterion(options)[0]}{density} {state.best_validation:.2f} nats"
@@ -211,7 +204,7 @@ def block(lines: Sequence[str]) -> str:
     return "\n".join(f"    {line}" for line in clean)
 
 
-def _make_bullets(lines: Sequence[str]) -> str:
+def _make_bullets(*lines: str) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
@@ -232,26 +225,24 @@ def _describe_model(run: Run) -> str:
     if is_autoencoder(options):
         opening = "A plain autoencoder: its guide is deterministic. It has no log-likelihood, and is no density."
     transform = ", of the logits of pixels (the Jacobian is counted)" if options.transform == "logit" else ""
-    facts = [
+    facts = _make_bullets(
         f"Likelihood p(x | z): {options.likelihood}, a {run.scale}{transform}.",
         f"Prior p(z): {options.prior}. Guide q(z | x): {options.posterior}.",
         f"Latents: {latents}. Network: {options.network}, hidden layers {hidden}; {num_weights:,} weights.",
         f"One x has the shape ({', '.join(map(str, E))}), {math.prod(E):,} numbers.",
-    ]
-    return f"{opening}\n\n{_make_bullets(facts)}"
+    )
+    return f"{opening}\n\n{facts}"
 
 
 def _describe_numbers(run: Run, evaluations: Mapping[str, object]) -> str:
-    parts = []
-    if not is_autoencoder(run.options):
-        parts.append(
-            "In nats per image, the mean ± its standard error over images. A log-likelihood here is an "
-            "importance-weighted bound: a lower bound in expectation, and not the value of log p(x)."
-        )
+    words = (
+        "In nats per image, the mean ± its standard error over images. A log-likelihood here is an "
+        "importance-weighted bound: a lower bound in expectation, and not the value of log p(x)."
+    )
+    parts = [] if is_autoencoder(run.options) else [words]
     try:
-        parts += [
-            block(describe_evaluation(from_json(Evaluation, evaluations[key]))) for key in SPLITS if key in evaluations
-        ]
+        for key in filter(evaluations.__contains__, SPLITS):
+            parts.append(block(describe_evaluation(from_json(Evaluation, evaluations[key]))))
         for key in sorted(key for key in evaluations if key.startswith(CERTIFICATE)):
             words = block(describe_certificate(from_json(Certificate, evaluations[key])))
             parts.append(f"Certificate, {code(key.removeprefix(CERTIFICATE))} split:\n\n{words}")
@@ -282,13 +273,12 @@ def _describe_data(run: Run) -> str:
     if options.image_size is not None:
         size = "x".join(str(n) for n in (options.image_size[0], options.image_size[-1]))
         protocol += f". Images were brought to {size} ({options.fit})"
-    facts = [
+    return _make_bullets(
         f"Data set: {code(splits.name)}, {splits.kind}; SHA-256 {code(splits.sha256)}.",
         f"Splits: {protocol}.",
         f"The model sees {_PIXELS[run.evaluated_pixels]}.",
         f"Binarization: {options.binarization}. Dequantization: {options.dequantization}.",
-    ]
-    return _make_bullets(facts)
+    )
 
 
 def _describe_training(run: Run, step: int) -> str:
@@ -309,7 +299,7 @@ def _describe_training(run: Run, step: int) -> str:
         f"Versions: {code(versions or 'unknown')}, Python {code(found.get('python'))}. Device: "
         f"{code(found.get('device'))}.",
     ]
-    return _make_bullets(facts)
+    return _make_bullets(*facts)
 
 
 def describe_epochs(run: Run) -> str:
@@ -339,8 +329,8 @@ def describe_export(run: Run, folder: Path, entries: Mapping[str, object], figur
 def _describe_limits(run: Run) -> str:
     limits = ["Nothing here was checked beyond the images that the numbers are of: no fairness, no other source."]
     if is_autoencoder(run.options):
-        limits.append("It gives reconstructions alone; log p(x | z(x)) is no log-likelihood, and compares with none.")
-        return _make_bullets(limits)
+        words = "It gives reconstructions alone; log p(x | z(x)) is no log-likelihood, and compares with none."
+        return _make_bullets(*limits, words)
     limits.append(f"Its nats are of a {run.scale}, and compare with no number on another scale or protocol.")
     if run.pixels == "dequantized":
         limits.append(
@@ -349,11 +339,11 @@ def _describe_limits(run: Run) -> str:
         )
     elif "density" in run.scale:
         limits.append("A density can be above 1 and its log above 0; where values lie on a grid it has no bound.")
-    limits.append(
+    return _make_bullets(
+        *limits,
         "A high log p(x) does not say that an image is like the training data: smooth and simple images of another "
-        "kind can score higher (Nalisnick et al. 2019, arXiv 1810.09136). It finds no outliers by itself."
+        "kind can score higher (Nalisnick et al. 2019, arXiv 1810.09136). It finds no outliers by itself.",
     )
-    return _make_bullets(limits)
 
 
 def _explain_loading(run: Run) -> str:
@@ -365,11 +355,5 @@ def _explain_loading(run: Run) -> str:
     if not is_autoencoder(run.options):
         names.append("log_evidence")
         use = f"nats = log_evidence(vae.model, vae.guide, x, num_particles=1000)  # x: (N, {shape}), as modelled"
-    lines = [
-        f"from ppl_vae import {', '.join(names)}",
-        "",
-        f"vae = {model}",
-        use,
-        "images = vae.likelihood(vae.prior().sample((16,))).mean",
-    ]
-    return "```python\n" + "\n".join(lines) + "\n```"
+    images = "images = vae.likelihood(vae.prior().sample((16,))).mean"
+    return f"```python\nfrom ppl_vae import {', '.join(names)}\n\nvae = {model}\n{use}\n{images}\n```"

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -196,7 +194,7 @@ _EXPORTED_FIGURES = ("prior_samples.png", "reconstructions.png")
 def export_run(options: Export, *, say: Say) -> Path:
     """Writes config.json, model.safetensors, evaluation.json, README.md and figures/ of a run into one folder.
 
-    ``load``, evaluate_log_likelihood.py, sample.py and encode.py take the folder, wherever it is. It holds the model's
+    ``load`` and the commands evaluate, sample and encode take the folder, wherever it is. It holds the model's
     options and the shape of its data, no option of the training and no path, and the evaluations of these weights.
     It is written as a whole or not at all.
     """
@@ -212,7 +210,10 @@ def export_run(options: Export, *, say: Say) -> Path:
     paths = [run.folder / runs.FIGURES / name for name in _EXPORTED_FIGURES]
     figures = [path.name for path in paths if path.is_file() and path.stat().st_mtime_ns >= drawn_of]
     card = make_card(run, entries, step=step, figures=figures)
-    with _whole(place) as partial:
+    partial = place.with_name(f".{place.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a killed export
+    make_folder(partial, "--output")
+    try:
         runs.write_json(partial / runs.CONFIG, make_config(run.options, run.splits, exported=True))
         runs.save_tensors(partial / runs.MODEL, weights, {"step": step})
         if entries:
@@ -221,20 +222,10 @@ def export_run(options: Export, *, say: Say) -> Path:
         for name in figures:
             (partial / runs.FIGURES).mkdir(exist_ok=True)
             runs.write_bytes(partial / runs.FIGURES / name, (run.folder / runs.FIGURES / name).read_bytes())
-    for line in describe_export(run, folder, entries, figures):
-        say(line)
-    return folder
-
-
-@contextmanager
-def _whole(folder: Path) -> Iterator[Path]:
-    """A temporary folder that takes the folder's place at the end of the block, and is removed if the block fails."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a killed export
-    make_folder(partial, "--output")
-    try:
-        yield partial
-        os.replace(partial, folder)
+        os.replace(partial, place)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+    for line in describe_export(run, folder, entries, figures):
+        say(line)
+    return folder

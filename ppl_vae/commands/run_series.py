@@ -28,7 +28,6 @@ from ppl_vae.runs.open import Run, Say, open_run
 from ppl_vae.runs.options import Options
 from ppl_vae.runs.outputs import is_empty, make_folder
 from ppl_vae.runs.resolve import (
-    check_support,
     choose_pixels,
     describe_scale,
     find_device,
@@ -60,7 +59,6 @@ def check_runs(asked: Mapping[Path, Options], splits: data.Splits, *, free: froz
     for folder, options in asked.items():
         check_has_density(options)
         resolved = resolve(options, splits)
-        check_support(resolved, splits)
         build_meta_vae(resolved, splits.event_shape)
         if (folder / runs.CONFIG).exists():
             check_same_options(folder, options, resolved, free)
@@ -201,9 +199,7 @@ def fitting_likelihoods(options: Options, splits: data.Splits) -> list[str]:
 
 def _find_scale(asked: Options, splits: data.Splits) -> str:
     """The scale of a likelihood's numbers on this data. Raises ValueError where it cannot be trained on it."""
-    resolved = resolve(asked, splits)
-    check_support(resolved, splits)
-    return describe_scale(resolved, splits)
+    return describe_scale(resolve(asked, splits), splits)
 
 
 def _check_words(asked: dict[str, Options], options: Options, splits: data.Splits) -> str:
@@ -345,7 +341,6 @@ def seconds_per_epoch(options: Options) -> float:
     compile = options.compile == "on"
     splits = load_splits(options)
     options = resolve(options, splits)
-    check_support(options, splits)
     stored, transform = data.training_images(splits, choose_pixels(options, splits))
     some = stored[: _CALIBRATION_STEPS * options.batch_size]
     share = len(some) / len(stored)

@@ -25,7 +25,6 @@ from ppl_vae.runs.outputs import Log, check_new, check_tensorboard, open_events,
 from ppl_vae.runs.resolve import (
     check_compiler,
     check_precision,
-    check_support,
     count_steps,
     explain_eager,
     find_device,
@@ -71,7 +70,6 @@ def train_run(options: Options, run_dir: str | None, *, say: Say, draw: bool = T
         warmup = options.warmup_epochs or 0
         if warmup >= options.epochs and options.beta > 0:
             say(f"The warm-up of {warmup} epochs outlasts the training: beta never reaches {options.beta}.")
-        check_support(options, splits)
         built = build_vae(options, splits.event_shape)  # what cannot be built, or has no memory, leaves no folder
         if options.start_from:
             load_starting_weights(built, options.start_from)

@@ -57,22 +57,6 @@ def write_bytes(path: Path, content: bytes, previous: Path | None = None) -> Non
             os.close(descriptor)
 
 
-def append_line(path: Path, line: str) -> None:
-    """Appends a line to a text file, on disk when this returns. A failure or a link leaves the file unchanged."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
-    with open(descriptor, "ab", buffering=0) as file:
-        size = os.fstat(descriptor).st_size
-        content = line.encode() + b"\n"
-        try:
-            if file.write(content) < len(content):
-                raise OSError(28, "No space left on device")
-            os.fsync(descriptor)
-        except OSError as error:
-            with suppress(OSError):
-                os.ftruncate(descriptor, size)
-            raise add_file_name(error, path) from None
-
-
 def add_file_name(error: OSError, path: Path) -> OSError:
     """The error with the file's name, which errors of open files lack."""
     return OSError(error.errno, error.strerror or str(error), str(path))
@@ -136,8 +120,19 @@ def read_evaluations(run_dir: Path, *, step: int | None = None) -> JsonObject:
 
 
 def append_metrics(run_dir: Path, record: JsonObject) -> None:
-    """Appends a record to metrics.jsonl, on disk when this returns. A failure leaves the file unchanged."""
-    append_line(run_dir / METRICS, json.dumps(replace_non_finite(record), allow_nan=False))
+    """Appends a record to metrics.jsonl, on disk when this returns. A failure or a link leaves the file unchanged."""
+    path, content = run_dir / METRICS, json.dumps(replace_non_finite(record), allow_nan=False).encode() + b"\n"
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+    with open(descriptor, "ab", buffering=0) as file:
+        size = os.fstat(descriptor).st_size
+        try:
+            if file.write(content) < len(content):
+                raise OSError(28, "No space left on device")
+            os.fsync(descriptor)
+        except OSError as error:
+            with suppress(OSError):
+                os.ftruncate(descriptor, size)
+            raise add_file_name(error, path) from None
 
 
 def read_metrics(run_dir: Path) -> list[JsonObject]:

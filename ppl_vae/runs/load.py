@@ -15,7 +15,7 @@ from ppl_vae.runs.build import build_meta_vae, build_vae
 from ppl_vae.runs.files import JsonObject
 from ppl_vae.runs.options import MODEL_OPTIONS, Options, check_value, default_objective
 from ppl_vae.runs.outputs import record_environment
-from ppl_vae.runs.resolve import check_support, load_splits, resolve
+from ppl_vae.runs.resolve import load_splits, resolve
 from ppl_vae.runs.results import to_json
 from ppl_vae.vae import VAE
 
@@ -208,7 +208,6 @@ def save(trained: VAE, run_dir: str | Path, options: Options, *, metrics: Sequen
     """
     seen = load_splits(options)
     options = resolve(options, seen)
-    check_support(options, seen)
     if not all(type(record.get("step")) is int for record in metrics):
         raise ValueError("metrics: expected records with a whole number under 'step', as fit gives them to on_epoch")
     weights = trained.state_dict()

@@ -193,7 +193,7 @@ def resolve(options: Options, seen: data.Splits) -> Options:
     check_parts(options)
     check_objective(options)
     compiled = decide_compile(options.compile, count_steps(options, len(seen.train)), find_device(options.device))
-    return replace(
+    resolved = replace(
         options,
         compile="on" if compiled else "off",
         binarization=found,
@@ -204,6 +204,8 @@ def resolve(options: Options, seen: data.Splits) -> Options:
         data_dir=str(Path(options.data_dir).resolve()) if options.data_dir else None,
         start_from=str(Path(options.start_from).resolve()) if options.start_from else None,
     )
+    check_support(resolved, seen)
+    return resolved
 
 
 def _resolve_dequantization(options: Options, seen: data.Splits, binarization: str, measure: str) -> str:

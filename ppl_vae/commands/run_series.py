@@ -57,7 +57,6 @@ def check_runs(asked: Mapping[Path, Options], splits: data.Splits, *, free: froz
         free: The options in which a run that is already there may differ.
     """
     for folder, options in asked.items():
-        check_has_density(options)
         resolved = resolve(options, splits)
         build_meta_vae(resolved, splits.event_shape)
         if (folder / runs.CONFIG).exists():
@@ -145,10 +144,9 @@ def compare_likelihoods(
     check_has_density(options)
     splits = load_splits(options)
     words = fitting_likelihoods(options, splits) if likelihoods is None else list(likelihoods)
-    asked = {word: replace(options, likelihood=word) for word in words}
-    folders = {word: Path(run_dir) / word for word in words}
-    scale = _check_words(asked, options, splits)
-    check_runs({folders[word]: own for word, own in asked.items()}, splits)
+    asked = {Path(run_dir) / word: replace(options, likelihood=word) for word in words}
+    scale = _check_likelihoods(list(asked.values()), splits)
+    check_runs(asked, splits)
     if output is not None:
         if Path(output).is_dir():
             raise ValueError(f"--output: expected a JSON file, got the folder {output}")
@@ -156,16 +154,16 @@ def compare_likelihoods(
     say(f"{len(words)} likelihoods, compared by the {scale}: {', '.join(words)}")
     opened: list[Run] = []
     rows, failed = [], {}
-    for word, own in asked.items():
-        say(f"{word}: {folders[word]}")
+    for folder, own in asked.items():
+        say(f"{own.likelihood}: {folder}")
         try:
-            run = train_or_resume(folders[word], own, opened[0] if opened else None, say=say)
+            run = train_or_resume(folder, own, opened[0] if opened else None, say=say)
             broken = int((~_per_image(run).result.log_evidence.isfinite()).sum())
             if broken:  # then there is no mean, and nothing to rank
                 raise NotFinite(f"expected a finite bound for every test image, got {broken:,} that are not")
         except NotFinite as error:
-            failed[word] = str(error)
-            say(f"{word} is left out: {error}")
+            failed[own.likelihood] = str(error)
+            say(f"{own.likelihood} is left out: {error}")
         else:
             rows.append(make_row(run))
             opened.append(run)
@@ -192,26 +190,21 @@ def fitting_likelihoods(options: Options, splits: data.Splits) -> list[str]:
         if splits.kind == data.BINARY and build_likelihood(asked, splits.event_shape).data_kind != data.BINARY:
             continue
         with suppress(ValueError):
-            if _find_scale(asked, splits) == _SCALES[splits.kind]:
+            if describe_scale(resolve(asked, splits), splits) == _SCALES[splits.kind]:
                 fitting.append(word)
     return fitting
 
 
-def _find_scale(asked: Options, splits: data.Splits) -> str:
-    """The scale of a likelihood's numbers on this data. Raises ValueError where it cannot be trained on it."""
-    return describe_scale(resolve(asked, splits), splits)
-
-
-def _check_words(asked: dict[str, Options], options: Options, splits: data.Splits) -> str:
+def _check_likelihoods(asked: Sequence[Options], splits: data.Splits) -> str:
     """The one scale of all likelihoods. Raises ValueError as ``compare_likelihoods``."""
     if not asked:
         raise ValueError(f"--likelihoods: expected one that fits {splits.kind} ({splits.name}), got none")
-    num_images = min(options.images, len(splits.test))
+    num_images = min(asked[0].images, len(splits.test))
     if num_images < 2:
         raise ValueError(f"--images: expected at least 2 test images, for a standard error, got {num_images}")
     scales: dict[str, list[str]] = {}
-    for word, own in asked.items():
-        scales.setdefault(_find_scale(own, splits), []).append(word)
+    for own in asked:
+        scales.setdefault(describe_scale(resolve(own, splits), splits), []).append(own.likelihood)
     if len(scales) > 1:
         each = "; ".join(f"{scale} for {', '.join(words)}" for scale, words in scales.items())
         raise ValueError(

@@ -78,7 +78,7 @@ def read_options(config: Mapping[str, object]) -> Options:
 
 
 def read_config(run_dir: Path) -> tuple[Options, JsonObject]:
-    """The options of a run or an export, and its data's event_shape (a tuple) and sha256.
+    """The options of a run or an export, and its data's kind, event_shape (a tuple) and sha256.
 
     Raises ValueError for a damaged config.
     """
@@ -93,7 +93,7 @@ def read_config(run_dir: Path) -> tuple[Options, JsonObject]:
         for name in ("binarization", "warmup_epochs", "dequantization", "prior", "objective"):
             if getattr(options, name) is None:
                 raise ValueError(f"expected {name} as it was resolved, got null")
-        return options, {"sha256": data["sha256"], "event_shape": tuple(shape)}
+        return options, {"kind": data.get("kind"), "sha256": data["sha256"], "event_shape": tuple(shape)}
     except KeyError as error:
         raise ValueError(f"{path}: damaged: missing {error}") from None
     except TypeError:

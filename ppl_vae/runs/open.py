@@ -154,7 +154,7 @@ def open_without_data(folder: Path) -> Run:
     Raises ValueError for a damaged one.
     """
     options, seen = read_config(folder)
-    kind = runs.read_json(folder / runs.CONFIG)["data"].get("kind")
+    kind = seen["kind"]
     if kind not in data.KINDS:
         raise ValueError(
             f"{folder / runs.CONFIG}: damaged: expected a kind of data ({', '.join(data.KINDS)}), got {kind!r}"

@@ -162,15 +162,10 @@ class Options(CheckedOptions):
     """All options of a run, as in ``config.json``."""
 
     dataset: str = option(
-        "mnist",
-        f"{', '.join(DATASETS)}; or the path of an .npz or .npy file or of a folder of images",
-        NOT_EMPTY,
-        "data",
+        "mnist", f"{', '.join(DATASETS)}; or the path of an .npz or .npy file or a folder of images", NOT_EMPTY, "data"
     )
     data_dir: str | None = option(
-        None,
-        "folder of the named data sets (default: the environment variable PPL_VAE_DATA_DIR, else data)",
-        group="data",
+        None, "folder of the named data sets (default: environment variable PPL_VAE_DATA_DIR, else data)", group="data"
     )
     protocol: str = _rare(
         "vampprior",
@@ -279,10 +274,7 @@ class Options(CheckedOptions):
     clip_norm: float = _rare(100.0, "largest norm of the whole gradient", POSITIVE, "optimization")
     skip_norm: float | None = _rare(None, "leave out steps whose gradient has a larger norm", POSITIVE, "optimization")
     average_decay: float = _rare(
-        0.999,
-        "decay of the averaged weights, which are validated, kept and evaluated; 0: none",
-        BELOW_ONE,
-        "optimization",
+        0.999, "decay of averaged weights, which are validated, kept and evaluated; 0: none", BELOW_ONE, "optimization"
     )
     keep: str | None = _rare(
         None,
@@ -298,10 +290,7 @@ class Options(CheckedOptions):
         200, "importance samples per image of that evaluation", POSITIVE_INTEGER, "evaluation"
     )
     dequantization_draws: int = _rare(
-        16,
-        "without effect: masses of levels are exact under every likelihood of the list",
-        POSITIVE_INTEGER,
-        "evaluation",
+        16, "without effect: masses of levels are exact under every likelihood", POSITIVE_INTEGER, "evaluation"
     )
 
     seed: int = option(0, "of the weights, the noise and the order of images", NON_NEGATIVE_INTEGER, "run")

@@ -67,12 +67,8 @@ def parse(asked: Command, argv: Sequence[str] | None = None) -> Any:
 
 def build_parser(asked: Command, *, show_all: bool = False) -> Parser:
     """The parser of a command, whose help may show rarely used options too."""
-    parser = Parser(
-        description=asked.options.__doc__,
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-        usage=_format_usage(asked),
-    )
+    usage, words = _format_usage(asked), asked.options.__doc__
+    parser = Parser(description=words, argument_default=argparse.SUPPRESS, allow_abbrev=False, usage=usage)
     groups: dict[str, argparse._ArgumentGroup] = {}
     has_rare = False
     for spec in iterate_fields(asked.options):

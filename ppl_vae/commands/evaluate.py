@@ -198,14 +198,7 @@ def evaluate_images(
     compiled = decide_compile(compile, math.ceil(len(x) * S / pairs_per_pass(vae, x)), place)
     with _make_bar(len(x), words, sum(map(len, blocks.done.values()))) as bar, matmul_precision("float32"):
         measure = partial(
-            evaluate,
-            vae,
-            x,
-            num_particles=S,
-            seed=options.seed,
-            progress=bar.update,
-            say=say,
-            **blocks._asdict(),
+            evaluate, vae, x, num_particles=S, seed=options.seed, progress=bar.update, say=say, **blocks._asdict()
         )
         if compiled and distributed.is_writer():
             bar.show_clock("Compiling the passes of the evaluation", say)

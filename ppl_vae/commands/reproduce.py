@@ -142,9 +142,7 @@ def _make_row(
         differs=found.differs if share == 1 else f"{share:.3g} of the epochs of this: {found.differs}",
         seed=asked.seed,
         budget=Budget(
-            share,
-            tuple(stage.epochs for stage in stages.values()),
-            tuple(stage.epochs for stage in found.stages),
+            share, tuple(stage.epochs for stage in stages.values()), tuple(stage.epochs for stage in found.stages)
         ),
         precision=run.options.precision,
         options=tuple(

@@ -119,13 +119,9 @@ _SCALES = {
 
 def run_likelihoods(options: CompareLikelihoods, *, say: Say) -> None:
     """The command: trains and evaluates the runs of the table, and prints it."""
-    compare_likelihoods(
-        options.likelihoods,
-        options.make_run_options(),
-        run_dir=options.run_dir or f"runs/likelihoods-{Path(options.dataset).stem}",
-        output=options.output,
-        say=say,
-    )
+    run_dir = options.run_dir or f"runs/likelihoods-{Path(options.dataset).stem}"
+    asked = options.make_run_options()
+    compare_likelihoods(options.likelihoods, asked, run_dir=run_dir, output=options.output, say=say)
 
 
 def compare_likelihoods(
@@ -281,14 +277,8 @@ _CALIBRATION_STEPS = 40
 def run_networks(options: CompareNetworks, *, say: Say) -> None:
     """The command: trains and evaluates the runs of the table, and prints it."""
     run_dir = options.run_dir or f"runs/networks-{Path(options.dataset).stem}"
-    compare_networks(
-        options.networks,
-        options.make_run_options(),
-        minutes=options.minutes,
-        run_dir=run_dir,
-        output=options.output,
-        say=say,
-    )
+    asked, minutes = options.make_run_options(), options.minutes
+    compare_networks(options.networks, asked, minutes=minutes, run_dir=run_dir, output=options.output, say=say)
     if len(options.networks) > 1:
         folders = " ".join(f"{run_dir}/{network}" for network in options.networks)
         say(f"Paired differences: ppl-vae compare {folders}")

@@ -83,9 +83,8 @@ class StageContext:
 
         Raises Interrupted on SIGINT or SIGTERM; the finished blocks are kept.
         """
-        stored = self.results.get(stage)
-        if stored is not None:
-            return stored
+        if stage in self.results.stages:
+            return self.results.stages[stage]
         widths = [math.prod(shape) for shape in shapes.values()]
         done = self.store.open_stage(stage, num_items=num_items, block_size=block_size, num_columns=sum(widths))
 

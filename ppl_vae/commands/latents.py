@@ -155,14 +155,22 @@ def impute_images(options: Impute, *, say: Say) -> Path:
     Writes imputed.npz, imputations.json and imputations.png. imputed.npz holds ``draws`` (M, n, *E), ``mean`` (n, *E),
     ``mask`` (n, *E) (1 = observed), ``log_likelihood_observed`` and ``ess`` (n,), and ``names``. If pixels were hidden
     from images that are otherwise complete, it also holds ``log_likelihood_hidden``, log p(x_hidden | x_observed) =
-    log p(x) - log p(x_observed), with NaN for the other images.
+    log p(x) - log p(x_observed), with NaN for the other images. Refuses autoencoders.
     """
     run = open_run(options.run_dir, dataset=options.dataset, data_dir=options.data_dir)
     check_density(run, "p(x_missing | x_observed) to draw from")
     place, S = find_device(options.device), options.num_particles
     vae = load_evaluated_vae(run).to(place)
     given = load_given_images(run, options.images_path, most=options.images, seed=options.seed)
-    x = torch.where(_find_observed(given, options), given.x, torch.nan)
+    if options.mask is not None and options.hide is not None:
+        raise ValueError("--hide: expected one of --mask and --hide, got both")
+    event_shape = tuple(given.x.shape[1:])
+    observed = torch.ones(1, *event_shape, dtype=torch.bool)
+    if options.mask is not None:
+        observed = read_mask(options.mask, given.num_found, event_shape)  # it belongs to all images that were found
+    elif options.hide is not None:
+        observed = hide_half(options.hide, event_shape)
+    x = torch.where(observed.expand(given.num_found, *event_shape)[given.places], given.x, torch.nan)
     folder = make_output_folder(options.output, run.folder / "imputations")
     title = f"imputing {Path(given.source).name}"
     with seeded(options.seed, place), progress_bar(total=len(x), unit="image", desc=title) as bar:
@@ -230,19 +238,6 @@ def hide_half(side: str, event_shape: tuple[int, ...]) -> Tensor:
     start = 0 if side in ("top", "left") else size - size // 2
     observed.narrow(dim, start, size // 2).fill_(False)
     return observed
-
-
-def _find_observed(found: Images, options: Impute) -> Tensor:
-    """(n, *E), False where the mask hides a pixel. A mask belongs to all images that were found."""
-    if options.mask is not None and options.hide is not None:
-        raise ValueError("--hide: expected one of --mask and --hide, got both")
-    event_shape = tuple(found.x.shape[1:])
-    observed = torch.ones(1, *event_shape, dtype=torch.bool)
-    if options.mask is not None:
-        observed = read_mask(options.mask, found.num_found, event_shape)
-    elif options.hide is not None:
-        observed = hide_half(options.hide, event_shape)
-    return observed.expand(found.num_found, *event_shape)[found.places]
 
 
 def _estimate_hidden(vae: VAE, x: Tensor, truth: Tensor, result: Imputation, options: Impute) -> Tensor:

@@ -50,13 +50,21 @@ def diagnose_run(options: Diagnose, *, say: Say) -> Diagnosis:
 
     Writes diagnosis.json and figures/diagnosis-*.png. For dequantized levels the numbers are those of the density of
     (level + u) / 256, with one draw of u. The advice depends on the images that are measured, so by default they are
-    not the test images, on which results are reported.
+    not the test images, on which results are reported. Refuses fewer than 4 images.
     """
     run = open_run(options.run_dir, dataset=options.dataset, data_dir=options.data_dir)
     with runs.lock_folder(run.folder):
         place = find_device(options.device)
         split = choose_split(run) if options.split is None else options.split
-        x, gray = _load_images(run, split, options.images, options.seed)
+        x = data.evaluation_images(run.splits, split, run.pixels, seed=options.seed)
+        index = data.subset(len(x), options.images)
+        if len(index) < FEWEST_IMAGES:
+            raise ValueError(
+                f"--images: expected at least {FEWEST_IMAGES} images of the {split} split, got {len(index)}"
+            )
+        x, gray = x[index], None
+        if run.binarization != "none":
+            gray = data.probabilities(run.splits, split)[index].to(place)
         left_out: dict[str, str] = {}
         noise = measure_if_possible(left_out, "noise", lambda: _measure_noise(run))
         stored = read_per_image(run.folder, split)
@@ -66,7 +74,7 @@ def diagnose_run(options: Diagnose, *, say: Say) -> Diagnosis:
         numbers = measure(
             load(run.folder).to(place),
             x.to(place),
-            gray=None if gray is None else gray.to(place),
+            gray=gray,
             noise=noise,
             trained_with=describe_training(run),
             importance=quality,
@@ -120,16 +128,6 @@ def _measure_noise(run: Run) -> NoiseSpectrum | None:
     index = data.subset(len(stored), _NOISE_PIXELS // D)
     x = transform(stored[index], torch.Generator().manual_seed(_NOISE_SEED))
     return measure_noise(build_likelihood(run.options, run.splits.event_shape), x)
-
-
-def _load_images(run: Run, split: str, images: int | None, seed: int) -> tuple[Tensor, Tensor | None]:
-    """A fixed random subset as the model sees it, and as gray images if those were binarized."""
-    x = data.evaluation_images(run.splits, split, run.pixels, seed=seed)
-    index = data.subset(len(x), images)
-    if len(index) < FEWEST_IMAGES:
-        raise ValueError(f"--images: expected at least {FEWEST_IMAGES} images of the {split} split, got {len(index)}")
-    gray = data.probabilities(run.splits, split)[index] if run.binarization != "none" else None
-    return x[index], gray
 
 
 def _write(run: Run, found: Diagnosis, x: Tensor) -> None:

@@ -255,14 +255,14 @@ def _train(run: Run, saved: Saved | None, *, say: Say, compile_if_possible: bool
         say(f"The training images ({gib:.2f} GiB) are not held on the device: each batch is brought there in time.")
     validation = data.evaluation_images(splits, "validation", run.pixels) if len(splits.validation) else None
     vae = _prepare_vae(run, saved, say)
-    step = 0 if saved is None else saved[1]["step"]
+    step, total = 0 if saved is None else saved[1]["step"], count_steps(options, len(splits.train))
     if distributed.is_writer():
         runs.mend_metrics(folder, step)
     silent = not (distributed.is_writer() and has_terminal())  # a log has a line for each epoch instead
     with (
         stop_on_signals(f"--resume {folder} goes on") as should_stop,
         open_events(folder, options, step=step) as log,
-        Progress(total=_total_steps(run), initial=step, unit="step", desc="training", disable=silent) as progress,
+        Progress(total=total, initial=step, unit="step", desc="training", disable=silent) as progress,
         warnings.catch_warnings(),
     ):
         warnings.filterwarnings("ignore", "Encountered NaN")  # the error that follows names the step and the site
@@ -342,9 +342,6 @@ def _explain_errors(run: Run, record: _TrainingRecord, progress: Progress, *, is
         ) from None
 
 
-def _total_steps(run: Run) -> int:
-    return count_steps(run.options, len(run.splits.train))
-
-
 def _is_trained(run: Run, saved: Saved | None) -> bool:
-    return saved is not None and saved[1]["step"] >= _total_steps(run) and is_whole(run.folder / runs.MODEL)
+    total = count_steps(run.options, len(run.splits.train))
+    return saved is not None and saved[1]["step"] >= total and is_whole(run.folder / runs.MODEL)

@@ -55,8 +55,14 @@ def build_vae(options: Options, event_shape: Sequence[int]) -> VAE:
         posterior = Conditional(make_encoder(guide.num_features), guide)
         context = {"latent_dim": options.latent_dim, "posterior": posterior, "event_shape": event_shape}
         built = VAE(PRIORS[options.prior].build(options, **context), likelihood, posterior)
-    if options.initialization == "wide":
-        for part in _find_dense_parts(built):
+    if options.initialization == "wide":  # encoder and decoder, and with several layers also the prior
+        parts = [built.get_submodule("likelihood"), built.get_submodule("posterior")]
+        if isinstance(built, HierarchicalVAE):
+            parts.append(built.prior.layers)
+        if isinstance(built.posterior, TopDown):
+            outputs = (getattr(feature, "output", None) for feature in built.posterior.features)
+            parts += [output for output in outputs if isinstance(output, nn.Module)]
+        for part in parts:
             networks.start_wide(part)
     return built
 
@@ -93,17 +99,6 @@ def has_closed_form_kl(options: Options, *, by_latent: bool) -> bool:
     except NotImplementedError:
         return False
     return tuple(kl.shape) == ((1, L) if by_latent else (1,))
-
-
-def _find_dense_parts(vae: nn.Module) -> list[nn.Module]:
-    """The parts whose dense layers start wide: encoder and decoder, and with several layers also the prior."""
-    parts = [vae.get_submodule("likelihood"), vae.get_submodule("posterior")]
-    if isinstance(vae, HierarchicalVAE):
-        parts.append(vae.prior.layers)
-    if isinstance(vae.posterior, TopDown):
-        outputs = (getattr(feature, "output", None) for feature in vae.posterior.features)
-        parts += [output for output in outputs if isinstance(output, nn.Module)]
-    return parts
 
 
 def _build_hierarchy(

@@ -270,7 +270,7 @@ class StageResults:
 
     def __init__(self, path: Path, identities: Identities, common: Mapping[str, object], say: Say) -> None:
         self._path, self._identities = path, dict(identities)
-        self._stages: dict[str, dict[str, Tensor]] = {}
+        self.stages: dict[str, dict[str, Tensor]] = {}
         self.seconds: dict[str, float] = {}
         if not path.exists():
             return
@@ -284,19 +284,15 @@ class StageResults:
                 self._identities[stage] = identity
                 found = {n.removeprefix(f"{stage}/"): v for n, v in tensors.items() if n.startswith(f"{stage}/")}
                 self.add(stage, found, scalars["seconds"][stage])
-        used = [stage for stage in identities if stage in self._stages]
+        used = [stage for stage in identities if stage in self.stages]
         if used:
             say(f"Taken from {path.name}, as measured with the same options: {', '.join(used)}.")
 
-    def get(self, stage: str) -> dict[str, Tensor] | None:
-        """The results of a complete stage; None if it must be computed."""
-        return self._stages.get(stage)
-
     def add(self, stage: str, results: dict[str, Tensor], seconds: float) -> None:
         """Add a complete stage and the seconds that it took; ``save`` writes it."""
-        self._stages[stage], self.seconds[stage] = results, seconds
+        self.stages[stage], self.seconds[stage] = results, seconds
 
     def save(self, others: dict[str, Tensor]) -> None:
         """Replace the file: every stage's results as STAGE/NAME, and other tensors under their own names."""
-        tensors = {f"{stage}/{name}": v for stage, found in self._stages.items() for name, v in found.items()}
+        tensors = {f"{stage}/{name}": v for stage, found in self.stages.items() for name, v in found.items()}
         save_tensors(self._path, tensors | others, {"stages": self._identities, "seconds": self.seconds})

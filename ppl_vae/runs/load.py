@@ -23,9 +23,6 @@ from ppl_vae.vae import VAE
 _EXPORT_FORMAT = "ppl_vae model 1"
 _EXPORTED = {*MODEL_OPTIONS, "dequantization_draws"} - {"data_dir"}
 
-# In config.json, "trained" of a run folder without its training: what ``save`` made, and what came with the package.
-_FROM_PYTHON, _SHIPPED = "from Python", "shipped"
-
 PRETRAINED = Path(__file__).parents[1] / "pretrained"
 
 
@@ -78,7 +75,7 @@ def read_options(config: Mapping[str, object]) -> Options:
 
 
 def read_config(run_dir: Path) -> tuple[Options, JsonObject]:
-    """The options of a run or an export, and its data's kind, event_shape (a tuple) and sha256.
+    """The options of a run or an export, its data's kind, event_shape (a tuple) and sha256, and whether it can resume.
 
     Raises ValueError for a damaged config.
     """
@@ -93,19 +90,15 @@ def read_config(run_dir: Path) -> tuple[Options, JsonObject]:
         for name in ("binarization", "warmup_epochs", "dequantization", "prior", "objective"):
             if getattr(options, name) is None:
                 raise ValueError(f"expected {name} as it was resolved, got null")
-        return options, {"kind": data.get("kind"), "sha256": data["sha256"], "event_shape": tuple(shape)}
+        seen = {"kind": data.get("kind"), "sha256": data["sha256"], "event_shape": tuple(shape)}
+        # A folder by ``save`` was "trained" "from Python", a pretrained run "shipped": neither has its training.
+        return options, seen | {"can_resume": not is_export(config) and "trained" not in config}
     except KeyError as error:
         raise ValueError(f"{path}: damaged: missing {error}") from None
     except TypeError:
         raise ValueError(f"{path}: damaged: expected the objects options and data") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-
-
-def is_from_python(run_dir: Path) -> bool:
-    """Whether there is no training to resume: a folder by ``save``, a pretrained run or an export."""
-    config = runs.read_json(run_dir / runs.CONFIG)
-    return is_export(config) or config.get("trained") in (_FROM_PYTHON, _SHIPPED)
 
 
 # --- The run's folder ---
@@ -214,7 +207,7 @@ def save(trained: VAE, run_dir: str | Path, options: Options, *, metrics: Sequen
     if not _has_same_shapes(build_meta_vae(options, seen.event_shape), weights):
         raise ValueError("options: expected those that the VAE was built with, got others (weights differ in shape)")
     folder = runs.make_run_dir(str(run_dir), dataset=options.dataset, likelihood=options.likelihood)
-    runs.write_json(folder / runs.CONFIG, make_config(options, seen) | {"trained": _FROM_PYTHON})
+    runs.write_json(folder / runs.CONFIG, make_config(options, seen) | {"trained": "from Python"})
     record_environment(folder, options.device)
     for record in metrics:
         runs.append_metrics(folder, record)

@@ -15,7 +15,7 @@ from ppl_vae import data, runs
 from ppl_vae.data import SPLITS
 from ppl_vae.evidence.dequantization import dequantized
 from ppl_vae.runs.build import build_likelihood, is_autoencoder
-from ppl_vae.runs.load import copy_pretrained, find_run_folder, is_export, is_from_python, load, read_config
+from ppl_vae.runs.load import copy_pretrained, find_run_folder, is_export, load, read_config
 from ppl_vae.runs.options import Options
 from ppl_vae.runs.resolve import (
     check_support,
@@ -136,7 +136,7 @@ def open_run(
             f"{folder / runs.CONFIG}: damaged: event_shape {seen['event_shape']}, but the data has {splits.event_shape}"
         )
     check_support(options, splits)
-    return Run(folder, options, splits, from_python=is_from_python(folder))
+    return Run(folder, options, splits, from_python=not seen["can_resume"])
 
 
 def open_run_or_export(run_dir: str, *, dataset: str | None, data_dir: str | None, say: Say) -> Run:
@@ -171,7 +171,7 @@ def open_without_data(folder: Path) -> Run:
         split="none is here",
         protocol=options.protocol,
     )
-    return Run(folder, options, splits, from_python=is_from_python(folder))
+    return Run(folder, options, splits, from_python=not seen["can_resume"])
 
 
 def check_images(run: Run, source: str, x: Tensor) -> None:

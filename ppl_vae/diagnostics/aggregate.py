@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution
+from torch.distributions import Binomial, Distribution
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from ppl_vae.diagnostics.latents import PerLatent
@@ -23,8 +23,7 @@ from ppl_vae.evidence.moments import (
 from ppl_vae.protocols import LatentModel
 from ppl_vae.runtime.global_state import seeded, serialize_threads
 
-# A prior draw is in a hole if its score is below this quantile of the scores of held-out images' draws.
-# Source: ours.
+# A prior draw is in a hole if its score is below this quantile of the scores of held-out images' draws. Source: ours.
 HOLE_QUANTILE = 0.01
 
 _SHOWN = 12  # latents of prior draws that are kept for a picture
@@ -36,6 +35,16 @@ _DRAWS_FOR_BANDWIDTH = 500
 
 # The classifier takes seconds on one core for 5,000 draws of 40 latents. Source: ours.
 _HIDDEN, _EPOCHS, _BATCH, _RATE, _DECAY = 64, 20, 250, 3e-3, 1e-2
+
+
+def _check_draws(name: str, z: Tensor) -> Tensor:
+    """(N, L) z in float64 on the CPU; raises ValueError unless it is a matrix of at least two draws."""
+    if z.dim() != 2 or len(z) < 2:
+        raise ValueError(f"{name}: expected draws (N, L), at least two, got shape {tuple(z.shape)}")
+    return z.detach().double().cpu()
+
+
+# --- Single latents ---
 
 
 @dataclass(frozen=True)
@@ -56,17 +65,82 @@ class LatentMoments:
         return torch.maximum(self.mean.mean.abs(), self.log_scale.mean.abs())
 
 
-@dataclass(frozen=True)
-class KolmogorovSmirnov:
-    """D_l = sup_t |F_N(t) - F_l(t)| for each latent, from 0 to 1, and its p-value.
+@serialize_threads()
+@torch.no_grad()
+def latent_moments(z: Tensor, prior: Distribution) -> LatentMoments:
+    """(mean z_l - m_l) / s_l and log(scale z_l / s_l), with the prior's mean m and scale s.
+
+    The error of the log-scale is the delta method's, from the fourth moment.
 
     Args:
-        statistic: (L,) the effect size.
-        p_value: (L,).
+        z: (N, L) one draw of q(z | x_n) per image: draws of the aggregate posterior. Fewer than two raise ValueError.
+        prior: p(z), event (L,). Moments without a closed form are those of 20,000 draws.
     """
+    z = _check_draws("z", z)
+    p = compute_moments(prior)
+    z = (z - p.mean.double().cpu()) / p.scale.double().cpu()
+    N, variance = len(z), z.var(0)
+    log_scale_stderr = (z - z.mean(0)).square().std(0) / (2 * variance * math.sqrt(N))
+    mean = PerLatent(z.mean(0), (variance / N).sqrt())
+    return LatentMoments(mean, PerLatent(variance.log() / 2, log_scale_stderr))
+
+
+@dataclass(frozen=True)
+class KolmogorovSmirnov:
+    """D_l = sup_t |F_N(t) - F_l(t)| for each latent, the effect size from 0 to 1, and its p-value, (L,) each."""
 
     statistic: Tensor
     p_value: Tensor
+
+
+@serialize_threads()
+@torch.no_grad()
+def kolmogorov_smirnov(z: Tensor, prior: Distribution) -> KolmogorovSmirnov:
+    """D_l = sup_t |F_N(t) - F_l(t)|, for the share F_N(t) of z_nl up to t and the prior's F_l(t).
+
+    The p-value is that of Kolmogorov's limit at (sqrt(N) + 0.12 + 0.11 / sqrt(N)) D. With thousands of images every
+    trained model is rejected; judge by the effect size D, the largest difference of probabilities.
+
+    Args:
+        z: (N, L) one draw of q(z | x_n) per image. Fewer than two raise ValueError.
+        prior: p(z), event (L,). A prior whose latents have no distribution functions is represented by 20,000 draws, in
+            a two-sample test.
+
+    Reference: Stephens 1970, Journal of the Royal Statistical Society B 32(1), 115-122 (the correction for N).
+    """
+    ordered = _check_draws("z", z).sort(0).values
+    N = len(ordered)
+    try:
+        marginals = factors(prior)
+        if marginals is None:
+            raise NotImplementedError
+        at = marginals.cdf(ordered.to(z.device)).cpu().double()
+        size = float(N)
+    except NotImplementedError:
+        drawn = sample_latents(prior, PRIOR_DRAWS).double().cpu().T.contiguous().sort(-1).values
+        at = torch.searchsorted(drawn, ordered.T.contiguous(), right=True).T.double() / PRIOR_DRAWS
+        size = N * PRIOR_DRAWS / (N + PRIOR_DRAWS)
+    rank = torch.arange(1, N + 1, dtype=torch.double)[:, None] / N
+    D = torch.maximum((rank - at).amax(0), (at - rank + 1 / N).amax(0))
+    return KolmogorovSmirnov(D, kolmogorov_tail((math.sqrt(size) + 0.12 + 0.11 / math.sqrt(size)) * D))
+
+
+def kolmogorov_tail(t: Tensor) -> Tensor:
+    """P(K > t) = 2 sum_{k >= 1} (-1)^(k - 1) exp(-2 k^2 t^2) for the supremum K of a Brownian bridge's magnitude.
+
+    Below t = 1 it is computed as 1 - sqrt(2 pi) / t sum_{k >= 1} exp(-(2 k - 1)^2 pi^2 / (8 t^2)). Ten terms of either
+    form are exact to float64 on its side of 1. t: of any shape, float64, which the result has too.
+
+    Reference: Kolmogorov 1933; Feller 1948, Annals of Mathematical Statistics 19(2), 177-189, equation 1.4.
+    """
+    k = torch.arange(1, 11, dtype=t.dtype)
+    small = t[..., None].clamp(min=0.05)  # the tail is 1 there, and 1 / t^2 is finite
+    rest = math.sqrt(2 * math.pi) / small * (-((2 * k - 1) * math.pi).square() / (8 * small.square())).exp()
+    tail = 2 * (-1) ** (k - 1) * (-2 * (k * t[..., None]).square()).exp()
+    return torch.where(t < 1, 1 - rest.sum(-1), tail.sum(-1)).clamp(0, 1)
+
+
+# --- A classifier ---
 
 
 @dataclass(frozen=True)
@@ -83,6 +157,72 @@ class TwoSample:
     effect: Estimate
     p_value: float
     num_held_out: int
+
+
+def binomial_tail(successes: int, trials: int) -> float:
+    """P(B >= k), B ~ Binomial(n, 1/2): the chance of at least k heads."""
+    k = torch.arange(successes, trials + 1, dtype=torch.double)
+    log_p = Binomial(trials, torch.tensor(0.5, dtype=torch.double)).log_prob(k)
+    return min(1.0, float(log_p.logsumexp(0).exp()))
+
+
+@serialize_threads()
+def classifier_test(z_posterior: Tensor, z_prior: Tensor, *, seed: int = 0) -> TwoSample:
+    """2 A - 1, with the held-out accuracy A = P(a classifier names the sample that a draw came from).
+
+    A small network of (z, z^2) is trained on a random half of each sample and tested on the other. The p-value is
+    P(Binomial(n, 1/2) >= the number of correct answers), which holds for every classifier.
+
+    Args:
+        z_posterior: (N, L) one draw of q(z | x_n) per image, N at least 4.
+        z_prior: (N, L) as many draws of the prior.
+        seed: of the halves, the network's initialization and the batches; torch's global generator is not changed.
+
+    Reference: Lopez-Paz and Oquab 2017, arXiv 1610.06545. The network is ours.
+    """
+    if z_posterior.dim() != 2 or z_posterior.shape != z_prior.shape or len(z_posterior) < 4:
+        got = f"{tuple(z_posterior.shape)} and {tuple(z_prior.shape)}"
+        raise ValueError(f"z_posterior, z_prior: expected two samples (N, L) of one shape, N at least 4, got {got}")
+    with seeded(seed, z_posterior.device):
+        halves = zip(_split_in_halves(z_posterior), _split_in_halves(z_prior), strict=True)
+        (features, label), (held_out, truth) = (_label_features(*half) for half in halves)
+        loc, scale = features.mean(0), features.std(0).clamp(min=1e-6)  # a latent may be constant in both samples
+        classifier = _train_classifier((features - loc) / scale, label)
+    with torch.no_grad():
+        right = (classifier((held_out - loc) / scale).squeeze(-1) > 0) == (truth > 0.5)
+    n, accuracy = len(truth), Estimate.share_of(right)
+    return TwoSample(Estimate(2 * accuracy.mean - 1, 2 * accuracy.stderr, n), binomial_tail(int(right.sum()), n), n)
+
+
+def _split_in_halves(z: Tensor) -> tuple[Tensor, Tensor]:
+    z = z.detach().float()[torch.randperm(len(z)).to(z.device)]
+    return z[: len(z) // 2], z[len(z) // 2 :]
+
+
+def _label_features(posterior: Tensor, prior: Tensor) -> tuple[Tensor, Tensor]:
+    """(z, z^2) of both samples, (M, 2 L), and 1 for the posterior's draws, 0 for the prior's."""
+    z = torch.cat([posterior, prior])
+    label = torch.cat([z.new_ones(len(posterior)), z.new_zeros(len(prior))])
+    return torch.cat([z, z.square()], dim=-1), label
+
+
+@torch.enable_grad()
+def _train_classifier(features: Tensor, label: Tensor) -> nn.Module:
+    """A network of standardized features (M, F) -> (M, 1), the log-odds of label 1."""
+    net = nn.Sequential(nn.Linear(features.shape[1], _HIDDEN), nn.SiLU(), nn.Linear(_HIDDEN, 1)).to(features)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=_RATE, weight_decay=_DECAY)
+    steps = _EPOCHS * math.ceil(len(label) / _BATCH)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    for _ in range(_EPOCHS):
+        for index in torch.randperm(len(label)).to(label.device).split(_BATCH):
+            optimizer.zero_grad()
+            binary_cross_entropy_with_logits(net(features[index]).squeeze(-1), label[index]).backward()
+            optimizer.step()
+            schedule.step()
+    return net
+
+
+# --- Holes ---
 
 
 @dataclass(frozen=True)
@@ -119,171 +259,6 @@ class Holes:
     ordinary: tuple[tuple[float, ...], ...]
 
 
-def _check_draws(name: str, z: Tensor) -> Tensor:
-    """(N, L) z in float64 on the CPU; raises ValueError unless it is a matrix of at least two draws."""
-    if z.dim() != 2 or len(z) < 2:
-        raise ValueError(f"{name}: expected draws (N, L), at least two, got shape {tuple(z.shape)}")
-    return z.detach().double().cpu()
-
-
-@serialize_threads()
-@torch.no_grad()
-def latent_moments(z: Tensor, prior: Distribution) -> LatentMoments:
-    """(mean z_l - m_l) / s_l and log(scale z_l / s_l), with the prior's mean m and scale s.
-
-    The error of the log-scale is the delta method's, from the fourth moment.
-
-    Args:
-        z: (N, L) one draw of q(z | x_n) per image: draws of the aggregate posterior.
-        prior: p(z), event (L,). Moments without a closed form are those of 20,000 draws.
-
-    Raises:
-        ValueError: fewer than two draws.
-    """
-    z = _check_draws("z", z)
-    p = compute_moments(prior)
-    z = (z - p.mean.double().cpu()) / p.scale.double().cpu()
-    N = len(z)
-    squares = (z - z.mean(0)).square()
-    variance = z.var(0)
-    log_scale_stderr = squares.std(0) / (2 * variance * math.sqrt(N))
-    mean = PerLatent(z.mean(0), (variance / N).sqrt())
-    return LatentMoments(mean, PerLatent(variance.log() / 2, log_scale_stderr))
-
-
-@serialize_threads()
-@torch.no_grad()
-def kolmogorov_smirnov(z: Tensor, prior: Distribution) -> KolmogorovSmirnov:
-    """D_l = sup_t |F_N(t) - F_l(t)|, for the share F_N(t) of z_nl up to t and the prior's F_l(t).
-
-    The p-value is that of Kolmogorov's limit at (sqrt(N) + 0.12 + 0.11 / sqrt(N)) D. With thousands of images every
-    trained model is rejected; judge by the effect size D, the largest difference of probabilities.
-
-    Args:
-        z: (N, L) one draw of q(z | x_n) per image.
-        prior: p(z), event (L,). A prior whose latents have no distribution functions is represented by 20,000 draws, in
-            a two-sample test.
-
-    Raises:
-        ValueError: fewer than two draws.
-
-    Reference: Stephens 1970, Journal of the Royal Statistical Society B 32(1), 115-122 (the correction for N).
-    """
-    draws = _check_draws("z", z)
-    N = len(draws)
-    in_order = draws.sort(0).values
-    try:
-        marginals = factors(prior)
-        if marginals is None:
-            raise NotImplementedError
-        at = marginals.cdf(in_order.to(z.device)).cpu().double()
-        size = float(N)
-    except NotImplementedError:
-        drawn = sample_latents(prior, PRIOR_DRAWS).double().cpu().T.contiguous().sort(-1).values
-        at = torch.searchsorted(drawn, in_order.T.contiguous(), right=True).T.double() / PRIOR_DRAWS
-        size = N * PRIOR_DRAWS / (N + PRIOR_DRAWS)
-    rank = torch.arange(1, N + 1, dtype=torch.double)[:, None] / N
-    D = torch.maximum((rank - at).amax(0), (at - rank + 1 / N).amax(0))
-    return KolmogorovSmirnov(D, kolmogorov_tail((math.sqrt(size) + 0.12 + 0.11 / math.sqrt(size)) * D))
-
-
-def kolmogorov_tail(t: Tensor) -> Tensor:
-    """P(K > t) = 2 sum_{k >= 1} (-1)^(k - 1) exp(-2 k^2 t^2) for the supremum K of a Brownian bridge's magnitude.
-
-    Below t = 1 it is computed as 1 - sqrt(2 pi) / t sum_{k >= 1} exp(-(2 k - 1)^2 pi^2 / (8 t^2)). Ten terms of either
-    form are exact to float64 on its side of 1.
-
-    Args:
-        t: of any shape, float64, which the result has too.
-
-    Reference: Kolmogorov 1933; Feller 1948, Annals of Mathematical Statistics 19(2), 177-189, equation 1.4.
-    """
-    k = torch.arange(1, 11, dtype=t.dtype)
-    small = t[..., None].clamp(min=0.05)  # the tail is 1 there, and 1 / t^2 is finite
-    rest = math.sqrt(2 * math.pi) / small * (-((2 * k - 1) * math.pi).square() / (8 * small.square())).exp()
-    tail = 2 * (-1) ** (k - 1) * (-2 * (k * t[..., None]).square()).exp()
-    return torch.where(t < 1, 1 - rest.sum(-1), tail.sum(-1)).clamp(0, 1)
-
-
-def binomial_tail(successes: int, trials: int) -> float:
-    """P(B >= k), B ~ Binomial(n, 1/2): the chance of at least k heads."""
-    k = torch.arange(successes, trials + 1, dtype=torch.double)
-    n = torch.tensor(trials, dtype=torch.double)
-    log_p = (n + 1).lgamma() - (k + 1).lgamma() - (n - k + 1).lgamma() - n * math.log(2)
-    return min(1.0, float(log_p.logsumexp(0).exp()))
-
-
-@serialize_threads()
-def classifier_test(z_posterior: Tensor, z_prior: Tensor, *, seed: int = 0) -> TwoSample:
-    """2 A - 1, with the held-out accuracy A = P(a classifier names the sample that a draw came from).
-
-    A small network of (z, z^2) is trained on a random half of each sample and tested on the other. The p-value is
-    P(Binomial(n, 1/2) >= the number of correct answers), which holds for every classifier.
-
-    Args:
-        z_posterior: (N, L) one draw of q(z | x_n) per image.
-        z_prior: (N, L) as many draws of the prior.
-        seed: of the halves, the network's initialization and the batches; torch's global generator is not changed.
-
-    Raises:
-        ValueError: samples of different shapes, or fewer than four draws.
-
-    Reference: Lopez-Paz and Oquab 2017, arXiv 1610.06545. The network is ours.
-    """
-    if z_posterior.dim() != 2 or z_posterior.shape != z_prior.shape or len(z_posterior) < 4:
-        got = f"{tuple(z_posterior.shape)} and {tuple(z_prior.shape)}"
-        raise ValueError(f"z_posterior, z_prior: expected two samples (N, L) of one shape, N at least 4, got {got}")
-    with seeded(seed, z_posterior.device):
-        posterior_halves, prior_halves = _split_in_halves(z_posterior), _split_in_halves(z_prior)
-        (features, label), (held_out, truth) = map(_label_features, posterior_halves, prior_halves)
-        loc, scale = features.mean(0), features.std(0).clamp(min=1e-6)  # a latent may be constant in both samples
-        classifier = _train_classifier((features - loc) / scale, label)
-    with torch.no_grad():
-        right = (classifier((held_out - loc) / scale).squeeze(-1) > 0) == (truth > 0.5)
-    n = len(truth)
-    accuracy = Estimate.share_of(right)
-    effect = Estimate(2 * accuracy.mean - 1, 2 * accuracy.stderr, n)
-    return TwoSample(effect, binomial_tail(int(right.sum()), n), n)
-
-
-def _split_in_halves(z: Tensor) -> tuple[Tensor, Tensor]:
-    z = z.detach().float()[torch.randperm(len(z)).to(z.device)]
-    return z[: len(z) // 2], z[len(z) // 2 :]
-
-
-def _label_features(posterior: Tensor, prior: Tensor) -> tuple[Tensor, Tensor]:
-    """(z, z^2) of both samples, (M, 2 L), and 1 for the posterior's draws, 0 for the prior's."""
-    z = torch.cat([posterior, prior])
-    label = torch.cat([z.new_ones(len(posterior)), z.new_zeros(len(prior))])
-    return torch.cat([z, z.square()], dim=-1), label
-
-
-@torch.enable_grad()
-def _train_classifier(features: Tensor, label: Tensor) -> nn.Module:
-    """A network of standardized features (M, F) -> (M, 1), the log-odds of label 1."""
-    net = nn.Sequential(nn.Linear(features.shape[1], _HIDDEN), nn.SiLU(), nn.Linear(_HIDDEN, 1)).to(features)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=_RATE, weight_decay=_DECAY)
-    steps = _EPOCHS * math.ceil(len(label) / _BATCH)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
-    for _ in range(_EPOCHS):
-        for index in torch.randperm(len(label)).to(label.device).split(_BATCH):
-            optimizer.zero_grad()
-            binary_cross_entropy_with_logits(net(features[index]).squeeze(-1), label[index]).backward()
-            optimizer.step()
-            schedule.step()
-    return net
-
-
-def _choose_bandwidth(q: AggregatePosterior, z: Tensor) -> tuple[float, AggregatePosterior]:
-    """The bandwidth h with the highest mean log q_h(z) over 500 of the draws, and q_h."""
-    smoothed = [(bandwidth, q.smoothed(bandwidth)) for bandwidth in _BANDWIDTHS]
-    candidates = [(bandwidth, mixture) for bandwidth, mixture in smoothed if mixture is not None]
-    some = z[:: math.ceil(len(z) / _DRAWS_FOR_BANDWIDTH)]
-    if not candidates:
-        return 0.0, q
-    return max(candidates, key=lambda candidate: float(candidate[1].log_prob(some).mean()))
-
-
 @serialize_threads()
 @torch.no_grad()
 def holes(vae: LatentModel, x: Tensor, z_held_out: Tensor, z_prior: Tensor) -> Holes:
@@ -293,19 +268,16 @@ def holes(vae: LatentModel, x: Tensor, z_held_out: Tensor, z_prior: Tensor) -> H
     narrow posteriors leave even a perfect model's prior draws far from each of them. If the aggregate posterior is the
     prior, held-out and prior draws have one distribution, and 1% of the prior draws are in holes, whatever q is.
 
-    Posteriors too narrow to overlap show only how narrow the nearest one is, so a normal guide's variances s^2 are
-    widened to s^2 + h^2 Var_n m_n, with the h (0 included) that makes held-out draws most likely. Every other held-out
-    draw chooses h, and the rest set t. The error is that of the share and of t as a sample quantile.
+    A normal guide's variances s^2 are widened to s^2 + h^2 Var_n m_n, with the h (0 included) that makes held-out draws
+    most likely. Every other held-out draw chooses h, and the rest set t. The error is that of the share and of t as a
+    sample quantile.
 
     Args:
-        vae: the VAE, whose guide has a density.
-        x: reference images (N, *E), as the model sees them.
+        vae: with a guide that has a density.
+        x: reference images (N, *E), as the model sees them; none raise ValueError.
         z_held_out: (M', L) one draw of q(z | x) for each of other images; a reference image's draw would lie in its own
             component.
         z_prior: (M, L) draws of the prior.
-
-    Raises:
-        ValueError: no image, or fewer than two draws.
 
     Source: ours; the term is Rezende and Viola 2018, arXiv 1810.00597.
     """
@@ -314,23 +286,18 @@ def holes(vae: LatentModel, x: Tensor, z_held_out: Tensor, z_prior: Tensor) -> H
     prior = vae.prior()
     bandwidth, q = _choose_bandwidth(AggregatePosterior.encode(vae, x), z_held_out[::2])
     held_out, at_prior = ((q.log_prob(z) - compute_log_prob(prior, z)).cpu() for z in (z_held_out[1::2], z_prior))
-    quantile_stderr = math.sqrt(HOLE_QUANTILE * (1 - HOLE_QUANTILE) / len(held_out))
-
-    def share_below(quantile: float) -> Estimate:
-        return Estimate.share_of(at_prior < held_out.quantile(min(1.0, max(0.0, quantile))))
-
-    share = share_below(HOLE_QUANTILE)
-    threshold_stderr = (
-        share_below(HOLE_QUANTILE + quantile_stderr).mean - share_below(HOLE_QUANTILE - quantile_stderr).mean
-    ) / 2
-    order = at_prior.argsort()
-    middle = len(order) // 2
+    reach = math.sqrt(HOLE_QUANTILE * (1 - HOLE_QUANTILE) / len(held_out))  # the quantile's error as a share
+    share, most, least = (
+        Estimate.share_of(at_prior < held_out.quantile(min(1.0, max(0.0, HOLE_QUANTILE + step))))
+        for step in (0.0, reach, -reach)
+    )
+    order, middle = at_prior.argsort(), len(at_prior) // 2
 
     def select(index: Tensor) -> tuple[tuple[float, ...], ...]:
         return tuple(tuple(z) for z in z_prior[index.to(z_prior.device)].double().cpu().tolist())
 
     return Holes(
-        share=Estimate(share.mean, math.hypot(share.stderr, threshold_stderr)),
+        share=Estimate(share.mean, math.hypot(share.stderr, (most.mean - least.mean) / 2)),
         expected=HOLE_QUANTILE,
         threshold=float(held_out.quantile(HOLE_QUANTILE)),
         bandwidth=bandwidth,
@@ -339,4 +306,14 @@ def holes(vae: LatentModel, x: Tensor, z_held_out: Tensor, z_prior: Tensor) -> H
         median_score=HoleScores(float(at_prior.median()), float(held_out.median())),
         worst=select(order[:_SHOWN]),
         ordinary=select(order[max(0, middle - _SHOWN // 2) :][:_SHOWN]),
+    )
+
+
+def _choose_bandwidth(q: AggregatePosterior, z: Tensor) -> tuple[float, AggregatePosterior]:
+    """The bandwidth h with the highest mean log q_h(z) over 500 of the draws, and q_h."""
+    smoothed = [(bandwidth, q.smoothed(bandwidth)) for bandwidth in _BANDWIDTHS]
+    candidates = [(bandwidth, mixture) for bandwidth, mixture in smoothed if mixture is not None]
+    some = z[:: math.ceil(len(z) / _DRAWS_FOR_BANDWIDTH)]
+    return (
+        (0.0, q) if not candidates else max(candidates, key=lambda candidate: float(candidate[1].log_prob(some).mean()))
     )

@@ -26,9 +26,7 @@ from ppl_vae.runtime.errors import check_count
 from ppl_vae.runtime.global_state import serialize_threads
 from ppl_vae.support import check_support
 
-# A latent is active if the variance of its posterior mean over images exceeds this, in variances of the prior (Burda et
-# al. 2016, section 5).
-ACTIVE_VARIANCE = 0.01
+ACTIVE_VARIANCE = 0.01  # of the posterior mean over images, in variances of the prior (Burda et al. 2016, section 5)
 
 # The mutual information of N images cannot exceed log N; above this share of log N it says little else. Source: ours.
 SATURATED_SHARE = 0.9
@@ -83,6 +81,59 @@ class ActiveUnits:
         return self.mean > ACTIVE_VARIANCE
 
 
+def _closed_kl(q: Distribution | None, p: Distribution) -> Tensor | None:
+    """(B, L) KL(q(z_l | x) || p(z_l)) of the factors of a guide and a prior, in closed form, else None."""
+    try:
+        return None if q is None else kl_divergence(q, p).double()
+    except NotImplementedError:
+        return None
+
+
+@serialize_threads()
+@torch.no_grad()
+def latent_kl(vae: LatentModel, x: Tensor, *, draws: int = 100) -> PerLatent | None:
+    """(1/N) sum_n KL(q(z_l | x_n) || p(z_l)) for each latent, (L,) nats, in closed form if torch has one.
+
+    None unless guide and prior are products over latents by construction.
+
+    Args:
+        x: (N, *E), as the model sees images; none raise ValueError.
+        draws: of q(z | x) per image, if there is no closed form.
+    """
+    p, found = factors(vae.prior()), []
+    for group in AggregatePosterior.encode(vae, x).groups:
+        q = factors(group)
+        if p is None or q is None:
+            return None
+        kl = _closed_kl(q, p)
+        if kl is None:
+            z = group.sample((draws,))
+            kl = (q.log_prob(z).double() - p.log_prob(z).double()).mean(0)
+        found.append(kl)
+    return PerLatent.mean_of(torch.cat(found))
+
+
+def active_units(codes: PosteriorMoments, prior_scale: Tensor | None = None) -> ActiveUnits:
+    """A_l = Var_n E[z_l | x_n] / Var p(z_l); a latent is active if A_l exceeds 0.01.
+
+    If the means are those of draws, the variance that their error adds is subtracted. The standard error is
+    sqrt((mean_n d_n^4 - A^2) / N) for the deviations d_n from the mean.
+
+    Args:
+        codes: of N images, as ``moments.encode`` gives them.
+        prior_scale: (L,) of each latent under p(z), such as ``moments.compute_moments`` gives it; None for ones.
+
+    Reference: Burda et al. 2016, arXiv 1509.00519, section 5, for a standard normal prior; its unit: ours.
+    """
+    unit = codes.mean.new_ones(()).double() if prior_scale is None else prior_scale.double()
+    squares = ((codes.mean.double() - codes.mean.double().mean(0)) / unit).square()
+    squares = squares * len(squares) / max(1, len(squares) - 1)
+    if codes.num_draws is not None:
+        squares = squares - (codes.scale.double() / unit).square() / codes.num_draws
+    variance = PerLatent.mean_of(squares)
+    return ActiveUnits(int((variance.mean > ACTIVE_VARIANCE).sum()), variance.mean, variance.stderr)
+
+
 @dataclass(frozen=True)
 class ElboSplit:
     """ELBO = reconstruction - kl; kl = mutual information + marginal KL; marginal KL = TC + sum_l KL(q(z_l) || p(z_l)).
@@ -115,84 +166,18 @@ class ElboSplit:
     saturated: bool
 
 
-def _closed_kl(q: Distribution | None, p: Distribution) -> Tensor | None:
-    """(B, L) KL(q(z_l | x) || p(z_l)) of the factors of a guide and a prior, in closed form, else None."""
-    try:
-        return None if q is None else kl_divergence(q, p).double()
-    except NotImplementedError:
-        return None
-
-
-@serialize_threads()
-@torch.no_grad()
-def latent_kl(vae: LatentModel, x: Tensor, *, draws: int = 100) -> PerLatent | None:
-    """(1/N) sum_n KL(q(z_l | x_n) || p(z_l)) for each latent.
-
-    It is computed in closed form if torch has one for the distributions of a latent, else from draws of q.
-
-    Args:
-        x: (N, *E), as the model sees images.
-        draws: of q(z | x) per image, if there is no closed form.
-
-    Returns:
-        (L,) nats, or None unless guide and prior are products over latents by construction.
-
-    Raises:
-        ValueError: no image.
-    """
-    p, found = factors(vae.prior()), []
-    for group in AggregatePosterior.encode(vae, x).groups:
-        q = factors(group)
-        if p is None or q is None:
-            return None
-        kl = _closed_kl(q, p)
-        if kl is None:
-            z = group.sample((draws,))
-            kl = (q.log_prob(z).double() - p.log_prob(z).double()).mean(0)
-        found.append(kl)
-    return PerLatent.mean_of(torch.cat(found))
-
-
-def active_units(codes: PosteriorMoments, prior_scale: Tensor | None = None) -> ActiveUnits:
-    """A_l = Var_n E[z_l | x_n] / Var p(z_l); a latent is active if A_l exceeds 0.01.
-
-    A learned prior sets the unit of its latents, hence the division. If the means are those of draws, the variance that
-    their error adds is subtracted. The standard error is sqrt((mean_n d_n^4 - A^2) / N) for the deviations d_n from the
-    mean; it assumes independent images and no distribution.
-
-    Args:
-        codes: of N images, as ``moments.encode`` gives them.
-        prior_scale: (L,) of each latent under p(z), such as ``moments.compute_moments`` gives it; None for ones.
-
-    Reference: Burda et al. 2016, arXiv 1509.00519, section 5, for a standard normal prior; its unit: ours.
-    """
-    unit = codes.mean.new_ones(()).double() if prior_scale is None else prior_scale.double()
-    squares = ((codes.mean.double() - codes.mean.double().mean(0)) / unit).square()
-    squares = squares * len(squares) / max(1, len(squares) - 1)
-    if codes.num_draws is not None:
-        squares = squares - (codes.scale.double() / unit).square() / codes.num_draws
-    variance = PerLatent.mean_of(squares)
-    return ActiveUnits(int((variance.mean > ACTIVE_VARIANCE).sum()), variance.mean, variance.stderr)
-
-
 @serialize_threads()
 @torch.no_grad()
 def elbo_split(vae: LatentModel, x: Tensor) -> ElboSplit:
     """E KL(q(z | x) || p(z)) = I(z; n) + KL(q(z) || p(z)), and KL(q(z) || p(z)) = TC + sum_l KL(q(z_l) || p(z_l)).
 
-    q(z) = (1/N) sum_n q(z | x_n) over exactly these N images, and I is the mutual information between z and the index
-    n, uniform on them. I = E[log q(z | x) - log q(z)] is estimated from one draw of each q(z | x_n); no draw gives more
-    than log N. The KL is computed in closed form if there is one, and the marginal KL as KL - I, so that both
-    identities hold exactly in the returned numbers.
+    q(z) = (1/N) sum_n q(z | x_n) over exactly these images x (N, *E), and I is the mutual information between z and the
+    index n, uniform on them. I = E[log q(z | x) - log q(z)] is estimated from one draw of each q(z | x_n). The KL is
+    computed in closed form if there is one, and the marginal KL as KL - I, so that both identities hold exactly in the
+    returned numbers. The errors are over images, for a fixed mixture q(z).
 
-    I grows with N, up to that of the population of images. If the posteriors are so narrow that they hardly overlap, I
-    is log N (9.2 nats for 10,000 images) whatever the population's value is, and the marginal KL is overstated by the
-    difference: see ``ElboSplit.saturated``. Single latents overlap far more. The errors are over images, for a fixed
-    mixture q(z).
-
-    Args:
-        vae: the VAE, whose guide has a density.
-        x: (N, *E), as the model sees images.
+    I grows with N, up to that of the population of images. If the posteriors hardly overlap, I is log N (9.2 nats for
+    10,000 images) whatever the population's value is: see ``ElboSplit.saturated``. Single latents overlap far more.
 
     Raises:
         ValueError: no image, or one off the support of p(x | z).
@@ -206,7 +191,9 @@ def elbo_split(vae: LatentModel, x: Tensor) -> ElboSplit:
     z = q.sample()
     log_q = q.log_prob_per_image(z)
     information = log_q - q.log_prob(z)
-    reconstruction = _log_likelihood(vae, x, z)
+    size = images_per_pass(x, vae.likelihood)
+    passes = zip(x.split(size), z.split(size), strict=True)
+    reconstruction = torch.cat([vae.likelihood(part).log_prob(images).double() for images, part in passes])
     total_correlation = dimension_kl = sum_of_dimension_kl = None
     if latents is None:
         kl = log_q - compute_log_prob(prior, z)
@@ -235,13 +222,6 @@ def elbo_split(vae: LatentModel, x: Tensor) -> ElboSplit:
     )
 
 
-def _log_likelihood(vae: LatentModel, x: Tensor, z: Tensor) -> Tensor:
-    """(N,) log p(x_n | z_n), nats, float64."""
-    size = images_per_pass(x, vae.likelihood)
-    passes = zip(x.split(size), z.split(size), strict=True)
-    return torch.cat([vae.likelihood(codes).log_prob(images).double() for images, codes in passes])
-
-
 @serialize_threads()
 def implied_beta(vae: LatentModel, x: Tensor, *, draws: int = 8) -> Estimate | None:
     """beta = (d/dlog c E_q[log p(x | z)]) / (d/dlog c KL(q || p)) at c = 1, for a factor c on all scales of the guide.
@@ -259,7 +239,7 @@ def implied_beta(vae: LatentModel, x: Tensor, *, draws: int = 8) -> Estimate | N
     -L - E[d log p(z) / d log c] at the draws. The error is the delta method's, over images.
 
     Args:
-        vae: the VAE. Its weights are not changed, and get no gradient.
+        vae: its weights are not changed, and get no gradient.
         x: (N, *E), as the model sees images.
         draws: pairs of draws per image.
 
@@ -268,9 +248,6 @@ def implied_beta(vae: LatentModel, x: Tensor, *, draws: int = 8) -> Estimate | N
         errors (the decoder nearly ignores z); if the guide has no width (an autoencoder), or several layers, each with
         its own width; if all images are the same; and if the ratio is negative, since wider posteriors would then
         improve both terms or worsen both.
-
-    Raises:
-        ValueError: no image, one off the support of p(x | z), or no draw.
 
     Source: ours.
     """
@@ -303,14 +280,7 @@ def _log_prior(prior: Distribution, z: Tensor, log_c: Tensor) -> Tensor:
     """log p(z) after all of the guide's scales are multiplied by c.
 
     For a VampPrior that is log (1/K) sum_k q_k(m_k + (z - m_k) / c) / c^L; no other prior has the guide's scales.
-
-    Args:
-        prior: p(z).
-        z: (S, B, L).
-        log_c: (B,).
-
-    Returns:
-        (S, B) nats.
+    z: (S, B, L), log_c: (B,) -> (S, B) nats.
     """
     if not isinstance(prior, VampMixture):
         return prior.log_prob(z)

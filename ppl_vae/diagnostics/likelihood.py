@@ -22,9 +22,7 @@ from ppl_vae.support import check_support
 # The edge of a single permutation can come from two rare pixels that meet in one image: for 20,000 binarized MNIST
 # images three permutations gave 1.59, 1.45 and 1.43. Source: ours.
 _PERMUTATIONS = 3
-
-# A pixel with a standardized variance below this is constant up to rounding.
-_CONSTANT = 1e-12
+_CONSTANT = 1e-12  # a pixel with a smaller standardized variance is constant up to rounding
 
 
 @dataclass(frozen=True)
@@ -101,12 +99,10 @@ def whiten_scores(family: Likelihood, x: Tensor, *, features: Tensor | None = No
     eigenvalue exceeds beta, or beta D if log p is averaged over D pixels. See ``live_directions``.
 
     For a Normal of scale sigma the eigenvalues are those of Cov(x) / sigma^2, without approximation. For a Bernoulli
-    they are those of the pixels' correlation matrix, and describe the neighborhood of the collapsed state. A deeper
-    decoder can do more with one direction, and less well with many, so for it the count is only a guide.
-
-    A learned scale is that of the marginals here; once the decoder explains pixels, it falls and more directions live.
-    (``StudentT`` fits its marginals only roughly.) If log p has no second derivative (``Laplace``), H is E[s^2], which
-    is the same for data that the likelihood fits. A rare binary pixel is one direction with an eigenvalue near 1.
+    they are those of the pixels' correlation matrix, and describe the neighborhood of the collapsed state. For a deeper
+    decoder the count is only a guide. A learned scale is that of the marginals here; once the decoder explains pixels,
+    it falls and more directions live. If log p has no second derivative (``Laplace``), H is E[s^2], which is the same
+    for data that the likelihood fits.
 
     Args:
         family: p(x | h), with ``has_location``; a copy of it is used.
@@ -115,11 +111,7 @@ def whiten_scores(family: Likelihood, x: Tensor, *, features: Tensor | None = No
             parameters.
 
     Returns:
-        float64, for the D' pixels that vary.
-
-    Raises:
-        ValueError: a family without a location, or fewer than two images.
-        CannotMeasure: a ValueError: no pixel varies.
+        float64, for the D' pixels that vary. Where none does, CannotMeasure is raised.
 
     Reference: Lucas et al. 2019, arXiv 1911.02469, and Dai et al. 2020, arXiv 1912.10702 (Gaussian noise). The
     expansion for other likelihoods is ours.
@@ -253,13 +245,10 @@ def calibrate_pixels(
     """The histogram over pixels of PIT_d = (#{j: x^j_d < x_d} + v_d (1 + #{j: x^j_d = x_d})) / (J + 1).
 
     Each image has one z ~ q(z | x), J draws x^j ~ p(x | z) and v_d ~ Uniform(0, 1). If x ~ p(x) and q is the exact
-    posterior, then (x, z) is one draw of p(x, z), so given z the pixel x_d and the x^j_d are J + 1 independent draws of
-    one distribution. PIT_d is then exactly uniform for every J, for masses as for densities. A new z for each draw
-    would not do: x and the x^j would come from several distributions.
-
-    If it is not uniform, the likelihood, the guide or the prior is wrong; it cannot tell which. Uniform pixels prove
-    nothing about how pixels depend on each other. The bins' edges are quantiles of J draws, which blurs deviations by
-    at most 1 / (2 sqrt(J)). Draws come from torch's global generator. Memory depends on neither N nor J.
+    posterior, then given z the pixel x_d and the x^j_d are J + 1 independent draws of one distribution, and PIT_d is
+    exactly uniform for every J, for masses as for densities. (With a new z for each draw it would not be.) If it is not
+    uniform, the likelihood, the guide or the prior is wrong. Uniform pixels prove nothing about how pixels depend on
+    each other. The bins' edges are quantiles of J draws, which blurs deviations by at most 1 / (2 sqrt(J)).
 
     Args:
         x: images (N, *E) as the VAE sees them.

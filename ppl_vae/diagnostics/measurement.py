@@ -35,20 +35,13 @@ from ppl_vae.diagnostics.pictures import Blur, blur, reconstruction_variation
 from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.evidence.evaluation import evaluate, reconstruction
 from ppl_vae.evidence.importance import Importance
-from ppl_vae.evidence.moments import (
-    PosteriorMoments,
-    compute_moments,
-    decode_mean,
-    encode,
-    sample_latents,
-    sample_posterior,
-)
+from ppl_vae.evidence.moments import compute_moments, decode_mean, encode, sample_latents, sample_posterior
 from ppl_vae.protocols import LatentModel
 from ppl_vae.runtime.errors import CannotMeasure
 from ppl_vae.runtime.global_state import seeded
 from ppl_vae.weights import is_deterministic
 
-FEWEST_IMAGES = 4  # below which there is no diagnosis
+FEWEST_IMAGES = 4  # of a diagnosis
 
 # Most images for measures that would take long on more: the pairs of the ELBO's split grow with their square.
 _MOST_PAIRED = 2000
@@ -57,9 +50,6 @@ _MOST_CALIBRATED = 300
 _MOST_WEIGHED = 300
 
 Result = TypeVar("Result")
-
-
-# --- The numbers ---
 
 
 @dataclass(frozen=True)
@@ -129,7 +119,6 @@ class Measurements:
     """Every diagnostic of a VAE. What needs a density is None for an autoencoder (a deterministic guide).
 
     Args:
-        autoencoder: whether the guide is deterministic.
         num_images, num_pixels, latent_dim: N, D and L.
         reconstruction, kl: E_q[log p(x | z)] and the KL, nats per image.
         kl_by_latent: nats; None unless latents have a KL of their own.
@@ -157,9 +146,6 @@ class Measurements:
     left_out: dict[str, str] = field(default_factory=dict)
 
 
-# --- Measuring ---
-
-
 def measure_if_possible(left_out: dict[str, str], name: str, function: Callable[[], Result]) -> Result | None:
     """Call the function; if the images do not allow its measure, put the reason into ``left_out`` and return None."""
     try:
@@ -180,9 +166,7 @@ def measure(
     num_particles: int = 200,
     seed: int = 0,
 ) -> Measurements:
-    """Every diagnostic of a VAE, each a mean with its standard error over images.
-
-    Weights, mode and the global generators are not changed.
+    """Every diagnostic of a VAE, each a mean with its standard error over images; the global generators do not change.
 
     Args:
         x: images (N, *E) as the VAE sees them, at least 4.
@@ -193,9 +177,6 @@ def measure(
         importance: the quality of an estimate of log p(x); by default it is measured here on 300 images.
         num_particles: S of that estimate.
         seed: of every draw.
-
-    Raises:
-        ValueError: fewer than 4 images, or images that do not fit the VAE.
     """
     if len(x) < FEWEST_IMAGES:
         raise ValueError(f"x: expected at least {FEWEST_IMAGES} images, got {len(x)}")
@@ -214,7 +195,9 @@ def measure(
                 by_latent, implied = latent_kl(vae, x), implied_beta(vae, x)
                 log_p_x_given_z, kl = split.reconstruction, split.kl
             aggregate = _measure_aggregate(vae, x, most_paired, autoencoder=autoencoder, seed=seed)
-            pictures = _measure_pictures(vae, x, codes, x if gray is None else gray, left_out)
+            gray, means = x if gray is None else gray, decode_mean(vae, codes.mean)
+            variation = measure_if_possible(left_out, "variation", lambda: reconstruction_variation(means, gray))
+            sharp = measure_if_possible(left_out, "blur", lambda: blur(vae, x, gray=gray)) if x.dim() == 4 else None
             if not autoencoder:
                 calibration = calibrate_pixels(vae, _take_evenly(x, _MOST_CALIBRATED))
         if not autoencoder and importance is None:
@@ -234,7 +217,7 @@ def measure(
         implied_beta=implied,
         elbo_split=split,
         aggregate=aggregate,
-        pictures=pictures,
+        pictures=PictureNumbers(variation, sharp),
         calibration=calibration,
         noise=noise,
         importance=None if autoencoder else importance,
@@ -261,16 +244,6 @@ def _measure_aggregate(
         classifier_test(z, z_prior, seed=seed),
         None if autoencoder else holes(vae, reference, held_out, z_prior[: len(held_out)]),
     )
-
-
-def _measure_pictures(
-    vae: LatentModel, x: Tensor, codes: PosteriorMoments, gray: Tensor, left_out: dict[str, str]
-) -> PictureNumbers:
-    reconstructions = decode_mean(vae, codes.mean)
-    variation = measure_if_possible(left_out, "variation", lambda: reconstruction_variation(reconstructions, gray))
-    if x.dim() != 4:
-        return PictureNumbers(variation, None)
-    return PictureNumbers(variation, measure_if_possible(left_out, "blur", lambda: blur(vae, x, gray=gray)))
 
 
 def summarize_estimate(result: Importance, num_particles: int) -> EstimateQuality:

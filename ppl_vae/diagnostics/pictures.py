@@ -51,7 +51,7 @@ class Blur:
     bias: Estimate
 
 
-def _check_same_shape(images: Tensor, reference: Tensor, names: str) -> None:
+def _check_shapes(images: Tensor, reference: Tensor, names: str) -> None:
     if images.shape != reference.shape or len(images) < 2:
         got = f"{tuple(images.shape)} and {tuple(reference.shape)}"
         raise ValueError(f"{names}: expected at least two images of one shape each, got {got}")
@@ -61,20 +61,16 @@ def _check_same_shape(images: Tensor, reference: Tensor, names: str) -> None:
 def reconstruction_variation(reconstructions: Tensor, x: Tensor) -> Estimate:
     """V = sum_d Var_n y_nd / sum_d Var_n x_nd: 0 if all reconstructions are the same, 1 if they vary as the data.
 
-    The error is the delta method's, over images.
+    The error is the delta method's, over images. Raises CannotMeasure where the images are all the same.
 
     Args:
         reconstructions: (N, *E) expected images y, such as the mean of p(x | z).
         x: (N, *E) the images, in the same unit. For binary pixels give the gray probabilities that they were drawn
             from, since the draws vary more.
 
-    Raises:
-        ValueError: shapes that differ, or fewer than two images.
-        CannotMeasure: a ValueError: the images are all the same.
-
     Source: ours.
     """
-    _check_same_shape(reconstructions, x, "reconstructions, x")
+    _check_shapes(reconstructions, x, "reconstructions, x")
     reconstruction_power, data_power = (
         (images.double() - images.double().mean(0)).square().flatten(1).sum(1) for images in (reconstructions, x)
     )
@@ -94,14 +90,9 @@ def high_frequency_power(images: Tensor) -> Tensor:
     """P_n = sum_c sum_{f: |f| > 1/4} X_nc(f)^2 for the orthonormal cosine transform X = C x C', f in cycles per pixel.
 
     Coefficient k of n has k / 2 n cycles per pixel, and |f| is the Euclidean length of (f_y, f_x), each below the
-    Nyquist frequency of 1/2. The cosine transform is the spectrum of the image mirrored at its edges; a plain Fourier
-    transform would see high frequencies in the jump from one edge to the opposite one.
-
-    Args:
-        images: (N, C, H, W).
-
-    Returns:
-        (N,) float64, squared units of pixels. The power over all f is C H W times the pixels' mean square.
+    Nyquist frequency of 1/2. A plain Fourier transform would see high frequencies in the jump from one edge to the
+    opposite one. images: (N, C, H, W) -> (N,) float64, squared units of pixels. The power over all f is C H W times the
+    pixels' mean square.
     """
     H, W = images.shape[-2:]
     rows, columns = _cosines(H, images.device), _cosines(W, images.device)
@@ -115,29 +106,21 @@ def sharpness(images: Tensor, reference: Tensor) -> Estimate:
     """S = mean_n P(y_n) / mean_n P(x_n) for the power P above half the Nyquist frequency; 1 if equally sharp.
 
     A blur with transfer function g leaves |g(f)|^2 of the power at f. Noise adds power, so S measures how much detail
-    there is, not whether it is right. The error is the delta method's, over images.
+    there is, not whether it is right. The error is the delta method's, over images. Raises CannotMeasure where the
+    reference has no such power.
 
     Args:
-        images: (N, C, H, W).
-        reference: (N, C, H, W), in the same unit.
-
-    Raises:
-        ValueError: shapes that differ, or that are not those of images.
-        CannotMeasure: a ValueError: the reference has no such power.
+        images, reference: (N, C, H, W), in one unit.
 
     Source: ours.
     """
-    _check_same_shape(images, reference, "images, reference")
-    _check_images(reference)
-    return ratio_of_means(high_frequency_power(images), _reference_power(reference))
+    _check_shapes(images, reference, "images, reference")
+    return ratio_of_means(high_frequency_power(images), _measure_reference(reference))
 
 
-def _check_images(x: Tensor) -> None:
+def _measure_reference(x: Tensor) -> Tensor:
     if x.dim() != 4:
         raise ValueError(f"images: expected shape (N, C, H, W), got {tuple(x.shape)}")
-
-
-def _reference_power(x: Tensor) -> Tensor:
     power = high_frequency_power(x)
     if not power.sum() > 0:
         raise CannotMeasure("reference: expected images with power above half the Nyquist frequency, got none")
@@ -158,24 +141,19 @@ def blur(vae: LatentModel, x: Tensor, *, gray: Tensor | None = None, draws: int 
         vae: the VAE, or a plain autoencoder, whose three reconstructions are the same.
         x: images (N, C, H, W), as the VAE sees them.
         gray: (N, C, H, W) images to compare with, in the unit of the likelihood's mean, such as the gray probabilities
-            of binary pixels; by default x.
+            of binary pixels; by default x. CannotMeasure is raised where they have no power at high frequencies.
         draws: J, draws of q(z | x) per image, at least 2.
-
-    Raises:
-        ValueError: an argument out of its range, or tensors that are not images.
-        CannotMeasure: a ValueError: the images have no power at high frequencies.
 
     Source: the law of total variance; its use on pictures is ours.
     """
     draws = check_count("draws", draws, least=2)
-    _check_images(x)
     truth = x if gray is None else gray
-    _check_same_shape(truth, x, "gray, x")
+    _check_shapes(truth, x, "gray, x")
+    reference = _measure_reference(truth)
     size = images_per_pass(x, vae.likelihood)
     passes = zip(x.split(size), truth.split(size), strict=True)
     parts = zip(*(_measure_pass(vae, images, target, draws) for images, target in passes), strict=True)
     at_mean, at_draw, averaged, error, noise = (torch.cat(part) for part in parts)
-    reference = _reference_power(truth)
     return Blur(
         at_mean=ratio_of_means(at_mean, reference),
         at_draw=ratio_of_means(at_draw, reference),
@@ -212,15 +190,7 @@ def _measure_pass(vae: LatentModel, x: Tensor, truth: Tensor, draws: int) -> tup
 def decode_traversals(vae: LatentModel, z: Tensor, latents: Sequence[int], steps: Tensor) -> Tensor:
     """E[x | z] as one latent at a time moves to m_l + t s_l, the prior's mean and scale, and the others stay.
 
-    Under a prior whose latents depend on each other, some of these z may have almost no density.
-
-    Args:
-        z: (L,).
-        latents: (R,) the latents to move.
-        steps: (K,) the t.
-
-    Returns:
-        (R, K, *E).
+    z: (L,), latents: (R,) the ones to move, steps: (K,) the t -> (R, K, *E).
     """
     p = compute_moments(vae.prior())
     moved = z.repeat(len(latents), len(steps), 1)
@@ -234,8 +204,7 @@ def decode_traversals(vae: LatentModel, z: Tensor, latents: Sequence[int], steps
 def latent_quantiles(prior: Distribution, count: int) -> Tensor:
     """(count, L) F_l^-1((k + 1/2) / count), k = 0..count - 1: values of z_l that stand for equal probabilities.
 
-    F_l is the marginal distribution function of latent l. A prior that is not a product over latents with such
-    functions is represented by 20,000 draws.
+    A prior that is not a product over latents with distribution functions F_l is represented by 20,000 draws.
     """
     middles = (torch.arange(count, dtype=torch.double) + 0.5) / count
     try:
@@ -251,14 +220,9 @@ def latent_quantiles(prior: Distribution, count: int) -> Tensor:
 @serialize_threads()
 @torch.no_grad()
 def decode_plane(vae: LatentModel, grid: Tensor) -> Tensor:
-    """E[x | z] over the plane of two latents.
+    """E[x | z] over the plane of two latents, whose values are ``grid`` (K, 2).
 
-    Args:
-        vae: the VAE, L = 2.
-        grid: (K, 2) the values of each latent.
-
-    Returns:
-        (K, K, *E): the second latent along the first dimension, the first along the second.
+    -> (K, K, *E): the second latent along the first dimension, the first along the second.
     """
     second, first = torch.meshgrid(grid[:, 1], grid[:, 0], indexing="ij")
     return vae.likelihood(torch.stack([first, second], dim=-1)).mean

@@ -18,31 +18,24 @@ STDERRS = 3.0
 # Reconstructions that vary less than this share of what the data does are all the same. Source: ours, between 0.000 of
 # collapsed runs and 0.7 of healthy ones on MNIST.
 SAME_VARIATION = 0.05
-
 # A rate below this many nats per image carries about a tenth of a bit. Source: ours.
 SAME_RATE = 0.1
-
 # The implied beta of a run trained at beta = 1 is 1; a reader should know of a factor of two. Source: ours; MNIST runs
 # trained at beta = 0.01, 0.1, 1 and 20 were measured at 0.0102, 0.100, 0.999 and 20.3.
 OVER_BETA, UNDER_BETA = 2.0, 0.5
-
 # Healthy models have inactive latents: 19 of 50 are active in Burda et al. 2016 (arXiv 1509.00519), table 1, and 18 of
 # 40 in a plain run on MNIST. Source of the threshold: ours.
 FEWEST_ACTIVE = 0.25
-
 # 1% of prior draws are in holes if the aggregate posterior is the prior. No trained VAE reaches that, and most draws
 # of a useful one look right. Source: ours, on MNIST validation (2,000 images): 0.13 in a plain run after 10 epochs,
 # 0.67 with a normal likelihood at beta = 1; 0.92 and 0.99 in runs trained at beta = 0.1 and 0.01.
 MOST_HOLES = 0.8
-
 # The cumulative histogram of the pixels' probability integral transform may be off by this much. Source: ours; the
 # calibration's own verdict starts at 2 points.
 MISMATCH_DEVIATION = 0.05
-
 # An estimate has not settled if ten times the particles still gain this many nats. Source: ours, between 0.8 nats of a
 # healthy MNIST run and 3.0 of one trained at beta = 0.01, both at S = 200.
 MOST_RISE = 2.0
-
 # Nor if more than this share of images is unreliable by the jackknife (``importance.UNRELIABLE_BIAS``). Source: ours.
 MOST_UNRELIABLE = 0.5
 
@@ -71,10 +64,10 @@ class Verdict:
 
 
 def plus_minus(value: Estimate, digits: int | None = None, *, sign: int = 1) -> str:
-    """An estimate as "mean ± stderr"; without "± stderr" if the error is unknown, "unknown" if the mean is.
+    """An estimate as "mean ± stderr"; without "± stderr" if the error is unknown (NaN), "unknown" if the mean is.
 
     Args:
-        value: the estimate; unknown numbers are NaN.
+        value: the estimate.
         digits: after the point. By default the error has two significant digits; without an error there are three.
         sign: -1 to write the estimate of the negative.
 
@@ -97,15 +90,12 @@ def verdicts(numbers: Measurements) -> list[Verdict]:
         found = [judge(numbers) for judge in _JUDGES]
     kept = [verdict for verdict in found if verdict is not None]
     if not any(verdict.severity != "note" or verdict.word == "autoencoder" for verdict in kept):
-        kept.insert(0, _healthy(numbers))
+        assert numbers.kl is not None
+        rate, distortion = plus_minus(numbers.kl, 2), plus_minus(numbers.reconstruction, 2, sign=-1)
+        active = f"{numbers.active.count} of {numbers.latent_dim} latents active"
+        words = f"nothing stands out: rate {rate}, distortion {distortion} nats, {active}"
+        kept.insert(0, Verdict("healthy", "note", words))
     return sorted(kept, key=lambda verdict: SEVERITIES.index(verdict.severity))
-
-
-def _healthy(numbers: Measurements) -> Verdict:
-    assert numbers.kl is not None
-    rate, distortion = plus_minus(numbers.kl, 2), plus_minus(numbers.reconstruction, 2, sign=-1)
-    active = f"{numbers.active.count} of {numbers.latent_dim} latents active"
-    return Verdict("healthy", "note", f"nothing stands out: rate {rate}, distortion {distortion} nats, {active}")
 
 
 # --- The decoder and z ---
@@ -332,12 +322,9 @@ _JUDGES: Sequence[Callable[[Measurements], Verdict | None]] = (
 
 
 def _is_above(value: Estimate, threshold: float) -> bool:
-    return value.mean - STDERRS * _known_stderr(value) > threshold  # False for an unknown mean, NaN
+    """Whether a mean is beyond a threshold by three standard errors; False if it is unknown, NaN."""
+    return value.mean - (0.0 if math.isnan(value.stderr) else STDERRS * value.stderr) > threshold
 
 
 def _is_below(value: Estimate, threshold: float) -> bool:
-    return value.mean + STDERRS * _known_stderr(value) < threshold
-
-
-def _known_stderr(value: Estimate) -> float:
-    return 0.0 if math.isnan(value.stderr) else value.stderr
+    return _is_above(Estimate(-value.mean, value.stderr), -threshold)

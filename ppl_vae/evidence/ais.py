@@ -78,13 +78,7 @@ class AnnealedChains:
 def temperatures(num_temperatures: int, *, steepness: float = 4.0) -> Tensor:
     """beta_t = (s(u_t) - s(-d)) / (s(d) - s(-d)), u_t = d (2 t / T - 1), t = 0..T, s the logistic function.
 
-    They are densest at both ends, and evenly spaced for a steepness d of 0.
-
-    Returns:
-        (T + 1,) float64, from 0 to 1.
-
-    Raises:
-        ValueError: T is below 1.
+    They are densest at both ends, and evenly spaced for a steepness d of 0. -> (T + 1,) float64, from 0 to 1.
 
     Reference: Grosse et al. 2015, arXiv 1511.02543, section 6, with d = 4 as in Wu et al. 2017.
     """
@@ -117,11 +111,7 @@ def images_per_block(vae: LatentModel, x: Tensor, num_chains: int) -> int:
 @serialize_threads()
 @torch.no_grad()
 def simulate(vae: LatentModel, num_images: int) -> tuple[Tensor, Tensor]:
-    """z ~ p(z), x ~ p(x | z): images with an exact draw of their posterior. -> x (N, *E) and z (N, L).
-
-    Raises:
-        ValueError: N is below 1.
-    """
+    """z ~ p(z), x ~ p(x | z): images with an exact draw of their posterior. -> x (N, *E) and z (N, L)."""
     num_images = check_count("num_images", num_images)
     with evaluating(vae):
         z = sample_latents(vae.prior(), num_images)
@@ -147,22 +137,20 @@ def pilot(
     Each image has its own step sizes, found at no more than 100 temperatures, then smoothed over neighbors and
     interpolated.
 
-    The start "guide" becomes "normal", the diagonal normal with the guide's means and scales, for an inverse
-    autoregressive flow, whose density at any z takes L sequential passes. The returned annealing holds the start.
-
     Args:
         vae: A VAE of one layer or several.
         x: Images (B, *E).
         betas: (T + 1,) from 0 to 1; see ``temperatures``.
         num_leapfrogs: The leapfrog steps per transition.
         num_chains: The chains per image. With ``compile``, use the number of the chains to come: they share one graph.
-        start: q_0.
+        start: q_0. "guide" becomes "normal", the diagonal normal with the guide's means and scales, for an inverse
+            autoregressive flow, whose density at any z takes L sequential passes.
         compile: Whether a leapfrog step is one compiled graph, made once for each number of images and chains. The
             weights may change later, the structure may not.
 
     Raises:
-        ValueError: There is no image, or one is off the support of p(x | z); an argument is out of its range; or the
-            densities draw noise, as those of dequantized levels may.
+        ValueError: An image is off the support of p(x | z), or the densities draw noise, as those of dequantized levels
+            may.
         DeterministicGuide: A ValueError: the guide has no density.
         CannotCapture: A ValueError: ``compile`` is asked for and impossible.
         NotFinite: A density is NaN.
@@ -188,13 +176,9 @@ def pilot(
 def lower(
     vae: LatentModel, x: Tensor, annealing: Annealing, *, num_chains: int, compile: bool = False
 ) -> AnnealedChains:
-    """log w of chains from q_0(z | x) to p(z | x): E[w] = p(x). See ``lower_bound``.
+    """log w of C chains from q_0(z | x) to p(z | x): E[w] = p(x). See ``lower_bound``.
 
-    Args:
-        vae, compile: As for ``pilot``, whose errors are these too.
-        x: The images (B, *E) of the annealing.
-        annealing: From ``pilot``.
-        num_chains: C.
+    ``annealing`` is from ``pilot`` with the same images x (B, *E). Other arguments and errors as there.
 
     Reference: Neal 2001, arXiv physics/9803008, equation 11.
     """
@@ -206,12 +190,8 @@ def upper(
 ) -> AnnealedChains:
     """log w of chains from p(z | x) to q_0(z | x), with the sign of the forward ones: E[1/w] = 1 / p(x).
 
-    All chains of an image start at its one exact draw. See ``upper_bound``.
-
-    Args:
-        vae, annealing, num_chains, compile: As for ``lower``, whose errors are these too.
-        x: Images (B, *E) from the model.
-        z: (B, L) the latents that they were made from; see ``simulate``. Another shape raises ValueError.
+    All chains of an image start at its one exact draw. See ``upper_bound``. x (B, *E) are images from the model, and
+    z (B, L) the latents that they were made from; see ``simulate``. Other arguments and errors as for ``lower``.
 
     Reference: Grosse et al. 2015, arXiv 1511.02543, section 3.
     """

@@ -63,17 +63,9 @@ def _value_and_slope(term: Callable[[Tensor], Tensor], z: Tensor) -> tuple[Tenso
 def leapfrog(terms: Terms, coefficients: Tensor, point: Point, momentum: Tensor, step: Tensor) -> tuple[Point, Tensor]:
     """p <- p + (s/2) grad log pi(z);  z <- z + s p;  p <- p + (s/2) grad log pi(z).
 
-    It preserves volume and is reversible. Along a path of fixed length the error of the energy is O(s^2).
-
-    Args:
-        terms: The f_k.
-        coefficients: (K,) c_k.
-        point: The start.
-        momentum: p (C, B, L).
-        step: s, which broadcasts with z: the step size times the scale of each latent.
-
-    Returns:
-        The end, and the momentum there.
+    It preserves volume and is reversible. Along a path of fixed length the error of the energy is O(s^2). ``terms`` are
+    the f_k, ``coefficients`` (K,) the c_k, p is (C, B, L), and the step s, which broadcasts with z, is the step size
+    times the scale of each latent.
 
     Reference: Neal 2011, arXiv 1206.1901, sections 2.3 and 4.1.
     """
@@ -102,7 +94,6 @@ def transition(
     Args:
         leap: (coefficients, point, momentum, step) -> point and momentum: ``leapfrog`` with the terms, compiled or not.
         coefficients: (K,) c_k.
-        point: The positions.
         momentum: (C, B, L), a draw of N(0, I).
         uniform: (C, B), a draw of U(0, 1).
         scale: (B, L) the approximate width of the target along each latent.
@@ -162,21 +153,21 @@ def resolve_start(vae: LatentModel, start: Start) -> Start:
 
 
 class Chains:
-    """C chains per image, with transitions at any temperature.
-
-    Args:
-        vae: with ``prior``, ``likelihood`` and ``posterior``.
-        x: images (B, *E).
-        start: q_0, one of ``STARTS``; the attribute ``start`` is the resolved one.
-        num_chains: C.
-        num_leapfrogs: per transition.
-        compile: whether a leapfrog step is one compiled graph.
-    """
+    """C chains per image (B, *E), with transitions at any temperature. Arguments and errors as ``ais.pilot``."""
 
     def __init__(
         self, vae: LatentModel, x: Tensor, *, start: Start, num_chains: int, num_leapfrogs: int, compile: bool
     ) -> None:
-        _check_arguments(vae, x, start=start, num_chains=num_chains, num_leapfrogs=num_leapfrogs)
+        if start not in STARTS:
+            raise ValueError(f"start: expected one of {', '.join(STARTS)}, got {start!r}")
+        check_count("num_chains", num_chains)
+        check_count("num_leapfrogs", num_leapfrogs)
+        check_support(vae.model, x)
+        if is_deterministic(vae.posterior(x[:1])):
+            raise DeterministicGuide(
+                "guide: expected a density q(z | x), got a deterministic one (Delta): an autoencoder has no "
+                "log-likelihood"
+            )
         self.start = resolve_start(vae, start)
         self._vae, self._x = vae, x
         self._num_chains, self._num_leapfrogs, self._compile = num_chains, num_leapfrogs, compile
@@ -189,11 +180,7 @@ class Chains:
         self._run: _Graph | None = None
 
     def begin(self, z: Tensor | None = None) -> Point:
-        """Chains that start at draws of q_0, or all chains of an image at its z, (B, L).
-
-        Raises:
-            ValueError: z of another shape, or densities that draw noise.
-        """
+        """Chains that start at draws of q_0, or all chains of an image at its z, (B, L)."""
         C, B = self._num_chains, len(self._x)
         if z is None:
             z = self._q_0.sample((C,) if len(self._q_0.batch_shape) else (C, B))
@@ -224,12 +211,13 @@ class Chains:
             return leapfrog(self._terms, coefficients, point, momentum, step)
         inputs = [*self._weights.values(), self._x, self._features, coefficients, momentum, step, *point]
         if self._run is None:
-            self._run = self._graph(list(self._weights), inputs)
+            self._run = self._compile_leap(inputs)
         *moved, momentum = self._run(inputs)
         return Point(*moved), momentum
 
-    def _graph(self, names: list[str], inputs: list[Tensor]) -> _Graph:
+    def _compile_leap(self, inputs: list[Tensor]) -> _Graph:
         """A leapfrog step as one graph, reused for the same VAE and shapes."""
+        names = list(self._weights)
         shapes = tuple((tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device) for tensor in inputs)
         known, key = _graphs.setdefault(self._vae, {}), (self.start, tuple(names), shapes)
 
@@ -288,26 +276,11 @@ def evaluating(vae: LatentModel) -> Iterator[None]:
 @contextmanager
 def _refuse_noise(device: torch.device) -> Iterator[None]:
     """Raise ValueError where the densities draw random numbers."""
-    before = _generator_state(device)
+    get_state = torch.cuda.get_rng_state if device.type == "cuda" else lambda _: torch.get_rng_state()
+    before = get_state(device)
     yield
-    if not torch.equal(before, _generator_state(device)):
+    if not torch.equal(before, get_state(device)):
         raise ValueError(
             "vae: expected densities that are functions of z, got ones that draw noise, as the mass of dequantized "
             "levels does: no chain of transitions leaves them invariant"
-        )
-
-
-def _generator_state(device: torch.device) -> Tensor:
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-
-
-def _check_arguments(vae: LatentModel, x: Tensor, *, start: Start, num_chains: int, num_leapfrogs: int) -> None:
-    if start not in STARTS:
-        raise ValueError(f"start: expected one of {', '.join(STARTS)}, got {start!r}")
-    check_count("num_chains", num_chains)
-    check_count("num_leapfrogs", num_leapfrogs)
-    check_support(vae.model, x)
-    if is_deterministic(vae.posterior(x[:1])):
-        raise DeterministicGuide(
-            "guide: expected a density q(z | x), got a deterministic one (Delta): an autoencoder has no log-likelihood"
         )

@@ -31,11 +31,11 @@ class Dequantized(dist.TorchDistribution):
     By Jensen's inequality every bound on log P stays a bound, and is tighter for a larger M; M = 1 is the bound of
     uniform dequantization. A density over all real numbers has mass outside (0, 1), which no level gets.
 
+    ``sample`` gives floor(256 y) for y ~ p, and ``mean`` is 256 E[y] - 1/2, both clamped to [0, 255].
+
     Args:
         base: The density of a pixel (x + u) / 256: batch shape (..., *E), event shape ().
-        num_draws: M, at least 1; without effect where masses are exact.
-
-    ``sample`` gives floor(256 y) for y ~ p, and ``mean`` is 256 E[y] - 1/2, both clamped to [0, 255].
+        num_draws: M, without effect where masses are exact.
 
     Reference: Theis et al. 2016, arXiv 1511.01844, section 3.1; Ho et al. 2019, arXiv 1902.00275, equation 13
     (importance-weighted). Stratified draws for each pixel: ours.
@@ -45,9 +45,7 @@ class Dequantized(dist.TorchDistribution):
     support = constraints.integer_interval(0, NUM_LEVELS - 1)
 
     def __init__(self, base: Distribution, num_draws: int, validate_args: bool | None = None) -> None:
-        num_draws = check_count("num_draws", num_draws)
-        self.base = base
-        self.num_draws = num_draws
+        self.base, self.num_draws = base, check_count("num_draws", num_draws)
         super().__init__(base.batch_shape, validate_args=validate_args)
 
     def expand(self, batch_shape: Sequence[int], _instance: Distribution | None = None) -> Dequantized:

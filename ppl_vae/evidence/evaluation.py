@@ -35,9 +35,6 @@ class CapturedTerms:
         vae: In evaluation mode. Its weights may change later, its structure may not.
         x: A batch (B, *E) of the size that the graph is for.
         num_particles: S per batch.
-
-    Raises:
-        CannotCapture: See ``capture.compile_function``.
     """
 
     def __init__(self, vae: Program, x: Tensor, num_particles: int) -> None:
@@ -80,19 +77,16 @@ def evaluate(
 
     Images are computed in groups of ``images_per_group``, with noise seeded by (seed, index of the group's first
     image). An image's numbers therefore do not depend on the number of ranks or on interruptions. Each rank calls this
-    and receives all results. The VAE and the global generators are left as they were.
-
-    With ``compile`` the log-weights of a pass are one compiled graph, which agrees up to rounding, and ``check`` covers
-    the first image alone. Where memory runs out, half as many particles are computed at once (``batching.BatchSize``);
-    from there on the bound is another draw.
+    and receives all results. The VAE and the global generators are left as they were. Where memory runs out, half as
+    many particles are computed at once (``batching.BatchSize``); from there on the bound is another draw.
 
     Args:
         vae: On the device of the images.
         x: Images (N, *E), the same on every rank.
         num_particles: S.
         seed: The seed of the draws.
-        check: Whether Pyro validates values.
-        compile: Whether to compile.
+        check: Whether Pyro validates values, with ``compile`` those of the first image alone.
+        compile: Whether the log-weights of a pass are one compiled graph, which agrees up to rounding.
         on_compiled: Called with the seconds that compiling took.
         progress, done, on_block, should_stop: As in ``blocks.compute_blocks``, with the columns of ``Importance``,
             (n, 9).
@@ -171,10 +165,7 @@ def reconstruction(
     """log p(x | z) for one z ~ q(z | x) per image: the measure of an autoencoder, whose z is a function of x.
 
     It is neither a log-likelihood nor a bound on one: it ignores how probable z is and how many z would do. The guide
-    may have no density. Groups, ranks, seeds, memory and arguments are as in ``evaluate``; it raises the same errors.
-
-    Returns:
-        (N,) nats, float64.
+    may have no density. Arguments, groups, ranks and errors are as in ``evaluate``. -> (N,) nats, float64.
     """
     check_support(vae.model, x)
     size = images_per_group(x, 1)

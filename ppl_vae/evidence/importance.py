@@ -247,9 +247,6 @@ def estimate_adaptively(
         most: The largest S_n.
         tolerance: In nats.
 
-    Raises:
-        ValueError: ``most`` is below ``num_particles``, or as ``importance``.
-
     Source: ours.
     """
     num_particles, most = check_count("num_particles", num_particles), check_count("most", most)

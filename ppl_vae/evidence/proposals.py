@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
+from ppl_vae.evidence.moments import normal_factors
 from ppl_vae.parts.posteriors import MAX_LOG_SCALE, DiagonalNormal, FullNormal, bounded_log_scale, exponential_log_scale
 from ppl_vae.protocols import Family, LatentModel
 from ppl_vae.runtime.capture import is_capturing
@@ -42,14 +43,12 @@ class Proposal:
 class PerImageGuide(nn.Module):
     """x (B, *E) -> q(z | x), for images among the N that a proposal was made for.
 
-    Images are found by their pixels, so they may come in any order and in any groups.
+    Images are found by their pixels, so they may come in any order and in any groups. An image that is not among the N
+    raises ValueError. A compiled graph cannot raise, and gives NaN instead.
 
     Args:
         q: The proposal.
         guide: The VAE's own guide, kept because a VampPrior uses its weights.
-
-    Raises:
-        ValueError: An image is not among the N. A compiled graph cannot raise, and gives NaN instead.
     """
 
     pixels: Tensor
@@ -87,22 +86,18 @@ class PerImageGuide(nn.Module):
 
 
 def replace_guide(vae: LatentModel, q: Proposal) -> VAE:
-    """The same p(x, z) with q as its guide, for the images that q was made for.
+    """The same p(x, z), with shared weights, and q as its guide, for the images that q was made for.
 
     ``evaluate`` and ``importance`` take the result like any VAE, compiled or not.
 
     Args:
         vae: A VAE, or a hierarchical one, whose layers' latents are then one vector and one site.
         q: From ``refine_proposal`` or ``defend_proposal``.
-
-    Returns:
-        A VAE that shares the prior and the likelihood. Errors as ``PerImageGuide``.
     """
     return VAE(vae.prior, vae.likelihood, PerImageGuide(q, vae.posterior)).train(vae.training)
 
 
-# From log-scales to features, for the maps with a known inverse. The bounded map is inverted up to 6.99, where the
-# feature is 25 and the map still has a slope.
+# From log-scales to features. The bounded map is inverted up to 6.99, where the feature is 25 and the map has a slope.
 _INVERSES: dict[object, Callable[[Tensor], Tensor]] = {
     bounded_log_scale: lambda log_scale: MAX_LOG_SCALE * (log_scale.clamp(-6.99, 6.99) / MAX_LOG_SCALE).atanh(),
     exponential_log_scale: lambda log_scale: log_scale,
@@ -110,11 +105,7 @@ _INVERSES: dict[object, Callable[[Tensor], Tensor]] = {
 
 
 def normal_features(family: DiagonalNormal | FullNormal, loc: Tensor, scale: Tensor) -> Tensor:
-    """The features (N, F) of prod_l Normal(z_l; loc_l, scale_l) under a family of normals. loc, scale: (N, L).
-
-    Raises:
-        ValueError: Another family, or one with another number of latents.
-    """
+    """The features (N, F) of prod_l Normal(z_l; loc_l, scale_l) under a family of normals. loc, scale: (N, L)."""
     inverse = _INVERSES.get(getattr(family, "log_scale", None))
     if inverse is None or not isinstance(family, DiagonalNormal | FullNormal):
         raise ValueError(
@@ -147,8 +138,7 @@ class DefensiveMixture(dist.TorchDistribution):
     arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012, the name and type that torch asks for
 
     def __init__(self, proposal: Distribution, prior: Distribution, share: Tensor) -> None:
-        self.proposal, self.share = proposal, share
-        self.prior = prior.expand(proposal.batch_shape)
+        self.proposal, self.prior, self.share = proposal, prior.expand(proposal.batch_shape), share
         super().__init__(proposal.batch_shape, proposal.event_shape, validate_args=False)
 
     @property
@@ -181,9 +171,6 @@ class DefensiveFamily(nn.Module):
         family: Of q, diagonal or full normals.
         share: a, between 0 and 1.
         widen: c, above 1.
-
-    Raises:
-        ValueError: An argument is out of its range; when called, q is no normal.
     """
 
     def __init__(self, family: Family, *, share: float, widen: float) -> None:
@@ -198,16 +185,13 @@ class DefensiveFamily(nn.Module):
     def forward(self, h: Tensor) -> DefensiveMixture:
         """h: (..., F) -> batch shape (...), event shape (L,)."""
         q = self.family(h)
-        return DefensiveMixture(q, _widen(q, self.widen), torch.full_like(q.mean[..., 0], self.share))
-
-
-def _widen(q: Distribution, widen: float) -> Distribution:
-    if isinstance(q, torch.distributions.MultivariateNormal):
-        return dist.MultivariateNormal(q.loc, scale_tril=widen * q._unbroadcasted_scale_tril)
-    base = getattr(q, "base_dist", None)
-    if isinstance(q, torch.distributions.Independent) and isinstance(base, torch.distributions.Normal):
-        return dist.Normal(base.loc, widen * base.scale).to_event(q.reinterpreted_batch_ndims)
-    raise ValueError(f"family: expected normals, whose scales can be widened, got {type(q).__name__}")
+        if isinstance(q, torch.distributions.MultivariateNormal):
+            wide: Distribution = dist.MultivariateNormal(q.loc, scale_tril=self.widen * q._unbroadcasted_scale_tril)
+        elif (normals := normal_factors(q)) is not None:
+            wide = dist.Normal(normals.loc, self.widen * normals.scale).to_event(1)
+        else:
+            raise ValueError(f"family: expected normals, whose scales can be widened, got {type(q).__name__}")
+        return DefensiveMixture(q, wide, torch.full_like(q.mean[..., 0], self.share))
 
 
 def defend_proposal(q: Proposal, *, share: float = 0.1, widen: float = 2.0) -> Proposal:
@@ -217,8 +201,6 @@ def defend_proposal(q: Proposal, *, share: float = 0.1, widen: float = 2.0) -> P
     p(x, z) / (a q_c(z)), which is bounded where the posterior's tails are lighter than those of q_c, and nowhere exceed
     1 / (1 - a) times those of q. In many dimensions a small c is already wide: with 40 latents and c = 2 almost no draw
     of q_c hits the posterior, and the share a of the particles is an insurance premium.
-
-    Arguments and errors as ``DefensiveFamily``.
 
     Reference: Hesterberg 1995, Technometrics 37(2), 185-194; Owen and Zhou 2000, JASA 95(449), 135-143.
     """

@@ -54,11 +54,6 @@ def refine_proposal(
         learning_rate: The first one.
         compile: Whether a step is one compiled graph.
 
-    Raises:
-        ValueError: An image is off the support of p(x | z); the guide has no features per image, and there is no
-            family; the guide is deterministic; or an argument is out of its range.
-        CannotCapture: A ValueError; see ``capture.compile_function``.
-
     Reference: Cremer et al. 2018, arXiv 1801.03558, section 4; Kim et al. 2018, arXiv 1802.02550. The gradients: Roeder
     et al. 2017, arXiv 1703.09194.
     """
@@ -67,7 +62,9 @@ def refine_proposal(
     with evaluation_mode(vae), pyro.validation_enabled(False):
         start = _start(vae, x, family)
         adam = _Adam(vae, start.family, num_particles)
-        schedule = _schedule(steps, learning_rate, start.h)
+        t = torch.arange(1, steps + 1, dtype=torch.double)
+        rate = learning_rate * (1 + (math.pi * (t - 1) / steps).cos()) / 2  # a falling half cosine
+        schedule = torch.stack([rate / (1 - _BETA_1**t), (1 - _BETA_2**t).sqrt()], dim=1).to(start.h)
         # Groups have one size, that of the graph: the last one repeats its last image.
         size = even_block_size(len(x), max(1, pairs_per_pass(vae, x) // num_particles))
         groups = [torch.arange(first, first + size).clamp(max=len(x) - 1) for first in range(0, len(x), size)]
@@ -82,7 +79,11 @@ def refine_proposal(
                 state[-1].copy_(scalars)
                 step(state)
             h[index] = state[-4]
-        return _keep_better(vae, start, h)
+        # Keep the better of start and h for each image, by ELBOs from fresh draws of both.
+        h = torch.where(h.isfinite().all(1, keepdim=True), h, start.h)
+        guides = [replace_guide(vae, Proposal(start.family, features, x)) for features in (start.h, h)]
+        before, after = (_estimate_elbo(guided, x, _COMPARISON_PARTICLES) for guided in guides)
+        return Proposal(start.family, torch.where((after > before)[:, None], h, start.h), x)
 
 
 @torch.no_grad()
@@ -136,22 +137,9 @@ class _Adam:
         return -log_w.mean(0).sum()
 
 
-def _schedule(steps: int, learning_rate: float, like: Tensor) -> Tensor:
-    """(steps, 2): rate_t / (1 - beta_1^t), with rate_t a falling half cosine, and sqrt(1 - beta_2^t)."""
-    t = torch.arange(1, steps + 1, dtype=torch.double)
-    rate = learning_rate * (1 + (math.pi * (t - 1) / steps).cos()) / 2
-    return torch.stack([rate / (1 - _BETA_1**t), (1 - _BETA_2**t).sqrt()], dim=1).to(like)
-
-
-@torch.no_grad()
-def _keep_better(vae: LatentModel, start: Proposal, h: Tensor) -> Proposal:
-    """The better of start and h for each image, by ELBOs from fresh draws of both."""
-    h = torch.where(h.isfinite().all(1, keepdim=True), h, start.h)
-    guides = [replace_guide(vae, Proposal(start.family, features, start.x)) for features in (start.h, h)]
-    before, after = (
-        importance(guided.model, guided.guide, start.x, num_particles=_COMPARISON_PARTICLES).elbo for guided in guides
-    )
-    return Proposal(start.family, torch.where((after > before)[:, None], h, start.h), start.x)
+def _estimate_elbo(vae: LatentModel, x: Tensor, num_particles: int) -> Tensor:
+    """(N,) nats, from fresh draws."""
+    return importance(vae.model, vae.guide, x, num_particles=num_particles).elbo
 
 
 # --- The gaps between log p(x) and the ELBO ---
@@ -213,17 +201,11 @@ def measure_gaps(
         steps, num_particles, compile: As in ``refine_proposal``, whose errors are these too.
         evaluation_particles: The particles of each of the two ELBOs.
 
-    Raises:
-        ValueError: ``log_evidence`` is not (N,).
-
     Reference: Cremer et al. 2018, arXiv 1801.03558, equations 4 to 6.
     """
     if tuple(log_evidence.shape) != (len(x),):
         raise ValueError(f"log_evidence: expected shape ({len(x)},), got {tuple(log_evidence.shape)}")
     q = refine_proposal(vae, x, steps=steps, num_particles=num_particles, compile=compile)
     with evaluation_mode(vae), pyro.validation_enabled(False):
-        elbos = [
-            importance(guided.model, guided.guide, x, num_particles=evaluation_particles).elbo
-            for guided in (vae, replace_guide(vae, q))
-        ]
+        elbos = [_estimate_elbo(guided, x, evaluation_particles) for guided in (vae, replace_guide(vae, q))]
     return Gaps(log_evidence.to(elbos[0]), *elbos)

@@ -19,20 +19,13 @@ LOWEST = 0.05  # the share of own images below whose quantile the other set's ar
 
 
 class PriorMixtureGuide(nn.Module):
-    """x (B, *E) -> q(z | x) / 2 + p(z) / 2.
-
-    Args:
-        posterior: q.
-        prior: p.
-    """
+    """x (B, *E) -> q(z | x) / 2 + p(z) / 2, batch shape (B,), event shape (L,)."""
 
     def __init__(self, posterior: Callable[[Tensor], Distribution], prior: Callable[[], Distribution]) -> None:
         super().__init__()
-        self.posterior = posterior
-        self.prior = prior
+        self.posterior, self.prior = posterior, prior
 
     def forward(self, x: Tensor) -> DefensiveMixture:
-        """x: (B, *E) -> batch shape (B,), event shape (L,)."""
         return DefensiveMixture(self.posterior(x), self.prior(), x.new_full((len(x),), 0.5))
 
 
@@ -54,13 +47,7 @@ def auroc(low: Tensor, high: Tensor) -> Estimate:
 
     The squared error is Var(F(b)) / n + Var(1 - G(a)) / m, with F and G the empirical distribution functions of a and
     b. The error is at least 1 / (k + 1), k the smaller sample size: where all pairs are in order the variances are 0.
-
-    Args:
-        low: (m,).
-        high: (n,).
-
-    Raises:
-        ValueError: A sample is empty, or has a NaN.
+    low: (m,), high: (n,). An empty sample or a NaN raises ValueError.
 
     Reference: DeLong et al. 1988, Biometrics 44(3), 837-845. The least error: ours.
     """
@@ -84,13 +71,7 @@ def share_above(own: Tensor, other: Tensor, *, quantile: float) -> Estimate:
     The error combines that of the share, see ``Estimate.share_of``, and that of the quantile from m values: half the
     difference of the shares at the quantiles q -+ sqrt(q (1 - q) / m).
 
-    Args:
-        own: (m,).
-        other: (n,).
-        quantile: q, in (0, 1).
-
-    Raises:
-        ValueError: A sample is empty, or has a NaN.
+    own: (m,), other: (n,). An empty sample or a NaN raises ValueError.
 
     Source: ours, but for the share's error.
     """
@@ -141,9 +122,6 @@ def typicality(own: Tensor, other: Tensor, *, dataset: str, num_particles: int) 
         other: (n,) the same of the other set, by the same estimate.
         dataset: the other set's name.
         num_particles: S of the estimates.
-
-    Raises:
-        ValueError: A set is empty, a number is NaN, or an own one is infinite.
 
     Reference: Nalisnick et al. 2019, arXiv 1810.09136 (higher density elsewhere); Nalisnick et al. 2019, arXiv
     1906.02994 (typicality, for batches; here for single images, with the mean over the own images).

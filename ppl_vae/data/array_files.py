@@ -24,13 +24,12 @@ from ppl_vae.data.splits import pluralize
 
 FREE_EXPANSION, MOST_EXPANSION = 2**26, 200
 _ADVICE = "save it as .npy, which is not read into memory"
-_SUFFIXES = (".npz", ".npy")
 _DELIMITERS = {".csv": ",", ".tsv": "\t", ".txt": " "}
 
 
 def is_array_file(path: Path) -> bool:
     """Whether the name ends in .npz or .npy, in any case."""
-    return path.suffix.lower() in _SUFFIXES
+    return path.suffix.lower() in (".npz", ".npy")
 
 
 def is_text_table(path: Path) -> bool:
@@ -49,10 +48,7 @@ _LONE_LABEL_NAMES = ("labels", "y")
 def find_roles(names: list[str], lone_split: str, other_images: Collection[str] = ()) -> dict[str, str]:
     """Find the role of each array: {"train": name, "train labels": name, ...}; empty where the names do not say.
 
-    Args:
-        names: of all arrays.
-        lone_split: the split of images whose name says none.
-        other_images: further names for the images of ``lone_split``.
+    Images whose name says no split belong to ``lone_split``, whose images may also have the names ``other_images``.
     """
     lower = {name.lower(): name for name in reversed(names)}  # the first of several spellings
 
@@ -77,17 +73,13 @@ def find_roles(names: list[str], lone_split: str, other_images: Collection[str] 
 def read_arrays(
     path: Path, choose: Callable[[list[str]], Mapping[str, str]]
 ) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Read the arrays that ``choose`` selects, without unpickling.
+    """Read arrays without unpickling: the arrays by their roles, and the names of those that were left out.
 
     Args:
         choose: takes the names of all arrays, and returns {role: name} of those to be read. A lone .npy array has the
             name "array". Arrays of objects are left out where their role ends in "labels".
 
-    Returns:
-        The arrays by their roles, and the names of those that were left out.
-
-    Raises:
-        ValueError: the file cannot be read, or is too large.
+    Raises ValueError where the file cannot be read, or is too large.
     """
     try:
         with path.open("rb") as file:
@@ -116,11 +108,7 @@ def read_arrays(
 
 
 def _check_members(path: Path, chosen: Mapping[str, str]) -> list[str]:
-    """Check the headers of the chosen arrays, and return the names of labels that are Python objects.
-
-    Raises:
-        ValueError: an array is not of the size that the archive says, or all are more than may be.
-    """
+    """Check the sizes that the headers of chosen arrays announce; return the names of labels that are objects."""
     labels, objects = {name for role, name in chosen.items() if role.endswith("labels")}, []
     with zipfile.ZipFile(path) as archive:
         found = [(member.filename.removesuffix(".npy"), member) for member in archive.infolist()]
@@ -195,12 +183,10 @@ def read_labels(
 
     Args:
         where: the file, for errors.
-        arrays: the labels of each split that has any.
-        sizes: the number of images of each split.
+        arrays, sizes: the labels of each split that has any, and the number of images of each.
         class_names: the known classes, among which words are looked up; empty: the words define the classes.
 
-    Raises:
-        ValueError: not one label for each image.
+    Raises ValueError where there is not one label for each image.
     """
     flat = {}
     for split, array in arrays.items():
@@ -222,10 +208,10 @@ def read_labels(
 
 
 def _number_words(words: Mapping[str, np.ndarray], class_names: tuple[str, ...]) -> Labels:
-    as_text = {
-        split: np.char.decode(array, "utf-8", "replace") if array.dtype.kind == "S" else array
-        for split, array in words.items()
-    }
+    def read(array: np.ndarray) -> np.ndarray:
+        return np.char.decode(array, "utf-8", "replace") if array.dtype.kind == "S" else array
+
+    as_text = {split: read(array) for split, array in words.items()}
     known = np.unique(np.concatenate([*as_text.values()]))
     names = class_names or tuple(known.tolist())
     index = {name: i for i, name in enumerate(names)}

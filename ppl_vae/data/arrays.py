@@ -39,10 +39,7 @@ def load_arrays(path: Path) -> Splits:
     The arrays are named train, valid, test (also x_train, train_images and the like), or there is one of any name.
     Labels are named train_labels, y_train and the like, or labels or y if there is one array of images. Zeros and ones
     are binary; uint8 is 8-bit levels; other whole numbers from 0 are counts, also as floats; other floats in [0, 1] are
-    probabilities; and all other floats are real values.
-
-    Raises:
-        ValueError: a file that cannot be read, or arrays that are no images.
+    probabilities; and all other floats are real values. Other files raise ValueError.
     """
     try:
         status = os.stat(path)
@@ -113,10 +110,9 @@ _FEW_COLUMNS = 4  # a last axis that short is more likely the channels of one im
 
 
 def move_channels_first(path: Path, split: str, array: np.ndarray) -> np.ndarray:
-    """Transpose one split to (N, D) or (N, C, H, W).
+    """Transpose one split from (N, D), (N, H, W), (N, H, W, C) or (N, C, H, W) to (N, D) or (N, C, H, W).
 
-    Raises:
-        ValueError: the array is neither that, nor (N, H, W), nor (N, H, W, C), with C = 1 or 3; or it has no pixels.
+    Raises ValueError for other shapes, C other than 1 or 3, and no pixels.
     """
     if array.ndim == 3:
         array = array[:, None]
@@ -236,15 +232,12 @@ def summarize(array: np.ndarray) -> ArraySummary:
 def find_kind(path: Path, splits: Mapping[str, np.ndarray], *, check_resolution: bool = True) -> str:
     """Find the kind of the numbers of the first split, a word of ``data.splits``, and refuse others of another kind.
 
-    Floats are counts only where they are whole numbers in every split.
+    Floats are counts only where they are whole numbers in every split. Numbers of no kind raise ValueError.
 
     Args:
         path: what errors call the file.
         splits: (N, *E) each, one row or more.
         check_resolution: whether real values that single precision cannot tell apart are refused.
-
-    Raises:
-        ValueError: numbers of no kind, or that single precision cannot tell apart.
     """
     summaries = {split: summarize(array) for split, array in splits.items()}
     for split, summary in summaries.items():

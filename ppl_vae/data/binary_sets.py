@@ -44,9 +44,6 @@ def read_static_mnist(data_dir: Path, *, download: bool = True) -> Splits:
     It is read from static_mnist.npz (np.packbits of each split) or from the published files
     binarized_mnist_{train,valid,test}.amat, in ``data_dir`` or in its subfolder static_mnist. Nothing is downloaded.
     There are no labels, and the test set is sorted by class.
-
-    Raises:
-        ValueError: a file is missing or damaged.
     """
     folders = (data_dir, data_dir / "static_mnist")
     for folder in folders:
@@ -65,9 +62,6 @@ def read_caltech_silhouettes(data_dir: Path, *, download: bool = True) -> Splits
     They are read from caltech101_silhouettes.npz or from the published file caltech101_silhouettes_28_split1.mat, in
     ``data_dir`` or in its subfolder caltech101_silhouettes. Nothing is downloaded. The images are upright; the object
     is 0 and the background is 1, as published.
-
-    Raises:
-        ValueError: a file is missing or damaged.
     """
     folders = (data_dir, data_dir / "caltech101_silhouettes")
     for folder in folders:

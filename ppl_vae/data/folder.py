@@ -65,47 +65,34 @@ def load_image_folder(path: Path, *, image_size: Sequence[int] | None, fit: str,
     The images are kept in the cache folder, and read again when the name, the size or a time of change of any file is
     another, or when the system could not read a file for the moment.
 
-    Args:
-        image_size: (H, W), or one number for both; None: all images have one size already.
-        fit, color: as in ``ImageOptions``.
-
-    Raises:
-        ValueError: no folder, one that cannot be opened or is named like a split without being one, no images, none
-            that can be read, images of several sizes, levels without a known scale, or a split that is blank once
-            transparent images lie over white.
+    ``image_size`` is (H, W), or one number for both; ``fit`` and ``color`` are as in ``ImageOptions``. Raises
+    ValueError for a folder that cannot be opened or is named like a split without being one, for no images that can be
+    read, several sizes, levels without a known scale, or a split that is blank once transparent images lie over white.
     """
     found = find_images(path)
     if not found.images:
         raise ValueError(f"{path}: expected images that Pillow reads (such as PNG), got {found.describe_others()}")
     check_layout(path, found.images, find_layout(found.images))
     options = ImageOptions(check_image_size(image_size), fit, color)
-    key = storage.make_key(
-        path, {"image_size": options.size, "fit": fit, "color": color}, _describe_state(path, found.images)
-    )
+    state = [(name, *_describe_state(path / name)) for name in found.images]
+    key = storage.make_key(path, {"image_size": options.size, "fit": fit, "color": color}, state)
     splits = storage.load_cached(key, path.resolve().name, partial(_draft, path, found.images, options))
     if not found.others:
         return splits
     return replace(splits, split=f"{splits.split}; {found.describe_others()} ignored")
 
 
-def _describe_state(root: Path, names: Sequence[str]) -> list[tuple[str, int, int, int]]:
-    """Describe the state of files: their names, sizes, and times of change of content and of metadata."""
-    state = []
-    for name in names:
-        try:
-            status = os.stat(root / name)
-            state.append((name, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
-        except OSError:  # a link to nothing
-            state.append((name, -1, -1, -1))
-    return state
+def _describe_state(path: Path) -> tuple[int, int, int]:
+    """Describe the state of a file: its size, and its times of change of content and of metadata."""
+    try:
+        status = os.stat(path)
+        return status.st_size, status.st_mtime_ns, status.st_ctime_ns
+    except OSError:  # a link to nothing
+        return -1, -1, -1
 
 
 def _draft(path: Path, names: Sequence[str], options: ImageOptions, in_file: bool) -> storage.Draft:
-    """Read images into a nameless file or into memory; how many can be read is known only afterwards.
-
-    Raises:
-        ValueError: images that cannot be split, or a split that transparency made blank.
-    """
+    """Read images into a nameless file or into memory; how many can be read is known only afterwards."""
     reader = ImageReader(path, names, options)
     offsets: list[int] = []
     with tempfile.TemporaryFile(dir=get_cache_folder()) if in_file else BytesIO() as file:
@@ -152,11 +139,7 @@ def _draft(path: Path, names: Sequence[str], options: ImageOptions, in_file: boo
 
 
 def check_image_size(image_size: Widths | None) -> tuple[int, int] | None:
-    """Convert one number or two to (H, W).
-
-    Raises:
-        ValueError: anything else.
-    """
+    """Convert one number or two to (H, W); anything else raises ValueError."""
     if image_size is None:
         return None
     size = check_widths("image_size", image_size)
@@ -235,10 +218,8 @@ def _read_image(
     """Read a file to its bytes, pixels (H, W) or (H, W, 3) and facts; None where it is no readable image.
 
     Returns an OSError where the system cannot read the file for the moment (a missing or forbidden file shows in the
-    state of the folder once it can be read), and an UnreadableImageError where the user should know the reason.
-
-    Raises:
-        ValueError: the memory ran out; the file is not the cause, since its size was checked.
+    state of the folder once it can be read), and an UnreadableImageError where the user should know the reason. Raises
+    ValueError where the memory ran out; the file is not the cause, since its size was checked.
     """
     try:
         path = root / name
@@ -254,7 +235,11 @@ def _read_image(
         return error
     try:
         decoded = decode(raw)
-        image = decoded.image if options.size is None else _resize(decoded.image, options.size, options.fit)
+        image: Image.Image = decoded.image
+        if options.size is not None:
+            height, width = options.size
+            fit = Image.Image.resize if options.fit == "stretch" else ImageOps.fit
+            image = fit(image, (width, height), Image.Resampling.BILINEAR)
         if options.color is not None:
             image = image.convert({"gray": "L", "rgb": "RGB"}[options.color])
         pixels = np.asarray(image)
@@ -265,10 +250,3 @@ def _read_image(
         return error
     except Exception:  # a broken file makes Pillow raise nearly every type
         return None
-
-
-def _resize(image: Image.Image, size: tuple[int, int], fit: str) -> Image.Image:
-    height, width = size
-    if fit == "stretch":
-        return image.resize((width, height), Image.Resampling.BILINEAR)
-    return ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)

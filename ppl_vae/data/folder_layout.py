@@ -28,12 +28,7 @@ from ppl_vae.data.splits import abbreviate, pluralize
 
 
 class FoundFiles(NamedTuple):
-    """Files below a folder.
-
-    Args:
-        images: the image files, by their names from there on, sorted.
-        others: how many other files there are of each kind, by the ends of their names.
-    """
+    """Files below a folder: the names of image files, sorted, and the number of others by the ends of their names."""
 
     images: tuple[str, ...]
     others: Counter[str]
@@ -49,8 +44,7 @@ class FoundFiles(NamedTuple):
 def find_images(root: Path) -> FoundFiles:
     """Find image files by extension, recursively, sorted by name; links are followed, but not in circles.
 
-    Raises:
-        ValueError: a folder that cannot be opened: a whole split or class could be missing.
+    A folder that cannot be opened raises ValueError: a whole split or class could be missing.
     """
     extensions = {end for end, name in Image.registered_extensions().items() if name in list_formats()}
     images: list[str] = []
@@ -81,13 +75,7 @@ def _leads_back(folder: Path) -> bool:
 
 # --- Layout ---
 
-_SPLIT_FOLDERS = {
-    "train": "train",
-    "valid": "validation",
-    "validation": "validation",
-    "val": "validation",
-    "test": "test",
-}
+_SPLIT_FOLDERS = {"train": "train", "test": "test"} | dict.fromkeys(("valid", "validation", "val"), "validation")
 
 # A word in a folder's name that names a split ("train", "testset", "trainval"); the group says which split.
 _SPLIT_WORD = re.compile(
@@ -110,12 +98,7 @@ class Place(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """Meaning of the folders in a path.
-
-    Args:
-        num_outer: outer folders that hold everything.
-        is_class_first: whether the class is named before the split.
-    """
+    """Meaning of the folders in a path: how many outer ones hold everything, and whether the class is named first."""
 
     num_outer: int
     is_class_first: bool
@@ -127,11 +110,7 @@ class Layout(NamedTuple):
 
     def place(self, name: str) -> Place:
         """Find the split and the class of an image from its path below the data set's folder."""
-        return self.place_folders(_folders(name))
-
-    def place_folders(self, folders: tuple[str, ...]) -> Place:
-        """Find the split and the class of images from the names of the folders that they lie in."""
-        folders = folders[self.num_outer :]
+        folders = _folders(name)[self.num_outer :]
         if self.is_class_first:
             return Place(_exact_split(folders[1]), folders[0])
         split = _exact_split(folders[0]) if folders else None
@@ -152,15 +131,12 @@ def find_layout(names: Iterable[str]) -> Layout:
 
 
 def check_layout(root: Path, names: Iterable[str], layout: Layout) -> None:
-    """Refuse a folder that is named like a split but not read as one: its images would train unnoticed.
+    """Raise ValueError for a folder that is named like a split but not read as one: its images would train unnoticed.
 
     Two such folders are harmless: one within a folder of the same split, as archives unpack ("test/test"), and a class
     "train" beside other classes.
-
-    Raises:
-        ValueError: there is such a folder, at any depth.
     """
-    places = {folders: layout.place_folders(folders) for folders in map(_folders, names)}
+    places = {_folders(name): layout.place(name) for name in names}
     suspects = _find_split_names({folder for folders in places for folder in folders})
     train_classes = {place.class_name for place in places.values() if place.split == "train"}
     class_names = {name for name in train_classes if name and name.lower() == "train"} if len(train_classes) > 1 else ()
@@ -222,8 +198,7 @@ def _find_split_names(folders: Iterable[str]) -> set[str]:
 def index_splits(root: Path, names: Sequence[str], read: Sequence[str], layout: Layout) -> dict[str, Tensor]:
     """Find {split: rows}; images outside the folders of splits belong to train.
 
-    Raises:
-        ValueError: images outside where there is a folder train, or a split without an image that can be read.
+    Images outside where there is a folder train, and a split without an image that can be read, raise ValueError.
     """
     splits = [layout.place(name).split for name in names]
     named = {split for split in splits if split}

@@ -44,11 +44,10 @@ class DecodedImage(NamedTuple):
     """Upright, opaque image with 8 bits per channel, and what else its file contains.
 
     Args:
-        image: in mode L or RGB.
+        image: in mode L or RGB, laid over white where a pixel is not opaque.
         bits: per channel of the file.
         highest: the largest stored level of any channel where there are more than 8 bits, on a scale up to 65,535.
         num_pages: pages or frames of the file; the image is the first.
-        is_transparent: whether any pixel is not opaque; the image is laid over white.
         has_further_channels: whether the file has channels that are neither colors nor opacity; they are left out.
     """
 
@@ -66,36 +65,29 @@ def list_formats() -> list[str]:
     return [name for name in Image.OPEN if name not in _NOT_PIXELS]
 
 
-_TOO_MANY_PIXELS = f"an image may have at most {MOST_PIXELS:,} pixels; scale it down"
-
-
-def _check_size(num_pixels: int, num_bytes: int) -> None:
-    """Raises UnreadableImageError where a header announces too many pixels for its file.
-
-    The message names the limit and not the numbers of the image, so that files that exceed it can be listed together.
-    """
-    if num_pixels > MOST_PIXELS:
-        raise UnreadableImageError(_TOO_MANY_PIXELS)
-    if num_pixels > max(FREE_PIXELS, MOST_EXPANSION * num_bytes):
-        raise UnreadableImageError(
-            f"an image of more than {FREE_PIXELS:,} pixels may have at most {MOST_EXPANSION} per byte of its file; "
-            "scale it down, or save it without compression"
-        )
-
-
 def decode(raw: bytes) -> DecodedImage:
     """Decode the first page of an image file.
+
+    Messages name a limit and not the numbers of the image, so that files that exceed it can be listed together.
 
     Raises:
         UnreadableImageError: the image is too large, or its levels have no known scale.
         Exception: of nearly every type, where the file is damaged.
     """
+    too_many = f"an image may have at most {MOST_PIXELS:,} pixels; scale it down"
     try:
         opened = Image.open(BytesIO(raw), formats=list_formats())
     except Image.DecompressionBombError:
-        raise UnreadableImageError(_TOO_MANY_PIXELS) from None
+        raise UnreadableImageError(too_many) from None
     with opened:
-        _check_size(opened.width * opened.height, len(raw))
+        num_pixels = opened.width * opened.height
+        if num_pixels > MOST_PIXELS:
+            raise UnreadableImageError(too_many)
+        if num_pixels > max(FREE_PIXELS, MOST_EXPANSION * len(raw)):
+            raise UnreadableImageError(
+                f"an image of more than {FREE_PIXELS:,} pixels may have at most {MOST_EXPANSION} per byte of its file; "
+                "scale it down, or save it without compression"
+            )
         bits = _read_bits_per_channel(opened, raw)
         opened.load()
         image: Image.Image = ImageOps.exif_transpose(opened)
@@ -256,10 +248,7 @@ class ImageNotes:
     def check_not_blank(self, root: Path, split: str, rows: Sequence[int], images: Iterable[np.ndarray]) -> None:
         """Raises ValueError where images of a split, some partly transparent, have one level: they show nothing.
 
-        Args:
-            split: what the error calls the images.
-            rows: places of the images, in the order in which they were added.
-            images: their pixels.
+        ``rows`` are places of the images in the order in which they were added, and ``images`` their pixels.
         """
         count, level = len(self._transparent.intersection(rows)), None
         if not count:
@@ -279,11 +268,7 @@ class ImageNotes:
         return tuple(f"{abbreviate(names)} not read: {reason}" for reason, names in self._refused.items())
 
     def list_notes(self, color: str | None) -> tuple[str, ...]:
-        """List the reasons, then a sentence for each kind of loss or change, with its number of files.
-
-        Args:
-            color: as the user asked for it, or None.
-        """
+        """List the reasons, then a sentence for each kind of loss or change; ``color`` is as the user asked for it."""
         sentences = {
             "page": f"several pages or frames in {{}} ({self._num_pages:,} in all; {self._first.get('page')}): "
             "only the first is kept",
@@ -299,12 +284,7 @@ class ImageNotes:
         return (*self.list_reasons(), *self._fill(sentences))
 
     def describe_changes(self, size: tuple[int, int], fit: str) -> tuple[str, ...]:
-        """Describe the images that were resized or made gray for a model, one sentence each.
-
-        Args:
-            size: (H, W) that they were brought to.
-            fit: "crop" or "stretch".
-        """
+        """Describe the images that were resized to (H, W), or made gray, for a model, one sentence each."""
         wanted = "x".join(map(str, size))
         how = f"scaled to cover {wanted} and cut to the middle" if fit == "crop" else f"stretched to {wanted}"
         other = f"{{}} have a height or width other than {wanted} ({self._first.get('size')}), and were {how}"

@@ -122,11 +122,7 @@ class PublishedFile(NamedTuple):
 def get_published_file(name: str, data_dir: Path, file: PublishedFile, *, download: bool) -> Path:
     """Return the path of a published file, which is downloaded if it is missing and ``download`` allows it.
 
-    Args:
-        name: of the data set, for errors.
-
-    Raises:
-        ValueError: the file is missing and is not downloaded, or is another one than the published file.
+    Raises ValueError, which names the data set, where the file is missing, or is another one than the published file.
     """
     path = data_dir / file.path
     if not isfile(path):

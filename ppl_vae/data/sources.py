@@ -45,15 +45,14 @@ def load(
     """Load a named data set, a user's .npz or .npy file, or a folder of images.
 
     Args:
-        dataset: a name in ``registry.DATASETS``, or a path.
+        dataset: a name in ``DATASETS``, or a path.
         data_dir: the folder of the named data sets; None: the environment variable PPL_VAE_DATA_DIR, else "data".
         protocol: "vampprior" (Tomczak and Welling 2018, arXiv 1705.07120), or for the gray named sets "iwae" (Burda et
             al. 2016, arXiv 1509.00519): all 60,000 images train, none validate, test is drawn anew at each evaluation.
         image_size, fit, color: of a folder of images, as in ``folder.load_image_folder``.
         download: whether the files of a named data set are downloaded if they are missing.
 
-    Raises:
-        ValueError: an unknown name, missing or damaged files, or values that are no images.
+    Raises ValueError for an unknown name, missing or damaged files, or values that are no images.
     """
     for argument, words, word in (("protocol", PROTOCOLS, protocol), ("fit", FITS, fit), ("color", COLORS, color)):
         if word not in words and word is not None:
@@ -82,17 +81,11 @@ def load(
         )
     folder = Path(data_dir or os.environ.get("PPL_VAE_DATA_DIR") or "data").expanduser()
     splits = DATASETS[dataset].import_reader()(folder, download=download)
-    return _move_validation_to_train(splits) if protocol == "iwae" else splits
-
-
-def _move_validation_to_train(splits: Splits) -> Splits:
-    """Apply the iwae protocol: the validation images go back to train, from which they were taken."""
-    labels = {
-        "train": torch.cat([splits.labels["train"], splits.labels["validation"]]),
-        "validation": splits.labels["validation"][:0],
-        "test": splits.labels["test"],
-    }
-    return replace(
+    if protocol != "iwae":
+        return splits
+    labels = {name: splits.labels[name] for name in ("train", "validation", "test")}
+    labels |= {"train": torch.cat([labels["train"], labels["validation"]]), "validation": labels["validation"][:0]}
+    return replace(  # the validation images go back to train, from which they were taken
         splits,
         train=torch.cat([splits.train, splits.validation]),
         validation=splits.validation[:0],
@@ -145,11 +138,9 @@ def load_images(
     Args:
         path: an .npz file with one array, or one named test, x_test, test_images, images or x (labels: labels, y,
             test_labels or y_test); an .npy file; an image; a folder of images.
-        image_size, color: of image files; None, or what E already says.
-        fit: as in ``load``.
+        image_size, fit, color: of image files, as in ``load``; size and color are None, or what E already says.
 
-    Raises:
-        ValueError: files that cannot be read, or images of another shape or scale.
+    Raises ValueError for files that cannot be read, or images of another shape or scale.
     """
     file = Path(path)
     if is_array_file(file):
@@ -159,26 +150,20 @@ def load_images(
     else:
         raise ValueError(f"images: expected an .npz or .npy file, an image or a folder, got {path!r}: no such file")
     x = images.x
-    if pixels == "levels":
-        x = _convert_to_levels(path, x)
+    if pixels == "levels":  # a missing pixel stays NaN
+        x = (255 * images.x).round()
+        distance = (255 * images.x - x).abs().nan_to_num(0.0)
+        if distance.max() > 255 * _LEVEL_ROUNDING / 2:
+            raise ValueError(
+                f"{path}: expected uint8 levels, or level / 255, got fractions between the levels (such as "
+                f"{float(images.x.flatten()[distance.argmax()]):.4g})"
+            )
     elif pixels == "threshold":
         x = torch.where(x.isnan(), x, (x >= 0.5).float())
     elif is_drawn(splits, pixels):
         drawn = sample_binomial(np.random.RandomState(seed), x.nan_to_num(0.0))
         x = torch.where(x.isnan(), x, drawn)
     return images._replace(x=x)
-
-
-def _convert_to_levels(path: str, values: Tensor) -> Tensor:
-    """Convert level / 255 to the level; a missing pixel stays NaN."""
-    levels = (255 * values).round()
-    distance = (255 * values - levels).abs().nan_to_num(0.0)
-    if distance.max() > 255 * _LEVEL_ROUNDING / 2:
-        raise ValueError(
-            f"{path}: expected uint8 levels, or level / 255, got fractions between the levels (such as "
-            f"{float(values.flatten()[distance.argmax()]):.4g})"
-        )
-    return levels
 
 
 def _load_images_from_arrays(file: Path, splits: Splits) -> UserImages:

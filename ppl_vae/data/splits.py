@@ -116,10 +116,7 @@ def complete_splits(
         labels: (N,) of each split that has any; they follow their images.
 
     Returns:
-        All three splits, their labels, and how the images were split, in words.
-
-    Raises:
-        ValueError: too few training images.
+        All three splits, their labels, and how the images were split, in words. Too few images raise ValueError.
     """
     images, numbers = dict(given), dict(labels)
     missing = [split for split in ("validation", "test") if split not in given]

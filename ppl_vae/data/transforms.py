@@ -39,8 +39,7 @@ _MOST_IMAGES, _MOST_PIXELS = 1000, 2**18  # of a part of the images, which bound
 def resolve_binarization(splits: Splits, binarization: str | None, *, default: str = "dynamic") -> str:
     """Resolve the word of a binarization; None is "none" for binary data, counts and real values, else ``default``.
 
-    Raises:
-        ValueError: a binarization of binary data, counts or real values.
+    Another word for these kinds raises ValueError.
     """
     if splits.kind in _NEVER_BINARIZED:
         if binarization not in (None, "none"):
@@ -51,12 +50,7 @@ def resolve_binarization(splits: Splits, binarization: str | None, *, default: s
 
 
 def map_images(function: Callable[[Tensor], Tensor], x: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Apply a pixelwise function to a few images at a time; a large result lies in a file.
-
-    Args:
-        x: (N, *E).
-        dtype: of the result, (N, *E).
-    """
+    """Apply a pixelwise function to a few of the images (N, *E) at a time; a large result lies in a file."""
     if x.numel() <= _MOST_PIXELS:
         return function(x).to(dtype)
     result = allocate(tuple(x.shape), dtype)
@@ -108,11 +102,7 @@ def dequantize_uniformly(values: Tensor, generator: torch.Generator | None = Non
 
 
 def training_images(splits: Splits, pixels: str) -> tuple[Tensor, Callable[..., Tensor]]:
-    """Return the stored training set (N, *E), and the transform from a stored batch to what the model sees.
-
-    Args:
-        pixels: a word of ``PIXELS``.
-    """
+    """Return the stored training set (N, *E), and the transform from a stored batch to what the model sees."""
     _check_pixels(splits, pixels)
     if pixels in ("none", "levels") or splits.kind in _NEVER_BINARIZED:
         return splits.train, scale_to_unit_interval if splits.kind == LEVELS and pixels == "none" else convert_to_float
@@ -146,9 +136,6 @@ def initialization_images(splits: Splits, pixels: str) -> Tensor:
     """Compute ``expected_images`` (n, *E) of a fixed random subset of the training images, or of all if few.
 
     A training starts from their marginals, for which a part suffices; the fit to many large images is slow.
-
-    Args:
-        pixels: a word of ``PIXELS``.
     """
     most = max(1000, _MOST_INITIALIZATION_PIXELS // math.prod(splits.event_shape))
     index = subset(len(splits.train), most)
@@ -165,9 +152,6 @@ def evaluation_images(splits: Splits, split: str, pixels: str, *, seed: int = 0)
     255. "dequantized" is one draw of (level + u) / 256, from a fixed seed for each split.
     Under the protocol of Burda et al. (2016, arXiv 1509.00519), "dynamic" draws the split anew for each ``seed``;
     nothing else depends on ``seed``.
-
-    Raises:
-        ValueError: an unknown word, or a split without images.
     """
     return _compute_evaluation_images(splits, split, pixels, seed=seed, dtype=torch.float32)
 
@@ -245,12 +229,7 @@ _MOST_DISTINCT = 0.75  # at least 0.99 of the values of continuous data are dist
 
 
 class Repeats(NamedTuple):
-    """Repeated values of a data set.
-
-    Args:
-        num_distinct: the largest number of distinct values in a group that repeats.
-        columns: the columns of a table that repeat; empty for images.
-    """
+    """The largest number of distinct values in a group that repeats, and the columns of a table that repeat."""
 
     num_distinct: int
     columns: tuple[int, ...] = ()
@@ -271,11 +250,8 @@ class Repeats(NamedTuple):
 def find_repeats(x: Tensor) -> Repeats | None:
     """Find where more than a quarter of the values repeat, in a fixed random subset of rows; None if nowhere.
 
-    The values of a table are compared column by column. Those of images are compared within each channel, then pixel by
-    pixel, then image by image, since each of these may have a scale of its own; most groups must repeat.
-
-    Args:
-        x: (N, *E).
+    The values of a table are compared column by column. Those of images (N, *E) are compared within each channel, then
+    pixel by pixel, then image by image, since each of these may have a scale of its own; most groups must repeat.
     """
     rows = x[subset(len(x), max(8, min(_MOST_ROWS, _MOST_VALUES // x[0].numel())))]
     if x.ndim == 2:
@@ -304,9 +280,9 @@ def describe_constant_columns(x: Tensor) -> str | None:
     columns = (x == x[:1]).all(0).nonzero().flatten().tolist()
     if not columns:
         return None
-    names = abbreviate(map(str, columns))
     return (
-        f"Warning: {pluralize(len(columns), 'column')} of the training data (counted from 0: {names}) hold one value: "
+        f"Warning: {pluralize(len(columns), 'column')} of the training data (counted from 0: "
+        f"{abbreviate(map(str, columns))}) hold one value: "
         "a density of it has no upper bound, and its nats say nothing of the other columns. Leave them out."
     )
 

@@ -174,7 +174,7 @@ def classifier_test(z_posterior: Tensor, z_prior: Tensor, *, seed: int = 0) -> T
     P(Binomial(n, 1/2) >= the number of correct answers), which holds for every classifier.
 
     Args:
-        z_posterior: (N, L) one draw of q(z | x_n) per image, N at least 4.
+        z_posterior: (N, L) one draw of q(z | x_n) per image. N below 4 raises ValueError.
         z_prior: (N, L) as many draws of the prior.
         seed: of the halves, the network's initialization and the batches; torch's global generator is not changed.
 

@@ -105,7 +105,7 @@ def whiten_scores(family: Likelihood, x: Tensor, *, features: Tensor | None = No
     for data that the likelihood fits.
 
     Args:
-        family: p(x | h), with ``has_location``; a copy of it is used.
+        family: p(x | h), with ``has_location`` (another raises ValueError); a copy of it is used.
         x: images (N, *E), as the model sees them, at least two.
         features: (F,) the h to expand around; by default those of ``fit_marginals(x)``, which also fits the copy's own
             parameters.

@@ -169,7 +169,7 @@ def measure(
     """Every diagnostic of a VAE, each a mean with its standard error over images; the global generators do not change.
 
     Args:
-        x: images (N, *E) as the VAE sees them, at least 4.
+        x: images (N, *E) as the VAE sees them; fewer than 4 raise ValueError.
         gray: (N, *E) images that reconstructions are compared with, in the unit of the likelihood's mean: the gray
             images of binarized x. By default x.
         noise: ``likelihood.measure_noise`` of the likelihood and the training images; it depends on no weight.

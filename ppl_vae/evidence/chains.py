@@ -180,7 +180,7 @@ class Chains:
         self._run: _Graph | None = None
 
     def begin(self, z: Tensor | None = None) -> Point:
-        """Chains that start at draws of q_0, or all chains of an image at its z, (B, L)."""
+        """Chains that start at draws of q_0, or all of an image at its z (other than (B, L) raises ValueError)."""
         C, B = self._num_chains, len(self._x)
         if z is None:
             z = self._q_0.sample((C,) if len(self._q_0.batch_shape) else (C, B))

@@ -179,6 +179,8 @@ def paired_difference(a: Tensor, b: Tensor, *, comparisons: int = 1) -> PairedDi
         a, b: (N,) nats per image, in the same order.
         comparisons: m, the number of such differences that are judged together.
 
+    Raises ValueError for fewer than two images, and for values that are not finite.
+
     Reference: Student 1908, The probable error of a mean; Dunn 1961, Multiple comparisons among means.
     """
     if a.dim() != 1 or a.shape != b.shape:

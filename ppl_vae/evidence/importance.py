@@ -244,7 +244,7 @@ def estimate_adaptively(
         vae: A VAE, also one from ``replace_guide``.
         x: Images (N, *E).
         num_particles: S at first.
-        most: The largest S_n.
+        most: The largest S_n; below ``num_particles`` it raises ValueError.
         tolerance: In nats.
 
     Source: ours.

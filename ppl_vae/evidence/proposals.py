@@ -105,7 +105,10 @@ _INVERSES: dict[object, Callable[[Tensor], Tensor]] = {
 
 
 def normal_features(family: DiagonalNormal | FullNormal, loc: Tensor, scale: Tensor) -> Tensor:
-    """The features (N, F) of prod_l Normal(z_l; loc_l, scale_l) under a family of normals. loc, scale: (N, L)."""
+    """The features (N, F) of prod_l Normal(z_l; loc_l, scale_l), loc and scale (N, L), under a family of normals.
+
+    Another family raises ValueError.
+    """
     inverse = _INVERSES.get(getattr(family, "log_scale", None))
     if inverse is None or not isinstance(family, DiagonalNormal | FullNormal):
         raise ValueError(

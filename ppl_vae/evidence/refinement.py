@@ -197,7 +197,7 @@ def measure_gaps(
     Args:
         vae: A VAE with a guide ``Conditional(net, family)``, so with one layer of latents.
         x: Images (N, *E).
-        log_evidence: (N,) nats, from annealed importance sampling or a tight bound.
+        log_evidence: (N,) nats, from annealed importance sampling or a tight bound; another shape raises ValueError.
         steps, num_particles, compile: As in ``refine_proposal``, whose errors are these too.
         evaluation_particles: The particles of each of the two ELBOs.
 

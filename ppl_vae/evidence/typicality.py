@@ -118,7 +118,8 @@ def typicality(own: Tensor, other: Tensor, *, dataset: str, num_particles: int) 
     either side. Images with a typical density need not resemble the data.
 
     Args:
-        own: (m,) log p(x), nats, of images that the model was not trained on; see ``mix_prior_into_guide``.
+        own: (m,) log p(x), nats, of images that the model was not trained on; see ``mix_prior_into_guide``. A number
+            that is not finite raises ValueError.
         other: (n,) the same of the other set, by the same estimate.
         dataset: the other set's name.
         num_particles: S of the estimates.

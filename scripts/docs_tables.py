@@ -17,6 +17,7 @@ from ppl_vae.commands.cli import build_parser, iterate_fields
 from ppl_vae.commands.options import COMMANDS
 from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.parts.registry import NETWORKS, OBJECTIVES, POSTERIORS, PRIORS
+from ppl_vae.reports.text import markdown_table as markdown
 from ppl_vae.reports.text import plus_minus
 from ppl_vae.reports.text.comparison import reproduction_table, seeds_table
 from ppl_vae.reports.text.diagnosis import describe_numbers, describe_verdicts
@@ -54,11 +55,6 @@ def pages() -> list[Path]:
 
 def stored(name: str) -> Any:
     return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-
-
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [f"| {' | '.join(cells)} |" for cells in (header, *rows)]
-    return "\n".join([lines[0], "|" + "---|" * len(header), *lines[1:]])
 
 
 def mean(value: dict[str, float], decimals: int = 2) -> str:

@@ -97,30 +97,28 @@ class StudyData:
         """D."""
         return math.prod(self.splits.event_shape)
 
-    def load_seen(self, split: str, most: int | None = None) -> Tensor:
-        """(n, *E) images as the model sees them, a fixed subset of at most that many."""
-        images = data.evaluation_images(self.splits, split, choose_evaluated_pixels(self.options, self.splits))
-        return images[data.subset(len(images), most)]
-
-    def load_gray(self, split: str, most: int | None = None) -> Tensor:
-        """(n, *E) the same images before binarization."""
-        images = data.probabilities(self.splits, split)
+    def load_images(self, split: str, most: int | None = None, *, gray: bool = False) -> Tensor:
+        """(n, *E) a fixed subset of at most that many images, as the model sees them, or gray before binarization."""
+        if gray:
+            images = data.probabilities(self.splits, split)
+        else:
+            images = data.evaluation_images(self.splits, split, choose_evaluated_pixels(self.options, self.splits))
         return images[data.subset(len(images), most)]
 
     @cached_property
     def x(self) -> Tensor:
         """(N, *E) test images as the model sees them, those of the runs' evaluation."""
-        return self.load_seen("test", self.num_images)
+        return self.load_images("test", self.num_images)
 
     @cached_property
     def gray(self) -> Tensor:
         """(N, *E) the same test images before binarization."""
-        return self.load_gray("test", self.num_images)
+        return self.load_images("test", self.num_images, gray=True)
 
     @cached_property
     def components(self) -> Components:
         """Principal components of the gray training images."""
-        return principal_components(self.load_gray("train", MOST_TRAINING_IMAGES))
+        return principal_components(self.load_images("train", MOST_TRAINING_IMAGES, gray=True))
 
     @cached_property
     def shown(self) -> Tensor:

@@ -19,28 +19,10 @@ from ppl_vae.evidence.moments import decode_mean, encode, sample_posterior
 from ppl_vae.runs.load import load
 from ppl_vae.runs.results import PerImage, from_json, read_evaluation, read_per_image, to_json
 from ppl_vae.runtime.global_state import seeded
+from ppl_vae.study import plan, results
 from ppl_vae.study.data import MOST_TRAINING_IMAGES, NUM_SHOWN, PICTURES, StudyData, fit_densities, write_strip
-from ppl_vae.study.plan import (
-    REMEDIED_NETWORKS,
-    REMEDIES,
-    Planned,
-    Size,
-    name_run,
-    remedy_name,
-    sweep_name,
-    varied_names,
-)
-from ppl_vae.study.results import (
-    RUNS,
-    BlurNumbers,
-    BlurParts,
-    BoundDifferences,
-    DensityQuality,
-    Difference,
-    PriorMatch,
-    RunNumbers,
-    read_failure,
-)
+from ppl_vae.study.plan import Planned, Size, name_run, sweep_name
+from ppl_vae.study.results import BoundDifferences, DensityQuality, Difference, RunNumbers
 from ppl_vae.vae import VAE
 
 MEASUREMENT = "measurement.json"
@@ -69,13 +51,13 @@ def measure_run(planned: Planned, folder: Path, study_data: StudyData) -> RunNum
         folder: The study's folder, which takes its pictures.
         study_data: Its data.
     """
-    run_dir = folder / RUNS / planned.name
+    run_dir = folder / results.RUNS / planned.name
     numbers = RunNumbers(
         name=planned.name,
         dataset=study_data.word,
         options={name: getattr(planned.options, name) for name in _OPTIONS},
         averaged=planned.averaged,
-        failed=read_failure(run_dir),
+        failed=results.read_failure(run_dir),
     )
     if numbers.failed is not None:
         return numbers
@@ -91,15 +73,11 @@ def measure_run(planned: Planned, folder: Path, study_data: StudyData) -> RunNum
     vae, per_image = load(run_dir), read_per_image(run_dir, "test")  # None for an autoencoder
     found = replace(
         numbers,
-        step=evaluation.step,
         parameters=sum(weights.numel() for weights in vae.parameters()),
         seconds=runs.read_metrics(run_dir)[-1].get("seconds"),
         seconds_evaluation=evaluation.seconds,
-        reconstruction=evaluation.reconstruction,
-        kl=evaluation.kl,
-        elbo=evaluation.elbo,
-        log_likelihood=evaluation.log_likelihood,
         tenfold_gain=evaluation.rise,
+        **{name: getattr(evaluation, name) for name in ("step", "reconstruction", "kl", "elbo", "log_likelihood")},
     )
     if per_image is not None:
         gap = per_image.result.log_evidence - per_image.result.elbo
@@ -140,7 +118,7 @@ def _diagnose(
         active=diagnosis.active.count,
         implied_beta=diagnosis.implied_beta,
         variation=diagnosis.pictures.variation,
-        blur=None if blur is None else BlurNumbers(blur.at_mean, blur.error, blur.posterior_noise, blur.bias),
+        blur=None if blur is None else results.BlurNumbers(blur.at_mean, blur.error, blur.posterior_noise, blur.bias),
         prior_match=_match_prior(diagnosis),
         samples=study_data.measure_quality(samples),
         densities=densities,
@@ -154,10 +132,8 @@ def _decode_densities(
     """Decoded draws of each fitted density, by "NAME_samples", and their quality, by name."""
     device = study_data.x.device
     with seeded(0, device):
-        train, validation = (
-            sample_posterior(vae, x)
-            for x in (study_data.load_seen("train", num_codes), study_data.load_seen("validation"))
-        )
+        train = sample_posterior(vae, study_data.load_images("train", num_codes))
+        validation = sample_posterior(vae, study_data.load_images("validation"))
     images, found = {}, {}
     for name, fitted in fit_densities(train, validation).items():
         with seeded(0, device):
@@ -168,13 +144,13 @@ def _decode_densities(
     return images, found
 
 
-def _match_prior(diagnosis: Measurements) -> PriorMatch:
+def _match_prior(diagnosis: Measurements) -> results.PriorMatch:
     """The aggregate posterior against the prior."""
     aggregate, split = diagnosis.aggregate, diagnosis.elbo_split
     distance, p_values = aggregate.kolmogorov_smirnov.statistic, aggregate.kolmogorov_smirnov.p_value
     sizes = (float(each.mean.abs().max()) for each in (aggregate.moments.mean, aggregate.moments.log_scale))
     largest_mean, largest_log_scale = (size if math.isfinite(size) else None for size in sizes)
-    return PriorMatch(
+    return results.PriorMatch(
         largest_mean=largest_mean,
         largest_log_scale=largest_log_scale,  # unknown where a latent is constant
         largest_distance=float(distance.max()),
@@ -204,10 +180,10 @@ def compare_bounds(place: Path, size: Size, words: Sequence[str]) -> dict[str, d
     for word in words:
         betas = [sweep_name(word, each) for each in size.betas_of(word)]
         beta |= compare_with_reference(place, betas, sweep_name(word))
-    for network in REMEDIED_NETWORKS:
-        remedies = [remedy_name(words[0], network, remedy) for remedy in REMEDIES]
-        collapse |= compare_with_reference(place, remedies, remedy_name(words[0], network, "none"))
-    networks = compare_with_reference(place, varied_names(size, words[0]), sweep_name(words[0]))
+    for network in plan.REMEDIED_NETWORKS:
+        remedies = [plan.remedy_name(words[0], network, remedy) for remedy in plan.REMEDIES]
+        collapse |= compare_with_reference(place, remedies, plan.remedy_name(words[0], network, "none"))
+    networks = compare_with_reference(place, plan.varied_names(size, words[0]), sweep_name(words[0]))
     return {"beta": beta, "collapse": collapse, "networks": networks}
 
 
@@ -252,7 +228,7 @@ def _difference(found: PairedDifference, ranks: bool | None = None) -> Differenc
 # --- Why reconstructions blur ---
 
 
-def split_blur(place: Path, found: Mapping[str, RunNumbers], each: StudyData) -> BlurParts | None:
+def split_blur(place: Path, found: Mapping[str, RunNumbers], each: StudyData) -> results.BlurParts | None:
     """E_q|x - y|^2 / D = Var_q y + the autoencoder's error + the rest, y = E[x | z], all on the same test images.
 
     The autoencoder has as many latents as the VAE and neither noise nor a KL, but it too has binary inputs, a network
@@ -271,10 +247,10 @@ def split_blur(place: Path, found: Mapping[str, RunNumbers], each: StudyData) ->
     if not torch.equal(x, gray):
         error_of_binary = Estimate.mean_of(_squared_error(x, gray))
         binary = {"sharpness": diagnostics.sharpness(x, gray), "error": error_of_binary}
-    return BlurParts(
+    return results.BlurParts(
         parts={name: Estimate.mean_of(part) for name, part in parts.items()},
         shares={name: ratio_of_means(part, error) for name, part in parts.items()},
-        floor=each.measure_quality(each.load_gray("validation", each.num_images)),
+        floor=each.measure_quality(each.load_images("validation", each.num_images, gray=True)),
         binary=binary,
         neighbors={} if two_latents is None else _compare_with_neighbors(two_latents, each),
     )
@@ -307,7 +283,10 @@ def _compare_with_neighbors(vae: VAE, each: StudyData) -> dict[str, Estimate]:
     If the decoder were exact and codes dense, E[x | z] would be E[x | z(x) = z], which m estimates.
     """
     x, gray = each.x[:_NUM_NEIGHBORED], each.gray[:_NUM_NEIGHBORED]
-    train, train_gray = each.load_seen("train", MOST_TRAINING_IMAGES), each.load_gray("train", MOST_TRAINING_IMAGES)
+    train, train_gray = (
+        each.load_images("train", MOST_TRAINING_IMAGES),
+        each.load_images("train", MOST_TRAINING_IMAGES, gray=True),
+    )
     codes = encode(vae, x).mean
     distances = torch.cdist(codes, encode(vae, train).mean)
     nearest = distances.topk(min(_NUM_NEIGHBORS, len(train)), largest=False).indices

@@ -137,6 +137,11 @@ class Planned:
     stressed: bool = False
     num_codes: int = 0
 
+    @property
+    def dataset(self) -> str:
+        """The word of its data set."""
+        return dataset_word(self.options.dataset)
+
 
 def base(size: Size, dataset: str, **changed: object) -> Options:
     """The plain VAE from which every run differs in one thing: gated, 40 latents, dynamic binarization."""

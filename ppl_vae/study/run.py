@@ -47,7 +47,7 @@ from ppl_vae.runtime.process import progress_bar
 from ppl_vae.study.data import MOST_TRAINING_IMAGES, StudyData, load_study_data, write_strip
 from ppl_vae.study.figures import draw_figures
 from ppl_vae.study.measure import compare_bounds, measure_run, split_blur
-from ppl_vae.study.plan import DEFAULT, QUICK, Planned, Size, base, dataset_word, name_run, plan, sweep_name
+from ppl_vae.study.plan import DEFAULT, QUICK, Planned, Size, base, name_run, plan, sweep_name
 from ppl_vae.study.questions import EXPLANATIONS, PageSource, format_mean
 from ppl_vae.study.results import FAILURE, RUNS, STUDY, DataNumbers, RunNumbers, StudyNumbers, read_study
 from ppl_vae.training import Callbacks, fit
@@ -137,10 +137,6 @@ def _load_data(size: Size, datasets: Sequence[str], data_dir: str | None) -> Loa
     return found
 
 
-def _find_data(planned: Planned, loaded: LoadedData) -> StudyData:
-    return loaded[dataset_word(planned.options.dataset)]
-
-
 def choose_compiled(planned: Sequence[Planned], loaded: LoadedData) -> list[Planned]:
     """Compiles short runs if enough of them share a graph, which the compiler's cache knows after the first.
 
@@ -150,13 +146,13 @@ def choose_compiled(planned: Sequence[Planned], loaded: LoadedData) -> list[Plan
         return list(planned)
 
     def graph(each: Planned) -> tuple[object, ...]:
-        options, shape = each.options, _find_data(each, loaded).splits.event_shape
-        model = (options.network, options.latent_dim, options.posterior, options.scale_map, *shape)
-        return (*model, options.objective, options.free_bits, options.clip_norm, each.averaged)
+        names = ("network", "latent_dim", "posterior", "scale_map", "objective", "free_bits", "clip_norm")
+        shape = loaded[each.dataset].splits.event_shape
+        return (*(getattr(each.options, name) for name in names), *shape, each.averaged)
 
     steps: Counter[object] = Counter()
     for each in planned:
-        steps[graph(each)] += count_steps(each.options, len(_find_data(each, loaded).splits.train))
+        steps[graph(each)] += count_steps(each.options, len(loaded[each.dataset].splits.train))
     return [
         replace(each, options=replace(each.options, compile="on")) if compiling_pays(steps[graph(each)]) else each
         for each in planned
@@ -172,7 +168,7 @@ def _make_folder(folder: Path, planned: Sequence[Planned], loaded: LoadedData) -
     for each in planned:
         run_dir = folder / RUNS / each.name
         if (run_dir / runs.CONFIG).exists():
-            resolved = resolve(each.options, _find_data(each, loaded).splits)
+            resolved = resolve(each.options, loaded[each.dataset].splits)
             check_same_options(run_dir, each.options, resolved, frozenset({"compile"}))
     if not (folder / RUNS).is_dir():
         make_output_folder(str(folder), folder)
@@ -192,7 +188,7 @@ def _train_and_measure(folder: Path, planned: Sequence[Planned], loaded: LoadedD
             bar.set_description(each.name)
             if each.name not in finished:
                 train_planned(each, folder / RUNS)
-            numbers = found[each.name] = measure_run(each, folder, _find_data(each, loaded))
+            numbers = found[each.name] = measure_run(each, folder, loaded[each.dataset])
             if each.name not in finished:
                 say(describe_run(numbers))
                 bar.update()
@@ -301,7 +297,7 @@ def _assemble_numbers(
 def _describe_data(place: Path, each: StudyData) -> DataNumbers:
     splits, evaluation = each.splits, read_evaluation(place / sweep_name(each.word))
     family = build_likelihood(each.options, splits.event_shape)
-    noise = measure_noise(family, each.load_seen("train", MOST_TRAINING_IMAGES))
+    noise = measure_noise(family, each.load_images("train", MOST_TRAINING_IMAGES))
     assert noise is not None  # the study's likelihood is a Bernoulli
     return DataNumbers(
         description=splits.describe(),

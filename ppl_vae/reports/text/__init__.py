@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.runs.results import Provenance
@@ -48,3 +49,9 @@ def describe_measure(provenance: Provenance) -> str:
 def describe_sample(images: str, provenance: Provenance, seed: int) -> str:
     """What the images of a result are, and what its errors are over."""
     return f"{images}, {describe_images_scale(provenance, seed)}; ± is the standard error over images"
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    head, *body = (f"| {' | '.join(cells)} |" for cells in (header, *rows))
+    return "\n".join([head, "|" + "---|" * len(header), *body])

@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 from ppl_vae.evidence.estimate import CONFIDENCE, INDISTINCT, SEED_NATS, Estimate, PairedDifference
-from ppl_vae.reports.text import plus_minus
+from ppl_vae.reports.text import markdown_table, plus_minus
 from ppl_vae.reports.text.diagnosis import describe_calibration
 from ppl_vae.runs.command_results import ComparedPair, Comparison, LikelihoodRow, NetworkRow
 from ppl_vae.runs.options import PLACES, Options
@@ -82,15 +82,10 @@ def _describe_log_p(pair: ComparedPair, num_particles: int) -> str:
             f"  the whole interval is beyond what ten times the particles gained ({pair.rise:.3f} nats): log p(x) "
             "ranks so too, unless a guide much narrower than its posterior hides that a bound lacks more"
         )
+    reason, more = f"ten times the particles still gained {pair.rise:.3f} nats, which may hide it", 10 * num_particles
     if math.isnan(pair.rise):
-        return (
-            f"  the bounds are ranked, log p(x) is not: S = {num_particles} shows nothing of what the bounds still "
-            "lack; --num-particles 200 says more"
-        )
-    return (
-        f"  the bounds are ranked, log p(x) is not: ten times the particles still gained {pair.rise:.3f} nats, which "
-        f"may hide it; --num-particles {10 * num_particles} says more"
-    )
+        reason, more = f"S = {num_particles} shows nothing of what the bounds still lack", 200
+    return f"  the bounds are ranked, log p(x) is not: {reason}; --num-particles {more} says more"
 
 
 # --- The table of likelihoods ---
@@ -211,8 +206,7 @@ def reproduction_table(rows: Sequence[Reproduction]) -> str:
     """All rows as a table in Markdown."""
     S = ", ".join(sorted({f"{row.protocol.num_particles:,}" for row in rows})) or "5,000"
     header = ["recipe", "data", f"L_S, S = {S}", "rise", "ELBO", "published", "epochs", "minutes", "seed", "last tenth"]
-    head, *body = (f"| {' | '.join(cells)} |" for cells in (header, *map(_make_cells, rows)))
-    return "\n".join([head, "|" + "---|" * len(header), *body])
+    return markdown_table(header, [*map(_make_cells, rows)])
 
 
 def seeds_table(rows: Sequence[Reproduction]) -> str:
@@ -237,9 +231,9 @@ def seeds_table(rows: Sequence[Reproduction]) -> str:
             for number in group[0].published
         )
         average = plus_minus(Estimate(mean, error))
-        lines.append(f"| `{group[0].recipe}` | {len(group)} | {average} | {spread:.2f} | {apart} |")
-    head = "| recipe | seeds | mean | s between seeds | above what is published |"
-    return "\n".join([head, "|" + "---|" * 5, *lines]) if lines else ""
+        lines.append([f"`{group[0].recipe}`", str(len(group)), average, f"{spread:.2f}", apart])
+    header = ["recipe", "seeds", "mean", "s between seeds", "above what is published"]
+    return markdown_table(header, lines) if lines else ""
 
 
 def _identify_training(row: Reproduction) -> str:

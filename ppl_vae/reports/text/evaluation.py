@@ -7,7 +7,14 @@ from collections.abc import Sequence
 from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.evidence.importance import UNRELIABLE_BIAS
 from ppl_vae.evidence.typicality import Typicality
-from ppl_vae.reports.text import describe_measure, describe_sample, format_number, make_sentence, plus_minus
+from ppl_vae.reports.text import (
+    describe_measure,
+    describe_sample,
+    format_number,
+    make_sentence,
+    markdown_table,
+    plus_minus,
+)
 from ppl_vae.runs.certificates import Bound, Certificate, ConvergenceCurve, SimulatedBounds, SplitGap
 from ppl_vae.runs.command_results import Encoding, ImputationSummary
 from ppl_vae.runs.results import Evaluation, Quantiles
@@ -280,11 +287,10 @@ _HEADER = (
 
 def certificate_table(rows: Sequence[tuple[str, Certificate, int]]) -> str:
     """Each run's name, certificate and number of threads as a table in Markdown; gaps are of validation images."""
-    head, *body = (f"| {' | '.join(cells)} |" for cells in (_HEADER, *(_cells(*row) for row in rows)))
-    return "\n".join([head, "|" + "---|" * len(_HEADER), *body])
+    return markdown_table(_HEADER, [_make_cells(*row) for row in rows])
 
 
-def _cells(run: str, found: Certificate, threads: int) -> list[str]:
+def _make_cells(run: str, found: Certificate, threads: int) -> list[str]:
     gap = (found.gaps or {}).get("validation")
     parts = [] if gap is None else [plus_minus(each) for each in (gap.total, gap.approximation, gap.amortization)]
     return [

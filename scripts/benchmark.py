@@ -281,7 +281,7 @@ def evaluation(name: str, x: Tensor, *, num_particles: int, rounds: int) -> dict
         records[CAPTURED]["compile_seconds"] = sum(compile_seconds[CAPTURED])
     eager, captured = estimates[EAGER], estimates[CAPTURED]
     if not abs(eager - captured) <= TOLERANCE * abs(eager):
-        say(f"  {CAPTURED} is left out of {name}: expected log p(x) = {eager:.2f} nats an image, got {captured:.2f}")
+        say(f"  {CAPTURED} is left out of {name}: expected log p(x) = {eager:.2f} nats per image, got {captured:.2f}")
         del work[CAPTURED], records[CAPTURED]
     for _ in range(rounds):
         for contestant, run in work.items():

@@ -140,7 +140,7 @@ def _batches(images: Tensor, batch_size: int) -> list[Tensor]:
 
 
 Steps = Callable[[int], float]
-"""n -> the mean loss of the next n training steps, nats an image. It returns when they are done."""
+"""n -> the mean loss of the next n training steps, nats per image. It returns when they are done."""
 
 
 # --- PyTorch by hand ---

@@ -117,7 +117,7 @@ def _describe_scale(run: Run, split: str) -> dict[str, str]:
     # but on the training images, where "fixed" has learned it.
     one_draw = run.binarization in ("dynamic", "fixed") and splits.protocol == "vampprior" and split != "train"
     return {
-        "data": f"SHA-256 {splits.sha256}",
+        "data": f"{splits.name} (SHA-256 {splits.sha256})",
         "shape of an image": "x".join(map(str, splits.event_shape)),
         "scale": f"the {run.scale}",
         "protocol": splits.protocol,

@@ -24,7 +24,7 @@ from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.evidence.evaluation import evaluate, reconstruction
 from ppl_vae.evidence.importance import IMPORTANCE_NAMES, Importance
 from ppl_vae.parts.likelihoods import fit_independent_pixels
-from ppl_vae.reports.text.evaluation import describe_evaluation
+from ppl_vae.reports.text.evaluation import describe_evaluation, describe_replacement
 from ppl_vae.runs.build import build_likelihood, is_autoencoder
 from ppl_vae.runs.checkpoints import BlockStore
 from ppl_vae.runs.load import load
@@ -72,6 +72,8 @@ def write_evaluation(run: Run, options: Evaluate, *, say: Say) -> Evaluation:
         with end_together():
             if distributed.is_writer():
                 kept = runs.read_evaluations(run.folder, step=found.step)
+                if found.split in kept:
+                    say(describe_replacement(from_json(Evaluation, kept[found.split])))
                 runs.save_tensors(run.folder / runs.per_image_file(found.split), tensors, scalars)
                 runs.write_json(run.folder / runs.EVALUATION, kept | {found.split: to_json(found)})
                 partial_path(run.folder, found.split).unlink(missing_ok=True)

@@ -17,7 +17,7 @@ from ppl_vae.commands.evaluate import calibrate_run
 from ppl_vae.commands.options import CompareLikelihoods, CompareNetworks
 from ppl_vae.commands.train import resume_run, train_run
 from ppl_vae.evidence.estimate import bound_difference
-from ppl_vae.parts.registry import LIKELIHOODS
+from ppl_vae.parts.registry import DENSE_NETWORKS, LIKELIHOODS
 from ppl_vae.reports.run_figures import write_likelihood_figures
 from ppl_vae.reports.text.comparison import describe_likelihood_table, describe_network_table
 from ppl_vae.runs.build import build_likelihood, build_meta_vae, build_vae, count_weights, is_autoencoder
@@ -278,9 +278,9 @@ def run_networks(options: CompareNetworks, *, say: Say) -> None:
     """The command: trains and evaluates the runs of the table, and prints it."""
     run_dir = options.run_dir or f"runs/networks-{Path(options.dataset).stem}"
     asked, minutes = options.make_run_options(), options.minutes
-    compare_networks(options.networks, asked, minutes=minutes, run_dir=run_dir, output=options.output, say=say)
-    if len(options.networks) > 1:
-        folders = " ".join(f"{run_dir}/{network}" for network in options.networks)
+    rows = compare_networks(options.networks, asked, minutes=minutes, run_dir=run_dir, output=options.output, say=say)
+    if len(rows) > 1:
+        folders = " ".join(f"{run_dir}/{row.network}" for row in rows)
         say(f"Paired differences: ppl-vae compare {folders}")
 
 
@@ -294,6 +294,9 @@ def compare_networks(
     """
     check_has_density(options)
     splits = load_splits(options)
+    if len(splits.event_shape) == 1 and set(networks) - set(DENSE_NETWORKS):
+        say("The data is a table: convolutional networks are left out.")
+        networks = [network for network in networks if network in DENSE_NETWORKS]
     asked = {Path(run_dir) / network: replace(options, network=network) for network in networks}
     check_runs(asked, splits, free=frozenset({"epochs", "warmup_epochs"}))
     rows = []

@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
 
@@ -74,10 +75,11 @@ def load(
         if os.path.exists(dataset):
             advice = advise_conversion(path)
             raise ValueError(f"dataset: expected an .npz or .npy file or a folder of images, got {dataset!r}{advice}")
-        names = ", ".join(DATASETS)
+        names, near = ", ".join(DATASETS), get_close_matches(dataset, DATASETS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ", which is none of these"
         raise ValueError(
             f"dataset: expected {names}, or the path of an .npz or .npy file or of a folder of images, "
-            f"got {dataset!r}, which is none of these"
+            f"got {dataset!r}{hint}"
         )
     folder = Path(data_dir or os.environ.get("PPL_VAE_DATA_DIR") or "data").expanduser()
     splits = DATASETS[dataset].import_reader()(folder, download=download)

@@ -39,6 +39,9 @@ MOST_RISE = 2.0
 # Nor if more than this share of images is unreliable by the jackknife (``importance.UNRELIABLE_BIAS``). Source: ours.
 MOST_UNRELIABLE = 0.5
 
+# Training has not settled if its last epoch raised the validation ELBO by more nats than this. Source: ours.
+SETTLED_RISE = 1.0
+
 SEVERITIES = ("broken", "warning", "note")
 
 Change = dict[str, str | int | float]
@@ -85,7 +88,7 @@ def plus_minus(value: Estimate, digits: int | None = None, *, sign: int = 1) -> 
 def verdicts(numbers: Measurements) -> list[Verdict]:
     """What stands out in a run's measurements, the worst first; only "healthy" if nothing does."""
     if (ignored := _judge_ignored_z(numbers)) is not None:  # nothing is decoded from latents, so they are not judged
-        found = [_judge_autoencoder(numbers), ignored]
+        found = [_judge_autoencoder(numbers), _judge_unsettled(numbers) or ignored]
     else:
         found = [judge(numbers) for judge in _JUDGES]
     kept = [verdict for verdict in found if verdict is not None]
@@ -96,6 +99,24 @@ def verdicts(numbers: Measurements) -> list[Verdict]:
         words = f"nothing stands out: rate {rate}, distortion {distortion} nats, {active}"
         kept.insert(0, Verdict("healthy", "note", words))
     return sorted(kept, key=lambda verdict: SEVERITIES.index(verdict.severity))
+
+
+def _judge_unsettled(numbers: Measurements) -> Verdict | None:
+    """A training that has just begun looks like a collapsed one, so this verdict comes before that of an unused z."""
+    trained = numbers.trained_with
+    if numbers.autoencoder or trained is None or trained.epochs is None:
+        return None
+    if trained.last_rise is None or trained.last_rise <= SETTLED_RISE:
+        return None
+    return Verdict(
+        "not settled",
+        "warning",
+        f"the last epoch still raised the validation ELBO by {trained.last_rise:.1f} nats (threshold "
+        f"{SETTLED_RISE:g}): more epochs come before any other change, and the beta that the weights imply is not yet "
+        "that of the training",
+        "training_curves.png",
+        {"epochs": 4 * trained.epochs},
+    )
 
 
 # --- The decoder and z ---
@@ -313,6 +334,7 @@ def _judge_estimate(numbers: Measurements) -> Verdict | None:
 
 _JUDGES: Sequence[Callable[[Measurements], Verdict | None]] = (
     _judge_autoencoder,
+    _judge_unsettled,
     _judge_regularization,
     _judge_holes,
     _judge_dead_units,

@@ -51,7 +51,9 @@ def load_tensors(path: Path, *, header_only: bool = False) -> tuple[dict[str, Te
             tensors = {name: file.get_tensor(name) for name in ([] if header_only else file.keys())}
     except OSError as error:
         if error.errno == errno.ENOENT:
-            raise ValueError(f"{path}: no such file; the run in {path.parent} has no weights yet") from None
+            raise ValueError(
+                f"{path}: no such file; the run in {path.parent} has no weights yet; --resume {path.parent} trains it"
+            ) from None
         if error.errno == errno.EISDIR:
             raise ValueError(f"{path}: damaged: expected a file, got a folder") from None
         # Also safetensors' own, which have no number and tell of any as missing.

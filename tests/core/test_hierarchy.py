@@ -477,7 +477,7 @@ def test_training_from_a_wrong_posterior_comes_near_the_evidence(guide):
 
 @torch.no_grad()
 def _gap(vae, x, oracle):
-    """log p(x) - ELBO, nats an image."""
+    """log p(x) - ELBO, nats per image."""
     return float((oracle.log_evidence(x) - log_weights(vae.model, vae.guide, x, 50)).mean())
 
 

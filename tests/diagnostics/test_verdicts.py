@@ -148,6 +148,14 @@ def test_both_of_two_findings_are_reported() -> None:
     assert words(numbers(implied_beta=value(0.01), aggregate=aggregate(0.99))) == ["under-regularized", "holes"]
 
 
+@pytest.mark.parametrize("collapsed", [False, True])
+def test_a_training_that_still_gains_nats_needs_epochs_before_anything_else(collapsed: bool) -> None:
+    found = only(numbers(trained_with=replace(TRAINED, epochs=5, last_rise=3.0), **(COLLAPSED if collapsed else {})))
+    assert (found.word, found.severity, found.change) == ("not settled", "warning", {"epochs": 20})
+    settled = numbers(trained_with=replace(TRAINED, epochs=5, last_rise=0.9))
+    assert words(settled) == ["healthy"]
+
+
 # --- What would change it ---
 
 COLLAPSED: dict[str, Any] = {"kl": value(0.0)}

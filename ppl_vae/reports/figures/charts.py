@@ -66,12 +66,12 @@ def training_curves(metrics: Records, *, title: str, autoencoder: bool = False) 
     if len(metrics) > 5:  # the first epochs would squeeze everything that matters into a line
         shown = [value for curve in curves.values() for value in curve[len(metrics) // 5 :]]
         panels[0].set_ylim(bottom=min(shown) - 0.3 * (max(shown) - min(shown)))
-    panels[0].set_ylabel("nats an image")
+    panels[0].set_ylabel("nats per image")
     if has_terms:
         distortion = [-value for value in _read(metrics, "reconstruction")]
         panels[1].plot(epochs, distortion, label="-E_q[log p(x | z)]", marker=marker)
         panels[1].plot(epochs, _read(metrics, "kl"), label="KL(q(z | x) || p(z))", marker=marker)
-        panels[1].set_ylabel("nats an image (validation)")
+        panels[1].set_ylabel("nats per image (validation)")
     for axes in panels:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.set_xlabel("epoch")
@@ -101,7 +101,7 @@ def likelihood_histogram(
     mean = Estimate.mean_of(values)
     error = "" if math.isnan(mean.stderr) else f" ± {mean.stderr:.2f}"
     top.axvline(mean.mean, color="black", linewidth=1, label=f"mean {mean.mean:.2f}{error}")
-    top.set(xlabel=f"{name}, nats an image", ylabel="images")
+    top.set(xlabel=f"{name}, nats per image", ylabel="images")
     top.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     top.legend(fontsize=8)
     for axes, (label, (images, captions)) in zip(below, examples.items(), strict=True):
@@ -137,7 +137,7 @@ def bound_by_particles(sizes: Sequence[int], bounds: Tensor, *, title: str) -> F
     elbo = float(bounds[0].mean())
     left.axhline(elbo, color="tab:gray", linestyle="--", label=f"ELBO, s = 1: {elbo:.2f}")
     left.legend(fontsize=8)
-    left.set_ylabel("L_s, nats an image")
+    left.set_ylabel("L_s, nats per image")
     right.set_ylabel("L_s - ELBO on the same images, nats")
     return figure
 

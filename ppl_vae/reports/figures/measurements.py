@@ -73,7 +73,7 @@ def draw_pair(
     left.set(xlim=(low, high), ylim=(low, high), aspect="equal")
     left.set(xlabel=fill(f"{first_name}, nats", 45), ylabel=fill(f"{second_name}, nats", 40))
     _draw_differences(right, second - first, interval, interval_name)
-    right.set_xlabel(fill(f"{second_name} minus {first_name}, nats an image", 55))
+    right.set_xlabel(fill(f"{second_name} minus {first_name}, nats per image", 55))
 
 
 def _draw_differences(axes: Axes, difference: np.ndarray, interval: tuple[float, float], interval_name: str) -> None:

@@ -93,7 +93,7 @@ def _likelihood(run: Run) -> list[Block]:
     highlight = None if is_autoencoder(run.options) else 0
     lines = [line.strip() for line in describe_evaluation(entry)]
     details = [make_sentence(line) for line in lines if not line.startswith(("log-likelihood ", "ELBO "))]
-    table = Table(["nats an image", "mean ± standard error", "what it is"], rows, caption, highlight)
+    table = Table(["nats per image", "mean ± standard error", "what it is"], rows, caption, highlight)
     return [table, Text(true_minus(" ".join(details)))]
 
 

@@ -34,7 +34,7 @@ def compare_in_words(name: str, baseline: str, found: PairedDifference) -> str:
     """Which of two bounds is better, by how much, and how sure that is."""
     judged = "not distinguishable from" if found.word == INDISTINCT else f"{found.word} than"
     return (
-        f"{name} is {judged} {baseline}, by their bounds: {found.mean:+.3f} ± {found.stderr:.3f} nats an image "
+        f"{name} is {judged} {baseline}, by their bounds: {found.mean:+.3f} ± {found.stderr:.3f} nats per image "
         f"({100 * found.confidence:.4g}% interval {found.lower:+.3f} to {found.upper:+.3f})"
     )
 
@@ -47,7 +47,7 @@ def describe_comparison(found: Comparison) -> list[str]:
     for run in found.runs:
         bits = f" ({run.bits_per_dim.mean:.4f} bits per dimension)" if run.bits_per_dim else ""
         gained = "" if run.rise is None or math.isnan(run.rise) else f"; ten times the particles gained {run.rise:.3f}"
-        lines.append(f"  {run.name}: bound L_{S} {plus_minus(run.log_likelihood)} nats an image{bits}{gained}")
+        lines.append(f"  {run.name}: bound L_{S} {plus_minus(run.log_likelihood)} nats per image{bits}{gained}")
     for pair in found.comparisons:
         lines += [pair.verdict, _describe_errors(pair), _describe_log_p(pair, S)]
     if len(found.comparisons) > 1:
@@ -120,7 +120,7 @@ def describe_likelihood_table(rows: Sequence[LikelihoodRow]) -> list[str]:
 def _explain_likelihood_table(rows: Sequence[LikelihoodRow]) -> list[str]:
     lines = ["floor: independent pixels with the training images' marginals; best: the epoch that validation chose"]
     if len(rows) > 1:
-        unit = "bits/dim" if rows[0].bits_per_dim is not None else "nats an image"
+        unit = "bits/dim" if rows[0].bits_per_dim is not None else "nats per image"
         lines.append(
             f"behind the best: paired on the same images, {unit} ± standard error; ~ is not distinguishable from the "
             f"first row (intervals that hold together with {CONFIDENCE:.0%})"
@@ -187,7 +187,7 @@ def _describe_published(number: Published) -> str:
 def describe_reproduction(row: Reproduction, output: str) -> list[str]:
     """A row, and its difference from each published number."""
     lines = [
-        f"{row.recipe}, seed {row.seed}: log p(x) {plus_minus(row.ours)} nats an image, "
+        f"{row.recipe}, seed {row.seed}: log p(x) {plus_minus(row.ours)} nats per image, "
         f"L_{row.protocol.num_particles} of {row.protocol.num_images:,} test images"
     ]
     for number in row.published:

@@ -13,11 +13,9 @@ from ppl_vae.reports.text import describe_sample
 from ppl_vae.runs.options import format_flag
 from ppl_vae.runs.results import Diagnosis
 
-# Training has not settled if its last epoch raised the validation ELBO by more nats than this. Source: ours.
-SETTLED_RISE = 1.0
-
 # What to do about each verdict; the options follow it.
 _ADVICE = {
+    "not settled": "Train for longer",
     "autoencoder": "Train a variational autoencoder instead",
     "decoder ignores z": "Train again, with the default warm-up, and with something that keeps the latents in use",
     "over-regularized": "Train again with less weight on the KL; if beta is 1 already, train for longer",
@@ -84,7 +82,6 @@ def describe_left_out(numbers: Measurements) -> list[str]:
 def describe_numbers(numbers: Measurements) -> list[str]:
     """One line for each group of numbers that this run has."""
     lines = [
-        _describe_training(numbers),
         _describe_terms(numbers),
         f"latents: {numbers.active.count} of {numbers.latent_dim} are active",
         _describe_split(numbers),
@@ -96,16 +93,6 @@ def describe_numbers(numbers: Measurements) -> list[str]:
         *describe_left_out(numbers),
     ]
     return [f"  {line}" for line in lines if line]
-
-
-def _describe_training(numbers: Measurements) -> str:
-    rise = numbers.trained_with.last_rise if numbers.trained_with else None
-    if rise is None or rise <= SETTLED_RISE:
-        return ""
-    return (
-        f"training had not settled: the last epoch still raised the validation ELBO by {rise:.1f} nats; more --epochs "
-        "come before any other change, and the beta that the weights imply is not yet what they were trained with"
-    )
 
 
 def _describe_terms(numbers: Measurements) -> str:

@@ -43,7 +43,7 @@ def describe_evaluation(found: Evaluation) -> list[str]:
     sample = f"  {describe_sample(f'{found.split} split, {n:,} images', found, found.seed)}"
     if found.log_likelihood is None:
         return [
-            f"reconstruction log p(x | z(x)) {plus_minus(found.reconstruction)} nats an image: {NOT_A_LOG_LIKELIHOOD}",
+            f"reconstruction log p(x | z(x)) {plus_minus(found.reconstruction)} nats per image: {NOT_A_LOG_LIKELIHOOD}",
             sample,
             "  it has no floor and no entropy: those are for log-likelihoods, which pay for what z says of x",
         ]
@@ -54,7 +54,7 @@ def describe_evaluation(found: Evaluation) -> list[str]:
     if found.binarization_entropy is not None:
         references += f"; no model expects above {-found.binarization_entropy:.2f}, the binarization's own entropy"
     lines = [
-        f"log-likelihood {plus_minus(found.log_likelihood)} nats an image: the importance-weighted bound L_{S}, "
+        f"log-likelihood {plus_minus(found.log_likelihood)} nats per image: the importance-weighted bound L_{S}, "
         "in expectation below log p(x)"
     ]
     if found.bits_per_dim is not None:
@@ -69,14 +69,15 @@ def describe_evaluation(found: Evaluation) -> list[str]:
         return [*lines, "  one importance sample says nothing of its own error: take more"]
     k = found.pareto_k.median
     fitted = "not estimated" if k is None else f"median {k:.2f}"
-    trust = "above 0.7 is normal for a healthy VAE"
+    trust = ""
+    if k is not None and k > 0.7:
+        trust = " (above 0.7 is normal for a healthy VAE)"
     if k is not None and k >= _K_WITHOUT_MEAN:
-        trust = "from 1 on the bound cannot be trusted: take more particles, or a certificate"
+        trust = " (from 1 on the bound cannot be trusted: take more particles, or a certificate)"
     floor = "" if k is not None and k < _K_WITH_VARIANCE else ", as a floor since k-hat is not below 0.5,"
     floor = ", as a floor since k-hat is not known at so few samples," if k is None else floor
     lines += [
-        f"  effective particles: median {format_number(found.ess.median, 1)} of {S:,}; Pareto k-hat: {fitted} "
-        f"({trust})",
+        f"  effective particles: median {format_number(found.ess.median, 1)} of {S:,}; Pareto k-hat: {fitted}{trust}",
         f"  delta method and jackknife see{floor} a Monte Carlo error of {format_number(found.monte_carlo_stderr, 3)} "
         f"and {format_number(found.bias, 3)} nats still lacking",
     ]
@@ -87,6 +88,12 @@ def describe_evaluation(found: Evaluation) -> list[str]:
         *lines,
         f"  unreliable images (jackknife above {UNRELIABLE_BIAS} nats): {found.unreliable_images:,} of {n:,}",
     ]
+
+
+def describe_replacement(old: Evaluation) -> str:
+    """The evaluation that a new one takes the place of, in one line."""
+    S = "" if old.num_particles is None else f", S = {old.num_particles:,}"
+    return f"This replaces the evaluation of {old.num_images:,} {old.split} images{S}, seed {old.seed}."
 
 
 def describe_encoding(found: Encoding) -> list[str]:
@@ -101,7 +108,7 @@ def describe_encoding(found: Encoding) -> list[str]:
         return [f"{name} {estimate.mean:.2f} nats of one image: {meaning}"]
     scores = ", ".join(f"{image.name} {getattr(image, key):.2f}" for image in found.lowest)
     lines = [
-        f"{name} {plus_minus(estimate)} nats an image: {meaning}",
+        f"{name} {plus_minus(estimate)} nats per image: {meaning}",
         f"  {describe_sample(f'{found.num_images:,} images ({found.images}), seed {found.seed}', found, found.seed)}",
         f"  {lowest}: {scores}",
     ]
@@ -130,13 +137,13 @@ def describe_imputation(found: ImputationSummary) -> list[str]:
         )
     measure = describe_measure(found)
     lines.append(
-        f"log p(x_observed) {plus_minus(found.log_likelihood_observed)} nats an image: the bound L_{S}, in "
+        f"log p(x_observed) {plus_minus(found.log_likelihood_observed)} nats per image: the bound L_{S}, in "
         f"expectation below it{measure and f'; {measure}'}"
     )
     hidden = found.log_likelihood_hidden
     if hidden is not None:
         lines.append(
-            f"log p(x_hidden | x_observed) {plus_minus(hidden.estimate)} nats an image: log p(x) "
+            f"log p(x_hidden | x_observed) {plus_minus(hidden.estimate)} nats per image: log p(x) "
             "- log p(x_observed), two such bounds, so no bound; where the second is looser, it flatters"
         )
     median = format_number(found.ess.median, 1)
@@ -171,7 +178,7 @@ def describe_certificate(found: Certificate) -> list[str]:
 def _describe_bounds(found: Certificate) -> list[str]:
     chains, plain, improved, S = found.ais, found.importance, found.improved, found.num_particles
     lines = [
-        f"log p(x) {plus_minus(chains.estimate)} nats an image: the bound of annealed importance sampling (AIS), in "
+        f"log p(x) {plus_minus(chains.estimate)} nats per image: the bound of annealed importance sampling (AIS), in "
         "expectation below log p(x)",
         f"  {describe_sample(f'{found.split} split, {found.num_images:,} images', found, found.seed)}",
         f"  {found.chains} chains from {_STARTS[found.start]}, {found.temperatures:,} temperatures, {found.leapfrogs} "
@@ -224,7 +231,7 @@ def _describe_simulated(found: SimulatedBounds) -> list[str]:
     return [
         f"from both sides, on {found.num_images:,} images that the model made: lower bound "
         f"{plus_minus(found.lower.estimate)}, upper bound {plus_minus(found.upper.estimate)}, a gap of "
-        f"{plus_minus(found.gap, 3)} nats an image, the widest {format_number(found.widest_gap, 2)} (bidirectional "
+        f"{plus_minus(found.gap, 3)} nats per image, the widest {format_number(found.widest_gap, 2)} (bidirectional "
         "Monte Carlo; each bound holds in expectation, so noise can bring a gap below 0)",
         "  The upper bound holds for data simulated from the model, since only there an exact draw of p(z | x) is "
         "known; it says nothing certain about real data.",
@@ -248,7 +255,7 @@ def _describe_curve(curve: ConvergenceCurve, full: int | None = None) -> str:
 
 def _describe_gaps(gaps: dict[str, SplitGap]) -> list[str]:
     return [
-        "where log p(x) - ELBO is lost, nats an image (log p(x) by AIS, from below):",
+        "where log p(x) - ELBO is lost, nats per image (log p(x) by AIS, from below):",
         *(
             f"  {split}, {found.num_images:,} images: {plus_minus(found.total)} = approximation "
             f"{plus_minus(found.approximation)} (the guide's family) + amortization {plus_minus(found.amortization)} "
@@ -261,7 +268,7 @@ def _describe_gaps(gaps: dict[str, SplitGap]) -> list[str]:
 def _describe_other(found: Typicality) -> list[str]:
     own, other = plus_minus(found.own.estimate), plus_minus(found.other.estimate)
     return [
-        f"against {found.dataset}: L_{found.num_particles} {other} nats an image on {found.other.num_images:,} of its "
+        f"against {found.dataset}: L_{found.num_particles} {other} nats per image on {found.other.num_images:,} of its "
         f"test images, {own} on the run's own",
         *(f"  {make_sentence(words)}" for words in found.words),
     ]

@@ -32,6 +32,7 @@ from ppl_vae.training import TrainingState
 # Likelihoods with one scale for all pixels or columns.
 _ONE_SCALE = ("normal", "normal-fixed", "normal-optimal", "laplace", "student-t")
 _UNEVEN = 10  # ratio of the widest to the narrowest column's spread, above which one scale fits neither
+_VERY_UNEVEN = 100_000  # the same, above which a scale for each column is found too slowly (ours)
 
 
 def describe_model(run: Run) -> list[str]:
@@ -88,8 +89,8 @@ def _describe_pixels(run: Run, measure: str) -> list[str]:
 
 
 def _describe_uneven_columns(options: Options, splits: data.Splits) -> list[str]:
-    """A warning where the columns of a table differ in spread, and the likelihood has one scale for all of them."""
-    if len(splits.event_shape) != 1 or options.likelihood not in _ONE_SCALE or options.transform != "none":
+    """A warning where the columns of a table differ too much in spread for the likelihood."""
+    if len(splits.event_shape) != 1 or splits.kind != data.REAL or options.transform != "none":
         return []
     spread = mean_and_variance(splits.train)[1].sqrt()
     columns = spread.nonzero().flatten()
@@ -97,12 +98,15 @@ def _describe_uneven_columns(options: Options, splits: data.Splits) -> list[str]
         return []
     narrow, wide = (columns[extreme(spread[columns])] for extreme in (torch.argmin, torch.argmax))
     factor = float(spread[wide] / spread[narrow])
-    if not factor > _UNEVEN:
+    has_one_scale = options.likelihood in _ONE_SCALE
+    if not factor > (_UNEVEN if has_one_scale else _VERY_UNEVEN):
         return []
+    reason, other = f", and {options.likelihood} has one scale for all", ", or use --likelihood normal-per-pixel"
     return [
         f"Warning: the columns differ in spread by a factor of {factor:,.0f} ({spread[narrow]:.3g} in column "
-        f"{int(narrow)}, counted from 0, {spread[wide]:.3g} in column {int(wide)}), and {options.likelihood} has one "
-        "scale for all. Standardize the columns, or use --likelihood normal-per-pixel."
+        f"{int(narrow)}, counted from 0, {spread[wide]:.3g} in column {int(wide)}){reason * has_one_scale}. "
+        "Standardize the columns, in NumPy (x - x.mean(0)) / x.std(0)"
+        f"{other * (has_one_scale and factor <= _VERY_UNEVEN)}."
     ]
 
 
@@ -140,7 +144,7 @@ def describe_training(run: Run, state: TrainingState, speeds: Sequence[float]) -
         chosen = "the last weights are kept, as --keep last asks"
     if not len(run.splits.validation):
         chosen = "no validation images, so the last weights are kept"
-    speed = f", {statistics.median(speeds):,.0f} training images a second" if speeds else ""
+    speed = f", {statistics.median(speeds):,.0f} training images per second" if speeds else ""
     lines = [f"Trained {pluralize(options.epochs, 'epoch')} in {state.seconds:.0f} s{speed}; {chosen}."]
     if state.skipped:
         lines.append(

@@ -110,7 +110,7 @@ def training_images(splits: Splits, pixels: str) -> tuple[Tensor, Callable[..., 
         return splits.train, dequantize_uniformly
     if pixels == "dynamic":
         return splits.train, sample_bernoulli
-    return _compute_evaluation_images(splits, "train", pixels, seed=0, dtype=torch.uint8), convert_to_float
+    return evaluation_images(splits, "train", pixels, dtype=torch.uint8), convert_to_float
 
 
 def _check_pixels(splits: Splits, pixels: str) -> None:
@@ -129,34 +129,29 @@ def expected_images(splits: Splits, pixels: str) -> Tensor:
     return probabilities(splits, "train") if pixels == "dynamic" else evaluation_images(splits, "train", pixels)
 
 
-_MOST_INITIALIZATION_PIXELS = 2**26  # more than MNIST has
-
-
 def initialization_images(splits: Splits, pixels: str) -> Tensor:
     """Compute ``expected_images`` (n, *E) of a fixed random subset of the training images, or of all if few.
 
     A training starts from their marginals, for which a part suffices; the fit to many large images is slow.
     """
-    most = max(1000, _MOST_INITIALIZATION_PIXELS // math.prod(splits.event_shape))
+    most = max(1000, 2**26 // math.prod(splits.event_shape))  # more pixels than MNIST has
     index = subset(len(splits.train), most)
     some = splits if len(index) == len(splits.train) else replace(splits, train=splits.train[index], labels={})
     return expected_images(some, pixels)
 
 
-def evaluation_images(splits: Splits, split: str, pixels: str, *, seed: int = 0) -> Tensor:
-    """Compute the images of a split that are evaluated: (N, *E) float32, the same at every call.
+def evaluation_images(
+    splits: Splits, split: str, pixels: str, *, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Compute the images of a split that are evaluated: (N, *E), the same at every call.
 
     "dynamic" and "fixed" draw each split once, as in the protocol of Tomczak and Welling (2018, arXiv 1705.07120, and
     their code): numpy's legacy generator is seeded with 777, and draws over validation, then over test, then over
     train. "threshold" is p >= 0.5. "none" leaves the values unchanged, but levels become level / 255. "levels" are 0 to
     255. "dequantized" is one draw of (level + u) / 256, from a fixed seed for each split.
     Under the protocol of Burda et al. (2016, arXiv 1509.00519), "dynamic" draws the split anew for each ``seed``;
-    nothing else depends on ``seed``.
+    nothing else depends on ``seed``. An unknown word, or a split without images, raises ValueError.
     """
-    return _compute_evaluation_images(splits, split, pixels, seed=seed, dtype=torch.float32)
-
-
-def _compute_evaluation_images(splits: Splits, split: str, pixels: str, *, seed: int, dtype: torch.dtype) -> Tensor:
     _check_pixels(splits, pixels)
     if split not in SPLITS:
         raise ValueError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")

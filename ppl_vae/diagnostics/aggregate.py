@@ -145,13 +145,12 @@ def kolmogorov_tail(t: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class TwoSample:
-    """How well a classifier distinguishes posterior draws from prior draws.
+    """How well a classifier distinguishes posterior draws from prior draws, on held-out draws.
 
     Args:
         effect: 2 A - 1 for the held-out accuracy A, in [-1, 1]; 0 if the two distributions are the same. It is a lower
             bound on their total variation distance, up to its error.
         p_value: the probability of at least this accuracy by chance.
-        num_held_out: the number of held-out draws.
     """
 
     effect: Estimate

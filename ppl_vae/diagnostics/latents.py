@@ -42,12 +42,7 @@ _STDERRS = 3.0
 
 @dataclass(frozen=True)
 class PerLatent:
-    """A mean over images and its standard error for each latent.
-
-    Args:
-        mean: (L,) float64, on the CPU.
-        stderr: (L,) float64, on the CPU; NaN for one image.
-    """
+    """A mean over images and its standard error (NaN for one image) for each latent, (L,) float64, on the CPU."""
 
     mean: Tensor
     stderr: Tensor
@@ -63,13 +58,7 @@ class PerLatent:
 
 @dataclass(frozen=True)
 class ActiveUnits:
-    """Var_n E[z_l | x_n] / Var p(z_l) for each latent, and how many latents are active.
-
-    Args:
-        count: how many latents have a variance above 0.01.
-        mean: (L,) the variances, float64, on the CPU; in variances of the prior.
-        stderr: (L,) float64; NaN for one image.
-    """
+    """Var_n E[z_l | x_n] / Var p(z_l) for each latent, mean and stderr (L,), and how many of them exceed 0.01."""
 
     count: int
     mean: Tensor
@@ -227,12 +216,10 @@ def implied_beta(vae: LatentModel, x: Tensor, *, draws: int = 8) -> Estimate | N
     """beta = (d/dlog c E_q[log p(x | z)]) / (d/dlog c KL(q || p)) at c = 1, for a factor c on all scales of the guide.
 
     Training with weight beta ends where no change of the guide improves reconstruction - beta KL. One such change is to
-    widen every posterior about its mean, z = m + c (z_0 - m), z_0 ~ q(z | x). So the weights show which beta they were
-    trained with, in the unit of the likelihood's nats: a mean over D pixels implies D.
-
-    If training was cut short, or the guide cannot express other widths, the result is not the beta of training; free
-    bits, which limit the KL's pressure, imply less. A VampPrior consists of the guide's posteriors, so it widens with
-    them.
+    widen every posterior about its mean, z = m + c (z_0 - m), z_0 ~ q(z | x), and a VampPrior widens with them. So the
+    weights show which beta they were trained with, in the unit of the likelihood's nats: a mean over D pixels implies
+    D. If training was cut short, or the guide cannot express other widths, the result is not the beta of training; free
+    bits, which limit the KL's pressure, imply less.
 
     d log p(x | z) / d log c is computed by autograd at pairs of draws z_0 and 2 m - z_0, whose linear terms cancel. The
     KL's derivative is closed for normals (sum_l s_l^2 - 1 for a standard normal prior), else

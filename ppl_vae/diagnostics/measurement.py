@@ -94,12 +94,10 @@ class PictureNumbers:
 
 @dataclass(frozen=True)
 class EstimateQuality:
-    """How far an importance-weighted estimate can be trusted.
+    """How far an importance-weighted estimate L_S, ``log_likelihood``, can be trusted. Nats per image.
 
     Args:
-        log_likelihood: L_S, nats per image.
-        elbo: nats per image.
-        rise: what ten times the particles gained, nats per image.
+        rise: what ten times the particles gained.
         unreliable: the share of unreliable images.
         pareto_k: the median k-hat, if it is known.
         num_images, num_particles: N and S.

@@ -94,10 +94,8 @@ def evaluate(
 
     Raises:
         CannotCapture: A ValueError: ``compile`` is asked for and impossible.
-        DeterministicGuide: A ValueError: the guide has no density; ``reconstruction`` needs none.
-        ValueError: An image is off the support, or an argument is out of its range.
-        NotFinite: A log-weight is NaN or +infinity.
-        Stopped, ConnectionError: As in ``blocks.compute_blocks``.
+        ValueError, DeterministicGuide, NotFinite: As in ``importance``.
+        Stopped, ConnectionError: As in ``compute_blocks``.
     """
     num_particles = check_count("num_particles", num_particles)
     check_support(vae.model, x)

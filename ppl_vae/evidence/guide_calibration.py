@@ -56,14 +56,8 @@ def compute_ranks(vae: LatentModel, *, num_simulations: int, num_draws: int) -> 
     does not grow with M.
 
     Args:
-        vae: In evaluation mode, of one layer or several.
-        num_simulations: N.
-        num_draws: M.
-
-    Raises:
-        ValueError: N or M is below 1.
-        DeterministicGuide: A ValueError: the guide has no density.
-        NotFinite: A z or a log p(x, z) is NaN.
+        vae: In evaluation mode, of one layer or several. A guide without a density raises DeterministicGuide.
+        num_simulations, num_draws: N and M.
 
     Reference: Talts et al. 2018, arXiv 1804.06788, theorem 1; Modrák et al. 2023, arXiv 2211.02383 (log p(x, z)).
     """
@@ -231,9 +225,7 @@ def estimate_shape(ranks: Tensor, num_draws: int) -> NormalShape:
     A guide of the right scale that is misplaced upward in some images and downward in others also looks too narrow. The
     result is NaN for a quantity whose ranks are all the same, and the means are over the others.
 
-    Args:
-        ranks: (N, n) from 0 to M.
-        num_draws: M, at least 2; a smaller one raises ValueError.
+    ranks: (N, n) from 0 to M, M at least 2.
 
     Reference: ours; of Phi_2, Plackett 1954, Biometrika 41(3-4), 351-360.
     """

@@ -232,13 +232,11 @@ def estimate_adaptively(
 ) -> AdaptiveEstimate:
     """log (1/S_n) sum_{s <= S_n} w_s, with S_n doubled until bias and tenfold gain are within the tolerance.
 
-    It is no bound: the number of particles depends on their weights, so that images whose weights happen to agree stop
-    early. Draws come from torch's global generator.
-
-    If the estimate lacks a / S^r, the tenfold gain is 10^r - 1 times what is still lacking: nine times for weights with
-    a variance (r = 1), and at least as much down to r = 0.3. An image that reaches ``most`` particles with a gain above
-    the tolerance has not converged. An image without a large weight among its draws stops too early, which costs tenths
-    of a nat under a narrow guide; ``defend_proposal`` guards against such guides.
+    It is no bound: images whose weights happen to agree stop early. If the estimate lacks a / S^r, the tenfold gain is
+    10^r - 1 times what is still lacking: nine times for weights with a variance (r = 1), and at least as much down to
+    r = 0.3. An image that reaches ``most`` particles with a gain above the tolerance has not converged. An image
+    without a large weight among its draws stops too early, which costs tenths of a nat under a narrow guide;
+    ``defend_proposal`` guards against such guides. Draws come from torch's global generator.
 
     Args:
         vae: A VAE, also one from ``replace_guide``.

@@ -23,13 +23,10 @@ PRIOR_DRAWS = 20_000  # for a prior without moments, or without a distribution f
 
 
 class PosteriorMoments(NamedTuple):
-    """Mean and scale of q(z | x) for each image.
+    """Mean and scale of q(z | x) for each image, (N, L).
 
-    Args:
-        mean: (N, L).
-        scale: (N, L), the square roots of the variances.
-        num_draws: The number of draws per image that the moments are from, so that each mean has an error of
-            scale / sqrt(num_draws); None where they are exact.
+    ``num_draws`` is the number of draws per image that the moments are from, so that each mean has an error of
+    scale / sqrt(num_draws); None where they are exact.
     """
 
     mean: Tensor

@@ -149,9 +149,8 @@ def _estimate_elbo(vae: LatentModel, x: Tensor, num_particles: int) -> Tensor:
 class Gaps:
     """Each image's nats; every field and property is (N,), float64.
 
-    ``log_evidence`` is the best estimate of log p(x), ``elbo`` the guide's, and ``refined_elbo`` that of the best q of
-    the guide's family that was found. A loose bound for log p(x) makes the approximation gap too small; a refinement
-    that stopped early makes it too large.
+    ``elbo`` is the guide's, and ``refined_elbo`` that of the best q of the guide's family that was found. A loose bound
+    for log p(x) makes the approximation gap too small; a refinement that stopped early makes it too large.
     """
 
     log_evidence: Tensor

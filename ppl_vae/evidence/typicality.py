@@ -32,10 +32,9 @@ class PriorMixtureGuide(nn.Module):
 def mix_prior_into_guide(vae: LatentModel) -> VAE:
     """The same p(x, z) with the guide q(z | x) / 2 + p(z) / 2, to score images that the guide was not trained for.
 
-    The guide may send such images where the prior has almost no density, and every weight p(x, z) / q(z | x) then
-    reflects the guide alone: under a flow prior, images of clothes scored by a model of digits came out at -5e13 nats,
-    and at -1,337 with prior draws among the particles. Half of the S particles come from the prior, so no bound lies
-    below that of S / 2 prior draws. The weights are shared. Score both sets with it, to compare the same bound.
+    The guide may send such images where the prior has almost no density: under a flow prior, images of clothes scored
+    by a model of digits came out at -5e13 nats, and at -1,337 with prior draws among the particles. No bound lies below
+    that of S / 2 prior draws. The weights are shared. Score both sets with it, to compare the same bound.
 
     Reference: Hesterberg 1995, Technometrics 37(2), 185-194 (defensive mixture).
     """
@@ -113,9 +112,9 @@ class Typicality:
 def typicality(own: Tensor, other: Tensor, *, dataset: str, num_particles: int) -> Typicality:
     """How high log p(x) is on another data set, and whether it tells the two sets apart.
 
-    Samples of p have log p(x) near its mean, -H(p), and not where it is highest, so images may have a high density and
-    be unlike samples. The distance |log p(x) - (1/m) sum_i log p(x_i)|, over m own images, calls an image atypical on
-    either side. Images with a typical density need not resemble the data.
+    Samples of p have log p(x) near its mean, -H(p), and not where it is highest. The distance
+    |log p(x) - (1/m) sum_i log p(x_i)|, over m own images, calls an image atypical on either side. Images with a
+    typical density need not resemble the data.
 
     Args:
         own: (m,) log p(x), nats, of images that the model was not trained on; see ``mix_prior_into_guide``. A number

@@ -19,8 +19,7 @@ from ppl_vae.evidence.evaluation import evaluate, reconstruction
 from ppl_vae.evidence.missing import Imputation, Observed, impute
 from ppl_vae.evidence.moments import PosteriorMoments, encode, sample_latents
 from ppl_vae.reports.figures.charts import latents_figure
-from ppl_vae.reports.figures.images import choose_display, draw_imputations
-from ppl_vae.reports.run_figures import samples_figure
+from ppl_vae.reports.figures.images import choose_display, draw_imputations, samples_figure
 from ppl_vae.reports.text.evaluation import FEW_PARTICLES, describe_encoding, describe_imputation
 from ppl_vae.reports.text.pages import NOT_TRAINED_ON_PRIOR
 from ppl_vae.runs.build import is_autoencoder

@@ -30,7 +30,7 @@ from ppl_vae.reports.figures.charts import (
     pixel_calibration,
     training_curves,
 )
-from ppl_vae.reports.figures.images import Display, Images, choose_display, image_grids, image_rows
+from ppl_vae.reports.figures.images import Display, Images, choose_display, samples_figure, show_rows
 from ppl_vae.reports.figures.measurements import draw_aggregate, draw_latents, draw_noise
 from ppl_vae.reports.text.pages import TITLES
 from ppl_vae.runs.build import is_autoencoder
@@ -178,15 +178,7 @@ def _reconstructions(scene: _Scene) -> Figure:
     x = scene.x[scene.shown]
     decoded = scene.vae.likelihood(scene.vae.posterior(x).sample())
     rows = {"test image x": x, "E[x | z]": decoded.mean, "x ~ p(x | z)": decoded.sample()}
-    return _show_rows(scene.display, rows, "reconstructions")
-
-
-def _show_rows(
-    display: Display, rows: Mapping[str, Tensor], title: str, *, columns: Sequence[str] = (), **words: object
-) -> Figure:
-    """Rows of images (N, *E) as the model sees them, with the title of that name."""
-    shown = {label: display(images) for label, images in rows.items()}
-    return image_rows(shown, title=TITLES[title].format(**words) + display.words, columns=columns)
+    return show_rows(scene.display, rows, "reconstructions")
 
 
 def _prior_samples(scene: _Scene) -> Figure:
@@ -195,20 +187,13 @@ def _prior_samples(scene: _Scene) -> Figure:
     return samples_figure(scene.display, decoded.mean, decoded.sample(), autoencoder=autoencoder)
 
 
-def samples_figure(display: Display, means: Tensor, images: Tensor, *, autoencoder: bool = False) -> Figure:
-    """Means E[x | z] beside draws x ~ p(x | z), for z ~ p(z). means, images: (N, *E)."""
-    grids = {"means E[x | z]": display(means), "images x ~ p(x | z)": display(images)}
-    title = TITLES["prior-samples-autoencoder" if autoencoder else "prior-samples"] + display.words
-    return image_grids(grids, columns=math.ceil(math.sqrt(len(means))), title=title)
-
-
 def _interpolations(scene: _Scene) -> Figure:
     pairs = min(_NUM_PAIRS, len(scene.shown) // 2)
     ends = mean_or_draw(scene.vae.posterior(scene.x[scene.shown[: 2 * pairs]]))
     weight = torch.linspace(0, 1, _NUM_SHOWN).reshape(-1, 1)
     lines = [(1 - weight) * ends[i] + weight * ends[pairs + i] for i in range(pairs)]
     rows = {f"pair {i + 1}": scene.vae.likelihood(z).mean for i, z in enumerate(lines)}
-    return _show_rows(scene.display, rows, "interpolations")
+    return show_rows(scene.display, rows, "interpolations")
 
 
 def _traversals(scene: _Scene) -> Figure:
@@ -225,7 +210,7 @@ def _traversals(scene: _Scene) -> Figure:
     rows = {f"z{k}, {values[k]:.2f}{use.unit}": row for k, row in zip(most_used, images, strict=True)}
     words = {"place": place, "use": use, "num_images": len(scene.encoded[0]), "num_unused": num_unused}
     columns = [f"{t:.1f}" for t in steps]
-    return _show_rows(scene.display, rows, "traversals", columns=columns, num_latents=L, **words)
+    return show_rows(scene.display, rows, "traversals", columns=columns, num_latents=L, **words)
 
 
 def _manifold(scene: _Scene) -> Figure:
@@ -233,7 +218,7 @@ def _manifold(scene: _Scene) -> Figure:
     x, y = grid.T.tolist()
     planes = decode_plane(scene.vae, grid).flip(0)
     rows = {f"z1 = {value:.2g}": plane for value, plane in zip(reversed(y), planes, strict=True)}
-    return _show_rows(scene.display, rows, "manifold", columns=[f"{value:.2g}" for value in x])
+    return show_rows(scene.display, rows, "manifold", columns=[f"{value:.2g}" for value in x])
 
 
 def _latents(scene: _Scene) -> Figure:
@@ -324,7 +309,7 @@ def _draw_holes(run: Run, numbers: Measurements, x: Tensor) -> Figure:
         rows = {name: 256 * images - 0.5 for name, images in rows.items()}
     shown = min(map(len, rows.values()))
     effect = numbers.aggregate.classifier.effect.mean
-    return _show_rows(
+    return show_rows(
         display, {name: images[:shown] for name, images in rows.items()}, "diagnosis-holes", holes=found, effect=effect
     )
 
@@ -357,6 +342,6 @@ def _picture_figures(opened: Sequence[Run]) -> dict[str, Figure]:
             samples |= {f"{word}\nE[x | z]": decoded.mean, f"{word}\nx ~ p(x | z)": decoded.sample()}
     name = first.splits.name
     return {
-        "reconstructions.png": _show_rows(display, reconstructions, "likelihood-reconstructions", name=name),
-        "samples.png": _show_rows(display, samples, "likelihood-samples", name=name),
+        "reconstructions.png": show_rows(display, reconstructions, "likelihood-reconstructions", name=name),
+        "samples.png": show_rows(display, samples, "likelihood-samples", name=name),
     }

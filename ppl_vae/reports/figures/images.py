@@ -84,6 +84,21 @@ def choose_display(run: Run, pixels: Tensor | None = None) -> Display:
     return Display(low, high, TITLES["display"].format(low=low, high=high))
 
 
+def show_rows(
+    display: Display, rows: Mapping[str, Tensor], title: str, *, columns: Sequence[str] = (), **words: object
+) -> Figure:
+    """Rows of images (N, *E) as the model sees them, with the title of that name, filled in with the words."""
+    shown = {label: display(images) for label, images in rows.items()}
+    return image_rows(shown, title=TITLES[title].format(**words) + display.words, columns=columns)
+
+
+def samples_figure(display: Display, means: Tensor, images: Tensor, *, autoencoder: bool = False) -> Figure:
+    """Means E[x | z] beside draws x ~ p(x | z), for z ~ p(z). means, images: (N, *E)."""
+    grids = {"means E[x | z]": display(means), "images x ~ p(x | z)": display(images)}
+    title = TITLES["prior-samples-autoencoder" if autoencoder else "prior-samples"] + display.words
+    return image_grids(grids, columns=math.ceil(math.sqrt(len(means))), title=title)
+
+
 def image_rows(rows: Mapping[str, Images], *, title: str, columns: Sequence[str] = ()) -> Figure:
     """One labelled row of images for each entry, aligned by column.
 

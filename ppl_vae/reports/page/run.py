@@ -292,15 +292,12 @@ class Explorer:
             return ""
         kinds = np.unique(self.labels).tolist()
         names = self.label_names or [str(kind) for kind in range(max(kinds, default=0) + 1)]
-        keys = "".join(
-            f'<li><span class="dot label-{kind % 10}"></span>{page.escape(names[kind])}</li>' for kind in kinds
-        )
+        keys = "".join(f'<li><span class="dot label-{k % 10}"></span>{page.escape(names[k])}</li>' for k in kinds)
         return f'<ul class="legend" aria-label="Colors of the points">{keys}</ul>'
 
     def to_html(self, number: int) -> str:
         """The block as HTML."""
         (_, height, width), (i, j) = self.decoder.event_shape, self.axes
-        names = f"z<sub>{i}</sub>", f"z<sub>{j}</sub>"
         return (
             f'<figure class="explorer wide" id="explorer-{number}"><div class="panel"><div class="stage">'
             f'<div class="pad-box"><canvas class="pad" width="640" height="640" tabindex="0" role="application" '
@@ -308,8 +305,8 @@ class Explorer:
             f'aria-label="Latent plane: latent {i} to the right, latent {j} up"></canvas></div>'
             f'<div class="view"><canvas class="drawn" width="{width}" height="{height}" role="img" '
             f'aria-label="The decoder’s mean at the chosen point" style="aspect-ratio:{width}/{height}"></canvas>'
-            f'<p class="readout"><span>{names[0]} = <output class="first"></output></span> '
-            f'<span>{names[1]} = <output class="second"></output></span></p></div>'
+            f'<p class="readout"><span>z<sub>{i}</sub> = <output class="first"></output></span> '
+            f'<span>z<sub>{j}</sub> = <output class="second"></output></span></p></div>'
             f'<div class="notes"><p class="help" id="help-{number}">{text.EXPLORER_HELP}</p>{self._make_legend()}'
             f"<noscript><p>{text.EXPLORER_NO_SCRIPT}</p></noscript></div></div></div>"
             f'<script type="application/json">{self._to_json()}</script>{page.caption_html(self.caption)}</figure>'

@@ -38,7 +38,6 @@ NUM_SHOWN = 10  # images in a row of a picture
 MOST_TRAINING_IMAGES = 20_000  # for principal components and for eigenvalues
 
 _NUM_COMPONENTS = 50
-_PRIOR_SEED = 20_140_501
 _GROUPS = 20  # of the jackknife
 _LEAST_SCALE = 1e-6  # of a component in which no training image varies
 
@@ -129,12 +128,6 @@ class StudyData:
     def originals(self) -> str:
         """The picture of the test images that are shown, in the study's folder."""
         return f"{PICTURES}/{self.word}/originals.png"
-
-    def draw_prior(self, prior: Distribution) -> Tensor:
-        """(N, L) draws of p(z), the same for every run with such a prior."""
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            torch.manual_seed(_PRIOR_SEED)
-            return prior.expand((self.num_images,)).sample()
 
     def measure_quality(self, images: Tensor) -> Quality:
         """Images (M, C, H, W) against the gray test images, of each the first min(M, N).

@@ -33,6 +33,7 @@ _OPTIONS = (
     *("posterior", "learning_rate", "likelihood"),
 )
 _NUM_SAMPLES_SHOWN = 20
+_PRIOR_SEED = 20_140_501
 _NUM_PAIRS = 4  # between which a picture interpolates
 _LEVEL = 0.05  # of all tests of one run's latents together
 _NUM_NEIGHBORS = 20
@@ -103,7 +104,8 @@ def _diagnose(
     importance = None if per_image is None else summarize_estimate(per_image.result, per_image.num_particles)
     diagnosis = measure(vae, study_data.x, gray=study_data.gray, importance=importance)
     codes = encode(vae, study_data.x).mean[study_data.shown]
-    samples = decode_mean(vae, study_data.draw_prior(vae.prior()))
+    with seeded(_PRIOR_SEED, study_data.x.device):  # the same draws for every run with such a prior
+        samples = decode_mean(vae, vae.prior().expand((study_data.num_images,)).sample())
     images = {"reconstructions": vae.likelihood(codes).mean, "samples": samples}
     densities: dict[str, DensityQuality] = {}
     if planned.num_codes:

@@ -65,8 +65,7 @@ class LatentMoments:
         return torch.maximum(self.mean.mean.abs(), self.log_scale.mean.abs())
 
 
-@serialize_threads()
-@torch.no_grad()
+@serialize_threads(gradients=False)
 def latent_moments(z: Tensor, prior: Distribution) -> LatentMoments:
     """(mean z_l - m_l) / s_l and log(scale z_l / s_l), with the prior's mean m and scale s.
 
@@ -93,8 +92,7 @@ class KolmogorovSmirnov:
     p_value: Tensor
 
 
-@serialize_threads()
-@torch.no_grad()
+@serialize_threads(gradients=False)
 def kolmogorov_smirnov(z: Tensor, prior: Distribution) -> KolmogorovSmirnov:
     """D_l = sup_t |F_N(t) - F_l(t)|, for the share F_N(t) of z_nl up to t and the prior's F_l(t).
 
@@ -258,8 +256,7 @@ class Holes:
     ordinary: tuple[tuple[float, ...], ...]
 
 
-@serialize_threads()
-@torch.no_grad()
+@serialize_threads(gradients=False)
 def holes(vae: LatentModel, x: Tensor, z_held_out: Tensor, z_prior: Tensor) -> Holes:
     """P_{z ~ p}(r(z) < t), r(z) = log q(z) - log p(z), with the 1% quantile t of r at held-out images' posterior draws.
 

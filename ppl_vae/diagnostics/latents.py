@@ -78,8 +78,7 @@ def _closed_kl(q: Distribution | None, p: Distribution) -> Tensor | None:
         return None
 
 
-@serialize_threads()
-@torch.no_grad()
+@serialize_threads(gradients=False)
 def latent_kl(vae: LatentModel, x: Tensor, *, draws: int = 100) -> PerLatent | None:
     """(1/N) sum_n KL(q(z_l | x_n) || p(z_l)) for each latent, (L,) nats, in closed form if torch has one.
 
@@ -155,8 +154,7 @@ class ElboSplit:
     saturated: bool
 
 
-@serialize_threads()
-@torch.no_grad()
+@serialize_threads(gradients=False)
 def elbo_split(vae: LatentModel, x: Tensor) -> ElboSplit:
     """E KL(q(z | x) || p(z)) = I(z; n) + KL(q(z) || p(z)), and KL(q(z) || p(z)) = TC + sum_l KL(q(z_l) || p(z_l)).
 

@@ -232,8 +232,7 @@ class PixelCalibration:
     num_draws: int
 
 
-@serialize_threads()
-@torch.no_grad()
+@serialize_threads(gradients=False)
 def calibrate_pixels(
     vae: LatentModel,
     x: Tensor,

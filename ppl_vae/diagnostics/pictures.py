@@ -127,8 +127,7 @@ def _measure_reference(x: Tensor) -> Tensor:
     return power
 
 
-@serialize_threads()
-@torch.no_grad()
+@serialize_threads(gradients=False)
 def blur(vae: LatentModel, x: Tensor, *, gray: Tensor | None = None, draws: int = 8) -> Blur:
     """E_q |x - y(z)|^2 = |x - E_q y|^2 + Var_q y (bias and posterior noise), y(z) = E[x | z], and each y's sharpness.
 
@@ -185,8 +184,7 @@ def _measure_pass(vae: LatentModel, x: Tensor, truth: Tensor, draws: int) -> tup
 # --- Images along latents ---
 
 
-@serialize_threads()
-@torch.no_grad()
+@serialize_threads(gradients=False)
 def decode_traversals(vae: LatentModel, z: Tensor, latents: Sequence[int], steps: Tensor) -> Tensor:
     """E[x | z] as one latent at a time moves to m_l + t s_l, the prior's mean and scale, and the others stay.
 
@@ -199,8 +197,7 @@ def decode_traversals(vae: LatentModel, z: Tensor, latents: Sequence[int], steps
     return vae.likelihood(moved).mean
 
 
-@serialize_threads()
-@torch.no_grad()
+@serialize_threads(gradients=False)
 def latent_quantiles(prior: Distribution, count: int) -> Tensor:
     """(count, L) F_l^-1((k + 1/2) / count), k = 0..count - 1: values of z_l that stand for equal probabilities.
 
@@ -217,8 +214,7 @@ def latent_quantiles(prior: Distribution, count: int) -> Tensor:
         return torch.stack([z[:, latent].quantile(middles.to(z)) for latent in range(z.shape[1])], dim=-1)
 
 
-@serialize_threads()
-@torch.no_grad()
+@serialize_threads(gradients=False)
 def decode_plane(vae: LatentModel, grid: Tensor) -> Tensor:
     """E[x | z] over the plane of two latents, whose values are ``grid`` (K, 2).
 

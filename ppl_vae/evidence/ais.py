@@ -108,8 +108,7 @@ def images_per_block(vae: LatentModel, x: Tensor, num_chains: int) -> int:
     return max(1, pairs_per_pass(vae, x) // num_chains)
 
 
-@serialize_threads()
-@torch.no_grad()
+@serialize_threads(gradients=False)
 def simulate(vae: LatentModel, num_images: int) -> tuple[Tensor, Tensor]:
     """z ~ p(z), x ~ p(x | z): images with an exact draw of their posterior. -> x (N, *E) and z (N, L)."""
     num_images = check_count("num_images", num_images)
@@ -120,8 +119,7 @@ def simulate(vae: LatentModel, num_images: int) -> tuple[Tensor, Tensor]:
     return torch.cat(x), z
 
 
-@serialize_threads()
-@torch.no_grad()
+@serialize_threads(gradients=False)
 def pilot(
     vae: LatentModel,
     x: Tensor,
@@ -198,8 +196,7 @@ def upper(
     return _anneal(vae, x, z, annealing, num_chains=num_chains, compile=compile)
 
 
-@serialize_threads()
-@torch.no_grad()
+@serialize_threads(gradients=False)
 def _anneal(
     vae: LatentModel, x: Tensor, exact: Tensor | None, annealing: Annealing, *, num_chains: int, compile: bool
 ) -> AnnealedChains:

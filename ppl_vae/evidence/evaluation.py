@@ -148,8 +148,7 @@ def _captured(
     return terms
 
 
-@serialize_threads()
-@torch.no_grad()
+@serialize_threads(gradients=False)
 def reconstruction(
     vae: Program,
     x: Tensor,

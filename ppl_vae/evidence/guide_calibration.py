@@ -44,8 +44,7 @@ class Ranks:
         return torch.cat([self.latents, self.log_joint[:, None]], dim=1)
 
 
-@serialize_threads()
-@torch.no_grad()
+@serialize_threads(gradients=False)
 def compute_ranks(vae: LatentModel, *, num_simulations: int, num_draws: int) -> Ranks:
     """R_l = #{m: z_ml < z*_l} and R = #{m: log p(x, z_m) < log p(x, z*)}: z* ~ p(z), x ~ p(x | z*), z_m ~ q(z | x).
 

@@ -86,8 +86,7 @@ class Importance:
         return self.log_evidence + self.bias
 
 
-@serialize_threads()
-@torch.no_grad()
+@serialize_threads(gradients=False)
 def importance(
     model: StochasticFunction,
     guide: StochasticFunction,
@@ -187,8 +186,7 @@ def _summarize(
     return summary, reconstruction, kl
 
 
-@serialize_threads()
-@torch.no_grad()
+@serialize_threads(gradients=False)
 def gather_log_weights(vae: Program, x: Tensor, num_particles: int) -> Tensor:
     """(S, N) log-weights, nats, in passes that fit into memory. x: (N, *E)."""
     check_support(vae.model, x)
@@ -225,8 +223,7 @@ class AdaptiveEstimate:
     tenfold_gain: Tensor
 
 
-@serialize_threads()
-@torch.no_grad()
+@serialize_threads(gradients=False)
 def estimate_adaptively(
     vae: LatentModel, x: Tensor, *, num_particles: int = 1000, most: int = 64_000, tolerance: float = 0.02
 ) -> AdaptiveEstimate:

@@ -165,8 +165,7 @@ class Imputation:
     ess: Tensor
 
 
-@serialize_threads()
-@torch.no_grad()
+@serialize_threads(gradients=False)
 def impute(
     observed: Observed, x: Tensor, *, num_particles: int, num_draws: int, progress: Callable[[int], None] | None = None
 ) -> Imputation:

@@ -43,8 +43,7 @@ def mean_or_draw(distribution: Distribution) -> Tensor:
         return distribution.sample()
 
 
-@serialize_threads()
-@torch.no_grad()
+@serialize_threads(gradients=False)
 def sample_latents(distribution: Distribution, count: int) -> Tensor:
     """(count, *batch, L) draws of a distribution over latents."""
     chunk = max(1, latents_per_pass(distribution) // max(1, distribution.batch_shape.numel()))
@@ -52,8 +51,7 @@ def sample_latents(distribution: Distribution, count: int) -> Tensor:
     return torch.cat([distribution.sample((size,)) for size in sizes])
 
 
-@serialize_threads()
-@torch.no_grad()
+@serialize_threads(gradients=False)
 def compute_log_prob(distribution: Distribution, z: Tensor) -> Tensor:
     """(M,) log p(z), nats, float64. z: (M, L)."""
     return torch.cat([distribution.log_prob(part).double() for part in z.split(latents_per_pass(distribution))])
@@ -73,8 +71,7 @@ def compute_moments(distribution: Distribution) -> PosteriorMoments:
         return PosteriorMoments(draws.mean(0), draws.std(0), count)
 
 
-@serialize_threads()
-@torch.no_grad()
+@serialize_threads(gradients=False)
 def encode(vae: LatentModel, x: Tensor) -> PosteriorMoments:
     """Mean and scale of q(z | x). x: (N, *E), as the model sees images."""
     parts = [compute_moments(vae.posterior(group)) for group in x.split(images_per_pass(x))]
@@ -82,15 +79,13 @@ def encode(vae: LatentModel, x: Tensor) -> PosteriorMoments:
     return PosteriorMoments(mean, scale, parts[0].num_draws)
 
 
-@serialize_threads()
-@torch.no_grad()
+@serialize_threads(gradients=False)
 def sample_posterior(vae: LatentModel, x: Tensor) -> Tensor:
     """(N, L) one z ~ q(z | x) per image. x: (N, *E)."""
     return torch.cat([vae.posterior(group).sample() for group in x.split(images_per_pass(x))])
 
 
-@serialize_threads()
-@torch.no_grad()
+@serialize_threads(gradients=False)
 def decode_mean(vae: LatentModel, z: Tensor) -> Tensor:
     """(N, *E) E[x | z]. z: (N, L)."""
     chunk = images_per_pass(vae.likelihood(z[:1]).mean, vae.likelihood)
@@ -131,8 +126,7 @@ class AggregatePosterior:
         self._sizes = [int(q.batch_shape[0]) for q in self.groups]
 
     @classmethod
-    @serialize_threads()
-    @torch.no_grad()
+    @serialize_threads(gradients=False)
     def encode(cls, vae: LatentModel, x: Tensor) -> AggregatePosterior:
         """The aggregate posterior of images (N, *E) under the VAE's guide, in passes that fit into memory."""
         return cls([vae.posterior(group) for group in x.split(images_per_pass(x))] if len(x) else [])
@@ -142,8 +136,7 @@ class AggregatePosterior:
         """Whether each q(z | x_n) is a product over latents by construction."""
         return all(factors(q) is not None for q in self.groups)
 
-    @serialize_threads()
-    @torch.no_grad()
+    @serialize_threads(gradients=False)
     def sample(self) -> Tensor:
         """(N, L) one z ~ q(z | x_n) per image."""
         return torch.cat([q.sample() for q in self.groups])

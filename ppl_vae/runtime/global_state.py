@@ -15,11 +15,11 @@ _lock = RLock()
 
 
 @contextmanager
-def serialize_threads() -> Iterator[None]:
+def serialize_threads(*, gradients: bool = True) -> Iterator[None]:
     """Keep other threads out of the library's functions for the length of a block; also a decorator.
 
     Pyro's stack of effect handlers, torch's generators, and the mode and weights of a module are shared by all threads.
-    Another thread that calls such a function waits, even for a whole training.
+    Another thread that calls such a function waits, even for a whole training. Without ``gradients`` none are recorded.
 
     >>> @serialize_threads()
     ... def draw():
@@ -27,7 +27,7 @@ def serialize_threads() -> Iterator[None]:
     >>> draw()
     torch.Size([2])
     """
-    with _lock:
+    with _lock, torch.set_grad_enabled(gradients and torch.is_grad_enabled()):
         yield
 
 
